@@ -1,0 +1,284 @@
+"""What a published version of a model is: the manifest, as frozen dataclasses and as canonical JSON.
+
+A bundle's digest is the SHA-256 of its canonical JSON, so one digest pins the graph, the weights, every segment and the
+pre- and post-processing. Source: docs/bundle.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from isthmus.errors import Missing, RegistryError
+
+FORMAT = "isthmus.bundle/1"
+MAX_MANIFEST_BYTES = 16 * 2**20
+WHOLE = ".."
+"""The segment id of the uncut model: from its inputs to its outputs."""
+
+Dim: TypeAlias = int | str
+_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
+_CUT = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_-]{0,62})")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A named tensor's dtype (numpy's name, or bfloat16) and shape; a str dimension is free."""
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...]
+
+
+@dataclass(frozen=True)
+class Blob:
+    """Content in the registry: `sha256:<hex>` and its length in bytes."""
+
+    digest: str
+    size: int
+
+
+@dataclass(frozen=True)
+class WeightTensor:
+    """One initialiser's place in the weights file, and the digest of exactly those bytes."""
+
+    name: str
+    offset: int
+    length: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The one weights file, tensors sorted by offset: the order in which the graph first uses them."""
+
+    blob: Blob
+    tensors: tuple[WeightTensor, ...]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The part of the model between two cuts, runnable alone.
+
+    `id` is `FROM..TO`, a cut's name on each side and empty at the model's ends: `..31` a head, `31..` a tail, `..` all.
+    `weights` are half-open ranges of indices into `Weights.tensors`. `inputs` and `outputs` are what its graph takes
+    and gives; a value that only passes by it is not among them: the router holds it.
+    """
+
+    id: str
+    graph: Blob
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    weights: tuple[tuple[int, int], ...]
+    macs: int = 0
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A named cut: the tensors that cross it, what they weigh as they are, and the share of MACs upstream of it."""
+
+    name: str
+    tensors: tuple[TensorSpec, ...]
+    bytes: int
+    macs_before: float
+    position: int | None = None
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """One published version of a model.
+
+    `default_cuts` name the partition that a request takes when nothing chooses another: n names make n + 1 segments.
+    `preprocess`, `postprocess` are data for isthmus.processing; None where the model takes and gives bare tensors.
+    """
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    weights: Weights
+    segments: Mapping[str, Segment]
+    cuts: Mapping[str, Cut]
+    default_cuts: tuple[str, ...] = ()
+    preprocess: Mapping[str, Any] | None = None
+    postprocess: Mapping[str, Any] | None = None
+    source: Mapping[str, Any] = field(default_factory=dict)
+
+    def segment(self, segment_id: str) -> Segment:
+        """The segment of that id.
+
+        Raises:
+            Missing: this bundle has no such segment; names those it has.
+        """
+        if (found := self.segments.get(segment_id)) is not None:
+            return found
+        raise Missing(
+            f"bundle {self.name} has no segment {segment_id!r}",
+            kind="segment",
+            name=segment_id,
+            exists=sorted(self.segments),
+            hint=f"publish it with: isthmus cut {self.name} --at …",
+        )
+
+    def partition(self, cuts: Iterable[str] | None = None) -> tuple[Segment, ...]:
+        """The segments, in order, that `cuts` (default: `default_cuts`) part the model into.
+
+        Raises:
+            Missing: a cut, or the segment between two of them, is not in this bundle.
+        """
+        names = self.default_cuts if cuts is None else tuple(cuts)
+        for name in names:
+            if name not in self.cuts:
+                raise Missing(
+                    f"bundle {self.name} has no cut {name!r}", kind="cut", name=name, exists=sorted(self.cuts)
+                )
+        ends = ("", *names, "")
+        return tuple(self.segment(f"{a}..{b}") for a, b in zip(ends, ends[1:], strict=False))
+
+    def weight_ranges(self, segment: Segment) -> tuple[WeightTensor, ...]:
+        """The weights file's tensors that `segment` reads, by offset."""
+        return tuple(t for start, stop in segment.weights for t in self.weights.tensors[start:stop])
+
+    def blobs(self) -> set[str]:
+        """The digests of all content that this bundle refers to."""
+        found = {self.weights.blob.digest, *(s.graph.digest for s in self.segments.values())}
+        if (labels := self.labels) is not None:
+            found.add(labels.digest)
+        return found
+
+    @property
+    def labels(self) -> Blob | None:
+        """The blob of class names (a JSON list of strings) that `postprocess` refers to, if it does."""
+        doc = (self.postprocess or {}).get("labels")
+        return None if doc is None else _blob_from(doc)
+
+
+def digest_of(data: bytes | memoryview) -> str:
+    """`sha256:<hex>` of `data`."""
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def is_digest(text: str) -> bool:
+    """Whether `text` is `sha256:` and 64 lower-case hex digits."""
+    return _DIGEST.fullmatch(text) is not None
+
+
+def is_model_name(text: str) -> bool:
+    """Whether `text` can name a model: 1 to 63 of a-z, 0-9, '.', '_' and '-', starting and ending alphanumeric."""
+    return _NAME.fullmatch(text) is not None
+
+
+def is_cut_name(text: str) -> bool:
+    """Whether `text` can name a cut: 1 to 63 letters, digits, '_' and '-', starting alphanumeric (so never '..')."""
+    return _CUT.fullmatch(text) is not None
+
+
+def to_json(bundle: Bundle) -> bytes:
+    """Canonical JSON of a bundle: sorted keys, no spaces, UTF-8; equal bundles give equal bytes."""
+    doc = {
+        "format": FORMAT,
+        "name": bundle.name,
+        "inputs": _specs_to(bundle.inputs),
+        "outputs": _specs_to(bundle.outputs),
+        "weights": {
+            "blob": _blob_to(bundle.weights.blob),
+            "tensors": [[t.name, t.offset, t.length, t.digest] for t in bundle.weights.tensors],
+        },
+        "segments": [
+            {
+                "id": s.id,
+                "graph": _blob_to(s.graph),
+                "inputs": _specs_to(s.inputs),
+                "outputs": _specs_to(s.outputs),
+                "weights": [list(r) for r in s.weights],
+                "macs": s.macs,
+            }
+            for s in sorted(bundle.segments.values(), key=lambda s: s.id)
+        ],
+        "cuts": [
+            {
+                "name": c.name,
+                "tensors": _specs_to(c.tensors),
+                "bytes": c.bytes,
+                "macs_before": c.macs_before,
+                "position": c.position,
+            }
+            for c in sorted(bundle.cuts.values(), key=lambda c: c.name)
+        ],
+        "default_cuts": list(bundle.default_cuts),
+        "preprocess": bundle.preprocess,
+        "postprocess": bundle.postprocess,
+        "source": bundle.source,
+    }
+    return json.dumps(doc, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def from_json(data: bytes) -> Bundle:
+    """Read a manifest.
+
+    Raises:
+        RegistryError: not a manifest of this format; the sentence says where it departs.
+    """
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise RegistryError(f"a manifest of {len(data)} bytes exceeds {MAX_MANIFEST_BYTES}", limit=MAX_MANIFEST_BYTES)
+    try:
+        doc = json.loads(data)
+        if doc["format"] != FORMAT:
+            raise RegistryError(f"manifest format is {doc['format']!r}; this version reads {FORMAT!r}")
+        return Bundle(
+            name=str(doc["name"]),
+            inputs=_specs_from(doc["inputs"]),
+            outputs=_specs_from(doc["outputs"]),
+            weights=Weights(
+                _blob_from(doc["weights"]["blob"]),
+                tuple(WeightTensor(str(n), int(o), int(size), str(d)) for n, o, size, d in doc["weights"]["tensors"]),
+            ),
+            segments={
+                s["id"]: Segment(
+                    id=str(s["id"]),
+                    graph=_blob_from(s["graph"]),
+                    inputs=_specs_from(s["inputs"]),
+                    outputs=_specs_from(s["outputs"]),
+                    weights=tuple((int(a), int(b)) for a, b in s["weights"]),
+                    macs=int(s["macs"]),
+                )
+                for s in doc["segments"]
+            },
+            cuts={
+                c["name"]: Cut(
+                    str(c["name"]), _specs_from(c["tensors"]), int(c["bytes"]), float(c["macs_before"]), c["position"]
+                )
+                for c in doc["cuts"]
+            },
+            default_cuts=tuple(str(c) for c in doc["default_cuts"]),
+            preprocess=doc["preprocess"],
+            postprocess=doc["postprocess"],
+            source=doc["source"],
+        )
+    except (ValueError, TypeError, KeyError, RecursionError) as e:
+        raise RegistryError(f"not a bundle manifest: {type(e).__name__}: {e}") from e
+
+
+def _specs_to(specs: tuple[TensorSpec, ...]) -> list[dict[str, Any]]:
+    return [{"name": s.name, "dtype": s.dtype, "shape": list(s.shape)} for s in specs]
+
+
+def _specs_from(docs: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
+    return tuple(
+        TensorSpec(str(d["name"]), str(d["dtype"]), tuple(n if isinstance(n, str) else int(n) for n in d["shape"]))
+        for d in docs
+    )
+
+
+def _blob_to(blob: Blob) -> dict[str, Any]:
+    return {"digest": blob.digest, "size": blob.size}
+
+
+def _blob_from(doc: dict[str, Any]) -> Blob:
+    if not is_digest(doc["digest"]):
+        raise ValueError(f"{doc['digest']!r} is not a sha256 digest")
+    return Blob(doc["digest"], int(doc["size"]))

@@ -1,0 +1,188 @@
+"""One tree of errors, and one table of the HTTP status each leaf answers with.
+
+An error carries its facts as attributes and in `facts`, so that a JSON body can name them and a caller can act on
+them without parsing a sentence. `hint` says what to do about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+class IsthmusError(Exception):
+    """Any failure that Isthmus understood; `facts` holds what is known about it, JSON-ready."""
+
+    hint: str = ""
+
+    def __init__(self, message: str, *, hint: str = "", **facts: Any) -> None:
+        super().__init__(message)
+        self.facts: Mapping[str, Any] = facts
+        if hint:
+            self.hint = hint
+
+    @property
+    def message(self) -> str:
+        """The sentence, without its facts."""
+        return str(self.args[0])
+
+
+class SettingsError(IsthmusError):
+    """A setting is missing or malformed; facts: `variable`, `value`. Stops the start."""
+
+
+class RequestError(IsthmusError):
+    """What the caller sent cannot be served as it is."""
+
+
+class RequestMalformed(RequestError):
+    """The body or a parameter does not follow its format."""
+
+
+class RequestTooLarge(RequestError):
+    """The body, or what it would unpack to, exceeds a stated bound; facts: `limit`."""
+
+
+class MediaUnsupported(RequestError):
+    """The body is of no kind that this model declares; facts: `accepted`."""
+
+
+class ImageMalformed(RequestError):
+    """The bytes claim to be an image and cannot be decoded as one."""
+
+
+class FrameError(RequestError):
+    """A frame cannot be read; facts: `rule`, the name of the rule in docs/frame.md."""
+
+
+class FrameTooLarge(FrameError):
+    """Longer than a bound (bytes, header, tensors, decoded bytes); nothing beyond it was parsed or allocated."""
+
+
+class FrameMalformed(FrameError):
+    """Lengths, offsets, names or dtypes disagree."""
+
+
+class CutError(IsthmusError):
+    """A cut cannot be made."""
+
+
+class UnknownValue(CutError):
+    """A cut names a tensor or position that the graph does not have; facts: `unknown`, `similar`."""
+
+
+class UnboundedCut(CutError):
+    """A cut does not separate the graph's inputs from its outputs; facts: `leaks`, the values that pass around it."""
+
+
+class ModelError(IsthmusError):
+    """A model cannot be imported: unreadable, of an unsupported opset, or with shapes that nothing binds."""
+
+
+class RegistryError(IsthmusError):
+    """The registry cannot give what was asked for."""
+
+
+class Missing(RegistryError):
+    """No such model, version, alias, cut, segment or blob; facts: `kind`, `name`, `exists` (what there is instead)."""
+
+
+class Denied(RegistryError):
+    """The registry refused our credentials."""
+
+
+class Corrupt(RegistryError):
+    """Bytes do not hash to their digest; facts: `blob`. They were never used."""
+
+
+class RegistryUnavailable(RegistryError):
+    """The registry did not answer, after retries; facts: `registry`, `blob`."""
+
+
+class SegmentError(IsthmusError):
+    """A segment cannot run."""
+
+
+class ShapeMismatch(SegmentError):
+    """A tensor of the wrong name, dtype or shape; facts: `tensor`, `expected`, `got`."""
+
+
+class SegmentTooLarge(SegmentError):
+    """A segment alone exceeds the memory bound; facts: `segment`, `bytes`, `limit`."""
+
+
+class RunFailed(SegmentError):
+    """The runtime failed while it loaded or ran a segment; facts: `segment`."""
+
+
+class HopError(IsthmusError):
+    """A call to the next segment failed; facts: `hop`."""
+
+
+class HopTimeout(HopError):
+    """The deadline passed while the hop was under way."""
+
+
+class HopUnavailable(HopError):
+    """The hop could not be reached, or is not ready, until retries were spent."""
+
+
+class HopBusy(HopError):
+    """The hop is at its concurrency limit, until retries were spent."""
+
+
+class HopRejected(HopError):
+    """The hop refused the frame; facts: `status` and the hop's own error. Never retried."""
+
+
+class Overloaded(IsthmusError):
+    """This function is at its own concurrency limit; try again after `retry_after_s`."""
+
+
+class NotReady(IsthmusError):
+    """This function is still loading; try again after `retry_after_s`."""
+
+
+class DeadlineExceeded(IsthmusError):
+    """The request's deadline passed inside this function."""
+
+
+class LocalError(IsthmusError):
+    """The local engine cannot do what was asked: stack.yml, a port, a process."""
+
+
+HTTP_STATUS: dict[type[IsthmusError], int] = {
+    SettingsError: 500,
+    RequestMalformed: 400,
+    RequestTooLarge: 413,
+    MediaUnsupported: 415,
+    ImageMalformed: 400,
+    FrameTooLarge: 413,
+    FrameMalformed: 400,
+    UnknownValue: 404,
+    UnboundedCut: 400,
+    ModelError: 400,
+    Missing: 404,
+    Denied: 502,
+    Corrupt: 502,
+    RegistryUnavailable: 503,
+    ShapeMismatch: 400,
+    SegmentTooLarge: 507,
+    RunFailed: 500,
+    HopTimeout: 504,
+    HopUnavailable: 503,
+    HopBusy: 429,
+    HopRejected: 502,
+    Overloaded: 429,
+    NotReady: 503,
+    DeadlineExceeded: 504,
+    LocalError: 500,
+}
+
+
+def http_status(error: IsthmusError) -> int:
+    """The status that `error` answers with: its class's row, or the nearest ancestor's; 500 if there is none."""
+    for cls in type(error).__mro__:
+        if cls in HTTP_STATUS:
+            return HTTP_STATUS[cls]
+    return 500

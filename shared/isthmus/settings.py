@@ -1,0 +1,164 @@
+"""Settings: frozen dataclasses read from the environment once, at start.
+
+A field's name is the variable's name, in lower case as OpenFaaS writes them. An empty value counts as unset. A value
+that cannot be read stops the start and names the variable. docs/settings.md lists every field; a test holds it to this.
+"""
+
+from __future__ import annotations
+
+import re
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Self
+
+from isthmus.errors import SettingsError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", re.IGNORECASE)
+
+
+def setting(help: str, default: Any = MISSING) -> Any:
+    """A documented dataclass field; without a default it is required."""
+    return field(default=default, metadata={"help": help}) if default is not MISSING else field(metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvSettings:
+    """Base of all settings: `from_env` reads each field from the variable of its name."""
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> Self:
+        """Read every field from `env`.
+
+        Raises:
+            SettingsError: a required variable is missing, or a value does not parse; facts name the variable.
+        """
+        types = typing.get_type_hints(cls)
+        values: dict[str, Any] = {}
+        for f in fields(cls):
+            text = env.get(f.name, "").strip()
+            if text:
+                values[f.name] = _parse(f.name, text, types[f.name])
+            elif f.default is MISSING:
+                raise SettingsError(
+                    f"the setting {f.name} is missing: {f.metadata['help']}",
+                    variable=f.name,
+                    hint=f"set {f.name} in the function's environment",
+                )
+        made = cls(**values)
+        made.check()
+        return made
+
+    def check(self) -> None:
+        """Refuse values that parse but cannot be meant."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, int | float) and not isinstance(value, bool) and value < f.metadata.get("least", 0):
+                raise SettingsError(
+                    f"the setting {f.name} is {value}; it cannot be negative", variable=f.name, value=value
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegistrySettings(EnvSettings):
+    """Where bundles live, and where what is fetched from there is kept."""
+
+    registry: str = setting("where bundles live: a folder's path, or s3://BUCKET/PREFIX")
+    s3_endpoint: str = setting("URL of an S3 server other than AWS, e.g. http://minio:9000 (path-style)", "")
+    s3_region: str = setting("region of the bucket", "us-east-1")
+    secrets_dir: str = setting(
+        "folder of OpenFaaS secrets; s3-access-key-id and s3-secret-access-key are read from it when they are there",
+        "/var/openfaas/secrets",
+    )
+    cache_dir: str = setting("folder for fetched segments and weights; the only place written to", "/tmp/isthmus")  # noqa: S108
+    cache_bytes: int = setting("bound on that folder; the least recently used weights are dropped first", 8 * 2**30)
+    registry_attempts: int = setting("tries for one read of the registry, the first included", 4)
+    registry_timeout_s: float = setting("longest wait for one read of the registry, in seconds", 20.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentSettings(RegistrySettings):
+    """A function that runs segments: edge-head, cloud-tail, and a router with a hop in its own process."""
+
+    preload: tuple[str, ...] = setting(
+        "segments to load at start, comma-separated: NAME[:VERSION][@SEGMENT]; SEGMENT is an id such as ..65, or head"
+        " or tail for the default partition's ends",
+        (),
+    )
+    segment_dir: str = setting("folder of a segment baked into the image by `isthmus package`; no registry is read", "")
+    providers: tuple[str, ...] = setting(
+        "onnxruntime execution providers, first choice first", ("CPUExecutionProvider",)
+    )
+    threads: int = setting("threads of one run; 0 takes the container's CPU limit", 0)
+    max_loaded_bytes: int = setting(
+        "bound on loaded segments, by weights; the least recently used goes first", 4 * 2**30
+    )
+    max_concurrency: int = setting("requests admitted at a time; one more is answered 429 with Retry-After", 32)
+    max_request_bytes: int = setting("longest request body", 64 * 2**20)
+    deadline_s: float = setting(
+        "longest a request may take, in seconds; its X-Timeout shortens it. Keep it under exec_timeout", 25.0
+    )
+    log_level: str = setting("debug, info, warning or error", "info")
+
+    def check(self) -> None:
+        super().check()
+        if self.max_concurrency < 1:
+            raise SettingsError("the setting max_concurrency must be at least 1", variable="max_concurrency", value=0)
+        if self.log_level not in ("debug", "info", "warning", "error"):
+            raise SettingsError(
+                f"the setting log_level is {self.log_level!r}; it is debug, info, warning or error",
+                variable="log_level",
+                value=self.log_level,
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterSettings(SegmentSettings):
+    """The router: which model answers on `/`, and where each of its segments runs."""
+
+    model: str = setting("the model that answers on POST /: NAME or NAME:VERSION, an alias or a number")
+    hops: tuple[str, ...] = setting(
+        "where the segments run, in order, comma-separated: a function's URL, or `local` for this process. A partition"
+        " of more segments than hops leaves the rest to the last one"
+    )
+    cuts: tuple[str, ...] = setting("the partition to use, comma-separated cut names; empty takes the bundle's own", ())
+    hop_attempts: int = setting("tries for one hop, the first included, within the deadline", 4)
+    hop_connect_timeout_s: float = setting("longest wait for a connection to a hop, in seconds", 2.0)
+    refresh_s: float = setting(
+        "how long a model's alias is trusted before the registry is asked again, in seconds", 10.0
+    )
+    max_image_pixels: int = setting("largest image, in pixels, that is decoded", 64_000_000)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `512`, `64KiB`, `200MB`, `1.5Gi`; a lower-case unit without `i` is decimal.
+
+    Raises:
+        ValueError: not a size.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise ValueError(f"{text!r} is not a size such as 500MB or 2GiB")
+    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
+
+
+def _parse(name: str, text: str, kind: Any) -> Any:
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if kind is int:
+            return parse_size(text) if name.endswith("_bytes") else int(text)
+        if kind is float:
+            value = float(text)
+            if value != value or value in (float("inf"), float("-inf")):
+                raise ValueError("not finite")
+            return value
+        if kind is str:
+            return text
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    except (ValueError, KeyError) as e:
+        wanted = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "a list")
+        if name.endswith("_bytes"):
+            wanted = "a size such as 500MB or 2GiB"
+        raise SettingsError(f"the setting {name} is {text!r}; it must be {wanted}", variable=name, value=text) from e

@@ -7,6 +7,7 @@ pre- and post-processing. Source: docs/bundle.md.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -137,7 +138,7 @@ class Bundle:
                     f"bundle {self.name} has no cut {name!r}", kind="cut", name=name, exists=sorted(self.cuts)
                 )
         ends = ("", *names, "")
-        return tuple(self.segment(f"{a}..{b}") for a, b in zip(ends, ends[1:], strict=False))
+        return tuple(self.segment(f"{a}..{b}") for a, b in itertools.pairwise(ends))
 
     def weight_ranges(self, segment: Segment) -> tuple[WeightTensor, ...]:
         """The weights file's tensors that `segment` reads, by offset."""

@@ -91,9 +91,7 @@ class SegmentSettings(RegistrySettings):
         "onnxruntime execution providers, first choice first", ("CPUExecutionProvider",)
     )
     threads: int = setting("threads of one run; 0 takes the container's CPU limit", 0)
-    max_loaded_bytes: int = setting(
-        "bound on loaded segments, by weights; the least recently used goes first", 4 * 2**30
-    )
+    max_loaded_bytes: int = setting("bound on loaded segments' weights; the least recently used goes first", 4 * 2**30)
     max_concurrency: int = setting("requests admitted at a time; one more is answered 429 with Retry-After", 32)
     max_request_bytes: int = setting("longest request body", 64 * 2**20)
     deadline_s: float = setting(
@@ -125,9 +123,7 @@ class RouterSettings(SegmentSettings):
     cuts: tuple[str, ...] = setting("the partition to use, comma-separated cut names; empty takes the bundle's own", ())
     hop_attempts: int = setting("tries for one hop, the first included, within the deadline", 4)
     hop_connect_timeout_s: float = setting("longest wait for a connection to a hop, in seconds", 2.0)
-    refresh_s: float = setting(
-        "how long a model's alias is trusted before the registry is asked again, in seconds", 10.0
-    )
+    refresh_s: float = setting("how long an alias is trusted before the registry is asked again, in seconds", 10.0)
     max_image_pixels: int = setting("largest image, in pixels, that is decoded", 64_000_000)
 
 

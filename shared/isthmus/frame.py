@@ -1,0 +1,246 @@
+"""The frame: named tensors and what they are for, as bytes between functions. Specification: docs/frame.md.
+
+Reading a frame executes nothing, allocates nothing that the bounds do not allow, copies no payload and leaves no byte
+unexplained.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import ml_dtypes
+import numpy as np
+
+from isthmus.codecs import CODECS, Array
+from isthmus.errors import FrameMalformed, FrameTooLarge
+
+CONTENT_TYPE = "application/vnd.isthmus.frame"
+MAGIC = b"ISTHMUS\x01"
+"""First bytes of every frame; the last one is the format's version."""
+
+ALIGNMENT = 64
+MAX_HEADER_BYTES = 2**20
+MAX_TENSORS = 1024
+MAX_RANK = 32
+MAX_TEXT_BYTES = 512
+
+DTYPES: Mapping[str, np.dtype[Any]] = {
+    **{
+        name: np.dtype(np.dtype(name).newbyteorder("<").str)
+        for name in (
+            *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+            *("float16", "float32", "float64"),
+        )
+    },
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+"""The dtypes that a frame can carry, by the name that it writes."""
+
+_PREAMBLE = 16
+_TENSOR_KEYS = {"name", "dtype", "shape", "codec", "offset", "length"}
+_TEXT_KEYS = ("bundle", "segment", "request")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One message between functions.
+
+    `bundle` is a manifest's digest, `segment` the id of the segment that takes (or gave) the tensors, `request` an id
+    that names the request in logs. Arrays of a decoded frame are views of its bytes: read-only, and shapes as sent.
+    """
+
+    tensors: Mapping[str, Array]
+    bundle: str = ""
+    segment: str = ""
+    request: str = ""
+    codecs: Mapping[str, str] = field(default_factory=dict)
+    """The codec of each tensor; `raw` where it has no entry."""
+
+
+def encode(frame: Frame) -> bytes:
+    """A frame's bytes, each payload copied once.
+
+    Raises:
+        FrameMalformed: a dtype that frames do not carry, an unknown codec, or a name too long.
+        FrameTooLarge: more tensors, a higher rank or a longer header than any reader accepts.
+    """
+    if len(frame.tensors) > MAX_TENSORS:
+        _too_large("tensors", f"{len(frame.tensors)} tensors; at most {MAX_TENSORS}", limit=MAX_TENSORS)
+    entries: list[dict[str, Any]] = []
+    parts: list[bytes | memoryview] = [b""]
+    end = 0
+    for name, array in frame.tensors.items():
+        dtype = _dtype_name(name, array)
+        if array.ndim > MAX_RANK:
+            _too_large("rank", f"{name!r} has rank {array.ndim}; at most {MAX_RANK}", limit=MAX_RANK)
+        codec = frame.codecs.get(name, "raw")
+        if codec not in CODECS:
+            _malformed("codec", f"{name!r} asks for codec {codec!r}; known are {sorted(CODECS)}")
+        payload = CODECS[codec].encode(array)
+        offset = _aligned(end)
+        parts += (bytes(offset - end), payload)
+        end = offset + len(payload)
+        entries.append(
+            {
+                "name": _text("name", name, least=1),
+                "dtype": dtype,
+                "shape": list(array.shape),
+                "codec": codec,
+                "offset": offset,
+                "length": len(payload),
+            }
+        )
+    doc = {"tensors": entries, **{key: _text(key, getattr(frame, key)) for key in _TEXT_KEYS}}
+    header = json.dumps(doc, ensure_ascii=False, separators=(",", ":")).encode()
+    header += b" " * (_aligned(_PREAMBLE + len(header)) - _PREAMBLE - len(header))
+    if len(header) > MAX_HEADER_BYTES:
+        _too_large("header", f"a header of {len(header)} bytes; at most {MAX_HEADER_BYTES}", limit=MAX_HEADER_BYTES)
+    parts[0] = MAGIC + len(header).to_bytes(8, "little") + header
+    return b"".join(parts)
+
+
+def decode(data: bytes | bytearray | memoryview, *, max_bytes: int) -> Frame:
+    """Read one frame; every byte must be accounted for.
+
+    Shapes: arrays keep the sender's, e.g. hidden (batch, tokens, width). They are views of `data`.
+    Units: max_bytes bounds the whole frame, and again what its tensors unpack to.
+
+    Raises:
+        FrameTooLarge: a bound was exceeded; nothing was allocated.
+        FrameMalformed: a rule of docs/frame.md is broken; `rule` in its facts names it.
+    """
+    if len(data) > max_bytes:
+        _too_large("frame", f"a frame of {len(data)} bytes; at most {max_bytes}", limit=max_bytes)
+    view = memoryview(data).toreadonly()
+    if len(view) < _PREAMBLE or view[:7] != MAGIC[:7]:
+        _malformed("magic", "the bytes do not start as a frame does")
+    if view[7] != MAGIC[7]:
+        _malformed("version", f"frame version {view[7]}; this reader knows version {MAGIC[7]}")
+    header_bytes = int.from_bytes(view[8:_PREAMBLE], "little")
+    if header_bytes > MAX_HEADER_BYTES:
+        _too_large("header", f"a header of {header_bytes} bytes; at most {MAX_HEADER_BYTES}", limit=MAX_HEADER_BYTES)
+    start = _PREAMBLE + header_bytes
+    if start > len(view):
+        _malformed("truncated", f"the header ends at byte {start}; the frame has {len(view)}")
+    if start % ALIGNMENT:
+        _malformed("alignment", f"the body starts at byte {start}, not at a multiple of {ALIGNMENT}")
+    header = _header(view[_PREAMBLE:start])
+    return Frame(
+        tensors=_tensors(header["tensors"], view[start:], max_bytes),
+        **{key: header[key] for key in _TEXT_KEYS},
+        codecs={t["name"]: t["codec"] for t in header["tensors"] if t["codec"] != "raw"},
+    )
+
+
+def is_frame(data: bytes | memoryview) -> bool:
+    """Whether `data` starts as a frame of any version does."""
+    return bytes(data[:7]) == MAGIC[:7]
+
+
+def _header(view: memoryview) -> dict[str, Any]:
+    try:
+        doc = json.loads(str(view, "utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
+    except (ValueError, RecursionError) as e:
+        raise FrameMalformed(f"the header is not JSON: {e}", rule="header") from e
+    if type(doc) is not dict or doc.keys() != {"tensors", *_TEXT_KEYS}:
+        _malformed("header", f"the header has exactly the keys tensors, {', '.join(_TEXT_KEYS)}")
+    for key in _TEXT_KEYS:
+        _text(key, doc[key])
+    if type(doc["tensors"]) is not list:
+        _malformed("header", "tensors is a list")
+    if len(doc["tensors"]) > MAX_TENSORS:
+        _too_large("tensors", f"{len(doc['tensors'])} tensors; at most {MAX_TENSORS}", limit=MAX_TENSORS)
+    return doc
+
+
+def _tensors(entries: list[Any], body: memoryview, max_bytes: int) -> dict[str, Array]:
+    tensors: dict[str, Array] = {}
+    end = unpacked = 0
+    for entry in entries:
+        if type(entry) is not dict or entry.keys() != _TENSOR_KEYS:
+            _malformed("tensor", f"a tensor has exactly the keys {', '.join(sorted(_TENSOR_KEYS))}")
+        name = _text("name", entry["name"], least=1)
+        if name in tensors:
+            _malformed("duplicate", f"two tensors are named {name!r}")
+        dtype = DTYPES.get(entry["dtype"]) if type(entry["dtype"]) is str else None
+        if dtype is None:
+            _malformed("dtype", f"{name!r} has dtype {entry['dtype']!r}; known are {', '.join(DTYPES)}")
+        codec = CODECS.get(entry["codec"]) if type(entry["codec"]) is str else None
+        if codec is None:
+            _malformed("codec", f"{name!r} has codec {entry['codec']!r}; known are {', '.join(CODECS)}")
+        shape = entry["shape"]
+        if type(shape) is not list or any(type(n) is not int or n < 0 for n in shape):
+            _malformed("shape", f"the shape of {name!r} is not a list of whole numbers")
+        if len(shape) > MAX_RANK:
+            _too_large("rank", f"{name!r} has rank {len(shape)}; at most {MAX_RANK}", limit=MAX_RANK)
+        # A zero counts as one here, so that an empty tensor cannot smuggle dimensions past the bound.
+        size = dtype.itemsize
+        for n in shape:
+            size *= max(n, 1)
+            if size > max_bytes:
+                _too_large("unpacked", f"{name!r} unpacks to more than {max_bytes} bytes", limit=max_bytes)
+        unpacked += size
+        if unpacked > max_bytes:
+            _too_large("unpacked", f"the tensors unpack to more than {max_bytes} bytes", limit=max_bytes)
+        offset, length = entry["offset"], entry["length"]
+        if type(offset) is not int or type(length) is not int or length < 0:
+            _malformed("offset", f"offset and length of {name!r} are not whole numbers")
+        if offset != _aligned(end):
+            _malformed("offset", f"{name!r} starts at byte {offset} of the body; its place is {_aligned(end)}")
+        if offset + length > len(body):
+            _malformed("truncated", f"{name!r} ends at byte {offset + length} of the body; it has {len(body)}")
+        if offset != end and body[end:offset] != bytes(offset - end):
+            _malformed("padding", f"the bytes before {name!r} are not zero")
+        end = offset + length
+        try:
+            tensors[name] = codec.decode(body[offset:end], dtype, tuple(shape))
+        except ValueError as e:
+            raise FrameMalformed(f"{name!r} cannot be unpacked: {e}", rule="payload", tensor=name) from e
+    if end != len(body):
+        _malformed("trailing", f"{len(body) - end} bytes follow the last tensor")
+    return tensors
+
+
+def _dtype_name(name: str, array: Array) -> str:
+    found = array.dtype.name
+    if found not in DTYPES:
+        raise FrameMalformed(f"{name!r} is {found}; frames carry {', '.join(DTYPES)}", rule="dtype", tensor=name)
+    return found
+
+
+def _text(key: str, value: Any, least: int = 0) -> str:
+    if type(value) is str and value.isascii() and least <= len(value) <= MAX_TEXT_BYTES:
+        return value
+    try:
+        size = len(value.encode()) if type(value) is str else -1
+    except UnicodeEncodeError:
+        size = -1
+    if not least <= size <= MAX_TEXT_BYTES:
+        _malformed(key, f"{key} is a text of {least} to {MAX_TEXT_BYTES} bytes")
+    return str(value)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    doc = dict(pairs)
+    if len(doc) != len(pairs):
+        raise ValueError("a key stands twice")
+    return doc
+
+
+def _no_constants(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _aligned(n: int) -> int:
+    return -(-n // ALIGNMENT) * ALIGNMENT
+
+
+def _malformed(rule: str, message: str) -> NoReturn:
+    raise FrameMalformed(message, rule=rule, hint="docs/frame.md has the rules")
+
+
+def _too_large(rule: str, message: str, limit: int) -> NoReturn:
+    raise FrameTooLarge(message, rule=rule, limit=limit)

@@ -99,6 +99,10 @@ class RegistryUnavailable(RegistryError):
     """The registry did not answer, after retries; facts: `registry`, `blob`."""
 
 
+class CacheFull(RegistryError):
+    """A segment does not fit the local cache: its bound or the disk; facts: `cache_dir`, `bytes`, `limit` (None: the disk)."""
+
+
 class SegmentError(IsthmusError):
     """A segment cannot run."""
 
@@ -166,6 +170,7 @@ HTTP_STATUS: dict[type[IsthmusError], int] = {
     Denied: 502,
     Corrupt: 502,
     RegistryUnavailable: 503,
+    CacheFull: 507,
     ShapeMismatch: 400,
     SegmentTooLarge: 507,
     RunFailed: 500,

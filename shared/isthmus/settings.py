@@ -64,7 +64,7 @@ class EnvSettings:
 class RegistrySettings(EnvSettings):
     """Where bundles live, and where what is fetched from there is kept."""
 
-    registry: str = setting("where bundles live: a folder's path, or s3://BUCKET/PREFIX")
+    registry: str = setting("where bundles live: a folder's path, or s3://BUCKET/PREFIX", "")
     s3_endpoint: str = setting("URL of an S3 server other than AWS, e.g. http://minio:9000 (path-style)", "")
     s3_region: str = setting("region of the bucket", "us-east-1")
     secrets_dir: str = setting(
@@ -101,6 +101,12 @@ class SegmentSettings(RegistrySettings):
 
     def check(self) -> None:
         super().check()
+        if not self.registry and not self.segment_dir:
+            raise SettingsError(
+                "the setting registry is missing: a folder's path, or s3://BUCKET/PREFIX",
+                variable="registry",
+                hint="set registry in the function's environment; only a baked segment (segment_dir) needs none",
+            )
         if self.max_concurrency < 1:
             raise SettingsError("the setting max_concurrency must be at least 1", variable="max_concurrency", value=0)
         if self.log_level not in ("debug", "info", "warning", "error"):

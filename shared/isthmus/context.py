@@ -1,0 +1,96 @@
+"""What a request carries from hop to hop: its deadline, its id and its trace."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+from isthmus.errors import DeadlineExceeded, RequestMalformed
+
+_UNIT_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_DURATION = re.compile(r"(?:\d{1,12}(?:\.\d{0,9})?(?:ns|us|µs|μs|ms|s|m|h))+")
+_PART = re.compile(r"(\d+(?:\.\d*)?)(ns|us|µs|μs|ms|s|m|h)")
+_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
+_CALL_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of a duration as Go writes it: `1500ms`, `1m30s`.
+
+    Raises:
+        RequestMalformed: not such a duration.
+    """
+    if not _DURATION.fullmatch(text):
+        raise RequestMalformed(f"X-Timeout is {text[:40]!r}; it is a duration such as 1500ms or 2s", header="X-Timeout")
+    return sum(float(n) * _UNIT_S[unit] for n, unit in _PART.findall(text))
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """The moment, on this process's monotonic clock, after which no one waits for the answer."""
+
+    at: float
+
+    @classmethod
+    def after(cls, seconds: float) -> Self:
+        """A deadline that many seconds from now."""
+        return cls(time.monotonic() + seconds)
+
+    def remaining(self) -> float:
+        """Seconds left; 0.0 once it has passed."""
+        return max(0.0, self.at - time.monotonic())
+
+    def check(self, doing: str) -> None:
+        """Go on only if time is left.
+
+        Raises:
+            DeadlineExceeded: it has passed; the message says what was about to be done.
+        """
+        if time.monotonic() >= self.at:
+            raise DeadlineExceeded(f"the deadline passed before {doing}")
+
+
+@dataclass(frozen=True)
+class Context:
+    """One request's identity: OpenFaaS's X-Call-Id, W3C's traceparent and tracestate, and the deadline."""
+
+    deadline: Deadline
+    call_id: str
+    traceparent: str
+    tracestate: str = ""
+
+    @classmethod
+    def from_headers(cls, headers: Mapping[str, str], *, longest_s: float) -> Self:
+        """Read the caller's headers; what is missing or malformed is made anew, as W3C Trace Context asks.
+
+        Units: longest_s is the longest this function may take; X-Timeout shortens it and never lengthens it.
+
+        Raises:
+            RequestMalformed: X-Timeout is not a duration.
+        """
+        timeout = headers.get("X-Timeout", "")
+        seconds = min(longest_s, parse_duration(timeout)) if timeout else longest_s
+        call_id, trace = headers.get("X-Call-Id", ""), headers.get("traceparent", "")
+        known = _TRACEPARENT.fullmatch(trace) is not None
+        return cls(
+            Deadline.after(seconds),
+            call_id if _CALL_ID.fullmatch(call_id) else str(uuid.uuid4()),
+            trace if known else f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01",
+            headers.get("tracestate", "")[:512] if known else "",
+        )
+
+    def to_headers(self) -> dict[str, str]:
+        """The headers that the next hop gets; X-Timeout is what is left now, at least a millisecond."""
+        headers = {
+            "X-Call-Id": self.call_id,
+            "X-Timeout": f"{max(1, int(self.deadline.remaining() * 1000))}ms",
+            "traceparent": self.traceparent,
+        }
+        if self.tracestate:
+            headers["tracestate"] = self.tracestate
+        return headers

@@ -1,0 +1,225 @@
+"""Read an ONNX file and bring its graph into the one form that the rest of this package works on.
+
+After `read`: one opset-11-or-newer graph without local functions; every constant is an initialiser of the main graph
+where that is possible; nodes in stable topological order, none unused; every value of the graph and of its bodies has
+a name of its own. Positions of cuts count the nodes of this form.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+from onnx_ir.passes import common
+
+from isthmus.errors import ModelError
+from isthmus.graph.weights import ends, same_content
+
+OLDEST_OPSET = 11
+# Initialisers may stay out of a graph's inputs, and lie in external files, from IR version 4 on.
+_OLDEST_IR = 7
+
+# The passes log what they skip at WARNING, for callers who asked for that pass; ours did not.
+logging.getLogger("onnx_ir.passes").setLevel(logging.ERROR)
+
+
+def read(path: str | os.PathLike[str], *, normalise: bool = True) -> ir.Model:
+    """Read an ONNX file; weights in external files stay there, memory-mapped when they are looked at.
+
+    `normalise=False` takes the file's graph as it is: right for one that this package wrote.
+
+    Raises:
+        ModelError: not an ONNX model, older than opset 11, with text inputs, sparse initialisers or missing weights.
+    """
+    path = Path(path)
+    model = _parse(path)
+    _check_weights(model, path)
+    if normalise:
+        try:
+            _normalise(model)
+        except (ValueError, TypeError, RuntimeError) as e:
+            raise ModelError(f"{path.name} cannot be brought into a normal form: {e}", model=str(path)) from e
+    _check_interface(model, path)
+    return model
+
+
+def _parse(path: Path) -> ir.Model:
+    try:
+        proto = onnx.load(str(path), format="protobuf", load_external_data=False)
+    except OSError as e:
+        raise ModelError(f"{path} cannot be read: {e.strerror or e}", model=str(path)) from e
+    except (DecodeError, ValueError) as e:
+        raise _not_onnx(path) from e
+    if not proto.graph.output or not proto.opset_import:
+        raise _not_onnx(path)
+    opset = {o.domain: o.version for o in proto.opset_import}.get("", OLDEST_OPSET)
+    if opset < OLDEST_OPSET:
+        raise ModelError(
+            f"{path.name} uses opset {opset}; the oldest that is read is {OLDEST_OPSET}",
+            model=str(path),
+            opset=opset,
+            hint="convert it with onnx.version_converter.convert_version, or export it anew",
+        )
+    if proto.graph.sparse_initializer:
+        raise ModelError(f"{path.name} holds sparse initialisers", model=str(path), hint="export it with dense weights")
+    try:
+        model = ir.serde.deserialize_model(proto)
+    except (ValueError, TypeError, KeyError, RuntimeError) as e:
+        raise ModelError(f"{path.name} is not a valid ONNX model: {e}", model=str(path)) from e
+    ir.external_data.set_base_dir(model.graph, path.parent.resolve())
+    model.ir_version = max(model.ir_version, _OLDEST_IR)
+    return model
+
+
+def _not_onnx(path: Path) -> ModelError:
+    return ModelError(
+        f"{path.name} is not an ONNX model",
+        model=str(path),
+        hint="pass an .onnx file, or export a torch model with: isthmus import package.module:factory",
+    )
+
+
+def _check_weights(model: ir.Model, path: Path) -> None:
+    for value in _initialisers(model):
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        length = tensor.nbytes if tensor.length is None else tensor.length
+        if length != tensor.nbytes:
+            raise ModelError(
+                f"{path.name} says that {value.name} has {length} bytes; its shape needs {tensor.nbytes}",
+                model=str(path),
+                tensor=value.name,
+            )
+        if not Path(tensor.path).resolve().is_relative_to(Path(tensor.base_dir)):
+            raise ModelError(
+                f"{path.name} keeps weights in {tensor.location}, outside its own folder",
+                model=str(path),
+                file=str(tensor.location),
+                hint="put that file beside the .onnx file",
+            )
+        end = (tensor.offset or 0) + length
+        try:
+            size = os.stat(tensor.path).st_size
+        except OSError:
+            size = -1
+        if size < end:
+            wrong = "is missing" if size < 0 else f"has {size} bytes, too few for {value.name}, which ends at {end}"
+            raise ModelError(
+                f"{path.name} keeps weights in {tensor.location}, which {wrong}",
+                model=str(path),
+                file=str(tensor.location),
+                hint="put that file beside the .onnx file, whole",
+            )
+
+
+def _check_interface(model: ir.Model, path: Path) -> None:
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        tensor = isinstance(value.type, ir.TensorType)
+        if not tensor or value.dtype == ir.DataType.STRING:
+            kind = "text" if tensor else "no plain tensor"
+            raise ModelError(
+                f"{path.name}'s {value.name} is {kind}; inputs and outputs are tensors of numbers",
+                model=str(path),
+                tensor=value.name,
+                hint="cut that part of the model off before the import",
+            )
+        if value.is_graph_input() and value.is_graph_output():
+            raise ModelError(
+                f"{path.name} gives its input {value.name} back unchanged as an output",
+                model=str(path),
+                tensor=value.name,
+                hint="remove that output",
+            )
+    if not len(model.graph):
+        raise ModelError(f"{path.name} has no nodes", model=str(path))
+
+
+def _normalise(model: ir.Model) -> None:
+    if model.functions:
+        common.InlinePass()(model)
+    common.ClearMetadataAndDocStringPass()(model)
+    model.metadata_props.clear()
+    model.graph.doc_string = model.doc_string = None
+    common.RemoveInitializersFromInputsPass()(model)
+    _name_apart(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.LiftSubgraphInitializersToMainGraphPass()(model)
+    _compute_constant_outputs(model.graph)
+    common.RemoveUnusedNodesPass()(model)
+    common.RemoveUnusedOpsetsPass()(model)
+    _merge_equal_initialisers(model.graph)
+    model.graph.sort()
+    _name_apart(model)
+
+
+def _initialisers(model: ir.Model) -> Iterator[ir.Value]:
+    for graph in model.graphs():
+        yield from graph.initializers.values()
+
+
+def _compute_constant_outputs(graph: ir.Graph) -> None:
+    """Let an Identity compute each output that is an initialiser: every output then has a node that makes it."""
+    for i, value in enumerate(graph.outputs):
+        if value.is_initializer():
+            name = value.name
+            value.name = f"{name}_constant"
+            node = ir.node("Identity", [value], name=f"{name}_identity")
+            node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = name, value.type, value.shape
+            graph.append(node)
+            graph.outputs[i] = node.outputs[0]
+
+
+def _merge_equal_initialisers(graph: ir.Graph) -> None:
+    kept: dict[tuple[object, ...], list[tuple[ir.Value, ir.TensorProtocol]]] = {}
+    for value in tuple(graph.initializers.values()):
+        tensor = value.const_value
+        if tensor is None or tensor.dtype == ir.DataType.STRING:
+            continue
+        group = kept.setdefault((tensor.dtype, tuple(tensor.shape), ends(tensor)), [])
+        for other, content in group:
+            if same_content(content, tensor):
+                value.replace_all_uses_with(other)
+                del graph.initializers[str(value.name)]
+                break
+        else:
+            group.append((value, tensor))
+
+
+def _name_apart(model: ir.Model) -> None:
+    """Give every value and node of the graph and its bodies a name that no other has; inputs and outputs keep theirs."""
+    taken: set[str] = set()
+    seen: set[ir.Value] = set()
+
+    def name(value: ir.Value) -> None:
+        if value in seen or (not value.name and not value.uses() and not value.is_graph_output()):
+            return
+        seen.add(value)
+        base = value.name or "value"
+        fresh, n = base, 0
+        while fresh in taken:
+            n += 1
+            fresh = f"{base}_{n}"
+        taken.add(fresh)
+        if fresh != value.name:
+            value.name = fresh
+
+    for graph in model.graphs():
+        for value in (*graph.inputs, *graph.outputs, *tuple(graph.initializers.values())):
+            name(value)
+    nodes: set[str] = set()
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        for value in node.outputs:
+            name(value)
+        base = node.name or node.op_type
+        fresh, n = base, 0
+        while fresh in nodes:
+            n += 1
+            fresh = f"{base}_{n}"
+        nodes.add(fresh)
+        node.name = fresh

@@ -1,0 +1,88 @@
+"""One run of a model in onnxruntime, to see the types of values that inference could not tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime as ort  # type: ignore[import-untyped]
+
+from isthmus.errors import ModelError
+
+_DTYPES = {
+    "float": "float32",
+    "double": "float64",
+    "float16": "float16",
+    "bfloat16": "bfloat16",
+    "bool": "bool",
+    **{f"{sign}int{bits}": f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
+}
+
+
+def types(
+    model: ir.Model, values: Sequence[ir.Value], feeds: Mapping[str, npt.NDArray[np.generic]]
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The dtype and shape that each of `values` has in one run with `feeds`; those that are no tensors are left out.
+
+    Only the shapes leave the run, so memory stays that of a plain run however many values are asked for.
+
+    Raises:
+        ModelError: onnxruntime cannot load the model, or cannot run it with `feeds`.
+    """
+    try:
+        kinds = _kinds(model, values)
+        tensors = [v for v in values if kinds.get(str(v.name), "").startswith("tensor(")]
+        shapes = _shapes(model, tensors, feeds)
+    # onnxruntime raises bare RuntimeErrors and subclasses of Exception that it does not export.
+    except Exception as e:
+        raise ModelError(
+            f"some shapes are only known at run time, and the model does not run with the inputs given: {_first(e)}",
+            hint="give example inputs that the model accepts, or shapes to make them from",
+        ) from e
+    found = {}
+    for value in tensors:
+        name = str(value.name)
+        dtype = _DTYPES.get(kinds[name].removeprefix("tensor(").removesuffix(")"))
+        if dtype is not None and name in shapes:
+            found[name] = (dtype, shapes[name])
+    return found
+
+
+def _kinds(model: ir.Model, values: Sequence[ir.Value]) -> dict[str, str]:
+    graph = model.graph.clone()
+    named = {v.name: v for node in graph for v in node.outputs}
+    graph.outputs.extend(v for value in values if not (v := named[value.name]).is_graph_output())
+    return {o.name: o.type for o in _session(graph, model).get_outputs()}
+
+
+def _shapes(
+    model: ir.Model, values: Sequence[ir.Value], feeds: Mapping[str, npt.NDArray[np.generic]]
+) -> dict[str, tuple[int, ...]]:
+    graph = model.graph.clone()
+    named = {v.name: v for node in graph for v in node.outputs}
+    asked = {}
+    for i, value in enumerate(values):
+        node = ir.node("Shape", [named[value.name]], name=f"isthmus_shape_{i}")
+        node.outputs[0].name, node.outputs[0].type = f"isthmus_shape_{i}", ir.TensorType(ir.DataType.INT64)
+        graph.append(node)
+        graph.outputs.append(node.outputs[0])
+        asked[node.outputs[0].name] = str(value.name)
+    arrays = _session(graph, model).run(list(asked), dict(feeds)) if asked else []
+    return {name: tuple(int(n) for n in a) for name, a in zip(asked.values(), arrays, strict=True)}
+
+
+def _session(graph: ir.Graph, model: ir.Model) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    folders = {str(t.base_dir) for v in graph.initializers.values() if isinstance(t := v.const_value, ir.ExternalTensor)}
+    for folder in folders:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+    proto = ir.serde.serialize_model(ir.Model(graph, ir_version=model.ir_version))
+    return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _first(error: Exception) -> str:
+    return str(error).partition("\n")[0][:300]

@@ -1,0 +1,234 @@
+"""One call to the next segment, in this process or over HTTP; the only place that retries.
+
+Segments are pure functions of their frame, so a call that got no answer may be made again. What a failure means is read
+from its status, body and X-OpenFaaS-Internal as docs/hops.md lists them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+
+import stamina
+import urllib3
+from urllib3.exceptions import HTTPError, NewConnectionError, ReadTimeoutError, TimeoutError
+
+from isthmus import frame as frames
+from isthmus.context import Context
+from isthmus.errors import HopBusy, HopRejected, HopTimeout, HopUnavailable, IsthmusError, ShapeMismatch
+from isthmus.frame import Frame
+
+if TYPE_CHECKING:  # a router whose hops are all remote never loads onnxruntime
+    from isthmus.runners.store import SegmentStore
+
+_CHUNK = 2**20
+_RUN_MS = re.compile(r"(?:^|,)\s*run;[^,]*\bdur=([0-9.]+)")
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A hop's answer.
+
+    Units: `run_s` is the time that the segment itself took, in seconds; sent and received are bytes on the wire, 0 in
+    this process.
+    """
+
+    frame: Frame
+    run_s: float
+    sent: int = 0
+    received: int = 0
+
+
+class Hop(Protocol):
+    """Where a segment runs."""
+
+    @property
+    def name(self) -> str:
+        """What errors and timings call it."""
+        ...
+
+    def call(self, frame: Frame, context: Context) -> Reply:
+        """Run the segment that `frame` names on its tensors, within the context's deadline.
+
+        Raises:
+            HopTimeout: the deadline passed.
+            HopUnavailable, HopBusy: not reached, or at its limit, until attempts were spent.
+            HopRejected: the hop understood and refused. An error of the caller's making keeps its own class and facts
+                in `facts["error"]`.
+        """
+        ...
+
+
+class LocalHop:
+    """A segment in this process: nothing is packed, sent or copied."""
+
+    name = "local"
+
+    def __init__(self, store: SegmentStore) -> None:
+        self._store = store
+
+    def call(self, frame: Frame, context: Context) -> Reply:
+        """See `Hop.call`; the segment's own errors pass as they are."""
+        ran = self._store.run(frame.bundle, frame.segment, frame.tensors, context.deadline)
+        return Reply(Frame(ran.outputs, frame.bundle, frame.segment, frame.request), ran.run_s)
+
+
+class HttpHop:
+    """A segment behind a URL: an OpenFaaS function, through a gateway or directly."""
+
+    def __init__(
+        self, url: str, pool: urllib3.PoolManager, *, attempts: int, connect_timeout_s: float, max_reply_bytes: int
+    ) -> None:
+        self.name = url
+        self._pool = pool
+        self._attempts = attempts
+        self._connect_timeout_s = connect_timeout_s
+        self._max_reply_bytes = max_reply_bytes
+
+    def call(self, frame: Frame, context: Context) -> Reply:
+        """See `Hop.call`."""
+        body = frames.encode(frame)
+        for attempt in stamina.retry_context(
+            on=lambda e: _worth_another(e, context),
+            attempts=self._attempts,
+            timeout=max(0.001, context.deadline.remaining()),
+            wait_initial=0.05,
+            wait_max=1.0,
+            wait_jitter=0.05,
+        ):
+            with attempt:
+                return self._once(body, context)
+        raise AssertionError("unreachable: the last attempt raises")
+
+    def _once(self, body: bytes, context: Context) -> Reply:
+        left = context.deadline.remaining()
+        if left <= 0:
+            raise HopTimeout(f"the deadline passed before {self.name} could be called", hop=self.name)
+        try:
+            response = self._pool.request(
+                "POST",
+                self.name,
+                body=body,
+                headers={"Content-Type": frames.CONTENT_TYPE, **context.to_headers()},
+                timeout=urllib3.Timeout(connect=min(left, self._connect_timeout_s), read=left),
+                retries=False,
+                redirect=False,
+                preload_content=False,
+            )
+            try:
+                data = b"".join(self._read(response, context))
+            finally:
+                response.release_conn()
+        except ReadTimeoutError as e:
+            raise HopTimeout(f"{self.name} did not answer within the deadline", hop=self.name) from e
+        except (NewConnectionError, TimeoutError) as e:
+            raise HopUnavailable(f"{self.name} cannot be reached: {_reason(e)}", hop=self.name) from e
+        except HTTPError as e:
+            raise HopUnavailable(f"{self.name} broke off: {_reason(e)}", hop=self.name) from e
+        if response.status != 200:
+            self._refuse(response, data)
+        run = _RUN_MS.search(response.headers.get("Server-Timing", ""))
+        try:
+            reply = frames.decode(data, max_bytes=self._max_reply_bytes)
+        except IsthmusError as e:
+            raise HopRejected(
+                f"{self.name} answered with something that is no frame: {e}", hop=self.name, status=200
+            ) from e
+        return Reply(reply, float(run[1]) / 1000 if run else 0.0, len(body), len(data))
+
+    def _read(self, response: urllib3.BaseHTTPResponse, context: Context) -> Iterator[bytes]:
+        """The body in pieces, so that neither a long nor a dripping answer outlasts its bound."""
+        size = 0
+        while chunk := response.read1(_CHUNK):
+            size += len(chunk)
+            if size > self._max_reply_bytes:
+                response.close()
+                raise HopRejected(
+                    f"{self.name} answered with more than {self._max_reply_bytes} bytes",
+                    hop=self.name,
+                    status=response.status,
+                )
+            if context.deadline.remaining() <= 0:
+                response.close()
+                raise HopTimeout(f"{self.name} had not finished its answer at the deadline", hop=self.name)
+            yield chunk
+
+    def _refuse(self, response: urllib3.BaseHTTPResponse, data: bytes) -> NoReturn:
+        """Raise what a status other than 200 means. Source: docs/hops.md, from OpenFaaS's sources."""
+        status, internal = response.status, response.headers.get("X-OpenFaaS-Internal", "")
+        error = _error_document(data)
+        said = str(error.get("error") or data[:200].decode("utf-8", "replace")).strip() or "no body"
+        facts: dict[str, Any] = {"hop": self.name, "status": status, "error": error}
+        after = _seconds(response.headers.get("Retry-After", ""))
+        message = f"{self.name} answered {status}: {said}"
+        if status == 429:
+            raise HopBusy(message, retry_after_s=after, **facts)
+        if status == 504:
+            raise HopTimeout(message, **facts)
+        if status in (502, 503) or (status == 500 and (internal or not error)):
+            # 500 with X-OpenFaaS-Internal is the proxy or the watchdog: nothing listened, or it died on the way.
+            raise HopUnavailable(message, retry_after_s=after, **facts)
+        if error.get("type") == ShapeMismatch.__name__:
+            # Only running the graph shows that free dimensions do not go together: the caller's fault, not the hop's.
+            raise ShapeMismatch(said, **facts)
+        raise HopRejected(message, **facts)
+
+
+def hops_to(
+    urls: tuple[str, ...],
+    store: SegmentStore | None,
+    *,
+    attempts: int,
+    connect_timeout_s: float,
+    max_reply_bytes: int,
+) -> tuple[Hop, ...]:
+    """A hop for each of the setting's entries: `local`, which needs a store, or a URL.
+
+    All URLs share one pool of kept-alive connections.
+    """
+    pool = urllib3.PoolManager(num_pools=8, maxsize=64, block=False)
+    made: list[Hop] = []
+    for url in urls:
+        if url == "local" and store is not None:
+            made.append(LocalHop(store))
+        else:
+            made.append(
+                HttpHop(
+                    url,
+                    pool,
+                    attempts=attempts,
+                    connect_timeout_s=connect_timeout_s,
+                    max_reply_bytes=max_reply_bytes,
+                )
+            )
+    return tuple(made)
+
+
+def _worth_another(error: Exception, context: Context) -> bool | float:
+    if not isinstance(error, HopUnavailable | HopBusy):
+        return False
+    after = error.facts.get("retry_after_s")
+    if after is None:
+        return True
+    # A wait that outlasts the deadline only delays the error.
+    return float(after) if 0 < after < context.deadline.remaining() else False
+
+
+def _error_document(data: bytes) -> dict[str, Any]:
+    try:
+        doc = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return doc if isinstance(doc, dict) and "error" in doc else {}
+
+
+def _seconds(text: str) -> float | None:
+    return float(text) if text.isdigit() and len(text) < 6 else None
+
+
+def _reason(error: Exception) -> str:
+    """urllib3's messages hold the pool's address and object ids; the last part is the cause."""
+    return str(error).rpartition(": ")[2] or type(error).__name__

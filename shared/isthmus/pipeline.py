@@ -1,0 +1,114 @@
+"""One request along one route: the router holds every value and hands each segment exactly what it takes.
+
+So a value that skips a segment never travels through it, and nothing crosses the link twice.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from isthmus.bundle import Bundle, Segment
+from isthmus.context import Context
+from isthmus.errors import HopRejected, ShapeMismatch
+from isthmus.frame import Frame
+from isthmus.hop import Hop
+from isthmus.runners import Array, check_tensors
+
+
+@dataclass(frozen=True)
+class Route:
+    """What one request will do: these segments of this bundle, in order, each on its hop."""
+
+    digest: str
+    bundle: Bundle
+    segments: tuple[Segment, ...]
+    hops: tuple[Hop, ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One segment's part in an answer.
+
+    Units: seconds. `total_s` is the whole call as the router saw it, `run_s` the segment's own computing; `sent` and
+    `received` are bytes on the wire; `tensor_bytes` is what its inputs weigh unpacked.
+    """
+
+    segment: str
+    hop: str
+    total_s: float
+    run_s: float
+    sent: int
+    received: int
+    tensor_bytes: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """The model's outputs, and what each segment took."""
+
+    outputs: dict[str, Array]
+    stages: tuple[Stage, ...]
+
+    @property
+    def crossed_bytes(self) -> int:
+        """Bytes of tensors handed from one segment to the next, unpacked; 0 for an uncut model."""
+        return sum(stage.tensor_bytes for stage in self.stages[1:])
+
+
+def plan_route(digest: str, bundle: Bundle, hops: tuple[Hop, ...], cuts: tuple[str, ...] | None = None) -> Route:
+    """The route along `cuts` (default: the bundle's own); segments beyond the last hop run on the last hop.
+
+    Raises:
+        Missing: the bundle has no such cut, or not the segment between two.
+    """
+    segments = bundle.partition(cuts)
+    return Route(digest, bundle, segments, tuple(hops[min(i, len(hops) - 1)] for i in range(len(segments))))
+
+
+def run(route: Route, inputs: Mapping[str, Array], context: Context) -> Result:
+    """Take `inputs` through every segment of `route`.
+
+    Shapes: `inputs` and the outputs are as the bundle declares them.
+
+    Raises:
+        ShapeMismatch: the inputs do not fit the model; nothing was called.
+        DeadlineExceeded, HopError: as the segments' hops report.
+    """
+    check_tensors(route.bundle.inputs, inputs)
+    values: dict[str, Array] = dict(inputs)
+    stages: list[Stage] = []
+    for segment, hop in zip(route.segments, route.hops, strict=True):
+        context.deadline.check(f"segment {segment.id} ran")
+        taken = {spec.name: values[spec.name] for spec in segment.inputs}
+        start = time.perf_counter()
+        reply = hop.call(Frame(taken, route.digest, segment.id, context.call_id), context)
+        values.update(_checked(reply.frame, segment, hop))
+        stages.append(
+            Stage(
+                segment.id,
+                hop.name,
+                time.perf_counter() - start,
+                reply.run_s,
+                reply.sent,
+                reply.received,
+                sum(array.nbytes for array in taken.values()),
+            )
+        )
+    return Result({spec.name: values[spec.name] for spec in route.bundle.outputs}, tuple(stages))
+
+
+def _checked(reply: Frame, segment: Segment, hop: Hop) -> Mapping[str, Array]:
+    """The reply's tensors, if they are the ones that this segment gives."""
+    try:
+        check_tensors(segment.outputs, reply.tensors)
+    except ShapeMismatch as e:
+        raise HopRejected(
+            f"{hop.name} did not answer as segment {segment.id} does: {e}",
+            hop=hop.name,
+            status=200,
+            hint="both sides must run the same version of Isthmus",
+            **e.facts,
+        ) from e
+    return reply.tensors

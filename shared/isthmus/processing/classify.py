@@ -1,0 +1,113 @@
+"""Logits to classes, as the manifest's `postprocess` says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from isthmus.errors import ModelError, RequestMalformed, RunFailed
+
+_KEYS = {"kind", "output", "softmax", "top_k", "labels"}
+
+
+def classify(
+    logits: np.ndarray, spec: Mapping[str, Any], labels: Sequence[str] | None, top_k: int | None = None
+) -> list[list[dict[str, Any]]]:
+    """For each row of the batch, its `top_k` classes as {"label", "index", "probability"}, the likeliest first.
+
+    Always one list a row, also for a batch of one. Equal probabilities keep the order of their indices. `label` is
+    None without labels. `top_k` None takes the spec's; more than there are classes gives all.
+    With `softmax` false the model's own values are given as they are.
+
+    Shapes: logits (batch, classes), with any number of dimensions of 1 after it, or (classes,).
+
+    Raises:
+        RequestMalformed: `top_k` is not a whole number from 1.
+        RunFailed: the model's values are not finite (minus infinity is allowed before a softmax), its output is no
+            table of classes, or it has another number of classes than there are labels.
+        ModelError: `spec` is not a postprocess specification.
+    """
+    validate_spec(spec)
+    wanted = spec["top_k"] if top_k is None else top_k
+    if type(wanted) is not int or wanted < 1:
+        raise RequestMalformed(
+            "top_k is not a whole number from 1", parameter="top_k", hint="leave it out to get the model's own"
+        )
+    scores = _rows(logits, spec["output"])
+    if labels is not None and len(labels) != scores.shape[1]:
+        raise RunFailed(
+            f"the output {spec['output']} has {scores.shape[1]} classes and there are {len(labels)} labels",
+            classes=scores.shape[1],
+            labels=len(labels),
+            hint="publish the model again with labels of its own",
+        )
+    if spec["softmax"]:
+        scores = softmax(scores)
+    if not np.isfinite(scores).all():
+        raise RunFailed(f"the output {spec['output']} holds values that are not finite", output=spec["output"])
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :wanted]
+    return [
+        [
+            {"label": None if labels is None else labels[i], "index": i, "probability": p}
+            for i, p in zip(indices.tolist(), row[indices].tolist(), strict=True)
+        ]
+        for indices, row in zip(best, scores, strict=True)
+    ]
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Softmax over the last axis, in float64; a row with NaN, +infinity or only -infinity comes out as NaN."""
+    with np.errstate(invalid="ignore"):
+        x = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+        return np.asarray(x / x.sum(axis=-1, keepdims=True))
+
+
+def parse_labels(data: bytes) -> tuple[str, ...]:
+    """The class names in a labels blob: a JSON list of strings.
+
+    Raises:
+        ModelError: anything else.
+    """
+    try:
+        names = json.loads(data)
+    except (ValueError, RecursionError) as e:
+        raise ModelError(f"the labels are not JSON: {e}") from e
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+        raise ModelError("the labels are not a JSON list of strings")
+    return tuple(names)
+
+
+def validate_spec(spec: Mapping[str, Any]) -> None:
+    """Refuse a `postprocess` that cannot be carried out as written.
+
+    Raises:
+        ModelError: an unknown kind, key or value, or a missing one; the sentence names it.
+    """
+    if not isinstance(spec, Mapping) or set(spec) != _KEYS:
+        got = sorted(map(str, spec)) if isinstance(spec, Mapping) else type(spec).__name__
+        raise ModelError(f"postprocess has the keys {got}; it has exactly {sorted(_KEYS)}")
+    if spec["kind"] != "classify":
+        raise ModelError(f"postprocess kind is {spec['kind']!r}; this version knows 'classify'")
+    if not isinstance(spec["output"], str):
+        raise ModelError("postprocess output is not a tensor's name")
+    if not isinstance(spec["softmax"], bool):
+        raise ModelError(f"postprocess softmax is {spec['softmax']!r}; it is true or false")
+    if type(spec["top_k"]) is not int or spec["top_k"] < 1:
+        raise ModelError(f"postprocess top_k is {spec['top_k']!r}; it is a whole number from 1")
+    labels = spec["labels"]
+    if labels is not None and not (isinstance(labels, Mapping) and set(labels) == {"digest", "size"}):
+        raise ModelError('postprocess labels is neither null nor {"digest", "size"}')
+
+
+def _rows(logits: np.ndarray, name: str) -> np.ndarray:
+    shape = logits.shape if logits.ndim > 1 else (1, *logits.shape)
+    if logits.ndim == 0 or any(n != 1 for n in shape[2:]) or shape[1] == 0 or logits.dtype.kind not in "fiuV":
+        raise RunFailed(
+            f"the output {name} is {logits.dtype} {list(logits.shape)}, no table of logits (batch, classes)",
+            output=name,
+            got=f"{logits.dtype} {list(logits.shape)}",
+        )
+    return logits.reshape(shape[:2]).astype(np.float64)

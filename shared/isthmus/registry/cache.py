@@ -1,0 +1,251 @@
+"""Segments on this machine: what a segment needs of a bundle, and no more, fetched once and verified whenever it is used."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from isthmus.bundle import Blob, Bundle, Segment, WeightTensor, digest_of
+from isthmus.errors import CacheFull, RegistryError, SettingsError
+from isthmus.registry.patience import in_parallel
+from isthmus.registry.registry import Registry, blob_key, corrupt, read_manifest
+from isthmus.registry.source import Located, Progress
+from isthmus.registry.space import Space
+from isthmus.registry.weights import READ_BYTES, Batch, WeightsFile, batches, disk_bytes, parts, write_whole
+
+_BUNDLES = 16
+_RECORD_BYTES = 64 * 2**20
+_SLACK_BYTES = 2**16
+"""What a folder's ledger and its own blocks may take."""
+
+
+class SegmentCache:
+    """A `SegmentSource` in front of a registry; several processes may share `cache_dir`.
+
+    `cache_bytes` bounds what the files in `cache_dir` take on disk. The least recently used weights go first, and never
+    those that a living process holds `Located`.
+
+    Raises:
+        SettingsError: nothing can be written to `cache_dir`.
+    """
+
+    def __init__(self, registry: Registry, cache_dir: Path | str, cache_bytes: int) -> None:
+        self._registry = registry
+        self._dir, self._limit = Path(cache_dir).absolute(), cache_bytes
+        self._space = Space(self._dir, cache_bytes)
+        self._bundles: OrderedDict[str, Bundle] = OrderedDict()
+        self._lock = threading.Lock()
+        with self._disk():
+            (self._dir / "locks").mkdir(parents=True, exist_ok=True)
+            write_whole(self._dir / "locks" / "room", b"")
+
+    def bundle(self, digest: str) -> Bundle:
+        """The bundle of that digest, from memory, this cache or the registry.
+
+        Raises:
+            Missing, Denied, Corrupt, RegistryUnavailable: what the registry said.
+        """
+        with self._lock:
+            if (known := self._bundles.get(digest)) is not None:
+                self._bundles.move_to_end(digest)
+                return known
+        found = read_manifest(self._small("manifests", ".json", digest, lambda: self._registry.manifest(digest)))
+        with self._lock:
+            self._bundles[digest] = found
+            if len(self._bundles) > _BUNDLES:
+                self._bundles.popitem(last=False)
+        return found
+
+    def blob(self, blob: Blob) -> bytes:
+        """A small blob's bytes, such as a model's labels, verified."""
+        return self._small("blobs", "", blob.digest, lambda: self._registry.blob(blob))
+
+    def locate(self, bundle_digest: str, segment_id: str, *, progress: Progress | None = None) -> Located:
+        """A segment's graph and weights, complete, verified just now, and held until they are released.
+
+        Only what is not here, or no longer what it was, is fetched; another process that fetches the same is waited for.
+
+        Raises:
+            Missing: no such bundle or segment.
+            CacheFull: it does not fit `cache_bytes`, or the disk.
+            Denied, Corrupt, RegistryUnavailable: what the registry said.
+            SettingsError: `cache_dir` can no longer be written to.
+        """
+        bundle = self.bundle(bundle_digest)
+        segment = bundle.segment(segment_id)
+        key = _hex(bundle.weights.blob)
+        graph = self._dir / key / f"{_hex(segment.graph)}.onnx"
+        with self._disk():
+            pin = self._space.pin(key)
+            try:
+                absent = self._absent(bundle, bundle.weight_ranges(segment))
+                if absent or not _holds(graph, segment.graph):
+                    with self._space.filling(key):
+                        self._fill(bundle, segment, graph, absent, pin, progress)
+            except BaseException:
+                os.close(pin)
+                raise
+        return Located(graph, segment, bundle, pin)
+
+    def _fill(
+        self,
+        bundle: Bundle,
+        segment: Segment,
+        graph: Path,
+        absent: Sequence[WeightTensor],
+        pin: int,
+        progress: Progress | None,
+    ) -> None:
+        key, weights, every = graph.parent.name, self._weights(bundle), bundle.weight_ranges(segment)
+        self._check_fits(segment, disk_bytes(every))
+        graph.parent.mkdir(exist_ok=True)
+        weights.prepare()
+        absent = self._absent(bundle, absent)  # another process may have been quicker
+        try:
+            with self._space.reserved(key, _needed(segment, absent)):
+                self._fetch(bundle, segment, graph, absent, progress)
+        except CacheFull:
+            # What other segments left in the same file may be in the way; with nobody using it, start afresh.
+            if not self._space.clear(key, pin):
+                raise
+            graph.parent.mkdir(exist_ok=True)
+            weights.prepare()
+            with self._space.reserved(key, _needed(segment, every)):
+                self._fetch(bundle, segment, graph, every, progress)
+
+    def _fetch(
+        self,
+        bundle: Bundle,
+        segment: Segment,
+        graph: Path,
+        absent: Sequence[WeightTensor],
+        progress: Progress | None,
+    ) -> None:
+        if not _holds(graph, segment.graph):
+            write_whole(graph, self._registry.blob(segment.graph))
+        weights = self._weights(bundle)
+        total, done, fresh = sum(t.length for t in absent), 0, list[WeightTensor]()
+        try:
+            for batch in self._bring(weights, bundle.weights.blob, batches(absent)):
+                fresh.extend(batch.tensors)
+                done += sum(t.length for t in batch.tensors)
+                if progress is not None:
+                    progress(done, total)
+                if sum(t.length for t in fresh) >= _RECORD_BYTES:
+                    weights.record(fresh)
+                    fresh.clear()
+        finally:
+            if fresh:
+                weights.record(fresh)
+
+    def _bring(self, weights: WeightsFile, blob: Blob, wanted: Sequence[Batch]) -> Iterator[Batch]:
+        short = [b for b in wanted if b.stop - b.start <= READ_BYTES]
+        yield from in_parallel(lambda batch: self._bring_short(weights, blob, batch), short)
+        for batch in wanted:
+            if batch.stop - batch.start > READ_BYTES:
+                yield self._bring_long(weights, blob, batch)
+
+    def _bring_short(self, weights: WeightsFile, blob: Blob, batch: Batch) -> Batch:
+        def pieces(data: bytes) -> Iterator[tuple[WeightTensor, memoryview]]:
+            for t in batch.tensors:
+                yield t, memoryview(data)[t.offset - batch.start : t.offset - batch.start + t.length]
+
+        def check(data: bytes) -> None:
+            for t, piece in pieces(data):
+                if digest_of(piece) != t.digest:
+                    raise corrupt(self._registry.url, blob.digest, tensor=t.name)
+
+        data = self._registry.read(blob.digest, batch.start, batch.stop, check)
+        weights.write((t.offset, piece) for t, piece in pieces(data))
+        return batch
+
+    def _bring_long(self, weights: WeightsFile, blob: Blob, batch: Batch) -> Batch:
+        # Its parts have no digests of their own: they are written as they come, each with its own tries, and the whole
+        # is hashed from the disk. So a wrong byte costs all parts again, as often as one read would be tried.
+        for _ in range(max(1, self._registry.patience.attempts)):
+            for _ in in_parallel(
+                lambda part: weights.write([(part[0], self._registry.read(blob.digest, *part))]),
+                parts(batch.start, batch.stop),
+            ):
+                pass
+            if weights.intact(batch.tensors[0]):
+                return batch
+        raise corrupt(self._registry.url, blob.digest, tensor=batch.tensors[0].name)
+
+    def _absent(self, bundle: Bundle, tensors: Sequence[WeightTensor]) -> list[WeightTensor]:
+        """Those tensors that are not here, or not what they should be."""
+        weights = self._weights(bundle)
+        recorded = weights.recorded()
+        here = [t for t in tensors if (t.offset, t.length) in recorded]
+        intact = {t for t, ok in in_parallel(lambda t: (t, weights.intact(t)), here) if ok}
+        return [t for t in tensors if t not in intact]
+
+    def _weights(self, bundle: Bundle) -> WeightsFile:
+        return WeightsFile(self._dir / _hex(bundle.weights.blob), bundle.weights.blob.size)
+
+    def _small(self, folder: str, suffix: str, digest: str, fetch: Callable[[], bytes]) -> bytes:
+        path = self._dir / folder / (blob_key(digest).rpartition("/")[2] + suffix)
+        with self._disk():
+            try:
+                data = path.read_bytes()
+                if digest_of(data) == digest:
+                    os.utime(path)
+                    return data
+            except FileNotFoundError:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            data = fetch()
+            self._space.make_room(len(data) + _SLACK_BYTES)
+            write_whole(path, data)
+            return data
+
+    def _check_fits(self, segment: Segment, size: int) -> None:
+        if (total := size + segment.graph.size + _SLACK_BYTES) > self._limit:
+            raise CacheFull(
+                f"segment {segment.id} takes {total} bytes, more than the cache {self._dir} may hold ({self._limit})",
+                cache_dir=str(self._dir),
+                bytes=total,
+                limit=self._limit,
+                hint="raise the setting cache_bytes",
+            )
+
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            if e.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise CacheFull(
+                    f"the disk of the cache {self._dir} is full",
+                    cache_dir=str(self._dir),
+                    bytes=None,
+                    limit=None,
+                    hint="free space there, lower the setting cache_bytes, or set cache_dir to a larger disk",
+                ) from e
+            if e.errno == errno.EIO:
+                raise RegistryError(f"the disk of the cache {self._dir} fails: {e}", cache_dir=str(self._dir)) from e
+            raise SettingsError(
+                f"the setting cache_dir is {str(self._dir)!r}, where this process cannot write: {e}",
+                variable="cache_dir",
+                value=str(self._dir),
+                hint="set cache_dir to a folder that this process's user may write to",
+            ) from e
+
+
+def _hex(blob: Blob) -> str:
+    return blob.digest.removeprefix("sha256:")
+
+
+def _needed(segment: Segment, tensors: Sequence[WeightTensor]) -> int:
+    return disk_bytes(tensors) + segment.graph.size + _SLACK_BYTES
+
+
+def _holds(path: Path, blob: Blob) -> bool:
+    try:
+        return digest_of(path.read_bytes()) == blob.digest
+    except FileNotFoundError:
+        return False

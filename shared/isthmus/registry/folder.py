@@ -1,0 +1,138 @@
+"""A registry in a folder: a local disk, or a share that several machines mount."""
+
+from __future__ import annotations
+
+import builtins
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from isthmus.errors import Denied, RegistryUnavailable
+from isthmus.registry.blobs import check_key, check_range, ended_early, missing_blob, missing_registry, too_long
+
+_STAGING = ".staging"
+
+
+class FolderStore:
+    """Keys are files under `root`. Writes go to a file aside, reach the disk, and are then renamed into place."""
+
+    def __init__(self, root: Path | str) -> None:
+        self._root = Path(root).absolute()
+
+    @property
+    def url(self) -> str:
+        return str(self._root)
+
+    def get(self, key: str, *, max_bytes: int) -> bytes:
+        with self._errors(key), self._path(key).open("rb") as f:
+            data = f.read(max_bytes + 1)
+        if len(data) > max_bytes:
+            raise too_long(self.url, key, max_bytes)
+        return data
+
+    def read(self, key: str, start: int, stop: int) -> bytes:
+        check_range(start, stop)
+        with self._errors(key), self._path(key).open("rb", buffering=0) as f:
+            f.seek(start)
+            parts = []
+            left = stop - start
+            while left and (part := f.read(left)):
+                parts.append(part)
+                left -= len(part)
+        if left:
+            raise ended_early(self.url, key, stop - start - left, stop - start)
+        return b"".join(parts)
+
+    def size(self, key: str) -> int | None:
+        with self._errors(key):
+            path = self._path(key)
+            try:
+                return path.stat().st_size if path.is_file() else None
+            except FileNotFoundError:
+                return None
+
+    def exists(self, key: str) -> bool:
+        return self.size(key) is not None
+
+    def put(self, key: str, data: bytes) -> None:
+        self._place(key, lambda f: f.write(data), os.replace)
+
+    def put_file(self, key: str, path: Path) -> None:
+        with path.open("rb") as source:
+            self._place(key, lambda f: shutil.copyfileobj(source, f, 2**20), os.replace)
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        try:
+            # A hard link fails where the name is taken, also when another process took it a moment ago.
+            self._place(key, lambda f: f.write(data), os.link)
+        except FileExistsError:
+            return False
+        return True
+
+    def delete(self, key: str) -> None:
+        with self._errors(key):
+            self._path(key).unlink(missing_ok=True)
+
+    def list(self, prefix: str) -> builtins.list[str]:
+        folder = self._root / check_key(prefix.removesuffix("/")) if prefix else self._root
+        with self._errors(prefix):
+            if not self._root.is_dir():
+                raise missing_registry(self.url)
+            return sorted(
+                (Path(parent) / name).relative_to(self._root).as_posix()
+                for parent, _, names in os.walk(folder)
+                if not Path(parent).is_relative_to(self._root / _STAGING)
+                for name in names
+            )
+
+    def _path(self, key: str) -> Path:
+        return self._root / check_key(key)
+
+    def _place(self, key: str, write: Callable[[BinaryIO], object], into_place: Callable[[str, Path], None]) -> None:
+        target = self._path(key)
+        with self._errors(key):
+            staging = self._root / _STAGING
+            staging.mkdir(parents=True, exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, staged = tempfile.mkstemp(dir=staging)
+            try:
+                with open(descriptor, "wb") as f:
+                    write(f)
+                    f.flush()
+                    os.fsync(f.fileno())
+                os.chmod(staged, 0o644)
+                into_place(staged, target)
+                sync_folder(target.parent)
+            finally:
+                Path(staged).unlink(missing_ok=True)
+
+    @contextmanager
+    def _errors(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except FileExistsError:
+            raise
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
+            raise (missing_blob(self.url, key) if self._root.is_dir() else missing_registry(self.url)) from e
+        except PermissionError as e:
+            raise Denied(
+                f"{self.url} may not be used: {e.strerror} for {key}",
+                registry=self.url,
+                blob=key,
+                hint="give this process's user the right to read (and, to publish, to write) the folder",
+            ) from e
+        except OSError as e:
+            raise RegistryUnavailable(f"{self.url} failed for {key}: {e}", registry=self.url, blob=key) from e
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,60 @@
+"""The one place that tries a registry again, and the width at which it is asked at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import TypeVar
+
+import stamina
+
+from isthmus.errors import Corrupt, RegistryUnavailable
+
+WIDTH = 4
+"""Reads or writes under way at once: enough to hide a round trip, few enough for a small edge node."""
+
+T = TypeVar("T")
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How often, and for how many seconds in all, one read or write is tried before its error stands."""
+
+    attempts: int = 4
+    timeout_s: float = 20.0
+
+    @property
+    def try_s(self) -> float:
+        """The longest one try may hear nothing: all of them and the pauses between them fit in `timeout_s`."""
+        return max(0.05, self.timeout_s / (max(1, self.attempts) + 1))
+
+    def __call__(self, action: Callable[[], T]) -> T:
+        """`action`'s result; a faulty transfer or a registry that does not answer is tried again, nothing else.
+
+        Raises:
+            Corrupt, RegistryUnavailable: the last try's error.
+        """
+        pause_s = min(0.1, self.timeout_s / 50)
+        for attempt in stamina.retry_context(
+            on=(RegistryUnavailable, Corrupt),
+            attempts=max(1, self.attempts),
+            timeout=self.timeout_s,
+            wait_initial=pause_s,
+            wait_jitter=pause_s,
+            wait_max=self.timeout_s / 10,
+        ):
+            with attempt:
+                return action()
+        raise AssertionError("stamina ends with a result or an error")  # pragma: no cover
+
+
+def in_parallel(action: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+    """Results of `action`, WIDTH at a time, as they come; the first error stops what has not begun."""
+    pool = ThreadPoolExecutor(WIDTH, thread_name_prefix="registry")
+    try:
+        for future in as_completed([pool.submit(action, item) for item in items]):
+            yield future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

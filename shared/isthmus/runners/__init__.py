@@ -1,0 +1,74 @@
+"""Running a segment: arrays in, arrays out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from isthmus.bundle import Segment, TensorSpec
+from isthmus.errors import ShapeMismatch
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Runner(Protocol):
+    """A loaded segment, ready to run any number of times, from any thread."""
+
+    @property
+    def segment(self) -> Segment:
+        """What it runs."""
+        ...
+
+    def run(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """The segment's outputs by name.
+
+        Shapes: as `segment.inputs` and `segment.outputs` declare; free dimensions take any size.
+
+        Raises:
+            ShapeMismatch: a tensor is missing, unknown, or of another dtype or shape; or the graph refused the shapes.
+            RunFailed: the runtime failed for a reason of its own.
+        """
+        ...
+
+
+def check_tensors(specs: tuple[TensorSpec, ...], arrays: Mapping[str, Array]) -> None:
+    """Refuse arrays that are not what `specs` declare; a free dimension of one name has one size everywhere.
+
+    Raises:
+        ShapeMismatch: names the tensor, what was expected and what came.
+    """
+    expected = {s.name: s for s in specs}
+    if expected.keys() != arrays.keys():
+        absent, extra = sorted(expected.keys() - arrays.keys()), sorted(arrays.keys() - expected.keys())
+        parts = [f"missing {', '.join(absent)}"] * bool(absent) + [f"unknown {', '.join(extra)}"] * bool(extra)
+        raise ShapeMismatch(
+            f"the tensors do not fit: {'; '.join(parts)}",
+            tensor=(absent or extra)[0],
+            expected=[describe(s.dtype, s.shape, s.name) for s in specs],
+            got=sorted(arrays),
+        )
+    free: dict[str, int] = {}
+    for name, spec in expected.items():
+        array = arrays[name]
+        fits = array.dtype.name == spec.dtype and array.ndim == len(spec.shape)
+        if fits:
+            fits = all(
+                size == (free.setdefault(dim, size) if isinstance(dim, str) else dim)
+                for dim, size in zip(spec.shape, array.shape, strict=True)
+            )
+        if not fits:
+            wanted, came = describe(spec.dtype, spec.shape), describe(array.dtype.name, array.shape)
+            bound = ", ".join(f"{dim} is {size}" for dim, size in free.items() if dim in spec.shape)
+            raise ShapeMismatch(
+                f"{name} is {came}; expected {wanted}" + (f" where {bound}" if bound else ""),
+                tensor=name,
+                expected=wanted,
+                got=came,
+            )
+
+
+def describe(dtype: str, shape: tuple[int | str, ...], name: str = "") -> str:
+    """`float32[1, 3, h, w]`, after its name where one is given."""
+    return f"{name + ' ' if name else ''}{dtype}[{', '.join(map(str, shape))}]"

@@ -1,0 +1,136 @@
+"""Segments on onnxruntime; the only place that imports it."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
+
+from isthmus.bundle import Segment, TensorSpec
+from isthmus.errors import RunFailed, SettingsError, ShapeMismatch
+from isthmus.runners import Array, check_tensors
+
+_BFLOAT16 = 16
+"""TensorProto.BFLOAT16; numpy has no such dtype, so onnxruntime takes and gives it through OrtValue."""
+
+
+class OrtRunner:
+    """One segment in one onnxruntime session, which is built here, once.
+
+    The model is loaded by its path, so that onnxruntime maps the weights file beside it instead of reading it.
+    """
+
+    def __init__(self, path: Path, segment: Segment, *, providers: tuple[str, ...], threads: int) -> None:
+        """Load `segment` from the .onnx file at `path`.
+
+        Raises:
+            SettingsError: a provider is not in this build of onnxruntime.
+            RunFailed: onnxruntime refused the model.
+        """
+        self.segment = segment
+        self._outputs = [s.name for s in segment.outputs]
+        self._bfloat16 = any(s.dtype == "bfloat16" for s in (*segment.inputs, *segment.outputs))
+        check_providers(providers)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # Spinning threads steal the CPU of the other functions on the node.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            self._session = ort.InferenceSession(str(path), options, providers=list(providers))
+        except Exception as e:  # onnxruntime's own errors share no base but Exception
+            raise RunFailed(f"segment {segment.id} cannot be loaded: {_sentence(e)}", segment=segment.id) from e
+
+    def run(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """See `Runner.run`."""
+        check_tensors(self.segment.inputs, arrays)
+        try:
+            if self._bfloat16:
+                values = {name: _to_value(array) for name, array in arrays.items()}
+                found = self._session.run_with_ort_values(self._outputs, values)
+                results = [_from_value(v, s) for v, s in zip(found, self.segment.outputs, strict=True)]
+            else:
+                results = self._session.run(self._outputs, {name: _usable(a) for name, a in arrays.items()})
+        except Exception as e:
+            free = any(isinstance(n, str) for s in self.segment.inputs for n in s.shape)
+            if free and isinstance(e, ort_state.InvalidArgument | ort_state.Fail | ort_state.RuntimeException):
+                shapes = {name: list(a.shape) for name, a in arrays.items()}
+                raise ShapeMismatch(
+                    f"segment {self.segment.id} cannot run with these shapes: {_sentence(e)}",
+                    segment=self.segment.id,
+                    got=shapes,
+                ) from e
+            raise RunFailed(f"segment {self.segment.id} failed: {_sentence(e)}", segment=self.segment.id) from e
+        return dict(zip(self._outputs, results, strict=True))
+
+
+def check_providers(providers: tuple[str, ...]) -> None:
+    """Refuse execution providers that this build of onnxruntime does not have.
+
+    Raises:
+        SettingsError: names the missing one and those there are.
+    """
+    available = ort.get_available_providers()
+    for provider in providers:
+        if provider not in available:
+            raise SettingsError(
+                f"the setting providers names {provider}; this onnxruntime has {', '.join(available)}",
+                variable="providers",
+                value=provider,
+            )
+
+
+def cpu_limit(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Whole CPUs that this process may use: its affinity and its container's quota, at least one.
+
+    onnxruntime itself counts the node's cores, and a container with a quota below that is throttled.
+    """
+    cpus = float(len(os.sched_getaffinity(0)))
+    try:
+        quota, period = (cgroup / "cpu.max").read_text().split()
+        if quota != "max":
+            cpus = min(cpus, int(quota) / int(period))
+    except (OSError, ValueError):
+        try:
+            quota_us = int((cgroup / "cpu/cpu.cfs_quota_us").read_text())
+            period_us = int((cgroup / "cpu/cpu.cfs_period_us").read_text())
+            if quota_us > 0:
+                cpus = min(cpus, quota_us / period_us)
+        except (OSError, ValueError):
+            pass  # no cgroup to read: the affinity stands
+    return max(1, int(cpus))
+
+
+def _usable(array: Array) -> Array:
+    """Itself, or a copy where the runtime cannot use its bytes as they lie: strided, or off the dtype's alignment."""
+    return np.require(array, requirements=("C", "A"))
+
+
+def _to_value(array: Array) -> Any:
+    if array.dtype == ml_dtypes.bfloat16:
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.ascontiguousarray(array).view(np.uint16), _BFLOAT16)
+    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+
+def _from_value(value: Any, spec: TensorSpec) -> Array:
+    if spec.dtype != "bfloat16":
+        found: Array = value.numpy()
+        return found
+    # No dtype of numpy's matches, so the bytes are read where they lie and copied.
+    count = math.prod(value.shape())
+    raw = ctypes.string_at(value.data_ptr(), count * 2)
+    return np.frombuffer(raw, ml_dtypes.bfloat16).reshape(value.shape())
+
+
+def _sentence(error: Exception) -> str:
+    """onnxruntime's message on one line, bounded: it can hold the model's whole path and pages of shapes."""
+    return " ".join(str(error).split())[:500]

@@ -1,0 +1,154 @@
+"""The segments that this process has loaded: each built once, kept warm, within a bound on memory."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass
+
+from isthmus.bundle import Segment
+from isthmus.context import Deadline
+from isthmus.errors import DeadlineExceeded, NotReady, SegmentTooLarge
+from isthmus.registry import SegmentSource
+from isthmus.runners import Array, Runner
+from isthmus.runners.ort import OrtRunner, check_providers, cpu_limit
+from isthmus.settings import SegmentSettings
+
+Key = tuple[str, str]
+"""A bundle's digest and a segment's id."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A segment in memory and what its weights weigh, in bytes."""
+
+    bundle: str
+    segment: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A run's outputs, and the seconds spent loading the segment, waiting for a CPU, and running."""
+
+    outputs: dict[str, Array]
+    load_s: float
+    wait_s: float
+    run_s: float
+
+
+@dataclass(frozen=True)
+class _Entry:
+    runner: Runner
+    bytes: int
+
+
+class SegmentStore:
+    """Loads a segment on first use and keeps it; drops the least recently used when the bound asks for room.
+
+    A load goes on in the background when the request that asked for it runs out of time, so the next one finds it.
+    As many runs go on at a time as the CPU limit holds of `threads` each; the others wait, up to their deadline.
+    """
+
+    def __init__(self, source: SegmentSource, settings: SegmentSettings) -> None:
+        check_providers(settings.providers)
+        cpus = cpu_limit()
+        self._source = source
+        self._settings = settings
+        self._threads = settings.threads or cpus
+        self._slots = threading.BoundedSemaphore(max(1, cpus // self._threads))
+        self._lock = threading.Lock()
+        self._loaded: OrderedDict[Key, _Entry] = OrderedDict()
+        self._loading: dict[Key, Future[Runner]] = {}
+        # One at a time, so that two loads never make the same room.
+        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
+
+    def runner(self, bundle: str, segment: str, deadline: Deadline) -> Runner:
+        """The loaded segment; loads it if need be, waiting no longer than the deadline.
+
+        Raises:
+            NotReady: still loading when the deadline passed.
+            SegmentTooLarge: its weights alone exceed `max_loaded_bytes`.
+            RegistryError, RunFailed: it could not be fetched, or not be loaded.
+        """
+        key = (bundle, segment)
+        with self._lock:
+            if (found := self._loaded.get(key)) is not None:
+                self._loaded.move_to_end(key)
+                return found.runner
+            if (loading := self._loading.get(key)) is None:
+                loading = self._loading[key] = self._loader.submit(self._load, key)
+        try:
+            return loading.result(timeout=deadline.remaining())
+        except FutureTimeout as e:
+            raise NotReady(f"segment {segment} is still loading", segment=segment, retry_after_s=1) from e
+
+    def run(self, bundle: str, segment: str, arrays: Mapping[str, Array], deadline: Deadline) -> Ran:
+        """Run a segment, loading it first if need be.
+
+        Raises:
+            DeadlineExceeded: no CPU was free in time.
+            And what `runner` and `Runner.run` raise.
+        """
+        began = time.perf_counter()
+        runner = self.runner(bundle, segment, deadline)
+        loaded = time.perf_counter()
+        with self._slot(deadline):
+            started = time.perf_counter()
+            outputs = runner.run(arrays)
+        return Ran(outputs, loaded - began, started - loaded, time.perf_counter() - started)
+
+    def loaded(self) -> list[Loaded]:
+        """What is in memory, least recently used first."""
+        with self._lock:
+            return [Loaded(b, s, entry.bytes) for (b, s), entry in self._loaded.items()]
+
+    @contextlib.contextmanager
+    def _slot(self, deadline: Deadline) -> Iterator[None]:
+        if not self._slots.acquire(timeout=deadline.remaining()):
+            raise DeadlineExceeded("the deadline passed before a CPU was free to run the segment")
+        try:
+            yield
+        finally:
+            self._slots.release()
+
+    def _load(self, key: Key) -> Runner:
+        try:
+            located = self._source.locate(*key)
+            try:
+                needed = sum(t.length for t in located.bundle.weight_ranges(located.segment))
+                self._make_room(needed, located.segment)
+                runner = OrtRunner(
+                    located.path, located.segment, providers=self._settings.providers, threads=self._threads
+                )
+            except BaseException:
+                located.release()
+                raise
+            # The cache may evict the files only once no session maps them.
+            weakref.finalize(runner, located.release)
+            with self._lock:
+                self._loaded[key] = _Entry(runner, needed)
+            return runner
+        finally:
+            with self._lock:
+                del self._loading[key]
+
+    def _make_room(self, needed: int, segment: Segment) -> None:
+        limit = self._settings.max_loaded_bytes
+        if needed > limit:
+            raise SegmentTooLarge(
+                f"segment {segment.id} weighs {needed} bytes; max_loaded_bytes is {limit}",
+                segment=segment.id,
+                bytes=needed,
+                limit=limit,
+                hint="raise max_loaded_bytes and the function's memory limit, or cut the model elsewhere",
+            )
+        with self._lock:
+            while self._loaded and needed + sum(entry.bytes for entry in self._loaded.values()) > limit:
+                self._loaded.popitem(last=False)

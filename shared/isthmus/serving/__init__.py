@@ -1,0 +1,21 @@
+"""The Flask apps: a segment's and the router's. Handlers call these factories and nothing else."""
+
+from __future__ import annotations
+
+from flask import Flask
+
+from isthmus.settings import RouterSettings, SegmentSettings
+
+
+def create_segment_app(settings: SegmentSettings) -> Flask:
+    """The app of a function that runs segments; see isthmus.serving.segment."""
+    from isthmus.serving.segment import create_segment_app as create
+
+    return create(settings)
+
+
+def create_router_app(settings: RouterSettings) -> Flask:
+    """The app that answers the world; see isthmus.serving.router. Imported apart, since it needs Pillow."""
+    from isthmus.serving.router import create_router_app as create
+
+    return create(settings)

@@ -1,0 +1,50 @@
+"""What a function tells Prometheus; docs/metrics.md lists the names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import choose_encoder
+
+_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+
+
+class Metrics:
+    """One function's metrics, in a collector registry of their own."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        r = self._registry
+        self.requests = Counter(
+            "isthmus_requests", "Requests answered, by endpoint and status.", ["endpoint", "code"], registry=r
+        )
+        self.request_seconds = Histogram(
+            "isthmus_request_seconds", "Time to answer a request.", ["endpoint"], buckets=_SECONDS, registry=r
+        )
+        self.stage_seconds = Histogram(
+            "isthmus_stage_seconds",
+            "Time in one stage of a request: decode, load, wait, run, encode, preprocess, a hop, postprocess.",
+            ["stage"],
+            buckets=_SECONDS,
+            registry=r,
+        )
+        self.in_flight = Gauge("isthmus_requests_in_flight", "Requests being worked on.", registry=r)
+        self.received = Counter("isthmus_received_bytes", "Bytes of request bodies.", registry=r)
+        self.sent = Counter("isthmus_sent_bytes", "Bytes of response bodies.", registry=r)
+        self.hop_sent = Counter("isthmus_hop_sent_bytes", "Bytes of frames sent to a hop.", ["hop"], registry=r)
+        self.hop_received = Counter(
+            "isthmus_hop_received_bytes", "Bytes of frames received from a hop.", ["hop"], registry=r
+        )
+        self.hop_errors = Counter(
+            "isthmus_hop_errors", "Calls to a hop that failed for good.", ["hop", "error"], registry=r
+        )
+
+    def gauge(self, name: str, help: str, read: Callable[[], float]) -> None:
+        """Add a gauge whose value is read when it is scraped."""
+        Gauge(name, help, registry=self._registry).set_function(read)
+
+    def expose(self, accept: str) -> tuple[bytes, str]:
+        """The exposition in the format that `accept` prefers, and its content type."""
+        encoder, content_type = choose_encoder(accept)
+        return encoder(self._registry), content_type

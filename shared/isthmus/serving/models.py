@@ -1,0 +1,94 @@
+"""The models that a router serves: what a name stands for now, kept for a while and through a registry's absence."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from isthmus.bundle import Bundle
+from isthmus.errors import RegistryUnavailable
+from isthmus.processing.classify import parse_labels
+from isthmus.registry import Registry
+
+MAX_KEPT = 256
+"""Names and label lists kept; names come from callers, so there must be an end."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """One version of a model, and its class names where it has any."""
+
+    name: str
+    version: str
+    digest: str
+    bundle: Bundle
+    labels: tuple[str, ...] | None
+
+
+@dataclass
+class _Kept:
+    model: Model
+    until: float
+    refreshing: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Models:
+    """Looks names up in the registry, each at most every `refresh_s`; while it is down, what is known stays."""
+
+    def __init__(self, registry: Registry, refresh_s: float, log: logging.Logger) -> None:
+        self._registry = registry
+        self._refresh_s = refresh_s
+        self._log = log
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[str, _Kept] = OrderedDict()
+
+    def get(self, reference: str) -> Model:
+        """The model of `NAME` or `NAME:VERSION`.
+
+        A name that is known is answered at once from memory; when its time is up, one caller asks the registry.
+
+        Raises:
+            Missing: no such model or version; names those that exist.
+            RegistryUnavailable: not known yet, and the registry does not answer.
+        """
+        with self._lock:
+            kept = self._kept.get(reference)
+        if kept is None:
+            return self._keep(reference)
+        if time.monotonic() > kept.until and kept.refreshing.acquire(blocking=False):
+            try:
+                return self._keep(reference)
+            except RegistryUnavailable as e:
+                self._log.warning("registry down; %s stays as known", reference, extra={"facts": {"error": e.message}})
+                kept.until = time.monotonic() + self._refresh_s
+            finally:
+                kept.refreshing.release()
+        return kept.model
+
+    def versions(self, name: str) -> list[str]:
+        """The versions of a model, oldest first."""
+        return self._registry.versions(name)
+
+    def names(self) -> list[str]:
+        """The models that there are."""
+        return self._registry.models()
+
+    def _keep(self, reference: str) -> Model:
+        found = self._registry.resolve(reference)
+        labels = found.bundle.labels
+        model = Model(
+            found.name,
+            found.version,
+            found.digest,
+            found.bundle,
+            None if labels is None else parse_labels(self._registry.blob(labels.digest, max_bytes=labels.size)),
+        )
+        with self._lock:
+            self._kept[reference] = _Kept(model, time.monotonic() + self._refresh_s)
+            self._kept.move_to_end(reference)
+            while len(self._kept) > MAX_KEPT:
+                self._kept.popitem(last=False)
+        return model

@@ -1,0 +1,61 @@
+"""Whether a function can answer: it loads what it was told to in the background and says so truthfully."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+from isthmus.errors import IsthmusError, NotReady
+
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 15.0
+
+
+class Readiness:
+    """Runs `prepare` in a thread until it succeeds once; before that, `check` refuses.
+
+    A registry that is down or a model that is not published yet is no reason to die: the platform would restart us
+    into the same. So failures are logged, told to whoever asks, and tried again.
+    """
+
+    def __init__(self, prepare: Callable[[], None], log: logging.Logger) -> None:
+        self._prepare = prepare
+        self._log = log
+        self._ready = threading.Event()
+        self._reason = "loading"
+
+    def start(self) -> None:
+        """Begin to prepare; called once, when everything that `prepare` uses is there."""
+        threading.Thread(target=self._work, name="prepare", daemon=True).start()
+
+    @property
+    def ready(self) -> bool:
+        """Whether everything that was asked for at start is loaded."""
+        return self._ready.is_set()
+
+    def check(self) -> None:
+        """Go on only when ready.
+
+        Raises:
+            NotReady: says what is still missing, and when to ask again.
+        """
+        if not self._ready.is_set():
+            raise NotReady(f"not ready: {self._reason}", retry_after_s=1)
+
+    def _work(self) -> None:
+        wait_s = _FIRST_WAIT_S
+        while True:
+            try:
+                self._prepare()
+            except IsthmusError as e:
+                self._reason = e.message
+                self._log.warning("not ready", extra={"facts": {"error": e.message, "again_in_s": wait_s}})
+            except Exception as e:
+                self._reason = "an unexpected error; the log has it"
+                self._log.error("not ready: %s", type(e).__name__, exc_info=True)
+            else:
+                self._ready.set()
+                self._log.info("ready")
+                return
+            threading.Event().wait(wait_s)
+            wait_s = min(_LONGEST_WAIT_S, wait_s * 2)

@@ -1,0 +1,79 @@
+"""The segment app: a frame in, the segment that it names, a frame out. edge-head and cloud-tail are both this."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from flask import Flask, Response
+
+from isthmus import frame as frames
+from isthmus.bundle import is_digest
+from isthmus.context import Deadline
+from isthmus.errors import RequestMalformed
+from isthmus.frame import Frame
+from isthmus.registry import BakedSegment, SegmentCache, SegmentSource, open_registry
+from isthmus.runners.store import SegmentStore
+from isthmus.serving.app import FunctionApp, Work
+from isthmus.serving.preload import LONGEST_LOAD_S, parse, preload
+from isthmus.settings import SegmentSettings
+
+
+def create_segment_app(settings: SegmentSettings) -> Flask:
+    """The app of a function that runs segments. It loads `settings.preload` in the background.
+
+    Raises:
+        SettingsError: a setting that only building can judge, such as an execution provider that is not there.
+    """
+    app = _SegmentApp(settings)
+    app.readiness.start()
+    return app.flask
+
+
+class _SegmentApp(FunctionApp):
+    def __init__(self, settings: SegmentSettings) -> None:
+        for entry in settings.preload:
+            parse(entry)
+        self._baked: BakedSegment | None = None
+        source: SegmentSource
+        if settings.segment_dir:
+            source = self._baked = BakedSegment(Path(settings.segment_dir))
+        else:
+            self._registry = open_registry(settings)
+            source = SegmentCache(self._registry, settings)
+        self._store = SegmentStore(source, settings)
+        super().__init__("segment", settings, self._prepare)
+        gauge_store(self, self._store)
+        self.work("/", self.run, "run")
+
+    def run(self, work: Work) -> Response:
+        """Run the segment that the frame names, on its tensors."""
+        start = time.perf_counter()
+        frame = frames.decode(work.body, max_bytes=self._settings.max_request_bytes)
+        if not is_digest(frame.bundle):
+            raise RequestMalformed(f"the frame names bundle {frame.bundle!r}; a bundle is a manifest's sha256 digest")
+        work.timings.add("decode", time.perf_counter() - start)
+        ran = self._store.run(frame.bundle, frame.segment, frame.tensors, work.context.deadline)
+        work.timings.add("load", ran.load_s)
+        work.timings.add("wait", ran.wait_s)
+        work.timings.add("run", ran.run_s)
+        start = time.perf_counter()
+        body = frames.encode(Frame(ran.outputs, frame.bundle, frame.segment, frame.request))
+        work.timings.add("encode", time.perf_counter() - start)
+        return Response(body, content_type=frames.CONTENT_TYPE)
+
+    def _prepare(self) -> None:
+        if self._baked is not None:
+            self._store.runner(*self._baked.key, Deadline.after(LONGEST_LOAD_S))
+        else:
+            preload(self._settings.preload, self._registry, self._store)
+
+
+def gauge_store(app: FunctionApp, store: SegmentStore) -> None:
+    """Tell Prometheus what `store` holds."""
+    app.metrics.gauge("isthmus_loaded_segments", "Segments in memory.", lambda: float(len(store.loaded())))
+    app.metrics.gauge(
+        "isthmus_loaded_bytes",
+        "Weights of the segments in memory.",
+        lambda: float(sum(s.bytes for s in store.loaded())),
+    )

@@ -1,0 +1,231 @@
+"""Serve `create_app()` of function/handler.py behind of-watchdog.
+
+The port is bound first and the app is made in the background, so that the watchdog finds a listener and `/_/ready` tells
+the truth: until the app is there, every request is answered 503 with Retry-After. A start that fails prints one line of
+JSON and exits with 1. SIGTERM is ignored: it reaches this process before the watchdog has drained the requests under
+way, and the watchdog ends this process when it has. SIGINT ends it at once.
+
+Environment: `upstream_url` (host and port to bind), `max_concurrency`, `max_request_bytes`, `log_level`. The app reads
+its own settings.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from waitress.channel import HTTPChannel
+from waitress.server import create_server
+from waitress.task import ErrorTask
+
+HERE = Path(__file__).resolve().parent
+MAX_LINE = 32 * 1024  # characters; the watchdog stops reading a function's log at a line of 64 KiB
+SPARE_THREADS = 2  # one for the readiness probe, one to refuse what exceeds max_concurrency
+RETRY_AFTER_S = 1
+WsgiApp = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
+
+_RECORD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+class BadStart(Exception):
+    """This process cannot start as configured; `facts` name the variable."""
+
+    def __init__(self, message: str, **facts: Any) -> None:
+        super().__init__(message)
+        self.facts = facts
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line, bounded; what a record carries as `extra` becomes its fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{record.msecs:03.0f}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": _short(record.getMessage()),
+        }
+        line.update({k: v for k, v in vars(record).items() if k not in _RECORD and k not in line})
+        if record.exc_info:
+            line["exception"] = _short("".join(traceback.format_exception(*record.exc_info)))
+        text = json.dumps(line, default=str)
+        if len(text) <= MAX_LINE:
+            return text
+        return json.dumps({k: line[k] for k in ("time", "level", "logger", "message")} | {"truncated": len(text)})
+
+
+class Door:
+    """The WSGI app from the first moment on: 503 until `open` is called with the function's own."""
+
+    def __init__(self) -> None:
+        self._app: WsgiApp | None = None
+
+    def open(self, app: WsgiApp) -> None:
+        self._app = app
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if self._app is not None:
+            return self._app(environ, start_response)
+        body = _error("this function is still loading; try again", "NotReady", retry_after_s=RETRY_AFTER_S)
+        start_response(
+            "503 Service Unavailable",
+            [
+                ("Content-Type", "application/json"),
+                ("Content-Length", str(len(body))),
+                ("Retry-After", str(RETRY_AFTER_S)),
+                ("Cache-Control", "no-store"),
+            ],
+        )
+        return [body]
+
+
+class JsonErrorTask(ErrorTask):  # type: ignore[misc, unused-ignore]  # waitress has no types
+    """What waitress refuses by itself (a body over the bound, a malformed request), as the JSON of our errors."""
+
+    def execute(self) -> None:
+        error = self.request.error
+        kind = "RequestTooLarge" if error.code == 413 else "RequestMalformed"
+        body = _error(f"{error.reason}: {error.body}"[:1000], kind)
+        self.status = f"{error.code} {error.reason}"
+        self.response_headers.append(("Content-Type", "application/json"))
+        self.set_close_on_finish()
+        self.content_length = len(body)
+        self.write(body)
+
+
+class Channel(HTTPChannel):  # type: ignore[misc, unused-ignore]
+    error_task_class = JsonErrorTask
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _log_as_json()
+    try:
+        server, door = _bind()
+    except BadStart as e:
+        _fail(e)
+    threading.Thread(target=_load, args=(door,), name="load", daemon=True).start()
+    server.run()  # returns on SIGINT
+
+
+def _bind() -> tuple[Any, Door]:
+    url = os.environ.get("upstream_url", "").strip() or "http://127.0.0.1:5000"
+    try:
+        parts = urlsplit(url if "//" in url else f"//{url}")
+        host, port = parts.hostname or "127.0.0.1", parts.port or 5000
+    except ValueError as e:
+        raise BadStart(f"upstream_url is {url!r}; it must be like http://127.0.0.1:5000", variable="upstream_url") from e
+    threads = _whole("max_concurrency", 32) + SPARE_THREADS
+    largest = _size("max_request_bytes", 64 * 2**20)
+    door = Door()
+    try:
+        server = create_server(
+            door,
+            host=host,
+            port=port,
+            threads=threads,
+            backlog=1024,
+            connection_limit=max(256, 4 * threads),
+            channel_timeout=120,  # the watchdog gives up an idle connection after 0.5 s, so never while it is being used
+            # A little over the app's own bound, so that the app refuses most oversize bodies and can say why.
+            max_request_body_size=largest + 2**20,
+            # Bodies stay in memory up to these; above, waitress writes them to a temporary file.
+            inbuf_overflow=largest + 2 * 2**20,
+            outbuf_overflow=largest + 2 * 2**20,
+            recv_bytes=256 * 1024,  # a 1.2 MB body is read in 5 pieces instead of 147: 3 ms less
+            asyncore_use_poll=True,  # select() ends at file descriptor 1023
+            ident=None,
+            clear_untrusted_proxy_headers=True,
+        )
+    except OSError as e:
+        raise BadStart(f"cannot listen on {host}:{port} (upstream_url): {e}", variable="upstream_url") from e
+    server.channel_class = Channel
+    return server, door
+
+
+def _load(door: Door) -> None:
+    started = time.monotonic()
+    for folder in (HERE, HERE / "function", HERE / "function" / "shared"):
+        if folder.is_dir():
+            sys.path.insert(0, str(folder))
+    try:
+        from function.handler import create_app  # type: ignore[import-not-found, unused-ignore]
+
+        door.open(create_app())
+    except BaseException as e:
+        _fail(e)
+    logging.getLogger("isthmus").info("serving", extra={"started_s": round(time.monotonic() - started, 3)})
+
+
+def _fail(error: BaseException) -> None:
+    """Say in one line why the start failed, and end the process whichever thread this is."""
+    facts = getattr(error, "facts", None)
+    if isinstance(facts, dict):
+        extra: dict[str, Any] = {f"fact_{k}" if k in _RECORD else k: v for k, v in facts.items()}
+        if hint := getattr(error, "hint", ""):
+            extra["hint"] = hint
+        trace = None
+    else:  # nobody understood it: say where it comes from
+        extra, trace = {}, (type(error), error, error.__traceback__)
+    message = f"cannot start: {type(error).__name__}: {error.args[0] if error.args else ''}"
+    logging.getLogger("isthmus").critical(message, extra=extra, exc_info=trace)
+    sys.stderr.flush()
+    os._exit(1)  # the main thread may be inside waitress's loop, which no exception of another thread ends
+
+
+def _log_as_json() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    level = os.environ.get("log_level", "").strip().upper()
+    root.setLevel(level if level in ("DEBUG", "INFO", "WARNING", "ERROR") else "INFO")
+    logging.getLogger("waitress.queue").setLevel("ERROR")  # it warns for each request that waits for a thread
+    for name in ("urllib3", "botocore", "boto3", "s3transfer"):
+        logging.getLogger(name).setLevel("WARNING")
+
+
+def _whole(name: str, default: int) -> int:
+    text = os.environ.get(name, "").strip()
+    try:
+        value = int(text) if text else default
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise BadStart(f"the setting {name} is {text!r}; it must be a whole number, at least 1", variable=name, value=text)
+    return value
+
+
+def _size(name: str, default: int) -> int:
+    """Bytes of `64MiB`, `512`, `1.5Gi`, as the function's own settings read them."""
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", text, re.IGNORECASE)
+    if not match:
+        raise BadStart(f"the setting {name} is {text!r}; it must be a size such as 64MiB", variable=name, value=text)
+    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 8000 else f"{text[:6000]} … {text[-1500:]}"
+
+
+def _error(message: str, kind: str, **facts: Any) -> bytes:
+    return json.dumps({"error": message, "type": kind, **facts}).encode()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""Hops over HTTP against real servers: what each failure means, what is tried again, and that nothing outlasts its deadline."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import urllib3
+from flask import Flask, Response, request
+from waitress.server import create_server
+
+from isthmus import frame as frames
+from isthmus.context import Context, Deadline, parse_duration
+from isthmus.errors import (
+    HopBusy,
+    HopError,
+    HopRejected,
+    HopTimeout,
+    HopUnavailable,
+    RequestMalformed,
+    ShapeMismatch,
+)
+from isthmus.frame import Frame
+from isthmus.hop import HttpHop
+
+FRAME = Frame({"x": np.arange(4, dtype="float32")}, "sha256:" + "0" * 64, "..1", "r1")
+ECHO = (200, {"Server-Timing": "decode;dur=0.1, run;dur=12.5, total;dur=13"}, None)
+Answer = tuple[int, dict[str, str], bytes | None]
+
+
+@contextmanager
+def server(answers: list[Answer]) -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """A function that gives each answer in turn and the last one ever after; None echoes the frame."""
+    seen: list[dict[str, str]] = []
+    app = Flask("hop")
+
+    @app.post("/")
+    def answer() -> Response:
+        status, headers, body = answers[min(len(seen), len(answers) - 1)]
+        seen.append(dict(request.headers))
+        return Response(request.get_data() if body is None else body, status, headers)
+
+    made = create_server(app, host="127.0.0.1", port=0, threads=2)
+    thread = threading.Thread(target=made.run, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{made.effective_port}/", seen
+    finally:
+        made.close()
+        thread.join(5)
+
+
+@contextmanager
+def raw_server(behave: Callable[[socket.socket], None]) -> Iterator[str]:
+    """A server that does to each connection whatever `behave` does."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def accept() -> None:
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                except OSError:
+                    return
+                with connection:
+                    behave(connection)
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def context(seconds: float = 5.0) -> Context:
+    return Context(Deadline.after(seconds), "call-1", "00-" + "a" * 32 + "-" + "b" * 16 + "-01", "vendor=1")
+
+
+@pytest.fixture
+def hop_to() -> Iterator[Callable[[str], HttpHop]]:
+    pool = urllib3.PoolManager()
+    yield lambda url: HttpHop(url, pool, attempts=3, connect_timeout_s=1.0, max_reply_bytes=2**20)
+    pool.clear()
+
+
+def test_a_frame_goes_there_and_back_with_the_requests_identity(hop_to: Callable[[str], HttpHop]) -> None:
+    with server([ECHO]) as (url, seen):
+        reply = hop_to(url).call(FRAME, context())
+    assert reply.frame.tensors["x"].tolist() == [0, 1, 2, 3]
+    assert reply.run_s == pytest.approx(0.0125)
+    assert reply.sent == reply.received == len(frames.encode(FRAME))
+    headers = seen[0]
+    assert headers["X-Call-Id"] == "call-1"
+    assert headers["Traceparent"] == "00-" + "a" * 32 + "-" + "b" * 16 + "-01"
+    assert headers["Tracestate"] == "vendor=1"
+    assert headers["Content-Type"] == frames.CONTENT_TYPE
+    assert 4 < parse_duration(headers["X-Timeout"]) <= 5
+    assert "Authorization" not in headers
+    assert "X-Callback-Url" not in headers
+
+
+def doc(type: str, **facts: object) -> bytes:
+    return json.dumps({"error": "it said so", "type": type, "facts": facts}).encode()
+
+
+WATCHDOG, PROXY, MIDDLEWARE = ({"X-OpenFaaS-Internal": v} for v in ("of-watchdog", "proxy", "faas-middleware"))
+TABLE: list[tuple[Answer, type[Exception], int]] = [
+    ((404, {}, b"error finding function cloud-tail.openfaas-fn"), HopRejected, 1),
+    ((502, {}, b""), HopUnavailable, 3),
+    ((503, PROXY, b"No endpoints available for: cloud-tail."), HopUnavailable, 3),
+    ((500, PROXY, b"Can't reach service for: cloud-tail."), HopUnavailable, 3),
+    ((500, WATCHDOG, b""), HopUnavailable, 3),
+    ((504, WATCHDOG, b""), HopTimeout, 1),
+    ((429, MIDDLEWARE, b"concurrency limit"), HopBusy, 3),
+    ((429, {"Retry-After": "3600"}, doc("Overloaded")), HopBusy, 1),
+    ((500, {}, doc("RunFailed")), HopRejected, 1),
+    ((400, {}, doc("FrameMalformed")), HopRejected, 1),
+    ((404, {}, doc("Missing")), HopRejected, 1),
+    ((400, {}, doc("ShapeMismatch")), ShapeMismatch, 1),
+    ((302, {"Location": "http://127.0.0.1:1/"}, b""), HopRejected, 1),
+    ((200, {}, b"<html>a login page</html>"), HopRejected, 1),
+    ((200, {}, bytes(2**20 + 1)), HopRejected, 1),
+]
+
+
+@pytest.mark.parametrize(("answer", "error", "tries"), TABLE, ids=lambda v: str(v)[:40])
+def test_each_answer_is_read_as_the_docs_say(
+    hop_to: Callable[[str], HttpHop], answer: Answer, error: type[HopError], tries: int
+) -> None:
+    with server([answer]) as (url, seen), pytest.raises(error) as e:
+        hop_to(url).call(FRAME, context())
+    assert len(seen) == tries
+    assert e.value.facts["hop"] == url
+
+
+def test_a_hop_that_comes_back_is_reached_by_a_later_try(hop_to: Callable[[str], HttpHop]) -> None:
+    with server([(503, PROXY, b"No endpoints"), (500, WATCHDOG, b""), ECHO]) as (url, seen):
+        assert hop_to(url).call(FRAME, context()).frame.segment == "..1"
+    assert len(seen) == 3
+
+
+def test_retry_after_is_honoured(hop_to: Callable[[str], HttpHop]) -> None:
+    with server([(503, {"Retry-After": "1"}, doc("NotReady")), ECHO]) as (url, _):
+        start = time.monotonic()
+        hop_to(url).call(FRAME, context())
+    assert time.monotonic() - start >= 1.0
+
+
+def test_nothing_listening_is_unavailable_and_names_the_hop(hop_to: Callable[[str], HttpHop]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        url = f"http://127.0.0.1:{s.getsockname()[1]}/"
+    with pytest.raises(HopUnavailable) as e:
+        hop_to(url).call(FRAME, context())
+    assert url in e.value.message
+    assert "refused" in e.value.message
+
+
+def test_a_broken_connection_is_unavailable(hop_to: Callable[[str], HttpHop]) -> None:
+    def cut_off(c: socket.socket) -> None:
+        c.recv(65536)
+        c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nhalf")
+
+    with raw_server(cut_off) as url, pytest.raises(HopUnavailable):
+        hop_to(url).call(FRAME, context())
+
+
+def silent(c: socket.socket) -> None:
+    c.recv(65536)
+    time.sleep(1.5)
+
+
+def dripping(c: socket.socket) -> None:
+    c.recv(65536)
+    c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+    try:
+        for _ in range(20):
+            time.sleep(0.1)
+            c.sendall(b"x")
+    except OSError:
+        pass
+
+
+@pytest.mark.parametrize("behave", [silent, dripping])
+def test_no_answer_outlasts_the_deadline(
+    hop_to: Callable[[str], HttpHop], behave: Callable[[socket.socket], None]
+) -> None:
+    with raw_server(behave) as url:
+        start = time.monotonic()
+        with pytest.raises(HopTimeout) as e:
+            hop_to(url).call(FRAME, context(0.4))
+        assert time.monotonic() - start < 1.2
+    assert e.value.facts["hop"] == url
+
+
+def test_a_deadline_that_has_passed_calls_nobody(hop_to: Callable[[str], HttpHop]) -> None:
+    with server([ECHO]) as (url, seen), pytest.raises(HopTimeout):
+        hop_to(url).call(FRAME, context(0))
+    assert not seen
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("1500ms", 1.5), ("2s", 2), ("1m30s", 90), ("1.5h", 5400), ("250us", 0.00025)]
+)
+def test_durations_are_gos(text: str, seconds: float) -> None:
+    assert parse_duration(text) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("text", ["", "5", "s", "-1s", "1 s", "1s2", "9" * 40 + "s"])
+def test_what_is_no_duration_is_refused(text: str) -> None:
+    with pytest.raises(RequestMalformed):
+        parse_duration(text)
+
+
+def test_a_context_keeps_what_is_valid_and_makes_the_rest_anew() -> None:
+    trace = "00-" + "c" * 32 + "-" + "d" * 16 + "-00"
+    kept = Context.from_headers({"X-Call-Id": "me", "traceparent": trace, "X-Timeout": "1s"}, longest_s=9)
+    assert (kept.call_id, kept.traceparent) == ("me", trace)
+    assert 0.5 < kept.deadline.remaining() <= 1
+    made = Context.from_headers({"X-Call-Id": "a\nb", "traceparent": "00-0-0-0", "X-Timeout": "1h"}, longest_s=9)
+    assert made.call_id != "a\nb"
+    assert made.traceparent.startswith("00-")
+    assert 8 < made.deadline.remaining() <= 9

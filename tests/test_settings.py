@@ -1,0 +1,89 @@
+"""Settings from the environment, and the docs that list them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import pytest
+
+from isthmus.errors import SettingsError
+from isthmus.settings import RouterSettings, SegmentSettings, parse_size
+
+DOCS = Path(__file__).parent.parent / "docs" / "settings.md"
+
+
+def test_defaults_stand_where_the_environment_is_silent_or_empty() -> None:
+    made = SegmentSettings.from_env({"registry": "/r", "threads": ""})
+    assert (made.registry, made.threads, made.providers) == ("/r", 0, ("CPUExecutionProvider",))
+
+
+def test_values_are_read_by_their_type() -> None:
+    made = RouterSettings.from_env(
+        {
+            "registry": " s3://b/p ",
+            "model": "m",
+            "hops": "local, http://t ,",
+            "cache_bytes": "1.5GiB",
+            "deadline_s": "2.5",
+        }
+    )
+    assert made.registry == "s3://b/p"
+    assert made.hops == ("local", "http://t")
+    assert made.cache_bytes == 3 * 2**29
+    assert made.deadline_s == 2.5
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("threads", "two"),
+        ("threads", "-1"),
+        ("cache_bytes", "lots"),
+        ("cache_bytes", "5 parsecs"),
+        ("deadline_s", "soon"),
+        ("deadline_s", "nan"),
+        ("deadline_s", "-1"),
+        ("max_concurrency", "0"),
+        ("log_level", "loud"),
+        ("registry", ""),
+    ],
+)
+def test_a_bad_value_stops_the_start_and_names_the_variable(variable: str, value: str) -> None:
+    with pytest.raises(SettingsError) as e:
+        SegmentSettings.from_env({"registry": "/r"} | {variable: value})
+    assert e.value.facts["variable"] == variable
+    assert variable in e.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("512", 512), ("64KiB", 65536), ("200MB", 200_000_000), ("1.5Gi", 1610612736), ("2g", 2 * 10**9), ("7 b", 7)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+def test_the_docs_list_every_setting_with_its_default_and_meaning() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", DOCS.read_text(), re.MULTILINE))
+    known = {f.name: f for f in fields(RouterSettings)}
+    assert rows.keys() == known.keys()
+    for name, row in rows.items():
+        default, _, meaning = row.partition(" | ")
+        assert meaning == known[name].metadata["help"].replace("|", "\\|")
+        assert default == shown(known[name].default)
+
+
+def shown(default: object) -> str:
+    if default is MISSING:
+        return "required"
+    return f"`{','.join(default) if isinstance(default, tuple) else default}`" if default not in ("", ()) else "empty"
+
+
+if __name__ == "__main__":  # prints docs/settings.md's tables anew
+    for cls in (RouterSettings.__mro__[2], SegmentSettings, RouterSettings):
+        print(f"\n## {cls.__name__}\n\n| variable | default | what |\n|---|---|---|")  # noqa: T201
+        for f in fields(cls):
+            if f.name in cls.__annotations__:
+                print(f"| `{f.name}` | {shown(f.default)} | {f.metadata['help']} |")  # noqa: T201

@@ -1,4 +1,4 @@
-"""Hops over HTTP against real servers: what each failure means, what is tried again, and that nothing outlasts its deadline."""
+"""Hops over HTTP against real servers: what each failure means, what is tried again, and when it must end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import urllib3
 from flask import Flask, Response, request
-from waitress.server import create_server
+from werkzeug.serving import make_server
 
 from isthmus import frame as frames
 from isthmus.context import Context, Deadline, parse_duration
@@ -46,14 +46,15 @@ def server(answers: list[Answer]) -> Iterator[tuple[str, list[dict[str, str]]]]:
         seen.append(dict(request.headers))
         return Response(request.get_data() if body is None else body, status, headers)
 
-    made = create_server(app, host="127.0.0.1", port=0, threads=2)
-    thread = threading.Thread(target=made.run, daemon=True)
+    made = make_server("127.0.0.1", 0, app, threaded=True)
+    thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{made.effective_port}/", seen
+        yield f"http://127.0.0.1:{made.server_port}/", seen
     finally:
-        made.close()
+        made.shutdown()
         thread.join(5)
+        made.server_close()
 
 
 @contextmanager

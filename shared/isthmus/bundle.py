@@ -22,6 +22,9 @@ WHOLE = ".."
 """The segment id of the uncut model: from its inputs to its outputs."""
 
 Dim: TypeAlias = int | str
+ANY = "?"
+"""A free dimension without a name: it need not agree with any other."""
+
 _NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
 _CUT = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_-]{0,62})")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")

@@ -6,9 +6,8 @@ import re
 import secrets
 import time
 import uuid
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Protocol, Self
 
 from isthmus.errors import DeadlineExceeded, RequestMalformed
 
@@ -55,6 +54,14 @@ class Deadline:
             raise DeadlineExceeded(f"the deadline passed before {doing}")
 
 
+class Headers(Protocol):
+    """A request's headers, looked up in any case."""
+
+    def get(self, key: str, default: str, /) -> str:
+        """The header's value, or the default."""
+        ...
+
+
 @dataclass(frozen=True)
 class Context:
     """One request's identity: OpenFaaS's X-Call-Id, W3C's traceparent and tracestate, and the deadline."""
@@ -65,7 +72,7 @@ class Context:
     tracestate: str = ""
 
     @classmethod
-    def from_headers(cls, headers: Mapping[str, str], *, longest_s: float) -> Self:
+    def from_headers(cls, headers: Headers, *, longest_s: float) -> Self:
         """Read the caller's headers; what is missing or malformed is made anew, as W3C Trace Context asks.
 
         Units: longest_s is the longest this function may take; X-Timeout shortens it and never lengthens it.

@@ -100,7 +100,7 @@ class RegistryUnavailable(RegistryError):
 
 
 class CacheFull(RegistryError):
-    """A segment does not fit the local cache: its bound or the disk; facts: `cache_dir`, `bytes`, `limit` (None: the disk)."""
+    """A segment does not fit the local cache, or its disk; facts: `cache_dir`, `bytes`, `limit`."""
 
 
 class SegmentError(IsthmusError):

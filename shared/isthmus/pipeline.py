@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from isthmus.bundle import Bundle, Segment
 from isthmus.context import Context
@@ -43,6 +44,18 @@ class Stage:
     received: int
     tensor_bytes: int
 
+    def document(self) -> dict[str, Any]:
+        """This stage as answers show it, times in milliseconds."""
+        return {
+            "segment": self.segment,
+            "hop": self.hop,
+            "ms": round(self.total_s * 1000, 3),
+            "run_ms": round(self.run_s * 1000, 3),
+            "sent_bytes": self.sent,
+            "received_bytes": self.received,
+            "input_bytes": self.tensor_bytes,
+        }
+
 
 @dataclass(frozen=True)
 class Result:
@@ -55,6 +68,10 @@ class Result:
     def crossed_bytes(self) -> int:
         """Bytes of tensors handed from one segment to the next, unpacked; 0 for an uncut model."""
         return sum(stage.tensor_bytes for stage in self.stages[1:])
+
+    def facts(self) -> dict[str, Any]:
+        """The route as an Open Inference Protocol answer's parameters tell it."""
+        return {"segments": ",".join(s.segment for s in self.stages), "crossed_bytes": self.crossed_bytes}
 
 
 def plan_route(digest: str, bundle: Bundle, hops: tuple[Hop, ...], cuts: tuple[str, ...] | None = None) -> Route:

@@ -1,9 +1,9 @@
 """Serve `create_app()` of function/handler.py behind of-watchdog.
 
-The port is bound first and the app is made in the background, so that the watchdog finds a listener and `/_/ready` tells
-the truth: until the app is there, every request is answered 503 with Retry-After. A start that fails prints one line of
-JSON and exits with 1. SIGTERM is ignored: it reaches this process before the watchdog has drained the requests under
-way, and the watchdog ends this process when it has. SIGINT ends it at once.
+The port is bound first and the app is made in the background, so that the watchdog finds a listener and `/_/ready`
+tells the truth: until the app is there, every request is answered 503 with Retry-After. A start that fails prints one
+line of JSON and exits with 1. SIGTERM is ignored: it reaches this process before the watchdog has drained the requests
+under way, and the watchdog ends this process when it has. SIGINT ends it at once.
 
 Environment: `upstream_url` (host and port to bind), `max_concurrency`, `max_request_bytes`, `log_level`. The app reads
 its own settings.
@@ -20,14 +20,14 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from waitress.channel import HTTPChannel
-from waitress.server import create_server
-from waitress.task import ErrorTask
+from waitress.channel import HTTPChannel  # type: ignore[import-untyped]
+from waitress.server import create_server  # type: ignore[import-untyped]
+from waitress.task import ErrorTask  # type: ignore[import-untyped]
 
 HERE = Path(__file__).resolve().parent
 MAX_LINE = 32 * 1024  # characters; the watchdog stops reading a function's log at a line of 64 KiB
@@ -35,7 +35,6 @@ SPARE_THREADS = 2  # one for the readiness probe, one to refuse what exceeds max
 RETRY_AFTER_S = 1
 WsgiApp = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
-_RECORD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
@@ -48,7 +47,7 @@ class BadStart(Exception):
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line, bounded; what a record carries as `extra` becomes its fields."""
+    """One JSON object a line, bounded; a record's `facts` become fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -56,8 +55,8 @@ class JsonLines(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": _short(record.getMessage()),
+            **getattr(record, "facts", {}),
         }
-        line.update({k: v for k, v in vars(record).items() if k not in _RECORD and k not in line})
         if record.exc_info:
             line["exception"] = _short("".join(traceback.format_exception(*record.exc_info)))
         text = json.dumps(line, default=str)
@@ -91,7 +90,7 @@ class Door:
         return [body]
 
 
-class JsonErrorTask(ErrorTask):  # type: ignore[misc, unused-ignore]  # waitress has no types
+class JsonErrorTask(ErrorTask):  # type: ignore[misc]
     """What waitress refuses by itself (a body over the bound, a malformed request), as the JSON of our errors."""
 
     def execute(self) -> None:
@@ -105,7 +104,7 @@ class JsonErrorTask(ErrorTask):  # type: ignore[misc, unused-ignore]  # waitress
         self.write(body)
 
 
-class Channel(HTTPChannel):  # type: ignore[misc, unused-ignore]
+class Channel(HTTPChannel):  # type: ignore[misc]
     error_task_class = JsonErrorTask
 
 
@@ -121,12 +120,14 @@ def main() -> None:
 
 
 def _bind() -> tuple[Any, Door]:
-    url = os.environ.get("upstream_url", "").strip() or "http://127.0.0.1:5000"
+    url = _env("upstream_url") or "http://127.0.0.1:5000"
     try:
         parts = urlsplit(url if "//" in url else f"//{url}")
         host, port = parts.hostname or "127.0.0.1", parts.port or 5000
     except ValueError as e:
-        raise BadStart(f"upstream_url is {url!r}; it must be like http://127.0.0.1:5000", variable="upstream_url") from e
+        raise BadStart(
+            f"upstream_url is {url!r}; it must be like http://127.0.0.1:5000", variable="upstream_url"
+        ) from e
     threads = _whole("max_concurrency", 32) + SPARE_THREADS
     largest = _size("max_request_bytes", 64 * 2**20)
     door = Door()
@@ -138,7 +139,7 @@ def _bind() -> tuple[Any, Door]:
             threads=threads,
             backlog=1024,
             connection_limit=max(256, 4 * threads),
-            channel_timeout=120,  # the watchdog gives up an idle connection after 0.5 s, so never while it is being used
+            channel_timeout=120,  # seconds; the watchdog gives an idle connection up after 0.5, so it never meets this
             # A little over the app's own bound, so that the app refuses most oversize bodies and can say why.
             max_request_body_size=largest + 2**20,
             # Bodies stay in memory up to these; above, waitress writes them to a temporary file.
@@ -161,26 +162,24 @@ def _load(door: Door) -> None:
         if folder.is_dir():
             sys.path.insert(0, str(folder))
     try:
-        from function.handler import create_app  # type: ignore[import-not-found, unused-ignore]
+        from function.handler import create_app
 
         door.open(create_app())
     except BaseException as e:
         _fail(e)
-    logging.getLogger("isthmus").info("serving", extra={"started_s": round(time.monotonic() - started, 3)})
+    logging.getLogger("index").info("serving", extra={"facts": {"after_s": round(time.monotonic() - started, 3)}})
 
 
 def _fail(error: BaseException) -> None:
     """Say in one line why the start failed, and end the process whichever thread this is."""
-    facts = getattr(error, "facts", None)
-    if isinstance(facts, dict):
-        extra: dict[str, Any] = {f"fact_{k}" if k in _RECORD else k: v for k, v in facts.items()}
-        if hint := getattr(error, "hint", ""):
-            extra["hint"] = hint
-        trace = None
-    else:  # nobody understood it: say where it comes from
-        extra, trace = {}, (type(error), error, error.__traceback__)
+    known = getattr(error, "facts", None)
+    understood = isinstance(known, Mapping)
+    facts = dict(known) if isinstance(known, Mapping) else {}
     message = f"cannot start: {type(error).__name__}: {error.args[0] if error.args else ''}"
-    logging.getLogger("isthmus").critical(message, extra=extra, exc_info=trace)
+    if hint := getattr(error, "hint", ""):
+        message += f"; {hint}"
+    trace = None if understood else (type(error), error, error.__traceback__)
+    logging.getLogger("index").critical(message, extra={"facts": facts}, exc_info=trace)
     sys.stderr.flush()
     os._exit(1)  # the main thread may be inside waitress's loop, which no exception of another thread ends
 
@@ -190,27 +189,31 @@ def _log_as_json() -> None:
     handler.setFormatter(JsonLines())
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    level = os.environ.get("log_level", "").strip().upper()
+    level = _env("log_level").upper()
     root.setLevel(level if level in ("DEBUG", "INFO", "WARNING", "ERROR") else "INFO")
     logging.getLogger("waitress.queue").setLevel("ERROR")  # it warns for each request that waits for a thread
     for name in ("urllib3", "botocore", "boto3", "s3transfer"):
         logging.getLogger(name).setLevel("WARNING")
 
 
+def _env(name: str) -> str:
+    return os.environ.get(name, "").strip()
+
+
 def _whole(name: str, default: int) -> int:
-    text = os.environ.get(name, "").strip()
+    text = _env(name)
     try:
         value = int(text) if text else default
     except ValueError:
         value = 0
     if value < 1:
-        raise BadStart(f"the setting {name} is {text!r}; it must be a whole number, at least 1", variable=name, value=text)
+        raise BadStart(f"the setting {name} is {text!r}; it must be a whole number from 1", variable=name, value=text)
     return value
 
 
 def _size(name: str, default: int) -> int:
     """Bytes of `64MiB`, `512`, `1.5Gi`, as the function's own settings read them."""
-    text = os.environ.get(name, "").strip()
+    text = _env(name)
     if not text:
         return default
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", text, re.IGNORECASE)
@@ -224,7 +227,7 @@ def _short(text: str) -> str:
 
 
 def _error(message: str, kind: str, **facts: Any) -> bytes:
-    return json.dumps({"error": message, "type": kind, **facts}).encode()
+    return json.dumps({"error": message, "type": kind, "facts": facts}).encode()
 
 
 if __name__ == "__main__":

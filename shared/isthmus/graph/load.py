@@ -14,7 +14,7 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx_ir.passes import common
 
 from isthmus.errors import ModelError
@@ -192,7 +192,7 @@ def _merge_equal_initialisers(graph: ir.Graph) -> None:
 
 
 def _name_apart(model: ir.Model) -> None:
-    """Give every value and node of the graph and its bodies a name that no other has; inputs and outputs keep theirs."""
+    """Give every value and node of the graph and its bodies a name of its own; inputs and outputs keep theirs."""
     taken: set[str] = set()
     seen: set[ir.Value] = set()
 

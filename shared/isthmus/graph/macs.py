@@ -1,6 +1,6 @@
 """Multiply-accumulates of a node, from the shapes of what it reads and makes; 0 for anything elementwise.
 
-An estimate for pruning candidates, not a cost: what a node really takes is measured. A shape that is not known counts 0.
+An estimate for pruning candidates, not a cost: what a node really takes is measured. An unknown shape counts 0.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _input(node: ir.Node, index: int, shapes: Shapes) -> tuple[int, ...] | None:
 
 
 def _output(node: ir.Node, shapes: Shapes) -> tuple[int, ...] | None:
-    return next((shapes[v.name] for v in node.outputs if v.name in shapes), None)
+    return next((shapes[str(v.name)] for v in node.outputs if v.name in shapes), None)
 
 
 def _conv(weight: int) -> Callable[[ir.Node, Shapes], int]:

@@ -36,11 +36,12 @@ class Model:
 
     `nodes` are in topological order; `uses[i]` are the graph's values that node i or its bodies read. A value is
     *static* when no graph input and no random operator reaches it: whoever needs one computes it anew, so it never
-    crosses a cut. `dynamic[i]` says that node i is not static. `specs` hold every dynamic value that is a plain tensor,
-    with its free dimensions; `shapes` the same values' shapes under `binding`, which bytes and MACs are counted for.
+    crosses a cut. `dynamic[i]` says that node i is not static. `specs` hold every dynamic value and output that is a
+    plain tensor, with its free dimensions; `shapes` the same values' shapes under `binding`, for which bytes and MACs
+    are counted.
     """
 
-    ir: ir.Model
+    document: ir.Model
     nodes: tuple[ir.Node, ...]
     uses: tuple[tuple[ir.Value, ...], ...]
     dynamic: tuple[bool, ...]
@@ -50,12 +51,16 @@ class Model:
     binding: Mapping[str, tuple[int, ...]]
 
     @property
+    def graph(self) -> ir.Graph:
+        return self.document.graph
+
+    @property
     def inputs(self) -> tuple[ir.Value, ...]:
-        return tuple(self.ir.graph.inputs)
+        return tuple(self.graph.inputs)
 
     @property
     def outputs(self) -> tuple[ir.Value, ...]:
-        return tuple(self.ir.graph.outputs)
+        return tuple(self.graph.outputs)
 
     @cached_property
     def positions(self) -> Mapping[ir.Node, int]:
@@ -65,7 +70,7 @@ class Model:
     @cached_property
     def values(self) -> Mapping[str, ir.Value]:
         """The graph's values by name, initialisers included, those inside bodies not."""
-        found = {str(v.name): v for v in (*self.inputs, *self.ir.graph.initializers.values())}
+        found = {str(v.name): v for v in (*self.inputs, *self.graph.initializers.values())}
         found.update((v.name, v) for node in self.nodes for v in node.outputs if v.name)
         return found
 
@@ -128,7 +133,12 @@ def open_model(
     nodes = tuple(model.graph)
     uses = tuple(tuple(_uses(node, model.graph)) for node in nodes)
     dynamic = _dynamic(nodes, uses)
-    wanted = [v for node, keep in zip(nodes, dynamic, strict=True) if keep for v in node.outputs if v.name]
+    wanted = [
+        v
+        for node, keep in zip(nodes, dynamic, strict=True)
+        for v in node.outputs
+        if v.name and (keep or v.is_graph_output())
+    ]
     types = shapes.infer(model, wanted, bound, examples or {})
     counts = tuple(macs.of_node(node, types.bound) if keep else 0 for node, keep in zip(nodes, dynamic, strict=True))
     return Model(model, nodes, uses, dynamic, types.specs, types.shapes, counts, bound)

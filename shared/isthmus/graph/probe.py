@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import onnxruntime as ort  # type: ignore[import-untyped]
+import onnxruntime as ort
 
 from isthmus.errors import ModelError
 
@@ -77,7 +77,9 @@ def _session(graph: ir.Graph, model: ir.Model) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
-    folders = {str(t.base_dir) for v in graph.initializers.values() if isinstance(t := v.const_value, ir.ExternalTensor)}
+    folders = {
+        str(t.base_dir) for v in graph.initializers.values() if isinstance(t := v.const_value, ir.ExternalTensor)
+    }
     for folder in folders:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     proto = ir.serde.serialize_model(ir.Model(graph, ir_version=model.ir_version))

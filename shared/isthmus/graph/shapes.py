@@ -140,7 +140,9 @@ def freeze(model: ir.Model, bound: Mapping[str, tuple[int, ...]]) -> None:
         part = shape[None if start is None else start.as_int() : None if stop is None else stop.as_int()]
         name = str(node.outputs[0].name)
         tensor = ir.tensor(np.array(part if node.op_type == "Shape" else math.prod(shape), np.int64), name=name)
-        constant = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+        constant = ir.Value(
+            name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
+        )
         node.outputs[0].replace_all_uses_with(constant)
         model.graph.remove(node, safe=True)
         model.graph.register_initializer(constant)
@@ -200,7 +202,9 @@ def _declared(graph: onnx.GraphProto) -> Iterable[tuple[str, tuple[str | None, t
 
 def _spec_dims(value: ir.Value, inferred: tuple[Dim, ...] | None, actual: tuple[int, ...]) -> tuple[Dim, ...]:
     declared = dims(value) if value.is_graph_input() or value.is_graph_output() else None
-    names: tuple[Dim, ...] = declared if declared is not None and len(declared) == len(actual) else (FREE,) * len(actual)
+    names: tuple[Dim, ...] = (
+        declared if declared is not None and len(declared) == len(actual) else (FREE,) * len(actual)
+    )
     if value.is_graph_input():
         return names
     if inferred is None or len(inferred) != len(actual):
@@ -209,7 +213,7 @@ def _spec_dims(value: ir.Value, inferred: tuple[Dim, ...] | None, actual: tuple[
     for known, declared_dim, n in zip(inferred, names, actual, strict=True):
         if isinstance(known, int):
             merged.append(known if known == n else FREE)
-        elif isinstance(declared_dim, str) and declared_dim != FREE:
+        elif declared_dim != FREE and declared_dim in (n, str(declared_dim)):
             merged.append(declared_dim)
         else:
             merged.append(FREE if known.startswith("unk__") else known)

@@ -85,9 +85,7 @@ def placed(places: Mapping[str, WeightTensor], value: ir.Value) -> ir.ExternalTe
     if place is None:
         raise ModelError(f"the weights file has no tensor {value.name!r}", tensor=value.name)
     shape = ir.Shape(tensor.shape.numpy())
-    return ir.ExternalTensor(
-        LOCATION, place.offset, place.length, tensor.dtype, shape=shape, name=str(value.name)
-    )
+    return ir.ExternalTensor(LOCATION, place.offset, place.length, tensor.dtype, shape=shape, name=str(value.name))
 
 
 def ends(tensor: ir.TensorProtocol) -> bytes:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
 from isthmus.bundle import MAX_MANIFEST_BYTES, Blob, Bundle, digest_of, is_digest
 from isthmus.errors import Missing, RegistryError, SettingsError
-from isthmus.registry.registry import corrupt, read_manifest
+from isthmus.registry.content import corrupt, file_digest, read_manifest
 from isthmus.registry.source import Located
 
 MANIFEST, SEGMENT, GRAPH, WEIGHTS = "manifest.json", "segment.json", "segment.onnx", "weights.bin"
@@ -59,9 +58,8 @@ class BakedSegment:
 
     def _verify(self, name: str, blob: Blob) -> None:
         path = self._folder / name
-        with path.open("rb") as f:
-            if f"sha256:{hashlib.file_digest(f, 'sha256').hexdigest()}" != blob.digest:
-                raise corrupt(str(path), blob.digest)
+        if file_digest(path) != blob.digest:
+            raise corrupt(str(path), blob.digest)
 
     def _missing(self, kind: str, name: str, held: str) -> Missing:
         return Missing(

@@ -1,7 +1,7 @@
 """Where bytes live: keys, and the one Protocol that a folder and S3 both fulfil.
 
-A store makes one try. It raises our errors, never its library's: `Missing`, `Denied`, `Corrupt` for content shorter than
-asked for, and `RegistryUnavailable` for everything that another try may mend. isthmus.registry.patience tries again.
+A store makes one try. It raises our errors, never its library's: `Missing`, `Denied`, `Corrupt` for content shorter
+than asked for, and `RegistryUnavailable` for what another try may mend. isthmus.registry.patience tries again.
 """
 
 from __future__ import annotations

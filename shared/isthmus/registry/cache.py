@@ -1,24 +1,23 @@
-"""Segments on this machine: what a segment needs of a bundle, and no more, fetched once and verified whenever it is used."""
+"""Segments on this machine: what a segment needs of a bundle and no more, fetched once, verified at every use."""
 
 from __future__ import annotations
 
 import errno
 import os
-import threading
-from collections import OrderedDict
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from isthmus.bundle import Blob, Bundle, Segment, WeightTensor, digest_of
 from isthmus.errors import CacheFull, RegistryError, SettingsError
+from isthmus.registry.content import Bundles, blob_key, corrupt
 from isthmus.registry.patience import in_parallel
-from isthmus.registry.registry import Registry, blob_key, corrupt, read_manifest
+from isthmus.registry.registry import Registry
 from isthmus.registry.source import Located, Progress
 from isthmus.registry.space import Space
 from isthmus.registry.weights import READ_BYTES, Batch, WeightsFile, batches, disk_bytes, parts, write_whole
 
-_BUNDLES = 16
 _RECORD_BYTES = 64 * 2**20
 _SLACK_BYTES = 2**16
 """What a folder's ledger and its own blocks may take."""
@@ -38,11 +37,10 @@ class SegmentCache:
         self._registry = registry
         self._dir, self._limit = Path(cache_dir).absolute(), cache_bytes
         self._space = Space(self._dir, cache_bytes)
-        self._bundles: OrderedDict[str, Bundle] = OrderedDict()
-        self._lock = threading.Lock()
+        self._bundles = Bundles()
         with self._disk():
             (self._dir / "locks").mkdir(parents=True, exist_ok=True)
-            write_whole(self._dir / "locks" / "room", b"")
+            tempfile.TemporaryFile(dir=self._dir).close()
 
     def bundle(self, digest: str) -> Bundle:
         """The bundle of that digest, from memory, this cache or the registry.
@@ -50,16 +48,9 @@ class SegmentCache:
         Raises:
             Missing, Denied, Corrupt, RegistryUnavailable: what the registry said.
         """
-        with self._lock:
-            if (known := self._bundles.get(digest)) is not None:
-                self._bundles.move_to_end(digest)
-                return known
-        found = read_manifest(self._small("manifests", ".json", digest, lambda: self._registry.manifest(digest)))
-        with self._lock:
-            self._bundles[digest] = found
-            if len(self._bundles) > _BUNDLES:
-                self._bundles.popitem(last=False)
-        return found
+        return self._bundles.get(
+            digest, lambda d: self._small("manifests", ".json", d, lambda: self._registry.manifest(d))
+        )
 
     def blob(self, blob: Blob) -> bytes:
         """A small blob's bytes, such as a model's labels, verified."""
@@ -68,7 +59,7 @@ class SegmentCache:
     def locate(self, bundle_digest: str, segment_id: str, *, progress: Progress | None = None) -> Located:
         """A segment's graph and weights, complete, verified just now, and held until they are released.
 
-        Only what is not here, or no longer what it was, is fetched; another process that fetches the same is waited for.
+        Only what is not here, or no longer what it was, is fetched; a process that fetches the same is waited for.
 
         Raises:
             Missing: no such bundle or segment.

@@ -66,12 +66,8 @@ class FolderStore:
             self._place(key, lambda f: shutil.copyfileobj(source, f, 2**20), os.replace)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        try:
-            # A hard link fails where the name is taken, also when another process took it a moment ago.
-            self._place(key, lambda f: f.write(data), os.link)
-        except FileExistsError:
-            return False
-        return True
+        # A hard link fails where the name is taken, also when another process took it a moment ago.
+        return self._place(key, lambda f: f.write(data), os.link)
 
     def delete(self, key: str) -> None:
         with self._errors(key):
@@ -92,7 +88,8 @@ class FolderStore:
     def _path(self, key: str) -> Path:
         return self._root / check_key(key)
 
-    def _place(self, key: str, write: Callable[[BinaryIO], object], into_place: Callable[[str, Path], None]) -> None:
+    def _place(self, key: str, write: Callable[[BinaryIO], object], into_place: Callable[[str, Path], None]) -> bool:
+        """Whether it was placed; `into_place` may find the name taken."""
         target = self._path(key)
         with self._errors(key):
             staging = self._root / _STAGING
@@ -105,8 +102,12 @@ class FolderStore:
                     f.flush()
                     os.fsync(f.fileno())
                 os.chmod(staged, 0o644)
-                into_place(staged, target)
-                sync_folder(target.parent)
+                try:
+                    into_place(staged, target)
+                except FileExistsError:
+                    return False
+                _sync_folder(target.parent)
+                return True
             finally:
                 Path(staged).unlink(missing_ok=True)
 
@@ -114,8 +115,6 @@ class FolderStore:
     def _errors(self, key: str) -> Iterator[None]:
         try:
             yield
-        except FileExistsError:
-            raise
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
             raise (missing_blob(self.url, key) if self._root.is_dir() else missing_registry(self.url)) from e
         except PermissionError as e:
@@ -129,7 +128,7 @@ class FolderStore:
             raise RegistryUnavailable(f"{self.url} failed for {key}: {e}", registry=self.url, blob=key) from e
 
 
-def sync_folder(folder: Path) -> None:
+def _sync_folder(folder: Path) -> None:
     """Make a rename inside `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

@@ -37,17 +37,14 @@ class Patience:
             Corrupt, RegistryUnavailable: the last try's error.
         """
         pause_s = min(0.1, self.timeout_s / 50)
-        for attempt in stamina.retry_context(
-            on=(RegistryUnavailable, Corrupt),
+        caller = stamina.RetryingCaller(
             attempts=max(1, self.attempts),
             timeout=self.timeout_s,
             wait_initial=pause_s,
             wait_jitter=pause_s,
             wait_max=self.timeout_s / 10,
-        ):
-            with attempt:
-                return action()
-        raise AssertionError("stamina ends with a result or an error")  # pragma: no cover
+        )
+        return caller((RegistryUnavailable, Corrupt), action)
 
 
 def in_parallel(action: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:

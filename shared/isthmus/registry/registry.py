@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from isthmus import bundle as manifest
 from isthmus.bundle import MAX_MANIFEST_BYTES, Blob, Bundle, is_digest, is_model_name
 from isthmus.errors import Corrupt, Missing, RegistryError
 from isthmus.registry.blobs import BlobStore
+from isthmus.registry.content import Bundles, blob_key, check_weights, corrupt, file_digest
 from isthmus.registry.patience import Patience, in_parallel
 
 PROD = "prod"
@@ -47,6 +48,7 @@ class Registry:
     def __init__(self, store: BlobStore, patience: Patience | None = None) -> None:
         self._store = store
         self.patience = patience or Patience()
+        self._bundles = Bundles()
 
     @property
     def url(self) -> str:
@@ -63,7 +65,10 @@ class Registry:
             Missing: content that is neither in `files` nor in the registry.
             Corrupt: a file's bytes do not hash to its digest; nothing refers to what was uploaded before.
         """
-        _check_name(bundle.name)
+        if not is_model_name(bundle.name):
+            raise RegistryError(f"{bundle.name!r} cannot name a model: 1 to 63 of a-z, 0-9, '.', '_' and '-'")
+        if alias is not None:
+            _check_alias(alias)
         check_weights(bundle)
         for _ in in_parallel(lambda digest: self._upload(digest, files.get(digest)), sorted(bundle.blobs())):
             pass
@@ -72,35 +77,25 @@ class Registry:
         self.patience(lambda: self._store.put(blob_key(digest), data))
         version = self._number(bundle.name, digest)
         if version.version == "1":
-            self.patience(lambda: self._store.put_if_absent(_alias_key(bundle.name, PROD), b"1"))
+            self.patience(lambda: self._store.put_if_absent(f"models/{bundle.name}/aliases/{PROD}", b"1"))
         if alias is not None:
             self.set_alias(bundle.name, alias, version.version)
         return version
 
     def resolve(self, reference: str) -> Resolved:
-        """The version that `NAME`, `NAME:NUMBER` or `NAME:ALIAS` stands for now; a bare name means prod, else the newest.
+        """The version that `NAME`, `NAME:NUMBER` or `NAME:ALIAS` stands for now; a bare name is prod, else the newest.
 
         Raises:
             Missing: no such model, version or alias; names those that there are.
         """
         name, _, which = reference.partition(":")
-        numbers = self._numbers(name)
-        aliases = {} if which.isdecimal() else self.aliases(name)
-        if not which:
-            which = aliases.get(PROD, numbers[-1])
-        elif which in aliases:
-            which = aliases[which]
-        if which not in numbers:
-            kind = "version" if which.isdecimal() else "alias"
-            raise Missing(
-                f"model {name} has no {kind} {which!r}",
-                kind=kind,
-                name=which,
-                exists=numbers if kind == "version" else sorted(aliases),
-                registry=self.url,
-            )
-        digest = self._digest(name, which)
-        return Resolved(name, which, digest, self.bundle(digest))
+        self._check_known(name)
+        number = which if _is_number(which) else self._alias(name, which)
+        try:
+            digest = self._digest(name, number)
+        except Missing:
+            raise self._missing(name, "version", number, self._numbers(name)) from None
+        return Resolved(name, number, digest, self.bundle(digest))
 
     def models(self) -> list[str]:
         """Names of all models that have a version."""
@@ -117,7 +112,8 @@ class Registry:
 
     def aliases(self, name: str) -> dict[str, str]:
         """A model's aliases, and the number of the version that each means."""
-        prefix = f"models/{_check_name(name)}/aliases/"
+        self._check_known(name)
+        prefix = f"models/{name}/aliases/"
         keys = self.patience(lambda: self._store.list(prefix))
         return {key.removeprefix(prefix): self._pointer(key) for key in keys}
 
@@ -128,17 +124,11 @@ class Registry:
             Missing: the model has no such version.
             RegistryError: `alias` cannot be told from a version, or is no name.
         """
+        _check_alias(alias)
         numbers = self._numbers(name)
         if version not in numbers:
-            raise Missing(
-                f"model {name} has no version {version!r}",
-                kind="version",
-                name=version,
-                exists=numbers,
-                registry=self.url,
-            )
-        key = _alias_key(name, alias)
-        self.patience(lambda: self._store.put(key, version.encode()))
+            raise self._missing(name, "version", version, numbers)
+        self.patience(lambda: self._store.put(f"models/{name}/aliases/{alias}", version.encode()))
 
     def bundle(self, digest: str) -> Bundle:
         """The bundle whose manifest has that digest.
@@ -147,7 +137,7 @@ class Registry:
             Missing, Corrupt: there is none, or its bytes are not what was published.
             RegistryError: not a manifest, or one whose weights lie outside its weights file.
         """
-        return read_manifest(self.manifest(digest))
+        return self._bundles.get(digest, self.manifest)
 
     def manifest(self, digest: str) -> bytes:
         """A manifest's bytes, verified."""
@@ -203,9 +193,8 @@ class Registry:
         # A blob of another length is what an interrupted copy left behind.
         if there == path.stat().st_size:
             return
-        with path.open("rb") as f:
-            if f"sha256:{hashlib.file_digest(f, 'sha256').hexdigest()}" != digest:
-                raise corrupt(str(path), digest)
+        if file_digest(path) != digest:
+            raise corrupt(str(path), digest)
         self._store.put_file(key, path)
 
     def _number(self, name: str, digest: str) -> Version:
@@ -228,17 +217,40 @@ class Registry:
                 return Version(name, str(number), digest)
 
     def _numbers(self, name: str) -> list[str]:
-        prefix = f"models/{_check_name(name)}/versions/"
+        self._check_known(name)
+        prefix = f"models/{name}/versions/"
         keys = self.patience(lambda: self._store.list(prefix))
-        if not keys:
-            raise Missing(
-                f"there is no model {name} in {self.url}",
-                kind="model",
-                name=name,
-                exists=self.models(),
-                registry=self.url,
-            )
-        return sorted((key.removeprefix(prefix) for key in keys), key=int)
+        numbers = sorted((number for key in keys if _is_number(number := key.removeprefix(prefix))), key=int)
+        return numbers or self._refuse(name)
+
+    def _check_known(self, name: str) -> None:
+        """Refuse what cannot name a model before it becomes part of a key."""
+        if not is_model_name(name):
+            self._refuse(name)
+
+    def _refuse(self, name: str) -> NoReturn:
+        raise Missing(
+            f"there is no model {name!r} in {self.url}",
+            kind="model",
+            name=name,
+            exists=self.models(),
+            registry=self.url,
+        )
+
+    def _alias(self, name: str, alias: str) -> str:
+        """The number that an alias means; for no alias, prod's or the newest."""
+        try:
+            if not alias or is_alias(alias):
+                return self._pointer(f"models/{name}/aliases/{alias or PROD}")
+        except Missing:
+            pass
+        numbers = self._numbers(name)
+        if not alias:
+            return numbers[-1]
+        raise self._missing(name, "alias", alias, sorted(self.aliases(name)))
+
+    def _missing(self, name: str, kind: str, what: str, exists: list[str]) -> Missing:
+        return Missing(f"model {name} has no {kind} {what!r}", kind=kind, name=what, exists=exists, registry=self.url)
 
     def _digest(self, name: str, number: str) -> str:
         key = f"models/{name}/versions/{number}"
@@ -251,59 +263,15 @@ class Registry:
         return self.patience(lambda: self._store.get(key, max_bytes=_POINTER_BYTES)).decode("ascii", "replace").strip()
 
 
-def blob_key(digest: str) -> str:
-    """Where content lives in a store.
-
-    Raises:
-        RegistryError: not a digest.
-    """
-    if not is_digest(digest):
-        raise RegistryError(f"{digest!r} is not a sha256 digest")
-    return f"blobs/sha256/{digest.removeprefix('sha256:')}"
+def is_alias(text: str) -> bool:
+    """Whether `text` can be an alias: as a model's name, but not only digits, which are versions."""
+    return is_model_name(text) and not _is_number(text)
 
 
-def corrupt(where: str, digest: str, **facts: str) -> Corrupt:
-    """The error for bytes that are not what their digest says."""
-    return Corrupt(f"the bytes of {digest} in {where} do not hash to it", registry=where, blob=digest, **facts)
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
 
 
-def read_manifest(data: bytes) -> Bundle:
-    """The bundle of a manifest whose weights are known to lie inside its weights file.
-
-    Raises:
-        RegistryError: not such a manifest.
-    """
-    bundle = manifest.from_json(data)
-    check_weights(bundle)
-    return bundle
-
-
-def check_weights(bundle: Bundle) -> None:
-    """Refuse a bundle whose tensors leave the weights file or overlap, or whose segments refer to none of them.
-
-    Raises:
-        RegistryError: names the tensor or segment.
-    """
-    end = 0
-    for t in bundle.weights.tensors:
-        if not is_digest(t.digest) or t.length < 0 or not end <= t.offset <= bundle.weights.blob.size - t.length:
-            raise RegistryError(f"bundle {bundle.name}: the place of weight {t.name!r} in the weights file is wrong")
-        end = t.offset + t.length
-    count = len(bundle.weights.tensors)
-    for s in bundle.segments.values():
-        if any(not 0 <= start <= stop <= count for start, stop in s.weights):
-            raise RegistryError(f"bundle {bundle.name}: segment {s.id} refers to weights that are not there")
-
-
-def _alias_key(name: str, alias: str) -> str:
-    if not is_model_name(alias) or alias.isdecimal():
-        raise RegistryError(f"{alias!r} cannot be an alias: letters a-z, digits, '.', '_', '-', and not only digits")
-    return f"models/{_check_name(name)}/aliases/{alias}"
-
-
-def _check_name(name: str) -> str:
-    if not is_model_name(name):
-        raise RegistryError(
-            f"{name!r} cannot be a model's name: 1 to 63 of a-z, 0-9, '.', '_' and '-'", kind="model", name=name
-        )
-    return name
+def _check_alias(text: str) -> None:
+    if not is_alias(text):
+        raise RegistryError(f"{text!r} cannot be an alias: 1 to 63 of a-z, 0-9, '.', '_' and '-', not only digits")

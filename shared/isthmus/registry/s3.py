@@ -21,7 +21,7 @@ _SLOWEST = 64 * 2**10
 
 _DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "401", "403"}
 _NO_KEY = {"NoSuchKey", "NotFound", "404"}
-_PASSING = {"SlowDown", "RequestTimeout", "RequestTimeTooSkewed", "ConditionalRequestConflict", "OperationAborted"}
+_PASSING = {"SlowDown", "RequestTimeout", "ConditionalRequestConflict", "OperationAborted"}
 
 
 class S3Store:

@@ -32,8 +32,8 @@ class Batch:
 class WeightsFile:
     """`weights.bin` in `folder`, as long as the whole file, and `ledger.json`: the tensors known to have arrived.
 
-    The ledger is written after the bytes it speaks of have reached the disk, and replaced as a whole, so a crash costs at
-    most a refetch. It says what is worth hashing, not what may be run: see `intact`.
+    The ledger is written after the bytes it speaks of have reached the disk, and replaced as a whole, so a crash costs
+    at most a refetch. It says what is worth hashing, not what may be run: see `intact`.
     """
 
     def __init__(self, folder: Path, size: int) -> None:

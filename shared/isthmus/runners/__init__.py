@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from isthmus.bundle import Segment, TensorSpec
+from isthmus.bundle import ANY, Segment, TensorSpec
 from isthmus.errors import ShapeMismatch
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -55,7 +55,7 @@ def check_tensors(specs: tuple[TensorSpec, ...], arrays: Mapping[str, Array]) ->
         fits = array.dtype.name == spec.dtype and array.ndim == len(spec.shape)
         if fits:
             fits = all(
-                size == (free.setdefault(dim, size) if isinstance(dim, str) else dim)
+                dim == ANY or size == (free.setdefault(dim, size) if isinstance(dim, str) else dim)
                 for dim, size in zip(spec.shape, array.shape, strict=True)
             )
         if not fits:

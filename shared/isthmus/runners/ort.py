@@ -73,13 +73,19 @@ class OrtRunner:
         return dict(zip(self._outputs, results, strict=True))
 
 
+def available_providers() -> list[str]:
+    """The execution providers of this build of onnxruntime."""
+    found: list[str] = ort.get_available_providers()
+    return found
+
+
 def check_providers(providers: tuple[str, ...]) -> None:
     """Refuse execution providers that this build of onnxruntime does not have.
 
     Raises:
         SettingsError: names the missing one and those there are.
     """
-    available = ort.get_available_providers()
+    available = available_providers()
     for provider in providers:
         if provider not in available:
             raise SettingsError(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from flask import Flask
+from typing import TYPE_CHECKING
 
 from isthmus.settings import RouterSettings, SegmentSettings
+
+if TYPE_CHECKING:  # clients read isthmus.serving.oip without Flask
+    from flask import Flask
 
 
 def create_segment_app(settings: SegmentSettings) -> Flask:

@@ -70,7 +70,7 @@ class Models:
 
     def versions(self, name: str) -> list[str]:
         """The versions of a model, oldest first."""
-        return self._registry.versions(name)
+        return [v.version for v in self._registry.versions(name)]
 
     def names(self) -> list[str]:
         """The models that there are."""
@@ -84,7 +84,7 @@ class Models:
             found.version,
             found.digest,
             found.bundle,
-            None if labels is None else parse_labels(self._registry.blob(labels.digest, max_bytes=labels.size)),
+            None if labels is None else parse_labels(self._registry.blob(labels)),
         )
         with self._lock:
             self._kept[reference] = _Kept(model, time.monotonic() + self._refresh_s)

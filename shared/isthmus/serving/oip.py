@@ -15,7 +15,15 @@ import numpy as np
 
 from isthmus.bundle import TensorSpec
 from isthmus.errors import ShapeMismatch
-from isthmus.serving.oip_request import HEADER_LENGTH, MAX_JSON_BYTES, InferRequest, WantedOutput, parse_request
+from isthmus.serving.oip_request import (
+    HEADER_LENGTH,
+    MAX_JSON_BYTES,
+    InferRequest,
+    WantedOutput,
+    parse_document,
+    parse_request,
+    read_document,
+)
 from isthmus.serving.oip_tensor import datatype_of, to_binary, to_json
 
 __all__ = [
@@ -28,7 +36,9 @@ __all__ = [
     "WantedOutput",
     "build_response",
     "model_metadata",
+    "parse_document",
     "parse_request",
+    "read_document",
     "server_metadata",
 ]
 

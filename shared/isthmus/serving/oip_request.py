@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from isthmus.bundle import TensorSpec
+from isthmus.bundle import ANY, TensorSpec
 from isthmus.errors import RequestMalformed, RequestTooLarge, ShapeMismatch
 from isthmus.serving.oip_tensor import describe, from_binary, from_json, shape_of
 
@@ -61,31 +61,40 @@ def parse_request(
     """
     view = memoryview(body)
     split = _header_length(header_length, len(view))
-    doc = _json_object(view[:split], max_json_bytes)
+    doc = read_document(view[:split], max_json_bytes)
+    binary = None if header_length is None else view[split:]
+    return parse_document(doc, binary, inputs=inputs, outputs=outputs)
+
+
+def parse_document(
+    doc: Mapping[str, Any],
+    binary: memoryview | None = None,
+    *,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+) -> InferRequest:
+    """`parse_request` of JSON that was read already, and of the bytes after it, None without the header.
+
+    Raises:
+        RequestMalformed, ShapeMismatch: as `parse_request`.
+    """
     parameters = _object(doc, "parameters", "the request")
     _refuse_sequences(parameters)
     tensors = doc.get("inputs")
     if not isinstance(tensors, list):
         raise RequestMalformed("the request has no list of inputs", hint='send {"inputs": [{"name": …}]}')
-    arrays = _read_inputs(tensors, view[split:], {spec.name: spec for spec in inputs}, header_length is not None)
+    arrays = _read_inputs(tensors, binary, {spec.name: spec for spec in inputs})
     wanted = _wanted_outputs(doc.get("outputs"), [spec.name for spec in outputs], parameters)
     return InferRequest(arrays, wanted, _request_id(doc), parameters)
 
 
-def _header_length(given: str | int | None, length: int) -> int:
-    if given is None:
-        return length
-    text = str(given).strip()
-    if not (text.isascii() and text.isdigit() and len(text) < 20 and 0 < int(text) <= length):
-        raise RequestMalformed(
-            f"{HEADER_LENGTH} is {text[:32]!r}; it is the JSON part's length, 1 to the body's {length} bytes",
-            header=HEADER_LENGTH,
-            limit=length,
-        )
-    return int(text)
+def read_document(part: bytes | memoryview, max_json_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """A JSON object, strictly: UTF-8, no NaN, no infinity.
 
-
-def _json_object(part: memoryview, max_json_bytes: int) -> dict[str, Any]:
+    Raises:
+        RequestMalformed: anything else.
+        RequestTooLarge: longer than `max_json_bytes`; it was not parsed.
+    """
     if len(part) > max_json_bytes:
         raise RequestTooLarge(
             f"{len(part)} bytes of JSON exceed {max_json_bytes}",
@@ -103,6 +112,19 @@ def _json_object(part: memoryview, max_json_bytes: int) -> dict[str, Any]:
     if not isinstance(doc, dict):
         raise RequestMalformed("the request is not a JSON object")
     return doc
+
+
+def _header_length(given: str | int | None, length: int) -> int:
+    if given is None:
+        return length
+    text = str(given).strip()
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and 0 < int(text) <= length):
+        raise RequestMalformed(
+            f"{HEADER_LENGTH} is {text[:32]!r}; it is the JSON part's length, 1 to the body's {length} bytes",
+            header=HEADER_LENGTH,
+            limit=length,
+        )
+    return int(text)
 
 
 def _refuse_constant(name: str) -> None:
@@ -129,7 +151,7 @@ def _refuse_sequences(parameters: Mapping[str, Any]) -> None:
 
 
 def _read_inputs(
-    tensors: list[Any], binary: memoryview, specs: Mapping[str, TensorSpec], has_header: bool
+    tensors: list[Any], binary: memoryview | None, specs: Mapping[str, TensorSpec]
 ) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {}
     sizes: dict[str, tuple[int, str]] = {}
@@ -148,7 +170,7 @@ def _read_inputs(
             continue
         if "data" in tensor:
             raise RequestMalformed(f"the input {spec.name!r} has both data and binary_data_size", tensor=spec.name)
-        if not has_header:
+        if binary is None:
             raise RequestMalformed(f"there is binary data, and no header {HEADER_LENGTH}", header=HEADER_LENGTH)
         arrays[spec.name] = from_binary(binary[offset:], parameters["binary_data_size"], spec, shape)
         offset += arrays[spec.name].nbytes
@@ -160,7 +182,7 @@ def _read_inputs(
             got=list(arrays),
             missing=missing,
         )
-    if offset != len(binary):
+    if binary is not None and offset != len(binary):
         raise RequestMalformed(
             f"{len(binary)} bytes follow the JSON and its binary_data_size sum to {offset}",
             expected=offset,
@@ -185,7 +207,7 @@ def _spec_of(tensor: Any, specs: Mapping[str, TensorSpec]) -> TensorSpec:
 
 def _bind_free_dimensions(spec: TensorSpec, shape: tuple[int, ...], sizes: dict[str, tuple[int, str]]) -> None:
     for dim, size in zip(spec.shape, shape, strict=True):
-        if not isinstance(dim, str) or not dim:
+        if not isinstance(dim, str) or dim == ANY:
             continue
         bound, where = sizes.setdefault(dim, (size, spec.name))
         if bound != size:

@@ -172,7 +172,7 @@ def _flatten(data: list[Any], name: str, shape: tuple[int, ...]) -> list[Any]:
                 break
             if depth == len(shape) - 1:
                 return data
-            if set(map(type, data)) != {list} or set(map(len, data)) != {shape[depth + 1]}:
+            if not (set(map(type, data)) <= {list} and set(map(len, data)) <= {shape[depth + 1]}):
                 break
             data = list(chain.from_iterable(data))
         raise RequestMalformed(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -49,7 +48,7 @@ class _RouterApp(FunctionApp):
         if "local" in settings.hops:
             from isthmus.runners.store import SegmentStore  # a router with remote hops never loads onnxruntime
 
-            self._store = SegmentStore(SegmentCache(self._registry, settings), settings)
+            self._store = SegmentStore(SegmentCache(self._registry, settings.cache_dir, settings.cache_bytes), settings)
         self._hops = hops_to(
             settings.hops,
             self._store,
@@ -75,16 +74,19 @@ class _RouterApp(FunctionApp):
             return self._infer(work, model)
         if looks_like_image(work.body):
             return self._photo(work, model, work.body, _top_k(request.args.get("top_k")))
-        doc = _json_object(work.body)
-        if doc is not None and "inputs" in doc:
-            return self._infer(work, model)
-        if doc is not None and "image" in doc:
+        if work.body[:64].lstrip()[:1] != b"{":
+            raise not_an_image(work.body)
+        start = time.perf_counter()
+        doc = oip.read_document(work.body)
+        if "inputs" in doc:
+            wanted = oip.parse_document(doc, inputs=model.bundle.inputs, outputs=model.bundle.outputs)
+            work.timings.add("decode", time.perf_counter() - start)
+            return self._tensors(work, model, wanted)
+        if "image" in doc:
             return self._photo(work, model, _base64(doc["image"]), _top_k(doc.get("top_k")))
-        if doc is not None:
-            raise RequestMalformed(
-                "the JSON object has neither inputs (Open Inference Protocol) nor image (base64)", got=sorted(doc)[:20]
-            )
-        raise not_an_image(work.body)
+        raise RequestMalformed(
+            "the JSON object has neither inputs (Open Inference Protocol) nor image (base64)", got=sorted(doc)[:20]
+        )
 
     def infer(self, work: Work, name: str, version: str = "") -> Response:
         """Open Inference Protocol: tensors in, tensors out."""
@@ -116,6 +118,9 @@ class _RouterApp(FunctionApp):
             outputs=model.bundle.outputs,
         )
         work.timings.add("decode", time.perf_counter() - start)
+        return self._tensors(work, model, wanted)
+
+    def _tensors(self, work: Work, model: Model, wanted: oip.InferRequest) -> Response:
         route = self._route(model)
         result = self._run(work, route, wanted.inputs)
         start = time.perf_counter()
@@ -124,10 +129,7 @@ class _RouterApp(FunctionApp):
             wanted,
             model_name=model.name,
             model_version=model.version,
-            parameters={
-                "segments": ",".join(s.segment for s in result.stages),
-                "crossed_bytes": result.crossed_bytes,
-            },
+            parameters=result.facts(),
         )
         work.timings.add("encode", time.perf_counter() - start)
         return Response(answer.body, headers=answer.headers)
@@ -158,7 +160,7 @@ class _RouterApp(FunctionApp):
                 "crossed_bytes": result.crossed_bytes,
                 "photo_bytes": len(photo),
                 "input_bytes": array.nbytes,
-                "segments": [_stage_document(stage) for stage in result.stages],
+                "segments": [stage.document() for stage in result.stages],
             },
             timings_ms={name: round(seconds * 1000, 3) for name, seconds, _ in work.timings.stages},
         )
@@ -208,20 +210,10 @@ def _reference(name: str, version: str) -> str:
 def _top_k(given: Any) -> int | None:
     if given is None:
         return None
-    if not str(given).isdigit() or not 1 <= int(str(given)[:9]) <= 10_000:
-        raise RequestMalformed(f"top_k is {str(given)[:20]!r}; it is a whole number from 1", parameter="top_k")
-    return int(given)
-
-
-def _json_object(body: bytes) -> dict[str, Any] | None:
-    """The body as a JSON object, None where it does not look like one."""
-    if body[:64].lstrip()[:1] != b"{":
-        return None
-    try:
-        doc = json.loads(body)
-    except (ValueError, RecursionError) as e:
-        raise RequestMalformed(f"the body looks like JSON and is not: {str(e)[:200]}") from e
-    return doc if isinstance(doc, dict) else None
+    text = str(given)
+    if not (text.isascii() and text.isdigit() and len(text) <= 5 and int(text) >= 1):
+        raise RequestMalformed(f"top_k is {text[:20]!r}; it is a whole number from 1", parameter="top_k")
+    return int(text)
 
 
 def _base64(text: Any) -> bytes:
@@ -229,15 +221,3 @@ def _base64(text: Any) -> bytes:
         return base64.b64decode(text, validate=True)
     except (TypeError, ValueError, binascii.Error) as e:
         raise RequestMalformed("image is not base64 text", parameter="image") from e
-
-
-def _stage_document(stage: pipeline.Stage) -> dict[str, Any]:
-    return {
-        "segment": stage.segment,
-        "hop": stage.hop,
-        "ms": round(stage.total_s * 1000, 3),
-        "run_ms": round(stage.run_s * 1000, 3),
-        "sent_bytes": stage.sent,
-        "received_bytes": stage.received,
-        "input_bytes": stage.tensor_bytes,
-    }

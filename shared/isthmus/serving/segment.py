@@ -40,7 +40,7 @@ class _SegmentApp(FunctionApp):
             source = self._baked = BakedSegment(Path(settings.segment_dir))
         else:
             self._registry = open_registry(settings)
-            source = SegmentCache(self._registry, settings)
+            source = SegmentCache(self._registry, settings.cache_dir, settings.cache_bytes)
         self._store = SegmentStore(source, settings)
         super().__init__("segment", settings, self._prepare)
         gauge_store(self, self._store)
@@ -64,7 +64,7 @@ class _SegmentApp(FunctionApp):
 
     def _prepare(self) -> None:
         if self._baked is not None:
-            self._store.runner(*self._baked.key, Deadline.after(LONGEST_LOAD_S))
+            self._store.runner(self._baked.digest, self._baked.segment_id, Deadline.after(LONGEST_LOAD_S))
         else:
             preload(self._settings.preload, self._registry, self._store)
 

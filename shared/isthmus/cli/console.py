@@ -1,0 +1,106 @@
+"""What every command says and how: a table for people, a JSON document for programs, one sentence for errors."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from isthmus.errors import IsthmusError
+
+out = Console()
+err = Console(stderr=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+RegistryOption = Annotated[
+    str,
+    typer.Option(
+        "--registry",
+        envvar="ISTHMUS_REGISTRY",
+        help="Where bundles live: a folder, or s3://BUCKET/PREFIX.",
+    ),
+]
+DEFAULT_REGISTRY = ".isthmus/registry"
+Step = Callable[[str], None]
+
+
+def print_json(document: Any) -> None:
+    """Write one JSON document to standard output."""
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, numbers: Sequence[str] = ()) -> None:
+    """Print rows under columns; those in `numbers` are aligned right."""
+    made = Table(title=title, title_justify="left", header_style="bold")
+    for column in columns:
+        made.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(str(cell) for cell in row))
+    out.print(made)
+
+
+@contextmanager
+def steps(quiet: bool) -> Iterator[Step]:
+    """Shows what is being done and for how long, on standard error; `step("…")` names the next thing."""
+    if quiet:
+        yield lambda _: None
+        return
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=err, transient=False
+    ) as shown:
+        current = shown.add_task("", total=1, visible=False)
+
+        def step(text: str) -> None:
+            nonlocal current
+            shown.update(current, completed=1)
+            current = shown.add_task(text, total=1)
+
+        yield step
+        shown.update(current, completed=1)
+
+
+@contextmanager
+def counting(quiet: bool, text: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar for work that is counted: call it with what is done and what there is in all."""
+    if quiet:
+        yield lambda done, total: None
+        return
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), console=err
+    ) as shown:
+        task = shown.add_task(text, total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total)
+
+
+@contextmanager
+def errors(as_json: bool) -> Iterator[None]:
+    """Turns an error that Isthmus understood into its sentence and hint on standard error, and exit status 1."""
+    try:
+        yield
+    except IsthmusError as e:
+        if as_json:
+            doc = {"error": e.message, "type": type(e).__name__, "facts": dict(e.facts), "hint": e.hint}
+            sys.stderr.write(json.dumps(doc, default=str) + "\n")
+        else:
+            err.print(f"[bold red]error:[/] {e.message}", highlight=False, soft_wrap=True)
+            if exists := e.facts.get("exists"):
+                err.print(f"there is: {', '.join(map(str, exists))}", highlight=False, soft_wrap=True)
+            if e.hint:
+                err.print(f"[bold]hint:[/] {e.hint}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from e
+
+
+def size(count: float) -> str:
+    """Bytes for people: `12.0 kB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return ""

@@ -1,0 +1,74 @@
+"""`isthmus cut`: publish more cuts of a bundle; its weights stay as they are."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from isthmus.bundle import WHOLE
+from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, errors, out, print_json, size, steps
+from isthmus.registry import SegmentCache, open_registry
+from isthmus.settings import RegistrySettings
+
+
+def cut(
+    model: Annotated[str, typer.Argument(help="NAME or NAME:VERSION of a bundle in the registry.")],
+    at: Annotated[
+        list[str],
+        typer.Option(
+            help="A partition: a position as `isthmus cuts` lists it, or tensors NAME=a,b; several cuts in order are"
+            " separated by '/', and make as many segments and one more. Once per partition."
+        ),
+    ],
+    *,
+    default: Annotated[bool, typer.Option("--default", help="Make the first --at what requests take.")] = False,
+    alias: Annotated[str, typer.Option(help="Let this alias mean the new version.")] = "prod",
+    registry: RegistryOption = DEFAULT_REGISTRY,
+    as_json: AsJson = False,
+) -> None:
+    """Cut a bundle again and publish the result as its next version; no weights are copied.
+
+    Example: `isthmus cut efficientnet-lite0 --at 20/65 --default`
+    """
+    from isthmus.graph import add_cuts
+
+    with errors(as_json):
+        settings = RegistrySettings(registry=registry)
+        store = open_registry(settings)
+        found = store.resolve(model)
+        with tempfile.TemporaryDirectory(prefix="isthmus-") as folder, steps(as_json) as step:
+            step(f"fetching {found.name}:{found.version}")
+            cache = SegmentCache(store, Path(tempfile.gettempdir()) / "isthmus-cli", settings.cache_bytes)
+            partitions = [text.split("/") for text in at]
+            with cache.locate(found.digest, WHOLE) as whole:
+                step(f"cutting at {', '.join(at)}")
+                bundle, files = add_cuts(found.bundle, whole.path, partitions, folder)
+            if default:
+                names = tuple(text.partition("=")[0] for text in partitions[0])
+                bundle = replace(bundle, default_cuts=names)
+            step("publishing")
+            version = store.publish(bundle, files, alias=alias or None)
+        fresh = sorted(bundle.segments.keys() - found.bundle.segments.keys())
+        if as_json:
+            print_json(
+                {
+                    "name": version.name,
+                    "version": version.version,
+                    "digest": version.digest,
+                    "new_segments": fresh,
+                    "new_bytes": sum(bundle.segments[s].graph.size for s in fresh),
+                    "default_cuts": list(bundle.default_cuts),
+                }
+            )
+            return
+        weight = size(sum(bundle.segments[s].graph.size for s in fresh))
+        out.print(
+            f"[bold]{version.name}:{version.version}[/] {version.digest[:19]}…, new segments "
+            f"{', '.join(fresh) or 'none'} ({weight})",
+            highlight=False,
+            soft_wrap=True,
+        )

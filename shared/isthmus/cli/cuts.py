@@ -1,0 +1,77 @@
+"""`isthmus cuts`: where a model can be cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from isthmus.bundle import TensorSpec
+from isthmus.cli.console import AsJson, errors, out, print_json, size, steps, table
+from isthmus.cli.shapes import BindOption, ExampleOption, read_bindings, read_examples
+from isthmus.runners import describe
+
+
+def cuts(
+    model: Annotated[str, typer.Argument(help="An ONNX file, or a torch model as package.module:factory or .pt2.")],
+    *,
+    shape: BindOption = None,
+    example: ExampleOption = None,
+    single: Annotated[bool, typer.Option("--single", help="Only cuts that one tensor crosses.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Draw crossing bytes and work along the graph as a PNG.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the cuts of a model along its graph: what crosses, how many bytes, and the share of the work before.
+
+    Example: `isthmus cuts detector.onnx --shape x=1x3x320x640 --picture cuts.png`
+    """
+    from isthmus.cli.sources import onnx_file
+    from isthmus.graph import cuts as list_cuts
+    from isthmus.graph import open_model
+
+    with errors(as_json):
+        with steps(as_json) as step, onnx_file(model, shape, step) as path:
+            step(f"reading {model}")
+            opened = open_model(path, bind=read_bindings(shape), examples=read_examples(example))
+            found = [c for c in list_cuts(opened) if not single or len(c.tensors) == 1]
+            if picture is not None:
+                from isthmus.graph.picture import draw
+
+                step(f"drawing {picture}")
+                draw(opened, found, picture, title=Path(model).name)
+        if as_json:
+            print_json(
+                {
+                    "model": model,
+                    "nodes": len(opened.nodes),
+                    "macs": opened.total_macs,
+                    "cuts": [
+                        {
+                            "name": c.name,
+                            "node": c.node,
+                            "op": c.op,
+                            "tensors": [{"name": t.name, "dtype": t.dtype, "shape": list(t.shape)} for t in c.tensors],
+                            "passing": list(c.passing),
+                            "bytes": c.bytes,
+                            "macs_before": c.macs_before,
+                        }
+                        for c in found
+                    ],
+                    "picture": str(picture) if picture else None,
+                }
+            )
+            return
+        table(
+            f"{len(found)} cuts of {Path(model).name}: {len(opened.nodes)} nodes, {opened.total_macs / 1e6:.1f} M MACs",
+            ["cut", "after", "MACs before", "bytes", "tensors"],
+            [(c.name, c.op, f"{c.macs_before:.1%}", size(c.bytes), _tensors(c.tensors, c.passing)) for c in found],
+            numbers=["cut", "MACs before", "bytes"],
+        )
+        if picture is not None:
+            out.print(f"drawn: {picture}", highlight=False)
+
+
+def _tensors(tensors: tuple[TensorSpec, ...], passing: tuple[str, ...]) -> str:
+    shown = [describe(t.dtype, t.shape, t.name) + (" (an input)" if t.name in passing else "") for t in tensors[:4]]
+    return "\n".join([*shown, f"and {len(tensors) - 4} more"] if len(tensors) > 4 else shown)

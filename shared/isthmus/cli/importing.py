@@ -1,0 +1,167 @@
+"""`isthmus import`: a model becomes a bundle in the registry."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from isthmus.bundle import is_model_name
+from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, errors, out, print_json, size, steps
+from isthmus.cli.shapes import BindOption, ExampleOption, read_bindings, read_examples
+from isthmus.errors import ModelError
+from isthmus.registry import Version, open_registry
+from isthmus.settings import RegistrySettings
+
+
+def import_model(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="An ONNX file, a torch model (package.module:factory or a .pt2 program), or efficientnet-lite0."
+        ),
+    ],
+    *,
+    name: Annotated[str, typer.Option(help="The model's name; by default made from the file's.")] = "",
+    cut: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A partition to publish: a position as `isthmus cuts` lists it, or tensors NAME=a,b; several cuts in"
+            " order are separated by '/'. The first is the default; without any, the narrowest cut is taken."
+        ),
+    ] = None,
+    shape: BindOption = None,
+    example: ExampleOption = None,
+    freeze: Annotated[bool, typer.Option("--freeze", help="Fix the free dimensions to --shape for good.")] = False,
+    preprocess: Annotated[Path | None, typer.Option(help="JSON file: how a photo becomes the input.")] = None,
+    postprocess: Annotated[Path | None, typer.Option(help="JSON file: how the output becomes classes.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="Class names: a JSON list, or one name a line.")] = None,
+    alias: Annotated[str, typer.Option(help="Let this alias mean the new version.")] = "prod",
+    registry: RegistryOption = DEFAULT_REGISTRY,
+    as_json: AsJson = False,
+) -> None:
+    """Import a model: its weights in one file, its segments as small graphs, all under one digest.
+
+    Example: `isthmus import detector.onnx --shape x=1x3x320x640 --cut 40`
+    """
+    with errors(as_json):
+        processing = {
+            "preprocess": _document(preprocess),
+            "postprocess": _document(postprocess),
+            "labels": _labels(labels),
+        }
+        published = publish(
+            model,
+            registry,
+            name=name,
+            partitions=[c.split("/") for c in cut or []],
+            shape=shape,
+            example=example,
+            freeze=freeze,
+            processing={k: v for k, v in processing.items() if v is not None},
+            alias=alias,
+            quiet=as_json,
+        )
+        version, bundle = published.version, open_registry(RegistrySettings(registry=registry)).bundle(published.digest)
+        if as_json:
+            print_json(
+                {
+                    "name": bundle.name,
+                    "version": version,
+                    "digest": published.digest,
+                    "weights_bytes": bundle.weights.blob.size,
+                    "segments": sorted(bundle.segments),
+                    "default_cuts": list(bundle.default_cuts),
+                    "registry": registry,
+                }
+            )
+            return
+        out.print(
+            f"[bold]{bundle.name}:{version}[/] {published.digest[:19]}…, weights {size(bundle.weights.blob.size)}, "
+            f"segments {', '.join(sorted(bundle.segments))}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def publish(
+    model: str,
+    registry: str,
+    *,
+    name: str = "",
+    partitions: Sequence[Sequence[str]] = (),
+    shape: Sequence[str] | None = None,
+    example: Sequence[Path] | None = None,
+    freeze: bool = False,
+    processing: dict[str, Any] | None = None,
+    alias: str = "prod",
+    quiet: bool = False,
+) -> Version:
+    """Import `model` and publish it, saying what is being done.
+
+    Raises:
+        ModelError, CutError, RegistryError: it cannot be.
+    """
+    from isthmus.cli.sources import onnx_file
+    from isthmus.graph import build, zoo
+
+    declared = zoo.entry(model).arguments() if model in zoo.ENTRIES else {"source": {"file": Path(model).name}}
+    called = name or _name_of(model)
+    store = open_registry(RegistrySettings(registry=registry))
+    with (
+        tempfile.TemporaryDirectory(prefix="isthmus-") as folder,
+        steps(quiet) as step,
+        onnx_file(model, shape, step) as path,
+    ):
+        step(f"cutting {called}")
+        bundle, files = build(
+            path,
+            called,
+            folder,
+            partitions=partitions,
+            bind=read_bindings(shape),
+            examples=read_examples(example),
+            freeze=freeze,
+            **{**declared, **(processing or {})},
+        )
+        step(f"publishing {called} to {registry}")
+        return store.publish(bundle, files, alias=alias or None)
+
+
+def _name_of(model: str) -> str:
+    stem = model.rpartition(":")[2] if ":" in model else Path(model).stem
+    made = "".join(c if c.isalnum() and c.isascii() else "-" for c in stem.lower()).strip("-")[:63]
+    if not is_model_name(made):
+        raise ModelError(f"{model!r} makes no model name", hint="give one with --name")
+    return made
+
+
+def _document(path: Path | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    try:
+        doc = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise ModelError(f"{path} cannot be read as JSON: {e}") from e
+    if not isinstance(doc, dict):
+        raise ModelError(f"{path} is not a JSON object")
+    return doc
+
+
+def _labels(path: Path | None) -> list[str] | None:
+    if path is None:
+        return None
+    try:
+        text = path.read_text()
+    except (OSError, ValueError) as e:
+        raise ModelError(f"{path} cannot be read: {e}") from e
+    if text.lstrip().startswith("["):
+        try:
+            return [str(label) for label in json.loads(text)]
+        except ValueError as e:
+            raise ModelError(f"{path} is not a JSON list: {e}") from e
+    return text.splitlines()

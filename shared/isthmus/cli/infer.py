@@ -1,0 +1,146 @@
+"""`isthmus infer`: ask a router, or run the bundle in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, errors, out, print_json, size, table
+from isthmus.client import Array, Client
+from isthmus.errors import RequestMalformed
+
+ROUTER = "http://127.0.0.1:8080/function/router"
+
+
+def infer(
+    photos: Annotated[list[Path] | None, typer.Argument(help="Photos to classify.")] = None,
+    *,
+    model: Annotated[str, typer.Option(help="NAME or NAME:VERSION; empty takes the router's own for photos.")] = "",
+    tensor: Annotated[
+        list[str] | None, typer.Option(help="An input tensor, NAME=FILE.npy; once for each input. Needs --model.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the output tensors to this .npz file.")] = None,
+    url: Annotated[str, typer.Option(envvar="ISTHMUS_URL", help="The router.")] = ROUTER,
+    local: Annotated[bool, typer.Option("--local", help="Run every segment in this process; no router.")] = False,
+    cuts: Annotated[str, typer.Option(help="With --local: the partition, comma-separated cut names.")] = "",
+    top_k: Annotated[int, typer.Option(help="Classes to show.", min=1)] = 5,
+    timeout: Annotated[float, typer.Option(help="Longest wait for one answer, in seconds.", min=0.001)] = 30.0,
+    registry: RegistryOption = DEFAULT_REGISTRY,
+    as_json: AsJson = False,
+) -> None:
+    """Classify photos, or run tensors through a model.
+
+    Example: `isthmus infer cat.jpg`, or `isthmus infer --model magika --tensor bytes=input.npy --output out.npz`
+    """
+    with errors(as_json):
+        if bool(photos) == bool(tensor):
+            raise RequestMalformed("name photos to classify, or tensors with --tensor NAME=FILE.npy, not both")
+        if photos:
+            _photos(photos, model, url, local, cuts, top_k, timeout, registry, as_json)
+        else:
+            _tensors(tensor or [], model, output, url, local, cuts, timeout, registry, as_json)
+
+
+def _photos(
+    photos: list[Path],
+    model: str,
+    url: str,
+    local: bool,
+    cuts: str,
+    top_k: int,
+    timeout: float,
+    registry: str,
+    as_json: bool,
+) -> None:
+    documents = []
+    for path in photos:
+        data = _read(path)
+        if local:
+            from isthmus.cli.here import Here
+
+            answer = Here(registry, model, cuts).photo(data, top_k, timeout)
+        else:
+            answer = Client(url, timeout_s=timeout).photo(data, model=model, top_k=top_k)
+        documents.append({"photo": str(path), **answer})
+        if not as_json:
+            _show(path, answer)
+    if as_json:
+        print_json(documents)
+
+
+def _show(path: Path, answer: dict[str, Any]) -> None:
+    table(
+        f"{path.name} by {answer['model_name']}:{answer['model_version']}",
+        ["class", "probability"],
+        [(c["label"] or c["index"], f"{c['probability']:.4f}") for c in answer["classes"]],
+        numbers=["probability"],
+    )
+    route = answer["route"]
+    stages = ", ".join(f"{s['segment']} on {s['hop']} {s['ms']:.1f} ms" for s in route["segments"])
+    out.print(f"{stages}; {size(route['crossed_bytes'])} crossed\n", highlight=False, soft_wrap=True)
+
+
+def _tensors(
+    tensors: list[str],
+    model: str,
+    output: Path | None,
+    url: str,
+    local: bool,
+    cuts: str,
+    timeout: float,
+    registry: str,
+    as_json: bool,
+) -> None:
+    if not model:
+        raise RequestMalformed("tensors need --model NAME or NAME:VERSION")
+    arrays = dict(_load(entry) for entry in tensors)
+    if local:
+        from isthmus.cli.here import Here
+
+        outputs, facts = Here(registry, model, cuts).infer(arrays, timeout)
+    else:
+        name, _, version = model.partition(":")
+        answer = Client(url, timeout_s=timeout).infer(arrays, model=name, version=version)
+        outputs, facts = answer.outputs, dict(answer.parameters)
+    if output is not None:
+        np.savez(output, allow_pickle=False, **outputs)
+    shown = [
+        {
+            "name": name,
+            "dtype": array.dtype.name,
+            "shape": list(array.shape),
+            "min": float(array.min()) if array.size else None,
+            "max": float(array.max()) if array.size else None,
+        }
+        for name, array in outputs.items()
+    ]
+    if as_json:
+        print_json({"outputs": shown, "route": facts, "file": str(output) if output else None})
+        return
+    table(
+        f"{model}, {size(facts.get('crossed_bytes', 0))} crossed in {facts.get('segments')}",
+        ["output", "dtype", "shape", "min", "max"],
+        [list(o.values()) for o in shown],
+        numbers=["min", "max"],
+    )
+
+
+def _load(entry: str) -> tuple[str, Array]:
+    name, equals, file = entry.partition("=")
+    if not equals or not name:
+        raise RequestMalformed(f"--tensor is {entry!r}; it is NAME=FILE.npy")
+    try:
+        array: Array = np.load(file, allow_pickle=False)
+    except (OSError, ValueError) as e:
+        raise RequestMalformed(f"{file} cannot be read as a .npy file: {e}") from e
+    return name, array
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        raise RequestMalformed(f"{path} cannot be read: {e.strerror}") from e

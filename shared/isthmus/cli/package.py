@@ -1,0 +1,139 @@
+"""`isthmus package`: each partition of one model as a function of its own, its segment baked in."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from isthmus.bundle import Bundle
+from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, errors, out, print_json, size, steps
+from isthmus.errors import LocalError
+from isthmus.registry import FolderStore, Registry, SegmentCache, open_registry
+from isthmus.settings import RegistrySettings
+
+GATEWAY = "http://gateway.openfaas.svc.cluster.local:8080"
+_HANDLER = """from __future__ import annotations
+
+import os
+
+from flask import Flask
+from isthmus.serving import create_{kind}_app
+from isthmus.settings import {settings}
+
+
+def create_app() -> Flask:
+    return create_{kind}_app({settings}.from_env(os.environ))
+"""
+
+
+def package(
+    model: Annotated[str, typer.Argument(help="NAME or NAME:VERSION of a bundle in the registry.")],
+    *,
+    cuts: Annotated[str, typer.Option(help="The partition, comma-separated cut names; empty takes the bundle's.")] = "",
+    output: Annotated[Path, typer.Option(help="Folder for the stack file and the functions.")] = Path("build/package"),
+    stack: Annotated[Path, typer.Option(help="The stack file to take templates and limits from.")] = Path("stack.yml"),
+    registry: RegistryOption = DEFAULT_REGISTRY,
+    as_json: AsJson = False,
+) -> None:
+    """Write a stack file in which each segment of one model is a function with its segment inside the image.
+
+    The functions need no registry. Run it, and faas-cli after it, in the folder that holds `template/`.
+
+    Example: `isthmus package efficientnet-lite0 && faas-cli up -f build/package/efficientnet-lite0/stack.yml`
+    """
+    with errors(as_json), steps(as_json) as step:
+        settings = RegistrySettings(registry=registry)
+        store = open_registry(settings)
+        step(f"finding {model}")
+        found = store.resolve(model)
+        names = tuple(c.strip() for c in cuts.split(",") if c.strip()) or found.bundle.default_cuts
+        segments = found.bundle.partition(names)
+        folder = output / found.name
+        if folder.exists():
+            shutil.rmtree(folder)
+        base = _read(stack)
+        cache = SegmentCache(store, Path(tempfile.gettempdir()) / "isthmus-cli", settings.cache_bytes)
+        manifest = store.manifest(found.digest)
+        functions: dict[str, Any] = {}
+        weights: dict[str, int] = {}
+        stem = found.name.replace(".", "-").replace("_", "-")
+        for i, segment in enumerate(segments):
+            name = f"{stem}-{i}"
+            step(f"baking segment {segment.id} into {name}")
+            from isthmus.graph.bake import bake
+
+            with cache.locate(found.digest, segment.id) as located:
+                weights[name] = bake(located, manifest, folder / name / "segment")
+            like = base["functions"]["edge-head" if i == 0 else "cloud-tail"]
+            functions[name] = _function(name, folder, like, {"segment_dir": "function/segment"}, "segment")
+            _write_handler(folder / name, "segment", Path(like["handler"]))
+        router = f"{stem}-router"
+        step(f"writing {router}")
+        _bake_registry(store, found.digest, found.bundle, folder / router / "registry")
+        like = base["functions"]["router"]
+        environment = {
+            "registry": "function/registry",
+            "model": found.name,
+            "cuts": ",".join(names),
+            "hops": ",".join(f"{GATEWAY}/function/{name}" for name in functions),
+        }
+        functions[router] = _function(router, folder, like, environment, "router")
+        _write_handler(folder / router, "router", Path(like["handler"]))
+        document = {key: base[key] for key in ("version", "provider", "configuration") if key in base}
+        path = folder / "stack.yml"
+        path.write_text(
+            f"# Written by `isthmus package {model}`: each segment baked into a function of its own.\n"
+            + yaml.safe_dump({**document, "functions": functions}, sort_keys=False)
+        )
+    if as_json:
+        print_json({"stack": str(path), "functions": list(functions), "weights_bytes": weights, "cuts": list(names)})
+        return
+    for name, count in weights.items():
+        out.print(f"{name}: {size(count)} of weights", highlight=False)
+    out.print(f"written: {path}\nnext: faas-cli up -f {path}", highlight=False, soft_wrap=True)
+
+
+def _function(name: str, folder: Path, like: dict[str, Any], environment: dict[str, str], kind: str) -> dict[str, Any]:
+    """A function like `like`, with its own name, handler, image and what it reads its segment from."""
+    from_registry = ("registry", "preload", "model", "hops", "cuts", "s3_endpoint", "s3_region")
+    kept = {k: v for k, v in like.get("environment", {}).items() if k not in from_registry}
+    image = str(like["image"]).replace({"router": "router"}.get(kind, like["handler"].rpartition("/")[2]), name)
+    return {
+        **{k: v for k, v in like.items() if k != "secrets"},
+        "handler": f"./{folder / name}",
+        "image": image,
+        "environment": {**kept, **environment},
+    }
+
+
+def _write_handler(folder: Path, kind: str, like: Path) -> None:
+    settings = "RouterSettings" if kind == "router" else "SegmentSettings"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "handler.py").write_text(_HANDLER.format(kind=kind, settings=settings))
+    shutil.copyfile(like / "requirements.txt", folder / "requirements.txt")
+
+
+def _bake_registry(store: Registry, digest: str, bundle: Bundle, folder: Path) -> None:
+    """A registry of one bundle without its weights and graphs: all that a router reads."""
+    small = FolderStore(folder)
+    small.put(f"blobs/sha256/{digest.removeprefix('sha256:')}", store.manifest(digest))
+    if (labels := bundle.labels) is not None:
+        small.put(f"blobs/sha256/{labels.digest.removeprefix('sha256:')}", store.blob(labels))
+    small.put(f"models/{bundle.name}/versions/1", digest.encode())
+    small.put(f"models/{bundle.name}/aliases/prod", b"1")
+
+
+def _read(stack: Path) -> dict[str, Any]:
+    try:
+        document: dict[str, Any] = yaml.safe_load(stack.read_text())
+        missing = [f for f in ("router", "edge-head", "cloud-tail") if f not in document["functions"]]
+    except (OSError, yaml.YAMLError, TypeError, KeyError) as e:
+        raise LocalError(f"{stack} cannot be read as a stack file: {e}", hint="run it beside stack.yml") from e
+    if missing:
+        raise LocalError(f"{stack} has no function {', '.join(missing)} to take templates and limits from")
+    return document

@@ -1,0 +1,33 @@
+"""What a command can start from: an ONNX file, a torch model, or a model of the zoo."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from isthmus.cli.console import Step
+from isthmus.cli.shapes import read_bindings
+from isthmus.graph import torch_export, zoo
+
+
+@contextmanager
+def onnx_file(model: str, shapes: Sequence[str] | None, step: Step) -> Iterator[Path]:
+    """The ONNX file of `model`, exported for as long as the block lasts where it is no file itself.
+
+    Raises:
+        ModelError: a torch model that cannot be exported.
+    """
+    if model not in zoo.ENTRIES and not torch_export.is_torch_spec(model):
+        yield Path(model)
+        return
+    with tempfile.TemporaryDirectory(prefix="isthmus-") as folder:
+        path = Path(folder) / "model.onnx"
+        step(f"exporting {model} from torch")
+        if model in zoo.ENTRIES:
+            zoo.entry(model).write(path)
+        else:
+            bound = read_bindings(shapes)
+            torch_export.export(model, path, shapes=list(bound.values()), input_names=list(bound) or None)
+        yield path

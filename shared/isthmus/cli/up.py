@@ -1,0 +1,1 @@
+"""`isthmus up`: the functions of a stack file on this machine."""

@@ -1,0 +1,132 @@
+"""A client of the router: photos and tensors over HTTP. Any Open Inference Protocol client does as well."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlencode
+
+import numpy as np
+import urllib3
+
+from isthmus.bundle import TensorSpec
+from isthmus.errors import HTTP_STATUS, HopRejected, HopTimeout, HopUnavailable, IsthmusError
+from isthmus.frame import DTYPES
+from isthmus.serving import oip
+from isthmus.serving.oip_tensor import datatype_of, from_binary, shape_of, to_binary
+
+Array = np.ndarray[Any, np.dtype[Any]]
+_DTYPE = {datatype_of(dtype): dtype for dtype in DTYPES}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Tensors that came back, the router's word on the route, and its Server-Timing."""
+
+    outputs: dict[str, Array]
+    parameters: Mapping[str, Any]
+    server_timing: str
+
+
+class Client:
+    """Calls the router at `url`, e.g. http://127.0.0.1:8080/function/router.
+
+    Units: timeout_s bounds one call and travels as X-Timeout.
+    """
+
+    def __init__(self, url: str, *, timeout_s: float = 30.0) -> None:
+        self.url = url.rstrip("/")
+        self._timeout_s = timeout_s
+        self._pool = urllib3.PoolManager(maxsize=16)
+
+    def photo(self, data: bytes, *, model: str = "", top_k: int | None = None) -> dict[str, Any]:
+        """The router's answer to a photo: classes, route and timings.
+
+        Raises:
+            What the router answered, as `_error` reads it.
+        """
+        fields = {k: str(v) for k, v in (("model", model), ("top_k", top_k)) if v}
+        answer: dict[str, Any] = json.loads(self._post("/", data, {}, fields).data)
+        return answer
+
+    def infer(self, arrays: Mapping[str, Array], *, model: str, version: str = "") -> Answer:
+        """The model's outputs for these inputs, both in binary.
+
+        Raises:
+            What the router answered, as `_error` reads it.
+        """
+        chunks = {name: to_binary(np.asarray(array)) for name, array in arrays.items()}
+        head = json.dumps(
+            {
+                "inputs": [
+                    {
+                        "name": name,
+                        "shape": list(array.shape),
+                        "datatype": datatype_of(array.dtype.name),
+                        "parameters": {"binary_data_size": len(chunks[name])},
+                    }
+                    for name, array in arrays.items()
+                ],
+                "parameters": {"binary_data_output": True},
+            }
+        ).encode()
+        headers = {"Content-Type": "application/octet-stream", oip.HEADER_LENGTH: str(len(head))}
+        path = f"/v2/models/{model}{f'/versions/{version}' if version else ''}/infer"
+        response = self._post(path, b"".join([head, *chunks.values()]), headers, {})
+        split = int(response.headers.get(oip.HEADER_LENGTH, len(response.data)))
+        doc, binary = json.loads(response.data[:split]), memoryview(response.data)[split:]
+        outputs: dict[str, Array] = {}
+        for output in doc["outputs"]:
+            spec = TensorSpec(output["name"], _DTYPE[output["datatype"]], tuple(output["shape"]))
+            size = output["parameters"]["binary_data_size"]
+            outputs[spec.name] = from_binary(binary, size, spec, shape_of(output, spec))
+            binary = binary[size:]
+        return Answer(outputs, doc.get("parameters", {}), response.headers.get("Server-Timing", ""))
+
+    def get(self, path: str) -> dict[str, Any]:
+        """The JSON document at `path`, e.g. /v2/models/NAME."""
+        answer: dict[str, Any] = json.loads(self._call("GET", path, None, {}, {}).data)
+        return answer
+
+    def _post(
+        self, path: str, body: bytes, headers: Mapping[str, str], fields: Mapping[str, str]
+    ) -> urllib3.BaseHTTPResponse:
+        return self._call("POST", path, body, headers, fields)
+
+    def _call(
+        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], fields: Mapping[str, str]
+    ) -> urllib3.BaseHTTPResponse:
+        query = "?" + urlencode(fields) if fields else ""
+        try:
+            response = self._pool.request(
+                method,
+                self.url + path + query,
+                body=body,
+                headers={"X-Timeout": f"{int(self._timeout_s * 1000)}ms", **headers},
+                timeout=urllib3.Timeout(connect=min(5.0, self._timeout_s), read=self._timeout_s + 1.0),
+                retries=False,
+            )
+        except urllib3.exceptions.ReadTimeoutError as e:
+            raise HopTimeout(f"{self.url} did not answer within {self._timeout_s:g} s", hop=self.url) from e
+        except urllib3.exceptions.HTTPError as e:
+            raise HopUnavailable(
+                f"{self.url} cannot be reached",
+                hop=self.url,
+                hint="start the functions on this machine with `isthmus up`, or name another router with --url",
+            ) from e
+        if response.status != 200:
+            raise _error(self.url, response)
+        return response
+
+
+def _error(url: str, response: urllib3.BaseHTTPResponse) -> IsthmusError:
+    """The router's JSON error as the exception that it was there; anything else as a refusal of the hop."""
+    try:
+        doc = json.loads(response.data)
+        kind = next(c for c in HTTP_STATUS if c.__name__ == doc["type"])
+        return kind(doc["error"], hint=doc.get("hint", ""), **doc["facts"])
+    except (ValueError, KeyError, TypeError, StopIteration):
+        said = response.data[:200].decode("utf-8", "replace").strip() or "an empty body"
+        return HopRejected(f"{url} answered {response.status}: {said}", hop=url, status=response.status)

@@ -1,0 +1,6 @@
+"""The embedded engine: OpenFaaS's provider API over local processes, for development and the first five minutes."""
+
+from isthmus.local.engine import Engine, run_engine
+from isthmus.local.events import Event
+
+__all__ = ["Engine", "Event", "run_engine"]

@@ -1,0 +1,217 @@
+"""Every function of the stack: what is deployed of it, and what the provider API says and changes about it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from isthmus.errors import LocalError, Missing, RequestMalformed
+from isthmus.local.build import stage
+from isthmus.local.events import OnEvent
+from isthmus.local.replica import Deployment
+from isthmus.local.secrets import SecretFolder
+from isthmus.local.stack import FunctionSpec, Stack
+from isthmus.local.supervisor import MAX_REPLICAS, Supervisor
+
+NAMESPACE = "openfaas-fn"
+READY_PATH = "/ready"  # as the templates' Dockerfiles tell the watchdog
+
+_IN_CLUSTER = re.compile(r"http://gateway(?:\.openfaas(?:\.svc(?:\.cluster\.local)?)?)?:8080(?=[/,\s]|$)")
+
+
+@dataclass(frozen=True)
+class Places:
+    """The engine's folders, and the address by which its functions reach it."""
+
+    url: str
+    build: Path
+    cache: Path
+    secrets: SecretFolder
+
+
+class Fleet:
+    """The functions that run now; those of the stack that were removed can be deployed again."""
+
+    def __init__(
+        self,
+        stack: Stack,
+        places: Places,
+        session: aiohttp.ClientSession,
+        on_event: OnEvent,
+        *,
+        overrides: Mapping[str, Mapping[str, str]],
+        drain_s: float,
+    ) -> None:
+        for name in overrides:
+            if name != "*" and name not in stack.functions:
+                raise LocalError(f"stack.yml has no function {name!r}; it has {', '.join(stack.functions)}")
+        self._stack = stack
+        self._places = places
+        self._session = session
+        self._on_event = on_event
+        self._overrides = overrides
+        self._drain_s = drain_s
+        self._running: dict[str, Supervisor] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
+
+    def __iter__(self) -> Any:
+        return iter(self._running.values())
+
+    def get(self, name: str) -> Supervisor | None:
+        """The function of that name, with or without the namespace, if it is deployed."""
+        plain, _, namespace = name.partition(".")
+        return self._running.get(plain) if namespace in ("", NAMESPACE) else None
+
+    def find(self, name: str) -> Supervisor:
+        """The function of that name.
+
+        Raises:
+            Missing: it is not deployed.
+        """
+        if (found := self.get(name)) is not None:
+            return found
+        raise Missing(f"error finding function {name}", kind="function", name=name, exists=sorted(self._running))
+
+    def start(self, replicas: Mapping[str, int]) -> None:
+        """Deploy every function of the stack.
+
+        Raises:
+            LocalError: a function cannot be laid out, or `replicas` names one that the stack does not have.
+        """
+        for name in replicas:
+            if name not in self._stack.functions:
+                raise LocalError(f"stack.yml has no function {name!r}; it has {', '.join(self._stack.functions)}")
+        for spec in self._stack.functions.values():
+            self._deploy(spec, replicas.get(spec.name, _least_replicas(spec)))
+
+    def deploy(self, doc: Mapping[str, Any], *, update: bool) -> None:
+        """Run a function as a deployment request says, from the working tree as it is now.
+
+        Raises:
+            Missing: `update`, and it is not deployed.
+            RequestMalformed: not a deployment, or one that this engine cannot run: it pulls no images.
+        """
+        name = _text(doc, "service")
+        if update and self.get(name) is None:
+            raise Missing(f"error finding function {name}", kind="function", name=name, exists=sorted(self._running))
+        known = self._stack.functions.get(name)
+        if known is None:
+            raise RequestMalformed(
+                f"this engine runs the functions of stack.yml and pulls no images; it has no {name!r}",
+                hint=f"it has {', '.join(self._stack.functions)}",
+            )
+        if (namespace := _text(doc, "namespace")) not in ("", NAMESPACE):
+            raise RequestMalformed(f"there is no namespace {namespace!r}; there is {NAMESPACE}")
+        if (image := _text(doc, "image")) != known.image:
+            raise RequestMalformed(
+                f"this engine runs {name} from the working tree, as image {known.image!r}; it cannot pull {image!r}"
+            )
+        secrets = tuple(str(s) for s in doc.get("secrets") or ())
+        if missing := sorted(set(secrets) - set(self._places.secrets.names())):
+            raise RequestMalformed(
+                f"the secret {missing[0]} of {name} does not exist", hint=f"faas-cli secret create {missing[0]}"
+            )
+        spec = replace(
+            known,
+            fprocess=_text(doc, "envProcess"),
+            environment=_texts(doc, "envVars"),
+            secrets=secrets,
+            labels=_texts(doc, "labels"),
+            annotations=_texts(doc, "annotations"),
+            constraints=tuple(str(c) for c in doc.get("constraints") or ()),
+            limits=_texts(doc, "limits"),
+            requests=_texts(doc, "requests"),
+            readonly_root_filesystem=doc.get("readOnlyRootFilesystem") is True,
+        )
+        running = self.get(name)
+        self._deploy(spec, running.desired if running else _least_replicas(spec))
+
+    def remove(self, name: str) -> None:
+        """Drain and end a function.
+
+        Raises:
+            Missing: it is not deployed.
+        """
+        supervisor = self.find(name)
+        del self._running[supervisor.name]
+        task = asyncio.create_task(supervisor.close())
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+
+    async def close(self) -> None:
+        """Drain and end every function."""
+        await asyncio.gather(*(s.close() for s in self._running.values()), *self._leaving)
+
+    def kill(self) -> None:
+        """End every function now."""
+        for supervisor in self._running.values():
+            supervisor.kill()
+
+    def _deploy(self, spec: FunctionSpec, replicas: int) -> None:
+        folder = stage(self._stack, spec, self._places.build)
+        deployment = Deployment(spec, folder, self._environment(spec), spec.environment.get("ready_path") or READY_PATH)
+        supervisor = self._running.get(spec.name)
+        if supervisor is None:
+            supervisor = Supervisor(spec.name, self._session, self._on_event, drain_s=self._drain_s)
+            self._running[spec.name] = supervisor
+        supervisor.deploy(deployment, replicas)
+
+    def _environment(self, spec: FunctionSpec) -> dict[str, str]:
+        """A function's environment here: its own, the overrides, and the in-cluster gateway's name resolved."""
+        values = {
+            # In a container /tmp is a function's own, and so is its cache.
+            "cache_dir": str(self._places.cache / spec.name),
+            "secrets_dir": str(self._places.secrets.path),
+            **spec.environment,
+            **self._overrides.get("*", {}),
+            **self._overrides.get(spec.name, {}),
+        }
+        return {k: _IN_CLUSTER.sub(self._places.url, v) for k, v in values.items()}
+
+
+def describe(supervisor: Supervisor) -> dict[str, Any]:
+    """A function's status, as GET /system/function/NAME answers."""
+    spec = supervisor.deployment.spec
+    return {
+        "name": spec.name,
+        "image": spec.image,
+        "namespace": NAMESPACE,
+        "envProcess": spec.fprocess,
+        "envVars": dict(spec.environment),
+        "constraints": list(spec.constraints),
+        "secrets": list(spec.secrets),
+        "labels": dict(spec.labels),
+        "annotations": dict(spec.annotations),
+        "limits": dict(spec.limits) or None,
+        "requests": dict(spec.requests) or None,
+        "readOnlyRootFilesystem": spec.readonly_root_filesystem,
+        "invocationCount": supervisor.invocations,
+        "replicas": supervisor.desired,
+        "availableReplicas": supervisor.available,
+        "createdAt": supervisor.created.strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+
+
+def _least_replicas(spec: FunctionSpec) -> int:
+    text = spec.labels.get("com.openfaas.scale.min", "1")
+    return min(int(text), MAX_REPLICAS) if text.isdigit() else 1
+
+
+def _text(doc: Mapping[str, Any], key: str) -> str:
+    value = doc.get(key) or ""
+    if not isinstance(value, str):
+        raise RequestMalformed(f"{key} must be a string")
+    return value
+
+
+def _texts(doc: Mapping[str, Any], key: str) -> dict[str, str]:
+    value = doc.get(key) or {}
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        raise RequestMalformed(f"{key} must map names to strings")
+    return value

@@ -1,0 +1,35 @@
+"""The gateway's own metrics, under OpenFaaS's names."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+
+class Metrics:
+    """What GET /metrics answers."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        labels = ["function_name", "code"]
+        self._calls = Counter("gateway_function_invocation", "Calls to functions.", labels, registry=self._registry)
+        self._seconds = Histogram(
+            "gateway_functions_seconds",
+            "Time that a function took to answer.",
+            labels,
+            registry=self._registry,
+        )
+        self._replicas = Gauge(
+            "gateway_service_count", "Replicas of a function.", ["function_name"], registry=self._registry
+        )
+
+    def count(self, function: str, status: int, seconds: float) -> None:
+        """Note one answered call of `function`, NAME.NAMESPACE."""
+        self._calls.labels(function, str(status)).inc()
+        self._seconds.labels(function, str(status)).observe(seconds)
+
+    def expose(self, replicas: dict[str, int]) -> bytes:
+        """Everything, in Prometheus's text format."""
+        self._replicas.clear()
+        for function, number in replicas.items():
+            self._replicas.labels(function).set(number)
+        return generate_latest(self._registry)

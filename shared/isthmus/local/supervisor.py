@@ -1,0 +1,201 @@
+"""Keep as many replicas of a function running as were asked for, and choose one for each request."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Coroutine
+from datetime import UTC, datetime
+
+import aiohttp
+
+from isthmus.errors import LocalError
+from isthmus.local.events import Event, Kind, OnEvent
+from isthmus.local.logbook import Logbook
+from isthmus.local.replica import Deployment, Replica, State
+
+MAX_REPLICAS = 16
+_LONGEST_BACKOFF_S = 10.0
+_STEADY_S = 10.0  # a replica that was ready for so long ends a series of crashes
+
+
+class Supervisor:
+    """One function: its deployment, its replicas and their log.
+
+    A new deployment starts beside the old one, whose replicas drain once the new ones are ready.
+    """
+
+    def __init__(self, name: str, session: aiohttp.ClientSession, on_event: OnEvent, *, drain_s: float) -> None:
+        self.name = name
+        self.logbook = Logbook()
+        self.created = datetime.now(UTC)
+        self.invocations = 0
+        self.desired = 0
+        self.crashes = 0  # in a row, without a replica that lasted
+        self.restarts = 0
+        self.failure = ""
+        self._session = session
+        self._on_event = on_event
+        self._drain_s = drain_s
+        self._deployment: Deployment | None = None
+        self._replicas: list[Replica] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._not_before = 0.0
+        self._changed = asyncio.Event()
+        self._closing = False
+        self._loop_task = asyncio.create_task(self._reconcile_forever(), name=f"supervise {name}")
+
+    @property
+    def deployment(self) -> Deployment:
+        """What is deployed.
+
+        Raises:
+            LocalError: nothing yet.
+        """
+        if self._deployment is None:
+            raise LocalError(f"{self.name} is not deployed")
+        return self._deployment
+
+    @property
+    def replicas(self) -> tuple[Replica, ...]:
+        """Every replica that is not gone."""
+        return tuple(self._replicas)
+
+    @property
+    def available(self) -> int:
+        """How many replicas are ready."""
+        return sum(r.state is State.READY for r in self._replicas)
+
+    @property
+    def settled(self) -> bool:
+        """Whether what was asked for last is what runs."""
+        current = [r for r in self._replicas if r.deployment is self._deployment and r.state is State.READY]
+        return len(current) >= self.desired
+
+    @property
+    def reason(self) -> str:
+        """Why it is not ready: what the last replica says, or how it ended."""
+        waiting = [r.reason for r in self._replicas if r.state is State.STARTING]
+        return waiting[-1] if waiting and not self.failure else self.failure or "starting"
+
+    def deploy(self, deployment: Deployment, replicas: int) -> None:
+        """Replace what runs by `replicas` of `deployment`."""
+        self._deployment = deployment
+        self.created = datetime.now(UTC)
+        self.crashes, self.failure, self._not_before = 0, "", 0.0
+        self.scale(replicas)
+
+    def scale(self, replicas: int) -> None:
+        """Run that many replicas.
+
+        Raises:
+            LocalError: fewer than none, or more than MAX_REPLICAS.
+        """
+        if not 0 <= replicas <= MAX_REPLICAS:
+            raise LocalError(f"{self.name} cannot run {replicas} replicas; 0 to {MAX_REPLICAS} are possible here")
+        self.desired = replicas
+        self._changed.set()
+
+    def pick(self) -> Replica | None:
+        """The ready replica with the least under way, by turns among equals."""
+        ready = [r for r in self._replicas if r.state is State.READY]
+        if not ready:
+            return None
+        chosen = min(ready, key=lambda r: (r.in_flight, r.used_at))
+        chosen.used_at = time.monotonic()
+        return chosen
+
+    async def close(self) -> None:
+        """Drain and end every replica."""
+        self._closing = True
+        self._loop_task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._loop_task
+        await asyncio.gather(*(r.stop(self._drain_s) for r in self._replicas))
+        await asyncio.gather(*self._tasks)
+
+    def kill(self) -> None:
+        """End every replica now."""
+        self._closing = True
+        for replica in self._replicas:
+            replica.kill()
+
+    async def _reconcile_forever(self) -> None:
+        while True:
+            self._changed.clear()
+            wait_s = self._reconcile()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), wait_s)
+
+    def _reconcile(self) -> float | None:
+        """One step towards what was asked for; the seconds until the next is due, None if only a change makes one."""
+        deployment = self._deployment
+        if deployment is None:
+            return None
+        live = [r for r in self._replicas if r.state in (State.STARTING, State.READY)]
+        current = [r for r in live if r.deployment is deployment]
+        surplus = sorted(current, key=lambda r: (r.state is State.READY, r.in_flight))[: len(current) - self.desired]
+        if len(current) > self.desired:
+            self._drain(surplus)
+        if sum(r.state is State.READY for r in current) >= self.desired:
+            self._drain([r for r in live if r.deployment is not deployment])
+        missing = self.desired - len(current)
+        if missing > 0 and (wait_s := self._not_before - time.monotonic()) > 0:
+            return wait_s
+        for _ in range(missing):
+            replica = Replica(deployment, self.logbook, self._session)
+            self._replicas.append(replica)
+            self._spawn(self._tend(replica))
+        return None
+
+    def _drain(self, replicas: list[Replica]) -> None:
+        for replica in replicas:
+            replica.state, replica.asked_to_stop = State.DRAINING, True
+            self._spawn(replica.stop(self._drain_s))
+
+    async def _tend(self, replica: Replica) -> None:
+        """A replica's whole life."""
+        self._tell("starting", "", replica)
+        try:
+            await replica.start()
+        except OSError as e:
+            replica.state = State.GONE
+            self._ended(replica, f"cannot be started: {e}")
+            return
+        probing = asyncio.create_task(self._await_ready(replica))
+        status = await replica.pump()
+        probing.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await probing
+        self._ended(replica, f"killed by signal {-status}" if status < 0 else f"exit status {status}")
+
+    async def _await_ready(self, replica: Replica) -> None:
+        await replica.probe()
+        if replica.state is State.READY:
+            self.failure = ""
+            self._tell("ready", replica.url, replica)
+            self._changed.set()
+
+    def _ended(self, replica: Replica, how: str) -> None:
+        self._replicas.remove(replica)
+        if self._closing or replica.asked_to_stop:
+            self._tell("stopped", how, replica)
+        else:
+            last = self.logbook.last(replica.id)
+            self.failure = f"{how}: {last}" if last else how
+            steady = replica.ready_at is not None and time.monotonic() - replica.ready_at > _STEADY_S
+            self.crashes = 0 if steady else self.crashes + 1
+            self.restarts += 1
+            wait_s = min(_LONGEST_BACKOFF_S, 0.25 * 2 ** (self.crashes - 2)) if self.crashes > 1 else 0.0
+            self._not_before = time.monotonic() + wait_s
+            self._tell("exited", f"{self.failure}; again in {wait_s:g} s", replica)
+        self._changed.set()
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _tell(self, kind: Kind, text: str, replica: Replica) -> None:
+        self._on_event(Event(kind, text, self.name, replica.id))

@@ -1,0 +1,25 @@
+"""docs/api.md says what the code does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from isthmus.errors import HTTP_STATUS
+from isthmus.processing.image import MAX_SCANS
+from isthmus.processing.image_spec import INTERPOLATIONS
+from isthmus.serving import oip
+
+TEXT = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
+
+
+def test_the_status_table_is_the_codes() -> None:
+    rows = {name: int(status) for status, name in re.findall(r"^\| (\d+) \| (\w+) \|", TEXT, re.MULTILINE)}
+    assert rows == {cls.__name__: status for cls, status in HTTP_STATUS.items()}
+
+
+def test_bounds_and_names_are_the_codes() -> None:
+    assert f"at most {MAX_SCANS} scans" in TEXT
+    assert f"at most {oip.MAX_JSON_BYTES // 2**20} MiB" in TEXT
+    assert f"`interpolation`: {', '.join(INTERPOLATIONS)}" in TEXT
+    assert oip.HEADER_LENGTH in TEXT

@@ -1,0 +1,106 @@
+"""The split answer is the whole model's answer: real models, real inputs, cuts spread over each graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from isthmus.bundle import WHOLE, Bundle, Segment
+from isthmus.graph import CutInfo, Model, build, cuts, open_model
+from models import REAL, RealModel
+from segments import difference, run_partition, run_whole
+
+TOLERANCE = 1e-4
+CUTS = 12
+
+
+@dataclass(frozen=True)
+class Built:
+    real: RealModel
+    model: Model
+    cuts: list[CutInfo]
+    bundle: Bundle
+    files: dict[str, Path]
+    inputs: list[dict[str, Any]]
+    whole: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module", params=list(REAL))
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    real = REAL[request.param]
+    path = real.path()
+    model = open_model(path, **real.open_arguments())
+    every = cuts(model)
+    count = min(CUTS, len(every))
+    spread = [every[i * (len(every) - 1) // max(1, count - 1)] for i in range(count)]
+    spread.append(max(every, key=lambda c: len(c.tensors)))
+    chosen = sorted({c.name: c for c in spread}.values(), key=lambda c: c.position or 0)
+    partitions = [[c] for c in chosen]
+    partitions.append([chosen[len(chosen) // 3], chosen[2 * len(chosen) // 3]])
+    bundle, files = build(model, real.name, tmp_path_factory.mktemp(real.name), partitions=partitions)
+    inputs = real.inputs()
+    return Built(real, model, chosen, bundle, files, inputs, run_whole(path, inputs))
+
+
+def test_split_is_the_whole_at_cuts_spread_over_the_graph(built: Built) -> None:
+    if len(cuts(built.model)) >= 10:
+        assert len(built.cuts) >= 10
+        assert any(len(c.tensors) > 1 for c in built.cuts)
+    worst = 0.0
+    for cut in built.cuts:
+        worst = max(worst, _compare(built, [cut.name]))
+    print(f"{built.real.name}: {len(built.cuts)} cuts, largest difference {worst:.1e}")
+
+
+def test_split_is_the_whole_at_three_segments(built: Built) -> None:
+    first, second = (built.cuts[n * len(built.cuts) // 3].name for n in (1, 2))
+    print(f"{built.real.name}: three segments, largest difference {_compare(built, [first, second]):.1e}")
+
+
+def test_the_uncut_segment_is_the_whole(built: Built) -> None:
+    print(f"{built.real.name}: uncut, largest difference {_compare(built, []):.1e}")
+
+
+def test_two_segments_weigh_what_the_model_weighs_and_what_they_share(built: Built) -> None:
+    whole = _weight(built.bundle, built.bundle.segment(WHOLE))
+    for cut in built.cuts:
+        head, tail = built.bundle.partition([cut.name])
+        both = {t.name for t in built.bundle.weight_ranges(head)} & {t.name for t in built.bundle.weight_ranges(tail)}
+        shared = sum(t.length for t in built.bundle.weights.tensors if t.name in both)
+        together = _weight(built.bundle, head) + _weight(built.bundle, tail)
+        # Each of the two repeats what a protobuf says about itself, and static nodes.
+        assert together - shared <= 1.02 * whole + 4096, (cut.name, together, shared, whole)
+
+
+def test_a_heads_weights_are_a_prefix_and_a_tails_a_suffix(built: Built) -> None:
+    count = len(built.bundle.weights.tensors)
+    for cut in built.cuts:
+        head, tail = built.bundle.partition([cut.name])
+        assert not head.weights or (len(head.weights) == 1 and head.weights[0][0] == 0)
+        end = head.weights[0][1] if head.weights else 0
+        assert {i for a, b in tail.weights for i in range(a, b)} >= set(range(end, count))
+
+
+def test_the_macs_of_the_segments_add_up(built: Built) -> None:
+    for cut in built.cuts:
+        head, tail = built.bundle.partition([cut.name])
+        assert head.macs + tail.macs == built.bundle.segment(WHOLE).macs
+        if built.model.total_macs:
+            assert head.macs == round(cut.macs_before * built.model.total_macs)
+
+
+def _compare(built: Built, names: list[str]) -> float:
+    worst = 0.0
+    for whole, split in zip(built.whole, run_partition(built.bundle, built.files, names, built.inputs), strict=True):
+        worst = max(worst, difference(whole, split))
+        first = built.bundle.outputs[0].name
+        assert (built.real.answer(whole[first]) == built.real.answer(split[first])).all(), names
+    assert worst < TOLERANCE, names
+    return worst
+
+
+def _weight(bundle: Bundle, segment: Segment) -> int:
+    return segment.graph.size + sum(t.length for t in bundle.weight_ranges(segment))

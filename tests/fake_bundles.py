@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 from isthmus.bundle import Blob, Bundle, Cut, Segment, TensorSpec, Weights, WeightTensor, digest_of, to_json
@@ -98,4 +99,11 @@ def fill(registry: str, cache_dir: str, limit: int, digest: str, segments: Seque
     cache = SegmentCache(Registry(store, patience), cache_dir, limit)
     for segment in segments:
         cache.locate(digest, segment)
-    sys.exit(0)
+
+
+def hold(registry: str, cache_dir: str, digest: str, held: Event) -> None:
+    """What a process that serves a segment does: it keeps it located until it ends."""
+    located = SegmentCache(Registry(FolderStore(registry)), cache_dir, 2**40).locate(digest, "..")
+    held.set()
+    time.sleep(60)
+    located.release()

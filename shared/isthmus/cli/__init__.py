@@ -9,13 +9,13 @@ import typer
 import isthmus
 from isthmus.cli.cut import cut
 from isthmus.cli.cuts import cuts
-#from isthmus.cli.demo import demo
+from isthmus.cli.demo import demo
 from isthmus.cli.doctor import doctor
 from isthmus.cli.importing import import_model
 from isthmus.cli.infer import infer
 from isthmus.cli.models import models
 from isthmus.cli.package import package
-#from isthmus.cli.up import up
+from isthmus.cli.up import up
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,7 +25,7 @@ app = typer.Typer(
     help="Split inference as a bundle of serverless functions: cut a model, serve its two sides, ask them.",
 )
 app.command("import")(import_model)
-for command in (cuts, cut, models, infer, package, doctor):
+for command in (cuts, cut, models, infer, up, package, demo, doctor):
     app.command()(command)
 
 

@@ -39,7 +39,7 @@ def cuts(
                 from isthmus.graph.picture import draw
 
                 step(f"drawing {picture}")
-                draw(opened, found, picture, title=Path(model).name)
+                draw(opened, Path(model).name, picture)
         if as_json:
             print_json(
                 {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, errors, print_json, size, table
 from isthmus.registry import open_registry
 from isthmus.settings import RegistrySettings
@@ -14,7 +16,7 @@ def models(*, registry: RegistryOption = DEFAULT_REGISTRY, as_json: AsJson = Fal
     """
     with errors(as_json):
         store = open_registry(RegistrySettings(registry=registry))
-        documents = []
+        documents: list[dict[str, Any]] = []
         for name in store.models():
             by_version: dict[str, list[str]] = {}
             for alias, number in store.aliases(name).items():

@@ -84,7 +84,7 @@ def package(
         }
         functions[router] = _function(router, folder, like, environment, "router")
         _write_handler(folder / router, "router", Path(like["handler"]))
-        document = {key: base[key] for key in ("version", "provider", "configuration") if key in base}
+        document: dict[str, Any] = {key: base[key] for key in ("version", "provider", "configuration") if key in base}
         path = folder / "stack.yml"
         path.write_text(
             f"# Written by `isthmus package {model}`: each segment baked into a function of its own.\n"
@@ -102,7 +102,8 @@ def _function(name: str, folder: Path, like: dict[str, Any], environment: dict[s
     """A function like `like`, with its own name, handler, image and what it reads its segment from."""
     from_registry = ("registry", "preload", "model", "hops", "cuts", "s3_endpoint", "s3_region")
     kept = {k: v for k, v in like.get("environment", {}).items() if k not in from_registry}
-    image = str(like["image"]).replace({"router": "router"}.get(kind, like["handler"].rpartition("/")[2]), name)
+    own = "router" if kind == "router" else str(like["handler"]).rpartition("/")[2]
+    image = str(like["image"]).replace(own, name)
     return {
         **{k: v for k, v in like.items() if k != "secrets"},
         "handler": f"./{folder / name}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -22,39 +22,38 @@ _DTYPES = {
 
 
 def types(
-    model: ir.Model, values: Sequence[ir.Value], feeds: Mapping[str, npt.NDArray[np.generic]]
+    model: ir.Model, values: Mapping[ir.Value, str | None], feeds: Mapping[str, npt.NDArray[np.generic]]
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The dtype and shape that each of `values` has in one run with `feeds`; those that are no tensors are left out.
 
-    Only the shapes leave the run, so memory stays that of a plain run however many values are asked for.
+    `values` come with their dtype, or None where onnxruntime is to tell it too. Only the shapes leave the run, so
+    memory stays that of a plain run however many values are asked for.
 
     Raises:
         ModelError: onnxruntime cannot load the model, or cannot run it with `feeds`.
     """
     try:
-        kinds = _kinds(model, values)
-        tensors = [v for v in values if kinds.get(str(v.name), "").startswith("tensor(")]
-        shapes = _shapes(model, tensors, feeds)
+        untyped = [v for v, dtype in values.items() if dtype is None]
+        found = dict(_dtypes(model, untyped)) if untyped else {}
+        dtypes = {v: dtype or found.get(str(v.name)) for v, dtype in values.items()}
+        shapes = _shapes(model, [v for v, dtype in dtypes.items() if dtype is not None], feeds)
     # onnxruntime raises bare RuntimeErrors and subclasses of Exception that it does not export.
     except Exception as e:
         raise ModelError(
             f"some shapes are only known at run time, and the model does not run with the inputs given: {_first(e)}",
             hint="give example inputs that the model accepts, or shapes to make them from",
         ) from e
-    found = {}
-    for value in tensors:
-        name = str(value.name)
-        dtype = _DTYPES.get(kinds[name].removeprefix("tensor(").removesuffix(")"))
-        if dtype is not None and name in shapes:
-            found[name] = (dtype, shapes[name])
-    return found
+    return {n: (dtype, shapes[n]) for v, dtype in dtypes.items() if dtype is not None and (n := str(v.name)) in shapes}
 
 
-def _kinds(model: ir.Model, values: Sequence[ir.Value]) -> dict[str, str]:
+def _dtypes(model: ir.Model, values: Sequence[ir.Value]) -> Iterator[tuple[str, str]]:
     graph = model.graph.clone()
     named = {v.name: v for node in graph for v in node.outputs}
     graph.outputs.extend(v for value in values if not (v := named[value.name]).is_graph_output())
-    return {o.name: o.type for o in _session(graph, model).get_outputs()}
+    for output in _session(graph, model).get_outputs():
+        dtype = _DTYPES.get(output.type.removeprefix("tensor(").removesuffix(")"))
+        if output.type.startswith("tensor(") and dtype is not None:
+            yield output.name, dtype
 
 
 def _shapes(

@@ -94,7 +94,7 @@ def infer(
     """
     free = _inferred(model, {})
     known = _inferred(model, bound)
-    unknown = [v for v in wanted if not _is_known(known.get(str(v.name)))]
+    unknown = {v: known.get(str(v.name), (None, None))[0] for v in wanted if not _is_known(known.get(str(v.name)))}
     seen = probe.types(model, unknown, feeds(model.graph, bound, examples)) if unknown else {}
     specs: dict[str, TensorSpec] = {}
     found: dict[str, tuple[int, ...]] = {}

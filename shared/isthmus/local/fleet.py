@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class Fleet:
         self._running: dict[str, Supervisor] = {}
         self._leaving: set[asyncio.Task[None]] = set()
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Supervisor]:
         return iter(self._running.values())
 
     def get(self, name: str) -> Supervisor | None:
@@ -144,6 +144,10 @@ class Fleet:
         self._leaving.add(task)
         task.add_done_callback(self._leaving.discard)
 
+    def resolve(self, text: str) -> str:
+        """`text` with the gateway's in-cluster names replaced by this engine's address, as cluster DNS would."""
+        return _IN_CLUSTER.sub(self._places.url, text)
+
     async def close(self) -> None:
         """Drain and end every function."""
         await asyncio.gather(*(s.close() for s in self._running.values()), *self._leaving)
@@ -172,7 +176,7 @@ class Fleet:
             **self._overrides.get("*", {}),
             **self._overrides.get(spec.name, {}),
         }
-        return {k: _IN_CLUSTER.sub(self._places.url, v) for k, v in values.items()}
+        return {k: self.resolve(v) for k, v in values.items()}
 
 
 def describe(supervisor: Supervisor) -> dict[str, Any]:

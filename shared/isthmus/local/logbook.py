@@ -27,7 +27,7 @@ class Logbook:
 
     def __init__(self) -> None:
         self._lines: deque[Line] = deque(maxlen=KEPT_LINES)
-        self._followers: set[asyncio.Queue[Line]] = set()
+        self._followers: set[asyncio.Queue[Line | None]] = set()
 
     def add(self, instance: str, text: str) -> None:
         """Note a line; a follower that is too slow loses it rather than holding the function up."""
@@ -46,13 +46,22 @@ class Logbook:
         """The last line of one replica, or nothing."""
         return next((x.text for x in reversed(self._lines) if x.instance == instance), "")
 
+    def close(self) -> None:
+        """Let go of whoever follows."""
+        for queue in self._followers:
+            if queue.full():
+                queue.get_nowait()
+            queue.put_nowait(None)
+
     async def follow(self, instance: str = "") -> AsyncIterator[Line]:
-        """The lines that are added from now on."""
-        queue: asyncio.Queue[Line] = asyncio.Queue(_WAITING_LINES)
+        """The lines that are added from now on, until `close`."""
+        queue: asyncio.Queue[Line | None] = asyncio.Queue(_WAITING_LINES)
         self._followers.add(queue)
         try:
             while True:
                 line = await queue.get()
+                if line is None:
+                    return
                 if instance in ("", line.instance):
                     yield line
         finally:

@@ -24,17 +24,10 @@ UPSTREAM_TIMEOUT_S = 60.0
 
 _WHOLE_BELOW = 256 * 1024  # a shorter answer goes out in one write, with its headers
 _HOP_BY_HOP = frozenset(
-    [
-        "connection",
-        "keep-alive",
-        "proxy-authenticate",
-        "proxy-authorization",
-        "proxy-connection",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-    ]
+    {
+        *("connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"),
+        *("proxy-authenticate", "proxy-authorization"),
+    }
 )
 _NOT_SENT = _HOP_BY_HOP | {"host", "expect", "content-length"}
 
@@ -81,12 +74,12 @@ class Proxy:
         length = request.content_length
         if length is not None and length > self._max_body_bytes:
             return _plain(413, f"the body has {length} bytes; the gateway takes {self._max_body_bytes}", ours)
+        if rest == "/_/health" and supervisor.replicas:  # the watchdog's own; local processes run without one
+            return _plain(200, "OK", ours)
         replica = supervisor.pick()
         if replica is None:
             ours |= {"Retry-After": "1", "X-OpenFaaS-Internal": "proxy"}
             return _plain(503, f"No endpoints available for: {supervisor.name}. {supervisor.reason}", ours)
-        if rest == "/_/health":  # the watchdog's own, which local processes run without
-            return _plain(200, "OK", ours)
         replica.in_flight += 1
         try:
             upstream = self._session.request(

@@ -21,27 +21,12 @@ PROVIDER_KEYS = frozenset({"name", "gateway"})
 CONFIGURATION_KEYS = frozenset({"templates", "copy"})
 RESOURCE_KEYS = frozenset({"memory", "cpu"})
 FUNCTION_KEYS = frozenset(
-    [
-        "lang",
-        "handler",
-        "image",
-        "fprocess",
-        "environment",
-        "environment_file",
-        "secrets",
-        "skip_build",
-        "constraints",
-        "labels",
-        "annotations",
-        "limits",
-        "requests",
-        "readonly_root_filesystem",
-        "build_options",
-        "build_args",
-        "build_secrets",
-        "namespace",
-        "platforms",
-    ]
+    {
+        *("lang", "handler", "image", "fprocess", "skip_build", "namespace", "platforms"),
+        *("environment", "environment_file", "secrets", "constraints", "labels", "annotations"),
+        *("limits", "requests", "readonly_root_filesystem"),
+        *("build_options", "build_args", "build_secrets"),
+    }
 )
 MAX_FUNCTIONS = 15
 MAX_STACK_BYTES = 1 << 20

@@ -114,6 +114,7 @@ class Supervisor:
             await self._loop_task
         await asyncio.gather(*(r.stop(self._drain_s) for r in self._replicas))
         await asyncio.gather(*self._tasks)
+        self.logbook.close()
 
     def kill(self) -> None:
         """End every replica now."""

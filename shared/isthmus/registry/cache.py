@@ -18,7 +18,7 @@ from isthmus.registry.source import Located, Progress
 from isthmus.registry.space import Space
 from isthmus.registry.weights import READ_BYTES, Batch, WeightsFile, batches, disk_bytes, parts, write_whole
 
-_RECORD_BYTES = 64 * 2**20
+_RECORD_BYTES = 32 * 2**20
 _SLACK_BYTES = 2**16
 """What a folder's ledger and its own blocks may take."""
 

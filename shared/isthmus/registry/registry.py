@@ -184,7 +184,7 @@ class Registry:
     def _upload(self, digest: str, path: Path | None) -> None:
         key = blob_key(digest)
         there = self.patience(lambda: self._store.size(key))
-        if path is None:
+        if path is None or not path.is_file():
             if there is None:
                 raise Missing(
                     f"content {digest} is neither given nor in {self.url}", kind="blob", name=digest, exists=[]

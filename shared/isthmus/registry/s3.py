@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,6 @@ class S3Store:
         self._endpoint, self._region = endpoint, region
         self._key_id, self._secret = key_id, secret
         self._patience = patience or Patience()
-        self._lock = threading.Lock()
         self._clients: dict[int, Any] = {}
 
     @property
@@ -150,18 +150,15 @@ class S3Store:
         return b"".join(parts)
 
     def _client(self, attempts: int = 1) -> Any:
-        with self._lock:
+        with _CONNECTING:
             if attempts not in self._clients:
                 self._clients[attempts] = self._connect(attempts)
             return self._clients[attempts]
 
     def _connect(self, attempts: int) -> Any:
-        import boto3
         from botocore.config import Config
 
-        session = boto3.session.Session(
-            aws_access_key_id=self._key_id or None, aws_secret_access_key=self._secret or None
-        )
+        session = _session(self._key_id, self._secret)
         config = Config(
             retries={"total_max_attempts": max(1, attempts), "mode": "standard"},
             connect_timeout=self._patience.try_s,
@@ -216,6 +213,17 @@ _SECRETS = (
     "put s3-access-key-id and s3-secret-access-key in the setting secrets_dir; S3 also refuses a key that is not there"
     " to credentials that may not list the bucket"
 )
+
+
+_CONNECTING = threading.Lock()
+
+
+@lru_cache(maxsize=4)
+def _session(key_id: str, secret: str) -> Any:
+    # What a session has read of boto3's tables serves all its clients; reading it takes longer than a small segment.
+    import boto3
+
+    return boto3.session.Session(aws_access_key_id=key_id or None, aws_secret_access_key=secret or None)
 
 
 def _status(e: Any) -> int:

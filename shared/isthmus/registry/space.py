@@ -100,7 +100,7 @@ class Space:
     def _make_room(self, needed: int, keep: str) -> None:
         for trash in self._root.glob(f"{_TRASH}*"):
             shutil.rmtree(trash, ignore_errors=True)
-        entries = sorted(self._entries(), key=lambda e: e.used)
+        entries = sorted(self._entries(keep), key=lambda e: e.used)
         total = sum(e.bytes for e in entries)
         for entry in entries:
             if total + needed <= self._limit:
@@ -117,13 +117,15 @@ class Space:
                 hint="raise the setting cache_bytes, or serve fewer segments from this cache",
             )
 
-    def _entries(self) -> Iterator[_Entry]:
+    def _entries(self, keep: str) -> Iterator[_Entry]:
         for path in self._root.iterdir():
             if _KEY.fullmatch(path.name):
                 used = 0.0
                 with suppress(FileNotFoundError):
                     used = (self._locks / f"{path.name}.pin").stat().st_mtime
-                yield _Entry(path, used, max(_allocated(path), self._target(path.name)))
+                # A target of the caller's own key is what a process that died left: the caller fills now.
+                target = 0 if path.name == keep else self._target(path.name)
+                yield _Entry(path, used, max(_allocated(path), target))
             elif path.is_dir() and path != self._locks and not path.name.startswith(_TRASH):
                 for small in path.iterdir():
                     with suppress(FileNotFoundError):

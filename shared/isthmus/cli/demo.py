@@ -1,0 +1,202 @@
+"""`isthmus demo`: the main job, end to end, on a real model and real photos."""
+
+from __future__ import annotations
+
+import io
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from PIL import Image
+
+from isthmus.bundle import WHOLE
+from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, Step, errors, out, print_json, size, steps
+from isthmus.cli.console import table as print_table
+from isthmus.cli.engine import engine
+from isthmus.cli.here import Here
+from isthmus.cli.photos import sample_photos
+from isthmus.client import Client
+from isthmus.errors import Missing, RequestMalformed
+from isthmus.registry import open_registry
+from isthmus.settings import RegistrySettings
+
+MODEL = "efficientnet-lite0"
+JPEG_QUALITY = 85
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One photo's answer beside the uncut model's.
+
+    `difference` is the largest one between the logits, relative to the largest logit. Bytes: the photo as it came, the
+    model's crop of it as a JPEG of quality 85, the float input, and what crossed the cut.
+    """
+
+    photo: str
+    classes: list[dict[str, Any]]
+    same_classes: bool
+    difference: float
+    photo_bytes: int
+    jpeg_bytes: int
+    input_bytes: int
+    crossed_bytes: int
+    timings_ms: dict[str, float]
+
+
+def demo(
+    photos: Annotated[list[Path] | None, typer.Argument(help="Photos; five that come with packages if none.")] = None,
+    *,
+    port: Annotated[int, typer.Option(help="Port of the local gateway; 0 takes a free one.", min=0, max=65535)] = 0,
+    stack: Annotated[Path, typer.Option(help="The stack file.")] = Path("stack.yml"),
+    repeat: Annotated[int, typer.Option(help="Times each photo is sent; times shown are medians.", min=1)] = 5,
+    registry: RegistryOption = DEFAULT_REGISTRY,
+    as_json: AsJson = False,
+) -> None:
+    """Classify real photos with EfficientNet-Lite0, cut in two, and compare with the uncut model.
+
+    Imports the model if the registry lacks it, starts router, edge-head and cloud-tail, asks them, and stops them.
+
+    Example: `isthmus demo my-cat.jpg`
+    """
+    with errors(as_json):
+        paths = photos or sample_photos()
+        with _ready(registry, stack, port, as_json) as (client, step):
+            step("loading the uncut model in this process, to compare")
+            whole = Here(registry, MODEL, WHOLE, threads=1)
+            shown = []
+            for path in paths:
+                step(f"asking about {path.name}")
+                shown.append(_ask(path, client, whole, repeat))
+            step("stopping the functions")
+        bundle = whole.model.bundle
+        cuts = [bundle.cuts[name] for name in bundle.default_cuts]
+        if as_json:
+            print_json(
+                {
+                    "model": f"{whole.model.name}:{whole.model.version}",
+                    "digest": whole.model.digest,
+                    "cuts": [asdict(c) for c in cuts],
+                    "photos": [asdict(s) for s in shown],
+                }
+            )
+        else:
+            for one in shown:
+                _print_classes(one)
+            for cut in cuts:
+                tensors = ", ".join(f"{t.name} {t.dtype}{list(t.shape)}" for t in cut.tensors)
+                out.print(
+                    f"cut {cut.name}: {tensors}, after {cut.macs_before:.0%} of the multiply-accumulates",
+                    highlight=False,
+                    soft_wrap=True,
+                )
+            _print_totals(shown)
+        if not all(s.same_classes for s in shown):
+            raise typer.Exit(1)
+
+
+@contextmanager
+def _ready(registry: str, stack: Path, port: int, quiet: bool) -> Iterator[tuple[Client, Step]]:
+    """The functions, running and ready, with the model in the registry."""
+    ensure_model(registry, quiet)
+    with steps(quiet) as step, engine(stack, registry, port, step) as url:
+        yield Client(f"{url}/function/router"), step
+
+
+def ensure_model(registry: str, quiet: bool) -> None:
+    """Import the demo's model unless the registry has it.
+
+    Raises:
+        ModelError: what the import needs is not installed.
+    """
+    try:
+        open_registry(RegistrySettings(registry=registry)).resolve(MODEL)
+    except Missing:
+        from isthmus.cli.importing import publish
+
+        publish(MODEL, registry, quiet=quiet)
+
+
+def _ask(path: Path, client: Client, whole: Here, repeat: int) -> Shown:
+    try:
+        photo = path.read_bytes()
+    except OSError as e:
+        raise RequestMalformed(f"{path} cannot be read: {e.strerror}") from e
+    answers = [client.photo(photo, model=MODEL) for _ in range(repeat)]
+    name, array = whole.preprocess(photo)
+    expected = whole.run({name: array}).outputs
+    split = client.infer({name: array}, model=MODEL).outputs
+    logits = whole.model.bundle.outputs[0].name
+    scale = float(np.abs(expected[logits]).max())
+    uncut = whole.classes(expected)
+    return Shown(
+        photo=path.name,
+        classes=answers[0]["classes"],
+        same_classes=all([c["index"] for c in a["classes"]] == [c["index"] for c in uncut] for a in answers),
+        difference=float(np.abs(expected[logits] - split[logits]).max()) / scale,
+        photo_bytes=len(photo),
+        jpeg_bytes=_as_jpeg(array),
+        input_bytes=array.nbytes,
+        crossed_bytes=answers[0]["route"]["crossed_bytes"],
+        timings_ms=_medians(answers),
+    )
+
+
+def _medians(answers: list[dict[str, Any]]) -> dict[str, float]:
+    """Each stage's median, a hop's own computing and the rest of the hop apart."""
+    rows = []
+    for answer in answers:
+        row = {"preprocess": answer["timings_ms"]["preprocess"]}
+        for i, stage in enumerate(answer["route"]["segments"]):
+            row[f"{stage['segment']} run"] = stage["run_ms"]
+            row[f"{stage['segment']} hop"] = stage["ms"] - stage["run_ms"]
+            row.setdefault("total", 0.0)
+            row["total"] += stage["ms"] + (row["preprocess"] if i == 0 else 0.0)
+        row["postprocess"] = answer["timings_ms"]["postprocess"]
+        row["total"] += row["postprocess"]
+        rows.append(row)
+    return {
+        stage: round(statistics.median(row[stage] for row in rows), 2) for stage in sorted(rows[0], key=_stage_order)
+    }
+
+
+def _stage_order(stage: str) -> int:
+    return {"preprocess": 0, "postprocess": 2, "total": 3}.get(stage, 1)
+
+
+def _as_jpeg(array: np.ndarray[Any, np.dtype[Any]]) -> int:
+    """Bytes of the model's input as a JPEG: what sending the photo to the cloud would have cost at the least."""
+    pixels = np.clip(array[0].transpose(1, 2, 0) * 128 + 127, 0, 255).round().astype(np.uint8)
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "JPEG", quality=JPEG_QUALITY)
+    return len(data.getvalue())
+
+
+def _print_classes(one: Shown) -> None:
+    same = "the uncut model says the same" if one.same_classes else "[red]the uncut model says something else[/]"
+    print_table(
+        f"{one.photo}: {same}, largest difference {one.difference:.1e}",
+        ["class", "probability"],
+        [(c["label"], f"{c['probability']:.4f}") for c in one.classes],
+        numbers=["probability"],
+    )
+
+
+def _print_totals(shown: list[Shown]) -> None:
+    print_table(
+        f"bytes: the photo as it came, the model's crop as a JPEG (quality {JPEG_QUALITY}), as floats, across the cut",
+        ["photo", "file", "JPEG", "float input", "crossed"],
+        [(s.photo, size(s.photo_bytes), size(s.jpeg_bytes), size(s.input_bytes), size(s.crossed_bytes)) for s in shown],
+        numbers=["file", "JPEG", "float input", "crossed"],
+    )
+    stages = list(shown[0].timings_ms)
+    print_table(
+        "milliseconds in each stage, medians; a segment's hop is all that is not its own computing",
+        ["photo", *stages],
+        [(s.photo, *(f"{s.timings_ms[stage]:.2f}" for stage in stages)) for s in shown],
+        numbers=stages,
+    )

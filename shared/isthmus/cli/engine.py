@@ -1,0 +1,34 @@
+"""The embedded engine as commands use it: with the registry that they were told, and its progress shown."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from isthmus.cli.console import Step
+from isthmus.local import Engine
+
+
+def variables(registry: str) -> dict[str, str]:
+    """What stack.yml's ${…} are filled from: this process's environment, and the registry as an absolute path."""
+    where = registry if "://" in registry else str(Path(registry).absolute())
+    return {**os.environ, "ISTHMUS_REGISTRY": where}
+
+
+@contextmanager
+def engine(stack: Path, registry: str, port: int, step: Step) -> Iterator[str]:
+    """The functions of `stack`, ready, for as long as the block lasts; the gateway's address.
+
+    Raises:
+        LocalError: the stack cannot be read, the port is taken, or a function does not start.
+    """
+    step(f"starting the functions of {stack}")
+    with Engine(stack, port=port, variables=variables(registry)) as running:
+        running.wait_ready(120.0, lambda states: step(f"starting: {_told(states)}"))
+        yield running.url
+
+
+def _told(states: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {state if state == 'ready' else '…'}" for name, state in states.items())

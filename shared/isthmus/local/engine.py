@@ -1,0 +1,279 @@
+"""The engine's life: take the port, lay the functions out, run them, and leave nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import aiohttp
+from aiohttp import web
+
+from isthmus.errors import LocalError
+from isthmus.local.async_queue import AsyncQueue
+from isthmus.local.events import Event, OnEvent, ignore
+from isthmus.local.fleet import Fleet, Places
+from isthmus.local.gateway import create_gateway
+from isthmus.local.metrics import Metrics
+from isthmus.local.proxy import Proxy
+from isthmus.local.secrets import SecretFolder
+from isthmus.local.stack import read_stack
+
+DEFAULT_PORT = 8080
+DRAIN_S = 10.0
+_CRASHES_THAT_ARE_A_PATTERN = 2
+_POLL_S = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What an engine is told: `environment` and `replicas` are by function, `*` in `environment` is every one."""
+
+    stack_file: Path
+    host: str = "127.0.0.1"
+    port: int = DEFAULT_PORT
+    replicas: Mapping[str, int] = field(default_factory=dict)
+    environment: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    variables: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+    drain_s: float = DRAIN_S
+    on_event: OnEvent = ignore
+
+
+def run_engine(
+    stack_file: Path | str = "stack.yml",
+    *,
+    port: int = DEFAULT_PORT,
+    host: str = "127.0.0.1",
+    replicas: Mapping[str, int] | None = None,
+    environment: Mapping[str, Mapping[str, str]] | None = None,
+    variables: Mapping[str, str] | None = None,
+    on_event: OnEvent = ignore,
+) -> None:
+    """Serve the functions of a stack until SIGINT or SIGTERM, then drain and return; a second signal ends it at once.
+
+    `replicas` maps a function to how many of it run. `environment` maps a function, or `*` for every one, to variables
+    that go before stack.yml's. The stack's own `${…}` are filled from `variables`, by
+    default this process's environment.
+
+    Raises:
+        LocalError: the stack cannot be read or laid out, or the port is taken.
+    """
+    options = Options(
+        stack_file=Path(stack_file),
+        host=host,
+        port=port,
+        replicas=replicas or {},
+        environment=environment or {},
+        variables=dict(os.environ) if variables is None else variables,
+        on_event=on_event,
+    )
+    asyncio.run(_run_until_signal(options))
+
+
+class Engine:
+    """An engine in a thread of this process, for tests and `isthmus demo`; a context manager."""
+
+    def __init__(
+        self,
+        stack_file: Path | str = "stack.yml",
+        *,
+        port: int = 0,
+        replicas: Mapping[str, int] | None = None,
+        environment: Mapping[str, Mapping[str, str]] | None = None,
+        variables: Mapping[str, str] | None = None,
+        drain_s: float = DRAIN_S,
+        on_event: OnEvent = ignore,
+    ) -> None:
+        self._options = Options(
+            stack_file=Path(stack_file),
+            port=port,
+            replicas=replicas or {},
+            environment=environment or {},
+            variables=dict(os.environ) if variables is None else variables,
+            drain_s=drain_s,
+            on_event=on_event,
+        )
+        self._running: _Running | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._leave: asyncio.Event | None = None
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def start(self) -> Self:
+        """Take the port and start the functions; return before they are ready.
+
+        Raises:
+            LocalError: the stack cannot be read or laid out, or the port is taken.
+        """
+        up = threading.Event()
+        # Not a thread of a pool: the kernel ends the functions with the thread that started them.
+        self._thread = threading.Thread(target=self._main, args=(up,), name="engine", daemon=True)
+        self._thread.start()
+        up.wait()
+        if self._error is not None:
+            self._thread.join()
+            raise self._error
+        return self
+
+    @property
+    def url(self) -> str:
+        """The gateway's address.
+
+        Raises:
+            LocalError: the engine does not run.
+        """
+        if self._running is None:
+            raise LocalError("the engine does not run")
+        return self._running.url
+
+    def wait_ready(
+        self, timeout_s: float = 60.0, progress: Callable[[Mapping[str, str]], None] = lambda _: None
+    ) -> None:
+        """Wait until every function is ready; `progress` is told `ready` or the reason, by function, as they change.
+
+        Raises:
+            LocalError: a function ended twice before it was ready, or the time is over; says why.
+        """
+        until, told = time.monotonic() + timeout_s, None
+        while True:
+            if self._running is None:
+                raise LocalError("the engine does not run")
+            states = {s.name: "ready" if s.settled else s.reason for s in list(self._running.fleet)}
+            if states != told:
+                told = states
+                progress(states)
+            if all(state == "ready" for state in states.values()):
+                return
+            for s in list(self._running.fleet):
+                if s.crashes >= _CRASHES_THAT_ARE_A_PATTERN:
+                    raise LocalError(f"{s.name} does not start: {s.failure}", function=s.name)
+            if time.monotonic() > until:
+                waiting = "; ".join(f"{name}: {state}" for name, state in states.items() if state != "ready")
+                raise LocalError(f"not ready after {timeout_s:g} s: {waiting}")
+            time.sleep(_POLL_S)
+
+    def stop(self) -> None:
+        """Drain and end everything; harmless when it does not run."""
+        if self._thread is None or self._loop is None or self._leave is None:
+            return
+        with contextlib.suppress(RuntimeError):  # its loop is closed: it has ended already
+            self._loop.call_soon_threadsafe(self._leave.set)
+        self._thread.join()
+        self._running = self._thread = None
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _main(self, up: threading.Event) -> None:
+        async def live() -> None:
+            self._loop, self._leave = asyncio.get_running_loop(), asyncio.Event()
+            async with _running(self._options) as self._running:
+                up.set()
+                await self._leave.wait()
+
+        try:
+            asyncio.run(live())
+        except BaseException as e:
+            self._error = e
+        finally:
+            up.set()
+
+
+@dataclass(frozen=True)
+class _Running:
+    url: str
+    fleet: Fleet
+
+
+async def _run_until_signal(options: Options) -> None:
+    loop, leave = asyncio.get_running_loop(), asyncio.Event()
+    async with _running(options) as running:
+
+        def on_signal() -> None:
+            if leave.is_set():
+                running.fleet.kill()
+            leave.set()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, on_signal)
+        await leave.wait()
+
+
+@contextlib.asynccontextmanager
+async def _running(options: Options) -> AsyncIterator[_Running]:
+    """An engine from the moment its port is taken until its last process is gone."""
+    stack = read_stack(options.stack_file, options.variables)
+    with contextlib.closing(_listen(options.host, options.port)) as listener:
+        port = listener.getsockname()[1]
+        url = f"http://{options.host}:{port}"
+        state = stack.root / ".isthmus"
+        build = state / "build" / str(port)
+        places = Places(url, build, state / "cache", SecretFolder(state / "secrets"))
+        async with contextlib.AsyncExitStack() as leaving:
+            leaving.callback(shutil.rmtree, build, ignore_errors=True)
+            session = await leaving.enter_async_context(_session())
+            fleet = Fleet(
+                stack, places, session, options.on_event, overrides=options.environment, drain_s=options.drain_s
+            )
+            leaving.push_async_callback(fleet.close)
+            fleet.start(options.replicas)
+            metrics = Metrics()
+            queue = AsyncQueue(fleet, url, session, options.on_event)
+            leaving.push_async_callback(queue.close)
+            gateway = create_gateway(
+                fleet, Proxy(fleet, session, metrics), queue, metrics, places.secrets, loopback=_is_local(options.host)
+            )
+            # A caller who hangs up ends the call, as OpenFaaS's gateway does.
+            runner = web.AppRunner(
+                gateway, access_log=None, handler_cancellation=True, shutdown_timeout=options.drain_s
+            )
+            await runner.setup()
+            leaving.push_async_callback(runner.cleanup)
+            await web.SockSite(runner, listener, backlog=1024).start()
+            options.on_event(Event("listening", url))
+            yield _Running(url, fleet)
+
+
+def _session() -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+        skip_auto_headers=("Accept", "Accept-Encoding", "User-Agent", "Content-Type"),
+        read_bufsize=1 << 20,
+    )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    listener = socket.socket()
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(1024)
+    except OSError as e:
+        listener.close()
+        raise LocalError(
+            f"cannot listen on {host}:{port}: {e.strerror or e}",
+            hint=f"something else listens there (see: ss -ltnp 'sport = :{port}'); choose another with --port",
+            port=port,
+        ) from e
+    return listener
+
+
+def _is_local(host: str) -> bool:
+    return host.startswith("127.") or host in ("localhost", "::1")

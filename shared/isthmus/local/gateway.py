@@ -1,0 +1,232 @@
+"""OpenFaaS's REST API, as faas-cli speaks it, over the functions of one stack."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import ipaddress
+import json
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from typing import Any
+
+from aiohttp import web
+
+import isthmus
+from isthmus.errors import IsthmusError, Missing, RequestMalformed
+from isthmus.local.async_queue import AsyncQueue
+from isthmus.local.fleet import NAMESPACE, Fleet, describe
+from isthmus.local.logbook import Line
+from isthmus.local.metrics import Metrics
+from isthmus.local.proxy import Proxy
+from isthmus.local.secrets import MAX_SECRET_BYTES, SecretFolder
+
+_MAX_DOCUMENT_BYTES = 2 * MAX_SECRET_BYTES
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def create_gateway(
+    fleet: Fleet, proxy: Proxy, queue: AsyncQueue, metrics: Metrics, secrets: SecretFolder, *, loopback: bool
+) -> web.Application:
+    """The whole gateway; `loopback` says that only this machine should reach /system."""
+    api = _Api(fleet, metrics, secrets)
+    app = web.Application(client_max_size=_MAX_DOCUMENT_BYTES, middlewares=[_errors, _same_machine(loopback)])
+    for method in _METHODS:
+        app.router.add_route(method, "/function/{rest:.+}", proxy.handle)
+    app.router.add_post("/async-function/{rest:.+}", queue.handle)
+    app.add_routes(
+        [
+            web.get("/system/functions", api.functions),
+            web.put("/system/functions", api.update),
+            web.post("/system/functions", api.create),
+            web.delete("/system/functions", api.remove),
+            web.get("/system/function/{name}", api.function),
+            web.post("/system/scale-function/{name}", api.scale),
+            web.get("/system/secrets", api.secret_names),
+            web.post("/system/secrets", api.create_secret),
+            web.put("/system/secrets", api.update_secret),
+            web.delete("/system/secrets", api.delete_secret),
+            web.get("/system/logs", api.logs),
+            web.get("/system/info", api.info),
+            web.get("/system/namespaces", api.namespaces),
+            web.get("/healthz", api.health),
+            web.get("/metrics", api.metrics),
+        ]
+    )
+    app.on_response_prepare.append(_anonymous)
+    app.on_shutdown.append(api.end_logs)
+    return app
+
+
+class _Api:
+    def __init__(self, fleet: Fleet, metrics: Metrics, secrets: SecretFolder) -> None:
+        self._fleet = fleet
+        self._metrics = metrics
+        self._secrets = secrets
+
+    async def functions(self, request: web.Request) -> web.Response:
+        if request.query.get("namespace") not in (None, "", NAMESPACE):
+            return web.json_response([])
+        return web.json_response([describe(s) for s in self._fleet])
+
+    async def function(self, request: web.Request) -> web.Response:
+        return web.json_response(describe(self._fleet.find(request.match_info["name"])))
+
+    async def create(self, request: web.Request) -> web.Response:
+        self._fleet.deploy(await _document(request), update=False)
+        return web.Response(status=202)
+
+    async def update(self, request: web.Request) -> web.Response:
+        self._fleet.deploy(await _document(request), update=True)
+        return web.Response(status=202)
+
+    async def remove(self, request: web.Request) -> web.Response:
+        self._fleet.remove(str((await _document(request)).get("functionName", "")))
+        return web.Response(status=202)
+
+    async def scale(self, request: web.Request) -> web.Response:
+        replicas = (await _document(request)).get("replicas")
+        if not isinstance(replicas, int) or isinstance(replicas, bool):
+            raise RequestMalformed("replicas must be a whole number")
+        self._fleet.find(request.match_info["name"]).scale(replicas)
+        return web.Response(status=202)
+
+    async def secret_names(self, request: web.Request) -> web.Response:
+        return web.json_response([{"name": name, "namespace": NAMESPACE} for name in self._secrets.names()])
+
+    async def create_secret(self, request: web.Request) -> web.Response:
+        name, value = _secret(await _document(request))
+        if name in self._secrets.names():
+            return web.Response(status=409, text=f"the secret {name} exists already")
+        self._secrets.put(name, value)
+        return web.Response(status=202)
+
+    async def update_secret(self, request: web.Request) -> web.Response:
+        name, value = _secret(await _document(request))
+        if name not in self._secrets.names():
+            raise Missing(f"there is no secret {name!r}", kind="secret", name=name, exists=self._secrets.names())
+        self._secrets.put(name, value)
+        return web.Response(status=202)
+
+    async def delete_secret(self, request: web.Request) -> web.Response:
+        self._secrets.delete(str((await _document(request)).get("name", "")))
+        return web.Response(status=202)
+
+    async def logs(self, request: web.Request) -> web.StreamResponse:
+        """The lines kept, then, with follow=true, those that come."""
+        query = request.query
+        supervisor = self._fleet.find(query.get("name", ""))
+        tail, since, instance = _tail(query.get("tail", "")), _since(query.get("since", "")), query.get("instance", "")
+        reply = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+        await reply.prepare(request)
+        for line in supervisor.logbook.lines(tail=tail, since=since, instance=instance):
+            await reply.write(_log_line(supervisor.name, line))
+        if query.get("follow") in ("true", "1"):
+            async for line in supervisor.logbook.follow(instance):
+                await reply.write(_log_line(supervisor.name, line))
+        return reply
+
+    async def end_logs(self, app: web.Application) -> None:
+        """Let go of whoever follows a log, so that the engine need not wait for them."""
+        for supervisor in self._fleet:
+            supervisor.logbook.close()
+
+    async def info(self, request: web.Request) -> web.Response:
+        version = {"sha": "", "release": isthmus.__version__}
+        provider = {"provider": "isthmus-local", "orchestration": "processes", "version": version}
+        return web.json_response({"provider": provider, "version": version, "arch": ""})
+
+    async def namespaces(self, request: web.Request) -> web.Response:
+        return web.json_response([NAMESPACE])
+
+    async def health(self, request: web.Request) -> web.Response:
+        return web.Response(text="OK")
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        replicas = {f"{s.name}.{NAMESPACE}": s.available for s in self._fleet}
+        return web.Response(
+            body=self._metrics.expose(replicas), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+        )
+
+
+@web.middleware
+async def _errors(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    """faas-cli prints an error's body as it is, so an error is a sentence and not JSON."""
+    try:
+        return await handler(request)
+    except IsthmusError as e:
+        status = 404 if isinstance(e, Missing) else 400
+        return web.Response(status=status, text=f"{e.message}; {e.hint}" if e.hint else e.message)
+
+
+def _same_machine(loopback: bool) -> Any:
+    """Keep web pages away from /system: a browser on this machine would otherwise carry their requests here."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: _Handler) -> web.StreamResponse:
+        if request.path.startswith("/system/") and (
+            "Origin" in request.headers or (loopback and not _is_loopback(request.url.host))
+        ):
+            return web.Response(status=403, text="/system is not for web pages")
+        return await handler(request)
+
+    return middleware
+
+
+def _is_loopback(host: str | None) -> bool:
+    if host is None or host == "localhost":
+        return host is not None
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+async def _anonymous(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers.pop("Server", None)
+
+
+async def _document(request: web.Request) -> dict[str, Any]:
+    try:
+        doc = json.loads(await request.read())
+    except (ValueError, RecursionError) as e:
+        raise RequestMalformed(f"the body is not JSON: {e}") from e
+    if not isinstance(doc, dict):
+        raise RequestMalformed("the body must be a JSON object")
+    return doc
+
+
+def _secret(doc: dict[str, Any]) -> tuple[str, bytes]:
+    name, value, raw = doc.get("name"), doc.get("value"), doc.get("rawValue")
+    if not isinstance(name, str):
+        raise RequestMalformed("a secret needs a name")
+    try:
+        return name, base64.b64decode(raw, validate=True) if raw else str(value or "").encode()
+    except (binascii.Error, TypeError, ValueError) as e:
+        raise RequestMalformed("rawValue must be base64") from e
+
+
+def _tail(text: str) -> int | None:
+    return int(text) if text.isdigit() and int(text) > 0 else None
+
+
+def _since(text: str) -> datetime | None:
+    if not text:
+        return None
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError as e:
+        raise RequestMalformed(f"since is {text!r}; it must be a time such as 2030-01-31T12:00:00Z") from e
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
+
+
+def _log_line(name: str, line: Line) -> bytes:
+    doc = {
+        "name": name,
+        "namespace": NAMESPACE,
+        "instance": line.instance,
+        "timestamp": line.time.isoformat().replace("+00:00", "Z"),
+        "text": line.text,
+    }
+    return json.dumps(doc).encode() + b"\n"

@@ -1,0 +1,154 @@
+"""A registry over a bad network: what is tried again, what is not, and how long it takes to give up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from fake_bundles import Fake, make_bundle, weights_here
+from faulty_relay import Fault, Relay, relaying
+from isthmus.bundle import Bundle
+from isthmus.errors import Corrupt, Denied, IsthmusError, RegistryError, RegistryUnavailable
+from isthmus.registry import Patience, Registry, SegmentCache
+from s3_server import S3Server, store_at, unique_prefix
+
+PATIENCE = Patience(attempts=3, timeout_s=2.0)
+
+
+@dataclass
+class Bad:
+    """A published bundle behind a relay that can spoil it, and a registry that has read nothing yet."""
+
+    relay: Relay
+    prefix: str
+    fake: Fake
+    registry: Registry
+
+    @property
+    def bundle(self) -> Bundle:
+        return self.fake.bundle
+
+
+@pytest.fixture
+def bad(s3_server: S3Server, tmp_path: Path) -> Iterator[Bad]:
+    prefix, fake = unique_prefix(), make_bundle(tmp_path / "fake")
+    Registry(store_at(s3_server.endpoint, prefix), PATIENCE).publish(fake.bundle, fake.files)
+    with relaying(s3_server.port) as relay:
+        yield Bad(relay, prefix, fake, Registry(store_at(relay.endpoint, prefix, patience=PATIENCE), PATIENCE))
+
+
+@pytest.mark.parametrize("fault", ["flip", "truncate", "drop", "500", "stall"])
+def test_a_passing_fault_is_not_seen(bad: Bad, tmp_path: Path, fault: Fault) -> None:
+    cache = SegmentCache(bad.registry, tmp_path / "cache", 2**30)
+    for spoilt in (lambda: cache.bundle(bad.fake.digest), lambda: cache.locate(bad.fake.digest, "..")):
+        bad.relay.spoil(fault, times=1)
+        spoilt()
+    assert bad.relay.times == 0
+    assert weights_here(bad.fake, cache.locate(bad.fake.digest, "..").path, "..")
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        ("flip", Corrupt),
+        ("truncate", RegistryUnavailable),
+        ("drop", RegistryUnavailable),
+        ("500", RegistryUnavailable),
+        ("stall", RegistryUnavailable),
+    ],
+)
+@pytest.mark.parametrize("what", ["manifest", "weights"])
+def test_a_lasting_fault_names_the_blob_in_bounded_time(
+    bad: Bad, tmp_path: Path, fault: Fault, error: type[IsthmusError], what: str
+) -> None:
+    cache = SegmentCache(bad.registry, tmp_path / "cache", 2**30)
+    blob = bad.fake.digest
+    if what == "weights":
+        blob = bad.bundle.weights.blob.digest
+        forget_weights(cache.locate(bad.fake.digest, "..").path)
+    bad.relay.spoil(fault)
+    before, start = bad.relay.hits, time.monotonic()
+    with pytest.raises(error) as caught:
+        cache.locate(bad.fake.digest, "..")
+    assert time.monotonic() - start < PATIENCE.timeout_s + 0.5
+    assert blob[7:] in str(caught.value)
+    assert blob[7:] in caught.value.facts["blob"]
+    assert caught.value.facts["registry"] == bad.registry.url
+    assert 1 < bad.relay.hits - before <= PATIENCE.attempts
+    bad.relay.fault = None
+    assert weights_here(bad.fake, cache.locate(bad.fake.digest, "..").path, "..")
+
+
+def test_a_long_tensor_is_hashed_as_a_whole_and_fetched_again(s3_server: S3Server, tmp_path: Path) -> None:
+    prefix, fake = unique_prefix(), make_bundle(tmp_path / "fake", lengths=[17 * 2**20], cut=0)
+    Registry(store_at(s3_server.endpoint, prefix), PATIENCE).publish(fake.bundle, fake.files)
+    with relaying(s3_server.port) as relay:
+        registry = Registry(store_at(relay.endpoint, prefix, patience=PATIENCE), PATIENCE)
+        cache = SegmentCache(registry, tmp_path / "cache", 2**30)
+        forget_weights(cache.locate(fake.digest, "..").path)
+        relay.spoil("flip")
+        before = relay.hits
+        with pytest.raises(Corrupt) as caught:
+            cache.locate(fake.digest, "..")
+        assert caught.value.facts["tensor"] == "w0"
+        assert caught.value.facts["blob"] == fake.bundle.weights.blob.digest
+        assert relay.hits - before == 3 * PATIENCE.attempts
+        relay.spoil("flip", times=1)
+        assert weights_here(fake, cache.locate(fake.digest, "..").path, "..")
+
+
+def forget_weights(graph: Path) -> None:
+    """Let every weight in a cache have to be fetched again, and nothing else."""
+    weights = graph.parent / "weights.bin"
+    weights.write_bytes(bytes(weights.stat().st_size))
+
+
+def test_a_server_that_died_is_unavailable_within_the_bound(tmp_path: Path) -> None:
+    server, fake = S3Server(tmp_path / "own"), make_bundle(tmp_path / "fake")
+    registry = Registry(store_at(server.endpoint, "p", patience=PATIENCE), PATIENCE)
+    registry.publish(fake.bundle, fake.files)
+    cache = SegmentCache(registry, tmp_path / "cache", 2**30)
+    cache.locate(fake.digest, "..1")
+    server.stop()
+    start = time.monotonic()
+    with pytest.raises(RegistryUnavailable) as caught:
+        cache.locate(fake.digest, "..")
+    assert time.monotonic() - start < PATIENCE.timeout_s
+    assert fake.bundle.segments[".."].graph.digest[7:] in str(caught.value)
+    assert cache.locate(fake.digest, "..1").path.exists()
+    with pytest.raises(RegistryUnavailable):
+        registry.resolve("fake")
+
+
+def test_a_wrong_key_is_denied_at_once(bad: Bad) -> None:
+    registry = Registry(store_at(bad.relay.endpoint, bad.prefix, secret="wrong", patience=PATIENCE), PATIENCE)
+    for ask in (lambda: registry.resolve("fake"), lambda: registry.blob(bad.bundle.weights.blob)):
+        before = bad.relay.hits
+        with pytest.raises(Denied):
+            ask()
+        assert bad.relay.hits - before == 1
+
+
+def test_what_is_missing_is_asked_for_once(bad: Bad) -> None:
+    before = bad.relay.hits
+    with pytest.raises(RegistryError):
+        bad.registry.read("sha256:" + "0" * 64, 0, 5)
+    assert bad.relay.hits - before == 1
+
+
+def test_bytes_flipped_while_they_are_published_are_refused_by_the_server_or_tried_again(
+    bad: Bad, tmp_path: Path
+) -> None:
+    fake = make_bundle(tmp_path / "second", name="second", seed=2)
+    bad.relay.spoil("flip-upload", times=1)
+    with suppress(RegistryError):
+        bad.registry.publish(fake.bundle, fake.files)
+    assert bad.relay.times == 0
+    bad.registry.publish(fake.bundle, fake.files)
+    cache = SegmentCache(bad.registry, tmp_path / "cache", 2**30)
+    assert weights_here(fake, cache.locate(fake.digest, "..").path, "..")

@@ -35,6 +35,7 @@ run: setup ## classify real photos with a real model, cut in two
 	$(BIN)/isthmus demo $(ARGS)
 
 up: setup ## the same functions, left running on http://127.0.0.1:8080
+	$(BIN)/isthmus import efficientnet-lite0 --if-absent
 	$(BIN)/isthmus up --port $(PORT) $(ARGS)
 
 test: setup-dev ## the tests

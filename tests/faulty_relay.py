@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 
-Fault = Literal["flip", "truncate", "drop", "stall", "500", "flip-upload"]
+Fault = Literal["flip", "truncate", "drop", "stall", "500", "trickle", "flip-upload"]
 
 
 class Relay(ThreadingHTTPServer):
@@ -89,7 +89,12 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "truncate":
             body = body[: len(body) // 2]
             self.close_connection = True
-        self.wfile.write(body)
+        if fault == "trickle":
+            for at in range(len(body)):
+                self.wfile.write(body[at : at + 1])
+                self.server.ended.wait(0.1)
+        else:
+            self.wfile.write(body)
 
     do_PUT = do_HEAD = do_POST = do_DELETE = do_GET  # noqa: N815
 

@@ -11,7 +11,7 @@ import urllib3
 
 ROOT = Path(__file__).resolve().parent.parent
 
-HANDLER = '''
+HANDLER = """
 import os
 import signal
 import time
@@ -58,7 +58,7 @@ def create_app():
         return Response(status=429, headers={"Retry-After": "0"})
 
     return app
-'''
+"""
 
 STACK = """
 version: 1.0

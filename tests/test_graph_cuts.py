@@ -237,9 +237,9 @@ def test_a_cut_of_given_tensors_that_is_a_prefix_has_its_position(tmp_path: Path
 
 
 def test_a_cut_that_leaves_a_way_around_names_what_leaks(tmp_path: Path) -> None:
-    with pytest.raises(UnboundedCut, match="c also reach") as caught:
+    with pytest.raises(UnboundedCut, match="around it goes a$") as caught:
         cut_at(opened(tmp_path, DIAMOND), ["b"])
-    assert caught.value.facts["leaks"] == ["a"] or caught.value.facts["leaks"] == ["c"]
+    assert caught.value.facts["leaks"] == ["a"]
 
 
 def test_a_cut_names_the_input_that_passes_around_it(tmp_path: Path) -> None:
@@ -290,7 +290,11 @@ def test_the_same_cut_twice_is_refused(tmp_path: Path) -> None:
 
 def test_a_sequence_never_crosses(tmp_path: Path) -> None:
     text = """
-    g (float[2] x) => (float[2] y) <int64 zero = {0}> { a = Relu(x) s = SequenceConstruct(a, x) y = SequenceAt(s, zero) }
+    g (float[2] x) => (float[2] y) <int64 zero = {0}> {
+        a = Relu(x)
+        s = SequenceConstruct(a, x)
+        y = SequenceAt(s, zero)
+    }
     """
     model = assert_every_cut_is_the_whole(tmp_path, text, {"x": np.ones(2, np.float32)})
     assert [c.name for c in cuts(model)] == ["0"]
@@ -351,6 +355,6 @@ def test_two_thousand_nodes_are_cut_in_no_time(tmp_path: Path) -> None:
     middle = time.perf_counter()
     found = cuts(model)
     end = time.perf_counter()
-    print(f"2,000 nodes: opened in {middle - start:.2f} s, cut in {end - middle:.3f} s, up to {width} tensors a cut")
+    print(f"2,000 nodes: opened in {middle - start:.2f} s, cut in {end - middle:.3f} s, up to {width} tensors a cut")  # noqa: T201
     assert len(found) == nodes - 1
     assert max(len(c.tensors) for c in found) == width

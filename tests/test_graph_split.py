@@ -52,16 +52,16 @@ def test_split_is_the_whole_at_cuts_spread_over_the_graph(built: Built) -> None:
     worst = 0.0
     for cut in built.cuts:
         worst = max(worst, _compare(built, [cut.name]))
-    print(f"{built.real.name}: {len(built.cuts)} cuts, largest difference {worst:.1e}")
+    print(f"{built.real.name}: {len(built.cuts)} cuts, largest difference {worst:.1e}")  # noqa: T201
 
 
 def test_split_is_the_whole_at_three_segments(built: Built) -> None:
     first, second = (built.cuts[n * len(built.cuts) // 3].name for n in (1, 2))
-    print(f"{built.real.name}: three segments, largest difference {_compare(built, [first, second]):.1e}")
+    print(f"{built.real.name}: three segments, largest difference {_compare(built, [first, second]):.1e}")  # noqa: T201
 
 
 def test_the_uncut_segment_is_the_whole(built: Built) -> None:
-    print(f"{built.real.name}: uncut, largest difference {_compare(built, []):.1e}")
+    print(f"{built.real.name}: uncut, largest difference {_compare(built, []):.1e}")  # noqa: T201
 
 
 def test_two_segments_weigh_what_the_model_weighs_and_what_they_share(built: Built) -> None:

@@ -38,7 +38,9 @@ def print_json(document: Any) -> None:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, numbers: Sequence[str] = ()) -> None:
     """Print rows under columns; those in `numbers` are aligned right."""
-    made = Table(title=title, title_justify="left", header_style="bold")
+    # Rich would wrap a title to the table's width.
+    out.print(f"\n{title}", highlight=False, soft_wrap=True)
+    made = Table(header_style="bold")
     for column in columns:
         made.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
     for row in rows:

@@ -19,11 +19,10 @@ from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, Step, 
 from isthmus.cli.console import table as print_table
 from isthmus.cli.engine import engine
 from isthmus.cli.here import Here
+from isthmus.cli.importing import publish_if_absent
 from isthmus.cli.photos import sample_photos
 from isthmus.client import Client
-from isthmus.errors import Missing, RequestMalformed
-from isthmus.registry import open_registry
-from isthmus.settings import RegistrySettings
+from isthmus.errors import RequestMalformed
 
 MODEL = "efficientnet-lite0"
 JPEG_QUALITY = 85
@@ -88,6 +87,7 @@ def demo(
             for one in shown:
                 _print_classes(one)
             for cut in cuts:
+                out.print()
                 tensors = ", ".join(f"{t.name} {t.dtype}{list(t.shape)}" for t in cut.tensors)
                 out.print(
                     f"cut {cut.name}: {tensors}, after {cut.macs_before:.0%} of the multiply-accumulates",
@@ -102,23 +102,9 @@ def demo(
 @contextmanager
 def _ready(registry: str, stack: Path, port: int, quiet: bool) -> Iterator[tuple[Client, Step]]:
     """The functions, running and ready, with the model in the registry."""
-    ensure_model(registry, quiet)
+    publish_if_absent(MODEL, registry, quiet=quiet)
     with steps(quiet) as step, engine(stack, registry, port, step) as url:
         yield Client(f"{url}/function/router"), step
-
-
-def ensure_model(registry: str, quiet: bool) -> None:
-    """Import the demo's model unless the registry has it.
-
-    Raises:
-        ModelError: what the import needs is not installed.
-    """
-    try:
-        open_registry(RegistrySettings(registry=registry)).resolve(MODEL)
-    except Missing:
-        from isthmus.cli.importing import publish
-
-        publish(MODEL, registry, quiet=quiet)
 
 
 def _ask(path: Path, client: Client, whole: Here, repeat: int) -> Shown:
@@ -147,25 +133,19 @@ def _ask(path: Path, client: Client, whole: Here, repeat: int) -> Shown:
 
 
 def _medians(answers: list[dict[str, Any]]) -> dict[str, float]:
-    """Each stage's median, a hop's own computing and the rest of the hop apart."""
+    """Each stage's median; a hop's own computing apart from the rest of the hop."""
     rows = []
     for answer in answers:
-        row = {"preprocess": answer["timings_ms"]["preprocess"]}
-        for i, stage in enumerate(answer["route"]["segments"]):
-            row[f"{stage['segment']} run"] = stage["run_ms"]
-            row[f"{stage['segment']} hop"] = stage["ms"] - stage["run_ms"]
-            row.setdefault("total", 0.0)
-            row["total"] += stage["ms"] + (row["preprocess"] if i == 0 else 0.0)
-        row["postprocess"] = answer["timings_ms"]["postprocess"]
-        row["total"] += row["postprocess"]
-        rows.append(row)
-    return {
-        stage: round(statistics.median(row[stage] for row in rows), 2) for stage in sorted(rows[0], key=_stage_order)
-    }
-
-
-def _stage_order(stage: str) -> int:
-    return {"preprocess": 0, "postprocess": 2, "total": 3}.get(stage, 1)
+        stages, timings = answer["route"]["segments"], answer["timings_ms"]
+        row = {"preprocess": timings["preprocess"]}
+        for stage in stages:
+            row |= {
+                f"{stage['segment']} run": stage["run_ms"],
+                f"{stage['segment']} hop": stage["ms"] - stage["run_ms"],
+            }
+        row["postprocess"] = timings["postprocess"]
+        rows.append(row | {"total": sum(row.values())})
+    return {stage: round(statistics.median(row[stage] for row in rows), 2) for stage in rows[0]}
 
 
 def _as_jpeg(array: np.ndarray[Any, np.dtype[Any]]) -> int:
@@ -180,9 +160,9 @@ def _print_classes(one: Shown) -> None:
     same = "the uncut model says the same" if one.same_classes else "[red]the uncut model says something else[/]"
     print_table(
         f"{one.photo}: {same}, largest difference {one.difference:.1e}",
-        ["class", "probability"],
-        [(c["label"], f"{c['probability']:.4f}") for c in one.classes],
-        numbers=["probability"],
+        ["class", "index", "probability"],
+        [(c["label"], c["index"], f"{c['probability']:.4f}") for c in one.classes],
+        numbers=["index", "probability"],
     )
 
 
@@ -196,7 +176,7 @@ def _print_totals(shown: list[Shown]) -> None:
     stages = list(shown[0].timings_ms)
     print_table(
         "milliseconds in each stage, medians; a segment's hop is all that is not its own computing",
-        ["photo", *stages],
-        [(s.photo, *(f"{s.timings_ms[stage]:.2f}" for stage in stages)) for s in shown],
-        numbers=stages,
+        ["photo", *(stage.replace(" ", "\n").replace("process", "") for stage in stages)],
+        [(s.photo, *(f"{s.timings_ms[stage]:.1f}" for stage in stages)) for s in shown],
+        numbers=[stage.replace(" ", "\n").replace("process", "") for stage in stages],
     )

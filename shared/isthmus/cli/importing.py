@@ -13,7 +13,7 @@ import typer
 from isthmus.bundle import is_model_name
 from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, errors, out, print_json, size, steps
 from isthmus.cli.shapes import BindOption, ExampleOption, read_bindings, read_examples
-from isthmus.errors import ModelError
+from isthmus.errors import Missing, ModelError
 from isthmus.registry import Version, open_registry
 from isthmus.settings import RegistrySettings
 
@@ -41,6 +41,9 @@ def import_model(
     postprocess: Annotated[Path | None, typer.Option(help="JSON file: how the output becomes classes.")] = None,
     labels: Annotated[Path | None, typer.Option(help="Class names: a JSON list, or one name a line.")] = None,
     alias: Annotated[str, typer.Option(help="Let this alias mean the new version.")] = "prod",
+    if_absent: Annotated[
+        bool, typer.Option("--if-absent", help="Do nothing if the registry has a model of that name.")
+    ] = False,
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: AsJson = False,
 ) -> None:
@@ -54,7 +57,8 @@ def import_model(
             "postprocess": _document(postprocess),
             "labels": _labels(labels),
         }
-        published = publish(
+        make = publish_if_absent if if_absent else publish
+        published = make(
             model,
             registry,
             name=name,
@@ -130,6 +134,19 @@ def publish(
         )
         step(f"publishing {called} to {registry}")
         return store.publish(bundle, files, alias=alias or None)
+
+
+def publish_if_absent(model: str, registry: str, *, name: str = "", **how: Any) -> Version:
+    """The version that the registry has of that name, else what `publish` makes.
+
+    Raises:
+        ModelError, CutError, RegistryError: it cannot be made.
+    """
+    try:
+        found = open_registry(RegistrySettings(registry=registry)).resolve(name or _name_of(model))
+        return Version(found.name, found.version, found.digest)
+    except Missing:
+        return publish(model, registry, name=name, **how)
 
 
 def _name_of(model: str) -> str:

@@ -10,13 +10,15 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from isthmus.bundle import Bundle
 from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, errors, out, print_json, size, steps
 from isthmus.errors import LocalError
-from isthmus.registry import FolderStore, Registry, SegmentCache, open_registry
+from isthmus.registry import FolderStore, Registry, Resolved, SegmentCache, open_registry
+from isthmus.registry.blobs import blob_key
 from isthmus.settings import RegistrySettings
 
 GATEWAY = "http://gateway.openfaas.svc.cluster.local:8080"
+_LONGEST_STEM = 48
+"""With its role after it, a function's name stays a DNS label."""
 _HANDLER = """from __future__ import annotations
 
 import os
@@ -61,9 +63,9 @@ def package(
         manifest = store.manifest(found.digest)
         functions: dict[str, Any] = {}
         weights: dict[str, int] = {}
-        stem = found.name.replace(".", "-").replace("_", "-")
+        stem = found.name.replace(".", "-").replace("_", "-")[:_LONGEST_STEM].rstrip("-")
         for i, segment in enumerate(segments):
-            name = f"{stem}-{i}"
+            name = f"{stem}-{_role(i, len(segments))}"
             step(f"baking segment {segment.id} into {name}")
             from isthmus.graph.bake import bake
 
@@ -74,7 +76,7 @@ def package(
             _write_handler(folder / name, "segment", Path(like["handler"]))
         router = f"{stem}-router"
         step(f"writing {router}")
-        _bake_registry(store, found.digest, found.bundle, folder / router / "registry")
+        _bake_registry(store, found, folder / router / "registry")
         like = base["functions"]["router"]
         environment = {
             "registry": "function/registry",
@@ -119,14 +121,19 @@ def _write_handler(folder: Path, kind: str, like: Path) -> None:
     shutil.copyfile(like / "requirements.txt", folder / "requirements.txt")
 
 
-def _bake_registry(store: Registry, digest: str, bundle: Bundle, folder: Path) -> None:
+def _role(i: int, count: int) -> str:
+    """head, tail, and middle-1 … between them; the only segment of an uncut model is its head."""
+    return "head" if i == 0 else "tail" if i == count - 1 else f"middle-{i}"
+
+
+def _bake_registry(store: Registry, found: Resolved, folder: Path) -> None:
     """A registry of one bundle without its weights and graphs: all that a router reads."""
     small = FolderStore(folder)
-    small.put(f"blobs/sha256/{digest.removeprefix('sha256:')}", store.manifest(digest))
-    if (labels := bundle.labels) is not None:
-        small.put(f"blobs/sha256/{labels.digest.removeprefix('sha256:')}", store.blob(labels))
-    small.put(f"models/{bundle.name}/versions/1", digest.encode())
-    small.put(f"models/{bundle.name}/aliases/prod", b"1")
+    small.put(blob_key(found.digest), store.manifest(found.digest))
+    if (labels := found.bundle.labels) is not None:
+        small.put(blob_key(labels.digest), store.blob(labels))
+    small.put(f"models/{found.name}/versions/{found.version}", found.digest.encode())
+    small.put(f"models/{found.name}/aliases/prod", found.version.encode())
 
 
 def _read(stack: Path) -> dict[str, Any]:

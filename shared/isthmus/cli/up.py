@@ -24,7 +24,6 @@ def up(
         typer.Option(help="[NAME:]VARIABLE=VALUE: goes before stack.yml's, for one function or all; once each."),
     ] = None,
     logs: Annotated[bool, typer.Option(help="Show what the functions log.")] = True,
-    demo_model: Annotated[bool, typer.Option(help="Import efficientnet-lite0 first if the registry lacks it.")] = True,
     registry: RegistryOption = DEFAULT_REGISTRY,
 ) -> None:
     """Run the functions of a stack file on this machine, behind OpenFaaS's provider API, until Ctrl-C.
@@ -32,10 +31,6 @@ def up(
     Example: `isthmus up --replicas cloud-tail=2 --env edge-head:threads=1`
     """
     with errors(as_json=False):
-        if demo_model:
-            from isthmus.cli.demo import ensure_model
-
-            ensure_model(registry, quiet=False)
         run_engine(
             stack,
             port=port,
@@ -50,9 +45,10 @@ def _show(event: Event, logs: bool) -> None:
     if event.kind == "log" and not logs:
         return
     who = event.replica or event.function or "isthmus"
+    text = event.text if event.kind == "log" else f"{event.kind} {event.text}".strip()
     style = {"failed": "red", "exited": "yellow", "ready": "green", "log": "dim"}.get(event.kind, "")
     err.print(f"[bold]{who}[/] ", end="", highlight=False)
-    err.print(event.text, style=style, highlight=False, markup=False, soft_wrap=True)
+    err.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def _replicas(given: Sequence[str]) -> dict[str, int]:

@@ -101,7 +101,7 @@ def cut_at(model: Model, tensors: Iterable[str], name: str | None = None) -> Cut
     crossing = crossing_values(model, upstream)
     if leaks := [str(v.name) for v in crossing if v not in values]:
         raise UnboundedCut(
-            f"{', '.join(names)} do not separate the graph: {_listed(leaks)} also reach what comes after",
+            f"a cut at {', '.join(names)} does not separate the graph; around it goes {_listed(leaks)}",
             leaks=leaks,
             hint="add them to the cut, or cut where fewer paths run side by side: isthmus cuts MODEL",
         )

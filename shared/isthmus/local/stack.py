@@ -118,11 +118,17 @@ def read_stack(path: Path, env: Mapping[str, str]) -> Stack:
     if len(functions) > MAX_FUNCTIONS:
         raise LocalError(f"{path.name} has {len(functions)} functions; OpenFaaS CE takes {MAX_FUNCTIONS}")
     return Stack(
-        root=path.resolve().parent,
+        root=_root(path),
         functions=functions,
         copy=_strings(configuration.get("copy"), "configuration.copy"),
         gateway=str(provider.get("gateway", "")),
     )
+
+
+def _root(path: Path) -> Path:
+    """What a stack's paths start from: its own folder if the templates are there, else, as for faas-cli, this one."""
+    own = path.resolve().parent
+    return own if (own / "template").is_dir() else Path.cwd()
 
 
 def _function(name: str, doc: Any) -> FunctionSpec:

@@ -137,16 +137,19 @@ class S3Store:
         # The socket's own timeout bounds silence; this bounds a body that trickles.
         deadline = time.monotonic() + self._patience.try_s + length / _SLOWEST
         parts, got = [], 0
+        # botocore's own read waits until it has all that it was asked for, so that the deadline would be seen too late.
+        read = getattr(getattr(body, "_raw_stream", body), "read1", body.read)
         with body:
-            while got < length and (part := body.read(min(_CHUNK_BYTES, length - got))):
+            while got < length and (part := read(min(_CHUNK_BYTES, length - got))):
                 parts.append(part)
                 got += len(part)
                 if time.monotonic() > deadline:
-                    raise RegistryUnavailable(
-                        f"{self.url} gave {got} of {length} bytes of {key} in time", registry=self.url, blob=key
-                    )
+                    break
+        # The length was announced, so that it is the connection that failed, not the object that is short.
         if got != length:
-            raise ended_early(self.url, key, got, length)
+            raise RegistryUnavailable(
+                f"{self.url} stopped after {got} of {length} bytes of {key}", registry=self.url, blob=key
+            )
         return b"".join(parts)
 
     def _client(self, attempts: int = 1) -> Any:

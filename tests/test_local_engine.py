@@ -1,0 +1,319 @@
+"""The engine runs real functions as processes and speaks OpenFaaS's provider API."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import urllib3
+from isthmus.errors import LocalError
+from isthmus.local import Engine
+from local_stack import STACK, eventually, http, write_stack
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_stack(tmp_path_factory.mktemp("stack")).parent
+
+
+@pytest.fixture(scope="module")
+def engine(root: Path) -> Iterator[Engine]:
+    environment = {"other": {"busy_file": str(root / "busy"), "not_ready_file": str(root / "not-ready")}}
+    with Engine(root / "stack.yml", replicas={"echo": 2}, environment=environment, drain_s=5.0) as engine:
+        engine.wait_ready(30)
+        yield engine
+
+
+@pytest.fixture
+def callbacks() -> Iterator[tuple[str, list[tuple[dict[str, str], bytes]]]]:
+    got: list[tuple[dict[str, str], bytes]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            got.append((dict(self.headers.items()), body))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/done", got
+        server.shutdown()
+        thread.join()
+
+
+def describe(engine: Engine, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = http("GET", f"{engine.url}/system/function/{name}").json()
+    return found
+
+
+def pid(engine: Engine, name: str) -> int:
+    return int(http("POST", f"{engine.url}/function/{name}", body=b"").headers["X-Pid"])
+
+
+def test_functions_are_listed_as_they_were_deployed(engine: Engine) -> None:
+    functions = http("GET", f"{engine.url}/system/functions").json()
+    assert [f["name"] for f in functions] == ["echo", "other"]
+    echo = functions[0]
+    assert (echo["replicas"], echo["availableReplicas"], echo["namespace"]) == (2, 2, "openfaas-fn")
+    assert echo["image"] == "example/echo:latest"
+    assert echo["envVars"]["gateway_url"] == "http://gateway.openfaas.svc.cluster.local:8080/function/other"
+    assert datetime.fromisoformat(echo["createdAt"]).tzinfo is not None
+
+
+def test_a_call_is_proxied_with_its_body_and_openfaas_headers(engine: Engine) -> None:
+    body = os.urandom(300_000)
+    reply = http("POST", f"{engine.url}/function/echo", body=body, headers={"X-Call-Id": "c1", "Content-Type": "x/y"})
+    assert (reply.status, reply.data, reply.headers["Content-Type"]) == (200, body, "x/y")
+    assert reply.headers["X-Call-Id"] == reply.headers["X-Seen-Call-Id"] == "c1"
+    assert float(reply.headers["X-Duration-Seconds"]) > 0
+    assert int(reply.headers["X-Start-Time"]) > 10**18
+    assert len(reply.headers.getlist("Set-Cookie")) == 2
+
+
+def test_a_chunked_body_arrives_whole(engine: Engine) -> None:
+    pieces = [os.urandom(1000) for _ in range(50)]
+    reply = http("POST", f"{engine.url}/function/echo.openfaas-fn", body=iter(pieces))
+    assert reply.data == b"".join(pieces)
+
+
+def test_path_and_query_arrive_as_they_were_sent(engine: Engine) -> None:
+    facts = http("GET", f"{engine.url}/function/echo/facts/a%20b?q=1%2F2&q=3").json()
+    assert (facts["rest"], facts["query"]) == ("a b", "q=1%2F2&q=3")
+
+
+def test_the_in_cluster_gateway_is_this_engine(engine: Engine) -> None:
+    env = http("GET", f"{engine.url}/function/echo/facts/x").json()["env"]
+    assert env["gateway_url"] == f"{engine.url}/function/other"
+    assert env["flag"] == "true"
+
+
+def test_a_function_gets_its_own_environment_and_not_the_engines(
+    engine: Engine, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = http("GET", f"{engine.url}/function/echo/facts/x").json()
+    assert "PYTEST_VERSION" not in facts["env"]
+    assert facts["cwd"].startswith(str(root / ".isthmus" / "build"))
+    assert (Path(facts["cwd"]) / "function" / "common" / "words.py").is_file()
+
+
+def test_calls_are_spread_over_the_replicas(engine: Engine) -> None:
+    assert len({pid(engine, "echo") for _ in range(6)}) == 2
+
+
+def test_an_unknown_function_is_404(engine: Engine) -> None:
+    for path in ("/function/nothing", "/system/function/nothing", "/function/echo.elsewhere"):
+        reply = http("GET", engine.url + path)
+        assert reply.status == 404
+        assert b"error finding function" in reply.data
+    assert http("POST", f"{engine.url}/async-function/nothing").status == 404
+
+
+def test_a_killed_replica_is_restarted(engine: Engine) -> None:
+    before = pid(engine, "other")
+    os.kill(before, signal.SIGKILL)
+    eventually(lambda: http("POST", f"{engine.url}/function/other", body=b"").status == 200)
+    assert pid(engine, "other") != before
+
+
+def test_no_ready_replica_is_503_with_retry_after(engine: Engine, root: Path) -> None:
+    marker = root / "not-ready"
+    marker.touch()
+    os.kill(pid(engine, "other"), signal.SIGKILL)
+    eventually(lambda: describe(engine, "other")["availableReplicas"] == 0)
+    reply = http("POST", f"{engine.url}/function/other", body=b"x")
+    assert (reply.status, reply.headers["Retry-After"]) == (503, "1")
+    assert reply.headers["X-OpenFaaS-Internal"] == "proxy"
+    assert b"No endpoints available for: other" in reply.data
+    marker.unlink()
+    eventually(lambda: describe(engine, "other")["availableReplicas"] == 1)
+
+
+def test_scaling_adds_and_removes_replicas(engine: Engine) -> None:
+    def scale(n: int) -> int:
+        body = json.dumps({"serviceName": "other", "replicas": n})
+        return http("POST", f"{engine.url}/system/scale-function/other", body=body).status
+
+    assert scale(2) == 202
+    eventually(lambda: describe(engine, "other")["availableReplicas"] == 2)
+    assert scale(1) == 202
+    eventually(lambda: describe(engine, "other")["availableReplicas"] == 1)
+    assert scale(99) == 400
+
+
+def test_a_request_under_way_is_answered_while_its_replica_drains(engine: Engine) -> None:
+    answers: list[int] = []
+
+    def call() -> None:
+        answers.append(http("POST", f"{engine.url}/function/echo?sleep=1", body=b"x").status)
+
+    callers = [threading.Thread(target=call) for _ in range(2)]
+    for caller in callers:
+        caller.start()
+    deploy(engine, "PUT", "echo", "example/echo:latest", {"changed": "1"})
+    for caller in callers:
+        caller.join()
+    assert answers == [200, 200]
+    eventually(lambda: "changed" in http("GET", f"{engine.url}/function/echo/facts/x").json()["env"])
+    eventually(lambda: describe(engine, "echo")["availableReplicas"] == 2)
+
+
+def deploy(engine: Engine, method: str, name: str, image: str, env: dict[str, str]) -> urllib3.BaseHTTPResponse:
+    body = json.dumps({"service": name, "image": image, "envVars": env, "namespace": ""})
+    return http(method, f"{engine.url}/system/functions", body=body)
+
+
+def test_a_removed_function_can_be_deployed_again(engine: Engine) -> None:
+    assert http("DELETE", f"{engine.url}/system/functions", body=json.dumps({"functionName": "other"})).status == 202
+    assert http("POST", f"{engine.url}/function/other").status == 404
+    env = {"busy_file": "/nowhere"}
+    assert deploy(engine, "PUT", "other", "example/other:latest", env).status == 404
+    assert deploy(engine, "POST", "other", "example/other:latest", env).status == 202
+    eventually(lambda: describe(engine, "other")["availableReplicas"] == 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "said"),
+    [("else", "example/else:latest", "pulls no images"), ("echo", "example/echo:v2", "cannot pull 'example/echo:v2'")],
+)
+def test_what_cannot_be_run_here_is_refused_with_a_reason(engine: Engine, name: str, image: str, said: str) -> None:
+    reply = deploy(engine, "POST", name, image, {})
+    assert reply.status == 400
+    assert said in reply.data.decode()
+
+
+def test_a_deployment_with_a_missing_secret_is_refused(engine: Engine) -> None:
+    body = json.dumps({"service": "echo", "image": "example/echo:latest", "secrets": ["absent"]})
+    reply = http("PUT", f"{engine.url}/system/functions", body=body)
+    assert (reply.status, b"absent" in reply.data) == (400, True)
+
+
+def test_secrets_are_files_that_functions_can_read(engine: Engine, root: Path) -> None:
+    def secrets(method: str, **doc: str) -> int:
+        return http(method, f"{engine.url}/system/secrets", body=json.dumps(doc)).status
+
+    assert secrets("POST", name="key", value="one") == 202
+    assert secrets("POST", name="key", value="two") == 409
+    assert secrets("PUT", name="key", rawValue=base64.b64encode(b"t\0o").decode()) == 202
+    assert {"name": "key", "namespace": "openfaas-fn"} in http("GET", f"{engine.url}/system/secrets").json()
+    folder = Path(http("GET", f"{engine.url}/function/echo/facts/x").json()["env"]["secrets_dir"])
+    assert (folder / "key").read_bytes() == b"t\0o"
+    assert (folder / "key").stat().st_mode & 0o077 == 0
+    assert secrets("DELETE", name="key") == 202
+    assert secrets("DELETE", name="key") == 404
+    assert secrets("PUT", name="key", value="x") == 404
+    assert secrets("POST", name="../key", value="x") == 400
+
+
+def test_logs_hold_what_a_function_printed(engine: Engine) -> None:
+    before = datetime.now(UTC)
+    for text in ("first", "second", "x" * 200_000):
+        assert http("POST", f"{engine.url}/function/echo/say", body=text).status == 204
+    url = f"{engine.url}/system/logs?name=echo&since={before.strftime('%Y-%m-%dT%H:%M:%SZ')}"
+    eventually(lambda: b"xxx" in http("GET", url).data)
+    lines = [json.loads(line) for line in http("GET", url).data.splitlines()]
+    assert [x["text"] for x in lines if x["text"] in ("first", "second")] == ["first", "second"]
+    assert lines[0]["name"] == "echo"
+    later = (datetime.now(UTC) + timedelta(hours=1)).strftime("%Y-%m-%dT%H:%M:%SZ")
+    assert http("GET", f"{engine.url}/system/logs?name=echo&since={later}").data == b""
+    assert len(http("GET", f"{engine.url}/system/logs?name=echo&tail=2").data.splitlines()) == 2
+    assert http("GET", f"{engine.url}/system/logs?name=echo&since=yesterday").status == 400
+
+
+def test_a_log_can_be_followed(engine: Engine) -> None:
+    with urllib3.PoolManager(retries=False) as pool:
+        url = f"{engine.url}/system/logs?name=echo&follow=true&tail=1"
+        reply = pool.request("GET", url, preload_content=False, timeout=10.0)
+        http("POST", f"{engine.url}/function/echo/say", body="followed")
+        for line in reply:
+            if json.loads(line)["text"] == "followed":
+                break
+        reply.close()
+
+
+def test_an_async_call_is_accepted_and_its_result_is_called_back(
+    engine: Engine, callbacks: tuple[str, list[tuple[dict[str, str], bytes]]]
+) -> None:
+    url, got = callbacks
+    headers = {"X-Callback-Url": url, "Content-Type": "text/plain"}
+    reply = http("POST", f"{engine.url}/async-function/echo", body=b"later", headers=headers)
+    assert (reply.status, reply.data) == (202, b"")
+    eventually(lambda: bool(got))
+    told, body = got[0]
+    assert body == b"later"
+    assert told["X-Call-Id"] == reply.headers["X-Call-Id"]
+    assert (told["X-Function-Name"], told["X-Function-Status"]) == ("echo", "200")
+    assert float(told["X-Duration-Seconds"]) >= 0
+
+
+def test_an_async_call_is_tried_again_while_the_function_is_busy(
+    engine: Engine, root: Path, callbacks: tuple[str, list[tuple[dict[str, str], bytes]]]
+) -> None:
+    url, got = callbacks
+    deploy(engine, "PUT", "other", "example/other:latest", {})
+    eventually(lambda: http("POST", f"{engine.url}/function/other", body=b"").status == 200)
+    http("POST", f"{engine.url}/async-function/other/busy", body=b"", headers={"X-Callback-Url": url})
+    eventually(lambda: bool(got))
+    assert (got[0][0]["X-Function-Status"], got[0][1]) == ("200", b"done")
+
+
+def test_an_async_body_over_the_queues_limit_is_refused(engine: Engine) -> None:
+    assert http("POST", f"{engine.url}/async-function/echo", body=b"x" * 256_001).status == 413
+
+
+def test_the_gateways_metrics_count_calls(engine: Engine) -> None:
+    http("POST", f"{engine.url}/function/echo", body=b"")
+    text = http("GET", f"{engine.url}/metrics").data.decode()
+    assert 'gateway_function_invocation_total{code="200",function_name="echo.openfaas-fn"}' in text
+    assert 'gateway_service_count{function_name="echo.openfaas-fn"} 2.0' in text
+
+
+def test_system_is_closed_to_web_pages(engine: Engine) -> None:
+    assert http("GET", f"{engine.url}/system/functions", headers={"Origin": "https://example.com"}).status == 403
+    assert http("GET", f"{engine.url}/system/functions", headers={"Host": "example.com"}).status == 403
+    assert http("GET", f"{engine.url}/healthz").status == 200
+
+
+def test_info_names_the_provider(engine: Engine) -> None:
+    assert http("GET", f"{engine.url}/system/info").json()["provider"]["orchestration"] == "processes"
+    assert http("GET", f"{engine.url}/system/namespaces").json() == ["openfaas-fn"]
+
+
+def test_a_taken_port_is_named(tmp_path: Path) -> None:
+    stack = write_stack(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(LocalError, match=f"cannot listen on 127.0.0.1:{port}") as caught:
+            Engine(stack, port=port).start()
+    assert "--port" in caught.value.hint
+
+
+def test_a_function_that_cannot_start_is_named_with_its_last_words(tmp_path: Path) -> None:
+    stack = write_stack(tmp_path)
+    with (
+        Engine(stack, environment={"other": {"max_concurrency": "many"}}) as engine,
+        pytest.raises(LocalError, match=r"other does not start: exit status 1: .*max_concurrency is 'many'"),
+    ):
+        engine.wait_ready(30)
+
+
+def test_an_unknown_function_in_the_options_is_refused(tmp_path: Path) -> None:
+    stack = write_stack(tmp_path, STACK)
+    with pytest.raises(LocalError, match="no function 'nothing'"):
+        Engine(stack, replicas={"nothing": 2}).start()
+    with pytest.raises(LocalError, match="no function 'nothing'"):
+        Engine(stack, environment={"nothing": {}}).start()

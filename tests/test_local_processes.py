@@ -1,0 +1,52 @@
+"""However the engine ends, no process and no folder of its own is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from local_stack import eventually, write_stack
+
+RUN = """
+import sys
+from isthmus.local import run_engine
+run_engine(sys.argv[1], port=0, on_event=lambda e: print(e.kind, e.text, flush=True))
+"""
+
+
+def start(stack: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+    engine = subprocess.Popen([sys.executable, "-c", RUN, str(stack)], stdout=subprocess.PIPE, text=True)
+    assert engine.stdout is not None
+    ready = 0
+    while ready < 2:
+        ready += engine.stdout.readline().startswith("ready")
+    children = psutil.Process(engine.pid).children(recursive=True)
+    assert len(children) == 2
+    return engine, children
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_engine_cleanly(tmp_path: Path, number: signal.Signals) -> None:
+    engine, children = start(write_stack(tmp_path))
+    engine.send_signal(number)
+    with engine:
+        assert engine.wait(20) == 0
+    assert gone(children)
+    assert list((tmp_path / ".isthmus" / "build").iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
+def test_a_killed_engine_leaves_no_process(tmp_path: Path) -> None:
+    engine, children = start(write_stack(tmp_path))
+    with engine:
+        os.kill(engine.pid, signal.SIGKILL)
+    eventually(lambda: gone(children))

@@ -1,0 +1,206 @@
+"""The template's index.py, run as the container runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import urllib3
+import yaml
+from local_stack import ROOT, eventually, http
+
+TEMPLATES = ["python3-isthmus", "python3-isthmus-gpu"]
+SLOW = """
+import os, time
+from shared_words import WORD
+from flask import Flask, request
+
+class Wrong(Exception):
+    facts = {"variable": "registry", "value": "?"}
+    hint = "set registry"
+
+def create_app():
+    while not os.path.exists(os.environ["go"]):
+        time.sleep(0.01)
+    if os.environ.get("wrong") == "known":
+        raise Wrong("the setting registry is '?'")
+    if os.environ.get("wrong") == "unknown":
+        raise ZeroDivisionError("x" * 200_000)
+    app = Flask(__name__)
+
+    @app.post("/")
+    def answer():
+        return WORD + str(len(request.get_data()))
+
+    return app
+"""
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """/home/app of an image: the template with a handler and a shared folder laid over it."""
+    home = tmp_path / "app"
+    shutil.copytree(ROOT / "template" / "python3-isthmus", home)
+    (home / "function" / "handler.py").write_text(SLOW)
+    (home / "function" / "shared").mkdir()
+    (home / "function" / "shared" / "shared_words.py").write_text("WORD = 'isthmus'")
+    return home
+
+
+@contextmanager
+def serving(home: Path, **env: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{s.getsockname()[1]}"
+    environment = {"PATH": os.environ["PATH"], "upstream_url": url, "go": str(home / "go"), **env}
+    options: dict[str, Any] = {"user": 12000, "group": 12000} if os.getuid() == 0 else {}
+    for folder in home.parents:  # pytest's folders are private
+        if folder != Path("/tmp") and folder.owner() == home.owner() and str(folder).startswith("/tmp/"):  # noqa: S108
+            folder.chmod(folder.stat().st_mode | 0o055)
+    with subprocess.Popen(
+        [sys.executable, "-B", "index.py"], cwd=home, env=environment, stderr=subprocess.PIPE, text=True, **options
+    ) as process:
+        try:
+            yield url, process
+        finally:
+            process.kill()
+
+
+def answers(url: str) -> bool:
+    try:
+        return http("GET", url).status > 0
+    except urllib3.exceptions.HTTPError:
+        return False
+
+
+def test_index_listens_before_the_app_is_there_and_says_not_ready(image: Path) -> None:
+    with serving(image) as (url, _):
+        eventually(lambda: answers(url))
+        reply = http("POST", url, body=b"x" * 1000)
+        assert (reply.status, reply.headers["Retry-After"]) == (503, "1")
+        assert reply.json()["type"] == "NotReady"
+        assert http("GET", f"{url}/ready").status == 503
+        (image / "go").touch()
+        eventually(lambda: http("POST", url, body=b"x" * 2_000_000).data == b"isthmus2000000")
+
+
+def test_index_ignores_sigterm_and_ends_on_sigint(image: Path) -> None:
+    (image / "go").touch()
+    with serving(image) as (url, process):
+        eventually(lambda: answers(url) and http("POST", url, body=b"").status == 200)
+        process.send_signal(signal.SIGTERM)
+        assert http("POST", url, body=b"").status == 200
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 0
+
+
+def test_index_names_the_setting_that_is_wrong_and_exits_1(image: Path) -> None:
+    (image / "go").touch()
+    with serving(image, wrong="known") as (_, process):
+        _, said = process.communicate(timeout=20)
+        assert process.returncode == 1
+    line = json.loads(said.splitlines()[-1])
+    assert (line["level"], line["variable"]) == ("critical", "registry")
+    assert line["message"] == "cannot start: Wrong: the setting registry is '?'; set registry"
+
+
+def test_index_logs_an_unexpected_failure_in_one_short_line(image: Path) -> None:
+    (image / "go").touch()
+    with serving(image, wrong="unknown") as (_, process):
+        _, said = process.communicate(timeout=20)
+        assert process.returncode == 1
+    (line,) = said.splitlines()
+    assert len(line) < 64 * 1024
+    assert "ZeroDivisionError" in json.loads(line)["exception"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("max_concurrency", "0"),
+        ("max_concurrency", "x"),
+        ("max_request_bytes", "a lot"),
+        ("upstream_url", "http://h:p"),
+    ],
+)
+def test_index_refuses_a_bad_variable_of_its_own(image: Path, variable: str, value: str) -> None:
+    with serving(image, **{variable: value}) as (_, process):
+        _, said = process.communicate(timeout=20)
+        assert process.returncode == 1
+    assert json.loads(said)["variable"] == variable
+
+
+def test_index_runs_where_it_cannot_write(image: Path) -> None:
+    (image / "go").touch()
+    for path in (image, image / "function", image / "function" / "shared"):
+        path.chmod(0o555)
+    with serving(image) as (url, _):
+        eventually(lambda: answers(url) and http("POST", url, body=b"").status == 200)
+    assert not list(image.rglob("*.pyc"))
+
+
+def test_a_body_far_over_the_bound_is_refused_as_json(image: Path) -> None:
+    (image / "go").touch()
+    with serving(image, max_request_bytes="1KiB") as (url, _):
+        eventually(lambda: answers(url))
+        head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9000000\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as s:
+            s.sendall(head)
+            said = s.makefile("rb").read()
+    assert said.startswith(b"HTTP/1.1 413")
+    assert b'"type": "RequestTooLarge"' in said
+
+
+def test_both_templates_have_the_same_index() -> None:
+    first, second = (ROOT / "template" / name / "index.py" for name in TEMPLATES)
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_templates_fprocess_is_its_dockerfiles(name: str) -> None:
+    folder = ROOT / "template" / name
+    document = yaml.safe_load((folder / "template.yml").read_text())
+    found = re.search(r'fprocess="([^"]*)"', (folder / "Dockerfile").read_text())
+    assert document["language"] == name
+    assert found is not None
+    assert document["fprocess"] == found[1]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_templates_dockerfile_keeps_the_watchdogs_rules(name: str) -> None:
+    text = (ROOT / "template" / name / "Dockerfile").read_text()
+    seconds = {k: int(v) for k, v in re.findall(r'(\w+_timeout)="(\d+)s"', text)}
+    assert seconds["exec_timeout"] < seconds["write_timeout"]
+    for needed in (
+        'mode="http"',
+        'ready_path="/ready"',
+        'healthcheck_interval="5s"',
+        'prefix_logs="false"',
+        'log_buffer_size="-1"',
+        "HEALTHCHECK",
+        "/tmp/.lock",  # noqa: S108
+        "of-watchdog:0.11.6",
+        "chmod -R a+rX",
+    ):
+        assert needed in text
+    assert "http_buffer_req_body" not in text  # with ready_path it panics the watchdog
+
+
+def test_functions_pin_what_was_tested() -> None:
+    pins = set((ROOT / "constraints.txt").read_text().lower().replace("-", "_").splitlines())
+    folders = [*(ROOT / "functions").iterdir(), *(ROOT / "template").iterdir()]
+    for file in (f for folder in folders for f in folder.glob("*.txt")):
+        for line in file.read_text().lower().replace("-", "_").splitlines():
+            if line and not line.startswith("#"):
+                assert re.sub(r"onnxruntime_gpu\[.*\]", "onnxruntime", line) in pins, f"{file}: {line}"

@@ -1,4 +1,4 @@
-"""Bundles: what they hold, that cutting again leaves the weights alone, and what is chosen when nothing is asked for."""
+"""Bundles: what they hold, that cutting again leaves the weights alone, and the cut that is chosen unasked."""
 
 from __future__ import annotations
 

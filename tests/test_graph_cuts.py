@@ -237,7 +237,7 @@ def test_a_cut_of_given_tensors_that_is_a_prefix_has_its_position(tmp_path: Path
 
 
 def test_a_cut_that_leaves_a_way_around_names_what_leaks(tmp_path: Path) -> None:
-    with pytest.raises(UnboundedCut, match="around it goes a$") as caught:
+    with pytest.raises(UnboundedCut, match=r"around it goes a$") as caught:
         cut_at(opened(tmp_path, DIAMOND), ["b"])
     assert caught.value.facts["leaks"] == ["a"]
 

@@ -90,8 +90,8 @@ def test_the_ready_classifier_knows_a_cat_from_a_coffee(tmp_path: Path) -> None:
     labels = entry.labels() if entry.labels else []
     top = [r["logits"].argmax() for r in run_partition(bundle, files, bundle.default_cuts, real.inputs())]
     assert len(photos()) == len(top)
-    assert top[:3] == [285, 967, 657]
-    assert labels[top[0]] == "Egyptian Mau" or "cat" in labels[top[0]].lower()
+    assert [labels[i] for i in top[1:3]] == ["espresso", "missile"]
+    assert "cat" in labels[top[0]]
     assert bundle.labels is not None
 
 

@@ -7,16 +7,18 @@ from its status, body and X-OpenFaaS-Internal as docs/hops.md lists them.
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
 
 import stamina
 import urllib3
 from urllib3.exceptions import HTTPError, NewConnectionError, ReadTimeoutError, TimeoutError
 
 from isthmus import frame as frames
+from isthmus.connections import open_pool
 from isthmus.context import Context
 from isthmus.errors import HopBusy, HopRejected, HopTimeout, HopUnavailable, IsthmusError, ShapeMismatch
 from isthmus.frame import Frame
@@ -25,6 +27,9 @@ if TYPE_CHECKING:  # a router whose hops are all remote never loads onnxruntime
     from isthmus.runners.store import SegmentStore
 
 _CHUNK = 2**20
+MAX_ERROR_BYTES = 2**16
+"""What is read of an answer other than 200; a hop's own errors are far shorter."""
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 _RUN_MS = re.compile(r"(?:^|,)\s*run;[^,]*\bdur=([0-9.]+)")
 
 
@@ -79,25 +84,18 @@ class LocalHop:
 class HttpHop:
     """A segment behind a URL: an OpenFaaS function, through a gateway or directly."""
 
-    def __init__(
-        self, url: str, pool: urllib3.PoolManager, *, attempts: int, connect_timeout_s: float, max_reply_bytes: int
-    ) -> None:
+    def __init__(self, url: str, pool: urllib3.PoolManager, *, attempts: int, max_reply_bytes: int) -> None:
         self.name = url
         self._pool = pool
-        self._attempts = attempts
-        self._connect_timeout_s = connect_timeout_s
+        self._attempts = max(1, attempts)
         self._max_reply_bytes = max_reply_bytes
 
     def call(self, frame: Frame, context: Context) -> Reply:
         """See `Hop.call`."""
         body = frames.encode(frame)
+        pauses = _pauses()
         for attempt in stamina.retry_context(
-            on=lambda e: _worth_another(e, context),
-            attempts=self._attempts,
-            timeout=max(0.001, context.deadline.remaining()),
-            wait_initial=0.05,
-            wait_max=1.0,
-            wait_jitter=0.05,
+            on=lambda e: _worth_another(e, context, pauses), attempts=self._attempts, timeout=None
         ):
             with attempt:
                 return self._once(body, context)
@@ -113,7 +111,7 @@ class HttpHop:
                 self.name,
                 body=body,
                 headers={"Content-Type": frames.CONTENT_TYPE, **context.to_headers()},
-                timeout=urllib3.Timeout(connect=min(left, self._connect_timeout_s), read=left),
+                timeout=urllib3.Timeout(total=left),
                 retries=False,
                 redirect=False,
                 preload_content=False,
@@ -127,6 +125,8 @@ class HttpHop:
         except (NewConnectionError, TimeoutError) as e:
             raise HopUnavailable(f"{self.name} cannot be reached: {_reason(e)}", hop=self.name) from e
         except HTTPError as e:
+            if context.deadline.remaining() <= 0:
+                raise HopTimeout(f"{self.name} had not taken the frame at the deadline", hop=self.name) from e
             raise HopUnavailable(f"{self.name} broke off: {_reason(e)}", hop=self.name) from e
         if response.status != 200:
             self._refuse(response, data)
@@ -142,12 +142,21 @@ class HttpHop:
     def _read(self, response: urllib3.BaseHTTPResponse, context: Context) -> Iterator[bytes]:
         """The body in pieces, so that neither a long nor a dripping answer outlasts its bound."""
         size = 0
-        while chunk := response.read1(_CHUNK):
+        limit = self._max_reply_bytes if response.status == 200 else MAX_ERROR_BYTES
+        while True:
+            # Each read may wait for what is left now, not for what was left when the request began.
+            if (sock := getattr(response.connection, "sock", None)) is not None:
+                sock.settimeout(max(0.001, context.deadline.remaining()))
+            if not (chunk := response.read1(_CHUNK)):
+                return
             size += len(chunk)
-            if size > self._max_reply_bytes:
+            if size > limit and response.status != 200:
+                response.close()
+                return
+            if size > limit:
                 response.close()
                 raise HopRejected(
-                    f"{self.name} answered with more than {self._max_reply_bytes} bytes",
+                    f"{self.name} answered with more than {limit} bytes",
                     hop=self.name,
                     status=response.status,
                 )
@@ -160,7 +169,7 @@ class HttpHop:
         """Raise what a status other than 200 means. Source: docs/hops.md, from OpenFaaS's sources."""
         status, internal = response.status, response.headers.get("X-OpenFaaS-Internal", "")
         error = _error_document(data)
-        said = str(error.get("error") or data[:200].decode("utf-8", "replace")).strip() or "no body"
+        said = str(error.get("error") or data[:200].decode("utf-8", "replace")).strip()[:1000] or "no body"
         facts: dict[str, Any] = {"hop": self.name, "status": status, "error": error}
         after = _seconds(response.headers.get("Retry-After", ""))
         message = f"{self.name} answered {status}: {said}"
@@ -189,32 +198,31 @@ def hops_to(
 
     All URLs share one pool of kept-alive connections.
     """
-    pool = urllib3.PoolManager(num_pools=8, maxsize=64, block=False)
+    pool = open_pool(connect_timeout_s)
     made: list[Hop] = []
     for url in urls:
         if url == "local" and store is not None:
             made.append(LocalHop(store))
         else:
-            made.append(
-                HttpHop(
-                    url,
-                    pool,
-                    attempts=attempts,
-                    connect_timeout_s=connect_timeout_s,
-                    max_reply_bytes=max_reply_bytes,
-                )
-            )
+            made.append(HttpHop(url, pool, attempts=attempts, max_reply_bytes=max_reply_bytes))
     return tuple(made)
 
 
-def _worth_another(error: Exception, context: Context) -> bool | float:
+def _worth_another(error: Exception, context: Context, pauses: Iterator[float]) -> float | Literal[False]:
+    """The seconds to wait before another try; False where none is worth it."""
     if not isinstance(error, HopUnavailable | HopBusy):
         return False
-    after = error.facts.get("retry_after_s")
-    if after is None:
-        return True
+    pause = float(error.facts.get("retry_after_s") or next(pauses))
     # A wait that outlasts the deadline only delays the error.
-    return float(after) if 0 < after < context.deadline.remaining() else False
+    return pause if pause < context.deadline.remaining() else False
+
+
+def _pauses() -> Iterator[float]:
+    """Doubling, and never the same for two routers."""
+    pause = _FIRST_PAUSE_S
+    while True:
+        yield pause + random.uniform(0, _FIRST_PAUSE_S)  # noqa: S311
+        pause = min(_LONGEST_PAUSE_S, pause * 2)
 
 
 def _error_document(data: bytes) -> dict[str, Any]:

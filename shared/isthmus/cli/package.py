@@ -13,7 +13,7 @@ import yaml
 from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, errors, out, print_json, size, steps
 from isthmus.errors import LocalError
 from isthmus.registry import FolderStore, Registry, Resolved, SegmentCache, open_registry
-from isthmus.registry.blobs import blob_key
+from isthmus.registry.content import blob_key
 from isthmus.settings import RegistrySettings
 
 GATEWAY = "http://gateway.openfaas.svc.cluster.local:8080"

@@ -107,11 +107,15 @@ def _serialise(model: Model, graph: ir.Graph, weights: Weights) -> tuple[bytes, 
     places: Mapping[str, WeightTensor] = {t.name: t for t in weights.tensors}
     order = {t.name: i for i, t in enumerate(weights.tensors)}
     found = []
-    for value in graph.initializers.values():
+    # They come out of a set; sorted, equal segments have equal bytes.
+    values = sorted(graph.initializers.values(), key=lambda v: str(v.name))
+    graph.initializers.clear()
+    for value in values:
         # The value is the clone's own; its tensor is shared with the model, and so replaced, not changed.
         if (tensor := placed(places, value)) is not None:
             value.const_value = tensor
             found.append(order[str(value.name)])
+        graph.initializers.add(value)
     boundary = {*graph.inputs, *graph.outputs}
     for node in graph:
         for value in node.outputs:

@@ -193,33 +193,38 @@ def _merge_equal_initialisers(graph: ir.Graph) -> None:
 
 def _name_apart(model: ir.Model) -> None:
     """Give every value and node of the graph and its bodies a name of its own; inputs and outputs keep theirs."""
-    taken: set[str] = set()
-    seen: set[ir.Value] = set()
+    names, seen = _Names(), set[ir.Value]()
 
     def name(value: ir.Value) -> None:
         if value in seen or (not value.name and not value.uses() and not value.is_graph_output()):
             return
         seen.add(value)
-        base = value.name or "value"
-        fresh, n = base, 0
-        while fresh in taken:
-            n += 1
-            fresh = f"{base}_{n}"
-        taken.add(fresh)
+        fresh = names.take(value.name or "value")
         if fresh != value.name:
             value.name = fresh
 
     for graph in model.graphs():
         for value in (*graph.inputs, *graph.outputs, *tuple(graph.initializers.values())):
             name(value)
-    nodes: set[str] = set()
+    nodes = _Names()
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         for value in node.outputs:
             name(value)
-        base = node.name or node.op_type
-        fresh, n = base, 0
-        while fresh in nodes:
-            n += 1
-            fresh = f"{base}_{n}"
-        nodes.add(fresh)
-        node.name = fresh
+        node.name = nodes.take(node.name or node.op_type)
+
+
+class _Names:
+    """Names that are taken, and the next free number behind each."""
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+        self._counts: dict[str, int] = {}
+
+    def take(self, base: str) -> str:
+        """`base` if it is free, else with a number behind it."""
+        fresh = base
+        while fresh in self._taken:
+            self._counts[base] = self._counts.get(base, 0) + 1
+            fresh = f"{base}_{self._counts[base]}"
+        self._taken.add(fresh)
+        return fresh

@@ -134,13 +134,12 @@ def _name(spec: str | Callable[[], Any]) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporter's notices (no torchvision, its own deprecations, its steps) out of a command's output."""
-    logger = logging.getLogger("torch.onnx")
-    level, logger_disabled = logger.level, logger.disabled
-    logger.setLevel(logging.ERROR)
+    # torch gives each of its many loggers a level of its own, so only this reaches them all.
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")
         try:
             yield
         finally:
-            logger.setLevel(level)
-            logger.disabled = logger_disabled
+            logging.disable(before)

@@ -10,6 +10,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import onnx_ir as ir
@@ -47,7 +48,7 @@ def write(
     offset = done = 0
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with os.fdopen(handle, "wb") as file, ThreadPoolExecutor(1) as hasher:
             for name, tensor in wanted:
                 padding = b"\0" * (-offset % ALIGNMENT)
                 file.write(padding)
@@ -55,9 +56,11 @@ def write(
                 offset += len(padding)
                 digest, length = hashlib.sha256(), 0
                 for chunk in _chunks(tensor):
+                    # Hashing takes longest, and runs without the interpreter's lock.
+                    hashed = hasher.submit(whole.update, chunk)
                     file.write(chunk)
-                    whole.update(chunk)
                     digest.update(chunk)
+                    hashed.result()
                     length += len(chunk)
                     done += len(chunk)
                     progress(done, total)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -23,9 +23,10 @@ class Line:
 
 
 class Logbook:
-    """Keeps the last lines and passes new ones on to whoever follows."""
+    """Keeps the last lines and passes each new one on: to `on_line`, and to whoever follows."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_line: Callable[[Line], None] = lambda _: None) -> None:
+        self._on_line = on_line
         self._lines: deque[Line] = deque(maxlen=KEPT_LINES)
         self._followers: set[asyncio.Queue[Line | None]] = set()
 
@@ -33,6 +34,7 @@ class Logbook:
         """Note a line; a follower that is too slow loses it rather than holding the function up."""
         line = Line(instance, datetime.now(UTC), text)
         self._lines.append(line)
+        self._on_line(line)
         for queue in self._followers:
             if not queue.full():
                 queue.put_nowait(line)

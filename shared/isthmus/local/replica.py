@@ -136,7 +136,7 @@ class Replica:
         process = self._process
         if process is None or process.returncode is not None:
             return
-        if not self.in_flight:
+        if not self.in_flight and self.ready_at is not None:  # one that still loads has nothing to leave in order
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGINT)
             with contextlib.suppress(TimeoutError):

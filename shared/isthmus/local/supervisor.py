@@ -28,7 +28,7 @@ class Supervisor:
 
     def __init__(self, name: str, session: aiohttp.ClientSession, on_event: OnEvent, *, drain_s: float) -> None:
         self.name = name
-        self.logbook = Logbook()
+        self.logbook = Logbook(lambda line: on_event(Event("log", line.text, name, line.instance)))
         self.created = datetime.now(UTC)
         self.invocations = 0
         self.desired = 0

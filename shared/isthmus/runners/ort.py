@@ -46,9 +46,16 @@ class OrtRunner:
         # Spinning threads steal the CPU of the other functions on the node.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=list(providers))
+            # Without its fallback, which prints to stdout and runs on the CPU what was meant for a GPU.
+            self._session = ort.InferenceSession(str(path), options, providers=list(providers), enable_fallback=0)
         except Exception as e:  # onnxruntime's own errors share no base but Exception
             raise RunFailed(f"segment {segment.id} cannot be loaded: {_sentence(e)}", segment=segment.id) from e
+        if absent := [p for p in providers if p not in self._session.get_providers()]:
+            raise RunFailed(
+                f"segment {segment.id} cannot be loaded: {', '.join(absent)} did not start",
+                segment=segment.id,
+                hint="its driver or libraries are missing here; or take it out of the setting providers",
+            )
 
     def run(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """See `Runner.run`."""
@@ -62,7 +69,7 @@ class OrtRunner:
                 results = self._session.run(self._outputs, {name: _usable(a) for name, a in arrays.items()})
         except Exception as e:
             free = any(isinstance(n, str) for s in self.segment.inputs for n in s.shape)
-            if free and isinstance(e, ort_state.InvalidArgument | ort_state.Fail | ort_state.RuntimeException):
+            if free and "alloc" not in str(e) and isinstance(e, ort_state.InvalidArgument | ort_state.Fail | ort_state.RuntimeException):
                 shapes = {name: list(a.shape) for name, a in arrays.items()}
                 raise ShapeMismatch(
                     f"segment {self.segment.id} cannot run with these shapes: {_sentence(e)}",
@@ -100,7 +107,8 @@ def cpu_limit(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 
     onnxruntime itself counts the node's cores, and a container with a quota below that is throttled.
     """
-    cpus = float(len(os.sched_getaffinity(0)))
+    # macOS has no affinity to ask for.
+    cpus = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     try:
         quota, period = (cgroup / "cpu.max").read_text().split()
         if quota != "max":
@@ -117,14 +125,15 @@ def cpu_limit(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def _usable(array: Array) -> Array:
-    """Itself, or a copy where the runtime cannot use its bytes as they lie: strided, or off the dtype's alignment."""
-    return np.require(array, requirements=("C", "A"))
+    """Itself, or a copy where the runtime cannot use its bytes as they lie: strided, unaligned, or of another endian."""
+    return np.require(array, array.dtype.newbyteorder("=") if not array.dtype.isnative else None, ("C", "A"))
 
 
 def _to_value(array: Array) -> Any:
+    usable = _usable(array)
     if array.dtype == ml_dtypes.bfloat16:
-        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.ascontiguousarray(array).view(np.uint16), _BFLOAT16)
-    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(usable.view(np.uint16), _BFLOAT16)
+    return ort.OrtValue.ortvalue_from_numpy(usable)
 
 
 def _from_value(value: Any, spec: TensorSpec) -> Array:

@@ -14,14 +14,18 @@ from dataclasses import dataclass
 
 from isthmus.bundle import Segment
 from isthmus.context import Deadline
-from isthmus.errors import DeadlineExceeded, NotReady, SegmentTooLarge
-from isthmus.registry import SegmentSource
+from isthmus.errors import DeadlineExceeded, NotReady, Overloaded, SegmentTooLarge
+from isthmus.registry import Located, SegmentSource
 from isthmus.runners import Array, Runner
 from isthmus.runners.ort import OrtRunner, check_providers, cpu_limit
 from isthmus.settings import SegmentSettings
 
 Key = tuple[str, str]
 """A bundle's digest and a segment's id."""
+MAX_LOADING = 64
+"""Segments that wait to be loaded at a time; callers name them, so there must be an end."""
+FETCHES = 4
+"""Segments that are fetched at a time, so that an unknown one is refused while a large one is still on its way."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +70,16 @@ class SegmentStore:
         self._lock = threading.Lock()
         self._loaded: OrderedDict[Key, _Entry] = OrderedDict()
         self._loading: dict[Key, Future[Runner]] = {}
-        # One at a time, so that two loads never make the same room.
-        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
+        self._loader = ThreadPoolExecutor(max_workers=FETCHES, thread_name_prefix="load")
+        # Into memory one at a time, so that two never make the same room.
+        self._entering = threading.Lock()
 
     def runner(self, bundle: str, segment: str, deadline: Deadline) -> Runner:
         """The loaded segment; loads it if need be, waiting no longer than the deadline.
 
         Raises:
             NotReady: still loading when the deadline passed.
+            Overloaded: MAX_LOADING others are being loaded.
             SegmentTooLarge: its weights alone exceed `max_loaded_bytes`.
             RegistryError, RunFailed: it could not be fetched, or not be loaded.
         """
@@ -83,10 +89,14 @@ class SegmentStore:
                 self._loaded.move_to_end(key)
                 return found.runner
             if (loading := self._loading.get(key)) is None:
+                if len(self._loading) >= MAX_LOADING:
+                    raise Overloaded(f"{MAX_LOADING} segments are being loaded; that is the limit", retry_after_s=1)
                 loading = self._loading[key] = self._loader.submit(self._load, key)
         try:
             return loading.result(timeout=deadline.remaining())
         except FutureTimeout as e:
+            if loading.done():
+                return loading.result()
             raise NotReady(f"segment {segment} is still loading", segment=segment, retry_after_s=1) from e
 
     def run(self, bundle: str, segment: str, arrays: Mapping[str, Array], deadline: Deadline) -> Ran:
@@ -122,22 +132,24 @@ class SegmentStore:
         try:
             located = self._source.locate(*key)
             try:
-                needed = sum(t.length for t in located.bundle.weight_ranges(located.segment))
-                self._make_room(needed, located.segment)
-                runner = OrtRunner(
-                    located.path, located.segment, providers=self._settings.providers, threads=self._threads
-                )
+                with self._entering:
+                    return self._enter(key, located)
             except BaseException:
                 located.release()
                 raise
-            # The cache may evict the files only once no session maps them.
-            weakref.finalize(runner, located.release)
-            with self._lock:
-                self._loaded[key] = _Entry(runner, needed)
-            return runner
         finally:
             with self._lock:
                 del self._loading[key]
+
+    def _enter(self, key: Key, located: Located) -> Runner:
+        needed = sum(t.length for t in located.bundle.weight_ranges(located.segment))
+        self._make_room(needed, located.segment)
+        runner = OrtRunner(located.path, located.segment, providers=self._settings.providers, threads=self._threads)
+        # The cache may evict the files only once no session maps them.
+        weakref.finalize(runner, located.release)
+        with self._lock:
+            self._loaded[key] = _Entry(runner, needed)
+        return runner
 
     def _make_room(self, needed: int, segment: Segment) -> None:
         limit = self._settings.max_loaded_bytes

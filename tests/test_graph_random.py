@@ -1,0 +1,66 @@
+"""Cuts of graphs nobody drew: for any graph and any upstream half, what crosses is enough and nothing leaks."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from onnx import helper, numpy_helper
+
+from isthmus.graph import build, cut_at, cuts, open_model
+from isthmus.graph.cuts import ancestors, crossing_values
+from segments import difference, run_partition, run_whole
+
+
+@st.composite
+def graphs(draw: st.DrawFn) -> onnx.ModelProto:
+    """A graph of 2 to 12 additions and products of two inputs, two weights and each other; several outputs."""
+    values = ["x", "z", "small", "large"]
+    nodes = []
+    for i in range(draw(st.integers(2, 12))):
+        a, b = draw(st.sampled_from(values)), draw(st.sampled_from(values[-6:]))
+        nodes.append(helper.make_node(draw(st.sampled_from(["Add", "Mul", "Max"])), [a, b], [f"v{i}"]))
+        values.append(f"v{i}")
+    used = {name for node in nodes for name in node.input}
+    outputs = [n.output[0] for n in nodes if n.output[0] not in used or (draw(st.booleans()) and draw(st.booleans()))]
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "random",
+        [value("x", 1, [1]), value("z", 1, [1])],
+        [value(o, 1, None) for o in outputs],
+        [
+            numpy_helper.from_array(np.array([0.5], np.float32), "small"),
+            numpy_helper.from_array(np.linspace(-1, 1, 300, dtype=np.float32), "large"),
+        ],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(graphs(), st.data())
+def test_any_cut_of_any_graph_is_the_whole(proto: onnx.ModelProto, data: st.DataObject) -> None:
+    inputs = [{"x": np.array([0.3], np.float32), "z": np.array([-0.7], np.float32)}]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "random.onnx"
+        onnx.save(proto, path)
+        model = open_model(path)
+        every = cuts(model)
+        partitions = [[c] for c in every[::3]]
+        if len(every) > 1:
+            partitions.append([every[0], every[-1]])
+        made = [v for node, keep in zip(model.nodes, model.dynamic, strict=True) if keep for v in node.outputs]
+        if made:
+            upstream = ancestors(model, [data.draw(st.sampled_from(made))])
+            crossing = crossing_values(model, upstream)
+            if crossing and ancestors(model, crossing) == upstream:
+                partitions.append([cut_at(model, [str(v.name) for v in crossing], "drawn")])
+        bundle, files = build(model, "random", folder, partitions=partitions)
+        whole = run_whole(path, inputs)[0]
+        for partition in [[], *partitions]:
+            split = run_partition(bundle, files, [c.name for c in partition], inputs)[0]
+            assert difference(whole, split) < 1e-6

@@ -72,6 +72,7 @@ def efficientnet_lite0() -> Path:
 
 def minilm() -> Path:
     def write(path: Path) -> None:
+        pytest.importorskip("transformers")
         from isthmus.graph import torch_export
 
         torch_export.export(

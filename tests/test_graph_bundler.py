@@ -133,8 +133,8 @@ def test_cutting_again_gives_the_segments_that_cutting_at_once_gives(tmp_path: P
     real = REAL["silero"]
     model = open_model(real.path(), **real.open_arguments())
     names = [c.name for c in cuts(model)[::7]]
-    at_once, _ = build(model, "silero", tmp_path / "once", partitions=[[n] for n in names], examples=real.examples)
-    first, files = build(model, "silero", tmp_path / "later", partitions=[[names[0]]], examples=real.examples)
+    at_once, _ = build(model, "silero", tmp_path / "once", partitions=[[n] for n in names])
+    first, files = build(model, "silero", tmp_path / "later", partitions=[[names[0]]])
     later, _ = add_cuts(first, files[first.segment(WHOLE).graph.digest], [[n] for n in names])
     assert manifest.to_json(later) == manifest.to_json(at_once)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ class Built:
     files: dict[str, Path]
     inputs: list[dict[str, Any]]
     whole: list[dict[str, Any]]
+    shares: list[float] = field(default_factory=list)
 
 
 @pytest.fixture(scope="module", params=list(REAL))
@@ -71,8 +72,9 @@ def test_two_segments_weigh_what_the_model_weighs_and_what_they_share(built: Bui
         both = {t.name for t in built.bundle.weight_ranges(head)} & {t.name for t in built.bundle.weight_ranges(tail)}
         shared = sum(t.length for t in built.bundle.weights.tensors if t.name in both)
         together = _weight(built.bundle, head) + _weight(built.bundle, tail)
-        # Each of the two repeats what a protobuf says about itself, and static nodes.
-        assert together - shared <= 1.02 * whole + 4096, (cut.name, together, shared, whole)
+        assert together - shared <= 1.02 * whole, (cut.name, together, shared, whole)
+        built.shares.append((together - shared) / whole)
+    print(f"{built.real.name}: two segments weigh up to {max(built.shares):.4f} of the model and what they share")  # noqa: T201
 
 
 def test_a_heads_weights_are_a_prefix_and_a_tails_a_suffix(built: Built) -> None:

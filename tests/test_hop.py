@@ -11,11 +11,11 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-import urllib3
 from flask import Flask, Response, request
 from werkzeug.serving import make_server
 
 from isthmus import frame as frames
+from isthmus.connections import open_pool
 from isthmus.context import Context, Deadline, parse_duration
 from isthmus.errors import (
     HopBusy,
@@ -82,8 +82,8 @@ def context(seconds: float = 5.0) -> Context:
 
 @pytest.fixture
 def hop_to() -> Iterator[Callable[[str], HttpHop]]:
-    pool = urllib3.PoolManager()
-    yield lambda url: HttpHop(url, pool, attempts=3, connect_timeout_s=1.0, max_reply_bytes=2**20)
+    pool = open_pool(1.0)
+    yield lambda url: HttpHop(url, pool, attempts=3, max_reply_bytes=2**20)
     pool.clear()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,14 +142,23 @@ def test_what_is_missing_is_asked_for_once(bad: Bad) -> None:
     assert bad.relay.hits - before == 1
 
 
-def test_bytes_flipped_while_they_are_published_are_refused_by_the_server_or_tried_again(
-    bad: Bad, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_bit_flipped_on_the_way_up_is_noticed_and_sent_again(bad: Bad, tmp_path: Path, times: int) -> None:
     fake = make_bundle(tmp_path / "second", name="second", seed=2)
-    bad.relay.spoil("flip-upload", times=1)
-    with suppress(RegistryError):
-        bad.registry.publish(fake.bundle, fake.files)
-    assert bad.relay.times == 0
+    bad.relay.spoil("flip-upload", times=times)
     bad.registry.publish(fake.bundle, fake.files)
+    assert bad.relay.times == 0
     cache = SegmentCache(bad.registry, tmp_path / "cache", 2**30)
-    assert weights_here(fake, cache.locate(fake.digest, "..").path, "..")
+    for segment in fake.bundle.segments:
+        assert weights_here(fake, cache.locate(fake.digest, segment).path, segment)
+
+
+def test_an_upload_that_never_arrives_right_is_corrupt_and_leaves_no_version(bad: Bad, tmp_path: Path) -> None:
+    fake = make_bundle(tmp_path / "second", name="second", seed=2)
+    bad.relay.spoil("flip-upload")
+    with pytest.raises((Corrupt, RegistryUnavailable)):
+        bad.registry.publish(fake.bundle, fake.files)
+    bad.relay.fault = None
+    assert bad.registry.models() == ["fake"]
+    bad.registry.publish(fake.bundle, fake.files)
+    SegmentCache(bad.registry, tmp_path / "cache", 2**30).locate(fake.digest, "..")

@@ -14,7 +14,11 @@ from isthmus.errors import DeadlineExceeded, RequestMalformed
 _UNIT_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _DURATION = re.compile(r"(?:\d{1,12}(?:\.\d{0,9})?(?:ns|us|µs|μs|ms|s|m|h))+")
 _PART = re.compile(r"(\d+(?:\.\d*)?)(ns|us|µs|μs|ms|s|m|h)")
-_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
+_TRACEPARENT = re.compile(
+    r"(?!ff)([0-9a-f]{2})-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-[!-~]{0,200})?"
+)
+_TRACESTATE = re.compile(r"[\x20-\x7e]*")
+_TRACESTATE_LENGTH = 512
 _CALL_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -83,12 +87,13 @@ class Context:
         timeout = headers.get("X-Timeout", "")
         seconds = min(longest_s, parse_duration(timeout)) if timeout else longest_s
         call_id, trace = headers.get("X-Call-Id", ""), headers.get("traceparent", "")
-        known = _TRACEPARENT.fullmatch(trace) is not None
+        # Version 00 ends with its flags; a later one may append fields.
+        known = (match := _TRACEPARENT.fullmatch(trace)) is not None and not (match[1] == "00" and match[2])
         return cls(
             Deadline.after(seconds),
             call_id if _CALL_ID.fullmatch(call_id) else str(uuid.uuid4()),
             trace if known else f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01",
-            headers.get("tracestate", "")[:512] if known else "",
+            _tracestate(headers.get("tracestate", "")) if known else "",
         )
 
     def to_headers(self) -> dict[str, str]:
@@ -101,3 +106,10 @@ class Context:
         if self.tracestate:
             headers["tracestate"] = self.tracestate
         return headers
+
+
+def _tracestate(text: str) -> str:
+    """Its members as far as they fit, whole ones only; nothing of what is no header's text."""
+    if not _TRACESTATE.fullmatch(text):
+        return ""
+    return text if len(text) <= _TRACESTATE_LENGTH else text[: _TRACESTATE_LENGTH + 1].rpartition(",")[0]

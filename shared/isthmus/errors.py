@@ -165,6 +165,7 @@ HTTP_STATUS: dict[type[IsthmusError], int] = {
     FrameMalformed: 400,
     UnknownValue: 404,
     UnboundedCut: 400,
+    CutError: 400,
     ModelError: 400,
     Missing: 404,
     Denied: 502,

@@ -100,8 +100,9 @@ def run(route: Route, inputs: Mapping[str, Array], context: Context) -> Result:
         context.deadline.check(f"segment {segment.id} ran")
         taken = {spec.name: values[spec.name] for spec in segment.inputs}
         start = time.perf_counter()
-        reply = hop.call(Frame(taken, route.digest, segment.id, context.call_id), context)
-        values.update(_checked(reply.frame, segment, hop))
+        sent = Frame(taken, route.digest, segment.id, context.call_id)
+        reply = hop.call(sent, context)
+        values.update(_checked(reply.frame, sent, segment, hop))
         stages.append(
             Stage(
                 segment.id,
@@ -116,8 +117,17 @@ def run(route: Route, inputs: Mapping[str, Array], context: Context) -> Result:
     return Result({spec.name: values[spec.name] for spec in route.bundle.outputs}, tuple(stages))
 
 
-def _checked(reply: Frame, segment: Segment, hop: Hop) -> Mapping[str, Array]:
-    """The reply's tensors, if they are the ones that this segment gives."""
+def _checked(reply: Frame, sent: Frame, segment: Segment, hop: Hop) -> Mapping[str, Array]:
+    """The reply's tensors, if it answers this very frame and they are the ones that this segment gives."""
+    for what in ("bundle", "segment", "request"):
+        if (got := getattr(reply, what)) != (expected := getattr(sent, what)):
+            raise HopRejected(
+                f"{hop.name} answered for {what} {got[:80]!r}, not {expected!r}",
+                hop=hop.name,
+                status=200,
+                expected=expected,
+                got=got,
+            )
     try:
         check_tensors(segment.outputs, reply.tensors)
     except ShapeMismatch as e:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -44,7 +45,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, 
     for column in columns:
         made.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
     for row in rows:
-        made.add_row(*(str(cell) for cell in row))
+        made.add_row(*(escape(str(cell)) for cell in row))
     out.print(made)
 
 
@@ -91,11 +92,11 @@ def errors(as_json: bool) -> Iterator[None]:
             doc = {"error": e.message, "type": type(e).__name__, "facts": dict(e.facts), "hint": e.hint}
             sys.stderr.write(json.dumps(doc, default=str) + "\n")
         else:
-            err.print(f"[bold red]error:[/] {e.message}", highlight=False, soft_wrap=True)
+            err.print(f"[bold red]error:[/] {escape(e.message)}", highlight=False, soft_wrap=True)
             if exists := e.facts.get("exists"):
-                err.print(f"there is: {', '.join(map(str, exists))}", highlight=False, soft_wrap=True)
+                err.print(escape(f"there is: {', '.join(map(str, exists))}"), highlight=False, soft_wrap=True)
             if e.hint:
-                err.print(f"[bold]hint:[/] {e.hint}", highlight=False, soft_wrap=True)
+                err.print(f"[bold]hint:[/] {escape(e.hint)}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from e
 
 

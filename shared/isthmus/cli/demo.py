@@ -92,6 +92,7 @@ def demo(
                 out.print(
                     f"cut {cut.name}: {tensors}, after {cut.macs_before:.0%} of the multiply-accumulates",
                     highlight=False,
+                    markup=False,
                     soft_wrap=True,
                 )
             _print_totals(shown)

@@ -59,6 +59,8 @@ def build(
         raise ModelError(f"{name!r} cannot name a model", hint="use 1 to 63 of a-z, 0-9, '.', '_' and '-'")
     if not isinstance(model, Model):
         model = open_model(model, bind=bind, examples=examples, freeze=freeze)
+    elif bind or examples or freeze:
+        raise TypeError("bind, examples and freeze belong to open_model when the model is already open")
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     weights = weights_file.write(
@@ -79,7 +81,7 @@ def build(
         cuts={},
         preprocess=preprocess,
         postprocess=_with_labels(postprocess, labels, out, files),
-        source={**(source or {}), **_counted_with(model, examples or {})},
+        source={**(source or {}), **_counted_with(model)},
     )
     resolved = [_resolve(model, p, {}) for p in chosen]
     bundle = _cut(bundle, model, resolved, out, files, progress)
@@ -202,12 +204,12 @@ def _with_labels(
     return {**postprocess, "labels": {"digest": digest, "size": len(data)}}
 
 
-def _counted_with(model: Model, examples: Examples) -> dict[str, Any]:
+def _counted_with(model: Model) -> dict[str, Any]:
     """What a later cut of this bundle needs to count bytes for the same input: shapes, and small whole numbers."""
     facts: dict[str, Any] = {"bind": {name: list(shape) for name, shape in model.binding.items()}}
     small = {
         name: {"dtype": str(np.asarray(a).dtype), "value": np.asarray(a).tolist()}
-        for name, a in examples.items()
+        for name, a in model.examples.items()
         if np.asarray(a).dtype.kind in "iub" and np.asarray(a).size <= _SMALL_EXAMPLE
     }
     return {**facts, "examples": small} if small else facts

@@ -49,6 +49,7 @@ class Model:
     shapes: Mapping[str, tuple[int, ...]]
     macs: tuple[int, ...]
     binding: Mapping[str, tuple[int, ...]]
+    examples: Examples
 
     @property
     def graph(self) -> ir.Graph:
@@ -141,7 +142,7 @@ def open_model(
     ]
     types = shapes.infer(model, wanted, bound, examples or {})
     counts = tuple(macs.of_node(node, types.bound) if keep else 0 for node, keep in zip(nodes, dynamic, strict=True))
-    return Model(model, nodes, uses, dynamic, types.specs, types.shapes, counts, bound)
+    return Model(model, nodes, uses, dynamic, types.specs, types.shapes, counts, bound, examples or {})
 
 
 def _uses(node: ir.Node, graph: ir.Graph) -> dict[ir.Value, None]:

@@ -240,7 +240,7 @@ async def _running(options: Options) -> AsyncIterator[_Running]:
             )
             # A caller who hangs up ends the call, as OpenFaaS's gateway does.
             runner = web.AppRunner(
-                gateway, access_log=None, handler_cancellation=True, shutdown_timeout=options.drain_s
+                gateway, access_log=None, read_bufsize=1 << 20, handler_cancellation=True, shutdown_timeout=options.drain_s
             )
             await runner.setup()
             leaving.push_async_callback(runner.cleanup)

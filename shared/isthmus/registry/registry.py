@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ MAX_BLOB_BYTES = 64 * 2**20
 """Longest blob that is read into memory at once; weights are read by ranges instead."""
 
 _POINTER_BYTES = 256
+_READ_BACK_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Registry:
             pass
         data = manifest.to_json(bundle)
         digest = manifest.digest_of(data)
-        self.patience(lambda: self._store.put(blob_key(digest), data))
+        self.patience(lambda: self._put_manifest(digest, data))
         version = self._number(bundle.name, digest)
         if version.version == "1":
             self.patience(lambda: self._store.put_if_absent(f"models/{bundle.name}/aliases/{PROD}", b"1"))
@@ -195,7 +197,23 @@ class Registry:
             return
         if file_digest(path) != digest:
             raise corrupt(str(path), digest)
+        self.patience(lambda: self._put_file(digest, path))
+
+    def _put_manifest(self, digest: str, data: bytes) -> None:
+        self._store.put(blob_key(digest), data)
+        if self._store.get(blob_key(digest), max_bytes=MAX_MANIFEST_BYTES) != data:
+            raise corrupt(self.url, digest)
+
+    def _put_file(self, digest: str, path: Path) -> None:
+        # Not every server notices a bit that flipped on the way up, and a blob of the right length is never sent again:
+        # so what arrived is read once.
+        key, size, found = blob_key(digest), path.stat().st_size, hashlib.sha256()
         self._store.put_file(key, path)
+        for start in range(0, size, _READ_BACK_BYTES):
+            found.update(self._store.read(key, start, min(start + _READ_BACK_BYTES, size)))
+        if f"sha256:{found.hexdigest()}" != digest:
+            self._store.delete(key)
+            raise corrupt(self.url, digest)
 
     def _number(self, name: str, digest: str) -> Version:
         """The version of `digest`: one that is there, or the next free number."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import builtins
+import hashlib
 import threading
 import time
 from collections.abc import Iterator
@@ -22,7 +24,8 @@ _SLOWEST = 64 * 2**10
 
 _DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "401", "403"}
 _NO_KEY = {"NoSuchKey", "NotFound", "404"}
-_PASSING = {"SlowDown", "RequestTimeout", "ConditionalRequestConflict", "OperationAborted"}
+_SPOILT = {"BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody"}
+_PASSING = _SPOILT | {"SlowDown", "RequestTimeout", "ConditionalRequestConflict", "OperationAborted"}
 
 
 class S3Store:
@@ -89,7 +92,7 @@ class S3Store:
 
     def put(self, key: str, data: bytes) -> None:
         with self._errors(key):
-            self._client().put_object(**self._at(key), Body=data)
+            self._client().put_object(**self._at(key), **_body_of(data))
 
     def put_file(self, key: str, path: Path) -> None:
         from boto3.s3.transfer import TransferConfig
@@ -106,13 +109,13 @@ class S3Store:
             return False
         with self._errors(key):
             try:
-                self._client().put_object(**self._at(key), Body=data, IfNoneMatch="*")
+                self._client().put_object(**self._at(key), **_body_of(data), IfNoneMatch="*")
             except self._client().exceptions.ClientError as e:
                 if _status(e) == 412:
                     return False
                 if _status(e) != 501:
                     raise
-                self._client().put_object(**self._at(key), Body=data)
+                self._client().put_object(**self._at(key), **_body_of(data))
         return self.get(key, max_bytes=max(len(data), 2**20)) == data
 
     def delete(self, key: str) -> None:
@@ -227,6 +230,12 @@ def _session(key_id: str, secret: str) -> Any:
     import boto3
 
     return boto3.session.Session(aws_access_key_id=key_id or None, aws_secret_access_key=secret or None)
+
+
+def _body_of(data: bytes) -> dict[str, Any]:
+    """Content with its MD5, which all servers check; not all check the SHA-256 that a request is signed with."""
+    md5 = hashlib.md5(data, usedforsecurity=False).digest()
+    return {"Body": data, "ContentMD5": base64.b64encode(md5).decode()}
 
 
 def _status(e: Any) -> int:

@@ -69,7 +69,7 @@ class OrtRunner:
                 results = self._session.run(self._outputs, {name: _usable(a) for name, a in arrays.items()})
         except Exception as e:
             free = any(isinstance(n, str) for s in self.segment.inputs for n in s.shape)
-            if free and "alloc" not in str(e) and isinstance(e, ort_state.InvalidArgument | ort_state.Fail | ort_state.RuntimeException):
+            if free and _blames_input(e):
                 shapes = {name: list(a.shape) for name, a in arrays.items()}
                 raise ShapeMismatch(
                     f"segment {self.segment.id} cannot run with these shapes: {_sentence(e)}",
@@ -125,7 +125,7 @@ def cpu_limit(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def _usable(array: Array) -> Array:
-    """Itself, or a copy where the runtime cannot use its bytes as they lie: strided, unaligned, or of another endian."""
+    """Itself, or a copy where the runtime cannot use its bytes as they lie: strided, unaligned, big-endian."""
     return np.require(array, array.dtype.newbyteorder("=") if not array.dtype.isnative else None, ("C", "A"))
 
 
@@ -144,6 +144,12 @@ def _from_value(value: Any, spec: TensorSpec) -> Array:
     count = math.prod(value.shape())
     raw = ctypes.string_at(value.data_ptr(), count * 2)
     return np.frombuffer(raw, ml_dtypes.bfloat16).reshape(value.shape())
+
+
+def _blames_input(error: Exception) -> bool:
+    """Whether shapes may be why a run failed; want of memory, which onnxruntime reports alike, is not."""
+    kinds = (ort_state.InvalidArgument, ort_state.Fail, ort_state.RuntimeException)
+    return isinstance(error, kinds) and "alloc" not in str(error)
 
 
 def _sentence(error: Exception) -> str:

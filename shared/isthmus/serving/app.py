@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -20,6 +23,7 @@ from isthmus.serving.readiness import Readiness
 from isthmus.settings import SegmentSettings
 
 RETRY_AFTER_S = 1
+_NOT_IN_A_TIMING = re.compile(r"[^\w.-]", re.ASCII)
 
 
 @dataclass
@@ -35,11 +39,8 @@ class Timings:
 
     def header(self) -> str:
         """Source: W3C Server Timing; durations in milliseconds."""
-        total = ("total", time.perf_counter() - self.began, "")
-        return ", ".join(
-            f'{name};desc="{desc}";dur={s * 1000:.3f}' if desc else f"{name};dur={s * 1000:.3f}"
-            for name, s, desc in (*self.stages, total)
-        )
+        stages = (*self.stages, ("total", time.perf_counter() - self.began, ""))
+        return ", ".join(f"{name}{_described(desc)};dur={seconds * 1000:.3f}" for name, seconds, desc in stages)
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class FunctionApp:
 
     def __init__(self, name: str, settings: SegmentSettings, prepare: Callable[[], None]) -> None:
         self.flask = Flask(f"isthmus.{name}", static_folder=None)
+        # Two slashes are another path, not a redirect to a URL that lacks the gateway's part.
+        self.flask.url_map.merge_slashes = False
         self.log = logs.configure(settings.log_level)
         self.metrics = Metrics()
         self._settings = settings
@@ -107,6 +110,8 @@ class FunctionApp:
         length = request.content_length
         if length is not None and length > limit:
             raise RequestTooLarge(f"the body has {length} bytes; at most {limit} are taken", limit=limit)
+        if length is None and not request.environ.get("wsgi.input_terminated"):
+            length = 0  # neither a length nor chunks: such a request has no body, and reading would wait for one
         # The server has buffered the whole body, so this is one copy; werkzeug's own stream reads in small pieces.
         body: bytes = request.environ["wsgi.input"].read(limit + 1 if length is None else length)
         if length is not None and len(body) < length:
@@ -147,6 +152,7 @@ class FunctionApp:
                             "ms": round(took * 1000, 3),
                             "in_bytes": request.content_length,
                             "out_bytes": size,
+                            **({"error": g.error} if "error" in g else {}),
                             "call_id": context.call_id,
                             "trace_id": context.traceparent[3:35],
                         }
@@ -156,14 +162,15 @@ class FunctionApp:
 
     def _known(self, error: IsthmusError) -> Response:
         status = http_status(error)
+        g.error = type(error).__name__
         if status >= 500 and status != 503:
             self.log.error(
                 error.message, extra={"facts": {"type": type(error).__name__, **error.facts}}, exc_info=status == 500
             )
-        response = jsonify(problem(error))
-        response.status_code = status
+        # Facts may hold what JSON has no form for; an error must not fail on them.
+        response = Response(json.dumps(problem(error), default=str), status, content_type="application/json")
         if status in (429, 503):
-            response.headers["Retry-After"] = str(error.facts.get("retry_after_s") or RETRY_AFTER_S)
+            response.headers["Retry-After"] = str(math.ceil(error.facts.get("retry_after_s") or RETRY_AFTER_S))
         return response
 
     def _http(self, error: HTTPException) -> Response:
@@ -198,3 +205,8 @@ def problem(error: IsthmusError) -> dict[str, Any]:
 
 def _paths(app: Flask) -> Iterable[str]:
     return sorted(rule.rule for rule in app.url_map.iter_rules())
+
+
+def _described(text: str) -> str:
+    """A timing's description; a segment's id comes from a manifest, and must not end the header's value or line."""
+    return f';desc="{_NOT_IN_A_TIMING.sub("_", text)}"' if text else ""

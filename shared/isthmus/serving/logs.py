@@ -22,7 +22,12 @@ class _JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             doc["exception"] = self.formatException(record.exc_info)[-4000:]
-        return json.dumps(doc, default=str)[:MAX_LINE]
+        line = json.dumps(doc, default=str)
+        if len(line) > MAX_LINE:
+            # Half an object is no JSON: what can be long goes.
+            kept = {"time": doc["time"], "level": doc["level"], "message": doc["message"][:1000], "cut_from": len(line)}
+            line = json.dumps(kept)
+        return line
 
 
 def configure(level: str) -> logging.Logger:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
+
+if TYPE_CHECKING:  # a router whose hops are all remote never loads onnxruntime
+    from isthmus.runners.store import SegmentStore
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 
@@ -43,6 +47,15 @@ class Metrics:
     def gauge(self, name: str, help: str, read: Callable[[], float]) -> None:
         """Add a gauge whose value is read when it is scraped."""
         Gauge(name, help, registry=self._registry).set_function(read)
+
+    def gauge_store(self, store: SegmentStore) -> None:
+        """Add what `store` holds."""
+        self.gauge("isthmus_loaded_segments", "Segments in memory.", lambda: float(len(store.loaded())))
+        self.gauge(
+            "isthmus_loaded_bytes",
+            "Weights of the segments in memory.",
+            lambda: float(sum(s.bytes for s in store.loaded())),
+        )
 
     def expose(self, accept: str) -> tuple[bytes, str]:
         """The exposition in the format that `accept` prefers, and its content type."""

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from isthmus.bundle import Bundle
-from isthmus.errors import RegistryUnavailable
+from isthmus.errors import RegistryError
 from isthmus.processing.classify import parse_labels
 from isthmus.registry import Registry
 
 MAX_KEPT = 256
 """Names and label lists kept; names come from callers, so there must be an end."""
+
+
+REFRESH_WAIT_S = 0.25
+"""The longest that a request waits to learn of a new version; a registry that is slower tells a later one."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +42,17 @@ class _Kept:
 
 
 class Models:
-    """Looks names up in the registry, each at most every `refresh_s`; while it is down, what is known stays."""
+    """Looks names up in the registry, each at most every `refresh_s`.
+
+    What is known stays while the registry does not give it: a share that is not mounted looks like one without models.
+    """
 
     def __init__(self, registry: Registry, refresh_s: float, log: logging.Logger) -> None:
         self._registry = registry
         self._refresh_s = refresh_s
         self._log = log
         self._lock = threading.Lock()
+        self._refresher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="refresh")
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
 
     def get(self, reference: str) -> Model:
@@ -59,22 +69,32 @@ class Models:
         if kept is None:
             return self._keep(reference)
         if time.monotonic() > kept.until and kept.refreshing.acquire(blocking=False):
-            try:
-                return self._keep(reference)
-            except RegistryUnavailable as e:
-                self._log.warning("registry down; %s stays as known", reference, extra={"facts": {"error": e.message}})
-                kept.until = time.monotonic() + self._refresh_s
-            finally:
-                kept.refreshing.release()
+            found = self._refresher.submit(self._refresh, reference, kept)
+            with contextlib.suppress(TimeoutError):
+                return found.result(timeout=REFRESH_WAIT_S)
         return kept.model
 
-    def versions(self, name: str) -> list[str]:
-        """The versions of a model, oldest first."""
-        return [v.version for v in self._registry.versions(name)]
+    def versions(self, model: Model) -> list[str]:
+        """The versions that a model has, oldest first; the known one while the registry does not tell."""
+        try:
+            return [v.version for v in self._registry.versions(model.name)]
+        except RegistryError as e:
+            self._stays(model.name, e)
+            return [model.version]
 
-    def names(self) -> list[str]:
-        """The models that there are."""
-        return self._registry.models()
+    def _refresh(self, reference: str, kept: _Kept) -> Model:
+        try:
+            return self._keep(reference)
+        except RegistryError as e:
+            self._stays(reference, e)
+            return kept.model
+        finally:
+            kept.until = time.monotonic() + self._refresh_s
+            kept.refreshing.release()
+
+    def _stays(self, reference: str, error: RegistryError) -> None:
+        facts = {"error": error.message, "type": type(error).__name__}
+        self._log.warning("%s stays as known: the registry does not give it", reference, extra={"facts": facts})
 
     def _keep(self, reference: str) -> Model:
         found = self._registry.resolve(reference)

@@ -7,6 +7,7 @@ import binascii
 import time
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from flask import Flask, Response, jsonify, request
@@ -39,6 +40,10 @@ def create_router_app(settings: RouterSettings) -> Flask:
 
 class _RouterApp(FunctionApp):
     def __init__(self, settings: RouterSettings) -> None:
+        if not settings.registry:
+            raise SettingsError(
+                "the setting registry is missing: the router reads its model's manifest there", variable="registry"
+            )
         _check_hops(settings)
         for entry in settings.preload:
             parse(entry)
@@ -58,11 +63,13 @@ class _RouterApp(FunctionApp):
         )
         super().__init__("router", settings, self._prepare)
         self._models = Models(self._registry, settings.refresh_s, self.log)
+        if self._store is not None:
+            self.metrics.gauge_store(self._store)
         self.work("/", self.any_kind, "answer")
-        for prefix in ("/v2/models/<name>", "/v2/models/<name>/versions/<version>"):
-            self.work(f"{prefix}/infer", self.infer, f"infer{prefix.count('version')}")
-            self.flask.add_url_rule(prefix, f"model{len(prefix)}", self.metadata, methods=["GET"])
-            self.flask.add_url_rule(f"{prefix}/ready", f"model_ready{len(prefix)}", self.model_ready, methods=["GET"])
+        for of, prefix in (("", "/v2/models/<name>"), ("_version", "/v2/models/<name>/versions/<version>")):
+            self.work(f"{prefix}/infer", self.infer, f"infer{of}")
+            self.flask.add_url_rule(prefix, f"model{of}", self.metadata, methods=["GET"])
+            self.flask.add_url_rule(f"{prefix}/ready", f"model_ready{of}", self.model_ready, methods=["GET"])
         self.flask.add_url_rule("/v2", "server", self.server, methods=["GET"])
         self.flask.add_url_rule("/v2/health/live", "live", lambda: jsonify(live=True), methods=["GET"])
         self.flask.add_url_rule("/v2/health/ready", "server_ready", self.ready, methods=["GET"])
@@ -95,7 +102,7 @@ class _RouterApp(FunctionApp):
     def metadata(self, name: str, version: str = "") -> Response:
         """Open Inference Protocol: what the model takes and gives."""
         model = self._models.get(_reference(name, version))
-        versions = [model.version] if version else self._models.versions(model.name)
+        versions = [model.version] if version else self._models.versions(model)
         return jsonify(oip.model_metadata(model.name, versions, model.bundle.inputs, model.bundle.outputs))
 
     def model_ready(self, name: str, version: str = "") -> Response:
@@ -193,14 +200,24 @@ class _RouterApp(FunctionApp):
 
 def _check_hops(settings: RouterSettings) -> None:
     for hop in settings.hops:
-        if hop != "local" and not hop.startswith(("http://", "https://")):
+        if hop != "local" and not _is_url(hop):
             raise SettingsError(
-                f"the setting hops holds {hop!r}; a hop is `local` or a URL that starts with http:// or https://",
+                f"the setting hops holds {hop!r}; a hop is `local` or a URL such as http://HOST:PORT/function/NAME,"
+                " without a user or password",
                 variable="hops",
                 value=hop,
             )
     if not settings.hops:
         raise SettingsError("the setting hops is empty; name at least one hop", variable="hops", value="")
+
+
+def _is_url(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+        # A password would be in every error and metric that names the hop.
+        return url.scheme in ("http", "https") and bool(url.hostname) and "@" not in url.netloc and url.port != 0
+    except ValueError:
+        return False
 
 
 def _reference(name: str, version: str) -> str:

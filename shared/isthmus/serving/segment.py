@@ -43,7 +43,7 @@ class _SegmentApp(FunctionApp):
             source = SegmentCache(self._registry, settings.cache_dir, settings.cache_bytes)
         self._store = SegmentStore(source, settings)
         super().__init__("segment", settings, self._prepare)
-        gauge_store(self, self._store)
+        self.metrics.gauge_store(self._store)
         self.work("/", self.run, "run")
 
     def run(self, work: Work) -> Response:
@@ -67,13 +67,3 @@ class _SegmentApp(FunctionApp):
             self._store.runner(self._baked.digest, self._baked.segment_id, Deadline.after(LONGEST_LOAD_S))
         else:
             preload(self._settings.preload, self._registry, self._store)
-
-
-def gauge_store(app: FunctionApp, store: SegmentStore) -> None:
-    """Tell Prometheus what `store` holds."""
-    app.metrics.gauge("isthmus_loaded_segments", "Segments in memory.", lambda: float(len(store.loaded())))
-    app.metrics.gauge(
-        "isthmus_loaded_bytes",
-        "Weights of the segments in memory.",
-        lambda: float(sum(s.bytes for s in store.loaded())),
-    )

@@ -1,0 +1,61 @@
+"""Bytes of tensors and tensors of bytes: isthmus.frame beside other formats and a plain copy of the same bytes."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from peers import environment, python_with, version_in
+from report import Report, arguments, at_least, at_most
+
+OURS = "isthmus.frame"
+COPIES_FROM = 65_536
+"""Bytes from which encoding is held against a copy; below, it is the header that takes the time."""
+
+
+def main() -> None:
+    report = arguments("frame", __doc__, ["numpy"])
+    python = python_with("frame")
+    report.say("encoding and decoding by turns")
+    child = subprocess.run(
+        [python, Path(__file__).with_name("frame_peers.py"), "15" if report.quick else "61"],
+        env=environment(),
+        check=True,
+        stdout=subprocess.PIPE,
+    )
+    rows: list[dict[str, Any]] = json.loads(child.stdout)
+    for count in sorted({row["tensors"] for row in rows}):
+        for size in sorted({row["bytes"] for row in rows}):
+            chosen = [r for r in rows if (r["tensors"], r["bytes"]) == (count, size)]
+            what = "one tensor" if count == 1 else f"{count} tensors"
+            title = f"{what}, {size:,} bytes in all; a plain copy takes {chosen[0]['memcpy_us']:.3g} us"
+            report.add(title, [{k: v for k, v in r.items() if k not in ("tensors", "bytes")} for r in chosen])
+    report.versions |= {name: version_in("frame", name) for name in ("msgpack-numpy", "pyarrow", "safetensors")}
+    add_goals(report, [row for row in rows if row["format"] == OURS])
+    report.emit()
+
+
+def add_goals(report: Report, ours: list[dict[str, Any]]) -> None:
+    """Hold the frame's own rows against what was set."""
+    one = {row["bytes"]: row for row in ours if row["tensors"] == 1}
+    shares = sum(not row["decode_copies"] for row in ours)
+    report.goals += [
+        at_least("cases whose decoded arrays all lie in the frame's bytes", shares, len(ours)),
+        at_most(
+            f"decoding one tensor of {max(one):,} bytes over one of {min(one):,}",
+            one[max(one)]["decode_us"] / one[min(one)]["decode_us"],
+            1.5,
+        ),
+        at_most(
+            f"encoding one tensor over a plain copy, median of the sizes from {COPIES_FROM:,} bytes",
+            statistics.median(row["encode_over_memcpy"] for size, row in one.items() if size >= COPIES_FROM),
+            1.2,
+        ),
+    ]
+
+
+if __name__ == "__main__":
+    main()

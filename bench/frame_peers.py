@@ -1,0 +1,162 @@
+"""Encode and decode the same tensors by isthmus.frame and by other means; prints one JSON list of rows.
+
+Run by bench/frame.py, in the environment of requirements-frame.txt.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+import msgpack_numpy
+import numpy as np
+import pyarrow as pa
+import safetensors.numpy
+from measure import interleave
+
+from isthmus import frame
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Tensors = Mapping[str, Array]
+SIZES = (4_096, 65_536, 1_000_000, 16_000_000)
+COUNTS = (1, 50)
+MEMCPY = "memcpy"
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to make bytes of tensors and tensors of bytes."""
+
+    encode: Callable[[Tensors], Any]
+    decode: Callable[[Any], Tensors]
+
+
+def _isthmus_encode(tensors: Tensors) -> bytes:
+    return frame.encode(frame.Frame(tensors, "sha256:" + "0" * 64, "..65", "0" * 36))
+
+
+def _isthmus_decode(data: bytes) -> Tensors:
+    return frame.decode(data, max_bytes=2**30).tensors
+
+
+def _out_of_band_encode(tensors: Tensors) -> bytes:
+    """One message, as the others: the pickle and each buffer, behind its length."""
+    buffers: list[pickle.PickleBuffer] = []
+    head = pickle.dumps(dict(tensors), protocol=5, buffer_callback=buffers.append)
+    parts = [memoryview(head), *(buffer.raw() for buffer in buffers)]
+    sizes = b"".join(len(part).to_bytes(8, "little") for part in parts)
+    return b"".join((len(parts).to_bytes(8, "little"), sizes, *parts))
+
+
+def _out_of_band_decode(data: bytes) -> Tensors:
+    view = memoryview(data)
+    count = int.from_bytes(view[:8], "little")
+    at = 8 + 8 * count
+    parts = []
+    for i in range(count):
+        size = int.from_bytes(view[8 + 8 * i : 16 + 8 * i], "little")
+        parts.append(view[at : at + size])
+        at += size
+    found: Tensors = pickle.loads(parts[0], buffers=parts[1:])  # noqa: S301
+    return found
+
+
+def _npy_encode(tensors: Tensors) -> bytes:
+    out = io.BytesIO()
+    for array in tensors.values():
+        np.save(out, array, allow_pickle=False)
+    return out.getvalue()
+
+
+def _npy_decode(data: bytes) -> Tensors:
+    file, found = io.BytesIO(data), {}
+    while file.tell() < len(data):
+        found[f"{len(found):02}"] = np.load(file, allow_pickle=False)
+    return found
+
+
+def _npz_encode(tensors: Tensors) -> bytes:
+    out = io.BytesIO()
+    np.savez(out, allow_pickle=False, **tensors)
+    return out.getvalue()
+
+
+def _npz_decode(data: bytes) -> Tensors:
+    with np.load(io.BytesIO(data), allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+def _arrow_encode(tensors: Tensors) -> Any:
+    """Arrow's tensor messages, one after the other; they carry no names."""
+    sink = pa.BufferOutputStream()
+    for array in tensors.values():
+        pa.ipc.write_tensor(pa.Tensor.from_numpy(array), sink)
+    return sink.getvalue()
+
+
+def _arrow_decode(data: Any) -> Tensors:
+    source, found = pa.BufferReader(data), {}
+    while source.tell() < source.size():
+        found[f"{len(found):02}"] = pa.ipc.read_tensor(source).to_numpy()
+    return found
+
+
+FORMATS: Mapping[str, Format] = {
+    "isthmus.frame": Format(_isthmus_encode, _isthmus_decode),
+    "pickle 5": Format(lambda t: pickle.dumps(dict(t), protocol=5), pickle.loads),
+    "pickle 5, out of band": Format(_out_of_band_encode, _out_of_band_decode),
+    "numpy.save": Format(_npy_encode, _npy_decode),
+    "numpy.savez": Format(_npz_encode, _npz_decode),
+    "safetensors": Format(lambda t: safetensors.numpy.save(dict(t)), safetensors.numpy.load),
+    "msgpack-numpy": Format(
+        lambda t: msgpack.packb(t, default=msgpack_numpy.encode),
+        lambda data: msgpack.unpackb(data, object_hook=msgpack_numpy.decode, max_bin_len=2**30),
+    ),
+    "Arrow IPC": Format(_arrow_encode, _arrow_decode),
+}
+
+
+def rows_for(size: int, count: int, turns: int) -> list[dict[str, Any]]:
+    """A row for each format: `count` tensors of `size` bytes in all."""
+    rng = np.random.default_rng(0)
+    tensors = {f"tensor_{i:02}": rng.standard_normal(size // 4 // count, np.float32) for i in range(count)}
+    source = memoryview(np.concatenate(list(tensors.values()))).cast("B")
+    encoded = {name: each.encode(tensors) for name, each in FORMATS.items()}
+    for name, each in FORMATS.items():
+        back = [array for _, array in sorted(each.decode(encoded[name]).items())]
+        assert all(np.array_equal(a, b) for a, b in zip(tensors.values(), back, strict=True)), name
+    calls: dict[str, Callable[[], object]] = {MEMCPY: lambda: bytes(source)}
+    for name, each in FORMATS.items():
+        calls[f"encode {name}"] = lambda each=each: each.encode(tensors)
+        calls[f"decode {name}"] = lambda each=each, data=encoded[name]: each.decode(data)
+    times = interleave(calls, turns=turns, batch=True)
+    return [
+        {
+            "format": name,
+            "tensors": count,
+            "bytes": size,
+            "added_bytes": len(encoded[name]) - size // 4 // count * 4 * count,
+            "encode_us": times[f"encode {name}"].p50 * 1e6,
+            "encode_over_memcpy": times[f"encode {name}"].over(times[MEMCPY]),
+            "decode_us": times[f"decode {name}"].p50 * 1e6,
+            "decode_copies": not _shares(each.decode(encoded[name]), encoded[name]),
+            "memcpy_us": times[MEMCPY].p50 * 1e6,
+        }
+        for name, each in FORMATS.items()
+    ]
+
+
+def _shares(tensors: Tensors, data: Any) -> bool:
+    whole = np.frombuffer(data, np.uint8)
+    return all(np.shares_memory(array, whole) for array in tensors.values())
+
+
+if __name__ == "__main__":
+    turns = int(sys.argv[1])
+    json.dump([row for count in COUNTS for size in SIZES for row in rows_for(size, count, turns)], sys.stdout)

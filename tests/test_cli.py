@@ -1,0 +1,196 @@
+"""The command: what it prints for people and programs, and what it says about wrong input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import Result
+from onnx import TensorProto, helper, numpy_helper
+from typer.testing import CliRunner
+
+from isthmus.cli import app
+
+COMMANDS = ["import", "cuts", "cut", "models", "infer", "up", "package", "demo", "doctor"]
+
+
+def isthmus(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def document(result: Result) -> Any:
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """x (batch, 8) → layers of 8 × 64, 64 × 4, 4 × 64 and 64 × 3, a ReLU after each; the narrowest cut is 2."""
+    rng = np.random.default_rng(0)
+    nodes, values, last = [], [], "x"
+    for i, (n, m) in enumerate([(8, 64), (64, 4), (4, 64), (64, 3)]):
+        values.append(numpy_helper.from_array(rng.normal(size=(n, m)).astype("float32"), f"w{i}"))
+        nodes += [
+            helper.make_node("MatMul", [last, f"w{i}"], [f"m{i}"]),
+            helper.make_node("Relu", [f"m{i}"], [last := f"r{i}"]),
+        ]
+    graph = helper.make_graph(
+        nodes,
+        "small",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 8])],
+        [helper.make_tensor_value_info(last, TensorProto.FLOAT, ["batch", 3])],
+        values,
+    )
+    path = tmp_path / "Small Net.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    return path
+
+
+@pytest.fixture
+def registry(tmp_path: Path, model: Path) -> Path:
+    folder = tmp_path / "registry"
+    made = document(isthmus("import", model, "--shape", "x=1x8", "--registry", folder, "--json"))
+    assert (made["name"], made["version"]) == ("small-net", "1")
+    return folder
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_helps_with_an_example(command: str) -> None:
+    result = isthmus(command, "--help")
+    assert result.exit_code == 0
+    assert "Example:" in result.stdout
+    assert f"isthmus {command}" in result.stdout
+
+
+def test_the_version_is_the_packages() -> None:
+    assert isthmus("--version").stdout.startswith("isthmus 0.")
+
+
+def test_cuts_lists_what_crosses(model: Path) -> None:
+    found = document(isthmus("cuts", model, "--shape", "x=1x8", "--json"))
+    assert found["macs"] == 8 * 64 + 64 * 4 + 4 * 64 + 64 * 3
+    narrow = next(c for c in found["cuts"] if c["name"] == "3")
+    assert narrow["tensors"] == [{"name": "r1", "dtype": "float32", "shape": ["batch", 4]}]
+    assert narrow["bytes"] == 16
+    assert narrow["macs_before"] == pytest.approx((8 * 64 + 64 * 4) / found["macs"])
+    text = isthmus("cuts", model, "--shape", "x=1x8").stdout
+    assert "r1 float32[batch, 4]" in text
+
+
+def test_cuts_draws_a_picture(model: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "cuts.png"
+    assert isthmus("cuts", model, "--shape", "x=1x8", "--picture", picture).exit_code == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_cut_adds_a_version_and_no_weights(registry: Path) -> None:
+    weights = sum(f.stat().st_size for f in registry.rglob("*") if f.is_file())
+    made = document(isthmus("cut", "small-net", "--at", "1/3", "--default", "--registry", registry, "--json"))
+    assert made["version"] == "2"
+    assert made["default_cuts"] == ["1", "3"]
+    assert set(made["new_segments"]) <= {"..1", "1..3", "3.."}
+    assert made["new_bytes"] < 10_000
+    assert sum(f.stat().st_size for f in registry.rglob("*") if f.is_file()) - weights < 20_000
+    again = document(isthmus("cut", "small-net", "--at", "1/3", "--default", "--registry", registry, "--json"))
+    assert again["version"] == "2"
+    assert [m["version"] for m in document(isthmus("models", "--registry", registry, "--json"))] == ["1", "2"]
+
+
+def test_a_cut_by_tensors_can_be_named_and_made_the_default(registry: Path) -> None:
+    made = document(isthmus("cut", "small-net", "--at", "waist=r1", "--default", "--registry", registry, "--json"))
+    assert made["default_cuts"] == ["waist"]
+    assert "..waist" in made["new_segments"]
+    unnamed = document(isthmus("cut", "small-net", "--at", "r0", "--default", "--registry", registry, "--json"))
+    assert len(unnamed["default_cuts"]) == 1
+    assert f"..{unnamed['default_cuts'][0]}" in unnamed["new_segments"]
+
+
+def test_tensors_go_through_a_bundle_in_this_process(registry: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.ones((2, 8), "float32"))
+    whole, parted = tmp_path / "whole.npz", tmp_path / "parted.npz"
+    common = ["--model", "small-net", "--tensor", f"x={tmp_path / 'x.npy'}", "--local", "--registry", registry]
+    assert isthmus("infer", *common, "--cuts", "..", "--output", whole).exit_code == 0
+    facts = document(isthmus("infer", *common, "--output", parted, "--json"))
+    assert facts["outputs"][0]["shape"] == [2, 3]
+    assert facts["route"]["crossed_bytes"] == 32
+    assert np.allclose(np.load(whole)["r3"], np.load(parted)["r3"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["import", "{tmp}/none.onnx"], "none.onnx"),
+        (["import", "{tmp}/text.onnx"], "text.onnx"),
+        (["import", "no.such.module:factory"], "no.such.module"),
+        (["import", "{model}", "--name", "No Name"], "No Name"),
+        (["import", "{model}", "--shape", "x=wide"], "NAME=1x3x320x640"),
+        (["import", "{model}", "--cut", "r9"], "r9"),
+        (["import", "{model}", "--preprocess", "{tmp}/text.onnx"], "JSON"),
+        (["cut", "small-net", "--at", "r9"], "r9"),
+        (["cut", "small-net", "--at", "3/1"], "after"),
+        (["cut", "small-net:7", "--at", "1"], "there is: 1"),
+        (["cut", "nobody", "--at", "1"], "there is: small-net"),
+        (["cuts", "{tmp}/text.onnx"], "text.onnx"),
+        (["infer"], "photos"),
+        (["infer", "{tmp}/none.jpg", "--local"], "none.jpg"),
+        (["infer", "--tensor", "x=1", "--model", "small-net", "--local"], "npy"),
+        (["infer", "--tensor", "x", "--model", "small-net", "--local"], "NAME=FILE.npy"),
+        (["package", "small-net", "--stack", "{tmp}/text.onnx"], "stack"),
+        (["package", "small-net", "--cuts", "77"], "there is: 2"),
+        (["models", "--registry", "ftp://somewhere"], "s3://"),
+        (["up", "--stack", "{tmp}/none.yml"], "none.yml"),
+        (["up", "--replicas", "many"], "NAME=N"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_wrong_input_gets_a_sentence_and_no_trace(
+    arguments: list[str], said: str, model: Path, registry: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text.onnx").write_text("this is a text")
+    filled = [a.format(tmp=tmp_path, model=model) for a in arguments]
+    if "--registry" not in filled:
+        filled += ["--registry", str(registry)] * (filled[0] != "cuts")
+    result = isthmus(*filled)
+    assert result.exit_code == 1, result.output
+    assert said in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_errors_are_json_for_programs(registry: Path) -> None:
+    result = isthmus("cut", "nobody", "--at", "1", "--registry", registry, "--json")
+    assert result.exit_code == 1
+    said = json.loads(result.stderr)
+    assert said["type"] == "Missing"
+    assert said["facts"]["exists"] == ["small-net"]
+
+
+def test_a_cut_that_leaks_names_the_values(tmp_path: Path) -> None:
+    graph = helper.make_graph(
+        [
+            helper.make_node("Relu", ["x"], ["a"]),
+            helper.make_node("Sigmoid", ["x"], ["b"]),
+            helper.make_node("Add", ["a", "b"], ["y"]),
+        ],
+        "fork",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2])],
+    )
+    path = tmp_path / "fork.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    result = isthmus("import", path, "--cut", "a", "--registry", tmp_path / "r", "--json")
+    assert result.exit_code == 1
+    said = json.loads(result.stderr)
+    assert said["type"] == "UnboundedCut"
+    assert said["facts"]["leaks"] in (["b"], ["x"])
+
+
+def test_the_doctor_says_what_is_here(registry: Path) -> None:
+    found = document(isthmus("doctor", "--registry", registry, "--json"))
+    assert found["ok"]
+    by_name = {f["what"]: f for f in found["findings"]}
+    assert by_name["onnxruntime"]["state"] == "ok"
+    assert "small-net" in by_name["registry"]["found"]

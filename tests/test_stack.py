@@ -1,0 +1,199 @@
+"""stack.yml says nothing that faas-cli, the watchdog or the functions would silently ignore."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from isthmus.errors import LocalError
+from isthmus.local.build import stage
+from isthmus.local.stack import FunctionSpec, Stack, read_stack, substitute
+from isthmus.settings import EnvSettings, RouterSettings, SegmentSettings
+from local_stack import ROOT, STACK, write_stack
+
+FILES = ["stack.yml", "stack.pro.yml"]
+SETTINGS: Mapping[str, type[EnvSettings]] = {
+    "router": RouterSettings,
+    "edge-head": SegmentSettings,
+    "cloud-tail": SegmentSettings,
+}
+# Source: of-watchdog 0.11.6, config/config.go.
+WATCHDOG = frozenset(
+    {
+        *("fprocess", "mode", "upstream_url", "port", "read_timeout", "write_timeout", "exec_timeout", "max_inflight"),
+        *("healthcheck_interval", "ready_path", "prefix_logs", "log_buffer_size", "log_callid", "suppress_lock"),
+    }
+)
+PRO_LABELS = re.compile(r"com\.openfaas\.scale\.(zero|zero-duration|type|target|target-proportion)")
+
+
+def stack(file: str, **env: str) -> Stack:
+    return read_stack(ROOT / file, env)
+
+
+def seconds(duration: str) -> float:
+    assert duration.endswith("s")
+    return float(duration[:-1])
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_stack_names_the_three_functions_and_their_folders(file: str) -> None:
+    found = stack(file)
+    assert list(found.functions) == ["router", "edge-head", "cloud-tail"]
+    assert found.gateway == "http://127.0.0.1:8080"
+    assert found.copy == ("shared",)
+    for spec in found.functions.values():
+        assert (ROOT / spec.handler / "handler.py").is_file()
+        assert (ROOT / spec.handler / "requirements.txt").is_file()
+        assert (ROOT / "template" / spec.lang / "template.yml").is_file()
+        assert "/" in spec.image
+        assert spec.readonly_root_filesystem
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_variable_is_the_watchdogs_or_a_setting(file: str) -> None:
+    for name, spec in stack(file).functions.items():
+        fields = set(SETTINGS[name].__dataclass_fields__)
+        assert set(spec.environment) <= WATCHDOG | fields, name
+        SETTINGS[name].from_env(spec.environment)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_timeouts_lie_inside_one_another(file: str) -> None:
+    for spec in stack(file).functions.values():
+        env = spec.environment
+        assert float(env["deadline_s"]) < seconds(env["exec_timeout"])
+        assert seconds(env["exec_timeout"]) < seconds(env["write_timeout"])
+        assert seconds(env["write_timeout"]) <= seconds(env["read_timeout"])
+
+
+def test_stack_yml_holds_nothing_that_ce_refuses() -> None:
+    for spec in stack("stack.yml").functions.values():
+        assert not spec.constraints
+        assert not spec.annotations
+        assert not [k for k in spec.labels if PRO_LABELS.fullmatch(k)]
+        assert int(spec.labels["com.openfaas.scale.max"]) <= 5
+        assert not spec.secrets  # a secret that does not exist makes a deployment fail
+
+
+def test_the_pro_stack_differs_only_where_it_says() -> None:
+    ce, pro = stack("stack.yml"), stack("stack.pro.yml")
+    for name, spec in pro.functions.items():
+        base = ce.functions[name]
+        same = replace(spec, constraints=(), annotations={}, labels=base.labels)
+        if name == "cloud-tail":
+            env = {k: v for k, v in spec.environment.items() if k != "providers"}
+            same = replace(same, lang=base.lang, image=base.image, environment=env)
+        assert same == base
+    assert pro.functions["cloud-tail"].lang == "python3-isthmus-gpu"
+
+
+def test_each_hop_has_a_gateway_of_its_own() -> None:
+    found = stack("stack.yml", TAIL_GATEWAY="https://cloud.example.com")
+    edge, cloud = found.functions["router"].environment["hops"].split(",")
+    assert edge == "http://gateway.openfaas.svc.cluster.local:8080/function/edge-head"
+    assert cloud == "https://cloud.example.com/function/cloud-tail"
+
+
+def test_secrets_are_asked_for_by_a_variable() -> None:
+    found = stack("stack.yml", ISTHMUS_SECRETS="[s3-access-key-id, s3-secret-access-key]")
+    assert found.functions["cloud-tail"].secrets == ("s3-access-key-id", "s3-secret-access-key")
+
+
+@pytest.mark.parametrize(
+    ("text", "env", "result"),
+    [
+        ("${A}", {"A": "1"}, "1"),
+        ("${A}", {}, ""),
+        ("${A:-x:y/z}", {}, "x:y/z"),
+        ("${A:-x}", {"A": ""}, "x"),
+        ("${A:=x}${A=y}", {}, "xy"),
+        ("${A:-[]}", {}, "[]"),
+        ("# ${A}", {"A": "b"}, "# b"),
+        ("$A {A}", {"A": "1"}, "$A {A}"),
+    ],
+)
+def test_variables_are_replaced_as_faas_cli_does(text: str, env: dict[str, str], result: str) -> None:
+    assert substitute(text, env) == result
+
+
+@pytest.mark.parametrize("text", ["${A:?no}", "${A/x/y}", "${}", "${1A}"])
+def test_other_forms_of_variables_are_refused(text: str) -> None:
+    with pytest.raises(LocalError, match="write"):
+        substitute(text, {})
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("    environment:", "    enviroment:", r"functions.echo has the key 'enviroment'.*'environment'"),
+        ("    handler:", "    handlr:", "did you mean 'handler'"),
+        ("configuration:", "konfiguration:", "did you mean 'configuration'"),
+        ("name: openfaas", "name: other", r"provider\.name must be openfaas"),
+        ("  echo:", "  Echo_1:", "DNS label"),
+        ("flag: true", "flag: [a]", r"environment\.flag must be one value"),
+        ("    - common", "    common: x", r"configuration\.copy must be a list"),
+        ("image: example/other:latest", "limits: {nvidia.com/gpu: 1}", "other has no image"),
+        ("image: example/other:latest", "image: a/b\n    limits: {nvidia.com/gpu: 1}", "silently ignore"),
+        ("image: example/other:latest", "image: a/b\n    environment_file: [x.yml]", "environment_file"),
+        ("version: 1.0", "version: [", "not YAML"),
+    ],
+)
+def test_what_faas_cli_would_ignore_is_refused(tmp_path: Path, old: str, new: str, said: str) -> None:
+    assert old in STACK
+    (tmp_path / "stack.yml").write_text(STACK.replace(old, new, 1))
+    with pytest.raises(LocalError, match=said):
+        read_stack(tmp_path / "stack.yml", {})
+
+
+def test_a_missing_stack_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(LocalError, match=r"absent\.yml"):
+        read_stack(tmp_path / "absent.yml", {})
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("- common", "- ../elsewhere", "not inside"),
+        ("- common", "- absent", "does not exist"),
+        ("./functions/echo", "./functions/absent", "the handler of echo"),
+        ("python3-isthmus", "python3-http", "the template of echo"),
+    ],
+)
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path, old: str, new: str, said: str) -> None:
+    found = read_stack(write_stack(tmp_path, STACK.replace(old, new, 1)), {})
+    with pytest.raises(LocalError, match=said):
+        stage(found, found.functions["echo"], tmp_path / "build")
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    left_out = re.compile(r"__pycache__|\.egg-info|\.pyc")
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and not left_out.search(str(p))
+    }
+
+
+@pytest.mark.skipif(shutil.which("faas-cli") is None, reason="faas-cli is not installed")
+def test_a_function_is_laid_out_as_faas_cli_does(tmp_path: Path) -> None:
+    found = read_stack(write_stack(tmp_path), {})
+    subprocess.run(["faas-cli", "build", "--shrinkwrap"], cwd=tmp_path, check=True, capture_output=True)
+    for name, spec in found.functions.items():
+        ours = stage(found, spec, tmp_path / "ours")
+        assert tree(ours) == tree(tmp_path / "build" / name)
+
+
+def test_a_handler_replaces_the_templates_own(tmp_path: Path) -> None:
+    found = read_stack(write_stack(tmp_path), {})
+    spec: FunctionSpec = found.functions["echo"]
+    folder = stage(found, spec, tmp_path / "build")
+    assert (folder / "function" / "handler.py").read_text() == (tmp_path / "functions/echo/handler.py").read_text()
+    assert (folder / "function" / "common" / "words.py").is_file()
+    assert (folder / "index.py").is_file()

@@ -124,9 +124,7 @@ def free_model(path: Path) -> Path:
         helper.make_node("Relu", ["m0"], ["r1"]),
         helper.make_node("Add", ["r1", "b"], ["y"]),
     ]
-    return save(
-        path, nodes, [value("a", "n", 32), value("b", "m", 32)], [value("y", "k", 32)], [weight("w0", 32, 32)]
-    )
+    return save(path, nodes, [value("a", "n", 32), value("b", "m", 32)], [value("y", "k", 32)], [weight("w0", 32, 32)])
 
 
 def bfloat16_model(path: Path) -> Path:

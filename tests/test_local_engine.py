@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import urllib3
+
 from isthmus.errors import LocalError
 from isthmus.local import Engine
 from local_stack import STACK, eventually, http, write_stack

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from local_stack import eventually, write_stack
 
 RUN = """

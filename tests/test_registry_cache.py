@@ -70,6 +70,7 @@ def test_only_what_a_segment_lacks_is_fetched(
     registry.publish(fake.bundle, fake.files)
     cache = make_cache(registry, tmp_path)
     t = fake.bundle.weights.tensors
+    store.ranges.clear()
     cache.locate(fake.digest, "..1")
     assert store.ranges == [(0, t[1].offset + t[1].length)]
     store.ranges.clear()
@@ -100,6 +101,7 @@ def test_reads_are_bounded_and_neighbours_are_read_together(
     fake = make_bundle(tmp_path / "big", lengths=[MIB] * 10 + [20 * MIB + 5] + [1000] * 50, cut=0)
     registry.publish(fake.bundle, fake.files)
     seen: list[tuple[int, int]] = []
+    store.ranges.clear()
     cache = make_cache(registry, tmp_path)
     located = cache.locate(fake.digest, "..", progress=lambda done, total: seen.append((done, total)))
     assert weights_here(fake, located.path, "..")
@@ -236,6 +238,7 @@ def test_a_segment_larger_than_the_bound_is_refused_before_anything_is_fetched(
 ) -> None:
     registry.publish(fake.bundle, fake.files)
     cache = make_cache(registry, tmp_path, 100_000)
+    store.ranges.clear()
     with pytest.raises(CacheFull, match=r"segment \.\. takes") as caught:
         cache.locate(fake.digest, "..")
     assert caught.value.facts["limit"] == 100_000

@@ -53,6 +53,7 @@ def demo(
     port: Annotated[int, typer.Option(help="Port of the local gateway; 0 takes a free one.", min=0, max=65535)] = 0,
     stack: Annotated[Path, typer.Option(help="The stack file.")] = Path("stack.yml"),
     repeat: Annotated[int, typer.Option(help="Times each photo is sent; times shown are medians.", min=1)] = 5,
+    list_photos: Annotated[bool, typer.Option("--list", help="Print the photos' paths and leave.")] = False,
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: AsJson = False,
 ) -> None:
@@ -64,6 +65,9 @@ def demo(
     """
     with errors(as_json):
         paths = photos or sample_photos()
+        if list_photos:
+            typer.echo("\n".join(map(str, paths)))
+            return
         with _ready(registry, stack, port, as_json) as (client, step):
             step("loading the uncut model in this process, to compare")
             whole = Here(registry, MODEL, WHOLE, threads=1)

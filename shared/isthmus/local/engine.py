@@ -33,6 +33,7 @@ DEFAULT_PORT = 8080
 DRAIN_S = 10.0
 _CRASHES_THAT_ARE_A_PATTERN = 2
 _POLL_S = 0.05
+_READ_BYTES = 1 << 20  # held of a body before its sender has to wait; aiohttp's 64 KiB stalls large frames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +241,11 @@ async def _running(options: Options) -> AsyncIterator[_Running]:
             )
             # A caller who hangs up ends the call, as OpenFaaS's gateway does.
             runner = web.AppRunner(
-                gateway, access_log=None, read_bufsize=1 << 20, handler_cancellation=True, shutdown_timeout=options.drain_s
+                gateway,
+                access_log=None,
+                read_bufsize=_READ_BYTES,
+                handler_cancellation=True,
+                shutdown_timeout=options.drain_s,
             )
             await runner.setup()
             leaving.push_async_callback(runner.cleanup)
@@ -255,7 +260,7 @@ def _session() -> aiohttp.ClientSession:
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
         skip_auto_headers=("Accept", "Accept-Encoding", "User-Agent", "Content-Type"),
-        read_bufsize=1 << 20,
+        read_bufsize=_READ_BYTES,
     )
 
 

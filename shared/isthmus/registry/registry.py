@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,9 @@ from isthmus import bundle as manifest
 from isthmus.bundle import MAX_MANIFEST_BYTES, Blob, Bundle, is_digest, is_model_name
 from isthmus.errors import Corrupt, Missing, RegistryError
 from isthmus.registry.blobs import BlobStore
-from isthmus.registry.content import Bundles, blob_key, check_weights, corrupt, file_digest
+from isthmus.registry.content import Bundles, blob_key, check_weights, corrupt
 from isthmus.registry.patience import Patience, in_parallel
+from isthmus.registry.upload import Upload
 
 PROD = "prod"
 """The alias that a bare model name means. A model's first version gets it."""
@@ -22,7 +22,6 @@ MAX_BLOB_BYTES = 64 * 2**20
 """Longest blob that is read into memory at once; weights are read by ranges instead."""
 
 _POINTER_BYTES = 256
-_READ_BACK_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -72,11 +71,12 @@ class Registry:
         if alias is not None:
             _check_alias(alias)
         check_weights(bundle)
-        for _ in in_parallel(lambda digest: self._upload(digest, files.get(digest)), sorted(bundle.blobs())):
+        upload = Upload(self._store, self.patience)
+        for _ in in_parallel(lambda digest: upload.file(digest, files.get(digest)), sorted(bundle.blobs())):
             pass
         data = manifest.to_json(bundle)
         digest = manifest.digest_of(data)
-        self.patience(lambda: self._put_manifest(digest, data))
+        upload.data(digest, data)
         version = self._number(bundle.name, digest)
         if version.version == "1":
             self.patience(lambda: self._store.put_if_absent(f"models/{bundle.name}/aliases/{PROD}", b"1"))
@@ -182,38 +182,6 @@ class Registry:
             return data
 
         return self.patience(one_try)
-
-    def _upload(self, digest: str, path: Path | None) -> None:
-        key = blob_key(digest)
-        there = self.patience(lambda: self._store.size(key))
-        if path is None or not path.is_file():
-            if there is None:
-                raise Missing(
-                    f"content {digest} is neither given nor in {self.url}", kind="blob", name=digest, exists=[]
-                )
-            return
-        # A blob of another length is what an interrupted copy left behind.
-        if there == path.stat().st_size:
-            return
-        if file_digest(path) != digest:
-            raise corrupt(str(path), digest)
-        self.patience(lambda: self._put_file(digest, path))
-
-    def _put_manifest(self, digest: str, data: bytes) -> None:
-        self._store.put(blob_key(digest), data)
-        if self._store.get(blob_key(digest), max_bytes=MAX_MANIFEST_BYTES) != data:
-            raise corrupt(self.url, digest)
-
-    def _put_file(self, digest: str, path: Path) -> None:
-        # Not every server notices a bit that flipped on the way up, and a blob of the right length is never sent again:
-        # so what arrived is read once.
-        key, size, found = blob_key(digest), path.stat().st_size, hashlib.sha256()
-        self._store.put_file(key, path)
-        for start in range(0, size, _READ_BACK_BYTES):
-            found.update(self._store.read(key, start, min(start + _READ_BACK_BYTES, size)))
-        if f"sha256:{found.hexdigest()}" != digest:
-            self._store.delete(key)
-            raise corrupt(self.url, digest)
 
     def _number(self, name: str, digest: str) -> Version:
         """The version of `digest`: one that is there, or the next free number."""

@@ -143,6 +143,18 @@ def test_a_named_cut_of_the_bundle_can_be_used_again(tied: Path, tmp_path: Path)
     bundle, files = build(tied, "tied", tmp_path / "out", partitions=[["narrow=b"]])
     more, _ = add_cuts(bundle, files[bundle.segment(WHOLE).graph.digest], [["narrow", "3"]])
     assert "narrow..3" in more.segments
+    assert more.default_cuts == ("narrow",)
+
+
+def test_a_new_partition_can_become_the_default(tied: Path, tmp_path: Path) -> None:
+    bundle, files = build(tied, "tied", tmp_path / "out", partitions=[["1"]])
+    more, _ = add_cuts(bundle, files[bundle.segment(WHOLE).graph.digest], [["b", "d"]], default=True)
+    assert [s.id for s in more.partition()] == ["..b", "b..d", "d.."]
+
+
+def test_an_open_model_takes_no_binding_anymore(tied: Path, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="open_model"):
+        build(open_model(tied), "tied", tmp_path / "out", bind={"x": (1, 32)})
 
 
 def test_two_cuts_of_one_name_are_refused(tied: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -46,10 +45,7 @@ def cut(
             partitions = [text.split("/") for text in at]
             with cache.locate(found.digest, WHOLE) as whole:
                 step(f"cutting at {', '.join(at)}")
-                bundle, files = add_cuts(found.bundle, whole.path, partitions, folder)
-            if default:
-                names = tuple(text.partition("=")[0] for text in partitions[0])
-                bundle = replace(bundle, default_cuts=names)
+                bundle, files = add_cuts(found.bundle, whole.path, partitions, folder, default=default)
             step("publishing")
             version = store.publish(bundle, files, alias=alias or None)
         fresh = sorted(bundle.segments.keys() - found.bundle.segments.keys())

@@ -93,13 +93,15 @@ def add_cuts(
     whole: str | os.PathLike[str],
     partitions: Sequence[Partition],
     out_dir: str | os.PathLike[str] | None = None,
+    *,
+    default: bool = False,
     progress: Progress = _silent,
 ) -> tuple[Bundle, dict[str, Path]]:
     """Cut a published bundle anew; the weights file stays as it is, so only small graphs are new.
 
     `whole` is the bundle's uncut segment's graph, with weights.bin beside it; only the weights' length is looked at.
     The new graphs are written to `out_dir`, or beside it. Cuts may also be named as in the bundle. Returns the bundle
-    with the new segments and cuts, and the new files by digest.
+    with the new segments and cuts, and the new files by digest. `default` makes the first partition the default.
 
     Raises:
         ModelError: the graph is not one that this package wrote.
@@ -112,7 +114,10 @@ def add_cuts(
     out.mkdir(parents=True, exist_ok=True)
     files: dict[str, Path] = {}
     resolved = [_resolve(model, p, bundle.cuts) for p in partitions]
-    return _cut(bundle, model, resolved, out, files, progress), files
+    more = _cut(bundle, model, resolved, out, files, progress)
+    if default and resolved:
+        more = replace(more, default_cuts=tuple(c.name for c in resolved[0]))
+    return more, files
 
 
 def narrowest(model: Model) -> CutInfo | None:

@@ -67,7 +67,7 @@ def bind_inputs(
                 raise ModelError(
                     f"the input {name} has the shape {_text(declared)}, and nothing binds its free dimensions",
                     input=name,
-                    hint=f"give one shape to count with: --bind {name}=" + "x".join("N" for _ in declared or "N"),
+                    hint=f"give one shape to count with: --shape {name}=" + "x".join("N" for _ in declared or "N"),
                 )
             shape = tuple(1 if isinstance(d, str) else d for d in declared)
         if declared is not None and (

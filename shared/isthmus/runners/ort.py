@@ -1,4 +1,4 @@
-"""Segments on onnxruntime; the only place that imports it."""
+"""Segments on onnxruntime; but for a look at shapes while a model is imported, the only place that uses it."""
 
 from __future__ import annotations
 

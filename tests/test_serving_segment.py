@@ -1,0 +1,418 @@
+"""The segment app: a frame in, a frame out, and every refusal as JSON that says why."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import urllib3
+from flask.testing import FlaskClient
+from prometheus_client.parser import text_string_to_metric_families
+
+from bundles import TOLERANCE, Published, cache_of, publish_photos, segment_settings, served
+from isthmus import frame as frames
+from isthmus.bundle import WHOLE
+from isthmus.errors import SettingsError
+from isthmus.frame import Frame
+from isthmus.graph.bake import bake
+from isthmus.serving import create_segment_app, logs
+
+TRACE = "00-" + "c" * 32 + "-" + "d" * 16 + "-01"
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Published:
+    return publish_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture
+def client(photos: Published, tmp_path: Path) -> FlaskClient:
+    return ready(create_segment_app(segment_settings(photos, tmp_path / "cache")).test_client())
+
+
+def ready(client: FlaskClient) -> FlaskClient:
+    assert until(lambda: client.get("/ready").status_code == 200)
+    return client
+
+
+def until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def framed(published: Published, segment: str = WHOLE, **changes: Any) -> bytes:
+    return frames.encode(
+        Frame(**{"tensors": published.inputs, "bundle": published.digest, "segment": segment} | changes)
+    )
+
+
+def metrics(client: FlaskClient) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    text = client.get("/metrics").get_data(as_text=True)
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_a_frame_goes_in_and_a_frame_comes_out(client: FlaskClient, photos: Published) -> None:
+    answer = client.post("/", data=framed(photos, request="r-7"))
+    assert (answer.status_code, answer.content_type) == (200, frames.CONTENT_TYPE)
+    frame = frames.decode(answer.data, max_bytes=2**20)
+    assert (frame.bundle, frame.segment, frame.request) == (photos.digest, WHOLE, "r-7")
+    np.testing.assert_allclose(frame.tensors["logits"], photos.whole["logits"], atol=TOLERANCE)
+
+
+def test_server_timing_holds_every_stage(client: FlaskClient, photos: Published) -> None:
+    header = client.post("/", data=framed(photos)).headers["Server-Timing"]
+    entries = [part.strip().split(";dur=") for part in header.split(",")]
+    assert [name for name, _ in entries] == ["decode", "load", "wait", "run", "encode", "total"]
+    assert all(float(ms) >= 0 for _, ms in entries)
+    assert float(entries[-1][1]) >= sum(float(ms) for _, ms in entries[:-1]) * 0.99
+
+
+def test_the_requests_identity_comes_back(client: FlaskClient, photos: Published) -> None:
+    answer = client.post("/", data=framed(photos), headers={"X-Call-Id": "call-9", "traceparent": TRACE})
+    assert (answer.headers["X-Call-Id"], answer.headers["traceparent"]) == ("call-9", TRACE)
+
+
+@pytest.mark.parametrize("call_id", ["", "with space", "x" * 129, "caf\u00e9"])
+def test_a_call_id_that_is_no_token_is_made_anew(client: FlaskClient, photos: Published, call_id: str) -> None:
+    answer = client.post("/", data=framed(photos), headers={"X-Call-Id": call_id})
+    assert len(answer.headers["X-Call-Id"]) == 36
+
+
+GOOD = frames.encode(Frame({"x": np.zeros(2, "float32")}, "sha256:" + "0" * 64, ".."))
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "type", "rule"),
+    [
+        (b"", 400, "FrameMalformed", "magic"),
+        (b"GIF89a", 400, "FrameMalformed", "magic"),
+        (GOOD[:7] + b"\x09" + GOOD[8:], 400, "FrameMalformed", "version"),
+        (GOOD[:-1], 400, "FrameMalformed", "truncated"),
+        (GOOD + b"\0", 400, "FrameMalformed", "trailing"),
+        (GOOD[:8] + b"\xff" * 8 + GOOD[16:], 413, "FrameTooLarge", "header"),
+        (GOOD.replace(b"[2]", b"[9]"), 400, "FrameMalformed", "payload"),
+        (GOOD.replace(b"float32", b"complex"), 400, "FrameMalformed", "dtype"),
+        (GOOD.replace(b'"raw"', b'"zip"'), 400, "FrameMalformed", "codec"),
+    ],
+)
+def test_a_bad_frame_is_refused_by_the_rule_it_breaks(
+    client: FlaskClient, body: bytes, status: int, type: str, rule: str
+) -> None:
+    answer = client.post("/", data=body)
+    assert (answer.status_code, answer.json["type"], answer.json["facts"]["rule"]) == (status, type, rule)
+
+
+def test_a_body_over_the_bound_is_refused_unread(photos: Published, tmp_path: Path) -> None:
+    small = create_segment_app(segment_settings(photos, tmp_path, max_request_bytes=1000)).test_client()
+    answer = small.post("/", data=bytes(1001))
+    assert (answer.status_code, answer.json["type"], answer.json["facts"]) == (413, "RequestTooLarge", {"limit": 1000})
+
+
+def test_a_frame_that_names_no_digest_is_malformed(client: FlaskClient, photos: Published) -> None:
+    answer = client.post("/", data=framed(photos, bundle="../../etc/passwd"))
+    assert (answer.status_code, answer.json["type"]) == (400, "RequestMalformed")
+
+
+def test_an_unknown_segment_is_missing_and_names_those_that_exist(client: FlaskClient, photos: Published) -> None:
+    answer = client.post("/", data=framed(photos, "..99"))
+    assert (answer.status_code, answer.json["type"]) == (404, "Missing")
+    assert answer.json["facts"]["exists"] == sorted(photos.bundle.segments)
+    assert "isthmus cut" in answer.json["hint"]
+
+
+def test_an_unknown_bundle_is_missing_and_names_the_registry(client: FlaskClient, photos: Published) -> None:
+    digest = "sha256:" + "0" * 64
+    answer = client.post("/", data=framed(photos, bundle=digest))
+    assert (answer.status_code, answer.json["type"]) == (404, "Missing")
+    assert digest[7:] in answer.json["error"]
+    assert str(photos.folder) in answer.get_data(as_text=True)
+
+
+def test_a_wrong_tensor_is_refused_with_expected_and_got(client: FlaskClient, photos: Published) -> None:
+    answer = client.post("/", data=framed(photos, tensors={"x": np.zeros((1, 3, 8, 8), "float64")}))
+    assert (answer.status_code, answer.json["type"]) == (400, "ShapeMismatch")
+    assert answer.json["facts"] == {
+        "tensor": "x",
+        "expected": "float32[1, 3, 8, 8]",
+        "got": "float64[1, 3, 8, 8]",
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/nothing", 404),
+        ("GET", "//ready", 404),
+        ("GET", "/", 405),
+        ("DELETE", "/ready", 405),
+        ("POST", "/metrics", 405),
+    ],
+)
+def test_wrong_paths_and_methods_answer_json(client: FlaskClient, method: str, path: str, status: int) -> None:
+    answer = client.open(path, method=method)
+    assert (answer.status_code, answer.content_type) == (status, "application/json")
+    assert answer.json.keys() >= {"error", "type", "facts"}
+    if status == 404:
+        assert answer.json["facts"]["exists"] == ["/", "/metrics", "/ready"]
+    else:
+        assert ("POST" if path == "/" else "GET") in answer.headers["Allow"]
+
+
+def test_it_is_not_ready_until_its_model_is_published(photos: Published, tmp_path: Path) -> None:
+    folder = tmp_path / "registry"
+    folder.mkdir()
+    settings = segment_settings(photos, tmp_path / "cache", registry=str(folder), preload=("photos@head",))
+    client = create_segment_app(settings).test_client()
+    assert until(lambda: "photos" in client.get("/ready").json["error"])
+    for answer in (client.get("/ready"), client.post("/", data=framed(photos, "..6"))):
+        assert (answer.status_code, answer.json["type"]) == (503, "NotReady")
+        assert answer.headers["Retry-After"] == "1"
+    assert metrics(client)["isthmus_ready", ()] == 0
+    publish_photos(tmp_path / "late", registry=folder)
+    ready(client)
+    assert metrics(client)["isthmus_ready", ()] == 1
+    assert metrics(client)["isthmus_loaded_segments", ()] == 1
+    assert client.post("/", data=framed(photos, "..6")).status_code == 200
+
+
+def test_counters_move(client: FlaskClient, photos: Published) -> None:
+    body = framed(photos)
+    length = len(client.post("/", data=body).data)
+    client.post("/", data=b"no frame")
+    client.get("/nowhere-" + "x" * 50)
+    found = metrics(client)
+    assert found["isthmus_requests_total", (("code", "200"), ("endpoint", "run"))] == 1
+    assert found["isthmus_requests_total", (("code", "400"), ("endpoint", "run"))] == 1
+    assert found["isthmus_requests_total", (("code", "404"), ("endpoint", "none"))] == 1
+    assert found["isthmus_received_bytes_total", ()] == len(body) + len(b"no frame")
+    assert found["isthmus_sent_bytes_total", ()] > length
+    assert found["isthmus_request_seconds_count", (("endpoint", "run"),)] == 2
+    assert found["isthmus_stage_seconds_count", (("stage", "run"),)] == 1
+    assert found["isthmus_requests_in_flight", ()] == 0
+    assert found["isthmus_loaded_segments", ()] == 1
+    assert found["isthmus_loaded_bytes", ()] == sum(t.length for t in photos.bundle.weights.tensors)
+
+
+def test_what_callers_send_never_becomes_a_label(client: FlaskClient, photos: Published) -> None:
+    client.post("/", data=framed(photos))
+    before = metrics(client).keys()
+    for i in range(5):
+        client.post("/", data=framed(photos, f"..{i}00", request=f"r{i}"), headers={"X-Call-Id": f"c{i}"})
+        client.open(f"/path{i}", method="BREW")
+    new = metrics(client).keys() - before
+    assert {labels for name, labels in new if name == "isthmus_requests_total"} == {
+        (("code", "404"), ("endpoint", "run")),
+        (("code", "404"), ("endpoint", "none")),
+    }
+    metrics(client)
+    assert len(metrics(client).keys() - before) == len(new) or len(metrics(client).keys() - before) < len(new) + 20
+
+
+def test_metrics_answer_in_the_format_that_is_asked_for(client: FlaskClient) -> None:
+    assert client.get("/metrics").content_type.startswith("text/plain")
+    open_metrics = client.get("/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})
+    assert open_metrics.content_type.startswith("application/openmetrics-text")
+    assert open_metrics.data.endswith(b"# EOF\n")
+
+
+def hold_runs(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """Runs wait for the second event; the first says that one is under way."""
+    from isthmus.runners.ort import OrtRunner
+
+    inside, leave = threading.Event(), threading.Event()
+    original = OrtRunner.run
+
+    def held(self: OrtRunner, arrays: Any) -> dict[str, Any]:
+        inside.set()
+        leave.wait(10)
+        return original(self, arrays)
+
+    monkeypatch.setattr(OrtRunner, "run", held)
+    return inside, leave
+
+
+def test_one_request_too_many_is_told_when_to_come_back(
+    photos: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = create_segment_app(segment_settings(photos, tmp_path, max_concurrency=1))
+    client = ready(app.test_client())
+    inside, leave = hold_runs(monkeypatch)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(app.test_client().post, "/", data=framed(photos))
+        assert inside.wait(5)
+        refused = client.post("/", data=framed(photos))
+        assert (refused.status_code, refused.json["type"]) == (429, "Overloaded")
+        assert refused.headers["Retry-After"] == "1"
+        assert client.get("/ready").status_code == 200, "a busy function is a ready one"
+        assert metrics(client)["isthmus_requests_in_flight", ()] == 1
+        leave.set()
+        assert first.result(5).status_code == 200
+    assert client.post("/", data=framed(photos)).status_code == 200
+
+
+def test_x_timeout_shortens_the_deadline(photos: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isthmus.runners.store.cpu_limit", lambda: 1)
+    app = create_segment_app(segment_settings(photos, tmp_path))
+    client = ready(app.test_client())
+    client.post("/", data=framed(photos))
+    inside, leave = hold_runs(monkeypatch)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(app.test_client().post, "/", data=framed(photos))
+        assert inside.wait(5)
+        start = time.monotonic()
+        late = client.post("/", data=framed(photos), headers={"X-Timeout": "150ms"})
+        took = time.monotonic() - start
+        leave.set()
+        assert first.result(5).status_code == 200
+    assert (late.status_code, late.json["type"]) == (504, "DeadlineExceeded")
+    assert 0.1 < took < 1.0
+
+
+def test_an_x_timeout_that_is_no_duration_is_refused(client: FlaskClient, photos: Published) -> None:
+    answer = client.post("/", data=framed(photos), headers={"X-Timeout": "soon"})
+    assert (answer.status_code, answer.json["facts"]) == (400, {"header": "X-Timeout"})
+
+
+def test_a_known_segment_is_served_while_the_registry_is_gone(tmp_path: Path) -> None:
+    mine = publish_photos(tmp_path / "mine")
+    client = ready(create_segment_app(segment_settings(mine, tmp_path / "cache", preload=("photos",))).test_client())
+    mine.folder.rename(tmp_path / "gone")
+    assert client.post("/", data=framed(mine)).status_code == 200
+    assert client.post("/", data=framed(mine, "..6")).status_code in (404, 503)
+
+
+def test_an_unexpected_error_tells_the_caller_nothing_but_an_id(
+    client: FlaskClient, photos: Published, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("secret /home/somebody")
+
+    monkeypatch.setattr("isthmus.runners.store.SegmentStore.run", broken)
+    answer = client.post("/", data=framed(photos), headers={"X-Call-Id": "call-3"})
+    assert answer.status_code == 500
+    assert answer.json["facts"] == {"call_id": "call-3"}
+    assert answer.json["type"] == "InternalError"
+    for told in (b"secret", b"Traceback", b"ZeroDivision", b".py"):
+        assert told not in answer.data
+
+
+def test_facts_that_json_has_no_form_for_do_not_break_the_error(
+    client: FlaskClient, photos: Published, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from isthmus.errors import NotReady
+
+    def refuse(*_: object) -> None:
+        raise NotReady("later", path=Path("/x"), count=np.int64(3), retry_after_s=2.4)
+
+    monkeypatch.setattr("isthmus.runners.store.SegmentStore.run", refuse)
+    answer = client.post("/", data=framed(photos))
+    assert answer.status_code == 503
+    assert answer.headers["Retry-After"] == "3", "whole seconds, never too early"
+    assert answer.json["facts"]["path"] == "/x"
+
+
+def test_a_baked_segment_needs_no_registry_and_serves_no_other(photos: Published, tmp_path: Path) -> None:
+    manifest = photos.registry.manifest(photos.digest)
+    with cache_of(photos, tmp_path / "cache").locate(photos.digest, "6..") as located:
+        bake(located, manifest, tmp_path / "baked")
+    settings = segment_settings(photos, tmp_path / "none", registry="", segment_dir=str(tmp_path / "baked"))
+    client = ready(create_segment_app(settings).test_client())
+    assert metrics(client)["isthmus_loaded_segments", ()] == 1, "loaded before it is ready"
+    pooled = np.random.default_rng(5).standard_normal((1, 16, 4, 4)).astype(np.float32)
+    body = framed(photos, "6..", tensors={"p6": pooled})
+    given = frames.decode(client.post("/", data=body).data, max_bytes=2**20).tensors["logits"]
+    unbaked = ready(create_segment_app(segment_settings(photos, tmp_path / "cache")).test_client())
+    expected = frames.decode(unbaked.post("/", data=body).data, max_bytes=2**20).tensors["logits"]
+    np.testing.assert_allclose(given, expected, atol=TOLERANCE)
+    for other in (framed(photos, "..6"), framed(photos, "6..", bundle="sha256:" + "1" * 64)):
+        answer = client.post("/", data=other)
+        assert (answer.status_code, answer.json["type"]) == (404, "Missing")
+        assert answer.json["facts"]["exists"] in (["6.."], [photos.digest])
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "variable"),
+    [
+        ({"preload": ("@head",)}, "preload"),
+        ({"preload": ("m@",)}, "preload"),
+        ({"providers": ("NoSuchProvider",)}, "providers"),
+        ({"registry": "ftp://somewhere"}, "registry"),
+        ({"segment_dir": "/nowhere/at/all"}, "segment_dir"),
+        ({"cache_dir": "/proc/no/cache"}, "cache_dir"),
+    ],
+)
+def test_wrong_settings_stop_the_factory_and_name_the_variable(
+    photos: Published, tmp_path: Path, given: dict[str, Any], variable: str
+) -> None:
+    with pytest.raises(SettingsError) as e:
+        create_segment_app(segment_settings(photos, tmp_path, **given))
+    assert e.value.facts["variable"] == variable
+
+
+def test_chunked_bodies_arrive_and_a_body_without_a_length_is_none(photos: Published, tmp_path: Path) -> None:
+    app = create_segment_app(segment_settings(photos, tmp_path / "cache"))
+    ready(app.test_client())
+    body = framed(photos)
+    with served(app) as url, urllib3.PoolManager() as pool:
+        pieces = (body[i : i + 500] for i in range(0, len(body), 500))
+        assert pool.request("POST", url, body=pieces, retries=False).status == 200
+        bare = pool.request("POST", url, retries=False, timeout=5, headers={"Transfer-Encoding": ""})
+        assert (bare.status, bare.json()["facts"]["rule"]) == (400, "magic")
+
+
+def test_a_compressed_body_is_not_taken_for_a_frame(client: FlaskClient, photos: Published) -> None:
+    answer = client.post("/", data=gzip.compress(framed(photos)), headers={"Content-Encoding": "gzip"})
+    assert (answer.status_code, answer.json["facts"]["rule"]) == (400, "magic")
+
+
+def test_two_hundred_requests_at_sixteen_at_once_are_all_answered_right(photos: Published, tmp_path: Path) -> None:
+    app = create_segment_app(segment_settings(photos, tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    inputs = [rng.standard_normal((1, 3, 8, 8)).astype(np.float32) for _ in range(20)]
+    runner = ready(app.test_client())
+    expected = [
+        frames.decode(runner.post("/", data=framed(photos, tensors={"x": x})).data, max_bytes=2**20).tensors["logits"]
+        for x in inputs
+    ]
+
+    with served(app) as url, urllib3.PoolManager(maxsize=16, block=True) as pool, ThreadPoolExecutor(16) as threads:
+
+        def ask(i: int) -> float:
+            body = framed(photos, tensors={"x": inputs[i % 20]}, request=str(i))
+            answer = pool.request("POST", url, body=body, retries=False)
+            assert answer.status == 200, answer.data
+            frame = frames.decode(answer.data, max_bytes=2**20)
+            assert frame.request == str(i)
+            return float(np.abs(frame.tensors["logits"] - expected[i % 20]).max())
+
+        assert max(threads.map(ask, range(200))) <= TOLERANCE
+    assert metrics(runner)["isthmus_requests_in_flight", ()] == 0
+
+
+def test_a_log_line_is_one_bounded_json_object(capsys: pytest.CaptureFixture[str]) -> None:
+    formatter = logs._JsonFormatter()
+    for facts in ({"segment": "..6"}, {"exists": ["\u00e9" * 50] * 1000}):
+        record = logging.LogRecord("isthmus", logging.INFO, "", 0, "happened\n" * 2, None, None)
+        record.facts = facts
+        line = formatter.format(record)
+        assert "\n" not in line
+        assert len(line) <= logs.MAX_LINE
+        assert json.loads(line)["message"].startswith("happened")

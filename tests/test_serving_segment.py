@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -211,18 +212,14 @@ def test_counters_move(client: FlaskClient, photos: Published) -> None:
 
 
 def test_what_callers_send_never_becomes_a_label(client: FlaskClient, photos: Published) -> None:
-    client.post("/", data=framed(photos))
-    before = metrics(client).keys()
-    for i in range(5):
-        client.post("/", data=framed(photos, f"..{i}00", request=f"r{i}"), headers={"X-Call-Id": f"c{i}"})
-        client.open(f"/path{i}", method="BREW")
-    new = metrics(client).keys() - before
-    assert {labels for name, labels in new if name == "isthmus_requests_total"} == {
-        (("code", "404"), ("endpoint", "run")),
-        (("code", "404"), ("endpoint", "none")),
-    }
-    metrics(client)
-    assert len(metrics(client).keys() - before) == len(new) or len(metrics(client).keys() - before) < len(new) + 20
+    def traffic(marked: str) -> set[Any]:
+        client.post("/", data=framed(photos))
+        client.post("/", data=framed(photos, f"..{marked}", request=marked), headers={"X-Call-Id": marked})
+        client.open(f"/{marked}", method="BREW" + marked)
+        metrics(client)
+        return set(metrics(client))
+
+    assert traffic("one") == traffic("two")
 
 
 def test_metrics_answer_in_the_format_that_is_asked_for(client: FlaskClient) -> None:
@@ -374,8 +371,10 @@ def test_chunked_bodies_arrive_and_a_body_without_a_length_is_none(photos: Publi
     with served(app) as url, urllib3.PoolManager() as pool:
         pieces = (body[i : i + 500] for i in range(0, len(body), 500))
         assert pool.request("POST", url, body=pieces, retries=False).status == 200
-        bare = pool.request("POST", url, retries=False, timeout=5, headers={"Transfer-Encoding": ""})
-        assert (bare.status, bare.json()["facts"]["rule"]) == (400, "magic")
+        address = ("127.0.0.1", int(url.rpartition(":")[2]))
+        with socket.create_connection(address, timeout=5) as bare:
+            bare.sendall(b"POST / HTTP/1.1\r\nHost: here\r\n\r\n")
+            assert bare.recv(100).startswith(b"HTTP/1.1 400 ")
 
 
 def test_a_compressed_body_is_not_taken_for_a_frame(client: FlaskClient, photos: Published) -> None:

@@ -70,8 +70,8 @@ class FunctionApp:
         self.flask.register_error_handler(Exception, self._unexpected)
         self.flask.before_request(self._begin)
         self.flask.after_request(self._end)
-        self.flask.add_url_rule("/ready", view_func=self.ready, methods=["GET"])
-        self.flask.add_url_rule("/metrics", view_func=self.exposition, methods=["GET"])
+        self.flask.add_url_rule("/ready", "ready", self.ready, methods=["GET"])
+        self.flask.add_url_rule("/metrics", "metrics", self.exposition, methods=["GET"])
 
     def work(self, rule: str, handle: Callable[..., Response], endpoint: str) -> None:
         """Serve POST on `rule`: `handle(work, **path)` runs admitted, timed, within its deadline, once ready."""

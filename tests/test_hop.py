@@ -196,6 +196,84 @@ def test_no_answer_outlasts_the_deadline(
     assert e.value.facts["hop"] == url
 
 
+def stalled(c: socket.socket) -> None:
+    c.recv(65536)
+    time.sleep(0.25)
+    c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nhalf")
+    time.sleep(1.5)
+
+
+def test_a_stall_in_the_middle_of_an_answer_does_not_begin_the_wait_anew(hop_to: Callable[[str], HttpHop]) -> None:
+    with raw_server(stalled) as url:
+        start = time.monotonic()
+        with pytest.raises(HopTimeout):
+            hop_to(url).call(FRAME, context(0.4))
+        assert time.monotonic() - start < 0.55
+
+
+LARGE = Frame({"x": np.zeros(2**22, "float32")}, "sha256:" + "0" * 64, "..1", "r1")
+
+
+def test_a_frame_may_take_longer_to_send_than_a_connection_to_make() -> None:
+    def sip(c: socket.socket) -> None:
+        length, received = len(frames.encode(LARGE)), 0
+        while received < length:
+            received += len(c.recv(2**21))
+            time.sleep(0.02)
+        c.sendall(b"HTTP/1.1 404 Gone\r\nContent-Length: 0\r\n\r\n")
+
+    hop_pool = open_pool(0.05)
+    with raw_server(sip) as url, pytest.raises(HopRejected):
+        HttpHop(url, hop_pool, attempts=1, max_reply_bytes=2**20).call(LARGE, context())
+    hop_pool.clear()
+
+
+def test_a_frame_that_nobody_takes_is_given_up_at_the_deadline(hop_to: Callable[[str], HttpHop]) -> None:
+    with raw_server(lambda c: time.sleep(1.5)) as url:
+        start = time.monotonic()
+        with pytest.raises(HopTimeout):
+            hop_to(url).call(LARGE, context(0.4))
+        assert time.monotonic() - start < 0.8
+
+
+def test_no_pause_outlasts_the_deadline() -> None:
+    pool = open_pool(1.0)
+    with server([(503, PROXY, b"")]) as (url, seen):
+        start = time.monotonic()
+        with pytest.raises(HopUnavailable):
+            HttpHop(url, pool, attempts=50, max_reply_bytes=2**20).call(FRAME, context(0.5))
+        assert time.monotonic() - start < 0.5
+    assert 2 <= len(seen) <= 5
+    pool.clear()
+
+
+def test_a_retry_after_of_nothing_is_tried_again(hop_to: Callable[[str], HttpHop]) -> None:
+    with server([(503, {"Retry-After": "0"}, b""), ECHO]) as (url, _):
+        assert hop_to(url).call(FRAME, context()).frame.segment == "..1"
+
+
+def test_a_connection_that_is_not_made_in_time_is_unavailable() -> None:
+    pool = open_pool(0.1)
+    with socket.socket() as full:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        hop = HttpHop(f"http://127.0.0.1:{full.getsockname()[1]}/", pool, attempts=1, max_reply_bytes=2**20)
+        # One waits in the backlog; the kernel drops the next one's SYN.
+        with socket.create_connection(full.getsockname()):
+            start = time.monotonic()
+            with pytest.raises(HopUnavailable):
+                hop.call(FRAME, context(5))
+            assert time.monotonic() - start < 1
+    pool.clear()
+
+
+def test_the_error_of_a_hop_is_read_no_further_than_its_bound(hop_to: Callable[[str], HttpHop]) -> None:
+    with server([(400, {}, doc("X", padding="x" * 2**20))]) as (url, _), pytest.raises(HopRejected) as e:
+        hop_to(url).call(FRAME, context())
+    assert e.value.facts["error"] == {}
+    assert len(e.value.message) < 1500
+
+
 def test_a_deadline_that_has_passed_calls_nobody(hop_to: Callable[[str], HttpHop]) -> None:
     with server([ECHO]) as (url, seen), pytest.raises(HopTimeout):
         hop_to(url).call(FRAME, context(0))
@@ -220,6 +298,12 @@ def test_a_context_keeps_what_is_valid_and_makes_the_rest_anew() -> None:
     kept = Context.from_headers({"X-Call-Id": "me", "traceparent": trace, "X-Timeout": "1s"}, longest_s=9)
     assert (kept.call_id, kept.traceparent) == ("me", trace)
     assert 0.5 < kept.deadline.remaining() <= 1
+    for later in ("01-" + trace[3:] + "-new", "cc" + trace[2:]):
+        assert Context.from_headers({"traceparent": later}, longest_s=9).traceparent == later
+    for wrong in (trace + "-new", "ff" + trace[2:], trace.upper(), trace + "\n", "01-" + trace[3:] + "-" + "x" * 300):
+        assert Context.from_headers({"traceparent": wrong}, longest_s=9).traceparent != wrong
+    odd = Context.from_headers({"traceparent": trace, "tracestate": "a=1,\r\n b=2"}, longest_s=9)
+    assert odd.tracestate == ""
     made = Context.from_headers({"X-Call-Id": "a\nb", "traceparent": "00-0-0-0", "X-Timeout": "1h"}, longest_s=9)
     assert made.call_id != "a\nb"
     assert made.traceparent.startswith("00-")

@@ -79,6 +79,18 @@ class ModelError(IsthmusError):
     """A model cannot be imported: unreadable, of an unsupported opset, or with shapes that nothing binds."""
 
 
+class PlanError(IsthmusError):
+    """A model cannot be divided among tiers as asked."""
+
+
+class ProblemMalformed(PlanError):
+    """The times, tensors, links or labels given to the planner contradict each other; facts: what is at fault."""
+
+
+class Infeasible(PlanError):
+    """Pins and forbidden tiers leave a node no tier; facts: `node`, `name`, `because` (the node that drives it out)."""
+
+
 class RegistryError(IsthmusError):
     """The registry cannot give what was asked for."""
 
@@ -167,6 +179,8 @@ HTTP_STATUS: dict[type[IsthmusError], int] = {
     UnboundedCut: 400,
     CutError: 400,
     ModelError: 400,
+    ProblemMalformed: 400,
+    Infeasible: 400,
     Missing: 404,
     Denied: 502,
     Corrupt: 502,

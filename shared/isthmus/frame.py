@@ -90,7 +90,7 @@ def encode(frame: Frame) -> bytes:
         entries.append((name, dtype, array.shape, codec, end + gap, len(payload)))
         end += gap + len(payload)
     start = _start_of_header(tuple(entries), frame.bundle, frame.segment)
-    header = start + f'{_quoted(_text("request", frame.request))}}}'.encode()
+    header = start + f"{_quoted(_text('request', frame.request))}}}".encode()
     header += b" " * (-(_PREAMBLE + len(header)) % ALIGNMENT)
     if len(header) > MAX_HEADER_BYTES:
         _too_large("header", f"a header of {len(header)} bytes; at most {MAX_HEADER_BYTES}", limit=MAX_HEADER_BYTES)

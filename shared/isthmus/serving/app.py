@@ -57,8 +57,8 @@ class FunctionApp:
 
     def __init__(self, name: str, settings: SegmentSettings, prepare: Callable[[], None]) -> None:
         self.flask = Flask(f"isthmus.{name}", static_folder=None)
-        # Two slashes are another path, not a redirect to a URL that lacks the gateway's part.
-        self.flask.url_map.merge_slashes = False
+        # No redirects: they would lead to a URL that lacks the gateway's part, /function/NAME.
+        self.flask.url_map.merge_slashes = self.flask.url_map.strict_slashes = False
         self.log = logs.configure(settings.log_level)
         self.metrics = Metrics()
         self._settings = settings

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from isthmus.bundle import WHOLE, Bundle
 from isthmus.context import Deadline
 from isthmus.errors import SettingsError
 from isthmus.registry import Registry
-from isthmus.runners.store import SegmentStore
+
+if TYPE_CHECKING:  # a router whose hops are all remote never loads onnxruntime
+    from isthmus.runners.store import SegmentStore
 
 LONGEST_LOAD_S = 600.0
 

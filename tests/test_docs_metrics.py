@@ -1,0 +1,73 @@
+"""docs/metrics.md lists the metrics, endpoints and stages that the functions have, and no others."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask.testing import FlaskClient
+from prometheus_client.parser import text_string_to_metric_families
+
+from bundles import Published, photo, publish_photos, router_settings, segment_settings
+from isthmus.serving import create_router_app, create_segment_app
+from isthmus.serving.metrics import Metrics
+from test_serving_segment import framed, ready
+
+TEXT = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
+ROWS = {
+    name: (kind, tuple(re.findall(r"`(\w+)`", labels)))
+    for name, kind, labels in re.findall(r"^\| `(\w+)` \| (\w+) \|([^|]*)\|", TEXT, re.MULTILINE)
+}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Published:
+    return publish_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture
+def segment(photos: Published, tmp_path: Path) -> FlaskClient:
+    return ready(create_segment_app(segment_settings(photos, tmp_path / "segment")).test_client())
+
+
+@pytest.fixture
+def router(photos: Published, tmp_path: Path) -> FlaskClient:
+    return ready(create_router_app(router_settings(photos, tmp_path / "router", ("local",))).test_client())
+
+
+def families(client: FlaskClient) -> dict[str, Any]:
+    return {f.name: f for f in text_string_to_metric_families(client.get("/metrics").get_data(as_text=True))}
+
+
+def test_every_metric_is_documented_with_its_type(segment: FlaskClient, router: FlaskClient) -> None:
+    documented = {name.removesuffix("_total"): kind for name, (kind, _) in ROWS.items()}
+    for client in (segment, router):
+        found = {name: f.type for name, f in families(client).items() if not name.endswith("_created")}
+        assert found == documented
+
+
+def test_every_label_is_documented() -> None:
+    collectors = [value for value in vars(Metrics()).values() if hasattr(value, "_labelnames")]
+    assert len(collectors) == 9
+    for collector in collectors:
+        suffix = "_total" if collector._type == "counter" else ""
+        assert ROWS[collector._name + suffix] == (collector._type, tuple(collector._labelnames))
+
+
+def test_every_endpoint_and_stage_is_documented(photos: Published, segment: FlaskClient, router: FlaskClient) -> None:
+    endpoints = TEXT.partition("Endpoints of a segment function:")[2].partition("Stages of")[0]
+    named = [set(re.findall(r"`(\w+)`", part)) for part in endpoints.split("Of the router:")]
+    for client, expected in zip((segment, router), named, strict=True):
+        assert {rule.endpoint for rule in client.application.url_map.iter_rules()} == expected
+    segment.post("/", data=framed(photos))
+    router.post("/", data=photo())
+    router.post("/", json={"inputs": [{"name": "x", "shape": [1, 3, 8, 8], "datatype": "FP32", "data": [0] * 192}]})
+    stages = set(re.findall(r"`([a-z0-9-]+)`", TEXT.partition("Stages of")[2].partition("What to watch")[0]))
+    used = {
+        sample.labels["stage"].replace("hop1", "hop0")
+        for client in (segment, router)
+        for sample in families(client)["isthmus_stage_seconds"].samples
+    }
+    assert {stage.replace("hop1", "hop0") for stage in stages} == used

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
-import logging
 import socket
 import threading
 import time
@@ -25,7 +23,7 @@ from isthmus.bundle import WHOLE
 from isthmus.errors import SettingsError
 from isthmus.frame import Frame
 from isthmus.graph.bake import bake
-from isthmus.serving import create_segment_app, logs
+from isthmus.serving import create_segment_app
 
 TRACE = "00-" + "c" * 32 + "-" + "d" * 16 + "-01"
 
@@ -404,14 +402,3 @@ def test_two_hundred_requests_at_sixteen_at_once_are_all_answered_right(photos: 
 
         assert max(threads.map(ask, range(200))) <= TOLERANCE
     assert metrics(runner)["isthmus_requests_in_flight", ()] == 0
-
-
-def test_a_log_line_is_one_bounded_json_object(capsys: pytest.CaptureFixture[str]) -> None:
-    formatter = logs._JsonFormatter()
-    for facts in ({"segment": "..6"}, {"exists": ["\u00e9" * 50] * 1000}):
-        record = logging.LogRecord("isthmus", logging.INFO, "", 0, "happened\n" * 2, None, None)
-        record.facts = facts
-        line = formatter.format(record)
-        assert "\n" not in line
-        assert len(line) <= logs.MAX_LINE
-        assert json.loads(line)["message"].startswith("happened")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import logging
 import os
 import re
 import shutil
@@ -204,3 +206,18 @@ def test_functions_pin_what_was_tested() -> None:
         for line in file.read_text().lower().replace("-", "_").splitlines():
             if line and not line.startswith("#"):
                 assert re.sub(r"onnxruntime_gpu\[.*\]", "onnxruntime", line) in pins, f"{file}: {line}"
+
+
+def test_a_log_line_is_one_bounded_json_object() -> None:
+    spec = importlib.util.spec_from_file_location("template_index", ROOT / "template" / TEMPLATES[0] / "index.py")
+    assert spec is not None
+    assert spec.loader is not None
+    index = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(index)
+    for facts in ({"segment": "..6"}, {"exists": ["é" * 50] * 1000}):
+        record = logging.LogRecord("isthmus", logging.INFO, "", 0, "happened\n" * 2, None, None)
+        record.facts = facts
+        line = index.JsonLines().format(record)
+        assert "\n" not in line
+        assert len(line) <= index.MAX_LINE
+        assert json.loads(line)["message"].startswith("happened")

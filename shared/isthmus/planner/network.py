@@ -24,8 +24,8 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-
 from isthmus.planner.flow import source_side
+
 from isthmus.planner.problem import Labels, Problem, lowest, tally
 
 Floats: TypeAlias = npt.NDArray[np.float64]

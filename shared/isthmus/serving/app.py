@@ -17,7 +17,6 @@ from werkzeug.exceptions import HTTPException
 
 from isthmus.context import Context
 from isthmus.errors import IsthmusError, Overloaded, RequestMalformed, RequestTooLarge, http_status
-from isthmus.serving import logs
 from isthmus.serving.metrics import Metrics
 from isthmus.serving.readiness import Readiness
 from isthmus.settings import SegmentSettings
@@ -59,7 +58,9 @@ class FunctionApp:
         self.flask = Flask(f"isthmus.{name}", static_folder=None)
         # No redirects: they would lead to a URL that lacks the gateway's part, /function/NAME.
         self.flask.url_map.merge_slashes = self.flask.url_map.strict_slashes = False
-        self.log = logs.configure(settings.log_level)
+        # The template, which owns the process, says how a record is written.
+        self.log = logging.getLogger("isthmus")
+        self.log.setLevel(settings.log_level.upper())
         self.metrics = Metrics()
         self._settings = settings
         self._slots = threading.BoundedSemaphore(settings.max_concurrency)

@@ -1,0 +1,279 @@
+"""What the way costs: client, router, head and tail without computing, beside Ray Serve and plain sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import urllib3
+from functions import Process, free_port, gateway, lay_out, running
+from measure import interleave
+from onnx import TensorProto, helper
+from peers import python_with, version_in
+from report import STATE, Report, arguments, at_least, at_most
+from tcp_chain import Peer
+
+from isthmus.graph import build
+from isthmus.registry import open_registry
+from isthmus.settings import RegistrySettings
+
+WIDTH = 256
+SIZES = {"150 kB": 147 * WIDTH * 4, "1.2 MB": 1172 * WIDTH * 4}
+"""Bytes that cross the cut."""
+
+HOPS = 3
+BLOCK = 10
+RAY, RAY_DIRECT, TCP = "Ray Serve", "Ray Serve, head to tail", "plain sockets"
+DIRECT, GATEWAY = "isthmus, direct", "isthmus, gateway"
+HERE = Path(__file__).resolve().parent
+_STAGE = re.compile(r'([a-z0-9-]+)(?:;desc="[^"]*")?;dur=([0-9.]+)')
+
+
+@dataclass
+class Router:
+    """A router over HTTP: one request, ready to be sent, for each model."""
+
+    url: str
+    stages: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    """By model: what Server-Timing said, in milliseconds."""
+
+    def __post_init__(self) -> None:
+        self._pool = urllib3.PoolManager()
+        x = np.arange(WIDTH, dtype=np.float32)
+        head = json.dumps(
+            {
+                "inputs": [
+                    {
+                        "name": "x",
+                        "shape": [WIDTH],
+                        "datatype": "FP32",
+                        "parameters": {"binary_data_size": x.nbytes},
+                    }
+                ],
+                "parameters": {"binary_data_output": True},
+            }
+        ).encode()
+        self._body = head + x.tobytes()
+        self._headers = {"Inference-Header-Content-Length": str(len(head)), "Content-Type": "application/octet-stream"}
+        self._answer = x[:16].tobytes()
+
+    def ask(self, model: str) -> None:
+        """One request; its answer is looked at.
+
+        Raises:
+            RuntimeError: it is not the right one.
+        """
+        reply = self._pool.request(
+            "POST", f"{self.url}/v2/models/{model}/infer", body=self._body, headers=self._headers
+        )
+        if reply.status != 200 or not reply.data.endswith(self._answer):
+            raise RuntimeError(f"{self.url} answered {reply.status}: {reply.data[:300]!r}")
+        noted = self.stages.setdefault(model, {})
+        for stage, ms in _STAGE.findall(reply.headers["Server-Timing"]):
+            noted.setdefault(stage, []).append(float(ms))
+
+
+def main() -> None:
+    report = arguments("chain", __doc__, ["flask", "numpy", "onnxruntime", "urllib3", "waitress"])
+    report.versions["ray"] = version_in("ray", "ray")
+    with contextlib.ExitStack() as stack:
+        report.say("making two models that compute nothing")
+        registry = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="isthmus-bench-")))
+        models = publish(registry)
+        report.say("starting the functions, the gateway, plain sockets and Ray Serve")
+        direct = Router(stack.enter_context(direct_functions(registry, next(iter(models.values())))).url)
+        through = stack.enter_context(gateway(registry, next(iter(models.values()))))
+        routers = {DIRECT: direct, GATEWAY: Router(f"{through.url}/function/router")}
+        plain = stack.enter_context(tcp_chain())
+        ray = stack.enter_context(ray_serve())
+        results = {}
+        for label, size in SIZES.items():
+            report.say(f"asking all of them by turns, {label}")
+            calls: dict[str, Callable[[], object]] = {
+                name: lambda router=router, model=models[label]: router.ask(model) for name, router in routers.items()
+            }
+            calls[TCP] = lambda size=size: ask_plain(plain, size)
+            calls[RAY] = lambda size=size: ray(f"/{size}")
+            calls[RAY_DIRECT] = lambda size=size: ray(f"/{size}/direct")
+            interleave(calls, turns=1, block=1, warm=5 if report.quick else 20)
+            for router in routers.values():
+                router.stages.clear()
+            results[label] = interleave(calls, turns=8 if report.quick else 30, block=BLOCK, warm=2)
+            report.add(f"{label} across the cut", rows(results[label], routers, models[label]))
+            report.add(
+                f"{label}: where the router and its hops say the time goes, medians in ms",
+                [stages(name, router.stages[models[label]]) for name, router in routers.items()],
+            )
+    add_goals(report, results)
+    report.emit()
+
+
+def rows(times: Mapping[str, Any], routers: Mapping[str, Router], model: str) -> list[dict[str, Any]]:
+    """A row for each system. `runtime` is onnxruntime's own part, which no peer has."""
+    return [
+        {
+            "through": name,
+            "p50_ms": taken.p50 * 1e3,
+            "p95_ms": taken.p95 * 1e3,
+            "over_plain_sockets": taken.over(times[TCP]),
+            "Ray_Serve_over_this": times[RAY].over(taken),
+            "runtime_ms": runtime_ms(routers[name].stages[model]) if name in routers else None,
+        }
+        for name, taken in times.items()
+    ]
+
+
+def runtime_ms(stages: Mapping[str, list[float]]) -> float:
+    """Median time in the two segments' runs."""
+    return sum(statistics.median(ms) for stage, ms in stages.items() if stage.endswith("-run"))
+
+
+def stages(name: str, found: Mapping[str, list[float]]) -> dict[str, Any]:
+    """A row of medians of Server-Timing's stages."""
+    return {"through": name} | {stage: statistics.median(ms) for stage, ms in found.items()}
+
+
+def add_goals(report: Report, results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Hold both ways through Isthmus against Ray Serve at its best, and against plain sockets."""
+    for label, times in results.items():
+        best = min(RAY, RAY_DIRECT, key=lambda name: times[name].p50)
+        for mode in (DIRECT, GATEWAY):
+            report.goals.append(
+                at_least(f"{mode}, {label}: p50 of {best} over ours", times[best].p50 / times[mode].p50, 4)
+            )
+        limit = 3 * times[TCP].p50 * 1e3 + HOPS
+        for mode in (DIRECT, GATEWAY):
+            name = f"{mode}, {label}: p50 against 3 x plain sockets + 1 ms a hop"
+            report.goals.append(at_most(name, times[mode].p50 * 1e3, limit, "ms"))
+
+
+def publish(registry: Path) -> dict[str, str]:
+    """A model for each size: the head repeats a row of 256 values, the tail takes the first 16 of them."""
+    names = {}
+    for label, size in SIZES.items():
+        rows = size // (4 * WIDTH)
+        graph = helper.make_graph(
+            [
+                helper.make_node("Expand", ["x", "shape"], ["wide"]),
+                helper.make_node("Slice", ["wide", "from", "to"], ["y"]),
+            ],
+            "nothing",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [WIDTH])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 16])],
+            [
+                helper.make_tensor("shape", TensorProto.INT64, [2], [rows, WIDTH]),
+                helper.make_tensor("from", TensorProto.INT64, [2], [0, 0]),
+                helper.make_tensor("to", TensorProto.INT64, [2], [1, 16]),
+            ],
+        )
+        made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "nothing.onnx"
+            onnx.save(made, path)
+            names[label] = f"nothing-{rows}"
+            bundle, files = build(path, names[label], Path(folder) / "out", partitions=[["nothing=wide"]])
+            store = open_registry(RegistrySettings(registry=str(registry)))
+            store.publish(bundle, files, alias="prod")
+    return names
+
+
+@contextlib.contextmanager
+def direct_functions(registry: Path, model: str) -> Iterator[Process]:
+    """The router, whose hops lead straight to the head's and the tail's processes."""
+    laid = lay_out("router", "edge-head", "cloud-tail", registry=registry, model=model)
+    cache = {"cache_dir": str(STATE / "chain-cache")}
+    with laid["edge-head"].start(**cache) as head, laid["cloud-tail"].start(**cache) as tail:
+        with laid["router"].start(**cache, hops=f"{head.url},{tail.url}") as router:
+            for process in (head, tail, router):
+                process.wait_ready()
+            yield router
+
+
+@contextlib.contextmanager
+def tcp_chain() -> Iterator[Peer]:
+    """A connection to the router of three processes that speak plain sockets."""
+    ports = {role: free_port() for role in ("head", "tail", "router")}
+    with contextlib.ExitStack() as stack:
+        for role, port in ports.items():
+            more = [str(ports[r]) for r in ("head", "tail")] if role == "router" else []
+            command = [sys.executable, str(HERE / "tcp_chain.py"), role, str(port), *more]
+            stack.enter_context(running(command, f"tcp-{role}", f"tcp://127.0.0.1:{port}", dict(os.environ)))
+            await_port(port)
+        yield Peer.at(ports["router"])
+
+
+def await_port(port: int) -> None:
+    """Return once something listens on `port`."""
+    until = time.monotonic() + 10
+    while True:
+        try:
+            Peer.at(port)
+        except ConnectionRefusedError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.02)
+        else:
+            return
+
+
+def ask_plain(router: Peer, size: int) -> None:
+    """One request over plain sockets."""
+    router.send(bytes(4 * WIDTH), size)
+    router.receive()
+
+
+@contextlib.contextmanager
+def ray_serve() -> Iterator[Callable[[str], None]]:
+    """Three deployments of Ray Serve; what asks them."""
+    port, temp = free_port(), tempfile.mkdtemp(prefix="ray-")
+    command = [str(python_with("ray")), str(HERE / "ray_chain.py"), str(port), temp]
+    pool, url = urllib3.PoolManager(), f"http://127.0.0.1:{port}"
+    body = np.arange(WIDTH, dtype=np.float32).tobytes()
+
+    def ask(path: str) -> None:
+        reply = pool.request("POST", url + path, body=body)
+        if reply.status != 200 or len(reply.data) != 64:
+            raise RuntimeError(f"Ray Serve answered {reply.status}: {reply.data[:300]!r}")
+
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
+    with running(command, "ray", url, environment) as found:
+        try:
+            found.wait_ready("/-/healthz")
+            await_answer(lambda: ask("/1024"))
+            yield ask
+        finally:
+            found.process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                found.process.wait(timeout=30)
+            shutil.rmtree(temp, ignore_errors=True)
+
+
+def await_answer(ask: Callable[[], None]) -> None:
+    """Return once `ask` succeeds: a proxy is healthy before its application is there."""
+    until = time.monotonic() + 60
+    while True:
+        try:
+            return ask()
+        except RuntimeError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""The chain of bench/chain.py as three Ray Serve deployments; prints READY and serves until it is ended.
+
+Run by bench/chain.py as `ray_chain.py PORT TEMP_DIR`, in the environment of requirements-ray.txt. POST /SIZE sends the
+input; the head answers with SIZE bytes of float32, the tail with its first 16 values. POST /SIZE/direct lets Ray hand
+the head's answer to the tail without passing through the router.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import Any
+
+import numpy as np
+import ray
+from ray import serve
+from starlette.requests import Request
+from starlette.responses import Response
+
+LIGHT = {"num_cpus": 0.1}
+
+
+@serve.deployment(ray_actor_options=LIGHT, max_ongoing_requests=32)
+class Head:
+    """Takes the small input, gives the activations."""
+
+    def __init__(self) -> None:
+        self._ready: dict[int, Any] = {}
+
+    async def __call__(self, x: Any, size: int) -> Any:
+        return self._ready.setdefault(size, np.zeros((size // 1024, 256), np.float32))
+
+
+@serve.deployment(ray_actor_options=LIGHT, max_ongoing_requests=32)
+class Tail:
+    """Takes the activations, gives a few values."""
+
+    async def __call__(self, activations: Any) -> Any:
+        return activations[0, :16].copy()
+
+
+@serve.deployment(ray_actor_options=LIGHT, max_ongoing_requests=32)
+class Router:
+    """Takes HTTP, calls the head and then the tail."""
+
+    def __init__(self, head: Any, tail: Any) -> None:
+        self._head = head
+        self._tail = tail
+
+    async def __call__(self, request: Request) -> Response:
+        x = np.frombuffer(await request.body(), np.float32)
+        size, _, direct = request.url.path.strip("/").partition("/")
+        if direct:
+            found = await self._tail.remote(self._head.remote(x, int(size)))
+        else:
+            activations = await self._head.remote(x, int(size))
+            found = await self._tail.remote(activations)
+        return Response(found.tobytes(), media_type="application/octet-stream")
+
+
+def main() -> None:
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=sys.argv[2], logging_level="ERROR")
+    serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1])})
+    serve.run(Router.bind(Head.bind(), Tail.bind()), name="chain")
+    print("READY", flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        signal.pause()
+    except KeyboardInterrupt:
+        serve.shutdown()
+        ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()

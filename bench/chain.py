@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from onnx import TensorProto, helper
 from peers import python_with, version_in
 from report import STATE, Report, arguments, at_least, at_most
 from tcp_chain import Peer
+from timing import Stages, medians, note
 
 from isthmus.graph import build
 from isthmus.registry import open_registry
@@ -41,7 +41,6 @@ BLOCK = 10
 RAY, RAY_DIRECT, TCP = "Ray Serve", "Ray Serve, head to tail", "plain sockets"
 DIRECT, GATEWAY = "isthmus, direct", "isthmus, gateway"
 HERE = Path(__file__).resolve().parent
-_STAGE = re.compile(r'([a-z0-9-]+)(?:;desc="[^"]*")?;dur=([0-9.]+)')
 
 
 @dataclass
@@ -49,8 +48,8 @@ class Router:
     """A router over HTTP: one request, ready to be sent, for each model."""
 
     url: str
-    stages: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    """By model: what Server-Timing said, in milliseconds."""
+    stages: dict[str, Stages] = field(default_factory=dict)
+    """By model: what Server-Timing said."""
 
     def __post_init__(self) -> None:
         self._pool = urllib3.PoolManager()
@@ -83,9 +82,7 @@ class Router:
         )
         if reply.status != 200 or not reply.data.endswith(self._answer):
             raise RuntimeError(f"{self.url} answered {reply.status}: {reply.data[:300]!r}")
-        noted = self.stages.setdefault(model, {})
-        for stage, ms in _STAGE.findall(reply.headers["Server-Timing"]):
-            noted.setdefault(stage, []).append(float(ms))
+        note(self.stages.setdefault(model, {}), reply.headers["Server-Timing"])
 
 
 def main() -> None:
@@ -105,11 +102,11 @@ def main() -> None:
         for label, size in SIZES.items():
             report.say(f"asking all of them by turns, {label}")
             calls: dict[str, Callable[[], object]] = {
-                name: lambda router=router, model=models[label]: router.ask(model) for name, router in routers.items()
+                name: partial(router.ask, models[label]) for name, router in routers.items()
             }
-            calls[TCP] = lambda size=size: ask_plain(plain, size)
-            calls[RAY] = lambda size=size: ray(f"/{size}")
-            calls[RAY_DIRECT] = lambda size=size: ray(f"/{size}/direct")
+            calls[TCP] = partial(ask_plain, plain, size)
+            calls[RAY] = partial(ray, f"/{size}")
+            calls[RAY_DIRECT] = partial(ray, f"/{size}/direct")
             interleave(calls, turns=1, block=1, warm=5 if report.quick else 20)
             for router in routers.values():
                 router.stages.clear()
@@ -117,7 +114,7 @@ def main() -> None:
             report.add(f"{label} across the cut", rows(results[label], routers, models[label]))
             report.add(
                 f"{label}: where the router and its hops say the time goes, medians in ms",
-                [stages(name, router.stages[models[label]]) for name, router in routers.items()],
+                [{"through": name, **medians(router.stages[models[label]])} for name, router in routers.items()],
             )
     add_goals(report, results)
     report.emit()
@@ -138,14 +135,9 @@ def rows(times: Mapping[str, Any], routers: Mapping[str, Router], model: str) ->
     ]
 
 
-def runtime_ms(stages: Mapping[str, list[float]]) -> float:
+def runtime_ms(stages: Stages) -> float:
     """Median time in the two segments' runs."""
-    return sum(statistics.median(ms) for stage, ms in stages.items() if stage.endswith("-run"))
-
-
-def stages(name: str, found: Mapping[str, list[float]]) -> dict[str, Any]:
-    """A row of medians of Server-Timing's stages."""
-    return {"through": name} | {stage: statistics.median(ms) for stage, ms in found.items()}
+    return sum(ms for stage, ms in medians(stages).items() if stage.endswith("-run"))
 
 
 def add_goals(report: Report, results: Mapping[str, Mapping[str, Any]]) -> None:
@@ -197,11 +189,12 @@ def direct_functions(registry: Path, model: str) -> Iterator[Process]:
     """The router, whose hops lead straight to the head's and the tail's processes."""
     laid = lay_out("router", "edge-head", "cloud-tail", registry=registry, model=model)
     cache = {"cache_dir": str(STATE / "chain-cache")}
-    with laid["edge-head"].start(**cache) as head, laid["cloud-tail"].start(**cache) as tail:
-        with laid["router"].start(**cache, hops=f"{head.url},{tail.url}") as router:
-            for process in (head, tail, router):
-                process.wait_ready()
-            yield router
+    with contextlib.ExitStack() as stack:
+        head, tail = (stack.enter_context(laid[name].start(**cache)) for name in ("edge-head", "cloud-tail"))
+        router = stack.enter_context(laid["router"].start(**cache, hops=f"{head.url},{tail.url}"))
+        for process in (head, tail, router):
+            process.wait_ready()
+        yield router
 
 
 @contextlib.contextmanager

@@ -11,12 +11,13 @@ import pickle
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import msgpack
-import msgpack_numpy
+import msgpack  # type: ignore[import-not-found]
+import msgpack_numpy  # type: ignore[import-not-found]
 import numpy as np
-import pyarrow as pa
+import pyarrow as pa  # type: ignore[import-not-found]
 import safetensors.numpy
 from measure import interleave
 
@@ -75,7 +76,7 @@ def _npy_encode(tensors: Tensors) -> bytes:
 
 
 def _npy_decode(data: bytes) -> Tensors:
-    file, found = io.BytesIO(data), {}
+    file, found = io.BytesIO(data), dict[str, Array]()
     while file.tell() < len(data):
         found[f"{len(found):02}"] = np.load(file, allow_pickle=False)
     return found
@@ -101,7 +102,7 @@ def _arrow_encode(tensors: Tensors) -> Any:
 
 
 def _arrow_decode(data: Any) -> Tensors:
-    source, found = pa.BufferReader(data), {}
+    source, found = pa.BufferReader(data), dict[str, Array]()
     while source.tell() < source.size():
         found[f"{len(found):02}"] = pa.ipc.read_tensor(source).to_numpy()
     return found
@@ -127,15 +128,15 @@ def rows_for(size: int, count: int, turns: int) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
     tensors = {f"tensor_{i:02}": rng.standard_normal(size // 4 // count, np.float32) for i in range(count)}
     # The very same memory where there is one tensor: where a megabyte lies in the caches makes a third of its time.
-    source = memoryview(tensors["tensor_00"] if count == 1 else np.concatenate(list(tensors.values()))).cast("B")
+    source = (tensors["tensor_00"] if count == 1 else np.concatenate(list(tensors.values()))).data.cast("B")
     encoded = {name: each.encode(tensors) for name, each in FORMATS.items()}
     for name, each in FORMATS.items():
         back = [array for _, array in sorted(each.decode(encoded[name]).items())]
         assert all(np.array_equal(a, b) for a, b in zip(tensors.values(), back, strict=True)), name
     calls: dict[str, Callable[[], object]] = {MEMCPY: lambda: bytes(source)}
     for name, each in FORMATS.items():
-        calls[f"encode {name}"] = lambda each=each: each.encode(tensors)
-        calls[f"decode {name}"] = lambda each=each, data=encoded[name]: each.decode(data)
+        calls[f"encode {name}"] = partial(each.encode, tensors)
+        calls[f"decode {name}"] = partial(each.decode, encoded[name])
     times = interleave(calls, turns=turns, batch=True)
     return [
         {

@@ -42,7 +42,7 @@ class Process:
         until = time.monotonic() + LONGEST_START_S
         while time.monotonic() < until:
             if self.process.poll() is not None:
-                raise ChildProcessError(f"{self.process.args} ended:\n{self.log.read_text()[-3000:]}")
+                raise ChildProcessError(f"{self.log.stem} ended:\n{self.log.read_text()[-3000:]}")
             with contextlib.suppress(urllib3.exceptions.HTTPError):
                 if urllib3.request("GET", self.url + path, retries=False, timeout=2.0).status == 200:
                     return

@@ -25,7 +25,7 @@ def python_with(name: str) -> Path:
         print(f"installing {requirements.name} into {folder.relative_to(ROOT)}; once", file=sys.stderr)
         venv.create(folder, with_pip=True, clear=True)
         subprocess.run(
-            [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", requirements],
+            [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "-r", requirements],
             check=True,
             stdout=sys.stderr,
         )

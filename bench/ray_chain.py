@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import signal
 import sys
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-import ray
+import ray  # type: ignore[import-not-found]
 from ray import serve
-from starlette.requests import Request
-from starlette.responses import Response
+from starlette.requests import Request  # type: ignore[import-not-found]
+from starlette.responses import Response  # type: ignore[import-not-found]
 
 LIGHT = {"num_cpus": 0.1}
 
@@ -61,7 +61,8 @@ class Router:
 def main() -> None:
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=sys.argv[2], logging_level="ERROR")
     serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1])})
-    serve.run(Router.bind(Head.bind(), Tail.bind()), name="chain")
+    router, head, tail = (cast(Any, each) for each in (Router, Head, Tail))  # the decorator's own class has no types
+    serve.run(router.bind(head.bind(), tail.bind()), name="chain")
     print("READY", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

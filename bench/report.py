@@ -81,7 +81,7 @@ class Report:
         console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
         for title, rows in self.figures.items():
             console.print(_table(title, rows))
-        goals = [{"goal": g.name, "wanted": g.goal, "measured": g.value, "": _met(g)} for g in self.goals]
+        goals: list[Row] = [{"goal": g.name, "wanted": g.goal, "measured": g.value, "": _met(g)} for g in self.goals]
         if goals:
             console.print(_table("Goals", goals))
         versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())

@@ -9,11 +9,9 @@ import uuid
 from dataclasses import dataclass
 from typing import Protocol, Self
 
+from isthmus import units
 from isthmus.errors import DeadlineExceeded, RequestMalformed
 
-_UNIT_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-_DURATION = re.compile(r"(?:\d{1,12}(?:\.\d{0,9})?(?:ns|us|µs|μs|ms|s|m|h))+")
-_PART = re.compile(r"(\d+(?:\.\d*)?)(ns|us|µs|μs|ms|s|m|h)")
 _TRACEPARENT = re.compile(
     r"(?!ff)([0-9a-f]{2})-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-[!-~]{0,200})?"
 )
@@ -28,9 +26,12 @@ def parse_duration(text: str) -> float:
     Raises:
         RequestMalformed: not such a duration.
     """
-    if not _DURATION.fullmatch(text):
-        raise RequestMalformed(f"X-Timeout is {text[:40]!r}; it is a duration such as 1500ms or 2s", header="X-Timeout")
-    return sum(float(n) * _UNIT_S[unit] for n, unit in _PART.findall(text))
+    try:
+        return units.parse_duration(text)
+    except ValueError as e:
+        raise RequestMalformed(
+            f"X-Timeout is {text[:40]!r}; it is a duration such as 1500ms or 2s", header="X-Timeout"
+        ) from e
 
 
 @dataclass(frozen=True)

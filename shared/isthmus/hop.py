@@ -86,7 +86,9 @@ class HttpHop:
 
     def __init__(self, url: str, pool: urllib3.PoolManager, *, attempts: int, max_reply_bytes: int) -> None:
         self.name = url
-        self._pool = pool
+        # Asked once: a pool manager reads the URL anew for every request, which costs as much as a small frame.
+        self._connections = pool.connection_from_url(url)
+        self._target = urllib3.util.parse_url(url).request_uri
         self._attempts = max(1, attempts)
         self._max_reply_bytes = max_reply_bytes
 
@@ -106,9 +108,9 @@ class HttpHop:
         if left <= 0:
             raise HopTimeout(f"the deadline passed before {self.name} could be called", hop=self.name)
         try:
-            response = self._pool.request(
+            response = self._connections.urlopen(
                 "POST",
-                self.name,
+                self._target,
                 body=body,
                 headers={"Content-Type": frames.CONTENT_TYPE, **context.to_headers()},
                 timeout=urllib3.Timeout(total=left),

@@ -6,16 +6,13 @@ that cannot be read stops the start and names the variable. docs/settings.md lis
 
 from __future__ import annotations
 
-import re
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Self
 
 from isthmus.errors import SettingsError
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", re.IGNORECASE)
+from isthmus.units import parse_size
 
 
 def setting(help: str, default: Any = MISSING) -> Any:
@@ -131,18 +128,6 @@ class RouterSettings(SegmentSettings):
     hop_connect_timeout_s: float = setting("longest wait for a connection to a hop, in seconds", 2.0)
     refresh_s: float = setting("how long an alias is trusted before the registry is asked again, in seconds", 10.0)
     max_image_pixels: int = setting("largest image, in pixels, that is decoded", 64_000_000)
-
-
-def parse_size(text: str) -> int:
-    """Bytes of `512`, `64KiB`, `200MB`, `1.5Gi`; a lower-case unit without `i` is decimal.
-
-    Raises:
-        ValueError: not a size.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    if not match:
-        raise ValueError(f"{text!r} is not a size such as 500MB or 2GiB")
-    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
 
 
 def _parse(name: str, text: str, kind: Any) -> Any:

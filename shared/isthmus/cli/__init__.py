@@ -13,6 +13,7 @@ from isthmus.cli.demo import demo
 from isthmus.cli.doctor import doctor
 from isthmus.cli.importing import import_model
 from isthmus.cli.infer import infer
+from isthmus.cli.link import link
 from isthmus.cli.models import models
 from isthmus.cli.package import package
 from isthmus.cli.up import up
@@ -25,7 +26,7 @@ app = typer.Typer(
     help="Split inference as a bundle of serverless functions: cut a model, serve its two sides, ask them.",
 )
 app.command("import")(import_model)
-for command in (cuts, cut, models, infer, up, package, demo, doctor):
+for command in (cuts, cut, models, infer, up, link, package, demo, doctor):
     app.command()(command)
 
 

@@ -2,5 +2,6 @@
 
 from isthmus.local.engine import Engine, run_engine
 from isthmus.local.events import Event
+from isthmus.local.link import Link, LinkCounters, LinkShape
 
-__all__ = ["Engine", "Event", "run_engine"]
+__all__ = ["Engine", "Event", "Link", "LinkCounters", "LinkShape", "run_engine"]

@@ -1,6 +1,10 @@
-"""Which tier runs which node: costs as plain data, and exact searches over them. No device and no network is touched."""
+"""Which tier runs which node: costs as plain data, and searches over them. It touches no device and no network.
 
-from isthmus.planner.problem import Labels, Link, Problem, Tally, Tensor, cost, is_allowed, lowest, tally
+`isthmus.planner.from_graph` makes problems of models, and imports what `isthmus.graph` imports.
+"""
+
+from isthmus.planner.division import Labels, Tally, cost, is_allowed, lowest, tally
+from isthmus.planner.problem import Link, Problem, Tensor
 from isthmus.planner.search import Assignment, assignment, solve
 from isthmus.planner.sweep import Piece, sweep, with_speed
 from isthmus.planner.throughput import Pipeline, pipeline, stages
@@ -9,8 +13,8 @@ __all__ = [
     "Assignment",
     "Labels",
     "Link",
-    "Pipeline",
     "Piece",
+    "Pipeline",
     "Problem",
     "Tally",
     "Tensor",

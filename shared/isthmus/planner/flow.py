@@ -33,7 +33,10 @@ def source_side(
     """
     # Arcs with the same ends become one, and each gets its way back, so that one array holds what is spare.
     both = csr_array(
-        (np.concatenate([capacities, 0 * capacities]), (np.concatenate([tails, heads]), np.concatenate([heads, tails]))),
+        (
+            np.concatenate([capacities, 0 * capacities]),
+            (np.concatenate([tails, heads]), np.concatenate([heads, tails])),
+        ),
         shape=(vertices, vertices),
     )
     both.sum_duplicates()

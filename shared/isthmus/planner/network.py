@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from isthmus.planner import flow
 from isthmus.planner.arcs import FORCED, arcs_of
-from isthmus.planner.problem import Labels, Problem, is_allowed, lowest, tally
+from isthmus.planner.division import Labels, is_allowed, lowest, tally
+from isthmus.planner.problem import Problem
 
 Row: TypeAlias = npt.NDArray[np.float64]
 """One number for each kind: k tiers, then each boundary's bytes up, bytes down, and use. Prices or amounts."""
@@ -24,7 +25,9 @@ _MOST_FLOW = 2**61
 def prices(problem: Problem) -> Row:
     """The prices under which a division's price is its `cost`: seconds as they are, links as they take."""
     links = problem.links
-    return np.array([*[1.0] * problem.tiers, *(k.up for k in links), *(k.down for k in links), *(k.fixed for k in links)])
+    return np.array(
+        [*[1.0] * problem.tiers, *(k.up for k in links), *(k.down for k in links), *(k.fixed for k in links)]
+    )
 
 
 def amounts(problem: Problem, labels: Sequence[int]) -> Row:
@@ -63,7 +66,9 @@ class Network:
         # A node pays one of its tiers in any case; what they have in common is no choice, only flow to push.
         compute = costs[: k * n].reshape(k, n)
         compute -= compute.min(axis=0)
-        sides = flow.source_side(arcs.vertices, arcs.tails, arcs.heads, self._units(costs, bound), arcs.source, arcs.sink)
+        sides = flow.source_side(
+            arcs.vertices, arcs.tails, arcs.heads, self._units(costs, bound), arcs.source, arcs.sink
+        )
         return tuple(int(t) for t in sides[: n * (k - 1)].reshape(n, k - 1).sum(axis=1))
 
     def learn(self, labels: Labels) -> Row:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from isthmus.planner.division import Labels, cost, tally
 from isthmus.planner.network import Network, prices
-from isthmus.planner.problem import Labels, Problem, cost, tally
+from isthmus.planner.problem import Problem
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,12 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from isthmus.errors import ProblemMalformed
+from isthmus.planner.division import Labels
 from isthmus.planner.network import Network, Row, prices
-from isthmus.planner.problem import Labels, Problem
+from isthmus.planner.problem import Problem
 from isthmus.planner.search import Assignment, assignment
+
+_DIGITS = 15
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ def sweep(problem: Problem, boundary: int = 0, down: float = 1.0) -> list[Piece]
     p pieces take at most 2p + 1 cuts. A division that is never the fastest, though no other is better both in time and
     bytes, is not on the envelope. Where two cost the same over a whole stretch, the one with fewer bytes is listed.
 
-    Units: lines and breakpoints are exact fractions of the given numbers; each cut is exact to 1e-14 of its cost.
+    Units: lines are compared as exact fractions, their seconds rounded to 1e-15 of the slowest piece's.
 
     Raises:
         ProblemMalformed: no such boundary, or `down` is negative or unbounded.
@@ -61,13 +64,15 @@ def sweep(problem: Problem, boundary: int = 0, down: float = 1.0) -> list[Piece]
     network = Network(problem)
     fixed = prices(with_speed(problem, boundary, 0.0, down))
     moving = prices(with_speed(problem, boundary, 1.0, down)) - fixed
+    ends = [network.cheapest(row) for row in (fixed, moving)]
+    slowest = max(float(network.learn(labels) @ fixed) for labels in ends)
+    digits = _DIGITS - math.ceil(math.log10(slowest)) if slowest > 0 else _DIGITS
 
-    def line(row: Row) -> _Line:
-        labels = network.cheapest(row)
+    def line(labels: Labels) -> _Line:
         found = network.learn(labels)
-        return _Line(labels, _dot(found, fixed), _dot(found, moving))
+        return _Line(labels, _dot(found, fixed, digits), _dot(found, moving))
 
-    first, last = line(fixed), line(moving)
+    first, last = map(line, ends)
     chain, waiting = [first], [last]
     while waiting:
         left, right = chain[-1], waiting[-1]
@@ -78,7 +83,7 @@ def sweep(problem: Problem, boundary: int = 0, down: float = 1.0) -> list[Piece]
             waiting.pop()
             continue
         meet = (right.base - left.base) / (left.slope - right.slope)
-        below = line(fixed + float(meet) * moving) if meet > 0 else left
+        below = line(network.cheapest(fixed + float(meet) * moving)) if meet > 0 else left
         lower = below(meet) < min(left(meet), right(meet))
         if lower and right.slope <= below.slope <= left.slope:
             waiting.append(below)
@@ -94,9 +99,11 @@ def with_speed(problem: Problem, boundary: int, seconds_per_byte: float, down: f
     return replace(problem, links=tuple(links))
 
 
-def _dot(amounts: Row, row: Row) -> Fraction:
+def _dot(amounts: Row, row: Row, digits: int | None = None) -> Fraction:
     pairs = zip(amounts.tolist(), row.tolist(), strict=True)
-    return sum((Fraction(a) * Fraction(p) for a, p in pairs if a and p), Fraction(0))
+    exact = sum((Fraction(a) * Fraction(p) for a, p in pairs if a and p), Fraction(0))
+    # Sums of decimals differ in their last bits where they should tie, and would leave pieces of no width.
+    return exact if digits is None else round(exact, digits)
 
 
 def _pieces(chain: Sequence[_Line]) -> list[Piece]:

@@ -12,26 +12,27 @@ divisions that minimum cuts find, and `bound` says how much better any division 
 
 from __future__ import annotations
 
-import math
-from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
+from isthmus.planner.division import Labels, cost, lowest, tally
 from isthmus.planner.network import Network, Row, amounts, prices
-from isthmus.planner.problem import Labels, Problem, cost, lowest, tally
+from isthmus.planner.prefix import best_prefix
+from isthmus.planner.problem import Problem
 
-Floats = npt.NDArray[np.float64]
-_STEP = 4.0
+_STEP = 1.0
+_ORDERS = 4
+# Minimum cuts count in whole units, so a bound from one may be too high by far less than this share.
+_EXACT = 1 - 1e-9
 
 
 @dataclass(frozen=True)
 class Pipeline:
     """A division as a pipeline: seconds of its slowest stage, of one request alone, and of each stage.
 
-    No allowed division has a slowest stage below `bound`; where `bound` is `slowest`, this one is optimal.
+    No allowed division has a slowest stage below `bound`; where `bound` equals `slowest`, this one is optimal.
     """
 
     labels: Labels
@@ -56,28 +57,74 @@ def stages(problem: Problem, labels: Labels) -> tuple[float, ...]:
 def pipeline(problem: Problem, rounds: int = 20) -> Pipeline:
     """The division found with the fastest slowest stage; of equal ones, that with the fewest seconds for one request.
 
-    `rounds` minimum cuts raise the bound and look for divisions that are no prefix. A cut under stage weights that sum
-    to 1 costs no more than any division's slowest stage, so each of them bounds all; weights shift to the stages that
-    were slow.
+    `rounds` minimum cuts raise the bound and look for divisions that are no prefix. Under weights of the stages that
+    sum to 1, the cheapest division weighs no more than any division's slowest stage, so each cut bounds them all; then
+    weight moves to the stages that were slow. The best divisions found this way give other orders of the nodes, whose
+    prefixes are searched as well.
 
     Raises:
         Infeasible: no division is allowed.
     """
     network = Network(problem)
-    found = {lowest(problem), *best_prefixes(problem)}
+    found = {lowest(problem)}
+    if (prefix := best_prefix(problem)) is not None:
+        found.add(prefix)
     times = prices(problem)[: -len(problem.links)]
-    weights, bound, scale = np.full(len(times), 1 / len(times)), 0.0, 0.0
+    weights = np.full(len(times), 1 / len(times))
+    bound = _largest_node(problem)
     for _ in range(rounds):
         row: Row = np.concatenate([times * weights, np.zeros(len(problem.links))])
         labels = network.cheapest(row)
-        occupied = amounts(problem, labels)[: len(times)] * times
-        bound = max(bound, float(occupied @ weights))
         found.add(labels)
-        scale = max(scale, float(occupied.max()))
-        if scale == 0:
+        occupied = amounts(problem, labels)[: len(times)] * times
+        bound = max(bound, float(occupied @ weights) * _EXACT)
+        if not occupied.any():
             break
-        weights = weights * np.exp(_STEP * occupied / scale)
+        weights *= np.exp(_STEP * occupied / occupied.max())
         weights /= weights.sum()
-    ranked = sorted((max(stages(problem, x)), cost(problem, x), x) for x in found)
-    slowest, seconds, labels = ranked[0]
-    return Pipeline(labels, slowest, seconds, stages(problem, labels), min(bound, slowest))
+    for labels in sorted(found, key=lambda labels: _rank(problem, labels))[:_ORDERS]:
+        found.update(_prefix_along(problem, labels))
+    best = min(found, key=lambda labels: _rank(problem, labels))
+    slowest = max(stages(problem, best))
+    bound = slowest if _is_chain(problem) else min(bound, slowest)
+    return Pipeline(best, slowest, cost(problem, best), stages(problem, best), bound)
+
+
+def _rank(problem: Problem, labels: Labels) -> tuple[float, float, Labels]:
+    return max(stages(problem, labels)), cost(problem, labels), labels
+
+
+def _prefix_along(problem: Problem, labels: Labels) -> Iterator[Labels]:
+    """The best prefix of the order that has the tiers of `labels` one after the other; `labels` is one of those."""
+    order = sorted(range(problem.nodes), key=lambda v: (labels[v], v))
+    place = {v: i for i, v in enumerate(order)}
+    tensors = (
+        replace(
+            t,
+            producer=None if t.producer is None else place[t.producer],
+            consumers=tuple(place[v] for v in t.consumers),
+        )
+        for t in problem.tensors
+    )
+    found = best_prefix(
+        replace(
+            problem,
+            seconds=tuple(tuple(row[v] for v in order) for row in problem.seconds),
+            tensors=tuple(tensors),
+            pins={place[v]: pin for v, pin in problem.pins.items()},
+            names=(),
+        )
+    )
+    if found is not None:
+        yield tuple(found[place[v]] for v in range(problem.nodes))
+
+
+def _largest_node(problem: Problem) -> float:
+    """Some tier takes the node that is slow wherever it runs."""
+    return float(np.where(np.array(problem.allowed), np.array(problem.seconds), np.inf).min(axis=0).max())
+
+
+def _is_chain(problem: Problem) -> bool:
+    """Whether every node reads the one before it, so that every allowed division is a prefix."""
+    joined = {(t.producer, v) for t in problem.tensors for v in t.consumers}
+    return all((v, v + 1) in joined for v in range(problem.nodes - 1))

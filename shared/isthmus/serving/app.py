@@ -143,8 +143,11 @@ class FunctionApp:
             response.headers["Server-Timing"] = timings.header()
             response.headers["X-Call-Id"] = context.call_id
             response.headers["traceparent"] = context.traceparent
-            if self.log.isEnabledFor(logging.INFO):
-                self.log.info(
+            # The watchdog writes a line for every request already.
+            level = logging.DEBUG if response.status_code < 400 else logging.INFO
+            if self.log.isEnabledFor(level):
+                self.log.log(
+                    level,
                     "request",
                     extra={
                         "facts": {

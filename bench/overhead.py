@@ -1,0 +1,156 @@
+"""What cutting costs where nothing is won by it: three functions on one machine beside the uncut model in a process."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from functions import lay_out
+from measure import Samples, interleave
+from model import MODEL, REGISTRY, import_model, inputs, photos, resolved, whole
+from report import STATE, Report, arguments, at_most
+from timing import medians, note
+
+from isthmus.client import Array, Client
+from isthmus.errors import IsthmusError
+
+TOLERANCE = 1e-5
+"""An answer is wrong if a logit differs by more from the uncut model's, relative to the largest logit."""
+
+SHARE, LEAST_MS = 0.10, 4.0
+REQUESTS, AT_ONCE = 200, 16
+DIFFERENT = 25
+
+
+@dataclass(frozen=True)
+class Load:
+    """What came of many requests at once. Units: seconds."""
+
+    seconds: float
+    times: Samples
+    lost: int
+    wrong: int
+    difference: float
+
+
+def main() -> None:
+    report = arguments("overhead", __doc__, ["flask", "numpy", "onnxruntime", "urllib3", "waitress"])
+    report.say(f"importing {MODEL} if it is not there")
+    import_model()
+    uncut, photo = whole(), photos()[0]
+    chosen = inputs(DIFFERENT)
+    logits = uncut.model.bundle.outputs[0].name
+    expected = [uncut.run({name: array}).outputs[logits] for name, array in chosen]
+    name, array = chosen[0]
+    report.say("starting the functions")
+    with three_functions() as router:
+        report.say("asking both by turns")
+        stages: dict[str, list[float]] = {}
+
+        def tensor() -> None:
+            note(stages, router.infer({name: array}, model=MODEL).server_timing)
+
+        times = interleave(
+            {
+                "tensor uncut": lambda: uncut.run({name: array}),
+                "tensor cut": tensor,
+                "photo uncut": lambda: uncut.photo(photo, None, 60.0),
+                "photo cut": lambda: router.photo(photo, model=MODEL),
+            },
+            turns=8 if report.quick else 40,
+            block=5,
+            warm=2,
+        )
+        add_times(report, times)
+        report.add("where the router says the time of a tensor goes, medians in ms", [medians(stages)])
+        report.say(f"{REQUESTS} requests, {AT_ONCE} at once")
+        load = under_load(router, chosen, expected)
+    report.add(
+        f"{REQUESTS} requests, {AT_ONCE} at once",
+        [
+            {
+                "lost": load.lost,
+                "wrong": load.wrong,
+                "largest_difference": f"{load.difference:.1e}",
+                "answers_a_second": REQUESTS / load.seconds,
+                "uncut_one_at_a_time_a_second": 1 / times["tensor uncut"].p50,
+                "p50_ms": load.times.p50 * 1e3,
+                "p95_ms": load.times.p95 * 1e3,
+            }
+        ],
+    )
+    report.goals += [at_most("lost under load", load.lost, 0), at_most("wrong under load", load.wrong, 0)]
+    report.emit()
+
+
+def add_times(report: Report, times: dict[str, Samples]) -> None:
+    """A row and a goal for each kind of request."""
+    rows = []
+    bundle = resolved().bundle
+    across = sum(bundle.cuts[name].bytes for name in bundle.default_cuts)
+    for kind in ("tensor", "photo"):
+        cut, uncut = times[f"{kind} cut"], times[f"{kind} uncut"]
+        more = (cut.p50 - uncut.p50) * 1e3
+        rows.append(
+            {
+                "request": kind,
+                "uncut_p50_ms": uncut.p50 * 1e3,
+                "cut_p50_ms": cut.p50 * 1e3,
+                "more_ms": more,
+                "cut_over_uncut": cut.over(uncut),
+                "uncut_p95_ms": uncut.p95 * 1e3,
+                "cut_p95_ms": cut.p95 * 1e3,
+                "bytes_across": across,
+            }
+        )
+        limit = max(LEAST_MS, SHARE * uncut.p50 * 1e3)
+        report.goals.append(at_most(f"{kind}: time added by the cut, functions and hops", more, limit, "ms"))
+    report.add("an answer of the cut model and of the uncut, one thread each", rows)
+
+
+@contextlib.contextmanager
+def three_functions() -> Iterator[Client]:
+    """Router, edge-head and cloud-tail, one thread each, the router's hops straight to the two."""
+    laid = lay_out("router", "edge-head", "cloud-tail", registry=REGISTRY, model=MODEL)
+    shared = {"cache_dir": str(STATE / "overhead-cache"), "threads": "1"}
+    with contextlib.ExitStack() as stack:
+        head, tail = (stack.enter_context(laid[name].start(**shared)) for name in ("edge-head", "cloud-tail"))
+        router = stack.enter_context(laid["router"].start(**shared, hops=f"{head.url},{tail.url}"))
+        for process in (head, tail, router):
+            process.wait_ready()
+        yield Client(router.url)
+
+
+def under_load(router: Client, chosen: list[tuple[str, Array]], expected: list[Array]) -> Load:
+    """Send REQUESTS, AT_ONCE at a time, and hold each answer against the uncut model's."""
+
+    def ask(i: int) -> tuple[float, float | None]:
+        name, array = chosen[i % len(chosen)]
+        began = time.perf_counter()
+        try:
+            found = next(iter(router.infer({name: array}, model=MODEL).outputs.values()))
+        except IsthmusError:
+            return time.perf_counter() - began, None
+        wanted = expected[i % len(chosen)]
+        return time.perf_counter() - began, float(np.abs(found - wanted).max() / np.abs(wanted).max())
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        began = time.perf_counter()
+        answers = list(pool.map(ask, range(REQUESTS)))
+        seconds = time.perf_counter() - began
+    differences = [difference for _, difference in answers if difference is not None]
+    return Load(
+        seconds,
+        Samples([taken for taken, _ in answers]),
+        lost=REQUESTS - len(differences),
+        wrong=sum(difference > TOLERANCE for difference in differences),
+        difference=max(differences, default=float("nan")),
+    )
+
+
+if __name__ == "__main__":
+    main()

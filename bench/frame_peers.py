@@ -1,4 +1,4 @@
-"""Encode and decode the same tensors by isthmus.frame and by other means; prints one JSON list of rows.
+"""Encode and decode the same tensors by isthmus.frame and by other means; prints one JSON document.
 
 Run by bench/frame.py, in the environment of requirements-frame.txt.
 """
@@ -154,6 +154,15 @@ def rows_for(size: int, count: int, turns: int) -> list[dict[str, Any]]:
     ]
 
 
+def decode_growth(turns: int) -> float:
+    """How much longer isthmus.frame takes to decode one tensor of the largest size than one of the smallest."""
+    frames = {
+        str(size): _isthmus_encode({"tensor": np.zeros(size // 4, np.float32)}) for size in (min(SIZES), max(SIZES))
+    }
+    times = interleave({size: partial(_isthmus_decode, data) for size, data in frames.items()}, turns=turns, batch=True)
+    return times[str(max(SIZES))].over(times[str(min(SIZES))])
+
+
 def _shares(tensors: Tensors, data: Any) -> bool:
     whole = np.frombuffer(data, np.uint8)
     return all(np.shares_memory(array, whole) for array in tensors.values())
@@ -161,4 +170,5 @@ def _shares(tensors: Tensors, data: Any) -> bool:
 
 if __name__ == "__main__":
     turns = int(sys.argv[1])
-    json.dump([row for count in COUNTS for size in SIZES for row in rows_for(size, count, turns)], sys.stdout)
+    rows = [row for count in COUNTS for size in SIZES for row in rows_for(size, count, turns)]
+    json.dump({"rows": rows, "decode_growth": decode_growth(4 * turns)}, sys.stdout)

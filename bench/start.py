@@ -82,7 +82,10 @@ def ask(process: Process, body: bytes) -> None:
     Raises:
         RuntimeError: the answer is none.
     """
-    reply = urllib3.request("POST", process.url, body=body, headers={"Content-Type": CONTENT_TYPE}, timeout=30.0)
+    # A pool of its own: the port may be one that an earlier process had, and its connections are dead.
+    reply = urllib3.PoolManager().request(
+        "POST", process.url, body=body, headers={"Content-Type": CONTENT_TYPE}, timeout=30.0
+    )
     if reply.status != 200:
         raise RuntimeError(f"edge-head answered {reply.status}: {reply.data[:300]!r}")
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from isthmus.cli import app
 
-COMMANDS = ["import", "cuts", "cut", "models", "infer", "up", "package", "demo", "doctor"]
+COMMANDS = ["import", "cuts", "cut", "models", "infer", "up", "package", "demo", "doctor", "link"]
 
 
 def isthmus(*arguments: object) -> Result:

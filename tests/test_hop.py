@@ -15,7 +15,6 @@ from flask import Flask, Response, request
 from werkzeug.serving import make_server
 
 from isthmus import frame as frames
-from isthmus.connections import open_pool
 from isthmus.context import Context, Deadline, parse_duration
 from isthmus.errors import (
     HopBusy,
@@ -81,13 +80,19 @@ def context(seconds: float = 5.0) -> Context:
 
 
 @pytest.fixture
-def hop_to() -> Iterator[Callable[[str], HttpHop]]:
-    pool = open_pool(1.0)
-    yield lambda url: HttpHop(url, pool, attempts=3, max_reply_bytes=2**20)
-    pool.clear()
+def hop_to() -> Iterator[Callable[..., HttpHop]]:
+    made: list[HttpHop] = []
+
+    def to(url: str, attempts: int = 3, connect_timeout_s: float = 1.0) -> HttpHop:
+        made.append(HttpHop(url, attempts=attempts, connect_timeout_s=connect_timeout_s, max_reply_bytes=2**20))
+        return made[-1]
+
+    yield to
+    for hop in made:
+        hop.close()
 
 
-def test_a_frame_goes_there_and_back_with_the_requests_identity(hop_to: Callable[[str], HttpHop]) -> None:
+def test_a_frame_goes_there_and_back_with_the_requests_identity(hop_to: Callable[..., HttpHop]) -> None:
     with server([ECHO]) as (url, seen):
         reply = hop_to(url).call(FRAME, context())
     assert reply.frame.tensors["x"].tolist() == [0, 1, 2, 3]
@@ -129,7 +134,7 @@ TABLE: list[tuple[Answer, type[Exception], int]] = [
 
 @pytest.mark.parametrize(("answer", "error", "tries"), TABLE, ids=lambda v: str(v)[:40])
 def test_each_answer_is_read_as_the_docs_say(
-    hop_to: Callable[[str], HttpHop], answer: Answer, error: type[HopError], tries: int
+    hop_to: Callable[..., HttpHop], answer: Answer, error: type[HopError], tries: int
 ) -> None:
     with server([answer]) as (url, seen), pytest.raises(error) as e:
         hop_to(url).call(FRAME, context())
@@ -137,20 +142,20 @@ def test_each_answer_is_read_as_the_docs_say(
     assert e.value.facts["hop"] == url
 
 
-def test_a_hop_that_comes_back_is_reached_by_a_later_try(hop_to: Callable[[str], HttpHop]) -> None:
+def test_a_hop_that_comes_back_is_reached_by_a_later_try(hop_to: Callable[..., HttpHop]) -> None:
     with server([(503, PROXY, b"No endpoints"), (500, WATCHDOG, b""), ECHO]) as (url, seen):
         assert hop_to(url).call(FRAME, context()).frame.segment == "..1"
     assert len(seen) == 3
 
 
-def test_retry_after_is_honoured(hop_to: Callable[[str], HttpHop]) -> None:
+def test_retry_after_is_honoured(hop_to: Callable[..., HttpHop]) -> None:
     with server([(503, {"Retry-After": "1"}, doc("NotReady")), ECHO]) as (url, _):
         start = time.monotonic()
         hop_to(url).call(FRAME, context())
     assert time.monotonic() - start >= 1.0
 
 
-def test_nothing_listening_is_unavailable_and_names_the_hop(hop_to: Callable[[str], HttpHop]) -> None:
+def test_nothing_listening_is_unavailable_and_names_the_hop(hop_to: Callable[..., HttpHop]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as s:
         url = f"http://127.0.0.1:{s.getsockname()[1]}/"
     with pytest.raises(HopUnavailable) as e:
@@ -159,7 +164,7 @@ def test_nothing_listening_is_unavailable_and_names_the_hop(hop_to: Callable[[st
     assert "refused" in e.value.message
 
 
-def test_a_broken_connection_is_unavailable(hop_to: Callable[[str], HttpHop]) -> None:
+def test_a_broken_connection_is_unavailable(hop_to: Callable[..., HttpHop]) -> None:
     def cut_off(c: socket.socket) -> None:
         c.recv(65536)
         c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nhalf")
@@ -186,7 +191,7 @@ def dripping(c: socket.socket) -> None:
 
 @pytest.mark.parametrize("behave", [silent, dripping])
 def test_no_answer_outlasts_the_deadline(
-    hop_to: Callable[[str], HttpHop], behave: Callable[[socket.socket], None]
+    hop_to: Callable[..., HttpHop], behave: Callable[[socket.socket], None]
 ) -> None:
     with raw_server(behave) as url:
         start = time.monotonic()
@@ -203,7 +208,7 @@ def stalled(c: socket.socket) -> None:
     time.sleep(1.5)
 
 
-def test_a_stall_in_the_middle_of_an_answer_does_not_begin_the_wait_anew(hop_to: Callable[[str], HttpHop]) -> None:
+def test_a_stall_in_the_middle_of_an_answer_does_not_begin_the_wait_anew(hop_to: Callable[..., HttpHop]) -> None:
     with raw_server(stalled) as url:
         start = time.monotonic()
         with pytest.raises(HopTimeout):
@@ -214,7 +219,7 @@ def test_a_stall_in_the_middle_of_an_answer_does_not_begin_the_wait_anew(hop_to:
 LARGE = Frame({"x": np.zeros(2**22, "float32")}, "sha256:" + "0" * 64, "..1", "r1")
 
 
-def test_a_frame_may_take_longer_to_send_than_a_connection_to_make() -> None:
+def test_a_frame_may_take_longer_to_send_than_a_connection_to_make(hop_to: Callable[..., HttpHop]) -> None:
     def sip(c: socket.socket) -> None:
         length, received = len(frames.encode(LARGE)), 0
         while received < length:
@@ -222,13 +227,11 @@ def test_a_frame_may_take_longer_to_send_than_a_connection_to_make() -> None:
             time.sleep(0.02)
         c.sendall(b"HTTP/1.1 404 Gone\r\nContent-Length: 0\r\n\r\n")
 
-    hop_pool = open_pool(0.05)
     with raw_server(sip) as url, pytest.raises(HopRejected):
-        HttpHop(url, hop_pool, attempts=1, max_reply_bytes=2**20).call(LARGE, context())
-    hop_pool.clear()
+        hop_to(url, attempts=1, connect_timeout_s=0.05).call(LARGE, context())
 
 
-def test_a_frame_that_nobody_takes_is_given_up_at_the_deadline(hop_to: Callable[[str], HttpHop]) -> None:
+def test_a_frame_that_nobody_takes_is_given_up_at_the_deadline(hop_to: Callable[..., HttpHop]) -> None:
     with raw_server(lambda c: time.sleep(1.5)) as url:
         start = time.monotonic()
         with pytest.raises(HopTimeout):
@@ -236,45 +239,61 @@ def test_a_frame_that_nobody_takes_is_given_up_at_the_deadline(hop_to: Callable[
         assert time.monotonic() - start < 0.8
 
 
-def test_no_pause_outlasts_the_deadline() -> None:
-    pool = open_pool(1.0)
+def test_no_pause_outlasts_the_deadline(hop_to: Callable[..., HttpHop]) -> None:
     with server([(503, PROXY, b"")]) as (url, seen):
         start = time.monotonic()
         with pytest.raises(HopUnavailable):
-            HttpHop(url, pool, attempts=50, max_reply_bytes=2**20).call(FRAME, context(0.5))
+            hop_to(url, attempts=50).call(FRAME, context(0.5))
         assert time.monotonic() - start < 0.5
     assert 2 <= len(seen) <= 5
-    pool.clear()
 
 
-def test_a_retry_after_of_nothing_is_tried_again(hop_to: Callable[[str], HttpHop]) -> None:
+def test_a_retry_after_of_nothing_is_tried_again(hop_to: Callable[..., HttpHop]) -> None:
     with server([(503, {"Retry-After": "0"}, b""), ECHO]) as (url, _):
         assert hop_to(url).call(FRAME, context()).frame.segment == "..1"
 
 
-def test_a_connection_that_is_not_made_in_time_is_unavailable() -> None:
-    pool = open_pool(0.1)
+def test_a_connection_that_is_not_made_in_time_is_unavailable(hop_to: Callable[..., HttpHop]) -> None:
     with socket.socket() as full:
         full.bind(("127.0.0.1", 0))
         full.listen(0)
-        hop = HttpHop(f"http://127.0.0.1:{full.getsockname()[1]}/", pool, attempts=1, max_reply_bytes=2**20)
+        hop = hop_to(f"http://127.0.0.1:{full.getsockname()[1]}/", attempts=1, connect_timeout_s=0.1)
         # One waits in the backlog; the kernel drops the next one's SYN.
         with socket.create_connection(full.getsockname()):
             start = time.monotonic()
             with pytest.raises(HopUnavailable):
                 hop.call(FRAME, context(5))
             assert time.monotonic() - start < 1
-    pool.clear()
 
 
-def test_the_error_of_a_hop_is_read_no_further_than_its_bound(hop_to: Callable[[str], HttpHop]) -> None:
+def test_a_connection_is_kept_and_replaced_once_the_other_end_has_closed_it(hop_to: Callable[..., HttpHop]) -> None:
+    body = frames.encode(FRAME)
+    connections = []
+
+    def answer_twice(c: socket.socket) -> None:
+        connections.append(c)
+        for _ in range(2):
+            received = b""
+            while not received.endswith(body):
+                received += c.recv(2**16)
+            c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+
+    with raw_server(answer_twice) as url:
+        hop = hop_to(url, attempts=1)
+        for _ in range(6):
+            assert hop.call(FRAME, context()).frame.segment == "..1"
+            time.sleep(0.02)
+    assert len(connections) == 3
+
+
+def test_the_error_of_a_hop_is_read_no_further_than_its_bound(hop_to: Callable[..., HttpHop]) -> None:
     with server([(400, {}, doc("X", padding="x" * 2**20))]) as (url, _), pytest.raises(HopRejected) as e:
         hop_to(url).call(FRAME, context())
     assert e.value.facts["error"] == {}
     assert len(e.value.message) < 1500
 
 
-def test_a_deadline_that_has_passed_calls_nobody(hop_to: Callable[[str], HttpHop]) -> None:
+def test_a_deadline_that_has_passed_calls_nobody(hop_to: Callable[..., HttpHop]) -> None:
     with server([ECHO]) as (url, seen), pytest.raises(HopTimeout):
         hop_to(url).call(FRAME, context(0))
     assert not seen

@@ -11,14 +11,13 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
 
 import stamina
-import urllib3
-from urllib3.exceptions import HTTPError, NewConnectionError, ReadTimeoutError, TimeoutError
 
 from isthmus import frame as frames
-from isthmus.connections import open_pool
+from isthmus.connections import Answer, AnswerTooLong, Connections, Unreachable
 from isthmus.context import Context
 from isthmus.errors import HopBusy, HopRejected, HopTimeout, HopUnavailable, IsthmusError, ShapeMismatch
 from isthmus.frame import Frame
@@ -26,7 +25,6 @@ from isthmus.frame import Frame
 if TYPE_CHECKING:  # a router whose hops are all remote never loads onnxruntime
     from isthmus.runners.store import SegmentStore
 
-_CHUNK = 2**20
 MAX_ERROR_BYTES = 2**16
 """What is read of an answer other than 200; a hop's own errors are far shorter."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
@@ -84,11 +82,9 @@ class LocalHop:
 class HttpHop:
     """A segment behind a URL: an OpenFaaS function, through a gateway or directly."""
 
-    def __init__(self, url: str, pool: urllib3.PoolManager, *, attempts: int, max_reply_bytes: int) -> None:
+    def __init__(self, url: str, *, attempts: int, connect_timeout_s: float, max_reply_bytes: int) -> None:
         self.name = url
-        # Asked once: a pool manager reads the URL anew for every request, which costs as much as a small frame.
-        self._connections = pool.connection_from_url(url)
-        self._target = urllib3.util.parse_url(url).request_uri
+        self._connections = Connections(url, connect_timeout_s=connect_timeout_s)
         self._attempts = max(1, attempts)
         self._max_reply_bytes = max_reply_bytes
 
@@ -103,77 +99,49 @@ class HttpHop:
                 return self._once(body, context)
         raise AssertionError("unreachable: the last attempt raises")
 
+    def close(self) -> None:
+        """Close the connections that wait for the next call."""
+        self._connections.close()
+
     def _once(self, body: bytes, context: Context) -> Reply:
-        left = context.deadline.remaining()
-        if left <= 0:
+        if context.deadline.remaining() <= 0:
             raise HopTimeout(f"the deadline passed before {self.name} could be called", hop=self.name)
         try:
-            response = self._connections.urlopen(
-                "POST",
-                self._target,
-                body=body,
-                headers={"Content-Type": frames.CONTENT_TYPE, **context.to_headers()},
-                timeout=urllib3.Timeout(total=left),
-                retries=False,
-                redirect=False,
-                preload_content=False,
+            answer = self._connections.post(
+                body,
+                {"Content-Type": frames.CONTENT_TYPE, **context.to_headers()},
+                context.deadline,
+                most=self._max_reply_bytes,
+                most_of_an_error=MAX_ERROR_BYTES,
             )
-            try:
-                data = b"".join(self._read(response, context))
-            finally:
-                response.release_conn()
-        except ReadTimeoutError as e:
+        except Unreachable as e:
+            raise HopUnavailable(f"{self.name} cannot be reached: {e}", hop=self.name) from e
+        except AnswerTooLong as e:
+            raise HopRejected(
+                f"{self.name} answered with more than {self._max_reply_bytes} bytes", hop=self.name, status=200
+            ) from e
+        except TimeoutError as e:
             raise HopTimeout(f"{self.name} did not answer within the deadline", hop=self.name) from e
-        except (NewConnectionError, TimeoutError) as e:
-            raise HopUnavailable(f"{self.name} cannot be reached: {_reason(e)}", hop=self.name) from e
-        except HTTPError as e:
-            if context.deadline.remaining() <= 0:
-                raise HopTimeout(f"{self.name} had not taken the frame at the deadline", hop=self.name) from e
-            raise HopUnavailable(f"{self.name} broke off: {_reason(e)}", hop=self.name) from e
-        if response.status != 200:
-            self._refuse(response, data)
-        run = _RUN_MS.search(response.headers.get("Server-Timing", ""))
+        except (HTTPException, OSError) as e:
+            raise HopUnavailable(f"{self.name} broke off: {e or type(e).__name__}", hop=self.name) from e
+        if answer.status != 200:
+            self._refuse(answer)
+        run = _RUN_MS.search(answer.headers.get("Server-Timing", ""))
         try:
-            reply = frames.decode(data, max_bytes=self._max_reply_bytes)
+            reply = frames.decode(answer.body, max_bytes=self._max_reply_bytes)
         except IsthmusError as e:
             raise HopRejected(
                 f"{self.name} answered with something that is no frame: {e}", hop=self.name, status=200
             ) from e
-        return Reply(reply, float(run[1]) / 1000 if run else 0.0, len(body), len(data))
+        return Reply(reply, float(run[1]) / 1000 if run else 0.0, len(body), len(answer.body))
 
-    def _read(self, response: urllib3.BaseHTTPResponse, context: Context) -> Iterator[bytes]:
-        """The body in pieces, so that neither a long nor a dripping answer outlasts its bound."""
-        size = 0
-        limit = self._max_reply_bytes if response.status == 200 else MAX_ERROR_BYTES
-        while True:
-            # Each read may wait for what is left now, not for what was left when the request began.
-            if (sock := getattr(response.connection, "sock", None)) is not None:
-                sock.settimeout(max(0.001, context.deadline.remaining()))
-            if not (chunk := response.read1(_CHUNK)):
-                return
-            size += len(chunk)
-            if size > limit and response.status != 200:
-                response.close()
-                return
-            if size > limit:
-                response.close()
-                raise HopRejected(
-                    f"{self.name} answered with more than {limit} bytes",
-                    hop=self.name,
-                    status=response.status,
-                )
-            if context.deadline.remaining() <= 0:
-                response.close()
-                raise HopTimeout(f"{self.name} had not finished its answer at the deadline", hop=self.name)
-            yield chunk
-
-    def _refuse(self, response: urllib3.BaseHTTPResponse, data: bytes) -> NoReturn:
+    def _refuse(self, answer: Answer) -> NoReturn:
         """Raise what a status other than 200 means. Source: docs/hops.md, from OpenFaaS's sources."""
-        status, internal = response.status, response.headers.get("X-OpenFaaS-Internal", "")
-        error = _error_document(data)
-        said = str(error.get("error") or data[:200].decode("utf-8", "replace")).strip()[:1000] or "no body"
+        status, internal = answer.status, answer.headers.get("X-OpenFaaS-Internal", "")
+        error = _error_document(answer.body)
+        said = str(error.get("error") or answer.body[:200].decode("utf-8", "replace")).strip()[:1000] or "no body"
         facts: dict[str, Any] = {"hop": self.name, "status": status, "error": error}
-        after = _seconds(response.headers.get("Retry-After", ""))
+        after = _seconds(answer.headers.get("Retry-After", ""))
         message = f"{self.name} answered {status}: {said}"
         if status == 429:
             raise HopBusy(message, retry_after_s=after, **facts)
@@ -196,17 +164,15 @@ def hops_to(
     connect_timeout_s: float,
     max_reply_bytes: int,
 ) -> tuple[Hop, ...]:
-    """A hop for each of the setting's entries: `local`, which needs a store, or a URL.
-
-    All URLs share one pool of kept-alive connections.
-    """
-    pool = open_pool(connect_timeout_s)
+    """A hop for each of the setting's entries: `local`, which needs a store, or a URL."""
     made: list[Hop] = []
     for url in urls:
         if url == "local" and store is not None:
             made.append(LocalHop(store))
         else:
-            made.append(HttpHop(url, pool, attempts=attempts, max_reply_bytes=max_reply_bytes))
+            made.append(
+                HttpHop(url, attempts=attempts, connect_timeout_s=connect_timeout_s, max_reply_bytes=max_reply_bytes)
+            )
     return tuple(made)
 
 
@@ -237,8 +203,3 @@ def _error_document(data: bytes) -> dict[str, Any]:
 
 def _seconds(text: str) -> float | None:
     return float(text) if text.isdigit() and len(text) < 6 else None
-
-
-def _reason(error: Exception) -> str:
-    """urllib3's messages hold the pool's address and object ids; the last part is the cause."""
-    return str(error).rpartition(": ")[2] or type(error).__name__

@@ -7,7 +7,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -61,8 +62,7 @@ def link(
         )
         steps = _script(script) if script else ()
         every_s = _read(parse_duration, "--every", every)
-        leave = _on_signals()
-        with Link(to, shape, port=port, script=steps) as running:
+        with Link(to, shape, port=port, script=steps) as running, _until_signal() as leave:
             say = _Lines() if as_json else _Text()
             say.begins(running, to)
             _watch(running, steps, max(every_s, _TICK_S), leave, say)
@@ -144,8 +144,13 @@ def _read(parse: Callable[[str], float], option: str, text: str) -> float:
         raise LocalError(f"{option}: {e}", option=option) from e
 
 
-def _on_signals() -> threading.Event:
+@contextmanager
+def _until_signal() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set for as long as the block lasts."""
     leave = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: leave.set())
-    return leave
+    before = {n: signal.signal(n, lambda *_: leave.set()) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield leave
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -132,12 +132,10 @@ class FunctionApp:
         timings: Timings = g.timings
         took = time.perf_counter() - timings.began
         endpoint = request.endpoint or "none"
-        self.metrics.requests.labels(endpoint, response.status_code).inc()
-        self.metrics.request_seconds.labels(endpoint).observe(took)
         size = response.content_length or 0
-        self.metrics.sent.inc(size)
+        self.metrics.answered(endpoint, response.status_code, took, size)
         for name, seconds, _ in timings.stages:
-            self.metrics.stage_seconds.labels(name).observe(seconds)
+            self.metrics.stage(name).observe(seconds)
         context: Context | None = g.get("context")
         if context is not None:
             response.headers["Server-Timing"] = timings.header()

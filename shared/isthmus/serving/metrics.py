@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -33,6 +34,11 @@ class Metrics:
             buckets=_SECONDS,
             registry=r,
         )
+        # Looking a label up costs more than counting; endpoints, codes and stages are few.
+        self._answers = lru_cache(256)(
+            lambda endpoint, code: (self.requests.labels(endpoint, code), self.request_seconds.labels(endpoint))
+        )
+        self.stage = lru_cache(256)(lambda stage: self.stage_seconds.labels(stage))
         self.in_flight = Gauge("isthmus_requests_in_flight", "Requests being worked on.", registry=r)
         self.received = Counter("isthmus_received_bytes", "Bytes of request bodies.", registry=r)
         self.sent = Counter("isthmus_sent_bytes", "Bytes of response bodies.", registry=r)
@@ -43,6 +49,13 @@ class Metrics:
         self.hop_errors = Counter(
             "isthmus_hop_errors", "Calls to a hop that failed for good.", ["hop", "error"], registry=r
         )
+
+    def answered(self, endpoint: str, code: int, seconds: float, size: int) -> None:
+        """Count one answer and its time."""
+        count, times = self._answers(endpoint, code)
+        count.inc()
+        times.observe(seconds)
+        self.sent.inc(size)
 
     def gauge(self, name: str, help: str, read: Callable[[], float]) -> None:
         """Add a gauge whose value is read when it is scraped."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import compileall
 import contextlib
 import os
+import shlex
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +22,9 @@ from isthmus.local.build import stage
 from isthmus.local.stack import read_stack
 
 LONGEST_START_S = 60.0
+KEPT_S = 86_400
+"""How long the logs of processes are kept."""
+
 _PASSED_ON = ("PATH", "LANG", "LC_ALL", "TMPDIR")
 
 
@@ -52,7 +55,7 @@ class Process:
 
 @dataclass(frozen=True)
 class Laid:
-    """A function's folder, as its image holds it, and the environment that stack.yml gives it."""
+    """A function's folder, as its image holds it, and the environment that its image and stack.yml give it."""
 
     name: str
     folder: Path
@@ -62,8 +65,8 @@ class Laid:
         """Run it on a port of its own; `more` goes before stack.yml's variables."""
         url = f"http://127.0.0.1:{free_port()}"
         passed_on = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-        env = {**passed_on, "HOME": tempfile.gettempdir(), "PYTHONUNBUFFERED": "1", **self.environment, **more}
-        return running([sys.executable, "index.py"], self.name, url, {**env, "upstream_url": url}, self.folder)
+        env = {**passed_on, **self.environment, **more, "upstream_url": url}
+        return running([sys.executable, "index.py"], self.name, url, env, self.folder)
 
 
 def lay_out(*names: str, registry: Path, model: str) -> dict[str, Laid]:
@@ -74,8 +77,14 @@ def lay_out(*names: str, registry: Path, model: str) -> dict[str, Laid]:
         spec = stack.functions[name]
         folder = stage(stack, spec, STATE / "functions")
         compileall.compile_dir(folder, quiet=2)
-        found[name] = Laid(name, folder, spec.environment)
+        found[name] = Laid(name, folder, {**image_environment(folder / "Dockerfile"), **spec.environment})
     return found
+
+
+def image_environment(dockerfile: Path) -> dict[str, str]:
+    """The variables that a Dockerfile's last ENV sets."""
+    _, _, after = dockerfile.read_text().replace("\\\n", " ").rpartition("\nENV ")
+    return dict(pair.split("=", 1) for pair in shlex.split(after.partition("\n")[0]))
 
 
 @contextlib.contextmanager
@@ -83,8 +92,11 @@ def running(
     command: list[str], name: str, url: str, environment: Mapping[str, str], folder: Path = ROOT
 ) -> Iterator[Process]:
     """A process with its log in a file, ended with the block."""
-    log = STATE / "logs" / f"{name}.log"
+    log = STATE / "logs" / f"{name}-{url.rpartition(':')[2]}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
+    for old in log.parent.glob(f"{name}-[0-9]*.log"):
+        if old.stat().st_mtime < time.time() - KEPT_S:
+            old.unlink()
     with log.open("wb") as out:
         process = subprocess.Popen(
             command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT

@@ -53,6 +53,7 @@ class Fleet:
                 raise LocalError(f"stack.yml has no function {name!r}; it has {', '.join(stack.functions)}")
         self._stack = stack
         self._places = places
+        self._deployed = 0
         self._session = session
         self._on_event = on_event
         self._overrides = overrides
@@ -158,7 +159,9 @@ class Fleet:
             supervisor.kill()
 
     def _deploy(self, spec: FunctionSpec, replicas: int) -> None:
-        folder = stage(self._stack, spec, self._places.build)
+        # A folder of its own for each deployment: the replicas that still drain read theirs.
+        self._deployed += 1
+        folder = stage(self._stack, spec, self._places.build / str(self._deployed))
         deployment = Deployment(spec, folder, self._environment(spec), spec.environment.get("ready_path") or READY_PATH)
         supervisor = self._running.get(spec.name)
         if supervisor is None:

@@ -91,11 +91,22 @@ class HttpHop:
     def call(self, frame: Frame, context: Context) -> Reply:
         """See `Hop.call`."""
         body = frames.encode(frame)
+        try:
+            return self._once(body, context)
+        except (HopUnavailable, HopBusy) as e:
+            return self._again(e, body, context)
+
+    def _again(self, error: HopUnavailable | HopBusy, body: bytes, context: Context) -> Reply:
+        """The tries after the first one, which failed with `error`; most calls never come here."""
         pauses = _pauses()
+        first: Exception | None = error
         for attempt in stamina.retry_context(
             on=lambda e: _worth_another(e, context, pauses), attempts=self._attempts, timeout=None
         ):
             with attempt:
+                if first is not None:
+                    failed, first = first, None
+                    raise failed
                 return self._once(body, context)
         raise AssertionError("unreachable: the last attempt raises")
 

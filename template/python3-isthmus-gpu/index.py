@@ -11,6 +11,8 @@ its own settings.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import logging
 import os
@@ -36,6 +38,7 @@ MAX_LINE = 32 * 1024  # characters; the watchdog stops reading a function's log 
 SPARE_THREADS = 2  # one for the readiness probe, one to refuse what exceeds max_concurrency
 RETRY_AFTER_S = 1
 LARGE = 32 * 1024  # bytes
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 WsgiApp = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -123,6 +126,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _log_as_json()
+    _keep_memory()
     try:
         server, door = _bind()
     except BadStart as e:
@@ -180,6 +184,18 @@ def _load(door: Door) -> None:
     except BaseException as e:
         _fail(e)
     logging.getLogger("index").info("serving", extra={"facts": {"after_s": round(time.monotonic() - started, 3)}})
+
+
+def _keep_memory() -> None:
+    """Let malloc keep what a body leaves behind, in one arena for all threads, where this is glibc's malloc.
+
+    Bodies of a megabyte come and go with every request. Paging them in anew each time costs a fifth of the time that
+    1.2 MB take through three functions, and an arena for each thread costs 20 MB.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, value in ((M_ARENA_MAX, 1), (M_MMAP_THRESHOLD, 32 * 2**20), (M_TRIM_THRESHOLD, 128 * 2**20)):
+            mallopt(parameter, value)
 
 
 def _fail(error: BaseException) -> None:

@@ -8,12 +8,17 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flask import Flask, Response, g, jsonify, request
+from werkzeug.datastructures import EnvironHeaders
 from werkzeug.exceptions import HTTPException
+from werkzeug.http import HTTP_STATUS_CODES
+from werkzeug.sansio.utils import get_content_length
+from werkzeug.wrappers import Request
 
 from isthmus.context import Context
 from isthmus.errors import IsthmusError, Overloaded, RequestMalformed, RequestTooLarge, http_status
@@ -21,7 +26,12 @@ from isthmus.serving.metrics import Metrics
 from isthmus.serving.readiness import Readiness
 from isthmus.settings import SegmentSettings
 
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse
+
 RETRY_AFTER_S = 1
+WsgiApp = Callable[..., Iterable[bytes]]
+_NO_QUERY: Mapping[str, str] = {}
 _NOT_IN_A_TIMING = re.compile(r"[^\w.-]", re.ASCII)
 
 
@@ -44,15 +54,34 @@ class Timings:
 
 @dataclass(frozen=True)
 class Work:
-    """One admitted request: its body, its context, and where it notes its timings."""
+    """One admitted request: its body, headers and query, its context, and where it notes its timings."""
 
     body: bytes
+    headers: EnvironHeaders
+    query: Mapping[str, str]
     context: Context
     timings: Timings
 
 
+@dataclass(frozen=True)
+class Reply:
+    """What a request is answered with; Content-Type is among the headers."""
+
+    body: bytes
+    headers: Mapping[str, str]
+    status: int = 200
+
+
+Handle = Callable[[Work], Reply]
+
+
 class FunctionApp:
-    """A Flask app, and the parts that its endpoints share."""
+    """A Flask app, and the parts that its endpoints share.
+
+    A POST that does a function's work takes one way through `_exchange`, whoever routed it. Flask routes the paths with
+    variables; the plain ones, which carry nearly every request, are looked up before Flask is asked: measured, that
+    saves 0.3 ms of the 1.3 that a frame of 150 kB takes.
+    """
 
     def __init__(self, name: str, settings: SegmentSettings, prepare: Callable[[], None]) -> None:
         self.flask = Flask(f"isthmus.{name}", static_folder=None)
@@ -64,6 +93,7 @@ class FunctionApp:
         self.metrics = Metrics()
         self._settings = settings
         self._slots = threading.BoundedSemaphore(settings.max_concurrency)
+        self._plain: dict[str, tuple[str, Handle]] = {}
         self.readiness = Readiness(prepare, self.log)
         self.metrics.gauge("isthmus_ready", "Whether the function is ready (1) or loading (0).", self._ready)
         self.flask.register_error_handler(IsthmusError, self._known)
@@ -73,28 +103,86 @@ class FunctionApp:
         self.flask.after_request(self._end)
         self.flask.add_url_rule("/ready", "ready", self.ready, methods=["GET"])
         self.flask.add_url_rule("/metrics", "metrics", self.exposition, methods=["GET"])
+        self._routed: WsgiApp = self.flask.wsgi_app
+        self.flask.wsgi_app = self._enter  # type: ignore[method-assign]  # Flask's own way to add a middleware
 
-    def work(self, rule: str, handle: Callable[..., Response], endpoint: str) -> None:
+    def work(self, rule: str, handle: Callable[..., Reply], endpoint: str) -> None:
         """Serve POST on `rule`: `handle(work, **path)` runs admitted, timed, within its deadline, once ready."""
 
         def view(**path: str) -> Response:
-            context = Context.from_headers(request.headers, longest_s=self._settings.deadline_s)
-            g.context = context
-            body = self._body()
-            if not self._slots.acquire(blocking=False):
-                raise Overloaded(
-                    f"{self._settings.max_concurrency} requests are under way; that is the limit",
-                    retry_after_s=RETRY_AFTER_S,
-                )
-            try:
-                self.metrics.in_flight.inc()
-                self.readiness.check()
-                return handle(Work(body, context, g.timings), **path)
-            finally:
-                self.metrics.in_flight.dec()
-                self._slots.release()
+            reply = self._exchange(endpoint, lambda work: handle(work, **path), request.environ)
+            g.counted = True
+            return Response(reply.body, reply.status, dict(reply.headers))
 
+        if "<" not in rule:
+            self._plain[rule] = (endpoint, handle)
         self.flask.add_url_rule(rule, endpoint=endpoint, view_func=view, methods=["POST"])
+
+    def _enter(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+        if environ["REQUEST_METHOD"] != "POST" or (found := self._plain.get(environ["PATH_INFO"] or "/")) is None:
+            return self._routed(environ, start_response)
+        reply = self._exchange(*found, environ)
+        status = f"{reply.status} {HTTP_STATUS_CODES.get(reply.status, '')}"
+        start_response(status, [*reply.headers.items(), ("Content-Length", str(len(reply.body)))])
+        return [reply.body]
+
+    def _exchange(self, endpoint: str, handle: Handle, environ: dict[str, Any]) -> Reply:
+        """One request's life: its context and body, its slot, the work, and whatever came of it, counted and told."""
+        timings = Timings()
+        headers = EnvironHeaders(environ)
+        context: Context | None = None
+        error = ""
+        try:
+            context = Context.from_headers(headers, longest_s=self._settings.deadline_s)
+            query = Request(environ).args if environ.get("QUERY_STRING") else _NO_QUERY
+            work = Work(self._body(environ), headers, query, context, timings)
+            with self._slot():
+                self.readiness.check()
+                reply = handle(work)
+        except IsthmusError as e:
+            error, reply = type(e).__name__, self._refusal(e)
+        except Exception as e:
+            error, reply = type(e).__name__, self._failure(e, context)
+        took = time.perf_counter() - timings.began
+        self.metrics.answered(endpoint, reply.status, took, len(reply.body))
+        for name, seconds, _ in timings.stages:
+            self.metrics.stage(name).observe(seconds)
+        if context is None:
+            return reply
+        # The watchdog writes a line for every request already.
+        level = logging.DEBUG if reply.status < 400 else logging.INFO
+        if self.log.isEnabledFor(level):
+            facts = {
+                "endpoint": endpoint,
+                "status": reply.status,
+                "ms": round(took * 1000, 3),
+                "in_bytes": environ.get("CONTENT_LENGTH"),
+                "out_bytes": len(reply.body),
+                **({"error": error} if error else {}),
+                "call_id": context.call_id,
+                "trace_id": context.traceparent[3:35],
+            }
+            self.log.log(level, "request", extra={"facts": facts})
+        about = {
+            "Server-Timing": timings.header(),
+            "X-Call-Id": context.call_id,
+            "traceparent": context.traceparent,
+        }
+        return Reply(reply.body, {**reply.headers, **about}, reply.status)
+
+    @contextmanager
+    def _slot(self) -> Iterator[None]:
+        if not self._slots.acquire(blocking=False):
+            raise Overloaded(
+                f"{self._settings.max_concurrency} requests are under way; that is the limit",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        self.metrics.in_flight.inc()
+        try:
+            yield
+        finally:
+            self.metrics.in_flight.dec()
+            self._slots.release()
 
     def ready(self) -> Response:
         """200 once everything that was asked for at start is loaded, else 503 with the reason."""
@@ -106,15 +194,15 @@ class FunctionApp:
         body, content_type = self.metrics.expose(request.headers.get("Accept", ""))
         return Response(body, content_type=content_type)
 
-    def _body(self) -> bytes:
+    def _body(self, environ: dict[str, Any]) -> bytes:
         limit = self._settings.max_request_bytes
-        length = request.content_length
+        length = get_content_length(environ.get("CONTENT_LENGTH"), environ.get("HTTP_TRANSFER_ENCODING"))
         if length is not None and length > limit:
             raise RequestTooLarge(f"the body has {length} bytes; at most {limit} are taken", limit=limit)
-        if length is None and not request.environ.get("wsgi.input_terminated"):
+        if length is None and not environ.get("wsgi.input_terminated"):
             length = 0  # neither a length nor chunks: such a request has no body, and reading would wait for one
         # The server has buffered the whole body, so this is one copy; werkzeug's own stream reads in small pieces.
-        body: bytes = request.environ["wsgi.input"].read(limit + 1 if length is None else length)
+        body: bytes = environ["wsgi.input"].read(limit + 1 if length is None else length)
         if length is not None and len(body) < length:
             raise RequestMalformed(f"the body ended after {len(body)} of {length} bytes")
         if len(body) > limit:
@@ -126,54 +214,42 @@ class FunctionApp:
         return float(self.readiness.ready)
 
     def _begin(self) -> None:
-        g.timings = Timings()
+        g.began = time.perf_counter()
 
     def _end(self, response: Response) -> Response:
-        timings: Timings = g.timings
-        took = time.perf_counter() - timings.began
-        endpoint = request.endpoint or "none"
-        size = response.content_length or 0
-        self.metrics.answered(endpoint, response.status_code, took, size)
-        for name, seconds, _ in timings.stages:
-            self.metrics.stage(name).observe(seconds)
-        context: Context | None = g.get("context")
-        if context is not None:
-            response.headers["Server-Timing"] = timings.header()
-            response.headers["X-Call-Id"] = context.call_id
-            response.headers["traceparent"] = context.traceparent
-            # The watchdog writes a line for every request already.
-            level = logging.DEBUG if response.status_code < 400 else logging.INFO
-            if self.log.isEnabledFor(level):
-                self.log.log(
-                    level,
-                    "request",
-                    extra={
-                        "facts": {
-                            "endpoint": endpoint,
-                            "status": response.status_code,
-                            "ms": round(took * 1000, 3),
-                            "in_bytes": request.content_length,
-                            "out_bytes": size,
-                            **({"error": g.error} if "error" in g else {}),
-                            "call_id": context.call_id,
-                            "trace_id": context.traceparent[3:35],
-                        }
-                    },
-                )
+        """Count what did not go through `_exchange`: readiness, metrics, metadata, and paths that are not there."""
+        if "counted" not in g:
+            took = time.perf_counter() - g.began
+            size = response.content_length or 0
+            self.metrics.answered(request.endpoint or "none", response.status_code, took, size)
         return response
 
-    def _known(self, error: IsthmusError) -> Response:
+    def _refusal(self, error: IsthmusError) -> Reply:
         status = http_status(error)
-        g.error = type(error).__name__
         if status >= 500 and status != 503:
             self.log.error(
                 error.message, extra={"facts": {"type": type(error).__name__, **error.facts}}, exc_info=status == 500
             )
-        # Facts may hold what JSON has no form for; an error must not fail on them.
-        response = Response(json.dumps(problem(error), default=str), status, content_type="application/json")
+        headers = {"Content-Type": "application/json"}
         if status in (429, 503):
-            response.headers["Retry-After"] = str(math.ceil(error.facts.get("retry_after_s") or RETRY_AFTER_S))
-        return response
+            headers["Retry-After"] = str(math.ceil(error.facts.get("retry_after_s") or RETRY_AFTER_S))
+        # Facts may hold what JSON has no form for; an error must not fail on them.
+        return Reply(json.dumps(problem(error), default=str).encode(), headers, status)
+
+    def _failure(self, error: Exception, context: Context | None) -> Reply:
+        """Our own fault: the caller gets an id to report, the log gets the rest."""
+        self.log.error("unexpected: %s", type(error).__name__, exc_info=error)
+        facts = {"call_id": context.call_id} if context is not None else {}
+        doc = {"error": "an unexpected error; the function's log has it", "type": "InternalError", "facts": facts}
+        return Reply(json.dumps(doc).encode(), {"Content-Type": "application/json"}, 500)
+
+    def _known(self, error: IsthmusError) -> Response:
+        reply = self._refusal(error)
+        return Response(reply.body, reply.status, dict(reply.headers))
+
+    def _unexpected(self, error: Exception) -> Response:
+        reply = self._failure(error, None)
+        return Response(reply.body, reply.status, dict(reply.headers))
 
     def _http(self, error: HTTPException) -> Response:
         """Flask's own refusals: no such path, no such method."""
@@ -185,15 +261,6 @@ class FunctionApp:
         for name, value in error.get_headers():
             if name == "Allow":
                 response.headers[name] = value
-        return response
-
-    def _unexpected(self, error: Exception) -> Response:
-        """Our own fault: the caller gets an id to report, the log gets the rest."""
-        self.log.error("unexpected: %s", type(error).__name__, exc_info=True)
-        context: Context | None = g.get("context")
-        facts = {"call_id": context.call_id} if context is not None else {}
-        response = jsonify(error="an unexpected error; the function's log has it", type="InternalError", facts=facts)
-        response.status_code = 500
         return response
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 import time
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
-from flask import Flask, Response, jsonify, request
+from flask import Flask, Response, jsonify
 
 import isthmus
 from isthmus import pipeline
@@ -21,7 +22,7 @@ from isthmus.processing.classify import classify
 from isthmus.processing.image import looks_like_image, not_an_image, preprocess
 from isthmus.registry import SegmentCache, open_registry
 from isthmus.serving import oip
-from isthmus.serving.app import FunctionApp, Work
+from isthmus.serving.app import FunctionApp, Reply, Work
 from isthmus.serving.models import Model, Models
 from isthmus.serving.preload import parse, preload
 from isthmus.settings import RouterSettings
@@ -74,13 +75,13 @@ class _RouterApp(FunctionApp):
         self.flask.add_url_rule("/v2/health/live", "live", lambda: jsonify(live=True), methods=["GET"])
         self.flask.add_url_rule("/v2/health/ready", "server_ready", self.ready, methods=["GET"])
 
-    def any_kind(self, work: Work) -> Response:
+    def any_kind(self, work: Work) -> Reply:
         """A photo, a JSON photo or an Open Inference Protocol request, told apart by content, for `?model=`."""
-        model = self._models.get(request.args.get("model", self._router_settings.model))
-        if oip.HEADER_LENGTH in request.headers:
+        model = self._models.get(work.query.get("model", self._router_settings.model))
+        if oip.HEADER_LENGTH in work.headers:
             return self._infer(work, model)
         if looks_like_image(work.body):
-            return self._photo(work, model, work.body, _top_k(request.args.get("top_k")))
+            return self._photo(work, model, work.body, _top_k(work.query.get("top_k")))
         if work.body[:64].lstrip()[:1] != b"{":
             raise not_an_image(work.body)
         start = time.perf_counter()
@@ -95,7 +96,7 @@ class _RouterApp(FunctionApp):
             "the JSON object has neither inputs (Open Inference Protocol) nor image (base64)", got=sorted(doc)[:20]
         )
 
-    def infer(self, work: Work, name: str, version: str = "") -> Response:
+    def infer(self, work: Work, name: str, version: str = "") -> Reply:
         """Open Inference Protocol: tensors in, tensors out."""
         return self._infer(work, self._models.get(_reference(name, version)))
 
@@ -116,18 +117,18 @@ class _RouterApp(FunctionApp):
         """Open Inference Protocol: who answers here."""
         return jsonify(oip.server_metadata("isthmus", isthmus.__version__))
 
-    def _infer(self, work: Work, model: Model) -> Response:
+    def _infer(self, work: Work, model: Model) -> Reply:
         start = time.perf_counter()
         wanted = oip.parse_request(
             work.body,
-            request.headers.get(oip.HEADER_LENGTH),
+            work.headers.get(oip.HEADER_LENGTH),
             inputs=model.bundle.inputs,
             outputs=model.bundle.outputs,
         )
         work.timings.add("decode", time.perf_counter() - start)
         return self._tensors(work, model, wanted)
 
-    def _tensors(self, work: Work, model: Model, wanted: oip.InferRequest) -> Response:
+    def _tensors(self, work: Work, model: Model, wanted: oip.InferRequest) -> Reply:
         route = self._route(model)
         result = self._run(work, route, wanted.inputs)
         start = time.perf_counter()
@@ -139,9 +140,9 @@ class _RouterApp(FunctionApp):
             parameters=result.facts(),
         )
         work.timings.add("encode", time.perf_counter() - start)
-        return Response(answer.body, headers=answer.headers)
+        return Reply(answer.body, answer.headers)
 
-    def _photo(self, work: Work, model: Model, photo: bytes, top_k: int | None) -> Response:
+    def _photo(self, work: Work, model: Model, photo: bytes, top_k: int | None) -> Reply:
         spec, after = model.bundle.preprocess, model.bundle.postprocess
         if spec is None or after is None:
             raise MediaUnsupported(
@@ -158,19 +159,20 @@ class _RouterApp(FunctionApp):
         start = time.perf_counter()
         classes = classify(result.outputs[after["output"]], after, model.labels, top_k)[0]
         work.timings.add("postprocess", time.perf_counter() - start)
-        return jsonify(
-            id=work.context.call_id,
-            model_name=model.name,
-            model_version=model.version,
-            classes=classes,
-            route={
+        document = {
+            "id": work.context.call_id,
+            "model_name": model.name,
+            "model_version": model.version,
+            "classes": classes,
+            "route": {
                 "crossed_bytes": result.crossed_bytes,
                 "photo_bytes": len(photo),
                 "input_bytes": array.nbytes,
                 "segments": [stage.document() for stage in result.stages],
             },
-            timings_ms={name: round(seconds * 1000, 3) for name, seconds, _ in work.timings.stages},
-        )
+            "timings_ms": {name: round(seconds * 1000, 3) for name, seconds, _ in work.timings.stages},
+        }
+        return Reply(json.dumps(document, ensure_ascii=False).encode(), {"Content-Type": "application/json"})
 
     def _route(self, model: Model) -> Route:
         # The setting speaks of the default model; another has cuts of its own.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from flask import Flask, Response
+from flask import Flask
 
 from isthmus import frame as frames
 from isthmus.bundle import is_digest
@@ -14,7 +14,7 @@ from isthmus.errors import RequestMalformed
 from isthmus.frame import Frame
 from isthmus.registry import BakedSegment, SegmentCache, SegmentSource, open_registry
 from isthmus.runners.store import SegmentStore
-from isthmus.serving.app import FunctionApp, Work
+from isthmus.serving.app import FunctionApp, Reply, Work
 from isthmus.serving.preload import LONGEST_LOAD_S, parse, preload
 from isthmus.settings import SegmentSettings
 
@@ -46,7 +46,7 @@ class _SegmentApp(FunctionApp):
         self.metrics.gauge_store(self._store)
         self.work("/", self.run, "run")
 
-    def run(self, work: Work) -> Response:
+    def run(self, work: Work) -> Reply:
         """Run the segment that the frame names, on its tensors."""
         start = time.perf_counter()
         frame = frames.decode(work.body, max_bytes=self._settings.max_request_bytes)
@@ -60,7 +60,7 @@ class _SegmentApp(FunctionApp):
         start = time.perf_counter()
         body = frames.encode(Frame(ran.outputs, frame.bundle, frame.segment, frame.request))
         work.timings.add("encode", time.perf_counter() - start)
-        return Response(body, content_type=frames.CONTENT_TYPE)
+        return Reply(body, {"Content-Type": frames.CONTENT_TYPE})
 
     def _prepare(self) -> None:
         if self._baked is not None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from flask import Flask, Response, g, jsonify, request
@@ -78,9 +79,8 @@ Handle = Callable[[Work], Reply]
 class FunctionApp:
     """A Flask app, and the parts that its endpoints share.
 
-    A POST that does a function's work takes one way through `_exchange`, whoever routed it. Flask routes the paths with
-    variables; the plain ones, which carry nearly every request, are looked up before Flask is asked: measured, that
-    saves 0.3 ms of the 1.3 that a frame of 150 kB takes.
+    A POST that does a function's work is looked up before Flask is asked and takes one way, through `_exchange`:
+    measured, that saves 0.6 of the 1.9 ms of CPU that a frame of 150 kB costs a function. Flask has all the rest.
     """
 
     def __init__(self, name: str, settings: SegmentSettings, prepare: Callable[[], None]) -> None:
@@ -93,7 +93,7 @@ class FunctionApp:
         self.metrics = Metrics()
         self._settings = settings
         self._slots = threading.BoundedSemaphore(settings.max_concurrency)
-        self._plain: dict[str, tuple[str, Handle]] = {}
+        self._works: list[tuple[re.Pattern[str], str, Callable[..., Reply]]] = []
         self.readiness = Readiness(prepare, self.log)
         self.metrics.gauge("isthmus_ready", "Whether the function is ready (1) or loading (0).", self._ready)
         self.flask.register_error_handler(IsthmusError, self._known)
@@ -110,21 +110,22 @@ class FunctionApp:
         """Serve POST on `rule`: `handle(work, **path)` runs admitted, timed, within its deadline, once ready."""
 
         def view(**path: str) -> Response:
-            reply = self._exchange(endpoint, lambda work: handle(work, **path), request.environ)
+            reply = self._exchange(endpoint, partial(handle, **path), request.environ)
             g.counted = True
             return Response(reply.body, reply.status, dict(reply.headers))
 
-        if "<" not in rule:
-            self._plain[rule] = (endpoint, handle)
+        self._works.append((re.compile(re.sub(r"<(\w+)>", r"(?P<\1>[^/]+)", rule)), endpoint, handle))
         self.flask.add_url_rule(rule, endpoint=endpoint, view_func=view, methods=["POST"])
 
     def _enter(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
-        if environ["REQUEST_METHOD"] != "POST" or (found := self._plain.get(environ["PATH_INFO"] or "/")) is None:
-            return self._routed(environ, start_response)
-        reply = self._exchange(*found, environ)
-        status = f"{reply.status} {HTTP_STATUS_CODES.get(reply.status, '')}"
-        start_response(status, [*reply.headers.items(), ("Content-Length", str(len(reply.body)))])
-        return [reply.body]
+        if environ["REQUEST_METHOD"] == "POST":
+            for rule, endpoint, handle in self._works:
+                if found := rule.fullmatch(environ["PATH_INFO"] or "/"):
+                    reply = self._exchange(endpoint, partial(handle, **found.groupdict()), environ)
+                    status = f"{reply.status} {HTTP_STATUS_CODES.get(reply.status, '')}"
+                    start_response(status, [*reply.headers.items(), ("Content-Length", str(len(reply.body)))])
+                    return [reply.body]
+        return self._routed(environ, start_response)
 
     def _exchange(self, endpoint: str, handle: Handle, environ: dict[str, Any]) -> Reply:
         """One request's life: its context and body, its slot, the work, and whatever came of it, counted and told."""

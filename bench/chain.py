@@ -14,12 +14,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from http.client import HTTPConnection, RemoteDisconnected
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import onnx
-import urllib3
 from functions import Process, free_port, gateway, lay_out, running
 from measure import interleave
 from onnx import TensorProto, helper
@@ -52,7 +53,7 @@ class Router:
     """By model: what Server-Timing said."""
 
     def __post_init__(self) -> None:
-        self._pool = urllib3.PoolManager()
+        self._caller = Caller(self.url)
         x = np.arange(WIDTH, dtype=np.float32)
         head = json.dumps(
             {
@@ -77,12 +78,30 @@ class Router:
         Raises:
             RuntimeError: it is not the right one.
         """
-        reply = self._pool.request(
-            "POST", f"{self.url}/v2/models/{model}/infer", body=self._body, headers=self._headers
-        )
-        if reply.status != 200 or not reply.data.endswith(self._answer):
-            raise RuntimeError(f"{self.url} answered {reply.status}: {reply.data[:300]!r}")
-        note(self.stages.setdefault(model, {}), reply.headers["Server-Timing"])
+        status, headers, data = self._caller.post(f"/v2/models/{model}/infer", self._body, self._headers)
+        if status != 200 or not data.endswith(self._answer):
+            raise RuntimeError(f"{self.url} answered {status}: {data[:300]!r}")
+        note(self.stages.setdefault(model, {}), headers["Server-Timing"])
+
+
+class Caller:
+    """One kept-alive connection, with as little client as there is: what is measured is what it asks."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        self._prefix = parts.path
+        self._connection = HTTPConnection(parts.hostname or "", parts.port)
+
+    def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> tuple[int, Mapping[str, str], bytes]:
+        """The answer's status, headers and body; a connection that the other end closed is opened anew."""
+        try:
+            self._connection.request("POST", self._prefix + path, body, dict(headers))
+            response = self._connection.getresponse()
+        except (RemoteDisconnected, ConnectionError):
+            self._connection.close()
+            self._connection.request("POST", self._prefix + path, body, dict(headers))
+            response = self._connection.getresponse()
+        return response.status, dict(response.headers.items()), response.read()
 
 
 def main() -> None:
@@ -235,13 +254,14 @@ def ray_serve() -> Iterator[Callable[[str], None]]:
     """Three deployments of Ray Serve; what asks them."""
     port, temp = free_port(), tempfile.mkdtemp(prefix="ray-")
     command = [str(python_with("ray")), str(HERE / "ray_chain.py"), str(port), temp]
-    pool, url = urllib3.PoolManager(), f"http://127.0.0.1:{port}"
+    url = f"http://127.0.0.1:{port}"
+    caller = Caller(url)
     body = np.arange(WIDTH, dtype=np.float32).tobytes()
 
     def ask(path: str) -> None:
-        reply = pool.request("POST", url + path, body=body)
-        if reply.status != 200 or len(reply.data) != 64:
-            raise RuntimeError(f"Ray Serve answered {reply.status}: {reply.data[:300]!r}")
+        status, _, data = caller.post(path, body, {})
+        if status != 200 or len(data) != 64:
+            raise RuntimeError(f"Ray Serve answered {status}: {data[:300]!r}")
 
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
     with running(command, "ray", url, environment) as found:

@@ -110,15 +110,34 @@ class JsonErrorTask(ErrorTask):  # type: ignore[misc]
         self.write(body)
 
 
+class InPlace(ReadOnlyFileBasedBuffer):  # type: ignore[misc]
+    """A body that is sent from where it lies.
+
+    waitress copies a body into a buffer, and what is left of it anew for every piece that the socket takes.
+    """
+
+    def __init__(self, body: bytes) -> None:
+        super().__init__(BytesIO())
+        self._left = memoryview(body)
+        self.remain = len(body)
+
+    def get(self, numbytes: int = -1, skip: bool = False) -> memoryview:
+        piece = self._left if numbytes < 0 else self._left[:numbytes]
+        if skip:
+            self.skip(len(piece))
+        return piece
+
+    def skip(self, numbytes: int, allow_prune: int = 0) -> None:
+        self._left = self._left[numbytes:]
+        self.remain = len(self._left)
+
+
 class Channel(HTTPChannel):  # type: ignore[misc]
     error_task_class = JsonErrorTask
 
     def write_soon(self, data: Any) -> int:
-        # waitress copies a body into a buffer and that buffer anew for every piece the socket takes; sent as a file it
-        # is read in place: 1.2 MB leave in 1.3 ms instead of 3.7.
         if isinstance(data, bytes) and len(data) >= LARGE:
-            data = ReadOnlyFileBasedBuffer(BytesIO(data))
-            data.prepare()
+            data = InPlace(data)
         sent: int = super().write_soon(data)
         return sent
 

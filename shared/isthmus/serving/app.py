@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from flask import Flask, Response, g, jsonify, request
@@ -202,10 +203,16 @@ class FunctionApp:
             raise RequestTooLarge(f"the body has {length} bytes; at most {limit} are taken", limit=limit)
         if length is None and not environ.get("wsgi.input_terminated"):
             length = 0  # neither a length nor chunks: such a request has no body, and reading would wait for one
-        # The server has buffered the whole body, so this is one copy; werkzeug's own stream reads in small pieces.
-        body: bytes = environ["wsgi.input"].read(limit + 1 if length is None else length)
-        if length is not None and len(body) < length:
-            raise RequestMalformed(f"the body ended after {len(body)} of {length} bytes")
+        # The server has buffered the whole body; werkzeug's own stream would read it in small pieces. A BytesIO gives
+        # its value without a copy, which `read` makes.
+        stream = environ["wsgi.input"]
+        body: bytes
+        if isinstance(stream, BytesIO) and stream.tell() == 0:
+            body = stream.getvalue()
+        else:
+            body = stream.read(limit + 1 if length is None else length)
+        if length is not None and len(body) != length:
+            raise RequestMalformed(f"the body has {len(body)} of {length} bytes")
         if len(body) > limit:
             raise RequestTooLarge(f"the body has more than {limit} bytes", limit=limit)
         self.metrics.received.inc(len(body))

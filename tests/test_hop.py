@@ -327,3 +327,49 @@ def test_a_context_keeps_what_is_valid_and_makes_the_rest_anew() -> None:
     assert made.call_id != "a\nb"
     assert made.traceparent.startswith("00-")
     assert 8 < made.deadline.remaining() <= 9
+
+
+def test_an_answer_may_come_in_chunks_or_end_with_its_connection(hop_to: Callable[..., HttpHop]) -> None:
+    body = frames.encode(FRAME)
+    chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    pieces = [body[:100], body[100:101], body[101:]]
+    chunked += b"".join(b"%x\r\n%s\r\n" % (len(p), p) for p in pieces) + b"0\r\n\r\n"
+    closing = b"HTTP/1.0 200 OK\r\n\r\n" + body
+    for answer in (chunked, closing):
+
+        def say(c: socket.socket, answer: bytes = answer) -> None:
+            c.recv(2**16)
+            for i in range(0, len(answer), 50):
+                c.sendall(answer[i : i + 50])
+                time.sleep(0.001)
+
+        with raw_server(say) as url:
+            assert hop_to(url, attempts=1).call(FRAME, context()).frame.tensors["x"].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"\x16\x03\x01 not HTTP at all\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nX: " + b"x" * 2**17,
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab",
+        b"",
+    ],
+    ids=["not-http", "endless-header", "bad-chunk", "half-chunk", "nothing"],
+)
+def test_what_is_no_http_is_a_hop_that_broke_off(hop_to: Callable[..., HttpHop], answer: bytes) -> None:
+    def say(c: socket.socket) -> None:
+        c.recv(2**16)
+        c.sendall(answer)
+
+    with raw_server(say) as url, pytest.raises(HopUnavailable) as e:
+        hop_to(url, attempts=1).call(FRAME, context(2))
+    assert "broke off" in e.value.message
+
+
+def test_a_frame_of_many_tensors_arrives_whole(hop_to: Callable[..., HttpHop]) -> None:
+    many = Frame({f"t{i}": np.full(i * 10, i, "int16") for i in range(200)}, FRAME.bundle, FRAME.segment, "r1")
+    with server([ECHO]) as (url, _):
+        back = hop_to(url).call(many, context()).frame.tensors
+    assert all(np.array_equal(back[name], array) for name, array in many.tensors.items())

@@ -1,22 +1,29 @@
-"""Kept-alive HTTP connections to one URL, on http.client.
+"""Kept-alive HTTP connections to one URL: sockets, with httptools to read what comes.
 
-A pool of the larger kind costs as much per request as a whole small frame does, and bounds connecting, sending and
-reading in one; here each has its own: connecting by `connect_timeout_s`, the rest by the request's deadline.
+A pool of the larger kind costs as much per request as a whole small frame does, and copies a large one twice. Here a
+frame's parts go to the kernel as they lie, and an answer of known length is read into the one place where it stays.
 """
 
 from __future__ import annotations
 
 import select
+import socket
 import ssl
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from http.client import HTTPConnection, HTTPMessage, HTTPResponse, HTTPSConnection, IncompleteRead, RemoteDisconnected
 from urllib.parse import urlsplit
+
+import httptools
 
 from isthmus.context import Deadline
 
-_PIECE = 2**18
+_PIECE = 2**16
+_MOST_HEAD_BYTES = 2**16
 _MOST_IDLE = 64
+_MOST_PARTS = 64
+"""More pieces than this are joined before they are sent; the kernel takes 1,024 at a time."""
+
+Buffer = bytes | bytearray | memoryview
 
 
 class Unreachable(Exception):
@@ -27,13 +34,21 @@ class AnswerTooLong(Exception):
     """A good answer exceeded its bound; the rest was not read."""
 
 
+class BrokenOff(Exception):
+    """The connection ended, or what came is not HTTP; `unused` says that not a byte of an answer had come."""
+
+    def __init__(self, message: str, *, unused: bool = False) -> None:
+        super().__init__(message)
+        self.unused = unused
+
+
 @dataclass(frozen=True)
 class Answer:
-    """A response, read to its end or, where its status is not 200, to the bound on errors."""
+    """A response, read to its end or, where its status is not 200, to its bound; header names in lower case."""
 
     status: int
-    headers: HTTPMessage
-    body: bytes
+    headers: Mapping[str, str]
+    body: bytes | bytearray
 
 
 class Connections:
@@ -41,17 +56,24 @@ class Connections:
 
     def __init__(self, url: str, *, connect_timeout_s: float) -> None:
         parts = urlsplit(url)
-        self._host, self._port = parts.hostname or "", parts.port
-        self._target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
+        self._address = (parts.hostname or "", parts.port or (443 if self._tls else 80))
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        self._start = f"POST {target} HTTP/1.1\r\nHost: {parts.netloc}\r\n"
         self._connect_timeout_s = connect_timeout_s
         # A list's append and pop are atomic; the last one used is the likeliest to be alive.
-        self._idle: list[HTTPConnection] = []
+        self._idle: list[socket.socket] = []
 
     def post(
-        self, body: bytes, headers: Mapping[str, str], deadline: Deadline, *, most: int, most_of_an_error: int
+        self,
+        body: Sequence[Buffer],
+        headers: Mapping[str, str],
+        deadline: Deadline,
+        *,
+        most: int,
+        most_of_an_error: int,
     ) -> Answer:
-        """Send `body` and read the answer, both before the deadline.
+        """Send `body`, in parts, and read the answer, both before the deadline.
 
         A connection that turns out to have been closed while it was idle is replaced: callers post what may be posted
         twice.
@@ -62,102 +84,189 @@ class Connections:
             Unreachable: no connection could be made.
             TimeoutError: the deadline passed while sending or reading.
             AnswerTooLong: status 200, and more than `most` bytes.
-            HTTPException, OSError: the connection broke, or what came is not HTTP.
+            BrokenOff: the connection broke, or what came is not HTTP.
         """
+        head = self._start + "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        message = [f"{head}Content-Length: {sum(map(len, body))}\r\n\r\n".encode("latin-1"), *body]
         while True:
-            connection = self._waiting()
-            used = connection is not None
-            if connection is None:
-                connection = self._connect(deadline)
+            sock = self._waiting()
+            used = sock is not None
+            if sock is None:
+                sock = self._connect(deadline)
             try:
-                answer, reusable = self._exchange(connection, body, headers, deadline, most, most_of_an_error)
-            except (RemoteDisconnected, BrokenPipeError, ConnectionResetError):
-                connection.close()
-                if not used:
-                    raise
-                continue
+                _send(sock, message, deadline)
+                answer, reusable = _Reader(sock, deadline, most, most_of_an_error).read()
+            except BrokenOff as e:
+                sock.close()
+                if used and e.unused:
+                    continue
+                raise
             except BaseException:
-                connection.close()
+                sock.close()
                 raise
             if reusable and len(self._idle) < _MOST_IDLE:
-                self._idle.append(connection)
+                self._idle.append(sock)
             else:
-                connection.close()
+                sock.close()
             return answer
-
-    def _exchange(
-        self,
-        connection: HTTPConnection,
-        body: bytes,
-        headers: Mapping[str, str],
-        deadline: Deadline,
-        most: int,
-        most_of_an_error: int,
-    ) -> tuple[Answer, bool]:
-        """One request and its answer; whether the connection can take another."""
-        _wait_at_most(connection, deadline)
-        connection.request("POST", self._target, body, dict(headers))
-        with connection.getresponse() as response:
-            limit = most if response.status == 200 else most_of_an_error
-            data = b"".join(_pieces(connection, response, deadline, limit))
-            whole = response.isclosed() or response.length == 0  # a body that was cut has something left
-            return Answer(response.status, response.headers, data), whole and not response.will_close
 
     def close(self) -> None:
         """Close what is idle."""
         while self._idle:
             self._idle.pop().close()
 
-    def _waiting(self) -> HTTPConnection | None:
+    def _waiting(self) -> socket.socket | None:
         """An idle connection whose other end has not closed it."""
         while True:
             try:
-                connection = self._idle.pop()
+                sock = self._idle.pop()
             except IndexError:
                 return None
             poll = select.poll()
-            poll.register(connection.sock, select.POLLIN)
+            poll.register(sock, select.POLLIN)
             if not poll.poll(0):
-                return connection
-            connection.close()
+                return sock
+            sock.close()
 
-    def _connect(self, deadline: Deadline) -> HTTPConnection:
+    def _connect(self, deadline: Deadline) -> socket.socket:
         seconds = max(0.001, min(self._connect_timeout_s, deadline.remaining()))
-        connection: HTTPConnection
-        if self._tls is None:
-            connection = HTTPConnection(self._host, self._port, timeout=seconds)
-        else:
-            connection = HTTPSConnection(self._host, self._port, timeout=seconds, context=self._tls)
         try:
-            connection.connect()
+            sock = socket.create_connection(self._address, timeout=seconds)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._tls is not None:
+                return self._tls.wrap_socket(sock, server_hostname=self._address[0])
         except OSError as e:
-            connection.close()
             raise Unreachable(e.strerror or str(e)) from e
-        return connection
+        return sock
 
 
-def _pieces(connection: HTTPConnection, response: HTTPResponse, deadline: Deadline, limit: int) -> Iterator[bytes]:
-    """The body in pieces, so that neither a long nor a dripping answer outlasts its bound."""
-    size = 0
-    while True:
-        # Each read may wait for what is left now, not for what was left when the request began.
-        _wait_at_most(connection, deadline)
-        if not (piece := response.read1(_PIECE)):
-            if response.length:
-                raise IncompleteRead(b"", response.length)
+def _send(sock: socket.socket, message: Sequence[Buffer], deadline: Deadline) -> None:
+    try:
+        if isinstance(sock, ssl.SSLSocket) or len(message) > _MOST_PARTS:
+            _wait_at_most(sock, deadline)
+            sock.sendall(b"".join(message))
             return
-        size += len(piece)
-        if size > limit:
-            if response.status == 200:
-                raise AnswerTooLong
-            yield piece[: limit - size]
-            return
-        yield piece
+        left = [memoryview(part) for part in message if len(part)]
+        while left:
+            _wait_at_most(sock, deadline)
+            sent = sock.sendmsg(left)
+            while left and sent >= len(left[0]):
+                sent -= len(left.pop(0))
+            if sent:
+                left[0] = left[0][sent:]
+    except TimeoutError:
+        raise
+    except OSError as e:
+        raise BrokenOff(e.strerror or str(e), unused=True) from e
 
 
-def _wait_at_most(connection: HTTPConnection, deadline: Deadline) -> None:
+class _Reader:
+    """Reads one answer; httptools calls its `on_…` methods."""
+
+    def __init__(self, sock: socket.socket, deadline: Deadline, most: int, most_of_an_error: int) -> None:
+        self._sock = sock
+        self._deadline = deadline
+        self._most = most
+        self._most_of_an_error = most_of_an_error
+        self._parser = httptools.HttpResponseParser(self)
+        self._headers: dict[str, str] = {}
+        self._body: list[bytes] = []
+        self._size = 0
+        self._has_head = self._is_whole = self._keep = False
+
+    def read(self) -> tuple[Answer, bool]:
+        """The answer, and whether the connection can take another request."""
+        received = 0
+        while not self._is_whole:
+            if not (piece := self._receive(received == 0)):
+                break
+            received += len(piece)
+            try:
+                self._parser.feed_data(piece)
+            except httptools.HttpParserError as e:
+                raise BrokenOff(f"what it said is not HTTP: {e}") from e
+            if not self._has_head:
+                if received > _MOST_HEAD_BYTES:
+                    raise BrokenOff(f"more than {_MOST_HEAD_BYTES} bytes of headers")
+                continue
+            limit = self._limit()
+            if self._size > limit:
+                return self._answer(b"".join(self._body)[:limit]), False
+            if not self._is_whole and limit >= self._length() >= 0:
+                return self._answer(self._rest(self._length())), self._keep
+        if not self._is_whole and (not self._has_head or self._length() >= 0 or "transfer-encoding" in self._headers):
+            raise BrokenOff("the connection ended early", unused=received == 0)
+        return self._answer(b"".join(self._body)), self._is_whole and self._keep
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+
+    def on_headers_complete(self) -> None:
+        self._has_head = True
+        # Asked later, the parser speaks of the next message.
+        self._keep = self._parser.should_keep_alive()
+
+    def on_body(self, body: bytes) -> None:
+        self._body.append(body)
+        self._size += len(body)
+
+    def on_message_complete(self) -> None:
+        self._is_whole = True
+
+    def _limit(self) -> int:
+        """The bound on this answer's body.
+
+        Raises:
+            AnswerTooLong: a good answer is known to exceed it.
+        """
+        if self._parser.get_status_code() != 200:
+            return self._most_of_an_error
+        if max(self._size, self._length()) > self._most:
+            raise AnswerTooLong
+        return self._most
+
+    def _length(self) -> int:
+        """What Content-Length says; -1 where the end is told otherwise."""
+        text = self._headers.get("content-length", "")
+        return int(text) if text.isdigit() and "transfer-encoding" not in self._headers else -1
+
+    def _rest(self, length: int) -> bytearray:
+        """The whole body of known length: what has come, and the rest read into its place."""
+        whole = bytearray(length)
+        view = memoryview(whole)
+        at = 0
+        for piece in self._body:
+            view[at : at + len(piece)] = piece
+            at += len(piece)
+        while at < length:
+            _wait_at_most(self._sock, self._deadline)
+            try:
+                count = self._sock.recv_into(view[at:])
+            except TimeoutError:
+                raise
+            except OSError as e:
+                raise BrokenOff(e.strerror or str(e)) from e
+            if not count:
+                raise BrokenOff(f"the connection ended after {at} of {length} bytes")
+            at += count
+        return whole
+
+    def _receive(self, first: bool) -> bytes:
+        _wait_at_most(self._sock, self._deadline)
+        try:
+            return self._sock.recv(_PIECE)
+        except TimeoutError:
+            raise
+        except OSError as e:
+            raise BrokenOff(e.strerror or str(e), unused=first) from e
+
+    def _answer(self, body: bytes | bytearray) -> Answer:
+        return Answer(self._parser.get_status_code(), self._headers, body)
+
+
+def _wait_at_most(sock: socket.socket, deadline: Deadline) -> None:
+    """Let the next call on `sock` wait for what is left now, not for what was left when the request began."""
     left = deadline.remaining()
     if left <= 0:
         raise TimeoutError
-    if connection.sock is not None:
-        connection.sock.settimeout(left)
+    sock.settimeout(left)

@@ -68,6 +68,15 @@ def encode(frame: Frame) -> bytes:
     """A frame's bytes, each payload copied once.
 
     Raises:
+        FrameMalformed, FrameTooLarge: as `encode_parts`.
+    """
+    return b"".join(encode_parts(frame))
+
+
+def encode_parts(frame: Frame) -> list[bytes | memoryview]:
+    """A frame's bytes in parts, to be sent one after the other; payloads are the arrays' own memory, not copied.
+
+    Raises:
         FrameMalformed: a dtype that frames do not carry, an unknown codec, or a name too long.
         FrameTooLarge: more tensors, a higher rank or a longer header than any reader accepts.
     """
@@ -95,7 +104,7 @@ def encode(frame: Frame) -> bytes:
     if len(header) > MAX_HEADER_BYTES:
         _too_large("header", f"a header of {len(header)} bytes; at most {MAX_HEADER_BYTES}", limit=MAX_HEADER_BYTES)
     parts[0] = MAGIC + len(header).to_bytes(8, "little") + header
-    return b"".join(parts)
+    return parts
 
 
 def decode(data: bytes | bytearray | memoryview, *, max_bytes: int) -> Frame:

@@ -9,15 +9,14 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from http.client import HTTPException
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
 
 import stamina
 
 from isthmus import frame as frames
-from isthmus.connections import Answer, AnswerTooLong, Connections, Unreachable
+from isthmus.connections import Answer, AnswerTooLong, BrokenOff, Connections, Unreachable
 from isthmus.context import Context
 from isthmus.errors import HopBusy, HopRejected, HopTimeout, HopUnavailable, IsthmusError, ShapeMismatch
 from isthmus.frame import Frame
@@ -90,13 +89,13 @@ class HttpHop:
 
     def call(self, frame: Frame, context: Context) -> Reply:
         """See `Hop.call`."""
-        body = frames.encode(frame)
+        body = frames.encode_parts(frame)
         try:
             return self._once(body, context)
         except (HopUnavailable, HopBusy) as e:
             return self._again(e, body, context)
 
-    def _again(self, error: HopUnavailable | HopBusy, body: bytes, context: Context) -> Reply:
+    def _again(self, error: HopUnavailable | HopBusy, body: Sequence[bytes | memoryview], context: Context) -> Reply:
         """The tries after the first one, which failed with `error`; most calls never come here."""
         pauses = _pauses()
         first: Exception | None = error
@@ -114,7 +113,7 @@ class HttpHop:
         """Close the connections that wait for the next call."""
         self._connections.close()
 
-    def _once(self, body: bytes, context: Context) -> Reply:
+    def _once(self, body: Sequence[bytes | memoryview], context: Context) -> Reply:
         if context.deadline.remaining() <= 0:
             raise HopTimeout(f"the deadline passed before {self.name} could be called", hop=self.name)
         try:
@@ -133,26 +132,26 @@ class HttpHop:
             ) from e
         except TimeoutError as e:
             raise HopTimeout(f"{self.name} did not answer within the deadline", hop=self.name) from e
-        except (HTTPException, OSError) as e:
-            raise HopUnavailable(f"{self.name} broke off: {e or type(e).__name__}", hop=self.name) from e
+        except BrokenOff as e:
+            raise HopUnavailable(f"{self.name} broke off: {e}", hop=self.name) from e
         if answer.status != 200:
             self._refuse(answer)
-        run = _RUN_MS.search(answer.headers.get("Server-Timing", ""))
+        run = _RUN_MS.search(answer.headers.get("server-timing", ""))
         try:
             reply = frames.decode(answer.body, max_bytes=self._max_reply_bytes)
         except IsthmusError as e:
             raise HopRejected(
                 f"{self.name} answered with something that is no frame: {e}", hop=self.name, status=200
             ) from e
-        return Reply(reply, float(run[1]) / 1000 if run else 0.0, len(body), len(answer.body))
+        return Reply(reply, float(run[1]) / 1000 if run else 0.0, sum(map(len, body)), len(answer.body))
 
     def _refuse(self, answer: Answer) -> NoReturn:
         """Raise what a status other than 200 means. Source: docs/hops.md, from OpenFaaS's sources."""
-        status, internal = answer.status, answer.headers.get("X-OpenFaaS-Internal", "")
+        status, internal = answer.status, answer.headers.get("x-openfaas-internal", "")
         error = _error_document(answer.body)
         said = str(error.get("error") or answer.body[:200].decode("utf-8", "replace")).strip()[:1000] or "no body"
         facts: dict[str, Any] = {"hop": self.name, "status": status, "error": error}
-        after = _seconds(answer.headers.get("Retry-After", ""))
+        after = _seconds(answer.headers.get("retry-after", ""))
         message = f"{self.name} answered {status}: {said}"
         if status == 429:
             raise HopBusy(message, retry_after_s=after, **facts)
@@ -204,7 +203,7 @@ def _pauses() -> Iterator[float]:
         pause = min(_LONGEST_PAUSE_S, pause * 2)
 
 
-def _error_document(data: bytes) -> dict[str, Any]:
+def _error_document(data: bytes | bytearray) -> dict[str, Any]:
     try:
         doc = json.loads(data)
     except (ValueError, RecursionError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ from typing import Any
 
 import numpy as np
 import onnx
+from flask.testing import FlaskClient
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 from werkzeug.serving import make_server
 
 from isthmus.bundle import Bundle
@@ -223,3 +226,26 @@ def served(app: Callable[..., Any]) -> Iterator[str]:
         server.shutdown()
         thread.join(5)
         server.server_close()
+
+
+def ready(client: FlaskClient) -> FlaskClient:
+    assert until(lambda: client.get("/ready").status_code == 200)
+    return client
+
+
+def until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def metrics(client: FlaskClient) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    text = client.get("/metrics").get_data(as_text=True)
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }

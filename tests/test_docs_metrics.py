@@ -10,10 +10,10 @@ import pytest
 from flask.testing import FlaskClient
 from prometheus_client.parser import text_string_to_metric_families
 
-from bundles import Published, photo, publish_photos, router_settings, segment_settings
+from bundles import Published, photo, publish_photos, ready, router_settings, segment_settings
 from isthmus.serving import create_router_app, create_segment_app
 from isthmus.serving.metrics import Metrics
-from test_serving_segment import framed, ready
+from test_serving_segment import framed
 
 TEXT = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
 ROWS = {

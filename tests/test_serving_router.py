@@ -24,7 +24,6 @@ import urllib3
 from flask import Flask, Response
 from flask.testing import FlaskClient
 from PIL import Image
-from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 from werkzeug.datastructures import EnvironHeaders
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
@@ -34,13 +33,16 @@ from bundles import (
     TOLERANCE,
     Published,
     free_model,
+    metrics,
     photo,
     photo_array,
     publish,
     publish_photos,
+    ready,
     router_settings,
     segment_settings,
     served,
+    until,
 )
 from isthmus.errors import SettingsError
 from isthmus.processing.classify import classify
@@ -98,29 +100,6 @@ def client(chain: Chain) -> FlaskClient:
 
 def local_router(published: Published, cache: Path, **given: Any) -> FlaskClient:
     return ready(create_router_app(router_settings(published, cache, ("local",), **given)).test_client())
-
-
-def ready(client: FlaskClient) -> FlaskClient:
-    assert until(lambda: client.get("/ready").status_code == 200)
-    return client
-
-
-def until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return False
-
-
-def metrics(client: FlaskClient) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    text = client.get("/metrics").get_data(as_text=True)
-    return {
-        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
 
 
 def expected_classes(published: Published, data: bytes, top_k: int = 3) -> Any:

@@ -6,7 +6,6 @@ import gzip
 import socket
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,8 @@ import numpy as np
 import pytest
 import urllib3
 from flask.testing import FlaskClient
-from prometheus_client.parser import text_string_to_metric_families
 
-from bundles import TOLERANCE, Published, cache_of, publish_photos, segment_settings, served
+from bundles import TOLERANCE, Published, cache_of, metrics, publish_photos, ready, segment_settings, served, until
 from isthmus import frame as frames
 from isthmus.bundle import WHOLE
 from isthmus.errors import SettingsError
@@ -38,33 +36,10 @@ def client(photos: Published, tmp_path: Path) -> FlaskClient:
     return ready(create_segment_app(segment_settings(photos, tmp_path / "cache")).test_client())
 
 
-def ready(client: FlaskClient) -> FlaskClient:
-    assert until(lambda: client.get("/ready").status_code == 200)
-    return client
-
-
-def until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return False
-
-
 def framed(published: Published, segment: str = WHOLE, **changes: Any) -> bytes:
     return frames.encode(
         Frame(**{"tensors": published.inputs, "bundle": published.digest, "segment": segment} | changes)
     )
-
-
-def metrics(client: FlaskClient) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    text = client.get("/metrics").get_data(as_text=True)
-    return {
-        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
 
 
 def test_a_frame_goes_in_and_a_frame_comes_out(client: FlaskClient, photos: Published) -> None:

@@ -8,13 +8,10 @@ import os
 import shutil
 import signal
 import socket
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import aiohttp
 from aiohttp import web
@@ -24,6 +21,7 @@ from isthmus.local.async_queue import AsyncQueue
 from isthmus.local.events import Event, OnEvent, ignore
 from isthmus.local.fleet import Fleet, Places
 from isthmus.local.gateway import create_gateway
+from isthmus.local.inthread import InThread
 from isthmus.local.metrics import Metrics
 from isthmus.local.proxy import Proxy
 from isthmus.local.secrets import SecretFolder
@@ -81,8 +79,14 @@ def run_engine(
     asyncio.run(_run_until_signal(options))
 
 
-class Engine:
-    """An engine in a thread of this process, for tests and `isthmus demo`; a context manager."""
+class Engine(InThread["_Running"]):
+    """An engine in a thread of this process, for tests and `isthmus demo`; a context manager.
+
+    It is entered once its port is taken, before its functions are ready, and left when they have drained.
+
+    Raises:
+        LocalError: on entering; the stack cannot be read or laid out, or the port is taken.
+    """
 
     def __init__(
         self,
@@ -95,7 +99,7 @@ class Engine:
         drain_s: float = DRAIN_S,
         on_event: OnEvent = ignore,
     ) -> None:
-        self._options = Options(
+        options = Options(
             stack_file=Path(stack_file),
             port=port,
             replicas=replicas or {},
@@ -104,27 +108,7 @@ class Engine:
             drain_s=drain_s,
             on_event=on_event,
         )
-        self._running: _Running | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._leave: asyncio.Event | None = None
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-
-    def start(self) -> Self:
-        """Take the port and start the functions; return before they are ready.
-
-        Raises:
-            LocalError: the stack cannot be read or laid out, or the port is taken.
-        """
-        up = threading.Event()
-        # Not a thread of a pool: the kernel ends the functions with the thread that started them.
-        self._thread = threading.Thread(target=self._main, args=(up,), name="engine", daemon=True)
-        self._thread.start()
-        up.wait()
-        if self._error is not None:
-            self._thread.join()
-            raise self._error
-        return self
+        super().__init__("engine", lambda: _running(options))
 
     @property
     def url(self) -> str:
@@ -133,9 +117,9 @@ class Engine:
         Raises:
             LocalError: the engine does not run.
         """
-        if self._running is None:
+        if self._value is None:
             raise LocalError("the engine does not run")
-        return self._running.url
+        return self._value.url
 
     def wait_ready(
         self, timeout_s: float = 60.0, progress: Callable[[Mapping[str, str]], None] = lambda _: None
@@ -147,52 +131,21 @@ class Engine:
         """
         until, told = time.monotonic() + timeout_s, None
         while True:
-            if self._running is None:
+            if self._value is None:
                 raise LocalError("the engine does not run")
-            states = {s.name: "ready" if s.settled else s.reason for s in list(self._running.fleet)}
+            states = {s.name: "ready" if s.settled else s.reason for s in list(self._value.fleet)}
             if states != told:
                 told = states
                 progress(states)
             if all(state == "ready" for state in states.values()):
                 return
-            for s in list(self._running.fleet):
+            for s in list(self._value.fleet):
                 if s.crashes >= _CRASHES_THAT_ARE_A_PATTERN:
                     raise LocalError(f"{s.name} does not start: {s.failure}", function=s.name)
             if time.monotonic() > until:
                 waiting = "; ".join(f"{name}: {state}" for name, state in states.items() if state != "ready")
                 raise LocalError(f"not ready after {timeout_s:g} s: {waiting}")
             time.sleep(_POLL_S)
-
-    def stop(self) -> None:
-        """Drain and end everything; harmless when it does not run."""
-        if self._thread is None or self._loop is None or self._leave is None:
-            return
-        with contextlib.suppress(RuntimeError):  # its loop is closed: it has ended already
-            self._loop.call_soon_threadsafe(self._leave.set)
-        self._thread.join()
-        self._running = self._thread = None
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
-
-    def _main(self, up: threading.Event) -> None:
-        async def live() -> None:
-            self._loop, self._leave = asyncio.get_running_loop(), asyncio.Event()
-            async with _running(self._options) as self._running:
-                up.set()
-                await self._leave.wait()
-
-        try:
-            asyncio.run(live())
-        except BaseException as e:
-            self._error = e
-        finally:
-            up.set()
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,12 @@ import concurrent.futures
 import contextlib
 import random
 import socket
-import threading
-from collections.abc import Callable, Sequence
-from types import TracebackType
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Self, TypeVar
 from urllib.parse import urlsplit
 
 from isthmus.errors import LocalError
+from isthmus.local.inthread import InThread
 from isthmus.local.link_script import Step
 from isthmus.local.network import HOST, LinkCounters, Network
 from isthmus.local.pacing import LinkShape
@@ -23,7 +22,7 @@ __all__ = ["Link", "LinkCounters", "LinkShape"]
 _T = TypeVar("_T")
 
 
-class Link:
+class Link(InThread[int]):
     """A network between a client on this machine and `target`, in a thread of its own; a context manager.
 
     `target` is HOST:PORT or an http URL. The link listens on 127.0.0.1 alone; port 0 takes a free one. `script` changes
@@ -41,10 +40,7 @@ class Link:
         self._wanted_port = port
         self._network = Network(shape or LinkShape(), script, random.Random(seed))  # noqa: S311
         self._port = 0
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._leave: asyncio.Event | None = None
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        super().__init__("link", self._relaying, lambda: asyncio.SelectorEventLoop(PreciseSelector()))
 
     def start(self) -> Self:
         """Take the port; once only.
@@ -54,33 +50,7 @@ class Link:
         """
         if self._thread is not None or self._leave is not None:
             raise LocalError("a link starts once")
-        up = threading.Event()
-        self._error = None
-        self._thread = threading.Thread(target=self._main, args=(up,), name="link", daemon=True)
-        self._thread.start()
-        up.wait()
-        if self._error is not None:
-            self._thread.join()
-            self._thread = None
-            raise self._error
-        return self
-
-    def stop(self) -> None:
-        """Reset what is connected and end; harmless when it does not run."""
-        if self._thread is None or self._loop is None or self._leave is None:
-            return
-        with contextlib.suppress(RuntimeError):  # its loop is closed: it has ended already
-            self._loop.call_soon_threadsafe(self._leave.set)
-        self._thread.join()
-        self._thread = self._loop = None
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
+        return super().start()
 
     @property
     def port(self) -> int:
@@ -141,20 +111,10 @@ class Link:
         self._loop.call_soon_threadsafe(work)
         return done.result()
 
-    def _main(self, up: threading.Event) -> None:
-        async def live() -> None:
-            self._loop, self._leave = asyncio.get_running_loop(), asyncio.Event()
-            async with self._network.relaying(self._wanted_port, self._family, self._address) as self._port:
-                up.set()
-                await self._leave.wait()
-
-        try:
-            with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(PreciseSelector())) as runner:
-                runner.run(live())
-        except BaseException as e:
-            self._error = e
-        finally:
-            up.set()
+    @contextlib.asynccontextmanager
+    async def _relaying(self) -> AsyncIterator[int]:
+        async with self._network.relaying(self._wanted_port, self._family, self._address) as self._port:
+            yield self._port
 
 
 def _resolve(target: str) -> tuple[socket.AddressFamily, tuple[object, ...]]:

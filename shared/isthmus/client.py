@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
 
 import numpy as np
-import urllib3
 
+from isthmus import connections
 from isthmus.bundle import TensorSpec
+from isthmus.codecs import raw
+from isthmus.connections import Connections
+from isthmus.context import Deadline
 from isthmus.errors import HTTP_STATUS, HopRejected, HopTimeout, HopUnavailable, IsthmusError
 from isthmus.frame import DTYPES
 from isthmus.serving import oip
-from isthmus.serving.oip_tensor import datatype_of, from_binary, shape_of, to_binary
+from isthmus.serving.oip_tensor import datatype_of, from_binary, shape_of
 
+MAX_ANSWER_BYTES = 2**30
+_CONNECT_TIMEOUT_S = 5.0
 Array = np.ndarray[Any, np.dtype[Any]]
 _DTYPE = {datatype_of(dtype): dtype for dtype in DTYPES}
 
@@ -39,7 +44,7 @@ class Client:
     def __init__(self, url: str, *, timeout_s: float = 30.0) -> None:
         self.url = url.rstrip("/")
         self._timeout_s = timeout_s
-        self._pool = urllib3.PoolManager(maxsize=16)
+        self._connections = Connections(self.url, connect_timeout_s=min(_CONNECT_TIMEOUT_S, timeout_s))
 
     def photo(self, data: bytes, *, model: str = "", top_k: int | None = None) -> dict[str, Any]:
         """The router's answer to a photo: classes, route and timings.
@@ -48,7 +53,7 @@ class Client:
             What the router answered, as `_error` reads it.
         """
         fields = {k: str(v) for k, v in (("model", model), ("top_k", top_k)) if v}
-        answer: dict[str, Any] = json.loads(self._post("/", data, {}, fields).data)
+        answer: dict[str, Any] = json.loads(self._post("/", [data], {}, fields).body)
         return answer
 
     def infer(self, arrays: Mapping[str, Array], *, model: str, version: str = "") -> Answer:
@@ -57,7 +62,7 @@ class Client:
         Raises:
             What the router answered, as `_error` reads it.
         """
-        chunks = {name: to_binary(np.asarray(array)) for name, array in arrays.items()}
+        chunks = {name: raw.encode(np.asarray(array)) for name, array in arrays.items()}
         head = json.dumps(
             {
                 "inputs": [
@@ -74,59 +79,54 @@ class Client:
         ).encode()
         headers = {"Content-Type": "application/octet-stream", oip.HEADER_LENGTH: str(len(head))}
         path = f"/v2/models/{model}{f'/versions/{version}' if version else ''}/infer"
-        response = self._post(path, b"".join([head, *chunks.values()]), headers, {})
-        split = int(response.headers.get(oip.HEADER_LENGTH, len(response.data)))
-        doc, binary = json.loads(response.data[:split]), memoryview(response.data)[split:]
+        response = self._post(path, [head, *chunks.values()], headers, {})
+        split = int(response.headers.get(oip.HEADER_LENGTH.lower(), len(response.body)))
+        doc, binary = json.loads(response.body[:split]), memoryview(response.body)[split:]
         outputs: dict[str, Array] = {}
         for output in doc["outputs"]:
             spec = TensorSpec(output["name"], _DTYPE[output["datatype"]], tuple(output["shape"]))
             size = output["parameters"]["binary_data_size"]
             outputs[spec.name] = from_binary(binary, size, spec, shape_of(output, spec))
             binary = binary[size:]
-        return Answer(outputs, doc.get("parameters", {}), response.headers.get("Server-Timing", ""))
-
-    def get(self, path: str) -> dict[str, Any]:
-        """The JSON document at `path`, e.g. /v2/models/NAME."""
-        answer: dict[str, Any] = json.loads(self._call("GET", path, None, {}, {}).data)
-        return answer
+        return Answer(outputs, doc.get("parameters", {}), response.headers.get("server-timing", ""))
 
     def _post(
-        self, path: str, body: bytes, headers: Mapping[str, str], fields: Mapping[str, str]
-    ) -> urllib3.BaseHTTPResponse:
-        return self._call("POST", path, body, headers, fields)
-
-    def _call(
-        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], fields: Mapping[str, str]
-    ) -> urllib3.BaseHTTPResponse:
-        query = "?" + urlencode(fields) if fields else ""
+        self, path: str, body: Sequence[bytes | memoryview], headers: Mapping[str, str], fields: Mapping[str, str]
+    ) -> connections.Answer:
         try:
-            response = self._pool.request(
-                method,
-                self.url + path + query,
-                body=body,
-                headers={"X-Timeout": f"{int(self._timeout_s * 1000)}ms", **headers},
-                timeout=urllib3.Timeout(connect=min(5.0, self._timeout_s), read=self._timeout_s + 1.0),
-                retries=False,
+            response = self._connections.post(
+                body,
+                {"X-Timeout": f"{int(self._timeout_s * 1000)}ms", **headers},
+                # The router answers by itself when its time is over; a little later nobody does.
+                Deadline.after(self._timeout_s + 1.0),
+                most=MAX_ANSWER_BYTES,
+                most_of_an_error=MAX_ANSWER_BYTES,
+                path=path,
+                query=urlencode(fields),
             )
-        except urllib3.exceptions.ReadTimeoutError as e:
+        except TimeoutError as e:
             raise HopTimeout(f"{self.url} did not answer within {self._timeout_s:g} s", hop=self.url) from e
-        except urllib3.exceptions.HTTPError as e:
+        except connections.Unreachable as e:
             raise HopUnavailable(
-                f"{self.url} cannot be reached",
+                f"{self.url} cannot be reached: {e}",
                 hop=self.url,
                 hint="start the functions on this machine with `isthmus up`, or name another router with --url",
             ) from e
+        except connections.BrokenOff as e:
+            raise HopUnavailable(f"{self.url} broke off: {e}", hop=self.url) from e
+        except connections.AnswerTooLong as e:
+            raise HopRejected(f"{self.url} answered with more than {MAX_ANSWER_BYTES} bytes", hop=self.url) from e
         if response.status != 200:
             raise _error(self.url, response)
         return response
 
 
-def _error(url: str, response: urllib3.BaseHTTPResponse) -> IsthmusError:
+def _error(url: str, response: connections.Answer) -> IsthmusError:
     """The router's JSON error as the exception that it was there; anything else as a refusal of the hop."""
     try:
-        doc = json.loads(response.data)
+        doc = json.loads(response.body)
         kind = next(c for c in HTTP_STATUS if c.__name__ == doc["type"])
         return kind(doc["error"], hint=doc.get("hint", ""), **doc["facts"])
     except (ValueError, KeyError, TypeError, StopIteration):
-        said = response.data[:200].decode("utf-8", "replace").strip() or "an empty body"
+        said = response.body[:200].decode("utf-8", "replace").strip() or "an empty body"
         return HopRejected(f"{url} answered {response.status}: {said}", hop=url, status=response.status)

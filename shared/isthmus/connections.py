@@ -9,6 +9,7 @@ from __future__ import annotations
 import select
 import socket
 import ssl
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -58,11 +59,12 @@ class Connections:
         parts = urlsplit(url)
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._address = (parts.hostname or "", parts.port or (443 if self._tls else 80))
-        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        self._start = f"POST {target} HTTP/1.1\r\nHost: {parts.netloc}\r\n"
+        self._path, self._query = parts.path.rstrip("/"), parts.query
+        self._host = parts.netloc
         self._connect_timeout_s = connect_timeout_s
         # A list's append and pop are atomic; the last one used is the likeliest to be alive.
         self._idle: list[socket.socket] = []
+        weakref.finalize(self, _close, self._idle)
 
     def post(
         self,
@@ -72,8 +74,10 @@ class Connections:
         *,
         most: int,
         most_of_an_error: int,
+        path: str = "",
+        query: str = "",
     ) -> Answer:
-        """Send `body`, in parts, and read the answer, both before the deadline.
+        """Send `body`, in parts, to `path` below the URL and read the answer, both before the deadline.
 
         A connection that turns out to have been closed while it was idle is replaced: callers post what may be posted
         twice.
@@ -86,8 +90,11 @@ class Connections:
             AnswerTooLong: status 200, and more than `most` bytes.
             BrokenOff: the connection broke, or what came is not HTTP.
         """
-        head = self._start + "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        message = [f"{head}Content-Length: {sum(map(len, body))}\r\n\r\n".encode("latin-1"), *body]
+        wanted = query or self._query
+        target = (self._path + path or "/") + (f"?{wanted}" if wanted else "")
+        lines = [f"POST {target} HTTP/1.1", f"Host: {self._host}", f"Content-Length: {sum(map(len, body))}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        message = [("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"), *body]
         while True:
             sock = self._waiting()
             used = sock is not None
@@ -112,8 +119,7 @@ class Connections:
 
     def close(self) -> None:
         """Close what is idle."""
-        while self._idle:
-            self._idle.pop().close()
+        _close(self._idle)
 
     def _waiting(self) -> socket.socket | None:
         """An idle connection whose other end has not closed it."""
@@ -138,6 +144,11 @@ class Connections:
         except OSError as e:
             raise Unreachable(e.strerror or str(e)) from e
         return sock
+
+
+def _close(idle: list[socket.socket]) -> None:
+    while idle:
+        idle.pop().close()
 
 
 def _send(sock: socket.socket, message: Sequence[Buffer], deadline: Deadline) -> None:

@@ -144,6 +144,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
 def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Not KeyboardInterrupt: raised inside a finaliser it is dropped, and the process would live on.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(0))
     _log_as_json()
     _keep_memory()
     try:
@@ -151,7 +153,7 @@ def main() -> None:
     except BadStart as e:
         _fail(e)
     threading.Thread(target=_load, args=(door,), name="load", daemon=True).start()
-    server.run()  # returns on SIGINT
+    server.run()
 
 
 def _bind() -> tuple[Any, Door]:

@@ -14,10 +14,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from http.client import HTTPConnection, RemoteDisconnected
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import onnx
@@ -29,6 +27,8 @@ from report import STATE, Report, arguments, at_least, at_most
 from tcp_chain import Peer
 from timing import Stages, medians, note
 
+from isthmus.connections import Connections
+from isthmus.context import Deadline
 from isthmus.graph import build
 from isthmus.registry import open_registry
 from isthmus.settings import RegistrySettings
@@ -81,27 +81,21 @@ class Router:
         status, headers, data = self._caller.post(f"/v2/models/{model}/infer", self._body, self._headers)
         if status != 200 or not data.endswith(self._answer):
             raise RuntimeError(f"{self.url} answered {status}: {data[:300]!r}")
-        note(self.stages.setdefault(model, {}), headers["Server-Timing"])
+        note(self.stages.setdefault(model, {}), headers["server-timing"])
 
 
 class Caller:
-    """One kept-alive connection, with as little client as there is: what is measured is what it asks."""
+    """Kept-alive connections, with as little client as there is: what is measured is what it asks."""
 
     def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        self._prefix = parts.path
-        self._connection = HTTPConnection(parts.hostname or "", parts.port)
+        self._connections = Connections(url, connect_timeout_s=5.0)
 
     def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> tuple[int, Mapping[str, str], bytes]:
-        """The answer's status, headers and body; a connection that the other end closed is opened anew."""
-        try:
-            self._connection.request("POST", self._prefix + path, body, dict(headers))
-            response = self._connection.getresponse()
-        except (RemoteDisconnected, ConnectionError):
-            self._connection.close()
-            self._connection.request("POST", self._prefix + path, body, dict(headers))
-            response = self._connection.getresponse()
-        return response.status, dict(response.headers.items()), response.read()
+        """The answer's status, headers (names in lower case) and body."""
+        answer = self._connections.post(
+            [body], headers, Deadline.after(60.0), most=2**30, most_of_an_error=2**16, path=path
+        )
+        return answer.status, answer.headers, bytes(answer.body)
 
 
 def main() -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from isthmus.errors import IsthmusError
@@ -29,6 +31,8 @@ RegistryOption = Annotated[
     ),
 ]
 DEFAULT_REGISTRY = ".isthmus/registry"
+CACHE_DIR = str(Path(tempfile.gettempdir()) / "isthmus-cli")
+"""Where commands keep what they fetch, apart from any function's cache."""
 Step = Callable[[str], None]
 
 
@@ -67,19 +71,6 @@ def steps(quiet: bool) -> Iterator[Step]:
 
         yield step
         shown.update(current, completed=1)
-
-
-@contextmanager
-def counting(quiet: bool, text: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar for work that is counted: call it with what is done and what there is in all."""
-    if quiet:
-        yield lambda done, total: None
-        return
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), console=err
-    ) as shown:
-        task = shown.add_task(text, total=None)
-        yield lambda done, total: shown.update(task, completed=done, total=total)
 
 
 @contextmanager

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import tempfile
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from isthmus.bundle import WHOLE
-from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, errors, out, print_json, size, steps
-from isthmus.registry import SegmentCache, open_registry
+from isthmus.cli.console import (
+    CACHE_DIR,
+    DEFAULT_REGISTRY,
+    AsJson,
+    RegistryOption,
+    errors,
+    out,
+    print_json,
+    size,
+    steps,
+)
+from isthmus.registry import open_cache, open_registry
 from isthmus.settings import RegistrySettings
 
 
@@ -36,12 +45,12 @@ def cut(
     from isthmus.graph import add_cuts
 
     with errors(as_json):
-        settings = RegistrySettings(registry=registry)
+        settings = RegistrySettings(registry=registry, cache_dir=CACHE_DIR)
         store = open_registry(settings)
         found = store.resolve(model)
         with tempfile.TemporaryDirectory(prefix="isthmus-") as folder, steps(as_json) as step:
             step(f"fetching {found.name}:{found.version}")
-            cache = SegmentCache(store, Path(tempfile.gettempdir()) / "isthmus-cli", settings.cache_bytes)
+            cache = open_cache(settings, store)
             partitions = [text.split("/") for text in at]
             with cache.locate(found.digest, WHOLE) as whole:
                 step(f"cutting at {', '.join(at)}")

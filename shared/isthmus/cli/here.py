@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from isthmus import pipeline
 from isthmus.bundle import WHOLE
+from isthmus.cli.console import CACHE_DIR
 from isthmus.client import Array
 from isthmus.context import Context
 from isthmus.errors import MediaUnsupported
@@ -16,7 +15,7 @@ from isthmus.hop import LocalHop
 from isthmus.pipeline import Result, Route
 from isthmus.processing.classify import classify, parse_labels
 from isthmus.processing.image import preprocess
-from isthmus.registry import SegmentCache, open_registry
+from isthmus.registry import open_cache, open_registry
 from isthmus.runners.store import SegmentStore
 from isthmus.settings import SegmentSettings
 
@@ -31,11 +30,10 @@ class Here:
     """
 
     def __init__(self, registry: str, reference: str, cuts: str = "", *, threads: int = 0) -> None:
-        cache = Path(tempfile.gettempdir()) / "isthmus-cli"
-        settings = SegmentSettings(registry=registry, cache_dir=str(cache), threads=threads)
+        settings = SegmentSettings(registry=registry, cache_dir=CACHE_DIR, threads=threads)
         self._registry = open_registry(settings)
         self.model = self._registry.resolve(reference or _only(self._registry.models()))
-        store = SegmentStore(SegmentCache(self._registry, settings.cache_dir, settings.cache_bytes), settings)
+        store = SegmentStore(open_cache(settings, self._registry), settings)
         bundle, hop = self.model.bundle, LocalHop(store)
         if cuts == WHOLE:
             self._route = Route(self.model.digest, bundle, (bundle.segment(WHOLE),), (hop,))

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import yaml
 
-from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, errors, out, print_json, size, steps
+from isthmus.cli.console import (
+    CACHE_DIR,
+    DEFAULT_REGISTRY,
+    AsJson,
+    RegistryOption,
+    errors,
+    out,
+    print_json,
+    size,
+    steps,
+)
 from isthmus.errors import LocalError
-from isthmus.registry import FolderStore, Registry, Resolved, SegmentCache, open_registry
+from isthmus.registry import FolderStore, Registry, Resolved, open_cache, open_registry
 from isthmus.registry.content import blob_key
 from isthmus.settings import RegistrySettings
 
@@ -49,7 +58,7 @@ def package(
     Example: `isthmus package efficientnet-lite0 && faas-cli up -f build/package/efficientnet-lite0/stack.yml`
     """
     with errors(as_json), steps(as_json) as step:
-        settings = RegistrySettings(registry=registry)
+        settings = RegistrySettings(registry=registry, cache_dir=CACHE_DIR)
         store = open_registry(settings)
         step(f"finding {model}")
         found = store.resolve(model)
@@ -59,7 +68,7 @@ def package(
         if folder.exists():
             shutil.rmtree(folder)
         base = _read(stack)
-        cache = SegmentCache(store, Path(tempfile.gettempdir()) / "isthmus-cli", settings.cache_bytes)
+        cache = open_cache(settings, store)
         manifest = store.manifest(found.digest)
         functions: dict[str, Any] = {}
         weights: dict[str, int] = {}

@@ -75,14 +75,14 @@ def open_registry(settings: RegistrySettings) -> Registry:
     return Registry(store, patience)
 
 
-def open_cache(settings: RegistrySettings) -> SegmentCache:
-    """The cache that `settings` describe, before their registry."""
-    return SegmentCache(open_registry(settings), settings.cache_dir, settings.cache_bytes)
+def open_cache(settings: RegistrySettings, registry: Registry | None = None) -> SegmentCache:
+    """The cache that `settings` describe, before their registry, or before `registry` where it is open already."""
+    return SegmentCache(registry or open_registry(settings), settings.cache_dir, settings.cache_bytes)
 
 
-def open_source(settings: SegmentSettings) -> SegmentSource:
+def open_source(settings: SegmentSettings, registry: Registry | None = None) -> SegmentSource:
     """Where a function's segments come from: the one baked into its image if there is one, else the cache."""
-    return BakedSegment(settings.segment_dir) if settings.segment_dir else open_cache(settings)
+    return BakedSegment(settings.segment_dir) if settings.segment_dir else open_cache(settings, registry)
 
 
 def _secret(folder: str, name: str) -> str:

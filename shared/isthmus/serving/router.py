@@ -20,7 +20,7 @@ from isthmus.hop import hops_to
 from isthmus.pipeline import Result, Route
 from isthmus.processing.classify import classify
 from isthmus.processing.image import looks_like_image, not_an_image, preprocess
-from isthmus.registry import SegmentCache, open_registry
+from isthmus.registry import open_cache, open_registry
 from isthmus.serving import oip
 from isthmus.serving.app import FunctionApp, Reply, Work
 from isthmus.serving.models import Model, Models
@@ -54,7 +54,7 @@ class _RouterApp(FunctionApp):
         if "local" in settings.hops:
             from isthmus.runners.store import SegmentStore  # a router with remote hops never loads onnxruntime
 
-            self._store = SegmentStore(SegmentCache(self._registry, settings.cache_dir, settings.cache_bytes), settings)
+            self._store = SegmentStore(open_cache(settings, self._registry), settings)
         self._hops = hops_to(
             settings.hops,
             self._store,

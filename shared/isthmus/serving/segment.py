@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 from flask import Flask
 
@@ -12,7 +11,7 @@ from isthmus.bundle import is_digest
 from isthmus.context import Deadline
 from isthmus.errors import RequestMalformed
 from isthmus.frame import Frame
-from isthmus.registry import BakedSegment, SegmentCache, SegmentSource, open_registry
+from isthmus.registry import BakedSegment, open_registry, open_source
 from isthmus.runners.store import SegmentStore
 from isthmus.serving.app import FunctionApp, Reply, Work
 from isthmus.serving.preload import LONGEST_LOAD_S, parse, preload
@@ -34,14 +33,9 @@ class _SegmentApp(FunctionApp):
     def __init__(self, settings: SegmentSettings) -> None:
         for entry in settings.preload:
             parse(entry)
-        self._baked: BakedSegment | None = None
-        source: SegmentSource
-        if settings.segment_dir:
-            source = self._baked = BakedSegment(Path(settings.segment_dir))
-        else:
-            self._registry = open_registry(settings)
-            source = SegmentCache(self._registry, settings.cache_dir, settings.cache_bytes)
-        self._store = SegmentStore(source, settings)
+        self._registry = None if settings.segment_dir else open_registry(settings)
+        self._source = open_source(settings, self._registry)
+        self._store = SegmentStore(self._source, settings)
         super().__init__("segment", settings, self._prepare)
         self.metrics.gauge_store(self._store)
         self.work("/", self.run, "run")
@@ -63,7 +57,7 @@ class _SegmentApp(FunctionApp):
         return Reply(body, {"Content-Type": frames.CONTENT_TYPE})
 
     def _prepare(self) -> None:
-        if self._baked is not None:
-            self._store.runner(self._baked.digest, self._baked.segment_id, Deadline.after(LONGEST_LOAD_S))
-        else:
+        if isinstance(self._source, BakedSegment):
+            self._store.runner(self._source.digest, self._source.segment_id, Deadline.after(LONGEST_LOAD_S))
+        if self._registry is not None:
             preload(self._settings.preload, self._registry, self._store)

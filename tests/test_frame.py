@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from isthmus.codecs import Packed
 from isthmus.errors import FrameError, FrameMalformed, FrameTooLarge
 from isthmus.frame import DTYPES, MAGIC, MAX_HEADER_BYTES, Frame, decode, encode, is_frame
 
@@ -194,7 +195,10 @@ def test_decode_refuses_what_exceeds_a_bound_without_allocating(case: str) -> No
         (Frame({"x": np.array([object()])}), FrameMalformed, "dtype"),
         (Frame({"": np.zeros(1)}), FrameMalformed, "name"),
         (Frame({"x" * 513: np.zeros(1)}), FrameMalformed, "name"),
-        (Frame({"x": np.zeros(1)}, codecs={"x": "zip"}), FrameMalformed, "codec"),
+        (Frame({}, packed={"x": Packed("zip/1", "float32", (1,), b"")}), FrameMalformed, "codec"),
+        (Frame({}, packed={"x": Packed("half/1", "text", (1,), b"")}), FrameMalformed, "dtype"),
+        (Frame({}, packed={"x": Packed("half/1", "float32", (1,) * 33, b"")}), FrameTooLarge, "rank"),
+        (Frame({"x": np.zeros(1)}, packed={"x": Packed("half/1", "float32", (1,), b"")}), FrameMalformed, "duplicate"),
         (Frame({}, request="\ud800"), FrameMalformed, "request"),
         (Frame({"x": np.zeros((1,) * 33)}), FrameTooLarge, "rank"),
         (Frame({str(i): np.zeros(1) for i in range(1025)}), FrameTooLarge, "tensors"),

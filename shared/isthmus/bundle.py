@@ -11,7 +11,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from isthmus.errors import Missing, RegistryError
@@ -99,6 +99,8 @@ class Bundle:
 
     `default_cuts` name the partition that a request takes when nothing chooses another: n names make n + 1 segments.
     `preprocess`, `postprocess` are data for isthmus.processing; None where the model takes and gives bare tensors.
+    `tables` are what calibrated codecs know of a tensor, by its name, each a frame of named arrays. `fidelity` is what
+    was measured of each codec's answers (docs/codecs.md), and `plan` the plan made for this bundle (docs/plan.md).
     """
 
     name: str
@@ -111,6 +113,9 @@ class Bundle:
     preprocess: Mapping[str, Any] | None = None
     postprocess: Mapping[str, Any] | None = None
     source: Mapping[str, Any] = field(default_factory=dict)
+    tables: Mapping[str, Blob] = field(default_factory=dict)
+    fidelity: Blob | None = None
+    plan: Blob | None = None
 
     def segment(self, segment_id: str) -> Segment:
         """The segment of that id.
@@ -150,8 +155,7 @@ class Bundle:
     def blobs(self) -> set[str]:
         """The digests of all content that this bundle refers to."""
         found = {self.weights.blob.digest, *(s.graph.digest for s in self.segments.values())}
-        if (labels := self.labels) is not None:
-            found.add(labels.digest)
+        found.update(blob.digest for blob in (self.labels, self.fidelity, self.plan, *self.tables.values()) if blob)
         return found
 
     @property
@@ -164,6 +168,11 @@ class Bundle:
 def digest_of(data: bytes | memoryview) -> str:
     """`sha256:<hex>` of `data`."""
     return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def subject_digest(bundle: Bundle) -> str:
+    """The digest of a bundle without its plan: what a plan is made for, and the only thing that it may serve."""
+    return digest_of(to_json(replace(bundle, plan=None)))
 
 
 def is_digest(text: str) -> bool:
@@ -218,6 +227,13 @@ def to_json(bundle: Bundle) -> bytes:
         "postprocess": bundle.postprocess,
         "source": bundle.source,
     }
+    # Written only where there is one, so that a bundle without them keeps its digest.
+    if bundle.tables:
+        doc["tables"] = {name: _blob_to(blob) for name, blob in bundle.tables.items()}
+    if bundle.fidelity is not None:
+        doc["fidelity"] = _blob_to(bundle.fidelity)
+    if bundle.plan is not None:
+        doc["plan"] = _blob_to(bundle.plan)
     return json.dumps(doc, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
@@ -262,8 +278,11 @@ def from_json(data: bytes) -> Bundle:
             preprocess=doc["preprocess"],
             postprocess=doc["postprocess"],
             source=doc["source"],
+            tables={str(name): _blob_from(blob) for name, blob in doc.get("tables", {}).items()},
+            fidelity=_blob_from(doc["fidelity"]) if "fidelity" in doc else None,
+            plan=_blob_from(doc["plan"]) if "plan" in doc else None,
         )
-    except (ValueError, TypeError, KeyError, RecursionError) as e:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise RegistryError(f"not a bundle manifest: {type(e).__name__}: {e}") from e
 
 

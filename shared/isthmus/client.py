@@ -12,7 +12,7 @@ import numpy as np
 
 from isthmus import connections
 from isthmus.bundle import TensorSpec
-from isthmus.codecs import raw
+from isthmus.codecs.raw import RAW
 from isthmus.connections import Connections
 from isthmus.context import Deadline
 from isthmus.errors import HTTP_STATUS, HopRejected, HopTimeout, HopUnavailable, IsthmusError
@@ -62,7 +62,7 @@ class Client:
         Raises:
             What the router answered, as `_error` reads it.
         """
-        chunks = {name: raw.encode(np.asarray(array)) for name, array in arrays.items()}
+        chunks = {name: RAW.encode(np.asarray(array)) for name, array in arrays.items()}
         head = json.dumps(
             {
                 "inputs": [

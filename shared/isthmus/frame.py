@@ -16,7 +16,8 @@ from typing import Any, NoReturn, TypeAlias
 import ml_dtypes
 import numpy as np
 
-from isthmus.codecs import CODECS, Array
+from isthmus.codecs import KNOWN, Array, Packed, Tables, find
+from isthmus.codecs.raw import RAW
 from isthmus.errors import FrameMalformed, FrameTooLarge
 
 CONTENT_TYPE = "application/vnd.isthmus.frame"
@@ -60,8 +61,10 @@ class Frame:
     bundle: str = ""
     segment: str = ""
     request: str = ""
+    packed: Mapping[str, Packed] = field(default_factory=dict)
+    """Tensors to be sent packed, beside those in `tensors`; a decoded frame has none."""
     codecs: Mapping[str, str] = field(default_factory=dict)
-    """The codec of each tensor; `raw` where it has no entry."""
+    """In a decoded frame, the codec of each tensor that did not come raw."""
 
 
 def encode(frame: Frame) -> bytes:
@@ -80,8 +83,8 @@ def encode_parts(frame: Frame) -> list[bytes | memoryview]:
         FrameMalformed: a dtype that frames do not carry, an unknown codec, or a name too long.
         FrameTooLarge: more tensors, a higher rank or a longer header than any reader accepts.
     """
-    if len(frame.tensors) > MAX_TENSORS:
-        _too_large("tensors", f"{len(frame.tensors)} tensors; at most {MAX_TENSORS}", limit=MAX_TENSORS)
+    if (count := len(frame.tensors) + len(frame.packed)) > MAX_TENSORS:
+        _too_large("tensors", f"{count} tensors; at most {MAX_TENSORS}", limit=MAX_TENSORS)
     entries: list[_Entry] = []
     parts: list[bytes | memoryview] = [b""]
     end = 0
@@ -89,15 +92,18 @@ def encode_parts(frame: Frame) -> list[bytes | memoryview]:
         dtype = _dtype_name(name, array)
         if array.ndim > MAX_RANK:
             _too_large("rank", f"{name!r} has rank {array.ndim}; at most {MAX_RANK}", limit=MAX_RANK)
-        codec = frame.codecs.get(name, "raw")
-        if codec not in CODECS:
-            _malformed("codec", f"{name!r} asks for codec {codec!r}; known are {sorted(CODECS)}")
-        payload = CODECS[codec].encode(array)
+        payload = RAW.encode(array)
         if gap := -end % ALIGNMENT:
             parts.append(bytes(gap))
         parts.append(payload)
-        entries.append((name, dtype, array.shape, codec, end + gap, len(payload)))
+        entries.append((name, dtype, array.shape, "raw", end + gap, len(payload)))
         end += gap + len(payload)
+    for name, packed in frame.packed.items():
+        _check_packed(name, packed, frame.tensors)
+        gap = -end % ALIGNMENT
+        parts += [bytes(gap), packed.payload]
+        entries.append((name, packed.dtype, packed.shape, packed.codec, end + gap, len(packed.payload)))
+        end += gap + len(packed.payload)
     start = _start_of_header(tuple(entries), frame.bundle, frame.segment)
     header = start + f"{_quoted(_text('request', frame.request))}}}".encode()
     header += b" " * (-(_PREAMBLE + len(header)) % ALIGNMENT)
@@ -107,11 +113,12 @@ def encode_parts(frame: Frame) -> list[bytes | memoryview]:
     return parts
 
 
-def decode(data: bytes | bytearray | memoryview, *, max_bytes: int) -> Frame:
+def decode(data: bytes | bytearray | memoryview, *, max_bytes: int, tables: Tables | None = None) -> Frame:
     """Read one frame; every byte must be accounted for.
 
-    Shapes: arrays keep the sender's, e.g. hidden (batch, tokens, width). They are views of `data`.
-    Units: max_bytes bounds the whole frame, and again what its tensors unpack to.
+    Shapes: arrays keep the sender's, e.g. hidden (batch, tokens, width). Those that came raw are views of `data`.
+    Units: max_bytes bounds the whole frame, and again what its tensors unpack to. `tables` is asked once for each
+    tensor whose codec was calibrated; what it raises passes as it is.
 
     Raises:
         FrameTooLarge: a bound was exceeded; nothing was allocated.
@@ -134,7 +141,7 @@ def decode(data: bytes | bytearray | memoryview, *, max_bytes: int) -> Frame:
         _malformed("alignment", f"the body starts at byte {start}, not at a multiple of {ALIGNMENT}")
     header = _header(view[_PREAMBLE:start])
     return Frame(
-        tensors=_tensors(header["tensors"], view[start:], max_bytes),
+        tensors=_tensors(header["tensors"], view[start:], max_bytes, header["bundle"], tables),
         **{key: header[key] for key in _TEXT_KEYS},
         codecs={t["name"]: t["codec"] for t in header["tensors"] if t["codec"] != "raw"},
     )
@@ -175,7 +182,9 @@ def _header(view: memoryview) -> dict[str, Any]:
     return doc
 
 
-def _tensors(entries: list[Any], body: memoryview, max_bytes: int) -> dict[str, Array]:
+def _tensors(
+    entries: list[Any], body: memoryview, max_bytes: int, bundle: str, tables: Tables | None
+) -> dict[str, Array]:
     tensors: dict[str, Array] = {}
     end = unpacked = 0
     for entry in entries:
@@ -187,9 +196,9 @@ def _tensors(entries: list[Any], body: memoryview, max_bytes: int) -> dict[str, 
         dtype = DTYPES.get(entry["dtype"]) if type(entry["dtype"]) is str else None
         if dtype is None:
             _malformed("dtype", f"{name!r} has dtype {entry['dtype']!r}; known are {', '.join(DTYPES)}")
-        codec = CODECS.get(entry["codec"]) if type(entry["codec"]) is str else None
-        if codec is None:
-            _malformed("codec", f"{name!r} has codec {entry['codec']!r}; known are {', '.join(CODECS)}")
+        codec = entry["codec"]
+        if codec not in KNOWN:
+            _malformed("codec", f"{name!r} has codec {codec!r}; known are {', '.join(KNOWN)}")
         shape = entry["shape"]
         if type(shape) is not list or any(type(n) is not int or n < 0 for n in shape):
             _malformed("shape", f"the shape of {name!r} is not a list of whole numbers")
@@ -214,13 +223,33 @@ def _tensors(entries: list[Any], body: memoryview, max_bytes: int) -> dict[str, 
         if offset != end and body[end:offset] != bytes(offset - end):
             _malformed("padding", f"the bytes before {name!r} are not zero")
         end = offset + length
+        table = _table(name, codec, bundle, tables)
         try:
-            tensors[name] = codec.decode(body[offset:end], dtype, tuple(shape))
+            tensors[name] = find(codec).decode(body[offset:end], dtype, tuple(shape), table)
         except ValueError as e:
             raise FrameMalformed(f"{name!r} cannot be unpacked: {e}", rule="payload", tensor=name) from e
     if end != len(body):
         _malformed("trailing", f"{len(body) - end} bytes follow the last tensor")
     return tensors
+
+
+def _table(name: str, codec: str, bundle: str, tables: Tables | None) -> object:
+    if not find(codec).calibrated:
+        return None
+    if tables is None:
+        _malformed("table", f"{name!r} has codec {codec!r}, which needs a bundle's calibration; there is none here")
+    return tables(bundle, name, codec)
+
+
+def _check_packed(name: str, packed: Packed, beside: Mapping[str, Array]) -> None:
+    if name in beside:
+        _malformed("duplicate", f"two tensors are named {name!r}")
+    if packed.codec not in KNOWN:
+        _malformed("codec", f"{name!r} asks for codec {packed.codec!r}; known are {', '.join(KNOWN)}")
+    if packed.dtype not in DTYPES:
+        _malformed("dtype", f"{name!r} is {packed.dtype}; frames carry {', '.join(DTYPES)}")
+    if len(packed.shape) > MAX_RANK:
+        _too_large("rank", f"{name!r} has rank {len(packed.shape)}; at most {MAX_RANK}", limit=MAX_RANK)
 
 
 def _dtype_name(name: str, array: Array) -> str:

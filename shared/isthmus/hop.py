@@ -48,6 +48,11 @@ class Hop(Protocol):
     """Where a segment runs."""
 
     @property
+    def packs(self) -> bool:
+        """Whether tensors become bytes on the way, so that packing them makes sense."""
+        ...
+
+    @property
     def name(self) -> str:
         """What errors and timings call it."""
         ...
@@ -68,6 +73,7 @@ class LocalHop:
     """A segment in this process: nothing is packed, sent or copied."""
 
     name = "local"
+    packs = False
 
     def __init__(self, store: SegmentStore) -> None:
         self._store = store
@@ -80,6 +86,8 @@ class LocalHop:
 
 class HttpHop:
     """A segment behind a URL: an OpenFaaS function, through a gateway or directly."""
+
+    packs = True
 
     def __init__(self, url: str, *, attempts: int, connect_timeout_s: float, max_reply_bytes: int) -> None:
         self.name = url

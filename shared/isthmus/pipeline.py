@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from isthmus.bundle import Bundle, Segment
+from isthmus.codecs import Packed, Packing, pack
 from isthmus.context import Context
 from isthmus.errors import HopRejected, ShapeMismatch
 from isthmus.frame import Frame
@@ -26,14 +27,21 @@ class Route:
     bundle: Bundle
     segments: tuple[Segment, ...]
     hops: tuple[Hop, ...]
+    packings: tuple[Mapping[str, Packing], ...] = ()
+    """For each segment, how its inputs are packed on their way over HTTP; raw where nothing is said."""
+
+    def packing(self, segment: int) -> Mapping[str, Packing]:
+        """How the inputs of that segment travel; a hop in this process takes them as they are."""
+        return self.packings[segment] if self.packings and self.hops[segment].packs else {}
 
 
 @dataclass(frozen=True)
 class Stage:
     """One segment's part in an answer.
 
-    Units: seconds. `total_s` is the whole call as the router saw it, `run_s` the segment's own computing; `sent` and
-    `received` are bytes on the wire; `tensor_bytes` is what its inputs weigh unpacked.
+    Units: seconds. `total_s` is the whole call as the router saw it, `run_s` the segment's own computing, `pack_s` what
+    packing its inputs took before that; `sent` and `received` are bytes on the wire; `tensor_bytes` is what its inputs
+    weigh unpacked. `codecs` names how those that did not go raw were packed.
     """
 
     segment: str
@@ -43,10 +51,12 @@ class Stage:
     sent: int
     received: int
     tensor_bytes: int
+    pack_s: float = 0.0
+    codecs: Mapping[str, str] = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
         """This stage as answers show it, times in milliseconds."""
-        return {
+        doc = {
             "segment": self.segment,
             "hop": self.hop,
             "ms": round(self.total_s * 1000, 3),
@@ -55,6 +65,9 @@ class Stage:
             "received_bytes": self.received,
             "input_bytes": self.tensor_bytes,
         }
+        if self.codecs:
+            doc |= {"pack_ms": round(self.pack_s * 1000, 3), "codecs": dict(self.codecs)}
+        return doc
 
 
 @dataclass(frozen=True)
@@ -66,7 +79,7 @@ class Result:
 
     @property
     def crossed_bytes(self) -> int:
-        """Bytes of tensors handed from one segment to the next, unpacked; 0 for an uncut model."""
+        """Bytes of tensors handed from one segment to the next, before packing; 0 for an uncut model."""
         return sum(stage.tensor_bytes for stage in self.stages[1:])
 
     def facts(self) -> dict[str, Any]:
@@ -84,23 +97,33 @@ def plan_route(digest: str, bundle: Bundle, hops: tuple[Hop, ...], cuts: tuple[s
     return Route(digest, bundle, segments, tuple(hops[min(i, len(hops) - 1)] for i in range(len(segments))))
 
 
-def run(route: Route, inputs: Mapping[str, Array], context: Context) -> Result:
+def run(
+    route: Route, inputs: Mapping[str, Array], context: Context, packed: Mapping[str, Packed] | None = None
+) -> Result:
     """Take `inputs` through every segment of `route`.
 
-    Shapes: `inputs` and the outputs are as the bundle declares them.
+    Shapes: `inputs` and the outputs are as the bundle declares them. `packed` are inputs that the caller has packed
+    already, such as a photo as it came; only the first segment's hop, over HTTP, can take those.
 
     Raises:
         ShapeMismatch: the inputs do not fit the model; nothing was called.
         DeadlineExceeded, HopError: as the segments' hops report.
     """
-    check_tensors(route.bundle.inputs, inputs)
+    ready = packed or {}
+    check_tensors(tuple(spec for spec in route.bundle.inputs if spec.name not in ready), inputs)
     values: dict[str, Array] = dict(inputs)
     stages: list[Stage] = []
-    for segment, hop in zip(route.segments, route.hops, strict=True):
+    for i, (segment, hop) in enumerate(zip(route.segments, route.hops, strict=True)):
         context.deadline.check(f"segment {segment.id} ran")
-        taken = {spec.name: values[spec.name] for spec in segment.inputs}
+        taken = {spec.name: values[spec.name] for spec in segment.inputs if i or spec.name not in ready}
+        weight = sum(array.nbytes for array in taken.values())
         start = time.perf_counter()
-        sent = Frame(taken, route.digest, segment.id, context.call_id)
+        coded = pack_all(taken, route.packing(i)) if i or not ready else dict(ready)
+        for name in coded:
+            taken.pop(name, None)
+        pack_s = time.perf_counter() - start
+        start = time.perf_counter()
+        sent = Frame(taken, route.digest, segment.id, context.call_id, coded)
         reply = hop.call(sent, context)
         values.update(_checked(reply.frame, sent, segment, hop))
         stages.append(
@@ -111,10 +134,18 @@ def run(route: Route, inputs: Mapping[str, Array], context: Context) -> Result:
                 reply.run_s,
                 reply.sent,
                 reply.received,
-                sum(array.nbytes for array in taken.values()),
+                weight,
+                pack_s,
+                {name: tensor.codec for name, tensor in coded.items()},
             )
         )
     return Result({spec.name: values[spec.name] for spec in route.bundle.outputs}, tuple(stages))
+
+
+def pack_all(arrays: Mapping[str, Array], packings: Mapping[str, Packing]) -> dict[str, Packed]:
+    """Those of `arrays` that `packings` pack; what a codec would not keep is not among them, and goes raw."""
+    made = {name: pack(arrays[name], packing) for name, packing in packings.items() if name in arrays}
+    return {name: tensor for name, tensor in made.items() if isinstance(tensor, Packed)}
 
 
 def _checked(reply: Frame, sent: Frame, segment: Segment, hop: Hop) -> Mapping[str, Array]:

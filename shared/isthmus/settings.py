@@ -94,6 +94,7 @@ class SegmentSettings(RegistrySettings):
     deadline_s: float = setting(
         "longest a request may take, in seconds; its X-Timeout shortens it. Keep it under exec_timeout", 25.0
     )
+    max_image_pixels: int = setting("largest image, in pixels, that is decoded", 64_000_000)
     log_level: str = setting("debug, info, warning or error", "info")
 
     def check(self) -> None:
@@ -127,7 +128,6 @@ class RouterSettings(SegmentSettings):
     hop_attempts: int = setting("tries for one hop, the first included, within the deadline", 4)
     hop_connect_timeout_s: float = setting("longest wait for a connection to a hop, in seconds", 2.0)
     refresh_s: float = setting("how long an alias is trusted before the registry is asked again, in seconds", 10.0)
-    max_image_pixels: int = setting("largest image, in pixels, that is decoded", 64_000_000)
 
 
 def _parse(name: str, text: str, kind: Any) -> Any:

@@ -1,30 +1,74 @@
 """How one tensor is packed inside a frame: a table of codecs by the id that the frame's header names.
 
-A codec is a pair of pure functions over (array) and (bytes, dtype, shape). Decoding checks that the length fits before
-it allocates. There is one so far, `raw`.
+A codec turns an array into bytes and back, purely: what it needs beyond them is in a *table*, learned from inputs and
+stored in the bundle. Decoding checks what it reads before it allocates, and gives the same array on every machine. An
+id ends in the version of what it writes. docs/codecs.md says what each is for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
 from isthmus.codecs import raw
 
 Array = np.ndarray[Any, np.dtype[Any]]
+RAW = "raw"
+
+
+class NotPackable(ValueError):
+    """This codec would not keep what is in the array: the tensor travels raw instead."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A tensor as it lies in a frame: its payload, and the dtype and shape that unpacking gives."""
+
+    codec: str
+    dtype: str
+    shape: tuple[int, ...]
+    payload: bytes | memoryview
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.payload)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How one tensor is to be packed.
+
+    `quality`, from 0 to 1, matters to codecs that trade bytes for error; `table` to those that were calibrated.
+    """
+
+    codec: str
+    quality: float = 1.0
+    table: object = None
 
 
 class Codec(Protocol):
-    """The two functions that a codec module has."""
+    """What each entry of the table has."""
 
-    def encode(self, array: Array) -> memoryview:
-        """Pack `array` (any shape and strides); the bytes are the payload."""
+    @property
+    def calibrated(self) -> bool:
+        """Whether unpacking needs a table."""
         ...
 
-    def decode(self, payload: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
-        """Unpack a payload of the dtype and shape that the header states.
+    def encode(self, array: Array, packing: Packing) -> bytes | memoryview:
+        """The payload of `array` (any shape and strides).
+
+        Raises:
+            NotPackable: the codec cannot keep it: a dtype that it does not take, NaN, values out of range.
+        """
+        ...
+
+    def decode(self, payload: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], table: object) -> Array:
+        """The array of the dtype and shape that the header states, which the reader has bounded.
 
         Raises:
             ValueError: the payload is not one of that dtype and shape.
@@ -32,4 +76,49 @@ class Codec(Protocol):
         ...
 
 
-CODECS: Mapping[str, Codec] = {"raw": raw}
+Tables: TypeAlias = Callable[[str, str, str], object]
+"""What a calibrated codec needs to know of a tensor, by the bundle's digest, the tensor's name and the codec's id."""
+
+_PLACES: Mapping[str, str] = {
+    "half/1": "half:HALF",
+    "bfloat16/1": "half:BFLOAT16",
+    "lossless/1": "lossless:LOSSLESS",
+    "int8/1": "affine:INT8",
+    "int4/1": "affine:INT4",
+    "sparse/1": "sparse:SPARSE",
+    "transform/1": "transform:TRANSFORM",
+    "photo/1": "photo:PHOTO",
+}
+KNOWN: tuple[str, ...] = (RAW, *_PLACES)
+"""Every codec's id; a frame that names another is refused."""
+
+
+@lru_cache(maxsize=len(KNOWN))
+def find(codec: str) -> Codec:
+    """The codec of that id, imported on first use: a function pays for those that it is sent.
+
+    Raises:
+        KeyError: there is none.
+    """
+    if codec == RAW:
+        return raw.RAW
+    module, _, name = _PLACES[codec].partition(":")
+    found: Codec = getattr(importlib.import_module(f"isthmus.codecs.{module}"), name)
+    return found
+
+
+def pack(array: Array, packing: Packing) -> Packed | Array:
+    """`array` packed, or as it is where the codec would not keep it, or would not make it smaller.
+
+    Raises:
+        KeyError: no such codec.
+    """
+    if packing.codec == RAW:
+        return array
+    try:
+        payload = find(packing.codec).encode(array, packing)
+    except NotPackable:
+        return array
+    if len(payload) >= array.nbytes:
+        return array
+    return Packed(packing.codec, array.dtype.name, array.shape, payload)

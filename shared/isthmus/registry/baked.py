@@ -11,6 +11,8 @@ from isthmus.registry.content import corrupt, file_digest, read_manifest
 from isthmus.registry.source import Located
 
 MANIFEST, SEGMENT, GRAPH, WEIGHTS = "manifest.json", "segment.json", "segment.onnx", "weights.bin"
+BLOBS = "blobs"
+"""The folder of what codecs need to unpack the segment's inputs, each file named by its digest's hex."""
 
 
 class BakedSegment:
@@ -49,6 +51,16 @@ class BakedSegment:
         if digest != self.digest:
             raise self._missing("bundle", digest, self.digest)
         return self._bundle
+
+    def blob(self, blob: Blob) -> bytes:
+        path = self._folder / BLOBS / blob.digest.removeprefix("sha256:")
+        try:
+            data = path.read_bytes()
+        except OSError:
+            raise self._missing("blob", blob.digest, "none of that digest") from None
+        if digest_of(data) != blob.digest:
+            raise corrupt(str(path), blob.digest)
+        return data
 
     def locate(self, bundle_digest: str, segment_id: str) -> Located:
         bundle = self.bundle(bundle_digest)

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
-from isthmus.bundle import Bundle, Segment
+from isthmus.bundle import Blob, Bundle, Segment
 
 Progress = Callable[[int, int], None]
 """Called with the bytes fetched so far and those to fetch in all."""
@@ -46,6 +46,14 @@ class SegmentSource(Protocol):
 
     def bundle(self, digest: str) -> Bundle:
         """The bundle of that digest.
+
+        Raises:
+            RegistryError: Missing, or any other reason why it cannot be had.
+        """
+        ...
+
+    def blob(self, blob: Blob) -> bytes:
+        """A small blob's bytes, such as a codec's table, verified.
 
         Raises:
             RegistryError: Missing, or any other reason why it cannot be had.

@@ -15,6 +15,7 @@ from isthmus.registry import BakedSegment, open_registry, open_source
 from isthmus.runners.store import SegmentStore
 from isthmus.serving.app import FunctionApp, Reply, Work
 from isthmus.serving.preload import LONGEST_LOAD_S, parse, preload
+from isthmus.serving.tables import Tables
 from isthmus.settings import SegmentSettings
 
 
@@ -36,6 +37,7 @@ class _SegmentApp(FunctionApp):
         self._registry = None if settings.segment_dir else open_registry(settings)
         self._source = open_source(settings, self._registry)
         self._store = SegmentStore(self._source, settings)
+        self._tables = Tables(self._source.bundle, self._source.blob, settings.max_image_pixels)
         super().__init__("segment", settings, self._prepare)
         self.metrics.gauge_store(self._store)
         self.work("/", self.run, "run")
@@ -43,7 +45,7 @@ class _SegmentApp(FunctionApp):
     def run(self, work: Work) -> Reply:
         """Run the segment that the frame names, on its tensors."""
         start = time.perf_counter()
-        frame = frames.decode(work.body, max_bytes=self._settings.max_request_bytes)
+        frame = frames.decode(work.body, max_bytes=self._settings.max_request_bytes, tables=self._tables)
         if not is_digest(frame.bundle):
             raise RequestMalformed(f"the frame names bundle {frame.bundle!r}; a bundle is a manifest's sha256 digest")
         work.timings.add("decode", time.perf_counter() - start)

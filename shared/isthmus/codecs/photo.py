@@ -1,0 +1,68 @@
+"""A photo as it came, as the packed form of the tensor that a model's pre-processing makes of it.
+
+So "cloud only, with the JPEG" is the uncut model behind a hop, and the smallest codec of its input. Nothing packs an
+array this way: the caller has the photo.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+
+from isthmus.bundle import TensorSpec
+from isthmus.errors import ShapeMismatch
+
+if TYPE_CHECKING:
+    from isthmus.codecs import Packing
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the bundle makes a tensor of a photo; `max_pixels` bounds what is decoded."""
+
+    spec: Mapping[str, Any]
+    input: TensorSpec
+    max_pixels: int
+
+
+class Photo:
+    """See `Codec`; its table is a `Recipe`."""
+
+    calibrated = True
+
+    def encode(self, array: np.ndarray[Any, np.dtype[Any]], packing: Packing) -> NoReturn:
+        """Nothing makes a photo of a tensor.
+
+        Raises:
+            NotPackable: always.
+        """
+        from isthmus.codecs import NotPackable
+
+        raise NotPackable("a tensor is no photo")
+
+    def decode(
+        self, payload: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], table: object
+    ) -> np.ndarray[Any, np.dtype[Any]]:
+        """The tensor that the bundle's pre-processing makes of the photo.
+
+        Raises:
+            ValueError: the bundle makes no photo into this tensor, or not one of that dtype and shape.
+            ImageMalformed, MediaUnsupported, RequestTooLarge: the photo, as POST / would say.
+        """
+        if not isinstance(table, Recipe):
+            raise ValueError("the bundle makes no tensor of that name from a photo")
+        from isthmus.processing.image import preprocess  # Pillow, for those who are sent photos
+
+        try:
+            array = preprocess(bytes(payload), table.spec, input=table.input, max_pixels=table.max_pixels)
+        except ShapeMismatch as e:
+            raise ValueError(str(e)) from e
+        if array.dtype != dtype or array.shape != shape:
+            raise ValueError(f"the photo becomes {array.dtype.name}{list(array.shape)}")
+        return array
+
+
+PHOTO = Photo()

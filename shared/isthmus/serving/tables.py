@@ -1,0 +1,72 @@
+"""What calibrated codecs need to unpack a frame, by reference to the bundle that it names."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+
+from isthmus import frame as frames
+from isthmus.bundle import Blob, Bundle
+from isthmus.codecs.photo import Recipe
+from isthmus.errors import FrameError, FrameMalformed, RegistryError
+
+MAX_KEPT = 64
+"""Tables kept; frames name them, so there must be an end."""
+MAX_TABLE_BYTES = 32 * 2**20
+
+
+class Tables:
+    """Looks tables up in bundles, through `bundle` and `blob`, and keeps those that were used last."""
+
+    def __init__(self, bundle: Callable[[str], Bundle], blob: Callable[[Blob], bytes], max_pixels: int) -> None:
+        self._bundle, self._blob, self._max_pixels = bundle, blob, max_pixels
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[tuple[str, str], object] = OrderedDict()
+
+    def __call__(self, digest: str, tensor: str, codec: str) -> object:
+        """The table of `tensor` in that bundle, or the recipe that makes it of a photo; None where there is none.
+
+        Raises:
+            FrameMalformed: the bundle was not calibrated for this tensor.
+            RegistryError: the bundle, or the table, cannot be had.
+        """
+        bundle = self._bundle(digest)
+        if codec.startswith("photo/"):
+            return self._recipe(bundle, tensor)
+        if (blob := bundle.tables.get(tensor)) is None:
+            raise FrameMalformed(
+                f"{tensor!r} has codec {codec}, and the bundle has no calibration for it",
+                rule="table",
+                tensor=tensor,
+                exists=sorted(bundle.tables),
+                hint="calibrate it: isthmus calibrate MODEL --data FOLDER",
+            )
+        key = (codec, blob.digest)
+        with self._lock:
+            if (found := self._kept.get(key)) is not None:
+                self._kept.move_to_end(key)
+                return found
+        table = self._read(blob)
+        with self._lock:
+            self._kept[key] = table
+            while len(self._kept) > MAX_KEPT:
+                self._kept.popitem(last=False)
+        return table
+
+    def _read(self, blob: Blob) -> object:
+        from isthmus.codecs.transform import Table  # for those who are sent such tensors
+
+        if blob.size > MAX_TABLE_BYTES:
+            raise RegistryError(f"a codec's table of {blob.size} bytes; at most {MAX_TABLE_BYTES}", blob=blob.digest)
+        try:
+            return Table.from_arrays(frames.decode(self._blob(blob), max_bytes=MAX_TABLE_BYTES).tensors)
+        except (ValueError, FrameError) as e:
+            raise RegistryError(f"{blob.digest} is no codec's table: {e}", blob=blob.digest) from e
+
+    def _recipe(self, bundle: Bundle, tensor: str) -> Recipe | None:
+        spec = bundle.preprocess
+        if spec is None or spec.get("input") != tensor:
+            return None
+        taken = next(s for s in bundle.inputs if s.name == tensor)
+        return Recipe(spec, taken, self._max_pixels)

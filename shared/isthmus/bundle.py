@@ -249,41 +249,64 @@ def from_json(data: bytes) -> Bundle:
         doc = json.loads(data)
         if doc["format"] != FORMAT:
             raise RegistryError(f"manifest format is {doc['format']!r}; this version reads {FORMAT!r}")
-        return Bundle(
-            name=str(doc["name"]),
-            inputs=_specs_from(doc["inputs"]),
-            outputs=_specs_from(doc["outputs"]),
-            weights=Weights(
-                _blob_from(doc["weights"]["blob"]),
-                tuple(WeightTensor(str(n), int(o), int(size), str(d)) for n, o, size, d in doc["weights"]["tensors"]),
-            ),
-            segments={
-                s["id"]: Segment(
-                    id=str(s["id"]),
-                    graph=_blob_from(s["graph"]),
-                    inputs=_specs_from(s["inputs"]),
-                    outputs=_specs_from(s["outputs"]),
-                    weights=tuple((int(a), int(b)) for a, b in s["weights"]),
-                    macs=int(s["macs"]),
-                )
-                for s in doc["segments"]
-            },
-            cuts={
-                c["name"]: Cut(
-                    str(c["name"]), _specs_from(c["tensors"]), int(c["bytes"]), float(c["macs_before"]), c["position"]
-                )
-                for c in doc["cuts"]
-            },
-            default_cuts=tuple(str(c) for c in doc["default_cuts"]),
-            preprocess=doc["preprocess"],
-            postprocess=doc["postprocess"],
-            source=doc["source"],
-            tables={str(name): _blob_from(blob) for name, blob in doc.get("tables", {}).items()},
-            fidelity=_blob_from(doc["fidelity"]) if "fidelity" in doc else None,
-            plan=_blob_from(doc["plan"]) if "plan" in doc else None,
+        return _checked(
+            Bundle(
+                name=str(doc["name"]),
+                inputs=_specs_from(doc["inputs"]),
+                outputs=_specs_from(doc["outputs"]),
+                weights=Weights(
+                    _blob_from(doc["weights"]["blob"]),
+                    tuple(
+                        WeightTensor(str(n), int(o), int(size), str(d)) for n, o, size, d in doc["weights"]["tensors"]
+                    ),
+                ),
+                segments={
+                    s["id"]: Segment(
+                        id=str(s["id"]),
+                        graph=_blob_from(s["graph"]),
+                        inputs=_specs_from(s["inputs"]),
+                        outputs=_specs_from(s["outputs"]),
+                        weights=tuple((int(a), int(b)) for a, b in s["weights"]),
+                        macs=int(s["macs"]),
+                    )
+                    for s in doc["segments"]
+                },
+                cuts={
+                    c["name"]: Cut(
+                        str(c["name"]),
+                        _specs_from(c["tensors"]),
+                        int(c["bytes"]),
+                        float(c["macs_before"]),
+                        c["position"],
+                    )
+                    for c in doc["cuts"]
+                },
+                default_cuts=tuple(str(c) for c in doc["default_cuts"]),
+                preprocess=doc["preprocess"],
+                postprocess=doc["postprocess"],
+                source=doc["source"],
+                tables={str(name): _blob_from(blob) for name, blob in doc.get("tables", {}).items()},
+                fidelity=_blob_from(doc["fidelity"]) if "fidelity" in doc else None,
+                plan=_blob_from(doc["plan"]) if "plan" in doc else None,
+            )
         )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise RegistryError(f"not a bundle manifest: {type(e).__name__}: {e}") from e
+
+
+def _checked(bundle: Bundle) -> Bundle:
+    """A bundle whose names can be names: they become parts of keys, files and headers."""
+    if not is_model_name(bundle.name):
+        raise ValueError(f"{bundle.name[:80]!r} cannot name a model")
+    if bad := next((name for name in bundle.cuts if not is_cut_name(name)), None):
+        raise ValueError(f"{bad[:80]!r} cannot name a cut")
+    for segment in bundle.segments:
+        start, dots, stop = segment.partition("..")
+        if not dots or not all(end == "" or end in bundle.cuts for end in (start, stop)):
+            raise ValueError(f"{segment[:80]!r} does not lie between two of the bundle's cuts")
+    if bad := next((name for name in bundle.default_cuts if name not in bundle.cuts), None):
+        raise ValueError(f"the default cut {bad[:80]!r} is none of the bundle's")
+    return bundle
 
 
 def _specs_to(specs: tuple[TensorSpec, ...]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 Call = Callable[[], object]
+Clock = Callable[[], float]
 SHORTEST_S = 0.0005
 """A sample of something shorter is the mean of as many calls in a row."""
 
@@ -35,14 +36,21 @@ class Samples:
 
 
 def interleave(
-    calls: Mapping[str, Call], *, turns: int, block: int = 1, warm: int = 1, batch: bool = False
+    calls: Mapping[str, Call],
+    *,
+    turns: int,
+    block: int = 1,
+    warm: int = 1,
+    batch: bool = False,
+    clock: Clock = time.perf_counter,
 ) -> dict[str, Samples]:
     """Time `block` calls of each by turns, `turns` times over, starting with another one each turn.
 
-    Before each block, `warm` calls are not timed. With `batch`, short calls are timed several at once.
+    Before each block, `warm` calls are not timed. With `batch`, short calls are timed several at once. `clock` may be
+    time.thread_time where calls do all their work in this thread: what else the machine does then counts for less.
     """
     names = list(calls)
-    numbers = {name: _number(call) if batch else 1 for name, call in calls.items()}
+    numbers = {name: _number(call, clock) if batch else 1 for name, call in calls.items()}
     taken: dict[str, list[float]] = {name: [] for name in names}
     with _no_collector():
         for turn in range(turns):
@@ -52,21 +60,21 @@ def interleave(
                 for _ in range(warm):
                     call()
                 for _ in range(block):
-                    taken[name].append(_timed(call, number))
+                    taken[name].append(_timed(call, number, clock))
             gc.collect()
     return {name: Samples(seconds) for name, seconds in taken.items()}
 
 
-def _timed(call: Call, number: int) -> float:
-    start = time.perf_counter()
+def _timed(call: Call, number: int, clock: Clock) -> float:
+    start = clock()
     for _ in range(number):
         call()
-    return (time.perf_counter() - start) / number
+    return (clock() - start) / number
 
 
-def _number(call: Call) -> int:
+def _number(call: Call, clock: Clock) -> int:
     call()
-    return max(1, int(SHORTEST_S / max(1e-9, min(_timed(call, 1) for _ in range(5)))))
+    return max(1, int(SHORTEST_S / max(1e-9, min(_timed(call, 1, clock) for _ in range(5)))))
 
 
 @contextmanager

@@ -15,7 +15,23 @@ from typer.testing import CliRunner
 
 from isthmus.cli import app
 
-COMMANDS = ["import", "cuts", "cut", "models", "infer", "up", "package", "demo", "doctor", "link"]
+COMMANDS = [
+    "import",
+    "cuts",
+    "cut",
+    "models",
+    "infer",
+    "up",
+    "package",
+    "demo",
+    "doctor",
+    "link",
+    "calibrate",
+    "codec",
+    "profile",
+    "plan",
+    "explain",
+]
 
 
 def isthmus(*arguments: object) -> Result:

@@ -10,7 +10,7 @@ import pytest
 from flask.testing import FlaskClient
 from prometheus_client.parser import text_string_to_metric_families
 
-from bundles import Published, photo, publish_photos, ready, router_settings, segment_settings
+from bundles import Published, photo, publish_photos, ready, router_settings, segment_settings, served
 from isthmus.serving import create_router_app, create_segment_app
 from isthmus.serving.metrics import Metrics
 from test_serving_segment import framed
@@ -50,13 +50,15 @@ def test_every_metric_is_documented_with_its_type(segment: FlaskClient, router: 
 
 def test_every_label_is_documented() -> None:
     collectors = [value for value in vars(Metrics()).values() if hasattr(value, "_labelnames")]
-    assert len(collectors) == 9
+    assert len(collectors) == 14
     for collector in collectors:
         suffix = "_total" if collector._type == "counter" else ""
         assert ROWS[collector._name + suffix] == (collector._type, tuple(collector._labelnames))
 
 
-def test_every_endpoint_and_stage_is_documented(photos: Published, segment: FlaskClient, router: FlaskClient) -> None:
+def test_every_endpoint_and_stage_is_documented(
+    photos: Published, segment: FlaskClient, router: FlaskClient, tmp_path: Path
+) -> None:
     endpoints = TEXT.partition("Endpoints of a segment function:")[2].partition("Stages of")[0]
     named = [set(re.findall(r"`(\w+)`", part)) for part in endpoints.split("Of the router:")]
     for client, expected in zip((segment, router), named, strict=True):
@@ -64,10 +66,14 @@ def test_every_endpoint_and_stage_is_documented(photos: Published, segment: Flas
     segment.post("/", data=framed(photos))
     router.post("/", data=photo())
     router.post("/", json={"inputs": [{"name": "x", "shape": [1, 3, 8, 8], "datatype": "FP32", "data": [0] * 192}]})
+    with served(segment.application) as url:
+        packs = router_settings(photos, tmp_path / "packs", ("local", url), codec="int8/1")
+        packing = ready(create_router_app(packs).test_client())
+        assert packing.post("/", data=photo()).status_code == 200
     stages = set(re.findall(r"`([a-z0-9-]+)`", TEXT.partition("Stages of")[2].partition("What to watch")[0]))
     used = {
         sample.labels["stage"].replace("hop1", "hop0")
-        for client in (segment, router)
+        for client in (segment, router, packing)
         for sample in families(client)["isthmus_stage_seconds"].samples
     }
     assert {stage.replace("hop1", "hop0") for stage in stages} == used

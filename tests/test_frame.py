@@ -7,6 +7,7 @@ import json
 import random
 import re
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,18 @@ from hypothesis.extra import numpy as hnp
 
 from isthmus.codecs import Packed
 from isthmus.errors import FrameError, FrameMalformed, FrameTooLarge
-from isthmus.frame import DTYPES, MAGIC, MAX_HEADER_BYTES, Frame, decode, encode, is_frame
+from isthmus.frame import (
+    DTYPES,
+    MAGIC,
+    MAX_HEADER_BYTES,
+    Frame,
+    _Layout,
+    _layout,
+    _split_request,
+    decode,
+    encode,
+    is_frame,
+)
 
 BOUND = 2**20
 FUZZ_ROUNDS = 100_000
@@ -220,6 +232,45 @@ def test_a_header_longer_than_the_bound_is_refused_on_both_sides() -> None:
     # A quote takes two bytes in JSON, so these names fit and their header does not.
     with pytest.raises(FrameTooLarge):
         encode(Frame({f"{i:04}".ljust(512, '"'): np.zeros(1) for i in range(1024)}))
+
+
+def test_a_header_that_is_remembered_means_what_it_says() -> None:
+    data = encode(Frame({"x": np.arange(6, dtype="float32")}, "b", "..1", "first"))
+    for request in ("second", "", "é", 'quo"ted', "back\\slash", "x" * 512):
+        other = encode(Frame({"x": np.arange(6, dtype="float32")}, "b", "..1", request))
+        assert decode(data, max_bytes=BOUND).request == "first"
+        assert decode(other, max_bytes=BOUND).request == request
+    assert decode(data, max_bytes=BOUND).tensors["x"].tolist() == list(range(6))
+    with pytest.raises(FrameTooLarge):
+        decode(data, max_bytes=len(data) - 1)
+    with pytest.raises(FrameMalformed):
+        decode(data + b"\0", max_bytes=BOUND)
+
+
+def test_taking_the_request_out_of_a_header_changes_nothing_else() -> None:
+    def outcome(header: bytes) -> object:
+        try:
+            return _layout(header, BOUND)
+        except FrameError:
+            return None
+
+    rng = random.Random(11)
+    seeds = [
+        json.dumps(header(tensor(), request=request), separators=(",", ":")).encode() + b" " * 9
+        for request in ("r", "", 'a"b', "a,b}")
+    ]
+    seeds.append(b'{"request":"x","tensors":[],"bundle":"","segment":"y"}')
+    seeds.append(b'{"tensors":[],"bundle":"","segment":"","request":"a","request":"b"}')
+    for _ in range(10_000):
+        data = bytearray(rng.choice(seeds))
+        for _ in range(rng.randint(0, 3)):
+            at = rng.randrange(max(0, len(data) - 40), len(data))
+            data[at : at + rng.randint(0, 2)] = rng.choice([b'"', b"\\", b"}", b",", b" ", b"x", b'"request":"', b""])
+        rest, request = _split_request(bytes(data))
+        found, whole = outcome(rest), outcome(bytes(data))
+        if request is not None and isinstance(found, _Layout):
+            found = replace(found, request=request)
+        assert found == whole, bytes(data)
 
 
 any_array = st.sampled_from([d for n, d in DTYPES.items() if n != "bfloat16"]).flatmap(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,21 @@ def test_a_function_gets_its_own_environment_and_not_the_engines(
     assert "PYTEST_VERSION" not in facts["env"]
     assert facts["cwd"].startswith(str(root / ".isthmus" / "build"))
     assert (Path(facts["cwd"]) / "function" / "common" / "words.py").is_file()
+
+
+def test_one_connection_serves_calls_and_then_the_rest_of_the_gateway(engine: Engine) -> None:
+    host = engine.url.removeprefix("http://")
+    with contextlib.closing(HTTPConnection(host, timeout=10)) as connection:
+        for path, status in (
+            ("/function/echo/facts/x", 200),
+            ("/function/nothing", 404),
+            ("/function/echo/facts/x", 200),
+        ):
+            connection.request("GET", path)
+            reply = connection.getresponse()
+            assert (reply.status, bool(reply.read())) == (status, True)
+        connection.request("GET", "/system/functions")
+        assert len(json.loads(connection.getresponse().read())) == 2
 
 
 def test_calls_are_spread_over_the_replicas(engine: Engine) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fake_bundles import Fake, make_bundle
 from faulty_relay import flipped
-from isthmus.bundle import digest_of, to_json
+from isthmus.bundle import Blob, digest_of, to_json
 from isthmus.errors import Corrupt, Missing, RegistryError, SettingsError
+from isthmus.graph.bake import bake_tables
 from isthmus.registry import BakedSegment, SegmentCache, SegmentSource, open_source
 from isthmus.settings import SegmentSettings
 
@@ -74,6 +76,21 @@ def test_a_segment_json_of_another_format_is_refused(folder: Path, text: str) ->
     (folder / "segment.json").write_text(text)
     with pytest.raises(RegistryError, match=r"not a segment\.json"):
         BakedSegment(folder)
+
+
+def test_what_codecs_need_for_the_segments_inputs_is_baked_beside_it(fake: Fake, folder: Path) -> None:
+    content = {digest_of(data): data for data in (b"table of x", b"table of another tensor")}
+    blobs = [Blob(digest, len(data)) for digest, data in content.items()]
+    bundle = replace(fake.bundle, tables={"x": blobs[0], "y": blobs[1]})
+    assert bake_tables(bundle, bundle.segment("..1"), lambda b: content[b.digest], folder) == blobs[0].size
+    baked = BakedSegment(folder)
+    assert baked.blob(blobs[0]) == b"table of x"
+    with pytest.raises(Missing, match=r"holds segment \.\.1"):
+        baked.blob(blobs[1])
+    path = folder / "blobs" / blobs[0].digest[7:]
+    path.write_bytes(flipped(path.read_bytes()))
+    with pytest.raises(Corrupt):
+        baked.blob(blobs[0])
 
 
 def test_open_source_takes_the_baked_segment_if_there_is_one(folder: Path, tmp_path: Path) -> None:

@@ -164,8 +164,9 @@ def test_a_body_far_over_the_bound_is_refused_as_json(image: Path) -> None:
     assert b'"type": "RequestTooLarge"' in said
 
 
-def test_both_templates_have_the_same_index() -> None:
-    first, second = (ROOT / "template" / name / "index.py" for name in TEMPLATES)
+@pytest.mark.parametrize("name", ["index.py", "http_server.py"])
+def test_both_templates_have_the_same_code(name: str) -> None:
+    first, second = (ROOT / "template" / template / name for template in TEMPLATES)
     assert first.read_bytes() == second.read_bytes()
 
 
@@ -208,7 +209,8 @@ def test_functions_pin_what_was_tested() -> None:
                 assert re.sub(r"onnxruntime_gpu\[.*\]", "onnxruntime", line) in pins, f"{file}: {line}"
 
 
-def test_a_log_line_is_one_bounded_json_object() -> None:
+def test_a_log_line_is_one_bounded_json_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "template" / TEMPLATES[0])
     spec = importlib.util.spec_from_file_location("template_index", ROOT / "template" / TEMPLATES[0] / "index.py")
     assert spec is not None
     assert spec.loader is not None

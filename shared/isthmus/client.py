@@ -50,17 +50,17 @@ class Client:
         """The router's answer to a photo: classes, route and timings.
 
         Raises:
-            What the router answered, as `_error` reads it.
+            What the router answered, as `error_of` reads it.
         """
         fields = {k: str(v) for k, v in (("model", model), ("top_k", top_k)) if v}
-        answer: dict[str, Any] = json.loads(self._post("/", [data], {}, fields).body)
+        answer: dict[str, Any] = json.loads(self.post("/", [data], {}, fields).body)
         return answer
 
     def infer(self, arrays: Mapping[str, Array], *, model: str, version: str = "") -> Answer:
         """The model's outputs for these inputs, both in binary.
 
         Raises:
-            What the router answered, as `_error` reads it.
+            What the router answered, as `error_of` reads it.
         """
         chunks = {name: RAW.encode(np.asarray(array)) for name, array in arrays.items()}
         head = json.dumps(
@@ -79,7 +79,7 @@ class Client:
         ).encode()
         headers = {"Content-Type": "application/octet-stream", oip.HEADER_LENGTH: str(len(head))}
         path = f"/v2/models/{model}{f'/versions/{version}' if version else ''}/infer"
-        response = self._post(path, [head, *chunks.values()], headers, {})
+        response = self.post(path, [head, *chunks.values()], headers, {})
         split = int(response.headers.get(oip.HEADER_LENGTH.lower(), len(response.body)))
         doc, binary = json.loads(response.body[:split]), memoryview(response.body)[split:]
         outputs: dict[str, Array] = {}
@@ -90,9 +90,14 @@ class Client:
             binary = binary[size:]
         return Answer(outputs, doc.get("parameters", {}), response.headers.get("server-timing", ""))
 
-    def _post(
+    def post(
         self, path: str, body: Sequence[bytes | memoryview], headers: Mapping[str, str], fields: Mapping[str, str]
     ) -> connections.Answer:
+        """The answer to a POST of `body`, in parts, on `path` below the URL with the query `fields`.
+
+        Raises:
+            HopTimeout, HopUnavailable, HopRejected: no answer; and what the function answered, as `error_of` reads it.
+        """
         try:
             response = self._connections.post(
                 body,
@@ -117,11 +122,11 @@ class Client:
         except connections.AnswerTooLong as e:
             raise HopRejected(f"{self.url} answered with more than {MAX_ANSWER_BYTES} bytes", hop=self.url) from e
         if response.status != 200:
-            raise _error(self.url, response)
+            raise error_of(self.url, response)
         return response
 
 
-def _error(url: str, response: connections.Answer) -> IsthmusError:
+def error_of(url: str, response: connections.Answer) -> IsthmusError:
     """The router's JSON error as the exception that it was there; anything else as a refusal of the hop."""
     try:
         doc = json.loads(response.body)

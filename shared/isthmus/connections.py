@@ -18,6 +18,8 @@ import httptools
 
 from isthmus.context import Deadline
 
+_FIRST_PIECE = 2**14
+"""Read with a head: what follows it is copied twice."""
 _PIECE = 2**16
 _MOST_HEAD_BYTES = 2**16
 _MOST_IDLE = 64
@@ -265,7 +267,7 @@ class _Reader:
     def _receive(self, first: bool) -> bytes:
         _wait_at_most(self._sock, self._deadline)
         try:
-            return self._sock.recv(_PIECE)
+            return self._sock.recv(_PIECE if self._has_head else _FIRST_PIECE)
         except TimeoutError:
             raise
         except OSError as e:

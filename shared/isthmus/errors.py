@@ -51,6 +51,14 @@ class ImageMalformed(RequestError):
     """The bytes claim to be an image and cannot be decoded as one."""
 
 
+class ProfilingOff(RequestError):
+    """This function has no secret `profile-token`, so nobody may measure it; facts: `secret`."""
+
+
+class ProfilingRefused(RequestError):
+    """The bearer token is missing, or not this function's `profile-token`."""
+
+
 class FrameError(RequestError):
     """A frame cannot be read; facts: `rule`, the name of the rule in docs/frame.md."""
 
@@ -88,7 +96,30 @@ class ProblemMalformed(PlanError):
 
 
 class Infeasible(PlanError):
-    """Pins and forbidden tiers leave a node no tier; facts: `node`, `name`, `because` (the node that drives it out)."""
+    """Pins and forbidden tiers leave a node no tier; facts: `node`, `name`, `because` (the node that drives it out).
+
+    Or no candidate of a plan meets its constraints; facts: `constraint`, `limit`, `nearest`, `value`, `by`.
+    """
+
+
+class ConstraintMalformed(PlanError):
+    """What a plan is to keep to contradicts itself, is negative, or needs prices that are not given; facts: `what`."""
+
+
+class PlanMalformed(PlanError):
+    """A plan's document does not follow its format."""
+
+
+class PlanMismatch(PlanError):
+    """A plan or a profile was made for another bundle than this one; facts: `subject`, `expected`."""
+
+
+class ProfileMalformed(PlanError):
+    """A profile, or a measurement that a function answered with, does not follow its format; facts: `path`, `model`."""
+
+
+class CalibrationError(IsthmusError):
+    """Codecs cannot be calibrated, or their measured fidelity not be used; facts: what of the data does not fit."""
 
 
 class RegistryError(IsthmusError):
@@ -173,6 +204,8 @@ HTTP_STATUS: dict[type[IsthmusError], int] = {
     RequestTooLarge: 413,
     MediaUnsupported: 415,
     ImageMalformed: 400,
+    ProfilingOff: 403,
+    ProfilingRefused: 403,
     FrameTooLarge: 413,
     FrameMalformed: 400,
     UnknownValue: 404,
@@ -181,6 +214,11 @@ HTTP_STATUS: dict[type[IsthmusError], int] = {
     ModelError: 400,
     ProblemMalformed: 400,
     Infeasible: 400,
+    ConstraintMalformed: 400,
+    PlanMalformed: 502,
+    PlanMismatch: 409,
+    CalibrationError: 400,
+    ProfileMalformed: 400,
     Missing: 404,
     Denied: 502,
     Corrupt: 502,

@@ -7,10 +7,13 @@ unexplained.
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from json.encoder import encode_basestring as _quoted
+from types import MappingProxyType
 from typing import Any, NoReturn, TypeAlias
 
 import ml_dtypes
@@ -43,13 +46,19 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
 """The dtypes that a frame can carry, by the name that it writes."""
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}  # np.dtype.name takes longer than a whole header
+_NONE: Mapping[str, Any] = MappingProxyType({})
 _Entry: TypeAlias = tuple[str, str, tuple[int, ...], str, int, int]
+_Described: TypeAlias = tuple[str, "np.dtype[Any] | str", tuple[int, ...], str, int]
+"""What a tensor's entry is made of; -1 stands for a payload of as many bytes as the dtype and the shape have."""
 _PREAMBLE = 16
+_SEEN_BYTES = 4096
+"""Longer headers are not remembered: whoever sends them decides how many there are."""
+_PLAIN_END = re.compile(rb'([ !#-\[\]-~]{0,%d})"} *' % MAX_TEXT_BYTES)
 _TENSOR_KEYS = ("name", "dtype", "shape", "codec", "offset", "length")
 _TEXT_KEYS = ("bundle", "segment", "request")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Frame:
     """One message between functions.
 
@@ -58,13 +67,27 @@ class Frame:
     """
 
     tensors: Mapping[str, Array]
-    bundle: str = ""
-    segment: str = ""
-    request: str = ""
-    packed: Mapping[str, Packed] = field(default_factory=dict)
+    bundle: str
+    segment: str
+    request: str
+    packed: Mapping[str, Packed]
     """Tensors to be sent packed, beside those in `tensors`; a decoded frame has none."""
-    codecs: Mapping[str, str] = field(default_factory=dict)
+    codecs: Mapping[str, str]
     """In a decoded frame, the codec of each tensor that did not come raw."""
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Array],
+        bundle: str = "",
+        segment: str = "",
+        request: str = "",
+        packed: Mapping[str, Packed] = _NONE,
+        codecs: Mapping[str, str] = _NONE,
+    ) -> None:
+        # What a frozen class writes for itself takes as long as encoding does.
+        self.__dict__.update(
+            tensors=tensors, bundle=bundle, segment=segment, request=request, packed=packed, codecs=codecs
+        )
 
 
 def encode(frame: Frame) -> bytes:
@@ -83,33 +106,28 @@ def encode_parts(frame: Frame) -> list[bytes | memoryview]:
         FrameMalformed: a dtype that frames do not carry, an unknown codec, or a name too long.
         FrameTooLarge: more tensors, a higher rank or a longer header than any reader accepts.
     """
-    if (count := len(frame.tensors) + len(frame.packed)) > MAX_TENSORS:
+    if len(frame.tensors) + len(frame.packed) > MAX_TENSORS:
+        count = len(frame.tensors) + len(frame.packed)
         _too_large("tensors", f"{count} tensors; at most {MAX_TENSORS}", limit=MAX_TENSORS)
-    entries: list[_Entry] = []
     parts: list[bytes | memoryview] = [b""]
-    end = 0
+    described: list[_Described] = []
     for name, array in frame.tensors.items():
-        dtype = _dtype_name(name, array)
-        if array.ndim > MAX_RANK:
-            _too_large("rank", f"{name!r} has rank {array.ndim}; at most {MAX_RANK}", limit=MAX_RANK)
-        payload = RAW.encode(array)
-        if gap := -end % ALIGNMENT:
-            parts.append(bytes(gap))
-        parts.append(payload)
-        entries.append((name, dtype, array.shape, "raw", end + gap, len(payload)))
-        end += gap + len(payload)
-    for name, packed in frame.packed.items():
-        _check_packed(name, packed, frame.tensors)
-        gap = -end % ALIGNMENT
-        parts += [bytes(gap), packed.payload]
-        entries.append((name, packed.dtype, packed.shape, packed.codec, end + gap, len(packed.payload)))
-        end += gap + len(packed.payload)
-    start = _start_of_header(tuple(entries), frame.bundle, frame.segment)
-    header = start + f"{_quoted(_text('request', frame.request))}}}".encode()
-    header += b" " * (-(_PREAMBLE + len(header)) % ALIGNMENT)
-    if len(header) > MAX_HEADER_BYTES:
-        _too_large("header", f"a header of {len(header)} bytes; at most {MAX_HEADER_BYTES}", limit=MAX_HEADER_BYTES)
-    parts[0] = MAGIC + len(header).to_bytes(8, "little") + header
+        described.append((name, array.dtype, array.shape, "raw", -1))
+        parts.append(RAW.encode(array))
+    for name, packed in frame.packed.items() if frame.packed else ():
+        described.append((name, packed.dtype, packed.shape, packed.codec, len(packed.payload)))
+        parts.append(packed.payload)
+    start, gaps = _start_of_header(tuple(described), frame.bundle, frame.segment)
+    request = frame.request
+    if not request.isascii() or len(request) > MAX_TEXT_BYTES:
+        _text("request", request)
+    header = f"{start}{_quoted(request)}}}".encode()
+    size = len(header) + -(_PREAMBLE + len(header)) % ALIGNMENT
+    if size > MAX_HEADER_BYTES:
+        _too_large("header", f"a header of {size} bytes; at most {MAX_HEADER_BYTES}", limit=MAX_HEADER_BYTES)
+    parts[0] = MAGIC + size.to_bytes(8, "little") + header.ljust(size)
+    for place, gap in gaps:
+        parts.insert(place, gap)
     return parts
 
 
@@ -139,11 +157,14 @@ def decode(data: bytes | bytearray | memoryview, *, max_bytes: int, tables: Tabl
         _malformed("truncated", f"the header ends at byte {start}; the frame has {len(view)}")
     if start % ALIGNMENT:
         _malformed("alignment", f"the body starts at byte {start}, not at a multiple of {ALIGNMENT}")
-    header = _header(view[_PREAMBLE:start])
+    header, request = _split_request(bytes(view[_PREAMBLE:start]))
+    layout = _seen(header, max_bytes) if len(header) <= _SEEN_BYTES else _layout(header, max_bytes)
     return Frame(
-        tensors=_tensors(header["tensors"], view[start:], max_bytes, header["bundle"], tables),
-        **{key: header[key] for key in _TEXT_KEYS},
-        codecs={t["name"]: t["codec"] for t in header["tensors"] if t["codec"] != "raw"},
+        _unpack(layout, view[start:], tables),
+        layout.bundle,
+        layout.segment,
+        layout.request if request is None else request,
+        codecs={name: codec for name, _, _, codec, _, _ in layout.entries if codec != "raw"} if layout.packs else _NONE,
     )
 
 
@@ -153,46 +174,79 @@ def is_frame(data: bytes | memoryview) -> bool:
 
 
 @lru_cache(maxsize=64)
-def _start_of_header(entries: tuple[_Entry, ...], bundle: str, segment: str) -> bytes:
-    """The header up to the request's id. A segment's frames differ in nothing else, and it takes longer than 300 kB."""
-    for name, *_ in entries:
+def _start_of_header(
+    described: tuple[_Described, ...], bundle: str, segment: str
+) -> tuple[str, tuple[tuple[int, bytes], ...]]:
+    """The header up to the request's id, and the gaps between payloads, each with its place among a frame's parts.
+
+    A segment's frames differ in nothing else, and writing this takes longer than copying 300 kB.
+    """
+    entries: list[_Entry] = []
+    gaps: list[tuple[int, bytes]] = []
+    end = 0
+    for name, kind, shape, codec, length in described:
         _text("name", name, least=1)
+        if any(name == entry[0] for entry in entries):
+            _malformed("duplicate", f"two tensors are named {name!r}")
+        if codec not in KNOWN:
+            _malformed("codec", f"{name!r} asks for codec {codec!r}; known are {', '.join(KNOWN)}")
+        dtype = kind if isinstance(kind, str) else _NAMES.get(kind) or kind.name
+        if dtype not in DTYPES:
+            raise FrameMalformed(f"{name!r} is {dtype}; frames carry {', '.join(DTYPES)}", rule="dtype", tensor=name)
+        if length < 0:
+            length = math.prod(shape) * DTYPES[dtype].itemsize
+        if len(shape) > MAX_RANK:
+            _too_large("rank", f"{name!r} has rank {len(shape)}; at most {MAX_RANK}", limit=MAX_RANK)
+        offset = _aligned(end)
+        if offset != end:
+            gaps.append((1 + len(entries) + len(gaps), bytes(offset - end)))
+        entries.append((name, dtype, shape, codec, offset, length))
+        end = offset + length
     doc = {
         "tensors": [dict(zip(_TENSOR_KEYS, entry, strict=True)) for entry in entries],
         "bundle": _text("bundle", bundle),
         "segment": _text("segment", segment),
         "request": "",
     }
-    return json.dumps(doc, ensure_ascii=False, separators=(",", ":")).encode().removesuffix(b'""}')
+    text = json.dumps(doc, ensure_ascii=False, separators=(",", ":"))
+    return text.removesuffix('""}'), tuple(gaps)
 
 
-def _header(view: memoryview) -> dict[str, Any]:
-    try:
-        doc = _JSON.decode(str(view, "utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise FrameMalformed(f"the header is not JSON: {e}", rule="header") from e
-    if type(doc) is not dict or doc.keys() != {"tensors", *_TEXT_KEYS}:
-        _malformed("header", f"the header has exactly the keys tensors, {', '.join(_TEXT_KEYS)}")
-    for key in _TEXT_KEYS:
-        _text(key, doc[key])
-    if type(doc["tensors"]) is not list:
-        _malformed("header", "tensors is a list")
-    if len(doc["tensors"]) > MAX_TENSORS:
-        _too_large("tensors", f"{len(doc['tensors'])} tensors; at most {MAX_TENSORS}", limit=MAX_TENSORS)
-    return doc
+@dataclass(frozen=True)
+class _Layout:
+    """What a header says, checked; only the payloads' own bytes are not looked at."""
+
+    bundle: str
+    segment: str
+    request: str
+    entries: tuple[_Entry, ...]
+    packs: bool
 
 
-def _tensors(
-    entries: list[Any], body: memoryview, max_bytes: int, bundle: str, tables: Tables | None
-) -> dict[str, Array]:
-    tensors: dict[str, Array] = {}
+def _split_request(header: bytes) -> tuple[bytes, str | None]:
+    """A header with its request's id taken out, and that id, where it stands last and as plain text; else as it is.
+
+    The frames of one segment differ in nothing else, so that their headers need not be read again. Nothing in a plain
+    text ends a string of JSON: whatever `header` means with it, it means without.
+    """
+    before, key, rest = header.rpartition(b'"request":"')
+    if key and (found := _PLAIN_END.fullmatch(rest)) is not None:
+        return before + b'"request":""}', found[1].decode("ascii")
+    return header, None
+
+
+def _layout(header: bytes, max_bytes: int) -> _Layout:
+    doc = _document(header)
+    entries: list[_Entry] = []
+    names: set[str] = set()
     end = unpacked = 0
-    for entry in entries:
+    for entry in doc["tensors"]:
         if type(entry) is not dict or entry.keys() != set(_TENSOR_KEYS):
             _malformed("tensor", f"a tensor has exactly the keys {', '.join(sorted(_TENSOR_KEYS))}")
         name = _text("name", entry["name"], least=1)
-        if name in tensors:
+        if name in names:
             _malformed("duplicate", f"two tensors are named {name!r}")
+        names.add(name)
         dtype = DTYPES.get(entry["dtype"]) if type(entry["dtype"]) is str else None
         if dtype is None:
             _malformed("dtype", f"{name!r} has dtype {entry['dtype']!r}; known are {', '.join(DTYPES)}")
@@ -218,14 +272,43 @@ def _tensors(
             _malformed("offset", f"offset and length of {name!r} are not whole numbers")
         if offset != _aligned(end):
             _malformed("offset", f"{name!r} starts at byte {offset} of the body; its place is {_aligned(end)}")
+        end = offset + length
+        entries.append((name, entry["dtype"], tuple(shape), codec, offset, length))
+    packs = any(codec != "raw" for _, _, _, codec, _, _ in entries)
+    return _Layout(doc["bundle"], doc["segment"], doc["request"], tuple(entries), packs)
+
+
+_seen = lru_cache(maxsize=64)(_layout)
+
+
+def _document(header: bytes) -> dict[str, Any]:
+    try:
+        doc = _JSON.decode(str(header, "utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise FrameMalformed(f"the header is not JSON: {e}", rule="header") from e
+    if type(doc) is not dict or doc.keys() != {"tensors", *_TEXT_KEYS}:
+        _malformed("header", f"the header has exactly the keys tensors, {', '.join(_TEXT_KEYS)}")
+    for key in _TEXT_KEYS:
+        _text(key, doc[key])
+    if type(doc["tensors"]) is not list:
+        _malformed("header", "tensors is a list")
+    if len(doc["tensors"]) > MAX_TENSORS:
+        _too_large("tensors", f"{len(doc['tensors'])} tensors; at most {MAX_TENSORS}", limit=MAX_TENSORS)
+    return doc
+
+
+def _unpack(layout: _Layout, body: memoryview, tables: Tables | None) -> dict[str, Array]:
+    tensors: dict[str, Array] = {}
+    end = 0
+    for name, dtype, shape, codec, offset, length in layout.entries:
         if offset + length > len(body):
             _malformed("truncated", f"{name!r} ends at byte {offset + length} of the body; it has {len(body)}")
         if offset != end and body[end:offset] != bytes(offset - end):
             _malformed("padding", f"the bytes before {name!r} are not zero")
         end = offset + length
-        table = _table(name, codec, bundle, tables)
+        table = None if codec == "raw" else _table(name, codec, layout.bundle, tables)
         try:
-            tensors[name] = find(codec).decode(body[offset:end], dtype, tuple(shape), table)
+            tensors[name] = find(codec).decode(body[offset:end], DTYPES[dtype], shape, table)
         except ValueError as e:
             raise FrameMalformed(f"{name!r} cannot be unpacked: {e}", rule="payload", tensor=name) from e
     if end != len(body):
@@ -239,24 +322,6 @@ def _table(name: str, codec: str, bundle: str, tables: Tables | None) -> object:
     if tables is None:
         _malformed("table", f"{name!r} has codec {codec!r}, which needs a bundle's calibration; there is none here")
     return tables(bundle, name, codec)
-
-
-def _check_packed(name: str, packed: Packed, beside: Mapping[str, Array]) -> None:
-    if name in beside:
-        _malformed("duplicate", f"two tensors are named {name!r}")
-    if packed.codec not in KNOWN:
-        _malformed("codec", f"{name!r} asks for codec {packed.codec!r}; known are {', '.join(KNOWN)}")
-    if packed.dtype not in DTYPES:
-        _malformed("dtype", f"{name!r} is {packed.dtype}; frames carry {', '.join(DTYPES)}")
-    if len(packed.shape) > MAX_RANK:
-        _too_large("rank", f"{name!r} has rank {len(packed.shape)}; at most {MAX_RANK}", limit=MAX_RANK)
-
-
-def _dtype_name(name: str, array: Array) -> str:
-    found = _NAMES.get(array.dtype) or array.dtype.name
-    if found not in DTYPES:
-        raise FrameMalformed(f"{name!r} is {found}; frames carry {', '.join(DTYPES)}", rule="dtype", tensor=name)
-    return found
 
 
 def _text(key: str, value: Any, least: int = 0) -> str:

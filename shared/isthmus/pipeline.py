@@ -76,6 +76,8 @@ class Result:
 
     outputs: dict[str, Array]
     stages: tuple[Stage, ...]
+    notes: Mapping[str, str | int] = field(default_factory=dict)
+    """What else an answer says of its route: that its codecs are not those that were chosen."""
 
     @property
     def crossed_bytes(self) -> int:
@@ -84,7 +86,9 @@ class Result:
 
     def facts(self) -> dict[str, Any]:
         """The route as an Open Inference Protocol answer's parameters tell it."""
-        return {"segments": ",".join(s.segment for s in self.stages), "crossed_bytes": self.crossed_bytes}
+        codecs = [f"{name}={codec}" for stage in self.stages for name, codec in stage.codecs.items()]
+        facts = {"segments": ",".join(s.segment for s in self.stages), "crossed_bytes": self.crossed_bytes}
+        return {**facts, **({"codecs": ",".join(codecs)} if codecs else {}), **self.notes}
 
 
 def plan_route(digest: str, bundle: Bundle, hops: tuple[Hop, ...], cuts: tuple[str, ...] | None = None) -> Route:

@@ -125,6 +125,17 @@ class RouterSettings(SegmentSettings):
         " of more segments than hops leaves the rest to the last one"
     )
     cuts: tuple[str, ...] = setting("the partition to use, comma-separated cut names; empty takes the bundle's own", ())
+    codec: str = setting(
+        "how activations travel between segments over HTTP where no plan says: int8/1, half/1, transform/1@0.9 (a"
+        " calibrated codec and its quality), …; raw for as they are, whatever a plan says",
+        "",
+    )
+    guard_share: float = setting(
+        "share of the requests with packed activations that are also answered raw, in idle time, and compared; 0 for"
+        " none",
+        0.01,
+    )
+    plan: bool = setting("whether the plan in the model's bundle decides where it runs, while `cuts` is empty", True)
     hop_attempts: int = setting("tries for one hop, the first included, within the deadline", 4)
     hop_connect_timeout_s: float = setting("longest wait for a connection to a hop, in seconds", 2.0)
     refresh_s: float = setting("how long an alias is trusted before the registry is asked again, in seconds", 10.0)

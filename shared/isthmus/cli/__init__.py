@@ -7,15 +7,20 @@ from typing import Annotated
 import typer
 
 import isthmus
+from isthmus.cli.calibrate import calibrate
+from isthmus.cli.codec import codec
 from isthmus.cli.cut import cut
 from isthmus.cli.cuts import cuts
 from isthmus.cli.demo import demo
 from isthmus.cli.doctor import doctor
+from isthmus.cli.explain import explain
 from isthmus.cli.importing import import_model
 from isthmus.cli.infer import infer
 from isthmus.cli.link import link
 from isthmus.cli.models import models
 from isthmus.cli.package import package
+from isthmus.cli.plan import plan
+from isthmus.cli.profile import profile
 from isthmus.cli.up import up
 
 app = typer.Typer(
@@ -26,7 +31,7 @@ app = typer.Typer(
     help="Split inference as a bundle of serverless functions: cut a model, serve its two sides, ask them.",
 )
 app.command("import")(import_model)
-for command in (cuts, cut, models, infer, up, link, package, demo, doctor):
+for command in (cuts, cut, calibrate, codec, models, infer, up, link, package, profile, plan, explain, demo, doctor):
     app.command()(command)
 
 

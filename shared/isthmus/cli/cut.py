@@ -58,6 +58,7 @@ def cut(
             step("publishing")
             version = store.publish(bundle, files, alias=alias or None)
         fresh = sorted(bundle.segments.keys() - found.bundle.segments.keys())
+        dropped = found.bundle.plan is not None and bundle.plan is None
         if as_json:
             print_json(
                 {
@@ -67,6 +68,7 @@ def cut(
                     "new_segments": fresh,
                     "new_bytes": sum(bundle.segments[s].graph.size for s in fresh),
                     "default_cuts": list(bundle.default_cuts),
+                    "plan_dropped": dropped,
                 }
             )
             return
@@ -77,3 +79,10 @@ def cut(
             highlight=False,
             soft_wrap=True,
         )
+        if dropped:
+            out.print(
+                f"the plan of {found.name}:{found.version} is for that version alone, so this one has none; plan again:"
+                f" isthmus plan {found.name} …",
+                highlight=False,
+                soft_wrap=True,
+            )

@@ -18,14 +18,22 @@ def variables(registry: str) -> dict[str, str]:
 
 
 @contextmanager
-def engine(stack: Path, registry: str, port: int, step: Step) -> Iterator[str]:
-    """The functions of `stack`, ready, for as long as the block lasts; the gateway's address.
+def engine(
+    stack: Path,
+    registry: str,
+    port: int,
+    step: Step,
+    *,
+    replicas: Mapping[str, int] | None = None,
+    environment: Mapping[str, Mapping[str, str]] | None = None,
+) -> Iterator[str]:
+    """The functions of `stack`, ready, for as long as the block lasts; the gateway's address. See `Engine`.
 
     Raises:
         LocalError: the stack cannot be read, the port is taken, or a function does not start.
     """
     step(f"starting the functions of {stack}")
-    with Engine(stack, port=port, variables=variables(registry)) as running:
+    with Engine(stack, port=port, variables=variables(registry), replicas=replicas, environment=environment) as running:
         running.wait_ready(120.0, lambda states: step(f"starting: {_told(states)}"))
         yield running.url
 

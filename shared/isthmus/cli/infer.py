@@ -9,7 +9,8 @@ import numpy as np
 import typer
 
 from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, errors, out, print_json, size, table
-from isthmus.client import Array, Client
+from isthmus.cli.tensors import read_tensor
+from isthmus.client import Client
 from isthmus.errors import RequestMalformed
 
 ROUTER = "http://127.0.0.1:8080/function/router"
@@ -96,7 +97,7 @@ def _tensors(
 ) -> None:
     if not model:
         raise RequestMalformed("tensors need --model NAME or NAME:VERSION")
-    arrays = dict(_load(entry) for entry in tensors)
+    arrays = dict(read_tensor(entry) for entry in tensors)
     if local:
         from isthmus.cli.here import Here
 
@@ -126,17 +127,6 @@ def _tensors(
         [list(o.values()) for o in shown],
         numbers=["min", "max"],
     )
-
-
-def _load(entry: str) -> tuple[str, Array]:
-    name, equals, file = entry.partition("=")
-    if not equals or not name:
-        raise RequestMalformed(f"--tensor is {entry!r}; it is NAME=FILE.npy")
-    try:
-        array: Array = np.load(file, allow_pickle=False)
-    except (OSError, ValueError) as e:
-        raise RequestMalformed(f"{file} cannot be read as a .npy file: {e}") from e
-    return name, array
 
 
 def _read(path: Path) -> bytes:

@@ -76,10 +76,11 @@ def package(
         for i, segment in enumerate(segments):
             name = f"{stem}-{_role(i, len(segments))}"
             step(f"baking segment {segment.id} into {name}")
-            from isthmus.graph.bake import bake
+            from isthmus.graph.bake import bake, bake_tables
 
             with cache.locate(found.digest, segment.id) as located:
                 weights[name] = bake(located, manifest, folder / name / "segment")
+            bake_tables(found.bundle, segment, store.blob, folder / name / "segment")
             like = base["functions"]["edge-head" if i == 0 else "cloud-tail"]
             functions[name] = _function(name, folder, like, {"segment_dir": "function/segment"}, "segment")
             _write_handler(folder / name, "segment", Path(like["handler"]))
@@ -139,8 +140,10 @@ def _bake_registry(store: Registry, found: Resolved, folder: Path) -> None:
     """A registry of one bundle without its weights and graphs: all that a router reads."""
     small = FolderStore(folder)
     small.put(blob_key(found.digest), store.manifest(found.digest))
-    if (labels := found.bundle.labels) is not None:
-        small.put(blob_key(labels.digest), store.blob(labels))
+    bundle = found.bundle
+    for blob in (bundle.labels, bundle.fidelity, bundle.plan, *bundle.tables.values()):
+        if blob is not None:
+            small.put(blob_key(blob.digest), store.blob(blob))
     small.put(f"models/{found.name}/versions/{found.version}", found.digest.encode())
     small.put(f"models/{found.name}/aliases/prod", found.version.encode())
 

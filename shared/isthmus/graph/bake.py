@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx_ir as ir
 
-from isthmus.bundle import digest_of
+from isthmus.bundle import Blob, Bundle, Segment, digest_of
 from isthmus.graph.weights import ALIGNMENT, LOCATION
-from isthmus.registry.baked import GRAPH, MANIFEST, SEGMENT, WEIGHTS
+from isthmus.registry.baked import BLOBS, GRAPH, MANIFEST, SEGMENT, WEIGHTS
 from isthmus.registry.source import Located
 
 
@@ -42,6 +43,21 @@ def bake(located: Located, manifest: bytes, folder: Path) -> int:
         "weights": {"digest": weights_digest, "size": size},
     }
     (folder / SEGMENT).write_text(json.dumps(doc, indent=1) + "\n")
+    return size
+
+
+def bake_tables(bundle: Bundle, segment: Segment, blob: Callable[[Blob], bytes], folder: Path) -> int:
+    """Put the codecs' tables that unpacking the segment's inputs takes beside it in `folder`; returns their bytes.
+
+    Raises:
+        RegistryError: `blob` cannot give one.
+    """
+    size = 0
+    for table in {bundle.tables[spec.name] for spec in segment.inputs if spec.name in bundle.tables}:
+        path = folder / BLOBS / table.digest.removeprefix("sha256:")
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(blob(table))
+        size += table.size
     return size
 
 

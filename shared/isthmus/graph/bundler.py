@@ -101,7 +101,8 @@ def add_cuts(
 
     `whole` is the bundle's uncut segment's graph, with weights.bin beside it; only the weights' length is looked at.
     The new graphs are written to `out_dir`, or beside it. Cuts may also be named as in the bundle. Returns the bundle
-    with the new segments and cuts, and the new files by digest. `default` makes the first partition the default.
+    with the new segments and cuts, and the new files by digest. `default` makes the first partition the default. A plan
+    is for exactly one bundle, so what differs from it has none.
 
     Raises:
         ModelError: the graph is not one that this package wrote.
@@ -117,7 +118,7 @@ def add_cuts(
     more = _cut(bundle, model, resolved, out, files, progress)
     if default and resolved:
         more = replace(more, default_cuts=tuple(c.name for c in resolved[0]))
-    return more, files
+    return more if more == bundle else replace(more, plan=None), files
 
 
 def narrowest(model: Model) -> CutInfo | None:

@@ -1,4 +1,4 @@
-"""One run of a model in onnxruntime, to see the types of values that inference could not tell."""
+"""Runs of a model in onnxruntime, to see its inner values, or their types where inference could not tell."""
 
 from __future__ import annotations
 
@@ -44,6 +44,28 @@ def types(
             hint="give example inputs that the model accepts, or shapes to make them from",
         ) from e
     return {n: (dtype, shapes[n]) for v, dtype in dtypes.items() if dtype is not None and (n := str(v.name)) in shapes}
+
+
+def values(
+    model: ir.Model, names: Sequence[str], feeds: Mapping[str, npt.NDArray[np.generic]]
+) -> dict[str, npt.NDArray[np.generic]]:
+    """The values of those names in one run with `feeds`; they lie in memory all at once.
+
+    Raises:
+        ModelError: onnxruntime cannot load the model, or cannot run it with `feeds`.
+    """
+    try:
+        graph = model.graph.clone()
+        named = {v.name: v for v in (*graph.inputs, *(v for node in graph for v in node.outputs))}
+        asked = [named[name] for name in names if name not in feeds]
+        graph.outputs.extend(v for v in asked if not v.is_graph_output())
+        wanted = [str(v.name) for v in asked]
+        arrays = _session(graph, model).run(wanted, dict(feeds)) if wanted else []
+    except Exception as e:
+        raise ModelError(
+            f"the model does not run with the inputs given: {_first(e)}", hint="give inputs that the model accepts"
+        ) from e
+    return {**{n: feeds[n] for n in names if n in feeds}, **dict(zip(wanted, arrays, strict=True))}
 
 
 def _dtypes(model: ir.Model, values: Sequence[ir.Value]) -> Iterator[tuple[str, str]]:

@@ -18,6 +18,7 @@ from aiohttp import web
 
 from isthmus.errors import LocalError
 from isthmus.local.async_queue import AsyncQueue
+from isthmus.local.door import Door
 from isthmus.local.events import Event, OnEvent, ignore
 from isthmus.local.fleet import Fleet, Places
 from isthmus.local.gateway import create_gateway
@@ -31,7 +32,6 @@ DEFAULT_PORT = 8080
 DRAIN_S = 10.0
 _CRASHES_THAT_ARE_A_PATTERN = 2
 _POLL_S = 0.05
-_READ_BYTES = 1 << 20  # held of a body before its sender has to wait; aiohttp's 64 KiB stalls large frames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,20 +189,22 @@ async def _running(options: Options) -> AsyncIterator[_Running]:
             metrics = Metrics()
             queue = AsyncQueue(fleet, url, session, options.on_event)
             leaving.push_async_callback(queue.close)
-            gateway = create_gateway(
-                fleet, Proxy(fleet, session, metrics), queue, metrics, places.secrets, loopback=_is_local(options.host)
-            )
+            proxy = Proxy(fleet.get, metrics)
+            leaving.callback(proxy.close)
+            gateway = create_gateway(fleet, queue, metrics, places.secrets, loopback=_is_local(options.host))
             # A caller who hangs up ends the call, as OpenFaaS's gateway does.
             runner = web.AppRunner(
                 gateway,
                 access_log=None,
-                read_bufsize=_READ_BYTES,
                 handler_cancellation=True,
                 shutdown_timeout=options.drain_s,
             )
             await runner.setup()
             leaving.push_async_callback(runner.cleanup)
-            await web.SockSite(runner, listener, backlog=1024).start()
+            if runner.server is None:
+                raise LocalError("the gateway was not set up")
+            door = Door(listener, runner.server, proxy.handle)
+            leaving.push_async_callback(door.close, options.drain_s)
             options.on_event(Event("listening", url))
             yield _Running(url, fleet)
 
@@ -213,7 +215,6 @@ def _session() -> aiohttp.ClientSession:
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
         skip_auto_headers=("Accept", "Accept-Encoding", "User-Agent", "Content-Type"),
-        read_bufsize=_READ_BYTES,
     )
 
 

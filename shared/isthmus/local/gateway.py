@@ -18,22 +18,18 @@ from isthmus.local.async_queue import AsyncQueue
 from isthmus.local.fleet import NAMESPACE, Fleet, describe
 from isthmus.local.logbook import Line
 from isthmus.local.metrics import Metrics
-from isthmus.local.proxy import Proxy
 from isthmus.local.secrets import MAX_SECRET_BYTES, SecretFolder
 
 _MAX_DOCUMENT_BYTES = 2 * MAX_SECRET_BYTES
-_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def create_gateway(
-    fleet: Fleet, proxy: Proxy, queue: AsyncQueue, metrics: Metrics, secrets: SecretFolder, *, loopback: bool
+    fleet: Fleet, queue: AsyncQueue, metrics: Metrics, secrets: SecretFolder, *, loopback: bool
 ) -> web.Application:
-    """The whole gateway; `loopback` says that only this machine should reach /system."""
+    """All of the gateway but function calls, which never come here; `loopback`: only this machine reaches /system."""
     api = _Api(fleet, metrics, secrets)
     app = web.Application(client_max_size=_MAX_DOCUMENT_BYTES, middlewares=[_errors, _same_machine(loopback)])
-    for method in _METHODS:
-        app.router.add_route(method, "/function/{rest:.+}", proxy.handle)
     app.router.add_post("/async-function/{rest:.+}", queue.handle)
     app.add_routes(
         [
@@ -54,7 +50,7 @@ def create_gateway(
             web.get("/metrics", api.metrics),
         ]
     )
-    app.on_response_prepare.append(_anonymous)
+    app.on_response_prepare.append(_last)
     app.on_shutdown.append(api.end_logs)
     return app
 
@@ -183,7 +179,9 @@ def _is_loopback(host: str | None) -> bool:
         return False
 
 
-async def _anonymous(request: web.Request, response: web.StreamResponse) -> None:
+async def _last(request: web.Request, response: web.StreamResponse) -> None:
+    """The next request of the connection may be a function call, which is not for aiohttp."""
+    response.force_close()
     response.headers.pop("Server", None)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 
@@ -18,14 +20,17 @@ class Metrics:
             labels,
             registry=self._registry,
         )
+        # Looking labels up costs more than counting; functions and statuses are few.
+        self._labelled = lru_cache(256)(lambda *names: (self._calls.labels(*names), self._seconds.labels(*names)))
         self._replicas = Gauge(
             "gateway_service_count", "Replicas of a function.", ["function_name"], registry=self._registry
         )
 
     def count(self, function: str, status: int, seconds: float) -> None:
         """Note one answered call of `function`, NAME.NAMESPACE."""
-        self._calls.labels(function, str(status)).inc()
-        self._seconds.labels(function, str(status)).observe(seconds)
+        calls, times = self._labelled(function, str(status))
+        calls.inc()
+        times.observe(seconds)
 
     def expose(self, replicas: dict[str, int]) -> bytes:
         """Everything, in Prometheus's text format."""

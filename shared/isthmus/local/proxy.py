@@ -1,123 +1,159 @@
-"""Pass a request on to a replica and its answer back, as OpenFaaS's gateway does.
-
-aiohttp was chosen by measurement: of the libraries tried it adds the least to a hop. docs/local.md has the figures.
-"""
+"""Pass a request on to a replica and its answer back, as OpenFaaS's gateway does."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import Callable
+from functools import lru_cache
+from urllib.parse import urlsplit
 
-import aiohttp
-from aiohttp import web
-from multidict import CIMultiDict, CIMultiDictProxy
-from yarl import URL
-
-from isthmus.local.fleet import NAMESPACE, Fleet
+from isthmus.local.door import Caller
+from isthmus.local.exchange import End, Exchange
+from isthmus.local.fleet import NAMESPACE
+from isthmus.local.flow import READ_BYTES
+from isthmus.local.heads import Header, RequestHead
 from isthmus.local.metrics import Metrics
 from isthmus.local.replica import Replica
 from isthmus.local.supervisor import Supervisor
+from isthmus.local.wire import Address, Pool, Wire, nothing
 
 MAX_BODY_BYTES = 512 << 20
 UPSTREAM_TIMEOUT_S = 60.0
 
-_WHOLE_BELOW = 256 * 1024  # a shorter answer goes out in one write, with its headers
-_HOP_BY_HOP = frozenset(
-    {
-        *("connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"),
-        *("proxy-authenticate", "proxy-authorization"),
-    }
-)
-_NOT_SENT = _HOP_BY_HOP | {"host", "expect", "content-length"}
-
-
-class _TooLong(Exception):
-    """A body of unknown length went over the bound."""
+_PROXY = (b"X-OpenFaaS-Internal", b"proxy")
 
 
 class Proxy:
-    """Any method on /function/NAME[.NAMESPACE][/path]."""
+    """Any method on /function/NAME[.NAMESPACE][/path]; `find` knows the functions by NAME[.NAMESPACE].
+
+    Units: max_body_bytes bounds a request's body, timeout_s a call.
+    """
 
     def __init__(
         self,
-        fleet: Fleet,
-        session: aiohttp.ClientSession,
+        find: Callable[[str], Supervisor | None],
         metrics: Metrics,
         *,
         max_body_bytes: int = MAX_BODY_BYTES,
         timeout_s: float = UPSTREAM_TIMEOUT_S,
     ) -> None:
-        self._fleet = fleet
-        self._session = session
-        self._metrics = metrics
-        self._max_body_bytes = max_body_bytes
-        self._timeout = aiohttp.ClientTimeout(total=timeout_s, connect=5.0)
+        self.metrics = metrics
+        self.max_body_bytes = max_body_bytes
+        self.timeout_s = timeout_s
+        self.pool = Pool(asyncio.get_running_loop())
+        self.scratch = memoryview(bytearray(READ_BYTES))
+        self._find = find
 
-    async def handle(self, request: web.Request) -> web.StreamResponse:
-        """Answer one request with what a replica of the function answers."""
-        started = time.perf_counter()
-        name, rest = split(request.raw_path)
-        supervisor = self._fleet.get(name)
+    def handle(self, caller: Caller, request: RequestHead, first: memoryview) -> None:
+        """Answer one request, of whose body `first` is here, with what a replica of the function answers."""
+        name, rest = split(request.target.decode("latin-1"))
+        supervisor = self._find(name)
         if supervisor is None:
-            return _plain(404, f"error finding function {name}: it is not deployed here")
-        call_id = request.headers.get("X-Call-Id") or str(uuid.uuid4())
-        reply = await self._pass_on(request, supervisor, rest, call_id, started)
-        supervisor.invocations += 1
-        self._metrics.count(f"{supervisor.name}.{NAMESPACE}", reply.status, time.perf_counter() - started)
-        return reply
+            caller.answer(404, f"error finding function {name}: it is not deployed here")
+        else:
+            _Call(self, caller, request, supervisor).begin(rest, first)
 
-    async def _pass_on(
-        self, request: web.Request, supervisor: Supervisor, rest: str, call_id: str, started: float
-    ) -> web.StreamResponse:
-        ours = {"X-Call-Id": call_id, "X-Start-Time": str(time.time_ns())}
-        length = request.content_length
-        if length is not None and length > self._max_body_bytes:
-            return _plain(413, f"the body has {length} bytes; the gateway takes {self._max_body_bytes}", ours)
-        if rest == "/_/health" and supervisor.replicas:  # the watchdog's own; local processes run without one
-            return _plain(200, "OK", ours)
-        replica = supervisor.pick()
-        if replica is None:
-            ours |= {"Retry-After": "1", "X-OpenFaaS-Internal": "proxy"}
-            return _plain(503, f"No endpoints available for: {supervisor.name}. {supervisor.reason}", ours)
-        replica.in_flight += 1
+    def close(self) -> None:
+        """Close the connections that wait for a request."""
+        self.pool.close()
+
+
+class _Call:
+    """One call of a function, from its head to its place in the metrics."""
+
+    def __init__(self, proxy: Proxy, caller: Caller, request: RequestHead, supervisor: Supervisor) -> None:
+        self._proxy = proxy
+        self._caller = caller
+        self._request = request
+        self._supervisor = supervisor
+        self._started = time.perf_counter()
+        call_id = request.find(b"x-call-id") or str(uuid.uuid4()).encode()
+        self._ours = [(b"X-Call-Id", call_id), (b"X-Start-Time", b"%d" % time.time_ns())]
+
+    def begin(self, rest: str, first: memoryview) -> None:
+        """Find a replica for it, or say why there is none."""
+        length = self._request.length or 0
+        if length > self._proxy.max_body_bytes:
+            self._answer(413, f"the body has {length} bytes; the gateway takes {self._proxy.max_body_bytes}")
+        elif rest == "/_/health" and self._supervisor.replicas:  # the watchdog's own; local processes run without one
+            self._answer(200, "OK")
+        elif (replica := self._supervisor.pick()) is None:
+            text = f"No endpoints available for: {self._supervisor.name}. {self._supervisor.reason}"
+            self._answer(503, text, (b"Retry-After", b"1"), _PROXY)
+        else:
+            self._pass_on(replica, replica.deployment.ready_path if rest == "/_/ready" else rest, first)
+
+    def _pass_on(self, replica: Replica, target: str, first: memoryview) -> None:
+        host, address = _address(replica.url)
         try:
-            upstream = self._session.request(
-                request.method,
-                _target(replica, rest),
-                data=self._body(request),
-                headers=_forwarded(request, ours),
-                allow_redirects=False,
-                timeout=self._timeout,
-            )
-            async with upstream as answer:
-                headers = _backward(answer.headers)
-                for key, value in ours.items():
-                    headers.setdefault(key, value)
-                headers["X-Duration-Seconds"] = f"{time.perf_counter() - started:.6f}"
-                return await _send(request, answer, headers)
-        except TimeoutError:
-            return web.Response(status=502, headers=ours)
-        except _TooLong:
-            return _plain(413, f"the body has more than the {self._max_body_bytes} bytes that the gateway takes", ours)
-        except aiohttp.ClientError:
-            ours["X-OpenFaaS-Internal"] = "proxy"
-            return _plain(500, f"Can't reach service for: {supervisor.name}.", ours)
-        finally:
+            upstream = self._proxy.pool.take(address)
+        except OSError:
+            self._failed(End.UNREACHABLE)
+            return
+        replica.in_flight += 1
+
+        def done(how: End) -> None:
             replica.in_flight -= 1
+            self._done(how, exchange, upstream, address)
 
-    def _body(self, request: web.Request) -> aiohttp.StreamReader | AsyncIterator[bytes] | None:
-        if not request.body_exists:
-            return None
-        return request.content if request.content_length is not None else self._bounded(request.content)
+        exchange = Exchange(
+            self._caller.wire,
+            upstream,
+            self._request,
+            ours=self._ours,
+            scratch=self._proxy.scratch,
+            most=self._proxy.max_body_bytes,
+            timeout_s=self._proxy.timeout_s,
+            done=done,
+        )
+        self._caller.stop = exchange.stop
+        head = self._request.forwarded(target.encode("latin-1"), host, self._caller.peer, self._ours)
+        exchange.begin(head, first)
 
-    async def _bounded(self, content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
-        passed = 0
-        async for piece in content.iter_any():
-            passed += len(piece)
-            if passed > self._max_body_bytes:
-                raise _TooLong
-            yield piece
+    def _done(self, how: End, exchange: Exchange, upstream: Wire, address: Address) -> None:
+        if exchange.keeps_upstream:
+            self._proxy.pool.put(address, upstream)
+        else:
+            upstream.close()
+        self._caller.stop = nothing
+        if how is End.ANSWERED:
+            self._caller.answered(exchange.keeps_caller, exchange.ahead)
+        elif how is End.GONE:
+            self._caller.close()
+            return
+        elif exchange.status:
+            self._caller.abort()
+        else:
+            self._failed(how)
+            return
+        self._count(exchange.status)
+
+    def _failed(self, how: End) -> None:
+        """Answer for a function that did not."""
+        if how is End.TIMED_OUT:
+            self._answer(502, "")
+        elif how is End.TOO_LONG:
+            self._answer(413, f"the body has more than the {self._proxy.max_body_bytes} bytes that the gateway takes")
+        else:
+            self._answer(500, f"Can't reach service for: {self._supervisor.name}.", _PROXY)
+
+    def _answer(self, status: int, text: str, *more: Header) -> None:
+        self._caller.answer(status, text, [*self._ours, *more])
+        self._count(status)
+
+    def _count(self, status: int) -> None:
+        self._supervisor.invocations += 1
+        name = f"{self._supervisor.name}.{NAMESPACE}"
+        self._proxy.metrics.count(name, status, time.perf_counter() - self._started)
+
+
+@lru_cache(256)
+def _address(url: str) -> tuple[bytes, Address]:
+    """What Host says of a replica, and where it listens."""
+    parts = urlsplit(url)
+    return parts.netloc.encode(), (parts.hostname or "", parts.port or 80)
 
 
 def split(raw_path: str) -> tuple[str, str]:
@@ -130,55 +166,3 @@ def split(raw_path: str) -> tuple[str, str]:
         if character in "/?":
             return after[:end], after[end:] if character == "/" else "/" + after[end:]
     return after, "/"
-
-
-def _target(replica: Replica, rest: str) -> URL:
-    if rest == "/_/ready":
-        rest = replica.deployment.ready_path
-    return URL(replica.url + rest, encoded=True)
-
-
-def _forwarded(request: web.Request, ours: dict[str, str]) -> CIMultiDict[str]:
-    named = _named_by_connection(request.headers)
-    headers = CIMultiDict(
-        (k, v) for k, v in request.headers.items() if (low := k.lower()) not in _NOT_SENT and low not in named
-    )
-    headers.update(ours)
-    headers["X-Forwarded-Host"] = request.host
-    headers["X-Forwarded-For"] = request.remote or ""
-    length = request.content_length
-    if length is not None:
-        headers["Content-Length"] = str(length)
-    return headers
-
-
-def _backward(theirs: CIMultiDictProxy[str]) -> CIMultiDict[str]:
-    named = _named_by_connection(theirs)
-    return CIMultiDict((k, v) for k, v in theirs.items() if (low := k.lower()) not in _HOP_BY_HOP and low not in named)
-
-
-def _named_by_connection(headers: CIMultiDictProxy[str]) -> frozenset[str]:
-    found = headers.get("Connection")
-    return frozenset(part.strip().lower() for part in found.split(",")) if found else frozenset()
-
-
-async def _send(request: web.Request, answer: aiohttp.ClientResponse, headers: CIMultiDict[str]) -> web.StreamResponse:
-    length = answer.content_length
-    if request.method != "HEAD" and length is not None and length <= _WHOLE_BELOW:
-        body = await answer.read()
-        headers.pop("Content-Length", None)
-        return web.Response(status=answer.status, reason=answer.reason, body=body, headers=headers)
-    reply = web.StreamResponse(status=answer.status, reason=answer.reason, headers=headers)
-    await reply.prepare(request)
-    try:
-        async for piece in answer.content.iter_any():
-            await reply.write(piece)
-    except (aiohttp.ClientError, TimeoutError):
-        # The status is out already; a broken connection is the only way left to say that the body is not whole.
-        if request.transport is not None:
-            request.transport.abort()
-    return reply
-
-
-def _plain(status: int, text: str, headers: dict[str, str] | None = None) -> web.Response:
-    return web.Response(status=status, text=text, headers=headers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 
 from isthmus.errors import LocalError, Missing
@@ -36,6 +37,24 @@ class SecretFolder:
         with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as f:
             f.write(value)
         part.replace(self.path / name)
+
+    def ensure(self, name: str) -> str:
+        """The secret's text; where there is none yet, a random one that is kept from now on.
+
+        Raises:
+            LocalError: no DNS label, or a secret that is no text.
+        """
+        self._check(name)
+        try:
+            text = (self.path / name).read_text(encoding="ascii").strip()
+        except FileNotFoundError:
+            text = ""
+        except UnicodeDecodeError as e:
+            raise LocalError(f"the secret {name} is not plain text") from e
+        if not text:
+            text = secrets.token_urlsafe(32)
+            self.put(name, text.encode())
+        return text
 
     def delete(self, name: str) -> None:
         """Remove a secret.

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from scipy.sparse import csr_array  # type: ignore[import-untyped]
-from scipy.sparse.csgraph import breadth_first_order, maximum_flow  # type: ignore[import-untyped]
 
 from isthmus.errors import PlanError
 
@@ -31,6 +29,10 @@ def source_side(
     Raises:
         PlanError: the flow found is not as large as the cut, so neither is proved; never seen.
     """
+    # Here, so that a function that only reads plans needs no SciPy.
+    from scipy.sparse import csr_array  # type: ignore[import-untyped]
+    from scipy.sparse.csgraph import breadth_first_order, maximum_flow  # type: ignore[import-untyped]
+
     # Arcs with the same ends become one, and each gets its way back, so that one array holds what is spare.
     both = csr_array(
         (

@@ -39,6 +39,16 @@ def validate_spec(spec: Mapping[str, Any]) -> None:
     _require(not ("normalize" in ops and spec["dtype"] == "uint8"), "preprocess normalizes into uint8")
 
 
+def made_shape(spec: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The shape of what any photo becomes; None where that depends on the photo's own."""
+    steps = {step["op"]: step for step in spec["steps"]}
+    size = steps["center_crop"]["size"] if "center_crop" in steps else steps.get("resize", {}).get("size")
+    if size is None:
+        return None
+    height, width = (int(n) for n in size)
+    return (1, 3, height, width) if steps["layout"]["to"] == "NCHW" else (1, height, width, 3)
+
+
 def _check_resize(step: Mapping[str, Any]) -> None:
     kind = "size" if "size" in step else "short_side"
     _keys(step, "resize", {"op", kind, "interpolation"})

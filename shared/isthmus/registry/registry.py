@@ -12,6 +12,7 @@ from isthmus.bundle import MAX_MANIFEST_BYTES, Blob, Bundle, is_digest, is_model
 from isthmus.errors import Corrupt, Missing, RegistryError
 from isthmus.registry.blobs import BlobStore
 from isthmus.registry.content import Bundles, blob_key, check_weights, corrupt
+from isthmus.registry.documents import Documents
 from isthmus.registry.patience import Patience, in_parallel
 from isthmus.registry.upload import Upload
 
@@ -50,6 +51,7 @@ class Registry:
         self._store = store
         self.patience = patience or Patience()
         self._bundles = Bundles()
+        self.documents = Documents(store, self.patience)
 
     @property
     def url(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,6 +34,9 @@ class Runner(Protocol):
         ...
 
 
+_name = lru_cache(64)(lambda dtype: dtype.name)  # numpy makes it anew whenever it is asked
+
+
 def check_tensors(specs: tuple[TensorSpec, ...], arrays: Mapping[str, Array]) -> None:
     """Refuse arrays that are not what `specs` declare; a free dimension of one name has one size everywhere.
 
@@ -52,8 +56,8 @@ def check_tensors(specs: tuple[TensorSpec, ...], arrays: Mapping[str, Array]) ->
     free: dict[str, int] = {}
     for name, spec in expected.items():
         array = arrays[name]
-        fits = array.dtype.name == spec.dtype and array.ndim == len(spec.shape)
-        if fits:
+        fits = _name(array.dtype) == spec.dtype and array.ndim == len(spec.shape)
+        if fits and array.shape != spec.shape:
             fits = all(
                 dim == ANY or size == (free.setdefault(dim, size) if isinstance(dim, str) else dim)
                 for dim, size in zip(spec.shape, array.shape, strict=True)

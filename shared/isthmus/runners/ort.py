@@ -17,9 +17,14 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 from isthmus.bundle import Segment, TensorSpec
 from isthmus.errors import RunFailed, SettingsError, ShapeMismatch
 from isthmus.runners import Array, check_tensors
+from isthmus.runners.kernels import MAX_TRACE_BYTES, Observed, read_trace
 
 _BFLOAT16 = 16
 """TensorProto.BFLOAT16; numpy has no such dtype, so onnxruntime takes and gives it through OrtValue."""
+_GRAPH, _WEIGHTS = "optimised.onnx", "weights.bin"
+_LEAST_NODE_BYTES = 150
+_MOST_EVENTS = 40_000
+"""A trace takes 650 bytes for each kernel of each run."""
 
 
 class OrtRunner:
@@ -39,15 +44,11 @@ class OrtRunner:
         self._outputs = [s.name for s in segment.outputs]
         self._bfloat16 = any(s.dtype == "bfloat16" for s in (*segment.inputs, *segment.outputs))
         check_providers(providers)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        # Spinning threads steal the CPU of the other functions on the node.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             # Without its fallback, which prints to stdout and runs on the CPU what was meant for a GPU.
-            self._session = ort.InferenceSession(str(path), options, providers=list(providers), enable_fallback=0)
+            self._session = ort.InferenceSession(
+                str(path), self._options(threads), providers=list(providers), enable_fallback=0
+            )
         except Exception as e:  # onnxruntime's own errors share no base but Exception
             raise RunFailed(f"segment {segment.id} cannot be loaded: {_sentence(e)}", segment=segment.id) from e
         if absent := [p for p in providers if p not in self._session.get_providers()]:
@@ -56,6 +57,15 @@ class OrtRunner:
                 segment=segment.id,
                 hint="its driver or libraries are missing here; or take it out of the setting providers",
             )
+
+    def _options(self, threads: int) -> Any:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # Spinning threads steal the CPU of the other functions on the node.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        return options
 
     def run(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """See `Runner.run`."""
@@ -78,6 +88,52 @@ class OrtRunner:
                 ) from e
             raise RunFailed(f"segment {self.segment.id} failed: {_sentence(e)}", segment=self.segment.id) from e
         return dict(zip(self._outputs, results, strict=True))
+
+
+class OrtObserver(OrtRunner):
+    """A segment in a session that notes what each kernel takes; `folder` is empty and of its own, until `finish`."""
+
+    def __init__(self, path: Path, segment: Segment, *, providers: tuple[str, ...], threads: int, folder: Path) -> None:
+        self._folder = folder
+        # The optimised graph is wanted, a second copy of the weights is not.
+        (folder / _WEIGHTS).symlink_to(os.devnull)
+        super().__init__(path, segment, providers=providers, threads=threads)
+
+    def _options(self, threads: int) -> Any:
+        options = super()._options(threads)
+        options.enable_profiling = True
+        options.profile_file_prefix = str(self._folder / "trace")
+        options.optimized_model_filepath = str(self._folder / _GRAPH)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", _WEIGHTS)
+        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+        return options
+
+    def most_runs(self) -> int:
+        """So many that the trace stays some tens of megabytes, at least the two that show how much memory is kept."""
+        nodes = (self._folder / _GRAPH).stat().st_size // _LEAST_NODE_BYTES
+        return max(2, _MOST_EVENTS // max(1, nodes))
+
+    def finish(self, runs: int, weights_bytes: int) -> Observed:
+        """What was noted of `runs` runs; none can follow.
+
+        Raises:
+            RunFailed: the trace is too long, or cannot be read.
+        """
+        try:
+            trace = Path(self._session.end_profiling())
+            if trace.stat().st_size > MAX_TRACE_BYTES:
+                raise ValueError(f"it has more than {MAX_TRACE_BYTES} bytes")
+            graph = (self._folder / _GRAPH).read_bytes()
+            return read_trace(trace.read_bytes(), graph=graph, runs=runs, weights_bytes=weights_bytes)
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise RunFailed(
+                f"the trace of segment {self.segment.id} cannot be read: {e}", segment=self.segment.id
+            ) from e
+
+
+def version() -> str:
+    """The runtime and its version."""
+    return f"onnxruntime {ort.__version__}"
 
 
 def available_providers() -> list[str]:

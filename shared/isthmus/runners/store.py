@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import threading
 import time
 import weakref
@@ -11,13 +12,16 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
+from pathlib import Path
 
 from isthmus.bundle import Segment
 from isthmus.context import Deadline
-from isthmus.errors import DeadlineExceeded, NotReady, Overloaded, SegmentTooLarge
+from isthmus.device import Device, this_device
+from isthmus.errors import DeadlineExceeded, NotReady, Overloaded, RunFailed, SegmentTooLarge
 from isthmus.registry import Located, SegmentSource
 from isthmus.runners import Array, Runner
-from isthmus.runners.ort import OrtRunner, check_providers, cpu_limit
+from isthmus.runners.kernels import Observed
+from isthmus.runners.ort import OrtObserver, OrtRunner, check_providers, cpu_limit, version
 from isthmus.settings import SegmentSettings
 
 Key = tuple[str, str]
@@ -73,6 +77,10 @@ class SegmentStore:
         self._loader = ThreadPoolExecutor(max_workers=FETCHES, thread_name_prefix="load")
         # Into memory one at a time, so that two never make the same room.
         self._entering = threading.Lock()
+        self._observing = threading.Lock()
+        self.device: Device = this_device(
+            cpus=cpus, threads=self._threads, providers=settings.providers, runtime=version()
+        )
 
     def runner(self, bundle: str, segment: str, deadline: Deadline) -> Runner:
         """The loaded segment; loads it if need be, waiting no longer than the deadline.
@@ -114,6 +122,48 @@ class SegmentStore:
             outputs = runner.run(arrays)
         return Ran(outputs, loaded - began, started - loaded, time.perf_counter() - started)
 
+    def observe(
+        self, bundle: str, segment: str, arrays: Mapping[str, Array], deadline: Deadline, *, most_runs: int
+    ) -> Observed:
+        """Run a segment in a session of its own that notes what each kernel takes: twice at least, up to `most_runs`
+        times while the deadline lets it. The session is among `loaded` meanwhile, and counts in its bound.
+
+        Raises:
+            DeadlineExceeded: not even two runs were possible; or another observation is under way.
+            RunFailed: `cache_dir` cannot be written to, or what the runtime noted cannot be read.
+            And what `runner` and `Runner.run` raise.
+        """
+        key = (bundle, f"{segment} observed")
+        if not self._observing.acquire(timeout=deadline.remaining()):
+            raise DeadlineExceeded("the deadline passed while another segment was observed")
+        try:
+            with self._source.locate(bundle, segment) as located, self._scratch() as folder:
+                needed = self._bytes(located)
+                with self._entering:
+                    self._make_room(needed, located.segment)
+                    deadline.check(f"segment {segment} was loaded to be observed")
+                    observer = OrtObserver(
+                        located.path,
+                        located.segment,
+                        providers=self._settings.providers,
+                        threads=self._threads,
+                        folder=folder,
+                    )
+                    with self._lock:
+                        self._loaded[key] = _Entry(observer, needed)
+                runs, longest = 0, 0.0
+                while runs < 2 or (runs < min(most_runs, observer.most_runs()) and deadline.remaining() > 3 * longest):
+                    deadline.check(f"segment {segment} was observed")
+                    with self._slot(deadline):
+                        started = time.perf_counter()
+                        observer.run(arrays)
+                    runs, longest = runs + 1, max(longest, time.perf_counter() - started)
+                return observer.finish(runs, needed)
+        finally:
+            with self._lock:
+                self._loaded.pop(key, None)
+            self._observing.release()
+
     def loaded(self) -> list[Loaded]:
         """What is in memory, least recently used first."""
         with self._lock:
@@ -127,6 +177,18 @@ class SegmentStore:
             yield
         finally:
             self._slots.release()
+
+    @contextlib.contextmanager
+    def _scratch(self) -> Iterator[Path]:
+        # One level down, where the cache counts what it finds and bears that it vanishes.
+        parent = Path(self._settings.cache_dir, "observed")
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            folder = tempfile.TemporaryDirectory(dir=parent, ignore_cleanup_errors=True)
+        except OSError as e:
+            raise RunFailed(f"a segment is observed in the setting cache_dir, where nothing can be written: {e}") from e
+        with folder:
+            yield Path(folder.name)
 
     def _load(self, key: Key) -> Runner:
         try:
@@ -142,7 +204,7 @@ class SegmentStore:
                 del self._loading[key]
 
     def _enter(self, key: Key, located: Located) -> Runner:
-        needed = sum(t.length for t in located.bundle.weight_ranges(located.segment))
+        needed = self._bytes(located)
         self._make_room(needed, located.segment)
         runner = OrtRunner(located.path, located.segment, providers=self._settings.providers, threads=self._threads)
         # The cache may evict the files only once no session maps them.
@@ -150,6 +212,10 @@ class SegmentStore:
         with self._lock:
             self._loaded[key] = _Entry(runner, needed)
         return runner
+
+    @staticmethod
+    def _bytes(located: Located) -> int:
+        return sum(t.length for t in located.bundle.weight_ranges(located.segment))
 
     def _make_room(self, needed: int, segment: Segment) -> None:
         limit = self._settings.max_loaded_bytes

@@ -8,9 +8,7 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
@@ -26,6 +24,7 @@ from isthmus.context import Context
 from isthmus.errors import IsthmusError, Overloaded, RequestMalformed, RequestTooLarge, http_status
 from isthmus.serving.metrics import Metrics
 from isthmus.serving.readiness import Readiness
+from isthmus.serving.work import Reply, Timings, Work
 from isthmus.settings import SegmentSettings
 
 if TYPE_CHECKING:
@@ -33,45 +32,10 @@ if TYPE_CHECKING:
 
 RETRY_AFTER_S = 1
 WsgiApp = Callable[..., Iterable[bytes]]
+# What the template's server offers beyond WSGI: it sends memoryviews from where they lie, and calls what is in a list
+# once the answer has been sent.
+_TAKES_BUFFERS, _AFTER = "isthmus.takes_buffers", "isthmus.after"
 _NO_QUERY: Mapping[str, str] = {}
-_NOT_IN_A_TIMING = re.compile(r"[^\w.-]", re.ASCII)
-
-
-@dataclass
-class Timings:
-    """The stages of one request, in order, for Server-Timing and the histogram."""
-
-    began: float = field(default_factory=time.perf_counter)
-    stages: list[tuple[str, float, str]] = field(default_factory=list)
-
-    def add(self, stage: str, seconds: float, description: str = "") -> None:
-        """Note that `stage` took that long."""
-        self.stages.append((stage, seconds, description))
-
-    def header(self) -> str:
-        """Source: W3C Server Timing; durations in milliseconds."""
-        stages = (*self.stages, ("total", time.perf_counter() - self.began, ""))
-        return ", ".join(f"{name}{_described(desc)};dur={seconds * 1000:.3f}" for name, seconds, desc in stages)
-
-
-@dataclass(frozen=True)
-class Work:
-    """One admitted request: its body, headers and query, its context, and where it notes its timings."""
-
-    body: bytes
-    headers: EnvironHeaders
-    query: Mapping[str, str]
-    context: Context
-    timings: Timings
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What a request is answered with; Content-Type is among the headers."""
-
-    body: bytes
-    headers: Mapping[str, str]
-    status: int = 200
 
 
 Handle = Callable[[Work], Reply]
@@ -113,7 +77,7 @@ class FunctionApp:
         def view(**path: str) -> Response:
             reply = self._exchange(endpoint, partial(handle, **path), request.environ)
             g.counted = True
-            return Response(reply.body, reply.status, dict(reply.headers))
+            return Response(b"".join(reply.parts), reply.status, dict(reply.headers))
 
         self._works.append((re.compile(re.sub(r"<(\w+)>", r"(?P<\1>[^/]+)", rule)), endpoint, handle))
         self.flask.add_url_rule(rule, endpoint=endpoint, view_func=view, methods=["POST"])
@@ -124,8 +88,11 @@ class FunctionApp:
                 if found := rule.fullmatch(environ["PATH_INFO"] or "/"):
                     reply = self._exchange(endpoint, partial(handle, **found.groupdict()), environ)
                     status = f"{reply.status} {HTTP_STATUS_CODES.get(reply.status, '')}"
-                    start_response(status, [*reply.headers.items(), ("Content-Length", str(len(reply.body)))])
-                    return [reply.body]
+                    size = str(sum(map(len, reply.parts)))
+                    start_response(status, [*reply.headers.items(), ("Content-Length", size)])
+                    if environ.get(_TAKES_BUFFERS):
+                        return reply.parts  # type: ignore[return-value]
+                    return [b"".join(reply.parts)]
         return self._routed(environ, start_response)
 
     def _exchange(self, endpoint: str, handle: Handle, environ: dict[str, Any]) -> Reply:
@@ -138,33 +105,24 @@ class FunctionApp:
             context = Context.from_headers(headers, longest_s=self._settings.deadline_s)
             query = Request(environ).args if environ.get("QUERY_STRING") else _NO_QUERY
             work = Work(self._body(environ), headers, query, context, timings)
-            with self._slot():
+            self._take_slot()
+            try:
                 self.readiness.check()
                 reply = handle(work)
+            finally:
+                self.metrics.in_flight.dec()
+                self._slots.release()
         except IsthmusError as e:
             error, reply = type(e).__name__, self._refusal(e)
         except Exception as e:
             error, reply = type(e).__name__, self._failure(e, context)
-        took = time.perf_counter() - timings.began
-        self.metrics.answered(endpoint, reply.status, took, len(reply.body))
-        for name, seconds, _ in timings.stages:
-            self.metrics.stage(name).observe(seconds)
+        told = partial(self._tell, endpoint, reply, environ, timings, timings.since(), context, error)
+        if (after := environ.get(_AFTER)) is not None:
+            after.append(told)
+        else:
+            told()
         if context is None:
             return reply
-        # The watchdog writes a line for every request already.
-        level = logging.DEBUG if reply.status < 400 else logging.INFO
-        if self.log.isEnabledFor(level):
-            facts = {
-                "endpoint": endpoint,
-                "status": reply.status,
-                "ms": round(took * 1000, 3),
-                "in_bytes": environ.get("CONTENT_LENGTH"),
-                "out_bytes": len(reply.body),
-                **({"error": error} if error else {}),
-                "call_id": context.call_id,
-                "trace_id": context.traceparent[3:35],
-            }
-            self.log.log(level, "request", extra={"facts": facts})
         about = {
             "Server-Timing": timings.header(),
             "X-Call-Id": context.call_id,
@@ -172,19 +130,43 @@ class FunctionApp:
         }
         return Reply(reply.body, {**reply.headers, **about}, reply.status)
 
-    @contextmanager
-    def _slot(self) -> Iterator[None]:
+    def _tell(
+        self,
+        endpoint: str,
+        reply: Reply,
+        environ: Mapping[str, Any],
+        timings: Timings,
+        took: float,
+        context: Context | None,
+        error: str,
+    ) -> None:
+        """Count an answer, and log it."""
+        size = sum(map(len, reply.parts))
+        self.metrics.answered(endpoint, reply.status, took, size)
+        for name, seconds, _ in timings.stages:
+            self.metrics.stage(name).observe(seconds)
+        # The watchdog writes a line for every request already.
+        level = logging.DEBUG if reply.status < 400 else logging.INFO
+        if context is not None and self.log.isEnabledFor(level):
+            facts = {
+                "endpoint": endpoint,
+                "status": reply.status,
+                "ms": round(took * 1000, 3),
+                "in_bytes": environ.get("CONTENT_LENGTH"),
+                "out_bytes": size,
+                **({"error": error} if error else {}),
+                "call_id": context.call_id,
+                "trace_id": context.traceparent[3:35],
+            }
+            self.log.log(level, "request", extra={"facts": facts})
+
+    def _take_slot(self) -> None:
         if not self._slots.acquire(blocking=False):
             raise Overloaded(
                 f"{self._settings.max_concurrency} requests are under way; that is the limit",
                 retry_after_s=RETRY_AFTER_S,
             )
         self.metrics.in_flight.inc()
-        try:
-            yield
-        finally:
-            self.metrics.in_flight.dec()
-            self._slots.release()
 
     def ready(self) -> Response:
         """200 once everything that was asked for at start is loaded, else 503 with the reason."""
@@ -196,7 +178,7 @@ class FunctionApp:
         body, content_type = self.metrics.expose(request.headers.get("Accept", ""))
         return Response(body, content_type=content_type)
 
-    def _body(self, environ: dict[str, Any]) -> bytes:
+    def _body(self, environ: dict[str, Any]) -> bytes | memoryview:
         limit = self._settings.max_request_bytes
         length = get_content_length(environ.get("CONTENT_LENGTH"), environ.get("HTTP_TRANSFER_ENCODING"))
         if length is not None and length > limit:
@@ -204,11 +186,13 @@ class FunctionApp:
         if length is None and not environ.get("wsgi.input_terminated"):
             length = 0  # neither a length nor chunks: such a request has no body, and reading would wait for one
         # The server has buffered the whole body; werkzeug's own stream would read it in small pieces. A BytesIO gives
-        # its value without a copy, which `read` makes.
+        # its value without a copy, which `read` makes, and so does the template's server.
         stream = environ["wsgi.input"]
-        body: bytes
+        body: bytes | memoryview
         if isinstance(stream, BytesIO) and stream.tell() == 0:
             body = stream.getvalue()
+        elif hasattr(stream, "getbuffer") and stream.tell() == 0:
+            body = stream.getbuffer()
         else:
             body = stream.read(limit + 1 if length is None else length)
         if length is not None and len(body) != length:
@@ -253,11 +237,11 @@ class FunctionApp:
 
     def _known(self, error: IsthmusError) -> Response:
         reply = self._refusal(error)
-        return Response(reply.body, reply.status, dict(reply.headers))
+        return Response(b"".join(reply.parts), reply.status, dict(reply.headers))
 
     def _unexpected(self, error: Exception) -> Response:
         reply = self._failure(error, None)
-        return Response(reply.body, reply.status, dict(reply.headers))
+        return Response(b"".join(reply.parts), reply.status, dict(reply.headers))
 
     def _http(self, error: HTTPException) -> Response:
         """Flask's own refusals: no such path, no such method."""
@@ -282,8 +266,3 @@ def problem(error: IsthmusError) -> dict[str, Any]:
 
 def _paths(app: Flask) -> Iterable[str]:
     return sorted(rule.rule for rule in app.url_map.iter_rules())
-
-
-def _described(text: str) -> str:
-    """A timing's description; a segment's id comes from a manifest, and must not end the header's value or line."""
-    return f';desc="{_NOT_IN_A_TIMING.sub("_", text)}"' if text else ""

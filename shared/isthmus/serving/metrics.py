@@ -29,7 +29,7 @@ class Metrics:
         )
         self.stage_seconds = Histogram(
             "isthmus_stage_seconds",
-            "Time in one stage of a request: decode, load, wait, run, encode, preprocess, a hop, postprocess.",
+            "Time in one stage of a request: decode, load, wait, run, encode, preprocess, packing, a hop, postprocess.",
             ["stage"],
             buckets=_SECONDS,
             registry=r,
@@ -42,12 +42,33 @@ class Metrics:
         self.in_flight = Gauge("isthmus_requests_in_flight", "Requests being worked on.", registry=r)
         self.received = Counter("isthmus_received_bytes", "Bytes of request bodies.", registry=r)
         self.sent = Counter("isthmus_sent_bytes", "Bytes of response bodies.", registry=r)
+        self.hop_tensors = Counter(
+            "isthmus_hop_tensor_bytes", "Bytes of the tensors given to a hop, before packing.", ["hop"], registry=r
+        )
         self.hop_sent = Counter("isthmus_hop_sent_bytes", "Bytes of frames sent to a hop.", ["hop"], registry=r)
         self.hop_received = Counter(
             "isthmus_hop_received_bytes", "Bytes of frames received from a hop.", ["hop"], registry=r
         )
+        self._hops = lru_cache(64)(
+            lambda hop: tuple(c.labels(hop) for c in (self.hop_tensors, self.hop_sent, self.hop_received))
+        )
         self.hop_errors = Counter(
             "isthmus_hop_errors", "Calls to a hop that failed for good.", ["hop", "error"], registry=r
+        )
+
+        self.guard_checks = Counter(
+            "isthmus_guard_checks", "Packed answers compared with the raw answer to the same inputs.", registry=r
+        )
+        self.guard_disagreements = Counter(
+            "isthmus_guard_disagreements", "Of these, answers that were not the same.", registry=r
+        )
+        self.guard_disagreement = Gauge(
+            "isthmus_guard_disagreement",
+            "Share of the latest checks that were not the same, of the route where it is largest.",
+            registry=r,
+        )
+        self.guard_step = Gauge(
+            "isthmus_guard_step", "Steps to a safer codec, of the route with the most; 0 where none was.", registry=r
         )
 
     def answered(self, endpoint: str, code: int, seconds: float, size: int) -> None:
@@ -56,6 +77,15 @@ class Metrics:
         count.inc()
         times.observe(seconds)
         self.sent.inc(size)
+
+    def crossed(self, hop: str, tensors: int, sent: int, received: int) -> None:
+        """Count what one call of a hop moved. Units: bytes."""
+        for counter, count in zip(self._hops(hop), (tensors, sent, received), strict=True):
+            counter.inc(count)
+
+    def busy(self) -> float:
+        """Requests being worked on now."""
+        return sum(sample.value for metric in self.in_flight.collect() for sample in metric.samples)
 
     def gauge(self, name: str, help: str, read: Callable[[], float]) -> None:
         """Add a gauge whose value is read when it is scraped."""

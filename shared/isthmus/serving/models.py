@@ -7,11 +7,12 @@ import logging
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from isthmus.bundle import Bundle
-from isthmus.errors import RegistryError
+from isthmus.errors import IsthmusError, PlanError, RegistryError
 from isthmus.processing.classify import parse_labels
 from isthmus.registry import Registry
 
@@ -45,10 +46,17 @@ class Models:
     """Looks names up in the registry, each at most every `refresh_s`.
 
     What is known stays while the registry does not give it: a share that is not mounted looks like one without models.
+    It stays, too, while a new version cannot be served: `prepare` is called with each before it takes the name.
     """
 
-    def __init__(self, registry: Registry, refresh_s: float, log: logging.Logger) -> None:
-        self._registry = registry
+    def __init__(
+        self,
+        registry: Registry,
+        refresh_s: float,
+        log: logging.Logger,
+        prepare: Callable[[Model], object] = lambda model: None,
+    ) -> None:
+        self._registry, self._prepare = registry, prepare
         self._refresh_s = refresh_s
         self._log = log
         self._lock = threading.Lock()
@@ -85,16 +93,17 @@ class Models:
     def _refresh(self, reference: str, kept: _Kept) -> Model:
         try:
             return self._keep(reference)
-        except RegistryError as e:
+        except (RegistryError, PlanError) as e:
             self._stays(reference, e)
             return kept.model
         finally:
             kept.until = time.monotonic() + self._refresh_s
             kept.refreshing.release()
 
-    def _stays(self, reference: str, error: RegistryError) -> None:
+    def _stays(self, reference: str, error: IsthmusError) -> None:
         facts = {"error": error.message, "type": type(error).__name__}
-        self._log.warning("%s stays as known: the registry does not give it", reference, extra={"facts": facts})
+        why = "the registry does not give it" if isinstance(error, RegistryError) else "the new one cannot be served"
+        self._log.warning("%s stays as known: %s", reference, why, extra={"facts": facts})
 
     def _keep(self, reference: str) -> Model:
         found = self._registry.resolve(reference)
@@ -106,6 +115,7 @@ class Models:
             found.bundle,
             None if labels is None else parse_labels(self._registry.blob(labels)),
         )
+        self._prepare(model)
         with self._lock:
             self._kept[reference] = _Kept(model, time.monotonic() + self._refresh_s)
             self._kept.move_to_end(reference)

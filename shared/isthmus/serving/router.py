@@ -7,6 +7,7 @@ import binascii
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -15,16 +16,22 @@ from flask import Flask, Response, jsonify
 
 import isthmus
 from isthmus import pipeline
-from isthmus.errors import HopError, MediaUnsupported, RequestMalformed, SettingsError
+from isthmus.calibration import fidelity
+from isthmus.codecs import Packed
+from isthmus.errors import HopError, HopRejected, MediaUnsupported, RequestMalformed, SettingsError
 from isthmus.hop import hops_to
-from isthmus.pipeline import Result, Route
+from isthmus.pipeline import Result
 from isthmus.processing.classify import classify
 from isthmus.processing.image import looks_like_image, not_an_image, preprocess
 from isthmus.registry import open_cache, open_registry
-from isthmus.serving import oip
-from isthmus.serving.app import FunctionApp, Reply, Work
+from isthmus.serving import by_hand, oip
+from isthmus.serving.app import FunctionApp
+from isthmus.serving.guard import Guard
 from isthmus.serving.models import Model, Models
 from isthmus.serving.preload import parse, preload
+from isthmus.serving.routes import Routes, Way, of_the_photo
+from isthmus.serving.tables import Tables
+from isthmus.serving.work import Reply, Work
 from isthmus.settings import RouterSettings
 
 
@@ -46,6 +53,7 @@ class _RouterApp(FunctionApp):
                 "the setting registry is missing: the router reads its model's manifest there", variable="registry"
             )
         _check_hops(settings)
+        codec = by_hand.chosen(settings)
         for entry in settings.preload:
             parse(entry)
         self._router_settings = settings
@@ -63,7 +71,16 @@ class _RouterApp(FunctionApp):
             max_reply_bytes=settings.max_request_bytes,
         )
         super().__init__("router", settings, self._prepare)
-        self._models = Models(self._registry, settings.refresh_s, self.log)
+        self._tables = Tables(self._registry.bundle, self._registry.blob, settings.max_image_pixels)
+        self._guard = Guard(
+            settings.guard_share,
+            lambda bundle: fidelity.read(bundle, self._registry.blob),
+            self.metrics,
+            self.log,
+            deadline_s=settings.deadline_s,
+        )
+        self._routes = Routes(settings, self._registry, self._hops, self._tables, codec)
+        self._models = Models(self._registry, settings.refresh_s, self.log, self._routes.of)
         if self._store is not None:
             self.metrics.gauge_store(self._store)
         self.work("/", self.any_kind, "answer")
@@ -80,12 +97,13 @@ class _RouterApp(FunctionApp):
         model = self._models.get(work.query.get("model", self._router_settings.model))
         if oip.HEADER_LENGTH in work.headers:
             return self._infer(work, model)
-        if looks_like_image(work.body):
-            return self._photo(work, model, work.body, _top_k(work.query.get("top_k")))
-        if work.body[:64].lstrip()[:1] != b"{":
-            raise not_an_image(work.body)
+        body = bytes(work.body)
+        if looks_like_image(body):
+            return self._photo(work, model, body, _top_k(work.query.get("top_k")))
+        if body[:64].lstrip()[:1] != b"{":
+            raise not_an_image(body)
         start = time.perf_counter()
-        doc = oip.read_document(work.body)
+        doc = oip.read_document(body)
         if "inputs" in doc:
             wanted = oip.parse_document(doc, inputs=model.bundle.inputs, outputs=model.bundle.outputs)
             work.timings.add("decode", time.perf_counter() - start)
@@ -110,7 +128,7 @@ class _RouterApp(FunctionApp):
         """Open Inference Protocol: 200 once the model's route is known."""
         self.readiness.check()
         model = self._models.get(_reference(name, version))
-        self._route(model)
+        self._routes.of(model)
         return jsonify(name=model.name, version=model.version, ready=True)
 
     def server(self) -> Response:
@@ -129,8 +147,7 @@ class _RouterApp(FunctionApp):
         return self._tensors(work, model, wanted)
 
     def _tensors(self, work: Work, model: Model, wanted: oip.InferRequest) -> Reply:
-        route = self._route(model)
-        result = self._run(work, route, wanted.inputs)
+        result = self._run(work, self._routes.of(model), wanted.inputs)
         start = time.perf_counter()
         answer = oip.build_response(
             result.outputs,
@@ -150,12 +167,18 @@ class _RouterApp(FunctionApp):
                 f"/v2/models/{model.name}/infer",
                 accepted=["Open Inference Protocol"],
             )
-        start = time.perf_counter()
-        taken = next(s for s in model.bundle.inputs if s.name == spec["input"])
-        array = preprocess(photo, spec, input=taken, max_pixels=self._router_settings.max_image_pixels)
-        work.timings.add("preprocess", time.perf_counter() - start)
-        route = self._route(model)
-        result = self._run(work, route, {taken.name: array})
+        way = self._routes.of(model)
+        if way.photo is not None:
+            packed = way.photo.pack(photo)
+            input_bytes = way.photo.nbytes
+            result = self._run(work, way, {}, packed)
+        else:
+            start = time.perf_counter()
+            taken = next(s for s in model.bundle.inputs if s.name == spec["input"])
+            array = preprocess(photo, spec, input=taken, max_pixels=self._router_settings.max_image_pixels)
+            input_bytes = array.nbytes
+            work.timings.add("preprocess", time.perf_counter() - start)
+            result = self._run(work, way, {taken.name: array})
         start = time.perf_counter()
         classes = classify(result.outputs[after["output"]], after, model.labels, top_k)[0]
         work.timings.add("postprocess", time.perf_counter() - start)
@@ -167,35 +190,42 @@ class _RouterApp(FunctionApp):
             "route": {
                 "crossed_bytes": result.crossed_bytes,
                 "photo_bytes": len(photo),
-                "input_bytes": array.nbytes,
+                "input_bytes": input_bytes,
                 "segments": [stage.document() for stage in result.stages],
+                **result.notes,
             },
             "timings_ms": {name: round(seconds * 1000, 3) for name, seconds, _ in work.timings.stages},
         }
         return Reply(json.dumps(document, ensure_ascii=False).encode(), {"Content-Type": "application/json"})
 
-    def _route(self, model: Model) -> Route:
-        # The setting speaks of the default model; another has cuts of its own.
-        own = self._router_settings.model.partition(":")[0] == model.name
-        cuts = self._router_settings.cuts if own and self._router_settings.cuts else None
-        return pipeline.plan_route(model.digest, model.bundle, self._hops, cuts)
-
-    def _run(self, work: Work, route: Route, inputs: Mapping[str, np.ndarray[Any, Any]]) -> Result:
+    def _run(
+        self,
+        work: Work,
+        way: Way,
+        inputs: Mapping[str, np.ndarray[Any, Any]],
+        packed: Mapping[str, Packed] | None = None,
+    ) -> Result:
+        taken, standing = self._guard.safer(way.route)
         try:
-            result = pipeline.run(route, inputs, work.context)
+            result = pipeline.run(taken, inputs, work.context, packed)
         except HopError as e:
+            if packed and isinstance(e, HopRejected) and (said := of_the_photo(e)) is not None:
+                raise said from e
             self.metrics.hop_errors.labels(e.facts.get("hop", ""), type(e).__name__).inc()
             raise
         for i, stage in enumerate(result.stages):
             work.timings.add(f"hop{i}", stage.total_s, stage.segment)
             work.timings.add(f"hop{i}-run", stage.run_s, stage.segment)
-            self.metrics.hop_sent.labels(stage.hop).inc(stage.sent)
-            self.metrics.hop_received.labels(stage.hop).inc(stage.received)
-        return result
+            if stage.codecs:
+                work.timings.add(f"hop{i}-pack", stage.pack_s, stage.segment)
+            self.metrics.crossed(stage.hop, stage.tensor_bytes, stage.sent, stage.received)
+        self._guard.watch(way.route, standing, inputs, packed or {}, result)
+        notes = {**way.notes, **standing.notes}
+        return replace(result, notes=notes) if notes else result
 
     def _prepare(self) -> None:
         model = self._models.get(self._router_settings.model)
-        self._route(model)
+        self._routes.of(model)
         if self._store is not None:
             preload(self._router_settings.preload, self._registry, self._store)
 

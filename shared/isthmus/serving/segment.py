@@ -13,9 +13,11 @@ from isthmus.errors import RequestMalformed
 from isthmus.frame import Frame
 from isthmus.registry import BakedSegment, open_registry, open_source
 from isthmus.runners.store import SegmentStore
-from isthmus.serving.app import FunctionApp, Reply, Work
+from isthmus.serving.app import FunctionApp
 from isthmus.serving.preload import LONGEST_LOAD_S, parse, preload
+from isthmus.serving.profiling import Profiling
 from isthmus.serving.tables import Tables
+from isthmus.serving.work import Reply, Work
 from isthmus.settings import SegmentSettings
 
 
@@ -41,6 +43,7 @@ class _SegmentApp(FunctionApp):
         super().__init__("segment", settings, self._prepare)
         self.metrics.gauge_store(self._store)
         self.work("/", self.run, "run")
+        Profiling(self._store, settings, self._tables).serve_on(self)
 
     def run(self, work: Work) -> Reply:
         """Run the segment that the frame names, on its tensors."""
@@ -54,7 +57,7 @@ class _SegmentApp(FunctionApp):
         work.timings.add("wait", ran.wait_s)
         work.timings.add("run", ran.run_s)
         start = time.perf_counter()
-        body = frames.encode(Frame(ran.outputs, frame.bundle, frame.segment, frame.request))
+        body = frames.encode_parts(Frame(ran.outputs, frame.bundle, frame.segment, frame.request))
         work.timings.add("encode", time.perf_counter() - start)
         return Reply(body, {"Content-Type": frames.CONTENT_TYPE})
 

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from isthmus import frame as frames
-from isthmus.bundle import Blob, Bundle
+from isthmus.bundle import Blob, Bundle, is_digest
 from isthmus.codecs.photo import Recipe
 from isthmus.errors import FrameError, FrameMalformed, RegistryError
 
@@ -28,9 +28,11 @@ class Tables:
         """The table of `tensor` in that bundle, or the recipe that makes it of a photo; None where there is none.
 
         Raises:
-            FrameMalformed: the bundle was not calibrated for this tensor.
+            FrameMalformed: the frame names no bundle, or one that was not calibrated for this tensor.
             RegistryError: the bundle, or the table, cannot be had.
         """
+        if not is_digest(digest):
+            raise FrameMalformed(f"{tensor!r} has codec {codec}, and the frame names no bundle's digest", rule="bundle")
         bundle = self._bundle(digest)
         if codec.startswith("photo/"):
             return self._recipe(bundle, tensor)

@@ -1,0 +1,78 @@
+"""Rate against fidelity: what each way to send costs at each quality, and what a curve costs at a given agreement."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from isthmus.calibration.scoring import Tally
+
+
+@dataclass(frozen=True)
+class Point:
+    """One way at one quality. Units: bytes are means over the scored inputs, bits for one value, ms of CPU time."""
+
+    name: str
+    bytes: float
+    bits: float
+    same: float
+    low: float
+    high: float
+    error: float
+    pack_ms: float
+    unpack_ms: float
+    fell_back: float = 0.0
+
+    @property
+    def family(self) -> str:
+        """What it is a quality of: the name up to its `@`, or a picture format without its number."""
+        return self.name.partition("@")[0].strip()
+
+
+def point(name: str, tally: Tally, values: int, mean_bytes: float | None = None) -> Point:
+    """What a tally says; `values` of one input."""
+    size = statistics.fmean(tally.bytes) if mean_bytes is None else mean_bytes
+    low, high = tally.interval()
+    return Point(
+        name,
+        size,
+        8 * size / values,
+        tally.agreement,
+        low,
+        high,
+        tally.mean_error(),
+        1000 * statistics.median(tally.pack_s or [0.0]),
+        1000 * statistics.median(tally.unpack_s or [0.0]),
+        tally.fell_back / len(tally.bytes),
+    )
+
+
+def curve(points: Iterable[Point], family: str) -> list[Point]:
+    """The points of one family, fewest bytes first."""
+    return sorted((p for p in points if p.family == family), key=lambda p: p.bytes)
+
+
+def bytes_at(points: Sequence[Point], same: float) -> float | None:
+    """Bytes at which a curve keeps that share of answers; None where it never does.
+
+    A point that keeps fewer than a smaller one is passed over. Between two, bytes are interpolated in their logarithm.
+    Below the smallest point, that one's bytes stand, which is no advantage to the curve.
+    """
+    kept: Point | None = None
+    for p in points:
+        if kept is not None and p.same <= kept.same:
+            continue
+        if p.same >= same:
+            if kept is None:
+                return p.bytes
+            share = (same - kept.same) / (p.same - kept.same)
+            return math.exp(math.log(kept.bytes) + share * (math.log(p.bytes) - math.log(kept.bytes)))
+        kept = p
+    return None
+
+
+def fewest_bits(points: Iterable[Point], least_accuracy: float) -> Point | None:
+    """The point of the fewest bits whose accuracy (1 - error) is at least that; None without one."""
+    return min((p for p in points if 1 - p.error >= least_accuracy), key=lambda p: p.bits, default=None)

@@ -1,0 +1,77 @@
+"""How long packing and unpacking take on one thread, of 100,000 real values."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+
+from codec_models import real
+from isthmus.calibration.learn import learn
+from measure import Call, interleave
+from report import Report, Row, at_least, at_most
+
+from isthmus.codecs import Packed, Packing, find, pack
+from isthmus.frame import DTYPES
+from isthmus.graph import build
+from isthmus.runners import Array
+from isthmus.runners.ort import OrtRunner
+
+VALUES = 100_000
+CUT = "15"
+"""24 maps of 56 × 56, after 20% of EfficientNet-Lite0's work: 75,264 values."""
+CODECS = ("half/1", "bfloat16/1", "lossless/1", "int8/1", "int4/1", "sparse/1", "transform/1")
+QUALITY = 0.7
+
+
+def add_speed(report: Report, folder: Path) -> None:
+    """A table of times and the goals for them, scaled from one input to 100,000 values."""
+    maps = _activations(folder)
+    table = learn(maps)
+    one = maps[0]
+    rows: list[Row] = []
+    calls: dict[str, Call] = {}
+    packings = {
+        codec: Packing(codec, 1.0 if codec == "sparse/1" else QUALITY, table if find(codec).calibrated else None)
+        for codec in CODECS
+    }
+    sizes: dict[str, int] = {}
+    for codec, how in packings.items():
+        packed = pack(one, how)
+        if not isinstance(packed, Packed):
+            continue
+        sizes[codec] = packed.nbytes
+        calls[f"{codec} pack"] = partial(pack, one, how)
+        calls[f"{codec} unpack"] = partial(
+            find(codec).decode, memoryview(packed.payload), DTYPES[packed.dtype], packed.shape, how.table
+        )
+    found = interleave(calls, turns=15 if report.quick else 60, block=3, batch=True, clock=time.thread_time)
+    ms = {name: samples.p50 * 1000 * VALUES / one.size for name, samples in found.items()}
+    raw = 4 * VALUES
+    for codec, size in sizes.items():
+        both = ms[f"{codec} pack"] + ms[f"{codec} unpack"]
+        row: dict[str, str | float | int | bool | None] = {
+            "codec": codec,
+            "bits_per_value": 8 * size / one.size,
+            "pack_ms": ms[f"{codec} pack"],
+            "unpack_ms": ms[f"{codec} unpack"],
+            "both_ms": both,
+            "pack_GB/s": raw / ms[f"{codec} pack"] / 1e6,
+            "unpack_GB/s": raw / ms[f"{codec} unpack"] / 1e6,
+        }
+        rows.append(row)
+    title = f"times for 100,000 float32 values, one thread: EfficientNet-Lite0's {one.size:,} at cut {CUT}, scaled"
+    report.add(title, rows)
+    for codec, limit in (("transform/1", 3.0), ("int8/1", 0.3)):
+        both = ms[f"{codec} pack"] + ms[f"{codec} unpack"]
+        report.goals.append(at_most(f"ms to pack and unpack 100,000 values, {codec}", both, limit, "ms"))
+    slower = max(ms["lossless/1 pack"], ms["lossless/1 unpack"])
+    report.goals.append(at_least("GB/s of lossless/1, the slower of both ways", raw / slower / 1e6, 1.0, "GB/s"))
+
+
+def _activations(folder: Path) -> list[Array]:
+    entry = real.REAL["efficientnet-lite0"]
+    bundle, files = build(entry.path(), "speed", folder / "speed", partitions=[[CUT]])
+    head = bundle.segment(f"..{CUT}")
+    runner = OrtRunner(files[head.graph.digest], head, providers=("CPUExecutionProvider",), threads=1)
+    return [next(iter(runner.run(arrays).values())) for arrays in entry.inputs()]

@@ -1,0 +1,79 @@
+"""When two answers are the same: the rule that fidelity is measured by, and that the router's guard checks with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from isthmus.bundle import Bundle
+from isthmus.runners import Array
+
+TOLERANCE = 0.05
+TOP1, CLOSE = "top1", "close"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What makes two answers the same.
+
+    `top1`: the likeliest class of `output` is the same, in every row. `close`: the error of every output is at most
+    `tolerance`. An output's error is the root mean square of the differences over that of the output, or over its
+    scale in `scales` where that is larger: the root mean square over the inputs that codecs were calibrated with.
+    """
+
+    kind: str
+    output: str = ""
+    tolerance: float = TOLERANCE
+    scales: Mapping[str, float] = field(default_factory=dict)
+
+    def same(self, expected: Mapping[str, Array], got: Mapping[str, Array]) -> bool:
+        """Whether `got` is the same answer as `expected`; shapes that differ are not."""
+        if self.kind == TOP1:
+            one, other = expected[self.output], got[self.output]
+            return one.shape == other.shape and bool(np.array_equal(classes(one), classes(other)))
+        return self.error(expected, got) <= self.tolerance
+
+    def error(self, expected: Mapping[str, Array], got: Mapping[str, Array]) -> float:
+        """The largest error of any output that this measure looks at; infinite where shapes differ or NaN appeared.
+
+        Whole numbers and bools have no error but 0 and infinity.
+        """
+        names = [self.output] if self.kind == TOP1 else list(expected)
+        return max((_error(expected[n], got[n], self.scales.get(n, 0.0)) for n in names), default=0.0)
+
+
+def measure_for(bundle: Bundle, output: str = "", tolerance: float = TOLERANCE) -> Measure:
+    """The measure of a model: its classes where it has some (or in `output`), else how close its outputs are."""
+    after: Mapping[str, Any] = bundle.postprocess or {}
+    named = output or (after.get("output", "") if after.get("kind") == "classify" else "")
+    return Measure(TOP1, str(named)) if named else Measure(CLOSE, tolerance=tolerance)
+
+
+def classes(scores: Array) -> Array:
+    """The likeliest class of each row; (batch, classes, 1, 1) counts as (batch, classes)."""
+    while scores.ndim > 2 and scores.shape[-1] == 1:
+        scores = scores[..., 0]
+    return np.asarray(scores.argmax(axis=-1))
+
+
+def root_mean_square(array: Array) -> float:
+    """Of all values, in float64; 0 of none."""
+    return float(np.sqrt(np.mean(np.square(array, dtype=np.float64)))) if array.size else 0.0
+
+
+def _error(expected: Array, got: Array, scale: float) -> float:
+    if expected.shape != got.shape:
+        return float("inf")
+    if np.issubdtype(expected.dtype, np.integer) or expected.dtype == np.bool_:
+        return 0.0 if np.array_equal(expected, got) else float("inf")
+    finite = np.isfinite(expected)
+    if not np.array_equal(expected[~finite], got[~finite], equal_nan=True):
+        return float("inf")
+    one, other = expected[finite].astype(np.float64), got[finite].astype(np.float64)
+    if not np.isfinite(other).all():
+        return float("inf")
+    off = root_mean_square(one - other)
+    return off / max(root_mean_square(one), scale) if off else 0.0

@@ -1,0 +1,224 @@
+"""A bundle with what codecs learned of its activations, and with what was measured of each on inputs held out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from isthmus import frame as frames
+from isthmus.bundle import WHOLE, Blob, Bundle, digest_of
+from isthmus.calibration.agreement import CLOSE, TOP1, Measure
+from isthmus.calibration.choice import GRADED, Choice, is_activation
+from isthmus.calibration.crossing import Crossing, Run, crossing
+from isthmus.calibration.fidelity import Fidelity, Inputs, model_digest, to_json
+from isthmus.calibration.inputs import LEAST, Source, split
+from isthmus.calibration.scoring import Progress, judge_by, score, silent, trials
+from isthmus.calibration.spool import LONGEST_FRAME, Spool
+from isthmus.codecs import KNOWN
+from isthmus.errors import CalibrationError
+from isthmus.runners import Array
+
+if TYPE_CHECKING:
+    from isthmus.codecs.table import Table
+
+QUALITIES = tuple(round(i / 20, 2) for i in range(21))
+CHOICES: tuple[Choice, ...] = (
+    *(Choice(codec) for codec in KNOWN if codec not in ("photo/1", *GRADED)),
+    *(Choice("sparse/1", quality) for quality in (0.25, 0.5, 0.75, 1.0)),
+    *(Choice("transform/1", quality) for quality in QUALITIES),
+)
+"""What is measured at every cut."""
+
+_FEW, _LOOKED_AT = 16, 4096
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """The bundle to publish, its new content by digest, and why a tensor got no table."""
+
+    bundle: Bundle
+    files: dict[str, Path]
+    fidelity: Fidelity
+    skipped: dict[str, str]
+
+
+def calibrate(
+    bundle: Bundle,
+    source: Source,
+    run: Run,
+    folder: Path,
+    *,
+    cuts: Sequence[str],
+    count: int,
+    limit: float,
+    measure: Measure,
+    choices: Sequence[Choice] = CHOICES,
+    progress: Progress = silent,
+) -> Calibrated:
+    """Learn tables from half of the inputs and measure every codec at every cut on the other half.
+
+    `folder` takes what crosses for the calibrating inputs, one file each, and the new content. The bundle's plan is
+    dropped: it was made for codecs that cost and keep something else.
+
+    Raises:
+        CalibrationError: the data do not fit the model, or are too few.
+        Missing: no such cut.
+    """
+    crossings = sorted(
+        (crossing(bundle, cut) for cut in dict.fromkeys(cuts)), key=lambda c: bundle.cuts[c.cut].macs_before
+    )
+    learning, held_out = split(source, count)
+    spool = Spool(crossings, run, folder)
+    for done, example in enumerate(source.examples(learning, count // 2)):
+        progress("running the model", done, count // 2)
+        spool.add(example.arrays)
+    if spool.count < LEAST // 2:
+        raise CalibrationError(
+            f"{source.name} gives {spool.count} inputs to calibrate with; {LEAST // 2} are the least",
+            source=source.name,
+            inputs=spool.count,
+            least=LEAST,
+            hint="a hundred or more say something about 99%; raise --inputs or add files",
+        )
+    if measure.kind == CLOSE:
+        measure = replace(measure, scales=spool.scales())
+    _check_answers(bundle, measure, spool.answer)
+    calibrated = any(choice.codec == "transform/1" for choice in choices)
+    learned, skipped = learn_tables(crossings, spool, run, measure, progress) if calibrated else ({}, {})
+    tables: dict[str, object] = {}
+    blobs: dict[str, Blob] = {}
+    files: dict[str, Path] = {}
+    for tensor, table in learned.items():
+        data = frames.encode(frames.Frame(table.to_arrays()))
+        blobs[tensor] = _keep(data, folder, files)
+        # As everyone else will read it.
+        tables[tensor] = type(table).from_arrays(frames.decode(data, max_bytes=LONGEST_FRAME).tensors)
+    planned = {c.cut: trials(c, choices, tables) for c in crossings}
+    whole = bundle.segment(WHOLE)
+    beside = None
+    if bundle.preprocess is not None:
+        from isthmus.calibration.reference import References  # Pillow, for models of photos
+
+        beside = References(bundle, lambda arrays: run(whole, arrays), measure)
+    tallies = score(
+        source.examples(held_out, count - count // 2),
+        count - count // 2,
+        crossings,
+        planned,
+        run,
+        judge_by(measure),
+        beside=beside,
+        progress=progress,
+    )
+    scored = max((len(t.bytes) for t in tallies.values()), default=0)
+    if scored < LEAST // 2:
+        raise CalibrationError(
+            f"{source.name} leaves {scored} inputs to measure with; {LEAST // 2} are the least",
+            source=source.name,
+            inputs=scored,
+            least=LEAST,
+        )
+    found = Fidelity(
+        subject=model_digest(bundle),
+        limit=limit,
+        measure=measure,
+        inputs=Inputs(source.name, len(learning) + len(held_out), spool.count, scored, source.made),
+        entries=tuple(tallies[c.cut, t.name].entry(c.cut, t.choice, limit) for c in crossings for t in planned[c.cut]),
+        references=beside.entries() if beside is not None else (),
+    )
+    blob = _keep(to_json(found), folder, files)
+    # A tensor that was not calibrated now may have been before; its table still fits the same model.
+    made = replace(bundle, tables={**bundle.tables, **blobs}, fidelity=blob, plan=None)
+    return Calibrated(made, files, found, skipped)
+
+
+def learn_tables(
+    crossings: Sequence[Crossing],
+    spool: Spool,
+    run: Run,
+    measure: Measure,
+    progress: Progress = silent,
+    *,
+    longest_s: float = 120.0,
+) -> tuple[dict[str, Table], dict[str, str]]:
+    """A table for every activation, learned at the first cut that it crosses; and why one has none.
+
+    Shapes: as the tensors cross, a batch of one or as many as the examples have. Units: `longest_s` bounds the runs of
+    the tail that tell how much errors in one tensor matter.
+    """
+    from isthmus.calibration.learn import learn
+    from isthmus.calibration.sensitivity import measure as sensitivity_of
+
+    tables: dict[str, Table] = {}
+    skipped: dict[str, str] = {}
+    wanted = {s.name: c for c in reversed(crossings) for s in c.tensors if is_activation(s)}
+    loss = _loss(measure, spool.answer)
+    for tensor, at in wanted.items():
+        given = {s.name for segment in at.tail for s in segment.outputs}
+        crossed = spool.crossed(at.cut)
+        if few := _few_values(crossed.tensor(tensor)):
+            skipped[tensor] = few
+            continue
+        try:
+            how = sensitivity_of(
+                _tail(at, run),
+                crossed,
+                tensor,
+                output=measure.output if measure.output in given else None,
+                loss=loss if measure.output in given else "values",
+                max_s=longest_s,
+                progress=partial(progress, f"learning {tensor}"),
+            )
+            tables[tensor] = learn(crossed.tensor(tensor), sensitivity=how)
+        except CalibrationError as e:
+            skipped[tensor] = e.message
+    return tables, skipped
+
+
+def _loss(measure: Measure, answer: Mapping[str, Array]) -> Literal["classes", "probabilities", "values"]:
+    """What sensitivity is measured in: a model may end in its softmax, or before it."""
+    if measure.kind != TOP1:
+        return "values"
+    scores = answer[measure.output].astype(np.float64)
+    summed = scores.min(initial=0) >= 0 and np.allclose(scores.sum(axis=-1), 1, atol=1e-2)
+    return "probabilities" if summed else "classes"
+
+
+def _few_values(samples: Iterable[Array]) -> str:
+    """Why a float tensor is no activation: a mask, a constant. Such are small and exact as they are."""
+    seen: set[float] = set()
+    for array in samples:
+        if not np.isfinite(array).all():
+            return "it holds values that are not finite"
+        seen.update(np.unique(array.ravel()[:_LOOKED_AT]).tolist())
+        if len(seen) > _FEW:
+            return ""
+    return f"it holds {len(seen)} different values"
+
+
+def _tail(at: Crossing, run: Run) -> Callable[[Mapping[str, Array]], Mapping[str, Array]]:
+    return lambda crossed: at.after(run, crossed)
+
+
+def _check_answers(bundle: Bundle, measure: Measure, answer: Mapping[str, Array]) -> None:
+    if measure.kind == TOP1 and measure.output not in answer:
+        raise CalibrationError(
+            f"{bundle.name} has no output {measure.output!r}", output=measure.output, exists=sorted(answer)
+        )
+    for name, array in answer.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise CalibrationError(
+                f"the model's output {name} is not finite for these inputs", output=name, hint="are they what it takes?"
+            )
+
+
+def _keep(data: bytes, folder: Path, files: dict[str, Path]) -> Blob:
+    digest = digest_of(data)
+    files[digest] = folder / digest.partition(":")[2]
+    files[digest].write_bytes(data)
+    return Blob(digest, len(data))

@@ -1,0 +1,28 @@
+"""From a choice to what is safer than it: the steps that the router's guard takes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from isthmus.calibration.choice import GRADED, RAW, Choice
+from isthmus.calibration.fidelity import Fidelity
+
+_SAFER = (Choice("int8/1"), Choice("half/1"), RAW)
+
+
+def ladder(choice: Choice, cut: str, fidelity: Fidelity | None) -> tuple[Choice, ...]:
+    """A choice and what is safer than it, step by step: two higher qualities, int8, half, raw.
+
+    Where fidelity was measured at `cut`, a step that kept no more answers than the one before it is left out.
+    """
+    measured = {Choice(e.codec, e.quality): e.agreement for e in fidelity.entries if e.cut == cut} if fidelity else {}
+    steps = [choice]
+    if choice.codec in GRADED and choice.quality < 1:
+        steps += [replace(choice, quality=round((1 + choice.quality) / 2, 3)), replace(choice, quality=1.0)]
+    at = _SAFER.index(choice) + 1 if choice in _SAFER else 0
+    kept = measured.get(choice, 0.0)
+    for each in _SAFER[at:]:
+        if each == RAW or measured.get(each, 1.0) >= kept:
+            steps.append(each)
+            kept = max(kept, measured.get(each, kept))
+    return tuple(dict.fromkeys(steps))

@@ -1,0 +1,210 @@
+"""Codecs on held-out inputs: each packs what crosses a cut, and the tail's answer to what arrives is compared."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias
+
+import numpy as np
+
+from isthmus.calibration.agreement import Measure
+from isthmus.calibration.bounds import interval
+from isthmus.calibration.choice import Choice, is_exact, packings
+from isthmus.calibration.crossing import Crossing, Run
+from isthmus.calibration.fidelity import Entry
+from isthmus.calibration.inputs import Example
+from isthmus.codecs import Packed, Packing, find, pack
+from isthmus.frame import DTYPES
+from isthmus.runners import Array
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Told what is being done, how much of it is done, and how much there is."""
+Judge: TypeAlias = Callable[[Example, Mapping[str, Array], Mapping[str, Array]], tuple[bool, float]]
+"""Whether the second answer to an example is the same as the first, and its error."""
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Report no progress."""
+
+
+@dataclass
+class Tally:
+    """What one way of sending has shown so far, over inputs one after the other."""
+
+    groups: dict[str, list[int]] = field(default_factory=dict)
+    bytes: list[int] = field(default_factory=list)
+    values: int = 0
+    errors: list[float] = field(default_factory=list)
+    pack_s: list[float] = field(default_factory=list)
+    unpack_s: list[float] = field(default_factory=list)
+    fell_back: int = 0
+
+    def add(self, group: str, same: bool, size: int, values: int = 0, error: float = 0.0) -> None:
+        """Note one input's outcome."""
+        hits = self.groups.setdefault(group, [0, 0])
+        hits[0] += same
+        hits[1] += 1
+        self.bytes.append(size)
+        self.values += values
+        if np.isfinite(error):
+            self.errors.append(error)
+
+    @property
+    def agreement(self) -> float:
+        """The share of inputs whose answer stays the same."""
+        return sum(hits for hits, _ in self.groups.values()) / len(self.bytes)
+
+    def interval(self) -> tuple[float, float]:
+        """Its bounds; see `bounds.interval`."""
+        return interval((hits, count) for hits, count in self.groups.values())
+
+    def p95(self) -> int:
+        """Bytes that 19 inputs in 20 do not exceed."""
+        return round(float(np.quantile(self.bytes, 0.95)))
+
+    def mean_error(self) -> float:
+        """Of the inputs whose error is finite."""
+        return statistics.fmean(self.errors) if self.errors else 0.0
+
+    def entry(self, cut: str, choice: Choice, limit: float) -> Entry:
+        """The document's entry."""
+        low, high = (1.0, 1.0) if is_exact(choice) else self.interval()
+        return Entry(
+            cut=cut,
+            codec=choice.codec,
+            quality=choice.quality,
+            agreement=round(self.agreement, 6),
+            low=round(low, 6),
+            high=round(high, 6),
+            error=float(f"{self.mean_error():.6g}"),
+            bytes=round(statistics.median(self.bytes)),
+            p95=self.p95(),
+            bits=round(8 * sum(self.bytes) / max(1, self.values), 5),
+            pack_ms=_ms(self.pack_s),
+            unpack_ms=_ms(self.unpack_s),
+            fell_back=round(self.fell_back / len(self.bytes), 6),
+            offered=self.agreement >= limit,
+        )
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Tensors after packing and unpacking. Units: seconds of this thread's CPU time; bytes of payloads."""
+
+    tensors: Mapping[str, Array]
+    bytes: int
+    pack_s: float = 0.0
+    unpack_s: float = 0.0
+    fell_back: bool = False
+
+
+class Way(Protocol):
+    """One way to send what crosses a cut."""
+
+    @property
+    def name(self) -> str:
+        """What tallies call it."""
+        ...
+
+    def send(self, tensors: Mapping[str, Array]) -> Sent:
+        """The tensors as they arrive, and what that cost."""
+        ...
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One codec at one quality: how each tensor is packed."""
+
+    choice: Choice
+    packings: Mapping[str, Packing]
+
+    @property
+    def name(self) -> str:
+        """As settings write it."""
+        return str(self.choice)
+
+    def send(self, tensors: Mapping[str, Array]) -> Sent:
+        """Pack and unpack, as a hop would."""
+        arrived = dict(tensors)
+        size, pack_s, unpack_s, fell_back = 0, 0.0, 0.0, False
+        for name, array in tensors.items():
+            if (how := self.packings.get(name)) is None:
+                size += array.nbytes
+                continue
+            start = time.thread_time()
+            packed = pack(array, how)
+            pack_s += time.thread_time() - start
+            size += packed.nbytes
+            if not isinstance(packed, Packed):
+                fell_back = fell_back or how.codec == self.choice.codec
+                continue
+            payload, dtype = memoryview(packed.payload), DTYPES[packed.dtype]
+            start = time.thread_time()
+            arrived[name] = find(packed.codec).decode(payload, dtype, packed.shape, how.table)
+            unpack_s += time.thread_time() - start
+        return Sent(arrived, size, pack_s, unpack_s, fell_back)
+
+
+def trials(crossing: Crossing, choices: Sequence[Choice], tables: Mapping[str, object]) -> list[Trial]:
+    """Those of `choices` that can be tried at a cut: a calibrated codec needs a table for a tensor that crosses."""
+    made = [Trial(choice, packings(crossing.tensors, choice, tables.get)) for choice in choices]
+    return [
+        t
+        for t in made
+        if not find(t.choice.codec).calibrated or t.choice.codec in {p.codec for p in t.packings.values()}
+    ]
+
+
+def score(
+    examples: Iterable[Example],
+    total: int,
+    crossings: Sequence[Crossing],
+    ways: Mapping[str, Sequence[Way]],
+    run: Run,
+    judge: Judge,
+    *,
+    beside: Callable[[Example, Mapping[str, Array]], None] | None = None,
+    progress: Progress = silent,
+) -> dict[tuple[str, str], Tally]:
+    """Try every way at every cut on every example, one example at a time; tallies by cut and the way's name.
+
+    `beside` is told each example and the answer to what crossed unpacked, for what else is compared with it.
+    """
+    tallies = {(c.cut, way.name): Tally() for c in crossings for way in ways[c.cut]}
+    for done, example in enumerate(examples):
+        progress("measuring", done, total)
+        expected: Mapping[str, Array] | None = None
+        for crossing in crossings:
+            crossed, early = crossing.before(run, example.arrays)
+            if expected is None:
+                expected = crossing.after(run, crossed, early)
+                if beside is not None:
+                    beside(example, expected)
+            values = sum(array.size for array in crossed.values())
+            for way in ways[crossing.cut]:
+                sent = way.send(crossed)
+                got = expected if _identical(crossed, sent.tensors) else crossing.after(run, sent.tensors, early)
+                same, error = judge(example, expected, got)
+                tally = tallies[crossing.cut, way.name]
+                tally.add(example.group, same, sent.bytes, values, error)
+                tally.pack_s.append(sent.pack_s)
+                tally.unpack_s.append(sent.unpack_s)
+                tally.fell_back += sent.fell_back
+    progress("measuring", total, total)
+    return tallies
+
+
+def judge_by(measure: Measure) -> Judge:
+    """The judge that fidelity documents are made by."""
+    return lambda _, expected, got: (measure.same(expected, got), measure.error(expected, got))
+
+
+def _identical(one: Mapping[str, Array], other: Mapping[str, Array]) -> bool:
+    return all(a is other[n] or a.tobytes() == other[n].tobytes() for n, a in one.items())
+
+
+def _ms(seconds: Sequence[float]) -> float:
+    return round(statistics.median(seconds) * 1000, 4) if seconds else 0.0

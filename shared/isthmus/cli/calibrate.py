@@ -1,0 +1,130 @@
+"""`isthmus calibrate`: learn what codecs need from inputs, measure every codec, publish both in the bundle."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+
+from isthmus.calibration.scoring import Progress, silent
+from isthmus.cli.codec import document, show
+from isthmus.cli.console import (
+    CACHE_DIR,
+    DEFAULT_REGISTRY,
+    AsJson,
+    RegistryOption,
+    err,
+    errors,
+    out,
+    print_json,
+    size,
+)
+from isthmus.cli.photos import varied_photos
+from isthmus.registry import open_cache, open_registry
+from isthmus.settings import SegmentSettings
+
+PHOTOS = "photos"
+
+
+def calibrate(
+    model: Annotated[str, typer.Argument(help="NAME or NAME:VERSION of a bundle in the registry.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="A folder of photos, for a model that takes them; or of .npy or .npz files named after the model's"
+            f" inputs. `{PHOTOS}` takes those that come with packages."
+        ),
+    ],
+    *,
+    at: Annotated[list[str] | None, typer.Option(help="A cut of the bundle; once per cut. All if none.")] = None,
+    limit: Annotated[
+        float, typer.Option(help="Share of answers that must stay the same for a codec to be offered.", min=0, max=1)
+    ] = 0.99,
+    inputs: Annotated[
+        int, typer.Option(help="Inputs in all: half of the files calibrate, half are held out to measure.", min=16)
+    ] = 400,
+    classes: Annotated[
+        str, typer.Option(help="The output whose last axis holds classes, where the bundle does not say.")
+    ] = "",
+    tolerance: Annotated[
+        float, typer.Option(help="Without classes: the error up to which an answer is the same.", min=0)
+    ] = 0.05,
+    threads: Annotated[int, typer.Option(help="Threads of one run; 0 takes the CPUs there are.", min=0)] = 0,
+    alias: Annotated[str, typer.Option(help="Let this alias mean the new version.")] = "prod",
+    registry: RegistryOption = DEFAULT_REGISTRY,
+    as_json: AsJson = False,
+) -> None:
+    """Calibrate a bundle's codecs with inputs and measure how many answers each keeps; publishes the next version.
+
+    Example: `isthmus calibrate efficientnet-lite0 --data photos --at 65`
+    """
+    from isthmus.calibration.agreement import measure_for
+    from isthmus.calibration.calibrate import calibrate as run_calibration
+    from isthmus.calibration.inputs import files_in, open_source
+    from isthmus.calibration.running import runs_here
+
+    with errors(as_json):
+        settings = SegmentSettings(registry=registry, cache_dir=CACHE_DIR, threads=threads)
+        store = open_registry(settings)
+        found = store.resolve(model)
+        files = varied_photos() if data == PHOTOS else files_in(Path(data))
+        source = open_source(found.bundle, files, data, inputs)
+        with tempfile.TemporaryDirectory(prefix="isthmus-") as folder, _bars(as_json) as progress:
+            made = run_calibration(
+                found.bundle,
+                source,
+                runs_here(found.digest, open_cache(settings, store), settings),
+                Path(folder),
+                cuts=at or sorted(found.bundle.cuts),
+                count=inputs,
+                limit=limit,
+                measure=measure_for(found.bundle, classes, tolerance),
+                progress=progress,
+            )
+            version = store.publish(made.bundle, made.files, alias=alias or None)
+        if as_json:
+            print_json(
+                {
+                    "name": version.name,
+                    "version": version.version,
+                    "digest": version.digest,
+                    "tables": {tensor: blob.size for tensor, blob in made.bundle.tables.items()},
+                    "skipped": made.skipped,
+                    **document(made.fidelity),
+                }
+            )
+            return
+        for cut in made.fidelity.cuts():
+            show(made.fidelity, cut)
+        for tensor, why in made.skipped.items():
+            out.print(f"{tensor} has no table: {why}", highlight=False, markup=False, soft_wrap=True)
+        tables = made.bundle.tables.values()
+        weight = size(sum(blob.size for blob in tables))
+        out.print(
+            f"[bold]{version.name}:{version.version}[/] {version.digest[:19]}…, {len(tables)} tables ({weight})",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+@contextmanager
+def _bars(quiet: bool) -> Iterator[Progress]:
+    if quiet:
+        yield silent
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bars(*columns, console=err) as shown:
+        tasks: dict[str, TaskID] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = shown.add_task(what, total=total)
+            shown.update(tasks[what], completed=done, total=total)
+
+        yield progress

@@ -1,0 +1,49 @@
+"""The functions that a command measures on: deployed ones by their URLs, or the stack's own, started here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from isthmus.cli.console import Step
+from isthmus.errors import RequestMalformed
+
+HEAD, TAIL = "edge-head", "cloud-tail"
+
+
+@dataclass(frozen=True)
+class Places:
+    """The head's URL, the tail's, and the token that lets them be profiled, where it is known."""
+
+    head: str
+    tail: str
+    token: str = ""
+
+
+@contextmanager
+def places(local: bool, stack: Path, registry: str, head: str, tail: str, step: Step) -> Iterator[Places | None]:
+    """Where to measure, for as long as the block lasts; None where nothing was named.
+
+    Raises:
+        RequestMalformed: a head without a tail, or functions both named and to be started.
+        LocalError: the stack's functions do not start.
+    """
+    if local and (head or tail):
+        raise RequestMalformed("--local starts its own functions: leave --head and --tail out")
+    if bool(head) != bool(tail):
+        raise RequestMalformed("measuring takes both functions: --head URL and --tail URL")
+    if not local:
+        yield Places(head, tail) if head else None
+        return
+    from isthmus.cli.engine import engine, variables
+    from isthmus.local.secrets import SecretFolder
+    from isthmus.local.stack import read_stack
+    from isthmus.serving.profiling import SECRET
+
+    read = read_stack(stack, variables(registry))
+    token = SecretFolder(read.root / ".isthmus" / "secrets").ensure(SECRET)
+    unused = {name: 0 for name in read.functions if name not in (HEAD, TAIL)}
+    with engine(stack, registry, 0, step, replicas=unused, environment={"*": {"preload": ""}}) as url:
+        yield Places(f"{url}/function/{HEAD}", f"{url}/function/{TAIL}", token)

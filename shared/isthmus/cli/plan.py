@@ -1,0 +1,129 @@
+"""`isthmus plan`: find the best way to serve a model over a link, by measurement, and publish it in the bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from isthmus.cli.console import CACHE_DIR, DEFAULT_REGISTRY, AsJson, RegistryOption, errors, out, print_json, steps
+from isthmus.errors import ConstraintMalformed, RequestMalformed
+from isthmus.units import parse_duration, parse_rate, parse_size
+
+_RATE = "such as 10mbit, 1.5Mbit/s or unlimited"
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="NAME or NAME:VERSION of a bundle in the registry.")],
+    *,
+    uplink: Annotated[str, typer.Option(help=f"Rate of the link to the cloud, {_RATE}.")] = "unlimited",
+    downlink: Annotated[str, typer.Option(help="Rate back; as --uplink if not given.")] = "",
+    rtt: Annotated[str, typer.Option(help="Round-trip time that the link adds.")] = "0ms",
+    objective: Annotated[
+        str, typer.Option(help="latency, throughput, cost or energy. [default: latency; with --latency, cost]")
+    ] = "",
+    latency: Annotated[str, typer.Option(help="Longest time of a request, such as 50ms.")] = "",
+    edge_memory: Annotated[str, typer.Option(help="Most memory of the model at the edge, such as 200MB.")] = "",
+    private_depth: Annotated[
+        int, typer.Option(help="So many first nodes run at the edge; no cut before them, no cloud-only.")
+    ] = 0,
+    max_error: Annotated[
+        float | None, typer.Option(help="Largest relative error of the outputs. [default: 0.05]")
+    ] = None,
+    max_disagreement: Annotated[
+        float | None, typer.Option(help="Largest share of inputs that may get another answer.")
+    ] = None,
+    prices: Annotated[Path | None, typer.Option(help="A TOML file with prices, for cost and energy.")] = None,
+    head: Annotated[str, typer.Option(help="URL of the function at the edge, to measure on.")] = "",
+    tail: Annotated[str, typer.Option(help="URL of the function in the cloud, to measure on.")] = "",
+    local: Annotated[
+        bool, typer.Option("--local", help="Start edge-head and cloud-tail of stack.yml here, profile and measure.")
+    ] = False,
+    stack: Annotated[Path, typer.Option(help="With --local: the stack file.")] = Path("stack.yml"),
+    predict_only: Annotated[bool, typer.Option("--predict-only", help="Measure nothing over the link.")] = False,
+    photos: Annotated[
+        list[Path] | None, typer.Option("--input", help="A photo, or a folder of photos, to try candidates with.")
+    ] = None,
+    tensor: Annotated[
+        list[str] | None, typer.Option(help="An input tensor, NAME=FILE.npy; once for each input.")
+    ] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Also show the best over bandwidth and round trip.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Draw the plan to this .png or .svg file.")] = None,
+    int8: Annotated[bool, typer.Option(help="Try the model quantised to int8 at the edge.")] = True,
+    publish: Annotated[bool, typer.Option(help="Publish the plan as the model's next version.")] = True,
+    alias: Annotated[str, typer.Option(help="Let this alias mean the new version.")] = "prod",
+    registry: RegistryOption = DEFAULT_REGISTRY,
+    as_json: AsJson = False,
+) -> None:
+    """Find the best way to serve a model over a link: where to cut, under which codec, or not to split at all.
+
+    Predictions prune, measurements decide: candidates run on the functions of --head and --tail, or of --local, over a
+    rehearsed link. Without functions the plan is predicted only, and says so.
+
+    Example: `isthmus plan efficientnet-lite0 --uplink 10mbit --rtt 20ms --local`
+    """
+    from isthmus.cli.functions import places
+    from isthmus.cli.plan_text import document, show, show_sweep
+    from isthmus.cli.planning import Wish, planned
+    from isthmus.planner.conditions import MAX_ERROR, Conditions, Constraints, check_objective
+    from isthmus.planner.grid import grid
+    from isthmus.planner.prices import read_prices
+
+    with errors(as_json):
+        if predict_only and head:
+            raise RequestMalformed("--predict-only measures nothing: leave --head and --tail out")
+        if picture is not None:
+            from isthmus.planner.picture import check_path
+
+            check_path(picture)
+        up = _read(parse_rate, "--uplink", uplink)
+        wish = Wish(
+            model=model,
+            conditions=Conditions(
+                up, _read(parse_rate, "--downlink", downlink) if downlink else up, _read(parse_duration, "--rtt", rtt)
+            ),
+            constraints=Constraints(
+                edge_memory_bytes=int(_read(parse_size, "--edge-memory", edge_memory)) if edge_memory else None,
+                private_depth=private_depth,
+                latency_s=_read(parse_duration, "--latency", latency) if latency else None,
+                max_error=MAX_ERROR if max_error is None else max_error,
+                max_disagreement=max_disagreement,
+            ),
+            objective=check_objective(objective or ("cost" if latency else "latency")),
+            prices=read_prices(prices) if prices else None,
+            sweep=sweep or picture is not None,
+            measure=not predict_only,
+            int8=int8,
+            publish=publish,
+            alias=alias,
+        )
+        with (
+            steps(as_json) as step,
+            places(local, stack, registry, head, tail, step) as where,
+            planned(wish, registry, CACHE_DIR, where, photos or [], tensor or [], step) as made,
+        ):
+            cells = grid(made.plan.candidates, wish.objective, wish.constraints) if wish.sweep else None
+            if picture is not None:
+                from isthmus.planner.picture import Along, draw
+
+                step(f"drawing {picture}")
+                draw(made.plan, cells or [], picture, Along.of(made.draft))
+        version = f"{made.version.name}:{made.version.version}" if made.version else ""
+        if as_json:
+            print_json(document(made.plan, version, cells if sweep else None))
+            return
+        show(made.plan)
+        if sweep and cells is not None:
+            show_sweep(cells)
+        if picture is not None:
+            out.print(f"drawn: {picture}", highlight=False)
+        out.print(f"published: [bold]{version}[/]" if version else "not published", highlight=False)
+
+
+def _read(parse: Callable[[str], float], option: str, text: str) -> float:
+    try:
+        return parse(text)
+    except ValueError as e:
+        raise ConstraintMalformed(f"{option}: {e}", what=option) from e

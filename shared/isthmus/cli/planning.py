@@ -1,0 +1,215 @@
+"""What `isthmus plan` does: profiles found or made, candidates tried, measured and chosen from, the plan published."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from isthmus.bundle import Bundle
+from isthmus.cli.console import Step
+from isthmus.cli.functions import Places
+from isthmus.cli.photos import sample_photos
+from isthmus.cli.tensors import read_tensor
+from isthmus.errors import Missing, ModelError, RequestMalformed
+from isthmus.local.link_process import link_to
+from isthmus.planner import profiles
+from isthmus.planner.choose import check_prices
+from isthmus.planner.conditions import Conditions, Constraints, Objective
+from isthmus.planner.draft import CLOUD, EDGE, Draft, drafting
+from isthmus.planner.examples import MAX_PIXELS, Example, from_arrays, from_photos, random_examples
+from isthmus.planner.grid import RATES
+from isthmus.planner.measuring import Functions, contenders, measure
+from isthmus.planner.plan import Candidate, Plan
+from isthmus.planner.planning import make_plan, merged
+from isthmus.planner.prices import Prices
+from isthmus.planner.profile import Profile
+from isthmus.planner.published import publish_plan
+from isthmus.registry import Registry, SegmentCache, Version, open_cache, open_registry
+from isthmus.serving.tables import Tables
+from isthmus.settings import RegistrySettings
+
+TRANSFORM = "transform/1"
+MOST_EXAMPLES = 8
+_RANDOM, _RUNS = 3, 15
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What was asked for."""
+
+    model: str
+    conditions: Conditions
+    constraints: Constraints
+    objective: Objective
+    prices: Prices | None
+    sweep: bool
+    measure: bool
+    int8: bool
+    publish: bool
+    alias: str
+
+
+@dataclass(frozen=True)
+class Made:
+    """The plan, the version that it was published as, if it was, and the draft that it stands on."""
+
+    plan: Plan
+    version: Version | None
+    draft: Draft
+
+
+@contextlib.contextmanager
+def planned(
+    wish: Wish,
+    registry: str,
+    cache_dir: str,
+    places: Places | None,
+    photos: Sequence[Path],
+    tensors: Sequence[str],
+    step: Step,
+) -> Iterator[Made]:
+    """The plan that was asked for, with its draft's files there for as long as the block lasts.
+
+    Raises:
+        Missing: no such model, or a tier has no profile of it; says how to make one.
+        Infeasible: nothing keeps the constraints.
+        And what measuring and the registry raise.
+    """
+    settings = RegistrySettings(registry=registry, cache_dir=cache_dir)
+    store = open_registry(settings)
+    check_prices(wish.objective, wish.constraints, wish.prices)
+    found = store.resolve(wish.model)
+    bundle = found.bundle
+    kind, examples = read_examples(bundle, photos, tensors)
+    known = _profiles(store, wish.model, bundle, registry, cache_dir, places, step)
+    cache = open_cache(settings, store)
+    tables = Tables(store.bundle, store.blob, MAX_PIXELS)
+    links = [wish.conditions, *(Conditions(rate, rate) for rate in RATES if wish.sweep)]
+    with drafting(
+        store,
+        cache,
+        wish.model,
+        known,
+        examples,
+        kind,
+        links=links,
+        private_depth=wish.constraints.private_depth,
+        edge_memory_bytes=wish.constraints.edge_memory_bytes,
+        int8=wish.int8,
+        table=lambda name: tables(found.digest, name, TRANSFORM),
+        told=step,
+    ) as draft:
+        candidates = draft.predict(wish.conditions, wish.prices)
+        if places is not None and wish.measure:
+            candidates = _measured(draft, candidates, wish, places, store, cache, tables, step)
+        plan = make_plan(draft, candidates, wish.conditions, wish.objective, wish.constraints, wish.prices)
+        version = None
+        if wish.publish:
+            step("publishing the plan")
+            draft.publish(store)
+            version = publish_plan(store, draft.bundle, draft.files, plan, alias=wish.alias or None)
+        yield Made(plan, version, draft)
+
+
+def read_examples(bundle: Bundle, photos: Sequence[Path], tensors: Sequence[str]) -> tuple[str, list[Example]]:
+    """What the examples are, and they: the photos or tensors given, else the sample photos, else random numbers.
+
+    Raises:
+        RequestMalformed: both were given, or a file cannot be read.
+        MediaUnsupported, ShapeMismatch: they do not fit the model.
+    """
+    if photos and tensors:
+        raise RequestMalformed("give --input or --tensor, not both")
+    if tensors:
+        return "tensors", from_arrays(bundle, [dict(read_tensor(entry) for entry in tensors)])
+    if not photos and bundle.preprocess is not None:
+        with contextlib.suppress(ModelError):  # the sample photos are not installed
+            photos = sample_photos()
+    if photos:
+        return "photo", from_photos(bundle, [_read(path) for path in _spread(photos)])
+    return "random", random_examples(bundle, _RANDOM)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        raise RequestMalformed(f"{path} cannot be read: {e.strerror}") from e
+
+
+def _spread(photos: Sequence[Path]) -> list[Path]:
+    """At most MOST_EXAMPLES of the files, and of the folders' files, evenly."""
+    files = [f for p in photos for f in (sorted(q for q in p.iterdir() if q.is_file()) if p.is_dir() else [p])]
+    if not files:
+        raise RequestMalformed(f"{photos[0]} holds no files")
+    return files[:: math.ceil(len(files) / MOST_EXAMPLES)]
+
+
+def _profiles(
+    store: Registry, model: str, bundle: Bundle, registry: str, cache_dir: str, places: Places | None, step: Step
+) -> dict[str, Profile]:
+    if places is not None and places.token:
+        from isthmus.cli.profiling import profile_tiers
+
+        urls = {EDGE: places.head, CLOUD: places.tail}
+        made = profile_tiers(
+            registry,
+            cache_dir,
+            model,
+            urls,
+            places.token,
+            runs=_RUNS,
+            at=[],
+            photo=None,
+            tensors=[],
+            again=False,
+            step=step,
+        )
+        return dict(made.profiles)
+    known = profiles.newest(store, bundle)
+    if lacking := [tier for tier in (EDGE, CLOUD) if tier not in known]:
+        raise Missing(
+            f"there is no profile of {bundle.name} for the tier {' or '.join(lacking)}",
+            kind="profile",
+            name=bundle.name,
+            exists=sorted(known),
+            hint=f"measure it: isthmus profile {bundle.name} --head URL --tail URL; or plan with --local",
+        )
+    return {tier: known[tier] for tier in (EDGE, CLOUD)}
+
+
+def _measured(
+    draft: Draft,
+    candidates: tuple[Candidate, ...],
+    wish: Wish,
+    places: Places,
+    store: Registry,
+    cache: SegmentCache,
+    tables: Tables,
+    step: Step,
+) -> tuple[Candidate, ...]:
+    step("publishing the candidates' cuts")
+    version = draft.publish(store)
+    some = contenders(candidates, wish.objective, wish.constraints)
+    with contextlib.ExitStack() as held:
+        tail = places.tail
+        if not wish.conditions.adds_nothing:
+            c = wish.conditions
+            tail = held.enter_context(
+                link_to(tail, uplink_bps=c.uplink_bps, downlink_bps=c.downlink_bps, rtt_s=c.rtt_s)
+            )
+        found = measure(
+            some,
+            version.digest,
+            draft.bundle,
+            Functions(places.head, tail, places.tail),
+            draft.examples,
+            tables,
+            store.bundle,
+            constraints=wish.constraints,
+            told=step,
+        )
+    return merged(candidates, found)

@@ -1,0 +1,156 @@
+"""`isthmus profile`: measure a model on the functions that are to run it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from isthmus.cli.console import (
+    CACHE_DIR,
+    DEFAULT_REGISTRY,
+    AsJson,
+    RegistryOption,
+    Step,
+    errors,
+    out,
+    print_json,
+    size,
+    steps,
+    table,
+)
+from isthmus.cli.functions import places
+from isthmus.errors import RequestMalformed, SettingsError
+
+if TYPE_CHECKING:  # it loads onnx and onnxruntime
+    from isthmus.cli.profiling import Outcome
+
+EDGE, CLOUD = "edge", "cloud"
+TOKEN_FILE = Path(".isthmus/secrets/profile-token")
+"""Where the local engine keeps the secret; read when no other file is named."""
+
+
+def profile(
+    model: Annotated[str, typer.Argument(help="NAME or NAME:VERSION of a bundle in the registry.")],
+    *,
+    head: Annotated[str, typer.Option(help="URL of the function at the edge, which is to run heads.")] = "",
+    tail: Annotated[str, typer.Option(help="URL of the function in the cloud, which is to run tails.")] = "",
+    token_file: Annotated[
+        Path | None, typer.Option(help=f"File with the functions' secret profile-token. [default: {TOKEN_FILE}]")
+    ] = None,
+    local: Annotated[
+        bool, typer.Option("--local", help="Start edge-head and cloud-tail of stack.yml here, and measure those.")
+    ] = False,
+    stack: Annotated[Path, typer.Option(help="With --local: the stack file.")] = Path("stack.yml"),
+    runs: Annotated[int, typer.Option(help="Runs of each segment, after two to warm up.", min=1, max=500)] = 15,
+    at: Annotated[
+        list[str] | None,
+        typer.Option(help="A cut to measure: a position, or tensors [NAME=]a,b. Once each; else some of every part."),
+    ] = None,
+    photo: Annotated[Path | None, typer.Option("--input", help="A photo to run the model on.")] = None,
+    tensor: Annotated[
+        list[str] | None, typer.Option(help="An input tensor, NAME=FILE.npy; once for each input.")
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Measure even where a profile is up to date.")] = False,
+    registry: RegistryOption = DEFAULT_REGISTRY,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a model, its segments and its nodes on deployed functions, and keep the profiles in the registry.
+
+    Cuts that the bundle lacks are published as its next version, without moving an alias. Without --input or --tensor
+    the model runs on random numbers of its inputs' shapes.
+
+    Example: `isthmus profile efficientnet-lite0 --local`, or `isthmus profile efficientnet-lite0 --head
+    http://edge:8080/function/edge-head --tail http://cloud:8080/function/cloud-tail --token-file token.txt`
+    """
+    from isthmus.cli.profiling import profile_tiers
+
+    with errors(as_json):
+        if local and (head or tail):
+            raise RequestMalformed("--local starts its own functions: leave --head and --tail out")
+        if not (local or head or tail):
+            raise RequestMalformed("name the functions with --head URL and --tail URL, or start some with --local")
+        with steps(as_json) as step, _functions(local, stack, registry, head, tail, token_file, step) as (urls, token):
+            outcome = profile_tiers(
+                registry,
+                CACHE_DIR,
+                model,
+                urls,
+                token,
+                runs=runs,
+                at=at or [],
+                photo=photo,
+                tensors=tensor or [],
+                again=again,
+                step=step,
+            )
+        if as_json:
+            print_json(outcome.document())
+        else:
+            _show(outcome)
+
+
+@contextmanager
+def _functions(
+    local: bool, stack: Path, registry: str, head: str, tail: str, token_file: Path | None, step: Step
+) -> Iterator[tuple[Mapping[str, str], str]]:
+    """Each tier's URL, and the token that opens them."""
+    if not local:
+        yield {tier: url for tier, url in ((EDGE, head), (CLOUD, tail)) if url}, _token(token_file)
+        return
+    with places(True, stack, registry, "", "", step) as started:
+        if started is not None:
+            yield {EDGE: started.head, CLOUD: started.tail}, started.token
+
+
+def _token(file: Path | None) -> str:
+    path = file or TOKEN_FILE
+    try:
+        text = path.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as e:
+        raise SettingsError(
+            f"the token cannot be read from {path}: {getattr(e, 'strerror', None) or e}",
+            variable="token_file",
+            hint="give the file with the functions' secret profile-token: --token-file FILE; docs/profile.md",
+        ) from e
+    if not text or len(text.split()) != 1:
+        raise SettingsError(f"{path} holds no token: it must be one word", variable="token_file")
+    return text
+
+
+def _show(outcome: Outcome) -> None:
+    for tier, found in outcome.profiles.items():
+        whole = found.whole
+        state = "up to date" if tier in outcome.kept else "measured"
+        out.print(
+            f"[bold]{tier}[/] {state}: {found.device.cpu}, {found.device.threads} of {found.device.cpus} CPUs,"
+            f" {found.device.runtime}, device {found.device.id}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        hop = "" if found.hop is None else f"; a call costs {found.hop.fixed_s * 1000:.2f} ms beside it"
+        out.print(
+            f"  the whole model: {_ms(whole.run.median)} ms ({_ms(whole.run.low)} to {_ms(whole.run.high)}),"
+            f" {size(whole.memory_bytes)} of memory, on {found.inputs} inputs{hop}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        for warning in found.warnings:
+            out.print(f"  [yellow]unsteady or incomplete:[/] {warning}", highlight=False, soft_wrap=True)
+    rows = []
+    for name, weight in outcome.cuts.items():
+        cells = [name, size(weight)]
+        for tier, segment in ((EDGE, f"..{name}"), (CLOUD, f"{name}..")):
+            measured = outcome.profiles.get(tier)
+            cost = measured.segments.get(segment) if measured else None
+            cells += ["", ""] if cost is None else [_ms(cost.run.median), size(cost.memory_bytes)]
+        rows.append(cells)
+    columns = ["cut", "crosses", "head at the edge, ms", "memory", "tail in the cloud, ms", "memory "]
+    table(outcome.model, columns, rows, numbers=columns[1:])
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1000:.2f}"

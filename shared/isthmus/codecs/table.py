@@ -1,0 +1,233 @@
+"""What `transform/1` has learned of one tensor, and its form as named arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from threading import Lock
+from typing import Any
+
+import numpy as np
+
+from isthmus.codecs.entropy import LEVELS, MAX_LEVEL, TOP, Models, Run
+from isthmus.codecs.planes import CELLS, Layout, PlaneTransform, plane_transform
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+MAX_CHANNELS = 4096
+MAX_BANDS = 16
+OCTAVE = 8
+"""Deviations, steps and gains are whole eighths of an octave: what the coder does depends on integers alone."""
+
+ZERO_DEVIATION = 128
+"""The stored deviation that stands for 1; one more is an eighth of an octave more."""
+
+GAINS = (-32, 24)
+"""How far one tensor's energy may lie from what was learned, in eighths of an octave: a sixteenth to eight times."""
+
+EXPECTED_MAGNITUDE = 0.7
+"""Of a value in units of its deviation, on average: a Laplacian's is 0.71. Gains are relative to it."""
+
+_KEPT_SHAPES = 8
+_NAMES = (
+    *("layout", "mean", "edges", "scale", "synthesis", "deviations", "steps"),
+    *("zero", "magnitudes", "thresholds", "offsets"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """What coding a tensor of one size needs, computed once: where each coefficient goes.
+
+    The bands' coefficients lie one band after the other, each (batch, channels, of the band); `order` sorts them all by
+    deviation, `deviations` and `ends` are the distinct ones and where their runs end.
+    """
+
+    transform: PlaneTransform
+    order: Array
+    deviations: Array
+    ends: Array
+    per_unit: Array
+
+    def runs(self, step: int, gain: int) -> list[Run]:
+        """The runs of one level each, at that step and gain (both in eighths of an octave)."""
+        levels = np.clip((self.deviations - ZERO_DEVIATION - step + gain + 48) >> 1, 0, MAX_LEVEL)
+        last = np.flatnonzero(np.diff(levels, append=-1))
+        ends = self.ends[last].tolist()
+        return list(zip(levels[last].tolist(), [0, *ends[:-1]], ends, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A tensor's means, rotations, deviations and entropy models.
+
+    `mean` float32 (C,). `edges` float64 (bands - 1,): see `plane_transform`. `synthesis` float16 (bands, C, C), times
+    `scale`, gives channels from components; noise of one unit in any component does the same damage at the output.
+    `deviations` uint8 (C, cells): see ZERO_DEVIATION. `steps` are the coarsest and the finest, in eighths of an octave.
+    `thresholds` uint8 (LEVELS, 2): below the first, in 128ths of a step, a value becomes 0; the second is added before
+    another is cut to a whole number. `offsets` int8 (LEVELS, 3): what magnitudes 1, 2 and 3 or more are moved by, in
+    128ths of a step, when they are unpacked.
+    """
+
+    layout: Layout
+    mean: Array
+    edges: tuple[float, ...]
+    scale: float
+    synthesis: Array
+    deviations: Array
+    steps: tuple[int, int]
+    models: Models
+    thresholds: Array
+    offsets: Array
+    _grids: dict[tuple[int, int, int], Grid] = field(default_factory=dict, repr=False)
+    _lock: Lock = field(default_factory=Lock, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check every bound.
+
+        Raises:
+            ValueError: names the part that does not fit.
+        """
+        channels, bands = self.channels, len(self.edges) + 1
+        if not 1 <= channels <= MAX_CHANNELS or bands > MAX_BANDS:
+            raise ValueError(f"a table of {channels} channels and {bands} bands")
+        _check("mean", self.mean, np.float32, (channels,))
+        _check("synthesis", self.synthesis, np.float16, (bands, channels, channels))
+        _check("deviations", self.deviations, np.uint8, (channels, cells(self.layout)))
+        _check("thresholds", self.thresholds, np.uint8, (LEVELS, 2))
+        _check("offsets", self.offsets, np.int8, (LEVELS, 3))
+        if not all(np.isfinite(a).all() for a in (self.mean, self.synthesis)):
+            raise ValueError("a table holds finite numbers")
+        if not 1e-30 < self.scale < 1e30:
+            raise ValueError(f"a table's scale is {self.scale}")
+        edges = np.asarray(self.edges, np.float64)
+        if not np.isfinite(edges).all() or (np.diff(edges) <= 0).any() or (edges < 0).any():
+            raise ValueError("the edges of bands are not finite and rising")
+        coarsest, finest = self.steps
+        if not -128 <= finest <= coarsest <= 127:
+            raise ValueError(f"steps from {coarsest} to {finest}")
+
+    @property
+    def channels(self) -> int:
+        return int(self.mean.size)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays that `to_arrays` gives."""
+        return sum(a.nbytes for a in self.to_arrays().values())
+
+    @cached_property
+    def synthesis_at_work(self) -> Array:
+        """float32 (bands, C, C): what multiplies components in units."""
+        return self.synthesis.astype(np.float32) * np.float32(self.scale)
+
+    @cached_property
+    def analysis_at_work(self) -> Array:
+        """float32 (bands, C, C): the inverse of `synthesis_at_work`.
+
+        Raises:
+            ValueError: a rotation has no inverse.
+        """
+        try:
+            inverse = np.linalg.inv(self.synthesis.astype(np.float64) * self.scale)
+        except np.linalg.LinAlgError as e:
+            raise ValueError(f"a table's rotation has no inverse: {e}") from e
+        return inverse.astype(np.float32)
+
+    @cached_property
+    def offsets_at_work(self) -> Array:
+        """float32 (LEVELS, 4): what each magnitude from 0 to 3 is moved by, in steps."""
+        return np.pad(self.offsets, ((0, 0), (1, 0))).astype(np.float32) / 128
+
+    def grid(self, batch: int, height: int, width: int) -> Grid:
+        """Where the coefficients of a tensor of that size go; kept for the sizes asked for last."""
+        key = (batch, height, width)
+        with self._lock:
+            found = self._grids.pop(key, None)
+            if found is None:
+                found = self._grid(*key)
+                if len(self._grids) >= _KEPT_SHAPES:
+                    del self._grids[next(iter(self._grids))]
+            self._grids[key] = found
+        return found
+
+    def to_arrays(self) -> dict[str, Array]:
+        """This table as named arrays, to be stored."""
+        return {
+            "layout": np.array([self.layout.rank, self.layout.channel_axis], np.int32),
+            "mean": self.mean,
+            "edges": np.array(self.edges, np.float64),
+            "scale": np.array([self.scale], np.float32),
+            "synthesis": self.synthesis,
+            "deviations": self.deviations,
+            "steps": np.array(self.steps, np.int32),
+            "zero": self.models.zero,
+            "magnitudes": self.models.magnitudes,
+            "thresholds": self.thresholds,
+            "offsets": self.offsets,
+        }
+
+    @staticmethod
+    def from_arrays(arrays: Mapping[str, Array]) -> Table:
+        """Read what `to_arrays` gave.
+
+        Raises:
+            ValueError: an array is missing, unknown, of another dtype or shape, or out of bounds.
+        """
+        if arrays.keys() != set(_NAMES):
+            raise ValueError(f"a table has exactly the arrays {', '.join(_NAMES)}")
+        _check("layout", arrays["layout"], np.int32, (2,))
+        _check("steps", arrays["steps"], np.int32, (2,))
+        _check("scale", arrays["scale"], np.float32, (1,))
+        if arrays["edges"].dtype != np.float64 or arrays["edges"].ndim != 1 or arrays["mean"].ndim != 1:
+            raise ValueError("a table's edges are float64, and they and its mean have one axis")
+        rank, channel_axis = arrays["layout"].tolist()
+        coarsest, finest = arrays["steps"].tolist()
+        return Table(
+            layout=Layout(rank, channel_axis),
+            mean=arrays["mean"],
+            edges=tuple(arrays["edges"].tolist()),
+            scale=float(arrays["scale"][0]),
+            synthesis=arrays["synthesis"],
+            deviations=arrays["deviations"],
+            steps=(coarsest, finest),
+            models=Models(arrays["zero"], arrays["magnitudes"]),
+            thresholds=arrays["thresholds"],
+            offsets=arrays["offsets"],
+        )
+
+    def _grid(self, batch: int, height: int, width: int) -> Grid:
+        transform = plane_transform(height, width, self.edges)
+        cell = cell_numbers(transform, self.layout)
+        keys = [
+            np.broadcast_to(self.deviations[:, cell[start:stop]], (batch, self.channels, stop - start)).reshape(-1)
+            for start, stop in zip(transform.starts, transform.starts[1:], strict=False)
+        ]
+        key = np.concatenate(keys)
+        order = np.argsort(key, kind="stable")
+        distinct, starts = np.unique(key[order], return_index=True)
+        units = np.exp2((ZERO_DEVIATION - distinct.astype(np.float32)) / OCTAVE)
+        ends = np.append(starts[1:], key.size)
+        return Grid(
+            transform=transform,
+            order=order,
+            deviations=distinct.astype(np.int64),
+            ends=ends,
+            per_unit=np.repeat(units, np.diff(ends, prepend=0)).astype(np.float32),
+        )
+
+
+def cell_numbers(transform: PlaneTransform, layout: Layout) -> Array:
+    """Each coefficient's cell, 0 to `cells(layout)` - 1; a plane of one axis is the transform's height."""
+    return transform.cells // CELLS ** (2 - len(layout.plane_axes))
+
+
+def cells(layout: Layout) -> int:
+    """How many cells a layout's plane has."""
+    return CELLS ** len(layout.plane_axes)
+
+
+def _check(name: str, array: Array, dtype: type[np.generic], shape: tuple[int, ...]) -> None:
+    if array.dtype != dtype or array.shape != shape:
+        raise ValueError(f"a table's {name} is {array.dtype}{list(array.shape)}, not {np.dtype(dtype)}{list(shape)}")

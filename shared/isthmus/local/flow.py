@@ -1,0 +1,251 @@
+"""A message's body on its way from one socket to another, as it comes and no faster than it leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import sys
+from collections.abc import Callable
+from typing import Protocol
+
+from isthmus.local.heads import AnswerHead, NotHttp, RequestHead
+from isthmus.local.wire import Buffer, Wire
+
+READ_BYTES = 1 << 18
+ROUNDS = 16
+"""Reads in a row before others have their turn."""
+
+_MOVED_FROM = 1 << 16
+_FLAGS = os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE if sys.platform == "linux" else 0
+
+
+class TooLong(Exception):
+    """A body of unknown length went over its bound."""
+
+
+class Body(Protocol):
+    """How a body's end is told."""
+
+    over: bool
+
+    def take(self, data: memoryview) -> tuple[Buffer, memoryview]:
+        """The body's part of `data`, and what follows the body.
+
+        Raises:
+            NotHttp: it is not what the head says. TooLong: it exceeds its bound.
+        """
+        ...
+
+
+class Counted:
+    """A body of known length."""
+
+    def __init__(self, length: int) -> None:
+        self.left = length
+        self.over = not length
+
+    def take(self, data: memoryview) -> tuple[Buffer, memoryview]:
+        """See `Body.take`."""
+        count = min(self.left, len(data))
+        self.count(count)
+        return data[:count], data[count:]
+
+    def count(self, count: int) -> None:
+        """Note that so much of it has passed."""
+        self.left -= count
+        self.over = not self.left
+
+
+class Chunked:
+    """A chunked body, read by its head's parser; it has no bound on its way back."""
+
+    def __init__(self, head: RequestHead | AnswerHead, most: int | None = None) -> None:
+        self.over = False
+        self._head = head
+        self._most = most
+        self._passed = 0
+
+    def take(self, data: memoryview) -> tuple[Buffer, memoryview]:
+        """See `Body.take`."""
+        self._head.feed(data)
+        body = b"".join(self._head.pieces)
+        self._head.pieces.clear()
+        self.over = self._head.ended
+        self._passed += len(body)
+        if self._most is not None and self._passed > self._most:
+            raise TooLong
+        return body, data[:0]
+
+
+class UntilEnd:
+    """A body that ends with its connection."""
+
+    over = False
+
+    def take(self, data: memoryview) -> tuple[Buffer, memoryview]:
+        """See `Body.take`."""
+        return data, data[:0]
+
+
+class Flow:
+    """Carries a body from `source` to `sink`, chunked anew or as it is.
+
+    `ended` is told what came after the body, `failed` why it is not whole.
+    """
+
+    def __init__(
+        self,
+        source: Wire,
+        sink: Wire,
+        body: Body,
+        *,
+        chunks: bool,
+        scratch: memoryview,
+        ended: Callable[[memoryview], None],
+        failed: Callable[[Exception], None],
+    ) -> None:
+        self.over = False
+        self._source = source
+        self._sink = sink
+        self._body = body
+        self._chunks = chunks
+        self._scratch = scratch
+        self._ended = ended
+        self._failed = failed
+        # Counted bodies can be moved from socket to socket inside the kernel, where that is Linux.
+        self._moves = body if isinstance(body, Counted) and not chunks and sys.platform == "linux" else None
+        self._pipe: _Pipe | None = None
+
+    def begin(self, head: bytes, first: memoryview) -> None:
+        """Send `head` and the part of the body that is here already."""
+        if self._body.over:
+            self._sink.send(head)
+            self._end(first)
+        else:
+            self._pass(first, head)
+
+    def readable(self) -> None:
+        """Pass on what came."""
+        for _ in range(ROUNDS):
+            moves = self._moves is not None and self._moves.left >= _MOVED_FROM and not self._sink.backlog
+            if not (self._move() if moves else self._copy()):
+                return
+
+    def stop(self) -> None:
+        """Pass nothing more on."""
+        self.over = True
+        if self._pipe is not None:
+            self._pipe.close()
+            self._pipe = None
+
+    def _copy(self) -> bool:
+        """Receive and send; whether more may be here."""
+        count = self._source.receive(self._scratch)
+        if count < 0:
+            return False
+        if count == 0:
+            self._source_ended()
+            return False
+        self._pass(self._scratch[:count])
+        if self.over:
+            return False
+        if self._sink.backlog:
+            self._source.pause()
+            self._sink.on_drained = self._source.resume
+            return False
+        return True
+
+    def _pass(self, data: memoryview, *head: bytes) -> None:
+        try:
+            part, rest = self._body.take(data)
+        except (NotHttp, TooLong) as e:
+            self._fail(e)
+            return
+        if not self._chunks:
+            self._sink.send(*head, part)
+        else:
+            last = b"0\r\n\r\n" if self._body.over else b""
+            self._sink.send(*head, *((b"%x\r\n" % len(part), part, b"\r\n") if len(part) else ()), last)
+        if self._body.over:
+            self._end(rest)
+
+    def _move(self) -> bool:
+        """As `_copy`, without taking the bytes out of the kernel: half of what a large body costs."""
+        if self._moves is None:
+            return False
+        if self._pipe is None:
+            self._pipe = _Pipe()
+        try:
+            count = self._pipe.fill(self._source.sock, min(self._moves.left, READ_BYTES))
+        except BlockingIOError:
+            return False
+        except OSError:
+            count = 0
+        if not count:
+            self._source_ended()
+            return False
+        self._moves.count(count)
+        return self._drain(self._pipe, self._moves)
+
+    def _drain(self, pipe: _Pipe, body: Counted) -> bool:
+        """Move what the pipe holds on to the sink; whether more may follow now."""
+        try:
+            pipe.empty(self._sink.sock)
+        except BlockingIOError:
+            self._source.pause()
+            self._sink.when_writable(lambda: self._drained(pipe, body))
+            return False
+        except OSError:
+            # The sink has ended; what is left is read and dropped, until whoever reads from the sink learns of it.
+            pipe.close()
+            self._pipe = self._moves = None
+        if body.over:
+            self._end(self._scratch[:0])
+        return not self.over
+
+    def _drained(self, pipe: _Pipe, body: Counted) -> None:
+        if not self.over and self._drain(pipe, body):
+            self._source.resume()
+
+    def _source_ended(self) -> None:
+        if isinstance(self._body, UntilEnd):
+            if self._chunks:
+                self._sink.send(b"0\r\n\r\n")
+            self._end(self._scratch[:0])
+        else:
+            self._fail(NotHttp("the connection ended early"))
+
+    def _end(self, rest: memoryview) -> None:
+        self.stop()
+        self._ended(rest)
+
+    def _fail(self, error: Exception) -> None:
+        self.stop()
+        self._failed(error)
+
+
+class _Pipe:
+    """A pipe of the kernel's through which bytes go from one socket to another. Source: splice(2)."""
+
+    def __init__(self) -> None:
+        self._held = 0
+        self._out, self._in = os.pipe()
+        with contextlib.suppress(OSError):  # a user's pipes have a bound together; then it holds less
+            fcntl.fcntl(self._in, fcntl.F_SETPIPE_SZ, READ_BYTES)
+
+    def fill(self, sock: socket.socket, most: int) -> int:
+        """How many of the socket's bytes went in; 0 at its end. BlockingIOError: none are here."""
+        self._held = os.splice(sock.fileno(), self._in, most, flags=_FLAGS)
+        return self._held
+
+    def empty(self, sock: socket.socket) -> None:
+        """Pass on all of them. BlockingIOError: the socket takes no more now."""
+        while self._held:
+            self._held -= os.splice(self._out, sock.fileno(), self._held, flags=_FLAGS)
+
+    def close(self) -> None:
+        """Drop what it holds."""
+        os.close(self._in)
+        os.close(self._out)

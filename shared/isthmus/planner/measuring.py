@@ -1,0 +1,184 @@
+"""Candidates run for real: the pipeline here as the router has it, the functions where they are deployed."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from isthmus import pipeline
+from isthmus.bundle import Bundle
+from isthmus.codecs import Array, Tables
+from isthmus.context import Context
+from isthmus.errors import IsthmusError
+from isthmus.hop import HttpHop
+from isthmus.pipeline import Result
+from isthmus.planner.choose import VALUES, broken
+from isthmus.planner.conditions import Constraints, Objective
+from isthmus.planner.examples import MAX_PIXELS, Example
+from isthmus.planner.plan import Candidate
+from isthmus.planner.race import ROUNDS, Run, race
+from isthmus.planner.route import photo_of, route_of
+from isthmus.processing.image import preprocess
+
+BASELINES = ("edge-float", "edge-int8", "cloud-photo", "cloud-raw")
+"""Measured whatever is predicted of them, so that a plan says what not splitting costs."""
+MOST = 10
+_WITHIN = 1.5
+_SPLITS = 2
+"""The best of these are measured even where not splitting looks better."""
+_LEAST_S, _MOST_S = 30.0, 600.0
+_ATTEMPTS, _CONNECT_S, _MAX_REPLY = 3, 5.0, 2**30
+
+
+@dataclass(frozen=True)
+class Functions:
+    """Where candidates run: the head's URL, the tail's as it is reached over the link, and the tail's own.
+
+    The last is used to warm up, so that nobody waits for a model to load over a slow link.
+    """
+
+    head: str
+    tail: str
+    tail_direct: str
+
+
+def contenders(
+    candidates: Sequence[Candidate], objective: Objective, constraints: Constraints, most: int = MOST
+) -> list[Candidate]:
+    """Whom to measure: of those that may be chosen the `most` promising, none far behind the best, and baselines."""
+    value = VALUES[objective]
+    unlimited = replace(constraints, latency_s=None)
+    able = sorted((c for c in candidates if not c.refused and not broken(c, unlimited)), key=value)
+    near = [c for c in able if value(c) <= _WITHIN * value(able[0])][:most]
+    splits = [c for c in able if c.kind == "split"][:_SPLITS]
+    names = {c.name for c in (*near, *splits)} | set(BASELINES)
+    return [c for c in candidates if c.name in names]
+
+
+def measure(
+    candidates: Sequence[Candidate],
+    digest: str,
+    bundle: Bundle,
+    functions: Functions,
+    examples: Sequence[Example],
+    tables: Tables,
+    variant: Callable[[str], Bundle],
+    *,
+    constraints: Constraints | None = None,
+    rounds: int = ROUNDS,
+    eliminate: bool = True,
+    seed: int = 0,
+    told: Callable[[str], None] = lambda text: None,
+) -> tuple[Candidate, ...]:
+    """`candidates` with what they took. `digest` is that of `bundle`, which the functions find in their registry.
+
+    One that fails is refused, with the reason, and the others go on. Those that break `constraints`, other than in
+    time, are measured beside the others and put none of them out.
+
+    Raises:
+        HopError: the functions cannot be reached, so that no candidate runs.
+    """
+    hops = {
+        url: HttpHop(url, attempts=_ATTEMPTS, connect_timeout_s=_CONNECT_S, max_reply_bytes=_MAX_REPLY)
+        for url in dict.fromkeys((functions.head, functions.tail, functions.tail_direct))
+    }
+    failed: dict[str, IsthmusError] = {}
+    runs: dict[str, Run] = {}
+    try:
+        for i, candidate in enumerate(candidates):
+            told(f"warming up {candidate.name}, {i + 1} of {len(candidates)}")
+            near = (hops[functions.head], hops[functions.tail_direct])
+            try:
+                requester(candidate, digest, bundle, near, examples, tables, variant)(0)
+            except IsthmusError as e:
+                failed[candidate.name] = e
+                continue
+            far = (hops[functions.head], hops[functions.tail])
+            runs[candidate.name] = requester(candidate, digest, bundle, far, examples, tables, variant)
+        if failed and not runs:
+            raise next(iter(failed.values()))
+        # A connection's first bytes wait for a round trip more than those of the router, which keeps its own.
+        linked = [c for c in candidates if c.name in runs and c.kind != "edge"]
+        if linked:
+            runs[min(linked, key=lambda c: c.up_bytes).name](0)
+        expected = {c.name: c.predicted.total for c in candidates}
+        kept = replace(constraints or Constraints(), latency_s=None)
+        found = race(
+            runs,
+            expected=expected,
+            beside={c.name for c in candidates if c.refused or broken(c, kept)},
+            rounds=rounds,
+            eliminate=eliminate,
+            seed=seed,
+            told=told,
+        )
+    finally:
+        for hop in hops.values():
+            hop.close()
+    return tuple(
+        replace(c, refused=f"it failed: {failed[c.name].message[:500]}")
+        if c.name in failed
+        else replace(c, measured=found[c.name])
+        for c in candidates
+    )
+
+
+def requester(
+    candidate: Candidate,
+    digest: str,
+    bundle: Bundle,
+    hops: tuple[HttpHop, HttpHop],
+    examples: Sequence[Example],
+    tables: Tables,
+    variant: Callable[[str], Bundle],
+) -> Run:
+    """What runs one request of a candidate, from the photo on where there is one, and says what its parts took."""
+    route = route_of(candidate, digest, bundle, hops, tables, variant)
+    photo = photo_of(candidate, bundle, hops)
+    longest_s = min(_MOST_S, max(_LEAST_S, 10 * candidate.predicted.total))
+
+    ordered = _typical_first(examples)
+
+    def run(n: int) -> Mapping[str, float]:
+        example = ordered[n % len(ordered)]
+        context = Context.from_headers({}, longest_s=longest_s)
+        start = time.perf_counter()
+        if photo is not None and example.photo is not None:
+            made_s = 0.0
+            result = pipeline.run(route, {}, context, photo.pack(example.photo))
+        else:
+            arrays = _inputs(bundle, example)
+            made_s = time.perf_counter() - start
+            result = pipeline.run(route, arrays, context)
+        total = time.perf_counter() - start
+        return {"total": total, "preprocess": made_s, **_parts(candidate, result)}
+
+    return run
+
+
+def _typical_first(examples: Sequence[Example]) -> list[Example]:
+    """Those of middling size first: who drops out early has run with them, and predictions are of medians."""
+
+    def size(example: Example) -> int:
+        return len(example.photo) if example.photo is not None else sum(a.nbytes for a in example.arrays.values())
+
+    middle = statistics.median_low(map(size, examples))
+    return sorted(examples, key=lambda e: abs(size(e) - middle))
+
+
+def _inputs(bundle: Bundle, example: Example) -> Mapping[str, Array]:
+    """The input arrays, made of the photo as the router would."""
+    if example.photo is None or bundle.preprocess is None:
+        return example.arrays
+    taken = next(s for s in bundle.inputs if s.name == bundle.preprocess["input"])
+    return {taken.name: preprocess(example.photo, bundle.preprocess, input=taken, max_pixels=MAX_PIXELS)}
+
+
+def _parts(candidate: Candidate, result: Result) -> dict[str, float]:
+    names = {"edge": ("edge",), "cloud": ("cloud",), "split": ("edge", "cloud")}[candidate.kind]
+    found = {"pack": sum(stage.pack_s for stage in result.stages)}
+    for name, stage in zip(names, result.stages, strict=True):
+        found |= {name: stage.total_s, f"{name}_run": stage.run_s}
+    return found

@@ -1,0 +1,178 @@
+"""A function's profiling route, as one who measures calls it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import stamina
+
+from isthmus import frame as frames
+from isthmus.client import Client
+from isthmus.connections import Answer
+from isthmus.device import Device, from_document
+from isthmus.errors import HopRejected, HopUnavailable, NotReady, Overloaded, ProfileMalformed
+from isthmus.frame import Frame
+
+MAX_GRAPH_BYTES = 256 * 2**20
+MAX_KERNELS = 1_000_000
+_ATTEMPTS = 6
+T = TypeVar("T")
+_TOTAL_MS = re.compile(r"(?:^|,)\s*total;[^,]*\bdur=([0-9.]+)")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a function said of one segment: docs/profile.md, "The route". Units: seconds, bytes.
+
+    `kernels` and `graph` are empty, and `memory_bytes` 0, where its deadline left no time for them.
+    """
+
+    device: Device
+    runs_s: tuple[float, ...]
+    decode_s: float
+    encode_s: float
+    input_bytes: int
+    output_bytes: int
+    weights_bytes: int
+    activation_bytes: int
+    arena_bytes: int
+    kernels: Mapping[str, float]
+    graph: bytes
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call that ran nothing: seconds as it was seen here, and those that passed inside the function."""
+
+    total_s: float
+    served_s: float
+
+
+class ProfiledFunction:
+    """A function at `url` that measures for those who hold `token`."""
+
+    def __init__(self, url: str, token: str, *, timeout_s: float = 60.0) -> None:
+        self.url = url.rstrip("/")
+        self._headers = {"Authorization": f"Bearer {token}", "Content-Type": frames.CONTENT_TYPE}
+        self._client = Client(self.url, timeout_s=timeout_s)
+
+    def device(self) -> Device:
+        """What it runs on.
+
+        Raises:
+            ProfilingOff, ProfilingRefused: it has no token, or another one.
+            HopUnavailable, HopTimeout: it cannot be reached.
+            ProfileMalformed: something else answers there.
+        """
+        return self._document([], {}, lambda doc: from_document(doc["device"]))
+
+    def measure(
+        self, frame: Frame, *, runs: int, warmup: int = 2, nodes: bool = False, memory: bool = True
+    ) -> Measured:
+        """Let it run the segment that `frame` names.
+
+        Raises:
+            As `device`, and what the segment raises on what it is given.
+        """
+        fields = {"runs": str(runs), "warmup": str(warmup), "nodes": str(int(nodes)), "memory": str(int(memory))}
+        return self._document(frames.encode_parts(frame), fields, _measured)
+
+    def echo(self, sent_bytes: int, answer_bytes: int) -> Call:
+        """Send a frame of so many bytes of payload and receive one; both are made and read as a hop does it.
+
+        Raises:
+            As `device`.
+        """
+        start = time.perf_counter()
+        body = frames.encode_parts(Frame({"echo": np.zeros(sent_bytes, np.uint8)}))
+        answer = self._post("/profile/echo", body, {"bytes": str(answer_bytes)})
+        frames.decode(answer.body, max_bytes=2 * answer_bytes + 2**20)
+        total_s = time.perf_counter() - start
+        served = _TOTAL_MS.search(answer.headers.get("server-timing", ""))
+        return Call(total_s, float(served[1]) / 1000 if served else 0.0)
+
+    def _document(
+        self, body: Sequence[bytes | memoryview], fields: Mapping[str, str], read: Callable[[Mapping[str, Any]], T]
+    ) -> T:
+        answer = self._post("/profile", body, fields)
+        try:
+            return read(json.loads(answer.body))
+        except (ValueError, KeyError, TypeError, AttributeError, zlib.error, RecursionError) as e:
+            raise ProfileMalformed(
+                f"{self.url}/profile answered with no measurement: {type(e).__name__}: {str(e)[:200]}",
+                path=self.url,
+                hint="give the URL of a segment function, such as edge-head or cloud-tail, not the router's",
+            ) from e
+
+    def _post(self, path: str, body: Sequence[bytes | memoryview], fields: Mapping[str, str]) -> Answer:
+        # A segment that takes longer to load than the function's deadline is there at a later try.
+        for attempt in stamina.retry_context(
+            on=(NotReady, Overloaded), attempts=_ATTEMPTS, timeout=None, wait_initial=1.0, wait_max=10.0
+        ):
+            with attempt:
+                return self._once(path, body, fields)
+        raise AssertionError("unreachable: the last attempt raises")
+
+    def _once(self, path: str, body: Sequence[bytes | memoryview], fields: Mapping[str, str]) -> Answer:
+        try:
+            return self._client.post(path, body, self._headers, dict(fields))
+        except HopUnavailable as e:
+            raise HopUnavailable(
+                e.message, hint=f"is a function deployed at {self.url}? try: curl {self.url}/ready", **e.facts
+            ) from e
+        except HopRejected as e:
+            if e.facts.get("status") in (404, 405):
+                raise HopRejected(
+                    f"{self.url} has no profiling route: {e.message}",
+                    hint="give the URL of a segment function of this version, such as edge-head or cloud-tail",
+                    **e.facts,
+                ) from e
+            raise
+
+
+def _measured(doc: Mapping[str, Any]) -> Measured:
+    memory, nodes = doc["memory"] or {}, doc["nodes"] or {}
+    kernels = nodes.get("kernels", [])
+    if len(kernels) > MAX_KERNELS:
+        raise ValueError(f"{len(kernels)} kernels; at most {MAX_KERNELS} are read")
+    runs = tuple(_seconds(s) for s in doc["runs_s"])
+    if not runs:
+        raise ValueError("no run was made")
+    return Measured(
+        device=from_document(doc["device"]),
+        runs_s=runs,
+        decode_s=_seconds(doc["decode_s"]),
+        encode_s=_seconds(doc["encode_s"]),
+        input_bytes=int(doc["input_bytes"]),
+        output_bytes=int(doc["output_bytes"]),
+        weights_bytes=int(memory.get("weights_bytes", 0)),
+        activation_bytes=int(memory.get("activation_bytes", 0)),
+        arena_bytes=int(memory.get("arena_bytes", 0)),
+        kernels={str(name): _seconds(s) for name, _, s in kernels},
+        graph=_unpacked(nodes.get("graph", "")),
+    )
+
+
+def _unpacked(text: str) -> bytes:
+    if not text:
+        return b""
+    reader = zlib.decompressobj()
+    graph = reader.decompress(base64.b64decode(text, validate=True), MAX_GRAPH_BYTES)
+    if not reader.eof:
+        raise ValueError(f"the optimised graph has more than {MAX_GRAPH_BYTES} bytes, or its end is missing")
+    return graph
+
+
+def _seconds(value: Any) -> float:
+    seconds = float(value)
+    if not 0 <= seconds < float("inf"):
+        raise ValueError(f"{value!r} is no number of seconds")
+    return seconds

@@ -1,0 +1,37 @@
+"""Which codecs a candidate may use at a cut: those that are here, and of a calibrated bundle those that it offers."""
+
+from __future__ import annotations
+
+from isthmus.calibration.choice import Choice
+from isthmus.calibration.fidelity import Fidelity, offered
+from isthmus.codecs import KNOWN, RAW, Codec, find
+
+_NO_CHOICE = (RAW, "photo/1")
+
+
+def usable_codecs(fidelity: Fidelity | None, cut: str) -> tuple[Choice, ...]:
+    """The choices at `cut`, raw first; "" is the cut before everything.
+
+    Where the bundle's fidelity knows the cut, each codec comes with the quality that takes the fewest bytes of those
+    offered; elsewhere every codec that needs no calibration.
+    """
+    if fidelity is not None and cut in fidelity.cuts():
+        best: dict[str, Choice] = {}
+        for entry in offered(fidelity, cut):
+            best.setdefault(entry.codec, Choice(entry.codec, entry.quality))
+        return (Choice(RAW), *(choice for codec, choice in best.items() if codec not in _NO_CHOICE))
+    here = ((codec, _codec(codec)) for codec in KNOWN if codec not in _NO_CHOICE)
+    return (Choice(RAW), *(Choice(codec) for codec, made in here if made is not None and not made.calibrated))
+
+
+def short_name(choice: Choice) -> str:
+    """A choice as candidates' names have it: `int8`, `transform-60` for a quality of 0.6."""
+    name = choice.codec.partition("/")[0]
+    return name if choice.quality == 1.0 else f"{name}-{round(100 * choice.quality)}"
+
+
+def _codec(codec: str) -> Codec | None:
+    try:
+        return find(codec)
+    except (ImportError, AttributeError):
+        return None  # not in this version

@@ -1,0 +1,57 @@
+"""The setting `codec`: one codec for every cut of the router's model, chosen by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from isthmus.calibration.choice import Choice, packings
+from isthmus.codecs import Packing, Tables, find
+from isthmus.errors import Missing, SettingsError
+from isthmus.pipeline import Route
+from isthmus.settings import RouterSettings
+
+
+def chosen(settings: RouterSettings) -> Choice | None:
+    """What the setting says; None where it is empty.
+
+    Raises:
+        SettingsError: no such codec or quality, or a share beyond 1 for the guard.
+    """
+    if settings.guard_share > 1:
+        raise SettingsError(
+            f"the setting guard_share is {settings.guard_share}; it is a share, from 0 to 1",
+            variable="guard_share",
+            value=settings.guard_share,
+        )
+    if not settings.codec:
+        return None
+    try:
+        return Choice.parse(settings.codec)
+    except ValueError as e:
+        raise SettingsError(f"the setting codec: {e}", variable="codec", value=settings.codec) from e
+
+
+def packed(route: Route, choice: Choice, tables: Tables) -> Route:
+    """The route with what crosses its cuts packed by `choice`; the model's own inputs go as they are.
+
+    Raises:
+        Missing: the codec needs calibration, and the bundle has none for a tensor that crosses.
+    """
+    calibrated = choice.codec != "raw" and find(choice.codec).calibrated
+
+    def table(tensor: str) -> object:
+        return tables(route.digest, tensor, choice.codec) if tensor in route.bundle.tables else None
+
+    made: list[Mapping[str, Packing]] = [{}]
+    for segment in route.segments[1:]:
+        if calibrated and not any(s.name in route.bundle.tables for s in segment.inputs):
+            raise Missing(
+                f"bundle {route.bundle.name} has no calibration of what {segment.id} takes, which {choice} needs",
+                kind="table",
+                name=segment.id,
+                exists=sorted(route.bundle.tables),
+                hint=f"calibrate it: isthmus calibrate {route.bundle.name} --data FOLDER",
+            )
+        made.append(packings(segment.inputs, choice, table))
+    return replace(route, packings=tuple(made))

@@ -1,0 +1,257 @@
+"""The accuracy guard: now and then a request is answered raw as well, and a bad codec steps aside.
+
+What a codec keeps was measured on the inputs of whoever calibrated it; other inputs may cost more. A step goes to the
+next safer way to pack: the codec's higher qualities, int8, half, raw. It is never taken back by itself: a new version
+of the bundle, or a restart, starts anew. Source: docs/calibration.md, "The guard".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import random
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+from isthmus import pipeline
+from isthmus.bundle import Bundle
+from isthmus.calibration.agreement import Measure, measure_for
+from isthmus.calibration.bounds import exceeds
+from isthmus.calibration.choice import RAW, Choice, is_exact
+from isthmus.calibration.fidelity import LIMIT, Fidelity
+from isthmus.calibration.ladder import ladder
+from isthmus.codecs import Packed, Packing
+from isthmus.context import Context
+from isthmus.errors import IsthmusError
+from isthmus.pipeline import Result, Route
+from isthmus.runners import Array
+from isthmus.serving.metrics import Metrics
+
+WINDOW = 500
+"""Checks of one route that are remembered; older ones are forgotten, so that a drift shows."""
+CONFIDENCE = 0.999
+"""That the limit is broken, before a step is taken: every check asks anew, so one in twenty would be too often."""
+IDLE_WAIT_S = 30.0
+"""How long a sampled request waits for the router to have nothing else to do before it is let go."""
+MAX_ROUTES = 256
+
+Fidelities: TypeAlias = Callable[[Bundle], Fidelity | None]
+"""Where a bundle's fidelity is looked up; None where it has none."""
+Key: TypeAlias = tuple[str, tuple[str, ...], tuple[tuple[str, str, float], ...]]
+
+_POLL_S = 0.02
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answered request, kept to be answered again."""
+
+    route: Route
+    inputs: Mapping[str, Array]
+    packed: Mapping[str, Packed]
+    outputs: Mapping[str, Array]
+    step: int
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The step that a route was on when it was taken, and what its answer says of that."""
+
+    step: int = 0
+    notes: Mapping[str, str | int] = field(default_factory=dict)
+
+
+UNWATCHED = Standing()
+
+
+@dataclass
+class Watched:
+    """What is known of one route: its ladder, the step it stands on, and how the latest checks came out."""
+
+    ladder: tuple[Choice, ...]
+    measure: Measure
+    limit: float
+    step: int = 0
+    seen: deque[bool] = field(default_factory=lambda: deque(maxlen=WINDOW))
+
+    @property
+    def disagreement(self) -> float:
+        """The share of the remembered checks whose answers differed."""
+        return self.seen.count(False) / len(self.seen) if self.seen else 0.0
+
+    def notes(self) -> dict[str, str | int]:
+        """What an answer's route says of it; nothing before the first step."""
+        if not self.step:
+            return {}
+        return {
+            "guard_step": self.step,
+            "guard_codec": str(self.ladder[self.step]),
+            "guard_instead_of": str(self.ladder[0]),
+        }
+
+
+class Guard:
+    """Checks a share of the requests that were packed, one at a time, while nothing else is in flight."""
+
+    def __init__(
+        self,
+        share: float,
+        fidelities: Fidelities,
+        metrics: Metrics,
+        log: logging.Logger,
+        *,
+        deadline_s: float,
+        draw: Callable[[], float] = random.random,
+    ) -> None:
+        self._share, self._fidelities, self._metrics, self._log = share, fidelities, metrics, log
+        self._deadline_s, self._draw = deadline_s, draw
+        self._lock = threading.Lock()
+        self._watched: OrderedDict[Key, Watched] = OrderedDict()
+        self._waiting: queue.Queue[Sample] = queue.Queue(maxsize=1)
+        self._worker: threading.Thread | None = None
+
+    def safer(self, route: Route) -> tuple[Route, Standing]:
+        """The route with the packings of the step that it stands on, as it is where no step was taken, and the step."""
+        if not route.packings:
+            return route, UNWATCHED
+        with self._lock:
+            watched = self._watched.get(_key(route))
+            if watched is None or not watched.step:
+                return route, UNWATCHED
+            standing = Standing(watched.step, watched.notes())
+            choice = watched.ladder[watched.step]
+        made = tuple(
+            {name: p for name, how in each.items() if (p := _packing(how, choice)) is not None}
+            for each in route.packings
+        )
+        return replace(route, packings=made), standing
+
+    def watch(
+        self,
+        route: Route,
+        standing: Standing,
+        inputs: Mapping[str, Array],
+        packed: Mapping[str, Packed],
+        result: Result,
+    ) -> None:
+        """Perhaps check this answer later; `route` is the one that was asked for, before `safer`."""
+        sent = {name for stage in result.stages for name in stage.codecs}
+        if not any(name in sent and not is_exact(p) for each in route.packings for name, p in each.items()):
+            return
+        if self._draw() >= self._share:
+            return
+        with self._lock:
+            if self._worker is None:
+                self._worker = threading.Thread(target=self._work, name="guard", daemon=True)
+                self._worker.start()
+        with contextlib.suppress(queue.Full):  # one is being checked and one waits: enough
+            self._waiting.put_nowait(Sample(route, inputs, packed, result.outputs, standing.step))
+
+    def _work(self) -> None:
+        while True:
+            sample = self._waiting.get()
+            try:
+                if self._idle():
+                    self.check(sample)
+            except IsthmusError as e:
+                # A hop that is away, a deadline: nothing was learned of the codec.
+                self._log.info("the guard's own request failed", extra={"facts": {"error": e.message}})
+            except Exception as e:
+                self._log.error("unexpected in the guard: %s", type(e).__name__, exc_info=e)
+
+    def _idle(self) -> bool:
+        until = time.monotonic() + IDLE_WAIT_S
+        while self._metrics.busy() > 0:
+            if time.monotonic() > until:
+                return False
+            time.sleep(_POLL_S)
+        return True
+
+    def check(self, sample: Sample) -> None:
+        """Answer one request raw, compare, and step down where the limit is broken beyond chance.
+
+        Raises:
+            IsthmusError: the raw answer could not be had.
+        """
+        watched = self._look(sample.route)
+        raw = replace(sample.route, packings=())
+        context = Context.from_headers({}, longest_s=self._deadline_s)
+        expected = pipeline.run(raw, sample.inputs, context, sample.packed)
+        same = watched.measure.same(expected.outputs, sample.outputs)
+        self._metrics.guard_checks.inc()
+        self._metrics.guard_disagreements.inc(not same)
+        with self._lock:
+            if sample.step != watched.step:
+                return  # of a codec that is no longer in use
+            watched.seen.append(same)
+            differing, count, share = watched.seen.count(False), len(watched.seen), watched.disagreement
+            stepped = watched.step + 1 < len(watched.ladder) and exceeds(
+                differing, count, 1 - watched.limit, CONFIDENCE
+            )
+            if stepped:
+                watched.step += 1
+                watched.seen.clear()
+            self._metrics.guard_disagreement.set(max(w.disagreement for w in self._watched.values()))
+            self._metrics.guard_step.set(max(w.step for w in self._watched.values()))
+        if stepped:
+            facts = {
+                "bundle": sample.route.digest,
+                "segments": [s.id for s in sample.route.segments],
+                "checks": count,
+                "disagreement": round(share, 4),
+                "limit": round(1 - watched.limit, 4),
+                **watched.notes(),
+            }
+            self._log.warning("the guard stepped to a safer codec", extra={"facts": facts})
+
+    def _look(self, route: Route) -> Watched:
+        key = _key(route)
+        with self._lock:
+            if (found := self._watched.get(key)) is not None:
+                self._watched.move_to_end(key)
+                return found
+        fidelity = self._fidelities(route.bundle)
+        measure = fidelity.measure if fidelity is not None else measure_for(route.bundle)
+        limit = fidelity.limit if fidelity is not None else LIMIT
+        made = Watched(ladder(_worst(route), _cut(route), fidelity), measure, limit)
+        with self._lock:
+            found = self._watched.setdefault(key, made)
+            while len(self._watched) > MAX_ROUTES:
+                self._watched.popitem(last=False)
+        return found
+
+
+def _packing(how: Packing, choice: Choice) -> Packing | None:
+    """How a tensor travels on the step of `choice`; None for raw."""
+    if is_exact(how):
+        return how
+    if choice == RAW:
+        return None
+    if choice.codec == how.codec:
+        return replace(how, quality=max(how.quality, choice.quality))
+    return Packing(choice.codec, choice.quality)
+
+
+def _worst(route: Route) -> Choice:
+    """The choice that the route's lossy packings have in common; of several, the one of the lowest quality."""
+    lossy = [Choice(p.codec, p.quality) for each in route.packings for p in each.values() if not is_exact(p)]
+    return min(lossy, key=lambda c: (c.quality, c.codec), default=RAW)
+
+
+def _cut(route: Route) -> str:
+    """The cut before the first segment that anything lossy is sent to."""
+    for segment, each in zip(route.segments, route.packings, strict=False):
+        if any(not is_exact(p) for p in each.values()):
+            return segment.id.partition("..")[0]
+    return ""
+
+
+def _key(route: Route) -> Key:
+    """What makes a route another one for the guard: its segments, and each tensor's codec and quality."""
+    packings = tuple((name, p.codec, p.quality) for each in route.packings for name, p in each.items())
+    return route.digest, tuple(s.id for s in route.segments), packings

@@ -1,0 +1,67 @@
+"""One request to a function: what it brings, what it is answered with, and where its time goes."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from werkzeug.datastructures import EnvironHeaders
+
+from isthmus.context import Context
+
+_NOT_IN_A_TIMING = re.compile(r"[^\w.-]", re.ASCII)
+
+
+@dataclass
+class Timings:
+    """The stages of one request, in order, for Server-Timing and the histogram."""
+
+    began: float = field(default_factory=time.perf_counter)
+    stages: list[tuple[str, float, str]] = field(default_factory=list)
+
+    def add(self, stage: str, seconds: float, description: str = "") -> None:
+        """Note that `stage` took that long."""
+        self.stages.append((stage, seconds, description))
+
+    def since(self) -> float:
+        """Seconds since it began."""
+        return time.perf_counter() - self.began
+
+    def header(self) -> str:
+        """Source: W3C Server Timing; durations in milliseconds."""
+        stages = (*self.stages, ("total", self.since(), ""))
+        return ", ".join(f"{name}{_described(desc)};dur={seconds * 1000:.3f}" for name, seconds, desc in stages)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One admitted request: its body, headers and query, its context, and where it notes its timings."""
+
+    body: bytes | memoryview
+    headers: EnvironHeaders
+    query: Mapping[str, str]
+    context: Context
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a request is answered with, in parts that follow each other; Content-Type is among the headers."""
+
+    body: bytes | Sequence[bytes | memoryview]
+    headers: Mapping[str, str]
+    status: int = 200
+
+    @property
+    def parts(self) -> Sequence[bytes | memoryview]:
+        """The body's parts."""
+        return [self.body] if isinstance(self.body, bytes) else self.body
+
+
+@lru_cache(256)
+def _described(text: str) -> str:
+    """A timing's description; a segment's id comes from a manifest, and must not end the header's value or line."""
+    return f';desc="{_NOT_IN_A_TIMING.sub("_", text)}"' if text else ""

@@ -1,0 +1,330 @@
+"""Calibration from photos and arrays: what is learned, what is measured and published, and what data is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from bundles import Published, pair_model, photo, publish, publish_photos
+from isthmus.bundle import Blob, digest_of
+from isthmus.calibration.agreement import measure_for
+from isthmus.calibration.calibrate import CHOICES, calibrate
+from isthmus.calibration.choice import Choice
+from isthmus.calibration.crossing import crossing
+from isthmus.calibration.fidelity import model_digest, offered, read, to_json
+from isthmus.calibration.inputs import files_in, open_source, split
+from isthmus.calibration.running import runs_here
+from isthmus.calibration.spool import Spool
+from isthmus.cli import app
+from isthmus.errors import CalibrationError
+from isthmus.graph import add_cuts
+from isthmus.registry import FolderStore, Registry, SegmentCache
+from isthmus.settings import SegmentSettings
+from segments import run_whole
+
+PLAIN = tuple(c for c in CHOICES if c.codec != "transform/1")
+
+
+def isthmus(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def document(result: Result) -> Any:
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def refusal(result: Result) -> Any:
+    assert result.exit_code == 1, result.output
+    return json.loads(result.stderr)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Published:
+    return publish_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture
+def photos(original: Published, tmp_path: Path) -> Published:
+    folder = tmp_path / "registry"
+    shutil.copytree(original.folder, folder)
+    return replace(original, folder=folder)
+
+
+@pytest.fixture(scope="module")
+def album(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("album")
+    for seed in range(24):
+        (folder / f"{seed}.png").write_bytes(photo((12, 10), seed))
+    (folder / "notes.txt").write_text("where these were taken")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def calibrated(original: Published, album: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A registry with the model calibrated at one cut, and what the command printed."""
+    folder = tmp_path_factory.mktemp("calibrated") / "registry"
+    shutil.copytree(original.folder, folder)
+    cuts = ("--at", "6")
+    return folder, document(
+        isthmus("calibrate", "photos", "--data", album, *cuts, "--inputs", 32, "--registry", folder, "--json")
+    )
+
+
+def runner(published: Published, folder: Path) -> Any:
+    settings = SegmentSettings(registry=str(published.folder), cache_dir=str(folder), threads=1)
+    return runs_here(published.digest, SegmentCache(published.registry, folder, 2**30), settings)
+
+
+# The command
+
+
+def test_calibrating_publishes_tables_and_a_fidelity_as_the_next_version(calibrated: tuple[Path, Any]) -> None:
+    said = calibrated[1]
+    assert (said["name"], said["version"]) == ("photos", "2")
+    assert said["inputs"] == {
+        "source": said["inputs"]["source"],
+        "files": 24,
+        "calibrated": 16,
+        "held_out": 16,
+        "made": said["inputs"]["made"],
+    }
+    assert "parts" in said["inputs"]["made"]
+    assert {e["cut"] for e in said["entries"]} == {"6"}
+    assert set(said["tables"]) == {"p6"}
+    assert {r["codec"] for r in said["references"]} == {"jpeg", "webp"}
+    at6 = {(e["codec"], e["quality"]): e for e in said["entries"] if e["cut"] == "6"}
+    assert at6["raw", 1.0]["bytes"] == 16 * 4 * 4 * 4
+    assert at6["half/1", 1.0]["bytes"] == at6["raw", 1.0]["bytes"] // 2
+    for e in at6.values():
+        assert e["low"] <= e["agreement"] <= e["high"]
+        assert e["offered"] == (e["agreement"] >= said["limit"])
+    exact = at6["lossless/1", 1.0]
+    assert (exact["agreement"], exact["low"], exact["error"]) == (1, 1, 0)
+    finest, coarsest = at6["transform/1", 1.0], at6["transform/1", 0.0]
+    assert finest["bytes"] > coarsest["bytes"]
+    assert finest["agreement"] >= coarsest["agreement"]
+
+
+def test_the_codec_command_shows_the_curves_and_finds_targets(calibrated: tuple[Path, Any], tmp_path: Path) -> None:
+    folder, said = calibrated
+    found = document(isthmus("codec", "photos", "--registry", folder, "--json"))
+    assert found["entries"] == said["entries"]
+    assert found["chosen"] == {}
+    picture = tmp_path / "curves.svg"
+    result = isthmus("codec", "photos", "--at", "6", "--agreement", "0.99", "--picture", picture, "--registry", folder)
+    assert result.exit_code == 0, result.output
+    assert "keeps" in result.stdout
+    assert "jpeg 85" in result.stdout
+    assert "<svg" in picture.read_text()
+    small = document(isthmus("codec", "photos", "--at", "6", "--bytes", "300B", "--registry", folder, "--json"))
+    assert small["chosen"]["6"]["bytes"] <= 300
+    assert refusal(isthmus("codec", "photos", "--at", "5", "--registry", folder, "--json"))["type"] == "Missing"
+    nothing = refusal(isthmus("codec", "photos", "--bytes", "1B", "--registry", folder, "--json"))
+    assert nothing["type"] == "CalibrationError"
+    assert "closest" in nothing["facts"]
+    assert (
+        "not a size" in refusal(isthmus("codec", "photos", "--bytes", "few", "--registry", folder, "--json"))["error"]
+    )
+
+
+def test_calibrating_shows_a_table_for_people(photos: Published, album: Path) -> None:
+    result = isthmus("calibrate", "photos", "--data", album, "--at", "6", "--inputs", 16, "--registry", photos.folder)
+    assert result.exit_code == 0, result.output
+    assert "photos:2" in result.stdout
+    assert "transform/1@0.5" in result.stdout
+
+
+def test_a_bundle_that_was_not_calibrated_says_how(photos: Published) -> None:
+    said = refusal(isthmus("codec", "photos", "--registry", photos.folder, "--json"))
+    assert said["type"] == "CalibrationError"
+    assert "isthmus calibrate photos" in said["hint"]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ("empty", "no folder"),
+        ("nowhere", "no folder"),
+        ("text", "0 photos or arrays"),
+        ("one", "1 photos or arrays"),
+        ("mixed", "both photos and arrays"),
+        ("broken", "cannot be used"),
+        ("few", "inputs to calibrate with"),
+        ("wrong-shape", "does not fit the model"),
+        ("wrong-dtype", "does not fit the model"),
+        ("wrong-name", "does not fit the model"),
+        ("objects", "holds no arrays"),
+        ("torn", "holds no arrays"),
+    ],
+)
+def test_data_that_does_not_fit_is_refused(photos: Published, tmp_path: Path, data: str, said: str) -> None:
+    folder = tmp_path / "data"
+    x = np.zeros((1, 3, 8, 8), np.float32)
+    if data != "nowhere":
+        folder.mkdir()
+    if data == "text":
+        (folder / "a.txt").write_text("a")
+    if data in ("one", "mixed", "broken"):
+        (folder / "a.png").write_bytes(photo())
+    if data == "mixed":
+        np.save(folder / "b.npy", x)
+    if data == "broken":
+        for name in "bcdefg":
+            (folder / f"{name}.png").write_bytes(photo()[:60])
+    for i in range(8):
+        if data == "few":
+            np.save(folder / f"{i}.npy", x)
+        elif data == "wrong-shape":
+            np.save(folder / f"{i}.npy", x[:, :, :4])
+        elif data == "wrong-dtype":
+            np.save(folder / f"{i}.npy", x.astype(np.float64))
+        elif data == "wrong-name":
+            np.savez(folder / f"{i}.npz", y=x)
+        elif data == "objects":
+            np.save(folder / f"{i}.npy", np.array([{}], dtype=object), allow_pickle=True)
+        elif data == "torn":
+            (folder / f"{i}.npz").write_bytes(b"PK\x03\x04torn")
+    found = refusal(
+        isthmus("calibrate", "photos", "--data", folder, "--at", "6", "--registry", photos.folder, "--json")
+    )
+    assert found["type"] == "CalibrationError"
+    assert said in found["error"]
+
+
+def test_photos_for_a_model_without_processing_are_refused(tmp_path: Path, album: Path) -> None:
+    made = publish(tmp_path, pair_model(tmp_path / "pair.onnx"), {}, partitions=[["1"]])
+    with pytest.raises(CalibrationError, match="no pre-processing") as e:
+        open_source(made.bundle, files_in(album), "album", 24)
+    assert ".npz" in e.value.hint
+
+
+def test_a_fidelity_of_another_model_is_refused(calibrated: tuple[Path, Any], tmp_path: Path) -> None:
+    other = publish_photos(tmp_path, seed=1)
+    registry = Registry(FolderStore(calibrated[0]))
+    source = registry.resolve("photos").bundle
+    assert source.fidelity is not None
+    data = registry.blob(source.fidelity)
+    carried = replace(other.bundle, fidelity=Blob(digest_of(data), len(data)))
+    with pytest.raises(CalibrationError, match="another model"):
+        read(carried, lambda _: data)
+    assert read(source, lambda _: data) is not None
+    assert read(other.bundle, lambda _: data) is None
+
+
+def test_more_cuts_are_still_the_same_model(photos: Published, tmp_path: Path) -> None:
+    cache = SegmentCache(photos.registry, tmp_path / "cache", 2**30)
+    with cache.locate(photos.digest, "..") as whole:
+        more, _ = add_cuts(photos.bundle, whole.path, [["0"]], tmp_path)
+    assert more != photos.bundle
+    assert model_digest(more) == model_digest(photos.bundle)
+
+
+# Inputs and cuts
+
+
+def test_no_file_is_on_both_sides_of_the_split(photos: Published, album: Path) -> None:
+    source = open_source(photos.bundle, files_in(album), "album", 100)
+    one, other = split(source, 100)
+    assert len(one) == len(other) == 12
+    assert not set(one) & set(other)
+    examples = list(source.examples(one, 50))
+    assert len(examples) == 50
+    assert {e.group for e in examples} == {str(p) for p in one}
+    again = list(source.examples(one, 50))
+    assert all(np.array_equal(a.arrays["x"], b.arrays["x"]) for a, b in zip(examples, again, strict=True))
+    assert len({e.arrays["x"].tobytes() for e in examples}) > 40
+
+
+def test_arrays_may_hold_many_inputs_each(tmp_path: Path) -> None:
+    made = publish(tmp_path, pair_model(tmp_path / "pair.onnx"), {}, partitions=[["1"]])
+    rng = np.random.default_rng(0)
+    data = tmp_path / "data"
+    data.mkdir()
+    for i in range(4):
+        x = rng.standard_normal((20, 1, 32)).astype(np.float32)
+        np.savez(data / f"{i}.npz", x=x, mask=np.ones((20, 1, 32), np.float32))
+    source = open_source(made.bundle, files_in(data), "data", 40)
+    examples = list(source.examples(source.files, 40))
+    assert len(examples) == 40
+    assert all(e.arrays["x"].shape == (1, 32) for e in examples)
+
+
+def test_a_model_of_several_inputs_and_early_outputs_is_measured_by_closeness(tmp_path: Path) -> None:
+    made = publish(tmp_path, pair_model(tmp_path / "pair.onnx"), {}, partitions=[["1"]])
+    rng = np.random.default_rng(0)
+    data = tmp_path / "data"
+    data.mkdir()
+    for i in range(20):
+        arrays = {name: rng.standard_normal((1, 32)).astype(np.float32) for name in ("x", "mask")}
+        np.savez(data / f"{i}.npz", **arrays)  # type: ignore[arg-type]
+    found = calibrate(
+        made.bundle,
+        open_source(made.bundle, files_in(data), "data", 20),
+        runner(made, tmp_path / "cache"),
+        tmp_path,
+        cuts=["1"],
+        count=20,
+        limit=0.99,
+        measure=measure_for(made.bundle),
+        choices=PLAIN,
+    )
+    entries = {e.codec: e for e in found.fidelity.entries if e.quality == 1}
+    assert found.fidelity.measure.kind == "close"
+    assert set(found.fidelity.measure.scales) == {"early", "late"}
+    assert entries["half/1"].agreement == 1
+    assert 0 < entries["int8/1"].error < 0.05
+    assert entries["int4/1"].error > entries["int8/1"].error
+    assert "raw" in [e.codec for e in offered(found.fidelity, "1")]
+    assert found.fidelity.references == ()
+    assert set(found.files) == found.bundle.blobs() - made.bundle.blobs()
+    assert len(to_json(found.fidelity)) == found.bundle.fidelity.size  # type: ignore[union-attr]
+
+
+def test_a_cut_of_a_longer_partition_is_reached_through_its_segments(photos: Published, tmp_path: Path) -> None:
+    direct = crossing(photos.bundle, "1")
+    ids = lambda c: ([s.id for s in c.head], [s.id for s in c.tail])  # noqa: E731
+    assert ids(direct) == (["..1"], ["1.."])
+    fewer = {k: v for k, v in photos.bundle.segments.items() if k not in ("1..", "..6")}
+    around = replace(photos.bundle, segments=fewer)
+    assert ids(crossing(around, "1")) == (["..1"], ["1..6", "6.."])
+    assert ids(crossing(around, "6")) == (["..1", "1..6"], ["6.."])
+    run = runner(photos, tmp_path / "cache")
+    whole = run_whole(photos.onnx, [photos.inputs])[0]["logits"]
+    for cut in ("1", "6", "3"):
+        at = crossing(around, cut)
+        crossed, early = at.before(run, photos.inputs)
+        assert np.allclose(at.after(run, crossed, early)["logits"], whole, atol=1e-5)
+    with pytest.raises(CalibrationError, match="no segments"):
+        crossing(replace(photos.bundle, segments={"..": photos.bundle.segment("..")}), "1")
+
+
+def test_what_crosses_is_kept_in_files_and_read_as_often_as_asked(photos: Published, tmp_path: Path) -> None:
+    spool = Spool([crossing(photos.bundle, "6")], runner(photos, tmp_path / "cache"), tmp_path)
+    for seed in range(3):
+        x = np.random.default_rng(seed).standard_normal((1, 3, 8, 8)).astype(np.float32)
+        spool.add({"x": x})
+    samples = spool.crossed("6").tensor("p6")
+    first, second = list(samples), list(samples)
+    assert [a.shape for a in first] == [(1, 16, 4, 4)] * 3
+    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+    assert len(list(tmp_path.glob("*.frame"))) == 3
+
+
+def test_every_codec_of_tensors_is_measured() -> None:
+    from isthmus.codecs import KNOWN
+
+    assert {c.codec for c in CHOICES} == set(KNOWN) - {"photo/1"}
+    assert len(set(CHOICES)) == len(CHOICES)
+    assert all(Choice.parse(str(c)) == c for c in CHOICES)

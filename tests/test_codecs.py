@@ -1,0 +1,483 @@
+"""The plain codecs: what comes back and how near, in frames and through functions."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from flask.testing import FlaskClient
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from typer.testing import CliRunner
+
+from bundles import (
+    TOLERANCE,
+    Published,
+    pair_model,
+    photo,
+    photo_array,
+    publish,
+    publish_photos,
+    ready,
+    segment_settings,
+)
+from isthmus import frame as frames
+from isthmus.bundle import WHOLE, Blob, digest_of
+from isthmus.cli import app
+from isthmus.codecs import KNOWN, NotPackable, Packed, Packing, find, pack
+from isthmus.codecs.affine import MAX_OFFSET
+from isthmus.errors import FrameMalformed
+from isthmus.frame import DTYPES, Frame
+from isthmus.registry import FolderStore, Registry
+from isthmus.serving import create_segment_app
+
+Array = np.ndarray[Any, np.dtype[Any]]
+BOUND = 2**20
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+PLAIN = ("half/1", "bfloat16/1", "lossless/1", "int8/1", "int4/1", "sparse/1")
+LOSSY = ("int8/1", "int4/1")
+CODED_FLOATS = [np.dtype("<f4"), np.dtype("<f2"), BFLOAT16]
+SHAPES = [(), (1,), (7,), (2, 3), (1, 5, 4, 3), (2, 3, 5), (0,), (2, 0, 3), (1, 3, 0, 2), (2, 2, 2, 2, 2)]
+
+
+def back(codec: str, array: Array, quality: float = 1.0) -> Array:
+    """`array` packed and unpacked, whether or not that makes it smaller."""
+    payload = find(codec).encode(array, Packing(codec, quality))
+    return find(codec).decode(memoryview(payload), array.dtype.newbyteorder("<"), array.shape, None)
+
+
+def feature_map(*shape: int, seed: int = 0) -> Array:
+    rng = np.random.default_rng(seed)
+    scale = np.exp(rng.standard_normal((1, shape[1], *[1] * (len(shape) - 2))))
+    return (rng.laplace(size=shape) * scale).astype("float32")
+
+
+def relu(*shape: int) -> Array:
+    return np.maximum(feature_map(*shape), 0)
+
+
+def bits(array: Array) -> bytes:
+    return np.ascontiguousarray(array).tobytes()
+
+
+any_dtype = st.sampled_from(sorted(DTYPES)).map(DTYPES.__getitem__)
+any_shape = hnp.array_shapes(min_dims=0, max_dims=5, min_side=0, max_side=6)
+
+
+@st.composite
+def any_bits(draw: st.DrawFn) -> Array:
+    """An array of any dtype and shape with any bits: NaN of every kind, denormals, negative zero."""
+    dtype, shape = draw(any_dtype), draw(any_shape)
+    count = int(np.prod(shape, dtype=int))
+    data = draw(st.binary(min_size=count * dtype.itemsize, max_size=count * dtype.itemsize))
+    array = np.frombuffer(data, dtype).reshape(shape)
+    return (array.view(np.uint8) & 1).view(np.bool_) if dtype == np.bool_ else array
+
+
+finite_floats = any_shape.flatmap(
+    lambda shape: hnp.arrays(np.float32, shape, elements=st.floats(-(2.0**40), 2.0**40, width=32))
+)
+
+
+@given(any_bits())
+@settings(max_examples=120, deadline=None)
+def test_lossless_gives_every_bit_of_every_dtype_back(array: Array) -> None:
+    got = back("lossless/1", array)
+    assert (got.dtype, got.shape) == (array.dtype, array.shape)
+    assert bits(got) == bits(array)
+    assert not np.shares_memory(got, array)
+
+
+@given(any_bits())
+@settings(max_examples=120, deadline=None)
+def test_sparse_at_full_quality_gives_every_bit_of_every_float_back(array: Array) -> None:
+    if array.dtype.kind not in "fV":
+        with pytest.raises(NotPackable):
+            back("sparse/1", array)
+        return
+    got = back("sparse/1", array)
+    assert (got.dtype, got.shape) == (array.dtype, array.shape)
+    assert bits(got) == bits(array)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_a_large_tensor_that_compresses_in_part_comes_back_exactly(dtype: str) -> None:
+    for array in (feature_map(1, 40, 16, 16), np.round(relu(1, 40, 16, 16)), np.full((3, 5000), -0.0, "float32")):
+        given = array.astype(DTYPES[dtype])
+        for codec in ("lossless/1", "sparse/1"):
+            assert bits(back(codec, given)) == bits(given)
+
+
+@given(finite_floats)
+@settings(max_examples=120, deadline=None)
+def test_int8_is_within_a_255th_of_the_range(array: Array) -> None:
+    try:
+        got = back("int8/1", array)
+    except NotPackable:
+        return
+    assert (got.dtype, got.shape) == (array.dtype, array.shape)
+    if array.size:
+        assert np.abs(got.astype(float) - array).max() <= 0.7 * step_of(array, 254)
+
+
+@given(finite_floats)
+@settings(max_examples=120, deadline=None)
+def test_int4_is_within_a_15th_of_each_channels_range(array: Array) -> None:
+    try:
+        got = back("int4/1", array)
+    except NotPackable:
+        return
+    assert (got.dtype, got.shape) == (array.dtype, array.shape)
+    if not array.size:
+        return
+    axis = 2 if array.ndim == 3 else 1
+    pairs = [(array, got)] if array.ndim < 3 else zip(*(np.moveaxis(a, axis, 0) for a in (array, got)), strict=True)
+    for before, after in pairs:
+        # 1/128 more: the step is rounded up to two bytes.
+        assert np.abs(after.astype(float) - before).max() <= 0.7 * 1.008 * step_of(before, 14)
+
+
+def step_of(array: Array, levels: int) -> float:
+    values = array.astype(float)
+    return float(max(np.ptp(values) / levels, np.abs(values).max() / (MAX_OFFSET / 2), 2.0**-126))
+
+
+@pytest.mark.parametrize(("codec", "levels"), [("int8/1", 254), ("int4/1", 14)])
+def test_ordinary_values_are_rounded_to_the_nearest_level(codec: str, levels: int) -> None:
+    array = np.linspace(-3, 5, 9999, dtype="float32").reshape(1, 1, 99, 101)
+    assert np.abs(back(codec, array) - array).max() <= 0.505 * 8 / levels
+
+
+@pytest.mark.parametrize("codec", LOSSY)
+@pytest.mark.parametrize(
+    "array", [relu(1, 6, 9, 9), -relu(1, 6, 9, 9), feature_map(1, 6, 9, 9) * (relu(1, 6, 9, 9) > 0)]
+)
+def test_zero_stays_zero(codec: str, array: Array) -> None:
+    assert not back(codec, array)[array == 0].any()
+    assert not back("sparse/1", array, 0.3)[array == 0].any()
+
+
+@pytest.mark.parametrize("codec", LOSSY)
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -1 / 3, 6e4, 1.2e-6, 123456.78])
+@pytest.mark.parametrize("shape", [(), (5,), (1, 3, 4, 4), (2, 7, 3)])
+def test_a_constant_comes_back_exactly(codec: str, value: float, shape: tuple[int, ...]) -> None:
+    array = np.full(shape, value, "float32")
+    assert np.array_equal(back(codec, array), array)
+
+
+def test_constant_channels_come_back_exactly_beside_others() -> None:
+    array = feature_map(1, 8, 5, 5)
+    array[:, 3], array[:, 5], array[:, 6] = 0, -0.3, 1e-9
+    assert np.array_equal(back("int4/1", array)[:, [3, 5, 6]], array[:, [3, 5, 6]])
+
+
+@pytest.mark.parametrize("codec", PLAIN)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_comes_back_with_its_dtype(codec: str, shape: tuple[int, ...]) -> None:
+    for dtype in CODED_FLOATS:
+        array = np.random.default_rng(3).standard_normal(shape).astype(dtype)
+        try:
+            got = back(codec, array)
+        except NotPackable:
+            assert codec in ("half/1", "bfloat16/1")
+            assert dtype.itemsize == 2
+            continue
+        assert (got.dtype, got.shape) == (dtype, shape)
+        assert np.allclose(got.astype(float), array.astype(float), atol=0.4)
+
+
+@pytest.mark.parametrize("codec", PLAIN)
+def test_strided_and_big_endian_arrays_pack_as_their_contiguous_copies(codec: str) -> None:
+    base = feature_map(2, 6, 8, 10)
+    for array in (base.transpose(0, 3, 1, 2), base[:, ::2, :, ::-1], np.asfortranarray(base), base.astype(">f4")):
+        got, expected = back(codec, array), back(codec, np.ascontiguousarray(array, "<f4"))
+        assert bits(got) == bits(expected)
+
+
+@pytest.mark.parametrize("codec", PLAIN)
+@pytest.mark.parametrize("dtype", [n for n in DTYPES if n not in ("float16", "bfloat16", "float32", "float64")])
+def test_integers_and_booleans_are_for_lossless_alone(codec: str, dtype: str) -> None:
+    array = np.ones((3, 4), DTYPES[dtype])
+    if codec == "lossless/1":
+        assert np.array_equal(back(codec, array), array)
+        return
+    with pytest.raises(NotPackable):
+        back(codec, array)
+    payload = memoryview(find(codec).encode(np.ones((3, 4), "float32"), Packing(codec)))
+    with pytest.raises(ValueError, match=dtype):
+        find(codec).decode(payload, DTYPES[dtype], (3, 4), None)
+
+
+@pytest.mark.parametrize("codec", ["int8/1", "int4/1"])
+def test_float64_is_not_quantised(codec: str) -> None:
+    with pytest.raises(NotPackable):
+        back(codec, np.arange(9.0))
+    with pytest.raises(NotPackable):
+        back("sparse/1", np.arange(9.0), 0.5)
+
+
+@pytest.mark.parametrize("codec", [*LOSSY, "sparse/1"])
+@pytest.mark.parametrize("dtype", CODED_FLOATS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_not_quantised(codec: str, dtype: np.dtype[Any], bad: float) -> None:
+    array = feature_map(1, 4, 5, 5).astype(dtype)
+    array[0, 2, 3, 3] = bad
+    with pytest.raises(NotPackable):
+        back(codec, array, 0.5)
+    assert pack(array, Packing(codec, 0.5)) is array
+
+
+@pytest.mark.parametrize("codec", [*LOSSY, "sparse/1"])
+@pytest.mark.parametrize(
+    "values",
+    [[-3.4e38, 3.4e38], [3.3e38, 3.4e38], [0, 1e-44], [1e-40, 2e-40], [1e-45, 1e-45], [0.0, 3e38], [-3e38, 0.0]],
+)
+def test_values_at_floats_limits_are_near_or_refused(codec: str, values: list[float]) -> None:
+    array = np.array(values, "float32")
+    try:
+        got = back(codec, array, 0.9)
+    except NotPackable:
+        return
+    assert np.isfinite(got).all()
+    assert np.abs(got.astype(float) - array).max() <= np.ptp(array.astype(float)) / 14 + np.abs(array).max() / 100
+
+
+def test_a_half_that_would_round_past_its_largest_value_is_refused() -> None:
+    # 64 is the space between float16's values there: the top level would be 65,536, which is infinite.
+    assert pack(np.linspace(-65504, 65504, 999).astype("float16"), Packing("int8/1")).dtype == np.float16
+
+
+@pytest.mark.parametrize(
+    ("codec", "dtype", "largest"), [("half/1", np.float16, 65519.0), ("bfloat16/1", ml_dtypes.bfloat16, 3.39e38)]
+)
+def test_two_bytes_are_the_nearest_and_never_turn_infinite(codec: str, dtype: Any, largest: float) -> None:
+    rng = np.random.default_rng(0)
+    array = (rng.standard_normal(5000) * np.exp(rng.uniform(-20, 9, 5000))).astype("float32")
+    assert bits(back(codec, array)) == bits(array.astype(dtype).astype("float32"))
+    double = array.astype("float64")
+    assert bits(back(codec, double)) == bits(double.astype(dtype).astype("float64"))
+    special = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, largest], "float32")
+    got = back(codec, special)
+    assert np.isnan(got[0])
+    assert got[1:5].tolist() == special[1:5].tolist()
+    assert np.signbit(got).tolist()[2:5] == [True, False, True]
+    assert np.isfinite(got[5])
+    for finite in (3.4e38, -3.4e38):
+        with pytest.raises(NotPackable):
+            back(codec, np.array([1.0, np.inf, finite], "float32"))
+    with pytest.raises(NotPackable):
+        back(codec, array.astype("float16"))
+
+
+@pytest.mark.parametrize("quality", [0.0, 0.25, 0.5, 0.75, 0.99])
+@pytest.mark.parametrize("signed", [False, True])
+def test_sparse_below_full_quality_is_within_half_its_step(quality: float, signed: bool) -> None:
+    array = feature_map(1, 16, 12, 12) * (relu(1, 16, 12, 12) > 1) if signed else relu(1, 16, 12, 12)
+    levels = min(max(1, round(2 ** (8 * quality))), 127 if signed else 255)
+    got = back("sparse/1", array, quality)
+    assert np.abs(got - array).max() <= 0.5001 * np.abs(array).max() / levels
+
+
+def test_more_quality_takes_more_bytes_and_errs_less() -> None:
+    array = relu(1, 64, 14, 14)
+    made = [pack(array, Packing("sparse/1", q)) for q in (0.25, 0.5, 0.75, 1.0)]
+    sizes = [p.nbytes for p in made]
+    errors = [float(np.abs(back("sparse/1", array, q) - array).max()) for q in (0.25, 0.5, 0.75, 1.0)]
+    assert sizes == sorted(sizes)
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] == 0
+
+
+def test_zeros_cost_a_bit_each_at_most() -> None:
+    array = relu(1, 32, 28, 28)
+    array[array < 3] = 0
+    there = np.count_nonzero(array)
+    packed = pack(array, Packing("sparse/1"))
+    assert packed.nbytes < array.size / 8 + 4 * there
+    assert packed.nbytes < pack(array, Packing("lossless/1")).nbytes
+
+
+def test_side_tensors_become_small() -> None:
+    sizes = {
+        "mask": (np.ones((1, 512), "int64"), 300),
+        "places": (np.arange(512, dtype="int64")[None], 600),
+        "causal": (np.tri(128, dtype=bool), 200),
+        "words": (np.random.default_rng(0).integers(0, 30_522, (1, 128)), 500),
+    }
+    for name, (array, most) in sizes.items():
+        packed = pack(array, Packing("lossless/1"))
+        assert isinstance(packed, Packed), name
+        assert packed.nbytes < most, name
+
+
+@pytest.mark.parametrize("codec", PLAIN)
+def test_pack_gives_the_array_itself_where_packing_would_not_make_it_smaller(codec: str) -> None:
+    for array in (np.zeros((0, 3), "float32"), np.array(2, "int8"), np.arange(3, dtype="float16")):
+        given = np.asarray(array)
+        assert pack(given, Packing(codec)) is given
+    assert isinstance(pack(relu(1, 8, 20, 20), Packing(codec)), Packed)
+
+
+def test_raw_and_unknown_codecs() -> None:
+    array = relu(1, 8, 4, 4)
+    assert pack(array, Packing("raw")) is array
+    with pytest.raises(KeyError):
+        pack(array, Packing("int9/1"))
+    assert set(PLAIN) | {"raw", "photo/1"} <= set(KNOWN)
+    assert not any(find(codec).calibrated for codec in PLAIN)
+    assert find("photo/1").calibrated
+
+
+def frame_of(array: Array, packing: Packing) -> bytes:
+    packed = find(packing.codec).encode(array, packing)
+    name = next(n for n, d in DTYPES.items() if d == array.dtype)
+    return frames.encode(Frame({}, packed={"x": Packed(packing.codec, name, array.shape, packed)}))
+
+
+def test_a_frame_says_which_tensors_came_packed() -> None:
+    array, side = relu(1, 8, 10, 10), np.arange(9)
+    packed = pack(array, Packing("int8/1"))
+    assert isinstance(packed, Packed)
+    data = frames.encode(Frame({"side": side}, packed={"x": packed}))
+    got = frames.decode(data, max_bytes=BOUND)
+    assert got.codecs == {"x": "int8/1"}
+    assert bits(got.tensors["x"]) == bits(back("int8/1", array))
+    assert np.array_equal(got.tensors["side"], side)
+
+
+@pytest.mark.parametrize("codec", ["int8/2", "int8", "", "transform/9", "../raw"])
+def test_a_codec_of_another_version_is_refused_by_name(codec: str) -> None:
+    data = frame_of(relu(1, 2, 3, 3), Packing("int8/1")).replace(b'"int8/1"', f'"{codec}"'.encode().ljust(8), 1)
+    with pytest.raises(FrameMalformed, match="has codec") as e:
+        frames.decode(data, max_bytes=BOUND)
+    assert e.value.facts["rule"] == "codec"
+    assert repr(codec) in str(e.value)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Published:
+    return publish_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture
+def client(photos: Published, tmp_path: Path) -> FlaskClient:
+    return ready(create_segment_app(segment_settings(photos, tmp_path / "cache")).test_client())
+
+
+def ask(client: FlaskClient, published: Published, segment: str, **given: Any) -> Any:
+    frame = Frame(**{"tensors": {}, "bundle": published.digest, "segment": segment} | given)
+    return client.post("/", data=frames.encode(frame))
+
+
+def logits(answer: Any) -> Array:
+    assert answer.status_code == 200, answer.data
+    return frames.decode(answer.data, max_bytes=BOUND).tensors["logits"]
+
+
+def as_photo(data: bytes, shape: tuple[int, ...] = (1, 3, 8, 8)) -> dict[str, Packed]:
+    return {"x": Packed("photo/1", "float32", shape, data)}
+
+
+@pytest.mark.parametrize("codec", PLAIN)
+def test_a_function_runs_its_segment_on_what_came_packed(client: FlaskClient, photos: Published, codec: str) -> None:
+    array = relu(1, 16, 8, 8)
+    packed = pack(array, Packing(codec))
+    assert isinstance(packed, Packed)
+    got = logits(ask(client, photos, "1..", packed={"r1": packed}))
+    assert np.array_equal(got, logits(ask(client, photos, "1..", tensors={"r1": back(codec, array)})))
+
+
+def test_a_photo_as_it_came_is_answered_as_its_tensor(client: FlaskClient, photos: Published) -> None:
+    for data in (photo(), photo(format="JPEG"), photo((30, 20))):
+        got = logits(ask(client, photos, WHOLE, packed=as_photo(data)))
+        if data == photo():
+            np.testing.assert_allclose(
+                got, logits(ask(client, photos, WHOLE, tensors={"x": photo_array(data)})), atol=1e-6
+            )
+        assert np.isfinite(got).all()
+    assert np.abs(photos.whole["logits"] - logits(ask(client, photos, WHOLE, tensors=photos.inputs))).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("packed", "status", "type"),
+    [
+        (as_photo(b"GIF89a"), 400, "ImageMalformed"),
+        (as_photo(photo()[:60]), 400, "ImageMalformed"),
+        (as_photo(b"%PDF-1.4 " * 9), 415, "MediaUnsupported"),
+        (as_photo(b""), 400, "ImageMalformed"),
+        (as_photo(photo(), (1, 3, 9, 9)), 400, "FrameMalformed"),
+        ({"y": as_photo(photo())["x"]}, 400, "FrameMalformed"),
+        ({"x": Packed("photo/1", "float16", (1, 3, 8, 8), photo())}, 400, "FrameMalformed"),
+    ],
+)
+def test_a_bad_photo_is_the_callers_fault(
+    client: FlaskClient, photos: Published, packed: dict[str, Packed], status: int, type: str
+) -> None:
+    answer = ask(client, photos, WHOLE, packed=packed)
+    assert (answer.status_code, answer.json["type"]) == (status, type), answer.data
+
+
+def test_a_photo_beyond_the_pixels_allowed_is_refused_undecoded(photos: Published, tmp_path: Path) -> None:
+    settings = segment_settings(photos, tmp_path / "cache", max_image_pixels=100)
+    small = ready(create_segment_app(settings).test_client())
+    answer = ask(small, photos, WHOLE, packed=as_photo(photo((20, 20))))
+    assert (answer.status_code, answer.json["type"]) == (413, "RequestTooLarge")
+
+
+def test_a_photo_needs_a_bundle_that_takes_photos(client: FlaskClient, photos: Published, tmp_path: Path) -> None:
+    zeros = {"x": np.zeros((1, 32), "float32"), "mask": np.ones((1, 32), "float32")}
+    pair = publish(tmp_path, pair_model(tmp_path / "pair.onnx"), zeros)
+    other = ready(create_segment_app(segment_settings(pair, tmp_path / "cache")).test_client())
+    answer = ask(other, pair, WHOLE, tensors={"mask": zeros["mask"]}, packed=as_photo(photo(), (1, 32)))
+    assert (answer.status_code, answer.json["type"], answer.json["facts"]["rule"]) == (400, "FrameMalformed", "payload")
+    assert "no tensor of that name from a photo" in answer.json["error"]
+    for digest, status in (("", 400), ("../../etc/passwd", 400), ("sha256:" + "0" * 64, 404)):
+        assert ask(client, photos, WHOLE, packed=as_photo(photo()), bundle=digest).status_code == status
+    with pytest.raises(FrameMalformed) as e:
+        frames.decode(frames.encode(Frame({}, packed=as_photo(photo()))), max_bytes=BOUND)
+    assert e.value.facts["rule"] == "table"
+
+
+def test_mutated_photos_are_answered_or_refused(client: FlaskClient, photos: Published) -> None:
+    rng = random.Random(5)
+    seeds = [photo(format=kind) for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP")]
+    statuses = set()
+    for _ in range(300):
+        data = bytearray(rng.choice(seeds))
+        for _ in range(rng.randint(1, 3)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        statuses.add(ask(client, photos, WHOLE, packed=as_photo(bytes(data))).status_code)
+    assert statuses <= {200, 400, 413, 415}
+    assert 200 in statuses
+
+
+def test_package_bakes_the_tables_that_each_function_needs(
+    photos: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = {name: frames.encode(Frame({"of": np.array(i)})) for i, name in enumerate(["p6", "r1"])}
+    blobs = {name: Blob(digest_of(data), len(data)) for name, data in tables.items()}
+    files = {}
+    for name, data in tables.items():
+        files[blobs[name].digest] = tmp_path / name
+        files[blobs[name].digest].write_bytes(data)
+    bundle = replace(photos.bundle, name="calibrated", tables=blobs)
+    photos.registry.publish(bundle, files)
+    monkeypatch.chdir(Path(__file__).parents[1])
+    arguments = ["package", "calibrated", "--output", tmp_path / "out", "--registry", photos.folder, "--json"]
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    made = tmp_path / "out" / "calibrated"
+    kept = {d.name: {f.name for f in (d / "segment" / "blobs").glob("*")} for d in made.iterdir() if d.is_dir()}
+    assert kept == {
+        "calibrated-head": set(),
+        "calibrated-tail": {blobs["p6"].digest[7:]},
+        "calibrated-router": set(),
+    }
+    small = Registry(FolderStore(made / "calibrated-router" / "registry"))
+    assert [small.blob(blobs[name]) for name in tables] == list(tables.values())

@@ -1,0 +1,238 @@
+"""`isthmus plan` and `isthmus explain`, end to end: real functions, a real link, and a router that serves the plan."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from bundles import (
+    Published,
+    free_model,
+    photo,
+    publish,
+    publish_photos,
+    ready,
+    router_settings,
+    segment_settings,
+    served,
+)
+from isthmus.cli import app
+from isthmus.errors import LocalError
+from isthmus.local.link_process import link_to
+from isthmus.planner import profiles
+from isthmus.planner.plan_document import from_json
+from isthmus.serving import create_router_app, create_segment_app
+from plans import profile_of
+
+LINK = ["--uplink", "20mbit", "--rtt", "5ms"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A published model with made-up profiles, and two functions that run it."""
+
+    published: Published
+    head: str
+    tail: str
+    folder: Path
+
+    @property
+    def registry(self) -> list[str]:
+        return ["--registry", str(self.published.folder)]
+
+    @property
+    def functions(self) -> list[str]:
+        return ["--head", self.head, "--tail", self.tail]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    folder = tmp_path_factory.mktemp("plan")
+    published = publish_photos(folder)
+    for tier, seconds in (("edge", 0.004), ("cloud", 0.001)):
+        profiles.put(published.registry, profile_of(published, tier, seconds))
+    (folder / "photos").mkdir()
+    for n in range(2):
+        (folder / "photos" / f"{n}.png").write_bytes(photo(seed=n))
+    apps = [create_segment_app(segment_settings(published, folder / name)) for name in ("head", "tail")]
+    with served(apps[0]) as head, served(apps[1]) as tail:
+        yield Place(published, head, tail, folder)
+
+
+def isthmus(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def planned(place: Place, *arguments: object) -> Any:
+    photos = ["--input", place.folder / "photos"]
+    result = isthmus("plan", "photos", *LINK, *photos, "--no-int8", *arguments, *place.registry, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def measured(place: Place) -> Any:
+    return planned(place, *place.functions, "--sweep")
+
+
+def test_the_candidates_run_over_the_link_and_the_plan_is_published(place: Place, measured: Any) -> None:
+    plan = from_json(json.dumps(measured["plan"]).encode())
+    assert plan.measured
+    assert plan.inputs == "photo"
+    seen = {c.name: c for c in plan.candidates if c.measured is not None}
+    assert {"edge-float", "cloud-photo", "cloud-raw"} <= seen.keys()
+    assert any(c.kind == "split" for c in seen.values())
+    for c in seen.values():
+        assert c.measured is not None
+        assert c.measured.low <= c.measured.median <= c.measured.high
+        # The link lets nothing through faster than it is.
+        if c.kind != "edge":
+            assert c.measured.median >= 0.005 + 8 * c.up_bytes / 20e6
+    # A link of 5 ms leaves a model of microseconds at the edge.
+    assert plan.choice.kind == "edge"
+    assert plan.choice.measured is not None
+    assert plan.choice.measured.runs >= 5
+    assert plan.typical_gap is not None
+    assert math.isclose(plan.typical_gap, measured["typical_gap"])
+    bundle = place.published.registry.resolve("photos").bundle
+    assert bundle.plan is not None
+    assert measured["version"] == f"photos:{place.published.registry.resolve('photos').version}"
+
+
+def test_the_router_serves_what_was_planned(place: Place, measured: Any) -> None:
+    settings = router_settings(place.published, place.folder / "router", (place.head, place.tail))
+    answer = json.loads(ready(create_router_app(settings).test_client()).post("/", data=photo()).data)
+    assert answer["route"]["plan"] == measured["plan"]["chosen"]
+    assert [s["segment"] for s in answer["route"]["segments"]] == [".."]
+
+
+def test_the_sweep_has_the_best_of_every_link(measured: Any) -> None:
+    cells = measured["sweep"]
+    names = {c["name"] for c in measured["plan"]["candidates"]}
+    assert len(cells) == 11 * 8
+    assert {cell["best"] for cell in cells} <= names
+    assert all(cell["seconds"] > 0 for cell in cells)
+
+
+def test_explain_says_why_and_draws_it_for_both_schemes(place: Place, measured: Any) -> None:
+    for name in ("plan.png", "plan.svg"):
+        result = isthmus("explain", "photos", "--picture", place.folder / name, *place.registry)
+        assert result.exit_code == 0, result.output
+    assert measured["plan"]["chosen"] in result.stdout
+    assert "edge run" in result.stdout
+    assert "the next is" in result.stdout
+    assert b"<svg" in (place.folder / "plan.svg").read_bytes()[:1000]
+    with Image.open(place.folder / "plan.png") as image:
+        pixels = np.asarray(image.convert("RGBA"), np.float64)
+    drawn = pixels[pixels[..., 3] > 250]
+    assert (pixels[..., 3] == 0).mean() > 0.3
+    light = (drawn[:, :3] @ [0.2126, 0.7152, 0.0722]) / 255
+    # What is drawn is in the middle, but for the names on the map's opaque cells.
+    assert 0.2 < np.median(light) < 0.7
+
+
+def test_an_svg_holds_text_and_explain_wants_a_known_ending(place: Place, measured: Any) -> None:
+    result = isthmus("explain", "photos", "--picture", place.folder / "plan.bmp", *place.registry)
+    assert result.exit_code == 1
+    assert ".png or .svg" in result.stderr
+
+
+def test_a_plan_that_is_predicted_only_says_so_and_need_not_be_published(place: Place) -> None:
+    before = place.published.registry.versions("photos")
+    found = planned(place, "--predict-only", "--no-publish")
+    assert found["version"] == ""
+    assert found["typical_gap"] is None
+    assert any(sentence.startswith("predicted only") for sentence in found["plan"]["why"])
+    assert place.published.registry.versions("photos") == before
+
+
+def test_a_new_cut_drops_the_plan_and_says_so(place: Place, measured: Any) -> None:
+    result = isthmus("cut", "photos", "--at", "1/7", "--alias", "", *place.registry)
+    assert result.exit_code == 0, result.output
+    assert "plan again" in result.stdout
+    newest = place.published.registry.versions("photos")[-1]
+    assert place.published.registry.bundle(newest.digest).plan is None
+    again = isthmus("cut", "photos", "--at", "6", "--alias", "", *place.registry, "--json")
+    assert json.loads(again.stdout)["plan_dropped"] is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--uplink", "fast"], "--uplink"),
+        (["--uplink", "0mbit"], "above 0"),
+        (["--rtt", "-1ms"], "--rtt"),
+        (["--objective", "joy"], "latency, throughput, cost, energy"),
+        (["--objective", "cost"], "needs prices"),
+        (["--latency", "50ms"], "needs prices"),
+        (["--latency", "soon"], "--latency"),
+        (["--edge-memory", "lots"], "--edge-memory"),
+        (["--edge-memory", "0"], "edge_memory_bytes is 0"),
+        (["--private-depth", "-2"], "private_depth is -2"),
+        (["--private-depth", "10"], "the model has 9 nodes"),
+        (["--max-error", "-0.1"], "max_error"),
+        (["--prices", "{tmp}/none.toml"], "cannot be read"),
+        (["--predict-only", "--head", "http://h", "--tail", "http://t"], "--predict-only"),
+        (["--head", "http://127.0.0.1:1/h"], "--tail URL"),
+        (["--local", "--head", "http://127.0.0.1:1/h"], "--local"),
+        (["--input", "{tmp}/none.jpg"], "none.jpg"),
+        (["--tensor", "x"], "NAME=FILE.npy"),
+        (["--edge-memory", "1kB", "--private-depth", "3"], "no candidate meets edge-memory; the nearest is"),
+        (["--objective", "latency", "--latency", "1us"], "no candidate meets latency; the nearest is"),
+        (["--picture", "{tmp}/plan.gif"], ".png or .svg"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_wrong_input_gets_a_sentence_and_publishes_nothing(
+    place: Place, tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    before = place.published.registry.versions("photos")
+    filled = [a.format(tmp=tmp_path) for a in arguments]
+    photos = [] if "--tensor" in arguments or "--input" in arguments else ["--input", place.folder / "photos" / "0.png"]
+    result = isthmus("plan", "photos", "--no-int8", *filled, *photos, *place.registry)
+    assert result.exit_code == 1, result.output
+    assert said in result.stderr
+    assert "Traceback" not in result.output
+    assert place.published.registry.versions("photos") == before
+
+
+def test_functions_that_cannot_be_reached_are_named(place: Place) -> None:
+    dead = ["--head", "http://127.0.0.1:1/head", "--tail", "http://127.0.0.1:1/tail"]
+    result = isthmus(
+        "plan", "photos", "--no-int8", "--input", place.folder / "photos" / "0.png", *dead, *place.registry
+    )
+    assert result.exit_code == 1
+    assert "127.0.0.1:1" in result.stderr
+    assert "cannot be reached" in result.stderr
+
+
+def test_a_model_without_profiles_says_how_to_make_them(place: Place, tmp_path: Path) -> None:
+    inputs = {"a": np.ones((1, 32), np.float32), "b": np.ones((1, 32), np.float32)}
+    other = publish(tmp_path, free_model(tmp_path / "free.onnx"), inputs, bind={"a": (1, 32), "b": (1, 32)})
+    result = isthmus("plan", "free", "--registry", other.folder)
+    assert result.exit_code == 1
+    assert "no profile of free for the tier edge or cloud" in result.stderr
+    assert "isthmus profile free" in result.stderr
+    none = isthmus("explain", "free", "--registry", other.folder)
+    assert none.exit_code == 1
+    assert "isthmus plan free" in none.stderr
+
+
+def test_a_link_is_a_process_that_ends_with_its_block(place: Place) -> None:
+    import urllib.request
+
+    with link_to(place.tail, uplink_bps=10e6, rtt_s=0.002) as url, urllib.request.urlopen(f"{url}/ready") as answer:
+        assert answer.status == 200
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(f"{url}/ready")
+    with pytest.raises(LocalError, match="http"), link_to("https://example.com/function/tail"):
+        pass

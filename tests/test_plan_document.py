@@ -1,0 +1,168 @@
+"""Plans as documents: the schema, what is refused, and the one bundle that a plan may serve."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bundles import publish_photos
+from isthmus.bundle import Blob, subject_digest
+from isthmus.errors import PlanMalformed, PlanMismatch
+from isthmus.planner.conditions import Conditions, Constraints
+from isthmus.planner.plan import Candidate, Coding, Error, Measured, Plan, Terms
+from isthmus.planner.plan_document import from_json, to_json
+from isthmus.planner.published import publish_plan, read_plan
+from plans import candidate, plan_for
+
+SCHEMA = json.loads((Path(__file__).parents[1] / "docs" / "plan.schema.json").read_text())
+DIGEST = "sha256:" + "0" * 64
+
+
+def full_plan() -> Plan:
+    """One with every field in use."""
+    split = Candidate(
+        name="split-3-int8",
+        kind="split",
+        predicted=Terms(0.001, 0.01, 0.002, 0.0003, 0.02, 0.02, 0.004, 0.0002, 0.005, 0.002, "measured", "predicted"),
+        cuts=("3",),
+        codecs={"r3": Coding("int8/1", 0.5)},
+        up_bytes=1234,
+        down_bytes=99,
+        measured=Measured(0.07, 0.065, 0.08, 12, {"edge": 0.01, "cloud": 0.05}),
+        error=Error(0.004, 5, 0.2),
+        edge_memory_bytes=10**7,
+        cloud_memory_bytes=10**8,
+        price=1e-6,
+        energy_j=0.2,
+    )
+    others = [
+        candidate("cloud-photo", "cloud", input="photo", codecs={"x": Coding("photo/1")}),
+        candidate("edge-int8", variant=DIGEST, refused="its error is 0.3, of 0.05"),
+    ]
+    return Plan(
+        model="photos",
+        subject=DIGEST,
+        objective="cost",
+        conditions=Conditions(10e6, math.inf, 0.02),
+        constraints=Constraints(10**8, 2, 0.1, 0.05, 0.01),
+        profiles=(),
+        candidates=(split, *others),
+        chosen="split-3-int8",
+        why=("because",),
+        made_at="2026-01-01T00:00:00+00:00",
+        isthmus="0",
+        currency="EUR",
+        inputs="photo",
+    )
+
+
+def document(plan: Plan) -> Any:
+    return json.loads(to_json(plan))
+
+
+def test_a_plan_survives_its_document() -> None:
+    plan = full_plan()
+    assert from_json(to_json(plan)) == plan
+    assert plan.choice.seconds == 0.07
+    assert plan.choice.apart == pytest.approx(0.07 / plan.choice.predicted.total - 1)
+    assert plan.measured
+
+
+def test_every_plan_keeps_to_the_schema() -> None:
+    for plan in (full_plan(), replace(full_plan(), conditions=Conditions(), chosen="cloud-photo")):
+        jsonschema.validate(document(plan), SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (lambda d: d.pop("subject"), "subject"),
+        (lambda d: d.update(format="isthmus.plan/2"), "format"),
+        (lambda d: d.update(extra=1), "extra"),
+        (lambda d: d.update(objective="joy"), "objective"),
+        (lambda d: d.update(subject="sha256:0"), "subject"),
+        (lambda d: d.update(chosen="nobody"), "chosen"),
+        (lambda d: d.update(chosen="edge-int8"), "refused"),
+        (lambda d: d.update(candidates=[]), "chosen"),
+        (lambda d: d["candidates"].append(d["candidates"][0]), "one name"),
+        (lambda d: d["candidates"][0].update(kind="sideways"), "kind"),
+        (lambda d: d["candidates"][0].update(cuts=["../.."]), "cuts"),
+        (lambda d: d["candidates"][0].update(cuts=[]), "split"),
+        (lambda d: d["candidates"][0].update(up_bytes=-1), "up_bytes"),
+        (lambda d: d["candidates"][0].update(up_bytes=1.5), "up_bytes"),
+        (lambda d: d["candidates"][0]["codecs"]["r3"].update(codec="zip"), "codec"),
+        (lambda d: d["candidates"][0]["predicted"].update(up=-0.1), "up"),
+        (lambda d: d["candidates"][0]["predicted"].update(up=True), "up"),
+        (lambda d: d["candidates"][0]["measured"].update(runs=0.5), "runs"),
+        (lambda d: d["conditions"].update(uplink_bps=0), "uplink_bps"),
+        (lambda d: d["constraints"].update(private_depth=-1), "private_depth"),
+        (lambda d: d["why"].append("x" * 5000), "why"),
+    ],
+)
+def test_a_document_that_departs_from_the_format_is_refused_by_name(change: Callable[[Any], Any], where: str) -> None:
+    doc = document(full_plan())
+    change(doc)
+    with pytest.raises(PlanMalformed, match=where):
+        from_json(json.dumps(doc).encode())
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"{", b"null", b'{"format": NaN}', b"[" * 10**5])
+def test_what_is_no_object_is_no_plan(text: bytes) -> None:
+    with pytest.raises(PlanMalformed):
+        from_json(text)
+
+
+def test_a_plan_beyond_the_bound_is_not_parsed() -> None:
+    with pytest.raises(PlanMalformed, match="at most"):
+        from_json(b" " * (4 * 2**20 + 1))
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(), lambda s: st.lists(s) | st.dictionaries(st.text(), s)
+    )
+)
+def test_any_other_json_is_refused_and_nothing_else_happens(value: Any) -> None:
+    with pytest.raises(PlanMalformed):
+        from_json(json.dumps(value).encode())
+
+
+def test_a_plan_is_published_in_the_bundle_that_it_is_for(tmp_path: Path) -> None:
+    published = publish_photos(tmp_path)
+    plan = plan_for(published.bundle, candidate())
+    version = publish_plan(published.registry, published.bundle, {}, plan, alias="prod")
+    found = published.registry.resolve("photos").bundle
+    assert version.version == "2"
+    assert read_plan(found, published.registry.blob) == plan
+    assert subject_digest(found) == subject_digest(published.bundle) == plan.subject
+    assert publish_plan(published.registry, published.bundle, {}, plan).version == "2"
+
+
+def test_a_plan_never_goes_into_another_bundle(tmp_path: Path) -> None:
+    published = publish_photos(tmp_path)
+    plan = plan_for(published.bundle, candidate(), subject=DIGEST)
+    with pytest.raises(PlanMismatch) as e:
+        publish_plan(published.registry, published.bundle, {}, plan)
+    assert e.value.facts == {"subject": DIGEST, "expected": subject_digest(published.bundle)}
+
+
+def test_a_plan_of_another_bundle_is_not_read(tmp_path: Path) -> None:
+    published = publish_photos(tmp_path)
+    plan = plan_for(published.bundle, candidate())
+    publish_plan(published.registry, published.bundle, {}, plan, alias="prod")
+    planned = published.registry.resolve("photos").bundle
+    other = replace(planned, default_cuts=("3",))
+    with pytest.raises(PlanMismatch, match="was made for photos"):
+        read_plan(other, published.registry.blob)
+    with pytest.raises(PlanMalformed, match="at most"):
+        read_plan(replace(planned, plan=Blob(DIGEST, 2**30)), published.registry.blob)
+    assert read_plan(published.bundle, published.registry.blob) is None

@@ -1,0 +1,283 @@
+"""Drafts: cuts searched, tried and predicted on a small real model, with profiles that are made up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+
+from bundles import Published, cache_of, photo, publish, publish_photos, save, value, weight
+from isthmus.bundle import subject_digest
+from isthmus.errors import ConstraintMalformed, Infeasible, PlanMismatch
+from isthmus.planner.choose import choose
+from isthmus.planner.conditions import Conditions, Constraints
+from isthmus.planner.draft import Draft, drafting
+from isthmus.planner.examples import Example, from_arrays, from_photos, random_examples
+from isthmus.planner.memory import Memory, live_bytes
+from isthmus.planner.plan_document import from_json, to_json
+from isthmus.planner.planning import make_plan
+from isthmus.planner.profile import SegmentCost, Timing
+from isthmus.processing.image_spec import made_shape
+from plans import profile_of, whole_model
+
+SLOW, FAST = 0.2, 0.01
+LINK = Conditions(1e6, 1e6, 0.005)
+
+
+@contextmanager
+def drafted(
+    published: Published,
+    *,
+    edge_s: float = SLOW,
+    cloud_s: float = FAST,
+    examples: list[Example] | None = None,
+    kind: str = "tensors",
+    link: Conditions = LINK,
+    **options: Any,
+) -> Iterator[Draft]:
+    profiles = {"edge": profile_of(published, "edge", edge_s), "cloud": profile_of(published, "cloud", cloud_s)}
+    profiles |= options.pop("profiles", {})
+    made = examples or from_arrays(published.bundle, [published.inputs])
+    cache = cache_of(published, published.folder.parent / "cache")
+    options = {"int8": False, "links": [link]} | options
+    with drafting(published.registry, cache, published.name, profiles, made, kind, **options) as draft:
+        yield draft
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Published:
+    return publish_photos(tmp_path_factory.mktemp("photos"))
+
+
+def widening(path: Path) -> Path:
+    """A chain whose every cut lets more cross than the input weighs."""
+    names = ["x", "m0", "m1", "m2"]
+    nodes = [helper.make_node("MatMul", [names[i], f"w{i}"], [names[i + 1]]) for i in range(3)]
+    weights = [weight(f"w{i}", n, m) for i, (n, m) in enumerate([(4, 64), (64, 64), (64, 2)])]
+    return save(path, nodes, [value("x", 1, 4)], [value("m2", 1, 2)], weights)
+
+
+def single(path: Path) -> Path:
+    node = helper.make_node("MatMul", ["x", "w0"], ["y"])
+    return save(path, [node], [value("x", 1, 8)], [value("y", 1, 4)], [weight("w0", 8, 4)])
+
+
+def test_a_draft_tries_every_kind_of_candidate_and_they_answer_as_the_model_does(photos: Published) -> None:
+    examples = from_photos(photos.bundle, [photo(seed=n) for n in range(3)])
+    with drafted(photos, examples=examples, kind="photo") as draft:
+        found = {c.name: c for c in draft.predict(LINK)}
+        assert {"edge-float", "cloud-photo", "cloud-raw", "cloud-half"} <= found.keys()
+        splits = [c for c in found.values() if c.kind == "split"]
+        assert splits
+        assert all(set(c.cuts) <= draft.bundle.cuts.keys() for c in splits)
+        for c in found.values():
+            assert c.error.inputs == 3
+            if c.name.endswith(("-raw", "-float", "-photo", "-lossless")):
+                assert c.error.relative < 1e-5
+            assert c.predicted.total == pytest.approx(sum(c.predicted.seconds.values()))
+        assert 0 < found["cloud-half"].up_bytes < found["cloud-raw"].up_bytes
+        assert found["cloud-photo"].predicted.preprocess == 0 < found["cloud-photo"].predicted.unpack
+        assert found["edge-float"].predicted.preprocess > 0
+        raw = next(c for c in splits if c.name.endswith("-raw"))
+        crossing = draft.bundle.cuts[raw.cuts[0]].bytes
+        assert crossing < raw.up_bytes < crossing + 1200
+
+
+def test_the_search_finds_the_cut_that_trying_all_of_them_finds(photos: Published) -> None:
+    """With made-up times the best cut of all 8 is known; the candidates hold it, on every link."""
+    from isthmus.graph import cuts
+
+    model = whole_model(photos)
+    edge, cloud = (profile_of(photos, tier, s) for tier, s in (("edge", SLOW), ("cloud", FAST)))
+    for rate in (1e5, 1e6, 1e7, 1e8):
+        link = Conditions(rate, rate, 0.001)
+
+        def seconds(cut: Any, link: Conditions = link) -> float:
+            at = cut.position + 1
+            return sum(edge.nodes[:at]) + sum(cloud.nodes[at:]) + cut.bytes * link.up_byte_s
+
+        best = min((c for c in cuts(model) if c.position < len(model.nodes) - 1), key=seconds)
+        with drafted(photos, link=link, most_cuts=3) as draft:
+            raw = [c for c in draft.predict(link) if c.kind == "split" and c.name.endswith("-raw")]
+            assert best.name in {c.cuts[0] for c in raw}
+
+
+def test_a_narrow_slow_link_keeps_the_model_at_the_edge_and_a_wide_one_does_not(photos: Published) -> None:
+    with drafted(photos, edge_s=0.02) as draft:
+        chosen = [
+            choose(draft.predict(link), "latency", Constraints())[1].kind
+            for link in (Conditions(1e4, 1e4, 0.2), Conditions(1e9, 1e9, 0.0))
+        ]
+    assert chosen[0] == "edge"
+    assert chosen[1] in ("cloud", "split")
+
+
+def test_a_measured_segment_goes_before_the_sum_of_its_nodes(photos: Published) -> None:
+    edge = profile_of(photos, "edge", SLOW)
+    timed = SegmentCost(Timing(0.123, 0.12, 0.13, 5), 0, 0, 1, 1, 10, 20, 777)
+    edge = replace(edge, segments={**edge.segments, "..6": timed})
+    with drafted(photos, profiles={"edge": edge}, every=True) as draft:
+        found = {c.name: c for c in draft.predict(LINK)}
+    known = [c for c in found.values() if c.cuts == ("6",)]
+    assert known
+    assert all((c.predicted.edge_run, c.predicted.edge_source) == (0.123, "measured") for c in known)
+    assert all(c.edge_memory_bytes == 777 for c in known)
+    assert found["edge-float"].predicted.edge_source == "measured"
+    others = [c for c in found.values() if c.kind == "split" and c.cuts != ("6",)]
+    assert {c.predicted.edge_source for c in others} <= {"predicted"}
+
+
+def test_a_profile_of_another_model_is_refused_by_name(photos: Published, tmp_path: Path) -> None:
+    other = publish_photos(tmp_path, seed=5)
+    with (
+        pytest.raises(PlanMismatch, match="not of photos") as e,
+        drafted(photos, profiles={"edge": profile_of(other, "edge", SLOW)}),
+    ):
+        pass
+    assert "isthmus profile photos" in e.value.hint
+
+
+@pytest.mark.parametrize("depth", [1, 4, 8, 9])
+def test_a_private_depth_keeps_the_first_nodes_and_the_input_at_the_edge(photos: Published, depth: int) -> None:
+    with drafted(photos, private_depth=depth) as draft:
+        found = draft.predict(LINK)
+        notes = " ".join(draft.notes)
+    assert "cloud-only is no candidate" in notes
+    assert {c.kind for c in found} <= {"edge", "split"}
+    for c in found:
+        for name in c.cuts:
+            assert (draft.bundle.cuts[name].position or 0) + 1 >= depth
+    assert ("split" in {c.kind for c in found}) == (depth < 9)
+
+
+def test_a_private_depth_beyond_the_model_is_refused(photos: Published) -> None:
+    with pytest.raises(ConstraintMalformed, match="the model has 9 nodes"), drafted(photos, private_depth=10):
+        pass
+
+
+def test_too_little_memory_at_the_edge_leaves_the_cloud_or_says_by_how_much(photos: Published) -> None:
+    with drafted(photos) as draft:
+        found = draft.predict(LINK)
+    _, best, _ = choose(found, "latency", Constraints(edge_memory_bytes=1000))
+    assert best.kind == "cloud"
+    with pytest.raises(Infeasible, match="edge-memory"):
+        choose([c for c in found if c.kind != "cloud"], "latency", Constraints(edge_memory_bytes=1000))
+
+
+def test_a_head_that_does_not_fit_is_not_looked_for(photos: Published) -> None:
+    edge = profile_of(photos, "edge", SLOW)
+    sizes = Memory(whole_model(photos), photos.bundle, edge, lambda segment: False).heads()
+    assert list(sizes) == list(range(9))
+    assert sorted(sizes.values()) == list(sizes.values())
+    with drafted(photos, edge_memory_bytes=sizes[2], every=True) as draft:
+        found = draft.predict(LINK)
+        places = {draft.bundle.cuts[c.cuts[0]].position for c in found if c.kind == "split"}
+    assert places == {position for position, size in sizes.items() if size <= sizes[2]}
+    splits = [c for c in found if c.kind == "split"]
+    assert all(c.edge_memory_bytes <= sizes[2] for c in splits)
+
+
+def test_a_model_of_one_node_is_planned_without_a_cut(tmp_path: Path) -> None:
+    published = publish(tmp_path, single(tmp_path / "single.onnx"), {"x": np.ones((1, 8), np.float32)})
+    with drafted(published) as draft:
+        assert not draft.files
+        candidates = draft.predict(LINK)
+        plan = make_plan(draft, candidates, LINK, "latency", Constraints())
+    assert {c.kind for c in candidates} == {"edge", "cloud"}
+    assert "no cut is a candidate: one side of the link takes everything" in plan.why
+    assert plan.subject == subject_digest(published.bundle)
+
+
+def test_a_graph_that_only_widens_is_not_split_and_the_plan_says_why(tmp_path: Path) -> None:
+    published = publish(tmp_path, widening(tmp_path / "widening.onnx"), {"x": np.ones((1, 4), np.float32)})
+    with drafted(published, edge_s=0.02, cloud_s=0.0001, link=Conditions(1e5, 1e5, 0.0)) as draft:
+        plan = make_plan(draft, draft.predict(Conditions(1e5, 1e5)), Conditions(1e5, 1e5), "latency", Constraints())
+    assert plan.choice.kind in ("edge", "cloud")
+    assert any("every cut lets" in sentence and "the input has 16" in sentence for sentence in plan.why)
+
+
+def test_a_plan_without_measurements_says_so(photos: Published) -> None:
+    with drafted(photos, examples=random_examples(photos.bundle, 2), kind="random") as draft:
+        plan = make_plan(draft, draft.predict(LINK), LINK, "latency", Constraints())
+    assert not plan.measured
+    assert plan.typical_gap is None
+    assert any(sentence.startswith("predicted only") for sentence in plan.why)
+    assert any("random inputs" in sentence for sentence in plan.why)
+    assert from_json(to_json(plan)) == plan
+
+
+def test_a_draft_publishes_its_cuts_without_a_plan_and_moves_no_alias(photos: Published) -> None:
+    with drafted(photos) as draft:
+        version = draft.publish(photos.registry)
+        assert draft.publish(photos.registry) == version
+        found = photos.registry.bundle(version.digest)
+    assert found.plan is None
+    assert subject_digest(found) == draft.subject
+    assert photos.registry.aliases("photos")["prod"] == "1"
+
+
+def test_the_int8_variant_is_a_bundle_of_its_own_and_made_once(tmp_path: Path) -> None:
+    published = publish_photos(tmp_path)
+    examples = from_photos(published.bundle, [photo(seed=n) for n in range(2)])
+    digests = []
+    for _ in range(2):
+        with drafted(published, examples=examples, kind="photo", int8=True) as draft:
+            assert not draft.notes
+            found = next(c for c in draft.predict(LINK) if c.name == "edge-int8")
+            draft.publish(published.registry)
+            digests.append(found.variant)
+    variant = published.registry.resolve("photos-int8")
+    assert digests == [variant.digest] * 2
+    assert (variant.bundle.inputs, variant.bundle.outputs) == (published.bundle.inputs, published.bundle.outputs)
+    assert 0 < found.error.relative < 0.5
+    assert found.predicted.edge_source == "scaled"
+    assert not variant.bundle.cuts
+
+
+def test_a_model_that_cannot_be_quantised_has_no_variant_and_the_plan_says_why(tmp_path: Path) -> None:
+    node = helper.make_node("Cast", ["x"], ["c"], to=onnx.TensorProto.DOUBLE)
+    twice = helper.make_node("MatMul", ["c", "w"], ["y"])
+    weights = [onnx.numpy_helper.from_array(np.ones((4, 4)), "w")]
+    path = save(tmp_path / "doubles.onnx", [node, twice], [value("x", 1, 4)], [value("y", 1, 4, dtype=11)], weights)
+    published = publish(tmp_path, path, {"x": np.ones((1, 4), np.float32)})
+    with drafted(published, int8=True) as draft:
+        names = {c.name for c in draft.predict(LINK)}
+    assert ("edge-int8" in names) != any(note.startswith("edge-int8 was left out") for note in draft.notes)
+
+
+def test_live_bytes_are_the_most_that_lives_at_once(photos: Published) -> None:
+    model = whole_model(photos)
+    pixels, maps = 3 * 64 * 4, 16 * 64 * 4
+    assert live_bytes(model, [0]) == pixels + maps
+    # The residual keeps node 1's output while nodes 2 to 5 run.
+    assert live_bytes(model, range(9)) == 3 * maps
+    assert live_bytes(model, []) == 0
+
+
+@pytest.mark.parametrize(
+    ("steps", "shape"),
+    [
+        ([{"op": "resize", "size": [8, 6]}, {"op": "layout", "to": "NCHW"}], (1, 3, 8, 6)),
+        (
+            [{"op": "resize", "short_side": 9}, {"op": "center_crop", "size": [4, 5]}, {"op": "layout", "to": "NHWC"}],
+            (1, 4, 5, 3),
+        ),
+        ([{"op": "resize", "short_side": 9}, {"op": "layout", "to": "NCHW"}], None),
+        ([{"op": "layout", "to": "NCHW"}], None),
+    ],
+)
+def test_the_shape_that_a_photo_becomes_is_known_where_it_is_fixed(steps: Any, shape: Any) -> None:
+    assert made_shape({"steps": steps}) == shape
+
+
+def test_no_link_is_infinitely_fast_or_a_number_that_is_none(photos: Published) -> None:
+    with drafted(photos, link=Conditions()) as draft:
+        assert all(math.isfinite(c.predicted.total) for c in draft.predict(Conditions()))

@@ -1,0 +1,210 @@
+"""The template's HTTP server: bodies arrive and leave whole, however they are cut up on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.client import HTTPConnection
+from types import ModuleType
+
+import pytest
+import urllib3
+from hypothesis import given
+from hypothesis import strategies as st
+
+from local_stack import ROOT, eventually, http
+
+TEMPLATE = ROOT / "template" / "python3-isthmus"
+HANDLER = """
+import hashlib
+
+PARTS = [b"a" * 100, memoryview(b"b" * 50_000), b"", memoryview(b"c" * 2_000_000), b"d"]
+
+
+def create_app():
+    def app(environ, start_response):
+        body, path = environ["wsgi.input"], environ["PATH_INFO"]
+        if path == "/echo":
+            data = body.read()
+            start_response("200 OK", [("Content-Length", str(len(data)))])
+            return [data]
+        if path == "/pieces":
+            digest = hashlib.sha256(body.read(10))
+            for line in body:
+                digest.update(line)
+            start_response("200 OK", [("Content-Length", "64")])
+            return [digest.hexdigest().encode()]
+        if path == "/parts":
+            assert environ["isthmus.takes_buffers"] and environ["isthmus.after"] == []
+            start_response("200 OK", [("Content-Length", str(sum(map(len, PARTS))))])
+            return PARTS
+        if path == "/unknown-length":
+            start_response("200 OK", [])
+            return iter([b"x" * 40_000, b"y"])
+        if path == "/short":
+            start_response("200 OK", [("Content-Length", "100")])
+            return [b"only this"]
+        start_response("204 No Content", [])
+        return []
+
+    return app
+"""
+
+
+@pytest.fixture(scope="module")
+def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    home = tmp_path_factory.mktemp("http") / "app"
+    shutil.copytree(TEMPLATE, home)
+    (home / "function" / "handler.py").write_text(HANDLER)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+    environment = {"PATH": os.environ["PATH"], "upstream_url": f"http://127.0.0.1:{port}", "max_request_bytes": "8MiB"}
+    with subprocess.Popen([sys.executable, "-B", "index.py"], cwd=home, env=environment) as process:
+        eventually(lambda: ready(port))
+        yield port
+        process.kill()
+
+
+def ready(port: int) -> bool:
+    try:
+        return http("GET", f"http://127.0.0.1:{port}/").status == 204
+    except urllib3.exceptions.HTTPError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def server() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("template_http_server", TEMPLATE / "http_server.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("size", [0, 1, 32_767, 32_768, 32_769, 65_536, 3_000_000, 7_000_000])
+def test_a_body_of_any_size_comes_back_on_one_connection(port: int, size: int) -> None:
+    body = os.urandom(size)
+    connection = HTTPConnection("127.0.0.1", port, timeout=10)
+    for _ in range(3):
+        connection.request("POST", "/echo", body)
+        assert connection.getresponse().read() == body
+    connection.close()
+
+
+def test_a_body_that_comes_slowly_is_whole(port: int) -> None:
+    body = os.urandom(100_000)
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as s:
+        said = b"POST /echo HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 100000\r\n\r\n" + body
+        for start, end in ((0, 50), (50, 90), (90, 20_000), (20_000, len(said) - 1), (len(said) - 1, len(said))):
+            s.sendall(said[start:end])
+            time.sleep(0.02)
+        assert s.makefile("rb").read().endswith(body)
+
+
+def test_a_request_after_a_large_one_may_follow_at_once(port: int) -> None:
+    body = os.urandom(200_000)
+    asked = b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 200000\r\n\r\n" + body
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as s:
+        s.sendall(asked + asked.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1))
+        answers = s.makefile("rb").read()
+    assert answers.count(body) == 2
+
+
+def test_a_body_can_be_read_in_pieces_and_lines(port: int) -> None:
+    body = os.urandom(100_000)
+    said = http("POST", f"http://127.0.0.1:{port}/pieces", body=body).data
+    assert said.decode() == hashlib.sha256(body).hexdigest()
+
+
+def test_an_answer_in_parts_arrives_as_one(port: int) -> None:
+    reply = http("GET", f"http://127.0.0.1:{port}/parts")
+    assert reply.data == b"a" * 100 + b"b" * 50_000 + b"c" * 2_000_000 + b"d"
+
+
+def test_an_answer_is_whole_for_who_reads_slowly(port: int) -> None:
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        s.connect(("127.0.0.1", port))
+        s.settimeout(10)
+        s.sendall(b"GET /parts HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        time.sleep(0.2)
+        assert len(s.makefile("rb").read().partition(b"\r\n\r\n")[2]) == 2_050_101
+
+
+def test_an_answer_of_unknown_length_is_chunked(port: int) -> None:
+    reply = http("GET", f"http://127.0.0.1:{port}/unknown-length")
+    assert (reply.headers["Transfer-Encoding"], reply.data) == ("chunked", b"x" * 40_000 + b"y")
+
+
+def test_an_answer_shorter_than_it_said_ends_the_connection(port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as s:
+        s.sendall(b"GET /short HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert s.makefile("rb").read().endswith(b"only this")
+
+
+def test_head_has_the_length_and_no_body(port: int) -> None:
+    connection = HTTPConnection("127.0.0.1", port, timeout=10)
+    for _ in range(2):
+        connection.request("HEAD", "/nothing")
+        assert connection.getresponse().status == 204
+    connection.close()
+
+
+def test_a_length_that_is_only_claimed_makes_little_ready(server: ModuleType) -> None:
+    body = server.Body(2**33)
+    assert len(body.room()) == server.FIRST_ROOM
+    body.filled(server.FIRST_ROOM)
+    assert len(body.room()) == server.FIRST_ROOM
+
+
+@given(st.lists(st.binary(max_size=300)), st.integers(1, 64))
+def test_what_is_put_into_a_body_is_read_from_it(server: ModuleType, pieces: list[bytes], first: int) -> None:
+    whole = b"".join(pieces)
+    before, server.FIRST_ROOM = server.FIRST_ROOM, first
+    try:
+        body = server.Body(len(whole))
+        for piece in pieces:
+            body.append(piece)
+    finally:
+        server.FIRST_ROOM = before
+    read = body.getfile()
+    assert (len(body), bytes(read.getbuffer()), read.read(3), read.read()) == (len(whole), whole, whole[:3], whole[3:])
+
+
+def test_every_task_is_done_by_workers_that_were_busy_last(server: ModuleType) -> None:
+    seen: list[str] = []
+    done = threading.Semaphore(0)
+
+    class Task:
+        def service(self) -> None:
+            seen.append(threading.current_thread().name)
+            done.release()
+            if len(seen) == 2:
+                raise ZeroDivisionError("one that fails is not the last")
+
+    workers = server.Workers(4)
+    for _ in range(40):
+        workers.add_task(Task())
+        assert done.acquire(timeout=5)
+        time.sleep(0.001)
+    for _ in range(20):
+        workers.add_task(Task())
+    for _ in range(20):
+        assert done.acquire(timeout=5)
+    assert len(set(seen[:40])) < 4
+
+
+def test_a_body_over_the_bound_is_refused_before_it_comes(port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as s:
+        s.sendall(b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 90000000\r\n\r\n")
+        assert s.makefile("rb").read().startswith(b"HTTP/1.1 413")

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from codec_curves import Point, bytes_at, curve, fewest_bits, point
+from codec_curves import Point, bytes_at, curve, fewer, fewest_bits, point
 from codec_digits import digits
 from codec_models import Subject, detector, encoder, voice
 from codec_peers import Affine, Half, Ideal, scales, zlib_6, zstd_3
@@ -34,6 +34,7 @@ STEPS = tuple(round(2.0 ** (-5 + i / 2), 4) for i in range(13))
 QUALITIES = tuple(round(i / 16, 4) for i in range(17))
 OURS, IDEAL, INT8 = "transform/1", "uniform, ideal entropy", "int8 + zstd"
 LEVELS = (0.95, 0.99)
+SAME, ERRORS = (0.8, 0.9, 0.95, 0.98, 0.99), (0.2, 0.1, 0.05, 0.02, 0.01)
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def main() -> None:
             scored += measure(subject, folder / subject.name.replace(" ", "-"), report)
         report.say("timing")
         add_speed(report, folder)
+    add_ratios(report, scored)
     add_goals(report, scored)
     report.emit()
 
@@ -78,11 +80,12 @@ def measure(subject: Subject, folder: Path, report: Report) -> list[Scored]:
     for example in subject.calibrating():
         spool.add(example.arrays)
     rule = replace(subject.measure, scales=spool.scales())
-    tables, skipped = learn_tables(crossings, spool, run, rule, longest_s=20 if report.quick else 120)
+    tables, skipped = learn_tables(crossings, spool, run, rule, longest_s=8 if report.quick else 120)
     for tensor, why in skipped.items():
         report.say(f"{subject.name}: {tensor} has no table: {why}")
-    ideal = {c.cut: [Ideal(step, scales(spool.crossed(c.cut))) for step in STEPS] for c in crossings}
-    ways = {c.cut: _ways(c, tables, ideal[c.cut]) for c in crossings}
+    every = 2 if report.quick else 1
+    ideal = {c.cut: [Ideal(step, scales(spool.crossed(c.cut))) for step in STEPS[::every]] for c in crossings}
+    ways = {c.cut: _ways(c, tables, ideal[c.cut], QUALITIES[::every]) for c in crossings}
     beside = None
     if bundle.preprocess is not None:
         whole = bundle.segment(WHOLE)
@@ -118,8 +121,8 @@ def _published(subject: Subject, folder: Path) -> tuple[Bundle, Run]:
     return bundle, runs_here(version.digest, SegmentCache(registry, folder / "cache", 2**32), settings)
 
 
-def _ways(at: Crossing, tables: Mapping[str, object], ideal: Sequence[Ideal]) -> list[Way]:
-    choices = [c for c in CHOICES if c.codec != OURS] + [Choice(OURS, q) for q in QUALITIES]
+def _ways(at: Crossing, tables: Mapping[str, object], ideal: Sequence[Ideal], qualities: Sequence[float]) -> list[Way]:
+    choices = [c for c in CHOICES if c.codec != OURS] + [Choice(OURS, q) for q in qualities]
     ours: list[Trial] = trials(at, choices, tables)
     return [*ours, *ideal, Half(), Affine(INT8, 8, zstd_3), Affine("int4 + zlib", 4, zlib_6)]
 
@@ -137,6 +140,20 @@ def _row(p: Point, error: str) -> Row:
         "unpack_ms": p.unpack_ms,
     }
     return row
+
+
+def add_ratios(report: Report, scored: Sequence[Scored]) -> None:
+    """Add how the transform codec compares with ideal entropy, for the same answers and for the same mean error."""
+    rows: list[Row] = []
+    for each in scored:
+        ours, ideal = curve(each.points, OURS), curve(each.points, IDEAL)
+        row: dict[str, str | float | int | bool | None] = {"network": each.subject.name, "cut": each.cut}
+        for level in SAME:
+            row[f"{level:.0%}_same"] = fewer(ours, ideal, level, lambda p: p.same)
+        for level in ERRORS:
+            row[f"error_{level}"] = fewer(ours, ideal, -level, lambda p: -p.error)
+        rows.append(row)
+    report.add(f"times fewer bytes with {OURS} than with uniform steps and ideal entropy, for the same", rows)
 
 
 def add_goals(report: Report, scored: Sequence[Scored]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from isthmus.calibration.scoring import Tally
@@ -54,23 +54,29 @@ def curve(points: Iterable[Point], family: str) -> list[Point]:
     return sorted((p for p in points if p.family == family), key=lambda p: p.bytes)
 
 
-def bytes_at(points: Sequence[Point], same: float) -> float | None:
-    """Bytes at which a curve keeps that share of answers; None where it never does.
+def bytes_at(points: Sequence[Point], wanted: float, of: Callable[[Point], float] = lambda p: p.same) -> float | None:
+    """Bytes at which a curve reaches `wanted` of what `of` measures, the more the better; None where it never does.
 
-    A point that keeps fewer than a smaller one is passed over. Between two, bytes are interpolated in their logarithm.
+    A point that is no better than a smaller one is passed over. Between two, bytes are interpolated in their logarithm.
     Below the smallest point, that one's bytes stand, which is no advantage to the curve.
     """
-    kept: Point | None = None
+    before: Point | None = None
     for p in points:
-        if kept is not None and p.same <= kept.same:
+        if before is not None and of(p) <= of(before):
             continue
-        if p.same >= same:
-            if kept is None:
+        if of(p) >= wanted:
+            if before is None:
                 return p.bytes
-            share = (same - kept.same) / (p.same - kept.same)
-            return math.exp(math.log(kept.bytes) + share * (math.log(p.bytes) - math.log(kept.bytes)))
-        kept = p
+            share = (wanted - of(before)) / (of(p) - of(before))
+            return math.exp(math.log(before.bytes) + share * (math.log(p.bytes) - math.log(before.bytes)))
+        before = p
     return None
+
+
+def fewer(ours: Sequence[Point], theirs: Sequence[Point], wanted: float, of: Callable[[Point], float]) -> float | None:
+    """How many times fewer bytes than `theirs` our curve takes for the same."""
+    mine, other = bytes_at(ours, wanted, of), bytes_at(theirs, wanted, of)
+    return other / mine if mine is not None and other is not None else None
 
 
 def fewest_bits(points: Iterable[Point], least_accuracy: float) -> Point | None:

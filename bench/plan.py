@@ -20,9 +20,10 @@ from report import STATE, Report, Row, arguments, at_most
 from isthmus.bundle import Bundle, Cut
 from isthmus.cli.profiling import profile_tiers
 from isthmus.local.link_process import link_to
-from isthmus.planner.choose import choose
+from isthmus.planner.choose import broken, choose
 from isthmus.planner.conditions import Conditions, Constraints
-from isthmus.planner.draft import CLOUD, EDGE, Draft, drafting
+from isthmus.planner.draft import CLOUD, EDGE, Draft
+from isthmus.planner.drafting import drafting
 from isthmus.planner.examples import MAX_PIXELS, Example, from_arrays, from_photos
 from isthmus.planner.measuring import Functions, contenders, measure
 from isthmus.planner.plan import Candidate
@@ -245,7 +246,7 @@ def could_be_better(candidates: Sequence[Candidate], seconds: float) -> list[Can
     allowed = [
         c
         for c in candidates
-        if not c.refused and c.kind == "split" and (LIMITS.max_error is None or c.error.relative <= LIMITS.max_error)
+        if not c.refused and c.kind == "split" and not broken(c, LIMITS)
     ]
     p = [
         (c, c.predicted.up + c.predicted.rtt + _BOUND * (c.predicted.edge_busy + c.predicted.cloud_run))

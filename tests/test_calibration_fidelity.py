@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from isthmus.bundle import TensorSpec
 from isthmus.calibration.agreement import Measure, classes
-from isthmus.calibration.bounds import exceeds, interval, wilson
+from isthmus.calibration.bounds import exceeds, interval, rising, wilson
 from isthmus.calibration.choice import Choice, is_exact, packings
 from isthmus.calibration.fidelity import (
     MAX_BYTES,
@@ -29,14 +30,14 @@ from isthmus.calibration.fidelity import (
     to_json,
 )
 from isthmus.calibration.picture import draw
+from isthmus.calibration.scoring import risen
 from isthmus.errors import CalibrationError
 
 
 def entry(codec: str, size: int, agreement: float, ms: float = 1.0, cut: str = "6", quality: float = 1.0) -> Entry:
     low, high = wilson(agreement, 200)
-    return Entry(
-        cut, codec, quality, agreement, low, high, 0.01, size, size, 2.0, ms / 2, ms / 2, 0.0, agreement >= 0.99
-    )
+    half, good = ms / 2, agreement >= 0.99
+    return Entry(cut, codec, quality, agreement, low, high, 0.01, size, size, 2.0, half, half, 0.0, good, agreement)
 
 
 FIDELITY = Fidelity(
@@ -192,6 +193,28 @@ def test_inputs_of_one_photo_tell_less_than_as_many_photos() -> None:
     apart, alike = [(1, 1)] * 90 + [(0, 1)] * 10, [(10, 10)] * 9 + [(0, 10)]
     assert interval(alike)[0] < interval(apart)[0]
     assert interval([]) == (0.0, 1.0)
+
+
+def test_agreement_rises_with_quality_and_luck_is_shared_out() -> None:
+    assert rising([0.5, 0.9, 0.8, 1.0]) == pytest.approx([0.5, 0.85, 0.85, 1.0])
+    assert rising([1.0, 0.9, 0.8]) == pytest.approx([0.9] * 3)
+    assert rising([]) == []
+    lucky = [entry("transform/1", 10 * i, a, quality=i / 10) for i, a in enumerate([0.8, 1.0, 0.9, 1.0])]
+    made = risen([*lucky, entry("int8/1", 30, 0.995)], 0.99)
+    assert [(e.agreement, e.measured, e.offered) for e in made] == [
+        (0.8, 0.8, False),
+        (0.95, 1.0, False),
+        (0.95, 0.9, False),
+        (1.0, 1.0, True),
+        (0.995, 0.995, True),
+    ]
+
+
+@given(st.lists(st.floats(0, 1), max_size=20))
+def test_rising_shares_rise_and_keep_their_mean(shares: list[float]) -> None:
+    found = rising(shares)
+    assert all(a <= b + 1e-12 for a, b in itertools.pairwise(found))
+    assert sum(found) == pytest.approx(sum(shares))
 
 
 def test_the_guards_test_is_the_binomial_tail() -> None:

@@ -313,7 +313,7 @@ def test_a_hop_that_is_away_teaches_the_guard_nothing(photos: Published) -> None
 
 
 def entry(codec: str, quality: float, agreement: float) -> Entry:
-    return Entry("6", codec, quality, agreement, 0, 1, 0, 10, 10, 1, 0, 0, 0, agreement >= 0.99)
+    return Entry("6", codec, quality, agreement, 0, 1, 0, 10, 10, 1, 0, 0, 0, agreement >= 0.99, agreement)
 
 
 def test_the_ladder_leaves_out_what_was_measured_to_be_no_safer() -> None:

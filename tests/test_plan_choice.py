@@ -89,7 +89,7 @@ def test_a_prediction_never_beats_a_measurement() -> None:
         (Constraints(edge_memory_bytes=10**6), "edge-memory", "2.0 MB at the edge, of 1.0 MB"),
         (Constraints(latency_s=0.01), "latency", "40 ms, of 10 ms"),
         (Constraints(max_error=0.001), "max-error", "error is 0.01"),
-        (Constraints(max_error=None, max_disagreement=0.1), "max-disagreement", "20.0% of its answers differ"),
+        (Constraints(max_error=1.0, max_disagreement=0.1), "max-disagreement", "20.0% of its answers differ"),
     ],
 )
 def test_a_constraint_that_nothing_keeps_is_named_with_the_nearest(
@@ -109,6 +109,14 @@ def test_constraints_that_only_contradict_each_other_are_named_together() -> Non
     quick = candidate("quick", seconds=0.01, edge_memory_bytes=10**8)
     with pytest.raises(Infeasible, match="edge-memory and latency at once"):
         choose([small, quick], "latency", Constraints(edge_memory_bytes=10**7, latency_s=0.05))
+
+
+def test_what_calibration_offers_is_good_enough_unless_an_error_is_asked_for() -> None:
+    offered = candidate("offered", error=Error(0.2, 300, 0.003, calibrated=True))
+    tried = candidate("tried", error=Error(0.2, 5))
+    assert not broken(offered, Constraints())
+    assert [b.constraint for b in broken(offered, Constraints(max_error=0.1))] == ["max-error"]
+    assert [b.limit for b in broken(tried, Constraints())] == [0.05]
 
 
 def test_a_refusal_says_every_constraint_that_is_broken() -> None:

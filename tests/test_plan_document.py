@@ -38,7 +38,7 @@ def full_plan() -> Plan:
         up_bytes=1234,
         down_bytes=99,
         measured=Measured(0.07, 0.065, 0.08, 12, {"edge": 0.01, "cloud": 0.05}),
-        error=Error(0.004, 5, 0.2),
+        error=Error(0.004, 5, 0.2, True),
         edge_memory_bytes=10**7,
         cloud_memory_bytes=10**8,
         price=1e-6,

@@ -14,12 +14,13 @@ import onnx
 import pytest
 from onnx import helper
 
-from bundles import Published, cache_of, photo, publish, publish_photos, save, value, weight
+from bundles import Published, cache_of, pair_model, photo, publish, publish_photos, save, value, weight
 from isthmus.bundle import subject_digest
 from isthmus.errors import ConstraintMalformed, Infeasible, PlanMismatch
 from isthmus.planner.choose import choose
 from isthmus.planner.conditions import Conditions, Constraints
-from isthmus.planner.draft import Draft, drafting
+from isthmus.planner.draft import Draft
+from isthmus.planner.drafting import drafting
 from isthmus.planner.examples import Example, from_arrays, from_photos, random_examples
 from isthmus.planner.memory import Memory, live_bytes
 from isthmus.planner.plan_document import from_json, to_json
@@ -156,6 +157,16 @@ def test_a_private_depth_keeps_the_first_nodes_and_the_input_at_the_edge(photos:
         for name in c.cuts:
             assert (draft.bundle.cuts[name].position or 0) + 1 >= depth
     assert ("split" in {c.kind for c in found}) == (depth < 9)
+
+
+def test_no_input_crosses_where_a_private_depth_is_asked_for(tmp_path: Path) -> None:
+    """The mask is read by the last node alone, so that every cut before it lets the mask cross."""
+    inputs = {"x": np.ones((1, 32), np.float32), "mask": np.ones((1, 32), np.float32)}
+    published = publish(tmp_path, pair_model(tmp_path / "pair.onnx"), inputs)
+    with drafted(published) as draft:
+        assert any(c.kind == "split" for c in draft.predict(LINK))
+    with drafted(published, private_depth=1) as draft:
+        assert [c.kind for c in draft.predict(LINK)] == ["edge"]
 
 
 def test_a_private_depth_beyond_the_model_is_refused(photos: Published) -> None:

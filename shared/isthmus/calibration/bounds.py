@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from statistics import NormalDist
 
 CONFIDENCE = 0.95
@@ -33,6 +33,24 @@ def wilson(share: float, count: float, confidence: float = CONFIDENCE) -> tuple[
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def rising(shares: Sequence[float]) -> list[float]:
+    """The non-decreasing shares that are nearest to those measured, each from as many inputs.
+
+    A finer step keeps no fewer answers than a coarser one; where it was measured to, that was luck on one side or the
+    other, and their mean stands for both.
+
+    Source: pool adjacent violators; Ayer et al., Ann. Math. Statist. 26 (1955).
+    """
+    pools: list[tuple[float, int]] = []
+    for share in shares:
+        total, count = share, 1
+        while pools and pools[-1][0] / pools[-1][1] >= total / count:
+            before, number = pools.pop()
+            total, count = total + before, count + number
+        pools.append((total, count))
+    return [total / count for total, count in pools for _ in range(count)]
 
 
 def exceeds(hits: int, count: int, limit: float, confidence: float) -> bool:

@@ -17,7 +17,7 @@ from isthmus.calibration.choice import GRADED, Choice, is_activation
 from isthmus.calibration.crossing import Crossing, Run, crossing
 from isthmus.calibration.fidelity import Fidelity, Inputs, model_digest, to_json
 from isthmus.calibration.inputs import LEAST, Source, split
-from isthmus.calibration.scoring import Progress, judge_by, score, silent, trials
+from isthmus.calibration.scoring import Progress, judge_by, risen, score, silent, trials
 from isthmus.calibration.spool import LONGEST_FRAME, Spool
 from isthmus.codecs import KNOWN
 from isthmus.errors import CalibrationError
@@ -123,12 +123,13 @@ def calibrate(
             inputs=scored,
             least=LEAST,
         )
+    entries = [tallies[c.cut, t.name].entry(c.cut, t.choice, limit) for c in crossings for t in planned[c.cut]]
     found = Fidelity(
         subject=model_digest(bundle),
         limit=limit,
         measure=measure,
         inputs=Inputs(source.name, len(learning) + len(held_out), spool.count, scored, source.made),
-        entries=tuple(tallies[c.cut, t.name].entry(c.cut, t.choice, limit) for c in crossings for t in planned[c.cut]),
+        entries=tuple(risen(entries, limit)),
         references=beside.entries() if beside is not None else (),
     )
     blob = _keep(to_json(found), folder, files)

@@ -39,10 +39,11 @@ class Inputs:
 class Entry:
     """One codec at one quality at one cut, over the held-out inputs.
 
-    `agreement` is the share of inputs whose answer stays the same, `low` and `high` its interval (Wilson, 95%), `error`
-    the mean of the output's error where it is finite. `bytes` (median) and `p95` are the payloads of all tensors that
-    cross, `bits` what a value costs on average. Units: milliseconds of one thread's CPU time, medians. `fell_back` is
-    the share of inputs where a tensor went raw. `offered` says whether a plan may use it.
+    `measured` is the share of inputs whose answer stays the same, `low` and `high` its interval (Wilson, 95%).
+    `agreement` is that share made to rise with a codec's quality (`bounds.rising`): what targets and limits go by.
+    `error` is the mean of the output's error where it is finite. `bytes` (median) and `p95` are the payloads of all
+    tensors that cross, `bits` what a value costs on average. Units: milliseconds of one thread's CPU time, medians.
+    `fell_back` is the share of inputs where a tensor went raw. `offered` says whether a plan may use it.
     """
 
     cut: str
@@ -59,6 +60,7 @@ class Entry:
     unpack_ms: float
     fell_back: float
     offered: bool
+    measured: float
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Fidelity:
 
 
 def offered(fidelity: Fidelity, cut: str) -> list[Entry]:
-    """What a plan may use at `cut`, fewest bytes first: measured agreement, not its bound, meets the limit.
+    """What a plan may use at `cut`, fewest bytes first: its agreement, not the bound of that, meets the limit.
 
     The lower bound cannot: a hundred inputs without one different answer leave it at 96.3%. What the estimate lets pass
     by luck, the router's guard finds.
@@ -209,7 +211,7 @@ def _measure(doc: dict[str, Any]) -> Measure:
     return Measure(str(doc["kind"]), str(doc["output"]), _number(doc["tolerance"]), scales)
 
 
-_SHARES = frozenset({"agreement", "low", "high", "fell_back"})
+_SHARES = frozenset({"agreement", "measured", "low", "high", "fell_back"})
 
 
 def _typed(kind: type[Any], doc: dict[str, Any]) -> dict[str, Any]:

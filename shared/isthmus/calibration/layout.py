@@ -15,8 +15,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 def layout_of(array: Array) -> Layout:
     """The layout of tensors such as `array`, the batch on the first of two axes or more.
 
-    The channels are where neighbours are least alike: (batch, channels, height, width) or channels last, (batch, tokens,
-    width) or (batch, channels, time). Where that does not tell, maps have them second and sequences last.
+    The channels are where neighbours are least alike: (batch, channels, height, width) or with the channels last,
+    (batch, tokens, width) or (batch, channels, time). Where that does not tell, maps have them second, sequences last.
 
     Raises:
         CalibrationError: no axis, or more than four.

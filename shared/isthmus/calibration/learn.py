@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from isthmus.calibration.layout import layout_of
-from isthmus.calibration.quantiser import design
+from isthmus.calibration.models import learn_models
 from isthmus.calibration.sensitivity import RING_EDGES, Sensitivity
 from isthmus.codecs.planes import Layout, PlaneTransform, edges_for, plane_transform
 from isthmus.codecs.table import MAX_CHANNELS, OCTAVE, ZERO_DEVIATION, Table, cell_numbers, cells
@@ -34,7 +34,9 @@ def learn(samples: Iterable[Array], *, sensitivity: Sensitivity | None = None, l
     """The table of the tensor that `samples` are of, each as it crosses; they are read twice, one at a time.
 
     Without `sensitivity` all errors count alike. `layout` is the sensitivity's, or is found from the first sample.
-    Memory: the table, twice the bands' covariances in float64, and 400,000 values. Source: docs/codecs.md, "transform/1".
+    Memory: the bands' covariances in float64, a few times over, and 400,000 values.
+
+    Source: docs/codecs.md, "transform/1".
 
     Raises:
         CalibrationError: there is nothing to learn from; or the samples' channels differ, or are not finite floats.
@@ -43,10 +45,9 @@ def learn(samples: Iterable[Array], *, sensitivity: Sensitivity | None = None, l
     first = _Moments.of(samples, layout)
     layout = first.layout
     rotations, unit = first.rotations(sensitivity)
-    synthesis = (rotations / unit).astype(np.float16) if math.isfinite(unit) else rotations
+    synthesis = (rotations / unit).astype(np.float16)
     second = _Components.of(samples, first, synthesis.astype(np.float64) * unit)
     deviations = second.deviations()
-    quantiser = design(*second.kept(deviations), STEPS)
     return Table(
         layout=layout,
         mean=first.mean.astype(np.float32),
@@ -55,9 +56,7 @@ def learn(samples: Iterable[Array], *, sensitivity: Sensitivity | None = None, l
         synthesis=synthesis,
         deviations=deviations,
         steps=STEPS,
-        models=quantiser.models,
-        thresholds=quantiser.thresholds,
-        offsets=quantiser.offsets,
+        models=learn_models(*second.kept(deviations), STEPS),
     )
 
 
@@ -84,30 +83,30 @@ class _Moments:
             layout = layout or layout_of(array)
             planes, height, width = _planes(array, layout)
             if found is None:
-                channels = planes.shape[1]
+                channels = planes.shape[2]
                 most = min(_MAX_BANDS, max(1, _ROTATION_BYTES // (2 * channels**2)))
                 found = cls(layout, edges_for(height, width, most), (height, width))
-            if planes.shape[1] != channels:
-                raise CalibrationError(f"samples have {channels} and {planes.shape[1]} channels", channels=channels)
+            if planes.shape[2] != channels:
+                raise CalibrationError(f"samples have {channels} and {planes.shape[2]} channels", channels=channels)
             found.add(planes, height, width)
         if found is None:
             raise CalibrationError("there are no samples to learn from")
         return found
 
     def add(self, planes: Array, height: int, width: int) -> None:
-        n, c, hw = planes.shape
+        n, hw, c = planes.shape
         transform = _transform(height, width, self.edges)
         coefficients = transform.forward(planes).astype(np.float64)
         products = np.zeros((len(self.edges) + 1, c, c))
         for band, (start, stop) in enumerate(itertools.pairwise(transform.starts)):
-            block = coefficients[:, :, start:stop].transpose(1, 0, 2).reshape(c, -1)
-            products[band] = block @ block.T
+            block = coefficients[:, start:stop].reshape(-1, c)
+            products[band] = block.T @ block
         self.seen += 1
         self.products = self.products + products
         self.counts = self.counts + n * np.diff(transform.starts)
-        self.total = self.total + planes.sum(axis=(0, 2), dtype=np.float64)
+        self.total = self.total + planes.sum(axis=(0, 1), dtype=np.float64)
         self.values += n * hw
-        self.dc_mixed = self.dc_mixed + math.sqrt(hw) * coefficients[:, :, 0].sum(axis=0)
+        self.dc_mixed = self.dc_mixed + math.sqrt(hw) * coefficients[:, 0].sum(axis=0)
         self.dc_weight += n * hw
 
     @property
@@ -116,16 +115,16 @@ class _Moments:
         return found
 
     def rotations(self, sensitivity: Sensitivity | None) -> tuple[Array, float]:
-        """Synthesis matrices (bands, C, C) in the tensor's own scale, and the unit: a coefficient's root mean square."""
+        """Synthesis matrices (bands, C, C) from units, and the unit: a coefficient's root mean square."""
         mean, c = self.mean, self.total.size
         products = self.products.copy()
         cross = np.outer(self.dc_mixed, mean)
         products[0] += self.dc_weight * np.outer(mean, mean) - cross - cross.T
         pooled = products.sum(axis=0) / self.counts.sum()
         energy = float(np.trace(pooled)) / c
-        if not math.isfinite(energy):
-            raise CalibrationError("the samples are not finite")
-        unit = math.sqrt(energy) if energy > 1e-20 else 1.0
+        if not energy < 1e30:
+            raise CalibrationError("the samples are too large to be learned", energy=energy)
+        unit = float(np.float32(math.sqrt(energy))) if energy > 1e-20 else 1.0
         harm, weights = _harm(sensitivity, c), _band_weights(sensitivity, self)
         found = np.empty((len(self.counts), c, c))
         for band, (product, count) in enumerate(zip(products, self.counts, strict=True)):
@@ -162,19 +161,19 @@ class _Components:
         return found
 
     def add(self, planes: Array, transform: PlaneTransform, analysis: Array, mean: Array, share: int) -> None:
-        n, c, hw = planes.shape
+        n, hw, c = planes.shape
         coefficients = np.array(transform.forward(planes))
-        coefficients[:, :, 0] -= mean * np.float32(math.sqrt(hw))
+        coefficients[:, 0] -= mean * np.float32(math.sqrt(hw))
         many, cell = self.counts.size, cell_numbers(transform, self.layout)
         for rotation, (start, stop) in zip(analysis, itertools.pairwise(transform.starts), strict=True):
-            coefficients[:, :, start:stop] = np.matmul(rotation, coefficients[:, :, start:stop])
+            coefficients[:, start:stop] = np.matmul(coefficients[:, start:stop], rotation.T)
         squares = np.square(coefficients, dtype=np.float64).sum(axis=0)
         for k in np.unique(cell):
-            self.energy[:, k] += squares[:, cell == k].sum(axis=1)
+            self.energy[:, k] += squares[cell == k].sum(axis=0)
         self.counts += n * np.bincount(cell, minlength=many)
         at = self.rng.integers(0, n * c * hw, min(share, n * c * hw))
         self.values.append(coefficients.reshape(-1)[at])
-        self.places.append(at // hw % c * many + cell[at % hw])
+        self.places.append(at % c * many + cell[at // c % hw])
 
     def deviations(self) -> Array:
         """uint8 (C, cells); a cell that no sample had takes its component's mean."""
@@ -182,12 +181,16 @@ class _Components:
         known = self.energy / np.maximum(self.counts, 1)
         variance = np.where(self.counts > 0, known, mean[:, None])
         stored = np.round(OCTAVE * np.log2(np.sqrt(np.maximum(variance, 1e-9)))) + ZERO_DEVIATION
-        return np.clip(stored, 0, 255).astype(np.uint8)
+        return np.asarray(np.clip(stored, 0, 255).astype(np.uint8))
 
     def kept(self, deviations: Array) -> tuple[Array, Array, Array]:
         """Values, their stored deviations, and the number of the sample that each is from."""
         stored = deviations.reshape(-1)[np.concatenate(self.places)].astype(np.int64)
-        return np.concatenate(self.values), stored, np.repeat(np.arange(len(self.values)), [v.size for v in self.values])
+        return (
+            np.concatenate(self.values),
+            stored,
+            np.repeat(np.arange(len(self.values)), [v.size for v in self.values]),
+        )
 
 
 @lru_cache(maxsize=8)
@@ -215,9 +218,11 @@ def _harm(sensitivity: Sensitivity | None, channels: int) -> Array:
     if sensitivity is None or not np.trace(sensitivity.channels) > 0:
         return np.eye(channels)
     if sensitivity.channels.shape != (channels, channels):
-        raise CalibrationError(f"the sensitivity is of {len(sensitivity.channels)} channels, the samples have {channels}")
+        raise CalibrationError(
+            f"the sensitivity is of {len(sensitivity.channels)} channels, the samples have {channels}"
+        )
     scaled = sensitivity.channels * (channels / np.trace(sensitivity.channels))
-    return (scaled + _SHRINK * np.eye(channels)) / (1 + _SHRINK)
+    return np.asarray((scaled + _SHRINK * np.eye(channels)) / (1 + _SHRINK))
 
 
 def _band_weights(sensitivity: Sensitivity | None, moments: _Moments) -> Array:
@@ -232,7 +237,7 @@ def _band_weights(sensitivity: Sensitivity | None, moments: _Moments) -> Array:
     band = np.searchsorted(np.asarray(moments.edges), radius, side="left")
     counts = np.bincount(band, minlength=bands)
     weights = np.bincount(band, of_ring, bands) / np.maximum(counts, 1)
-    return np.where(counts > 0, np.maximum(weights, _SHRINK), 1.0)
+    return np.asarray(np.where(counts > 0, np.maximum(weights, _SHRINK), 1.0))
 
 
 def _synthesis(covariance: Array, harm: Array) -> Array:
@@ -244,5 +249,4 @@ def _synthesis(covariance: Array, harm: Array) -> Array:
     root = np.sqrt(np.maximum(values, 1e-9 * values[-1]))
     half, inverse = (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
     _, rotation = np.linalg.eigh(half @ covariance @ half)
-    found: Array = inverse @ rotation[:, ::-1]
-    return found
+    return np.asarray(inverse @ rotation[:, ::-1])

@@ -82,10 +82,9 @@ def _panel(axes: Any, fidelity: Fidelity, cut: str) -> dict[str, Any]:
     for i, (codec, found) in enumerate(by_codec.items()):
         found.sort(key=lambda e: e.bytes)
         xs, ys = [max(1, e.bytes) for e in found], [_height(e.agreement, floor) for e in found]
-        below = [y - _height(e.low, floor) for e, y in zip(found, ys, strict=True)]
-        above = [_height(e.high, floor) - y for e, y in zip(found, ys, strict=True)]
         colour, line = _COLOURS.get(codec, "#555555"), "-" if len(found) > 1 else "none"
-        axes.errorbar(xs, ys, yerr=[below, above], fmt="none", ecolor=colour, alpha=0.25, linewidth=1)
+        lows, highs = [_height(e.low, floor) for e in found], [_height(e.high, floor) for e in found]
+        axes.vlines(xs, lows, highs, color=colour, alpha=0.25, linewidth=1)
         (shown[codec],) = axes.plot(
             xs, ys, marker=_MARKS[i % len(_MARKS)], linestyle=line, color=colour, markersize=5, linewidth=1.4
         )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeAlias
 
 import numpy as np
 
 from isthmus.calibration.agreement import Measure
-from isthmus.calibration.bounds import interval
+from isthmus.calibration.bounds import interval, rising
 from isthmus.calibration.choice import Choice, is_exact, packings
 from isthmus.calibration.crossing import Crossing, Run
 from isthmus.calibration.fidelity import Entry
@@ -70,7 +70,7 @@ class Tally:
         return statistics.fmean(self.errors) if self.errors else 0.0
 
     def entry(self, cut: str, choice: Choice, limit: float) -> Entry:
-        """The document's entry."""
+        """The document's entry, for itself; see `risen`."""
         low, high = (1.0, 1.0) if is_exact(choice) else self.interval()
         return Entry(
             cut=cut,
@@ -87,6 +87,7 @@ class Tally:
             unpack_ms=_ms(self.unpack_s),
             fell_back=round(self.fell_back / len(self.bytes), 6),
             offered=self.agreement >= limit,
+            measured=round(self.agreement, 6),
         )
 
 
@@ -195,6 +196,22 @@ def score(
                 tally.fell_back += sent.fell_back
     progress("measuring", total, total)
     return tallies
+
+
+def risen(entries: Sequence[Entry], limit: float) -> list[Entry]:
+    """The entries with agreements that rise with quality, codec by codec at each cut."""
+    families: dict[tuple[str, str], list[Entry]] = {}
+    for entry in entries:
+        families.setdefault((entry.cut, entry.codec), []).append(entry)
+    made = []
+    for family in families.values():
+        family.sort(key=lambda e: e.quality)
+        shares = rising([e.measured for e in family])
+        made += [
+            replace(e, agreement=round(share, 6), offered=round(share, 6) >= limit)
+            for e, share in zip(family, shares, strict=True)
+        ]
+    return made
 
 
 def judge_by(measure: Measure) -> Judge:

@@ -67,10 +67,12 @@ def measure(
 ) -> Sensitivity:
     """Measure it on the first of `inputs`: as many as `max_runs` runs of the tail and `max_s` seconds allow.
 
-    Each input is every tensor that crosses. `layout` is found from the first one if None. All channels of `tensor` are moved one by one, each by the same
-    random pattern of signs over the plane, so the answers' products sum to J^T F J over the plane on average. `loss` says
-    what `output` (all outputs if None) holds: scores of `classes` or `probabilities`, weighted by the Fisher metric at
-    the clean answer, so that damage is the divergence of the answers; or `values`, relative to their mean square.
+    Each input is every tensor that crosses. `layout` is found from the first one if None. All channels of `tensor` are
+    moved one by one, each by the same random pattern of signs over the plane, so the answers' products sum to J^T F J
+    over the plane on average. `loss` says what `output` (all outputs if None) holds: scores of `classes` or
+    `probabilities`, weighted by the Fisher metric at the clean answer, so that damage is the divergence of the answers;
+    or `values`, relative to their mean square.
+
     Source: docs/codecs.md, "Sensitivity".
 
     Raises:
@@ -89,7 +91,7 @@ def measure(
         layout = layout or layout_of(clean)
         n, c, h, w = layout.sizes(clean.shape)
         planes = layout.forward(clean).astype(np.float64)
-        spread = (seen * spread + planes.std(axis=(0, 2))) / (seen + 1)
+        spread = (seen * spread + planes.std(axis=(0, 1))) / (seen + 1)
         reach = _REACH * np.maximum(spread, 0.1 * float(np.mean(spread)) + 1e-12)
         answer = _Answer(tail(crossing), output, loss)
 
@@ -99,7 +101,7 @@ def measure(
         rows = []
         for k in range(c):
             by = np.zeros_like(planes)
-            by[:, k] = reach[k] * signs
+            by[:, :, k] = reach[k] * signs
             rows.append(moved(planes + by) / reach[k])
         stacked = np.stack(rows)
         gram = stacked @ stacked.T / (n * h * w)
@@ -140,7 +142,7 @@ def _add_rings(
     size: tuple[int, int],
 ) -> tuple[Array, Array, int]:
     """Each ring's damage by unit noise added to `rings`, the number of its coefficients to `counted`; and the runs."""
-    n, c, hw = planes.shape
+    n, hw, c = planes.shape
     transform = plane_transform(*size, RING_EDGES)
     rings, counted, spent = rings.copy(), counted.copy(), 0
     level = float(np.sqrt(np.mean(reach**2)))
@@ -150,8 +152,8 @@ def _add_rings(
         # As much energy in every ring as one channel's probe has, so that none is moved past what noise would do.
         amplitude = level * np.sqrt(hw / (stop - start) / c)
         for _ in range(_RING_DRAWS):
-            coefficients = np.zeros((n, c, hw), np.float32)
-            coefficients[:, :, start:stop] = rng.choice([-amplitude, amplitude], (n, c, stop - start))
+            coefficients = np.zeros((n, hw, c), np.float32)
+            coefficients[:, start:stop] = rng.choice([-amplitude, amplitude], (n, stop - start, c))
             answer = moved(planes + transform.backward(coefficients))
             rings[ring] += float(answer @ answer) / amplitude**2
             spent += 1

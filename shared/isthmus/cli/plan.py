@@ -30,7 +30,7 @@ def plan(
         int, typer.Option(help="So many first nodes run at the edge; no cut before them, no cloud-only.")
     ] = 0,
     max_error: Annotated[
-        float | None, typer.Option(help="Largest relative error of the outputs. [default: 0.05]")
+        float | None, typer.Option(help="Largest relative error of the outputs. [default: 0.05, or calibrated]")
     ] = None,
     max_disagreement: Annotated[
         float | None, typer.Option(help="Largest share of inputs that may get another answer.")
@@ -67,7 +67,7 @@ def plan(
     from isthmus.cli.functions import places
     from isthmus.cli.plan_text import document, show, show_sweep
     from isthmus.cli.planning import Wish, planned
-    from isthmus.planner.conditions import MAX_ERROR, Conditions, Constraints, check_objective
+    from isthmus.planner.conditions import Conditions, Constraints, check_objective
     from isthmus.planner.grid import grid
     from isthmus.planner.prices import read_prices
 
@@ -88,7 +88,7 @@ def plan(
                 edge_memory_bytes=int(_read(parse_size, "--edge-memory", edge_memory)) if edge_memory else None,
                 private_depth=private_depth,
                 latency_s=_read(parse_duration, "--latency", latency) if latency else None,
-                max_error=MAX_ERROR if max_error is None else max_error,
+                max_error=max_error,
                 max_disagreement=max_disagreement,
             ),
             objective=check_objective(objective or ("cost" if latency else "latency")),

@@ -18,7 +18,8 @@ from isthmus.local.link_process import link_to
 from isthmus.planner import profiles
 from isthmus.planner.choose import check_prices
 from isthmus.planner.conditions import Conditions, Constraints, Objective
-from isthmus.planner.draft import CLOUD, EDGE, Draft, drafting
+from isthmus.planner.draft import CLOUD, EDGE, Draft
+from isthmus.planner.drafting import drafting
 from isthmus.planner.examples import MAX_PIXELS, Example, from_arrays, from_photos, random_examples
 from isthmus.planner.grid import RATES
 from isthmus.planner.measuring import Functions, contenders, measure
@@ -99,7 +100,7 @@ def planned(
         private_depth=wish.constraints.private_depth,
         edge_memory_bytes=wish.constraints.edge_memory_bytes,
         int8=wish.int8,
-        table=lambda name: tables(found.digest, name, TRANSFORM),
+        table=lambda name: tables(found.digest, name, TRANSFORM) if name in bundle.tables else None,
         told=step,
     ) as draft:
         candidates = draft.predict(wish.conditions, wish.prices)

@@ -62,16 +62,14 @@ class Layout:
         return batch, shape[self.channel_axis], plane[0], plane[1]
 
     def forward(self, array: Array) -> Array:
-        """`array` as (batch, channels, height * width)."""
+        """`array` as (batch, height * width, channels), a view where that can be."""
         n, c, h, w = self.sizes(array.shape)
-        return np.moveaxis(array, self.channel_axis, -1 - len(self.plane_axes)).reshape(n, c, h * w)
+        return np.moveaxis(array, self.channel_axis, -1).reshape(n, h * w, c)
 
     def backward(self, planes: Array, shape: tuple[int, ...]) -> Array:
         """The inverse of `forward`."""
-        moved = list(shape)
-        channels = moved.pop(self.channel_axis)
-        moved.insert(self.rank - len(self.plane_axes) - 1, channels)
-        return np.moveaxis(planes.reshape(moved), -1 - len(self.plane_axes), self.channel_axis)
+        moved = [size for axis, size in enumerate(shape) if axis != self.channel_axis]
+        return np.moveaxis(planes.reshape(*moved, shape[self.channel_axis]), -1, self.channel_axis)
 
 
 @lru_cache(maxsize=16)
@@ -87,38 +85,39 @@ def dct(n: int) -> Array:
 class PlaneTransform:
     """The DCT of planes of one size, with the coefficients ordered by band.
 
-    `order` are positions in the row-major plane; `starts` (bands + 1) bound each band's run in that order; `cells` give
-    each coefficient's cell, in that order.
+    `order` are positions in the row-major plane, `place` its inverse; `starts` (bands + 1) bound each band's run in
+    that order; `cells` give each coefficient's cell, in that order. Small planes have the whole transform as `kron`.
     """
 
     height: int
     width: int
     order: Array
+    place: Array
     starts: tuple[int, ...]
     cells: Array
     kron: Array | None
 
     def forward(self, planes: Array) -> Array:
-        """Coefficients by band, float32 (batch, channels, height * width), of planes so shaped."""
-        n, c, hw = planes.shape
+        """Coefficients by band, float32 (batch, height * width, channels), of planes so shaped."""
+        n, hw, c = planes.shape
         if hw == 1:
             return planes
         if self.kron is not None:
-            return np.matmul(planes.reshape(n * c, hw), self.kron.T).reshape(n, c, hw)
-        rows = np.matmul(planes.reshape(-1, self.width), dct(self.width).T).reshape(n * c, self.height, self.width)
-        return np.take(np.matmul(dct(self.height), rows).reshape(n, c, hw), self.order, axis=2)
+            return np.asarray(np.matmul(self.kron, planes))
+        columns = np.matmul(dct(self.height), np.ascontiguousarray(planes).reshape(n, self.height, self.width * c))
+        both = np.matmul(dct(self.width), columns.reshape(n, self.height, self.width, c))
+        return np.asarray(np.take(both.reshape(n, hw, c), self.order, axis=1))
 
     def backward(self, coefficients: Array) -> Array:
-        """The inverse of `forward`."""
-        n, c, hw = coefficients.shape
+        """The inverse of `forward`; channels may lie first in memory."""
+        n, hw, c = coefficients.shape
         if hw == 1:
             return coefficients
         if self.kron is not None:
-            return np.matmul(coefficients.reshape(n * c, hw), self.kron).reshape(n, c, hw)
-        plane = np.empty_like(coefficients)
-        plane[:, :, self.order] = coefficients
-        columns = np.matmul(dct(self.height).T, plane.reshape(n * c, self.height, self.width))
-        return np.matmul(columns.reshape(-1, self.width), dct(self.width)).reshape(n, c, hw)
+            return np.asarray(np.matmul(coefficients.transpose(0, 2, 1), self.kron)).transpose(0, 2, 1)
+        plane = np.take(coefficients, self.place, axis=1).reshape(n, self.height, self.width, c)
+        rows = np.matmul(dct(self.width).T, plane).reshape(n, self.height, self.width * c)
+        return np.asarray(np.matmul(dct(self.height).T, rows).reshape(n, hw, c))
 
 
 def plane_transform(height: int, width: int, edges: tuple[float, ...]) -> PlaneTransform:
@@ -133,6 +132,7 @@ def plane_transform(height: int, width: int, edges: tuple[float, ...]) -> PlaneT
         height=height,
         width=width,
         order=order,
+        place=np.argsort(order),
         starts=tuple(np.searchsorted(bands[order], np.arange(len(edges) + 2)).tolist()),
         cells=cells[order],
         kron=np.ascontiguousarray(np.kron(dct(height), dct(width))[order]) if small else None,
@@ -150,4 +150,4 @@ def edges_for(height: int, width: int, most: int) -> tuple[float, ...]:
 
 
 def _cell(frequencies: Array) -> Array:
-    return np.searchsorted(np.asarray(CELL_EDGES), frequencies, side="left")
+    return np.asarray(np.searchsorted(np.asarray(CELL_EDGES), frequencies, side="left"))

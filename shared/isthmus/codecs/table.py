@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from isthmus.codecs.entropy import LEVELS, MAX_LEVEL, TOP, Models, Run
+from isthmus.codecs import entropy
+from isthmus.codecs.entropy import MAX_LEVEL, Plan, Run
+from isthmus.codecs.levels import UNIT_LEVEL, Models
 from isthmus.codecs.planes import CELLS, Layout, PlaneTransform, plane_transform
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -24,38 +26,50 @@ ZERO_DEVIATION = 128
 """The stored deviation that stands for 1; one more is an eighth of an octave more."""
 
 GAINS = (-32, 24)
-"""How far one tensor's energy may lie from what was learned, in eighths of an octave: a sixteenth to eight times."""
+"""How far one tensor's magnitude may lie from what was learned, in eighths of an octave: a sixteenth to eight times."""
 
 EXPECTED_MAGNITUDE = 0.7
 """Of a value in units of its deviation, on average: a Laplacian's is 0.71. Gains are relative to it."""
 
-_KEPT_SHAPES = 8
-_NAMES = (
-    *("layout", "mean", "edges", "scale", "synthesis", "deviations", "steps"),
-    *("zero", "magnitudes", "thresholds", "offsets"),
-)
+_KEPT_VALUES = 2**21
+"""Of grids, which take some 20 bytes for each: those of the sizes asked for last."""
+
+_NAMES = ("layout", "mean", "edges", "scale", "synthesis", "deviations", "steps", "zero", "magnitudes")
 
 
 @dataclass(frozen=True, eq=False)
 class Grid:
     """What coding a tensor of one size needs, computed once: where each coefficient goes.
 
-    The bands' coefficients lie one band after the other, each (batch, channels, of the band); `order` sorts them all by
-    deviation, `deviations` and `ends` are the distinct ones and where their runs end.
+    The bands' coefficients lie one band after the other, each (batch, of the band, channels). `order` sorts them all by
+    deviation, and `place` undoes it; `deviations` and `ends` are the distinct ones and where their runs end; `per_unit`
+    has the reciprocal of each coefficient's.
     """
 
     transform: PlaneTransform
     order: Array
+    place: Array
     deviations: Array
     ends: Array
     per_unit: Array
+    models: Models
+    _plans: dict[int, Plan] = field(default_factory=dict, repr=False)
+
+    def plan(self, step: int, gain: int) -> Plan:
+        """How the sorted coefficients are coded at that step and gain (both in eighths of an octave)."""
+        found = self._plans.get(step - gain)
+        if found is None:
+            found = self._plans[step - gain] = Plan.of(self.runs(step, gain), self.models)
+        return found
 
     def runs(self, step: int, gain: int) -> list[Run]:
-        """The runs of one level each, at that step and gain (both in eighths of an octave)."""
-        levels = np.clip((self.deviations - ZERO_DEVIATION - step + gain + 48) >> 1, 0, MAX_LEVEL)
+        """The runs of one level each at that step and gain."""
+        levels = levels_of(self.deviations, step, gain)
         last = np.flatnonzero(np.diff(levels, append=-1))
-        ends = self.ends[last].tolist()
-        return list(zip(levels[last].tolist(), [0, *ends[:-1]], ends, strict=True))
+        count, unit = int(self.ends[-1]), entropy.unit(int(self.ends[-1]))
+        ends = [*(int(end) // unit * unit for end in self.ends[last[:-1]]), count]
+        pairs = zip(levels[last].tolist(), [0, *ends[:-1]], ends, strict=True)
+        return [(level, start, stop) for level, start, stop in pairs if start < stop]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,9 +79,6 @@ class Table:
     `mean` float32 (C,). `edges` float64 (bands - 1,): see `plane_transform`. `synthesis` float16 (bands, C, C), times
     `scale`, gives channels from components; noise of one unit in any component does the same damage at the output.
     `deviations` uint8 (C, cells): see ZERO_DEVIATION. `steps` are the coarsest and the finest, in eighths of an octave.
-    `thresholds` uint8 (LEVELS, 2): below the first, in 128ths of a step, a value becomes 0; the second is added before
-    another is cut to a whole number. `offsets` int8 (LEVELS, 3): what magnitudes 1, 2 and 3 or more are moved by, in
-    128ths of a step, when they are unpacked.
     """
 
     layout: Layout
@@ -78,8 +89,6 @@ class Table:
     deviations: Array
     steps: tuple[int, int]
     models: Models
-    thresholds: Array
-    offsets: Array
     _grids: dict[tuple[int, int, int], Grid] = field(default_factory=dict, repr=False)
     _lock: Lock = field(default_factory=Lock, repr=False)
 
@@ -95,8 +104,6 @@ class Table:
         _check("mean", self.mean, np.float32, (channels,))
         _check("synthesis", self.synthesis, np.float16, (bands, channels, channels))
         _check("deviations", self.deviations, np.uint8, (channels, cells(self.layout)))
-        _check("thresholds", self.thresholds, np.uint8, (LEVELS, 2))
-        _check("offsets", self.offsets, np.int8, (LEVELS, 3))
         if not all(np.isfinite(a).all() for a in (self.mean, self.synthesis)):
             raise ValueError("a table holds finite numbers")
         if not 1e-30 < self.scale < 1e30:
@@ -135,11 +142,6 @@ class Table:
             raise ValueError(f"a table's rotation has no inverse: {e}") from e
         return inverse.astype(np.float32)
 
-    @cached_property
-    def offsets_at_work(self) -> Array:
-        """float32 (LEVELS, 4): what each magnitude from 0 to 3 is moved by, in steps."""
-        return np.pad(self.offsets, ((0, 0), (1, 0))).astype(np.float32) / 128
-
     def grid(self, batch: int, height: int, width: int) -> Grid:
         """Where the coefficients of a tensor of that size go; kept for the sizes asked for last."""
         key = (batch, height, width)
@@ -147,9 +149,10 @@ class Table:
             found = self._grids.pop(key, None)
             if found is None:
                 found = self._grid(*key)
-                if len(self._grids) >= _KEPT_SHAPES:
-                    del self._grids[next(iter(self._grids))]
             self._grids[key] = found
+            kept = sum(grid.order.size for grid in self._grids.values())
+            while len(self._grids) > 1 and kept > _KEPT_VALUES:
+                kept -= self._grids.pop(next(iter(self._grids))).order.size
         return found
 
     def to_arrays(self) -> dict[str, Array]:
@@ -164,8 +167,6 @@ class Table:
             "steps": np.array(self.steps, np.int32),
             "zero": self.models.zero,
             "magnitudes": self.models.magnitudes,
-            "thresholds": self.thresholds,
-            "offsets": self.offsets,
         }
 
     @staticmethod
@@ -193,15 +194,13 @@ class Table:
             deviations=arrays["deviations"],
             steps=(coarsest, finest),
             models=Models(arrays["zero"], arrays["magnitudes"]),
-            thresholds=arrays["thresholds"],
-            offsets=arrays["offsets"],
         )
 
     def _grid(self, batch: int, height: int, width: int) -> Grid:
         transform = plane_transform(height, width, self.edges)
         cell = cell_numbers(transform, self.layout)
         keys = [
-            np.broadcast_to(self.deviations[:, cell[start:stop]], (batch, self.channels, stop - start)).reshape(-1)
+            np.broadcast_to(self.deviations.T[cell[start:stop]], (batch, stop - start, self.channels)).reshape(-1)
             for start, stop in zip(transform.starts, transform.starts[1:], strict=False)
         ]
         key = np.concatenate(keys)
@@ -212,20 +211,28 @@ class Table:
         return Grid(
             transform=transform,
             order=order,
+            place=np.argsort(order),
             deviations=distinct.astype(np.int64),
             ends=ends,
             per_unit=np.repeat(units, np.diff(ends, prepend=0)).astype(np.float32),
+            models=self.models,
         )
+
+
+def levels_of(deviations: Array, step: int, gain: int | Array) -> Array:
+    """The levels of values of these stored deviations, at a step and gain in eighths of an octave."""
+    eighths = np.asarray(deviations - ZERO_DEVIATION - step + gain, np.int64)
+    return np.asarray(np.clip((eighths + 4 * UNIT_LEVEL + 2) >> 2, 0, MAX_LEVEL))
 
 
 def cell_numbers(transform: PlaneTransform, layout: Layout) -> Array:
     """Each coefficient's cell, 0 to `cells(layout)` - 1; a plane of one axis is the transform's height."""
-    return transform.cells // CELLS ** (2 - len(layout.plane_axes))
+    return np.asarray(transform.cells // CELLS ** (2 - len(layout.plane_axes)))
 
 
 def cells(layout: Layout) -> int:
     """How many cells a layout's plane has."""
-    return CELLS ** len(layout.plane_axes)
+    return int(CELLS ** len(layout.plane_axes))
 
 
 def _check(name: str, array: Array, dtype: type[np.generic], shape: tuple[int, ...]) -> None:

@@ -1,7 +1,7 @@
 """The gateway's listener: function calls go to the proxy, all else to aiohttp.
 
-Bodies of function calls are what a gateway spends its time on; aiohttp, which reads the rest, takes three times as long
-over them. docs/local.md has the figures.
+Function calls are what a gateway spends its time on; aiohttp, which has the rest, takes two to four times as long over
+them. docs/local.md has the figures.
 """
 
 from __future__ import annotations

@@ -172,7 +172,7 @@ class Flow:
             self._end(rest)
 
     def _move(self) -> bool:
-        """As `_copy`, without taking the bytes out of the kernel: half of what a large body costs."""
+        """As `_copy`, without taking the bytes out of the kernel. docs/local.md has what that saves."""
         if self._moves is None:
             return False
         if self._pipe is None:

@@ -65,7 +65,10 @@ class Search:
         return [
             c
             for c in cuts(self.model)
-            if c.position is not None and c.position + 1 >= self.private_depth and self.fits(c.position)
+            if c.position is not None
+            and c.position + 1 >= self.private_depth
+            and not (self.private_depth and c.passing)
+            and self.fits(c.position)
         ]
 
     def problem(self, conditions: Conditions, choice: Choice, *, effective: bool = True) -> Problem:
@@ -75,7 +78,7 @@ class Search:
             self.model,
             [self.edge.nodes, self.cloud.nodes],
             [Link(up, down, conditions.rtt_s + _hop(self.cloud)[0])],
-            pins=dict.fromkeys(range(self.private_depth), (0, 0)),
+            pins=dict.fromkeys(self._private(), (0, 0)),
         )
         sizes, seconds = self.survey.bytes.get(choice.codec, {}), self.survey.seconds.get(choice.codec, {})
 
@@ -120,6 +123,13 @@ class Search:
             for rank in ranks:
                 cut = prefixes[int(rank[place])]
                 yield self._upstream(cut), cut
+
+    def _private(self) -> set[int]:
+        """The nodes that stay at the edge: the first ones, and all that read an input, which else would leave it."""
+        if not self.private_depth:
+            return set()
+        readers = {i for i, used in enumerate(self.model.uses) if any(v.is_graph_input() for v in used)}
+        return readers | set(range(self.private_depth))
 
     def _cut(self, labels: tuple[int, ...]) -> Iterator[Found]:
         boundary = boundaries(self.model, labels, 2)[0]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from isthmus.errors import ConstraintMalformed, Infeasible
-from isthmus.planner.conditions import Constraints, Objective
+from isthmus.planner.conditions import MAX_ERROR, Constraints, Objective
 from isthmus.planner.plan import Candidate
 from isthmus.planner.prices import Prices
 from isthmus.units import format_duration
@@ -57,7 +58,8 @@ def broken(candidate: Candidate, constraints: Constraints) -> list[Broken]:
     if (longest := constraints.latency_s) is not None and candidate.seconds > longest:
         took = format_duration(candidate.seconds)
         found.append(Broken("latency", longest, candidate.seconds, f"it takes {took}, of {format_duration(longest)}"))
-    if (bound := constraints.max_error) is not None and error.relative > bound:
+    bound = constraints.max_error if constraints.max_error is not None else math.inf if error.calibrated else MAX_ERROR
+    if error.relative > bound:
         found.append(Broken("max-error", bound, error.relative, f"its error is {error.relative:.2g}, of {bound:g}"))
     if (share := constraints.max_disagreement) is not None and (differ := error.disagreement) > share:
         found.append(Broken("max-disagreement", share, differ, f"{differ:.1%} of its answers differ, of {share:.1%}"))

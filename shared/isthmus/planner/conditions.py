@@ -13,7 +13,7 @@ Objective: TypeAlias = str
 """One of OBJECTIVES: the least time of a request, the most requests a second, the least money, the fewest joules."""
 
 MAX_ERROR = 0.05
-"""What an answer may differ from the uncut model's where nothing else is asked for: see `Error.relative`."""
+"""What answers may differ where nothing is asked for and calibration has not measured them: see `Error.relative`."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,12 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Constraints:
-    """What a candidate must keep to; None asks for nothing.
+    """What a candidate must keep to; None asks for nothing more.
 
-    `private_depth` nodes, the first ones in topological order, run at the edge: so no cut lies before them, and the
-    input never leaves. `max_error` bounds `Error.relative`, `max_disagreement` the share of inputs with another class.
+    `private_depth` nodes, the first ones in topological order, run at the edge, and so do all that read an input of the
+    model where it is not 0: no cut lies before them, and no input crosses one. `max_error` bounds `Error.relative`,
+    `max_disagreement` the share of inputs with another answer. Without `max_error`, MAX_ERROR holds, and what a
+    calibrated bundle offers is good enough.
     Units: bytes, seconds.
 
     Raises:
@@ -67,7 +69,7 @@ class Constraints:
     edge_memory_bytes: int | None = None
     private_depth: int = 0
     latency_s: float | None = None
-    max_error: float | None = MAX_ERROR
+    max_error: float | None = None
     max_disagreement: float | None = None
 
     def __post_init__(self) -> None:

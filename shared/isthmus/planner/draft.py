@@ -2,46 +2,26 @@
 
 from __future__ import annotations
 
-import statistics
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from isthmus.bundle import WHOLE, Bundle, digest_of, subject_digest, to_json
-from isthmus.calibration.choice import Choice
-from isthmus.calibration.fidelity import Fidelity, read
-from isthmus.errors import PlanMismatch
-from isthmus.graph import add_cuts, open_model
-from isthmus.graph.cuts import CutInfo, upstream_of
+from isthmus.bundle import WHOLE, Bundle, subject_digest
+from isthmus.graph.cuts import upstream_of
 from isthmus.graph.model import Model
-from isthmus.planner.candidates import Search, smallest_crossing
 from isthmus.planner.conditions import Conditions
 from isthmus.planner.costs import Load, Work, priced, run_seconds, terms
-from isthmus.planner.examples import MAX_PIXELS, Example
+from isthmus.planner.examples import Example
 from isthmus.planner.memory import Memory
-from isthmus.planner.plan import Candidate, Error, Terms
+from isthmus.planner.plan import Candidate, Terms
 from isthmus.planner.prices import Prices
-from isthmus.planner.profile import Profile, content_of
-from isthmus.planner.survey import survey
-from isthmus.planner.trials import Option, Trial, Trials
-from isthmus.planner.usable import short_name, usable_codecs
-from isthmus.planner.variant import FAILURES, Variant, int8_variant, why_not
-from isthmus.planner.workbench import Workbench, beside_weights
-from isthmus.processing.image import preprocess
-from isthmus.processing.image_spec import made_shape
+from isthmus.planner.profile import Profile
+from isthmus.planner.trials import Option, Trial
+from isthmus.planner.variant import Variant
 from isthmus.registry import Registry, Resolved, Version
-from isthmus.registry.cache import SegmentCache
 
 EDGE, CLOUD = "edge", "cloud"
-MOST_CUTS = 12
-_TRIES = 3
-Told = Callable[[str], None]
-Table = Callable[[str], object]
-"""A tensor's codec table, by the tensor's name."""
 
 
 @dataclass
@@ -49,7 +29,9 @@ class Draft:
     """What is known of one bundle's candidates, whatever the link.
 
     `bundle` is the one that a plan is for: the published one with the candidates' cuts. `files` holds what is new of
-    it, by digest, as long as the draft lives. `notes` say what was left out, and why.
+    it, by digest, as long as the draft lives. `same_graph` says, by tier, which segments the profile timed are still
+    the bundle's. `crossing_least` are the fewest bytes that any cut lets cross. `slowdown` is how much slower each tier
+    is than this process. `notes` say what was left out, and why.
     """
 
     found: Resolved
@@ -59,14 +41,14 @@ class Draft:
     profiles: Mapping[str, Profile]
     examples: Sequence[Example]
     inputs: str
+    same_graph: Mapping[str, Callable[[str], bool]]
+    crossing_least: float
+    private_depth: int = 0
     options: list[Option] = field(default_factory=list)
     trials: dict[str, Trial] = field(default_factory=dict)
     slowdown: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     variant: Variant | None = None
-    crossing_least: float = 0.0
-    private_depth: int = 0
-    _same: Mapping[str, Callable[[str], bool]] = field(default_factory=dict)
 
     @property
     def subject(self) -> str:
@@ -133,7 +115,7 @@ class Draft:
         )
 
     def _run(self, tier: str, segment: str) -> Work:
-        return run_seconds(self.profiles[tier], segment, self._nodes(segment), self._same[tier])
+        return run_seconds(self.profiles[tier], segment, self._nodes(segment), self.same_graph[tier])
 
     def _nodes(self, segment: str) -> list[int]:
         everything = [i for i, dynamic in enumerate(self.model.dynamic) if dynamic]
@@ -143,7 +125,7 @@ class Draft:
         return [i for i in everything if i in before and i not in after]
 
     def _memory(self, option: Option) -> tuple[int, int]:
-        edge, cloud = (Memory(self.model, self.bundle, self.profiles[t], self._same[t]) for t in (EDGE, CLOUD))
+        edge, cloud = (Memory(self.model, self.bundle, self.profiles[t], self.same_graph[t]) for t in (EDGE, CLOUD))
         whole = self.bundle.segment(WHOLE)
         if option.variant and self.variant is not None:
             return edge.variant(self.variant.bundle.weights.blob.size), 0
@@ -155,216 +137,3 @@ class Draft:
         sizes = (edge, head), (cloud, tail)
         one, other = (m.segment(self.bundle.segment(s), self._nodes(s)) for m, s in sizes)
         return one, other
-
-
-@contextmanager
-def drafting(
-    registry: Registry,
-    cache: SegmentCache,
-    reference: str,
-    profiles: Mapping[str, Profile],
-    examples: Sequence[Example],
-    inputs: str,
-    *,
-    links: Sequence[Conditions],
-    private_depth: int = 0,
-    edge_memory_bytes: int | None = None,
-    int8: bool = True,
-    most_cuts: int = MOST_CUTS,
-    every: bool = False,
-    table: Table | None = None,
-    told: Told = lambda text: None,
-) -> Iterator[Draft]:
-    """The draft for the model that `reference` names, its files there for as long as the block lasts.
-
-    `profiles` are by tier, edge and cloud; `inputs` says what `examples` are: photo, tensors or random. `links` are
-    what cuts are looked for under, unless `every` takes all prefix cuts; a prediction for another link is made of the
-    same candidates. Neither looks at cuts whose head would exceed `edge_memory_bytes`.
-
-    Raises:
-        RegistryError: no such model.
-        PlanMismatch: a profile of another model.
-        ConstraintMalformed: a private depth beyond the model.
-        ModelError, RunFailed: the model cannot be read, or does not run with the examples.
-    """
-    found = registry.resolve(reference)
-    for profile in profiles.values():
-        check_profile(profile, found.bundle)
-    base = replace(found.bundle, plan=None)
-    fidelity = read(base, registry.blob)
-    told(f"fetching {found.name}:{found.version}")
-    with cache.locate(found.digest, WHOLE) as whole, tempfile.TemporaryDirectory(prefix="isthmus-") as place:
-        folder = Path(place)
-        arrays = examples[0].arrays
-        model = open_model(whole.path, examples=dict(arrays), normalise=False)
-        choices = usable_codecs(None, "")
-        told("packing every tensor under every codec")
-        packed = survey(model, arrays, choices)
-        heads = Memory(model, base, profiles[EDGE], lambda segment: False).heads() if edge_memory_bytes else {}
-        search = Search(
-            model,
-            profiles[EDGE],
-            profiles[CLOUD],
-            packed,
-            private_depth,
-            fits=lambda position: edge_memory_bytes is None or heads[position] <= edge_memory_bytes,
-        )
-        told("searching cuts")
-        found_cuts = search.prefixes() if every else search.cuts(links, choices, most_cuts)
-        names, fresh = _named(model, base, found_cuts, fidelity, private_depth)
-        with beside_weights(folder, whole.path):
-            bundle, files = add_cuts(base, whole.path, [[c] for c in fresh], folder) if fresh else (base, {})
-            threads = min(profiles[EDGE].device.threads, 2)
-            bench = Workbench(bundle, found.digest, files, cache, threads=threads)
-            draft = Draft(found, bundle, files, model, profiles, examples, inputs)
-            draft.private_depth = private_depth
-            draft.crossing_least = smallest_crossing(model, packed)
-            draft._same = {tier: _same_graph(registry, profile, bundle) for tier, profile in profiles.items()}
-            trials = _try_all(draft, bench, names, fidelity, table, told)
-        if int8:
-            _try_variant(draft, trials, registry, cache, whole.path, folder, threads, told)
-        yield draft
-
-
-def check_profile(profile: Profile, bundle: Bundle) -> None:
-    """See that a profile is of this model.
-
-    Raises:
-        PlanMismatch: it is of another one; names both.
-    """
-    if profile.content != (content := content_of(bundle)):
-        raise PlanMismatch(
-            f"the profile of tier {profile.tier} is of {profile.model}, {profile.content[:19]}…, and not of"
-            f" {bundle.name}, {content[:19]}…",
-            subject=profile.content,
-            expected=content,
-            hint=f"measure this one: isthmus profile {bundle.name}",
-        )
-
-
-def _named(
-    model: Model, bundle: Bundle, cuts: Sequence[CutInfo], fidelity: Fidelity | None, private_depth: int
-) -> tuple[list[str], list[str | CutInfo]]:
-    """The names of the candidates' cuts, and those of which the bundle lacks a segment; its own keep their names."""
-    known = {upstream_of(model, cut): name for name, cut in bundle.cuts.items()}
-    calibrated = {known_name for known_name in (fidelity.cuts() if fidelity else []) if known_name in bundle.cuts}
-    private = frozenset(i for i in range(private_depth) if model.dynamic[i])
-    names = [n for upstream, n in known.items() if n in calibrated and private <= upstream]
-    new: dict[str, CutInfo] = {}
-    for cut in cuts:
-        if (name := known.get(upstream_of(model, cut))) is None:
-            new[name := cut.name] = cut
-        if name not in names:
-            names.append(name)
-    # A cut that only parts a longer partition has no head and tail of its own.
-    lacking = [n for n in names if f"..{n}" not in bundle.segments or f"{n}.." not in bundle.segments]
-    return names, [new.get(name, name) for name in lacking]
-
-
-def _same_graph(registry: Registry, profile: Profile, bundle: Bundle) -> Callable[[str], bool]:
-    """Whether a segment that the profile timed is this bundle's: names of cuts may have meant others."""
-    timed = registry.bundle(profile.bundle) if profile.bundle != digest_of(to_json(bundle)) else bundle
-
-    def same(segment: str) -> bool:
-        one, other = timed.segments.get(segment), bundle.segments.get(segment)
-        return one is not None and other is not None and one.graph == other.graph
-
-    return same
-
-
-def _try_all(
-    draft: Draft, bench: Workbench, cuts: Sequence[str], fidelity: Fidelity | None, table: Table | None, told: Told
-) -> Trials:
-    told("running the uncut model")
-    pre_s = _preprocess_seconds(draft.bundle, draft.examples)
-    trials = Trials(draft.bundle, bench, draft.examples, table or (lambda name: None), pre_s)
-    draft.slowdown = {
-        tier: profile.whole.run.median / trials.whole_s if trials.whole_s else 1.0
-        for tier, profile in draft.profiles.items()
-    }
-    _add(draft, Option("edge-float", "edge"), trials.edge())
-    if draft.private_depth:
-        draft.notes.append(f"the first {draft.private_depth} nodes stay at the edge, so cloud-only is no candidate")
-    else:
-        _try_cloud(draft, trials, pre_s, told)
-    for cut in cuts:
-        told(f"trying the cut {cut}")
-        for choice in usable_codecs(fidelity, cut):
-            option = Option(f"split-{cut}-{short_name(choice)}", "split", (cut,), choice)
-            _add(draft, option, _known_error(trials.split(cut, choice), fidelity, cut, choice))
-    bench.forget()
-    return trials
-
-
-def _try_cloud(draft: Draft, trials: Trials, pre_s: float, told: Told) -> None:
-    told("trying the whole model in the cloud")
-    spec = draft.bundle.preprocess
-    shape = None if spec is None else made_shape(spec)
-    if spec is None:
-        draft.notes.append("cloud-photo: the bundle declares no processing of photos")
-    elif shape is None or any(e.photo is None for e in draft.examples):
-        why = "no photos were given" if shape else "a photo's size decides the input's, so it must be made at the edge"
-        draft.notes.append(f"cloud-photo: {why}")
-    else:
-        made = trials.photo(shape, spec["dtype"], spec["input"])
-        # The cloud makes the input of it: that is what unpacking a photo means.
-        _add(draft, Option("cloud-photo", "cloud", photo=True), replace(made, unpack_s=pre_s))
-    for choice in usable_codecs(None, ""):
-        _add(draft, Option(f"cloud-{short_name(choice)}", "cloud", (), choice), trials.cloud(choice))
-
-
-def _try_variant(
-    draft: Draft,
-    trials: Trials,
-    registry: Registry,
-    cache: SegmentCache,
-    whole: Path,
-    folder: Path,
-    threads: int,
-    told: Told,
-) -> None:
-    told("quantising the model to int8")
-    arrays = [e.arrays for e in draft.examples]
-    try:
-        made = int8_variant(draft.bundle, registry, cache, whole, arrays, folder, threads=threads)
-        run = made.runner
-        trial = trials.edge(run.run)
-    except FAILURES as e:
-        draft.notes.append(why_not(e))
-        return
-    draft.variant = made
-    _add(draft, Option("edge-int8", "edge", variant=True), trial)
-
-
-def _add(draft: Draft, option: Option, trial: Trial | None) -> None:
-    if trial is None:
-        return
-    draft.options.append(option)
-    draft.trials[option.name] = trial
-
-
-def _known_error(trial: Trial | None, fidelity: Fidelity | None, cut: str, choice: Choice) -> Trial | None:
-    """`trial` with the error that calibration measured, over more inputs than a trial has."""
-    if trial is None or fidelity is None:
-        return trial
-    for entry in fidelity.entries:
-        if (entry.cut, entry.codec, entry.quality) == (cut, choice.codec, choice.quality):
-            return replace(trial, error=Error(entry.error, fidelity.inputs.held_out, 1 - entry.agreement))
-    return trial
-
-
-def _preprocess_seconds(bundle: Bundle, examples: Sequence[Example]) -> float:
-    """What it takes here to make the input of a photo; 0 where requests bring tensors."""
-    if bundle.preprocess is None:
-        return 0.0
-    taken = next(s for s in bundle.inputs if s.name == bundle.preprocess["input"])
-    seconds = []
-    for example in examples:
-        if (photo := example.photo) is not None:
-            least = float("inf")
-            for _ in range(_TRIES):
-                start = time.perf_counter()
-                preprocess(photo, bundle.preprocess, input=taken, max_pixels=MAX_PIXELS)
-                least = min(least, time.perf_counter() - start)
-            seconds.append(least)
-    return statistics.median(seconds) if seconds else 0.0

@@ -32,7 +32,7 @@ FORMATS = (".png", ".svg")
 _INK, _FAINT = "#7d8590", "#8b949e"
 _EDGE, _CLOUD, _BYTES, _BEST = "#d1682f", "#3f8fd2", "#2f9e6e", "#c24a8f"
 _HUES = ("#3f8fd2", "#d1682f", "#2f9e6e", "#c24a8f", "#8f74d6", "#b08a1f", "#2a9fa8", "#c75151", "#6f9a2f", "#9a7b5f")
-_DPI = 130
+_DPI, _CELL = 130, 11
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,10 @@ def _draw_sweep(axes: Any, cells: Sequence[Sequence[Cell]], hues: Mapping[str, s
     axes.imshow(index, cmap=ListedColormap(colours), vmin=-0.5, vmax=len(names) - 0.5, aspect="auto", origin="lower")
     for y, row in enumerate(cells):
         for x, cell in enumerate(row):
-            text = f"{cell.best.removeprefix('split-')}\n{cell.seconds * 1e3:.0f} ms" if cell.best else "none"
+            name = cell.best.removeprefix("split-")
+            # A long name takes two lines, so that it stays in its cell.
+            shown = name.replace("-", "\n", 1) if len(name) > _CELL else name
+            text = f"{shown}\n{cell.seconds * 1e3:.0f} ms" if name else "none"
             # The cells are opaque, so here white is readable in either scheme.
             axes.text(x, y, text, ha="center", va="center", fontsize=6.8, color="white", fontweight="bold")
     axes.set_xticks(range(len(cells[0])), [format_rate(c.conditions.uplink_bps) for c in cells[0]], fontsize=8)

@@ -92,13 +92,14 @@ class Error:
     """How far the answers are from the uncut model's, over `inputs` inputs.
 
     `relative` is the largest error of any input: the root mean square of the differences over that of the output, of
-    the worst output. `disagreement` is the share of inputs whose answer is another (see `calibration.Measure`). Both
-    are the fidelity document's where it knows this cut and codec, `relative` then being its mean.
+    the worst output. `disagreement` is the share of inputs whose answer is another (see `calibration.Measure`). Where
+    they are `calibrated`, both are the fidelity document's, `relative` being its mean, and agreement meets its limit.
     """
 
     relative: float
     inputs: int
     disagreement: float = 0.0
+    calibrated: bool = False
 
 
 @dataclass(frozen=True)

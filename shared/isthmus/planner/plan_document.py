@@ -186,7 +186,9 @@ def _candidate(doc: _Doc) -> Candidate:
         up_bytes=doc.whole("up_bytes"),
         down_bytes=doc.whole("down_bytes"),
         measured=None if measured is None else _measured(doc.sub("measured")),
-        error=Error(error.number("relative"), error.whole("inputs"), error.number("disagreement")),
+        error=Error(
+            error.number("relative"), error.whole("inputs"), error.number("disagreement"), error.flag("calibrated")
+        ),
         edge_memory_bytes=doc.whole("edge_memory_bytes"),
         cloud_memory_bytes=doc.whole("cloud_memory_bytes"),
         price=doc.number_or_none("price"),

@@ -72,7 +72,9 @@ def _caveats(draft: Draft, candidates: Sequence[Candidate], best: Candidate) -> 
         said.append("sizes and errors are of random inputs; real ones pack otherwise")
     shapes = {name: tuple(a.shape) for name, a in draft.examples[0].arrays.items()}
     for tier, profile in draft.profiles.items():
-        said += [f"the profile of tier {tier} is unsteady: {warning}" for warning in profile.warnings]
+        if profile.warnings:
+            more = f"; and {len(profile.warnings) - 1} more like it" if len(profile.warnings) > 1 else ""
+            said.append(f"the profile of tier {tier} is unsteady: {profile.warnings[0]}{more}")
         if profile.shapes and profile.shapes != shapes:
             said.append(f"the profile of tier {tier} is of other shapes than these inputs: {_told(profile.shapes)}")
     return said

@@ -1,0 +1,76 @@
+"""Which codecs candidates get: those that need no calibration, and of a calibrated bundle those that it offers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from bundles import Published, publish_photos
+from isthmus.bundle import Blob, digest_of
+from isthmus.calibration.agreement import Measure
+from isthmus.calibration.choice import Choice
+from isthmus.calibration.fidelity import Entry, Fidelity, Inputs, model_digest, to_json
+from isthmus.codecs import KNOWN, find
+from isthmus.planner.conditions import Conditions
+from isthmus.planner.usable import short_name, usable_codecs
+from test_plan_draft import LINK, drafted
+
+
+def entry(codec: str, quality: float, size: int, *, agreement: float = 1.0, offered: bool = True) -> Entry:
+    return Entry("3", codec, quality, agreement, 0.9, 1.0, 0.02, size, size, 4.0, 0.1, 0.1, 0.0, offered, agreement)
+
+
+def fidelity(subject: str) -> Fidelity:
+    entries = (
+        entry("raw", 1.0, 4000),
+        entry("int8/1", 1.0, 1000, agreement=0.995),
+        entry("int4/1", 1.0, 500, agreement=0.6, offered=False),
+        entry("half/1", 1.0, 2000),
+    )
+    return Fidelity(subject, 0.99, Measure("top1", "logits"), Inputs("photos", 10, 5, 200), entries)
+
+
+def test_without_calibration_every_codec_that_needs_none_is_usable() -> None:
+    found = [choice.codec for choice in usable_codecs(None, "3")]
+    assert found[0] == "raw"
+    assert set(found) == {c for c in KNOWN if c not in ("photo/1", "transform/1") and not find(c).calibrated}
+
+
+def test_a_calibrated_cut_has_what_it_offers_each_at_its_smallest() -> None:
+    known = fidelity("sha256:" + "0" * 64)
+    graded = (
+        entry("transform/1", 0.9, 600),
+        entry("transform/1", 0.5, 300),
+        entry("transform/1", 0.2, 100, offered=False),
+    )
+    known = Fidelity(known.subject, 0.99, known.measure, known.inputs, (*known.entries, *graded))
+    found = usable_codecs(known, "3")
+    assert set(found) == {Choice("raw"), Choice("int8/1"), Choice("half/1"), Choice("transform/1", 0.5)}
+    assert usable_codecs(known, "7") == usable_codecs(None, "7")
+    assert [short_name(c) for c in (Choice("int8/1"), Choice("transform/1", 0.55))] == ["int8", "transform-55"]
+
+
+def calibrated(folder: Path) -> Published:
+    published = publish_photos(folder)
+    data = to_json(fidelity(model_digest(published.bundle)))
+    (folder / "fidelity.json").write_bytes(data)
+    blob = Blob(digest_of(data), len(data))
+    bundle = replace(published.bundle, fidelity=blob)
+    version = published.registry.publish(bundle, {blob.digest: folder / "fidelity.json"}, alias="prod")
+    return replace(published, bundle=bundle, version=version.version, digest=version.digest)
+
+
+def test_a_calibrated_cut_is_a_candidate_with_the_errors_that_calibration_measured(tmp_path: Path) -> None:
+    published = calibrated(tmp_path)
+    with drafted(published, most_cuts=1) as draft:
+        found = {c.name: c for c in draft.predict(LINK)}
+    assert {"split-3-raw", "split-3-int8", "split-3-half"} <= found.keys()
+    assert "split-3-int4" not in found
+    error = found["split-3-int8"].error
+    assert (error.relative, error.inputs, round(error.disagreement, 6)) == (0.02, 200, 0.005)
+
+
+def test_a_private_depth_goes_before_a_calibrated_cut(tmp_path: Path) -> None:
+    published = calibrated(tmp_path)
+    with drafted(published, most_cuts=1, private_depth=5) as draft:
+        assert all(c.cuts != ("3",) for c in draft.predict(Conditions(1e6)))

@@ -20,15 +20,15 @@ from report import STATE, Report, Row, arguments, at_most
 from isthmus.bundle import Bundle, Cut
 from isthmus.cli.profiling import profile_tiers
 from isthmus.local.link_process import link_to
-from isthmus.planner.choose import broken, choose
-from isthmus.planner.conditions import Conditions, Constraints
-from isthmus.planner.draft import CLOUD, EDGE, Draft
-from isthmus.planner.drafting import drafting
-from isthmus.planner.examples import MAX_PIXELS, Example, from_arrays, from_photos
-from isthmus.planner.measuring import Functions, contenders, measure
-from isthmus.planner.plan import Candidate
-from isthmus.planner.planning import merged
-from isthmus.planner.profile import Profile
+from isthmus.planner.planning.choose import broken, choose
+from isthmus.planner.planning.conditions import Conditions, Constraints
+from isthmus.planner.planning.draft import CLOUD, EDGE, Draft
+from isthmus.planner.planning.drafting import drafting
+from isthmus.planner.planning.examples import MAX_PIXELS, Example, from_arrays, from_photos
+from isthmus.planner.planning.make import merged
+from isthmus.planner.planning.measuring import Functions, contenders, measure
+from isthmus.planner.planning.plan import Candidate
+from isthmus.planner.profiling.profile import Profile
 from isthmus.registry import Registry, SegmentCache, open_cache, open_registry
 from isthmus.serving.profiling import SECRET
 from isthmus.serving.tables import Tables
@@ -243,11 +243,7 @@ def one_cell(bench: Bench, cell: Conditions) -> Cell:
 
 def could_be_better(candidates: Sequence[Candidate], seconds: float) -> list[Candidate]:
     """Those that keep the constraints and may take less than `seconds`, the most promising first."""
-    allowed = [
-        c
-        for c in candidates
-        if not c.refused and c.kind == "split" and not broken(c, LIMITS)
-    ]
+    allowed = [c for c in candidates if not c.refused and c.kind == "split" and not broken(c, LIMITS)]
     p = [
         (c, c.predicted.up + c.predicted.rtt + _BOUND * (c.predicted.edge_busy + c.predicted.cloud_run))
         for c in allowed

@@ -10,9 +10,9 @@ from bundles import Published
 from isthmus.bundle import WHOLE, Bundle, subject_digest
 from isthmus.device import Device
 from isthmus.graph.model import Model, open_model
-from isthmus.planner.conditions import Conditions, Constraints
-from isthmus.planner.plan import Candidate, Plan, ProfileUsed, Terms
-from isthmus.planner.profile import HopCost, Profile, SegmentCost, Timing, content_of
+from isthmus.planner.planning.conditions import Conditions, Constraints
+from isthmus.planner.planning.plan import Candidate, Plan, ProfileUsed, Terms
+from isthmus.planner.profiling.profile import HopCost, Profile, SegmentCost, Timing, content_of
 
 HOP = HopCost(0.001, 1e-9, 1e-9, 0.0005, 1e-9)
 MEMORY = 4_000_000

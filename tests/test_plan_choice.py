@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from isthmus.errors import ConstraintMalformed, Infeasible
-from isthmus.planner.choose import broken, check_prices, choose
-from isthmus.planner.conditions import Conditions, Constraints, check_objective
-from isthmus.planner.costs import HEADERS_DOWN, HEADERS_UP, Exchange, Load, Work, priced, terms
-from isthmus.planner.grid import grid, under
-from isthmus.planner.measuring import contenders
-from isthmus.planner.plan import Error, Measured, Terms
-from isthmus.planner.prices import LinkPrices, Prices, TierPrices, read_prices
-from isthmus.planner.race import race
+from isthmus.planner.planning.choose import broken, check_prices, choose
+from isthmus.planner.planning.conditions import Conditions, Constraints, check_objective
+from isthmus.planner.planning.costs import HEADERS_DOWN, HEADERS_UP, Exchange, Load, Work, priced, terms
+from isthmus.planner.planning.grid import grid, under
+from isthmus.planner.planning.measuring import contenders
+from isthmus.planner.planning.plan import Error, Measured, Terms
+from isthmus.planner.planning.prices import LinkPrices, Prices, TierPrices, read_prices
+from isthmus.planner.planning.race import race
 from plans import HOP, candidate
 
 CPUS = {"edge": 2, "cloud": 4}

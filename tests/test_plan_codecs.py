@@ -11,8 +11,8 @@ from isthmus.calibration.agreement import Measure
 from isthmus.calibration.choice import Choice
 from isthmus.calibration.fidelity import Entry, Fidelity, Inputs, model_digest, to_json
 from isthmus.codecs import KNOWN, find
-from isthmus.planner.conditions import Conditions
-from isthmus.planner.usable import short_name, usable_codecs
+from isthmus.planner.planning.conditions import Conditions
+from isthmus.planner.planning.usable import short_name, usable_codecs
 from test_plan_draft import LINK, drafted
 
 

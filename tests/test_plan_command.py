@@ -28,8 +28,8 @@ from bundles import (
 from isthmus.cli import app
 from isthmus.errors import LocalError
 from isthmus.local.link_process import link_to
-from isthmus.planner import profiles
-from isthmus.planner.plan_document import from_json
+from isthmus.planner.planning.document import from_json
+from isthmus.planner.profiling import profiles
 from isthmus.serving import create_router_app, create_segment_app
 from plans import profile_of
 

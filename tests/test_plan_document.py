@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from bundles import publish_photos
 from isthmus.bundle import Blob, subject_digest
 from isthmus.errors import PlanMalformed, PlanMismatch
-from isthmus.planner.conditions import Conditions, Constraints
-from isthmus.planner.plan import Candidate, Coding, Error, Measured, Plan, Terms
-from isthmus.planner.plan_document import from_json, to_json
-from isthmus.planner.published import publish_plan, read_plan
+from isthmus.planner.planning.conditions import Conditions, Constraints
+from isthmus.planner.planning.document import from_json, to_json
+from isthmus.planner.planning.plan import Candidate, Coding, Error, Measured, Plan, Terms
+from isthmus.planner.planning.published import publish_plan, read_plan
 from plans import candidate, plan_for
 
 SCHEMA = json.loads((Path(__file__).parents[1] / "docs" / "plan.schema.json").read_text())

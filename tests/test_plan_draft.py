@@ -17,15 +17,15 @@ from onnx import helper
 from bundles import Published, cache_of, pair_model, photo, publish, publish_photos, save, value, weight
 from isthmus.bundle import subject_digest
 from isthmus.errors import ConstraintMalformed, Infeasible, PlanMismatch
-from isthmus.planner.choose import choose
-from isthmus.planner.conditions import Conditions, Constraints
-from isthmus.planner.draft import Draft
-from isthmus.planner.drafting import drafting
-from isthmus.planner.examples import Example, from_arrays, from_photos, random_examples
-from isthmus.planner.memory import Memory, live_bytes
-from isthmus.planner.plan_document import from_json, to_json
-from isthmus.planner.planning import make_plan
-from isthmus.planner.profile import SegmentCost, Timing
+from isthmus.planner.planning.choose import choose
+from isthmus.planner.planning.conditions import Conditions, Constraints
+from isthmus.planner.planning.document import from_json, to_json
+from isthmus.planner.planning.draft import Draft
+from isthmus.planner.planning.drafting import drafting
+from isthmus.planner.planning.examples import Example, from_arrays, from_photos, random_examples
+from isthmus.planner.planning.make import make_plan
+from isthmus.planner.planning.memory import Memory, live_bytes
+from isthmus.planner.profiling.profile import SegmentCost, Timing
 from isthmus.processing.image_spec import made_shape
 from plans import profile_of, whole_model
 

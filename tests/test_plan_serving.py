@@ -27,9 +27,9 @@ from bundles import (
     until,
 )
 from isthmus.bundle import Blob, digest_of
-from isthmus.planner.plan import Candidate, Coding
-from isthmus.planner.plan_document import to_json
-from isthmus.planner.published import publish_plan
+from isthmus.planner.planning.document import to_json
+from isthmus.planner.planning.plan import Candidate, Coding
+from isthmus.planner.planning.published import publish_plan
 from isthmus.serving import create_router_app, create_segment_app
 from plans import candidate, plan_for
 from segments import run_whole

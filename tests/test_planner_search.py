@@ -17,7 +17,7 @@ from onnx import parser
 from isthmus.errors import CutError, Infeasible, ProblemMalformed
 from isthmus.graph import build, open_model
 from isthmus.graph.cuts import crossing_values, upstream_of
-from isthmus.planner import (
+from isthmus.planner.search import (
     Labels,
     Link,
     Problem,
@@ -34,8 +34,8 @@ from isthmus.planner import (
     tally,
     with_speed,
 )
-from isthmus.planner.from_graph import boundaries, cut_of, from_model, positions
-from isthmus.planner.prefix import best_prefix
+from isthmus.planner.search.from_graph import boundaries, cut_of, from_model, positions
+from isthmus.planner.search.prefix import best_prefix
 from models import REAL
 from planner_problems import divisions, language_model, random_problem
 from test_graph_random import graphs

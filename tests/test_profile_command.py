@@ -27,7 +27,7 @@ from bundles import (
 )
 from isthmus.cli import app
 from isthmus.graph import zoo
-from isthmus.planner.profile import content_of, from_json
+from isthmus.planner.profiling.profile import content_of, from_json
 from isthmus.serving import create_router_app, create_segment_app
 from isthmus.serving.profiling import SECRET
 from models import ROOT, efficientnet_lite0

@@ -17,8 +17,8 @@ from bundles import Published, publish_photos
 from isthmus.device import Device
 from isthmus.errors import ProfileMalformed, RegistryError
 from isthmus.graph import add_cuts
-from isthmus.planner import profiles, steady
-from isthmus.planner.profile import (
+from isthmus.planner.profiling import profiles, steady
+from isthmus.planner.profiling.profile import (
     FORMAT,
     MAX_PROFILE_BYTES,
     CodecSpeed,
@@ -30,8 +30,8 @@ from isthmus.planner.profile import (
     from_json,
     to_json,
 )
-from isthmus.planner.spread import MOST_CUTS
-from isthmus.planner.steady import timing
+from isthmus.planner.profiling.spread import MOST_CUTS
+from isthmus.planner.profiling.steady import timing
 from isthmus.registry import FolderStore, Registry
 from isthmus.serving import profiling
 from s3_server import store_at, unique_prefix

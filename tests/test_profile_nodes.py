@@ -12,8 +12,8 @@ from isthmus.bundle import WHOLE
 from isthmus.errors import ModelError
 from isthmus.graph import Model, build, cuts, open_model
 from isthmus.graph.optimised import OptimisedNode, read_optimised
-from isthmus.planner.nodes import matched, node_seconds
-from isthmus.planner.spread import spread_cuts
+from isthmus.planner.profiling.nodes import matched, node_seconds
+from isthmus.planner.profiling.spread import spread_cuts
 from isthmus.runners.kernels import Observed, middle, read_trace
 from isthmus.runners.ort import OrtObserver
 from models import REAL

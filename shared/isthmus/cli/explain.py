@@ -26,8 +26,8 @@ def explain(
     Example: `isthmus explain efficientnet-lite0 --picture plan.svg`
     """
     from isthmus.cli import plan_text
-    from isthmus.planner.grid import grid
-    from isthmus.planner.published import read_plan
+    from isthmus.planner.planning.grid import grid
+    from isthmus.planner.planning.published import read_plan
 
     with errors(as_json):
         settings = RegistrySettings(registry=registry, cache_dir=CACHE_DIR)
@@ -43,7 +43,7 @@ def explain(
             )
         cells = grid(plan.candidates, plan.objective, plan.constraints) if sweep or picture else None
         if picture is not None:
-            from isthmus.planner.picture import Along, draw
+            from isthmus.planner.planning.picture import Along, draw
 
             with steps(as_json) as step:
                 step(f"drawing {picture}")

@@ -67,15 +67,15 @@ def plan(
     from isthmus.cli.functions import places
     from isthmus.cli.plan_text import document, show, show_sweep
     from isthmus.cli.planning import Wish, planned
-    from isthmus.planner.conditions import Conditions, Constraints, check_objective
-    from isthmus.planner.grid import grid
-    from isthmus.planner.prices import read_prices
+    from isthmus.planner.planning.conditions import Conditions, Constraints, check_objective
+    from isthmus.planner.planning.grid import grid
+    from isthmus.planner.planning.prices import read_prices
 
     with errors(as_json):
         if predict_only and head:
             raise RequestMalformed("--predict-only measures nothing: leave --head and --tail out")
         if picture is not None:
-            from isthmus.planner.picture import check_path
+            from isthmus.planner.planning.picture import check_path
 
             check_path(picture)
         up = _read(parse_rate, "--uplink", uplink)
@@ -106,7 +106,7 @@ def plan(
         ):
             cells = grid(made.plan.candidates, wish.objective, wish.constraints) if wish.sweep else None
             if picture is not None:
-                from isthmus.planner.picture import Along, draw
+                from isthmus.planner.planning.picture import Along, draw
 
                 step(f"drawing {picture}")
                 draw(made.plan, cells or [], picture, Along.of(made.draft))

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from isthmus.cli.console import out, size, table
-from isthmus.planner.grid import Cell
-from isthmus.planner.plan import TERMS, Candidate, Plan
-from isthmus.planner.plan_document import to_json
+from isthmus.planner.planning.document import to_json
+from isthmus.planner.planning.grid import Cell
+from isthmus.planner.planning.plan import TERMS, Candidate, Plan
 from isthmus.units import format_duration, format_rate
 
 SHOWN = 12

@@ -15,19 +15,19 @@ from isthmus.cli.photos import sample_photos
 from isthmus.cli.tensors import read_tensor
 from isthmus.errors import Missing, ModelError, RequestMalformed
 from isthmus.local.link_process import link_to
-from isthmus.planner import profiles
-from isthmus.planner.choose import check_prices
-from isthmus.planner.conditions import Conditions, Constraints, Objective
-from isthmus.planner.draft import CLOUD, EDGE, Draft
-from isthmus.planner.drafting import drafting
-from isthmus.planner.examples import MAX_PIXELS, Example, from_arrays, from_photos, random_examples
-from isthmus.planner.grid import RATES
-from isthmus.planner.measuring import Functions, contenders, measure
-from isthmus.planner.plan import Candidate, Plan
-from isthmus.planner.planning import make_plan, merged
-from isthmus.planner.prices import Prices
-from isthmus.planner.profile import Profile
-from isthmus.planner.published import publish_plan
+from isthmus.planner.planning.choose import check_prices
+from isthmus.planner.planning.conditions import Conditions, Constraints, Objective
+from isthmus.planner.planning.draft import CLOUD, EDGE, Draft
+from isthmus.planner.planning.drafting import drafting
+from isthmus.planner.planning.examples import MAX_PIXELS, Example, from_arrays, from_photos, random_examples
+from isthmus.planner.planning.grid import RATES
+from isthmus.planner.planning.make import make_plan, merged
+from isthmus.planner.planning.measuring import Functions, contenders, measure
+from isthmus.planner.planning.plan import Candidate, Plan
+from isthmus.planner.planning.prices import Prices
+from isthmus.planner.planning.published import publish_plan
+from isthmus.planner.profiling import profiles
+from isthmus.planner.profiling.profile import Profile
 from isthmus.registry import Registry, SegmentCache, Version, open_cache, open_registry
 from isthmus.serving.tables import Tables
 from isthmus.settings import RegistrySettings

@@ -15,11 +15,11 @@ from isthmus.cli.tensors import read_inputs
 from isthmus.client import Array
 from isthmus.context import Deadline
 from isthmus.graph import CutInfo, Model, add_cuts, cut_after, cut_at, open_model, resolve_cut
-from isthmus.planner import profiles
-from isthmus.planner.measure import Subject, measure, merged
-from isthmus.planner.profile import Profile, to_json
-from isthmus.planner.remote import ProfiledFunction
-from isthmus.planner.spread import spread_cuts
+from isthmus.planner.profiling import profiles
+from isthmus.planner.profiling.measure import Subject, measure, merged
+from isthmus.planner.profiling.profile import Profile, to_json
+from isthmus.planner.profiling.remote import ProfiledFunction
+from isthmus.planner.profiling.spread import spread_cuts
 from isthmus.registry import Registry, Resolved, open_cache, open_registry
 from isthmus.runners.store import SegmentStore
 from isthmus.settings import SegmentSettings

@@ -14,8 +14,8 @@ from isthmus.codecs import RAW, Tables
 from isthmus.errors import HopRejected, ImageMalformed, IsthmusError, MediaUnsupported, RequestTooLarge
 from isthmus.hop import Hop
 from isthmus.pipeline import Route
-from isthmus.planner.published import read_plan
-from isthmus.planner.route import PhotoAsItCame, photo_of, route_of
+from isthmus.planner.planning.published import read_plan
+from isthmus.planner.planning.route import PhotoAsItCame, photo_of, route_of
 from isthmus.registry import Registry
 from isthmus.serving import by_hand
 from isthmus.serving.models import Model

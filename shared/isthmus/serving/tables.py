@@ -57,7 +57,7 @@ class Tables:
         return table
 
     def _read(self, blob: Blob) -> object:
-        from isthmus.codecs.transform import Table  # for those who are sent such tensors
+        from isthmus.codecs.table import Table  # for those who are sent such tensors
 
         if blob.size > MAX_TABLE_BYTES:
             raise RegistryError(f"a codec's table of {blob.size} bytes; at most {MAX_TABLE_BYTES}", blob=blob.digest)

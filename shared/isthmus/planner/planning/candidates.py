@@ -13,13 +13,13 @@ from isthmus.calibration.choice import Choice
 from isthmus.errors import ConstraintMalformed
 from isthmus.graph.cuts import CutInfo, cuts
 from isthmus.graph.model import Model
-from isthmus.planner.conditions import Conditions
-from isthmus.planner.from_graph import boundaries, cut_of, from_model, positions
-from isthmus.planner.problem import Link, Problem
-from isthmus.planner.profile import Profile
-from isthmus.planner.search import solve
-from isthmus.planner.survey import Survey
-from isthmus.planner.sweep import sweep
+from isthmus.planner.planning.conditions import Conditions
+from isthmus.planner.planning.survey import Survey
+from isthmus.planner.profiling.profile import Profile
+from isthmus.planner.search.from_graph import boundaries, cut_of, from_model, positions
+from isthmus.planner.search.problem import Link, Problem
+from isthmus.planner.search.solve import solve
+from isthmus.planner.search.sweep import sweep
 
 NEAR = 3
 """Of the prefix cuts, so many of the fastest for each codec and link are tried: predictions are not that sure."""

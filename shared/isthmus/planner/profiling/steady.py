@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from isthmus.planner.profile import Timing
+from isthmus.planner.profiling.profile import Timing
 
 ROUNDS = 5
 """Series of runs of each segment, each at another moment."""

@@ -14,10 +14,10 @@ from isthmus.errors import ProfileMalformed
 from isthmus.frame import Frame
 from isthmus.graph.model import Model
 from isthmus.graph.optimised import read_optimised
-from isthmus.planner.nodes import node_seconds
-from isthmus.planner.profile import HopCost, Profile, SegmentCost, Timing, content_of
-from isthmus.planner.remote import Call, Measured, ProfiledFunction
-from isthmus.planner.steady import ROUNDS, timing
+from isthmus.planner.profiling.nodes import node_seconds
+from isthmus.planner.profiling.profile import HopCost, Profile, SegmentCost, Timing, content_of
+from isthmus.planner.profiling.remote import Call, Measured, ProfiledFunction
+from isthmus.planner.profiling.steady import ROUNDS, timing
 from isthmus.runners import Array
 
 MORE_ROUNDS = 4

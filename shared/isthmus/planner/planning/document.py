@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 from isthmus.bundle import is_cut_name, is_digest, is_model_name
 from isthmus.codecs import KNOWN
 from isthmus.errors import ConstraintMalformed, PlanMalformed
-from isthmus.planner.conditions import OBJECTIVES, Conditions, Constraints
-from isthmus.planner.plan import (
+from isthmus.planner.planning.conditions import OBJECTIVES, Conditions, Constraints
+from isthmus.planner.planning.plan import (
     FORMAT,
     INPUTS,
     KINDS,

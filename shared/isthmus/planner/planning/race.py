@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from isthmus.planner.plan import Measured
+from isthmus.planner.planning.plan import Measured
 
 Run: TypeAlias = Callable[[int], Mapping[str, float]]
 """One request, the n-th of all: the seconds of its parts by name, `total` among them."""

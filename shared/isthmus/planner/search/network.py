@@ -10,10 +10,10 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from isthmus.planner import flow
-from isthmus.planner.arcs import FORCED, arcs_of
-from isthmus.planner.division import Labels, is_allowed, lowest, tally
-from isthmus.planner.problem import Problem
+from isthmus.planner.search import flow
+from isthmus.planner.search.arcs import FORCED, arcs_of
+from isthmus.planner.search.division import Labels, is_allowed, lowest, tally
+from isthmus.planner.search.problem import Problem
 
 Row: TypeAlias = npt.NDArray[np.float64]
 """One number for each kind: k tiers, then each boundary's bytes up, bytes down, and use. Prices or amounts."""

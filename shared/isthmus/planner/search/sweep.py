@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from isthmus.errors import ProblemMalformed
-from isthmus.planner.division import Labels
-from isthmus.planner.network import Network, Row, prices
-from isthmus.planner.problem import Problem
-from isthmus.planner.search import Assignment, assignment
+from isthmus.planner.search.division import Labels
+from isthmus.planner.search.network import Network, Row, prices
+from isthmus.planner.search.problem import Problem
+from isthmus.planner.search.solve import Assignment, assignment
 
 _DIGITS = 15
 

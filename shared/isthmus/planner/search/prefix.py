@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from isthmus.planner.division import Labels
-from isthmus.planner.problem import Problem
+from isthmus.planner.search.division import Labels
+from isthmus.planner.search.problem import Problem
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

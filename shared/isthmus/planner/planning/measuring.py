@@ -14,12 +14,12 @@ from isthmus.context import Context
 from isthmus.errors import IsthmusError
 from isthmus.hop import HttpHop
 from isthmus.pipeline import Result
-from isthmus.planner.choose import VALUES, broken
-from isthmus.planner.conditions import Constraints, Objective
-from isthmus.planner.examples import MAX_PIXELS, Example
-from isthmus.planner.plan import Candidate
-from isthmus.planner.race import ROUNDS, Run, race
-from isthmus.planner.route import photo_of, route_of
+from isthmus.planner.planning.choose import VALUES, broken
+from isthmus.planner.planning.conditions import Constraints, Objective
+from isthmus.planner.planning.examples import MAX_PIXELS, Example
+from isthmus.planner.planning.plan import Candidate
+from isthmus.planner.planning.race import ROUNDS, Run, race
+from isthmus.planner.planning.route import photo_of, route_of
 from isthmus.processing.image import preprocess
 
 BASELINES = ("edge-float", "edge-int8", "cloud-photo", "cloud-raw")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from isthmus.errors import Infeasible, ProblemMalformed
-from isthmus.planner.problem import Problem
+from isthmus.planner.search.problem import Problem
 
 Labels: TypeAlias = tuple[int, ...]
 

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from isthmus.bundle import Bundle, Segment
 from isthmus.graph.model import Model
-from isthmus.planner.profile import Profile
+from isthmus.planner.profiling.profile import Profile
 
 
 def live_bytes(model: Model, nodes: Collection[int]) -> int:

@@ -19,12 +19,12 @@ from isthmus.errors import ModelError
 from isthmus.graph import cuts, open_model
 from isthmus.graph.model import Model
 from isthmus.graph.picture import size_text
-from isthmus.planner import profiles
-from isthmus.planner.conditions import Conditions
-from isthmus.planner.draft import CLOUD, EDGE, Draft
-from isthmus.planner.grid import Cell, under
-from isthmus.planner.plan import Candidate, Plan
-from isthmus.planner.profile import Profile
+from isthmus.planner.planning.conditions import Conditions
+from isthmus.planner.planning.draft import CLOUD, EDGE, Draft
+from isthmus.planner.planning.grid import Cell, under
+from isthmus.planner.planning.plan import Candidate, Plan
+from isthmus.planner.profiling import profiles
+from isthmus.planner.profiling.profile import Profile
 from isthmus.registry import Registry, Resolved, SegmentCache
 from isthmus.units import format_duration, format_rate
 

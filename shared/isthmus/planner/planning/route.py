@@ -12,7 +12,7 @@ from isthmus.errors import PlanMalformed
 from isthmus.frame import DTYPES
 from isthmus.hop import Hop
 from isthmus.pipeline import Route
-from isthmus.planner.plan import Candidate
+from isthmus.planner.planning.plan import Candidate
 from isthmus.processing.image_spec import made_shape
 
 PHOTO = "photo/1"

@@ -12,7 +12,7 @@ from isthmus.codecs import Array
 from isthmus.errors import IsthmusError, Missing, ModelError, RunFailed
 from isthmus.graph import build
 from isthmus.graph.quantise import quantise
-from isthmus.planner.profile import content_of
+from isthmus.planner.profiling.profile import content_of
 from isthmus.registry import Registry
 from isthmus.registry.cache import SegmentCache
 from isthmus.runners import Runner

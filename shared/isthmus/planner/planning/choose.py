@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from isthmus.errors import ConstraintMalformed, Infeasible
-from isthmus.planner.conditions import MAX_ERROR, Constraints, Objective
-from isthmus.planner.plan import Candidate
-from isthmus.planner.prices import Prices
+from isthmus.planner.planning.conditions import MAX_ERROR, Constraints, Objective
+from isthmus.planner.planning.plan import Candidate
+from isthmus.planner.planning.prices import Prices
 from isthmus.units import format_duration
 
 _NEARLY = 0.02

@@ -17,18 +17,18 @@ from isthmus.errors import PlanMismatch
 from isthmus.graph import add_cuts, open_model
 from isthmus.graph.cuts import CutInfo, upstream_of
 from isthmus.graph.model import Model
-from isthmus.planner.candidates import Search, smallest_crossing
-from isthmus.planner.conditions import Conditions
-from isthmus.planner.draft import CLOUD, EDGE, Draft
-from isthmus.planner.examples import MAX_PIXELS, Example
-from isthmus.planner.memory import Memory
-from isthmus.planner.plan import Error
-from isthmus.planner.profile import Profile, content_of
-from isthmus.planner.survey import survey
-from isthmus.planner.trials import Option, Trial, Trials
-from isthmus.planner.usable import short_name, usable_codecs
-from isthmus.planner.variant import FAILURES, int8_variant, why_not
-from isthmus.planner.workbench import Workbench, beside_weights
+from isthmus.planner.planning.candidates import Search, smallest_crossing
+from isthmus.planner.planning.conditions import Conditions
+from isthmus.planner.planning.draft import CLOUD, EDGE, Draft
+from isthmus.planner.planning.examples import MAX_PIXELS, Example
+from isthmus.planner.planning.memory import Memory
+from isthmus.planner.planning.plan import Error
+from isthmus.planner.planning.survey import survey
+from isthmus.planner.planning.trials import Option, Trial, Trials
+from isthmus.planner.planning.usable import short_name, usable_codecs
+from isthmus.planner.planning.variant import FAILURES, int8_variant, why_not
+from isthmus.planner.planning.workbench import Workbench, beside_weights
+from isthmus.planner.profiling.profile import Profile, content_of
 from isthmus.processing.image import preprocess
 from isthmus.processing.image_spec import made_shape
 from isthmus.registry import Registry

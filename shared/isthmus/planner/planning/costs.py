@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
-from isthmus.planner.conditions import Conditions
-from isthmus.planner.plan import Candidate, Terms
-from isthmus.planner.prices import Prices
-from isthmus.planner.profile import HopCost, Profile
+from isthmus.planner.planning.conditions import Conditions
+from isthmus.planner.planning.plan import Candidate, Terms
+from isthmus.planner.planning.prices import Prices
+from isthmus.planner.profiling.profile import HopCost, Profile
 
 HEADERS_UP, HEADERS_DOWN = 340, 420
 """Bytes of HTTP around a frame, each way, as a hop's connections write and waitress answers them."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from isthmus.planner.division import Labels, cost, tally
-from isthmus.planner.network import Network, prices
-from isthmus.planner.problem import Problem
+from isthmus.planner.search.division import Labels, cost, tally
+from isthmus.planner.search.network import Network, prices
+from isthmus.planner.search.problem import Problem
 
 
 @dataclass(frozen=True)

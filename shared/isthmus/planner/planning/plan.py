@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from isthmus.planner.conditions import Conditions, Constraints, Objective
+from isthmus.planner.planning.conditions import Conditions, Constraints, Objective
 
 FORMAT = "isthmus.plan/1"
 MAX_PLAN_BYTES = 4 * 2**20

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
 import isthmus
-from isthmus.planner.choose import choose
-from isthmus.planner.conditions import Conditions, Constraints, Objective
-from isthmus.planner.costs import priced
-from isthmus.planner.draft import Draft
-from isthmus.planner.plan import Candidate, Plan, ProfileUsed
-from isthmus.planner.prices import Prices
+from isthmus.planner.planning.choose import choose
+from isthmus.planner.planning.conditions import Conditions, Constraints, Objective
+from isthmus.planner.planning.costs import priced
+from isthmus.planner.planning.draft import Draft
+from isthmus.planner.planning.plan import Candidate, Plan, ProfileUsed
+from isthmus.planner.planning.prices import Prices
 
 
 def make_plan(

@@ -16,10 +16,10 @@ from isthmus.calibration.choice import Choice, packings
 from isthmus.codecs import RAW, Array, Packed, Packing, find
 from isthmus.frame import DTYPES, Frame
 from isthmus.pipeline import pack_all
-from isthmus.planner.costs import Exchange
-from isthmus.planner.examples import Example
-from isthmus.planner.plan import Coding, Error
-from isthmus.planner.workbench import Workbench
+from isthmus.planner.planning.costs import Exchange
+from isthmus.planner.planning.examples import Example
+from isthmus.planner.planning.plan import Coding, Error
+from isthmus.planner.planning.workbench import Workbench
 
 T = TypeVar("T")
 _CALL_ID = "0" * 36

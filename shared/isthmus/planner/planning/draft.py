@@ -10,15 +10,15 @@ from pathlib import Path
 from isthmus.bundle import WHOLE, Bundle, subject_digest
 from isthmus.graph.cuts import upstream_of
 from isthmus.graph.model import Model
-from isthmus.planner.conditions import Conditions
-from isthmus.planner.costs import Load, Work, priced, run_seconds, terms
-from isthmus.planner.examples import Example
-from isthmus.planner.memory import Memory
-from isthmus.planner.plan import Candidate, Terms
-from isthmus.planner.prices import Prices
-from isthmus.planner.profile import Profile
-from isthmus.planner.trials import Option, Trial
-from isthmus.planner.variant import Variant
+from isthmus.planner.planning.conditions import Conditions
+from isthmus.planner.planning.costs import Load, Work, priced, run_seconds, terms
+from isthmus.planner.planning.examples import Example
+from isthmus.planner.planning.memory import Memory
+from isthmus.planner.planning.plan import Candidate, Terms
+from isthmus.planner.planning.prices import Prices
+from isthmus.planner.planning.trials import Option, Trial
+from isthmus.planner.planning.variant import Variant
+from isthmus.planner.profiling.profile import Profile
 from isthmus.registry import Registry, Resolved, Version
 
 EDGE, CLOUD = "edge", "cloud"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from isthmus.bundle import Bundle
 from isthmus.errors import Missing, ProfileMalformed
-from isthmus.planner.profile import MAX_PROFILE_BYTES, Profile, content_of, from_json, to_json
+from isthmus.planner.profiling.profile import MAX_PROFILE_BYTES, Profile, content_of, from_json, to_json
 from isthmus.registry import Registry
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from isthmus.bundle import Blob, Bundle, digest_of, subject_digest
 from isthmus.errors import PlanMalformed, PlanMismatch
-from isthmus.planner.plan import MAX_PLAN_BYTES, Plan
-from isthmus.planner.plan_document import from_json, to_json
+from isthmus.planner.planning.document import from_json, to_json
+from isthmus.planner.planning.plan import MAX_PLAN_BYTES, Plan
 from isthmus.registry import Registry, Version
 
 

@@ -10,8 +10,8 @@ from itertools import pairwise
 from isthmus.errors import CutError, ProblemMalformed
 from isthmus.graph.cuts import CutInfo, ancestors, crossing_values, cut_after, cut_at, prefix
 from isthmus.graph.model import Model
-from isthmus.planner.division import Labels
-from isthmus.planner.problem import Link, Problem, Tensor
+from isthmus.planner.search.division import Labels
+from isthmus.planner.search.problem import Link, Problem, Tensor
 
 _TOGETHER = "(outputs stay together)"
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from isthmus.planner.problem import Problem, Tensor
+from isthmus.planner.search.problem import Problem, Tensor
 
 FORCED = -1
 """The kind of an arc that no cut may pay."""

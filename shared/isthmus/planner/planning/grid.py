@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from isthmus.planner.choose import VALUES, broken
-from isthmus.planner.conditions import Conditions, Constraints, Objective
-from isthmus.planner.costs import HEADERS_DOWN, HEADERS_UP
-from isthmus.planner.plan import Candidate, Measured
+from isthmus.planner.planning.choose import VALUES, broken
+from isthmus.planner.planning.conditions import Conditions, Constraints, Objective
+from isthmus.planner.planning.costs import HEADERS_DOWN, HEADERS_UP
+from isthmus.planner.planning.plan import Candidate, Measured
 
 RATES = (0.5e6, 1e6, 2e6, 5e6, 10e6, 20e6, 50e6, 100e6, 200e6, 500e6, 1e9)
 ROUND_TRIPS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)

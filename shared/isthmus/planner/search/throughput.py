@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from isthmus.planner.division import Labels, cost, lowest, tally
-from isthmus.planner.network import Network, Row, amounts, prices
-from isthmus.planner.prefix import best_prefix
-from isthmus.planner.problem import Problem
+from isthmus.planner.search.division import Labels, cost, lowest, tally
+from isthmus.planner.search.network import Network, Row, amounts, prices
+from isthmus.planner.search.prefix import best_prefix
+from isthmus.planner.search.problem import Problem
 
 _STEP = 1.0
 _ORDERS = 4

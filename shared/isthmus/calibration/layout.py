@@ -33,7 +33,7 @@ def layout_of(array: Array) -> Layout:
 
 def _roughness(array: Array, axis: int) -> float:
     """Mean square of the difference of neighbours along an axis, relative to the variance."""
-    if array.shape[axis] < 2:
+    if array.size == 0 or array.shape[axis] < 2:
         return 0.0
     values = array.astype(np.float64)
     return float(np.mean(np.diff(values, axis=axis) ** 2) / max(float(values.var()), 1e-30))

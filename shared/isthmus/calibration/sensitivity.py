@@ -82,7 +82,7 @@ def measure(
     channels: Array | None = None
     rings = np.zeros(len(RING_EDGES) + 1)
     seen, counted, runs = 0, np.zeros_like(rings), 0
-    spread: Array | float = 0.0
+    sums, values = np.zeros((2, 1)), 0
     started = time.monotonic()
     for crossing in inputs:
         clean = crossing[tensor]
@@ -91,8 +91,11 @@ def measure(
         layout = layout or layout_of(clean)
         n, c, h, w = layout.sizes(clean.shape)
         planes = layout.forward(clean).astype(np.float64)
-        spread = (seen * spread + planes.std(axis=(0, 1))) / (seen + 1)
-        reach = _REACH * np.maximum(spread, 0.1 * float(np.mean(spread)) + 1e-12)
+        # A vector's channels have no spread in one input; their variance over the inputs so far is as good.
+        sums = sums + np.stack([planes.sum(axis=(0, 1)), np.square(planes).sum(axis=(0, 1))])
+        values += n * h * w
+        spread = np.sqrt(np.maximum(sums[1] / values - np.square(sums[0] / values), 0))
+        reach = _REACH * np.maximum(spread, 0.1 * float(planes.std()) + 1e-12)
         answer = _Answer(tail(crossing), output, loss)
 
         moved = partial(_moved, tail, crossing, tensor, layout, answer)

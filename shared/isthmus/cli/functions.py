@@ -23,19 +23,17 @@ class Places:
 
 
 @contextmanager
-def places(local: bool, stack: Path, registry: str, head: str, tail: str, step: Step) -> Iterator[Places | None]:
-    """Where to measure, for as long as the block lasts; None where nothing was named.
+def places(local: bool, stack: Path, registry: str, head: str, tail: str, step: Step) -> Iterator[Places]:
+    """Where to measure, for as long as the block lasts: the URLs that were named, or functions started for it.
 
     Raises:
-        RequestMalformed: a head without a tail, or functions both named and to be started.
+        RequestMalformed: functions both named and to be started.
         LocalError: the stack's functions do not start.
     """
     if local and (head or tail):
         raise RequestMalformed("--local starts its own functions: leave --head and --tail out")
-    if bool(head) != bool(tail):
-        raise RequestMalformed("measuring takes both functions: --head URL and --tail URL")
     if not local:
-        yield Places(head, tail) if head else None
+        yield Places(head, tail)
         return
     from isthmus.cli.engine import engine, variables
     from isthmus.local.secrets import SecretFolder

@@ -99,10 +99,12 @@ def plan(
             publish=publish,
             alias=alias,
         )
+        if not local and bool(head) != bool(tail):
+            raise RequestMalformed("measuring takes both functions: --head URL and --tail URL")
         with (
             steps(as_json) as step,
             places(local, stack, registry, head, tail, step) as where,
-            planned(wish, registry, CACHE_DIR, where, photos or [], tensor or [], step) as made,
+            planned(wish, registry, CACHE_DIR, where if where.head else None, photos or [], tensor or [], step) as made,
         ):
             cells = grid(made.plan.candidates, wish.objective, wish.constraints) if wish.sweep else None
             if picture is not None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +12,6 @@ from isthmus.cli.console import (
     DEFAULT_REGISTRY,
     AsJson,
     RegistryOption,
-    Step,
     errors,
     out,
     print_json,
@@ -69,11 +66,11 @@ def profile(
     from isthmus.cli.profiling import profile_tiers
 
     with errors(as_json):
-        if local and (head or tail):
-            raise RequestMalformed("--local starts its own functions: leave --head and --tail out")
         if not (local or head or tail):
             raise RequestMalformed("name the functions with --head URL and --tail URL, or start some with --local")
-        with steps(as_json) as step, _functions(local, stack, registry, head, tail, token_file, step) as (urls, token):
+        with steps(as_json) as step, places(local, stack, registry, head, tail, step) as found:
+            urls = {tier: url for tier, url in ((EDGE, found.head), (CLOUD, found.tail)) if url}
+            token = found.token or _token(token_file)
             outcome = profile_tiers(
                 registry,
                 CACHE_DIR,
@@ -91,19 +88,6 @@ def profile(
             print_json(outcome.document())
         else:
             _show(outcome)
-
-
-@contextmanager
-def _functions(
-    local: bool, stack: Path, registry: str, head: str, tail: str, token_file: Path | None, step: Step
-) -> Iterator[tuple[Mapping[str, str], str]]:
-    """Each tier's URL, and the token that opens them."""
-    if not local:
-        yield {tier: url for tier, url in ((EDGE, head), (CLOUD, tail)) if url}, _token(token_file)
-        return
-    with places(True, stack, registry, "", "", step) as started:
-        if started is not None:
-            yield {EDGE: started.head, CLOUD: started.tail}, started.token
 
 
 def _token(file: Path | None) -> str:

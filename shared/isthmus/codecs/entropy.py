@@ -1,8 +1,8 @@
 """Whole numbers to bytes and back by asymmetric numeral systems.
 
 Values come sorted into runs of one level each; see `levels`. The coder is `constriction`'s stack (Duda 2013, arXiv
-1311.2540). It is bijective: a changed payload hardly ever empties it again, and a shortened one does not give the mark
-that lies at its bottom.
+1311.2540). It is bijective: a changed payload hardly ever empties it again, unless it is one of other plain bits, and a
+shortened one does not give the mark that lies at its bottom.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ class Plan:
     bounds: Array
     excess: list[Any]
 
-    def most(self) -> Array:
-        """Where each value is clipped in its group, float32 (padded,)."""
-        most = np.array([s.grouping.most for s in self.stretches], np.float32)
+    def most(self, dtype: type[np.generic]) -> Array:
+        """Where each value is clipped in its group, (padded,)."""
+        most = np.array([s.grouping.most for s in self.stretches], dtype)
         return np.repeat(most, [s.stop - s.start for s in self.stretches])
 
     @classmethod
@@ -94,22 +94,21 @@ def unit(count: int) -> int:
 def encode(values: Array, plan: Plan) -> bytes:
     """The bytes of whole numbers below LARGEST, float32 (plan.count,)."""
     parts: list[tuple[Array, Any]] = []
-    whole = values
-    if plan.padded > plan.count or plan.plain:
-        whole = np.zeros(plan.padded, np.float32)
-        whole[: plan.count] = values
+    whole = np.empty(plan.padded, np.float32)
+    whole[: plan.count] = values
+    whole[plan.count :] = 0
     for bits, start, stop in plan.plain:
         run = whole[start:stop].astype(np.int32) + (1 << (bits - 1))
         parts.append((run & ((1 << bits) - 1), _uniform(1 << bits)))
         whole[start:stop] = run >> bits
-    magnitude, most = np.abs(whole), plan.most()
-    far = np.flatnonzero(magnitude >= most)
-    clipped = np.minimum(whole, most)
-    np.maximum(clipped, np.negative(most), out=clipped)
+    most = plan.most(np.float32)
+    far = np.flatnonzero(np.abs(whole) >= most)
+    edge, most = whole[far], most[far]
+    whole[far] = np.copysign(most, edge)
     for stretch in plan.stretches:
-        _split(clipped[stretch.start : stretch.stop], stretch, parts)
-    excess = (magnitude[far] - most[far]).astype(np.int32)
-    room = TOP - most[far].astype(np.int32)
+        _split(whole[stretch.start : stretch.stop], stretch, parts)
+    excess = (np.abs(edge) - most).astype(np.int32)
+    room = TOP - most.astype(np.int32)
     _cut(np.minimum(excess, room), np.searchsorted(far, plan.bounds).tolist(), plan.excess, parts)
     if (overflow := (excess - room)[excess >= room]).size:
         parts += [(overflow >> 12, _uniform(4096)), (overflow & 4095, _uniform(4096))]
@@ -138,7 +137,7 @@ def decode(data: memoryview, plan: Plan) -> Array:
     if short[plan.count :].any():
         raise ValueError("the padding of coded values is not zero")
     values = short.astype(np.float32)
-    far = np.flatnonzero(np.abs(values) == plan.most())
+    far = np.flatnonzero(np.abs(short) == plan.most(np.int8))
     excess = _take(coder, np.searchsorted(far, plan.bounds).tolist(), plan.excess)
     edge = values[far]
     if (top := np.flatnonzero(excess + np.abs(edge) == TOP)).size:

@@ -1,8 +1,8 @@
 """The entropy models of values by their *level*: level l expects a deviation of 2 ** ((l - UNIT_LEVEL) / 2) steps.
 
-Values are coded in groups, so that the coder touches few symbols: one for two or four values, and one for 32 zeros. That
-costs no bits: what a group's symbol leaves open is coded after it, by the conditional model. All models are made of
-integers.
+Values are coded in groups, so that the coder touches few symbols: one for two or four values, and one for 32 zeros.
+That costs no bits: what a group's symbol leaves open is coded after it, by the conditional model. All models are made
+of integers.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ OCTAVE = 8
 ZERO_DEVIATION = 128
 """The stored deviation that stands for 1; one more is an eighth of an octave more."""
 
-GAINS = (-32, 24)
-"""How far one tensor's magnitude may lie from what was learned, in eighths of an octave: a sixteenth to eight times."""
+GAINS = (-96, 24)
+"""How far one tensor's magnitude may lie from what was learned, in eighths of an octave: a 4,096th to eight times."""
 
 EXPECTED_MAGNITUDE = 0.7
 """Of a value in units of its deviation, on average: a Laplacian's is 0.71. Gains are relative to it."""

@@ -48,9 +48,13 @@ class Transform:
         if not array.size:
             return b""
         step = step_for(table, packing.quality)
+        try:
+            analysis = table.analysis_at_work
+        except ValueError as e:
+            raise NotPackable(str(e)) from e
         grid = table.grid(batch, height, width)
         with np.errstate(all="ignore"):  # of NaN and infinity, which _gain finds
-            values = _analyse(table.layout.forward(array).astype(np.float32, copy=False), table, grid)
+            values = _analyse(table.layout.forward(array).astype(np.float32, copy=False), table.mean, analysis, grid)
             gain = _gain(values, grid, step)
         return bytes((step & 255, gain & 255)) + entropy.encode(_quantise(values, step), grid.plan(step, gain))
 
@@ -101,25 +105,25 @@ def step_for(table: Table, quality: float) -> int:
     return round(coarsest + (finest - coarsest) * quality)
 
 
-def _analyse(planes: Array, table: Table, grid: Grid) -> Array:
+def _analyse(planes: Array, mean: Array, analysis: Array, grid: Grid) -> Array:
     """Components in units, in the grid's order."""
     n, hw, c = planes.shape
     coefficients = grid.transform.forward(planes)
     if coefficients is planes:
         coefficients = planes.copy()
     # A plane's mean is the first coefficient of the first band.
-    coefficients[:, 0] -= table.mean * np.float32(math.sqrt(hw))
+    coefficients[:, 0] -= mean * np.float32(math.sqrt(hw))
     flat = np.empty(planes.size, np.float32)
-    for rotation, start, stop in _bands(table.analysis_at_work, grid):
+    for rotation, start, stop in _bands(analysis, grid):
         block = flat[n * c * start : n * c * stop].reshape(n, stop - start, c)
         np.matmul(coefficients[:, start:stop], rotation.T, out=block)
-    return flat.take(grid.order)
+    return flat.take(grid.order, mode="clip")  # in half the time of looking whether an index is out of bounds
 
 
 def _synthesise(values: Array, table: Table, grid: Grid, batch: int) -> Array:
     """Planes (batch, height * width, channels) from components in units."""
     c, hw = table.channels, grid.transform.order.size
-    flat = values.take(grid.place)
+    flat = values.take(grid.place, mode="clip")
     coefficients = np.empty((batch, hw, c), np.float32)
     for rotation, start, stop in _bands(table.synthesis_at_work, grid):
         block = flat[batch * c * start : batch * c * stop].reshape(batch, stop - start, c)
@@ -162,7 +166,8 @@ def _quantise(values: Array, step: int) -> Array:
         NotPackable: one would be too large.
     """
     scaled = values * np.float32(1 / _size(step))
-    if float(max(scaled.max(), -scaled.min())) >= LARGEST - 1:
+    norm = math.sqrt(float(scaled @ scaled))
+    if norm >= LARGEST / 2 and not float(np.abs(scaled).max()) < LARGEST / 2:
         raise NotPackable("a value is too far outside of the calibrated range")
     return np.rint(scaled, out=scaled)
 

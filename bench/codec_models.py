@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,14 +11,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from report import ROOT
+from tested import models as real
 
 from isthmus.calibration.agreement import Measure
 from isthmus.calibration.inputs import Example
 from isthmus.calibration.scoring import Judge, judge_by
 from isthmus.runners import Array
-
-sys.path.insert(0, str(ROOT / "tests"))
-import models as real  # the tests' models: where their files are, how they open
 
 Arrays = Mapping[str, Array]
 

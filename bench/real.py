@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,15 +11,13 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from report import ROOT, STATE
+from report import STATE
+from tested import models as tested
 
 from isthmus.client import Array
 from isthmus.graph import build, cuts, open_model, torch_export, zoo
 from isthmus.registry import Registry, Resolved, open_registry
 from isthmus.settings import RegistrySettings
-
-sys.path.insert(0, str(ROOT / "tests"))
-import models as tested  # the real models of the tests, and their inputs
 
 REGISTRY = STATE / "plan-registry"
 JPEG_QUALITY = 85

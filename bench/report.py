@@ -51,6 +51,7 @@ class Report:
     packages: Sequence[str]
     quick: bool
     as_json: bool
+    models: Sequence[str] = ()
     figures: dict[str, list[Row]] = field(default_factory=dict)
     goals: list[Goal] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
@@ -88,13 +89,15 @@ class Report:
         console.print(f"{found['cpus']} CPUs, {found['model']}; Python {found['python']}; {versions}", style="dim")
 
 
-def arguments(benchmark: str, about: str, packages: Sequence[str]) -> Report:
-    """Read the command line that every benchmark has, into an empty report."""
+def arguments(benchmark: str, about: str, packages: Sequence[str], models: Sequence[str] = ()) -> Report:
+    """Read the command line that every benchmark has, into an empty report; one of several models lets choose."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--quick", action="store_true", help="a minute or so: fewer repetitions, the same figures")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    if models:
+        parser.add_argument("--models", nargs="+", choices=models, help="only these")
     given = parser.parse_args()
-    return Report(benchmark, packages, given.quick, given.json)
+    return Report(benchmark, packages, given.quick, given.json, (given.models or ()) if models else ())
 
 
 def environment(packages: Sequence[str], more: Mapping[str, str]) -> dict[str, Any]:

@@ -166,7 +166,7 @@ def test_tensors_of_another_kind_are_not_packable(
     table, _ = tables["maps"]
     with pytest.raises(NotPackable):
         TRANSFORM.encode(np.ones(shape, np.float32), Packing("transform/1", 0.5, table))
-    with pytest.raises(ValueError, match="table was learned|channels|plane axis"):
+    with pytest.raises(ValueError, match=r"table was learned|channels|plane axis"):
         TRANSFORM.decode(memoryview(bytes(8)), np.dtype(np.float32), shape, table)
 
 
@@ -223,7 +223,7 @@ def test_every_truncation_is_refused(kind: str, tables: dict[str, tuple[Table, A
     table, array = tables[kind]
     payload, _ = round_trip(array, table, 0.4)
     for length in range(len(payload)):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=r"short|end|padding|too large"):
             TRANSFORM.decode(memoryview(payload[:length]), array.dtype, array.shape, table)
 
 
@@ -231,7 +231,7 @@ def test_trailing_bytes_are_refused(tables: dict[str, tuple[Table, Array]]) -> N
     table, array = tables["maps"]
     payload, _ = round_trip(array, table, 0.4)
     for more in (b"\0", b"\1", b"\0\0\0\1", bytes(range(1, 9))):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=r"end|padding|too large"):
             TRANSFORM.decode(memoryview(payload + more), array.dtype, array.shape, table)
 
 
@@ -365,9 +365,11 @@ def broken_tables(arrays: Mapping[str, Array]) -> Iterator[tuple[str, dict[str, 
 
 def test_a_table_out_of_bounds_is_refused(tables: dict[str, tuple[Table, Array]]) -> None:
     for what, arrays in broken_tables(tables["maps"][0].to_arrays()):
-        with pytest.raises(ValueError):
+        try:
             Table.from_arrays(arrays)
-            pytest.fail(what)
+        except ValueError:
+            continue
+        pytest.fail(what)
 
 
 def test_a_rotation_without_inverse_is_refused_when_it_is_needed(tables: dict[str, tuple[Table, Array]]) -> None:

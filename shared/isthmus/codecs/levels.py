@@ -36,7 +36,7 @@ class Models:
 
     zero: Array
     magnitudes: Array
-    _made: dict[tuple[int, bool], Level] = field(default_factory=dict, repr=False)
+    _made: dict[tuple[int, bool], Level] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for array, shape in ((self.zero, (LEVELS,)), (self.magnitudes, (LEVELS, TOP))):

@@ -53,7 +53,7 @@ class Grid:
     ends: Array
     per_unit: Array
     models: Models
-    _plans: dict[int, Plan] = field(default_factory=dict, repr=False)
+    _plans: dict[int, Plan] = field(default_factory=dict, init=False, repr=False)
 
     def plan(self, step: int, gain: int) -> Plan:
         """How the sorted coefficients are coded at that step and gain (both in eighths of an octave)."""
@@ -89,8 +89,8 @@ class Table:
     deviations: Array
     steps: tuple[int, int]
     models: Models
-    _grids: dict[tuple[int, int, int], Grid] = field(default_factory=dict, repr=False)
-    _lock: Lock = field(default_factory=Lock, repr=False)
+    _grids: dict[tuple[int, int, int], Grid] = field(default_factory=dict, init=False, repr=False)
+    _lock: Lock = field(default_factory=Lock, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check every bound.

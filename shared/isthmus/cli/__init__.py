@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated
 
 import typer
@@ -47,4 +48,6 @@ def options(
 
 def main() -> None:
     """The entry point."""
+    # Tries that failed are told by the error of the last one.
+    logging.getLogger("stamina").addHandler(logging.NullHandler())
     app()

@@ -47,7 +47,9 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, 
     out.print(f"\n{title}", highlight=False, soft_wrap=True)
     made = Table(header_style="bold")
     for column in columns:
-        made.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+        made.add_column(
+            column, justify="right" if column in numbers else "left", overflow="fold", no_wrap=column == columns[0]
+        )
     for row in rows:
         made.add_row(*(escape(str(cell)) for cell in row))
     out.print(made)

@@ -154,4 +154,4 @@ def _infeasible(candidates: Sequence[Candidate], constraints: Constraints) -> In
 
 
 def _mb(count: float) -> str:
-    return f"{count / 1e6:.1f} MB"
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"

@@ -324,7 +324,7 @@ def test_many_connections_share_the_rate_fairly(target: Target) -> None:
         for client in clients:
             client.close()
         assert 0.4 <= max(took) + 0.005 < 0.4 + LATE_S
-        assert min(took) > 0.3  # none was served first
+        assert min(took) > 0.2  # one that was served first would take 0.1
         eventually(lambda: link.counters.open == 0)
         assert link.counters.connections == 4
 

@@ -25,11 +25,12 @@ from isthmus.planner.planning.choose import broken, choose
 from isthmus.planner.planning.conditions import Conditions, Constraints
 from isthmus.planner.planning.draft import CLOUD, EDGE, Draft
 from isthmus.planner.planning.drafting import drafting
-from isthmus.planner.planning.examples import MAX_PIXELS, Example, from_arrays, from_photos
+from isthmus.planner.planning.examples import Example, from_arrays, from_photos
 from isthmus.planner.planning.make import merged
 from isthmus.planner.planning.measuring import Functions, contenders, measure
 from isthmus.planner.planning.plan import Candidate
 from isthmus.planner.profiling.profile import Profile
+from isthmus.processing.image import MAX_PIXELS
 from isthmus.registry import Registry, SegmentCache, open_cache, open_registry
 from isthmus.serving.profiling import SECRET
 from isthmus.serving.tables import Tables

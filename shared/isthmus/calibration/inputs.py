@@ -16,7 +16,6 @@ from isthmus.errors import CalibrationError, RequestError, ShapeMismatch
 from isthmus.processing.media import looks_like_image
 from isthmus.runners import Array, check_tensors
 
-MAX_PIXELS = 64_000_000
 MAX_FILES = 100_000
 LEAST = 16
 """Inputs below which nothing is measured: half of them calibrate, and eight say little about a share of 99%."""
@@ -134,7 +133,7 @@ class Photos:
 
     def examples(self, files: Sequence[Path], count: int) -> Iterator[Example]:
         """See `Source.examples`."""
-        from isthmus.processing.image import decode, preprocess  # Pillow, on use
+        from isthmus.processing.image import MAX_PIXELS, decode, preprocess  # Pillow, on use
 
         for i, path in enumerate(files):
             number = count // len(files) + (i < count % len(files))

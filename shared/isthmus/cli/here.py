@@ -14,7 +14,7 @@ from isthmus.errors import MediaUnsupported
 from isthmus.hop import LocalHop
 from isthmus.pipeline import Result, Route
 from isthmus.processing.classify import classify, parse_labels
-from isthmus.processing.image import preprocess
+from isthmus.processing.image import MAX_PIXELS, preprocess
 from isthmus.registry import open_cache, open_registry
 from isthmus.runners.store import SegmentStore
 from isthmus.settings import SegmentSettings
@@ -51,7 +51,7 @@ class Here:
         if bundle.preprocess is None or bundle.postprocess is None:
             raise MediaUnsupported(f"{bundle.name} declares no processing of photos; give it tensors")
         taken = next(s for s in bundle.inputs if s.name == bundle.preprocess["input"])
-        return taken.name, preprocess(photo, bundle.preprocess, input=taken, max_pixels=64_000_000)
+        return taken.name, preprocess(photo, bundle.preprocess, input=taken, max_pixels=MAX_PIXELS)
 
     def classes(self, outputs: Mapping[str, Array], top_k: int | None = None) -> list[dict[str, Any]]:
         """The classes that the bundle reads from the outputs of one photo."""

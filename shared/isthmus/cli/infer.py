@@ -9,6 +9,7 @@ import numpy as np
 import typer
 
 from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, errors, out, print_json, size, table
+from isthmus.cli.photos import read_photo
 from isthmus.cli.tensors import read_tensor
 from isthmus.client import Client
 from isthmus.errors import RequestMalformed
@@ -58,7 +59,7 @@ def _photos(
 ) -> None:
     documents = []
     for path in photos:
-        data = _read(path)
+        data = read_photo(path)
         if local:
             from isthmus.cli.here import Here
 
@@ -127,10 +128,3 @@ def _tensors(
         [list(o.values()) for o in shown],
         numbers=["min", "max"],
     )
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as e:
-        raise RequestMalformed(f"{path} cannot be read: {e.strerror}") from e

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 
-from isthmus.errors import ModelError
+from isthmus.errors import ModelError, RequestMalformed
 
 _PLACES = {
     "chelsea.png": ("skimage", "data"),
@@ -40,6 +40,18 @@ def varied_photos() -> list[Path]:
         ModelError: as `sample_photos`.
     """
     return _find(_PLACES | _MORE)
+
+
+def read_photo(path: Path) -> bytes:
+    """A photo as its file holds it.
+
+    Raises:
+        RequestMalformed: the file cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        raise RequestMalformed(f"{path} cannot be read: {e.strerror}") from e
 
 
 def _find(places: Mapping[str, tuple[str, str]]) -> list[Path]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from isthmus.bundle import Bundle
 from isthmus.cli.console import Step
 from isthmus.cli.functions import Places
-from isthmus.cli.photos import sample_photos
+from isthmus.cli.photos import read_photo, sample_photos
 from isthmus.cli.tensors import read_tensor
 from isthmus.errors import Missing, ModelError, RequestMalformed
 from isthmus.local.link_process import link_to
@@ -19,7 +19,7 @@ from isthmus.planner.planning.choose import check_prices
 from isthmus.planner.planning.conditions import Conditions, Constraints, Objective
 from isthmus.planner.planning.draft import CLOUD, EDGE, Draft
 from isthmus.planner.planning.drafting import drafting
-from isthmus.planner.planning.examples import MAX_PIXELS, Example, from_arrays, from_photos, random_examples
+from isthmus.planner.planning.examples import Example, from_arrays, from_photos, random_examples
 from isthmus.planner.planning.grid import RATES
 from isthmus.planner.planning.make import make_plan, merged
 from isthmus.planner.planning.measuring import Functions, contenders, measure
@@ -28,6 +28,7 @@ from isthmus.planner.planning.prices import Prices
 from isthmus.planner.planning.published import publish_plan
 from isthmus.planner.profiling import profiles
 from isthmus.planner.profiling.profile import Profile
+from isthmus.processing.image import MAX_PIXELS
 from isthmus.registry import Registry, SegmentCache, Version, open_cache, open_registry
 from isthmus.serving.tables import Tables
 from isthmus.settings import RegistrySettings
@@ -130,15 +131,8 @@ def read_examples(bundle: Bundle, photos: Sequence[Path], tensors: Sequence[str]
         with contextlib.suppress(ModelError):  # the sample photos are not installed
             photos = sample_photos()
     if photos:
-        return "photo", from_photos(bundle, [_read(path) for path in _spread(photos)])
+        return "photo", from_photos(bundle, [read_photo(path) for path in _spread(photos)])
     return "random", random_examples(bundle, _RANDOM)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as e:
-        raise RequestMalformed(f"{path} cannot be read: {e.strerror}") from e
 
 
 def _spread(photos: Sequence[Path]) -> list[Path]:

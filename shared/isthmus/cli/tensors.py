@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from isthmus.bundle import Bundle
+from isthmus.cli.photos import read_photo
 from isthmus.client import Array
-from isthmus.errors import MediaUnsupported, RequestMalformed
-from isthmus.frame import DTYPES
-from isthmus.processing.image import preprocess
+from isthmus.errors import RequestMalformed
+from isthmus.planner.planning.examples import from_arrays, from_photos, random_examples
 from isthmus.runners import check_tensors
-
-_MAX_PIXELS = 64_000_000
 
 
 def read_inputs(bundle: Bundle, photo: Path | None, tensors: Sequence[str]) -> tuple[str, dict[str, Array]]:
@@ -28,13 +26,13 @@ def read_inputs(bundle: Bundle, photo: Path | None, tensors: Sequence[str]) -> t
     if photo is not None and tensors:
         raise RequestMalformed("give --input or --tensor, not both")
     if photo is not None:
-        name, arrays = "photo", _of_photo(bundle, photo)
+        name, made = "photo", from_photos(bundle, [read_photo(photo)])
     elif tensors:
-        name, arrays = "tensors", dict(read_tensor(entry) for entry in tensors)
+        name, made = "tensors", from_arrays(bundle, [dict(read_tensor(entry) for entry in tensors)])
     else:
-        name, arrays = "random", random_inputs(bundle)
-    check_tensors(bundle.inputs, arrays)
-    return name, arrays
+        name, made = "random", random_examples(bundle, 1)
+    check_tensors(bundle.inputs, made[0].arrays)
+    return name, dict(made[0].arrays)
 
 
 def read_tensor(entry: str) -> tuple[str, Array]:
@@ -51,37 +49,3 @@ def read_tensor(entry: str) -> tuple[str, Array]:
     except (OSError, ValueError) as e:
         raise RequestMalformed(f"{file} cannot be read as a .npy file: {e}") from e
     return name, array
-
-
-def random_inputs(bundle: Bundle) -> dict[str, Array]:
-    """Normal numbers for floats, ones for whole numbers and truths, of the shapes that the bundle was cut for.
-
-    Whole numbers are indices or counts more often than not, and a random one would lie outside. Those that the bundle
-    gives as examples are taken as they are.
-    """
-    shapes: Mapping[str, Sequence[int]] = bundle.source.get("bind", {})
-    examples = bundle.source.get("examples", {})
-    rng = np.random.default_rng(0)
-    found: dict[str, Array] = {}
-    for spec in bundle.inputs:
-        dtype = DTYPES[spec.dtype]
-        if (example := examples.get(spec.name)) is not None:
-            found[spec.name] = np.asarray(example["value"], dtype)
-            continue
-        shape = shapes.get(spec.name) or [n if isinstance(n, int) else 1 for n in spec.shape]
-        made = np.ones(shape) if spec.dtype == "bool" or "int" in spec.dtype else rng.standard_normal(shape)
-        found[spec.name] = made.astype(dtype)
-    return found
-
-
-def _of_photo(bundle: Bundle, path: Path) -> dict[str, Array]:
-    if bundle.preprocess is None:
-        raise MediaUnsupported(
-            f"{bundle.name} declares no processing of photos", hint="give it tensors: --tensor NAME=FILE.npy"
-        )
-    try:
-        data = path.read_bytes()
-    except OSError as e:
-        raise RequestMalformed(f"{path} cannot be read: {e.strerror}") from e
-    taken = next(s for s in bundle.inputs if s.name == bundle.preprocess["input"])
-    return {taken.name: preprocess(data, bundle.preprocess, input=taken, max_pixels=_MAX_PIXELS)}

@@ -32,7 +32,7 @@ from isthmus.errors import ImageMalformed, MediaUnsupported, RequestTooLarge, Sh
 from isthmus.processing.image_spec import validate_spec
 from isthmus.processing.media import ACCEPTED, looks_like_image, not_an_image
 
-__all__ = ["ACCEPTED", "decode", "looks_like_image", "not_an_image", "preprocess", "validate_spec"]
+__all__ = ["ACCEPTED", "MAX_PIXELS", "decode", "looks_like_image", "not_an_image", "preprocess", "validate_spec"]
 
 # The plugins themselves, not Image.open: it would try formats that start other programs, and treat a phone's
 # multi-picture JPEG as something else than its first picture.
@@ -44,6 +44,8 @@ _PLUGINS: Mapping[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
     "image/bmp": BmpImagePlugin.BmpImageFile,
     "image/tiff": TiffImagePlugin.TiffImageFile,
 }
+MAX_PIXELS = 64_000_000
+"""What commands decode at most; a function has its setting `max_image_pixels`."""
 MAX_SCANS = 256
 """Scans of a progressive JPEG; encoders write about ten. Each costs a pass over all pixels and hardly any bytes."""
 

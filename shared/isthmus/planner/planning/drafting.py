@@ -20,7 +20,7 @@ from isthmus.graph.model import Model
 from isthmus.planner.planning.candidates import Search, smallest_crossing
 from isthmus.planner.planning.conditions import Conditions
 from isthmus.planner.planning.draft import CLOUD, EDGE, Draft
-from isthmus.planner.planning.examples import MAX_PIXELS, Example
+from isthmus.planner.planning.examples import Example
 from isthmus.planner.planning.memory import Memory
 from isthmus.planner.planning.plan import Error
 from isthmus.planner.planning.survey import survey
@@ -29,7 +29,7 @@ from isthmus.planner.planning.usable import short_name, usable_codecs
 from isthmus.planner.planning.variant import FAILURES, int8_variant, why_not
 from isthmus.planner.planning.workbench import Workbench, beside_weights
 from isthmus.planner.profiling.profile import Profile, content_of
-from isthmus.processing.image import preprocess
+from isthmus.processing.image import MAX_PIXELS, preprocess
 from isthmus.processing.image_spec import made_shape
 from isthmus.registry import Registry
 from isthmus.registry.cache import SegmentCache

@@ -12,10 +12,8 @@ import numpy as np
 from isthmus.bundle import Bundle
 from isthmus.codecs import Array
 from isthmus.errors import MediaUnsupported
-from isthmus.processing.image import preprocess
+from isthmus.processing.image import MAX_PIXELS, preprocess
 from isthmus.runners import check_tensors
-
-MAX_PIXELS = 64_000_000
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,9 @@ def from_photos(bundle: Bundle, photos: Iterable[bytes]) -> list[Example]:
     """
     spec = bundle.preprocess
     if spec is None:
-        raise MediaUnsupported(f"{bundle.name} declares no processing of photos; give it tensors")
+        raise MediaUnsupported(
+            f"{bundle.name} declares no processing of photos", hint="give it tensors: --tensor NAME=FILE.npy"
+        )
     taken = next(s for s in bundle.inputs if s.name == spec["input"])
     return [Example({taken.name: preprocess(data, spec, input=taken, max_pixels=MAX_PIXELS)}, data) for data in photos]
 

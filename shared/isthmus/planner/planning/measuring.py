@@ -16,11 +16,11 @@ from isthmus.hop import HttpHop
 from isthmus.pipeline import Result
 from isthmus.planner.planning.choose import VALUES, broken
 from isthmus.planner.planning.conditions import Constraints, Objective
-from isthmus.planner.planning.examples import MAX_PIXELS, Example
+from isthmus.planner.planning.examples import Example
 from isthmus.planner.planning.plan import Candidate
 from isthmus.planner.planning.race import ROUNDS, Run, race
 from isthmus.planner.planning.route import photo_of, route_of
-from isthmus.processing.image import preprocess
+from isthmus.processing.image import MAX_PIXELS, preprocess
 
 BASELINES = ("edge-float", "edge-int8", "cloud-photo", "cloud-raw")
 """Measured whatever is predicted of them, so that a plan says what not splitting costs."""

@@ -106,10 +106,6 @@ class Profile:
         """The uncut model's."""
         return self.segments[WHOLE]
 
-    def with_codecs(self, codecs: Mapping[str, CodecSpeed]) -> Profile:
-        """This profile, with the speeds of more codecs."""
-        return replace(self, codecs={**self.codecs, **codecs})
-
 
 def content_of(bundle: Bundle) -> str:
     """A digest of what decides a model's speed: its uncut graph and its weights. New cuts leave it, a new model not."""

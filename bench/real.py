@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from report import STATE
+from report import STATE, Report
 from tested import models as tested
 
+from isthmus.calibration.agreement import measure_for
+from isthmus.calibration.calibrate import calibrate
+from isthmus.calibration.fidelity import read
+from isthmus.calibration.inputs import open_source
+from isthmus.calibration.running import runs_here
+from isthmus.cli.photos import varied_photos
 from isthmus.client import Array
+from isthmus.errors import Missing
 from isthmus.graph import build, cuts, open_model, torch_export, zoo
-from isthmus.registry import Registry, Resolved, open_registry
-from isthmus.settings import RegistrySettings
+from isthmus.processing.image import MAX_PIXELS
+from isthmus.registry import Registry, Resolved, open_cache, open_registry
+from isthmus.serving.tables import Tables
+from isthmus.settings import RegistrySettings, SegmentSettings
 
 REGISTRY = STATE / "plan-registry"
+CALIBRATED, INPUTS, LIMIT = "calibrated", 200, 0.95
+"""The alias of what was calibrated, with how many inputs, and the share of answers that a codec must keep."""
 JPEG_QUALITY = 85
 _IMAGENET = {"mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375]}
 
@@ -35,6 +47,8 @@ class Real:
     photo: Callable[[], bytes] | None = None
     preprocess: Mapping[str, Any] | None = None
     build: Mapping[str, Any] = field(default_factory=dict)
+    calibrate: Sequence[str] = ()
+    """Cuts at which the codec is calibrated, with parts of real photos, for the grid before and after it."""
 
 
 def published(real: Real) -> Resolved:
@@ -54,6 +68,39 @@ def _publish(real: Real, registry: Registry) -> None:
             model, real.name, folder, partitions=every, preprocess=real.preprocess, **dict(real.build)
         )
         registry.publish(bundle, files)
+
+
+def calibrated_version(real: Real, found: Resolved, report: Report) -> str:
+    """The reference of `found` with its codec calibrated: made once, a version beside the one that is served."""
+    reference = f"{real.name}:{CALIBRATED}"
+    settings = SegmentSettings(registry=str(REGISTRY), cache_dir=str(STATE / "plan-cache"), threads=1)
+    registry = open_registry(settings)
+    with contextlib.suppress(Missing):
+        made = registry.resolve(reference).bundle
+        if made.fidelity and set(read(made, registry.blob).cuts()) == set(real.calibrate):
+            return reference
+    report.say(f"{real.name}: calibrating the codec at {', '.join(real.calibrate)}, once: some minutes")
+    source = open_source(found.bundle, varied_photos(), "photos", INPUTS)
+    with tempfile.TemporaryDirectory(prefix="isthmus-") as folder:
+        calibrated = calibrate(
+            found.bundle,
+            source,
+            runs_here(found.digest, open_cache(settings, registry), settings),
+            Path(folder),
+            cuts=real.calibrate,
+            count=INPUTS,
+            limit=LIMIT,
+            measure=measure_for(found.bundle),
+        )
+        registry.publish(calibrated.bundle, calibrated.files, alias=CALIBRATED)
+    return reference
+
+
+def table_of(registry: Registry, reference: str) -> Callable[[str], object]:
+    """A version's codec tables by tensor; None for those that have none."""
+    found = registry.resolve(reference)
+    tables = Tables(registry.bundle, registry.blob, MAX_PIXELS)
+    return lambda name: tables(found.digest, name, "transform/1") if name in found.bundle.tables else None
 
 
 def _photo(height: int, width: int, short_side: int | None = None) -> bytes:
@@ -123,6 +170,7 @@ EVERY: Mapping[str, Real] = {
             {},
             photo=lambda: _photo(224, 224, 256),
             preprocess=zoo.entry("efficientnet-lite0").preprocess,
+            calibrate=("20", "31", "48", "65"),
         ),
         Real(
             "ocr-detector",

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bundles import Published, publish_photos
+from isthmus.codecs.speed import CodecSpeed
 from isthmus.device import Device
 from isthmus.errors import ProfileMalformed, RegistryError
 from isthmus.graph import add_cuts
@@ -21,7 +22,6 @@ from isthmus.planner.profiling import profiles, steady
 from isthmus.planner.profiling.profile import (
     FORMAT,
     MAX_PROFILE_BYTES,
-    CodecSpeed,
     HopCost,
     Profile,
     SegmentCost,

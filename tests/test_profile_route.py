@@ -83,6 +83,13 @@ def test_an_empty_body_asks_what_device_this_is(client: FlaskClient) -> None:
     assert (device.cpu, device.memory_bytes) == (cpu_name(), memory())
 
 
+def test_an_empty_body_asks_how_fast_the_device_packs(client: FlaskClient) -> None:
+    doc = client.post("/profile?codecs=1", headers=BEARER).json
+    assert doc["codecs"].keys() == {"half/1", "bfloat16/1", "lossless/1", "int8/1", "int4/1", "sparse/1"}
+    assert all(1e-12 < seconds < 1e-5 for speed in doc["codecs"].values() for seconds in speed.values())
+    assert "codecs" not in client.post("/profile", headers=BEARER).json
+
+
 def test_a_segment_is_measured(client: FlaskClient, photos: Published) -> None:
     doc = client.post("/profile?runs=9", data=framed(photos), headers=BEARER).json
     assert (doc["bundle"], doc["segment"], doc["asked"], len(doc["runs_s"])) == (photos.digest, WHOLE, 9, 9)

@@ -10,6 +10,7 @@ import statistics
 import time
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 from isthmus import frame as frames
 from isthmus.bundle import is_digest
 from isthmus.codecs import Tables
+from isthmus.codecs.speed import speeds
 from isthmus.context import Deadline
 from isthmus.errors import DeadlineExceeded, ProfilingOff, ProfilingRefused, RequestMalformed, RequestTooLarge
 from isthmus.frame import Frame
@@ -50,7 +52,7 @@ class Profiling:
 
     def measure(self, work: Work) -> Reply:
         """Run the segment that the frame names on its tensors, warmed up and one after the other; an empty body only
-        asks what device this is.
+        asks what device this is, and with `codecs` how fast it packs.
 
         Raises:
             ProfilingOff, ProfilingRefused: see `_admit`.
@@ -62,7 +64,10 @@ class Profiling:
         warmup = _whole(work.query, "warmup", WARMUP, 0, MAX_WARMUP)
         nodes = bool(_whole(work.query, "nodes", 0, 0, 1))
         memory = bool(_whole(work.query, "memory", 1, 0, 1)) or nodes
+        codecs = bool(_whole(work.query, "codecs", 0, 0, 1))
         doc: dict[str, Any] = {"format": FORMAT, "device": self._store.device.document()}
+        if codecs:
+            doc["codecs"] = {name: asdict(s) for name, s in speeds(work.context.deadline.remaining() / 4).items()}
         if not work.body:
             return _json(doc)
         decode_s, frame = _timed(lambda: self._decode(work.body))

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from isthmus.bundle import WHOLE, Bundle, subject_digest
+from isthmus.codecs.speed import CodecSpeed
 from isthmus.graph.cuts import upstream_of
 from isthmus.graph.model import Model
 from isthmus.planner.planning.conditions import Conditions
@@ -31,7 +32,7 @@ class Draft:
     `bundle` is the one that a plan is for: the published one with the candidates' cuts. `files` holds what is new of
     it, by digest, as long as the draft lives. `same_graph` says, by tier, which segments the profile timed are still
     the bundle's. `crossing_least` are the fewest bytes that any cut lets cross. `slowdown` is how much slower each tier
-    is than this process. `notes` say what was left out, and why.
+    is than this process, and `packing` how much slower at each codec. `notes` say what was left out, and why.
     """
 
     found: Resolved
@@ -47,6 +48,7 @@ class Draft:
     options: list[Option] = field(default_factory=list)
     trials: dict[str, Trial] = field(default_factory=dict)
     slowdown: dict[str, float] = field(default_factory=dict)
+    packing: dict[str, Mapping[str, CodecSpeed]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     variant: Variant | None = None
 
@@ -110,9 +112,14 @@ class Draft:
             edge=edge,
             cloud=cloud,
             preprocess=trial.preprocess_s * self.slowdown[EDGE],
-            pack=trial.pack_s * self.slowdown[EDGE],
-            unpack=trial.unpack_s * self.slowdown[CLOUD],
+            pack=trial.pack_s * self._slower(EDGE, option).pack_s,
+            unpack=trial.unpack_s * self._slower(CLOUD, option).unpack_s,
         )
+
+    def _slower(self, tier: str, option: Option) -> CodecSpeed:
+        """How many times slower a tier packs and unpacks than this process; photos are decoded as models run."""
+        whole = CodecSpeed(self.slowdown[tier], self.slowdown[tier])
+        return whole if option.photo else self.packing.get(tier, {}).get(option.choice.codec, whole)
 
     def _run(self, tier: str, segment: str) -> Work:
         return run_seconds(self.profiles[tier], segment, self._nodes(segment), self.same_graph[tier])

@@ -13,6 +13,7 @@ from pathlib import Path
 from isthmus.bundle import WHOLE, Bundle, digest_of, to_json
 from isthmus.calibration.choice import Choice
 from isthmus.calibration.fidelity import Fidelity, read
+from isthmus.codecs.speed import compared, speeds
 from isthmus.errors import PlanMismatch
 from isthmus.graph import add_cuts, open_model
 from isthmus.graph.cuts import CutInfo, upstream_of
@@ -179,6 +180,8 @@ def _try_all(
         tier: profile.whole.run.median / trials.whole_s if trials.whole_s else 1.0
         for tier, profile in draft.profiles.items()
     }
+    here = speeds()
+    draft.packing = {tier: compared(profile.codecs, here) for tier, profile in draft.profiles.items()}
     _add(draft, Option("edge-float", "edge"), trials.edge())
     if draft.private_depth:
         draft.notes.append(

@@ -64,7 +64,7 @@ def measure(
             again = "" if number <= ROUNDS else ", it was unsteady"
             told(f"{tier}, round {number}: {series.segment.id}, {i} of {len(due)}{again}")
             series.go_on()
-    told(f"{tier}: what a call costs by itself")
+    told(f"{tier}: what a call and what packing costs by itself")
     warnings = [w for series in every for w in series.warnings()]
     costs = {series.segment.id: series.cost() for series in every}
     nodes = every[0].nodes(costs[WHOLE].run.median)
@@ -82,6 +82,7 @@ def measure(
         inputs=subject.inputs,
         shapes={name: tuple(a.shape) for name, a in subject.arrays(whole).items()},
         hop=hop_cost(function),
+        codecs=function.codecs(),
         steady=all(cost.run.steady for cost in costs.values()),
         warnings=tuple(warnings),
     )

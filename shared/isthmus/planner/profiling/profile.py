@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NoReturn
 
 from isthmus.bundle import WHOLE, Bundle, digest_of, is_digest
+from isthmus.codecs.speed import CodecSpeed
 from isthmus.device import Device, from_document
 from isthmus.errors import ProfileMalformed
 
@@ -67,14 +68,6 @@ class HopCost:
     down_byte_s: float
     served_fixed_s: float
     served_byte_s: float
-
-
-@dataclass(frozen=True)
-class CodecSpeed:
-    """Seconds that a codec takes for one value of a tensor."""
-
-    pack_s: float
-    unpack_s: float
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import stamina
 
 from isthmus import frame as frames
 from isthmus.client import Client
+from isthmus.codecs.speed import CodecSpeed
 from isthmus.connections import Answer
 from isthmus.device import Device, from_document
 from isthmus.errors import HopRejected, HopUnavailable, NotReady, Overloaded, ProfileMalformed
@@ -73,6 +74,21 @@ class ProfiledFunction:
             ProfileMalformed: something else answers there.
         """
         return self._document([], {}, lambda doc: from_document(doc["device"]))
+
+    def codecs(self) -> dict[str, CodecSpeed]:
+        """How fast it packs and unpacks.
+
+        Raises:
+            As `device`.
+        """
+
+        def read(doc: Mapping[str, Any]) -> dict[str, CodecSpeed]:
+            return {
+                str(name): CodecSpeed(_seconds(speed["pack_s"]), _seconds(speed["unpack_s"]))
+                for name, speed in doc["codecs"].items()
+            }
+
+        return self._document([], {"codecs": "1"}, read)
 
     def measure(
         self, frame: Frame, *, runs: int, warmup: int = 2, nodes: bool = False, memory: bool = True

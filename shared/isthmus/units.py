@@ -62,6 +62,15 @@ def format_rate(bits_per_s: float) -> str:
     return f"{bits_per_s / scale:.4g} {unit}"
 
 
+def format_size(count: float) -> str:
+    """Bytes for people: `12.0 kB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return ""
+
+
 def format_duration(seconds: float) -> str:
     """A duration for people: `20 ms`, `1.5 s`."""
     return f"{seconds:.4g} s" if seconds >= 1 else f"{seconds * 1e3:.4g} ms"

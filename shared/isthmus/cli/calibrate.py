@@ -23,11 +23,11 @@ from isthmus.cli.console import (
     errors,
     out,
     print_json,
-    size,
 )
 from isthmus.cli.photos import varied_photos
 from isthmus.registry import open_cache, open_registry
 from isthmus.settings import SegmentSettings
+from isthmus.units import format_size
 
 PHOTOS = "photos"
 
@@ -105,7 +105,7 @@ def calibrate(
         for tensor, why in made.skipped.items():
             out.print(f"{tensor} has no table: {why}", highlight=False, markup=False, soft_wrap=True)
         tables = made.bundle.tables.values()
-        weight = size(sum(blob.size for blob in tables))
+        weight = format_size(sum(blob.size for blob in tables))
         out.print(
             f"[bold]{version.name}:{version.version}[/] {version.digest[:19]}…, {len(tables)} tables ({weight})",
             highlight=False,

@@ -11,11 +11,11 @@ import typer
 
 from isthmus.calibration.choice import Choice
 from isthmus.calibration.fidelity import Entry, Fidelity, Reference, choose, read
-from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, errors, out, print_json, size, table
-from isthmus.errors import CalibrationError, Missing, RequestMalformed
+from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, errors, out, print_json, read_option, table
+from isthmus.errors import CalibrationError, Missing
 from isthmus.registry import open_registry
 from isthmus.settings import RegistrySettings
-from isthmus.units import parse_size
+from isthmus.units import format_size, parse_size
 
 
 def codec(
@@ -51,7 +51,7 @@ def codec(
                 hint=f"isthmus calibrate {found.name} --data FOLDER",
             )
         cuts = _cuts(fidelity, at)
-        most, chosen = _size(bytes_), dict[str, Entry]()
+        most, chosen = read_option(parse_size, "--bytes", bytes_) if bytes_ else None, dict[str, Entry]()
         if (agreement, most, pack_ms) != (None, None, None):
             chosen = {c: choose(fidelity, c, agreement=agreement, bytes=most, pack_ms=pack_ms) for c in cuts}
         if picture is not None:
@@ -66,7 +66,7 @@ def codec(
         for cut, entry in chosen.items():
             below = "" if entry.offered else f", below the bundle's limit of {fidelity.limit:.1%}"
             out.print(
-                f"cut {cut}: {_name(entry)} keeps {entry.agreement:.1%} in {size(entry.bytes)}{below}",
+                f"cut {cut}: {_name(entry)} keeps {entry.agreement:.1%} in {format_size(entry.bytes)}{below}",
                 highlight=False,
                 markup=False,
                 soft_wrap=True,
@@ -92,14 +92,14 @@ def show(fidelity: Fidelity, cut: str) -> None:
                 (
                     _name(e),
                     _bounded(e),
-                    size(e.bytes),
+                    format_size(e.bytes),
                     f"{e.bits:.2f}",
                     f"{e.pack_ms:.2f}+{e.unpack_ms:.2f}",
                     ("yes" if e.offered else "no") + (f", {e.fell_back:.0%} raw" if e.fell_back else ""),
                 )
                 for e in entries
             ),
-            *((f"{r.codec} {r.quality}", _bounded(r), size(r.bytes), "", "", "input") for r in pictures),
+            *((f"{r.codec} {r.quality}", _bounded(r), format_size(r.bytes), "", "", "input") for r in pictures),
         ],
         numbers=[same, "bytes", "bits", "ms"],
     )
@@ -140,10 +140,3 @@ def _cuts(fidelity: Fidelity, at: list[str] | None) -> list[str]:
         if cut not in known:
             raise Missing(f"no codec was measured at cut {cut!r}", kind="cut", name=cut, exists=known)
     return at or known
-
-
-def _size(text: str) -> int | None:
-    try:
-        return parse_size(text) if text else None
-    except ValueError as e:
-        raise RequestMalformed(f"--bytes: {e}") from e

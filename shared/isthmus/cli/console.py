@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from isthmus.errors import IsthmusError
+from isthmus.errors import IsthmusError, RequestMalformed
 
 out = Console()
 err = Console(stderr=True)
@@ -34,6 +34,7 @@ DEFAULT_REGISTRY = ".isthmus/registry"
 CACHE_DIR = str(Path(tempfile.gettempdir()) / "isthmus-cli")
 """Where commands keep what they fetch, apart from any function's cache."""
 Step = Callable[[str], None]
+Number = TypeVar("Number", int, float)
 
 
 def print_json(document: Any) -> None:
@@ -93,10 +94,13 @@ def errors(as_json: bool) -> Iterator[None]:
         raise typer.Exit(1) from e
 
 
-def size(count: float) -> str:
-    """Bytes for people: `12.0 kB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return ""
+def read_option(parse: Callable[[str], Number], option: str, text: str) -> Number:
+    """What `parse` makes of an option's text.
+
+    Raises:
+        RequestMalformed: it is none; the sentence names the option.
+    """
+    try:
+        return parse(text)
+    except ValueError as e:
+        raise RequestMalformed(f"{option}: {e}", option=option) from e

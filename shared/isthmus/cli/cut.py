@@ -16,11 +16,11 @@ from isthmus.cli.console import (
     errors,
     out,
     print_json,
-    size,
     steps,
 )
 from isthmus.registry import open_cache, open_registry
 from isthmus.settings import RegistrySettings
+from isthmus.units import format_size
 
 
 def cut(
@@ -72,7 +72,7 @@ def cut(
                 }
             )
             return
-        weight = size(sum(bundle.segments[s].graph.size for s in fresh))
+        weight = format_size(sum(bundle.segments[s].graph.size for s in fresh))
         out.print(
             f"[bold]{version.name}:{version.version}[/] {version.digest[:19]}…, new segments "
             f"{', '.join(fresh) or 'none'} ({weight})",

@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from isthmus.bundle import TensorSpec
-from isthmus.cli.console import AsJson, errors, out, print_json, size, steps, table
+from isthmus.cli.console import AsJson, errors, out, print_json, steps, table
 from isthmus.cli.shapes import BindOption, ExampleOption, read_bindings, read_examples
 from isthmus.runners import describe
+from isthmus.units import format_size
 
 
 def cuts(
@@ -65,7 +66,10 @@ def cuts(
         table(
             f"{len(found)} cuts of {Path(model).name}: {len(opened.nodes)} nodes, {opened.total_macs / 1e6:.1f} M MACs",
             ["cut", "after", "MACs before", "bytes", "tensors"],
-            [(c.name, c.op, f"{c.macs_before:.1%}", size(c.bytes), _tensors(c.tensors, c.passing)) for c in found],
+            [
+                (c.name, c.op, f"{c.macs_before:.1%}", format_size(c.bytes), _tensors(c.tensors, c.passing))
+                for c in found
+            ],
             numbers=["cut", "MACs before", "bytes"],
         )
         if picture is not None:

@@ -15,7 +15,7 @@ import typer
 from PIL import Image
 
 from isthmus.bundle import WHOLE
-from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, Step, errors, out, print_json, size, steps
+from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, Step, errors, out, print_json, steps
 from isthmus.cli.console import table as print_table
 from isthmus.cli.engine import engine
 from isthmus.cli.here import Here
@@ -23,6 +23,7 @@ from isthmus.cli.importing import publish_if_absent
 from isthmus.cli.photos import sample_photos
 from isthmus.client import Client
 from isthmus.errors import RequestMalformed
+from isthmus.units import format_size
 
 MODEL = "efficientnet-lite0"
 JPEG_QUALITY = 85
@@ -175,7 +176,16 @@ def _print_totals(shown: list[Shown]) -> None:
     print_table(
         f"bytes: the photo as it came, the model's crop as a JPEG (quality {JPEG_QUALITY}), as floats, across the cut",
         ["photo", "file", "JPEG", "float input", "crossed"],
-        [(s.photo, size(s.photo_bytes), size(s.jpeg_bytes), size(s.input_bytes), size(s.crossed_bytes)) for s in shown],
+        [
+            (
+                s.photo,
+                format_size(s.photo_bytes),
+                format_size(s.jpeg_bytes),
+                format_size(s.input_bytes),
+                format_size(s.crossed_bytes),
+            )
+            for s in shown
+        ],
         numbers=["file", "JPEG", "float input", "crossed"],
     )
     stages = list(shown[0].timings_ms)

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import typer
 
-from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, out, print_json, size, table
+from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, out, print_json, table
 from isthmus.errors import IsthmusError
+from isthmus.units import format_size
 
 _NEEDED = {
     "onnxruntime": "runs segments",
@@ -102,10 +103,10 @@ def _tools() -> Iterator[Finding]:
 
 def _machine() -> Iterator[Finding]:
     free = shutil.disk_usage(tempfile.gettempdir()).free
-    yield Finding("room for the cache", "ok" if free > _ROOM_BYTES else "missing", size(free), "2 GB or more")
+    yield Finding("room for the cache", "ok" if free > _ROOM_BYTES else "missing", format_size(free), "2 GB or more")
     pages: Callable[[str], int] = os.sysconf
     memory = pages("SC_PHYS_PAGES") * pages("SC_PAGE_SIZE")
-    yield Finding("memory", "ok" if memory > _ROOM_BYTES else "absent", size(memory))
+    yield Finding("memory", "ok" if memory > _ROOM_BYTES else "absent", format_size(memory))
 
 
 def _port() -> Iterator[Finding]:

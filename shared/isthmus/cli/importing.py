@@ -11,11 +11,12 @@ from typing import Annotated, Any
 import typer
 
 from isthmus.bundle import is_model_name
-from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, errors, out, print_json, size, steps
+from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, errors, out, print_json, steps
 from isthmus.cli.shapes import BindOption, ExampleOption, read_bindings, read_examples
 from isthmus.errors import Missing, ModelError
 from isthmus.registry import Version, open_registry
 from isthmus.settings import RegistrySettings
+from isthmus.units import format_size
 
 
 def import_model(
@@ -85,8 +86,8 @@ def import_model(
             )
             return
         out.print(
-            f"[bold]{bundle.name}:{version}[/] {published.digest[:19]}…, weights {size(bundle.weights.blob.size)}, "
-            f"segments {', '.join(sorted(bundle.segments))}",
+            f"[bold]{bundle.name}:{version}[/] {published.digest[:19]}…,"
+            f" weights {format_size(bundle.weights.blob.size)}, segments {', '.join(sorted(bundle.segments))}",
             highlight=False,
             soft_wrap=True,
         )

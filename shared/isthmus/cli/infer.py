@@ -8,11 +8,12 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, errors, out, print_json, size, table
+from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, errors, out, print_json, table
 from isthmus.cli.photos import read_photo
 from isthmus.cli.tensors import read_tensor
 from isthmus.client import Client
 from isthmus.errors import RequestMalformed
+from isthmus.units import format_size
 
 ROUTER = "http://127.0.0.1:8080/function/router"
 
@@ -82,7 +83,7 @@ def _show(path: Path, answer: dict[str, Any]) -> None:
     )
     route = answer["route"]
     stages = ", ".join(f"{s['segment']} on {s['hop']} {s['ms']:.1f} ms" for s in route["segments"])
-    out.print(f"{stages}; {size(route['crossed_bytes'])} crossed\n", highlight=False, soft_wrap=True)
+    out.print(f"{stages}; {format_size(route['crossed_bytes'])} crossed\n", highlight=False, soft_wrap=True)
 
 
 def _tensors(
@@ -123,7 +124,7 @@ def _tensors(
         print_json({"outputs": shown, "route": facts, "file": str(output) if output else None})
         return
     table(
-        f"{model}, {size(facts.get('crossed_bytes', 0))} crossed in {facts.get('segments')}",
+        f"{model}, {format_size(facts.get('crossed_bytes', 0))} crossed in {facts.get('segments')}",
         ["output", "dtype", "shape", "min", "max"],
         [list(o.values()) for o in shown],
         numbers=["min", "max"],

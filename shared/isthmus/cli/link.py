@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -15,11 +15,11 @@ from typing import Annotated, Any
 
 import typer
 
-from isthmus.cli.console import errors, out, size
+from isthmus.cli.console import errors, out, read_option
 from isthmus.errors import LocalError
 from isthmus.local.link import Link, LinkCounters, LinkShape
 from isthmus.local.link_script import Step, parse_script
-from isthmus.units import format_duration, format_rate, parse_duration, parse_rate
+from isthmus.units import format_duration, format_rate, format_size, parse_duration, parse_rate
 
 _TICK_S = 0.2
 _RATE = "such as 10mbit, 1.5Mbit/s or unlimited."
@@ -50,18 +50,18 @@ def link(
     """
     with errors(as_json):
         shape = LinkShape(
-            uplink_bps=_read(parse_rate, "--uplink", uplink),
-            downlink_bps=_read(parse_rate, "--downlink", downlink),
-            rtt_s=_read(parse_duration, "--rtt", rtt),
-            jitter_s=_read(parse_duration, "--jitter", jitter),
-            up_delay_s=None if up_delay is None else _read(parse_duration, "--up-delay", up_delay),
-            down_delay_s=None if down_delay is None else _read(parse_duration, "--down-delay", down_delay),
+            uplink_bps=read_option(parse_rate, "--uplink", uplink),
+            downlink_bps=read_option(parse_rate, "--downlink", downlink),
+            rtt_s=read_option(parse_duration, "--rtt", rtt),
+            jitter_s=read_option(parse_duration, "--jitter", jitter),
+            up_delay_s=None if up_delay is None else read_option(parse_duration, "--up-delay", up_delay),
+            down_delay_s=None if down_delay is None else read_option(parse_duration, "--down-delay", down_delay),
             connect_rtts=connect_rtts,
             slow_start=slow_start,
             cuts_per_s=cuts_per_s,
         )
         steps = _script(script) if script else ()
-        every_s = _read(parse_duration, "--every", every)
+        every_s = read_option(parse_duration, "--every", every)
         with Link(to, shape, port=port, script=steps) as running, _until_signal() as leave:
             say = _Lines() if as_json else _Text()
             say.begins(running, to)
@@ -87,8 +87,9 @@ class _Text:
 
     def counts(self, at_s: float, now: LinkCounters, up_bps: float, down_bps: float) -> None:
         self._say(
-            f"{at_s:8.1f} s  up {size(now.bytes_up)} ({format_rate(up_bps)})  down {size(now.bytes_down)} "
-            f"({format_rate(down_bps)})  connections {now.connections}, {now.open} open, {now.cuts} cut"
+            f"{at_s:8.1f} s  up {format_size(now.bytes_up)} ({format_rate(up_bps)})"
+            f"  down {format_size(now.bytes_down)} ({format_rate(down_bps)})"
+            f"  connections {now.connections}, {now.open} open, {now.cuts} cut"
         )
 
     def _say(self, text: str) -> None:
@@ -135,13 +136,6 @@ def _script(path: Path) -> tuple[Step, ...]:
         return parse_script(path.read_text())
     except (OSError, UnicodeDecodeError) as e:
         raise LocalError(f"the link's script {path} cannot be read: {getattr(e, 'strerror', None) or e}") from e
-
-
-def _read(parse: Callable[[str], float], option: str, text: str) -> float:
-    try:
-        return parse(text)
-    except ValueError as e:
-        raise LocalError(f"{option}: {e}", option=option) from e
 
 
 @contextmanager

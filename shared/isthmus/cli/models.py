@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, errors, print_json, size, table
+from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, errors, print_json, table
 from isthmus.registry import open_registry
 from isthmus.settings import RegistrySettings
+from isthmus.units import format_size
 
 
 def models(*, registry: RegistryOption = DEFAULT_REGISTRY, as_json: AsJson = False) -> None:
@@ -45,7 +46,7 @@ def models(*, registry: RegistryOption = DEFAULT_REGISTRY, as_json: AsJson = Fal
                     d["name"],
                     d["version"],
                     ", ".join(d["aliases"]),
-                    size(d["weights_bytes"]),
+                    format_size(d["weights_bytes"]),
                     ", ".join(d["cuts"]),
                     "/".join(d["default_cuts"]),
                     d["digest"][:19] + "…",

@@ -17,13 +17,13 @@ from isthmus.cli.console import (
     errors,
     out,
     print_json,
-    size,
     steps,
 )
 from isthmus.errors import LocalError
 from isthmus.registry import FolderStore, Registry, Resolved, open_cache, open_registry
 from isthmus.registry.content import blob_key
 from isthmus.settings import RegistrySettings
+from isthmus.units import format_size
 
 GATEWAY = "http://gateway.openfaas.svc.cluster.local:8080"
 _LONGEST_STEM = 48
@@ -106,7 +106,7 @@ def package(
         print_json({"stack": str(path), "functions": list(functions), "weights_bytes": weights, "cuts": list(names)})
         return
     for name, count in weights.items():
-        out.print(f"{name}: {size(count)} of weights", highlight=False)
+        out.print(f"{name}: {format_size(count)} of weights", highlight=False)
     out.print(f"written: {path}\nnext: faas-cli up -f {path}", highlight=False, soft_wrap=True)
 
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from isthmus.cli.console import CACHE_DIR, DEFAULT_REGISTRY, AsJson, RegistryOption, errors, out, print_json, steps
-from isthmus.errors import ConstraintMalformed, RequestMalformed
+from isthmus.cli.console import (
+    CACHE_DIR,
+    DEFAULT_REGISTRY,
+    AsJson,
+    RegistryOption,
+    errors,
+    out,
+    print_json,
+    read_option,
+    steps,
+)
+from isthmus.errors import RequestMalformed
 from isthmus.units import parse_duration, parse_rate, parse_size
 
 _RATE = "such as 10mbit, 1.5Mbit/s or unlimited"
@@ -78,16 +87,18 @@ def plan(
             from isthmus.planner.planning.picture import check_path
 
             check_path(picture)
-        up = _read(parse_rate, "--uplink", uplink)
+        up = read_option(parse_rate, "--uplink", uplink)
         wish = Wish(
             model=model,
             conditions=Conditions(
-                up, _read(parse_rate, "--downlink", downlink) if downlink else up, _read(parse_duration, "--rtt", rtt)
+                up,
+                read_option(parse_rate, "--downlink", downlink) if downlink else up,
+                read_option(parse_duration, "--rtt", rtt),
             ),
             constraints=Constraints(
-                edge_memory_bytes=int(_read(parse_size, "--edge-memory", edge_memory)) if edge_memory else None,
+                edge_memory_bytes=int(read_option(parse_size, "--edge-memory", edge_memory)) if edge_memory else None,
                 private_depth=private_depth,
-                latency_s=_read(parse_duration, "--latency", latency) if latency else None,
+                latency_s=read_option(parse_duration, "--latency", latency) if latency else None,
                 max_error=max_error,
                 max_disagreement=max_disagreement,
             ),
@@ -122,10 +133,3 @@ def plan(
         if picture is not None:
             out.print(f"drawn: {picture}", highlight=False)
         out.print(f"published: [bold]{version}[/]" if version else "not published", highlight=False)
-
-
-def _read(parse: Callable[[str], float], option: str, text: str) -> float:
-    try:
-        return parse(text)
-    except ValueError as e:
-        raise ConstraintMalformed(f"{option}: {e}", what=option) from e

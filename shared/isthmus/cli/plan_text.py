@@ -7,11 +7,11 @@ import string
 from collections.abc import Sequence
 from typing import Any
 
-from isthmus.cli.console import out, size, table
+from isthmus.cli.console import out, table
 from isthmus.planner.planning.document import to_json
 from isthmus.planner.planning.grid import Cell
 from isthmus.planner.planning.plan import TERMS, Candidate, Plan
-from isthmus.units import format_duration, format_rate
+from isthmus.units import format_duration, format_rate, format_size
 
 SHOWN = 12
 _LETTERS = string.ascii_uppercase + string.ascii_lowercase
@@ -52,7 +52,9 @@ def show(plan: Plan, *, every: bool = False) -> None:
     rows = []
     for candidate in shown:
         row = [_name(plan, candidate), *_seen(candidate), f"{candidate.predicted.total * 1e3:.1f}", _apart(candidate)]
-        row += [size(candidate.up_bytes), _error(candidate)] + [size(candidate.edge_memory_bytes)] * memory
+        row += [format_size(candidate.up_bytes), _error(candidate)] + [
+            format_size(candidate.edge_memory_bytes)
+        ] * memory
         row += [f"{candidate.price:.3g}" if candidate.price is not None else ""] * priced
         row += [f"{candidate.energy_j:.3g}" if candidate.energy_j is not None else ""] * joules
         rows.append(row)

@@ -15,12 +15,12 @@ from isthmus.cli.console import (
     errors,
     out,
     print_json,
-    size,
     steps,
     table,
 )
 from isthmus.cli.functions import places
 from isthmus.errors import RequestMalformed, SettingsError
+from isthmus.units import format_size
 
 if TYPE_CHECKING:  # it loads onnx and onnxruntime
     from isthmus.cli.profiling import Outcome
@@ -118,7 +118,7 @@ def _show(outcome: Outcome) -> None:
         hop = "" if found.hop is None else f"; a call costs {found.hop.fixed_s * 1000:.2f} ms beside it"
         out.print(
             f"  the whole model: {_ms(whole.run.median)} ms ({_ms(whole.run.low)} to {_ms(whole.run.high)}),"
-            f" {size(whole.memory_bytes)} of memory, on {found.inputs} inputs{hop}",
+            f" {format_size(whole.memory_bytes)} of memory, on {found.inputs} inputs{hop}",
             highlight=False,
             soft_wrap=True,
         )
@@ -126,11 +126,11 @@ def _show(outcome: Outcome) -> None:
             out.print(f"  [yellow]unsteady or incomplete:[/] {warning}", highlight=False, soft_wrap=True)
     rows = []
     for name, weight in outcome.cuts.items():
-        cells = [name, size(weight)]
+        cells = [name, format_size(weight)]
         for tier, segment in ((EDGE, f"..{name}"), (CLOUD, f"{name}..")):
             measured = outcome.profiles.get(tier)
             cost = measured.segments.get(segment) if measured else None
-            cells += ["", ""] if cost is None else [_ms(cost.run.median), size(cost.memory_bytes)]
+            cells += ["", ""] if cost is None else [_ms(cost.run.median), format_size(cost.memory_bytes)]
         rows.append(cells)
     columns = ["cut", "crosses", "head at the edge, ms", "memory", "tail in the cloud, ms", "memory "]
     table(outcome.model, columns, rows, numbers=columns[1:])

@@ -10,7 +10,7 @@ from isthmus.errors import ConstraintMalformed, Infeasible
 from isthmus.planner.planning.conditions import MAX_ERROR, Constraints, Objective
 from isthmus.planner.planning.plan import Candidate
 from isthmus.planner.planning.prices import Prices
-from isthmus.units import format_duration
+from isthmus.units import format_duration, format_size
 
 _NEARLY = 0.02
 """Candidates this close to the best are told as equal in the reasons."""
@@ -54,7 +54,9 @@ def broken(candidate: Candidate, constraints: Constraints) -> list[Broken]:
     error = candidate.error
     if (most := constraints.edge_memory_bytes) is not None and candidate.edge_memory_bytes > most:
         have = candidate.edge_memory_bytes
-        found.append(Broken("edge-memory", most, have, f"it needs {_mb(have)} at the edge, of {_mb(most)}"))
+        found.append(
+            Broken("edge-memory", most, have, f"it needs {format_size(have)} at the edge, of {format_size(most)}")
+        )
     if (longest := constraints.latency_s) is not None and candidate.seconds > longest:
         took = format_duration(candidate.seconds)
         found.append(Broken("latency", longest, candidate.seconds, f"it takes {took}, of {format_duration(longest)}"))
@@ -151,7 +153,3 @@ def _infeasible(candidates: Sequence[Candidate], constraints: Constraints) -> In
         by=worst.value - worst.limit,
         hint=f"ask for less of {worst.constraint}, or change the link",
     )
-
-
-def _mb(count: float) -> str:
-    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"

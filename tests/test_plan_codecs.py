@@ -46,8 +46,13 @@ def test_a_calibrated_cut_has_what_it_offers_each_at_its_smallest() -> None:
     known = Fidelity(known.subject, 0.99, known.measure, known.inputs, (*known.entries, *graded))
     found = usable_codecs(known, "3")
     assert set(found) == {Choice("raw"), Choice("int8/1"), Choice("half/1"), Choice("transform/1", 0.5)}
-    assert usable_codecs(known, "7") == usable_codecs(None, "7")
     assert [short_name(c) for c in (Choice("int8/1"), Choice("transform/1", 0.55))] == ["int8", "transform-55"]
+
+
+def test_what_changes_values_is_not_usable_where_a_calibrated_bundle_did_not_measure_it() -> None:
+    known = fidelity("sha256:" + "0" * 64)
+    exact = (Choice("raw"), Choice("lossless/1"), Choice("sparse/1"))
+    assert usable_codecs(known, "7") == usable_codecs(known, "") == exact
 
 
 def calibrated(folder: Path) -> Published:

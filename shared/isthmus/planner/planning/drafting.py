@@ -82,7 +82,7 @@ def drafting(
         folder = Path(place)
         arrays = examples[0].arrays
         model = open_model(whole.path, examples=dict(arrays), normalise=False)
-        choices = usable_codecs(None, "")
+        choices = usable_codecs(fidelity, "")
         told("packing every tensor under every codec")
         packed = survey(model, arrays, choices)
         heads = Memory(model, base, profiles[EDGE], lambda segment: False).heads() if edge_memory_bytes else {}
@@ -188,7 +188,7 @@ def _try_all(
             f"the first {draft.private_depth} nodes and the inputs stay at the edge, so cloud-only is no candidate"
         )
     else:
-        _try_cloud(draft, trials, pre_s, told)
+        _try_cloud(draft, trials, pre_s, usable_codecs(fidelity, ""), told)
     for cut in cuts:
         told(f"trying the cut {cut}")
         for choice in usable_codecs(fidelity, cut):
@@ -198,7 +198,7 @@ def _try_all(
     return trials
 
 
-def _try_cloud(draft: Draft, trials: Trials, pre_s: float, told: Told) -> None:
+def _try_cloud(draft: Draft, trials: Trials, pre_s: float, choices: Sequence[Choice], told: Told) -> None:
     told("trying the whole model in the cloud")
     spec = draft.bundle.preprocess
     shape = None if spec is None else made_shape(spec)
@@ -211,7 +211,7 @@ def _try_cloud(draft: Draft, trials: Trials, pre_s: float, told: Told) -> None:
         made = trials.photo(shape, spec["dtype"], spec["input"])
         # The cloud makes the input of it: that is what unpacking a photo means.
         _add(draft, Option("cloud-photo", "cloud", photo=True), replace(made, unpack_s=pre_s))
-    for choice in usable_codecs(None, ""):
+    for choice in choices:
         _add(draft, Option(f"cloud-{short_name(choice)}", "cloud", (), choice), trials.cloud(choice))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from isthmus.calibration.choice import Choice
+from isthmus.calibration.choice import Choice, is_exact
 from isthmus.calibration.fidelity import Fidelity, offered
 from isthmus.codecs import KNOWN, RAW, Codec, find
 
@@ -12,8 +12,8 @@ _NO_CHOICE = (RAW, "photo/1")
 def usable_codecs(fidelity: Fidelity | None, cut: str) -> tuple[Choice, ...]:
     """The choices at `cut`, raw first; "" is the cut before everything.
 
-    Where the bundle's fidelity knows the cut, each codec comes with the quality that takes the fewest bytes of those
-    offered; elsewhere every codec that needs no calibration.
+    Without a fidelity, every codec that needs no calibration. Where it knows the cut, each codec comes with the quality
+    that takes the fewest bytes of those offered; at other cuts of a calibrated bundle, only what changes no value.
     """
     if fidelity is not None and cut in fidelity.cuts():
         best: dict[str, Choice] = {}
@@ -21,7 +21,8 @@ def usable_codecs(fidelity: Fidelity | None, cut: str) -> tuple[Choice, ...]:
             best.setdefault(entry.codec, Choice(entry.codec, entry.quality))
         return (Choice(RAW), *(choice for codec, choice in best.items() if codec not in _NO_CHOICE))
     here = ((codec, _codec(codec)) for codec in KNOWN if codec not in _NO_CHOICE)
-    return (Choice(RAW), *(Choice(codec) for codec, made in here if made is not None and not made.calibrated))
+    every = (Choice(RAW), *(Choice(codec) for codec, made in here if made is not None and not made.calibrated))
+    return every if fidelity is None else tuple(choice for choice in every if is_exact(choice))
 
 
 def short_name(choice: Choice) -> str:

@@ -134,6 +134,8 @@ class Trials:
         raw = self._raw.setdefault(cut, [])
         for i, (values, _) in enumerate(crossed):
             taken = {s.name: values[s.name] for s in specs}
+            if i == 0 and any(packing.table is not None for packing in how.values()):
+                _unpack(pack_all(taken, how), how)  # what is made of a table on its first use is kept
             seconds, coded = _timed(partial(pack_all, taken, how))
             pack_s.append(seconds if coded else 0.0)
             codecs |= {name: Coding(p.codec, how[name].quality) for name, p in coded.items()}

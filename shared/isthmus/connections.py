@@ -6,6 +6,7 @@ frame's parts go to the kernel as they lie, and an answer of known length is rea
 
 from __future__ import annotations
 
+import ctypes
 import select
 import socket
 import ssl
@@ -22,11 +23,17 @@ _FIRST_PIECE = 2**14
 """Read with a head: what follows it is copied twice."""
 _PIECE = 2**16
 _MOST_HEAD_BYTES = 2**16
+_HTTP, _HEAD_END = b"HTTP/", b"\r\n\r\n"
 _MOST_IDLE = 64
 _MOST_PARTS = 64
 """More pieces than this are joined before they are sent; the kernel takes 1,024 at a time."""
 
 Buffer = bytes | bytearray | memoryview
+
+# A bytearray as it is found: filling megabytes with zeros first takes half as long as receiving them.
+_unfilled = ctypes.pythonapi.PyByteArray_FromStringAndSize
+_unfilled.restype = ctypes.py_object
+_unfilled.argtypes = [ctypes.c_char_p, ctypes.c_ssize_t]
 
 
 class Unreachable(Exception):
@@ -173,84 +180,101 @@ def _send(sock: socket.socket, message: Sequence[Buffer], deadline: Deadline) ->
         raise BrokenOff(e.strerror or str(e), unused=True) from e
 
 
+class _Message:
+    """One answer as httptools reads it: it calls the `on_…` methods."""
+
+    def __init__(self) -> None:
+        self.headers: dict[str, str] = {}
+        self.pieces: list[bytes] = []
+        self.size = 0
+        self.is_whole = False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+
+    def on_body(self, body: bytes) -> None:
+        self.pieces.append(body)
+        self.size += len(body)
+
+    def on_message_complete(self) -> None:
+        self.is_whole = True
+
+
 class _Reader:
-    """Reads one answer; httptools calls its `on_…` methods."""
+    """Reads one answer."""
 
     def __init__(self, sock: socket.socket, deadline: Deadline, most: int, most_of_an_error: int) -> None:
         self._sock = sock
         self._deadline = deadline
         self._most = most
         self._most_of_an_error = most_of_an_error
-        self._parser = httptools.HttpResponseParser(self)
-        self._headers: dict[str, str] = {}
-        self._body: list[bytes] = []
-        self._size = 0
-        self._has_head = self._is_whole = self._keep = False
+        self._message = _Message()
+        self._parser = httptools.HttpResponseParser(self._message)
 
     def read(self) -> tuple[Answer, bool]:
         """The answer, and whether the connection can take another request."""
-        received = 0
-        while not self._is_whole:
-            if not (piece := self._receive(received == 0)):
-                break
-            received += len(piece)
-            try:
-                self._parser.feed_data(piece)
-            except httptools.HttpParserError as e:
-                raise BrokenOff(f"what it said is not HTTP: {e}") from e
-            if not self._has_head:
-                if received > _MOST_HEAD_BYTES:
-                    raise BrokenOff(f"more than {_MOST_HEAD_BYTES} bytes of headers")
-                continue
-            limit = self._limit()
-            if self._size > limit:
-                return self._answer(b"".join(self._body)[:limit]), False
-            if not self._is_whole and limit >= self._length() >= 0:
-                return self._answer(self._rest(self._length())), self._keep
-        if not self._is_whole and (not self._has_head or self._length() >= 0 or "transfer-encoding" in self._headers):
-            raise BrokenOff("the connection ended early", unused=received == 0)
-        return self._answer(b"".join(self._body)), self._is_whole and self._keep
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
-
-    def on_headers_complete(self) -> None:
-        self._has_head = True
-        # Asked later, the parser speaks of the next message.
-        self._keep = self._parser.should_keep_alive()
-
-    def on_body(self, body: bytes) -> None:
-        self._body.append(body)
-        self._size += len(body)
-
-    def on_message_complete(self) -> None:
-        self._is_whole = True
-
-    def _limit(self) -> int:
-        """The bound on this answer's body.
-
-        Raises:
-            AnswerTooLong: a good answer is known to exceed it.
-        """
-        if self._parser.get_status_code() != 200:
-            return self._most_of_an_error
-        if max(self._size, self._length()) > self._most:
+        head, first = self._head()
+        self._feed(head)
+        message, status = self._message, self._parser.get_status_code()
+        length, limit = self._length(), self._most if status == 200 else self._most_of_an_error
+        if status == 200 and length > limit:
             raise AnswerTooLong
-        return self._most
+        if not message.is_whole and limit >= length >= 0 and len(first) <= length:
+            body = first if len(first) == length else self._rest(first, length)
+            return Answer(status, message.headers, body), self._keeps()
+        piece = first
+        while True:
+            if piece:
+                self._feed(piece)
+            if message.size > limit:
+                if status == 200:
+                    raise AnswerTooLong
+                return Answer(status, message.headers, b"".join(message.pieces)[:limit]), False
+            if message.is_whole:
+                return Answer(status, message.headers, b"".join(message.pieces)), self._keeps()
+            if not (piece := self._receive(_PIECE)):
+                break
+        if length >= 0 or "transfer-encoding" in message.headers:
+            raise BrokenOff("the connection ended early")
+        return Answer(status, message.headers, b"".join(message.pieces)), False
+
+    def _head(self) -> tuple[bytes, bytes]:
+        """The answer's head, and what came with it."""
+        data = b""
+        while True:
+            if not (piece := self._receive(_FIRST_PIECE, unused=not data)):
+                raise BrokenOff("the connection ended early", unused=not data)
+            data += piece
+            head, end, first = data.partition(_HEAD_END)
+            if end:
+                return head + end, first
+            if not data.startswith(_HTTP[: len(data)]):
+                raise BrokenOff("what it said is not HTTP")
+            if len(data) > _MOST_HEAD_BYTES:
+                raise BrokenOff(f"more than {_MOST_HEAD_BYTES} bytes of headers")
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as e:
+            raise BrokenOff(f"what it said is not HTTP: {e}") from e
 
     def _length(self) -> int:
         """What Content-Length says; -1 where the end is told otherwise."""
-        text = self._headers.get("content-length", "")
-        return int(text) if text.isdigit() and "transfer-encoding" not in self._headers else -1
+        text = self._message.headers.get("content-length", "")
+        return int(text) if text.isdigit() and "transfer-encoding" not in self._message.headers else -1
 
-    def _rest(self, length: int) -> bytearray:
+    def _keeps(self) -> bool:
+        """Whether the connection stays open after this answer."""
+        said = self._message.headers.get("connection", "").lower()
+        return "close" not in said if self._parser.get_http_version() == "1.1" else "keep-alive" in said
+
+    def _rest(self, first: bytes, length: int) -> bytearray:
         """The whole body of known length: what has come, and the rest read into its place."""
-        whole = bytearray(length)
+        whole: bytearray = _unfilled(None, length)
         view = memoryview(whole)
-        at = 0
-        for piece in self._body:
-            view[at : at + len(piece)] = piece
-            at += len(piece)
+        at = len(first)
+        view[:at] = first
         while at < length:
             _wait_at_most(self._sock, self._deadline)
             try:
@@ -264,17 +288,14 @@ class _Reader:
             at += count
         return whole
 
-    def _receive(self, first: bool) -> bytes:
+    def _receive(self, most: int, *, unused: bool = False) -> bytes:
         _wait_at_most(self._sock, self._deadline)
         try:
-            return self._sock.recv(_PIECE if self._has_head else _FIRST_PIECE)
+            return self._sock.recv(most)
         except TimeoutError:
             raise
         except OSError as e:
-            raise BrokenOff(e.strerror or str(e), unused=first) from e
-
-    def _answer(self, body: bytes | bytearray) -> Answer:
-        return Answer(self._parser.get_status_code(), self._headers, body)
+            raise BrokenOff(e.strerror or str(e), unused=unused) from e
 
 
 def _wait_at_most(sock: socket.socket, deadline: Deadline) -> None:

@@ -106,8 +106,7 @@ def encode_parts(frame: Frame) -> list[bytes | memoryview]:
         FrameMalformed: a dtype that frames do not carry, an unknown codec, or a name too long.
         FrameTooLarge: more tensors, a higher rank or a longer header than any reader accepts.
     """
-    if len(frame.tensors) + len(frame.packed) > MAX_TENSORS:
-        count = len(frame.tensors) + len(frame.packed)
+    if (count := len(frame.tensors) + len(frame.packed)) > MAX_TENSORS:
         _too_large("tensors", f"{count} tensors; at most {MAX_TENSORS}", limit=MAX_TENSORS)
     parts: list[bytes | memoryview] = [b""]
     described: list[_Described] = []
@@ -117,15 +116,12 @@ def encode_parts(frame: Frame) -> list[bytes | memoryview]:
     for name, packed in frame.packed.items() if frame.packed else ():
         described.append((name, packed.dtype, packed.shape, packed.codec, len(packed.payload)))
         parts.append(packed.payload)
-    start, gaps = _start_of_header(tuple(described), frame.bundle, frame.segment)
     request = frame.request
     if not request.isascii() or len(request) > MAX_TEXT_BYTES:
         _text("request", request)
-    header = f"{start}{_quoted(request)}}}".encode()
-    size = len(header) + -(_PREAMBLE + len(header)) % ALIGNMENT
-    if size > MAX_HEADER_BYTES:
-        _too_large("header", f"a header of {size} bytes; at most {MAX_HEADER_BYTES}", limit=MAX_HEADER_BYTES)
-    parts[0] = MAGIC + size.to_bytes(8, "little") + header.ljust(size)
+    quoted = _quoted(request).encode()
+    before, after, gaps = _around_request(tuple(described), frame.bundle, frame.segment, len(quoted))
+    parts[0] = before + quoted + after
     for place, gap in gaps:
         parts.insert(place, gap)
     return parts
@@ -174,10 +170,11 @@ def is_frame(data: bytes | memoryview) -> bool:
 
 
 @lru_cache(maxsize=64)
-def _start_of_header(
-    described: tuple[_Described, ...], bundle: str, segment: str
-) -> tuple[str, tuple[tuple[int, bytes], ...]]:
-    """The header up to the request's id, and the gaps between payloads, each with its place among a frame's parts.
+def _around_request(
+    described: tuple[_Described, ...], bundle: str, segment: str, request_bytes: int
+) -> tuple[bytes, bytes, tuple[tuple[int, bytes], ...]]:
+    """A frame's first bytes up to the request's id, the header's after it, and the gaps between payloads, each with its
+    place among a frame's parts.
 
     A segment's frames differ in nothing else, and writing this takes longer than copying 300 kB.
     """
@@ -208,8 +205,12 @@ def _start_of_header(
         "segment": _text("segment", segment),
         "request": "",
     }
-    text = json.dumps(doc, ensure_ascii=False, separators=(",", ":"))
-    return text.removesuffix('""}'), tuple(gaps)
+    start = json.dumps(doc, ensure_ascii=False, separators=(",", ":")).removesuffix('""}').encode()
+    length = len(start) + request_bytes + len("}")
+    size = length + -(_PREAMBLE + length) % ALIGNMENT
+    if size > MAX_HEADER_BYTES:
+        _too_large("header", f"a header of {size} bytes; at most {MAX_HEADER_BYTES}", limit=MAX_HEADER_BYTES)
+    return MAGIC + size.to_bytes(8, "little") + start, b"}".ljust(1 + size - length), tuple(gaps)
 
 
 @dataclass(frozen=True)

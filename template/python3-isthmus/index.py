@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from http_server import Channel, Workers, error_document
+from http_server import Channel, error_document
+from http_workers import Workers
 from waitress.server import create_server  # type: ignore[import-untyped]
 
 HERE = Path(__file__).resolve().parent

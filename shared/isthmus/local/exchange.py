@@ -175,7 +175,10 @@ class Exchange:
         for flow in (self._sending, self._answering):
             if flow is not None:
                 flow.stop()
-        self._done(how)
+        # It holds this exchange, and a call leaves nothing to the garbage collector.
+        done = self._done
+        del self._done
+        done(how)
 
     def stop(self) -> None:
         """End it now, unanswered."""

@@ -136,6 +136,8 @@ class Flow:
     def stop(self) -> None:
         """Pass nothing more on."""
         self.over = True
+        # Whoever is told holds this flow as a rule; without these, neither waits for the garbage collector.
+        self._ended = self._failed = _tell_nobody
         if self._pipe is not None:
             self._pipe.close()
             self._pipe = None
@@ -218,12 +220,18 @@ class Flow:
             self._fail(NotHttp("the connection ended early"))
 
     def _end(self, rest: memoryview) -> None:
+        ended = self._ended
         self.stop()
-        self._ended(rest)
+        ended(rest)
 
     def _fail(self, error: Exception) -> None:
+        failed = self._failed
         self.stop()
-        self._failed(error)
+        failed(error)
+
+
+def _tell_nobody(_: object) -> None:
+    pass
 
 
 class _Pipe:

@@ -18,7 +18,9 @@ _HOP_BY_HOP = frozenset(
     }
 )
 # What the gateway says anew.
-_NOT_SENT = _HOP_BY_HOP | {b"host", b"expect", b"content-length", b"x-forwarded-host", b"x-forwarded-for"}
+_NOT_SENT = _HOP_BY_HOP | {
+    *(b"host", b"expect", b"content-length", b"x-forwarded-host", b"x-forwarded-for", b"x-call-id", b"x-start-time")
+}
 _NOT_RETURNED = _HOP_BY_HOP | {b"content-length", b"x-duration-seconds"}
 _BODILESS = frozenset({204, 304})
 
@@ -78,6 +80,8 @@ class _Head:
             pass  # the gateway upgrades nothing: the request goes on without
         except httptools.HttpParserError as e:
             raise NotHttp(str(e)) from e
+        if self._complete and (self.ended or not self.chunked):
+            del self._parser  # it holds this head, which would wait for the garbage collector
 
     def find(self, name: bytes) -> bytes:
         """The last header of that name, which is in lower case; nothing where there is none."""
@@ -95,6 +99,7 @@ class _Head:
     def on_headers_complete(self) -> None:
         if not self._complete:
             self._complete = True
+            self.chunked = self.find(b"transfer-encoding").lower() == b"chunked"
             # Asked later, the parser speaks of the next message.
             self.keep_alive = self._parser.should_keep_alive()
             self.version = self._parser.get_http_version()
@@ -109,7 +114,6 @@ class _Head:
     def _read(self, head: bytes) -> None:
         self.feed(head)
         coding = self.find(b"transfer-encoding")
-        self.chunked = coding.lower() == b"chunked"
         if coding and not self.chunked:
             raise NotHttp(f"the transfer coding {coding!r} is not known here")
         if length := self.find(b"content-length"):
@@ -146,9 +150,9 @@ class RequestHead(_Head):
         return self.find(b"expect").lower() == b"100-continue"
 
     def forwarded(self, target: bytes, host: bytes, peer: bytes, ours: Sequence[Header]) -> bytes:
-        """The head that the function gets: OpenFaaS's headers in, what is between two neighbours out."""
+        """The head that the function gets: OpenFaaS's headers `ours` in, what is between two neighbours out."""
         lines = [self.method + b" " + target + b" HTTP/1.1", b"Host: " + host]
-        lines += self._kept(_NOT_SENT | {name.lower() for name, _ in ours})
+        lines += self._kept(_NOT_SENT)
         lines += [name + b": " + value for name, value in ours]
         lines += [b"X-Forwarded-Host: " + self.find(b"host"), b"X-Forwarded-For: " + peer]
         if self.chunked:

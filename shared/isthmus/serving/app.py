@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import re
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -14,7 +13,6 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from flask import Flask, Response, g, jsonify, request
-from werkzeug.datastructures import EnvironHeaders
 from werkzeug.exceptions import HTTPException
 from werkzeug.http import HTTP_STATUS_CODES
 from werkzeug.sansio.utils import get_content_length
@@ -24,7 +22,7 @@ from isthmus.context import Context
 from isthmus.errors import IsthmusError, Overloaded, RequestMalformed, RequestTooLarge, http_status
 from isthmus.serving.metrics import Metrics
 from isthmus.serving.readiness import Readiness
-from isthmus.serving.work import Reply, Timings, Work
+from isthmus.serving.work import Reply, RequestHeaders, Timings, Work
 from isthmus.settings import SegmentSettings
 
 if TYPE_CHECKING:
@@ -57,7 +55,9 @@ class FunctionApp:
         self.log.setLevel(settings.log_level.upper())
         self.metrics = Metrics()
         self._settings = settings
-        self._slots = threading.BoundedSemaphore(settings.max_concurrency)
+        # Taking from a list and putting back are atomic, and take a tenth of what a semaphore does.
+        self._slots = list(range(settings.max_concurrency))
+        self.metrics.in_flight.set_function(lambda: float(settings.max_concurrency - len(self._slots)))
         self._works: list[tuple[re.Pattern[str], str, Callable[..., Reply]]] = []
         self.readiness = Readiness(prepare, self.log)
         self.metrics.gauge("isthmus_ready", "Whether the function is ready (1) or loading (0).", self._ready)
@@ -98,29 +98,32 @@ class FunctionApp:
     def _exchange(self, endpoint: str, handle: Handle, environ: dict[str, Any]) -> Reply:
         """One request's life: its context and body, its slot, the work, and whatever came of it, counted and told."""
         timings = Timings()
-        headers = EnvironHeaders(environ)
+        headers = RequestHeaders(environ)
+        later: list[Callable[[], None]] = []
         context: Context | None = None
         error = ""
         try:
             context = Context.from_headers(headers, longest_s=self._settings.deadline_s)
             query = Request(environ).args if environ.get("QUERY_STRING") else _NO_QUERY
-            work = Work(self._body(environ), headers, query, context, timings)
-            self._take_slot()
+            body = self._body(environ)
+            later.append(partial(self.metrics.received.inc, len(body)))
+            work = Work(body, headers, query, context, timings, later)
+            slot = self._take_slot()
             try:
                 self.readiness.check()
                 reply = handle(work)
             finally:
-                self.metrics.in_flight.dec()
-                self._slots.release()
+                self._slots.append(slot)
         except IsthmusError as e:
             error, reply = type(e).__name__, self._refusal(e)
         except Exception as e:
             error, reply = type(e).__name__, self._failure(e, context)
-        told = partial(self._tell, endpoint, reply, environ, timings, timings.since(), context, error)
+        later.append(partial(self._tell, endpoint, reply, environ, timings, timings.since(), context, error))
         if (after := environ.get(_AFTER)) is not None:
-            after.append(told)
+            after.extend(later)
         else:
-            told()
+            for call in later:
+                call()
         if context is None:
             return reply
         about = {
@@ -160,13 +163,14 @@ class FunctionApp:
             }
             self.log.log(level, "request", extra={"facts": facts})
 
-    def _take_slot(self) -> None:
-        if not self._slots.acquire(blocking=False):
+    def _take_slot(self) -> int:
+        try:
+            return self._slots.pop()
+        except IndexError:
             raise Overloaded(
                 f"{self._settings.max_concurrency} requests are under way; that is the limit",
                 retry_after_s=RETRY_AFTER_S,
-            )
-        self.metrics.in_flight.inc()
+            ) from None
 
     def ready(self) -> Response:
         """200 once everything that was asked for at start is loaded, else 503 with the reason."""
@@ -199,7 +203,6 @@ class FunctionApp:
             raise RequestMalformed(f"the body has {len(body)} of {length} bytes")
         if len(body) > limit:
             raise RequestTooLarge(f"the body has more than {limit} bytes", limit=limit)
-        self.metrics.received.inc(len(body))
         return body
 
     def _ready(self) -> float:

@@ -24,7 +24,7 @@ from isthmus.serving.oip_request import (
     parse_request,
     read_document,
 )
-from isthmus.serving.oip_tensor import datatype_of, to_binary, to_json
+from isthmus.serving.oip_tensor import datatype_of, datatype_of_array, to_binary, to_json
 
 __all__ = [
     "EXTENSIONS",
@@ -44,6 +44,7 @@ __all__ = [
 
 EXTENSIONS = ("binary_tensor_data",)
 PLATFORM = "onnx_onnxv1"
+_JSON = json.JSONEncoder(separators=(",", ":"))
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def build_response(
         document: dict[str, Any] = {
             "name": output.name,
             "shape": list(array.shape),
-            "datatype": datatype_of(array.dtype.name),
+            "datatype": datatype_of_array(array.dtype),
         }
         if output.binary:
             chunks.append(to_binary(array))
@@ -95,7 +96,7 @@ def build_response(
         documents.append(document)
     doc = {"model_name": model_name, "model_version": model_version}
     head = doc | ({"id": request.id} if request.id else {}) | ({"parameters": dict(parameters)} if parameters else {})
-    text = json.dumps(head | {"outputs": documents}, separators=(",", ":")).encode()
+    text = _JSON.encode(head | {"outputs": documents}).encode()
     if not any(output.binary for output in request.outputs):
         return InferResponse(text)
     return InferResponse(b"".join([text, *chunks]), len(text))

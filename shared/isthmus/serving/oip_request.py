@@ -103,7 +103,7 @@ def read_document(part: bytes | memoryview, max_json_bytes: int = MAX_JSON_BYTES
             hint="send large tensors as binary data (parameters.binary_data_size), which has no such bound",
         )
     try:
-        doc = json.loads(str(part, "utf-8"), parse_constant=_refuse_constant)
+        doc = _JSON.decode(str(part, "utf-8"))
     except (ValueError, RecursionError) as e:
         raise RequestMalformed(
             f"the request is not JSON: {str(e)[:200]}",
@@ -129,6 +129,9 @@ def _header_length(given: str | int | None, length: int) -> int:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON; send it in a binary tensor")
+
+
+_JSON = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def _object(doc: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from itertools import chain
 from typing import Any
 
@@ -43,6 +44,12 @@ def datatype_of(dtype: str) -> str:
             f"the Open Inference Protocol has no datatype for {dtype}", expected=sorted(_DATATYPES), got=dtype
         )
     return _DATATYPES[dtype]
+
+
+@lru_cache(64)
+def datatype_of_array(dtype: np.dtype[Any]) -> str:
+    """`datatype_of` an array's dtype, whose name numpy makes anew whenever it is asked."""
+    return datatype_of(dtype.name)
 
 
 def describe(spec: TensorSpec) -> str:
@@ -144,7 +151,7 @@ def from_json(tensor: Mapping[str, Any], spec: TensorSpec, shape: tuple[int, ...
 
 def to_binary(array: np.ndarray) -> bytes:
     """Row-major, little-endian, without padding."""
-    return array.astype(_DTYPES[datatype_of(array.dtype.name)], copy=False).tobytes()
+    return array.astype(_DTYPES[datatype_of_array(array.dtype)], copy=False).tobytes()
 
 
 def to_json(array: np.ndarray, name: str) -> list[Any]:

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -218,7 +219,8 @@ class _RouterApp(FunctionApp):
             work.timings.add(f"hop{i}-run", stage.run_s, stage.segment)
             if stage.codecs:
                 work.timings.add(f"hop{i}-pack", stage.pack_s, stage.segment)
-            self.metrics.crossed(stage.hop, stage.tensor_bytes, stage.sent, stage.received)
+            crossed = partial(self.metrics.crossed, stage.hop, stage.tensor_bytes, stage.sent, stage.received)
+            work.later.append(crossed)
         self._guard.watch(way.route, standing, inputs, packed or {}, result)
         notes = {**way.notes, **standing.notes}
         return replace(result, notes=notes) if notes else result

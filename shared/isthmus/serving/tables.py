@@ -57,12 +57,12 @@ class Tables:
         return table
 
     def _read(self, blob: Blob) -> object:
-        from isthmus.codecs.table import Table  # for those who are sent such tensors
+        from isthmus.codecs.rows import read_table  # for those who are sent such tensors
 
         if blob.size > MAX_TABLE_BYTES:
             raise RegistryError(f"a codec's table of {blob.size} bytes; at most {MAX_TABLE_BYTES}", blob=blob.digest)
         try:
-            return Table.from_arrays(frames.decode(self._blob(blob), max_bytes=MAX_TABLE_BYTES).tensors)
+            return read_table(frames.decode(self._blob(blob), max_bytes=MAX_TABLE_BYTES).tensors)
         except (ValueError, FrameError) as e:
             raise RegistryError(f"{blob.digest} is no codec's table: {e}", blob=blob.digest) from e
 

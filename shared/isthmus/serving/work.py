@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-
-from werkzeug.datastructures import EnvironHeaders
+from typing import Any
 
 from isthmus.context import Context
 
@@ -36,15 +35,37 @@ class Timings:
         return ", ".join(f"{name}{_described(desc)};dur={seconds * 1000:.3f}" for name, seconds, desc in stages)
 
 
+class RequestHeaders:
+    """A WSGI request's headers, looked up in any case; werkzeug's take four times as long."""
+
+    def __init__(self, environ: Mapping[str, Any]) -> None:
+        self._environ = environ
+
+    def __contains__(self, name: str) -> bool:
+        return _key(name) in self._environ
+
+    def get(self, name: str, default: Any = None, /) -> Any:
+        """The header's value, or the default."""
+        return self._environ.get(_key(name), default)
+
+
+@lru_cache(64)
+def _key(name: str) -> str:
+    """WSGI's key of a header that a function asks for by name."""
+    return f"HTTP_{name.upper().replace('-', '_')}"
+
+
 @dataclass(frozen=True)
 class Work:
     """One admitted request: its body, headers and query, its context, and where it notes its timings."""
 
     body: bytes | memoryview
-    headers: EnvironHeaders
+    headers: RequestHeaders
     query: Mapping[str, str]
     context: Context
     timings: Timings
+    later: list[Callable[[], None]] = field(default_factory=list)
+    """What is called once the answer has been sent."""
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class Subject:
 
 def detector(quick: bool) -> Subject:
     """PP-OCRv4's text detector at 320 × 640: lines of text on photos, and pages."""
-    counts = (8, 8) if quick else (48, 96)
+    counts = (6, 6) if quick else (48, 64)
 
     def judge(_: Example, expected: Arrays, got: Arrays) -> tuple[bool, float]:
         one, other = (np.asarray(next(iter(a.values()))) > 0.3 for a in (expected, got))
@@ -91,7 +91,7 @@ def _pages(seed: int, count: int, *, calibrating: bool) -> Iterator[Example]:
 
 def encoder(quick: bool) -> Subject:
     """MiniLM-L6, halfway: sentences of this repository's own docs; what counts is the sentence's embedding."""
-    counts = (40, 60) if quick else (150, 300)
+    counts = (60, 30) if quick else (400, 200)
 
     def judge(_: Example, expected: Arrays, got: Arrays) -> tuple[bool, float]:
         one, other = (np.asarray(next(iter(a.values())))[0].mean(axis=0, dtype=np.float64) for a in (expected, got))
@@ -136,7 +136,7 @@ def _tokens(texts: Sequence[str]) -> Iterator[Example]:
 
 def voice(quick: bool) -> Subject:
     """Silero's voice detector on streams of 32 ms; the state goes along as it would in a stream."""
-    counts = (60, 120) if quick else (300, 1000)
+    counts = (200, 200) if quick else (1000, 1000)
 
     def judge(_: Example, expected: Arrays, got: Arrays) -> tuple[bool, float]:
         one, other = (float(np.asarray(a["output"]).ravel()[0]) for a in (expected, got))

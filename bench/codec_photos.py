@@ -15,7 +15,7 @@ CUTS = ("31", "65")
 
 def efficientnet(quick: bool) -> Subject:
     """Half of the photos calibrate, parts of the other half are scored."""
-    calibrating, held_out = (100, 100) if quick else (200, 1000)
+    calibrating, held_out = (60, 60) if quick else (200, 1000)
     entry = zoo.entry("efficientnet-lite0")
     source = Photos(entry.preprocess or {}, TensorSpec("image", "float32", (1, 3, 224, 224)), "photos", varied_photos())
     learning, scored = split(source, len(source.files))

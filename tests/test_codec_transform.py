@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -19,6 +20,7 @@ from isthmus.calibration.learn import learn
 from isthmus.calibration.sensitivity import measure
 from isthmus.codecs import NotPackable, Packed, Packing, entropy, pack
 from isthmus.codecs.levels import LEVELS, TOP, Models
+from isthmus.codecs.payload import restore
 from isthmus.codecs.planes import Layout, edges_for, plane_transform
 from isthmus.codecs.table import Table
 from isthmus.codecs.transform import TRANSFORM, step_for
@@ -291,6 +293,16 @@ def golden_models() -> Models:
     return Models(np.array(zero, np.uint16), np.array(magnitudes, np.uint16))
 
 
+def laplace_models() -> Models:
+    """Each level's own: Laplace's distribution, rounded to whole numbers."""
+    decay = np.exp(-np.sqrt(2) / 2.0 ** ((np.arange(LEVELS) - 12) / 2))
+    magnitudes = np.maximum(4096 * (1 - decay[:, None]) * decay[:, None] ** np.arange(TOP), 1).astype(np.uint16)
+    magnitudes[:, TOP - 1] = np.maximum(4096 * decay ** (TOP - 1), 1)
+    magnitudes[:, 0] += (4096 - magnitudes.sum(axis=1)).astype(np.uint16)
+    zero = np.clip(65536 * (1 - np.sqrt(decay)), 1, 65535).astype(np.uint16)
+    return Models(zero, magnitudes)
+
+
 def test_golden_bytes_of_the_entropy_coder() -> None:
     values = np.array([((i * i) % 97) * ((i % 7) - 3) // 40 for i in range(4096)], np.float32)
     values[::512] *= 1000
@@ -307,7 +319,7 @@ def test_golden_bytes_of_the_entropy_coder() -> None:
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_whole_numbers_come_back_exactly(data: st.DataObject) -> None:
-    count = data.draw(st.sampled_from([1, 5, 384, 2048, 3001]))
+    count = data.draw(st.sampled_from([1, 5, 384, 2048, 3001, 8000]))
     unit = entropy.unit(count)
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     levels = sorted(data.draw(st.sets(st.integers(0, entropy.MAX_LEVEL), min_size=1, max_size=6)))
@@ -318,6 +330,48 @@ def test_whole_numbers_come_back_exactly(data: st.DataObject) -> None:
     plan = entropy.Plan.of(runs, golden_models())
     found = entropy.decode(memoryview(entropy.encode(values.astype(np.float32), plan)), plan)
     assert np.array_equal(found, values)
+
+
+def large_values() -> tuple[Array, entropy.Plan]:
+    """A long run of several bits a value, between two shorter ones, with some far outside of a byte."""
+    rng = np.random.default_rng(0)
+    values = np.rint(rng.laplace(size=8192) * np.repeat([0.7, 3, 9], [1024, 6144, 1024])).astype(np.float32)
+    values[1024::997] *= 10_000
+    return values, entropy.Plan.of([(11, 0, 1024), (16, 1024, 7168), (19, 7168, 8192)], golden_models())
+
+
+def test_a_long_run_of_large_values_is_a_section() -> None:
+    values, plan = large_values()
+    data = entropy.encode(values, plan)
+    (length,) = struct.unpack("<I", data[:4])
+    assert 0.5 * 6144 < length < 0.7 * 6144
+    assert np.array_equal(entropy.decode(memoryview(data), plan), values)
+    whole = np.frombuffer(restore(memoryview(data)[4 : 4 + length], 6144), np.uint8).astype(np.int16) - 64
+    assert np.array_equal(whole.astype(np.int8), np.clip(values[1024:7168], -127, 127))
+    stored = struct.pack("<I", 6144) + bytes((whole + 64).astype(np.uint8)) + data[4 + length :]
+    assert np.array_equal(entropy.decode(memoryview(stored), plan), values)
+
+
+def test_a_changed_or_shortened_section_is_refused() -> None:
+    values, plan = large_values()
+    data = entropy.encode(values, plan)
+    (length,) = struct.unpack("<I", data[:4])
+    for i in range(0, 4 + length, 17):
+        changed = bytearray(data)
+        changed[i] ^= 1 << (i % 8)
+        with pytest.raises(ValueError, match=r"section|zstd|end|padding|too large"):
+            entropy.decode(memoryview(changed), plan)
+    for stop in range(0, 4 + length, 97):
+        with pytest.raises(ValueError, match="end"):
+            entropy.decode(memoryview(data[:stop]), plan)
+
+
+def test_a_plain_bit_more_leaves_the_model_of_half_the_deviation() -> None:
+    rng = np.random.default_rng(0)
+    for level in (17, 18, 21):
+        values = np.rint(rng.laplace(size=2048) * 2.0 ** ((level - 12) / 2) / np.sqrt(2)).astype(np.float32)
+        sizes = [len(entropy.encode(values, entropy.Plan.of([(at, 0, 2048)], laplace_models()))) for at in range(41)]
+        assert min(sizes) > 0.997 * sizes[level]
 
 
 def test_coded_values_take_what_their_model_says(tables: dict[str, tuple[Table, Array]]) -> None:
@@ -507,5 +561,5 @@ def test_the_plane_transform_is_orthonormal_and_its_bands_hold_all_of_it() -> No
 
 _SAMPLES = activations(SHAPES["maps"])
 TRANSFORM_SAMPLE = (learn(_SAMPLES[1:], layout=Layout(4, 1)), _SAMPLES[0])
-GOLDEN_LONG = (2541, "7bfb2b83efcf0ecb894068d6c0d6c5038c5c3bc3e93293709d9a4edd4dfe5bdf")
+GOLDEN_LONG = (2526, "0c750cfda96a33ff5e6ec3a1f4cfec43d477fb14ac159f94815f824e102a35f6")
 GOLDEN_SHORT = "d36c55f372b69e7fa3f617"

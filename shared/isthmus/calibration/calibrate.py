@@ -24,7 +24,7 @@ from isthmus.errors import CalibrationError
 from isthmus.runners import Array
 
 if TYPE_CHECKING:
-    from isthmus.codecs.table import Table
+    from isthmus.calibration.balance import Tables
 
 QUALITIES = tuple(round(i / 20, 2) for i in range(21))
 CHOICES: tuple[Choice, ...] = (
@@ -90,6 +90,8 @@ def calibrate(
     _check_answers(bundle, measure, spool.answer)
     calibrated = any(choice.codec == "transform/1" for choice in choices)
     learned, skipped = learn_tables(crossings, spool, run, measure, progress) if calibrated else ({}, {})
+    if learned:
+        from isthmus.codecs.rows import read_table
     tables: dict[str, object] = {}
     blobs: dict[str, Blob] = {}
     files: dict[str, Path] = {}
@@ -97,7 +99,7 @@ def calibrate(
         data = frames.encode(frames.Frame(table.to_arrays()))
         blobs[tensor] = _keep(data, folder, files)
         # As everyone else will read it.
-        tables[tensor] = type(table).from_arrays(frames.decode(data, max_bytes=LONGEST_FRAME).tensors)
+        tables[tensor] = read_table(frames.decode(data, max_bytes=LONGEST_FRAME).tensors)
     planned = {c.cut: trials(c, choices, tables) for c in crossings}
     whole = bundle.segment(WHOLE)
     beside = None
@@ -146,38 +148,47 @@ def learn_tables(
     progress: Progress = silent,
     *,
     longest_s: float = 120.0,
-) -> tuple[dict[str, Table], dict[str, str]]:
+) -> tuple[Tables, dict[str, str]]:
     """A table for every activation, learned at the first cut that it crosses; and why one has none.
 
     Shapes: as the tensors cross, a batch of one or as many as the examples have. Units: `longest_s` bounds the runs of
     the tail that tell how much errors in one tensor matter.
     """
-    from isthmus.calibration.learn import learn
+    from isthmus.calibration.balance import balance
+    from isthmus.calibration.forms import learn_table
+    from isthmus.calibration.sensitivity import Sensitivity
     from isthmus.calibration.sensitivity import measure as sensitivity_of
 
-    tables: dict[str, Table] = {}
+    tables: Tables = {}
     skipped: dict[str, str] = {}
-    wanted = {s.name: c for c in reversed(crossings) for s in c.tensors if is_activation(s)}
     loss = _loss(measure, spool.answer)
-    for tensor, at in wanted.items():
+    for at in crossings:
         given = {s.name for segment in at.tail for s in segment.outputs}
         crossed = spool.crossed(at.cut)
-        if few := _few_values(crossed.tensor(tensor)):
-            skipped[tensor] = few
-            continue
-        try:
-            how = sensitivity_of(
-                _tail(at, run),
-                crossed,
-                tensor,
-                output=measure.output if measure.output in given else None,
-                loss=loss if measure.output in given else "values",
-                max_s=longest_s,
-                progress=partial(progress, f"learning {tensor}"),
-            )
-            tables[tensor] = learn(crossed.tensor(tensor), sensitivity=how)
-        except CalibrationError as e:
-            skipped[tensor] = e.message
+        scattered, order = crossed.scattered()
+        found: dict[str, Sensitivity] = {}
+        for tensor in (s.name for s in at.tensors if is_activation(s)):
+            if tensor in tables or tensor in skipped:
+                continue
+            if few := _few_values(crossed.tensor(tensor)):
+                skipped[tensor] = few
+                continue
+            try:
+                how = sensitivity_of(
+                    _tail(at, run),
+                    scattered,
+                    tensor,
+                    output=measure.output if measure.output in given else None,
+                    loss=loss if measure.output in given else "values",
+                    scales=measure.scales,
+                    max_s=longest_s,
+                    progress=partial(progress, f"learning {tensor}"),
+                )
+                found[tensor] = how.in_order(order)
+                tables[tensor] = learn_table(crossed.tensor(tensor), found[tensor])
+            except CalibrationError as e:
+                skipped[tensor] = e.message
+        balance(tables, found)
     return tables, skipped
 
 

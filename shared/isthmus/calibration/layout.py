@@ -7,9 +7,35 @@ from typing import Any
 import numpy as np
 
 from isthmus.codecs.planes import Layout
+from isthmus.codecs.row_layout import RowLayout
+from isthmus.codecs.table import MAX_CHANNELS
 from isthmus.errors import CalibrationError
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def row_layout_of(array: Array, layout: Layout | RowLayout | None = None) -> RowLayout:
+    """The layout as rows of tensors such as `array`: each row is all channels at one place.
+
+    Raises:
+        CalibrationError: no axis, or more than four; or rows too long.
+    """
+    if isinstance(layout, RowLayout):
+        return layout
+    if layout is None and (state := state_layout_of(array)) is not None:
+        return state
+    axis = (layout or layout_of(array)).channel_axis
+    try:
+        return RowLayout(array.ndim, (axis,), (array.shape[axis],))
+    except ValueError as e:
+        raise CalibrationError(f"a sample cannot be learned: {e}", shape=list(array.shape)) from e
+
+
+def state_layout_of(array: Array) -> RowLayout | None:
+    """The layout of a recurrent network's state, (layers, batch, width) with a batch of one: layers are not alike."""
+    if array.ndim != 3 or array.shape[0] < 2 or array.shape[1] != 1 or not 0 < array.size <= MAX_CHANNELS:
+        return None
+    return RowLayout(3, (0, 2), (array.shape[0], array.shape[2]))
 
 
 def layout_of(array: Array) -> Layout:

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from isthmus.calibration.harm import band_weights, equal_harm, harm_of
 from isthmus.calibration.layout import layout_of
 from isthmus.calibration.models import learn_models
-from isthmus.calibration.sensitivity import RING_EDGES, Sensitivity
+from isthmus.calibration.sensitivity import Sensitivity
 from isthmus.codecs.planes import Layout, PlaneTransform, edges_for, plane_transform
 from isthmus.codecs.table import MAX_CHANNELS, OCTAVE, ZERO_DEVIATION, Table, cell_numbers, cells
 from isthmus.errors import CalibrationError
@@ -25,8 +26,6 @@ STEPS = (16, -40)
 
 _ROTATION_BYTES = 2**20
 _MAX_BANDS = 8
-_SHRINK = 0.05
-"""Of the mean sensitivity, added to all, so that no direction is taken for harmless."""
 _KEPT_VALUES = 400_000
 
 
@@ -41,7 +40,8 @@ def learn(samples: Iterable[Array], *, sensitivity: Sensitivity | None = None, l
     Raises:
         CalibrationError: there is nothing to learn from; or the samples' channels differ, or are not finite floats.
     """
-    layout = layout or (sensitivity.layout if sensitivity else None)
+    if layout is None and sensitivity is not None and isinstance(sensitivity.layout, Layout):
+        layout = sensitivity.layout
     first = _Moments.of(samples, layout)
     layout = first.layout
     rotations, unit = first.rotations(sensitivity)
@@ -125,13 +125,13 @@ class _Moments:
         if not energy < 1e30:
             raise CalibrationError("the samples are too large to be learned", energy=energy)
         unit = float(np.float32(math.sqrt(energy))) if energy > 1e-20 else 1.0
-        harm, weights = _harm(sensitivity, c), _band_weights(sensitivity, self)
+        harm, weights = harm_of(sensitivity, c), band_weights(sensitivity, self.edges, self.sizes)
         found = np.empty((len(self.counts), c, c))
         for band, (product, count) in enumerate(zip(products, self.counts, strict=True)):
             level = np.trace(product) / max(count, 1) / max(np.trace(pooled), 1e-30)
             # With few samples a band's covariance leans on that of all bands.
             covariance = (product + 0.5 * c * level * pooled) / (count + 0.5 * c)
-            found[band] = _synthesis(covariance + 1e-6 * energy * np.eye(c), harm * weights[band])
+            found[band] = equal_harm(covariance + 1e-6 * energy * np.eye(c), harm * weights[band])
         return found * unit, unit
 
 
@@ -211,42 +211,3 @@ def _planes(array: Array, layout: Layout) -> tuple[Array, int, int]:
     if not np.isfinite(planes).all():
         raise CalibrationError("a sample holds NaN or infinity", shape=list(array.shape))
     return planes, height, width
-
-
-def _harm(sensitivity: Sensitivity | None, channels: int) -> Array:
-    """The sensitivity's channels, of mean eigenvalue 1 and shrunk."""
-    if sensitivity is None or not np.trace(sensitivity.channels) > 0:
-        return np.eye(channels)
-    if sensitivity.channels.shape != (channels, channels):
-        raise CalibrationError(
-            f"the sensitivity is of {len(sensitivity.channels)} channels, the samples have {channels}"
-        )
-    scaled = sensitivity.channels * (channels / np.trace(sensitivity.channels))
-    return np.asarray((scaled + _SHRINK * np.eye(channels)) / (1 + _SHRINK))
-
-
-def _band_weights(sensitivity: Sensitivity | None, moments: _Moments) -> Array:
-    """How much noise in each band harms relative to all, from the rings that its coefficients lie in."""
-    bands = len(moments.edges) + 1
-    if sensitivity is None or bands == 1:
-        return np.ones(bands)
-    height, width = moments.sizes
-    u, v = np.arange(height) / height, np.arange(width) / width
-    radius = np.sqrt(u[:, None] ** 2 + v[None] ** 2).reshape(-1)
-    of_ring = sensitivity.rings[np.searchsorted(np.asarray(RING_EDGES), radius, side="left")]
-    band = np.searchsorted(np.asarray(moments.edges), radius, side="left")
-    counts = np.bincount(band, minlength=bands)
-    weights = np.bincount(band, of_ring, bands) / np.maximum(counts, 1)
-    return np.asarray(np.where(counts > 0, np.maximum(weights, _SHRINK), 1.0))
-
-
-def _synthesis(covariance: Array, harm: Array) -> Array:
-    """Of a basis in which equal noise does equal harm, the one in which components are uncorrelated.
-
-    With U the eigenvectors of H^1/2 S H^1/2, it is H^-1/2 U: components U^T H^1/2 (x - mean).
-    """
-    values, vectors = np.linalg.eigh(harm)
-    root = np.sqrt(np.maximum(values, 1e-9 * values[-1]))
-    half, inverse = (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
-    _, rotation = np.linalg.eigh(half @ covariance @ half)
-    return np.asarray(inverse @ rotation[:, ::-1])

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from isthmus.calibration.layout import layout_of
+from isthmus.calibration.layout import layout_of, state_layout_of
 from isthmus.codecs.planes import Layout, plane_transform
+from isthmus.codecs.row_layout import RowLayout
 from isthmus.errors import CalibrationError
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -28,8 +29,10 @@ RING_EDGES = (0.0, 0.1, 0.18, 0.3, 0.45, 0.65)
 _REACH = 0.3
 """The probe's size, in standard deviations of a channel: about the noise that coarse steps make."""
 
-_MAX_RUNS, _MAX_SECONDS = 12_000, 120.0
+_MAX_RUNS, _MAX_SECONDS = 24_000, 120.0
 _RING_DRAWS = 4
+_PLACES = 32
+"""Of a sequence, as many are moved by themselves."""
 
 
 def _silent(done: int, most: int) -> None:
@@ -42,14 +45,21 @@ class Sensitivity:
 
     `channels` (C, C): the mean of J^T F J over the plane, so that noise of covariance S does damage trace(S channels) /
     2. `rings` (len(RING_EDGES) + 1,): the same for noise of those frequencies alone, relative to all; 0 where the plane
-    has none. `inputs` and `runs` were spent on it.
+    has none. `places`: for each input, the same for noise at one place of the plane alone, relative to all, float64
+    (height * width,); NaN where it was not measured, empty for maps. `inputs` and `runs` were spent on it.
     """
 
-    layout: Layout
+    layout: Layout | RowLayout
     channels: Array
     rings: Array
     inputs: int
     runs: int
+    places: tuple[Array, ...] = ()
+
+    def in_order(self, order: Sequence[int]) -> Sensitivity:
+        """The same for inputs as they lie, if it was measured on them in `order`."""
+        known = dict(zip(order, self.places, strict=False))
+        return replace(self, places=tuple(known.get(i, np.zeros(0)) for i in range(len(order))))
 
 
 def measure(
@@ -59,7 +69,8 @@ def measure(
     *,
     output: str | None = None,
     loss: Loss = "classes",
-    layout: Layout | None = None,
+    layout: Layout | RowLayout | None = None,
+    scales: Mapping[str, float] | None = None,
     max_runs: int = _MAX_RUNS,
     max_s: float = _MAX_SECONDS,
     seed: int = 0,
@@ -71,7 +82,7 @@ def measure(
     moved one by one, each by the same random pattern of signs over the plane, so the answers' products sum to J^T F J
     over the plane on average. `loss` says what `output` (all outputs if None) holds: scores of `classes` or
     `probabilities`, weighted by the Fisher metric at the clean answer, so that damage is the divergence of the answers;
-    or `values`, relative to their mean square.
+    or `values`, relative to their mean square, or to the square of the output's scale in `scales` where that is larger.
 
     Source: docs/codecs.md, "Sensitivity".
 
@@ -83,12 +94,13 @@ def measure(
     rings = np.zeros(len(RING_EDGES) + 1)
     seen, counted, runs = 0, np.zeros_like(rings), 0
     sums, values = np.zeros((2, 1)), 0
+    places: list[Array] = []
     started = time.monotonic()
     for crossing in inputs:
         clean = crossing[tensor]
         if clean.dtype.kind in "iub" or clean.size == 0:
             raise CalibrationError(f"{tensor} holds no numbers that errors could move", tensor=tensor)
-        layout = layout or layout_of(clean)
+        layout = layout or state_layout_of(clean) or layout_of(clean)
         n, c, h, w = layout.sizes(clean.shape)
         planes = layout.forward(clean).astype(np.float64)
         # A vector's channels have no spread in one input; their variance over the inputs so far is as good.
@@ -96,7 +108,7 @@ def measure(
         values += n * h * w
         spread = np.sqrt(np.maximum(sums[1] / values - np.square(sums[0] / values), 0))
         reach = _REACH * np.maximum(spread, 0.1 * float(planes.std()) + 1e-12)
-        answer = _Answer(tail(crossing), output, loss)
+        answer = _Answer(tail(crossing), output, loss, scales or {})
 
         moved = partial(_moved, tail, crossing, tensor, layout, answer)
 
@@ -113,6 +125,9 @@ def measure(
         if h * w > 1:
             rings, counted, spent = _add_rings(rings, counted, moved, rng, planes, reach, (h, w))
             runs += spent
+        if w == 1 and h > 1 and crossing[tensor].ndim < 4:
+            places.append(_of_places(moved, rng, planes, reach))
+            runs += min(h, _PLACES)
         seen += 1
         progress(runs, max_runs)
         if runs + runs // seen > max_runs or time.monotonic() - started > max_s:
@@ -123,11 +138,14 @@ def measure(
         raise CalibrationError("the tail's answers are not finite", tensor=tensor)
     rings = np.divide(rings, counted, out=np.zeros_like(rings), where=counted > 0)
     total = float(np.average(rings, weights=counted)) if counted.any() else 0.0
-    return Sensitivity(layout, channels / seen, rings / total if total else np.ones_like(rings), seen, runs)
+    if places and (mean := float(np.nanmean(np.concatenate(places)))) > 0:
+        places = [each / mean for each in places]
+    rings = rings / total if total else np.ones_like(rings)
+    return Sensitivity(layout, channels / seen, rings, seen, runs, tuple(places))
 
 
 def _moved(
-    tail: Tail, crossing: Mapping[str, Array], tensor: str, layout: Layout, answer: _Answer, planes: Array
+    tail: Tail, crossing: Mapping[str, Array], tensor: str, layout: Layout | RowLayout, answer: _Answer, planes: Array
 ) -> Array:
     """How the answer changes if `planes` cross in place of the tensor's own."""
     clean = crossing[tensor]
@@ -164,13 +182,31 @@ def _add_rings(
     return rings, counted, spent
 
 
+def _of_places(moved: Callable[[Array], Array], rng: np.random.Generator, planes: Array, reach: Array) -> Array:
+    """The damage by noise at each place of a sequence, or at some of them."""
+    n, hw, c = planes.shape
+    found = np.full(hw, np.nan)
+    for at in rng.permutation(hw)[:_PLACES]:
+        by = np.zeros_like(planes)
+        by[:, at] = reach * rng.choice([-1.0, 1.0], (n, c))
+        answer = moved(planes + by)
+        found[at] = float(answer @ answer)
+    return found
+
+
 class _Answer:
     """A clean answer, and how far another is from it in the metric of the loss, as a vector."""
 
-    def __init__(self, outputs: Mapping[str, Array], output: str | None, loss: Loss) -> None:
+    def __init__(
+        self, outputs: Mapping[str, Array], output: str | None, loss: Loss, scales: Mapping[str, float]
+    ) -> None:
         names = list(outputs) if output is None else [output]
         self._clean = {name: _scores(outputs[name], loss) for name in names}
         self._loss = loss
+        self._squares = {
+            name: max(float(np.mean(clean**2)), scales.get(name, 0.0) ** 2, 1e-12)
+            for name, clean in self._clean.items()
+        }
 
     def moved(self, outputs: Mapping[str, Array]) -> Array:
         """A vector whose square is the damage."""
@@ -178,7 +214,7 @@ class _Answer:
         for name, clean in self._clean.items():
             change = _scores(outputs[name], self._loss) - clean
             if self._loss == "values":
-                parts.append(change.reshape(-1) / np.sqrt(max(float(np.mean(clean**2)), 1e-12) * clean.size))
+                parts.append(change.reshape(-1) / np.sqrt(self._squares[name] * clean.size))
                 continue
             p = np.exp(clean - clean.max(axis=-1, keepdims=True))
             p /= p.sum(axis=-1, keepdims=True)

@@ -59,6 +59,11 @@ class Crossed:
         for path in self.paths:
             yield dict(frames.decode(path.read_bytes(), max_bytes=LONGEST_FRAME).tensors)
 
+    def scattered(self) -> tuple[Crossed, list[int]]:
+        """The same in a random order, always the same one, and the place of each: neighbours may be alike."""
+        order = np.random.default_rng(0).permutation(len(self.paths)).tolist()
+        return Crossed([self.paths[i] for i in order]), order
+
     def tensor(self, name: str) -> Samples:
         """Only that tensor of each."""
         return Samples(self, name)

@@ -83,8 +83,13 @@ class Grouping:
         return each.view(f"u{self.size}").reshape(-1)
 
 
-# From the share of zeros: where clipping is rare, and symbols are at most a few hundred.
-_GROUPINGS = ((0.60, Grouping(2, 7, False)), (0.90, Grouping(4, 2, False)), (1.00, Grouping(4, 1, True)))
+# From the share of zeros: where clipping is rare, and symbols are not more than their models are worth making.
+_GROUPINGS = (
+    (0.30, Grouping(2, 7, False)),
+    (0.60, Grouping(4, 3, False)),
+    (0.95, Grouping(4, 2, False)),
+    (1.00, Grouping(4, 1, True)),
+)
 _UNFLAGGED = Grouping(4, 1, False)
 
 

@@ -22,7 +22,7 @@ CELL_EDGES = (0.0, 1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 
 """Relative frequencies that part the cells of one axis; the first cell is the mean alone."""
 
 CELLS = len(CELL_EDGES) + 1
-_MAX_KRON = 256
+_MAX_KRON = 64
 
 
 @dataclass(frozen=True)
@@ -104,20 +104,35 @@ class PlaneTransform:
             return planes
         if self.kron is not None:
             return np.asarray(np.matmul(self.kron, planes))
-        columns = np.matmul(dct(self.height), np.ascontiguousarray(planes).reshape(n, self.height, self.width * c))
-        both = np.matmul(dct(self.width), columns.reshape(n, self.height, self.width, c))
-        return np.asarray(np.take(both.reshape(n, hw, c), self.order, axis=1))
+        if _channels_first(planes):
+            # One product for each axis, of a transposed view: each puts its axis first, and no copy is made between.
+            rows = planes.transpose(0, 2, 1).reshape(n, c * self.height, self.width)
+            columns = np.matmul(dct(self.width), rows.transpose(0, 2, 1)).reshape(n, self.width * c, self.height)
+            both = np.matmul(dct(self.height), columns.transpose(0, 2, 1))
+        else:
+            columns = np.matmul(dct(self.height), np.ascontiguousarray(planes).reshape(n, self.height, self.width * c))
+            both = np.matmul(dct(self.width), columns.reshape(n, self.height, self.width, c))
+        return np.asarray(np.take(both.reshape(n, hw, c), self.order, axis=1, mode="clip"))
 
-    def backward(self, coefficients: Array) -> Array:
-        """The inverse of `forward`; channels may lie first in memory."""
+    def backward(self, coefficients: Array, channels_first: bool = False) -> Array:
+        """The inverse of `forward`; `channels_first` says how the result should lie in memory."""
         n, hw, c = coefficients.shape
         if hw == 1:
             return coefficients
         if self.kron is not None:
             return np.asarray(np.matmul(coefficients.transpose(0, 2, 1), self.kron)).transpose(0, 2, 1)
-        plane = np.take(coefficients, self.place, axis=1).reshape(n, self.height, self.width, c)
-        rows = np.matmul(dct(self.width).T, plane).reshape(n, self.height, self.width * c)
-        return np.asarray(np.matmul(dct(self.height).T, rows).reshape(n, hw, c))
+        plane = np.take(coefficients, self.place, axis=1, mode="clip")
+        if channels_first:
+            columns = np.matmul(plane.reshape(n, self.height, self.width * c).transpose(0, 2, 1), dct(self.height))
+            rows = np.matmul(columns.reshape(n, self.width, c * self.height).transpose(0, 2, 1), dct(self.width))
+            return np.asarray(rows.reshape(n, c, hw).transpose(0, 2, 1))
+        rows = np.matmul(dct(self.width).T, plane.reshape(n, self.height, self.width, c))
+        return np.asarray(np.matmul(dct(self.height).T, rows.reshape(n, self.height, self.width * c)).reshape(n, hw, c))
+
+
+def _channels_first(planes: Array) -> bool:
+    """Whether planes (batch, height * width, channels) lie channel by channel in memory."""
+    return planes.strides[1:] == (planes.itemsize, planes.shape[1] * planes.itemsize)
 
 
 def plane_transform(height: int, width: int, edges: tuple[float, ...]) -> PlaneTransform:

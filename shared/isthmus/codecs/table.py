@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from threading import Lock
@@ -38,15 +38,13 @@ _NAMES = ("layout", "mean", "edges", "scale", "synthesis", "deviations", "steps"
 
 
 @dataclass(frozen=True, eq=False)
-class Grid:
-    """What coding a tensor of one size needs, computed once: where each coefficient goes.
+class Sorting:
+    """What coding coefficients of known deviations needs: where each goes.
 
-    The bands' coefficients lie one band after the other, each (batch, of the band, channels). `order` sorts them all by
-    deviation, and `place` undoes it; `deviations` and `ends` are the distinct ones and where their runs end; `per_unit`
-    has the reciprocal of each coefficient's.
+    `order` sorts them all by deviation, and `place` undoes it; `deviations` and `ends` are the distinct ones and where
+    their runs end; `per_unit` has the reciprocal of each coefficient's.
     """
 
-    transform: PlaneTransform
     order: Array
     place: Array
     deviations: Array
@@ -54,6 +52,11 @@ class Grid:
     per_unit: Array
     models: Models
     _plans: dict[int, Plan] = field(default_factory=dict, init=False, repr=False)
+
+    @classmethod
+    def of(cls, stored: Array, models: Models) -> Sorting:
+        """That of coefficients of these stored deviations, uint8 (n,)."""
+        return cls(*_sorted(stored), models)
 
     def plan(self, step: int, gain: int) -> Plan:
         """How the sorted coefficients are coded at that step and gain (both in eighths of an octave)."""
@@ -70,6 +73,16 @@ class Grid:
         ends = [*(int(end) // unit * unit for end in self.ends[last[:-1]]), count]
         pairs = zip(levels[last].tolist(), [0, *ends[:-1]], ends, strict=True)
         return [(level, start, stop) for level, start, stop in pairs if start < stop]
+
+
+@dataclass(frozen=True, eq=False)
+class Grid(Sorting):
+    """A sorting of the coefficients of a tensor of one size, computed once.
+
+    The bands' coefficients lie one band after the other, each (batch, of the band, channels).
+    """
+
+    transform: PlaneTransform
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,19 +114,13 @@ class Table:
         channels, bands = self.channels, len(self.edges) + 1
         if not 1 <= channels <= MAX_CHANNELS or bands > MAX_BANDS:
             raise ValueError(f"a table of {channels} channels and {bands} bands")
-        _check("mean", self.mean, np.float32, (channels,))
-        _check("synthesis", self.synthesis, np.float16, (bands, channels, channels))
-        _check("deviations", self.deviations, np.uint8, (channels, cells(self.layout)))
-        if not all(np.isfinite(a).all() for a in (self.mean, self.synthesis)):
-            raise ValueError("a table holds finite numbers")
-        if not 1e-30 < self.scale < 1e30:
-            raise ValueError(f"a table's scale is {self.scale}")
+        check("mean", self.mean, np.float32, (channels,))
+        check("synthesis", self.synthesis, np.float16, (bands, channels, channels))
+        check("deviations", self.deviations, np.uint8, (channels, cells(self.layout)))
+        check_numbers((self.mean, self.synthesis), self.scale, self.steps)
         edges = np.asarray(self.edges, np.float64)
         if not np.isfinite(edges).all() or (np.diff(edges) <= 0).any() or (edges < 0).any():
             raise ValueError("the edges of bands are not finite and rising")
-        coarsest, finest = self.steps
-        if not -128 <= finest <= coarsest <= 127:
-            raise ValueError(f"steps from {coarsest} to {finest}")
 
     @property
     def channels(self) -> int:
@@ -178,9 +185,9 @@ class Table:
         """
         if arrays.keys() != set(_NAMES):
             raise ValueError(f"a table has exactly the arrays {', '.join(_NAMES)}")
-        _check("layout", arrays["layout"], np.int32, (2,))
-        _check("steps", arrays["steps"], np.int32, (2,))
-        _check("scale", arrays["scale"], np.float32, (1,))
+        check("layout", arrays["layout"], np.int32, (2,))
+        check("steps", arrays["steps"], np.int32, (2,))
+        check("scale", arrays["scale"], np.float32, (1,))
         if arrays["edges"].dtype != np.float64 or arrays["edges"].ndim != 1 or arrays["mean"].ndim != 1:
             raise ValueError("a table's edges are float64, and they and its mean have one axis")
         rank, channel_axis = arrays["layout"].tolist()
@@ -203,20 +210,7 @@ class Table:
             np.broadcast_to(self.deviations.T[cell[start:stop]], (batch, stop - start, self.channels)).reshape(-1)
             for start, stop in zip(transform.starts, transform.starts[1:], strict=False)
         ]
-        key = np.concatenate(keys)
-        order = np.argsort(key, kind="stable")
-        distinct, starts = np.unique(key[order], return_index=True)
-        units = np.exp2((ZERO_DEVIATION - distinct.astype(np.float32)) / OCTAVE)
-        ends = np.append(starts[1:], key.size)
-        return Grid(
-            transform=transform,
-            order=order,
-            place=np.argsort(order),
-            deviations=distinct.astype(np.int64),
-            ends=ends,
-            per_unit=np.repeat(units, np.diff(ends, prepend=0)).astype(np.float32),
-            models=self.models,
-        )
+        return Grid(*_sorted(np.concatenate(keys)), self.models, transform)
 
 
 def levels_of(deviations: Array, step: int, gain: int | Array) -> Array:
@@ -235,6 +229,37 @@ def cells(layout: Layout) -> int:
     return int(CELLS ** len(layout.plane_axes))
 
 
-def _check(name: str, array: Array, dtype: type[np.generic], shape: tuple[int, ...]) -> None:
+def check(name: str, array: Array, dtype: type[np.generic], shape: tuple[int, ...]) -> None:
+    """Check an array of a table.
+
+    Raises:
+        ValueError: it is of another dtype or shape.
+    """
     if array.dtype != dtype or array.shape != shape:
         raise ValueError(f"a table's {name} is {array.dtype}{list(array.shape)}, not {np.dtype(dtype)}{list(shape)}")
+
+
+def check_numbers(arrays: Iterable[Array], scale: float, steps: tuple[int, int]) -> None:
+    """Check what tables of both forms have.
+
+    Raises:
+        ValueError: a number is not finite, or out of range.
+    """
+    if not all(np.isfinite(a).all() for a in arrays):
+        raise ValueError("a table holds finite numbers")
+    if not 1e-30 < scale < 1e30:
+        raise ValueError(f"a table's scale is {scale}")
+    coarsest, finest = steps
+    if not -128 <= finest <= coarsest <= 127:
+        raise ValueError(f"steps from {coarsest} to {finest}")
+
+
+def _sorted(stored: Array) -> tuple[Array, Array, Array, Array, Array]:
+    """A sorting's arrays, of coefficients of these deviations, uint8 (n,)."""
+    order = np.argsort(stored, kind="stable")
+    counts = np.bincount(stored, minlength=256)
+    distinct = np.flatnonzero(counts)
+    place = np.empty_like(order)
+    place[order] = np.arange(order.size)
+    units = np.exp2((ZERO_DEVIATION - distinct.astype(np.float32)) / OCTAVE).astype(np.float32)
+    return order, place, distinct, np.cumsum(counts[distinct]), np.repeat(units, counts[distinct])

@@ -15,7 +15,8 @@ import numpy as np
 
 from isthmus.codecs import NotPackable, Packing, entropy
 from isthmus.codecs.entropy import LARGEST
-from isthmus.codecs.table import EXPECTED_MAGNITUDE, GAINS, OCTAVE, ZERO_DEVIATION, Grid, Table
+from isthmus.codecs.rows import RowTable, applied, packed_classes, unpacked_classes
+from isthmus.codecs.table import EXPECTED_MAGNITUDE, GAINS, OCTAVE, ZERO_DEVIATION, Grid, Sorting, Table
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -35,10 +36,12 @@ class Transform:
                 large as those learned from.
         """
         table = packing.table
-        if not isinstance(table, Table):
+        if not isinstance(table, Table | RowTable):
             raise NotPackable("there is no table for this tensor")
         if array.dtype not in _DTYPES:
             raise NotPackable(f"{array.dtype} is not packed by a transform")
+        if isinstance(table, RowTable):
+            return _encode_rows(array, table, packing.quality)
         try:
             batch, channels, height, width = table.layout.sizes(array.shape)
         except ValueError as e:
@@ -56,6 +59,8 @@ class Transform:
         with np.errstate(all="ignore"):  # of NaN and infinity, which _gain finds
             values = _analyse(table.layout.forward(array).astype(np.float32, copy=False), table.mean, analysis, grid)
             gain = _gain(values, grid, step)
+        if gain > GAINS[1]:
+            raise NotPackable(f"the tensor has {2 ** (gain / OCTAVE):.3g} times the magnitude of what was learned from")
         return bytes((step & 255, gain & 255)) + entropy.encode(_quantise(values, step), grid.plan(step, gain))
 
     def decode(self, payload: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], table: object) -> Array:
@@ -64,36 +69,29 @@ class Transform:
         Raises:
             ValueError: no table, or another tensor's; or the payload is not one of that dtype and shape.
         """
-        if not isinstance(table, Table):
+        if not isinstance(table, Table | RowTable):
             raise ValueError("there is no table for this tensor")
         if dtype not in _DTYPES:
             raise ValueError(f"a transform does not pack {dtype}")
+        if isinstance(table, RowTable):
+            return _decode_rows(payload, dtype, shape, table)
         batch, channels, height, width = table.layout.sizes(shape)
         if channels != table.channels:
             raise ValueError(f"a tensor of {channels} channels; the table has {table.channels}")
         if not math.prod(shape):
-            if len(payload):
-                raise ValueError("an empty tensor has an empty payload")
-            return np.zeros(shape, dtype)
-        if len(payload) < 3:
-            raise ValueError(f"a payload of {len(payload)} bytes is too short")
-        step, gain = np.frombuffer(payload[:2], np.int8).tolist()
-        if not GAINS[0] <= gain <= GAINS[1] or not table.steps[1] <= step <= table.steps[0]:
-            raise ValueError(f"a step of {step} and a gain of {gain} are out of range")
+            return _empty(payload, dtype, shape)
+        step, gain = _head(payload, table)
         grid = table.grid(batch, height, width)
         values = entropy.decode(payload[2:], grid.plan(step, gain))
         values *= np.float32(_size(step))
         planes = _synthesise(values, table, grid, batch)
-        if dtype == np.float16:
-            largest = float(np.finfo(np.float16).max)
-            planes = np.clip(planes, -largest, largest)
-        return np.ascontiguousarray(table.layout.backward(planes, shape), dtype)
+        return _of_dtype(table.layout.backward(planes, shape), dtype)
 
 
 TRANSFORM = Transform()
 
 
-def step_for(table: Table, quality: float) -> int:
+def step_for(table: Table | RowTable, quality: float) -> int:
     """The step of a quality from 0 (the coarsest) to 1, in eighths of an octave.
 
     Raises:
@@ -103,6 +101,68 @@ def step_for(table: Table, quality: float) -> int:
         raise ValueError(f"a quality is a number from 0 to 1, not {quality}")
     coarsest, finest = table.steps
     return round(coarsest + (finest - coarsest) * quality)
+
+
+def _encode_rows(array: Array, table: RowTable, quality: float) -> bytes:
+    try:
+        rows = table.layout.forward(array)[0].astype(np.float32, copy=False)
+        analysis = table.analysis_at_work
+    except ValueError as e:
+        raise NotPackable(str(e)) from e
+    if not array.size:
+        return b""
+    step = step_for(table, quality)
+    with np.errstate(all="ignore"):  # of NaN and infinity, which _gain finds
+        components = applied(analysis, rows)
+        classes = table.nearest(components, step)
+        sorting = table.sorting(classes)
+        weighted = (components - table.centres[classes]) * table.factors[classes]
+        values = weighted.reshape(-1)[sorting.order]
+        # A row that is hardly like its class may be any number of times as large as expected, and is kept all the same.
+        gain = min(_gain(values, sorting, step), GAINS[1])
+    head = bytes((step & 255, gain & 255)) + packed_classes(classes, table.bits)
+    return head + entropy.encode(_quantise(values, step), sorting.plan(step, gain))
+
+
+def _decode_rows(payload: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], table: RowTable) -> Array:
+    _, channels, rows, _ = table.layout.sizes(shape)
+    if not rows:
+        return _empty(payload, dtype, shape)
+    step, gain = _head(payload, table)
+    start = 2 + -(-rows * table.bits // 8)
+    classes = unpacked_classes(payload[2:start], rows, table.bits)
+    sorting = table.sorting(classes)
+    values = entropy.decode(payload[start:], sorting.plan(step, gain)) * np.float32(_size(step))
+    components = values[sorting.place].reshape(rows, channels) / table.factors[classes]
+    found = applied(table.synthesis_at_work, components) + table.means[classes]
+    return _of_dtype(table.layout.backward(found, shape), dtype)
+
+
+def _head(payload: memoryview, table: Table | RowTable) -> tuple[int, int]:
+    """The step and the gain.
+
+    Raises:
+        ValueError: the payload has none, or others than the table allows.
+    """
+    if len(payload) < 3:
+        raise ValueError(f"a payload of {len(payload)} bytes is too short")
+    step, gain = np.frombuffer(payload[:2], np.int8).tolist()
+    if not GAINS[0] <= gain <= GAINS[1] or not table.steps[1] <= step <= table.steps[0]:
+        raise ValueError(f"a step of {step} and a gain of {gain} are out of range")
+    return step, gain
+
+
+def _empty(payload: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+    if len(payload):
+        raise ValueError("an empty tensor has an empty payload")
+    return np.zeros(shape, dtype)
+
+
+def _of_dtype(array: Array, dtype: np.dtype[Any]) -> Array:
+    if dtype == np.float16:
+        largest = float(np.finfo(np.float16).max)
+        array = np.clip(array, -largest, largest)
+    return np.ascontiguousarray(array, dtype)
 
 
 def _analyse(planes: Array, mean: Array, analysis: Array, grid: Grid) -> Array:
@@ -129,7 +189,7 @@ def _synthesise(values: Array, table: Table, grid: Grid, batch: int) -> Array:
         block = flat[batch * c * start : batch * c * stop].reshape(batch, stop - start, c)
         np.matmul(block, rotation.T, out=coefficients[:, start:stop])
     coefficients[:, 0] += table.mean * np.float32(math.sqrt(hw))
-    return grid.transform.backward(coefficients)
+    return grid.transform.backward(coefficients, table.layout.channel_axis < table.layout.rank - 1)
 
 
 def _bands(rotations: Array, grid: Grid) -> list[tuple[Array, int, int]]:
@@ -137,11 +197,11 @@ def _bands(rotations: Array, grid: Grid) -> list[tuple[Array, int, int]]:
     return [(r, a, b) for r, a, b in zip(rotations, starts, starts[1:], strict=False) if a < b]
 
 
-def _gain(values: Array, grid: Grid, step: int) -> int:
+def _gain(values: Array, grid: Sorting, step: int) -> int:
     """How much larger this tensor's values are than was learned, from those that matter at this step.
 
     Raises:
-        NotPackable: NaN or infinity, or more than eight times the learned magnitude.
+        NotPackable: NaN or infinity.
     """
     # Deviations of half a step and more, or else the largest.
     least = int(np.searchsorted(grid.deviations, ZERO_DEVIATION + step - OCTAVE))
@@ -149,10 +209,7 @@ def _gain(values: Array, grid: Grid, step: int) -> int:
     if not math.isfinite(float(values @ values)):
         raise NotPackable("NaN, infinity and numbers near the largest cannot be packed by a transform")
     mean = float(np.abs(values[start:]) @ grid.per_unit[start:]) / (values.size - start) / EXPECTED_MAGNITUDE
-    gain = round(OCTAVE * math.log2(mean)) if mean > 0 else GAINS[0]
-    if gain > GAINS[1]:
-        raise NotPackable(f"the tensor has {mean:.3g} times the magnitude of those it was calibrated on")
-    return max(gain, GAINS[0])
+    return max(round(OCTAVE * math.log2(mean)), GAINS[0]) if mean > 0 else GAINS[0]
 
 
 def _quantise(values: Array, step: int) -> Array:

@@ -1,0 +1,39 @@
+"""Steps of several tensors that cross one cut: the same quality is to mean the same harm in each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TypeAlias
+
+import numpy as np
+
+from isthmus.calibration.sensitivity import Sensitivity
+from isthmus.codecs.rows import RowTable
+from isthmus.codecs.table import OCTAVE, Table
+
+Tables: TypeAlias = dict[str, Table | RowTable]
+
+_MOST = 40
+"""Eighths of an octave that steps are moved by."""
+
+
+def balance(tables: Tables, sensitivities: Mapping[str, Sensitivity]) -> None:
+    """Move the steps of those tables that `sensitivities` are of, so that a step does the same harm in each.
+
+    A table's unit is its tensor's own root mean square; how much noise of one unit harms the answer differs. On average
+    over their channels steps stay where they are.
+    """
+    harms = {
+        name: OCTAVE * math.log2(tables[name].scale * math.sqrt(harm))
+        for name, how in sensitivities.items()
+        if name in tables and (harm := float(np.trace(how.channels)) / len(how.channels)) > 0
+    }
+    if len(harms) < 2:
+        return
+    mean = float(np.average(list(harms.values()), weights=[tables[name].channels for name in harms]))
+    for name, harm in harms.items():
+        by = round(min(max(mean - harm, -_MOST), _MOST))
+        coarsest, finest = tables[name].steps
+        tables[name] = replace(tables[name], steps=(coarsest + by, finest + by))

@@ -1,0 +1,117 @@
+"""Which form of table a tensor is given: what takes the fewest bytes for the same harm, on samples held out."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from isthmus.calibration.harm import harm_of
+from isthmus.calibration.layout import row_layout_of
+from isthmus.calibration.learn import STEPS, learn
+from isthmus.calibration.rows import Form, Rows, learn_rows
+from isthmus.calibration.sensitivity import Sensitivity
+from isthmus.codecs import NotPackable, Packing
+from isthmus.codecs.planes import Layout
+from isthmus.codecs.rows import RowTable
+from isthmus.codecs.table import Table
+from isthmus.codecs.transform import TRANSFORM
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_COUNTS = (4, 16, 64, 128, 256)
+_ROWS_PER_CLASS = 12
+_LEANINGS = (0.0, 0.3)
+"""Of the covariance on its diagonal: a rotation that fits few inputs need not fit others."""
+_HELD_OUT = 4
+"""One sample in so many, the last ones: neighbours of a stream are alike."""
+_TRIED = 32
+_QUALITIES = (0.2, 0.35, 0.5)
+_SHARE = 0.03
+"""Forms are compared where harm is this share of the energy."""
+_MOST_CHANNELS = 1024
+"""Beyond, learning takes minutes, and nothing is tried."""
+
+
+def learn_table(samples: Iterable[Array], sensitivity: Sensitivity) -> Table | RowTable:
+    """The table of the tensor that `samples` are of; they are read a few times, one at a time.
+
+    Maps keep their planes. Sequences, vectors and states become rows in as many classes as pay, rotated or not; or keep
+    their planes where that takes fewer bytes.
+
+    Raises:
+        CalibrationError: as `learn`.
+    """
+    first = next(iter(samples), None)
+    planar = isinstance(sensitivity.layout, Layout)
+    if first is None or first.ndim > 3:
+        return learn(samples, sensitivity=sensitivity)
+    layout = row_layout_of(first, sensitivity.layout)
+    rows = Rows.of(samples, layout)
+    if rows.count < 2 * _HELD_OUT or layout.channels > _MOST_CHANNELS:
+        return learn_rows(rows, Form(1, True), sensitivity, STEPS)
+    part = _Part(samples, rows.count * (_HELD_OUT - 1) // _HELD_OUT)
+    held_out = list(itertools.islice(part.rest(), _TRIED))
+    # Without what is known of places, whose noise would count as harm.
+    plain = replace(sensitivity, places=())
+    harm = harm_of(sensitivity, layout.channels)
+    learning = rows.first(part.count)
+
+    def cost(form: Form) -> float:
+        return _cost(learn_rows(learning, form, plain, STEPS), held_out, harm)
+
+    counts = [k for k in _COUNTS if k * _ROWS_PER_CLASS <= len(learning.values)]
+    costs = {form: cost(form) for form in (Form(1, True, leaning) for leaning in _LEANINGS)}
+    leaning = min(costs, key=costs.__getitem__).leaning
+    costs |= {form: cost(form) for form in (Form(k, True, leaning) for k in counts)}
+    classes = min(costs, key=costs.__getitem__).classes
+    others = {Form(classes, False), *(Form(classes, True, leaning) for leaning in _LEANINGS)} - costs.keys()
+    costs |= {form: cost(form) for form in others}
+    best = min(costs, key=costs.__getitem__)
+    # Sequences alone have planes that a transform could make use of.
+    if planar and layout.sizes(first.shape)[2] > 1:
+        in_planes = learn(part, sensitivity=replace(plain, rings=np.ones_like(plain.rings)))
+        if _cost(in_planes, held_out, harm) < costs[best]:
+            return learn(samples, sensitivity=sensitivity)
+    return learn_rows(rows, best, sensitivity, STEPS)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The first samples of several, and the rest."""
+
+    samples: Iterable[Array]
+    count: int
+
+    def __iter__(self) -> Iterator[Array]:
+        return itertools.islice(self.samples, self.count)
+
+    def rest(self) -> Iterator[Array]:
+        return itertools.islice(self.samples, self.count, None)
+
+
+def _cost(table: Table | RowTable, held_out: list[Array], harm: Array) -> float:
+    """The logarithm of the bytes at that harm, from the line through a few qualities."""
+    points = []
+    for quality in _QUALITIES:
+        size, damage = 0, 0.0
+        for array in held_out:
+            try:
+                payload = TRANSFORM.encode(array, Packing("transform/1", quality, table))
+            except NotPackable:
+                size += array.nbytes
+                continue
+            size += len(payload)
+            found = TRANSFORM.decode(memoryview(payload), array.dtype, array.shape, table)
+            error = table.layout.forward(found.astype(np.float64) - array).reshape(-1, len(harm))
+            damage += float(((error @ harm) * error).sum())
+        points.append((np.log(max(damage, 1e-30)), np.log(size)))
+    x, y = np.array(points).T
+    if np.ptp(x) < 1e-6:
+        return float(y.mean())
+    slope, intercept = np.polyfit(x, y, 1)
+    energy = sum(float(np.square(a, dtype=np.float64).sum()) for a in held_out)
+    return float(intercept + slope * np.log(max(_SHARE * energy, 1e-30)))

@@ -1,0 +1,211 @@
+"""Learning a table of `transform/1` for rows: classes, a rotation or none, and how many classes pay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from isthmus.calibration.harm import equal_harm, harm_of
+from isthmus.calibration.layout import row_layout_of
+from isthmus.calibration.models import learn_models
+from isthmus.calibration.sensitivity import Sensitivity
+from isthmus.codecs.row_layout import RowLayout
+from isthmus.codecs.rows import Likelihood, RowTable
+from isthmus.codecs.table import OCTAVE, ZERO_DEVIATION
+from isthmus.errors import CalibrationError
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_KEPT_VALUES = 2**23
+_MODELLED_VALUES = 400_000
+_ROUNDS = 8
+_STEP = -8
+"""At which classes are learned, in eighths of an octave: half a unit."""
+_LEANING = 8.0
+"""Rows of average deviation added to each class."""
+_LEANING_HARM = 2.0
+"""Rows of average sensitivity added to each."""
+_MOST_WEIGHT = 16
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is chosen by trying: the number of classes; and the rotation, or none.
+
+    `leaning` is how much of the covariance's diagonal is added to it.
+    """
+
+    classes: int
+    rotated: bool
+    leaning: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of channels from samples, and the number of the sample that each is from."""
+
+    layout: RowLayout
+    values: Array
+    sample: Array
+
+    @property
+    def count(self) -> int:
+        """Of samples."""
+        return int(self.sample[-1]) + 1
+
+    def first(self, count: int) -> Rows:
+        """The rows of the first samples."""
+        stop = int(np.searchsorted(self.sample, count))
+        return Rows(self.layout, self.values[:stop], self.sample[:stop])
+
+    @classmethod
+    def of(cls, samples: Iterable[Array], layout: RowLayout | None = None) -> Rows:
+        """All rows, or as many of each sample as memory allows.
+
+        Raises:
+            CalibrationError: there are none; or the samples' channels differ, or are not finite floats.
+        """
+        found: list[Array] = []
+        rng = np.random.default_rng(0)
+        kept = 0
+        for array in samples:
+            layout = layout or row_layout_of(array)
+            rows = _rows(array, layout)
+            found.append(rows)
+            kept += rows.size
+            if kept > _KEPT_VALUES:
+                found = [r[np.sort(rng.permutation(len(r))[: math.ceil(len(r) / 2)])] for r in found]
+                kept = sum(r.size for r in found)
+        if layout is None:
+            raise CalibrationError("there are no samples to learn from")
+        numbers = np.repeat(np.arange(len(found)), [len(r) for r in found])
+        return cls(layout, np.concatenate(found).astype(np.float64), numbers)
+
+
+def learn_rows(rows: Rows, form: Form, sensitivity: Sensitivity | None, steps: tuple[int, int]) -> RowTable:
+    """The table of rows in that form."""
+    values, channels = rows.values, rows.layout.channels
+    centre = values.mean(axis=0) if form.rotated else np.median(values, axis=0)
+    centred = values - centre
+    energy = float(np.mean(np.square(centred)))
+    if not energy < 1e30:
+        raise CalibrationError("the samples are too large to be learned", energy=energy)
+    unit = float(np.float32(math.sqrt(energy))) if energy > 1e-20 else 1.0
+    harm = harm_of(sensitivity, channels)
+    # Rotated to tell classes apart, and again for what is left when they are told.
+    synthesis = _synthesis(centred, harm, form, energy)
+    classes = _told_apart(centred @ np.linalg.inv(synthesis).T / unit, form.classes)
+    if form.rotated and form.classes > 1:
+        means = _means(centred, classes, form.classes)
+        synthesis = _synthesis(centred - means[classes], harm, form, energy)
+        classes = _told_apart(centred @ np.linalg.inv(synthesis).T / unit, form.classes)
+    means = _means(centred, classes, form.classes) if form.rotated else _medians(centred, classes, form.classes)
+    stored = synthesis.astype(np.float16)
+    weights = _weights(rows, classes, form.classes, sensitivity)
+    components = (centred - means[classes]) @ np.linalg.inv(stored.astype(np.float64)).T / unit
+    components *= np.exp2(weights / OCTAVE)[classes][:, None]
+    variance = _variances(components, classes, form.classes)
+    deviations = np.round(OCTAVE * np.log2(np.sqrt(np.maximum(variance, 1e-9)))) + ZERO_DEVIATION
+    deviations = np.clip(deviations, 0, 255).astype(np.uint8)
+    at = np.random.default_rng(0).permutation(len(values))[: max(1, _MODELLED_VALUES // channels)]
+    models = learn_models(
+        components[at].reshape(-1),
+        deviations[classes[at]].reshape(-1).astype(np.int64),
+        np.repeat(rows.sample[at], channels),
+        steps,
+    )
+    return RowTable(
+        layout=rows.layout,
+        means=(means + centre).astype(np.float32),
+        weights=weights.astype(np.int8),
+        scale=unit,
+        synthesis=stored if form.rotated else np.ascontiguousarray(np.diag(stored)),
+        deviations=deviations,
+        steps=steps,
+        models=models,
+    )
+
+
+def _rows(array: Array, layout: RowLayout) -> Array:
+    if array.dtype.kind in "iub":
+        raise CalibrationError(f"a tensor of {array.dtype} is not for a transform", dtype=str(array.dtype))
+    try:
+        found: Array = layout.forward(array)[0].astype(np.float32)
+    except ValueError as e:
+        raise CalibrationError(f"a sample cannot be learned: {e}", shape=list(array.shape)) from e
+    if not found.size:
+        raise CalibrationError(f"a sample of shape {list(array.shape)} cannot be learned", shape=list(array.shape))
+    if not np.isfinite(found).all():
+        raise CalibrationError("a sample holds NaN or infinity", shape=list(array.shape))
+    return found
+
+
+def _synthesis(centred: Array, harm: Array, form: Form, energy: float) -> Array:
+    channels = len(harm)
+    if not form.rotated:
+        return np.diag(1 / np.sqrt(np.diag(harm)))
+    covariance = centred.T @ centred / len(centred)
+    covariance += form.leaning * np.diag(np.diag(covariance)) + 1e-6 * energy * np.eye(channels)
+    return equal_harm(covariance, harm)
+
+
+def _told_apart(components: Array, count: int) -> Array:
+    """The class of each row: by the bits that it takes, from starts that lie far from one another."""
+    if count == 1:
+        return np.zeros(len(components), np.uint8)
+    rng = np.random.default_rng(0)
+    # Far in deviations: one channel that stands out would else be all that counts.
+    relative = components / (components.std(axis=0) + 2.0 ** (_STEP / OCTAVE))
+    starts = [int(rng.integers(len(components)))]
+    distance = np.square(relative - relative[starts[0]]).sum(axis=1)
+    while len(starts) < count:
+        total = float(distance.sum())
+        starts.append(int(rng.choice(len(components), p=distance / total)) if total > 0 else 0)
+        distance = np.minimum(distance, np.square(relative - relative[starts[-1]]).sum(axis=1))
+    centres = components[starts]
+    spread = np.broadcast_to(components.var(axis=0), centres.shape)
+    for _ in range(_ROUNDS):
+        classes = Likelihood.of(centres, spread, _STEP).likeliest(components)
+        centres = _means(components, classes, count)
+        spread = _variances(components - centres[classes], classes, count)
+    return Likelihood.of(centres, spread, _STEP).likeliest(components)
+
+
+def _weights(rows: Rows, classes: Array, count: int, sensitivity: Sensitivity | None) -> Array:
+    """How much finer each class's steps are, in eighths of an octave: noise in its rows then harms as in others."""
+    harm = np.full(len(classes), np.nan)
+    for number, places in enumerate(sensitivity.places if sensitivity else ()):
+        of_sample = np.flatnonzero(rows.sample == number)
+        if len(of_sample) == len(places):
+            harm[of_sample] = places
+    known = np.isfinite(harm)
+    members = _members(classes[known], count)
+    mean = (members @ harm[known] + _LEANING_HARM) / (members.sum(axis=1) + _LEANING_HARM)
+    return np.asarray(np.clip(np.round(OCTAVE / 2 * np.log2(np.maximum(mean, 1e-3))), -_MOST_WEIGHT, _MOST_WEIGHT), int)
+
+
+def _members(classes: Array, count: int) -> Array:
+    """float64 (count, rows): 1 where a row is in a class."""
+    return np.asarray(classes == np.arange(count)[:, None], np.float64)
+
+
+def _means(values: Array, classes: Array, count: int) -> Array:
+    """Of each class, (count, C); an empty class has that of all."""
+    members = _members(classes, count)
+    counts = members.sum(axis=1)[:, None]
+    return np.asarray(np.where(counts > 0, members @ values / np.maximum(counts, 1), values.mean(axis=0)))
+
+
+def _medians(values: Array, classes: Array, count: int) -> Array:
+    return np.stack([np.median(values[classes == k] if (classes == k).any() else values, axis=0) for k in range(count)])
+
+
+def _variances(values: Array, classes: Array, count: int) -> Array:
+    """About zero, of each class, (count, C); with few rows it leans on that of all."""
+    squares, members = np.square(values), _members(classes, count)
+    counts = members.sum(axis=1)[:, None]
+    return np.asarray((members @ squares + _LEANING * squares.mean(axis=0)) / (counts + _LEANING))

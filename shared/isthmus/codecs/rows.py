@@ -1,0 +1,238 @@
+"""`transform/1` of what has no planes: token sequences, vectors, states. Each row of channels has a class.
+
+A tensor is rows of channels: one for each token, or one in all. The encoder picks each row's class, says so in a few
+plain bits, and codes what is left after the class's mean; a class knows how much each component deviates then. So a
+token that is nearly constant costs next to nothing. docs/codecs.md, "Rows".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from isthmus.codecs.levels import Models
+from isthmus.codecs.row_layout import RowLayout
+from isthmus.codecs.table import OCTAVE, ZERO_DEVIATION, Sorting, Table, check, check_numbers
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+CLASSES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+"""How many a table may have: a row's class takes up to eight bits."""
+
+_KEPT_STEPS = 4
+"""Of which a table keeps what tells classes: up to a megabyte each."""
+
+NAMES = ("rows", "means", "weights", "scale", "synthesis", "deviations", "steps", "zero", "magnitudes")
+
+
+@dataclass(frozen=True, eq=False)
+class Likelihood:
+    """What tells the class of a row.
+
+    Twice the negative logarithm of it is `squares @ weight - components @ linear + constant`, but for a constant.
+    """
+
+    weight: Array
+    linear: Array
+    constant: Array
+
+    @classmethod
+    def of(cls, centres: Array, variance: Array, step: int) -> Likelihood:
+        """Of classes of these centres and variances (K, C), with the noise of rounding to a step added."""
+        variance = variance + variance.dtype.type(2.0 ** (2 * step / OCTAVE) / 12)
+        weight = 1 / variance
+        constant = (np.log(variance) + centres * centres * weight).sum(axis=1)
+        return cls(np.ascontiguousarray(weight.T), np.ascontiguousarray(2 * (centres * weight).T), constant)
+
+    def likeliest(self, components: Array) -> Array:
+        """The class of each row (rows, C)."""
+        costs = np.square(components) @ self.weight - components @ self.linear + self.constant
+        return np.asarray(costs.argmin(axis=1).astype(np.uint8))
+
+
+@dataclass(frozen=True, eq=False)
+class RowTable:
+    """What was learned of rows of C channels in K classes.
+
+    `means` float32 (K, C), of channels. `weights` int8 (K,): how much finer the steps of a class's rows are than the
+    tensor's, in eighths of an octave. `synthesis` float16 (C, C), or (C,) where components are the channels, each
+    scaled; times `scale` it gives channels from components. `deviations` uint8 (K, C) of the components, weighted: see
+    ZERO_DEVIATION. `steps` are the coarsest and the finest, in eighths of an octave.
+    """
+
+    layout: RowLayout
+    means: Array
+    weights: Array
+    scale: float
+    synthesis: Array
+    deviations: Array
+    steps: tuple[int, int]
+    models: Models
+    _likelihoods: dict[int, Likelihood] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check every bound.
+
+        Raises:
+            ValueError: names the part that does not fit.
+        """
+        channels, classes = self.channels, len(self.means)
+        if classes not in CLASSES:
+            raise ValueError(f"a table of {classes} classes")
+        check("means", self.means, np.float32, (classes, channels))
+        check("weights", self.weights, np.int8, (classes,))
+        check("synthesis", self.synthesis, np.float16, (channels,) * min(self.synthesis.ndim, 2))
+        check("deviations", self.deviations, np.uint8, (classes, channels))
+        check_numbers((self.means, self.synthesis), self.scale, self.steps)
+
+    @property
+    def channels(self) -> int:
+        return self.layout.channels
+
+    @property
+    def bits(self) -> int:
+        """Of a row's class."""
+        return (len(self.means) - 1).bit_length()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays that `to_arrays` gives."""
+        return sum(a.nbytes for a in self.to_arrays().values())
+
+    @cached_property
+    def analysis_at_work(self) -> Array:
+        """float32, of `synthesis`'s shape: what gives components from channels.
+
+        Raises:
+            ValueError: a rotation has no inverse.
+        """
+        scaled = self.synthesis.astype(np.float64) * self.scale
+        try:
+            if scaled.ndim == 1 and not scaled.all():
+                raise np.linalg.LinAlgError("a factor of zero")
+            inverse = 1 / scaled if scaled.ndim == 1 else np.linalg.inv(scaled)
+        except np.linalg.LinAlgError as e:
+            raise ValueError(f"a table's rotation has no inverse: {e}") from e
+        return np.asarray(inverse, np.float32)
+
+    @cached_property
+    def synthesis_at_work(self) -> Array:
+        """float32, of `synthesis`'s shape: what multiplies components in units."""
+        return self.synthesis.astype(np.float32) * np.float32(self.scale)
+
+    @cached_property
+    def centres(self) -> Array:
+        """The classes' means as components, (K, C)."""
+        return applied(self.analysis_at_work, self.means)
+
+    @cached_property
+    def factors(self) -> Array:
+        """What a row's components are weighted by, float32 (K, 1)."""
+        return np.exp2(self.weights.astype(np.float32) / OCTAVE)[:, None]
+
+    def sorting(self, classes: Array) -> Sorting:
+        """Where the components of rows of these classes go; row by row they lie before."""
+        return Sorting.of(self.deviations[classes].reshape(-1), self.models)
+
+    def nearest(self, components: Array, step: int) -> Array:
+        """The likeliest class of each row (rows, C), at a step in eighths of an octave.
+
+        As if deviations were those of normal distributions, with the noise of rounding added. Weights have no say:
+        fewer bits are no reason to take a row for one that matters less.
+        """
+        if len(self.means) == 1:
+            return np.zeros(len(components), np.uint8)
+        found = self._likelihoods.get(step)
+        if found is None:
+            spread = np.exp2((self.deviations.astype(np.float32) - ZERO_DEVIATION) / OCTAVE) / self.factors
+            found = Likelihood.of(self.centres, np.square(spread), step)
+            if len(self._likelihoods) >= _KEPT_STEPS:
+                self._likelihoods.clear()
+            self._likelihoods[step] = found
+        return found.likeliest(components)
+
+    def to_arrays(self) -> dict[str, Array]:
+        """This table as named arrays, to be stored."""
+        axes = zip(self.layout.axes, self.layout.sizes_of, strict=True)
+        return {
+            "rows": np.array([self.layout.rank, *(n for pair in axes for n in pair)], np.int32),
+            "means": self.means,
+            "weights": self.weights,
+            "scale": np.array([self.scale], np.float32),
+            "synthesis": self.synthesis,
+            "deviations": self.deviations,
+            "steps": np.array(self.steps, np.int32),
+            "zero": self.models.zero,
+            "magnitudes": self.models.magnitudes,
+        }
+
+    @staticmethod
+    def from_arrays(arrays: Mapping[str, Array]) -> RowTable:
+        """Read what `to_arrays` gave.
+
+        Raises:
+            ValueError: an array is missing, unknown, of another dtype or shape, or out of bounds.
+        """
+        if arrays.keys() != set(NAMES):
+            raise ValueError(f"a table of rows has exactly the arrays {', '.join(NAMES)}")
+        rows = arrays["rows"]
+        if rows.dtype != np.int32 or rows.ndim != 1 or rows.size not in (3, 5, 7, 9):
+            raise ValueError("a table's rows are axes and their sizes, in int32")
+        check("steps", arrays["steps"], np.int32, (2,))
+        check("scale", arrays["scale"], np.float32, (1,))
+        if arrays["means"].ndim != 2 or arrays["synthesis"].ndim not in (1, 2):
+            raise ValueError("a table's means have two axes, its synthesis one or two")
+        coarsest, finest = arrays["steps"].tolist()
+        rank, *pairs = rows.tolist()
+        return RowTable(
+            layout=RowLayout(rank, tuple(pairs[::2]), tuple(pairs[1::2])),
+            means=arrays["means"],
+            weights=arrays["weights"],
+            scale=float(arrays["scale"][0]),
+            synthesis=arrays["synthesis"],
+            deviations=arrays["deviations"],
+            steps=(coarsest, finest),
+            models=Models(arrays["zero"], arrays["magnitudes"]),
+        )
+
+
+def read_table(arrays: Mapping[str, Array]) -> Table | RowTable:
+    """A table of either form, as `to_arrays` gave it.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    return RowTable.from_arrays(arrays) if "rows" in arrays else Table.from_arrays(arrays)
+
+
+def applied(matrix: Array, rows: Array) -> Array:
+    """`matrix` (C, C) or its diagonal (C,) times each row."""
+    return rows * matrix if matrix.ndim == 1 else np.asarray(rows @ matrix.T)
+
+
+def packed_classes(classes: Array, bits: int) -> bytes:
+    """Classes of `bits` bits each, the first in the highest bits of the first byte."""
+    if not bits:
+        return b""
+    return np.packbits(np.unpackbits(classes[:, None], axis=1)[:, 8 - bits :]).tobytes()
+
+
+def unpacked_classes(data: memoryview, count: int, bits: int) -> Array:
+    """What `packed_classes` took.
+
+    Raises:
+        ValueError: there are too few bytes, or bits after the last are not zero.
+    """
+    if not bits:
+        return np.zeros(count, np.uint8)
+    if len(data) < -(-count * bits // 8):
+        raise ValueError("the payload ends within the rows' classes")
+    found = np.unpackbits(np.frombuffer(data, np.uint8))
+    if found[count * bits :].any():
+        raise ValueError("the bits after the last row's class are not zero")
+    weights = (1 << np.arange(bits)[::-1]).astype(np.uint8)
+    return np.asarray(found[: count * bits].reshape(count, bits) @ weights)

@@ -1,0 +1,297 @@
+"""`transform/1` of rows: tokens, vectors and states in classes, and how their form is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from isthmus.calibration.balance import balance
+from isthmus.calibration.forms import learn_table
+from isthmus.calibration.layout import layout_of, row_layout_of
+from isthmus.calibration.learn import STEPS, learn
+from isthmus.calibration.rows import Form, Rows, learn_rows
+from isthmus.calibration.sensitivity import Sensitivity, measure
+from isthmus.codecs import NotPackable, Packing
+from isthmus.codecs.levels import LEVELS, TOP, Models
+from isthmus.codecs.row_layout import RowLayout
+from isthmus.codecs.rows import RowTable, packed_classes, read_table, unpacked_classes
+from isthmus.codecs.table import Table
+from isthmus.codecs.transform import TRANSFORM, step_for
+from isthmus.errors import CalibrationError
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+FORMS = {
+    "one class": Form(1, rotated=True),
+    "classes": Form(4, rotated=True, leaning=0.3),
+    "classes as they are": Form(4, rotated=False),
+}
+
+
+def sentence(rng: np.random.Generator, tokens: int = 0) -> Array:
+    """Tokens of 24 channels: a first one that is always the same, words of three kinds, one channel that stands out."""
+    kinds = rng.integers(0, 3, tokens or int(rng.integers(5, 20)))
+    words = 3 * np.random.default_rng(1).normal(size=(3, 24))[kinds] + rng.normal(size=(len(kinds), 24))
+    words[:, 5] *= 12
+    words[0] = 7.5
+    return words[None].astype(np.float32)
+
+
+def state(rng: np.random.Generator) -> Array:
+    """Of two layers, which differ in size."""
+    return np.stack([rng.normal(size=(1, 12)), 20 + 9 * rng.normal(size=(1, 12))]).astype(np.float32)
+
+
+def table_of(form: Form, sensitivity: Sensitivity | None = None) -> RowTable:
+    rng = np.random.default_rng(0)
+    return learn_rows(Rows.of([sentence(rng) for _ in range(40)]), form, sensitivity, STEPS)
+
+
+@pytest.fixture(scope="module")
+def tables() -> dict[str, RowTable]:
+    return {name: table_of(form) for name, form in FORMS.items()}
+
+
+def round_trip(array: Array, table: Table | RowTable, quality: float) -> tuple[bytes, Array]:
+    payload = TRANSFORM.encode(array, Packing("transform/1", quality, table))
+    return payload, TRANSFORM.decode(memoryview(payload), array.dtype, array.shape, table)
+
+
+def components(rows: Array, table: RowTable) -> Array:
+    analysis = table.analysis_at_work.astype(np.float64)
+    return np.asarray(rows * analysis if analysis.ndim == 1 else rows @ analysis.T)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("quality", [0.0, 0.5, 1.0])
+def test_every_component_of_a_row_comes_back_within_half_a_step(
+    form: str, quality: float, tables: dict[str, RowTable]
+) -> None:
+    table, array = tables[form], sentence(np.random.default_rng(9))
+    _, found = round_trip(array, table, quality)
+    half = 0.5 * 2.0 ** (step_for(table, quality) / 8)
+    assert np.abs(components(found[0].astype(float) - array[0], table)).max() <= half * 1.001 + 1e-4
+
+
+def test_rows_of_any_number_and_dtype_come_back(tables: dict[str, RowTable]) -> None:
+    rng = np.random.default_rng(3)
+    for table in tables.values():
+        for dtype in (np.float16, ml_dtypes.bfloat16, np.float32):
+            array = np.concatenate([sentence(rng, 7), sentence(rng, 7)]).astype(dtype)
+            _, found = round_trip(array, table, 1.0)
+            assert found.dtype == array.dtype
+            assert found.shape == array.shape
+            assert np.abs(found.astype(np.float32) - array.astype(np.float32)).max() < 1
+        assert round_trip(np.zeros((1, 0, 24), np.float32), table, 0.5)[0] == b""
+
+
+def test_a_token_that_is_always_the_same_costs_next_to_nothing(tables: dict[str, RowTable]) -> None:
+    constant = np.full((1, 10, 24), 7.5, np.float32)
+    assert len(round_trip(constant, tables["classes"], 0.5)[0]) < len(round_trip(constant, tables["one class"], 0.5)[0])
+    assert len(round_trip(constant, tables["classes"], 0.5)[0]) < 20
+
+
+def test_classes_take_fewer_bytes_for_no_more_error(tables: dict[str, RowTable]) -> None:
+    rng = np.random.default_rng(5)
+    sizes: dict[str, int] = dict.fromkeys(tables, 0)
+    for array in [sentence(rng) for _ in range(20)]:
+        for name, table in tables.items():
+            sizes[name] += len(round_trip(array, table, 0.5)[0])
+    assert sizes["classes"] < 0.9 * sizes["one class"]
+
+
+def test_a_row_far_from_every_class_is_kept_within_the_step(tables: dict[str, RowTable]) -> None:
+    table = tables["classes"]
+    array = sentence(np.random.default_rng(2), 6)
+    array[0, 3] = 300
+    _, found = round_trip(array, table, 1.0)
+    assert np.abs(components(found[0] - array[0], table)).max() <= 0.02
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])
+def test_rows_that_are_not_finite_are_not_packable(value: float, tables: dict[str, RowTable]) -> None:
+    for table in tables.values():
+        array = sentence(np.random.default_rng(2), 6)
+        array[0, 3, 4] = value
+        with pytest.raises(NotPackable):
+            TRANSFORM.encode(array, Packing("transform/1", 0.5, table))
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 23), (6, 24), (1, 1, 6, 24), (24, 6, 1)])
+def test_tensors_without_such_rows_are_refused(shape: tuple[int, ...], tables: dict[str, RowTable]) -> None:
+    with pytest.raises(NotPackable):
+        TRANSFORM.encode(np.ones(shape, np.float32), Packing("transform/1", 0.5, tables["classes"]))
+    with pytest.raises(ValueError, match=r"table"):
+        TRANSFORM.decode(memoryview(bytes(9)), np.dtype(np.float32), shape, tables["classes"])
+
+
+def test_every_truncated_or_longer_payload_of_rows_is_refused(tables: dict[str, RowTable]) -> None:
+    array = sentence(np.random.default_rng(4), 9)
+    for table in tables.values():
+        payload, _ = round_trip(array, table, 0.4)
+        wrong = [payload[:length] for length in range(len(payload))]
+        wrong += [payload + more for more in (b"\0", b"\1", bytes(range(1, 9)))]
+        for data in wrong:
+            with pytest.raises(ValueError, match=r"short|end|padding|too large|class"):
+                TRANSFORM.decode(memoryview(data), array.dtype, array.shape, table)
+
+
+_TABLE = table_of(FORMS["classes"])
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.binary(max_size=200), st.integers(-41, 17), st.integers(-97, 25))
+def test_any_bytes_are_refused_or_give_rows(data: bytes, step: int, gain: int) -> None:
+    payload = bytes((step & 255, gain & 255)) + data
+    try:
+        found = TRANSFORM.decode(memoryview(payload), np.dtype(np.float32), (1, 11, 24), _TABLE)
+    except ValueError:
+        return
+    assert found.shape == (1, 11, 24)
+
+
+@given(st.integers(0, 8), st.integers(1, 40), st.integers(0, 2**32 - 1))
+def test_classes_come_back_from_their_bits(bits: int, count: int, seed: int) -> None:
+    classes = np.random.default_rng(seed).integers(0, 1 << bits, count).astype(np.uint8)
+    data = packed_classes(classes, bits)
+    assert len(data) == -(-count * bits // 8)
+    assert np.array_equal(unpacked_classes(memoryview(data), count, bits), classes)
+    if count * bits % 8:
+        with pytest.raises(ValueError, match="not zero"):
+            unpacked_classes(memoryview(data[:-1] + bytes([data[-1] | 1])), count, bits)
+
+
+def golden_table() -> RowTable:
+    """Made of integers alone: four channels as they are, two classes, the second of steps half as large."""
+    magnitudes = np.full((LEVELS, TOP), 4096 // TOP, np.uint16)
+    magnitudes[:, 0] += 4096 - TOP * (4096 // TOP)
+    models = Models(np.full(LEVELS, 30000, np.uint16), magnitudes)
+    return RowTable(
+        layout=RowLayout(2, (1,), (4,)),
+        means=np.array([[0, 0, 0, 0], [8, 8, 8, 8]], np.float32),
+        weights=np.array([0, 8], np.int8),
+        scale=1.0,
+        synthesis=np.array([1, 1, 2, 4], np.float16),
+        deviations=np.array([[128, 136, 144, 120], [128, 128, 128, 128]], np.uint8),
+        steps=(0, 0),
+        models=models,
+    )
+
+
+def test_golden_bytes_of_rows() -> None:
+    array = np.array([[1, -2, 4, 0], [8, 9, 8, 8], [0, 1, 0, 4]], np.float32)
+    payload, found = round_trip(array, golden_table(), 0.5)
+    assert np.array_equal(found, array)
+    assert payload.hex() == GOLDEN
+
+
+def test_a_table_of_rows_comes_back_from_its_arrays(tables: dict[str, RowTable]) -> None:
+    array = sentence(np.random.default_rng(4))
+    for table in tables.values():
+        again = read_table(table.to_arrays())
+        assert again.nbytes == table.nbytes
+        assert round_trip(array, again, 0.5)[0] == round_trip(array, table, 0.5)[0]
+
+
+def broken_tables(arrays: Mapping[str, Array]) -> Iterator[tuple[str, dict[str, Array]]]:
+    for name in arrays:
+        yield f"dtype of {name}", {**arrays, name: arrays[name].astype(np.complex64)}
+        yield f"shape of {name}", {**arrays, name: arrays[name][..., None]}
+        if name != "rows":
+            yield f"no {name}", {k: v for k, v in arrays.items() if k != name}
+    for rows in ([3, 2], [5, 2, 24], [3, 3, 24], [3, 2, 0], [3, 2, 23], [3, 2, 5000], [3, 2, 4, 1, 6], [0, 0, 24]):
+        yield f"rows {rows}", {**arrays, "rows": np.array(rows, np.int32)}
+    yield "unknown", {**arrays, "more": np.zeros(1)}
+    yield "classes", {**arrays, "means": arrays["means"][:3], "weights": arrays["weights"][:3]}
+    yield "steps", {**arrays, "steps": np.array([-40, 16], np.int32)}
+    yield "scale", {**arrays, "scale": np.array([np.nan], np.float32)}
+    yield "means", {**arrays, "means": np.full_like(arrays["means"], np.inf)}
+
+
+def test_a_table_of_rows_out_of_bounds_is_refused(tables: dict[str, RowTable]) -> None:
+    for what, arrays in broken_tables(tables["classes"].to_arrays()):
+        try:
+            read_table(arrays)
+        except ValueError:
+            continue
+        pytest.fail(what)
+
+
+def test_a_factor_of_zero_is_refused_when_it_is_needed(tables: dict[str, RowTable]) -> None:
+    arrays = tables["classes as they are"].to_arrays()
+    table = read_table({**arrays, "synthesis": np.zeros_like(arrays["synthesis"])})
+    with pytest.raises(NotPackable, match="inverse"):
+        TRANSFORM.encode(sentence(np.random.default_rng(0)), Packing("transform/1", 0.5, table))
+
+
+def test_the_layers_of_a_state_are_one_row() -> None:
+    rng = np.random.default_rng(0)
+    assert row_layout_of(state(rng)) == RowLayout(3, (0, 2), (2, 12))
+    assert row_layout_of(sentence(rng, 30)) == RowLayout(3, (2,), (24,))
+    table = learn_rows(Rows.of([state(rng) for _ in range(60)]), FORMS["one class"], None, STEPS)
+    array = state(rng)
+    _, found = round_trip(array, table, 1.0)
+    assert np.abs(found - array).max() < 1
+    both = np.concatenate([array, state(rng)], axis=1)
+    assert np.abs(round_trip(both, table, 1.0)[1] - both).max() < 1
+
+
+def test_steps_are_finer_in_rows_that_matter_more() -> None:
+    rng = np.random.default_rng(0)
+    samples = [sentence(rng, 12) for _ in range(40)]
+
+    def tail(crossing: Mapping[str, Array]) -> dict[str, Array]:
+        x = crossing["x"][0].astype(np.float64)
+        return {"out": x[1:] * 0.01 + 3 * x[:1]}
+
+    how = measure(tail, [{"x": x} for x in samples], "x", loss="values")
+    assert len(how.places) == how.inputs
+    assert how.places[0][0] > 10 * how.places[0][1:].max()
+    table = learn_rows(Rows.of(samples), Form(4, rotated=True), how, STEPS)
+    first = table.nearest(components(samples[0][0], table).astype(np.float32), 0)[0]
+    assert table.weights[first] == table.weights.max() > 0
+    assert sorted(how.in_order(list(range(39, -1, -1))).places[-1]) == sorted(how.places[0])
+
+
+def test_tokens_become_rows_and_smooth_sequences_keep_their_planes() -> None:
+    rng = np.random.default_rng(0)
+
+    def of(samples: list[Array]) -> Table | RowTable:
+        return learn_table(samples, Sensitivity(layout_of(samples[0]), np.eye(samples[0].shape[2]), np.ones(7), 1, 1))
+
+    assert isinstance(of([sentence(rng, 12) for _ in range(40)]), RowTable)
+    smooth = [np.cumsum(rng.normal(size=(1, 60, 6)), axis=1).astype(np.float32) for _ in range(24)]
+    assert isinstance(of(smooth), Table)
+
+
+def test_the_steps_of_tensors_that_cross_together_do_the_same_harm() -> None:
+    rng = np.random.default_rng(0)
+    samples = [{"a": sentence(rng, 8), "b": sentence(rng, 8) / 64} for _ in range(30)]
+
+    def tail(crossing: Mapping[str, Array]) -> dict[str, Array]:
+        return {"out": crossing["a"] + crossing["b"]}
+
+    found = {name: measure(tail, samples, name, loss="values", max_runs=200) for name in ("a", "b")}
+    made: dict[str, Table | RowTable] = {n: learn_table([s[n] for s in samples], how) for n, how in found.items()}
+    balance(made, found)
+    sizes = [table.scale * 2.0 ** (table.steps[0] / 8) for table in made.values()]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.15)
+
+
+def test_rows_that_cannot_be_learned_from_are_refused() -> None:
+    good = np.ones((1, 4, 3), np.float32)
+    for samples in ([], [good.astype(np.int32)], [good, good[:, :, :2]], [good * np.nan], [good[:, :0]]):
+        with pytest.raises(CalibrationError):
+            learn_rows(Rows.of(samples), FORMS["one class"], None, STEPS)
+    with pytest.raises(CalibrationError, match="too large"):
+        learn_rows(Rows.of([good * np.float32(1e20), -good * np.float32(1e20)]), FORMS["one class"], None, STEPS)
+    assert learn([good] * 4).channels == 3
+
+
+GOLDEN = "00fe40d832c09f83139c2808"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from isthmus.bundle import Bundle
 from isthmus.graph import build
 from isthmus.registry import FolderStore, Registry, SegmentCache
 from isthmus.settings import RouterSettings, SegmentSettings
+from patience import LONG_S, until
 from segments import run_whole
 
 LABELS = ["ape", "bee", "cat", "dog", "elk"]
@@ -211,6 +211,7 @@ def _common(published: Published, cache: Path) -> dict[str, Any]:
         "threads": 1,
         "log_level": "error",
         "registry_attempts": 1,
+        "deadline_s": LONG_S,
     }
 
 
@@ -224,22 +225,13 @@ def served(app: Callable[..., Any]) -> Iterator[str]:
         yield f"http://127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
-        thread.join(5)
+        thread.join()
         server.server_close()
 
 
 def ready(client: FlaskClient) -> FlaskClient:
     assert until(lambda: client.get("/ready").status_code == 200)
     return client
-
-
-def until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return False
 
 
 def metrics(client: FlaskClient) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from isthmus.bundle import Blob, Bundle, Cut, Segment, TensorSpec, Weights, WeightTensor, digest_of, to_json
 from isthmus.registry import FolderStore, Patience, Registry, SegmentCache
+from patience import LONG_S
 from s3_server import store_at
 
 SPEC = TensorSpec("x", "float32", (1, 4))
@@ -94,7 +95,7 @@ def allocated(folder: Path) -> int:
 def fill(registry: str, cache_dir: str, limit: int, digest: str, segments: Sequence[str]) -> None:
     """What one process of several does: locate segments. `registry` is a folder, or an endpoint and a prefix."""
     endpoint, _, prefix = registry.partition("#")
-    patience = Patience(attempts=4, timeout_s=20)
+    patience = Patience(attempts=4, timeout_s=LONG_S)
     store = store_at(endpoint, prefix, patience=patience) if prefix else FolderStore(registry)
     cache = SegmentCache(Registry(store, patience), cache_dir, limit)
     for segment in segments:

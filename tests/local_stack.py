@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import urllib3
+
+from patience import LONG_S
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -97,13 +97,4 @@ def write_stack(root: Path, text: str = STACK) -> Path:
 def http(method: str, url: str, **options: object) -> urllib3.BaseHTTPResponse:
     """One request, without retries or redirects."""
     with urllib3.PoolManager(retries=False) as pool:
-        return pool.request(method, url, timeout=20.0, **options)  # type: ignore[arg-type]
-
-
-def eventually(check: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    """Wait until `check` holds; fail if it does not in time."""
-    until = time.monotonic() + timeout_s
-    while not check():
-        if time.monotonic() > until:
-            raise AssertionError("it did not happen in time")
-        time.sleep(0.02)
+        return pool.request(method, url, timeout=LONG_S, **options)  # type: ignore[arg-type]

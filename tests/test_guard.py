@@ -38,6 +38,7 @@ from isthmus.pipeline import Result, Route, Stage
 from isthmus.serving import create_router_app, create_segment_app
 from isthmus.serving.guard import Guard, Sample
 from isthmus.serving.metrics import Metrics
+from patience import LONG_S, eventually
 
 GOOD, BAD = "int8/1", "sparse/1@0"
 Routers = Callable[..., FlaskClient]
@@ -72,6 +73,10 @@ def router(photos: Published, hops: tuple[str, str], tmp_path: Path) -> Routers:
 
 def value(client: FlaskClient, name: str) -> float:
     return metrics(client)[name, ()]
+
+
+def warnings_of_the_guard(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    return [r for r in caplog.records if "guard" in r.getMessage()]
 
 
 def ask(client: FlaskClient, seed: int = 0) -> Any:
@@ -141,12 +146,13 @@ def test_a_codec_that_loses_answers_steps_aside_and_the_router_says_so(
         return value(client, "isthmus_guard_step") >= 1
 
     with caplog.at_level(logging.WARNING, "isthmus"):
-        assert until(stepped, 20)
+        assert until(stepped)
+        eventually(lambda: bool(warnings_of_the_guard(caplog)))  # it steps, and then says so
     route = ask(client)["route"]
     assert route["guard_instead_of"] == BAD
     assert route["guard_step"] >= 1
     assert route["guard_codec"] != BAD
-    said = next(r for r in caplog.records if "guard" in r.getMessage())
+    said = warnings_of_the_guard(caplog)[0]
     assert said.facts["disagreement"] > said.facts["limit"]  # type: ignore[attr-defined]
     inputs = {"name": "x", "shape": [1, 3, 8, 8], "datatype": "FP32", "data": [0.5] * 192}
     assert client.post("/v2/models/photos/infer", json={"inputs": [inputs]}).json["parameters"]["guard_step"] >= 1
@@ -184,7 +190,7 @@ def tensor(pixels: Any) -> Any:
 
 
 def test_inputs_that_drift_from_the_calibration_make_it_step_down(
-    original: Published, router: Routers, tmp_path: Path
+    original: Published, router: Routers, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = tmp_path / "gradients"
     data.mkdir()
@@ -204,15 +210,15 @@ def test_inputs_that_drift_from_the_calibration_make_it_step_down(
     )
     assert offered(made.fidelity, "1")[0].codec == "transform/1"
     original.registry.publish(made.bundle, made.files, alias="prod")
-    client = router(codec="transform/1@0.5", cuts=("1",), guard_share=1.0)
+    client = router(codec="transform/1@0.5", cuts=("1",), guard_share=1.0, log_level="warning")
 
     def ask_tensor(x: Any) -> Any:
         body = {"inputs": [{"name": "x", "shape": [1, 3, 8, 8], "datatype": "FP32", "data": x.ravel().tolist()}]}
         return client.post("/v2/models/photos/infer", json=body).json["parameters"]
 
     def checked(many: int, make: Callable[[int], Any]) -> bool:
-        """Ask until so many were checked or a step was taken, for a minute at most."""
-        end = time.monotonic() + 60
+        """Ask until so many were checked or a step was taken, for some minutes at most."""
+        end = time.monotonic() + 5 * LONG_S
         for seed in range(1000, 100_000):
             ask_tensor(make(seed))
             if seed % 10:
@@ -224,13 +230,16 @@ def test_inputs_that_drift_from_the_calibration_make_it_step_down(
                 break
         return False
 
-    assert checked(20, gradient)
+    # Of the same few, as which of many are checked is a matter of time.
+    assert checked(20, lambda seed: gradient(1000 + seed % 20))
     assert value(client, "isthmus_guard_step") == 0
     assert value(client, "isthmus_guard_disagreement") <= 0.1
-    assert checked(10_000, noise)
-    said = ask_tensor(noise(0))
-    assert said["guard_instead_of"] == "transform/1@0.5"
-    assert said["guard_codec"] == "transform/1@0.75"
+    with caplog.at_level(logging.WARNING, "isthmus"):
+        assert checked(10_000, noise)
+        eventually(lambda: bool(warnings_of_the_guard(caplog)))
+    assert ask_tensor(noise(0))["guard_instead_of"] == "transform/1@0.5"
+    first = warnings_of_the_guard(caplog)[0]
+    assert first.facts["guard_codec"] == "transform/1@0.75"  # type: ignore[attr-defined]
 
 
 # Its parts, without sockets
@@ -261,7 +270,7 @@ def sample(photos: Published, hop: Any, answer: Any, step: int = 0) -> Sample:
 
 def guard(**given: Any) -> Guard:
     log = logging.getLogger("isthmus.guard-test")
-    return Guard(1.0, lambda _: None, Metrics(), log, **({"deadline_s": 5.0} | given))
+    return Guard(1.0, lambda _: None, Metrics(), log, **({"deadline_s": LONG_S} | given))
 
 
 def test_two_wrong_answers_are_a_step_and_two_in_a_hundred_are_none(photos: Published) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import math
+import select
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
@@ -27,6 +31,7 @@ from isthmus.errors import (
 )
 from isthmus.frame import Frame
 from isthmus.hop import HttpHop
+from patience import LONG_S, least
 
 FRAME = Frame({"x": np.arange(4, dtype="float32")}, "sha256:" + "0" * 64, "..1", "r1")
 ECHO = (200, {"Server-Timing": "decode;dur=0.1, run;dur=12.5, total;dur=13"}, None)
@@ -52,13 +57,14 @@ def server(answers: list[Answer]) -> Iterator[tuple[str, list[dict[str, str]]]]:
         yield f"http://127.0.0.1:{made.server_port}/", seen
     finally:
         made.shutdown()
-        thread.join(5)
+        thread.join()
         made.server_close()
 
 
 @contextmanager
 def raw_server(behave: Callable[[socket.socket], None]) -> Iterator[str]:
-    """A server that does to each connection whatever `behave` does."""
+    """A server that does to each connection whatever `behave` does, until one of the two ends it."""
+    open_now: list[socket.socket] = []
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def accept() -> None:
@@ -67,15 +73,23 @@ def raw_server(behave: Callable[[socket.socket], None]) -> Iterator[str]:
                     connection, _ = listener.accept()
                 except OSError:
                     return
-                with connection:
+                open_now[:] = [connection]
+                with suppress(OSError), connection:
                     behave(connection)
 
-        threading.Thread(target=accept, daemon=True).start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
-        listener.shutdown(socket.SHUT_RDWR)
+        thread = threading.Thread(target=accept)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            with suppress(OSError):
+                for connection in open_now:
+                    connection.shutdown(socket.SHUT_RDWR)
+            thread.join()
 
 
-def context(seconds: float = 5.0) -> Context:
+def context(seconds: float = LONG_S) -> Context:
     return Context(Deadline.after(seconds), "call-1", "00-" + "a" * 32 + "-" + "b" * 16 + "-01", "vendor=1")
 
 
@@ -83,7 +97,7 @@ def context(seconds: float = 5.0) -> Context:
 def hop_to() -> Iterator[Callable[..., HttpHop]]:
     made: list[HttpHop] = []
 
-    def to(url: str, attempts: int = 3, connect_timeout_s: float = 1.0) -> HttpHop:
+    def to(url: str, attempts: int = 3, connect_timeout_s: float = LONG_S) -> HttpHop:
         made.append(HttpHop(url, attempts=attempts, connect_timeout_s=connect_timeout_s, max_reply_bytes=2**20))
         return made[-1]
 
@@ -93,8 +107,10 @@ def hop_to() -> Iterator[Callable[..., HttpHop]]:
 
 
 def test_a_frame_goes_there_and_back_with_the_requests_identity(hop_to: Callable[..., HttpHop]) -> None:
+    start = time.monotonic()
     with server([ECHO]) as (url, seen):
         reply = hop_to(url).call(FRAME, context())
+    took = time.monotonic() - start
     assert reply.frame.tensors["x"].tolist() == [0, 1, 2, 3]
     assert reply.run_s == pytest.approx(0.0125)
     assert reply.sent == reply.received == len(frames.encode(FRAME))
@@ -103,7 +119,7 @@ def test_a_frame_goes_there_and_back_with_the_requests_identity(hop_to: Callable
     assert headers["Traceparent"] == "00-" + "a" * 32 + "-" + "b" * 16 + "-01"
     assert headers["Tracestate"] == "vendor=1"
     assert headers["Content-Type"] == frames.CONTENT_TYPE
-    assert 4 < parse_duration(headers["X-Timeout"]) <= 5
+    assert LONG_S - took - 0.001 <= parse_duration(headers["X-Timeout"]) <= LONG_S
     assert "Authorization" not in headers
     assert "X-Callback-Url" not in headers
 
@@ -173,20 +189,28 @@ def test_a_broken_connection_is_unavailable(hop_to: Callable[..., HttpHop]) -> N
         hop_to(url).call(FRAME, context())
 
 
+MUCH_LATER_S = 30.0
+"""When these servers give up by themselves: far from every deadline below, with room for a machine that pauses."""
+
+
+def wait_for_the_end(c: socket.socket) -> None:
+    """Until the other end closes the connection; nothing is read."""
+    ends = select.poll()
+    ends.register(c, select.POLLRDHUP)
+    ends.poll(MUCH_LATER_S * 1000)
+
+
 def silent(c: socket.socket) -> None:
     c.recv(65536)
-    time.sleep(1.5)
+    wait_for_the_end(c)
 
 
 def dripping(c: socket.socket) -> None:
     c.recv(65536)
     c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
-    try:
-        for _ in range(20):
-            time.sleep(0.1)
-            c.sendall(b"x")
-    except OSError:
-        pass
+    for _ in range(int(10 * MUCH_LATER_S)):
+        time.sleep(0.1)
+        c.sendall(b"x")
 
 
 @pytest.mark.parametrize("behave", [silent, dripping])
@@ -197,7 +221,7 @@ def test_no_answer_outlasts_the_deadline(
         start = time.monotonic()
         with pytest.raises(HopTimeout) as e:
             hop_to(url).call(FRAME, context(0.4))
-        assert time.monotonic() - start < 1.2
+        assert time.monotonic() - start < MUCH_LATER_S / 2
     assert e.value.facts["hop"] == url
 
 
@@ -205,15 +229,17 @@ def stalled(c: socket.socket) -> None:
     c.recv(65536)
     time.sleep(0.25)
     c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nhalf")
-    time.sleep(1.5)
+    wait_for_the_end(c)
 
 
 def test_a_stall_in_the_middle_of_an_answer_does_not_begin_the_wait_anew(hop_to: Callable[..., HttpHop]) -> None:
-    with raw_server(stalled) as url:
+    def given_up() -> float:
         start = time.monotonic()
-        with pytest.raises(HopTimeout):
+        with raw_server(stalled) as url, pytest.raises(HopTimeout):
             hop_to(url).call(FRAME, context(0.4))
-        assert time.monotonic() - start < 0.55
+        return time.monotonic() - start
+
+    assert 0.4 <= least(given_up, 0.6) < 0.6
 
 
 LARGE = Frame({"x": np.zeros(2**22, "float32")}, "sha256:" + "0" * 64, "..1", "r1")
@@ -222,8 +248,8 @@ LARGE = Frame({"x": np.zeros(2**22, "float32")}, "sha256:" + "0" * 64, "..1", "r
 def test_a_frame_may_take_longer_to_send_than_a_connection_to_make(hop_to: Callable[..., HttpHop]) -> None:
     def sip(c: socket.socket) -> None:
         length, received = len(frames.encode(LARGE)), 0
-        while received < length:
-            received += len(c.recv(2**21))
+        while received < length and (piece := c.recv(2**21)):
+            received += len(piece)
             time.sleep(0.02)
         c.sendall(b"HTTP/1.1 404 Gone\r\nContent-Length: 0\r\n\r\n")
 
@@ -232,20 +258,25 @@ def test_a_frame_may_take_longer_to_send_than_a_connection_to_make(hop_to: Calla
 
 
 def test_a_frame_that_nobody_takes_is_given_up_at_the_deadline(hop_to: Callable[..., HttpHop]) -> None:
-    with raw_server(lambda c: time.sleep(1.5)) as url:
+    with raw_server(wait_for_the_end) as url:
         start = time.monotonic()
         with pytest.raises(HopTimeout):
             hop_to(url).call(LARGE, context(0.4))
-        assert time.monotonic() - start < 0.8
+        assert time.monotonic() - start < MUCH_LATER_S / 2
 
 
 def test_no_pause_outlasts_the_deadline(hop_to: Callable[..., HttpHop]) -> None:
-    with server([(503, PROXY, b"")]) as (url, seen):
-        start = time.monotonic()
-        with pytest.raises(HopUnavailable):
-            hop_to(url, attempts=50).call(FRAME, context(0.5))
-        assert time.monotonic() - start < 0.5
-    assert 2 <= len(seen) <= 5
+    def given_up() -> float:
+        with server([(503, PROXY, b"")]) as (url, seen):
+            start = time.monotonic()
+            with pytest.raises((HopUnavailable, HopTimeout)) as e:
+                hop_to(url, attempts=50).call(FRAME, context(0.5))
+            took = time.monotonic() - start
+        assert len(seen) <= 5
+        # On a busy machine a try may end at the deadline, or be the only one.
+        return took if e.type is HopUnavailable and len(seen) >= 2 else math.inf
+
+    assert least(given_up, 0.5) < 0.5
 
 
 def test_a_retry_after_of_nothing_is_tried_again(hop_to: Callable[..., HttpHop]) -> None:
@@ -262,8 +293,8 @@ def test_a_connection_that_is_not_made_in_time_is_unavailable(hop_to: Callable[.
         with socket.create_connection(full.getsockname()):
             start = time.monotonic()
             with pytest.raises(HopUnavailable):
-                hop.call(FRAME, context(5))
-            assert time.monotonic() - start < 1
+                hop.call(FRAME, context())
+            assert time.monotonic() - start < LONG_S / 2
 
 
 def test_a_connection_is_kept_and_replaced_once_the_other_end_has_closed_it(hop_to: Callable[..., HttpHop]) -> None:
@@ -275,7 +306,10 @@ def test_a_connection_is_kept_and_replaced_once_the_other_end_has_closed_it(hop_
         for _ in range(2):
             received = b""
             while not received.endswith(body):
-                received += c.recv(2**16)
+                piece = c.recv(2**16)
+                if not piece:
+                    return
+                received += piece
             c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
 
     with raw_server(answer_twice) as url:
@@ -314,19 +348,19 @@ def test_what_is_no_duration_is_refused(text: str) -> None:
 
 def test_a_context_keeps_what_is_valid_and_makes_the_rest_anew() -> None:
     trace = "00-" + "c" * 32 + "-" + "d" * 16 + "-00"
-    kept = Context.from_headers({"X-Call-Id": "me", "traceparent": trace, "X-Timeout": "1s"}, longest_s=9)
+    kept = Context.from_headers({"X-Call-Id": "me", "traceparent": trace, "X-Timeout": "1m"}, longest_s=99)
     assert (kept.call_id, kept.traceparent) == ("me", trace)
-    assert 0.5 < kept.deadline.remaining() <= 1
+    assert 20 < kept.deadline.remaining() <= 60
     for later in ("01-" + trace[3:] + "-new", "cc" + trace[2:]):
         assert Context.from_headers({"traceparent": later}, longest_s=9).traceparent == later
     for wrong in (trace + "-new", "ff" + trace[2:], trace.upper(), trace + "\n", "01-" + trace[3:] + "-" + "x" * 300):
         assert Context.from_headers({"traceparent": wrong}, longest_s=9).traceparent != wrong
     odd = Context.from_headers({"traceparent": trace, "tracestate": "a=1,\r\n b=2"}, longest_s=9)
     assert odd.tracestate == ""
-    made = Context.from_headers({"X-Call-Id": "a\nb", "traceparent": "00-0-0-0", "X-Timeout": "1h"}, longest_s=9)
+    made = Context.from_headers({"X-Call-Id": "a\nb", "traceparent": "00-0-0-0", "X-Timeout": "1h"}, longest_s=99)
     assert made.call_id != "a\nb"
     assert made.traceparent.startswith("00-")
-    assert 8 < made.deadline.remaining() <= 9
+    assert 60 < made.deadline.remaining() <= 99
 
 
 def test_an_answer_may_come_in_chunks_or_end_with_its_connection(hop_to: Callable[..., HttpHop]) -> None:
@@ -364,7 +398,7 @@ def test_what_is_no_http_is_a_hop_that_broke_off(hop_to: Callable[..., HttpHop],
         c.sendall(answer)
 
     with raw_server(say) as url, pytest.raises(HopUnavailable) as e:
-        hop_to(url, attempts=1).call(FRAME, context(2))
+        hop_to(url, attempts=1).call(FRAME, context())
     assert "broke off" in e.value.message
 
 
@@ -373,3 +407,20 @@ def test_a_frame_of_many_tensors_arrives_whole(hop_to: Callable[..., HttpHop]) -
     with server([ECHO]) as (url, _):
         back = hop_to(url).call(many, context()).frame.tensors
     assert all(np.array_equal(back[name], array) for name, array in many.tensors.items())
+
+
+def test_an_answer_does_not_wait_for_the_garbage_collector(hop_to: Callable[..., HttpHop]) -> None:
+    large = Frame({"x": np.zeros(50_000, np.float32)})
+    with server([ECHO]) as (url, _):
+        hop = hop_to(url)
+        hop.call(large, context())
+        gc.collect()
+        gc.disable()
+        try:
+            reply = hop.call(large, context())
+            kept = weakref.ref(reply.frame.tensors["x"])
+            del reply
+            assert kept() is None
+            assert not [o for o in gc.get_objects() if type(o).__name__ in ("_Reader", "_Message")]
+        finally:
+            gc.enable()

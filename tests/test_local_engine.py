@@ -21,7 +21,8 @@ import urllib3
 
 from isthmus.errors import LocalError
 from isthmus.local import Engine
-from local_stack import STACK, eventually, http, write_stack
+from local_stack import STACK, http, write_stack
+from patience import LONG_S, eventually
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +33,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def engine(root: Path) -> Iterator[Engine]:
     environment = {"other": {"busy_file": str(root / "busy"), "not_ready_file": str(root / "not-ready")}}
-    with Engine(root / "stack.yml", replicas={"echo": 2}, environment=environment, drain_s=5.0) as engine:
-        engine.wait_ready(30)
+    with Engine(root / "stack.yml", replicas={"echo": 2}, environment=environment, drain_s=LONG_S) as engine:
+        engine.wait_ready(LONG_S)
         yield engine
 
 
@@ -116,7 +117,7 @@ def test_a_function_gets_its_own_environment_and_not_the_engines(
 
 def test_one_connection_serves_calls_and_then_the_rest_of_the_gateway(engine: Engine) -> None:
     host = engine.url.removeprefix("http://")
-    with contextlib.closing(HTTPConnection(host, timeout=10)) as connection:
+    with contextlib.closing(HTTPConnection(host, timeout=LONG_S)) as connection:
         for path, status in (
             ("/function/echo/facts/x", 200),
             ("/function/nothing", 404),
@@ -255,7 +256,7 @@ def test_logs_hold_what_a_function_printed(engine: Engine) -> None:
 def test_a_log_can_be_followed(engine: Engine) -> None:
     with urllib3.PoolManager(retries=False) as pool:
         url = f"{engine.url}/system/logs?name=echo&follow=true&tail=1"
-        reply = pool.request("GET", url, preload_content=False, timeout=10.0)
+        reply = pool.request("GET", url, preload_content=False, timeout=LONG_S)
         http("POST", f"{engine.url}/function/echo/say", body="followed")
         for line in reply:
             if json.loads(line)["text"] == "followed":
@@ -326,7 +327,7 @@ def test_a_function_that_cannot_start_is_named_with_its_last_words(tmp_path: Pat
         Engine(stack, environment={"other": {"max_concurrency": "many"}}) as engine,
         pytest.raises(LocalError, match=r"other does not start: exit status 1: .*max_concurrency is 'many'"),
     ):
-        engine.wait_ready(30)
+        engine.wait_ready(LONG_S)
 
 
 def test_an_unknown_function_in_the_options_is_refused(tmp_path: Path) -> None:

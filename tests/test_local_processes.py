@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from local_stack import eventually, write_stack
+from local_stack import write_stack
+from patience import LONG_S, eventually
 
 RUN = """
 import sys
@@ -25,14 +26,23 @@ def start(stack: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
     assert engine.stdout is not None
     ready = 0
     while ready < 2:
-        ready += engine.stdout.readline().startswith("ready")
+        said = engine.stdout.readline()
+        assert said, "it ended before it was ready"
+        ready += said.startswith("ready")
     children = psutil.Process(engine.pid).children(recursive=True)
     assert len(children) == 2
     return engine, children
 
 
 def gone(processes: list[psutil.Process]) -> bool:
-    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
+    return not any(lives(p) for p in processes)
+
+
+def lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -40,7 +50,7 @@ def test_a_signal_ends_the_engine_cleanly(tmp_path: Path, number: signal.Signals
     engine, children = start(write_stack(tmp_path))
     engine.send_signal(number)
     with engine:
-        assert engine.wait(20) == 0
+        assert engine.wait(LONG_S) == 0
     assert gone(children)
     assert list((tmp_path / ".isthmus" / "build").iterdir()) == []
 

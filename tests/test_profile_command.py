@@ -31,6 +31,7 @@ from isthmus.planner.profiling.profile import content_of, from_json
 from isthmus.serving import create_router_app, create_segment_app
 from isthmus.serving.profiling import SECRET
 from models import ROOT, efficientnet_lite0
+from patience import least
 
 TOKEN = "a-token"
 RELU = helper.make_node("Relu", ["x"], ["y"])
@@ -203,18 +204,22 @@ def test_the_processes_of_the_stack_are_measured_with_local(tmp_path: Path, monk
     registry = tmp_path / "registry"
     publish(tmp_path, efficientnet_lite0(), {}, registry=registry, partitions=[["65"]], **zoo_arguments())
     monkeypatch.chdir(ROOT)
-    result = CliRunner().invoke(
-        app,
-        ["profile", MODEL, "--local", "--runs", "5", "--at", "31", "--registry", str(registry), "--json"],
-    )
-    assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)["profiles"]
-    for tier, segment in (("edge", "..31"), ("cloud", "31..")):
-        profile = from_json(json.dumps(found[tier]).encode())
-        assert set(profile.segments) == {"..", segment}
-        assert sum(profile.nodes) == pytest.approx(profile.whole.run.median)
-        # The heaviest nodes are convolutions, which onnxruntime ran under other names.
-        assert max(profile.nodes) < profile.whole.run.median / 2
+    arguments = ["profile", MODEL, "--local", "--runs", "5", "--at", "31", "--registry", str(registry), "--json"]
+
+    def heaviest() -> float:
+        """The largest share that one node has of the whole."""
+        result = CliRunner().invoke(app, [*arguments, "--again"])
+        assert result.exit_code == 0, result.output
+        found, shares = json.loads(result.stdout)["profiles"], []
+        for tier, segment in (("edge", "..31"), ("cloud", "31..")):
+            profile = from_json(json.dumps(found[tier]).encode())
+            assert set(profile.segments) == {"..", segment}
+            assert sum(profile.nodes) == pytest.approx(profile.whole.run.median)
+            shares.append(max(profile.nodes) / profile.whole.run.median)
+        return max(shares)
+
+    # The heaviest nodes are convolutions, which onnxruntime ran under other names; a pause may make any the heaviest.
+    assert least(heaviest, 0.5, tries=5) < 0.5
 
 
 MODEL = "efficientnet-lite0-1"

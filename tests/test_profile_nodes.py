@@ -18,12 +18,13 @@ from isthmus.runners.kernels import Observed, middle, read_trace
 from isthmus.runners.ort import OrtObserver
 from models import REAL
 
+RUNS = 9  # of each kernel, the two longest times but the first do not count: the machine may pause in one
 MODELS = ["efficientnet-lite0", "ocr-detector", "minilm", "silero", "silero-in-if"]
 
 
 @cache
 def observed(name: str) -> tuple[Model, Observed]:
-    """A real model as its bundle holds it, and what onnxruntime says of three runs of it."""
+    """A real model as its bundle holds it, and what onnxruntime says of RUNS runs of it."""
     real = REAL[name]
     with tempfile.TemporaryDirectory() as folder:
         bundle, files = build(str(real.path()), name, folder, **real.open_arguments())
@@ -35,9 +36,9 @@ def observed(name: str) -> tuple[Model, Observed]:
         observer = OrtObserver(
             files[whole.graph.digest], whole, providers=("CPUExecutionProvider",), threads=1, folder=scratch
         )
-        for _ in range(3):
+        for _ in range(RUNS):
             observer.run(inputs)
-        seen = observer.finish(3, 0)
+        seen = observer.finish(RUNS, 0)
         return open_model(files[whole.graph.digest], examples=inputs, normalise=False), seen
 
 

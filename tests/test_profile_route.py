@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import statistics
 import zlib
 from pathlib import Path
@@ -20,6 +21,7 @@ from isthmus.frame import Frame
 from isthmus.graph.optimised import read_optimised
 from isthmus.serving import create_segment_app
 from isthmus.serving.profiling import SECRET
+from patience import least
 
 TOKEN = "a-token"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
@@ -84,9 +86,16 @@ def test_an_empty_body_asks_what_device_this_is(client: FlaskClient) -> None:
 
 
 def test_an_empty_body_asks_how_fast_the_device_packs(client: FlaskClient) -> None:
-    doc = client.post("/profile?codecs=1", headers=BEARER).json
-    assert doc["codecs"].keys() == {"half/1", "bfloat16/1", "lossless/1", "int8/1", "int4/1", "sparse/1"}
-    assert all(1e-12 < seconds < 1e-5 for speed in doc["codecs"].values() for seconds in speed.values())
+    every = {"half/1", "bfloat16/1", "lossless/1", "int8/1", "int4/1", "sparse/1"}
+
+    def slowest() -> float:
+        codecs = client.post("/profile?codecs=1", headers=BEARER).json["codecs"]
+        assert codecs.keys() <= every
+        found = [seconds for speed in codecs.values() for seconds in speed.values()]
+        assert min(found) > 1e-12
+        return max(found) if codecs.keys() == every else math.inf  # a pause may leave no time for some
+
+    assert least(slowest, 1e-5) < 1e-5
     assert "codecs" not in client.post("/profile", headers=BEARER).json
 
 
@@ -130,12 +139,17 @@ def test_a_head_and_a_tail_are_measured_like_the_whole(client: FlaskClient, phot
 
 def test_it_stops_before_the_deadline_and_says_how_often_it_ran(client: FlaskClient, photos: Published) -> None:
     client.post("/", data=framed(photos))
-    headers = {**BEARER, "X-Timeout": "20ms"}
-    # On a busy machine all of the 20 ms may pass before the first run.
-    tries = (client.post("/profile?runs=500&warmup=0&nodes=1", data=framed(photos), headers=headers) for _ in range(20))
-    doc = next(answer.json for answer in tries if answer.status_code == 200)
+
+    def tried(timeout_ms: int) -> Any:
+        headers = {**BEARER, "X-Timeout": f"{timeout_ms}ms"}
+        return client.post("/profile?runs=500&warmup=0&nodes=1", data=framed(photos), headers=headers)
+
+    # On a busy machine all of the 20 ms may pass before the first run, and on a slow one they always do.
+    answers = (tried(20 * 2 ** (n // 10)) for n in range(60))
+    docs = (answer.json for answer in answers if answer.status_code == 200)
+    doc = next(doc for doc in docs if len(doc["runs_s"]) < 500)
     assert doc["asked"] == 500
-    assert 1 <= len(doc["runs_s"]) < 500
+    assert len(doc["runs_s"]) >= 1
 
 
 @pytest.mark.parametrize(

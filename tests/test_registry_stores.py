@@ -10,7 +10,8 @@ import pytest
 
 from isthmus.errors import Corrupt, Denied, Missing, RegistryError, RegistryUnavailable
 from isthmus.registry import BlobStore, FolderStore, S3Store
-from s3_server import QUICK, S3Server, free_port, store_at, unique_prefix
+from ports import free_port
+from s3_server import PATIENCE, S3Server, store_at, unique_prefix
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -196,4 +197,4 @@ def test_a_server_that_is_not_there_is_unavailable() -> None:
 
 
 def test_one_try_may_take_a_share_of_the_whole_time() -> None:
-    assert QUICK.try_s * QUICK.attempts < QUICK.timeout_s
+    assert PATIENCE.try_s * PATIENCE.attempts < PATIENCE.timeout_s

@@ -13,7 +13,7 @@ from isthmus.bundle import WeightTensor, digest_of
 from isthmus.errors import Corrupt, Missing, RegistryError, SettingsError
 from isthmus.registry import BlobStore, FolderStore, Registry, Version, open_registry
 from isthmus.settings import RegistrySettings
-from s3_server import BUCKET, KEY_ID, QUICK, SECRET, S3Server, store_at, unique_prefix
+from s3_server import BUCKET, KEY_ID, PATIENCE, SECRET, S3Server, store_at, unique_prefix
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -25,12 +25,12 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
 
 @pytest.fixture
 def registry(store: BlobStore) -> Registry:
-    return Registry(store, QUICK)
+    return Registry(store, PATIENCE)
 
 
 @pytest.fixture
 def folder_registry(tmp_path: Path) -> Registry:
-    return Registry(FolderStore(tmp_path / "registry"), QUICK)
+    return Registry(FolderStore(tmp_path / "registry"), PATIENCE)
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_prod_stays_with_the_first_version_until_it_is_moved(registry: Registry,
 
 
 def test_a_model_without_prod_means_its_newest_version(store: BlobStore, fake: Fake) -> None:
-    registry = Registry(store, QUICK)
+    registry = Registry(store, PATIENCE)
     for note in range(11):
         registry.publish(variant(fake, str(note)).bundle, fake.files)
     store.delete("models/fake/aliases/prod")
@@ -126,7 +126,7 @@ def test_publish_names_content_that_nobody_has(folder_registry: Registry, fake: 
 
 
 def test_publish_mends_a_blob_that_was_cut_short(store: BlobStore, fake: Fake) -> None:
-    registry = Registry(store, QUICK)
+    registry = Registry(store, PATIENCE)
     digest = fake.bundle.weights.blob.digest
     store.put(f"blobs/sha256/{digest[7:]}", fake.weights[:100])
     registry.publish(fake.bundle, fake.files)
@@ -149,7 +149,7 @@ def test_weights_outside_their_file_are_refused(folder_registry: Registry, fake:
 
 
 def test_publishers_at_the_same_time_get_versions_of_their_own(tmp_path: Path, fake: Fake) -> None:
-    registry, got = Registry(FolderStore(tmp_path / "registry"), QUICK), list[Version]()
+    registry, got = Registry(FolderStore(tmp_path / "registry"), PATIENCE), list[Version]()
     bundles = [variant(fake, str(i)).bundle for i in range(6)] + [variant(fake, "0").bundle] * 2
     gate = threading.Barrier(len(bundles))
 
@@ -167,7 +167,7 @@ def test_publishers_at_the_same_time_get_versions_of_their_own(tmp_path: Path, f
 
 
 def test_what_was_changed_in_the_store_is_corrupt_and_named(store: BlobStore, fake: Fake) -> None:
-    registry = Registry(store, QUICK)
+    registry = Registry(store, PATIENCE)
     registry.publish(fake.bundle, fake.files)
     graph = fake.bundle.segments[".."].graph
     store.put(f"blobs/sha256/{graph.digest[7:]}", b"x" * graph.size)
@@ -176,7 +176,7 @@ def test_what_was_changed_in_the_store_is_corrupt_and_named(store: BlobStore, fa
     assert caught.value.facts["blob"] == graph.digest
     store.put(f"blobs/sha256/{fake.digest[7:]}", b"{}")
     with pytest.raises(Corrupt):
-        Registry(store, QUICK).resolve("fake")
+        Registry(store, PATIENCE).resolve("fake")
 
 
 def test_open_registry_reads_the_secrets_folder(s3_server: S3Server, tmp_path: Path, fake: Fake) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,6 +39,7 @@ from isthmus.errors import (
 from isthmus.registry import Located
 from isthmus.runners.ort import OrtRunner, available_providers, cpu_limit
 from isthmus.runners.store import MAX_LOADING, SegmentStore
+from patience import LONG_S, eventually, until
 
 CPU = ("CPUExecutionProvider",)
 CUDA = "CUDAExecutionProvider"
@@ -83,12 +83,12 @@ class Source:
     def locate(self, bundle_digest: str, segment_id: str) -> Located:
         self.calls.append(segment_id)
         if self._gate is not None:
-            self._gate.wait(20)
+            self._gate.wait(LONG_S)
         self.located.append(self._cache.locate(bundle_digest, segment_id))
         return self.located[-1]
 
 
-def soon(seconds: float = 10.0) -> Deadline:
+def soon(seconds: float = LONG_S) -> Deadline:
     return Deadline.after(seconds)
 
 
@@ -247,7 +247,7 @@ def test_a_segment_is_loaded_once_however_many_ask(photos: Published, tmp_path: 
     barrier = threading.Barrier(16)
 
     def ask(_: int) -> Any:
-        barrier.wait(10)
+        barrier.wait(LONG_S)
         return store.run(photos.digest, WHOLE, photos.inputs, soon()).outputs["logits"]
 
     with ThreadPoolExecutor(16) as pool:
@@ -309,14 +309,14 @@ def test_an_unknown_segment_is_refused_while_another_is_still_being_fetched(phot
     class SlowWhole(Source):
         def locate(self, bundle_digest: str, segment_id: str) -> Located:
             if segment_id == WHOLE:
-                gate.wait(20)
+                gate.wait(LONG_S)
             return super().locate(bundle_digest, segment_id)
 
     store = SegmentStore(SlowWhole(photos, tmp_path), segment_settings(photos, tmp_path))
     with pytest.raises(NotReady):
         store.runner(photos.digest, WHOLE, soon(0.02))
     with pytest.raises(Missing):
-        store.runner(photos.digest, "..77", soon(5))
+        store.runner(photos.digest, "..77", soon())
     gate.set()
 
 
@@ -372,8 +372,7 @@ def test_files_stay_pinned_while_loaded_and_are_released_after_eviction(photos: 
     assert is_pinned(first), "a request still runs it"
     held.run(photos.inputs)
     del held
-    gc.collect()
-    assert not is_pinned(first)
+    eventually(lambda: gc.collect() >= 0 and not is_pinned(first))  # its loader may be about to let go of it
     assert is_pinned(source.located[1])
 
 
@@ -390,17 +389,17 @@ def test_runs_wait_for_a_cpu_no_longer_than_their_deadline(
 
         def run(self, arrays: Any) -> dict[str, Any]:
             inside.set()
-            leave.wait(10)
+            leave.wait(LONG_S)
             return {}
 
     monkeypatch.setattr(store, "runner", lambda *_: Slow())
     with ThreadPoolExecutor(1) as pool:
         pending = pool.submit(store.run, photos.digest, WHOLE, {}, soon())
-        assert inside.wait(5)
+        assert inside.wait(LONG_S)
         with pytest.raises(DeadlineExceeded):
             store.run(photos.digest, WHOLE, {}, soon(0.05))
         leave.set()
-        assert pending.result(5).outputs == {}
+        assert pending.result(LONG_S).outputs == {}
     store.run(photos.digest, WHOLE, {}, soon())
 
 
@@ -415,12 +414,3 @@ def can_load(store: SegmentStore, published: Published) -> bool:
     except IsthmusError:
         return False
     return True
-
-
-def until(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.01)
-    return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import os
 import shutil
 import socket
@@ -47,6 +48,7 @@ from bundles import (
 from isthmus.errors import SettingsError
 from isthmus.processing.classify import classify
 from isthmus.serving import create_router_app, create_segment_app, oip
+from patience import LONG_S, least
 from segments import run_whole
 
 TRACE = "00-" + "c" * 32 + "-" + "d" * 16 + "-01"
@@ -367,8 +369,8 @@ def test_a_tail_that_is_down_is_named_within_the_deadline(chain: Chain, photos: 
         down = f"http://127.0.0.1:{s.getsockname()[1]}/"
     client = ready(create_router_app(router_settings(photos, tmp_path, (chain.hops[0], down))).test_client())
     start = time.monotonic()
-    answer = client.post("/", data=photo(), headers={"X-Timeout": "2s"})
-    assert time.monotonic() - start < 2
+    answer = client.post("/", data=photo(), headers={"X-Timeout": "30s"})
+    assert time.monotonic() - start < 20
     assert (answer.status_code, answer.json["type"]) == (503, "HopUnavailable")
     assert answer.json["facts"]["hop"] == down
     assert answer.headers["Retry-After"] == "1"
@@ -379,11 +381,17 @@ def test_a_tail_that_hangs_is_given_up_at_the_deadline(chain: Chain, photos: Pub
     with socket.create_server(("127.0.0.1", 0)) as s:
         hung = f"http://127.0.0.1:{s.getsockname()[1]}/"
         client = ready(create_router_app(router_settings(photos, tmp_path, (chain.hops[0], hung))).test_client())
-        start = time.monotonic()
-        answer = client.post("/", data=photo(), headers={"X-Timeout": "400ms"})
-    assert 0.3 < time.monotonic() - start < 1.0
-    assert (answer.status_code, answer.json["type"]) == (504, "HopTimeout")
-    assert answer.json["facts"]["hop"] == hung
+
+        def given_up() -> float:
+            start = time.monotonic()
+            answer = client.post("/", data=photo(), headers={"X-Timeout": "400ms"})
+            took = time.monotonic() - start
+            assert answer.status_code == 504
+            # A pause before that hop is called uses the time up elsewhere.
+            is_right = (answer.json["type"], answer.json["facts"].get("hop")) == ("HopTimeout", hung)
+            return took if is_right else math.inf
+
+        assert 0.4 <= least(given_up, 1.0) < 1.0
 
 
 @pytest.mark.parametrize(
@@ -411,7 +419,7 @@ def test_what_a_hop_answers_is_told_shortly_and_truly(
     stub.post("/")(lambda: Response(body, status, headers))
     with served(stub) as url:
         client = ready(create_router_app(router_settings(photos, tmp_path, (url,))).test_client())
-        answer = client.post("/", data=photo(), headers={"X-Timeout": "5s"})
+        answer = client.post("/", data=photo(), headers={"X-Timeout": "30s"})
     assert (answer.status_code, answer.json["type"]) == (code, type)
     assert answer.json["facts"]["hop"] == url
     assert answer.headers.get("Retry-After") == retry_after
@@ -470,9 +478,8 @@ def test_an_alias_that_moves_brings_the_new_version_after_refresh_s(tmp_path: Pa
     second = publish_photos(tmp_path / "second", seed=1, registry=first.folder)
     assert second.version == "2"
     first.registry.set_alias("photos", "prod", "2")
-    time.sleep(0.15)
+    assert until(lambda: quick.post("/", data=photo()).json["model_version"] == "2")
     answer = quick.post("/", data=photo()).json
-    assert answer["model_version"] == "2"
     assert_classes(answer["classes"], expected_classes(second, photo()))
     assert quick.post("/?model=photos:1", data=photo()).json["model_version"] == "1"
     assert quick.get("/v2/models/photos").json["versions"] == ["1", "2"]
@@ -484,12 +491,12 @@ def test_a_registry_that_hangs_delays_no_one(tmp_path: Path, monkeypatch: pytest
     client = local_router(mine, tmp_path / "cache", refresh_s=0.0)
     assert client.post("/", data=photo()).status_code == 200
     gate = threading.Event()
-    monkeypatch.setattr("isthmus.registry.Registry.resolve", lambda *_: gate.wait(10) and None)
+    monkeypatch.setattr("isthmus.registry.Registry.resolve", lambda *_: gate.wait(LONG_S) and None)
     try:
         start = time.monotonic()
         for _ in range(5):
             assert client.post("/", data=photo()).status_code == 200
-        assert time.monotonic() - start < 1.5
+        assert time.monotonic() - start < LONG_S / 2
     finally:
         gate.set()
 
@@ -541,14 +548,16 @@ def test_what_callers_send_never_becomes_a_label(client: FlaskClient, photos: Pu
 def test_one_request_too_many_is_told_when_to_come_back(photos: Published, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as s:
         hung = f"http://127.0.0.1:{s.getsockname()[1]}/"
-        app = create_router_app(router_settings(photos, tmp_path, (hung,), max_concurrency=1))
+        app = create_router_app(router_settings(photos, tmp_path, (hung,), max_concurrency=1, hop_attempts=1))
         client = ready(app.test_client())
         with ThreadPoolExecutor(1) as pool:
-            first = pool.submit(app.test_client().post, "/", data=photo(), headers={"X-Timeout": "700ms"})
+            first = pool.submit(app.test_client().post, "/", data=photo())
             assert until(lambda: metrics(client)["isthmus_requests_in_flight", ()] == 1)
             refused = client.post("/", data=photo())
             assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
-            assert first.result(5).status_code == 504
+            s.settimeout(LONG_S)
+            s.accept()[0].close()
+            assert first.result(LONG_S).status_code == 503
         assert metrics(client)["isthmus_requests_in_flight", ()] == 0
 
 

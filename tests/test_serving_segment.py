@@ -22,6 +22,7 @@ from isthmus.errors import SettingsError
 from isthmus.frame import Frame
 from isthmus.graph.bake import bake
 from isthmus.serving import create_segment_app
+from patience import LONG_S
 
 TRACE = "00-" + "c" * 32 + "-" + "d" * 16 + "-01"
 
@@ -211,7 +212,7 @@ def hold_runs(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threadi
 
     def held(self: OrtRunner, arrays: Any) -> dict[str, Any]:
         inside.set()
-        leave.wait(10)
+        leave.wait(LONG_S)
         return original(self, arrays)
 
     monkeypatch.setattr(OrtRunner, "run", held)
@@ -226,14 +227,14 @@ def test_one_request_too_many_is_told_when_to_come_back(
     inside, leave = hold_runs(monkeypatch)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(app.test_client().post, "/", data=framed(photos))
-        assert inside.wait(5)
+        assert inside.wait(LONG_S)
         refused = client.post("/", data=framed(photos))
         assert (refused.status_code, refused.json["type"]) == (429, "Overloaded")
         assert refused.headers["Retry-After"] == "1"
         assert client.get("/ready").status_code == 200, "a busy function is a ready one"
         assert metrics(client)["isthmus_requests_in_flight", ()] == 1
         leave.set()
-        assert first.result(5).status_code == 200
+        assert first.result(LONG_S).status_code == 200
     assert client.post("/", data=framed(photos)).status_code == 200
 
 
@@ -245,14 +246,14 @@ def test_x_timeout_shortens_the_deadline(photos: Published, tmp_path: Path, monk
     inside, leave = hold_runs(monkeypatch)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(app.test_client().post, "/", data=framed(photos))
-        assert inside.wait(5)
+        assert inside.wait(LONG_S)
         start = time.monotonic()
         late = client.post("/", data=framed(photos), headers={"X-Timeout": "150ms"})
         took = time.monotonic() - start
         leave.set()
-        assert first.result(5).status_code == 200
+        assert first.result(LONG_S).status_code == 200
     assert (late.status_code, late.json["type"]) == (504, "DeadlineExceeded")
-    assert 0.1 < took < 1.0
+    assert 0.15 <= took < LONG_S / 2
 
 
 def test_an_x_timeout_that_is_no_duration_is_refused(client: FlaskClient, photos: Published) -> None:
@@ -345,7 +346,7 @@ def test_chunked_bodies_arrive_and_a_body_without_a_length_is_none(photos: Publi
         pieces = (body[i : i + 500] for i in range(0, len(body), 500))
         assert pool.request("POST", url, body=pieces, retries=False).status == 200
         address = ("127.0.0.1", int(url.rpartition(":")[2]))
-        with socket.create_connection(address, timeout=5) as bare:
+        with socket.create_connection(address, timeout=LONG_S) as bare:
             bare.sendall(b"POST / HTTP/1.1\r\nHost: here\r\n\r\n")
             assert bare.recv(100).startswith(b"HTTP/1.1 400 ")
 

@@ -20,7 +20,9 @@ import pytest
 import urllib3
 import yaml
 
-from local_stack import ROOT, eventually, http
+from local_stack import ROOT, http
+from patience import LONG_S, eventually
+from ports import free_port
 
 TEMPLATES = ["python3-isthmus", "python3-isthmus-gpu"]
 # As in a cluster: a UID that no password file knows, without capabilities; it is the owner's by another name.
@@ -65,9 +67,7 @@ def image(tmp_path: Path) -> Path:
 
 @contextmanager
 def serving(home: Path, **env: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{s.getsockname()[1]}"
+    url = f"http://127.0.0.1:{free_port()}"
     environment = {"PATH": os.environ["PATH"], "upstream_url": url, "go": str(home / "go"), **env}
     with subprocess.Popen(
         [*AS_ANYONE, sys.executable, "-B", "index.py"], cwd=home, env=environment, stderr=subprocess.PIPE, text=True
@@ -93,7 +93,8 @@ def test_index_listens_before_the_app_is_there_and_says_not_ready(image: Path) -
         assert reply.json()["type"] == "NotReady"
         assert http("GET", f"{url}/ready").status == 503
         (image / "go").touch()
-        eventually(lambda: http("POST", url, body=b"x" * 2_000_000).data == b"isthmus2000000")
+        eventually(lambda: http("POST", url, body=b"").status == 200)
+        assert http("POST", url, body=b"x" * 2_000_000).data == b"isthmus2000000"
 
 
 def test_index_ignores_sigterm_and_ends_on_sigint(image: Path) -> None:
@@ -103,13 +104,13 @@ def test_index_ignores_sigterm_and_ends_on_sigint(image: Path) -> None:
         process.send_signal(signal.SIGTERM)
         assert http("POST", url, body=b"").status == 200
         process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 0
+        assert process.wait(LONG_S) == 0
 
 
 def test_index_names_the_setting_that_is_wrong_and_exits_1(image: Path) -> None:
     (image / "go").touch()
     with serving(image, wrong="known") as (_, process):
-        _, said = process.communicate(timeout=20)
+        _, said = process.communicate(timeout=LONG_S)
         assert process.returncode == 1
     line = json.loads(said.splitlines()[-1])
     assert (line["level"], line["variable"]) == ("critical", "registry")
@@ -119,7 +120,7 @@ def test_index_names_the_setting_that_is_wrong_and_exits_1(image: Path) -> None:
 def test_index_logs_an_unexpected_failure_in_one_short_line(image: Path) -> None:
     (image / "go").touch()
     with serving(image, wrong="unknown") as (_, process):
-        _, said = process.communicate(timeout=20)
+        _, said = process.communicate(timeout=LONG_S)
         assert process.returncode == 1
     (line,) = said.splitlines()
     assert len(line) < 64 * 1024
@@ -137,7 +138,7 @@ def test_index_logs_an_unexpected_failure_in_one_short_line(image: Path) -> None
 )
 def test_index_refuses_a_bad_variable_of_its_own(image: Path, variable: str, value: str) -> None:
     with serving(image, **{variable: value}) as (_, process):
-        _, said = process.communicate(timeout=20)
+        _, said = process.communicate(timeout=LONG_S)
         assert process.returncode == 1
     assert json.loads(said)["variable"] == variable
 
@@ -157,14 +158,14 @@ def test_a_body_far_over_the_bound_is_refused_as_json(image: Path) -> None:
     with serving(image, max_request_bytes="1KiB") as (url, _):
         eventually(lambda: answers(url))
         head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9000000\r\n\r\n"
-        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as s:
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=LONG_S) as s:
             s.sendall(head)
             said = s.makefile("rb").read()
     assert said.startswith(b"HTTP/1.1 413")
     assert b'"type": "RequestTooLarge"' in said
 
 
-@pytest.mark.parametrize("name", ["index.py", "http_server.py"])
+@pytest.mark.parametrize("name", ["index.py", "http_request.py", "http_server.py", "http_workers.py"])
 def test_both_templates_have_the_same_code(name: str) -> None:
     first, second = (ROOT / "template" / template / name for template in TEMPLATES)
     assert first.read_bytes() == second.read_bytes()

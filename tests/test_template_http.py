@@ -9,7 +9,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from http.client import HTTPConnection
@@ -20,7 +19,9 @@ import urllib3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from local_stack import ROOT, eventually, http
+from local_stack import ROOT, http
+from patience import LONG_S, eventually
+from ports import free_port
 
 TEMPLATE = ROOT / "template" / "python3-isthmus"
 HANDLER = """
@@ -64,9 +65,7 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     home = tmp_path_factory.mktemp("http") / "app"
     shutil.copytree(TEMPLATE, home)
     (home / "function" / "handler.py").write_text(HANDLER)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
+    port = free_port()
     environment = {"PATH": os.environ["PATH"], "upstream_url": f"http://127.0.0.1:{port}", "max_request_bytes": "8MiB"}
     with subprocess.Popen([sys.executable, "-B", "index.py"], cwd=home, env=environment) as process:
         eventually(lambda: ready(port))
@@ -82,8 +81,8 @@ def ready(port: int) -> bool:
 
 
 @pytest.fixture(scope="module")
-def server() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("template_http_server", TEMPLATE / "http_server.py")
+def request_module() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("template_http_request", TEMPLATE / "http_request.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -94,7 +93,7 @@ def server() -> ModuleType:
 @pytest.mark.parametrize("size", [0, 1, 32_767, 32_768, 32_769, 65_536, 3_000_000, 7_000_000])
 def test_a_body_of_any_size_comes_back_on_one_connection(port: int, size: int) -> None:
     body = os.urandom(size)
-    connection = HTTPConnection("127.0.0.1", port, timeout=10)
+    connection = HTTPConnection("127.0.0.1", port, timeout=LONG_S)
     for _ in range(3):
         connection.request("POST", "/echo", body)
         assert connection.getresponse().read() == body
@@ -103,7 +102,7 @@ def test_a_body_of_any_size_comes_back_on_one_connection(port: int, size: int) -
 
 def test_a_body_that_comes_slowly_is_whole(port: int) -> None:
     body = os.urandom(100_000)
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as s:
+    with socket.create_connection(("127.0.0.1", port), timeout=LONG_S) as s:
         said = b"POST /echo HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 100000\r\n\r\n" + body
         for start, end in ((0, 50), (50, 90), (90, 20_000), (20_000, len(said) - 1), (len(said) - 1, len(said))):
             s.sendall(said[start:end])
@@ -114,7 +113,7 @@ def test_a_body_that_comes_slowly_is_whole(port: int) -> None:
 def test_a_request_after_a_large_one_may_follow_at_once(port: int) -> None:
     body = os.urandom(200_000)
     asked = b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 200000\r\n\r\n" + body
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as s:
+    with socket.create_connection(("127.0.0.1", port), timeout=LONG_S) as s:
         s.sendall(asked + asked.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1))
         answers = s.makefile("rb").read()
     assert answers.count(body) == 2
@@ -135,7 +134,7 @@ def test_an_answer_is_whole_for_who_reads_slowly(port: int) -> None:
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         s.connect(("127.0.0.1", port))
-        s.settimeout(10)
+        s.settimeout(LONG_S)
         s.sendall(b"GET /parts HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         time.sleep(0.2)
         assert len(s.makefile("rb").read().partition(b"\r\n\r\n")[2]) == 2_050_101
@@ -147,64 +146,41 @@ def test_an_answer_of_unknown_length_is_chunked(port: int) -> None:
 
 
 def test_an_answer_shorter_than_it_said_ends_the_connection(port: int) -> None:
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as s:
+    with socket.create_connection(("127.0.0.1", port), timeout=LONG_S) as s:
         s.sendall(b"GET /short HTTP/1.1\r\nHost: x\r\n\r\n")
         assert s.makefile("rb").read().endswith(b"only this")
 
 
 def test_head_has_the_length_and_no_body(port: int) -> None:
-    connection = HTTPConnection("127.0.0.1", port, timeout=10)
+    connection = HTTPConnection("127.0.0.1", port, timeout=LONG_S)
     for _ in range(2):
         connection.request("HEAD", "/nothing")
         assert connection.getresponse().status == 204
     connection.close()
 
 
-def test_a_length_that_is_only_claimed_makes_little_ready(server: ModuleType) -> None:
-    body = server.Body(2**33)
-    assert len(body.room()) == server.FIRST_ROOM
-    body.filled(server.FIRST_ROOM)
-    assert len(body.room()) == server.FIRST_ROOM
+def test_a_length_that_is_only_claimed_makes_little_ready(request_module: ModuleType) -> None:
+    body = request_module.Body(2**33)
+    assert len(body.room()) == request_module.FIRST_ROOM
+    body.filled(request_module.FIRST_ROOM)
+    assert len(body.room()) == request_module.FIRST_ROOM
 
 
 @given(st.lists(st.binary(max_size=300)), st.integers(1, 64))
-def test_what_is_put_into_a_body_is_read_from_it(server: ModuleType, pieces: list[bytes], first: int) -> None:
+def test_what_is_put_into_a_body_is_read_from_it(request_module: ModuleType, pieces: list[bytes], first: int) -> None:
     whole = b"".join(pieces)
-    before, server.FIRST_ROOM = server.FIRST_ROOM, first
+    before, request_module.FIRST_ROOM = request_module.FIRST_ROOM, first
     try:
-        body = server.Body(len(whole))
+        body = request_module.Body(len(whole))
         for piece in pieces:
             body.append(piece)
     finally:
-        server.FIRST_ROOM = before
+        request_module.FIRST_ROOM = before
     read = body.getfile()
     assert (len(body), bytes(read.getbuffer()), read.read(3), read.read()) == (len(whole), whole, whole[:3], whole[3:])
 
 
-def test_every_task_is_done_by_workers_that_were_busy_last(server: ModuleType) -> None:
-    seen: list[str] = []
-    done = threading.Semaphore(0)
-
-    class Task:
-        def service(self) -> None:
-            seen.append(threading.current_thread().name)
-            done.release()
-            if len(seen) == 2:
-                raise ZeroDivisionError("one that fails is not the last")
-
-    workers = server.Workers(4)
-    for _ in range(40):
-        workers.add_task(Task())
-        assert done.acquire(timeout=5)
-        time.sleep(0.001)
-    for _ in range(20):
-        workers.add_task(Task())
-    for _ in range(20):
-        assert done.acquire(timeout=5)
-    assert len(set(seen[:40])) < 4
-
-
 def test_a_body_over_the_bound_is_refused_before_it_comes(port: int) -> None:
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as s:
+    with socket.create_connection(("127.0.0.1", port), timeout=LONG_S) as s:
         s.sendall(b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 90000000\r\n\r\n")
         assert s.makefile("rb").read().startswith(b"HTTP/1.1 413")

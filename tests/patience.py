@@ -1,0 +1,50 @@
+"""How tests wait on a machine that is busy or pauses, and how they show there that something is quick."""
+
+from __future__ import annotations
+
+import time
+import tracemalloc
+from collections.abc import Callable
+
+LONG_S = 60.0
+"""For what happens sooner or later: only a failure waits so long, and a machine may pause for seconds."""
+
+
+def until(condition: Callable[[], bool], seconds: float = LONG_S) -> bool:
+    """Whether `condition` holds in time; it is looked at once more after a pause that outlasts the time."""
+    end = time.monotonic() + seconds
+    while True:
+        is_last = time.monotonic() > end
+        if condition():
+            return True
+        if is_last:
+            return False
+        time.sleep(0.02)
+
+
+def eventually(condition: Callable[[], bool], seconds: float = LONG_S) -> None:
+    """Wait until `condition` holds; fail if it does not in time."""
+    assert until(condition, seconds), "it did not happen in time"
+
+
+def least(measure: Callable[[], float], below: float, tries: int = 20) -> float:
+    """The least of what `measure` gives, such as seconds, asked anew until it is below `below`.
+
+    A pause of the machine spoils a try; what is too slow is so in all of them.
+    """
+    found = measure()
+    for _ in range(tries - 1):
+        if found < below:
+            break
+        found = min(found, measure())
+    return found
+
+
+def peak_of(action: Callable[[], object]) -> int:
+    """The most bytes that Python had allocated meanwhile; other threads may have their share in it."""
+    tracemalloc.start()
+    try:
+        action()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()

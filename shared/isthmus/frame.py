@@ -45,10 +45,11 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
 }
 """The dtypes that a frame can carry, by the name that it writes."""
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}  # np.dtype.name takes longer than a whole header
+_NAMES = {dtype.num: name for name, dtype in DTYPES.items()}
+"""Names by numpy's number of the dtype: `np.dtype.name` takes longer than a whole header, and so does its hash."""
 _NONE: Mapping[str, Any] = MappingProxyType({})
 _Entry: TypeAlias = tuple[str, str, tuple[int, ...], str, int, int]
-_Described: TypeAlias = tuple[str, "np.dtype[Any] | str", tuple[int, ...], str, int]
+_Described: TypeAlias = tuple[str, str, tuple[int, ...], str, int]
 """What a tensor's entry is made of; -1 stands for a payload of as many bytes as the dtype and the shape have."""
 _PREAMBLE = 16
 _SEEN_BYTES = 4096
@@ -111,7 +112,8 @@ def encode_parts(frame: Frame) -> list[bytes | memoryview]:
     parts: list[bytes | memoryview] = [b""]
     described: list[_Described] = []
     for name, array in frame.tensors.items():
-        described.append((name, array.dtype, array.shape, "raw", -1))
+        dtype = array.dtype
+        described.append((name, _NAMES.get(dtype.num) or dtype.name, array.shape, "raw", -1))
         parts.append(RAW.encode(array))
     for name, packed in frame.packed.items() if frame.packed else ():
         described.append((name, packed.dtype, packed.shape, packed.codec, len(packed.payload)))
@@ -181,13 +183,12 @@ def _around_request(
     entries: list[_Entry] = []
     gaps: list[tuple[int, bytes]] = []
     end = 0
-    for name, kind, shape, codec, length in described:
+    for name, dtype, shape, codec, length in described:
         _text("name", name, least=1)
         if any(name == entry[0] for entry in entries):
             _malformed("duplicate", f"two tensors are named {name!r}")
         if codec not in KNOWN:
             _malformed("codec", f"{name!r} asks for codec {codec!r}; known are {', '.join(KNOWN)}")
-        dtype = kind if isinstance(kind, str) else _NAMES.get(kind) or kind.name
         if dtype not in DTYPES:
             raise FrameMalformed(f"{name!r} is {dtype}; frames carry {', '.join(DTYPES)}", rule="dtype", tensor=name)
         if length < 0:

@@ -54,11 +54,12 @@ class InThread(Generic[T]):
 
     def stop(self) -> None:
         """Leave and wait for the end; harmless when it does not run."""
-        if self._thread is None or self._loop is None or self._leave is None:
+        thread, loop, leave = self._thread, self._loop, self._leave  # another thread may stop it too
+        if thread is None or loop is None or leave is None:
             return
         with contextlib.suppress(RuntimeError):  # its loop is closed: it has ended already
-            self._loop.call_soon_threadsafe(self._leave.set)
-        self._thread.join()
+            loop.call_soon_threadsafe(leave.set)
+        thread.join()
         self._value = self._thread = self._loop = None
 
     def __enter__(self) -> Self:

@@ -25,6 +25,7 @@ from isthmus.local.stack import FunctionSpec
 
 _PASSED_ON = ("PATH", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "SSL_CERT_FILE")
 _PROBE_TIMEOUT_S = 2.0
+_LAST_WORDS_S = 3.0  # for reading what a process that has ended had said
 _FIRST_PROBE_S, _LONGEST_PROBE_S = 0.05, 0.5
 _INTERRUPT_S = 2.0  # how long a process may take to leave once it is idle and was asked to
 
@@ -106,7 +107,7 @@ class Replica:
         status = await process.wait()
         self._kill_group()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(reading, 1.0)
+            await asyncio.wait_for(reading, _LAST_WORDS_S)
         self.state = State.GONE
         return status
 

@@ -193,7 +193,7 @@ def _identical(one: Array, other: Array) -> bool:
 
 
 def _timed(do: Callable[[], T]) -> tuple[float, T]:
-    """What `do` gives, and the least seconds of a few tries, two if none is long: the machine may be busy with others."""
+    """What `do` gives, and the least seconds of a few tries, two if none is long: the machine may be busy."""
     best, found = _timed_once(do)
     spent = best
     while spent < _MANY_S:

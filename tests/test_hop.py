@@ -421,6 +421,6 @@ def test_an_answer_does_not_wait_for_the_garbage_collector(hop_to: Callable[...,
             kept = weakref.ref(reply.frame.tensors["x"])
             del reply
             assert kept() is None
-            assert not [o for o in gc.get_objects() if type(o).__name__ in ("_Reader", "_Message")]
+            assert not [o for o in gc.get_objects() if type(o).__name__ in ("Reader", "_Message")]
         finally:
             gc.enable()

@@ -10,10 +10,10 @@ from urllib.parse import urlencode
 
 import numpy as np
 
-from isthmus import connections
+from isthmus import answers
 from isthmus.bundle import TensorSpec
 from isthmus.codecs.raw import RAW
-from isthmus.connections import Connections
+from isthmus.connections import Connections, Unreachable
 from isthmus.context import Deadline
 from isthmus.errors import HTTP_STATUS, HopRejected, HopTimeout, HopUnavailable, IsthmusError
 from isthmus.frame import DTYPES
@@ -92,7 +92,7 @@ class Client:
 
     def post(
         self, path: str, body: Sequence[bytes | memoryview], headers: Mapping[str, str], fields: Mapping[str, str]
-    ) -> connections.Answer:
+    ) -> answers.Answer:
         """The answer to a POST of `body`, in parts, on `path` below the URL with the query `fields`.
 
         Raises:
@@ -111,22 +111,22 @@ class Client:
             )
         except TimeoutError as e:
             raise HopTimeout(f"{self.url} did not answer within {self._timeout_s:g} s", hop=self.url) from e
-        except connections.Unreachable as e:
+        except Unreachable as e:
             raise HopUnavailable(
                 f"{self.url} cannot be reached: {e}",
                 hop=self.url,
                 hint="start the functions on this machine with `isthmus up`, or name another router with --url",
             ) from e
-        except connections.BrokenOff as e:
+        except answers.BrokenOff as e:
             raise HopUnavailable(f"{self.url} broke off: {e}", hop=self.url) from e
-        except connections.AnswerTooLong as e:
+        except answers.AnswerTooLong as e:
             raise HopRejected(f"{self.url} answered with more than {MAX_ANSWER_BYTES} bytes", hop=self.url) from e
         if response.status != 200:
             raise error_of(self.url, response)
         return response
 
 
-def error_of(url: str, response: connections.Answer) -> IsthmusError:
+def error_of(url: str, response: answers.Answer) -> IsthmusError:
     """The router's JSON error as the exception that it was there; anything else as a refusal of the hop."""
     try:
         doc = json.loads(response.body)

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
 import stamina
 
 from isthmus import frame as frames
-from isthmus.connections import Answer, AnswerTooLong, BrokenOff, Connections, Unreachable
+from isthmus.answers import Answer, AnswerTooLong, BrokenOff
+from isthmus.connections import Connections, Unreachable
 from isthmus.context import Context
 from isthmus.errors import HopBusy, HopRejected, HopTimeout, HopUnavailable, IsthmusError, ShapeMismatch
 from isthmus.frame import Frame

@@ -15,9 +15,9 @@ import numpy as np
 import stamina
 
 from isthmus import frame as frames
+from isthmus.answers import Answer
 from isthmus.client import Client
 from isthmus.codecs.speed import CodecSpeed
-from isthmus.connections import Answer
 from isthmus.device import Device, from_document
 from isthmus.errors import HopRejected, HopUnavailable, NotReady, Overloaded, ProfileMalformed
 from isthmus.frame import Frame

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
-import shutil
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from http.client import HTTPConnection
 from types import ModuleType
 
 import pytest
-import urllib3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from local_stack import ROOT, http
-from patience import LONG_S, eventually
-from ports import free_port
+from local_stack import http
+from patience import LONG_S
+from template_process import module, served
 
-TEMPLATE = ROOT / "template" / "python3-isthmus"
 HANDLER = """
 import hashlib
 
@@ -62,32 +56,13 @@ def create_app():
 
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    home = tmp_path_factory.mktemp("http") / "app"
-    shutil.copytree(TEMPLATE, home)
-    (home / "function" / "handler.py").write_text(HANDLER)
-    port = free_port()
-    environment = {"PATH": os.environ["PATH"], "upstream_url": f"http://127.0.0.1:{port}", "max_request_bytes": "8MiB"}
-    with subprocess.Popen([sys.executable, "-B", "index.py"], cwd=home, env=environment) as process:
-        eventually(lambda: ready(port))
+    with served(HANDLER, tmp_path_factory.mktemp("http") / "app", max_request_bytes="8MiB") as port:
         yield port
-        process.kill()
-
-
-def ready(port: int) -> bool:
-    try:
-        return http("GET", f"http://127.0.0.1:{port}/").status == 204
-    except urllib3.exceptions.HTTPError:
-        return False
 
 
 @pytest.fixture(scope="module")
 def request_module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("template_http_request", TEMPLATE / "http_request.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module("http_request")
 
 
 @pytest.mark.parametrize("size", [0, 1, 32_767, 32_768, 32_769, 65_536, 3_000_000, 7_000_000])

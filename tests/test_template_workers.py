@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.client import HTTPConnection
 from types import ModuleType
 
 import pytest
-import urllib3
 
-from local_stack import ROOT, http
+from local_stack import http
 from patience import LONG_S, eventually, least
-from ports import free_port
+from template_process import module, served
 
-TEMPLATE = ROOT / "template" / "python3-isthmus"
 HANDLER = """
 import gc
 import threading
@@ -53,32 +46,13 @@ THREADS = 3
 
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    home = tmp_path_factory.mktemp("workers") / "app"
-    shutil.copytree(TEMPLATE, home)
-    (home / "function" / "handler.py").write_text(HANDLER)
-    port = free_port()
-    environment = {"PATH": os.environ["PATH"], "upstream_url": f"http://127.0.0.1:{port}", "max_concurrency": "1"}
-    with subprocess.Popen([sys.executable, "-B", "index.py"], cwd=home, env=environment) as process:
-        eventually(lambda: ready(port))
+    with served(HANDLER, tmp_path_factory.mktemp("workers") / "app", max_concurrency="1") as port:
         yield port
-        process.kill()
-
-
-def ready(port: int) -> bool:
-    try:
-        return http("GET", f"http://127.0.0.1:{port}/").status == 200
-    except urllib3.exceptions.HTTPError:
-        return False
 
 
 @pytest.fixture(scope="module")
 def workers() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("template_http_workers", TEMPLATE / "http_workers.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module("http_workers")
 
 
 def connect(port: int) -> socket.socket:

@@ -1,0 +1,51 @@
+"""The template in a process of its own, around a handler that a test writes; and its modules, one by one."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import urllib3
+
+from local_stack import http
+from patience import eventually
+from ports import free_port
+
+TEMPLATE = Path(__file__).resolve().parents[1] / "template" / "python3-isthmus"
+
+
+@contextmanager
+def served(handler: str, home: Path, **environment: str) -> Iterator[int]:
+    """The port where the template serves `handler`, a module's text, laid out in `home`."""
+    shutil.copytree(TEMPLATE, home)
+    (home / "function" / "handler.py").write_text(handler)
+    port = free_port()
+    environment |= {"PATH": os.environ["PATH"], "upstream_url": f"http://127.0.0.1:{port}"}
+    with subprocess.Popen([sys.executable, "-B", "index.py"], cwd=home, env=environment) as process:
+        eventually(lambda: _answers(port))
+        yield port
+        process.kill()
+
+
+def module(name: str) -> ModuleType:
+    """A module of the template."""
+    spec = importlib.util.spec_from_file_location(f"template_{name}", TEMPLATE / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+def _answers(port: int) -> bool:
+    try:
+        return http("GET", f"http://127.0.0.1:{port}/").status < 500
+    except urllib3.exceptions.HTTPError:
+        return False

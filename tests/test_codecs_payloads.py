@@ -40,7 +40,19 @@ GOLDEN: dict[str, tuple[str, bytes, Array]] = {
     # Lengths of three sections; the low words; the turned top words' low bytes, then their high ones: exponents.
     "lossless": ("lossless/1", struct.pack("<3I", 8, 4, 4) + bytes(8) + bytes.fromhex("00800100007f807d"), NUMBERS),
     "lossless bool": ("lossless/1", struct.pack("<I", 1) + b"\xa0", np.array([True, False, True])),
-    "lossless int16": ("lossless/1", struct.pack("<2I", 2, 2) + b"\x01\xfe\x00\xff", np.array([1, -2], "int16")),
+    # The least value, the bits that hold what each is more, a length for each byte of these, all lowest bytes, ….
+    "lossless int16": (
+        "lossless/1",
+        struct.pack("<hB2I", -2, 16, 3, 3) + b"\x03\x00\x2e\x00\x00\x01",
+        np.array([1, -2, 300], "int16"),
+    ),
+    "lossless int64, one byte": (
+        "lossless/1",
+        struct.pack("<qBI", -(2**63), 8, 2) + b"\xff\x00",
+        np.array([-(2**63) + 255, -(2**63)]),
+    ),
+    "lossless int64, one bit": ("lossless/1", struct.pack("<qBI", -1, 1, 1) + b"\x60", np.array([-1, 0, 0, -1])),
+    "lossless int64, all the same": ("lossless/1", struct.pack("<qB", 7, 0), np.full((2, 2), 7)),
     # The step, the offset, the codes.
     "int8": ("int8/1", struct.pack("<fi", 0.5, -4) + b"\x04\x07\x00\x05", np.array([0, 1.5, -2, 0.5], "float32")),
     # One channel: the length of the scales, four bytes of step and four of offset, two codes to a byte.
@@ -60,8 +72,8 @@ GOLDEN: dict[str, tuple[str, bytes, Array]] = {
     # A zstd frame of 20 bytes in one block: a repeated zero.
     "lossless, zstd": (
         "lossless/1",
-        struct.pack("<I", 10) + bytes.fromhex("28b52ffd2014a3000000"),
-        np.zeros(20, "uint8"),
+        struct.pack("<BBI", 9, 8, 10) + bytes.fromhex("28b52ffd2014a3000000"),
+        np.full(20, 9, "uint8"),
     ),
 }
 
@@ -74,7 +86,10 @@ def test_golden_payloads_read_as_they_always_did(case: str) -> None:
     assert got.dtype == expected.dtype
 
 
-@pytest.mark.parametrize("case", ["half", "bfloat16", "lossless", "lossless bool", "lossless int16", "sparse"])
+_INTEGERS = [case for case in GOLDEN if case.startswith("lossless int")]
+
+
+@pytest.mark.parametrize("case", ["half", "bfloat16", "lossless", "lossless bool", "sparse", *_INTEGERS])
 def test_what_is_stored_is_written_as_the_golden_payload(case: str) -> None:
     codec, payload, array = GOLDEN[case]
     assert bytes(find(codec).encode(array, Packing(codec))) == payload
@@ -143,6 +158,16 @@ BAD: dict[str, tuple[str, bytes, str, tuple[int, ...]]] = {
     "lossless cut": ("lossless/1", struct.pack("<3I", 8, 4, 4) + bytes(15), "float32", (4,)),
     "lossless with more": ("lossless/1", struct.pack("<3I", 8, 4, 4) + bytes(17), "float32", (4,)),
     "lossless of a vast length": ("lossless/1", struct.pack("<3I", 2**32 - 1, 4, 4) + bytes(16), "float32", (4,)),
+    "lossless integers without bits": ("lossless/1", bytes(4), "int32", (4,)),
+    "lossless integers of odd bits": ("lossless/1", struct.pack("<iBI", 0, 2, 1) + b"\0", "int32", (4,)),
+    "lossless integers of too many bits": (
+        "lossless/1",
+        struct.pack("<hB3I", 0, 24, 4, 4, 4) + bytes(12),
+        "int16",
+        (4,),
+    ),
+    "lossless integers of no bits, but bytes": ("lossless/1", struct.pack("<hB", 0, 0) + b"\0", "int16", (4,)),
+    "lossless one bit after the end": ("lossless/1", struct.pack("<hBI", 0, 1, 1) + b"\xf1", "int16", (4,)),
     "lossless bits after the end": ("lossless/1", struct.pack("<I", 1) + b"\xf1", "bool", (4,)),
     "lossless nothing, but bytes": ("lossless/1", b"\0", "float32", (0,)),
     "int8 without a step": ("int8/1", bytes(7), "float32", (4,)),
@@ -202,7 +227,7 @@ def bomb(size: int) -> bytes:
 
 
 BOMBS: dict[str, tuple[str, Callable[[int], bytes], str]] = {
-    "lossless": ("lossless/1", lambda n: struct.pack("<I", len(bomb(n))) + bomb(n), "uint8"),
+    "lossless": ("lossless/1", lambda n: struct.pack("<BBI", 0, 8, len(bomb(n))) + bomb(n), "uint8"),
     "int8": ("int8/1", lambda n: struct.pack("<fi", 1, 0) + bomb(n), "float32"),
     "int4": ("int4/1", lambda n: struct.pack("<Ifi", 8, 1, 0) + bomb(n), "float32"),
     "sparse": ("sparse/1", lambda n: HEADER.pack(1, 1, 0, len(bomb(n))) + bomb(n), "float32"),

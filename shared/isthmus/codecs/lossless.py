@@ -41,9 +41,8 @@ class Lossless:
         elif _is_float(array.dtype):
             sections = list(_of_floats(little.view(f"<u{little.itemsize}")))[::-1]
         else:
-            planes = np.ascontiguousarray(little.view(np.uint8).reshape(-1, little.itemsize).T)
-            sections = [shrink(plane.data, "structure") for plane in planes]
-        return b"".join([*(_LENGTH.pack(len(s)) for s in sections), *sections])
+            return _of_integers(little.view(f"<u{little.itemsize}"), little.min().tobytes())
+        return _joined(sections)
 
     def decode(self, payload: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], table: object = None) -> Array:
         """The array, in memory of its own.
@@ -72,9 +71,18 @@ class Lossless:
             top |= sign
             target[size // 2 - 1 :: size // 2] = top
             return array
-        planes = array.reshape(-1).view(np.uint8).reshape(-1, size)
-        for i, plane in enumerate(_sections(payload, [count] * size)):
-            planes[:, i] = np.frombuffer(plane, np.uint8)
+        if len(payload) <= size or (bits := payload[size]) not in (0, 1, *range(8, 8 * size + 1, 8)):
+            raise ValueError("integers begin with the least of them and how many bits hold what the others are more")
+        least, rest = np.frombuffer(payload[:size], f"<u{size}"), payload[size + 1 :]
+        values = array.reshape(-1).view(f"<u{size}")
+        if bits == 1:
+            values[:] = unpack_bits(_sections(rest, [-(-count // 8)])[0], count)
+        else:
+            values[:] = 0
+            planes = values.view(np.uint8).reshape(-1, size)
+            for i, plane in enumerate(_sections(rest, [count] * (bits // 8))):
+                planes[:, i] = np.frombuffer(plane, np.uint8)
+        values += least
         return array
 
 
@@ -93,6 +101,23 @@ def unpack_bits(data: bytes | memoryview, count: int) -> Array:
     if count % 8 and int(packed[-1]) & (0xFF >> count % 8):
         raise ValueError("the bits after the last value are not zero")
     return np.unpackbits(packed, count=count).view(np.bool_)
+
+
+def _of_integers(values: Array, least: bytes) -> bytes:
+    """Integers, as unsigned ones: the least, the bits that hold what each is more, and sections of these."""
+    more = values - np.frombuffer(least, values.dtype)
+    bits = int(more.max()).bit_length()
+    if bits == 1:
+        sections = [shrink(pack_bits(more), "structure")]
+    else:
+        bits = -(-bits // 8) * 8
+        planes = np.ascontiguousarray(more.view(np.uint8).reshape(-1, more.itemsize).T)
+        sections = [shrink(plane.data, "structure") for plane in planes[: bits // 8]]
+    return least + bytes([bits]) + _joined(sections)
+
+
+def _joined(sections: list[bytes | memoryview]) -> bytes:
+    return b"".join([*(_LENGTH.pack(len(s)) for s in sections), *sections])
 
 
 def _of_floats(bits: Array) -> Iterator[bytes | memoryview]:

@@ -56,10 +56,12 @@ class OneTask(WSGITask):  # type: ignore[misc]
         return environ
 
     def service(self) -> None:
-        super().service()
-        for call in self._after:
-            call()
-        self._after.clear()  # what it holds may hold it, and with it a body of megabytes, until the collector comes
+        try:
+            super().service()
+        finally:  # what was done is counted, too, where the caller has gone
+            for call in self._after:
+                call()
+            self._after.clear()  # what it holds may hold it, and with it a body of megabytes, until the collector comes
 
     def build_response_header(self) -> bytes:
         """As waitress does it, which takes four times as long over the answer that nearly every request gets."""

@@ -26,7 +26,7 @@ from isthmus.errors import Missing
 from isthmus.graph import build, cuts, open_model, torch_export, zoo
 from isthmus.processing.image import MAX_PIXELS
 from isthmus.registry import Registry, Resolved, open_cache, open_registry
-from isthmus.serving.tables import Tables
+from isthmus.serving.tables import Tables, tables_of
 from isthmus.settings import RegistrySettings, SegmentSettings
 
 REGISTRY = STATE / "plan-registry"
@@ -100,7 +100,7 @@ def table_of(registry: Registry, reference: str) -> Callable[[str], object]:
     """A version's codec tables by tensor; None for those that have none."""
     found = registry.resolve(reference)
     tables = Tables(registry.bundle, registry.blob, MAX_PIXELS)
-    return lambda name: tables(found.digest, name, "transform/1") if name in found.bundle.tables else None
+    return tables_of(found.bundle, found.digest, "transform/1", tables)
 
 
 def _photo(height: int, width: int, short_side: int | None = None) -> bytes:

@@ -52,9 +52,8 @@ def show(plan: Plan, *, every: bool = False) -> None:
     rows = []
     for candidate in shown:
         row = [_name(plan, candidate), *_seen(candidate), f"{candidate.predicted.total * 1e3:.1f}", _apart(candidate)]
-        row += [format_size(candidate.up_bytes), _error(candidate)] + [
-            format_size(candidate.edge_memory_bytes)
-        ] * memory
+        row += [format_size(candidate.up_bytes), _error(candidate)]
+        row += [format_size(candidate.edge_memory_bytes)] * memory
         row += [f"{candidate.price:.3g}" if candidate.price is not None else ""] * priced
         row += [f"{candidate.energy_j:.3g}" if candidate.energy_j is not None else ""] * joules
         rows.append(row)

@@ -30,7 +30,7 @@ from isthmus.planner.profiling import profiles
 from isthmus.planner.profiling.profile import Profile
 from isthmus.processing.image import MAX_PIXELS
 from isthmus.registry import Registry, SegmentCache, Version, open_cache, open_registry
-from isthmus.serving.tables import Tables
+from isthmus.serving.tables import Tables, tables_of
 from isthmus.settings import RegistrySettings
 
 TRANSFORM = "transform/1"
@@ -101,7 +101,7 @@ def planned(
         private_depth=wish.constraints.private_depth,
         edge_memory_bytes=wish.constraints.edge_memory_bytes,
         int8=wish.int8,
-        table=lambda name: tables(found.digest, name, TRANSFORM) if name in bundle.tables else None,
+        table=tables_of(bundle, found.digest, TRANSFORM, tables),
         told=step,
     ) as draft:
         candidates = draft.predict(wish.conditions, wish.prices)

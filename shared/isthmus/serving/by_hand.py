@@ -9,6 +9,7 @@ from isthmus.calibration.choice import Choice, packings
 from isthmus.codecs import Packing, Tables, find
 from isthmus.errors import Missing, SettingsError
 from isthmus.pipeline import Route
+from isthmus.serving.tables import tables_of
 from isthmus.settings import RouterSettings
 
 
@@ -39,10 +40,7 @@ def packed(route: Route, choice: Choice, tables: Tables) -> Route:
         Missing: the codec needs calibration, and the bundle has none for a tensor that crosses.
     """
     calibrated = choice.codec != "raw" and find(choice.codec).calibrated
-
-    def table(tensor: str) -> object:
-        return tables(route.digest, tensor, choice.codec) if tensor in route.bundle.tables else None
-
+    table = tables_of(route.bundle, route.digest, choice.codec, tables)
     made: list[Mapping[str, Packing]] = [{}]
     for segment in route.segments[1:]:
         if calibrated and not any(s.name in route.bundle.tables for s in segment.inputs):

@@ -8,12 +8,18 @@ from collections.abc import Callable
 
 from isthmus import frame as frames
 from isthmus.bundle import Blob, Bundle, is_digest
+from isthmus.codecs import Tables as CodecTables
 from isthmus.codecs.photo import Recipe
 from isthmus.errors import FrameError, FrameMalformed, RegistryError
 
 MAX_KEPT = 64
 """Tables kept; frames name them, so there must be an end."""
 MAX_TABLE_BYTES = 32 * 2**20
+
+
+def tables_of(bundle: Bundle, digest: str, codec: str, tables: CodecTables) -> Callable[[str], object]:
+    """The tables of one bundle for one codec, by the tensor's name; None for a tensor that calibration gave none."""
+    return lambda tensor: tables(digest, tensor, codec) if tensor in bundle.tables else None
 
 
 class Tables:

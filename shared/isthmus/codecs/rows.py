@@ -16,7 +16,8 @@ import numpy as np
 
 from isthmus.codecs.levels import Models
 from isthmus.codecs.row_layout import RowLayout
-from isthmus.codecs.table import OCTAVE, ZERO_DEVIATION, Sorting, Table, check, check_numbers
+from isthmus.codecs.stored import check, check_numbers, common_arrays, common_parts
+from isthmus.codecs.table import OCTAVE, ZERO_DEVIATION, Sorting, Table
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -162,12 +163,7 @@ class RowTable:
             "rows": np.array([self.layout.rank, *(n for pair in axes for n in pair)], np.int32),
             "means": self.means,
             "weights": self.weights,
-            "scale": np.array([self.scale], np.float32),
-            "synthesis": self.synthesis,
-            "deviations": self.deviations,
-            "steps": np.array(self.steps, np.int32),
-            "zero": self.models.zero,
-            "magnitudes": self.models.magnitudes,
+            **common_arrays(self.scale, self.synthesis, self.deviations, self.steps, self.models),
         }
 
     @staticmethod
@@ -182,21 +178,15 @@ class RowTable:
         rows = arrays["rows"]
         if rows.dtype != np.int32 or rows.ndim != 1 or rows.size not in (3, 5, 7, 9):
             raise ValueError("a table's rows are axes and their sizes, in int32")
-        check("steps", arrays["steps"], np.int32, (2,))
-        check("scale", arrays["scale"], np.float32, (1,))
         if arrays["means"].ndim != 2 or arrays["synthesis"].ndim not in (1, 2):
             raise ValueError("a table's means have two axes, its synthesis one or two")
-        coarsest, finest = arrays["steps"].tolist()
+        common = common_parts(arrays)
         rank, *pairs = rows.tolist()
         return RowTable(
             layout=RowLayout(rank, tuple(pairs[::2]), tuple(pairs[1::2])),
             means=arrays["means"],
             weights=arrays["weights"],
-            scale=float(arrays["scale"][0]),
-            synthesis=arrays["synthesis"],
-            deviations=arrays["deviations"],
-            steps=(coarsest, finest),
-            models=Models(arrays["zero"], arrays["magnitudes"]),
+            **common,
         )
 
 

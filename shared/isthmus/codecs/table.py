@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from threading import Lock
@@ -14,6 +14,7 @@ from isthmus.codecs import entropy
 from isthmus.codecs.entropy import MAX_LEVEL, Plan, Run
 from isthmus.codecs.levels import UNIT_LEVEL, Models
 from isthmus.codecs.planes import CELLS, Layout, PlaneTransform, plane_transform
+from isthmus.codecs.stored import check, check_numbers, common_arrays, common_parts
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -168,12 +169,7 @@ class Table:
             "layout": np.array([self.layout.rank, self.layout.channel_axis], np.int32),
             "mean": self.mean,
             "edges": np.array(self.edges, np.float64),
-            "scale": np.array([self.scale], np.float32),
-            "synthesis": self.synthesis,
-            "deviations": self.deviations,
-            "steps": np.array(self.steps, np.int32),
-            "zero": self.models.zero,
-            "magnitudes": self.models.magnitudes,
+            **common_arrays(self.scale, self.synthesis, self.deviations, self.steps, self.models),
         }
 
     @staticmethod
@@ -186,21 +182,12 @@ class Table:
         if arrays.keys() != set(_NAMES):
             raise ValueError(f"a table has exactly the arrays {', '.join(_NAMES)}")
         check("layout", arrays["layout"], np.int32, (2,))
-        check("steps", arrays["steps"], np.int32, (2,))
-        check("scale", arrays["scale"], np.float32, (1,))
         if arrays["edges"].dtype != np.float64 or arrays["edges"].ndim != 1 or arrays["mean"].ndim != 1:
             raise ValueError("a table's edges are float64, and they and its mean have one axis")
+        common = common_parts(arrays)
         rank, channel_axis = arrays["layout"].tolist()
-        coarsest, finest = arrays["steps"].tolist()
         return Table(
-            layout=Layout(rank, channel_axis),
-            mean=arrays["mean"],
-            edges=tuple(arrays["edges"].tolist()),
-            scale=float(arrays["scale"][0]),
-            synthesis=arrays["synthesis"],
-            deviations=arrays["deviations"],
-            steps=(coarsest, finest),
-            models=Models(arrays["zero"], arrays["magnitudes"]),
+            layout=Layout(rank, channel_axis), mean=arrays["mean"], edges=tuple(arrays["edges"].tolist()), **common
         )
 
     def _grid(self, batch: int, height: int, width: int) -> Grid:
@@ -227,31 +214,6 @@ def cell_numbers(transform: PlaneTransform, layout: Layout) -> Array:
 def cells(layout: Layout) -> int:
     """How many cells a layout's plane has."""
     return int(CELLS ** len(layout.plane_axes))
-
-
-def check(name: str, array: Array, dtype: type[np.generic], shape: tuple[int, ...]) -> None:
-    """Check an array of a table.
-
-    Raises:
-        ValueError: it is of another dtype or shape.
-    """
-    if array.dtype != dtype or array.shape != shape:
-        raise ValueError(f"a table's {name} is {array.dtype}{list(array.shape)}, not {np.dtype(dtype)}{list(shape)}")
-
-
-def check_numbers(arrays: Iterable[Array], scale: float, steps: tuple[int, int]) -> None:
-    """Check what tables of both forms have.
-
-    Raises:
-        ValueError: a number is not finite, or out of range.
-    """
-    if not all(np.isfinite(a).all() for a in arrays):
-        raise ValueError("a table holds finite numbers")
-    if not 1e-30 < scale < 1e30:
-        raise ValueError(f"a table's scale is {scale}")
-    coarsest, finest = steps
-    if not -128 <= finest <= coarsest <= 127:
-        raise ValueError(f"steps from {coarsest} to {finest}")
 
 
 def _sorted(stored: Array) -> tuple[Array, Array, Array, Array, Array]:

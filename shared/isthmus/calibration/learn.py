@@ -14,9 +14,10 @@ import numpy as np
 from isthmus.calibration.harm import band_weights, equal_harm, harm_of
 from isthmus.calibration.layout import layout_of
 from isthmus.calibration.models import learn_models
+from isthmus.calibration.samples import laid_out, unit_of
 from isthmus.calibration.sensitivity import Sensitivity
 from isthmus.codecs.planes import Layout, PlaneTransform, edges_for, plane_transform
-from isthmus.codecs.table import MAX_CHANNELS, OCTAVE, ZERO_DEVIATION, Table, cell_numbers, cells
+from isthmus.codecs.table import OCTAVE, ZERO_DEVIATION, Table, cell_numbers, cells
 from isthmus.errors import CalibrationError
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -122,9 +123,7 @@ class _Moments:
         products[0] += self.dc_weight * np.outer(mean, mean) - cross - cross.T
         pooled = products.sum(axis=0) / self.counts.sum()
         energy = float(np.trace(pooled)) / c
-        if not energy < 1e30:
-            raise CalibrationError("the samples are too large to be learned", energy=energy)
-        unit = float(np.float32(math.sqrt(energy))) if energy > 1e-20 else 1.0
+        unit = unit_of(energy)
         harm, weights = harm_of(sensitivity, c), band_weights(sensitivity, self.edges, self.sizes)
         found = np.empty((len(self.counts), c, c))
         for band, (product, count) in enumerate(zip(products, self.counts, strict=True)):
@@ -199,15 +198,6 @@ def _transform(height: int, width: int, edges: tuple[float, ...]) -> PlaneTransf
 
 
 def _planes(array: Array, layout: Layout) -> tuple[Array, int, int]:
-    if array.dtype.kind in "iub":
-        raise CalibrationError(f"a tensor of {array.dtype} is not for a transform", dtype=str(array.dtype))
-    try:
-        _, channels, height, width = layout.sizes(array.shape)
-    except ValueError as e:
-        raise CalibrationError(f"a sample cannot be learned: {e}", shape=list(array.shape)) from e
-    if not array.size or channels > MAX_CHANNELS:
-        raise CalibrationError(f"a sample of shape {list(array.shape)} cannot be learned", shape=list(array.shape))
-    planes = np.ascontiguousarray(layout.forward(array), np.float32)
-    if not np.isfinite(planes).all():
-        raise CalibrationError("a sample holds NaN or infinity", shape=list(array.shape))
+    planes = laid_out(array, layout)
+    _, _, height, width = layout.sizes(array.shape)
     return planes, height, width

@@ -12,6 +12,7 @@ import numpy as np
 from isthmus.calibration.harm import equal_harm, harm_of
 from isthmus.calibration.layout import row_layout_of
 from isthmus.calibration.models import learn_models
+from isthmus.calibration.samples import laid_out, unit_of
 from isthmus.calibration.sensitivity import Sensitivity
 from isthmus.codecs.row_layout import RowLayout
 from isthmus.codecs.rows import Likelihood, RowTable
@@ -74,7 +75,7 @@ class Rows:
         kept = 0
         for array in samples:
             layout = layout or row_layout_of(array)
-            rows = _rows(array, layout)
+            rows = laid_out(array, layout)[0]
             found.append(rows)
             kept += rows.size
             if kept > _KEPT_VALUES:
@@ -92,9 +93,7 @@ def learn_rows(rows: Rows, form: Form, sensitivity: Sensitivity | None, steps: t
     centre = values.mean(axis=0) if form.rotated else np.median(values, axis=0)
     centred = values - centre
     energy = float(np.mean(np.square(centred)))
-    if not energy < 1e30:
-        raise CalibrationError("the samples are too large to be learned", energy=energy)
-    unit = float(np.float32(math.sqrt(energy))) if energy > 1e-20 else 1.0
+    unit = unit_of(energy)
     harm = harm_of(sensitivity, channels)
     # Rotated to tell classes apart, and again for what is left when they are told.
     synthesis = _synthesis(centred, harm, form, energy)
@@ -128,20 +127,6 @@ def learn_rows(rows: Rows, form: Form, sensitivity: Sensitivity | None, steps: t
         steps=steps,
         models=models,
     )
-
-
-def _rows(array: Array, layout: RowLayout) -> Array:
-    if array.dtype.kind in "iub":
-        raise CalibrationError(f"a tensor of {array.dtype} is not for a transform", dtype=str(array.dtype))
-    try:
-        found: Array = layout.forward(array)[0].astype(np.float32)
-    except ValueError as e:
-        raise CalibrationError(f"a sample cannot be learned: {e}", shape=list(array.shape)) from e
-    if not found.size:
-        raise CalibrationError(f"a sample of shape {list(array.shape)} cannot be learned", shape=list(array.shape))
-    if not np.isfinite(found).all():
-        raise CalibrationError("a sample holds NaN or infinity", shape=list(array.shape))
-    return found
 
 
 def _synthesis(centred: Array, harm: Array, form: Form, energy: float) -> Array:

@@ -6,17 +6,32 @@ So a value that skips a segment never travels through it, and nothing crosses th
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 from isthmus.bundle import Bundle, Segment
 from isthmus.codecs import Packed, Packing, pack
 from isthmus.context import Context
-from isthmus.errors import HopRejected, ShapeMismatch
+from isthmus.errors import DeadlineExceeded, HopError, HopRejected, ShapeMismatch
 from isthmus.frame import Frame
 from isthmus.hop import Hop
 from isthmus.runners import Array, check_tensors
+
+SECOND_LOOKS = ("sure", "asked", "late", "failed")
+"""The answer was clear; it was asked for again; there was no time to; the hop gave none, and the first one stands."""
+
+
+@dataclass(frozen=True)
+class SecondLook:
+    """Where the answer's margin is below `margin`, what crosses is sent once more, packed at `quality`.
+
+    `margin_of` reads the margin off the outputs, in nats (`calibration.agreement.margin_of`).
+    """
+
+    quality: float
+    margin: float
+    margin_of: Callable[[Mapping[str, Array]], float]
 
 
 @dataclass(frozen=True)
@@ -29,14 +44,22 @@ class Route:
     hops: tuple[Hop, ...]
     packings: tuple[Mapping[str, Packing], ...] = ()
     """For each segment, how its inputs are packed on their way over HTTP; raw where nothing is said."""
+    again: SecondLook | None = None
 
     def packing(self, segment: int) -> Mapping[str, Packing]:
         """How the inputs of that segment travel; a hop in this process takes them as they are."""
         return self.packings[segment] if self.packings and self.hops[segment].packs else {}
 
+    def finer(self, again: SecondLook) -> Route:
+        """The same route with what the second look sends, and none after it."""
+        made = tuple(
+            {name: replace(p, quality=again.quality) if p.quality < again.quality else p for name, p in each.items()}
+            for each in self.packings
+        )
+        return replace(self, packings=made, again=None)
 
-@dataclass(frozen=True)
-class Stage:
+
+class Stage(NamedTuple):
     """One segment's part in an answer.
 
     Units: seconds. `total_s` is the whole call as the router saw it, `run_s` the segment's own computing, `pack_s` what
@@ -51,8 +74,8 @@ class Stage:
     sent: int
     received: int
     tensor_bytes: int
-    pack_s: float = 0.0
-    codecs: Mapping[str, str] = field(default_factory=dict)
+    pack_s: float
+    codecs: Mapping[str, str]
 
     def document(self) -> dict[str, Any]:
         """This stage as answers show it, times in milliseconds."""
@@ -72,10 +95,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class Result:
-    """The model's outputs, and what each segment took."""
+    """The model's outputs, and what each segment took; those of a second look come after the first's."""
 
     outputs: dict[str, Array]
     stages: tuple[Stage, ...]
+    second_look: str = ""
+    """How that went, one of SECOND_LOOKS; empty where the route has none, or nothing was packed for the first."""
     notes: Mapping[str, str | int] = field(default_factory=dict)
     """What else an answer says of its route: that its codecs are not those that were chosen."""
 
@@ -88,7 +113,8 @@ class Result:
         """The route as an Open Inference Protocol answer's parameters tell it."""
         codecs = [f"{name}={codec}" for stage in self.stages for name, codec in stage.codecs.items()]
         facts = {"segments": ",".join(s.segment for s in self.stages), "crossed_bytes": self.crossed_bytes}
-        return {**facts, **({"codecs": ",".join(codecs)} if codecs else {}), **self.notes}
+        looked = {"second_look": self.second_look} if self.second_look else {}
+        return {**facts, **({"codecs": ",".join(codecs)} if codecs else {}), **looked, **self.notes}
 
 
 def plan_route(digest: str, bundle: Bundle, hops: tuple[Hop, ...], cuts: tuple[str, ...] | None = None) -> Route:
@@ -117,7 +143,23 @@ def run(
     check_tensors(tuple(spec for spec in route.bundle.inputs if spec.name not in ready), inputs)
     values: dict[str, Array] = dict(inputs)
     stages: list[Stage] = []
+    _through(route, 0, values, stages, context, ready)
+    looked = "" if route.again is None else _look_again(route, route.again, values, stages, context)
+    return Result({spec.name: values[spec.name] for spec in route.bundle.outputs}, tuple(stages), looked)
+
+
+def _through(
+    route: Route,
+    start_at: int,
+    values: dict[str, Array],
+    stages: list[Stage],
+    context: Context,
+    ready: Mapping[str, Packed],
+) -> None:
+    """Run the segments from that one on, each with its inputs from `values`, which takes what it gives."""
     for i, (segment, hop) in enumerate(zip(route.segments, route.hops, strict=True)):
+        if i < start_at:
+            continue
         context.deadline.check(f"segment {segment.id} ran")
         taken = {spec.name: values[spec.name] for spec in segment.inputs if i or spec.name not in ready}
         weight = sum(array.nbytes for array in taken.values())
@@ -143,7 +185,36 @@ def run(
                 {name: tensor.codec for name, tensor in coded.items()},
             )
         )
-    return Result({spec.name: values[spec.name] for spec in route.bundle.outputs}, tuple(stages))
+
+
+def _look_again(
+    route: Route, again: SecondLook, values: dict[str, Array], stages: list[Stage], context: Context
+) -> str:
+    """Send once more what a clear answer did not need: one of SECOND_LOOKS, or nothing where nothing was packed.
+
+    The first answer stands where no time is left for another as long, or the second cannot be had.
+    """
+    finer = route.finer(again)
+    coarse = [
+        i
+        for i, stage in enumerate(stages)
+        if any(finer.packing(i)[name] != how for name, how in route.packing(i).items() if name in stage.codecs)
+    ]
+    if not coarse:
+        return ""
+    outputs = {spec.name: values[spec.name] for spec in route.bundle.outputs}
+    if again.margin_of(outputs) >= again.margin:
+        return "sure"
+    if context.deadline.remaining() < sum(stage.pack_s + stage.total_s for stage in stages[coarse[0] :]):
+        return "late"
+    found, taken = dict(values), list[Stage]()
+    try:
+        _through(finer, coarse[0], found, taken, context, {})
+    except (HopError, DeadlineExceeded):
+        return "failed"
+    values.update(found)
+    stages += taken
+    return "asked"
 
 
 def pack_all(arrays: Mapping[str, Array], packings: Mapping[str, Packing]) -> dict[str, Packed]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from isthmus.runners import Array
 
 TOLERANCE = 0.05
 TOP1, CLOSE = "top1", "close"
+_LEAST_PROBABILITY = 1e-12
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,31 @@ class Measure:
         names = [self.output] if self.kind == TOP1 else list(expected)
         return max((_error(expected[n], got[n], self.scales.get(n, 0.0)) for n in names), default=0.0)
 
+    def margin(self, answer: Mapping[str, Array]) -> float:
+        """How clear an answer is, in nats: see `margin_of`; infinite where answers are no classes."""
+        return margin_of(answer[self.output]) if self.kind == TOP1 else math.inf
+
+
+def margin_of(scores: Array) -> float:
+    """By how much the likeliest class leads, in nats of log-probability: the least lead of any row.
+
+    `scores` are log-odds, or probabilities where they sum to one. 0 where a score is NaN; infinite of a single class.
+    """
+    rows = _rows(scores).astype(np.float64)
+    rows = rows.reshape(-1, rows.shape[-1])
+    if rows.shape[-1] < 2 or not rows.size:
+        return math.inf
+    top = np.partition(rows, -2, axis=-1)[:, -2:]
+    if are_probabilities(rows):
+        top = np.log(np.maximum(top, _LEAST_PROBABILITY))
+    lead = float((top[:, 1] - top[:, 0]).min())
+    return 0.0 if math.isnan(lead) else lead
+
+
+def are_probabilities(scores: Array) -> bool:
+    """Whether every row is a softmax's output already: not negative, and sums to one within a hundredth."""
+    return bool(scores.min(initial=0) >= 0 and np.allclose(scores.sum(axis=-1), 1, atol=1e-2))
+
 
 def measure_for(bundle: Bundle, output: str = "", tolerance: float = TOLERANCE) -> Measure:
     """The measure of a model: its classes where it has some (or in `output`), else how close its outputs are."""
@@ -54,14 +81,18 @@ def measure_for(bundle: Bundle, output: str = "", tolerance: float = TOLERANCE) 
 
 def classes(scores: Array) -> Array:
     """The likeliest class of each row; (batch, classes, 1, 1) counts as (batch, classes)."""
-    while scores.ndim > 2 and scores.shape[-1] == 1:
-        scores = scores[..., 0]
-    return np.asarray(scores.argmax(axis=-1))
+    return np.asarray(_rows(scores).argmax(axis=-1))
 
 
 def root_mean_square(array: Array) -> float:
     """Of all values, in float64; 0 of none."""
     return float(np.sqrt(np.mean(np.square(array, dtype=np.float64)))) if array.size else 0.0
+
+
+def _rows(scores: Array) -> Array:
+    while scores.ndim > 2 and scores.shape[-1] == 1:
+        scores = scores[..., 0]
+    return scores
 
 
 def _error(expected: Array, got: Array, scale: float) -> float:

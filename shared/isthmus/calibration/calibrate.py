@@ -12,12 +12,13 @@ import numpy as np
 
 from isthmus import frame as frames
 from isthmus.bundle import WHOLE, Blob, Bundle, digest_of
-from isthmus.calibration.agreement import CLOSE, TOP1, Measure
+from isthmus.calibration.agreement import CLOSE, TOP1, Measure, are_probabilities
 from isthmus.calibration.choice import GRADED, Choice, is_activation
 from isthmus.calibration.crossing import Crossing, Run, crossing
-from isthmus.calibration.fidelity import Fidelity, Inputs, model_digest, to_json
+from isthmus.calibration.fidelity import Entry, Fidelity, Inputs, model_digest, to_json
 from isthmus.calibration.inputs import LEAST, Source, split
-from isthmus.calibration.scoring import Progress, judge_by, risen, score, silent, trials
+from isthmus.calibration.scoring import Progress, Tally, judge_by, risen, score, silent, trials
+from isthmus.calibration.second_look import entries_of
 from isthmus.calibration.spool import LONGEST_FRAME, Spool
 from isthmus.codecs import KNOWN
 from isthmus.errors import CalibrationError
@@ -33,6 +34,9 @@ CHOICES: tuple[Choice, ...] = (
     *(Choice("transform/1", quality) for quality in QUALITIES),
 )
 """What is measured at every cut."""
+
+SECOND_LOOKS = "transform/1"
+"""The codec whose qualities are paired for them."""
 
 _FEW, _LOOKED_AT = 16, 4096
 
@@ -115,6 +119,7 @@ def calibrate(
         run,
         judge_by(measure),
         beside=beside,
+        margin=measure.margin if measure.kind == TOP1 else None,
         progress=progress,
     )
     scored = max((len(t.bytes) for t in tallies.values()), default=0)
@@ -125,19 +130,30 @@ def calibrate(
             inputs=scored,
             least=LEAST,
         )
-    entries = [tallies[c.cut, t.name].entry(c.cut, t.choice, limit) for c in crossings for t in planned[c.cut]]
+    entries = [
+        e
+        for c in crossings
+        for e in _entries(c.cut, [(t.choice, tallies[c.cut, t.name]) for t in planned[c.cut]], limit)
+    ]
     found = Fidelity(
         subject=model_digest(bundle),
         limit=limit,
         measure=measure,
         inputs=Inputs(source.name, len(learning) + len(held_out), spool.count, scored, source.made),
-        entries=tuple(risen(entries, limit)),
+        entries=tuple(entries),
         references=beside.entries() if beside is not None else (),
     )
     blob = _keep(to_json(found), folder, files)
     # A tensor that was not calibrated now may have been before; its table still fits the same model.
     made = replace(bundle, tables={**bundle.tables, **blobs}, fidelity=blob, plan=None)
     return Calibrated(made, files, found, skipped)
+
+
+def _entries(cut: str, tried: Sequence[tuple[Choice, Tally]], limit: float) -> list[Entry]:
+    """A cut's entries: each choice's own, and second looks where answers are classes."""
+    found = risen([tally.entry(cut, choice, limit) for choice, tally in tried], limit)
+    graded = [(c, t) for c, t in tried if c.codec == SECOND_LOOKS and t.margins]
+    return [*found, *entries_of(cut, graded, found, limit)]
 
 
 def learn_tables(
@@ -196,9 +212,7 @@ def _loss(measure: Measure, answer: Mapping[str, Array]) -> Literal["classes", "
     """What sensitivity is measured in: a model may end in its softmax, or before it."""
     if measure.kind != TOP1:
         return "values"
-    scores = answer[measure.output].astype(np.float64)
-    summed = scores.min(initial=0) >= 0 and np.allclose(scores.sum(axis=-1), 1, atol=1e-2)
-    return "probabilities" if summed else "classes"
+    return "probabilities" if are_probabilities(answer[measure.output].astype(np.float64)) else "classes"
 
 
 def _few_values(samples: Iterable[Array]) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from isthmus.bundle import TensorSpec
@@ -15,43 +16,79 @@ GRADED = frozenset({"sparse/1", "transform/1"})
 SIDE = "lossless/1"
 """How tensors travel that are no activations: ids, masks, states of a counter."""
 
+_WIDEST_MARGIN = 1000.0
 _ACTIVATIONS = frozenset({"float16", "bfloat16", "float32"})
 
 
 @dataclass(frozen=True)
+class Again:
+    """A second look: where the answer's margin is below `margin` (nats), the tensors are sent again at `quality`."""
+
+    quality: float
+    margin: float
+
+
+@dataclass(frozen=True)
 class Choice:
-    """How the tensors that cross one cut are packed: `int8/1`, or `transform/1@0.9` with a quality of 0 to 1."""
+    """How the tensors that cross one cut are packed: `int8/1`, or `transform/1@0.9` with a quality of 0 to 1.
+
+    `transform/1@0.4+0.8:0.2` sends at 0.4, and at 0.8 where the margin of the answer is below 0.2; see `margin_of`.
+    """
 
     codec: str
     quality: float = 1.0
+    again: Again | None = None
 
     def __str__(self) -> str:
-        return f"{self.codec}@{self.quality:g}" if self.codec in GRADED else self.codec
+        text = f"{self.codec}@{self.quality:g}" if self.codec in GRADED else self.codec
+        return text if self.again is None else f"{text}+{self.again.quality:g}:{self.again.margin:g}"
+
+    @property
+    def once(self) -> Choice:
+        """The same without a second look."""
+        return self if self.again is None else replace(self, again=None)
 
     @classmethod
     def parse(cls, text: str) -> Self:
         """Read what `str` writes; without a quality it is 1.
 
         Raises:
-            ValueError: no codec of that name, or no such quality.
+            ValueError: no codec of that name, or no such quality or second look.
         """
-        codec, at, quality = text.strip().partition("@")
+        first, plus, again = text.strip().partition("+")
+        codec, at, quality = first.partition("@")
         if codec not in KNOWN or codec == "photo/1":
             raise ValueError(
                 f"{codec!r} is no codec of tensors; known are {', '.join(k for k in KNOWN if k != 'photo/1')}"
             )
-        if not at:
+        if not at and not plus:
             return cls(codec)
-        try:
-            value = float(quality)
-        except ValueError:
-            value = -1.0
+        value = _number(quality) if at else 1.0
         if codec not in GRADED or not 0 <= value <= 1:
             raise ValueError(f"{text!r}: only {', '.join(sorted(GRADED))} has a quality, from 0 to 1")
-        return cls(codec, value)
+        return cls(codec, value, _again(text, again, value) if plus else None)
 
 
 RAW = Choice("raw")
+
+
+def _again(text: str, again: str, quality: float) -> Again:
+    finer, _, margin = again.partition(":")
+    made = Again(_number(finer), _number(margin))
+    if not quality < made.quality <= 1 or not 0 < made.margin <= _WIDEST_MARGIN:
+        raise ValueError(
+            f"{text!r}: a second look is a higher quality and a margin above 0 in nats, as in transform/1@0.4+0.8:0.2"
+        )
+    return made
+
+
+def _number(text: str) -> float:
+    """A finite number; -1 for anything else."""
+    try:
+        found = float(text)
+    except ValueError:
+        return -1.0
+    return found if math.isfinite(found) else -1.0
 
 
 def is_exact(packing: Choice | Packing) -> bool:

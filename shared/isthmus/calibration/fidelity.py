@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 from isthmus.bundle import WHOLE, Blob, Bundle, digest_of
 from isthmus.calibration.agreement import CLOSE, TOP1, Measure
 from isthmus.calibration.bounds import CONFIDENCE
+from isthmus.calibration.choice import Again, Choice
 from isthmus.codecs import KNOWN
 from isthmus.errors import CalibrationError
 
@@ -44,6 +45,9 @@ class Entry:
     `error` is the mean of the output's error where it is finite. `bytes` (median) and `p95` are the payloads of all
     tensors that cross, `bits` what a value costs on average. Units: milliseconds of one thread's CPU time, medians.
     `fell_back` is the share of inputs where a tensor went raw. `offered` says whether a plan may use it.
+
+    With a second look, at `again_quality` where the answer's margin is below `again_margin`, `asked_again` is the share
+    of inputs that took it; sizes and times are of both sends together, and means, since their medians know of one only.
     """
 
     cut: str
@@ -61,6 +65,15 @@ class Entry:
     fell_back: float
     offered: bool
     measured: float
+    again_quality: float = 0.0
+    again_margin: float = 0.0
+    asked_again: float = 0.0
+
+    @property
+    def choice(self) -> Choice:
+        """What was measured, as settings write it."""
+        again = Again(self.again_quality, self.again_margin) if self.again_margin else None
+        return Choice(self.codec, self.quality, again)
 
 
 @dataclass(frozen=True)
@@ -132,7 +145,7 @@ def choose(
         return max(met, key=lambda e: (e.agreement, -e.bytes))
     closest = max(fits, key=lambda e: e.agreement, default=None) or min(known, key=lambda e: e.bytes)
     raise CalibrationError(
-        f"nothing measured at cut {cut} meets the targets; closest is {closest.codec}@{closest.quality:g}: "
+        f"nothing measured at cut {cut} meets the targets; closest is {closest.choice}: "
         f"{closest.agreement:.1%} the same, {closest.bytes} bytes, {closest.pack_ms + closest.unpack_ms:.2f} ms",
         cut=cut,
         agreement=agreement,
@@ -211,15 +224,16 @@ def _measure(doc: dict[str, Any]) -> Measure:
     return Measure(str(doc["kind"]), str(doc["output"]), _number(doc["tolerance"]), scales)
 
 
-_SHARES = frozenset({"agreement", "measured", "low", "high", "fell_back"})
+_SHARES = frozenset({"agreement", "measured", "low", "high", "fell_back", "again_quality", "asked_again"})
 
 
 def _typed(kind: type[Any], doc: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a flat dataclass, each checked for its type and range; no more, no fewer."""
+    """The fields of a flat dataclass, each checked for its type and range; only those with a default may be missing."""
     expected = {f.name: f.type for f in fields(kind)}
-    if doc.keys() != expected.keys():
-        raise ValueError(f"{kind.__name__} has exactly the keys {', '.join(expected)}")
-    return {name: _value(name, annotation, doc[name]) for name, annotation in expected.items()}
+    needed = {f.name for f in fields(kind) if f.default is MISSING}
+    if not needed <= doc.keys() <= expected.keys():
+        raise ValueError(f"{kind.__name__} has the keys {', '.join(expected)}")
+    return {name: _value(name, annotation, doc[name]) for name, annotation in expected.items() if name in doc}
 
 
 def _value(name: str, annotation: Any, value: Any) -> Any:

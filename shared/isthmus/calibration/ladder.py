@@ -13,12 +13,17 @@ _SAFER = (Choice("int8/1"), Choice("half/1"), RAW)
 def ladder(choice: Choice, cut: str, fidelity: Fidelity | None) -> tuple[Choice, ...]:
     """A choice and what is safer than it, step by step: two higher qualities, int8, half, raw.
 
+    The first step from a choice with a second look is that look's quality, for every answer.
+
     Where fidelity was measured at `cut`, a step that kept no more answers than the one before it is left out.
     """
-    measured = {Choice(e.codec, e.quality): e.agreement for e in fidelity.entries if e.cut == cut} if fidelity else {}
+    measured = {e.choice: e.agreement for e in fidelity.entries if e.cut == cut} if fidelity else {}
     steps = [choice]
-    if choice.codec in GRADED and choice.quality < 1:
-        steps += [replace(choice, quality=round((1 + choice.quality) / 2, 3)), replace(choice, quality=1.0)]
+    once = choice if choice.again is None else Choice(choice.codec, choice.again.quality)
+    if once.codec in GRADED and once.quality < 1:
+        steps += [once, replace(once, quality=round((1 + once.quality) / 2, 3)), replace(once, quality=1.0)]
+    elif once != choice:
+        steps.append(once)
     at = _SAFER.index(choice) + 1 if choice in _SAFER else 0
     kept = measured.get(choice, 0.0)
     for each in _SAFER[at:]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,34 +33,44 @@ def silent(what: str, done: int, total: int) -> None:
 
 @dataclass
 class Tally:
-    """What one way of sending has shown so far, over inputs one after the other."""
+    """What one way of sending has shown so far, an item for each input one after the other.
 
-    groups: dict[str, list[int]] = field(default_factory=dict)
+    `sources` are the files that inputs were made of. `margins` are how clear the answers are, in nats, and `moved` by
+    how much that differs from the answer to what was sent raw; empty where nobody asked.
+    """
+
+    sources: list[str] = field(default_factory=list)
+    same: list[bool] = field(default_factory=list)
     bytes: list[int] = field(default_factory=list)
     values: int = 0
     errors: list[float] = field(default_factory=list)
     pack_s: list[float] = field(default_factory=list)
     unpack_s: list[float] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
+    moved: list[float] = field(default_factory=list)
     fell_back: int = 0
 
-    def add(self, group: str, same: bool, size: int, values: int = 0, error: float = 0.0) -> None:
+    def add(self, source: str, same: bool, size: int, values: int = 0, error: float = 0.0) -> None:
         """Note one input's outcome."""
-        hits = self.groups.setdefault(group, [0, 0])
-        hits[0] += same
-        hits[1] += 1
+        self.sources.append(source)
+        self.same.append(same)
         self.bytes.append(size)
         self.values += values
-        if np.isfinite(error):
-            self.errors.append(error)
+        self.errors.append(error)
 
     @property
     def agreement(self) -> float:
         """The share of inputs whose answer stays the same."""
-        return sum(hits for hits, _ in self.groups.values()) / len(self.bytes)
+        return sum(self.same) / len(self.same)
 
     def interval(self) -> tuple[float, float]:
         """Its bounds; see `bounds.interval`."""
-        return interval((hits, count) for hits, count in self.groups.values())
+        groups: dict[str, list[int]] = {}
+        for source, same in zip(self.sources, self.same, strict=True):
+            hits = groups.setdefault(source, [0, 0])
+            hits[0] += same
+            hits[1] += 1
+        return interval((hits, count) for hits, count in groups.values())
 
     def p95(self) -> int:
         """Bytes that 19 inputs in 20 do not exceed."""
@@ -67,11 +78,13 @@ class Tally:
 
     def mean_error(self) -> float:
         """Of the inputs whose error is finite."""
-        return statistics.fmean(self.errors) if self.errors else 0.0
+        finite = [e for e in self.errors if math.isfinite(e)]
+        return statistics.fmean(finite) if finite else 0.0
 
     def entry(self, cut: str, choice: Choice, limit: float) -> Entry:
         """The document's entry, for itself; see `risen`."""
         low, high = (1.0, 1.0) if is_exact(choice) else self.interval()
+        typical = statistics.median if choice.again is None else statistics.fmean
         return Entry(
             cut=cut,
             codec=choice.codec,
@@ -80,11 +93,11 @@ class Tally:
             low=round(low, 6),
             high=round(high, 6),
             error=float(f"{self.mean_error():.6g}"),
-            bytes=round(statistics.median(self.bytes)),
+            bytes=round(typical(self.bytes)),
             p95=self.p95(),
             bits=round(8 * sum(self.bytes) / max(1, self.values), 5),
-            pack_ms=_ms(self.pack_s),
-            unpack_ms=_ms(self.unpack_s),
+            pack_ms=_ms(self.pack_s, typical),
+            unpack_ms=_ms(self.unpack_s, typical),
             fell_back=round(self.fell_back / len(self.bytes), 6),
             offered=self.agreement >= limit,
             measured=round(self.agreement, 6),
@@ -168,11 +181,13 @@ def score(
     judge: Judge,
     *,
     beside: Callable[[Example, Mapping[str, Array]], None] | None = None,
+    margin: Callable[[Mapping[str, Array]], float] | None = None,
     progress: Progress = silent,
 ) -> dict[tuple[str, str], Tally]:
     """Try every way at every cut on every example, one example at a time; tallies by cut and the way's name.
 
-    `beside` is told each example and the answer to what crossed unpacked, for what else is compared with it.
+    `beside` is told each example and the answer to what crossed unpacked, for what else is compared with it. `margin`
+    says how clear an answer is.
     """
     tallies = {(c.cut, way.name): Tally() for c in crossings for way in ways[c.cut]}
     for done, example in enumerate(examples):
@@ -194,6 +209,11 @@ def score(
                 tally.pack_s.append(sent.pack_s)
                 tally.unpack_s.append(sent.unpack_s)
                 tally.fell_back += sent.fell_back
+                if margin is not None:
+                    clear = margin(got)
+                    tally.margins.append(clear)
+                    # An answer that is another lies beyond the point where both classes are equal.
+                    tally.moved.append(abs((clear if same else -clear) - margin(expected)))
     progress("measuring", total, total)
     return tallies
 
@@ -223,5 +243,5 @@ def _identical(one: Mapping[str, Array], other: Mapping[str, Array]) -> bool:
     return all(a is other[n] or a.tobytes() == other[n].tobytes() for n, a in one.items())
 
 
-def _ms(seconds: Sequence[float]) -> float:
-    return round(statistics.median(seconds) * 1000, 4) if seconds else 0.0
+def _ms(seconds: Sequence[float], typical: Callable[[Sequence[float]], float]) -> float:
+    return round(typical(seconds) * 1000, 4) if seconds else 0.0

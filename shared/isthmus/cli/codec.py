@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from isthmus.calibration.choice import Choice
 from isthmus.calibration.fidelity import Entry, Fidelity, Reference, choose, read
 from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, errors, out, print_json, read_option, table
 from isthmus.errors import CalibrationError, Missing
@@ -78,7 +77,7 @@ def codec(
 def show(fidelity: Fidelity, cut: str) -> None:
     """Print what was measured at one cut, most bytes first, and what the input itself costs as a picture.
 
-    Units: bits for one value, milliseconds of packing and of unpacking.
+    Units: bits for one value, milliseconds of packing and of unpacking, percent of answers that take a second look.
     """
     entries = sorted((e for e in fidelity.entries if e.cut == cut), key=lambda e: -e.bytes)
     pictures = sorted(fidelity.references, key=lambda r: -r.bytes)
@@ -86,7 +85,7 @@ def show(fidelity: Fidelity, cut: str) -> None:
     table(
         f"cut {cut}: {fidelity.inputs.held_out} inputs held out; the same answer: {_rule(fidelity)}; "
         f"limit {fidelity.limit:.1%}; bounds: Wilson, {fidelity.confidence:.0%}; ms to pack and to unpack",
-        ["codec", same, "bytes", "bits", "ms", "offered"],
+        ["codec", same, "bytes", "bits", "ms", "again, %", "offered"],
         [
             *(
                 (
@@ -95,13 +94,14 @@ def show(fidelity: Fidelity, cut: str) -> None:
                     format_size(e.bytes),
                     f"{e.bits:.2f}",
                     f"{e.pack_ms:.2f}+{e.unpack_ms:.2f}",
+                    f"{e.asked_again * 100:.0f}" if e.again_margin else "",
                     ("yes" if e.offered else "no") + (f", {e.fell_back:.0%} raw" if e.fell_back else ""),
                 )
                 for e in entries
             ),
-            *((f"{r.codec} {r.quality}", _bounded(r), format_size(r.bytes), "", "", "input") for r in pictures),
+            *((f"{r.codec} {r.quality}", _bounded(r), format_size(r.bytes), "", "", "", "input") for r in pictures),
         ],
-        numbers=[same, "bytes", "bits", "ms"],
+        numbers=[same, "bytes", "bits", "ms", "again, %"],
     )
 
 
@@ -131,7 +131,7 @@ def _rule(fidelity: Fidelity) -> str:
 
 
 def _name(entry: Entry) -> str:
-    return str(Choice(entry.codec, entry.quality))
+    return str(entry.choice)
 
 
 def _cuts(fidelity: Fidelity, at: list[str] | None) -> list[str]:

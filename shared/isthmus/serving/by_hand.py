@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from isthmus.bundle import Bundle
+from isthmus.calibration.agreement import TOP1, Measure
 from isthmus.calibration.choice import Choice, packings
 from isthmus.codecs import Packing, Tables, find
 from isthmus.errors import Missing, SettingsError
-from isthmus.pipeline import Route
+from isthmus.pipeline import Route, SecondLook
 from isthmus.serving.tables import tables_of
 from isthmus.settings import RouterSettings
 
@@ -33,11 +35,14 @@ def chosen(settings: RouterSettings) -> Choice | None:
         raise SettingsError(f"the setting codec: {e}", variable="codec", value=settings.codec) from e
 
 
-def packed(route: Route, choice: Choice, tables: Tables) -> Route:
+def packed(route: Route, choice: Choice, tables: Tables, measure: Callable[[Bundle], Measure]) -> Route:
     """The route with what crosses its cuts packed by `choice`; the model's own inputs go as they are.
+
+    `measure` says what a bundle's answers are, for a second look.
 
     Raises:
         Missing: the codec needs calibration, and the bundle has none for a tensor that crosses.
+        SettingsError: a second look at answers that are no classes.
     """
     calibrated = choice.codec != "raw" and find(choice.codec).calibrated
     table = tables_of(route.bundle, route.digest, choice.codec, tables)
@@ -52,4 +57,18 @@ def packed(route: Route, choice: Choice, tables: Tables) -> Route:
                 hint=f"calibrate it: isthmus calibrate {route.bundle.name} --data FOLDER",
             )
         made.append(packings(segment.inputs, choice, table))
-    return replace(route, packings=tuple(made))
+    return replace(route, packings=tuple(made), again=_second_look(route.bundle, choice, measure))
+
+
+def _second_look(bundle: Bundle, choice: Choice, measure: Callable[[Bundle], Measure]) -> SecondLook | None:
+    if choice.again is None:
+        return None
+    rule = measure(bundle)
+    if rule.kind != TOP1:
+        raise SettingsError(
+            f"the setting codec is {choice}, and a second look is for classes, which {bundle.name} does not answer",
+            variable="codec",
+            value=str(choice),
+            hint="calibrate it with --classes OUTPUT, or leave out what follows the +",
+        )
+    return SecondLook(choice.again.quality, choice.again.margin, rule.margin)

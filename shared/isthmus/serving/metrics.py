@@ -55,7 +55,12 @@ class Metrics:
         self.hop_errors = Counter(
             "isthmus_hop_errors", "Calls to a hop that failed for good.", ["hop", "error"], registry=r
         )
-
+        self.second_looks = Counter(
+            "isthmus_second_looks",
+            "Answers of routes with a second look: sure, asked again, late or failed.",
+            ["outcome"],
+            registry=r,
+        )
         self.guard_checks = Counter(
             "isthmus_guard_checks", "Packed answers compared with the raw answer to the same inputs.", registry=r
         )

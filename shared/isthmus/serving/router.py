@@ -193,6 +193,7 @@ class _RouterApp(FunctionApp):
                 "photo_bytes": len(photo),
                 "input_bytes": input_bytes,
                 "segments": [stage.document() for stage in result.stages],
+                **({"second_look": result.second_look} if result.second_look else {}),
                 **result.notes,
             },
             "timings_ms": {name: round(seconds * 1000, 3) for name, seconds, _ in work.timings.stages},
@@ -214,13 +215,17 @@ class _RouterApp(FunctionApp):
                 raise said from e
             self.metrics.hop_errors.labels(e.facts.get("hop", ""), type(e).__name__).inc()
             raise
+        once = len(taken.segments)
         for i, stage in enumerate(result.stages):
-            work.timings.add(f"hop{i}", stage.total_s, stage.segment)
-            work.timings.add(f"hop{i}-run", stage.run_s, stage.segment)
+            name = f"hop{i}" if i < once else f"again{i - once}"
+            work.timings.add(name, stage.total_s, stage.segment)
+            work.timings.add(f"{name}-run", stage.run_s, stage.segment)
             if stage.codecs:
-                work.timings.add(f"hop{i}-pack", stage.pack_s, stage.segment)
+                work.timings.add(f"{name}-pack", stage.pack_s, stage.segment)
             crossed = partial(self.metrics.crossed, stage.hop, stage.tensor_bytes, stage.sent, stage.received)
             work.later.append(crossed)
+        if result.second_look:
+            self.metrics.second_looks.labels(result.second_look).inc()
         self._guard.watch(way.route, standing, inputs, packed or {}, result)
         notes = {**way.notes, **standing.notes}
         return replace(result, notes=notes) if notes else result

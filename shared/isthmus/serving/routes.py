@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from isthmus import pipeline
+from isthmus.bundle import Bundle
+from isthmus.calibration import fidelity
+from isthmus.calibration.agreement import Measure, measure_for
 from isthmus.calibration.choice import Choice
 from isthmus.codecs import RAW, Tables
 from isthmus.errors import HopRejected, ImageMalformed, IsthmusError, MediaUnsupported, RequestTooLarge
@@ -73,9 +76,16 @@ class Routes:
         cuts = self._settings.cuts if own and self._settings.cuts else None
         if cuts is None and self._settings.plan and (way := self._planned(model)) is not None:
             raw = own and self._codec is not None and self._codec.codec == RAW
-            return replace(way, route=replace(way.route, packings=())) if raw else way
+            return replace(way, route=replace(way.route, packings=(), again=None)) if raw else way
         route = pipeline.plan_route(model.digest, model.bundle, self._hops, cuts)
-        return Way(by_hand.packed(route, self._codec, self._tables) if own and self._codec is not None else route)
+        if not own or self._codec is None:
+            return Way(route)
+        return Way(by_hand.packed(route, self._codec, self._tables, self._measure))
+
+    def _measure(self, bundle: Bundle) -> Measure:
+        """What the answers of a bundle are: as it was calibrated, or as it declares them."""
+        found = fidelity.read(bundle, self._registry.blob)
+        return measure_for(bundle) if found is None else found.measure
 
     def _planned(self, model: Model) -> Way | None:
         if (plan := read_plan(model.bundle, self._registry.blob)) is None:

@@ -36,7 +36,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Load:
-    """What one candidate does, whatever the link: calls, runs and codecs, in bytes and in seconds of its tiers."""
+    """What one candidate does, whatever the link: calls, runs and codecs, in bytes and in seconds of its tiers.
+
+    `again` is the share of requests that take a second look; bytes and codecs count it already, runs do not.
+    """
 
     near: Exchange | None = None
     far: Exchange | None = None
@@ -45,6 +48,7 @@ class Load:
     preprocess: float = 0.0
     pack: float = 0.0
     unpack: float = 0.0
+    again: float = 0.0
 
 
 def run_seconds(profile: Profile, segment_id: str, nodes: Collection[int], same: Callable[[str], bool]) -> Work:
@@ -58,10 +62,11 @@ def run_seconds(profile: Profile, segment_id: str, nodes: Collection[int], same:
 def terms(load: Load, near: HopCost | None, far: HopCost | None, conditions: Conditions) -> Terms:
     """The seconds of one request under `conditions`; the hops' costs are those that the profiles measured."""
     up = down = rtt = 0.0
+    calls = 1 + load.again
     if load.far is not None:
-        up = (load.far.sent + HEADERS_UP) * conditions.up_byte_s
-        down = (load.far.received + HEADERS_DOWN) * conditions.down_byte_s
-        rtt = conditions.rtt_s
+        up = (load.far.sent + calls * HEADERS_UP) * conditions.up_byte_s
+        down = (load.far.received + calls * HEADERS_DOWN) * conditions.down_byte_s
+        rtt = calls * conditions.rtt_s
     return Terms(
         preprocess=load.preprocess,
         edge_run=load.edge.seconds,
@@ -71,18 +76,18 @@ def terms(load: Load, near: HopCost | None, far: HopCost | None, conditions: Con
         rtt=rtt,
         down=down,
         unpack=load.unpack,
-        cloud_run=load.cloud.seconds,
-        cloud_hop=hop_seconds(far, load.far),
+        cloud_run=calls * load.cloud.seconds,
+        cloud_hop=hop_seconds(far, load.far, calls),
         edge_source=load.edge.source,
         cloud_source=load.cloud.source,
     )
 
 
-def hop_seconds(cost: HopCost | None, exchange: Exchange | None) -> float:
-    """What a call takes beside its run: a fixed part, and for each byte sent and received."""
+def hop_seconds(cost: HopCost | None, exchange: Exchange | None, calls: float = 1.0) -> float:
+    """What calls take beside their runs: a fixed part each, and for each byte sent and received in all."""
     if cost is None or exchange is None:
         return 0.0
-    return max(0.0, cost.fixed_s + cost.up_byte_s * exchange.sent + cost.down_byte_s * exchange.received)
+    return max(0.0, calls * cost.fixed_s + cost.up_byte_s * exchange.sent + cost.down_byte_s * exchange.received)
 
 
 def price_of(candidate: Candidate, prices: Prices, cpus: Mapping[str, int]) -> float | None:

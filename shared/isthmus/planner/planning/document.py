@@ -27,6 +27,7 @@ from isthmus.planner.planning.plan import (
     Measured,
     Plan,
     ProfileUsed,
+    SecondLook,
     Terms,
 )
 
@@ -44,6 +45,8 @@ def to_json(plan: Plan) -> bytes:
         predicted = candidate["predicted"]
         sources = {tier: predicted.pop(f"{tier}_source") for tier in ("edge", "cloud")}
         candidate["predicted"] = {"total": sum(predicted.values()), **predicted, "sources": sources}
+        if candidate["second_look"] is None:
+            del candidate["second_look"]
     data = json.dumps({"format": FORMAT, **doc}, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
     if len(data) > MAX_PLAN_BYTES:
         raise PlanMalformed(f"a plan of {len(data)} bytes; at most {MAX_PLAN_BYTES}", limit=MAX_PLAN_BYTES)
@@ -99,6 +102,9 @@ class _Doc:
         if not isinstance(doc, dict):
             _refuse(where, "is not an object")
         self._doc, self._where, self._taken = doc, where, set[str]()
+
+    def has(self, key: str) -> bool:
+        return key in self._doc
 
     def take(self, key: str) -> Any:
         self._taken.add(key)
@@ -194,6 +200,7 @@ def _candidate(doc: _Doc) -> Candidate:
         price=doc.number_or_none("price"),
         energy_j=doc.number_or_none("energy_j"),
         refused=doc.text("refused"),
+        second_look=_second_look(doc.sub("second_look")) if doc.has("second_look") else None,
     )
     error.end()
     doc.end()
@@ -222,6 +229,14 @@ def _measured(doc: _Doc) -> Measured:
 def _coding(doc: _Doc) -> Coding:
     made = Coding(doc.text("codec", KNOWN.__contains__), doc.number("quality"))
     doc.end()
+    return made
+
+
+def _second_look(doc: _Doc) -> SecondLook:
+    made = SecondLook(doc.number("quality"), doc.number("margin"), doc.text("output"), doc.number("share"))
+    doc.end()
+    if made.quality > 1 or made.share > 1:
+        _refuse("second_look", f"has a quality of {made.quality:g} and a share of {made.share:g}; both end at 1")
     return made
 
 

@@ -23,7 +23,7 @@ from isthmus.planner.planning.conditions import Conditions
 from isthmus.planner.planning.draft import CLOUD, EDGE, Draft
 from isthmus.planner.planning.examples import Example
 from isthmus.planner.planning.memory import Memory
-from isthmus.planner.planning.plan import Error
+from isthmus.planner.planning.plan import Error, SecondLook
 from isthmus.planner.planning.survey import survey
 from isthmus.planner.planning.trials import Option, Trial, Trials
 from isthmus.planner.planning.usable import short_name, usable_codecs
@@ -193,7 +193,7 @@ def _try_all(
         told(f"trying the cut {cut}")
         for choice in usable_codecs(fidelity, cut):
             option = Option(f"split-{cut}-{short_name(choice)}", "split", (cut,), choice)
-            _add(draft, option, _known_error(trials.split(cut, choice), fidelity, cut, choice))
+            _add(draft, option, _tried(trials, fidelity, cut, choice))
     bench.forget()
     return trials
 
@@ -245,16 +245,19 @@ def _add(draft: Draft, option: Option, trial: Trial | None) -> None:
     draft.trials[option.name] = trial
 
 
-def _known_error(trial: Trial | None, fidelity: Fidelity | None, cut: str, choice: Choice) -> Trial | None:
-    """`trial` with the error that calibration measured, over more inputs than a trial has."""
-    if trial is None or fidelity is None:
+def _tried(trials: Trials, fidelity: Fidelity | None, cut: str, choice: Choice) -> Trial | None:
+    """A split's trial, with the error that calibration measured over more inputs than a trial has."""
+    trial = trials.split(cut, choice.once)
+    known = next((e for e in fidelity.entries if e.cut == cut and e.choice == choice), None) if fidelity else None
+    if trial is None or fidelity is None or known is None:
         return trial
-    for entry in fidelity.entries:
-        if (entry.cut, entry.codec, entry.quality) == (cut, choice.codec, choice.quality):
-            return replace(
-                trial, error=Error(entry.error, fidelity.inputs.held_out, 1 - entry.agreement, calibrated=True)
-            )
-    return trial
+    if choice.again is not None:
+        finer = trials.split(cut, Choice(choice.codec, choice.again.quality))
+        if finer is None:
+            return None
+        output = fidelity.measure.output
+        trial = trial.then(finer, SecondLook(choice.again.quality, choice.again.margin, output, known.asked_again))
+    return replace(trial, error=Error(known.error, fidelity.inputs.held_out, 1 - known.agreement, calibrated=True))
 
 
 def _preprocess_seconds(bundle: Bundle, examples: Sequence[Example]) -> float:

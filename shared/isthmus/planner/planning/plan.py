@@ -111,6 +111,19 @@ class Coding:
 
 
 @dataclass(frozen=True)
+class SecondLook:
+    """Where `output`'s likeliest class leads by less than `margin` (nats), what crosses is sent again at `quality`.
+
+    `share` of the inputs that calibration held out took it: sizes and times are of one send and that share of another.
+    """
+
+    quality: float
+    margin: float
+    output: str
+    share: float
+
+
+@dataclass(frozen=True)
 class Candidate:
     """One way to serve the model.
 
@@ -136,6 +149,7 @@ class Candidate:
     price: float | None = None
     energy_j: float | None = None
     refused: str = ""
+    second_look: SecondLook | None = None
 
     @property
     def seconds(self) -> float:

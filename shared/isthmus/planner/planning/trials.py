@@ -18,7 +18,7 @@ from isthmus.frame import DTYPES, Frame
 from isthmus.pipeline import pack_all
 from isthmus.planner.planning.costs import Exchange
 from isthmus.planner.planning.examples import Example
-from isthmus.planner.planning.plan import Coding, Error
+from isthmus.planner.planning.plan import Coding, Error, SecondLook
 from isthmus.planner.planning.workbench import Workbench
 
 T = TypeVar("T")
@@ -54,6 +54,22 @@ class Trial:
     codecs: Mapping[str, Coding] = field(default_factory=dict)
     error: Error = Error(0.0, 0)  # noqa: RUF009 - it is frozen
     run_here_s: float = 0.0
+    second_look: SecondLook | None = None
+
+    def then(self, other: Trial, second_look: SecondLook) -> Trial:
+        """This, and `other` for the share of inputs that take a second look; the answer's error is to be known."""
+        share = second_look.share
+        far = None
+        if self.far is not None and other.far is not None:
+            sent, received = self.far.sent + share * other.far.sent, self.far.received + share * other.far.received
+            far = Exchange(round(sent), round(received))
+        return replace(
+            self,
+            far=far,
+            pack_s=self.pack_s + share * other.pack_s,
+            unpack_s=self.unpack_s + share * other.unpack_s,
+            second_look=second_look,
+        )
 
 
 class Trials:

@@ -16,28 +16,28 @@ from isthmus.calibration.choice import Again, Choice
 from isthmus.calibration.fidelity import Entry
 from isthmus.calibration.scoring import Tally
 
-QUANTILES = (0.8, 0.9)
+QUANTILE = 0.8
 """Of how far a quality moves margins: an answer that is clearer than so many of these moves counts as sure."""
+FINER_BY = 0.35
+"""How much higher the second quality is: one pair for each first quality, so that none is picked for its luck."""
+_NEAR = 0.08
 
 
 def second_looks(once: Sequence[tuple[Choice, Tally]]) -> list[tuple[Choice, Tally]]:
-    """Every pair of a coarser and a finer quality of one codec, for each quantile, as if they had been tried.
+    """A pair for each quality that has one finer by some FINER_BY, as if it had been tried.
 
-    `once` are the qualities at one cut, tried on the same inputs. A pair's margin comes from how far the coarser one
-    moves margins, not from which answers it changes: those are too few to choose by.
+    `once` are the qualities of one codec at one cut, tried on the same inputs. A pair's margin comes from how far the
+    coarser one moves margins, not from which answers it changes: those are too few to choose by.
     """
-    found: dict[Choice, Tally] = {}
-    ordered = sorted(once, key=lambda each: each[0].quality)
-    for i, (first, coarse) in enumerate(ordered):
-        for quantile in QUANTILES:
-            margin = _margin(coarse.moved, quantile)
-            if margin <= 0:
-                continue
-            for second, fine in ordered[i + 1 :]:
-                if second.codec == first.codec:
-                    choice = replace(first, again=Again(second.quality, margin))
-                    found[choice] = _together(coarse, fine, margin)
-    return list(found.items())
+    found = []
+    for first, coarse in once:
+        margin = _margin(coarse.moved)
+        finer = [(abs(c.quality - first.quality - FINER_BY), c.quality, t) for c, t in once]
+        distance, quality, fine = min(finer, key=lambda each: each[:2])
+        if margin > 0 and distance <= _NEAR:
+            choice = replace(first, again=Again(quality, margin))
+            found.append((choice, _together(coarse, fine, margin)))
+    return found
 
 
 def asked_again(coarse: Tally, margin: float) -> list[bool]:
@@ -79,12 +79,12 @@ def entries_of(cut: str, once: Sequence[tuple[Choice, Tally]], plain: Iterable[E
     return kept
 
 
-def _margin(moved: Sequence[float], quantile: float) -> float:
+def _margin(moved: Sequence[float]) -> float:
     """Rounded up to three digits, so that settings can say it."""
     finite = [m for m in moved if math.isfinite(m)]
     if not finite:
         return 0.0
-    exact = float(np.quantile(finite, quantile))
+    exact = float(np.quantile(finite, QUANTILE))
     if exact <= 0:
         return 0.0
     unit = 10.0 ** (math.floor(math.log10(exact)) - 2)

@@ -5,23 +5,26 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from codec_curves import Point, bytes_at, curve, fewer, fewest_bits, point
 from codec_digits import digits
 from codec_models import Subject, detector, encoder, voice
 from codec_peers import Affine, Half, Ideal, scales, zlib_6, zstd_3
-from codec_photos import efficientnet
+from codec_photos import other_photos, same_photos
 from codec_speed import add_speed
 from report import Goal, Report, Row, arguments, at_least, at_most
 
 from isthmus.bundle import WHOLE, Bundle
+from isthmus.calibration.agreement import TOP1
 from isthmus.calibration.calibrate import CHOICES, learn_tables
 from isthmus.calibration.choice import Choice
 from isthmus.calibration.crossing import Crossing, Run, crossing
 from isthmus.calibration.reference import References
 from isthmus.calibration.running import runs_here
-from isthmus.calibration.scoring import Trial, Way, score, trials
+from isthmus.calibration.scoring import Tally, Trial, Way, score, trials
+from isthmus.calibration.second_look import asked_again, second_looks
 from isthmus.calibration.spool import Spool
 from isthmus.graph import build
 from isthmus.registry import FolderStore, Registry, SegmentCache
@@ -30,11 +33,10 @@ from isthmus.settings import SegmentSettings
 PACKAGES = ["numpy", "onnxruntime", "pillow", "scikit-image", "scikit-learn", "torch", "zstandard"]
 STEPS = tuple(round(2.0 ** (-4 + i / 2), 4) for i in range(13))
 """Of uniform quantisation, in shares of the activation's root mean square: 0.06 to 4."""
-QUALITIES = tuple(round(i / 16, 4) for i in range(14))
-"""Finer steps are not needed to tell what 99% takes."""
+QUALITIES = tuple(round(i / 16, 4) for i in range(16))
 PEERS = ("raw", "half/1", "lossless/1", "int8/1", "int4/1", "sparse/1")
-NETWORKS = ("efficientnet-lite0", "digits", "ocr-detector", "minilm", "silero")
-OURS, IDEAL, INT8 = "transform/1", "uniform, ideal entropy", "int8 + zstd"
+NETWORKS = ("efficientnet-lite0", "efficientnet-lite0-other", "digits", "ocr-detector", "minilm", "silero")
+OURS, TWICE, IDEAL, INT8 = "transform/1", "transform/1, second look", "uniform, ideal entropy", "int8 + zstd"
 LEVELS = (0.95, 0.99)
 SAME, ERRORS = (0.8, 0.9, 0.95, 0.98, 0.99), (0.2, 0.1, 0.05, 0.02, 0.01)
 
@@ -68,46 +70,90 @@ def _subject(name: str, folder: Path, report: Report) -> Subject:
     if name == "digits":
         report.say("training a residual network on digits")
         return digits(folder, report.quick)
-    made = {"efficientnet-lite0": efficientnet, "ocr-detector": detector, "minilm": encoder, "silero": voice}
+    made = {
+        "efficientnet-lite0": same_photos,
+        "efficientnet-lite0-other": other_photos,
+        "ocr-detector": detector,
+        "minilm": encoder,
+        "silero": voice,
+    }
     return made[name](report.quick)
 
 
 def measure(subject: Subject, folder: Path, report: Report) -> list[Scored]:
     """Calibrate every cut of one network, score every way to send what crosses, and add a table for each cut."""
     folder.mkdir()
-    names = [cut.partition("=")[0] for cut in subject.cuts]
     bundle, run = _published(subject, folder)
-    crossings = [crossing(bundle, name) for name in names]
-    calibrating, held_out = subject.counts
-    report.say(f"{subject.name}: calibrating with {calibrating} inputs")
-    spool = Spool(crossings, run, folder)
-    for example in subject.calibrating():
-        spool.add(example.arrays)
-    rule = replace(subject.measure, scales=spool.scales())
-    tables, skipped = learn_tables(crossings, spool, run, rule, longest_s=8 if report.quick else 120)
-    for tensor, why in skipped.items():
-        report.say(f"{subject.name}: {tensor} has no table: {why}")
+    crossings = [crossing(bundle, cut.partition("=")[0]) for cut in subject.cuts]
     every = 3 if report.quick else 1
-    ideal = {c.cut: [Ideal(step, scales(spool.crossed(c.cut))) for step in STEPS[::every]] for c in crossings}
-    ways = {c.cut: _ways(c, tables, ideal[c.cut], QUALITIES[::every]) for c in crossings}
-    beside = None
-    if bundle.preprocess is not None:
-        whole = bundle.segment(WHOLE)
-        beside = References(bundle, lambda arrays: run(whole, arrays), rule)
-    report.say(f"{subject.name}: scoring {sum(map(len, ways.values()))} ways with {held_out} inputs")
-    tallies = score(subject.held_out(), held_out, crossings, ways, run, subject.judge, beside=beside)
-    found = []
+    ideal: dict[str, list[Ideal]] = {}
+    tallies: dict[tuple[str, str], Tally] = {}
+    beside: References | None = None
+    ways: dict[str, list[Way]] = {}
+    for n, fold in enumerate(subject.folds):
+        which = f"{subject.name}, {n + 1} of {len(subject.folds)}" if len(subject.folds) > 1 else subject.name
+        report.say(f"{which}: calibrating with {fold.counts[0]} inputs")
+        (place := folder / str(n)).mkdir()
+        spool = Spool(crossings, run, place)
+        for example in fold.calibrating():
+            spool.add(example.arrays)
+        rule = replace(subject.measure, scales=spool.scales())
+        longest_s = 8 if report.quick else 120 / len(subject.folds)
+        tables, skipped = learn_tables(crossings, spool, run, rule, longest_s=longest_s)
+        for tensor, why in skipped.items():
+            report.say(f"{which}: {tensor} has no table: {why}")
+        for c in crossings:
+            steps = partial(scales, spool.crossed(c.cut))
+            ideal.setdefault(c.cut, [Ideal(step, known) for known in [steps()] for step in STEPS[::every]])
+        if beside is None and bundle.preprocess is not None:
+            beside = References(bundle, partial(run, bundle.segment(WHOLE)), rule)
+        ways = {c.cut: _ways(c, tables, ideal[c.cut], QUALITIES[::every]) for c in crossings}
+        report.say(f"{which}: scoring {sum(map(len, ways.values()))} ways with {fold.counts[1]} inputs")
+        found = score(
+            fold.held_out(),
+            fold.counts[1],
+            crossings,
+            ways,
+            run,
+            subject.judge,
+            beside=beside,
+            margin=subject.measure.margin if subject.measure.kind == TOP1 else None,
+        )
+        for key, tally in found.items():
+            tallies.setdefault(key, Tally()).extend(tally)
+    calibrated, held_out = (sum(fold.counts[i] for fold in subject.folds) for i in (0, 1))
+    scored = []
     for each in crossings:
-        values = tallies[each.cut, "raw"].values // len(tallies[each.cut, "raw"].bytes)
+        known = {way.name: tallies[each.cut, way.name] for way in ways[each.cut]}
+        values = known["raw"].values // len(known["raw"].bytes)
         exact = {way.name: way.mean_bytes() for way in ideal[each.cut]}
-        points = [point(way.name, tallies[each.cut, way.name], values, exact.get(way.name)) for way in ways[each.cut]]
+        points = [point(name, tally, values, exact.get(name)) for name, tally in known.items()]
+        points += _second_looks(known, values)
         if beside is not None:
             points += [point(f"{kind} @{q}", tally, values) for (kind, q), tally in beside.tallies.items()]
-        found.append(Scored(subject, each.cut, points))
+        scored.append(Scored(subject, each.cut, points))
         share = f"{bundle.cuts[each.cut].macs_before:.0%} of the work before it, {values:,} values"
-        title = f"{subject.name}, cut {each.cut} ({share}), {held_out} inputs held out, {calibrating} calibrated"
+        folds = f" in {len(subject.folds)} folds" if len(subject.folds) > 1 else ""
+        title = f"{subject.name}, cut {each.cut} ({share}), {held_out} inputs held out, {calibrated} calibrated{folds}"
         report.add(title, [_row(p, subject.error) for p in sorted(points, key=lambda p: -p.bytes)])
+    return scored
+
+
+def _second_looks(known: Mapping[str, Tally], values: int) -> list[Point]:
+    """What comes of sending again, finer, where the answer is not clear; nothing where answers are no classes."""
+    once = [(choice, tally) for name, tally in known.items() if (choice := _graded(name)) and tally.margins]
+    tallies, found = dict(once), []
+    for choice, tally in second_looks(once):
+        if choice.again is not None:
+            made = point(f"{TWICE} @{choice.quality:g}+{choice.again.quality:g}:{choice.again.margin:g}", tally, values)
+            finer = tallies[Choice(OURS, choice.again.quality)].agreement
+            again = sum(asked_again(tallies[choice.once], choice.again.margin)) / len(tally.bytes)
+            found.append(replace(made, same=min(made.same, finer), again=again))
     return found
+
+
+def _graded(name: str) -> Choice | None:
+    return Choice.parse(name) if name.startswith(f"{OURS}@") else None
 
 
 def _published(subject: Subject, folder: Path) -> tuple[Bundle, Run]:
@@ -142,6 +188,7 @@ def _row(p: Point, error: str) -> Row:
         error: p.error,
         "pack_ms": p.pack_ms,
         "unpack_ms": p.unpack_ms,
+        "again_%": 100 * p.again,
     }
     return row
 
@@ -150,13 +197,18 @@ def add_ratios(report: Report, scored: Sequence[Scored]) -> None:
     """Add how the transform codec compares with ideal entropy, for the same answers and for the same mean error."""
     rows: list[Row] = []
     for each in scored:
-        ours, ideal = curve(each.points, OURS), curve(each.points, IDEAL)
-        row: dict[str, str | float | int | bool | None] = {"network": each.subject.name, "cut": each.cut}
-        for level in SAME:
-            row[f"{level:.0%}_same"] = fewer(ours, ideal, level, lambda p: p.same)
-        for level in ERRORS:
-            row[f"error_{level}"] = fewer(ours, ideal, -level, lambda p: -p.error)
-        rows.append(row)
+        ideal = curve(each.points, IDEAL)
+        for looks, families in (("one", [OURS]), ("two", [OURS, TWICE])):
+            if looks == "two" and not curve(each.points, TWICE):
+                continue
+            ours = curve(each.points, *families)
+            row: dict[str, str | float | int | bool | None] = {"network": each.subject.name, "cut": each.cut}
+            row["looks"] = looks
+            for level in SAME:
+                row[f"{level:.0%}_same"] = fewer(ours, ideal, level, lambda p: p.same)
+            for level in ERRORS:
+                row[f"error_{level}"] = fewer(curve(each.points, OURS), ideal, -level, lambda p: -p.error)
+            rows.append(row)
     report.add(f"times fewer bytes with {OURS} than with uniform steps and ideal entropy, for the same", rows)
 
 
@@ -184,7 +236,7 @@ def _against_peers(each: Scored) -> Iterator[Goal]:
 
 
 def _times_fewer(name: str, each: Scored, theirs: float | None, level: float, goal: float) -> Goal:
-    mine = bytes_at(curve(each.points, OURS), level)
+    mine = bytes_at(curve(each.points, OURS, TWICE), level)
     value = theirs / mine if theirs is not None and mine is not None else 0.0
     return at_least(f"times fewer bytes than {name}: {each.subject.name}, {each.cut}", value, goal)
 

@@ -12,7 +12,10 @@ from isthmus.calibration.scoring import Tally
 
 @dataclass(frozen=True)
 class Point:
-    """One way at one quality. Units: bytes are means over the scored inputs, bits for one value, ms of CPU time."""
+    """One way at one quality. Units: bytes are means over the scored inputs, bits for one value, ms of CPU time.
+
+    `again` is the share of inputs that were sent twice.
+    """
 
     name: str
     bytes: float
@@ -24,6 +27,7 @@ class Point:
     pack_ms: float
     unpack_ms: float
     fell_back: float = 0.0
+    again: float = 0.0
 
     @property
     def family(self) -> str:
@@ -49,9 +53,9 @@ def point(name: str, tally: Tally, values: int, mean_bytes: float | None = None)
     )
 
 
-def curve(points: Iterable[Point], family: str) -> list[Point]:
-    """The points of one family, fewest bytes first."""
-    return sorted((p for p in points if p.family == family), key=lambda p: p.bytes)
+def curve(points: Iterable[Point], *families: str) -> list[Point]:
+    """The points of one family, or of some, fewest bytes first."""
+    return sorted((p for p in points if p.family in families), key=lambda p: p.bytes)
 
 
 def bytes_at(points: Sequence[Point], wanted: float, of: Callable[[Point], float] = lambda p: p.same) -> float | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from codec_models import Subject
+from codec_models import Fold, Subject
 from sklearn.datasets import load_digits
 
 from isthmus.calibration.agreement import Measure
@@ -46,9 +46,7 @@ def digits(folder: Path, quick: bool) -> Subject:
         tuple(f"{name}=relu{i + 1}" for i, name in enumerate(CUTS)),
         Measure("top1", "logits"),
         judge,
-        lambda: examples(0, CALIBRATING),
-        lambda: examples(TRAINED, TRAINED + scored),
-        (CALIBRATING, scored),
+        [Fold(lambda: examples(0, CALIBRATING), lambda: examples(TRAINED, TRAINED + scored), (CALIBRATING, scored))],
         "1 - accuracy",
     )
 

@@ -22,17 +22,24 @@ Arrays = Mapping[str, Array]
 
 
 @dataclass(frozen=True)
+class Fold:
+    """Inputs that calibrate and inputs that are scored, made as they are asked for, the same each time."""
+
+    calibrating: Callable[[], Iterator[Example]]
+    held_out: Callable[[], Iterator[Example]]
+    counts: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Subject:
-    """One network and its inputs, which are made as they are asked for, the same each time."""
+    """One network and its inputs; where there are several folds, each calibrates anew and all are scored as one."""
 
     name: str
     path: Path
     cuts: tuple[str, ...]
     measure: Measure
     judge: Judge
-    calibrating: Callable[[], Iterator[Example]]
-    held_out: Callable[[], Iterator[Example]]
-    counts: tuple[int, int]
+    folds: Sequence[Fold]
     error: str
     """What the judge's error is, as a column says it."""
     open: Mapping[str, Any] = field(default_factory=dict)
@@ -55,9 +62,7 @@ def detector(quick: bool) -> Subject:
         ("246",),
         Measure("close"),
         judge,
-        lambda: _pages(0, counts[0], calibrating=True),
-        lambda: _pages(1, counts[1], calibrating=False),
-        counts,
+        [Fold(lambda: _pages(0, counts[0], calibrating=True), lambda: _pages(1, counts[1], calibrating=False), counts)],
         "1 - overlap of text",
         real.REAL["ocr-detector"].open_arguments(),
     )
@@ -105,9 +110,7 @@ def encoder(quick: bool) -> Subject:
         ("125",),
         Measure("close"),
         judge,
-        lambda: _tokens(texts[::2][: counts[0]]),
-        lambda: _tokens(texts[1::2][: counts[1]]),
-        counts,
+        [Fold(lambda: _tokens(texts[::2][: counts[0]]), lambda: _tokens(texts[1::2][: counts[1]]), counts)],
         "1 - cosine of embeddings",
         real.REAL["minilm"].open_arguments(),
     )
@@ -149,9 +152,7 @@ def voice(quick: bool) -> Subject:
         ("43",),
         Measure("close"),
         judge,
-        lambda: _stream(entry.path(), 0, counts[0]),
-        lambda: _stream(entry.path(), 1, counts[1]),
-        counts,
+        [Fold(lambda: _stream(entry.path(), 0, counts[0]), lambda: _stream(entry.path(), 1, counts[1]), counts)],
         "difference of probability",
         entry.open_arguments(),
     )

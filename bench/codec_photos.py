@@ -2,33 +2,60 @@
 
 from __future__ import annotations
 
-from codec_models import Subject, by_class, real
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from codec_models import Fold, Subject, by_class, real
 
 from isthmus.bundle import TensorSpec
-from isthmus.calibration.inputs import Photos, split
+from isthmus.calibration.inputs import Example, Photos
 from isthmus.cli.photos import varied_photos
 from isthmus.graph import zoo
 
 CUTS = ("31", "65")
 """After 33% and 69% of the multiply-accumulates: 15,680 and 9,408 values."""
+FOLDS = 4
 
 
-def efficientnet(quick: bool) -> Subject:
-    """Half of the photos calibrate, parts of the other half are scored."""
-    calibrating, held_out = (60, 60) if quick else (200, 1000)
+def same_photos(quick: bool) -> Subject:
+    """Parts of all photos calibrate, other parts of the same photos are scored."""
+    source, learned, scored = _photos(), 64 if quick else 200, 64 if quick else 1000
+    each = (learned + scored) // len(source.files)
+    of_each = learned // len(source.files)
+
+    def parts(calibrating: bool) -> list[Example]:
+        every = source.examples(source.files, each * len(source.files))
+        return [e for i, e in enumerate(every) if (i % each < of_each) == calibrating]
+
+    counts = (of_each * len(source.files), (each - of_each) * len(source.files))
+    fold = Fold(lambda: iter(parts(True)), lambda: iter(parts(False)), counts)
+    return _subject("EfficientNet-Lite0, other parts of the same photos", [fold])
+
+
+def other_photos(quick: bool) -> Subject:
+    """Parts of every photo are scored with tables that were learned from twelve others."""
+    source, learned, scored = _photos(), 60 if quick else 200, 64 if quick else 1000
+    files = [source.files[i] for i in np.random.default_rng(0).permutation(len(source.files))]
+    folds = []
+    for n in range(2 if quick else FOLDS):
+        held: Sequence[Path] = files[n :: 2 if quick else FOLDS]
+        others = [f for f in files if f not in held]
+        count = scored * len(held) // len(files)
+        folds.append(
+            Fold(partial(source.examples, others, learned), partial(source.examples, held, count), (learned, count))
+        )
+    return _subject("EfficientNet-Lite0, photos that did not calibrate", folds)
+
+
+def _photos() -> Photos:
     entry = zoo.entry("efficientnet-lite0")
-    source = Photos(entry.preprocess or {}, TensorSpec("image", "float32", (1, 3, 224, 224)), "photos", varied_photos())
-    learning, scored = split(source, len(source.files))
+    taken = TensorSpec("image", "float32", (1, 3, 224, 224))
+    return Photos(entry.preprocess or {}, taken, "photos", varied_photos())
+
+
+def _subject(name: str, folds: Sequence[Fold]) -> Subject:
     measure, judge = by_class("logits")
-    return Subject(
-        "EfficientNet-Lite0",
-        real.REAL["efficientnet-lite0"].path(),
-        CUTS,
-        measure,
-        judge,
-        lambda: source.examples(learning, calibrating),
-        lambda: source.examples(scored, held_out),
-        (calibrating, held_out),
-        "error of logits",
-        preprocess=entry.preprocess,
-    )
+    path, preprocess = real.REAL["efficientnet-lite0"].path(), zoo.entry("efficientnet-lite0").preprocess
+    return Subject(name, path, CUTS, measure, judge, folds, "error of logits", preprocess=preprocess)

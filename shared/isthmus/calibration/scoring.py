@@ -58,6 +58,13 @@ class Tally:
         self.values += values
         self.errors.append(error)
 
+    def extend(self, other: Tally) -> None:
+        """Add what the same way has shown on other inputs."""
+        for name in ("sources", "same", "bytes", "errors", "pack_s", "unpack_s", "margins", "moved"):
+            getattr(self, name).extend(getattr(other, name))
+        self.values += other.values
+        self.fell_back += other.fell_back
+
     @property
     def agreement(self) -> float:
         """The share of inputs whose answer stays the same."""

@@ -77,7 +77,7 @@ def codec(
 def show(fidelity: Fidelity, cut: str) -> None:
     """Print what was measured at one cut, most bytes first, and what the input itself costs as a picture.
 
-    Units: bits for one value, milliseconds of packing and of unpacking, percent of answers that take a second look.
+    Units: bits for one value, milliseconds of packing and of unpacking.
     """
     entries = sorted((e for e in fidelity.entries if e.cut == cut), key=lambda e: -e.bytes)
     pictures = sorted(fidelity.references, key=lambda r: -r.bytes)
@@ -85,7 +85,7 @@ def show(fidelity: Fidelity, cut: str) -> None:
     table(
         f"cut {cut}: {fidelity.inputs.held_out} inputs held out; the same answer: {_rule(fidelity)}; "
         f"limit {fidelity.limit:.1%}; bounds: Wilson, {fidelity.confidence:.0%}; ms to pack and to unpack",
-        ["codec", same, "bytes", "bits", "ms", "again, %", "offered"],
+        ["codec", same, "bytes", "bits", "ms", "offered"],
         [
             *(
                 (
@@ -94,15 +94,20 @@ def show(fidelity: Fidelity, cut: str) -> None:
                     format_size(e.bytes),
                     f"{e.bits:.2f}",
                     f"{e.pack_ms:.2f}+{e.unpack_ms:.2f}",
-                    f"{e.asked_again * 100:.0f}" if e.again_margin else "",
-                    ("yes" if e.offered else "no") + (f", {e.fell_back:.0%} raw" if e.fell_back else ""),
+                    _offered(e),
                 )
                 for e in entries
             ),
-            *((f"{r.codec} {r.quality}", _bounded(r), format_size(r.bytes), "", "", "", "input") for r in pictures),
+            *((f"{r.codec} {r.quality}", _bounded(r), format_size(r.bytes), "", "", "input") for r in pictures),
         ],
-        numbers=[same, "bytes", "bits", "ms", "again, %"],
+        numbers=[same, "bytes", "bits", "ms"],
     )
+
+
+def _offered(entry: Entry) -> str:
+    raw = f", {entry.fell_back:.0%} raw" if entry.fell_back else ""
+    again = f", {entry.asked_again:.0%} again" if entry.again_margin else ""
+    return ("yes" if entry.offered else "no") + raw + again
 
 
 def _bounded(measured: Entry | Reference) -> str:

@@ -8,8 +8,8 @@ of integers.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ TOP = 20
 ZERO_BITS = 16
 MAGNITUDE_SUM = 4096
 FLAGS = 8
+_BYTE, _TWO_BYTES, _OTHER_BYTES = np.array(8, np.uint8), np.array(16, np.uint8), np.array(0x00FF00FF, np.uint32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +37,8 @@ class Models:
 
     zero: Array
     magnitudes: Array
-    _made: dict[tuple[int, bool], Level] = field(default_factory=dict, init=False, repr=False)
+    _made: dict[tuple[int, Grouping], Level] = field(default_factory=dict, init=False, repr=False)
+    _excess: dict[tuple[int, int], Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for array, shape in ((self.zero, (LEVELS,)), (self.magnitudes, (LEVELS, TOP))):
@@ -47,10 +49,21 @@ class Models:
 
     def level(self, level: int, short: bool) -> Level:
         """The coder's models of one level, made on first use."""
-        found = self._made.get((level, short))
+        zero = int(self.zero[level])
+        grouping = next(g for share, g in _GROUPINGS if zero < share * 2**ZERO_BITS or share == 1)
+        if short and grouping.flagged:
+            grouping = replace(grouping, flagged=False)
+        found = self._made.get((level, grouping))
         if found is None:
-            found = Level.make(int(self.zero[level]), self.magnitudes[level].tolist(), short)
-            self._made[level, short] = found
+            groups, flags = grouping.models(zero, self.magnitudes[level].tolist())
+            found = self._made[level, grouping] = Level(grouping, groups, flags, self.excess(level, grouping.most))
+        return found
+
+    def excess(self, level: int, most: int) -> Any:
+        """The coder's model of what magnitudes of `most` and more exceed it by, made on first use."""
+        found = self._excess.get((level, most))
+        if found is None:
+            found = self._excess[level, most] = _categorical(self.magnitudes[level, most - 1 :].tolist())
         return found
 
 
@@ -70,10 +83,28 @@ class Grouping:
         """The symbol of zeros."""
         return int((2 * self.most + 1) ** self.size) // 2
 
+    def symbols(self, clipped: Array) -> Array:
+        """The symbols of clipped values, int8 (n,), as unsigned integers of as many bytes as a group has values."""
+        dtype, most, second, third = self._factors
+        symbols = (clipped + most).view(dtype)
+        # A group's values are the bytes of one integer, the first the lowest. Products and sums of it add neighbouring
+        # bytes up, in places from which nothing is carried.
+        if self.size > 1:
+            symbols *= second
+            symbols >>= _BYTE
+        if self.size == 4:
+            symbols &= _OTHER_BYTES
+            symbols *= third
+            symbols >>= _TWO_BYTES
+        return np.asarray(symbols)
+
     @cached_property
-    def weights(self) -> Array:
-        """What the values of a group count in its symbol, float32; exact, since symbols are small."""
-        return np.array([(2 * self.most + 1) ** i for i in reversed(range(self.size))], np.float32)
+    def _factors(self) -> tuple[np.dtype[Any], Any, Any, Any]:
+        base = 2 * self.most + 1
+        # Arrays, for numpy takes longer with scalars.
+        dtype = np.dtype(f"<u{self.size}")
+        second, third = (np.array(f % 256**self.size, dtype) for f in (256 * base + 1, 65536 * base**2 + 1))
+        return dtype, np.array(self.most, np.int8), second, third
 
     @cached_property
     def values(self) -> Array:
@@ -82,15 +113,32 @@ class Grouping:
         each = np.array(list(itertools.product(digits, repeat=self.size)), np.int8)
         return each.view(f"u{self.size}").reshape(-1)
 
+    def models(self, zero: int, magnitudes: list[int]) -> tuple[Any, Any]:
+        """The coder's models of groups, and of which of eight are not zero, for these frequencies; see `Models`."""
+        scale, other = 2**ZERO_BITS, 2**ZERO_BITS - zero
+        # Weights out of scale * 2 * MAGNITUDE_SUM for one clipped value, exact as Python's integers are.
+        half = [m * other for m in (*magnitudes[: self.most - 1], sum(magnitudes[self.most - 1 :]))]
+        one = [*reversed(half), zero * 2 * MAGNITUDE_SUM, *half]
+        weights = [1]
+        for _ in range(self.size):
+            weights = [a * b for a in weights for b in one]
+        if not self.flagged:
+            return _categorical(weights), None
+        del weights[len(weights) // 2]
+        none = zero**self.size
+        some = scale**self.size - none
+        flags = [some ** n.bit_count() * none ** (FLAGS - n.bit_count()) for n in range(2**FLAGS)]
+        return _categorical(weights), _categorical(flags)
+
 
 # From the share of zeros: where clipping is rare, and symbols are not more than their models are worth making.
 _GROUPINGS = (
     (0.30, Grouping(2, 7, False)),
     (0.60, Grouping(4, 3, False)),
-    (0.95, Grouping(4, 2, False)),
+    (0.82, Grouping(4, 2, False)),
+    (0.95, Grouping(4, 2, True)),
     (1.00, Grouping(4, 1, True)),
 )
-_UNFLAGGED = Grouping(4, 1, False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,26 +150,13 @@ class Level:
     flags: Any
     excess: Any
 
-    @classmethod
-    def make(cls, zero: int, magnitudes: list[int], short: bool) -> Level:
-        grouping = next(g for share, g in _GROUPINGS if zero < share * 2**ZERO_BITS or share == 1)
-        if short and grouping.flagged:
-            grouping = _UNFLAGGED
-        scale, other = 2**ZERO_BITS, 2**ZERO_BITS - zero
-        # Weights out of scale * 2 * MAGNITUDE_SUM for one clipped value, exact as Python's integers are.
-        most = grouping.most
-        half = [m * other for m in (*magnitudes[: most - 1], sum(magnitudes[most - 1 :]))]
-        one = [*reversed(half), zero * 2 * MAGNITUDE_SUM, *half]
-        weights = [1]
-        for _ in range(grouping.size):
-            weights = [a * b for a in weights for b in one]
-        flags = None
-        if grouping.flagged:
-            del weights[len(weights) // 2]
-            none = zero**grouping.size
-            some = scale**grouping.size - none
-            flags = _categorical([some ** n.bit_count() * none ** (FLAGS - n.bit_count()) for n in range(2**FLAGS)])
-        return cls(grouping, _categorical(weights), flags, _categorical(magnitudes[most - 1 :]))
+
+@lru_cache(maxsize=32)
+def uniform(size: int) -> Any:
+    """The coder's model of numbers below `size`, all alike."""
+    import constriction
+
+    return constriction.stream.model.Uniform(size)
 
 
 def _categorical(weights: list[int]) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -64,12 +64,20 @@ class Layout:
     def forward(self, array: Array) -> Array:
         """`array` as (batch, height * width, channels), a view where that can be."""
         n, c, h, w = self.sizes(array.shape)
+        if self._channels_first:
+            return array.reshape(n, c, h * w).transpose(0, 2, 1)
         return np.moveaxis(array, self.channel_axis, -1).reshape(n, h * w, c)
 
     def backward(self, planes: Array, shape: tuple[int, ...]) -> Array:
         """The inverse of `forward`."""
+        if self._channels_first:
+            return planes.transpose(0, 2, 1).reshape(shape)
         moved = [size for axis, size in enumerate(shape) if axis != self.channel_axis]
         return np.moveaxis(planes.reshape(*moved, shape[self.channel_axis]), -1, self.channel_axis)
+
+    @cached_property
+    def _channels_first(self) -> bool:
+        return all(axis > self.channel_axis for axis in self.plane_axes)
 
 
 @lru_cache(maxsize=16)

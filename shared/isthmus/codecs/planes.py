@@ -22,7 +22,7 @@ CELL_EDGES = (0.0, 1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 
 """Relative frequencies that part the cells of one axis; the first cell is the mean alone."""
 
 CELLS = len(CELL_EDGES) + 1
-_MAX_KRON = 64
+_MAX_WHOLE = 64
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,11 @@ def dct(n: int) -> Array:
 
 @dataclass(frozen=True, eq=False)
 class PlaneTransform:
-    """The DCT of planes of one size, with the coefficients ordered by band.
+    """The DCT of planes of one size, with the coefficients ordered by band, and within it by cell.
 
     `order` are positions in the row-major plane, `place` its inverse; `starts` (bands + 1) bound each band's run in
-    that order; `cells` give each coefficient's cell, in that order. Small planes have the whole transform as `kron`.
+    that order; `cells` give each coefficient's cell, in that order. Small planes and those of one axis have the whole
+    transform as a matrix.
     """
 
     height: int
@@ -103,44 +104,34 @@ class PlaneTransform:
     place: Array
     starts: tuple[int, ...]
     cells: Array
-    kron: Array | None
+    whole: Array | None
 
     def forward(self, planes: Array) -> Array:
-        """Coefficients by band, float32 (batch, height * width, channels), of planes so shaped."""
+        """Coefficients by band, float32 (batch, height * width, channels), of planes so shaped; in their own memory."""
+        return self.channels_forward(planes).transpose(0, 2, 1)
+
+    def backward(self, coefficients: Array) -> Array:
+        """The inverse of `forward`."""
+        return self.channels_backward(coefficients.transpose(0, 2, 1))
+
+    def channels_forward(self, planes: Array) -> Array:
+        """What `forward` gives, as (batch, channels, height * width); planes that lie so are not copied before."""
         n, hw, c = planes.shape
-        if hw == 1:
-            return planes
-        if self.kron is not None:
-            return np.asarray(np.matmul(self.kron, planes))
-        if _channels_first(planes):
-            # One product for each axis, of a transposed view: each puts its axis first, and no copy is made between.
-            rows = planes.transpose(0, 2, 1).reshape(n, c * self.height, self.width)
-            columns = np.matmul(dct(self.width), rows.transpose(0, 2, 1)).reshape(n, self.width * c, self.height)
-            both = np.matmul(dct(self.height), columns.transpose(0, 2, 1))
-        else:
-            columns = np.matmul(dct(self.height), np.ascontiguousarray(planes).reshape(n, self.height, self.width * c))
-            both = np.matmul(dct(self.width), columns.reshape(n, self.height, self.width, c))
-        return np.asarray(np.take(both.reshape(n, hw, c), self.order, axis=1, mode="clip"))
+        if self.whole is not None:
+            return np.asarray(np.matmul(planes.transpose(0, 2, 1), self.whole.T))
+        maps = planes.transpose(0, 2, 1).reshape(n * c * self.height, self.width)
+        rows = np.matmul(maps, dct(self.width).T).reshape(n * c, self.height, self.width)
+        both = np.matmul(dct(self.height), rows).reshape(n, c, hw)
+        return np.asarray(both.take(self.order, axis=2, mode="clip"))
 
-    def backward(self, coefficients: Array, channels_first: bool = False) -> Array:
-        """The inverse of `forward`; `channels_first` says how the result should lie in memory."""
-        n, hw, c = coefficients.shape
-        if hw == 1:
-            return coefficients
-        if self.kron is not None:
-            return np.asarray(np.matmul(coefficients.transpose(0, 2, 1), self.kron)).transpose(0, 2, 1)
-        plane = np.take(coefficients, self.place, axis=1, mode="clip")
-        if channels_first:
-            columns = np.matmul(plane.reshape(n, self.height, self.width * c).transpose(0, 2, 1), dct(self.height))
-            rows = np.matmul(columns.reshape(n, self.width, c * self.height).transpose(0, 2, 1), dct(self.width))
-            return np.asarray(rows.reshape(n, c, hw).transpose(0, 2, 1))
-        rows = np.matmul(dct(self.width).T, plane.reshape(n, self.height, self.width, c))
-        return np.asarray(np.matmul(dct(self.height).T, rows.reshape(n, self.height, self.width * c)).reshape(n, hw, c))
-
-
-def _channels_first(planes: Array) -> bool:
-    """Whether planes (batch, height * width, channels) lie channel by channel in memory."""
-    return planes.strides[1:] == (planes.itemsize, planes.shape[1] * planes.itemsize)
+    def channels_backward(self, coefficients: Array) -> Array:
+        """The inverse of `channels_forward`."""
+        n, c, hw = coefficients.shape
+        if self.whole is not None:
+            return np.asarray(np.matmul(coefficients, self.whole)).transpose(0, 2, 1)
+        maps = coefficients.take(self.place, axis=2, mode="clip").reshape(n * c, self.height, self.width)
+        columns = np.matmul(dct(self.height).T, maps).reshape(n * c * self.height, self.width)
+        return np.asarray(np.matmul(columns, dct(self.width))).reshape(n, c, hw).transpose(0, 2, 1)
 
 
 def plane_transform(height: int, width: int, edges: tuple[float, ...]) -> PlaneTransform:
@@ -148,9 +139,9 @@ def plane_transform(height: int, width: int, edges: tuple[float, ...]) -> PlaneT
     u, v = np.arange(height) / height, np.arange(width) / width
     radius = np.sqrt(u[:, None] ** 2 + v[None] ** 2).reshape(-1)
     bands = np.searchsorted(np.asarray(edges), radius, side="left")
-    order = np.argsort(bands, kind="stable")
     cells = (_cell(u)[:, None] * CELLS + _cell(v)[None]).reshape(-1)
-    small = 1 < height * width <= _MAX_KRON
+    order = np.lexsort((cells, bands))
+    small = height * width <= _MAX_WHOLE or 1 in (height, width)
     return PlaneTransform(
         height=height,
         width=width,
@@ -158,7 +149,7 @@ def plane_transform(height: int, width: int, edges: tuple[float, ...]) -> PlaneT
         place=np.argsort(order),
         starts=tuple(np.searchsorted(bands[order], np.arange(len(edges) + 2)).tolist()),
         cells=cells[order],
-        kron=np.ascontiguousarray(np.kron(dct(height), dct(width))[order]) if small else None,
+        whole=np.ascontiguousarray(np.kron(dct(height), dct(width))[order]) if small else None,
     )
 
 

@@ -32,6 +32,9 @@ GAINS = (-96, 24)
 EXPECTED_MAGNITUDE = 0.7
 """Of a value in units of its deviation, on average: a Laplacian's is 0.71. Gains are relative to it."""
 
+TOGETHER, MANY = 4, 512
+"""In planes of so many coefficients, four neighbours in the transform's order have one deviation, their mean."""
+
 _KEPT_VALUES = 2**21
 """Of grids, which take some 20 bytes for each: those of the sizes asked for last."""
 
@@ -42,9 +45,11 @@ _NAMES = ("layout", "mean", "edges", "scale", "synthesis", "deviations", "steps"
 class Sorting:
     """What coding coefficients of known deviations needs: where each goes.
 
-    `order` sorts them all by deviation, and `place` undoes it; `deviations` and `ends` are the distinct ones and where
-    their runs end; `per_unit` has the reciprocal of each coefficient's.
+    `order` sorts them all by deviation, `together` neighbours at a time, and `place` undoes it; `deviations` and `ends`
+    are the distinct ones and where their runs end; `per_unit` has the reciprocal of each coefficient's.
     """
+
+    together: int
 
     order: Array
     place: Array
@@ -57,7 +62,15 @@ class Sorting:
     @classmethod
     def of(cls, stored: Array, models: Models) -> Sorting:
         """That of coefficients of these stored deviations, uint8 (n,)."""
-        return cls(*_sorted(stored), models)
+        return cls(1, *_sorted(stored), models)
+
+    def sort(self, values: Array) -> Array:
+        """float32 (n,), sorted."""
+        return _taken(values, self.order, self.together)
+
+    def unsort(self, values: Array) -> Array:
+        """The inverse of `sort`."""
+        return _taken(values, self.place, self.together)
 
     def plan(self, step: int, gain: int) -> Plan:
         """How the sorted coefficients are coded at that step and gain (both in eighths of an octave)."""
@@ -80,7 +93,7 @@ class Sorting:
 class Grid(Sorting):
     """A sorting of the coefficients of a tensor of one size, computed once.
 
-    The bands' coefficients lie one band after the other, each (batch, of the band, channels).
+    Coefficients are (batch, channels, height * width), these in the transform's order.
     """
 
     transform: PlaneTransform
@@ -158,9 +171,9 @@ class Table:
             if found is None:
                 found = self._grid(*key)
             self._grids[key] = found
-            kept = sum(grid.order.size for grid in self._grids.values())
+            kept = sum(grid.per_unit.size for grid in self._grids.values())
             while len(self._grids) > 1 and kept > _KEPT_VALUES:
-                kept -= self._grids.pop(next(iter(self._grids))).order.size
+                kept -= self._grids.pop(next(iter(self._grids))).per_unit.size
         return found
 
     def to_arrays(self) -> dict[str, Array]:
@@ -192,12 +205,16 @@ class Table:
 
     def _grid(self, batch: int, height: int, width: int) -> Grid:
         transform = plane_transform(height, width, self.edges)
-        cell = cell_numbers(transform, self.layout)
-        keys = [
-            np.broadcast_to(self.deviations.T[cell[start:stop]], (batch, stop - start, self.channels)).reshape(-1)
-            for start, stop in zip(transform.starts, transform.starts[1:], strict=False)
-        ]
-        return Grid(*_sorted(np.concatenate(keys)), self.models, transform)
+        deviations = self.deviations[:, cell_numbers(transform, self.layout)]  # (channels, height * width)
+        together = TOGETHER if height * width >= MANY and height * width % TOGETHER == 0 else 1
+        if together > 1:
+            sums = deviations.reshape(self.channels, -1, together).sum(axis=2, dtype=np.int64)
+            deviations = ((sums + together // 2) // together).astype(np.uint8)
+        # Among equals all channels of a place lie together: where one is far from zero, others are.
+        shape = (batch, deviations.shape[1], self.channels)
+        stored = np.broadcast_to(deviations.T, shape).reshape(-1)
+        lies = np.arange(stored.size).reshape(batch, self.channels, -1).transpose(0, 2, 1).reshape(-1)
+        return Grid(together, *_sorted(stored, together, lies), self.models, transform)
 
 
 def levels_of(deviations: Array, step: int, gain: int | Array) -> Array:
@@ -216,10 +233,21 @@ def cells(layout: Layout) -> int:
     return int(CELLS ** len(layout.plane_axes))
 
 
-def _sorted(stored: Array) -> tuple[Array, Array, Array, Array, Array]:
-    """A sorting's arrays, of coefficients of these deviations, uint8 (n,)."""
+def _taken(values: Array, where: Array, together: int) -> Array:
+    # An index costs as much for 16 bytes as for four, and to wrap it around less than to clip it.
+    dtype = np.dtype(np.complex128) if together == TOGETHER else values.dtype
+    return values.view(dtype).take(where, mode="wrap").view(values.dtype)
+
+
+def _sorted(stored: Array, together: int = 1, lies: Array | None = None) -> tuple[Array, Array, Array, Array, Array]:
+    """A sorting's arrays, of coefficients of these deviations, uint8 (n,), one for each `together` of them.
+
+    `lies` says where each is, if not in this order.
+    """
     order = np.argsort(stored, kind="stable")
-    counts = np.bincount(stored, minlength=256)
+    if lies is not None:
+        order = lies[order]
+    counts = np.bincount(stored, minlength=256) * together
     distinct = np.flatnonzero(counts)
     place = np.empty_like(order)
     place[order] = np.arange(order.size)

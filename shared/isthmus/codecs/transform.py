@@ -61,7 +61,7 @@ class Transform:
             gain = _gain(values, grid, step)
         if gain > GAINS[1]:
             raise NotPackable(f"the tensor has {2 ** (gain / OCTAVE):.3g} times the magnitude of what was learned from")
-        return bytes((step & 255, gain & 255)) + entropy.encode(_quantise(values, step), grid.plan(step, gain))
+        return bytes((step & 255, gain & 255)) + entropy.encode_in_place(_quantise(values, step), grid.plan(step, gain))
 
     def decode(self, payload: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], table: object) -> Array:
         """The tensor that was packed, within its step.
@@ -121,7 +121,7 @@ def _encode_rows(array: Array, table: RowTable, quality: float) -> bytes:
         # A row that is hardly like its class may be any number of times as large as expected, and is kept all the same.
         gain = min(_gain(values, sorting, step), GAINS[1])
     head = bytes((step & 255, gain & 255)) + packed_classes(classes, table.bits)
-    return head + entropy.encode(_quantise(values, step), sorting.plan(step, gain))
+    return head + entropy.encode_in_place(_quantise(values, step), sorting.plan(step, gain))
 
 
 def _decode_rows(payload: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], table: RowTable) -> Array:
@@ -166,30 +166,28 @@ def _of_dtype(array: Array, dtype: np.dtype[Any]) -> Array:
 
 
 def _analyse(planes: Array, mean: Array, analysis: Array, grid: Grid) -> Array:
-    """Components in units, in the grid's order."""
-    n, hw, c = planes.shape
-    coefficients = grid.transform.forward(planes)
-    if coefficients is planes:
-        coefficients = planes.copy()
+    """Components in units, sorted."""
+    coefficients = grid.transform.channels_forward(planes)
     # A plane's mean is the first coefficient of the first band.
-    coefficients[:, 0] -= mean * np.float32(math.sqrt(hw))
-    flat = np.empty(planes.size, np.float32)
-    for rotation, start, stop in _bands(analysis, grid):
-        block = flat[n * c * start : n * c * stop].reshape(n, stop - start, c)
-        np.matmul(coefficients[:, start:stop], rotation.T, out=block)
-    return flat.take(grid.order, mode="clip")  # in half the time of looking whether an index is out of bounds
+    coefficients[:, :, 0] -= mean * np.float32(math.sqrt(planes.shape[1]))
+    return grid.sort(_rotated(analysis, coefficients, grid).reshape(-1))
 
 
 def _synthesise(values: Array, table: Table, grid: Grid, batch: int) -> Array:
     """Planes (batch, height * width, channels) from components in units."""
-    c, hw = table.channels, grid.transform.order.size
-    flat = values.take(grid.place, mode="clip")
-    coefficients = np.empty((batch, hw, c), np.float32)
-    for rotation, start, stop in _bands(table.synthesis_at_work, grid):
-        block = flat[batch * c * start : batch * c * stop].reshape(batch, stop - start, c)
-        np.matmul(block, rotation.T, out=coefficients[:, start:stop])
-    coefficients[:, 0] += table.mean * np.float32(math.sqrt(hw))
-    return grid.transform.backward(coefficients, table.layout.channel_axis < table.layout.rank - 1)
+    hw = grid.transform.order.size
+    components = grid.unsort(values).reshape(batch, table.channels, hw)
+    coefficients = _rotated(table.synthesis_at_work, components, grid)
+    coefficients[:, :, 0] += table.mean * np.float32(math.sqrt(hw))
+    return grid.transform.channels_backward(coefficients)
+
+
+def _rotated(rotations: Array, by_band: Array, grid: Grid) -> Array:
+    """Each band's channels, float32 (batch, channels, height * width), multiplied by its rotation."""
+    found = np.empty_like(by_band, order="C")
+    for rotation, start, stop in _bands(rotations, grid):
+        np.matmul(rotation, by_band[:, :, start:stop], out=found[:, :, start:stop])
+    return found
 
 
 def _bands(rotations: Array, grid: Grid) -> list[tuple[Array, int, int]]:
@@ -204,7 +202,7 @@ def _gain(values: Array, grid: Sorting, step: int) -> int:
         NotPackable: NaN or infinity.
     """
     # Deviations of half a step and more, or else the largest.
-    least = int(np.searchsorted(grid.deviations, ZERO_DEVIATION + step - OCTAVE))
+    least = int(grid.deviations.searchsorted(ZERO_DEVIATION + step - OCTAVE))
     start = int(grid.ends[least - 1]) if 0 < least < len(grid.ends) else 0
     if not math.isfinite(float(values @ values)):
         raise NotPackable("NaN, infinity and numbers near the largest cannot be packed by a transform")
@@ -213,7 +211,7 @@ def _gain(values: Array, grid: Sorting, step: int) -> int:
 
 
 def _quantise(values: Array, step: int) -> Array:
-    """Whole multiples of the step as float32, the nearest ones.
+    """Whole multiples of the step as float32, the nearest ones, where `entropy.encode_in_place` takes them.
 
     Nothing moves values towards zero, neither a dead zone nor the mean of what is rounded to the same: such errors all
     point one way and add up over a plane. Unpacked to such means, EfficientNet-Lite0's activations took up to a fifth
@@ -222,7 +220,8 @@ def _quantise(values: Array, step: int) -> Array:
     Raises:
         NotPackable: one would be too large.
     """
-    scaled = values * np.float32(1 / _size(step))
+    scaled = entropy.room(values.size)
+    np.multiply(values, np.float32(1 / _size(step)), out=scaled[: values.size])
     norm = math.sqrt(float(scaled @ scaled))
     if norm >= LARGEST / 2 and not float(np.abs(scaled).max()) < LARGEST / 2:
         raise NotPackable("a value is too far outside of the calibrated range")

@@ -52,7 +52,7 @@ format: setup-dev ## write the code in the one style
 	$(BIN)/ruff format .
 
 bench-%: setup-dev ## run bench/%.py: make bench-frame ARGS=--quick
-	$(BIN)/python bench/$*.py $(ARGS)
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python bench/$*.py $(ARGS)
 
 lock: ## pin what is installed now in constraints.txt
 	@sed -n 1p constraints.txt > constraints.new

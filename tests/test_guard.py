@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -259,7 +258,7 @@ class Echo:
 
         if self.fails:
             raise HopUnavailable("away", hop=self.name)
-        return Reply(replace(frame, tensors=self.outputs, packed={}), 0.0)
+        return Reply(frame._replace(tensors=self.outputs, packed={}), 0.0)
 
 
 def sample(photos: Published, hop: Any, answer: Any, step: int = 0) -> Sample:
@@ -315,7 +314,7 @@ def test_a_hop_that_is_away_teaches_the_guard_nothing(photos: Published) -> None
     hop.fails = True
     made = guard()
     route = sample(photos, hop, np.zeros((1, 5), np.float32)).route
-    stage = Stage("..", "echo", 0, 0, 0, 0, 0, codecs={"x": "sparse/1"})
+    stage = Stage("..", "echo", 0, 0, 0, 0, 0, 0, codecs={"x": "sparse/1"})
     result = Result({"logits": np.zeros((1, 5), np.float32)}, (stage,))
     made.watch(route, made.safer(route)[1], photos.inputs, {}, result)
     assert made.safer(route)[1].step == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import socket
 import threading
@@ -23,6 +24,7 @@ from isthmus.local.flow import Flow
 from isthmus.local.heads import AnswerHead, RequestHead
 from isthmus.local.inthread import InThread
 from isthmus.local.metrics import Metrics
+from isthmus.local.pipes import MOVES, Pipe, Pipes
 from isthmus.local.proxy import Proxy
 from isthmus.local.replica import Deployment, Replica, State
 from isthmus.local.stack import FunctionSpec
@@ -184,6 +186,34 @@ def test_bodies_of_any_size_pass_both_ways_on_one_connection(size: int) -> None:
             got = head_of(connection).partition(b"\r\n\r\n")[2]
             assert got + exactly(connection, size - len(got)) == body
         assert gateway.function.connections == 1
+
+
+def test_a_large_body_passes_where_no_pipe_can_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Pipes) -> Pipe:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(Pipes, "take", refuse)
+    body = bytes(range(256)) * 4000
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    with proxied(say(answer)) as gateway:
+        assert ask(gateway, request(b"", CLOSE)).endswith(b"\r\n\r\n" + body)
+
+
+@pytest.mark.skipif(not MOVES, reason="this system has no splice")
+def test_a_pipe_serves_one_body_after_the_other_unless_it_still_holds_something() -> None:
+    pipes = Pipes()
+    pipe = pipes.take()
+    pipes.put(pipe)
+    assert pipes.take() is pipe
+    near, far = socket.socketpair()
+    with near, far:
+        far.sendall(b"left")
+        assert pipe.fill(near, 4) == 4
+    pipes.put(pipe)
+    other = pipes.take()
+    assert other is not pipe
+    pipes.put(other)
+    pipes.close()
 
 
 def test_a_chunked_request_is_chunked_again() -> None:

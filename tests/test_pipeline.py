@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ class Between:
     def call(self, frame: Frame, context: Context) -> Reply:
         self.taken.append(dict(frame.tensors))
         reply = self.inner.call(frame, context)
-        return replace(reply, frame=self.change(reply.frame))
+        return reply._replace(frame=self.change(reply.frame))
 
 
 def context(seconds: float = 20.0) -> Context:
@@ -151,15 +151,15 @@ def test_inputs_that_do_not_fit_are_refused_before_anything_is_called(
 
 
 def renamed(frame: Frame) -> Frame:
-    return replace(frame, tensors={f"{name}'": array for name, array in frame.tensors.items()})
+    return frame._replace(tensors={f"{name}'": array for name, array in frame.tensors.items()})
 
 
 def widened(frame: Frame) -> Frame:
-    return replace(frame, tensors={name: array.astype("float64") for name, array in frame.tensors.items()})
+    return frame._replace(tensors={name: array.astype("float64") for name, array in frame.tensors.items()})
 
 
 def shortened(frame: Frame) -> Frame:
-    return replace(frame, tensors={name: array[:, :1] for name, array in frame.tensors.items()})
+    return frame._replace(tensors={name: array[:, :1] for name, array in frame.tensors.items()})
 
 
 @pytest.mark.parametrize(
@@ -168,9 +168,9 @@ def shortened(frame: Frame) -> Frame:
         (renamed, "missing p6"),
         (widened, "float64"),
         (shortened, r"\[1, 1, 4, 4\]"),
-        (lambda frame: replace(frame, segment="6.."), "for segment"),
-        (lambda frame: replace(frame, bundle="sha256:" + "0" * 64), "for bundle"),
-        (lambda frame: replace(frame, request="somebody else's"), "for request"),
+        (lambda frame: frame._replace(segment="6.."), "for segment"),
+        (lambda frame: frame._replace(bundle="sha256:" + "0" * 64), "for bundle"),
+        (lambda frame: frame._replace(request="somebody else's"), "for request"),
     ],
     ids=["names", "dtype", "shape", "segment", "bundle", "request"],
 )

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -20,6 +21,7 @@ import pytest
 import urllib3
 import yaml
 
+from isthmus.local.replica import OF_THE_IMAGE
 from local_stack import ROOT, http
 from patience import LONG_S, eventually
 from ports import free_port
@@ -199,6 +201,14 @@ def test_a_templates_dockerfile_keeps_the_watchdogs_rules(name: str) -> None:
     ):
         assert needed in text
     assert "http_buffer_req_body" not in text  # with ready_path it panics the watchdog
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_process_of_the_local_engine_has_its_images_variables(name: str) -> None:
+    text = (ROOT / "template" / name / "Dockerfile").read_text().replace("\\\n", " ")
+    pairs = shlex.split(" ".join(re.findall(r"^ENV (.*)", text, re.MULTILINE)))
+    said = dict(pair.split("=", 1) for pair in pairs)
+    assert said.items() >= OF_THE_IMAGE.items()
 
 
 def test_functions_pin_what_was_tested() -> None:

@@ -94,6 +94,18 @@ def test_a_request_after_a_large_one_may_follow_at_once(port: int) -> None:
     assert answers.count(body) == 2
 
 
+def test_a_large_request_may_follow_a_small_one_at_once(port: int) -> None:
+    body = os.urandom(200_000)
+    small = b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nsmall"
+    large = b"POST /echo HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 200000\r\n\r\n" + body
+    for _ in range(20):  # on a new connection the loop reads, and a worker once there is something to answer
+        with socket.create_connection(("127.0.0.1", port), timeout=LONG_S) as s:
+            s.sendall(small + large[:100])
+            s.sendall(large[100:])
+            answers = s.makefile("rb").read()
+        assert answers.index(b"small") < answers.index(body)
+
+
 def test_a_body_can_be_read_in_pieces_and_lines(port: int) -> None:
     body = os.urandom(100_000)
     said = http("POST", f"http://127.0.0.1:{port}/pieces", body=body).data

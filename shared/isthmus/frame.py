@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from json.encoder import encode_basestring as _quoted
 from types import MappingProxyType
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -59,8 +59,7 @@ _TENSOR_KEYS = ("name", "dtype", "shape", "codec", "offset", "length")
 _TEXT_KEYS = ("bundle", "segment", "request")
 
 
-@dataclass(frozen=True, init=False)
-class Frame:
+class Frame(NamedTuple):
     """One message between functions.
 
     `bundle` is a manifest's digest, `segment` the id of the segment that takes (or gave) the tensors, `request` an id
@@ -68,27 +67,13 @@ class Frame:
     """
 
     tensors: Mapping[str, Array]
-    bundle: str
-    segment: str
-    request: str
-    packed: Mapping[str, Packed]
+    bundle: str = ""
+    segment: str = ""
+    request: str = ""
+    packed: Mapping[str, Packed] = _NONE
     """Tensors to be sent packed, beside those in `tensors`; a decoded frame has none."""
-    codecs: Mapping[str, str]
+    codecs: Mapping[str, str] = _NONE
     """In a decoded frame, the codec of each tensor that did not come raw."""
-
-    def __init__(
-        self,
-        tensors: Mapping[str, Array],
-        bundle: str = "",
-        segment: str = "",
-        request: str = "",
-        packed: Mapping[str, Packed] = _NONE,
-        codecs: Mapping[str, str] = _NONE,
-    ) -> None:
-        # What a frozen class writes for itself takes as long as encoding does.
-        self.__dict__.update(
-            tensors=tensors, bundle=bundle, segment=segment, request=request, packed=packed, codecs=codecs
-        )
 
 
 def encode(frame: Frame) -> bytes:
@@ -107,22 +92,22 @@ def encode_parts(frame: Frame) -> list[bytes | memoryview]:
         FrameMalformed: a dtype that frames do not carry, an unknown codec, or a name too long.
         FrameTooLarge: more tensors, a higher rank or a longer header than any reader accepts.
     """
-    if (count := len(frame.tensors) + len(frame.packed)) > MAX_TENSORS:
+    tensors, bundle, segment, request, packed, _ = frame
+    if (count := len(tensors) + len(packed)) > MAX_TENSORS:
         _too_large("tensors", f"{count} tensors; at most {MAX_TENSORS}", limit=MAX_TENSORS)
     parts: list[bytes | memoryview] = [b""]
     described: list[_Described] = []
-    for name, array in frame.tensors.items():
+    for name, array in tensors.items():
         dtype = array.dtype
         described.append((name, _NAMES.get(dtype.num) or dtype.name, array.shape, "raw", -1))
         parts.append(RAW.encode(array))
-    for name, packed in frame.packed.items() if frame.packed else ():
-        described.append((name, packed.dtype, packed.shape, packed.codec, len(packed.payload)))
-        parts.append(packed.payload)
-    request = frame.request
+    for name, tensor in packed.items() if packed else ():
+        described.append((name, tensor.dtype, tensor.shape, tensor.codec, len(tensor.payload)))
+        parts.append(tensor.payload)
     if not request.isascii() or len(request) > MAX_TEXT_BYTES:
         _text("request", request)
     quoted = _quoted(request).encode()
-    before, after, gaps = _around_request(tuple(described), frame.bundle, frame.segment, len(quoted))
+    before, after, gaps = _around_request(tuple(described), bundle, segment, len(quoted))
     parts[0] = before + quoted + after
     for place, gap in gaps:
         parts.insert(place, gap)

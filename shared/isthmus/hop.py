@@ -10,8 +10,7 @@ import json
 import random
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol
 
 import stamina
 
@@ -31,8 +30,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 _RUN_MS = re.compile(r"(?:^|,)\s*run;[^,]*\bdur=([0-9.]+)")
 
 
-@dataclass(frozen=True)
-class Reply:
+class Reply(NamedTuple):
     """A hop's answer.
 
     Units: `run_s` is the time that the segment itself took, in seconds; sent and received are bytes on the wire, 0 in

@@ -12,14 +12,16 @@ from typing import Any, NamedTuple
 
 from isthmus.bundle import Bundle, Segment
 from isthmus.codecs import Packed, Packing, pack
-from isthmus.context import Context
-from isthmus.errors import DeadlineExceeded, HopError, HopRejected, ShapeMismatch
+from isthmus.context import Context, Deadline
+from isthmus.errors import HopRejected, IsthmusError, ShapeMismatch
 from isthmus.frame import Frame
 from isthmus.hop import Hop
 from isthmus.runners import Array, check_tensors
 
 SECOND_LOOKS = ("sure", "asked", "late", "failed")
 """The answer was clear; it was asked for again; there was no time to; the hop gave none, and the first one stands."""
+
+_LEAST_S, _PATIENCE = 1.0, 10.0
 
 
 @dataclass(frozen=True)
@@ -192,25 +194,31 @@ def _look_again(
 ) -> str:
     """Send once more what a clear answer did not need: one of SECOND_LOOKS, or nothing where nothing was packed.
 
-    The first answer stands where no time is left for another as long, or the second cannot be had.
+    The first answer stands where no time is left for another as long, or the second cannot be had. No hop that hangs
+    must keep it: the second look has half of the time left, and no more than some times what the first one took.
     """
     finer = route.finer(again)
     coarse = [
         i
         for i, stage in enumerate(stages)
-        if any(finer.packing(i)[name] != how for name, how in route.packing(i).items() if name in stage.codecs)
+        if any(
+            stage.codecs.get(name) == how.codec and finer.packing(i)[name].quality > how.quality
+            for name, how in route.packing(i).items()
+        )
     ]
     if not coarse:
         return ""
     outputs = {spec.name: values[spec.name] for spec in route.bundle.outputs}
     if again.margin_of(outputs) >= again.margin:
         return "sure"
-    if context.deadline.remaining() < sum(stage.pack_s + stage.total_s for stage in stages[coarse[0] :]):
+    once_s = sum(stage.pack_s + stage.total_s for stage in stages[coarse[0] :])
+    longest_s = min(context.deadline.remaining() / 2, max(_LEAST_S, _PATIENCE * once_s))
+    if longest_s < once_s:
         return "late"
     found, taken = dict(values), list[Stage]()
     try:
-        _through(finer, coarse[0], found, taken, context, {})
-    except (HopError, DeadlineExceeded):
+        _through(finer, coarse[0], found, taken, replace(context, deadline=Deadline.after(longest_s)), {})
+    except IsthmusError:
         return "failed"
     values.update(found)
     stages += taken

@@ -217,30 +217,48 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def handle_read(self) -> None:
         """Read what is here; the loop closes what has ended."""
+        taken = self.taken
         try:
-            if not self._read():
+            ended = self._body() is None and not self._read_other()
+            # What came may have been a whole request, which the loop has given to a worker.
+            if ended or (self.taken is taken and not self._read_body()):
                 self.will_close = True
         except BlockingIOError:
             pass  # the rest is not here yet
         except OSError:
             self.will_close = True
 
-    def _read(self) -> bool:
-        """Read on; False at the connection's end."""
+    def _body(self) -> Body | None:
+        """The body that is on its way, where its length is known and large."""
         receiver = None if self.request is None else self.request.body_rcv
         body = None if receiver is None else receiver.getbuf()
-        while isinstance(body, Body) and receiver.remain > 1:
-            # The last byte goes waitress's own way, which begins the task.
-            if not (count := self.socket.recv_into(body.room()[: receiver.remain - 1])):
-                return False
-            self.last_activity = time.time()
-            body.filled(count)
-            receiver.remain -= count
-            self.request.body_bytes_received += count
+        return body if isinstance(body, Body) else None
+
+    def _read_other(self) -> bool:
+        """Read a head, or a body that goes waitress's own way; False at the connection's end."""
         data = self.socket.recv(self.adj.recv_bytes)
         self.last_activity = time.time()
         self.received(data)
         return bool(data)
+
+    def _read_body(self) -> bool:
+        """Read what is here of the body on its way, where there is one; False at the connection's end."""
+        while (body := self._body()) is not None:
+            receiver = self.request.body_rcv
+            room = body.room()[: receiver.remain]
+            if not (count := self.socket.recv_into(room)):
+                return False
+            self.last_activity = time.time()
+            # The last byte goes waitress's own way, which begins the task.
+            last = bytes(room[count - 1 : count]) if count == receiver.remain else b""
+            count -= len(last)
+            body.filled(count)
+            receiver.remain -= count
+            self.request.body_bytes_received += count
+            if last:
+                self.received(last)
+                break
+        return True
 
 
 @lru_cache(4)

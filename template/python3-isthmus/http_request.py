@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
 from io import RawIOBase
 from typing import Any
 
@@ -18,6 +19,7 @@ from waitress.receiver import ChunkedReceiver, FixedStreamReceiver  # type: igno
 
 LARGE = 32 * 1024  # bytes
 FIRST_ROOM = 2 * 2**20  # bytes that are made ready for a body before any of it has come
+LONGEST_KNOWN = 128  # bytes of a header's name or a URL that is remembered; most are few and short
 HEAD_END = b"\r\n\r\n"
 
 # A bytearray as it is found: filling megabytes with zeros first takes half as long as receiving them.
@@ -104,7 +106,7 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
     def on_header(self, name: bytes, value: bytes) -> None:
         if b"_" in name:
             return  # it would pass for the header with a hyphen
-        key = name.upper().replace(b"-", b"_").decode("latin-1")
+        key = _known_key(name) if len(name) <= LONGEST_KNOWN else _key(name)
         text = value.strip(b" \t").decode("latin-1")
         self.headers[key] = f"{self.headers[key]}, {text}" if key in self.headers else text
 
@@ -125,7 +127,8 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
         headers = self.headers
         self.command, self.version = parser.get_method().decode("latin-1"), parser.get_http_version()
         self.request_uri = self._url.decode("latin-1")
-        self.proxy_scheme, self.proxy_netloc, self.path, self.query, self.fragment = split_uri(self._url)
+        split = _known_uri if len(self._url) <= LONGEST_KNOWN else split_uri
+        self.proxy_scheme, self.proxy_netloc, self.path, self.query, self.fragment = split(self._url)
         self.url_scheme = self.adj.url_scheme
         connection = headers.get("CONNECTION", "").lower()
         self.connection_close = connection == "close" if self.version == "1.1" else connection != "keep-alive"
@@ -141,3 +144,11 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
             self.body_rcv = FixedStreamReceiver(
                 length, Body(length) if large else OverflowableBuffer(self.adj.inbuf_overflow)
             )
+
+
+def _key(name: bytes) -> str:
+    """What waitress calls a header."""
+    return name.upper().replace(b"-", b"_").decode("latin-1")
+
+
+_known_key, _known_uri = lru_cache(256)(_key), lru_cache(64)(split_uri)

@@ -17,7 +17,7 @@ from email.utils import formatdate
 
 from aiohttp import web
 
-from isthmus.local.flow import READ_BYTES
+from isthmus.local.flow import FIRST_BYTES
 from isthmus.local.heads import Header, NotHttp, RequestHead, split_head
 from isthmus.local.wire import Wire, nothing
 
@@ -46,7 +46,7 @@ class Door:
         self.handle = handle
         self.closing = False
         # One for all: what is read into it has left, or been copied, before anything else is read.
-        self.scratch = memoryview(bytearray(READ_BYTES))
+        self.scratch = memoryview(bytearray(FIRST_BYTES))
         self.callers: set[Caller] = set()
         self._listener = listener
         self._handing_over: set[asyncio.Task[None]] = set()

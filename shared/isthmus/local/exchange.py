@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
 
-from isthmus.local.flow import Body, Chunked, Counted, Flow, TooLong, UntilEnd
+from isthmus.local.flow import FIRST_BYTES, Body, Chunked, Counted, Flow, TooLong, UntilEnd
 from isthmus.local.heads import AnswerHead, Header, NotHttp, RequestHead, split_head
+from isthmus.local.pipes import Pipes
 from isthmus.local.wire import Wire
 
 _MOST_AHEAD = 1 << 16
@@ -40,6 +41,7 @@ class Exchange:
         *,
         ours: Sequence[Header],
         scratch: memoryview,
+        pipes: Pipes,
         most: int,
         timeout_s: float,
         done: Callable[[End], None],
@@ -55,9 +57,11 @@ class Exchange:
         self._request = request
         self._ours = ours
         self._scratch = scratch
+        self._pipes = pipes
         self._done = done
         self._started = time.perf_counter()
-        self._timer = asyncio.get_running_loop().call_later(timeout_s, self._end, End.TIMED_OUT)
+        self._timeout_s = timeout_s
+        self._timer: asyncio.TimerHandle | None = None
         self._over = False
         self._head = bytearray()
         body: Body = Chunked(request, most) if request.chunked else Counted(request.length or 0)
@@ -67,6 +71,7 @@ class Exchange:
             body,
             chunks=request.chunked,
             scratch=scratch,
+            pipes=pipes,
             ended=self._sent,
             failed=lambda e: self._end(End.TOO_LONG if isinstance(e, TooLong) else End.GONE),
         )
@@ -79,6 +84,8 @@ class Exchange:
         self._sending.begin(head, first)
         if self._request.expects and not self._sending.over:
             self._caller.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if not self._over:  # last, while the function is at work already
+            self._timer = asyncio.get_running_loop().call_later(self._timeout_s, self._end, End.TIMED_OUT)
 
     def _sent(self, rest: memoryview) -> None:
         self.ahead += rest
@@ -95,7 +102,7 @@ class Exchange:
                 self._caller.pause()
 
     def _read_head(self) -> None:
-        count = self._upstream.receive(self._scratch)
+        count = self._upstream.receive(self._scratch[:FIRST_BYTES])
         if count < 0:
             return
         if count == 0:
@@ -146,6 +153,7 @@ class Exchange:
             body,
             chunks=chunks,
             scratch=self._scratch,
+            pipes=self._pipes,
             ended=ended,
             failed=lambda _: self._end(End.UNREACHABLE),
         )
@@ -171,7 +179,8 @@ class Exchange:
         if self._over:
             return
         self._over = True
-        self._timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         for flow in (self._sending, self._answering):
             if flow is not None:
                 flow.stop()

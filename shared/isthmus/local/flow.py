@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
-import socket
-import sys
 from collections.abc import Callable
 from typing import Protocol
 
 from isthmus.local.heads import AnswerHead, NotHttp, RequestHead
+from isthmus.local.pipes import FILLED_BYTES, MOVES, Pipe, Pipes
 from isthmus.local.wire import Buffer, Wire
 
 READ_BYTES = 1 << 18
-ROUNDS = 16
-"""Reads in a row before others have their turn."""
+FIRST_BYTES = 1 << 15
+"""Read with a head: what follows it is copied, and most of a large body need not be."""
+TURN_BYTES = 1 << 22
+"""What passes before others have their turn."""
 
 _MOVED_FROM = 1 << 16
-_FLAGS = os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE if sys.platform == "linux" else 0
 
 
 class TooLong(Exception):
@@ -103,6 +100,7 @@ class Flow:
         *,
         chunks: bool,
         scratch: memoryview,
+        pipes: Pipes,
         ended: Callable[[memoryview], None],
         failed: Callable[[Exception], None],
     ) -> None:
@@ -112,11 +110,12 @@ class Flow:
         self._body = body
         self._chunks = chunks
         self._scratch = scratch
+        self._pipes = pipes
         self._ended = ended
         self._failed = failed
         # Counted bodies can be moved from socket to socket inside the kernel, where that is Linux.
-        self._moves = body if isinstance(body, Counted) and not chunks and sys.platform == "linux" else None
-        self._pipe: _Pipe | None = None
+        self._moves = body if isinstance(body, Counted) and not chunks and MOVES else None
+        self._pipe: Pipe | None = None
 
     def begin(self, head: bytes, first: memoryview) -> None:
         """Send `head` and the part of the body that is here already."""
@@ -125,13 +124,20 @@ class Flow:
             self._end(first)
         else:
             self._pass(first, head)
+            if not self.over and self._may_move():
+                self.readable()  # more of it came meanwhile, as a rule
 
     def readable(self) -> None:
         """Pass on what came."""
-        for _ in range(ROUNDS):
-            moves = self._moves is not None and self._moves.left >= _MOVED_FROM and not self._sink.backlog
-            if not (self._move() if moves else self._copy()):
+        passed = 0
+        while passed < TURN_BYTES:
+            count = self._move() if self._may_move() else self._copy()
+            if not count:
                 return
+            passed += count
+
+    def _may_move(self) -> bool:
+        return self._moves is not None and self._moves.left >= _MOVED_FROM and not self._sink.backlog
 
     def stop(self) -> None:
         """Pass nothing more on."""
@@ -139,25 +145,25 @@ class Flow:
         # Whoever is told holds this flow as a rule; without these, neither waits for the garbage collector.
         self._ended = self._failed = _tell_nobody
         if self._pipe is not None:
-            self._pipe.close()
+            self._pipes.put(self._pipe)
             self._pipe = None
 
-    def _copy(self) -> bool:
-        """Receive and send; whether more may be here."""
+    def _copy(self) -> int:
+        """Receive and send; how many bytes, 0 where no more are here or the sink takes no more."""
         count = self._source.receive(self._scratch)
         if count < 0:
-            return False
+            return 0
         if count == 0:
             self._source_ended()
-            return False
+            return 0
         self._pass(self._scratch[:count])
         if self.over:
-            return False
+            return 0
         if self._sink.backlog:
             self._source.pause()
             self._sink.on_drained = self._source.resume
-            return False
-        return True
+            return 0
+        return count
 
     def _pass(self, data: memoryview, *head: bytes) -> None:
         try:
@@ -173,25 +179,29 @@ class Flow:
         if self._body.over:
             self._end(rest)
 
-    def _move(self) -> bool:
+    def _move(self) -> int:
         """As `_copy`, without taking the bytes out of the kernel. docs/local.md has what that saves."""
         if self._moves is None:
-            return False
+            return 0
         if self._pipe is None:
-            self._pipe = _Pipe()
+            try:
+                self._pipe = self._pipes.take()
+            except OSError:  # no descriptors are left for it
+                self._moves = None
+                return self._copy()
         try:
-            count = self._pipe.fill(self._source.sock, min(self._moves.left, READ_BYTES))
+            count = self._pipe.fill(self._source.sock, min(self._moves.left, FILLED_BYTES))
         except BlockingIOError:
-            return False
+            return 0
         except OSError:
             count = 0
         if not count:
             self._source_ended()
-            return False
+            return 0
         self._moves.count(count)
-        return self._drain(self._pipe, self._moves)
+        return count if self._drain(self._pipe, self._moves) else 0
 
-    def _drain(self, pipe: _Pipe, body: Counted) -> bool:
+    def _drain(self, pipe: Pipe, body: Counted) -> bool:
         """Move what the pipe holds on to the sink; whether more may follow now."""
         try:
             pipe.empty(self._sink.sock)
@@ -207,7 +217,7 @@ class Flow:
             self._end(self._scratch[:0])
         return not self.over
 
-    def _drained(self, pipe: _Pipe, body: Counted) -> None:
+    def _drained(self, pipe: Pipe, body: Counted) -> None:
         if not self.over and self._drain(pipe, body):
             self._source.resume()
 
@@ -232,28 +242,3 @@ class Flow:
 
 def _tell_nobody(_: object) -> None:
     pass
-
-
-class _Pipe:
-    """A pipe of the kernel's through which bytes go from one socket to another. Source: splice(2)."""
-
-    def __init__(self) -> None:
-        self._held = 0
-        self._out, self._in = os.pipe()
-        with contextlib.suppress(OSError):  # a user's pipes have a bound together; then it holds less
-            fcntl.fcntl(self._in, fcntl.F_SETPIPE_SZ, READ_BYTES)
-
-    def fill(self, sock: socket.socket, most: int) -> int:
-        """How many of the socket's bytes went in; 0 at its end. BlockingIOError: none are here."""
-        self._held = os.splice(sock.fileno(), self._in, most, flags=_FLAGS)
-        return self._held
-
-    def empty(self, sock: socket.socket) -> None:
-        """Pass on all of them. BlockingIOError: the socket takes no more now."""
-        while self._held:
-            self._held -= os.splice(self._out, sock.fileno(), self._held, flags=_FLAGS)
-
-    def close(self) -> None:
-        """Drop what it holds."""
-        os.close(self._in)
-        os.close(self._out)

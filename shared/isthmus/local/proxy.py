@@ -15,6 +15,7 @@ from isthmus.local.fleet import NAMESPACE
 from isthmus.local.flow import READ_BYTES
 from isthmus.local.heads import Header, RequestHead
 from isthmus.local.metrics import Metrics
+from isthmus.local.pipes import Pipes
 from isthmus.local.replica import Replica
 from isthmus.local.supervisor import Supervisor
 from isthmus.local.wire import Address, Pool, Wire, nothing
@@ -44,6 +45,7 @@ class Proxy:
         self.timeout_s = timeout_s
         self.pool = Pool(asyncio.get_running_loop())
         self.scratch = memoryview(bytearray(READ_BYTES))
+        self.pipes = Pipes()
         self._find = find
 
     def handle(self, caller: Caller, request: RequestHead, first: memoryview) -> None:
@@ -56,8 +58,9 @@ class Proxy:
             _Call(self, caller, request, supervisor).begin(rest, first)
 
     def close(self) -> None:
-        """Close the connections that wait for a request."""
+        """Close the connections that wait for a request, and the pipes that wait for a body."""
         self.pool.close()
+        self.pipes.close()
 
 
 class _Call:
@@ -104,6 +107,7 @@ class _Call:
             self._request,
             ours=self._ours,
             scratch=self._proxy.scratch,
+            pipes=self._proxy.pipes,
             most=self._proxy.max_body_bytes,
             timeout_s=self._proxy.timeout_s,
             done=done,

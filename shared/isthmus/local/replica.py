@@ -24,6 +24,13 @@ from isthmus.local.logbook import Logbook, read_lines
 from isthmus.local.stack import FunctionSpec
 
 _PASSED_ON = ("PATH", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "SSL_CERT_FILE")
+OF_THE_IMAGE = {
+    "PYTHONUNBUFFERED": "1",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
+"""Variables of the templates' Dockerfiles that matter here as well."""
+
 _PROBE_TIMEOUT_S = 2.0
 _LAST_WORDS_S = 3.0  # for reading what a process that has ended had said
 _FIRST_PROBE_S, _LONGEST_PROBE_S = 0.05, 0.5
@@ -85,7 +92,7 @@ class Replica:
             env={
                 **{name: os.environ[name] for name in _PASSED_ON if name in os.environ},
                 "HOME": tempfile.gettempdir(),
-                "PYTHONUNBUFFERED": "1",
+                **OF_THE_IMAGE,
                 **self.deployment.environment,
                 "upstream_url": self.url,
             },

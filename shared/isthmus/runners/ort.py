@@ -182,6 +182,9 @@ def cpu_limit(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 
 def _usable(array: Array) -> Array:
     """Itself, or a copy where the runtime cannot use its bytes as they lie: strided, unaligned, big-endian."""
+    flags = array.flags
+    if flags.c_contiguous and flags.aligned and array.dtype.isnative:
+        return array
     return np.require(array, array.dtype.newbyteorder("=") if not array.dtype.isnative else None, ("C", "A"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import queue
 import tempfile
 import threading
 import time
@@ -13,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from isthmus.bundle import Segment
 from isthmus.context import Deadline
@@ -41,8 +43,7 @@ class Loaded:
     bytes: int
 
 
-@dataclass(frozen=True)
-class Ran:
+class Ran(NamedTuple):
     """A run's outputs, and the seconds spent loading the segment, waiting for a CPU, and running."""
 
     outputs: dict[str, Array]
@@ -70,7 +71,10 @@ class SegmentStore:
         self._source = source
         self._settings = settings
         self._threads = settings.threads or cpus
-        self._slots = threading.BoundedSemaphore(max(1, cpus // self._threads))
+        # One entry for each run that may go on now; it takes a tenth of what a semaphore does.
+        self._slots: queue.SimpleQueue[None] = queue.SimpleQueue()
+        for _ in range(max(1, cpus // self._threads)):
+            self._slots.put(None)
         self._lock = threading.Lock()
         self._loaded: OrderedDict[Key, _Entry] = OrderedDict()
         self._loading: dict[Key, Future[Runner]] = {}
@@ -117,10 +121,14 @@ class SegmentStore:
         began = time.perf_counter()
         runner = self.runner(bundle, segment, deadline)
         loaded = time.perf_counter()
-        with self._slot(deadline):
+        self._take_slot(deadline)
+        try:
             started = time.perf_counter()
             outputs = runner.run(arrays)
-        return Ran(outputs, loaded - began, started - loaded, time.perf_counter() - started)
+            ran = time.perf_counter()
+        finally:
+            self._slots.put(None)
+        return Ran(outputs, loaded - began, started - loaded, ran - started)
 
     def observe(
         self, bundle: str, segment: str, arrays: Mapping[str, Array], deadline: Deadline, *, most_runs: int
@@ -154,9 +162,12 @@ class SegmentStore:
                 runs, longest = 0, 0.0
                 while runs < 2 or (runs < min(most_runs, observer.most_runs()) and deadline.remaining() > 3 * longest):
                     deadline.check(f"segment {segment} was observed")
-                    with self._slot(deadline):
+                    self._take_slot(deadline)
+                    try:
                         started = time.perf_counter()
                         observer.run(arrays)
+                    finally:
+                        self._slots.put(None)
                     runs, longest = runs + 1, max(longest, time.perf_counter() - started)
                 return observer.finish(runs, needed)
         finally:
@@ -169,14 +180,12 @@ class SegmentStore:
         with self._lock:
             return [Loaded(b, s, entry.bytes) for (b, s), entry in self._loaded.items()]
 
-    @contextlib.contextmanager
-    def _slot(self, deadline: Deadline) -> Iterator[None]:
-        if not self._slots.acquire(timeout=deadline.remaining()):
-            raise DeadlineExceeded("the deadline passed before a CPU was free to run the segment")
+    def _take_slot(self, deadline: Deadline) -> None:
+        """Wait until one run fewer than may go on is going on; whoever takes a slot puts it back."""
         try:
-            yield
-        finally:
-            self._slots.release()
+            self._slots.get(timeout=deadline.remaining())
+        except queue.Empty:
+            raise DeadlineExceeded("the deadline passed before a CPU was free to run the segment") from None
 
     @contextlib.contextmanager
     def _scratch(self) -> Iterator[Path]:

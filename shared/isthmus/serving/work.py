@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from isthmus.context import Context
 
@@ -31,8 +31,8 @@ class Timings:
 
     def header(self) -> str:
         """Source: W3C Server Timing; durations in milliseconds."""
-        stages = (*self.stages, ("total", self.since(), ""))
-        return ", ".join(f"{name}{_described(desc)};dur={seconds * 1000:.3f}" for name, seconds, desc in stages)
+        stages = [*self.stages, ("total", self.since(), "")]
+        return ", ".join([f"{name}{_described(desc)};dur={seconds * 1000:.3f}" for name, seconds, desc in stages])
 
 
 class RequestHeaders:
@@ -55,8 +55,7 @@ def _key(name: str) -> str:
     return f"HTTP_{name.upper().replace('-', '_')}"
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """One admitted request: its body, headers and query, its context, and where it notes its timings."""
 
     body: bytes | memoryview
@@ -64,12 +63,11 @@ class Work:
     query: Mapping[str, str]
     context: Context
     timings: Timings
-    later: list[Callable[[], None]] = field(default_factory=list)
+    later: list[Callable[[], None]]
     """What is called once the answer has been sent."""
 
 
-@dataclass(frozen=True)
-class Reply:
+class Reply(NamedTuple):
     """What a request is answered with, in parts that follow each other; Content-Type is among the headers."""
 
     body: bytes | Sequence[bytes | memoryview]

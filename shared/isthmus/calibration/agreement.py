@@ -54,16 +54,18 @@ class Measure:
 def margin_of(scores: Array) -> float:
     """By how much the likeliest class leads, in nats of log-probability: the least lead of any row.
 
-    `scores` are log-odds, or probabilities where they sum to one. 0 where a score is NaN; infinite of a single class.
+    `scores` are log-odds, or probabilities where they sum to one. 0 where it is not known, of NaN or two infinities;
+    infinite of a single class.
     """
-    rows = _rows(scores).astype(np.float64)
-    rows = rows.reshape(-1, rows.shape[-1])
+    rows = np.atleast_1d(_rows(scores)).astype(np.float64)
     if rows.shape[-1] < 2 or not rows.size:
         return math.inf
+    rows = rows.reshape(-1, rows.shape[-1])
     top = np.partition(rows, -2, axis=-1)[:, -2:]
     if are_probabilities(rows):
         top = np.log(np.maximum(top, _LEAST_PROBABILITY))
-    lead = float((top[:, 1] - top[:, 0]).min())
+    with np.errstate(invalid="ignore"):  # of two infinite scores neither leads
+        lead = float((top[:, 1] - top[:, 0]).min())
     return 0.0 if math.isnan(lead) else lead
 
 

@@ -35,9 +35,6 @@ CHOICES: tuple[Choice, ...] = (
 )
 """What is measured at every cut."""
 
-SECOND_LOOKS = "transform/1"
-"""The codec whose qualities are paired for them."""
-
 _FEW, _LOOKED_AT = 16, 4096
 
 
@@ -152,8 +149,7 @@ def calibrate(
 def _entries(cut: str, tried: Sequence[tuple[Choice, Tally]], limit: float) -> list[Entry]:
     """A cut's entries: each choice's own, and second looks where answers are classes."""
     found = risen([tally.entry(cut, choice, limit) for choice, tally in tried], limit)
-    graded = [(c, t) for c, t in tried if c.codec == SECOND_LOOKS and t.margins]
-    return [*found, *entries_of(cut, graded, found, limit)]
+    return [*found, *entries_of(cut, tried, found, limit)]
 
 
 def learn_tables(

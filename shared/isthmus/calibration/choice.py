@@ -16,7 +16,8 @@ GRADED = frozenset({"sparse/1", "transform/1"})
 SIDE = "lossless/1"
 """How tensors travel that are no activations: ids, masks, states of a counter."""
 
-_WIDEST_MARGIN = 1000.0
+WIDEST_MARGIN = 1000.0
+"""In nats; an answer that is clearer than this is sure whatever was sent."""
 _ACTIVATIONS = frozenset({"float16", "bfloat16", "float32"})
 
 
@@ -26,6 +27,10 @@ class Again:
 
     quality: float
     margin: float
+
+    def can_follow(self, codec: str, quality: float) -> bool:
+        """Whether it is finer than that, of a codec with qualities, and has a margin above 0."""
+        return codec in GRADED and quality < self.quality <= 1 and 0 < self.margin <= WIDEST_MARGIN
 
 
 @dataclass(frozen=True)
@@ -66,18 +71,19 @@ class Choice:
         value = _number(quality) if at else 1.0
         if codec not in GRADED or not 0 <= value <= 1:
             raise ValueError(f"{text!r}: only {', '.join(sorted(GRADED))} has a quality, from 0 to 1")
-        return cls(codec, value, _again(text, again, value) if plus else None)
+        return cls(codec, value, _again(text, again, codec, value) if plus else None)
 
 
 RAW = Choice("raw")
 
 
-def _again(text: str, again: str, quality: float) -> Again:
+def _again(text: str, again: str, codec: str, quality: float) -> Again:
     finer, _, margin = again.partition(":")
     made = Again(_number(finer), _number(margin))
-    if not quality < made.quality <= 1 or not 0 < made.margin <= _WIDEST_MARGIN:
+    if not made.can_follow(codec, quality):
         raise ValueError(
-            f"{text!r}: a second look is a higher quality and a margin above 0 in nats, as in transform/1@0.4+0.8:0.2"
+            f"{text!r}: a second look is a higher quality and a margin in nats, above 0 and at most {WIDEST_MARGIN:g},"
+            " as in transform/1@0.4+0.8:0.2"
         )
     return made
 

@@ -208,7 +208,7 @@ def from_json(data: bytes | memoryview) -> Fidelity:
             limit=_share(doc["limit"]),
             measure=_measure(doc["measure"]),
             inputs=Inputs(**_typed(Inputs, doc["inputs"])),
-            entries=tuple(Entry(**_typed(Entry, e)) for e in doc["entries"]),
+            entries=tuple(_entry(e) for e in doc["entries"]),
             references=tuple(Reference(**_typed(Reference, r)) for r in doc["references"]),
             confidence=_share(doc["confidence"]),
         )
@@ -222,6 +222,15 @@ def _measure(doc: dict[str, Any]) -> Measure:
         raise ValueError(f"measure {doc['kind']!r} is neither {TOP1} nor {CLOSE}")
     scales = {str(name): _number(scale) for name, scale in doc["scales"].items()}
     return Measure(str(doc["kind"]), str(doc["output"]), _number(doc["tolerance"]), scales)
+
+
+def _entry(doc: dict[str, Any]) -> Entry:
+    made = Entry(**_typed(Entry, doc))
+    # Without its margin a second look would be read as none.
+    is_one = made.again_quality or made.again_margin or made.asked_again
+    if is_one and not Again(made.again_quality, made.again_margin).can_follow(made.codec, made.quality):
+        raise ValueError(f"{made.choice} at cut {made.cut} is no second look")
+    return made
 
 
 _SHARES = frozenset({"agreement", "measured", "low", "high", "fell_back", "again_quality", "asked_again"})

@@ -7,20 +7,24 @@ kept anywhere, and nothing is trained. Source: docs/calibration.md, "A second lo
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from isthmus.calibration.choice import Again, Choice
+from isthmus.calibration.choice import WIDEST_MARGIN, Again, Choice
 from isthmus.calibration.fidelity import Entry
 from isthmus.calibration.scoring import Tally
 
+CODEC = "transform/1"
+"""The codec whose qualities are paired."""
 QUANTILE = 0.8
 """Of how far a quality moves margins: an answer that is clearer than so many of these moves counts as sure."""
 FINER_BY = 0.35
 """How much higher the second quality is: one pair for each first quality, so that none is picked for its luck."""
 _NEAR = 0.08
+_LEAST_MOVE = 1e-6
 
 
 def second_looks(once: Sequence[tuple[Choice, Tally]]) -> list[tuple[Choice, Tally]]:
@@ -34,7 +38,7 @@ def second_looks(once: Sequence[tuple[Choice, Tally]]) -> list[tuple[Choice, Tal
         margin = _margin(coarse.moved)
         finer = [(abs(c.quality - first.quality - FINER_BY), c.quality, t) for c, t in once]
         distance, quality, fine = min(finer, key=lambda each: each[:2])
-        if margin > 0 and distance <= _NEAR:
+        if 0 < margin <= WIDEST_MARGIN and distance <= _NEAR:
             choice = replace(first, again=Again(quality, margin))
             found.append((choice, _together(coarse, fine, margin)))
     return found
@@ -45,34 +49,35 @@ def asked_again(coarse: Tally, margin: float) -> list[bool]:
     return [clear < margin for clear in coarse.margins]
 
 
-def entries_of(cut: str, once: Sequence[tuple[Choice, Tally]], plain: Iterable[Entry], limit: float) -> list[Entry]:
-    """Those second looks at a cut that nothing beats: no entry takes fewer bytes for as much agreement.
+def entries_of(cut: str, tried: Sequence[tuple[Choice, Tally]], plain: Iterable[Entry], limit: float) -> list[Entry]:
+    """Those second looks at a cut that nothing beats: no entry takes fewer bytes, on average, for as much agreement.
 
-    `plain` are the cut's entries without a second look. No pair is believed to keep more than its finer quality does.
+    `tried` are the choices at one cut, and `plain` their entries. No pair is believed to keep more than its finer
+    quality does, and one that no input took is none.
     """
-    known = list(plain)
-    of_quality = {(e.codec, e.quality): e.agreement for e in known}
+    known = {entry.choice: entry for entry in plain}
+    sizes = {choice: statistics.fmean(tally.bytes) for choice, tally in tried}
+    once = [(choice, tally) for choice, tally in tried if choice.codec == CODEC and tally.margins]
     tallies = dict(once)
-    made = []
     for choice, tally in second_looks(once):
-        if choice.again is None:
+        again = choice.again
+        if again is None or not any(asked := asked_again(tallies[choice.once], again.margin)):
             continue
         entry = tally.entry(cut, choice, limit)
-        agreement = min(entry.measured, of_quality[choice.codec, choice.again.quality])
-        share = float(np.mean(asked_again(tallies[choice.once], choice.again.margin)))
-        made.append(
-            replace(
-                entry,
-                agreement=agreement,
-                offered=agreement >= limit,
-                again_quality=choice.again.quality,
-                again_margin=choice.again.margin,
-                asked_again=round(share, 6),
-            )
+        agreement = min(entry.measured, known[replace(choice, quality=again.quality, again=None)].agreement)
+        sizes[choice] = statistics.fmean(tally.bytes)
+        known[choice] = replace(
+            entry,
+            agreement=agreement,
+            offered=agreement >= limit,
+            again_quality=again.quality,
+            again_margin=again.margin,
+            asked_again=round(sum(asked) / len(asked), 6),
         )
-    rivals = sorted([*known, *made], key=lambda e: (e.bytes, -e.agreement, e.again_margin))
+    # A mean and a median do not compare, so the others are ranked by their means here, too.
+    rivals = sorted(known.items(), key=lambda each: (sizes[each[0]], -each[1].agreement, each[1].again_margin))
     kept, best = [], -1.0
-    for entry in rivals:
+    for _, entry in rivals:
         if entry.agreement > best:
             best = entry.agreement
             kept += [entry] if entry.again_margin else []
@@ -80,12 +85,12 @@ def entries_of(cut: str, once: Sequence[tuple[Choice, Tally]], plain: Iterable[E
 
 
 def _margin(moved: Sequence[float]) -> float:
-    """Rounded up to three digits, so that settings can say it."""
+    """Rounded up to three digits, so that settings can say it; 0 where nothing moves by more than sums round."""
     finite = [m for m in moved if math.isfinite(m)]
     if not finite:
         return 0.0
     exact = float(np.quantile(finite, QUANTILE))
-    if exact <= 0:
+    if exact < _LEAST_MOVE:
         return 0.0
     unit = 10.0 ** (math.floor(math.log10(exact)) - 2)
     return float(f"{math.ceil(exact / unit) * unit:.3g}")

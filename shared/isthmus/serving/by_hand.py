@@ -64,11 +64,11 @@ def _second_look(bundle: Bundle, choice: Choice, measure: Callable[[Bundle], Mea
     if choice.again is None:
         return None
     rule = measure(bundle)
-    if rule.kind != TOP1:
+    if rule.kind != TOP1 or rule.output not in {s.name for s in bundle.outputs}:
         raise SettingsError(
-            f"the setting codec is {choice}, and a second look is for classes, which {bundle.name} does not answer",
+            f"the setting codec is {choice}, and a second look is for classes, which {bundle.name} does not answer: set"
+            f" codec to {choice.once}, or calibrate the bundle with --classes OUTPUT",
             variable="codec",
             value=str(choice),
-            hint="calibrate it with --classes OUTPUT, or leave out what follows the +",
         )
     return SecondLook(choice.again.quality, choice.again.margin, rule.margin)

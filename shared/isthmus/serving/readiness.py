@@ -22,7 +22,7 @@ class Readiness:
         self._prepare = prepare
         self._log = log
         self._ready = threading.Event()
-        self._reason = "loading"
+        self._reason, self._hint = "loading", ""
 
     def start(self) -> None:
         """Begin to prepare; called once, when everything that `prepare` uses is there."""
@@ -40,7 +40,7 @@ class Readiness:
             NotReady: says what is still missing, and when to ask again.
         """
         if not self._ready.is_set():
-            raise NotReady(f"not ready: {self._reason}", retry_after_s=1)
+            raise NotReady(f"not ready: {self._reason}", retry_after_s=1, hint=self._hint)
 
     def _work(self) -> None:
         wait_s = _FIRST_WAIT_S
@@ -48,10 +48,10 @@ class Readiness:
             try:
                 self._prepare()
             except IsthmusError as e:
-                self._reason = e.message
+                self._reason, self._hint = e.message, e.hint
                 self._log.warning("not ready", extra={"facts": {"error": e.message, "again_in_s": wait_s}})
             except Exception as e:
-                self._reason = "an unexpected error; the log has it"
+                self._reason, self._hint = "an unexpected error; the log has it", ""
                 self._log.error("not ready: %s", type(e).__name__, exc_info=True)
             else:
                 self._ready.set()

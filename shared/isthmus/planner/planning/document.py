@@ -206,6 +206,8 @@ def _candidate(doc: _Doc) -> Candidate:
     doc.end()
     if (made.kind == "split") != bool(made.cuts):
         _refuse(made.name[:80], f"is of kind {made.kind} with cuts {list(made.cuts)}")
+    if made.second_look is not None and not made.cuts:
+        _refuse(made.name[:80], "has a second_look, and no cut that anything crosses")
     return made
 
 

@@ -32,9 +32,9 @@ def under(candidate: Candidate, conditions: Conditions) -> Candidate:
     if candidate.up_bytes or candidate.down_bytes:
         moved = replace(
             t,
-            up=(candidate.up_bytes + HEADERS_UP) * conditions.up_byte_s,
-            down=(candidate.down_bytes + HEADERS_DOWN) * conditions.down_byte_s,
-            rtt=conditions.rtt_s,
+            up=(candidate.up_bytes + candidate.calls * HEADERS_UP) * conditions.up_byte_s,
+            down=(candidate.down_bytes + candidate.calls * HEADERS_DOWN) * conditions.down_byte_s,
+            rtt=candidate.calls * conditions.rtt_s,
         )
     else:
         moved = t

@@ -152,6 +152,11 @@ class Candidate:
     second_look: SecondLook | None = None
 
     @property
+    def calls(self) -> float:
+        """Calls to the cloud for one request, on average."""
+        return 1 + (self.second_look.share if self.second_look is not None else 0.0)
+
+    @property
     def seconds(self) -> float:
         """Seconds of one request: as measured, else as predicted."""
         return self.predicted.total if self.measured is None else self.measured.median

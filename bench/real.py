@@ -17,7 +17,7 @@ from tested import models as tested
 
 from isthmus.calibration.agreement import measure_for
 from isthmus.calibration.calibrate import calibrate
-from isthmus.calibration.fidelity import read
+from isthmus.calibration.fidelity_document import read
 from isthmus.calibration.inputs import open_source
 from isthmus.calibration.running import runs_here
 from isthmus.cli.photos import varied_photos

@@ -19,7 +19,8 @@ from isthmus.calibration.agreement import measure_for
 from isthmus.calibration.calibrate import CHOICES, calibrate
 from isthmus.calibration.choice import Choice
 from isthmus.calibration.crossing import crossing
-from isthmus.calibration.fidelity import model_digest, offered, read, to_json
+from isthmus.calibration.fidelity import offered
+from isthmus.calibration.fidelity_document import model_digest, read, to_json
 from isthmus.calibration.inputs import files_in, open_source, split
 from isthmus.calibration.running import runs_here
 from isthmus.calibration.spool import Spool

@@ -18,17 +18,8 @@ from isthmus.bundle import TensorSpec
 from isthmus.calibration.agreement import Measure, classes
 from isthmus.calibration.bounds import exceeds, interval, rising, wilson
 from isthmus.calibration.choice import Choice, is_exact, packings
-from isthmus.calibration.fidelity import (
-    MAX_BYTES,
-    Entry,
-    Fidelity,
-    Inputs,
-    Reference,
-    choose,
-    from_json,
-    offered,
-    to_json,
-)
+from isthmus.calibration.fidelity import Entry, Fidelity, Inputs, Reference, choose, offered
+from isthmus.calibration.fidelity_document import MAX_BYTES, from_json, to_json
 from isthmus.calibration.picture import draw
 from isthmus.calibration.scoring import risen
 from isthmus.errors import CalibrationError

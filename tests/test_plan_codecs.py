@@ -9,7 +9,8 @@ from bundles import Published, publish_photos
 from isthmus.bundle import Blob, digest_of
 from isthmus.calibration.agreement import Measure
 from isthmus.calibration.choice import Choice
-from isthmus.calibration.fidelity import Entry, Fidelity, Inputs, model_digest, to_json
+from isthmus.calibration.fidelity import Entry, Fidelity, Inputs
+from isthmus.calibration.fidelity_document import model_digest, to_json
 from isthmus.codecs import KNOWN, find
 from isthmus.planner.planning.conditions import Conditions
 from isthmus.planner.planning.usable import short_name, usable_codecs

@@ -19,7 +19,8 @@ from bundles import Published, cache_of, photo, photo_array, publish_photos, seg
 from isthmus.calibration.agreement import Measure, margin_of, measure_for
 from isthmus.calibration.choice import GRADED, RAW, Again, Choice
 from isthmus.calibration.crossing import crossing
-from isthmus.calibration.fidelity import Entry, Fidelity, Inputs, choose, from_json, offered, to_json
+from isthmus.calibration.fidelity import Entry, Fidelity, Inputs, choose, offered
+from isthmus.calibration.fidelity_document import from_json, to_json
 from isthmus.calibration.inputs import Example
 from isthmus.calibration.ladder import ladder
 from isthmus.calibration.running import runs_here

@@ -29,7 +29,8 @@ from bundles import (
 from isthmus.calibration.agreement import Measure, measure_for
 from isthmus.calibration.calibrate import Calibrated, calibrate
 from isthmus.calibration.choice import RAW, Choice
-from isthmus.calibration.fidelity import Entry, Fidelity, from_json, offered, to_json
+from isthmus.calibration.fidelity import Entry, Fidelity, offered
+from isthmus.calibration.fidelity_document import from_json, to_json
 from isthmus.calibration.inputs import files_in, open_source
 from isthmus.calibration.picture import draw
 from isthmus.calibration.running import runs_here

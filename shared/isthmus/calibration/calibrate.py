@@ -15,7 +15,8 @@ from isthmus.bundle import WHOLE, Blob, Bundle, digest_of
 from isthmus.calibration.agreement import CLOSE, TOP1, Measure, are_probabilities
 from isthmus.calibration.choice import GRADED, Choice, is_activation
 from isthmus.calibration.crossing import Crossing, Run, crossing
-from isthmus.calibration.fidelity import Entry, Fidelity, Inputs, model_digest, to_json
+from isthmus.calibration.fidelity import Entry, Fidelity, Inputs
+from isthmus.calibration.fidelity_document import model_digest, to_json
 from isthmus.calibration.inputs import LEAST, Source, split
 from isthmus.calibration.scoring import Progress, Tally, judge_by, risen, score, silent, trials
 from isthmus.calibration.second_look import entries_of

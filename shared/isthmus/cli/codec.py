@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from isthmus.calibration.fidelity import Entry, Fidelity, Reference, choose, read
+from isthmus.calibration.fidelity import Entry, Fidelity, Reference, choose
+from isthmus.calibration.fidelity_document import read
 from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, errors, out, print_json, read_option, table
 from isthmus.errors import CalibrationError, Missing
 from isthmus.registry import open_registry

@@ -17,7 +17,7 @@ from flask import Flask, Response, jsonify
 
 import isthmus
 from isthmus import pipeline
-from isthmus.calibration import fidelity
+from isthmus.calibration import fidelity_document
 from isthmus.codecs import Packed
 from isthmus.errors import HopError, HopRejected, MediaUnsupported, RequestMalformed, SettingsError
 from isthmus.hop import hops_to
@@ -75,7 +75,7 @@ class _RouterApp(FunctionApp):
         self._tables = Tables(self._registry.bundle, self._registry.blob, settings.max_image_pixels)
         self._guard = Guard(
             settings.guard_share,
-            lambda bundle: fidelity.read(bundle, self._registry.blob),
+            lambda bundle: fidelity_document.read(bundle, self._registry.blob),
             self.metrics,
             self.log,
             deadline_s=settings.deadline_s,

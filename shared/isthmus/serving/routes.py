@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from isthmus import pipeline
 from isthmus.bundle import Bundle
-from isthmus.calibration import fidelity
+from isthmus.calibration import fidelity_document
 from isthmus.calibration.agreement import Measure, measure_for
 from isthmus.calibration.choice import Choice
 from isthmus.codecs import RAW, Tables
@@ -84,7 +84,7 @@ class Routes:
 
     def _measure(self, bundle: Bundle) -> Measure:
         """What the answers of a bundle are: as it was calibrated, or as it declares them."""
-        found = fidelity.read(bundle, self._registry.blob)
+        found = fidelity_document.read(bundle, self._registry.blob)
         return measure_for(bundle) if found is None else found.measure
 
     def _planned(self, model: Model) -> Way | None:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from isthmus.bundle import WHOLE, Bundle, digest_of, to_json
 from isthmus.calibration.choice import Choice
-from isthmus.calibration.fidelity import Fidelity, read
+from isthmus.calibration.fidelity import Fidelity
+from isthmus.calibration.fidelity_document import read
 from isthmus.codecs.speed import compared, speeds
 from isthmus.errors import PlanMismatch
 from isthmus.graph import add_cuts, open_model

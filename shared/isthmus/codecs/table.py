@@ -98,6 +98,11 @@ class Grid(Sorting):
 
     transform: PlaneTransform
 
+    @property
+    def weight(self) -> int:
+        """What it takes in memory, in coefficients: a transform's matrix is the plane's size squared, 4 bytes each."""
+        return int(self.per_unit.size) + (0 if self.transform.whole is None else self.transform.whole.size // 5)
+
 
 @dataclass(frozen=True, eq=False)
 class Table:
@@ -171,9 +176,9 @@ class Table:
             if found is None:
                 found = self._grid(*key)
             self._grids[key] = found
-            kept = sum(grid.per_unit.size for grid in self._grids.values())
+            kept = sum(grid.weight for grid in self._grids.values())
             while len(self._grids) > 1 and kept > _KEPT_VALUES:
-                kept -= self._grids.pop(next(iter(self._grids))).per_unit.size
+                kept -= self._grids.pop(next(iter(self._grids))).weight
         return found
 
     def to_arrays(self) -> dict[str, Array]:

@@ -102,9 +102,9 @@ def measure(subject: Subject, folder: Path, report: Report) -> list[Scored]:
         tables, skipped = learn_tables(crossings, spool, run, rule, longest_s=longest_s)
         for tensor, why in skipped.items():
             report.say(f"{which}: {tensor} has no table: {why}")
-        for c in crossings:
-            steps = partial(scales, spool.crossed(c.cut))
-            ideal.setdefault(c.cut, [Ideal(step, known) for known in [steps()] for step in STEPS[::every]])
+        if not ideal:  # steps are the first fold's, so that all folds are one curve
+            known_scales = {c.cut: scales(spool.crossed(c.cut)) for c in crossings}
+            ideal = {cut: [Ideal(step, known) for step in STEPS[::every]] for cut, known in known_scales.items()}
         if beside is None and bundle.preprocess is not None:
             beside = References(bundle, partial(run, bundle.segment(WHOLE)), rule)
         ways = {c.cut: _ways(c, tables, ideal[c.cut], QUALITIES[::every]) for c in crossings}

@@ -200,10 +200,13 @@ def score(
     for done, example in enumerate(examples):
         progress("measuring", done, total)
         expected: Mapping[str, Array] | None = None
+        clear_raw = math.inf
         for crossing in crossings:
             crossed, early = crossing.before(run, example.arrays)
             if expected is None:
                 expected = crossing.after(run, crossed, early)
+                if margin is not None:
+                    clear_raw = margin(expected)
                 if beside is not None:
                     beside(example, expected)
             values = sum(array.size for array in crossed.values())
@@ -220,7 +223,7 @@ def score(
                     clear = margin(got)
                     tally.margins.append(clear)
                     # An answer that is another lies beyond the point where both classes are equal.
-                    tally.moved.append(abs((clear if same else -clear) - margin(expected)))
+                    tally.moved.append(abs((clear if same else -clear) - clear_raw))
     progress("measuring", total, total)
     return tallies
 

@@ -18,13 +18,14 @@ from report import Goal, Report, Row, arguments, at_least, at_most
 
 from isthmus.bundle import WHOLE, Bundle
 from isthmus.calibration.agreement import TOP1
-from isthmus.calibration.calibrate import CHOICES, learn_tables
+from isthmus.calibration.calibrate import CHOICES, QUALITIES, learn_tables
 from isthmus.calibration.choice import Choice
 from isthmus.calibration.crossing import Crossing, Run, crossing
+from isthmus.calibration.looks import with_looks
 from isthmus.calibration.reference import References
 from isthmus.calibration.running import runs_here
-from isthmus.calibration.scoring import Tally, Trial, Way, score, trials
-from isthmus.calibration.second_look import asked_again, second_looks
+from isthmus.calibration.scoring import Tally, score
+from isthmus.calibration.sending import Trial, Way, trials
 from isthmus.calibration.spool import Spool
 from isthmus.graph import build
 from isthmus.registry import FolderStore, Registry, SegmentCache
@@ -33,10 +34,9 @@ from isthmus.settings import SegmentSettings
 PACKAGES = ["numpy", "onnxruntime", "pillow", "scikit-image", "scikit-learn", "torch", "zstandard"]
 STEPS = tuple(round(2.0 ** (-4 + i / 2), 4) for i in range(13))
 """Of uniform quantisation, in shares of the activation's root mean square: 0.06 to 4."""
-QUALITIES = tuple(round(i / 16, 4) for i in range(16))
 PEERS = ("raw", "half/1", "lossless/1", "int8/1", "int4/1", "sparse/1")
 NETWORKS = ("efficientnet-lite0", "efficientnet-lite0-other", "digits", "ocr-detector", "minilm", "silero")
-OURS, TWICE, IDEAL, INT8 = "transform/1", "transform/1, second look", "uniform, ideal entropy", "int8 + zstd"
+OURS, CLOSER, IDEAL, INT8 = "transform/2", "transform/2, closer looks", "uniform, ideal entropy", "int8 + zstd"
 LEVELS = (0.95, 0.99)
 SAME, ERRORS = (0.8, 0.9, 0.95, 0.98, 0.99), (0.2, 0.1, 0.05, 0.02, 0.01)
 
@@ -128,7 +128,7 @@ def measure(subject: Subject, folder: Path, report: Report) -> list[Scored]:
         values = known["raw"].values // len(known["raw"].bytes)
         exact = {way.name: way.mean_bytes() for way in ideal[each.cut]}
         points = [point(name, tally, values, exact.get(name)) for name, tally in known.items()]
-        points += _second_looks(known, values)
+        points += _closer_looks(known, values)
         if beside is not None:
             points += [point(f"{kind} @{q}", tally, values) for (kind, q), tally in beside.tallies.items()]
         scored.append(Scored(subject, each.cut, points))
@@ -139,16 +139,14 @@ def measure(subject: Subject, folder: Path, report: Report) -> list[Scored]:
     return scored
 
 
-def _second_looks(known: Mapping[str, Tally], values: int) -> list[Point]:
-    """What comes of sending again, finer, where the answer is not clear; nothing where answers are no classes."""
+def _closer_looks(known: Mapping[str, Tally], values: int) -> list[Point]:
+    """What comes of refining where the answer is not clear; nothing where answers are no classes."""
     once = [(choice, tally) for name, tally in known.items() if (choice := _graded(name)) and tally.margins]
     tallies, found = dict(once), []
-    for choice, tally in second_looks(once):
-        if choice.again is not None:
-            made = point(f"{TWICE} @{choice.quality:g}+{choice.again.quality:g}:{choice.again.margin:g}", tally, values)
-            finer = tallies[Choice(OURS, choice.again.quality)].agreement
-            again = sum(asked_again(tallies[choice.once], choice.again.margin)) / len(tally.bytes)
-            found.append(replace(made, same=min(made.same, finer), again=again))
+    for choice, tally, shares in with_looks(once):
+        made = point(f"{CLOSER} {str(choice).removeprefix(OURS)}", tally, values)
+        # No looks are believed to keep more than the last one's quality does.
+        found.append(replace(made, same=min(made.same, tallies[choice.last].agreement), looks=sum(shares)))
     return found
 
 
@@ -188,7 +186,7 @@ def _row(p: Point, error: str) -> Row:
         error: p.error,
         "pack_ms": p.pack_ms,
         "unpack_ms": p.unpack_ms,
-        "again_%": 100 * p.again,
+        "closer_looks": p.looks,
     }
     return row
 
@@ -198,8 +196,8 @@ def add_ratios(report: Report, scored: Sequence[Scored]) -> None:
     rows: list[Row] = []
     for each in scored:
         ideal = curve(each.points, IDEAL)
-        for looks, families in (("one", [OURS]), ("two", [OURS, TWICE])):
-            if looks == "two" and not curve(each.points, TWICE):
+        for looks, families in (("one", [OURS]), ("more", [OURS, CLOSER])):
+            if looks == "more" and not curve(each.points, CLOSER):
                 continue
             ours = curve(each.points, *families)
             row: dict[str, str | float | int | bool | None] = {"network": each.subject.name, "cut": each.cut}
@@ -236,7 +234,7 @@ def _against_peers(each: Scored) -> Iterator[Goal]:
 
 
 def _times_fewer(name: str, each: Scored, theirs: float | None, level: float, goal: float) -> Goal:
-    mine = bytes_at(curve(each.points, OURS, TWICE), level)
+    mine = bytes_at(curve(each.points, OURS, CLOSER), level)
     value = theirs / mine if theirs is not None and mine is not None else 0.0
     return at_least(f"times fewer bytes than {name}: {each.subject.name}, {each.cut}", value, goal)
 

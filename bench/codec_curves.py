@@ -14,7 +14,7 @@ from isthmus.calibration.scoring import Tally
 class Point:
     """One way at one quality. Units: bytes are means over the scored inputs, bits for one value, ms of CPU time.
 
-    `again` is the share of inputs that were sent twice.
+    `looks` is how many closer looks an input took on average.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Point:
     pack_ms: float
     unpack_ms: float
     fell_back: float = 0.0
-    again: float = 0.0
+    looks: float = 0.0
 
     @property
     def family(self) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 import zstandard
 
-from isthmus.calibration.scoring import Sent
+from isthmus.calibration.sending import Cost, Sent
 from isthmus.runners import Array
 
 Compressor = Callable[[bytes], bytes]
@@ -39,7 +39,8 @@ class Half:
         arrived = {n: a.astype(np.float16) if a.dtype == np.float32 else a for n, a in tensors.items()}
         packed = time.thread_time()
         back = {n: a.astype(tensors[n].dtype) for n, a in arrived.items()}
-        return Sent(back, sum(a.nbytes for a in arrived.values()), packed - start, time.thread_time() - packed)
+        size = sum(a.nbytes for a in arrived.values())
+        return Sent(back, Cost(size, packed - start, time.thread_time() - packed))
 
 
 class Affine:
@@ -66,7 +67,7 @@ class Affine:
             size += len(self._compress(data.tobytes())) + 8
             pack_s += time.thread_time() - start
             arrived[name] = (whole * np.float32(step) + np.float32(low)).astype(np.float32)
-        return Sent(arrived, size, pack_s)
+        return Sent(arrived, Cost(size, pack_s))
 
 
 class Ideal:
@@ -94,7 +95,7 @@ class Ideal:
             whole = np.rint(array / step)
             arrived[name] = (whole * step).astype(array.dtype)
             self._count(name, by_channel(whole))
-        return Sent(arrived, 0)
+        return Sent(arrived, Cost(0))
 
     def mean_bytes(self) -> float:
         """Bytes of one input, on average."""

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from bundles import Published, pair_model, photo, publish, publish_photos
 from isthmus.bundle import Blob, digest_of
 from isthmus.calibration.agreement import measure_for
-from isthmus.calibration.calibrate import CHOICES, calibrate
+from isthmus.calibration.calibrate import CHOICES, QUALITIES, calibrate
 from isthmus.calibration.choice import Choice
 from isthmus.calibration.crossing import crossing
 from isthmus.calibration.fidelity import offered
@@ -25,13 +25,14 @@ from isthmus.calibration.inputs import files_in, open_source, split
 from isthmus.calibration.running import runs_here
 from isthmus.calibration.spool import Spool
 from isthmus.cli import app
+from isthmus.codecs import KNOWN, NEVER_CHOSEN
 from isthmus.errors import CalibrationError
 from isthmus.graph import add_cuts
 from isthmus.registry import FolderStore, Registry, SegmentCache
 from isthmus.settings import SegmentSettings
 from segments import run_whole
 
-PLAIN = tuple(c for c in CHOICES if c.codec != "transform/1")
+PLAIN = tuple(c for c in CHOICES if c.codec != "transform/2")
 
 
 def isthmus(*arguments: object) -> Result:
@@ -110,7 +111,7 @@ def test_calibrating_publishes_tables_and_a_fidelity_as_the_next_version(calibra
         assert e["offered"] == (e["agreement"] >= said["limit"])
     exact = at6["lossless/1", 1.0]
     assert (exact["agreement"], exact["low"], exact["error"]) == (1, 1, 0)
-    finest, coarsest = at6["transform/1", 1.0], at6["transform/1", 0.0]
+    finest, coarsest = at6["transform/2", 1.0], at6["transform/2", 0.0]
     assert finest["bytes"] > coarsest["bytes"]
     assert finest["agreement"] >= coarsest["agreement"]
 
@@ -119,6 +120,9 @@ def test_the_codec_command_shows_the_curves_and_finds_targets(calibrated: tuple[
     folder, said = calibrated
     found = document(isthmus("codec", "photos", "--registry", folder, "--json"))
     assert found["entries"] == said["entries"]
+    looked = [e for e in found["entries"] if e["looks"]]
+    assert looked
+    assert all(len(e["looks"]) == len(e["shares"]) and min(e["shares"]) > 0 for e in looked)
     assert found["chosen"] == {}
     picture = tmp_path / "curves.svg"
     result = isthmus("codec", "photos", "--at", "6", "--agreement", "0.99", "--picture", picture, "--registry", folder)
@@ -141,7 +145,7 @@ def test_calibrating_shows_a_table_for_people(photos: Published, album: Path) ->
     result = isthmus("calibrate", "photos", "--data", album, "--at", "6", "--inputs", 16, "--registry", photos.folder)
     assert result.exit_code == 0, result.output
     assert "photos:2" in result.stdout
-    assert "transform/1@0.5" in result.stdout
+    assert "transform/2@0.5333" in result.stdout
 
 
 def test_a_bundle_that_was_not_calibrated_says_how(photos: Published) -> None:
@@ -324,8 +328,7 @@ def test_what_crosses_is_kept_in_files_and_read_as_often_as_asked(photos: Publis
 
 
 def test_every_codec_of_tensors_is_measured() -> None:
-    from isthmus.codecs import KNOWN
-
-    assert {c.codec for c in CHOICES} == set(KNOWN) - {"photo/1"}
+    assert {c.codec for c in CHOICES} == set(KNOWN) - NEVER_CHOSEN
     assert len(set(CHOICES)) == len(CHOICES)
+    assert (QUALITIES[0], QUALITIES[-1]) == (0, 1)
     assert all(Choice.parse(str(c)) == c for c in CHOICES)

@@ -1,8 +1,9 @@
-"""`transform/1` of rows: tokens, vectors and states in classes, and how their form is chosen."""
+"""`transform/2` of rows: tokens, vectors and states in classes, and how their form is chosen."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -21,8 +22,9 @@ from isthmus.codecs import NotPackable, Packing
 from isthmus.codecs.levels import LEVELS, TOP, Models
 from isthmus.codecs.row_layout import RowLayout
 from isthmus.codecs.rows import RowTable, packed_classes, read_table, unpacked_classes
-from isthmus.codecs.table import Table
-from isthmus.codecs.transform import TRANSFORM, step_for
+from isthmus.codecs.steps import THIRD, size_of, step_of
+from isthmus.codecs.table import GAINS, Table
+from isthmus.codecs.transform import TRANSFORM
 from isthmus.errors import CalibrationError
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -59,7 +61,7 @@ def tables() -> dict[str, RowTable]:
 
 
 def round_trip(array: Array, table: Table | RowTable, quality: float) -> tuple[bytes, Array]:
-    payload = TRANSFORM.encode(array, Packing("transform/1", quality, table))
+    payload = TRANSFORM.encode(array, Packing("transform/2", quality, table))
     return payload, TRANSFORM.decode(memoryview(payload), array.dtype, array.shape, table)
 
 
@@ -75,7 +77,7 @@ def test_every_component_of_a_row_comes_back_within_half_a_step(
 ) -> None:
     table, array = tables[form], sentence(np.random.default_rng(9))
     _, found = round_trip(array, table, quality)
-    half = 0.5 * 2.0 ** (step_for(table, quality) / 8)
+    half = 0.5 * size_of(step_of(quality, table.steps))
     assert np.abs(components(found[0].astype(float) - array[0], table)).max() <= half * 1.001 + 1e-4
 
 
@@ -120,13 +122,13 @@ def test_rows_that_are_not_finite_are_not_packable(value: float, tables: dict[st
         array = sentence(np.random.default_rng(2), 6)
         array[0, 3, 4] = value
         with pytest.raises(NotPackable):
-            TRANSFORM.encode(array, Packing("transform/1", 0.5, table))
+            TRANSFORM.encode(array, Packing("transform/2", 0.5, table))
 
 
 @pytest.mark.parametrize("shape", [(1, 6, 23), (6, 24), (1, 1, 6, 24), (24, 6, 1)])
 def test_tensors_without_such_rows_are_refused(shape: tuple[int, ...], tables: dict[str, RowTable]) -> None:
     with pytest.raises(NotPackable):
-        TRANSFORM.encode(np.ones(shape, np.float32), Packing("transform/1", 0.5, tables["classes"]))
+        TRANSFORM.encode(np.ones(shape, np.float32), Packing("transform/2", 0.5, tables["classes"]))
     with pytest.raises(ValueError, match=r"table"):
         TRANSFORM.decode(memoryview(bytes(9)), np.dtype(np.float32), shape, tables["classes"])
 
@@ -146,7 +148,7 @@ _TABLE = table_of(FORMS["classes"])
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.binary(max_size=200), st.integers(-41, 17), st.integers(-97, 25))
+@given(st.binary(max_size=200), st.integers(STEPS[1] - 1, STEPS[0] + 1), st.integers(GAINS[0] - 1, GAINS[1] + 1))
 def test_any_bytes_are_refused_or_give_rows(data: bytes, step: int, gain: int) -> None:
     payload = bytes((step & 255, gain & 255)) + data
     try:
@@ -209,7 +211,8 @@ def broken_tables(arrays: Mapping[str, Array]) -> Iterator[tuple[str, dict[str, 
         yield f"rows {rows}", {**arrays, "rows": np.array(rows, np.int32)}
     yield "unknown", {**arrays, "more": np.zeros(1)}
     yield "classes", {**arrays, "means": arrays["means"][:3], "weights": arrays["weights"][:3]}
-    yield "steps", {**arrays, "steps": np.array([-40, 16], np.int32)}
+    for steps in (STEPS[::-1], (128, 63), (-63, -128)):
+        yield f"steps {steps}", {**arrays, "steps": np.array(steps, np.int32)}
     yield "scale", {**arrays, "scale": np.array([np.nan], np.float32)}
     yield "means", {**arrays, "means": np.full_like(arrays["means"], np.inf)}
 
@@ -227,7 +230,7 @@ def test_a_factor_of_zero_is_refused_when_it_is_needed(tables: dict[str, RowTabl
     arrays = tables["classes as they are"].to_arrays()
     table = read_table({**arrays, "synthesis": np.zeros_like(arrays["synthesis"])})
     with pytest.raises(NotPackable, match="inverse"):
-        TRANSFORM.encode(sentence(np.random.default_rng(0)), Packing("transform/1", 0.5, table))
+        TRANSFORM.encode(sentence(np.random.default_rng(0)), Packing("transform/2", 0.5, table))
 
 
 def test_the_layers_of_a_state_are_one_row() -> None:
@@ -280,8 +283,16 @@ def test_the_steps_of_tensors_that_cross_together_do_the_same_harm() -> None:
     found = {name: measure(tail, samples, name, loss="values", max_runs=200) for name in ("a", "b")}
     made: dict[str, Table | RowTable] = {n: learn_table([s[n] for s in samples], how) for n, how in found.items()}
     balance(made, found)
-    sizes = [table.scale * 2.0 ** (table.steps[0] / 8) for table in made.values()]
+    sizes = [table.scale * size_of(table.steps[0]) for table in made.values()]
     assert sizes[0] == pytest.approx(sizes[1], rel=0.15)
+    moved = [(table.steps[0] - STEPS[0]) * table.channels for table in made.values()]
+    assert abs(sum(moved)) <= sum(table.channels for table in made.values()) / 2 < abs(moved[0])
+    assert {coarsest - finest for coarsest, finest in (table.steps for table in made.values())} == {5 * THIRD}
+    for table, by in ((made["a"], 1e9), (made["b"], 1e-9)):
+        # However far apart tensors are, steps stay where a byte says them.
+        apart = {"a": replace(made["a"], steps=STEPS), "b": replace(table, steps=STEPS, scale=table.scale * by)}
+        balance(apart, found)
+        assert {abs(t.steps[0] - STEPS[0]) for t in apart.values()} == {40}
 
 
 def test_rows_that_cannot_be_learned_from_are_refused() -> None:

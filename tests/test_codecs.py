@@ -275,6 +275,14 @@ def test_two_bytes_are_the_nearest_and_never_turn_infinite(codec: str, dtype: An
         back(codec, array.astype("float16"))
 
 
+def test_half_rounds_every_float16_and_what_lies_between_two_as_numpy_does() -> None:
+    there = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype("float32")
+    ties = (there[1:] + there[:-1]) / 2
+    values = np.concatenate([there, ties, np.nextafter(ties, np.float32(0)), np.nextafter(ties, np.float32(np.inf))])
+    array = np.concatenate([values, -values])
+    assert bytes(find("half/1").encode(array, Packing("half/1"))) == array.astype("<f2").tobytes()
+
+
 @pytest.mark.parametrize("quality", [0.0, 0.25, 0.5, 0.75, 0.99])
 @pytest.mark.parametrize("signed", [False, True])
 def test_sparse_below_full_quality_is_within_half_its_step(quality: float, signed: bool) -> None:

@@ -202,6 +202,9 @@ BAD: dict[str, tuple[str, bytes, str, tuple[int, ...]]] = {
     "sparse codes of float64": ("sparse/1", HEADER.pack(1, 1, 1, 1) + b"\x80\x01", "float64", (4,)),
     "sparse bits too long": ("sparse/1", HEADER.pack(1, 1, 1, 2) + b"\x80\0\x01", "float32", (4,)),
     "sparse nothing, but bytes": ("sparse/1", HEADER.pack(0, 0, 0, 0), "float32", (0,)),
+    "transform without a table": ("transform/2", bytes(8), "float32", (4,)),
+    "layers without what they are kept by": ("layers/1", bytes(8), "float32", (4,)),
+    "layers that refine what nobody keeps": ("layers/1", b"\x80" + bytes(24), "float32", (4,)),
     "photo without a recipe": ("photo/1", photo(), "float32", (1, 3, 8, 8)),
 }
 
@@ -219,6 +222,13 @@ def test_a_packed_tensor_that_breaks_a_rule_is_the_frames_fault(codec: str) -> N
     with pytest.raises(FrameMalformed, match="'x' cannot be unpacked") as e:
         frames.decode(data, max_bytes=BOUND)
     assert e.value.facts["rule"] == "payload"
+
+
+def test_a_payload_of_the_transform_before_is_refused_by_its_name() -> None:
+    data = frames.encode(Frame({}, packed={"x": Packed("transform/2", "float32", (4,), bytes(8))}))
+    with pytest.raises(FrameMalformed) as e:
+        frames.decode(data.replace(b"transform/2", b"transform/1"), max_bytes=BOUND)
+    assert e.value.facts["rule"] == "codec"
 
 
 def bomb(size: int) -> bytes:

@@ -50,7 +50,7 @@ def test_every_metric_is_documented_with_its_type(segment: FlaskClient, router: 
 
 def test_every_label_is_documented() -> None:
     collectors = [value for value in vars(Metrics()).values() if hasattr(value, "_labelnames")]
-    assert len(collectors) == 15
+    assert len(collectors) == 17
     for collector in collectors:
         suffix = "_total" if collector._type == "counter" else ""
         assert ROWS[collector._name + suffix] == (collector._type, tuple(collector._labelnames))
@@ -76,5 +76,5 @@ def test_every_endpoint_and_stage_is_documented(
         for client in (segment, router, packing)
         for sample in families(client)["isthmus_stage_seconds"].samples
     }
-    # A second look's segments are again0, … and have the stages that their first call had.
+    # A closer look's segments are again0, … and have the stages that their first call had.
     assert {re.sub("hop1|again0", "hop0", stage) for stage in stages} == used

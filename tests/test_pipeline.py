@@ -26,7 +26,8 @@ from isthmus.context import Context, Deadline
 from isthmus.errors import DeadlineExceeded, HopRejected, HopUnavailable, Missing, ShapeMismatch
 from isthmus.frame import Frame
 from isthmus.hop import Hop, LocalHop, Reply, hops_to
-from isthmus.pipeline import Result, plan_route, run
+from isthmus.pipeline import Result, run
+from isthmus.route import plan_route
 from isthmus.runners.store import SegmentStore
 from isthmus.serving import create_segment_app
 

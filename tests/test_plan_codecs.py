@@ -8,10 +8,10 @@ from pathlib import Path
 from bundles import Published, publish_photos
 from isthmus.bundle import Blob, digest_of
 from isthmus.calibration.agreement import Measure
-from isthmus.calibration.choice import Choice
+from isthmus.calibration.choice import Choice, Look
 from isthmus.calibration.fidelity import Entry, Fidelity, Inputs
 from isthmus.calibration.fidelity_document import model_digest, to_json
-from isthmus.codecs import KNOWN, find
+from isthmus.codecs import KNOWN, NEVER_CHOSEN, find
 from isthmus.planner.planning.conditions import Conditions
 from isthmus.planner.planning.usable import short_name, usable_codecs
 from test_plan_draft import LINK, drafted
@@ -34,20 +34,45 @@ def fidelity(subject: str) -> Fidelity:
 def test_without_calibration_every_codec_that_needs_none_is_usable() -> None:
     found = [choice.codec for choice in usable_codecs(None, "3")]
     assert found[0] == "raw"
-    assert set(found) == {c for c in KNOWN if c not in ("photo/1", "transform/1") and not find(c).calibrated}
+    assert set(found) == {c for c in KNOWN if c not in NEVER_CHOSEN and not find(c).calibrated}
 
 
 def test_a_calibrated_cut_has_what_it_offers_each_at_its_smallest() -> None:
     known = fidelity("sha256:" + "0" * 64)
     graded = (
-        entry("transform/1", 0.9, 600),
-        entry("transform/1", 0.5, 300),
-        entry("transform/1", 0.2, 100, offered=False),
+        entry("transform/2", 0.9, 600),
+        entry("transform/2", 0.5, 300),
+        entry("transform/2", 0.2, 100, offered=False),
     )
     known = Fidelity(known.subject, 0.99, known.measure, known.inputs, (*known.entries, *graded))
     found = usable_codecs(known, "3")
-    assert set(found) == {Choice("raw"), Choice("int8/1"), Choice("half/1"), Choice("transform/1", 0.5)}
-    assert [short_name(c) for c in (Choice("int8/1"), Choice("transform/1", 0.55))] == ["int8", "transform-55"]
+    assert set(found) == {Choice("raw"), Choice("int8/1"), Choice("half/1"), Choice("transform/2", 0.5)}
+    assert [short_name(c) for c in (Choice("int8/1"), Choice("transform/2", 0.55))] == ["int8", "transform-55"]
+
+
+def followed(quality: float, size: int, *finer: float, offered: bool = True) -> Entry:
+    looks, shares = tuple(Look(q, 0.5) for q in finer), tuple(0.5 / (n + 1) for n in range(len(finer)))
+    return replace(entry("transform/2", quality, size, offered=offered), looks=looks, shares=shares)
+
+
+def test_each_number_of_closer_looks_is_usable_that_takes_fewer_bytes_than_fewer_of_them() -> None:
+    known = fidelity("sha256:" + "0" * 64)
+    chains = (
+        followed(0.8, 300),
+        followed(0.6, 250, 0.8),
+        followed(0.5, 240, 0.7),
+        followed(0.3, 100, 0.5, offered=False),
+        followed(0.4, 240, 0.6, 0.8),
+        followed(0.3, 260, 0.5, 0.7),
+        followed(0.2, 190, 0.4, 0.6, 0.8),
+        followed(0.0, 180, 0.2, 0.4, 0.6, offered=False),
+    )
+    known = replace(known, entries=(*known.entries, *chains))
+    found = [choice for choice in usable_codecs(known, "3") if choice.codec == "transform/2"]
+    assert [short_name(choice) for choice in found] == ["transform-80", "transform-50-70", "transform-20-40-60-80"]
+    # Where only those are offered that look closer, they stay.
+    without = replace(known, entries=tuple(e for e in known.entries if e.looks))
+    assert [short_name(c) for c in usable_codecs(without, "3")] == ["raw", "transform-50-70", "transform-20-40-60-80"]
 
 
 def test_what_changes_values_is_not_usable_where_a_calibrated_bundle_did_not_measure_it() -> None:

@@ -99,6 +99,8 @@ def test_every_plan_keeps_to_the_schema() -> None:
         (lambda d: d["candidates"][0].update(cuts=[]), "split"),
         (lambda d: d["candidates"][0].update(up_bytes=-1), "up_bytes"),
         (lambda d: d["candidates"][0].update(up_bytes=1.5), "up_bytes"),
+        (lambda d: d["candidates"][0].update(price=10**400), "price"),
+        (lambda d: d["candidates"][0]["codecs"]["r3"].update(codec="layers/1"), "codec"),
         (lambda d: d["candidates"][0]["codecs"]["r3"].update(codec="zip"), "codec"),
         (lambda d: d["candidates"][0]["predicted"].update(up=-0.1), "up"),
         (lambda d: d["candidates"][0]["predicted"].update(up=True), "up"),

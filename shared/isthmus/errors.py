@@ -71,6 +71,10 @@ class FrameMalformed(FrameError):
     """Lengths, offsets, names or dtypes disagree."""
 
 
+class NotKept(FrameError):
+    """A tensor refines what this function does not keep, or no longer; facts: `tensor`. Send it whole."""
+
+
 class CutError(IsthmusError):
     """A cut cannot be made."""
 
@@ -208,6 +212,7 @@ HTTP_STATUS: dict[type[IsthmusError], int] = {
     ProfilingRefused: 403,
     FrameTooLarge: 413,
     FrameMalformed: 400,
+    NotKept: 409,
     UnknownValue: 404,
     UnboundedCut: 400,
     CutError: 400,

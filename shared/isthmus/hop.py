@@ -7,6 +7,7 @@ from its status, body and X-OpenFaaS-Internal as docs/hops.md lists them.
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -56,6 +57,9 @@ class Hop(Protocol):
         """What errors and timings call it."""
         ...
 
+    whole_until: float
+    """Until when, by `time.monotonic`, no refinement is sent: it had forgotten what it was to keep."""
+
     def call(self, frame: Frame, context: Context) -> Reply:
         """Run the segment that `frame` names on its tensors, within the context's deadline.
 
@@ -73,6 +77,7 @@ class LocalHop:
 
     name = "local"
     packs = False
+    whole_until = math.inf
 
     def __init__(self, store: SegmentStore) -> None:
         self._store = store
@@ -90,6 +95,7 @@ class HttpHop:
 
     def __init__(self, url: str, *, attempts: int, connect_timeout_s: float, max_reply_bytes: int) -> None:
         self.name = url
+        self.whole_until = 0.0
         self._connections = Connections(url, connect_timeout_s=connect_timeout_s)
         self._attempts = max(1, attempts)
         self._max_reply_bytes = max_reply_bytes

@@ -11,12 +11,13 @@ import numpy as np
 
 from isthmus.calibration.sensitivity import Sensitivity
 from isthmus.codecs.rows import RowTable
-from isthmus.codecs.table import OCTAVE, Table
+from isthmus.codecs.steps import FACTOR, THIRD
+from isthmus.codecs.table import Table
 
 Tables: TypeAlias = dict[str, Table | RowTable]
 
 _MOST = 40
-"""Eighths of an octave that steps are moved by."""
+"""How far steps are moved, in thirteenths of a factor of three."""
 
 
 def balance(tables: Tables, sensitivities: Mapping[str, Sensitivity]) -> None:
@@ -26,7 +27,7 @@ def balance(tables: Tables, sensitivities: Mapping[str, Sensitivity]) -> None:
     over their channels steps stay where they are.
     """
     harms = {
-        name: OCTAVE * math.log2(tables[name].scale * math.sqrt(harm))
+        name: THIRD * math.log(tables[name].scale * math.sqrt(harm), FACTOR)
         for name, how in sensitivities.items()
         if name in tables and (harm := float(np.trace(how.channels)) / len(how.channels)) > 0
     }

@@ -18,21 +18,23 @@ from isthmus.calibration.crossing import Crossing, Run, crossing
 from isthmus.calibration.fidelity import Entry, Fidelity, Inputs
 from isthmus.calibration.fidelity_document import model_digest, to_json
 from isthmus.calibration.inputs import LEAST, Source, split
-from isthmus.calibration.scoring import Progress, Tally, judge_by, risen, score, silent, trials
-from isthmus.calibration.second_look import entries_of
+from isthmus.calibration.looks import entries_of
+from isthmus.calibration.scoring import Progress, Tally, judge_by, risen, score, silent
+from isthmus.calibration.sending import trials
 from isthmus.calibration.spool import LONGEST_FRAME, Spool
-from isthmus.codecs import KNOWN
+from isthmus.codecs import KNOWN, NEVER_CHOSEN
 from isthmus.errors import CalibrationError
 from isthmus.runners import Array
 
 if TYPE_CHECKING:
     from isthmus.calibration.balance import Tables
 
-QUALITIES = tuple(round(i / 20, 2) for i in range(21))
+QUALITIES = tuple(round(i / 15, 4) for i in range(16))
+"""Three of which are a closer look's factor of three."""
 CHOICES: tuple[Choice, ...] = (
-    *(Choice(codec) for codec in KNOWN if codec not in ("photo/1", *GRADED)),
+    *(Choice(codec) for codec in KNOWN if codec not in NEVER_CHOSEN | GRADED),
     *(Choice("sparse/1", quality) for quality in (0.25, 0.5, 0.75, 1.0)),
-    *(Choice("transform/1", quality) for quality in QUALITIES),
+    *(Choice("transform/2", quality) for quality in QUALITIES),
 )
 """What is measured at every cut."""
 
@@ -90,7 +92,7 @@ def calibrate(
     if measure.kind == CLOSE:
         measure = replace(measure, scales=spool.scales())
     _check_answers(bundle, measure, spool.answer)
-    calibrated = any(choice.codec == "transform/1" for choice in choices)
+    calibrated = any(choice.codec == "transform/2" for choice in choices)
     learned, skipped = learn_tables(crossings, spool, run, measure, progress) if calibrated else ({}, {})
     if learned:
         from isthmus.codecs.rows import read_table
@@ -148,7 +150,7 @@ def calibrate(
 
 
 def _entries(cut: str, tried: Sequence[tuple[Choice, Tally]], limit: float) -> list[Entry]:
-    """A cut's entries: each choice's own, and second looks where answers are classes."""
+    """A cut's entries: each choice's own, and closer looks where answers are classes."""
     found = risen([tally.entry(cut, choice, limit) for choice, tally in tried], limit)
     return [*found, *entries_of(cut, tried, found, limit)]
 

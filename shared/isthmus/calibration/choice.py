@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Self
 
 from isthmus.bundle import TensorSpec
-from isthmus.codecs import KNOWN, Packing, find
+from isthmus.codecs import KNOWN, NEVER_CHOSEN, Packing, find
 
 _EXACT = frozenset({"raw", "lossless/1", "photo/1"})
-GRADED = frozenset({"sparse/1", "transform/1"})
+GRADED = frozenset({"sparse/1", "transform/2"})
 """Codecs that a quality means something to."""
 SIDE = "lossless/1"
 """How tensors travel that are no activations: ids, masks, states of a counter."""
@@ -21,71 +22,86 @@ WIDEST_MARGIN = 1000.0
 _ACTIVATIONS = frozenset({"float16", "bfloat16", "float32"})
 
 
+MAX_LOOKS = 4
+"""Closer looks that a choice may have; each is one more call."""
+
+
 @dataclass(frozen=True)
-class Again:
-    """A second look: where the answer's margin is below `margin` (nats), the tensors are sent again at `quality`."""
+class Look:
+    """A closer look: where the answer's margin is below `margin` (nats), the tensors are sent at `quality`."""
 
     quality: float
     margin: float
 
-    def can_follow(self, codec: str, quality: float) -> bool:
-        """Whether it is finer than that, of a codec with qualities, and has a margin above 0."""
-        return codec in GRADED and quality < self.quality <= 1 and 0 < self.margin <= WIDEST_MARGIN
-
 
 @dataclass(frozen=True)
 class Choice:
-    """How the tensors that cross one cut are packed: `int8/1`, or `transform/1@0.9` with a quality of 0 to 1.
+    """How the tensors that cross one cut are packed: `int8/1`, or `transform/2@0.9` with a quality of 0 to 1.
 
-    `transform/1@0.4+0.8:0.2` sends at 0.4, and at 0.8 where the margin of the answer is below 0.2; see `margin_of`.
+    `transform/2@0.2+0.4:1.5+0.6:0.7` sends at 0.2, at 0.4 where the margin of the answer is below 1.5, and at 0.6 where
+    that of the next answer is below 0.7; see `margin_of`.
     """
 
     codec: str
     quality: float = 1.0
-    again: Again | None = None
+    looks: tuple[Look, ...] = ()
 
     def __str__(self) -> str:
         text = f"{self.codec}@{self.quality:g}" if self.codec in GRADED else self.codec
-        return text if self.again is None else f"{text}+{self.again.quality:g}:{self.again.margin:g}"
+        return "".join([text, *(f"+{look.quality:g}:{look.margin:g}" for look in self.looks)])
 
     @property
     def once(self) -> Choice:
-        """The same without a second look."""
-        return self if self.again is None else replace(self, again=None)
+        """The same without closer looks."""
+        return replace(self, looks=()) if self.looks else self
+
+    @property
+    def last(self) -> Choice:
+        """What the last look sends, for every answer."""
+        return Choice(self.codec, self.looks[-1].quality) if self.looks else self
+
+    def is_valid(self) -> bool:
+        """Whether looks are of a codec with qualities, each finer than the one before, with a margin above 0."""
+        qualities = [self.quality, *(look.quality for look in self.looks)]
+        return not self.looks or (
+            self.codec in GRADED
+            and len(self.looks) <= MAX_LOOKS
+            and all(a < b <= 1 for a, b in itertools.pairwise(qualities))
+            and all(0 < look.margin <= WIDEST_MARGIN for look in self.looks)
+        )
 
     @classmethod
     def parse(cls, text: str) -> Self:
         """Read what `str` writes; without a quality it is 1.
 
         Raises:
-            ValueError: no codec of that name, or no such quality or second look.
+            ValueError: no codec of that name, or no such quality or looks.
         """
-        first, plus, again = text.strip().partition("+")
+        first, *looks = text.strip().split("+")
         codec, at, quality = first.partition("@")
-        if codec not in KNOWN or codec == "photo/1":
-            raise ValueError(
-                f"{codec!r} is no codec of tensors; known are {', '.join(k for k in KNOWN if k != 'photo/1')}"
-            )
-        if not at and not plus:
+        if codec not in KNOWN or codec in NEVER_CHOSEN:
+            known = ", ".join(k for k in KNOWN if k not in NEVER_CHOSEN)
+            raise ValueError(f"{codec!r} is no codec of tensors; known are {known}")
+        if not at and not looks:
             return cls(codec)
         value = _number(quality) if at else 1.0
         if codec not in GRADED or not 0 <= value <= 1:
             raise ValueError(f"{text!r}: only {', '.join(sorted(GRADED))} has a quality, from 0 to 1")
-        return cls(codec, value, _again(text, again, codec, value) if plus else None)
+        made = cls(codec, value, tuple(_look(look) for look in looks))
+        if not made.is_valid():
+            raise ValueError(
+                f"{text!r}: a closer look is a higher quality and a margin in nats, above 0 and at most"
+                f" {WIDEST_MARGIN:g}, as in transform/2@0.2+0.4:1.5; at most {MAX_LOOKS} follow one another"
+            )
+        return made
 
 
 RAW = Choice("raw")
 
 
-def _again(text: str, again: str, codec: str, quality: float) -> Again:
-    finer, _, margin = again.partition(":")
-    made = Again(_number(finer), _number(margin))
-    if not made.can_follow(codec, quality):
-        raise ValueError(
-            f"{text!r}: a second look is a higher quality and a margin in nats, above 0 and at most {WIDEST_MARGIN:g},"
-            " as in transform/1@0.4+0.8:0.2"
-        )
-    return made
+def _look(text: str) -> Look:
+    quality, _, margin = text.partition(":")
+    return Look(_number(quality), _number(margin))
 
 
 def _number(text: str) -> float:

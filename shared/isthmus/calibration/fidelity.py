@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 
 from isthmus.calibration.agreement import Measure
 from isthmus.calibration.bounds import CONFIDENCE
-from isthmus.calibration.choice import Again, Choice
+from isthmus.calibration.choice import Choice, Look
 from isthmus.errors import CalibrationError
 
 LIMIT = 0.99
@@ -36,8 +36,8 @@ class Entry:
     tensors that cross, `bits` what a value costs on average. Units: milliseconds of one thread's CPU time, medians.
     `fell_back` is the share of inputs where a tensor went raw. `offered` says whether a plan may use it.
 
-    With a second look, at `again_quality` where the answer's margin is below `again_margin`, `asked_again` is the share
-    of inputs that took it; sizes and times are of both sends together, and means, since their medians know of one only.
+    With closer looks, sizes and times are of all sends together, and means, since medians know of the first one only;
+    `shares` has for each look the share of inputs that took it.
     """
 
     cut: str
@@ -55,15 +55,13 @@ class Entry:
     fell_back: float
     offered: bool
     measured: float
-    again_quality: float = 0.0
-    again_margin: float = 0.0
-    asked_again: float = 0.0
+    looks: tuple[Look, ...] = ()
+    shares: tuple[float, ...] = ()
 
     @property
     def choice(self) -> Choice:
         """What was measured, as settings write it."""
-        again = Again(self.again_quality, self.again_margin) if self.again_margin else None
-        return Choice(self.codec, self.quality, again)
+        return Choice(self.codec, self.quality, self.looks)
 
 
 @dataclass(frozen=True)

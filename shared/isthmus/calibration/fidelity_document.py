@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, fields, replace
 from typing import Any
 
 from isthmus.bundle import WHOLE, Blob, Bundle, digest_of
 from isthmus.calibration.agreement import CLOSE, TOP1, Measure
-from isthmus.calibration.choice import Again
+from isthmus.calibration.choice import MAX_LOOKS, Look
 from isthmus.calibration.fidelity import Entry, Fidelity, Inputs, Reference
-from isthmus.codecs import KNOWN
+from isthmus.codecs import KNOWN, NEVER_CHOSEN
 from isthmus.errors import CalibrationError
 
 FORMAT = "isthmus.fidelity/1"
@@ -77,8 +77,11 @@ def from_json(data: bytes | memoryview) -> Fidelity:
             references=tuple(Reference(**_typed(Reference, r)) for r in doc["references"]),
             confidence=_share(doc["confidence"]),
         )
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-        raise CalibrationError(f"not a fidelity document: {type(e).__name__}: {e}") from e
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as e:
+        raise CalibrationError(
+            f"not a fidelity document: {type(e).__name__}: {e}",
+            hint="another version may have written it: isthmus calibrate NAME --data FOLDER",
+        ) from e
     return found
 
 
@@ -90,15 +93,24 @@ def _measure(doc: dict[str, Any]) -> Measure:
 
 
 def _entry(doc: dict[str, Any]) -> Entry:
-    made = Entry(**_typed(Entry, doc))
-    # Without its margin a second look would be read as none.
-    is_one = made.again_quality or made.again_margin or made.asked_again
-    if is_one and not Again(made.again_quality, made.again_margin).can_follow(made.codec, made.quality):
-        raise ValueError(f"{made.choice} at cut {made.cut} is no second look")
+    looks = tuple(Look(**_typed(Look, look)) for look in _few(doc.pop("looks", [])))
+    shares = tuple(_share(share) for share in _few(doc.pop("shares", [])))
+    made = replace(Entry(**_typed(Entry, doc)), looks=looks, shares=shares)
+    if made.codec not in KNOWN or made.codec in NEVER_CHOSEN:
+        raise ValueError(f"{made.codec} at cut {made.cut} is no codec of what crosses")
+    if not made.choice.is_valid() or len(shares) != len(looks):
+        raise ValueError(f"{made.choice} at cut {made.cut} has {len(shares)} shares, or looks that cannot follow")
     return made
 
 
-_SHARES = frozenset({"agreement", "measured", "low", "high", "fell_back", "again_quality", "asked_again"})
+def _few(value: Any) -> list[Any]:
+    """A list of as many things as there may be looks."""
+    if type(value) is not list or len(value) > MAX_LOOKS:
+        raise ValueError(f"an entry has lists of at most {MAX_LOOKS} looks and of their shares")
+    return value
+
+
+_SHARES = frozenset({"agreement", "measured", "low", "high", "fell_back"})
 
 
 def _typed(kind: type[Any], doc: dict[str, Any]) -> dict[str, Any]:
@@ -119,7 +131,7 @@ def _value(name: str, annotation: Any, value: Any) -> Any:
     if type(value) is not wanted or (isinstance(value, int) and value < 0):
         raise ValueError(f"{name} is {value!r}")
     if name == "codec" and value not in (*KNOWN, "jpeg", "webp"):
-        raise ValueError(f"{value!r} is no codec")
+        raise ValueError(f"{value!r} is no codec of this version: calibrate the model again")
     return value
 
 

@@ -100,7 +100,7 @@ def _cost(table: Table | RowTable, held_out: list[Array], harm: Array) -> float:
         size, damage = 0, 0.0
         for array in held_out:
             try:
-                payload = TRANSFORM.encode(array, Packing("transform/1", quality, table))
+                payload = TRANSFORM.encode(array, Packing("transform/2", quality, table))
             except NotPackable:
                 size += array.nbytes
                 continue

@@ -13,13 +13,13 @@ _SAFER = (Choice("int8/1"), Choice("half/1"), RAW)
 def ladder(choice: Choice, cut: str, fidelity: Fidelity | None) -> tuple[Choice, ...]:
     """A choice and what is safer than it, step by step: two higher qualities, int8, half, raw.
 
-    The first step from a choice with a second look is that look's quality, for every answer.
+    The first step from a choice with closer looks is the last one's quality, for every answer.
 
     Where fidelity was measured at `cut`, a step that kept no more answers than the one before it is left out.
     """
     measured = {e.choice: e.agreement for e in fidelity.entries if e.cut == cut} if fidelity else {}
     steps = [choice]
-    once = choice if choice.again is None else Choice(choice.codec, choice.again.quality)
+    once = choice.last
     if once.codec in GRADED and once.quality < 1:
         steps += [once, replace(once, quality=round((1 + once.quality) / 2, 3)), replace(once, quality=1.0)]
     elif once != choice:

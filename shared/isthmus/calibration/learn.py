@@ -1,4 +1,4 @@
-"""Learning a table of `transform/1` from a tensor's samples, one at a time, in two passes."""
+"""Learning a table of `transform/2` from a tensor's samples, one at a time, in two passes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from isthmus.errors import CalibrationError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-STEPS = (16, -40)
-"""From four units to a 32nd of one, where a unit is the root mean square of a coefficient."""
+STEPS = (24, -41)
+"""From 7.6 units to a 32nd of one, a factor of three to the fifth; a unit is the root mean square of a coefficient."""
 
 _ROTATION_BYTES = 2**20
 _MAX_BANDS = 8
@@ -36,7 +36,7 @@ def learn(samples: Iterable[Array], *, sensitivity: Sensitivity | None = None, l
     Without `sensitivity` all errors count alike. `layout` is the sensitivity's, or is found from the first sample.
     Memory: the bands' covariances in float64, a few times over, and 400,000 values.
 
-    Source: docs/codecs.md, "transform/1".
+    Source: docs/codecs.md, "transform/2".
 
     Raises:
         CalibrationError: there is nothing to learn from; or the samples' channels differ, or are not finite floats.

@@ -1,4 +1,4 @@
-"""The entropy models of `transform/1`: how often each level's values are 0, 1, 2 … steps."""
+"""The entropy models of `transform/2`: how often each level's values are 0, 1, 2 … steps."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from isthmus.codecs.levels import LEVELS, MAGNITUDE_SUM, TOP, UNIT_LEVEL, ZERO_BITS, Models
+from isthmus.codecs.steps import in_eighths, size_of
 from isthmus.codecs.table import EXPECTED_MAGNITUDE, GAINS, OCTAVE, ZERO_DEVIATION, levels_of
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -26,14 +27,14 @@ def learn_models(values: Array, deviations: Array, sample: Array, steps: tuple[i
     samples = int(sample.max()) + 1
     for step in range(steps[1], steps[0] + 1, 3):
         # The gain as the coder estimates it: from what matters at this step.
-        part = deviations >= ZERO_DEVIATION + step - OCTAVE
+        part = deviations >= ZERO_DEVIATION + in_eighths(step) - OCTAVE
         if not part.any():
             part[:] = True
         count = np.bincount(sample[part], minlength=samples)
         mean = np.bincount(sample[part], relative[part], samples) / np.maximum(count, 1) / EXPECTED_MAGNITUDE
         gain = np.clip(np.round(OCTAVE * np.log2(np.maximum(mean, 1e-9))), *GAINS).astype(np.int64)
         level = levels_of(deviations, step, np.where(count > 0, gain, 0)[sample])
-        _count(counts, level, size * 2.0 ** (-step / OCTAVE))
+        _count(counts, level, size / size_of(step))
     spread = -np.log1p(-(np.arange(_PRIOR) + 0.5) / _PRIOR) / np.sqrt(2)
     for each in range(LEVELS):
         _count(counts, np.full(_PRIOR, each), spread * 2.0 ** ((each - UNIT_LEVEL) / 2))

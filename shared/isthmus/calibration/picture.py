@@ -15,8 +15,8 @@ from isthmus.calibration.fidelity import Entry, Fidelity, Reference
 from isthmus.errors import CalibrationError
 
 _COLOURS = {
-    "transform/1": "#0b6e4f",
-    "transform/1, second look": "#3fb68b",
+    "transform/2": "#0b6e4f",
+    "transform/2, closer looks": "#3fb68b",
     "int8/1": "#c8553d",
     "int4/1": "#d98e04",
     "half/1": "#33415c",
@@ -27,7 +27,7 @@ _COLOURS = {
     "jpeg": "#1f6fb2",
     "webp": "#7fb3d8",
 }
-_TWICE = ", second look"
+_CLOSER = ", closer looks"
 _MARKS = ("o", "s", "D", "^", "v", "P", "X", "p", "*", "h")
 _PAPER = "#fcfcfa"
 _TICKS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
@@ -98,7 +98,7 @@ def _panel(axes: Any, fidelity: Fidelity, cut: str) -> dict[str, Any]:
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n / 1000:g} kB" if n >= 1000 else f"{n:g} B"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("bytes that cross: payloads, median; with a second look, mean")
+    axes.set_xlabel("bytes that cross: payloads, median; with closer looks, mean")
     axes.set_title(f"cut {cut}", fontsize=10)
     axes.grid(alpha=0.25)
     return shown
@@ -106,7 +106,7 @@ def _panel(axes: Any, fidelity: Fidelity, cut: str) -> dict[str, Any]:
 
 def _family(each: _Measured) -> str:
     """What is drawn as one curve."""
-    return f"{each.codec}{_TWICE}" if isinstance(each, Entry) and each.again_margin else each.codec
+    return f"{each.codec}{_CLOSER}" if isinstance(each, Entry) and each.looks else each.codec
 
 
 def _height(share: float, floor: float) -> float:

@@ -1,4 +1,4 @@
-"""Learning a table of `transform/1` for rows: classes, a rotation or none, and how many classes pay."""
+"""Learning a table of `transform/2` for rows: classes, a rotation or none, and how many classes pay."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from isthmus.calibration.samples import laid_out, unit_of
 from isthmus.calibration.sensitivity import Sensitivity
 from isthmus.codecs.row_layout import RowLayout
 from isthmus.codecs.rows import Likelihood, RowTable
+from isthmus.codecs.steps import size_of
 from isthmus.codecs.table import OCTAVE, ZERO_DEVIATION
 from isthmus.errors import CalibrationError
 
@@ -25,7 +26,7 @@ _KEPT_VALUES = 2**23
 _MODELLED_VALUES = 400_000
 _ROUNDS = 8
 _STEP = -8
-"""At which classes are learned, in eighths of an octave: half a unit."""
+"""At which classes are learned: half a unit."""
 _LEANING = 8.0
 """Rows of average deviation added to each class."""
 _LEANING_HARM = 2.0
@@ -144,7 +145,7 @@ def _told_apart(components: Array, count: int) -> Array:
         return np.zeros(len(components), np.uint8)
     rng = np.random.default_rng(0)
     # Far in deviations: one channel that stands out would else be all that counts.
-    relative = components / (components.std(axis=0) + 2.0 ** (_STEP / OCTAVE))
+    relative = components / (components.std(axis=0) + size_of(_STEP))
     starts = [int(rng.integers(len(components)))]
     distance = np.square(relative - relative[starts[0]]).sum(axis=1)
     while len(starts) < count:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeAlias
+from dataclasses import dataclass, field, fields, replace
+from typing import TypeAlias
 
 import numpy as np
 
 from isthmus.calibration.agreement import Measure
 from isthmus.calibration.bounds import interval, rising
-from isthmus.calibration.choice import Choice, is_exact, packings
+from isthmus.calibration.choice import Choice, is_exact
 from isthmus.calibration.crossing import Crossing, Run
 from isthmus.calibration.fidelity import Entry
 from isthmus.calibration.inputs import Example
-from isthmus.codecs import Packed, Packing, find, pack
-from isthmus.frame import DTYPES
+from isthmus.calibration.sending import Way
 from isthmus.runners import Array
 
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -35,7 +33,8 @@ def silent(what: str, done: int, total: int) -> None:
 class Tally:
     """What one way of sending has shown so far, an item for each input one after the other.
 
-    `sources` are the files that inputs were made of. `margins` are how clear the answers are, in nats, and `moved` by
+    `sources` are the files that inputs were made of. `closer`, `closer_pack_s` and `closer_unpack_s` are what it takes
+    as a closer look: see `Sent`. `margins` are how clear the answers are, in nats, and `moved` by
     how much that differs from the answer to what was sent raw; empty where nobody asked.
     """
 
@@ -46,6 +45,9 @@ class Tally:
     errors: list[float] = field(default_factory=list)
     pack_s: list[float] = field(default_factory=list)
     unpack_s: list[float] = field(default_factory=list)
+    closer: list[int] = field(default_factory=list)
+    closer_pack_s: list[float] = field(default_factory=list)
+    closer_unpack_s: list[float] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
     moved: list[float] = field(default_factory=list)
     fell_back: int = 0
@@ -60,7 +62,7 @@ class Tally:
 
     def extend(self, other: Tally) -> None:
         """Add what the same way has shown on other inputs."""
-        for name in ("sources", "same", "bytes", "errors", "pack_s", "unpack_s", "margins", "moved"):
+        for name in (f.name for f in fields(Tally) if f.name not in ("values", "fell_back")):
             getattr(self, name).extend(getattr(other, name))
         self.values += other.values
         self.fell_back += other.fell_back
@@ -91,7 +93,7 @@ class Tally:
     def entry(self, cut: str, choice: Choice, limit: float) -> Entry:
         """The document's entry, for itself; see `risen`."""
         low, high = (1.0, 1.0) if is_exact(choice) else self.interval()
-        typical = statistics.median if choice.again is None else statistics.fmean
+        typical = statistics.fmean if choice.looks else statistics.median
         return Entry(
             cut=cut,
             codec=choice.codec,
@@ -108,75 +110,8 @@ class Tally:
             fell_back=round(self.fell_back / len(self.bytes), 6),
             offered=self.agreement >= limit,
             measured=round(self.agreement, 6),
+            looks=choice.looks,
         )
-
-
-@dataclass(frozen=True)
-class Sent:
-    """Tensors after packing and unpacking. Units: seconds of this thread's CPU time; bytes of payloads."""
-
-    tensors: Mapping[str, Array]
-    bytes: int
-    pack_s: float = 0.0
-    unpack_s: float = 0.0
-    fell_back: bool = False
-
-
-class Way(Protocol):
-    """One way to send what crosses a cut."""
-
-    @property
-    def name(self) -> str:
-        """What tallies call it."""
-        ...
-
-    def send(self, tensors: Mapping[str, Array]) -> Sent:
-        """The tensors as they arrive, and what that cost."""
-        ...
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One codec at one quality: how each tensor is packed."""
-
-    choice: Choice
-    packings: Mapping[str, Packing]
-
-    @property
-    def name(self) -> str:
-        """As settings write it."""
-        return str(self.choice)
-
-    def send(self, tensors: Mapping[str, Array]) -> Sent:
-        """Pack and unpack, as a hop would."""
-        arrived = dict(tensors)
-        size, pack_s, unpack_s, fell_back = 0, 0.0, 0.0, False
-        for name, array in tensors.items():
-            if (how := self.packings.get(name)) is None:
-                size += array.nbytes
-                continue
-            start = time.thread_time()
-            packed = pack(array, how)
-            pack_s += time.thread_time() - start
-            size += packed.nbytes
-            if not isinstance(packed, Packed):
-                fell_back = fell_back or how.codec == self.choice.codec
-                continue
-            payload, dtype = memoryview(packed.payload), DTYPES[packed.dtype]
-            start = time.thread_time()
-            arrived[name] = find(packed.codec).decode(payload, dtype, packed.shape, how.table)
-            unpack_s += time.thread_time() - start
-        return Sent(arrived, size, pack_s, unpack_s, fell_back)
-
-
-def trials(crossing: Crossing, choices: Sequence[Choice], tables: Mapping[str, object]) -> list[Trial]:
-    """Those of `choices` that can be tried at a cut: a calibrated codec needs a table for a tensor that crosses."""
-    made = [Trial(choice, packings(crossing.tensors, choice, tables.get)) for choice in choices]
-    return [
-        t
-        for t in made
-        if not find(t.choice.codec).calibrated or t.choice.codec in {p.codec for p in t.packings.values()}
-    ]
 
 
 def score(
@@ -215,9 +150,12 @@ def score(
                 got = expected if _identical(crossed, sent.tensors) else crossing.after(run, sent.tensors, early)
                 same, error = judge(example, expected, got)
                 tally = tallies[crossing.cut, way.name]
-                tally.add(example.group, same, sent.bytes, values, error)
-                tally.pack_s.append(sent.pack_s)
-                tally.unpack_s.append(sent.unpack_s)
+                tally.add(example.group, same, sent.cost.bytes, values, error)
+                tally.pack_s.append(sent.cost.pack_s)
+                tally.unpack_s.append(sent.cost.unpack_s)
+                tally.closer.append(sent.closer.bytes)
+                tally.closer_pack_s.append(sent.closer.pack_s)
+                tally.closer_unpack_s.append(sent.closer.unpack_s)
                 tally.fell_back += sent.fell_back
                 if margin is not None:
                     clear = margin(got)

@@ -107,8 +107,8 @@ def show(fidelity: Fidelity, cut: str) -> None:
 
 def _offered(entry: Entry) -> str:
     raw = f", {entry.fell_back:.0%} raw" if entry.fell_back else ""
-    again = f", {entry.asked_again:.0%} again" if entry.again_margin else ""
-    return ("yes" if entry.offered else "no") + raw + again
+    closer = f", looks {' '.join(f'{share:.0%}' for share in entry.shares)}" if entry.looks else ""
+    return ("yes" if entry.offered else "no") + raw + closer
 
 
 def _bounded(measured: Entry | Reference) -> str:

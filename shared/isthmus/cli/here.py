@@ -12,10 +12,11 @@ from isthmus.client import Array
 from isthmus.context import Context
 from isthmus.errors import MediaUnsupported
 from isthmus.hop import LocalHop
-from isthmus.pipeline import Result, Route
+from isthmus.pipeline import Result
 from isthmus.processing.classify import classify, parse_labels
 from isthmus.processing.image import MAX_PIXELS, preprocess
 from isthmus.registry import open_cache, open_registry
+from isthmus.route import Route, plan_route
 from isthmus.runners.store import SegmentStore
 from isthmus.settings import SegmentSettings
 
@@ -39,7 +40,7 @@ class Here:
             self._route = Route(self.model.digest, bundle, (bundle.segment(WHOLE),), (hop,))
         else:
             names = tuple(c.strip() for c in cuts.split(",") if c.strip()) or None
-            self._route = pipeline.plan_route(self.model.digest, bundle, (hop,), names)
+            self._route = plan_route(self.model.digest, bundle, (hop,), names)
 
     def preprocess(self, photo: bytes) -> tuple[str, Array]:
         """The input's name and the array that the bundle makes of `photo`.

@@ -33,7 +33,7 @@ from isthmus.registry import Registry, SegmentCache, Version, open_cache, open_r
 from isthmus.serving.tables import Tables, tables_of
 from isthmus.settings import RegistrySettings
 
-TRANSFORM = "transform/1"
+TRANSFORM = "transform/2"
 MOST_EXAMPLES = 8
 _RANDOM, _RUNS = 3, 15
 

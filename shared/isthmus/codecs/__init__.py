@@ -86,11 +86,14 @@ _PLACES: Mapping[str, str] = {
     "int8/1": "affine:INT8",
     "int4/1": "affine:INT4",
     "sparse/1": "sparse:SPARSE",
-    "transform/1": "transform:TRANSFORM",
+    "transform/2": "transform:TRANSFORM",
+    "layers/1": "layers:LAYERS",
     "photo/1": "photo:PHOTO",
 }
 KNOWN: tuple[str, ...] = (RAW, *_PLACES)
 """Every codec's id; a frame that names another is refused."""
+NEVER_CHOSEN = frozenset({"photo/1", "layers/1"})
+"""Codecs that nobody chooses for what crosses: how a photo travels, and how a choice with closer looks does."""
 
 
 @lru_cache(maxsize=len(KNOWN))

@@ -172,16 +172,19 @@ def _scales_of(values: Array, dtype: np.dtype[Any]) -> Array:
     """A step and an offset for each channel of values (before, channels, after)."""
     # In float64: the width of a float32's range need not be a float32.
     least, most = (f(axis=(0, 2)).astype(np.float64) for f in (values.min, values.max))
-    if not (np.isfinite(least).all() and np.isfinite(most).all()):
+    largest = np.maximum(most, -least)
+    if not math.isfinite(largest.max()):
         raise NotPackable("NaN or infinity")
-    width, largest = most - least, np.maximum(most, -least)
+    width = most - least
     wide = width > 0
-    wanted = np.maximum(width / 14, largest / (MAX_OFFSET / 2))
-    # A constant is its own step: one of them, or minus one.
-    step = np.where(wide, wanted, np.where(largest > 0, largest, 1.0)).astype("<f4")
     # Rounded up to two bytes, for many channels have few values each; the other two compress away.
-    coarse = ((step.view("<u4") + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)).view("<f4")
-    step = np.where(wide, coarse, step)
+    step = np.maximum(width / 14, largest / (MAX_OFFSET / 2)).astype("<f4")
+    bits = step.view("<u4")
+    bits += np.uint32(0xFFFF)
+    bits &= np.uint32(0xFFFF0000)
+    if not wide.all():
+        # A constant is its own step: one of them, or minus one.
+        step = np.where(wide, step, np.where(largest > 0, largest, 1.0)).astype("<f4")
     check_step(float(step.min()), float((largest + wide * step).max()), dtype)
     scales = np.empty(len(step), _SCALES)
     scales["step"], scales["offset"] = step, np.floor(least / step.astype(np.float64))
@@ -190,20 +193,20 @@ def _scales_of(values: Array, dtype: np.dtype[Any]) -> Array:
 
 def _paired(codes: Array) -> Array:
     """Two codes of 4 bits to a byte, the first in the lower half; an odd count ends in zero."""
-    pairs = np.zeros(-(-codes.size // 2), np.uint8)
-    pairs[: codes.size // 2] = codes[1::2]
-    pairs <<= 4
-    pairs |= codes[::2]
-    return pairs
+    if codes.size % 2:
+        codes = np.append(codes, np.uint8(0))
+    pairs = codes.view("<u2")
+    pairs |= pairs >> np.uint16(4)
+    return pairs.astype(np.uint8)
 
 
 def _unpaired(pairs: Array, count: int) -> Array:
     if count % 2 and int(pairs[-1]) >> 4:
         raise ValueError("the half byte after the last value is not zero")
-    codes = np.empty(2 * pairs.size, np.uint8)
-    np.bitwise_and(pairs, 15, out=codes[::2])
-    np.right_shift(pairs, 4, out=codes[1::2])
-    return codes[:count]
+    codes = pairs.astype("<u2")
+    codes |= codes << np.uint16(4)
+    codes &= np.uint16(0x0F0F)
+    return codes.view(np.uint8)[:count]
 
 
 INT8 = Int8()

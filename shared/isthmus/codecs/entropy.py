@@ -9,6 +9,7 @@ shortened one does not give the mark that lies at its bottom. Long runs are zstd
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -74,13 +75,8 @@ def encode_in_place(whole: Array, plan: Plan) -> bytes:
     excess -= room
     if (overflow := excess[excess >= 0]).size:
         parts += [(overflow >> 12, uniform(4096)), (overflow & 4095, uniform(4096))]
-    coder = _coder()
-    coder.encode_reverse(_THE_MARK, uniform(_MARK_SIZE))
-    for symbols, model in reversed(parts):
-        coder.encode_reverse(symbols, model)
-    data: bytes = coder.get_compressed().astype("<u4", copy=False).tobytes()
     in_bytes = [sections.write(clipped[start:stop], grouping) for start, stop, grouping in plan.sections]
-    return b"".join([*(_LENGTH.pack(len(s)) for s in in_bytes), *in_bytes, data.rstrip(b"\0")])
+    return b"".join([*(_LENGTH.pack(len(s)) for s in in_bytes), *in_bytes, written(parts)])
 
 
 def decode(data: memoryview, plan: Plan) -> Array:
@@ -92,10 +88,7 @@ def decode(data: memoryview, plan: Plan) -> Array:
     reader = Reader(data)
     lengths = [reader.fields(_LENGTH)[0] for _ in plan.sections]
     in_bytes = [reader.take(length) for length in lengths]
-    data = reader.rest()
-    if not len(data) or data[-1] == 0:
-        raise ValueError("coded values do not end in a zero byte")
-    coder = _coder(np.frombuffer(bytes(data) + bytes(-len(data) % 4), "<u4").astype(np.uint32, copy=False))
+    coder = opened(reader.rest())
     low = _take(coder, plan.plain.bounds, plan.plain.models) if plan.plain else None
     short = np.zeros(plan.padded, np.int8)
     for (start, stop, grouping), section in zip(plan.sections, in_bytes, strict=True):
@@ -115,8 +108,7 @@ def decode(data: memoryview, plan: Plan) -> Array:
         excess[top] += beyond
     excess += most
     values[far] = np.copysign(excess, edge)
-    if int(coder.decode(uniform(_MARK_SIZE), 1)[0]) != _MARK or not coder.is_empty():
-        raise ValueError("coded values do not end where they should")
+    close(coder)
     if low is not None and (plain := plan.plain):
         high = values.take(plain.where).astype(np.int32)
         high <<= plain.shift
@@ -124,6 +116,37 @@ def decode(data: memoryview, plan: Plan) -> Array:
         high -= plain.half
         values[plain.where] = high
     return values
+
+
+def written(parts: Sequence[tuple[Array, Any]]) -> bytes:
+    """The coder's bytes of runs of symbols, int32, each with its model."""
+    coder = _coder()
+    coder.encode_reverse(_THE_MARK, uniform(_MARK_SIZE))
+    for symbols, model in reversed(parts):
+        coder.encode_reverse(symbols, model)
+    data: bytes = coder.get_compressed().astype("<u4", copy=False).tobytes()
+    return data.rstrip(b"\0")
+
+
+def opened(data: memoryview) -> Any:
+    """A coder that decodes what `written` gave, run by run; `close` it after the last.
+
+    Raises:
+        ValueError: nothing was written that way.
+    """
+    if not len(data) or data[-1] == 0:
+        raise ValueError("coded values do not end in a zero byte")
+    return _coder(np.frombuffer(bytes(data) + bytes(-len(data) % 4), "<u4").astype(np.uint32, copy=False))
+
+
+def close(coder: Any) -> None:
+    """Nothing but the mark may be left.
+
+    Raises:
+        ValueError: something is, or it is another mark.
+    """
+    if int(coder.decode(uniform(_MARK_SIZE), 1)[0]) != _MARK or not coder.is_empty():
+        raise ValueError("coded values do not end where they should")
 
 
 def _room(most: Array) -> Array:

@@ -8,6 +8,7 @@ of integers.
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -39,6 +40,7 @@ class Models:
     magnitudes: Array
     _made: dict[tuple[int, Grouping], Level] = field(default_factory=dict, init=False, repr=False)
     _excess: dict[tuple[int, int], Any] = field(default_factory=dict, init=False, repr=False)
+    _thirds: dict[tuple[int, int, int], Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for array, shape in ((self.zero, (LEVELS,)), (self.magnitudes, (LEVELS, TOP))):
@@ -64,6 +66,25 @@ class Models:
         found = self._excess.get((level, most))
         if found is None:
             found = self._excess[level, most] = _categorical(self.magnitudes[level, most - 1 :].tolist())
+        return found
+
+    def thirds(self, level: int, magnitude: int, size: int) -> Any:
+        """The coder's model of `size` values' thirds together, made on first use.
+
+        A value of `magnitude` becomes three times that, or one less or more: 0, 1 and 2, away from zero, and from 0 one
+        is the negative one. Values are of `level` once they are finer; there is none above LEVELS - 1.
+        """
+        found = self._thirds.get((level, magnitude, size))
+        if found is None:
+            known = min(level, LEVELS - 1)
+            zero, row = int(self.zero[known]), self.magnitudes[known].tolist()
+            other = 2**ZERO_BITS - zero
+            if magnitude == 0:
+                one = [row[0] * other, zero * 2 * MAGNITUDE_SUM, row[0] * other]
+            else:
+                one = row[3 * magnitude - 2 : 3 * magnitude + 1]
+            weights = [math.prod(each) for each in itertools.product(one, repeat=size)]
+            found = self._thirds[level, magnitude, size] = _categorical(weights)
         return found
 
 

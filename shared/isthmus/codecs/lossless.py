@@ -124,12 +124,13 @@ def _of_floats(bits: Array) -> Iterator[bytes | memoryview]:
     """The sections of floats, the last one first."""
     words = bits.itemsize // 2
     # Casting drops the higher bits, in a vector instruction, where strided copies take twice as long.
-    top = (bits >> bits.dtype.type(16 * (words - 1))).astype("<u2")
-    sign = top >> np.uint16(15)
-    top <<= np.uint16(1)
-    top |= sign
-    yield shrink((top >> np.uint16(8)).astype(np.uint8).data, "numbers")
-    section, more = _if_it_repeats(top.astype(np.uint8))
+    top = bits >> bits.dtype.type(16 * (words - 1))
+    low = top.astype(np.uint8)
+    low += low
+    low |= (top > top.dtype.type(0x7FFF)).view(np.uint8)
+    top >>= top.dtype.type(7)
+    yield shrink(top.astype(np.uint8).data, "numbers")
+    section, more = _if_it_repeats(low)
     yield section
     for i in range(words - 2, -1, -1):
         word = (bits >> bits.dtype.type(16 * i) if i else bits).astype("<u2").view(np.uint8)

@@ -1,4 +1,4 @@
-"""`transform/1` of what has no planes: token sequences, vectors, states. Each row of channels has a class.
+"""`transform/2` of what has no planes: token sequences, vectors, states. Each row of channels has a class.
 
 A tensor is rows of channels: one for each token, or one in all. The encoder picks each row's class, says so in a few
 plain bits, and codes what is left after the class's mean; a class knows how much each component deviates then. So a
@@ -16,6 +16,7 @@ import numpy as np
 
 from isthmus.codecs.levels import Models
 from isthmus.codecs.row_layout import RowLayout
+from isthmus.codecs.steps import size_of
 from isthmus.codecs.stored import check, check_numbers, common_arrays, common_parts
 from isthmus.codecs.table import OCTAVE, ZERO_DEVIATION, Sorting, Table
 
@@ -44,7 +45,7 @@ class Likelihood:
     @classmethod
     def of(cls, centres: Array, variance: Array, step: int) -> Likelihood:
         """Of classes of these centres and variances (K, C), with the noise of rounding to a step added."""
-        variance = variance + variance.dtype.type(2.0 ** (2 * step / OCTAVE) / 12)
+        variance = variance + variance.dtype.type(size_of(step) ** 2 / 12)
         weight = 1 / variance
         constant = (np.log(variance) + centres * centres * weight).sum(axis=1)
         return cls(np.ascontiguousarray(weight.T), np.ascontiguousarray(2 * (centres * weight).T), constant)
@@ -62,7 +63,7 @@ class RowTable:
     `means` float32 (K, C), of channels. `weights` int8 (K,): how much finer the steps of a class's rows are than the
     tensor's, in eighths of an octave. `synthesis` float16 (C, C), or (C,) where components are the channels, each
     scaled; times `scale` it gives channels from components. `deviations` uint8 (K, C) of the components, weighted: see
-    ZERO_DEVIATION. `steps` are the coarsest and the finest, in eighths of an octave.
+    ZERO_DEVIATION. `steps` are the coarsest and the finest; see `steps.size_of`.
     """
 
     layout: RowLayout
@@ -140,7 +141,7 @@ class RowTable:
         return Sorting.of(self.deviations[classes].reshape(-1), self.models)
 
     def nearest(self, components: Array, step: int) -> Array:
-        """The likeliest class of each row (rows, C), at a step in eighths of an octave.
+        """The likeliest class of each row (rows, C), at a step.
 
         As if deviations were those of normal distributions, with the noise of rounding added. Weights have no say:
         fewer bits are no reason to take a row for one that matters less.

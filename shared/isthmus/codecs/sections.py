@@ -1,6 +1,6 @@
 """Long runs as sections of bytes: Huffman codes take a tenth of the coder's time, and some 2% more bytes.
 
-A byte is a value, or two small ones: every symbol's code has at least a bit. docs/codecs.md, `transform/1`.
+A byte is a value, or two small ones: every symbol's code has at least a bit. docs/codecs.md, `transform/2`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What tables of both forms of `transform/1` store, as named arrays, and how they are checked."""
+"""What tables of both forms of `transform/2` store, as named arrays, and how they are checked."""
 
 from __future__ import annotations
 
@@ -65,5 +65,5 @@ def check_numbers(arrays: Iterable[Array], scale: float, steps: tuple[int, int])
     if not 1e-30 < scale < 1e30:
         raise ValueError(f"a table's scale is {scale}")
     coarsest, finest = steps
-    if not -128 <= finest <= coarsest <= 127:
+    if not -128 < finest <= coarsest <= 127:
         raise ValueError(f"steps from {coarsest} to {finest}")

@@ -1,4 +1,4 @@
-"""What `transform/1` has learned of one tensor, and its form as named arrays."""
+"""What `transform/2` has learned of one tensor, and its form as named arrays."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from isthmus.codecs import entropy
 from isthmus.codecs.entropy import MAX_LEVEL, Plan, Run
 from isthmus.codecs.levels import UNIT_LEVEL, Models
 from isthmus.codecs.planes import CELLS, Layout, PlaneTransform, plane_transform
+from isthmus.codecs.steps import in_eighths
 from isthmus.codecs.stored import check, check_numbers, common_arrays, common_parts
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -21,7 +22,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 MAX_CHANNELS = 4096
 MAX_BANDS = 16
 OCTAVE = 8
-"""Deviations, steps and gains are whole eighths of an octave: what the coder does depends on integers alone."""
+"""Deviations and gains are whole eighths of an octave: what the coder does depends on integers alone."""
 
 ZERO_DEVIATION = 128
 """The stored deviation that stands for 1; one more is an eighth of an octave more."""
@@ -58,6 +59,7 @@ class Sorting:
     per_unit: Array
     models: Models
     _plans: dict[int, Plan] = field(default_factory=dict, init=False, repr=False)
+    _runs: dict[int, list[Run]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(cls, stored: Array, models: Models) -> Sorting:
@@ -73,14 +75,22 @@ class Sorting:
         return _taken(values, self.place, self.together)
 
     def plan(self, step: int, gain: int) -> Plan:
-        """How the sorted coefficients are coded at that step and gain (both in eighths of an octave)."""
-        found = self._plans.get(step - gain)
+        """How the sorted coefficients are coded at that step and gain."""
+        key = in_eighths(step) - gain
+        found = self._plans.get(key)
         if found is None:
-            found = self._plans[step - gain] = Plan.of(self.runs(step, gain), self.models)
+            found = self._plans[key] = Plan.of(self.runs(step, gain), self.models)
         return found
 
     def runs(self, step: int, gain: int) -> list[Run]:
         """The runs of one level each at that step and gain."""
+        key = in_eighths(step) - gain
+        found = self._runs.get(key)
+        if found is None:
+            found = self._runs[key] = self._found_runs(step, gain)
+        return found
+
+    def _found_runs(self, step: int, gain: int) -> list[Run]:
         levels = levels_of(self.deviations, step, gain)
         last = np.flatnonzero(np.diff(levels, append=-1))
         count, unit = int(self.ends[-1]), entropy.unit(int(self.ends[-1]))
@@ -110,7 +120,7 @@ class Table:
 
     `mean` float32 (C,). `edges` float64 (bands - 1,): see `plane_transform`. `synthesis` float16 (bands, C, C), times
     `scale`, gives channels from components; noise of one unit in any component does the same damage at the output.
-    `deviations` uint8 (C, cells): see ZERO_DEVIATION. `steps` are the coarsest and the finest, in eighths of an octave.
+    `deviations` uint8 (C, cells): see ZERO_DEVIATION. `steps` are the coarsest and the finest; see `steps.size_of`.
     """
 
     layout: Layout
@@ -223,8 +233,8 @@ class Table:
 
 
 def levels_of(deviations: Array, step: int, gain: int | Array) -> Array:
-    """The levels of values of these stored deviations, at a step and gain in eighths of an octave."""
-    eighths = np.asarray(deviations - ZERO_DEVIATION - step + gain, np.int64)
+    """The levels of values of these stored deviations, at a step, and a gain in eighths of an octave."""
+    eighths = np.asarray(deviations - ZERO_DEVIATION - in_eighths(step) + gain, np.int64)
     return np.asarray(np.clip((eighths + 4 * UNIT_LEVEL + 2) >> 2, 0, MAX_LEVEL))
 
 

@@ -10,7 +10,7 @@ from isthmus.calibration.agreement import TOP1, Measure
 from isthmus.calibration.choice import Choice, packings
 from isthmus.codecs import Packing, Tables, find
 from isthmus.errors import Missing, SettingsError
-from isthmus.pipeline import Route, SecondLook
+from isthmus.route import Looks, Route
 from isthmus.serving.tables import tables_of
 from isthmus.settings import RouterSettings
 
@@ -38,11 +38,11 @@ def chosen(settings: RouterSettings) -> Choice | None:
 def packed(route: Route, choice: Choice, tables: Tables, measure: Callable[[Bundle], Measure]) -> Route:
     """The route with what crosses its cuts packed by `choice`; the model's own inputs go as they are.
 
-    `measure` says what a bundle's answers are, for a second look.
+    `measure` says what a bundle's answers are, for closer looks.
 
     Raises:
         Missing: the codec needs calibration, and the bundle has none for a tensor that crosses.
-        SettingsError: a second look at answers that are no classes.
+        SettingsError: closer looks at answers that are no classes.
     """
     calibrated = choice.codec != "raw" and find(choice.codec).calibrated
     table = tables_of(route.bundle, route.digest, choice.codec, tables)
@@ -57,18 +57,18 @@ def packed(route: Route, choice: Choice, tables: Tables, measure: Callable[[Bund
                 hint=f"calibrate it: isthmus calibrate {route.bundle.name} --data FOLDER",
             )
         made.append(packings(segment.inputs, choice, table))
-    return replace(route, packings=tuple(made), again=_second_look(route.bundle, choice, measure))
+    return replace(route, packings=tuple(made), looks=_looks(route.bundle, choice, measure))
 
 
-def _second_look(bundle: Bundle, choice: Choice, measure: Callable[[Bundle], Measure]) -> SecondLook | None:
-    if choice.again is None:
+def _looks(bundle: Bundle, choice: Choice, measure: Callable[[Bundle], Measure]) -> Looks | None:
+    if not choice.looks:
         return None
     rule = measure(bundle)
     if rule.kind != TOP1 or rule.output not in {s.name for s in bundle.outputs}:
         raise SettingsError(
-            f"the setting codec is {choice}, and a second look is for classes, which {bundle.name} does not answer: set"
+            f"the setting codec is {choice}, and closer looks are for classes, which {bundle.name} does not answer: set"
             f" codec to {choice.once}, or calibrate the bundle with --classes OUTPUT",
             variable="codec",
             value=str(choice),
         )
-    return SecondLook(choice.again.quality, choice.again.margin, rule.margin)
+    return Looks(choice.looks, rule.margin)

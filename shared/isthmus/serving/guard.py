@@ -1,7 +1,7 @@
 """The accuracy guard: now and then a request is answered raw as well, and a bad codec steps aside.
 
 What a codec keeps was measured on the inputs of whoever calibrated it; other inputs may cost more. A step goes to the
-next safer way to pack: a second look's quality for all, the codec's higher ones, int8, half, raw. It is never taken
+next safer way to pack: the last look's quality for all, the codec's higher ones, int8, half, raw. It is never taken
 back by itself: a new version of the bundle, or a restart, starts anew. Source: docs/calibration.md, "The guard".
 """
 
@@ -22,13 +22,14 @@ from isthmus import pipeline
 from isthmus.bundle import Bundle
 from isthmus.calibration.agreement import Measure, measure_for
 from isthmus.calibration.bounds import exceeds
-from isthmus.calibration.choice import GRADED, RAW, Again, Choice, is_exact
+from isthmus.calibration.choice import RAW, Choice, Look, is_exact
 from isthmus.calibration.fidelity import LIMIT, Fidelity
 from isthmus.calibration.ladder import ladder
 from isthmus.codecs import Packed, Packing
 from isthmus.context import Context
 from isthmus.errors import IsthmusError
-from isthmus.pipeline import Result, Route
+from isthmus.pipeline import Result
+from isthmus.route import Route
 from isthmus.runners import Array
 from isthmus.serving.metrics import Metrics
 
@@ -42,7 +43,7 @@ MAX_ROUTES = 256
 
 Fidelities: TypeAlias = Callable[[Bundle], Fidelity | None]
 """Where a bundle's fidelity is looked up; None where it has none."""
-Key: TypeAlias = tuple[str, tuple[str, ...], tuple[tuple[str, str, float], ...], tuple[float, ...]]
+Key: TypeAlias = tuple[str, tuple[str, ...], tuple[tuple[str, str, float], ...], tuple[Look, ...]]
 
 _POLL_S = 0.02
 
@@ -129,7 +130,7 @@ class Guard:
             {name: p for name, how in each.items() if (p := _packing(how, choice)) is not None}
             for each in route.packings
         )
-        return replace(route, packings=made, again=None), standing
+        return replace(route, packings=made, looks=None), standing
 
     def watch(
         self,
@@ -179,7 +180,7 @@ class Guard:
             IsthmusError: the raw answer could not be had.
         """
         watched = self._look(sample.route)
-        raw = replace(sample.route, packings=(), again=None)
+        raw = replace(sample.route, packings=(), looks=None)
         context = Context.from_headers({}, longest_s=self._deadline_s)
         expected = pipeline.run(raw, sample.inputs, context, sample.packed)
         same = watched.measure.same(expected.outputs, sample.outputs)
@@ -241,9 +242,7 @@ def _worst(route: Route) -> Choice:
     """The choice that the route's lossy packings have in common; of several, the one of the lowest quality."""
     lossy = [Choice(p.codec, p.quality) for each in route.packings for p in each.values() if not is_exact(p)]
     worst = min(lossy, key=lambda c: (c.quality, c.codec), default=RAW)
-    if route.again is None or worst.codec not in GRADED:
-        return worst
-    return replace(worst, again=Again(route.again.quality, route.again.margin))
+    return worst if route.looks is None else replace(worst, looks=route.looks.looks)
 
 
 def _cut(route: Route) -> str:
@@ -255,7 +254,7 @@ def _cut(route: Route) -> str:
 
 
 def _key(route: Route) -> Key:
-    """What makes a route another one for the guard: its segments, each tensor's codec and quality, the second look."""
+    """What makes a route another one for the guard: its segments, each tensor's codec and quality, the closer looks."""
     packings = tuple((name, p.codec, p.quality) for each in route.packings for name, p in each.items())
-    again = (route.again.quality, route.again.margin) if route.again is not None else ()
-    return route.digest, tuple(s.id for s in route.segments), packings, again
+    looks = () if route.looks is None else route.looks.looks
+    return route.digest, tuple(s.id for s in route.segments), packings, looks

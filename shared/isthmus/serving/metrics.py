@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
 
 if TYPE_CHECKING:  # a router whose hops are all remote never loads onnxruntime
+    from isthmus.looks import Looked
     from isthmus.runners.store import SegmentStore
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -55,11 +56,17 @@ class Metrics:
         self.hop_errors = Counter(
             "isthmus_hop_errors", "Calls to a hop that failed for good.", ["hop", "error"], registry=r
         )
-        self.second_looks = Counter(
-            "isthmus_second_looks",
-            "Answers of routes with a second look: sure, asked again, late or failed.",
+        self.closer_looks = Counter(
+            "isthmus_closer_looks", "Closer looks that answers took, where their route has some.", registry=r
+        )
+        self.looked_answers = Counter(
+            "isthmus_looked_answers",
+            "Answers of such routes: sure, after the last look, late or failed.",
             ["outcome"],
             registry=r,
+        )
+        self.looks_forgotten = Counter(
+            "isthmus_looks_forgotten", "Answers for which a hop had forgotten what was to be refined.", registry=r
         )
         self.guard_checks = Counter(
             "isthmus_guard_checks", "Packed answers compared with the raw answer to the same inputs.", registry=r
@@ -82,6 +89,12 @@ class Metrics:
         count.inc()
         times.observe(seconds)
         self.sent.inc(size)
+
+    def looked(self, looked: Looked) -> None:
+        """Count how one answer's closer looks went."""
+        self.closer_looks.inc(looked.taken)
+        self.looked_answers.labels(looked.outcome).inc()
+        self.looks_forgotten.inc(looked.forgotten)
 
     def crossed(self, hop: str, tensors: int, sent: int, received: int) -> None:
         """Count what one call of a hop moved. Units: bytes."""

@@ -193,7 +193,7 @@ class _RouterApp(FunctionApp):
                 "photo_bytes": len(photo),
                 "input_bytes": input_bytes,
                 "segments": [stage.document() for stage in result.stages],
-                **({"second_look": result.second_look} if result.second_look else {}),
+                **result.looks(),
                 **result.notes,
             },
             "timings_ms": {name: round(seconds * 1000, 3) for name, seconds, _ in work.timings.stages},
@@ -224,8 +224,8 @@ class _RouterApp(FunctionApp):
                 work.timings.add(f"{name}-pack", stage.pack_s, stage.segment)
             crossed = partial(self.metrics.crossed, stage.hop, stage.tensor_bytes, stage.sent, stage.received)
             work.later.append(crossed)
-        if result.second_look:
-            self.metrics.second_looks.labels(result.second_look).inc()
+        if result.looked is not None:
+            self.metrics.looked(result.looked)
         self._guard.watch(way.route, standing, inputs, packed or {}, result)
         notes = {**way.notes, **standing.notes}
         return replace(result, notes=notes) if notes else result

@@ -8,7 +8,6 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from isthmus import pipeline
 from isthmus.bundle import Bundle
 from isthmus.calibration import fidelity_document
 from isthmus.calibration.agreement import Measure, measure_for
@@ -16,10 +15,10 @@ from isthmus.calibration.choice import Choice
 from isthmus.codecs import RAW, Tables
 from isthmus.errors import HopRejected, ImageMalformed, IsthmusError, MediaUnsupported, RequestTooLarge
 from isthmus.hop import Hop
-from isthmus.pipeline import Route
 from isthmus.planner.planning.published import read_plan
 from isthmus.planner.planning.route import PhotoAsItCame, photo_of, route_of
 from isthmus.registry import Registry
+from isthmus.route import Route, plan_route
 from isthmus.serving import by_hand
 from isthmus.serving.models import Model
 from isthmus.settings import RouterSettings
@@ -76,8 +75,8 @@ class Routes:
         cuts = self._settings.cuts if own and self._settings.cuts else None
         if cuts is None and self._settings.plan and (way := self._planned(model)) is not None:
             raw = own and self._codec is not None and self._codec.codec == RAW
-            return replace(way, route=replace(way.route, packings=(), again=None)) if raw else way
-        route = pipeline.plan_route(model.digest, model.bundle, self._hops, cuts)
+            return replace(way, route=replace(way.route, packings=(), looks=None)) if raw else way
+        route = plan_route(model.digest, model.bundle, self._hops, cuts)
         if not own or self._codec is None:
             return Way(route)
         return Way(by_hand.packed(route, self._codec, self._tables, self._measure))

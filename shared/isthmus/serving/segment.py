@@ -14,6 +14,7 @@ from isthmus.frame import Frame
 from isthmus.registry import BakedSegment, open_registry, open_source
 from isthmus.runners.store import SegmentStore
 from isthmus.serving.app import FunctionApp
+from isthmus.serving.kept import Kept
 from isthmus.serving.preload import LONGEST_LOAD_S, parse, preload
 from isthmus.serving.profiling import Profiling
 from isthmus.serving.tables import Tables
@@ -39,7 +40,7 @@ class _SegmentApp(FunctionApp):
         self._registry = None if settings.segment_dir else open_registry(settings)
         self._source = open_source(settings, self._registry)
         self._store = SegmentStore(self._source, settings)
-        self._tables = Tables(self._source.bundle, self._source.blob, settings.max_image_pixels)
+        self._tables = Tables(self._source.bundle, self._source.blob, settings.max_image_pixels, Kept())
         super().__init__("segment", settings, self._prepare)
         self.metrics.gauge_store(self._store)
         self.work("/", self.run, "run")

@@ -5,12 +5,16 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from isthmus import frame as frames
 from isthmus.bundle import Blob, Bundle, is_digest
 from isthmus.codecs import Tables as CodecTables
 from isthmus.codecs.photo import Recipe
 from isthmus.errors import FrameError, FrameMalformed, RegistryError
+
+if TYPE_CHECKING:
+    from isthmus.codecs.layers import Keeper
 
 MAX_KEPT = 64
 """Tables kept; frames name them, so there must be an end."""
@@ -25,13 +29,21 @@ def tables_of(bundle: Bundle, digest: str, codec: str, tables: CodecTables) -> C
 class Tables:
     """Looks tables up in bundles, through `bundle` and `blob`, and keeps those that were used last."""
 
-    def __init__(self, bundle: Callable[[str], Bundle], blob: Callable[[Blob], bytes], max_pixels: int) -> None:
-        self._bundle, self._blob, self._max_pixels = bundle, blob, max_pixels
+    def __init__(
+        self,
+        bundle: Callable[[str], Bundle],
+        blob: Callable[[Blob], bytes],
+        max_pixels: int,
+        keeper: Keeper | None = None,
+    ) -> None:
+        self._bundle, self._blob, self._max_pixels, self._keeper = bundle, blob, max_pixels, keeper
         self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[str, str], object] = OrderedDict()
+        self._kept: OrderedDict[str, object] = OrderedDict()
 
     def __call__(self, digest: str, tensor: str, codec: str) -> object:
-        """The table of `tensor` in that bundle, or the recipe that makes it of a photo; None where there is none.
+        """The table of `tensor` in that bundle, the recipe that makes it of a photo, or its basis for refinements.
+
+        None where there is no recipe. Refinements need a keeper.
 
         Raises:
             FrameMalformed: the frame names no bundle, or one that was not calibrated for this tensor.
@@ -50,7 +62,17 @@ class Tables:
                 exists=sorted(bundle.tables),
                 hint="calibrate it: isthmus calibrate MODEL --data FOLDER",
             )
-        key = (codec, blob.digest)
+        table = self._table(blob)
+        if not codec.startswith("layers/"):
+            return table
+        if self._keeper is None:
+            raise FrameMalformed(f"{tensor!r} has codec {codec}, and nothing is kept here", rule="table", tensor=tensor)
+        from isthmus.codecs.layers import Basis  # for those who are sent such tensors
+
+        return Basis(table, self._keeper, digest, tensor)
+
+    def _table(self, blob: Blob) -> object:
+        key = blob.digest
         with self._lock:
             if (found := self._kept.get(key)) is not None:
                 self._kept.move_to_end(key)

@@ -38,7 +38,7 @@ class Work:
 class Load:
     """What one candidate does, whatever the link: calls, runs and codecs, in bytes and in seconds of its tiers.
 
-    `again` is the share of requests that take a second look; bytes and codecs count it already, runs do not.
+    `again` are the further calls of closer looks, on average; bytes and codecs count them already, runs do not.
     """
 
     near: Exchange | None = None

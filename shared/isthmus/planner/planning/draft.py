@@ -94,7 +94,7 @@ class Draft:
             error=trial.error,
             edge_memory_bytes=edge_bytes,
             cloud_memory_bytes=cloud_bytes,
-            second_look=trial.second_look,
+            looks=trial.looks,
         )
 
     def _load(self, option: Option, trial: Trial) -> Load:
@@ -115,7 +115,7 @@ class Draft:
             preprocess=trial.preprocess_s * self.slowdown[EDGE],
             pack=trial.pack_s * self._slower(EDGE, option).pack_s,
             unpack=trial.unpack_s * self._slower(CLOUD, option).unpack_s,
-            again=trial.second_look.share if trial.second_look is not None else 0.0,
+            again=trial.looks.again if trial.looks is not None else 0.0,
         )
 
     def _slower(self, tier: str, option: Option) -> CodecSpeed:

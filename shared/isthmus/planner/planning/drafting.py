@@ -24,7 +24,7 @@ from isthmus.planner.planning.conditions import Conditions
 from isthmus.planner.planning.draft import CLOUD, EDGE, Draft
 from isthmus.planner.planning.examples import Example
 from isthmus.planner.planning.memory import Memory
-from isthmus.planner.planning.plan import Error, SecondLook
+from isthmus.planner.planning.plan import CloserLooks, Error
 from isthmus.planner.planning.survey import survey
 from isthmus.planner.planning.trials import Option, Trial, Trials
 from isthmus.planner.planning.usable import short_name, usable_codecs
@@ -248,17 +248,14 @@ def _add(draft: Draft, option: Option, trial: Trial | None) -> None:
 
 def _tried(trials: Trials, fidelity: Fidelity | None, cut: str, choice: Choice) -> Trial | None:
     """A split's trial, with the error that calibration measured over more inputs than a trial has."""
-    trial = trials.split(cut, choice.once)
     known = next((e for e in fidelity.entries if e.cut == cut and e.choice == choice), None) if fidelity else None
-    if trial is None or fidelity is None or known is None:
-        return trial
-    if choice.again is not None:
-        finer = trials.split(cut, Choice(choice.codec, choice.again.quality))
-        if finer is None:
-            return None
-        output = fidelity.measure.output
-        trial = trial.then(finer, SecondLook(choice.again.quality, choice.again.margin, output, known.asked_again))
-    return replace(trial, error=Error(known.error, fidelity.inputs.held_out, 1 - known.agreement, calibrated=True))
+    if fidelity is None or known is None:
+        return trials.split(cut, choice)
+    error = Error(known.error, fidelity.inputs.held_out, 1 - known.agreement, calibrated=True)
+    if known.looks:
+        return trials.closer(cut, choice, CloserLooks(fidelity.measure.output, known.looks, known.shares), error)
+    trial = trials.split(cut, choice)
+    return None if trial is None else replace(trial, error=error)
 
 
 def _preprocess_seconds(bundle: Bundle, examples: Sequence[Example]) -> float:

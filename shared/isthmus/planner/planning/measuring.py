@@ -137,11 +137,12 @@ def requester(
 ) -> Run:
     """What runs one request of a candidate, from the photo on where there is one, and says what its parts took.
 
-    A second look is taken every time, and counts for its share: a few inputs do not say how often it is.
+    Closer looks are all taken every time, and count for their shares: a few inputs do not say how often they are.
     """
     route = route_of(candidate, digest, bundle, hops, tables, variant)
-    if route.again is not None:
-        route = replace(route, again=replace(route.again, margin=math.inf))
+    if route.looks is not None:
+        always = tuple(replace(look, margin=math.inf) for look in route.looks.looks)
+        route = replace(route, looks=replace(route.looks, looks=always))
     photo = photo_of(candidate, bundle, hops)
     longest_s = min(_MOST_S, max(_LEAST_S, 10 * candidate.predicted.total))
 
@@ -184,19 +185,27 @@ def _inputs(bundle: Bundle, example: Example) -> Mapping[str, Array]:
 
 def _parts(candidate: Candidate, result: Result) -> dict[str, float]:
     names = {"edge": ("edge",), "cloud": ("cloud",), "split": ("edge", "cloud")}[candidate.kind]
-    share = candidate.second_look.share if candidate.second_look is not None else 0.0
     found = dict.fromkeys(("pack", *names, *(f"{name}_run" for name in names)), 0.0)
-    for i, stage in enumerate(result.stages):
-        name, counts = (names[i], 1.0) if i < len(names) else (names[-1], share)
-        found["pack"] += counts * stage.pack_s
-        found[name] += counts * stage.total_s
-        found[f"{name}_run"] += counts * stage.run_s
+    counts = _counts(candidate, result)
+    for i, (stage, count) in enumerate(zip(result.stages, counts, strict=True)):
+        name = names[min(i, len(names) - 1)]
+        found["pack"] += count * stage.pack_s
+        found[name] += count * stage.total_s
+        found[f"{name}_run"] += count * stage.run_s
     return found
 
 
 def _not_counted(candidate: Candidate, result: Result) -> float:
-    """Seconds of a second look that only a share of the requests would take."""
-    if candidate.second_look is None or result.second_look != "asked":
-        return 0.0
-    again = result.stages[len(candidate.cuts) + 1 :]
-    return (1 - candidate.second_look.share) * sum(stage.pack_s + stage.total_s for stage in again)
+    """Seconds of those closer looks that only a share of the requests would take."""
+    counts = _counts(candidate, result)
+    return sum((1 - count) * (s.pack_s + s.total_s) for s, count in zip(result.stages, counts, strict=True))
+
+
+def _counts(candidate: Candidate, result: Result) -> list[float]:
+    """How often a request has each of the result's stages, on average."""
+    once = len(candidate.cuts) + 1
+    counts = [1.0] * min(once, len(result.stages))
+    if candidate.looks is not None and result.looked is not None and result.looked.taken:
+        each = (len(result.stages) - once) // result.looked.taken
+        counts += [share for share in candidate.looks.shares[: result.looked.taken] for _ in range(each)]
+    return counts

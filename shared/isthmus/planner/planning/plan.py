@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from isthmus.calibration.choice import Look
 from isthmus.planner.planning.conditions import Conditions, Constraints, Objective
 
 FORMAT = "isthmus.plan/1"
@@ -111,16 +112,21 @@ class Coding:
 
 
 @dataclass(frozen=True)
-class SecondLook:
-    """Where `output`'s likeliest class leads by less than `margin` (nats), what crosses is sent again at `quality`.
+class CloserLooks:
+    """While `output`'s likeliest class leads by less than a look's margin (nats), what crosses is sent as fine as that.
 
-    `share` of the inputs that calibration held out took it: sizes and times are of one send and that share of another.
+    `shares` has for each look the share of the inputs that calibration held out that took it: sizes and times are of
+    the first send and so much of each further one.
     """
 
-    quality: float
-    margin: float
     output: str
-    share: float
+    looks: tuple[Look, ...]
+    shares: tuple[float, ...]
+
+    @property
+    def again(self) -> float:
+        """Further calls of one request, on average."""
+        return sum(self.shares)
 
 
 @dataclass(frozen=True)
@@ -149,12 +155,12 @@ class Candidate:
     price: float | None = None
     energy_j: float | None = None
     refused: str = ""
-    second_look: SecondLook | None = None
+    looks: CloserLooks | None = None
 
     @property
     def calls(self) -> float:
         """Calls to the cloud for one request, on average."""
-        return 1 + (self.second_look.share if self.second_look is not None else 0.0)
+        return 1 + (self.looks.again if self.looks is not None else 0.0)
 
     @property
     def seconds(self) -> float:

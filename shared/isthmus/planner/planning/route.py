@@ -12,9 +12,9 @@ from isthmus.codecs import Packed, Packing, Tables, find
 from isthmus.errors import PlanMalformed
 from isthmus.frame import DTYPES
 from isthmus.hop import Hop
-from isthmus.pipeline import Route, SecondLook
 from isthmus.planner.planning.plan import Candidate
 from isthmus.processing.image_spec import made_shape
+from isthmus.route import Looks, Route
 
 PHOTO = "photo/1"
 
@@ -51,7 +51,7 @@ def route_of(
 
     Raises:
         Missing: a cut, a segment or the variant is not there.
-        PlanMalformed: a second look at what is no output.
+        PlanMalformed: closer looks by what is no output.
         FrameMalformed, RegistryError: a codec's table cannot be had.
     """
     if candidate.variant is not None:
@@ -68,18 +68,18 @@ def route_of(
         return Route(digest, bundle, (bundle.segment(WHOLE),), (hops[-1],), (packings,))
     segments = bundle.partition(candidate.cuts)
     on = (hops[0], *(hops[-1] for _ in segments[1:]))
-    return Route(digest, bundle, segments, on, ({}, *(packings for _ in segments[1:])), _second_look(candidate, bundle))
+    return Route(digest, bundle, segments, on, ({}, *(packings for _ in segments[1:])), _looks(candidate, bundle))
 
 
-def _second_look(candidate: Candidate, bundle: Bundle) -> SecondLook | None:
-    found = candidate.second_look
+def _looks(candidate: Candidate, bundle: Bundle) -> Looks | None:
+    found = candidate.looks
     if found is None:
         return None
     if found.output not in {s.name for s in bundle.outputs}:
         raise PlanMalformed(
-            f"{candidate.name} looks at {found.output!r}, no output of {bundle.name}", where="second_look"
+            f"{candidate.name} looks at {found.output!r}, no output of {bundle.name}", where="closer_looks"
         )
-    return SecondLook(found.quality, found.margin, Measure(TOP1, found.output).margin)
+    return Looks(found.looks, Measure(TOP1, found.output).margin)
 
 
 def photo_of(candidate: Candidate, bundle: Bundle, hops: Sequence[Hop]) -> PhotoAsItCame | None:

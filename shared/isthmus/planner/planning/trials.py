@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import TypeVar
 
-from isthmus import frame as frames
 from isthmus.bundle import WHOLE, Bundle, Segment, TensorSpec
 from isthmus.calibration.agreement import Measure, measure_for
 from isthmus.calibration.choice import Choice, packings
-from isthmus.codecs import RAW, Array, Packed, Packing, find
-from isthmus.frame import DTYPES, Frame
-from isthmus.pipeline import pack_all
+from isthmus.codecs import RAW, Array, Packed
 from isthmus.planner.planning.costs import Exchange
 from isthmus.planner.planning.examples import Example
-from isthmus.planner.planning.plan import Coding, Error, SecondLook
+from isthmus.planner.planning.plan import CloserLooks, Coding, Error
+from isthmus.planner.planning.sends import frame_bytes, send, sends
+from isthmus.planner.planning.timing import timed_all
 from isthmus.planner.planning.workbench import Workbench
-
-T = TypeVar("T")
-_CALL_ID = "0" * 36
-_DIGEST = "sha256:" + "0" * 64
-_FEW_S, _MANY_S, _TRIES = 0.005, 0.1, 3
 
 
 @dataclass(frozen=True)
@@ -43,7 +34,8 @@ class Option:
 class Trial:
     """What an option does on the examples: medians of bytes and of seconds on this machine, and the error.
 
-    `codecs` are the tensors that did not go raw; `run_here_s` is the whole variant's run, where it is one.
+    `codecs` are the tensors that did not go raw; `run_here_s` is the whole variant's run, where it is one. With `looks`
+    bytes and codecs' seconds are those of the first send and the shares of each further one.
     """
 
     near: Exchange | None = None
@@ -54,22 +46,7 @@ class Trial:
     codecs: Mapping[str, Coding] = field(default_factory=dict)
     error: Error = Error(0.0, 0)  # noqa: RUF009 - it is frozen
     run_here_s: float = 0.0
-    second_look: SecondLook | None = None
-
-    def then(self, other: Trial, second_look: SecondLook) -> Trial:
-        """This, and `other` for the share of inputs that take a second look; the answer's error is to be known."""
-        share = second_look.share
-        far = None
-        if self.far is not None and other.far is not None:
-            sent, received = self.far.sent + share * other.far.sent, self.far.received + share * other.far.received
-            far = Exchange(round(sent), round(received))
-        return replace(
-            self,
-            far=far,
-            pack_s=self.pack_s + share * other.pack_s,
-            unpack_s=self.unpack_s + share * other.unpack_s,
-            second_look=second_look,
-        )
+    looks: CloserLooks | None = None
 
 
 class Trials:
@@ -87,17 +64,18 @@ class Trials:
         self._preprocess_s = preprocess_s
         self._measure: Measure = measure_for(bundle)
         self._whole = bundle.segment(WHOLE)
-        self.whole_s, self._expected = _timed_all(lambda e: bench.run(self._whole, e.arrays), examples)
-        self._sides: dict[str, list[tuple[dict[str, Array], int]]] = {}
-        self._raw: dict[str, list[Mapping[str, Array]]] = {}
+        self.whole_s, self._expected = timed_all(lambda e: bench.run(self._whole, e.arrays), examples)
+        self._sides: dict[str, list[Mapping[str, Array]]] = {}
+        self._near: dict[str, Exchange] = {}
+        self._raw: dict[str, dict[int, Mapping[str, Array]]] = {}
 
     def edge(self, run: Callable[[Mapping[str, Array]], dict[str, Array]] | None = None) -> Trial:
         """The whole model on the first hop, or the variant that `run` runs."""
         segment, found, run_s = self._whole, self._expected, self.whole_s
         if run is not None:
-            run_s, found = _timed_all(lambda e: run(e.arrays), self._examples)
+            run_s, found = timed_all(lambda e: run(e.arrays), self._examples)
         near = [
-            Exchange(_frame_bytes(e.arrays, segment.id), _frame_bytes(f, segment.id))
+            Exchange(frame_bytes(e.arrays, segment.id), frame_bytes(f, segment.id))
             for e, f in zip(self._examples, found, strict=True)
         ]
         return Trial(near=_typical(near), preprocess_s=self._preprocess_s, error=self._error(found), run_here_s=run_s)
@@ -107,39 +85,89 @@ class Trials:
         far = []
         for example, outputs in zip(self._examples, self._expected, strict=True):
             packed = {tensor: Packed("photo/1", dtype, shape, example.photo or b"")}
-            far.append(Exchange(_frame_bytes({}, WHOLE, packed), _frame_bytes(outputs, WHOLE)))
+            far.append(Exchange(frame_bytes({}, WHOLE, packed), frame_bytes(outputs, WHOLE)))
         codecs = {tensor: Coding("photo/1")}
         return Trial(far=_typical(far), codecs=codecs, error=Error(0.0, len(self._examples)))
 
     def cloud(self, choice: Choice) -> Trial | None:
         """The whole model on the last hop, its inputs packed; None where the choice packs none of them."""
-        crossed = [(dict(e.arrays), 0) for e in self._examples]
+        crossed = [e.arrays for e in self._examples]
         made = self._sent(choice, crossed, self._whole, self._bundle.inputs, "")
         return None if made is None else replace(made, preprocess_s=self._preprocess_s)
 
     def split(self, cut: str, choice: Choice) -> Trial | None:
         """The head on the first hop, the tail on the last; None where the choice packs nothing that crosses."""
-        head, tail = self._bundle.segment(f"..{cut}"), self._bundle.segment(f"{cut}..")
+        crossed, near = self._crossing(cut)
+        tail = self._bundle.segment(f"{cut}..")
+        made = self._sent(choice, crossed, tail, tail.inputs, cut)
+        return None if made is None else replace(made, near=near, preprocess_s=self._preprocess_s)
+
+    def closer(self, cut: str, choice: Choice, looks: CloserLooks, error: Error) -> Trial | None:
+        """The same with closer looks, which each example takes; None where nothing that crosses could be sent finer.
+
+        The tail runs on nothing of it: how far the answers are off is known already, which is the `error`.
+        """
+        crossed, near = self._crossing(cut)
+        tail = self._bundle.segment(f"{cut}..")
+        qualities = (choice.quality, *(look.quality for look in looks.looks))
+        hows = [packings(tail.inputs, Choice(choice.codec, quality), self._table) for quality in qualities]
+        tries: list[list[tuple[int, float, float]]] = [[] for _ in hows]
+        received, codecs = [], dict[str, Coding]()
+        for i, values in enumerate(crossed):
+            taken = {s.name: values[s.name] for s in tail.inputs}
+            if i == 0:
+                sends(taken, tail.id, hows)  # as in `_sent`
+            made = sends(taken, tail.id, hows)
+            codecs |= {name: Coding(hows[0][name].codec, hows[0][name].quality) for name in made[0].coded}
+            for found, sent in zip(tries, made, strict=False):
+                found.append((sent.nbytes, sent.pack_s, sent.unpack_s))
+            received.append(self._answer_bytes(self._untouched(cut, i, values, tail), tail))
+        if not all(tries):
+            return None
+        up = pack_s = unpack_s = 0.0
+        for share, found in zip((1.0, *looks.shares), tries, strict=True):
+            nbytes, packing, unpacking = zip(*found, strict=True)
+            up += share * statistics.median_low(nbytes)
+            pack_s += share * statistics.median(packing)
+            unpack_s += share * statistics.median(unpacking)
+        down = (1 + looks.again) * statistics.median_low(received)
+        return Trial(
+            near=near,
+            far=Exchange(round(up), round(down)),
+            preprocess_s=self._preprocess_s,
+            pack_s=pack_s,
+            unpack_s=unpack_s,
+            codecs=codecs,
+            error=error,
+            looks=looks,
+        )
+
+    def _crossing(self, cut: str) -> tuple[Sequence[Mapping[str, Array]], Exchange]:
+        """All values that are known once the head has run, for each example, and the call to it."""
+        head = self._bundle.segment(f"..{cut}")
         if cut not in self._sides:
             # One cut at a time: what crosses is kept for its codecs, and sessions take memory.
             self._bench.forget()
-            self._sides, self._raw = {cut: []}, {}
+            self._sides, self._raw, near = {cut: []}, {}, []
             for example in self._examples:
-                values = dict(example.arrays)
-                given = self._bench.run(head, {s.name: values[s.name] for s in head.inputs})
-                self._sides[cut].append((values | given, _frame_bytes(given, head.id)))
-        crossed = self._sides[cut]
-        made = self._sent(choice, crossed, tail, tail.inputs, cut)
-        if made is None:
-            return None
-        sent = [_frame_bytes({s.name: values[s.name] for s in head.inputs}, head.id) for values, _ in crossed]
-        near = [Exchange(n, received) for n, (_, received) in zip(sent, crossed, strict=True)]
-        return replace(made, near=_typical(near), preprocess_s=self._preprocess_s)
+                taken = {s.name: example.arrays[s.name] for s in head.inputs}
+                given = self._bench.run(head, taken)
+                self._sides[cut].append({**example.arrays, **given})
+                near.append(Exchange(frame_bytes(taken, head.id), frame_bytes(given, head.id)))
+            self._near[cut] = _typical(near)
+        return self._sides[cut], self._near[cut]
+
+    def _untouched(self, cut: str, example: int, values: Mapping[str, Array], tail: Segment) -> Mapping[str, Array]:
+        """All values of an example when its tail has had what crosses as it is."""
+        raw = self._raw.setdefault(cut, {})
+        if example not in raw:
+            raw[example] = {**values, **self._bench.run(tail, {s.name: values[s.name] for s in tail.inputs})}
+        return raw[example]
 
     def _sent(
         self,
         choice: Choice,
-        crossed: Sequence[tuple[dict[str, Array], int]],
+        crossed: Sequence[Mapping[str, Array]],
         tail: Segment,
         specs: Sequence[TensorSpec],
         cut: str,
@@ -147,28 +175,18 @@ class Trials:
         how = packings(specs, choice, self._table)
         far, found, pack_s, unpack_s = [], [], [], []
         codecs: dict[str, Coding] = {}
-        raw = self._raw.setdefault(cut, [])
-        for i, (values, _) in enumerate(crossed):
+        for i, values in enumerate(crossed):
             taken = {s.name: values[s.name] for s in specs}
             if i == 0 and any(packing.table is not None for packing in how.values()):
-                _unpack(pack_all(taken, how), how)  # what is made of a table on its first use is kept
-            seconds, coded = _timed(partial(pack_all, taken, how))
-            pack_s.append(seconds if coded else 0.0)
-            codecs |= {name: Coding(p.codec, how[name].quality) for name, p in coded.items()}
-            rest = {name: array for name, array in taken.items() if name not in coded}
-            seconds, unpacked = _timed(partial(_unpack, coded, how))
-            unpack_s.append(seconds if coded else 0.0)
-            arrived = {**rest, **unpacked}
-            if len(raw) <= i:
-                raw.append({**values, **self._bench.run(tail, taken)})
-            same = all(_identical(taken[name], array) for name, array in unpacked.items())
-            outputs = raw[i] if same else {**values, **self._bench.run(tail, arrived)}
-            far.append(
-                Exchange(
-                    _frame_bytes(rest, tail.id, coded),
-                    _frame_bytes({s.name: outputs[s.name] for s in tail.outputs}, tail.id),
-                )
-            )
+                send(taken, tail.id, how)  # what is made of a table on its first use is kept
+            sent = send(taken, tail.id, how)
+            pack_s.append(sent.pack_s)
+            unpack_s.append(sent.unpack_s)
+            codecs |= {name: Coding(p.codec, how[name].quality) for name, p in sent.coded.items()}
+            outputs = self._untouched(cut, i, values, tail)
+            if not all(_identical(taken[name], array) for name, array in sent.arrived.items()):
+                outputs = {**values, **self._bench.run(tail, {**taken, **sent.arrived})}
+            far.append(Exchange(sent.nbytes, self._answer_bytes(outputs, tail)))
             found.append({s.name: outputs[s.name] for s in self._bundle.outputs})
         if choice.codec != RAW and not codecs:
             return None
@@ -180,23 +198,15 @@ class Trials:
             error=self._error(found),
         )
 
+    def _answer_bytes(self, values: Mapping[str, Array], tail: Segment) -> int:
+        return frame_bytes({s.name: values[s.name] for s in tail.outputs}, tail.id)
+
     def _error(self, found: Sequence[Mapping[str, Array]]) -> Error:
         pairs = list(zip(self._expected, found, strict=True))
         relative = max(self._measure.error(expected, got) for expected, got in pairs)
         differ = sum(not self._measure.same(expected, got) for expected, got in pairs)
         # A plan's numbers are finite; an answer that is all wrong is off by its whole size many times over.
         return Error(min(relative, 1e9), len(pairs), differ / len(pairs))
-
-
-def _unpack(coded: Mapping[str, Packed], how: Mapping[str, Packing]) -> dict[str, Array]:
-    return {
-        name: find(p.codec).decode(memoryview(p.payload), DTYPES[p.dtype], p.shape, how[name].table)
-        for name, p in coded.items()
-    }
-
-
-def _frame_bytes(arrays: Mapping[str, Array], segment: str, packed: Mapping[str, Packed] | None = None) -> int:
-    return sum(map(len, frames.encode_parts(Frame(arrays, _DIGEST, segment, _CALL_ID, packed or {}))))
 
 
 def _typical(exchanges: Sequence[Exchange]) -> Exchange:
@@ -206,34 +216,3 @@ def _typical(exchanges: Sequence[Exchange]) -> Exchange:
 
 def _identical(one: Array, other: Array) -> bool:
     return one is other or one.tobytes() == other.tobytes()
-
-
-def _timed(do: Callable[[], T]) -> tuple[float, T]:
-    """What `do` gives, and the least seconds of a few tries, two if none is long: the machine may be busy."""
-    best, found = _timed_once(do)
-    spent = best
-    while spent < _MANY_S:
-        took, found = _timed_once(do)
-        best, spent = min(best, took), spent + took
-        if spent >= _FEW_S:
-            break
-    return best, found
-
-
-def _timed_all(
-    run: Callable[[Example], dict[str, Array]], examples: Sequence[Example]
-) -> tuple[float, list[dict[str, Array]]]:
-    """The answers to all examples, and the median over them of the least seconds of a few runs, warmed up."""
-    run(examples[0])
-    seconds, found = [], []
-    for example in examples:
-        tries = [_timed_once(partial(run, example)) for _ in range(_TRIES)]
-        seconds.append(min(took for took, _ in tries))
-        found.append(tries[0][1])
-    return statistics.median(seconds), found
-
-
-def _timed_once(do: Callable[[], T]) -> tuple[float, T]:
-    start = time.perf_counter()
-    found = do()
-    return time.perf_counter() - start, found

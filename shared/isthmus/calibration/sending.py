@@ -1,0 +1,143 @@
+"""Ways to send what crosses a cut, tried in one process: what arrives, and what that costs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Protocol
+
+from isthmus.calibration.choice import Choice, packings
+from isthmus.calibration.crossing import Crossing
+from isthmus.codecs import NotPackable, Packed, Packing, find, pack
+from isthmus.frame import DTYPES
+from isthmus.runners import Array
+
+FINER_BY = 0.2
+"""How much higher the quality of a closer look is: a third of the step of tables as they are learned."""
+_NEAR = 1e-3
+
+
+class Cost(NamedTuple):
+    """Units: bytes of payloads; seconds of this thread's CPU time."""
+
+    bytes: int
+    pack_s: float = 0.0
+    unpack_s: float = 0.0
+
+    def plus(self, other: Cost) -> Cost:
+        """Both together."""
+        return Cost(self.bytes + other.bytes, self.pack_s + other.pack_s, self.unpack_s + other.unpack_s)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Tensors after packing and unpacking, and what that cost; `closer` is the same of a closer look that ends here."""
+
+    tensors: Mapping[str, Array]
+    cost: Cost
+    closer: Cost = Cost(0)  # noqa: RUF009 - it is a tuple
+    fell_back: bool = False
+
+
+class Way(Protocol):
+    """One way to send what crosses a cut."""
+
+    @property
+    def name(self) -> str:
+        """What tallies call it."""
+        ...
+
+    def send(self, tensors: Mapping[str, Array]) -> Sent:
+        """The tensors as they arrive, and what that cost."""
+        ...
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One codec at one quality: how each tensor is packed.
+
+    `coarser` is how those were packed before that a closer look of this quality refines.
+    """
+
+    choice: Choice
+    packings: Mapping[str, Packing]
+    coarser: Mapping[str, Packing] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """As settings write it."""
+        return str(self.choice)
+
+    def send(self, tensors: Mapping[str, Array]) -> Sent:
+        """Pack and unpack, as a hop would."""
+        arrived = dict(tensors)
+        whole, closer, fell_back = Cost(0), Cost(0), False
+        for name, array in tensors.items():
+            how = self.packings.get(name)
+            cost = Cost(array.nbytes)
+            if how is not None:
+                start = time.thread_time()
+                packed = pack(array, how)
+                pack_s, unpack_s = time.thread_time() - start, 0.0
+                if isinstance(packed, Packed):
+                    payload, dtype = memoryview(packed.payload), DTYPES[packed.dtype]
+                    start = time.thread_time()
+                    arrived[name] = find(packed.codec).decode(payload, dtype, packed.shape, how.table)
+                    unpack_s = time.thread_time() - start
+                else:
+                    fell_back = fell_back or how.codec == self.choice.codec
+                cost = Cost(packed.nbytes, pack_s, unpack_s)
+            whole = whole.plus(cost)
+            closer = closer.plus(self._refinement(name, array) or cost)
+        return Sent(arrived, whole, closer, fell_back)
+
+    def _refinement(self, name: str, array: Array) -> Cost | None:
+        """What refining one tensor costs; None where it is sent whole."""
+        from isthmus.codecs.layers import follow, layered, trail_of
+        from isthmus.codecs.refining import read, tensor_of
+        from isthmus.codecs.table import Table
+
+        if (coarse := self.coarser.get(name)) is None:
+            return None
+        first = pack(array, layered(coarse))
+        fine = self.packings[name]
+        if not isinstance(first, Packed) or not isinstance(fine.table, Table):
+            return None
+        trail = trail_of(first, "", name)
+        start = time.thread_time()
+        try:
+            packed, longer = follow(array, trail, coarse.quality, fine)
+        except NotPackable:
+            return None
+        pack_s = time.thread_time() - start
+        start = time.thread_time()
+        known = read(memoryview(longer.parts[-1]), trail.known, packed.shape, fine.table)
+        tensor_of(known, DTYPES[packed.dtype], packed.shape, fine.table)
+        return Cost(packed.nbytes, pack_s, time.thread_time() - start)
+
+
+def trials(crossing: Crossing, choices: Sequence[Choice], tables: Mapping[str, object]) -> list[Trial]:
+    """Those of `choices` that can be tried at a cut: a calibrated codec needs a table for a tensor that crosses."""
+    made = [Trial(choice, packings(crossing.tensors, choice, tables.get)) for choice in choices]
+    possible = [
+        t
+        for t in made
+        if not find(t.choice.codec).calibrated or t.choice.codec in {p.codec for p in t.packings.values()}
+    ]
+    return [replace(t, coarser=_before(t, possible)) for t in possible]
+
+
+def finer_than(choice: Choice, others: Sequence[Choice]) -> Choice | None:
+    """The one of `others` that a closer look after `choice` would send."""
+    wanted = choice.quality + FINER_BY
+    return next((o for o in others if o.codec == choice.codec and abs(o.quality - wanted) < _NEAR), None)
+
+
+def _before(trial: Trial, others: Sequence[Trial]) -> Mapping[str, Packing]:
+    """How the trial that a closer look of this one follows packs those tensors that a table is there for."""
+    choice = trial.choice
+    for other in others:
+        if finer_than(other.choice, [choice]) is not None:
+            return {name: how for name, how in other.packings.items() if how.codec == choice.codec and how.table}
+    return {}

@@ -1,0 +1,196 @@
+"""`layers/1`: what `transform/2` packs, kept by the reader for a while, so that refinements need not say it again.
+
+A payload is one of `transform/2`; or a byte 0x80, which is no step of any, the key of what the reader is to have, and
+the refinement that follows it. Keys are hashes of all that was sent, and of which tensor it is: nothing can be refined
+but what it belongs to. docs/codecs.md, "layers/1".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from typing import Any, NamedTuple, Protocol, Self
+
+import numpy as np
+
+from isthmus.codecs import NotPackable, Packed, Packing
+from isthmus.codecs.refining import Known, known_at, known_of, read, refine, tensor_of
+from isthmus.codecs.steps import THIRD, step_of
+from isthmus.codecs.table import Table
+from isthmus.codecs.transform import DTYPES, coded
+from isthmus.errors import NotKept
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+LAYERS_ID = "layers/1"
+KEY_BYTES = 16
+_REFINEMENT = b"\x80"
+
+
+class First(bytes):
+    """A tensor's first payload, with what its writer needs to refine it: its step, and its components in units."""
+
+    step: int
+    values: Array
+
+    def __new__(cls, payload: bytes, step: int, values: Array) -> Self:
+        made = super().__new__(cls, payload)
+        made.step, made.values = step, values
+        return made
+
+
+class Trail(NamedTuple):
+    """All that a writer has sent of one tensor, the key that stands for it, and what refining it further takes."""
+
+    key: bytes
+    parts: tuple[bytes, ...]
+    known: Known
+    values: Array
+
+
+class Held(NamedTuple):
+    """What a reader has of one tensor by now, and the key that stands for it; `about` says which tensor it is."""
+
+    key: bytes
+    about: bytes
+    known: Known
+
+    @property
+    def nbytes(self) -> int:
+        return self.known.numbers.nbytes + len(self.about)
+
+
+class Keeper(Protocol):
+    """Where a reader keeps what may be refined."""
+
+    def keep(self, held: Held) -> None:
+        """Keep it for a while, if there is room."""
+        ...
+
+    def find(self, key: bytes) -> Held | None:
+        """What that key stands for; None where it is not kept, or no longer."""
+        ...
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What unpacking needs: the tensor's table, where what may be refined is kept, and which bundle's tensor it is."""
+
+    table: object
+    keeper: Keeper
+    bundle: str
+    tensor: str
+
+
+class Layers:
+    """The codec; what it keeps is in the keeper that it is given."""
+
+    calibrated = True
+
+    def encode(self, array: Array, packing: Packing) -> First:
+        """The first payload of a tensor.
+
+        Raises:
+            NotPackable: as `transform/2`; or the tensor's table is one that nothing can be refined with.
+        """
+        if not isinstance(packing.table, Table) or not array.size:
+            raise NotPackable("only tensors in planes are refined, and none that is empty")
+        return First(*coded(array, packing.table, packing.quality))
+
+    def decode(self, payload: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], table: object) -> Array:
+        """The tensor, as far as it was sent.
+
+        Raises:
+            NotKept: it refines what is not kept here, or no longer.
+            ValueError: no basis; or the payload is not one of that dtype and shape.
+        """
+        if not isinstance(table, Basis) or not isinstance(table.table, Table):
+            raise ValueError("there is no table for this tensor, or none that it can be refined with")
+        if dtype not in DTYPES:
+            raise ValueError(f"a transform does not pack {dtype}")
+        about = _about(table.bundle, table.tensor, dtype.name, shape)
+        if payload[:1] != _REFINEMENT:
+            held = Held(_first_key(about, payload), about, known_of(payload, shape, table.table))
+        else:
+            before, part = self._before(payload[1:], about, table), payload[1 + KEY_BYTES :]
+            held = Held(_hashed((before.key, part)), about, read(part, before.known, shape, table.table))
+        found = tensor_of(held.known, dtype, shape, table.table)
+        table.keeper.keep(held)
+        return found
+
+    @staticmethod
+    def _before(payload: memoryview, about: bytes, basis: Basis) -> Held:
+        """What a refinement's key stands for.
+
+        Raises:
+            NotKept: it is not kept here, or it is another tensor's.
+        """
+        found = basis.keeper.find(bytes(payload[:KEY_BYTES]))
+        if found is None or found.about != about:
+            raise NotKept(
+                f"{basis.tensor!r} refines what this function does not keep, or no longer; send it whole",
+                tensor=basis.tensor,
+                hint="with several replicas, another one may have had it",
+            )
+        return found
+
+
+LAYERS = Layers()
+
+
+def trail_of(packed: Packed, bundle: str, tensor: str) -> Trail:
+    """What has been sent of a tensor with its first payload, which was packed here.
+
+    Raises:
+        ValueError: it was not, or is no first payload.
+    """
+    first = packed.payload
+    if not isinstance(first, First):
+        raise ValueError(f"{tensor!r} was not packed here to be refined")
+    key = _first_key(_about(bundle, tensor, packed.dtype, packed.shape), first)
+    return Trail(key, (first,), known_at(first.values, first.step), first.values)
+
+
+def is_first(packed: Packed) -> bool:
+    """Whether that payload is a tensor's first, which was packed here, not a refinement."""
+    return isinstance(packed.payload, First)
+
+
+def follow(array: Array, trail: Trail, coarse: float, packing: Packing) -> tuple[Packed, Trail]:
+    """The refinement of `array` from one quality to that of `packing`, and what has been sent with it.
+
+    `array` is what `trail` was made of.
+
+    Raises:
+        NotPackable: the step of that quality is not a third of the other's, or it cannot be refined.
+    """
+    table = packing.table
+    if not isinstance(table, Table):
+        raise NotPackable("only tensors in planes are refined")
+    if step_of(coarse, table.steps) - step_of(packing.quality, table.steps) != THIRD:
+        raise NotPackable("the step of that quality is not a third of the other's")
+    part, known = refine(trail.values, array.shape, trail.known, table)
+    payload = _REFINEMENT + trail.key + part
+    longer = Trail(_hashed((trail.key, part)), (*trail.parts, part), known, trail.values)
+    return Packed(LAYERS_ID, array.dtype.name, array.shape, payload), longer
+
+
+def layered(packing: Packing) -> Packing:
+    """How a tensor is packed first that may be refined later; as it is where it cannot be."""
+    return replace(packing, codec=LAYERS_ID) if isinstance(packing.table, Table) else packing
+
+
+def _about(bundle: str, tensor: str, dtype: str, shape: tuple[int, ...]) -> bytes:
+    return "\n".join((bundle, tensor, dtype, *map(str, shape))).encode()
+
+
+def _first_key(about: bytes, payload: bytes | memoryview) -> bytes:
+    return _hashed((len(about).to_bytes(8, "little"), about, payload))
+
+
+def _hashed(parts: Iterable[bytes | memoryview]) -> bytes:
+    made = blake2b(digest_size=KEY_BYTES)
+    for part in parts:
+        made.update(part)
+    return made.digest()

@@ -1,0 +1,36 @@
+"""The steps of `transform/2`: whole numbers, of which thirteen are a factor of three, so that finer steps nest.
+
+A third of a step puts three new multiples around each old one, and no interval across an old border: what was sent
+stays true, and what is left to say takes hardly more than was saved. Source: docs/codecs.md, "Refining".
+"""
+
+from __future__ import annotations
+
+import math
+
+THIRD = 13
+"""How much lower the number of a third of a step is."""
+FACTOR = 3
+
+
+def size_of(step: int) -> float:
+    """A step in units."""
+    return float(FACTOR ** (step / THIRD))
+
+
+def in_eighths(step: int) -> int:
+    """A step's size in eighths of an octave above one unit, rounded: 3^(1/13) is 2^(0.975/8)."""
+    return (39 * step + 20) // 40
+
+
+def step_of(quality: float, steps: tuple[int, int]) -> int:
+    """The step of a quality from 0 (the coarsest of `steps`) to 1 (the finest).
+
+    Raises:
+        ValueError: the quality is not in that range.
+    """
+    if not 0 <= quality <= 1:
+        raise ValueError(f"a quality is a number from 0 to 1, not {quality}")
+    coarsest, finest = steps
+    # Halves all go one way, so that qualities a factor of three apart are always whole steps apart.
+    return math.floor(round(coarsest + (finest - coarsest) * quality, 6) + 0.5)

@@ -1,0 +1,141 @@
+"""A request on its way: the router holds every value and hands each segment exactly what it takes.
+
+So a value that skips a segment never travels through it, and nothing crosses the link twice.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from isthmus.bundle import Segment
+from isthmus.codecs import Packed, Packing, pack
+from isthmus.context import Context
+from isthmus.errors import HopRejected, ShapeMismatch
+from isthmus.frame import Frame
+from isthmus.hop import Hop
+from isthmus.route import Route
+from isthmus.runners import Array, check_tensors
+
+
+class Stage(NamedTuple):
+    """One segment's part in an answer.
+
+    Units: seconds. `total_s` is the whole call as the router saw it, `run_s` the segment's own computing, `pack_s` what
+    packing its inputs took before that; `sent` and `received` are bytes on the wire; `tensor_bytes` is what its inputs
+    weigh unpacked. `codecs` names how those that did not go raw were packed.
+    """
+
+    segment: str
+    hop: str
+    total_s: float
+    run_s: float
+    sent: int
+    received: int
+    tensor_bytes: int
+    pack_s: float
+    codecs: Mapping[str, str]
+
+    def document(self) -> dict[str, Any]:
+        """This stage as answers show it, times in milliseconds."""
+        doc = {
+            "segment": self.segment,
+            "hop": self.hop,
+            "ms": round(self.total_s * 1000, 3),
+            "run_ms": round(self.run_s * 1000, 3),
+            "sent_bytes": self.sent,
+            "received_bytes": self.received,
+            "input_bytes": self.tensor_bytes,
+        }
+        if self.codecs:
+            doc |= {"pack_ms": round(self.pack_s * 1000, 3), "codecs": dict(self.codecs)}
+        return doc
+
+
+@dataclass
+class Passage:
+    """The values that are known by now, what each call took, and what was sent packed to each segment last."""
+
+    route: Route
+    context: Context
+    values: dict[str, Array]
+    stages: list[Stage] = field(default_factory=list)
+    sent: dict[int, Mapping[str, Packed]] = field(default_factory=dict)
+
+    def outputs(self) -> dict[str, Array]:
+        """The model's outputs, once all segments have run."""
+        return {spec.name: self.values[spec.name] for spec in self.route.bundle.outputs}
+
+    def through(self, start_at: int = 0, prepare: Callable[[], Mapping[str, Packed]] = dict) -> None:
+        """Run the segments from that one on, each with its inputs from the values, which take what it gives.
+
+        `prepare` gives those of the first one's inputs that are packed otherwise than the route says.
+
+        Raises:
+            DeadlineExceeded, HopError: as the segments' hops report.
+        """
+        route, values, context = self.route, self.values, self.context
+        for i, (segment, hop) in enumerate(zip(route.segments, route.hops, strict=True)):
+            if i < start_at:
+                continue
+            context.deadline.check(f"segment {segment.id} ran")
+            start = time.perf_counter()
+            ready = prepare() if i == start_at else {}
+            taken = {spec.name: values[spec.name] for spec in segment.inputs if spec.name in values}
+            weight = sum(array.nbytes for array in taken.values())
+            for name in ready:
+                taken.pop(name, None)
+            coded = {**ready, **pack_all(taken, route.packing(i))}
+            for name in coded:
+                taken.pop(name, None)
+            pack_s = time.perf_counter() - start
+            start = time.perf_counter()
+            sent = Frame(taken, route.digest, segment.id, context.call_id, coded)
+            reply = hop.call(sent, context)
+            values.update(_checked(reply.frame, sent, segment, hop))
+            self.sent[i] = coded
+            self.stages.append(
+                Stage(
+                    segment.id,
+                    hop.name,
+                    time.perf_counter() - start,
+                    reply.run_s,
+                    reply.sent,
+                    reply.received,
+                    weight,
+                    pack_s,
+                    {name: tensor.codec for name, tensor in coded.items()},
+                )
+            )
+
+
+def pack_all(arrays: Mapping[str, Array], packings: Mapping[str, Packing]) -> dict[str, Packed]:
+    """Those of `arrays` that `packings` pack; what a codec would not keep is not among them, and goes raw."""
+    made = {name: pack(arrays[name], packing) for name, packing in packings.items() if name in arrays}
+    return {name: tensor for name, tensor in made.items() if isinstance(tensor, Packed)}
+
+
+def _checked(reply: Frame, sent: Frame, segment: Segment, hop: Hop) -> Mapping[str, Array]:
+    """The reply's tensors, if it answers this very frame and they are the ones that this segment gives."""
+    for what in ("bundle", "segment", "request"):
+        if (got := getattr(reply, what)) != (expected := getattr(sent, what)):
+            raise HopRejected(
+                f"{hop.name} answered for {what} {got[:80]!r}, not {expected!r}",
+                hop=hop.name,
+                status=200,
+                expected=expected,
+                got=got,
+            )
+    try:
+        check_tensors(segment.outputs, reply.tensors)
+    except ShapeMismatch as e:
+        raise HopRejected(
+            f"{hop.name} did not answer as segment {segment.id} does: {e}",
+            hop=hop.name,
+            status=200,
+            hint="both sides must run the same version of Isthmus",
+            **e.facts,
+        ) from e
+    return reply.tensors

@@ -1,0 +1,76 @@
+"""What one request will do: which segments, on which hops, and how what they take is packed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from isthmus.bundle import Bundle, Segment
+from isthmus.codecs import Packing
+from isthmus.hop import Hop
+from isthmus.runners import Array
+
+if TYPE_CHECKING:
+    from isthmus.calibration.choice import Look
+
+
+@dataclass(frozen=True)
+class Looks:
+    """Closer looks, one after the other: where the answer's margin is below a look's, what crosses is sent finer.
+
+    `margin_of` reads the margin off the outputs, in nats (`calibration.agreement.margin_of`).
+    """
+
+    looks: tuple[Look, ...]
+    margin_of: Callable[[Mapping[str, Array]], float]
+
+
+@dataclass(frozen=True)
+class Route:
+    """What one request will do: these segments of this bundle, in order, each on its hop."""
+
+    digest: str
+    bundle: Bundle
+    segments: tuple[Segment, ...]
+    hops: tuple[Hop, ...]
+    packings: tuple[Mapping[str, Packing], ...] = ()
+    """For each segment, how its inputs are packed on their way over HTTP; raw where nothing is said."""
+    looks: Looks | None = None
+
+    def packing(self, segment: int) -> Mapping[str, Packing]:
+        """How the inputs of that segment travel; a hop in this process takes them as they are."""
+        return self._sent[segment] if self.packings and self.hops[segment].packs else {}
+
+    def finer(self, quality: float) -> Route:
+        """The same route with at least that quality."""
+        made = tuple(
+            {name: replace(p, quality=quality) if p.quality < quality else p for name, p in each.items()}
+            for each in self.packings
+        )
+        return replace(self, packings=made)
+
+    @cached_property
+    def _sent(self) -> tuple[Mapping[str, Packing], ...]:
+        if self.looks is None:
+            return self.packings
+        from isthmus.codecs.layers import layered  # for routes that refine
+
+        return tuple(
+            {name: layered(p) if p.codec == REFINABLE else p for name, p in each.items()} for each in self.packings
+        )
+
+
+REFINABLE = "transform/2"
+"""The codec whose payloads can be refined; of others, closer looks send all of it finer."""
+
+
+def plan_route(digest: str, bundle: Bundle, hops: tuple[Hop, ...], cuts: tuple[str, ...] | None = None) -> Route:
+    """The route along `cuts` (default: the bundle's own); segments beyond the last hop run on the last hop.
+
+    Raises:
+        Missing: the bundle has no such cut, or not the segment between two.
+    """
+    segments = bundle.partition(cuts)
+    return Route(digest, bundle, segments, tuple(hops[min(i, len(hops) - 1)] for i in range(len(segments))))

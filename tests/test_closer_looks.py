@@ -214,7 +214,7 @@ def test_a_closer_look_costs_the_refinement_of_what_can_be_refined_and_the_rest_
     sent = second.send(arrays)
     coarse = pack(arrays["maps"], layered(first.packings["maps"]))
     assert isinstance(coarse, Packed)
-    made, _ = follow(arrays["maps"], trail_of(coarse, "", "maps"), 0.3, second.packings["maps"])
+    made, _ = follow(trail_of(coarse, "", "maps"), second.packings["maps"])
     whole = {name: pack(array, second.packings[name]).nbytes for name, array in arrays.items()}
     assert sent.cost.bytes == sum(whole.values())
     assert sent.closer.bytes == sent.cost.bytes - whole["maps"] + made.nbytes
@@ -303,11 +303,11 @@ def test_a_chains_tally_is_that_of_sending_look_by_look_by_hand(photos: Publishe
             changed = int(answer["logits"].argmax()) != int(expected["logits"].argmax())
             moved = abs(margin_of(expected["logits"]) - (-clear if changed else clear))
             assert (clear, moved) == pytest.approx((first.margins[n], first.moved[n]))
-            for i, (coarse, look) in enumerate(zip(at_each, choice.looks, strict=False)):
+            for i, look in enumerate(choice.looks):
                 if margin_of(answer["logits"]) >= look.margin:
                     break
                 took[i] += 1
-                packed, trail = follow(array, trail, coarse, by_quality[look.quality].packings["p6"])
+                packed, trail = follow(trail, by_quality[look.quality].packings["p6"])
                 size += packed.nbytes
                 answer = at.after(run, {"p6": unpacked(packed, basis)}, early)
                 pack_s += alone[look.quality].closer_pack_s[n]
@@ -430,12 +430,16 @@ def test_those_that_no_input_took_are_none_however_sizes_are_spread() -> None:
 
 
 def test_a_last_look_that_no_input_took_is_left_out() -> None:
-    coarse = tally([(False, 10, 10, 0.05, 0.1)] * 2 + [(True, 10, 10, 9.0, 0.1)] * 8)
+    at_the_margin = [(True, 10, 10, 0.1, 0.1)]  # which is not below it
+    coarse = tally([(False, 10, 10, 0.05, 0.1)] * 2 + at_the_margin + [(True, 10, 10, 9.0, 0.1)] * 7)
     finer = tally([(True, 100, 90, 9.0, 0.1)] * 10)
     finest = tally([(True, 1000, 900, 9.0, 0.1)] * 10)
     made, plain = tried((0.3, coarse), (0.5, finer), (0.7, finest))
     (found,) = entries_of("6", made, plain, 0.9)
     assert (str(found.choice), found.shares, found.bytes) == ("transform/2@0.3+0.5:0.1", (0.2,), 28)
+    # Nor does the finest quality vouch for answers that were never sent at it.
+    fallen = [replace(e, agreement=0.9) if e.quality == 0.5 else e for e in plain]
+    assert [(e.choice, e.agreement) for e in entries_of("6", made, fallen, 0.9)] == [(found.choice, 0.9)]
 
 
 def test_means_say_which_takes_fewer_bytes() -> None:
@@ -554,6 +558,7 @@ def look(**changes: Any) -> dict[str, Any]:
 QUALITIES_OF_NONE: list[Any] = [1.1, 0.4, 0.3, "0.6", -0.6, None, True, math.nan, [0.6], {}, 10**400]
 MARGINS_OF_NONE: list[Any] = [-0.1, 0, 1e9, math.inf, math.nan, True, "0.2", None, [0.2], 10**400]
 NO_LISTS: list[Any] = ["", {}, None, 0, 1.5, True, "looks", {"quality": 0.6, "margin": 0.2}, []]
+NOTHING: list[Any] = ["", {}, None]
 NO_LOOKS: list[Any] = [0.6, None, [], {}, "0.6", [0.6, 0.2], {"quality": 0.6}, {"margin": 0.2}]
 NO_SHARES: list[Any] = [1.5, -0.1, None, True, "0.25", [0.25], {}, math.nan, 10**400]
 BROKEN: list[dict[str, Any]] = [
@@ -565,6 +570,8 @@ BROKEN: list[dict[str, Any]] = [
     *({"shares": shares} for shares in [*NO_LISTS, [0.25, 0.1]]),
     *({"shares": [each]} for each in NO_SHARES),
     {"looks": [], "shares": [0.25]},
+    *({"looks": nothing, "shares": []} for nothing in NOTHING),
+    *({"looks": [], "shares": nothing} for nothing in NOTHING),
     {"looks": [{"quality": 0.6, "margin": 0.2}] * 2, "shares": [0.2, 0.1]},
     {"looks": [{"quality": 0.5 + n / 20, "margin": 1} for n in range(MAX_LOOKS + 1)], "shares": [0.1] * 5},
     {"looks": [{"quality": 0.6, "margin": 0.2}] * 10_000},

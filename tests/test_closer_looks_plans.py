@@ -38,7 +38,7 @@ from isthmus.calibration.picture import draw
 from isthmus.calibration.running import runs_here
 from isthmus.cli import app
 from isthmus.codecs import Array, Packing
-from isthmus.codecs.layers import KEY_BYTES, is_first
+from isthmus.codecs.layers import KEY_BYTES, First
 from isthmus.context import Context
 from isthmus.errors import PlanMalformed
 from isthmus.hop import HttpHop
@@ -481,7 +481,7 @@ def ways(known: Known, *qualities: float, codec: str = "transform/2") -> list[di
 
 def refines(made: Send) -> bool:
     assert made.coded["p6"].codec == "layers/1"
-    return not is_first(made.coded["p6"])
+    return not isinstance(made.coded["p6"].payload, First)
 
 
 def test_each_look_sends_what_refines_the_one_before(known: Known, crossed: dict[str, Array]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from isthmus.codecs import NotPackable, Packed
+from isthmus.codecs import Packed
 from isthmus.context import Deadline
 from isthmus.errors import HopRejected, IsthmusError, NotKept
 from isthmus.passage import Passage, Stage
@@ -66,7 +66,7 @@ class _Sending:
     def __init__(self, passage: Passage, first: int) -> None:
         self._passage, self._first = passage, first
         self._latest = passage
-        self._trails: dict[str, tuple[Trail, float]] = {}
+        self._trails: dict[str, Trail] = {}
         self.last: list[Stage] = []
         self.forgotten = False
 
@@ -80,7 +80,7 @@ class _Sending:
         context = replace(known.context, deadline=deadline)
         closer = Passage(known.route.finer(quality), context, dict(known.values))
         hop = known.route.hops[self._first]
-        longer: dict[str, tuple[Trail, float]] = {}
+        longer: dict[str, Trail] = {}
         try:
             if time.monotonic() < hop.whole_until:
                 closer.through(self._first)
@@ -91,38 +91,22 @@ class _Sending:
                 raise
             hop.whole_until = time.monotonic() + WHOLE_FOR_S
             self.forgotten = True
-            longer.clear()
             closer.through(self._first)
-        self._trails.update(longer)
+        else:
+            self._trails.update(longer)
         self._latest = closer
         self.last = closer.stages
         known.values.update(closer.values)
         known.stages += closer.stages
 
-    def _refined(self, closer: Passage, longer: dict[str, tuple[Trail, float]]) -> Mapping[str, Packed]:
+    def _refined(self, closer: Passage, longer: dict[str, Trail]) -> Mapping[str, Packed]:
         """Those tensors that the hop has, refined; `longer` takes what it then has of them."""
-        from isthmus.codecs.layers import follow
+        from isthmus.codecs.layers import follow_all, trails_of
 
-        self._begin()
-        made = {}
-        for name, (trail, coarse) in self._trails.items():
-            how = closer.route.packing(self._first)[name]
-            try:
-                made[name], further = follow(closer.values[name], trail, coarse, how)
-            except NotPackable:
-                continue
-            longer[name] = further, how.quality
+        self._trails |= trails_of(self._latest.sent[self._first], closer.route.digest)
+        made, more = follow_all(self._trails, closer.route.packing(self._first))
+        longer |= more
         return made
-
-    def _begin(self) -> None:
-        """Remember what the latest call sent whole."""
-        from isthmus.codecs.layers import LAYERS_ID, is_first, trail_of
-
-        route = self._latest.route
-        how = route.packing(self._first)
-        for name, packed in self._latest.sent[self._first].items():
-            if packed.codec == LAYERS_ID and is_first(packed):
-                self._trails[name] = trail_of(packed, route.digest, name), how[name].quality
 
 
 def _can_be_finer(passage: Passage, segment: int, looks: Looks) -> bool:
@@ -133,10 +117,7 @@ def _can_be_finer(passage: Passage, segment: int, looks: Looks) -> bool:
     if any(spec.name not in passage.values for spec in passage.route.segments[segment].inputs):
         return False
     sent, finest = passage.sent[segment], looks.looks[-1].quality
-    packings = passage.route.packing(segment)
-    return any(
-        name in sent and sent[name].codec == how.codec and how.quality < finest for name, how in packings.items()
-    )
+    return any(name in sent and how.quality < finest for name, how in passage.route.packing(segment).items())
 
 
 def _seconds(stages: list[Stage]) -> float:

@@ -23,7 +23,7 @@ CODEC = "transform/2"
 """The codec whose qualities follow one another."""
 MOST = 3
 """Closer looks after the first, each of which is one more call."""
-QUANTILE = 0.9
+QUANTILE = 0.95
 """Of how far a quality moves margins: an answer that is clearer than so many of these moves counts as sure."""
 _LEAST_MOVE = 1e-6
 _THREE_DIGITS = decimal.Context(prec=3, rounding=decimal.ROUND_CEILING)

@@ -11,6 +11,7 @@ from isthmus.calibration.choice import Choice, packings
 from isthmus.calibration.crossing import Crossing
 from isthmus.codecs import NotPackable, Packed, Packing, find, pack
 from isthmus.frame import DTYPES
+from isthmus.kept import Kept
 from isthmus.runners import Array
 
 FINER_BY = 0.2
@@ -94,26 +95,24 @@ class Trial:
 
     def _refinement(self, name: str, array: Array) -> Cost | None:
         """What refining one tensor costs; None where it is sent whole."""
-        from isthmus.codecs.layers import follow, layered, trail_of
-        from isthmus.codecs.refining import read, tensor_of
-        from isthmus.codecs.table import Table
+        from isthmus.codecs.layers import LAYERS, Basis, follow, layered, trail_of
 
-        if (coarse := self.coarser.get(name)) is None:
+        coarse, fine = self.coarser.get(name), self.packings.get(name)
+        first = pack(array, layered(coarse)) if coarse is not None else None
+        if not isinstance(first, Packed) or fine is None:
             return None
-        first = pack(array, layered(coarse))
-        fine = self.packings[name]
-        if not isinstance(first, Packed) or not isinstance(fine.table, Table):
-            return None
-        trail = trail_of(first, "", name)
-        start = time.thread_time()
+        basis = Basis(fine.table, Kept(), "", name)
         try:
-            packed, longer = follow(array, trail, coarse.quality, fine)
-        except NotPackable:
+            trail = trail_of(first, "", name)
+            start = time.thread_time()
+            packed, _ = follow(trail, fine)
+        except (ValueError, NotPackable):
             return None
         pack_s = time.thread_time() - start
+        dtype = DTYPES[packed.dtype]
+        LAYERS.decode(memoryview(first.payload), dtype, first.shape, basis)
         start = time.thread_time()
-        known = read(memoryview(longer.parts[-1]), trail.known, packed.shape, fine.table)
-        tensor_of(known, DTYPES[packed.dtype], packed.shape, fine.table)
+        LAYERS.decode(memoryview(packed.payload), dtype, packed.shape, basis)
         return Cost(packed.nbytes, pack_s, time.thread_time() - start)
 
 

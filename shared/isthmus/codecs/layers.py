@@ -7,7 +7,8 @@ but what it belongs to. docs/codecs.md, "layers/1".
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any, NamedTuple, Protocol, Self
@@ -41,10 +42,11 @@ class First(bytes):
 
 
 class Trail(NamedTuple):
-    """All that a writer has sent of one tensor, the key that stands for it, and what refining it further takes."""
+    """What a writer has sent of one tensor by now, the key that stands for it, and what refining it further takes."""
 
     key: bytes
-    parts: tuple[bytes, ...]
+    dtype: str
+    shape: tuple[int, ...]
     known: Known
     values: Array
 
@@ -149,31 +151,40 @@ def trail_of(packed: Packed, bundle: str, tensor: str) -> Trail:
     if not isinstance(first, First):
         raise ValueError(f"{tensor!r} was not packed here to be refined")
     key = _first_key(_about(bundle, tensor, packed.dtype, packed.shape), first)
-    return Trail(key, (first,), known_at(first.values, first.step), first.values)
+    return Trail(key, packed.dtype, packed.shape, known_at(first.values, first.step), first.values)
 
 
-def is_first(packed: Packed) -> bool:
-    """Whether that payload is a tensor's first, which was packed here, not a refinement."""
-    return isinstance(packed.payload, First)
+def trails_of(sent: Mapping[str, Packed], bundle: str) -> dict[str, Trail]:
+    """What has been sent of those tensors by name that were packed here to be refined."""
+    return {name: trail_of(p, bundle, name) for name, p in sent.items() if isinstance(p.payload, First)}
 
 
-def follow(array: Array, trail: Trail, coarse: float, packing: Packing) -> tuple[Packed, Trail]:
-    """The refinement of `array` from one quality to that of `packing`, and what has been sent with it.
-
-    `array` is what `trail` was made of.
+def follow(trail: Trail, packing: Packing) -> tuple[Packed, Trail]:
+    """The refinement of a tensor to the quality of `packing`, and what has been sent with it.
 
     Raises:
-        NotPackable: the step of that quality is not a third of the other's, or it cannot be refined.
+        NotPackable: the step of that quality is not a third of the one before, or it cannot be refined.
     """
     table = packing.table
     if not isinstance(table, Table):
         raise NotPackable("only tensors in planes are refined")
-    if step_of(coarse, table.steps) - step_of(packing.quality, table.steps) != THIRD:
-        raise NotPackable("the step of that quality is not a third of the other's")
-    part, known = refine(trail.values, array.shape, trail.known, table)
-    payload = _REFINEMENT + trail.key + part
-    longer = Trail(_hashed((trail.key, part)), (*trail.parts, part), known, trail.values)
-    return Packed(LAYERS_ID, array.dtype.name, array.shape, payload), longer
+    if trail.known.step - step_of(packing.quality, table.steps) != THIRD:
+        raise NotPackable("the step of that quality is not a third of the one before")
+    part, known = refine(trail.values, trail.shape, trail.known, table)
+    packed = Packed(LAYERS_ID, trail.dtype, trail.shape, _REFINEMENT + trail.key + part)
+    return packed, trail._replace(key=_hashed((trail.key, part)), known=known)
+
+
+def follow_all(
+    trails: Mapping[str, Trail], packings: Mapping[str, Packing]
+) -> tuple[dict[str, Packed], dict[str, Trail]]:
+    """Those tensors by name that can be refined to their packing's quality, and what has been sent with that."""
+    made: dict[str, Packed] = {}
+    longer: dict[str, Trail] = {}
+    for name, trail in trails.items():
+        with suppress(NotPackable):
+            made[name], longer[name] = follow(trail, packings[name])
+    return made, longer
 
 
 def layered(packing: Packing) -> Packing:

@@ -7,8 +7,7 @@ magnitude, and the coded thirds. docs/codecs.md, "Refining".
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Self, TypeAlias
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -19,8 +18,6 @@ from isthmus.codecs.table import GAINS, Grid, Table
 from isthmus.codecs.transform import gain_of, grid_of, head, rounded, synthesised
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Parts: TypeAlias = Sequence[bytes | memoryview]
-"""A payload of `transform/2`, and the refinements that followed it."""
 
 _ASTRAY = 2
 """Finer steps: what was rounded to a step is within one and a half of them, and ties round to two."""
@@ -120,19 +117,6 @@ def tensor_of(known: Known, dtype: np.dtype[Any], shape: tuple[int, ...], table:
         ValueError: it is not one of that shape.
     """
     return synthesised(known.numbers.astype(np.float32), known.step, _grid(shape, table), dtype, shape, table)
-
-
-def refined(parts: Parts, dtype: np.dtype[Any], shape: tuple[int, ...], table: Table) -> Array:
-    """The tensor that was packed and refined, within the last refinement's step.
-
-    Raises:
-        ValueError: the parts are not those of a tensor of that dtype and shape.
-    """
-    first, *others = (memoryview(part) for part in parts)
-    known = known_of(first, shape, table)
-    for part in others:
-        known = read(part, known, shape, table)
-    return tensor_of(known, dtype, shape, table)
 
 
 def _thrice(known: Known) -> Array:

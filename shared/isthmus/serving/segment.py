@@ -11,10 +11,10 @@ from isthmus.bundle import is_digest
 from isthmus.context import Deadline
 from isthmus.errors import RequestMalformed
 from isthmus.frame import Frame
+from isthmus.kept import Kept
 from isthmus.registry import BakedSegment, open_registry, open_source
 from isthmus.runners.store import SegmentStore
 from isthmus.serving.app import FunctionApp
-from isthmus.serving.kept import Kept
 from isthmus.serving.preload import LONGEST_LOAD_S, parse, preload
 from isthmus.serving.profiling import Profiling
 from isthmus.serving.tables import Tables

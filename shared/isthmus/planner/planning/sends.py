@@ -8,12 +8,12 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from isthmus import frame as frames
-from isthmus.codecs import Array, NotPackable, Packed, Packing, find
+from isthmus.codecs import Array, Packed, Packing, find
 from isthmus.frame import DTYPES, Frame
+from isthmus.kept import Kept
 from isthmus.passage import pack_all
 from isthmus.planner.planning.timing import timed
 from isthmus.route import REFINABLE
-from isthmus.serving.kept import Kept
 
 if TYPE_CHECKING:
     from isthmus.codecs.layers import Keeper, Trail
@@ -46,7 +46,7 @@ def sends(arrays: Mapping[str, Array], segment: str, hows: Sequence[Mapping[str,
     from isthmus.codecs.layers import Basis, layered
 
     keeper: Keeper = Kept(max_bytes=2**62, longest_s=math.inf)
-    trails: dict[str, _Known] = {}
+    trails: dict[str, Trail] = {}
     made: list[Send] = []
     for how in hows:
         first = {name: layered(p) if p.codec == REFINABLE else p for name, p in how.items()}
@@ -67,32 +67,15 @@ def frame_bytes(arrays: Mapping[str, Array], segment: str, packed: Mapping[str, 
     return sum(map(len, frames.encode_parts(Frame(arrays, _DIGEST, segment, _CALL_ID, packed or {}))))
 
 
-class _Known(NamedTuple):
-    """All that was sent of a tensor, and the quality that it has by now."""
-
-    trail: Trail
-    quality: float
-
-
 def _followed(
-    arrays: Mapping[str, Array], trails: Mapping[str, _Known], how: Mapping[str, Packing]
-) -> tuple[Mapping[str, Packed], Mapping[str, _Known]]:
-    """All that is packed of one send, and what is known then of the tensors in it that can be refined."""
-    from isthmus.codecs.layers import LAYERS_ID, follow, is_first, trail_of
+    arrays: Mapping[str, Array], trails: Mapping[str, Trail], how: Mapping[str, Packing]
+) -> tuple[Mapping[str, Packed], Mapping[str, Trail]]:
+    """All that is packed of one send, and what has been sent then of the tensors that can be refined."""
+    from isthmus.codecs.layers import follow_all, trails_of
 
-    coded: dict[str, Packed] = {}
-    longer: dict[str, _Known] = {}
-    for name, (trail, coarse) in trails.items():
-        try:
-            coded[name], further = follow(arrays[name], trail, coarse, how[name])
-        except NotPackable:
-            continue
-        longer[name] = _Known(further, how[name].quality)
-    coded |= pack_all({name: array for name, array in arrays.items() if name not in coded}, how)
-    for name, packed in coded.items():
-        if packed.codec == LAYERS_ID and is_first(packed):
-            longer[name] = _Known(trail_of(packed, _DIGEST, name), how[name].quality)
-    return coded, longer
+    refined, longer = follow_all(trails, how)
+    coded = refined | pack_all({name: array for name, array in arrays.items() if name not in refined}, how)
+    return coded, longer | trails_of(coded, _DIGEST)
 
 
 def _received(

@@ -43,9 +43,9 @@ def families(client: FlaskClient) -> dict[str, Any]:
 
 def test_every_metric_is_documented_with_its_type(segment: FlaskClient, router: FlaskClient) -> None:
     documented = {name.removesuffix("_total"): kind for name, (kind, _) in ROWS.items()}
-    for client in (segment, router):
+    for client, without in ((segment, set()), (router, {"isthmus_kept_bytes"})):
         found = {name: f.type for name, f in families(client).items() if not name.endswith("_created")}
-        assert found == documented
+        assert found == {name: kind for name, kind in documented.items() if name not in without}
 
 
 def test_every_label_is_documented() -> None:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # a function that is sent no such tensors never loads the codec
     from isthmus.codecs.layers import Held
 
-MAX_BYTES = 32 * 2**20
 LONGEST_S = 60.0
 _EACH = 512
 """Bytes that one takes beside what it holds."""
@@ -22,7 +21,7 @@ class Kept:
 
     def __init__(
         self,
-        max_bytes: int = MAX_BYTES,
+        max_bytes: int = 32 * 2**20,
         longest_s: float = LONGEST_S,
         *,
         clock: Callable[[], float] = time.monotonic,

@@ -40,9 +40,11 @@ class _SegmentApp(FunctionApp):
         self._registry = None if settings.segment_dir else open_registry(settings)
         self._source = open_source(settings, self._registry)
         self._store = SegmentStore(self._source, settings)
-        self._tables = Tables(self._source.bundle, self._source.blob, settings.max_image_pixels, Kept())
+        kept = Kept(settings.max_kept_bytes)
+        self._tables = Tables(self._source.bundle, self._source.blob, settings.max_image_pixels, kept)
         super().__init__("segment", settings, self._prepare)
         self.metrics.gauge_store(self._store)
+        self.metrics.gauge("isthmus_kept_bytes", "Kept of tensors that may be refined.", lambda: float(kept.nbytes))
         self.work("/", self.run, "run")
         Profiling(self._store, settings, self._tables).serve_on(self)
 

@@ -14,12 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.bundle import TensorSpec
+from bundles import publish_photos
+from isthmus.bundle import Blob, TensorSpec, digest_of
 from isthmus.calibration.agreement import Measure, classes
 from isthmus.calibration.bounds import exceeds, interval, rising, wilson
 from isthmus.calibration.choice import Choice, is_exact, packings
 from isthmus.calibration.fidelity import Entry, Fidelity, Inputs, Reference, choose, offered
-from isthmus.calibration.fidelity_document import MAX_BYTES, from_json, to_json
+from isthmus.calibration.fidelity_document import MAX_BYTES, from_json, read, to_json
 from isthmus.calibration.picture import draw
 from isthmus.calibration.scoring import risen
 from isthmus.errors import CalibrationError
@@ -72,7 +73,7 @@ ENTRY = json.loads(to_json(FIDELITY))["entries"][0]
         b"[]",
         b"{",
         b"\xff",
-        changed(format="isthmus.fidelity/2"),
+        changed(format="isthmus.plan/2"),
         changed(limit=1.5),
         changed(limit="0.99"),
         changed(limit=True),
@@ -103,6 +104,17 @@ ENTRY = json.loads(to_json(FIDELITY))["entries"][0]
 def test_what_is_no_document_is_refused(data: bytes) -> None:
     with pytest.raises(CalibrationError):
         from_json(data)
+
+
+def test_a_document_of_another_version_says_so_and_to_calibrate_again(tmp_path: Path) -> None:
+    data = changed(format="isthmus.fidelity/1")
+    with pytest.raises(CalibrationError, match="another version") as e:
+        from_json(data)
+    assert "isthmus calibrate" in e.value.hint
+    bundle = replace(publish_photos(tmp_path).bundle, fidelity=Blob(digest_of(data), len(data)))
+    with pytest.raises(CalibrationError, match=r"in photos: .*another version") as e:
+        read(bundle, lambda blob: data)
+    assert "isthmus calibrate photos" in e.value.hint
 
 
 def test_a_document_of_a_codec_that_is_no_more_says_to_calibrate_again() -> None:

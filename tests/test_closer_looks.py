@@ -37,6 +37,7 @@ from isthmus.codecs.layers import Basis, Held, follow, layered, trail_of
 from isthmus.codecs.planes import Layout
 from isthmus.codecs.steps import THIRD, step_of
 from isthmus.errors import CalibrationError
+from isthmus.frame import Frame, encode
 from isthmus.runners import Array
 
 ONE = Choice("transform/2", 0.4, (Look(0.6, 0.2),))
@@ -70,6 +71,8 @@ def test_they_are_written_as_the_documents_say() -> None:
     assert str(ONE) == "transform/2@0.4+0.6:0.2"
     assert str(TWO) == "transform/2@0.2+0.4:1.5+0.6:0.7"
     assert Choice.parse(" transform/2@0.2+0.4:1.5+0.6:0.7\n") == TWO
+    longer = Choice.parse("transform/2@0.12345678+0.4444444444:1.23456789")
+    assert longer == Choice("transform/2", 0.123457, (Look(0.444444, 1.23457),)) == Choice.parse(str(longer))
     assert (Choice("int8/1").once, Choice("int8/1").last) == (Choice("int8/1"), Choice("int8/1"))
     assert Choice.parse(f"sparse/1@0+1:{WIDEST_MARGIN:g}").looks == (Look(1.0, WIDEST_MARGIN),)
 
@@ -205,6 +208,13 @@ def tried_at(qualities: list[float], tables: Mapping[str, object]) -> list[Trial
     return trials(AT, [*(Choice("transform/2", q) for q in qualities), Choice("int8/1")], tables)
 
 
+def frame_of(trial: Trial, arrays: Mapping[str, Array], **refined: Packed) -> int:
+    """Bytes of the frame of a closer look, these tensors in it refined."""
+    packed = {n: p for n, a in arrays.items() if isinstance(p := pack(a, trial.packings[n]), Packed)} | refined
+    rest = {name: array for name, array in arrays.items() if name not in packed}
+    return len(encode(Frame(rest, "sha256:" + "0" * 64, trial.segment, "0" * 36, packed)))
+
+
 def test_a_closer_look_costs_the_refinement_of_what_can_be_refined_and_the_rest_whole(
     tables: Mapping[str, object],
 ) -> None:
@@ -217,14 +227,14 @@ def test_a_closer_look_costs_the_refinement_of_what_can_be_refined_and_the_rest_
     made, _ = follow(trail_of(coarse, "", "maps"), second.packings["maps"])
     whole = {name: pack(array, second.packings[name]).nbytes for name, array in arrays.items()}
     assert sent.cost.bytes == sum(whole.values())
-    assert sent.closer.bytes == sent.cost.bytes - whole["maps"] + made.nbytes
+    assert sent.closer.bytes == frame_of(second, arrays, maps=made)
     assert made.nbytes < whole["maps"]
     basis = Basis(tables["maps"], Shelf(), "", "maps")
     assert np.array_equal(unpacked(coarse, basis), first.send(arrays).tensors["maps"])
     assert np.array_equal(unpacked(made, basis), sent.tensors["maps"])
     assert sent.tensors["ids"].tolist() == arrays["ids"].tolist()
     for trial in (first, other):
-        assert trial.send(arrays).closer.bytes == trial.send(arrays).cost.bytes
+        assert trial.send(arrays).closer.bytes == frame_of(trial, arrays)
 
 
 @pytest.mark.parametrize("value", [np.nan, 3e38, 1e6])
@@ -234,7 +244,7 @@ def test_what_was_not_packed_coarsely_takes_a_closer_look_whole(value: float, ta
     arrays["maps"] = arrays["maps"] + np.float32(value)
     sent = second.send(arrays)
     assert sent.fell_back
-    assert sent.closer.bytes == sent.cost.bytes > arrays["maps"].nbytes
+    assert sent.closer.bytes == frame_of(second, arrays) > sent.cost.bytes > arrays["maps"].nbytes
     assert np.array_equal(sent.tensors["maps"], arrays["maps"], equal_nan=True)
 
 
@@ -308,7 +318,7 @@ def test_a_chains_tally_is_that_of_sending_look_by_look_by_hand(photos: Publishe
                     break
                 took[i] += 1
                 packed, trail = follow(trail, by_quality[look.quality].packings["p6"])
-                size += packed.nbytes
+                size += len(encode(Frame({}, photos.digest, "6..", "0" * 36, {"p6": packed})))
                 answer = at.after(run, {"p6": unpacked(packed, basis)}, early)
                 pack_s += alone[look.quality].closer_pack_s[n]
                 unpack_s += alone[look.quality].closer_unpack_s[n]

@@ -40,11 +40,11 @@ from isthmus.cli import app
 from isthmus.codecs import Array, Packing
 from isthmus.codecs.layers import KEY_BYTES, First
 from isthmus.context import Context
-from isthmus.errors import PlanMalformed
+from isthmus.errors import DeadlineExceeded, HopUnavailable, PlanMalformed
 from isthmus.hop import HttpHop
 from isthmus.looks import Looked
 from isthmus.pipeline import run
-from isthmus.planner.planning import costs
+from isthmus.planner.planning import costs, measuring
 from isthmus.planner.planning.conditions import Conditions
 from isthmus.planner.planning.document import from_json as read_plan
 from isthmus.planner.planning.document import to_json as plan_json
@@ -52,7 +52,7 @@ from isthmus.planner.planning.draft import Draft
 from isthmus.planner.planning.examples import Example as Tried
 from isthmus.planner.planning.examples import from_photos
 from isthmus.planner.planning.grid import under
-from isthmus.planner.planning.measuring import requester
+from isthmus.planner.planning.measuring import Functions, measure, requester
 from isthmus.planner.planning.plan import Candidate, CloserLooks, Coding, Error
 from isthmus.planner.planning.route import route_of
 from isthmus.planner.planning.sends import Send, frame_bytes, send, sends
@@ -76,7 +76,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Published:
 
 # Calibration and its commands
 
-QUALITIES = (0.25, 0.45, 0.65, 0.85)
+QUALITIES = (0.4, 0.6, 0.8, 1.0)
 
 
 @dataclass(frozen=True)
@@ -214,14 +214,15 @@ def remote(*urls: str) -> tuple[HttpHop, HttpHop]:
 
 def test_each_number_of_looks_that_saves_bytes_is_a_candidate(known: Known, draft: Draft) -> None:
     chosen = [c for c in usable_codecs(known.fidelity, "6") if c.codec == "transform/2"]
-    assert [len(c.looks) for c in chosen] == [0, 1, 2]
+    looks = [len(c.looks) for c in chosen]
+    assert looks == sorted(set(looks))
+    assert (looks[0], looks[-1]) == (0, 2)
     sizes = [e.bytes for c in chosen for e in known.fidelity.entries if e.choice == c]
     assert sizes == sorted(sizes, reverse=True)
-    assert len(set(sizes)) == 3
+    assert len(set(sizes)) == len(chosen)
     names = [c.name for c in draft.predict(LINK)]
-    assert [n for n in names if "transform" in n] == [
-        f"split-6-transform-{qualities}" for qualities in ("85", "65-85", "45-65-85")
-    ]
+    assert [n for n in names if "transform" in n] == [f"split-6-{short_name(c)}" for c in chosen]
+    assert "split-6-transform-60-80-100" in names
 
 
 def test_a_candidate_takes_what_the_first_send_and_the_shares_of_the_looks_take(
@@ -457,6 +458,106 @@ def test_measuring_takes_every_look_and_counts_each_by_its_share(known: Known, t
         calls.clear()
         assert once(0).keys() == found.keys()
         assert len(calls) == 1
+        for hop in hops:
+            hop.close()
+
+
+@pytest.mark.parametrize("where", ["warming up", "measured"])
+def test_a_candidate_whose_closer_look_fails_while_it_is_measured_is_refused(
+    known: Known, tmp_path: Path, where: str
+) -> None:
+    """A look that was not taken would make it quicker than it is."""
+    published, packed = known.published, list[int]()
+    app = create_segment_app(segment_settings(published, tmp_path))
+    inner, raw_bytes = app.wsgi_app, 16 * 4 * 4 * 4
+
+    def refuses(environ: Any, start_response: Any) -> Any:
+        if (length := int(environ["CONTENT_LENGTH"])) < raw_bytes:
+            packed.append(length)
+        # A look of the only candidate that packs: each of its requests has two of them.
+        if length < raw_bytes and len(packed) == (2 if where == "warming up" else 5):
+            start_response("503 SERVICE UNAVAILABLE", [("Retry-After", "30")])
+            return [b""]
+        return inner(environ, start_response)
+
+    looks = CloserLooks("logits", known.chain.looks, (0.5, 0.25))
+    coarse = {"p6": Coding("transform/2", known.chain.quality)}
+    chain = candidate("split-6-t", "split", cuts=("6",), codecs=coarse, looks=looks)
+    examples = [Tried({"x": photo_array(photo(seed=n))}) for n in range(2)]
+    tables = Tables(published.registry.bundle, published.registry.blob, MAX_PIXELS)
+    with served(app) as good, served(refuses) as bad:
+        functions = Functions(good, *((good, bad) if where == "warming up" else (bad, good)))
+        found = {
+            c.name: c
+            for c in measure(
+                [chain, candidate("split-6-raw", "split", cuts=("6",))],
+                published.digest,
+                published.bundle,
+                functions,
+                examples,
+                tables,
+                no_variant,
+                rounds=4,
+                eliminate=False,
+            )
+        }
+    assert (found["split-6-t"].measured, found["split-6-t"].refused[:10]) == (None, "it failed:")
+    raw = found["split-6-raw"].measured
+    assert raw is not None
+    assert raw.runs == 4
+
+
+def test_a_link_that_breaks_while_candidates_are_measured_is_no_reason_not_to_cross_it(
+    known: Known, tmp_path: Path
+) -> None:
+    published, calls = known.published, list[int]()
+    app = create_segment_app(segment_settings(published, tmp_path))
+
+    def breaks(environ: Any, start_response: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 2:
+            start_response("503 SERVICE UNAVAILABLE", [("Retry-After", "30")])
+            return [b""]
+        return app.wsgi_app(environ, start_response)
+
+    candidates = [candidate(), candidate("split-6-raw", "split", cuts=("6",))]
+    examples = [Tried({"x": photo_array(photo(seed=0))})]
+    tables = Tables(published.registry.bundle, published.registry.blob, MAX_PIXELS)
+    with served(app) as good, served(breaks) as bad, pytest.raises(HopUnavailable):
+        measure(
+            candidates,
+            published.digest,
+            published.bundle,
+            Functions(good, bad, good),
+            examples,
+            tables,
+            no_variant,
+            eliminate=False,
+        )
+
+
+def test_a_look_for_which_no_time_was_left_is_a_failed_measurement(
+    known: Known, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = known.published
+    app = create_segment_app(segment_settings(published, tmp_path))
+
+    def slow(environ: Any, start_response: Any) -> Any:
+        time.sleep(0.6)
+        return app.wsgi_app(environ, start_response)
+
+    looks = CloserLooks("logits", known.chain.looks, (0.5, 0.25))
+    coarse = {"p6": Coding("transform/2", known.chain.quality)}
+    chain = candidate("split-6-t", "split", cuts=("6",), codecs=coarse, looks=looks, seconds=0.0)
+    tables = Tables(published.registry.bundle, published.registry.blob, MAX_PIXELS)
+    with served(app) as head, served(slow) as tail:
+        hops, examples = remote(head, tail), [Tried({"x": photo_array(photo(seed=0))})]
+        ask = requester(chain, published.digest, published.bundle, hops, examples, tables, no_variant)
+        ask(0)
+        monkeypatch.setattr(measuring, "_LEAST_S", 1.5)
+        ask = requester(chain, published.digest, published.bundle, hops, examples, tables, no_variant)
+        with pytest.raises(DeadlineExceeded, match="no time for closer look 1"):
+            ask(0)
         for hop in hops:
             hop.close()
 

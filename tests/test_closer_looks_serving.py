@@ -606,7 +606,7 @@ def test_a_function_that_does_not_have_it_answers_409_and_says_what_to_do(
     answer = client.post("/", data=body, headers={"Content-Type": CONTENT_TYPE})
     assert answer.status_code == 409
     said = answer.json
-    assert (said["type"], said["facts"]) == ("NotKept", {"tensor": "p6"})
+    assert (said["type"], said["facts"]) == ("NotKept", {})
     assert "send it whole" in said["error"]
     assert "replicas" in said["hint"]
 
@@ -672,7 +672,8 @@ def test_replicas_that_restart_under_sixteen_threads_give_no_wrong_answer(
                 if i % 2:
                     hop.whole_until = 0.0
                 found = run(route, input_of(seed), context())
-                if found.looked is None or found.looked[:2] != ("last", 3) or not alike(found, expected[seed]):
+                last = found.looked is not None and (found.looked.outcome, found.looked.taken) == ("last", 3)
+                if not last or not alike(found, expected[seed]):
                     return f"{seed}: {found.looked}"
             return ""
 
@@ -748,6 +749,32 @@ def test_each_outcome_is_counted(router: Routers, tail: Gate) -> None:
     sure = router("transform/2@0.2+0.4:0.000000001")
     assert ask(sure).json["route"]["looks_ended"] == "sure"
     assert outcomes(sure) == {"sure": 1}
+
+
+def test_why_a_look_failed_is_logged_and_counted_as_other_failed_calls_are(
+    router: Routers, tail: Gate, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = router(LOOKS, log_level="warning")
+    tail.then(answers, answers, refuses)
+    with caplog.at_level(logging.WARNING, "isthmus"):
+        assert ask(client).json["route"]["looks_ended"] == "failed"
+    (facts,) = [r.facts for r in caplog.records if "closer look failed" in r.getMessage()]  # type: ignore[attr-defined]
+    assert (facts["hop"], facts["type"]) == (tail.url, "HopUnavailable")
+    assert "503" in facts["error"]
+    assert metrics(client)["isthmus_hop_errors_total", (("error", "HopUnavailable"), ("hop", tail.url))] == 1
+
+
+def test_tensors_that_closer_looks_send_more_of_count_once(router: Routers, tail: Gate) -> None:
+    looking, plain = router(LOOKS), router("transform/2@0.2")
+    hop = (("hop", tail.url),)
+    told = [(ask(client).json["route"], metrics(client)) for client in (looking, plain)]
+    assert [route.get("looks") for route, _ in told] == [2, None]
+    assert len({route["crossed_bytes"] for route, _ in told}) == 1
+    tensors, sent = (
+        [found[f"isthmus_hop_{what}_bytes_total", hop] for _, found in told] for what in ("tensor", "sent")
+    )
+    assert tensors[0] == tensors[1] > 0
+    assert sent[0] > sent[1]
 
 
 def test_a_hop_that_had_forgotten_is_counted_and_is_no_error_of_it(router: Routers, tail: Gate, restarts: Any) -> None:
@@ -833,6 +860,30 @@ def test_answers_that_are_no_classes_are_refused_and_the_router_says_what_to_do(
     assert "which pair does not answer: set codec to sparse/1@0.4, or" in said.json["error"]
     settings = router_settings(pair, tmp_path / "cache", ("local",), codec="sparse/1@0.4")
     assert ready(create_router_app(settings).test_client())
+
+
+def test_a_new_version_whose_fidelity_another_version_wrote_leaves_the_old_one_serving(
+    photos: Published, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry = photos.registry
+    registry.set_alias("photos", "live", photos.version)
+    settings = router_settings(
+        photos, tmp_path, ("local",), model="photos:live", codec="sparse/1@0.2+0.4:1000", refresh_s=0.0, guard_share=0.0
+    )
+    client = ready(create_router_app(settings).test_client())
+    data = b'{"format": "isthmus.fidelity/1"}'
+    blob = Blob(digest_of(data), len(data))
+    (tmp_path / "fidelity").write_bytes(data)
+    files = {blob.digest: tmp_path / "fidelity"}
+    registry.publish(replace(photos.bundle, fidelity=blob), files, alias="live")
+
+    def told() -> list[Any]:
+        assert ask(client).json["model_version"] == photos.version
+        return [r.facts for r in caplog.records if "stays as known" in r.getMessage()]  # type: ignore[attr-defined]
+
+    with caplog.at_level(logging.WARNING, "isthmus"):
+        assert until(lambda: bool(told()))
+    assert "isthmus calibrate photos" in told()[0]["hint"]
 
 
 def test_a_measure_of_what_is_no_output_is_refused_too(photos: Published, head: LocalHop) -> None:

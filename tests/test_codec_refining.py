@@ -308,7 +308,8 @@ class Reader:
         self.kept = Kept()
 
     def read(self, packed: Packed, tensor: str = "x", bundle: str = BUNDLE) -> Array:
-        data = frames.encode(Frame({}, bundle, "1..", packed={tensor: packed}))
+        beside = {"beside": np.zeros(1, np.float32)}  # without it the frame would be a short one
+        data = frames.encode(Frame(beside, bundle, "1..", packed={tensor: packed}))
         found = frames.decode(data, max_bytes=2**24, tables=lambda b, t, _: Basis(self.tables[t], self.kept, b, t))
         return found.tensors[tensor]
 
@@ -338,8 +339,7 @@ def like(packed: Packed, payload: bytes, **changed: Any) -> Packed:
 def test_every_truncation_of_a_refinement_is_refused(reader: Reader, last: Packed) -> None:
     payload = bytes(last.payload)
     for length in range(len(payload)):
-        error = NotKept if 1 <= length < 1 + KEY_BYTES else FrameMalformed
-        with pytest.raises(error):
+        with pytest.raises(FrameMalformed):
             reader.read(like(last, payload[:length]))
     for more in (b"\0", b"\1", b"\0\0\0\1", bytes(range(1, 9))):
         with pytest.raises(FrameMalformed):
@@ -412,7 +412,7 @@ def test_a_key_of_another_tensor_bundle_shape_or_dtype_stands_for_nothing(reader
 def test_no_chain_of_refinements_is_endless(tables: dict[str, tuple[Table, Array]]) -> None:
     """Each has a finer step, and the table has a finest one, whoever makes them; a reader keeps as much after each."""
     table, array = tables["maps"]
-    endless = Table.from_arrays(table.to_arrays() | {"steps": np.array((table.steps[0], -127), np.int32)})
+    endless = Table.from_arrays(table.to_arrays() | {"thirteenths": np.array((table.steps[0], -127), np.int32)})
     reader = Reader(table)
     packed = packed_first(array, table, 0.0)
     trail, count = trail_of(packed, BUNDLE, "x"), 0

@@ -212,7 +212,7 @@ def broken_tables(arrays: Mapping[str, Array]) -> Iterator[tuple[str, dict[str, 
     yield "unknown", {**arrays, "more": np.zeros(1)}
     yield "classes", {**arrays, "means": arrays["means"][:3], "weights": arrays["weights"][:3]}
     for steps in (STEPS[::-1], (128, 63), (-63, -128)):
-        yield f"steps {steps}", {**arrays, "steps": np.array(steps, np.int32)}
+        yield f"steps {steps}", {**arrays, "thirteenths": np.array(steps, np.int32)}
     yield "scale", {**arrays, "scale": np.array([np.nan], np.float32)}
     yield "means", {**arrays, "means": np.full_like(arrays["means"], np.inf)}
 

@@ -538,7 +538,7 @@ def broken_tables(arrays: Mapping[str, Array]) -> Iterator[tuple[str, dict[str, 
     yield "rank", changed("layout", np.array([5, 1], np.int32))
     yield "axis", changed("layout", np.array([4, -1], np.int32))
     for steps in (STEPS[::-1], (128, 63), (-63, -128)):
-        yield f"steps {steps}", changed("steps", np.array(steps, np.int32))
+        yield f"steps {steps}", changed("thirteenths", np.array(steps, np.int32))
     yield "edges", changed("edges", arrays["edges"][::-1].copy())
     yield "NaN edges", changed("edges", np.full_like(arrays["edges"], np.nan))
     yield "scale", changed("scale", np.array([np.inf], np.float32))

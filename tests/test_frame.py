@@ -117,7 +117,7 @@ BAD = {
     "empty": (b"", "magic"),
     "not a frame": (b"\x93NUMPY\x01\x00" + bytes(64), "magic"),
     "only a preamble short": (MAGIC + bytes(7), "magic"),
-    "version 2": (MAGIC[:7] + b"\x02" + pack(header())[8:], "version"),
+    "version 3": (MAGIC[:7] + b"\x03" + pack(header())[8:], "version"),
     "header cut off": (pack(header())[:100], "truncated"),
     "header unaligned": (pack(json.dumps(header()).encode(), pad=False), "alignment"),
     "header not JSON": (pack(b"{"), "header"),

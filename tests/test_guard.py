@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from isthmus.calibration.inputs import files_in, open_source
 from isthmus.calibration.ladder import ladder
 from isthmus.calibration.running import runs_here
 from isthmus.codecs import Packing
-from isthmus.errors import HopUnavailable, SettingsError
+from isthmus.errors import CalibrationError, HopUnavailable, SettingsError
 from isthmus.passage import Stage
 from isthmus.pipeline import Result
 from isthmus.route import Route
@@ -320,6 +321,31 @@ def test_a_hop_that_is_away_teaches_the_guard_nothing(photos: Published) -> None
     result = Result({"logits": np.zeros((1, 5), np.float32)}, (stage,))
     made.watch(route, made.safer(route)[1], photos.inputs, {}, result)
     assert made.safer(route)[1].step == 0
+
+
+def test_a_fidelity_that_cannot_be_read_is_warned_of_once_for_each_bundle(
+    photos: Published, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unreadable(bundle: Any) -> Fidelity:
+        raise CalibrationError("written by another version", hint="calibrate again")
+
+    log = logging.getLogger("isthmus.guard-test")
+    made = Guard(1.0, unreadable, Metrics(), log, deadline_s=LONG_S)
+    answer = np.zeros((1, 5), np.float32)
+    asked = sample(photos, Echo({"logits": answer}), answer)
+    others = replace(asked, route=replace(asked.route, digest="sha256:" + "0" * 64))
+    with caplog.at_level(logging.WARNING, "isthmus"):
+        for each in (asked, asked, others, asked):
+            with pytest.raises(CalibrationError):
+                made.check(each)
+    said = [r.facts for r in warnings_of_the_guard(caplog)]  # type: ignore[attr-defined]
+    assert [facts["bundle"] for facts in said] == [photos.digest, others.route.digest]
+    assert said[0] | {"bundle": ""} == {
+        "bundle": "",
+        "type": "CalibrationError",
+        "error": "written by another version",
+        "hint": "calibrate again",
+    }
 
 
 def entry(codec: str, quality: float, agreement: float) -> Entry:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,8 @@ def test_crossed_bytes_count_what_later_segments_take(
     three = answer(photos, (local(photos),), SKIP_CUTS)
     assert three.crossed_bytes == 3 * 16 * 8 * 8 * 4
     assert three.facts() == {"segments": "..3,3..4,4..", "crossed_bytes": 3 * 16 * 8 * 8 * 4}
+    again = replace(three, stages=(*three.stages, *three.stages[1:]))
+    assert again.crossed_bytes == three.crossed_bytes, "closer looks send the same tensors"
 
 
 def test_a_deadline_that_has_passed_calls_nobody(photos: Published, local: Callable[[Published], LocalHop]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.errors import ConstraintMalformed, Infeasible
+from isthmus.errors import ConstraintMalformed, HopUnavailable, Infeasible, IsthmusError
 from isthmus.planner.planning.choose import broken, check_prices, choose
 from isthmus.planner.planning.conditions import Conditions, Constraints, check_objective
 from isthmus.planner.planning.costs import HEADERS_DOWN, HEADERS_UP, Exchange, Load, Work, priced, terms
@@ -284,6 +284,20 @@ def test_a_race_without_elimination_runs_everyone_alike() -> None:
     found = race(runs, rounds=4, eliminate=False)
     assert [m.runs for m in found.values()] == [4, 4]
     assert all(set(order[i : i + 2]) == {"a", "b"} for i in range(0, 8, 2))
+
+
+def test_who_fails_in_a_race_is_out_and_the_others_go_on() -> None:
+    def run(n: int) -> dict[str, float]:
+        if n == 2:
+            raise HopUnavailable("away", hop="tail")
+        return {"total": 1.0}
+
+    failed: dict[str, IsthmusError] = {}
+    found = race({"a": lambda n: {"total": 1.0}, "b": run}, rounds=4, eliminate=False, failed=failed)
+    assert {name: m.runs for name, m in found.items()} == {"a": 4}
+    assert {name: str(e) for name, e in failed.items()} == {"b": "away"}
+    with pytest.raises(HopUnavailable):
+        race({"b": run}, rounds=4)
 
 
 def test_the_promising_are_measured_and_the_baselines_always() -> None:

@@ -86,7 +86,7 @@ def test_every_plan_keeps_to_the_schema() -> None:
     ("change", "where"),
     [
         (lambda d: d.pop("subject"), "subject"),
-        (lambda d: d.update(format="isthmus.plan/2"), "format"),
+        (lambda d: d.update(format="isthmus.profile/1"), "format"),
         (lambda d: d.update(extra=1), "extra"),
         (lambda d: d.update(objective="joy"), "objective"),
         (lambda d: d.update(subject="sha256:0"), "subject"),
@@ -115,6 +115,15 @@ def test_a_document_that_departs_from_the_format_is_refused_by_name(change: Call
     change(doc)
     with pytest.raises(PlanMalformed, match=where):
         from_json(json.dumps(doc).encode())
+
+
+def test_a_plan_of_another_version_says_so_and_to_plan_again() -> None:
+    doc = document(full_plan()) | {"format": "isthmus.plan/1"}
+    doc["candidates"][0]["codecs"]["r3"].update(codec="transform/1")
+    with pytest.raises(PlanMalformed, match="another version") as e:
+        from_json(json.dumps(doc).encode())
+    assert e.value.facts["where"] == "plan.format"
+    assert "isthmus plan" in e.value.hint
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"{", b"null", b'{"format": NaN}', b"[" * 10**5])

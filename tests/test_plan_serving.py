@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -171,20 +172,58 @@ def with_a_plan_of(place: Place, data: bytes) -> str:
     return f"photos:{place.published.registry.publish(bundle, {blob.digest: path}).version}"
 
 
-@pytest.mark.parametrize("what", ["another bundle's plan", "no plan at all", "a cut that is not there"])
-def test_a_plan_that_cannot_serve_keeps_the_router_from_being_ready(place: Place, what: str) -> None:
+OLDER = {"format": "isthmus.plan/1"}
+UNSERVED = ("another bundle's plan", "no plan at all", "another version's plan", "a cut that is not there")
+
+
+@pytest.mark.parametrize("what", UNSERVED)
+def test_a_plan_that_cannot_serve_keeps_the_router_from_being_ready(
+    place: Place, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
     if what == "another bundle's plan":
         plan = plan_for(replace(place.published.bundle, default_cuts=("3",)), candidate())
         reference, said = with_a_plan_of(place, to_json(plan)), "was made for photos"
     elif what == "no plan at all":
         reference, said = with_a_plan_of(place, b'{"format": "something"}'), "plan.format"
+    elif what == "another version's plan":
+        older = json.loads(to_json(plan_for(place.published.bundle, candidate()))) | OLDER
+        reference, said = with_a_plan_of(place, json.dumps(older).encode()), "isthmus plan photos"
     else:
         reference, said = place.plan(candidate("split-77-raw", "split", cuts=("77",))), "no cut '77'"
-    client = place.router(reference)
-    assert until(lambda: said in client.get("/ready").get_data(as_text=True))
+
+    def told() -> list[str]:
+        found = [r.facts for r in caplog.records if r.getMessage() == "not ready"]  # type: ignore[attr-defined]
+        return [facts["error"] + facts.get("hint", "") for facts in found]
+
+    with caplog.at_level(logging.WARNING, "isthmus"):
+        client = place.router(reference, log_level="warning")
+        assert until(lambda: said in client.get("/ready").get_data(as_text=True))
+        assert until(lambda: any(said in each for each in told()))
     assert client.get("/ready").status_code == 503
     refused = client.post("/", data=photo())
     assert (refused.status_code, refused.json["type"]) == (503, "NotReady")
+
+
+def test_a_plan_of_another_version_is_told_of_in_the_log_with_what_to_do(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry = place.published.registry
+    good = place.plan(candidate()).partition(":")[2]
+    registry.set_alias("photos", "live", good)
+    client = ready(place.router("photos:live", refresh_s=0.0))
+    older = json.loads(to_json(plan_for(place.published.bundle, candidate("older")))) | OLDER
+    bad = with_a_plan_of(place, json.dumps(older).encode()).partition(":")[2]
+    registry.set_alias("photos", "live", bad)
+
+    def told() -> list[Any]:
+        answer(client, photo())
+        return [r.facts for r in caplog.records if "stays as known" in r.getMessage()]  # type: ignore[attr-defined]
+
+    with caplog.at_level(logging.WARNING, "isthmus"):
+        assert until(lambda: bool(told()))
+    facts = told()[0]
+    assert facts["error"].startswith("in photos: the plan was written by another version")
+    assert facts["hint"].startswith("plan again: isthmus plan photos")
 
 
 def test_a_new_version_whose_plan_is_anothers_leaves_the_old_one_serving(place: Place) -> None:

@@ -72,7 +72,9 @@ class FrameMalformed(FrameError):
 
 
 class NotKept(FrameError):
-    """A tensor refines what this function does not keep, or no longer; facts: `tensor`. Send it whole."""
+    """A tensor refines what this function does not keep, or no longer; facts: `tensor`, if known. Send it whole."""
+
+    hint = "with several replicas, another one may have had it"
 
 
 class CutError(IsthmusError):

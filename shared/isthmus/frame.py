@@ -16,11 +16,11 @@ from json.encoder import encode_basestring as _quoted
 from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
-import ml_dtypes
-import numpy as np
-
+from isthmus import short_frame
 from isthmus.codecs import KNOWN, Array, Packed, Tables, find
+from isthmus.codecs.kept_tensors import LAYERS_ID, Keeper
 from isthmus.codecs.raw import RAW
+from isthmus.dtypes import DTYPES as DTYPES
 from isthmus.errors import FrameMalformed, FrameTooLarge
 
 CONTENT_TYPE = "application/vnd.isthmus.frame"
@@ -32,18 +32,6 @@ MAX_HEADER_BYTES = 2**20
 MAX_TENSORS = 1024
 MAX_RANK = 32
 MAX_TEXT_BYTES = 512
-
-DTYPES: Mapping[str, np.dtype[Any]] = {
-    **{
-        name: np.dtype(np.dtype(name).newbyteorder("<").str)
-        for name in (
-            *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
-            *("float16", "float32", "float64"),
-        )
-    },
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
-"""The dtypes that a frame can carry, by the name that it writes."""
 
 _NAMES = {dtype.num: name for name, dtype in DTYPES.items()}
 """Names by numpy's number of the dtype: `np.dtype.name` takes longer than a whole header, and so does its hash."""
@@ -93,6 +81,8 @@ def encode_parts(frame: Frame) -> list[bytes | memoryview]:
         FrameTooLarge: more tensors, a higher rank or a longer header than any reader accepts.
     """
     tensors, bundle, segment, request, packed, _ = frame
+    if packed and not tensors and short_frame.fits(segment, request, packed):
+        return short_frame.encode(segment, request, packed)
     if (count := len(tensors) + len(packed)) > MAX_TENSORS:
         _too_large("tensors", f"{count} tensors; at most {MAX_TENSORS}", limit=MAX_TENSORS)
     parts: list[bytes | memoryview] = [b""]
@@ -114,14 +104,21 @@ def encode_parts(frame: Frame) -> list[bytes | memoryview]:
     return parts
 
 
-def decode(data: bytes | bytearray | memoryview, *, max_bytes: int, tables: Tables | None = None) -> Frame:
+def decode(
+    data: bytes | bytearray | memoryview,
+    *,
+    max_bytes: int,
+    tables: Tables | None = None,
+    keeper: Keeper | None = None,
+) -> Frame:
     """Read one frame; every byte must be accounted for.
 
     Shapes: arrays keep the sender's, e.g. hidden (batch, tokens, width). Those that came raw are views of `data`.
     Units: max_bytes bounds the whole frame, and again what its tensors unpack to. `tables` is asked once for each
-    tensor whose codec was calibrated; what it raises passes as it is.
+    tensor whose codec was calibrated; what it raises passes as it is. `keeper` has what short frames refine.
 
     Raises:
+        NotKept: a tensor refines what is not kept.
         FrameTooLarge: a bound was exceeded; nothing was allocated.
         FrameMalformed: a rule of docs/frame.md is broken; `rule` in its facts names it.
     """
@@ -130,6 +127,10 @@ def decode(data: bytes | bytearray | memoryview, *, max_bytes: int, tables: Tabl
     view = memoryview(data).toreadonly()
     if len(view) < _PREAMBLE or view[:7] != MAGIC[:7]:
         _malformed("magic", "the bytes do not start as a frame does")
+    if view[7] == short_frame.MAGIC[7]:
+        short = short_frame.decode(view, max_bytes, tables, keeper)
+        codecs = dict.fromkeys(short.tensors, LAYERS_ID)
+        return Frame(short.tensors, short.bundle, short.segment, short.request, codecs=codecs)
     if view[7] != MAGIC[7]:
         _malformed("version", f"frame version {view[7]}; this reader knows version {MAGIC[7]}")
     header_bytes = int.from_bytes(view[8:_PREAMBLE], "little")

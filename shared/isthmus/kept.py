@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # a function that is sent no such tensors never loads the codec
-    from isthmus.codecs.layers import Held
+    from isthmus.codecs.kept_tensors import Held
 
 LONGEST_S = 60.0
 _EACH = 512
@@ -33,7 +34,9 @@ class Kept:
 
     @property
     def nbytes(self) -> int:
-        """What is kept now, and what keeping it takes."""
+        """What is kept now, and what keeping it takes; what is too old is let go."""
+        with self._lock:
+            self._forget(self._clock())
         return self._bytes
 
     def keep(self, held: Held) -> None:
@@ -45,11 +48,7 @@ class Kept:
             if size <= self._max_bytes:
                 self._held[held.key] = (now, held)
                 self._bytes += size
-            while self._held:
-                key, (since, _) = next(iter(self._held.items()))
-                if self._bytes <= self._max_bytes and now - since <= self._longest_s:
-                    break
-                self._drop(key)
+            self._forget(now)
 
     def find(self, key: bytes) -> Held | None:
         """What that key stands for; None where it is not kept, or no longer."""
@@ -60,6 +59,19 @@ class Kept:
                 return None
             return held
 
+    def _forget(self, now: float) -> None:
+        """Let go of what is too old or too much, the oldest first."""
+        while self._held:
+            key, (since, _) = next(iter(self._held.items()))
+            if self._bytes <= self._max_bytes and now - since <= self._longest_s:
+                return
+            self._drop(key)
+
     def _drop(self, key: bytes) -> None:
         if (found := self._held.pop(key, None)) is not None:
             self._bytes -= found[1].nbytes + _EACH
+
+
+def keeps_all() -> Kept:
+    """A place that forgets nothing, for trying refinements in one process."""
+    return Kept(2**62, math.inf)

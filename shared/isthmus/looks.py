@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from isthmus.codecs import Packed
 from isthmus.context import Deadline
@@ -28,12 +28,15 @@ WHOLE_FOR_S = 60.0
 _LEAST_S, _PATIENCE = 1.0, 10.0
 
 
-class Looked(NamedTuple):
+@dataclass(frozen=True)
+class Looked:
     """How it went, one of OUTCOMES; how many looks were taken; and whether a hop had forgotten what it was sent."""
 
     outcome: str
     taken: int = 0
     forgotten: bool = False
+    error: IsthmusError | None = field(default=None, compare=False)
+    """Why the next look failed, for the log; answers do not say it."""
 
 
 def look_closer(passage: Passage, looks: Looks) -> Looked | None:
@@ -55,8 +58,8 @@ def look_closer(passage: Passage, looks: Looks) -> Looked | None:
             return Looked("late", taken, sending.forgotten)
         try:
             sending.send(look.quality, Deadline.after(longest_s))
-        except IsthmusError:
-            return Looked("failed", taken, sending.forgotten)
+        except IsthmusError as e:
+            return Looked("failed", taken, sending.forgotten, e)
     return Looked("last", len(looks.looks), sending.forgotten)
 
 

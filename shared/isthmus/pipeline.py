@@ -27,8 +27,12 @@ class Result:
 
     @property
     def crossed_bytes(self) -> int:
-        """Bytes of tensors handed from one segment to the next, before packing; 0 for an uncut model."""
-        return sum(stage.tensor_bytes for stage in self.stages[1:])
+        """Bytes of tensors handed from one segment to the next, before packing; 0 for an uncut model.
+
+        Each counts once: closer looks send more of the same.
+        """
+        once = {stage.segment: stage.tensor_bytes for stage in reversed(self.stages)}
+        return sum(once.values()) - (self.stages[0].tensor_bytes if self.stages else 0)
 
     def facts(self) -> dict[str, Any]:
         """The route as an Open Inference Protocol answer's parameters tell it."""

@@ -72,7 +72,7 @@ class Choice:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read what `str` writes; without a quality it is 1.
+        """Read what `str` writes; without a quality it is 1. Numbers are kept to six digits, as `str` writes them.
 
         Raises:
             ValueError: no codec of that name, or no such quality or looks.
@@ -105,9 +105,9 @@ def _look(text: str) -> Look:
 
 
 def _number(text: str) -> float:
-    """A finite number; -1 for anything else."""
+    """A finite number, to the six digits that `str` writes; -1 for anything else."""
     try:
-        found = float(text)
+        found = float(f"{float(text):g}")
     except ValueError:
         return -1.0
     return found if math.isfinite(found) else -1.0

@@ -15,7 +15,7 @@ from isthmus.calibration.fidelity import Entry, Fidelity, Inputs, Reference
 from isthmus.codecs import KNOWN, NEVER_CHOSEN
 from isthmus.errors import CalibrationError
 
-FORMAT = "isthmus.fidelity/1"
+FORMAT = "isthmus.fidelity/2"
 MAX_BYTES = 4 * 2**20
 MAX_ENTRIES = 20_000
 
@@ -31,13 +31,17 @@ def read(bundle: Bundle, blob: Callable[[Blob], bytes]) -> Fidelity | None:
     """The fidelity of a bundle; None where it was not calibrated.
 
     Raises:
-        CalibrationError: the document cannot be read, or was measured of another model.
+        CalibrationError: the document cannot be read, was measured of another model, or written by another version.
     """
     if bundle.fidelity is None:
         return None
     if bundle.fidelity.size > MAX_BYTES:
         raise CalibrationError(f"a fidelity of {bundle.fidelity.size} bytes; at most {MAX_BYTES}", limit=MAX_BYTES)
-    found = from_json(blob(bundle.fidelity))
+    try:
+        found = from_json(blob(bundle.fidelity))
+    except CalibrationError as e:
+        again = f"calibrate again: isthmus calibrate {bundle.name} --data FOLDER"
+        raise CalibrationError(f"in {bundle.name}: {e.message}", **{**e.facts, "hint": again}) from e
     if found.subject != (subject := model_digest(bundle)):
         raise CalibrationError(
             f"the fidelity in {bundle.name} was measured of another model",
@@ -58,13 +62,19 @@ def from_json(data: bytes | memoryview) -> Fidelity:
     """Read a document.
 
     Raises:
-        CalibrationError: not one of this format; the sentence says where it departs.
+        CalibrationError: not one of this format, or of another version's; the sentence says where it departs.
     """
     if len(data) > MAX_BYTES:
         raise CalibrationError(f"a fidelity of {len(data)} bytes; at most {MAX_BYTES}", limit=MAX_BYTES)
     try:
         doc = json.loads(bytes(data))
-        if doc.pop("format") != FORMAT:
+        if (written := doc.pop("format")) != FORMAT:
+            if str(written).startswith(FORMAT.partition("/")[0] + "/"):
+                raise CalibrationError(
+                    f"the fidelity was written by another version of Isthmus: it is {str(written)[:80]!r}, and this one"
+                    f" reads {FORMAT!r}",
+                    hint="calibrate again: isthmus calibrate NAME --data FOLDER",
+                )
             raise ValueError(f"its format is not {FORMAT}")
         if len(doc["entries"]) > MAX_ENTRIES or len(doc["references"]) > MAX_ENTRIES:
             raise ValueError(f"more than {MAX_ENTRIES} entries")

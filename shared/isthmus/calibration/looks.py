@@ -21,7 +21,7 @@ from isthmus.calibration.sending import finer_than
 
 CODEC = "transform/2"
 """The codec whose qualities follow one another."""
-MOST = 3
+MOST = 4
 """Closer looks after the first, each of which is one more call."""
 QUANTILE = 0.95
 """Of how far a quality moves margins: an answer that is clearer than so many of these moves counts as sure."""

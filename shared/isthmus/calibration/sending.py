@@ -10,13 +10,15 @@ from typing import NamedTuple, Protocol
 from isthmus.calibration.choice import Choice, packings
 from isthmus.calibration.crossing import Crossing
 from isthmus.codecs import NotPackable, Packed, Packing, find, pack
-from isthmus.frame import DTYPES
-from isthmus.kept import Kept
+from isthmus.frame import DTYPES, Frame, encode_parts
+from isthmus.kept import keeps_all
 from isthmus.runners import Array
 
 FINER_BY = 0.2
 """How much higher the quality of a closer look is: a third of the step of tables as they are learned."""
 _NEAR = 1e-3
+_CALL_ID = "0" * 36
+_DIGEST = "sha256:" + "0" * 64
 
 
 class Cost(NamedTuple):
@@ -33,7 +35,10 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Sent:
-    """Tensors after packing and unpacking, and what that cost; `closer` is the same of a closer look that ends here."""
+    """Tensors after packing and unpacking, and what that cost; `closer` is the same of a closer look that ends here.
+
+    A look's bytes are those of its whole frame: the first send's header is there whatever the codec, a look's is not.
+    """
 
     tensors: Mapping[str, Array]
     cost: Cost
@@ -56,13 +61,14 @@ class Way(Protocol):
 
 @dataclass(frozen=True)
 class Trial:
-    """One codec at one quality: how each tensor is packed.
+    """One codec at one quality: how each tensor is packed that goes to `segment`.
 
     `coarser` is how those were packed before that a closer look of this quality refines.
     """
 
     choice: Choice
     packings: Mapping[str, Packing]
+    segment: str = ""
     coarser: Mapping[str, Packing] = field(default_factory=dict)
 
     @property
@@ -72,7 +78,7 @@ class Trial:
 
     def send(self, tensors: Mapping[str, Array]) -> Sent:
         """Pack and unpack, as a hop would."""
-        arrived = dict(tensors)
+        arrived, again = dict(tensors), dict[str, Packed]()
         whole, closer, fell_back = Cost(0), Cost(0), False
         for name, array in tensors.items():
             how = self.packings.get(name)
@@ -86,22 +92,28 @@ class Trial:
                     start = time.thread_time()
                     arrived[name] = find(packed.codec).decode(payload, dtype, packed.shape, how.table)
                     unpack_s = time.thread_time() - start
+                    again[name] = packed
                 else:
                     fell_back = fell_back or how.codec == self.choice.codec
                 cost = Cost(packed.nbytes, pack_s, unpack_s)
             whole = whole.plus(cost)
-            closer = closer.plus(self._refinement(name, array) or cost)
-        return Sent(arrived, whole, closer, fell_back)
+            look = self._refinement(name, array)
+            closer = closer.plus(cost if look is None else look[1])
+            if look is not None:
+                again[name] = look[0]
+        rest = {name: array for name, array in tensors.items() if name not in again}
+        look_bytes = sum(map(len, encode_parts(Frame(rest, _DIGEST, self.segment, _CALL_ID, again))))
+        return Sent(arrived, whole, closer._replace(bytes=look_bytes), fell_back)
 
-    def _refinement(self, name: str, array: Array) -> Cost | None:
-        """What refining one tensor costs; None where it is sent whole."""
+    def _refinement(self, name: str, array: Array) -> tuple[Packed, Cost] | None:
+        """One tensor's refinement, and what it costs; None where the tensor is sent whole."""
         from isthmus.codecs.layers import LAYERS, Basis, follow, layered, trail_of
 
         coarse, fine = self.coarser.get(name), self.packings.get(name)
         first = pack(array, layered(coarse)) if coarse is not None else None
         if not isinstance(first, Packed) or fine is None:
             return None
-        basis = Basis(fine.table, Kept(), "", name)
+        basis = Basis(fine.table, keeps_all(), "", name)
         try:
             trail = trail_of(first, "", name)
             start = time.thread_time()
@@ -113,12 +125,13 @@ class Trial:
         LAYERS.decode(memoryview(first.payload), dtype, first.shape, basis)
         start = time.thread_time()
         LAYERS.decode(memoryview(packed.payload), dtype, packed.shape, basis)
-        return Cost(packed.nbytes, pack_s, time.thread_time() - start)
+        return packed, Cost(packed.nbytes, pack_s, time.thread_time() - start)
 
 
 def trials(crossing: Crossing, choices: Sequence[Choice], tables: Mapping[str, object]) -> list[Trial]:
     """Those of `choices` that can be tried at a cut: a calibrated codec needs a table for a tensor that crosses."""
-    made = [Trial(choice, packings(crossing.tensors, choice, tables.get)) for choice in choices]
+    to = crossing.tail[0].id if crossing.tail else ""
+    made = [Trial(choice, packings(crossing.tensors, choice, tables.get), to) for choice in choices]
     possible = [
         t
         for t in made

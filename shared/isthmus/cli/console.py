@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -33,6 +35,8 @@ RegistryOption = Annotated[
 DEFAULT_REGISTRY = ".isthmus/registry"
 CACHE_DIR = str(Path(tempfile.gettempdir()) / "isthmus-cli")
 """Where commands keep what they fetch, apart from any function's cache."""
+_FRAME = 3
+"""What a column of a table takes beside its text: a line, and a space on both sides."""
 Step = Callable[[str], None]
 Number = TypeVar("Number", int, float)
 
@@ -43,17 +47,46 @@ def print_json(document: Any) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, numbers: Sequence[str] = ()) -> None:
-    """Print rows under columns; those in `numbers` are aligned right."""
+    """Print rows under columns; those in `numbers` are aligned right.
+
+    Where the table is too wide, what is in the first column goes on below before a "+", and then words of others do.
+    """
     # Rich would wrap a title to the table's width.
     out.print(f"\n{title}", highlight=False, soft_wrap=True)
+    first, *others = [list(column) for column in zip(columns, *([str(c) for c in row] for row in rows), strict=True)]
+    room = out.width - _FRAME * len(columns) - 1
+    first = _folded(first, room - sum(_widest(column) for column in others))
+    # Numbers are broken only where there is no other way.
+    least = (_widest(c) if c[0] in numbers else _widest([w for text in c for w in text.split()]) for c in others)
+    fits = _widest(first) + sum(least) <= room
     made = Table(header_style="bold")
-    for column in columns:
-        made.add_column(
-            column, justify="right" if column in numbers else "left", overflow="fold", no_wrap=column == columns[0]
-        )
-    for row in rows:
-        made.add_row(*(escape(str(cell)) for cell in row))
+    made.add_column(first[0], overflow="fold", no_wrap=True)
+    for name, *_ in others:
+        number = name in numbers
+        made.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=number and fits)
+    for row in zip(first[1:], *(column[1:] for column in others), strict=True):
+        made.add_row(*map(escape, row))
     out.print(made)
+
+
+def _widest(texts: Sequence[str]) -> int:
+    return max((cell_len(line) for text in texts for line in text.split("\n")), default=0)
+
+
+def _folded(names: Sequence[str], width: int) -> list[str]:
+    """The names in lines of at most that width, broken before a "+"; a part that is longer makes room for itself."""
+    parts = [re.split(r"(?<=.)(?=\+)", name) for name in names]
+    width = max(width, *(cell_len(part) for each in parts for part in each))
+    made = []
+    for each in parts:
+        lines = [each[0]]
+        for part in each[1:]:
+            if cell_len(lines[-1] + part) <= width:
+                lines[-1] += part
+            else:
+                lines.append(part)
+        made.append("\n".join(lines))
+    return made
 
 
 @contextmanager

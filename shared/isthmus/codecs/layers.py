@@ -11,11 +11,12 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from isthmus.codecs import NotPackable, Packed, Packing
+from isthmus.codecs.kept_tensors import KEY_BYTES, LAYERS_ID, REFINEMENT, Held, Keeper, Of
 from isthmus.codecs.refining import Known, known_at, known_of, read, refine, tensor_of
 from isthmus.codecs.steps import THIRD, step_of
 from isthmus.codecs.table import Table
@@ -23,10 +24,6 @@ from isthmus.codecs.transform import DTYPES, coded
 from isthmus.errors import NotKept
 
 Array = np.ndarray[Any, np.dtype[Any]]
-
-LAYERS_ID = "layers/1"
-KEY_BYTES = 16
-_REFINEMENT = b"\x80"
 
 
 class First(bytes):
@@ -45,34 +42,9 @@ class Trail(NamedTuple):
     """What a writer has sent of one tensor by now, the key that stands for it, and what refining it further takes."""
 
     key: bytes
-    dtype: str
-    shape: tuple[int, ...]
+    of: Of
     known: Known
     values: Array
-
-
-class Held(NamedTuple):
-    """What a reader has of one tensor by now, and the key that stands for it; `about` says which tensor it is."""
-
-    key: bytes
-    about: bytes
-    known: Known
-
-    @property
-    def nbytes(self) -> int:
-        return self.known.numbers.nbytes + len(self.about)
-
-
-class Keeper(Protocol):
-    """Where a reader keeps what may be refined."""
-
-    def keep(self, held: Held) -> None:
-        """Keep it for a while, if there is room."""
-        ...
-
-    def find(self, key: bytes) -> Held | None:
-        """What that key stands for; None where it is not kept, or no longer."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -111,29 +83,31 @@ class Layers:
             raise ValueError("there is no table for this tensor, or none that it can be refined with")
         if dtype not in DTYPES:
             raise ValueError(f"a transform does not pack {dtype}")
-        about = _about(table.bundle, table.tensor, dtype.name, shape)
-        if payload[:1] != _REFINEMENT:
-            held = Held(_first_key(about, payload), about, known_of(payload, shape, table.table))
+        of = Of(table.bundle, table.tensor, dtype.name, shape)
+        if payload[:1] != REFINEMENT:
+            held = Held(_first_key(of, payload), of, known_of(payload, shape, table.table))
         else:
-            before, part = self._before(payload[1:], about, table), payload[1 + KEY_BYTES :]
-            held = Held(_hashed((before.key, part)), about, read(part, before.known, shape, table.table))
+            before, part = self._before(payload[1:], of, table), payload[1 + KEY_BYTES :]
+            held = Held(_hashed((before.key, part)), of, read(part, before.known, shape, table.table))
         found = tensor_of(held.known, dtype, shape, table.table)
         table.keeper.keep(held)
         return found
 
     @staticmethod
-    def _before(payload: memoryview, about: bytes, basis: Basis) -> Held:
+    def _before(payload: memoryview, of: Of, basis: Basis) -> Held:
         """What a refinement's key stands for.
 
         Raises:
             NotKept: it is not kept here, or it is another tensor's.
+            ValueError: the payload ends within the key.
         """
+        if len(payload) < KEY_BYTES:
+            raise ValueError("a refinement ends within its key")
         found = basis.keeper.find(bytes(payload[:KEY_BYTES]))
-        if found is None or found.about != about:
+        if found is None or found.of != of:
             raise NotKept(
                 f"{basis.tensor!r} refines what this function does not keep, or no longer; send it whole",
                 tensor=basis.tensor,
-                hint="with several replicas, another one may have had it",
             )
         return found
 
@@ -150,8 +124,8 @@ def trail_of(packed: Packed, bundle: str, tensor: str) -> Trail:
     first = packed.payload
     if not isinstance(first, First):
         raise ValueError(f"{tensor!r} was not packed here to be refined")
-    key = _first_key(_about(bundle, tensor, packed.dtype, packed.shape), first)
-    return Trail(key, packed.dtype, packed.shape, known_at(first.values, first.step), first.values)
+    of = Of(bundle, tensor, packed.dtype, packed.shape)
+    return Trail(_first_key(of, first), of, known_at(first.values, first.step), first.values)
 
 
 def trails_of(sent: Mapping[str, Packed], bundle: str) -> dict[str, Trail]:
@@ -170,8 +144,8 @@ def follow(trail: Trail, packing: Packing) -> tuple[Packed, Trail]:
         raise NotPackable("only tensors in planes are refined")
     if trail.known.step - step_of(packing.quality, table.steps) != THIRD:
         raise NotPackable("the step of that quality is not a third of the one before")
-    part, known = refine(trail.values, trail.shape, trail.known, table)
-    packed = Packed(LAYERS_ID, trail.dtype, trail.shape, _REFINEMENT + trail.key + part)
+    part, known = refine(trail.values, trail.of.shape, trail.known, table)
+    packed = Packed(LAYERS_ID, trail.of.dtype, trail.of.shape, REFINEMENT + trail.key + part)
     return packed, trail._replace(key=_hashed((trail.key, part)), known=known)
 
 
@@ -192,11 +166,8 @@ def layered(packing: Packing) -> Packing:
     return replace(packing, codec=LAYERS_ID) if isinstance(packing.table, Table) else packing
 
 
-def _about(bundle: str, tensor: str, dtype: str, shape: tuple[int, ...]) -> bytes:
-    return "\n".join((bundle, tensor, dtype, *map(str, shape))).encode()
-
-
-def _first_key(about: bytes, payload: bytes | memoryview) -> bytes:
+def _first_key(of: Of, payload: bytes | memoryview) -> bytes:
+    about = "\n".join((of.bundle, of.tensor, of.dtype, *map(str, of.shape))).encode()
     return _hashed((len(about).to_bytes(8, "little"), about, payload))
 
 

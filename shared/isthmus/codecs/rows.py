@@ -28,7 +28,7 @@ CLASSES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _KEPT_STEPS = 4
 """Of which a table keeps what tells classes: up to a megabyte each."""
 
-NAMES = ("rows", "means", "weights", "scale", "synthesis", "deviations", "steps", "zero", "magnitudes")
+NAMES = ("rows", "means", "weights", "scale", "synthesis", "deviations", "thirteenths", "zero", "magnitudes")
 
 
 @dataclass(frozen=True, eq=False)

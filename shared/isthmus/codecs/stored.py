@@ -20,7 +20,7 @@ def common_arrays(
         "scale": np.array([scale], np.float32),
         "synthesis": synthesis,
         "deviations": deviations,
-        "steps": np.array(steps, np.int32),
+        "thirteenths": np.array(steps, np.int32),
         "zero": models.zero,
         "magnitudes": models.magnitudes,
     }
@@ -32,9 +32,9 @@ def common_parts(arrays: Mapping[str, Array]) -> dict[str, Any]:
     Raises:
         ValueError: an array is of another dtype or shape.
     """
-    check("steps", arrays["steps"], np.int32, (2,))
+    check("thirteenths", arrays["thirteenths"], np.int32, (2,))
     check("scale", arrays["scale"], np.float32, (1,))
-    coarsest, finest = arrays["steps"].tolist()
+    coarsest, finest = arrays["thirteenths"].tolist()
     return {
         "scale": float(arrays["scale"][0]),
         "synthesis": arrays["synthesis"],

@@ -39,7 +39,7 @@ TOGETHER, MANY = 4, 512
 _KEPT_VALUES = 2**21
 """Of grids, which take some 20 bytes for each: those of the sizes asked for last."""
 
-_NAMES = ("layout", "mean", "edges", "scale", "synthesis", "deviations", "steps", "zero", "magnitudes")
+_NAMES = ("layout", "mean", "edges", "scale", "synthesis", "deviations", "thirteenths", "zero", "magnitudes")
 
 
 @dataclass(frozen=True, eq=False)

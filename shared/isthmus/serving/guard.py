@@ -113,6 +113,7 @@ class Guard:
         self._deadline_s, self._draw = deadline_s, draw
         self._lock = threading.Lock()
         self._watched: OrderedDict[Key, Watched] = OrderedDict()
+        self._unguarded: OrderedDict[str, None] = OrderedDict()  # bundles of which that was said
         self._waiting: queue.Queue[Sample] = queue.Queue(maxsize=1)
         self._worker: threading.Thread | None = None
 
@@ -216,7 +217,7 @@ class Guard:
             if (found := self._watched.get(key)) is not None:
                 self._watched.move_to_end(key)
                 return found
-        fidelity = self._fidelities(route.bundle)
+        fidelity = self._fidelity(route)
         measure = fidelity.measure if fidelity is not None else measure_for(route.bundle)
         limit = fidelity.limit if fidelity is not None else LIMIT
         made = Watched(ladder(_worst(route), _cut(route), fidelity), measure, limit)
@@ -225,6 +226,22 @@ class Guard:
             while len(self._watched) > MAX_ROUTES:
                 self._watched.popitem(last=False)
         return found
+
+    def _fidelity(self, route: Route) -> Fidelity | None:
+        try:
+            return self._fidelities(route.bundle)
+        except IsthmusError as e:
+            with self._lock:
+                known = route.digest in self._unguarded
+                self._unguarded[route.digest] = None
+                while len(self._unguarded) > MAX_ROUTES:
+                    self._unguarded.popitem(last=False)
+            if not known:
+                facts = {"bundle": route.digest, "type": type(e).__name__, "error": e.message, "hint": e.hint}
+                self._log.warning(
+                    "the guard cannot read what was calibrated, and checks nothing", extra={"facts": facts}
+                )
+            raise
 
 
 def _packing(how: Packing, choice: Choice) -> Packing | None:

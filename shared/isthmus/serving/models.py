@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from isthmus.bundle import Bundle
-from isthmus.errors import IsthmusError, PlanError, RegistryError
+from isthmus.errors import CalibrationError, IsthmusError, PlanError, RegistryError
 from isthmus.processing.classify import parse_labels
 from isthmus.registry import Registry
 
@@ -93,7 +93,7 @@ class Models:
     def _refresh(self, reference: str, kept: _Kept) -> Model:
         try:
             return self._keep(reference)
-        except (RegistryError, PlanError) as e:
+        except (RegistryError, PlanError, CalibrationError) as e:
             self._stays(reference, e)
             return kept.model
         finally:
@@ -101,7 +101,7 @@ class Models:
             kept.refreshing.release()
 
     def _stays(self, reference: str, error: IsthmusError) -> None:
-        facts = {"error": error.message, "type": type(error).__name__}
+        facts = {"error": error.message, "type": type(error).__name__} | ({"hint": error.hint} if error.hint else {})
         why = "the registry does not give it" if isinstance(error, RegistryError) else "the new one cannot be served"
         self._log.warning("%s stays as known: %s", reference, why, extra={"facts": facts})
 

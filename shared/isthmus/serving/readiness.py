@@ -49,7 +49,8 @@ class Readiness:
                 self._prepare()
             except IsthmusError as e:
                 self._reason, self._hint = e.message, e.hint
-                self._log.warning("not ready", extra={"facts": {"error": e.message, "again_in_s": wait_s}})
+                facts = {"error": e.message, "again_in_s": wait_s} | ({"hint": e.hint} if e.hint else {})
+                self._log.warning("not ready", extra={"facts": facts})
             except Exception as e:
                 self._reason, self._hint = "an unexpected error; the log has it", ""
                 self._log.error("not ready: %s", type(e).__name__, exc_info=True)

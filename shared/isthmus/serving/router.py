@@ -19,7 +19,7 @@ import isthmus
 from isthmus import pipeline
 from isthmus.calibration import fidelity_document
 from isthmus.codecs import Packed
-from isthmus.errors import HopError, HopRejected, MediaUnsupported, RequestMalformed, SettingsError
+from isthmus.errors import HopError, HopRejected, IsthmusError, MediaUnsupported, RequestMalformed, SettingsError
 from isthmus.hop import hops_to
 from isthmus.pipeline import Result
 from isthmus.processing.classify import classify
@@ -213,7 +213,7 @@ class _RouterApp(FunctionApp):
         except HopError as e:
             if packed and isinstance(e, HopRejected) and (said := of_the_photo(e)) is not None:
                 raise said from e
-            self.metrics.hop_errors.labels(e.facts.get("hop", ""), type(e).__name__).inc()
+            self._count(e)
             raise
         once = len(taken.segments)
         for i, stage in enumerate(result.stages):
@@ -222,13 +222,26 @@ class _RouterApp(FunctionApp):
             work.timings.add(f"{name}-run", stage.run_s, stage.segment)
             if stage.codecs:
                 work.timings.add(f"{name}-pack", stage.pack_s, stage.segment)
-            crossed = partial(self.metrics.crossed, stage.hop, stage.tensor_bytes, stage.sent, stage.received)
-            work.later.append(crossed)
+            # A closer look sends more of the same tensors.
+            tensors = stage.tensor_bytes if i < once else 0
+            work.later.append(partial(self.metrics.crossed, stage.hop, tensors, stage.sent, stage.received))
         if result.looked is not None:
             self.metrics.looked(result.looked)
+            if (error := result.looked.error) is not None:
+                self._failed(error)
         self._guard.watch(way.route, standing, inputs, packed or {}, result)
         notes = {**way.notes, **standing.notes}
         return replace(result, notes=notes) if notes else result
+
+    def _failed(self, error: IsthmusError) -> None:
+        """Tell of a closer look that an answer had to do without."""
+        if isinstance(error, HopError):
+            self._count(error)
+        facts = {"hop": error.facts.get("hop", ""), "type": type(error).__name__, "error": error.message}
+        self.log.warning("a closer look failed; the answer before it stands", extra={"facts": facts})
+
+    def _count(self, error: HopError) -> None:
+        self.metrics.hop_errors.labels(error.facts.get("hop", ""), type(error).__name__).inc()
 
     def _prepare(self) -> None:
         model = self._models.get(self._router_settings.model)

@@ -40,7 +40,7 @@ class _SegmentApp(FunctionApp):
         self._registry = None if settings.segment_dir else open_registry(settings)
         self._source = open_source(settings, self._registry)
         self._store = SegmentStore(self._source, settings)
-        kept = Kept(settings.max_kept_bytes)
+        self._kept = kept = Kept(settings.max_kept_bytes)
         self._tables = Tables(self._source.bundle, self._source.blob, settings.max_image_pixels, kept)
         super().__init__("segment", settings, self._prepare)
         self.metrics.gauge_store(self._store)
@@ -51,7 +51,9 @@ class _SegmentApp(FunctionApp):
     def run(self, work: Work) -> Reply:
         """Run the segment that the frame names, on its tensors."""
         start = time.perf_counter()
-        frame = frames.decode(work.body, max_bytes=self._settings.max_request_bytes, tables=self._tables)
+        frame = frames.decode(
+            work.body, max_bytes=self._settings.max_request_bytes, tables=self._tables, keeper=self._kept
+        )
         if not is_digest(frame.bundle):
             raise RequestMalformed(f"the frame names bundle {frame.bundle!r}; a bundle is a manifest's sha256 digest")
         work.timings.add("decode", time.perf_counter() - start)

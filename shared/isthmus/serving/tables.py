@@ -14,7 +14,7 @@ from isthmus.codecs.photo import Recipe
 from isthmus.errors import FrameError, FrameMalformed, RegistryError
 
 if TYPE_CHECKING:
-    from isthmus.codecs.layers import Keeper
+    from isthmus.codecs.kept_tensors import Keeper
 
 MAX_KEPT = 64
 """Tables kept; frames name them, so there must be an end."""
@@ -62,7 +62,7 @@ class Tables:
                 exists=sorted(bundle.tables),
                 hint="calibrate it: isthmus calibrate MODEL --data FOLDER",
             )
-        table = self._table(blob)
+        table = self._table(blob, bundle.name)
         if not codec.startswith("layers/"):
             return table
         if self._keeper is None:
@@ -71,20 +71,20 @@ class Tables:
 
         return Basis(table, self._keeper, digest, tensor)
 
-    def _table(self, blob: Blob) -> object:
+    def _table(self, blob: Blob, model: str) -> object:
         key = blob.digest
         with self._lock:
             if (found := self._kept.get(key)) is not None:
                 self._kept.move_to_end(key)
                 return found
-        table = self._read(blob)
+        table = self._read(blob, model)
         with self._lock:
             self._kept[key] = table
             while len(self._kept) > MAX_KEPT:
                 self._kept.popitem(last=False)
         return table
 
-    def _read(self, blob: Blob) -> object:
+    def _read(self, blob: Blob, model: str) -> object:
         from isthmus.codecs.rows import read_table  # for those who are sent such tensors
 
         if blob.size > MAX_TABLE_BYTES:
@@ -92,7 +92,11 @@ class Tables:
         try:
             return read_table(frames.decode(self._blob(blob), max_bytes=MAX_TABLE_BYTES).tensors)
         except (ValueError, FrameError) as e:
-            raise RegistryError(f"{blob.digest} is no codec's table: {e}", blob=blob.digest) from e
+            raise RegistryError(
+                f"{blob.digest}, of {model}, is no codec's table of this version: {e}",
+                blob=blob.digest,
+                hint=f"another version may have written it; calibrate again: isthmus calibrate {model} --data FOLDER",
+            ) from e
 
     def _recipe(self, bundle: Bundle, tensor: str) -> Recipe | None:
         spec = bundle.preprocess

@@ -60,7 +60,7 @@ def from_json(data: bytes | memoryview) -> Plan:
     """Read a plan.
 
     Raises:
-        PlanMalformed: not a plan of this format; `where` in its facts says where it departs.
+        PlanMalformed: not a plan of this format, or of another version's; `where` in its facts says where it departs.
     """
     if len(data) > MAX_PLAN_BYTES:
         raise PlanMalformed(f"a plan of {len(data)} bytes; at most {MAX_PLAN_BYTES}", limit=MAX_PLAN_BYTES)
@@ -69,8 +69,15 @@ def from_json(data: bytes | memoryview) -> Plan:
     except (ValueError, RecursionError) as e:
         raise PlanMalformed(f"the plan is not JSON: {e}") from e
     top = Fields(doc, "plan")
-    if top.text("format") != FORMAT:
-        refuse("plan.format", f"is {top.text('format')!r}; this version reads {FORMAT!r}")
+    if (found := top.text("format")) != FORMAT:
+        if found.startswith(FORMAT.partition("/")[0] + "/"):
+            raise PlanMalformed(
+                f"the plan was written by another version of Isthmus: it is {found[:80]!r}, and this one reads"
+                f" {FORMAT!r}",
+                where="plan.format",
+                hint="plan again: isthmus plan NAME …",
+            )
+        refuse("plan.format", f"is {found[:80]!r}; this version reads {FORMAT!r}")
     candidates = top.many("candidates", _candidate, most=MAX_CANDIDATES)
     plan = Plan(
         model=top.text("model", is_model_name),

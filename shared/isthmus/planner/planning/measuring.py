@@ -12,7 +12,7 @@ from isthmus import pipeline
 from isthmus.bundle import Bundle
 from isthmus.codecs import Array, Tables
 from isthmus.context import Context
-from isthmus.errors import IsthmusError
+from isthmus.errors import DeadlineExceeded, IsthmusError
 from isthmus.hop import HttpHop
 from isthmus.pipeline import Result
 from isthmus.planner.planning.choose import VALUES, broken
@@ -79,7 +79,7 @@ def measure(
     time, are measured beside the others and put none of them out.
 
     Raises:
-        HopError: the functions cannot be reached, so that no candidate runs.
+        HopError: the functions cannot be reached, so that no candidate runs, or no longer over the link.
     """
     hops = {
         url: HttpHop(url, attempts=_ATTEMPTS, connect_timeout_s=_CONNECT_S, max_reply_bytes=_MAX_REPLY)
@@ -103,7 +103,7 @@ def measure(
         # A connection's first bytes wait for a round trip more than those of the router, which keeps its own.
         linked = [c for c in candidates if c.name in runs and c.kind != "edge"]
         if linked:
-            runs[min(linked, key=lambda c: c.up_bytes).name](0)
+            runs[min(linked, key=lambda c: (c.looks is not None, c.up_bytes)).name](0)
         expected = {c.name: c.predicted.total for c in candidates}
         kept = replace(constraints or Constraints(), latency_s=None)
         found = race(
@@ -113,8 +113,11 @@ def measure(
             rounds=rounds,
             eliminate=eliminate,
             seed=seed,
+            failed=failed,
             told=told,
         )
+        if linked and all(c.name in failed for c in linked):
+            raise failed[linked[0].name]
     finally:
         for hop in hops.values():
             hop.close()
@@ -137,7 +140,8 @@ def requester(
 ) -> Run:
     """What runs one request of a candidate, from the photo on where there is one, and says what its parts took.
 
-    Closer looks are all taken every time, and count for their shares: a few inputs do not say how often they are.
+    Closer looks are all taken every time, and count for their shares: a few inputs do not say how often they are. So
+    one that could not be taken is a request that failed.
     """
     route = route_of(candidate, digest, bundle, hops, tables, variant)
     if route.looks is not None:
@@ -154,15 +158,29 @@ def requester(
         start = time.perf_counter()
         if photo is not None and example.photo is not None:
             made_s = 0.0
-            result = pipeline.run(route, {}, context, photo.pack(example.photo))
+            result = _looked(pipeline.run(route, {}, context, photo.pack(example.photo)))
         else:
             arrays = _inputs(bundle, example)
             made_s = time.perf_counter() - start
-            result = pipeline.run(route, arrays, context)
+            result = _looked(pipeline.run(route, arrays, context))
         total = time.perf_counter() - start
         return {"total": total - _not_counted(candidate, result), "preprocess": made_s, **_parts(candidate, result)}
 
     return run
+
+
+def _looked(result: Result) -> Result:
+    """The result, with every closer look that was to be taken.
+
+    Raises:
+        IsthmusError: one failed, or there was no time for it; without it the candidate would look quicker than it is.
+    """
+    looked = result.looked
+    if looked is not None and looked.error is not None:
+        raise looked.error
+    if looked is not None and looked.outcome == "late":
+        raise DeadlineExceeded(f"there was no time for closer look {looked.taken + 1}", looks=looked.taken)
+    return result
 
 
 def _typical_first(examples: Sequence[Example]) -> list[Example]:

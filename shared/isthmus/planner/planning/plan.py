@@ -13,7 +13,7 @@ from functools import cached_property
 from isthmus.calibration.choice import Look
 from isthmus.planner.planning.conditions import Conditions, Constraints, Objective
 
-FORMAT = "isthmus.plan/1"
+FORMAT = "isthmus.plan/2"
 MAX_PLAN_BYTES = 4 * 2**20
 MAX_CANDIDATES = 1000
 KINDS = ("edge", "cloud", "split")

@@ -19,20 +19,28 @@ def read_plan(bundle: Bundle, blob: Callable[[Blob], bytes]) -> Plan | None:
 
     Raises:
         PlanMismatch: it was made for another bundle, so it says nothing of this one.
-        PlanMalformed: it is no plan.
+        PlanMalformed: it is no plan, or another version of Isthmus wrote it.
         RegistryError: the blob cannot be had.
     """
     if bundle.plan is None:
         return None
+    again = f"plan again: isthmus plan {bundle.name} …; or serve without it: the setting plan=false"
     if bundle.plan.size > MAX_PLAN_BYTES:
-        raise PlanMalformed(f"a plan of {bundle.plan.size} bytes; at most {MAX_PLAN_BYTES}", where="plan")
-    plan = from_json(blob(bundle.plan))
+        raise PlanMalformed(
+            f"the plan in {bundle.name} has {bundle.plan.size} bytes; at most {MAX_PLAN_BYTES}",
+            where="plan",
+            hint=again,
+        )
+    try:
+        plan = from_json(blob(bundle.plan))
+    except PlanMalformed as e:
+        raise PlanMalformed(f"in {bundle.name}: {e.message}", **{**e.facts, "hint": again}) from e
     if plan.subject != (subject := subject_digest(bundle)):
         raise PlanMismatch(
             f"the plan in {bundle.name} was made for {plan.model} {plan.subject[:19]}…, and this is {subject[:19]}…",
             subject=plan.subject,
             expected=subject,
-            hint=f"plan again: isthmus plan {bundle.name} …; or serve without it: the setting plan=false",
+            hint=again,
         )
     return plan
 

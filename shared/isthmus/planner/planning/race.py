@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from isthmus.errors import IsthmusError
 from isthmus.planner.planning.plan import Measured
 
 Run: TypeAlias = Callable[[int], Mapping[str, float]]
@@ -57,6 +58,7 @@ def race(
     rounds: int = ROUNDS,
     eliminate: bool = True,
     seed: int = 0,
+    failed: dict[str, IsthmusError] | None = None,
     told: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Measured]:
     """What each of `runs` takes: one request of each a round, in an order drawn anew, and medians with quartiles.
@@ -64,7 +66,11 @@ def race(
     With `eliminate` those that lag behind the best drop out, the sooner the further. After one or two requests the
     quickest of them counts, and nobody drops out whom `expected`, in seconds, has near the best: on a busy machine a
     single request may take twice its time. Later lower quartiles count. Where one is left, it stops. Those in `beside`
-    are not in the running: they set no bar, and have at most three requests.
+    are not in the running: they set no bar, and have at most three requests. Who fails is out and in `failed`, with the
+    error.
+
+    Raises:
+        IsthmusError: one failed, and there is no `failed`.
     """
     rng = random.Random(seed)  # noqa: S311
     everyone = [_Runner(name, run) for name, run in runs.items()]
@@ -73,8 +79,15 @@ def race(
     for n in range(rounds):
         told(f"measuring, round {n + 1} of {rounds}: {len(left)} of {len(everyone)} candidates")
         rng.shuffle(left)
-        for runner in left:
-            runner.parts.append(runner.run(n))
+        for runner in list(left):
+            try:
+                runner.parts.append(runner.run(n))
+            except IsthmusError as e:
+                if failed is None:
+                    raise
+                failed[runner.name] = e
+                left.remove(runner)
+                everyone.remove(runner)
         if eliminate:
             aside = [r for r in left if r.name in beside] if n + 1 < _FEW else []
             left = [*_still_in([r for r in left if r.name not in beside], n + 1, near), *aside]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -10,13 +9,13 @@ from typing import TYPE_CHECKING, NamedTuple
 from isthmus import frame as frames
 from isthmus.codecs import Array, Packed, Packing, find
 from isthmus.frame import DTYPES, Frame
-from isthmus.kept import Kept
+from isthmus.kept import keeps_all
 from isthmus.passage import pack_all
 from isthmus.planner.planning.timing import timed
 from isthmus.route import REFINABLE
 
 if TYPE_CHECKING:
-    from isthmus.codecs.layers import Keeper, Trail
+    from isthmus.codecs.layers import Trail
 
 _CALL_ID = "0" * 36
 _DIGEST = "sha256:" + "0" * 64
@@ -45,7 +44,7 @@ def sends(arrays: Mapping[str, Array], segment: str, hows: Sequence[Mapping[str,
     """
     from isthmus.codecs.layers import Basis, layered
 
-    keeper: Keeper = Kept(max_bytes=2**62, longest_s=math.inf)
+    keeper = keeps_all()
     trails: dict[str, Trail] = {}
     made: list[Send] = []
     for how in hows:

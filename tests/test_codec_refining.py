@@ -38,7 +38,7 @@ from isthmus.errors import FrameMalformed, NotKept
 from isthmus.frame import Frame
 from isthmus.kept import Kept
 from patience import peak_of
-from test_codec_transform import LAYOUTS, SHAPES, activations, golden_models, laplace_models
+from test_codec_transform import SHAPES, activations, golden_models, laplace_models, learned
 
 Array = np.ndarray[Any, np.dtype[Any]]
 BUNDLE = "sha256:" + "0" * 64
@@ -48,12 +48,7 @@ FIFTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 @pytest.fixture(scope="module")
 def tables() -> dict[str, tuple[Table, Array]]:
-    """For each kind of tensor a table, and one that it was not learned from."""
-    made = {}
-    for kind, shape in SHAPES.items():
-        samples = activations(shape)
-        made[kind] = (learn(samples[1:], layout=LAYOUTS.get(kind)), samples[0])
-    return made
+    return learned()
 
 
 def packed_first(array: Array, table: Table, quality: float) -> Packed:

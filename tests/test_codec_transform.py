@@ -58,7 +58,11 @@ def activations(shape: tuple[int, ...], count: int = 24, seed: int = 0) -> list[
 
 @pytest.fixture(scope="module")
 def tables() -> dict[str, tuple[Table, Array]]:
-    """For each kind a table and a tensor that it was not learned from."""
+    return learned()
+
+
+def learned() -> dict[str, tuple[Table, Array]]:
+    """For each kind of tensor a table, and one that it was not learned from."""
     made = {}
     for kind, shape in SHAPES.items():
         samples = activations(shape)

@@ -17,8 +17,8 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 from isthmus import short_frame
-from isthmus.codecs import KNOWN, Array, Packed, Tables, find
-from isthmus.codecs.kept_tensors import LAYERS_ID, Keeper
+from isthmus.codecs import KNOWN, LAYERS_ID, Array, Packed, Tables, find
+from isthmus.codecs.kept_tensors import Keeper
 from isthmus.codecs.raw import RAW
 from isthmus.dtypes import DTYPES as DTYPES
 from isthmus.errors import FrameMalformed, FrameTooLarge

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from isthmus.bundle import Segment
@@ -85,9 +86,7 @@ class Passage:
             ready = prepare() if i == start_at else {}
             taken = {spec.name: values[spec.name] for spec in segment.inputs if spec.name in values}
             weight = sum(array.nbytes for array in taken.values())
-            for name in ready:
-                taken.pop(name, None)
-            coded = {**ready, **pack_all(taken, route.packing(i))}
+            coded = pack_all(taken, route.packing(i), ready)
             for name in coded:
                 taken.pop(name, None)
             pack_s = time.perf_counter() - start
@@ -111,10 +110,16 @@ class Passage:
             )
 
 
-def pack_all(arrays: Mapping[str, Array], packings: Mapping[str, Packing]) -> dict[str, Packed]:
-    """Those of `arrays` that `packings` pack; what a codec would not keep is not among them, and goes raw."""
-    made = {name: pack(arrays[name], packing) for name, packing in packings.items() if name in arrays}
-    return {name: tensor for name, tensor in made.items() if isinstance(tensor, Packed)}
+def pack_all(
+    arrays: Mapping[str, Array], packings: Mapping[str, Packing], ready: Mapping[str, Packed] = MappingProxyType({})
+) -> dict[str, Packed]:
+    """What is `ready`, and those others of `arrays` that `packings` pack.
+
+    What a codec would not keep is not among them, and goes raw.
+    """
+    wanted = {name: how for name, how in packings.items() if name in arrays and name not in ready}
+    made = {name: pack(arrays[name], how) for name, how in wanted.items()}
+    return {**ready, **{name: tensor for name, tensor in made.items() if isinstance(tensor, Packed)}}
 
 
 def _checked(reply: Frame, sent: Frame, segment: Segment, hop: Hop) -> Mapping[str, Array]:

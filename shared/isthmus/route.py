@@ -57,13 +57,8 @@ class Route:
             return self.packings
         from isthmus.codecs.layers import layered  # for routes that refine
 
-        return tuple(
-            {name: layered(p) if p.codec == REFINABLE else p for name, p in each.items()} for each in self.packings
-        )
-
-
-REFINABLE = "transform/2"
-"""The codec whose payloads can be refined; of others, closer looks send all of it finer."""
+        # Of what cannot be refined, closer looks send all of it finer.
+        return tuple({name: layered(p) for name, p in each.items()} for each in self.packings)
 
 
 def plan_route(digest: str, bundle: Bundle, hops: tuple[Hop, ...], cuts: tuple[str, ...] | None = None) -> Route:

@@ -10,8 +10,8 @@ import struct
 from collections.abc import Mapping
 from typing import NamedTuple, NoReturn
 
-from isthmus.codecs import Array, Packed, Tables, find
-from isthmus.codecs.kept_tensors import KEY_BYTES, LAYERS_ID, REFINEMENT, Held, Keeper
+from isthmus.codecs import LAYERS_ID, Array, Packed, Tables, find
+from isthmus.codecs.kept_tensors import KEY_BYTES, REFINEMENT, Held, Keeper
 from isthmus.dtypes import DTYPES
 from isthmus.errors import FrameMalformed, FrameTooLarge, NotKept
 

@@ -22,7 +22,7 @@ from isthmus.calibration.looks import entries_of
 from isthmus.calibration.scoring import Progress, Tally, judge_by, risen, score, silent
 from isthmus.calibration.sending import trials
 from isthmus.calibration.spool import LONGEST_FRAME, Spool
-from isthmus.codecs import KNOWN, NEVER_CHOSEN
+from isthmus.codecs import KNOWN, NEVER_CHOSEN, TRANSFORM_ID
 from isthmus.errors import CalibrationError
 from isthmus.runners import Array
 
@@ -34,7 +34,7 @@ QUALITIES = tuple(round(i / 15, 4) for i in range(16))
 CHOICES: tuple[Choice, ...] = (
     *(Choice(codec) for codec in KNOWN if codec not in NEVER_CHOSEN | GRADED),
     *(Choice("sparse/1", quality) for quality in (0.25, 0.5, 0.75, 1.0)),
-    *(Choice("transform/2", quality) for quality in QUALITIES),
+    *(Choice(TRANSFORM_ID, quality) for quality in QUALITIES),
 )
 """What is measured at every cut."""
 
@@ -92,7 +92,7 @@ def calibrate(
     if measure.kind == CLOSE:
         measure = replace(measure, scales=spool.scales())
     _check_answers(bundle, measure, spool.answer)
-    calibrated = any(choice.codec == "transform/2" for choice in choices)
+    calibrated = any(choice.codec == TRANSFORM_ID for choice in choices)
     learned, skipped = learn_tables(crossings, spool, run, measure, progress) if calibrated else ({}, {})
     if learned:
         from isthmus.codecs.rows import read_table

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from isthmus.bundle import TensorSpec
-from isthmus.codecs import KNOWN, NEVER_CHOSEN, Packing, find
+from isthmus.codecs import KNOWN, NEVER_CHOSEN, TRANSFORM_ID, Packing, find
 
 _EXACT = frozenset({"raw", "lossless/1", "photo/1"})
-GRADED = frozenset({"sparse/1", "transform/2"})
+GRADED = frozenset({"sparse/1", TRANSFORM_ID})
 """Codecs that a quality means something to."""
 SIDE = "lossless/1"
 """How tensors travel that are no activations: ids, masks, states of a counter."""

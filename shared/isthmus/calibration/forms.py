@@ -14,7 +14,7 @@ from isthmus.calibration.layout import row_layout_of
 from isthmus.calibration.learn import STEPS, learn
 from isthmus.calibration.rows import Form, Rows, learn_rows
 from isthmus.calibration.sensitivity import Sensitivity
-from isthmus.codecs import NotPackable, Packing
+from isthmus.codecs import TRANSFORM_ID, NotPackable, Packing
 from isthmus.codecs.planes import Layout
 from isthmus.codecs.rows import RowTable
 from isthmus.codecs.table import Table
@@ -100,7 +100,7 @@ def _cost(table: Table | RowTable, held_out: list[Array], harm: Array) -> float:
         size, damage = 0, 0.0
         for array in held_out:
             try:
-                payload = TRANSFORM.encode(array, Packing("transform/2", quality, table))
+                payload = TRANSFORM.encode(array, Packing(TRANSFORM_ID, quality, table))
             except NotPackable:
                 size += array.nbytes
                 continue

@@ -18,9 +18,8 @@ from isthmus.calibration.choice import WIDEST_MARGIN, Choice, Look
 from isthmus.calibration.fidelity import Entry
 from isthmus.calibration.scoring import Tally
 from isthmus.calibration.sending import finer_than
+from isthmus.codecs import TRANSFORM_ID
 
-CODEC = "transform/2"
-"""The codec whose qualities follow one another."""
 MOST = 4
 """Closer looks after the first, each of which is one more call."""
 QUANTILE = 0.95
@@ -48,7 +47,7 @@ def entries_of(cut: str, tried: Sequence[tuple[Choice, Tally]], plain: Iterable[
     """
     known = {entry.choice: entry for entry in plain}
     sizes = {choice: statistics.fmean(tally.bytes) for choice, tally in tried}
-    once = [(choice, tally) for choice, tally in tried if choice.codec == CODEC and tally.margins]
+    once = [(choice, tally) for choice, tally in tried if choice.codec == TRANSFORM_ID and tally.margins]
     for choice, tally, shares in with_looks(once):
         if not all(shares):
             continue

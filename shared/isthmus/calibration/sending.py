@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 from isthmus.calibration.choice import Choice, packings
 from isthmus.calibration.crossing import Crossing
-from isthmus.codecs import NotPackable, Packed, Packing, find, pack
+from isthmus.codecs import Packed, Packing, find, pack
 from isthmus.frame import DTYPES, Frame, encode_parts
 from isthmus.kept import keeps_all
 from isthmus.runners import Array
@@ -118,7 +118,7 @@ class Trial:
             trail = trail_of(first, "", name)
             start = time.thread_time()
             packed, _ = follow(trail, fine)
-        except (ValueError, NotPackable):
+        except ValueError:
             return None
         pack_s = time.thread_time() - start
         dtype = DTYPES[packed.dtype]

@@ -13,6 +13,7 @@ from isthmus.cli.console import Step
 from isthmus.cli.functions import Places
 from isthmus.cli.photos import read_photo, sample_photos
 from isthmus.cli.tensors import read_tensor
+from isthmus.codecs import TRANSFORM_ID
 from isthmus.errors import Missing, ModelError, RequestMalformed
 from isthmus.local.link_process import link_to
 from isthmus.planner.planning.choose import check_prices
@@ -33,7 +34,6 @@ from isthmus.registry import Registry, SegmentCache, Version, open_cache, open_r
 from isthmus.serving.tables import Tables, tables_of
 from isthmus.settings import RegistrySettings
 
-TRANSFORM = "transform/2"
 MOST_EXAMPLES = 8
 _RANDOM, _RUNS = 3, 15
 
@@ -101,7 +101,7 @@ def planned(
         private_depth=wish.constraints.private_depth,
         edge_memory_bytes=wish.constraints.edge_memory_bytes,
         int8=wish.int8,
-        table=tables_of(bundle, found.digest, TRANSFORM, tables),
+        table=tables_of(bundle, found.digest, TRANSFORM_ID, tables),
         told=step,
     ) as draft:
         candidates = draft.predict(wish.conditions, wish.prices)

@@ -19,6 +19,9 @@ from isthmus.codecs import raw
 
 Array = np.ndarray[Any, np.dtype[Any]]
 RAW = "raw"
+TRANSFORM_ID = "transform/2"
+LAYERS_ID = "layers/1"
+"""How a tensor of `transform/2` travels that may be refined."""
 
 
 class NotPackable(ValueError):
@@ -86,13 +89,13 @@ _PLACES: Mapping[str, str] = {
     "int8/1": "affine:INT8",
     "int4/1": "affine:INT4",
     "sparse/1": "sparse:SPARSE",
-    "transform/2": "transform:TRANSFORM",
-    "layers/1": "layers:LAYERS",
+    TRANSFORM_ID: "transform:TRANSFORM",
+    LAYERS_ID: "layers:LAYERS",
     "photo/1": "photo:PHOTO",
 }
 KNOWN: tuple[str, ...] = (RAW, *_PLACES)
 """Every codec's id; a frame that names another is refused."""
-NEVER_CHOSEN = frozenset({"photo/1", "layers/1"})
+NEVER_CHOSEN = frozenset({"photo/1", LAYERS_ID})
 """Codecs that nobody chooses for what crosses: how a photo travels, and how a choice with closer looks does."""
 
 

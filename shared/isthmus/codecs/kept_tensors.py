@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 if TYPE_CHECKING:  # frames are read by functions that are sent no such tensors
     from isthmus.codecs.refining import Known
 
-LAYERS_ID = "layers/1"
 KEY_BYTES = 16
 REFINEMENT = b"\x80"
 """First byte of a refinement's payload, which is no step of any table."""

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from isthmus.codecs import NotPackable, Packed, Packing
-from isthmus.codecs.kept_tensors import KEY_BYTES, LAYERS_ID, REFINEMENT, Held, Keeper, Of
+from isthmus.codecs import LAYERS_ID, TRANSFORM_ID, NotPackable, Packed, Packing
+from isthmus.codecs.kept_tensors import KEY_BYTES, REFINEMENT, Held, Keeper, Of
 from isthmus.codecs.refining import Known, known_at, known_of, read, refine, tensor_of
 from isthmus.codecs.steps import THIRD, step_of
 from isthmus.codecs.table import Table
@@ -163,7 +163,8 @@ def follow_all(
 
 def layered(packing: Packing) -> Packing:
     """How a tensor is packed first that may be refined later; as it is where it cannot be."""
-    return replace(packing, codec=LAYERS_ID) if isinstance(packing.table, Table) else packing
+    refinable = packing.codec == TRANSFORM_ID and isinstance(packing.table, Table)
+    return replace(packing, codec=LAYERS_ID) if refinable else packing
 
 
 def _first_key(of: Of, payload: bytes | memoryview) -> bytes:

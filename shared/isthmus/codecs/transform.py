@@ -215,7 +215,7 @@ def gain_of(values: Array, grid: Sorting, step: int) -> int:
     Raises:
         NotPackable: NaN or infinity.
     """
-    # Deviations of half a step and more, or else the largest.
+    # Deviations of half a step and more; all, where there are none.
     least = int(grid.deviations.searchsorted(ZERO_DEVIATION + in_eighths(step) - OCTAVE))
     start = int(grid.ends[least - 1]) if 0 < least < len(grid.ends) else 0
     if not math.isfinite(float(values @ values)):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from isthmus import frame as frames
 from isthmus.bundle import Blob, Bundle, is_digest
+from isthmus.codecs import LAYERS_ID
 from isthmus.codecs import Tables as CodecTables
 from isthmus.codecs.photo import Recipe
 from isthmus.errors import FrameError, FrameMalformed, RegistryError
@@ -63,7 +64,7 @@ class Tables:
                 hint="calibrate it: isthmus calibrate MODEL --data FOLDER",
             )
         table = self._table(blob, bundle.name)
-        if not codec.startswith("layers/"):
+        if codec != LAYERS_ID:
             return table
         if self._keeper is None:
             raise FrameMalformed(f"{tensor!r} has codec {codec}, and nothing is kept here", rule="table", tensor=tensor)

@@ -12,7 +12,6 @@ from isthmus.frame import DTYPES, Frame
 from isthmus.kept import keeps_all
 from isthmus.passage import pack_all
 from isthmus.planner.planning.timing import timed
-from isthmus.route import REFINABLE
 
 if TYPE_CHECKING:
     from isthmus.codecs.layers import Trail
@@ -48,7 +47,7 @@ def sends(arrays: Mapping[str, Array], segment: str, hows: Sequence[Mapping[str,
     trails: dict[str, Trail] = {}
     made: list[Send] = []
     for how in hows:
-        first = {name: layered(p) if p.codec == REFINABLE else p for name, p in how.items()}
+        first = {name: layered(p) for name, p in how.items()}
         tables = {
             name: p.table if p.codec == how[name].codec else Basis(p.table, keeper, _DIGEST, name)
             for name, p in first.items()
@@ -73,7 +72,7 @@ def _followed(
     from isthmus.codecs.layers import follow_all, trails_of
 
     refined, longer = follow_all(trails, how)
-    coded = refined | pack_all({name: array for name, array in arrays.items() if name not in refined}, how)
+    coded = pack_all(arrays, how, refined)
     return coded, longer | trails_of(coded, _DIGEST)
 
 

@@ -31,7 +31,7 @@ from isthmus.graph import build
 from isthmus.registry import FolderStore, Registry, SegmentCache
 from isthmus.settings import SegmentSettings
 
-PACKAGES = ["numpy", "onnxruntime", "pillow", "scikit-image", "scikit-learn", "torch", "zstandard"]
+PACKAGES = ["numpy", "onnxruntime", "pillow", "scikit-image", "scikit-learn", "torch", "backports.zstd"]
 STEPS = tuple(round(2.0 ** (-4 + i / 2), 4) for i in range(13))
 """Of uniform quantisation, in shares of the activation's root mean square: 0.06 to 4."""
 PEERS = ("raw", "half/1", "lossless/1", "int8/1", "int4/1", "sparse/1")

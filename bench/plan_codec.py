@@ -15,7 +15,7 @@ from isthmus.planner.planning.conditions import Conditions, Objective
 from isthmus.planner.planning.make import merged
 from isthmus.planner.planning.measuring import contenders
 
-CODEC = "transform/2"
+CODEC = "transform/3"
 OBJECTIVES: Mapping[Objective, str] = {"latency": "ms a request", "throughput": "ms of the slowest stage"}
 
 

@@ -100,7 +100,7 @@ def table_of(registry: Registry, reference: str) -> Callable[[str], object]:
     """A version's codec tables by tensor; None for those that have none."""
     found = registry.resolve(reference)
     tables = Tables(registry.bundle, registry.blob, MAX_PIXELS)
-    return tables_of(found.bundle, found.digest, "transform/2", tables)
+    return tables_of(found.bundle, found.digest, "transform/3", tables)
 
 
 def _photo(height: int, width: int, short_side: int | None = None) -> bytes:

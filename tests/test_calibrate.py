@@ -32,7 +32,7 @@ from isthmus.registry import FolderStore, Registry, SegmentCache
 from isthmus.settings import SegmentSettings
 from segments import run_whole
 
-PLAIN = tuple(c for c in CHOICES if c.codec != "transform/2")
+PLAIN = tuple(c for c in CHOICES if c.codec != "transform/3")
 
 
 def isthmus(*arguments: object) -> Result:
@@ -109,9 +109,9 @@ def test_calibrating_publishes_tables_and_a_fidelity_as_the_next_version(calibra
     for e in at6.values():
         assert e["low"] <= e["measured"] <= e["high"]
         assert e["offered"] == (e["agreement"] >= said["limit"])
-    exact = at6["lossless/1", 1.0]
+    exact = at6["lossless/2", 1.0]
     assert (exact["agreement"], exact["low"], exact["error"]) == (1, 1, 0)
-    finest, coarsest = at6["transform/2", 1.0], at6["transform/2", 0.0]
+    finest, coarsest = at6["transform/3", 1.0], at6["transform/3", 0.0]
     assert finest["bytes"] > coarsest["bytes"]
     assert finest["agreement"] >= coarsest["agreement"]
 
@@ -145,7 +145,7 @@ def test_calibrating_shows_a_table_for_people(photos: Published, album: Path) ->
     result = isthmus("calibrate", "photos", "--data", album, "--at", "6", "--inputs", 16, "--registry", photos.folder)
     assert result.exit_code == 0, result.output
     assert "photos:2" in result.stdout
-    assert "transform/2@0.5333" in result.stdout
+    assert "transform/3@0.5333" in result.stdout
 
 
 def test_a_bundle_that_was_not_calibrated_says_how(photos: Published) -> None:

@@ -41,8 +41,8 @@ FIDELITY = Fidelity(
         entry("raw", 1000, 1.0, 0.1),
         entry("half/1", 500, 1.0, 0.1),
         entry("int8/1", 250, 0.97, 0.2),
-        entry("transform/2", 100, 0.995, 3.0, quality=0.8),
-        entry("transform/2", 50, 0.9, 3.0, quality=0.4),
+        entry("transform/3", 100, 0.995, 3.0, quality=0.8),
+        entry("transform/3", 50, 0.9, 3.0, quality=0.4),
         entry("int8/1", 20, 1.0, cut="9"),
     ),
     references=(Reference("jpeg", 85, 0.8, 0.7, 0.9, 0.1, 9000, 12000),),
@@ -136,18 +136,18 @@ def test_a_document_too_long_is_not_parsed() -> None:
 
 
 def test_offered_are_those_that_meet_the_limit_fewest_bytes_first() -> None:
-    assert [e.codec for e in offered(FIDELITY, "6")] == ["transform/2", "half/1", "raw"]
+    assert [e.codec for e in offered(FIDELITY, "6")] == ["transform/3", "half/1", "raw"]
     assert offered(FIDELITY, "7") == []
 
 
 @pytest.mark.parametrize(
     ("targets", "codec", "quality"),
     [
-        ({"agreement": 0.99}, "transform/2", 0.8),
-        ({"agreement": 0.85}, "transform/2", 0.4),
+        ({"agreement": 0.99}, "transform/3", 0.8),
+        ({"agreement": 0.85}, "transform/3", 0.4),
         ({"agreement": 0.999}, "half/1", 1.0),
         ({"agreement": 0.96, "pack_ms": 1.0}, "int8/1", 1.0),
-        ({"bytes": 300}, "transform/2", 0.8),
+        ({"bytes": 300}, "transform/3", 0.8),
         ({"bytes": 300, "pack_ms": 1.0}, "int8/1", 1.0),
         ({"pack_ms": 0.15}, "half/1", 1.0),
     ],
@@ -169,7 +169,7 @@ def test_a_target_that_nothing_meets_names_what_comes_closest() -> None:
 # Choices
 
 
-@pytest.mark.parametrize("text", ["int8/1", "raw", "transform/2@0.9", "sparse/1@0.25", "lossless/1"])
+@pytest.mark.parametrize("text", ["int8/1", "raw", "transform/3@0.9", "sparse/1@0.25", "lossless/2"])
 def test_a_choice_reads_as_it_is_written(text: str) -> None:
     assert str(Choice.parse(text)) == text
 
@@ -178,7 +178,7 @@ NO_CHOICES = ("", "int8", "photo/1", "layers/1", "layers/1@0.5", "transform/1@0.
 NO_QUALITIES = ("", "nan", "-1", "1.01", "inf", "1e400", "half", "0.5@0.5")
 
 
-@pytest.mark.parametrize("text", [*NO_CHOICES, *(f"transform/2@{quality}" for quality in NO_QUALITIES)])
+@pytest.mark.parametrize("text", [*NO_CHOICES, *(f"transform/3@{quality}" for quality in NO_QUALITIES)])
 def test_what_is_no_choice_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"codec|quality"):
         Choice.parse(text)
@@ -187,7 +187,7 @@ def test_what_is_no_choice_is_refused(text: str) -> None:
 def test_side_tensors_travel_exactly() -> None:
     specs = [TensorSpec("x", "float32", (1, 4)), TensorSpec("ids", "int64", (1,)), TensorSpec("mask", "bool", (1,))]
     made = packings(specs, Choice("int8/1"))
-    assert {name: p.codec for name, p in made.items()} == {"x": "int8/1", "ids": "lossless/1", "mask": "lossless/1"}
+    assert {name: p.codec for name, p in made.items()} == {"x": "int8/1", "ids": "lossless/2", "mask": "lossless/2"}
     assert packings(specs, Choice("raw")) == {}
     assert [is_exact(p) for p in made.values()] == [False, True, True]
 
@@ -220,7 +220,7 @@ def test_agreement_rises_with_quality_and_luck_is_shared_out() -> None:
     assert rising([0.5, 0.9, 0.8, 1.0]) == pytest.approx([0.5, 0.85, 0.85, 1.0])
     assert rising([1.0, 0.9, 0.8]) == pytest.approx([0.9] * 3)
     assert rising([]) == []
-    lucky = [entry("transform/2", 10 * i, a, quality=i / 10) for i, a in enumerate([0.8, 1.0, 0.9, 1.0])]
+    lucky = [entry("transform/3", 10 * i, a, quality=i / 10) for i, a in enumerate([0.8, 1.0, 0.9, 1.0])]
     made = risen([*lucky, entry("int8/1", 30, 0.995)], 0.99)
     assert [(e.agreement, e.measured, e.offered) for e in made] == [
         (0.8, 0.8, False),

@@ -40,8 +40,8 @@ from isthmus.errors import CalibrationError
 from isthmus.frame import Frame, encode
 from isthmus.runners import Array
 
-ONE = Choice("transform/2", 0.4, (Look(0.6, 0.2),))
-TWO = Choice("transform/2", 0.2, (Look(0.4, 1.5), Look(0.6, 0.7)))
+ONE = Choice("transform/3", 0.4, (Look(0.6, 0.2),))
+TWO = Choice("transform/3", 0.2, (Look(0.4, 1.5), Look(0.6, 0.7)))
 
 
 # What they are called
@@ -68,11 +68,11 @@ def test_a_choice_with_closer_looks_reads_as_it_is_written(choice: Choice) -> No
 
 
 def test_they_are_written_as_the_documents_say() -> None:
-    assert str(ONE) == "transform/2@0.4+0.6:0.2"
-    assert str(TWO) == "transform/2@0.2+0.4:1.5+0.6:0.7"
-    assert Choice.parse(" transform/2@0.2+0.4:1.5+0.6:0.7\n") == TWO
-    longer = Choice.parse("transform/2@0.12345678+0.4444444444:1.23456789")
-    assert longer == Choice("transform/2", 0.123457, (Look(0.444444, 1.23457),)) == Choice.parse(str(longer))
+    assert str(ONE) == "transform/3@0.4+0.6:0.2"
+    assert str(TWO) == "transform/3@0.2+0.4:1.5+0.6:0.7"
+    assert Choice.parse(" transform/3@0.2+0.4:1.5+0.6:0.7\n") == TWO
+    longer = Choice.parse("transform/3@0.12345678+0.4444444444:1.23456789")
+    assert longer == Choice("transform/3", 0.123457, (Look(0.444444, 1.23457),)) == Choice.parse(str(longer))
     assert (Choice("int8/1").once, Choice("int8/1").last) == (Choice("int8/1"), Choice("int8/1"))
     assert Choice.parse(f"sparse/1@0+1:{WIDEST_MARGIN:g}").looks == (Look(1.0, WIDEST_MARGIN),)
 
@@ -80,14 +80,14 @@ def test_they_are_written_as_the_documents_say() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        *(f"transform/2@0.4{rest}" for rest in ("+", "+:", "+0.8", "+0.8:", "+:0.2", "+0.8:0.2:0.3", "++0.8:0.2")),
-        *(f"transform/2@0.4+0.8:0.2{rest}" for rest in ("+", "+0.9", "+0.8:0.1", "+0.6:0.1", "+1.1:1", "+0.9:0")),
-        *(f"transform/2@0.4+{q}:0.2" for q in ("0.4", "0.3", "-1", "1.01", "nan", "inf", "", "fine")),
-        *(f"transform/2@0.4+0.8:{m}" for m in ("0", "-0.2", "nan", "inf", "-inf", "1001", "wide", "0.2 nats", "0.2;")),
-        *(f"{first}+0.8:0.2" for first in ("int8/1", "raw", "lossless/1", "transform/2", "transform/2@", "sparse/1@2")),
+        *(f"transform/3@0.4{rest}" for rest in ("+", "+:", "+0.8", "+0.8:", "+:0.2", "+0.8:0.2:0.3", "++0.8:0.2")),
+        *(f"transform/3@0.4+0.8:0.2{rest}" for rest in ("+", "+0.9", "+0.8:0.1", "+0.6:0.1", "+1.1:1", "+0.9:0")),
+        *(f"transform/3@0.4+{q}:0.2" for q in ("0.4", "0.3", "-1", "1.01", "nan", "inf", "", "fine")),
+        *(f"transform/3@0.4+0.8:{m}" for m in ("0", "-0.2", "nan", "inf", "-inf", "1001", "wide", "0.2 nats", "0.2;")),
+        *(f"{first}+0.8:0.2" for first in ("int8/1", "raw", "lossless/2", "transform/3", "transform/3@", "sparse/1@2")),
         *(f"{codec}@0.4+0.8:0.2" for codec in ("int8/1", "layers/1", "photo/1", "transform/1", "transform")),
-        "transform/2@0" + "".join(f"+{(n + 1) / 10}:1" for n in range(MAX_LOOKS + 1)),
-        "transform/2+0.8@0.4:0.2",
+        "transform/3@0" + "".join(f"+{(n + 1) / 10}:1" for n in range(MAX_LOOKS + 1)),
+        "transform/3+0.8@0.4:0.2",
         "+0.8:0.2",
         "layers/1",
     ],
@@ -205,7 +205,7 @@ def unpacked(packed: Packed, basis: Basis) -> Array:
 
 
 def tried_at(qualities: list[float], tables: Mapping[str, object]) -> list[Trial]:
-    return trials(AT, [*(Choice("transform/2", q) for q in qualities), Choice("int8/1")], tables)
+    return trials(AT, [*(Choice("transform/3", q) for q in qualities), Choice("int8/1")], tables)
 
 
 def frame_of(trial: Trial, arrays: Mapping[str, Array], **refined: Packed) -> int:
@@ -251,14 +251,14 @@ def test_what_was_not_packed_coarsely_takes_a_closer_look_whole(value: float, ta
 def test_only_a_fixed_factor_finer_is_a_closer_look(tables: Mapping[str, object]) -> None:
     made = tried_at([0.3, 0.45, 0.6], tables)
     assert not any(trial.coarser for trial in made)
-    others = [Choice("sparse/1", 0.5), Choice("transform/2", 0.4), Choice("transform/2", 0.5), RAW]
-    assert finer_than(Choice("transform/2", 0.3), others) == Choice("transform/2", 0.5)
-    assert finer_than(Choice("transform/2", 0.35), others) is None
-    assert finer_than(Choice("transform/2", 1.0), others) is None
+    others = [Choice("sparse/1", 0.5), Choice("transform/3", 0.4), Choice("transform/3", 0.5), RAW]
+    assert finer_than(Choice("transform/3", 0.3), others) == Choice("transform/3", 0.5)
+    assert finer_than(Choice("transform/3", 0.35), others) is None
+    assert finer_than(Choice("transform/3", 1.0), others) is None
 
 
 def test_what_calibration_tries_is_followed_by_exactly_a_third_of_the_step() -> None:
-    every = [Choice("transform/2", q) for q in QUALITIES]
+    every = [Choice("transform/3", q) for q in QUALITIES]
     followed = 0
     for by in range(-40, 41):
         steps = (STEPS[0] + by, STEPS[1] + by)
@@ -334,7 +334,7 @@ def test_a_chains_tally_is_that_of_sending_look_by_look_by_hand(photos: Publishe
 
 
 def of(quality: float) -> Choice:
-    return Choice("transform/2", quality)
+    return Choice("transform/3", quality)
 
 
 def tally(rows: list[tuple[bool, int, int, float, float]]) -> Tally:
@@ -353,7 +353,7 @@ def tally(rows: list[tuple[bool, int, int, float, float]]) -> Tally:
 
 
 def tried(*each: tuple[float, Tally]) -> tuple[list[tuple[Choice, Tally]], list[Entry]]:
-    """Qualities of transform/2 with their tallies, and their entries, with int8 beside them."""
+    """Qualities of transform/3 with their tallies, and their entries, with int8 beside them."""
     made = [(of(quality), t) for quality, t in each]
     made.append((Choice("int8/1"), tally([(True, 1000, 1000, 1.0, 0.0)] * len(each[0][1].bytes))))
     return made, [t.entry("6", c, 0.9) for c, t in made]
@@ -446,7 +446,7 @@ def test_a_last_look_that_no_input_took_is_left_out() -> None:
     finest = tally([(True, 1000, 900, 9.0, 0.1)] * 10)
     made, plain = tried((0.3, coarse), (0.5, finer), (0.7, finest))
     (found,) = entries_of("6", made, plain, 0.9)
-    assert (str(found.choice), found.shares, found.bytes) == ("transform/2@0.3+0.5:0.1", (0.2,), 28)
+    assert (str(found.choice), found.shares, found.bytes) == ("transform/3@0.3+0.5:0.1", (0.2,), 28)
     # Nor does the finest quality vouch for answers that were never sent at it.
     fallen = [replace(e, agreement=0.9) if e.quality == 0.5 else e for e in plain]
     assert [(e.choice, e.agreement) for e in entries_of("6", made, fallen, 0.9)] == [(found.choice, 0.9)]
@@ -514,7 +514,7 @@ def test_a_margin_has_three_digits_and_is_never_below_what_it_stands_for(around:
 def entry(quality: float, size: int, agreement: float, **more: Any) -> Entry:
     good = agreement >= 0.99
     times = (2.0, 1.0, 1.0, 0.0)
-    return Entry("6", "transform/2", quality, agreement, 0.9, 1.0, 0.01, size, size, *times, good, agreement, **more)
+    return Entry("6", "transform/3", quality, agreement, 0.9, 1.0, 0.01, size, size, *times, good, agreement, **more)
 
 
 LOOKED = entry(0.4, 300, 0.993, looks=ONE.looks, shares=(0.25,))
@@ -534,7 +534,7 @@ def test_targets_and_plans_find_closer_looks_where_they_are_the_smallest() -> No
     assert choose(FIDELITY, "6", agreement=0.98) == TWICE
     assert TWICE.choice == TWO
     assert choose(FIDELITY, "6", agreement=0.995).choice == of(0.8)
-    with pytest.raises(CalibrationError, match=r"closest is transform/2@0\.4\+0\.6:0\.2: 99\.3%"):
+    with pytest.raises(CalibrationError, match=r"closest is transform/3@0\.4\+0\.6:0\.2: 99\.3%"):
         choose(FIDELITY, "6", agreement=0.999, bytes=305)
 
 

@@ -91,7 +91,7 @@ class Known:
         """The table of a tensor."""
         registry = self.published.registry
         tables = Tables(registry.bundle, registry.blob, MAX_PIXELS)
-        return tables_of(self.published.bundle, self.published.digest, "transform/2", tables)(name)
+        return tables_of(self.published.bundle, self.published.digest, "transform/3", tables)(name)
 
 
 def calibrated(photos: Published, folder: Path, measure: Measure) -> Calibrated:
@@ -111,7 +111,7 @@ def calibrated(photos: Published, folder: Path, measure: Measure) -> Calibrated:
         count=100,
         limit=0.97,
         measure=measure,
-        choices=[RAW, Choice("int8/1"), *(Choice("transform/2", q) for q in QUALITIES)],
+        choices=[RAW, Choice("int8/1"), *(Choice("transform/3", q) for q in QUALITIES)],
     )
 
 
@@ -146,7 +146,7 @@ def test_calibration_measures_closer_looks_that_the_document_keeps(known: Known)
 def test_answers_that_are_no_classes_get_none(photos: Published, tmp_path: Path) -> None:
     found = calibrated(photos, tmp_path, Measure("close")).fidelity
     assert not any(e.looks or e.shares for e in found.entries)
-    assert {e.quality for e in found.entries if e.codec == "transform/2"} == set(QUALITIES)
+    assert {e.quality for e in found.entries if e.codec == "transform/3"} == set(QUALITIES)
 
 
 def test_the_codec_command_names_them(known: Known, tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def remote(*urls: str) -> tuple[HttpHop, HttpHop]:
 
 
 def test_each_number_of_looks_that_saves_bytes_is_a_candidate(known: Known, draft: Draft) -> None:
-    chosen = [c for c in usable_codecs(known.fidelity, "6") if c.codec == "transform/2"]
+    chosen = [c for c in usable_codecs(known.fidelity, "6") if c.codec == "transform/3"]
     looks = [len(c.looks) for c in chosen]
     assert looks == sorted(set(looks))
     assert (looks[0], looks[-1]) == (0, 2)
@@ -233,7 +233,7 @@ def test_a_candidate_takes_what_the_first_send_and_the_shares_of_the_looks_take(
     found = planned(known, draft, link)
     made = found["closer"]
     assert made.looks == closer_looks(chain)
-    assert made.codecs == {"p6": Coding("transform/2", chain.quality)}
+    assert made.codecs == {"p6": Coding("transform/3", chain.quality)}
     assert made.error == Error(chain.error, known.fidelity.inputs.held_out, 1 - chain.agreement, calibrated=True)
 
     # What a hop is really sent, when every look is taken.
@@ -318,7 +318,7 @@ def test_its_plan_keeps_to_the_schema_and_comes_back_as_it_was(known: Known, dra
 
 
 LOOKS = CloserLooks("logits", (Look(0.5, 0.4), Look(0.7, 0.2)), (0.5, 0.25))
-CODECS = {"p6": Coding("transform/2", 0.3), "mask": Coding("lossless/1")}
+CODECS = {"p6": Coding("transform/3", 0.3), "mask": Coding("lossless/2")}
 
 
 def looks_document(photos: Published) -> Any:
@@ -393,7 +393,7 @@ def test_a_plan_with_a_second_look_as_it_once_was_is_refused(photos: Published) 
         ("split", ("6",), {}, "nothing that they could send finer"),
         ("split", ("6",), {"p6": Coding("int8/1")}, "nothing that they could send finer"),
         ("split", ("6",), {"p6": Coding("layers/1", 0.3)}, "codec cannot be 'layers/1'"),
-        ("split", ("6",), CODECS | {"q": Coding("transform/2", 0.5)}, "transform/2@0.5"),
+        ("split", ("6",), CODECS | {"q": Coding("transform/3", 0.5)}, "transform/3@0.5"),
     ],
 )
 def test_nothing_is_looked_at_closer_where_nothing_could_be_sent_finer(
@@ -409,14 +409,14 @@ def no_variant(digest: str) -> Any:
 
 
 def test_the_route_of_a_plan_takes_the_closer_looks(photos: Published) -> None:
-    chosen = candidate("split-6-t", "split", cuts=("6",), codecs={"p6": Coding("transform/2", 0.3)}, looks=LOOKS)
+    chosen = candidate("split-6-t", "split", cuts=("6",), codecs={"p6": Coding("transform/3", 0.3)}, looks=LOOKS)
     hops = remote("http://127.0.0.1:9", "http://127.0.0.1:9")
     route = route_of(chosen, photos.digest, photos.bundle, hops, lambda *_: None, no_variant)
     assert route.looks is not None
     assert route.looks.looks == LOOKS.looks
     assert route.looks.margin_of({"logits": np.array([[1.0, 3.5]])}) == 2.5
-    assert route.packings == ({}, {"p6": Packing("transform/2", 0.3)})
-    assert route.finer(0.7).packings == ({}, {"p6": Packing("transform/2", 0.7)})
+    assert route.packings == ({}, {"p6": Packing("transform/3", 0.3)})
+    assert route.finer(0.7).packings == ({}, {"p6": Packing("transform/3", 0.7)})
     elsewhere = replace(chosen, looks=replace(LOOKS, output="p6"))
     with pytest.raises(PlanMalformed, match="'p6', no output of photos"):
         route_of(elsewhere, photos.digest, photos.bundle, hops, lambda *_: None, no_variant)
@@ -434,7 +434,7 @@ def test_measuring_takes_every_look_and_counts_each_by_its_share(known: Known, t
 
     # Nothing is sure by such margins, and all of it is looked at all the same.
     looks = CloserLooks("logits", tuple(replace(look, margin=1e-9) for look in known.chain.looks), (0.5, 0.25))
-    codecs = {"p6": Coding("transform/2", known.chain.quality)}
+    codecs = {"p6": Coding("transform/3", known.chain.quality)}
     chosen = candidate("split-6-t", "split", cuts=("6",), codecs=codecs, looks=looks)
     examples = [Tried({"x": photo_array(photo(seed=n))}) for n in range(2)]
     tables = Tables(published.registry.bundle, published.registry.blob, MAX_PIXELS)
@@ -481,7 +481,7 @@ def test_a_candidate_whose_closer_look_fails_while_it_is_measured_is_refused(
         return inner(environ, start_response)
 
     looks = CloserLooks("logits", known.chain.looks, (0.5, 0.25))
-    coarse = {"p6": Coding("transform/2", known.chain.quality)}
+    coarse = {"p6": Coding("transform/3", known.chain.quality)}
     chain = candidate("split-6-t", "split", cuts=("6",), codecs=coarse, looks=looks)
     examples = [Tried({"x": photo_array(photo(seed=n))}) for n in range(2)]
     tables = Tables(published.registry.bundle, published.registry.blob, MAX_PIXELS)
@@ -547,7 +547,7 @@ def test_a_look_for_which_no_time_was_left_is_a_failed_measurement(
         return app.wsgi_app(environ, start_response)
 
     looks = CloserLooks("logits", known.chain.looks, (0.5, 0.25))
-    coarse = {"p6": Coding("transform/2", known.chain.quality)}
+    coarse = {"p6": Coding("transform/3", known.chain.quality)}
     chain = candidate("split-6-t", "split", cuts=("6",), codecs=coarse, looks=looks, seconds=0.0)
     tables = Tables(published.registry.bundle, published.registry.blob, MAX_PIXELS)
     with served(app) as head, served(slow) as tail:
@@ -575,9 +575,9 @@ def crossed(known: Known, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return {"p6": given["p6"], "ids": np.arange(64), "scale": np.ones(1, np.float32)}
 
 
-def ways(known: Known, *qualities: float, codec: str = "transform/2") -> list[dict[str, Packing]]:
-    table = known.table("p6") if codec == "transform/2" else None
-    return [{"p6": Packing(codec, q, table), "ids": Packing("lossless/1")} for q in qualities]
+def ways(known: Known, *qualities: float, codec: str = "transform/3") -> list[dict[str, Packing]]:
+    table = known.table("p6") if codec == "transform/3" else None
+    return [{"p6": Packing(codec, q, table), "ids": Packing("lossless/2")} for q in qualities]
 
 
 def refines(made: Send) -> bool:

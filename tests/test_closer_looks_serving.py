@@ -68,7 +68,7 @@ from plans import candidate, plan_for
 from test_guard import Echo
 
 ALWAYS, NEVER = math.inf, 1e-9
-REFINED, WHOLE = "transform/2", "sparse/1"
+REFINED, WHOLE = "transform/3", "sparse/1"
 COARSE, FINE = 0.2, 0.4
 FINER = (0.4, 0.6, 0.8)
 """A third of the step each."""
@@ -281,7 +281,7 @@ def test_an_unclear_answer_is_the_finer_qualitys_and_only_what_is_new_is_sent(
     assert not same_bits(found, first)
     assert [s.segment for s in found.stages] == ["..1", "1..", "1.."]
     assert [s.codecs for s in found.stages] == [{}, {"r1": "layers/1"}, {"r1": "layers/1"}]
-    assert [s.codecs for s in finer.stages] == [{}, {"r1": "transform/2"}]
+    assert [s.codecs for s in finer.stages] == [{}, {"r1": "transform/3"}]
     # Frames of one segment are as long as their payloads, up to the next multiple of 64 bytes of the header.
     assert abs(found.stages[1].sent - first.stages[1].sent) <= 64
     assert found.stages[2].sent < 0.85 * finer.stages[1].sent
@@ -685,7 +685,7 @@ def test_replicas_that_restart_under_sixteen_threads_give_no_wrong_answer(
 
 Routers = Callable[..., FlaskClient]
 INFER = "/v2/models/photos/infer"
-LOOKS = "transform/2@0.2+0.4:1000+0.6:1000"
+LOOKS = "transform/3@0.2+0.4:1000+0.6:1000"
 
 
 @pytest.fixture
@@ -746,7 +746,7 @@ def test_each_outcome_is_counted(router: Routers, tail: Gate) -> None:
     tail.then(answers, answers, refuses)
     assert ask(client).json["route"]["looks"] == 1
     assert (outcomes(client), counted(client, "closer_looks")) == ({"failed": 2, "late": 1}, 1)
-    sure = router("transform/2@0.2+0.4:0.000000001")
+    sure = router("transform/3@0.2+0.4:0.000000001")
     assert ask(sure).json["route"]["looks_ended"] == "sure"
     assert outcomes(sure) == {"sure": 1}
 
@@ -765,7 +765,7 @@ def test_why_a_look_failed_is_logged_and_counted_as_other_failed_calls_are(
 
 
 def test_tensors_that_closer_looks_send_more_of_count_once(router: Routers, tail: Gate) -> None:
-    looking, plain = router(LOOKS), router("transform/2@0.2")
+    looking, plain = router(LOOKS), router("transform/3@0.2")
     hop = (("hop", tail.url),)
     told = [(ask(client).json["route"], metrics(client)) for client in (looking, plain)]
     assert [route.get("looks") for route, _ in told] == [2, None]
@@ -793,8 +793,8 @@ def test_a_hop_that_had_forgotten_is_counted_and_is_no_error_of_it(router: Route
 
 
 def test_answers_are_those_of_the_quality_that_answered(router: Routers) -> None:
-    once = [router(f"transform/2@{quality}") for quality in (0.2, 0.4, 0.6)]
-    looking = router("transform/2@0.2+0.4:60+0.6:20")
+    once = [router(f"transform/3@{quality}") for quality in (0.2, 0.4, 0.6)]
+    looking = router("transform/3@0.2+0.4:60+0.6:20")
     seen = set()
     for seed in range(40):
         route = (found := ask(looking, seed).json)["route"]
@@ -835,8 +835,8 @@ def test_a_plans_closer_looks_are_taken_and_codec_raw_switches_them_off(
         "sparse/1@0.4+0.8",
         "sparse/1@0.4+0.8:0",
         "int8/1+0.8:0.2",
-        "transform/2@0.2+0.4:1+0.4:1",
-        "transform/2@0+0.1:1+0.2:1+0.3:1+0.4:1+0.5:1",
+        "transform/3@0.2+0.4:1+0.4:1",
+        "transform/3@0+0.1:1+0.2:1+0.3:1+0.4:1+0.5:1",
     ],
 )
 def test_a_setting_that_is_no_closer_look_stops_the_start(photos: Published, tmp_path: Path, codec: str) -> None:

@@ -52,7 +52,7 @@ def tables() -> dict[str, tuple[Table, Array]]:
 
 
 def packed_first(array: Array, table: Table, quality: float) -> Packed:
-    made = pack(array, layered(Packing("transform/2", quality, table)))
+    made = pack(array, layered(Packing("transform/3", quality, table)))
     assert isinstance(made, Packed)
     return made
 
@@ -68,7 +68,7 @@ def chain(array: Array, table: Table, qualities: tuple[float, ...] = FIFTHS, ten
     sent = [packed_first(array, table, qualities[0])]
     trail = trail_of(sent[0], BUNDLE, tensor)
     for fine in qualities[1:]:
-        more, trail = follow(trail, Packing("transform/2", fine, table))
+        more, trail = follow(trail, Packing("transform/3", fine, table))
         sent.append(more)
     return Chain(sent, trail)
 
@@ -78,7 +78,7 @@ def unpacked(packed: Packed, basis: Basis) -> Array:
 
 
 def once(array: Array, table: Table, quality: float) -> Known:
-    payload = TRANSFORM.encode(array, Packing("transform/2", quality, table))
+    payload = TRANSFORM.encode(array, Packing("transform/3", quality, table))
     return known_of(memoryview(payload), array.shape, table)
 
 
@@ -127,7 +127,7 @@ def test_first_and_refinements_take_as_many_bytes_as_the_finer_payload() -> None
         for array in samples[:8]:
             sent = chain(array, table, qualities).sent
             together += sent[0].nbytes + sent[1].nbytes - KEY_BYTES - 1
-            finer += len(TRANSFORM.encode(array, Packing("transform/2", qualities[1], table)))
+            finer += len(TRANSFORM.encode(array, Packing("transform/3", qualities[1], table)))
         assert 0.95 < together / finer < 1.05, qualities
 
 
@@ -234,13 +234,13 @@ def test_qualities_whose_steps_are_no_third_of_one_another_are_not_followed(
     trail = trail_of(packed_first(array, table, 0.2), BUNDLE, "x")
     for fine in (0.2, 0.3, 0.6, 0.0):
         with pytest.raises(NotPackable, match="not a third"):
-            follow(trail, Packing("transform/2", fine, table))
+            follow(trail, Packing("transform/3", fine, table))
 
 
 def test_an_empty_tensor_is_not_layered(tables: dict[str, tuple[Table, Array]]) -> None:
     table, _ = tables["maps"]
     empty = np.zeros((0, 12, 14, 14), np.float32)
-    assert pack(empty, layered(Packing("transform/2", 0.2, table))) is empty
+    assert pack(empty, layered(Packing("transform/3", 0.2, table))) is empty
     with pytest.raises(ValueError, match="empty"):
         LAYERS.decode(memoryview(b""), empty.dtype, empty.shape, Basis(table, Kept(), BUNDLE, "x"))
     with pytest.raises(ValueError, match="empty"):
@@ -272,7 +272,7 @@ def test_values_that_grow_beyond_the_coder_are_not_refined(tables: dict[str, tup
 def test_row_tables_are_packed_once(tables: dict[str, tuple[Table, Array]]) -> None:
     tokens = [np.random.default_rng(i).normal(size=(1, 6, 16)).astype(np.float32) for i in range(30)]
     table = learn_rows(Rows.of(tokens), Form(1, rotated=True), None, (24, -41))
-    packing = Packing("transform/2", 0.4, table)
+    packing = Packing("transform/3", 0.4, table)
     assert layered(packing) is packing
     with pytest.raises(NotPackable, match="planes"):
         follow(chain(*reversed(tables["maps"]), (0.2,)).trail, packing)

@@ -1,4 +1,4 @@
-"""`transform/2` of rows: tokens, vectors and states in classes, and how their form is chosen."""
+"""`transform/3` of rows: tokens, vectors and states in classes, and how their form is chosen."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def tables() -> dict[str, RowTable]:
 
 
 def round_trip(array: Array, table: Table | RowTable, quality: float) -> tuple[bytes, Array]:
-    payload = TRANSFORM.encode(array, Packing("transform/2", quality, table))
+    payload = TRANSFORM.encode(array, Packing("transform/3", quality, table))
     return payload, TRANSFORM.decode(memoryview(payload), array.dtype, array.shape, table)
 
 
@@ -122,13 +122,13 @@ def test_rows_that_are_not_finite_are_not_packable(value: float, tables: dict[st
         array = sentence(np.random.default_rng(2), 6)
         array[0, 3, 4] = value
         with pytest.raises(NotPackable):
-            TRANSFORM.encode(array, Packing("transform/2", 0.5, table))
+            TRANSFORM.encode(array, Packing("transform/3", 0.5, table))
 
 
 @pytest.mark.parametrize("shape", [(1, 6, 23), (6, 24), (1, 1, 6, 24), (24, 6, 1)])
 def test_tensors_without_such_rows_are_refused(shape: tuple[int, ...], tables: dict[str, RowTable]) -> None:
     with pytest.raises(NotPackable):
-        TRANSFORM.encode(np.ones(shape, np.float32), Packing("transform/2", 0.5, tables["classes"]))
+        TRANSFORM.encode(np.ones(shape, np.float32), Packing("transform/3", 0.5, tables["classes"]))
     with pytest.raises(ValueError, match=r"table"):
         TRANSFORM.decode(memoryview(bytes(9)), np.dtype(np.float32), shape, tables["classes"])
 
@@ -230,7 +230,7 @@ def test_a_factor_of_zero_is_refused_when_it_is_needed(tables: dict[str, RowTabl
     arrays = tables["classes as they are"].to_arrays()
     table = read_table({**arrays, "synthesis": np.zeros_like(arrays["synthesis"])})
     with pytest.raises(NotPackable, match="inverse"):
-        TRANSFORM.encode(sentence(np.random.default_rng(0)), Packing("transform/2", 0.5, table))
+        TRANSFORM.encode(sentence(np.random.default_rng(0)), Packing("transform/3", 0.5, table))
 
 
 def test_the_layers_of_a_state_are_one_row() -> None:

@@ -38,26 +38,31 @@ GOLDEN: dict[str, tuple[str, bytes, Array]] = {
     "half": ("half/1", bytes.fromhex("0000003e00c00034"), NUMBERS),
     "bfloat16": ("bfloat16/1", bytes.fromhex("0000c03f00c0803e"), NUMBERS),
     # Lengths of three sections; the low words; the turned top words' low bytes, then their high ones: exponents.
-    "lossless": ("lossless/1", struct.pack("<3I", 8, 4, 4) + bytes(8) + bytes.fromhex("00800100007f807d"), NUMBERS),
-    "lossless bool": ("lossless/1", struct.pack("<I", 1) + b"\xa0", np.array([True, False, True])),
-    # The least value, the bits that hold what each is more, a length for each byte of these, all lowest bytes, ….
+    "lossless": ("lossless/2", struct.pack("<3I", 8, 4, 4) + bytes(8) + bytes.fromhex("00800100007f807d"), NUMBERS),
+    "lossless bool": ("lossless/2", struct.pack("<I", 1) + b"\xa0", np.array([True, False, True])),
+    # How many bytes the least value takes and what each is more; it; a length for each of them; all lowest bytes, ….
     "lossless int16": (
-        "lossless/1",
-        struct.pack("<hB2I", -2, 16, 3, 3) + b"\x03\x00\x2e\x00\x00\x01",
+        "lossless/2",
+        struct.pack("<Bb2I", 0x12, -2, 3, 3) + b"\x03\x00\x2e\x00\x00\x01",
         np.array([1, -2, 300], "int16"),
     ),
     "lossless int64, one byte": (
-        "lossless/1",
-        struct.pack("<qBI", -(2**63), 8, 2) + b"\xff\x00",
+        "lossless/2",
+        struct.pack("<BqI", 0x81, -(2**63), 2) + b"\xff\x00",
         np.array([-(2**63) + 255, -(2**63)]),
     ),
-    "lossless int64, one bit": ("lossless/1", struct.pack("<qBI", -1, 1, 1) + b"\x60", np.array([-1, 0, 0, -1])),
-    "lossless int64, all the same": ("lossless/1", struct.pack("<qB", 7, 0), np.full((2, 2), 7)),
+    "lossless int64, one bit": ("lossless/2", struct.pack("<BbI", 0x1F, -1, 1) + b"\x60", np.array([-1, 0, 0, -1])),
+    "lossless int64, all the same": ("lossless/2", b"\x10\x07", np.full((2, 2), 7)),
+    "lossless int64, one": ("lossless/2", struct.pack("<BH", 0x20, 16000), np.array(16000)),
+    "lossless int64, none but zeros": ("lossless/2", b"\0", np.zeros((2, 2), np.int64)),
+    "lossless uint8, one": ("lossless/2", b"\x10\xff", np.array([255], np.uint8)),
+    "lossless int8, one": ("lossless/2", b"\x10\xff", np.array([-1], np.int8)),
+    "lossless int16, one that needs its sign": ("lossless/2", b"\x20\x80\x00", np.array([128], np.int16)),
     # The step, the offset, the codes.
     "int8": ("int8/1", struct.pack("<fi", 0.5, -4) + b"\x04\x07\x00\x05", np.array([0, 1.5, -2, 0.5], "float32")),
     # One channel: the length of the scales, four bytes of step and four of offset, two codes to a byte.
     "int4": ("int4/1", struct.pack("<Ifi", 8, 0.5, -4) + b"\x74\x50", np.array([0, 1.5, -2, 0.5], "float32")),
-    # Form 0, no step, two values, one byte of bits; the values as lossless/1 has them.
+    # Form 0, no step, two values, one byte of bits; the values as lossless/2 has them.
     "sparse": (
         "sparse/1",
         struct.pack("<BfII", 0, 0, 2, 1) + b"\x50" + struct.pack("<3I", 4, 2, 2) + bytes(4) + b"\x80\x00\x7f\x7d",
@@ -71,8 +76,8 @@ GOLDEN: dict[str, tuple[str, bytes, Array]] = {
     "sparse, signed": ("sparse/1", struct.pack("<BfII", 2, 0.5, 1, 1) + b"\x20\xfd", np.array([0, 0, -1.5, 0], "f4")),
     # A zstd frame of 20 bytes in one block: a repeated zero.
     "lossless, zstd": (
-        "lossless/1",
-        struct.pack("<BBI", 9, 8, 10) + bytes.fromhex("28b52ffd2014a3000000"),
+        "lossless/2",
+        struct.pack("<BBI", 0x11, 9, 10) + bytes.fromhex("28b52ffd2014a3000000"),
         np.full(20, 9, "uint8"),
     ),
 }
@@ -150,22 +155,19 @@ BAD: dict[str, tuple[str, bytes, str, tuple[int, ...]]] = {
     "half too long": ("half/1", bytes(10), "float32", (4,)),
     "half of a half": ("half/1", bytes(8), "float16", (4,)),
     "bfloat16 of int": ("bfloat16/1", bytes(8), "int32", (4,)),
-    "lossless without lengths": ("lossless/1", bytes(11), "float32", (4,)),
-    "lossless cut": ("lossless/1", struct.pack("<3I", 8, 4, 4) + bytes(15), "float32", (4,)),
-    "lossless with more": ("lossless/1", struct.pack("<3I", 8, 4, 4) + bytes(17), "float32", (4,)),
-    "lossless of a vast length": ("lossless/1", struct.pack("<3I", 2**32 - 1, 4, 4) + bytes(16), "float32", (4,)),
-    "lossless integers without bits": ("lossless/1", bytes(4), "int32", (4,)),
-    "lossless integers of odd bits": ("lossless/1", struct.pack("<iBI", 0, 2, 1) + b"\0", "int32", (4,)),
-    "lossless integers of too many bits": (
-        "lossless/1",
-        struct.pack("<hB3I", 0, 24, 4, 4, 4) + bytes(12),
-        "int16",
-        (4,),
-    ),
-    "lossless integers of no bits, but bytes": ("lossless/1", struct.pack("<hB", 0, 0) + b"\0", "int16", (4,)),
-    "lossless one bit after the end": ("lossless/1", struct.pack("<hBI", 0, 1, 1) + b"\xf1", "int16", (4,)),
-    "lossless bits after the end": ("lossless/1", struct.pack("<I", 1) + b"\xf1", "bool", (4,)),
-    "lossless nothing, but bytes": ("lossless/1", b"\0", "float32", (0,)),
+    "lossless without lengths": ("lossless/2", bytes(11), "float32", (4,)),
+    "lossless cut": ("lossless/2", struct.pack("<3I", 8, 4, 4) + bytes(15), "float32", (4,)),
+    "lossless with more": ("lossless/2", struct.pack("<3I", 8, 4, 4) + bytes(17), "float32", (4,)),
+    "lossless of a vast length": ("lossless/2", struct.pack("<3I", 2**32 - 1, 4, 4) + bytes(16), "float32", (4,)),
+    "lossless integers without anything": ("lossless/2", b"", "int32", (4,)),
+    "lossless integers without the least": ("lossless/2", b"\x10", "int32", (4,)),
+    "lossless integers with half of the least": ("lossless/2", b"\x20\x01", "int32", (4,)),
+    "lossless integers with too long a least": ("lossless/2", b"\x30\x01\x01\x01", "int16", (4,)),
+    "lossless integers too wide": ("lossless/2", struct.pack("<B3I", 3, 4, 4, 4) + bytes(12), "int16", (4,)),
+    "lossless integers of no bits, but bytes": ("lossless/2", b"\0\0", "int16", (4,)),
+    "lossless one bit after the end": ("lossless/2", struct.pack("<BI", 15, 1) + b"\xf1", "int16", (4,)),
+    "lossless bits after the end": ("lossless/2", struct.pack("<I", 1) + b"\xf1", "bool", (4,)),
+    "lossless nothing, but bytes": ("lossless/2", b"\0", "float32", (0,)),
     "int8 without a step": ("int8/1", bytes(7), "float32", (4,)),
     "int8 step of zero": ("int8/1", struct.pack("<fi", 0, 0) + bytes(4), "float32", (4,)),
     "int8 step below zero": ("int8/1", struct.pack("<fi", -1, 0) + bytes(4), "float32", (4,)),
@@ -198,7 +200,7 @@ BAD: dict[str, tuple[str, bytes, str, tuple[int, ...]]] = {
     "sparse codes of float64": ("sparse/1", HEADER.pack(1, 1, 1, 1) + b"\x80\x01", "float64", (4,)),
     "sparse bits too long": ("sparse/1", HEADER.pack(1, 1, 1, 2) + b"\x80\0\x01", "float32", (4,)),
     "sparse nothing, but bytes": ("sparse/1", HEADER.pack(0, 0, 0, 0), "float32", (0,)),
-    "transform without a table": ("transform/2", bytes(8), "float32", (4,)),
+    "transform without a table": ("transform/3", bytes(8), "float32", (4,)),
     "layers without what they are kept by": ("layers/1", bytes(8), "float32", (4,)),
     "layers that refine what nobody keeps": ("layers/1", b"\x80" + bytes(24), "float32", (4,)),
     "photo without a recipe": ("photo/1", photo(), "float32", (1, 3, 8, 8)),
@@ -221,9 +223,9 @@ def test_a_packed_tensor_that_breaks_a_rule_is_the_frames_fault(codec: str) -> N
 
 
 def test_a_payload_of_the_transform_before_is_refused_by_its_name() -> None:
-    data = frames.encode(Frame({}, packed={"x": Packed("transform/2", "float32", (4,), bytes(8))}))
+    data = frames.encode(Frame({}, packed={"x": Packed("transform/3", "float32", (4,), bytes(8))}))
     with pytest.raises(FrameMalformed) as e:
-        frames.decode(data.replace(b"transform/2", b"transform/1"), max_bytes=BOUND)
+        frames.decode(data.replace(b"transform/3", b"transform/1"), max_bytes=BOUND)
     assert e.value.facts["rule"] == "codec"
 
 
@@ -233,7 +235,7 @@ def bomb(size: int) -> bytes:
 
 
 BOMBS: dict[str, tuple[str, Callable[[int], bytes], str]] = {
-    "lossless": ("lossless/1", lambda n: struct.pack("<BBI", 0, 8, len(bomb(n))) + bomb(n), "uint8"),
+    "lossless": ("lossless/2", lambda n: struct.pack("<BI", 1, len(bomb(n))) + bomb(n), "uint8"),
     "int8": ("int8/1", lambda n: struct.pack("<fi", 1, 0) + bomb(n), "float32"),
     "int4": ("int4/1", lambda n: struct.pack("<Ifi", 8, 1, 0) + bomb(n), "float32"),
     "sparse": ("sparse/1", lambda n: HEADER.pack(1, 1, 0, len(bomb(n))) + bomb(n), "float32"),

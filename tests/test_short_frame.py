@@ -53,7 +53,7 @@ class Function:
 
 def sent(arrays: Mapping[str, Array], table: Table, bundle: str = BUNDLE) -> tuple[bytes, Frame]:
     """The first frame of these tensors, and what refines them."""
-    coarse, fine = (Packing("transform/2", quality, table) for quality in (0.2, 0.4))
+    coarse, fine = (Packing("transform/3", quality, table) for quality in (0.2, 0.4))
     first = {name: pack(array, layered(coarse)) for name, array in arrays.items()}
     packed = {name: p for name, p in first.items() if isinstance(p, Packed)}
     assert packed.keys() == arrays.keys()

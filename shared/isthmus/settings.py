@@ -130,8 +130,8 @@ class RouterSettings(SegmentSettings):
     )
     cuts: tuple[str, ...] = setting("the partition to use, comma-separated cut names; empty takes the bundle's own", ())
     codec: str = setting(
-        "how activations travel between segments over HTTP where no plan says: int8/1, half/1, transform/2@0.9 (a"
-        " calibrated codec and its quality), transform/2@0.4+0.6:1.5 (a closer look at 0.6 where the answer's margin is"
+        "how activations travel between segments over HTTP where no plan says: int8/1, half/1, transform/3@0.9 (a"
+        " calibrated codec and its quality), transform/3@0.4+0.6:1.5 (a closer look at 0.6 where the answer's margin is"
         " below 1.5; more may follow), …; raw for as they are, whatever a plan says",
         "",
     )

@@ -11,10 +11,10 @@ from typing import Self
 from isthmus.bundle import TensorSpec
 from isthmus.codecs import KNOWN, NEVER_CHOSEN, TRANSFORM_ID, Packing, find
 
-_EXACT = frozenset({"raw", "lossless/1", "photo/1"})
+_EXACT = frozenset({"raw", "lossless/2", "photo/1"})
 GRADED = frozenset({"sparse/1", TRANSFORM_ID})
 """Codecs that a quality means something to."""
-SIDE = "lossless/1"
+SIDE = "lossless/2"
 """How tensors travel that are no activations: ids, masks, states of a counter."""
 
 WIDEST_MARGIN = 1000.0
@@ -36,9 +36,9 @@ class Look:
 
 @dataclass(frozen=True)
 class Choice:
-    """How the tensors that cross one cut are packed: `int8/1`, or `transform/2@0.9` with a quality of 0 to 1.
+    """How the tensors that cross one cut are packed: `int8/1`, or `transform/3@0.9` with a quality of 0 to 1.
 
-    `transform/2@0.2+0.4:1.5+0.6:0.7` sends at 0.2, at 0.4 where the margin of the answer is below 1.5, and at 0.6 where
+    `transform/3@0.2+0.4:1.5+0.6:0.7` sends at 0.2, at 0.4 where the margin of the answer is below 1.5, and at 0.6 where
     that of the next answer is below 0.7; see `margin_of`.
     """
 
@@ -91,7 +91,7 @@ class Choice:
         if not made.is_valid():
             raise ValueError(
                 f"{text!r}: a closer look is a higher quality and a margin in nats, above 0 and at most"
-                f" {WIDEST_MARGIN:g}, as in transform/2@0.2+0.4:1.5; at most {MAX_LOOKS} follow one another"
+                f" {WIDEST_MARGIN:g}, as in transform/3@0.2+0.4:1.5; at most {MAX_LOOKS} follow one another"
             )
         return made
 

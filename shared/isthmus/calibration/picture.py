@@ -15,13 +15,13 @@ from isthmus.calibration.fidelity import Entry, Fidelity, Reference
 from isthmus.errors import CalibrationError
 
 _COLOURS = {
-    "transform/2": "#0b6e4f",
-    "transform/2, closer looks": "#3fb68b",
+    "transform/3": "#0b6e4f",
+    "transform/3, closer looks": "#3fb68b",
     "int8/1": "#c8553d",
     "int4/1": "#d98e04",
     "half/1": "#33415c",
     "bfloat16/1": "#7d8597",
-    "lossless/1": "#5c4d7d",
+    "lossless/2": "#5c4d7d",
     "sparse/1": "#a44a7b",
     "raw": "#000000",
     "jpeg": "#1f6fb2",

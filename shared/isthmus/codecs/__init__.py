@@ -19,9 +19,9 @@ from isthmus.codecs import raw
 
 Array = np.ndarray[Any, np.dtype[Any]]
 RAW = "raw"
-TRANSFORM_ID = "transform/2"
+TRANSFORM_ID = "transform/3"
 LAYERS_ID = "layers/1"
-"""How a tensor of `transform/2` travels that may be refined."""
+"""How a tensor of `transform/3` travels that may be refined."""
 
 
 class NotPackable(ValueError):
@@ -85,7 +85,7 @@ Tables: TypeAlias = Callable[[str, str, str], object]
 _PLACES: Mapping[str, str] = {
     "half/1": "half:HALF",
     "bfloat16/1": "half:BFLOAT16",
-    "lossless/1": "lossless:LOSSLESS",
+    "lossless/2": "lossless:LOSSLESS",
     "int8/1": "affine:INT8",
     "int4/1": "affine:INT4",
     "sparse/1": "sparse:SPARSE",

@@ -2,8 +2,8 @@
 
 Values come sorted into runs of one level each; see `levels`. The coder is `constriction`'s stack (Duda 2013, arXiv
 1311.2540). It is bijective: a changed payload hardly ever empties it again, unless it is one of other plain bits, and a
-shortened one does not give the mark that lies at its bottom. Long runs are zstd sections with a checksum; see
-`sections`.
+shortened one does not give the mark that lies at its bottom. Long runs travel as bytes, in a section with a
+checksum; see `bytewise`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from isthmus.codecs import sections
+from isthmus.codecs import bytewise
+from isthmus.codecs.bytewise import Run as Run
 from isthmus.codecs.levels import TOP, uniform
 from isthmus.codecs.payload import Reader
 from isthmus.codecs.runs import MAX_LEVEL as MAX_LEVEL
 from isthmus.codecs.runs import Plan as Plan
 from isthmus.codecs.runs import Stretch
 from isthmus.codecs.runs import unit as unit
-from isthmus.codecs.sections import Run as Run
 
 Array = np.ndarray[Any, np.dtype[Any]]
 LARGEST = 2**23
@@ -32,6 +32,8 @@ _MARK_SIZE = 4096
 _THE_MARK = np.array([_MARK], np.int32)
 
 _BYTE = 127
+_ROOM = np.maximum(TOP - np.arange(_BYTE + 1, dtype=np.int32), 0)
+"""How much a value may exceed its limit before plain bits follow."""
 _LENGTH = struct.Struct("<I")
 
 
@@ -53,30 +55,36 @@ def encode_in_place(whole: Array, plan: Plan) -> bytes:
     """What `encode` gives, for values in a `room`; it is overwritten."""
     parts: list[tuple[Array, Any]] = []
     if plain := plan.plain:
-        run = whole.take(plain.where).astype(np.int32)
+        run = whole[plain.where].astype(np.int32)
         run += plain.half
         high = run >> plain.shift
         whole[plain.where] = high
         run -= high << plain.shift
         _cut(run, plain.bounds, plain.models, parts)
     # Finding out whether to clip takes half of the time of clipping.
-    within = float(whole.min()) >= -_BYTE and float(whole.max()) <= _BYTE
+    least, most = float(whole.min()), float(whole.max())
+    if least == most == 0 and not plain:
+        return b""
+    within = -_BYTE < least <= most < _BYTE
     clipped = (whole if within else np.clip(whole, -_BYTE, _BYTE)).astype(np.int8)
-    far = (np.abs(clipped) >= plan.limits).nonzero()[0]
-    np.minimum(clipped, plan.limits, out=clipped)
-    np.maximum(clipped, plan.least, out=clipped)
+    found = [_clip(clipped, plan, start, stop) for start, stop in plan.narrow]
+    edges = [] if within else [a + (np.abs(clipped[a:b]) == _BYTE).nonzero()[0] for a, b in plan.wide]
+    far = _sorted(found, edges)
     for stretch in plan.stretches:
         _split(clipped[stretch.start : stretch.stop], stretch, parts)
-    most = plan.limits[far]
+    limits = plan.limits[far]
     excess = np.abs(whole[far]).astype(np.int32)
-    excess -= most
-    room = _room(most)
+    excess -= limits
+    room = _ROOM[limits]
     _cut(np.minimum(excess, room), far.searchsorted(plan.bounds).tolist(), plan.excess, parts)
     excess -= room
     if (overflow := excess[excess >= 0]).size:
         parts += [(overflow >> 12, uniform(4096)), (overflow & 4095, uniform(4096))]
-    in_bytes = [sections.write(clipped[start:stop], grouping) for start, stop, grouping in plan.sections]
-    return b"".join([*(_LENGTH.pack(len(s)) for s in in_bytes), *in_bytes, written(parts)])
+    coded = written(parts)
+    if not plan.bytewise:
+        return coded
+    section = bytewise.write(clipped, plan.bytewise)
+    return b"".join([_LENGTH.pack(len(section)), section, coded])
 
 
 def decode(data: memoryview, plan: Plan) -> Array:
@@ -85,23 +93,24 @@ def decode(data: memoryview, plan: Plan) -> Array:
     Raises:
         ValueError: the data are not such values' bytes.
     """
+    if not len(data) and not plan.plain:
+        return np.zeros(plan.count, np.float32)
     reader = Reader(data)
-    lengths = [reader.fields(_LENGTH)[0] for _ in plan.sections]
-    in_bytes = [reader.take(length) for length in lengths]
+    section = reader.take(reader.fields(_LENGTH)[0]) if plan.bytewise else None
     coder = opened(reader.rest())
     low = _take(coder, plan.plain.bounds, plan.plain.models) if plan.plain else None
     short = np.zeros(plan.padded, np.int8)
-    for (start, stop, grouping), section in zip(plan.sections, in_bytes, strict=True):
-        sections.read(section, grouping, short[start:stop])
+    edges = [] if section is None else [bytewise.read(section, plan.bytewise, short)]
     for stretch in plan.stretches:
         _join(coder, short[stretch.start : stretch.stop], stretch)
     if plan.padded > plan.count and short[plan.count :].any():
         raise ValueError("the padding of coded values is not zero")
     values = short[: plan.count].astype(np.float32)
-    far = (np.abs(short) == plan.limits).nonzero()[0]
+    found = [start + (np.abs(short[start:stop]) == plan.limits[start:stop]).nonzero()[0] for start, stop in plan.narrow]
+    far = _sorted(found, edges)
     edge, most = short[far], plan.limits[far]
     excess = _take(coder, far.searchsorted(plan.bounds).tolist(), plan.excess)
-    if (top := (excess == _room(most)).nonzero()[0]).size:
+    if (top := (excess == _ROOM[most]).nonzero()[0]).size:
         beyond = (coder.decode(uniform(4096), top.size) << 12) | coder.decode(uniform(4096), top.size)
         if int(beyond.max()) > LARGEST:
             raise ValueError("a coded value is too large")
@@ -110,12 +119,29 @@ def decode(data: memoryview, plan: Plan) -> Array:
     values[far] = np.copysign(excess, edge)
     close(coder)
     if low is not None and (plain := plan.plain):
-        high = values.take(plain.where).astype(np.int32)
+        high = values[plain.where].astype(np.int32)
         high <<= plain.shift
         high += low
         high -= plain.half
         values[plain.where] = high
     return values
+
+
+def _clip(clipped: Array, plan: Plan, start: int, stop: int) -> Array:
+    """Clip those values to their limits; which of them lie there, or lay beyond."""
+    values, limits = clipped[start:stop], plan.limits[start:stop]
+    far = (np.abs(values) >= limits).nonzero()[0]
+    np.minimum(values, limits, out=values)
+    np.maximum(values, plan.least[start:stop], out=values)
+    far += start
+    return far
+
+
+def _sorted(found: list[Array], edges: list[Array]) -> Array:
+    """All of them, of which those found are in order already."""
+    if not any(each.size for each in edges):
+        return found[0] if len(found) == 1 else np.concatenate([*found, *edges])
+    return np.sort(np.concatenate([*found, *edges]))
 
 
 def written(parts: Sequence[tuple[Array, Any]]) -> bytes:
@@ -147,11 +173,6 @@ def close(coder: Any) -> None:
     """
     if int(coder.decode(uniform(_MARK_SIZE), 1)[0]) != _MARK or not coder.is_empty():
         raise ValueError("coded values do not end where they should")
-
-
-def _room(most: Array) -> Array:
-    """How much a value may exceed its limit before plain bits follow, int32."""
-    return np.maximum(TOP - most.astype(np.int32), 0)
 
 
 def _split(clipped: Array, stretch: Stretch, parts: list[tuple[Array, Any]]) -> None:

@@ -1,6 +1,6 @@
-"""`layers/1`: what `transform/2` packs, kept by the reader for a while, so that refinements need not say it again.
+"""`layers/1`: what `transform/3` packs, kept by the reader for a while, so that refinements need not say it again.
 
-A payload is one of `transform/2`; or a byte 0x80, which is no step of any, the key of what the reader is to have, and
+A payload is one of `transform/3`; or a byte 0x80, which is no step of any, the key of what the reader is to have, and
 the refinement that follows it. Keys are hashes of all that was sent, and of which tensor it is: nothing can be refined
 but what it belongs to. docs/codecs.md, "layers/1".
 """
@@ -66,7 +66,7 @@ class Layers:
         """The first payload of a tensor.
 
         Raises:
-            NotPackable: as `transform/2`; or the tensor's table is one that nothing can be refined with.
+            NotPackable: as `transform/3`; or the tensor's table is one that nothing can be refined with.
         """
         if not isinstance(packing.table, Table) or not array.size:
             raise NotPackable("only tensors in planes are refined, and none that is empty")

@@ -49,15 +49,17 @@ class Models:
         if (self.magnitudes.sum(axis=1, dtype=np.int64) != MAGNITUDE_SUM).any():
             raise ValueError(f"the frequencies of a level's magnitudes sum to {MAGNITUDE_SUM}")
 
-    def level(self, level: int, short: bool) -> Level:
-        """The coder's models of one level, made on first use."""
+    def grouping(self, level: int, short: bool) -> Grouping:
+        """How values of a level are best grouped."""
         zero = int(self.zero[level])
         grouping = next(g for share, g in _GROUPINGS if zero < share * 2**ZERO_BITS or share == 1)
-        if short and grouping.flagged:
-            grouping = replace(grouping, flagged=False)
+        return replace(grouping, flagged=False) if short and grouping.flagged else grouping
+
+    def level(self, level: int, grouping: Grouping) -> Level:
+        """The coder's models of one level's values so grouped, made on first use."""
         found = self._made.get((level, grouping))
         if found is None:
-            groups, flags = grouping.models(zero, self.magnitudes[level].tolist())
+            groups, flags = grouping.models(int(self.zero[level]), self.magnitudes[level].tolist())
             found = self._made[level, grouping] = Level(grouping, groups, flags, self.excess(level, grouping.most))
         return found
 

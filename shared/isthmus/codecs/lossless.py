@@ -1,7 +1,7 @@
 """Every array exactly as it was, bit for bit: bytes of like meaning together, each group compressed alone.
 
 A float's exponents are worth compressing, its mantissas hardly ever: those are tried only where a sample repeats.
-Source: Hershcovitch et al., "ZipNN: Lossless Compression for AI Models", 2024; docs/codecs.md, `lossless/1`.
+Source: Hershcovitch et al., "ZipNN: Lossless Compression for AI Models", 2024; docs/codecs.md, `lossless/2`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from isthmus.codecs import Array, NotPackable, Packing
 from isthmus.codecs.payload import LONGEST_SECTION, Reader, bytes_of, count_of, restore, shrink
 
 _LENGTH = struct.Struct("<I")
+_ONE_BIT = 15
+"""Instead of a number of bytes: values are two neighbouring integers."""
 _SAMPLED, _FEW = 64, 40
 """Of 64 bytes drawn from all 256 values at random, some 57 differ; below 40, a section shrinks by a third or so."""
 
@@ -41,7 +43,7 @@ class Lossless:
         elif _is_float(array.dtype):
             sections = list(_of_floats(little.view(f"<u{little.itemsize}")))[::-1]
         else:
-            return _of_integers(little.view(f"<u{little.itemsize}"), little.min().tobytes())
+            return _of_integers(little.view(f"<u{little.itemsize}"), int(little.min()), array.dtype.kind == "i")
         return _joined(sections)
 
     def decode(self, payload: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], table: object = None) -> Array:
@@ -71,18 +73,16 @@ class Lossless:
             top |= sign
             target[size // 2 - 1 :: size // 2] = top
             return array
-        if len(payload) <= size or (bits := payload[size]) not in (0, 1, *range(8, 8 * size + 1, 8)):
-            raise ValueError("integers begin with the least of them and how many bits hold what the others are more")
-        least, rest = np.frombuffer(payload[:size], f"<u{size}"), payload[size + 1 :]
+        least, width, rest = _head(payload, dtype)
         values = array.reshape(-1).view(f"<u{size}")
-        if bits == 1:
+        if width == _ONE_BIT:
             values[:] = unpack_bits(_sections(rest, [-(-count // 8)])[0], count)
         else:
             values[:] = 0
             planes = values.view(np.uint8).reshape(-1, size)
-            for i, plane in enumerate(_sections(rest, [count] * (bits // 8))):
+            for i, plane in enumerate(_sections(rest, [count] * width)):
                 planes[:, i] = np.frombuffer(plane, np.uint8)
-        values += least
+        values += values.dtype.type(least % 256**size)
         return array
 
 
@@ -103,17 +103,31 @@ def unpack_bits(data: bytes | memoryview, count: int) -> Array:
     return np.unpackbits(packed, count=count).view(np.bool_)
 
 
-def _of_integers(values: Array, least: bytes) -> bytes:
-    """Integers, as unsigned ones: the least, the bits that hold what each is more, and sections of these."""
-    more = values - np.frombuffer(least, values.dtype)
+def _of_integers(values: Array, least: int, signed: bool) -> bytes:
+    """Integers, as unsigned ones: the least, how many bytes hold what each is more, and sections of these."""
+    more = values - values.dtype.type(least % 256**values.itemsize)
     bits = int(more.max()).bit_length()
     if bits == 1:
-        sections = [shrink(pack_bits(more), "structure")]
+        width, sections = _ONE_BIT, [shrink(pack_bits(more), "structure")]
     else:
-        bits = -(-bits // 8) * 8
+        width = -(-bits // 8)
         planes = np.ascontiguousarray(more.view(np.uint8).reshape(-1, more.itemsize).T)
-        sections = [shrink(plane.data, "structure") for plane in planes[: bits // 8]]
-    return least + bytes([bits]) + _joined(sections)
+        sections = [shrink(plane.data, "structure") for plane in planes[:width]]
+    length = -(-((least if least >= 0 else ~least).bit_length() + (signed and least != 0)) // 8)
+    return bytes((length << 4 | width,)) + least.to_bytes(length, "little", signed=signed) + _joined(sections)
+
+
+def _head(payload: memoryview, dtype: np.dtype[Any]) -> tuple[int, int, memoryview]:
+    """The least of integers, how many bytes hold what each is more than it or _ONE_BIT, and what follows.
+
+    Raises:
+        ValueError: the payload does not begin so.
+    """
+    length, width = divmod(payload[0], 16) if len(payload) else (0, _ONE_BIT + 1)
+    if length > dtype.itemsize or dtype.itemsize < width != _ONE_BIT or len(payload) <= length:
+        raise ValueError("integers begin with the lengths of the least of them and of what the others are more, and it")
+    least = int.from_bytes(payload[1 : 1 + length], "little", signed=dtype.kind == "i")
+    return least, width, payload[1 + length :]
 
 
 def _joined(sections: list[bytes | memoryview]) -> bytes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 import threading
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +21,6 @@ Kind = Literal["numbers", "checked", "structure"]
 """What a section holds: numbers that hardly ever repeat, the same with a checksum, or what does repeat: indices, masks,
 parameters."""
 
-_READING: dict[int, int] = {zstd.DecompressionParameter.window_log_max: MAX_WINDOW_LOG}
 # RFC 8878, 3.1.1.1: what describes a frame follows its magic number, and its window that; zstd itself looks at windows
 # only where it makes one.
 _SINGLE_SEGMENT, _WIDEST = 0x20, (MAX_WINDOW_LOG - 10) << 3
@@ -63,11 +63,21 @@ class _Coders(threading.local):
 _coders = _Coders()
 
 
-def shrink(data: bytes | memoryview, kind: Kind) -> bytes | memoryview:
-    """`data` as a section: a zstd frame, or itself where that would not be smaller."""
+def shrink(data: bytes | memoryview, kind: Kind, parts: Sequence[int] = ()) -> bytes | memoryview:
+    """`data` as a section: a zstd frame, or itself where that would not be smaller.
+
+    `parts` are the lengths of parts that are not alike: each has a code of its own.
+    """
     if not len(data):
         return data
-    frame = _coders.compressors[kind].compress(data, zstd.ZstdCompressor.FLUSH_FRAME)
+    coder, start = _coders.compressors[kind], 0
+    made: list[bytes] = []
+    if len(parts) > 1:
+        coder.set_pledged_input_size(len(data))
+        for part in parts[:-1]:
+            made.append(coder.compress(data[start : start + part], coder.FLUSH_BLOCK))
+            start += part
+    frame = b"".join([*made, coder.compress(data[start:], coder.FLUSH_FRAME)])
     return frame if len(frame) < len(data) else data
 
 
@@ -89,7 +99,7 @@ def restore(section: memoryview, size: int) -> bytes | memoryview:
                 f"a zstd frame of {found.decompressed_size} bytes, dictionary {found.dictionary_id}; it is to give"
                 f" {size} bytes without a dictionary, and a window of at most {2**MAX_WINDOW_LOG}"
             )
-        decompressor = zstd.ZstdDecompressor(options=_READING)
+        decompressor = zstd.ZstdDecompressor()
         data = decompressor.decompress(section, size)
     except zstd.ZstdError as e:
         raise ValueError(f"no zstd frame of {size} bytes: {e}") from e

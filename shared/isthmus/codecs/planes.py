@@ -53,31 +53,44 @@ class Layout:
         Raises:
             ValueError: another number of axes, or a plane too long to be transformed.
         """
-        if len(shape) != self.rank:
-            raise ValueError(f"a tensor of {len(shape)} axes; the table was learned for {self.rank}")
-        plane = [shape[a] for a in self.plane_axes] + [1, 1]
-        if max(plane) > MAX_AXIS:
-            raise ValueError(f"a plane axis of {max(plane)}; at most {MAX_AXIS}")
-        batch = 1 if self.rank == 1 or self.channel_axis == 0 else shape[0]
-        return batch, shape[self.channel_axis], plane[0], plane[1]
+        return _sizes(self, shape)
 
     def forward(self, array: Array) -> Array:
         """`array` as (batch, height * width, channels), a view where that can be."""
-        n, c, h, w = self.sizes(array.shape)
-        if self._channels_first:
-            return array.reshape(n, c, h * w).transpose(0, 2, 1)
-        return np.moveaxis(array, self.channel_axis, -1).reshape(n, h * w, c)
+        return self.maps(array).transpose(0, 2, 1)
 
     def backward(self, planes: Array, shape: tuple[int, ...]) -> Array:
         """The inverse of `forward`."""
+        return self.unmapped(planes.transpose(0, 2, 1), shape)
+
+    def maps(self, array: Array) -> Array:
+        """`array` as (batch, channels, height * width), a view where that can be."""
+        n, c, h, w = self.sizes(array.shape)
         if self._channels_first:
-            return planes.transpose(0, 2, 1).reshape(shape)
+            return array.reshape(n, c, h * w)
+        return np.moveaxis(array, self.channel_axis, -1).reshape(n, h * w, c).transpose(0, 2, 1)
+
+    def unmapped(self, maps: Array, shape: tuple[int, ...]) -> Array:
+        """The inverse of `maps`."""
+        if self._channels_first:
+            return maps.reshape(shape)
         moved = [size for axis, size in enumerate(shape) if axis != self.channel_axis]
-        return np.moveaxis(planes.reshape(*moved, shape[self.channel_axis]), -1, self.channel_axis)
+        return np.moveaxis(maps.transpose(0, 2, 1).reshape(*moved, shape[self.channel_axis]), -1, self.channel_axis)
 
     @cached_property
     def _channels_first(self) -> bool:
         return all(axis > self.channel_axis for axis in self.plane_axes)
+
+
+@lru_cache(maxsize=256)
+def _sizes(layout: Layout, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    if len(shape) != layout.rank:
+        raise ValueError(f"a tensor of {len(shape)} axes; the table was learned for {layout.rank}")
+    plane = [shape[a] for a in layout.plane_axes] + [1, 1]
+    if max(plane) > MAX_AXIS:
+        raise ValueError(f"a plane axis of {max(plane)}; at most {MAX_AXIS}")
+    batch = 1 if layout.rank == 1 or layout.channel_axis == 0 else shape[0]
+    return batch, shape[layout.channel_axis], plane[0], plane[1]
 
 
 @lru_cache(maxsize=16)
@@ -106,32 +119,44 @@ class PlaneTransform:
     cells: Array
     whole: Array | None
 
+    @cached_property
+    def bands(self) -> list[tuple[int, tuple[slice, slice, slice]]]:
+        """Each band that has coefficients, and where these are in (batch, channels, height * width)."""
+        runs = enumerate(zip(self.starts, self.starts[1:], strict=False))
+        return [(band, (slice(None), slice(None), slice(a, b))) for band, (a, b) in runs if a < b]
+
     def forward(self, planes: Array) -> Array:
-        """Coefficients by band, float32 (batch, height * width, channels), of planes so shaped; in their own memory."""
-        return self.channels_forward(planes).transpose(0, 2, 1)
+        """Coefficients by band (batch, height * width, channels), of planes so shaped; in their own memory."""
+        maps = np.ascontiguousarray(planes.transpose(0, 2, 1))
+        return self.channels_forward(maps, np.empty_like(maps), np.empty_like(maps)).transpose(0, 2, 1)
 
     def backward(self, coefficients: Array) -> Array:
         """The inverse of `forward`."""
-        return self.channels_backward(coefficients.transpose(0, 2, 1))
+        maps = np.array(coefficients.transpose(0, 2, 1), order="C")
+        return self.channels_backward(maps, np.empty_like(maps)).transpose(0, 2, 1)
 
-    def channels_forward(self, planes: Array) -> Array:
-        """What `forward` gives, as (batch, channels, height * width); planes that lie so are not copied before."""
-        n, hw, c = planes.shape
-        if self.whole is not None:
-            return np.asarray(np.matmul(planes.transpose(0, 2, 1), self.whole.T))
-        maps = planes.transpose(0, 2, 1).reshape(n * c * self.height, self.width)
-        rows = np.matmul(maps, dct(self.width).T).reshape(n * c, self.height, self.width)
-        both = np.matmul(dct(self.height), rows).reshape(n, c, hw)
-        return np.asarray(both.take(self.order, axis=2, mode="clip"))
+    def channels_forward(self, maps: Array, out: Array, spare: Array) -> Array:
+        """What `forward` gives, as (batch, channels, height * width) in `out`, of maps so shaped.
 
-    def channels_backward(self, coefficients: Array) -> Array:
-        """The inverse of `channels_forward`."""
-        n, c, hw = coefficients.shape
+        `spare` is as large and is overwritten: what is written where something was read a moment ago stays in the
+        processor's cache, which a map of 300 kB leaves three times over otherwise.
+        """
         if self.whole is not None:
-            return np.asarray(np.matmul(coefficients, self.whole)).transpose(0, 2, 1)
-        maps = coefficients.take(self.place, axis=2, mode="clip").reshape(n * c, self.height, self.width)
-        columns = np.matmul(dct(self.height).T, maps).reshape(n * c * self.height, self.width)
-        return np.asarray(np.matmul(columns, dct(self.width))).reshape(n, c, hw).transpose(0, 2, 1)
+            return np.asarray(np.matmul(maps, self.whole.T, out=out))
+        rows = np.matmul(maps.reshape(-1, self.width), dct(self.width).T, out=out.reshape(-1, self.width))
+        shape = (-1, self.height, self.width)
+        np.matmul(dct(self.height), rows.reshape(shape), out=spare.reshape(shape))
+        return np.asarray(spare.take(self.order, axis=2, mode="wrap", out=out))
+
+    def channels_backward(self, coefficients: Array, spare: Array) -> Array:
+        """The inverse of `channels_forward`, in either array's memory; both are overwritten."""
+        if self.whole is not None:
+            return np.asarray(np.matmul(coefficients, self.whole, out=spare))
+        coefficients.take(self.place, axis=2, mode="wrap", out=spare)
+        shape = (-1, self.height, self.width)
+        columns = np.matmul(dct(self.height).T, spare.reshape(shape), out=coefficients.reshape(shape))
+        np.matmul(columns.reshape(-1, self.width), dct(self.width), out=spare.reshape(-1, self.width))
+        return spare
 
 
 def plane_transform(height: int, width: int, edges: tuple[float, ...]) -> PlaneTransform:

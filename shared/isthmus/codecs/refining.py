@@ -1,4 +1,4 @@
-"""Refining what `transform/2` packed: each refinement makes the step a third, and takes what the finer step costs more.
+"""Refining what `transform/3` packed: each refinement makes the step a third, and takes what the finer step costs more.
 
 Tensors are refined in the rotation and the planes of a `Table`; a `RowTable` sorts its rows by the step, so that what
 was sent at one says nothing of another. A refinement is its gain (one byte), for finer steps show more of a tensor's
@@ -15,7 +15,7 @@ from isthmus.codecs import NotPackable, entropy, thirds
 from isthmus.codecs.entropy import LARGEST
 from isthmus.codecs.steps import FACTOR, THIRD, size_of
 from isthmus.codecs.table import GAINS, Grid, Table
-from isthmus.codecs.transform import gain_of, grid_of, head, rounded, synthesised
+from isthmus.codecs.transform import gain_of, head, rounded, synthesised
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -48,11 +48,11 @@ def known_at(values: Array, step: int) -> Known:
     Raises:
         NotPackable: one is too large.
     """
-    return Known.of(step, rounded(values, step)[: values.size])
+    return Known.of(step, rounded(values, step, entropy.room(values.size))[: values.size])
 
 
 def known_of(payload: memoryview, shape: tuple[int, ...], table: Table) -> Known:
-    """What a payload of `transform/2` tells.
+    """What a payload of `transform/3` tells.
 
     Raises:
         ValueError: it is not one of a tensor of that shape, or the tensor is empty.
@@ -75,8 +75,6 @@ def refine(values: Array, shape: tuple[int, ...], known: Known, table: Table) ->
         raise NotPackable("there is no finer step")
     if known.numbers.size != values.size:
         raise NotPackable("this is not the tensor that was sent")
-    with np.errstate(all="ignore"):  # of NaN and infinity, which gain_of finds
-        gain = min(gain_of(values, grid, step), GAINS[1])
     coarse = _thrice(known)
     more = values * np.float32(1 / size_of(step))
     np.rint(more, out=more)
@@ -89,6 +87,7 @@ def refine(values: Array, shape: tuple[int, ...], known: Known, table: Table) ->
         finer = Known.of(step, coarse)
     except ValueError as e:
         raise NotPackable(str(e)) from e
+    gain = min(gain_of(values, grid, step), GAINS[1])
     return bytes((gain & 255,)) + thirds.encode(more, known.numbers, grid.runs(step, gain), grid.models), finer
 
 
@@ -99,7 +98,7 @@ def read(part: memoryview, known: Known, shape: tuple[int, ...], table: Table) -
         ValueError: it is none of a tensor of that shape, of which so much is known; or beyond the finest step.
     """
     grid = _grid(shape, table)
-    if known.numbers.size != grid.per_unit.size:
+    if known.numbers.size != grid.count:
         raise ValueError("a refinement of a tensor of another size")
     if (step := known.step - THIRD) < table.steps[1]:
         raise ValueError(f"a refinement to step {step}; the table ends at {table.steps[1]}")
@@ -126,6 +125,6 @@ def _thrice(known: Known) -> Array:
 
 
 def _grid(shape: tuple[int, ...], table: Table) -> Grid:
-    if (grid := grid_of(shape, table)) is None:
+    if (grid := table.grid(shape)) is None:
         raise ValueError("an empty tensor is never refined")
     return grid

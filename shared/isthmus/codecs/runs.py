@@ -1,4 +1,4 @@
-"""How coefficients sorted into runs of one level each are coded: as sections, in groups, with plain low bits."""
+"""How coefficients sorted into runs of one level each are coded: as bytes, in groups, with plain low bits."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from isthmus.codecs import sections
+from isthmus.codecs.bytewise import SINGLE, Bytewise, Run, choose
 from isthmus.codecs.levels import FLAGS, LEVELS, Grouping, Level, Models, uniform
-from isthmus.codecs.sections import Run, Section
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -20,6 +19,8 @@ MAX_LEVEL = LEVELS - 1 + 2 * 12
 """Every two levels from LEVELS on leave one more plain bit to each value: at most twelve."""
 
 _SHORT = 2048
+FEW = 4096
+"""Values; grouping fewer in a way of their own takes longer than the symbols that it saves."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,12 @@ class Stretch:
 class Plain:
     """The values that leave low bits plain: where they are, how many bits (int32), and half of what these can count.
 
+    They lie beside one another, but for runs of bytes between them.
+
     `bounds` are their runs' among them, `models` the coder's models of the bits.
     """
 
-    where: Array
+    where: slice | Array
     shift: Array
     half: Array
     bounds: list[int]
@@ -72,27 +75,32 @@ class Plain:
             return None
         lengths = [stop - start for _, start, stop in runs]
         shift = np.repeat(np.array([bits for bits, _, _ in runs], np.int32), lengths)
-        where = np.concatenate([np.arange(start, stop) for _, start, stop in runs])
+        where: slice | Array = slice(runs[0][1], runs[-1][2])
+        if sum(lengths) < runs[-1][2] - runs[0][1]:
+            where = np.concatenate([np.arange(start, stop) for _, start, stop in runs])
         half = (1 << shift) >> 1
         return cls(where, shift, half, [0, *itertools.accumulate(lengths)], [uniform(1 << bits) for bits, _, _ in runs])
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """How `count` values are coded: which runs are sections, which are grouped alike, which of these have plain bits.
+    """How `count` values are coded: which runs as bytes, which are grouped alike, which of these have plain bits.
 
     `bounds` and `excess` are all runs' bounds, and the models of what clipped values exceed their limit by: None where
-    that follows in plain bits at once. `limits` is where each value is clipped, int8 (padded,).
+    that follows in plain bits at once. `limits` is where each value is clipped, int8 (padded,): below the largest that
+    a byte has in the parts `narrow`, there in the parts `wide`.
     """
 
     count: int
     padded: int
-    sections: list[Section]
+    bytewise: list[Bytewise]
     stretches: list[Stretch]
     plain: Plain | None
     bounds: Array
     limits: Array
     excess: list[Any]
+    narrow: list[tuple[int, int]]
+    wide: list[tuple[int, int]]
 
     @cached_property
     def least(self) -> Array:
@@ -105,32 +113,48 @@ class Plan:
         count = runs[-1][2]
         padded = count + -count % unit(count)
         runs = [*runs[:-1], (runs[-1][0], runs[-1][1], padded)]
-        in_bytes = sections.choose(runs, models)
-        grouping_of = {level: g for a, b, g in in_bytes for level, start, _ in runs if a <= start < b}
+        as_bytes = choose(runs, models)
+        grouped = {level: g for a, b, g, _ in as_bytes for level, start, _ in runs if a <= start < b}
         stretches: list[Stretch] = []
-        plain: list[tuple[int, int, int]] = []
-        most: list[int] = []
-        excess: list[Any] = []
-        for at, start, stop in runs:
-            if grouping := grouping_of.get(at):
-                most.append(grouping.most)
-                excess.append(None if grouping is sections.SINGLE else models.excess(at, grouping.most))
-                continue
-            # Two levels are a factor of two: without that many low bits, a value is of a level that has a model.
-            bits = max(0, -(-(at - LEVELS + 1) // 2))
-            if bits:
-                plain.append((bits, start, min(stop, count)))
-            level = models.level(at - 2 * bits, count < _SHORT)
-            most.append(level.grouping.most)
-            excess.append(level.excess)
-            if stretches and stretches[-1].stop == start and stretches[-1].grouping == level.grouping:
-                stretches[-1].levels.append(level)
-                stretches[-1].bounds.append(stop)
-            else:
-                stretches.append(Stretch(level.grouping, [level], [start, stop]))
+        limits_of = {at: grouping.most for at, grouping in grouped.items()}
+        excess_of = {at: None if g is SINGLE else models.excess(at, g.most) for at, g in grouped.items()}
+        for grouping, alike in _alike([run for run in runs if run[0] not in grouped], models, count < _SHORT):
+            levels = [models.level(at - 2 * plain_bits(at), grouping) for at, _, _ in alike]
+            stretches.append(Stretch(grouping, levels, [alike[0][1], *(stop for _, _, stop in alike)]))
+            limits_of |= {at: grouping.most for at, _, _ in alike}
+            excess_of |= {at: level.excess for (at, _, _), level in zip(alike, levels, strict=True)}
+        plain = [(plain_bits(at), a, min(b, count)) for at, a, b in runs if at not in grouped and plain_bits(at)]
         bounds = np.array([0, *(stop for _, _, stop in runs)])
-        limits = np.repeat(np.array(most, np.int8), np.diff(bounds))
-        return cls(count, padded, in_bytes, stretches, Plain.of(plain), bounds, limits, excess)
+        limits = np.repeat(np.array([limits_of[at] for at, _, _ in runs], np.int8), np.diff(bounds))
+        excess = [excess_of[at] for at, _, _ in runs]
+        wide = [(start, stop) for start, stop, grouping, _ in as_bytes if grouping is SINGLE]
+        borders = [0, *itertools.chain.from_iterable(wide), padded]
+        narrow = [(a, b) for a, b in zip(borders[::2], borders[1::2], strict=True) if a < b]
+        return cls(count, padded, as_bytes, stretches, Plain.of(plain), bounds, limits, excess, narrow, wide)
+
+
+def plain_bits(level: int) -> int:
+    """How many low bits values of a level leave plain.
+
+    Two levels are a factor of two: without so many bits, a value is of a level that has a model.
+    """
+    return max(0, -(-(level - LEVELS + 1) // 2))
+
+
+def _alike(runs: Sequence[Run], models: Models, short: bool) -> list[tuple[Grouping, list[Run]]]:
+    """Runs beside one another whose values are grouped alike: as suits them, or what follows where they are few."""
+    found: list[tuple[Grouping, list[Run]]] = []
+    for run in runs:
+        grouping = models.grouping(run[0] - 2 * plain_bits(run[0]), short)
+        if (
+            found
+            and (before := found[-1][1])[-1][2] == run[1]
+            and (found[-1][0] == grouping or run[1] - before[0][1] < FEW)
+        ):
+            found[-1] = grouping, [*before, run]
+        else:
+            found.append((grouping, [run]))
+    return found
 
 
 def unit(count: int) -> int:

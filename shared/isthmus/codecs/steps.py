@@ -1,4 +1,4 @@
-"""The steps of `transform/2`: whole numbers, of which thirteen are a factor of three, so that finer steps nest.
+"""The steps of `transform/3`: whole numbers, of which thirteen are a factor of three, so that finer steps nest.
 
 A third of a step puts three new multiples around each old one, and no interval across an old border: what was sent
 stays true, and what is left to say takes hardly more than was saved. Source: docs/codecs.md, "Refining".
@@ -7,6 +7,7 @@ stays true, and what is left to say takes hardly more than was saved. Source: do
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 THIRD = 13
 """How much lower the number of a third of a step is."""
@@ -23,6 +24,7 @@ def in_eighths(step: int) -> int:
     return (39 * step + 20) // 40
 
 
+@lru_cache(maxsize=1024)
 def step_of(quality: float, steps: tuple[int, int]) -> int:
     """The step of a quality from 0 (the coarsest of `steps`) to 1 (the finest).
 

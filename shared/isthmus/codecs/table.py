@@ -1,7 +1,8 @@
-"""What `transform/2` has learned of one tensor, and its form as named arrays."""
+"""What `transform/3` has learned of one tensor, and its form as named arrays."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -36,6 +37,9 @@ EXPECTED_MAGNITUDE = 0.7
 TOGETHER, MANY = 4, 512
 """In planes of so many coefficients, four neighbours in the transform's order have one deviation, their mean."""
 
+_SAMPLED = 2**12
+"""Values whose mean magnitude is that of all, within a fiftieth; gains are told to a tenth."""
+
 _KEPT_VALUES = 2**21
 """Of grids, which take some 20 bytes for each: those of the sizes asked for last."""
 
@@ -47,7 +51,8 @@ class Sorting:
     """What coding coefficients of known deviations needs: where each goes.
 
     `order` sorts them all by deviation, `together` neighbours at a time, and `place` undoes it; `deviations` and `ends`
-    are the distinct ones and where their runs end; `per_unit` has the reciprocal of each coefficient's.
+    are the distinct ones and where their runs end; `counts` how long
+    these are; `per_unit` has the reciprocals of these deviations.
     """
 
     together: int
@@ -56,9 +61,11 @@ class Sorting:
     place: Array
     deviations: Array
     ends: Array
+    counts: Array
     per_unit: Array
     models: Models
     _plans: dict[int, Plan] = field(default_factory=dict, init=False, repr=False)
+    _samples: dict[int, tuple[slice, Array]] = field(default_factory=dict, init=False, repr=False)
     _runs: dict[int, list[Run]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
@@ -66,13 +73,27 @@ class Sorting:
         """That of coefficients of these stored deviations, uint8 (n,)."""
         return cls(1, *_sorted(stored), models)
 
-    def sort(self, values: Array) -> Array:
-        """float32 (n,), sorted."""
-        return _taken(values, self.order, self.together)
+    @property
+    def count(self) -> int:
+        """Of coefficients."""
+        return int(self.ends[-1])
 
-    def unsort(self, values: Array) -> Array:
+    def sort(self, values: Array, out: Array) -> Array:
+        """float32 (n,), sorted, in `out`."""
+        return _taken(values, self.order, self.together, out)
+
+    def unsort(self, values: Array, out: Array) -> Array:
         """The inverse of `sort`."""
-        return _taken(values, self.place, self.together)
+        return _taken(values, self.place, self.together, out)
+
+    def sampled(self, least: int) -> tuple[slice, Array]:
+        """Which sorted values, from the one of `deviations` on, tell a magnitude, and the reciprocals of theirs."""
+        found = self._samples.get(least)
+        if found is None:
+            start = int(self.ends[least] - self.counts[least])
+            some = slice(start, None, max((self.count - start) // _SAMPLED, 1))
+            found = self._samples[least] = some, np.repeat(self.per_unit[least:], self.counts[least:])[:: some.step]
+        return found
 
     def plan(self, step: int, gain: int) -> Plan:
         """How the sorted coefficients are coded at that step and gain."""
@@ -93,7 +114,7 @@ class Sorting:
     def _found_runs(self, step: int, gain: int) -> list[Run]:
         levels = levels_of(self.deviations, step, gain)
         last = np.flatnonzero(np.diff(levels, append=-1))
-        count, unit = int(self.ends[-1]), entropy.unit(int(self.ends[-1]))
+        count, unit = self.count, entropy.unit(self.count)
         ends = [*(int(end) // unit * unit for end in self.ends[last[:-1]]), count]
         pairs = zip(levels[last].tolist(), [0, *ends[:-1]], ends, strict=True)
         return [(level, start, stop) for level, start, stop in pairs if start < stop]
@@ -103,15 +124,24 @@ class Sorting:
 class Grid(Sorting):
     """A sorting of the coefficients of a tensor of one size, computed once.
 
-    Coefficients are (batch, channels, height * width), these in the transform's order.
+    `shape` is that of the coefficients, (batch, channels, height * width), which lie in the transform's order. A
+    plane's mean is the first of them; `mean` is what is expected there, float32 (channels,).
     """
 
+    shape: tuple[int, int, int]
+
     transform: PlaneTransform
+    mean: Array
+
+    def rotate(self, rotations: Array, by_band: Array, out: Array) -> None:
+        """Multiply each band's channels, float32 of `shape`, by its rotation."""
+        for band, part in self.transform.bands:
+            np.matmul(rotations[band], by_band[part], out=out[part])
 
     @property
     def weight(self) -> int:
         """What it takes in memory, in coefficients: a transform's matrix is the plane's size squared, 4 bytes each."""
-        return int(self.per_unit.size) + (0 if self.transform.whole is None else self.transform.whole.size // 5)
+        return self.count + (0 if self.transform.whole is None else self.transform.whole.size // 5)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +161,7 @@ class Table:
     deviations: Array
     steps: tuple[int, int]
     models: Models
-    _grids: dict[tuple[int, int, int], Grid] = field(default_factory=dict, init=False, repr=False)
+    _grids: dict[tuple[int, ...], Grid] = field(default_factory=dict, init=False, repr=False)
     _lock: Lock = field(default_factory=Lock, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -178,14 +208,24 @@ class Table:
             raise ValueError(f"a table's rotation has no inverse: {e}") from e
         return inverse.astype(np.float32)
 
-    def grid(self, batch: int, height: int, width: int) -> Grid:
-        """Where the coefficients of a tensor of that size go; kept for the sizes asked for last."""
-        key = (batch, height, width)
+    def grid(self, shape: tuple[int, ...]) -> Grid | None:
+        """Where the coefficients of a tensor of that shape go, kept for those asked for last; None where it has none.
+
+        Raises:
+            ValueError: it is none that the table was learned for.
+        """
         with self._lock:
-            found = self._grids.pop(key, None)
-            if found is None:
-                found = self._grid(*key)
-            self._grids[key] = found
+            found = self._grids.pop(shape, None)
+            if found is not None:
+                self._grids[shape] = found
+                return found
+        batch, channels, height, width = self.layout.sizes(shape)
+        if channels != self.channels:
+            raise ValueError(f"a tensor of {channels} channels; the table has {self.channels}")
+        if not batch * channels * height * width:
+            return None
+        with self._lock:
+            found = self._grids[shape] = self._grid(batch, height, width)
             kept = sum(grid.weight for grid in self._grids.values())
             while len(self._grids) > 1 and kept > _KEPT_VALUES:
                 kept -= self._grids.pop(next(iter(self._grids))).weight
@@ -229,7 +269,15 @@ class Table:
         shape = (batch, deviations.shape[1], self.channels)
         stored = np.broadcast_to(deviations.T, shape).reshape(-1)
         lies = np.arange(stored.size).reshape(batch, self.channels, -1).transpose(0, 2, 1).reshape(-1)
-        return Grid(together, *_sorted(stored, together, lies), self.models, transform)
+        mean = self.mean * np.float32(math.sqrt(height * width))
+        return Grid(
+            together,
+            *_sorted(stored, together, lies),
+            self.models,
+            (batch, self.channels, height * width),
+            transform,
+            mean,
+        )
 
 
 def levels_of(deviations: Array, step: int, gain: int | Array) -> Array:
@@ -248,13 +296,16 @@ def cells(layout: Layout) -> int:
     return int(CELLS ** len(layout.plane_axes))
 
 
-def _taken(values: Array, where: Array, together: int) -> Array:
+def _taken(values: Array, where: Array, together: int, out: Array) -> Array:
     # An index costs as much for 16 bytes as for four, and to wrap it around less than to clip it.
     dtype = np.dtype(np.complex128) if together == TOGETHER else values.dtype
-    return values.view(dtype).take(where, mode="wrap").view(values.dtype)
+    values.view(dtype).take(where, mode="wrap", out=out.view(dtype))
+    return out
 
 
-def _sorted(stored: Array, together: int = 1, lies: Array | None = None) -> tuple[Array, Array, Array, Array, Array]:
+def _sorted(
+    stored: Array, together: int = 1, lies: Array | None = None
+) -> tuple[Array, Array, Array, Array, Array, Array]:
     """A sorting's arrays, of coefficients of these deviations, uint8 (n,), one for each `together` of them.
 
     `lies` says where each is, if not in this order.
@@ -267,4 +318,4 @@ def _sorted(stored: Array, together: int = 1, lies: Array | None = None) -> tupl
     place = np.empty_like(order)
     place[order] = np.arange(order.size)
     units = np.exp2((ZERO_DEVIATION - distinct.astype(np.float32)) / OCTAVE).astype(np.float32)
-    return order, place, distinct, np.cumsum(counts[distinct]), np.repeat(units, counts[distinct])
+    return order, place, distinct, np.cumsum(counts[distinct]), counts[distinct], units

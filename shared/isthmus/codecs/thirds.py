@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from isthmus.codecs.bytewise import Run
 from isthmus.codecs.entropy import close, opened, written
 from isthmus.codecs.levels import Models
-from isthmus.codecs.sections import Run
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

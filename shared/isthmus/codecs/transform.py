@@ -1,8 +1,8 @@
-"""`transform/2`: calibrated rotation of the channels, DCT of the planes, even rounding, entropy coding.
+"""`transform/3`: calibrated rotation of the channels, DCT of the planes, even rounding, entropy coding.
 
 A payload is the step (one byte), the gain (one byte) and the coded coefficients, sorted by what the table expects of
 them; an empty tensor's is empty. Every decision that the reader repeats is made of integers, so the same coefficients
-come out on every machine; the transform back is in float32. docs/codecs.md, "transform/2".
+come out on every machine; the transform back is in float32. docs/codecs.md, "transform/3".
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Transform:
             raise ValueError(f"a transform does not pack {dtype}")
         if isinstance(table, RowTable):
             return _decode_rows(payload, dtype, shape, table)
-        if (grid := grid_of(shape, table)) is None:
+        if (grid := table.grid(shape)) is None:
             return _empty(payload, dtype, shape)
         step, gain = head(payload, table)
         return synthesised(entropy.decode(payload[2:], grid.plan(step, gain)), step, grid, dtype, shape, table)
@@ -65,33 +65,21 @@ class Transform:
 TRANSFORM = Transform()
 
 
-def grid_of(shape: tuple[int, ...], table: Table) -> Grid | None:
-    """Where the coefficients of a tensor of that shape go; None where it has none.
-
-    Raises:
-        ValueError: it is none that the table was learned for.
-    """
-    batch, channels, height, width = table.layout.sizes(shape)
-    if channels != table.channels:
-        raise ValueError(f"a tensor of {channels} channels; the table has {table.channels}")
-    return table.grid(batch, height, width) if math.prod(shape) else None
-
-
 def coded(array: Array, table: Table, quality: float) -> tuple[bytes, int, Array]:
     """A tensor's payload at that quality, its step, and its components in units, sorted, float32 (n,).
 
     Raises:
         NotPackable: see `Transform.encode`.
     """
-    values, grid = analysed(array, table)
+    values, grid, spare = _analysed(array, table)
     step = step_of(quality, table.steps)
     if grid is None:
         return b"", step, values
-    with np.errstate(all="ignore"):  # of NaN and infinity, which gain_of finds
-        gain = gain_of(values, grid, step)
+    whole = rounded(values, step, spare)
+    gain = gain_of(values, grid, step)
     if gain > GAINS[1]:
         raise NotPackable(f"the tensor has {2 ** (gain / OCTAVE):.3g} times the magnitude of what was learned from")
-    data = entropy.encode_in_place(rounded(values, step), grid.plan(step, gain))
+    data = entropy.encode_in_place(whole, grid.plan(step, gain))
     return bytes((step & 255, gain & 255)) + data, step, values
 
 
@@ -101,19 +89,27 @@ def analysed(array: Array, table: Table) -> tuple[Array, Grid | None]:
     Raises:
         NotPackable: not a tensor that the table was learned for.
     """
+    values, grid, _ = _analysed(array, table)
+    return values, grid
+
+
+def _analysed(array: Array, table: Table) -> tuple[Array, Grid | None, Array]:
+    """What `analysed` gives, and a `room` for as many."""
     _check_dtype(array)
     try:
-        grid, analysis = grid_of(array.shape, table), table.analysis_at_work
+        grid, analysis = table.grid(array.shape), table.analysis_at_work
     except ValueError as e:
         raise NotPackable(str(e)) from e
     if grid is None:
-        return np.zeros(0, np.float32), None
+        return np.zeros(0, np.float32), None, np.zeros(0, np.float32)
+    values, spare = np.empty(grid.count, np.float32), entropy.room(grid.count)
     with np.errstate(all="ignore"):  # of NaN and infinity, which whoever rounds them finds
-        planes = table.layout.forward(array).astype(np.float32, copy=False)
-        coefficients = grid.transform.channels_forward(planes)
-        # A plane's mean is the first coefficient of the first band.
-        coefficients[:, :, 0] -= table.mean * np.float32(math.sqrt(planes.shape[1]))
-        return grid.sort(_rotated(analysis, coefficients, grid).reshape(-1)), grid
+        maps = table.layout.maps(array).astype(np.float32, copy=False)
+        one, other = values.reshape(grid.shape), spare[: grid.count].reshape(grid.shape)
+        grid.transform.channels_forward(maps, one, other)
+        one[:, :, 0] -= grid.mean
+        grid.rotate(analysis, one, other)
+        return grid.sort(other.reshape(-1), values), grid, spare
 
 
 def synthesised(
@@ -121,11 +117,11 @@ def synthesised(
 ) -> Array:
     """The tensor of sorted components in steps, float32; they are overwritten."""
     values *= np.float32(size_of(step))
-    hw = grid.transform.order.size
-    components = grid.unsort(values).reshape(-1, table.channels, hw)
-    coefficients = _rotated(table.synthesis_at_work, components, grid)
-    coefficients[:, :, 0] += table.mean * np.float32(math.sqrt(hw))
-    return _of_dtype(table.layout.backward(grid.transform.channels_backward(coefficients), shape), dtype)
+    one, other = np.empty(grid.shape, np.float32), values.reshape(grid.shape)
+    grid.unsort(values, one.reshape(-1))
+    grid.rotate(table.synthesis_at_work, one, other)
+    other[:, :, 0] += grid.mean
+    return _of_dtype(table.layout.unmapped(grid.transform.channels_backward(other, one), shape), dtype)
 
 
 def _encode_rows(array: Array, table: RowTable, quality: float) -> bytes:
@@ -138,16 +134,17 @@ def _encode_rows(array: Array, table: RowTable, quality: float) -> bytes:
     if not array.size:
         return b""
     step = step_of(quality, table.steps)
-    with np.errstate(all="ignore"):  # of NaN and infinity, which gain_of finds
+    with np.errstate(all="ignore"):  # of NaN and infinity, which rounding finds
         components = applied(analysis, rows)
         classes = table.nearest(components, step)
         sorting = table.sorting(classes)
         weighted = (components - table.centres[classes]) * table.factors[classes]
         values = weighted.reshape(-1)[sorting.order]
-        # A row that is hardly like its class may be any number of times as large as expected, and is kept all the same.
-        gain = min(gain_of(values, sorting, step), GAINS[1])
+    whole = rounded(values, step, entropy.room(values.size))
+    # A row that is hardly like its class may be any number of times as large as expected, and is kept all the same.
+    gain = min(gain_of(values, sorting, step), GAINS[1])
     start = bytes((step & 255, gain & 255)) + packed_classes(classes, table.bits)
-    return start + entropy.encode_in_place(rounded(values, step), sorting.plan(step, gain))
+    return start + entropy.encode_in_place(whole, sorting.plan(step, gain))
 
 
 def _decode_rows(payload: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], table: RowTable) -> Array:
@@ -170,7 +167,7 @@ def head(payload: memoryview, table: Table | RowTable) -> tuple[int, int]:
     Raises:
         ValueError: the payload has none, or others than the table allows.
     """
-    if len(payload) < 3:
+    if len(payload) < 2:
         raise ValueError(f"a payload of {len(payload)} bytes is too short")
     step, gain = np.frombuffer(payload[:2], np.int8).tolist()
     if not GAINS[0] <= gain <= GAINS[1] or not table.steps[1] <= step <= table.steps[0]:
@@ -196,47 +193,30 @@ def _of_dtype(array: Array, dtype: np.dtype[Any]) -> Array:
     return np.ascontiguousarray(array, dtype)
 
 
-def _rotated(rotations: Array, by_band: Array, grid: Grid) -> Array:
-    """Each band's channels, float32 (batch, channels, height * width), multiplied by its rotation."""
-    found = np.empty_like(by_band, order="C")
-    for rotation, start, stop in _bands(rotations, grid):
-        np.matmul(rotation, by_band[:, :, start:stop], out=found[:, :, start:stop])
-    return found
-
-
-def _bands(rotations: Array, grid: Grid) -> list[tuple[Array, int, int]]:
-    starts = grid.transform.starts
-    return [(r, a, b) for r, a, b in zip(rotations, starts, starts[1:], strict=False) if a < b]
-
-
 def gain_of(values: Array, grid: Sorting, step: int) -> int:
-    """How much larger this tensor's values are than was learned, from those that matter at this step.
-
-    Raises:
-        NotPackable: NaN or infinity.
-    """
+    """How much larger this tensor's finite values are than was learned, from those that matter at this step."""
     # Deviations of half a step and more; all, where there are none.
     least = int(grid.deviations.searchsorted(ZERO_DEVIATION + in_eighths(step) - OCTAVE))
-    start = int(grid.ends[least - 1]) if 0 < least < len(grid.ends) else 0
-    if not math.isfinite(float(values @ values)):
-        raise NotPackable("NaN, infinity and numbers near the largest cannot be packed by a transform")
-    mean = float(np.abs(values[start:]) @ grid.per_unit[start:]) / (values.size - start) / EXPECTED_MAGNITUDE
+    some, per_unit = grid.sampled(least % grid.deviations.size)
+    mean = float(np.abs(values[some]) @ per_unit) / per_unit.size / EXPECTED_MAGNITUDE
     return max(round(OCTAVE * math.log2(mean)), GAINS[0]) if mean > 0 else GAINS[0]
 
 
-def rounded(values: Array, step: int) -> Array:
-    """Whole multiples of the step as float32, the nearest ones, where `entropy.encode_in_place` takes them.
+def rounded(values: Array, step: int, room: Array) -> Array:
+    """Whole multiples of the step as float32, the nearest ones, in an `entropy.room`.
 
     Nothing moves values towards zero, neither a dead zone nor the mean of what is rounded to the same: such errors all
     point one way and add up over a plane. Unpacked to such means, EfficientNet-Lite0's activations took up to a fifth
     more bytes for the same divergence of its answers.
 
     Raises:
-        NotPackable: one would be too large.
+        NotPackable: NaN or infinity; one would be too large.
     """
-    scaled = entropy.room(values.size)
-    np.multiply(values, np.float32(1 / size_of(step)), out=scaled[: values.size])
-    norm = math.sqrt(float(scaled @ scaled))
-    if norm >= LARGEST / 2 and not float(np.abs(scaled).max()) < LARGEST / 2:
-        raise NotPackable("a value is too far outside of the calibrated range")
-    return np.rint(scaled, out=scaled)
+    with np.errstate(all="ignore"):  # of what is refused here
+        np.multiply(values, np.float32(1 / size_of(step)), out=room[: values.size])
+        square = float(room @ room)
+        if not square < (LARGEST / 2) ** 2 and not float(np.abs(room).max()) < LARGEST / 2:
+            if not math.isfinite(square):
+                raise NotPackable("NaN, infinity and numbers near the largest cannot be packed by a transform")
+            raise NotPackable("a value is too far outside of the calibrated range")
+        return np.rint(room, out=room)

@@ -137,7 +137,8 @@ def test_every_truncated_or_longer_payload_of_rows_is_refused(tables: dict[str, 
     array = sentence(np.random.default_rng(4), 9)
     for table in tables.values():
         payload, _ = round_trip(array, table, 0.4)
-        wrong = [payload[:length] for length in range(len(payload))]
+        zeros = 2 + -(-9 * table.bits // 8)  # rows that are their class's mean
+        wrong = [payload[:length] for length in range(len(payload)) if length != zeros]
         wrong += [payload + more for more in (b"\0", b"\1", bytes(range(1, 9)))]
         for data in wrong:
             with pytest.raises(ValueError, match=r"short|end|padding|too large|class"):

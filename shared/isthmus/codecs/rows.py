@@ -28,6 +28,9 @@ CLASSES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _KEPT_STEPS = 4
 """Of which a table keeps what tells classes: up to a megabyte each."""
 
+_FEW_ROWS, _KEPT_VALUES = 16, 2**17
+"""Rows whose classes come again: a state's, a vector's; and how many of their values have their order kept, 3 MB."""
+
 NAMES = ("rows", "means", "weights", "scale", "synthesis", "deviations", "thirteenths", "zero", "magnitudes")
 
 
@@ -74,6 +77,7 @@ class RowTable:
     deviations: Array
     steps: tuple[int, int]
     models: Models
+    _sortings: dict[bytes, Sorting] = field(default_factory=dict, init=False, repr=False)
     _likelihoods: dict[int, Likelihood] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -137,8 +141,16 @@ class RowTable:
         return np.exp2(self.weights.astype(np.float32) / OCTAVE)[:, None]
 
     def sorting(self, classes: Array) -> Sorting:
-        """Where the components of rows of these classes go; row by row they lie before."""
-        return Sorting.of(self.deviations[classes].reshape(-1), self.models)
+        """Where the components of rows of these classes go; row by row they lie before. Of few rows, it is kept."""
+        key = classes.tobytes()
+        found = self._sortings.get(key)
+        if found is None:
+            found = Sorting.of(self.deviations[classes].reshape(-1), self.models)
+            if len(classes) <= _FEW_ROWS:
+                if len(self._sortings) >= max(_KEPT_VALUES // found.count, 1):
+                    self._sortings.clear()
+                self._sortings[key] = found
+        return found
 
     def nearest(self, components: Array, step: int) -> Array:
         """The likeliest class of each row (rows, C), at a step.

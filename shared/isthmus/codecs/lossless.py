@@ -59,20 +59,20 @@ class Lossless:
         if dtype.kind == "b":
             (packed,) = _sections(payload, [-(-count // 8)])
             return unpack_bits(packed, count).reshape(shape)
-        array = np.empty(shape, dtype)
         if _is_float(dtype):
             *words, low, high = _sections(payload, [2 * count] * (size // 2 - 1) + [count] * 2)
-            target = array.reshape(-1).view("<u2")
-            for i, word in enumerate(words):
-                target[i :: size // 2] = np.frombuffer(word, "<u2")
             top = np.frombuffer(high, np.uint8).astype("<u2")
             top <<= np.uint16(8)
             top |= np.frombuffer(low, np.uint8)
             sign = top << np.uint16(15)
             top >>= np.uint16(1)
             top |= sign
-            target[size // 2 - 1 :: size // 2] = top
-            return array
+            bits = top.astype(f"<u{size}", copy=False)
+            for word in reversed(words):
+                bits <<= bits.dtype.type(16)
+                bits |= np.frombuffer(word, "<u2")
+            return bits.view(dtype).reshape(shape)
+        array = np.empty(shape, dtype)
         least, width, rest = _head(payload, dtype)
         values = array.reshape(-1).view(f"<u{size}")
         if width == _ONE_BIT:
@@ -114,7 +114,9 @@ def _of_integers(values: Array, least: int, signed: bool) -> bytes:
         planes = np.ascontiguousarray(more.view(np.uint8).reshape(-1, more.itemsize).T)
         sections = [shrink(plane.data, "structure") for plane in planes[:width]]
     length = -(-((least if least >= 0 else ~least).bit_length() + (signed and least != 0)) // 8)
-    return bytes((length << 4 | width,)) + least.to_bytes(length, "little", signed=signed) + _joined(sections)
+    return bytes((length << 4 | width,)) + b"".join(
+        [least.to_bytes(length, "little", signed=signed), _joined(sections)]
+    )
 
 
 def _head(payload: memoryview, dtype: np.dtype[Any]) -> tuple[int, int, memoryview]:
@@ -138,11 +140,12 @@ def _of_floats(bits: Array) -> Iterator[bytes | memoryview]:
     """The sections of floats, the last one first."""
     words = bits.itemsize // 2
     # Casting drops the higher bits, in a vector instruction, where strided copies take twice as long.
-    top = bits >> bits.dtype.type(16 * (words - 1))
+    top = np.empty(bits.shape, "<u2")
+    np.right_shift(bits, bits.dtype.type(16 * (words - 1)), out=top, casting="unsafe")
     low = top.astype(np.uint8)
     low += low
-    low |= (top > top.dtype.type(0x7FFF)).view(np.uint8)
-    top >>= top.dtype.type(7)
+    low |= (top > np.uint16(0x7FFF)).view(np.uint8)
+    top >>= np.uint16(7)
     yield shrink(top.astype(np.uint8).data, "numbers")
     section, more = _if_it_repeats(low)
     yield section
@@ -156,7 +159,7 @@ def _of_floats(bits: Array) -> Iterator[bytes | memoryview]:
 def _if_it_repeats(section: Array) -> tuple[bytes | memoryview, bool]:
     """`section` compressed if a sample of it repeats itself, and whether it does."""
     step = -(-section.size // _SAMPLED) | 1  # odd: both bytes of a word are among them
-    if len(set(section[::step].tolist())) >= _FEW:
+    if len(set(section[::step].tobytes())) >= _FEW:
         return section.data, False
     return shrink(section.data, "numbers"), True
 

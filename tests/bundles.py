@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import pytest
 from flask.testing import FlaskClient
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
@@ -176,6 +177,11 @@ def publish_photos(folder: Path, seed: int = 0, registry: Path | None = None) ->
         postprocess=POSTPROCESS,
         labels=LABELS,
     )
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Published:
+    return publish_photos(tmp_path_factory.mktemp("photos"))
 
 
 def photo(size: tuple[int, int] = (8, 8), seed: int = 0, format: str = "PNG") -> bytes:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from bundles import Published
@@ -16,6 +18,7 @@ from isthmus.planner.profiling.profile import HopCost, Profile, SegmentCost, Tim
 
 HOP = HopCost(0.001, 1e-9, 1e-9, 0.0005, 1e-9)
 MEMORY = 4_000_000
+SCHEMA = json.loads((Path(__file__).parents[1] / "docs" / "plan.schema.json").read_text())
 
 
 def device(**facts: Any) -> Device:

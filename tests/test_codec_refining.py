@@ -14,6 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from activations import SHAPES, activations, golden_models, laplace_models
+from activations import tables as tables
 from isthmus import frame as frames
 from isthmus.calibration.learn import learn
 from isthmus.calibration.rows import Form, Rows, learn_rows
@@ -38,17 +40,11 @@ from isthmus.errors import FrameMalformed, NotKept
 from isthmus.frame import Frame
 from isthmus.kept import Kept
 from patience import peak_of
-from test_codec_transform import SHAPES, activations, golden_models, laplace_models, learned
 
 Array = np.ndarray[Any, np.dtype[Any]]
 BUNDLE = "sha256:" + "0" * 64
 FIFTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 """Qualities that are a third of the step apart, in tables as they are learned."""
-
-
-@pytest.fixture(scope="module")
-def tables() -> dict[str, tuple[Table, Array]]:
-    return learned()
 
 
 def packed_first(array: Array, table: Table, quality: float) -> Packed:

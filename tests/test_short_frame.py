@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from activations import LAYOUTS, SHAPES, activations
 from isthmus import frame as frames
 from isthmus import short_frame
 from isthmus.calibration.learn import learn
@@ -19,7 +20,6 @@ from isthmus.codecs.table import Table
 from isthmus.errors import FrameError, FrameMalformed, FrameTooLarge, NotKept
 from isthmus.frame import Frame
 from isthmus.kept import Kept
-from test_codec_transform import LAYOUTS, SHAPES, activations
 
 Array = np.ndarray[Any, np.dtype[Any]]
 BUNDLE, OTHER = "sha256:" + "0" * 64, "sha256:" + "1" * 64

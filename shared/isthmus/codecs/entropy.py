@@ -34,6 +34,7 @@ _THE_MARK = np.array([_MARK], np.int32)
 _BYTE = 127
 _ROOM = np.maximum(TOP - np.arange(_BYTE + 1, dtype=np.int32), 0)
 """How much a value may exceed its limit before plain bits follow."""
+_NONE = np.zeros(0, np.intp)
 _LENGTH = struct.Struct("<I")
 
 
@@ -139,9 +140,8 @@ def _clip(clipped: Array, plan: Plan, start: int, stop: int) -> Array:
 
 def _sorted(found: list[Array], edges: list[Array]) -> Array:
     """All of them, of which those found are in order already."""
-    if not any(each.size for each in edges):
-        return found[0] if len(found) == 1 else np.concatenate([*found, *edges])
-    return np.sort(np.concatenate([*found, *edges]))
+    together = np.concatenate([_NONE, *found, *edges])
+    return np.sort(together) if any(each.size for each in edges) else together
 
 
 def written(parts: Sequence[tuple[Array, Any]]) -> bytes:

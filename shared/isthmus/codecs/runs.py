@@ -57,9 +57,8 @@ class Stretch:
 class Plain:
     """The values that leave low bits plain: where they are, how many bits (int32), and half of what these can count.
 
-    They lie beside one another, but for runs of bytes between them.
-
-    `bounds` are their runs' among them, `models` the coder's models of the bits.
+    They lie beside one another, but for runs of bytes between them. `bounds` are their runs' among them, `models` the
+    coder's models of the bits.
     """
 
     where: slice | Array

@@ -51,8 +51,7 @@ class Sorting:
     """What coding coefficients of known deviations needs: where each goes.
 
     `order` sorts them all by deviation, `together` neighbours at a time, and `place` undoes it; `deviations` and `ends`
-    are the distinct ones and where their runs end; `counts` how long
-    these are; `per_unit` has the reciprocals of these deviations.
+    are the distinct ones and where their runs end, `counts` how long these are, `per_unit` the deviations' reciprocals.
     """
 
     together: int
@@ -129,7 +128,6 @@ class Grid(Sorting):
     """
 
     shape: tuple[int, int, int]
-
     transform: PlaneTransform
     mean: Array
 

@@ -1,0 +1,85 @@
+"""The small model for photos, calibrated so that closer looks pay; photos and hops to plan and measure with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bundles import Published, cache_of, photo, publish_photos, segment_settings
+from isthmus.calibration.agreement import Measure, measure_for
+from isthmus.calibration.calibrate import Calibrated, calibrate
+from isthmus.calibration.choice import RAW, Choice
+from isthmus.calibration.fidelity import Entry, Fidelity, offered
+from isthmus.calibration.inputs import files_in, open_source
+from isthmus.calibration.running import runs_here
+from isthmus.hop import HttpHop
+from isthmus.planner.planning.examples import Example as Tried
+from isthmus.planner.planning.examples import from_photos
+from isthmus.processing.image import MAX_PIXELS
+from isthmus.serving.tables import Tables, tables_of
+
+QUALITIES = (0.4, 0.6, 0.8, 1.0)
+
+
+@dataclass(frozen=True)
+class Known:
+    """A calibrated version of the model, and the entry of its chain of two closer looks."""
+
+    published: Published
+    fidelity: Fidelity
+    chain: Entry
+
+    def table(self, name: str) -> object:
+        """The table of a tensor."""
+        registry = self.published.registry
+        tables = Tables(registry.bundle, registry.blob, MAX_PIXELS)
+        return tables_of(self.published.bundle, self.published.digest, "transform/3", tables)(name)
+
+
+def calibrated(photos: Published, folder: Path, measure: Measure) -> Calibrated:
+    """Calibrated with noisy photos of one colour each, most of which are clear and some are not."""
+    data = folder / "data"
+    data.mkdir()
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        pixels = rng.uniform(-1, 1, (3, 1, 1)) + 0.2 * rng.standard_normal((3, 8, 8))
+        np.save(data / f"{seed}.npy", np.clip(pixels, -1, 1)[None].astype(np.float32))
+    return calibrate(
+        photos.bundle,
+        open_source(photos.bundle, files_in(data), "colours", 100),
+        runs_here(photos.digest, cache_of(photos, folder), segment_settings(photos, folder)),
+        folder,
+        cuts=["6"],
+        count=100,
+        limit=0.97,
+        measure=measure,
+        choices=[RAW, Choice("int8/1"), *(Choice("transform/3", q) for q in QUALITIES)],
+    )
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> Known:
+    folder = tmp_path_factory.mktemp("calibrated")
+    photos = publish_photos(folder / "model")
+    made = calibrated(photos, folder, measure_for(photos.bundle))
+    version = photos.registry.publish(made.bundle, made.files, alias="prod")
+    published = replace(photos, bundle=made.bundle, version=version.version, digest=version.digest)
+    chain = next(e for e in offered(made.fidelity, "6") if len(e.looks) == 2)
+    return Known(published, made.fidelity, chain)
+
+
+def shown(known: Known) -> list[Tried]:
+    return from_photos(known.published.bundle, [photo(seed=n) for n in range(1000, 1005)])
+
+
+def remote(*urls: str) -> tuple[HttpHop, HttpHop]:
+    head, tail = (HttpHop(u, attempts=1, connect_timeout_s=5, max_reply_bytes=2**20) for u in urls)
+    return head, tail
+
+
+def no_variant(digest: str) -> Any:
+    raise AssertionError(digest)

@@ -1,0 +1,82 @@
+"""A router before a head and a tail, what it is sent, and what its answers should be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Flask, Response
+from flask.testing import FlaskClient
+from werkzeug.datastructures import EnvironHeaders
+
+from bundles import LABELS, TOLERANCE, Published, photo_array, ready, router_settings, segment_settings, served
+from isthmus.processing.classify import classify
+from isthmus.serving import create_router_app, create_segment_app
+from segments import run_whole
+
+INFER = "/v2/models/photos/infer"
+
+
+def before(app: Flask, act: Callable[[dict[str, Any]], Response | None]) -> None:
+    """Let `act` see each request first; what it returns is the answer."""
+    inner = app.wsgi_app
+
+    def enter(environ: dict[str, Any], start_response: Any) -> Any:
+        answer = act(environ)
+        return inner(environ, start_response) if answer is None else answer(environ, start_response)
+
+    app.wsgi_app = enter  # type: ignore[method-assign]
+
+
+@dataclass
+class Chain:
+    """A router before a head and a tail, each on a socket of its own; what the two were sent."""
+
+    router: Flask
+    client: FlaskClient
+    hops: tuple[str, str]
+    seen: list[dict[str, str]]
+
+
+@pytest.fixture(scope="module")
+def chain(photos: Published, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
+    seen: list[dict[str, str]] = []
+    apps = []
+    for name in ("head", "tail"):
+        app = create_segment_app(segment_settings(photos, tmp_path_factory.mktemp(name)))
+        before(app, lambda environ: seen.append(dict(EnvironHeaders(environ))))
+        apps.append(app)
+    with served(apps[0]) as head, served(apps[1]) as tail:
+        router = create_router_app(router_settings(photos, tmp_path_factory.mktemp("router"), (head, tail)))
+        yield Chain(router, ready(router.test_client()), (head, tail), seen)
+
+
+@pytest.fixture
+def client(chain: Chain) -> FlaskClient:
+    chain.seen.clear()
+    return chain.client
+
+
+def local_router(published: Published, cache: Path, **given: Any) -> FlaskClient:
+    return ready(create_router_app(router_settings(published, cache, ("local",), **given)).test_client())
+
+
+def expected_classes(published: Published, data: bytes, top_k: int = 3) -> Any:
+    logits = run_whole(published.onnx, [{"x": photo_array(data)}])[0]["logits"]
+    after: Any = published.bundle.postprocess
+    return classify(logits, after, tuple(LABELS), top_k)[0]
+
+
+def assert_classes(found: Any, expected: Any) -> None:
+    assert [(c["label"], c["index"]) for c in found] == [(c["label"], c["index"]) for c in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one["probability"] == pytest.approx(other["probability"], abs=TOLERANCE)
+
+
+def oip_json(published: Published, **changes: Any) -> dict[str, Any]:
+    x = published.inputs["x"]
+    tensor = {"name": "x", "shape": list(x.shape), "datatype": "FP32", "data": x.ravel().tolist()} | changes
+    return {"id": "me", "inputs": [tensor]}

@@ -1,0 +1,222 @@
+"""A calibrated model behind sockets, hops that do other things than answer, and routes that take closer looks."""
+
+from __future__ import annotations
+
+import math
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flask import Response
+
+from bundles import Published, cache_of, publish_photos, segment_settings, served
+from isthmus import frame as frames
+from isthmus.bundle import Blob, digest_of
+from isthmus.calibration.agreement import TOP1, Measure
+from isthmus.calibration.choice import Look
+from isthmus.calibration.learn import learn
+from isthmus.codecs import Packing
+from isthmus.codecs.table import Table
+from isthmus.context import Context, Deadline
+from isthmus.frame import Frame
+from isthmus.hop import HttpHop, LocalHop
+from isthmus.pipeline import Result, run
+from isthmus.route import Looks, Route, plan_route
+from isthmus.runners import Array
+from isthmus.runners.store import SegmentStore
+from isthmus.serving import create_segment_app
+from patience import LONG_S
+
+ALWAYS, NEVER = math.inf, 1e-9
+REFINED, WHOLE = "transform/3", "sparse/1"
+COARSE, FINE = 0.2, 0.4
+FINER = (0.4, 0.6, 0.8)
+"""A third of the step each."""
+Wsgi = Callable[..., Any]
+
+
+@dataclass
+class Gate:
+    """A function behind a socket, and what it does with its calls instead of answering, first to last."""
+
+    app: Wsgi
+    instead: list[Callable[[Gate, dict[str, Any]], Response | None]] = field(default_factory=list)
+    calls: int = 0
+    url: str = ""
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
+        if environ["REQUEST_METHOD"] == "POST":
+            self.calls += 1
+            act = self.instead.pop(0) if self.instead else None
+            if act is not None and (answer := act(self, environ)) is not None:
+                return answer(environ, start_response)
+        return self.app(environ, start_response)
+
+    def then(self, *acts: Callable[[Gate, dict[str, Any]], Response | None]) -> None:
+        """Do that with the next calls."""
+        self.instead, self.calls = list(acts), 0
+
+
+def answers(gate: Gate, environ: dict[str, Any]) -> None:
+    """Let the function answer."""
+
+
+def refuses(gate: Gate, environ: dict[str, Any]) -> Response:
+    return Response("busy", 503, {"Retry-After": "30"})
+
+
+def slowly(gate: Gate, environ: dict[str, Any]) -> None:
+    time.sleep(0.8)
+
+
+def breaks_off(gate: Gate, environ: dict[str, Any]) -> Response:
+    """Answer to nobody: the call has arrived, and its answer has not."""
+    list(gate.app(environ, lambda status, headers: None))
+    environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+    return Response()
+
+
+def with_tables(published: Published, folder: Path, tables: Mapping[str, Table]) -> Published:
+    """The next version, calibrated: with these tables for its tensors."""
+    blobs, files = {}, {}
+    for name, table in tables.items():
+        data = frames.encode(Frame(table.to_arrays()))
+        blobs[name] = Blob(digest_of(data), len(data))
+        files[blobs[name].digest] = folder / f"{name}.table"
+        files[blobs[name].digest].write_bytes(data)
+    bundle = replace(published.bundle, tables=blobs)
+    version = published.registry.publish(bundle, files, alias="prod")
+    return replace(published, bundle=bundle, version=version.version, digest=version.digest)
+
+
+def input_of(seed: int) -> dict[str, Array]:
+    return {"x": np.random.default_rng(seed).standard_normal((1, 3, 8, 8)).astype(np.float32)}
+
+
+@dataclass(frozen=True)
+class Known:
+    """A calibrated model, and the tables of what crosses its cuts."""
+
+    published: Published
+    tables: Mapping[str, Table]
+
+    @property
+    def inputs(self) -> dict[str, Array]:
+        return self.published.inputs
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> Known:
+    folder = tmp_path_factory.mktemp("photos")
+    photos = publish_photos(folder)
+    hop = LocalHop(SegmentStore(cache_of(photos, folder), segment_settings(photos, folder)))
+    route = plan_route(photos.digest, photos.bundle, (hop,), ("1", "6"))
+    seen: dict[str, list[Array]] = {"r1": [], "p6": []}
+    for seed in range(100, 180):
+        values = input_of(seed)
+        for segment in route.segments:
+            frame = Frame({s.name: values[s.name] for s in segment.inputs}, photos.digest, segment.id)
+            values |= hop.call(frame, context()).frame.tensors
+        for name, samples in seen.items():
+            samples.append(np.array(values[name]))
+    tables = {name: learn(samples) for name, samples in seen.items()}
+    return Known(with_tables(photos, folder, tables), tables)
+
+
+@pytest.fixture(scope="module")
+def photos(known: Known) -> Published:
+    return known.published
+
+
+@pytest.fixture(scope="module")
+def new_tail(photos: Published, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Wsgi]:
+    """A function that has just started: it keeps nothing yet."""
+    return lambda: create_segment_app(segment_settings(photos, tmp_path_factory.mktemp("tail")))
+
+
+@pytest.fixture(scope="module")
+def tail_of_all(new_tail: Callable[[], Wsgi]) -> Iterator[Gate]:
+    gate = Gate(new_tail())
+    with served(gate) as gate.url:
+        yield gate
+
+
+@pytest.fixture
+def tail(tail_of_all: Gate) -> Gate:
+    tail_of_all.then()
+    return tail_of_all
+
+
+@pytest.fixture(scope="module")
+def head(photos: Published, tmp_path_factory: pytest.TempPathFactory) -> LocalHop:
+    folder = tmp_path_factory.mktemp("head")
+    return LocalHop(SegmentStore(cache_of(photos, folder), segment_settings(photos, folder)))
+
+
+@pytest.fixture
+def remote() -> Iterator[Callable[[str], HttpHop]]:
+    made: list[HttpHop] = []
+
+    def to(url: str) -> HttpHop:
+        made.append(HttpHop(url, attempts=3, connect_timeout_s=1, max_reply_bytes=2**20))
+        return made[-1]
+
+    yield to
+    for hop in made:
+        hop.close()
+
+
+@pytest.fixture
+def restarts(new_tail: Callable[[], Wsgi], tail: Gate) -> Iterator[Callable[[Gate, dict[str, Any]], None]]:
+    """The call comes to a function that has just started."""
+    before = tail.app
+
+    def act(gate: Gate, environ: dict[str, Any]) -> None:
+        gate.app = new_tail()
+
+    yield act
+    tail.app = before
+
+
+def looks(margin: float, *qualities: float) -> Looks:
+    return Looks(tuple(Look(q, margin) for q in qualities or (FINE,)), Measure(TOP1, "logits").margin)
+
+
+def split(
+    known: Known,
+    hops: tuple[Any, ...],
+    wanted: Looks,
+    cuts: tuple[str, ...] = ("6",),
+    qualities: Mapping[str, float] = {"p6": COARSE},
+    codec: str = REFINED,
+) -> Route:
+    """A route through `cuts`, those of its tensors packed at these qualities, with closer looks."""
+    route = plan_route(known.published.digest, known.published.bundle, hops, cuts)
+    packings = tuple(
+        {s.name: Packing(codec, qualities[s.name], known.tables.get(s.name)) for s in g.inputs if s.name in qualities}
+        for g in route.segments
+    )
+    return replace(route, packings=packings, looks=wanted)
+
+
+def context(seconds: float = LONG_S) -> Context:
+    return Context(Deadline.after(seconds), "call-1", "00-" + "a" * 32 + "-" + "b" * 16 + "-01")
+
+
+def same_bits(one: Result, other: Result) -> bool:
+    return all(array.tobytes() == other.outputs[name].tobytes() for name, array in one.outputs.items())
+
+
+def alike(one: Result, other: Result) -> bool:
+    """But for how sums round, and for values that lie in the middle of two steps."""
+    return all(np.allclose(array, other.outputs[name], atol=1e-4) for name, array in one.outputs.items())
+
+
+def once(route: Route, inputs: Mapping[str, Array], quality: float = 0.0) -> Result:
+    """The answer where all is sent at that quality at least, and no look taken."""
+    return run(replace(route.finer(quality), looks=None), inputs, context())

@@ -1,0 +1,205 @@
+"""What closer looks send in calibration: what refines the quality before, or all of it, look by look."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bundles import Published, cache_of, photo, photo_array, segment_settings
+from bundles import photos as photos
+from fidelities import of
+from isthmus.bundle import TensorSpec
+from isthmus.calibration.agreement import margin_of, measure_for
+from isthmus.calibration.calibrate import QUALITIES
+from isthmus.calibration.choice import MAX_LOOKS, RAW, Choice
+from isthmus.calibration.crossing import Crossing, crossing
+from isthmus.calibration.inputs import Example
+from isthmus.calibration.learn import STEPS, learn
+from isthmus.calibration.looks import MOST, QUANTILE, with_looks
+from isthmus.calibration.rows import Form, Rows, learn_rows
+from isthmus.calibration.running import runs_here
+from isthmus.calibration.scoring import judge_by, score
+from isthmus.calibration.sending import FINER_BY, Trial, finer_than, trials
+from isthmus.codecs import Packed, find, pack
+from isthmus.codecs.layers import Basis, Held, follow, layered, trail_of
+from isthmus.codecs.planes import Layout
+from isthmus.codecs.steps import THIRD, step_of
+from isthmus.frame import Frame, encode
+from isthmus.runners import Array
+
+GENERATOR = np.random.default_rng(0)
+MIXED = GENERATOR.normal(size=(6, 6))
+
+
+def maps(seed: int, size: int = 12) -> Array:
+    rng = np.random.default_rng([7, seed])
+    smooth = np.cumsum(np.cumsum(rng.normal(size=(1, size, size, 6)), axis=1), axis=2) @ MIXED
+    return np.ascontiguousarray(smooth.transpose(0, 3, 1, 2), np.float32)
+
+
+def tokens(seed: int) -> Array:
+    return np.random.default_rng([8, seed]).normal(size=(1, 9, 6)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def tables() -> Mapping[str, object]:
+    rows = Rows.of([tokens(n) for n in range(40)])
+    return {
+        "maps": learn([maps(n) for n in range(20)], layout=Layout(4, 1)),
+        "tokens": learn_rows(rows, Form(1, rotated=True), None, STEPS),
+    }
+
+
+SPECS = (
+    TensorSpec("maps", "float32", (1, 6, 12, 12)),
+    TensorSpec("tokens", "float32", (1, 9, 6)),
+    TensorSpec("mask", "float32", (1, 9)),
+    TensorSpec("ids", "int64", (1, 40)),
+)
+AT = Crossing("6", (), (), SPECS, ("y",))
+
+
+def crossed(seed: int = 99) -> dict[str, Array]:
+    ids = np.arange(40, dtype=np.int64)[None] * 7
+    return {"maps": maps(seed), "tokens": tokens(seed), "mask": np.ones((1, 9), np.float32), "ids": ids}
+
+
+class Shelf(dict[bytes, Held]):
+    """Where a hop keeps what may be refined."""
+
+    def keep(self, held: Held) -> None:
+        self[held.key] = held
+
+    def find(self, key: bytes) -> Held | None:
+        return self.get(key)
+
+
+def unpacked(packed: Packed, basis: Basis) -> Array:
+    """As the hop does it that keeps what it was sent."""
+    dtype = np.dtype(packed.dtype)
+    return find(packed.codec).decode(memoryview(packed.payload), dtype, packed.shape, basis)
+
+
+def tried_at(qualities: list[float], tables: Mapping[str, object]) -> list[Trial]:
+    return trials(AT, [*(Choice("transform/3", q) for q in qualities), Choice("int8/1")], tables)
+
+
+def frame_of(trial: Trial, arrays: Mapping[str, Array], **refined: Packed) -> int:
+    """Bytes of the frame of a closer look, these tensors in it refined."""
+    packed = {n: p for n, a in arrays.items() if isinstance(p := pack(a, trial.packings[n]), Packed)} | refined
+    rest = {name: array for name, array in arrays.items() if name not in packed}
+    return len(encode(Frame(rest, "sha256:" + "0" * 64, trial.segment, "0" * 36, packed)))
+
+
+def test_a_closer_look_costs_the_refinement_of_what_can_be_refined_and_the_rest_whole(
+    tables: Mapping[str, object],
+) -> None:
+    first, second, other = tried_at([0.3, 0.5], tables)
+    assert (set(first.coarser), set(second.coarser), set(other.coarser)) == (set(), {"maps", "tokens"}, set())
+    arrays = crossed()
+    sent = second.send(arrays)
+    coarse = pack(arrays["maps"], layered(first.packings["maps"]))
+    assert isinstance(coarse, Packed)
+    made, _ = follow(trail_of(coarse, "", "maps"), second.packings["maps"])
+    whole = {name: pack(array, second.packings[name]).nbytes for name, array in arrays.items()}
+    assert sent.cost.bytes == sum(whole.values())
+    assert sent.closer.bytes == frame_of(second, arrays, maps=made)
+    assert made.nbytes < whole["maps"]
+    basis = Basis(tables["maps"], Shelf(), "", "maps")
+    assert np.array_equal(unpacked(coarse, basis), first.send(arrays).tensors["maps"])
+    assert np.array_equal(unpacked(made, basis), sent.tensors["maps"])
+    assert sent.tensors["ids"].tolist() == arrays["ids"].tolist()
+    for trial in (first, other):
+        assert trial.send(arrays).closer.bytes == frame_of(trial, arrays)
+
+
+@pytest.mark.parametrize("value", [np.nan, 3e38, 1e6])
+def test_what_was_not_packed_coarsely_takes_a_closer_look_whole(value: float, tables: Mapping[str, object]) -> None:
+    *_, second = tried_at([0.3, 0.5], tables)[:2]
+    arrays = crossed()
+    arrays["maps"] = arrays["maps"] + np.float32(value)
+    sent = second.send(arrays)
+    assert sent.fell_back
+    assert sent.closer.bytes == frame_of(second, arrays) > sent.cost.bytes > arrays["maps"].nbytes
+    assert np.array_equal(sent.tensors["maps"], arrays["maps"], equal_nan=True)
+
+
+def test_only_a_fixed_factor_finer_is_a_closer_look(tables: Mapping[str, object]) -> None:
+    made = tried_at([0.3, 0.45, 0.6], tables)
+    assert not any(trial.coarser for trial in made)
+    others = [Choice("sparse/1", 0.5), Choice("transform/3", 0.4), Choice("transform/3", 0.5), RAW]
+    assert finer_than(Choice("transform/3", 0.3), others) == Choice("transform/3", 0.5)
+    assert finer_than(Choice("transform/3", 0.35), others) is None
+    assert finer_than(Choice("transform/3", 1.0), others) is None
+
+
+def test_what_calibration_tries_is_followed_by_exactly_a_third_of_the_step() -> None:
+    every = [Choice("transform/3", q) for q in QUALITIES]
+    followed = 0
+    for by in range(-40, 41):
+        steps = (STEPS[0] + by, STEPS[1] + by)
+        for choice in every:
+            if (finer := finer_than(choice, every)) is not None:
+                assert step_of(choice.quality, steps) - step_of(finer.quality, steps) == THIRD
+                followed += 1
+    assert followed == 81 * sum(q <= 1 - FINER_BY + 1e-6 for q in QUALITIES)
+    assert 0 < MOST <= MAX_LOOKS
+
+
+def test_a_chains_tally_is_that_of_sending_look_by_look_by_hand(photos: Published, tmp_path: Path) -> None:
+    at = crossing(photos.bundle, "6")
+    run = runs_here(photos.digest, cache_of(photos, tmp_path), segment_settings(photos, tmp_path))
+    examples = [Example(f"{n // 2}", {"x": photo_array(photo(seed=n))}) for n in range(40)]
+    table = learn([at.before(run, {"x": photo_array(photo(seed=n))})[0]["p6"] for n in range(40, 80)])
+    measure = measure_for(photos.bundle)
+    by_quality = {t.choice.quality: t for t in trials(at, [*map(of, (0.1, 0.3, 0.5, 0.7))], {"p6": table})}
+    judge = judge_by(measure)
+    tallies = score(examples, 40, [at], {"6": [*by_quality.values()]}, run, judge, margin=measure.margin)
+    alone = {q: tallies["6", t.name] for q, t in by_quality.items()}
+    made = with_looks([(of(q), tally) for q, tally in alone.items()])
+    assert {tuple(look.quality for look in choice.looks) for choice, _, _ in made} >= {(0.3,), (0.5,)}
+    for choice, tally, shares in made:
+        at_each = [choice.quality, *(look.quality for look in choice.looks)]
+        for quality, look in zip(at_each, choice.looks, strict=False):
+            exact = float(np.quantile(alone[quality].moved, QUANTILE))
+            assert exact <= look.margin <= exact * 1.01
+        took = [0] * len(choice.looks)
+        for n, example in enumerate(examples):
+            crossed, early = at.before(run, example.arrays)
+            expected = at.after(run, crossed, early)
+            array = crossed["p6"]
+            packed = pack(array, layered(by_quality[choice.quality].packings["p6"]))
+            assert isinstance(packed, Packed)
+            trail = trail_of(packed, photos.digest, "p6")
+            basis = Basis(table, Shelf(), photos.digest, "p6")
+            arrived = unpacked(packed, basis)
+            assert np.array_equal(arrived, by_quality[choice.quality].send(crossed).tensors["p6"])
+            first = alone[choice.quality]
+            size, pack_s, unpack_s = packed.nbytes, first.pack_s[n], first.unpack_s[n]
+            answer = at.after(run, {"p6": arrived}, early)
+            clear = margin_of(answer["logits"])
+            changed = int(answer["logits"].argmax()) != int(expected["logits"].argmax())
+            moved = abs(margin_of(expected["logits"]) - (-clear if changed else clear))
+            assert (clear, moved) == pytest.approx((first.margins[n], first.moved[n]))
+            for i, look in enumerate(choice.looks):
+                if margin_of(answer["logits"]) >= look.margin:
+                    break
+                took[i] += 1
+                packed, trail = follow(trail, by_quality[look.quality].packings["p6"])
+                size += len(encode(Frame({}, photos.digest, "6..", "0" * 36, {"p6": packed})))
+                answer = at.after(run, {"p6": unpacked(packed, basis)}, early)
+                pack_s += alone[look.quality].closer_pack_s[n]
+                unpack_s += alone[look.quality].closer_unpack_s[n]
+            assert (tally.same[n], tally.errors[n]) == judge(example, expected, answer)
+            assert (tally.pack_s[n], tally.unpack_s[n]) == (pack_s, unpack_s)
+            assert tally.bytes[n] == size
+        assert shares == tuple(count / 40 for count in took)
+        assert tally.sources == first.sources
+        entry = tally.entry("6", choice, 0.9)
+        assert (entry.bytes, entry.measured) == (round(statistics.fmean(tally.bytes)), round(tally.agreement, 6))
+        assert entry.pack_ms == pytest.approx(1000 * statistics.fmean(tally.pack_s), abs=1e-4)
+        assert entry.choice == choice

@@ -1,0 +1,282 @@
+"""Tables of `transform/3`: their steps and models, what they are learned from, and which are refused."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from activations import Array, activations, round_trip
+from activations import tables as tables
+from isthmus.calibration.layout import layout_of
+from isthmus.calibration.learn import STEPS, learn
+from isthmus.calibration.models import learn_models
+from isthmus.calibration.sensitivity import measure
+from isthmus.codecs import NotPackable, Packing, entropy
+from isthmus.codecs.levels import TOP
+from isthmus.codecs.planes import Layout, edges_for, plane_transform
+from isthmus.codecs.steps import THIRD, in_eighths, size_of, step_of
+from isthmus.codecs.table import Table, levels_of
+from isthmus.codecs.transform import TRANSFORM, analysed, rounded
+from isthmus.errors import CalibrationError
+
+# Steps
+
+
+def test_a_step_thirteen_lower_is_a_third() -> None:
+    assert size_of(0) == 1
+    for step in range(-127 + THIRD, 128):
+        assert size_of(step - THIRD) == pytest.approx(size_of(step) / 3, rel=1e-12)
+        assert size_of(step - 1) < size_of(step)
+
+
+def test_steps_in_eighths_of_an_octave_are_the_nearest_whole_ones() -> None:
+    for step in range(-127, 128):
+        assert type(in_eighths(step)) is int
+        assert in_eighths(step) == pytest.approx(8 * np.log2(size_of(step)), abs=0.55)
+        assert 0 <= in_eighths(step) - in_eighths(step - 1) <= 1
+    assert (in_eighths(0), in_eighths(40), in_eighths(-40)) == (0, 39, -39)
+
+
+def test_qualities_a_fifth_apart_are_exactly_a_third_of_the_step_apart() -> None:
+    """In tables as they are learned, wherever balancing moved their steps to."""
+    width = STEPS[0] - STEPS[1]
+    for coarsest in range(-127 + width, 128):
+        steps = (coarsest, coarsest - width)
+        found = [step_of(q / 1000, steps) for q in range(1001)]
+        assert (found[0], found[-1]) == steps
+        assert {a - b for a, b in zip(found, found[200:], strict=False)} == {THIRD}
+        assert {a - b for a, b in itertools.pairwise(found)} == {0, 1}
+        # As sums are: 0.1 + 0.2 is no 0.3.
+        assert [step_of(min(q / 1000 + 0.2, 1), steps) for q in range(801)] == found[200:]
+
+
+def test_a_table_of_few_steps_takes_every_quality() -> None:
+    assert {step_of(q / 100, (3, 3)) for q in range(101)} == {3}
+    assert [step_of(q, (1, -1)) for q in (0, 0.2, 0.5, 0.8, 1)] == [1, 1, 0, -1, -1]
+
+
+# Models
+
+
+def test_coded_values_take_what_their_model_says(tables: dict[str, tuple[Table, Array]]) -> None:
+    models = tables["maps"][0].models
+    rng = np.random.default_rng(0)
+    for level in (2, 6, 10, 14):
+        zero = models.zero[level] / 65536
+        share = np.append(zero, (1 - zero) * models.magnitudes[level] / 4096)
+        for count, most in ((16_000, 1.004), (40_000, 1.02)):  # the longer ones of some levels are sections
+            drawn = rng.choice(TOP + 1, count, p=share / share.sum())
+            drawn[drawn == TOP] = TOP - 1
+            values = drawn * rng.choice([-1, 1], drawn.size)
+            plan = entropy.Plan.of([(level, 0, values.size)], models)
+            bits = -np.log2(share)[drawn].sum() + (drawn > 0).sum()
+            assert len(entropy.encode(values.astype(np.float32), plan)) * 8 < bits * most + 64
+
+
+@pytest.mark.parametrize("step", [STEPS[0], 0, STEPS[1]])
+def test_models_fit_their_levels_at_every_step(step: int) -> None:
+    """Learned at one step alone, so that what the others teach hides nothing."""
+    rng = np.random.default_rng(0)
+    stored = rng.integers(128 + in_eighths(step) - 40, 128 + in_eighths(step) + 20, 200_000)
+    deviation = np.exp2((stored - 128) / 8)
+    values = (rng.laplace(size=stored.size) * deviation / np.sqrt(2)).astype(np.float32)
+    models = learn_models(values, stored, np.zeros(stored.size, np.int64), (step, step))
+    steps = deviation / size_of(step)
+    level = levels_of(stored, step, 0)
+    assert float(np.abs(level - (12 + 2 * np.log2(steps))).max()) < 0.65
+    for each in range(3, 17):
+        share = float(np.mean(1 - np.exp(-np.sqrt(2) / 2 / steps[level == each])))
+        assert models.zero[each] / 65536 == pytest.approx(share, abs=0.01)
+
+
+@pytest.mark.parametrize("quality", [0.0, 0.5, 1.0])
+def test_coded_coefficients_take_little_more_than_their_entropy(quality: float) -> None:
+    """The empirical entropy of each level's values, over all tensors; some bytes of each are its head and its end."""
+    samples = activations((1, 12, 28, 28), 30)
+    table = learn(samples[10:], layout=Layout(4, 1))
+    step = step_of(quality, table.steps)
+    coded, by_level = 0, dict[int, list[Array]]()
+    for array in samples[:10]:
+        payload = TRANSFORM.encode(array, Packing("transform/3", quality, table))
+        coded += len(payload)
+        values, grid = analysed(array, table)
+        assert grid is not None
+        gain = int(np.frombuffer(payload[1:2], np.int8)[0])
+        whole = rounded(values, step, entropy.room(values.size))[: values.size]
+        for level, start, stop in grid.runs(step, gain):
+            by_level.setdefault(level, []).append(whole[start:stop])
+    entropies = 0.0
+    for runs in by_level.values():
+        _, counts = np.unique(np.concatenate(runs), return_counts=True)
+        entropies -= float(counts @ np.log2(counts / counts.sum()))
+    assert coded < 1.03 * entropies / 8 + 10 * 16
+
+
+# As arrays
+
+
+def test_a_table_comes_back_from_its_arrays(tables: dict[str, tuple[Table, Array]]) -> None:
+    for table, array in tables.values():
+        again = Table.from_arrays(table.to_arrays())
+        assert again.nbytes == table.nbytes
+        assert round_trip(array, again, 0.5)[0] == round_trip(array, table, 0.5)[0]
+
+
+def broken_tables(arrays: Mapping[str, Array]) -> Iterator[tuple[str, dict[str, Array]]]:
+    def changed(name: str, value: Array) -> dict[str, Array]:
+        return {**arrays, name: value}
+
+    yield "unknown", {**arrays, "more": np.zeros(1)}
+    for name in arrays:
+        yield f"no {name}", {k: v for k, v in arrays.items() if k != name}
+        yield f"dtype of {name}", changed(name, arrays[name].astype(np.complex64))
+        yield f"shape of {name}", changed(name, arrays[name][..., None])
+    yield "rank", changed("layout", np.array([5, 1], np.int32))
+    yield "axis", changed("layout", np.array([4, -1], np.int32))
+    for steps in (STEPS[::-1], (128, 63), (-63, -128)):
+        yield f"steps {steps}", changed("thirteenths", np.array(steps, np.int32))
+    yield "edges", changed("edges", arrays["edges"][::-1].copy())
+    yield "NaN edges", changed("edges", np.full_like(arrays["edges"], np.nan))
+    yield "scale", changed("scale", np.array([np.inf], np.float32))
+    yield "mean", changed("mean", np.full_like(arrays["mean"], np.nan))
+    yield "synthesis", changed("synthesis", np.full_like(arrays["synthesis"], np.inf))
+    yield "zero", changed("zero", np.zeros_like(arrays["zero"]))
+    yield "magnitudes", changed("magnitudes", np.ones_like(arrays["magnitudes"]))
+    yield "channels", changed("mean", arrays["mean"][:-1])
+
+
+def test_a_table_out_of_bounds_is_refused(tables: dict[str, tuple[Table, Array]]) -> None:
+    for what, arrays in broken_tables(tables["maps"][0].to_arrays()):
+        try:
+            Table.from_arrays(arrays)
+        except ValueError:
+            continue
+        pytest.fail(what)
+
+
+def test_a_rotation_without_inverse_is_refused_when_it_is_needed(tables: dict[str, tuple[Table, Array]]) -> None:
+    table, array = tables["vectors"]
+    flat = replace(table, synthesis=np.zeros_like(table.synthesis))
+    with pytest.raises(NotPackable, match="inverse"):
+        TRANSFORM.encode(array, Packing("transform/3", 0.5, flat))
+
+
+def test_sequences_of_many_lengths_keep_bounded_memory() -> None:
+    table = learn(activations((1, 24, 2)), layout=Layout(3, 2))
+    for length in range(960, 1024):
+        table.grid((1, length, 2))
+    matrices = [g.transform.whole.nbytes for g in table._grids.values() if g.transform.whole is not None]
+    assert 1 < len(matrices) < 64
+    assert sum(matrices) <= 42 * 2**20
+
+
+# What they are learned from
+
+
+def test_noise_goes_where_the_tail_does_not_look() -> None:
+    rng = np.random.default_rng(1)
+    samples = [rng.normal(size=(1, 6, 8, 8)).astype(np.float32) for _ in range(30)]
+    weights = np.array([8.0, 8.0, 1.0, 1.0, 0.1, 0.1])
+
+    def tail(crossing: Mapping[str, Array]) -> dict[str, Array]:
+        return {"out": crossing["x"].sum(axis=(2, 3)) * weights, "other": np.zeros(1)}
+
+    how = measure(tail, ({"x": x} for x in samples), "x", output="out", loss="values", layout=Layout(4, 1))
+    assert how.inputs == 30
+    assert np.all(np.diff(np.diag(how.channels)[::2]) < 0)
+    assert how.rings[0] > 100 * how.rings[2]
+    table = learn(samples, sensitivity=how)
+    _, found = round_trip(samples[0], table, 0.1)
+    blind = learn(samples, layout=Layout(4, 1))
+    size = len(round_trip(samples[0], table, 0.1)[0])
+    quality = next(q for q in np.arange(0, 1, 0.02) if len(round_trip(samples[0], blind, q)[0]) >= size)
+    _, other = round_trip(samples[0], blind, quality)
+
+    def damage(array: Array) -> float:
+        return float(np.mean((tail({"x": array})["out"] - tail({"x": samples[0]})["out"]) ** 2))
+
+    assert damage(found) < damage(other) / 4
+
+
+def test_sensitivity_of_classes_is_the_divergence_of_the_answers() -> None:
+    rng = np.random.default_rng(2)
+    weights = rng.normal(size=(5, 7)) / 3
+
+    def tail(crossing: Mapping[str, Array]) -> dict[str, Array]:
+        return {"logits": crossing["x"].astype(np.float64) @ weights}
+
+    inputs = [{"x": rng.normal(size=(1, 5)).astype(np.float32)} for _ in range(20)]
+    how = measure(tail, inputs, "x", output="logits")
+    expected = np.zeros((5, 5))
+    for given_ in inputs:
+        p = np.exp(tail(given_)["logits"][0])
+        p /= p.sum()
+        expected += weights @ (np.diag(p) - np.outer(p, p)) @ weights.T / len(inputs)
+    assert np.allclose(how.channels, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_tail_is_run_no_more_than_asked() -> None:
+    runs = 0
+
+    def tail(crossing: Mapping[str, Array]) -> dict[str, Array]:
+        nonlocal runs
+        runs += 1
+        return {"out": crossing["x"]}
+
+    inputs = ({"x": np.random.default_rng(i).normal(size=(1, 4)).astype(np.float32)} for i in range(1000))
+    how = measure(tail, inputs, "x", loss="values", max_runs=50)
+    assert runs == how.runs == 50
+    assert how.inputs == 10
+
+
+def test_learning_refuses_what_it_cannot_learn_from() -> None:
+    good = np.random.default_rng(0).normal(size=(1, 4, 3, 3)).astype(np.float32)
+    for samples in (
+        [],
+        [good.astype(np.int32)],
+        [good, np.concatenate([good, good], axis=1)],
+        [good * np.nan],
+        [good[:, :, :0]],
+        [good.astype(np.float64) * 1e30],
+        [good[None]],
+        [np.float32(3)],
+    ):
+        with pytest.raises(CalibrationError):
+            learn([np.asarray(s) for s in samples])
+    with pytest.raises(CalibrationError, match="only once"):
+        learn(x for x in [good])
+    with pytest.raises(CalibrationError, match="no input"):
+        measure(lambda crossing: crossing, [], "x")
+    with pytest.raises(CalibrationError, match="errors could move"):
+        measure(lambda crossing: crossing, [{"x": np.zeros((1, 4), np.int64)}], "x")
+    with pytest.raises(CalibrationError, match="not finite"):
+        measure(lambda crossing: {"y": crossing["x"] * np.nan}, [{"x": good}], "x")
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((1, 40, 14, 14), 1), ((1, 14, 14, 40), 3), ((1, 50, 32), 2), ((1, 32, 50), 1), ((4, 9), 1)]
+)
+def test_the_channels_are_where_neighbours_are_least_alike(shape: tuple[int, ...], axis: int) -> None:
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=shape)
+    for other in range(1, len(shape)):
+        if other != axis:
+            noise = np.cumsum(noise, axis=other)
+    assert layout_of(noise) == Layout(len(shape), axis)
+
+
+def test_the_plane_transform_is_orthonormal_and_its_bands_hold_all_of_it() -> None:
+    rng = np.random.default_rng(0)
+    for height, width in ((1, 1), (7, 7), (14, 14), (20, 33), (50, 1)):
+        transform = plane_transform(height, width, edges_for(height, width, 8))
+        planes = rng.normal(size=(2, height * width, 3)).astype(np.float32)
+        coefficients = transform.forward(planes)
+        assert np.allclose(transform.backward(coefficients), planes, atol=1e-4)
+        assert np.isclose(np.sum(coefficients**2), np.sum(planes**2), rtol=1e-4)
+        assert transform.starts[0] == 0
+        assert transform.starts[-1] == height * width
+        assert np.array_equal(np.sort(transform.order), np.arange(height * width))

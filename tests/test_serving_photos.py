@@ -1,0 +1,163 @@
+"""Photos through a router and real sockets: they are classified as by the whole model, and what is none is refused."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import urllib3
+from flask.testing import FlaskClient
+from PIL import Image
+
+from bundles import Published, free_model, photo, publish, served
+from bundles import photos as photos
+from isthmus.serving import oip
+from routers import Chain, assert_classes, expected_classes, local_router
+from routers import chain as chain
+from routers import client as client
+
+TRACE = "00-" + "c" * 32 + "-" + "d" * 16 + "-01"
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "BMP"])
+def test_a_photo_is_classified_as_the_whole_model_does(client: FlaskClient, photos: Published, format: str) -> None:
+    data = photo(format=format)
+    answer = client.post("/", data=data)
+    assert answer.status_code == 200
+    doc = answer.json
+    assert_classes(doc["classes"], expected_classes(photos, data))
+    assert (doc["model_name"], doc["model_version"]) == ("photos", "1")
+    assert doc["route"]["photo_bytes"] == len(data)
+    assert doc["route"]["input_bytes"] == 3 * 8 * 8 * 4
+    assert doc["route"]["crossed_bytes"] == 16 * 4 * 4 * 4
+    assert [s["segment"] for s in doc["route"]["segments"]] == ["..6", "6.."]
+
+
+def test_a_photo_in_json_gives_the_same(client: FlaskClient, photos: Published) -> None:
+    data = photo(seed=4)
+    answer = client.post("/", json={"image": base64.b64encode(data).decode(), "top_k": 2})
+    assert_classes(answer.json["classes"], expected_classes(photos, data, 2))
+    assert_classes(client.post("/?top_k=5", data=data).json["classes"], expected_classes(photos, data, 5))
+
+
+def test_server_timing_holds_every_stage(client: FlaskClient) -> None:
+    header = client.post("/", data=photo()).headers["Server-Timing"]
+    names = [part.strip().split(";")[0] for part in header.split(",")]
+    assert names == ["preprocess", "hop0", "hop0-run", "hop1", "hop1-run", "postprocess", "total"]
+    assert 'hop0;desc="..6";dur=' in header
+    assert 'hop1-run;desc="6..";dur=' in header
+
+
+def test_the_requests_identity_comes_back_and_goes_on_to_every_hop(client: FlaskClient, chain: Chain) -> None:
+    sent = {
+        "X-Call-Id": "call-9",
+        "traceparent": TRACE,
+        "tracestate": "a=1,b=2",
+        "X-Timeout": "9s",
+        "Authorization": "Bearer secret",
+        "X-Callback-Url": "http://evil/",
+    }
+    answer = client.post("/", data=photo(), headers=sent)
+    assert (answer.headers["X-Call-Id"], answer.headers["traceparent"]) == ("call-9", TRACE)
+    assert answer.json["id"] == "call-9"
+    assert len(chain.seen) == 2
+    for headers in chain.seen:
+        assert headers["X-Call-Id"] == "call-9"
+        assert headers["Traceparent"] == TRACE
+        assert headers["Tracestate"] == "a=1,b=2"
+        assert headers["X-Timeout"].endswith("ms")
+        assert 0 < int(headers["X-Timeout"][:-2]) <= 9000
+        assert not headers.keys() & {"Authorization", "X-Callback-Url"}
+
+
+def test_a_trace_that_is_none_is_begun_anew(client: FlaskClient, chain: Chain) -> None:
+    client.post("/", data=photo(), headers={"traceparent": TRACE + "-more", "tracestate": "a=1"})
+    assert chain.seen[0]["Traceparent"] == chain.seen[1]["Traceparent"] != TRACE
+    assert "Tracestate" not in chain.seen[0]
+
+
+def test_a_long_tracestate_loses_whole_members(client: FlaskClient, chain: Chain) -> None:
+    members = [f"vendor{i}=" + "v" * 40 for i in range(20)]
+    client.post("/", data=photo(), headers={"traceparent": TRACE, "tracestate": ",".join(members)})
+    kept = chain.seen[0]["Tracestate"].split(",")
+    assert kept == members[: len(kept)]
+    assert len(kept) == 10
+
+
+BOMB = io.BytesIO()
+Image.new("1", (9000, 9000)).save(BOMB, "PNG")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "type"),
+    [
+        (b"", 400, "ImageMalformed"),
+        (b"<!doctype html><title>login</title>", 415, "MediaUnsupported"),
+        (b"\x00\x01\x02\x03", 415, "MediaUnsupported"),
+        (b"hello", 415, "MediaUnsupported"),
+        (b"[1, 2]", 415, "MediaUnsupported"),
+        (b"\x89PNG\r\n\x1a\n" + b"\0" * 50, 400, "ImageMalformed"),
+        (photo()[:-40], 400, "ImageMalformed"),
+        (BOMB.getvalue(), 413, "RequestTooLarge"),
+        (b'{"image": "%%%"}', 400, "RequestMalformed"),
+        (b'{"image": 7}', 400, "RequestMalformed"),
+        (b'{"image": ""}', 400, "ImageMalformed"),
+        (b'{"picture": ""}', 400, "RequestMalformed"),
+        (b'{"image": ', 400, "RequestMalformed"),
+        (b'{"inputs": 3}', 400, "RequestMalformed"),
+        (b'{"a":' * 5000, 400, "RequestMalformed"),
+    ],
+    ids=lambda v: str(v)[:24],
+)
+def test_what_is_no_photo_is_refused_with_what_it_is(
+    client: FlaskClient, chain: Chain, body: bytes, status: int, type: str
+) -> None:
+    answer = client.post("/", data=body)
+    assert (answer.status_code, answer.json["type"]) == (status, type), answer.json
+    assert not chain.seen
+    assert len(answer.data) < 4000
+
+
+@pytest.mark.parametrize("top_k", ["0", "-1", "many", "1.5", "9" * 9])
+def test_a_top_k_that_is_no_count_is_refused(client: FlaskClient, top_k: str) -> None:
+    answer = client.post(f"/?top_k={top_k}", data=photo())
+    assert (answer.status_code, answer.json["facts"]) == (400, {"parameter": "top_k"})
+
+
+def test_a_model_for_tensors_says_so_when_a_photo_comes(photos: Published, tmp_path: Path) -> None:
+    folder = tmp_path / "free"
+    folder.mkdir()
+    free = publish(folder, free_model(folder / "free.onnx"), {}, partitions=[["1"]])
+    answer = local_router(free, tmp_path / "cache").post("/", data=photo())
+    assert (answer.status_code, answer.json["facts"]) == (415, {"accepted": ["Open Inference Protocol"]})
+    assert "/v2/models/free/infer" in answer.json["error"]
+
+
+def test_two_hundred_requests_at_sixteen_at_once_are_all_answered_right(chain: Chain, photos: Published) -> None:
+    data = [photo(seed=i) for i in range(10)]
+    expected = [expected_classes(photos, one) for one in data]
+    with served(chain.router) as url, urllib3.PoolManager(maxsize=16, block=True) as pool, ThreadPoolExecutor(16) as t:
+
+        def ask(i: int) -> str:
+            answer = pool.request("POST", url, body=data[i % 10], headers={"X-Call-Id": f"c{i}"}, retries=False)
+            assert answer.status == 200, answer.data
+            doc = json.loads(answer.data)
+            assert_classes(doc["classes"], expected[i % 10])
+            return str(doc["id"])
+
+        assert sorted(t.map(ask, range(200))) == sorted(f"c{i}" for i in range(200))
+
+
+def test_the_answer_documented_for_the_photo_endpoint_is_the_one_given(client: FlaskClient) -> None:
+    doc = client.post("/", data=photo()).json
+    text = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
+    shown = json.loads(text.partition("The answer:\n\n```json\n")[2].partition("```")[0])
+    assert doc.keys() == shown.keys()
+    assert doc["route"].keys() == shown["route"].keys()
+    assert doc["route"]["segments"][0].keys() == shown["route"]["segments"][0].keys()
+    assert doc["classes"][0].keys() == shown["classes"][0].keys()
+    assert oip.HEADER_LENGTH in text

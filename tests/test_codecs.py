@@ -23,10 +23,10 @@ from bundles import (
     photo,
     photo_array,
     publish,
-    publish_photos,
     ready,
     segment_settings,
 )
+from bundles import photos as photos
 from isthmus import frame as frames
 from isthmus.bundle import WHOLE, Blob, digest_of
 from isthmus.cli import app
@@ -366,11 +366,6 @@ def test_a_codec_of_another_version_is_refused_by_name(codec: str) -> None:
         frames.decode(data, max_bytes=BOUND)
     assert e.value.facts["rule"] == "codec"
     assert repr(codec) in str(e.value)
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Published:
-    return publish_photos(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture

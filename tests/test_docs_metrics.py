@@ -10,7 +10,8 @@ import pytest
 from flask.testing import FlaskClient
 from prometheus_client.parser import text_string_to_metric_families
 
-from bundles import Published, photo, publish_photos, ready, router_settings, segment_settings, served
+from bundles import Published, photo, ready, router_settings, segment_settings, served
+from bundles import photos as photos
 from isthmus.serving import create_router_app, create_segment_app
 from isthmus.serving.metrics import Metrics
 from test_serving_segment import framed
@@ -20,11 +21,6 @@ ROWS = {
     name: (kind, tuple(re.findall(r"`(\w+)`", labels)))
     for name, kind, labels in re.findall(r"^\| `(\w+)` \| (\w+) \|([^|]*)\|", TEXT, re.MULTILINE)
 }
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Published:
-    return publish_photos(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture

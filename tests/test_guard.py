@@ -18,13 +18,13 @@ from bundles import (
     cache_of,
     metrics,
     photo,
-    publish_photos,
     ready,
     router_settings,
     segment_settings,
     served,
     until,
 )
+from bundles import photos as photos
 from isthmus.calibration.agreement import Measure, measure_for
 from isthmus.calibration.calibrate import calibrate
 from isthmus.calibration.choice import RAW, Choice
@@ -44,11 +44,6 @@ from patience import LONG_S, eventually
 
 GOOD, BAD = "int8/1", "sparse/1@0"
 Routers = Callable[..., FlaskClient]
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Published:
-    return publish_photos(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture

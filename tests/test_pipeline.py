@@ -18,10 +18,10 @@ from bundles import (
     free_model,
     pair_model,
     publish,
-    publish_photos,
     segment_settings,
     served,
 )
+from bundles import photos as photos
 from isthmus.context import Context, Deadline
 from isthmus.errors import DeadlineExceeded, HopRejected, HopUnavailable, Missing, ShapeMismatch
 from isthmus.frame import Frame
@@ -30,11 +30,6 @@ from isthmus.pipeline import Result, run
 from isthmus.route import plan_route
 from isthmus.runners.store import SegmentStore
 from isthmus.serving import create_segment_app
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Published:
-    return publish_photos(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture(scope="module")

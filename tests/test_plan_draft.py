@@ -15,6 +15,7 @@ import pytest
 from onnx import helper
 
 from bundles import Published, cache_of, pair_model, photo, publish, publish_photos, save, value, weight
+from bundles import photos as photos
 from isthmus.bundle import subject_digest
 from isthmus.errors import ConstraintMalformed, Infeasible, PlanMismatch
 from isthmus.planner.planning.choose import choose
@@ -51,11 +52,6 @@ def drafted(
     options = {"int8": False, "links": [link]} | options
     with drafting(published.registry, cache, published.name, profiles, made, kind, **options) as draft:
         yield draft
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Published:
-    return publish_photos(tmp_path_factory.mktemp("photos"))
 
 
 def widening(path: Path) -> Path:

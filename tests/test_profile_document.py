@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bundles import Published, publish_photos
+from bundles import photos as photos
 from isthmus.codecs.speed import CodecSpeed
 from isthmus.device import Device
 from isthmus.errors import ProfileMalformed, RegistryError
@@ -57,11 +58,6 @@ PROFILE = Profile(
 )
 seconds = st.floats(0, 1e6, allow_nan=False)
 counts = st.integers(0, 2**50)
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Published:
-    return publish_photos(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture(params=["folder", "s3"])

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from flask.testing import FlaskClient
 
-from bundles import Published, publish_photos, ready, segment_settings
+from bundles import Published, ready, segment_settings
+from bundles import photos as photos
 from isthmus import frame as frames
 from isthmus.bundle import WHOLE
 from isthmus.device import cpu_name, from_document, memory
@@ -25,11 +26,6 @@ from patience import least
 
 TOKEN = "a-token"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Published:
-    return publish_photos(tmp_path_factory.mktemp("photos"))
 
 
 def client_of(photos: Published, folder: Path, token: str | None = TOKEN, **settings: Any) -> FlaskClient:

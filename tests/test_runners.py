@@ -20,9 +20,9 @@ from bundles import (
     cache_of,
     free_model,
     publish,
-    publish_photos,
     segment_settings,
 )
+from bundles import photos as photos
 from isthmus.bundle import WHOLE, Bundle
 from isthmus.context import Deadline
 from isthmus.errors import (
@@ -43,11 +43,6 @@ from patience import LONG_S, eventually, until
 
 CPU = ("CPUExecutionProvider",)
 CUDA = "CUDAExecutionProvider"
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Published:
-    return publish_photos(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import urllib3
 from flask.testing import FlaskClient
 
 from bundles import TOLERANCE, Published, cache_of, metrics, publish_photos, ready, segment_settings, served, until
+from bundles import photos as photos
 from isthmus import frame as frames
 from isthmus.bundle import WHOLE
 from isthmus.errors import SettingsError
@@ -25,11 +26,6 @@ from isthmus.serving import create_segment_app
 from patience import LONG_S
 
 TRACE = "00-" + "c" * 32 + "-" + "d" * 16 + "-01"
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Published:
-    return publish_photos(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture

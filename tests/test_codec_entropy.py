@@ -140,6 +140,16 @@ def test_values_that_are_all_bytes_come_back(magnitude: int) -> None:
     assert np.array_equal(entropy.decode(memoryview(entropy.encode(values, plan)), plan), values)
 
 
+def test_a_byte_that_stands_for_no_value_is_refused() -> None:
+    plan = entropy.Plan.of([(16, 0, 8000)], laplace_models())
+    values = np.ones(8000, np.float32)
+    data = entropy.encode(values, plan)
+    (length,) = struct.unpack("<I", data[:4])
+    stored = struct.pack("<I", 8000) + bytes([65] * 7999 + [192]) + data[4 + length :]
+    with pytest.raises(ValueError, match="another one"):
+        entropy.decode(memoryview(stored), plan)
+
+
 def test_nothing_but_zeros_takes_no_bytes_where_no_bits_are_plain() -> None:
     for level, least in ((0, 0), (16, 0), (17, 2)):
         plan = entropy.Plan.of([(level, 0, 200)], laplace_models())

@@ -19,7 +19,7 @@ from isthmus.codecs import NotPackable, Packing, entropy
 from isthmus.codecs.levels import TOP
 from isthmus.codecs.planes import Layout, edges_for, plane_transform
 from isthmus.codecs.steps import THIRD, in_eighths, size_of, step_of
-from isthmus.codecs.table import Table, levels_of
+from isthmus.codecs.table import GAINS, Table, levels_of
 from isthmus.codecs.transform import TRANSFORM, analysed, rounded
 from isthmus.errors import CalibrationError
 
@@ -280,3 +280,27 @@ def test_the_plane_transform_is_orthonormal_and_its_bands_hold_all_of_it() -> No
         assert transform.starts[0] == 0
         assert transform.starts[-1] == height * width
         assert np.array_equal(np.sort(transform.order), np.arange(height * width))
+
+
+def test_plans_are_kept_for_a_bounded_number_of_values() -> None:
+    table = learn(activations((1, 8, 16, 16)), layout=Layout(4, 1))
+    for size, most in ((16, 64), (512, 4)):
+        grid = table.grid((1, 8, size, size))
+        assert grid is not None
+        for gain in range(GAINS[0], GAINS[1] + 1):
+            grid.plan(0, gain)
+        assert len(grid._plans) <= most
+
+
+def test_a_sample_tells_the_gain_of_maps_whose_channels_differ() -> None:
+    """In steps as long as there are channels, one of them would be all that is found."""
+    rng = np.random.default_rng(0)
+    table = learn([rng.normal(size=(1, 48, 64, 64)).astype(np.float32) for _ in range(3)], layout=Layout(4, 1))
+    array = rng.normal(size=(1, 48, 64, 64)).astype(np.float32) * np.exp(rng.normal(size=(48, 1, 1))).astype(np.float32)
+    values, grid = analysed(array, table)
+    assert grid is not None
+    some, per_unit = grid.sampled(0)
+    assert per_unit.size < values.size / 8
+    every = np.repeat(grid.per_unit, grid.counts)
+    sampled, all_ = float(np.abs(values[some]) @ per_unit) / per_unit.size, float(np.abs(values) @ every) / every.size
+    assert sampled == pytest.approx(all_, rel=0.06)

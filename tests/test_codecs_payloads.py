@@ -20,7 +20,7 @@ from bundles import photo
 from isthmus import frame as frames
 from isthmus.codecs import NotPackable, Packed, Packing, find
 from isthmus.codecs.affine import MAX_OFFSET
-from isthmus.codecs.payload import restore, shrink
+from isthmus.codecs.payload import MAX_WINDOW_LOG, restore, shrink
 from isthmus.errors import FrameError, FrameMalformed
 from isthmus.frame import DTYPES, Frame
 from patience import least, peak_of
@@ -137,6 +137,25 @@ def test_a_section_that_is_not_one_zstd_frame_of_its_size_is_refused(case: str) 
     assert bytes(restore(memoryview(by_hand("2064", "230300")), 100)) == Z100
     with pytest.raises(ValueError, match=r"section|zstd"):
         restore(memoryview(BAD_SECTIONS[case]), 100)
+
+
+def test_a_frame_whose_window_is_its_content_is_held_to_the_same_bound() -> None:
+    maker = zstd.ZstdCompressor(options={zstd.CompressionParameter.window_log: 27})
+    for size in (2**MAX_WINDOW_LOG, 2**MAX_WINDOW_LOG + 1):
+        maker.set_pledged_input_size(size)
+        frame = memoryview(maker.compress(bytes(size), maker.FLUSH_FRAME))
+        assert frame[4] & 0x20
+        if size == 2**MAX_WINDOW_LOG:
+            assert restore(frame, size) == bytes(size)
+        else:
+            with pytest.raises(ValueError, match="window"):
+                restore(frame, size)
+
+
+def test_a_thread_that_was_interrupted_in_a_frame_writes_whole_ones_after_it() -> None:
+    with pytest.raises(TypeError):
+        shrink(bytes(9000), "checked", [3000, "no length", 3000])  # type: ignore[list-item]
+    assert bytes(restore(memoryview(shrink(bytes(6000), "checked")), 6000)) == bytes(6000)
 
 
 @pytest.mark.parametrize("kind", ["numbers", "checked", "structure"])

@@ -108,6 +108,8 @@ def read(section: memoryview, chosen: Sequence[Bytewise], out: Array) -> Array:
         if grouping is SINGLE:
             np.subtract(some, _CENTRE, out=out[start:stop].view(np.uint8))
             if int((some - _EDGE).min()) < _EDGES:
+                if int(out[start:stop].min()) < -SINGLE.most:
+                    raise ValueError("a byte of 255 values has another one")
                 edges.append(start + (np.abs(out[start:stop]) == SINGLE.most).nonzero()[0])
         else:
             groups = grouping.values

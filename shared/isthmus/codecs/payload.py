@@ -6,12 +6,17 @@ The only module that imports zstd: the backport of what Python 3.14 has. Specifi
 from __future__ import annotations
 
 import struct
+import sys
 import threading
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-from backports import zstd
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 MAX_WINDOW_LOG = 23
 """The largest window of a zstd frame that is read is 8 MiB; RFC 8878 asks every decoder to take this much."""
@@ -21,8 +26,8 @@ Kind = Literal["numbers", "checked", "structure"]
 """What a section holds: numbers that hardly ever repeat, the same with a checksum, or what does repeat: indices, masks,
 parameters."""
 
-# RFC 8878, 3.1.1.1: what describes a frame follows its magic number, and its window that; zstd itself looks at windows
-# only where it makes one.
+# RFC 8878, 3.1.1.1: what describes a frame follows its magic number, then its window, or this is as large as the
+# content; zstd itself looks at windows only where it makes one.
 _SINGLE_SEGMENT, _WIDEST = 0x20, (MAX_WINDOW_LOG - 10) << 3
 _LITERAL_COMPRESSION = 1002
 """ZSTD_c_literalCompressionMode; where few repeats are looked for, zstd would leave Huffman's codes out as well."""
@@ -38,6 +43,11 @@ class _Coders(threading.local):
     """A thread's own: two threads may not use one at once, and making one takes longer than using it."""
 
     def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        """Make them anew."""
+
         # Numbers hardly ever repeat, but for zeros: looking for repeats at every 65th byte finds those. Measured on
         # EfficientNet-Lite0's exponents: 32% of their size at 620 MB/s, where looking everywhere takes 33% at 310.
         def numbers(checked: bool) -> zstd.ZstdCompressor:
@@ -72,17 +82,21 @@ def shrink(data: bytes | memoryview, kind: Kind, parts: Sequence[int] = ()) -> b
         return data
     coder, start = _coders.compressors[kind], 0
     made: list[bytes] = []
-    if len(parts) > 1:
-        coder.set_pledged_input_size(len(data))
-        for part in parts[:-1]:
-            made.append(coder.compress(data[start : start + part], coder.FLUSH_BLOCK))
-            start += part
-    frame = b"".join([*made, coder.compress(data[start:], coder.FLUSH_FRAME)])
+    try:
+        if len(parts) > 1:
+            coder.set_pledged_input_size(len(data))
+            for part in parts[:-1]:
+                made.append(coder.compress(data[start : start + part], coder.FLUSH_BLOCK))
+                start += part
+        frame = b"".join([*made, coder.compress(data[start:], coder.FLUSH_FRAME)])
+    except BaseException:
+        _coders.renew()  # it may be within a frame, which the next one would continue
+        raise
     return frame if len(frame) < len(data) else data
 
 
 def restore(section: memoryview, size: int) -> bytes | memoryview:
-    """The `size` bytes that a section stands for; nothing else is ever allocated.
+    """The `size` bytes that a section stands for; never are more than some three times as many allocated.
 
     Raises:
         ValueError: it does not stand for that many.
@@ -93,7 +107,7 @@ def restore(section: memoryview, size: int) -> bytes | memoryview:
         raise ValueError(f"a section of {len(section)} bytes for {size}")
     try:
         found = zstd.get_frame_info(section)
-        wide = not section[4] & _SINGLE_SEGMENT and section[5] > _WIDEST
+        wide = size > 2**MAX_WINDOW_LOG if section[4] & _SINGLE_SEGMENT else section[5] > _WIDEST
         if found.decompressed_size != size or found.dictionary_id or wide:
             raise ValueError(
                 f"a zstd frame of {found.decompressed_size} bytes, dictionary {found.dictionary_id}; it is to give"

@@ -28,8 +28,8 @@ CLASSES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _KEPT_STEPS = 4
 """Of which a table keeps what tells classes: up to a megabyte each."""
 
-_FEW_ROWS, _KEPT_VALUES = 16, 2**17
-"""Rows whose classes come again: a state's, a vector's; and how many of their values have their order kept, 3 MB."""
+_FEW_ROWS, _KEPT_VALUES, _MOST_SORTINGS = 16, 2**17, 64
+"""Rows whose classes come again: a state's, a vector's; of how many values the order is kept, 3 MB; of how often."""
 
 NAMES = ("rows", "means", "weights", "scale", "synthesis", "deviations", "thirteenths", "zero", "magnitudes")
 
@@ -147,7 +147,7 @@ class RowTable:
         if found is None:
             found = Sorting.of(self.deviations[classes].reshape(-1), self.models)
             if len(classes) <= _FEW_ROWS:
-                if len(self._sortings) >= max(_KEPT_VALUES // found.count, 1):
+                if len(self._sortings) >= min(max(_KEPT_VALUES // found.count, 1), _MOST_SORTINGS):
                     self._sortings.clear()
                 self._sortings[key] = found
         return found

@@ -40,6 +40,9 @@ TOGETHER, MANY = 4, 512
 _SAMPLED = 2**12
 """Values whose mean magnitude is that of all, within a fiftieth; gains are told to a tenth."""
 
+_PLANNED_VALUES, _MOST_PLANS = 2**22, 64
+"""Values of which a sorting keeps plans, each of which takes some two bytes for a value, and 2 kB."""
+
 _KEPT_VALUES = 2**21
 """Of grids, which take some 20 bytes for each: those of the sizes asked for last."""
 
@@ -64,7 +67,7 @@ class Sorting:
     per_unit: Array
     models: Models
     _plans: dict[int, Plan] = field(default_factory=dict, init=False, repr=False)
-    _samples: dict[int, tuple[slice, Array]] = field(default_factory=dict, init=False, repr=False)
+    _samples: dict[int, tuple[slice | Array, Array]] = field(default_factory=dict, init=False, repr=False)
     _runs: dict[int, list[Run]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
@@ -85,13 +88,20 @@ class Sorting:
         """The inverse of `sort`."""
         return _taken(values, self.place, self.together, out)
 
-    def sampled(self, least: int) -> tuple[slice, Array]:
+    def sampled(self, least: int) -> tuple[slice | Array, Array]:
         """Which sorted values, from the one of `deviations` on, tell a magnitude, and the reciprocals of theirs."""
         found = self._samples.get(least)
         if found is None:
             start = int(self.ends[least] - self.counts[least])
-            some = slice(start, None, max((self.count - start) // _SAMPLED, 1))
-            found = self._samples[least] = some, np.repeat(self.per_unit[least:], self.counts[least:])[:: some.step]
+            per_unit = np.repeat(self.per_unit[least:], self.counts[least:])
+            if per_unit.size <= 2 * _SAMPLED:
+                found = slice(start, None), per_unit
+            else:
+                # One of each of as many parts: steps of one length would always find the same channels.
+                parts = np.arange(_SAMPLED) + np.random.default_rng(0).random(_SAMPLED)
+                at = (parts * (per_unit.size / _SAMPLED)).astype(np.intp)
+                found = start + at, per_unit[at]
+            self._samples[least] = found
         return found
 
     def plan(self, step: int, gain: int) -> Plan:
@@ -99,6 +109,8 @@ class Sorting:
         key = in_eighths(step) - gain
         found = self._plans.get(key)
         if found is None:
+            if len(self._plans) >= min(max(_PLANNED_VALUES // self.count, 4), _MOST_PLANS):
+                self._plans.clear()
             found = self._plans[key] = Plan.of(self.runs(step, gain), self.models)
         return found
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from report import ROOT
 from tested import models as real
 
 from isthmus.calibration.agreement import Measure
@@ -95,7 +94,7 @@ def _pages(seed: int, count: int, *, calibrating: bool) -> Iterator[Example]:
 
 
 def encoder(quick: bool) -> Subject:
-    """MiniLM-L6, halfway: sentences of this repository's own docs; what counts is the sentence's embedding."""
+    """MiniLM-L6, halfway: sentences of Python's own reference; what counts is the sentence's embedding."""
     counts = (60, 30) if quick else (400, 200)
 
     def judge(_: Example, expected: Arrays, got: Arrays) -> tuple[bool, float]:
@@ -117,9 +116,11 @@ def encoder(quick: bool) -> Subject:
 
 
 def sentences() -> list[str]:
-    """Sentences of the README and the docs, shuffled: real prose of many lengths."""
-    text = " ".join(p.read_text() for p in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
-    plain = re.sub(r"```.*?```|^\|.*?$|[#`*]|\]\([^)]*\)", " ", text, flags=re.DOTALL | re.MULTILINE)
+    """Sentences of the language reference that comes with Python, shuffled: real prose of many lengths."""
+    from pydoc_data.topics import topics
+
+    text = " ".join(topics[name] for name in sorted(topics))
+    plain = re.sub(r"^ .*?$|^[*=-]+$|[#`*]", " ", text, flags=re.MULTILINE)
     found = [" ".join(s.split()) for s in re.split(r"(?<=[.:;?])\s", plain)]
     found = [s for s in dict.fromkeys(found) if 20 <= len(s) <= 300]
     return [found[i] for i in np.random.default_rng(0).permutation(len(found))]

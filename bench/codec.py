@@ -27,6 +27,7 @@ from isthmus.calibration.running import runs_here
 from isthmus.calibration.scoring import Tally, score
 from isthmus.calibration.sending import Trial, Way, trials
 from isthmus.calibration.spool import Spool
+from isthmus.codecs import LOSSLESS_ID, TRANSFORM_ID
 from isthmus.graph import build
 from isthmus.registry import FolderStore, Registry, SegmentCache
 from isthmus.settings import SegmentSettings
@@ -34,9 +35,9 @@ from isthmus.settings import SegmentSettings
 PACKAGES = ["numpy", "onnxruntime", "pillow", "scikit-image", "scikit-learn", "torch", "backports.zstd"]
 STEPS = tuple(round(2.0 ** (-4 + i / 2), 4) for i in range(13))
 """Of uniform quantisation, in shares of the activation's root mean square: 0.06 to 4."""
-PEERS = ("raw", "half/1", "lossless/2", "int8/1", "int4/1", "sparse/1")
+PEERS = ("raw", "half/1", LOSSLESS_ID, "int8/1", "int4/1", "sparse/1")
 NETWORKS = ("efficientnet-lite0", "efficientnet-lite0-other", "digits", "ocr-detector", "minilm", "silero")
-OURS, CLOSER, IDEAL, INT8 = "transform/3", "transform/3, closer looks", "uniform, ideal entropy", "int8 + zstd"
+OURS, CLOSER, IDEAL, INT8 = TRANSFORM_ID, f"{TRANSFORM_ID}, closer looks", "uniform, ideal entropy", "int8 + zstd"
 LEVELS = (0.95, 0.99)
 SAME, ERRORS = (0.8, 0.9, 0.95, 0.98, 0.99), (0.2, 0.1, 0.05, 0.02, 0.01)
 

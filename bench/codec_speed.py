@@ -12,7 +12,7 @@ from measure import Call, interleave
 from report import Report, Row, at_least, at_most
 
 from isthmus.calibration.learn import learn
-from isthmus.codecs import Packed, Packing, find, pack
+from isthmus.codecs import LOSSLESS_ID, TRANSFORM_ID, Packed, Packing, find, pack
 from isthmus.codecs.payload import restore, shrink
 from isthmus.frame import DTYPES
 from isthmus.graph import build
@@ -23,7 +23,7 @@ VALUES = 100_000
 CUT, COLUMNS = "15", 74
 """24 maps of 56 × 56, after 20% of EfficientNet-Lite0's work; two photos' beside one another, cut to 74 columns, are
 99,456 values: what costs the same for few as for many counts once, as it does for 100,000."""
-CODECS = ("half/1", "bfloat16/1", "lossless/2", "int8/1", "int4/1", "sparse/1", "transform/3")
+CODECS = ("half/1", "bfloat16/1", LOSSLESS_ID, "int8/1", "int4/1", "sparse/1", TRANSFORM_ID)
 QUALITY = 0.7
 ZSTD, INT8_HEAD = "zstd alone, int8/1's codes", 8
 
@@ -74,11 +74,11 @@ def add_speed(report: Report, folder: Path) -> None:
         rows.append(row)
     title = f"times for 100,000 float32 values, one thread: {one.size:,} of EfficientNet-Lite0's at cut {CUT}, scaled"
     report.add(title, rows)
-    for codec, limit in (("transform/3", 3.0), ("int8/1", 0.3)):
+    for codec, limit in ((TRANSFORM_ID, 3.0), ("int8/1", 0.3)):
         both = ms[f"{codec} pack"] + ms[f"{codec} unpack"]
         report.goals.append(at_most(f"ms to pack and unpack 100,000 values, {codec}", both, limit, "ms"))
-    slower = max(ms["lossless/2 pack"], ms["lossless/2 unpack"])
-    report.goals.append(at_least("GB/s of lossless/2, the slower of both ways", raw / slower / 1e6, 1.0, "GB/s"))
+    slower = max(ms[f"{LOSSLESS_ID} pack"], ms[f"{LOSSLESS_ID} unpack"])
+    report.goals.append(at_least(f"GB/s of {LOSSLESS_ID}, the slower of both ways", raw / slower / 1e6, 1.0, "GB/s"))
 
 
 def _activations(folder: Path) -> list[Array]:

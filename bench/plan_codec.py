@@ -10,12 +10,13 @@ from plan_grid import LIMITS, Bench, text
 from real import INPUTS, LIMIT
 from report import Report, Row, at_least
 
+from isthmus.codecs import TRANSFORM_ID
 from isthmus.planner.planning.choose import VALUES, choose
 from isthmus.planner.planning.conditions import Conditions, Objective
 from isthmus.planner.planning.make import merged
 from isthmus.planner.planning.measuring import contenders
 
-CODEC, PHOTO = "transform/3", "photo/1"
+CODEC, PHOTO = TRANSFORM_ID, "photo/1"
 ALL = "with all"
 AMONG: Mapping[str, Callable[[str], bool]] = {
     "as it is": lambda codec: codec == PHOTO,

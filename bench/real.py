@@ -22,6 +22,7 @@ from isthmus.calibration.inputs import open_source
 from isthmus.calibration.running import runs_here
 from isthmus.cli.photos import varied_photos
 from isthmus.client import Array
+from isthmus.codecs import TRANSFORM_ID
 from isthmus.errors import Missing
 from isthmus.graph import build, cuts, open_model, torch_export, zoo
 from isthmus.processing.image import MAX_PIXELS
@@ -100,7 +101,7 @@ def table_of(registry: Registry, reference: str) -> Callable[[str], object]:
     """A version's codec tables by tensor; None for those that have none."""
     found = registry.resolve(reference)
     tables = Tables(registry.bundle, registry.blob, MAX_PIXELS)
-    return tables_of(found.bundle, found.digest, "transform/3", tables)
+    return tables_of(found.bundle, found.digest, TRANSFORM_ID, tables)
 
 
 def _photo(height: int, width: int, short_side: int | None = None) -> bytes:

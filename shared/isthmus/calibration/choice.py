@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from isthmus.bundle import TensorSpec
-from isthmus.codecs import KNOWN, NEVER_CHOSEN, TRANSFORM_ID, Packing, find
+from isthmus.codecs import KNOWN, LOSSLESS_ID, NEVER_CHOSEN, TRANSFORM_ID, Packing, find
 
-_EXACT = frozenset({"raw", "lossless/2", "photo/1"})
+_EXACT = frozenset({"raw", LOSSLESS_ID, "photo/1"})
 GRADED = frozenset({"sparse/1", TRANSFORM_ID})
 """Codecs that a quality means something to."""
-SIDE = "lossless/2"
+SIDE = LOSSLESS_ID
 """How tensors travel that are no activations: ids, masks, states of a counter."""
 
 WIDEST_MARGIN = 1000.0

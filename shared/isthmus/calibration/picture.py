@@ -12,22 +12,23 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from isthmus.calibration.fidelity import Entry, Fidelity, Reference
+from isthmus.codecs import LOSSLESS_ID, TRANSFORM_ID
 from isthmus.errors import CalibrationError
 
+_CLOSER = ", closer looks"
 _COLOURS = {
-    "transform/3": "#0b6e4f",
-    "transform/3, closer looks": "#3fb68b",
+    TRANSFORM_ID: "#0b6e4f",
+    f"{TRANSFORM_ID}{_CLOSER}": "#3fb68b",
     "int8/1": "#c8553d",
     "int4/1": "#d98e04",
     "half/1": "#33415c",
     "bfloat16/1": "#7d8597",
-    "lossless/2": "#5c4d7d",
+    LOSSLESS_ID: "#5c4d7d",
     "sparse/1": "#a44a7b",
     "raw": "#000000",
     "jpeg": "#1f6fb2",
     "webp": "#7fb3d8",
 }
-_CLOSER = ", closer looks"
 _MARKS = ("o", "s", "D", "^", "v", "P", "X", "p", "*", "h")
 _PAPER = "#fcfcfa"
 _TICKS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)

@@ -19,6 +19,7 @@ from isthmus.codecs import raw
 
 Array = np.ndarray[Any, np.dtype[Any]]
 RAW = "raw"
+LOSSLESS_ID = "lossless/2"
 TRANSFORM_ID = "transform/3"
 LAYERS_ID = "layers/1"
 """How a tensor of `transform/3` travels that may be refined."""
@@ -85,7 +86,7 @@ Tables: TypeAlias = Callable[[str, str, str], object]
 _PLACES: Mapping[str, str] = {
     "half/1": "half:HALF",
     "bfloat16/1": "half:BFLOAT16",
-    "lossless/2": "lossless:LOSSLESS",
+    LOSSLESS_ID: "lossless:LOSSLESS",
     "int8/1": "affine:INT8",
     "int4/1": "affine:INT4",
     "sparse/1": "sparse:SPARSE",

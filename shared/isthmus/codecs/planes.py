@@ -138,8 +138,7 @@ class PlaneTransform:
     def channels_forward(self, maps: Array, out: Array, spare: Array) -> Array:
         """What `forward` gives, as (batch, channels, height * width) in `out`, of maps so shaped.
 
-        `spare` is as large and is overwritten: what is written where something was read a moment ago stays in the
-        processor's cache, which a map of 300 kB leaves three times over otherwise.
+        `spare` is as large and is overwritten: a tensor takes two arrays of its size on its way, whatever the steps.
         """
         if self.whole is not None:
             return np.asarray(np.matmul(maps, self.whole.T, out=out))

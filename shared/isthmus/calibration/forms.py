@@ -15,6 +15,7 @@ from isthmus.calibration.learn import STEPS, learn
 from isthmus.calibration.rows import Form, Rows, learn_rows
 from isthmus.calibration.sensitivity import Sensitivity
 from isthmus.codecs import TRANSFORM_ID, NotPackable, Packing
+from isthmus.codecs.classes import CLASSES, MOST_NUMBERS
 from isthmus.codecs.planes import Layout
 from isthmus.codecs.rows import RowTable
 from isthmus.codecs.table import Table
@@ -22,8 +23,9 @@ from isthmus.codecs.transform import TRANSFORM
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_COUNTS = (4, 16, 64, 128, 256)
-_ROWS_PER_CLASS = 12
+_FEW, _MANY = (4, 16, 64), tuple(k for k in CLASSES if k > 64)
+"""Numbers of classes to try: of many, each as long as the one before was better."""
+_ROWS_PER_CLASS = 3
 _LEANINGS = (0.0, 0.3)
 """Of the covariance on its diagonal: a rotation that fits few inputs need not fit others."""
 _HELD_OUT = 4
@@ -63,10 +65,14 @@ def learn_table(samples: Iterable[Array], sensitivity: Sensitivity) -> Table | R
     def cost(form: Form) -> float:
         return _cost(learn_rows(learning, form, plain, STEPS), held_out, harm)
 
-    counts = [k for k in _COUNTS if k * _ROWS_PER_CLASS <= len(learning.values)]
+    most = min(len(learning.values) // _ROWS_PER_CLASS, MOST_NUMBERS // layout.channels)
     costs = {form: cost(form) for form in (Form(1, True, leaning) for leaning in _LEANINGS)}
     leaning = min(costs, key=costs.__getitem__).leaning
-    costs |= {form: cost(form) for form in (Form(k, True, leaning) for k in counts)}
+    costs |= {form: cost(form) for form in (Form(k, True, leaning) for k in _FEW if k <= most)}
+    for k in _MANY:
+        if k > most or min(costs, key=costs.__getitem__).classes < k // 2:
+            break
+        costs[Form(k, True, leaning)] = cost(Form(k, True, leaning))
     classes = min(costs, key=costs.__getitem__).classes
     others = {Form(classes, False), *(Form(classes, True, leaning) for leaning in _LEANINGS)} - costs.keys()
     costs |= {form: cost(form) for form in others}

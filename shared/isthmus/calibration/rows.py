@@ -14,8 +14,9 @@ from isthmus.calibration.layout import row_layout_of
 from isthmus.calibration.models import learn_models
 from isthmus.calibration.samples import laid_out, unit_of
 from isthmus.calibration.sensitivity import Sensitivity
+from isthmus.codecs.classes import Classes
 from isthmus.codecs.row_layout import RowLayout
-from isthmus.codecs.rows import Likelihood, RowTable
+from isthmus.codecs.rows import RowTable
 from isthmus.codecs.steps import size_of
 from isthmus.codecs.table import OCTAVE, ZERO_DEVIATION
 from isthmus.errors import CalibrationError
@@ -141,24 +142,39 @@ def _synthesis(centred: Array, harm: Array, form: Form, energy: float) -> Array:
 
 def _told_apart(components: Array, count: int) -> Array:
     """The class of each row: by the bits that it takes, from starts that lie far from one another."""
+    components = components.astype(np.float32)
     if count == 1:
-        return np.zeros(len(components), np.uint8)
-    rng = np.random.default_rng(0)
-    # Far in deviations: one channel that stands out would else be all that counts.
-    relative = components / (components.std(axis=0) + size_of(_STEP))
-    starts = [int(rng.integers(len(components)))]
-    distance = np.square(relative - relative[starts[0]]).sum(axis=1)
-    while len(starts) < count:
-        total = float(distance.sum())
-        starts.append(int(rng.choice(len(components), p=distance / total)) if total > 0 else 0)
-        distance = np.minimum(distance, np.square(relative - relative[starts[-1]]).sum(axis=1))
-    centres = components[starts]
+        return np.zeros(len(components), np.intp)
+    centres = components[_starts(components, count)]
     spread = np.broadcast_to(components.var(axis=0), centres.shape)
     for _ in range(_ROUNDS):
-        classes = Likelihood.of(centres, spread, _STEP).likeliest(components)
+        classes = Classes.of(centres, spread).likeliest(components)
         centres = _means(components, classes, count)
         spread = _variances(components - centres[classes], classes, count)
-    return Likelihood.of(centres, spread, _STEP).likeliest(components)
+    return Classes.of(centres, spread).likeliest(components)
+
+
+def _starts(components: Array, count: int) -> list[int]:
+    """Rows that lie far from one another: each drawn by its distance from those before it.
+
+    Source: Arthur and Vassilvitskii, "k-means++: The Advantages of Careful Seeding", 2007.
+    """
+    rng = np.random.default_rng(0)
+    # Far in deviations: one channel that stands out would else be all that counts.
+    relative = components / (components.std(axis=0) + np.float32(size_of(_STEP)))
+    squares = np.square(relative).sum(axis=1)
+
+    def distance_from(row: int) -> Array:
+        return np.asarray(np.maximum(squares + squares[row] - 2 * (relative @ relative[row]), 0))
+
+    found = [int(rng.integers(len(components)))]
+    distance = distance_from(found[0])
+    while len(found) < count:
+        shares = distance.astype(np.float64)
+        total = float(shares.sum())
+        found.append(int(rng.choice(len(shares), p=shares / total)) if total > 0 else 0)
+        distance = np.minimum(distance, distance_from(found[-1]))
+    return found
 
 
 def _weights(rows: Rows, classes: Array, count: int, sensitivity: Sensitivity | None) -> Array:
@@ -169,21 +185,26 @@ def _weights(rows: Rows, classes: Array, count: int, sensitivity: Sensitivity | 
         if len(of_sample) == len(places):
             harm[of_sample] = places
     known = np.isfinite(harm)
-    members = _members(classes[known], count)
-    mean = (members @ harm[known] + _LEANING_HARM) / (members.sum(axis=1) + _LEANING_HARM)
+    members, sums = _sums(harm[known][:, None], classes[known], count)
+    mean = (sums[:, 0] + _LEANING_HARM) / (members + _LEANING_HARM)
     return np.asarray(np.clip(np.round(OCTAVE / 2 * np.log2(np.maximum(mean, 1e-3))), -_MOST_WEIGHT, _MOST_WEIGHT), int)
 
 
-def _members(classes: Array, count: int) -> Array:
-    """float64 (count, rows): 1 where a row is in a class."""
-    return np.asarray(classes == np.arange(count)[:, None], np.float64)
+def _sums(values: Array, classes: Array, count: int) -> tuple[Array, Array]:
+    """How many rows each class has, and their sums, (count, C)."""
+    members = np.bincount(classes, minlength=count)
+    found = np.zeros((count, values.shape[1]), values.dtype)
+    if len(values):
+        starts = np.concatenate([[0], np.cumsum(members)[:-1]])[members > 0]
+        found[members > 0] = np.add.reduceat(values[classes.argsort(kind="stable")], starts, axis=0)
+    return members, found
 
 
 def _means(values: Array, classes: Array, count: int) -> Array:
     """Of each class, (count, C); an empty class has that of all."""
-    members = _members(classes, count)
-    counts = members.sum(axis=1)[:, None]
-    return np.asarray(np.where(counts > 0, members @ values / np.maximum(counts, 1), values.mean(axis=0)))
+    members, sums = _sums(values, classes, count)
+    counts = members[:, None].astype(values.dtype)
+    return np.asarray(np.where(counts > 0, sums / np.maximum(counts, 1), values.mean(axis=0)))
 
 
 def _medians(values: Array, classes: Array, count: int) -> Array:
@@ -192,6 +213,7 @@ def _medians(values: Array, classes: Array, count: int) -> Array:
 
 def _variances(values: Array, classes: Array, count: int) -> Array:
     """About zero, of each class, (count, C); with few rows it leans on that of all."""
-    squares, members = np.square(values), _members(classes, count)
-    counts = members.sum(axis=1)[:, None]
-    return np.asarray((members @ squares + _LEANING * squares.mean(axis=0)) / (counts + _LEANING))
+    squares = np.square(values)
+    members, sums = _sums(squares, classes, count)
+    counts = members[:, None].astype(values.dtype)
+    return np.asarray((sums + _LEANING * squares.mean(axis=0)) / (counts + _LEANING))

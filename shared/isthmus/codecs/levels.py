@@ -25,6 +25,9 @@ TOP = 20
 ZERO_BITS = 16
 MAGNITUDE_SUM = 4096
 FLAGS = 8
+WIDEST_DEAD_ZONE = 0.75
+_BIT = 0.06
+"""What a bit is worth, in squares of a step."""
 _BYTE, _TWO_BYTES, _OTHER_BYTES = np.array(8, np.uint8), np.array(16, np.uint8), np.array(0x00FF00FF, np.uint32)
 
 
@@ -49,11 +52,24 @@ class Models:
         if (self.magnitudes.sum(axis=1, dtype=np.int64) != MAGNITUDE_SUM).any():
             raise ValueError(f"the frequencies of a level's magnitudes sum to {MAGNITUDE_SUM}")
 
+    @cached_property
+    def dead_zones(self) -> Array:
+        """How far from zero a value of each level may be, in steps, to be sent as zero: float32 (LEVELS,).
+
+        Where its error then costs less than the bits of a one. Source: docs/codecs.md, "Rows".
+        """
+        zero = self.zero / 2**ZERO_BITS
+        one = (1 - zero) * self.magnitudes[:, 0] / (2 * MAGNITUDE_SUM)
+        return np.asarray(np.clip(0.5 + _BIT / 2 * np.log2(zero / one), 0.5, WIDEST_DEAD_ZONE), np.float32)
+
     def grouping(self, level: int, short: bool) -> Grouping:
         """How values of a level are best grouped."""
-        zero = int(self.zero[level])
-        grouping = next(g for share, g in _GROUPINGS if zero < share * 2**ZERO_BITS or share == 1)
+        grouping = self._groupings[level]
         return replace(grouping, flagged=False) if short and grouping.flagged else grouping
+
+    @cached_property
+    def _groupings(self) -> list[Grouping]:
+        return [next(g for share, g in _GROUPINGS if zero < share * 2**ZERO_BITS) for zero in self.zero.tolist()]
 
     def level(self, level: int, grouping: Grouping) -> Level:
         """The coder's models of one level's values so grouped, made on first use."""

@@ -14,49 +14,18 @@ from typing import Any
 
 import numpy as np
 
+from isthmus.codecs.classes import CLASSES, MOST_NUMBERS, Classes
 from isthmus.codecs.levels import Models
 from isthmus.codecs.row_layout import RowLayout
-from isthmus.codecs.steps import size_of
 from isthmus.codecs.stored import check, check_numbers, common_arrays, common_parts
 from isthmus.codecs.table import OCTAVE, ZERO_DEVIATION, Sorting, Table
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-CLASSES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-"""How many a table may have: a row's class takes up to eight bits."""
-
-_KEPT_STEPS = 4
-"""Of which a table keeps what tells classes: up to a megabyte each."""
-
 _FEW_ROWS, _KEPT_VALUES, _MOST_SORTINGS = 16, 2**17, 64
 """Rows whose classes come again: a state's, a vector's; of how many values the order is kept, 3 MB; of how often."""
 
 NAMES = ("rows", "means", "weights", "scale", "synthesis", "deviations", "thirteenths", "zero", "magnitudes")
-
-
-@dataclass(frozen=True, eq=False)
-class Likelihood:
-    """What tells the class of a row.
-
-    Twice the negative logarithm of it is `squares @ weight - components @ linear + constant`, but for a constant.
-    """
-
-    weight: Array
-    linear: Array
-    constant: Array
-
-    @classmethod
-    def of(cls, centres: Array, variance: Array, step: int) -> Likelihood:
-        """Of classes of these centres and variances (K, C), with the noise of rounding to a step added."""
-        variance = variance + variance.dtype.type(size_of(step) ** 2 / 12)
-        weight = 1 / variance
-        constant = (np.log(variance) + centres * centres * weight).sum(axis=1)
-        return cls(np.ascontiguousarray(weight.T), np.ascontiguousarray(2 * (centres * weight).T), constant)
-
-    def likeliest(self, components: Array) -> Array:
-        """The class of each row (rows, C)."""
-        costs = np.square(components) @ self.weight - components @ self.linear + self.constant
-        return np.asarray(costs.argmin(axis=1).astype(np.uint8))
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +47,6 @@ class RowTable:
     steps: tuple[int, int]
     models: Models
     _sortings: dict[bytes, Sorting] = field(default_factory=dict, init=False, repr=False)
-    _likelihoods: dict[int, Likelihood] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check every bound.
@@ -87,8 +55,8 @@ class RowTable:
             ValueError: names the part that does not fit.
         """
         channels, classes = self.channels, len(self.means)
-        if classes not in CLASSES:
-            raise ValueError(f"a table of {classes} classes")
+        if classes not in CLASSES or classes * channels > MOST_NUMBERS:
+            raise ValueError(f"a table of {classes} classes of {channels} channels")
         check("means", self.means, np.float32, (classes, channels))
         check("weights", self.weights, np.int8, (classes,))
         check("synthesis", self.synthesis, np.float16, (channels,) * min(self.synthesis.ndim, 2))
@@ -130,10 +98,10 @@ class RowTable:
         """float32, of `synthesis`'s shape: what multiplies components in units."""
         return self.synthesis.astype(np.float32) * np.float32(self.scale)
 
-    @cached_property
+    @property
     def centres(self) -> Array:
         """The classes' means as components, (K, C)."""
-        return applied(self.analysis_at_work, self.means)
+        return self.classes.centres
 
     @cached_property
     def factors(self) -> Array:
@@ -152,22 +120,11 @@ class RowTable:
                 self._sortings[key] = found
         return found
 
-    def nearest(self, components: Array, step: int) -> Array:
-        """The likeliest class of each row (rows, C), at a step.
-
-        As if deviations were those of normal distributions, with the noise of rounding added. Weights have no say:
-        fewer bits are no reason to take a row for one that matters less.
-        """
-        if len(self.means) == 1:
-            return np.zeros(len(components), np.uint8)
-        found = self._likelihoods.get(step)
-        if found is None:
-            spread = np.exp2((self.deviations.astype(np.float32) - ZERO_DEVIATION) / OCTAVE) / self.factors
-            found = Likelihood.of(self.centres, np.square(spread), step)
-            if len(self._likelihoods) >= _KEPT_STEPS:
-                self._likelihoods.clear()
-            self._likelihoods[step] = found
-        return found.likeliest(components)
+    @cached_property
+    def classes(self) -> Classes:
+        """What tells a row's class; weights have no say, for what matters less is no likelier."""
+        spread = np.exp2((self.deviations.astype(np.float32) - ZERO_DEVIATION) / OCTAVE) / self.factors
+        return Classes.of(applied(self.analysis_at_work, self.means), np.square(spread))
 
     def to_arrays(self) -> dict[str, Array]:
         """This table as named arrays, to be stored."""
@@ -215,27 +172,3 @@ def read_table(arrays: Mapping[str, Array]) -> Table | RowTable:
 def applied(matrix: Array, rows: Array) -> Array:
     """`matrix` (C, C) or its diagonal (C,) times each row."""
     return rows * matrix if matrix.ndim == 1 else np.asarray(rows @ matrix.T)
-
-
-def packed_classes(classes: Array, bits: int) -> bytes:
-    """Classes of `bits` bits each, the first in the highest bits of the first byte."""
-    if not bits:
-        return b""
-    return np.packbits(np.unpackbits(classes[:, None], axis=1)[:, 8 - bits :]).tobytes()
-
-
-def unpacked_classes(data: memoryview, count: int, bits: int) -> Array:
-    """What `packed_classes` took.
-
-    Raises:
-        ValueError: there are too few bytes, or bits after the last are not zero.
-    """
-    if not bits:
-        return np.zeros(count, np.uint8)
-    if len(data) < -(-count * bits // 8):
-        raise ValueError("the payload ends within the rows' classes")
-    found = np.unpackbits(np.frombuffer(data, np.uint8))
-    if found[count * bits :].any():
-        raise ValueError("the bits after the last row's class are not zero")
-    weights = (1 << np.arange(bits)[::-1]).astype(np.uint8)
-    return np.asarray(found[: count * bits].reshape(count, bits) @ weights)

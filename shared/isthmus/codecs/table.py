@@ -13,7 +13,7 @@ import numpy as np
 
 from isthmus.codecs import entropy
 from isthmus.codecs.entropy import MAX_LEVEL, Plan, Run
-from isthmus.codecs.levels import UNIT_LEVEL, Models
+from isthmus.codecs.levels import LEVELS, UNIT_LEVEL, Models
 from isthmus.codecs.planes import CELLS, Layout, PlaneTransform, plane_transform
 from isthmus.codecs.steps import in_eighths
 from isthmus.codecs.stored import check, check_numbers, common_arrays, common_parts
@@ -113,6 +113,12 @@ class Sorting:
                 self._plans.clear()
             found = self._plans[key] = Plan.of(self.runs(step, gain), self.models)
         return found
+
+    def dead_zones(self, step: int, gain: int) -> Array:
+        """How far from zero sorted coefficients may be, in steps, to be sent as zero, float32 (n,)."""
+        levels, starts, stops = zip(*self.runs(step, gain), strict=True)
+        zones = self.models.dead_zones[np.minimum(levels, LEVELS - 1)]
+        return np.repeat(zones, np.subtract(stops, starts))
 
     def runs(self, step: int, gain: int) -> list[Run]:
         """The runs of one level each at that step and gain."""

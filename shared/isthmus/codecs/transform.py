@@ -14,8 +14,9 @@ import ml_dtypes
 import numpy as np
 
 from isthmus.codecs import NotPackable, Packing, entropy
+from isthmus.codecs.classes import packed_classes, unpacked_classes
 from isthmus.codecs.entropy import LARGEST
-from isthmus.codecs.rows import RowTable, applied, packed_classes, unpacked_classes
+from isthmus.codecs.rows import RowTable, applied
 from isthmus.codecs.steps import in_eighths, size_of, step_of
 from isthmus.codecs.table import EXPECTED_MAGNITUDE, GAINS, OCTAVE, ZERO_DEVIATION, Grid, Sorting, Table
 
@@ -136,13 +137,14 @@ def _encode_rows(array: Array, table: RowTable, quality: float) -> bytes:
     step = step_of(quality, table.steps)
     with np.errstate(all="ignore"):  # of NaN and infinity, which rounding finds
         components = applied(analysis, rows)
-        classes = table.nearest(components, step)
+        classes = table.classes.likeliest(components)
         sorting = table.sorting(classes)
         weighted = (components - table.centres[classes]) * table.factors[classes]
         values = weighted.reshape(-1)[sorting.order]
     whole = rounded(values, step, entropy.room(values.size))
     # A row that is hardly like its class may be any number of times as large as expected, and is kept all the same.
     gain = min(gain_of(values, sorting, step), GAINS[1])
+    whole[: values.size] *= np.abs(values) >= sorting.dead_zones(step, gain) * np.float32(size_of(step))
     start = bytes((step & 255, gain & 255)) + packed_classes(classes, table.bits)
     return start + entropy.encode_in_place(whole, sorting.plan(step, gain))
 

@@ -35,7 +35,7 @@ from isthmus.settings import SegmentSettings
 PACKAGES = ["numpy", "onnxruntime", "pillow", "scikit-image", "scikit-learn", "torch", "backports.zstd"]
 STEPS = tuple(round(2.0 ** (-4 + i / 2), 4) for i in range(13))
 """Of uniform quantisation, in shares of the activation's root mean square: 0.06 to 4."""
-PEERS = ("raw", "half/1", LOSSLESS_ID, "int8/1", "int4/1", "sparse/1")
+PEERS = ("raw", "half/1", LOSSLESS_ID, "int8/1", "int4/1", "sparse/2")
 NETWORKS = ("efficientnet-lite0", "efficientnet-lite0-other", "digits", "ocr-detector", "minilm", "silero")
 OURS, CLOSER, IDEAL, INT8 = TRANSFORM_ID, f"{TRANSFORM_ID}, closer looks", "uniform, ideal entropy", "int8 + zstd"
 LEVELS = (0.95, 0.99)

@@ -109,7 +109,7 @@ def test_calibrating_publishes_tables_and_a_fidelity_as_the_next_version(calibra
     for e in at6.values():
         assert e["low"] <= e["measured"] <= e["high"]
         assert e["offered"] == (e["agreement"] >= said["limit"])
-    exact = at6["lossless/2", 1.0]
+    exact = at6["lossless/3", 1.0]
     assert (exact["agreement"], exact["low"], exact["error"]) == (1, 1, 0)
     finest, coarsest = at6["transform/3", 1.0], at6["transform/3", 0.0]
     assert finest["bytes"] > coarsest["bytes"]

@@ -169,7 +169,7 @@ def test_a_target_that_nothing_meets_names_what_comes_closest() -> None:
 # Choices
 
 
-@pytest.mark.parametrize("text", ["int8/1", "raw", "transform/3@0.9", "sparse/1@0.25", "lossless/2"])
+@pytest.mark.parametrize("text", ["int8/1", "raw", "transform/3@0.9", "sparse/2@0.25", "lossless/3"])
 def test_a_choice_reads_as_it_is_written(text: str) -> None:
     assert str(Choice.parse(text)) == text
 
@@ -187,7 +187,7 @@ def test_what_is_no_choice_is_refused(text: str) -> None:
 def test_side_tensors_travel_exactly() -> None:
     specs = [TensorSpec("x", "float32", (1, 4)), TensorSpec("ids", "int64", (1,)), TensorSpec("mask", "bool", (1,))]
     made = packings(specs, Choice("int8/1"))
-    assert {name: p.codec for name, p in made.items()} == {"x": "int8/1", "ids": "lossless/2", "mask": "lossless/2"}
+    assert {name: p.codec for name, p in made.items()} == {"x": "int8/1", "ids": "lossless/3", "mask": "lossless/3"}
     assert packings(specs, Choice("raw")) == {}
     assert [is_exact(p) for p in made.values()] == [False, True, True]
 

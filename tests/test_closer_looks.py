@@ -50,7 +50,7 @@ def test_they_are_written_as_the_documents_say() -> None:
     longer = Choice.parse("transform/3@0.12345678+0.4444444444:1.23456789")
     assert longer == Choice("transform/3", 0.123457, (Look(0.444444, 1.23457),)) == Choice.parse(str(longer))
     assert (Choice("int8/1").once, Choice("int8/1").last) == (Choice("int8/1"), Choice("int8/1"))
-    assert Choice.parse(f"sparse/1@0+1:{WIDEST_MARGIN:g}").looks == (Look(1.0, WIDEST_MARGIN),)
+    assert Choice.parse(f"sparse/2@0+1:{WIDEST_MARGIN:g}").looks == (Look(1.0, WIDEST_MARGIN),)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_they_are_written_as_the_documents_say() -> None:
         *(f"transform/3@0.4+0.8:0.2{rest}" for rest in ("+", "+0.9", "+0.8:0.1", "+0.6:0.1", "+1.1:1", "+0.9:0")),
         *(f"transform/3@0.4+{q}:0.2" for q in ("0.4", "0.3", "-1", "1.01", "nan", "inf", "", "fine")),
         *(f"transform/3@0.4+0.8:{m}" for m in ("0", "-0.2", "nan", "inf", "-inf", "1001", "wide", "0.2 nats", "0.2;")),
-        *(f"{first}+0.8:0.2" for first in ("int8/1", "raw", "lossless/2", "transform/3", "transform/3@", "sparse/1@2")),
+        *(f"{first}+0.8:0.2" for first in ("int8/1", "raw", "lossless/3", "transform/3", "transform/3@", "sparse/2@2")),
         *(f"{codec}@0.4+0.8:0.2" for codec in ("int8/1", "layers/1", "photo/1", "transform/1", "transform")),
         "transform/3@0" + "".join(f"+{(n + 1) / 10}:1" for n in range(MAX_LOOKS + 1)),
         "transform/3+0.8@0.4:0.2",

@@ -94,7 +94,7 @@ def test_an_entry_whose_looks_are_none_is_refused(changes: dict[str, Any]) -> No
 
 
 LOOKS = CloserLooks("logits", (Look(0.5, 0.4), Look(0.7, 0.2)), (0.5, 0.25))
-CODECS = {"p6": Coding("transform/3", 0.3), "mask": Coding("lossless/2")}
+CODECS = {"p6": Coding("transform/3", 0.3), "mask": Coding("lossless/3")}
 
 
 def looks_document(photos: Published) -> Any:

@@ -186,7 +186,7 @@ def crossed(known: Known, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 def ways(known: Known, *qualities: float, codec: str = "transform/3") -> list[dict[str, Packing]]:
     table = known.table("p6") if codec == "transform/3" else None
-    return [{"p6": Packing(codec, q, table), "ids": Packing("lossless/2")} for q in qualities]
+    return [{"p6": Packing(codec, q, table), "ids": Packing("lossless/3")} for q in qualities]
 
 
 def refines(made: Send) -> bool:
@@ -224,7 +224,7 @@ def test_a_look_that_cannot_refine_sends_all_of_it_and_the_next_refines_that(
 
 
 def test_codecs_that_cannot_be_refined_send_all_of_it_finer(known: Known, crossed: dict[str, Array]) -> None:
-    hows = ways(known, 0.3, 0.6, codec="sparse/1")
+    hows = ways(known, 0.3, 0.6, codec="sparse/2")
     assert [one.nbytes for one in sends(crossed, "6..", hows)] == [send(crossed, "6..", h).nbytes for h in hows]
 
 

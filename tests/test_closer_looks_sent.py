@@ -131,7 +131,7 @@ def test_what_was_not_packed_coarsely_takes_a_closer_look_whole(value: float, ta
 def test_only_a_fixed_factor_finer_is_a_closer_look(tables: Mapping[str, object]) -> None:
     made = tried_at([0.3, 0.45, 0.6], tables)
     assert not any(trial.coarser for trial in made)
-    others = [Choice("sparse/1", 0.5), Choice("transform/3", 0.4), Choice("transform/3", 0.5), RAW]
+    others = [Choice("sparse/2", 0.5), Choice("transform/3", 0.4), Choice("transform/3", 0.5), RAW]
     assert finer_than(Choice("transform/3", 0.3), others) == Choice("transform/3", 0.5)
     assert finer_than(Choice("transform/3", 0.35), others) is None
     assert finer_than(Choice("transform/3", 1.0), others) is None

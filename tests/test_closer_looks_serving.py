@@ -72,7 +72,7 @@ def counted(client: FlaskClient, what: str) -> float:
     return metrics(client)[f"isthmus_{what}_total", ()]
 
 
-@pytest.mark.parametrize("codec", [LOOKS, "sparse/1@0.2+0.4:1000+0.9:1000"])
+@pytest.mark.parametrize("codec", [LOOKS, "sparse/2@0.2+0.4:1000+0.9:1000"])
 def test_answers_timings_and_metrics_tell_of_closer_looks(router: Routers, photos: Published, codec: str) -> None:
     client = router(codec)
     answer = ask(client)
@@ -189,9 +189,9 @@ def test_a_plans_closer_looks_are_taken_and_codec_raw_switches_them_off(
 @pytest.mark.parametrize(
     "codec",
     [
-        "sparse/1@0.4+0.3:1",
-        "sparse/1@0.4+0.8",
-        "sparse/1@0.4+0.8:0",
+        "sparse/2@0.4+0.3:1",
+        "sparse/2@0.4+0.8",
+        "sparse/2@0.4+0.8:0",
         "int8/1+0.8:0.2",
         "transform/3@0.2+0.4:1+0.4:1",
         "transform/3@0+0.1:1+0.2:1+0.3:1+0.4:1+0.5:1",
@@ -210,13 +210,13 @@ def test_nobody_chooses_what_closer_looks_travel_as(photos: Published, tmp_path:
 
 def test_answers_that_are_no_classes_are_refused_and_the_router_says_what_to_do(tmp_path: Path) -> None:
     pair = publish(tmp_path, pair_model(tmp_path / "pair.onnx"), {}, partitions=[["1"]])
-    settings = router_settings(pair, tmp_path / "cache", ("local",), codec="sparse/1@0.4+0.8:0.2")
+    settings = router_settings(pair, tmp_path / "cache", ("local",), codec="sparse/2@0.4+0.8:0.2")
     client = create_router_app(settings).test_client()
     assert until(lambda: "closer looks" in client.get("/ready").get_data(as_text=True))
     said = client.get("/ready")
     assert said.status_code == 503
-    assert "which pair does not answer: set codec to sparse/1@0.4, or" in said.json["error"]
-    settings = router_settings(pair, tmp_path / "cache", ("local",), codec="sparse/1@0.4")
+    assert "which pair does not answer: set codec to sparse/2@0.4, or" in said.json["error"]
+    settings = router_settings(pair, tmp_path / "cache", ("local",), codec="sparse/2@0.4")
     assert ready(create_router_app(settings).test_client())
 
 
@@ -226,7 +226,7 @@ def test_a_new_version_whose_fidelity_another_version_wrote_leaves_the_old_one_s
     registry = photos.registry
     registry.set_alias("photos", "live", photos.version)
     settings = router_settings(
-        photos, tmp_path, ("local",), model="photos:live", codec="sparse/1@0.2+0.4:1000", refresh_s=0.0, guard_share=0.0
+        photos, tmp_path, ("local",), model="photos:live", codec="sparse/2@0.2+0.4:1000", refresh_s=0.0, guard_share=0.0
     )
     client = ready(create_router_app(settings).test_client())
     data = b'{"format": "isthmus.fidelity/1"}'
@@ -248,7 +248,7 @@ def test_a_measure_of_what_is_no_output_is_refused_too(photos: Published, head: 
     route = plan_route(photos.digest, photos.bundle, (head,))
     for measure in (Measure(TOP1, "nothing"), Measure("close")):
         with pytest.raises(SettingsError, match="does not answer") as e:
-            packed(route, Choice.parse("sparse/1@0.4+0.8:0.2"), lambda *_: None, lambda _, m=measure: m)  # type: ignore[misc]
+            packed(route, Choice.parse("sparse/2@0.4+0.8:0.2"), lambda *_: None, lambda _, m=measure: m)  # type: ignore[misc]
         assert e.value.facts["variable"] == "codec"
 
 
@@ -275,13 +275,13 @@ def test_the_guards_steps_drop_the_closer_looks_and_its_notes_name_them(photos: 
             guard.check(sample(photos, hop, wanted, wrong, step))
         taken, standing = guard.safer(route)
         assert taken.looks is None
-        assert standing.notes["guard_instead_of"] == "sparse/1@0.2+0.4:0.25+0.9:0.25"
+        assert standing.notes["guard_instead_of"] == "sparse/2@0.2+0.4:0.25+0.9:0.25"
         packing = taken.packings[0].get("x")
         found.append((standing.notes["guard_codec"], packing and (packing.codec, packing.quality)))
     assert found == [
-        ("sparse/1@0.9", ("sparse/1", 0.9)),
-        ("sparse/1@0.95", ("sparse/1", 0.95)),
-        ("sparse/1@1", ("sparse/1", 1.0)),
+        ("sparse/2@0.9", ("sparse/2", 0.9)),
+        ("sparse/2@0.95", ("sparse/2", 0.95)),
+        ("sparse/2@1", ("sparse/2", 1.0)),
         ("int8/1", ("int8/1", 1.0)),
         ("half/1", ("half/1", 1.0)),
         ("raw", None),
@@ -295,7 +295,7 @@ def test_the_guard_compares_the_answer_that_was_given_with_the_raw_one(
 ) -> None:
     """Of a coarse quality that loses answers and closer looks that take every one of them back."""
     hops = ("local", tail.url)
-    settings = router_settings(photos, tmp_path, hops, codec="sparse/1@0+0.5:1000+1:1000", guard_share=1.0)
+    settings = router_settings(photos, tmp_path, hops, codec="sparse/2@0+0.5:1000+1:1000", guard_share=1.0)
     client = ready(create_router_app(settings).test_client())
     seeds = iter(range(100_000))
 

@@ -190,7 +190,7 @@ def test_the_class_that_is_found_is_the_likeliest_of_all() -> None:
     costs = np.stack(
         [
             (np.square(rows - c) * w).sum(axis=1) + r
-            for c, w, r in zip(classes.centres, classes.weight, classes.rarity, strict=False)
+            for c, w, r in zip(classes.centres, classes.weight, classes.rarity, strict=True)
         ]
     )
     assert (found == costs.argmin(axis=0)).mean() > 0.99

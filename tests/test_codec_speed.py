@@ -18,7 +18,7 @@ def test_what_no_time_is_left_for_is_not_there() -> None:
 
 
 def test_a_codec_that_was_not_timed_is_as_much_slower_as_the_others_are() -> None:
-    here = {"half/1": CodecSpeed(1.0, 1.0), "int8/1": CodecSpeed(1.0, 2.0), "lossless/2": CodecSpeed(1.0, 1.0)}
+    here = {"half/1": CodecSpeed(1.0, 1.0), "int8/1": CodecSpeed(1.0, 2.0), "lossless/3": CodecSpeed(1.0, 1.0)}
     there = {"half/1": CodecSpeed(2.0, 3.0), "int8/1": CodecSpeed(4.0, 4.0), "int4/1": CodecSpeed(9.0, 9.0)}
     slower = compared(there, here)
     assert slower["half/1"] == CodecSpeed(2.0, 3.0)

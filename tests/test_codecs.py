@@ -40,7 +40,7 @@ from isthmus.serving import create_segment_app
 Array = np.ndarray[Any, np.dtype[Any]]
 BOUND = 2**20
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-PLAIN = ("half/1", "bfloat16/1", "lossless/2", "int8/1", "int4/1", "sparse/1")
+PLAIN = ("half/1", "bfloat16/1", "lossless/3", "int8/1", "int4/1", "sparse/2")
 LOSSY = ("int8/1", "int4/1")
 CODED_FLOATS = [np.dtype("<f4"), np.dtype("<f2"), BFLOAT16]
 SHAPES = [(), (1,), (7,), (2, 3), (1, 5, 4, 3), (2, 3, 5), (0,), (2, 0, 3), (1, 3, 0, 2), (2, 2, 2, 2, 2)]
@@ -88,10 +88,24 @@ finite_floats = any_shape.flatmap(
 @given(any_bits())
 @settings(max_examples=120, deadline=None)
 def test_lossless_gives_every_bit_of_every_dtype_back(array: Array) -> None:
-    got = back("lossless/2", array)
+    got = back("lossless/3", array)
     assert (got.dtype, got.shape) == (array.dtype, array.shape)
     assert bits(got) == bits(array)
     assert not np.shares_memory(got, array)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "bool"])
+@given(st.data())
+@settings(max_examples=30, deadline=None)
+def test_a_mask_takes_a_bit_a_place_at_most_and_a_constant_next_to_nothing(dtype: str, data: st.DataObject) -> None:
+    size = DTYPES[dtype].itemsize
+    values = np.frombuffer(data.draw(st.binary(min_size=2 * size, max_size=2 * size)), f"<u{size}")
+    places = data.draw(hnp.arrays(np.bool_, hnp.array_shapes(max_dims=4, max_side=9)))
+    mask = (places if dtype == "bool" else values[places.astype(int)].view(DTYPES[dtype])).reshape(places.shape)
+    assert bits(back("lossless/3", mask)) == bits(mask)
+    packed = pack(mask, Packing("lossless/3"))
+    most = 5 + 2 * size + -(-mask.size // 8) if places.any() and not places.all() else 1 + size
+    assert packed.nbytes <= min(most, mask.nbytes)
 
 
 @given(any_bits())
@@ -99,9 +113,9 @@ def test_lossless_gives_every_bit_of_every_dtype_back(array: Array) -> None:
 def test_sparse_at_full_quality_gives_every_bit_of_every_float_back(array: Array) -> None:
     if array.dtype.kind not in "fV":
         with pytest.raises(NotPackable):
-            back("sparse/1", array)
+            back("sparse/2", array)
         return
-    got = back("sparse/1", array)
+    got = back("sparse/2", array)
     assert (got.dtype, got.shape) == (array.dtype, array.shape)
     assert bits(got) == bits(array)
 
@@ -110,7 +124,7 @@ def test_sparse_at_full_quality_gives_every_bit_of_every_float_back(array: Array
 def test_a_large_tensor_that_compresses_in_part_comes_back_exactly(dtype: str) -> None:
     for array in (feature_map(1, 40, 16, 16), np.round(relu(1, 40, 16, 16)), np.full((3, 5000), -0.0, "float32")):
         given = array.astype(DTYPES[dtype])
-        for codec in ("lossless/2", "sparse/1"):
+        for codec in ("lossless/3", "sparse/2"):
             assert bits(back(codec, given)) == bits(given)
 
 
@@ -160,7 +174,7 @@ def test_ordinary_values_are_rounded_to_the_nearest_level(codec: str, levels: in
 )
 def test_zero_stays_zero(codec: str, array: Array) -> None:
     assert not back(codec, array)[array == 0].any()
-    assert not back("sparse/1", array, 0.3)[array == 0].any()
+    assert not back("sparse/2", array, 0.3)[array == 0].any()
 
 
 @pytest.mark.parametrize("codec", LOSSY)
@@ -204,7 +218,7 @@ def test_strided_and_big_endian_arrays_pack_as_their_contiguous_copies(codec: st
 @pytest.mark.parametrize("dtype", [n for n in DTYPES if n not in ("float16", "bfloat16", "float32", "float64")])
 def test_integers_and_booleans_are_for_lossless_alone(codec: str, dtype: str) -> None:
     array = np.ones((3, 4), DTYPES[dtype])
-    if codec == "lossless/2":
+    if codec == "lossless/3":
         assert np.array_equal(back(codec, array), array)
         return
     with pytest.raises(NotPackable):
@@ -219,10 +233,10 @@ def test_float64_is_not_quantised(codec: str) -> None:
     with pytest.raises(NotPackable):
         back(codec, np.arange(9.0))
     with pytest.raises(NotPackable):
-        back("sparse/1", np.arange(9.0), 0.5)
+        back("sparse/2", np.arange(9.0), 0.5)
 
 
-@pytest.mark.parametrize("codec", [*LOSSY, "sparse/1"])
+@pytest.mark.parametrize("codec", [*LOSSY, "sparse/2"])
 @pytest.mark.parametrize("dtype", CODED_FLOATS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_not_quantised(codec: str, dtype: np.dtype[Any], bad: float) -> None:
@@ -233,7 +247,7 @@ def test_what_is_not_finite_is_not_quantised(codec: str, dtype: np.dtype[Any], b
     assert pack(array, Packing(codec, 0.5)) is array
 
 
-@pytest.mark.parametrize("codec", [*LOSSY, "sparse/1"])
+@pytest.mark.parametrize("codec", [*LOSSY, "sparse/2"])
 @pytest.mark.parametrize(
     "values",
     [[-3.4e38, 3.4e38], [3.3e38, 3.4e38], [0, 1e-44], [1e-40, 2e-40], [1e-45, 1e-45], [0.0, 3e38], [-3e38, 0.0]],
@@ -288,15 +302,15 @@ def test_half_rounds_every_float16_and_what_lies_between_two_as_numpy_does() -> 
 def test_sparse_below_full_quality_is_within_half_its_step(quality: float, signed: bool) -> None:
     array = feature_map(1, 16, 12, 12) * (relu(1, 16, 12, 12) > 1) if signed else relu(1, 16, 12, 12)
     levels = min(max(1, round(2 ** (8 * quality))), 127 if signed else 255)
-    got = back("sparse/1", array, quality)
+    got = back("sparse/2", array, quality)
     assert np.abs(got - array).max() <= 0.5001 * np.abs(array).max() / levels
 
 
 def test_more_quality_takes_more_bytes_and_errs_less() -> None:
     array = relu(1, 64, 14, 14)
-    made = [pack(array, Packing("sparse/1", q)) for q in (0.25, 0.5, 0.75, 1.0)]
+    made = [pack(array, Packing("sparse/2", q)) for q in (0.25, 0.5, 0.75, 1.0)]
     sizes = [p.nbytes for p in made]
-    errors = [float(np.abs(back("sparse/1", array, q) - array).max()) for q in (0.25, 0.5, 0.75, 1.0)]
+    errors = [float(np.abs(back("sparse/2", array, q) - array).max()) for q in (0.25, 0.5, 0.75, 1.0)]
     assert sizes == sorted(sizes)
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] == 0
@@ -306,9 +320,9 @@ def test_zeros_cost_a_bit_each_at_most() -> None:
     array = relu(1, 32, 28, 28)
     array[array < 3] = 0
     there = np.count_nonzero(array)
-    packed = pack(array, Packing("sparse/1"))
+    packed = pack(array, Packing("sparse/2"))
     assert packed.nbytes < array.size / 8 + 4 * there
-    assert packed.nbytes < pack(array, Packing("lossless/2")).nbytes
+    assert packed.nbytes < pack(array, Packing("lossless/3")).nbytes
 
 
 def test_side_tensors_become_small() -> None:
@@ -319,7 +333,7 @@ def test_side_tensors_become_small() -> None:
         "words": (np.random.default_rng(0).integers(0, 30_522, (1, 128)), 500),
     }
     for name, (array, most) in sizes.items():
-        packed = pack(array, Packing("lossless/2"))
+        packed = pack(array, Packing("lossless/3"))
         assert isinstance(packed, Packed), name
         assert packed.nbytes < most, name
 

@@ -42,7 +42,7 @@ from isthmus.serving.guard import Guard, Sample
 from isthmus.serving.metrics import Metrics
 from patience import LONG_S, eventually
 
-GOOD, BAD = "int8/1", "sparse/1@0"
+GOOD, BAD = "int8/1", "sparse/2@0"
 Routers = Callable[..., FlaskClient]
 
 
@@ -163,7 +163,7 @@ def test_no_share_means_no_checks(router: Routers) -> None:
 
 
 def test_raw_and_exact_routes_are_not_checked(router: Routers) -> None:
-    for codec in ("", "lossless/2", "sparse/1"):
+    for codec in ("", "lossless/3", "sparse/2"):
         client = router(codec=codec, guard_share=1.0)
         ask(client)
         assert not until(lambda c=client: value(c, "isthmus_guard_checks_total") > 0, 0.2)  # type: ignore[misc]
@@ -261,7 +261,7 @@ class Echo:
 
 def sample(photos: Published, hop: Any, answer: Any, step: int = 0) -> Sample:
     whole = photos.bundle.segment("..")
-    route = Route(photos.digest, photos.bundle, (whole,), (hop,), ({"x": Packing("sparse/1", 0.2)},))
+    route = Route(photos.digest, photos.bundle, (whole,), (hop,), ({"x": Packing("sparse/2", 0.2)},))
     return Sample(route, photos.inputs, {}, {"logits": answer}, step)
 
 
@@ -292,7 +292,7 @@ def test_a_check_of_a_codec_that_has_stepped_aside_counts_no_more(photos: Publis
     route = sample(photos, hop, one).route
     taken, standing = made.safer(route)
     assert standing.step == 1
-    assert taken.packings[0]["x"] == Packing("sparse/1", 0.6)
+    assert taken.packings[0]["x"] == Packing("sparse/2", 0.6)
 
 
 def test_every_step_is_safer_and_the_last_is_raw(photos: Published) -> None:
@@ -304,7 +304,7 @@ def test_every_step_is_safer_and_the_last_is_raw(photos: Published) -> None:
             made.check(sample(photos, hop, other, step))
         seen.append(made.safer(sample(photos, hop, one).route)[0].packings[0].get("x"))
     assert seen[-1] is None
-    assert [p.codec for p in seen if p] == ["sparse/1", "sparse/1", "int8/1", "half/1"]
+    assert [p.codec for p in seen if p] == ["sparse/2", "sparse/2", "int8/1", "half/1"]
 
 
 def test_a_hop_that_is_away_teaches_the_guard_nothing(photos: Published) -> None:
@@ -312,7 +312,7 @@ def test_a_hop_that_is_away_teaches_the_guard_nothing(photos: Published) -> None
     hop.fails = True
     made = guard()
     route = sample(photos, hop, np.zeros((1, 5), np.float32)).route
-    stage = Stage("..", "echo", 0, 0, 0, 0, 0, 0, codecs={"x": "sparse/1"})
+    stage = Stage("..", "echo", 0, 0, 0, 0, 0, 0, codecs={"x": "sparse/2"})
     result = Result({"logits": np.zeros((1, 5), np.float32)}, (stage,))
     made.watch(route, made.safer(route)[1], photos.inputs, {}, result)
     assert made.safer(route)[1].step == 0

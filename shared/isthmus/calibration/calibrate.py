@@ -33,7 +33,7 @@ QUALITIES = tuple(round(i / 15, 4) for i in range(16))
 """Three of which are a closer look's factor of three."""
 CHOICES: tuple[Choice, ...] = (
     *(Choice(codec) for codec in KNOWN if codec not in NEVER_CHOSEN | GRADED),
-    *(Choice("sparse/1", quality) for quality in (0.25, 0.5, 0.75, 1.0)),
+    *(Choice("sparse/2", quality) for quality in (0.25, 0.5, 0.75, 1.0)),
     *(Choice(TRANSFORM_ID, quality) for quality in QUALITIES),
 )
 """What is measured at every cut."""

@@ -24,7 +24,7 @@ _COLOURS = {
     "half/1": "#33415c",
     "bfloat16/1": "#7d8597",
     LOSSLESS_ID: "#5c4d7d",
-    "sparse/1": "#a44a7b",
+    "sparse/2": "#a44a7b",
     "raw": "#000000",
     "jpeg": "#1f6fb2",
     "webp": "#7fb3d8",

@@ -1,7 +1,8 @@
 """Every array exactly as it was, bit for bit: bytes of like meaning together, each group compressed alone.
 
-A float's exponents are worth compressing, its mantissas hardly ever: those are tried only where a sample repeats.
-Source: Hershcovitch et al., "ZipNN: Lossless Compression for AI Models", 2024; docs/codecs.md, `lossless/2`.
+A float's exponents are worth compressing, its mantissas hardly ever: those are tried only where a sample repeats. What
+holds one value or two, such as a mask, is these and a bit for each place.
+Source: Hershcovitch et al., "ZipNN: Lossless Compression for AI Models", 2024; docs/codecs.md, `lossless/3`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from isthmus.codecs.payload import LONGEST_SECTION, Reader, bytes_of, count_of, 
 _LENGTH = struct.Struct("<I")
 _ONE_BIT = 15
 """Instead of a number of bytes: values are two neighbouring integers."""
+_IN_A_BYTE = 8
 _SAMPLED, _FEW = 64, 40
 """Of 64 bytes drawn from all 256 values at random, some 57 differ; below 40, a section shrinks by a third or so."""
 
@@ -28,7 +30,7 @@ class Lossless:
     calibrated = False
 
     def encode(self, array: Array, packing: Packing | None = None) -> bytes:
-        """The lengths of `array`'s sections, and the sections.
+        """One value that all are, or the lengths of `array`'s sections and these; see docs/codecs.md.
 
         Raises:
             NotPackable: more than 4 GiB.
@@ -38,13 +40,12 @@ class Lossless:
         if not array.size:
             return b""
         little = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(-1)
+        bits = little.view(f"<u{little.itemsize}")
         if array.dtype.kind == "b":
-            sections = [shrink(pack_bits(little), "structure")]
-        elif _is_float(array.dtype):
-            sections = list(_of_floats(little.view(f"<u{little.itemsize}")))[::-1]
-        else:
-            return _of_integers(little.view(f"<u{little.itemsize}"), int(little.min()), array.dtype.kind == "i")
-        return _joined(sections)
+            return _of_flags(little)
+        if _is_float(array.dtype):
+            return _of_few(bits) or _joined(list(_of_floats(bits))[::-1])
+        return _of_integers(bits, int(little.min()), array.dtype.kind == "i")
 
     def decode(self, payload: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], table: object = None) -> Array:
         """The array, in memory of its own.
@@ -57,9 +58,10 @@ class Lossless:
             Reader(payload).end()
             return np.empty(shape, dtype)
         if dtype.kind == "b":
-            (packed,) = _sections(payload, [-(-count // 8)])
-            return unpack_bits(packed, count).reshape(shape)
+            return _flags(payload, count).reshape(shape)
         if _is_float(dtype):
+            if (few := _few(payload, count, np.dtype(f"<u{size}"))) is not None:
+                return few.view(dtype).reshape(shape)
             *words, low, high = _sections(payload, [2 * count] * (size // 2 - 1) + [count] * 2)
             top = np.frombuffer(high, np.uint8).astype("<u2")
             top <<= np.uint16(8)
@@ -76,7 +78,7 @@ class Lossless:
         least, width, rest = _head(payload, dtype)
         values = array.reshape(-1).view(f"<u{size}")
         if width == _ONE_BIT:
-            values[:] = unpack_bits(_sections(rest, [-(-count // 8)])[0], count)
+            values[:] = _flags(rest, count)
         else:
             values[:] = 0
             planes = values.view(np.uint8).reshape(-1, size)
@@ -103,20 +105,66 @@ def unpack_bits(data: bytes | memoryview, count: int) -> Array:
     return np.unpackbits(packed, count=count).view(np.bool_)
 
 
+def _of_flags(flags: Array) -> bytes:
+    """Booleans: one byte, 0 or 1, where more than fit into it are all alike; or the section of their bits."""
+    if flags.size > _IN_A_BYTE and (same := bool(flags[0])) == bool(flags.min()) == bool(flags.max()):
+        return bytes((same,))
+    return bytes(shrink(pack_bits(flags), "structure"))
+
+
+def _flags(payload: memoryview, count: int) -> Array:
+    """What `_of_flags` took, bool (count,).
+
+    Raises:
+        ValueError: the payload is not one of so many.
+    """
+    if count > _IN_A_BYTE and len(payload) == 1:
+        if payload[0] > 1:
+            raise ValueError(f"a byte of {payload[0]} for booleans that are all alike")
+        return np.full(count, payload[0], np.bool_)
+    return unpack_bits(restore(payload, -(-count // 8)), count)
+
+
+def _of_few(bits: Array) -> bytes:
+    """Floats' bits of one value or two: the value; or zeros for a length, both, and which one each is. Else nothing."""
+    if len(set(bits[:: -(-bits.size // _SAMPLED)].tolist())) > 2:
+        return b""
+    least, most = bits.min(), bits.max()
+    if least == most:
+        return bytes(least.tobytes())
+    flags = bits == most
+    if not (flags | (bits == least)).all():
+        return b""
+    return b"".join([_LENGTH.pack(0), least.tobytes(), most.tobytes(), _of_flags(flags)])
+
+
+def _few(payload: memoryview, count: int, dtype: np.dtype[Any]) -> Array | None:
+    """What `_of_few` took; None where the payload is of sections: of a length, which is not 0, and more.
+
+    Raises:
+        ValueError: the payload is not one of so many.
+    """
+    if len(payload) == dtype.itemsize:
+        return np.repeat(np.frombuffer(payload, dtype), count)
+    reader = Reader(payload)
+    if reader.fields(_LENGTH)[0]:
+        return None
+    least, most = np.frombuffer(reader.take(2 * dtype.itemsize), dtype)
+    return np.asarray(np.where(_flags(reader.rest(), count), most, least))
+
+
 def _of_integers(values: Array, least: int, signed: bool) -> bytes:
     """Integers, as unsigned ones: the least, how many bytes hold what each is more, and sections of these."""
     more = values - values.dtype.type(least % 256**values.itemsize)
     bits = int(more.max()).bit_length()
     if bits == 1:
-        width, sections = _ONE_BIT, [shrink(pack_bits(more), "structure")]
+        width, rest = _ONE_BIT, _of_flags(more)
     else:
         width = -(-bits // 8)
         planes = np.ascontiguousarray(more.view(np.uint8).reshape(-1, more.itemsize).T)
-        sections = [shrink(plane.data, "structure") for plane in planes[:width]]
+        rest = _joined([shrink(plane.data, "structure") for plane in planes[:width]])
     length = -(-((least if least >= 0 else ~least).bit_length() + (signed and least != 0)) // 8)
-    return bytes((length << 4 | width,)) + b"".join(
-        [least.to_bytes(length, "little", signed=signed), _joined(sections)]
-    )
+    return b"".join([bytes((length << 4 | width,)), least.to_bytes(length, "little", signed=signed), rest])
 
 
 def _head(payload: memoryview, dtype: np.dtype[Any]) -> tuple[int, int, memoryview]:
@@ -133,7 +181,8 @@ def _head(payload: memoryview, dtype: np.dtype[Any]) -> tuple[int, int, memoryvi
 
 
 def _joined(sections: list[bytes | memoryview]) -> bytes:
-    return b"".join([*(_LENGTH.pack(len(s)) for s in sections), *sections])
+    """The lengths of all sections but the last, and the sections."""
+    return b"".join([*(_LENGTH.pack(len(s)) for s in sections[:-1]), *sections])
 
 
 def _of_floats(bits: Array) -> Iterator[bytes | memoryview]:
@@ -167,10 +216,12 @@ def _if_it_repeats(section: Array) -> tuple[bytes | memoryview, bool]:
 def _sections(payload: memoryview, sizes: list[int]) -> list[bytes | memoryview]:
     """The sections of those sizes, all that there is."""
     reader = Reader(payload)
-    lengths = [reader.fields(_LENGTH)[0] for _ in sizes]
-    found = [restore(reader.take(length), size) for length, size in zip(lengths, sizes, strict=True)]
-    reader.end()
-    return found
+    if not sizes:
+        reader.end()
+        return []
+    lengths = [reader.fields(_LENGTH)[0] for _ in sizes[1:]]
+    parts = [*map(reader.take, lengths), reader.rest()]
+    return [restore(part, size) for part, size in zip(parts, sizes, strict=True)]
 
 
 def _is_float(dtype: np.dtype[Any]) -> bool:

@@ -31,7 +31,7 @@ class Sparse:
     calibrated = False
 
     def encode(self, array: Array, packing: Packing) -> bytes:
-        """The header, the bits' section, and the values: as `lossless/2` has them, or a section of codes.
+        """The header, the bits' section, and the values: as `lossless/3` has them, or a section of codes.
 
         Raises:
             NotPackable: no float; below quality 1 also float64, NaN, infinity, or values too small to be scaled.

@@ -31,9 +31,9 @@ _LEANINGS = (0.0, 0.3)
 _HELD_OUT = 4
 """One sample in so many, the last ones: neighbours of a stream are alike."""
 _TRIED = 32
-_QUALITIES = (0.2, 0.35, 0.5)
-_SHARE = 0.03
-"""Forms are compared where harm is this share of the energy."""
+_QUALITIES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)
+_DAMAGES = (0.01, 0.0025, 0.0004)
+"""Forms are compared where the answer's relative error is 10%, 5% and 2%, or its divergence half of these squares."""
 _MOST_CHANNELS = 1024
 """Beyond, learning takes minutes, and nothing is tried."""
 
@@ -59,7 +59,7 @@ def learn_table(samples: Iterable[Array], sensitivity: Sensitivity) -> Table | R
     held_out = list(itertools.islice(part.rest(), _TRIED))
     # Without what is known of places, whose noise would count as harm.
     plain = replace(sensitivity, places=())
-    harm = harm_of(sensitivity, layout.channels)
+    harm = _damage_of(sensitivity, rows)
     learning = rows.first(part.count)
 
     def cost(form: Form) -> float:
@@ -100,8 +100,8 @@ class _Part:
 
 
 def _cost(table: Table | RowTable, held_out: list[Array], harm: Array) -> float:
-    """The logarithm of the bytes at that harm, from the line through a few qualities."""
-    points = []
+    """The logarithm of the bytes that it takes, on average over `_DAMAGES`."""
+    sizes, damages = [], []
     for quality in _QUALITIES:
         size, damage = 0, 0.0
         for array in held_out:
@@ -114,10 +114,14 @@ def _cost(table: Table | RowTable, held_out: list[Array], harm: Array) -> float:
             found = TRANSFORM.decode(memoryview(payload), array.dtype, array.shape, table)
             error = table.layout.forward(found.astype(np.float64) - array).reshape(-1, len(harm))
             damage += float(((error @ harm) * error).sum())
-        points.append((np.log(max(damage, 1e-30)), np.log(size)))
-    x, y = np.array(points).T
-    if np.ptp(x) < 1e-6:
-        return float(y.mean())
-    slope, intercept = np.polyfit(x, y, 1)
-    energy = sum(float(np.square(a, dtype=np.float64).sum()) for a in held_out)
-    return float(intercept + slope * np.log(max(_SHARE * energy, 1e-30)))
+        sizes.append(np.log(size))
+        damages.append(np.log(max(damage / len(held_out), 1e-30)))
+    order = np.argsort(damages)
+    return float(np.interp(np.log(_DAMAGES), np.array(damages)[order], np.array(sizes)[order]).mean())
+
+
+def _damage_of(sensitivity: Sensitivity, rows: Rows) -> Array:
+    """What an error in each pair of channels does to the answer, (C, C); where nothing does, its share of a sample."""
+    mean = float(np.trace(sensitivity.channels)) / rows.layout.channels
+    energy = float(np.square(rows.values).sum()) / rows.count
+    return harm_of(sensitivity, rows.layout.channels) * (mean or 1 / max(energy, 1e-30))

@@ -71,10 +71,12 @@ class Classes:
 
     def _likeliest(self, components: Array) -> Array:
         near = self._nearest(components[:, self.leading])
-        costs = components[:, None] - self.centres[near]
-        np.square(costs, out=costs)
-        costs *= self.weight[near]
-        return np.asarray(near[np.arange(len(near)), (costs.sum(axis=2) + self.rarity[near]).argmin(axis=1)])
+        off = self.centres[near]
+        off -= components[:, None]
+        np.square(off, out=off)
+        costs = np.einsum("rkc,rkc->rk", off, self.weight[near])
+        costs += self.rarity[near]
+        return np.asarray(near[np.arange(len(near)), costs.argmin(axis=1)])
 
     def _nearest(self, leading: Array) -> Array:
         """The nearest few classes of each row, (rows, few)."""
@@ -82,6 +84,7 @@ class Classes:
             return np.broadcast_to(np.arange(len(self.centres)), (len(leading), len(self.centres)))
         distances = leading @ self.linear
         np.subtract(self.constant, distances, out=distances)
+        # Looking for the least a few times takes half as long as partitioning.
         rows, found = np.arange(len(leading)), np.empty((len(leading), _NEAREST), np.intp)
         for i in range(_NEAREST):
             found[:, i] = nearest = distances.argmin(axis=1)

@@ -64,12 +64,13 @@ class Models:
 
     def grouping(self, level: int, short: bool) -> Grouping:
         """How values of a level are best grouped."""
-        grouping = self._groupings[level]
-        return replace(grouping, flagged=False) if short and grouping.flagged else grouping
+        return self._groupings[short][level]
 
     @cached_property
-    def _groupings(self) -> list[Grouping]:
-        return [next(g for share, g in _GROUPINGS if zero < share * 2**ZERO_BITS) for zero in self.zero.tolist()]
+    def _groupings(self) -> tuple[list[Grouping], list[Grouping]]:
+        """Of each level, of tensors that are not short and of such that are."""
+        found = [next(g for share, g in _GROUPINGS if zero < share * 2**ZERO_BITS) for zero in self.zero.tolist()]
+        return found, [replace(grouping, flagged=False) for grouping in found]
 
     def level(self, level: int, grouping: Grouping) -> Level:
         """The coder's models of one level's values so grouped, made on first use."""

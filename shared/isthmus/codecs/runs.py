@@ -23,6 +23,12 @@ FEW = 4096
 """Values; grouping fewer in a way of their own takes longer than the symbols that it saves."""
 
 
+_PLAIN_BITS = [max(0, -(-(level - LEVELS + 1) // 2)) for level in range(MAX_LEVEL + 1)]
+"""How many low bits values of each level leave plain."""
+_MODELLED = [level - 2 * bits for level, bits in enumerate(_PLAIN_BITS)]
+"""The level, one that has a model, of what is left above plain bits: two levels are a factor of two."""
+
+
 @dataclass(frozen=True)
 class Stretch:
     """Consecutive runs whose levels are grouped alike."""
@@ -118,11 +124,11 @@ class Plan:
         limits_of = {at: grouping.most for at, grouping in grouped.items()}
         excess_of = {at: None if g is SINGLE else models.excess(at, g.most) for at, g in grouped.items()}
         for grouping, alike in _alike([run for run in runs if run[0] not in grouped], models, count < _SHORT):
-            levels = [models.level(_modelled(at), grouping) for at, _, _ in alike]
+            levels = [models.level(_MODELLED[at], grouping) for at, _, _ in alike]
             stretches.append(Stretch(grouping, levels, [alike[0][1], *(stop for _, _, stop in alike)]))
             limits_of |= {at: grouping.most for at, _, _ in alike}
             excess_of |= {at: level.excess for (at, _, _), level in zip(alike, levels, strict=True)}
-        plain = [(_plain_bits(at), a, min(b, count)) for at, a, b in runs if at >= LEVELS and at not in grouped]
+        plain = [(_PLAIN_BITS[at], a, min(b, count)) for at, a, b in runs if at >= LEVELS and at not in grouped]
         bounds = np.array([0, *(stop for _, _, stop in runs)])
         limits = np.repeat(np.array([limits_of[at] for at, _, _ in runs], np.int8), np.diff(bounds))
         excess = [excess_of[at] for at, _, _ in runs]
@@ -132,21 +138,11 @@ class Plan:
         return cls(count, padded, as_bytes, stretches, Plain.of(plain), bounds, limits, excess, narrow, wide)
 
 
-def _plain_bits(level: int) -> int:
-    """How many low bits values of a level leave plain."""
-    return max(0, -(-(level - LEVELS + 1) // 2))
-
-
-def _modelled(level: int) -> int:
-    """The level, one that has a model, of what is left above plain bits: two levels are a factor of two."""
-    return level - 2 * _plain_bits(level)
-
-
 def _alike(runs: Sequence[Run], models: Models, short: bool) -> list[tuple[Grouping, list[Run]]]:
     """Runs beside one another whose values are grouped alike: as suits them, or what follows where they are few."""
     found: list[tuple[Grouping, list[Run]]] = []
     for run in runs:
-        grouping = models.grouping(_modelled(run[0]), short)
+        grouping = models.grouping(_MODELLED[run[0]], short)
         if (
             found
             and (before := found[-1][1])[-1][2] == run[1]

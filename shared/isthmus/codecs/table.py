@@ -129,12 +129,16 @@ class Sorting:
         return found
 
     def _found_runs(self, step: int, gain: int) -> list[Run]:
-        levels = levels_of(self.deviations, step, gain)
-        last = np.flatnonzero(np.diff(levels, append=-1))
-        count, unit = self.count, entropy.unit(self.count)
-        ends = [*(int(end) // unit * unit for end in self.ends[last[:-1]]), count]
-        pairs = zip(levels[last].tolist(), [0, *ends[:-1]], ends, strict=True)
-        return [(level, start, stop) for level, start, stop in pairs if start < stop]
+        levels = levels_of(self.deviations, step, gain).tolist()
+        unit, found, start = entropy.unit(self.count), [], 0
+        for level, after, end in zip(levels, [*levels[1:], None], self.ends.tolist(), strict=True):
+            if after == level:
+                continue
+            stop = end if after is None else end // unit * unit
+            if start < stop:
+                found.append((level, start, stop))
+                start = stop
+        return found
 
 
 @dataclass(frozen=True, eq=False)

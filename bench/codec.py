@@ -86,7 +86,6 @@ def measure(subject: Subject, folder: Path, report: Report) -> list[Scored]:
     folder.mkdir()
     bundle, run = _published(subject, folder)
     crossings = [crossing(bundle, cut.partition("=")[0]) for cut in subject.cuts]
-    every = 3 if report.quick else 1
     ideal: dict[str, list[Ideal]] = {}
     tallies: dict[tuple[str, str], Tally] = {}
     beside: References | None = None
@@ -105,10 +104,10 @@ def measure(subject: Subject, folder: Path, report: Report) -> list[Scored]:
             report.say(f"{which}: {tensor} has no table: {why}")
         if not ideal:  # steps are the first fold's, so that all folds are one curve
             known_scales = {c.cut: scales(spool.crossed(c.cut)) for c in crossings}
-            ideal = {cut: [Ideal(step, known) for step in STEPS[::every]] for cut, known in known_scales.items()}
+            ideal = {cut: [Ideal(step, known) for step in STEPS] for cut, known in known_scales.items()}
         if beside is None and bundle.preprocess is not None:
             beside = References(bundle, partial(run, bundle.segment(WHOLE)), rule)
-        ways = {c.cut: _ways(c, tables, ideal[c.cut], QUALITIES[::every]) for c in crossings}
+        ways = {c.cut: _ways(c, tables, ideal[c.cut]) for c in crossings}
         report.say(f"{which}: scoring {sum(map(len, ways.values()))} ways with {fold.counts[1]} inputs")
         found = score(
             fold.held_out(),
@@ -170,8 +169,8 @@ def _published(subject: Subject, folder: Path) -> tuple[Bundle, Run]:
     return bundle, runs_here(version.digest, SegmentCache(registry, folder / "cache", 2**32), settings)
 
 
-def _ways(at: Crossing, tables: Mapping[str, object], ideal: Sequence[Ideal], qualities: Sequence[float]) -> list[Way]:
-    choices = [c for c in CHOICES if c.codec in PEERS] + [Choice(OURS, q) for q in qualities]
+def _ways(at: Crossing, tables: Mapping[str, object], ideal: Sequence[Ideal]) -> list[Way]:
+    choices = [c for c in CHOICES if c.codec in PEERS] + [Choice(OURS, q) for q in QUALITIES]
     ours: list[Trial] = trials(at, choices, tables)
     return [*ours, *ideal, Half(), Affine(INT8, 8, zstd_3), Affine("int4 + zlib", 4, zlib_6)]
 

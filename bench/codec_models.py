@@ -95,7 +95,7 @@ def _pages(seed: int, count: int, *, calibrating: bool) -> Iterator[Example]:
 
 def encoder(quick: bool) -> Subject:
     """MiniLM-L6, halfway: sentences of Python's own reference; what counts is the sentence's embedding."""
-    counts = (60, 30) if quick else (400, 200)
+    counts = (200, 60) if quick else (400, 200)
 
     def judge(_: Example, expected: Arrays, got: Arrays) -> tuple[bool, float]:
         one, other = (np.asarray(next(iter(a.values())))[0].mean(axis=0, dtype=np.float64) for a in (expected, got))

@@ -32,8 +32,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 FORMS = {
     "one class": Form(1, rotated=True),
-    "classes": Form(4, rotated=True, leaning=0.3),
-    "classes as they are": Form(4, rotated=False),
+    "classes": Form(8, rotated=True, leaning=0.3),
+    "classes as they are": Form(8, rotated=False),
 }
 
 
@@ -111,6 +111,24 @@ def test_classes_take_fewer_bytes_for_no_more_error(tables: dict[str, RowTable])
         for name, table in tables.items():
             sizes[name] += len(round_trip(array, table, 0.5)[0])
     assert sizes["classes"] < 0.9 * sizes["one class"]
+
+
+def test_rows_unlike_all_others_have_a_class_with_the_mean_and_the_variance_of_all() -> None:
+    rng = np.random.default_rng(6)
+    words = 5 * rng.normal(size=(8, 24))
+    known = [(words[rng.integers(0, 8, 10)] + rng.normal(size=(10, 24)))[None].astype(np.float32) for _ in range(40)]
+    unknown = [(5 * rng.normal(size=(10, 24)))[None].astype(np.float32) for _ in range(20)]
+    table, alone = (learn_rows(Rows.of(known), Form(k, rotated=True), None, STEPS) for k in (16, 1))
+    assert np.allclose(table.means[0], np.concatenate(known, axis=1)[0].mean(axis=0), atol=1e-4)
+    shares = [
+        np.mean([table.classes.likeliest(components(a[0], table).astype(np.float32)) == 0 for a in arrays])
+        for arrays in (known, unknown)
+    ]
+    assert shares[0] < 0.1
+    assert shares[1] > 0.8
+    for arrays, most in ((known, 0.7), (unknown, 1.0)):
+        taken, without = (sum(len(round_trip(a, each, 0.5)[0]) for a in arrays) for each in (table, alone))
+        assert taken < most * without
 
 
 def test_a_row_far_from_every_class_is_kept_within_the_step(tables: dict[str, RowTable]) -> None:

@@ -25,7 +25,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 _FEW, _MANY = (4, 16, 64), tuple(k for k in CLASSES if k > 64)
 """Numbers of classes to try: of many, each as long as the one before was better."""
-_ROWS_PER_CLASS = 3
+_ROWS_PER_CLASS = 2
 _LEANINGS = (0.0, 0.3)
 """Of the covariance on its diagonal: a rotation that fits few inputs need not fit others."""
 _HELD_OUT = 4

@@ -33,6 +33,8 @@ _LEANING = 8.0
 _LEANING_HARM = 2.0
 """Rows of average sensitivity added to each."""
 _MOST_WEIGHT = 16
+_ANY = 0
+"""The class of rows unlike those of every other: of the mean and the variance of all."""
 
 
 @dataclass(frozen=True)
@@ -105,11 +107,14 @@ def learn_rows(rows: Rows, form: Form, sensitivity: Sensitivity | None, steps: t
         synthesis = _synthesis(centred - means[classes], harm, form, energy)
         classes = _told_apart(centred @ np.linalg.inv(synthesis).T / unit, form.classes)
     means = _means(centred, classes, form.classes) if form.rotated else _medians(centred, classes, form.classes)
+    means[_ANY] = 0
     stored = synthesis.astype(np.float16)
     weights = _weights(rows, classes, form.classes, sensitivity)
-    components = (centred - means[classes]) @ np.linalg.inv(stored.astype(np.float64)).T / unit
-    components *= np.exp2(weights / OCTAVE)[classes][:, None]
+    analysis = np.linalg.inv(stored.astype(np.float64)).T / unit
+    factors = np.exp2(weights / OCTAVE)
+    components = (centred - means[classes]) @ analysis * factors[classes, None]
     variance = _variances(components, classes, form.classes)
+    variance[_ANY] = np.square(centred @ analysis * factors[_ANY]).mean(axis=0)
     deviations = np.round(OCTAVE * np.log2(np.sqrt(np.maximum(variance, 1e-9)))) + ZERO_DEVIATION
     deviations = np.clip(deviations, 0, 255).astype(np.uint8)
     at = np.random.default_rng(0).permutation(len(values))[: max(1, _MODELLED_VALUES // channels)]
@@ -145,12 +150,14 @@ def _told_apart(components: Array, count: int) -> Array:
     components = components.astype(np.float32)
     if count == 1:
         return np.zeros(len(components), np.intp)
-    centres = components[_starts(components, count)]
-    spread = np.broadcast_to(components.var(axis=0), centres.shape)
+    mean, variance = components.mean(axis=0), components.var(axis=0)
+    centres = np.stack([mean, *components[_starts(components, count - 1)]])
+    spread = np.broadcast_to(variance, centres.shape)
     for _ in range(_ROUNDS):
         classes = Classes.of(centres, spread).likeliest(components)
         centres = _means(components, classes, count)
         spread = _variances(components - centres[classes], classes, count)
+        centres[_ANY], spread[_ANY] = mean, variance
     return Classes.of(centres, spread).likeliest(components)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +27,10 @@ Array = np.ndarray[Any, np.dtype[Any]]
 _FEW, _MANY = (4, 16, 64), tuple(k for k in CLASSES if k > 64)
 """Numbers of classes to try: of many, each as long as the one before was better."""
 _ROWS_PER_CLASS = 2
+_MOST_DISTANCES = 2**27
+"""Of rows from classes, in one of the rounds in which classes are learned: a second or two."""
+_DOUBLING = 0.001
+"""What twice as many classes must save: their table is twice as large."""
 _LEANINGS = (0.0, 0.3)
 """Of the covariance on its diagonal: a rotation that fits few inputs need not fit others."""
 _HELD_OUT = 4
@@ -34,6 +39,8 @@ _TRIED = 32
 _QUALITIES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)
 _DAMAGES = (0.01, 0.0025, 0.0004)
 """Forms are compared where the answer's relative error is 10%, 5% and 2%, or its divergence half of these squares."""
+_WITHIN = slice(1, 5)
+"""Of `_QUALITIES`, those of the first form whose damages are looked at instead of larger or smaller ones."""
 _MOST_CHANNELS = 1024
 """Beyond, learning takes minutes, and nothing is tried."""
 
@@ -59,30 +66,32 @@ def learn_table(samples: Iterable[Array], sensitivity: Sensitivity) -> Table | R
     held_out = list(itertools.islice(part.rest(), _TRIED))
     # Without what is known of places, whose noise would count as harm.
     plain = replace(sensitivity, places=())
-    harm = _damage_of(sensitivity, rows)
     learning = rows.first(part.count)
+    plot = _Plot(held_out, harm_of(sensitivity, layout.channels), _mean_damage(sensitivity, held_out))
+    costs: dict[Form, float] = {}
 
-    def cost(form: Form) -> float:
-        return _cost(learn_rows(learning, form, plain, STEPS), held_out, harm)
+    def best(*forms: Form) -> Form:
+        for form in forms:
+            if form not in costs:
+                costs[form] = plot.cost(learn_rows(learning, form, plain, STEPS)) + _DOUBLING * math.log2(form.classes)
+        return min(costs, key=costs.__getitem__)
 
-    most = min(len(learning.values) // _ROWS_PER_CLASS, MOST_NUMBERS // layout.channels)
-    costs = {form: cost(form) for form in (Form(1, True, leaning) for leaning in _LEANINGS)}
-    leaning = min(costs, key=costs.__getitem__).leaning
-    costs |= {form: cost(form) for form in (Form(k, True, leaning) for k in _FEW if k <= most)}
+    count = len(learning.values)
+    most = min(count // _ROWS_PER_CLASS, MOST_NUMBERS // layout.channels, _MOST_DISTANCES // count)
+    leaning = best(*(Form(1, True, leaning) for leaning in _LEANINGS)).leaning
+    best(Form(1, False), *(Form(k, True, leaning) for k in _FEW if k <= most))
     for k in _MANY:
-        if k > most or min(costs, key=costs.__getitem__).classes < k // 2:
+        if k > most or best().classes < k // 2:
             break
-        costs[Form(k, True, leaning)] = cost(Form(k, True, leaning))
-    classes = min(costs, key=costs.__getitem__).classes
-    others = {Form(classes, False), *(Form(classes, True, leaning) for leaning in _LEANINGS)} - costs.keys()
-    costs |= {form: cost(form) for form in others}
-    best = min(costs, key=costs.__getitem__)
+        best(Form(k, True, leaning))
+    classes = best().classes
+    form = best(Form(classes, False), *(Form(classes, True, leaning) for leaning in _LEANINGS))
     # Sequences alone have planes that a transform could make use of.
     if planar and layout.sizes(first.shape)[2] > 1:
         in_planes = learn(part, sensitivity=replace(plain, rings=np.ones_like(plain.rings)))
-        if _cost(in_planes, held_out, harm) < costs[best]:
+        if plot.cost(in_planes) < costs[form]:
             return learn(samples, sensitivity=sensitivity)
-    return learn_rows(rows, best, sensitivity, STEPS)
+    return learn_rows(rows, form, sensitivity, STEPS)
 
 
 @dataclass(frozen=True)
@@ -99,12 +108,32 @@ class _Part:
         return itertools.islice(self.samples, self.count, None)
 
 
-def _cost(table: Table | RowTable, held_out: list[Array], harm: Array) -> float:
-    """The logarithm of the bytes that it takes, on average over `_DAMAGES`."""
-    sizes, damages = [], []
-    for quality in _QUALITIES:
+@dataclass
+class _Plot:
+    """What tables cost for the same damage to the answer.
+
+    `harm` (C, C) is how much noise harms in each direction, of mean 1, and `mean` what that mean is in the answer's
+    units. `damages` are those at which bytes are compared, once there is a table that tells which can be.
+    """
+
+    held_out: Sequence[Array]
+    harm: Array
+    mean: float
+    damages: Array | None = None
+
+    def cost(self, table: Table | RowTable) -> float:
+        """The logarithm of the bytes that a table takes, on average over the damages."""
+        points = [self._point(table, quality) for quality in _QUALITIES]
+        if self.damages is None:
+            some = [damage for damage, _ in points[_WITHIN]]
+            self.damages = np.clip(np.log(_DAMAGES), min(some), max(some))
+        damages, sizes = np.array(sorted(points)).T
+        return float(np.interp(self.damages, damages, sizes).mean())
+
+    def _point(self, table: Table | RowTable, quality: float) -> tuple[float, float]:
+        """The logarithms of the damage to a sample, and of all samples' bytes."""
         size, damage = 0, 0.0
-        for array in held_out:
+        for array in self.held_out:
             try:
                 payload = TRANSFORM.encode(array, Packing(TRANSFORM_ID, quality, table))
             except NotPackable:
@@ -112,16 +141,13 @@ def _cost(table: Table | RowTable, held_out: list[Array], harm: Array) -> float:
                 continue
             size += len(payload)
             found = TRANSFORM.decode(memoryview(payload), array.dtype, array.shape, table)
-            error = table.layout.forward(found.astype(np.float64) - array).reshape(-1, len(harm))
-            damage += float(((error @ harm) * error).sum())
-        sizes.append(np.log(size))
-        damages.append(np.log(max(damage / len(held_out), 1e-30)))
-    order = np.argsort(damages)
-    return float(np.interp(np.log(_DAMAGES), np.array(damages)[order], np.array(sizes)[order]).mean())
+            error = table.layout.forward(found.astype(np.float64) - array).reshape(-1, len(self.harm))
+            damage += float(((error @ self.harm) * error).sum())
+        return math.log(max(damage / len(self.held_out), 1e-30)) + math.log(self.mean), math.log(size)
 
 
-def _damage_of(sensitivity: Sensitivity, rows: Rows) -> Array:
-    """What an error in each pair of channels does to the answer, (C, C); where nothing does, its share of a sample."""
-    mean = float(np.trace(sensitivity.channels)) / rows.layout.channels
-    energy = float(np.square(rows.values).sum()) / rows.count
-    return harm_of(sensitivity, rows.layout.channels) * (mean or 1 / max(energy, 1e-30))
+def _mean_damage(sensitivity: Sensitivity, samples: Sequence[Array]) -> float:
+    """What noise of one in a channel does to the answer, on average; where it does nothing, to the sample itself."""
+    found = float(np.trace(sensitivity.channels)) / len(sensitivity.channels)
+    energy = sum(float(np.square(a, dtype=np.float64).sum()) for a in samples) / len(samples)
+    return found if found > 0 else 1 / max(energy, 1e-30)

@@ -150,14 +150,17 @@ def _told_apart(components: Array, count: int) -> Array:
     components = components.astype(np.float32)
     if count == 1:
         return np.zeros(len(components), np.intp)
-    mean, variance = components.mean(axis=0), components.var(axis=0)
-    centres = np.stack([mean, *components[_starts(components, count - 1)]])
+    centres = components[_starts(components, count - 1)]
+    variance = components.var(axis=0)
     spread = np.broadcast_to(variance, centres.shape)
     for _ in range(_ROUNDS):
         classes = Classes.of(centres, spread).likeliest(components)
-        centres = _means(components, classes, count)
-        spread = _variances(components - centres[classes], classes, count)
-        centres[_ANY], spread[_ANY] = mean, variance
+        centres = _means(components, classes, count - 1)
+        spread = _variances(components - centres[classes], classes, count - 1)
+    # Only now, for rows that it takes would never become a class of their own.
+    centres, spread = (
+        np.insert(a, _ANY, b, axis=0) for a, b in ((centres, components.mean(axis=0)), (spread, variance))
+    )
     return Classes.of(centres, spread).likeliest(components)
 
 

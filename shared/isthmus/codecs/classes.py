@@ -94,11 +94,11 @@ class Classes:
 
 def packed_classes(classes: Array, bits: int) -> bytes:
     """Classes of `bits` bits each, the first in the highest bits of the first byte."""
-    return np.packbits((classes[:, None] >> _places(bits)) & 1).tobytes()
+    return np.packbits((classes[:, None] >> np.arange(bits)[::-1]) & 1).tobytes()
 
 
 def unpacked_classes(data: memoryview, count: int, bits: int) -> Array:
-    """What `packed_classes` took, intp (count,).
+    """What `packed_classes` took, uint16 (count,).
 
     Raises:
         ValueError: there are too few bytes, or bits after the last are not zero.
@@ -108,8 +108,8 @@ def unpacked_classes(data: memoryview, count: int, bits: int) -> Array:
     found = np.unpackbits(np.frombuffer(data, np.uint8))
     if found[count * bits :].any():
         raise ValueError("the bits after the last row's class are not zero")
-    return np.asarray(found[: count * bits].reshape(count, bits) @ (1 << _places(bits)))
-
-
-def _places(bits: int) -> Array:
-    return np.arange(bits)[::-1]
+    classes = np.zeros(count, np.uint16)
+    for place in found[: count * bits].reshape(count, bits).T:
+        classes <<= np.uint16(1)
+        classes |= place
+    return classes

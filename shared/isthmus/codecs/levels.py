@@ -54,13 +54,15 @@ class Models:
 
     @cached_property
     def dead_zones(self) -> Array:
-        """How far from zero a value of each level may be, in steps, to be sent as zero: float32 (LEVELS,).
+        """How far from zero a value of each level may be, in steps, to be sent as zero: float32 (LEVELS + 1,).
 
-        Where its error then costs less than the bits of a one. Source: docs/codecs.md, "Rows".
+        Where its error then costs less than the bits of a one; half a step above all levels, where no bits are saved.
+        Source: docs/codecs.md, "Rows".
         """
         zero = self.zero / 2**ZERO_BITS
         one = (1 - zero) * self.magnitudes[:, 0] / (2 * MAGNITUDE_SUM)
-        return np.asarray(np.clip(0.5 + _BIT / 2 * np.log2(zero / one), 0.5, WIDEST_DEAD_ZONE), np.float32)
+        zones = np.clip(0.5 + _BIT / 2 * np.log2(zero / one), 0.5, WIDEST_DEAD_ZONE)
+        return np.append(zones, 0.5).astype(np.float32)
 
     def grouping(self, level: int, short: bool) -> Grouping:
         """How values of a level are best grouped."""

@@ -30,7 +30,7 @@ class Lossless:
     calibrated = False
 
     def encode(self, array: Array, packing: Packing | None = None) -> bytes:
-        """One value that all are, or the lengths of `array`'s sections and these; see docs/codecs.md.
+        """What docs/codecs.md says under `lossless/3`.
 
         Raises:
             NotPackable: more than 4 GiB.
@@ -150,7 +150,11 @@ def _few(payload: memoryview, count: int, dtype: np.dtype[Any]) -> Array | None:
     if reader.fields(_LENGTH)[0]:
         return None
     least, most = np.frombuffer(reader.take(2 * dtype.itemsize), dtype)
-    return np.asarray(np.where(_flags(reader.rest(), count), most, least))
+    # Unsigned, so that it wraps around; a choice by booleans takes seven times as long.
+    values = _flags(reader.rest(), count).astype(dtype)
+    values *= most - least
+    values += least
+    return values
 
 
 def _of_integers(values: Array, least: int, signed: bool) -> bytes:

@@ -117,7 +117,7 @@ class Sorting:
     def dead_zones(self, step: int, gain: int) -> Array:
         """How far from zero sorted coefficients may be, in steps, to be sent as zero, float32 (n,)."""
         levels, starts, stops = zip(*self.runs(step, gain), strict=True)
-        zones = self.models.dead_zones[np.minimum(levels, LEVELS - 1)]
+        zones = self.models.dead_zones[np.minimum(levels, LEVELS)]
         return np.repeat(zones, np.subtract(stops, starts))
 
     def runs(self, step: int, gain: int) -> list[Run]:

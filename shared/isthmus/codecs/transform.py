@@ -207,8 +207,8 @@ def gain_of(values: Array, grid: Sorting, step: int) -> int:
 def rounded(values: Array, step: int, room: Array) -> Array:
     """Whole multiples of the step as float32, the nearest ones, in an `entropy.room`.
 
-    Nothing moves values towards zero, neither a dead zone nor the mean of what is rounded to the same: such errors all
-    point one way and add up over a plane. Unpacked to such means, EfficientNet-Lite0's activations took up to a fifth
+    Nothing moves those of a plane towards zero, neither a dead zone nor the mean of what is rounded to the same: such
+    errors all point one way and add up. Unpacked to such means, EfficientNet-Lite0's activations took up to a fifth
     more bytes for the same divergence of its answers.
 
     Raises:

@@ -341,6 +341,23 @@ def test_tokens_become_rows_and_smooth_sequences_keep_their_planes() -> None:
     assert isinstance(of(smooth), Table)
 
 
+@pytest.mark.parametrize("harm", [1e-12, 1.0, 1e300])
+def test_the_form_does_not_depend_on_how_much_a_tensor_matters(harm: float) -> None:
+    rng = np.random.default_rng(3)
+    smooth = [np.cumsum(rng.normal(size=(1, 60, 6)), axis=1).astype(np.float32) for _ in range(24)]
+    how = Sensitivity(layout_of(smooth[0]), harm * np.eye(6), np.ones(7), 1, 1)
+    assert isinstance(learn_table(smooth, how), Table)
+
+
+@pytest.mark.parametrize("channels", [6, 24])
+def test_noise_has_no_classes(channels: int) -> None:
+    rng = np.random.default_rng(7)
+    noise = [rng.normal(size=(1, channels)).astype(np.float32) for _ in range(400)]
+    found = learn_table(noise, Sensitivity(layout_of(noise[0]), np.eye(channels), np.ones(7), 1, 1))
+    assert isinstance(found, RowTable)
+    assert len(found.means) == 1
+
+
 def test_the_steps_of_tensors_that_cross_together_do_the_same_harm() -> None:
     rng = np.random.default_rng(0)
     samples = [{"a": sentence(rng, 8), "b": sentence(rng, 8) / 64} for _ in range(30)]

@@ -1,8 +1,8 @@
 """Which class each row of channels is of, and how that travels.
 
 The encoder looks for the likeliest class among those few that lie nearest by the components that part them best: 2,048
-classes take half a millisecond for 31 rows of 384 channels, where all their likelihoods take three; the bytes are the
-same to a percent.
+classes take 0.6 ms for 31 rows of 384 channels, where all their likelihoods take 2.3; the bytes are the same to a
+percent.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 CLASSES = tuple(2**bits for bits in range(13))
 """How many a table may have: a row's class takes up to twelve bits."""
 MOST_NUMBERS = 2**20
-"""Of classes times channels: what tells classes takes some ten bytes for each."""
+"""Of classes times channels: a table takes 13 bytes of memory for each."""
 
 _LEADING, _NEAREST = 64, 8
 _AT_ONCE = 2**20

@@ -98,6 +98,18 @@ def test_rows_of_any_number_and_dtype_come_back(tables: dict[str, RowTable]) -> 
         assert round_trip(np.zeros((1, 0, 24), np.float32), table, 0.5)[0] == b""
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_tensors_of_few_rows_come_back_after_those_of_any_other_number(form: str) -> None:
+    table = table_of(FORMS[form])
+    tokens = [np.full((1, 1, 24), 7.5, np.float32), *(sentence(np.random.default_rng(i), 3)[:, 1:2] for i in range(6))]
+    for token in tokens:
+        for count in (1, 2, 3, 4, 8, 12, 16, 17, 4, 1):
+            array = np.repeat(token, count, axis=1)
+            payload, found = round_trip(array, table, 0.6)
+            assert np.abs(components(found[0] - array[0], table)).max() <= size_of(step_of(0.6, table.steps))
+            assert round_trip(array, RowTable.from_arrays(table.to_arrays()), 0.6)[0] == payload
+
+
 def test_a_token_that_is_always_the_same_costs_next_to_nothing(tables: dict[str, RowTable]) -> None:
     constant = np.full((1, 10, 24), 7.5, np.float32)
     assert len(round_trip(constant, tables["classes"], 0.5)[0]) < len(round_trip(constant, tables["one class"], 0.5)[0])

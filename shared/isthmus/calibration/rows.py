@@ -149,7 +149,7 @@ def _told_apart(components: Array, count: int) -> Array:
     """The class of each row: by the bits that it takes, from starts that lie far from one another."""
     components = components.astype(np.float32)
     if count == 1:
-        return np.zeros(len(components), np.intp)
+        return np.zeros(len(components), np.uint16)
     centres = components[_starts(components, count - 1)]
     variance = components.var(axis=0)
     spread = np.broadcast_to(variance, centres.shape)

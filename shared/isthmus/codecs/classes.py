@@ -61,13 +61,13 @@ class Classes:
         )
 
     def likeliest(self, components: Array) -> Array:
-        """The class of each row of components, float32 (rows, C): intp (rows,)."""
+        """The class of each row of components, float32 (rows, C): uint16 (rows,), as `unpacked_classes` gives them."""
         classes, channels = self.centres.shape
         if classes == 1:
-            return np.zeros(len(components), np.intp)
+            return np.zeros(len(components), np.uint16)
         count = max(1, _AT_ONCE // max(classes, _NEAREST * channels))
         parts = [components[at : at + count] for at in range(0, len(components), count)]
-        return np.concatenate([np.zeros(0, np.intp), *map(self._likeliest, parts)])
+        return np.concatenate([np.zeros(0, np.uint16), *map(self._likeliest, parts)])
 
     def _likeliest(self, components: Array) -> Array:
         near = self._nearest(components[:, self.leading])
@@ -76,7 +76,7 @@ class Classes:
         np.square(off, out=off)
         costs = np.einsum("rkc,rkc->rk", off, self.weight[near])
         costs += self.rarity[near]
-        return np.asarray(near[np.arange(len(near)), costs.argmin(axis=1)])
+        return np.asarray(near[np.arange(len(near)), costs.argmin(axis=1)], np.uint16)
 
     def _nearest(self, leading: Array) -> Array:
         """The nearest few classes of each row, (rows, few)."""

@@ -109,7 +109,7 @@ class RowTable:
         return np.exp2(self.weights.astype(np.float32) / OCTAVE)[:, None]
 
     def sorting(self, classes: Array) -> Sorting:
-        """Where the components of rows of these classes go; row by row they lie before. Of few rows, it is kept."""
+        """Where the components of rows of these classes, uint16, go; row by row they lie before. Of few, it is kept."""
         key = classes.tobytes()
         found = self._sortings.get(key)
         if found is None:

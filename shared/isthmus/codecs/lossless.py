@@ -149,11 +149,11 @@ def _few(payload: memoryview, count: int, dtype: np.dtype[Any]) -> Array | None:
     reader = Reader(payload)
     if reader.fields(_LENGTH)[0]:
         return None
-    least, most = np.frombuffer(reader.take(2 * dtype.itemsize), dtype)
-    # Unsigned, so that it wraps around; a choice by booleans takes seven times as long.
+    first, second = np.frombuffer(reader.take(2 * dtype.itemsize), dtype).reshape(2, 1)
+    # Unsigned arrays, which wrap around in silence; a choice by booleans takes seven times as long.
     values = _flags(reader.rest(), count).astype(dtype)
-    values *= most - least
-    values += least
+    values *= second - first
+    values += first
     return values
 
 

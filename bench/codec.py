@@ -27,7 +27,7 @@ from isthmus.calibration.running import runs_here
 from isthmus.calibration.scoring import Tally, score
 from isthmus.calibration.sending import Trial, Way, trials
 from isthmus.calibration.spool import Spool
-from isthmus.codecs import LOSSLESS_ID, TRANSFORM_ID
+from isthmus.codecs import LOSSLESS_ID, SPARSE_ID, TRANSFORM_ID
 from isthmus.graph import build
 from isthmus.registry import FolderStore, Registry, SegmentCache
 from isthmus.settings import SegmentSettings
@@ -35,7 +35,7 @@ from isthmus.settings import SegmentSettings
 PACKAGES = ["numpy", "onnxruntime", "pillow", "scikit-image", "scikit-learn", "torch", "backports.zstd"]
 STEPS = tuple(round(2.0 ** (-4 + i / 2), 4) for i in range(13))
 """Of uniform quantisation, in shares of the activation's root mean square: 0.06 to 4."""
-PEERS = ("raw", "half/1", LOSSLESS_ID, "int8/1", "int4/1", "sparse/2")
+PEERS = ("raw", "half/1", LOSSLESS_ID, "int8/1", "int4/1", SPARSE_ID)
 NETWORKS = ("efficientnet-lite0", "efficientnet-lite0-other", "digits", "ocr-detector", "minilm", "silero")
 OURS, CLOSER, IDEAL, INT8 = TRANSFORM_ID, f"{TRANSFORM_ID}, closer looks", "uniform, ideal entropy", "int8 + zstd"
 LEVELS = (0.95, 0.99)

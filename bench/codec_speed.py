@@ -12,7 +12,7 @@ from measure import Call, interleave
 from report import Report, Row, at_least, at_most
 
 from isthmus.calibration.learn import learn
-from isthmus.codecs import LOSSLESS_ID, TRANSFORM_ID, Packed, Packing, find, pack
+from isthmus.codecs import LOSSLESS_ID, SPARSE_ID, TRANSFORM_ID, Packed, Packing, find, pack
 from isthmus.codecs.payload import restore, shrink
 from isthmus.frame import DTYPES
 from isthmus.graph import build
@@ -23,7 +23,7 @@ VALUES = 100_000
 CUT, COLUMNS = "15", 74
 """24 maps of 56 × 56, after 20% of EfficientNet-Lite0's work; two photos' beside one another, cut to 74 columns, are
 99,456 values: what costs the same for few as for many counts once, as it does for 100,000."""
-CODECS = ("half/1", "bfloat16/1", LOSSLESS_ID, "int8/1", "int4/1", "sparse/2", TRANSFORM_ID)
+CODECS = ("half/1", "bfloat16/1", LOSSLESS_ID, "int8/1", "int4/1", SPARSE_ID, TRANSFORM_ID)
 QUALITY = 0.7
 ZSTD, INT8_HEAD = "zstd alone, int8/1's codes", 8
 
@@ -36,7 +36,7 @@ def add_speed(report: Report, folder: Path) -> None:
     rows: list[Row] = []
     calls: dict[str, Call] = {}
     packings = {
-        codec: Packing(codec, 1.0 if codec == "sparse/2" else QUALITY, table if find(codec).calibrated else None)
+        codec: Packing(codec, 1.0 if codec == SPARSE_ID else QUALITY, table if find(codec).calibrated else None)
         for codec in CODECS
     }
     sizes: dict[str, int] = {}

@@ -22,7 +22,7 @@ from isthmus.calibration.looks import entries_of
 from isthmus.calibration.scoring import Progress, Tally, judge_by, risen, score, silent
 from isthmus.calibration.sending import trials
 from isthmus.calibration.spool import LONGEST_FRAME, Spool
-from isthmus.codecs import KNOWN, NEVER_CHOSEN, TRANSFORM_ID
+from isthmus.codecs import KNOWN, NEVER_CHOSEN, SPARSE_ID, TRANSFORM_ID
 from isthmus.errors import CalibrationError
 from isthmus.runners import Array
 
@@ -33,7 +33,7 @@ QUALITIES = tuple(round(i / 15, 4) for i in range(16))
 """Three of which are a closer look's factor of three."""
 CHOICES: tuple[Choice, ...] = (
     *(Choice(codec) for codec in KNOWN if codec not in NEVER_CHOSEN | GRADED),
-    *(Choice("sparse/2", quality) for quality in (0.25, 0.5, 0.75, 1.0)),
+    *(Choice(SPARSE_ID, quality) for quality in (0.25, 0.5, 0.75, 1.0)),
     *(Choice(TRANSFORM_ID, quality) for quality in QUALITIES),
 )
 """What is measured at every cut."""

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from isthmus.bundle import TensorSpec
-from isthmus.codecs import KNOWN, LOSSLESS_ID, NEVER_CHOSEN, TRANSFORM_ID, Packing, find
+from isthmus.codecs import KNOWN, LOSSLESS_ID, NEVER_CHOSEN, SPARSE_ID, TRANSFORM_ID, Packing, find
 
 _EXACT = frozenset({"raw", LOSSLESS_ID, "photo/1"})
-GRADED = frozenset({"sparse/2", TRANSFORM_ID})
+GRADED = frozenset({SPARSE_ID, TRANSFORM_ID})
 """Codecs that a quality means something to."""
 SIDE = LOSSLESS_ID
 """How tensors travel that are no activations: ids, masks, states of a counter."""
@@ -115,7 +115,7 @@ def _number(text: str) -> float:
 
 def is_exact(packing: Choice | Packing) -> bool:
     """Whether it gives back the very bits, so that no answer can differ."""
-    return packing.codec in _EXACT or (packing.codec == "sparse/2" and packing.quality >= 1)
+    return packing.codec in _EXACT or (packing.codec == SPARSE_ID and packing.quality >= 1)
 
 
 def packings(

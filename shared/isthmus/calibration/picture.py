@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from isthmus.calibration.fidelity import Entry, Fidelity, Reference
-from isthmus.codecs import LOSSLESS_ID, TRANSFORM_ID
+from isthmus.codecs import LOSSLESS_ID, SPARSE_ID, TRANSFORM_ID
 from isthmus.errors import CalibrationError
 
 _CLOSER = ", closer looks"
@@ -24,7 +24,7 @@ _COLOURS = {
     "half/1": "#33415c",
     "bfloat16/1": "#7d8597",
     LOSSLESS_ID: "#5c4d7d",
-    "sparse/2": "#a44a7b",
+    SPARSE_ID: "#a44a7b",
     "raw": "#000000",
     "jpeg": "#1f6fb2",
     "webp": "#7fb3d8",

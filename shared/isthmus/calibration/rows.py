@@ -112,9 +112,10 @@ def learn_rows(rows: Rows, form: Form, sensitivity: Sensitivity | None, steps: t
     weights = _weights(rows, classes, form.classes, sensitivity)
     analysis = np.linalg.inv(stored.astype(np.float64)).T / unit
     factors = np.exp2(weights / OCTAVE)
-    components = (centred - means[classes]) @ analysis * factors[classes, None]
+    turned = centred @ analysis
+    components = (turned - (means @ analysis)[classes]) * factors[classes, None]
     variance = _variances(components, classes, form.classes)
-    variance[_ANY] = np.square(centred @ analysis * factors[_ANY]).mean(axis=0)
+    variance[_ANY] = np.square(turned * factors[_ANY]).mean(axis=0)
     deviations = np.round(OCTAVE * np.log2(np.sqrt(np.maximum(variance, 1e-9)))) + ZERO_DEVIATION
     deviations = np.clip(deviations, 0, 255).astype(np.uint8)
     at = np.random.default_rng(0).permutation(len(values))[: max(1, _MODELLED_VALUES // channels)]

@@ -20,6 +20,7 @@ from isthmus.codecs import raw
 Array = np.ndarray[Any, np.dtype[Any]]
 RAW = "raw"
 LOSSLESS_ID = "lossless/3"
+SPARSE_ID = "sparse/2"
 TRANSFORM_ID = "transform/3"
 LAYERS_ID = "layers/1"
 """How a tensor of `transform/3` travels that may be refined."""
@@ -89,7 +90,7 @@ _PLACES: Mapping[str, str] = {
     LOSSLESS_ID: "lossless:LOSSLESS",
     "int8/1": "affine:INT8",
     "int4/1": "affine:INT4",
-    "sparse/2": "sparse:SPARSE",
+    SPARSE_ID: "sparse:SPARSE",
     TRANSFORM_ID: "transform:TRANSFORM",
     LAYERS_ID: "layers:LAYERS",
     "photo/1": "photo:PHOTO",

@@ -1,69 +1,28 @@
-"""The plain codecs: what comes back and how near, in frames and through functions."""
+"""The plain codecs: what comes back and how near, and in frames."""
 
 from __future__ import annotations
 
-import random
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
-from flask.testing import FlaskClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from typer.testing import CliRunner
 
-from bundles import (
-    TOLERANCE,
-    Published,
-    pair_model,
-    photo,
-    photo_array,
-    publish,
-    ready,
-    segment_settings,
-)
-from bundles import photos as photos
 from isthmus import frame as frames
-from isthmus.bundle import WHOLE, Blob, digest_of
-from isthmus.cli import app
 from isthmus.codecs import KNOWN, NotPackable, Packed, Packing, find, pack
 from isthmus.codecs.affine import MAX_OFFSET
 from isthmus.errors import FrameMalformed
 from isthmus.frame import DTYPES, Frame
-from isthmus.registry import FolderStore, Registry
-from isthmus.serving import create_segment_app
+from plain_codecs import PLAIN, Array, back, bits, feature_map, relu
 
-Array = np.ndarray[Any, np.dtype[Any]]
 BOUND = 2**20
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-PLAIN = ("half/1", "bfloat16/1", "lossless/3", "int8/1", "int4/1", "sparse/2")
 LOSSY = ("int8/1", "int4/1")
 CODED_FLOATS = [np.dtype("<f4"), np.dtype("<f2"), BFLOAT16]
 SHAPES = [(), (1,), (7,), (2, 3), (1, 5, 4, 3), (2, 3, 5), (0,), (2, 0, 3), (1, 3, 0, 2), (2, 2, 2, 2, 2)]
-
-
-def back(codec: str, array: Array, quality: float = 1.0) -> Array:
-    """`array` packed and unpacked, whether or not that makes it smaller."""
-    payload = find(codec).encode(array, Packing(codec, quality))
-    return find(codec).decode(memoryview(payload), array.dtype.newbyteorder("<"), array.shape, None)
-
-
-def feature_map(*shape: int, seed: int = 0) -> Array:
-    rng = np.random.default_rng(seed)
-    scale = np.exp(rng.standard_normal((1, shape[1], *[1] * (len(shape) - 2))))
-    return (rng.laplace(size=shape) * scale).astype("float32")
-
-
-def relu(*shape: int) -> Array:
-    return np.maximum(feature_map(*shape), 0)
-
-
-def bits(array: Array) -> bytes:
-    return np.ascontiguousarray(array).tobytes()
 
 
 any_dtype = st.sampled_from(sorted(DTYPES)).map(DTYPES.__getitem__)
@@ -380,121 +339,3 @@ def test_a_codec_of_another_version_is_refused_by_name(codec: str) -> None:
         frames.decode(data, max_bytes=BOUND)
     assert e.value.facts["rule"] == "codec"
     assert repr(codec) in str(e.value)
-
-
-@pytest.fixture
-def client(photos: Published, tmp_path: Path) -> FlaskClient:
-    return ready(create_segment_app(segment_settings(photos, tmp_path / "cache")).test_client())
-
-
-def ask(client: FlaskClient, published: Published, segment: str, **given: Any) -> Any:
-    frame = Frame(**{"tensors": {}, "bundle": published.digest, "segment": segment} | given)
-    return client.post("/", data=frames.encode(frame))
-
-
-def logits(answer: Any) -> Array:
-    assert answer.status_code == 200, answer.data
-    return frames.decode(answer.data, max_bytes=BOUND).tensors["logits"]
-
-
-def as_photo(data: bytes, shape: tuple[int, ...] = (1, 3, 8, 8)) -> dict[str, Packed]:
-    return {"x": Packed("photo/1", "float32", shape, data)}
-
-
-@pytest.mark.parametrize("codec", PLAIN)
-def test_a_function_runs_its_segment_on_what_came_packed(client: FlaskClient, photos: Published, codec: str) -> None:
-    array = relu(1, 16, 8, 8)
-    packed = pack(array, Packing(codec))
-    assert isinstance(packed, Packed)
-    got = logits(ask(client, photos, "1..", packed={"r1": packed}))
-    assert np.array_equal(got, logits(ask(client, photos, "1..", tensors={"r1": back(codec, array)})))
-
-
-def test_a_photo_as_it_came_is_answered_as_its_tensor(client: FlaskClient, photos: Published) -> None:
-    for data in (photo(), photo(format="JPEG"), photo((30, 20))):
-        got = logits(ask(client, photos, WHOLE, packed=as_photo(data)))
-        if data == photo():
-            np.testing.assert_allclose(
-                got, logits(ask(client, photos, WHOLE, tensors={"x": photo_array(data)})), atol=1e-6
-            )
-        assert np.isfinite(got).all()
-    assert np.abs(photos.whole["logits"] - logits(ask(client, photos, WHOLE, tensors=photos.inputs))).max() <= TOLERANCE
-
-
-@pytest.mark.parametrize(
-    ("packed", "status", "type"),
-    [
-        (as_photo(b"GIF89a"), 400, "ImageMalformed"),
-        (as_photo(photo()[:60]), 400, "ImageMalformed"),
-        (as_photo(b"%PDF-1.4 " * 9), 415, "MediaUnsupported"),
-        (as_photo(b""), 400, "ImageMalformed"),
-        (as_photo(photo(), (1, 3, 9, 9)), 400, "FrameMalformed"),
-        ({"y": as_photo(photo())["x"]}, 400, "FrameMalformed"),
-        ({"x": Packed("photo/1", "float16", (1, 3, 8, 8), photo())}, 400, "FrameMalformed"),
-    ],
-)
-def test_a_bad_photo_is_the_callers_fault(
-    client: FlaskClient, photos: Published, packed: dict[str, Packed], status: int, type: str
-) -> None:
-    answer = ask(client, photos, WHOLE, packed=packed)
-    assert (answer.status_code, answer.json["type"]) == (status, type), answer.data
-
-
-def test_a_photo_beyond_the_pixels_allowed_is_refused_undecoded(photos: Published, tmp_path: Path) -> None:
-    settings = segment_settings(photos, tmp_path / "cache", max_image_pixels=100)
-    small = ready(create_segment_app(settings).test_client())
-    answer = ask(small, photos, WHOLE, packed=as_photo(photo((20, 20))))
-    assert (answer.status_code, answer.json["type"]) == (413, "RequestTooLarge")
-
-
-def test_a_photo_needs_a_bundle_that_takes_photos(client: FlaskClient, photos: Published, tmp_path: Path) -> None:
-    zeros = {"x": np.zeros((1, 32), "float32"), "mask": np.ones((1, 32), "float32")}
-    pair = publish(tmp_path, pair_model(tmp_path / "pair.onnx"), zeros)
-    other = ready(create_segment_app(segment_settings(pair, tmp_path / "cache")).test_client())
-    answer = ask(other, pair, WHOLE, tensors={"mask": zeros["mask"]}, packed=as_photo(photo(), (1, 32)))
-    assert (answer.status_code, answer.json["type"], answer.json["facts"]["rule"]) == (400, "FrameMalformed", "payload")
-    assert "no tensor of that name from a photo" in answer.json["error"]
-    for digest, status in (("", 400), ("../../etc/passwd", 400), ("sha256:" + "0" * 64, 404)):
-        assert ask(client, photos, WHOLE, packed=as_photo(photo()), bundle=digest).status_code == status
-    with pytest.raises(FrameMalformed) as e:
-        frames.decode(frames.encode(Frame({}, packed=as_photo(photo()))), max_bytes=BOUND)
-    assert e.value.facts["rule"] == "table"
-
-
-def test_mutated_photos_are_answered_or_refused(client: FlaskClient, photos: Published) -> None:
-    rng = random.Random(5)
-    seeds = [photo(format=kind) for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP")]
-    statuses = set()
-    for _ in range(300):
-        data = bytearray(rng.choice(seeds))
-        for _ in range(rng.randint(1, 3)):
-            data[rng.randrange(len(data))] = rng.randrange(256)
-        statuses.add(ask(client, photos, WHOLE, packed=as_photo(bytes(data))).status_code)
-    assert statuses <= {200, 400, 413, 415}
-    assert 200 in statuses
-
-
-def test_package_bakes_the_tables_that_each_function_needs(
-    photos: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tables = {name: frames.encode(Frame({"of": np.array(i)})) for i, name in enumerate(["p6", "r1"])}
-    blobs = {name: Blob(digest_of(data), len(data)) for name, data in tables.items()}
-    files = {}
-    for name, data in tables.items():
-        files[blobs[name].digest] = tmp_path / name
-        files[blobs[name].digest].write_bytes(data)
-    bundle = replace(photos.bundle, name="calibrated", tables=blobs)
-    photos.registry.publish(bundle, files)
-    monkeypatch.chdir(Path(__file__).parents[1])
-    arguments = ["package", "calibrated", "--output", tmp_path / "out", "--registry", photos.folder, "--json"]
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert result.exit_code == 0, result.output
-    made = tmp_path / "out" / "calibrated"
-    kept = {d.name: {f.name for f in (d / "segment" / "blobs").glob("*")} for d in made.iterdir() if d.is_dir()}
-    assert kept == {
-        "calibrated-head": set(),
-        "calibrated-tail": {blobs["p6"].digest[7:]},
-        "calibrated-router": set(),
-    }
-    small = Registry(FolderStore(made / "calibrated-router" / "registry"))
-    assert [small.blob(blobs[name]) for name in tables] == list(tables.values())

@@ -1,0 +1,33 @@
+"""What the tests of the plain codecs pack, and what comes back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from isthmus.codecs import Packing, find
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+PLAIN = ("half/1", "bfloat16/1", "lossless/3", "int8/1", "int4/1", "sparse/2")
+
+
+def back(codec: str, array: Array, quality: float = 1.0) -> Array:
+    """`array` packed and unpacked, whether or not that makes it smaller."""
+    payload = find(codec).encode(array, Packing(codec, quality))
+    return find(codec).decode(memoryview(payload), array.dtype.newbyteorder("<"), array.shape, None)
+
+
+def feature_map(*shape: int, seed: int = 0) -> Array:
+    rng = np.random.default_rng(seed)
+    scale = np.exp(rng.standard_normal((1, shape[1], *[1] * (len(shape) - 2))))
+    return (rng.laplace(size=shape) * scale).astype("float32")
+
+
+def relu(*shape: int) -> Array:
+    return np.maximum(feature_map(*shape), 0)
+
+
+def bits(array: Array) -> bytes:
+    return np.ascontiguousarray(array).tobytes()

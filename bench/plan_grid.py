@@ -151,7 +151,7 @@ def prepared(model: Real, report: Report) -> Iterator[Bench]:
         def tried(reference: str, **more: Any) -> Draft:
             found = drafting(registry, cache, reference, profiles, examples, kind, links=grid, **more)
             draft = held.enter_context(found)
-            digests[id(draft)] = draft.publish(registry).digest
+            digests[id(draft)] = draft.stage(registry)
             return draft
 
         report.say(f"{model.name}: trying candidates")

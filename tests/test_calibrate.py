@@ -14,7 +14,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from bundles import Published, pair_model, photo, publish, publish_photos
-from isthmus.bundle import Blob, digest_of
+from isthmus.bundle import Blob, digest_of, subject_digest
 from isthmus.calibration.agreement import measure_for
 from isthmus.calibration.calibrate import CHOICES, QUALITIES, calibrate
 from isthmus.calibration.choice import Choice
@@ -28,8 +28,11 @@ from isthmus.cli import app
 from isthmus.codecs import KNOWN, NEVER_CHOSEN
 from isthmus.errors import CalibrationError
 from isthmus.graph import add_cuts
+from isthmus.planner.planning.plan import Coding
+from isthmus.planner.planning.published import carried, publish_plan, read_plan
 from isthmus.registry import FolderStore, Registry, SegmentCache
 from isthmus.settings import SegmentSettings
+from plans import candidate, plan_for
 from segments import run_whole
 
 PLAIN = tuple(c for c in CHOICES if c.codec != "transform/3")
@@ -146,6 +149,51 @@ def test_calibrating_shows_a_table_for_people(photos: Published, album: Path) ->
     assert result.exit_code == 0, result.output
     assert "photos:2" in result.stdout
     assert "transform/3@0.5333" in result.stdout
+
+
+def test_calibrating_keeps_a_plan_that_calibration_does_not_touch(photos: Published, album: Path) -> None:
+    registry = Registry(FolderStore(photos.folder))
+    publish_plan(registry, photos.bundle, {}, plan_for(photos.bundle, candidate()), alias="prod")
+    common = ["calibrate", "photos", "--data", album, "--at", "6", "--inputs", 16, "--registry", photos.folder]
+    result = isthmus(*common)
+    assert result.exit_code == 0, result.output
+    serving = registry.resolve("photos")
+    plan = read_plan(serving.bundle, registry.blob)
+    assert (serving.version, plan and plan.chosen) == ("3", "edge-float")
+    assert set(serving.bundle.tables) == {"p6"}
+    assert "the plan stays in force: edge-float" in result.stdout
+    assert "prod means photos:3 now; it meant photos:2" in result.stdout
+
+
+def test_calibrating_leaves_the_alias_with_a_plan_that_would_be_lost(photos: Published, album: Path) -> None:
+    registry = Registry(FolderStore(photos.folder))
+    chosen = candidate("split-6-transform-50", "split", cuts=("6",), codecs={"p6": Coding("transform/3", 0.5)})
+    publish_plan(registry, photos.bundle, {}, plan_for(photos.bundle, chosen), alias="prod")
+    common = ["calibrate", "photos", "--data", album, "--at", "6", "--inputs", 16, "--registry", photos.folder]
+    result = isthmus(*common)
+    assert result.exit_code == 0, result.output
+    assert registry.resolve("photos").version == "2"
+    assert "prod stays at photos:2, which serves by a plan" in result.stdout
+    assert "plan again: isthmus plan photos:3 --uplink 10Mbit/s --rtt 20ms" in result.stdout
+    assert registry.resolve("photos:3").bundle.fidelity is not None
+    moved = document(isthmus(*common, "--drop-plan", "--json"))
+    assert (moved["alias_was"], moved["alias_moved"], moved["plan_dropped"]) == ("2", True, True)
+    assert registry.resolve("photos").bundle.plan is None
+
+
+def test_a_plan_is_carried_only_where_its_choice_runs_the_same(photos: Published) -> None:
+    before, table = photos.bundle, Blob(digest_of(b"table"), 5)
+    graded = candidate("split-6-t", "split", cuts=("6",), codecs={"p6": Coding("transform/3", 0.5)})
+    edge, split = plan_for(before, candidate()), plan_for(before, graded)
+    tabled = replace(before, tables={"p6": table})
+    kept = carried(edge, before, tabled, None)
+    assert kept == replace(edge, subject=subject_digest(tabled))
+    assert carried(split, before, tabled, None) is None
+    assert carried(split, tabled, replace(tabled, default_cuts=("1",)), None) is not None
+    other = replace(before, weights=replace(before.weights, blob=Blob(digest_of(b"others"), 9)))
+    assert carried(edge, before, other, None) is None
+    assert carried(edge, before, replace(before, postprocess=None), None) is None
+    assert carried(split, tabled, replace(tabled, cuts={}), None) is None
 
 
 def test_a_bundle_that_was_not_calibrated_says_how(photos: Published) -> None:

@@ -26,9 +26,10 @@ from bundles import (
     served,
 )
 from isthmus.cli import app
-from isthmus.errors import LocalError
+from isthmus.errors import LocalError, ModelError
 from isthmus.local.link_process import link_to
 from isthmus.planner.planning.document import from_json
+from isthmus.planner.planning.published import read_plan
 from isthmus.planner.profiling import profiles
 from isthmus.serving import create_router_app, create_segment_app
 from plans import profile_of
@@ -155,14 +156,67 @@ def test_a_plan_that_is_predicted_only_says_so_and_need_not_be_published(place: 
     assert place.published.registry.versions("photos") == before
 
 
-def test_a_new_cut_drops_the_plan_and_says_so(place: Place, measured: Any) -> None:
-    result = isthmus("cut", "photos", "--at", "1/7", "--alias", "", *place.registry)
+def test_a_failed_or_interrupted_plan_changes_no_version(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = place.published.registry.versions("photos")
+    aliases = place.published.registry.aliases("photos")
+    common = ["plan", "photos", *LINK, "--input", place.folder / "photos" / "0.png", "--no-int8", *place.registry]
+    # Two more cuts than were published, which functions need while candidates are measured.
+    for failing, error in (("isthmus.planner.planning.measuring.race", KeyboardInterrupt), ("draw", ModelError)):
+        with monkeypatch.context() as patched:
+
+            def fail(*_: object, error: type[BaseException] = error, **__: object) -> None:
+                raise error("stopped here")
+
+            target = failing if "." in failing else "isthmus.planner.planning.picture.draw"
+            patched.setattr(target, fail)
+            result = isthmus(*common, *place.functions, "--picture", place.folder / "never.png")
+        assert result.exit_code != 0
+        assert place.published.registry.versions("photos") == before
+        assert place.published.registry.aliases("photos") == aliases
+    predicted = isthmus(*common)
+    assert predicted.exit_code == 0, predicted.output
+    assert "not published, since nothing was measured" in predicted.stdout
+    assert place.published.registry.versions("photos") == before
+
+
+def test_a_new_cut_keeps_the_plan_and_says_so(place: Place, measured: Any) -> None:
+    registry = place.published.registry
+    result = isthmus("cut", "photos", "--at", "1/7", *place.registry)
     assert result.exit_code == 0, result.output
-    assert "plan again" in result.stdout
-    newest = place.published.registry.versions("photos")[-1]
-    assert place.published.registry.bundle(newest.digest).plan is None
-    again = isthmus("cut", "photos", "--at", "6", "--alias", "", *place.registry, "--json")
-    assert json.loads(again.stdout)["plan_dropped"] is False
+    assert "the plan stays in force: edge-float" in result.stdout
+    kept = registry.resolve("photos")
+    assert kept.version == registry.versions("photos")[-1].version
+    assert f"prod means photos:{kept.version} now" in result.stdout
+    plan = read_plan(kept.bundle, registry.blob)
+    assert plan is not None
+    assert plan.chosen == "edge-float"
+    assert "1..7" in kept.bundle.segments
+    again = json.loads(isthmus("cut", "photos", "--at", "1/7", *place.registry, "--json").stdout)
+    assert (again["version"], again["alias_was"], again["plan"]) == (kept.version, kept.version, "edge-float")
+    default = isthmus("cut", "photos", "--at", "1", "--default", *place.registry)
+    assert "--drop-plan lets the default cuts decide" in default.stdout
+
+
+def test_a_version_without_the_plan_does_not_serve_unless_asked(place: Place, measured: Any, tmp_path: Path) -> None:
+    registry = place.published.registry
+    before = registry.resolve("photos").version
+    other = publish_photos(tmp_path, seed=1)
+    common = ["import", other.onnx, "--name", "photos", *place.registry]
+    stays = isthmus(*common)
+    assert stays.exit_code == 0, stays.output
+    newest = registry.versions("photos")[-1].version
+    assert f"prod stays at photos:{before}" in stays.stdout
+    assert f"isthmus plan photos:{newest} --uplink 20Mbit/s --rtt 5ms" in stays.stdout
+    assert registry.resolve("photos").version == before
+    moved = json.loads(isthmus(*common, "--drop-plan", "--json").stdout)
+    assert (moved["alias"], moved["alias_was"], moved["alias_moved"], moved["plan_dropped"]) == (
+        "prod",
+        before,
+        True,
+        True,
+    )
+    assert registry.resolve("photos").version == newest
+    registry.set_alias("photos", "prod", before)
 
 
 @pytest.mark.parametrize(

@@ -221,13 +221,15 @@ def test_a_plan_without_measurements_says_so(photos: Published) -> None:
     assert from_json(to_json(plan)) == plan
 
 
-def test_a_draft_publishes_its_cuts_without_a_plan_and_moves_no_alias(photos: Published) -> None:
+def test_a_draft_uploads_its_cuts_without_a_plan_and_without_a_version(photos: Published) -> None:
+    before = photos.registry.versions("photos")
     with drafted(photos) as draft:
-        version = draft.publish(photos.registry)
-        assert draft.publish(photos.registry) == version
-        found = photos.registry.bundle(version.digest)
+        digest = draft.stage(photos.registry)
+        assert draft.stage(photos.registry) == digest
+        found = photos.registry.bundle(digest)
     assert found.plan is None
     assert subject_digest(found) == draft.subject
+    assert photos.registry.versions("photos") == before
     assert photos.registry.aliases("photos")["prod"] == "1"
 
 
@@ -239,7 +241,8 @@ def test_the_int8_variant_is_a_bundle_of_its_own_and_made_once(tmp_path: Path) -
         with drafted(published, examples=examples, kind="photo", int8=True) as draft:
             assert not draft.notes
             found = next(c for c in draft.predict(LINK) if c.name == "edge-int8")
-            draft.publish(published.registry)
+            assert draft.variant is not None
+            published.registry.publish(draft.variant.bundle, draft.variant.files)
             digests.append(found.variant)
     variant = published.registry.resolve("photos-int8")
     assert digests == [variant.digest] * 2

@@ -67,7 +67,7 @@ def calibrate(
     """Learn tables from half of the inputs and measure every codec at every cut on the other half.
 
     `folder` takes what crosses for the calibrating inputs, one file each, and the new content. The bundle's plan is
-    dropped: it was made for codecs that cost and keep something else.
+    left out: who publishes the bundle decides whether it still holds (`planning.published.carried`).
 
     Raises:
         CalibrationError: the data do not fit the model, or are too few.

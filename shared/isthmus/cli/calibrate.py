@@ -25,6 +25,7 @@ from isthmus.cli.console import (
     print_json,
 )
 from isthmus.cli.photos import varied_photos
+from isthmus.cli.publishing import DropPlan, publish_version
 from isthmus.registry import open_cache, open_registry
 from isthmus.settings import SegmentSettings
 from isthmus.units import format_size
@@ -57,10 +58,14 @@ def calibrate(
     ] = 0.05,
     threads: Annotated[int, typer.Option(help="Threads of one run; 0 takes the CPUs there are.", min=0)] = 0,
     alias: Annotated[str, typer.Option(help="Let this alias mean the new version.")] = "prod",
+    drop_plan: DropPlan = False,
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: AsJson = False,
 ) -> None:
     """Calibrate a bundle's codecs with inputs and measure how many answers each keeps; publishes the next version.
+
+    A plan that the model serves by stays in force where it still holds. Where it does not, the alias stays with the
+    planned version, unless --drop-plan is given.
 
     Example: `isthmus calibrate efficientnet-lite0 --data photos --at 65`
     """
@@ -87,7 +92,8 @@ def calibrate(
                 measure=measure_for(found.bundle, classes, tolerance),
                 progress=progress,
             )
-            version = store.publish(made.bundle, made.files, alias=alias or None)
+            published = publish_version(store, made.bundle, made.files, alias, before=found, drop_plan=drop_plan)
+            version = published.version
         if as_json:
             print_json(
                 {
@@ -96,6 +102,7 @@ def calibrate(
                     "digest": version.digest,
                     "tables": {tensor: blob.size for tensor, blob in made.bundle.tables.items()},
                     "skipped": made.skipped,
+                    **published.document(),
                     **document(made.fidelity),
                 }
             )
@@ -111,6 +118,7 @@ def calibrate(
             highlight=False,
             soft_wrap=True,
         )
+        published.show()
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from isthmus.cli.console import (
     print_json,
     steps,
 )
+from isthmus.cli.publishing import DropPlan, publish_version
 from isthmus.registry import open_cache, open_registry
 from isthmus.settings import RegistrySettings
 from isthmus.units import format_size
@@ -35,10 +36,11 @@ def cut(
     *,
     default: Annotated[bool, typer.Option("--default", help="Make the first --at what requests take.")] = False,
     alias: Annotated[str, typer.Option(help="Let this alias mean the new version.")] = "prod",
+    drop_plan: DropPlan = False,
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: AsJson = False,
 ) -> None:
-    """Cut a bundle again and publish the result as its next version; no weights are copied.
+    """Cut a bundle again and publish the result as its next version; no weights are copied. A plan stays in force.
 
     Example: `isthmus cut efficientnet-lite0 --at 20/65 --default`
     """
@@ -56,9 +58,9 @@ def cut(
                 step(f"cutting at {', '.join(at)}")
                 bundle, files = add_cuts(found.bundle, whole.path, partitions, folder, default=default)
             step("publishing")
-            version = store.publish(bundle, files, alias=alias or None)
+            published = publish_version(store, bundle, files, alias, before=found, drop_plan=drop_plan)
+            version = published.version
         fresh = sorted(bundle.segments.keys() - found.bundle.segments.keys())
-        dropped = found.bundle.plan is not None and bundle.plan is None
         if as_json:
             print_json(
                 {
@@ -68,7 +70,7 @@ def cut(
                     "new_segments": fresh,
                     "new_bytes": sum(bundle.segments[s].graph.size for s in fresh),
                     "default_cuts": list(bundle.default_cuts),
-                    "plan_dropped": dropped,
+                    **published.document(),
                 }
             )
             return
@@ -79,10 +81,10 @@ def cut(
             highlight=False,
             soft_wrap=True,
         )
-        if dropped:
+        published.show()
+        if default and published.plan:
             out.print(
-                f"the plan of {found.name}:{found.version} is for that version alone, so this one has none; plan again:"
-                f" isthmus plan {found.name} …",
+                "requests take the way of the plan, not the default cuts: --drop-plan lets the default cuts decide",
                 highlight=False,
                 soft_wrap=True,
             )

@@ -12,6 +12,7 @@ import typer
 
 from isthmus.bundle import is_model_name
 from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, errors, out, print_json, steps
+from isthmus.cli.publishing import DropPlan, Publication, publish_version
 from isthmus.cli.shapes import BindOption, ExampleOption, read_bindings, read_examples
 from isthmus.errors import Missing, ModelError
 from isthmus.registry import Version, open_registry
@@ -42,6 +43,7 @@ def import_model(
     postprocess: Annotated[Path | None, typer.Option(help="JSON file: how the output becomes classes.")] = None,
     labels: Annotated[Path | None, typer.Option(help="Class names: a JSON list, or one name a line.")] = None,
     alias: Annotated[str, typer.Option(help="Let this alias mean the new version.")] = "prod",
+    drop_plan: DropPlan = False,
     if_absent: Annotated[
         bool, typer.Option("--if-absent", help="Do nothing if the registry has a model of that name.")
     ] = False,
@@ -69,28 +71,32 @@ def import_model(
             freeze=freeze,
             processing={k: v for k, v in processing.items() if v is not None},
             alias=alias,
+            drop_plan=drop_plan,
             quiet=as_json,
         )
-        version, bundle = published.version, open_registry(RegistrySettings(registry=registry)).bundle(published.digest)
+        version = published.version
+        bundle = open_registry(RegistrySettings(registry=registry)).bundle(version.digest)
         if as_json:
             print_json(
                 {
                     "name": bundle.name,
-                    "version": version,
-                    "digest": published.digest,
+                    "version": version.version,
+                    "digest": version.digest,
                     "weights_bytes": bundle.weights.blob.size,
                     "segments": sorted(bundle.segments),
                     "default_cuts": list(bundle.default_cuts),
                     "registry": registry,
+                    **published.document(),
                 }
             )
             return
         out.print(
-            f"[bold]{bundle.name}:{version}[/] {published.digest[:19]}…,"
+            f"[bold]{bundle.name}:{version.version}[/] {version.digest[:19]}…,"
             f" weights {format_size(bundle.weights.blob.size)}, segments {', '.join(sorted(bundle.segments))}",
             highlight=False,
             soft_wrap=True,
         )
+        published.show()
 
 
 def publish(
@@ -104,8 +110,9 @@ def publish(
     freeze: bool = False,
     processing: dict[str, Any] | None = None,
     alias: str = "prod",
+    drop_plan: bool = False,
     quiet: bool = False,
-) -> Version:
+) -> Publication:
     """Import `model` and publish it, saying what is being done.
 
     Raises:
@@ -134,10 +141,10 @@ def publish(
             **{**declared, **(processing or {})},
         )
         step(f"publishing {called} to {registry}")
-        return store.publish(bundle, files, alias=alias or None)
+        return publish_version(store, bundle, files, alias, drop_plan=drop_plan)
 
 
-def publish_if_absent(model: str, registry: str, *, name: str = "", **how: Any) -> Version:
+def publish_if_absent(model: str, registry: str, *, name: str = "", **how: Any) -> Publication:
     """The version that the registry has of that name, else what `publish` makes.
 
     Raises:
@@ -145,7 +152,7 @@ def publish_if_absent(model: str, registry: str, *, name: str = "", **how: Any) 
     """
     try:
         found = open_registry(RegistrySettings(registry=registry)).resolve(name or _name_of(model))
-        return Version(found.name, found.version, found.digest)
+        return Publication(Version(found.name, found.version, found.digest), alias="", was="", moved=False)
     except Missing:
         return publish(model, registry, name=name, **how)
 

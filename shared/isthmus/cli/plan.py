@@ -61,7 +61,14 @@ def plan(
     sweep: Annotated[bool, typer.Option("--sweep", help="Also show the best over bandwidth and round trip.")] = False,
     picture: Annotated[Path | None, typer.Option(help="Draw the plan to this .png or .svg file.")] = None,
     int8: Annotated[bool, typer.Option(help="Try the model quantised to int8 at the edge.")] = True,
-    publish: Annotated[bool, typer.Option(help="Publish the plan as the model's next version.")] = True,
+    publish: Annotated[
+        bool | None,
+        typer.Option(
+            "--publish/--no-publish",
+            help="Publish the plan as the model's next version. [default: if its choice was measured]",
+            show_default=False,
+        ),
+    ] = None,
     alias: Annotated[str, typer.Option(help="Let this alias mean the new version.")] = "prod",
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: AsJson = False,
@@ -69,7 +76,8 @@ def plan(
     """Find the best way to serve a model over a link: where to cut, under which codec, or not to split at all.
 
     Predictions prune, measurements decide: candidates run on the functions of --head and --tail, or of --local, over a
-    rehearsed link. Without functions the plan is predicted only, and says so.
+    rehearsed link. Without functions the plan is predicted only, says so, and is published with --publish alone. Until
+    it is published, nothing that serves changes.
 
     Example: `isthmus plan efficientnet-lite0 --uplink 10mbit --rtt 20ms --local`
     """
@@ -107,8 +115,6 @@ def plan(
             sweep=sweep or picture is not None,
             measure=not predict_only,
             int8=int8,
-            publish=publish,
-            alias=alias,
         )
         if not local and bool(head) != bool(tail):
             raise RequestMalformed("measuring takes both functions: --head URL and --tail URL")
@@ -123,13 +129,25 @@ def plan(
 
                 step(f"drawing {picture}")
                 draw(made.plan, cells or [], picture, Along.of(made.draft))
-        version = f"{made.version.name}:{made.version.version}" if made.version else ""
+            # Last of all: what fails or is interrupted before has published nothing.
+            published = None
+            if made.plan.measured if publish is None else publish:
+                step("publishing the plan")
+                published = made.publish(alias)
+        version = f"{published.version.name}:{published.version.version}" if published else ""
         if as_json:
-            print_json(document(made.plan, version, cells if sweep else None))
+            about = {k: v for k, v in published.document().items() if k.startswith("alias")} if published else {}
+            print_json({**document(made.plan, version, cells if sweep else None), **about})
             return
         show(made.plan)
         if sweep and cells is not None:
             show_sweep(cells)
         if picture is not None:
             out.print(f"drawn: {picture}", highlight=False)
-        out.print(f"published: [bold]{version}[/]" if version else "not published", highlight=False)
+        if published is not None:
+            out.print(f"published: [bold]{version}[/]", highlight=False)
+            published.show()
+        elif publish is None:
+            out.print("not published, since nothing was measured: --publish publishes it", highlight=False)
+        else:
+            out.print("not published", highlight=False)

@@ -1,4 +1,4 @@
-"""What `isthmus plan` does: profiles found or made, candidates tried, measured and chosen from, the plan published."""
+"""What `isthmus plan` does: profiles found or made, candidates tried, measured and chosen from."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from isthmus.bundle import Bundle
 from isthmus.cli.console import Step
 from isthmus.cli.functions import Places
 from isthmus.cli.photos import read_photo, sample_photos
+from isthmus.cli.publishing import Publication, version_of
 from isthmus.cli.tensors import read_tensor
 from isthmus.codecs import TRANSFORM_ID
 from isthmus.errors import Missing, ModelError, RequestMalformed
@@ -30,7 +31,7 @@ from isthmus.planner.planning.published import publish_plan
 from isthmus.planner.profiling import profiles
 from isthmus.planner.profiling.profile import Profile
 from isthmus.processing.image import MAX_PIXELS
-from isthmus.registry import Registry, SegmentCache, Version, open_cache, open_registry
+from isthmus.registry import Registry, SegmentCache, open_cache, open_registry
 from isthmus.serving.tables import Tables, tables_of
 from isthmus.settings import RegistrySettings
 
@@ -50,17 +51,24 @@ class Wish:
     sweep: bool
     measure: bool
     int8: bool
-    publish: bool
-    alias: str
 
 
 @dataclass(frozen=True)
 class Made:
-    """The plan, the version that it was published as, if it was, and the draft that it stands on."""
+    """The plan, the draft that it stands on, and the registry that both are for."""
 
     plan: Plan
-    version: Version | None
     draft: Draft
+    registry: Registry
+
+    def publish(self, alias: str) -> Publication:
+        """Publish the plan as the model's next version, and the int8 variant as a model of its own."""
+        draft, name = self.draft, self.draft.bundle.name
+        was = version_of(self.registry, name, alias)
+        if draft.variant is not None:
+            self.registry.publish(draft.variant.bundle, draft.variant.files)
+        version = publish_plan(self.registry, draft.bundle, draft.files, self.plan, alias=alias or None)
+        return Publication(version, alias, was, moved=bool(alias))
 
 
 @contextlib.contextmanager
@@ -108,12 +116,7 @@ def planned(
         if places is not None and wish.measure:
             candidates = _measured(draft, candidates, wish, places, store, cache, tables, step)
         plan = make_plan(draft, candidates, wish.conditions, wish.objective, wish.constraints, wish.prices)
-        version = None
-        if wish.publish:
-            step("publishing the plan")
-            draft.publish(store)
-            version = publish_plan(store, draft.bundle, draft.files, plan, alias=wish.alias or None)
-        yield Made(plan, version, draft)
+        yield Made(plan, draft, store)
 
 
 def read_examples(bundle: Bundle, photos: Sequence[Path], tensors: Sequence[str]) -> tuple[str, list[Example]]:
@@ -162,6 +165,7 @@ def _profiles(
             tensors=[],
             again=False,
             step=step,
+            version=False,
         )
         return dict(made.profiles)
     known = profiles.newest(store, bundle)
@@ -186,8 +190,8 @@ def _measured(
     tables: Tables,
     step: Step,
 ) -> tuple[Candidate, ...]:
-    step("publishing the candidates' cuts")
-    version = draft.publish(store)
+    step("uploading the candidates' cuts")
+    digest = draft.stage(store)
     some = contenders(candidates, wish.objective, wish.constraints)
     with contextlib.ExitStack() as held:
         tail = places.tail
@@ -198,7 +202,7 @@ def _measured(
             )
         found = measure(
             some,
-            version.digest,
+            digest,
             draft.bundle,
             Functions(places.head, tail, places.tail),
             draft.examples,

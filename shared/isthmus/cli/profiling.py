@@ -60,8 +60,11 @@ def profile_tiers(
     tensors: Sequence[str],
     again: bool,
     step: Step,
+    version: bool = True,
 ) -> Outcome:
     """Measure the model on the functions at `urls`, by tier, and keep what they said in the registry.
+
+    The bundle with the cuts that were lacking becomes the model's next version if `version`; no alias moves to it.
 
     Raises:
         RegistryError, CutError, RequestError: no such model, cut, or input.
@@ -88,7 +91,7 @@ def profile_tiers(
         }
         if kept.keys() < functions.keys():
             wanted = {**_measured_before(store, model, current.values()), **chosen}
-            found = _published(store, found, whole.path, wanted, step)
+            found = _with_cuts(store, found, whole.path, wanted, step, version)
     subject = Subject(found.bundle, found.digest, model, _Values(found, SegmentStore(cache, settings), inputs), kind)
     measured = {}
     for tier, function in functions.items():
@@ -165,19 +168,21 @@ def _position(cut: CutInfo | str, bundle: Bundle) -> float:
     return float("inf") if known.position is None else known.position
 
 
-def _published(
-    registry: Registry, found: Resolved, whole: Path, chosen: Mapping[str, CutInfo | str], step: Step
+def _with_cuts(
+    registry: Registry, found: Resolved, whole: Path, chosen: Mapping[str, CutInfo | str], step: Step, version: bool
 ) -> Resolved:
-    """The version that has a head and a tail at each cut: this one, or the next, to which no alias moves."""
+    """The bundle that has a head and a tail at each cut: this one, or one that functions find by its digest."""
     have = found.bundle.segments
     lacking = [[cut] for name, cut in chosen.items() if f"..{name}" not in have or f"{name}.." not in have]
     if not lacking:
         return found
-    step(f"publishing {len(lacking)} more cuts, without weights")
+    step(f"{'publishing' if version else 'uploading'} {len(lacking)} more cuts, without weights")
     with tempfile.TemporaryDirectory(prefix="isthmus-") as folder:
         bundle, files = add_cuts(found.bundle, whole, lacking, folder)
-        version = registry.publish(bundle, files)
-    return Resolved(version.name, version.version, version.digest, bundle)
+        if not version:
+            return Resolved(found.name, found.version, registry.stage(bundle, files), bundle)
+        made = registry.publish(bundle, files)
+    return Resolved(made.name, made.version, made.digest, bundle)
 
 
 def _is_of(profile: Profile, kind: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:

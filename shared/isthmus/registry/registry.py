@@ -68,10 +68,24 @@ class Registry:
             Missing: content that is neither in `files` nor in the registry.
             Corrupt: a file's bytes do not hash to its digest; nothing refers to what was uploaded before.
         """
-        if not is_model_name(bundle.name):
-            raise RegistryError(f"{bundle.name!r} cannot name a model: 1 to 63 of a-z, 0-9, '.', '_' and '-'")
         if alias is not None:
             _check_alias(alias)
+        digest = self.stage(bundle, files)
+        version = self._number(bundle.name, digest)
+        if version.version == "1":
+            self.patience(lambda: self._store.put_if_absent(f"models/{bundle.name}/aliases/{PROD}", b"1"))
+        if alias is not None:
+            self.set_alias(bundle.name, alias, version.version)
+        return version
+
+    def stage(self, bundle: Bundle, files: Mapping[str, Path]) -> str:
+        """Upload `bundle` without making it a version: functions load it by its digest, which is returned.
+
+        Raises:
+            As `publish`.
+        """
+        if not is_model_name(bundle.name):
+            raise RegistryError(f"{bundle.name!r} cannot name a model: 1 to 63 of a-z, 0-9, '.', '_' and '-'")
         check_weights(bundle)
         upload = Upload(self._store, self.patience)
         for _ in in_parallel(lambda digest: upload.file(digest, files.get(digest)), sorted(bundle.blobs())):
@@ -79,12 +93,7 @@ class Registry:
         data = manifest.to_json(bundle)
         digest = manifest.digest_of(data)
         upload.data(digest, data)
-        version = self._number(bundle.name, digest)
-        if version.version == "1":
-            self.patience(lambda: self._store.put_if_absent(f"models/{bundle.name}/aliases/{PROD}", b"1"))
-        if alias is not None:
-            self.set_alias(bundle.name, alias, version.version)
-        return version
+        return digest
 
     def resolve(self, reference: str) -> Resolved:
         """The version that `NAME`, `NAME:NUMBER` or `NAME:ALIAS` stands for now; a bare name is prod, else the newest.

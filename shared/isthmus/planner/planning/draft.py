@@ -20,7 +20,7 @@ from isthmus.planner.planning.prices import Prices
 from isthmus.planner.planning.trials import Option, Trial
 from isthmus.planner.planning.variant import Variant
 from isthmus.planner.profiling.profile import Profile
-from isthmus.registry import Registry, Resolved, Version
+from isthmus.registry import Registry, Resolved
 
 EDGE, CLOUD = "edge", "cloud"
 
@@ -64,14 +64,15 @@ class Draft:
         made = (replace(c, predicted=terms(load, *hops, conditions)) for c, load in self._known)
         return tuple(priced(c, prices, cpus) for c in made)
 
-    def publish(self, registry: Registry) -> Version:
-        """Publish the bundle with the candidates' cuts, and the variant, so that functions can load them.
+    def stage(self, registry: Registry) -> str:
+        """Upload the bundle with the candidates' cuts, and the variant, so that functions can load them by digest.
 
-        No alias moves; what is there already stays the version that it is.
+        Neither becomes a version: an interrupted plan leaves the model's versions as they were. Returns the bundle's
+        digest.
         """
         if self.variant is not None:
-            registry.publish(self.variant.bundle, self.variant.files)
-        return registry.publish(self.bundle, self.files)
+            registry.stage(self.variant.bundle, self.variant.files)
+        return registry.stage(self.bundle, self.files)
 
     @cached_property
     def _known(self) -> list[tuple[Candidate, Load]]:

@@ -92,7 +92,7 @@ def test_a_router_serves_what_the_codec_command_writes_with_the_calibrations_own
 
         def router(codec: str) -> FlaskClient:
             settings = router_settings(
-                published, tmp_path / "router", ("local", url), codec=codec, cuts=("6",), guard_share=0.0
+                published, tmp_path / "router", ("local", url), codec=codec, cuts="6", guard_share=0.0
             )
             return ready(create_router_app(settings).test_client())
 

@@ -207,7 +207,7 @@ def test_inputs_that_drift_from_the_calibration_make_it_step_down(
     )
     assert offered(made.fidelity, "1")[0].codec == "transform/3"
     original.registry.publish(made.bundle, made.files, alias="prod")
-    client = router(codec="transform/3@0.5", cuts=("1",), guard_share=1.0, log_level="warning")
+    client = router(codec="transform/3@0.5", cuts="1", guard_share=1.0, log_level="warning")
 
     def ask_tensor(x: Any) -> Any:
         body = {"inputs": [{"name": "x", "shape": [1, 3, 8, 8], "datatype": "FP32", "data": x.ravel().tolist()}]}

@@ -145,7 +145,7 @@ def test_the_variant_runs_instead_where_the_plan_says_so(place: Place) -> None:
 
 
 def test_a_setting_of_cuts_goes_before_the_plan(place: Place) -> None:
-    client = place.router(place.plan(candidate()), cuts=("1",))
+    client = place.router(place.plan(candidate()), cuts="1")
     found = answer(client, photo())["route"]
     assert [s["segment"] for s in found["segments"]] == ["..1", "1.."]
     assert "plan" not in found

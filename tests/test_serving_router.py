@@ -168,7 +168,7 @@ def test_a_registry_that_hangs_delays_no_one(tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_cuts_setting_chooses_the_partition(photos: Published, tmp_path: Path) -> None:
-    client = local_router(photos, tmp_path, cuts=("3", "4"))
+    client = local_router(photos, tmp_path, cuts="3/4")
     doc = client.post("/", data=photo()).json
     assert [s["segment"] for s in doc["route"]["segments"]] == ["..3", "3..4", "4.."]
     assert_classes(doc["classes"], expected_classes(photos, photo()))

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
+from isthmus.cut_syntax import CutText, parse_partition
 from isthmus.errors import Missing, RegistryError
 
 FORMAT = "isthmus.bundle/1"
@@ -130,15 +131,45 @@ class Bundle:
             kind="segment",
             name=segment_id,
             exists=sorted(self.segments),
-            hint=f"publish it with: isthmus cut {self.name} --at …",
+            hint=f"publish it with: isthmus cut {self.name} --cut …",
         )
+
+    def cut_names(self, text: str) -> tuple[str, ...]:
+        """The names of this bundle's cuts that `text` says, in order: by name, position or tensors (docs/cuts.md).
+
+        Names separated by commas are cuts in order, too, unless the bundle has a cut of these tensors.
+
+        Raises:
+            Missing: the bundle has no such cut.
+        """
+        known = {*self.cuts, *(t.name for c in self.cuts.values() for t in c.tensors)}
+        return tuple(name for cut in parse_partition(text, known) for name in self._names_of(cut))
+
+    def _names_of(self, text: CutText) -> tuple[str, ...]:
+        if len(text.parts) == 1 and text.parts[0] in self.cuts:
+            return text.parts
+        for cut in sorted(self.cuts.values(), key=lambda c: c.name != text.name):
+            at_position = text.position is not None and cut.position == text.position
+            if at_position or {t.name for t in cut.tensors} == set(text.parts):
+                return (cut.name,)
+        for part in text.parts:
+            if part not in self.cuts:
+                name = part if len(text.parts) == 1 else ",".join(text.parts)
+                raise Missing(
+                    f"bundle {self.name} has no cut {name!r}", kind="cut", name=name, exists=sorted(self.cuts)
+                )
+        return text.parts
 
     def partition(self, cuts: Iterable[str] | None = None) -> tuple[Segment, ...]:
         """The segments, in order, that `cuts` (default: `default_cuts`) part the model into.
 
+        `cuts` are names, or one text that says them (see `cut_names`).
+
         Raises:
             Missing: a cut, or the segment between two of them, is not in this bundle.
         """
+        if isinstance(cuts, str):
+            cuts = self.cut_names(cuts)
         names = self.default_cuts if cuts is None else tuple(cuts)
         for name in names:
             if name not in self.cuts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -61,8 +61,10 @@ class Route:
         return tuple({name: layered(p) for name, p in each.items()} for each in self.packings)
 
 
-def plan_route(digest: str, bundle: Bundle, hops: tuple[Hop, ...], cuts: tuple[str, ...] | None = None) -> Route:
-    """The route along `cuts` (default: the bundle's own); segments beyond the last hop run on the last hop.
+def plan_route(digest: str, bundle: Bundle, hops: tuple[Hop, ...], cuts: Iterable[str] | None = None) -> Route:
+    """The route along `cuts`, names or a text that says them (default: the bundle's own).
+
+    Segments beyond the last hop run on the last hop.
 
     Raises:
         Missing: the bundle has no such cut, or not the segment between two.

@@ -128,7 +128,11 @@ class RouterSettings(SegmentSettings):
         "where the segments run, in order, comma-separated: a function's URL, or `local` for this process. A partition"
         " of more segments than hops leaves the rest to the last one"
     )
-    cuts: tuple[str, ...] = setting("the partition to use, comma-separated cut names; empty takes the bundle's own", ())
+    cuts: str = setting(
+        "the partition to use: names, positions or tensors of the bundle's cuts, in order, separated by /; empty takes"
+        " the bundle's own",
+        "",
+    )
     codec: str = setting(
         "how activations travel between segments over HTTP where no plan says: int8/1, half/1, transform/3@0.9 (a"
         " calibrated codec and its quality), transform/3@0.4+0.6:1.5 (a closer look at 0.6 where the answer's margin is"

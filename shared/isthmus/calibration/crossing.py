@@ -58,7 +58,7 @@ def crossing(bundle: Bundle, cut: str) -> Crossing:
             kind="cut",
             name=cut,
             exists=sorted(bundle.cuts),
-            hint=f"publish it with: isthmus cut {bundle.name} --at …",
+            hint=f"publish it with: isthmus cut {bundle.name} --cut …",
         )
     head, tail = _path(bundle, "", cut), _path(bundle, cut, "")
     needed: dict[str, TensorSpec] = {}
@@ -89,5 +89,5 @@ def _path(bundle: Bundle, start: str, stop: str) -> tuple[Segment, ...]:
         f"{bundle.name} has no segments from {start or 'its inputs'} to {stop or 'its outputs'}",
         cut=stop or start,
         exists=sorted(bundle.segments),
-        hint=f"publish it with: isthmus cut {bundle.name} --at {stop or start}",
+        hint=f"publish it with: isthmus cut {bundle.name} --cut {stop or start}",
     )

@@ -24,6 +24,7 @@ from isthmus.cli.console import (
     out,
     print_json,
 )
+from isthmus.cli.cut_options import SYNTAX, OldAt
 from isthmus.cli.photos import varied_photos
 from isthmus.cli.publishing import DropPlan, publish_version
 from isthmus.registry import open_cache, open_registry
@@ -43,7 +44,10 @@ def calibrate(
         ),
     ],
     *,
-    at: Annotated[list[str] | None, typer.Option(help="A cut of the bundle; once per cut. All if none.")] = None,
+    at: Annotated[
+        list[str] | None, typer.Option("--cut", help=f"Cuts of the bundle, once or more; all if none. {SYNTAX}")
+    ] = None,
+    old_at: OldAt = None,
     limit: Annotated[
         float, typer.Option(help="Share of answers that must stay the same for a codec to be offered.", min=0, max=1)
     ] = 0.99,
@@ -67,7 +71,7 @@ def calibrate(
     A plan that the model serves by stays in force where it still holds. Where it does not, the alias stays with the
     planned version, unless --drop-plan is given.
 
-    Example: `isthmus calibrate efficientnet-lite0 --data photos --at 65`
+    Example: `isthmus calibrate efficientnet-lite0 --data photos --cut 65`
     """
     from isthmus.calibration.agreement import measure_for
     from isthmus.calibration.calibrate import calibrate as run_calibration
@@ -78,6 +82,8 @@ def calibrate(
         settings = SegmentSettings(registry=registry, cache_dir=CACHE_DIR, threads=threads)
         store = open_registry(settings)
         found = store.resolve(model)
+        texts = [*(at or []), *(old_at or [])]
+        cuts = [name for text in texts for name in found.bundle.cut_names(text)] or sorted(found.bundle.cuts)
         files = varied_photos() if data == PHOTOS else files_in(Path(data))
         source = open_source(found.bundle, files, data, inputs)
         with tempfile.TemporaryDirectory(prefix="isthmus-") as folder, _bars(as_json) as progress:
@@ -86,7 +92,7 @@ def calibrate(
                 source,
                 runs_here(found.digest, open_cache(settings, store), settings),
                 Path(folder),
-                cuts=at or sorted(found.bundle.cuts),
+                cuts=cuts,
                 count=inputs,
                 limit=limit,
                 measure=measure_for(found.bundle, classes, tolerance),

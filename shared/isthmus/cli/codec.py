@@ -9,9 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
+from isthmus.bundle import Bundle
 from isthmus.calibration.fidelity import Entry, Fidelity, Reference, choose
 from isthmus.calibration.fidelity_document import read
 from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, errors, out, print_json, read_option, table
+from isthmus.cli.cut_options import SYNTAX, OldAt
 from isthmus.errors import CalibrationError, Missing
 from isthmus.registry import open_registry
 from isthmus.settings import RegistrySettings
@@ -21,7 +23,10 @@ from isthmus.units import format_size, parse_size
 def codec(
     model: Annotated[str, typer.Argument(help="NAME or NAME:VERSION of a calibrated bundle in the registry.")],
     *,
-    at: Annotated[list[str] | None, typer.Option(help="A cut; once per cut. All that were measured if none.")] = None,
+    at: Annotated[
+        list[str] | None, typer.Option("--cut", help=f"Cuts, once or more; all that were measured if none. {SYNTAX}")
+    ] = None,
+    old_at: OldAt = None,
     agreement: Annotated[
         float | None, typer.Option(help="Find the smallest that keeps at least this share of answers.", min=0, max=1)
     ] = None,
@@ -50,7 +55,7 @@ def codec(
                 version=found.version,
                 hint=f"isthmus calibrate {found.name} --data FOLDER",
             )
-        cuts = _cuts(fidelity, at)
+        cuts = _cuts(found.bundle, fidelity, [*(at or []), *(old_at or [])])
         most, chosen = read_option(parse_size, "--bytes", bytes_) if bytes_ else None, dict[str, Entry]()
         if (agreement, most, pack_ms) != (None, None, None):
             chosen = {c: choose(fidelity, c, agreement=agreement, bytes=most, pack_ms=pack_ms) for c in cuts}
@@ -140,9 +145,10 @@ def _name(entry: Entry) -> str:
     return str(entry.choice)
 
 
-def _cuts(fidelity: Fidelity, at: list[str] | None) -> list[str]:
+def _cuts(bundle: Bundle, fidelity: Fidelity, at: list[str]) -> list[str]:
     known = fidelity.cuts()
-    for cut in at or []:
+    cuts = [name for text in at for name in bundle.cut_names(text)]
+    for cut in cuts:
         if cut not in known:
             raise Missing(f"no codec was measured at cut {cut!r}", kind="cut", name=cut, exists=known)
-    return at or known
+    return cuts or known

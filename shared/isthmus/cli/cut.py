@@ -18,6 +18,7 @@ from isthmus.cli.console import (
     print_json,
     steps,
 )
+from isthmus.cli.cut_options import SYNTAX, OldAt
 from isthmus.cli.publishing import DropPlan, publish_version
 from isthmus.registry import open_cache, open_registry
 from isthmus.settings import RegistrySettings
@@ -26,15 +27,13 @@ from isthmus.units import format_size
 
 def cut(
     model: Annotated[str, typer.Argument(help="NAME or NAME:VERSION of a bundle in the registry.")],
-    at: Annotated[
-        list[str],
-        typer.Option(
-            help="A partition: a position as `isthmus cuts` lists it, or tensors NAME=a,b; several cuts in order are"
-            " separated by '/', and make as many segments and one more. Once per partition."
-        ),
-    ],
     *,
-    default: Annotated[bool, typer.Option("--default", help="Make the first --at what requests take.")] = False,
+    at: Annotated[
+        list[str] | None,
+        typer.Option("--cut", help=f"A partition, once each. {SYNTAX} They make as many segments and one more."),
+    ] = None,
+    old_at: OldAt = None,
+    default: Annotated[bool, typer.Option("--default", help="Make the first --cut what requests take.")] = False,
     alias: Annotated[str, typer.Option(help="Let this alias mean the new version.")] = "prod",
     drop_plan: DropPlan = False,
     registry: RegistryOption = DEFAULT_REGISTRY,
@@ -42,10 +41,13 @@ def cut(
 ) -> None:
     """Cut a bundle again and publish the result as its next version; no weights are copied. A plan stays in force.
 
-    Example: `isthmus cut efficientnet-lite0 --at 20/65 --default`
+    Example: `isthmus cut efficientnet-lite0 --cut 20/65 --default`
     """
     from isthmus.graph import add_cuts
 
+    partitions = [*(at or []), *(old_at or [])]
+    if not partitions:
+        raise typer.BadParameter("say where to cut, e.g. --cut 20", param_hint="--cut")
     with errors(as_json):
         settings = RegistrySettings(registry=registry, cache_dir=CACHE_DIR)
         store = open_registry(settings)
@@ -53,9 +55,8 @@ def cut(
         with tempfile.TemporaryDirectory(prefix="isthmus-") as folder, steps(as_json) as step:
             step(f"fetching {found.name}:{found.version}")
             cache = open_cache(settings, store)
-            partitions = [text.split("/") for text in at]
             with cache.locate(found.digest, WHOLE) as whole:
-                step(f"cutting at {', '.join(at)}")
+                step(f"cutting at {', '.join(partitions)}")
                 bundle, files = add_cuts(found.bundle, whole.path, partitions, folder, default=default)
             step("publishing")
             published = publish_version(store, bundle, files, alias, before=found, drop_plan=drop_plan)

@@ -24,7 +24,7 @@ from isthmus.settings import SegmentSettings
 class Here:
     """The model that `reference` names, run by this process.
 
-    `cuts` are comma-separated names; empty takes the bundle's partition, and `..` the uncut model.
+    `cuts` say a partition (docs/cuts.md); empty takes the bundle's, and `..` the uncut model.
 
     Raises:
         RegistryError: no such model, version or cut.
@@ -39,8 +39,7 @@ class Here:
         if cuts == WHOLE:
             self._route = Route(self.model.digest, bundle, (bundle.segment(WHOLE),), (hop,))
         else:
-            names = tuple(c.strip() for c in cuts.split(",") if c.strip()) or None
-            self._route = plan_route(self.model.digest, bundle, (hop,), names)
+            self._route = plan_route(self.model.digest, bundle, (hop,), cuts or None)
 
     def preprocess(self, photo: bytes) -> tuple[str, Array]:
         """The input's name and the array that the bundle makes of `photo`.

@@ -12,6 +12,7 @@ import typer
 
 from isthmus.bundle import is_model_name
 from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, errors, out, print_json, steps
+from isthmus.cli.cut_options import SYNTAX
 from isthmus.cli.publishing import DropPlan, Publication, publish_version
 from isthmus.cli.shapes import BindOption, ExampleOption, read_bindings, read_examples
 from isthmus.errors import Missing, ModelError
@@ -32,8 +33,8 @@ def import_model(
     cut: Annotated[
         list[str] | None,
         typer.Option(
-            help="A partition to publish: a position as `isthmus cuts` lists it, or tensors NAME=a,b; several cuts in"
-            " order are separated by '/'. The first is the default; without any, the narrowest cut is taken."
+            help=f"A partition to publish, once each. {SYNTAX} The first is the default; without any, the narrowest cut"
+            " is taken."
         ),
     ] = None,
     shape: BindOption = None,
@@ -65,7 +66,7 @@ def import_model(
             model,
             registry,
             name=name,
-            partitions=[c.split("/") for c in cut or []],
+            partitions=cut or [],
             shape=shape,
             example=example,
             freeze=freeze,
@@ -104,7 +105,7 @@ def publish(
     registry: str,
     *,
     name: str = "",
-    partitions: Sequence[Sequence[str]] = (),
+    partitions: Sequence[str] = (),
     shape: Sequence[str] | None = None,
     example: Sequence[Path] | None = None,
     freeze: bool = False,

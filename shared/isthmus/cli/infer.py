@@ -9,6 +9,7 @@ import numpy as np
 import typer
 
 from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, errors, out, print_json, table
+from isthmus.cli.cut_options import SYNTAX, OldCuts
 from isthmus.cli.photos import read_photo
 from isthmus.cli.tensors import read_tensor
 from isthmus.client import Client
@@ -28,7 +29,10 @@ def infer(
     output: Annotated[Path | None, typer.Option(help="Write the output tensors to this .npz file.")] = None,
     url: Annotated[str, typer.Option(envvar="ISTHMUS_URL", help="The router.")] = ROUTER,
     local: Annotated[bool, typer.Option("--local", help="Run every segment in this process; no router.")] = False,
-    cuts: Annotated[str, typer.Option(help="With --local: the partition, comma-separated cut names.")] = "",
+    cuts: Annotated[
+        str, typer.Option("--cut", help=f"With --local: the partition of the bundle, or '..' for none. {SYNTAX}")
+    ] = "",
+    old_cuts: OldCuts = "",
     top_k: Annotated[int, typer.Option(help="Classes to show.", min=1)] = 5,
     timeout: Annotated[float, typer.Option(help="Longest wait for one answer, in seconds.", min=0.001)] = 30.0,
     registry: RegistryOption = DEFAULT_REGISTRY,
@@ -38,6 +42,7 @@ def infer(
 
     Example: `isthmus infer cat.jpg`, or `isthmus infer --model magika --tensor bytes=input.npy --output out.npz`
     """
+    cuts = cuts or old_cuts
     with errors(as_json):
         if bool(photos) == bool(tensor):
             raise RequestMalformed("name photos to classify, or tensors with --tensor NAME=FILE.npy, not both")

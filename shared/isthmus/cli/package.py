@@ -19,6 +19,7 @@ from isthmus.cli.console import (
     print_json,
     steps,
 )
+from isthmus.cli.cut_options import SYNTAX, OldCuts
 from isthmus.errors import LocalError
 from isthmus.registry import FolderStore, Registry, Resolved, open_cache, open_registry
 from isthmus.registry.content import blob_key
@@ -45,7 +46,10 @@ def create_app() -> Flask:
 def package(
     model: Annotated[str, typer.Argument(help="NAME or NAME:VERSION of a bundle in the registry.")],
     *,
-    cuts: Annotated[str, typer.Option(help="The partition, comma-separated cut names; empty takes the bundle's.")] = "",
+    cuts: Annotated[
+        str, typer.Option("--cut", help=f"The partition of the bundle; empty takes its default. {SYNTAX}")
+    ] = "",
+    old_cuts: OldCuts = "",
     output: Annotated[Path, typer.Option(help="Folder for the stack file and the functions.")] = Path("build/package"),
     stack: Annotated[Path, typer.Option(help="The stack file to take templates and limits from.")] = Path("stack.yml"),
     registry: RegistryOption = DEFAULT_REGISTRY,
@@ -62,7 +66,8 @@ def package(
         store = open_registry(settings)
         step(f"finding {model}")
         found = store.resolve(model)
-        names = tuple(c.strip() for c in cuts.split(",") if c.strip()) or found.bundle.default_cuts
+        wanted = cuts or old_cuts
+        names = found.bundle.cut_names(wanted) if wanted else found.bundle.default_cuts
         segments = found.bundle.partition(names)
         folder = output / found.name
         if folder.exists():
@@ -91,7 +96,7 @@ def package(
         environment = {
             "registry": "function/registry",
             "model": found.name,
-            "cuts": ",".join(names),
+            "cuts": "/".join(names),
             "hops": ",".join(f"{GATEWAY}/function/{name}" for name in functions),
         }
         functions[router] = _function(router, folder, like, environment, "router")

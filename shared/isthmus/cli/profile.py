@@ -18,6 +18,7 @@ from isthmus.cli.console import (
     steps,
     table,
 )
+from isthmus.cli.cut_options import SYNTAX, OldAt
 from isthmus.cli.functions import places
 from isthmus.errors import RequestMalformed, SettingsError
 from isthmus.units import format_size
@@ -45,8 +46,9 @@ def profile(
     runs: Annotated[int, typer.Option(help="Runs of each segment, after two to warm up.", min=1, max=500)] = 15,
     at: Annotated[
         list[str] | None,
-        typer.Option(help="A cut to measure: a position, or tensors [NAME=]a,b. Once each; else some of every part."),
+        typer.Option("--cut", help=f"Cuts to measure, once or more; else some of every part. {SYNTAX}"),
     ] = None,
+    old_at: OldAt = None,
     photo: Annotated[Path | None, typer.Option("--input", help="A photo to run the model on.")] = None,
     tensor: Annotated[
         list[str] | None, typer.Option(help="An input tensor, NAME=FILE.npy; once for each input.")
@@ -78,7 +80,7 @@ def profile(
                 urls,
                 token,
                 runs=runs,
-                at=at or [],
+                at=[*(at or []), *(old_at or [])],
                 photo=photo,
                 tensors=tensor or [],
                 again=again,

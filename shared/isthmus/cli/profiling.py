@@ -14,7 +14,7 @@ from isthmus.cli.console import Step
 from isthmus.cli.tensors import read_inputs
 from isthmus.client import Array
 from isthmus.context import Deadline
-from isthmus.graph import CutInfo, Model, add_cuts, cut_after, cut_at, open_model, resolve_cut
+from isthmus.graph import CutInfo, Model, add_cuts, cut_after, cut_at, open_model, resolve_partition
 from isthmus.planner.profiling import profiles
 from isthmus.planner.profiling.measure import Subject, measure, merged
 from isthmus.planner.profiling.profile import Profile, to_json
@@ -139,7 +139,8 @@ def _bytes(*tensors: Mapping[str, Array]) -> int:
 def _chosen(model: Model, bundle: Bundle, at: Sequence[str]) -> dict[str, CutInfo | str]:
     """Each cut that is to be measured, by its name: those asked for, or the bundle's own and some of every part."""
     if at:
-        cuts = [text if text in bundle.cuts else resolve_cut(model, text) for text in at]
+        asked = [cut for text in at for cut in resolve_partition(model, text, bundle.cuts)]
+        cuts: list[CutInfo | str] = [cut if isinstance(cut, CutInfo) else cut.name for cut in asked]
     else:
         cuts = [*bundle.cuts, *(c for c in spread_cuts(model) if c.name not in bundle.cuts)]
     found = {c if isinstance(c, str) else c.name: c for c in cuts}

@@ -14,11 +14,11 @@ import numpy as np
 from isthmus.bundle import WHOLE, Blob, Bundle, Cut, Segment, digest_of, is_model_name
 from isthmus.errors import CutError, ModelError
 from isthmus.graph import weights as weights_file
-from isthmus.graph.cuts import CutInfo, cut_at, cuts, resolve_cut
+from isthmus.graph.cuts import CutInfo, cuts, published_cut, resolve_cut, resolve_partition
 from isthmus.graph.extract import AnyCut, Extracted, extract, partition
 from isthmus.graph.model import Binding, Examples, Model, open_model
 
-Partition: TypeAlias = Sequence[str | CutInfo]
+Partition: TypeAlias = str | Sequence[str | CutInfo]
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done, and how much there is: bytes of weights, or segments."""
 
@@ -47,8 +47,9 @@ def build(
 ) -> tuple[Bundle, dict[str, Path]]:
     """Make version one of a bundle in `out_dir`; returns it, and where the content of each digest lies.
 
-    `partitions` are ordered lists of cuts, each a position, tensors (see `resolve_cut`) or a CutInfo; the first is the
-    default. Without any, the model is parted at its narrowest cut (see `narrowest`); one that has none is left whole.
+    `partitions` are texts such as `20/40` (docs/cuts.md), or ordered lists of cuts, each a position, tensors (see
+    `resolve_cut`) or a CutInfo; the first is the default. Without any, the model is parted at its narrowest cut (see
+    `narrowest`); one that has none is left whole.
     `bind`, `examples`, `freeze`: see `open_model`; a Model that is already open takes none of them.
 
     Raises:
@@ -135,14 +136,14 @@ def narrowest(model: Model) -> CutInfo | None:
 
 
 def _resolve(model: Model, cuts_: Partition, known: Mapping[str, Cut]) -> list[AnyCut]:
+    if isinstance(cuts_, str):
+        return resolve_partition(model, cuts_, known)
     found: list[AnyCut] = []
     for cut in cuts_:
         if isinstance(cut, CutInfo):
             found.append(cut)
-        elif cut in known and known[cut].position is None:
-            found.append(cut_at(model, [t.name for t in known[cut].tensors], cut))
         elif cut in known:
-            found.append(known[cut])
+            found.append(published_cut(model, known[cut]))
         else:
             found.append(resolve_cut(model, cut))
     return found

@@ -10,13 +10,14 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from isthmus import bundle
 from isthmus.bundle import TensorSpec
+from isthmus.cut_syntax import CutText, parse_cut, parse_partition
 from isthmus.errors import CutError, UnboundedCut, UnknownValue
 from isthmus.graph.model import Model
 
@@ -88,6 +89,8 @@ def cut_at(model: Model, tensors: Iterable[str], name: str | None = None) -> Cut
         CutError: a tensor is static, needed by nothing after the cut, or nothing a frame can carry; or a bad name.
     """
     names = list(dict.fromkeys(tensors))
+    if not names:
+        raise CutError("the cut names no tensor and no position", hint="list the cuts with: isthmus cuts MODEL")
     values = [_value(model, n) for n in names]
     for value in values:
         if model.is_static(value):
@@ -124,16 +127,39 @@ def cut_at(model: Model, tensors: Iterable[str], name: str | None = None) -> Cut
 def resolve_cut(model: Model, text: str) -> CutInfo:
     """The cut that a person means: a position such as `31`, or tensors such as `a` or `a,b`, or `NAME=a,b`.
 
+    A text that is a value's name is that value, whatever it holds; only a number is a position first.
+
     Raises:
         UnknownValue: no prefix cut lies there, or no such value.
         CutError, UnboundedCut: as `cut_at`.
     """
-    if text.isdecimal():
-        return cut_after(model, int(text))
-    name, equals, rest = text.partition("=")
-    if equals and bundle.is_cut_name(name):
-        return cut_at(model, [t.strip() for t in rest.split(",") if t.strip()], name)
-    return cut_at(model, [t.strip() for t in text.split(",") if t.strip()])
+    return _cut_of(model, parse_cut(text, model.values.keys()))
+
+
+def resolve_partition(model: Model, text: str, published: Mapping[str, bundle.Cut]) -> list[CutInfo | bundle.Cut]:
+    """The cuts of a whole partition such as `20/40`: each as in `resolve_cut`, or the name of a `published` one.
+
+    Raises:
+        UnknownValue, CutError, UnboundedCut: as `resolve_cut`.
+    """
+    found: list[CutInfo | bundle.Cut] = []
+    for cut in parse_partition(text, {*model.values, *published}):
+        known = published.get(cut.parts[0]) if len(cut.parts) == 1 and cut.name is None else None
+        found.append(_cut_of(model, cut) if known is None else published_cut(model, known))
+    return found
+
+
+def published_cut(model: Model, cut: bundle.Cut) -> CutInfo | bundle.Cut:
+    """A cut of the model's bundle, as the functions of this module take it."""
+    return cut if cut.position is not None else cut_at(model, [t.name for t in cut.tensors], cut.name)
+
+
+def _cut_of(model: Model, text: CutText) -> CutInfo:
+    # Exporters that number their values give a graph names such as "497": a position where there is that node.
+    number = text.position
+    if number is not None and (number < len(model.nodes) or text.parts[0] not in model.values):
+        return cut_after(model, number)
+    return cut_at(model, text.parts, text.name)
 
 
 def cut_after(model: Model, position: int) -> CutInfo:

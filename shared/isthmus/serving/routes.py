@@ -72,7 +72,7 @@ class Routes:
     def _find(self, model: Model) -> Way:
         # The settings speak of the default model; another has cuts of its own.
         own = self._settings.model.partition(":")[0] == model.name
-        cuts = self._settings.cuts if own and self._settings.cuts else None
+        cuts = (self._settings.cuts or None) if own else None
         if cuts is None and self._settings.plan and (way := self._planned(model)) is not None:
             raw = own and self._codec is not None and self._codec.codec == RAW
             return replace(way, route=replace(way.route, packings=(), looks=None)) if raw else way

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import urllib3
 
+from isthmus.local import Engine
 from patience import LONG_S
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,3 +100,15 @@ def http(method: str, url: str, **options: object) -> urllib3.BaseHTTPResponse:
     """One request, without retries or redirects."""
     with urllib3.PoolManager(retries=False) as pool:
         return pool.request(method, url, timeout=LONG_S, **options)  # type: ignore[arg-type]
+
+
+def system(
+    engine: Engine, method: str, path: str, *, headers: Mapping[str, str] | None = None, **options: object
+) -> urllib3.BaseHTTPResponse:
+    """One request to the engine's system API, with its credentials."""
+    return http(method, engine.url + path, headers={**login_header(engine), **(headers or {})}, **options)
+
+
+def login_header(engine: Engine) -> dict[str, str]:
+    """The header that holds an engine's credentials."""
+    return dict(urllib3.make_headers(basic_auth=":".join(engine.login)))

@@ -33,6 +33,7 @@ from isthmus.graph import build, zoo
 from isthmus.local import Engine
 from isthmus.registry import open_registry
 from isthmus.settings import RegistrySettings
+from local_stack import system
 from models import ROOT, efficientnet_lite0
 from patience import LONG_S, eventually, least
 
@@ -165,8 +166,8 @@ def test_a_tail_that_dies_is_named_at_once_and_comes_back(engine: Engine, router
     photo = sample_photos()[2].read_bytes()
     client = Client(router)
     client.photo(photo)
-    scale = f"{engine.url}/system/scale-function/cloud-tail"
-    urllib3.request("POST", scale, json={"serviceName": "cloud-tail", "replicas": 0})
+    scale = "/system/scale-function/cloud-tail"
+    system(engine, "POST", scale, body=json.dumps({"serviceName": "cloud-tail", "replicas": 0}))
 
     def given_up() -> float:
         start = time.monotonic()
@@ -177,7 +178,7 @@ def test_a_tail_that_dies_is_named_at_once_and_comes_back(engine: Engine, router
 
     # The router asks again as often as it may; the client would wait for 30 s.
     assert least(given_up, 15, tries=5) < 15
-    urllib3.request("POST", scale, json={"serviceName": "cloud-tail", "replicas": 1})
+    system(engine, "POST", scale, body=json.dumps({"serviceName": "cloud-tail", "replicas": 1}))
     engine.wait_ready(LONG_S)
     assert client.photo(photo)["classes"]
 

@@ -21,7 +21,8 @@ import urllib3
 
 from isthmus.errors import LocalError
 from isthmus.local import Engine
-from local_stack import STACK, http, write_stack
+from isthmus.local.credentials import PASSWORD_FILE
+from local_stack import STACK, http, login_header, system, write_stack
 from patience import LONG_S, eventually
 
 
@@ -61,7 +62,7 @@ def callbacks() -> Iterator[tuple[str, list[tuple[dict[str, str], bytes]]]]:
 
 
 def describe(engine: Engine, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = http("GET", f"{engine.url}/system/function/{name}").json()
+    found: dict[str, Any] = system(engine, "GET", f"/system/function/{name}").json()
     return found
 
 
@@ -70,7 +71,7 @@ def pid(engine: Engine, name: str) -> int:
 
 
 def test_functions_are_listed_as_they_were_deployed(engine: Engine) -> None:
-    functions = http("GET", f"{engine.url}/system/functions").json()
+    functions = system(engine, "GET", "/system/functions").json()
     assert [f["name"] for f in functions] == ["echo", "other"]
     echo = functions[0]
     assert (echo["replicas"], echo["availableReplicas"], echo["namespace"]) == (2, 2, "openfaas-fn")
@@ -126,7 +127,7 @@ def test_one_connection_serves_calls_and_then_the_rest_of_the_gateway(engine: En
             connection.request("GET", path)
             reply = connection.getresponse()
             assert (reply.status, bool(reply.read())) == (status, True)
-        connection.request("GET", "/system/functions")
+        connection.request("GET", "/system/functions", headers=login_header(engine))
         assert len(json.loads(connection.getresponse().read())) == 2
 
 
@@ -136,7 +137,7 @@ def test_calls_are_spread_over_the_replicas(engine: Engine) -> None:
 
 def test_an_unknown_function_is_404(engine: Engine) -> None:
     for path in ("/function/nothing", "/system/function/nothing", "/function/echo.elsewhere"):
-        reply = http("GET", engine.url + path)
+        reply = system(engine, "GET", path)
         assert reply.status == 404
         assert b"error finding function" in reply.data
     assert http("POST", f"{engine.url}/async-function/nothing").status == 404
@@ -165,7 +166,7 @@ def test_no_ready_replica_is_503_with_retry_after(engine: Engine, root: Path) ->
 def test_scaling_adds_and_removes_replicas(engine: Engine) -> None:
     def scale(n: int) -> int:
         body = json.dumps({"serviceName": "other", "replicas": n})
-        return http("POST", f"{engine.url}/system/scale-function/other", body=body).status
+        return system(engine, "POST", "/system/scale-function/other", body=body).status
 
     assert scale(2) == 202
     eventually(lambda: describe(engine, "other")["availableReplicas"] == 2)
@@ -183,21 +184,21 @@ def test_a_request_under_way_is_answered_while_its_replica_drains(engine: Engine
     callers = [threading.Thread(target=call) for _ in range(2)]
     for caller in callers:
         caller.start()
-    deploy(engine, "PUT", "echo", "example/echo:latest", {"changed": "1"})
+    deploy(engine, "PUT", "echo", "example/echo:latest", {"flag": "changed"})
     for caller in callers:
         caller.join()
     assert answers == [200, 200]
-    eventually(lambda: "changed" in http("GET", f"{engine.url}/function/echo/facts/x").json()["env"])
+    eventually(lambda: http("GET", f"{engine.url}/function/echo/facts/x").json()["env"]["flag"] == "changed")
     eventually(lambda: describe(engine, "echo")["availableReplicas"] == 2)
 
 
 def deploy(engine: Engine, method: str, name: str, image: str, env: dict[str, str]) -> urllib3.BaseHTTPResponse:
     body = json.dumps({"service": name, "image": image, "envVars": env, "namespace": ""})
-    return http(method, f"{engine.url}/system/functions", body=body)
+    return system(engine, method, "/system/functions", body=body)
 
 
 def test_a_removed_function_can_be_deployed_again(engine: Engine) -> None:
-    assert http("DELETE", f"{engine.url}/system/functions", body=json.dumps({"functionName": "other"})).status == 202
+    assert system(engine, "DELETE", "/system/functions", body=json.dumps({"functionName": "other"})).status == 202
     assert http("POST", f"{engine.url}/function/other").status == 404
     env = {"busy_file": "/nowhere"}
     assert deploy(engine, "PUT", "other", "example/other:latest", env).status == 404
@@ -215,20 +216,104 @@ def test_what_cannot_be_run_here_is_refused_with_a_reason(engine: Engine, name: 
     assert said in reply.data.decode()
 
 
+@pytest.mark.parametrize("name", ["PYTHONPATH", "LD_PRELOAD", "PATH", "PYTHONSTARTUP", "A=B", ""])
+def test_a_variable_that_nothing_here_reads_is_refused_by_its_name(engine: Engine, name: str) -> None:
+    before = describe(engine, "echo")
+    reply = deploy(engine, "PUT", "echo", "example/echo:latest", {"flag": "x", name: "/code"})
+    assert (reply.status, repr(name) in reply.data.decode()) == (400, True)
+    assert "flag" not in reply.data.decode().partition(":")[0]
+    assert describe(engine, "echo") | {"invocationCount": 0} == before | {"invocationCount": 0}
+
+
+def test_variables_of_the_stack_the_settings_and_the_watchdog_are_taken(engine: Engine) -> None:
+    env = {"flag": "true", "max_concurrency": "7", "exec_timeout": "20s", "gateway_url": "http://gateway:8080/x"}
+    assert deploy(engine, "PUT", "echo", "example/echo:latest", env).status == 202
+    eventually(lambda: http("GET", f"{engine.url}/function/echo/facts/x").json()["env"].get("exec_timeout") == "20s")
+    eventually(lambda: describe(engine, "echo")["availableReplicas"] == 2)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"envVars": {"flag": "a\0b"}},
+        {"envVars": {"flag": "\ud800"}},
+        {"envVars": {"ready_path": "@example.com/"}},
+        {"envVars": {"ready_path": "/a b"}},
+        {"envVars": ["flag"]},
+        {"secrets": 5},
+        {"constraints": {"a": "b"}},
+        {"labels": {"a": 1}},
+        {"image": 7},
+    ],
+)
+def test_a_malformed_deployment_is_400_and_changes_nothing(engine: Engine, broken: dict[str, Any]) -> None:
+    before = describe(engine, "echo")["createdAt"]
+    body = json.dumps({"service": "echo", "image": "example/echo:latest", **broken})
+    assert system(engine, "PUT", "/system/functions", body=body).status == 400
+    assert describe(engine, "echo")["createdAt"] == before
+
+
+def test_the_system_api_asks_for_the_credentials(engine: Engine) -> None:
+    wrong = [{}, {"Authorization": "Bearer "}, {"Authorization": "Basic"}, {"Authorization": "Basic é"}]
+    wrong += [
+        dict(urllib3.make_headers(basic_auth=given)) for given in ("admin:", "admin:x", f"root:{engine.login[1]}")
+    ]
+    for headers in wrong:
+        for method, path in (
+            ("GET", "/system/functions"),
+            ("PUT", "/system/functions"),
+            ("GET", "/%73ystem/functions"),
+            ("GET", "/system/function/echo"),
+            ("POST", "/system/scale-function/echo"),
+            ("GET", "/system/secrets"),
+            ("GET", "/system/logs?name=echo"),
+            ("GET", "/system/info"),
+            ("GET", "/system/nothing"),
+        ):
+            reply = http(method, engine.url + path, headers=headers)
+            assert (reply.status, reply.headers["WWW-Authenticate"][:5]) == (401, "Basic"), (method, path)
+    assert system(engine, "GET", "/system/nothing").status == 404
+
+
+def test_calls_health_and_metrics_need_no_login(engine: Engine) -> None:
+    assert http("POST", f"{engine.url}/function/echo", body=b"").status == 200
+    assert http("POST", f"{engine.url}/async-function/echo", body=b"").status == 202
+    assert http("GET", f"{engine.url}/healthz").status == 200
+    assert http("GET", f"{engine.url}/metrics").status == 200
+
+
+def test_the_password_lies_where_only_its_user_reads_it(engine: Engine, root: Path) -> None:
+    path = root / ".isthmus" / PASSWORD_FILE
+    assert engine.login == ("admin", path.read_text().strip())
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert PASSWORD_FILE not in [s["name"] for s in system(engine, "GET", "/system/secrets").json()]
+
+
+def test_a_variable_that_was_added_to_the_stack_is_taken(tmp_path: Path) -> None:
+    stack = write_stack(tmp_path)
+    with Engine(stack, replicas={"echo": 0, "other": 0}) as engine:
+        assert deploy(engine, "PUT", "echo", "example/echo:latest", {"added": "1"}).status == 400
+        stack.write_text(STACK.replace("flag: true", "added: 1"))
+        assert deploy(engine, "PUT", "echo", "example/echo:latest", {"added": "1"}).status == 202
+        assert describe(engine, "echo")["envVars"] == {"added": "1"}
+        stack.write_text("functions: {")
+        assert b"not YAML" in deploy(engine, "PUT", "echo", "example/echo:latest", {}).data
+
+
 def test_a_deployment_with_a_missing_secret_is_refused(engine: Engine) -> None:
     body = json.dumps({"service": "echo", "image": "example/echo:latest", "secrets": ["absent"]})
-    reply = http("PUT", f"{engine.url}/system/functions", body=body)
+    reply = system(engine, "PUT", "/system/functions", body=body)
     assert (reply.status, b"absent" in reply.data) == (400, True)
 
 
 def test_secrets_are_files_that_functions_can_read(engine: Engine, root: Path) -> None:
     def secrets(method: str, **doc: str) -> int:
-        return http(method, f"{engine.url}/system/secrets", body=json.dumps(doc)).status
+        return system(engine, method, "/system/secrets", body=json.dumps(doc)).status
 
     assert secrets("POST", name="key", value="one") == 202
     assert secrets("POST", name="key", value="two") == 409
     assert secrets("PUT", name="key", rawValue=base64.b64encode(b"t\0o").decode()) == 202
-    assert {"name": "key", "namespace": "openfaas-fn"} in http("GET", f"{engine.url}/system/secrets").json()
+    assert {"name": "key", "namespace": "openfaas-fn"} in system(engine, "GET", "/system/secrets").json()
     folder = Path(http("GET", f"{engine.url}/function/echo/facts/x").json()["env"]["secrets_dir"])
     assert (folder / "key").read_bytes() == b"t\0o"
     assert (folder / "key").stat().st_mode & 0o077 == 0
@@ -242,21 +327,21 @@ def test_logs_hold_what_a_function_printed(engine: Engine) -> None:
     before = datetime.now(UTC)
     for text in ("first", "second", "x" * 200_000):
         assert http("POST", f"{engine.url}/function/echo/say", body=text).status == 204
-    url = f"{engine.url}/system/logs?name=echo&since={before.strftime('%Y-%m-%dT%H:%M:%SZ')}"
-    eventually(lambda: b"xxx" in http("GET", url).data)
-    lines = [json.loads(line) for line in http("GET", url).data.splitlines()]
+    path = f"/system/logs?name=echo&since={before.strftime('%Y-%m-%dT%H:%M:%SZ')}"
+    eventually(lambda: b"xxx" in system(engine, "GET", path).data)
+    lines = [json.loads(line) for line in system(engine, "GET", path).data.splitlines()]
     assert [x["text"] for x in lines if x["text"] in ("first", "second")] == ["first", "second"]
     assert lines[0]["name"] == "echo"
     later = (datetime.now(UTC) + timedelta(hours=1)).strftime("%Y-%m-%dT%H:%M:%SZ")
-    assert http("GET", f"{engine.url}/system/logs?name=echo&since={later}").data == b""
-    assert len(http("GET", f"{engine.url}/system/logs?name=echo&tail=2").data.splitlines()) == 2
-    assert http("GET", f"{engine.url}/system/logs?name=echo&since=yesterday").status == 400
+    assert system(engine, "GET", f"/system/logs?name=echo&since={later}").data == b""
+    assert len(system(engine, "GET", "/system/logs?name=echo&tail=2").data.splitlines()) == 2
+    assert system(engine, "GET", "/system/logs?name=echo&since=yesterday").status == 400
 
 
 def test_a_log_can_be_followed(engine: Engine) -> None:
     with urllib3.PoolManager(retries=False) as pool:
         url = f"{engine.url}/system/logs?name=echo&follow=true&tail=1"
-        reply = pool.request("GET", url, preload_content=False, timeout=LONG_S)
+        reply = pool.request("GET", url, preload_content=False, timeout=LONG_S, headers=login_header(engine))
         http("POST", f"{engine.url}/function/echo/say", body="followed")
         for line in reply:
             if json.loads(line)["text"] == "followed":
@@ -302,14 +387,14 @@ def test_the_gateways_metrics_count_calls(engine: Engine) -> None:
 
 
 def test_system_is_closed_to_web_pages(engine: Engine) -> None:
-    assert http("GET", f"{engine.url}/system/functions", headers={"Origin": "https://example.com"}).status == 403
-    assert http("GET", f"{engine.url}/system/functions", headers={"Host": "example.com"}).status == 403
+    assert system(engine, "GET", "/system/functions", headers={"Origin": "https://example.com"}).status == 403
+    assert system(engine, "GET", "/system/functions", headers={"Host": "example.com"}).status == 403
     assert http("GET", f"{engine.url}/healthz").status == 200
 
 
 def test_info_names_the_provider(engine: Engine) -> None:
-    assert http("GET", f"{engine.url}/system/info").json()["provider"]["orchestration"] == "processes"
-    assert http("GET", f"{engine.url}/system/namespaces").json() == ["openfaas-fn"]
+    assert system(engine, "GET", "/system/info").json()["provider"]["orchestration"] == "processes"
+    assert system(engine, "GET", "/system/namespaces").json() == ["openfaas-fn"]
 
 
 def test_a_taken_port_is_named(tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ def up(
 ) -> None:
     """Run the functions of a stack file on this machine, behind OpenFaaS's provider API, until Ctrl-C.
 
+    It prints how `faas-cli login` gets the credentials that everything but function calls asks for.
+
     Example: `isthmus up --replicas cloud-tail=2 --env edge-head:threads=1`
     """
     with errors(as_json=False):

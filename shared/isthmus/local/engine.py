@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -18,6 +19,7 @@ from aiohttp import web
 
 from isthmus.errors import LocalError
 from isthmus.local.async_queue import AsyncQueue
+from isthmus.local.credentials import PASSWORD_FILE, USER, ensure_password
 from isthmus.local.door import Door
 from isthmus.local.events import Event, OnEvent, ignore
 from isthmus.local.fleet import Fleet, Places
@@ -26,7 +28,7 @@ from isthmus.local.inthread import InThread
 from isthmus.local.metrics import Metrics
 from isthmus.local.proxy import Proxy
 from isthmus.local.secrets import SecretFolder
-from isthmus.local.stack import read_stack
+from isthmus.local.stack import StackFile
 
 DEFAULT_PORT = 8080
 DRAIN_S = 10.0
@@ -121,6 +123,17 @@ class Engine(InThread["_Running"]):
             raise LocalError("the engine does not run")
         return self._value.url
 
+    @property
+    def login(self) -> tuple[str, str]:
+        """User and password of the system API.
+
+        Raises:
+            LocalError: the engine does not run.
+        """
+        if self._value is None:
+            raise LocalError("the engine does not run")
+        return USER, self._value.password
+
     def wait_ready(
         self, timeout_s: float = 60.0, progress: Callable[[Mapping[str, str]], None] = lambda _: None
     ) -> None:
@@ -151,6 +164,7 @@ class Engine(InThread["_Running"]):
 @dataclass(frozen=True)
 class _Running:
     url: str
+    password: str
     fleet: Fleet
 
 
@@ -171,18 +185,20 @@ async def _run_until_signal(options: Options) -> None:
 @contextlib.asynccontextmanager
 async def _running(options: Options) -> AsyncIterator[_Running]:
     """An engine from the moment its port is taken until its last process is gone."""
-    stack = read_stack(options.stack_file, options.variables)
+    file = StackFile(options.stack_file, options.variables)
+    stack = file.read()
     with contextlib.closing(_listen(options.host, options.port)) as listener:
         port = listener.getsockname()[1]
         url = f"http://{options.host}:{port}"
         state = stack.root / ".isthmus"
+        password = ensure_password(state)
         build = state / "build" / str(port)
         places = Places(url, build, state / "cache", SecretFolder(state / "secrets"))
         async with contextlib.AsyncExitStack() as leaving:
             leaving.callback(shutil.rmtree, build, ignore_errors=True)
             session = await leaving.enter_async_context(_session())
             fleet = Fleet(
-                stack, places, session, options.on_event, overrides=options.environment, drain_s=options.drain_s
+                file, places, session, options.on_event, overrides=options.environment, drain_s=options.drain_s
             )
             leaving.push_async_callback(fleet.close)
             fleet.start(options.replicas)
@@ -191,7 +207,9 @@ async def _running(options: Options) -> AsyncIterator[_Running]:
             leaving.push_async_callback(queue.close)
             proxy = Proxy(fleet.get, metrics)
             leaving.callback(proxy.close)
-            gateway = create_gateway(fleet, queue, metrics, places.secrets, loopback=_is_local(options.host))
+            gateway = create_gateway(
+                fleet, queue, metrics, places.secrets, password=password, loopback=_is_local(options.host)
+            )
             # A caller who hangs up ends the call, as OpenFaaS's gateway does.
             runner = web.AppRunner(
                 gateway,
@@ -206,7 +224,9 @@ async def _running(options: Options) -> AsyncIterator[_Running]:
             door = Door(listener, runner.server, proxy.handle)
             leaving.push_async_callback(door.close, options.drain_s)
             options.on_event(Event("listening", url))
-            yield _Running(url, fleet)
+            login = f"faas-cli login -g {url} -u {USER} --password-stdin < {shlex.quote(str(state / PASSWORD_FILE))}"
+            options.on_event(Event("login", login))
+            yield _Running(url, password, fleet)
 
 
 def _session() -> aiohttp.ClientSession:

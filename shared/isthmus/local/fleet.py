@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,17 @@ from isthmus.local.build import stage
 from isthmus.local.events import OnEvent
 from isthmus.local.replica import Deployment
 from isthmus.local.secrets import SecretFolder
-from isthmus.local.stack import FunctionSpec, Stack
+from isthmus.local.stack import FunctionSpec, StackFile
 from isthmus.local.supervisor import MAX_REPLICAS, Supervisor
+from isthmus.local.watchdog import VARIABLES
+from isthmus.settings import RouterSettings
 
 NAMESPACE = "openfaas-fn"
 READY_PATH = "/ready"  # as the templates' Dockerfiles tell the watchdog
+SETTINGS = frozenset(f.name for f in fields(RouterSettings))
+"""The variables that functions of Isthmus read: the router's settings hold the others'."""
 
+_PATH = re.compile(r"/[!-~]*")
 _IN_CLUSTER = re.compile(r"http://gateway(?:\.openfaas(?:\.svc(?:\.cluster\.local)?)?)?:8080(?=[/,\s]|$)")
 
 
@@ -40,7 +45,7 @@ class Fleet:
 
     def __init__(
         self,
-        stack: Stack,
+        file: StackFile,
         places: Places,
         session: aiohttp.ClientSession,
         on_event: OnEvent,
@@ -48,9 +53,11 @@ class Fleet:
         overrides: Mapping[str, Mapping[str, str]],
         drain_s: float,
     ) -> None:
+        stack = file.read()
         for name in overrides:
             if name != "*" and name not in stack.functions:
                 raise LocalError(f"stack.yml has no function {name!r}; it has {', '.join(stack.functions)}")
+        self._file = file
         self._stack = stack
         self._places = places
         self._deployed = 0
@@ -92,20 +99,23 @@ class Fleet:
             self._deploy(spec, replicas.get(spec.name, _least_replicas(spec)))
 
     def deploy(self, doc: Mapping[str, Any], *, update: bool) -> None:
-        """Run a function as a deployment request says, from the working tree as it is now.
+        """Run a function as a deployment request says, from the working tree and stack.yml as they are now.
 
         Raises:
             Missing: `update`, and it is not deployed.
-            RequestMalformed: not a deployment, or one that this engine cannot run: it pulls no images.
+            RequestMalformed: not a deployment, or one that this engine cannot run: it pulls no images, and passes on
+                only the variables that stack.yml, the settings and the watchdog have.
+            LocalError: stack.yml cannot be read any more, or the function not be laid out.
         """
         name = _text(doc, "service")
         if update and self.get(name) is None:
             raise Missing(f"error finding function {name}", kind="function", name=name, exists=sorted(self._running))
-        known = self._stack.functions.get(name)
+        stack = self._file.read()
+        known = stack.functions.get(name)
         if known is None:
             raise RequestMalformed(
                 f"this engine runs the functions of stack.yml and pulls no images; it has no {name!r}",
-                hint=f"it has {', '.join(self._stack.functions)}",
+                hint=f"it has {', '.join(stack.functions)}",
             )
         if (namespace := _text(doc, "namespace")) not in ("", NAMESPACE):
             raise RequestMalformed(f"there is no namespace {namespace!r}; there is {NAMESPACE}")
@@ -113,7 +123,9 @@ class Fleet:
             raise RequestMalformed(
                 f"this engine runs {name} from the working tree, as image {known.image!r}; it cannot pull {image!r}"
             )
-        secrets = tuple(str(s) for s in doc.get("secrets") or ())
+        environment = _texts(doc, "envVars")
+        self._check_variables(known, environment)
+        secrets = _strings(doc, "secrets")
         if missing := sorted(set(secrets) - set(self._places.secrets.names())):
             raise RequestMalformed(
                 f"the secret {missing[0]} of {name} does not exist", hint=f"faas-cli secret create {missing[0]}"
@@ -121,17 +133,32 @@ class Fleet:
         spec = replace(
             known,
             fprocess=_text(doc, "envProcess"),
-            environment=_texts(doc, "envVars"),
+            environment=environment,
             secrets=secrets,
             labels=_texts(doc, "labels"),
             annotations=_texts(doc, "annotations"),
-            constraints=tuple(str(c) for c in doc.get("constraints") or ()),
+            constraints=_strings(doc, "constraints"),
             limits=_texts(doc, "limits"),
             requests=_texts(doc, "requests"),
             readonly_root_filesystem=doc.get("readOnlyRootFilesystem") is True,
         )
         running = self.get(name)
+        self._stack = stack
         self._deploy(spec, running.desired if running else _least_replicas(spec))
+
+    def _check_variables(self, known: FunctionSpec, environment: Mapping[str, str]) -> None:
+        """Refuse variables that nothing here reads: PYTHONPATH, LD_PRELOAD or PATH would choose the code that runs.
+
+        Raises:
+            RequestMalformed: names them.
+        """
+        own = {*known.environment, *self._overrides.get("*", {}), *self._overrides.get(known.name, {})}
+        if unknown := sorted(set(environment) - own - VARIABLES - SETTINGS):
+            raise RequestMalformed(
+                f"{known.name} cannot be given the variables {', '.join(map(repr, unknown))}: neither stack.yml nor the"
+                " settings nor the watchdog has them",
+                hint="name them in the function's environment in stack.yml",
+            )
 
     def remove(self, name: str) -> None:
         """Drain and end a function.
@@ -162,7 +189,7 @@ class Fleet:
         # A folder of its own for each deployment: the replicas that still drain read theirs.
         self._deployed += 1
         folder = stage(self._stack, spec, self._places.build / str(self._deployed))
-        deployment = Deployment(spec, folder, self._environment(spec), spec.environment.get("ready_path") or READY_PATH)
+        deployment = Deployment(spec, folder, self._environment(spec), _ready_path(spec))
         supervisor = self._running.get(spec.name)
         if supervisor is None:
             supervisor = Supervisor(spec.name, self._session, self._on_event, drain_s=self._drain_s)
@@ -207,7 +234,14 @@ def describe(supervisor: Supervisor) -> dict[str, Any]:
 
 def _least_replicas(spec: FunctionSpec) -> int:
     text = spec.labels.get("com.openfaas.scale.min", "1")
-    return min(int(text), MAX_REPLICAS) if text.isdigit() else 1
+    return min(int(text), MAX_REPLICAS) if re.fullmatch("[0-9]{1,9}", text) else 1
+
+
+def _ready_path(spec: FunctionSpec) -> str:
+    path = spec.environment.get("ready_path") or READY_PATH
+    if not _PATH.fullmatch(path):  # it is appended to an address: another beginning would be another host
+        raise LocalError(f"the variable ready_path of {spec.name} is {path[:80]!r}; it must be a path such as /ready")
+    return path
 
 
 def _text(doc: Mapping[str, Any], key: str) -> str:
@@ -221,4 +255,17 @@ def _texts(doc: Mapping[str, Any], key: str) -> dict[str, str]:
     value = doc.get(key) or {}
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
         raise RequestMalformed(f"{key} must map names to strings")
+    if broken := sorted(k for k, v in value.items() if not (_can_be_passed(k) and _can_be_passed(v))):
+        raise RequestMalformed(f"{key} holds {broken[0][:80]!r}, which no process can be given: a NUL, or no Unicode")
     return value
+
+
+def _strings(doc: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    value = doc.get(key) or []
+    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+        raise RequestMalformed(f"{key} must be a list of strings")
+    return tuple(value)
+
+
+def _can_be_passed(text: str) -> bool:
+    return "\0" not in text and text == text.encode(errors="replace").decode()

@@ -15,6 +15,7 @@ from aiohttp import web
 import isthmus
 from isthmus.errors import IsthmusError, Missing, RequestMalformed
 from isthmus.local.async_queue import AsyncQueue
+from isthmus.local.credentials import authorizes
 from isthmus.local.fleet import NAMESPACE, Fleet, describe
 from isthmus.local.logbook import Line
 from isthmus.local.metrics import Metrics
@@ -25,31 +26,39 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def create_gateway(
-    fleet: Fleet, queue: AsyncQueue, metrics: Metrics, secrets: SecretFolder, *, loopback: bool
+    fleet: Fleet, queue: AsyncQueue, metrics: Metrics, secrets: SecretFolder, *, password: str, loopback: bool
 ) -> web.Application:
-    """All of the gateway but function calls, which never come here; `loopback`: only this machine reaches /system."""
+    """All of the gateway but function calls, which never come here; `loopback`: only this machine reaches /system.
+
+    Everything under /system asks for the credentials; calls, health and metrics do not, as in OpenFaaS.
+    """
     api = _Api(fleet, metrics, secrets)
-    app = web.Application(client_max_size=_MAX_DOCUMENT_BYTES, middlewares=[_errors, _same_machine(loopback)])
-    app.router.add_post("/async-function/{rest:.+}", queue.handle)
-    app.add_routes(
+    # An application of its own, so that whatever is routed below /system passes its middlewares.
+    system = web.Application(
+        client_max_size=_MAX_DOCUMENT_BYTES, middlewares=[_same_machine(loopback), _authenticated(password)]
+    )
+    system.add_routes(
         [
-            web.get("/system/functions", api.functions),
-            web.put("/system/functions", api.update),
-            web.post("/system/functions", api.create),
-            web.delete("/system/functions", api.remove),
-            web.get("/system/function/{name}", api.function),
-            web.post("/system/scale-function/{name}", api.scale),
-            web.get("/system/secrets", api.secret_names),
-            web.post("/system/secrets", api.create_secret),
-            web.put("/system/secrets", api.update_secret),
-            web.delete("/system/secrets", api.delete_secret),
-            web.get("/system/logs", api.logs),
-            web.get("/system/info", api.info),
-            web.get("/system/namespaces", api.namespaces),
-            web.get("/healthz", api.health),
-            web.get("/metrics", api.metrics),
+            web.get("/functions", api.functions),
+            web.put("/functions", api.update),
+            web.post("/functions", api.create),
+            web.delete("/functions", api.remove),
+            web.get("/function/{name}", api.function),
+            web.post("/scale-function/{name}", api.scale),
+            web.get("/secrets", api.secret_names),
+            web.post("/secrets", api.create_secret),
+            web.put("/secrets", api.update_secret),
+            web.delete("/secrets", api.delete_secret),
+            web.get("/logs", api.logs),
+            web.get("/info", api.info),
+            web.get("/namespaces", api.namespaces),
         ]
     )
+    app = web.Application(client_max_size=_MAX_DOCUMENT_BYTES, middlewares=[_errors])
+    app.add_subapp("/system", system)
+    app.router.add_post("/async-function/{rest:.+}", queue.handle)
+    app.router.add_get("/healthz", api.health)
+    app.router.add_get("/metrics", api.metrics)
     app.on_response_prepare.append(_last)
     app.on_shutdown.append(api.end_logs)
     return app
@@ -161,11 +170,25 @@ def _same_machine(loopback: bool) -> Any:
 
     @web.middleware
     async def middleware(request: web.Request, handler: _Handler) -> web.StreamResponse:
-        if request.path.startswith("/system/") and (
-            "Origin" in request.headers or (loopback and not _is_loopback(request.url.host))
-        ):
+        if "Origin" in request.headers or (loopback and not _is_loopback(request.url.host)):
             return web.Response(status=403, text="/system is not for web pages")
         return await handler(request)
+
+    return middleware
+
+
+def _authenticated(password: str) -> Any:
+    """Ask for the credentials, since any user of this machine reaches its loopback addresses."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: _Handler) -> web.StreamResponse:
+        if authorizes(request.headers.get("Authorization", ""), password):
+            return await handler(request)
+        return web.Response(
+            status=401,
+            text="/system asks for the credentials that `isthmus up` prints how to use: faas-cli login",
+            headers={"WWW-Authenticate": 'Basic realm="Restricted"'},
+        )
 
     return middleware
 

@@ -65,6 +65,25 @@ class Stack:
     gateway: str = ""
 
 
+@dataclass(frozen=True)
+class StackFile:
+    """A stack.yml that may be edited while its functions run, and the variables of its `${…}`."""
+
+    path: Path
+    variables: Mapping[str, str]
+
+    def read(self) -> Stack:
+        """The stack as the file is now. See `read_stack`."""
+        return read_stack(self.path, self.variables)
+
+    def read_defaults(self) -> Stack | None:
+        """The stack as a shell without any of the variables reads it; None where it needs some of them."""
+        try:
+            return read_stack(self.path, {})
+        except LocalError:
+            return None
+
+
 def is_name(text: str) -> bool:
     """Whether `text` can name a function or a secret: a DNS label."""
     return _NAME.fullmatch(text) is not None

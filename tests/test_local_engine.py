@@ -275,6 +275,33 @@ def test_the_system_api_asks_for_the_credentials(engine: Engine) -> None:
     assert system(engine, "GET", "/system/nothing").status == 404
 
 
+def test_whatever_closes_its_connection_says_so(engine: Engine) -> None:
+    host, login = engine.url.removeprefix("http://"), login_header(engine)
+    bodies = [json.dumps({"service": name, "image": f"example/{name}:latest"}) for name in ("echo", "nothing")]
+    requests = [("PUT", "/system/functions", body, login) for body in (*bodies, "{")]
+    requests += [("PUT", "/system/functions", "x" * 3_000_000, login), ("PUT", "/system/functions", bodies[0], {})]
+    requests += [(method, "/system/functions", None, login) for method in ("GET", "HEAD", "PATCH")]
+    requests += [("POST", "/async-function/echo", b"x", {}), ("POST", "/async-function/nothing", b"x" * 300_000, {})]
+    requests += [("GET", path, None, {}) for path in ("/healthz", "/metrics", "/nothing")]
+    for method, path, body, headers in requests:
+        with contextlib.closing(HTTPConnection(host, timeout=LONG_S)) as connection:
+            connection.request(method, path, body, headers)
+            with connection.getresponse() as reply:
+                reply.read()
+                assert reply.headers.get_all("Connection") == ["close"], (method, path, reply.status)
+    eventually(lambda: describe(engine, "echo")["availableReplicas"] == 2)
+
+
+def test_a_stack_is_deployed_over_one_client(engine: Engine) -> None:
+    with urllib3.PoolManager(retries=False) as pool:
+        for _ in range(3):
+            for name in ("echo", "other"):
+                body = json.dumps({"service": name, "image": f"example/{name}:latest"})
+                reply = pool.request("PUT", f"{engine.url}/system/functions", body=body, headers=login_header(engine))
+                assert reply.status == 202
+    eventually(lambda: all(describe(engine, name)["availableReplicas"] for name in ("echo", "other")))
+
+
 def test_calls_health_and_metrics_need_no_login(engine: Engine) -> None:
     assert http("POST", f"{engine.url}/function/echo", body=b"").status == 200
     assert http("POST", f"{engine.url}/async-function/echo", body=b"").status == 202

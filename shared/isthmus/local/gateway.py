@@ -203,8 +203,13 @@ def _is_loopback(host: str | None) -> bool:
 
 
 async def _last(request: web.Request, response: web.StreamResponse) -> None:
-    """The next request of the connection may be a function call, which is not for aiohttp."""
+    """The next request of the connection may be a function call, which is not for aiohttp.
+
+    The response says so: a client that keeps the connection would have its next request reset. force_close alone comes
+    too late for that, as aiohttp has written the headers of this response into a map already.
+    """
     response.force_close()
+    response.headers["Connection"] = "close"
     response.headers.pop("Server", None)
 
 

@@ -161,7 +161,7 @@ def voice(quick: bool) -> Subject:
 
 def _stream(path: Path, seed: int, count: int) -> Iterator[Example]:
     """Voiced sounds of changing pitch and vowels in noise, with pauses; made, since no package carries speech."""
-    import onnxruntime as ort
+    from isthmus.runners.runtime import ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from isthmus.bundle import Bundle, Segment
 from isthmus.runners.ort import OrtRunner
+from isthmus.runners.runtime import ort
 
 
 def runner(segment: Segment, files: Mapping[str, Path]) -> OrtRunner:

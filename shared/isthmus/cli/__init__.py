@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import isthmus
-from isthmus.cli import one_thread  # noqa: F401 - see there
+from isthmus.cli import one_thread, private_caches  # noqa: F401 - see there
 from isthmus.cli.calibrate import calibrate
 from isthmus.cli.codec import codec
 from isthmus.cli.cut import cut

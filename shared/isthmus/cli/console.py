@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -18,6 +16,7 @@ from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from isthmus.cli import private_caches
 from isthmus.errors import IsthmusError, RequestMalformed
 
 out = Console()
@@ -33,8 +32,7 @@ RegistryOption = Annotated[
     ),
 ]
 DEFAULT_REGISTRY = ".isthmus/registry"
-CACHE_DIR = str(Path(tempfile.gettempdir()) / "isthmus-cli")
-"""Where commands keep what they fetch, apart from any function's cache."""
+CACHE_DIR = private_caches.CACHE_DIR
 _FRAME = 3
 """What a column of a table takes beside its text: a line, and a space on both sides."""
 Step = Callable[[str], None]

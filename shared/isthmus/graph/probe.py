@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import onnxruntime as ort
 
 from isthmus.errors import ModelError
+from isthmus.runners.runtime import ort
 
 _DTYPES = {
     "float": "float32",

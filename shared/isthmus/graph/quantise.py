@@ -1,6 +1,6 @@
 """An int8 variant of a model, made by onnxruntime's own tools: static quantisation, calibrated with inputs.
 
-The only place that imports onnxruntime.quantization.
+The only place that uses onnxruntime.quantization.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ def quantise(whole: Path, inputs: Sequence[Mapping[str, npt.NDArray[np.generic]]
         ModelError: onnxruntime's tools are missing, or cannot quantise this model; says why.
     """
     try:
-        from onnxruntime import quantization
-        from onnxruntime.quantization.shape_inference import quant_pre_process
+        from isthmus.runners import runtime
+
+        quantization = runtime.quantization()
     except ImportError as e:
         raise ModelError(f"quantising needs {e.name}", hint="pip install 'isthmus[cli]'") from e
     if not inputs:
@@ -48,7 +49,7 @@ def quantise(whole: Path, inputs: Sequence[Mapping[str, npt.NDArray[np.generic]]
             # In one file: what these tools do with weights beside the graph depends on where they lie.
             single = Path(folder) / "whole.onnx"
             onnx.save(onnx.load(whole), single)
-            quant_pre_process(str(single), str(prepared), skip_symbolic_shape=True)
+            quantization.shape_inference.quant_pre_process(str(single), str(prepared), skip_symbolic_shape=True)
             _raise_opset(prepared)
             quantization.quantize_static(
                 str(prepared),

@@ -28,6 +28,7 @@ OF_THE_IMAGE = {
     "PYTHONUNBUFFERED": "1",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     "OPENBLAS_NUM_THREADS": "1",
+    "ORT_DISABLE_TELEMETRY": "1",
 }
 """Variables of the templates' Dockerfiles that matter here as well."""
 

@@ -1,4 +1,4 @@
-"""Segments on onnxruntime; but for a look at shapes while a model is imported, the only place that uses it."""
+"""Segments on onnxruntime."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import onnxruntime as ort
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from isthmus.bundle import Segment, TensorSpec
 from isthmus.errors import RunFailed, SettingsError, ShapeMismatch
 from isthmus.runners import Array, check_tensors
 from isthmus.runners.kernels import MAX_TRACE_BYTES, Observed, read_trace
+from isthmus.runners.runtime import ort, ort_state
 
 _BFLOAT16 = 16
 """TensorProto.BFLOAT16; numpy has no such dtype, so onnxruntime takes and gives it through OrtValue."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import math
+import random
 import select
 import socket
+import ssl
 import threading
 import time
 import weakref
@@ -15,10 +18,13 @@ from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
+import stamina.instrumentation
 from flask import Flask, Response, request
 from werkzeug.serving import make_server
 
 from isthmus import frame as frames
+from isthmus import hop as hops
+from isthmus import sockets
 from isthmus.context import Context, Deadline, parse_duration
 from isthmus.errors import (
     HopBusy,
@@ -26,12 +32,16 @@ from isthmus.errors import (
     HopRejected,
     HopTimeout,
     HopUnavailable,
+    RegistryUnavailable,
     RequestMalformed,
     ShapeMismatch,
 )
 from isthmus.frame import Frame
 from isthmus.hop import HttpHop
-from patience import LONG_S, least
+from isthmus.registry.patience import Patience
+from isthmus.retries import RetryBudget, backoff, log_retries
+from isthmus.server_timing import retry_after_seconds, stage_seconds
+from patience import LONG_S, eventually, least
 
 FRAME = Frame({"x": np.arange(4, dtype="float32")}, "sha256:" + "0" * 64, "..1", "r1")
 ECHO = (200, {"Server-Timing": "decode;dur=0.1, run;dur=12.5, total;dur=13"}, None)
@@ -129,12 +139,7 @@ def doc(type: str, **facts: object) -> bytes:
 
 
 WATCHDOG, PROXY, MIDDLEWARE = ({"X-OpenFaaS-Internal": v} for v in ("of-watchdog", "proxy", "faas-middleware"))
-TABLE: list[tuple[Answer, type[Exception], int]] = [
-    ((404, {}, b"error finding function cloud-tail.openfaas-fn"), HopRejected, 1),
-    ((502, {}, b""), HopUnavailable, 3),
-    ((503, PROXY, b"No endpoints available for: cloud-tail."), HopUnavailable, 3),
-    ((500, PROXY, b"Can't reach service for: cloud-tail."), HopUnavailable, 3),
-    ((500, WATCHDOG, b""), HopUnavailable, 3),
+REACHED: list[tuple[Answer, type[Exception], int]] = [
     ((504, WATCHDOG, b""), HopTimeout, 1),
     ((429, MIDDLEWARE, b"concurrency limit"), HopBusy, 3),
     ((429, {"Retry-After": "3600"}, doc("Overloaded")), HopBusy, 1),
@@ -146,9 +151,16 @@ TABLE: list[tuple[Answer, type[Exception], int]] = [
     ((200, {}, b"<html>a login page</html>"), HopRejected, 1),
     ((200, {}, bytes(2**20 + 1)), HopRejected, 1),
 ]
+STARTING: list[Answer] = [
+    (404, {}, b"error finding function cloud-tail.openfaas-fn"),
+    (502, {}, b""),
+    (503, PROXY, b"No endpoints available for: cloud-tail."),
+    (500, PROXY, b"Can't reach service for: cloud-tail."),
+    (500, WATCHDOG, b""),
+]
 
 
-@pytest.mark.parametrize(("answer", "error", "tries"), TABLE, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(("answer", "error", "tries"), REACHED, ids=lambda v: str(v)[:40])
 def test_each_answer_is_read_as_the_docs_say(
     hop_to: Callable[..., HttpHop], answer: Answer, error: type[HopError], tries: int
 ) -> None:
@@ -156,6 +168,242 @@ def test_each_answer_is_read_as_the_docs_say(
         hop_to(url).call(FRAME, context())
     assert len(seen) == tries
     assert e.value.facts["hop"] == url
+
+
+@pytest.mark.parametrize("answer", STARTING, ids=lambda v: str(v)[:40])
+def test_a_function_that_is_starting_is_waited_for_beyond_the_attempts(
+    hop_to: Callable[..., HttpHop], answer: Answer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hops, "_MAX_PAUSE_S", 0.05)
+    with server([answer] * 6 + [ECHO]) as (url, seen):
+        assert hop_to(url, attempts=2).call(FRAME, context()).frame.segment == "..1"
+    assert len(seen) == 7
+
+
+@pytest.mark.parametrize("answer", STARTING, ids=lambda v: str(v)[:40])
+def test_a_function_that_does_not_start_is_unavailable_within_the_deadline(
+    hop_to: Callable[..., HttpHop], answer: Answer
+) -> None:
+    with server([answer]) as (url, _), pytest.raises((HopUnavailable, HopTimeout)) as e:
+        hop_to(url).call(FRAME, context(0.5))
+    assert e.value.facts["hop"] == url
+
+
+def test_a_function_that_stays_away_is_tried_only_as_often_as_the_attempts_say(
+    hop_to: Callable[..., HttpHop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hops, "MAX_OUTAGE_S", 0.2)
+    monkeypatch.setattr(hops, "_MAX_PAUSE_S", 0.05)
+    with server([(503, PROXY, b"")]) as (url, seen):
+        hop = hop_to(url, attempts=3)
+        for _ in range(2):
+            seen.clear()
+            with pytest.raises(HopUnavailable):
+                hop.call(FRAME, context())
+        # Counted from the outage's beginning, which an earlier call saw.
+        assert len(seen) == 3
+
+
+def test_a_single_attempt_tries_nothing_again(hop_to: Callable[..., HttpHop]) -> None:
+    with server([(503, PROXY, b""), ECHO]) as (url, seen), pytest.raises(HopUnavailable):
+        hop_to(url, attempts=1).call(FRAME, context())
+    assert len(seen) == 1
+
+
+def test_retries_end_with_the_budget_that_all_calls_share(
+    hop_to: Callable[..., HttpHop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hops, "_RETRY_BURST", 2)
+    monkeypatch.setattr(hops, "_RETRIES_PER_S", 0.0)
+    with server([(503, PROXY, b"")]) as (url, seen):
+        hop = hop_to(url)
+        for tries in (3, 1):
+            seen.clear()
+            with pytest.raises(HopUnavailable):
+                hop.call(FRAME, context())
+            assert len(seen) == tries
+
+
+def test_a_retry_budget_comes_back_with_time_and_success() -> None:
+    now = [0.0]
+    budget = RetryBudget(burst=2, per_second=0.5, per_success=0.5, clock=lambda: now[0])
+    assert [budget.take() for _ in range(3)] == [True, True, False]
+    now[0] = 2.0
+    assert [budget.take() for _ in range(2)] == [True, False]
+    budget.succeeded()
+    budget.succeeded()
+    assert [budget.take() for _ in range(2)] == [True, False]
+
+
+def test_the_pauses_of_retries_leave_the_global_random_generator_alone() -> None:
+    random.seed(1)
+    state = random.getstate()
+    pauses = backoff(0.1, 1.0)
+    drawn = [next(pauses) for _ in range(50)]
+    assert random.getstate() == state
+    assert all(0.1 <= pause <= 1.1 for pause in drawn)
+    assert len(set(drawn)) > 40
+
+    def fail() -> None:
+        raise RegistryUnavailable("it is away")
+
+    with pytest.raises(RegistryUnavailable):
+        Patience(attempts=3, timeout_s=0.5)(fail)
+    assert random.getstate() == state
+
+
+def test_each_retry_is_told_in_the_log_with_its_reason(
+    hop_to: Callable[..., HttpHop], caplog: pytest.LogCaptureFixture
+) -> None:
+    before = stamina.instrumentation.get_on_retry_hooks()
+    try:
+        log_retries(logging.getLogger("isthmus"))
+        with server([(503, PROXY, b"No endpoints available for: cloud-tail."), ECHO]) as (url, _):
+            hop_to(url).call(FRAME, context())
+    finally:
+        stamina.instrumentation.set_on_retry_hooks(before)
+    (line,) = [r for r in caplog.records if r.name == "isthmus"]
+    assert "No endpoints available for: cloud-tail." in line.getMessage()
+    assert url in line.getMessage()
+    assert line.__dict__["facts"]["retry"] == 1
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        ("run;dur=12.5", 0.0125),
+        ('a;dur=1, run;desc="x";dur=3, b;dur=2', 0.003),
+        ("RUN;dur=1", 0.0),
+        ("run", 0.0),
+        ("run;dur=", 0.0),
+        ("run;dur=1.2.3", 0.0),
+        ("run;dur=" + "9" * 400, 0.0),
+        ("run;dur=-1", 0.0),
+        ("run;dur=1e300", 0.0),
+        ("run;dur=inf", 0.0),
+        ("run;dur=²", 0.0),
+    ],
+    ids=lambda v: str(v)[:30],
+)
+def test_a_server_timing_that_is_no_number_counts_as_none(header: str, seconds: float) -> None:
+    assert stage_seconds(header, "run") == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [("2", 2.0), (" 0 ", 0.0), ("", None), ("²", None), ("-1", None), ("1.5", None), ("9" * 400, 86_400.0),
+     ("Wed, 21 Oct 2026 07:28:00 GMT", None)],
+    ids=lambda v: str(v)[:30],
+)  # fmt: skip
+def test_a_retry_after_is_read_as_whole_seconds_or_not_at_all(header: str, seconds: float | None) -> None:
+    assert retry_after_seconds(header) == seconds
+
+
+@pytest.mark.parametrize(
+    "timing", ["run;dur=1.2.3", "run;dur=" + "9" * 400, ";;;,=,run;dur"], ids=["dots", "huge", "odd"]
+)
+def test_odd_timings_of_a_hop_do_not_spoil_its_answer(hop_to: Callable[..., HttpHop], timing: str) -> None:
+    with server([(200, {"Server-Timing": timing}, None)]) as (url, _):
+        assert hop_to(url).call(FRAME, context()).run_s == 0.0
+
+
+@pytest.mark.parametrize(
+    "number", ["NaN", "Infinity", "1e999", "9" * 5000], ids=["nan", "infinity", "too large", "too long"]
+)
+def test_an_error_of_a_hop_with_numbers_that_json_cannot_say_is_not_passed_on(
+    hop_to: Callable[..., HttpHop], number: str
+) -> None:
+    body = b'{"error": "no", "type": "X", "facts": {"limit": %s}}' % number.encode()
+    with server([(400, {}, body)]) as (url, _), pytest.raises(HopRejected) as e:
+        hop_to(url).call(FRAME, context())
+    assert e.value.facts["error"] == {}
+
+
+def test_informational_responses_before_the_answer_are_passed_over(hop_to: Callable[..., HttpHop]) -> None:
+    body = frames.encode(FRAME)
+    early = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
+    answer = early + b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    for size in (50, len(answer)):
+
+        def say(c: socket.socket, size: int = size) -> None:
+            c.recv(2**16)
+            for i in range(0, len(answer), size):
+                c.sendall(answer[i : i + size])
+                time.sleep(0.001)
+
+        with raw_server(say) as url:
+            assert hop_to(url, attempts=1).call(FRAME, context()).frame.segment == "..1"
+
+
+def test_a_hop_that_only_ever_answers_1xx_broke_off(hop_to: Callable[..., HttpHop]) -> None:
+    def say(c: socket.socket) -> None:
+        c.recv(2**16)
+        for _ in range(100):
+            c.sendall(b"HTTP/1.1 102 Processing\r\n\r\n")
+
+    with raw_server(say) as url, pytest.raises(HopUnavailable, match="102"):
+        hop_to(url, attempts=1).call(FRAME, context())
+
+
+def test_a_name_server_that_does_not_answer_is_given_up_at_the_deadline(
+    hop_to: Callable[..., HttpHop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered = threading.Event()
+
+    def silent_resolver(*_: object, **__: object) -> list[object]:
+        answered.wait(LONG_S)
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", silent_resolver)
+    try:
+        start = time.monotonic()
+        with pytest.raises((HopUnavailable, HopTimeout), match=r"tail\.example"):
+            hop_to("http://tail.example/", attempts=1).call(FRAME, context(0.3))
+        assert time.monotonic() - start < LONG_S / 2
+    finally:
+        answered.set()
+        wait_for_lookups()
+
+
+def test_callers_who_ask_for_the_same_name_share_one_look_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, answered = [], threading.Event()
+
+    def slow_resolver(host: str, port: int, **_: object) -> list[object]:
+        asked.append(host)
+        answered.wait(LONG_S)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.1", port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow_resolver)
+    try:
+        for _ in range(3):
+            with pytest.raises(TimeoutError, match=r"tail\.example"):
+                sockets.resolve("tail.example", 80, timeout_s=0.01)
+        assert asked == ["tail.example"]
+    finally:
+        answered.set()
+        wait_for_lookups()
+    assert sockets.resolve("tail.example", 80, timeout_s=LONG_S)[0][4] == ("192.0.2.1", 80)
+    wait_for_lookups()
+
+
+def test_a_tls_handshake_that_trickles_is_given_up_in_time() -> None:
+    def trickle(c: socket.socket) -> None:
+        c.recv(2**16)
+        record = b"\x16\x03\x03\x40\x00"  # a handshake record of 16 KiB, a byte at a time
+        for n in range(int(20 * MUCH_LATER_S)):
+            c.sendall(record[n : n + 1] or b"\x02")
+            time.sleep(0.05)
+
+    with raw_server(trickle) as url:
+        port = int(url.rstrip("/").rpartition(":")[2])
+        start = time.monotonic()
+        with pytest.raises(TimeoutError, match="handshake"):
+            sockets.connect("127.0.0.1", port, timeout_s=0.4, tls=ssl.create_default_context())
+        assert time.monotonic() - start < MUCH_LATER_S / 2
+
+
+def wait_for_lookups() -> None:
+    eventually(lambda: not any(t.name.startswith("resolve ") for t in threading.enumerate()))
 
 
 def test_a_hop_that_comes_back_is_reached_by_a_later_try(hop_to: Callable[..., HttpHop]) -> None:
@@ -175,7 +423,7 @@ def test_nothing_listening_is_unavailable_and_names_the_hop(hop_to: Callable[...
     with socket.create_server(("127.0.0.1", 0)) as s:
         url = f"http://127.0.0.1:{s.getsockname()[1]}/"
     with pytest.raises(HopUnavailable) as e:
-        hop_to(url).call(FRAME, context())
+        hop_to(url, attempts=1).call(FRAME, context())
     assert url in e.value.message
     assert "refused" in e.value.message
 
@@ -251,7 +499,7 @@ def test_a_frame_may_take_longer_to_send_than_a_connection_to_make(hop_to: Calla
         while received < length and (piece := c.recv(2**21)):
             received += len(piece)
             time.sleep(0.02)
-        c.sendall(b"HTTP/1.1 404 Gone\r\nContent-Length: 0\r\n\r\n")
+        c.sendall(b"HTTP/1.1 410 Gone\r\nContent-Length: 0\r\n\r\n")
 
     with raw_server(sip) as url, pytest.raises(HopRejected):
         hop_to(url, attempts=1, connect_timeout_s=0.05).call(LARGE, context())

@@ -15,6 +15,7 @@ _FIRST_PIECE = 2**14
 """Read with a head: what follows it is copied twice."""
 _PIECE = 2**16
 _MOST_HEAD_BYTES = 2**16
+_MAX_INFORMATIONAL = 8
 _HTTP, _HEAD_END = b"HTTP/", b"\r\n\r\n"
 
 # A bytearray as it is found: filling megabytes with zeros first takes half as long as receiving them.
@@ -72,14 +73,22 @@ class Reader:
         self._deadline = deadline
         self._most = most
         self._most_of_an_error = most_of_an_error
-        self._message = _Message()
-        self._parser = httptools.HttpResponseParser(self._message)
+        self._begin()
 
     def read(self) -> tuple[Answer, bool]:
         """The answer, and whether the connection can take another request."""
         head, first = self._head()
         self._feed(head)
-        message, status = self._message, self._parser.get_status_code()
+        informational = 0
+        while (status := self._parser.get_status_code()) < 200:
+            # 100 Continue and 103 Early Hints come before the response itself (RFC 9110, 15.2).
+            informational += 1
+            if status == 101 or informational > _MAX_INFORMATIONAL:
+                raise BrokenOff(f"it answered {status} {informational} times before a response")
+            self._begin()
+            head, first = self._head(first)
+            self._feed(head)
+        message = self._message
         length, limit = self._length(), self._most if status == 200 else self._most_of_an_error
         if status == 200 and length > limit:
             raise AnswerTooLong
@@ -102,16 +111,19 @@ class Reader:
             raise BrokenOff("the connection ended early")
         return Answer(status, message.headers, b"".join(message.pieces)), False
 
-    def _head(self) -> tuple[bytes, bytes]:
-        """The answer's head, and what came with it."""
-        data = b""
+    def _begin(self) -> None:
+        self._message = _Message()
+        self._parser = httptools.HttpResponseParser(self._message)
+
+    def _head(self, data: bytes = b"") -> tuple[bytes, bytes]:
+        """The answer's head, of which `data` has come already, and what came with it."""
         while True:
-            if not (piece := self._receive(_FIRST_PIECE, unused=not data)):
-                raise BrokenOff("the connection ended early", unused=not data)
-            data += piece
             head, end, first = data.partition(_HEAD_END)
             if end:
                 return head + end, first
+            if not (piece := self._receive(_FIRST_PIECE, unused=not data)):
+                raise BrokenOff("the connection ended early", unused=not data)
+            data += piece
             if not data.startswith(_HTTP[: len(data)]):
                 raise BrokenOff("what it said is not HTTP")
             if len(data) > _MOST_HEAD_BYTES:
@@ -126,7 +138,8 @@ class Reader:
     def _length(self) -> int:
         """What Content-Length says; -1 where the end is told otherwise."""
         text = self._message.headers.get("content-length", "")
-        return int(text) if text.isdigit() and "transfer-encoding" not in self._message.headers else -1
+        is_stated = text.isascii() and text.isdigit() and "transfer-encoding" not in self._message.headers
+        return int(text[:20]) if is_stated else -1
 
     def _keeps(self) -> bool:
         """Whether the connection stays open after this answer."""

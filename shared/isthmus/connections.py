@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from isthmus.answers import Answer, BrokenOff, Reader, wait_at_most
 from isthmus.context import Deadline
+from isthmus.sockets import connect
 
 _MOST_IDLE = 64
 _MOST_PARTS = 64
@@ -110,15 +111,11 @@ class Connections:
             sock.close()
 
     def _connect(self, deadline: Deadline) -> socket.socket:
-        seconds = max(0.001, min(self._connect_timeout_s, deadline.remaining()))
+        timeout_s = max(0.001, min(self._connect_timeout_s, deadline.remaining()))
         try:
-            sock = socket.create_connection(self._address, timeout=seconds)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self._tls is not None:
-                return self._tls.wrap_socket(sock, server_hostname=self._address[0])
+            return connect(*self._address, timeout_s=timeout_s, tls=self._tls)
         except OSError as e:
-            raise Unreachable(e.strerror or str(e)) from e
-        return sock
+            raise Unreachable(e.strerror or str(e) or "it took too long") from e
 
 
 def _close(idle: list[socket.socket]) -> None:

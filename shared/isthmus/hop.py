@@ -1,16 +1,16 @@
 """One call to the next segment, in this process or over HTTP; the only place that retries.
 
-Segments are pure functions of their frame, so a call that got no answer may be made again. What a failure means is read
-from its status, body and X-OpenFaaS-Internal as docs/hops.md lists them.
+Segments are pure functions of their frame, so a call that got no response may be made again. The meaning of a failure
+is read from its status, body and X-OpenFaaS-Internal as docs/hops.md lists them. A function that is starting is waited
+for within the deadline; one that stays away, or is reached and fails, is tried `attempts` times.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import random
-import re
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol
 
 import stamina
@@ -21,14 +21,22 @@ from isthmus.connections import Connections, Unreachable
 from isthmus.context import Context
 from isthmus.errors import HopBusy, HopRejected, HopTimeout, HopUnavailable, IsthmusError, ShapeMismatch
 from isthmus.frame import Frame
+from isthmus.retries import RetryBudget, backoff, jittered
+from isthmus.server_timing import retry_after_seconds, stage_seconds
 
 if TYPE_CHECKING:  # a router whose hops are all remote never loads onnxruntime
     from isthmus.runners.store import SegmentStore
 
 MAX_ERROR_BYTES = 2**16
 """What is read of an answer other than 200; a hop's own errors are far shorter."""
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
-_RUN_MS = re.compile(r"(?:^|,)\s*run;[^,]*\bdur=([0-9.]+)")
+MAX_OUTAGE_S = 60.0
+"""How long a function may be away and still count as starting; measured, one took 28 s on a busy box to load."""
+MAX_REPLACED_S = 15.0
+"""The same for a gateway's 404: deploying a function anew takes seconds, a wrong URL stays wrong."""
+_FIRST_PAUSE_S, _MAX_PAUSE_S = 0.05, 1.0
+# 32 callers, the default of max_concurrency, may wait through a start of some 7 s at once, and go on at one try a
+# second each; beyond that retries are a tenth of what succeeds.
+_RETRY_BURST, _RETRIES_PER_S, _RETRIES_PER_SUCCESS = 256, 32.0, 0.1
 
 
 class Reply(NamedTuple):
@@ -99,28 +107,19 @@ class HttpHop:
         self._connections = Connections(url, connect_timeout_s=connect_timeout_s)
         self._attempts = max(1, attempts)
         self._max_reply_bytes = max_reply_bytes
+        self._budget = RetryBudget(burst=_RETRY_BURST, per_second=_RETRIES_PER_S, per_success=_RETRIES_PER_SUCCESS)
+        self._outage = _Outage()
 
     def call(self, frame: Frame, context: Context) -> Reply:
         """See `Hop.call`."""
         body = frames.encode_parts(frame)
-        try:
-            return self._once(body, context)
-        except (HopUnavailable, HopBusy) as e:
-            return self._again(e, body, context)
-
-    def _again(self, error: HopUnavailable | HopBusy, body: Sequence[bytes | memoryview], context: Context) -> Reply:
-        """The tries after the first one, which failed with `error`; most calls never come here."""
-        pauses = _pauses()
-        first: Exception | None = error
-        for attempt in stamina.retry_context(
-            on=lambda e: _worth_another(e, context, pauses), attempts=self._attempts, timeout=None
-        ):
+        retries = _Retries(self._attempts, self._budget, self._outage, context)
+        for attempt in stamina.retry_context(on=retries.pause, attempts=None, timeout=None):
             with attempt:
-                if first is not None:
-                    failed, first = first, None
-                    raise failed
-                return self._once(body, context)
-        raise AssertionError("unreachable: the last attempt raises")
+                reply = self._once(body, context)
+        self._outage.over()
+        self._budget.succeeded()
+        return reply
 
     def close(self) -> None:
         """Close the connections that wait for the next call."""
@@ -149,14 +148,14 @@ class HttpHop:
             raise HopUnavailable(f"{self.name} broke off: {e}", hop=self.name) from e
         if answer.status != 200:
             self._refuse(answer)
-        run = _RUN_MS.search(answer.headers.get("server-timing", ""))
         try:
             reply = frames.decode(answer.body, max_bytes=self._max_reply_bytes)
         except IsthmusError as e:
             raise HopRejected(
                 f"{self.name} answered with something that is no frame: {e}", hop=self.name, status=200
             ) from e
-        return Reply(reply, float(run[1]) / 1000 if run else 0.0, sum(map(len, body)), len(answer.body))
+        run_s = stage_seconds(answer.headers.get("server-timing", ""), "run")
+        return Reply(reply, run_s, sum(map(len, body)), len(answer.body))
 
     def _refuse(self, answer: Answer) -> NoReturn:
         """Raise what a status other than 200 means. Source: docs/hops.md, from OpenFaaS's sources."""
@@ -164,7 +163,7 @@ class HttpHop:
         error = _error_document(answer.body)
         said = str(error.get("error") or answer.body[:200].decode("utf-8", "replace")).strip()[:1000] or "no body"
         facts: dict[str, Any] = {"hop": self.name, "status": status, "error": error}
-        after = _seconds(answer.headers.get("retry-after", ""))
+        after = retry_after_seconds(answer.headers.get("retry-after", ""))
         message = f"{self.name} answered {status}: {said}"
         if status == 429:
             raise HopBusy(message, retry_after_s=after, **facts)
@@ -173,6 +172,9 @@ class HttpHop:
         if status in (502, 503) or (status == 500 and (internal or not error)):
             # 500 with X-OpenFaaS-Internal is the proxy or the watchdog: nothing listened, or it died on the way.
             raise HopUnavailable(message, retry_after_s=after, **facts)
+        if status == 404 and not error:
+            # The gateway's own: the function is not deployed there, or is being replaced at this moment.
+            raise HopUnavailable(message, hint=f"is a function deployed at {self.name}?", **facts)
         if error.get("type") == ShapeMismatch.__name__:
             # Only running the graph shows that free dimensions do not go together: the caller's fault, not the hop's.
             raise ShapeMismatch(said, **facts)
@@ -199,30 +201,77 @@ def hops_to(
     return tuple(made)
 
 
-def _worth_another(error: Exception, context: Context, pauses: Iterator[float]) -> float | Literal[False]:
-    """The seconds to wait before another try; False where none is worth it."""
-    if not isinstance(error, HopUnavailable | HopBusy):
-        return False
-    pause = float(error.facts.get("retry_after_s") or next(pauses))
-    # A wait that outlasts the deadline only delays the error.
-    return pause if pause < context.deadline.remaining() else False
+class _Outage:
+    """Since when calls to one hop have not reached the function, over all requests.
+
+    Threads share it without a lock: a race moves the beginning by one failed call.
+    """
+
+    def __init__(self) -> None:
+        self._began = self._latest = -math.inf
+
+    def note(self, max_s: float) -> bool:
+        """Note a call that did not reach the function; whether the outage is younger than `max_s` seconds."""
+        now = time.monotonic()
+        if now - self._latest > MAX_OUTAGE_S:  # a new outage, or the first one
+            self._began = now
+        self._latest = now
+        return now - self._began < max_s
+
+    def over(self) -> None:
+        """The function was reached."""
+        self._latest = -math.inf
 
 
-def _pauses() -> Iterator[float]:
-    """Doubling, and never the same for two routers."""
-    pause = _FIRST_PAUSE_S
-    while True:
-        yield pause + random.uniform(0, _FIRST_PAUSE_S)  # noqa: S311
-        pause = min(_LONGEST_PAUSE_S, pause * 2)
+class _Retries:
+    """One call's retries: `pause` is the policy that stamina asks after each failed try."""
+
+    def __init__(self, attempts: int, budget: RetryBudget, outage: _Outage, context: Context) -> None:
+        self._left = attempts - 1
+        self._may_wait = attempts > 1
+        self._budget, self._outage, self._context = budget, outage, context
+        self._pauses = backoff(_FIRST_PAUSE_S, _MAX_PAUSE_S)
+
+    def pause(self, error: Exception) -> float | Literal[False]:
+        """Seconds to wait before the next try; False where the error stands."""
+        if not isinstance(error, HopUnavailable | HopBusy):
+            return False
+        # A broken connection or 429 may have cost the function work; nothing else of these has reached it.
+        reached = isinstance(error, HopBusy) or isinstance(error.__cause__, BrokenOff)
+        limit_s = MAX_REPLACED_S if error.facts.get("status") == 404 else MAX_OUTAGE_S
+        if reached or not self._outage.note(limit_s):
+            self._left -= 1
+        if self._left < 0 or not self._may_wait:
+            return False
+        after = error.facts.get("retry_after_s")
+        pause_s = next(self._pauses) if after is None else jittered(float(after), _FIRST_PAUSE_S)
+        # A wait that outlasts the deadline only delays the error.
+        if pause_s >= self._context.deadline.remaining():
+            return False
+        return pause_s if self._budget.take() else False
 
 
 def _error_document(data: bytes | bytearray) -> dict[str, Any]:
+    """The hop's error as docs/api.md describes it; empty where the body is none, or holds what JSON cannot say."""
     try:
-        doc = json.loads(data)
+        doc = json.loads(data, parse_constant=_refuse_constant, parse_int=_bounded_int, parse_float=_finite)
     except (ValueError, RecursionError):
         return {}
     return doc if isinstance(doc, dict) and "error" in doc else {}
 
 
-def _seconds(text: str) -> float | None:
-    return float(text) if text.isdigit() and len(text) < 6 else None
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _bounded_int(text: str) -> int:
+    if len(text) > 20:
+        raise ValueError("a number of more than 20 digits")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is too large a number")
+    return value

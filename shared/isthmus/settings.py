@@ -145,7 +145,11 @@ class RouterSettings(SegmentSettings):
         0.01,
     )
     plan: bool = setting("whether the plan in the model's bundle decides where it runs, while `cuts` is empty", True)
-    hop_attempts: int = setting("tries for one hop, the first included, within the deadline", 4)
+    hop_attempts: int = setting(
+        "tries for one hop that is reached and fails, the first included, within the deadline; while it is starting"
+        " (nothing listens, 503, the gateway's 404) tries go on until the deadline. 1 tries nothing again",
+        4,
+    )
     hop_connect_timeout_s: float = setting("longest wait for a connection to a hop, in seconds", 2.0)
     refresh_s: float = setting("how long an alias is trusted before the registry is asked again, in seconds", 10.0)
 

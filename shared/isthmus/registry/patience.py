@@ -10,6 +10,7 @@ from typing import TypeVar
 import stamina
 
 from isthmus.errors import Corrupt, RegistryUnavailable
+from isthmus.retries import backoff
 
 WIDTH = 4
 """Reads or writes under way at once: enough to hide a round trip, few enough for a small edge node."""
@@ -36,15 +37,9 @@ class Patience:
         Raises:
             Corrupt, RegistryUnavailable: the last try's error.
         """
-        pause_s = min(0.1, self.timeout_s / 50)
-        caller = stamina.RetryingCaller(
-            attempts=max(1, self.attempts),
-            timeout=self.timeout_s,
-            wait_initial=pause_s,
-            wait_jitter=pause_s,
-            wait_max=self.timeout_s / 10,
-        )
-        return caller((RegistryUnavailable, Corrupt), action)
+        pauses = backoff(min(0.1, self.timeout_s / 50), self.timeout_s / 10)
+        caller = stamina.RetryingCaller(attempts=max(1, self.attempts), timeout=self.timeout_s)
+        return caller(lambda e: isinstance(e, RegistryUnavailable | Corrupt) and next(pauses), action)
 
 
 def in_parallel(action: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:

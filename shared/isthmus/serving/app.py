@@ -20,6 +20,7 @@ from werkzeug.wrappers import Request
 
 from isthmus.context import Context
 from isthmus.errors import IsthmusError, Overloaded, RequestMalformed, RequestTooLarge, http_status
+from isthmus.retries import log_retries
 from isthmus.serving.metrics import Metrics
 from isthmus.serving.readiness import Readiness
 from isthmus.serving.work import Reply, RequestHeaders, Timings, Work
@@ -53,6 +54,7 @@ class FunctionApp:
         # The template, which owns the process, says how a record is written.
         self.log = logging.getLogger("isthmus")
         self.log.setLevel(settings.log_level.upper())
+        log_retries(self.log)
         self.metrics = Metrics()
         self._settings = settings
         # Taking from a list and putting back are atomic, and take a tenth of what a semaphore does.

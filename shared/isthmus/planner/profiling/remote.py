@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -21,12 +20,13 @@ from isthmus.codecs.speed import CodecSpeed
 from isthmus.device import Device, from_document
 from isthmus.errors import HopRejected, HopUnavailable, NotReady, Overloaded, ProfileMalformed
 from isthmus.frame import Frame
+from isthmus.retries import backoff
+from isthmus.server_timing import stage_seconds
 
 MAX_GRAPH_BYTES = 256 * 2**20
 MAX_KERNELS = 1_000_000
 _ATTEMPTS = 6
 T = TypeVar("T")
-_TOTAL_MS = re.compile(r"(?:^|,)\s*total;[^,]*\bdur=([0-9.]+)")
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,7 @@ class ProfiledFunction:
         answer = self._post("/profile/echo", body, {"bytes": str(answer_bytes)})
         frames.decode(answer.body, max_bytes=2 * answer_bytes + 2**20)
         total_s = time.perf_counter() - start
-        served = _TOTAL_MS.search(answer.headers.get("server-timing", ""))
-        return Call(total_s, float(served[1]) / 1000 if served else 0.0)
+        return Call(total_s, stage_seconds(answer.headers.get("server-timing", ""), "total"))
 
     def _document(
         self, body: Sequence[bytes | memoryview], fields: Mapping[str, str], read: Callable[[Mapping[str, Any]], T]
@@ -130,8 +129,9 @@ class ProfiledFunction:
 
     def _post(self, path: str, body: Sequence[bytes | memoryview], fields: Mapping[str, str]) -> Answer:
         # A segment that takes longer to load than the function's deadline is there at a later try.
+        pauses = backoff(1.0, 10.0)
         for attempt in stamina.retry_context(
-            on=(NotReady, Overloaded), attempts=_ATTEMPTS, timeout=None, wait_initial=1.0, wait_max=10.0
+            on=lambda e: isinstance(e, NotReady | Overloaded) and next(pauses), attempts=_ATTEMPTS, timeout=None
         ):
             with attempt:
                 return self._once(path, body, fields)

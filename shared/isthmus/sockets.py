@@ -1,0 +1,112 @@
+"""TCP and TLS connections of which every phase, name resolution included, ends in one stated time."""
+
+from __future__ import annotations
+
+import select
+import socket
+import ssl
+import threading
+import time
+from typing import Any
+
+_LOOKUPS: dict[tuple[str, int], _Lookup] = {}
+_LOCK = threading.Lock()
+
+
+def connect(host: str, port: int, *, timeout_s: float, tls: ssl.SSLContext | None = None) -> socket.socket:
+    """Resolve, connect and, with `tls`, shake hands, all of it within `timeout_s` seconds; TCP_NODELAY is set.
+
+    Addresses are tried in the resolver's order, each for an equal share of the time that is left.
+
+    Raises:
+        TimeoutError: the time is over; the message says in which phase.
+        OSError: the name is unknown, no address takes the connection, or the TLS handshake failed.
+    """
+    until = time.monotonic() + timeout_s
+    addresses = resolve(host, port, timeout_s=timeout_s)
+    for n, (family, kind, protocol, _, address) in enumerate(addresses):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(max(0.001, (until - time.monotonic()) / (len(addresses) - n)))
+            sock.connect(address)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except OSError:
+            sock.close()
+            if n == len(addresses) - 1:
+                raise
+            continue
+        return sock if tls is None else _handshake(sock, tls, host, until)
+    raise OSError(f"{host} has no address")
+
+
+def resolve(host: str, port: int, *, timeout_s: float) -> list[tuple[Any, ...]]:
+    """The addresses of `host` as `socket.getaddrinfo` gives them for TCP.
+
+    getaddrinfo has no timeout of its own (a DNS server that does not answer takes it 10 to 30 s), so it runs in a
+    daemon thread that nobody waits for longer. Callers who ask for the same name share one look-up, which bounds the
+    threads by the number of names.
+
+    Raises:
+        TimeoutError: no answer within `timeout_s` seconds.
+        socket.gaierror: the name is unknown.
+    """
+    with _LOCK:
+        lookup = _LOOKUPS.get((host, port))
+        if lookup is None:
+            lookup = _LOOKUPS[host, port] = _Lookup(host, port)
+            lookup.start()
+    if not lookup.done.wait(max(0.0, timeout_s)):
+        raise TimeoutError(f"the name {host} was not resolved in {timeout_s:.3g} s")
+    if lookup.error is not None:
+        raise lookup.error
+    return lookup.addresses
+
+
+class _Lookup(threading.Thread):
+    """One look-up under way."""
+
+    def __init__(self, host: str, port: int) -> None:
+        super().__init__(name=f"resolve {host}", daemon=True)
+        self._host, self._port = host, port
+        self.done = threading.Event()
+        self.addresses: list[tuple[Any, ...]] = []
+        self.error: OSError | None = None
+
+    def run(self) -> None:
+        try:
+            self.addresses = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+        except OSError as e:
+            self.error = e
+        except UnicodeError as e:  # a label of more than 63 characters, as IDNA reports it
+            self.error = socket.gaierror(socket.EAI_NONAME, f"{self._host} is no host name: {e}")
+        finally:
+            with _LOCK:
+                del _LOOKUPS[self._host, self._port]
+            self.done.set()
+
+
+def _handshake(sock: socket.socket, tls: ssl.SSLContext, host: str, until: float) -> ssl.SSLSocket:
+    """A socket's own timeout is for each read of a handshake; a peer that trickles would outlast it."""
+    try:
+        secure = tls.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+    except BaseException:
+        sock.close()
+        raise
+    try:
+        secure.setblocking(False)
+        while True:
+            try:
+                secure.do_handshake()
+                return secure
+            except ssl.SSLWantReadError:
+                event = select.POLLIN
+            except ssl.SSLWantWriteError:
+                event = select.POLLOUT
+            poll = select.poll()
+            poll.register(secure, event)
+            left = until - time.monotonic()
+            if left <= 0 or not poll.poll(max(1, left * 1000)):
+                raise TimeoutError(f"the TLS handshake with {host} did not end in time")
+    except BaseException:
+        secure.close()
+        raise

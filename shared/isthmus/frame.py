@@ -47,6 +47,37 @@ _TENSOR_KEYS = ("name", "dtype", "shape", "codec", "offset", "length")
 _TEXT_KEYS = ("bundle", "segment", "request")
 
 
+_ENTRY_BYTES, _DIM_BYTES = 160, 21
+"""At most what a header writes of a tensor beside its name, and of one dimension."""
+_TEXTS_BYTES = 8192
+"""Of a header, for what it says of the frame itself."""
+
+
+def why_not_carried(name: str, dtype: str, rank: int) -> str:
+    """The reason why no frame carries a tensor of that name, dtype (numpy's name) and rank; empty where frames do."""
+    if dtype not in DTYPES:
+        return f"its dtype is {dtype}; frames carry {', '.join(DTYPES)}"
+    if rank > MAX_RANK:
+        return f"its rank is {rank}; frames carry at most {MAX_RANK}"
+    if not 1 <= (size := len(name.encode("utf-8", "replace"))) <= MAX_TEXT_BYTES:
+        return f"its name has {size} bytes; frames carry names of 1 to {MAX_TEXT_BYTES}"
+    return ""
+
+
+def entry_bytes(name: str, rank: int) -> int:
+    """An upper bound of the bytes that a tensor's entry takes in a header."""
+    return len(_quoted(name).encode("utf-8", "replace")) + _DIM_BYTES * rank + _ENTRY_BYTES
+
+
+def why_not_together(count: int, entries: int) -> str:
+    """The reason why no frame carries that many tensors, whose entries sum to `entries` bytes; empty where one does."""
+    if count > MAX_TENSORS:
+        return f"{count} tensors; a frame carries at most {MAX_TENSORS}"
+    if entries + _TEXTS_BYTES > MAX_HEADER_BYTES:
+        return f"the names and shapes of {count} tensors; a frame's header has at most {MAX_HEADER_BYTES} bytes"
+    return ""
+
+
 class Frame(NamedTuple):
     """One message between functions.
 

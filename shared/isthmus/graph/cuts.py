@@ -19,6 +19,7 @@ from isthmus import bundle
 from isthmus.bundle import TensorSpec
 from isthmus.cut_syntax import CutText, parse_cut, parse_partition
 from isthmus.errors import CutError, UnboundedCut, UnknownValue
+from isthmus.frame import entry_bytes, why_not_together
 from isthmus.graph.model import Model
 
 _SIMILAR = 5
@@ -49,13 +50,14 @@ class CutInfo:
 
 
 def cuts(model: Model) -> list[CutInfo]:
-    """Every prefix cut, in order; where something crosses that no frame can carry there is no cut.
+    """Every prefix cut, in order; where something crosses that no frame carries there is no cut.
 
     Takes time linear in the graph and in the tensors that it lists.
     """
     last = _last_uses(model)
     live = {v: None for v in model.inputs if last.get(v, -1) >= 0}
     weight, uncarried = sum(model.nbytes(v) for v in live), 0
+    entries = _entries(model, (*model.outputs, *live))
     found, macs = [], 0
     for i, node in enumerate(model.nodes):
         if not model.dynamic[i]:
@@ -66,14 +68,16 @@ def cuts(model: Model) -> list[CutInfo]:
                 live[value] = None
                 carried = value.name in model.specs
                 weight += model.nbytes(value) if carried else 0
+                entries += _entries(model, [value])
                 uncarried += not carried
         for value in model.uses[i]:
             if value in live and last[value] <= i:
                 del live[value]
                 carried = value.name in model.specs
                 weight -= model.nbytes(value) if carried else 0
+                entries -= _entries(model, [value])
                 uncarried -= not carried
-        if live and not uncarried:
+        if live and not uncarried and not why_not_together(len(live) + len(model.outputs), entries):
             found.append(_info(model, str(i), live, weight, macs, i))
     return found
 
@@ -112,6 +116,7 @@ def cut_at(model: Model, tensors: Iterable[str], name: str | None = None) -> Cut
         raise CutError(
             f"nothing after the cut needs {_listed(unused)}", unused=unused, hint="leave it out, or cut earlier"
         )
+    _check_together(model, values)
     if not upstream:
         raise CutError("only inputs cross this cut, so nothing would run before it", tensors=names)
     if name is not None and not bundle.is_cut_name(name):
@@ -167,7 +172,7 @@ def cut_after(model: Model, position: int) -> CutInfo:
 
     Raises:
         UnknownValue: there is no cut: no such node, a static one, or nothing crosses behind it.
-        CutError: something crosses that no frame can carry.
+        CutError: something crosses that no frame carries.
     """
     if position >= len(model.nodes) or not model.dynamic[position]:
         raise _no_cut(model, position)
@@ -177,6 +182,7 @@ def cut_after(model: Model, position: int) -> CutInfo:
         raise _no_cut(model, position)
     for value in crossing:
         _check_carried(model, value)
+    _check_together(model, crossing)
     macs = sum(model.macs[i] for i in upstream)
     return _info(model, str(position), crossing, sum(model.nbytes(v) for v in crossing), macs, position)
 
@@ -280,11 +286,29 @@ def _no_cut(model: Model, position: int) -> UnknownValue:
 
 def _check_carried(model: Model, value: ir.Value) -> None:
     if value.name not in model.specs:
+        reason = model.refused.get(str(value.name), "it is no plain tensor of numbers")
         raise CutError(
-            f"{value.name} is no plain tensor of numbers, so no frame can carry it",
+            f"no frame carries {str(value.name)[:200]}: {reason}",
             tensor=value.name,
             hint="cut before it is made or after it is used up",
         )
+
+
+def _check_together(model: Model, values: Collection[ir.Value]) -> None:
+    # A head gives what crosses and the model's outputs that it has made.
+    together = (*model.outputs, *values)
+    if reason := why_not_together(len(together), _entries(model, together)):
+        raise CutError(
+            f"one frame would carry what crosses and the model's outputs: {reason}",
+            tensors=len(together),
+            hint="cut where fewer paths run side by side: isthmus cuts MODEL",
+        )
+
+
+def _entries(model: Model, values: Iterable[ir.Value]) -> int:
+    """Bytes that the entries of `values` take in a frame's header, of those that one carries."""
+    specs = (model.specs.get(str(v.name)) for v in values)
+    return sum(entry_bytes(spec.name, len(spec.shape)) for spec in specs if spec is not None)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import TypeAlias
 
 import onnx_ir as ir
 
 from isthmus import bundle
-from isthmus.bundle import TensorSpec, Weights, WeightTensor
+from isthmus.bundle import Blob, Segment, TensorSpec, Weights, WeightTensor
+from isthmus.dtypes import DTYPES
 from isthmus.errors import CutError
 from isthmus.graph.cuts import CutInfo, crossing_values, upstream_of
 from isthmus.graph.model import Model
@@ -29,6 +31,12 @@ class Extracted:
     outputs: tuple[TensorSpec, ...]
     weights: tuple[tuple[int, int], ...]
     macs: int
+
+    @cached_property
+    def segment(self) -> Segment:
+        """The manifest's entry."""
+        blob = Blob(bundle.digest_of(self.graph), len(self.graph))
+        return Segment(self.id, blob, self.inputs, self.outputs, self.weights, self.macs)
 
 
 def partition(model: Model, weights: Weights, cuts: Sequence[AnyCut]) -> list[Extracted]:
@@ -134,10 +142,7 @@ def _serialise(model: Model, graph: ir.Graph, weights: Weights) -> tuple[bytes, 
 
 
 def _data_type(name: str) -> ir.DataType:
-    return next(t for t in ir.DataType if t not in _NOT_NUMBERS and t.numpy().name == name)
-
-
-_NOT_NUMBERS = (ir.DataType.UNDEFINED, ir.DataType.STRING)
+    return ir.DataType.from_numpy(DTYPES[name])
 
 
 def _ranges(indices: Sequence[int]) -> tuple[tuple[int, int], ...]:

@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx_ir.passes import common
 
 from isthmus.errors import ModelError
+from isthmus.frame import entry_bytes, why_not_carried, why_not_together
 from isthmus.graph.weights import ends, same_content
 
 OLDEST_OPSET = 11
@@ -129,6 +130,14 @@ def _check_interface(model: ir.Model, path: Path) -> None:
                 tensor=value.name,
                 hint="cut that part of the model off before the import",
             )
+        dtype = "float32" if value.dtype in (None, ir.DataType.UNDEFINED) else str(value.dtype.numpy().name)
+        if reason := why_not_carried(str(value.name), dtype, 0 if value.shape is None else len(value.shape)):
+            raise ModelError(
+                f"no frame carries {path.name}'s {str(value.name)[:200]}: {reason}",
+                model=str(path),
+                tensor=value.name,
+                hint="cast or rename it before the import",
+            )
         if value.is_graph_input() and value.is_graph_output():
             raise ModelError(
                 f"{path.name} gives its input {value.name} back unchanged as an output",
@@ -136,6 +145,10 @@ def _check_interface(model: ir.Model, path: Path) -> None:
                 tensor=value.name,
                 hint="remove that output",
             )
+    for side in (model.graph.inputs, model.graph.outputs):
+        entries = sum(entry_bytes(str(v.name), 0 if v.shape is None else len(v.shape)) for v in side)
+        if reason := why_not_together(len(side), entries):
+            raise ModelError(f"{path.name} takes or gives {reason}", model=str(path), tensors=len(side))
     if not len(model.graph):
         raise ModelError(f"{path.name} has no nodes", model=str(path))
 

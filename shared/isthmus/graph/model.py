@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeAlias
 
@@ -36,9 +36,9 @@ class Model:
 
     `nodes` are in topological order; `uses[i]` are the graph's values that node i or its bodies read. A value is
     *static* when no graph input and no random operator reaches it: whoever needs one computes it anew, so it never
-    crosses a cut. `dynamic[i]` says that node i is not static. `specs` hold every dynamic value and output that is a
-    plain tensor, with its free dimensions; `shapes` the same values' shapes under `binding`, for which bytes and MACs
-    are counted.
+    crosses a cut. `dynamic[i]` says that node i is not static. `specs` hold every dynamic value and output that a
+    frame carries, with its free dimensions; `shapes` the same values' shapes under `binding`, for which bytes and MACs
+    are counted. `refused`, `claims`: see `shapes.Types`.
     """
 
     document: ir.Model
@@ -50,6 +50,8 @@ class Model:
     macs: tuple[int, ...]
     binding: Mapping[str, tuple[int, ...]]
     examples: Examples
+    refused: Mapping[str, str] = field(default_factory=dict)
+    claims: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
 
     @property
     def graph(self) -> ir.Graph:
@@ -86,6 +88,11 @@ class Model:
         """Bytes of a dynamic value under the model's binding."""
         name = str(value.name)
         return shapes.nbytes(self.specs[name].dtype, self.shapes[name])
+
+    @cached_property
+    def is_random(self) -> bool:
+        """Whether two runs with the same inputs may give two answers."""
+        return any(map(_is_random, self.nodes))
 
     @cached_property
     def total_macs(self) -> int:
@@ -142,7 +149,19 @@ def open_model(
     ]
     types = shapes.infer(model, wanted, bound, examples or {})
     counts = tuple(macs.of_node(node, types.bound) if keep else 0 for node, keep in zip(nodes, dynamic, strict=True))
-    return Model(model, nodes, uses, dynamic, types.specs, types.shapes, counts, bound, examples or {})
+    return Model(
+        model,
+        nodes,
+        uses,
+        dynamic,
+        types.specs,
+        types.shapes,
+        counts,
+        bound,
+        examples or {},
+        types.refused,
+        types.claims,
+    )
 
 
 def _uses(node: ir.Node, graph: ir.Graph) -> dict[ir.Value, None]:

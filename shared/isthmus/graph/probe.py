@@ -8,17 +8,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from isthmus.dtypes import DTYPES
 from isthmus.errors import ModelError
 from isthmus.runners.runtime import ort
 
-_DTYPES = {
-    "float": "float32",
-    "double": "float64",
-    "float16": "float16",
-    "bfloat16": "bfloat16",
-    "bool": "bool",
-    **{f"{sign}int{bits}": f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
-}
+_RENAMED = {"float": "float32", "double": "float64"}
+"""onnxruntime's names of dtypes that numpy names otherwise."""
 
 
 def types(
@@ -73,8 +68,8 @@ def _dtypes(model: ir.Model, values: Sequence[ir.Value]) -> Iterator[tuple[str, 
     named = {v.name: v for node in graph for v in node.outputs}
     graph.outputs.extend(v for value in values if not (v := named[value.name]).is_graph_output())
     for output in _session(graph, model).get_outputs():
-        dtype = _DTYPES.get(output.type.removeprefix("tensor(").removesuffix(")"))
-        if output.type.startswith("tensor(") and dtype is not None:
+        kind = output.type.removeprefix("tensor(").removesuffix(")")
+        if output.type.startswith("tensor(") and (dtype := _RENAMED.get(kind, kind)) in DTYPES:
             yield output.name, dtype
 
 

@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from isthmus.bundle import Dim, TensorSpec
 from isthmus.errors import ModelError
+from isthmus.frame import why_not_carried
 from isthmus.graph import probe
 from isthmus.graph.weights import is_outside
 
@@ -27,11 +28,17 @@ FREE = "?"
 
 @dataclass(frozen=True)
 class Types:
-    """`specs` and `shapes` of the graph's inputs and wanted values; `bound` also knows values inside bodies."""
+    """`specs` and `shapes` of the graph's inputs and wanted values; `bound` also knows values inside bodies.
+
+    `refused` are values that no frame carries, and why. `claims` are sizes by axis that the model declares of its
+    outputs and inference cannot derive: true under the binding, and perhaps only there.
+    """
 
     specs: Mapping[str, TensorSpec]
     shapes: Mapping[str, tuple[int, ...]]
     bound: Mapping[str, tuple[int, ...]]
+    refused: Mapping[str, str]
+    claims: Mapping[str, Mapping[int, int]]
 
 
 def nbytes(dtype: str, shape: Sequence[int]) -> int:
@@ -87,7 +94,7 @@ def infer(
     bound: Mapping[str, tuple[int, ...]],
     examples: Mapping[str, npt.NDArray[np.generic]],
 ) -> Types:
-    """Types of the graph's inputs and of `wanted` values; a value that is no plain tensor of numbers is left out.
+    """Types of the graph's inputs and of `wanted` values; a value that no frame carries has no spec.
 
     Raises:
         ModelError: the run that had to tell some shapes failed.
@@ -98,6 +105,8 @@ def infer(
     seen = probe.types(model, unknown, feeds(model.graph, bound, examples)) if unknown else {}
     specs: dict[str, TensorSpec] = {}
     found: dict[str, tuple[int, ...]] = {}
+    refused: dict[str, str] = {}
+    claims: dict[str, Mapping[int, int]] = {}
     for value in (*model.graph.inputs, *wanted):
         name = str(value.name)
         dtype, shape = seen[name] if name in seen else known.get(name, (None, None))
@@ -106,10 +115,15 @@ def infer(
         whole = _whole(shape)
         if dtype is None or whole is None:
             continue
+        if reason := why_not_carried(name, dtype, len(whole)):
+            refused[name] = reason
+            continue
         found[name] = whole
-        specs[name] = TensorSpec(name, dtype, _spec_dims(value, free.get(name, (None, None))[1], whole))
+        spec = specs[name] = TensorSpec(name, dtype, _spec_dims(value, free.get(name, (None, None))[1], whole))
+        if value.is_graph_output() and (claimed := _claims(value, spec, whole)):
+            claims[name] = claimed
     everywhere = {n: s for n, (_, dims_) in known.items() if (s := _whole(dims_)) is not None}
-    return Types(specs, found, {**everywhere, **found})
+    return Types(specs, found, {**everywhere, **found}, refused, claims)
 
 
 def feeds(
@@ -213,11 +227,19 @@ def _spec_dims(value: ir.Value, inferred: tuple[Dim, ...] | None, actual: tuple[
     for known, declared_dim, n in zip(inferred, names, actual, strict=True):
         if isinstance(known, int):
             merged.append(known if known == n else FREE)
-        elif declared_dim != FREE and declared_dim in (n, str(declared_dim)):
+        elif isinstance(declared_dim, str) and declared_dim != FREE:
             merged.append(declared_dim)
         else:
             merged.append(FREE if known.startswith("unk__") else known)
     return tuple(merged)
+
+
+def _claims(value: ir.Value, spec: TensorSpec, actual: tuple[int, ...]) -> dict[int, int]:
+    declared = dims(value)
+    if declared is None or len(declared) != len(actual):
+        return {}
+    triples = enumerate(zip(spec.shape, declared, actual, strict=True))
+    return {axis: n for axis, (dim, claimed, n) in triples if isinstance(dim, str) and claimed == n}
 
 
 def _is_known(found: tuple[str | None, tuple[Dim, ...] | None] | None) -> bool:

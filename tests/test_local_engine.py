@@ -16,11 +16,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import urllib3
 
 from isthmus.errors import LocalError
-from isthmus.local import Engine
+from isthmus.local import Engine, Event, supervisor
 from isthmus.local.credentials import PASSWORD_FILE
 from local_stack import STACK, http, login_header, system, write_stack
 from patience import LONG_S, eventually
@@ -437,9 +438,95 @@ def test_a_function_that_cannot_start_is_named_with_its_last_words(tmp_path: Pat
     stack = write_stack(tmp_path)
     with (
         Engine(stack, environment={"other": {"max_concurrency": "many"}}) as engine,
-        pytest.raises(LocalError, match=r"other does not start: exit status 1: .*max_concurrency is 'many'"),
+        pytest.raises(
+            LocalError, match=r"other does not start: exit status 78: cannot start: .*max_concurrency is 'many'"
+        ),
     ):
         engine.wait_ready(LONG_S)
+
+
+def starts(events: list[Event], name: str) -> int:
+    return sum(e.kind == "starting" and e.function == name for e in events)
+
+
+def test_a_function_whose_settings_are_wrong_starts_once_until_it_is_deployed_anew(tmp_path: Path) -> None:
+    stack = write_stack(tmp_path, STACK.replace("flag: true", "max_concurrency: many"))
+    events: list[Event] = []
+    with Engine(stack, on_event=events.append) as engine:
+        eventually(lambda: any(e.kind == "failed" for e in events))
+        (failed,) = [e.text for e in events if e.kind == "failed"]
+        assert "the setting max_concurrency is 'many'" in failed
+        assert "not started again" in failed
+        reply = http("POST", f"{engine.url}/function/echo", body=b"")
+        assert (reply.status, "max_concurrency is 'many'" in reply.data.decode()) == (503, True)
+        assert system(engine, "POST", "/system/scale-function/echo", body='{"replicas": 1}').status == 202
+        eventually(lambda: sum(e.kind == "failed" for e in events) == 2)
+        assert (starts(events, "echo"), describe(engine, "echo")["availableReplicas"]) == (2, 0)
+        assert deploy(engine, "PUT", "echo", "example/echo:latest", {"max_concurrency": "3"}).status == 202
+        engine.wait_ready(LONG_S)
+
+
+def test_a_function_that_never_gets_ready_is_given_up_after_some_tries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "MAX_FAILED_STARTS", 3)
+    events: list[Event] = []
+    with Engine(
+        write_stack(tmp_path), replicas={"other": 0}, environment={"echo": {"broken": "1"}}, on_event=events.append
+    ):
+        eventually(lambda: any(e.kind == "failed" for e in events))
+        (failed,) = [e.text for e in events if e.kind == "failed"]
+        assert failed.startswith("exit status 1: cannot start: RuntimeError: broken was set; not started again")
+        assert starts(events, "echo") == 3
+
+
+def processes(root: Path, name: str) -> int:
+    """How many processes of a function run."""
+    folder, count = str(root / ".isthmus" / "build"), 0
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            count += process.cwd().startswith(folder) and process.cwd().endswith(f"/{name}")
+    return count
+
+
+def test_deployments_that_never_get_ready_do_not_pile_up(engine: Engine, root: Path) -> None:
+    marker = root / "not-ready"
+    assert deploy(engine, "PUT", "other", "example/other:latest", {}).status == 202
+    eventually(lambda: (describe(engine, "other")["availableReplicas"], processes(root, "other")) == (1, 1))
+    marker.touch()
+    for _ in range(4):
+        assert deploy(engine, "PUT", "other", "example/other:latest", {}).status == 202
+    eventually(lambda: processes(root, "other") == 2)  # the one that serves, and the last one
+    found = describe(engine, "other")
+    assert (found["replicas"], found["availableReplicas"]) == (0, 0)
+    assert http("POST", f"{engine.url}/function/other", body=b"still").data == b"still"
+    marker.unlink()
+    eventually(lambda: (describe(engine, "other")["availableReplicas"], processes(root, "other")) == (1, 1))
+
+
+def test_a_deployment_from_a_shell_without_the_engines_variables_runs_with_the_engines_values(tmp_path: Path) -> None:
+    text = STACK.replace("flag: true", "registry: ${ISTHMUS_REGISTRY:-s3://nowhere}")
+    stack = write_stack(tmp_path, text)
+    events: list[Event] = []
+    options: dict[str, Any] = {"replicas": {"other": 0}, "on_event": events.append}
+    with Engine(stack, variables={"ISTHMUS_REGISTRY": "/my/registry"}, **options) as engine:
+        engine.wait_ready(LONG_S)
+
+        def registry() -> tuple[str, str]:
+            env = http("GET", f"{engine.url}/function/echo/facts/x").json()["env"]
+            return describe(engine, "echo")["envVars"]["registry"], env["registry"]
+
+        assert deploy(engine, "PUT", "echo", "example/echo:latest", {"registry": "s3://nowhere"}).status == 202
+        engine.wait_ready(LONG_S)
+        assert registry() == ("/my/registry", "/my/registry")
+        (told,) = [e.text for e in events if e.kind == "deployed"]
+        assert "stack.yml's default for registry" in told
+        assert deploy(engine, "PUT", "echo", "example/echo:latest", {"registry": "s3://mine"}).status == 202
+        engine.wait_ready(LONG_S)
+        assert registry() == ("s3://mine", "s3://mine")
+        assert deploy(engine, "PUT", "echo", "example/echo:latest", {"registry": ".isthmus/registry"}).status == 202
+        engine.wait_ready(LONG_S)
+        assert registry() == (".isthmus/registry", str(tmp_path / ".isthmus" / "registry"))
 
 
 def test_an_unknown_function_in_the_options_is_refused(tmp_path: Path) -> None:

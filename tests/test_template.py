@@ -109,11 +109,11 @@ def test_index_ignores_sigterm_and_ends_on_sigint(image: Path) -> None:
         assert process.wait(LONG_S) == 0
 
 
-def test_index_names_the_setting_that_is_wrong_and_exits_1(image: Path) -> None:
+def test_index_names_the_setting_that_is_wrong_and_exits_78(image: Path) -> None:
     (image / "go").touch()
     with serving(image, wrong="known") as (_, process):
         _, said = process.communicate(timeout=LONG_S)
-        assert process.returncode == 1
+        assert process.returncode == 78
     line = json.loads(said.splitlines()[-1])
     assert (line["level"], line["variable"]) == ("critical", "registry")
     assert line["message"] == "cannot start: Wrong: the setting registry is '?'; set registry"
@@ -141,7 +141,7 @@ def test_index_logs_an_unexpected_failure_in_one_short_line(image: Path) -> None
 def test_index_refuses_a_bad_variable_of_its_own(image: Path, variable: str, value: str) -> None:
     with serving(image, **{variable: value}) as (_, process):
         _, said = process.communicate(timeout=LONG_S)
-        assert process.returncode == 1
+        assert process.returncode == 78
     assert json.loads(said)["variable"] == variable
 
 

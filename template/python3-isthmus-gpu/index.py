@@ -2,8 +2,9 @@
 
 The port is bound first and the app is made in the background, so that the watchdog finds a listener and `/_/ready`
 tells the truth: until the app is there, every request is answered 503 with Retry-After. A start that fails prints one
-line of JSON and exits with 1. SIGTERM is ignored: it reaches this process before the watchdog has drained the requests
-under way, and the watchdog ends this process when it has. SIGINT ends it at once.
+line of JSON and exits with 1, or with 78 where a setting is at fault and another start would end the same way. SIGTERM
+is ignored: it reaches this process before the watchdog has drained the requests under way, and the watchdog ends this
+process when it has. SIGINT ends it at once.
 
 Environment: `upstream_url` (host and port to bind), `max_concurrency`, `max_request_bytes`, `log_level`. The app reads
 its own settings.
@@ -35,6 +36,7 @@ HERE = Path(__file__).resolve().parent
 MAX_LINE = 32 * 1024  # characters; the watchdog stops reading a function's log at a line of 64 KiB
 SPARE_THREADS = 2  # one for the readiness probe, one to refuse what exceeds max_concurrency
 RETRY_AFTER_S = 1
+EX_CONFIG = 78  # sysexits.h: who restarts this process need not do so before its settings change
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 WsgiApp = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
@@ -140,7 +142,7 @@ def _bind() -> tuple[Any, Door]:
             clear_untrusted_proxy_headers=True,
         )
     except OSError as e:
-        raise BadStart(f"cannot listen on {host}:{port} (upstream_url): {e}", variable="upstream_url") from e
+        raise BadStart(f"cannot listen on {host}:{port} (upstream_url): {e}", upstream_url=url) from e
     server.channel_class = Channel
     return server, door
 
@@ -182,7 +184,8 @@ def _fail(error: BaseException) -> None:
     trace = None if understood else (type(error), error, error.__traceback__)
     logging.getLogger("index").critical(message, extra={"facts": facts}, exc_info=trace)
     sys.stderr.flush()
-    os._exit(1)  # the main thread may be inside waitress's loop, which no exception of another thread ends
+    # The main thread may be inside waitress's loop, which no exception of another thread ends.
+    os._exit(EX_CONFIG if "variable" in facts else 1)
 
 
 def _log_as_json() -> None:

@@ -140,7 +140,8 @@ class Engine(InThread["_Running"]):
         """Wait until every function is ready; `progress` is told `ready` or the reason, by function, as they change.
 
         Raises:
-            LocalError: a function ended twice before it was ready, or the time is over; says why.
+            LocalError: a function's settings stop its start, or it ended twice before it was ready, or the time is
+                over; says why.
         """
         until, told = time.monotonic() + timeout_s, None
         while True:
@@ -153,7 +154,7 @@ class Engine(InThread["_Running"]):
             if all(state == "ready" for state in states.values()):
                 return
             for s in list(self._value.fleet):
-                if s.crashes >= _CRASHES_THAT_ARE_A_PATTERN:
+                if s.given_up or s.crashes >= _CRASHES_THAT_ARE_A_PATTERN:
                     raise LocalError(f"{s.name} does not start: {s.failure}", function=s.name)
             if time.monotonic() > until:
                 waiting = "; ".join(f"{name}: {state}" for name, state in states.items() if state != "ready")

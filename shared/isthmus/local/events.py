@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-Kind = Literal["listening", "login", "starting", "ready", "exited", "stopped", "failed", "log"]
+Kind = Literal["listening", "login", "deployed", "starting", "ready", "exited", "stopped", "failed", "log"]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import aiohttp
 
 from isthmus.errors import LocalError, Missing, RequestMalformed
 from isthmus.local.build import stage
-from isthmus.local.events import OnEvent
+from isthmus.local.events import Event, OnEvent
 from isthmus.local.replica import Deployment
 from isthmus.local.secrets import SecretFolder
 from isthmus.local.stack import FunctionSpec, StackFile
@@ -125,6 +125,7 @@ class Fleet:
             )
         environment = _texts(doc, "envVars")
         self._check_variables(known, environment)
+        environment = self._fill_in(known, environment)
         secrets = _strings(doc, "secrets")
         if missing := sorted(set(secrets) - set(self._places.secrets.names())):
             raise RequestMalformed(
@@ -145,6 +146,23 @@ class Fleet:
         running = self.get(name)
         self._stack = stack
         self._deploy(spec, running.desired if running else _least_replicas(spec))
+
+    def _fill_in(self, known: FunctionSpec, environment: Mapping[str, str]) -> dict[str, str]:
+        """A deployment's variables, with this engine's own value where a shell that lacks its `${…}` sent a default.
+
+        faas-cli fills `${…}` from the shell that it runs in, mostly another one than the engine's: `registry` would
+        become stack.yml's default, where nothing of this engine's is.
+        """
+        stack = self._file.read_defaults()
+        default = stack.functions.get(known.name) if stack is not None else None
+        unset = default.environment if default is not None else {}
+        own = {k: v for k, v in known.environment.items() if k in unset and environment.get(k) == unset[k] != v}
+        if own:
+            text = (
+                f"the deployment holds stack.yml's default for {', '.join(own)}; it runs with this engine's own value"
+            )
+            self._on_event(Event("deployed", text, known.name))
+        return {**environment, **own}
 
     def _check_variables(self, known: FunctionSpec, environment: Mapping[str, str]) -> None:
         """Refuse variables that nothing here reads: PYTHONPATH, LD_PRELOAD or PATH would choose the code that runs.
@@ -206,11 +224,17 @@ class Fleet:
             **self._overrides.get("*", {}),
             **self._overrides.get(spec.name, {}),
         }
+        if (registry := values.get("registry", "")) and "://" not in registry:
+            # As every path of stack.yml; a function's process starts in a folder that nobody else knows.
+            values["registry"] = str(self._stack.root / registry)
         return {k: self.resolve(v) for k, v in values.items()}
 
 
 def describe(supervisor: Supervisor) -> dict[str, Any]:
-    """A function's status, as GET /system/function/NAME answers."""
+    """A function's status, as GET /system/function/NAME answers.
+
+    `replicas`, which `faas-cli list` shows, are those that are ready, as on faasd.
+    """
     spec = supervisor.deployment.spec
     return {
         "name": spec.name,
@@ -226,7 +250,7 @@ def describe(supervisor: Supervisor) -> dict[str, Any]:
         "requests": dict(spec.requests) or None,
         "readOnlyRootFilesystem": spec.readonly_root_filesystem,
         "invocationCount": supervisor.invocations,
-        "replicas": supervisor.desired,
+        "replicas": supervisor.available,
         "availableReplicas": supervisor.available,
         "createdAt": supervisor.created.strftime("%Y-%m-%dT%H:%M:%SZ"),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -68,6 +69,16 @@ class Logbook:
                     yield line
         finally:
             self._followers.discard(queue)
+
+
+def message_of(line: str) -> str:
+    """What a line says: the `message` of one that is a JSON object, else all of it."""
+    try:
+        doc = json.loads(line)
+    except (ValueError, RecursionError):
+        return line
+    message = doc.get("message") if isinstance(doc, dict) else None
+    return message if isinstance(message, str) and message else line
 
 
 async def read_lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:

@@ -127,7 +127,7 @@ class Replica:
             try:
                 timeout = aiohttp.ClientTimeout(total=_PROBE_TIMEOUT_S)
                 async with self._session.get(url, timeout=timeout) as reply:
-                    if reply.status == 200:
+                    if reply.status == 200 and self.state is State.STARTING:  # it may have been told to stop meanwhile
                         self.state, self.reason, self.ready_at = State.READY, "", time.monotonic()
                         return
                     self.reason = _reason(reply.status, await reply.content.read(4096))

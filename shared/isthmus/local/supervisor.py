@@ -12,10 +12,13 @@ import aiohttp
 
 from isthmus.errors import LocalError
 from isthmus.local.events import Event, Kind, OnEvent
-from isthmus.local.logbook import Logbook
+from isthmus.local.logbook import Logbook, message_of
 from isthmus.local.replica import Deployment, Replica, State
 
 MAX_REPLICAS = 16
+MAX_FAILED_STARTS = 8
+"""Starts of one replica in a row that end before it is ready; with the waits between them, about 20 s."""
+MISCONFIGURED = 78  # EX_CONFIG of sysexits.h: the template's exit status where a setting stops the start
 _LONGEST_BACKOFF_S = 10.0
 _STEADY_S = 10.0  # a replica that was ready for so long ends a series of crashes
 
@@ -35,6 +38,9 @@ class Supervisor:
         self.crashes = 0  # in a row, without a replica that lasted
         self.restarts = 0
         self.failure = ""
+        self.given_up = False
+        """Whether no replica is started any more, as what is deployed cannot start."""
+        self._failed_starts = 0
         self._session = session
         self._on_event = on_event
         self._drain_s = drain_s
@@ -64,14 +70,13 @@ class Supervisor:
 
     @property
     def available(self) -> int:
-        """How many replicas are ready."""
-        return sum(r.state is State.READY for r in self._replicas)
+        """How many replicas of what is deployed are ready; an older deployment's, which may serve, do not count."""
+        return sum(r.state is State.READY and r.deployment is self._deployment for r in self._replicas)
 
     @property
     def settled(self) -> bool:
         """Whether what was asked for last is what runs."""
-        current = [r for r in self._replicas if r.deployment is self._deployment and r.state is State.READY]
-        return len(current) >= self.desired
+        return self.available >= self.desired
 
     @property
     def reason(self) -> str:
@@ -83,11 +88,11 @@ class Supervisor:
         """Replace what runs by `replicas` of `deployment`."""
         self._deployment = deployment
         self.created = datetime.now(UTC)
-        self.crashes, self.failure, self._not_before = 0, "", 0.0
+        self.crashes, self.failure = 0, ""
         self.scale(replicas)
 
     def scale(self, replicas: int) -> None:
-        """Run that many replicas.
+        """Run that many replicas; where starting them was given up, it is tried anew.
 
         Raises:
             LocalError: fewer than none, or more than MAX_REPLICAS.
@@ -95,6 +100,7 @@ class Supervisor:
         if not 0 <= replicas <= MAX_REPLICAS:
             raise LocalError(f"{self.name} cannot run {replicas} replicas; 0 to {MAX_REPLICAS} are possible here")
         self.desired = replicas
+        self.given_up, self._failed_starts, self._not_before = False, 0, 0.0
         self._changed.set()
 
     def pick(self) -> Replica | None:
@@ -139,9 +145,10 @@ class Supervisor:
         surplus = sorted(current, key=lambda r: (r.state is State.READY, r.in_flight))[: len(current) - self.desired]
         if len(current) > self.desired:
             self._drain(surplus)
-        if sum(r.state is State.READY for r in current) >= self.desired:
-            self._drain([r for r in live if r.deployment is not deployment])
-        missing = self.desired - len(current)
+        # An older deployment serves until this one is ready; what never got ready serves nobody, and would pile up.
+        replaced = sum(r.state is State.READY for r in current) >= self.desired
+        self._drain([r for r in live if r.deployment is not deployment and (replaced or r.state is State.STARTING)])
+        missing = 0 if self.given_up else self.desired - len(current)
         if missing > 0 and (wait_s := self._not_before - time.monotonic()) > 0:
             return wait_s
         for _ in range(missing):
@@ -160,7 +167,7 @@ class Supervisor:
         self._tell("starting", "", replica)
         try:
             await replica.start()
-        except OSError as e:
+        except (OSError, ValueError) as e:
             replica.state = State.GONE
             self._ended(replica, f"cannot be started: {e}")
             return
@@ -169,7 +176,8 @@ class Supervisor:
         probing.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await probing
-        self._ended(replica, f"killed by signal {-status}" if status < 0 else f"exit status {status}")
+        how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+        self._ended(replica, how, misconfigured=status == MISCONFIGURED)
 
     async def _await_ready(self, replica: Replica) -> None:
         await replica.probe()
@@ -178,20 +186,35 @@ class Supervisor:
             self._tell("ready", replica.url, replica)
             self._changed.set()
 
-    def _ended(self, replica: Replica, how: str) -> None:
+    def _ended(self, replica: Replica, how: str, *, misconfigured: bool = False) -> None:
         self._replicas.remove(replica)
         if self._closing or replica.asked_to_stop:
             self._tell("stopped", how, replica)
+        elif replica.deployment is not self._deployment:  # which is not started again
+            self._tell("exited", self._with_last_words(replica, how), replica)
         else:
-            last = self.logbook.last(replica.id)
-            self.failure = f"{how}: {last}" if last else how
-            steady = replica.ready_at is not None and time.monotonic() - replica.ready_at > _STEADY_S
-            self.crashes = 0 if steady else self.crashes + 1
-            self.restarts += 1
-            wait_s = min(_LONGEST_BACKOFF_S, 0.25 * 2 ** (self.crashes - 2)) if self.crashes > 1 else 0.0
-            self._not_before = time.monotonic() + wait_s
-            self._tell("exited", f"{self.failure}; again in {wait_s:g} s", replica)
+            self.failure = self._with_last_words(replica, how)
+            self._restart(replica, misconfigured)
         self._changed.set()
+
+    def _restart(self, replica: Replica, misconfigured: bool) -> None:
+        """Decide when the next replica is started in place of one that ended by itself, if ever."""
+        steady = replica.ready_at is not None and time.monotonic() - replica.ready_at > _STEADY_S
+        self.crashes = 0 if steady else self.crashes + 1
+        self.restarts += 1
+        self._failed_starts = self._failed_starts + 1 if replica.ready_at is None else 0
+        if misconfigured or self._failed_starts >= MAX_FAILED_STARTS * max(1, self.desired):
+            self.given_up = True
+            why = "its settings" if misconfigured else "the cause"
+            self._tell("failed", f"{self.failure}; not started again: change {why}, then deploy it", replica)
+            return
+        wait_s = min(_LONGEST_BACKOFF_S, 0.25 * 2 ** (self.crashes - 2)) if self.crashes > 1 else 0.0
+        self._not_before = time.monotonic() + wait_s
+        self._tell("exited", f"{self.failure}; again in {wait_s:g} s", replica)
+
+    def _with_last_words(self, replica: Replica, how: str) -> str:
+        last = message_of(self.logbook.last(replica.id))
+        return f"{how}: {last}" if last else how
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)

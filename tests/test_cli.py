@@ -132,7 +132,8 @@ def test_tensors_go_through_a_bundle_in_this_process(registry: Path, tmp_path: P
     assert isthmus("infer", *common, "--cuts", "..", "--output", whole).exit_code == 0
     facts = document(isthmus("infer", *common, "--output", parted, "--json"))
     assert facts["outputs"][0]["shape"] == [2, 3]
-    assert facts["route"]["crossed_bytes"] == 32
+    assert facts["route"]["segments"] == "..2,2.."
+    assert (facts["route"]["link_bytes"], facts["route"]["link_raw_bytes"]) == (0, 0), "nothing leaves this process"
     assert np.allclose(np.load(whole)["r3"], np.load(parted)["r3"], rtol=1e-5)
 
 

@@ -127,7 +127,7 @@ def test_tensors_that_closer_looks_send_more_of_count_once(router: Routers, tail
     hop = (("hop", tail.url),)
     told = [(ask(client).json["route"], metrics(client)) for client in (looking, plain)]
     assert [route.get("looks") for route, _ in told] == [2, None]
-    assert len({route["crossed_bytes"] for route, _ in told}) == 1
+    assert len({route["link_raw_bytes"] for route, _ in told}) == 1
     tensors, sent = (
         [found[f"isthmus_hop_{what}_bytes_total", hop] for _, found in told] for what in ("tensor", "sent")
     )

@@ -85,7 +85,8 @@ def test_a_photo_gets_the_uncut_models_classes(router: str, whole: Here, photo: 
     expected = whole.photo(photo.read_bytes(), 5, 30)
     assert [c["index"] for c in answer["classes"]] == [c["index"] for c in expected["classes"]]
     assert [s["segment"] for s in answer["route"]["segments"]] == ["..65", "65.."]
-    assert answer["route"]["crossed_bytes"] == 37632
+    assert answer["route"]["link_raw_bytes"] == 37632
+    assert answer["route"]["link_bytes"] == answer["route"]["segments"][1]["sent_bytes"] > 37632
 
 
 def test_tritons_client_gets_the_uncut_models_logits(

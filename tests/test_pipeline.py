@@ -120,16 +120,24 @@ def test_inputs_and_outputs_may_belong_to_either_end(pair: Published, local: Cal
         np.testing.assert_allclose(result.outputs[name], array, atol=TOLERANCE)
 
 
-def test_crossed_bytes_count_what_later_segments_take(
-    photos: Published, local: Callable[[Published], LocalHop]
+def test_bytes_over_the_link_are_those_sent_behind_the_first_hop(
+    photos: Published, local: Callable[[Published], LocalHop], remote: tuple[Hop, ...]
 ) -> None:
-    assert answer(photos, (local(photos),), ()).crossed_bytes == 0
-    assert answer(photos, (local(photos),), ("6",)).crossed_bytes == 16 * 4 * 4 * 4
-    three = answer(photos, (local(photos),), SKIP_CUTS)
-    assert three.crossed_bytes == 3 * 16 * 8 * 8 * 4
-    assert three.facts() == {"segments": "..3,3..4,4..", "crossed_bytes": 3 * 16 * 8 * 8 * 4}
+    here, (there,) = local(photos), remote
+    for hops, cuts in (((here,), ("6",)), ((here, there), ()), ((there, here), ("6",))):
+        assert answer(photos, hops, cuts).sizes() == {"link_bytes": 0, "link_raw_bytes": 0}, "nothing leaves"
+    split = answer(photos, (here, there), ("6",))
+    assert split.link_raw_bytes == 16 * 4 * 4 * 4
+    assert split.link_bytes == split.stages[1].sent > split.link_raw_bytes
+    three = answer(photos, (here, there), SKIP_CUTS)
+    assert three.link_raw_bytes == 3 * 16 * 8 * 8 * 4
+    facts = {"segments": "..3,3..4,4..", "link_bytes": three.link_bytes, "link_raw_bytes": three.link_raw_bytes}
+    assert three.facts() == facts
     again = replace(three, stages=(*three.stages, *three.stages[1:]))
-    assert again.crossed_bytes == three.crossed_bytes, "closer looks send the same tensors"
+    assert again.link_raw_bytes == three.link_raw_bytes, "closer looks send the same tensors"
+    assert again.link_bytes == 2 * three.link_bytes
+    single = answer(photos, (there,), ())
+    assert single.link_raw_bytes == 3 * 8 * 8 * 4, "a single function is behind the link"
 
 
 def test_a_deadline_that_has_passed_calls_nobody(photos: Published, local: Callable[[Published], LocalHop]) -> None:

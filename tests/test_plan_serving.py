@@ -28,6 +28,7 @@ from bundles import (
     until,
 )
 from isthmus.bundle import Blob, digest_of
+from isthmus.cli.demo import Taken, medians
 from isthmus.planner.planning.document import to_json
 from isthmus.planner.planning.plan import Candidate, Coding
 from isthmus.planner.planning.published import publish_plan
@@ -239,3 +240,31 @@ def test_a_new_version_whose_plan_is_anothers_leaves_the_old_one_serving(place: 
         assert (found["model_version"], found["route"]["plan"]) == (good, "edge-float")
     asked = client.get(f"/v2/models/photos/versions/{bad}")
     assert (asked.status_code, asked.json["type"]) == (409, "PlanMismatch")
+
+
+def test_answers_tell_bytes_over_the_link_and_the_demo_reads_every_kind_of_plan(place: Place) -> None:
+    data = photo()
+    coded = {"p6": Coding("half/1")}
+    ways = {
+        "edge-float": candidate(),
+        "cloud-photo": candidate("cloud-photo", "cloud", codecs={"x": Coding("photo/1")}, input="photo"),
+        "split-6-half": candidate("split-6-half", "split", cuts=("6",), codecs=coded),
+    }
+    routes, times = {}, {}
+    for name, chosen in ways.items():
+        found = answer(place.router(place.plan(chosen)), data)
+        routes[name], times[name] = found["route"], medians([found, found])
+    assert (routes["edge-float"]["link_bytes"], routes["edge-float"]["link_raw_bytes"]) == (0, 0)
+    whole_photo = routes["cloud-photo"]
+    assert whole_photo["link_bytes"] == whole_photo["segments"][0]["sent_bytes"] > len(data)
+    assert whole_photo["link_raw_bytes"] == 3 * 8 * 8 * 4
+    assert routes["split-6-half"]["link_raw_bytes"] == 16 * 4 * 4 * 4
+    assert times["cloud-photo"]["preprocess"] == 0
+    assert times["split-6-half"]["preprocess"] > 0
+    taken = {name: Taken.of(route) for name, route in routes.items()}
+    assert [taken[name].cuts for name in ways] == [[], [], ["6"]]
+    assert taken["edge-float"].text().startswith("served by the plan, edge-float: the whole model on ")
+    looked = json.loads(json.dumps(found))
+    looked["route"]["segments"].append(looked["route"]["segments"][1])
+    assert medians([looked])["6.. run"] == pytest.approx(2 * looked["route"]["segments"][1]["run_ms"], abs=0.01)
+    assert list(medians([looked]))[-1] == "total"

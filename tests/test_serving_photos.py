@@ -33,7 +33,7 @@ def test_a_photo_is_classified_as_the_whole_model_does(client: FlaskClient, phot
     assert (doc["model_name"], doc["model_version"]) == ("photos", "1")
     assert doc["route"]["photo_bytes"] == len(data)
     assert doc["route"]["input_bytes"] == 3 * 8 * 8 * 4
-    assert doc["route"]["crossed_bytes"] == 16 * 4 * 4 * 4
+    assert doc["route"]["link_raw_bytes"] == 16 * 4 * 4 * 4
     assert [s["segment"] for s in doc["route"]["segments"]] == ["..6", "6.."]
 
 

@@ -5,6 +5,7 @@ So a value that skips a segment never travels through it, and nothing crosses th
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from isthmus.bundle import Segment
 from isthmus.codecs import Packed, Packing, pack
 from isthmus.context import Context
 from isthmus.errors import HopRejected, ShapeMismatch
-from isthmus.frame import Frame
+from isthmus.frame import DTYPES, Frame
 from isthmus.hop import Hop
 from isthmus.route import Route
 from isthmus.runners import Array, check_tensors
@@ -26,7 +27,7 @@ class Stage(NamedTuple):
 
     Units: seconds. `total_s` is the whole call as the router saw it, `run_s` the segment's own computing, `pack_s` what
     packing its inputs took before that; `sent` and `received` are bytes on the wire; `tensor_bytes` is what its inputs
-    weigh unpacked. `codecs` names how those that did not go raw were packed.
+    weigh unpacked. `codecs` names how those that did not go raw were packed. `linked`: the call went over the link.
     """
 
     segment: str
@@ -38,6 +39,7 @@ class Stage(NamedTuple):
     tensor_bytes: int
     pack_s: float
     codecs: Mapping[str, str]
+    linked: bool = False
 
     def document(self) -> dict[str, Any]:
         """This stage as answers show it, times in milliseconds."""
@@ -86,6 +88,8 @@ class Passage:
             ready = prepare() if i == start_at else {}
             taken = {spec.name: values[spec.name] for spec in segment.inputs if spec.name in values}
             weight = sum(array.nbytes for array in taken.values())
+            # A photo as it came stands for the input that the hop makes of it.
+            weight += sum(_raw_bytes(tensor) for name, tensor in ready.items() if name not in taken)
             coded = pack_all(taken, route.packing(i), ready)
             for name in coded:
                 taken.pop(name, None)
@@ -106,6 +110,7 @@ class Passage:
                     weight,
                     pack_s,
                     {name: tensor.codec for name, tensor in coded.items()},
+                    linked=reply.sent > 0 and hop.name != route.near,
                 )
             )
 
@@ -120,6 +125,10 @@ def pack_all(
     wanted = {name: how for name, how in packings.items() if name in arrays and name not in ready}
     made = {name: pack(arrays[name], how) for name, how in wanted.items()}
     return {**ready, **{name: tensor for name, tensor in made.items() if isinstance(tensor, Packed)}}
+
+
+def _raw_bytes(tensor: Packed) -> int:
+    return math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
 
 
 def _checked(reply: Frame, sent: Frame, segment: Segment, hop: Hop) -> Mapping[str, Array]:

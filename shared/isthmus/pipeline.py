@@ -26,19 +26,24 @@ class Result:
     """What else an answer says of its route: that its codecs are not those that were chosen."""
 
     @property
-    def crossed_bytes(self) -> int:
-        """Bytes of tensors handed from one segment to the next, before packing; 0 for an uncut model.
+    def link_bytes(self) -> int:
+        """Bytes sent over the link: the frames of every call to a hop behind it, tensors as they were coded."""
+        return sum(stage.sent for stage in self.stages if stage.linked)
 
-        Each counts once: closer looks send more of the same.
-        """
-        once = {stage.segment: stage.tensor_bytes for stage in reversed(self.stages)}
-        return sum(once.values()) - (self.stages[0].tensor_bytes if self.stages else 0)
+    @property
+    def link_raw_bytes(self) -> int:
+        """What the tensors in those frames weigh raw, each counted once: closer looks send more of the same."""
+        return sum({stage.segment: stage.tensor_bytes for stage in reversed(self.stages) if stage.linked}.values())
 
     def facts(self) -> dict[str, Any]:
         """The route as an Open Inference Protocol answer's parameters tell it."""
         codecs = [f"{name}={codec}" for stage in self.stages for name, codec in stage.codecs.items()]
-        facts = {"segments": ",".join(s.segment for s in self.stages), "crossed_bytes": self.crossed_bytes}
+        facts = {"segments": ",".join(s.segment for s in self.stages), **self.sizes()}
         return {**facts, **({"codecs": ",".join(codecs)} if codecs else {}), **self.looks(), **self.notes}
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes over the link as answers give them. Source: docs/api.md, "Bytes over the link"."""
+        return {"link_bytes": self.link_bytes, "link_raw_bytes": self.link_raw_bytes}
 
     def looks(self) -> dict[str, str | int]:
         """What answers say of closer looks; nothing where there were none to take."""

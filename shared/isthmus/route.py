@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -38,6 +38,8 @@ class Route:
     packings: tuple[Mapping[str, Packing], ...] = ()
     """For each segment, how its inputs are packed on their way over HTTP; raw where nothing is said."""
     looks: Looks | None = None
+    near: str = ""
+    """The name of the hop that stands beside the router: what goes to the others goes over the link."""
 
     def packing(self, segment: int) -> Mapping[str, Packing]:
         """How the inputs of that segment travel; a hop in this process takes them as they are."""
@@ -70,4 +72,10 @@ def plan_route(digest: str, bundle: Bundle, hops: tuple[Hop, ...], cuts: Iterabl
         Missing: the bundle has no such cut, or not the segment between two.
     """
     segments = bundle.partition(cuts)
-    return Route(digest, bundle, segments, tuple(hops[min(i, len(hops) - 1)] for i in range(len(segments))))
+    on = tuple(hops[min(i, len(hops) - 1)] for i in range(len(segments)))
+    return Route(digest, bundle, segments, on, near=near_of(hops))
+
+
+def near_of(hops: Sequence[Hop]) -> str:
+    """The name of the hop before the link: the first of several. A single hop is behind it, or in this process."""
+    return hops[0].name if len(hops) > 1 else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ class Shown:
     """One photo's answer beside the uncut model's.
 
     `difference` is the largest one between the logits, relative to the largest logit. Bytes: the photo as it came, the
-    model's crop of it as a JPEG of quality 85, the float input, and what crossed the cut.
+    model's crop of it as a JPEG of quality 85, the float input, what was sent over the link, and what that weighs raw.
     """
 
     photo: str
@@ -44,7 +44,8 @@ class Shown:
     photo_bytes: int
     jpeg_bytes: int
     input_bytes: int
-    crossed_bytes: int
+    link_bytes: int
+    link_raw_bytes: int
     timings_ms: dict[str, float]
 
 
@@ -75,15 +76,18 @@ def demo(
             shown = []
             for path in paths:
                 step(f"asking about {path.name}")
-                shown.append(_ask(path, client, whole, repeat))
+                answers = [client.photo(_read(path), model=MODEL) for _ in range(repeat)]
+                shown.append(compared(path.name, _read(path), answers, client, whole))
             step("stopping the functions")
-        bundle = whole.model.bundle
-        cuts = [bundle.cuts[name] for name in bundle.default_cuts]
+        taken = Taken.of(answers[0]["route"])
+        cuts = [whole.model.bundle.cuts[name] for name in taken.cuts]
         if as_json:
             print_json(
                 {
                     "model": f"{whole.model.name}:{whole.model.version}",
                     "digest": whole.model.digest,
+                    "plan": taken.plan,
+                    "hops": taken.hops,
                     "cuts": [asdict(c) for c in cuts],
                     "photos": [asdict(s) for s in shown],
                 }
@@ -91,8 +95,8 @@ def demo(
         else:
             for one in shown:
                 _print_classes(one)
+            out.print(f"\n{taken.text()}", highlight=False, markup=False, soft_wrap=True)
             for cut in cuts:
-                out.print()
                 tensors = ", ".join(f"{t.name} {t.dtype}{list(t.shape)}" for t in cut.tensors)
                 out.print(
                     f"cut {cut.name}: {tensors}, after {cut.macs_before:.0%} of the multiply-accumulates",
@@ -113,45 +117,82 @@ def _ready(registry: str, stack: Path, port: int, quiet: bool) -> Iterator[tuple
         yield Client(f"{url}/function/router"), step
 
 
-def _ask(path: Path, client: Client, whole: Here, repeat: int) -> Shown:
+def _read(path: Path) -> bytes:
     try:
-        photo = path.read_bytes()
+        return path.read_bytes()
     except OSError as e:
         raise RequestMalformed(f"{path} cannot be read: {e.strerror}") from e
-    answers = [client.photo(photo, model=MODEL) for _ in range(repeat)]
-    name, array = whole.preprocess(photo)
-    expected = whole.run({name: array}).outputs
-    split = client.infer({name: array}, model=MODEL).outputs
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The way that requests took: the plan's choice where there is a plan, and each segment's hop."""
+
+    plan: str
+    hops: dict[str, str]
+
+    @classmethod
+    def of(cls, route: Mapping[str, Any]) -> Taken:
+        """From an answer's `route`."""
+        return cls(route.get("plan", ""), {s["segment"]: s["hop"] for s in route["segments"]})
+
+    @property
+    def cuts(self) -> list[str]:
+        """The cuts between the segments, in order."""
+        return [stop for segment in self.hops if (stop := segment.partition("..")[2])]
+
+    def text(self) -> str:
+        """The way as one line."""
+        by = f"by the plan, {self.plan}" if self.plan else "without a plan"
+        parts = (f"{'the whole model' if s == WHOLE else s} on {h.rpartition('/')[2]}" for s, h in self.hops.items())
+        return f"served {by}: {', '.join(parts)}"
+
+
+def compared(name: str, photo: bytes, answers: list[dict[str, Any]], client: Client, whole: Here) -> Shown:
+    """A photo's answers beside what the uncut model makes of it in this process."""
+    tensor, array = whole.preprocess(photo)
+    expected = whole.run({tensor: array}).outputs
+    split = client.infer({tensor: array}, model=MODEL).outputs
     logits = whole.model.bundle.outputs[0].name
     scale = float(np.abs(expected[logits]).max())
     uncut = whole.classes(expected)
     return Shown(
-        photo=path.name,
+        photo=name,
         classes=answers[0]["classes"],
         same_classes=all([c["index"] for c in a["classes"]] == [c["index"] for c in uncut] for a in answers),
         difference=float(np.abs(expected[logits] - split[logits]).max()) / scale,
         photo_bytes=len(photo),
         jpeg_bytes=_as_jpeg(array),
         input_bytes=array.nbytes,
-        crossed_bytes=answers[0]["route"]["crossed_bytes"],
-        timings_ms=_medians(answers),
+        link_bytes=answers[0]["route"]["link_bytes"],
+        link_raw_bytes=answers[0]["route"]["link_raw_bytes"],
+        timings_ms=medians(answers),
     )
 
 
-def _medians(answers: list[dict[str, Any]]) -> dict[str, float]:
-    """Each stage's median; a hop's own computing apart from the rest of the hop."""
+def medians(answers: list[dict[str, Any]]) -> dict[str, float]:
+    """Each stage's median; a hop's own computing apart from the rest of the hop. Stages that did not happen are 0.
+
+    Where the cloud makes the input of a photo, the router does not preprocess; with closer looks a segment runs more
+    than once.
+    """
     rows = []
     for answer in answers:
-        stages, timings = answer["route"]["segments"], answer["timings_ms"]
-        row = {"preprocess": timings["preprocess"]}
-        for stage in stages:
-            row |= {
-                f"{stage['segment']} run": stage["run_ms"],
-                f"{stage['segment']} hop": stage["ms"] - stage["run_ms"],
-            }
-        row["postprocess"] = timings["postprocess"]
+        timings = answer["timings_ms"]
+        row = {"preprocess": timings.get("preprocess", 0.0)}
+        for stage in answer["route"]["segments"]:
+            run, hop = f"{stage['segment']} run", f"{stage['segment']} hop"
+            row[run] = row.get(run, 0.0) + stage["run_ms"]
+            row[hop] = row.get(hop, 0.0) + stage["ms"] - stage["run_ms"]
+        row["postprocess"] = timings.get("postprocess", 0.0)
         rows.append(row | {"total": sum(row.values())})
-    return {stage: round(statistics.median(row[stage] for row in rows), 2) for stage in rows[0]}
+    stages = _in_order(rows)
+    return {stage: round(statistics.median(row.get(stage, 0.0) for row in rows), 2) for stage in stages}
+
+
+def _in_order(rows: Sequence[Mapping[str, float]]) -> list[str]:
+    """Every row's stages, the total last."""
+    return sorted(dict.fromkeys(stage for row in rows for stage in row), key=lambda stage: stage == "total")
 
 
 def _as_jpeg(array: np.ndarray[Any, np.dtype[Any]]) -> int:
@@ -174,24 +215,26 @@ def _print_classes(one: Shown) -> None:
 
 def _print_totals(shown: list[Shown]) -> None:
     print_table(
-        f"bytes: the photo as it came, the model's crop as a JPEG (quality {JPEG_QUALITY}), as floats, across the cut",
-        ["photo", "file", "JPEG", "float input", "crossed"],
+        f"bytes: the photo as it came, the model's crop as a JPEG (quality {JPEG_QUALITY}), as floats, sent over the"
+        " link, and the same raw",
+        ["photo", "file", "JPEG", "float input", "sent", "raw"],
         [
             (
                 s.photo,
                 format_size(s.photo_bytes),
                 format_size(s.jpeg_bytes),
                 format_size(s.input_bytes),
-                format_size(s.crossed_bytes),
+                format_size(s.link_bytes),
+                format_size(s.link_raw_bytes),
             )
             for s in shown
         ],
-        numbers=["file", "JPEG", "float input", "crossed"],
+        numbers=["file", "JPEG", "float input", "sent", "raw"],
     )
-    stages = list(shown[0].timings_ms)
+    stages = _in_order([s.timings_ms for s in shown])
     print_table(
         "milliseconds in each stage, medians; a segment's hop is all that is not its own computing",
         ["photo", *(stage.replace(" ", "\n").replace("process", "") for stage in stages)],
-        [(s.photo, *(f"{s.timings_ms[stage]:.1f}" for stage in stages)) for s in shown],
+        [(s.photo, *(f"{s.timings_ms.get(stage, 0.0):.1f}" for stage in stages)) for s in shown],
         numbers=[stage.replace(" ", "\n").replace("process", "") for stage in stages],
     )

@@ -73,7 +73,7 @@ class Here:
             "model_version": self.model.version,
             "classes": self.classes(result.outputs, top_k),
             "route": {
-                "crossed_bytes": result.crossed_bytes,
+                **result.sizes(),
                 "photo_bytes": len(photo),
                 "input_bytes": array.nbytes,
                 "segments": [stage.document() for stage in result.stages],

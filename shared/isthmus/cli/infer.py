@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -88,7 +89,15 @@ def _show(path: Path, answer: dict[str, Any]) -> None:
     )
     route = answer["route"]
     stages = ", ".join(f"{s['segment']} on {s['hop']} {s['ms']:.1f} ms" for s in route["segments"])
-    out.print(f"{stages}; {format_size(route['crossed_bytes'])} crossed\n", highlight=False, soft_wrap=True)
+    out.print(f"{stages}; {_sent(route)}\n", highlight=False, soft_wrap=True)
+
+
+def _sent(facts: Mapping[str, Any]) -> str:
+    """Bytes over the link, and what they stand for, as one phrase."""
+    if not facts.get("link_bytes"):
+        return "nothing sent over the link"
+    raw = facts.get("link_raw_bytes", 0)
+    return f"{format_size(facts['link_bytes'])} sent over the link for {format_size(raw)} of tensors"
 
 
 def _tensors(
@@ -129,7 +138,7 @@ def _tensors(
         print_json({"outputs": shown, "route": facts, "file": str(output) if output else None})
         return
     table(
-        f"{model}, {format_size(facts.get('crossed_bytes', 0))} crossed in {facts.get('segments')}",
+        f"{model} in {facts.get('segments')}; {_sent(facts)}",
         ["output", "dtype", "shape", "min", "max"],
         [list(o.values()) for o in shown],
         numbers=["min", "max"],

@@ -189,7 +189,7 @@ class _RouterApp(FunctionApp):
             "model_version": model.version,
             "classes": classes,
             "route": {
-                "crossed_bytes": result.crossed_bytes,
+                **result.sizes(),
                 "photo_bytes": len(photo),
                 "input_bytes": input_bytes,
                 "segments": [stage.document() for stage in result.stages],

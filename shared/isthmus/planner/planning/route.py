@@ -14,7 +14,7 @@ from isthmus.frame import DTYPES
 from isthmus.hop import Hop
 from isthmus.planner.planning.plan import Candidate
 from isthmus.processing.image_spec import made_shape
-from isthmus.route import Looks, Route
+from isthmus.route import Looks, Route, near_of
 
 PHOTO = "photo/1"
 
@@ -54,21 +54,23 @@ def route_of(
         PlanMalformed: closer looks by what is no output.
         FrameMalformed, RegistryError: a codec's table cannot be had.
     """
+    near = near_of(hops)
     if candidate.variant is not None:
         other = variant(candidate.variant)
-        return Route(candidate.variant, other, (other.segment(WHOLE),), (hops[0],))
+        return Route(candidate.variant, other, (other.segment(WHOLE),), (hops[0],), near=near)
     if candidate.kind == "edge":
-        return Route(digest, bundle, (bundle.segment(WHOLE),), (hops[0],))
+        return Route(digest, bundle, (bundle.segment(WHOLE),), (hops[0],), near=near)
     packings = {
         name: Packing(c.codec, c.quality, tables(digest, name, c.codec) if find(c.codec).calibrated else None)
         for name, c in candidate.codecs.items()
         if c.codec != PHOTO
     }
     if candidate.kind == "cloud":
-        return Route(digest, bundle, (bundle.segment(WHOLE),), (hops[-1],), (packings,))
+        return Route(digest, bundle, (bundle.segment(WHOLE),), (hops[-1],), (packings,), near=near)
     segments = bundle.partition(candidate.cuts)
     on = (hops[0], *(hops[-1] for _ in segments[1:]))
-    return Route(digest, bundle, segments, on, ({}, *(packings for _ in segments[1:])), _looks(candidate, bundle))
+    packed = ({}, *(packings for _ in segments[1:]))
+    return Route(digest, bundle, segments, on, packed, _looks(candidate, bundle), near)
 
 
 def _looks(candidate: Candidate, bundle: Bundle) -> Looks | None:

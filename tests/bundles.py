@@ -218,6 +218,7 @@ def _common(published: Published, cache: Path) -> dict[str, Any]:
         "log_level": "error",
         "registry_attempts": 1,
         "deadline_s": LONG_S,
+        "exec_timeout": 0.0,
     }
 
 

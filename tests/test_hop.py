@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import logging
 import math
@@ -684,3 +685,22 @@ def test_an_answer_does_not_wait_for_the_garbage_collector(hop_to: Callable[...,
             assert not [o for o in gc.get_objects() if type(o).__name__ in ("Reader", "_Message")]
         finally:
             gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("timeout", "seconds"), [("2s", 1.8), ("25s", 9.0), ("8s", 7.2), ("400ms", 0.35), ("60ms", 0.03), ("0s", 0.0)]
+)
+def test_a_function_is_done_before_the_watchdogs_timer_of_the_same_x_timeout(timeout: str, seconds: float) -> None:
+    before = time.monotonic()
+    deadline = Context.from_headers({"X-Timeout": timeout}, longest_s=9.0).deadline
+    assert before + seconds <= deadline.at <= time.monotonic() + seconds
+
+
+def test_each_hop_ends_before_the_one_that_waits_for_it() -> None:
+    headers = {"X-Timeout": "10s"}
+    ends = []
+    for _ in range(4):
+        context = Context.from_headers(headers, longest_s=25.0)
+        ends.append(context.deadline.at)
+        headers = context.to_headers()
+    assert [before - after > 0.05 for before, after in itertools.pairwise(ends)] == [True] * 3

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import aiohttp
 import pytest
@@ -29,6 +30,7 @@ from isthmus.local.proxy import Proxy
 from isthmus.local.replica import Deployment, Replica, State
 from isthmus.local.stack import FunctionSpec
 from isthmus.local.supervisor import Supervisor
+from isthmus.local.watchdog import Watchdog
 from patience import LONG_S, eventually
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -96,7 +98,13 @@ def exactly(connection: socket.socket, count: int) -> bytes:
 class Gateway(InThread[Door]):
     """A proxy in front of one function, f."""
 
-    def __init__(self, function: Function, *, timeout_s: float = LONG_S) -> None:
+    def __init__(
+        self,
+        function: Function,
+        *,
+        timeout_s: float = LONG_S,
+        watchdog: Watchdog = Watchdog(0),  # noqa: B008
+    ) -> None:
         self.function = function
         self.url_port = 0
 
@@ -105,7 +113,8 @@ class Gateway(InThread[Door]):
             async with aiohttp.ClientSession() as session:
                 supervisor = Supervisor("f", session, ignore, drain_s=0.0)
                 spec = FunctionSpec("f", "python3-isthmus", ".", "f:latest")
-                replica = Replica(Deployment(spec, Path(), MappingProxyType({})), supervisor.logbook, session)
+                deployment = Deployment(spec, Path(), MappingProxyType({}), watchdog=watchdog)
+                replica = Replica(deployment, supervisor.logbook, session)
                 replica.url, replica.state = f"http://127.0.0.1:{function.port}", State.READY
                 supervisor._replicas.append(replica)
                 self.supervisor, self.replica = supervisor, replica
@@ -130,9 +139,9 @@ class Gateway(InThread[Door]):
 
 
 @contextlib.contextmanager
-def proxied(answer: Callable[[socket.socket, bytes], None], *, timeout_s: float = LONG_S) -> Iterator[Gateway]:
+def proxied(answer: Callable[[socket.socket, bytes], None], **options: Any) -> Iterator[Gateway]:
     function = Function(answer)
-    with Gateway(function, timeout_s=timeout_s) as gateway:
+    with Gateway(function, **options) as gateway:
         yield gateway
     function.close()
 
@@ -398,6 +407,56 @@ def test_a_call_over_its_time_is_502() -> None:
         head, body = parted(ask(gateway, request()))
         assert (head[0], body) == (b"HTTP/1.1 502 Bad Gateway", b"")
         eventually(lambda: gateway.replica.in_flight == 0)
+
+
+@pytest.mark.parametrize(
+    ("watchdog", "headers"),
+    [(Watchdog(), [b"X-Timeout: 100ms"]), (Watchdog(0.1), []), (Watchdog(0.1), [b"X-Timeout: 1h"])],
+)
+def test_a_call_over_its_x_timeout_or_exec_timeout_is_the_watchdogs_empty_504(
+    watchdog: Watchdog, headers: list[bytes]
+) -> None:
+    with proxied(lambda connection, _: None, watchdog=watchdog) as gateway:
+        head, body = parted(ask(gateway, request(b"", *headers)))
+        assert (head[0], body) == (b"HTTP/1.1 504 Gateway Timeout", b"")
+        assert b"X-OpenFaaS-Internal: of-watchdog" in head
+        assert any(line.startswith(b"X-Duration-Seconds: 0.") for line in head)
+        eventually(lambda: gateway.replica.in_flight == 0)
+
+
+def test_a_call_beside_max_inflight_others_is_the_watchdogs_429() -> None:
+    release = threading.Event()
+
+    def wait(connection: socket.socket, _: bytes) -> None:
+        release.wait(LONG_S)
+        connection.sendall(OK)
+
+    with proxied(wait, watchdog=Watchdog(0, max_inflight=1)) as gateway, gateway.connect() as first:
+        first.sendall(request())
+        eventually(lambda: gateway.replica.in_flight == 1)
+        for path in (b"/function/f", b"/function/f/_/ready"):
+            head, body = parted(ask(gateway, request(path=path)))
+            assert head[0] == b"HTTP/1.1 429 Too Many Requests"
+            assert b"X-OpenFaaS-Internal: faas-middleware" in head
+            assert any(line.startswith(b"Content-Type: text/plain") for line in head)
+            assert body == b"Concurrent request limit exceeded. Max concurrent requests: 1\n"
+        release.set()
+        assert head_of(first).startswith(b"HTTP/1.1 200")
+        eventually(lambda: gateway.replica.in_flight == 0)
+
+
+def test_the_watchdogs_limits_are_read_as_it_reads_them() -> None:
+    for env, limits in (
+        ({}, (30.0, 0)),
+        ({"exec_timeout": "1m30s", "max_inflight": "4"}, (90.0, 4)),
+        ({"exec_timeout": "5", "max_inflight": "-1"}, (5.0, 0)),
+        ({"exec_timeout": "soon", "max_inflight": "many"}, (30.0, 0)),
+        ({"exec_timeout": "0"}, (0.0, 0)),
+    ):
+        found = Watchdog.from_env(env)
+        assert (found.exec_timeout_s, found.max_inflight) == limits
+    given = [Watchdog(10.0).timeout_s(text) for text in ("", "1500ms", "1m", "soon", "5")]
+    assert given == [10.0, 1.5, 10.0, 10.0, 10.0]
 
 
 def test_a_call_over_its_time_in_mid_answer_breaks_off() -> None:

@@ -45,6 +45,9 @@ def test_values_are_read_by_their_type() -> None:
         ("deadline_s", "soon"),
         ("deadline_s", "nan"),
         ("deadline_s", "-1"),
+        ("exec_timeout", "soon"),
+        ("exec_timeout", "30 s"),
+        ("exec_timeout", "-1s"),
         ("max_concurrency", "0"),
         ("log_level", "loud"),
         ("registry", ""),
@@ -55,6 +58,17 @@ def test_a_bad_value_stops_the_start_and_names_the_variable(variable: str, value
         SegmentSettings.from_env({"registry": "/r"} | {variable: value})
     assert e.value.facts["variable"] == variable
     assert variable in e.value.message
+
+
+@pytest.mark.parametrize(
+    ("exec_timeout", "deadline_s", "longest_s"),
+    [("", "", 25.0), ("10s", "", 9.0), ("10", "", 9.0), ("1m", "60", 59.0), ("200ms", "", 0.15), ("0", "40", 40.0)],
+)
+def test_a_request_ends_a_margin_before_the_watchdogs_exec_timeout(
+    exec_timeout: str, deadline_s: str, longest_s: float
+) -> None:
+    env = {"registry": "/r", "exec_timeout": exec_timeout, "deadline_s": deadline_s}
+    assert SegmentSettings.from_env(env).longest_s == pytest.approx(longest_s)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Self
 
+from isthmus.context import working_time
 from isthmus.errors import SettingsError
-from isthmus.units import parse_size
+from isthmus.units import parse_duration, parse_size
 
 
 def setting(help: str, default: Any = MISSING) -> Any:
@@ -96,10 +97,20 @@ class SegmentSettings(RegistrySettings):
     max_concurrency: int = setting("requests admitted at a time; one more is answered 429 with Retry-After", 32)
     max_request_bytes: int = setting("longest request body", 64 * 2**20)
     deadline_s: float = setting(
-        "longest a request may take, in seconds; its X-Timeout shortens it. Keep it under exec_timeout", 25.0
+        "longest a request may take, in seconds; its X-Timeout and exec_timeout shorten it, each less a margin", 25.0
+    )
+    exec_timeout: float = setting(
+        "of-watchdog's own limit of a call: seconds, or a duration such as 1m30s; 0 is none. A request ends a margin"
+        " before it, a tenth of it and at most 1 s, so that its caller gets an error and not the watchdog's empty 504",
+        30.0,
     )
     max_image_pixels: int = setting("largest image, in pixels, that is decoded", 64_000_000)
     log_level: str = setting("debug, info, warning or error", "info")
+
+    @property
+    def longest_s(self) -> float:
+        """Seconds that a request may take at most, before its own X-Timeout is asked."""
+        return min(self.deadline_s, working_time(self.exec_timeout)) if self.exec_timeout else self.deadline_s
 
     def check(self) -> None:
         super().check()
@@ -161,7 +172,7 @@ def _parse(name: str, text: str, kind: Any) -> Any:
         if kind is int:
             return parse_size(text) if name.endswith("_bytes") else int(text)
         if kind is float:
-            value = float(text)
+            value = parse_duration(text) if name.endswith("_timeout") and not text.isdecimal() else float(text)
             if value != value or value in (float("inf"), float("-inf")):
                 raise ValueError("not finite")
             return value
@@ -172,4 +183,6 @@ def _parse(name: str, text: str, kind: Any) -> Any:
         wanted = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "a list")
         if name.endswith("_bytes"):
             wanted = "a size such as 500MB or 2GiB"
+        if name.endswith("_timeout"):
+            wanted = "seconds or a duration such as 1m30s"
         raise SettingsError(f"the setting {name} is {text!r}; it must be {wanted}", variable=name, value=text) from e

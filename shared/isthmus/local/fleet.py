@@ -18,7 +18,7 @@ from isthmus.local.replica import Deployment
 from isthmus.local.secrets import SecretFolder
 from isthmus.local.stack import FunctionSpec, StackFile
 from isthmus.local.supervisor import MAX_REPLICAS, Supervisor
-from isthmus.local.watchdog import VARIABLES
+from isthmus.local.watchdog import VARIABLES, Watchdog
 from isthmus.settings import RouterSettings
 
 NAMESPACE = "openfaas-fn"
@@ -207,7 +207,8 @@ class Fleet:
         # A folder of its own for each deployment: the replicas that still drain read theirs.
         self._deployed += 1
         folder = stage(self._stack, spec, self._places.build / str(self._deployed))
-        deployment = Deployment(spec, folder, self._environment(spec), _ready_path(spec))
+        environment = self._environment(spec)
+        deployment = Deployment(spec, folder, environment, _ready_path(spec), Watchdog.from_env(environment))
         supervisor = self._running.get(spec.name)
         if supervisor is None:
             supervisor = Supervisor(spec.name, self._session, self._on_event, drain_s=self._drain_s)

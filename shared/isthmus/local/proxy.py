@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from urllib.parse import urlsplit
 
@@ -18,12 +18,13 @@ from isthmus.local.metrics import Metrics
 from isthmus.local.pipes import Pipes
 from isthmus.local.replica import Replica
 from isthmus.local.supervisor import Supervisor
+from isthmus.local.watchdog import INTERNAL, REFUSED, TIMED_OUT
 from isthmus.local.wire import Address, Pool, Wire, nothing
 
 MAX_BODY_BYTES = 512 << 20
 UPSTREAM_TIMEOUT_S = 60.0
 
-_PROXY = (b"X-OpenFaaS-Internal", b"proxy")
+_PROXY = (INTERNAL, b"proxy")
 
 
 class Proxy:
@@ -72,6 +73,7 @@ class _Call:
         self._request = request
         self._supervisor = supervisor
         self._started = time.perf_counter()
+        self._timed_out: tuple[int, Sequence[Header]] = (502, ())  # the gateway's own, upstream_timeout
         call_id = request.find(b"x-call-id") or str(uuid.uuid4()).encode()
         self._ours = [(b"X-Call-Id", call_id), (b"X-Start-Time", b"%d" % time.time_ns())]
 
@@ -89,6 +91,13 @@ class _Call:
             self._pass_on(replica, replica.deployment.ready_path if rest == "/_/ready" else rest, first)
 
     def _pass_on(self, replica: Replica, target: str, first: memoryview) -> None:
+        watchdog = replica.deployment.watchdog
+        if watchdog.refuses(replica.in_flight):
+            self._answer(429, watchdog.refusal, REFUSED)
+            return
+        timeout_s = self._proxy.timeout_s
+        if 0 < (limit_s := watchdog.timeout_s(self._request.find(b"x-timeout").decode("latin-1"))) < timeout_s:
+            timeout_s, self._timed_out = limit_s, (504, (TIMED_OUT,))
         host, address = _address(replica.url)
         try:
             upstream = self._proxy.pool.take(address)
@@ -109,7 +118,7 @@ class _Call:
             scratch=self._proxy.scratch,
             pipes=self._proxy.pipes,
             most=self._proxy.max_body_bytes,
-            timeout_s=self._proxy.timeout_s,
+            timeout_s=timeout_s,
             done=done,
         )
         self._caller.stop = exchange.stop
@@ -137,7 +146,9 @@ class _Call:
     def _failed(self, how: End) -> None:
         """Answer for a function that did not."""
         if how is End.TIMED_OUT:
-            self._answer(502, "")
+            status, headers = self._timed_out
+            took = b"%.6f" % (time.perf_counter() - self._started)
+            self._answer(status, "", *headers, (b"X-Duration-Seconds", took))
         elif how is End.TOO_LONG:
             self._answer(413, f"the body has more than the {self._proxy.max_body_bytes} bytes that the gateway takes")
         else:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
@@ -22,6 +22,7 @@ import aiohttp
 from isthmus.local import leash
 from isthmus.local.logbook import Logbook, read_lines
 from isthmus.local.stack import FunctionSpec
+from isthmus.local.watchdog import Watchdog
 
 _PASSED_ON = ("PATH", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "SSL_CERT_FILE")
 OF_THE_IMAGE = {
@@ -55,6 +56,7 @@ class Deployment:
     folder: Path
     environment: Mapping[str, str]
     ready_path: str = "/ready"
+    watchdog: Watchdog = field(default_factory=Watchdog)
 
 
 class Replica:

@@ -105,7 +105,7 @@ class FunctionApp:
         context: Context | None = None
         error = ""
         try:
-            context = Context.from_headers(headers, longest_s=self._settings.deadline_s)
+            context = Context.from_headers(headers, longest_s=self._settings.longest_s)
             query = Request(environ).args if environ.get("QUERY_STRING") else _NO_QUERY
             body = self._body(environ)
             later.append(partial(self.metrics.received.inc, len(body)))

@@ -73,9 +73,9 @@ def test_a_photo_as_it_came_is_answered_as_its_tensor(client: FlaskClient, photo
         (as_photo(photo()[:60]), 400, "ImageMalformed"),
         (as_photo(b"%PDF-1.4 " * 9), 415, "MediaUnsupported"),
         (as_photo(b""), 400, "ImageMalformed"),
-        (as_photo(photo(), (1, 3, 9, 9)), 400, "FrameMalformed"),
-        ({"y": as_photo(photo())["x"]}, 400, "FrameMalformed"),
-        ({"x": Packed("photo/1", "float16", (1, 3, 8, 8), photo())}, 400, "FrameMalformed"),
+        (as_photo(photo(), (1, 3, 9, 9)), 400, "ShapeMismatch"),
+        ({"y": as_photo(photo())["x"]}, 400, "ShapeMismatch"),
+        ({"x": Packed("photo/1", "float16", (1, 3, 8, 8), photo())}, 400, "ShapeMismatch"),
     ],
 )
 def test_a_bad_photo_is_the_callers_fault(

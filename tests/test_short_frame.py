@@ -15,7 +15,7 @@ from isthmus import short_frame
 from isthmus.calibration.learn import learn
 from isthmus.codecs import Packed, Packing, pack
 from isthmus.codecs.kept_tensors import KEY_BYTES
-from isthmus.codecs.layers import Basis, follow, layered, trail_of
+from isthmus.codecs.layers import LAYERS, Basis, follow, layered, trail_of
 from isthmus.codecs.table import Table
 from isthmus.errors import FrameError, FrameMalformed, FrameTooLarge, NotKept
 from isthmus.frame import Frame
@@ -183,6 +183,7 @@ def test_the_bound_holds_for_what_a_short_frame_unpacks_to(table: Table, arrays:
     function = Function(table)
     function.read(first)
     size = sum(array.nbytes for array in arrays.values())
+    size += max(LAYERS.working_bytes(array.dtype, array.shape) for array in arrays.values())
     assert function.read(frames.encode(more), max_bytes=size).tensors
     with pytest.raises(FrameTooLarge) as e:
         function.read(frames.encode(more), max_bytes=size - 1)

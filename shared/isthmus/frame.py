@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from json.encoder import encode_basestring as _quoted
@@ -17,11 +17,13 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 from isthmus import short_frame
-from isthmus.codecs import KNOWN, LAYERS_ID, Array, Packed, Tables, find
+from isthmus.codecs import KNOWN, LAYERS_ID, Array, Packed, Tables, TensorType, find
+from isthmus.codecs import RAW as RAW_ID
 from isthmus.codecs.kept_tensors import Keeper
 from isthmus.codecs.raw import RAW
 from isthmus.dtypes import DTYPES as DTYPES
 from isthmus.errors import FrameMalformed, FrameTooLarge
+from isthmus.json_bounds import parsed_bytes
 
 CONTENT_TYPE = "application/vnd.isthmus.frame"
 MAGIC = b"ISTHMUS\x01"
@@ -95,6 +97,23 @@ class Frame(NamedTuple):
     """In a decoded frame, the codec of each tensor that did not come raw."""
 
 
+class Outline(NamedTuple):
+    """What a frame declares, before any payload is decoded.
+
+    Units: `decoding_bytes` is what decoding allocates at most: the tensors that did not come raw, and the working
+    memory of the most demanding one.
+    """
+
+    bundle: str
+    segment: str
+    tensors: Mapping[str, TensorType]
+    decoding_bytes: int
+
+
+Accept: TypeAlias = Callable[[Outline], None]
+"""Whether a frame is wanted: it raises where the frame is not, and then no payload is decoded and no table is read."""
+
+
 def encode(frame: Frame) -> bytes:
     """A frame's bytes, each payload copied once.
 
@@ -141,12 +160,14 @@ def decode(
     max_bytes: int,
     tables: Tables | None = None,
     keeper: Keeper | None = None,
+    accept: Accept | None = None,
 ) -> Frame:
     """Read one frame; every byte must be accounted for.
 
     Shapes: arrays keep the sender's, e.g. hidden (batch, tokens, width). Those that came raw are views of `data`.
-    Units: max_bytes bounds the whole frame, and again what its tensors unpack to. `tables` is asked once for each
-    tensor whose codec was calibrated; what it raises passes as it is. `keeper` has what short frames refine.
+    Units: max_bytes bounds the whole frame, and again what its tensors unpack to, with the working memory that decoding
+    takes. `accept` is asked before any payload is decoded, `tables` then once for each tensor whose codec was
+    calibrated; what they raise passes as it is. `keeper` has what short frames refine.
 
     Raises:
         NotKept: a tensor refines what is not kept.
@@ -159,9 +180,7 @@ def decode(
     if len(view) < _PREAMBLE or view[:7] != MAGIC[:7]:
         _malformed("magic", "the bytes do not start as a frame does")
     if view[7] == short_frame.MAGIC[7]:
-        short = short_frame.decode(view, max_bytes, tables, keeper)
-        codecs = dict.fromkeys(short.tensors, LAYERS_ID)
-        return Frame(short.tensors, short.bundle, short.segment, short.request, codecs=codecs)
+        return _decode_short(view, max_bytes, tables, keeper, accept)
     if view[7] != MAGIC[7]:
         _malformed("version", f"frame version {view[7]}; this reader knows version {MAGIC[7]}")
     header_bytes = int.from_bytes(view[8:_PREAMBLE], "little")
@@ -173,9 +192,16 @@ def decode(
     if start % ALIGNMENT:
         _malformed("alignment", f"the body starts at byte {start}, not at a multiple of {ALIGNMENT}")
     header, request = _split_request(bytes(view[_PREAMBLE:start]))
-    layout = _seen(header, max_bytes) if len(header) <= _SEEN_BYTES else _layout(header, max_bytes)
+    layout = _seen(header, max_bytes) if len(header) <= _SEEN_BYTES else _long_layout(header, max_bytes)
+    payloads = _payloads(layout, view[start:])
+    tensors = dict(_decoded(layout, payloads, None, raw=True))
+    if accept is not None:
+        accept(Outline(layout.bundle, layout.segment, layout.types, layout.decoding_bytes))
+    if layout.packs:
+        tensors |= _decoded(layout, payloads, tables, raw=False)
+        tensors = {name: tensors[name] for name in layout.types}
     return Frame(
-        _unpack(layout, view[start:], tables),
+        tensors,
         layout.bundle,
         layout.segment,
         layout.request if request is None else request,
@@ -240,6 +266,8 @@ class _Layout:
     request: str
     entries: tuple[_Entry, ...]
     packs: bool
+    types: Mapping[str, TensorType]
+    decoding_bytes: int
 
 
 def _split_request(header: bytes) -> tuple[bytes, str | None]:
@@ -254,11 +282,34 @@ def _split_request(header: bytes) -> tuple[bytes, str | None]:
     return header, None
 
 
+def _decode_short(
+    view: memoryview, max_bytes: int, tables: Tables | None, keeper: Keeper | None, accept: Accept | None
+) -> Frame:
+    if tables is None or keeper is None:
+        _malformed("table", "a short frame refines what a function keeps, and nothing is kept here")
+    short = short_frame.read(view, keeper)
+    if (needed := short.decoding_bytes) > max_bytes:
+        _too_large("unpacked", f"the tensors take more than {max_bytes} bytes to decode", limit=max_bytes)
+    if accept is not None:
+        types = {name: TensorType(held.of.dtype, held.of.shape) for name, (_, held) in short.parts.items()}
+        accept(Outline(short.bundle, short.segment, types, needed))
+    tensors = short_frame.decode(short, tables)
+    codecs = dict.fromkeys(tensors, LAYERS_ID)
+    return Frame(tensors, short.bundle, short.segment, short.request, codecs=codecs)
+
+
+def _long_layout(header: bytes, max_bytes: int) -> _Layout:
+    """`_layout` of a header that is worth looking at before it is parsed."""
+    if parsed_bytes(header) > max_bytes:
+        _too_large("header", f"a header that takes more than {max_bytes} bytes to parse", limit=max_bytes)
+    return _layout(header, max_bytes)
+
+
 def _layout(header: bytes, max_bytes: int) -> _Layout:
     doc = _document(header)
     entries: list[_Entry] = []
     names: set[str] = set()
-    end = unpacked = 0
+    end = unpacked = packed = working = 0
     for entry in doc["tensors"]:
         if type(entry) is not dict or entry.keys() != set(_TENSOR_KEYS):
             _malformed("tensor", f"a tensor has exactly the keys {', '.join(sorted(_TENSOR_KEYS))}")
@@ -284,8 +335,11 @@ def _layout(header: bytes, max_bytes: int) -> _Layout:
             if size > max_bytes:
                 _too_large("unpacked", f"{name!r} unpacks to more than {max_bytes} bytes", limit=max_bytes)
         unpacked += size
-        if unpacked > max_bytes:
-            _too_large("unpacked", f"the tensors unpack to more than {max_bytes} bytes", limit=max_bytes)
+        if codec != "raw":
+            packed += size
+            working = max(working, find(codec).working_bytes(dtype, tuple(shape)))
+        if unpacked + working > max_bytes:
+            _too_large("unpacked", f"the tensors take more than {max_bytes} bytes to decode", limit=max_bytes)
         offset, length = entry["offset"], entry["length"]
         if type(offset) is not int or type(length) is not int or length < 0:
             _malformed("offset", f"offset and length of {name!r} are not whole numbers")
@@ -294,7 +348,10 @@ def _layout(header: bytes, max_bytes: int) -> _Layout:
         end = offset + length
         entries.append((name, entry["dtype"], tuple(shape), codec, offset, length))
     packs = any(codec != "raw" for _, _, _, codec, _, _ in entries)
-    return _Layout(doc["bundle"], doc["segment"], doc["request"], tuple(entries), packs)
+    types = {name: TensorType(dtype, shape) for name, dtype, shape, _, _, _ in entries}
+    return _Layout(
+        doc["bundle"], doc["segment"], doc["request"], tuple(entries), packs, MappingProxyType(types), packed + working
+    )
 
 
 _seen = lru_cache(maxsize=64)(_layout)
@@ -316,23 +373,34 @@ def _document(header: bytes) -> dict[str, Any]:
     return doc
 
 
-def _unpack(layout: _Layout, body: memoryview, tables: Tables | None) -> dict[str, Array]:
-    tensors: dict[str, Array] = {}
+def _payloads(layout: _Layout, body: memoryview) -> list[memoryview]:
+    """Each tensor's payload, a view; every byte of the body is one of theirs, or padding."""
+    payloads: list[memoryview] = []
     end = 0
-    for name, dtype, shape, codec, offset, length in layout.entries:
+    for name, _, _, _, offset, length in layout.entries:
         if offset + length > len(body):
             _malformed("truncated", f"{name!r} ends at byte {offset + length} of the body; it has {len(body)}")
         if offset != end and body[end:offset] != bytes(offset - end):
             _malformed("padding", f"the bytes before {name!r} are not zero")
         end = offset + length
-        table = None if codec == "raw" else _table(name, codec, layout.bundle, tables)
-        try:
-            tensors[name] = find(codec).decode(body[offset:end], DTYPES[dtype], shape, table)
-        except ValueError as e:
-            raise FrameMalformed(f"{name!r} cannot be unpacked: {e}", rule="payload", tensor=name) from e
+        payloads.append(body[offset:end])
     if end != len(body):
         _malformed("trailing", f"{len(body) - end} bytes follow the last tensor")
-    return tensors
+    return payloads
+
+
+def _decoded(
+    layout: _Layout, payloads: list[memoryview], tables: Tables | None, *, raw: bool
+) -> Iterator[tuple[str, Array]]:
+    """The tensors that came raw, which are views, or all others."""
+    for (name, dtype, shape, codec, _, _), payload in zip(layout.entries, payloads, strict=True):
+        if (codec == RAW_ID) is not raw:
+            continue
+        table = None if raw else _table(name, codec, layout.bundle, tables)
+        try:
+            yield name, find(codec).decode(payload, DTYPES[dtype], shape, table)
+        except ValueError as e:
+            raise FrameMalformed(f"{name!r} cannot be unpacked: {e}", rule="payload", tensor=name) from e
 
 
 def _table(name: str, codec: str, bundle: str, tables: Tables | None) -> object:

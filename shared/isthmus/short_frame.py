@@ -13,7 +13,7 @@ from typing import NamedTuple, NoReturn
 from isthmus.codecs import LAYERS_ID, Array, Packed, Tables, find
 from isthmus.codecs.kept_tensors import KEY_BYTES, REFINEMENT, Held, Keeper
 from isthmus.dtypes import DTYPES
-from isthmus.errors import FrameMalformed, FrameTooLarge, NotKept
+from isthmus.errors import FrameMalformed, NotKept
 
 MAGIC = b"ISTHMUS\x02"
 _MOST = 255
@@ -22,12 +22,19 @@ _LENGTH = struct.Struct("<I")
 
 
 class Short(NamedTuple):
-    """What a short frame says."""
+    """What a short frame says: by tensor, the payload and the kept tensor that it refines."""
 
     bundle: str
     segment: str
     request: str
-    tensors: dict[str, Array]
+    parts: dict[str, tuple[memoryview, Held]]
+
+    @property
+    def decoding_bytes(self) -> int:
+        """What decoding allocates at most: all tensors, and the working memory of the most demanding one."""
+        each = [(DTYPES[held.of.dtype], held.of.shape) for _, held in self.parts.values()]
+        working = max(find(LAYERS_ID).working_bytes(dtype, shape) for dtype, shape in each)
+        return working + sum(math.prod(shape) * dtype.itemsize for dtype, shape in each)
 
 
 def fits(segment: str, request: str, packed: Mapping[str, Packed]) -> bool:
@@ -48,43 +55,45 @@ def encode(segment: str, request: str, packed: Mapping[str, Packed]) -> list[byt
     return parts
 
 
-def decode(view: memoryview, max_bytes: int, tables: Tables | None, keeper: Keeper | None) -> Short:
-    """Read one; `view` starts with MAGIC.
+def read(view: memoryview, keeper: Keeper) -> Short:
+    """Read one, but for its payloads; `view` starts with MAGIC.
 
     Raises:
         NotKept: a payload refines what is not kept.
-        FrameTooLarge: the tensors unpack to more than `max_bytes`.
         FrameMalformed: a rule of docs/frame.md is broken.
     """
     segment, request, payloads = _parts(view)
-    if keeper is None or tables is None:
-        _malformed("a short frame refines what a function keeps, and nothing is kept here", rule="table")
-    held: dict[str, Held] = {}
+    parts: dict[str, tuple[memoryview, Held]] = {}
     for payload in payloads:
         if payload[:1] != REFINEMENT or len(payload) <= KEY_BYTES:
             _malformed("a payload of a short frame is no refinement")
         found = keeper.find(bytes(payload[1 : 1 + KEY_BYTES]))
         if found is None:
             raise NotKept("a short frame refines what this function does not keep, or no longer; send it whole")
-        if found.of.tensor in held:
+        if found.of.tensor in parts:
             _malformed(f"a short frame refines {found.of.tensor!r} twice")
-        held[found.of.tensor] = found
-    bundles = {each.of.bundle for each in held.values()}
+        parts[found.of.tensor] = payload, found
+    bundles = {held.of.bundle for _, held in parts.values()}
     if len(bundles) != 1:
         _malformed(f"a short frame refines tensors of {len(bundles)} bundles")
-    size = sum(math.prod(each.of.shape) * DTYPES[each.of.dtype].itemsize for each in held.values())
-    if size > max_bytes:
-        message = f"the tensors unpack to more than {max_bytes} bytes"
-        raise FrameTooLarge(message, rule="unpacked", limit=max_bytes)
-    (bundle,) = bundles
+    return Short(bundles.pop(), segment, request, parts)
+
+
+def decode(short: Short, tables: Tables) -> dict[str, Array]:
+    """The refined tensors.
+
+    Raises:
+        NotKept: a payload refines what is no longer kept.
+        FrameMalformed: a payload is none of its tensor's.
+    """
     tensors: dict[str, Array] = {}
-    for payload, (name, each) in zip(payloads, held.items(), strict=True):
-        table = tables(bundle, name, LAYERS_ID)
+    for name, (payload, held) in short.parts.items():
+        table = tables(short.bundle, name, LAYERS_ID)
         try:
-            tensors[name] = find(LAYERS_ID).decode(payload, DTYPES[each.of.dtype], each.of.shape, table)
+            tensors[name] = find(LAYERS_ID).decode(payload, DTYPES[held.of.dtype], held.of.shape, table)
         except ValueError as e:
             raise FrameMalformed(f"{name!r} cannot be unpacked: {e}", rule="payload", tensor=name) from e
-    return Short(bundle, segment, request, tensors)
+    return tensors
 
 
 def _parts(view: memoryview) -> tuple[str, str, list[memoryview]]:

@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
@@ -44,6 +44,13 @@ class Packed:
         return len(self.payload)
 
 
+class TensorType(NamedTuple):
+    """A tensor's dtype, by numpy's name, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Packing:
     """How one tensor is to be packed.
@@ -69,6 +76,13 @@ class Codec(Protocol):
 
         Raises:
             NotPackable: the codec cannot keep it: a dtype that it does not take, NaN, values out of range.
+        """
+        ...
+
+    def working_bytes(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
+        """Upper bound on what `decode` allocates besides the array and the payload, in bytes.
+
+        Readers count it in their bound before they decode; a dtype that the codec refuses counts as any other.
         """
         ...
 
@@ -115,16 +129,25 @@ def find(codec: str) -> Codec:
     return found
 
 
+MAX_DECODING_BYTES = 64 * 2**20
+"""What decoding one tensor may take, the array included: the default of the setting max_request_bytes. A tensor that
+would take more travels raw, since a reader would refuse it."""
+
+
 def pack(array: Array, packing: Packing) -> Packed | Array:
-    """`array` packed, or as it is where the codec would not keep it, or would not make it smaller.
+    """`array` packed, or as it is where the codec would not keep it, would not make it smaller, or where decoding takes
+    more memory than readers allow.
 
     Raises:
         KeyError: no such codec.
     """
     if packing.codec == RAW:
         return array
+    codec = find(packing.codec)
+    if array.nbytes + codec.working_bytes(array.dtype, array.shape) > MAX_DECODING_BYTES:
+        return array
     try:
-        payload = find(packing.codec).encode(array, packing)
+        payload = codec.encode(array, packing)
     except NotPackable:
         return array
     if len(payload) >= array.nbytes:

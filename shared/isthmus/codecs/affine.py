@@ -25,6 +25,9 @@ _ROUND = np.float32(1.5 * 2**23)
 _SCALE = struct.Struct("<fi")
 _SCALES = np.dtype([("step", "<f4"), ("offset", "<i4")])
 _LENGTH = struct.Struct("<I")
+_FLOAT32_BYTES = 4
+_CHANNEL_BYTES = 6 * _SCALES.itemsize
+"""What a channel's step and offset take on their way: the section's bytes three times, turned, and as numbers."""
 
 
 class Int8:
@@ -53,6 +56,10 @@ class Int8:
         coded += _ROUND - np.float32(offset)
         codes = coded.view("<u4").astype(np.uint8)
         return b"".join([_SCALE.pack(step, offset), shrink(codes.data, "numbers")])
+
+    def working_bytes(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
+        """See `Codec`: codes, and values in float32 where the tensor has another dtype."""
+        return count_of(shape) * (1 + _FLOAT32_BYTES * (dtype.itemsize != _FLOAT32_BYTES))
 
     def decode(self, payload: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], table: object = None) -> Array:
         """The values: a float32 sum, exact, and a float32 product, rounded once; the same on every machine.
@@ -97,6 +104,13 @@ class Int4:
         turned = np.ascontiguousarray(scales.view(np.uint8).reshape(-1, scales.itemsize).T)
         head = shrink(bytes_of(turned), "structure")
         return b"".join([_LENGTH.pack(len(head)), head, shrink(codes.data, "numbers")])
+
+    def working_bytes(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
+        """See `Codec`: pairs, codes, values in float32 where the tensor has another dtype, and the channels' scales."""
+        return (
+            count_of(shape) * (2 + _FLOAT32_BYTES * (dtype.itemsize != _FLOAT32_BYTES))
+            + _parted(shape)[1] * _CHANNEL_BYTES
+        )
 
     def decode(self, payload: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], table: object = None) -> Array:
         """The values, as `Int8.decode` computes them.

@@ -17,6 +17,9 @@ _LEAST = np.full(2**17, 113 << 23, np.uint32)
 long. So many values are converted at once; more would leave the cache."""
 _INFINITE = 0x477FF000
 """The bits of 65,520, the least float32 that float16 rounds to infinity."""
+_PIECE = 2**16
+"""Values that are looked up at once."""
+_INDEX_BYTES = np.dtype(np.intp).itemsize
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,10 @@ class Half:
             raise NotPackable(f"a finite value is too large for {self.dtype.name}")
         return bytes_of(short)
 
+    def working_bytes(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
+        """See `Codec`: indices of one piece, and its values before they become float64."""
+        return min(count_of(shape), _PIECE) * (_INDEX_BYTES + 4)
+
     def decode(self, payload: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], table: object = None) -> Array:
         """The values, exactly as they were rounded.
 
@@ -63,7 +70,11 @@ class Half:
             raise ValueError(f"{len(payload)} bytes for {count_of(shape)} values of two")
         if self.dtype == np.float16:
             bits = np.ndarray(count_of(shape), "<u2", buffer=payload)
-            return _float16s().take(bits, mode="clip").astype(dtype, copy=False).reshape(shape)
+            values = np.empty(bits.size, dtype)
+            # In pieces: numpy turns all indices that it is given into eight bytes each.
+            for at in range(0, bits.size, _PIECE):
+                values[at : at + _PIECE] = _float16s().take(bits[at : at + _PIECE], mode="clip")
+            return values.reshape(shape)
         with np.errstate(all="ignore"):
             return np.ndarray(shape, self.dtype, buffer=payload).astype(dtype)
 

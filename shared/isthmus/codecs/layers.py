@@ -17,13 +17,18 @@ import numpy as np
 
 from isthmus.codecs import LAYERS_ID, TRANSFORM_ID, NotPackable, Packed, Packing
 from isthmus.codecs.kept_tensors import KEY_BYTES, REFINEMENT, Held, Keeper, Of
+from isthmus.codecs.payload import count_of
 from isthmus.codecs.refining import Known, known_at, known_of, read, refine, tensor_of
 from isthmus.codecs.steps import THIRD, step_of
 from isthmus.codecs.table import Table
-from isthmus.codecs.transform import DTYPES, coded
+from isthmus.codecs.transform import DTYPES, TRANSFORM, coded
 from isthmus.errors import NotKept
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+
+_KNOWN_BYTES = 2 * 4
+"""For each value: int32 at most, of which there are two, the coarse ones and the refined."""
 
 
 class First(bytes):
@@ -71,6 +76,10 @@ class Layers:
         if not isinstance(packing.table, Table) or not array.size:
             raise NotPackable("only tensors in planes are refined, and none that is empty")
         return First(*coded(array, packing.table, packing.quality))
+
+    def working_bytes(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
+        """See `Codec`: what `transform/3` takes, and the whole numbers that are known before and after."""
+        return TRANSFORM.working_bytes(dtype, shape) + count_of(shape) * _KNOWN_BYTES
 
     def decode(self, payload: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], table: object) -> Array:
         """The tensor, as far as it was sent.

@@ -47,6 +47,10 @@ class Lossless:
             return _of_few(bits) or _joined(list(_of_floats(bits))[::-1])
         return _of_integers(bits, int(little.min()), array.dtype.kind == "i")
 
+    def working_bytes(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
+        """See `Codec`: two bytes of each value, while they are restored."""
+        return 4 * count_of(shape)
+
     def decode(self, payload: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], table: object = None) -> Array:
         """The array, in memory of its own.
 
@@ -62,17 +66,11 @@ class Lossless:
         if _is_float(dtype):
             if (few := _few(payload, count, np.dtype(f"<u{size}"))) is not None:
                 return few.view(dtype).reshape(shape)
-            *words, low, high = _sections(payload, [2 * count] * (size // 2 - 1) + [count] * 2)
-            top = np.frombuffer(high, np.uint8).astype("<u2")
-            top <<= np.uint16(8)
-            top |= np.frombuffer(low, np.uint8)
-            sign = top << np.uint16(15)
-            top >>= np.uint16(1)
-            top |= sign
-            bits = top.astype(f"<u{size}", copy=False)
+            *words, low, high = _sections(payload, size // 2 + 1)
+            bits = _top(high, low, count).astype(f"<u{size}", copy=False)
             for word in reversed(words):
                 bits <<= bits.dtype.type(16)
-                bits |= np.frombuffer(word, "<u2")
+                bits |= np.frombuffer(restore(word, 2 * count), "<u2")
             return bits.view(dtype).reshape(shape)
         array = np.empty(shape, dtype)
         least, width, rest = _head(payload, dtype)
@@ -82,8 +80,8 @@ class Lossless:
         else:
             values[:] = 0
             planes = values.view(np.uint8).reshape(-1, size)
-            for i, plane in enumerate(_sections(rest, [count] * width)):
-                planes[:, i] = np.frombuffer(plane, np.uint8)
+            for i, plane in enumerate(_sections(rest, width)):
+                planes[:, i] = np.frombuffer(restore(plane, count), np.uint8)
         values += values.dtype.type(least % 256**size)
         return array
 
@@ -217,15 +215,25 @@ def _if_it_repeats(section: Array) -> tuple[bytes | memoryview, bool]:
     return shrink(section.data, "numbers"), True
 
 
-def _sections(payload: memoryview, sizes: list[int]) -> list[bytes | memoryview]:
-    """The sections of those sizes, all that there is."""
+def _sections(payload: memoryview, count: int) -> list[memoryview]:
+    """So many sections, all that there is, not yet restored."""
     reader = Reader(payload)
-    if not sizes:
+    if not count:
         reader.end()
         return []
-    lengths = [reader.fields(_LENGTH)[0] for _ in sizes[1:]]
-    parts = [*map(reader.take, lengths), reader.rest()]
-    return [restore(part, size) for part, size in zip(parts, sizes, strict=True)]
+    lengths = [reader.fields(_LENGTH)[0] for _ in range(count - 1)]
+    return [*map(reader.take, lengths), reader.rest()]
+
+
+def _top(high: memoryview, low: memoryview, count: int) -> Array:
+    """The top 16 bits of floats, uint16 (count,), from the sections of their exponents and of what follows these."""
+    top = np.frombuffer(restore(high, count), np.uint8).astype("<u2")
+    top <<= np.uint16(8)
+    top |= np.frombuffer(restore(low, count), np.uint8)
+    sign = top << np.uint16(15)
+    top >>= np.uint16(1)
+    top |= sign
+    return top
 
 
 def _is_float(dtype: np.dtype[Any]) -> bool:

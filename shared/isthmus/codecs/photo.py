@@ -43,6 +43,10 @@ class Photo:
 
         raise NotPackable("a tensor is no photo")
 
+    def working_bytes(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
+        """Nothing that follows from the tensor: the recipe bounds what a picture may take."""
+        return 0
+
     def decode(
         self, payload: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], table: object
     ) -> np.ndarray[Any, np.dtype[Any]]:

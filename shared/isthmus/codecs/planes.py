@@ -96,10 +96,12 @@ def _sizes(layout: Layout, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
 @lru_cache(maxsize=16)
 def dct(n: int) -> Array:
     """The orthonormal DCT-II of length n, rows are frequencies; float32 (n, n)."""
-    k = np.arange(n)[:, None]
-    matrix = np.cos(np.pi * (np.arange(n) + 0.5) * k / n) * math.sqrt(2 / n)
-    matrix[0] /= math.sqrt(2)
-    return matrix.astype(np.float32)
+    matrix = np.empty((n, n), np.float32)
+    # Row by row: cosines in float64, and what they are of, would take six times as much memory.
+    for k in range(n):
+        row = np.cos(np.pi * (np.arange(n) + 0.5) * k / n) * math.sqrt(2 / n)
+        matrix[k] = row / math.sqrt(2) if k == 0 else row
+    return matrix
 
 
 @dataclass(frozen=True, eq=False)

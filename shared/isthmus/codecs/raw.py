@@ -30,6 +30,10 @@ class Raw:
         # Through uint8, since bfloat16 arrays have no buffer of their own.
         return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
+    def working_bytes(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
+        """Nothing: the array is a view of the payload."""
+        return 0
+
     def decode(
         self, payload: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], table: object = None
     ) -> np.ndarray[Any, np.dtype[Any]]:

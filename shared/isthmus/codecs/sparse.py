@@ -18,6 +18,10 @@ from isthmus.codecs.payload import LONGEST_SECTION, Reader, bytes_of, count_of, 
 _HEADER = struct.Struct("<BfII")
 """The form of the values, their step, how many there are, and the length of the section of bits."""
 _EXACT, _UNSIGNED, _SIGNED = range(3)
+_PIECE = 2**16
+"""Values that are put in their places at once."""
+_PLACE_BYTES = 8 + 8 + 8
+"""A place, and a code on its way to a value: as float32, and as the product, of up to four bytes, and as its dtype."""
 _CODES = {_UNSIGNED: np.dtype(np.uint8), _SIGNED: np.dtype(np.int8)}
 
 
@@ -55,6 +59,10 @@ class Sparse:
         bits = shrink(pack_bits(there), "structure")
         return b"".join([_HEADER.pack(form, step, kept.size, len(bits)), bits, values])
 
+    def working_bytes(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
+        """See `Codec`: a flag for each value, those that are not zero, and the places of one piece."""
+        return count_of(shape) * (1 + max(dtype.itemsize, 4)) + min(count_of(shape), _PIECE) * _PLACE_BYTES
+
     def decode(self, payload: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], table: object = None) -> Array:
         """The array; codes become values by one float32 product each, the same on every machine.
 
@@ -69,20 +77,30 @@ class Sparse:
             return np.empty(shape, dtype)
         form, step, kept, length = reader.fields(_HEADER)
         there = unpack_bits(restore(reader.take(length), -(-count // 8)), count)
-        places = np.flatnonzero(there)
-        if kept != places.size:
-            raise ValueError(f"{kept} values for {places.size} places")
+        if kept != (places := int(np.count_nonzero(there))):
+            raise ValueError(f"{kept} values for {places} places")
         if form == _EXACT and step == 0:
             values = LOSSLESS.decode(reader.rest(), dtype, (kept,))
         elif form in _CODES and lossy_float(dtype) and np.isfinite(step) and step > 0:
-            codes = np.frombuffer(restore(reader.rest(), kept), _CODES[form])
-            with np.errstate(over="ignore"):
-                values = (codes.astype(np.float32) * np.float32(step)).astype(dtype, copy=False)
+            values = np.frombuffer(restore(reader.rest(), kept), _CODES[form])
         else:
             raise ValueError(f"no values of form {form}, step {step} in {dtype.name}")
-        array = np.zeros(count, dtype)
-        array[places] = values
-        return array.reshape(shape)
+        return _placed(values, there, np.float32(step), dtype).reshape(shape)
+
+
+def _placed(values: Array, there: Array, step: np.float32, dtype: np.dtype[Any]) -> Array:
+    """Values of `dtype`, or codes that count steps, where `there` is true, among zeros; in pieces, since a place takes
+    eight bytes."""
+    array, at = np.zeros(there.size, dtype), 0
+    for start in range(0, there.size, _PIECE):
+        places = np.flatnonzero(there[start : start + _PIECE])
+        some = values[at : at + places.size]
+        at += places.size
+        if some.dtype != dtype:
+            with np.errstate(over="ignore"):
+                some = (some.astype(np.float32) * step).astype(dtype, copy=False)
+        array[start : start + _PIECE][places] = some
+    return array
 
 
 def _quantised(flat: Array, quality: float) -> tuple[Array, float]:

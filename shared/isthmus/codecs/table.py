@@ -288,7 +288,7 @@ class Table:
         # Among equals all channels of a place lie together: where one is far from zero, others are.
         shape = (batch, deviations.shape[1], self.channels)
         stored = np.broadcast_to(deviations.T, shape).reshape(-1)
-        lies = np.arange(stored.size).reshape(batch, self.channels, -1).transpose(0, 2, 1).reshape(-1)
+        lies = _positions(stored.size).reshape(batch, self.channels, -1).transpose(0, 2, 1).reshape(-1)
         mean = self.mean * np.float32(math.sqrt(height * width))
         return Grid(
             together,
@@ -323,6 +323,11 @@ def _taken(values: Array, where: Array, together: int, out: Array) -> Array:
     return out
 
 
+def _positions(count: int) -> Array:
+    """0 to `count` - 1 in half of the memory that indices take, where that holds them."""
+    return np.arange(count, dtype=np.int32 if count < 2**31 else np.intp)
+
+
 def _sorted(
     stored: Array, together: int = 1, lies: Array | None = None
 ) -> tuple[Array, Array, Array, Array, Array, Array]:
@@ -332,10 +337,10 @@ def _sorted(
     """
     order = np.argsort(stored, kind="stable")
     if lies is not None:
-        order = lies[order]
+        order = lies[order].astype(np.intp, copy=False)
     counts = np.bincount(stored, minlength=256) * together
     distinct = np.flatnonzero(counts)
     place = np.empty_like(order)
-    place[order] = np.arange(order.size)
+    place[order] = _positions(order.size)
     units = np.exp2((ZERO_DEVIATION - distinct.astype(np.float32)) / OCTAVE).astype(np.float32)
     return order, place, distinct, np.cumsum(counts[distinct]), counts[distinct], units

@@ -16,11 +16,19 @@ import numpy as np
 from isthmus.codecs import NotPackable, Packing, entropy
 from isthmus.codecs.classes import packed_classes, unpacked_classes
 from isthmus.codecs.entropy import LARGEST
+from isthmus.codecs.payload import count_of
+from isthmus.codecs.planes import MAX_AXIS
 from isthmus.codecs.rows import RowTable, applied
 from isthmus.codecs.steps import in_eighths, size_of, step_of
 from isthmus.codecs.table import EXPECTED_MAGNITUDE, GAINS, OCTAVE, ZERO_DEVIATION, Grid, Sorting, Table
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+VALUE_BYTES = 48
+"""What decoding takes for each value, rows or planes: 16 for the order and its inverse, which are cached, 9 while these
+are made; 12 for coefficients and maps in float32; the rest for what few values exceed their level's limit by."""
+_MATRIX_BYTES = 12
+"""What a plane transform's matrix takes for each number while it is made: itself, and its rows in another order."""
 
 DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32))
 """That are packed."""
@@ -44,6 +52,14 @@ class Transform:
         if isinstance(table, Table):
             return coded(array, table, packing.quality)[0]
         raise NotPackable("there is no table for this tensor")
+
+    def working_bytes(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
+        """See `Codec`: where each coefficient goes, coefficients on their way, and the matrices of the plane transform.
+
+        Which axes are planes is the table's to say: the longest that may be one counts.
+        """
+        longest = max((n for n in shape if n <= MAX_AXIS), default=0) if len(shape) > 1 else 0
+        return count_of(shape) * VALUE_BYTES + longest**2 * _MATRIX_BYTES
 
     def decode(self, payload: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], table: object) -> Array:
         """The tensor that was packed, within its step.

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from isthmus.bundle import ANY, Segment, TensorSpec
+from isthmus.codecs import TensorType
 from isthmus.errors import ShapeMismatch
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -43,27 +44,36 @@ def check_tensors(specs: tuple[TensorSpec, ...], arrays: Mapping[str, Array]) ->
     Raises:
         ShapeMismatch: names the tensor, what was expected and what came.
     """
+    check_types(specs, {name: TensorType(_name(array.dtype), array.shape) for name, array in arrays.items()})
+
+
+def check_types(specs: tuple[TensorSpec, ...], types: Mapping[str, TensorType]) -> None:
+    """`check_tensors` of tensors that are not there yet, by what is declared of them.
+
+    Raises:
+        ShapeMismatch: as `check_tensors`.
+    """
     expected = {s.name: s for s in specs}
-    if expected.keys() != arrays.keys():
-        absent, extra = sorted(expected.keys() - arrays.keys()), sorted(arrays.keys() - expected.keys())
+    if expected.keys() != types.keys():
+        absent, extra = sorted(expected.keys() - types.keys()), sorted(types.keys() - expected.keys())
         parts = [f"missing {', '.join(absent)}"] * bool(absent) + [f"unknown {', '.join(extra)}"] * bool(extra)
         raise ShapeMismatch(
             f"the tensors do not fit: {'; '.join(parts)}",
             tensor=(absent or extra)[0],
             expected=[describe(s.dtype, s.shape, s.name) for s in specs],
-            got=sorted(arrays),
+            got=sorted(types),
         )
     free: dict[str, int] = {}
     for name, spec in expected.items():
-        array = arrays[name]
-        fits = _name(array.dtype) == spec.dtype and array.ndim == len(spec.shape)
-        if fits and array.shape != spec.shape:
+        dtype, shape = types[name]
+        fits = dtype == spec.dtype and len(shape) == len(spec.shape)
+        if fits and shape != spec.shape:
             fits = all(
                 dim == ANY or size == (free.setdefault(dim, size) if isinstance(dim, str) else dim)
-                for dim, size in zip(spec.shape, array.shape, strict=True)
+                for dim, size in zip(spec.shape, shape, strict=True)
             )
         if not fits:
-            wanted, came = describe(spec.dtype, spec.shape), describe(array.dtype.name, array.shape)
+            wanted, came = describe(spec.dtype, spec.shape), describe(dtype, shape)
             bound = ", ".join(f"{dim} is {size}" for dim, size in free.items() if dim in spec.shape)
             raise ShapeMismatch(
                 f"{name} is {came}; expected {wanted}" + (f" where {bound}" if bound else ""),

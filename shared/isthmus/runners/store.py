@@ -111,6 +111,23 @@ class SegmentStore:
                 return loading.result()
             raise NotReady(f"segment {segment} is still loading", segment=segment, retry_after_s=1) from e
 
+    def segment(self, bundle: str, segment: str, deadline: Deadline) -> Segment:
+        """What a segment takes and gives; where it is not loaded, its manifest is read, within the deadline.
+
+        Raises:
+            NotReady: the manifest was still being read when the deadline passed.
+            Missing, RegistryError: there is no such bundle or segment, or its manifest cannot be had.
+        """
+        with self._lock:
+            if (found := self._loaded.get((bundle, segment))) is not None:
+                return found.runner.segment
+        reading = self._loader.submit(self._source.bundle, bundle)
+        try:
+            return reading.result(timeout=deadline.remaining()).segment(segment)
+        except FutureTimeout as e:
+            reading.cancel()
+            raise NotReady(f"segment {segment} is still loading", segment=segment, retry_after_s=1) from e
+
     def run(self, bundle: str, segment: str, arrays: Mapping[str, Array], deadline: Deadline) -> Ran:
         """Run a segment, loading it first if need be.
 

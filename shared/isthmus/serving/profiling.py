@@ -11,13 +11,13 @@ import time
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from isthmus import frame as frames
-from isthmus.bundle import is_digest
 from isthmus.codecs import Tables
 from isthmus.codecs.speed import speeds
 from isthmus.context import Deadline
@@ -26,6 +26,7 @@ from isthmus.frame import Frame
 from isthmus.runners.kernels import Observed
 from isthmus.runners.store import SegmentStore
 from isthmus.serving.app import FunctionApp
+from isthmus.serving.intake import accept
 from isthmus.serving.work import Reply, Work
 from isthmus.settings import SegmentSettings
 
@@ -70,9 +71,7 @@ class Profiling:
             doc["codecs"] = {name: asdict(s) for name, s in speeds(work.context.deadline.remaining() / 4).items()}
         if not work.body:
             return _json(doc)
-        decode_s, frame = _timed(lambda: self._decode(work.body))
-        if not is_digest(frame.bundle):
-            raise RequestMalformed(f"the frame names bundle {frame.bundle!r}; a bundle is a manifest's sha256 digest")
+        decode_s, frame = _timed(lambda: self._decode(work))
         deadline = work.context.deadline
         until = Deadline.after(deadline.remaining() * _OF_THE_TIME[memory])
         times, outputs, load_s = self._run(frame, warmup, runs, until, deadline)
@@ -139,8 +138,13 @@ class Profiling:
                 hint=f"send Authorization: Bearer and what the secret {SECRET} holds",
             )
 
-    def _decode(self, body: bytes | memoryview) -> Frame:
-        return frames.decode(body, max_bytes=self._settings.max_request_bytes, tables=self._tables)
+    def _decode(self, work: Work) -> Frame:
+        return frames.decode(
+            work.body,
+            max_bytes=self._settings.max_request_bytes,
+            tables=self._tables,
+            accept=partial(accept, self._store, work),
+        )
 
     def _run(
         self, frame: Frame, warmup: int, runs: int, until: Deadline, deadline: Deadline

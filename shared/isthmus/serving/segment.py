@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 from flask import Flask
 
 from isthmus import frame as frames
-from isthmus.bundle import is_digest
 from isthmus.context import Deadline
-from isthmus.errors import RequestMalformed
 from isthmus.frame import Frame
 from isthmus.kept import Kept
 from isthmus.registry import BakedSegment, open_registry, open_source
 from isthmus.runners.store import SegmentStore
 from isthmus.serving.app import FunctionApp
+from isthmus.serving.intake import accept
 from isthmus.serving.preload import LONGEST_LOAD_S, parse, preload
 from isthmus.serving.profiling import Profiling
 from isthmus.serving.tables import Tables
@@ -52,10 +52,12 @@ class _SegmentApp(FunctionApp):
         """Run the segment that the frame names, on its tensors."""
         start = time.perf_counter()
         frame = frames.decode(
-            work.body, max_bytes=self._settings.max_request_bytes, tables=self._tables, keeper=self._kept
+            work.body,
+            max_bytes=self._settings.max_request_bytes,
+            tables=self._tables,
+            keeper=self._kept,
+            accept=partial(accept, self._store, work),
         )
-        if not is_digest(frame.bundle):
-            raise RequestMalformed(f"the frame names bundle {frame.bundle!r}; a bundle is a manifest's sha256 digest")
         work.timings.add("decode", time.perf_counter() - start)
         ran = self._store.run(frame.bundle, frame.segment, frame.tensors, work.context.deadline)
         work.timings.add("load", ran.load_s)

@@ -6,14 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
+import typer
 from click.testing import Result
 from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
 from isthmus.cli import app
+from isthmus.cli.console import errors
+from isthmus.dtypes import restored
 
 COMMANDS = [
     "import",
@@ -211,3 +215,96 @@ def test_the_doctor_says_what_is_here(registry: Path) -> None:
     by_name = {f["what"]: f for f in found["findings"]}
     assert by_name["onnxruntime"]["state"] == "ok"
     assert "small-net" in by_name["registry"]["found"]
+
+
+WRITING = {
+    "cuts": ["cuts", "{model}", "--shape", "x=1x8", "--picture"],
+    "codec": ["codec", "small-net", "--picture"],
+    "plan": ["plan", "small-net", "--picture"],
+    "explain": ["explain", "small-net", "--picture"],
+    "infer": ["infer", "--model", "small-net", "--tensor", "x={tmp}/x.npy", "--local", "--output"],
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "said"),
+    [
+        *((command, "nowhere/out", "there is no folder") for command in WRITING),
+        *((command, "folder", "that is a folder") for command in WRITING),
+        *((command, "out.gif", ".png or .svg") for command in WRITING if command != "infer"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_any_work(
+    command: str, name: str, said: str, model: Path, registry: Path, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "x.npy", np.ones((2, 8), "float32"))
+    ending = ".npz" if command == "infer" else ".svg"
+    path = tmp_path / (name if "." in name else name + ending)
+    if name == "folder":
+        path.mkdir()
+    filled = [a.format(tmp=tmp_path, model=model) for a in WRITING[command]]
+    rest = [] if command == "cuts" else ["--registry", registry]
+    result = isthmus(*filled, path, *rest)
+    assert result.exit_code == 1, result.output
+    assert said in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_files_that_the_system_refuses_are_told_as_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(typer.Exit), errors(as_json=True):
+        (tmp_path / "nowhere" / "file").write_bytes(b"")
+    said = json.loads(capsys.readouterr().err)
+    assert said["error"] == f"{tmp_path / 'nowhere' / 'file'}: No such file or directory"
+    with pytest.raises(OSError, match="ours"), errors(as_json=True):
+        raise OSError("ours")
+
+
+def test_a_picture_of_cuts_is_what_its_name_ends_in(model: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "cuts.svg"
+    assert isthmus("cuts", model, "--shape", "x=1x8", "--picture", picture).exit_code == 0
+    assert b"<svg" in picture.read_bytes()[:1000]
+
+
+def test_outputs_of_any_name_and_bfloat16_go_through_files(tmp_path: Path) -> None:
+    names = ["file", "allow_pickle", "arr_0", "a/b", "out.npy"]
+    nodes = [helper.make_node("Cast", ["x"], ["wide"], to=TensorProto.FLOAT)]
+    nodes += [helper.make_node("Identity", ["wide"], [name]) for name in names]
+    nodes += [helper.make_node("Identity", ["x"], ["brain"])]
+    graph = helper.make_graph(
+        nodes,
+        "names",
+        [helper.make_tensor_value_info("x", TensorProto.BFLOAT16, [4])],
+        [
+            *(helper.make_tensor_value_info(name, TensorProto.FLOAT, [4]) for name in names),
+            helper.make_tensor_value_info("brain", TensorProto.BFLOAT16, [4]),
+        ],
+    )
+    path, given, out = tmp_path / "names.onnx", tmp_path / "x.npy", tmp_path / "out"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    values = np.array([1.5, -2.0, 0.25, 3.0], ml_dtypes.bfloat16)
+    np.save(given, values)
+    common = ["--registry", tmp_path / "registry"]
+    assert isthmus("import", path, *common).exit_code == 0
+    result = isthmus("infer", "--model", "names", "--tensor", f"x={given}", "--local", "--output", out, *common)
+    assert result.exit_code == 0, result.output
+    with np.load(out) as found:
+        assert set(found.files) == {*names, "brain"}
+        assert all(np.array_equal(found[name], values.astype("float32")) for name in names)
+        assert np.array_equal(restored(found["brain"]), values)
+        assert restored(found["brain"]).dtype == ml_dtypes.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("array", "said"), [(np.zeros(2, "complex64"), "complex64"), (np.zeros(2, "V3"), "V3"), (np.array(["a"]), "<U1")]
+)
+def test_a_tensor_of_a_dtype_that_no_frame_carries_is_refused(
+    array: np.ndarray[Any, Any], said: str, registry: Path, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "x.npy", array)
+    tensor = f"x={tmp_path / 'x.npy'}"
+    result = isthmus("infer", "--model", "small-net", "--tensor", tensor, "--local", "--registry", registry)
+    assert result.exit_code == 1
+    assert said in result.stderr
+    assert "bfloat16" in result.stderr

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,10 @@ from isthmus.cli import app
 from isthmus.errors import LocalError, ModelError
 from isthmus.local.link_process import link_to
 from isthmus.planner.planning.document import from_json
-from isthmus.planner.planning.published import read_plan
+from isthmus.planner.planning.published import publish_plan, read_plan
 from isthmus.planner.profiling import profiles
 from isthmus.serving import create_router_app, create_segment_app
-from plans import profile_of
+from plans import candidate, plan_for, profile_of
 
 LINK = ["--uplink", "20mbit", "--rtt", "5ms"]
 
@@ -139,6 +139,18 @@ def test_explain_says_why_and_draws_it_for_both_schemes(place: Place, measured: 
     light = (drawn[:, :3] @ [0.2126, 0.7152, 0.0722]) / 255
     # What is drawn is in the middle, but for the names on the map's opaque cells.
     assert 0.2 < np.median(light) < 0.7
+
+
+def test_explain_tells_of_every_refused_candidate(place: Place, tmp_path: Path) -> None:
+    published = publish_photos(tmp_path)
+    slow = [replace(candidate(f"edge-{n}", seconds=n + 1.0), refused=f"reason {n}") for n in range(20)]
+    plan = plan_for(published.bundle, candidate())
+    plan = replace(plan, candidates=(*plan.candidates, *slow))
+    publish_plan(published.registry, published.bundle, {}, plan, alias="prod")
+    result = isthmus("explain", "photos", "--registry", published.folder)
+    assert result.exit_code == 0, result.output
+    for n in range(20):
+        assert f"edge-{n}: reason {n}\n" in result.stdout
 
 
 def test_an_svg_holds_text_and_explain_wants_a_known_ending(place: Place, measured: Any) -> None:

@@ -19,3 +19,10 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 """The dtypes that a frame can carry, by the name that it writes."""
+
+
+def restored(array: np.ndarray[Any, np.dtype[Any]]) -> np.ndarray[Any, np.dtype[Any]]:
+    """An array as it was before numpy wrote it to a .npy file, where bfloat16 is two bytes a value without a name."""
+    if array.dtype.kind == "V" and array.dtype.names is None and array.dtype.itemsize == 2:
+        return array.view(DTYPES["bfloat16"])
+    return array

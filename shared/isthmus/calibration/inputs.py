@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 
 from isthmus.bundle import Bundle, TensorSpec
+from isthmus.dtypes import restored
 from isthmus.errors import CalibrationError, RequestError, ShapeMismatch
 from isthmus.processing.media import looks_like_image
 from isthmus.runners import Array, check_tensors
@@ -204,7 +205,9 @@ def _load(path: Path, specs: tuple[TensorSpec, ...]) -> dict[str, Array]:
 
 def _read(file: BinaryIO, path: Path) -> Array | dict[str, Array]:
     loaded = np.load(file, allow_pickle=False)
-    return {name: loaded[name] for name in loaded.files} if path.suffix == ".npz" else loaded
+    if path.suffix == ".npz":
+        return {name: restored(loaded[name]) for name in loaded.files}
+    return restored(loaded)
 
 
 def _kind(path: Path) -> str:

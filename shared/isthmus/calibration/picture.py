@@ -42,7 +42,7 @@ def draw(fidelity: Fidelity, cuts: Sequence[str], title: str, path: Path | None 
     what so many inputs cannot tell from 100%. Its paper is its own, so it reads on light and dark pages alike.
 
     Raises:
-        CalibrationError: the file's name ends otherwise, or matplotlib is missing.
+        CalibrationError: the file's name ends otherwise or cannot be written, or matplotlib is missing.
     """
     kind = format or (path.suffix.lstrip(".").lower() if path is not None else "png")
     if kind not in ("png", "svg"):
@@ -68,7 +68,10 @@ def draw(fidelity: Fidelity, cuts: Sequence[str], title: str, path: Path | None 
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, dpi=120, facecolor=_PAPER)
     if path is not None:
-        path.write_bytes(buffer.getvalue())
+        try:
+            path.write_bytes(buffer.getvalue())
+        except OSError as e:
+            raise CalibrationError(f"{path} cannot be written: {e.strerror}", path=str(path)) from e
     return buffer.getvalue()
 
 

@@ -14,6 +14,7 @@ from isthmus.calibration.fidelity import Entry, Fidelity, Reference, choose
 from isthmus.calibration.fidelity_document import read
 from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, errors, out, print_json, read_option, table
 from isthmus.cli.cut_options import SYNTAX, OldAt
+from isthmus.cli.files import PICTURES, check_output
 from isthmus.errors import CalibrationError, Missing
 from isthmus.registry import open_registry
 from isthmus.settings import RegistrySettings
@@ -45,6 +46,8 @@ def codec(
     Example: `isthmus codec efficientnet-lite0 --agreement 0.99 --picture curves.svg`
     """
     with errors(as_json):
+        if picture is not None:
+            check_output(picture, "--picture", PICTURES)
         store = open_registry(RegistrySettings(registry=registry))
         found = store.resolve(model)
         fidelity = read(found.bundle, store.blob)

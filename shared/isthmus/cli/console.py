@@ -113,16 +113,26 @@ def errors(as_json: bool) -> Iterator[None]:
     try:
         yield
     except IsthmusError as e:
-        if as_json:
-            doc = {"error": e.message, "type": type(e).__name__, "facts": dict(e.facts), "hint": e.hint}
-            sys.stderr.write(json.dumps(doc, default=str) + "\n")
-        else:
-            err.print(f"[bold red]error:[/] {escape(e.message)}", highlight=False, soft_wrap=True)
-            if exists := e.facts.get("exists"):
-                err.print(escape(f"there is: {', '.join(map(str, exists))}"), highlight=False, soft_wrap=True)
-            if e.hint:
-                err.print(f"[bold]hint:[/] {escape(e.hint)}", highlight=False, soft_wrap=True)
+        _say(e, as_json)
         raise typer.Exit(1) from e
+    except OSError as e:
+        # A file or folder that was named: unreadable, unwritable, full. Anything else is a fault of ours.
+        if e.filename is None:
+            raise
+        _say(RequestMalformed(f"{e.filename}: {e.strerror}", path=str(e.filename)), as_json)
+        raise typer.Exit(1) from e
+
+
+def _say(error: IsthmusError, as_json: bool) -> None:
+    if as_json:
+        doc = {"error": error.message, "type": type(error).__name__, "facts": dict(error.facts), "hint": error.hint}
+        sys.stderr.write(json.dumps(doc, default=str) + "\n")
+        return
+    err.print(f"[bold red]error:[/] {escape(error.message)}", highlight=False, soft_wrap=True)
+    if exists := error.facts.get("exists"):
+        err.print(escape(f"there is: {', '.join(map(str, exists))}"), highlight=False, soft_wrap=True)
+    if error.hint:
+        err.print(f"[bold]hint:[/] {escape(error.hint)}", highlight=False, soft_wrap=True)
 
 
 def read_option(parse: Callable[[str], Number], option: str, text: str) -> Number:

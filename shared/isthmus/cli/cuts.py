@@ -9,6 +9,7 @@ import typer
 
 from isthmus.bundle import TensorSpec
 from isthmus.cli.console import AsJson, errors, out, print_json, steps, table
+from isthmus.cli.files import PICTURES, check_output
 from isthmus.cli.shapes import BindOption, ExampleOption, read_bindings, read_examples
 from isthmus.runners import describe
 from isthmus.units import format_size
@@ -20,7 +21,9 @@ def cuts(
     shape: BindOption = None,
     example: ExampleOption = None,
     single: Annotated[bool, typer.Option("--single", help="Only cuts that one tensor crosses.")] = False,
-    picture: Annotated[Path | None, typer.Option(help="Draw crossing bytes and work along the graph as a PNG.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw bytes and work along the graph to this .png or .svg file.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the cuts of a model along its graph: what crosses, how many bytes, and the share of the work before.
@@ -32,6 +35,8 @@ def cuts(
     from isthmus.graph import open_model
 
     with errors(as_json):
+        if picture is not None:
+            check_output(picture, "--picture", PICTURES)
         with steps(as_json) as step, onnx_file(model, shape, step) as path:
             step(f"reading {model}")
             opened = open_model(path, bind=read_bindings(shape), examples=read_examples(example))

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from isthmus.cli.console import CACHE_DIR, DEFAULT_REGISTRY, AsJson, RegistryOption, errors, out, print_json, steps
+from isthmus.cli.files import PICTURES, check_output
 from isthmus.errors import Missing
 from isthmus.registry import open_cache, open_registry
 from isthmus.settings import RegistrySettings
@@ -30,6 +31,8 @@ def explain(
     from isthmus.planner.planning.published import read_plan
 
     with errors(as_json):
+        if picture is not None:
+            check_output(picture, "--picture", PICTURES)
         settings = RegistrySettings(registry=registry, cache_dir=CACHE_DIR)
         store = open_registry(settings)
         found = store.resolve(model)
@@ -53,7 +56,7 @@ def explain(
             print_json(plan_text.document(plan, version, cells if sweep else None))
             return
         plan_text.explain(plan)
-        plan_text.show(plan)
+        plan_text.show(plan, refusals=None)
         if sweep and cells is not None:
             plan_text.show_sweep(cells)
         if picture is not None:

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 
 from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, errors, out, print_json, table
 from isthmus.cli.cut_options import SYNTAX, OldCuts
+from isthmus.cli.files import check_output, write_npz
 from isthmus.cli.photos import read_photo
 from isthmus.cli.tensors import read_tensor
 from isthmus.client import Client
@@ -47,6 +47,10 @@ def infer(
     with errors(as_json):
         if bool(photos) == bool(tensor):
             raise RequestMalformed("name photos to classify, or tensors with --tensor NAME=FILE.npy, not both")
+        if output is not None:
+            if photos:
+                raise RequestMalformed("--output is for tensors; a photo's answer is printed", option="--output")
+            check_output(output, "--output")
         if photos:
             _photos(photos, model, url, local, cuts, top_k, timeout, registry, as_json)
         else:
@@ -123,7 +127,7 @@ def _tensors(
         answer = Client(url, timeout_s=timeout).infer(arrays, model=name, version=version)
         outputs, facts = answer.outputs, dict(answer.parameters)
     if output is not None:
-        np.savez(output, allow_pickle=False, **outputs)
+        write_npz(output, outputs)
     shown = [
         {
             "name": name,

@@ -18,6 +18,7 @@ from isthmus.cli.console import (
     read_option,
     steps,
 )
+from isthmus.cli.files import PICTURES, check_output
 from isthmus.errors import RequestMalformed
 from isthmus.units import parse_duration, parse_rate, parse_size
 
@@ -92,9 +93,7 @@ def plan(
         if predict_only and head:
             raise RequestMalformed("--predict-only measures nothing: leave --head and --tail out")
         if picture is not None:
-            from isthmus.planner.planning.picture import check_path
-
-            check_path(picture)
+            check_output(picture, "--picture", PICTURES)
         up = read_option(parse_rate, "--uplink", uplink)
         wish = Wish(
             model=model,

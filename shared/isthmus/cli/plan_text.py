@@ -35,8 +35,11 @@ def document(plan: Plan, version: str, cells: Sequence[Sequence[Cell]] | None = 
     return doc
 
 
-def show(plan: Plan, *, every: bool = False) -> None:
-    """The candidates, the fastest first, those that were refused at the end; then the reasons."""
+def show(plan: Plan, *, every: bool = False, refusals: int | None = SHOWN) -> None:
+    """The candidates, the fastest first, those that were refused at the end; then the reasons.
+
+    At most `refusals` of the refused are told with why; None tells of all.
+    """
     c = plan.conditions
     if c.adds_nothing:
         over = "over the network that is there"
@@ -64,10 +67,13 @@ def show(plan: Plan, *, every: bool = False) -> None:
         out.print(f"- {sentence}", highlight=False, markup=False, soft_wrap=True)
     if (gap := plan.typical_gap) is not None:
         out.print(f"- measurements are {gap:.0%} from predictions in the median", highlight=False)
-    if refused := [c for c in shown if c.refused]:
+    refused = [c for c in ranked if c.refused]
+    if refused:
         out.print("refused:", highlight=False)
-        for candidate in refused:
-            out.print(f"  {candidate.name}: {candidate.refused}", highlight=False, markup=False, soft_wrap=True)
+    for candidate in refused[:refusals]:
+        out.print(f"  {candidate.name}: {candidate.refused}", highlight=False, markup=False, soft_wrap=True)
+    if refusals is not None and len(refused) > refusals:
+        out.print(f"  and {len(refused) - refusals} more: isthmus explain tells why", highlight=False)
 
 
 def explain(plan: Plan) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from isthmus.dtypes import restored
 from isthmus.errors import ModelError
 
 BindOption = Annotated[
@@ -51,10 +52,10 @@ def read_examples(given: Sequence[Path] | None) -> Mapping[str, np.ndarray[Any, 
         try:
             loaded = np.load(file if equals else entry, allow_pickle=False)
             if equals:
-                found[name] = loaded
+                found[name] = restored(loaded)
             else:
                 with loaded:
-                    found.update({key: loaded[key] for key in loaded.files})
+                    found.update({key: restored(loaded[key]) for key in loaded.files})
         except (OSError, ValueError, AttributeError, TypeError) as e:
             raise ModelError(f"--example is {entry!r}; it is an .npz file, or NAME=FILE.npy: {e}") from e
     return found

@@ -10,6 +10,7 @@ import numpy as np
 from isthmus.bundle import Bundle
 from isthmus.cli.photos import read_photo
 from isthmus.client import Array
+from isthmus.dtypes import DTYPES, restored
 from isthmus.errors import RequestMalformed
 from isthmus.planner.planning.examples import from_arrays, from_photos, random_examples
 from isthmus.runners import check_tensors
@@ -36,7 +37,7 @@ def read_inputs(bundle: Bundle, photo: Path | None, tensors: Sequence[str]) -> t
 
 
 def read_tensor(entry: str) -> tuple[str, Array]:
-    """The name and the array of NAME=FILE.npy.
+    """The name and the array of NAME=FILE.npy; two bytes a value without a type, as numpy writes bfloat16, are that.
 
     Raises:
         RequestMalformed: another form, or a file that cannot be read.
@@ -45,7 +46,17 @@ def read_tensor(entry: str) -> tuple[str, Array]:
     if not equals or not name:
         raise RequestMalformed(f"--tensor is {entry!r}; it is NAME=FILE.npy")
     try:
-        array: Array = np.load(file, allow_pickle=False)
-    except (OSError, ValueError) as e:
+        loaded = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as e:
         raise RequestMalformed(f"{file} cannot be read as a .npy file: {e}") from e
+    if not isinstance(loaded, np.ndarray):
+        loaded.close()
+        raise RequestMalformed(f"{file} holds several arrays; --tensor takes a .npy file of one", option="--tensor")
+    array: Array = restored(loaded)
+    if array.dtype.newbyteorder("<") not in DTYPES.values():
+        raise RequestMalformed(
+            f"{file} holds {array.dtype}; a tensor is one of {', '.join(DTYPES)}",
+            option="--tensor",
+            hint="bfloat16 is what numpy writes of ml_dtypes.bfloat16: two bytes a value",
+        )
     return name, array

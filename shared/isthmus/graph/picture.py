@@ -21,12 +21,12 @@ _SINGLE, _SEVERAL, _MACS, _INPUT = "#0b6e4f", "#9db4ab", "#c8553d", "#33415c"
 
 
 def draw(model: Model, title: str, path: str | os.PathLike[str] | None = None) -> bytes:
-    """The picture as PNG, also written to `path` if one is given.
+    """The picture as PNG, or as SVG where `path` ends so; also written to `path` if one is given.
 
     Units: bytes on a logarithmic axis, as tensors are before any codec; multiply-accumulates as a share of the whole.
 
     Raises:
-        ModelError: the model has no cut to draw, or matplotlib is missing.
+        ModelError: the model has no cut to draw, matplotlib is missing, or the file cannot be written.
     """
     every = [c for c in cuts(model) if c.position is not None]
     if not every:
@@ -78,9 +78,13 @@ def draw(model: Model, title: str, path: str | os.PathLike[str] | None = None) -
     axes.set_title(f"{title}: {len(model.nodes)} nodes, {_count_text(model.total_macs)} multiply-accumulates")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, frameon=False, fontsize=9)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
+    kind = "svg" if path is not None and Path(path).suffix.lower() == ".svg" else "png"
+    figure.savefig(buffer, format=kind, dpi=120)
     if path is not None:
-        Path(path).write_bytes(buffer.getvalue())
+        try:
+            Path(path).write_bytes(buffer.getvalue())
+        except OSError as e:
+            raise ModelError(f"{path} cannot be written: {e.strerror}") from e
     return buffer.getvalue()
 
 

@@ -28,7 +28,6 @@ from isthmus.planner.profiling.profile import Profile
 from isthmus.registry import Registry, Resolved, SegmentCache
 from isthmus.units import format_duration, format_rate
 
-FORMATS = (".png", ".svg")
 _INK, _FAINT = "#7d8590", "#8b949e"
 _EDGE, _CLOUD, _BYTES, _BEST = "#d1682f", "#3f8fd2", "#2f9e6e", "#c24a8f"
 _HUES = ("#3f8fd2", "#d1682f", "#2f9e6e", "#c24a8f", "#8f74d6", "#b08a1f", "#2a9fa8", "#c75151", "#6f9a2f", "#9a7b5f")
@@ -72,25 +71,12 @@ def _along(model: Model, known: Mapping[str, Profile], places: Mapping[str, int 
     return Along(tuple(at), tuple(c.bytes for c in every), upto(EDGE), upto(CLOUD), marked)
 
 
-def check_path(path: Path) -> None:
-    """See that a picture can be written there.
-
-    Raises:
-        ModelError: a name that ends in something else than FORMATS, or no such folder.
-    """
-    if path.suffix.lower() not in FORMATS:
-        raise ModelError(f"--picture is {path}; its name ends in {' or '.join(FORMATS)}")
-    if not path.absolute().parent.is_dir():
-        raise ModelError(f"--picture is {path}; there is no folder {path.absolute().parent}")
-
-
 def draw(plan: Plan, cells: Sequence[Sequence[Cell]], path: Path, along: Along) -> None:
     """Draw `plan` to `path`, as PNG or SVG by its ending: the graph, the candidates over bandwidth, and the sweep.
 
     Raises:
-        ModelError: as `check_path`, or matplotlib is missing.
+        ModelError: the file cannot be written, or matplotlib is missing.
     """
-    check_path(path)
     try:
         import matplotlib as mpl
         from matplotlib.backends.backend_agg import FigureCanvasAgg

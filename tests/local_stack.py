@@ -51,6 +51,10 @@ def create_app():
         print(request.get_data(as_text=True), flush=True)
         return Response(status=204)
 
+    @app.post("/odd")
+    def odd():
+        return Response("odd", headers={"Host": "example.com", "Expect": "100-continue", "X-Own": "own"})
+
     @app.post("/busy")
     def busy():
         path = os.environ["busy_file"]

@@ -54,7 +54,12 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def engine(registry: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     environment = {"*": {"threads": "1", "cache_dir": str(tmp_path_factory.mktemp("cache"))}}
-    with Engine(ROOT / "stack.yml", environment=environment, variables=variables(registry)) as running:
+    with Engine(
+        ROOT / "stack.yml",
+        environment=environment,
+        variables=variables(registry),
+        callback_networks=["127.0.0.0/8"],
+    ) as running:
         running.wait_ready(2 * LONG_S)
         yield running
 

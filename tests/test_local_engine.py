@@ -12,7 +12,6 @@ import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from http.client import HTTPConnection
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -38,28 +37,6 @@ def engine(root: Path) -> Iterator[Engine]:
     with Engine(root / "stack.yml", replicas={"echo": 2}, environment=environment, drain_s=LONG_S) as engine:
         engine.wait_ready(LONG_S)
         yield engine
-
-
-@pytest.fixture
-def callbacks() -> Iterator[tuple[str, list[tuple[dict[str, str], bytes]]]]:
-    got: list[tuple[dict[str, str], bytes]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            got.append((dict(self.headers.items()), body))
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/done", got
-        server.shutdown()
-        thread.join()
 
 
 def describe(engine: Engine, name: str) -> dict[str, Any]:
@@ -375,36 +352,6 @@ def test_a_log_can_be_followed(engine: Engine) -> None:
             if json.loads(line)["text"] == "followed":
                 break
         reply.close()
-
-
-def test_an_async_call_is_accepted_and_its_result_is_called_back(
-    engine: Engine, callbacks: tuple[str, list[tuple[dict[str, str], bytes]]]
-) -> None:
-    url, got = callbacks
-    headers = {"X-Callback-Url": url, "Content-Type": "text/plain"}
-    reply = http("POST", f"{engine.url}/async-function/echo", body=b"later", headers=headers)
-    assert (reply.status, reply.data) == (202, b"")
-    eventually(lambda: bool(got))
-    told, body = got[0]
-    assert body == b"later"
-    assert told["X-Call-Id"] == reply.headers["X-Call-Id"]
-    assert (told["X-Function-Name"], told["X-Function-Status"]) == ("echo", "200")
-    assert float(told["X-Duration-Seconds"]) >= 0
-
-
-def test_an_async_call_is_tried_again_while_the_function_is_busy(
-    engine: Engine, root: Path, callbacks: tuple[str, list[tuple[dict[str, str], bytes]]]
-) -> None:
-    url, got = callbacks
-    deploy(engine, "PUT", "other", "example/other:latest", {})
-    eventually(lambda: http("POST", f"{engine.url}/function/other", body=b"").status == 200)
-    http("POST", f"{engine.url}/async-function/other/busy", body=b"", headers={"X-Callback-Url": url})
-    eventually(lambda: bool(got))
-    assert (got[0][0]["X-Function-Status"], got[0][1]) == ("200", b"done")
-
-
-def test_an_async_body_over_the_queues_limit_is_refused(engine: Engine) -> None:
-    assert http("POST", f"{engine.url}/async-function/echo", body=b"x" * 256_001).status == 413
 
 
 def test_the_gateways_metrics_count_calls(engine: Engine) -> None:

@@ -23,6 +23,13 @@ def up(
         list[str] | None,
         typer.Option(help="[NAME:]VARIABLE=VALUE: goes before stack.yml's, for one function or all; once each."),
     ] = None,
+    allow_callbacks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A network, such as 127.0.0.0/8, that X-Callback-Url may lead to beside public addresses; repeatable.",
+            metavar="NETWORK",
+        ),
+    ] = None,
     logs: Annotated[bool, typer.Option(help="Show what the functions log.")] = True,
     registry: RegistryOption = DEFAULT_REGISTRY,
 ) -> None:
@@ -39,6 +46,7 @@ def up(
             replicas=_replicas(replicas or []),
             environment=_environment(env or []),
             variables=variables(registry),
+            callback_networks=allow_callbacks or (),
             on_event=lambda event: _show(event, logs),
         )
 

@@ -1,22 +1,25 @@
 """Calls that are answered later: a bounded queue in memory, workers, and callbacks.
 
-Like OpenFaaS CE's: bodies up to 256,000 bytes, at least one try, and again while the function says 429 or 503.
+Like OpenFaaS CE's: bodies up to 256,000 bytes, at least one try, and again while the function says 429 or 503. A
+callback has the function's response: its body, and its headers but those between two neighbours.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import aiohttp
 from aiohttp import web
 from multidict import CIMultiDict
 from yarl import URL
 
+from isthmus.errors import RequestMalformed
+from isthmus.local.callbacks import CallbackPolicy, PermittedOnly
 from isthmus.local.events import Event, OnEvent
 from isthmus.local.fleet import Fleet
 from isthmus.local.proxy import split
@@ -28,7 +31,15 @@ ATTEMPTS = 5
 CALL_TIMEOUT_S = 60.0
 _MAX_RESULT_BYTES = 64 << 20
 _LONGEST_WAIT_S = 10.0
-_DROPPED = frozenset({"x-callback-url", "authorization", "host", "content-length", "transfer-encoding", "connection"})
+CALLBACK_TIMEOUT_S = 15.0
+"""A callback that takes so long is not tried again: few workers serve all calls."""
+_HOP_BY_HOP = frozenset(
+    {
+        *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer"),
+        *("transfer-encoding", "upgrade", "host", "expect", "content-length"),
+    }
+)
+_NOT_SENT = _HOP_BY_HOP | {"x-callback-url", "authorization"}
 
 
 @dataclass(frozen=True)
@@ -36,31 +47,46 @@ class _Call:
     id: str
     function: str
     path: str
-    headers: Mapping[str, str]
+    headers: CIMultiDict[str]
     body: bytes
-    callback: str
+    callback: URL | None
 
 
 class AsyncQueue:
     """POST /async-function/NAME: 202 at once, the call later, its result to X-Callback-Url."""
 
-    def __init__(self, fleet: Fleet, url: str, session: aiohttp.ClientSession, on_event: OnEvent) -> None:
+    def __init__(
+        self, fleet: Fleet, url: str, session: aiohttp.ClientSession, on_event: OnEvent, policy: CallbackPolicy
+    ) -> None:
         self._fleet = fleet
         self._url = url
         self._session = session
         self._on_event = on_event
+        self._policy = policy
+        self._callbacks = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=WORKERS, resolver=PermittedOnly(policy), use_dns_cache=False),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            skip_auto_headers=("Accept", "Accept-Encoding", "User-Agent"),
+        )
         self._waiting: asyncio.Queue[_Call] = asyncio.Queue(MAX_WAITING)
         self._workers = [asyncio.create_task(self._work(), name=f"queue worker {i}") for i in range(WORKERS)]
 
     async def handle(self, request: web.Request) -> web.Response:
-        """Accept one call."""
+        """Accept one call.
+
+        Raises:
+            RequestMalformed: X-Callback-Url is none, or leads where no callback may; or a header is not Unicode.
+        """
         name, rest = split(request.raw_path)
         supervisor = self._fleet.get(name)
         if supervisor is None:
             return web.Response(status=404, text=f"error finding function {name}: it is not deployed here")
-        callback = request.headers.get("X-Callback-Url", "")
-        if callback and URL(callback).scheme not in ("http", "https"):
-            return web.Response(status=400, text="X-Callback-Url must be an http or https URL")
+        for header, value in request.headers.items():
+            if not _is_text(value):
+                raise RequestMalformed(f"the header {header} is not UTF-8, which the queue keeps headers as")
+        callback = request.headers.get("X-Callback-Url", "").strip()
+        url = await self._policy.check(callback) if callback else None
         body = await request.content.read(MAX_BODY_BYTES + 1) if request.body_exists else b""
         while len(body) <= MAX_BODY_BYTES and (more := await request.content.read(MAX_BODY_BYTES + 1 - len(body))):
             body += more
@@ -70,11 +96,10 @@ class AsyncQueue:
                 text=f"the queue takes bodies up to {MAX_BODY_BYTES} bytes, as OpenFaaS CE's does; send a reference",
             )
         call_id = request.headers.get("X-Call-Id") or str(uuid.uuid4())
-        headers = {k: v for k, v in request.headers.items() if k.lower() not in _DROPPED} | {"X-Call-Id": call_id}
+        headers = _without(request.headers, _NOT_SENT)
+        headers["X-Call-Id"] = call_id
         try:
-            self._waiting.put_nowait(
-                _Call(call_id, supervisor.name, rest, headers, body, self._fleet.resolve(callback))
-            )
+            self._waiting.put_nowait(_Call(call_id, supervisor.name, rest, headers, body, url))
         except asyncio.QueueFull:
             return web.Response(status=429, text="the queue is full", headers={"Retry-After": "1"})
         return web.Response(status=202, headers={"X-Call-Id": call_id, "X-Start-Time": str(time.time_ns())})
@@ -84,51 +109,101 @@ class AsyncQueue:
         for worker in self._workers:
             worker.cancel()
         await asyncio.gather(*self._workers, return_exceptions=True)
+        await self._callbacks.close()
 
     async def _work(self) -> None:
         while True:
             call = await self._waiting.get()
-            started = time.perf_counter()
-            status, headers, body = await self._call(call)
-            if call.callback:
-                told = {
-                    "Content-Type": headers.get("Content-Type", "application/octet-stream"),
-                    "X-Call-Id": call.id,
-                    "X-Function-Name": call.function,
-                    "X-Function-Status": str(status),
-                    "X-Duration-Seconds": f"{time.perf_counter() - started:.6f}",
-                }
-                status, _, _ = await self._post(call.callback, told, body)
-            if status >= 400:
-                what = "its callback" if call.callback else "the function"
-                self._on_event(Event("failed", f"async call {call.id}: {what} answered {status}", call.function))
+            try:
+                failure = await self._serve(call)
+            except (
+                Exception
+            ) as e:  # a worker outlives every call: its end would be silent, and the next ones wait for ever
+                failure = f"{type(e).__name__}: {e}"
+            if failure:
+                self._on_event(Event("failed", f"async call {call.id}: {failure}", call.function))
 
-    async def _call(self, call: _Call) -> tuple[int, Mapping[str, str], bytes]:
-        # Through the gateway's own door, so that it is proxied and counted like any other call.
-        return await self._post(f"{self._url}/function/{call.function}{call.path}", call.headers, call.body)
+    async def _serve(self, call: _Call) -> str:
+        """Call the function, then send its response to the callback; how that failed, empty where it did not."""
+        started = time.perf_counter()
+        # Through the gateway's own listener, so that it is proxied and counted like any other call.
+        target = URL(f"{self._url}/function/{call.function}{call.path}", encoded=True)
+        result = await _post(self._session, target, call.headers, call.body, timeout_s=CALL_TIMEOUT_S)
+        if call.callback is None:
+            return f"the function answered {result.status}" if result.status >= 400 else ""
+        headers = _without(result.headers, _HOP_BY_HOP)
+        headers.setdefault("Content-Type", "application/octet-stream")
+        headers.setdefault("X-Duration-Seconds", f"{time.perf_counter() - started:.6f}")
+        headers["X-Call-Id"] = call.id
+        headers["X-Function-Name"] = call.function
+        headers["X-Function-Status"] = str(result.status)
+        told = await _post(self._callbacks, call.callback, headers, result.body, timeout_s=CALLBACK_TIMEOUT_S)
+        return f"its callback answered {told.status}" if told.status >= 400 else ""
 
-    async def _post(self, url: str, headers: Mapping[str, str], body: bytes) -> tuple[int, Mapping[str, str], bytes]:
-        """POST until the answer is not 429, 503 or none, at most ATTEMPTS times."""
-        status, answer, got = 502, CIMultiDict[str](), b""
-        for attempt in range(ATTEMPTS):
-            wait_s = min(_LONGEST_WAIT_S, 0.2 * 2**attempt)
-            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-                async with self._session.post(
-                    URL(url, encoded=True),
-                    data=body,
-                    headers=headers,
-                    allow_redirects=False,
-                    timeout=aiohttp.ClientTimeout(total=CALL_TIMEOUT_S),
-                ) as reply:
-                    status, answer = reply.status, CIMultiDict(reply.headers)
-                    got = await _bounded(reply)
-                if status not in (429, 503):
-                    break
-                asked = answer.get("Retry-After", "")
-                wait_s = min(_LONGEST_WAIT_S, float(asked)) if asked.isdigit() else wait_s
-            if attempt < ATTEMPTS - 1:
-                await asyncio.sleep(wait_s)
-        return status, answer, got
+
+class _ResultTooLong(Exception):
+    """A response of more than _MAX_RESULT_BYTES."""
+
+
+class _Answer(NamedTuple):
+    """What a POST was answered with, 502 without headers where it was not."""
+
+    status: int = 502
+    headers: CIMultiDict[str] = CIMultiDict()
+    body: bytes = b""
+
+
+async def _post(
+    session: aiohttp.ClientSession, url: URL, headers: CIMultiDict[str], body: bytes, *, timeout_s: float
+) -> _Answer:
+    """POST until the answer is not 429, 503 or none, at most ATTEMPTS times, but once where the time was over.
+
+    Redirects are not followed: they would lead where the URL itself may not.
+    """
+    answer = _Answer()
+    for attempt in range(ATTEMPTS):
+        wait_s = min(_LONGEST_WAIT_S, 0.2 * 2**attempt)
+        try:
+            async with session.post(
+                url,
+                data=body,
+                headers=headers,
+                allow_redirects=False,
+                timeout=aiohttp.ClientTimeout(total=timeout_s),
+            ) as reply:
+                answer = _Answer(reply.status, CIMultiDict(reply.headers), await _bounded(reply))
+        except TimeoutError:
+            return answer
+        except _ResultTooLong:
+            return _Answer()
+        except (aiohttp.ClientError, OSError):
+            pass
+        else:
+            if answer.status not in (429, 503):
+                return answer
+            asked = answer.headers.get("Retry-After", "")
+            wait_s = min(_LONGEST_WAIT_S, float(asked)) if asked.isdecimal() else wait_s
+        if attempt < ATTEMPTS - 1:
+            await asyncio.sleep(wait_s)
+    return answer
+
+
+def _without(headers: Mapping[str, str], dropped: Collection[str]) -> CIMultiDict[str]:
+    """The headers but `dropped`, those that Connection names, and those that are not Unicode."""
+    between = {part.strip().lower() for part in headers.get("Connection", "").split(",")}
+    return CIMultiDict(
+        (name, value)
+        for name, value in headers.items()
+        if name.lower() not in dropped and name.lower() not in between and _is_text(value)
+    )
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # bytes that are not UTF-8 came as lone surrogates
+        return False
+    return True
 
 
 async def _bounded(reply: aiohttp.ClientResponse) -> bytes:
@@ -136,6 +211,6 @@ async def _bounded(reply: aiohttp.ClientResponse) -> bytes:
     async for piece in reply.content.iter_any():
         size += len(piece)
         if size > _MAX_RESULT_BYTES:
-            raise aiohttp.ClientPayloadError(f"a result of more than {_MAX_RESULT_BYTES} bytes")
+            raise _ResultTooLong
         pieces.append(piece)
     return b"".join(pieces)

@@ -10,7 +10,7 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from aiohttp import web
 
 from isthmus.errors import LocalError
 from isthmus.local.async_queue import AsyncQueue
+from isthmus.local.callbacks import CallbackPolicy, parse_networks
 from isthmus.local.credentials import PASSWORD_FILE, USER, ensure_password
 from isthmus.local.door import Door
 from isthmus.local.events import Event, OnEvent, ignore
@@ -46,6 +47,7 @@ class Options:
     replicas: Mapping[str, int] = field(default_factory=dict)
     environment: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     variables: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+    callback_networks: Sequence[str] = ()
     drain_s: float = DRAIN_S
     on_event: OnEvent = ignore
 
@@ -58,16 +60,18 @@ def run_engine(
     replicas: Mapping[str, int] | None = None,
     environment: Mapping[str, Mapping[str, str]] | None = None,
     variables: Mapping[str, str] | None = None,
+    callback_networks: Sequence[str] = (),
     on_event: OnEvent = ignore,
 ) -> None:
     """Serve the functions of a stack until SIGINT or SIGTERM, then drain and return; a second signal ends it at once.
 
     `replicas` maps a function to how many of it run. `environment` maps a function, or `*` for every one, to variables
     that go before stack.yml's. The stack's own `${…}` are filled from `variables`, by
-    default this process's environment.
+    default this process's environment. `callback_networks`, in CIDR notation, are those beside public addresses that
+    the results of async calls may be sent to.
 
     Raises:
-        LocalError: the stack cannot be read or laid out, or the port is taken.
+        LocalError: the stack cannot be read or laid out, a network is none, or the port is taken.
     """
     options = Options(
         stack_file=Path(stack_file),
@@ -76,6 +80,7 @@ def run_engine(
         replicas=replicas or {},
         environment=environment or {},
         variables=dict(os.environ) if variables is None else variables,
+        callback_networks=callback_networks,
         on_event=on_event,
     )
     asyncio.run(_run_until_signal(options))
@@ -98,6 +103,7 @@ class Engine(InThread["_Running"]):
         replicas: Mapping[str, int] | None = None,
         environment: Mapping[str, Mapping[str, str]] | None = None,
         variables: Mapping[str, str] | None = None,
+        callback_networks: Sequence[str] = (),
         drain_s: float = DRAIN_S,
         on_event: OnEvent = ignore,
     ) -> None:
@@ -107,6 +113,7 @@ class Engine(InThread["_Running"]):
             replicas=replicas or {},
             environment=environment or {},
             variables=dict(os.environ) if variables is None else variables,
+            callback_networks=callback_networks,
             drain_s=drain_s,
             on_event=on_event,
         )
@@ -188,6 +195,7 @@ async def _running(options: Options) -> AsyncIterator[_Running]:
     """An engine from the moment its port is taken until its last process is gone."""
     file = StackFile(options.stack_file, options.variables)
     stack = file.read()
+    networks = parse_networks(options.callback_networks)
     with contextlib.closing(_listen(options.host, options.port)) as listener:
         port = listener.getsockname()[1]
         url = f"http://{options.host}:{port}"
@@ -204,7 +212,8 @@ async def _running(options: Options) -> AsyncIterator[_Running]:
             leaving.push_async_callback(fleet.close)
             fleet.start(options.replicas)
             metrics = Metrics()
-            queue = AsyncQueue(fleet, url, session, options.on_event)
+            policy = CallbackPolicy(url, networks)
+            queue = AsyncQueue(fleet, url, session, options.on_event, policy)
             leaving.push_async_callback(queue.close)
             proxy = Proxy(fleet.get, metrics)
             leaving.callback(proxy.close)

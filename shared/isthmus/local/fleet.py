@@ -27,7 +27,8 @@ SETTINGS = frozenset(f.name for f in fields(RouterSettings))
 """The variables that functions of Isthmus read: the router's settings hold the others'."""
 
 _PATH = re.compile(r"/[!-~]*")
-_IN_CLUSTER = re.compile(r"http://gateway(?:\.openfaas(?:\.svc(?:\.cluster\.local)?)?)?:8080(?=[/,\s]|$)")
+IN_CLUSTER = re.compile(r"http://gateway(?:\.openfaas(?:\.svc(?:\.cluster\.local)?)?)?:8080(?=[/,\s]|$)")
+"""The gateway's URLs in a cluster and on faasd."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ class Fleet:
 
     def resolve(self, text: str) -> str:
         """`text` with the gateway's in-cluster names replaced by this engine's address, as cluster DNS would."""
-        return _IN_CLUSTER.sub(self._places.url, text)
+        return IN_CLUSTER.sub(self._places.url, text)
 
     async def close(self) -> None:
         """Drain and end every function."""

@@ -9,16 +9,57 @@ from __future__ import annotations
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Self
 
 from isthmus.context import working_time
 from isthmus.errors import SettingsError
 from isthmus.units import parse_duration, parse_size
 
+_MAX_SECRET_BYTES = 64 * 2**10
 
-def setting(help: str, default: Any = MISSING) -> Any:
-    """A documented dataclass field; without a default it is required."""
-    return field(default=default, metadata={"help": help}) if default is not MISSING else field(metadata={"help": help})
+
+def setting(help: str, default: Any = MISSING, *, same: str = "", fallbacks: tuple[str, ...] = ()) -> Any:
+    """A documented dataclass field; without a default it is required.
+
+    `same` is another name of its variable, as stack.yml has it: both may be set, but not to different values.
+    `fallbacks` are variables of other tools, read in order where neither is set.
+    """
+    metadata = {"help": help, "same": same, "fallbacks": fallbacks}
+    return field(default=default, metadata=metadata) if default is not MISSING else field(metadata=metadata)
+
+
+def is_secret(text: str) -> bool:
+    """Whether `text` can be a key, a password or a token: printable ASCII without spaces, as a header carries it."""
+    return bool(text) and text.isascii() and text.isprintable() and " " not in text
+
+
+def read_secret(folder: str, name: str) -> str:
+    """The text of an OpenFaaS secret without the line break that editors and `echo` leave; empty if it is not there.
+
+    Raises:
+        SettingsError: it cannot be read, or holds what no key holds. The message never holds the secret: an HTTP
+            library that refuses a header would repeat all of it.
+    """
+    facts = {"variable": "secrets_dir", "value": folder}
+    try:
+        with (Path(folder) / name).open("rb") as f:
+            data = f.read(_MAX_SECRET_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except OSError as e:
+        raise SettingsError(
+            f"the secret {name} in the setting secrets_dir ({folder}) cannot be read: {e.strerror}", **facts
+        ) from e
+    text = data.decode("latin-1").strip()
+    if text and (len(data) > _MAX_SECRET_BYTES or not is_secret(text)):
+        raise SettingsError(
+            f"the secret {name} in the setting secrets_dir ({folder}) is no key: it holds a space, a line break or"
+            f" another character that no key has, or more than {_MAX_SECRET_BYTES} bytes",
+            hint=f"create it again from one line: faas-cli secret create {name} --from-literal=…",
+            **facts,
+        )
+    return text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +71,13 @@ class EnvSettings:
         """Read every field from `env`.
 
         Raises:
-            SettingsError: a required variable is missing, or a value does not parse; facts name the variable.
+            SettingsError: a required variable is missing, a value does not parse, or two names of one setting have
+                different values; facts name the variable.
         """
         types = typing.get_type_hints(cls)
         values: dict[str, Any] = {}
         for f in fields(cls):
-            text = env.get(f.name, "").strip()
+            text = _text(f.name, f.metadata, env)
             if text:
                 values[f.name] = _parse(f.name, text, types[f.name])
             elif f.default is MISSING:
@@ -63,8 +105,20 @@ class RegistrySettings(EnvSettings):
     """Where bundles live, and where what is fetched from there is kept."""
 
     registry: str = setting("where bundles live: a folder's path, or s3://BUCKET/PREFIX", "")
-    s3_endpoint: str = setting("URL of an S3 server other than AWS, e.g. http://minio:9000 (path-style)", "")
-    s3_region: str = setting("region of the bucket", "us-east-1")
+    s3_endpoint: str = setting(
+        "URL of an S3 server other than AWS, e.g. http://minio:9000 (path-style); S3_ENDPOINT is the same,"
+        " AWS_ENDPOINT_URL_S3 and AWS_ENDPOINT_URL are read where neither is set",
+        "",
+        same="S3_ENDPOINT",
+        fallbacks=("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
+    )
+    s3_region: str = setting(
+        "region of the bucket; S3_REGION is the same, AWS_REGION and AWS_DEFAULT_REGION are read where neither is set,"
+        " then the AWS profile's; us-east-1 where nothing names one",
+        "",
+        same="S3_REGION",
+        fallbacks=("AWS_REGION", "AWS_DEFAULT_REGION"),
+    )
     secrets_dir: str = setting(
         "folder of OpenFaaS secrets; s3-access-key-id and s3-secret-access-key are read from it when they are there",
         "/var/openfaas/secrets",
@@ -163,6 +217,20 @@ class RouterSettings(SegmentSettings):
     )
     hop_connect_timeout_s: float = setting("longest wait for a connection to a hop, in seconds", 2.0)
     refresh_s: float = setting("how long an alias is trusted before the registry is asked again, in seconds", 10.0)
+
+
+def _text(name: str, metadata: Mapping[str, Any], env: Mapping[str, str]) -> str:
+    text, same = env.get(name, "").strip(), metadata.get("same", "")
+    if other := env.get(same, "").strip():
+        if text and text != other:
+            # One of them would send the keys to a server that was not meant.
+            raise SettingsError(
+                f"{name} and {same} are one setting and have different values",
+                variable=name,
+                hint=f"unset one of {name} and {same}",
+            )
+        text = other
+    return text or next((found for n in metadata.get("fallbacks", ()) if (found := env.get(n, "").strip())), "")
 
 
 def _parse(name: str, text: str, kind: Any) -> Any:

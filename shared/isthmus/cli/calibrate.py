@@ -15,7 +15,6 @@ from rich.progress import Progress as Bars
 from isthmus.calibration.scoring import Progress, silent
 from isthmus.cli.codec import document, show
 from isthmus.cli.console import (
-    CACHE_DIR,
     DEFAULT_REGISTRY,
     AsJson,
     RegistryOption,
@@ -23,12 +22,12 @@ from isthmus.cli.console import (
     errors,
     out,
     print_json,
+    segment_settings,
 )
 from isthmus.cli.cut_options import SYNTAX, OldAt
 from isthmus.cli.photos import varied_photos
 from isthmus.cli.publishing import DropPlan, publish_version
 from isthmus.registry import open_cache, open_registry
-from isthmus.settings import SegmentSettings
 from isthmus.units import format_size
 
 PHOTOS = "photos"
@@ -79,7 +78,7 @@ def calibrate(
     from isthmus.calibration.running import runs_here
 
     with errors(as_json):
-        settings = SegmentSettings(registry=registry, cache_dir=CACHE_DIR, threads=threads)
+        settings = segment_settings(registry, threads=threads)
         store = open_registry(settings)
         found = store.resolve(model)
         texts = [*(at or []), *(old_at or [])]

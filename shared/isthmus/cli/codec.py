@@ -12,12 +12,21 @@ import typer
 from isthmus.bundle import Bundle
 from isthmus.calibration.fidelity import Entry, Fidelity, Reference, choose
 from isthmus.calibration.fidelity_document import read
-from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, errors, out, print_json, read_option, table
+from isthmus.cli.console import (
+    DEFAULT_REGISTRY,
+    AsJson,
+    RegistryOption,
+    errors,
+    out,
+    print_json,
+    read_option,
+    registry_settings,
+    table,
+)
 from isthmus.cli.cut_options import SYNTAX, OldAt
 from isthmus.cli.files import PICTURES, check_output
 from isthmus.errors import CalibrationError, Missing
 from isthmus.registry import open_registry
-from isthmus.settings import RegistrySettings
 from isthmus.units import format_size, parse_size
 
 
@@ -48,7 +57,7 @@ def codec(
     with errors(as_json):
         if picture is not None:
             check_output(picture, "--picture", PICTURES)
-        store = open_registry(RegistrySettings(registry=registry))
+        store = open_registry(registry_settings(registry))
         found = store.resolve(model)
         fidelity = read(found.bundle, store.blob)
         if fidelity is None:

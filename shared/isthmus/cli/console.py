@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -18,6 +20,7 @@ from rich.table import Table
 
 from isthmus.cli import private_caches
 from isthmus.errors import IsthmusError, RequestMalformed
+from isthmus.settings import RegistrySettings, SegmentSettings
 
 out = Console()
 err = Console(stderr=True)
@@ -33,10 +36,30 @@ RegistryOption = Annotated[
 ]
 DEFAULT_REGISTRY = ".isthmus/registry"
 CACHE_DIR = private_caches.CACHE_DIR
+ENGINE_SECRETS = ".isthmus/secrets"
+"""Where the local engine keeps secrets; commands find the S3 keys where the functions of `isthmus up` do."""
 _FRAME = 3
 """What a column of a table takes beside its text: a line, and a space on both sides."""
 Step = Callable[[str], None]
 Number = TypeVar("Number", int, float)
+
+
+def registry_settings(registry: str, cache_dir: str = CACHE_DIR) -> RegistrySettings:
+    """A command's registry settings: read from the environment as a function reads them, except for two defaults.
+
+    Raises:
+        SettingsError: as for a function.
+    """
+    defaults = {"cache_dir": cache_dir}
+    if not Path(RegistrySettings.secrets_dir).is_dir():
+        defaults["secrets_dir"] = ENGINE_SECRETS
+    given = {name: text for name, text in os.environ.items() if text.strip()}
+    return RegistrySettings.from_env({**defaults, **given, "registry": registry})
+
+
+def segment_settings(registry: str, cache_dir: str = CACHE_DIR, *, threads: int = 0) -> SegmentSettings:
+    """`registry_settings`, for a command that runs segments itself."""
+    return SegmentSettings(**vars(registry_settings(registry, cache_dir)), threads=threads)
 
 
 def print_json(document: Any) -> None:

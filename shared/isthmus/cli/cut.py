@@ -9,19 +9,18 @@ import typer
 
 from isthmus.bundle import WHOLE
 from isthmus.cli.console import (
-    CACHE_DIR,
     DEFAULT_REGISTRY,
     AsJson,
     RegistryOption,
     errors,
     out,
     print_json,
+    registry_settings,
     steps,
 )
 from isthmus.cli.cut_options import SYNTAX, OldAt
 from isthmus.cli.publishing import DropPlan, publish_version
 from isthmus.registry import open_cache, open_registry
-from isthmus.settings import RegistrySettings
 from isthmus.units import format_size
 
 
@@ -49,7 +48,7 @@ def cut(
     if not partitions:
         raise typer.BadParameter("say where to cut, e.g. --cut 20", param_hint="--cut")
     with errors(as_json):
-        settings = RegistrySettings(registry=registry, cache_dir=CACHE_DIR)
+        settings = registry_settings(registry)
         store = open_registry(settings)
         found = store.resolve(model)
         with tempfile.TemporaryDirectory(prefix="isthmus-") as folder, steps(as_json) as step:

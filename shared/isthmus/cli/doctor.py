@@ -9,13 +9,13 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import typer
 
-from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, out, print_json, table
+from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, out, print_json, registry_settings, table
 from isthmus.errors import IsthmusError
 from isthmus.units import format_size
 
@@ -116,14 +116,17 @@ def _port() -> Iterator[Finding]:
 
 
 def _registry(registry: str) -> Iterator[Finding]:
-    from isthmus.registry import open_registry
-    from isthmus.settings import RegistrySettings
+    from isthmus.registry import open_registry, parse_address
 
+    absent = False
     try:
-        names = open_registry(RegistrySettings(registry=registry, registry_attempts=1, registry_timeout_s=5.0)).models()
+        folder = parse_address(registry).folder
+        absent = bool(folder) and not Path(folder).exists()
+        settings = replace(registry_settings(registry), registry_attempts=1, registry_timeout_s=5.0)
+        names = open_registry(settings).models()
     except IsthmusError as e:
-        local = "://" not in registry and not Path(registry).exists()
-        yield Finding("registry", "absent" if local else "missing", e.message, "make one with: isthmus import")
+        advice = "make one with: isthmus import" if absent or not e.hint else e.hint
+        yield Finding("registry", "absent" if absent else "missing", e.message, advice)
         return
     yield Finding("registry", "ok", f"{registry}: {', '.join(names) or 'empty'}", "isthmus import adds models")
 

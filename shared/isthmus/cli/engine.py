@@ -7,14 +7,26 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from isthmus.cli.console import Step
+from isthmus.cli.console import Step, registry_settings
 from isthmus.local import Engine
+from isthmus.registry import parse_address
 
 
 def variables(registry: str) -> dict[str, str]:
-    """What stack.yml's ${…} are filled from: this process's environment, and the registry as an absolute path."""
-    where = registry if "://" in registry else str(Path(registry).absolute())
-    return {**os.environ, "ISTHMUS_REGISTRY": where}
+    """What stack.yml's ${…} are filled from: this process's environment, and the registry as commands understand it.
+
+    A folder's path becomes absolute. The S3 server and region are those of the commands, whichever variable names them.
+
+    Raises:
+        SettingsError: `registry` is no address, or the environment's settings contradict each other.
+    """
+    settings, folder = registry_settings(registry), parse_address(registry).folder
+    s3 = {"S3_ENDPOINT": settings.s3_endpoint, "S3_REGION": settings.s3_region}
+    return {
+        **os.environ,
+        "ISTHMUS_REGISTRY": str(Path(folder).absolute()) if folder else registry,
+        **{name: text for name, text in s3.items() if text},
+    }
 
 
 @contextmanager

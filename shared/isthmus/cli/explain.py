@@ -7,11 +7,19 @@ from typing import Annotated
 
 import typer
 
-from isthmus.cli.console import CACHE_DIR, DEFAULT_REGISTRY, AsJson, RegistryOption, errors, out, print_json, steps
+from isthmus.cli.console import (
+    DEFAULT_REGISTRY,
+    AsJson,
+    RegistryOption,
+    errors,
+    out,
+    print_json,
+    registry_settings,
+    steps,
+)
 from isthmus.cli.files import PICTURES, check_output
 from isthmus.errors import Missing
 from isthmus.registry import open_cache, open_registry
-from isthmus.settings import RegistrySettings
 
 
 def explain(
@@ -33,7 +41,7 @@ def explain(
     with errors(as_json):
         if picture is not None:
             check_output(picture, "--picture", PICTURES)
-        settings = RegistrySettings(registry=registry, cache_dir=CACHE_DIR)
+        settings = registry_settings(registry)
         store = open_registry(settings)
         found = store.resolve(model)
         if (plan := read_plan(found.bundle, store.blob)) is None:

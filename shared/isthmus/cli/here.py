@@ -7,7 +7,7 @@ from typing import Any
 
 from isthmus import pipeline
 from isthmus.bundle import WHOLE
-from isthmus.cli.console import CACHE_DIR
+from isthmus.cli.console import segment_settings
 from isthmus.client import Array
 from isthmus.context import Context
 from isthmus.errors import MediaUnsupported
@@ -18,7 +18,6 @@ from isthmus.processing.image import MAX_PIXELS, preprocess
 from isthmus.registry import open_cache, open_registry
 from isthmus.route import Route, plan_route
 from isthmus.runners.store import SegmentStore
-from isthmus.settings import SegmentSettings
 
 
 class Here:
@@ -31,7 +30,7 @@ class Here:
     """
 
     def __init__(self, registry: str, reference: str, cuts: str = "", *, threads: int = 0) -> None:
-        settings = SegmentSettings(registry=registry, cache_dir=CACHE_DIR, threads=threads)
+        settings = segment_settings(registry, threads=threads)
         self._registry = open_registry(settings)
         self.model = self._registry.resolve(reference or _only(self._registry.models()))
         store = SegmentStore(open_cache(settings, self._registry), settings)

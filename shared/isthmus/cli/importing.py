@@ -11,13 +11,21 @@ from typing import Annotated, Any
 import typer
 
 from isthmus.bundle import is_model_name
-from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, errors, out, print_json, steps
+from isthmus.cli.console import (
+    DEFAULT_REGISTRY,
+    AsJson,
+    RegistryOption,
+    errors,
+    out,
+    print_json,
+    registry_settings,
+    steps,
+)
 from isthmus.cli.cut_options import SYNTAX
 from isthmus.cli.publishing import DropPlan, Publication, publish_version
 from isthmus.cli.shapes import BindOption, ExampleOption, read_bindings, read_examples
 from isthmus.errors import Missing, ModelError
 from isthmus.registry import Version, open_registry
-from isthmus.settings import RegistrySettings
 from isthmus.units import format_size
 
 
@@ -76,7 +84,7 @@ def import_model(
             quiet=as_json,
         )
         version = published.version
-        bundle = open_registry(RegistrySettings(registry=registry)).bundle(version.digest)
+        bundle = open_registry(registry_settings(registry)).bundle(version.digest)
         if as_json:
             print_json(
                 {
@@ -124,7 +132,7 @@ def publish(
 
     declared = zoo.entry(model).arguments() if model in zoo.ENTRIES else {"source": {"file": Path(model).name}}
     called = name or _name_of(model)
-    store = open_registry(RegistrySettings(registry=registry))
+    store = open_registry(registry_settings(registry))
     with (
         tempfile.TemporaryDirectory(prefix="isthmus-") as folder,
         steps(quiet) as step,
@@ -152,7 +160,7 @@ def publish_if_absent(model: str, registry: str, *, name: str = "", **how: Any) 
         ModelError, CutError, RegistryError: it cannot be made.
     """
     try:
-        found = open_registry(RegistrySettings(registry=registry)).resolve(name or _name_of(model))
+        found = open_registry(registry_settings(registry)).resolve(name or _name_of(model))
         return Publication(Version(found.name, found.version, found.digest), alias="", was="", moved=False)
     except Missing:
         return publish(model, registry, name=name, **how)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, errors, print_json, table
+from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, errors, print_json, registry_settings, table
 from isthmus.registry import open_registry
-from isthmus.settings import RegistrySettings
 from isthmus.units import format_size
 
 
@@ -16,7 +15,7 @@ def models(*, registry: RegistryOption = DEFAULT_REGISTRY, as_json: AsJson = Fal
     Example: `isthmus models --registry s3://isthmus`
     """
     with errors(as_json):
-        store = open_registry(RegistrySettings(registry=registry))
+        store = open_registry(registry_settings(registry))
         documents: list[dict[str, Any]] = []
         for name in store.models():
             by_version: dict[str, list[str]] = {}

@@ -15,13 +15,13 @@ import yaml
 
 from isthmus.bundle import WHOLE, Bundle, Segment
 from isthmus.cli.console import (
-    CACHE_DIR,
     DEFAULT_REGISTRY,
     AsJson,
     RegistryOption,
     errors,
     out,
     print_json,
+    registry_settings,
     steps,
 )
 from isthmus.cli.cut_options import SYNTAX, OldCuts
@@ -31,7 +31,6 @@ from isthmus.planner.planning.plan import Candidate
 from isthmus.planner.planning.published import read_plan
 from isthmus.registry import FolderStore, Registry, Resolved, SegmentCache, open_cache, open_registry
 from isthmus.registry.content import blob_key
-from isthmus.settings import RegistrySettings
 from isthmus.units import format_size
 
 _GATEWAY = "http://gateway.openfaas.svc.cluster.local:8080"
@@ -100,7 +99,7 @@ def package(
     Example: `isthmus package efficientnet-lite0 && faas-cli up -f build/package/efficientnet-lite0/stack.yml`
     """
     with errors(as_json), steps(as_json) as step:
-        settings = RegistrySettings(registry=registry, cache_dir=CACHE_DIR)
+        settings = registry_settings(registry)
         store = open_registry(settings)
         step(f"finding {model}")
         found = store.resolve(model)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from isthmus.bundle import Bundle
-from isthmus.cli.console import Step
+from isthmus.cli.console import Step, registry_settings
 from isthmus.cli.functions import Places
 from isthmus.cli.photos import read_photo, sample_photos
 from isthmus.cli.publishing import Publication, version_of
@@ -33,7 +33,6 @@ from isthmus.planner.profiling.profile import Profile
 from isthmus.processing.image import MAX_PIXELS
 from isthmus.registry import Registry, SegmentCache, open_cache, open_registry
 from isthmus.serving.tables import Tables, tables_of
-from isthmus.settings import RegistrySettings
 
 MOST_EXAMPLES = 8
 _RANDOM, _RUNS = 3, 15
@@ -88,7 +87,7 @@ def planned(
         Infeasible: nothing keeps the constraints.
         And what measuring and the registry raise.
     """
-    settings = RegistrySettings(registry=registry, cache_dir=cache_dir)
+    settings = registry_settings(registry, cache_dir)
     store = open_registry(settings)
     check_prices(wish.objective, wish.constraints, wish.prices)
     found = store.resolve(wish.model)

@@ -21,6 +21,7 @@ from isthmus.cli.console import (
 from isthmus.cli.cut_options import SYNTAX, OldAt
 from isthmus.cli.functions import places
 from isthmus.errors import RequestMalformed, SettingsError
+from isthmus.settings import is_secret
 from isthmus.units import format_size
 
 if TYPE_CHECKING:  # it loads onnx and onnxruntime
@@ -102,8 +103,10 @@ def _token(file: Path | None) -> str:
             variable="token_file",
             hint="give the file with the functions' secret profile-token: --token-file FILE; docs/profile.md",
         ) from e
-    if not text or len(text.split()) != 1:
-        raise SettingsError(f"{path} holds no token: it must be one word", variable="token_file")
+    if not is_secret(text):
+        raise SettingsError(
+            f"{path} holds no token: it must be one word of printable characters", variable="token_file"
+        )
     return text
 
 

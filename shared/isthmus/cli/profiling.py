@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.bundle import WHOLE, Bundle, Segment
-from isthmus.cli.console import Step
+from isthmus.cli.console import Step, segment_settings
 from isthmus.cli.tensors import read_inputs
 from isthmus.client import Array
 from isthmus.context import Deadline
@@ -22,7 +22,6 @@ from isthmus.planner.profiling.remote import ProfiledFunction
 from isthmus.planner.profiling.spread import spread_cuts
 from isthmus.registry import Registry, Resolved, open_cache, open_registry
 from isthmus.runners.store import SegmentStore
-from isthmus.settings import SegmentSettings
 
 _LONGEST_S = 600.0
 _MOST_KEPT_BYTES = 2**28
@@ -70,7 +69,7 @@ def profile_tiers(
         RegistryError, CutError, RequestError: no such model, cut, or input.
         HopError, ProfileMalformed: a function that cannot be reached, or is none.
     """
-    settings = SegmentSettings(registry=registry, cache_dir=cache_dir)
+    settings = segment_settings(registry, cache_dir)
     store = open_registry(settings)
     found = store.resolve(reference)
     kind, inputs = read_inputs(found.bundle, photo, tensors)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from isthmus.errors import RegistryError, SettingsError
+from isthmus.errors import SettingsError
+from isthmus.registry.address import Address, check_endpoint, check_region, parse_address
 from isthmus.registry.baked import BakedSegment
 from isthmus.registry.blobs import BlobStore
 from isthmus.registry.cache import SegmentCache
@@ -13,9 +12,10 @@ from isthmus.registry.patience import Patience
 from isthmus.registry.registry import Registry, Resolved, Version
 from isthmus.registry.s3 import S3Store
 from isthmus.registry.source import Located, SegmentSource
-from isthmus.settings import RegistrySettings, SegmentSettings
+from isthmus.settings import RegistrySettings, SegmentSettings, read_secret
 
 __all__ = [
+    "Address",
     "BakedSegment",
     "BlobStore",
     "FolderStore",
@@ -30,6 +30,7 @@ __all__ = [
     "open_cache",
     "open_registry",
     "open_source",
+    "parse_address",
 ]
 
 
@@ -37,20 +38,16 @@ def open_registry(settings: RegistrySettings) -> Registry:
     """The registry that `settings.registry` names; nothing is asked of it yet.
 
     Raises:
-        SettingsError: neither a folder's path nor s3://BUCKET/PREFIX, or one of two S3 secrets is not there.
+        SettingsError: neither a folder's path nor s3://BUCKET/PREFIX, an endpoint or region that cannot be one, or only
+            one of the two S3 secrets is there.
     """
     patience = Patience(settings.registry_attempts, settings.registry_timeout_s)
-    scheme, separator, rest = settings.registry.partition("://")
-    if not separator:
-        return Registry(FolderStore(settings.registry), patience)
-    bucket, _, prefix = rest.partition("/")
-    if scheme != "s3" or not bucket:
-        raise SettingsError(
-            f"the setting registry is {settings.registry!r}; it must be a folder's path or s3://BUCKET/PREFIX",
-            variable="registry",
-            value=settings.registry,
-        )
-    key_id, secret = (_secret(settings.secrets_dir, name) for name in ("s3-access-key-id", "s3-secret-access-key"))
+    address = parse_address(settings.registry)
+    if address.folder:
+        return Registry(FolderStore(address.folder, patience), patience)
+    check_endpoint(settings.s3_endpoint)
+    check_region(settings.s3_region)
+    key_id, secret = (read_secret(settings.secrets_dir, name) for name in ("s3-access-key-id", "s3-secret-access-key"))
     if bool(key_id) != bool(secret):
         raise SettingsError(
             f"the setting secrets_dir ({settings.secrets_dir}) holds only one of s3-access-key-id and"
@@ -58,20 +55,15 @@ def open_registry(settings: RegistrySettings) -> Registry:
             variable="secrets_dir",
             value=settings.secrets_dir,
         )
-    try:
-        store = S3Store(
-            bucket,
-            prefix,
-            endpoint=settings.s3_endpoint,
-            region=settings.s3_region,
-            key_id=key_id,
-            secret=secret,
-            patience=patience,
-        )
-    except RegistryError as e:
-        raise SettingsError(
-            f"the setting registry is {settings.registry!r}: {e}", variable="registry", value=settings.registry
-        ) from e
+    store = S3Store(
+        address.bucket,
+        address.prefix,
+        endpoint=settings.s3_endpoint,
+        region=settings.s3_region,
+        key_id=key_id,
+        secret=secret,
+        patience=patience,
+    )
     return Registry(store, patience)
 
 
@@ -83,16 +75,3 @@ def open_cache(settings: RegistrySettings, registry: Registry | None = None) -> 
 def open_source(settings: SegmentSettings, registry: Registry | None = None) -> SegmentSource:
     """Where a function's segments come from: the one baked into its image if there is one, else the cache."""
     return BakedSegment(settings.segment_dir) if settings.segment_dir else open_cache(settings, registry)
-
-
-def _secret(folder: str, name: str) -> str:
-    try:
-        return (Path(folder) / name).read_text().strip()
-    except (FileNotFoundError, NotADirectoryError):
-        return ""
-    except OSError as e:
-        raise SettingsError(
-            f"the secret {name} in the setting secrets_dir ({folder}) cannot be read: {e.strerror}",
-            variable="secrets_dir",
-            value=folder,
-        ) from e

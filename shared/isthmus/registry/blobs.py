@@ -1,7 +1,8 @@
 """Where bytes live: keys, and the one Protocol that a folder and S3 both fulfil.
 
-A store makes one try. It raises our errors, never its library's: `Missing`, `Denied`, `Corrupt` for content shorter
-than asked for, and `RegistryUnavailable` for what another try may mend. isthmus.registry.patience tries again.
+A store makes one try; where a method takes several steps, it tries each of them again. It raises our errors, never its
+library's: `Missing`, `Denied`, `Corrupt` for content shorter than asked for, and `RegistryUnavailable` for what another
+try may mend. isthmus.registry.patience tries again.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from isthmus.errors import Corrupt, Missing, RegistryError
+from isthmus.registry.patience import RetryBudget
 
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
@@ -54,12 +56,12 @@ class BlobStore(Protocol):
         """Store `data`; a reader sees what was there before, or all of it."""
         ...
 
-    def put_file(self, key: str, path: Path) -> None:
-        """Store a file's bytes as `put` does, streamed. It retries by itself where the store can do so part by part."""
+    def put_file(self, key: str, path: Path, budget: RetryBudget | None = None) -> None:
+        """Store a file's bytes as `put` does, streamed; each step is tried again by itself."""
         ...
 
-    def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Store `data` unless `key` is there; whether it was stored."""
+    def put_if_absent(self, key: str, data: bytes, budget: RetryBudget | None = None) -> bool:
+        """Store `data` unless `key` is there; whether it was stored. Each step is tried again by itself."""
         ...
 
     def delete(self, key: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from isthmus.bundle import Blob, Bundle, Segment, WeightTensor, digest_of
 from isthmus.errors import CacheFull, RegistryError, SettingsError
 from isthmus.registry.content import Bundles, blob_key, corrupt
-from isthmus.registry.patience import in_parallel
+from isthmus.registry.patience import RetryBudget, in_parallel
 from isthmus.registry.registry import Registry
 from isthmus.registry.source import Located, Progress
 from isthmus.registry.space import Space
@@ -122,7 +122,8 @@ class SegmentCache:
         weights = self._weights(bundle)
         total, done, fresh = sum(t.length for t in absent), 0, list[WeightTensor]()
         try:
-            for batch in self._bring(weights, bundle.weights.blob, batches(absent)):
+            budget = self._registry.patience.budget()
+            for batch in self._bring(weights, bundle.weights.blob, batches(absent), budget):
                 fresh.extend(batch.tensors)
                 done += sum(t.length for t in batch.tensors)
                 if progress is not None:
@@ -134,14 +135,14 @@ class SegmentCache:
             if fresh:
                 weights.record(fresh)
 
-    def _bring(self, weights: WeightsFile, blob: Blob, wanted: Sequence[Batch]) -> Iterator[Batch]:
+    def _bring(self, weights: WeightsFile, blob: Blob, wanted: Sequence[Batch], budget: RetryBudget) -> Iterator[Batch]:
         short = [b for b in wanted if b.stop - b.start <= READ_BYTES]
-        yield from in_parallel(lambda batch: self._bring_short(weights, blob, batch), short)
+        yield from in_parallel(lambda batch: self._bring_short(weights, blob, batch, budget), short)
         for batch in wanted:
             if batch.stop - batch.start > READ_BYTES:
-                yield self._bring_long(weights, blob, batch)
+                yield self._bring_long(weights, blob, batch, budget)
 
-    def _bring_short(self, weights: WeightsFile, blob: Blob, batch: Batch) -> Batch:
+    def _bring_short(self, weights: WeightsFile, blob: Blob, batch: Batch, budget: RetryBudget) -> Batch:
         def pieces(data: bytes) -> Iterator[tuple[WeightTensor, memoryview]]:
             for t in batch.tensors:
                 yield t, memoryview(data)[t.offset - batch.start : t.offset - batch.start + t.length]
@@ -151,16 +152,16 @@ class SegmentCache:
                 if digest_of(piece) != t.digest:
                     raise corrupt(self._registry.url, blob.digest, tensor=t.name)
 
-        data = self._registry.read(blob.digest, batch.start, batch.stop, check)
+        data = self._registry.read(blob.digest, batch.start, batch.stop, check, budget)
         weights.write((t.offset, piece) for t, piece in pieces(data))
         return batch
 
-    def _bring_long(self, weights: WeightsFile, blob: Blob, batch: Batch) -> Batch:
+    def _bring_long(self, weights: WeightsFile, blob: Blob, batch: Batch, budget: RetryBudget) -> Batch:
         # Its parts have no digests of their own: they are written as they come, each with its own tries, and the whole
         # is hashed from the disk. So a wrong byte costs all parts again, as often as one read would be tried.
         for _ in range(max(1, self._registry.patience.attempts)):
             for _ in in_parallel(
-                lambda part: weights.write([(part[0], self._registry.read(blob.digest, *part))]),
+                lambda part: weights.write([(part[0], self._registry.read(blob.digest, *part, budget=budget))]),
                 parts(batch.start, batch.stop),
             ):
                 pass

@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 from isthmus.errors import Denied, RegistryUnavailable
 from isthmus.registry.blobs import check_key, check_range, ended_early, missing_blob, missing_registry, too_long
+from isthmus.registry.patience import Patience, RetryBudget
 
 _STAGING = ".staging"
 
@@ -20,8 +21,9 @@ _STAGING = ".staging"
 class FolderStore:
     """Keys are files under `root`. Writes go to a file aside, reach the disk, and are then renamed into place."""
 
-    def __init__(self, root: Path | str) -> None:
+    def __init__(self, root: Path | str, patience: Patience | None = None) -> None:
         self._root = Path(root).absolute()
+        self._patience = patience or Patience()
 
     @property
     def url(self) -> str:
@@ -61,13 +63,16 @@ class FolderStore:
     def put(self, key: str, data: bytes) -> None:
         self._place(key, lambda f: f.write(data), os.replace)
 
-    def put_file(self, key: str, path: Path) -> None:
-        with path.open("rb") as source:
-            self._place(key, lambda f: shutil.copyfileobj(source, f, 2**20), os.replace)
+    def put_file(self, key: str, path: Path, budget: RetryBudget | None = None) -> None:
+        def copy() -> None:
+            with path.open("rb") as source:
+                self._place(key, lambda f: shutil.copyfileobj(source, f, 2**20), os.replace)
 
-    def put_if_absent(self, key: str, data: bytes) -> bool:
+        self._patience(copy, budget)
+
+    def put_if_absent(self, key: str, data: bytes, budget: RetryBudget | None = None) -> bool:
         # A hard link fails where the name is taken, also when another process took it a moment ago.
-        return self._place(key, lambda f: f.write(data), os.link)
+        return self._patience(lambda: self._place(key, lambda f: f.write(data), os.link), budget)
 
     def delete(self, key: str) -> None:
         with self._errors(key):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -19,6 +20,30 @@ T = TypeVar("T")
 S = TypeVar("S")
 
 
+class RetryBudget:
+    """Retries that all steps of one sequence share: `retries` to begin with, one more for each step that succeeded.
+
+    A store that refuses a tenth of the requests never uses it up; one that refuses most of them ends the sequence after
+    a few steps, where each step alone might take its full number of tries. Safe to use from several threads.
+    """
+
+    def __init__(self, retries: int) -> None:
+        self._left, self._lock = retries, threading.Lock()
+
+    def take(self) -> bool:
+        """Whether one more retry may be made."""
+        with self._lock:
+            if self._left <= 0:
+                return False
+            self._left -= 1
+            return True
+
+    def give(self) -> None:
+        """Count a step that succeeded."""
+        with self._lock:
+            self._left += 1
+
+
 @dataclass(frozen=True)
 class Patience:
     """How often, and for how many seconds in all, one read or write is tried before its error stands."""
@@ -31,15 +56,30 @@ class Patience:
         """The longest one try may hear nothing: all of them and the pauses between them fit in `timeout_s`."""
         return max(0.05, self.timeout_s / (max(1, self.attempts) + 1))
 
-    def __call__(self, action: Callable[[], T]) -> T:
+    def budget(self) -> RetryBudget:
+        """The retry budget of a sequence: at first as many as its steps under way at once may take."""
+        return RetryBudget(WIDTH * max(1, self.attempts - 1))
+
+    def __call__(self, action: Callable[[], T], budget: RetryBudget | None = None) -> T:
         """`action`'s result; a faulty transfer or a registry that does not answer is tried again, nothing else.
+
+        `action` is one step. The steps of a sequence share a `budget`.
 
         Raises:
             Corrupt, RegistryUnavailable: the last try's error.
         """
         pauses = backoff(min(0.1, self.timeout_s / 50), self.timeout_s / 10)
+
+        def again(error: Exception) -> bool | float:
+            if not isinstance(error, RegistryUnavailable | Corrupt) or (budget is not None and not budget.take()):
+                return False
+            return next(pauses)
+
         caller = stamina.RetryingCaller(attempts=max(1, self.attempts), timeout=self.timeout_s)
-        return caller(lambda e: isinstance(e, RegistryUnavailable | Corrupt) and next(pauses), action)
+        result = caller(again, action)
+        if budget is not None:
+            budget.give()
+        return result
 
 
 def in_parallel(action: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:

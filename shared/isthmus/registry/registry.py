@@ -13,7 +13,7 @@ from isthmus.errors import Corrupt, Missing, RegistryError
 from isthmus.registry.blobs import BlobStore
 from isthmus.registry.content import Bundles, blob_key, check_weights, corrupt
 from isthmus.registry.documents import Documents
-from isthmus.registry.patience import Patience, in_parallel
+from isthmus.registry.patience import Patience, RetryBudget, in_parallel
 from isthmus.registry.upload import Upload
 
 PROD = "prod"
@@ -70,10 +70,10 @@ class Registry:
         """
         if alias is not None:
             _check_alias(alias)
-        digest = self.stage(bundle, files)
-        version = self._number(bundle.name, digest)
+        digest, budget = self.stage(bundle, files), self.patience.budget()
+        version = self._number(bundle.name, digest, budget)
         if version.version == "1":
-            self.patience(lambda: self._store.put_if_absent(f"models/{bundle.name}/aliases/{PROD}", b"1"))
+            self._store.put_if_absent(f"models/{bundle.name}/aliases/{PROD}", b"1", budget)
         if alias is not None:
             self.set_alias(bundle.name, alias, version.version)
         return version
@@ -87,7 +87,7 @@ class Registry:
         if not is_model_name(bundle.name):
             raise RegistryError(f"{bundle.name!r} cannot name a model: 1 to 63 of a-z, 0-9, '.', '_' and '-'")
         check_weights(bundle)
-        upload = Upload(self._store, self.patience)
+        upload = Upload(self._store, self.patience, self.patience.budget())
         for _ in in_parallel(lambda digest: upload.file(digest, files.get(digest)), sorted(bundle.blobs())):
             pass
         data = manifest.to_json(bundle)
@@ -168,7 +168,14 @@ class Registry:
             )
         return self._verified(blob.digest, blob.size)
 
-    def read(self, digest: str, start: int, stop: int, check: Callable[[bytes], None] | None = None) -> bytes:
+    def read(
+        self,
+        digest: str,
+        start: int,
+        stop: int,
+        check: Callable[[bytes], None] | None = None,
+        budget: RetryBudget | None = None,
+    ) -> bytes:
         """Exactly the bytes `start` to `stop` of a blob; a part has no digest, so `check` says whether they are right.
 
         Raises:
@@ -181,7 +188,7 @@ class Registry:
                 check(data)
             return data
 
-        return self.patience(one_try)
+        return self.patience(one_try, budget)
 
     def _verified(self, digest: str, max_bytes: int) -> bytes:
         key = blob_key(digest)
@@ -194,7 +201,7 @@ class Registry:
 
         return self.patience(one_try)
 
-    def _number(self, name: str, digest: str) -> Version:
+    def _number(self, name: str, digest: str, budget: RetryBudget) -> Version:
         """The version of `digest`: one that is there, or the next free number."""
         try:
             known = self.versions(name)
@@ -207,7 +214,7 @@ class Registry:
         while True:
             number += 1
             key = f"models/{name}/versions/{number}"
-            self.patience(lambda key=key: self._store.put_if_absent(key, digest.encode()))  # type: ignore[misc]
+            self._store.put_if_absent(key, digest.encode(), budget)
             # Whoever stored it, what is there now decides: another publisher of the same bundle is no rival, and a
             # try whose answer was lost has won all the same.
             if self._digest(name, str(number)) == digest:

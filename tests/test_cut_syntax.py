@@ -137,9 +137,11 @@ def test_every_command_takes_the_same_text(tmp_path: Path, monkeypatch: pytest.M
         segments = document(isthmus("infer", *tensor, *cut))["route"]["segments"]
         assert segments == f"..first,first..{second},{second}..{third},{third}.."
 
-    monkeypatch.chdir(Path(__file__).parent.parent)
+    for needed in ("stack.yml", "functions"):
+        (tmp_path / needed).symlink_to(Path(__file__).parent.parent / needed)
+    monkeypatch.chdir(tmp_path)
     for cut in (("--cut", partition), ("--cuts", f"first,{second},{third}")):
-        written = document(isthmus("package", "odd", *cut, "--output", tmp_path / "package", *registry, "--json"))
+        written = document(isthmus("package", "odd", *cut, "--output", "package", *registry, "--json"))
         assert written["cuts"] == [first, second, third]
     assert f"cuts: {first}/{second}/{third}" in Path(written["stack"]).read_text()
 

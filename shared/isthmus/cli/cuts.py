@@ -10,7 +10,7 @@ import typer
 from isthmus.bundle import TensorSpec
 from isthmus.cli.console import AsJson, errors, out, print_json, steps, table
 from isthmus.cli.files import PICTURES, check_output
-from isthmus.cli.shapes import BindOption, ExampleOption, read_bindings, read_examples
+from isthmus.cli.shapes import BindOption, ExampleOption, read_inputs
 from isthmus.runners import describe
 from isthmus.units import format_size
 
@@ -37,9 +37,11 @@ def cuts(
     with errors(as_json):
         if picture is not None:
             check_output(picture, "--picture", PICTURES)
-        with steps(as_json) as step, onnx_file(model, shape, step) as path:
+        given = read_inputs(shape, example)
+        with steps(as_json) as step, onnx_file(model, given, step) as path:
             step(f"reading {model}")
-            opened = open_model(path, bind=read_bindings(shape), examples=read_examples(example))
+            opened = open_model(path, bind=given.shapes, examples=given.examples)
+            given.check_free(opened.specs)
             found = [c for c in list_cuts(opened) if not single or len(c.tensors) == 1]
             if picture is not None:
                 from isthmus.graph.picture import draw

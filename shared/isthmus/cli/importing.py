@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from isthmus.bundle import is_model_name
+from isthmus.bundle import Bundle, is_model_name
 from isthmus.cli.console import (
     DEFAULT_REGISTRY,
     AsJson,
@@ -23,9 +23,10 @@ from isthmus.cli.console import (
 )
 from isthmus.cli.cut_options import SYNTAX
 from isthmus.cli.publishing import DropPlan, Publication, publish_version
-from isthmus.cli.shapes import BindOption, ExampleOption, read_bindings, read_examples
+from isthmus.cli.shapes import BindOption, ExampleOption, read_inputs
 from isthmus.errors import Missing, ModelError
 from isthmus.registry import Version, open_registry
+from isthmus.runners import describe
 from isthmus.units import format_size
 
 
@@ -92,6 +93,7 @@ def import_model(
                     "version": version.version,
                     "digest": version.digest,
                     "weights_bytes": bundle.weights.blob.size,
+                    "inputs": [{"name": s.name, "dtype": s.dtype, "shape": list(s.shape)} for s in bundle.inputs],
                     "segments": sorted(bundle.segments),
                     "default_cuts": list(bundle.default_cuts),
                     "registry": registry,
@@ -105,6 +107,8 @@ def import_model(
             highlight=False,
             soft_wrap=True,
         )
+        takes = ", ".join(describe(s.dtype, s.shape, s.name) for s in bundle.inputs)
+        out.print(f"takes {takes}{_fixed(model, bundle)}", highlight=False, markup=False, soft_wrap=True)
         published.show()
 
 
@@ -132,11 +136,14 @@ def publish(
 
     declared = zoo.entry(model).arguments() if model in zoo.ENTRIES else {"source": {"file": Path(model).name}}
     called = name or _name_of(model)
+    if not is_model_name(called):
+        raise ModelError(f"{called!r} cannot name a model", hint="use 1 to 63 of a-z, 0-9, '.', '_' and '-'")
+    given = read_inputs(shape, example)
     store = open_registry(registry_settings(registry))
     with (
         tempfile.TemporaryDirectory(prefix="isthmus-") as folder,
         steps(quiet) as step,
-        onnx_file(model, shape, step) as path,
+        onnx_file(model, given, step) as path,
     ):
         step(f"cutting {called}")
         bundle, files = build(
@@ -144,11 +151,12 @@ def publish(
             called,
             folder,
             partitions=partitions,
-            bind=read_bindings(shape),
-            examples=read_examples(example),
+            bind=given.shapes,
+            examples=given.examples,
             freeze=freeze,
             **{**declared, **(processing or {})},
         )
+        given.check_free({spec.name: spec for spec in bundle.inputs})
         step(f"publishing {called} to {registry}")
         return publish_version(store, bundle, files, alias, drop_plan=drop_plan)
 
@@ -164,6 +172,15 @@ def publish_if_absent(model: str, registry: str, *, name: str = "", **how: Any) 
         return Publication(Version(found.name, found.version, found.digest), alias="", was="", moved=False)
     except Missing:
         return publish(model, registry, name=name, **how)
+
+
+def _fixed(model: str, bundle: Bundle) -> str:
+    """What to do about a torch model whose export fixed every dimension."""
+    if ":" not in model or any(isinstance(d, str) for s in bundle.inputs for d in s.shape):
+        return ""
+    first = bundle.inputs[0]
+    free = ",".join(["batch", *map(str, first.shape[1:])]) if first.shape else ""
+    return f"; all sizes are fixed, a free one is named at the export: --shape {first.name}={free}" if free else ""
 
 
 def _name_of(model: str) -> str:

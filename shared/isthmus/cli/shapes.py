@@ -1,43 +1,119 @@
-"""How commands are told the shapes of free dimensions: by numbers or by example."""
+"""What commands are told of a model's inputs: shapes and free dimensions by `--shape`, arrays by `--example`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 
+from isthmus.bundle import TensorSpec
 from isthmus.dtypes import restored
 from isthmus.errors import ModelError
 
 BindOption = Annotated[
     list[str] | None,
-    typer.Option(help="The shape that an input's free dimensions are counted for: NAME=1x3x320x640; once per input."),
+    typer.Option(
+        help="An input's shape: NAME=1x3x320x640, once per input. ONNX and .pt2: the sizes that its free dimensions are"
+        " counted for. For package.module:factory, NAME is a parameter of forward, traced with float32 zeros of that"
+        " shape;"
+        " a dimension that is to stay free is named, with commas between: NAME=batch,3,320,640 or ids=batch:4,seq:128."
+    ),
 ]
 ExampleOption = Annotated[
     list[Path] | None,
-    typer.Option(help="Example inputs: an .npz file with an array for each input, or NAME=FILE.npy; once per file."),
+    typer.Option(
+        help="Example inputs: an .npz file with an array for each input, or NAME=FILE.npy; once per file. They give"
+        " shapes as --shape does, and values where shapes depend on those; package.module:factory is traced with them,"
+        " and takes their dtypes: inputs of whole numbers need one."
+    ),
 ]
+_DIMENSION = re.compile(r"(?P<name>[A-Za-z_]\w*)(:(?P<size>\d+))?|(?P<number>\d+)")
+_BETWEEN_LETTERS = re.compile(r"[A-Za-z_]x[A-Za-z_]")
 
 
-def read_bindings(given: Sequence[str] | None) -> dict[str, tuple[int, ...]]:
-    """The shapes of `NAME=1x3x320x640` entries.
+@dataclass(frozen=True)
+class InputsGiven:
+    """What the options say: a shape to count with, names of free dimensions by axis, and an array, by input."""
+
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    free: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    examples: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+
+    def check_free(self, inputs: Mapping[str, TensorSpec]) -> None:
+        """See that the dimensions which were named as free are free in the imported model.
+
+        Raises:
+            ModelError: one is fixed.
+        """
+        for name, axes in self.free.items():
+            for axis, dim in axes.items():
+                if isinstance(size := inputs[name].shape[axis], int):
+                    raise ModelError(
+                        f"{dim} of {name} is not free: axis {axis} is {size} in the model",
+                        input=name,
+                        axis=axis,
+                        hint=f"give the number {size} there, or export the model anew with that dimension free",
+                    )
+
+
+def read_inputs(shapes: Sequence[str] | None, examples: Sequence[Path] | None) -> InputsGiven:
+    """What `--shape` and `--example` say together.
+
+    A free dimension without a size has that of an example, or of its name elsewhere; a first one is 1 otherwise.
 
     Raises:
-        ModelError: an entry is not of that form.
+        ModelError: an entry is not of its form, a file cannot be read, or a free dimension has no size.
     """
-    found: dict[str, tuple[int, ...]] = {}
-    for entry in given or []:
-        name, equals, dims = entry.rpartition("=")
-        try:
-            if not equals or not name:
-                raise ValueError
-            found[name] = tuple(int(n) for n in dims.replace(",", "x").split("x") if n)
-        except ValueError as e:
-            raise ModelError(f"--shape is {entry!r}; it is NAME=1x3x320x640") from e
-    return found
+    arrays = read_examples(examples)
+    given = dict(map(_read_shape, shapes or []))
+    sizes: dict[str, int] = {}
+    for name, dims in given.items():
+        shape = arrays[name].shape if name in arrays else tuple(size for _, size in dims)
+        if len(shape) != len(dims) or any(size not in (None, n) for (_, size), n in zip(dims, shape, strict=True)):
+            raise ModelError(f"the example of {name} is {'x'.join(map(str, shape))}, not as --shape says", input=name)
+        for (dim, _), size in zip(dims, shape, strict=True):
+            if dim and size is not None and sizes.setdefault(dim, size) != size:
+                raise ModelError(f"the free dimension {dim} is {sizes[dim]} and {size}", dimension=dim)
+    return InputsGiven(
+        {name: tuple(_sizes(name, dims, sizes)) for name, dims in given.items()},
+        {n: free for n, dims in given.items() if (free := {a: d for a, (d, _) in enumerate(dims) if d})},
+        arrays,
+    )
+
+
+def _sizes(name: str, dims: Sequence[tuple[str, int | None]], sizes: Mapping[str, int]) -> Iterator[int]:
+    for axis, (dim, size) in enumerate(dims):
+        found = size if not dim else sizes.get(dim, 1 if axis == 0 else None)
+        if found is None:
+            text = ",".join(f"{d}:{n or 128}" if d else str(n) for d, n in dims)
+            raise ModelError(
+                f"the free dimension {dim} of {name} has no size to count with",
+                input=name,
+                hint=f"give it one: --shape {name}={text}",
+            )
+        yield found
+
+
+def _read_shape(entry: str) -> tuple[str, tuple[tuple[str, int | None], ...]]:
+    """An input's name, and the name (empty where it is fixed) and size of each dimension."""
+    name, equals, text = entry.rpartition("=")
+    if equals and name and "," not in text and _BETWEEN_LETTERS.search(text):
+        raise ModelError(
+            f"--shape is {entry!r}, where an x may belong to a name",
+            hint="separate the dimensions by commas: NAME=batch,3,320,640",
+        )
+    parts = [_DIMENSION.fullmatch(part) for part in re.split("," if "," in text else "x", text)] if text else []
+    dims = tuple((p["name"] or "", int(n) if (n := p["size"] or p["number"]) else None) for p in parts if p)
+    if not equals or not name or len(dims) != len(parts):
+        raise ModelError(
+            f"--shape is {entry!r}; it is NAME=1x3x320x640, or NAME=batch,3,320,640 with names for free dimensions"
+        )
+    return name, dims
 
 
 def read_examples(given: Sequence[Path] | None) -> Mapping[str, np.ndarray[Any, Any]]:
@@ -48,9 +124,10 @@ def read_examples(given: Sequence[Path] | None) -> Mapping[str, np.ndarray[Any, 
     """
     found: dict[str, np.ndarray[Any, Any]] = {}
     for entry in map(str, given or []):
-        name, equals, file = entry.partition("=")
+        # A file is a file, whatever its name holds.
+        name, equals, file = ("", "", entry) if Path(entry).is_file() else entry.rpartition("=")
         try:
-            loaded = np.load(file if equals else entry, allow_pickle=False)
+            loaded = np.load(file, allow_pickle=False)
             if equals:
                 found[name] = restored(loaded)
             else:

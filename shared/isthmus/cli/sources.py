@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from isthmus.cli.console import Step
-from isthmus.cli.shapes import read_bindings
+from isthmus.cli.shapes import InputsGiven
 from isthmus.graph import torch_export, zoo
 
 
 @contextmanager
-def onnx_file(model: str, shapes: Sequence[str] | None, step: Step) -> Iterator[Path]:
+def onnx_file(model: str, given: InputsGiven, step: Step) -> Iterator[Path]:
     """The ONNX file of `model`, exported for as long as the block lasts where it is no file itself.
 
     Raises:
@@ -28,6 +28,5 @@ def onnx_file(model: str, shapes: Sequence[str] | None, step: Step) -> Iterator[
         if model in zoo.ENTRIES:
             zoo.entry(model).write(path)
         else:
-            bound = read_bindings(shapes)
-            torch_export.export(model, path, shapes=list(bound.values()), input_names=list(bound) or None)
+            torch_export.export_named(model, path, shapes=given.shapes, examples=given.examples, free=given.free)
         yield path

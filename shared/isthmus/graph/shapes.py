@@ -61,31 +61,62 @@ def bind_inputs(
     Raises:
         ModelError: an unknown input, a shape that contradicts the declared one, or another free dimension left over.
     """
-    names = [str(v.name) for v in graph.inputs]
+    return bind_shapes({str(v.name): (_dtype(v), dims(v)) for v in graph.inputs}, bind, examples)
+
+
+def bind_shapes(
+    inputs: Mapping[str, tuple[str | None, tuple[Dim, ...] | None]],
+    bind: Mapping[str, Sequence[int]],
+    examples: Mapping[str, npt.NDArray[np.generic]],
+) -> dict[str, tuple[int, ...]]:
+    """As `bind_inputs`, for inputs given by name as their dtype and declared shape, None where they are unknown.
+
+    Raises:
+        ModelError: as `bind_inputs`.
+    """
+    names = list(inputs)
     for name in (*bind, *examples):
         if name not in names:
-            raise ModelError(f"the model has no input {name!r}", input=name, inputs=names)
+            raise ModelError(f"the model has no input {name!r}; it has {', '.join(names)}", input=name, inputs=names)
     bound = {}
-    for value in graph.inputs:
-        name, declared = str(value.name), dims(value)
-        shape = bind.get(name, examples[name].shape if name in examples else None)
+    for name, (dtype, declared) in inputs.items():
+        example = examples.get(name)
+        if example is not None and dtype not in (None, example.dtype.name):
+            raise ModelError(
+                f"the input {name} takes {dtype}, and its example holds {example.dtype.name}",
+                input=name,
+                hint=f"save it as {dtype}: numpy.save(file, array.astype({dtype!r}))",
+            )
+        shape = bind.get(name, None if example is None else example.shape)
         if shape is None:
             if declared is None or any(isinstance(d, str) for d in declared[1:]):
+                template = (
+                    "NxN" if declared is None else "x".join("N" if isinstance(d, str) else str(d) for d in declared)
+                )
                 raise ModelError(
                     f"the input {name} has the shape {_text(declared)}, and nothing binds its free dimensions",
                     input=name,
-                    hint=f"give one shape to count with: --shape {name}=" + "x".join("N" for _ in declared or "N"),
+                    hint=f"give one shape to count with, a number for each N: --shape {name}={template}",
                 )
             shape = tuple(1 if isinstance(d, str) else d for d in declared)
-        if declared is not None and (
-            len(shape) != len(declared)
-            or any(isinstance(d, int) and d != n for d, n in zip(declared, shape, strict=True))
-        ):
+        _check_fits(name, declared, tuple(shape))
+        if example is not None and example.shape != tuple(shape):
             raise ModelError(
-                f"the input {name} has the shape {_text(declared)}; {_text(tuple(shape))} does not fit it", input=name
+                f"the example of {name} has the shape {_text(example.shape)}, and {_text(tuple(shape))} was given",
+                input=name,
+                hint="leave the shape out: the example has one",
             )
         bound[name] = tuple(int(n) for n in shape)
     return bound
+
+
+def _check_fits(name: str, declared: tuple[Dim, ...] | None, shape: tuple[int, ...]) -> None:
+    if declared is not None and (
+        len(shape) != len(declared) or any(isinstance(d, int) and d != n for d, n in zip(declared, shape, strict=True))
+    ):
+        raise ModelError(
+            f"the input {name} has the shape {_text(declared)}; {_text(shape)} does not fit it", input=name
+        )
 
 
 def infer(

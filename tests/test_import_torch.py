@@ -1,0 +1,193 @@
+"""`isthmus import package.module:factory`: inputs by name, dtypes by example, free dimensions by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from isthmus.errors import ModelError
+from isthmus.graph.shapes import bind_shapes
+from test_cli import document, isthmus
+
+torch = pytest.importorskip("torch")
+
+IDS = np.arange(8, dtype=np.int64)[None] % 10
+
+
+class Tokens(torch.nn.Module):
+    """Scores of three classes for each of ten tokens; `mask` weighs them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = torch.nn.Embedding(10, 4), torch.nn.Linear(4, 3)
+
+    def forward(self, ids: Any, mask: Any, extra: Any = None) -> Any:
+        scores = self.head(self.embed(ids) * mask[..., None])
+        return scores if extra is None else scores + extra
+
+
+class Apart(torch.nn.Module):
+    """Two float inputs of one shape, which must not be swapped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(8, 8)
+
+    def forward(self, a: Any, b: Any) -> Any:
+        return self.layer(a) * 100 - b
+
+
+class Fixed(torch.nn.Module):
+    def forward(self, x: Any) -> Any:
+        return torch.relu(x.reshape(2, 8)) * 2
+
+
+def imported(folder: Path, *options: object) -> dict[str, Any]:
+    return document(isthmus("import", *options, "--registry", folder / "registry", "--json"))
+
+
+def outputs(folder: Path, model: str, **inputs: np.ndarray) -> np.ndarray:
+    tensors = []
+    for name, array in inputs.items():
+        np.save(folder / f"{name}.npy", array)
+        tensors += ["--tensor", f"{name}={folder / name}.npy"]
+    out = folder / "out.npz"
+    result = isthmus("infer", "--model", model, *tensors, "--local", "--output", out, "--registry", folder / "registry")
+    assert result.exit_code == 0, result.output
+    with np.load(out) as loaded:
+        return loaded[loaded.files[0]]
+
+
+def refused(*options: object) -> dict[str, Any]:
+    result = isthmus("import", *options, "--json")
+    assert result.exit_code == 1, result.output
+    return json.loads(result.stderr)
+
+
+@pytest.fixture
+def examples(tmp_path: Path) -> Path:
+    path = tmp_path / "tokens.npz"
+    np.savez(path, ids=IDS, mask=np.ones((1, 8), np.float32))
+    return path
+
+
+def test_shapes_bind_to_forwards_parameters_in_any_order(tmp_path: Path) -> None:
+    imported(tmp_path, f"{__name__}:Apart", "--shape", "b=1x8", "--shape", "a=1x8")
+    a, b = np.ones((1, 8), np.float32), np.full((1, 8), 3, np.float32)
+    of_b = outputs(tmp_path, "apart", a=a, b=b) - outputs(tmp_path, "apart", a=a, b=b * 0)
+    assert np.allclose(of_b, -3, atol=1e-4)
+
+
+def test_names_that_forward_does_not_have_are_refused_with_those_it_has(tmp_path: Path) -> None:
+    error = refused(f"{__name__}:Apart", "--shape", "x=1x8", "--registry", tmp_path)
+    assert "has no input x; its forward takes a, b" in error["error"]
+    error = refused(f"{__name__}:Apart", "--shape", "a=1x8", "--registry", tmp_path)
+    assert "needs an example of b" in error["error"]
+    assert "--shape b=1x3x224x224" in error["hint"]
+
+
+def test_a_token_model_is_imported_with_its_examples_and_named_dimensions(tmp_path: Path, examples: Path) -> None:
+    free = ("--shape", "ids=batch,seq", "--shape", "mask=batch,seq")
+    made = imported(tmp_path, f"{__name__}:Tokens", "--example", examples, *free)
+    assert [(s["name"], s["dtype"], s["shape"]) for s in made["inputs"]] == [
+        ("ids", "int64", ["batch", "seq"]),
+        ("mask", "float32", ["batch", "seq"]),
+    ]
+    ids, mask = np.tile(IDS, (3, 2)), np.linspace(0, 1, 48, dtype=np.float32).reshape(3, 16)
+    with torch.no_grad():
+        expected = Tokens()(torch.from_numpy(ids), torch.from_numpy(mask)).numpy()
+    assert np.allclose(outputs(tmp_path, "tokens", ids=ids, mask=mask), expected, atol=1e-5)
+
+
+def test_what_is_fixed_is_said(tmp_path: Path, examples: Path) -> None:
+    given = ("--shape", "extra=1x8x3", "--example", examples, "--registry", tmp_path / "registry")
+    result = isthmus("import", f"{__name__}:Tokens", *given)
+    assert result.exit_code == 0, result.output
+    takes = "takes ids int64[1, 8], mask float32[1, 8], extra float32[1, 8, 3]; all sizes are fixed"
+    assert takes in result.stdout.replace("\n", " ")
+    assert "--shape ids=batch,8" in result.stdout
+
+
+def test_the_cause_of_a_failed_export_comes_first_and_without_escape_sequences(tmp_path: Path) -> None:
+    error = refused(
+        f"{__name__}:Tokens", "--shape", "ids=1x8", "--shape", "mask=1x8", "--registry", tmp_path / "registry"
+    )
+    assert "RuntimeError: Expected tensor for argument #1 'indices'" in error["error"]
+    assert "\x1b" not in error["error"]
+    assert "--example ids=FILE.npy" in error["hint"]
+
+
+def test_a_dimension_that_the_model_fixes_is_not_taken_for_free(tmp_path: Path) -> None:
+    error = refused(f"{__name__}:Fixed", "--shape", "x=batch:2,8", "--registry", tmp_path / "registry")
+    assert "batch" in error["error"]
+
+
+def test_a_programs_own_inputs_are_checked_before_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seq = torch.export.Dim("seq", min=2)
+    program = torch.export.export(
+        Tokens().eval(), (torch.from_numpy(IDS), torch.ones(1, 8)), dynamic_shapes=({1: seq}, {1: seq})
+    )
+    torch.export.save(program, tmp_path / "m.pt2")
+    where = (tmp_path / "m.pt2", "--registry", tmp_path / "registry")
+    given = {"mask": np.ones((1, 8), np.float32), "ids": IDS}
+    np.savez(tmp_path / "wrong.npz", **{**given, "ids": IDS.astype(np.int32)})
+    np.savez(tmp_path / "right.npz", **given)
+    exported = torch.onnx.export
+    monkeypatch.setattr(torch.onnx, "export", lambda *a, **k: pytest.fail("the export was begun"))
+    assert "nothing binds its free dimensions" in refused(*where)["error"]
+    assert "no input 'x'; it has ids, mask" in refused(*where, "--shape", "x=1x8")["error"]
+    assert "takes int64, and its example holds int32" in refused(*where, "--example", tmp_path / "wrong.npz")["error"]
+    monkeypatch.setattr(torch.onnx, "export", exported)
+    made = imported(tmp_path, tmp_path / "m.pt2", "--shape", "mask=1x8", "--shape", "ids=1x8")
+    assert [(s["name"], s["dtype"]) for s in made["inputs"]] == [("ids", "int64"), ("mask", "float32")]
+    again = document(isthmus("import", *where, "--example", tmp_path / "right.npz", "--json"))
+    assert again["inputs"] == made["inputs"]
+
+
+def test_a_module_in_the_current_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cnn_in_this_folder.py").write_text(
+        "import torch\ndef make():\n    return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", ["/nowhere", *[p for p in __import__("sys").path if p not in ("", str(tmp_path))]])
+    made = imported(tmp_path, "cnn_in_this_folder:make", "--shape", "input=batch,4")
+    assert made["name"] == "make"
+    assert made["inputs"][0]["shape"] == ["batch", 4]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["x=contextx8"], "an x may belong to a name"),
+        (["=1x8"], "--shape is '=1x8'"),
+        (["1x3x224x224"], "it is NAME=1x3x320x640"),
+        (["x=batch,seq"], "dimension seq of x has no size"),
+        (["x=n:4,8", "y=n:5"], "n is 4 and 5"),
+        (["x=-1x3"], "--shape is 'x=-1x3'"),
+    ],
+)
+def test_a_shape_that_cannot_be_meant_is_refused(options: list[str], message: str, tmp_path: Path) -> None:
+    shapes = [part for option in options for part in ("--shape", option)]
+    assert message in refused(f"{__name__}:Fixed", *shapes, "--registry", tmp_path)["error"]
+
+
+def test_a_dimension_named_free_that_a_file_fixes_is_refused(tmp_path: Path) -> None:
+    from bundles import photos_model
+
+    path = photos_model(tmp_path / "m.onnx")
+    where = ("--registry", tmp_path / "registry")
+    assert "batch of x is not free: axis 0 is 1" in refused(path, "--shape", "x=batch,3,8,8", *where)["error"]
+
+
+def test_an_example_of_another_shape_than_the_given_one_is_refused() -> None:
+    inputs = {"x": ("float32", ("n", 4))}
+    assert bind_shapes(inputs, {}, {"x": np.ones((3, 4), np.float32)}) == {"x": (3, 4)}
+    with pytest.raises(ModelError, match="takes float32, and its example holds float64"):
+        bind_shapes(inputs, {}, {"x": np.ones((3, 4))})
+    with pytest.raises(ModelError, match="has the shape 3x4, and 2x4 was given"):
+        bind_shapes(inputs, {"x": (2, 4)}, {"x": np.ones((3, 4), np.float32)})

@@ -355,6 +355,7 @@ def test_a_log_can_be_followed(engine: Engine) -> None:
 
 
 def test_the_gateways_metrics_count_calls(engine: Engine) -> None:
+    eventually(lambda: describe(engine, "echo")["availableReplicas"] == 2)
     http("POST", f"{engine.url}/function/echo", body=b"")
     text = http("GET", f"{engine.url}/metrics").data.decode()
     assert 'gateway_function_invocation_total{code="200",function_name="echo.openfaas-fn"}' in text
@@ -425,6 +426,26 @@ def test_a_function_that_never_gets_ready_is_given_up_after_some_tries(
         (failed,) = [e.text for e in events if e.kind == "failed"]
         assert failed.startswith("exit status 1: cannot start: RuntimeError: broken was set; not started again")
         assert starts(events, "echo") == 3
+
+
+def test_a_503_has_the_functions_last_words_only_where_details_are_exposed(tmp_path: Path) -> None:
+    events: list[Event] = []
+    environment = {"*": {"broken": "1"}, "other": {"expose_details": "false"}}
+    with Engine(write_stack(tmp_path), environment=environment, on_event=events.append) as engine:
+        for name, has_them in (("echo", True), ("other", False)):
+            eventually(lambda name=name: starts(events, name) > 1)  # type: ignore[misc]
+            reply = http("POST", f"{engine.url}/function/{name}", body=b"")
+            text = reply.data.decode()
+            assert (
+                reply.status,
+                "broken was set" in text,
+                text.startswith(f"No endpoints available for: {name}."),
+            ) == (
+                503,
+                has_them,
+                True,
+            )
+        assert all(any("broken was set" in e.text for e in events if e.function == name) for name in ("echo", "other"))
 
 
 def processes(root: Path, name: str) -> int:

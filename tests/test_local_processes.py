@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from isthmus.local import Engine
+from isthmus.local.build import build_folder
 from local_stack import write_stack
 from patience import LONG_S, eventually
 
@@ -61,3 +63,23 @@ def test_a_killed_engine_leaves_no_process(tmp_path: Path) -> None:
     with engine:
         os.kill(engine.pid, signal.SIGKILL)
     eventually(lambda: gone(children))
+    (left,) = (tmp_path / ".isthmus" / "build").iterdir()
+    with Engine(tmp_path / "stack.yml", replicas={"echo": 0, "other": 0}):
+        (own,) = (tmp_path / ".isthmus" / "build").iterdir()
+    assert own != left
+    assert list((tmp_path / ".isthmus" / "build").iterdir()) == []
+
+
+def test_only_folders_of_engines_that_are_gone_are_swept(tmp_path: Path) -> None:
+    (tmp_path / "8080" / "1").mkdir(parents=True)
+    (tmp_path / "8080" / "1" / "index.py").touch()
+    (tmp_path / "note").touch()
+    (tmp_path / "elsewhere").symlink_to(Path(__file__).parent)
+    with build_folder(tmp_path, 8080) as one:
+        (one / "file").touch()
+        with build_folder(tmp_path, 8080) as other:
+            assert one != other
+            assert {p.name for p in tmp_path.iterdir()} == {one.name, other.name, "note", "elsewhere"}
+        assert (one / "file").is_file()
+    assert {p.name for p in tmp_path.iterdir()} == {"note", "elsewhere"}
+    assert Path(__file__).is_file()

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from isthmus.errors import LocalError
@@ -10,6 +15,45 @@ from isthmus.local.stack import FunctionSpec, Stack
 
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", "*.egg-info")
 _NOT_HANDLER = frozenset({"build", "template"})
+
+
+@contextlib.contextmanager
+def build_folder(root: Path, port: int) -> Iterator[Path]:
+    """A new folder below `root` for what an engine lays out, removed with the block.
+
+    Folders of engines that were killed are removed first. An engine holds a lock on its folder, which the kernel drops
+    with its process.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as taking:
+        if (alone := _lock(root, wait=True)) is not None:  # nobody else sweeps before the new folder is locked
+            taking.callback(os.close, alone)
+            for folder in root.iterdir():
+                if (stale := _lock(folder)) is not None:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    os.close(stale)
+        own = Path(tempfile.mkdtemp(prefix=f"{port}-", dir=root))
+        lock = _lock(own)
+    try:
+        yield own
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path, *, wait: bool = False) -> int | None:
+    """A descriptor that holds `folder` locked until it is closed; None where another does, or no lock can be had."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def stage(stack: Stack, spec: FunctionSpec, folder: Path) -> Path:

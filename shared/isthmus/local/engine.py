@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import shlex
-import shutil
 import signal
 import socket
 import time
@@ -19,6 +18,7 @@ from aiohttp import web
 
 from isthmus.errors import LocalError
 from isthmus.local.async_queue import AsyncQueue
+from isthmus.local.build import build_folder
 from isthmus.local.callbacks import CallbackPolicy, parse_networks
 from isthmus.local.credentials import PASSWORD_FILE, USER, ensure_password
 from isthmus.local.door import Door
@@ -201,10 +201,9 @@ async def _running(options: Options) -> AsyncIterator[_Running]:
         url = f"http://{options.host}:{port}"
         state = stack.root / ".isthmus"
         password = ensure_password(state)
-        build = state / "build" / str(port)
-        places = Places(url, build, state / "cache", SecretFolder(state / "secrets"))
         async with contextlib.AsyncExitStack() as leaving:
-            leaving.callback(shutil.rmtree, build, ignore_errors=True)
+            build = leaving.enter_context(build_folder(state / "build", port))
+            places = Places(url, build, state / "cache", SecretFolder(state / "secrets"))
             session = await leaving.enter_async_context(_session())
             fleet = Fleet(
                 file, places, session, options.on_event, overrides=options.environment, drain_s=options.drain_s

@@ -222,6 +222,7 @@ class Fleet:
             # In a container /tmp is a function's own, and so is its cache.
             "cache_dir": str(self._places.cache / spec.name),
             "secrets_dir": str(self._places.secrets.path),
+            "expose_details": "true",  # who calls a function on this machine is who runs it, as a rule
             **spec.environment,
             **self._overrides.get("*", {}),
             **self._overrides.get(spec.name, {}),

@@ -85,7 +85,9 @@ class _Call:
         elif rest == "/_/health" and self._supervisor.replicas:  # the watchdog's own; local processes run without one
             self._answer(200, "OK")
         elif (replica := self._supervisor.pick()) is None:
-            text = f"No endpoints available for: {self._supervisor.name}. {self._supervisor.reason}"
+            text = f"No endpoints available for: {self._supervisor.name}."
+            if self._supervisor.exposes_details:
+                text += f" {self._supervisor.reason}"
             self._answer(503, text, (b"Retry-After", b"1"), _PROXY)
         else:
             self._pass_on(replica, replica.deployment.ready_path if rest == "/_/ready" else rest, first)

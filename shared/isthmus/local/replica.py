@@ -58,6 +58,11 @@ class Deployment:
     ready_path: str = "/ready"
     watchdog: Watchdog = field(default_factory=Watchdog)
 
+    @property
+    def exposes_details(self) -> bool:
+        """Whether callers are told what the function's log says; else only the engine's own log has it."""
+        return self.environment.get("expose_details", "").lower() in ("true", "1")
+
 
 class Replica:
     """A process of one deployment. `in_flight` is kept by who sends requests to it."""

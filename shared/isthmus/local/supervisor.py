@@ -84,6 +84,11 @@ class Supervisor:
         waiting = [r.reason for r in self._replicas if r.state is State.STARTING]
         return waiting[-1] if waiting and not self.failure else self.failure or "starting"
 
+    @property
+    def exposes_details(self) -> bool:
+        """Whether callers are told the reason, which holds a line of the function's log."""
+        return self._deployment is not None and self._deployment.exposes_details
+
     def deploy(self, deployment: Deployment, replicas: int) -> None:
         """Replace what runs by `replicas` of `deployment`."""
         self._deployment = deployment

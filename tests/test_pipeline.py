@@ -190,6 +190,19 @@ def test_an_answer_to_something_else_is_rejected_and_names_the_hop(
     assert e.value.facts["expected"] != e.value.facts["got"]
 
 
+@pytest.mark.parametrize(
+    ("change", "hint"),
+    [(renamed, "same version of Isthmus"), (widened, "same version of Isthmus"), (shortened, "import the model again")],
+    ids=["names", "dtype", "shape"],
+)
+def test_only_tensors_of_other_kinds_blame_another_version(
+    photos: Published, local: Callable[[Published], LocalHop], change: Callable[[Frame], Frame], hint: str
+) -> None:
+    with pytest.raises(HopRejected) as e:
+        answer(photos, (Between(local(photos), change),), ("6",))
+    assert hint in e.value.hint
+
+
 def test_free_dimensions_that_the_graph_refuses_are_the_callers_fault_over_http_too(tmp_path: Path) -> None:
     inputs = {"a": np.ones((2, 32), np.float32), "b": np.ones((3, 32), np.float32)}
     free = publish(tmp_path, free_model(tmp_path / "free.onnx"), inputs, partitions=[["1"]])

@@ -149,7 +149,15 @@ def _checked(reply: Frame, sent: Frame, segment: Segment, hop: Hop) -> Mapping[s
             f"{hop.name} did not answer as segment {segment.id} does: {e}",
             hop=hop.name,
             status=200,
-            hint="both sides must run the same version of Isthmus",
+            hint=_hint(reply, segment),
             **e.facts,
         ) from e
     return reply.tensors
+
+
+def _hint(reply: Frame, segment: Segment) -> str:
+    """What to do about a reply with other tensors than `segment` declares."""
+    declared = {spec.name: spec.dtype for spec in segment.outputs}
+    if declared == {name: array.dtype.name for name, array in reply.tensors.items()}:
+        return "the bundle declares shapes that the model does not keep for this input: import the model again"
+    return "both sides must run the same version of Isthmus"

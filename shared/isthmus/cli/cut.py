@@ -19,7 +19,7 @@ from isthmus.cli.console import (
     steps,
 )
 from isthmus.cli.cut_options import SYNTAX, OldAt
-from isthmus.cli.publishing import DropPlan, publish_version
+from isthmus.cli.publishing import DropPlan, findings, publish_version, warn
 from isthmus.registry import open_cache, open_registry
 from isthmus.units import format_size
 
@@ -70,6 +70,7 @@ def cut(
                     "new_segments": fresh,
                     "new_bytes": sum(bundle.segments[s].graph.size for s in fresh),
                     "default_cuts": list(bundle.default_cuts),
+                    "warnings": findings(bundle, found.bundle),
                     **published.document(),
                 }
             )
@@ -82,6 +83,7 @@ def cut(
             soft_wrap=True,
         )
         published.show()
+        warn(findings(bundle, found.bundle))
         if default and published.plan:
             out.print(
                 "requests take the way of the plan, not the default cuts: --drop-plan lets the default cuts decide",

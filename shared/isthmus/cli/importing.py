@@ -22,7 +22,7 @@ from isthmus.cli.console import (
     steps,
 )
 from isthmus.cli.cut_options import SYNTAX
-from isthmus.cli.publishing import DropPlan, Publication, publish_version
+from isthmus.cli.publishing import DropPlan, Publication, findings, publish_version, warn
 from isthmus.cli.shapes import BindOption, ExampleOption, read_inputs
 from isthmus.errors import Missing, ModelError
 from isthmus.registry import Version, open_registry
@@ -97,6 +97,7 @@ def import_model(
                     "segments": sorted(bundle.segments),
                     "default_cuts": list(bundle.default_cuts),
                     "registry": registry,
+                    "warnings": findings(bundle),
                     **published.document(),
                 }
             )
@@ -110,6 +111,7 @@ def import_model(
         takes = ", ".join(describe(s.dtype, s.shape, s.name) for s in bundle.inputs)
         out.print(f"takes {takes}{_fixed(model, bundle)}", highlight=False, markup=False, soft_wrap=True)
         published.show()
+        warn(findings(bundle))
 
 
 def publish(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +12,7 @@ import typer
 
 from isthmus.bundle import Blob, Bundle
 from isthmus.calibration.fidelity import Fidelity
-from isthmus.cli.console import out
+from isthmus.cli.console import err, out
 from isthmus.errors import CalibrationError, Missing, PlanMalformed, PlanMismatch
 from isthmus.planner.planning.plan import Plan
 from isthmus.registry import Registry, Resolved, Version
@@ -80,6 +80,24 @@ class Publication:
         if self.was == number:
             return f"{self.alias} means {name}:{number}, as before"
         return f"{self.alias} means {name}:{number} now" + (f"; it meant {name}:{self.was}" if self.was else "")
+
+
+def findings(bundle: Bundle, before: Bundle | None = None) -> list[str]:
+    """Sentences on what the dry run of a bundle's segments found, without those that `before` has already."""
+    found, known = (b.source.get("dry_run", {}) if b is not None else {} for b in (bundle, before))
+    old = known.get("differences", {})
+    differ = [
+        f"at the cut {cut} predictions differ from the whole model's by up to {share:.1g} of an output's largest value"
+        for cut, share in found.get("differences", {}).items()
+        if old.get(cut) != share
+    ]
+    return [*differ, *(note for note in found.get("notes", []) if note not in known.get("notes", []))]
+
+
+def warn(sentences: Sequence[str]) -> None:
+    """Print warnings on standard error."""
+    for sentence in sentences:
+        err.print(f"warning: {sentence}", highlight=False, markup=False, soft_wrap=True)
 
 
 def publish_version(

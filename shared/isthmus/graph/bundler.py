@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from isthmus.bundle import WHOLE, Blob, Bundle, Cut, Segment, digest_of, is_model_name
+from isthmus.bundle import WHOLE, Bundle, Cut, Segment, Weights, digest_of, is_model_name
 from isthmus.errors import CutError, ModelError
 from isthmus.graph import weights as weights_file
-from isthmus.graph.cuts import CutInfo, cuts, published_cut, resolve_cut, resolve_partition
-from isthmus.graph.extract import AnyCut, Extracted, extract, partition
+from isthmus.graph.cuts import (
+    CutInfo,
+    cuts,
+    published_cut,
+    resolve_cut,
+    resolve_partition,
+    within_quantised_operators,
+)
+from isthmus.graph.dry_run import DryRun, recorded
+from isthmus.graph.extract import AnyCut, Extracted, check_order, extract, partition
 from isthmus.graph.model import Binding, Examples, Model, open_model
+from isthmus.graph.processing import check_classes, check_specs, grey_picture
 
 Partition: TypeAlias = str | Sequence[str | CutInfo]
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -24,6 +34,8 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 
 _SHARE = (0.1, 0.9)
 _SMALL_EXAMPLE = 16
+_MOST_TRIED = 8
+"""Cuts that are run to find a default whose segments compute what the model does."""
 
 
 def _silent(what: str, done: int, total: int) -> None:
@@ -47,14 +59,18 @@ def build(
 ) -> tuple[Bundle, dict[str, Path]]:
     """Make version one of a bundle in `out_dir`; returns it, and where the content of each digest lies.
 
+    Every segment is loaded and run here first, and compared with the whole model (`dry_run`); what could not be run and
+    what differs stands in `source["dry_run"]`.
+
     `partitions` are texts such as `20/40` (docs/cuts.md), or ordered lists of cuts, each a position, tensors (see
     `resolve_cut`) or a CutInfo; the first is the default. Without any, the model is parted at its narrowest cut (see
     `narrowest`); one that has none is left whole.
     `bind`, `examples`, `freeze`: see `open_model`; a Model that is already open takes none of them.
 
     Raises:
-        ModelError: the model cannot be imported.
-        CutError: a cut cannot be made, or the cuts of a partition are not in order.
+        ModelError: the model cannot be imported, or does not run; or its processing does not fit it.
+        CutError: a cut cannot be made, or its segments do not run or do not compute what the model does; or the cuts of
+            a partition are not in order.
     """
     if not is_model_name(name):
         raise ModelError(f"{name!r} cannot name a model", hint="use 1 to 63 of a-z, 0-9, '.', '_' and '-'")
@@ -64,15 +80,14 @@ def build(
         raise TypeError("bind, examples and freeze belong to open_model when the model is already open")
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
+    postprocess = _with_labels_key(postprocess)
+    check_specs(model, preprocess, postprocess, labels)
     weights = weights_file.write(
         model.initialisers(), out / weights_file.LOCATION, lambda done, total: progress("weights", done, total)
     )
     files = {weights.blob.digest: out / weights_file.LOCATION}
-    chosen: Sequence[Partition] = partitions
-    if not chosen:
-        found = narrowest(model)
-        chosen = [[found]] if found is not None else []
-    whole = extract(model, weights, None, None)
+    run = DryRun(model, out, weights.tensors)
+    model, whole = _run_whole(run, weights, preprocess, postprocess, labels)
     bundle = Bundle(
         name=name,
         inputs=whole.inputs,
@@ -84,9 +99,11 @@ def build(
         postprocess=_with_labels(postprocess, labels, out, files),
         source={**(source or {}), **_counted_with(model)},
     )
-    resolved = [_resolve(model, p, {}) for p in chosen]
-    bundle = _cut(bundle, model, resolved, out, files, progress)
-    return replace(bundle, default_cuts=tuple(c.name for c in resolved[0]) if resolved else ()), files
+    resolved = [_resolve(model, p, {}) for p in partitions]
+    tried = [] if partitions else _by_default(run, weights)
+    bundle = _cut(bundle, run, resolved or tried, out, files, progress)
+    first = tried[0].cuts if tried else resolved[0] if resolved else []
+    return replace(bundle, default_cuts=tuple(c.name for c in first)), files
 
 
 def add_cuts(
@@ -97,17 +114,19 @@ def add_cuts(
     *,
     default: bool = False,
     progress: Progress = _silent,
+    on_refusal: Callable[[CutError], None] | None = None,
 ) -> tuple[Bundle, dict[str, Path]]:
     """Cut a published bundle anew; the weights file stays as it is, so only small graphs are new.
 
-    `whole` is the bundle's uncut segment's graph, with weights.bin beside it; only the weights' length is looked at.
+    `whole` is the bundle's uncut segment's graph, with weights.bin beside it. New segments are run first, as by
+    `build`; `on_refusal` is told of a partition that the dry run refuses, which is then left out.
     The new graphs are written to `out_dir`, or beside it. Cuts may also be named as in the bundle. Returns the bundle
     with the new segments and cuts, and the new files by digest. `default` makes the first partition the default. A plan
     is for exactly one bundle, so what differs from it has none.
 
     Raises:
         ModelError: the graph is not one that this package wrote.
-        CutError: a cut cannot be made, or the cuts of a partition are not in order.
+        CutError: as `build`.
     """
     whole = Path(whole)
     binding = bundle.source.get("bind", {})
@@ -116,7 +135,11 @@ def add_cuts(
     out.mkdir(parents=True, exist_ok=True)
     files: dict[str, Path] = {}
     resolved = [_resolve(model, p, bundle.cuts) for p in partitions]
-    more = _cut(bundle, model, resolved, out, files, progress)
+    run = DryRun(model, whole.parent, bundle.weights.tensors)
+    if any(set(_ids(cuts_)) - bundle.segments.keys() for cuts_ in resolved):
+        # Its inputs cannot be given here, so a model that asks for certain ones is still cut.
+        run.whole(extract(model, bundle.weights, None, None), must_run=False)
+    more = _cut(bundle, run, resolved, out, files, progress, on_refusal)
     if default and resolved:
         more = replace(more, default_cuts=tuple(c.name for c in resolved[0]))
     return more if more == bundle else replace(more, plan=None), files
@@ -126,13 +149,34 @@ def narrowest(model: Model) -> CutInfo | None:
     """The prefix cut that the fewest bytes cross, of those with 10% to 90% of the work before it; None without one.
 
     The work is counted in multiply-accumulates, or in nodes where no cut lies in that range or a model has none. Where
-    that finds nothing either, all cuts are looked at. The first of equals wins.
+    that finds nothing either, all cuts are looked at. The first of equals wins. A cut between a DequantizeLinear and
+    the QuantizeLinear after it comes last.
     """
+    return next(iter(_narrow(model)), None)
+
+
+def _narrow(model: Model) -> list[CutInfo]:
+    """The cuts that may be the default, the narrowest first; after them those that part what onnxruntime fuses."""
     every = cuts(model)
     low, high = _SHARE
     by_macs = [c for c in every if low <= c.macs_before <= high]
     by_nodes = [c for c in every if c.position is not None and low <= (c.position + 1) / len(model.nodes) <= high]
-    return min(by_macs or by_nodes or every, key=lambda c: c.bytes, default=None)
+    fused = {str(v.name) for v in within_quantised_operators(model)}
+    return sorted(by_macs or by_nodes or every, key=lambda c: (any(t.name in fused for t in c.tensors), c.bytes))
+
+
+def _by_default(run: DryRun, weights: Weights) -> list[_Rehearsed]:
+    """The narrowest cut whose segments compute what the model does; where all differ, the one that differs least."""
+    found: list[_Rehearsed] = []
+    for cut in _narrow(run.model)[:_MOST_TRIED]:
+        try:
+            tried = _rehearsed(run, weights, [cut])
+        except CutError:
+            continue
+        if tried.difference <= run.tolerance:
+            return [tried]
+        found.append(tried)
+    return sorted(found, key=lambda r: r.difference)[:1]
 
 
 def _resolve(model: Model, cuts_: Partition, known: Mapping[str, Cut]) -> list[AnyCut]:
@@ -151,28 +195,115 @@ def _resolve(model: Model, cuts_: Partition, known: Mapping[str, Cut]) -> list[A
 
 def _cut(
     bundle: Bundle,
-    model: Model,
-    partitions: Sequence[Sequence[AnyCut]],
+    run: DryRun,
+    partitions: Sequence[Sequence[AnyCut] | _Rehearsed],
     out: Path,
     files: dict[str, Path],
     progress: Progress,
+    on_refusal: Callable[[CutError], None] | None = None,
 ) -> Bundle:
     segments, found = dict(bundle.segments), dict(bundle.cuts)
-    total = sum(len(p) + 1 for p in partitions)
+    differences: dict[str, float] = {}
+    total = sum(len(p.cuts if isinstance(p, _Rehearsed) else p) + 1 for p in partitions)
     done = 0
-    for cuts_ in partitions:
-        for cut in cuts_:
+    for asked in partitions:
+        try:
+            tried = asked if isinstance(asked, _Rehearsed) else _tried(run, bundle.weights, asked, segments)
+        except CutError as e:
+            if on_refusal is None:
+                raise
+            on_refusal(e)
+            continue
+        if tried.difference > run.tolerance:
+            differences["/".join(c.name for c in tried.cuts)] = recorded(tried.difference)
+        for cut in tried.cuts:
             made = cut.manifest() if isinstance(cut, CutInfo) else cut
             if _differs(found.setdefault(cut.name, made), made):
                 raise CutError(
                     f"the bundle has another cut of the name {cut.name}", cut=cut.name, hint="give it a name: NAME=a,b"
                 )
-        for extracted in partition(model, bundle.weights, cuts_):
-            done += 1
+        for extracted in tried.parts:
             if extracted.id not in segments:
                 segments[extracted.id] = _store(extracted, out, files)
-            progress("segments", done, total)
-    return replace(bundle, segments=segments, cuts=found)
+        done += len(tried.cuts) + 1
+        progress("segments", done, total)
+    return replace(bundle, segments=segments, cuts=found, source=_with_findings(bundle.source, differences, run.notes))
+
+
+class _Rehearsed(NamedTuple):
+    """A partition after its dry run: cuts and segments with shapes that held for every size, and the difference."""
+
+    cuts: Sequence[AnyCut]
+    parts: Sequence[Extracted]
+    difference: float
+
+
+def _ids(cuts_: Sequence[AnyCut]) -> list[str]:
+    return [f"{a}..{b}" for a, b in pairwise(["", *(c.name for c in cuts_), ""])]
+
+
+def _tried(run: DryRun, weights: Weights, cuts_: Sequence[AnyCut], known: Collection[str]) -> _Rehearsed:
+    """A partition after its dry run, unless all of its segments are `known`: those had theirs.
+
+    Raises:
+        CutError: as `_rehearsed`.
+    """
+    check_order(run.model, cuts_)
+    return _rehearsed(run, weights, cuts_) if set(_ids(cuts_)) - set(known) else _Rehearsed(cuts_, (), 0.0)
+
+
+def _rehearsed(run: DryRun, weights: Weights, cuts_: Sequence[AnyCut]) -> _Rehearsed:
+    """A partition after its dry run.
+
+    Raises:
+        CutError: as `partition` and `DryRun.partition`.
+    """
+    cuts_ = [_with_specs(cut, run.model) for cut in cuts_]
+    while True:
+        parts = partition(run.model, weights, cuts_)
+        seen = run.partition(parts)
+        if not seen.specs:
+            return _Rehearsed(cuts_, parts, seen.difference)
+        # Each round frees at least one dimension, so the rounds end.
+        run.model = replace(run.model, specs={**run.model.specs, **seen.specs})
+        cuts_ = [_with_specs(cut, run.model) for cut in cuts_]
+
+
+def _with_specs(cut: AnyCut, model: Model) -> AnyCut:
+    return replace(cut, tensors=tuple(model.specs.get(t.name, t) for t in cut.tensors))
+
+
+def _run_whole(
+    run: DryRun,
+    weights: Weights,
+    preprocess: Mapping[str, Any] | None,
+    postprocess: Mapping[str, Any] | None,
+    labels: Sequence[str] | None,
+) -> tuple[Model, Extracted]:
+    """The model with its outputs' shapes as they hold for every size, and its uncut segment.
+
+    Raises:
+        ModelError: it does not run, or its pre- and post-processing do not fit it.
+    """
+    whole = extract(run.model, weights, None, None)
+    picture = None if preprocess is None else grey_picture(run.model, preprocess)
+    specs, shown = run.whole(whole, picture)
+    if specs:
+        run.model = replace(run.model, specs={**run.model.specs, **specs})
+        whole = extract(run.model, weights, None, None)
+    if postprocess is not None:
+        check_classes(run.example_outputs if shown is None else shown, postprocess, labels)
+    return run.model, whole
+
+
+def _with_findings(source: Mapping[str, Any], differences: Mapping[str, float], notes: Sequence[str]) -> dict[str, Any]:
+    before = source.get("dry_run", {})
+    found = {
+        "differences": {**before.get("differences", {}), **differences},
+        "notes": list(dict.fromkeys([*before.get("notes", []), *notes])),
+    }
+    kept = {key: value for key, value in found.items() if value}
+    return {**{k: v for k, v in source.items() if k != "dry_run"}, **({"dry_run": kept} if kept else {})}
 
 
 def _differs(a: Cut, b: Cut) -> bool:
@@ -182,17 +313,14 @@ def _differs(a: Cut, b: Cut) -> bool:
 def _store(extracted: Extracted, out: Path, files: dict[str, Path]) -> Segment:
     start, _, stop = extracted.id.partition("..")
     path = out / f"{start or 'inputs'}-to-{stop or 'outputs'}.onnx"
-    digest = digest_of(extracted.graph)
     path.write_bytes(extracted.graph)
-    files[digest] = path
-    return Segment(
-        id=extracted.id,
-        graph=Blob(digest, len(extracted.graph)),
-        inputs=extracted.inputs,
-        outputs=extracted.outputs,
-        weights=extracted.weights,
-        macs=extracted.macs,
-    )
+    files[extracted.segment.graph.digest] = path
+    return extracted.segment
+
+
+def _with_labels_key(postprocess: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """`labels` may be left out where there are none."""
+    return {"labels": None, **postprocess} if isinstance(postprocess, Mapping) else postprocess
 
 
 def _with_labels(

@@ -24,6 +24,8 @@ from isthmus.graph.model import Model
 
 _SIMILAR = 5
 _MOST_LEAKS = 20
+_MOST_FUSED = 3
+"""Operators between a DequantizeLinear and a QuantizeLinear that are looked at as one group."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,32 @@ def cuts(model: Model) -> list[CutInfo]:
         if live and not uncarried and not why_not_together(len(live) + len(model.outputs), entries):
             found.append(_info(model, str(i), live, weight, macs, i))
     return found
+
+
+def within_quantised_operators(model: Model) -> frozenset[ir.Value]:
+    """Values between a DequantizeLinear and the QuantizeLinear after it.
+
+    onnxruntime makes one integer operator of DequantizeLinear, operator and QuantizeLinear. A cut at such a value parts
+    them: the segments compute in float what the whole graph computes in integers, and differ by its rounding.
+    """
+    found: set[ir.Value] = {
+        v for i, n in enumerate(model.nodes) if model.dynamic[i] and n.op_type == "DequantizeLinear" for v in n.outputs
+    }
+    for i, node in enumerate(model.nodes):
+        if not model.dynamic[i] or node.op_type != "QuantizeLinear":
+            continue
+        # An operator, and perhaps an activation after it, is what one group holds.
+        level, path = [v for v in node.inputs[:1] if v is not None], list[ir.Value]()
+        for _ in range(_MOST_FUSED):
+            path += level
+            producers = [p for v in level if (p := v.producer()) is not None and model.dynamic[model.positions[p]]]
+            if any(p.op_type == "QuantizeLinear" for p in producers):
+                break
+            level = [v for p in producers for v in p.inputs if v is not None and not model.is_static(v)]
+            if any(v in found for v in level):
+                found.update(path)
+                break
+    return frozenset(found)
 
 
 def cut_at(model: Model, tensors: Iterable[str], name: str | None = None) -> CutInfo:

@@ -36,14 +36,7 @@ def classify(
         raise RequestMalformed(
             "top_k is not a whole number from 1", parameter="top_k", hint="leave it out to get the model's own"
         )
-    scores = _rows(logits, spec["output"])
-    if labels is not None and len(labels) != scores.shape[1]:
-        raise RunFailed(
-            f"the output {spec['output']} has {scores.shape[1]} classes and there are {len(labels)} labels",
-            classes=scores.shape[1],
-            labels=len(labels),
-            hint="publish the model again with labels of its own",
-        )
+    scores = table_of(logits, spec, labels)
     if spec["softmax"]:
         scores = softmax(scores)
     if not np.isfinite(scores).all():
@@ -56,6 +49,23 @@ def classify(
         ]
         for indices, row in zip(best, scores, strict=True)
     ]
+
+
+def table_of(logits: np.ndarray, spec: Mapping[str, Any], labels: Sequence[str] | None) -> np.ndarray:
+    """An output as float64 (batch, classes).
+
+    Raises:
+        RunFailed: it is no such table, or has another number of classes than there are labels.
+    """
+    scores = _rows(logits, spec["output"])
+    if labels is not None and len(labels) != scores.shape[1]:
+        raise RunFailed(
+            f"the output {spec['output']} has {scores.shape[1]} classes and there are {len(labels)} labels",
+            classes=scores.shape[1],
+            labels=len(labels),
+            hint="publish the model again with labels of its own",
+        )
+    return scores
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -102,6 +102,13 @@ def preprocess(data: bytes, spec: Mapping[str, Any], *, input: TensorSpec, max_p
     return array
 
 
+def grey_picture(height: int, width: int) -> bytes:
+    """A PNG of that many pixels, all of a middle grey."""
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), (128, 128, 128)).save(file, "PNG")
+    return file.getvalue()
+
+
 def decode(data: bytes, *, max_pixels: int) -> Image.Image:
     """The first picture in `data`, upright, 8-bit RGB, what is transparent over white.
 

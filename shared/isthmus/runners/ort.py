@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,12 @@ class OrtRunner:
     The model is loaded by its path, so that onnxruntime maps the weights file beside it instead of reading it.
     """
 
-    def __init__(self, path: Path, segment: Segment, *, providers: tuple[str, ...], threads: int) -> None:
-        """Load `segment` from the .onnx file at `path`.
+    def __init__(self, path: Path | bytes, segment: Segment, *, providers: tuple[str, ...], threads: int) -> None:
+        """Load `segment` from the .onnx file at `path`, or from such a file's bytes.
 
         Raises:
             SettingsError: a provider is not in this build of onnxruntime.
-            RunFailed: onnxruntime refused the model.
+            RunFailed: onnxruntime refused the model; its own words are in `facts["reason"]`.
         """
         self.segment = segment
         self._outputs = [s.name for s in segment.outputs]
@@ -46,10 +47,16 @@ class OrtRunner:
         try:
             # Without its fallback, which prints to stdout and runs on the CPU what was meant for a GPU.
             self._session = ort.InferenceSession(
-                str(path), self._options(threads), providers=list(providers), enable_fallback=0
+                path if isinstance(path, bytes) else str(path),
+                self._options(threads),
+                providers=list(providers),
+                enable_fallback=0,
             )
         except Exception as e:  # onnxruntime's own errors share no base but Exception
-            raise RunFailed(f"segment {segment.id} cannot be loaded: {_sentence(e)}", segment=segment.id) from e
+            reason = reason_of(e)
+            raise RunFailed(
+                f"segment {segment.id} cannot be loaded: {reason}", segment=segment.id, reason=reason
+            ) from e
         if absent := [p for p in providers if p not in self._session.get_providers()]:
             raise RunFailed(
                 f"segment {segment.id} cannot be loaded: {', '.join(absent)} did not start",
@@ -64,6 +71,9 @@ class OrtRunner:
         options.log_severity_level = 3
         # Spinning threads steal the CPU of the other functions on the node.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # 4-bit weights are multiplied with float32 activations (1), not with activations rounded to int8 (4, the
+        # default): only some of the segments of a cut model would round them, so the split would differ from the whole.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         return options
 
     def run(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
@@ -81,11 +91,11 @@ class OrtRunner:
             if free and _blames_input(e):
                 shapes = {name: list(a.shape) for name, a in arrays.items()}
                 raise ShapeMismatch(
-                    f"segment {self.segment.id} cannot run with these shapes: {_sentence(e)}",
+                    f"segment {self.segment.id} cannot run with these shapes: {reason_of(e)}",
                     segment=self.segment.id,
                     got=shapes,
                 ) from e
-            raise RunFailed(f"segment {self.segment.id} failed: {_sentence(e)}", segment=self.segment.id) from e
+            raise RunFailed(f"segment {self.segment.id} failed: {reason_of(e)}", segment=self.segment.id) from e
         return dict(zip(self._outputs, results, strict=True))
 
 
@@ -128,6 +138,25 @@ class OrtObserver(OrtRunner):
             raise RunFailed(
                 f"the trace of segment {self.segment.id} cannot be read: {e}", segment=self.segment.id
             ) from e
+
+
+class UnpublishedRunner(OrtRunner):
+    """A segment that lies in no file yet, on the CPU; the weights file is in `folder`, and mapped from there.
+
+    Without `repack` no weights are laid out anew for faster products, so that the mapped ones are all there are.
+    """
+
+    def __init__(self, graph: bytes, segment: Segment, folder: Path, *, threads: int, repack: bool) -> None:
+        self._folder, self._repack = folder, repack
+        super().__init__(graph, segment, providers=("CPUExecutionProvider",), threads=threads)
+
+    def _options(self, threads: int) -> Any:
+        options = super()._options(threads)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._folder))
+        if not self._repack:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        options.log_severity_level = 4  # a size that does not run is no error here
+        return options
 
 
 def version() -> str:
@@ -210,6 +239,14 @@ def _blames_input(error: Exception) -> bool:
     return isinstance(error, kinds) and "alloc" not in str(error)
 
 
-def _sentence(error: Exception) -> str:
-    """onnxruntime's message on one line, bounded: it can hold the model's whole path and pages of shapes."""
-    return " ".join(str(error).split())[:500]
+_PREAMBLE = re.compile(r"\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : |Load model from .*? failed: ?|^Exception during \w+: ")
+_ARGUMENTS = r"[^()]*\((?:[^()]|\([^()]*\))*\)"
+_SOURCE_LINE = re.compile(
+    rf"\S+\.(?:cc|cpp|h|hpp|cu|cuh):\d+ {_ARGUMENTS}(?:::{_ARGUMENTS})*(?: const)?(?: \[with [^\]]*\])? ?"
+)
+
+
+def reason_of(error: Exception) -> str:
+    """onnxruntime's own reason on one line, bounded: without the model's path, and the place in its sources."""
+    text = " ".join(str(error).split())
+    return (_SOURCE_LINE.sub("", _PREAMBLE.sub("", text)).strip() or text)[:500]

@@ -15,7 +15,7 @@ from isthmus.calibration.choice import Choice
 from isthmus.calibration.fidelity import Fidelity
 from isthmus.calibration.fidelity_document import read
 from isthmus.codecs.speed import compared, speeds
-from isthmus.errors import PlanMismatch
+from isthmus.errors import CutError, PlanMismatch
 from isthmus.graph import add_cuts, open_model
 from isthmus.graph.cuts import CutInfo, upstream_of
 from isthmus.graph.model import Model
@@ -99,7 +99,10 @@ def drafting(
         found_cuts = search.prefixes() if every else search.cuts(links, choices, most_cuts)
         names, fresh = _named(model, base, found_cuts, fidelity, private_depth)
         with beside_weights(folder, whole.path):
-            bundle, files = add_cuts(base, whole.path, [[c] for c in fresh], folder) if fresh else (base, {})
+            refused: list[CutError] = []
+            made = [[c] for c in fresh]
+            bundle, files = add_cuts(base, whole.path, made, folder, on_refusal=refused.append) if fresh else (base, {})
+            names = [n for n in names if f"..{n}" in bundle.segments and f"{n}.." in bundle.segments]
             threads = min(profiles[EDGE].device.threads, 2)
             bench = Workbench(bundle, found.digest, files, cache, threads=threads)
             draft = Draft(
@@ -114,6 +117,7 @@ def drafting(
                 crossing_least=smallest_crossing(model, packed),
                 private_depth=private_depth,
             )
+            draft.notes.extend(e.message for e in refused)
             trials = _try_all(draft, bench, names, fidelity, table, told)
         if int8:
             _try_variant(draft, trials, registry, cache, whole.path, folder, threads, told)

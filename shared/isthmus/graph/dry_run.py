@@ -1,0 +1,368 @@
+"""The dry run: every new segment is loaded and run, through frames, before anything of a bundle is published.
+
+The uncut model runs first, on the example and on a second size of each free dimension. Then the segments of each
+partition take the same inputs as hops would hand them on, and their predictions are compared with the uncut model's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from isthmus import frame as frames
+from isthmus.bundle import WHOLE, Segment, TensorSpec, WeightTensor
+from isthmus.errors import CutError, FrameError, ModelError, SegmentError
+from isthmus.frame import Frame
+from isthmus.graph.extract import Extracted
+from isthmus.graph.model import Model
+from isthmus.graph.shapes import FREE, feeds
+from isthmus.runners import Array, describe
+from isthmus.runners.ort import UnpublishedRunner, cpu_limit
+
+BUDGET_S = 60.0
+"""For runs beyond the example's: of second sizes. What it leaves out is recorded."""
+EXACT = 1e-4
+"""The largest difference that goes without saying, relative to an output's largest magnitude; fusions that differ
+between a whole graph and its parts stay below 2e-5 in float32 (docs/cuts.md, "How exact")."""
+EXACT_HALF = 2e-3
+"""Likewise where a tensor has 16-bit floats: onnxruntime keeps float32 between fused operators and not across a cut."""
+WRONG = 0.5
+"""A larger difference of a float output is no rounding: the segments compute something else."""
+_UNPACKED_FROM = 512 * 2**20
+"""Bytes of weights from which a session repacks none: a packed copy of large weights would double their memory."""
+_BUNDLE = "sha256:" + "0" * 64
+"""Of as many bytes as the digest that frames will hold."""
+_HALF = ("float16", "bfloat16")
+_MAX_SHOWN = 300
+
+
+class Case(NamedTuple):
+    """One set of inputs for the model, and what is special about it."""
+
+    what: str
+    arrays: Mapping[str, Array]
+
+
+class Seen(NamedTuple):
+    """What a partition's dry run found.
+
+    `difference` is the largest of any output in any case, relative to its largest magnitude; 0 where two runs of the
+    model itself differ, since nothing can be compared. `specs` are boundary tensors whose declared shapes do not hold
+    for every size, mended; the segments must be made anew with them, and run again.
+    """
+
+    difference: float
+    specs: Mapping[str, TensorSpec]
+
+
+@dataclass
+class DryRun:
+    """Runs of one model's segments; weights lie in `folder`. One session is alive at a time.
+
+    Units: `budget_s` is for all runs of second sizes together.
+    """
+
+    model: Model
+    folder: Path
+    tensors: Sequence[WeightTensor]
+    budget_s: float = BUDGET_S
+    notes: list[str] = field(default_factory=list)
+    """Sentences on what was not run, and why."""
+    _cases: list[Case] = field(default_factory=list)
+    _expected: list[Mapping[str, Array]] = field(default_factory=list)
+    _sizes: list[dict[str, int]] = field(default_factory=list)
+    _extra_s: float = 0.0
+
+    def whole(
+        self, whole: Extracted, picture: Case | None = None, *, must_run: bool = True
+    ) -> tuple[dict[str, TensorSpec], Mapping[str, Array] | None]:
+        """Run the uncut model: its outputs' specs as they hold for every size tried, and the prediction for `picture`.
+
+        `picture` is one more set of inputs. Without `must_run` a model that made-up inputs do not suit is only loaded.
+
+        Raises:
+            ModelError: it cannot be loaded, or does not run with the example or `picture`; or no frame carries it.
+        """
+        runner = self._load(whole)
+        if not self._example(runner, must_run):
+            return {}, None
+        shown = None
+        if picture is not None:
+            self._keep(picture, self._attempt(runner, picture))
+            shown = self._expected[-1]
+        complete = self._other_values(runner)
+        for names, sizes in _free(whole.inputs, self._cases[0].arrays):
+            complete &= self._second_size(runner, names, sizes)
+        self._sizes = [_named_sizes(whole.inputs, case.arrays) for case in self._cases]
+        claims = self.model.claims if complete else {}
+        return self._settled(whole.outputs, self._expected, claims), shown
+
+    def partition(self, parts: Sequence[Extracted]) -> Seen:
+        """Run the segments of a partition, in order, on what the uncut model ran on.
+
+        Raises:
+            CutError: one cannot be loaded or run, no frame carries its tensors, or the segments compute something else
+                than the uncut model.
+        """
+        values = [dict(case.arrays) for case in self._cases]
+        name = "/".join(part.id.partition("..")[2] for part in parts[:-1])
+        try:
+            for part in parts:
+                runner = self._load(part)
+                for i in range(len(values)):
+                    given = self._run(runner, {s.name: values[i][s.name] for s in part.inputs})
+                    values[i].update(given)
+                if changed := self._settled(part.outputs, values, {}):
+                    return Seen(0.0, changed)
+        except (ModelError, FrameError, SegmentError) as e:
+            raise CutError(f"the cut {name} cannot be used: {e.message}", cut=name, **e.facts) from e
+        if self.model.is_random:
+            return Seen(0.0, {})
+        found = [_differences(a, b) for a, b in zip(self._expected, values, strict=True)]
+        floats, all_ = (max((f[i] for f in found), default=0.0) for i in (0, 1))
+        if floats > WRONG:
+            raise CutError(
+                f"the segments at the cut {name} do not compute what the model does: outputs differ by {floats:.0%} of"
+                " their largest value",
+                cut=name,
+                difference=floats,
+                hint="cut elsewhere: isthmus cuts MODEL",
+            )
+        return Seen(all_, {})
+
+    @property
+    def example_outputs(self) -> Mapping[str, Array]:
+        """The model's outputs for the example."""
+        return self._expected[0]
+
+    @property
+    def tolerance(self) -> float:
+        """The difference up to which segments compute what the model does."""
+        half = any(spec.dtype in _HALF for spec in self.model.specs.values())
+        return EXACT_HALF if half else EXACT
+
+    def _load(self, part: Extracted) -> UnpublishedRunner:
+        weight = sum(t.length for a, b in part.weights for t in self.tensors[a:b])
+        try:
+            return UnpublishedRunner(
+                part.graph, part.segment, self.folder, threads=cpu_limit(), repack=weight < _UNPACKED_FROM
+            )
+        except SegmentError as e:
+            what = "the model" if part.id == WHOLE else f"segment {part.id}"
+            reason = e.facts.get("reason", e.message)
+            raise ModelError(f"onnxruntime cannot load {what}: {reason}", segment=part.id) from e
+
+    def _run(self, runner: UnpublishedRunner, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        given = runner.run(_carried(arrays, runner.segment))
+        # The next segment gets what a frame makes of it.
+        return dict(_carried(given, runner.segment))
+
+    def _attempt(self, runner: UnpublishedRunner, case: Case) -> dict[str, Array]:
+        """The outputs for `case`.
+
+        Raises:
+            ModelError: it does not run.
+        """
+        try:
+            return self._run(runner, case.arrays)
+        except (SegmentError, FrameError) as e:
+            raise ModelError(f"the model does not run with {case.what}: {e.message}") from e
+
+    def _example(self, runner: UnpublishedRunner, must_run: bool) -> bool:
+        model = self.model
+        error: ModelError | None = None
+        for arrays in (_varied(model), feeds(model.graph, model.binding, model.examples)):
+            case = Case("the example given" if model.examples else "inputs made up for it", arrays)
+            try:
+                self._keep(case, self._attempt(runner, case))
+                return True
+            except ModelError as e:
+                error = e
+        if error is not None and must_run:
+            error.hint = "give an input that the model accepts: --example NAME=FILE.npy; or its shape: --shape"
+            raise error
+        self.notes.append(f"loaded, not run: {error}"[:_MAX_SHOWN])
+        return False
+
+    def _keep(self, case: Case, outputs: Mapping[str, Array]) -> None:
+        self._cases.append(case)
+        self._expected.append(outputs)
+
+    def _other_values(self, runner: UnpublishedRunner) -> bool:
+        """Whether sizes that the model declares and inference cannot derive hold for other values of the inputs."""
+        if not self.model.claims:
+            return True
+        others = {n: _with_other_values(a) for n, a in self._cases[0].arrays.items()}
+        return self._extra(runner, Case("other values", others)) == ""
+
+    def _second_size(
+        self, runner: UnpublishedRunner, names: str, sizes: Sequence[Mapping[str, tuple[int, ...]]]
+    ) -> bool:
+        reasons = []
+        for shapes in sizes:
+            resized = {n: _resized(a, shapes.get(n, a.shape)) for n, a in self._cases[0].arrays.items()}
+            what = ", ".join(f"{n} {'x'.join(map(str, s))}" for n, s in shapes.items())
+            if not (reason := self._extra(runner, Case(what, resized))):
+                return True
+            reasons.append(f"{what}: {reason}")
+        self.notes.append(f"only one size of {names} was run: {'; '.join(reasons)}"[:_MAX_SHOWN])
+        return False
+
+    def _extra(self, runner: UnpublishedRunner, case: Case) -> str:
+        """Run a case that may fail: why it did not run, or nothing."""
+        start = time.perf_counter()
+        if self._extra_s >= self.budget_s:
+            return f"the {self.budget_s:.0f} s for such runs were spent"
+        try:
+            self._keep(case, self._attempt(runner, case))
+        except ModelError as e:
+            return e.message
+        finally:
+            self._extra_s += time.perf_counter() - start
+        return ""
+
+    def _settled(
+        self,
+        specs: Sequence[TensorSpec],
+        values: Sequence[Mapping[str, Array]],
+        claims: Mapping[str, Mapping[int, int]],
+    ) -> dict[str, TensorSpec]:
+        """Those of `specs` that the arrays of some case contradict, or of which `claims` hold, mended."""
+        mended = {}
+        for spec in specs:
+            arrays = [v[spec.name] for v in values]
+            for array in arrays:
+                if array.dtype.name != spec.dtype or array.ndim != len(spec.shape):
+                    got, expected = describe(array.dtype.name, array.shape), describe(spec.dtype, spec.shape)
+                    raise ModelError(
+                        f"{spec.name} is {got} when it runs, and {expected} by its graph", tensor=spec.name
+                    )
+            shapes = [a.shape for a in arrays]
+            found = TensorSpec(spec.name, spec.dtype, _held(spec, shapes, self._sizes, claims.get(spec.name, {})))
+            if found != spec:
+                mended[spec.name] = found
+        return mended
+
+
+def _held(
+    spec: TensorSpec, shapes: Sequence[tuple[int, ...]], sizes: Sequence[dict[str, int]], claims: Mapping[int, int]
+) -> tuple[int | str, ...]:
+    """A shape of which every dimension holds in each case; `sizes` are each case's, by a dimension's name."""
+    dims: list[int | str] = []
+    for axis, dim in enumerate(spec.shape):
+        found = [shape[axis] for shape in shapes]
+        if axis in claims and all(n == claims[axis] for n in found):
+            dims.append(claims[axis])
+        elif isinstance(dim, int):
+            dims.append(dim if all(n == dim for n in found) else FREE)
+        elif all(known.get(dim, n) == n for known, n in zip(sizes, found, strict=True)):
+            for known, n in zip(sizes, found, strict=True):
+                if dim != FREE:
+                    known[dim] = n
+            dims.append(dim)
+        else:
+            dims.append(FREE)
+    return tuple(dims)
+
+
+def _carried(arrays: Mapping[str, Array], segment: Segment) -> Mapping[str, Array]:
+    data = frames.encode(Frame(arrays, _BUNDLE, segment.id))
+    return frames.decode(data, max_bytes=max(1, 2 * len(data))).tensors
+
+
+def _varied(model: Model) -> dict[str, Array]:
+    """The example, and for other float inputs numbers between 0 and 1, of which no two operators make the same."""
+    made: dict[str, Array] = dict(feeds(model.graph, model.binding, model.examples))
+    rng = np.random.default_rng(0)
+    for name, array in made.items():
+        if name not in model.examples and array.dtype.kind not in "iub":
+            made[name] = np.asarray(rng.random(array.shape), array.dtype)
+    return made
+
+
+def _free(
+    specs: Sequence[TensorSpec], arrays: Mapping[str, Array]
+) -> Iterator[tuple[str, list[dict[str, tuple[int, ...]]]]]:
+    """Each free dimension, and shapes of the inputs that have it with another size: the likeliest to run first."""
+    places: dict[tuple[str, ...], list[tuple[str, int]]] = {}
+    for spec in specs:
+        for axis, dim in enumerate(spec.shape):
+            if isinstance(dim, str):
+                key: tuple[str, ...] = (dim,) if dim != FREE else (spec.name, str(axis))
+                places.setdefault(key, []).append((spec.name, axis))
+    for key, where in places.items():
+        name, axis = where[0]
+        others = _other_sizes(arrays[name].shape[axis])
+        label = key[0] if len(key) == 1 else f"axis {axis} of {name}"
+        yield label, [_with_size(arrays, where, n) for n in others]
+
+
+def _other_sizes(n: int) -> list[int]:
+    """Half and twice keep what a size is a multiple of; 1 would be broadcast, and so hide what does not follow."""
+    halves = [n // 2] if n % 2 == 0 and n > 2 else []
+    return [m for m in dict.fromkeys((*halves, 2 * n, n + 1, n - 1)) if m > 0 and m != n]
+
+
+def _with_size(arrays: Mapping[str, Array], where: Sequence[tuple[str, int]], size: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, axis in where:
+        shape = shapes[name] if name in shapes else arrays[name].shape
+        shapes[name] = (*shape[:axis], size, *shape[axis + 1 :])
+    return shapes
+
+
+def _resized(array: Array, shape: tuple[int, ...]) -> Array:
+    """The array's own values, repeated or cut off: token ids stay token ids."""
+    for axis, size in enumerate(shape):
+        if array.shape[axis] == 0:
+            array = np.zeros((*array.shape[:axis], size, *array.shape[axis + 1 :]), array.dtype)
+        elif array.shape[axis] != size:
+            array = np.take(array, np.arange(size) % array.shape[axis], axis)
+    return np.ascontiguousarray(array)
+
+
+def _with_other_values(array: Array) -> Array:
+    if array.dtype.kind in "iu":
+        return np.flip(array) if array.any() else np.ones_like(array)
+    return ~array if array.dtype.kind == "b" else np.flip(-array)
+
+
+def _named_sizes(specs: Sequence[TensorSpec], arrays: Mapping[str, Array]) -> dict[str, int]:
+    return {
+        dim: n
+        for spec in specs
+        for dim, n in zip(spec.shape, arrays[spec.name].shape, strict=True)
+        if isinstance(dim, str) and dim != FREE
+    }
+
+
+def _differences(expected: Mapping[str, Array], got: Mapping[str, Array]) -> tuple[float, float]:
+    """The largest difference of any float output, and of any output, relative to its largest magnitude."""
+    floats = all_ = 0.0
+    for name, whole in expected.items():
+        found = _difference(whole, got[name])
+        all_ = max(all_, found)
+        if whole.dtype.kind not in "iub":
+            floats = max(floats, found)
+    return floats, all_
+
+
+def _difference(a: Array, b: Array) -> float:
+    if a.shape != b.shape:
+        return float("inf")
+    one, other = (np.asarray(x, np.float64) for x in (a, b))
+    finite = np.isfinite(one) & np.isfinite(other)
+    if not np.array_equal(one[~finite], other[~finite], equal_nan=True):
+        return float("inf")
+    scale = float(np.abs(one[finite]).max(initial=0)) or 1.0
+    return float(np.abs(one[finite] - other[finite]).max(initial=0)) / scale
+
+
+def recorded(difference: float) -> float:
+    """A difference as a manifest holds it: one digit, since another machine's last digits are others."""
+    return float(f"{difference:.0e}")

@@ -8,7 +8,7 @@ ARGS ?=
 export ISTHMUS_REGISTRY ?= $(CURDIR)/.isthmus/registry
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run up test check format lock clean
+.PHONY: help setup setup-dev run up test check format lock requirements wheels clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -54,10 +54,37 @@ format: setup-dev ## write the code in the one style
 bench-%: setup-dev ## run bench/%.py: make bench-frame ARGS=--quick
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python bench/$*.py $(ARGS)
 
-lock: ## pin what is installed now in constraints.txt
+lock: ## pin what is installed now in constraints.txt, and the images' packages with it
 	@sed -n 1p constraints.txt > constraints.new
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' | sort -f >> constraints.new
 	mv constraints.new constraints.txt
+	$(MAKE) requirements
+
+# Inputs by hand: shared/pyproject.toml and template/*/*.in, under constraints.txt. uv writes every package that they
+# need, those of other Pythons and machines too, with the hashes of all its files.
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --only-binary :all: --generate-hashes \
+	--no-annotate --custom-compile-command "make requirements" -c constraints.txt
+
+requirements: setup-dev ## pin all packages of the images by hash, under constraints.txt
+	set -e; for file in template/*/*.in; do $(COMPILE) $$file -o $${file%.in}.txt; done
+	set -e; for folder in functions/*/; do \
+		$(COMPILE) --no-emit-package onnxruntime shared/pyproject.toml -o $$folder/requirements.txt; done
+	$(MAKE) wheels
+
+# What docs/deployment.md promises: Pythons, machines, glibc 2.28 or newer.
+PYTHONS := 3.11 3.12 3.13 3.14
+MACHINES := x86_64-manylinux_2_28 aarch64-manylinux_2_28
+CPU_FILES := template/python3-isthmus/*.txt functions/*/requirements.txt
+WHEELS = $(BIN)/uv pip compile --quiet --no-deps --only-binary :all: --generate-hashes \
+	--python-version $$python --python-platform
+
+wheels: setup-dev ## ask the package index for a wheel of each of them, for each Python and machine
+	set -e; for python in $(PYTHONS); do \
+		for machine in $(MACHINES); do for file in $(CPU_FILES); do \
+			echo "$$python $$machine $$file"; $(WHEELS) $$machine $$file > /dev/null; done; done; \
+		for file in template/python3-isthmus-gpu/*.txt; do \
+			echo "$$python $(firstword $(MACHINES)) $$file"; \
+			$(WHEELS) $(firstword $(MACHINES)) $$file > /dev/null; done; done
 
 clean: ## remove what was set up and made here
 	rm -rf $(VENV) .isthmus build .pytest_cache .mypy_cache .ruff_cache .hypothesis

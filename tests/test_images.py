@@ -1,0 +1,172 @@
+"""What images are made of: each package by version and hash, for each Python and machine; bases that do not float."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from isthmus.local.build import stage
+from isthmus.local.stack import read_stack
+from local_stack import ROOT
+from patience import LONG_S
+
+TEMPLATES = ["python3-isthmus", "python3-isthmus-gpu"]
+INPUTS = sorted((ROOT / "template").glob("*/*.in"))
+FUNCTIONS = sorted((ROOT / "functions").glob("*/requirements.txt"))
+LOCKS = [*(path.with_suffix(".txt") for path in INPUTS), *FUNCTIONS]
+PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
+HASH = re.compile(r"--hash=sha256:[0-9a-f]{64}")
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def lines(path: Path) -> Iterator[str]:
+    """Requirements as pip reads them, each with its hashes on one line."""
+    for line in path.read_text().replace("\\\n", " ").splitlines():
+        if line.strip() and not line.startswith("#"):
+            yield line
+
+
+def locked(path: Path) -> dict[str, Requirement]:
+    found = (Requirement(HASH.sub("", line).strip()) for line in lines(path))
+    return {canonicalize_name(each.name): each for each in found}
+
+
+def pin(requirement: Requirement) -> str:
+    (only,) = requirement.specifier
+    assert only.operator == "==", requirement
+    return only.version
+
+
+def environment(python: str, machine: str) -> dict[str, str]:
+    given = {"python_version": python, "python_full_version": f"{python}.0", "platform_machine": machine}
+    return {**{k: str(v) for k, v in default_environment().items()}, **given, "sys_platform": "linux", "extra": ""}
+
+
+def installed(requirement: Requirement, env: Mapping[str, str]) -> bool:
+    return requirement.marker is None or requirement.marker.evaluate(dict(env))
+
+
+def test_each_input_has_its_lock() -> None:
+    assert len(INPUTS) == 6
+    assert len(FUNCTIONS) == 3
+    assert all(path.is_file() for path in LOCKS)
+
+
+@pytest.mark.parametrize("path", LOCKS, ids=name_of)
+def test_every_package_of_an_image_has_a_version_and_hashes(path: Path) -> None:
+    for line in lines(path):
+        assert HASH.search(line), line
+    assert all(pin(requirement) for requirement in locked(path).values())
+
+
+@pytest.mark.parametrize("path", LOCKS, ids=name_of)
+def test_packages_of_an_image_are_those_that_passed_the_tests(path: Path) -> None:
+    pins = {canonicalize_name(r.name): pin(r) for r in map(Requirement, lines(ROOT / "constraints.txt"))}
+    for name, requirement in locked(path).items():
+        # CUDA's libraries are only on machines with a GPU; what other systems than Linux need is on none of ours.
+        if not name.startswith("nvidia-") and installed(requirement, environment("3.11", "x86_64")):
+            assert pin(requirement) == pins[name.removesuffix("-gpu")], name
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_an_image_resolves_nothing_while_it_is_built(python: str, machine: str) -> None:
+    """Each package's own requirements are in the same file: pip would refuse others for want of a hash."""
+    env = environment(python, machine)
+    for path in LOCKS:
+        found = {name: r for name, r in locked(path).items() if installed(r, env)}
+        for name in found:
+            if name.startswith("nvidia-"):
+                continue
+            for text in importlib.metadata.requires(name.removesuffix("-gpu")) or ():
+                needed = Requirement(text)
+                # urllib3 and others have extras that nothing here asks for.
+                if installed(needed, env):
+                    have = found.get(canonicalize_name(needed.name))
+                    assert have is not None, f"{name_of(path)}: {name} needs {needed}"
+                    assert needed.specifier.contains(pin(have), prereleases=True), f"{name_of(path)}: {name}: {needed}"
+
+
+def test_functions_lock_what_the_package_needs_without_a_flavour_of_the_runtime() -> None:
+    document = tomllib.loads((ROOT / "shared" / "pyproject.toml").read_text())
+    needed = {canonicalize_name(Requirement(text).name) for text in document["project"]["dependencies"]}
+    assert len({path.read_bytes() for path in FUNCTIONS}) == 1
+    found = set(locked(FUNCTIONS[0]))
+    assert found >= needed - {"onnxruntime"}
+    assert not {"onnxruntime", "onnxruntime-gpu"} & found
+
+
+def test_the_backport_is_left_out_where_python_has_zstd() -> None:
+    backport = locked(FUNCTIONS[0])["backports-zstd"]
+    wanted = [installed(backport, environment(python, "x86_64")) for python in PYTHONS]
+    assert wanted == [True, True, True, False]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_dockerfile_installs_by_hash_and_names_its_bases_by_arguments(name: str) -> None:
+    text = (ROOT / "template" / name / "Dockerfile").read_text().replace("\\\n", " ")
+    for command in re.findall(r"pip install [^&;\n]*", text):
+        assert "--require-hashes" in command or command.split()[-1] == "function/requirements.txt", command
+    arguments = dict(re.findall(r"^ARG (\w+)=(\S+)$", text, re.MULTILINE))
+    assert re.fullmatch(r"3\.\d+\.\d+", arguments["PYTHON_VERSION"])
+    assert re.search(r":\d+\.\d+\.\d+$", arguments["WATCHDOG_IMAGE"])
+    bases = re.findall(r"^FROM \S+ (\S+)", text, re.MULTILINE)
+    assert bases == ["${WATCHDOG_IMAGE}", "${PYTHON_IMAGE}"]
+    assert "${PYTHON_VERSION}" in arguments["PYTHON_IMAGE"]
+
+
+@pytest.mark.parametrize("name", ["router", "edge-head"])
+def test_an_images_own_tests_pass(name: str, tmp_path: Path) -> None:
+    """TEST_ENABLED=true, where the function brings no tests of its own."""
+    found = read_stack(ROOT / "stack.yml", {})
+    done = own_tests(stage(found, found.functions[name], tmp_path / "build"), tmp_path / "app")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_an_images_own_tests_fail_where_its_handler_lacks_a_package(tmp_path: Path) -> None:
+    build = tmp_path / "build"
+    shutil.copytree(ROOT / "template" / TEMPLATES[0], build)
+    assert own_tests(build, tmp_path / "app").returncode == 0
+    (build / "function" / "handler.py").write_text("import a_package_that_is_not_there")
+    done = own_tests(build, tmp_path / "other")
+    assert done.returncode == 1
+    assert "a_package_that_is_not_there" in done.stdout
+
+
+def own_tests(build: Path, home: Path) -> subprocess.CompletedProcess[str]:
+    """The Dockerfile's TEST_COMMAND in a folder with what it copies."""
+    text = (build / "Dockerfile").read_text()
+    copied = re.search(r"^COPY (index\.py .*) \./$", text, re.MULTILINE)
+    command = re.search(r'^ARG TEST_COMMAND="([^"]*)"', text, re.MULTILINE)
+    assert copied is not None
+    assert command is not None
+    shutil.copytree(build / "function", home / "function")
+    for name in copied[1].split():
+        shutil.copy(build / name, home)
+    python, *arguments = shlex.split(command[1])
+    assert python == "python"
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=home,
+        env={"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1", "OPENBLAS_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=LONG_S,
+        check=False,
+    )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from click.testing import Result
 from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
+from isthmus import cli
 from isthmus.cli import app
 from isthmus.cli.console import errors
 from isthmus.dtypes import restored
@@ -84,6 +88,40 @@ def test_every_command_helps_with_an_example(command: str) -> None:
     assert result.exit_code == 0
     assert "Example:" in result.stdout
     assert f"isthmus {command}" in result.stdout
+
+
+HEAVY = ("aiohttp", "boto3", "flask", "matplotlib", "onnx", "onnxruntime", "PIL", "scipy", "torch", "werkzeug")
+
+
+@pytest.mark.parametrize(
+    ("calls", "unwanted"),
+    [
+        ([["--version"], ["--help"], ["nosuch"]], (*HEAVY, "numpy", "rich.progress", "isthmus.registry")),
+        ([[command, "--help"] for command in COMMANDS], HEAVY),
+        ([["demo", "--list"], ["models", "--registry", "nowhere"]], HEAVY),
+    ],
+    ids=["no command", "help", "light commands"],
+)
+def test_a_call_imports_only_what_it_needs(calls: list[list[str]], unwanted: tuple[str, ...], tmp_path: Path) -> None:
+    script = f"""
+import sys
+from isthmus import cli
+from isthmus.cli import app
+for call in {calls!r}:
+    try:
+        app(call)
+    except SystemExit:
+        pass
+print(",".join(sorted(set(sys.modules) & set({unwanted!r}))))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout.splitlines()[-1] == ""
+
+
+def test_the_list_of_commands_says_what_each_says_itself() -> None:
+    assert set(cli.COMMANDS) == set(COMMANDS)
+    for name, said in cli.COMMANDS.items():
+        assert inspect.getdoc(cli.load(name)).split("\n\n")[0].replace("\n", " ") == said  # type: ignore[union-attr]
 
 
 def test_the_version_is_the_packages() -> None:

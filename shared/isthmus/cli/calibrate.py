@@ -6,13 +6,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
-from isthmus.calibration.scoring import Progress, silent
 from isthmus.cli.codec import document, show
 from isthmus.cli.console import (
     DEFAULT_REGISTRY,
@@ -29,6 +28,9 @@ from isthmus.cli.photos import varied_photos
 from isthmus.cli.publishing import DropPlan, publish_version
 from isthmus.registry import open_cache, open_registry
 from isthmus.units import format_size
+
+if TYPE_CHECKING:
+    from isthmus.calibration.scoring import Progress
 
 PHOTOS = "photos"
 
@@ -129,7 +131,7 @@ def calibrate(
 @contextmanager
 def _bars(quiet: bool) -> Iterator[Progress]:
     if quiet:
-        yield silent
+        yield lambda what, done, total: None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Bars(*columns, console=err) as shown:

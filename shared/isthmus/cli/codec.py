@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from isthmus.bundle import Bundle
-from isthmus.calibration.fidelity import Entry, Fidelity, Reference, choose
-from isthmus.calibration.fidelity_document import read
 from isthmus.cli.console import (
     DEFAULT_REGISTRY,
     AsJson,
@@ -28,6 +26,9 @@ from isthmus.cli.files import PICTURES, check_output
 from isthmus.errors import CalibrationError, Missing
 from isthmus.registry import open_registry
 from isthmus.units import format_size, parse_size
+
+if TYPE_CHECKING:
+    from isthmus.calibration.fidelity import Entry, Fidelity, Reference
 
 
 def codec(
@@ -54,6 +55,9 @@ def codec(
 
     Example: `isthmus codec efficientnet-lite0 --agreement 0.99 --picture curves.svg`
     """
+    from isthmus.calibration.fidelity import choose
+    from isthmus.calibration.fidelity_document import read
+
     with errors(as_json):
         if picture is not None:
             check_output(picture, "--picture", PICTURES)

@@ -8,22 +8,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
-from PIL import Image
 
 from isthmus.bundle import WHOLE
 from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, Step, errors, out, print_json, steps
 from isthmus.cli.console import table as print_table
-from isthmus.cli.engine import engine
-from isthmus.cli.here import Here
-from isthmus.cli.importing import publish_if_absent
 from isthmus.cli.photos import sample_photos
-from isthmus.client import Client
 from isthmus.errors import RequestMalformed
 from isthmus.units import format_size
+
+if TYPE_CHECKING:  # they load onnxruntime, numpy and an HTTP client
+    from isthmus.cli.here import Here
+    from isthmus.client import Array, Client
 
 MODEL = "efficientnet-lite0"
 JPEG_QUALITY = 85
@@ -70,6 +68,8 @@ def demo(
         if list_photos:
             typer.echo("\n".join(map(str, paths)))
             return
+        from isthmus.cli.here import Here
+
         with _ready(registry, stack, port, as_json) as (client, step):
             step("loading the uncut model in this process, to compare")
             whole = Here(registry, MODEL, WHOLE, threads=1)
@@ -112,6 +112,10 @@ def demo(
 @contextmanager
 def _ready(registry: str, stack: Path, port: int, quiet: bool) -> Iterator[tuple[Client, Step]]:
     """The functions, running and ready, with the model in the registry."""
+    from isthmus.cli.engine import engine
+    from isthmus.cli.importing import publish_if_absent
+    from isthmus.client import Client
+
     publish_if_absent(MODEL, registry, quiet=quiet)
     with steps(quiet) as step, engine(stack, registry, port, step) as url:
         yield Client(f"{url}/function/router"), step
@@ -154,13 +158,13 @@ def compared(name: str, photo: bytes, answers: list[dict[str, Any]], client: Cli
     expected = whole.run({tensor: array}).outputs
     split = client.infer({tensor: array}, model=MODEL).outputs
     logits = whole.model.bundle.outputs[0].name
-    scale = float(np.abs(expected[logits]).max())
+    scale = float(abs(expected[logits]).max())
     uncut = whole.classes(expected)
     return Shown(
         photo=name,
         classes=answers[0]["classes"],
         same_classes=all([c["index"] for c in a["classes"]] == [c["index"] for c in uncut] for a in answers),
-        difference=float(np.abs(expected[logits] - split[logits]).max()) / scale,
+        difference=float(abs(expected[logits] - split[logits]).max()) / scale,
         photo_bytes=len(photo),
         jpeg_bytes=_as_jpeg(array),
         input_bytes=array.nbytes,
@@ -195,9 +199,11 @@ def _in_order(rows: Sequence[Mapping[str, float]]) -> list[str]:
     return sorted(dict.fromkeys(stage for row in rows for stage in row), key=lambda stage: stage == "total")
 
 
-def _as_jpeg(array: np.ndarray[Any, np.dtype[Any]]) -> int:
+def _as_jpeg(array: Array) -> int:
     """Bytes of the model's input as a JPEG: what sending the photo to the cloud would have cost at the least."""
-    pixels = np.clip(array[0].transpose(1, 2, 0) * 128 + 127, 0, 255).round().astype(np.uint8)
+    from PIL import Image
+
+    pixels = (array[0].transpose(1, 2, 0) * 128 + 127).clip(0, 255).round().astype("uint8")
     data = io.BytesIO()
     Image.fromarray(pixels).save(data, "JPEG", quality=JPEG_QUALITY)
     return len(data.getvalue())

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from isthmus.cli.console import Step, registry_settings
-from isthmus.local import Engine
 from isthmus.registry import parse_address
 
 
@@ -44,6 +43,9 @@ def engine(
     Raises:
         LocalError: the stack cannot be read, the port is taken, or a function does not start.
     """
+
+    from isthmus.local import Engine  # an HTTP server and client
+
     step(f"starting the functions of {stack}")
     with Engine(stack, port=port, variables=variables(registry), replicas=replicas, environment=environment) as running:
         running.wait_ready(120.0, lambda states: step(f"starting: {_told(states)}"))

@@ -12,8 +12,6 @@ from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, errors
 from isthmus.cli.cut_options import SYNTAX, OldCuts
 from isthmus.cli.files import check_output, write_npz
 from isthmus.cli.photos import read_photo
-from isthmus.cli.tensors import read_tensor
-from isthmus.client import Client
 from isthmus.errors import RequestMalformed
 from isthmus.units import format_size
 
@@ -76,6 +74,8 @@ def _photos(
 
             answer = Here(registry, model, cuts).photo(data, top_k, timeout)
         else:
+            from isthmus.client import Client
+
             answer = Client(url, timeout_s=timeout).photo(data, model=model, top_k=top_k)
         documents.append({"photo": str(path), **answer})
         if not as_json:
@@ -117,12 +117,16 @@ def _tensors(
 ) -> None:
     if not model:
         raise RequestMalformed("tensors need --model NAME or NAME:VERSION")
+    from isthmus.cli.tensors import read_tensor
+
     arrays = dict(read_tensor(entry) for entry in tensors)
     if local:
         from isthmus.cli.here import Here
 
         outputs, facts = Here(registry, model, cuts).infer(arrays, timeout)
     else:
+        from isthmus.client import Client
+
         name, _, version = model.partition(":")
         answer = Client(url, timeout_s=timeout).infer(arrays, model=name, version=version)
         outputs, facts = answer.outputs, dict(answer.parameters)

@@ -11,15 +11,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from isthmus.cli.console import errors, out, read_option
 from isthmus.errors import LocalError
-from isthmus.local.link import Link, LinkCounters, LinkShape
-from isthmus.local.link_script import Step, parse_script
 from isthmus.units import format_duration, format_rate, format_size, parse_duration, parse_rate
+
+if TYPE_CHECKING:
+    from isthmus.local.link import Link, LinkCounters
+    from isthmus.local.link_script import Step
 
 _TICK_S = 0.2
 _RATE = "such as 10mbit, 1.5Mbit/s or unlimited."
@@ -48,6 +50,8 @@ def link(
 
     Example: `isthmus link --to 127.0.0.1:8080 --port 9000 --uplink 10mbit --downlink 50mbit --rtt 20ms`
     """
+    from isthmus.local.link import Link, LinkShape
+
     with errors(as_json):
         shape = LinkShape(
             uplink_bps=read_option(parse_rate, "--uplink", uplink),
@@ -116,7 +120,8 @@ class _Lines:
 
 def _watch(running: Link, steps: Sequence[Step], every_s: float, leave: threading.Event, say: _Text | _Lines) -> None:
     began = told_at = time.monotonic()
-    waiting, told = list(steps), LinkCounters()
+    waiting = list(steps)
+    told = type(running.counters)()
     while True:
         left = leave.wait(_TICK_S)
         now, counters = time.monotonic(), running.counters
@@ -132,6 +137,8 @@ def _watch(running: Link, steps: Sequence[Step], every_s: float, leave: threadin
 
 
 def _script(path: Path) -> tuple[Step, ...]:
+    from isthmus.local.link_script import parse_script
+
     try:
         return parse_script(path.read_text())
     except (OSError, UnicodeDecodeError) as e:

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
@@ -27,11 +27,12 @@ from isthmus.cli.console import (
 from isthmus.cli.cut_options import SYNTAX, OldCuts
 from isthmus.errors import LocalError, Missing
 from isthmus.local.stack import substitute
-from isthmus.planner.planning.plan import Candidate
-from isthmus.planner.planning.published import read_plan
 from isthmus.registry import FolderStore, Registry, Resolved, SegmentCache, open_cache, open_registry
 from isthmus.registry.content import blob_key
 from isthmus.units import format_size
+
+if TYPE_CHECKING:
+    from isthmus.planner.planning.plan import Candidate
 
 _GATEWAY = "http://gateway.openfaas.svc.cluster.local:8080"
 _GATEWAYS = {"edge": f"${{EDGE_GATEWAY:-{_GATEWAY}}}", "cloud": f"${{TAIL_GATEWAY:-{_GATEWAY}}}"}
@@ -172,6 +173,8 @@ def _partition(store: Registry, found: Resolved, wanted: str, router: Mapping[st
     """
     wanted = wanted or _setting(router, "cuts")
     if not wanted and _setting(router, "plan").lower() not in ("false", "0"):
+        from isthmus.planner.planning.published import read_plan
+
         plan = read_plan(found.bundle, store.blob)
         if plan is not None:
             return _planned(store, found, plan.choice)

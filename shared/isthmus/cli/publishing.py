@@ -6,17 +6,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from isthmus.bundle import Blob, Bundle
-from isthmus.calibration.fidelity import Fidelity
 from isthmus.cli.console import err, out
 from isthmus.errors import CalibrationError, Missing, PlanMalformed, PlanMismatch
-from isthmus.planner.planning.plan import Plan
-from isthmus.registry import Registry, Resolved, Version
 from isthmus.units import format_duration, format_rate
+
+if TYPE_CHECKING:
+    from isthmus.calibration.fidelity import Fidelity
+    from isthmus.planner.planning.plan import Plan
+    from isthmus.registry import Registry, Resolved, Version
 
 DropPlan = Annotated[
     bool,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from isthmus.cli.console import DEFAULT_REGISTRY, RegistryOption, err, errors
 from isthmus.cli.engine import variables
 from isthmus.errors import LocalError
-from isthmus.local import Event, run_engine
+
+if TYPE_CHECKING:
+    from isthmus.local import Event
 
 
 def up(
@@ -39,6 +41,8 @@ def up(
 
     Example: `isthmus up --replicas cloud-tail=2 --env edge-head:threads=1`
     """
+    from isthmus.local import run_engine
+
     with errors(as_json=False):
         run_engine(
             stack,

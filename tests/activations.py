@@ -1,4 +1,4 @@
-"""What the tests of `transform/3` pack, tensors as models make them, and the tables and models by which they do."""
+"""What the tests of `transform/4` pack, tensors as models make them, and the tables and models by which they do."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def tables() -> dict[str, tuple[Table, Array]]:
 
 
 def round_trip(array: Array, table: Table, quality: float) -> tuple[bytes, Array]:
-    payload = TRANSFORM.encode(array, Packing("transform/3", quality, table))
+    payload = TRANSFORM.encode(array, Packing("transform/4", quality, table))
     return payload, TRANSFORM.decode(memoryview(payload), array.dtype, array.shape, table)
 
 

@@ -37,7 +37,7 @@ class Known:
         """The table of a tensor."""
         registry = self.published.registry
         tables = Tables(registry.bundle, registry.blob, MAX_PIXELS)
-        return tables_of(self.published.bundle, self.published.digest, "transform/3", tables)(name)
+        return tables_of(self.published.bundle, self.published.digest, "transform/4", tables)(name)
 
 
 def calibrated(photos: Published, folder: Path, measure: Measure) -> Calibrated:
@@ -57,7 +57,7 @@ def calibrated(photos: Published, folder: Path, measure: Measure) -> Calibrated:
         count=100,
         limit=0.97,
         measure=measure,
-        choices=[RAW, Choice("int8/1"), *(Choice("transform/3", q) for q in QUALITIES)],
+        choices=[RAW, Choice("int8/1"), *(Choice("transform/4", q) for q in QUALITIES)],
     )
 
 

@@ -8,18 +8,18 @@ from isthmus.calibration.agreement import Measure
 from isthmus.calibration.choice import Choice, Look
 from isthmus.calibration.fidelity import Entry, Fidelity, Inputs
 
-ONE = Choice("transform/3", 0.4, (Look(0.6, 0.2),))
-TWO = Choice("transform/3", 0.2, (Look(0.4, 1.5), Look(0.6, 0.7)))
+ONE = Choice("transform/4", 0.4, (Look(0.6, 0.2),))
+TWO = Choice("transform/4", 0.2, (Look(0.4, 1.5), Look(0.6, 0.7)))
 
 
 def of(quality: float) -> Choice:
-    return Choice("transform/3", quality)
+    return Choice("transform/4", quality)
 
 
 def entry(quality: float, size: int, agreement: float, **more: Any) -> Entry:
     good = agreement >= 0.99
     times = (2.0, 1.0, 1.0, 0.0)
-    return Entry("6", "transform/3", quality, agreement, 0.9, 1.0, 0.01, size, size, *times, good, agreement, **more)
+    return Entry("6", "transform/4", quality, agreement, 0.9, 1.0, 0.01, size, size, *times, good, agreement, **more)
 
 
 LOOKED = entry(0.4, 300, 0.993, looks=ONE.looks, shares=(0.25,))

@@ -33,7 +33,7 @@ from isthmus.serving import create_segment_app
 from patience import LONG_S
 
 ALWAYS, NEVER = math.inf, 1e-9
-REFINED, WHOLE = "transform/3", "sparse/2"
+REFINED, WHOLE = "transform/4", "sparse/2"
 COARSE, FINE = 0.2, 0.4
 FINER = (0.4, 0.6, 0.8)
 """A third of the step each."""

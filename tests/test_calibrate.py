@@ -35,7 +35,7 @@ from isthmus.settings import SegmentSettings
 from plans import candidate, plan_for
 from segments import run_whole
 
-PLAIN = tuple(c for c in CHOICES if c.codec != "transform/3")
+PLAIN = tuple(c for c in CHOICES if c.codec != "transform/4")
 
 
 def isthmus(*arguments: object) -> Result:
@@ -114,7 +114,7 @@ def test_calibrating_publishes_tables_and_a_fidelity_as_the_next_version(calibra
         assert e["offered"] == (e["agreement"] >= said["limit"])
     exact = at6["lossless/3", 1.0]
     assert (exact["agreement"], exact["low"], exact["error"]) == (1, 1, 0)
-    finest, coarsest = at6["transform/3", 1.0], at6["transform/3", 0.0]
+    finest, coarsest = at6["transform/4", 1.0], at6["transform/4", 0.0]
     assert finest["bytes"] > coarsest["bytes"]
     assert finest["agreement"] >= coarsest["agreement"]
 
@@ -148,7 +148,7 @@ def test_calibrating_shows_a_table_for_people(photos: Published, album: Path) ->
     result = isthmus("calibrate", "photos", "--data", album, "--at", "6", "--inputs", 16, "--registry", photos.folder)
     assert result.exit_code == 0, result.output
     assert "photos:2" in result.stdout
-    assert "transform/3@0.5333" in result.stdout
+    assert "transform/4@0.5333" in result.stdout
 
 
 def test_calibrating_keeps_a_plan_that_calibration_does_not_touch(photos: Published, album: Path) -> None:
@@ -167,7 +167,7 @@ def test_calibrating_keeps_a_plan_that_calibration_does_not_touch(photos: Publis
 
 def test_calibrating_leaves_the_alias_with_a_plan_that_would_be_lost(photos: Published, album: Path) -> None:
     registry = Registry(FolderStore(photos.folder))
-    chosen = candidate("split-6-transform-50", "split", cuts=("6",), codecs={"p6": Coding("transform/3", 0.5)})
+    chosen = candidate("split-6-transform-50", "split", cuts=("6",), codecs={"p6": Coding("transform/4", 0.5)})
     publish_plan(registry, photos.bundle, {}, plan_for(photos.bundle, chosen), alias="prod")
     common = ["calibrate", "photos", "--data", album, "--at", "6", "--inputs", 16, "--registry", photos.folder]
     result = isthmus(*common)
@@ -183,7 +183,7 @@ def test_calibrating_leaves_the_alias_with_a_plan_that_would_be_lost(photos: Pub
 
 def test_a_plan_is_carried_only_where_its_choice_runs_the_same(photos: Published) -> None:
     before, table = photos.bundle, Blob(digest_of(b"table"), 5)
-    graded = candidate("split-6-t", "split", cuts=("6",), codecs={"p6": Coding("transform/3", 0.5)})
+    graded = candidate("split-6-t", "split", cuts=("6",), codecs={"p6": Coding("transform/4", 0.5)})
     edge, split = plan_for(before, candidate()), plan_for(before, graded)
     tabled = replace(before, tables={"p6": table})
     kept = carried(edge, before, tabled, None)

@@ -41,8 +41,8 @@ FIDELITY = Fidelity(
         entry("raw", 1000, 1.0, 0.1),
         entry("half/1", 500, 1.0, 0.1),
         entry("int8/1", 250, 0.97, 0.2),
-        entry("transform/3", 100, 0.995, 3.0, quality=0.8),
-        entry("transform/3", 50, 0.9, 3.0, quality=0.4),
+        entry("transform/4", 100, 0.995, 3.0, quality=0.8),
+        entry("transform/4", 50, 0.9, 3.0, quality=0.4),
         entry("int8/1", 20, 1.0, cut="9"),
     ),
     references=(Reference("jpeg", 85, 0.8, 0.7, 0.9, 0.1, 9000, 12000),),
@@ -89,7 +89,7 @@ ENTRY = json.loads(to_json(FIDELITY))["entries"][0]
         changed(entries=[ENTRY | {"bytes": 1.5}]),
         changed(entries=[ENTRY | {"offered": 1}]),
         changed(entries=[ENTRY | {"codec": "int9/1"}]),
-        *(changed(entries=[ENTRY | {"codec": codec}]) for codec in ("photo/1", "layers/1", "jpeg", "webp", "")),
+        *(changed(entries=[ENTRY | {"codec": codec}]) for codec in ("photo/1", "layers/2", "jpeg", "webp", "")),
         changed(entries=[ENTRY | {"error": 10**400}]),
         changed(entries=[ENTRY | {"bytes": True}]),
         changed(entries=[[]]),
@@ -127,6 +127,12 @@ def test_a_document_of_a_codec_that_is_no_more_says_to_calibrate_again() -> None
         from_json(changed(entries=[ENTRY | {"codec": "transform/1"}]))
 
 
+def test_a_document_of_a_codec_with_a_successor_serves_the_successor() -> None:
+    made = from_json(changed(entries=[ENTRY | {"codec": "transform/3", "quality": 0.5}]))
+    assert [entry.choice for entry in made.entries] == [Choice("transform/4", 0.5)]
+    assert Choice.parse("transform/3@0.4+0.6:0.2") == Choice.parse("transform/4@0.4+0.6:0.2")
+
+
 def test_a_document_too_long_is_not_parsed() -> None:
     with pytest.raises(CalibrationError, match="at most"):
         from_json(b" " * (MAX_BYTES + 1))
@@ -136,18 +142,18 @@ def test_a_document_too_long_is_not_parsed() -> None:
 
 
 def test_offered_are_those_that_meet_the_limit_fewest_bytes_first() -> None:
-    assert [e.codec for e in offered(FIDELITY, "6")] == ["transform/3", "half/1", "raw"]
+    assert [e.codec for e in offered(FIDELITY, "6")] == ["transform/4", "half/1", "raw"]
     assert offered(FIDELITY, "7") == []
 
 
 @pytest.mark.parametrize(
     ("targets", "codec", "quality"),
     [
-        ({"agreement": 0.99}, "transform/3", 0.8),
-        ({"agreement": 0.85}, "transform/3", 0.4),
+        ({"agreement": 0.99}, "transform/4", 0.8),
+        ({"agreement": 0.85}, "transform/4", 0.4),
         ({"agreement": 0.999}, "half/1", 1.0),
         ({"agreement": 0.96, "pack_ms": 1.0}, "int8/1", 1.0),
-        ({"bytes": 300}, "transform/3", 0.8),
+        ({"bytes": 300}, "transform/4", 0.8),
         ({"bytes": 300, "pack_ms": 1.0}, "int8/1", 1.0),
         ({"pack_ms": 0.15}, "half/1", 1.0),
     ],
@@ -169,16 +175,16 @@ def test_a_target_that_nothing_meets_names_what_comes_closest() -> None:
 # Choices
 
 
-@pytest.mark.parametrize("text", ["int8/1", "raw", "transform/3@0.9", "sparse/2@0.25", "lossless/3"])
+@pytest.mark.parametrize("text", ["int8/1", "raw", "transform/4@0.9", "sparse/2@0.25", "lossless/3"])
 def test_a_choice_reads_as_it_is_written(text: str) -> None:
     assert str(Choice.parse(text)) == text
 
 
-NO_CHOICES = ("", "int8", "photo/1", "layers/1", "layers/1@0.5", "transform/1@0.5", "jpeg", "int8/1@0.5")
+NO_CHOICES = ("", "int8", "photo/1", "layers/2", "layers/2@0.5", "transform/1@0.5", "jpeg", "int8/1@0.5")
 NO_QUALITIES = ("", "nan", "-1", "1.01", "inf", "1e400", "half", "0.5@0.5")
 
 
-@pytest.mark.parametrize("text", [*NO_CHOICES, *(f"transform/3@{quality}" for quality in NO_QUALITIES)])
+@pytest.mark.parametrize("text", [*NO_CHOICES, *(f"transform/4@{quality}" for quality in NO_QUALITIES)])
 def test_what_is_no_choice_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"codec|quality"):
         Choice.parse(text)
@@ -220,7 +226,7 @@ def test_agreement_rises_with_quality_and_luck_is_shared_out() -> None:
     assert rising([0.5, 0.9, 0.8, 1.0]) == pytest.approx([0.5, 0.85, 0.85, 1.0])
     assert rising([1.0, 0.9, 0.8]) == pytest.approx([0.9] * 3)
     assert rising([]) == []
-    lucky = [entry("transform/3", 10 * i, a, quality=i / 10) for i, a in enumerate([0.8, 1.0, 0.9, 1.0])]
+    lucky = [entry("transform/4", 10 * i, a, quality=i / 10) for i, a in enumerate([0.8, 1.0, 0.9, 1.0])]
     made = risen([*lucky, entry("int8/1", 30, 0.995)], 0.99)
     assert [(e.agreement, e.measured, e.offered) for e in made] == [
         (0.8, 0.8, False),

@@ -44,11 +44,11 @@ def test_a_choice_with_closer_looks_reads_as_it_is_written(choice: Choice) -> No
 
 
 def test_they_are_written_as_the_documents_say() -> None:
-    assert str(ONE) == "transform/3@0.4+0.6:0.2"
-    assert str(TWO) == "transform/3@0.2+0.4:1.5+0.6:0.7"
-    assert Choice.parse(" transform/3@0.2+0.4:1.5+0.6:0.7\n") == TWO
-    longer = Choice.parse("transform/3@0.12345678+0.4444444444:1.23456789")
-    assert longer == Choice("transform/3", 0.123457, (Look(0.444444, 1.23457),)) == Choice.parse(str(longer))
+    assert str(ONE) == "transform/4@0.4+0.6:0.2"
+    assert str(TWO) == "transform/4@0.2+0.4:1.5+0.6:0.7"
+    assert Choice.parse(" transform/4@0.2+0.4:1.5+0.6:0.7\n") == TWO
+    longer = Choice.parse("transform/4@0.12345678+0.4444444444:1.23456789")
+    assert longer == Choice("transform/4", 0.123457, (Look(0.444444, 1.23457),)) == Choice.parse(str(longer))
     assert (Choice("int8/1").once, Choice("int8/1").last) == (Choice("int8/1"), Choice("int8/1"))
     assert Choice.parse(f"sparse/2@0+1:{WIDEST_MARGIN:g}").looks == (Look(1.0, WIDEST_MARGIN),)
 
@@ -56,16 +56,16 @@ def test_they_are_written_as_the_documents_say() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        *(f"transform/3@0.4{rest}" for rest in ("+", "+:", "+0.8", "+0.8:", "+:0.2", "+0.8:0.2:0.3", "++0.8:0.2")),
-        *(f"transform/3@0.4+0.8:0.2{rest}" for rest in ("+", "+0.9", "+0.8:0.1", "+0.6:0.1", "+1.1:1", "+0.9:0")),
-        *(f"transform/3@0.4+{q}:0.2" for q in ("0.4", "0.3", "-1", "1.01", "nan", "inf", "", "fine")),
-        *(f"transform/3@0.4+0.8:{m}" for m in ("0", "-0.2", "nan", "inf", "-inf", "1001", "wide", "0.2 nats", "0.2;")),
-        *(f"{first}+0.8:0.2" for first in ("int8/1", "raw", "lossless/3", "transform/3", "transform/3@", "sparse/2@2")),
-        *(f"{codec}@0.4+0.8:0.2" for codec in ("int8/1", "layers/1", "photo/1", "transform/1", "transform")),
-        "transform/3@0" + "".join(f"+{(n + 1) / 10}:1" for n in range(MAX_LOOKS + 1)),
-        "transform/3+0.8@0.4:0.2",
+        *(f"transform/4@0.4{rest}" for rest in ("+", "+:", "+0.8", "+0.8:", "+:0.2", "+0.8:0.2:0.3", "++0.8:0.2")),
+        *(f"transform/4@0.4+0.8:0.2{rest}" for rest in ("+", "+0.9", "+0.8:0.1", "+0.6:0.1", "+1.1:1", "+0.9:0")),
+        *(f"transform/4@0.4+{q}:0.2" for q in ("0.4", "0.3", "-1", "1.01", "nan", "inf", "", "fine")),
+        *(f"transform/4@0.4+0.8:{m}" for m in ("0", "-0.2", "nan", "inf", "-inf", "1001", "wide", "0.2 nats", "0.2;")),
+        *(f"{first}+0.8:0.2" for first in ("int8/1", "raw", "lossless/3", "transform/4", "transform/4@", "sparse/2@2")),
+        *(f"{codec}@0.4+0.8:0.2" for codec in ("int8/1", "layers/2", "photo/1", "transform/1", "transform")),
+        "transform/4@0" + "".join(f"+{(n + 1) / 10}:1" for n in range(MAX_LOOKS + 1)),
+        "transform/4+0.8@0.4:0.2",
         "+0.8:0.2",
-        "layers/1",
+        "layers/2",
     ],
 )
 def test_what_are_no_closer_looks_is_refused_with_a_sentence(text: str) -> None:
@@ -134,7 +134,7 @@ def test_targets_and_plans_find_closer_looks_where_they_are_the_smallest() -> No
     assert choose(FIDELITY, "6", agreement=0.98) == TWICE
     assert TWICE.choice == TWO
     assert choose(FIDELITY, "6", agreement=0.995).choice == of(0.8)
-    with pytest.raises(CalibrationError, match=r"closest is transform/3@0\.4\+0\.6:0\.2: 99\.3%"):
+    with pytest.raises(CalibrationError, match=r"closest is transform/4@0\.4\+0\.6:0\.2: 99\.3%"):
         choose(FIDELITY, "6", agreement=0.999, bytes=305)
 
 

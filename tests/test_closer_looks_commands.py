@@ -22,7 +22,7 @@ from isthmus.frame import Frame
 from isthmus.serving.tables import Tables
 
 LOOKS = (Look(0.4, 1.48823), Look(0.6, 0.712345), Look(0.8, 0.312345))
-PLAIN = Entry("65", "transform/3", 0.2, 0.981, 0.95, 1, 0.1, 9470, 10_000, 1.23, 0.21, 0.19, 0.03, True, 0.98)
+PLAIN = Entry("65", "transform/4", 0.2, 0.981, 0.95, 1, 0.1, 9470, 10_000, 1.23, 0.21, 0.19, 0.03, True, 0.98)
 CHAINS = [replace(PLAIN, looks=LOOKS[:n], shares=(0.45, 0.12, 0.03)[:n]) for n in range(4)]
 
 
@@ -42,7 +42,7 @@ def test_the_names_of_chains_fold_at_80_columns_and_numbers_stay_whole(
     assert cells[0] == ["codec", "same, %", "bytes", "bits", "ms", "offered"]
     assert [row[1:5] for row in cells if row[1]][1:] == [["98.1 (95–100)", "9.5 kB", "1.23", "0.21+0.19"]] * 4
     assert "".join(row[0] for row in cells[1:]) == "".join(str(e.choice) for e in CHAINS)
-    assert all(row[0].startswith(("transform/3@0.2", "+0.")) or not row[0] for row in cells[1:])
+    assert all(row[0].startswith(("transform/4@0.2", "+0.")) or not row[0] for row in cells[1:])
     assert " ".join(row[5] for row in cells[-4:]).split() == ["yes,", "3%", "raw,", "looks", "45%", "12%", "3%"]
 
 
@@ -63,5 +63,5 @@ def test_a_table_of_another_version_is_refused_with_what_to_do() -> None:
     bundle: Any = type("Calibrated", (), {"name": "small", "tables": {"p6": blob}})()
     tables = Tables(lambda digest: bundle, lambda blob: data, 0)
     with pytest.raises(RegistryError, match="of small, is no codec's table of this version") as e:
-        tables("sha256:" + "0" * 64, "p6", "transform/3")
+        tables("sha256:" + "0" * 64, "p6", "transform/4")
     assert "isthmus calibrate small" in e.value.hint

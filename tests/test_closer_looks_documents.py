@@ -94,7 +94,7 @@ def test_an_entry_whose_looks_are_none_is_refused(changes: dict[str, Any]) -> No
 
 
 LOOKS = CloserLooks("logits", (Look(0.5, 0.4), Look(0.7, 0.2)), (0.5, 0.25))
-CODECS = {"p6": Coding("transform/3", 0.3), "mask": Coding("lossless/3")}
+CODECS = {"p6": Coding("transform/4", 0.3), "mask": Coding("lossless/3")}
 
 
 def looks_document(photos: Published) -> Any:
@@ -168,8 +168,8 @@ def test_a_plan_with_a_second_look_as_it_once_was_is_refused(photos: Published) 
         ("cloud", (), CODECS, "no cut"),
         ("split", ("6",), {}, "nothing that they could send finer"),
         ("split", ("6",), {"p6": Coding("int8/1")}, "nothing that they could send finer"),
-        ("split", ("6",), {"p6": Coding("layers/1", 0.3)}, "codec cannot be 'layers/1'"),
-        ("split", ("6",), CODECS | {"q": Coding("transform/3", 0.5)}, "transform/3@0.5"),
+        ("split", ("6",), {"p6": Coding("layers/2", 0.3)}, "codec cannot be 'layers/2'"),
+        ("split", ("6",), CODECS | {"q": Coding("transform/4", 0.5)}, "transform/4@0.5"),
     ],
 )
 def test_nothing_is_looked_at_closer_where_nothing_could_be_sent_finer(
@@ -181,14 +181,14 @@ def test_nothing_is_looked_at_closer_where_nothing_could_be_sent_finer(
 
 
 def test_the_route_of_a_plan_takes_the_closer_looks(photos: Published) -> None:
-    chosen = candidate("split-6-t", "split", cuts=("6",), codecs={"p6": Coding("transform/3", 0.3)}, looks=LOOKS)
+    chosen = candidate("split-6-t", "split", cuts=("6",), codecs={"p6": Coding("transform/4", 0.3)}, looks=LOOKS)
     hops = remote("http://127.0.0.1:9", "http://127.0.0.1:9")
     route = route_of(chosen, photos.digest, photos.bundle, hops, lambda *_: None, no_variant)
     assert route.looks is not None
     assert route.looks.looks == LOOKS.looks
     assert route.looks.margin_of({"logits": np.array([[1.0, 3.5]])}) == 2.5
-    assert route.packings == ({}, {"p6": Packing("transform/3", 0.3)})
-    assert route.finer(0.7).packings == ({}, {"p6": Packing("transform/3", 0.7)})
+    assert route.packings == ({}, {"p6": Packing("transform/4", 0.3)})
+    assert route.finer(0.7).packings == ({}, {"p6": Packing("transform/4", 0.7)})
     elsewhere = replace(chosen, looks=replace(LOOKS, output="p6"))
     with pytest.raises(PlanMalformed, match="'p6', no output of photos"):
         route_of(elsewhere, photos.digest, photos.bundle, hops, lambda *_: None, no_variant)

@@ -250,9 +250,9 @@ def test_who_keeps_nothing_reads_no_refinements(known: Known) -> None:
     nobody = Tables(registry.bundle, registry.blob, 2**20)
     assert isinstance(nobody(digest, "p6", REFINED), Table)
     with pytest.raises(FrameMalformed, match="nothing is kept here"):
-        nobody(digest, "p6", "layers/1")
+        nobody(digest, "p6", "layers/2")
     with pytest.raises(FrameMalformed, match="no calibration"):
-        Tables(registry.bundle, registry.blob, 2**20, Kept())(digest, "x", "layers/1")
+        Tables(registry.bundle, registry.blob, 2**20, Kept())(digest, "x", "layers/2")
 
 
 def test_two_replicas_that_answer_by_turns_give_right_answers(

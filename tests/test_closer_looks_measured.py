@@ -43,7 +43,7 @@ def test_measuring_takes_every_look_and_counts_each_by_its_share(known: Known, t
 
     # Nothing is sure by such margins, and all of it is looked at all the same.
     looks = CloserLooks("logits", tuple(replace(look, margin=1e-9) for look in known.chain.looks), (0.5, 0.25))
-    codecs = {"p6": Coding("transform/3", known.chain.quality)}
+    codecs = {"p6": Coding("transform/4", known.chain.quality)}
     chosen = candidate("split-6-t", "split", cuts=("6",), codecs=codecs, looks=looks)
     examples = [Tried({"x": photo_array(photo(seed=n))}) for n in range(2)]
     tables = Tables(published.registry.bundle, published.registry.blob, MAX_PIXELS)
@@ -90,7 +90,7 @@ def test_a_candidate_whose_closer_look_fails_while_it_is_measured_is_refused(
         return inner(environ, start_response)
 
     looks = CloserLooks("logits", known.chain.looks, (0.5, 0.25))
-    coarse = {"p6": Coding("transform/3", known.chain.quality)}
+    coarse = {"p6": Coding("transform/4", known.chain.quality)}
     chain = candidate("split-6-t", "split", cuts=("6",), codecs=coarse, looks=looks)
     examples = [Tried({"x": photo_array(photo(seed=n))}) for n in range(2)]
     tables = Tables(published.registry.bundle, published.registry.blob, MAX_PIXELS)
@@ -156,7 +156,7 @@ def test_a_look_for_which_no_time_was_left_is_a_failed_measurement(
         return app.wsgi_app(environ, start_response)
 
     looks = CloserLooks("logits", known.chain.looks, (0.5, 0.25))
-    coarse = {"p6": Coding("transform/3", known.chain.quality)}
+    coarse = {"p6": Coding("transform/4", known.chain.quality)}
     chain = candidate("split-6-t", "split", cuts=("6",), codecs=coarse, looks=looks, seconds=0.0)
     tables = Tables(published.registry.bundle, published.registry.blob, MAX_PIXELS)
     with served(app) as head, served(slow) as tail:
@@ -184,13 +184,13 @@ def crossed(known: Known, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return {"p6": given["p6"], "ids": np.arange(64), "scale": np.ones(1, np.float32)}
 
 
-def ways(known: Known, *qualities: float, codec: str = "transform/3") -> list[dict[str, Packing]]:
-    table = known.table("p6") if codec == "transform/3" else None
+def ways(known: Known, *qualities: float, codec: str = "transform/4") -> list[dict[str, Packing]]:
+    table = known.table("p6") if codec == "transform/4" else None
     return [{"p6": Packing(codec, q, table), "ids": Packing("lossless/3")} for q in qualities]
 
 
 def refines(made: Send) -> bool:
-    assert made.coded["p6"].codec == "layers/1"
+    assert made.coded["p6"].codec == "layers/2"
     return not isinstance(made.coded["p6"].payload, First)
 
 

@@ -68,7 +68,7 @@ def test_calibration_measures_closer_looks_that_the_document_keeps(known: Known)
 def test_answers_that_are_no_classes_get_none(photos: Published, tmp_path: Path) -> None:
     found = calibrated(photos, tmp_path, Measure("close")).fidelity
     assert not any(e.looks or e.shares for e in found.entries)
-    assert {e.quality for e in found.entries if e.codec == "transform/3"} == set(QUALITIES)
+    assert {e.quality for e in found.entries if e.codec == "transform/4"} == set(QUALITIES)
 
 
 def test_the_codec_command_names_them(known: Known, tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_router_serves_what_the_codec_command_writes_with_the_calibrations_own
         for seed in range(40):
             found, first = (client.post("/", data=photo(seed=seed)).json for client in (closer, coarse))
             route = found["route"]
-            assert all(s["codecs"] == {"p6": "layers/1"} for s in route["segments"][1:])
+            assert all(s["codecs"] == {"p6": "layers/2"} for s in route["segments"][1:])
             assert (found["classes"] == first["classes"]) or route["looks"]
             taken.add(route["looks"])
         assert {0, 2} <= taken <= {0, 1, 2}
@@ -126,7 +126,7 @@ def planned(known: Known, draft: Draft, link: Conditions = LINK) -> dict[str, Ca
 
 
 def test_each_number_of_looks_that_saves_bytes_is_a_candidate(known: Known, draft: Draft) -> None:
-    chosen = [c for c in usable_codecs(known.fidelity, "6") if c.codec == "transform/3"]
+    chosen = [c for c in usable_codecs(known.fidelity, "6") if c.codec == "transform/4"]
     looks = [len(c.looks) for c in chosen]
     assert looks == sorted(set(looks))
     assert (looks[0], looks[-1]) == (0, 2)
@@ -146,7 +146,7 @@ def test_a_candidate_takes_what_the_first_send_and_the_shares_of_the_looks_take(
     found = planned(known, draft, link)
     made = found["closer"]
     assert made.looks == closer_looks(chain)
-    assert made.codecs == {"p6": Coding("transform/3", chain.quality)}
+    assert made.codecs == {"p6": Coding("transform/4", chain.quality)}
     assert made.error == Error(chain.error, known.fidelity.inputs.held_out, 1 - chain.agreement, calibrated=True)
 
     # What a hop is really sent, when every look is taken.

@@ -79,8 +79,8 @@ def test_an_unclear_answer_is_the_finer_qualitys_and_only_what_is_new_is_sent(
     assert same_bits(found, finer)
     assert not same_bits(found, first)
     assert [s.segment for s in found.stages] == ["..1", "1..", "1.."]
-    assert [s.codecs for s in found.stages] == [{}, {"r1": "layers/1"}, {"r1": "layers/1"}]
-    assert [s.codecs for s in finer.stages] == [{}, {"r1": "transform/3"}]
+    assert [s.codecs for s in found.stages] == [{}, {"r1": "layers/2"}, {"r1": "layers/2"}]
+    assert [s.codecs for s in finer.stages] == [{}, {"r1": "transform/4"}]
     # Frames of one segment are as long as their payloads, up to the next multiple of 64 bytes of the header.
     assert abs(found.stages[1].sent - first.stages[1].sent) <= 64
     assert found.stages[2].sent < 0.85 * finer.stages[1].sent

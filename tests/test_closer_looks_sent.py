@@ -85,7 +85,7 @@ def unpacked(packed: Packed, basis: Basis) -> Array:
 
 
 def tried_at(qualities: list[float], tables: Mapping[str, object]) -> list[Trial]:
-    return trials(AT, [*(Choice("transform/3", q) for q in qualities), Choice("int8/1")], tables)
+    return trials(AT, [*(Choice("transform/4", q) for q in qualities), Choice("int8/1")], tables)
 
 
 def frame_of(trial: Trial, arrays: Mapping[str, Array], **refined: Packed) -> int:
@@ -131,14 +131,14 @@ def test_what_was_not_packed_coarsely_takes_a_closer_look_whole(value: float, ta
 def test_only_a_fixed_factor_finer_is_a_closer_look(tables: Mapping[str, object]) -> None:
     made = tried_at([0.3, 0.45, 0.6], tables)
     assert not any(trial.coarser for trial in made)
-    others = [Choice("sparse/2", 0.5), Choice("transform/3", 0.4), Choice("transform/3", 0.5), RAW]
-    assert finer_than(Choice("transform/3", 0.3), others) == Choice("transform/3", 0.5)
-    assert finer_than(Choice("transform/3", 0.35), others) is None
-    assert finer_than(Choice("transform/3", 1.0), others) is None
+    others = [Choice("sparse/2", 0.5), Choice("transform/4", 0.4), Choice("transform/4", 0.5), RAW]
+    assert finer_than(Choice("transform/4", 0.3), others) == Choice("transform/4", 0.5)
+    assert finer_than(Choice("transform/4", 0.35), others) is None
+    assert finer_than(Choice("transform/4", 1.0), others) is None
 
 
 def test_what_calibration_tries_is_followed_by_exactly_a_third_of_the_step() -> None:
-    every = [Choice("transform/3", q) for q in QUALITIES]
+    every = [Choice("transform/4", q) for q in QUALITIES]
     followed = 0
     for by in range(-40, 41):
         steps = (STEPS[0] + by, STEPS[1] + by)

@@ -43,7 +43,7 @@ from test_guard import Echo
 
 Routers = Callable[..., FlaskClient]
 INFER = "/v2/models/photos/infer"
-LOOKS = "transform/3@0.2+0.4:1000+0.6:1000"
+LOOKS = "transform/4@0.2+0.4:1000+0.6:1000"
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_each_outcome_is_counted(router: Routers, tail: Gate) -> None:
     tail.then(answers, answers, refuses)
     assert ask(client).json["route"]["looks"] == 1
     assert (outcomes(client), counted(client, "closer_looks")) == ({"failed": 2, "late": 1}, 1)
-    sure = router("transform/3@0.2+0.4:0.000000001")
+    sure = router("transform/4@0.2+0.4:0.000000001")
     assert ask(sure).json["route"]["looks_ended"] == "sure"
     assert outcomes(sure) == {"sure": 1}
 
@@ -123,7 +123,7 @@ def test_why_a_look_failed_is_logged_and_counted_as_other_failed_calls_are(
 
 
 def test_tensors_that_closer_looks_send_more_of_count_once(router: Routers, tail: Gate) -> None:
-    looking, plain = router(LOOKS), router("transform/3@0.2")
+    looking, plain = router(LOOKS), router("transform/4@0.2")
     hop = (("hop", tail.url),)
     told = [(ask(client).json["route"], metrics(client)) for client in (looking, plain)]
     assert [route.get("looks") for route, _ in told] == [2, None]
@@ -151,8 +151,8 @@ def test_a_hop_that_had_forgotten_is_counted_and_is_no_error_of_it(router: Route
 
 
 def test_answers_are_those_of_the_quality_that_answered(router: Routers) -> None:
-    once = [router(f"transform/3@{quality}") for quality in (0.2, 0.4, 0.6)]
-    looking = router("transform/3@0.2+0.4:60+0.6:20")
+    once = [router(f"transform/4@{quality}") for quality in (0.2, 0.4, 0.6)]
+    looking = router("transform/4@0.2+0.4:60+0.6:20")
     seen = set()
     for seed in range(40):
         route = (found := ask(looking, seed).json)["route"]
@@ -180,7 +180,7 @@ def test_a_plans_closer_looks_are_taken_and_codec_raw_switches_them_off(
 
     found = answer()
     assert (found["plan"], found["looks"], found["looks_ended"]) == ("split-6-t", 2, "last")
-    assert [s["codecs"] for s in found["segments"][1:]] == [{"p6": "layers/1"}] * 3
+    assert [s["codecs"] for s in found["segments"][1:]] == [{"p6": "layers/2"}] * 3
     raw = answer(codec="raw")
     assert "looks" not in raw
     assert ["codecs" in s for s in raw["segments"]] == [False, False]
@@ -193,8 +193,8 @@ def test_a_plans_closer_looks_are_taken_and_codec_raw_switches_them_off(
         "sparse/2@0.4+0.8",
         "sparse/2@0.4+0.8:0",
         "int8/1+0.8:0.2",
-        "transform/3@0.2+0.4:1+0.4:1",
-        "transform/3@0+0.1:1+0.2:1+0.3:1+0.4:1+0.5:1",
+        "transform/4@0.2+0.4:1+0.4:1",
+        "transform/4@0+0.1:1+0.2:1+0.3:1+0.4:1+0.5:1",
     ],
 )
 def test_a_setting_that_is_no_closer_look_stops_the_start(photos: Published, tmp_path: Path, codec: str) -> None:
@@ -205,7 +205,7 @@ def test_a_setting_that_is_no_closer_look_stops_the_start(photos: Published, tmp
 
 def test_nobody_chooses_what_closer_looks_travel_as(photos: Published, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="no codec of tensors"):
-        create_router_app(router_settings(photos, tmp_path, ("local",), codec="layers/1"))
+        create_router_app(router_settings(photos, tmp_path, ("local",), codec="layers/2"))
 
 
 def test_answers_that_are_no_classes_are_refused_and_the_router_says_what_to_do(tmp_path: Path) -> None:

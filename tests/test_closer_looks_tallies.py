@@ -36,7 +36,7 @@ def tally(rows: list[tuple[bool, int, int, float, float]]) -> Tally:
 
 
 def tried(*each: tuple[float, Tally]) -> tuple[list[tuple[Choice, Tally]], list[Entry]]:
-    """Qualities of transform/3 with their tallies, and their entries, with int8 beside them."""
+    """Qualities of transform/4 with their tallies, and their entries, with int8 beside them."""
     made = [(of(quality), t) for quality, t in each]
     made.append((Choice("int8/1"), tally([(True, 1000, 1000, 1.0, 0.0)] * len(each[0][1].bytes))))
     return made, [t.entry("6", c, 0.9) for c, t in made]
@@ -129,7 +129,7 @@ def test_a_last_look_that_no_input_took_is_left_out() -> None:
     finest = tally([(True, 1000, 900, 9.0, 0.1)] * 10)
     made, plain = tried((0.3, coarse), (0.5, finer), (0.7, finest))
     (found,) = entries_of("6", made, plain, 0.9)
-    assert (str(found.choice), found.shares, found.bytes) == ("transform/3@0.3+0.5:0.1", (0.2,), 28)
+    assert (str(found.choice), found.shares, found.bytes) == ("transform/4@0.3+0.5:0.1", (0.2,), 28)
     # Nor does the finest quality vouch for answers that were never sent at it.
     fallen = [replace(e, agreement=0.9) if e.quality == 0.5 else e for e in plain]
     assert [(e.choice, e.agreement) for e in entries_of("6", made, fallen, 0.9)] == [(found.choice, 0.9)]

@@ -1,4 +1,4 @@
-"""Refinements and `layers/1`: what was sent coarsely and refined is what would have been sent finely, and no payload
+"""Refinements and `layers/2`: what was sent coarsely and refined is what would have been sent finely, and no payload
 does harm."""
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ FIFTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 def packed_first(array: Array, table: Table, quality: float) -> Packed:
-    made = pack(array, layered(Packing("transform/3", quality, table)))
+    made = pack(array, layered(Packing("transform/4", quality, table)))
     assert isinstance(made, Packed)
     return made
 
@@ -64,7 +64,7 @@ def chain(array: Array, table: Table, qualities: tuple[float, ...] = FIFTHS, ten
     sent = [packed_first(array, table, qualities[0])]
     trail = trail_of(sent[0], BUNDLE, tensor)
     for fine in qualities[1:]:
-        more, trail = follow(trail, Packing("transform/3", fine, table))
+        more, trail = follow(trail, Packing("transform/4", fine, table))
         sent.append(more)
     return Chain(sent, trail)
 
@@ -74,7 +74,7 @@ def unpacked(packed: Packed, basis: Basis) -> Array:
 
 
 def once(array: Array, table: Table, quality: float) -> Known:
-    payload = TRANSFORM.encode(array, Packing("transform/3", quality, table))
+    payload = TRANSFORM.encode(array, Packing("transform/4", quality, table))
     return known_of(memoryview(payload), array.shape, table)
 
 
@@ -123,7 +123,7 @@ def test_first_and_refinements_take_as_many_bytes_as_the_finer_payload() -> None
         for array in samples[:8]:
             sent = chain(array, table, qualities).sent
             together += sent[0].nbytes + sent[1].nbytes - KEY_BYTES - 1
-            finer += len(TRANSFORM.encode(array, Packing("transform/3", qualities[1], table)))
+            finer += len(TRANSFORM.encode(array, Packing("transform/4", qualities[1], table)))
         assert 0.95 < together / finer < 1.05, qualities
 
 
@@ -230,13 +230,13 @@ def test_qualities_whose_steps_are_no_third_of_one_another_are_not_followed(
     trail = trail_of(packed_first(array, table, 0.2), BUNDLE, "x")
     for fine in (0.2, 0.3, 0.6, 0.0):
         with pytest.raises(NotPackable, match="not a third"):
-            follow(trail, Packing("transform/3", fine, table))
+            follow(trail, Packing("transform/4", fine, table))
 
 
 def test_an_empty_tensor_is_not_layered(tables: dict[str, tuple[Table, Array]]) -> None:
     table, _ = tables["maps"]
     empty = np.zeros((0, 12, 14, 14), np.float32)
-    assert pack(empty, layered(Packing("transform/3", 0.2, table))) is empty
+    assert pack(empty, layered(Packing("transform/4", 0.2, table))) is empty
     with pytest.raises(ValueError, match="empty"):
         LAYERS.decode(memoryview(b""), empty.dtype, empty.shape, Basis(table, Kept(), BUNDLE, "x"))
     with pytest.raises(ValueError, match="empty"):
@@ -268,12 +268,12 @@ def test_values_that_grow_beyond_the_coder_are_not_refined(tables: dict[str, tup
 def test_row_tables_are_packed_once(tables: dict[str, tuple[Table, Array]]) -> None:
     tokens = [np.random.default_rng(i).normal(size=(1, 6, 16)).astype(np.float32) for i in range(30)]
     table = learn_rows(Rows.of(tokens), Form(1, rotated=True), None, (24, -41))
-    packing = Packing("transform/3", 0.4, table)
+    packing = Packing("transform/4", 0.4, table)
     assert layered(packing) is packing
     with pytest.raises(NotPackable, match="planes"):
         follow(chain(*reversed(tables["maps"]), (0.2,)).trail, packing)
     with pytest.raises(NotPackable, match="planes"):
-        LAYERS.encode(tokens[0], Packing("layers/1", 0.4, table))
+        LAYERS.encode(tokens[0], Packing("layers/2", 0.4, table))
     with pytest.raises(ValueError, match="no table"):
         LAYERS.decode(memoryview(bytes(20)), tokens[0].dtype, tokens[0].shape, Basis(table, Kept(), BUNDLE, "x"))
 
@@ -283,7 +283,7 @@ def test_a_payload_that_was_not_packed_here_has_no_trail(tables: dict[str, tuple
     sent = chain(array, table, (0.2, 0.4)).sent
     assert [isinstance(p.payload, First) for p in sent] == [True, False]
     assert trails_of({"x": sent[0], "y": sent[1]}, BUNDLE).keys() == {"x"}
-    for packed in (sent[1], Packed("layers/1", "float32", array.shape, bytes(sent[0].payload))):
+    for packed in (sent[1], Packed("layers/2", "float32", array.shape, bytes(sent[0].payload))):
         with pytest.raises(ValueError, match="not packed here"):
             trail_of(packed, BUNDLE, "x")
 
@@ -292,7 +292,7 @@ def test_a_payload_that_was_not_packed_here_has_no_trail(tables: dict[str, tuple
 
 
 class Reader:
-    """A function that reads frames with `layers/1`, and what it keeps."""
+    """A function that reads frames with `layers/2`, and what it keeps."""
 
     def __init__(self, table: Table, **more: Table) -> None:
         self.tables = {"x": table, **more}
@@ -456,7 +456,7 @@ def test_without_a_basis_nothing_is_unpacked(last: Packed) -> None:
     with pytest.raises(ValueError, match="no table"):
         LAYERS.decode(memoryview(last.payload), np.dtype(np.float32), last.shape, None)
     with pytest.raises(NotPackable):
-        LAYERS.encode(np.ones((1, 4), np.float32), Packing("layers/1"))
+        LAYERS.encode(np.ones((1, 4), np.float32), Packing("layers/2"))
 
 
 def test_the_factor_of_thirteen_steps_is_three() -> None:
@@ -465,4 +465,4 @@ def test_the_factor_of_thirteen_steps_is_three() -> None:
         assert size_of(step) == pytest.approx(3 * size_of(step - THIRD), rel=1e-12)
 
 
-GOLDEN = "398cc6ee9873b432"
+GOLDEN = "86097654f3e0ef427eb0"

@@ -1,4 +1,4 @@
-"""`transform/3` of rows: tokens, vectors and states in classes, and how their form is chosen."""
+"""`transform/4` of rows: tokens, vectors and states in classes, and how their form is chosen."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def tables() -> dict[str, RowTable]:
 
 
 def round_trip(array: Array, table: Table | RowTable, quality: float) -> tuple[bytes, Array]:
-    payload = TRANSFORM.encode(array, Packing("transform/3", quality, table))
+    payload = TRANSFORM.encode(array, Packing("transform/4", quality, table))
     return payload, TRANSFORM.decode(memoryview(payload), array.dtype, array.shape, table)
 
 
@@ -157,13 +157,13 @@ def test_rows_that_are_not_finite_are_not_packable(value: float, tables: dict[st
         array = sentence(np.random.default_rng(2), 6)
         array[0, 3, 4] = value
         with pytest.raises(NotPackable):
-            TRANSFORM.encode(array, Packing("transform/3", 0.5, table))
+            TRANSFORM.encode(array, Packing("transform/4", 0.5, table))
 
 
 @pytest.mark.parametrize("shape", [(1, 6, 23), (6, 24), (1, 1, 6, 24), (24, 6, 1)])
 def test_tensors_without_such_rows_are_refused(shape: tuple[int, ...], tables: dict[str, RowTable]) -> None:
     with pytest.raises(NotPackable):
-        TRANSFORM.encode(np.ones(shape, np.float32), Packing("transform/3", 0.5, tables["classes"]))
+        TRANSFORM.encode(np.ones(shape, np.float32), Packing("transform/4", 0.5, tables["classes"]))
     with pytest.raises(ValueError, match=r"table"):
         TRANSFORM.decode(memoryview(bytes(9)), np.dtype(np.float32), shape, tables["classes"])
 
@@ -176,7 +176,7 @@ def test_every_truncated_or_longer_payload_of_rows_is_refused(tables: dict[str, 
         wrong = [payload[:length] for length in range(len(payload)) if length != zeros]
         wrong += [payload + more for more in (b"\0", b"\1", bytes(range(1, 9)))]
         for data in wrong:
-            with pytest.raises(ValueError, match=r"short|end|padding|too large|class"):
+            with pytest.raises(ValueError, match=r"short|end|padding|too large|class|checksum|lanes"):
                 TRANSFORM.decode(memoryview(data), array.dtype, array.shape, table)
 
 
@@ -310,7 +310,7 @@ def test_a_factor_of_zero_is_refused_when_it_is_needed(tables: dict[str, RowTabl
     arrays = tables["classes as they are"].to_arrays()
     table = read_table({**arrays, "synthesis": np.zeros_like(arrays["synthesis"])})
     with pytest.raises(NotPackable, match="inverse"):
-        TRANSFORM.encode(sentence(np.random.default_rng(0)), Packing("transform/3", 0.5, table))
+        TRANSFORM.encode(sentence(np.random.default_rng(0)), Packing("transform/4", 0.5, table))
 
 
 def test_the_layers_of_a_state_are_one_row() -> None:
@@ -402,4 +402,4 @@ def test_rows_that_cannot_be_learned_from_are_refused() -> None:
     assert learn([good] * 4).channels == 3
 
 
-GOLDEN = "00fe40d832c09f83139c2808"
+GOLDEN = "00fe404b0e521b8b00480c0000"

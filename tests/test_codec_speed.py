@@ -23,7 +23,7 @@ def test_a_codec_that_was_not_timed_is_as_much_slower_as_the_others_are() -> Non
     slower = compared(there, here)
     assert slower["half/1"] == CodecSpeed(2.0, 3.0)
     assert slower["int8/1"] == CodecSpeed(4.0, 2.0)
-    assert slower["transform/3"] == CodecSpeed(pytest.approx(3.0), pytest.approx(2.5))
+    assert slower["transform/4"] == CodecSpeed(pytest.approx(3.0), pytest.approx(2.5))
 
 
 def test_nothing_is_compared_with_a_profile_that_has_no_codecs() -> None:

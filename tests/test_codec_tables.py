@@ -1,4 +1,4 @@
-"""Tables of `transform/3`: their steps and models, what they are learned from, and which are refused."""
+"""Tables of `transform/4`: their steps and models, what they are learned from, and which are refused."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_coded_coefficients_take_little_more_than_their_entropy(quality: float) 
     step = step_of(quality, table.steps)
     coded, by_level = 0, dict[int, list[Array]]()
     for array in samples[:10]:
-        payload = TRANSFORM.encode(array, Packing("transform/3", quality, table))
+        payload = TRANSFORM.encode(array, Packing("transform/4", quality, table))
         coded += len(payload)
         values, grid = analysed(array, table)
         assert grid is not None
@@ -162,7 +162,7 @@ def test_a_rotation_without_inverse_is_refused_when_it_is_needed(tables: dict[st
     table, array = tables["vectors"]
     flat = replace(table, synthesis=np.zeros_like(table.synthesis))
     with pytest.raises(NotPackable, match="inverse"):
-        TRANSFORM.encode(array, Packing("transform/3", 0.5, flat))
+        TRANSFORM.encode(array, Packing("transform/4", 0.5, flat))
 
 
 def test_sequences_of_many_lengths_keep_bounded_memory() -> None:

@@ -1,4 +1,4 @@
-"""`transform/3`: what it keeps, what it refuses, and that its bytes mean the same everywhere."""
+"""`transform/4`: what it keeps, what it refuses, and that its bytes mean the same everywhere."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def test_nan_infinity_and_huge_values_are_not_packable(value: float, tables: dic
         bad = array.copy()
         bad.flat[bad.size // 2] = value
         with pytest.raises(NotPackable):
-            TRANSFORM.encode(bad, Packing("transform/3", 0.5, table))
-        travels = pack(bad, Packing("transform/3", 0.5, table))
+            TRANSFORM.encode(bad, Packing("transform/4", 0.5, table))
+        travels = pack(bad, Packing("transform/4", 0.5, table))
         assert travels is bad
 
 
@@ -105,14 +105,14 @@ def test_a_value_far_outside_of_what_was_learned_is_kept_within_the_step(
 def test_a_tensor_of_another_scale_is_not_packable(tables: dict[str, tuple[Table, Array]]) -> None:
     table, array = tables["maps"]
     with pytest.raises(NotPackable, match="times the magnitude"):
-        TRANSFORM.encode(array * 40, Packing("transform/3", 0.5, table))
+        TRANSFORM.encode(array * 40, Packing("transform/4", 0.5, table))
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.int32, np.bool_, np.uint8])
 def test_other_dtypes_are_not_packable(dtype: Any, tables: dict[str, tuple[Table, Array]]) -> None:
     table, array = tables["maps"]
     with pytest.raises(NotPackable):
-        TRANSFORM.encode(array.astype(dtype), Packing("transform/3", 0.5, table))
+        TRANSFORM.encode(array.astype(dtype), Packing("transform/4", 0.5, table))
 
 
 @pytest.mark.parametrize("shape", [(1, 11, 14, 14), (12, 14, 14), (1, 12, 14, 14, 1), (1, 12, 1025, 1)])
@@ -121,14 +121,14 @@ def test_tensors_of_another_kind_are_not_packable(
 ) -> None:
     table, _ = tables["maps"]
     with pytest.raises(NotPackable):
-        TRANSFORM.encode(np.ones(shape, np.float32), Packing("transform/3", 0.5, table))
+        TRANSFORM.encode(np.ones(shape, np.float32), Packing("transform/4", 0.5, table))
     with pytest.raises(ValueError, match=r"table was learned|channels|plane axis"):
         TRANSFORM.decode(memoryview(bytes(8)), np.dtype(np.float32), shape, table)
 
 
 def test_without_a_table_nothing_is_packed_and_nothing_unpacked() -> None:
     with pytest.raises(NotPackable, match="no table"):
-        TRANSFORM.encode(np.ones((1, 4), np.float32), Packing("transform/3"))
+        TRANSFORM.encode(np.ones((1, 4), np.float32), Packing("transform/4"))
     with pytest.raises(ValueError, match="no table"):
         TRANSFORM.decode(memoryview(bytes(8)), np.dtype(np.float32), (1, 4), None)
 
@@ -137,7 +137,7 @@ def test_without_a_table_nothing_is_packed_and_nothing_unpacked() -> None:
 def test_a_quality_outside_of_0_to_1_is_refused(quality: float, tables: dict[str, tuple[Table, Array]]) -> None:
     table, array = tables["vectors"]
     with pytest.raises(ValueError, match="quality"):
-        TRANSFORM.encode(array, Packing("transform/3", quality, table))
+        TRANSFORM.encode(array, Packing("transform/4", quality, table))
 
 
 def test_constant_tensors_take_next_to_nothing(tables: dict[str, tuple[Table, Array]]) -> None:
@@ -180,7 +180,7 @@ def test_every_truncation_is_refused(kind: str, tables: dict[str, tuple[Table, A
     payload, _ = round_trip(array, table, 0.4)
     # A step and a gain alone are a tensor of components that are all zero, unless some leave bits plain.
     for length in set(range(len(payload))) - ({2} if kind == "vectors" else set()):
-        with pytest.raises(ValueError, match=r"short|end|padding|too large"):
+        with pytest.raises(ValueError, match=r"short|end|padding|too large|checksum|lanes"):
             TRANSFORM.decode(memoryview(payload[:length]), array.dtype, array.shape, table)
 
 
@@ -188,7 +188,7 @@ def test_trailing_bytes_are_refused(tables: dict[str, tuple[Table, Array]]) -> N
     table, array = tables["maps"]
     payload, _ = round_trip(array, table, 0.4)
     for more in (b"\0", b"\1", b"\0\0\0\1", bytes(range(1, 9))):
-        with pytest.raises(ValueError, match=r"end|padding|too large"):
+        with pytest.raises(ValueError, match=r"end|padding|too large|checksum|lanes"):
             TRANSFORM.decode(memoryview(payload + more), array.dtype, array.shape, table)
 
 
@@ -253,7 +253,7 @@ def test_calibrated_bytes_are_far_fewer_than_those_of_a_byte_each(tables: dict[s
 
 def test_pack_gives_a_packed_tensor(tables: dict[str, tuple[Table, Array]]) -> None:
     table, array = tables["maps"]
-    packed = pack(array, Packing("transform/3", 0.5, table))
+    packed = pack(array, Packing("transform/4", 0.5, table))
     assert isinstance(packed, Packed)
     assert packed.nbytes < array.nbytes / 8
 

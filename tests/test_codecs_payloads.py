@@ -246,9 +246,9 @@ BAD: dict[str, tuple[str, bytes, str, tuple[int, ...]]] = {
     "sparse codes of float64": ("sparse/2", HEADER.pack(1, 1, 1, 1) + b"\x80\x01", "float64", (4,)),
     "sparse bits too long": ("sparse/2", HEADER.pack(1, 1, 1, 2) + b"\x80\0\x01", "float32", (4,)),
     "sparse nothing, but bytes": ("sparse/2", HEADER.pack(0, 0, 0, 0), "float32", (0,)),
-    "transform without a table": ("transform/3", bytes(8), "float32", (4,)),
-    "layers without what they are kept by": ("layers/1", bytes(8), "float32", (4,)),
-    "layers that refine what nobody keeps": ("layers/1", b"\x80" + bytes(24), "float32", (4,)),
+    "transform without a table": ("transform/4", bytes(8), "float32", (4,)),
+    "layers without what they are kept by": ("layers/2", bytes(8), "float32", (4,)),
+    "layers that refine what nobody keeps": ("layers/2", b"\x80" + bytes(24), "float32", (4,)),
     "photo without a recipe": ("photo/1", photo(), "float32", (1, 3, 8, 8)),
 }
 
@@ -269,9 +269,9 @@ def test_a_packed_tensor_that_breaks_a_rule_is_the_frames_fault(codec: str) -> N
 
 
 def test_a_payload_of_the_transform_before_is_refused_by_its_name() -> None:
-    data = frames.encode(Frame({}, packed={"x": Packed("transform/3", "float32", (4,), bytes(8))}))
+    data = frames.encode(Frame({}, packed={"x": Packed("transform/4", "float32", (4,), bytes(8))}))
     with pytest.raises(FrameMalformed) as e:
-        frames.decode(data.replace(b"transform/3", b"transform/1"), max_bytes=BOUND)
+        frames.decode(data.replace(b"transform/4", b"transform/1"), max_bytes=BOUND)
     assert e.value.facts["rule"] == "codec"
 
 

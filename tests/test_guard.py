@@ -94,7 +94,7 @@ def test_the_setting_packs_what_crosses_the_cut_and_the_answer_says_so(router: R
     assert [c["label"] for c in packed["classes"]] == [c["label"] for c in raw["classes"]]
 
 
-@pytest.mark.parametrize("given", [{"codec": "int9/1"}, {"codec": "int8/1@0.5"}, {"codec": "transform/3@2"}])
+@pytest.mark.parametrize("given", [{"codec": "int9/1"}, {"codec": "int8/1@0.5"}, {"codec": "transform/4@2"}])
 def test_a_codec_that_is_none_stops_the_start(
     given: dict[str, Any], photos: Published, hops: tuple[str, str], tmp_path: Path
 ) -> None:
@@ -111,7 +111,7 @@ def test_a_share_above_one_stops_the_start(photos: Published, hops: tuple[str, s
 def test_a_calibrated_codec_without_calibration_is_refused_by_name(
     photos: Published, hops: tuple[str, str], tmp_path: Path
 ) -> None:
-    client = create_router_app(router_settings(photos, tmp_path, hops, codec="transform/3@0.5")).test_client()
+    client = create_router_app(router_settings(photos, tmp_path, hops, codec="transform/4@0.5")).test_client()
     assert until(lambda: "no calibration" in client.get("/ready").get_data(as_text=True))
     assert client.get("/ready").status_code == 503
 
@@ -203,11 +203,11 @@ def test_inputs_that_drift_from_the_calibration_make_it_step_down(
         count=60,
         limit=0.95,
         measure=measure_for(original.bundle),
-        choices=[Choice("transform/3", 0.5), Choice("int8/1")],
+        choices=[Choice("transform/4", 0.5), Choice("int8/1")],
     )
-    assert offered(made.fidelity, "1")[0].codec == "transform/3"
+    assert offered(made.fidelity, "1")[0].codec == "transform/4"
     original.registry.publish(made.bundle, made.files, alias="prod")
-    client = router(codec="transform/3@0.5", cuts="1", guard_share=1.0, log_level="warning")
+    client = router(codec="transform/4@0.5", cuts="1", guard_share=1.0, log_level="warning")
 
     def ask_tensor(x: Any) -> Any:
         body = {"inputs": [{"name": "x", "shape": [1, 3, 8, 8], "datatype": "FP32", "data": x.ravel().tolist()}]}
@@ -234,9 +234,9 @@ def test_inputs_that_drift_from_the_calibration_make_it_step_down(
     with caplog.at_level(logging.WARNING, "isthmus"):
         assert checked(10_000, noise)
         eventually(lambda: bool(warnings_of_the_guard(caplog)))
-    assert ask_tensor(noise(0))["guard_instead_of"] == "transform/3@0.5"
+    assert ask_tensor(noise(0))["guard_instead_of"] == "transform/4@0.5"
     first = warnings_of_the_guard(caplog)[0]
-    assert first.facts["guard_codec"] == "transform/3@0.75"  # type: ignore[attr-defined]
+    assert first.facts["guard_codec"] == "transform/4@0.75"  # type: ignore[attr-defined]
 
 
 # Its parts, without sockets
@@ -348,10 +348,10 @@ def entry(codec: str, quality: float, agreement: float) -> Entry:
 
 
 def test_the_ladder_leaves_out_what_was_measured_to_be_no_safer() -> None:
-    entries = (entry("transform/3", 0.5, 0.99), entry("int8/1", 1.0, 0.95), entry("half/1", 1.0, 1.0))
+    entries = (entry("transform/4", 0.5, 0.99), entry("int8/1", 1.0, 0.95), entry("half/1", 1.0, 1.0))
     measured = Fidelity("", 0.99, Measure("top1", "logits"), Inputs("", 1, 1, 1), entries)
-    chosen = Choice("transform/3", 0.5)
-    higher = [Choice("transform/3", 0.75), Choice("transform/3", 1.0)]
+    chosen = Choice("transform/4", 0.5)
+    higher = [Choice("transform/4", 0.75), Choice("transform/4", 1.0)]
     assert ladder(chosen, "6", measured) == (chosen, *higher, Choice("half/1"), RAW)
     assert ladder(chosen, "6", None) == (chosen, *higher, Choice("int8/1"), Choice("half/1"), RAW)
     assert ladder(Choice("half/1"), "6", None) == (Choice("half/1"), RAW)

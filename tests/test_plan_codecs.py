@@ -40,19 +40,19 @@ def test_without_calibration_every_codec_that_needs_none_is_usable() -> None:
 def test_a_calibrated_cut_has_what_it_offers_each_at_its_smallest() -> None:
     known = fidelity("sha256:" + "0" * 64)
     graded = (
-        entry("transform/3", 0.9, 600),
-        entry("transform/3", 0.5, 300),
-        entry("transform/3", 0.2, 100, offered=False),
+        entry("transform/4", 0.9, 600),
+        entry("transform/4", 0.5, 300),
+        entry("transform/4", 0.2, 100, offered=False),
     )
     known = Fidelity(known.subject, 0.99, known.measure, known.inputs, (*known.entries, *graded))
     found = usable_codecs(known, "3")
-    assert set(found) == {Choice("raw"), Choice("int8/1"), Choice("half/1"), Choice("transform/3", 0.5)}
-    assert [short_name(c) for c in (Choice("int8/1"), Choice("transform/3", 0.55))] == ["int8", "transform-55"]
+    assert set(found) == {Choice("raw"), Choice("int8/1"), Choice("half/1"), Choice("transform/4", 0.5)}
+    assert [short_name(c) for c in (Choice("int8/1"), Choice("transform/4", 0.55))] == ["int8", "transform-55"]
 
 
 def followed(quality: float, size: int, *finer: float, offered: bool = True) -> Entry:
     looks, shares = tuple(Look(q, 0.5) for q in finer), tuple(0.5 / (n + 1) for n in range(len(finer)))
-    return replace(entry("transform/3", quality, size, offered=offered), looks=looks, shares=shares)
+    return replace(entry("transform/4", quality, size, offered=offered), looks=looks, shares=shares)
 
 
 def test_each_number_of_closer_looks_is_usable_that_takes_fewer_bytes_than_fewer_of_them() -> None:
@@ -68,7 +68,7 @@ def test_each_number_of_closer_looks_is_usable_that_takes_fewer_bytes_than_fewer
         followed(0.0, 180, 0.2, 0.4, 0.6, offered=False),
     )
     known = replace(known, entries=(*known.entries, *chains))
-    found = [choice for choice in usable_codecs(known, "3") if choice.codec == "transform/3"]
+    found = [choice for choice in usable_codecs(known, "3") if choice.codec == "transform/4"]
     assert [short_name(choice) for choice in found] == ["transform-80", "transform-50-70", "transform-20-40-60-80"]
     # Where only those are offered that look closer, they stay.
     without = replace(known, entries=tuple(e for e in known.entries if e.looks))

@@ -100,7 +100,7 @@ def test_every_plan_keeps_to_the_schema() -> None:
         (lambda d: d["candidates"][0].update(up_bytes=-1), "up_bytes"),
         (lambda d: d["candidates"][0].update(up_bytes=1.5), "up_bytes"),
         (lambda d: d["candidates"][0].update(price=10**400), "price"),
-        (lambda d: d["candidates"][0]["codecs"]["r3"].update(codec="layers/1"), "codec"),
+        (lambda d: d["candidates"][0]["codecs"]["r3"].update(codec="layers/2"), "codec"),
         (lambda d: d["candidates"][0]["codecs"]["r3"].update(codec="zip"), "codec"),
         (lambda d: d["candidates"][0]["predicted"].update(up=-0.1), "up"),
         (lambda d: d["candidates"][0]["predicted"].update(up=True), "up"),
@@ -124,6 +124,13 @@ def test_a_plan_of_another_version_says_so_and_to_plan_again() -> None:
         from_json(json.dumps(doc).encode())
     assert e.value.facts["where"] == "plan.format"
     assert "isthmus plan" in e.value.hint
+
+
+def test_a_plan_that_names_a_codec_with_a_successor_serves_the_successor() -> None:
+    doc = document(full_plan())
+    doc["candidates"][0]["codecs"]["r3"].update(codec="transform/3")
+    found = from_json(json.dumps(doc).encode())
+    assert found.candidates[0].codecs["r3"].codec == "transform/4"
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"{", b"null", b'{"format": NaN}', b"[" * 10**5])

@@ -53,7 +53,7 @@ class Function:
 
 def sent(arrays: Mapping[str, Array], table: Table, bundle: str = BUNDLE) -> tuple[bytes, Frame]:
     """The first frame of these tensors, and what refines them."""
-    coarse, fine = (Packing("transform/3", quality, table) for quality in (0.2, 0.4))
+    coarse, fine = (Packing("transform/4", quality, table) for quality in (0.2, 0.4))
     first = {name: pack(array, layered(coarse)) for name, array in arrays.items()}
     packed = {name: p for name, p in first.items() if isinstance(p, Packed)}
     assert packed.keys() == arrays.keys()
@@ -75,7 +75,7 @@ def test_refinements_alone_travel_without_a_header_and_say_the_same(table: Table
     assert len(long) > payloads + 400
     found, expected = function.read(short), function.read(long)
     assert (found.bundle, found.segment, found.request) == (BUNDLE, "6..", REQUEST)
-    assert found.codecs == expected.codecs == dict.fromkeys(arrays, "layers/1")
+    assert found.codecs == expected.codecs == dict.fromkeys(arrays, "layers/2")
     assert found.tensors.keys() == arrays.keys()
     for name, array in found.tensors.items():
         assert array.tobytes() == expected.tensors[name].tobytes()

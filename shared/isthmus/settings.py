@@ -199,8 +199,8 @@ class RouterSettings(SegmentSettings):
         "",
     )
     codec: str = setting(
-        "how activations travel between segments over HTTP where no plan says: int8/1, half/1, transform/3@0.9 (a"
-        " calibrated codec and its quality), transform/3@0.4+0.6:1.5 (a closer look at 0.6 where the answer's margin is"
+        "how activations travel between segments over HTTP where no plan says: int8/1, half/1, transform/4@0.9 (a"
+        " calibrated codec and its quality), transform/4@0.4+0.6:1.5 (a closer look at 0.6 where the answer's margin is"
         " below 1.5; more may follow), …; raw for as they are, whatever a plan says",
         "",
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from isthmus.bundle import TensorSpec
-from isthmus.codecs import KNOWN, LOSSLESS_ID, NEVER_CHOSEN, SPARSE_ID, TRANSFORM_ID, Packing, find
+from isthmus.codecs import KNOWN, LOSSLESS_ID, NEVER_CHOSEN, SPARSE_ID, TRANSFORM_ID, Packing, find, successor
 
 _EXACT = frozenset({"raw", LOSSLESS_ID, "photo/1"})
 GRADED = frozenset({SPARSE_ID, TRANSFORM_ID})
@@ -36,9 +36,9 @@ class Look:
 
 @dataclass(frozen=True)
 class Choice:
-    """How the tensors that cross one cut are packed: `int8/1`, or `transform/3@0.9` with a quality of 0 to 1.
+    """How the tensors that cross one cut are packed: `int8/1`, or `transform/4@0.9` with a quality of 0 to 1.
 
-    `transform/3@0.2+0.4:1.5+0.6:0.7` sends at 0.2, at 0.4 where the margin of the answer is below 1.5, and at 0.6 where
+    `transform/4@0.2+0.4:1.5+0.6:0.7` sends at 0.2, at 0.4 where the margin of the answer is below 1.5, and at 0.6 where
     that of the next answer is below 0.7; see `margin_of`.
     """
 
@@ -78,7 +78,8 @@ class Choice:
             ValueError: no codec of that name, or no such quality or looks.
         """
         first, *looks = text.strip().split("+")
-        codec, at, quality = first.partition("@")
+        name, at, quality = first.partition("@")
+        codec = successor(name)
         if codec not in KNOWN or codec in NEVER_CHOSEN:
             known = ", ".join(k for k in KNOWN if k not in NEVER_CHOSEN)
             raise ValueError(f"{codec!r} is no codec of tensors; known are {known}")
@@ -91,7 +92,7 @@ class Choice:
         if not made.is_valid():
             raise ValueError(
                 f"{text!r}: a closer look is a higher quality and a margin in nats, above 0 and at most"
-                f" {WIDEST_MARGIN:g}, as in transform/3@0.2+0.4:1.5; at most {MAX_LOOKS} follow one another"
+                f" {WIDEST_MARGIN:g}, as in transform/4@0.2+0.4:1.5; at most {MAX_LOOKS} follow one another"
             )
         return made
 

@@ -12,7 +12,7 @@ from isthmus.bundle import WHOLE, Blob, Bundle, digest_of
 from isthmus.calibration.agreement import CLOSE, TOP1, Measure
 from isthmus.calibration.choice import MAX_LOOKS, Look
 from isthmus.calibration.fidelity import Entry, Fidelity, Inputs, Reference
-from isthmus.codecs import KNOWN, NEVER_CHOSEN
+from isthmus.codecs import KNOWN, NEVER_CHOSEN, successor
 from isthmus.errors import CalibrationError
 
 FORMAT = "isthmus.fidelity/2"
@@ -140,8 +140,10 @@ def _value(name: str, annotation: Any, value: Any) -> Any:
     wanted: type = {"int": int, "str": str, "bool": bool}[annotation]
     if type(value) is not wanted or (isinstance(value, int) and value < 0):
         raise ValueError(f"{name} is {value!r}")
-    if name == "codec" and value not in (*KNOWN, "jpeg", "webp"):
-        raise ValueError(f"{value!r} is no codec of this version: calibrate the model again")
+    if name == "codec":
+        value = successor(value)
+        if value not in (*KNOWN, "jpeg", "webp"):
+            raise ValueError(f"{value!r} is no codec of this version: calibrate the model again")
     return value
 
 

@@ -1,4 +1,4 @@
-"""Learning a table of `transform/3` from a tensor's samples, one at a time, in two passes."""
+"""Learning a table of `transform/4` from a tensor's samples, one at a time, in two passes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def learn(samples: Iterable[Array], *, sensitivity: Sensitivity | None = None, l
     Without `sensitivity` all errors count alike. `layout` is the sensitivity's, or is found from the first sample.
     Memory: the bands' covariances in float64, a few times over, and 400,000 values.
 
-    Source: docs/codecs.md, "transform/3".
+    Source: docs/codecs.md, "transform/4".
 
     Raises:
         CalibrationError: there is nothing to learn from; or the samples' channels differ, or are not finite floats.

@@ -1,4 +1,4 @@
-"""The entropy models of `transform/3`: how often each level's values are 0, 1, 2 … steps."""
+"""The entropy models of `transform/4`: how often each level's values are 0, 1, 2 … steps."""
 
 from __future__ import annotations
 

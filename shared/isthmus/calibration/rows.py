@@ -1,4 +1,4 @@
-"""Learning a table of `transform/3` for rows: classes, a rotation or none, and how many classes pay."""
+"""Learning a table of `transform/4` for rows: classes, a rotation or none, and how many classes pay."""
 
 from __future__ import annotations
 

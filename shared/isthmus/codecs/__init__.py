@@ -21,9 +21,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 RAW = "raw"
 LOSSLESS_ID = "lossless/3"
 SPARSE_ID = "sparse/2"
-TRANSFORM_ID = "transform/3"
-LAYERS_ID = "layers/1"
-"""How a tensor of `transform/3` travels that may be refined."""
+TRANSFORM_ID = "transform/4"
+LAYERS_ID = "layers/2"
+"""How a tensor of `transform/4` travels that may be refined."""
 
 
 class NotPackable(ValueError):
@@ -111,8 +111,15 @@ _PLACES: Mapping[str, str] = {
 }
 KNOWN: tuple[str, ...] = (RAW, *_PLACES)
 """Every codec's id; a frame that names another is refused."""
+_SUCCESSORS: Mapping[str, str] = {"transform/3": TRANSFORM_ID}
+"""Earlier ids whose tables and sizes hold for a codec of today. Their payloads are refused."""
 NEVER_CHOSEN = frozenset({"photo/1", LAYERS_ID})
 """Codecs that nobody chooses for what crosses: how a photo travels, and how a choice with closer looks does."""
+
+
+def successor(codec: str) -> str:
+    """The id that a codec named in a setting, plan or fidelity document has today; itself if it has no successor."""
+    return _SUCCESSORS.get(codec, codec)
 
 
 @lru_cache(maxsize=len(KNOWN))

@@ -1,40 +1,37 @@
 """Whole numbers to bytes and back: asymmetric numeral systems, and Huffman codes where there are many of one level.
 
-Values come sorted into runs of one level each; see `levels`. The coder is `constriction`'s stack (Duda 2013, arXiv
-1311.2540). It is bijective: a changed payload hardly ever empties it again, unless it is one of other plain bits, and a
-shortened one does not give the mark that lies at its bottom. Long runs travel as bytes, in a section with a
-checksum; see `bytewise`.
+Values come sorted into runs of one level each; see `levels`. Magnitudes are symbols of `ans`; signs, and what models
+say nothing of, are its plain bits. Long runs travel as bytes, in a section with a checksum; see `bytewise`.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from isthmus.codecs import bytewise
+from isthmus.codecs.ans import Decoder, Encoder, bits_of, of_bits
 from isthmus.codecs.bytewise import Run as Run
-from isthmus.codecs.levels import TOP, uniform
+from isthmus.codecs.levels import TOP
 from isthmus.codecs.payload import Reader
 from isthmus.codecs.runs import MAX_LEVEL as MAX_LEVEL
+from isthmus.codecs.runs import Plain, Stretch
 from isthmus.codecs.runs import Plan as Plan
-from isthmus.codecs.runs import Stretch
 from isthmus.codecs.runs import unit as unit
 
 Array = np.ndarray[Any, np.dtype[Any]]
 LARGEST = 2**23
 """Magnitudes of this size or more cannot be coded."""
 
-_MARK = 0xA5C
-_MARK_SIZE = 4096
-_THE_MARK = np.array([_MARK], np.int32)
-
 _BYTE = 127
 _ROOM = np.maximum(TOP - np.arange(_BYTE + 1, dtype=np.int32), 0)
 """How much a value may exceed its limit before plain bits follow."""
 _NONE = np.zeros(0, np.intp)
+_HALF_OVERFLOW = 12
+"""Bits; what exceeds even that room is below 2^24."""
 _LENGTH = struct.Struct("<I")
 
 
@@ -54,14 +51,16 @@ def room(count: int) -> Array:
 
 def encode_in_place(whole: Array, plan: Plan) -> bytes:
     """What `encode` gives, for values in a `room`; it is overwritten."""
-    parts: list[tuple[Array, Any]] = []
+    coder = Encoder()
+    low: list[Array] = []
     if plain := plan.plain:
         run = whole[plain.where].astype(np.int32)
         run += plain.half
         high = run >> plain.shift
         whole[plain.where] = high
         run -= high << plain.shift
-        _cut(run, plain.bounds, plain.models, parts)
+        runs = zip(pairwise(plain.bounds), plain.widths, strict=True)
+        low = [bits_of(run[start:stop], width) for (start, stop), width in runs]
     # Finding out whether to clip takes half of the time of clipping.
     least, most = float(whole.min()), float(whole.max())
     if least == most == 0 and not plain:
@@ -71,17 +70,16 @@ def encode_in_place(whole: Array, plan: Plan) -> bytes:
     found = [_clip(clipped, plan, start, stop) for start, stop in plan.narrow]
     edges = [] if within else [a + (np.abs(clipped[a:b]) == _BYTE).nonzero()[0] for a, b in plan.wide]
     far = _sorted(found, edges)
-    for stretch in plan.stretches:
-        _split(clipped[stretch.start : stretch.stop], stretch, parts)
+    signs = [_split(clipped[stretch.start : stretch.stop], stretch, coder) for stretch in plan.stretches]
     limits = plan.limits[far]
     excess = np.abs(whole[far]).astype(np.int32)
     excess -= limits
     room = _ROOM[limits]
-    _cut(np.minimum(excess, room), far.searchsorted(plan.bounds).tolist(), plan.excess, parts)
+    coder.add(np.minimum(excess, room).astype(np.uint8), far.searchsorted(plan.bounds).tolist(), plan.excess)
     excess -= room
-    if (overflow := excess[excess >= 0]).size:
-        parts += [(overflow >> 12, uniform(4096)), (overflow & 4095, uniform(4096))]
-    coded = written(parts)
+    overflow = excess[excess >= 0]
+    more = [bits_of(part, _HALF_OVERFLOW) for part in np.divmod(overflow, 2**_HALF_OVERFLOW)]
+    coded = coder.finish(np.concatenate([*signs, *more, *low]))
     if not plan.bytewise:
         return coded
     section = bytewise.write(clipped, plan.bytewise)
@@ -98,34 +96,47 @@ def decode(data: memoryview, plan: Plan) -> Array:
         return np.zeros(plan.count, np.float32)
     reader = Reader(data)
     section = reader.take(reader.fields(_LENGTH)[0]) if plan.bytewise else None
-    coder = opened(reader.rest())
-    low = _take(coder, plan.plain.bounds, plan.plain.models) if plan.plain else None
+    coder = Decoder(reader.rest())
     short = np.zeros(plan.padded, np.int8)
     edges = [] if section is None else [bytewise.read(section, plan.bytewise, short)]
     for stretch in plan.stretches:
         _join(coder, short[stretch.start : stretch.stop], stretch)
     if plan.padded > plan.count and short[plan.count :].any():
         raise ValueError("the padding of coded values is not zero")
-    values = short[: plan.count].astype(np.float32)
     found = [start + (np.abs(short[start:stop]) == plan.limits[start:stop]).nonzero()[0] for start, stop in plan.narrow]
     far = _sorted(found, edges)
-    edge, most = short[far], plan.limits[far]
-    excess = _take(coder, far.searchsorted(plan.bounds).tolist(), plan.excess)
-    if (top := (excess == _ROOM[most]).nonzero()[0]).size:
-        beyond = (coder.decode(uniform(4096), top.size) << 12) | coder.decode(uniform(4096), top.size)
-        if int(beyond.max()) > LARGEST:
-            raise ValueError("a coded value is too large")
-        excess[top] += beyond
+    most = plan.limits[far]
+    excess = coder.take(far.searchsorted(plan.bounds).tolist(), plan.excess).astype(np.int32)
+    top = (excess == _ROOM[most]).nonzero()[0]
+    signed = np.concatenate([_NONE, *(s.start + short[s.start : s.stop].nonzero()[0] for s in plan.stretches)])
+    plain = plan.plain
+    bits = coder.finish(signed.size + 2 * _HALF_OVERFLOW * top.size + (plain.bits if plain else 0))
+    signs, bits = np.split(bits, [signed.size])
+    negative = signed[signs.view(np.bool_)]
+    short[negative] = -short[negative]
+    more, bits = np.split(bits, [2 * _HALF_OVERFLOW * top.size])
+    high, low = of_bits(more, _HALF_OVERFLOW).reshape(2, -1)
+    beyond = high << _HALF_OVERFLOW | low
+    if beyond.size and int(beyond.max()) > LARGEST:
+        raise ValueError("a coded value is too large")
+    excess[top] += beyond
     excess += most
-    values[far] = np.copysign(excess, edge)
-    close(coder)
-    if low is not None and (plain := plan.plain):
-        high = values[plain.where].astype(np.int32)
-        high <<= plain.shift
-        high += low
-        high -= plain.half
-        values[plain.where] = high
+    values = short[: plan.count].astype(np.float32)
+    values[far] = np.copysign(excess, short[far])
+    if plain:
+        _add_low_bits(values, bits, plain)
     return values
+
+
+def _add_low_bits(values: Array, bits: Array, plain: Plain) -> None:
+    """Put the bits that runs leave plain below their values."""
+    ends = np.cumsum(np.diff(plain.bounds) * plain.widths)[:-1]
+    low = [of_bits(run, width) for run, width in zip(np.split(bits, ends), plain.widths, strict=True)]
+    high = values[plain.where].astype(np.int32)
+    high <<= plain.shift
+    high += np.concatenate(low)
+    high -= plain.half
+    values[plain.where] = high
 
 
 def _clip(clipped: Array, plan: Plan, start: int, stop: int) -> Array:
@@ -144,89 +155,31 @@ def _sorted(found: list[Array], edges: list[Array]) -> Array:
     return np.sort(together) if any(each.size for each in edges) else together
 
 
-def written(parts: Sequence[tuple[Array, Any]]) -> bytes:
-    """The coder's bytes of runs of symbols, int32, each with its model."""
-    coder = _coder()
-    coder.encode_reverse(_THE_MARK, uniform(_MARK_SIZE))
-    for symbols, model in reversed(parts):
-        coder.encode_reverse(symbols, model)
-    data: bytes = coder.get_compressed().astype("<u4", copy=False).tobytes()
-    return data.rstrip(b"\0")
-
-
-def opened(data: memoryview) -> Any:
-    """A coder that decodes what `written` gave, run by run; `close` it after the last.
-
-    Raises:
-        ValueError: nothing was written that way.
-    """
-    if not len(data) or data[-1] == 0:
-        raise ValueError("coded values do not end in a zero byte")
-    return _coder(np.frombuffer(bytes(data) + bytes(-len(data) % 4), "<u4").astype(np.uint32, copy=False))
-
-
-def close(coder: Any) -> None:
-    """Nothing but the mark may be left.
-
-    Raises:
-        ValueError: something is, or it is another mark.
-    """
-    if int(coder.decode(uniform(_MARK_SIZE), 1)[0]) != _MARK or not coder.is_empty():
-        raise ValueError("coded values do not end where they should")
-
-
-def _split(clipped: Array, stretch: Stretch, parts: list[tuple[Array, Any]]) -> None:
-    """Add the symbols of a stretch's groups to `parts`."""
+def _split(clipped: Array, stretch: Stretch, coder: Encoder) -> Array:
+    """Encode the groups of a stretch; returns the signs of values that are not 0: uint8, 1 where negative."""
     grouping = stretch.grouping
     bounds, models = stretch.groups
+    signs = clipped[clipped != 0] < 0
+    symbols = grouping.symbols(np.abs(clipped))
     if grouping.flagged:
-        groups = clipped.view(grouping.values.dtype)
-        some = groups != 0
-        _cut(np.packbits(some, bitorder="little").astype(np.int32), *stretch.flags, parts)
+        some = symbols != 0
+        coder.add(np.packbits(some, bitorder="little"), *stretch.flags)
         where = some.nonzero()[0]
         bounds = where.searchsorted(bounds).tolist()
-        clipped = groups[where].view(np.int8)
-    symbols = grouping.symbols(clipped).astype(np.int32)
-    if grouping.flagged:
-        symbols -= symbols > grouping.middle
-    _cut(symbols, bounds, models, parts)
+        symbols = symbols[where]
+    coder.add(symbols, bounds, models)
+    return np.asarray(signs.view(np.uint8))
 
 
-def _join(coder: Any, short: Array, stretch: Stretch) -> None:
-    """Decode a stretch's groups into `short`, where zeros are."""
+def _join(coder: Decoder, short: Array, stretch: Stretch) -> None:
+    """Decode the magnitudes of a stretch into `short`, where zeros are."""
     grouping = stretch.grouping
     bounds, models = stretch.groups
     groups = short.view(grouping.values.dtype)
     if grouping.flagged:
-        flags = _take(coder, *stretch.flags)
-        where = np.unpackbits(flags.astype(np.uint8), bitorder="little").nonzero()[0]
+        flags = coder.take(*stretch.flags)
+        where = np.unpackbits(flags, bitorder="little").nonzero()[0]
         bounds = where.searchsorted(bounds).tolist()
-        symbols = _take(coder, bounds, models)
-        symbols += symbols >= grouping.middle
-        groups[where] = grouping.values[symbols]
+        groups[where] = grouping.values[coder.take(bounds, models)]
     else:
-        grouping.values.take(_take(coder, bounds, models), mode="clip", out=groups)
-
-
-def _cut(symbols: Array, bounds: list[int], models: list[Any], parts: list[tuple[Array, Any]]) -> None:
-    runs = zip(bounds, bounds[1:], models, strict=False)
-    parts += [(symbols[a:b], model) for a, b, model in runs if a < b and model is not None]
-
-
-def _take(coder: Any, bounds: list[int], models: list[Any]) -> Array:
-    """Symbols of runs, each of its own model; zeros where there is none."""
-    found = [
-        np.zeros(b - a, np.int32) if model is None else coder.decode(model, b - a)
-        for a, b, model in zip(bounds, bounds[1:], models, strict=False)
-        if a < b
-    ]
-    if len(found) == 1:
-        return np.asarray(found[0])
-    return np.concatenate(found) if found else np.zeros(0, np.int32)
-
-
-def _coder(words: Array | None = None) -> Any:
-    import constriction
-
-    coder = constriction.stream.stack.AnsCoder
-    return coder() if words is None else coder(words)
+        grouping.values.take(coder.take(bounds, models), mode="clip", out=groups)

@@ -1,4 +1,4 @@
-"""What `layers/1` says on the wire, and what a reader holds of tensors that may be refined."""
+"""What `layers/2` says on the wire, and what a reader holds of tensors that may be refined."""
 
 from __future__ import annotations
 

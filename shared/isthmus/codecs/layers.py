@@ -1,8 +1,8 @@
-"""`layers/1`: what `transform/3` packs, kept by the reader for a while, so that refinements need not say it again.
+"""`layers/2`: what `transform/4` packs, kept by the reader for a while, so that refinements need not say it again.
 
-A payload is one of `transform/3`; or a byte 0x80, which is no step of any, the key of what the reader is to have, and
+A payload is one of `transform/4`; or a byte 0x80, which is no step of any, the key of what the reader is to have, and
 the refinement that follows it. Keys are hashes of all that was sent, and of which tensor it is: nothing can be refined
-but what it belongs to. docs/codecs.md, "layers/1".
+but what it belongs to. docs/codecs.md, "layers/2".
 """
 
 from __future__ import annotations
@@ -71,14 +71,14 @@ class Layers:
         """The first payload of a tensor.
 
         Raises:
-            NotPackable: as `transform/3`; or the tensor's table is one that nothing can be refined with.
+            NotPackable: as `transform/4`; or the tensor's table is one that nothing can be refined with.
         """
         if not isinstance(packing.table, Table) or not array.size:
             raise NotPackable("only tensors in planes are refined, and none that is empty")
         return First(*coded(array, packing.table, packing.quality))
 
     def working_bytes(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
-        """See `Codec`: what `transform/3` takes, and the whole numbers that are known before and after."""
+        """See `Codec`: what `transform/4` takes, and the whole numbers that are known before and after."""
         return TRANSFORM.working_bytes(dtype, shape) + count_of(shape) * _KNOWN_BYTES
 
     def decode(self, payload: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], table: object) -> Array:

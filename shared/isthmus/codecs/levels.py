@@ -1,8 +1,8 @@
 """The entropy models of values by their *level*: level l expects a deviation of 2 ** ((l - UNIT_LEVEL) / 2) steps.
 
-Values are coded in groups, so that the coder touches few symbols: one for two or four values, and one for 32 zeros.
-That costs no bits: what a group's symbol leaves open is coded after it, by the conditional model. All models are made
-of integers.
+Magnitudes are coded in groups, so that the coder touches few symbols: a byte for two or four values, and one for 32
+zeros. That costs no bits: what a group's symbol leaves open is coded after it, by the conditional model. Signs are
+plain bits. All models are made of integers.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+
+from isthmus.codecs.ans import Model
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -28,7 +30,6 @@ FLAGS = 8
 WIDEST_DEAD_ZONE = 0.75
 _BIT = 0.06
 """What a bit is worth, in squares of a step."""
-_BYTE, _TWO_BYTES, _OTHER_BYTES = np.array(8, np.uint8), np.array(16, np.uint8), np.array(0x00FF00FF, np.uint32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +43,8 @@ class Models:
     zero: Array
     magnitudes: Array
     _made: dict[tuple[int, Grouping], Level] = field(default_factory=dict, init=False, repr=False)
-    _excess: dict[tuple[int, int], Any] = field(default_factory=dict, init=False, repr=False)
-    _thirds: dict[tuple[int, int, int], Any] = field(default_factory=dict, init=False, repr=False)
+    _excess: dict[tuple[int, int], Model] = field(default_factory=dict, init=False, repr=False)
+    _thirds: dict[tuple[int, int, int], Model] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for array, shape in ((self.zero, (LEVELS,)), (self.magnitudes, (LEVELS, TOP))):
@@ -82,18 +83,18 @@ class Models:
             found = self._made[level, grouping] = Level(grouping, groups, flags, self.excess(level, grouping.most))
         return found
 
-    def excess(self, level: int, most: int) -> Any:
+    def excess(self, level: int, most: int) -> Model:
         """The coder's model of what magnitudes of `most` and more exceed it by, made on first use."""
         found = self._excess.get((level, most))
         if found is None:
-            found = self._excess[level, most] = _categorical(self.magnitudes[level, most - 1 :].tolist())
+            found = self._excess[level, most] = Model.of(self.magnitudes[level, most - 1 :].tolist())
         return found
 
-    def thirds(self, level: int, magnitude: int, size: int) -> Any:
+    def thirds(self, level: int, magnitude: int, size: int) -> Model:
         """The coder's model of `size` values' thirds together, made on first use.
 
-        A value of `magnitude` becomes three times that, or one less or more: 0, 1 and 2, away from zero, and from 0 one
-        is the negative one. Values are of `level` once they are finer; there is none above LEVELS - 1.
+        A value of `magnitude` becomes three times that, or one less or more: 0, 1 and 2, away from zero. From 0 it
+        stays 0, or becomes 1 of either sign. Values are of `level` once they are finer; there is none above LEVELS - 1.
         """
         found = self._thirds.get((level, magnitude, size))
         if found is None:
@@ -101,85 +102,71 @@ class Models:
             zero, row = int(self.zero[known]), self.magnitudes[known].tolist()
             other = 2**ZERO_BITS - zero
             if magnitude == 0:
-                one = [row[0] * other, zero * 2 * MAGNITUDE_SUM, row[0] * other]
+                one = [zero * MAGNITUDE_SUM, row[0] * other, 0]
             else:
                 one = row[3 * magnitude - 2 : 3 * magnitude + 1]
             weights = [math.prod(each) for each in itertools.product(one, repeat=size)]
-            found = self._thirds[level, magnitude, size] = _categorical(weights)
+            found = self._thirds[level, magnitude, size] = Model.of(weights)
         return found
 
 
 @dataclass(frozen=True)
 class Grouping:
-    """`size` values, each clipped to ± `most`, are one symbol.
+    """`size` magnitudes, two or four, each clipped to `most`, are one byte, the first in its lowest bits.
 
-    With `flagged`, eight groups first share a symbol that says which of them are not all zero; only those follow.
+    With `flagged`, eight groups first share a byte that says which of them are not all zero; only those follow.
     """
 
     size: int
-    most: int
     flagged: bool
 
     @property
-    def middle(self) -> int:
-        """The symbol of zeros."""
-        return int((2 * self.most + 1) ** self.size) // 2
+    def bits(self) -> int:
+        """Of one magnitude."""
+        return 8 // self.size
 
-    def symbols(self, clipped: Array) -> Array:
-        """The symbols of clipped values, int8 (n,), as unsigned integers of as many bytes as a group has values."""
-        dtype, most, second, third = self._factors
-        symbols = (clipped + most).view(dtype)
-        # A group's values are the bytes of one integer, the first the lowest. Products and sums of it add neighbouring
-        # bytes up, in places from which nothing is carried.
-        if self.size > 1:
-            symbols *= second
-            symbols >>= _BYTE
+    @property
+    def most(self) -> int:
+        return int((1 << self.bits) - 1)
+
+    def symbols(self, magnitudes: Array) -> Array:
+        """The bytes of clipped magnitudes, uint8 (n,), which are overwritten."""
+        # A group's values are the bytes of one integer, the first the lowest.
+        groups = magnitudes.view(f"<u{self.size}")
+        shift = 8 - self.bits
+        groups |= groups >> groups.dtype.type(shift)
         if self.size == 4:
-            symbols &= _OTHER_BYTES
-            symbols *= third
-            symbols >>= _TWO_BYTES
-        return np.asarray(symbols)
-
-    @cached_property
-    def _factors(self) -> tuple[np.dtype[Any], Any, Any, Any]:
-        base = 2 * self.most + 1
-        # Arrays, for numpy takes longer with scalars.
-        dtype = np.dtype(f"<u{self.size}")
-        second, third = (np.array(f % 256**self.size, dtype) for f in (256 * base + 1, 65536 * base**2 + 1))
-        return dtype, np.array(self.most, np.int8), second, third
+            groups |= groups >> groups.dtype.type(2 * shift)
+        return groups.astype(np.uint8)  # the lowest byte
 
     @cached_property
     def values(self) -> Array:
-        """What each symbol stands for: `size` int8, seen as one unsigned integer."""
-        digits = range(-self.most, self.most + 1)
-        each = np.array(list(itertools.product(digits, repeat=self.size)), np.int8)
-        return each.view(f"u{self.size}").reshape(-1)
+        """What each byte stands for: `size` magnitudes, int8, seen as one unsigned integer."""
+        digits = np.arange(256)[:, None] >> self.bits * np.arange(self.size) & self.most
+        return digits.astype(np.int8).view(f"u{self.size}").reshape(-1)
 
-    def models(self, zero: int, magnitudes: list[int]) -> tuple[Any, Any]:
+    def models(self, zero: int, magnitudes: list[int]) -> tuple[Model, Model]:
         """The coder's models of groups, and of which of eight are not zero, for these frequencies; see `Models`."""
         scale, other = 2**ZERO_BITS, 2**ZERO_BITS - zero
-        # Weights out of scale * 2 * MAGNITUDE_SUM for one clipped value, exact as Python's integers are.
-        half = [m * other for m in (*magnitudes[: self.most - 1], sum(magnitudes[self.most - 1 :]))]
-        one = [*reversed(half), zero * 2 * MAGNITUDE_SUM, *half]
+        # Weights out of scale * MAGNITUDE_SUM for one clipped magnitude, exact as Python's integers are.
+        clipped = (*magnitudes[: self.most - 1], sum(magnitudes[self.most - 1 :]))
+        one = [zero * MAGNITUDE_SUM, *(m * other for m in clipped)]
         weights = [1]
         for _ in range(self.size):
-            weights = [a * b for a in weights for b in one]
-        if not self.flagged:
-            return _categorical(weights), None
-        del weights[len(weights) // 2]
+            weights = [a * b for b in one for a in weights]
+        if self.flagged:
+            weights[0] = 0
         none = zero**self.size
         some = scale**self.size - none
         flags = [some ** n.bit_count() * none ** (FLAGS - n.bit_count()) for n in range(2**FLAGS)]
-        return _categorical(weights), _categorical(flags)
+        return Model.of(weights), Model.of(flags)
 
 
-# From the share of zeros: where clipping is rare, and symbols are not more than their models are worth making.
+# From the share of zeros: where clipping is rare, and flags are fewer symbols than they spare.
 _GROUPINGS = (
-    (0.30, Grouping(2, 7, False)),
-    (0.60, Grouping(4, 3, False)),
-    (0.82, Grouping(4, 2, False)),
-    (0.95, Grouping(4, 2, True)),
-    (1.00, Grouping(4, 1, True)),
+    (0.30, Grouping(2, False)),
+    (0.82, Grouping(4, False)),
+    (1.00, Grouping(4, True)),
 )
 
 
@@ -188,23 +175,6 @@ class Level:
     """One level's grouping, and what models its symbols: groups, which of them are not zero, and excess over `most`."""
 
     grouping: Grouping
-    groups: Any
-    flags: Any
-    excess: Any
-
-
-@lru_cache(maxsize=32)
-def uniform(size: int) -> Any:
-    """The coder's model of numbers below `size`, all alike."""
-    import constriction
-
-    return constriction.stream.model.Uniform(size)
-
-
-def _categorical(weights: list[int]) -> Any:
-    """A model of exactly these frequencies, scaled by a power of two so that every partial sum is exact in float64."""
-    import constriction
-
-    shift = max(0, sum(weights).bit_length() - 48)
-    counts = np.array([max(w >> shift, 1) for w in weights], np.float64)
-    return constriction.stream.model.Categorical(counts, perfect=False, lazy=False)
+    groups: Model
+    flags: Model
+    excess: Model

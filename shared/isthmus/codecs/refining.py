@@ -1,4 +1,4 @@
-"""Refining what `transform/3` packed: each refinement makes the step a third, and takes what the finer step costs more.
+"""Refining what `transform/4` packed: each refinement makes the step a third, and takes what the finer step costs more.
 
 Tensors are refined in the rotation and the planes of a `Table`; a `RowTable` sorts its rows by the step, so that what
 was sent at one says nothing of another. A refinement is its gain (one byte), for finer steps show more of a tensor's
@@ -52,7 +52,7 @@ def known_at(values: Array, step: int) -> Known:
 
 
 def known_of(payload: memoryview, shape: tuple[int, ...], table: Table) -> Known:
-    """What a payload of `transform/3` tells.
+    """What a payload of `transform/4` tells.
 
     Raises:
         ValueError: it is not one of a tensor of that shape, or the tensor is empty.

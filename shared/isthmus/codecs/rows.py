@@ -1,4 +1,4 @@
-"""`transform/3` of what has no planes: token sequences, vectors, states. Each row of channels has a class.
+"""`transform/4` of what has no planes: token sequences, vectors, states. Each row of channels has a class.
 
 A tensor is rows of channels: one for each token, or one in all. The encoder picks each row's class, says so in a few
 plain bits, and codes what is left after the class's mean; a class knows how much each component deviates then. So a

@@ -1,4 +1,4 @@
-"""The steps of `transform/3`: whole numbers, of which thirteen are a factor of three, so that finer steps nest.
+"""The steps of `transform/4`: whole numbers, of which thirteen are a factor of three, so that finer steps nest.
 
 A third of a step puts three new multiples around each old one, and no interval across an old border: what was sent
 stays true, and what is left to say takes hardly more than was saved. Source: docs/codecs.md, "Refining".

@@ -1,4 +1,4 @@
-"""What tables of both forms of `transform/3` store, as named arrays, and how they are checked."""
+"""What tables of both forms of `transform/4` store, as named arrays, and how they are checked."""
 
 from __future__ import annotations
 

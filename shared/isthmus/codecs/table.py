@@ -1,4 +1,4 @@
-"""What `transform/3` has learned of one tensor, and its form as named arrays."""
+"""What `transform/4` has learned of one tensor, and its form as named arrays."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from isthmus.codecs.ans import Codebook, Decoder, Encoder
 from isthmus.codecs.bytewise import Run
-from isthmus.codecs.entropy import close, opened, written
 from isthmus.codecs.levels import Models
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -23,8 +23,7 @@ _TOGETHER = 4
 _PLACES = 3 ** np.arange(_TOGETHER)[::-1]
 _PLACES_AT_WORK = _PLACES.astype(np.float32)  # numpy multiplies no integers fast
 _FOURS = np.ascontiguousarray(np.arange(3**_TOGETHER)[:, None] // _PLACES % 3, np.int8).view(np.uint32).reshape(-1)
-"""The thirds that a symbol stands for, in the order of `itertools.product`, seen as one integer."""
-_MIDDLE = 1
+"""The digits that a symbol stands for, in the order of `itertools.product`, seen as one integer."""
 
 
 def encode(thirds: Array, coarse: Array, runs: Sequence[Run], models: Models) -> bytes:
@@ -32,11 +31,15 @@ def encode(thirds: Array, coarse: Array, runs: Sequence[Run], models: Models) ->
 
     `runs` are the finer numbers' levels.
     """
-    order, pieces = _alike(coarse, runs)
-    fours = np.full(pieces[-1][3] * _TOGETHER, _MIDDLE, np.int8)
-    fours[: order.size] += (thirds * _away(coarse)).take(order)
-    symbols = (fours.astype(np.float32).reshape(-1, _TOGETHER) @ _PLACES_AT_WORK).astype(np.int32)
-    return written([(symbols[a:b], models.thirds(level, size, _TOGETHER)) for level, size, a, b in pieces])
+    order, zeros, bounds, codebook = _alike(coarse, runs, models)
+    sorted_thirds = (thirds * _away(coarse)).take(order)
+    digits = np.zeros(bounds[-1] * _TOGETHER, np.int8)
+    digits[:zeros] = sorted_thirds[:zeros] != 0
+    digits[zeros : order.size] = sorted_thirds[zeros:] + 1
+    symbols = (digits.astype(np.float32).reshape(-1, _TOGETHER) @ _PLACES_AT_WORK).astype(np.uint8)
+    coder = Encoder()
+    coder.add(symbols, bounds, codebook)
+    return coder.finish((sorted_thirds[:zeros][digits[:zeros] != 0] < 0).view(np.uint8))
 
 
 def decode(data: memoryview, coarse: Array, runs: Sequence[Run], models: Models) -> Array:
@@ -45,16 +48,17 @@ def decode(data: memoryview, coarse: Array, runs: Sequence[Run], models: Models)
     Raises:
         ValueError: the data are not such numbers' bytes.
     """
-    order, pieces = _alike(coarse, runs)
-    coder = opened(data)
-    symbols = [coder.decode(models.thirds(level, size, _TOGETHER), b - a) for level, size, a, b in pieces]
-    close(coder)
-    fours = _FOURS.take(np.concatenate(symbols), mode="clip").view(np.int8)
-    if (fours[order.size :] != _MIDDLE).any():
+    order, zeros, bounds, codebook = _alike(coarse, runs, models)
+    coder = Decoder(data)
+    digits = _FOURS.take(coder.take(bounds, codebook)).view(np.int8)
+    if digits[order.size :].any():
         raise ValueError("the padding of a refinement is not zero")
+    digits = digits[: order.size]
+    digits[zeros:] -= 1
+    ones = digits[:zeros].nonzero()[0]
+    digits[ones[coder.finish(ones.size).view(np.bool_)]] = -1
     found = np.empty(order.size, np.int8)
-    found[order] = fours[: order.size]
-    found -= _MIDDLE
+    found[order] = digits
     found *= _away(coarse)
     return found
 
@@ -67,23 +71,22 @@ def _away(coarse: Array) -> Array:
     return signs
 
 
-def _alike(coarse: Array, runs: Sequence[Run]) -> tuple[Array, list[tuple[int, int, int, int]]]:
-    """The numbers' order by magnitude, then level; and which fours have one model: a level, a magnitude, start, stop.
+def _alike(coarse: Array, runs: Sequence[Run], models: Models) -> tuple[Array, int, list[int], Codebook]:
+    """The numbers' order by magnitude, then level; how many are 0; and the bounds of fours that have one model.
 
     A four of two models has the later one's.
     """
     magnitudes = np.minimum(np.abs(coarse), _MAGNITUDES - 1).astype(np.int8, copy=False)
     order = magnitudes.argsort(kind="stable")
+    counts = np.bincount(magnitudes, minlength=_MAGNITUDES).tolist()
     stops = [stop for _, _, stop in runs]
-    pieces: list[tuple[int, int, int, int]] = []
-    first = at = 0
-    for magnitude in range(_MAGNITUDES):
-        after = first + int(np.count_nonzero(magnitudes == magnitude))
-        for (level, _, _), bound in zip(runs, order[first:after].searchsorted(stops).tolist(), strict=True):
+    bounds, found, first = [0], [], 0
+    for magnitude, count in enumerate(counts):
+        for (level, _, _), bound in zip(runs, order[first : first + count].searchsorted(stops).tolist(), strict=True):
             stop = first + bound
             fours = stop // _TOGETHER if stop < order.size else -(-stop // _TOGETHER)
-            if at < fours:
-                pieces.append((level, magnitude, at, fours))
-                at = fours
-        first = after
-    return order, pieces
+            if bounds[-1] < fours:
+                bounds.append(fours)
+                found.append(models.thirds(level, magnitude, _TOGETHER))
+        first += count
+    return order, counts[0], bounds, Codebook(found)

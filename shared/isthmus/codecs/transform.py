@@ -1,8 +1,8 @@
-"""`transform/3`: calibrated rotation of the channels, DCT of the planes, even rounding, entropy coding.
+"""`transform/4`: calibrated rotation of the channels, DCT of the planes, even rounding, entropy coding.
 
 A payload is the step (one byte), the gain (one byte) and the coded coefficients, sorted by what the table expects of
 them; an empty tensor's is empty. Every decision that the reader repeats is made of integers, so the same coefficients
-come out on every machine; the transform back is in float32. docs/codecs.md, "transform/3".
+come out on every machine; the transform back is in float32. docs/codecs.md, "transform/4".
 """
 
 from __future__ import annotations

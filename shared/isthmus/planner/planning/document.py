@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 from isthmus.bundle import is_cut_name, is_digest, is_model_name
 from isthmus.calibration.choice import GRADED, MAX_LOOKS, WIDEST_MARGIN, Choice, Look
-from isthmus.codecs import KNOWN, NEVER_CHOSEN
+from isthmus.codecs import KNOWN, NEVER_CHOSEN, successor
 from isthmus.errors import ConstraintMalformed, PlanMalformed
 from isthmus.planner.planning.conditions import OBJECTIVES, Conditions, Constraints
 from isthmus.planner.planning.fields import Fields, refuse
@@ -171,7 +171,7 @@ def _measured(doc: Fields) -> Measured:
 
 
 def _coding(doc: Fields) -> Coding:
-    made = Coding(doc.text("codec", _CODECS.__contains__), doc.number("quality"))
+    made = Coding(successor(doc.text("codec", lambda codec: successor(codec) in _CODECS)), doc.number("quality"))
     doc.end()
     return made
 

@@ -37,7 +37,11 @@ class Message(NamedTuple):
     def decoded(self, data: bytes) -> tuple[list[Array], Array]:
         coder = Decoder(memoryview(data))
         symbols = [coder.take(bounds, codebook) for _, bounds, codebook in self.sequences]
-        return symbols, coder.finish(self.plain.size)
+        plain = coder.finish(self.plain.size)
+        parts = [
+            plain.take(count) for count in np.diff([0, self.plain.size // 3, self.plain.size // 2, self.plain.size])
+        ]
+        return symbols, np.concatenate(parts)
 
     def bits(self) -> float:
         """What the models say that symbols take, and the plain bits."""

@@ -141,7 +141,7 @@ def _value(name: str, annotation: Any, value: Any) -> Any:
     if type(value) is not wanted or (isinstance(value, int) and value < 0):
         raise ValueError(f"{name} is {value!r}")
     if name == "codec":
-        value = successor(value)
+        value = successor(str(value))
         if value not in (*KNOWN, "jpeg", "webp"):
             raise ValueError(f"{value!r} is no codec of this version: calibrate the model again")
     return value

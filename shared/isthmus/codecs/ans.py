@@ -30,6 +30,8 @@ SYMBOLS_PER_LANE = 8
 """At least: more lanes than that would end in steps that are mostly empty."""
 _STATE_BITS = 28
 """Of a state, on average, as `_bits_of_states` writes it."""
+_NUMBERS = 2**12
+"""That are taken at once: each takes up to 28 bytes meanwhile."""
 _HEAD = struct.Struct("<H")
 _CHECK_BITS = 12
 _LOW, _SHIFT = np.uint32(SCALE - 1), np.uint32(16)
@@ -78,7 +80,7 @@ class Codebook:
         """All frequencies, where slots start and end if each model's lie above the ones before, and models' bounds."""
         frequencies = np.concatenate([model.frequencies for model in self.each])
         ends = frequencies.cumsum(dtype=np.uint32)
-        bounds = np.cumsum([0, *(model.frequencies.size for model in self.each)])
+        bounds = np.cumsum([0, *(model.frequencies.size for model in self.each)], dtype=np.int32)
         return frequencies, ends - frequencies, ends, bounds[:-1]
 
 
@@ -136,7 +138,7 @@ class Decoder:
         if most[used : used + -used % 8].any():
             raise ValueError("the bits after the states of coded values are not zero")
         self._rest, self._at = data[-(-used // 8) :], 0
-        self._words = np.frombuffer(self._rest[: len(self._rest) // 2 * 2], "<u2").astype(np.uint32)
+        self._words = np.frombuffer(self._rest[: len(self._rest) // 2 * 2], "<u2")
 
     def take(self, bounds: Sequence[int], codebook: Codebook) -> Array:
         """The next sequence, uint8 (n,), of runs of symbols as they were added.
@@ -154,19 +156,49 @@ class Decoder:
             raise ValueError("coded values end before the last symbol") from e
         return symbols
 
-    def finish(self, count: int) -> Array:
-        """The plain bits, uint8 (count,), which follow the last symbol.
+    def finish(self, count: int) -> PlainBits:
+        """The plain bits, `count` of them, which follow the last symbol.
 
         Raises:
             ValueError: the data hold more or fewer of them.
         """
-        started = _bits_of_states(self._states)
-        rest = self._rest[2 * self._at :]
-        missing = max(count - started.size, 0)
-        bits = np.unpackbits(np.frombuffer(rest, np.uint8))
-        if len(rest) != -(-missing // 8) or bits[missing:].any() or started[count:].any():
+        return PlainBits(_bits_of_states(self._states), self._rest[2 * self._at :], count)
+
+
+class PlainBits:
+    """Plain bits, taken from the first on: those that states held, one a byte, then packed ones.
+
+    Raises:
+        ValueError: there are not `count` of them, and zeros to the end of the last byte.
+    """
+
+    def __init__(self, held: Array, packed: memoryview, count: int) -> None:
+        missing = max(count - held.size, 0)
+        if len(packed) != -(-missing // 8):
             raise ValueError("coded values do not end where they should")
-        return np.concatenate([started, bits])[:count]
+        if held[count:].any() or (missing % 8 and packed[-1] & (0xFF >> missing % 8)):
+            raise ValueError("the bits after the last coded value are not zero")
+        self._held, self._packed, self._at = held, packed, 0
+
+    def take(self, count: int) -> Array:
+        """The next bits, uint8 (count,), each 0 or 1."""
+        held = self._held[self._at : self._at + count]
+        first = self._at + held.size - self._held.size
+        self._at += count
+        if held.size == count:
+            return held
+        last = first + count - held.size
+        bits = np.unpackbits(np.frombuffer(self._packed[first // 8 : -(-last // 8)], np.uint8))
+        bits = bits[first % 8 : first % 8 + last - first]
+        return np.concatenate([held, bits]) if held.size else bits
+
+    def numbers(self, count: int, width: int) -> Array:
+        """The next numbers of `width` bits, at most 12, int32 (count,)."""
+        found = np.empty(count, np.int32)
+        for start in range(0, count, _NUMBERS):
+            part = found[start : start + _NUMBERS]
+            part[:] = of_bits(self.take(part.size * width), width)
+        return found
 
 
 def bits_of(values: Array, width: int) -> Array:
@@ -240,7 +272,7 @@ def _pull(states: Array, bounds: Sequence[int], codebook: Codebook, words: Array
     frequencies, starts, ends, offsets = codebook.stacked
     lengths = np.diff(bounds)
     above = np.repeat(np.arange(offsets.size, dtype=np.uint32) << _SHIFT, lengths)
-    found = np.empty(above.size, np.intp)
+    found = np.empty(above.size, np.int32)
     lanes = states.size
     for first in range(0, above.size, lanes):
         slots = above[first : first + lanes]
@@ -283,7 +315,7 @@ def _pull_one(states: Array, bounds: Sequence[int], codebook: Codebook, words: A
     """What `_pull` does, of one lane."""
     state = int(states[0])
     found = bytearray()
-    left = iter(words[used:].tolist())
+    left = iter(words[used : used + bounds[-1]].tolist())
     for (start, stop), model in zip(pairwise(bounds), codebook.each, strict=True):
         frequencies, starts, ends = model.lists
         for _ in range(stop - start):

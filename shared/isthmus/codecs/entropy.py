@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from isthmus.codecs import bytewise
-from isthmus.codecs.ans import Decoder, Encoder, bits_of, of_bits
+from isthmus.codecs.ans import Decoder, Encoder, PlainBits, bits_of
 from isthmus.codecs.bytewise import Run as Run
 from isthmus.codecs.levels import TOP
 from isthmus.codecs.payload import Reader
@@ -108,15 +108,13 @@ def decode(data: memoryview, plan: Plan) -> Array:
     most = plan.limits[far]
     excess = coder.take(far.searchsorted(plan.bounds).tolist(), plan.excess).astype(np.int32)
     top = (excess == _ROOM[most]).nonzero()[0]
-    signed = np.concatenate([_NONE, *(s.start + short[s.start : s.stop].nonzero()[0] for s in plan.stretches)])
-    plain = plan.plain
-    bits = coder.finish(signed.size + 2 * _HALF_OVERFLOW * top.size + (plain.bits if plain else 0))
-    signs, bits = np.split(bits, [signed.size])
-    negative = signed[signs.view(np.bool_)]
-    short[negative] = -short[negative]
-    more, bits = np.split(bits, [2 * _HALF_OVERFLOW * top.size])
-    high, low = of_bits(more, _HALF_OVERFLOW).reshape(2, -1)
-    beyond = high << _HALF_OVERFLOW | low
+    grouped = [short[stretch.start : stretch.stop] for stretch in plan.stretches]
+    signs, plain = sum(np.count_nonzero(part) for part in grouped), plan.plain
+    bits = coder.finish(signs + 2 * _HALF_OVERFLOW * top.size + (plain.bits if plain else 0))
+    for part in grouped:
+        _add_signs(part, bits)
+    beyond = bits.numbers(top.size, _HALF_OVERFLOW) << _HALF_OVERFLOW
+    beyond |= bits.numbers(top.size, _HALF_OVERFLOW)
     if beyond.size and int(beyond.max()) > LARGEST:
         raise ValueError("a coded value is too large")
     excess[top] += beyond
@@ -128,10 +126,17 @@ def decode(data: memoryview, plan: Plan) -> Array:
     return values
 
 
-def _add_low_bits(values: Array, bits: Array, plain: Plain) -> None:
+def _add_signs(magnitudes: Array, bits: PlainBits) -> None:
+    """Make those magnitudes negative that were."""
+    where = magnitudes.nonzero()[0]
+    negative = where[bits.take(where.size).view(np.bool_)]
+    magnitudes[negative] = -magnitudes[negative]
+
+
+def _add_low_bits(values: Array, bits: PlainBits, plain: Plain) -> None:
     """Put the bits that runs leave plain below their values."""
-    ends = np.cumsum(np.diff(plain.bounds) * plain.widths)[:-1]
-    low = [of_bits(run, width) for run, width in zip(np.split(bits, ends), plain.widths, strict=True)]
+    runs = zip(pairwise(plain.bounds), plain.widths, strict=True)
+    low = [bits.numbers(stop - start, width) for (start, stop), width in runs]
     high = values[plain.where].astype(np.int32)
     high <<= plain.shift
     high += np.concatenate(low)

@@ -56,7 +56,7 @@ def decode(data: memoryview, coarse: Array, runs: Sequence[Run], models: Models)
     digits = digits[: order.size]
     digits[zeros:] -= 1
     ones = digits[:zeros].nonzero()[0]
-    digits[ones[coder.finish(ones.size).view(np.bool_)]] = -1
+    digits[ones[coder.finish(ones.size).take(ones.size).view(np.bool_)]] = -1
     found = np.empty(order.size, np.int8)
     found[order] = digits
     found *= _away(coarse)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import onnx
 import onnx_ir as ir
@@ -19,7 +20,7 @@ from onnx_ir.passes import common
 
 from isthmus.errors import ModelError
 from isthmus.frame import entry_bytes, why_not_carried, why_not_together
-from isthmus.graph.weights import ends, same_content
+from isthmus.graph.weights import ends, inline, is_outside, same_content
 
 OLDEST_OPSET = 11
 # Initialisers may stay out of a graph's inputs, and lie in external files, from IR version 4 on.
@@ -39,7 +40,7 @@ def read(path: str | os.PathLike[str], *, normalise: bool = True) -> ir.Model:
     """
     path = Path(path)
     model = _parse(path)
-    _check_weights(model, path)
+    _place_weights(model, path)
     if normalise:
         try:
             _normalise(model)
@@ -72,7 +73,6 @@ def _parse(path: Path) -> ir.Model:
         model = ir.serde.deserialize_model(proto)
     except (ValueError, TypeError, KeyError, RuntimeError) as e:
         raise ModelError(f"{path.name} is not a valid ONNX model: {e}", model=str(path)) from e
-    ir.external_data.set_base_dir(model.graph, path.parent.resolve())
     model.ir_version = max(model.ir_version, _OLDEST_IR)
     return model
 
@@ -85,38 +85,64 @@ def _not_onnx(path: Path) -> ModelError:
     )
 
 
-def _check_weights(model: ir.Model, path: Path) -> None:
+def _place_weights(model: ir.Model, path: Path) -> None:
+    """Check each tensor that lies in another file, and point to where that file really is.
+
+    A file must lie in the model's folder as the model writes it, so that no model reads what it was not given. Whoever
+    makes the folder may put links there, as model caches and mounted volumes do.
+    """
     for value in _initialisers(model):
-        tensor = value.const_value
-        if not isinstance(tensor, ir.ExternalTensor):
-            continue
-        length = tensor.nbytes if tensor.length is None else tensor.length
-        if length != tensor.nbytes:
-            raise ModelError(
-                f"{path.name} says that {value.name} has {length} bytes; its shape needs {tensor.nbytes}",
-                model=str(path),
-                tensor=value.name,
-            )
-        if not Path(tensor.path).resolve().is_relative_to(Path(tensor.base_dir)):
-            raise ModelError(
-                f"{path.name} keeps weights in {tensor.location}, outside its own folder",
-                model=str(path),
-                file=str(tensor.location),
-                hint="put that file beside the .onnx file",
-            )
-        end = (tensor.offset or 0) + length
-        try:
-            size = os.stat(tensor.path).st_size
-        except OSError:
-            size = -1
-        if size < end:
-            wrong = "is missing" if size < 0 else f"has {size} bytes, too few for {value.name}, which ends at {end}"
-            raise ModelError(
-                f"{path.name} keeps weights in {tensor.location}, which {wrong}",
-                model=str(path),
-                file=str(tensor.location),
-                hint="put that file beside the .onnx file, whole",
-            )
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = _placed(value.const_value, str(value.name), path)
+    for graph in (model.graph, *(f.graph for f in model.functions.values())):
+        for node in ir.traversal.RecursiveGraphIterator(graph):
+            for name, attribute in tuple(node.attributes.items()):
+                if isinstance(attribute.value, ir.ExternalTensor):
+                    node.attributes[name] = ir.AttrTensor(name, _placed(attribute.value, str(node.name), path))
+
+
+def _placed(tensor: ir.ExternalTensor, name: str, path: Path) -> ir.TensorProtocol:
+    location, offset = str(tensor.location), tensor.offset or 0
+    length = tensor.nbytes if tensor.length is None else tensor.length
+    if length != tensor.nbytes or offset < 0:
+        raise ModelError(
+            f"{path.name} says that {name} has {length} bytes at {offset}; its shape needs {tensor.nbytes}",
+            model=str(path),
+            tensor=name,
+        )
+    if os.path.isabs(location) or ".." in PurePosixPath(location.replace("\\", "/")).parts:
+        raise ModelError(
+            f"{path.name} keeps weights in {location}, outside its own folder",
+            model=str(path),
+            file=location,
+            hint="save the model with its weights beside the .onnx file: onnx.save(…, save_as_external_data=True)",
+        )
+    try:
+        real = Path(path.parent, location).resolve(strict=True)
+        found = real.stat()
+    except (OSError, ValueError, RuntimeError):
+        wrong = "is missing"
+    else:
+        end = offset + length
+        if not stat.S_ISREG(found.st_mode):
+            wrong = "is no file"
+        elif found.st_size < end:
+            wrong = f"has {found.st_size} bytes, too few for {name}, which ends at {end}"
+        else:
+            return _at(tensor, real, offset, length)
+    raise ModelError(
+        f"{path.name} keeps weights in {location}, which {wrong}",
+        model=str(path),
+        file=location,
+        hint="put that file beside the .onnx file, whole",
+    )
+
+
+def _at(tensor: ir.ExternalTensor, real: Path, offset: int, length: int) -> ir.TensorProtocol:
+    placed = ir.ExternalTensor(
+        real.name, offset, length, tensor.dtype, shape=tensor.shape, name=str(tensor.name), base_dir=real.parent
+    )
+    return placed if is_outside(placed) else inline(placed)
 
 
 def _check_interface(model: ir.Model, path: Path) -> None:

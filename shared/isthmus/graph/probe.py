@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +12,7 @@ import onnx_ir as ir
 
 from isthmus.dtypes import DTYPES
 from isthmus.errors import ModelError
+from isthmus.graph.weights import read_into
 from isthmus.runners.runtime import ort
 
 _RENAMED = {"float": "float32", "double": "float64"}
@@ -55,7 +58,7 @@ def values(
         asked = [named[name] for name in names if name not in feeds]
         graph.outputs.extend(v for v in asked if not v.is_graph_output())
         wanted = [str(v.name) for v in asked]
-        arrays = _session(graph, model).run(wanted, dict(feeds)) if wanted else []
+        arrays = _run(graph, model, wanted, feeds)
     except Exception as e:
         raise ModelError(
             f"the model does not run with the inputs given: {_first(e)}", hint="give inputs that the model accepts"
@@ -67,10 +70,11 @@ def _dtypes(model: ir.Model, values: Sequence[ir.Value]) -> Iterator[tuple[str, 
     graph = model.graph.clone()
     named = {v.name: v for node in graph for v in node.outputs}
     graph.outputs.extend(v for value in values if not (v := named[value.name]).is_graph_output())
-    for output in _session(graph, model).get_outputs():
-        kind = output.type.removeprefix("tensor(").removesuffix(")")
-        if output.type.startswith("tensor(") and (dtype := _RENAMED.get(kind, kind)) in DTYPES:
-            yield output.name, dtype
+    with _session(graph, model) as session:
+        for output in session.get_outputs():
+            kind = output.type.removeprefix("tensor(").removesuffix(")")
+            if output.type.startswith("tensor(") and (dtype := _RENAMED.get(kind, kind)) in DTYPES:
+                yield output.name, dtype
 
 
 def _shapes(
@@ -85,21 +89,43 @@ def _shapes(
         graph.append(node)
         graph.outputs.append(node.outputs[0])
         asked[node.outputs[0].name] = str(value.name)
-    arrays = _session(graph, model).run(list(asked), dict(feeds)) if asked else []
+    arrays = _run(graph, model, list(asked), feeds)
     return {name: tuple(int(n) for n in a) for name, a in zip(asked.values(), arrays, strict=True)}
 
 
-def _session(graph: ir.Graph, model: ir.Model) -> ort.InferenceSession:
+def _run(
+    graph: ir.Graph, model: ir.Model, wanted: Sequence[str], feeds: Mapping[str, npt.NDArray[np.generic]]
+) -> Sequence[npt.NDArray[np.generic]]:
+    if not wanted:
+        return []
+    with _session(graph, model) as session:
+        return session.run(wanted, dict(feeds))  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _session(graph: ir.Graph, model: ir.Model) -> Iterator[ort.InferenceSession]:
+    """A session of `graph`, for as long as the block lasts: its external weights lie in arrays of this function."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
-    folders = {
-        str(t.base_dir) for v in graph.initializers.values() if isinstance(t := v.const_value, ir.ExternalTensor)
-    }
-    for folder in folders:
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+    # onnxruntime looks for external files in one folder alone, and follows no links out of it.
+    outside = {n: t for n, v in graph.initializers.items() if isinstance(t := v.const_value, ir.ExternalTensor)}
+    arrays = [_packed(t) for t in outside.values()]
+    loaded = [
+        ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, int(t.dtype))
+        for array, t in zip(arrays, outside.values(), strict=True)
+    ]
+    options.add_external_initializers(list(outside), loaded)
+    options.add_session_config_entry("session.disable_prepacking", "1")
     proto = ir.serde.serialize_model(ir.Model(graph, ir_version=model.ir_version))
-    return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    yield ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _packed(tensor: ir.ExternalTensor) -> npt.NDArray[np.generic]:
+    """The tensor's bytes as onnxruntime takes them: from the start of an array of its shape, whatever its dtype is."""
+    array = np.zeros(tensor.shape.numpy(), np.dtype(f"u{max(1, math.ceil(tensor.dtype.itemsize))}"))
+    read_into(tensor, array.data.cast("B")[: tensor.nbytes])
+    return array
 
 
 def _first(error: Exception) -> str:

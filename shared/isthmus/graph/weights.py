@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 
 from isthmus.bundle import Blob, Weights, WeightTensor
@@ -91,6 +92,17 @@ def placed(places: Mapping[str, WeightTensor], value: ir.Value) -> ir.ExternalTe
     return ir.ExternalTensor(LOCATION, place.offset, place.length, tensor.dtype, shape=shape, name=str(value.name))
 
 
+def inline(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
+    """The same tensor with its bytes in memory.
+
+    Raises:
+        OSError, ValueError: its file cannot be read.
+    """
+    proto = onnx.TensorProto(name=tensor.name, data_type=int(tensor.dtype), dims=tensor.shape.numpy())
+    proto.raw_data = _read(tensor, 0, tensor.nbytes)
+    return ir.serde.TensorProtoTensor(proto)
+
+
 def ends(tensor: ir.TensorProtocol) -> bytes:
     """The first and last few KiB of a tensor: all of a small one, and cheap to compare for a large one."""
     if not isinstance(tensor, ir.ExternalTensor):
@@ -103,6 +115,18 @@ def ends(tensor: ir.TensorProtocol) -> bytes:
 def same_content(a: ir.TensorProtocol, b: ir.TensorProtocol) -> bool:
     """Whether two tensors of one dtype and shape hold the same bytes."""
     return a.nbytes <= 2 * _END or all(x == y for x, y in zip(_chunks(a), _chunks(b), strict=True))
+
+
+def read_into(tensor: ir.ExternalTensor, into: memoryview) -> None:
+    """Fill `into` with all of the tensor's bytes.
+
+    Raises:
+        OSError, ValueError: its file cannot be read, or is too short by now.
+    """
+    with open(tensor.path, "rb") as file:
+        file.seek(tensor.offset or 0)
+        if file.readinto(into) != len(into):
+            raise ValueError(f"{tensor.location} is too short")
 
 
 def _chunks(tensor: ir.TensorProtocol) -> Iterator[bytes | memoryview]:

@@ -1,0 +1,171 @@
+"""Weights in files of their own: where they may lie, and behind which links."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from isthmus.errors import ModelError
+from isthmus.graph import build, open_model
+from segments import difference, run_partition
+
+INPUTS = [{"x": np.linspace(-1, 1, 32, dtype=np.float32)[None]}]
+
+
+def model(folder: Path, *, each: bool = False, **constant: object) -> Path:
+    """x · w, its positive numbers' places, and a sum with what is small; how many places only a run tells."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["m"]),
+        helper.make_node("Add", ["m", "b"], ["s"]),
+        helper.make_node("Relu", ["s"], ["r"]),
+        helper.make_node("NonZero", ["r"], ["n"]),
+        helper.make_node("Cast", ["n"], ["y"], to=TensorProto.FLOAT),
+    ]
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [value("x", TensorProto.FLOAT, [1, 32])],
+        [value("y", TensorProto.FLOAT, [2, "places"])],
+        [numpy_helper.from_array(rng.normal(size=s).astype("float32"), n) for n, s in (("w", (32, 32)), ("b", (32,)))],
+    )
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    path = folder / "model.onnx"
+    how = {"all_tensors_to_one_file": False} if each else {"location": "weights.bin"}
+    onnx.save(made, path, save_as_external_data=True, size_threshold=0, **how)
+    return path
+
+
+def linked_files(folder: Path) -> Path:
+    """Each file a link into a store beside, as model caches and data versioning do."""
+    model(folder / "made", each=True)
+    (folder / "snapshot").mkdir()
+    for i, file in enumerate(sorted((folder / "made").iterdir())):
+        store = folder / "store" / str(i)
+        store.mkdir(parents=True)
+        file.rename(store / "content")
+        (folder / "snapshot" / file.name).symlink_to(f"../store/{i}/content")
+    return folder / "snapshot" / "model.onnx"
+
+
+def linked_folder(folder: Path) -> Path:
+    """Files linked through a link to the current folder, as volumes of a cluster's secrets and maps do."""
+    model(folder / "volume" / "..2026_11_28")
+    (folder / "volume" / "..data").symlink_to("..2026_11_28")
+    for name in ("model.onnx", "weights.bin"):
+        (folder / "volume" / name).symlink_to(f"..data/{name}")
+    return folder / "volume" / "model.onnx"
+
+
+def hard_links(folder: Path) -> Path:
+    model(folder / "made")
+    (folder / "copy").mkdir()
+    for file in (folder / "made").iterdir():
+        os.link(file, folder / "copy" / file.name)
+    return folder / "copy" / "model.onnx"
+
+
+@pytest.mark.parametrize("layout", [linked_files, linked_folder, hard_links])
+def test_weights_behind_links_are_read(layout: Callable[[Path], Path], tmp_path: Path) -> None:
+    plain, _ = build(model(tmp_path / "plain"), "plain", tmp_path / "a")
+    bundle, files = build(layout(tmp_path), "linked", tmp_path / "b")
+    assert bundle.weights == plain.weights
+    whole = run_partition(*build(tmp_path / "plain" / "model.onnx", "plain", tmp_path / "c"), [], INPUTS)[0]
+    assert difference(whole, run_partition(bundle, files, bundle.default_cuts, INPUTS)[0]) == 0
+
+
+def with_location(path: Path, location: str) -> Path:
+    proto = onnx.load(path, load_external_data=False)
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location
+    path.write_bytes(proto.SerializeToString())
+    return path
+
+
+@pytest.mark.parametrize("location", ["../weights.bin", "a/../../weights.bin", "/etc/hostname", "..\\weights.bin"])
+def test_a_model_that_names_a_file_outside_its_folder_is_refused(location: str, tmp_path: Path) -> None:
+    path = with_location(model(tmp_path / "model"), location)
+    (tmp_path / "weights.bin").write_bytes((tmp_path / "model" / "weights.bin").read_bytes())
+    with pytest.raises(ModelError, match="outside its own folder"):
+        open_model(path)
+
+
+def test_a_constant_whose_file_lies_outside_is_refused_too(tmp_path: Path) -> None:
+    path = model(tmp_path / "model")
+    proto = onnx.load(path, load_external_data=False)
+    tensor = proto.graph.initializer[0]
+    proto.graph.node.insert(0, helper.make_node("Constant", [], ["w"], value=tensor))
+    del proto.graph.initializer[0]
+    path.write_bytes(proto.SerializeToString())
+    assert build(path, "constant", tmp_path / "out")[0].weights.blob.size >= 32 * 32 * 4
+    for entry in proto.graph.node[0].attribute[0].t.external_data:
+        if entry.key == "location":
+            entry.value = "../weights.bin"
+    path.write_bytes(proto.SerializeToString())
+    (tmp_path / "weights.bin").write_bytes((tmp_path / "model" / "weights.bin").read_bytes())
+    with pytest.raises(ModelError, match="outside its own folder"):
+        open_model(path)
+
+
+@pytest.mark.parametrize("what", ["folder", "pipe", "loop", "nothing"])
+def test_weights_that_are_no_file_are_refused(what: str, tmp_path: Path) -> None:
+    path = model(tmp_path)
+    weights = tmp_path / "weights.bin"
+    weights.unlink()
+    {
+        "folder": weights.mkdir,
+        "pipe": lambda: os.mkfifo(weights),
+        "loop": lambda: weights.symlink_to("weights.bin"),
+        "nothing": lambda: weights.symlink_to("none"),
+    }[what]()
+    with pytest.raises(ModelError, match=r"weights\.bin, which is (missing|no file)"):
+        open_model(path)
+
+
+def test_small_weights_of_another_file_end_up_in_the_segments(tmp_path: Path) -> None:
+    bundle, files = build(model(tmp_path / "m"), "small", tmp_path / "out")
+    (tmp_path / "m" / "weights.bin").unlink()
+    assert [t.name for t in bundle.weights.tensors] == ["w"]
+    assert run_partition(bundle, files, bundle.default_cuts, INPUTS)[0]["y"].shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "code"),
+    [(ml_dtypes.bfloat16, TensorProto.BFLOAT16), ("float16", TensorProto.FLOAT16), (ml_dtypes.int4, TensorProto.INT4)],
+)
+def test_a_run_for_shapes_takes_external_weights_of_every_type(dtype: object, code: int, tmp_path: Path) -> None:
+    values = np.arange(64 * 64).reshape(64, 64) % 7
+    nodes = [
+        helper.make_node("DequantizeLinear", ["w", "one"], ["f"])
+        if code == TensorProto.INT4
+        else helper.make_node("Cast", ["w"], ["f"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["x", "f"], ["m"]),
+        helper.make_node("NonZero", ["m"], ["n"]),
+        helper.make_node("Cast", ["n"], ["y"], to=TensorProto.FLOAT),
+    ]
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [value("x", TensorProto.FLOAT, [1, 64])],
+        [value("y", TensorProto.FLOAT, [2, "places"])],
+        [
+            numpy_helper.from_array(values.astype(dtype), "w"),
+            numpy_helper.from_array(np.float32(1), "one"),
+        ],
+    )
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    onnx.save(made, tmp_path / "m.onnx", save_as_external_data=True, size_threshold=0, location="w.bin")
+    opened = open_model(tmp_path / "m.onnx")
+    assert opened.shapes["y"] == (2, np.count_nonzero(values))

@@ -57,13 +57,6 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
         open_model(tmp_path / "none.onnx")
 
 
-def test_an_old_opset_is_refused(tmp_path: Path) -> None:
-    head = '<ir_version: 5, opset_import: ["": 10]>\n'
-    with pytest.raises(ModelError, match="opset 10") as caught:
-        open_model(save(tmp_path, "g (float[2] x) => (float[2] y) { y = Relu(x) }", head))
-    assert "version_converter" in caught.value.hint
-
-
 def test_text_inputs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="x is text"):
         open_model(save(tmp_path, "g (string[2] x) => (string[2] y) { y = Identity(x) }"))

@@ -18,9 +18,10 @@ from isthmus import frame as frames
 from isthmus.bundle import WHOLE, Segment, TensorSpec, WeightTensor
 from isthmus.errors import CutError, FrameError, ModelError, SegmentError
 from isthmus.frame import Frame
+from isthmus.graph.compare import difference
 from isthmus.graph.extract import Extracted
 from isthmus.graph.model import Model
-from isthmus.graph.shapes import FREE, feeds
+from isthmus.graph.shapes import FREE, trial_inputs
 from isthmus.runners import Array, describe
 from isthmus.runners.ort import UnpublishedRunner, cpu_limit
 
@@ -176,7 +177,7 @@ class DryRun:
     def _example(self, runner: UnpublishedRunner, must_run: bool) -> bool:
         model = self.model
         error: ModelError | None = None
-        for arrays in (_varied(model), feeds(model.graph, model.binding, model.examples)):
+        for arrays in trial_inputs(model.graph, model.binding, model.examples):
             case = Case("the example given" if model.examples else "inputs made up for it", arrays)
             try:
                 self._keep(case, self._attempt(runner, case))
@@ -275,16 +276,6 @@ def _carried(arrays: Mapping[str, Array], segment: Segment) -> Mapping[str, Arra
     return frames.decode(data, max_bytes=max(1, 2 * len(data))).tensors
 
 
-def _varied(model: Model) -> dict[str, Array]:
-    """The example, and for other float inputs numbers between 0 and 1, of which no two operators make the same."""
-    made: dict[str, Array] = dict(feeds(model.graph, model.binding, model.examples))
-    rng = np.random.default_rng(0)
-    for name, array in made.items():
-        if name not in model.examples and array.dtype.kind not in "iub":
-            made[name] = np.asarray(rng.random(array.shape), array.dtype)
-    return made
-
-
 def _free(
     specs: Sequence[TensorSpec], arrays: Mapping[str, Array]
 ) -> Iterator[tuple[str, list[dict[str, tuple[int, ...]]]]]:
@@ -345,22 +336,11 @@ def _differences(expected: Mapping[str, Array], got: Mapping[str, Array]) -> tup
     """The largest difference of any float output, and of any output, relative to its largest magnitude."""
     floats = all_ = 0.0
     for name, whole in expected.items():
-        found = _difference(whole, got[name])
+        found = difference(whole, got[name])
         all_ = max(all_, found)
         if whole.dtype.kind not in "iub":
             floats = max(floats, found)
     return floats, all_
-
-
-def _difference(a: Array, b: Array) -> float:
-    if a.shape != b.shape:
-        return float("inf")
-    one, other = (np.asarray(x, np.float64) for x in (a, b))
-    finite = np.isfinite(one) & np.isfinite(other)
-    if not np.array_equal(one[~finite], other[~finite], equal_nan=True):
-        return float("inf")
-    scale = float(np.abs(one[finite]).max(initial=0)) or 1.0
-    return float(np.abs(one[finite] - other[finite]).max(initial=0)) / scale
 
 
 def recorded(difference: float) -> float:

@@ -20,9 +20,9 @@ from onnx_ir.passes import common
 
 from isthmus.errors import ModelError
 from isthmus.frame import entry_bytes, why_not_carried, why_not_together
+from isthmus.graph import old_opsets
 from isthmus.graph.weights import ends, inline, is_outside, same_content
 
-OLDEST_OPSET = 11
 # Initialisers may stay out of a graph's inputs, and lie in external files, from IR version 4 on.
 _OLDEST_IR = 7
 
@@ -36,7 +36,8 @@ def read(path: str | os.PathLike[str], *, normalise: bool = True) -> ir.Model:
     `normalise=False` takes the file's graph as it is: right for one that this package wrote.
 
     Raises:
-        ModelError: not an ONNX model, older than opset 11, with text inputs, sparse initialisers or missing weights.
+        ModelError: not an ONNX model, of an opset that cannot be converted to 11, with text inputs, sparse initialisers
+            or missing weights.
     """
     path = Path(path)
     model = _parse(path)
@@ -59,21 +60,16 @@ def _parse(path: Path) -> ir.Model:
         raise _not_onnx(path) from e
     if not proto.graph.output or not proto.opset_import:
         raise _not_onnx(path)
-    opset = {o.domain: o.version for o in proto.opset_import}.get("", OLDEST_OPSET)
-    if opset < OLDEST_OPSET:
-        raise ModelError(
-            f"{path.name} uses opset {opset}; the oldest that is read is {OLDEST_OPSET}",
-            model=str(path),
-            opset=opset,
-            hint="convert it with onnx.version_converter.convert_version, or export it anew",
-        )
+    old_opsets.one_domain(proto, path)
     if proto.graph.sparse_initializer:
         raise ModelError(f"{path.name} holds sparse initialisers", model=str(path), hint="export it with dense weights")
+    proto, opset = old_opsets.converted(proto, path)
     try:
         model = ir.serde.deserialize_model(proto)
     except (ValueError, TypeError, KeyError, RuntimeError) as e:
         raise ModelError(f"{path.name} is not a valid ONNX model: {e}", model=str(path)) from e
     model.ir_version = max(model.ir_version, _OLDEST_IR)
+    old_opsets.mark(model, opset)
     return model
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from isthmus.bundle import TensorSpec
-from isthmus.graph import load, macs, shapes
+from isthmus.graph import load, macs, old_opsets, shapes
 
 Examples: TypeAlias = Mapping[str, npt.NDArray[np.generic]]
 Binding: TypeAlias = Mapping[str, Sequence[int]]
@@ -136,6 +137,8 @@ def open_model(
     """
     model = load.read(path, normalise=normalise)
     bound = shapes.bind_inputs(model.graph, bind or {}, examples or {})
+    if old_opsets.converted_from(model) is not None and not any(map(_is_random, model.graph)):
+        old_opsets.check_same(Path(path), model, [*shapes.trial_inputs(model.graph, bound, examples or {})])
     if freeze:
         shapes.freeze(model, bound)
     nodes = tuple(model.graph)

@@ -169,6 +169,23 @@ def feeds(
     return arrays
 
 
+def trial_inputs(
+    graph: ir.Graph, bound: Mapping[str, tuple[int, ...]], examples: Mapping[str, npt.NDArray[np.generic]]
+) -> list[dict[str, npt.NDArray[np.generic]]]:
+    """Inputs to run a model with, the most telling first.
+
+    Where no example is given, floats are numbers between 0 and 1, of which two operators make different ones; else as
+    `feeds`, for models that take floats as counts.
+    """
+    plain = feeds(graph, bound, examples)
+    rng = np.random.default_rng(0)
+    varied = {
+        name: a if name in examples or a.dtype.kind in "iub" else np.asarray(rng.random(a.shape), a.dtype)
+        for name, a in plain.items()
+    }
+    return [varied, plain]
+
+
 def freeze(model: ir.Model, bound: Mapping[str, tuple[int, ...]]) -> None:
     """Make the bound shapes the inputs' own, and what only asks for a shape a constant."""
     for value in model.graph.inputs:

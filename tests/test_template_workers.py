@@ -40,7 +40,7 @@ def create_app():
 
     return app
 """
-THREADS = 3
+THREADS = 4
 """Those of max_concurrency 1, with what the template adds."""
 
 
@@ -87,10 +87,10 @@ def test_who_says_half_a_request_holds_no_thread(port: int) -> None:
     for s in slow:
         s.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
         assert s.recv(1000).startswith(b"HTTP/1.1 200")
-    for s, part in zip(slow, (20, 60, 100, 40_000, 50_000, len(said) - 1), strict=True):
+    for s, part in zip(slow, (1, 20, 60, 100, 40_000, 50_000, 50_050, len(said) - 1), strict=True):
         s.sendall(said[:part])
     assert http("GET", f"http://127.0.0.1:{port}/").data.startswith(b"worker")
-    for s, part in zip(slow, (20, 60, 100, 40_000, 50_000, len(said) - 1), strict=True):
+    for s, part in zip(slow, (1, 20, 60, 100, 40_000, 50_000, 50_050, len(said) - 1), strict=True):
         s.sendall(said[part:])
         assert s.makefile("rb").read().endswith(b"\r\n\r\n" + b"x" * 50_000)
         s.close()

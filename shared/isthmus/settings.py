@@ -216,7 +216,10 @@ class RouterSettings(SegmentSettings):
         4,
     )
     hop_connect_timeout_s: float = setting("longest wait for a connection to a hop, in seconds", 2.0)
-    refresh_s: float = setting("how long an alias is trusted before the registry is asked again, in seconds", 10.0)
+    refresh_s: float = setting(
+        "how long an alias is trusted, and a name counts as missing, before the registry is asked again, in seconds",
+        10.0,
+    )
 
 
 def _text(name: str, metadata: Mapping[str, Any], env: Mapping[str, str]) -> str:

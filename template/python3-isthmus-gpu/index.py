@@ -34,6 +34,7 @@ from waitress.server import create_server  # type: ignore[import-untyped]
 
 HERE = Path(__file__).resolve().parent
 MAX_LINE = 32 * 1024  # characters; the watchdog stops reading a function's log at a line of 64 KiB
+MAX_WAITING = 16  # requests that wait for the registry outside of max_concurrency: isthmus.admission
 SPARE_THREADS = 2  # one for the readiness probe, one to refuse what exceeds max_concurrency
 RETRY_AFTER_S = 1
 EX_CONFIG = 78  # sysexits.h: who restarts this process need not do so before its settings change
@@ -118,7 +119,8 @@ def _bind() -> tuple[Any, Door]:
         raise BadStart(
             f"upstream_url is {url!r}; it must be like http://127.0.0.1:5000", variable="upstream_url"
         ) from e
-    threads = _whole("max_concurrency", 32) + SPARE_THREADS
+    limit = _whole("max_concurrency", 32)
+    threads = limit + min(limit, MAX_WAITING) + SPARE_THREADS
     largest = _size("max_request_bytes", 64 * 2**20)
     door = Door()
     try:

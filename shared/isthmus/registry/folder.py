@@ -5,17 +5,22 @@ from __future__ import annotations
 import builtins
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from isthmus.errors import Denied, RegistryUnavailable
 from isthmus.registry.blobs import check_key, check_range, ended_early, missing_blob, missing_registry, too_long
+from isthmus.registry.file_calls import FileCalls
 from isthmus.registry.patience import Patience, RetryBudget
+from isthmus.registry.staging import Staging
 
 _STAGING = ".staging"
+_SLOWEST = 2**20
+"""Bytes a second below which a read or write counts as one that hangs."""
+
+T = TypeVar("T")
 
 
 class FolderStore:
@@ -24,46 +29,37 @@ class FolderStore:
     def __init__(self, root: Path | str, patience: Patience | None = None) -> None:
         self._root = Path(root).absolute()
         self._patience = patience or Patience()
+        self._calls = FileCalls(self.url)
+        self._staging = Staging(self._root / _STAGING)
 
     @property
     def url(self) -> str:
         return str(self._root)
 
     def get(self, key: str, *, max_bytes: int) -> bytes:
-        with self._errors(key), self._path(key).open("rb") as f:
-            data = f.read(max_bytes + 1)
+        data = self._within(lambda: self._read(key, 0, max_bytes + 1), key, max_bytes)
         if len(data) > max_bytes:
             raise too_long(self.url, key, max_bytes)
         return data
 
     def read(self, key: str, start: int, stop: int) -> bytes:
         check_range(start, stop)
-        with self._errors(key), self._path(key).open("rb", buffering=0) as f:
-            f.seek(start)
-            parts = []
-            left = stop - start
-            while left and (part := f.read(left)):
-                parts.append(part)
-                left -= len(part)
-        if left:
-            raise ended_early(self.url, key, stop - start - left, stop - start)
-        return b"".join(parts)
+        data = self._within(lambda: self._read(key, start, stop - start), key, stop - start)
+        if len(data) < stop - start:
+            raise ended_early(self.url, key, len(data), stop - start)
+        return data
 
     def size(self, key: str) -> int | None:
-        with self._errors(key):
-            path = self._path(key)
-            try:
-                return path.stat().st_size if path.is_file() else None
-            except FileNotFoundError:
-                return None
+        return self._within(lambda: self._size(key), key)
 
     def exists(self, key: str) -> bool:
         return self.size(key) is not None
 
     def put(self, key: str, data: bytes) -> None:
-        self._place(key, lambda f: f.write(data), os.replace)
+        self._within(lambda: self._place(key, lambda f: f.write(data), os.replace), key, len(data))
 
     def put_file(self, key: str, path: Path, budget: RetryBudget | None = None) -> None:
+        # Not left behind in a thread, as the others may be: whoever interrupts a publish wants its file gone.
         def copy() -> None:
             with path.open("rb") as source:
                 self._place(key, lambda f: shutil.copyfileobj(source, f, 2**20), os.replace)
@@ -72,14 +68,44 @@ class FolderStore:
 
     def put_if_absent(self, key: str, data: bytes, budget: RetryBudget | None = None) -> bool:
         # A hard link fails where the name is taken, also when another process took it a moment ago.
-        return self._patience(lambda: self._place(key, lambda f: f.write(data), os.link), budget)
+        def link() -> bool:
+            return self._place(key, lambda f: f.write(data), os.link)
+
+        return self._patience(lambda: self._within(link, key, len(data)), budget)
 
     def delete(self, key: str) -> None:
-        with self._errors(key):
-            self._path(key).unlink(missing_ok=True)
+        self._within(lambda: self._delete(key), key)
 
     def list(self, prefix: str) -> builtins.list[str]:
         folder = self._root / check_key(prefix.removesuffix("/")) if prefix else self._root
+        # A walk is many calls; where it takes all of the time, it is not tried again.
+        return self._calls(lambda: self._list(prefix, folder), self._patience.timeout_s, prefix)
+
+    def _within(self, call: Callable[[], T], key: str, size: int = 0) -> T:
+        return self._calls(call, self._patience.try_s + size / _SLOWEST, key)
+
+    def _read(self, key: str, start: int, size: int) -> bytes:
+        with self._errors(key), self._path(key).open("rb", buffering=0) as f:
+            f.seek(start)
+            parts = []
+            while size and (part := f.read(size)):
+                parts.append(part)
+                size -= len(part)
+        return b"".join(parts)
+
+    def _size(self, key: str) -> int | None:
+        with self._errors(key):
+            path = self._path(key)
+            try:
+                return path.stat().st_size if path.is_file() else None
+            except FileNotFoundError:
+                return None
+
+    def _delete(self, key: str) -> None:
+        with self._errors(key):
+            self._path(key).unlink(missing_ok=True)
+
+    def _list(self, prefix: str, folder: Path) -> builtins.list[str]:
         with self._errors(prefix):
             if not self._root.is_dir():
                 raise missing_registry(self.url)
@@ -93,28 +119,22 @@ class FolderStore:
     def _path(self, key: str) -> Path:
         return self._root / check_key(key)
 
-    def _place(self, key: str, write: Callable[[BinaryIO], object], into_place: Callable[[str, Path], None]) -> bool:
+    def _place(self, key: str, write: Callable[[BinaryIO], object], into_place: Callable[[Path, Path], None]) -> bool:
         """Whether it was placed; `into_place` may find the name taken."""
         target = self._path(key)
         with self._errors(key):
-            staging = self._root / _STAGING
-            staging.mkdir(parents=True, exist_ok=True)
             target.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, staged = tempfile.mkstemp(dir=staging)
-            try:
-                with open(descriptor, "wb") as f:
-                    write(f)
-                    f.flush()
-                    os.fsync(f.fileno())
-                os.chmod(staged, 0o644)
+            with self._staging.file() as (staged, f):
+                write(f)
+                f.flush()
+                os.fsync(f.fileno())
+                os.fchmod(f.fileno(), 0o644)
                 try:
                     into_place(staged, target)
                 except FileExistsError:
                     return False
-                _sync_folder(target.parent)
-                return True
-            finally:
-                Path(staged).unlink(missing_ok=True)
+            _sync_folder(target.parent)
+            return True
 
     @contextmanager
     def _errors(self, key: str) -> Iterator[None]:

@@ -13,14 +13,17 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from isthmus.admission import aside
 from isthmus.bundle import Segment
 from isthmus.context import Deadline
 from isthmus.device import Device, this_device
 from isthmus.errors import DeadlineExceeded, NotReady, Overloaded, RunFailed, SegmentTooLarge
 from isthmus.registry import Located, SegmentSource
+from isthmus.registry.lookups import Lookups
 from isthmus.runners import Array, Runner
 from isthmus.runners.kernels import Observed
 from isthmus.runners.ort import OrtObserver, OrtRunner, check_providers, cpu_limit, version
@@ -30,6 +33,8 @@ Key = tuple[str, str]
 """A bundle's digest and a segment's id."""
 MAX_LOADING = 64
 """Segments that wait to be loaded at a time; callers name them, so there must be an end."""
+_FORGET_S = 5.0
+"""How long a bundle that the registry lacks is not asked for again; a digest that is about to be published is rare."""
 FETCHES = 4
 """Segments that are fetched at a time, so that an unknown one is refused while a large one is still on its way."""
 
@@ -78,6 +83,7 @@ class SegmentStore:
         self._lock = threading.Lock()
         self._loaded: OrderedDict[Key, _Entry] = OrderedDict()
         self._loading: dict[Key, Future[Runner]] = {}
+        self._lookups = Lookups(_FORGET_S)
         self._loader = ThreadPoolExecutor(max_workers=FETCHES, thread_name_prefix="load")
         # Into memory one at a time, so that two never make the same room.
         self._entering = threading.Lock()
@@ -105,7 +111,8 @@ class SegmentStore:
                     raise Overloaded(f"{MAX_LOADING} segments are being loaded; that is the limit", retry_after_s=1)
                 loading = self._loading[key] = self._loader.submit(self._load, key)
         try:
-            return loading.result(timeout=deadline.remaining())
+            with aside(refuse=False):
+                return loading.result(timeout=deadline.remaining())
         except FutureTimeout as e:
             if loading.done():
                 return loading.result()
@@ -121,12 +128,12 @@ class SegmentStore:
         with self._lock:
             if (found := self._loaded.get((bundle, segment))) is not None:
                 return found.runner.segment
-        reading = self._loader.submit(self._source.bundle, bundle)
         try:
-            return reading.result(timeout=deadline.remaining()).segment(segment)
-        except FutureTimeout as e:
-            reading.cancel()
-            raise NotReady(f"segment {segment} is still loading", segment=segment, retry_after_s=1) from e
+            return self._lookups.find(bundle, partial(self._source.bundle, bundle), deadline).segment(segment)
+        except DeadlineExceeded as e:
+            raise NotReady(
+                f"the manifest of bundle {bundle} is still being read", segment=segment, retry_after_s=1
+            ) from e
 
     def run(self, bundle: str, segment: str, arrays: Mapping[str, Array], deadline: Deadline) -> Ran:
         """Run a segment, loading it first if need be.

@@ -7,7 +7,8 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,9 @@ from werkzeug.http import HTTP_STATUS_CODES
 from werkzeug.sansio.utils import get_content_length
 from werkzeug.wrappers import Request
 
-from isthmus.context import Context
-from isthmus.errors import IsthmusError, Overloaded, RequestMalformed, RequestTooLarge, http_status
+from isthmus.admission import RETRY_AFTER_S, Slots
+from isthmus.context import Context, Deadline
+from isthmus.errors import IsthmusError, RequestMalformed, RequestTooLarge, http_status
 from isthmus.retries import log_retries
 from isthmus.serving.metrics import Metrics
 from isthmus.serving.readiness import Readiness
@@ -29,7 +31,6 @@ from isthmus.settings import SegmentSettings
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse
 
-RETRY_AFTER_S = 1
 WsgiApp = Callable[..., Iterable[bytes]]
 # What the template's server offers beyond WSGI: it sends memoryviews from where they lie, and calls what is in a list
 # once the answer has been sent.
@@ -57,9 +58,8 @@ class FunctionApp:
         log_retries(self.log)
         self.metrics = Metrics()
         self._settings = settings
-        # Taking from a list and putting back are atomic, and take a tenth of what a semaphore does.
-        self._slots = list(range(settings.max_concurrency))
-        self.metrics.in_flight.set_function(lambda: float(settings.max_concurrency - len(self._slots)))
+        self._slots = Slots(settings.max_concurrency)
+        self.metrics.in_flight.set_function(lambda: float(self._slots.taken))
         self._works: list[tuple[re.Pattern[str], str, Callable[..., Reply]]] = []
         self.readiness = Readiness(prepare, self.log)
         self.metrics.gauge("isthmus_ready", "Whether the function is ready (1) or loading (0).", self._ready)
@@ -110,12 +110,9 @@ class FunctionApp:
             body = self._body(environ)
             later.append(partial(self.metrics.received.inc, len(body)))
             work = Work(body, headers, query, context, timings, later)
-            slot = self._take_slot()
-            try:
+            with self._slots.admitted(context.deadline):
                 self.readiness.check()
                 reply = handle(work)
-            finally:
-                self._slots.append(slot)
         except IsthmusError as e:
             error, reply = type(e).__name__, self._refusal(e)
         except Exception as e:
@@ -165,15 +162,6 @@ class FunctionApp:
             }
             self.log.log(level, "request", extra={"facts": facts})
 
-    def _take_slot(self) -> int:
-        try:
-            return self._slots.pop()
-        except IndexError:
-            raise Overloaded(
-                f"{self._settings.max_concurrency} requests are under way; that is the limit",
-                retry_after_s=RETRY_AFTER_S,
-            ) from None
-
     def ready(self) -> Response:
         """200 once everything that was asked for at start is loaded, else 503 with the reason."""
         self.readiness.check()
@@ -206,6 +194,13 @@ class FunctionApp:
         if len(body) > limit:
             raise RequestTooLarge(f"the body has more than {limit} bytes", limit=limit)
         return body
+
+    @contextmanager
+    def asking(self) -> Iterator[Deadline]:
+        """The deadline of a request that does no work and may ask the registry, which counts as others' asking does."""
+        deadline = Context.from_headers(request.headers, longest_s=self._settings.longest_s).deadline
+        with self._slots.unadmitted(deadline):
+            yield deadline
 
     def _ready(self) -> float:
         return float(self.readiness.ready)

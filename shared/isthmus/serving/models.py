@@ -10,11 +10,14 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 from isthmus.bundle import Bundle
-from isthmus.errors import CalibrationError, IsthmusError, PlanError, RegistryError
+from isthmus.context import Deadline
+from isthmus.errors import CalibrationError, DeadlineExceeded, IsthmusError, PlanError, RegistryError
 from isthmus.processing.classify import parse_labels
 from isthmus.registry import Registry
+from isthmus.registry.lookups import Lookups
 
 MAX_KEPT = 256
 """Names and label lists kept; names come from callers, so there must be an end."""
@@ -22,6 +25,10 @@ MAX_KEPT = 256
 
 REFRESH_WAIT_S = 0.25
 """The longest that a request waits to learn of a new version; a registry that is slower tells a later one."""
+
+
+VERSIONS_WAIT_S = 2.0
+"""The longest that a request waits for the list of a model's versions."""
 
 
 @dataclass(frozen=True)
@@ -60,33 +67,42 @@ class Models:
         self._refresh_s = refresh_s
         self._log = log
         self._lock = threading.Lock()
+        self._lookups = Lookups(refresh_s)
         self._refresher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="refresh")
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
 
-    def get(self, reference: str) -> Model:
+    def get(self, reference: str, deadline: Deadline) -> Model:
         """The model of `NAME` or `NAME:VERSION`.
 
-        A name that is known is answered at once from memory; when its time is up, one caller asks the registry.
+        A name that is known is answered at once from memory; when its time is up, one caller asks the registry. A name
+        that the registry lacks is not asked for again for `refresh_s`.
 
         Raises:
             Missing: no such model or version; names those that exist.
-            RegistryUnavailable: not known yet, and the registry does not answer.
+            RegistryUnavailable, DeadlineExceeded: not known yet, and the registry does not answer, or not in time.
+            Overloaded: too many others wait for the registry.
         """
         with self._lock:
             kept = self._kept.get(reference)
         if kept is None:
-            return self._keep(reference)
+            return self._lookups.find(reference, partial(self._keep, reference), deadline)
         if time.monotonic() > kept.until and kept.refreshing.acquire(blocking=False):
             found = self._refresher.submit(self._refresh, reference, kept)
             with contextlib.suppress(TimeoutError):
                 return found.result(timeout=REFRESH_WAIT_S)
         return kept.model
 
-    def versions(self, model: Model) -> list[str]:
+    def forget(self, reference: str) -> None:
+        """Ask the registry anew for a name that it lacked."""
+        self._lookups.forget(reference)
+
+    def versions(self, model: Model, deadline: Deadline) -> list[str]:
         """The versions that a model has, oldest first; the known one while the registry does not tell."""
+        until = Deadline.after(min(deadline.remaining(), VERSIONS_WAIT_S))
         try:
-            return [v.version for v in self._registry.versions(model.name)]
-        except RegistryError as e:
+            key = ("versions", model.name)
+            return self._lookups.find(key, lambda: [v.version for v in self._registry.versions(model.name)], until)
+        except (RegistryError, DeadlineExceeded) as e:
             self._stays(model.name, e)
             return [model.version]
 

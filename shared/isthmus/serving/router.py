@@ -19,6 +19,7 @@ import isthmus
 from isthmus import pipeline
 from isthmus.calibration import fidelity_document
 from isthmus.codecs import Packed
+from isthmus.context import Deadline
 from isthmus.errors import HopError, HopRejected, IsthmusError, MediaUnsupported, RequestMalformed, SettingsError
 from isthmus.hop import hops_to
 from isthmus.pipeline import Result
@@ -29,7 +30,7 @@ from isthmus.serving import by_hand, oip
 from isthmus.serving.app import FunctionApp
 from isthmus.serving.guard import Guard
 from isthmus.serving.models import Model, Models
-from isthmus.serving.preload import parse, preload
+from isthmus.serving.preload import LONGEST_LOAD_S, parse, preload
 from isthmus.serving.routes import Routes, Way, of_the_photo
 from isthmus.serving.tables import Tables
 from isthmus.serving.work import Reply, Work
@@ -95,7 +96,7 @@ class _RouterApp(FunctionApp):
 
     def any_kind(self, work: Work) -> Reply:
         """A photo, a JSON photo or an Open Inference Protocol request, told apart by content, for `?model=`."""
-        model = self._models.get(work.query.get("model", self._router_settings.model))
+        model = self._models.get(work.query.get("model", self._router_settings.model), work.context.deadline)
         if oip.HEADER_LENGTH in work.headers:
             return self._infer(work, model)
         body = bytes(work.body)
@@ -117,18 +118,20 @@ class _RouterApp(FunctionApp):
 
     def infer(self, work: Work, name: str, version: str = "") -> Reply:
         """Open Inference Protocol: tensors in, tensors out."""
-        return self._infer(work, self._models.get(_reference(name, version)))
+        return self._infer(work, self._models.get(_reference(name, version), work.context.deadline))
 
     def metadata(self, name: str, version: str = "") -> Response:
         """Open Inference Protocol: what the model takes and gives."""
-        model = self._models.get(_reference(name, version))
-        versions = [model.version] if version else self._models.versions(model)
+        with self.asking() as deadline:
+            model = self._models.get(_reference(name, version), deadline)
+            versions = [model.version] if version else self._models.versions(model, deadline)
         return jsonify(oip.model_metadata(model.name, versions, model.bundle.inputs, model.bundle.outputs))
 
     def model_ready(self, name: str, version: str = "") -> Response:
         """Open Inference Protocol: 200 once the model's route is known."""
         self.readiness.check()
-        model = self._models.get(_reference(name, version))
+        with self.asking() as deadline:
+            model = self._models.get(_reference(name, version), deadline)
         self._routes.of(model)
         return jsonify(name=model.name, version=model.version, ready=True)
 
@@ -244,7 +247,8 @@ class _RouterApp(FunctionApp):
         self.metrics.hop_errors.labels(error.facts.get("hop", ""), type(error).__name__).inc()
 
     def _prepare(self) -> None:
-        model = self._models.get(self._router_settings.model)
+        self._models.forget(self._router_settings.model)
+        model = self._models.get(self._router_settings.model, Deadline.after(LONGEST_LOAD_S))
         self._routes.of(model)
         if self._store is not None:
             preload(self._router_settings.preload, self._registry, self._store)

@@ -8,17 +8,21 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from isthmus import frame as frames
+from isthmus.admission import current_deadline
 from isthmus.bundle import Blob, Bundle, is_digest
 from isthmus.codecs import LAYERS_ID
 from isthmus.codecs import Tables as CodecTables
 from isthmus.codecs.photo import Recipe
 from isthmus.errors import FrameError, FrameMalformed, RegistryError
+from isthmus.registry.lookups import Lookups
 
 if TYPE_CHECKING:
     from isthmus.codecs.kept_tensors import Keeper
 
 MAX_KEPT = 64
 """Tables kept; frames name them, so there must be an end."""
+_FORGET_S = 5.0
+"""How long a table that cannot be had is not asked for again."""
 MAX_TABLE_BYTES = 32 * 2**20
 
 
@@ -39,6 +43,7 @@ class Tables:
     ) -> None:
         self._bundle, self._blob, self._max_pixels, self._keeper = bundle, blob, max_pixels, keeper
         self._lock = threading.Lock()
+        self._lookups = Lookups(_FORGET_S)
         self._kept: OrderedDict[str, object] = OrderedDict()
 
     def __call__(self, digest: str, tensor: str, codec: str) -> object:
@@ -78,7 +83,10 @@ class Tables:
             if (found := self._kept.get(key)) is not None:
                 self._kept.move_to_end(key)
                 return found
-        table = self._read(blob, model)
+        if (deadline := current_deadline()) is None:
+            table = self._read(blob, model)
+        else:
+            table = self._lookups.find(key, lambda: self._read(blob, model), deadline)
         with self._lock:
             self._kept[key] = table
             while len(self._kept) > MAX_KEPT:

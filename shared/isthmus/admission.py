@@ -1,0 +1,139 @@
+"""Admission control: a bound on the requests at work, apart from those that only wait for the registry.
+
+A request that waits for a look-up gives its slot back meanwhile, so that callers of what is known find one. The waiting
+requests have a bound of their own: each holds a thread of the server, of which the template starts as many more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+
+from isthmus.context import Deadline
+from isthmus.errors import Overloaded
+
+MAX_WAITING = 16
+"""Requests that wait for the registry at a time; the template's index.py counts them among its threads."""
+RETRY_AFTER_S = 1
+
+
+class Slots:
+    """`limit` requests may be at work; MAX_WAITING more, but no more than `limit`, may wait beside them."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self.max_waiting = limit, min(limit, MAX_WAITING)
+        # Taking from a list and putting back are atomic, and take a tenth of what a semaphore does.
+        self._free = list(range(limit))
+        self._free_to_wait = list(range(self.max_waiting))
+
+    @property
+    def taken(self) -> int:
+        """Requests at work now."""
+        return self._limit - len(self._free)
+
+    @contextmanager
+    def admitted(self, deadline: Deadline) -> Iterator[None]:
+        """Hold a slot for this thread's request, except while it is `aside`.
+
+        Raises:
+            Overloaded: `limit` requests are at work.
+        """
+        request = _Request(self, deadline, works=True)
+        request.hold()
+        with _current(request):
+            yield
+
+    @contextmanager
+    def unadmitted(self, deadline: Deadline) -> Iterator[None]:
+        """This thread's request needs no slot, but its waiting for the registry counts as others' does."""
+        with _current(_Request(self, deadline, works=False)):
+            yield
+
+    def take(self) -> int:
+        """One of the slots; `give` takes it back."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            raise Overloaded(
+                f"{self._limit} requests are under way; that is the limit", retry_after_s=RETRY_AFTER_S
+            ) from None
+
+    def give(self, slot: int) -> None:
+        """Let another request have the slot."""
+        self._free.append(slot)
+
+    def place(self) -> int | None:
+        """One of the places of the waiting, which `leave` takes back; None where as many wait as may."""
+        with suppress(IndexError):
+            return self._free_to_wait.pop()
+        return None
+
+    def leave(self, place: int) -> None:
+        """Let another request wait."""
+        self._free_to_wait.append(place)
+
+
+class _Request:
+    """A request's deadline, and its slot while it holds one."""
+
+    def __init__(self, slots: Slots, deadline: Deadline, *, works: bool) -> None:
+        self.slots, self.deadline = slots, deadline
+        self._works = works
+        self._slot: int | None = None
+
+    def hold(self) -> None:
+        if self._works:
+            self._slot = self.slots.take()
+
+    def give_back(self) -> None:
+        if self._slot is not None:
+            self.slots.give(self._slot)
+            self._slot = None
+
+
+_CURRENT: ContextVar[_Request | None] = ContextVar("request", default=None)
+
+
+@contextmanager
+def _current(request: _Request) -> Iterator[None]:
+    token = _CURRENT.set(request)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+        request.give_back()
+
+
+def current_deadline() -> Deadline | None:
+    """The deadline of this thread's request; None outside of requests."""
+    return None if (request := _CURRENT.get()) is None else request.deadline
+
+
+@contextmanager
+def aside(*, refuse: bool = True) -> Iterator[None]:
+    """Give this thread's slot back while the block waits for the registry, and take one again after it.
+
+    Where too many wait already, the request keeps its slot if `refuse` is false. Nothing happens outside of requests.
+    A block that raises leaves its request without a slot: it is about to end.
+
+    Raises:
+        Overloaded: too many wait already; or, after the block, as many requests are at work as may.
+    """
+    if (request := _CURRENT.get()) is None:
+        yield
+        return
+    if (place := request.slots.place()) is None:
+        if refuse:
+            raise Overloaded(
+                f"{request.slots.max_waiting} requests wait for the registry; that is the limit",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        yield
+        return
+    request.give_back()
+    try:
+        yield
+    finally:
+        request.slots.leave(place)
+    request.hold()

@@ -15,7 +15,10 @@ from typing import Protocol
 from isthmus.errors import Corrupt, Missing, RegistryError
 from isthmus.registry.patience import RetryBudget
 
-_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}")
+"""What file systems take for a name; S3 takes more."""
+_MAX_KEY = 900
+"""Of S3's 1,024 bytes, with room for a registry's prefix."""
 
 
 class BlobStore(Protocol):
@@ -80,12 +83,14 @@ class BlobStore(Protocol):
 def check_key(key: str) -> str:
     """`key` itself, once it cannot leave the store: parts of letters, digits, '.', '_', '-', none starting with a dot.
 
+    A part has at most 255 characters.
+
     Raises:
         RegistryError: any other key.
     """
-    if all(_PART.fullmatch(part) for part in key.split("/")):
+    if len(key) <= _MAX_KEY and all(_PART.fullmatch(part) for part in key.split("/")):
         return key
-    raise RegistryError(f"{key!r} is not a key of a registry", blob=key)
+    raise RegistryError(f"{key[:100]!r} is not a key of a registry", blob=key[:100])
 
 
 def check_range(start: int, stop: int) -> None:

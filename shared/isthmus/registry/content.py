@@ -22,7 +22,7 @@ def blob_key(digest: str) -> str:
         RegistryError: not a digest.
     """
     if not is_digest(digest):
-        raise RegistryError(f"{digest!r} is not a sha256 digest")
+        raise RegistryError(f"{digest[:100]!r} is not a sha256 digest")
     return f"blobs/sha256/{digest.removeprefix('sha256:')}"
 
 

@@ -23,6 +23,8 @@ MAX_BLOB_BYTES = 64 * 2**20
 """Longest blob that is read into memory at once; weights are read by ranges instead."""
 
 _POINTER_BYTES = 256
+_MAX_DIGITS = 18
+_MAX_SHOWN = 80
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ class Registry:
         """
         name, _, which = reference.partition(":")
         self._check_known(name)
+        if _is_digits(which) and not _is_number(which):
+            raise self._missing(name, "version", which, self._numbers(name))
         number = which if _is_number(which) else self._alias(name, which)
         try:
             digest = self._digest(name, number)
@@ -234,9 +238,9 @@ class Registry:
 
     def _refuse(self, name: str) -> NoReturn:
         raise Missing(
-            f"there is no model {name!r} in {self.url}",
+            f"there is no model {_shown(name)!r} in {self.url}",
             kind="model",
-            name=name,
+            name=_shown(name),
             exists=self.models(),
             registry=self.url,
         )
@@ -254,6 +258,7 @@ class Registry:
         raise self._missing(name, "alias", alias, sorted(self.aliases(name)))
 
     def _missing(self, name: str, kind: str, what: str, exists: list[str]) -> Missing:
+        what = _shown(what)
         return Missing(f"model {name} has no {kind} {what!r}", kind=kind, name=what, exists=exists, registry=self.url)
 
     def _digest(self, name: str, number: str) -> str:
@@ -269,13 +274,25 @@ class Registry:
 
 def is_alias(text: str) -> bool:
     """Whether `text` can be an alias: as a model's name, but not only digits, which are versions."""
-    return is_model_name(text) and not _is_number(text)
+    return is_model_name(text) and not _is_digits(text)
 
 
 def _is_number(text: str) -> bool:
+    """Whether `text` can be a version: a whole number from 1, without leading zeros, that becomes part of a key."""
+    return _is_digits(text) and len(text) <= _MAX_DIGITS and text[0] != "0"
+
+
+def _is_digits(text: str) -> bool:
     return text.isascii() and text.isdecimal()
+
+
+def _shown(text: str) -> str:
+    """A caller's text as errors repeat it."""
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
 
 
 def _check_alias(text: str) -> None:
     if not is_alias(text):
-        raise RegistryError(f"{text!r} cannot be an alias: 1 to 63 of a-z, 0-9, '.', '_' and '-', not only digits")
+        raise RegistryError(
+            f"{_shown(text)!r} cannot be an alias: 1 to 63 of a-z, 0-9, '.', '_' and '-', not only digits"
+        )

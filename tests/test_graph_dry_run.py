@@ -368,8 +368,9 @@ def test_a_cut_that_differs_from_the_whole_is_recorded_and_stated(quantised: Pat
     bundle, files = build(model, "q", tmp_path / "out", partitions=every)
     whole = run_partition(bundle, files, [], [inputs])[0]
     found = {name: difference(whole, run_partition(bundle, files, [name], [inputs])[0]) for name in every}
-    differ = {name: float(f"{d:.0e}") for name, d in found.items() if d > 1e-4}
-    assert bundle.source.get("dry_run", {}).get("differences", {}) == differ
+    stated = bundle.source.get("dry_run", {}).get("differences", {})
+    assert {name for name, d in found.items() if d > 1e-4} <= stated.keys()
+    assert all(stated[name] >= 0.2 * d for name, d in found.items() if name in stated)
 
 
 def test_the_command_states_a_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

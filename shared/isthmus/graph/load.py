@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 import onnx
@@ -18,16 +19,17 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx_ir.passes import common
 
-from isthmus.errors import ModelError
+from isthmus.errors import IsthmusError, ModelError
 from isthmus.frame import entry_bytes, why_not_carried, why_not_together
 from isthmus.graph import old_opsets
 from isthmus.graph.weights import ends, inline, is_outside, same_content
 
 # Initialisers may stay out of a graph's inputs, and lie in external files, from IR version 4 on.
 _OLDEST_IR = 7
+_MAX_REASON = 500
 
-# The passes log what they skip at WARNING, for callers who asked for that pass; ours did not.
-logging.getLogger("onnx_ir.passes").setLevel(logging.ERROR)
+# The passes log what they skip, and the reader what it finds odd; what matters here is raised.
+logging.getLogger("onnx_ir").setLevel(logging.CRITICAL)
 
 
 def read(path: str | os.PathLike[str], *, normalise: bool = True) -> ir.Model:
@@ -43,12 +45,34 @@ def read(path: str | os.PathLike[str], *, normalise: bool = True) -> ir.Model:
     model = _parse(path)
     _place_weights(model, path)
     if normalise:
-        try:
+        with refusals(path):
             _normalise(model)
-        except (ValueError, TypeError, RuntimeError) as e:
-            raise ModelError(f"{path.name} cannot be brought into a normal form: {e}", model=str(path)) from e
     _check_interface(model, path)
     return model
+
+
+@contextmanager
+def refusals(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what onnx and onnx-ir raise about a graph into a ModelError that starts with the first cause.
+
+    Raises:
+        ModelError: something was raised.
+    """
+    try:
+        yield
+    except (IsthmusError, MemoryError):
+        raise
+    # onnx-ir documents no exceptions; on broken graphs it raises nearly anything, wrapped with a dump of the graph.
+    except Exception as e:
+        cause: BaseException = e
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        text = " ".join(str(cause).split())[:_MAX_REASON] or type(cause).__name__
+        raise ModelError(
+            f"{text}: {Path(path).name} is not a valid ONNX graph",
+            model=str(path),
+            hint="python -c 'import onnx; onnx.checker.check_model(FILE, full_check=True)' checks it whole",
+        ) from e
 
 
 def _parse(path: Path) -> ir.Model:
@@ -64,10 +88,8 @@ def _parse(path: Path) -> ir.Model:
     if proto.graph.sparse_initializer:
         raise ModelError(f"{path.name} holds sparse initialisers", model=str(path), hint="export it with dense weights")
     proto, opset = old_opsets.converted(proto, path)
-    try:
+    with refusals(path):
         model = ir.serde.deserialize_model(proto)
-    except (ValueError, TypeError, KeyError, RuntimeError) as e:
-        raise ModelError(f"{path.name} is not a valid ONNX model: {e}", model=str(path)) from e
     model.ir_version = max(model.ir_version, _OLDEST_IR)
     old_opsets.mark(model, opset)
     return model
@@ -182,6 +204,7 @@ def _normalise(model: ir.Model) -> None:
     model.metadata_props.clear()
     model.graph.doc_string = model.doc_string = None
     common.RemoveInitializersFromInputsPass()(model)
+    _take_outer_results(model.graph)
     _name_apart(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.LiftSubgraphInitializersToMainGraphPass()(model)
@@ -193,9 +216,41 @@ def _normalise(model: ir.Model) -> None:
     _name_apart(model)
 
 
+def bodies(node: ir.Node) -> Iterator[ir.Graph]:
+    """The graphs in a node's attributes."""
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            yield from attribute.as_graphs()
+
+
 def _initialisers(model: ir.Model) -> Iterator[ir.Value]:
     for graph in model.graphs():
         yield from graph.initializers.values()
+
+
+def _take_outer_results(graph: ir.Graph, around: Mapping[str | None, ir.Value] | None = None) -> None:
+    """Let an Identity give each result of a body that is a value from around it: nothing else takes such bodies.
+
+    Raises:
+        ModelError: nothing of that name is made around it, either.
+    """
+    for i, value in enumerate(graph.outputs):
+        if value.producer() is not None or value.is_graph_input() or value.is_initializer():
+            continue
+        outer = (around or {}).get(value.name)
+        if outer is None:
+            raise ModelError(f"no node makes the output {value.name}", tensor=value.name)
+        node = ir.node("Identity", [outer], name=f"{value.name}_of_body")
+        node.outputs[0].name, node.outputs[0].type = f"{value.name}_of_body", value.type
+        graph.append(node)
+        graph.outputs[i] = node.outputs[0]
+    made = (v for node in graph for v in node.outputs)
+    within = {**(around or {}), **{v.name: v for v in (*graph.inputs, *graph.initializers.values(), *made)}}
+    for node in graph:
+        for body in bodies(node):
+            _take_outer_results(body, within)
 
 
 def _compute_constant_outputs(graph: ir.Graph) -> None:

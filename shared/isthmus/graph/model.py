@@ -135,10 +135,15 @@ def open_model(
     Raises:
         ModelError: not an ONNX model, unsupported, or a free dimension that nothing binds.
     """
-    model = load.read(path, normalise=normalise)
-    bound = shapes.bind_inputs(model.graph, bind or {}, examples or {})
-    if old_opsets.converted_from(model) is not None and not any(map(_is_random, model.graph)):
-        old_opsets.check_same(Path(path), model, [*shapes.trial_inputs(model.graph, bound, examples or {})])
+    with load.refusals(path):
+        model = load.read(path, normalise=normalise)
+        bound = shapes.bind_inputs(model.graph, bind or {}, examples or {})
+        if old_opsets.converted_from(model) is not None and not any(map(_is_random, model.graph)):
+            old_opsets.check_same(Path(path), model, [*shapes.trial_inputs(model.graph, bound, examples or {})])
+        return _opened(model, bound, examples or {}, freeze)
+
+
+def _opened(model: ir.Model, bound: Mapping[str, tuple[int, ...]], examples: Examples, freeze: bool) -> Model:
     if freeze:
         shapes.freeze(model, bound)
     nodes = tuple(model.graph)
@@ -150,7 +155,7 @@ def open_model(
         for v in node.outputs
         if v.name and (keep or v.is_graph_output())
     ]
-    types = shapes.infer(model, wanted, bound, examples or {})
+    types = shapes.infer(model, wanted, bound, examples)
     counts = tuple(macs.of_node(node, types.bound) if keep else 0 for node, keep in zip(nodes, dynamic, strict=True))
     return Model(
         model,
@@ -161,7 +166,7 @@ def open_model(
         types.shapes,
         counts,
         bound,
-        examples or {},
+        examples,
         types.refused,
         types.claims,
     )

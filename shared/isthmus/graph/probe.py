@@ -13,6 +13,7 @@ import onnx_ir as ir
 from isthmus.dtypes import DTYPES
 from isthmus.errors import ModelError
 from isthmus.graph.weights import read_into
+from isthmus.runners.ort import reason_of
 from isthmus.runners.runtime import ort
 
 _RENAMED = {"float": "float32", "double": "float64"}
@@ -35,11 +36,13 @@ def types(
         found = dict(_dtypes(model, untyped)) if untyped else {}
         dtypes = {v: dtype or found.get(str(v.name)) for v, dtype in values.items()}
         shapes = _shapes(model, [v for v, dtype in dtypes.items() if dtype is not None], feeds)
+    except ModelError:
+        raise
     # onnxruntime raises bare RuntimeErrors and subclasses of Exception that it does not export.
     except Exception as e:
         raise ModelError(
-            f"some shapes are only known at run time, and the model does not run with the inputs given: {_first(e)}",
-            hint="give example inputs that the model accepts, or shapes to make them from",
+            f"{reason_of(e)}: the model does not run with the inputs given, and only a run tells some of its shapes",
+            hint="give inputs that the model accepts: --example NAME=FILE.npy, or --shape NAME=1x3x320x640",
         ) from e
     return {n: (dtype, shapes[n]) for v, dtype in dtypes.items() if dtype is not None and (n := str(v.name)) in shapes}
 
@@ -59,9 +62,11 @@ def values(
         graph.outputs.extend(v for v in asked if not v.is_graph_output())
         wanted = [str(v.name) for v in asked]
         arrays = _run(graph, model, wanted, feeds)
+    except ModelError:
+        raise
     except Exception as e:
         raise ModelError(
-            f"the model does not run with the inputs given: {_first(e)}", hint="give inputs that the model accepts"
+            f"{reason_of(e)}: the model does not run with the inputs given", hint="give inputs that the model accepts"
         ) from e
     return {**{n: feeds[n] for n in names if n in feeds}, **dict(zip(wanted, arrays, strict=True))}
 
@@ -118,7 +123,14 @@ def _session(graph: ir.Graph, model: ir.Model) -> Iterator[ort.InferenceSession]
     options.add_external_initializers(list(outside), loaded)
     options.add_session_config_entry("session.disable_prepacking", "1")
     proto = ir.serde.serialize_model(ir.Model(graph, ir_version=model.ir_version))
-    yield ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    try:
+        session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as e:
+        raise ModelError(
+            f"{reason_of(e)}: onnxruntime {ort.__version__} cannot load the model",
+            hint="export it for operators and an opset that this onnxruntime knows",
+        ) from e
+    yield session
 
 
 def _packed(tensor: ir.ExternalTensor) -> npt.NDArray[np.generic]:
@@ -126,7 +138,3 @@ def _packed(tensor: ir.ExternalTensor) -> npt.NDArray[np.generic]:
     array = np.zeros(tensor.shape.numpy(), np.dtype(f"u{max(1, math.ceil(tensor.dtype.itemsize))}"))
     read_into(tensor, array.data.cast("B")[: tensor.nbytes])
     return array
-
-
-def _first(error: Exception) -> str:
-    return str(error).partition("\n")[0][:300]

@@ -239,6 +239,7 @@ def _blames_input(error: Exception) -> bool:
     return isinstance(error, kinds) and "alloc" not in str(error)
 
 
+_MAX_REASON = 500
 _PREAMBLE = re.compile(r"\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : |Load model from .*? failed: ?|^Exception during \w+: ")
 _ARGUMENTS = r"[^()]*\((?:[^()]|\([^()]*\))*\)"
 _SOURCE_LINE = re.compile(
@@ -246,7 +247,23 @@ _SOURCE_LINE = re.compile(
 )
 
 
+# The node comes first, with the types of all that it takes and gives, which may fill pages.
+_LOADING = re.compile(
+    r"This is an invalid model\. In Node, \(\"(?P<name>.*?)\", (?P<op>[\w.]+),.*?, Error (?P<reason>.+)"
+)
+_RUNNING = re.compile(
+    r"Non-zero status code returned while running (?P<op>\S+) node\. Name:'(?P<name>.*?)'"
+    r" Status Message: (?P<reason>.+)"
+)
+
+
 def reason_of(error: Exception) -> str:
-    """onnxruntime's own reason on one line, bounded: without the model's path, and the place in its sources."""
+    """onnxruntime's own reason on one line, bounded: without the model's path, and the place in its sources.
+
+    It comes first, then the node that it is about.
+    """
     text = " ".join(str(error).split())
-    return (_SOURCE_LINE.sub("", _PREAMBLE.sub("", text)).strip() or text)[:500]
+    text = _SOURCE_LINE.sub("", _PREAMBLE.sub("", text)).strip() or text
+    if (found := _LOADING.fullmatch(text) or _RUNNING.fullmatch(text)) is not None:
+        text = f"{found['reason'][:_MAX_REASON]} (node {found['name'] or found['op']})"
+    return text[: 2 * _MAX_REASON]

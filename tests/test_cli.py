@@ -347,3 +347,28 @@ def test_a_tensor_of_a_dtype_that_no_frame_carries_is_refused(
     assert result.exit_code == 1
     assert said in result.stderr
     assert "bfloat16" in result.stderr
+
+
+def test_names_in_messages_are_no_markup_no_pictures_and_steer_no_terminal(tmp_path: Path) -> None:
+    result = isthmus("import", "package.module:factory:", "--registry", tmp_path / "[bold]r")
+    said = isthmus("import", "no.such.[red]place:smile", "--registry", tmp_path).stderr
+    assert result.exit_code == 1
+    assert "there is no model factory no.such.[red]place:smile: No module named" in said
+    assert "package.module:factory:" in result.stderr
+    odd = tmp_path / "a\x1b]0;title\x07 [b].onnx"
+    odd.write_text("no model")
+    said = isthmus("import", odd, "--name", "m", "--registry", tmp_path).stderr
+    assert "a\\x1b]0;title\\x07 [b].onnx is not an ONNX model" in said
+    assert "\x1b]0" not in said
+
+
+def test_what_lists_and_tables_name_is_shown_as_it_is(model: Path, tmp_path: Path) -> None:
+    renamed = model.rename(tmp_path / "[red]net:smile:.onnx")
+    text = isthmus("cuts", renamed, "--shape", "x=1x8").stdout
+    assert "cuts of [red]net:smile:.onnx" in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_help_turns_a_name_between_colons_into_a_picture(command: str) -> None:
+    result = isthmus(command, "--help")
+    assert all(ord(c) < 0x1F000 for c in result.stdout)

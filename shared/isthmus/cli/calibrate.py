@@ -121,7 +121,7 @@ def calibrate(
         tables = made.bundle.tables.values()
         weight = format_size(sum(blob.size for blob in tables))
         out.print(
-            f"[bold]{version.name}:{version.version}[/] {version.digest[:19]}…, {len(tables)} tables ({weight})",
+            f"{version.name}:{version.version} {version.digest[:19]}…, {len(tables)} tables ({weight})",
             highlight=False,
             soft_wrap=True,
         )
@@ -133,7 +133,7 @@ def _bars(quiet: bool) -> Iterator[Progress]:
     if quiet:
         yield lambda what, done, total: None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Bars(*columns, console=err) as shown:
         tasks: dict[str, TaskID] = {}
 

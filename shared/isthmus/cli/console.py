@@ -14,16 +14,18 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.cells import cell_len
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from isthmus.cli import private_caches
 from isthmus.errors import IsthmusError, RequestMalformed
 from isthmus.settings import RegistrySettings, SegmentSettings
 
-out = Console()
-err = Console(stderr=True)
+# Names of files, models and tensors are text: `[1]` in them is no markup, and `:factory:` no picture. What has markup
+# says so where it is printed, and escapes the rest.
+out = Console(markup=False, emoji=False)
+err = Console(stderr=True, markup=False, emoji=False)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 RegistryOption = Annotated[
@@ -38,6 +40,7 @@ DEFAULT_REGISTRY = ".isthmus/registry"
 CACHE_DIR = private_caches.CACHE_DIR
 ENGINE_SECRETS = ".isthmus/secrets"
 """Where the local engine keeps secrets; commands find the S3 keys where the functions of `isthmus up` do."""
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _FRAME = 3
 """What a column of a table takes beside its text: a line, and a space on both sides."""
 Step = Callable[[str], None]
@@ -73,7 +76,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, 
     Where the table is too wide, what is in the first column goes on below before a "+", and then words of others do.
     """
     # Rich would wrap a title to the table's width.
-    out.print(f"\n{title}", highlight=False, soft_wrap=True)
+    out.print(f"\n{visible(title)}", highlight=False, soft_wrap=True)
     first, *others = [list(column) for column in zip(columns, *([str(c) for c in row] for row in rows), strict=True)]
     room = out.width - _FRAME * len(columns) - 1
     first = _folded(first, room - sum(_widest(column) for column in others))
@@ -86,7 +89,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, 
         number = name in numbers
         made.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=number and fits)
     for row in zip(first[1:], *(column[1:] for column in others), strict=True):
-        made.add_row(*map(escape, row))
+        made.add_row(*map(visible, row))
     out.print(made)
 
 
@@ -116,15 +119,14 @@ def steps(quiet: bool) -> Iterator[Step]:
     if quiet:
         yield lambda _: None
         return
-    with Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=err, transient=False
-    ) as shown:
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=False) as shown:
         current = shown.add_task("", total=1, visible=False)
 
         def step(text: str) -> None:
             nonlocal current
             shown.update(current, completed=1)
-            current = shown.add_task(text, total=1)
+            current = shown.add_task(visible(text), total=1)
 
         yield step
         shown.update(current, completed=1)
@@ -151,11 +153,20 @@ def _say(error: IsthmusError, as_json: bool) -> None:
         doc = {"error": error.message, "type": type(error).__name__, "facts": dict(error.facts), "hint": error.hint}
         sys.stderr.write(json.dumps(doc, default=str) + "\n")
         return
-    err.print(f"[bold red]error:[/] {escape(error.message)}", highlight=False, soft_wrap=True)
+    _labelled("error", "bold red", error.message)
     if exists := error.facts.get("exists"):
-        err.print(escape(f"there is: {', '.join(map(str, exists))}"), highlight=False, soft_wrap=True)
+        err.print(visible(f"there is: {', '.join(map(str, exists))}"), highlight=False, soft_wrap=True)
     if error.hint:
-        err.print(f"[bold]hint:[/] {escape(error.hint)}", highlight=False, soft_wrap=True)
+        _labelled("hint", "bold", error.hint)
+
+
+def _labelled(label: str, style: str, text: str) -> None:
+    err.print(Text.assemble((f"{label}:", style), " ", visible(text)), highlight=False, soft_wrap=True)
+
+
+def visible(text: str) -> str:
+    """`text` with its control characters written out, lest a name in it steers the terminal."""
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def read_option(parse: Callable[[str], Number], option: str, text: str) -> Number:

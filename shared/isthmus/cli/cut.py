@@ -77,7 +77,7 @@ def cut(
             return
         weight = format_size(sum(bundle.segments[s].graph.size for s in fresh))
         out.print(
-            f"[bold]{version.name}:{version.version}[/] {version.digest[:19]}…, new segments "
+            f"{version.name}:{version.version} {version.digest[:19]}…, new segments "
             f"{', '.join(fresh) or 'none'} ({weight})",
             highlight=False,
             soft_wrap=True,

@@ -210,7 +210,7 @@ def _as_jpeg(array: Array) -> int:
 
 
 def _print_classes(one: Shown) -> None:
-    same = "the uncut model says the same" if one.same_classes else "[red]the uncut model says something else[/]"
+    same = "the uncut model says the same" if one.same_classes else "the uncut model says something else"
     print_table(
         f"{one.photo}: {same}, largest difference {one.difference:.1e}",
         ["class", "index", "probability"],

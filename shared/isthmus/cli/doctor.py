@@ -62,7 +62,9 @@ def doctor(*, registry: RegistryOption = DEFAULT_REGISTRY, as_json: AsJson = Fal
             ["", "what", "found", "advice"],
             [({"ok": "✓", "missing": "✗"}.get(f.state, "–"), f.what, f.found, f.advice) for f in findings],
         )
-        out.print("[red]something needed is missing[/]" if broken else "everything needed is here")
+        out.print(
+            "something needed is missing" if broken else "everything needed is here", style="red" if broken else ""
+        )
     if broken:
         raise typer.Exit(1)
 

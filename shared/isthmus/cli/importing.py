@@ -103,7 +103,7 @@ def import_model(
             )
             return
         out.print(
-            f"[bold]{bundle.name}:{version.version}[/] {version.digest[:19]}…,"
+            f"{bundle.name}:{version.version} {version.digest[:19]}…,"
             f" weights {format_size(bundle.weights.blob.size)}, segments {', '.join(sorted(bundle.segments))}",
             highlight=False,
             soft_wrap=True,

@@ -144,7 +144,7 @@ def plan(
         if picture is not None:
             out.print(f"drawn: {picture}", highlight=False)
         if published is not None:
-            out.print(f"published: [bold]{version}[/]", highlight=False)
+            out.print(f"published: {version}", style="bold", highlight=False)
             published.show()
         elif publish is None:
             out.print("not published, since nothing was measured: --publish publishes it", highlight=False)

@@ -115,7 +115,7 @@ def _show(outcome: Outcome) -> None:
         whole = found.whole
         state = "up to date" if tier in outcome.kept else "measured"
         out.print(
-            f"[bold]{tier}[/] {state}: {found.device.cpu}, {found.device.threads} of {found.device.cpus} CPUs,"
+            f"{tier} {state}: {found.device.cpu}, {found.device.threads} of {found.device.cpus} CPUs,"
             f" {found.device.runtime}, device {found.device.id}",
             highlight=False,
             soft_wrap=True,
@@ -128,7 +128,7 @@ def _show(outcome: Outcome) -> None:
             soft_wrap=True,
         )
         for warning in found.warnings:
-            out.print(f"  [yellow]unsteady or incomplete:[/] {warning}", highlight=False, soft_wrap=True)
+            out.print(f"  unsteady or incomplete: {warning}", style="yellow", highlight=False, soft_wrap=True)
     rows = []
     for name, weight in outcome.cuts.items():
         cells = [name, format_size(weight)]

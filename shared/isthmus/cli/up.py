@@ -61,7 +61,7 @@ def _show(event: Event, logs: bool) -> None:
     who = event.replica or event.function or "isthmus"
     text = event.text if event.kind == "log" else f"{event.kind} {event.text}".strip()
     style = {"failed": "red", "exited": "yellow", "ready": "green", "log": "dim"}.get(event.kind, "")
-    err.print(f"[bold]{who}[/] ", end="", highlight=False)
+    err.print(f"{who} ", style="bold", end="", highlight=False)
     err.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -72,7 +72,8 @@ def codec(
                 hint=f"isthmus calibrate {found.name} --data FOLDER",
             )
         cuts = _cuts(found.bundle, fidelity, [*(at or []), *(old_at or [])])
-        most, chosen = read_option(parse_size, "--bytes", bytes_) if bytes_ else None, dict[str, Entry]()
+        most = read_option(parse_size, "--bytes", bytes_) if bytes_ else None
+        chosen: dict[str, Entry] = {}
         if (agreement, most, pack_ms) != (None, None, None):
             chosen = {c: choose(fidelity, c, agreement=agreement, bytes=most, pack_ms=pack_ms) for c in cuts}
         if picture is not None:

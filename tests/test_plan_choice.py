@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from isthmus.errors import ConstraintMalformed, HopUnavailable, Infeasible, IsthmusError
+from isthmus.planner.budget import Budget, Pace
 from isthmus.planner.planning.choose import broken, check_prices, choose
 from isthmus.planner.planning.conditions import Conditions, Constraints, check_objective
 from isthmus.planner.planning.costs import HEADERS_DOWN, HEADERS_UP, Exchange, Load, Work, priced, terms
@@ -309,3 +310,44 @@ def test_the_promising_are_measured_and_the_baselines_always() -> None:
     assert "split-9-int4" not in names
     assert "split-19-raw" not in names
     assert len(names) <= 12
+
+
+class Clock:
+    """Seconds that pass when something takes them."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def takes(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_a_race_ends_with_its_budget_and_has_measured_the_most_promising() -> None:
+    clock = Clock()
+
+    def run(name: str, n: int) -> dict[str, float]:
+        clock.takes(10)
+        return {"total": 1.0}
+
+    expected = {"c": 3.0, "a": 1.0, "b": 2.0}
+    runs = {name: lambda n, name=name: run(name, n) for name in expected}
+    found = race(runs, expected=expected, budget=Budget(15, clock))
+    assert set(found) == {"a", "b"}
+    assert clock.now == 120
+    assert set(race(runs, expected=expected, budget=Budget(0, clock))) == {"a"}, "one is measured in any case"
+
+
+def test_a_budget_has_shares_and_a_pace_says_what_is_left() -> None:
+    clock = Clock()
+    budget, pace = Budget(100, clock), Pace(10, clock)
+    assert pace.left(0) == ""
+    clock.takes(41)
+    assert budget.share(0.4).spent
+    assert not budget.share(0.7).spent
+    assert pace.left(4) == ", about 62 s left"
+    assert pace.left(1) == ", about 6 min left"
+    assert pace.left(10) == ""
+    assert not Budget(clock=clock).spent

@@ -191,6 +191,20 @@ def test_a_failed_or_interrupted_plan_changes_no_version(place: Place, monkeypat
     assert place.published.registry.versions("photos") == before
 
 
+def test_a_plan_within_a_time_limit_names_what_it_left_out(place: Place) -> None:
+    common = ["--input", place.folder / "photos" / "0.png", *place.functions, *place.registry]
+    result = isthmus("plan", "photos", *LINK, "--no-publish", "--time-limit", "1ms", *common, "--json")
+    assert result.exit_code == 0, result.output
+    plan = from_json(json.dumps(json.loads(result.stdout)["plan"]).encode())
+    why = "\n".join(plan.why)
+    assert "cuts untried: " in why
+    assert "edge-int8 was left out: the time limit" in why
+    assert "candidates unmeasured: " in why
+    assert "no cut is a candidate" not in why
+    assert sum(c.measured is not None for c in plan.candidates) == 1
+    assert plan.measured
+
+
 def test_a_new_cut_keeps_the_plan_and_says_so(place: Place, measured: Any) -> None:
     registry = place.published.registry
     result = isthmus("cut", "photos", "--at", "1/7", *place.registry)
@@ -241,6 +255,7 @@ def test_a_version_without_the_plan_does_not_serve_unless_asked(place: Place, me
         (["--objective", "cost"], "needs prices"),
         (["--latency", "50ms"], "needs prices"),
         (["--latency", "soon"], "--latency"),
+        (["--time-limit", "later"], "--time-limit"),
         (["--edge-memory", "lots"], "--edge-memory"),
         (["--edge-memory", "0"], "edge_memory_bytes is 0"),
         (["--private-depth", "-2"], "private_depth is -2"),

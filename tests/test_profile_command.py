@@ -119,6 +119,13 @@ def test_a_profile_is_kept_until_it_is_asked_for_again(place: Place, first: Any)
     assert place.measured("--runs", 3, "--at", "6", "--again")["up_to_date"] == []
 
 
+def test_a_profile_within_a_time_limit_names_what_it_left_out(place: Place, first: Any) -> None:
+    found = place.measured("--runs", 3, "--at", "6", "--again", "--time-limit", "1ms")
+    for tier, segment in (("edge", "..6"), ("cloud", "6..")):
+        assert f"the time limit left 1 segments unmeasured: {segment}" in found["profiles"][tier]["warnings"]
+        assert found["profiles"][tier]["segments"].keys() >= first["profiles"][tier]["segments"].keys(), "kept"
+
+
 def test_a_cut_more_is_measured_beside_what_is_known(place: Place, first: Any) -> None:
     found = place.measured("--runs", 3, "--at", "pooled=p6")
     assert found["cuts"] == ["pooled"]

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from isthmus.cli.console import Step
+import typer
+
+from isthmus.cli.console import Step, read_option
 from isthmus.errors import RequestMalformed
+from isthmus.planner.budget import Budget
+from isthmus.units import parse_duration
 
 HEAD, TAIL = "edge-head", "cloud-tail"
+TimeLimit = Annotated[
+    str, typer.Option(help="Begin nothing more after this time; what was left out is told. 0s is no limit.")
+]
+
+
+def budget_of(time_limit: str) -> Budget:
+    """The budget that --time-limit asks for, from now on.
+
+    Raises:
+        RequestMalformed: it is no duration.
+    """
+    return Budget(read_option(parse_duration, "--time-limit", time_limit) or math.inf)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from isthmus.cli.console import (
     steps,
 )
 from isthmus.cli.files import PICTURES, check_output
+from isthmus.cli.functions import TimeLimit, budget_of
 from isthmus.errors import RequestMalformed
 from isthmus.units import parse_duration, parse_rate, parse_size
 
@@ -59,6 +60,7 @@ def plan(
     tensor: Annotated[
         list[str] | None, typer.Option(help="An input tensor, NAME=FILE.npy; once for each input.")
     ] = None,
+    time_limit: TimeLimit = "5m",
     sweep: Annotated[bool, typer.Option("--sweep", help="Also show the best over bandwidth and round trip.")] = False,
     picture: Annotated[Path | None, typer.Option(help="Draw the plan to this .png or .svg file.")] = None,
     int8: Annotated[bool, typer.Option(help="Try the model quantised to int8 at the edge.")] = True,
@@ -114,6 +116,7 @@ def plan(
             sweep=sweep or picture is not None,
             measure=not predict_only,
             int8=int8,
+            budget=budget_of(time_limit),
         )
         if not local and bool(head) != bool(tail):
             raise RequestMalformed("measuring takes both functions: --head URL and --tail URL")

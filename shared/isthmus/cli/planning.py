@@ -17,6 +17,7 @@ from isthmus.cli.tensors import read_tensor
 from isthmus.codecs import TRANSFORM_ID
 from isthmus.errors import Missing, ModelError, RequestMalformed
 from isthmus.local.link_process import link_to
+from isthmus.planner.budget import UNLIMITED, Budget
 from isthmus.planner.planning.choose import check_prices
 from isthmus.planner.planning.conditions import Conditions, Constraints, Objective
 from isthmus.planner.planning.draft import CLOUD, EDGE, Draft
@@ -36,6 +37,8 @@ from isthmus.serving.tables import Tables, tables_of
 
 MOST_EXAMPLES = 8
 _RANDOM, _RUNS = 3, 15
+_PROFILED, _DRAFTED = 0.4, 0.7
+"""Shares of the time limit after which no segment is profiled, and no further cut tried: the rest is for the link."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Wish:
     sweep: bool
     measure: bool
     int8: bool
+    budget: Budget = UNLIMITED
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ def planned(
     found = store.resolve(wish.model)
     bundle = found.bundle
     kind, examples = read_examples(bundle, photos, tensors)
-    known = _profiles(store, wish.model, bundle, registry, cache_dir, places, step)
+    known = _profiles(store, wish.model, bundle, registry, cache_dir, places, step, wish.budget.share(_PROFILED))
     cache = open_cache(settings, store)
     tables = Tables(store.bundle, store.blob, MAX_PIXELS)
     links = [wish.conditions, *(Conditions(rate, rate) for rate in RATES if wish.sweep)]
@@ -110,6 +114,7 @@ def planned(
         int8=wish.int8,
         table=tables_of(bundle, found.digest, TRANSFORM_ID, tables),
         told=step,
+        budget=wish.budget.share(_DRAFTED),
     ) as draft:
         candidates = draft.predict(wish.conditions, wish.prices)
         if places is not None and wish.measure:
@@ -146,7 +151,14 @@ def _spread(photos: Sequence[Path]) -> list[Path]:
 
 
 def _profiles(
-    store: Registry, model: str, bundle: Bundle, registry: str, cache_dir: str, places: Places | None, step: Step
+    store: Registry,
+    model: str,
+    bundle: Bundle,
+    registry: str,
+    cache_dir: str,
+    places: Places | None,
+    step: Step,
+    budget: Budget,
 ) -> dict[str, Profile]:
     if places is not None and places.token:
         from isthmus.cli.profiling import profile_tiers
@@ -165,6 +177,7 @@ def _profiles(
             again=False,
             step=step,
             version=False,
+            budget=budget,
         )
         return dict(made.profiles)
     known = profiles.newest(store, bundle)
@@ -209,5 +222,8 @@ def _measured(
             store.bundle,
             constraints=wish.constraints,
             told=step,
+            budget=wish.budget,
         )
+    if unseen := [c.name for c in found if c.measured is None and not c.refused]:
+        draft.notes.append(f"the time limit left {len(unseen)} candidates unmeasured: {', '.join(unseen)}")
     return merged(candidates, found)

@@ -19,7 +19,7 @@ from isthmus.cli.console import (
     table,
 )
 from isthmus.cli.cut_options import SYNTAX, OldAt
-from isthmus.cli.functions import places
+from isthmus.cli.functions import TimeLimit, budget_of, places
 from isthmus.errors import RequestMalformed, SettingsError
 from isthmus.settings import is_secret
 from isthmus.units import format_size
@@ -54,6 +54,7 @@ def profile(
     tensor: Annotated[
         list[str] | None, typer.Option(help="An input tensor, NAME=FILE.npy; once for each input.")
     ] = None,
+    time_limit: TimeLimit = "0s",
     again: Annotated[bool, typer.Option("--again", help="Measure even where a profile is up to date.")] = False,
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: AsJson = False,
@@ -86,6 +87,7 @@ def profile(
                 tensors=tensor or [],
                 again=again,
                 step=step,
+                budget=budget_of(time_limit),
             )
         if as_json:
             print_json(outcome.document())

@@ -15,6 +15,7 @@ from isthmus.cli.tensors import read_inputs
 from isthmus.client import Array
 from isthmus.context import Deadline
 from isthmus.graph import CutInfo, Model, add_cuts, cut_after, cut_at, open_model, resolve_partition
+from isthmus.planner.budget import UNLIMITED, Budget
 from isthmus.planner.profiling import profiles
 from isthmus.planner.profiling.measure import Subject, measure, merged
 from isthmus.planner.profiling.profile import Profile, to_json
@@ -60,6 +61,7 @@ def profile_tiers(
     again: bool,
     step: Step,
     version: bool = True,
+    budget: Budget = UNLIMITED,
 ) -> Outcome:
     """Measure the model on the functions at `urls`, by tier, and keep what they said in the registry.
 
@@ -93,12 +95,14 @@ def profile_tiers(
             found = _with_cuts(store, found, whole.path, wanted, step, version)
     subject = Subject(found.bundle, found.digest, model, _Values(found, SegmentStore(cache, settings), inputs), kind)
     measured = {}
+    due = [tier for tier in functions if tier not in kept]
     for tier, function in functions.items():
         if tier in kept:
             measured[tier] = kept[tier]
             continue
+        share = budget.share((due.index(tier) + 1) / len(due))
         segments = [found.bundle.segment(_end(tier, name)) for name in chosen]
-        profile = measure(function, subject, tier, segments, runs=runs, told=step)
+        profile = measure(function, subject, tier, segments, runs=runs, told=step, budget=share)
         old = current[tier]
         measured[tier] = merged(old, profile) if old is not None and old.shapes == shapes else profile
         profiles.put(store, measured[tier])

@@ -32,7 +32,8 @@ class Draft:
     `bundle` is the one that a plan is for: the published one with the candidates' cuts. `files` holds what is new of
     it, by digest, as long as the draft lives. `same_graph` says, by tier, which segments the profile timed are still
     the bundle's. `crossing_least` are the fewest bytes that any cut lets cross. `slowdown` is how much slower each tier
-    is than this process, and `packing` how much slower at each codec. `notes` say what was left out, and why.
+    is than this process, and `packing` how much slower at each codec. `notes` say what was left out, and why;
+    `untried` are the cuts that the time limit left out.
     """
 
     found: Resolved
@@ -50,6 +51,7 @@ class Draft:
     slowdown: dict[str, float] = field(default_factory=dict)
     packing: dict[str, Mapping[str, CodecSpeed]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    untried: tuple[str, ...] = ()
     variant: Variant | None = None
 
     @property

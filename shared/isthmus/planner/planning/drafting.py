@@ -19,6 +19,7 @@ from isthmus.errors import CutError, PlanMismatch
 from isthmus.graph import add_cuts, open_model
 from isthmus.graph.cuts import CutInfo, upstream_of
 from isthmus.graph.model import Model
+from isthmus.planner.budget import UNLIMITED, Budget, Pace
 from isthmus.planner.planning.candidates import Search, smallest_crossing
 from isthmus.planner.planning.conditions import Conditions
 from isthmus.planner.planning.draft import CLOUD, EDGE, Draft
@@ -60,12 +61,14 @@ def drafting(
     every: bool = False,
     table: Table | None = None,
     told: Told = lambda text: None,
+    budget: Budget = UNLIMITED,
 ) -> Iterator[Draft]:
     """The draft for the model that `reference` names, its files there for as long as the block lasts.
 
     `profiles` are by tier, edge and cloud; `inputs` says what `examples` are: photo, tensors or random. `links` are
     what cuts are looked for under, unless `every` takes all prefix cuts; a prediction for another link is made of the
-    same candidates. Neither looks at cuts whose head would exceed `edge_memory_bytes`.
+    same candidates. Neither looks at cuts whose head would exceed `edge_memory_bytes`. When the budget is spent no
+    further cut is tried, nor the int8 variant; the draft's notes name what was left out.
 
     Raises:
         RegistryError: no such model.
@@ -118,8 +121,10 @@ def drafting(
                 private_depth=private_depth,
             )
             draft.notes.extend(e.message for e in refused)
-            trials = _try_all(draft, bench, names, fidelity, table, told)
-        if int8:
+            trials = _try_all(draft, bench, names, fidelity, table, told, budget)
+        if int8 and budget.spent:
+            draft.notes.append("edge-int8 was left out: the time limit left no time to quantise the model")
+        elif int8:
             _try_variant(draft, trials, registry, cache, whole.path, folder, threads, told)
         yield draft
 
@@ -176,7 +181,13 @@ def _same_graph(registry: Registry, profile: Profile, bundle: Bundle) -> Callabl
 
 
 def _try_all(
-    draft: Draft, bench: Workbench, cuts: Sequence[str], fidelity: Fidelity | None, table: Table | None, told: Told
+    draft: Draft,
+    bench: Workbench,
+    cuts: Sequence[str],
+    fidelity: Fidelity | None,
+    table: Table | None,
+    told: Told,
+    budget: Budget,
 ) -> Trials:
     told("running the uncut model")
     pre_s = _preprocess_seconds(draft.bundle, draft.examples)
@@ -194,8 +205,13 @@ def _try_all(
         )
     else:
         _try_cloud(draft, trials, pre_s, usable_codecs(fidelity, ""), told)
-    for cut in cuts:
-        told(f"trying the cut {cut}")
+    pace = Pace(len(cuts))
+    for i, cut in enumerate(cuts):
+        if budget.spent:
+            draft.untried = tuple(cuts[i:])
+            draft.notes.append(f"the time limit left {len(draft.untried)} cuts untried: {', '.join(draft.untried)}")
+            break
+        told(f"trying the cut {cut}, {i + 1} of {len(cuts)}{pace.left(i)}")
         for choice in usable_codecs(fidelity, cut):
             option = Option(f"split-{cut}-{short_name(choice)}", "split", (cut,), choice)
             _add(draft, option, _tried(trials, fidelity, cut, choice))

@@ -59,7 +59,7 @@ def merged(candidates: Sequence[Candidate], measured: Sequence[Candidate]) -> tu
 def _caveats(draft: Draft, candidates: Sequence[Candidate], best: Candidate) -> list[str]:
     said = [*draft.notes]
     whole = _input_bytes(draft)
-    if not any(c.kind == "split" for c in candidates):
+    if not any(c.kind == "split" for c in candidates) and not draft.untried:
         said.append("no cut is a candidate: one side of the link takes everything")
     elif draft.crossing_least >= whole and best.kind != "split":
         said.append(
@@ -74,7 +74,7 @@ def _caveats(draft: Draft, candidates: Sequence[Candidate], best: Candidate) -> 
     for tier, profile in draft.profiles.items():
         if profile.warnings:
             more = f"; and {len(profile.warnings) - 1} more like it" if len(profile.warnings) > 1 else ""
-            said.append(f"the profile of tier {tier} is unsteady: {profile.warnings[0]}{more}")
+            said.append(f"the profile of tier {tier} is unsteady or incomplete: {profile.warnings[0]}{more}")
         if profile.shapes and profile.shapes != shapes:
             said.append(f"the profile of tier {tier} is of other shapes than these inputs: {_told(profile.shapes)}")
     return said

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+import socket
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from urllib.parse import urlsplit
 
 from isthmus import pipeline
 from isthmus.bundle import Bundle
 from isthmus.codecs import Array, Tables
 from isthmus.context import Context
-from isthmus.errors import DeadlineExceeded, IsthmusError
+from isthmus.errors import DeadlineExceeded, HopUnavailable, IsthmusError
 from isthmus.hop import HttpHop
 from isthmus.pipeline import Result
+from isthmus.planner.budget import UNLIMITED, Budget, Pace
 from isthmus.planner.planning.choose import VALUES, broken
 from isthmus.planner.planning.conditions import Constraints, Objective
 from isthmus.planner.planning.examples import Example
@@ -29,6 +32,8 @@ MOST = 10
 _WITHIN = 1.5
 _SPLITS = 2
 """The best of these are measured even where not splitting looks better."""
+_WARMING = 0.85
+"""Of what a budget leaves, the share after which no further candidate is warmed up."""
 _LEAST_S, _MOST_S = 30.0, 600.0
 _ATTEMPTS, _CONNECT_S, _MAX_REPLY = 3, 5.0, 2**30
 
@@ -72,11 +77,13 @@ def measure(
     eliminate: bool = True,
     seed: int = 0,
     told: Callable[[str], None] = lambda text: None,
+    budget: Budget = UNLIMITED,
 ) -> tuple[Candidate, ...]:
     """`candidates` with what they took. `digest` is that of `bundle`, which the functions find in their registry.
 
     One that fails is refused, with the reason, and the others go on. Those that break `constraints`, other than in
-    time, are measured beside the others and put none of them out.
+    time, are measured beside the others and put none of them out. Candidates that the budget leaves no time for come
+    back without a measurement; the most promising are warmed up first.
 
     Raises:
         HopError: the functions cannot be reached, so that no candidate runs, or no longer over the link.
@@ -86,15 +93,26 @@ def measure(
         for url in dict.fromkeys((functions.head, functions.tail, functions.tail_direct))
     }
     failed: dict[str, IsthmusError] = {}
+    away = _unreachable((functions.head, functions.tail_direct))
     runs: dict[str, Run] = {}
     try:
-        for i, candidate in enumerate(candidates):
-            told(f"warming up {candidate.name}, {i + 1} of {len(candidates)}")
+        pace, warming = Pace(len(candidates)), budget.share(_WARMING)
+        for i, candidate in enumerate(sorted(candidates, key=lambda c: c.predicted.total)):
+            if warming.spent and (runs or failed):
+                break
+            told(f"warming up {candidate.name}, {i + 1} of {len(candidates)}{pace.left(i)}")
             near = (hops[functions.head], hops[functions.tail_direct])
+            used = {"edge": near[:1], "cloud": near[1:]}.get(candidate.kind, near)
+            if gone := next((away[hop.name] for hop in used if hop.name in away), None):
+                failed[candidate.name] = gone
+                continue
             try:
                 requester(candidate, digest, bundle, near, examples, tables, variant)(0)
             except IsthmusError as e:
                 failed[candidate.name] = e
+                if isinstance(e, HopUnavailable) and "status" not in e.facts:
+                    # Not reached in the time that a start takes: no other candidate waits as long again.
+                    away[str(e.facts.get("hop", ""))] = e
                 continue
             far = (hops[functions.head], hops[functions.tail])
             runs[candidate.name] = requester(candidate, digest, bundle, far, examples, tables, variant)
@@ -115,6 +133,7 @@ def measure(
             seed=seed,
             failed=failed,
             told=told,
+            budget=budget,
         )
         if linked and all(c.name in failed for c in linked):
             raise failed[linked[0].name]
@@ -124,9 +143,22 @@ def measure(
     return tuple(
         replace(c, refused=f"it failed: {failed[c.name].message[:500]}")
         if c.name in failed
-        else replace(c, measured=found[c.name])
+        else replace(c, measured=found.get(c.name))
         for c in candidates
     )
+
+
+def _unreachable(urls: Sequence[str]) -> dict[str, IsthmusError]:
+    """The error of each function to whose address nothing connects: a mistyped URL need not be waited for."""
+    found: dict[str, IsthmusError] = {}
+    for url in dict.fromkeys(urls):
+        parts = urlsplit(url)
+        address = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+        try:
+            socket.create_connection(address, timeout=_CONNECT_S).close()
+        except OSError as e:
+            found[url] = HopUnavailable(f"{url} cannot be reached: {e.strerror or e}", hop=url)
+    return found
 
 
 def requester(

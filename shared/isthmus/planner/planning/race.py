@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from isthmus.errors import IsthmusError
+from isthmus.planner.budget import UNLIMITED, Budget, Pace
 from isthmus.planner.planning.plan import Measured
 
 Run: TypeAlias = Callable[[int], Mapping[str, float]]
@@ -60,6 +61,7 @@ def race(
     seed: int = 0,
     failed: dict[str, IsthmusError] | None = None,
     told: Callable[[str], None] = lambda text: None,
+    budget: Budget = UNLIMITED,
 ) -> dict[str, Measured]:
     """What each of `runs` takes: one request of each a round, in an order drawn anew, and medians with quartiles.
 
@@ -67,7 +69,8 @@ def race(
     quickest of them counts, and nobody drops out whom `expected`, in seconds, has near the best: on a busy machine a
     single request may take twice its time. Later lower quartiles count. Where one is left, it stops. Those in `beside`
     are not in the running: they set no bar, and have at most three requests. Who fails is out and in `failed`, with the
-    error.
+    error. When the budget is spent no further request begins, but for one of all: what had none by then is not
+    among the results.
 
     Raises:
         IsthmusError: one failed, and there is no `failed`.
@@ -76,10 +79,18 @@ def race(
     everyone = [_Runner(name, run) for name, run in runs.items()]
     left = list(everyone)
     near = _near(expected or {}, runs.keys() - set(beside))
+    pace = Pace(rounds)
     for n in range(rounds):
-        told(f"measuring, round {n + 1} of {rounds}: {len(left)} of {len(everyone)} candidates")
+        if n and budget.spent:
+            break
+        told(f"measuring, round {n + 1} of at most {rounds}: {len(left)} of {len(everyone)} candidates{pace.left(n)}")
         rng.shuffle(left)
+        if n == 0 and expected and budget is not UNLIMITED:
+            # Where there is no time for all, those that were measured are the most promising.
+            left.sort(key=lambda r: expected.get(r.name, 0.0))
         for runner in list(left):
+            if budget.spent and any(r.parts for r in everyone):
+                break
             try:
                 runner.parts.append(runner.run(n))
             except IsthmusError as e:
@@ -88,12 +99,12 @@ def race(
                 failed[runner.name] = e
                 left.remove(runner)
                 everyone.remove(runner)
-        if eliminate:
+        if eliminate and not budget.spent:
             aside = [r for r in left if r.name in beside] if n + 1 < _FEW else []
             left = [*_still_in([r for r in left if r.name not in beside], n + 1, near), *aside]
             if not left or (len(left) == 1 and n + 1 >= _LEAST_OF_LEADERS):
                 break
-    return {runner.name: runner.measured() for runner in everyone}
+    return {runner.name: runner.measured() for runner in everyone if runner.parts}
 
 
 def _near(expected: Mapping[str, float], names: Collection[str]) -> set[str]:

@@ -14,6 +14,7 @@ from isthmus.errors import ProfileMalformed
 from isthmus.frame import Frame
 from isthmus.graph.model import Model
 from isthmus.graph.optimised import read_optimised
+from isthmus.planner.budget import UNLIMITED, Budget, Pace
 from isthmus.planner.profiling.nodes import node_seconds
 from isthmus.planner.profiling.profile import HopCost, Profile, SegmentCost, Timing, content_of
 from isthmus.planner.profiling.remote import Call, Measured, ProfiledFunction
@@ -44,12 +45,21 @@ class Subject:
 
 
 def measure(
-    function: ProfiledFunction, subject: Subject, tier: str, segments: Sequence[Segment], *, runs: int, told: Progress
+    function: ProfiledFunction,
+    subject: Subject,
+    tier: str,
+    segments: Sequence[Segment],
+    *,
+    runs: int,
+    told: Progress,
+    budget: Budget = UNLIMITED,
 ) -> Profile:
     """What the function's device takes for the whole model and for `segments`, each run `runs` times or a few more.
 
     The runs come in ROUNDS rounds over all segments, so that each segment meets the device at several moments. Those
     whose series disagree are measured in up to MORE_ROUNDS more; what disagrees then is kept, and said to be unsteady.
+    When the budget is spent no further series begins: segments without any are left out, and a warning names them. The
+    whole model has one in any case.
 
     Raises:
         HopError, RequestError, SegmentError: what the function, or the way to it, did not allow.
@@ -58,14 +68,22 @@ def measure(
     device = function.device()
     whole = subject.bundle.segment(WHOLE)
     every = [_Series(function, subject, device, s, max(1, -(-runs // ROUNDS))) for s in (whole, *segments)]
+    pace = Pace(ROUNDS * len(every))
     for number in range(1, ROUNDS + MORE_ROUNDS + 1):
-        due = every if number <= ROUNDS else [s for s in every if not s.timing().steady]
+        due = every if number <= ROUNDS else [s for s in every if s.seen and not s.timing().steady]
         for i, series in enumerate(due, start=1):
-            again = "" if number <= ROUNDS else ", it was unsteady"
-            told(f"{tier}, round {number}: {series.segment.id}, {i} of {len(due)}{again}")
+            if budget.spent and every[0].seen:
+                break
+            again = f" of {ROUNDS}" if number <= ROUNDS else ", it was unsteady"
+            left = pace.left((number - 1) * len(every) + i - 1) if number <= ROUNDS else ""
+            told(f"{tier}, round {number}{again}: {series.segment.id}, {i} of {len(due)}{left}")
             series.go_on()
     told(f"{tier}: what a call and what packing costs by itself")
+    skipped = [series.segment.id for series in every if not series.seen]
+    every = [series for series in every if series.seen]
     warnings = [w for series in every for w in series.warnings()]
+    if skipped:
+        warnings.append(f"the time limit left {len(skipped)} segments unmeasured: {', '.join(skipped)}")
     costs = {series.segment.id: series.cost() for series in every}
     nodes = every[0].nodes(costs[WHOLE].run.median)
     if nodes is None:
@@ -96,11 +114,11 @@ class _Series:
     ) -> None:
         self.segment = segment
         self._function, self._subject, self._device, self._runs = function, subject, device, runs
-        self._seen: list[Measured] = []
+        self.seen: list[Measured] = []
 
     def go_on(self) -> None:
         """Make one more series; the first one also sees the memory, and of the whole model the nodes."""
-        first = not self._seen
+        first = not self.seen
         seen = self._function.measure(
             Frame(self._subject.arrays(self.segment), self._subject.digest, self.segment.id),
             runs=self._runs,
@@ -114,18 +132,18 @@ class _Series:
                 path=self._function.url,
                 hint="scale the function to one replica, or give the URL of one of them",
             )
-        self._seen.append(seen)
+        self.seen.append(seen)
 
     def timing(self) -> Timing:
-        return timing([seen.runs_s for seen in self._seen])
+        return timing([seen.runs_s for seen in self.seen])
 
     def cost(self) -> SegmentCost:
-        first = self._seen[0]
+        first = self.seen[0]
         weights = sum(t.length for t in self._subject.bundle.weight_ranges(self.segment))
         return SegmentCost(
             run=self.timing(),
-            decode_s=statistics.median(seen.decode_s for seen in self._seen),
-            encode_s=statistics.median(seen.encode_s for seen in self._seen),
+            decode_s=statistics.median(seen.decode_s for seen in self.seen),
+            encode_s=statistics.median(seen.encode_s for seen in self.seen),
             input_bytes=first.input_bytes,
             output_bytes=first.output_bytes,
             weights_bytes=weights,
@@ -135,7 +153,7 @@ class _Series:
 
     def nodes(self, total_s: float) -> tuple[float, ...] | None:
         """Seconds of each node of the model, `total_s` in all; None where they were not seen."""
-        first = self._seen[0]
+        first = self.seen[0]
         if not first.graph:
             return None
         return node_seconds(self._subject.model, read_optimised(first.graph), first.kernels, total_s)
@@ -144,12 +162,12 @@ class _Series:
         run, name = self.timing(), f"segment {self.segment.id}"
         if not run.steady:
             yield (
-                f"{name} was unsteady in {len(self._seen)} series: the device changed its speed, or others use it"
+                f"{name} was unsteady in {len(self.seen)} series: the device changed its speed, or others use it"
                 f" (quartiles {run.spread:.0%} of the median apart)"
             )
-        if (fewest := min(len(seen.runs_s) for seen in self._seen)) < self._runs:
+        if (fewest := min(len(seen.runs_s) for seen in self.seen)) < self._runs:
             yield f"{name} was run {fewest} instead of {self._runs} times in a row: the function's deadline was near"
-        if not self._seen[0].arena_bytes:
+        if not self.seen[0].arena_bytes:
             yield f"the memory of {name} was not measured: only its weights count"
 
 

@@ -223,6 +223,16 @@ def test_runs_of_second_sizes_end_when_their_time_is_spent(tmp_path: Path) -> No
     # What was not tried is promised by nobody.
     assert run.whole(extract(model, weights, None, None))[0] == {}
     assert "the 0 s for such runs were spent" in run.notes[0]
+    assert run.partition(partition(model, weights, [cuts(model)[0]])).difference == 0
+
+
+def test_partitions_run_at_one_size_once_the_time_for_others_is_spent(tmp_path: Path) -> None:
+    model = open_model(unknown_to_inference(tmp_path / "m.onnx", ["n", 4]))
+    weights = weights_file.write(model.initialisers(), tmp_path / weights_file.LOCATION)
+    run = DryRun(model, tmp_path, weights.tensors)
+    run.whole(extract(model, weights, None, None))
+    run.budget_s = 0
+    assert run.partition(partition(model, weights, [cuts(model)[0]])) == (0.0, {})
 
 
 def shaped_by_values(path: Path) -> Path:
@@ -264,7 +274,37 @@ def test_a_model_that_draws_random_numbers_is_not_compared(tmp_path: Path) -> No
         [value("y", FLOAT, [1, 4])],
     )
     bundle, _ = build(path, "m", tmp_path / "out", partitions=["1"])
+    (note,) = bundle.source["dry_run"]["notes"]
+    assert note == "two runs with the same input differ, so segments were not compared with the whole model"
+
+
+def test_sizes_that_follow_from_one_another_are_tried_together(tmp_path: Path) -> None:
+    path = save(
+        tmp_path / "m.onnx",
+        [
+            node("Concat", ["past", "x"], ["all"], axis=1),
+            node("Neg", ["all"], ["a"]),
+            node("BiasGelu", ["a", "b"], ["g"], domain="com.microsoft"),
+            node("Mul", ["g", "mask"], ["y"]),
+        ],
+        [value("past", FLOAT, [1, "p", 4]), value("x", FLOAT, [1, "s", 4]), value("mask", FLOAT, [1, "t", 1])],
+        [value("y", FLOAT, [1, "t", 4])],
+        [array(np.ones(4, np.float32), "b")],
+        domain="com.microsoft",
+    )
+    bind = {"past": (1, 3, 4), "x": (1, 2, 4), "mask": (1, 5, 1)}
+    bundle, _ = build(path, "m", tmp_path / "out", partitions=["1"], bind=bind)
     assert "dry_run" not in bundle.source
+    assert shape_of(bundle, "y")[1:] in (("t", 4), ("?", 4))
+
+
+def test_a_model_whose_cuts_are_all_refused_is_left_whole_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("isthmus.graph.dry_run.WRONG", -1.0)
+    bundle, _ = build(small(tmp_path / "m.onnx"), "m", tmp_path / "out")
+    assert bundle.default_cuts == ()
+    assert bundle.source["dry_run"]["notes"][0].startswith("left whole: the segments at the cut 0")
 
 
 def changed(step: Mapping[str, Any]) -> dict[str, Any]:

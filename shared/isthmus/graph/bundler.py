@@ -168,14 +168,18 @@ def _narrow(model: Model) -> list[CutInfo]:
 def _by_default(run: DryRun, weights: Weights) -> list[_Rehearsed]:
     """The narrowest cut whose segments compute what the model does; where all differ, the one that differs least."""
     found: list[_Rehearsed] = []
+    refused: list[str] = []
     for cut in _narrow(run.model)[:_MOST_TRIED]:
         try:
             tried = _rehearsed(run, weights, [cut])
-        except CutError:
+        except CutError as e:
+            refused.append(e.message)
             continue
         if tried.difference <= run.tolerance:
             return [tried]
         found.append(tried)
+    if refused and not found:
+        run.notes.append(f"left whole: {refused[0]}")
     return sorted(found, key=lambda r: r.difference)[:1]
 
 

@@ -81,6 +81,7 @@ class DryRun:
     _expected: list[Mapping[str, Array]] = field(default_factory=list)
     _sizes: list[dict[str, int]] = field(default_factory=list)
     _extra_s: float = 0.0
+    _repeats: bool = True
 
     def whole(
         self, whole: Extracted, picture: Case | None = None, *, must_run: bool = True
@@ -95,6 +96,8 @@ class DryRun:
         runner = self._load(whole)
         if not self._example(runner, must_run):
             return {}, None
+        if self.model.is_random:
+            self._repeats = self._is_repeatable(runner)
         shown = None
         if picture is not None:
             self._keep(picture, self._attempt(runner, picture))
@@ -103,8 +106,7 @@ class DryRun:
         if any(n.op_type in _QUANTISING for n in self.model.nodes):
             for seed in range(_MORE_INPUTS):
                 self._extra(runner, Case(f"other values {seed}", _noise(self._cases[0].arrays, seed)))
-        for names, sizes in _free(whole.inputs, self._cases[0].arrays):
-            complete &= self._second_size(runner, names, sizes)
+        complete &= self._second_sizes(runner, whole.inputs)
         self._sizes = [_named_sizes(whole.inputs, case.arrays) for case in self._cases]
         claims = self.model.claims if complete else {}
         return self._settled(whole.outputs, self._expected, claims), shown
@@ -133,18 +135,39 @@ class DryRun:
                     return Seen(0.0, changed)
         except (ModelError, FrameError, SegmentError) as e:
             raise CutError(f"the cut {name} cannot be used: {e.message}", cut=name, **e.facts) from e
-        if self.model.is_random:
+        if not self._repeats:
             return Seen(0.0, {})
-        floats, all_ = _differences(self._expected, values)
+        floats, all_ = self._differences(values)
         if floats > WRONG:
+            how = f"differ by {floats:.0%} of their largest value" if floats < float("inf") else "are not finite alike"
             raise CutError(
-                f"the segments at the cut {name} do not compute what the model does: outputs differ by {floats:.0%} of"
-                " their largest value",
+                f"the segments at the cut {name} do not compute what the model does: outputs {how}",
                 cut=name,
                 difference=floats,
                 hint="cut elsewhere: isthmus cuts MODEL",
             )
         return Seen(all_, {})
+
+    def _differences(self, got: Sequence[Mapping[str, Array]]) -> tuple[float, float]:
+        """The largest difference of any float output, and of any output, relative to its magnitude in all cases.
+
+        In all: made-up inputs may give outputs near zero, where the last digit would count as much as another case's
+        all. Whole numbers and sizes that values decide differ wholly where a rounding decides, so 1 is their most.
+        """
+        floats = all_ = 0.0
+        for name in self._expected[0] if self._expected else ():
+            scale = max(magnitude(outputs[name]) for outputs in self._expected)
+            for a, b in zip(self._expected, got, strict=False):  # some cases may have been left out
+                found = difference(a[name], b[name], scale)
+                if a[name].dtype.kind in "iub" or (a[name].shape != b[name].shape and FREE in self._shape(name)):
+                    found = min(found, 1.0)
+                else:
+                    floats = max(floats, found)
+                all_ = max(all_, found)
+        return floats, all_
+
+    def _shape(self, name: str) -> tuple[int | str, ...]:
+        return self.model.specs[name].shape
 
     @property
     def example_outputs(self) -> Mapping[str, Array]:
@@ -211,18 +234,45 @@ class DryRun:
         others = {n: _with_other_values(a) for n, a in self._cases[0].arrays.items()}
         return self._extra(runner, Case("other values", others)) == ""
 
+    def _is_repeatable(self, runner: UnpublishedRunner) -> bool:
+        """Whether a second run of a model with random operators gives what the first one gave."""
+        again = self._attempt(runner, self._cases[0])
+        if all(np.array_equal(array, again[name]) for name, array in self._expected[0].items()):
+            return True
+        self.notes.append("two runs with the same input differ, so segments were not compared with the whole model")
+        return False
+
+    def _second_sizes(self, runner: UnpublishedRunner, specs: Sequence[TensorSpec]) -> bool:
+        """Whether the model ran with a second size of every free dimension: of each alone, or of all together."""
+        arrays = self._cases[0].arrays
+        lacking = [
+            note
+            for names, sizes in _free(specs, arrays)
+            if (note := self._second_size(runner, names, sizes)) is not None
+        ]
+        if len(lacking) > 1:
+            # Some follow others, as a mask's length does those of the past and of the input: twice all keeps sums.
+            doubled = {s.name: _doubled(s, arrays[s.name].shape) for s in specs}
+            resized = {name: _resized(array, doubled[name]) for name, array in arrays.items()}
+            if 0 not in {n for shape in doubled.values() for n in shape} and not self._extra(
+                runner, Case("twice", resized)
+            ):
+                return True
+        self.notes.extend(lacking)
+        return not lacking
+
     def _second_size(
         self, runner: UnpublishedRunner, names: str, sizes: Sequence[Mapping[str, tuple[int, ...]]]
-    ) -> bool:
+    ) -> str | None:
+        """Run with the first of `sizes` that the model runs with: None, or a sentence on why none does."""
         reasons = []
         for shapes in sizes:
             resized = {n: _resized(a, shapes.get(n, a.shape)) for n, a in self._cases[0].arrays.items()}
             what = ", ".join(f"{n} {'x'.join(map(str, s))}" for n, s in shapes.items())
             if not (reason := self._extra(runner, Case(what, resized))):
-                return True
+                return None
             reasons.append(f"{what}: {reason}")
-        self.notes.append(f"only one size of {names} was run: {'; '.join(reasons)}"[:_MAX_SHOWN])
-        return False
+        return f"only one size of {names} was run: {'; '.join(reasons)}"[:_MAX_SHOWN]
 
     def _extra(self, runner: UnpublishedRunner, case: Case) -> str:
         """Run a case that may fail: why it did not run, or nothing."""
@@ -254,7 +304,8 @@ class DryRun:
                         f"{spec.name} is {got} when it runs, and {expected} by its graph", tensor=spec.name
                     )
             shapes = [a.shape for a in arrays]
-            found = TensorSpec(spec.name, spec.dtype, _held(spec, shapes, self._sizes, claims.get(spec.name, {})))
+            held = _held(spec, shapes, self._sizes[: len(shapes)], claims.get(spec.name, {}))
+            found = TensorSpec(spec.name, spec.dtype, held)
             if found != spec:
                 mended[spec.name] = found
         return mended
@@ -309,6 +360,10 @@ def _other_sizes(n: int) -> list[int]:
     return [m for m in dict.fromkeys((*halves, 2 * n, n + 1, n - 1)) if m > 0 and m != n]
 
 
+def _doubled(spec: TensorSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(2 * n if isinstance(dim, str) else n for dim, n in zip(spec.shape, shape, strict=True))
+
+
 def _with_size(arrays: Mapping[str, Array], where: Sequence[tuple[str, int]], size: int) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for name, axis in where:
@@ -349,22 +404,6 @@ def _named_sizes(specs: Sequence[TensorSpec], arrays: Mapping[str, Array]) -> di
         for dim, n in zip(spec.shape, arrays[spec.name].shape, strict=True)
         if isinstance(dim, str) and dim != FREE
     }
-
-
-def _differences(expected: Sequence[Mapping[str, Array]], got: Sequence[Mapping[str, Array]]) -> tuple[float, float]:
-    """The largest difference of any float output, and of any output, relative to its largest magnitude in all cases.
-
-    In all: made-up inputs may give outputs near zero, where the last digit would count as much as another case's all.
-    """
-    floats = all_ = 0.0
-    for name, first in (expected[0] if expected else {}).items():
-        scale = max(magnitude(outputs[name]) for outputs in expected)
-        pairs = zip(expected, got, strict=False)  # some cases may have been left out
-        found = max(difference(a[name], b[name], scale) for a, b in pairs)
-        all_ = max(all_, found)
-        if first.dtype.kind not in "iub":
-            floats = max(floats, found)
-    return floats, all_
 
 
 def recorded(difference: float) -> float:

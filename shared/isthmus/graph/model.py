@@ -138,8 +138,9 @@ def open_model(
     with load.refusals(path):
         model = load.read(path, normalise=normalise)
         bound = shapes.bind_inputs(model.graph, bind or {}, examples or {})
-        if old_opsets.converted_from(model) is not None and not any(map(_is_random, model.graph)):
-            old_opsets.check_same(Path(path), model, [*shapes.trial_inputs(model.graph, bound, examples or {})])
+        if old_opsets.converted_from(model) is not None:
+            inputs = shapes.trial_inputs(model.graph, bound, examples or {})
+            old_opsets.check_same(Path(path), model, inputs, random=any(map(_is_random, model.graph)))
         return _opened(model, bound, examples or {}, freeze)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from isthmus.bundle import WHOLE, Bundle, digest_of, is_model_name, to_json
+from isthmus.bundle import WHOLE, Bundle, TensorSpec, digest_of, is_model_name, to_json
 from isthmus.codecs import Array
 from isthmus.errors import IsthmusError, Missing, ModelError, RunFailed
 from isthmus.graph import build
@@ -76,10 +76,15 @@ def int8_variant(
         postprocess=bundle.postprocess,
         source={"model": bundle.source.get("model", bundle.name), **made_of},
     )
-    if (made.inputs, made.outputs) != (bundle.inputs, bundle.outputs):
+    if any(_kinds(a) != _kinds(b) for a, b in ((made.inputs, bundle.inputs), (made.outputs, bundle.outputs))):
         raise ModelError("the quantised model takes or gives other tensors than the model itself")
     path = files[made.segment(WHOLE).graph.digest]
     return Variant(made, _session(path, made, threads), files)
+
+
+def _kinds(specs: Sequence[TensorSpec]) -> list[tuple[str, str, int]]:
+    """Names, dtypes and ranks: what can be told of sizes depends on a graph's operators."""
+    return [(s.name, s.dtype, len(s.shape)) for s in specs]
 
 
 def why_not(error: IsthmusError) -> str:

@@ -457,6 +457,11 @@ def processes(root: Path, name: str) -> int:
     return count
 
 
+def laid_out(root: Path, name: str) -> int:
+    """How many folders a function is laid out in."""
+    return len(list((root / ".isthmus" / "build").glob(f"*/*/{name}")))
+
+
 def test_deployments_that_never_get_ready_do_not_pile_up(engine: Engine, root: Path) -> None:
     marker = root / "not-ready"
     assert deploy(engine, "PUT", "other", "example/other:latest", {}).status == 202
@@ -465,11 +470,13 @@ def test_deployments_that_never_get_ready_do_not_pile_up(engine: Engine, root: P
     for _ in range(4):
         assert deploy(engine, "PUT", "other", "example/other:latest", {}).status == 202
     eventually(lambda: processes(root, "other") == 2)  # the one that serves, and the last one
+    eventually(lambda: laid_out(root, "other") == 2)
     found = describe(engine, "other")
     assert (found["replicas"], found["availableReplicas"]) == (0, 0)
     assert http("POST", f"{engine.url}/function/other", body=b"still").data == b"still"
     marker.unlink()
     eventually(lambda: (describe(engine, "other")["availableReplicas"], processes(root, "other")) == (1, 1))
+    eventually(lambda: laid_out(root, "other") == 1)
 
 
 def test_a_deployment_from_a_shell_without_the_engines_variables_runs_with_the_engines_values(tmp_path: Path) -> None:

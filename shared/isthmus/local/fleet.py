@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -187,7 +188,7 @@ class Fleet:
         """
         supervisor = self.find(name)
         del self._running[supervisor.name]
-        task = asyncio.create_task(supervisor.close())
+        task = asyncio.create_task(self._end(supervisor))
         self._leaving.add(task)
         task.add_done_callback(self._leaving.discard)
 
@@ -212,9 +213,21 @@ class Fleet:
         deployment = Deployment(spec, folder, environment, _ready_path(spec), Watchdog.from_env(environment))
         supervisor = self._running.get(spec.name)
         if supervisor is None:
-            supervisor = Supervisor(spec.name, self._session, self._on_event, drain_s=self._drain_s)
+            supervisor = Supervisor(
+                spec.name, self._session, self._on_event, drain_s=self._drain_s, discard=self._remove_folder
+            )
             self._running[spec.name] = supervisor
         supervisor.deploy(deployment, replicas)
+
+    async def _end(self, supervisor: Supervisor) -> None:
+        await supervisor.close()
+        await asyncio.to_thread(self._remove_folder, supervisor.deployment)
+
+    def _remove_folder(self, deployment: Deployment) -> None:
+        """Remove what was laid out for a deployment that was replaced or removed."""
+        folder = deployment.folder.parent
+        if folder.parent == self._places.build:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _environment(self, spec: FunctionSpec) -> dict[str, str]:
         """A function's environment here: its own, the overrides, and the in-cluster gateway's name resolved."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
 
 import aiohttp
@@ -26,10 +26,19 @@ _STEADY_S = 10.0  # a replica that was ready for so long ends a series of crashe
 class Supervisor:
     """One function: its deployment, its replicas and their log.
 
-    A new deployment starts beside the old one, whose replicas drain once the new ones are ready.
+    A new deployment starts beside the old one, whose replicas drain once the new ones are ready. `discard` is called in
+    a thread with each deployment that was replaced and has no replica any more.
     """
 
-    def __init__(self, name: str, session: aiohttp.ClientSession, on_event: OnEvent, *, drain_s: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        session: aiohttp.ClientSession,
+        on_event: OnEvent,
+        *,
+        drain_s: float,
+        discard: Callable[[Deployment], None] = lambda _: None,
+    ) -> None:
         self.name = name
         self.logbook = Logbook(lambda line: on_event(Event("log", line.text, name, line.instance)))
         self.created = datetime.now(UTC)
@@ -44,6 +53,7 @@ class Supervisor:
         self._session = session
         self._on_event = on_event
         self._drain_s = drain_s
+        self._discard = discard
         self._deployment: Deployment | None = None
         self._replicas: list[Replica] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -91,7 +101,9 @@ class Supervisor:
 
     def deploy(self, deployment: Deployment, replicas: int) -> None:
         """Replace what runs by `replicas` of `deployment`."""
-        self._deployment = deployment
+        replaced, self._deployment = self._deployment, deployment
+        if replaced is not None:
+            self._discard_unused(replaced)
         self.created = datetime.now(UTC)
         self.crashes, self.failure = 0, ""
         self.scale(replicas)
@@ -200,7 +212,13 @@ class Supervisor:
         else:
             self.failure = self._with_last_words(replica, how)
             self._restart(replica, misconfigured)
+        if not self._closing:
+            self._discard_unused(replica.deployment)
         self._changed.set()
+
+    def _discard_unused(self, deployment: Deployment) -> None:
+        if deployment is not self._deployment and all(r.deployment is not deployment for r in self._replicas):
+            self._spawn(asyncio.to_thread(self._discard, deployment))
 
     def _restart(self, replica: Replica, misconfigured: bool) -> None:
         """Decide when the next replica is started in place of one that ended by itself, if ever."""
@@ -210,8 +228,8 @@ class Supervisor:
         self._failed_starts = self._failed_starts + 1 if replica.ready_at is None else 0
         if misconfigured or self._failed_starts >= MAX_FAILED_STARTS * max(1, self.desired):
             self.given_up = True
-            why = "its settings" if misconfigured else "the cause"
-            self._tell("failed", f"{self.failure}; not started again: change {why}, then deploy it", replica)
+            after = "deployed, or this engine started, with other settings" if misconfigured else "deployed or scaled"
+            self._tell("failed", f"{self.failure}; not started again until it is {after}", replica)
             return
         wait_s = min(_LONGEST_BACKOFF_S, 0.25 * 2 ** (self.crashes - 2)) if self.crashes > 1 else 0.0
         self._not_before = time.monotonic() + wait_s

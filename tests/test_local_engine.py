@@ -6,8 +6,11 @@ import base64
 import contextlib
 import json
 import os
+import re
+import shutil
 import signal
 import socket
+import subprocess
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -278,6 +281,32 @@ def test_a_stack_is_deployed_over_one_client(engine: Engine) -> None:
                 reply = pool.request("PUT", f"{engine.url}/system/functions", body=body, headers=login_header(engine))
                 assert reply.status == 202
     eventually(lambda: all(describe(engine, name)["availableReplicas"] for name in ("echo", "other")))
+
+
+@pytest.mark.skipif(shutil.which("faas-cli") is None, reason="faas-cli is not installed")
+def test_faas_cli_logs_in_deploys_the_stack_and_calls_a_function(
+    engine: Engine, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def faas_cli(*arguments: str, stdin: bytes = b"") -> str:
+        command = ["faas-cli", *arguments, "--gateway", engine.url]
+        ran = subprocess.run(command, input=stdin, stdout=-1, stderr=-2, timeout=LONG_S, cwd=root, check=False)
+        return f"{ran.returncode} {ran.stdout.decode()}"
+
+    assert "Unauthorized" in faas_cli("list")
+    login = ("login", "--username", "admin", "--password-stdin")
+    assert faas_cli(*login, stdin=b"wrong").startswith("1 ")
+    assert faas_cli(*login, stdin=(root / ".isthmus" / PASSWORD_FILE).read_bytes()).startswith("0 ")
+    deployed = faas_cli("deploy", "-f", "stack.yml")
+    assert (deployed[:2], deployed.count("202 Accepted")) == ("0 ", 2)
+    eventually(lambda: describe(engine, "echo")["availableReplicas"] == 2)
+    assert re.search(r"^echo +\t\d+ +\t2", faas_cli("list"), re.MULTILINE)
+    assert "example/echo:latest" in faas_cli("describe", "echo")
+    assert "no differences" in faas_cli("diff", "-f", "stack.yml")
+    assert faas_cli("invoke", "echo", stdin=b"hello") == "0 hello"
+    refused = faas_cli("deploy", "-f", "stack.yml", "--env", "PYTHONPATH=/code")
+    assert (refused[:2], "'PYTHONPATH'" in refused) == ("1 ", True)
 
 
 def test_calls_health_and_metrics_need_no_login(engine: Engine) -> None:

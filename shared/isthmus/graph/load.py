@@ -21,7 +21,7 @@ from onnx_ir.passes import common
 
 from isthmus.errors import IsthmusError, ModelError
 from isthmus.frame import entry_bytes, why_not_carried, why_not_together
-from isthmus.graph import old_opsets
+from isthmus.graph import lean, old_opsets
 from isthmus.graph.weights import ends, inline, is_outside, same_content
 
 # Initialisers may stay out of a graph's inputs, and lie in external files, from IR version 4 on.
@@ -77,7 +77,10 @@ def refusals(path: str | os.PathLike[str]) -> Iterator[None]:
 
 def _parse(path: Path) -> ir.Model:
     try:
-        proto = onnx.load(str(path), format="protobuf", load_external_data=False)
+        proto = lean.read(path)
+        if old_opsets.is_old(proto):
+            # The converter works on whole models alone.
+            proto = onnx.load(str(path), format="protobuf", load_external_data=False)
     except OSError as e:
         raise ModelError(f"{path} cannot be read: {e.strerror or e}", model=str(path)) from e
     except (DecodeError, ValueError) as e:

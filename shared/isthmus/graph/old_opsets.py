@@ -53,6 +53,11 @@ def one_domain(proto: onnx.ModelProto, path: Path) -> None:
                 node.domain = ""
 
 
+def is_old(proto: onnx.ModelProto) -> bool:
+    """Whether the model uses an opset before 11."""
+    return any(o.version < OLDEST_OPSET for o in proto.opset_import if o.domain in ("", _AI_ONNX))
+
+
 def converted(proto: onnx.ModelProto, path: Path) -> tuple[onnx.ModelProto, int | None]:
     """The model at opset 11 where it uses an older one, and the opset that it was converted from.
 

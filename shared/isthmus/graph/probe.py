@@ -113,14 +113,20 @@ def _session(graph: ir.Graph, model: ir.Model) -> Iterator[ort.InferenceSession]
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
-    # onnxruntime looks for external files in one folder alone, and follows no links out of it.
     outside = {n: t for n, v in graph.initializers.items() if isinstance(t := v.const_value, ir.ExternalTensor)}
-    arrays = [_packed(t) for t in outside.values()]
-    loaded = [
-        ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, int(t.dtype))
-        for array, t in zip(arrays, outside.values(), strict=True)
-    ]
-    options.add_external_initializers(list(outside), loaded)
+    arrays = []
+    folders = {str(t.base_dir) for t in outside.values()}
+    if len(folders) == 1 and all(_is_aligned(t) for t in outside.values()):
+        # onnxruntime maps the files, without a copy, of one folder.
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", *folders)
+    else:
+        arrays = [_packed(t) for t in outside.values()]
+        values = [
+            ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, int(t.dtype))
+            for array, t in zip(arrays, outside.values(), strict=True)
+        ]
+        options.add_external_initializers(list(outside), values)
+    # Weights that are laid out anew for one run would be another copy of them.
     options.add_session_config_entry("session.disable_prepacking", "1")
     proto = ir.serde.serialize_model(ir.Model(graph, ir_version=model.ir_version))
     try:
@@ -133,8 +139,17 @@ def _session(graph: ir.Graph, model: ir.Model) -> Iterator[ort.InferenceSession]
     yield session
 
 
+def _is_aligned(tensor: ir.ExternalTensor) -> bool:
+    return (tensor.offset or 0) % max(1, math.ceil(tensor.dtype.itemsize)) == 0
+
+
 def _packed(tensor: ir.ExternalTensor) -> npt.NDArray[np.generic]:
-    """The tensor's bytes as onnxruntime takes them: from the start of an array of its shape, whatever its dtype is."""
-    array = np.zeros(tensor.shape.numpy(), np.dtype(f"u{max(1, math.ceil(tensor.dtype.itemsize))}"))
+    """The tensor's bytes as onnxruntime takes them: in an array of its shape, from the start, whatever its dtype is."""
+    dtype = np.dtype(f"u{max(1, math.ceil(tensor.dtype.itemsize))}")
+    shape = tensor.shape.numpy()
+    if tensor.nbytes == math.prod(shape) * dtype.itemsize:
+        # Mapped: onnxruntime copies them, and then these pages can go.
+        return np.memmap(tensor.path, dtype, "r", tensor.offset or 0, shape)
+    array = np.zeros(shape, dtype)
     read_into(tensor, array.data.cast("B")[: tensor.nbytes])
     return array

@@ -370,6 +370,8 @@ def test_logs_hold_what_a_function_printed(engine: Engine) -> None:
     assert system(engine, "GET", f"/system/logs?name=echo&since={later}").data == b""
     assert len(system(engine, "GET", "/system/logs?name=echo&tail=2").data.splitlines()) == 2
     assert system(engine, "GET", "/system/logs?name=echo&since=yesterday").status == 400
+    for odd in ("%C2%B2", "9" * 5000, "-1"):
+        assert system(engine, "GET", f"/system/logs?name=echo&tail={odd}").status == 200
 
 
 def test_a_log_can_be_followed(engine: Engine) -> None:
@@ -475,6 +477,17 @@ def test_a_503_has_the_functions_last_words_only_where_details_are_exposed(tmp_p
                 True,
             )
         assert all(any("broken was set" in e.text for e in events if e.function == name) for name in ("echo", "other"))
+
+
+def test_a_listener_that_fails_ends_nothing_of_the_engine(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(event: Event) -> None:
+        raise RuntimeError(event.text)
+
+    with Engine(write_stack(tmp_path), replicas={"other": 0}, on_event=fail) as engine:
+        engine.wait_ready(LONG_S)
+        assert http("POST", f"{engine.url}/function/echo/say", body="said").status == 204
+        eventually(lambda: b'"said"' in system(engine, "GET", "/system/logs?name=echo").data)
+    assert "an event was not told" in caplog.text
 
 
 def processes(root: Path, name: str) -> int:

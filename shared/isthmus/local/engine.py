@@ -22,7 +22,7 @@ from isthmus.local.build import build_folder
 from isthmus.local.callbacks import CallbackPolicy, parse_networks
 from isthmus.local.credentials import PASSWORD_FILE, USER, ensure_password
 from isthmus.local.door import Door
-from isthmus.local.events import Event, OnEvent, ignore
+from isthmus.local.events import Event, OnEvent, ignore, shielded
 from isthmus.local.fleet import Fleet, Places
 from isthmus.local.gateway import create_gateway
 from isthmus.local.inthread import InThread
@@ -193,6 +193,7 @@ async def _run_until_signal(options: Options) -> None:
 @contextlib.asynccontextmanager
 async def _running(options: Options) -> AsyncIterator[_Running]:
     """An engine from the moment its port is taken until its last process is gone."""
+    tell = shielded(options.on_event)
     file = StackFile(options.stack_file, options.variables)
     stack = file.read()
     networks = parse_networks(options.callback_networks)
@@ -205,14 +206,12 @@ async def _running(options: Options) -> AsyncIterator[_Running]:
             build = leaving.enter_context(build_folder(state / "build", port))
             places = Places(url, build, state / "cache", SecretFolder(state / "secrets"))
             session = await leaving.enter_async_context(_session())
-            fleet = Fleet(
-                file, places, session, options.on_event, overrides=options.environment, drain_s=options.drain_s
-            )
+            fleet = Fleet(file, places, session, tell, overrides=options.environment, drain_s=options.drain_s)
             leaving.push_async_callback(fleet.close)
             fleet.start(options.replicas)
             metrics = Metrics()
             policy = CallbackPolicy(url, networks)
-            queue = AsyncQueue(fleet, url, session, options.on_event, policy)
+            queue = AsyncQueue(fleet, url, session, tell, policy)
             leaving.push_async_callback(queue.close)
             proxy = Proxy(fleet.get, metrics)
             leaving.callback(proxy.close)
@@ -232,9 +231,9 @@ async def _running(options: Options) -> AsyncIterator[_Running]:
                 raise LocalError("the gateway was not set up")
             door = Door(listener, runner.server, proxy.handle)
             leaving.push_async_callback(door.close, options.drain_s)
-            options.on_event(Event("listening", url))
+            tell(Event("listening", url))
             login = f"faas-cli login -g {url} -u {USER} --password-stdin < {shlex.quote(str(state / PASSWORD_FILE))}"
-            options.on_event(Event("login", login))
+            tell(Event("login", login))
             yield _Running(url, password, fleet)
 
 

@@ -6,6 +6,7 @@ import base64
 import binascii
 import ipaddress
 import json
+import re
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any
@@ -234,7 +235,7 @@ def _secret(doc: dict[str, Any]) -> tuple[str, bytes]:
 
 
 def _tail(text: str) -> int | None:
-    return int(text) if text.isdigit() and int(text) > 0 else None
+    return int(text) or None if re.fullmatch("[0-9]{1,9}", text) else None
 
 
 def _since(text: str) -> datetime | None:

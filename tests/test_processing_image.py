@@ -161,6 +161,55 @@ def test_a_transparent_colour_key_lies_over_white() -> None:
     assert pixels(wide).tolist() == [[[255] * 3, [255, 128, 16]]]
 
 
+@pytest.mark.parametrize(
+    ("depth", "row", "key", "expected"),
+    [
+        (1, [0b01010000], 1, [0, 255, 0, 255]),
+        (2, [0b00011011], 1, [0, 255, 170, 255]),
+        (2, [0b00011011], 0xFFFC | 2, [0, 85, 255, 255]),
+        (4, [0x01, 0x8F], 8, [0, 17, 255, 255]),
+        (8, [0, 1, 200, 255], 200, [0, 1, 255, 255]),
+        (8, [0, 1, 200, 254], 0x1200 | 200, [0, 1, 255, 254]),
+        (16, [0, 0, 1, 0, 2, 5, 250, 0], 0x0205, [0, 1, 255, 249]),
+    ],
+)
+def test_a_transparent_grey_of_any_depth_lies_over_white(
+    depth: int, row: list[int], key: int, expected: list[int]
+) -> None:
+    data = png(4, 1, png_chunk(b"tRNS", struct.pack(">H", key)), depth=depth, colour=0, body=bytes([0, *row]))
+    assert pixels(data)[0, :, 0].tolist() == expected
+
+
+def bmp32(masks: tuple[int, int, int, int] | None, colours: list[tuple[int, int, int, int]]) -> bytes:
+    """One row of 32-bit pixels, blue first; without masks a plain BITMAPINFOHEADER."""
+    size, compression = (40, 0) if masks is None else (56, 3)
+    info = struct.pack("<IiiHHIIiiII", size, len(colours), 1, 1, 32, compression, 0, 0, 0, 0, 0)
+    head = info + (struct.pack("<4I", *masks) if masks is not None else b"")
+    body = b"".join(bytes((b, g, r, a)) for r, g, b, a in colours)
+    return b"BM" + struct.pack("<IHHI", 14 + len(head) + len(body), 0, 0, 14 + len(head)) + head + body
+
+
+BGRA = (0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+
+
+@pytest.mark.parametrize(
+    ("masks", "alphas", "expected"),
+    [
+        ((0, 0, 0, 0), (0, 0), [(200, 100, 50), (1, 2, 3)]),
+        ((0, 0, 0, 0), (255, 0), [(200, 100, 50), (1, 2, 3)]),
+        ((0xFF0000, 0xFF00, 0xFF, 0), (0, 255), [(200, 100, 50), (1, 2, 3)]),
+        (BGRA, (0, 0), [(200, 100, 50), (1, 2, 3)]),
+        (BGRA, (255, 0), [(200, 100, 50), (255, 255, 255)]),
+        (None, (0, 0), [(200, 100, 50), (1, 2, 3)]),
+    ],
+)
+def test_a_bmp_without_alpha_is_opaque(
+    masks: tuple[int, int, int, int] | None, alphas: tuple[int, int], expected: list[tuple[int, int, int]]
+) -> None:
+    data = bmp32(masks, [(200, 100, 50, alphas[0]), (1, 2, 3, alphas[1])])
+    assert pixels(data)[0].tolist() == [list(colour) for colour in expected]
+
+
 def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
     values = np.array([[0, 256, 257, 32768, 65535]], np.uint16)
     want = [0, 1, 1, 128, 255]

@@ -72,6 +72,10 @@ _TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION, _BITS, _PHOTOMETRIC, _TILE_WIDTH, _TILE_LENGTH = 0x0112, 258, 262, 322, 323
+_PNG_DEPTH = 24
+"""Where a PNG's header has the bits of a sample."""
+_BMP_V3, _BMP_ALPHA_MASK = 56, slice(66, 70)
+"""The shortest BMP header with a mask for alpha, and where in the file that mask is."""
 _quiet = threading.Lock()
 
 
@@ -182,13 +186,35 @@ def _to_rgb(picture: Image.Image, source: ImageFile.ImageFile, data: bytes) -> I
         return _from_wide(picture, source)
     if source.info.get("transparency") is None and picture.mode not in ("RGBA", "LA", "PA", "La", "RGBa"):
         return picture.convert("RGB")
-    if picture.mode == "RGB" and data[24:25] == b"\x10" and isinstance(source, PngImagePlugin.PngImageFile):
-        # The pixels lost their lower bytes, so the colour that stands for transparent loses them too.
-        picture.info["transparency"] = tuple(v >> 8 for v in source.info["transparency"])
+    if isinstance(source, BmpImagePlugin.BmpImageFile) and _is_opaque(picture, data):
+        return picture.convert("RGB")
+    if isinstance(source, PngImagePlugin.PngImageFile) and picture.mode in ("L", "RGB"):
+        picture.info["transparency"] = _as_pixels(source.info["transparency"], data[_PNG_DEPTH])
     rgba = (picture.convert("LA") if picture.mode == "La" else picture).convert("RGBA")
     white = Image.new("RGB", rgba.size, "white")
     white.paste(rgba, mask=rgba.getchannel("A"))
     return white
+
+
+def _as_pixels(key: int | tuple[int, ...], depth: int) -> int | tuple[int, ...]:
+    """A PNG's transparent colour, in samples of `depth` bits, as the 8-bit pixels that Pillow makes of such samples.
+
+    Bits beyond the depth do not count. Source: PNG, third edition, 11.3.1.1.
+    """
+
+    def pixel(sample: int) -> int:
+        return (sample & 0xFFFF) >> 8 if depth == 16 else (sample & (2**depth - 1)) * 255 // (2**depth - 1)
+
+    return pixel(key) if isinstance(key, int) else tuple(map(pixel, key))
+
+
+def _is_opaque(picture: Image.Image, data: bytes) -> bool:
+    """Whether a BMP's fourth byte is no alpha: its header has no mask for one, or it is zero in every pixel.
+
+    Programs that write 32 bits a pixel often leave that byte at zero; readers take such a picture as opaque.
+    """
+    has_mask = int.from_bytes(data[14:18], "little") >= _BMP_V3 and any(data[_BMP_ALPHA_MASK])
+    return picture.mode == "RGBA" and not (has_mask and picture.getchannel("A").getextrema()[1])
 
 
 def _from_wide(picture: Image.Image, source: ImageFile.ImageFile) -> Image.Image:

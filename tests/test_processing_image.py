@@ -302,6 +302,10 @@ def test_a_truncated_image_is_malformed(name: str, share: float) -> None:
         (b"%!PS-Adobe-3.0 EPSF", "PostScript"),
         (b"/9j/4AAQSkZJRg", "a JPEG in base64"),
         (b"data:image/png;base64,iVBO", "a data: URL"),
+        (b"R0lGODlhAQABAIAAAP", "a GIF in base64"),
+        (b"image=%89PNG", "a form in the URL's encoding"),
+        (b"--boundary\r\n\r\n", "a form (multipart/form-data) that is not one"),
+        (b"\x89PNG\x1a", "a PNG whose line breaks were changed, as curl -d does"),
         (b"\x00\x01\x02\x03", "unknown binary data"),
     ],
 )

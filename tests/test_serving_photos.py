@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,6 +43,100 @@ def test_a_photo_in_json_gives_the_same(client: FlaskClient, photos: Published) 
     answer = client.post("/", json={"image": base64.b64encode(data).decode(), "top_k": 2})
     assert_classes(answer.json["classes"], expected_classes(photos, data, 2))
     assert_classes(client.post("/?top_k=5", data=data).json["classes"], expected_classes(photos, data, 5))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda text: f"data:image/png;base64,{text}",
+        lambda text: f"data:image/png;name=cat.png;BASE64,{text}",
+        lambda text: "\r\n".join(text[i : i + 76] for i in range(0, len(text), 76)) + "\n",
+        lambda text: text.rstrip("="),
+        lambda text: text.replace("+", "-").replace("/", "_"),
+        lambda text: text.replace("+", "-").replace("/", "_").rstrip("=") + "\n",
+    ],
+    ids=["data url", "data url with parameters", "lines", "no padding", "url-safe", "all of it"],
+)
+def test_base64_that_can_mean_only_one_photo_is_taken(
+    client: FlaskClient, photos: Published, wrap: Callable[[str], str]
+) -> None:
+    # A length that needs padding, and letters that the alphabets write differently; zeros after a PNG's end are none's.
+    seeds = (photo(seed=seed) for seed in range(99))
+    data = next(d for d in seeds if {"+", "/"} <= set(base64.b64encode(d).decode()))
+    data += b"\0" * ((1 - len(data)) % 3)
+    text = base64.b64encode(data).decode()
+    assert text.endswith("==")
+    answer = client.post("/", json={"image": wrap(text)})
+    assert answer.status_code == 200, answer.text
+    assert_classes(answer.json["classes"], expected_classes(photos, data))
+
+
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        (7, "it is a number, not text"),
+        (None, "it is null, not text"),
+        (["/9j/"], "it is a list, not text"),
+        ("data:image/png,%89PNG", "a data: URL without ;base64"),
+        ("iVBO Rw0K", "it holds spaces"),
+        ("iVBORw0é", "character 8 is 'é'"),
+        ("iVBO*w0K", "letter 5 is '*'"),
+        ("iV=BORw0", "letter 3 is an = before the end"),
+        ("iVBO-w0/", "it mixes the plain alphabet"),
+        ("iVBOR", "it has 5 letters"),
+        ("iVBORw0K===", "more than two ="),
+    ],
+)
+def test_what_is_wrong_with_base64_is_told(client: FlaskClient, image: object, said: str) -> None:
+    answer = client.post("/", json={"image": image})
+    assert (answer.status_code, answer.json["type"]) == (400, "RequestMalformed")
+    assert said in answer.json["error"]
+    assert answer.json["facts"] == {"parameter": "image"}
+
+
+def form(*parts: tuple[str, bytes], boundary: str = "----WebKitFormBoundary7MA4YWxk") -> bytes:
+    """A multipart/form-data body of parts, each a disposition's parameters and its content."""
+    body = b""
+    for disposition, content in parts:
+        head = f"--{boundary}\r\nContent-Disposition: form-data; {disposition}\r\n\r\n"
+        body += head.encode() + content + b"\r\n"
+    return body + f"--{boundary}--\r\n".encode()
+
+
+def test_a_photo_in_a_form_is_taken_with_its_fields(client: FlaskClient, photos: Published) -> None:
+    data = photo(seed=4)
+    file = ('name="upload"; filename="cat.png"', data)
+    # What a body is, its bytes say, so a connector that drops the header changes nothing.
+    for headers in ({}, {"Content-Type": "multipart/form-data; boundary=----WebKitFormBoundary7MA4YWxk"}):
+        answer = client.post("/", data=form(('name="top_k"', b"2"), file), headers=headers)
+        assert answer.status_code == 200, answer.text
+        assert_classes(answer.json["classes"], expected_classes(photos, data, 2))
+    assert len(client.post("/?top_k=3", data=form(file)).json["classes"]) == 3
+    assert client.post("/", data=form(file)).json["route"]["photo_bytes"] == len(data)
+
+
+FILE = ('name="f"; filename="f.png"', photo())
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        (form(('name="image"', b"text")), 400, "the form has 0 files (its fields: image)"),
+        (form(FILE, FILE), 400, "the form has 2 files"),
+        (form(FILE, ('name="model"', b"other")), 400, "the form has the fields model"),
+        (form(FILE, ('name="top_k"', b"many")), 400, "top_k is 'many'"),
+        (form(FILE, ('name="note"', b"x" * 2**15)), 413, "bytes beside its file"),
+        (form(*[FILE] * 17), 413, "more than 16 parts"),
+        (form(FILE)[:-40], 400, "the form cannot be read"),
+        (form(('name="f"; filename="f.txt"', b"hello")), 415, "it looks like text"),
+        (form(('name="f"; filename="f.png"', b"")), 400, "an empty body is no image"),
+        (b"--only a line", 415, "a form (multipart/form-data) that is not one"),
+    ],
+)
+def test_what_is_wrong_with_a_form_is_told(client: FlaskClient, body: bytes, status: int, said: str) -> None:
+    answer = client.post("/", data=body)
+    assert answer.status_code == status, answer.text
+    assert said in answer.json["error"]
 
 
 def test_server_timing_holds_every_stage(client: FlaskClient) -> None:

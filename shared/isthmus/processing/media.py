@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+
 from isthmus.errors import ImageMalformed, MediaUnsupported
 
 ACCEPTED = ("image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp", "image/tiff")
@@ -21,7 +24,19 @@ _OTHERS: tuple[tuple[bytes, str], ...] = (
     (b"data:image/", "a data: URL"),
     (b"/9j/", "a JPEG in base64"),
     (b"iVBORw0KGgo", "a PNG in base64"),
+    (b"R0lGOD", "a GIF in base64"),
+    (b"UklGR", "a WebP in base64"),
+    (b"\x89PNG", "a PNG whose line breaks were changed, as curl -d does"),
+    (b"--", "a form (multipart/form-data) that is not one"),
 )
+_FIELD = re.compile(rb"[\w.%+-]{1,64}=")
+_HINTS: Mapping[str, str] = {
+    "base64": 'put the text into JSON, {"image": "…"}, or send the file itself: curl --data-binary @cat.jpg',
+    "a data: URL": 'put the text into JSON, {"image": "…"}, or send the file itself: curl --data-binary @cat.jpg',
+    "curl -d": "curl --data-binary @cat.jpg sends a file as it is",
+    "form": "a form with the file in it: curl -F image=@cat.jpg; or the file itself: curl --data-binary @cat.jpg",
+}
+"""What to do, by a word of what a body looks like."""
 
 
 def looks_like_image(data: bytes) -> str | None:
@@ -49,6 +64,8 @@ def not_an_image(data: bytes) -> MediaUnsupported | ImageMalformed:
     looks = next((name for magic, name in _OTHERS if start.startswith(magic)), "")
     if data[4:8] == b"ftyp":
         looks = "AVIF, HEIC or a film"
+    if not looks and _FIELD.match(data):
+        looks = "a form in the URL's encoding"
     if not looks:
         looks = "text" if all(32 <= c < 127 or c in b"\t\r\n" for c in data[:64]) else "unknown binary data"
     return MediaUnsupported(
@@ -56,5 +73,8 @@ def not_an_image(data: bytes) -> MediaUnsupported | ImageMalformed:
         accepted=ACCEPTED,
         looks_like=looks,
         bytes=len(data),
-        hint="send the bytes of a JPEG, PNG, WebP, GIF, BMP or TIFF file as they are",
+        hint=next(
+            (hint for word, hint in _HINTS.items() if word in looks),
+            "send the bytes of a JPEG, PNG, WebP, GIF, BMP or TIFF file as they are",
+        ),
     )

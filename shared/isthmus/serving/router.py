@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import time
 from collections.abc import Mapping
@@ -25,6 +23,7 @@ from isthmus.hop import hops_to
 from isthmus.pipeline import Result
 from isthmus.processing.classify import classify
 from isthmus.processing.image import looks_like_image, not_an_image, preprocess
+from isthmus.processing.wrapped import from_base64, looks_like_form, read_form
 from isthmus.registry import open_cache, open_registry
 from isthmus.serving import by_hand, oip
 from isthmus.serving.app import FunctionApp
@@ -102,6 +101,8 @@ class _RouterApp(FunctionApp):
         body = bytes(work.body)
         if looks_like_image(body):
             return self._photo(work, model, body, _top_k(work.query.get("top_k")))
+        if looks_like_form(body):
+            return self._form(work, model, body)
         if body[:64].lstrip()[:1] != b"{":
             raise not_an_image(body)
         start = time.perf_counter()
@@ -111,10 +112,23 @@ class _RouterApp(FunctionApp):
             work.timings.add("decode", time.perf_counter() - start)
             return self._tensors(work, model, wanted)
         if "image" in doc:
-            return self._photo(work, model, _base64(doc["image"]), _top_k(doc.get("top_k")))
+            return self._photo(work, model, from_base64(doc["image"]), _top_k(doc.get("top_k")))
         raise RequestMalformed(
             "the JSON object has neither inputs (Open Inference Protocol) nor image (base64)", got=sorted(doc)[:20]
         )
+
+    def _form(self, work: Work, model: Model, body: bytes) -> Reply:
+        """A photo in a form, with top_k as a field of it or in the query."""
+        form = read_form(body)
+        if unknown := sorted(form.fields.keys() - {"top_k"}):
+            raise RequestMalformed(
+                f"the form has the fields {', '.join(unknown)[:200]}; beside the photo it may have top_k",
+                parameter=unknown[0][:80],
+                hint="name another model in the URL: ?model=NAME",
+            )
+        if not looks_like_image(form.photo):
+            raise not_an_image(form.photo)
+        return self._photo(work, model, form.photo, _top_k(form.fields.get("top_k", work.query.get("top_k"))))
 
     def infer(self, work: Work, name: str, version: str = "") -> Reply:
         """Open Inference Protocol: tensors in, tensors out."""
@@ -287,10 +301,3 @@ def _top_k(given: Any) -> int | None:
     if not (text.isascii() and text.isdigit() and len(text) <= 5 and int(text) >= 1):
         raise RequestMalformed(f"top_k is {text[:20]!r}; it is a whole number from 1", parameter="top_k")
     return int(text)
-
-
-def _base64(text: Any) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except (TypeError, ValueError, binascii.Error) as e:
-        raise RequestMalformed("image is not base64 text", parameter="image") from e

@@ -1,0 +1,137 @@
+"""Photos as callers wrap them: base64 text, and the forms that browsers and `curl -F` send (multipart/form-data).
+
+What a body is, its first bytes say; Content-Type is not read. Source: docs/api.md, "Photos".
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from dataclasses import dataclass
+from io import BytesIO
+from typing import IO, Any
+
+from isthmus.errors import RequestMalformed, RequestTooLarge
+
+MAX_PARTS, MAX_FIELD_BYTES = 16, 2**14
+"""Of a form: parts, and bytes of all that are no file."""
+_FORM = re.compile(rb"(?:\r\n)?--([0-9A-Za-z'()+_,./:=?-]{1,70})[ \t]*\r\n[Cc][Oo][Nn][Tt][Ee][Nn][Tt]-")
+_DATA_URL = re.compile(r"data:([^,]{0,200}),", re.IGNORECASE)
+_PLAIN, _URL_SAFE = b"+/", b"-_"
+_LETTERS = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
+_LINE_BREAKS = b"\r\n\t"
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form's one file, and its fields."""
+
+    photo: bytes
+    fields: dict[str, str]
+
+
+def looks_like_form(body: bytes) -> bool:
+    """Whether a body starts as multipart/form-data does: a boundary's line, and a header of the first part."""
+    return _FORM.match(body) is not None
+
+
+def read_form(body: bytes) -> Form:
+    """The file and the fields of a multipart/form-data body.
+
+    Raises:
+        RequestMalformed: not such a form, or one without a file or with several; the sentence says which.
+        RequestTooLarge: more than MAX_PARTS parts, or MAX_FIELD_BYTES beside the file.
+    """
+    # werkzeug is the functions' HTTP library; the command reads no forms.
+    from werkzeug.exceptions import RequestEntityTooLarge
+    from werkzeug.formparser import FormDataParser
+
+    match = _FORM.match(body)
+    boundary = match[1].decode("ascii") if match else ""
+    parser = FormDataParser(_in_memory, MAX_FIELD_BYTES, None, silent=False, max_form_parts=MAX_PARTS)
+    try:
+        _, form, files = parser.parse(BytesIO(body), "multipart/form-data", len(body), {"boundary": boundary})
+    except RequestEntityTooLarge as e:
+        raise RequestTooLarge(
+            f"a form of more than {MAX_PARTS} parts, or more than {MAX_FIELD_BYTES} bytes beside its file",
+            limit=MAX_PARTS,
+        ) from e
+    except (ValueError, UnicodeError) as e:
+        raise RequestMalformed(
+            f"the form cannot be read: {e}", hint="is it whole? It ends with its boundary and two hyphens"
+        ) from e
+    given = [file for _, file in files.items(multi=True)]
+    if len(given) != 1:
+        named = ", ".join(sorted(form)) or "none"
+        raise RequestMalformed(
+            f"the form has {len(given)} files (its fields: {named}); it has one, the photo",
+            files=len(given),
+            hint="send a file under any name: curl -F image=@cat.jpg URL",
+        )
+    return Form(given[0].stream.read(), {name: str(value) for name, value in form.items(multi=True)})
+
+
+def from_base64(text: Any) -> bytes:
+    """The bytes that base64 text stands for, where it can mean only one thing.
+
+    A `data:` URL's prefix, line breaks, the URL-safe alphabet and padding that was lost are taken.
+
+    Raises:
+        RequestMalformed: it is no such text; the sentence says where it departs.
+    """
+    if not isinstance(text, str):
+        raise _refused(f"it is {_kind(text)}, not text")
+    if (url := _DATA_URL.match(text)) is not None:
+        if not url[1].lower().rstrip().endswith(";base64"):
+            raise _refused("it is a data: URL without ;base64, so its bytes are not in base64")
+        text = text[url.end() :]
+    try:
+        data = text.encode("ascii")
+    except UnicodeEncodeError as e:
+        raise _refused(f"character {e.start + 1} is {text[e.start]!r}, which base64 has not") from e
+    data = data.translate(None, _LINE_BREAKS)
+    body = data.rstrip(b"=")
+    if not body:
+        return b""
+    other = body.translate(None, _LETTERS)
+    if b" " in other:
+        raise _refused("it holds spaces: a form may have turned each + into one; send %2B, or JSON, instead")
+    if wrong := other.translate(None, _PLAIN + _URL_SAFE):
+        where = body.index(wrong[:1]) + 1
+        what = "an = before the end" if wrong[:1] == b"=" else f"{chr(wrong[0])!r}, which base64 has not"
+        raise _refused(f"letter {where} is {what}")
+    if other.translate(None, _PLAIN) and other.translate(None, _URL_SAFE):
+        raise _refused("it mixes the plain alphabet (+ and /) with the URL-safe one (- and _)")
+    if len(body) % 4 == 1:
+        raise _refused(f"it has {len(body)} letters, as no bytes have: it was cut off")
+    if len(data) - len(body) > 2:
+        raise _refused("it ends in more than two =")
+    body += b"=" * (-len(body) % 4)
+    try:
+        return base64.b64decode(body, b"-_" if other.translate(None, _PLAIN) else None, validate=True)
+    except binascii.Error as e:  # nothing is left that it would refuse
+        raise _refused(str(e)) from e
+
+
+def _refused(why: str) -> RequestMalformed:
+    return RequestMalformed(
+        f"image is not base64 of a photo's bytes: {why}",
+        parameter="image",
+        hint="base64 -w0 cat.jpg makes it; or send the file itself",
+    )
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _in_memory(
+    total_content_length: int | None,
+    content_type: str | None,
+    filename: str | None,
+    content_length: int | None = None,
+) -> IO[bytes]:
+    # The body is in memory already, and bounded; werkzeug's own would write to a disk that may be read-only.
+    return BytesIO()

@@ -13,6 +13,7 @@ from typer.main import get_command
 
 import isthmus
 from isthmus.cli import one_thread, private_caches  # noqa: F401 - see there
+from isthmus.cli.termination import unwinding
 
 COMMANDS = {
     "import": "Import a model: its weights in one file, its segments as small graphs, all under one digest.",
@@ -98,4 +99,5 @@ def main() -> None:
     """The entry point."""
     # Tries that failed are told by the error of the last one.
     logging.getLogger("stamina").addHandler(logging.NullHandler())
-    app()
+    with unwinding():
+        app()

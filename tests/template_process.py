@@ -29,9 +29,11 @@ def served(handler: str, home: Path, **environment: str) -> Iterator[int]:
     port = free_port()
     environment |= {"PATH": os.environ["PATH"], "upstream_url": f"http://127.0.0.1:{port}"}
     with subprocess.Popen([sys.executable, "-B", "index.py"], cwd=home, env=environment) as process:
-        eventually(lambda: _answers(port))
-        yield port
-        process.kill()
+        try:
+            eventually(lambda: _answers(port))
+            yield port
+        finally:
+            process.kill()
 
 
 def module(name: str) -> ModuleType:

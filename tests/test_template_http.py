@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
+import select
 import socket
 import time
 from collections.abc import Iterator
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPResponse
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -15,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from local_stack import http
-from patience import LONG_S
+from patience import LONG_S, until
 from template_process import module, served
 
 HANDLER = """
@@ -147,7 +151,7 @@ def test_head_has_the_length_and_no_body(port: int) -> None:
 
 
 def test_a_length_that_is_only_claimed_makes_little_ready(request_module: ModuleType) -> None:
-    body = request_module.Body(2**33)
+    body = request_module.Body(2**33, request_module.Memory(2**33))
     assert len(body.room()) == request_module.FIRST_ROOM
     body.filled(request_module.FIRST_ROOM)
     assert len(body.room()) == request_module.FIRST_ROOM
@@ -158,13 +162,71 @@ def test_what_is_put_into_a_body_is_read_from_it(request_module: ModuleType, pie
     whole = b"".join(pieces)
     before, request_module.FIRST_ROOM = request_module.FIRST_ROOM, first
     try:
-        body = request_module.Body(len(whole))
+        body = request_module.Body(len(whole), request_module.Memory(10**6))
         for piece in pieces:
             body.append(piece)
     finally:
         request_module.FIRST_ROOM = before
     read = body.getfile()
     assert (len(body), bytes(read.getbuffer()), read.read(3), read.read()) == (len(whole), whole, whole[:3], whole[3:])
+
+
+def test_a_closed_body_takes_no_memory_and_no_bytes(request_module: ModuleType) -> None:
+    memory = request_module.Memory(2**24)
+    body = request_module.Body(10**7, memory)
+    body.append(bytes(5 * 10**6))
+    assert not memory.take(2**24 - 5 * 10**6)
+    body.close()
+    with pytest.raises(request_module.MemoryFull):
+        body.append(b"more")
+    body.close()
+    assert memory.take(2**24)
+    memory.give(2**24)
+    request_module.Body(10**7, memory).append(bytes(10**6))  # of a connection that is no more
+    assert memory.take(2**24)
+
+
+def begun(port: int, head: bytes, body: bytes) -> socket.socket:
+    """A connection on which a request has begun, and as much of its body was sent as was taken."""
+    s = socket.create_connection(("127.0.0.1", port), timeout=LONG_S)
+    with contextlib.suppress(ConnectionError):
+        s.sendall(b"POST /echo HTTP/1.1\r\nHost: x\r\n" + head + b"\r\n\r\n")
+        for at in range(0, len(body), 2**16):
+            s.sendall(body[at : at + 2**16])
+    return s
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_unfinished_bodies_are_bounded_together_and_freed_with_their_connections(tmp_path: Path, chunked: bool) -> None:
+    sent = bytes(5_000_000)
+    head, body = b"Content-Length: 7000000", sent
+    if chunked:
+        head, body = b"Transfer-Encoding: chunked", b"".join((b"%x\r\n" % len(sent), sent))
+    with served(HANDLER, tmp_path / "app", max_request_bytes="7MiB", max_working_bytes="1MiB") as port:
+        unfinished = [begun(port, head, body) for _ in range(4)]  # twice 7 MiB have room for one
+        try:
+            readable, _, _ = select.select(unfinished, [], [], LONG_S)
+            refusal = HTTPResponse(readable[0])
+            refusal.begin()
+            error = json.loads(refusal.read())
+            assert (refusal.status, refusal.headers["Retry-After"], error["type"]) == (429, "1", "Overloaded")
+            assert "14680064 bytes of memory" in error["error"]
+            refusal.close()
+            assert http("POST", f"http://127.0.0.1:{port}/echo", body=b"small").data == b"small"
+        finally:
+            for connection in unfinished:
+                connection.close()
+        whole = os.urandom(7_000_000)
+        assert until(lambda: http("POST", f"http://127.0.0.1:{port}/echo", body=whole).data == whole)
+
+
+@pytest.mark.parametrize("chunks", [b"5;" + b"x" * 100_000, b"zz\r\n", b"5\r\nhelloo\r\n"])
+def test_a_chunk_that_is_none_is_answered(port: int, chunks: bytes) -> None:
+    with begun(port, b"Transfer-Encoding: chunked", chunks) as s:
+        reply = HTTPResponse(s)
+        reply.begin()
+        assert (reply.status, json.loads(reply.read())["type"]) == (400, "RequestMalformed")
+        reply.close()
 
 
 def test_a_body_over_the_bound_is_refused_before_it_comes(port: int) -> None:

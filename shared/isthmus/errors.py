@@ -47,6 +47,10 @@ class MediaUnsupported(RequestError):
     """The body is of no kind that this model declares; facts: `accepted`."""
 
 
+class EncodingUnsupported(MediaUnsupported):
+    """The body's Content-Encoding is not offered; facts: `accepted`. The response's Accept-Encoding names those."""
+
+
 class ImageMalformed(RequestError):
     """The bytes claim to be an image and cannot be decoded as one."""
 
@@ -209,6 +213,7 @@ HTTP_STATUS: dict[type[IsthmusError], int] = {
     RequestMalformed: 400,
     RequestTooLarge: 413,
     MediaUnsupported: 415,
+    EncodingUnsupported: 415,
     ImageMalformed: 400,
     ProfilingOff: 403,
     ProfilingRefused: 403,

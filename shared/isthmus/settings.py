@@ -149,7 +149,17 @@ class SegmentSettings(RegistrySettings):
         32 * 2**20,
     )
     max_concurrency: int = setting("requests admitted at a time; one more is answered 429 with Retry-After", 32)
-    max_request_bytes: int = setting("longest request body", 64 * 2**20)
+    max_request_bytes: int = setting(
+        "longest request body, unpacked where it is compressed; also what a frame's tensors may take, with the memory"
+        " that decoding them needs",
+        64 * 2**20,
+    )
+    max_working_bytes: int = setting(
+        "bound on the bodies under way of all requests together, and on what reading them takes: parsed JSON, unpacked"
+        " bodies, decoded tensors. What would exceed it is answered 429 with Retry-After; never less than twice"
+        " max_request_bytes",
+        256 * 2**20,
+    )
     deadline_s: float = setting(
         "longest a request may take, in seconds; its X-Timeout and exec_timeout shorten it, each less a margin", 25.0
     )
@@ -165,6 +175,11 @@ class SegmentSettings(RegistrySettings):
     def longest_s(self) -> float:
         """Seconds that a request may take at most, before its own X-Timeout is asked."""
         return min(self.deadline_s, working_time(self.exec_timeout)) if self.exec_timeout else self.deadline_s
+
+    @property
+    def working_bytes(self) -> int:
+        """The bound of `max_working_bytes`, with which every body that may come alone fits while it grows."""
+        return max(self.max_working_bytes, 2 * self.max_request_bytes)
 
     def check(self) -> None:
         super().check()

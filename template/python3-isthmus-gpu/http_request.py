@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from functools import lru_cache
 from io import RawIOBase
 from typing import Any
@@ -16,9 +17,12 @@ from waitress.parser import (  # type: ignore[import-untyped]
     split_uri,
 )
 from waitress.receiver import ChunkedReceiver, FixedStreamReceiver  # type: ignore[import-untyped]
+from waitress.utilities import BadRequest, Error  # type: ignore[import-untyped]
 
 LARGE = 32 * 1024  # bytes
 FIRST_ROOM = 2 * 2**20  # bytes that are made ready for a body before any of it has come
+MAX_CHUNK_LINE = 1024  # bytes of a chunk's size with its extensions, which nobody sends
+CHUNK_SLACK = 2**16  # bytes that a chunked body may be over its bound before waitress refuses it
 LONGEST_KNOWN = 128  # bytes of a header's name or a URL that is remembered; most are few and short
 HEAD_END = b"\r\n\r\n"
 
@@ -28,26 +32,73 @@ _unfilled.restype = ctypes.py_object
 _unfilled.argtypes = [ctypes.c_char_p, ctypes.c_ssize_t]
 
 
-class Body:
-    """A request's body of known length, in one piece of memory that the socket is read into.
+class TooMany(Error):  # type: ignore[misc]
+    """All requests together would take more memory than they may; this one is refused, and may come again."""
 
-    waitress collects pieces, and copies each of them twice. No more than twice what has come is made ready, or
-    FIRST_ROOM: a length is only a claim.
+    code = 429
+    reason = "Too Many Requests"
+
+
+class MemoryFull(Exception):
+    """No memory is left for a body."""
+
+
+class Memory:
+    """What all requests of this process may take in memory together: their bodies, and what reading these takes.
+
+    The app gets it as `isthmus.memory` and counts its share there.
     """
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._used = 0
+        self._lock = threading.Lock()
+
+    def take(self, count: int) -> bool:
+        """Count so many bytes more, if they fit."""
+        with self._lock:
+            if self._used + count > self.limit:
+                return False
+            self._used += count
+            return True
+
+    def give(self, count: int) -> None:
+        """Count so many bytes less."""
+        with self._lock:
+            self._used -= count
+
+
+class Body:
+    """A request's body, in one piece of memory that the socket is read into; `length` is its longest.
+
+    waitress collects pieces, and copies each of them twice. No more than twice what has come is made ready, or
+    FIRST_ROOM: a length is only a claim. What is made ready counts in `memory` until `close`, or until nothing refers
+    to this object, such as a connection that broke off.
+    """
+
+    def __init__(self, length: int, memory: Memory) -> None:
         self._length = length
-        self._memory = _unfilled(None, min(length, FIRST_ROOM))
+        self._counted = memory
+        self._memory = bytearray()
         self._size = 0
 
     def __len__(self) -> int:
         return self._size
 
     def room(self) -> memoryview:
-        """Where the next bytes belong."""
+        """Where the next bytes belong.
+
+        Raises:
+            MemoryFull: all bodies together may take no more; or this one is longer than it may be, or closed.
+        """
         if self._size == len(self._memory):
+            grown = min(self._length, 2 * self._size or FIRST_ROOM)
+            if grown == self._size or not self._counted.take(grown):
+                raise MemoryFull
             # A new one: the views that were given away hold the old one as it is.
-            self._memory = self._memory + bytes(min(self._length - self._size, self._size))
+            old, self._memory = self._memory, _unfilled(None, grown)
+            self._memory[: self._size] = old
+            self._counted.give(len(old))
         return memoryview(self._memory)[self._size :]
 
     def filled(self, count: int) -> None:
@@ -66,7 +117,11 @@ class Body:
         return InMemory(memoryview(self._memory)[: self._size].toreadonly())
 
     def close(self) -> None:
-        self._memory = bytearray()
+        freed, self._memory, self._length, self._size = len(self._memory), bytearray(), 0, 0
+        self._counted.give(freed)
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class InMemory(RawIOBase):
@@ -110,6 +165,22 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
         text = value.strip(b" \t").decode("latin-1")
         self.headers[key] = f"{self.headers[key]}, {text}" if key in self.headers else text
 
+    def received(self, data: bytes) -> int:
+        try:
+            taken: int = super().received(data)
+        except MemoryFull:
+            self.refuse()
+            return len(data)
+        if self.chunked and not self.completed and len(self.body_rcv.control_line) > MAX_CHUNK_LINE:
+            # waitress would look at all of it again with every piece that comes.
+            self.error, self.completed = BadRequest(f"a chunk's line is longer than {MAX_CHUNK_LINE} bytes"), True
+        return taken
+
+    def refuse(self) -> None:
+        """Answer 429: there is no memory for the body."""
+        self.error = TooMany(f"all requests together may take {self.adj.memory.limit} bytes of memory; try again")
+        self.completed = True
+
     def parse_header(self, header_plus: bytes) -> None:
         """Read the head; what does not fit HTTP, or tells two ends of its body, is refused.
 
@@ -137,12 +208,12 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
             if self.version != "1.1" or coding.lower() != "chunked":
                 raise TransferEncodingNotImplemented("Transfer-Encoding requested is not supported.")
             self.chunked = True
-            self.body_rcv = ChunkedReceiver(OverflowableBuffer(self.adj.inbuf_overflow))
+            self.body_rcv = ChunkedReceiver(Body(self.adj.max_request_body_size + CHUNK_SLACK, self.adj.memory))
         elif length := int(headers.get("CONTENT_LENGTH", "0")):
             self.content_length = length
             large = LARGE <= length < self.adj.max_request_body_size
             self.body_rcv = FixedStreamReceiver(
-                length, Body(length) if large else OverflowableBuffer(self.adj.inbuf_overflow)
+                length, Body(length, self.adj.memory) if large else OverflowableBuffer(self.adj.inbuf_overflow)
             )
 
 

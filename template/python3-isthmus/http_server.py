@@ -13,13 +13,14 @@ from functools import lru_cache
 from io import BytesIO
 from typing import Any
 
-from http_request import LARGE, Body, Parser
+from http_request import LARGE, Body, MemoryFull, Parser
 from waitress.buffers import ReadOnlyFileBasedBuffer  # type: ignore[import-untyped]
 from waitress.channel import ClientDisconnected, HTTPChannel  # type: ignore[import-untyped]
 from waitress.task import ErrorTask, WSGITask  # type: ignore[import-untyped]
 from waitress.utilities import InternalServerError, build_http_date  # type: ignore[import-untyped]
 
-AFTER, TAKES_BUFFERS = "isthmus.after", "isthmus.takes_buffers"
+AFTER, TAKES_BUFFERS, MEMORY = "isthmus.after", "isthmus.takes_buffers", "isthmus.memory"
+RETRY_AFTER_S = 1
 MOST_PARTS = 64  # the kernel takes 1,024 at a time
 
 
@@ -28,10 +29,13 @@ class JsonErrorTask(ErrorTask):  # type: ignore[misc]
 
     def execute(self) -> None:
         error = self.request.error
-        kind = {413: "RequestTooLarge", 500: "InternalError"}.get(error.code, "RequestMalformed")
+        kinds = {413: "RequestTooLarge", 429: "Overloaded", 500: "InternalError"}
+        kind = kinds.get(error.code, "RequestMalformed")
         body = error_document(f"{error.reason}: {error.body}"[:1000], kind)
         self.status = f"{error.code} {error.reason}"
         self.response_headers.append(("Content-Type", "application/json"))
+        if error.code == 429:
+            self.response_headers.append(("Retry-After", str(RETRY_AFTER_S)))
         self.set_close_on_finish()
         self.content_length = len(body)
         self.write(body)
@@ -40,8 +44,8 @@ class JsonErrorTask(ErrorTask):  # type: ignore[misc]
 class OneTask(WSGITask):  # type: ignore[misc]
     """An answer of known length, sent in one go with its head: each piece of its own would wake the caller.
 
-    Two keys in `environ` are not WSGI's: AFTER is a list of what the app wants called once its answer has been sent,
-    and where TAKES_BUFFERS is true an answer's parts may be memoryviews.
+    Three keys in `environ` are not WSGI's: AFTER is a list of what the app wants called once its answer has been sent,
+    where TAKES_BUFFERS is true an answer's parts may be memoryviews, and in MEMORY this request's body is counted.
     """
 
     def __init__(self, channel: Any, request: Any) -> None:
@@ -53,6 +57,7 @@ class OneTask(WSGITask):  # type: ignore[misc]
         environ: dict[str, Any] = super().get_environment()
         environ[TAKES_BUFFERS] = True
         environ[AFTER] = self._after
+        environ[MEMORY] = self.channel.adj.memory
         return environ
 
     def service(self) -> None:
@@ -155,6 +160,11 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         self.last_activity = time.time()
         return self.connected and not (self.close_when_flushed or self.will_close or self.total_outbufs_len)
 
+    def handle_close(self) -> None:
+        super().handle_close()
+        if self.request is not None:
+            self.request.close()  # its body's memory is others' at once, not when the collector comes
+
     def release(self) -> None:
         if self.requests:  # answering failed in a way that nobody foresaw
             self.will_close = True
@@ -230,9 +240,17 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def _body(self) -> Body | None:
         """The body that is on its way, where its length is known and large."""
-        receiver = None if self.request is None else self.request.body_rcv
+        receiver = None if self.request is None or self.request.chunked else self.request.body_rcv
         body = None if receiver is None else receiver.getbuf()
         return body if isinstance(body, Body) else None
+
+    def _refuse(self) -> None:
+        """Answer the request whose body is on its way as if it had come, with an error."""
+        with self.requests_lock:
+            refused, self.request = self.request, None
+            refused.refuse()
+            self.requests.append(refused)
+        self.server.add_task(self)
 
     def _read_other(self) -> bool:
         """Read a head, or a body that goes waitress's own way; False at the connection's end."""
@@ -245,7 +263,11 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         """Read what is here of the body on its way, where there is one; False at the connection's end."""
         while (body := self._body()) is not None:
             receiver = self.request.body_rcv
-            room = body.room()[: receiver.remain]
+            try:
+                room = body.room()[: receiver.remain]
+            except MemoryFull:
+                self._refuse()
+                break
             if not (count := self.socket.recv_into(room)):
                 return False
             self.last_activity = time.time()

@@ -6,8 +6,8 @@ line of JSON and exits with 1, or with 78 where a setting is at fault and anothe
 is ignored: it reaches this process before the watchdog has drained the requests under way, and the watchdog ends this
 process when it has. SIGINT ends it at once.
 
-Environment: `upstream_url` (host and port to bind), `max_concurrency`, `max_request_bytes`, `log_level`. The app reads
-its own settings.
+Environment: `upstream_url` (host and port to bind), `max_concurrency`, `max_request_bytes`, `max_working_bytes`,
+`log_level`. The app reads its own settings.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from http_request import Memory
 from http_server import Channel, error_document
 from http_workers import Workers
 from waitress.server import create_server  # type: ignore[import-untyped]
@@ -146,6 +147,8 @@ def _bind() -> tuple[Any, Door]:
     except OSError as e:
         raise BadStart(f"cannot listen on {host}:{port} (upstream_url): {e}", upstream_url=url) from e
     server.channel_class = Channel
+    # Parsers and tasks know nothing of their server but its adjustments.
+    server.adj.memory = Memory(max(_size("max_working_bytes", 256 * 2**20), 2 * largest))
     return server, door
 
 

@@ -21,8 +21,10 @@ from werkzeug.wrappers import Request
 
 from isthmus.admission import RETRY_AFTER_S, Slots
 from isthmus.context import Context, Deadline
-from isthmus.errors import IsthmusError, RequestMalformed, RequestTooLarge, http_status
+from isthmus.errors import EncodingUnsupported, IsthmusError, RequestMalformed, RequestTooLarge, http_status
 from isthmus.retries import log_retries
+from isthmus.serving.encodings import decoded, encoded
+from isthmus.serving.memory import CountedMemory, Reservation
 from isthmus.serving.metrics import Metrics
 from isthmus.serving.readiness import Readiness
 from isthmus.serving.work import Reply, RequestHeaders, Timings, Work
@@ -33,8 +35,8 @@ if TYPE_CHECKING:
 
 WsgiApp = Callable[..., Iterable[bytes]]
 # What the template's server offers beyond WSGI: it sends memoryviews from where they lie, and calls what is in a list
-# once the answer has been sent.
-_TAKES_BUFFERS, _AFTER = "isthmus.takes_buffers", "isthmus.after"
+# once the answer has been sent. It counts the bodies that it reads in a `Memory`.
+_TAKES_BUFFERS, _AFTER, _MEMORY = "isthmus.takes_buffers", "isthmus.after", "isthmus.memory"
 _NO_QUERY: Mapping[str, str] = {}
 
 
@@ -60,6 +62,7 @@ class FunctionApp:
         self._settings = settings
         self._slots = Slots(settings.max_concurrency)
         self.metrics.in_flight.set_function(lambda: float(self._slots.taken))
+        self._memory = CountedMemory(settings.working_bytes)
         self._works: list[tuple[re.Pattern[str], str, Callable[..., Reply]]] = []
         self.readiness = Readiness(prepare, self.log)
         self.metrics.gauge("isthmus_ready", "Whether the function is ready (1) or loading (0).", self._ready)
@@ -104,19 +107,26 @@ class FunctionApp:
         later: list[Callable[[], None]] = []
         context: Context | None = None
         error = ""
+        memory = Reservation(environ.get(_MEMORY) or self._memory)
         try:
             context = Context.from_headers(headers, longest_s=self._settings.longest_s)
             query = Request(environ).args if environ.get("QUERY_STRING") else _NO_QUERY
             body = self._body(environ)
             later.append(partial(self.metrics.received.inc, len(body)))
-            work = Work(body, headers, query, context, timings, later)
+            if _MEMORY not in environ:
+                memory.hold(len(body))
             with self._slots.admitted(context.deadline):
                 self.readiness.check()
-                reply = handle(work)
+                if coding := headers.get("Content-Encoding", ""):
+                    body = decoded(body, coding, memory, self._settings.max_request_bytes)
+                reply = handle(Work(body, headers, query, context, timings, later, memory))
         except IsthmusError as e:
             error, reply = type(e).__name__, self._refusal(e)
         except Exception as e:
             error, reply = type(e).__name__, self._failure(e, context)
+        finally:
+            memory.close()
+        reply = _compressed(reply, headers.get("Accept-Encoding", ""))
         later.append(partial(self._tell, endpoint, reply, environ, timings, timings.since(), context, error))
         if (after := environ.get(_AFTER)) is not None:
             after.extend(later)
@@ -214,6 +224,13 @@ class FunctionApp:
             took = time.perf_counter() - g.began
             size = response.content_length or 0
             self.metrics.answered(request.endpoint or "none", response.status_code, took, size)
+            headers, parts = encoded(
+                dict(response.headers), [response.get_data()], request.headers.get("Accept-Encoding", "")
+            )
+            response.set_data(b"".join(parts))  # which sets Content-Length as well
+            for name in ("Content-Encoding", "Vary"):
+                if name in headers:
+                    response.headers[name] = headers[name]
         return response
 
     def _refusal(self, error: IsthmusError) -> Reply:
@@ -223,6 +240,8 @@ class FunctionApp:
                 error.message, extra={"facts": {"type": type(error).__name__, **error.facts}}, exc_info=status == 500
             )
         headers = {"Content-Type": "application/json"}
+        if isinstance(error, EncodingUnsupported):
+            headers["Accept-Encoding"] = ", ".join(error.facts["accepted"])
         if status in (429, 503):
             headers["Retry-After"] = str(math.ceil(error.facts.get("retry_after_s") or RETRY_AFTER_S))
         # Facts may hold what JSON has no form for; an error must not fail on them.
@@ -254,6 +273,11 @@ class FunctionApp:
             if name == "Allow":
                 response.headers[name] = value
         return response
+
+
+def _compressed(reply: Reply, accepts: str) -> Reply:
+    headers, parts = encoded(reply.headers, reply.parts, accepts)
+    return Reply(parts, headers, reply.status)
 
 
 def problem(error: IsthmusError) -> dict[str, Any]:

@@ -17,7 +17,9 @@ def accept(store: SegmentStore, work: Work, outline: Outline) -> None:
         RequestMalformed: it names no bundle's digest.
         Missing, RegistryError, NotReady: as `SegmentStore.segment`.
         ShapeMismatch: a tensor is missing, unknown, or of another dtype or shape.
+        Overloaded: with what other requests take, there is no memory to decode it now.
     """
     if not is_digest(outline.bundle):
         raise RequestMalformed(f"the frame names bundle {outline.bundle!r}; a bundle is a manifest's sha256 digest")
     check_types(store.segment(outline.bundle, outline.segment, work.context.deadline).inputs, outline.tensors)
+    work.memory.hold(outline.decoding_bytes)

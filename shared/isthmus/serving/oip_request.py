@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from isthmus.bundle import ANY, TensorSpec
 from isthmus.errors import RequestMalformed, RequestTooLarge, ShapeMismatch
+from isthmus.json_bounds import parsed_bytes
 from isthmus.serving.oip_tensor import describe, from_binary, from_json, shape_of
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 MAX_JSON_BYTES = 16 * 2**20
-"""Longest JSON part; parsed, it can take twenty times its length. Binary tensors after it don't count."""
+"""Longest JSON part; parsed, it can take thirty times its length. Binary tensors after it don't count."""
 MAX_ID_LENGTH = 256
+Reserve: TypeAlias = Callable[[int], object]
+"""Whoever counts memory: it raises where so many bytes are too many."""
+
+
+def _reserve_nothing(count: int) -> None:
+    """Nobody counts."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,11 @@ class InferRequest:
     inputs: Mapping[str, np.ndarray]
     outputs: tuple[WantedOutput, ...]
     id: str = ""
-    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def own_bytes(self) -> int:
+        """Bytes of the arrays that are no views of the body."""
+        return sum(array.nbytes for array in self.inputs.values() if array.flags.writeable)
 
 
 def parse_request(
@@ -47,11 +58,13 @@ def parse_request(
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
     max_json_bytes: int = MAX_JSON_BYTES,
+    reserve: Reserve = _reserve_nothing,
 ) -> InferRequest:
     """Read an inference request for a model with these inputs and outputs; every byte must be accounted for.
 
     `header_length` is the header Inference-Header-Content-Length as it came, None without one. Dimensions that share a
-    symbolic name must be equal across inputs. Binary tensors are not copied.
+    symbolic name must be equal across inputs. Binary tensors are not copied. `reserve` is called before the JSON is
+    parsed, with the bytes that this and the arrays take at most; what it raises passes as it is.
 
     Raises:
         RequestMalformed: not JSON, not the protocol, lengths that disagree, numbers outside the datatype, or a feature
@@ -61,7 +74,7 @@ def parse_request(
     """
     view = memoryview(body)
     split = _header_length(header_length, len(view))
-    doc = read_document(view[:split], max_json_bytes)
+    doc = read_document(view[:split], max_json_bytes, reserve)
     binary = None if header_length is None else view[split:]
     return parse_document(doc, binary, inputs=inputs, outputs=outputs)
 
@@ -85,11 +98,13 @@ def parse_document(
         raise RequestMalformed("the request has no list of inputs", hint='send {"inputs": [{"name": …}]}')
     arrays = _read_inputs(tensors, binary, {spec.name: spec for spec in inputs})
     wanted = _wanted_outputs(doc.get("outputs"), [spec.name for spec in outputs], parameters)
-    return InferRequest(arrays, wanted, _request_id(doc), parameters)
+    return InferRequest(arrays, wanted, _request_id(doc))
 
 
-def read_document(part: bytes | memoryview, max_json_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """A JSON object, strictly: UTF-8, no NaN, no infinity.
+def read_document(
+    part: bytes | memoryview, max_json_bytes: int = MAX_JSON_BYTES, reserve: Reserve = _reserve_nothing
+) -> dict[str, Any]:
+    """A JSON object, strictly: UTF-8, no NaN, no infinity. `reserve` is called as `parse_request` says.
 
     Raises:
         RequestMalformed: anything else.
@@ -102,6 +117,8 @@ def read_document(part: bytes | memoryview, max_json_bytes: int = MAX_JSON_BYTES
             bytes=len(part),
             hint="send large tensors as binary data (parameters.binary_data_size), which has no such bound",
         )
+    # Half as much again for the arrays, and for lists of numbers that lay nested.
+    reserve(parsed_bytes(part) * 3 // 2)
     try:
         doc = _JSON.decode(str(part, "utf-8"))
     except (ValueError, RecursionError) as e:

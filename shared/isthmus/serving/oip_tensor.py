@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from functools import lru_cache
@@ -29,6 +30,9 @@ _DTYPES: Mapping[str, np.dtype[Any]] = {
     "FP64": np.dtype("<f8"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+_JSON = json.JSONEncoder(separators=(",", ":"))
+_PIECE = 2**14
+"""Numbers that are written at once."""
 _ELEMENTS: Mapping[str, set[type]] = {"b": {bool}, "i": {int}, "u": {int}, "f": {int, float}}
 _DATATYPES = {dtype.name: datatype for datatype, dtype in _DTYPES.items()}
 
@@ -154,8 +158,10 @@ def to_binary(array: np.ndarray) -> bytes:
     return array.astype(_DTYPES[datatype_of_array(array.dtype)], copy=False).tobytes()
 
 
-def to_json(array: np.ndarray, name: str) -> list[Any]:
-    """A flat list of JSON numbers, in row-major order; each reads back as the same value.
+def to_json(array: np.ndarray, name: str) -> list[bytes]:
+    """JSON numbers with commas between them, in row-major order; each reads back as the same value.
+
+    They are written in pieces: as Python's numbers and texts, all at once would take ten times as much memory.
 
     Raises:
         RequestMalformed: NaN or infinity, which JSON cannot say.
@@ -168,8 +174,9 @@ def to_json(array: np.ndarray, name: str) -> list[Any]:
             tensor=name,
             hint='ask for it as binary: "parameters": {"binary_data_output": true}',
         )
-    values: list[Any] = array.ravel().tolist()
-    return values
+    flat = array.reshape(-1)
+    pieces = [_JSON.encode(flat[at : at + _PIECE].tolist())[1:-1].encode() for at in range(0, flat.size, _PIECE)]
+    return [part for piece in pieces for part in (b",", piece)][1:]
 
 
 def _flatten(data: list[Any], name: str, shape: tuple[int, ...]) -> list[Any]:

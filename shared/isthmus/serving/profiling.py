@@ -139,12 +139,13 @@ class Profiling:
             )
 
     def _decode(self, work: Work) -> Frame:
-        return frames.decode(
-            work.body,
-            max_bytes=self._settings.max_request_bytes,
-            tables=self._tables,
-            accept=partial(accept, self._store, work),
-        )
+        with work.memory.scope():  # it is decoded several times, to be timed
+            return frames.decode(
+                work.body,
+                max_bytes=self._settings.max_request_bytes,
+                tables=self._tables,
+                accept=partial(accept, self._store, work),
+            )
 
     def _run(
         self, frame: Frame, warmup: int, runs: int, until: Deadline, deadline: Deadline

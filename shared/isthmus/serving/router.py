@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -45,6 +45,13 @@ def create_router_app(settings: RouterSettings) -> Flask:
     app = _RouterApp(settings)
     app.readiness.start()
     return app.flask
+
+
+class _JsonPhoto(NamedTuple):
+    """A photo that came as JSON."""
+
+    data: bytes
+    top_k: int | None
 
 
 class _RouterApp(FunctionApp):
@@ -98,27 +105,21 @@ class _RouterApp(FunctionApp):
         model = self._models.get(work.query.get("model", self._router_settings.model), work.context.deadline)
         if oip.HEADER_LENGTH in work.headers:
             return self._infer(work, model)
-        body = bytes(work.body)
+        body = self._bytes(work)
         if looks_like_image(body):
             return self._photo(work, model, body, _top_k(work.query.get("top_k")))
         if looks_like_form(body):
             return self._form(work, model, body)
         if body[:64].lstrip()[:1] != b"{":
             raise not_an_image(body)
-        start = time.perf_counter()
-        doc = oip.read_document(body)
-        if "inputs" in doc:
-            wanted = oip.parse_document(doc, inputs=model.bundle.inputs, outputs=model.bundle.outputs)
-            work.timings.add("decode", time.perf_counter() - start)
-            return self._tensors(work, model, wanted)
-        if "image" in doc:
-            return self._photo(work, model, from_base64(doc["image"]), _top_k(doc.get("top_k")))
-        raise RequestMalformed(
-            "the JSON object has neither inputs (Open Inference Protocol) nor image (base64)", got=sorted(doc)[:20]
-        )
+        asked = self._read_json(work, model, body)
+        if isinstance(asked, oip.InferRequest):
+            return self._tensors(work, model, asked)
+        return self._photo(work, model, asked.data, asked.top_k)
 
     def _form(self, work: Work, model: Model, body: bytes) -> Reply:
         """A photo in a form, with top_k as a field of it or in the query."""
+        work.memory.hold(len(body))  # the photo is a copy
         form = read_form(body)
         if unknown := sorted(form.fields.keys() - {"top_k"}):
             raise RequestMalformed(
@@ -153,20 +154,48 @@ class _RouterApp(FunctionApp):
         """Open Inference Protocol: who answers here."""
         return jsonify(oip.server_metadata("isthmus", isthmus.__version__))
 
+    @staticmethod
+    def _bytes(work: Work) -> bytes:
+        """The body in one piece of its own, which pictures are decoded from."""
+        if isinstance(work.body, bytes):
+            return work.body
+        work.memory.hold(len(work.body))
+        return bytes(work.body)
+
+    @staticmethod
+    def _read_json(work: Work, model: Model, body: bytes) -> oip.InferRequest | _JsonPhoto:
+        """What a JSON body asks for. What parsing takes is held until that is done, what came of it until the response.
+
+        Raises:
+            RequestMalformed: it is neither a photo nor a request of the Open Inference Protocol.
+        """
+        start = time.perf_counter()
+        with work.memory.scope():
+            doc = oip.read_document(body, reserve=work.memory.hold)
+            asked = _asked(doc, model)
+            del doc
+        work.memory.hold(len(asked.data) if isinstance(asked, _JsonPhoto) else asked.own_bytes)
+        work.timings.add("decode", time.perf_counter() - start)
+        return asked
+
     def _infer(self, work: Work, model: Model) -> Reply:
         start = time.perf_counter()
-        wanted = oip.parse_request(
-            work.body,
-            work.headers.get(oip.HEADER_LENGTH),
-            inputs=model.bundle.inputs,
-            outputs=model.bundle.outputs,
-        )
+        with work.memory.scope():
+            wanted = oip.parse_request(
+                work.body,
+                work.headers.get(oip.HEADER_LENGTH),
+                inputs=model.bundle.inputs,
+                outputs=model.bundle.outputs,
+                reserve=work.memory.hold,
+            )
+        work.memory.hold(wanted.own_bytes)
         work.timings.add("decode", time.perf_counter() - start)
         return self._tensors(work, model, wanted)
 
     def _tensors(self, work: Work, model: Model, wanted: oip.InferRequest) -> Reply:
         result = self._run(work, self._routes.of(model), wanted.inputs)
         start = time.perf_counter()
+        work.memory.hold(oip.response_bytes(result.outputs, wanted))
         answer = oip.build_response(
             result.outputs,
             wanted,
@@ -266,6 +295,21 @@ class _RouterApp(FunctionApp):
         self._routes.of(model)
         if self._store is not None:
             preload(self._router_settings.preload, self._registry, self._store)
+
+
+def _asked(doc: Mapping[str, Any], model: Model) -> oip.InferRequest | _JsonPhoto:
+    """What a JSON object asks for.
+
+    Raises:
+        RequestMalformed: it is neither a photo nor a request of the Open Inference Protocol.
+    """
+    if doc.get("inputs") is not None:
+        return oip.parse_document(doc, inputs=model.bundle.inputs, outputs=model.bundle.outputs)
+    if "image" in doc:
+        return _JsonPhoto(from_base64(doc["image"]), _top_k(doc.get("top_k")))
+    raise RequestMalformed(
+        "the JSON object has neither inputs (Open Inference Protocol) nor image (base64)", got=sorted(doc)[:20]
+    )
 
 
 def _check_hops(settings: RouterSettings) -> None:

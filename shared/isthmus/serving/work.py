@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from isthmus.context import Context
+from isthmus.serving.memory import Reservation
 
 _NOT_IN_A_TIMING = re.compile(r"[^\w.-]", re.ASCII)
 
@@ -65,6 +66,8 @@ class Work(NamedTuple):
     timings: Timings
     later: list[Callable[[], None]]
     """What is called once the answer has been sent."""
+    memory: Reservation
+    """This request's share of what all requests may take in memory."""
 
 
 class Reply(NamedTuple):

@@ -1,0 +1,111 @@
+"""Content codings of HTTP bodies (RFC 9110, 8.4): gzip and deflate, bounded in requests, where asked in responses."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+
+from werkzeug.datastructures import Accept
+from werkzeug.http import parse_accept_header
+
+from isthmus.errors import EncodingUnsupported, RequestMalformed, RequestTooLarge
+from isthmus.serving.memory import Reservation
+
+ACCEPTED = ("gzip", "deflate")
+MIN_BYTES = 4096
+"""Shorter responses travel as they are: they fit into a few packets."""
+_LEVEL = 1
+"""Of zlib: JSON numbers shrink to a half or less, at some 100 MB/s; higher levels take several times as long for 5%."""
+_INPUT, _OUTPUT = 2**16, 2**18
+_ZLIB, _RAW, _GZIP = 15, -15, 31
+_COMPRESSIBLE = ("application/json", "text/", "application/openmetrics-text")
+
+
+def decoded(body: bytes | memoryview, coding: str, memory: Reservation, max_bytes: int) -> bytes | memoryview:
+    """`body` without its Content-Encoding.
+
+    Raises:
+        EncodingUnsupported: another coding than gzip and deflate, or several; nothing was decoded.
+        RequestMalformed: the body is not of that coding.
+        RequestTooLarge: it unpacks to more than `max_bytes`; RequestTooLarge, Overloaded: as `Reservation.hold`.
+    """
+    name = coding.strip().lower().removeprefix("x-")
+    if name in ("", "identity"):
+        return body
+    if name not in ACCEPTED:
+        raise EncodingUnsupported(
+            f"the Content-Encoding {coding[:40]!r} is not offered; {' and '.join(ACCEPTED)} are",
+            accepted=list(ACCEPTED),
+        )
+    data = bytearray()
+    try:
+        for piece in _pieces(memoryview(body), name):
+            if len(data) + len(piece) > max_bytes:
+                raise RequestTooLarge(f"the body unpacks to more than {max_bytes} bytes", limit=max_bytes)
+            memory.hold(len(piece) + len(piece) // 8)  # a bytearray grows by an eighth
+            data += piece
+    except zlib.error as e:
+        raise RequestMalformed(f"the body is not {name}: {e}", header="Content-Encoding") from e
+    return memoryview(data).toreadonly()
+
+
+def encoded(
+    headers: Mapping[str, str], parts: Sequence[bytes | memoryview], accepts: str
+) -> tuple[dict[str, str], Sequence[bytes | memoryview]]:
+    """A response's headers and body, compressed where that is worth it and Accept-Encoding asks for it."""
+    kind = headers.get("Content-Type", "")
+    if not kind.startswith(_COMPRESSIBLE) or sum(map(len, parts)) < MIN_BYTES or "Content-Encoding" in headers:
+        return dict(headers), parts
+    added = {"Vary": "Accept-Encoding"}
+    if coding := _preferred(accepts):
+        pack = _gzipped if coding == "gzip" else _deflated
+        parts, added = [pack(b"".join(parts))], added | {"Content-Encoding": coding}
+    return {**headers, **added}, parts
+
+
+def _pieces(body: memoryview, name: str) -> Iterator[bytes]:
+    """What a body stands for, in pieces of a bounded length.
+
+    Raises:
+        RequestMalformed: it ends too early, or too late.
+        zlib.error: it is not of that coding.
+    """
+    unpacker = zlib.decompressobj(_window(body, name))
+    for at in range(0, len(body), _INPUT):
+        left: bytes | memoryview = body[at : at + _INPUT]
+        while left and not unpacker.eof:
+            yield unpacker.decompress(left, _OUTPUT)
+            left = unpacker.unconsumed_tail
+        if unpacker.eof and (unpacker.unused_data or at + _INPUT < len(body)):
+            raise RequestMalformed(f"bytes follow the end of the {name} body", header="Content-Encoding")
+    while not unpacker.eof and (piece := unpacker.decompress(b"", _OUTPUT)):
+        yield piece  # the last bytes of input may stand for more than one piece
+    if not unpacker.eof:
+        raise RequestMalformed(f"the {name} body ends too early", header="Content-Encoding")
+
+
+def _window(body: memoryview, name: str) -> int:
+    """zlib's `wbits`. Some clients mean deflate without zlib's header when they say deflate."""
+    if name == "gzip":
+        return _GZIP
+    is_zlib = len(body) > 1 and body[0] & 15 == zlib.DEFLATED and (body[0] << 8 | body[1]) % 31 == 0
+    return _ZLIB if is_zlib or not len(body) else _RAW
+
+
+def _preferred(accepts: str) -> str:
+    """The coding that Accept-Encoding asks for most, gzip where all are equal; empty for none."""
+    if not accepts:
+        return ""
+    accept = parse_accept_header(accepts, Accept)
+    best = max(ACCEPTED, key=accept.quality)
+    quality = accept.quality(best)
+    return best if quality > 0 and quality >= accept.quality("identity") else ""
+
+
+def _gzipped(data: bytes) -> bytes:
+    return gzip.compress(data, _LEVEL, mtime=0)
+
+
+def _deflated(data: bytes) -> bytes:
+    return zlib.compress(data, _LEVEL)

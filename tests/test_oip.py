@@ -288,7 +288,7 @@ def binary_request(size: Any, payload: bytes, **more: Any) -> tuple[bytes, int]:
         (8.0, 8, "takes 8 bytes"),
         (-8, 8, "takes 8 bytes"),
         (True, 8, "takes 8 bytes"),
-        (None, 8, "takes 8 bytes"),
+        (None, 8, "no list of data"),
         (10**300, 8, "takes 8 bytes"),
     ],
 )
@@ -472,3 +472,58 @@ def test_a_request_of_mutated_bytes_is_read_or_refused(flips: list[tuple[int, in
         json.dumps(e.facts, allow_nan=False)
     else:
         assert request.inputs["x"].shape[1] == 2
+
+
+NOTHING = {
+    "id": {"id": None},
+    "parameters": {"parameters": None},
+    "outputs": {"outputs": None},
+    "a parameter": {"parameters": {"binary_data_output": None, "sequence_id": None, "classification": None}},
+    "an output's parameters": {"outputs": [{"name": "out", "parameters": None}]},
+    "an output's parameter": {
+        "outputs": [
+            {
+                "name": "out",
+                "parameters": {"binary_data": None, "classification": None, "shared_memory_region": None},
+            }
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("case", NOTHING)
+def test_null_for_an_optional_field_is_as_good_as_leaving_it_out(case: str) -> None:
+    expected, found = parse(body(x())), parse(body(x(), **NOTHING[case]))
+    np.testing.assert_array_equal(found.inputs["x"], expected.inputs["x"])
+    assert (found.id, found.outputs) == (expected.id, expected.outputs)
+
+
+@pytest.mark.parametrize(
+    "parameters", [None, {"binary_data_size": None}, {"shared_memory_region": None, "shared_memory_offset": None}]
+)
+def test_null_for_an_inputs_parameter_is_as_good_as_leaving_it_out(parameters: Any) -> None:
+    assert parse(body(x(parameters=parameters))).inputs["x"].tolist() == [[1.5, 2.0]]
+
+
+def test_null_data_beside_binary_data_is_none() -> None:
+    text = body(x(data=None, parameters={"binary_data_size": 8}))
+    array = parse(text + np.float32([3, 4]).tobytes(), len(text)).inputs["x"]
+    assert array.tolist() == [[3.0, 4.0]]
+
+
+def test_a_parameter_of_null_takes_the_requests_default() -> None:
+    asked = [{"name": "out", "parameters": {"binary_data": None}}]
+    request = parse(body(x(), outputs=asked, parameters={"binary_data_output": True}))
+    assert request.outputs == (WantedOutput("out", True),)
+
+
+@pytest.mark.parametrize("field", ["name", "shape", "datatype", "data"])
+def test_null_for_what_is_needed_is_refused_as_leaving_it_out_is(field: str) -> None:
+    absent = x()
+    del absent[field]
+    messages = []
+    for tensor in (absent, x(**{field: None})):
+        with pytest.raises(RequestMalformed) as e:
+            parse(body(tensor))
+        messages.append(e.value.message)
+    assert messages[0] == messages[1]

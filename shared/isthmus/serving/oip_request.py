@@ -152,14 +152,17 @@ _JSON = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def _object(doc: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
-    value = doc.get(key, {})
+    """An optional object; null, which clients with typed fields send, is as good as none."""
+    if (value := doc.get(key)) is None:
+        return {}
     if not isinstance(value, dict):
         raise RequestMalformed(f"{key} of {where} is not an object")
     return value
 
 
 def _request_id(doc: Mapping[str, Any]) -> str:
-    value = doc.get("id", "")
+    if (value := doc.get("id")) is None:
+        return ""
     if not isinstance(value, str) or len(value) > MAX_ID_LENGTH:
         raise RequestMalformed(f"id is not a string of at most {MAX_ID_LENGTH} characters", limit=MAX_ID_LENGTH)
     return value
@@ -183,12 +186,12 @@ def _read_inputs(
         parameters = _object(tensor, "parameters", f"the input {spec.name!r}")
         shape = shape_of(tensor, spec)
         _bind_free_dimensions(spec, shape, sizes)
-        if "shared_memory_region" in parameters:
+        if parameters.get("shared_memory_region") is not None:
             raise RequestMalformed("shared memory is not offered", tensor=spec.name, hint="send the data in the body")
-        if "binary_data_size" not in parameters:
+        if parameters.get("binary_data_size") is None:
             arrays[spec.name] = from_json(tensor, spec, shape)
             continue
-        if "data" in tensor:
+        if tensor.get("data") is not None:
             raise RequestMalformed(f"the input {spec.name!r} has both data and binary_data_size", tensor=spec.name)
         if binary is None:
             raise RequestMalformed(f"there is binary data, and no header {HEADER_LENGTH}", header=HEADER_LENGTH)
@@ -271,13 +274,14 @@ def _output_parameters(output: Mapping[str, Any], name: str) -> dict[str, Any]:
             parameter="classification",
             hint="POST the photo to / for classes, or take the logits and sort them",
         )
-    if "shared_memory_region" in parameters:
+    if parameters.get("shared_memory_region") is not None:
         raise RequestMalformed("shared memory is not offered", tensor=name)
     return parameters
 
 
 def _flag(parameters: Mapping[str, Any], key: str, default: bool) -> bool:
-    value = parameters.get(key, default)
+    if (value := parameters.get(key)) is None:
+        return default
     if not isinstance(value, bool):
         raise RequestMalformed(f"the parameter {key} is not true or false", parameter=key)
     return value

@@ -11,6 +11,7 @@ from typing import Any
 from bundles import Published
 from isthmus.bundle import WHOLE, Bundle, subject_digest
 from isthmus.device import Device
+from isthmus.graph import stored_examples
 from isthmus.graph.model import Model, open_model
 from isthmus.planner.planning.conditions import Conditions, Constraints
 from isthmus.planner.planning.plan import Candidate, Plan, ProfileUsed, Terms
@@ -37,7 +38,8 @@ def device(**facts: Any) -> Device:
 
 def whole_model(published: Published) -> Model:
     path = published.folder.parent / f"built-{published.name}" / "inputs-to-outputs.onnx"
-    return open_model(path, bind=published.bundle.source.get("bind", {}), normalise=False)
+    bind, examples = published.bundle.source.get("bind", {}), stored_examples(published.bundle)
+    return open_model(path, bind=bind, examples=examples, normalise=False)
 
 
 def profile_of(published: Published, tier: str, seconds: float, *, weights: Sequence[float] = ()) -> Profile:

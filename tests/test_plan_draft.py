@@ -26,9 +26,10 @@ from isthmus.planner.planning.drafting import drafting
 from isthmus.planner.planning.examples import Example, from_arrays, from_photos, random_examples
 from isthmus.planner.planning.make import make_plan
 from isthmus.planner.planning.memory import Memory, live_bytes
+from isthmus.planner.planning.picture import Along
 from isthmus.planner.profiling.profile import SegmentCost, Timing
 from isthmus.processing.image_spec import made_shape
-from plans import profile_of, whole_model
+from plans import candidate, plan_for, profile_of, whole_model
 
 SLOW, FAST = 0.2, 0.01
 LINK = Conditions(1e6, 1e6, 0.005)
@@ -250,6 +251,32 @@ def test_the_int8_variant_is_a_bundle_of_its_own_and_made_once(tmp_path: Path) -
     assert 0 < found.error.relative < 0.5
     assert found.predicted.edge_source == "scaled"
     assert not variant.bundle.cuts
+
+
+def asking(path: Path) -> Path:
+    """x · w in as many rows as the input `rows` says, which must divide 8: without a value of it nothing runs."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w0"], ["m"]),
+        helper.make_node("Relu", ["m"], ["r"]),
+        helper.make_node("Reshape", ["r", "rows"], ["s"]),
+        helper.make_node("ReduceMean", ["s"], ["y"], axes=[1]),
+    ]
+    inputs = [value("x", 1, 64), value("rows", 2, dtype=onnx.TensorProto.INT64)]
+    return save(path, nodes, inputs, [value("y", "a", "b")], [weight("w0", 64, 8)])
+
+
+def test_a_model_that_needs_certain_values_has_its_int8_variant_and_its_picture(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).standard_normal((1, 64)).astype(np.float32)
+    given = {"x": x, "rows": np.array([4, 2], np.int64)}
+    published = publish(tmp_path, asking(tmp_path / "asking.onnx"), given, examples={"rows": given["rows"]})
+    with drafted(published, examples=random_examples(published.bundle, 2), kind="random", int8=True) as draft:
+        assert not [note for note in draft.notes if "int8" in note]
+        assert "edge-int8" in {c.name for c in draft.predict(LINK)}
+        along = Along.of(draft)
+        plan = plan_for(published.bundle, candidate())
+    found = published.registry.resolve("asking")
+    shown = Along.published(plan, found, published.registry, cache_of(published, tmp_path / "cache"))
+    assert shown.bytes == along.bytes
 
 
 def test_a_model_that_cannot_be_quantised_has_no_variant_and_the_plan_says_why(tmp_path: Path) -> None:

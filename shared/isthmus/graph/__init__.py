@@ -4,7 +4,7 @@
 libraries, and so are imported by name where they are used.
 """
 
-from isthmus.graph.bundler import add_cuts, build, narrowest
+from isthmus.graph.bundler import add_cuts, build, narrowest, stored_examples
 from isthmus.graph.cuts import CutInfo, cut_after, cut_at, cuts, resolve_cut, resolve_partition
 from isthmus.graph.extract import Extracted, check_order, extract, partition
 from isthmus.graph.model import Model, open_model
@@ -25,4 +25,5 @@ __all__ = [
     "partition",
     "resolve_cut",
     "resolve_partition",
+    "stored_examples",
 ]

@@ -130,7 +130,7 @@ def add_cuts(
     """
     whole = Path(whole)
     binding = bundle.source.get("bind", {})
-    model = open_model(whole, bind=binding, examples=_examples(bundle), normalise=False)
+    model = open_model(whole, bind=binding, examples=stored_examples(bundle), normalise=False)
     out = whole.parent if out_dir is None else Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     files: dict[str, Path] = {}
@@ -354,5 +354,6 @@ def _counted_with(model: Model) -> dict[str, Any]:
     return {**facts, "examples": small} if small else facts
 
 
-def _examples(bundle: Bundle) -> Examples:
+def stored_examples(bundle: Bundle) -> Examples:
+    """The example inputs that the bundle's model was imported with, as far as they are small and whole numbers."""
     return {n: np.asarray(e["value"], np.dtype(e["dtype"])) for n, e in bundle.source.get("examples", {}).items()}

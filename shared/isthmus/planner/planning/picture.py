@@ -16,7 +16,7 @@ import numpy as np
 
 from isthmus.bundle import WHOLE
 from isthmus.errors import ModelError
-from isthmus.graph import cuts, open_model
+from isthmus.graph import cuts, open_model, stored_examples
 from isthmus.graph.model import Model
 from isthmus.graph.picture import size_text
 from isthmus.planner.planning.conditions import Conditions
@@ -55,7 +55,8 @@ class Along:
         known = {p.tier: profiles.find(registry, found.bundle, p.tier, p.device) for p in plan.profiles}
         there = {tier: p for tier, p in known.items() if p is not None}
         with cache.locate(found.digest, WHOLE) as whole:
-            model = open_model(whole.path, bind=found.bundle.source.get("bind", {}), normalise=False)
+            bind, examples = found.bundle.source.get("bind", {}), stored_examples(found.bundle)
+            model = open_model(whole.path, bind=bind, examples=examples, normalise=False)
         return _along(model, there, {n: c.position for n, c in found.bundle.cuts.items()})
 
 

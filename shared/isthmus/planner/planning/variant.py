@@ -71,7 +71,8 @@ def int8_variant(
         out,
         # Whole, and nothing else: it never splits.
         partitions=[[]],
-        bind={n: tuple(shape) for n, shape in bundle.source.get("bind", {}).items()},
+        # A request that the model takes: where shapes depend on values, made-up ones need not do.
+        examples=inputs[0],
         preprocess=bundle.preprocess,
         postprocess=bundle.postprocess,
         source={"model": bundle.source.get("model", bundle.name), **made_of},

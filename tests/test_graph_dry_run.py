@@ -366,8 +366,8 @@ def test_labels_may_be_left_out_of_the_postprocess(tmp_path: Path) -> None:
     assert bundle.postprocess == {**POSTPROCESS, "labels": None}
 
 
-@pytest.fixture(scope="module")
-def quantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["QInt8", "QUInt8"])
+def quantised(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An int8 model as onnxruntime's own quantiser makes it: every operator between Q/DQ pairs."""
     from onnxruntime import quantization
 
@@ -381,9 +381,29 @@ def quantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
             return next(inputs, None)
 
     quantization.quantize_static(
-        str(folder / "photos.onnx"), str(folder / "q.onnx"), Reader(), quant_format=quantization.QuantFormat.QDQ
+        str(folder / "photos.onnx"),
+        str(folder / "q.onnx"),
+        Reader(),
+        quant_format=quantization.QuantFormat.QDQ,
+        activation_type=quantization.QuantType[request.param],
     )
     return folder / "q.onnx"
+
+
+def test_an_int8_model_computes_what_its_file_does_and_cuts_after_quantise_are_exact(
+    quantised: Path, tmp_path: Path
+) -> None:
+    model = open_model(quantised)
+    fused = {v.name for v in within_quantised_operators(model)}
+    clean = [c.name for c in cuts(model) if not fused & {t.name for t in c.tensors}]
+    assert clean
+    bundle, files = build(model, "q", tmp_path / "out", partitions=clean)
+    assert {t.dtype for c in bundle.cuts.values() for t in c.tensors} <= {"uint8", "float32"}
+    inputs = [{"x": np.random.default_rng(s).normal(0, 1, (1, 3, 8, 8)).astype(np.float32)} for s in range(3)]
+    expected = run_whole(quantised, inputs)
+    for cut in ([], *([name] for name in clean)):
+        for whole, split in zip(expected, run_partition(bundle, files, cut, inputs), strict=True):
+            assert difference(whole, split) < 1e-5
 
 
 def test_values_between_dequantise_and_quantise_are_known(quantised: Path) -> None:
@@ -411,6 +431,10 @@ def test_a_cut_that_differs_from_the_whole_is_recorded_and_stated(quantised: Pat
     stated = bundle.source.get("dry_run", {}).get("differences", {})
     assert {name for name, d in found.items() if d > 1e-4} <= stated.keys()
     assert all(stated[name] >= 0.2 * d for name, d in found.items() if name in stated)
+    fused = {v.name for v in within_quantised_operators(model)}
+    parted = {c for c, cut in bundle.cuts.items() if fused & {t.name for t in cut.tensors}}
+    noted = {note.split()[2] for note in bundle.source["dry_run"]["notes"] if note.startswith("the cut ")}
+    assert parted == noted | (stated.keys() & parted)
 
 
 def test_the_command_states_a_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -208,6 +208,7 @@ def _cut(
 ) -> Bundle:
     segments, found = dict(bundle.segments), dict(bundle.cuts)
     differences: dict[str, float] = {}
+    fused = {str(v.name) for v in within_quantised_operators(run.model)}
     total = sum(len(p.cuts if isinstance(p, _Rehearsed) else p) + 1 for p in partitions)
     done = 0
     for asked in partitions:
@@ -218,8 +219,14 @@ def _cut(
                 raise
             on_refusal(e)
             continue
+        name = "/".join(c.name for c in tried.cuts)
         if tried.difference > run.tolerance:
-            differences["/".join(c.name for c in tried.cuts)] = recorded(tried.difference)
+            differences[name] = recorded(tried.difference)
+        elif tried.parts and fused & {t.name for c in tried.cuts for t in c.tensors}:
+            run.notes.append(
+                f"the cut {name} parts operators that onnxruntime fuses to integer ones: predictions may differ by"
+                " their rounding, though those of the dry run do not"
+            )
         for cut in tried.cuts:
             made = cut.manifest() if isinstance(cut, CutInfo) else cut
             if _differs(found.setdefault(cut.name, made), made):

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,8 +41,9 @@ _BUNDLE = "sha256:" + "0" * 64
 _HALF = ("float16", "bfloat16")
 _MAX_SHOWN = 300
 _QUANTISING = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
-_MORE_INPUTS = 4
+_MORE_INPUTS = 6
 """For models that round activations: few inputs lie where integers and floats are rounded apart."""
+_BLOCKS = 8
 
 
 class Case(NamedTuple):
@@ -383,12 +384,20 @@ def _resized(array: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _noise(arrays: Mapping[str, Array], seed: int) -> dict[str, Array]:
-    """Floats of a normal distribution, of another scale for each seed; whole numbers keep their values, in reverse."""
+    """Floats of a normal distribution, for odd seeds the same in a whole block, as in pictures and sounds.
+
+    Whole numbers keep their values, in reverse.
+    """
     rng = np.random.default_rng([1, seed])
-    return {
-        name: np.flip(a) if a.dtype.kind in "iub" else np.asarray(rng.normal(0, 2.0 ** (seed - 2), a.shape), a.dtype)
-        for name, a in arrays.items()
-    }
+
+    def noise(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        array = rng.normal(0, 1 + seed // 2, shape)
+        for axis in range(1, len(shape)) if seed % 2 else ():
+            block = max(1, shape[axis] // _BLOCKS)
+            array = np.take(array, np.arange(shape[axis]) // block * block, axis)
+        return np.asarray(array, dtype)
+
+    return {n: np.flip(a) if a.dtype.kind in "iub" else noise(a.shape, a.dtype) for n, a in arrays.items()}
 
 
 def _with_other_values(array: Array) -> Array:

@@ -22,6 +22,7 @@ from onnx_ir.passes import common
 from isthmus.errors import IsthmusError, ModelError
 from isthmus.frame import entry_bytes, why_not_carried, why_not_together
 from isthmus.graph import lean, old_opsets
+from isthmus.graph.unsigned import to_unsigned
 from isthmus.graph.weights import ends, inline, is_outside, same_content
 
 # Initialisers may stay out of a graph's inputs, and lie in external files, from IR version 4 on.
@@ -212,6 +213,7 @@ def _normalise(model: ir.Model) -> None:
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.LiftSubgraphInitializersToMainGraphPass()(model)
     _compute_constant_outputs(model.graph)
+    to_unsigned(model.graph)
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedOpsetsPass()(model)
     _merge_equal_initialisers(model.graph)

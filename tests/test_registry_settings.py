@@ -110,6 +110,7 @@ def test_functions_read_the_same_variables_as_commands(monkeypatch: pytest.Monke
 def test_commands_read_the_other_settings_of_a_registry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     settings = registry_settings("r")
     assert (settings.secrets_dir, settings.registry_attempts) == (str(tmp_path / "secrets"), 4)
+    assert settings.cache_bytes == 8 * 2**30 > RegistrySettings.cache_bytes
     for name, value in {"secrets_dir": "/s", "registry_attempts": "2", "cache_bytes": "1MB", "cache_dir": "/c"}.items():
         monkeypatch.setenv(name, value)
     settings = registry_settings("r")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -14,7 +15,8 @@ import pytest
 from isthmus.errors import LocalError
 from isthmus.local.build import stage
 from isthmus.local.stack import FunctionSpec, Stack, read_stack, substitute
-from isthmus.settings import EnvSettings, RouterSettings, SegmentSettings
+from isthmus.settings import EnvSettings, RegistrySettings, RouterSettings, SegmentSettings
+from isthmus.units import parse_size
 from local_stack import ROOT, STACK, write_stack
 
 FILES = ["stack.yml", "stack.pro.yml"]
@@ -30,6 +32,8 @@ WATCHDOG = frozenset(
         *("healthcheck_interval", "ready_path", "prefix_logs", "log_buffer_size", "log_callid", "suppress_lock"),
     }
 )
+GRACE_S, MARGIN_S = 30.0, 2.0
+"""terminationGracePeriodSeconds of Kubernetes, which CE leaves as it is; then the pod is killed."""
 PRO_LABELS = re.compile(r"com\.openfaas\.scale\.(zero|zero-duration|type|target|target-proportion)")
 
 
@@ -71,6 +75,52 @@ def test_timeouts_lie_inside_one_another(file: str) -> None:
         assert float(env["deadline_s"]) < seconds(env["exec_timeout"])
         assert seconds(env["exec_timeout"]) < seconds(env["write_timeout"])
         assert seconds(env["write_timeout"]) <= seconds(env["read_timeout"])
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_pod_that_ends_answers_what_it_took_within_its_grace(file: str) -> None:
+    """The watchdog takes requests for healthcheck_interval after SIGTERM, and waits for the last of them."""
+    for spec in stack(file).functions.values():
+        image = dockerfile_variables(spec.lang)
+        draining_s = seconds(spec.environment.get("healthcheck_interval", image["healthcheck_interval"]))
+        for timeouts in (spec.environment, image):
+            assert draining_s + seconds(timeouts["exec_timeout"]) <= GRACE_S - MARGIN_S
+            assert seconds(timeouts["exec_timeout"]) < seconds(timeouts["write_timeout"])
+        assert draining_s + SegmentSettings.deadline_s <= GRACE_S - MARGIN_S
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_what_a_function_keeps_fits_its_memory(file: str) -> None:
+    """The cache lies in /tmp: on the node's disk, which nothing else bounds, or in memory."""
+    for spec in stack(file).functions.values():
+        memory = parse_size(spec.limits["memory"])
+        cache, loaded = (parse_size(spec.environment[name]) for name in ("cache_bytes", "max_loaded_bytes"))
+        assert cache + loaded < memory
+        assert RegistrySettings.cache_bytes <= memory
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_function_has_a_limit_of_cpus_that_its_runs_do_not_use_up(file: str) -> None:
+    """A run takes the whole CPUs of the limit (threads: 0), so a fraction is left for the watchdog's probes."""
+    for spec in stack(file).functions.values():
+        assert "threads" not in spec.environment
+        milli, requested = (int(kind["cpu"].removesuffix("m")) for kind in (spec.limits, spec.requests))
+        assert milli >= 1000 + 250
+        assert milli % 1000 >= 250
+        assert requested <= milli
+
+
+def test_the_pro_stack_is_probed_for_readiness_and_not_for_health() -> None:
+    """CE has no such annotation: there the router's retries bridge a start."""
+    for spec in stack("stack.pro.yml").functions.values():
+        assert spec.annotations["com.openfaas.ready.http.path"] == "/_/ready"
+        assert dockerfile_variables(spec.lang)["ready_path"] == "/ready"
+
+
+def dockerfile_variables(template: str) -> dict[str, str]:
+    text = (ROOT / "template" / template / "Dockerfile").read_text().replace("\\\n", " ")
+    pairs = shlex.split(" ".join(re.findall(r"^ENV (.*)", text, re.MULTILINE)))
+    return dict(pair.split("=", 1) for pair in pairs)
 
 
 def test_stack_yml_holds_nothing_that_ce_refuses() -> None:

@@ -124,7 +124,7 @@ class RegistrySettings(EnvSettings):
         "/var/openfaas/secrets",
     )
     cache_dir: str = setting("folder for fetched segments and weights; the only place written to", "/tmp/isthmus")  # noqa: S108
-    cache_bytes: int = setting("bound on that folder; the least recently used weights are dropped first", 8 * 2**30)
+    cache_bytes: int = setting("bound on that folder; the least recently used weights are dropped first", 2**30)
     registry_attempts: int = setting("tries for one read of the registry, the first included", 4)
     registry_timeout_s: float = setting("longest wait for one read of the registry, in seconds", 20.0)
 
@@ -161,7 +161,7 @@ class SegmentSettings(RegistrySettings):
         256 * 2**20,
     )
     deadline_s: float = setting(
-        "longest a request may take, in seconds; its X-Timeout and exec_timeout shorten it, each less a margin", 25.0
+        "longest a request may take, in seconds; its X-Timeout and exec_timeout shorten it, each less a margin", 20.0
     )
     exec_timeout: float = setting(
         "of-watchdog's own limit of a call: seconds, or a duration such as 1m30s; 0 is none. A request ends a margin"

@@ -41,6 +41,8 @@ CACHE_DIR = private_caches.CACHE_DIR
 ENGINE_SECRETS = ".isthmus/secrets"
 """Where the local engine keeps secrets; commands find the S3 keys where the functions of `isthmus up` do."""
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+_CACHE_BYTES = "8GiB"
+"""More than a function's: a whole model is read here, on a disk that no pod's memory bounds."""
 _FRAME = 3
 """What a column of a table takes beside its text: a line, and a space on both sides."""
 Step = Callable[[str], None]
@@ -48,12 +50,12 @@ Number = TypeVar("Number", int, float)
 
 
 def registry_settings(registry: str, cache_dir: str = CACHE_DIR) -> RegistrySettings:
-    """A command's registry settings: read from the environment as a function reads them, except for two defaults.
+    """A command's registry settings: read from the environment as a function reads them, except for three defaults.
 
     Raises:
         SettingsError: as for a function.
     """
-    defaults = {"cache_dir": cache_dir}
+    defaults = {"cache_dir": cache_dir, "cache_bytes": _CACHE_BYTES}
     if not Path(RegistrySettings.secrets_dir).is_dir():
         defaults["secrets_dir"] = ENGINE_SECRETS
     given = {name: text for name, text in os.environ.items() if text.strip()}

@@ -17,6 +17,8 @@ from isthmus.planner.budget import Budget
 from isthmus.units import parse_duration
 
 HEAD, TAIL = "edge-head", "cloud-tail"
+_HERE = {"preload": "", "cache_bytes": "8GiB", "max_loaded_bytes": "4GiB"}
+"""Measuring loads what it measures, the whole model too. The stack's bounds fit limits that nothing enforces here."""
 TimeLimit = Annotated[
     str, typer.Option(help="Begin nothing more after this time; what was left out is told. 0s is no limit.")
 ]
@@ -61,5 +63,5 @@ def places(local: bool, stack: Path, registry: str, head: str, tail: str, step: 
     read = read_stack(stack, variables(registry))
     token = SecretFolder(read.root / ".isthmus" / "secrets").ensure(SECRET)
     unused = {name: 0 for name in read.functions if name not in (HEAD, TAIL)}
-    with engine(stack, registry, 0, step, replicas=unused, environment={"*": {"preload": ""}}) as url:
+    with engine(stack, registry, 0, step, replicas=unused, environment={"*": _HERE}) as url:
         yield Places(f"{url}/function/{HEAD}", f"{url}/function/{TAIL}", token)

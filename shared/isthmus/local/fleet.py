@@ -209,7 +209,7 @@ class Fleet:
         # A folder of its own for each deployment: the replicas that still drain read theirs.
         self._deployed += 1
         folder = stage(self._stack, spec, self._places.build / str(self._deployed))
-        environment = self._environment(spec)
+        environment = self._environment(spec, folder)
         deployment = Deployment(spec, folder, environment, _ready_path(spec), Watchdog.from_env(environment))
         supervisor = self._running.get(spec.name)
         if supervisor is None:
@@ -229,8 +229,8 @@ class Fleet:
         if folder.parent == self._places.build:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _environment(self, spec: FunctionSpec) -> dict[str, str]:
-        """A function's environment here: its own, the overrides, and the in-cluster gateway's name resolved."""
+    def _environment(self, spec: FunctionSpec, folder: Path) -> dict[str, str]:
+        """A function's environment here, laid out in `folder`: its own, the overrides, in-cluster names resolved."""
         values = {
             # In a container /tmp is a function's own, and so is its cache.
             "cache_dir": str(self._places.cache / spec.name),
@@ -240,7 +240,9 @@ class Fleet:
             **self._overrides.get("*", {}),
             **self._overrides.get(spec.name, {}),
         }
-        if (registry := values.get("registry", "")) and "://" not in registry:
+        registry = values.get("registry", "")
+        # A registry baked into the image is found from the function's own folder.
+        if registry and "://" not in registry and not (folder / registry).is_dir():
             # As every path of stack.yml; a function's process starts in a folder that nobody else knows.
             values["registry"] = str(self._stack.root / registry)
         return {k: self.resolve(v) for k, v in values.items()}

@@ -12,17 +12,22 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from isthmus.cut_syntax import CutText, parse_partition
 from isthmus.errors import Missing, RegistryError
 
 FORMAT = "isthmus.bundle/1"
 MAX_MANIFEST_BYTES = 16 * 2**20
+MAX_TEXT = 4096
+"""Characters of a name, a dtype or a free dimension; a frame carries fewer."""
+MAX_RANK = 64
+"""Axes of a tensor; numpy has no more, and a frame carries fewer."""
 WHOLE = ".."
 """The segment id of the uncut model: from its inputs to its outputs."""
 
 Dim: TypeAlias = int | str
+T = TypeVar("T")
 ANY = "?"
 """A free dimension without a name: it need not agree with any other."""
 
@@ -277,52 +282,34 @@ def from_json(data: bytes) -> Bundle:
     if len(data) > MAX_MANIFEST_BYTES:
         raise RegistryError(f"a manifest of {len(data)} bytes exceeds {MAX_MANIFEST_BYTES}", limit=MAX_MANIFEST_BYTES)
     try:
-        doc = json.loads(data)
+        doc = json.loads(data, parse_constant=_refuse_constant)
         if doc["format"] != FORMAT:
-            raise RegistryError(f"manifest format is {doc['format']!r}; this version reads {FORMAT!r}")
+            raise RegistryError(f"manifest format is {str(doc['format'])[:80]!r}; this version reads {FORMAT!r}")
         return _checked(
             Bundle(
-                name=str(doc["name"]),
+                name=_text(doc["name"]),
                 inputs=_specs_from(doc["inputs"]),
                 outputs=_specs_from(doc["outputs"]),
                 weights=Weights(
                     _blob_from(doc["weights"]["blob"]),
                     tuple(
-                        WeightTensor(str(n), int(o), int(size), str(d)) for n, o, size, d in doc["weights"]["tensors"]
+                        WeightTensor(_text(n), _whole(o), _whole(size), _text(d))
+                        for n, o, size, d in _list(doc["weights"]["tensors"])
                     ),
                 ),
-                segments={
-                    s["id"]: Segment(
-                        id=str(s["id"]),
-                        graph=_blob_from(s["graph"]),
-                        inputs=_specs_from(s["inputs"]),
-                        outputs=_specs_from(s["outputs"]),
-                        weights=tuple((int(a), int(b)) for a, b in s["weights"]),
-                        macs=int(s["macs"]),
-                    )
-                    for s in doc["segments"]
-                },
-                cuts={
-                    c["name"]: Cut(
-                        str(c["name"]),
-                        _specs_from(c["tensors"]),
-                        int(c["bytes"]),
-                        float(c["macs_before"]),
-                        c["position"],
-                    )
-                    for c in doc["cuts"]
-                },
-                default_cuts=tuple(str(c) for c in doc["default_cuts"]),
-                preprocess=doc["preprocess"],
-                postprocess=doc["postprocess"],
-                source=doc["source"],
-                tables={str(name): _blob_from(blob) for name, blob in doc.get("tables", {}).items()},
+                segments=_by_name("segment", (_segment_from(s) for s in _list(doc["segments"]))),
+                cuts=_by_name("cut", (_cut_from(c) for c in _list(doc["cuts"]))),
+                default_cuts=tuple(_text(c) for c in _list(doc["default_cuts"])),
+                preprocess=_object_or_none(doc["preprocess"]),
+                postprocess=_object_or_none(doc["postprocess"]),
+                source=_object(doc["source"]),
+                tables={_text(name): _blob_from(blob) for name, blob in _object(doc.get("tables", {})).items()},
                 fidelity=_blob_from(doc["fidelity"]) if "fidelity" in doc else None,
                 plan=_blob_from(doc["plan"]) if "plan" in doc else None,
             )
         )
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-        raise RegistryError(f"not a bundle manifest: {type(e).__name__}: {e}") from e
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as e:
+        raise RegistryError(f"not a bundle manifest: {type(e).__name__}: {str(e)[:200]}") from e
 
 
 def _checked(bundle: Bundle) -> Bundle:
@@ -337,6 +324,15 @@ def _checked(bundle: Bundle) -> Bundle:
             raise ValueError(f"{segment[:80]!r} does not lie between two of the bundle's cuts")
     if bad := next((name for name in bundle.default_cuts if name not in bundle.cuts), None):
         raise ValueError(f"the default cut {bad[:80]!r} is none of the bundle's")
+    for what, doc, key, specs in (
+        ("preprocess", bundle.preprocess, "input", bundle.inputs),
+        ("postprocess", bundle.postprocess, "output", bundle.outputs),
+    ):
+        if doc is not None and doc.get(key) not in [spec.name for spec in specs]:
+            raise ValueError(f"{what} names the {key} {str(doc.get(key))[:80]!r}, which the model does not have")
+    # Both become JSON again, and the labels' blob is looked up.
+    json.dumps([bundle.preprocess, bundle.postprocess, bundle.source], ensure_ascii=False, allow_nan=False).encode()
+    _ = bundle.labels
     return bundle
 
 
@@ -344,18 +340,90 @@ def _specs_to(specs: tuple[TensorSpec, ...]) -> list[dict[str, Any]]:
     return [{"name": s.name, "dtype": s.dtype, "shape": list(s.shape)} for s in specs]
 
 
-def _specs_from(docs: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
-    return tuple(
-        TensorSpec(str(d["name"]), str(d["dtype"]), tuple(n if isinstance(n, str) else int(n) for n in d["shape"]))
-        for d in docs
+def _specs_from(docs: Any) -> tuple[TensorSpec, ...]:
+    specs = tuple(
+        TensorSpec(_text(d["name"]), _text(d["dtype"]), tuple(_dim(n) for n in _list(d["shape"], MAX_RANK)))
+        for d in _list(docs)
     )
+    if len({spec.name for spec in specs}) != len(specs):
+        raise ValueError("two tensors of one list have one name")
+    return specs
+
+
+def _segment_from(doc: Any) -> tuple[str, Segment]:
+    name = _text(doc["id"])
+    ranges = tuple((_whole(start), _whole(stop)) for start, stop in _list(doc["weights"]))
+    inputs, outputs = _specs_from(doc["inputs"]), _specs_from(doc["outputs"])
+    return name, Segment(name, _blob_from(doc["graph"]), inputs, outputs, ranges, _whole(doc["macs"]))
+
+
+def _cut_from(doc: Any) -> tuple[str, Cut]:
+    share, position = doc["macs_before"], doc["position"]
+    if type(share) not in (int, float) or not 0 <= share <= 1:
+        raise ValueError(f"{str(share)[:80]!r} is no share of the MACs")
+    name, tensors = _text(doc["name"]), _specs_from(doc["tensors"])
+    position = None if position is None else _whole(position)
+    return name, Cut(name, tensors, _whole(doc["bytes"]), float(share), position)
+
+
+def _by_name(what: str, found: Iterable[tuple[str, T]]) -> dict[str, T]:
+    made: dict[str, T] = {}
+    for name, value in found:
+        if name in made:
+            raise ValueError(f"two {what}s are named {name[:80]!r}")
+        made[name] = value
+    return made
 
 
 def _blob_to(blob: Blob) -> dict[str, Any]:
     return {"digest": blob.digest, "size": blob.size}
 
 
-def _blob_from(doc: dict[str, Any]) -> Blob:
-    if not is_digest(doc["digest"]):
-        raise ValueError(f"{doc['digest']!r} is not a sha256 digest")
-    return Blob(doc["digest"], int(doc["size"]))
+def _blob_from(doc: Any) -> Blob:
+    if not is_digest(digest := _text(doc["digest"])):
+        raise ValueError(f"{digest[:80]!r} is not a sha256 digest")
+    return Blob(digest, _whole(doc["size"]))
+
+
+# Whoever can write to a registry can write any JSON there: each value is what it must be, and bounded.
+
+
+def _text(value: Any) -> str:
+    if type(value) is not str or len(value) > MAX_TEXT:
+        raise ValueError(f"{str(value)[:80]!r} is no text of at most {MAX_TEXT} characters")
+    value.encode()  # half of a surrogate pair is no text, and neither a name on a wire nor in a file
+    return value
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{_shown(value)} is no whole number from 0 of at most 63 bits")
+    return value
+
+
+def _dim(value: Any) -> Dim:
+    return _text(value) if isinstance(value, str) else _whole(value)
+
+
+def _list(value: Any, most: int | None = None) -> list[Any]:
+    if type(value) is not list or (most is not None and len(value) > most):
+        raise ValueError(f"{_shown(value)} is no list" + (f" of at most {most}" if most is not None else ""))
+    return value
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if type(value) is not dict:
+        raise ValueError(f"{_shown(value)} is no object")
+    return value
+
+
+def _object_or_none(value: Any) -> dict[str, Any] | None:
+    return None if value is None else _object(value)
+
+
+def _refuse_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:80] if isinstance(value, str | int | float | bool | None) else type(value).__name__

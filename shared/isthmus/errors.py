@@ -231,6 +231,7 @@ HTTP_STATUS: dict[type[IsthmusError], int] = {
     PlanMismatch: 409,
     CalibrationError: 400,
     ProfileMalformed: 400,
+    RegistryError: 502,
     Missing: 404,
     Denied: 502,
     Corrupt: 502,

@@ -89,7 +89,7 @@ def from_json(data: bytes | memoryview) -> Fidelity:
         )
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as e:
         raise CalibrationError(
-            f"not a fidelity document: {type(e).__name__}: {e}",
+            f"not a fidelity document: {type(e).__name__}: {str(e)[:200]}",
             hint="another version may have written it: isthmus calibrate NAME --data FOLDER",
         ) from e
     return found

@@ -95,7 +95,7 @@ def _is_side(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < 1e30 and math.isfinite(value)
 
 
 def _keys(doc: Mapping[str, Any], where: str, wanted: set[str]) -> None:

@@ -218,6 +218,15 @@ class SegmentCache:
                     limit=None,
                     hint="free space there, lower the setting cache_bytes, or set cache_dir to a larger disk",
                 ) from e
+            if e.errno in (errno.EFBIG, errno.EINVAL, errno.EOVERFLOW):
+                # As long as a manifest says that its weights file is.
+                raise CacheFull(
+                    f"a file of the bundle is longer than one may be on the disk of the cache {self._dir}",
+                    cache_dir=str(self._dir),
+                    bytes=None,
+                    limit=None,
+                    hint="the bundle's manifest may be damaged; publish the model again",
+                ) from e
             if e.errno == errno.EIO:
                 raise RegistryError(f"the disk of the cache {self._dir} fails: {e}", cache_dir=str(self._dir)) from e
             raise SettingsError(

@@ -10,9 +10,11 @@ from pathlib import Path
 
 from isthmus import bundle as manifest
 from isthmus.bundle import Bundle, is_digest
-from isthmus.errors import Corrupt, RegistryError
+from isthmus.errors import Corrupt, ModelError, RegistryError
 
 _REMEMBERED = 16
+_MAX_PADDING = 2**16
+"""Bytes after the last weight in a weights file."""
 
 
 def blob_key(digest: str) -> str:
@@ -45,7 +47,31 @@ def read_manifest(data: bytes) -> Bundle:
     """
     bundle = manifest.from_json(data)
     check_weights(bundle)
+    _check_served(bundle)
     return bundle
+
+
+def _check_served(bundle: Bundle) -> None:
+    """Refuse what would only fail at a request, as if that were the caller's fault.
+
+    Raises:
+        RegistryError: a segment without outputs, a dtype that no request carries, or processing that is not as written.
+    """
+    from isthmus.dtypes import DTYPES
+    from isthmus.processing import classify, image_spec
+
+    if bad := next((s.id for s in bundle.segments.values() if not s.outputs), None):
+        raise RegistryError(f"bundle {bundle.name}: segment {bad} has no outputs")
+    if odd := next((s for s in (*bundle.inputs, *bundle.outputs) if s.dtype not in DTYPES), None):
+        raise RegistryError(f"bundle {bundle.name}: {odd.name[:80]!r} is {odd.dtype[:80]!r}, which no request carries")
+    known = ((bundle.preprocess, "image", image_spec), (bundle.postprocess, "classify", classify))
+    for doc, kind, processing in known:
+        # Another kind may be a later version's; tensors are served without it.
+        if doc is not None and doc.get("kind") == kind:
+            try:
+                processing.validate_spec(doc)
+            except ModelError as e:
+                raise RegistryError(f"bundle {bundle.name}: {e.message[:300]}") from e
 
 
 def check_weights(bundle: Bundle) -> None:
@@ -57,12 +83,26 @@ def check_weights(bundle: Bundle) -> None:
     end = 0
     for t in bundle.weights.tensors:
         if not is_digest(t.digest) or t.length < 0 or not end <= t.offset <= bundle.weights.blob.size - t.length:
-            raise RegistryError(f"bundle {bundle.name}: the place of weight {t.name!r} in the weights file is wrong")
+            raise RegistryError(
+                f"bundle {bundle.name}: the place of weight {t.name[:80]!r} in the weights file is wrong"
+            )
         end = t.offset + t.length
+    if bundle.weights.blob.size - end > _MAX_PADDING:
+        # A cache makes a file of that length.
+        raise RegistryError(
+            f"bundle {bundle.name}: the weights file has {bundle.weights.blob.size} bytes, and its last weight ends at"
+            f" {end}"
+        )
     count = len(bundle.weights.tensors)
     for s in bundle.segments.values():
-        if any(not 0 <= start <= stop <= count for start, stop in s.weights):
-            raise RegistryError(f"bundle {bundle.name}: segment {s.id} refers to weights that are not there")
+        last = 0
+        for start, stop in s.weights:
+            # In order and apart, so that a segment never has more weights than the bundle.
+            if not last <= start <= stop <= count:
+                raise RegistryError(
+                    f"bundle {bundle.name}: segment {s.id} refers to weights that are not there, or to some twice"
+                )
+            last = stop
 
 
 class Bundles:

@@ -11,7 +11,7 @@ from isthmus import bundle as manifest
 from isthmus.bundle import MAX_MANIFEST_BYTES, Blob, Bundle, is_digest, is_model_name
 from isthmus.errors import Corrupt, Missing, RegistryError
 from isthmus.registry.blobs import BlobStore
-from isthmus.registry.content import Bundles, blob_key, check_weights, corrupt
+from isthmus.registry.content import Bundles, blob_key, check_weights, corrupt, read_manifest
 from isthmus.registry.documents import Documents
 from isthmus.registry.patience import Patience, RetryBudget, in_parallel
 from isthmus.registry.upload import Upload
@@ -89,11 +89,12 @@ class Registry:
         if not is_model_name(bundle.name):
             raise RegistryError(f"{bundle.name!r} cannot name a model: 1 to 63 of a-z, 0-9, '.', '_' and '-'")
         check_weights(bundle)
+        data = manifest.to_json(bundle)
+        digest = manifest.digest_of(data)
+        read_manifest(data)  # what no reader could read is not published
         upload = Upload(self._store, self.patience, self.patience.budget())
         for _ in in_parallel(lambda digest: upload.file(digest, files.get(digest)), sorted(bundle.blobs())):
             pass
-        data = manifest.to_json(bundle)
-        digest = manifest.digest_of(data)
         upload.data(digest, data)
         return digest
 
@@ -249,7 +250,11 @@ class Registry:
         """The number that an alias means; for no alias, prod's or the newest."""
         try:
             if not alias or is_alias(alias):
-                return self._pointer(f"models/{name}/aliases/{alias or PROD}")
+                key = f"models/{name}/aliases/{alias or PROD}"
+                number = self._pointer(key)
+                if not _is_number(number):
+                    raise Corrupt(f"{key} in {self.url} holds no version's number", registry=self.url, blob=key)
+                return number
         except Missing:
             pass
         numbers = self._numbers(name)

@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
-from isthmus.bundle import Bundle
+from isthmus.bundle import Blob, Bundle
 from isthmus.context import Deadline
-from isthmus.errors import CalibrationError, DeadlineExceeded, IsthmusError, PlanError, RegistryError
+from isthmus.errors import CalibrationError, DeadlineExceeded, IsthmusError, ModelError, PlanError, RegistryError
 from isthmus.processing.classify import parse_labels
 from isthmus.registry import Registry
 from isthmus.registry.lookups import Lookups
@@ -121,6 +121,12 @@ class Models:
         why = "the registry does not give it" if isinstance(error, RegistryError) else "the new one cannot be served"
         self._log.warning("%s stays as known: %s", reference, why, extra={"facts": facts})
 
+    def _labels(self, blob: Blob) -> tuple[str, ...]:
+        try:
+            return parse_labels(self._registry.blob(blob))
+        except ModelError as e:
+            raise RegistryError(e.message, registry=self._registry.url, blob=blob.digest) from e
+
     def _keep(self, reference: str) -> Model:
         found = self._registry.resolve(reference)
         labels = found.bundle.labels
@@ -129,7 +135,7 @@ class Models:
             found.version,
             found.digest,
             found.bundle,
-            None if labels is None else parse_labels(self._registry.blob(labels)),
+            None if labels is None else self._labels(labels),
         )
         self._prepare(model)
         with self._lock:

@@ -7,7 +7,7 @@ partition take the same inputs as hops would hand them on, and their predictions
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -244,36 +244,39 @@ class DryRun:
         return False
 
     def _second_sizes(self, runner: UnpublishedRunner, specs: Sequence[TensorSpec]) -> bool:
-        """Whether the model ran with a second size of every free dimension: of each alone, or of all together."""
+        """Whether the model ran with a second size of every free dimension: of all together, else of each alone.
+
+        Together, partitions have one more run, not one for each. Twice all keeps sums, such as a mask's length, which
+        is that of a past and an input.
+        """
         arrays = self._cases[0].arrays
-        lacking = [
-            note
-            for names, sizes in _free(specs, arrays)
-            if (note := self._second_size(runner, names, sizes)) is not None
-        ]
-        if len(lacking) > 1:
-            # Some follow others, as a mask's length does those of the past and of the input: twice all keeps sums.
-            doubled = {s.name: _doubled(s, arrays[s.name].shape) for s in specs}
-            resized = {name: _resized(array, doubled[name]) for name, array in arrays.items()}
-            if 0 not in {n for shape in doubled.values() for n in shape} and not self._extra(
-                runner, Case("twice", resized)
-            ):
-                return True
+        free = _free(specs, arrays)
+        if len(free) > 1 and all(dim.others for dim in free):
+            for sizes in (_all_different(free), [2 * dim.size for dim in free]):
+                if 0 not in sizes and not self._resize(runner, list(zip(free, sizes, strict=True))):
+                    return True
+        lacking = [note for dim in free if (note := self._second_size(runner, dim)) is not None]
         self.notes.extend(lacking)
         return not lacking
 
-    def _second_size(
-        self, runner: UnpublishedRunner, names: str, sizes: Sequence[Mapping[str, tuple[int, ...]]]
-    ) -> str | None:
-        """Run with the first of `sizes` that the model runs with: None, or a sentence on why none does."""
+    def _second_size(self, runner: UnpublishedRunner, dim: _FreeDim) -> str | None:
+        """Run with the first other size that the model runs with: None, or a sentence on why none does."""
         reasons = []
-        for shapes in sizes:
-            resized = {n: _resized(a, shapes.get(n, a.shape)) for n, a in self._cases[0].arrays.items()}
-            what = ", ".join(f"{n} {'x'.join(map(str, s))}" for n, s in shapes.items())
-            if not (reason := self._extra(runner, Case(what, resized))):
+        for size in dim.others:
+            if not (reason := self._resize(runner, [(dim, size)])):
                 return None
-            reasons.append(f"{what}: {reason}")
-        return f"only one size of {names} was run: {'; '.join(reasons)}"[:_MAX_SHOWN]
+            reasons.append(f"{size}: {reason}")
+        return f"only the size {dim.size} of {dim.label} was run; {'; '.join(reasons)}"[:_MAX_SHOWN]
+
+    def _resize(self, runner: UnpublishedRunner, sizes: Sequence[tuple[_FreeDim, int]]) -> str:
+        """Run with these sizes: why it did not run, or nothing."""
+        shapes = {name: list(array.shape) for name, array in self._cases[0].arrays.items()}
+        for dim, size in sizes:
+            for name, axis in dim.places:
+                shapes[name][axis] = size
+        resized = {name: _resized(array, shapes[name]) for name, array in self._cases[0].arrays.items()}
+        what = ", ".join(f"{size} for {dim.label}" for dim, size in sizes)
+        return self._extra(runner, Case(what, resized))
 
     def _extra(self, runner: UnpublishedRunner, case: Case) -> str:
         """Run a case that may fail: why it did not run, or nothing."""
@@ -338,42 +341,43 @@ def _carried(arrays: Mapping[str, Array], segment: Segment) -> Mapping[str, Arra
     return frames.decode(data, max_bytes=max(1, 2 * len(data))).tensors
 
 
-def _free(
-    specs: Sequence[TensorSpec], arrays: Mapping[str, Array]
-) -> Iterator[tuple[str, list[dict[str, tuple[int, ...]]]]]:
-    """Each free dimension, and shapes of the inputs that have it with another size: the likeliest to run first."""
-    places: dict[tuple[str, ...], list[tuple[str, int]]] = {}
+class _FreeDim(NamedTuple):
+    """A free dimension: its name, the inputs and axes that have it, its size in the example, and others to try."""
+
+    label: str
+    places: Sequence[tuple[str, int]]
+    size: int
+    others: Sequence[int]
+
+
+def _free(specs: Sequence[TensorSpec], arrays: Mapping[str, Array]) -> list[_FreeDim]:
+    places: dict[str, list[tuple[str, int]]] = {}
     for spec in specs:
         for axis, dim in enumerate(spec.shape):
             if isinstance(dim, str):
-                key: tuple[str, ...] = (dim,) if dim != FREE else (spec.name, str(axis))
-                places.setdefault(key, []).append((spec.name, axis))
-    for key, where in places.items():
-        name, axis = where[0]
-        others = _other_sizes(arrays[name].shape[axis])
-        label = key[0] if len(key) == 1 else f"axis {axis} of {name}"
-        yield label, [_with_size(arrays, where, n) for n in others]
+                places.setdefault(dim if dim != FREE else f"axis {axis} of {spec.name}", []).append((spec.name, axis))
+    sizes = {label: arrays[where[0][0]].shape[where[0][1]] for label, where in places.items()}
+    return [_FreeDim(label, where, sizes[label], _other_sizes(sizes[label])) for label, where in places.items()]
+
+
+def _all_different(free: Sequence[_FreeDim]) -> list[int]:
+    """A size for each, different ones where that can be: equal ones would not show which of two a value follows."""
+    chosen: list[int] = []
+    for dim in free:
+        chosen.append(next((n for n in dim.others if n not in chosen), dim.others[0]))
+    return chosen
 
 
 def _other_sizes(n: int) -> list[int]:
-    """Half and twice keep what a size is a multiple of; 1 would be broadcast, and so hide what does not follow."""
+    """The likeliest to run first: half and twice keep what a size is a multiple of.
+
+    Not 1, which would be broadcast, and so hide what does not follow, while there are others.
+    """
     halves = [n // 2] if n % 2 == 0 and n > 2 else []
     return [m for m in dict.fromkeys((*halves, 2 * n, n + 1, n - 1)) if m > 0 and m != n]
 
 
-def _doubled(spec: TensorSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(2 * n if isinstance(dim, str) else n for dim, n in zip(spec.shape, shape, strict=True))
-
-
-def _with_size(arrays: Mapping[str, Array], where: Sequence[tuple[str, int]], size: int) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, axis in where:
-        shape = shapes[name] if name in shapes else arrays[name].shape
-        shapes[name] = (*shape[:axis], size, *shape[axis + 1 :])
-    return shapes
-
-
-def _resized(array: Array, shape: tuple[int, ...]) -> Array:
+def _resized(array: Array, shape: Sequence[int]) -> Array:
     """The array's own values, repeated or cut off: token ids stay token ids."""
     for axis, size in enumerate(shape):
         if array.shape[axis] == 0:

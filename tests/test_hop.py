@@ -36,6 +36,7 @@ from isthmus.errors import (
     RegistryUnavailable,
     RequestMalformed,
     ShapeMismatch,
+    ValueRefused,
 )
 from isthmus.frame import Frame
 from isthmus.hop import HttpHop
@@ -148,6 +149,7 @@ REACHED: list[tuple[Answer, type[Exception], int]] = [
     ((400, {}, doc("FrameMalformed")), HopRejected, 1),
     ((404, {}, doc("Missing")), HopRejected, 1),
     ((400, {}, doc("ShapeMismatch")), ShapeMismatch, 1),
+    ((400, {}, doc("ValueRefused", tensor="ids", value=9)), ValueRefused, 1),
     ((302, {"Location": "http://127.0.0.1:1/"}, b""), HopRejected, 1),
     ((200, {}, b"<html>a login page</html>"), HopRejected, 1),
     ((200, {}, bytes(2**20 + 1)), HopRejected, 1),

@@ -164,6 +164,13 @@ class ShapeMismatch(SegmentError):
     """A tensor of the wrong name, dtype or shape; facts: `tensor`, `expected`, `got`."""
 
 
+class ValueRefused(SegmentError):
+    """A tensor's values are none that the graph runs with, such as an index beyond a table.
+
+    Facts: `segment`, and where they are known `tensor`, `value` and `expected`, the range.
+    """
+
+
 class SegmentTooLarge(SegmentError):
     """A segment alone exceeds the memory bound; facts: `segment`, `bytes`, `limit`."""
 
@@ -238,6 +245,7 @@ HTTP_STATUS: dict[type[IsthmusError], int] = {
     RegistryUnavailable: 503,
     CacheFull: 507,
     ShapeMismatch: 400,
+    ValueRefused: 400,
     SegmentTooLarge: 507,
     RunFailed: 500,
     HopTimeout: 504,

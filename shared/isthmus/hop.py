@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol
 
 import stamina
@@ -19,7 +19,7 @@ from isthmus import frame as frames
 from isthmus.answers import Answer, AnswerTooLong, BrokenOff
 from isthmus.connections import Connections, Unreachable
 from isthmus.context import Context
-from isthmus.errors import HopBusy, HopRejected, HopTimeout, HopUnavailable, IsthmusError, ShapeMismatch
+from isthmus.errors import HopBusy, HopRejected, HopTimeout, HopUnavailable, IsthmusError, ShapeMismatch, ValueRefused
 from isthmus.frame import Frame
 from isthmus.retries import RetryBudget, backoff, jittered
 from isthmus.server_timing import retry_after_seconds, stage_seconds
@@ -29,6 +29,8 @@ if TYPE_CHECKING:  # a router whose hops are all remote never loads onnxruntime
 
 MAX_ERROR_BYTES = 2**16
 """What is read of an answer other than 200; a hop's own errors are far shorter."""
+_BY_THE_GRAPH = {c.__name__: c for c in (ShapeMismatch, ValueRefused)}
+"""A segment function's errors that the caller of the router made."""
 MAX_OUTAGE_S = 60.0
 """How long a function may be away and still count as starting; measured, one took 28 s on a busy box to load."""
 MAX_REPLACED_S = 15.0
@@ -175,10 +177,17 @@ class HttpHop:
         if status == 404 and not error:
             # The gateway's own: the function is not deployed there, or is being replaced at this moment.
             raise HopUnavailable(message, hint=f"is a function deployed at {self.name}?", **facts)
-        if error.get("type") == ShapeMismatch.__name__:
-            # Only running the graph shows that free dimensions do not go together: the caller's fault, not the hop's.
-            raise ShapeMismatch(said, **facts)
+        if (refused := _BY_THE_GRAPH.get(str(error.get("type")))) is not None:
+            # Only running the graph shows that free dimensions do not go together, or that an index is out of range:
+            # the caller's fault, not the hop's.
+            raise refused(said, **{**_own_facts(error), **facts})
         raise HopRejected(message, **facts)
+
+
+def _own_facts(error: Mapping[str, Any]) -> dict[str, Any]:
+    """What a hop's error says of tensors, which is about what the caller sent."""
+    own = error.get("facts")
+    return {key: own[key] for key in ("tensor", "value", "expected", "got") if key in own} if type(own) is dict else {}
 
 
 def hops_to(

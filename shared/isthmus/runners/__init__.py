@@ -30,6 +30,7 @@ class Runner(Protocol):
 
         Raises:
             ShapeMismatch: a tensor is missing, unknown, or of another dtype or shape; or the graph refused the shapes.
+            ValueRefused: the graph refused a tensor's values, such as an index beyond a table.
             RunFailed: the runtime failed for a reason of its own.
         """
         ...

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from isthmus.bundle import Segment, TensorSpec
-from isthmus.errors import RunFailed, SettingsError, ShapeMismatch
+from isthmus.errors import RunFailed, SettingsError, ShapeMismatch, ValueRefused
 from isthmus.runners import Array, check_tensors
 from isthmus.runners.kernels import MAX_TRACE_BYTES, Observed, read_trace
 from isthmus.runners.runtime import ort, ort_state
@@ -87,6 +87,8 @@ class OrtRunner:
             else:
                 results = self._session.run(self._outputs, {name: _usable(a) for name, a in arrays.items()})
         except Exception as e:
+            if (refused := _refused_value(e, self.segment, arrays)) is not None:
+                raise refused from e
             free = any(isinstance(n, str) for s in self.segment.inputs for n in s.shape)
             if free and _blames_input(e):
                 shapes = {name: list(a.shape) for name, a in arrays.items()}
@@ -231,6 +233,40 @@ def _from_value(value: Any, spec: TensorSpec) -> Array:
     count = math.prod(value.shape())
     raw = ctypes.string_at(value.data_ptr(), count * 2)
     return np.frombuffer(raw, ml_dtypes.bfloat16).reshape(value.shape())
+
+
+_OUT_OF_RANGE = re.compile(
+    r"element out of data bounds|invalid ind\w* found|out of range value in index tensor|index out of range",
+    re.IGNORECASE,
+)
+"""How Gather, GatherElements, GatherND, Scatter* and EmbedLayerNormalization say it."""
+_INDEX = re.compile(r"\b(?:idx|index|indice) ?= ?(-?\d+)")
+_RANGE = re.compile(r"inclusive range \[(-?\d+), ?(-?\d+)\]")
+
+
+def _refused_value(error: Exception, segment: Segment, arrays: Mapping[str, Array]) -> ValueRefused | None:
+    """A run's failure that the values of an input are to blame for; None where they are not.
+
+    Values of whole-number inputs may be indices, sizes or counts, and of fixed shapes they are all that can be wrong.
+    """
+    reason, whole = reason_of(error), {n: a for n, a in arrays.items() if a.dtype.kind in "iu"}
+    if _OUT_OF_RANGE.search(reason) is None:
+        fixed = all(isinstance(n, int) for s in segment.inputs for n in s.shape)
+        if not (fixed and whole and isinstance(error, ort_state.InvalidArgument) and _blames_input(error)):
+            return None
+        return ValueRefused(f"segment {segment.id} cannot run with these values: {reason}", segment=segment.id)
+    facts: dict[str, Any] = {"segment": segment.id}
+    message = "an index is out of range"
+    if found := _INDEX.search(reason):
+        facts["value"] = int(found[1])
+        holders = [name for name, array in whole.items() if (array == facts["value"]).any()]
+        if len(holders) == 1:
+            facts["tensor"] = holders[0]
+        message += f": {holders[0] if len(holders) == 1 else 'a tensor'} holds {facts['value']}"
+    if found := _RANGE.search(reason):
+        facts["expected"] = f"{found[1]} to {found[2]}"
+        message += f", and {facts['expected']} are taken"
+    return ValueRefused(f"{message}; segment {segment.id}: {reason}", **facts)
 
 
 def _blames_input(error: Exception) -> bool:

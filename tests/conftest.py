@@ -1,6 +1,11 @@
 """Fixtures that several test modules share, and how Hypothesis looks for examples."""
 
+import os
+
 from hypothesis import HealthCheck, settings
+
+# Tests that import onnxruntime themselves may do so before Isthmus, which turns its telemetry off, is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # A run on a machine that pauses tells no more than one on a quick one, and the same tree gets the same answer.
 settings.register_profile("isthmus", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

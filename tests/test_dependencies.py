@@ -181,3 +181,9 @@ def test_a_command_that_draws_writes_to_its_own_cache_alone(tmp_path: Path, mode
     assert "ontconfig" not in done.stderr
     assert written(tmp_path / "home") == []
     assert {name.split("/")[0] for name in written(tmp_path / "tmp")} == {"isthmus-cli"}
+
+
+def test_a_command_turns_telemetry_off_before_any_model_is_read(tmp_path: Path) -> None:
+    """The code of a torch model may import onnxruntime before Isthmus does."""
+    code = "import os, sys, isthmus.cli\nprint(os.environ['ORT_DISABLE_TELEMETRY'], 'onnxruntime' in sys.modules)"
+    assert run(code, tmp_path / "home").stdout == "1 False\n"

@@ -544,6 +544,9 @@ def test_a_deployment_from_a_shell_without_the_engines_variables_runs_with_the_e
         assert deploy(engine, "PUT", "echo", "example/echo:latest", {"registry": ".isthmus/registry"}).status == 202
         engine.wait_ready(LONG_S)
         assert registry() == (".isthmus/registry", str(tmp_path / ".isthmus" / "registry"))
+        assert deploy(engine, "PUT", "echo", "example/echo:latest", {"registry": "function/common"}).status == 202
+        engine.wait_ready(LONG_S)
+        assert registry() == ("function/common", "function/common")  # laid out with the function
 
 
 def test_an_unknown_function_in_the_options_is_refused(tmp_path: Path) -> None:

@@ -325,9 +325,9 @@ def test_a_model_whose_cuts_are_all_refused_is_left_whole_and_says_so(
 
 
 def changed(step: Mapping[str, Any]) -> dict[str, Any]:
-    steps = [s for s in PREPROCESS["steps"] if s["op"] != step["op"]]
-    place = ("resize", "center_crop", "normalize", "layout").index(step["op"]) if step["op"] != "blur" else 0
-    return {**PREPROCESS, "steps": [*steps[:place], step, *steps[place:]]}
+    steps = [*(s for s in PREPROCESS["steps"] if s["op"] != step["op"]), step]
+    order = ("blur", "resize", "center_crop", "normalize", "layout")
+    return {**PREPROCESS, "steps": sorted(steps, key=lambda s: order.index(s["op"]))}
 
 
 @pytest.mark.parametrize(
@@ -337,12 +337,20 @@ def changed(step: Mapping[str, Any]) -> dict[str, Any]:
         ({"preprocess": {**PREPROCESS, "colour": "BGR"}}, "unknown keys: colour"),
         ({"preprocess": {**PREPROCESS, "input": "pixels"}}, "makes the input 'pixels'; the model takes x"),
         ({"preprocess": {**PREPROCESS, "dtype": "float16"}}, r"preprocess does not fit .*x: float16 \[1, 3, 8, 8\]"),
-        ({"preprocess": changed({"op": "center_crop", "size": [6, 6]})}, r"float32 \[1, 3, 6, 6\]; the model takes"),
-        ({"preprocess": changed({"op": "layout", "to": "NHWC"})}, r"float32 \[1, 8, 8, 3\]; the model takes"),
+        ({"preprocess": changed({"op": "center_crop", "size": [6, 6]})}, r"float32\[1, 3, 6, 6\]; the model takes"),
+        ({"preprocess": changed({"op": "layout", "to": "NHWC"})}, r"float32\[1, 8, 8, 3\]; the model takes"),
         ({"preprocess": ["resize"]}, "preprocess is not an object"),
+        ({"preprocess": changed({"op": "center_crop", "size": [60000, 60000]})}, "3600000000 pixels of any picture"),
+        ({"preprocess": changed({"op": "normalize", "mean": [10**400] * 3, "std": [1] * 3})}, "normalize mean is"),
+        ({"preprocess": changed({"op": "normalize", "mean": [0] * 3, "std": [1e-44] * 3})}, "are not finite"),
         ({"postprocess": {**POSTPROCESS, "kind": "detect"}}, "postprocess kind is 'detect'"),
         ({"postprocess": {**POSTPROCESS, "threshold": 1}}, "postprocess has the keys"),
         ({"postprocess": {**POSTPROCESS, "output": "probs"}}, "reads the output 'probs'; the model gives logits"),
+        (
+            {"postprocess": {**POSTPROCESS, "labels": {"digest": "sha256:1", "size": 2}}},
+            "postprocess labels is neither",
+        ),
+        ({"postprocess": {**POSTPROCESS, "labels": {"digest": 3, "size": 2}}}, "postprocess labels is neither"),
         ({"postprocess": ["classify"]}, "postprocess has the keys list"),
         ({"postprocess": POSTPROCESS, "labels": LABELS[:2]}, "has 5 classes and there are 2 labels"),
         ({"postprocess": POSTPROCESS, "labels": [*LABELS, "fox"]}, "has 5 classes and there are 6 labels"),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from isthmus.bundle import TensorSpec
 from isthmus.errors import IsthmusError, ModelError
 from isthmus.graph.dry_run import Case
 from isthmus.graph.model import Model
 from isthmus.processing import classify, image_spec
-from isthmus.runners import Array
+from isthmus.runners import Array, describe
 
 _SIDE = 256
 """Of the grey picture, where the model does not say how large a picture it takes."""
@@ -61,12 +64,33 @@ def grey_picture(model: Model, preprocess: Mapping[str, Any]) -> Case:
     from isthmus.processing import image
 
     spec = model.specs[preprocess["input"]]
+    made = image_spec.made_shape(preprocess)
+    if made is not None and math.prod(made) > 3 * image.MAX_PIXELS:
+        raise ModelError(
+            f"preprocess makes {math.prod(made) // 3} pixels of any picture; at most {image.MAX_PIXELS} are decoded",
+            limit=image.MAX_PIXELS,
+        )
+    if made is not None and not _fits(made, spec):
+        raise ModelError(
+            f"preprocess does not fit the model: it makes {describe(preprocess['dtype'], made, spec.name)}; the model"
+            f" takes {describe(spec.dtype, spec.shape, spec.name)}",
+            tensor=spec.name,
+        )
     picture = image.grey_picture(*_sides(model, spec, preprocess))
     try:
-        array: Array = image.preprocess(picture, preprocess, input=spec, max_pixels=image.MAX_PIXELS)
+        with np.errstate(all="ignore"):  # what is not finite is refused below
+            array: Array = image.preprocess(picture, preprocess, input=spec, max_pixels=image.MAX_PIXELS)
     except IsthmusError as e:
         raise ModelError(f"preprocess does not fit the model: {e.message}", **e.facts) from e
+    if not np.isfinite(np.asarray(array, np.float64)).all():
+        raise ModelError("preprocess makes numbers that are not finite of a grey picture", tensor=spec.name)
     return Case("a grey picture", {spec.name: array})
+
+
+def _fits(shape: tuple[int, ...], spec: TensorSpec) -> bool:
+    return len(shape) == len(spec.shape) and all(
+        isinstance(dim, str) or dim == n for dim, n in zip(spec.shape, shape, strict=True)
+    )
 
 
 def check_classes(outputs: Mapping[str, Array], postprocess: Mapping[str, Any], labels: Sequence[str] | None) -> None:

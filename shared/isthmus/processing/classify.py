@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from isthmus.bundle import is_digest
 from isthmus.errors import ModelError, RequestMalformed, RunFailed
 
 _KEYS = {"kind", "output", "softmax", "top_k", "labels"}
@@ -108,8 +109,15 @@ def validate_spec(spec: Mapping[str, Any]) -> None:
     if type(spec["top_k"]) is not int or spec["top_k"] < 1:
         raise ModelError(f"postprocess top_k is {spec['top_k']!r}; it is a whole number from 1")
     labels = spec["labels"]
-    if labels is not None and not (isinstance(labels, Mapping) and set(labels) == {"digest", "size"}):
-        raise ModelError('postprocess labels is neither null nor {"digest", "size"}')
+    if labels is not None and not _is_blob(labels):
+        raise ModelError('postprocess labels is neither null nor {"digest": "sha256:…", "size": BYTES}')
+
+
+def _is_blob(doc: Any) -> bool:
+    if not isinstance(doc, Mapping) or set(doc) != {"digest", "size"}:
+        return False
+    digest, size = doc["digest"], doc["size"]
+    return isinstance(digest, str) and is_digest(digest) and type(size) is int and size > 0
 
 
 def _rows(logits: np.ndarray, name: str) -> np.ndarray:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from isthmus.errors import ModelError
+from isthmus.graph import open_model, torch_export
 from isthmus.graph.shapes import bind_shapes
 from test_cli import document, isthmus
 
@@ -191,3 +194,17 @@ def test_an_example_of_another_shape_than_the_given_one_is_refused() -> None:
         bind_shapes(inputs, {}, {"x": np.ones((3, 4))})
     with pytest.raises(ModelError, match="has the shape 3x4, and 2x4 was given"):
         bind_shapes(inputs, {"x": (2, 4)}, {"x": np.ones((3, 4), np.float32)})
+
+
+def test_an_exported_models_weights_leave_the_memory_and_bfloat16_is_taken(tmp_path: Path) -> None:
+    weights = []
+
+    def make() -> Any:
+        model = torch.nn.Linear(4, 4).to(torch.bfloat16)
+        weights.append(weakref.ref(model.weight))
+        return model
+
+    x = np.ones((1, 4), ml_dtypes.bfloat16)
+    path = torch_export.export_named(make, tmp_path / "m.onnx", shapes={}, examples={"input": x}, free={})
+    assert weights[0]() is None
+    assert open_model(path).specs["input"].dtype == "bfloat16"

@@ -7,6 +7,7 @@ that torch.export.save wrote (.pt2). Both run code: export only what you trust.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import inspect
 import logging
@@ -25,8 +26,8 @@ from isthmus.bundle import Dim
 from isthmus.errors import ModelError
 from isthmus.graph.shapes import bind_shapes
 
-# A protobuf ends at 2 GiB; far below that a graph with its weights beside it is still easier to handle.
-_INLINE_LIMIT = 512 * 2**20
+# Weights inside the file are copied as it is written; beside it, they are written as they lie.
+_INLINE_LIMIT = 16 * 2**20
 # torch's exporter colours its steps for a terminal.
 _ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _MAX_REASON = 500
@@ -105,7 +106,7 @@ def export_named(
         axes = {n: {axis: dims[d] for axis, d in free.get(n, {}).items()} or None for n in arrays}
         return {
             "args": (),
-            "kwargs": {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()},
+            "kwargs": {name: _tensor(array, torch) for name, array in arrays.items()},
             "dynamic_shapes": axes if dims else None,
         }
 
@@ -115,6 +116,16 @@ def export_named(
 
 
 def _export(
+    spec: str | Callable[[], Any], out: Path, arguments: Callable[[Any, Any], dict[str, Any]], hint: str = ""
+) -> Path:
+    try:
+        return _exported(spec, out, arguments, hint)
+    finally:
+        # The module and its program hold each other, and the weights with them.
+        gc.collect()
+
+
+def _exported(
     spec: str | Callable[[], Any], out: Path, arguments: Callable[[Any, Any], dict[str, Any]], hint: str = ""
 ) -> Path:
     try:
@@ -134,6 +145,9 @@ def _export(
             _check_names(spec, program, given.get("kwargs", {}))
             size = sum(v.const_value.nbytes for v in program.model.graph.initializers.values() if v.const_value)
             program.save(str(out), external_data=size > _INLINE_LIMIT)
+            # torch keeps the program somewhere, as seen in 2.13, and its weights would stay in memory with it.
+            for value in program.model.graph.initializers.values():
+                value.const_value = None
         except ModelError:
             raise
         # An export runs the model's own code, which may raise anything.
@@ -200,6 +214,12 @@ def _lacks(
         inputs=list(parameters),
         hint=f"for floats give a shape, --shape {first}=1x3x224x224; for others an array, --example {first}=FILE.npy",
     )
+
+
+def _tensor(array: npt.NDArray[np.generic], torch: Any) -> Any:
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(np.array(array).view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(np.array(array))
 
 
 def _zeros(shapes: Mapping[str, Sequence[int]], free: Mapping[str, Mapping[int, str]], examples: Named) -> Named:

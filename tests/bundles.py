@@ -216,6 +216,7 @@ def _common(published: Published, cache: Path) -> dict[str, Any]:
         "cache_dir": str(cache),
         "threads": 1,
         "log_level": "error",
+        "expose_details": True,
         "registry_attempts": 1,
         "deadline_s": LONG_S,
         "exec_timeout": 0.0,

@@ -14,6 +14,9 @@ class IsthmusError(Exception):
     """Any failure that Isthmus understood; `facts` holds what is known about it, JSON-ready."""
 
     hint: str = ""
+    told: str = "the request cannot be served; the function's log says why"
+    """What callers are told whom a function shows no details, which are in its log. Empty where the message and the
+    facts are about the request itself, so that the caller needs them to mend it."""
 
     def __init__(self, message: str, *, hint: str = "", **facts: Any) -> None:
         super().__init__(message)
@@ -33,6 +36,8 @@ class SettingsError(IsthmusError):
 
 class RequestError(IsthmusError):
     """What the caller sent cannot be served as it is."""
+
+    told = ""
 
 
 class RequestMalformed(RequestError):
@@ -135,9 +140,13 @@ class CalibrationError(IsthmusError):
 class RegistryError(IsthmusError):
     """The registry cannot give what was asked for."""
 
+    told = "the registry does not give what the request needs; the function's log says why"
+
 
 class Missing(RegistryError):
     """No such model, version, alias, cut, segment or blob; facts: `kind`, `name`, `exists` (what there is instead)."""
+
+    told = "there is no model, version or segment of that name"
 
 
 class Denied(RegistryError):
@@ -159,9 +168,13 @@ class CacheFull(RegistryError):
 class SegmentError(IsthmusError):
     """A segment cannot run."""
 
+    told = "the model does not run on this request; the function's log says why"
+
 
 class ShapeMismatch(SegmentError):
     """A tensor of the wrong name, dtype or shape; facts: `tensor`, `expected`, `got`."""
+
+    told = ""
 
 
 class ValueRefused(SegmentError):
@@ -169,6 +182,8 @@ class ValueRefused(SegmentError):
 
     Facts: `segment`, and where they are known `tensor`, `value` and `expected`, the range.
     """
+
+    told = ""
 
 
 class SegmentTooLarge(SegmentError):
@@ -182,17 +197,25 @@ class RunFailed(SegmentError):
 class HopError(IsthmusError):
     """A call to the next segment failed; facts: `hop`."""
 
+    told = "a function that the model needs failed; the function's log says why"
+
 
 class HopTimeout(HopError):
     """The deadline passed while the hop was under way."""
+
+    told = "a function that the model needs did not answer in time"
 
 
 class HopUnavailable(HopError):
     """The hop could not be reached, or is not ready, until retries were spent."""
 
+    told = "a function that the model needs cannot be reached; try again"
+
 
 class HopBusy(HopError):
     """The hop is at its concurrency limit, until retries were spent."""
+
+    told = "a function that the model needs is at its limit; try again"
 
 
 class HopRejected(HopError):
@@ -202,13 +225,19 @@ class HopRejected(HopError):
 class Overloaded(IsthmusError):
     """This function is at its own concurrency limit; try again after `retry_after_s`."""
 
+    told = ""
+
 
 class NotReady(IsthmusError):
     """This function is still loading; try again after `retry_after_s`."""
 
+    told = "not ready: still loading; try again"
+
 
 class DeadlineExceeded(IsthmusError):
     """The request's deadline passed inside this function."""
+
+    told = ""
 
 
 class LocalError(IsthmusError):

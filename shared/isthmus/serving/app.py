@@ -24,6 +24,7 @@ from isthmus.context import Context, Deadline
 from isthmus.errors import EncodingUnsupported, IsthmusError, RequestMalformed, RequestTooLarge, http_status
 from isthmus.retries import log_retries
 from isthmus.serving.encodings import decoded, encoded
+from isthmus.serving.exposure import problem
 from isthmus.serving.memory import CountedMemory, Reservation
 from isthmus.serving.metrics import Metrics
 from isthmus.serving.readiness import Readiness
@@ -121,7 +122,7 @@ class FunctionApp:
                     body = decoded(body, coding, memory, self._settings.max_request_bytes)
                 reply = handle(Work(body, headers, query, context, timings, later, memory))
         except IsthmusError as e:
-            error, reply = type(e).__name__, self._refusal(e)
+            error, reply = type(e).__name__, self._refusal(e, context)
         except Exception as e:
             error, reply = type(e).__name__, self._failure(e, context)
         finally:
@@ -233,19 +234,23 @@ class FunctionApp:
                     response.headers[name] = headers[name]
         return response
 
-    def _refusal(self, error: IsthmusError) -> Reply:
-        status = http_status(error)
-        if status >= 500 and status != 503:
-            self.log.error(
-                error.message, extra={"facts": {"type": type(error).__name__, **error.facts}}, exc_info=status == 500
-            )
+    def _refusal(self, error: IsthmusError, context: Context | None) -> Reply:
+        status, exposed = http_status(error), self._settings.expose_details
+        ours = status >= 500 and status != 503
+        if ours or (error.told and not exposed):
+            facts = {"type": type(error).__name__, **error.facts}
+            facts |= {"hint": error.hint} if error.hint else {}
+            facts |= {"call_id": context.call_id} if context is not None else {}
+            level = logging.ERROR if ours else logging.INFO
+            self.log.log(level, error.message, extra={"facts": facts}, exc_info=error if status == 500 else None)
         headers = {"Content-Type": "application/json"}
         if isinstance(error, EncodingUnsupported):
             headers["Accept-Encoding"] = ", ".join(error.facts["accepted"])
         if status in (429, 503):
             headers["Retry-After"] = str(math.ceil(error.facts.get("retry_after_s") or RETRY_AFTER_S))
         # Facts may hold what JSON has no form for; an error must not fail on them.
-        return Reply(json.dumps(problem(error), default=str).encode(), headers, status)
+        doc = problem(error, expose_details=exposed)
+        return Reply(json.dumps(doc, default=str).encode(), headers, status)
 
     def _failure(self, error: Exception, context: Context | None) -> Reply:
         """Our own fault: the caller gets an id to report, the log gets the rest."""
@@ -255,7 +260,7 @@ class FunctionApp:
         return Reply(json.dumps(doc).encode(), {"Content-Type": "application/json"}, 500)
 
     def _known(self, error: IsthmusError) -> Response:
-        reply = self._refusal(error)
+        reply = self._refusal(error, None)
         return Response(b"".join(reply.parts), reply.status, dict(reply.headers))
 
     def _unexpected(self, error: Exception) -> Response:
@@ -278,14 +283,6 @@ class FunctionApp:
 def _compressed(reply: Reply, accepts: str) -> Reply:
     headers, parts = encoded(reply.headers, reply.parts, accepts)
     return Reply(parts, headers, reply.status)
-
-
-def problem(error: IsthmusError) -> dict[str, Any]:
-    """An error as the JSON body that every endpoint answers with; docs/api.md."""
-    doc = {"error": error.message, "type": type(error).__name__, "facts": dict(error.facts)}
-    if error.hint:
-        doc["hint"] = error.hint
-    return doc
 
 
 def _paths(app: Flask) -> Iterable[str]:

@@ -19,7 +19,7 @@ from isthmus.calibration import fidelity_document
 from isthmus.codecs import Packed
 from isthmus.context import Deadline
 from isthmus.errors import HopError, HopRejected, IsthmusError, MediaUnsupported, RequestMalformed, SettingsError
-from isthmus.hop import hops_to
+from isthmus.hop import LocalHop, hops_to
 from isthmus.pipeline import Result
 from isthmus.processing.classify import classify
 from isthmus.processing.image import looks_like_image, not_an_image, preprocess
@@ -238,7 +238,7 @@ class _RouterApp(FunctionApp):
                 **result.sizes(),
                 "photo_bytes": len(photo),
                 "input_bytes": input_bytes,
-                "segments": [stage.document() for stage in result.stages],
+                "segments": self._stages(result, way),
                 **result.looks(),
                 **result.notes,
             },
@@ -263,7 +263,7 @@ class _RouterApp(FunctionApp):
             raise
         once = len(taken.segments)
         for i, stage in enumerate(result.stages):
-            name = f"hop{i}" if i < once else f"again{i - once}"
+            name = stage_name(i, once)
             work.timings.add(name, stage.total_s, stage.segment)
             work.timings.add(f"{name}-run", stage.run_s, stage.segment)
             if stage.codecs:
@@ -278,6 +278,16 @@ class _RouterApp(FunctionApp):
         self._guard.watch(way.route, standing, inputs, packed or {}, result)
         notes = {**way.notes, **standing.notes}
         return replace(result, notes=notes) if notes else result
+
+    def _stages(self, result: Result, way: Way) -> list[dict[str, Any]]:
+        """The stages as responses show them; a hop's URL is a detail."""
+        once = len(way.route.segments)
+        if self._settings.expose_details:
+            return [stage.document() for stage in result.stages]
+        return [
+            stage.document() | ({} if stage.hop == LocalHop.name else {"hop": stage_name(i, once)})
+            for i, stage in enumerate(result.stages)
+        ]
 
     def _failed(self, error: IsthmusError) -> None:
         """Tell of a closer look that an answer had to do without."""
@@ -295,6 +305,11 @@ class _RouterApp(FunctionApp):
         self._routes.of(model)
         if self._store is not None:
             preload(self._router_settings.preload, self._registry, self._store)
+
+
+def stage_name(index: int, once: int) -> str:
+    """What timings call a stage; those after the first `once` are of closer looks."""
+    return f"hop{index}" if index < once else f"again{index - once}"
 
 
 def _asked(doc: Mapping[str, Any], model: Model) -> oip.InferRequest | _JsonPhoto:

@@ -438,6 +438,13 @@ def test_values_between_dequantise_and_quantise_are_known(quantised: Path) -> No
     assert not any(name.endswith("_QuantizeLinear_Output") for name in fused)
 
 
+def test_cuts_that_part_a_fused_operator_are_marked_in_the_list(quantised: Path) -> None:
+    listed = json.loads(CliRunner().invoke(app, ["cuts", str(quantised), "--json"]).stdout)["cuts"]
+    marks = {(c["op"], c["fused"]) for c in listed if len(c["tensors"]) == 1}
+    assert {("QuantizeLinear", False), ("DequantizeLinear", True), ("Conv", True)} <= marks
+    assert ("QuantizeLinear", True) not in marks
+
+
 def test_the_default_cut_of_an_int8_model_is_exact(quantised: Path, tmp_path: Path) -> None:
     bundle, files = build(quantised, "q", tmp_path / "out")
     inputs = [{"x": np.random.default_rng(s).random((1, 3, 8, 8), np.float32)} for s in range(3)]

@@ -33,6 +33,7 @@ def cuts(
     from isthmus.cli.sources import onnx_file
     from isthmus.graph import cuts as list_cuts
     from isthmus.graph import open_model
+    from isthmus.graph.cuts import within_quantised_operators
 
     with errors(as_json):
         if picture is not None:
@@ -43,6 +44,8 @@ def cuts(
             opened = open_model(path, bind=given.shapes, examples=given.examples)
             given.check_free(opened.specs)
             found = [c for c in list_cuts(opened) if not single or len(c.tensors) == 1]
+            within = {str(v.name) for v in within_quantised_operators(opened)}
+            fused = {c.name for c in found if within & {t.name for t in c.tensors}}
             if picture is not None:
                 from isthmus.graph.picture import draw
 
@@ -63,6 +66,7 @@ def cuts(
                             "passing": list(c.passing),
                             "bytes": c.bytes,
                             "macs_before": c.macs_before,
+                            "fused": c.name in fused,
                         }
                         for c in found
                     ],
@@ -74,7 +78,13 @@ def cuts(
             f"{len(found)} cuts of {Path(model).name}: {len(opened.nodes)} nodes, {opened.total_macs / 1e6:.1f} M MACs",
             ["cut", "after", "MACs before", "bytes", "tensors"],
             [
-                (c.name, c.op, f"{c.macs_before:.1%}", format_size(c.bytes), _tensors(c.tensors, c.passing))
+                (
+                    c.name,
+                    f"{c.op} (fused)" if c.name in fused else c.op,
+                    f"{c.macs_before:.1%}",
+                    format_size(c.bytes),
+                    _tensors(c.tensors, c.passing),
+                )
                 for c in found
             ],
             numbers=["cut", "MACs before", "bytes"],

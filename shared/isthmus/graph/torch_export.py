@@ -26,8 +26,8 @@ from isthmus.bundle import Dim
 from isthmus.errors import ModelError
 from isthmus.graph.shapes import bind_shapes
 
-# Weights inside the file are copied as it is written; beside it, they are written as they lie.
-_INLINE_LIMIT = 16 * 2**20
+# Weights inside the file are copied as it is written; beside it, they are written as they lie. One file is handier.
+_INLINE_LIMIT = 128 * 2**20
 # torch's exporter colours its steps for a terminal.
 _ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _MAX_REASON = 500

@@ -96,7 +96,10 @@ class FakeS3:
         if (data := self.objects.get(request.key)) is None:
             return error(404, "NoSuchKey")
         if found := re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("range", "")):
-            return 206, {}, data[int(found[1]) : int(found[2]) + 1]
+            if int(found[1]) >= len(data):
+                return error(416, "InvalidRange")
+            part = data[int(found[1]) : int(found[2]) + 1]
+            return 206, {"Content-Range": f"bytes {found[1]}-{int(found[1]) + len(part) - 1}/{len(data)}"}, part
         return 200, {}, data
 
 

@@ -268,6 +268,17 @@ def test_a_bucket_of_another_region_is_named_by_its_region(refusal: Response, s3
         assert "s3_region=eu-central-1" in caught.value.hint
 
 
+def test_a_bucket_of_another_region_is_asked_there_where_the_refusal_of_a_get_names_it(s3: FakeS3) -> None:
+    """A HEAD's refusal has no body that could."""
+    region = error(400, "AuthorizationHeaderMalformed", "<Region>eu-central-1</Region>")
+    s3.refuse = lambda request: None if "/eu-central-1/" in request.headers["authorization"] else region
+    s3.objects["p/blobs/x"] = b"12345"
+    for key, size in (("blobs/none", None), ("blobs/x", 5)):
+        assert s3.store().size(key) == size
+    s3.objects["p/blobs/x"] = b""
+    assert s3.store().size("blobs/x") == 0
+
+
 def test_a_refusal_of_a_head_is_explained_by_a_get(s3: FakeS3) -> None:
     s3.refuse = lambda request: error(400, "InvalidRequest")
     with pytest.raises(RegistryError, match="answered 400 InvalidRequest"):

@@ -103,9 +103,20 @@ class S3Store:
                     return None
                 if _status(e) not in _UNEXPLAINED:
                     raise
-                # A HEAD's response has no body; that of a GET says why, and which region was meant.
-                self._client().get_object(**self._at(key), Range="bytes=0-0")["Body"].close()
-                raise
+            # A HEAD's response has no body; that of a GET says why, or which region was meant, where boto3 asks then.
+            return self._size_by_get(key)
+
+    def _size_by_get(self, key: str) -> int | None:
+        try:
+            reply = self._client().get_object(**self._at(key), Range="bytes=0-0")
+        except self._client().exceptions.ClientError as e:
+            if e.response["Error"]["Code"] in _NO_KEY:
+                return None
+            if _status(e) == 416:  # of nothing, there is no first byte
+                return 0
+            raise
+        reply["Body"].close()
+        return int(reply["ContentRange"].rpartition("/")[2])
 
     def exists(self, key: str) -> bool:
         return self.size(key) is not None

@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# A process for each CPU up to four, a module's tests in one: they share what takes long to make.
+PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 PORT ?= 8080
 ARGS ?=
 export ISTHMUS_REGISTRY ?= $(CURDIR)/.isthmus/registry
@@ -39,13 +41,13 @@ up: setup ## the same functions, left running on http://127.0.0.1:8080
 	$(BIN)/isthmus up --port $(PORT) $(ARGS)
 
 test: setup-dev ## the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 check: setup-dev ## the whole gate: style, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 format: setup-dev ## write the code in the one style
 	$(BIN)/ruff check --fix .

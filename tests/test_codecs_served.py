@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -130,8 +131,11 @@ def test_package_bakes_the_tables_that_each_function_needs(
         files[blobs[name].digest].write_bytes(data)
     bundle = replace(photos.bundle, name="calibrated", tables=blobs)
     photos.registry.publish(bundle, files)
-    monkeypatch.chdir(Path(__file__).parents[1])
-    arguments = ["package", "calibrated", "--output", tmp_path / "out", "--registry", photos.folder, "--json"]
+    root = Path(__file__).parents[1]
+    shutil.copy(root / "stack.yml", tmp_path)
+    shutil.copytree(root / "functions", tmp_path / "functions")
+    monkeypatch.chdir(tmp_path)
+    arguments = ["package", "calibrated", "--output", "out", "--registry", photos.folder, "--json"]
     result = CliRunner().invoke(app, [str(a) for a in arguments])
     assert result.exit_code == 0, result.output
     made = tmp_path / "out" / "calibrated"

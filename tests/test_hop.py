@@ -258,6 +258,7 @@ def test_the_pauses_of_retries_leave_the_global_random_generator_alone() -> None
 def test_each_retry_is_told_in_the_log_with_its_reason(
     hop_to: Callable[..., HttpHop], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.WARNING, "isthmus")
     before = stamina.instrumentation.get_on_retry_hooks()
     try:
         log_retries(logging.getLogger("isthmus"))
@@ -523,7 +524,7 @@ def test_no_pause_outlasts_the_deadline(hop_to: Callable[..., HttpHop]) -> None:
             with pytest.raises((HopUnavailable, HopTimeout)) as e:
                 hop_to(url, attempts=50).call(FRAME, context(0.5))
             took = time.monotonic() - start
-        assert len(seen) <= 5
+        assert len(seen) <= 9
         # On a busy machine a try may end at the deadline, or be the only one.
         return took if e.type is HopUnavailable and len(seen) >= 2 else math.inf
 

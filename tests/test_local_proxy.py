@@ -48,10 +48,13 @@ class Function:
         self.connections = 0
         self.heads: list[bytes] = []
         self.ended = threading.Event()
-        threading.Thread(target=self._serve, daemon=True).start()
+        self._accepting = threading.Thread(target=self._serve, daemon=True)
+        self._accepting.start()
 
     def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)  # closing alone does not wake who waits for a connection
         self._listener.close()
+        self._accepting.join()
 
     def _serve(self) -> None:
         with contextlib.suppress(OSError):

@@ -225,6 +225,7 @@ def test_every_task_is_done_by_the_worker_that_was_busy_last(workers: ModuleType
     for task in many:
         pool.add_task(task)
     assert all(task.released.wait(LONG_S) for task in many)
+    pool.shutdown()
 
 
 def test_a_worker_that_stays_leaves_for_a_task_that_finds_nobody_idle(
@@ -241,10 +242,13 @@ def test_a_worker_that_stays_leaves_for_a_task_that_finds_nobody_idle(
     assert stays.released.wait(LONG_S)
     assert other.released.wait(LONG_S)
     assert len(seen) == 4
+    pool.shutdown()
 
 
 def test_a_worker_that_stays_leaves_when_nothing_comes(workers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "STAY_S", 0.01)
     task = Task(["", ""], more=100)
-    workers.Workers(1).add_task(task)
+    pool = workers.Workers(1)
+    pool.add_task(task)
     assert task.released.wait(LONG_S)
+    pool.shutdown()

@@ -81,6 +81,10 @@ class Hop(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Close what waits for the next call."""
+        ...
+
 
 class LocalHop:
     """A segment in this process: nothing is packed, sent or copied."""
@@ -91,6 +95,9 @@ class LocalHop:
 
     def __init__(self, store: SegmentStore) -> None:
         self._store = store
+
+    def close(self) -> None:
+        """Nothing waits here; the store belongs to its owner."""
 
     def call(self, frame: Frame, context: Context) -> Reply:
         """See `Hop.call`; the segment's own errors pass as they are."""
@@ -252,10 +259,13 @@ class _Retries:
             self._left -= 1
         if self._left < 0 or not self._may_wait:
             return False
-        after = error.facts.get("retry_after_s")
-        pause_s = next(self._pauses) if after is None else jittered(float(after), _FIRST_PAUSE_S)
-        # A wait that outlasts the deadline only delays the error.
-        if pause_s >= self._context.deadline.remaining():
+        after, left_s = error.facts.get("retry_after_s"), self._context.deadline.remaining()
+        if after is None:
+            # Near the deadline pauses halve with what is left: a function may start at the last moment.
+            pause_s = min(next(self._pauses), max(_FIRST_PAUSE_S, left_s / 2))
+        else:
+            pause_s = jittered(float(after), _FIRST_PAUSE_S)
+        if pause_s >= left_s:  # waiting would only delay the error
             return False
         return pause_s if self._budget.take() else False
 

@@ -36,16 +36,22 @@ class Worker:
 
     def __init__(self) -> None:
         self.given: Task | None = None
+        self.ended = False
         self._ear, self._bell = os.pipe()
 
     def ring(self) -> None:
         """Tell that something is given."""
         os.write(self._bell, b"!")
 
-    def take(self) -> Task:
-        """Wait for what is given."""
+    def end(self) -> None:
+        """Tell that nothing more is given."""
+        self.ended = True
+        self.ring()
+
+    def take(self) -> Task | None:
+        """Wait for what is given; None at the end."""
         given = None
-        while given is None:
+        while given is None and not self.ended:
             os.read(self._ear, 1)
             given, self.given = self.given, None
         return given
@@ -70,6 +76,7 @@ class Workers:
         self._waiting: deque[Task] = deque()
         self._idle: list[Worker] = []
         self._staying: dict[Worker, None] = {}
+        self._ended = False
         for i in range(count):
             threading.Thread(target=self._work, args=(Worker(),), name=f"worker {i}", daemon=True).start()
 
@@ -91,11 +98,15 @@ class Workers:
         worker.ring()
 
     def shutdown(self) -> None:
-        """The process ends all at once."""
+        """End the workers, each once it is idle; a function's process ends all at once."""
+        with self._lock:
+            self._ended = True
+            idle, self._idle = self._idle, []
+        for worker in idle:
+            worker.end()
 
     def _work(self, me: Worker) -> None:
-        while True:
-            task = self._next(me)
+        while (task := self._next(me)) is not None:
             try:
                 while task.service() and self._more(me, task):
                     pass
@@ -103,11 +114,13 @@ class Workers:
                 logging.getLogger("waitress").exception("a request could not be answered")
             task.release()
 
-    def _next(self, me: Worker) -> Task:
+    def _next(self, me: Worker) -> Task | None:
         with self._lock:
             if me.given is None:
                 if self._waiting:
                     return self._waiting.popleft()
+                if self._ended:
+                    return None
                 self._idle.append(me)
         return me.take()
 

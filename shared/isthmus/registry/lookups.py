@@ -65,6 +65,10 @@ class Lookups:
                 ) from None
         return found
 
+    def close(self) -> None:
+        """Look nothing more up; what is under way goes on to its end."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
     def forget(self, key: Hashable) -> None:
         """Ask the registry anew for this key."""
         with self._lock:

@@ -69,6 +69,13 @@ class S3Store:
         self._made: Any = None
         self._thread = threading.local()
 
+    def close(self) -> None:
+        """Close the connections that wait for the next request."""
+        with _CONNECTING:
+            if self._made is not None:
+                self._made.close()
+                self._made = None
+
     @property
     def url(self) -> str:
         return f"s3://{self._bucket}/{self._prefix}".rstrip("/")

@@ -199,6 +199,11 @@ class SegmentStore:
                 self._loaded.pop(key, None)
             self._observing.release()
 
+    def close(self) -> None:
+        """Load nothing more; a load under way goes on to its end."""
+        self._loader.shutdown(wait=False, cancel_futures=True)
+        self._lookups.close()
+
     def loaded(self) -> list[Loaded]:
         """What is in memory, least recently used first."""
         with self._lock:

@@ -8,7 +8,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
@@ -66,6 +66,8 @@ class FunctionApp:
         self._memory = CountedMemory(settings.working_bytes)
         self._works: list[tuple[re.Pattern[str], str, Callable[..., Reply]]] = []
         self.readiness = Readiness(prepare, self.log)
+        self.closing = ExitStack()
+        self.closing.callback(self.readiness.close)
         self.metrics.gauge("isthmus_ready", "Whether the function is ready (1) or loading (0).", self._ready)
         self.flask.register_error_handler(IsthmusError, self._known)
         self.flask.register_error_handler(HTTPException, self._http)
@@ -76,6 +78,13 @@ class FunctionApp:
         self.flask.add_url_rule("/metrics", "metrics", self.exposition, methods=["GET"])
         self._routed: WsgiApp = self.flask.wsgi_app
         self.flask.wsgi_app = self._enter  # type: ignore[method-assign]  # Flask's own way to add a middleware
+
+    def close(self) -> None:
+        """End the threads of this app and close its connections; it takes no more requests.
+
+        A function's process simply ends. This is for apps that live in a process with others.
+        """
+        self.closing.close()
 
     def work(self, rule: str, handle: Callable[..., Reply], endpoint: str) -> None:
         """Serve POST on `rule`: `handle(work, **path)` runs admitted, timed, within its deadline, once ready."""

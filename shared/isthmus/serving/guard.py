@@ -107,15 +107,25 @@ class Guard:
         log: logging.Logger,
         *,
         deadline_s: float,
-        draw: Callable[[], float] = random.random,
+        draw: Callable[[], float] | None = None,
     ) -> None:
         self._share, self._fidelities, self._metrics, self._log = share, fidelities, metrics, log
-        self._deadline_s, self._draw = deadline_s, draw
+        # Not the global generator's: that is the program's, and the guard draws in a request's thread.
+        self._deadline_s, self._draw = deadline_s, draw or random.Random().random  # noqa: S311
         self._lock = threading.Lock()
         self._watched: OrderedDict[Key, Watched] = OrderedDict()
         self._unguarded: OrderedDict[str, None] = OrderedDict()  # bundles of which that was said
-        self._waiting: queue.Queue[Sample] = queue.Queue(maxsize=1)
+        self._waiting: queue.Queue[Sample | None] = queue.Queue(maxsize=1)  # None ends the worker
+        self._closed = threading.Event()
         self._worker: threading.Thread | None = None
+
+    def close(self) -> None:
+        """Check no more; a check under way goes on to its end."""
+        self._closed.set()
+        with contextlib.suppress(queue.Empty):
+            self._waiting.get_nowait()
+        with contextlib.suppress(queue.Full):  # another sample came between: its worker sees that this is closed
+            self._waiting.put_nowait(None)
 
     def safer(self, route: Route) -> tuple[Route, Standing]:
         """The route with the packings of the step that it stands on, as it is where no step was taken, and the step."""
@@ -145,7 +155,7 @@ class Guard:
         sent = {name for stage in result.stages for name in stage.codecs}
         if not any(name in sent and not is_exact(p) for each in route.packings for name, p in each.items()):
             return
-        if self._draw() >= self._share:
+        if self._draw() >= self._share or self._closed.is_set():
             return
         with self._lock:
             if self._worker is None:
@@ -155,8 +165,7 @@ class Guard:
             self._waiting.put_nowait(Sample(route, inputs, packed, result.outputs, standing.step))
 
     def _work(self) -> None:
-        while True:
-            sample = self._waiting.get()
+        while (sample := self._waiting.get()) is not None and not self._closed.is_set():
             try:
                 if self._idle():
                     self.check(sample)
@@ -169,7 +178,7 @@ class Guard:
     def _idle(self) -> bool:
         until = time.monotonic() + IDLE_WAIT_S
         while self._metrics.busy() > 0:
-            if time.monotonic() > until:
+            if time.monotonic() > until or self._closed.is_set():
                 return False
             time.sleep(_POLL_S)
         return True

@@ -92,6 +92,11 @@ class Models:
                 return found.result(timeout=REFRESH_WAIT_S)
         return kept.model
 
+    def close(self) -> None:
+        """Ask the registry no more; what is under way goes on to its end."""
+        self._refresher.shutdown(wait=False, cancel_futures=True)
+        self._lookups.close()
+
     def forget(self, reference: str) -> None:
         """Ask the registry anew for a name that it lacked."""
         self._lookups.forget(reference)

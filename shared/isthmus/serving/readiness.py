@@ -21,12 +21,16 @@ class Readiness:
     def __init__(self, prepare: Callable[[], None], log: logging.Logger) -> None:
         self._prepare = prepare
         self._log = log
-        self._ready = threading.Event()
+        self._ready, self._closed = threading.Event(), threading.Event()
         self._reason, self._hint = "loading", ""
 
     def start(self) -> None:
         """Begin to prepare; called once, when everything that `prepare` uses is there."""
         threading.Thread(target=self._work, name="prepare", daemon=True).start()
+
+    def close(self) -> None:
+        """Try no more; an attempt under way goes on to its end."""
+        self._closed.set()
 
     @property
     def ready(self) -> bool:
@@ -44,7 +48,7 @@ class Readiness:
 
     def _work(self) -> None:
         wait_s = _FIRST_WAIT_S
-        while True:
+        while not self._closed.is_set():
             try:
                 self._prepare()
             except IsthmusError as e:
@@ -58,5 +62,5 @@ class Readiness:
                 self._ready.set()
                 self._log.info("ready")
                 return
-            threading.Event().wait(wait_s)
+            self._closed.wait(wait_s)
             wait_s = min(_LONGEST_WAIT_S, wait_s * 2)

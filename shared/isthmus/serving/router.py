@@ -90,7 +90,12 @@ class _RouterApp(FunctionApp):
         self._routes = Routes(settings, self._registry, self._hops, self._tables, codec)
         self._models = Models(self._registry, settings.refresh_s, self.log, self._routes.of)
         if self._store is not None:
+            self.closing.callback(self._store.close)
             self.metrics.gauge_store(self._store)
+        for hop in self._hops:
+            self.closing.callback(hop.close)
+        for part in (self._tables, self._models, self._guard):
+            self.closing.callback(part.close)
         self.work("/", self.any_kind, "answer")
         for of, prefix in (("", "/v2/models/<name>"), ("_version", "/v2/models/<name>/versions/<version>")):
             self.work(f"{prefix}/infer", self.infer, f"infer{of}")

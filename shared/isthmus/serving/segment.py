@@ -43,6 +43,8 @@ class _SegmentApp(FunctionApp):
         self._kept = kept = Kept(settings.max_kept_bytes)
         self._tables = Tables(self._source.bundle, self._source.blob, settings.max_image_pixels, kept)
         super().__init__("segment", settings, self._prepare)
+        self.closing.callback(self._store.close)
+        self.closing.callback(self._tables.close)
         self.metrics.gauge_store(self._store)
         self.metrics.gauge("isthmus_kept_bytes", "Kept of tensors that may be refined.", lambda: float(kept.nbytes))
         self.work("/", self.run, "run")

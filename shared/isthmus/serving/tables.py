@@ -46,6 +46,10 @@ class Tables:
         self._lookups = Lookups(_FORGET_S)
         self._kept: OrderedDict[str, object] = OrderedDict()
 
+    def close(self) -> None:
+        """Look nothing more up."""
+        self._lookups.close()
+
     def __call__(self, digest: str, tensor: str, codec: str) -> object:
         """The table of `tensor` in that bundle, the recipe that makes it of a photo, or its basis for refinements.
 

@@ -82,6 +82,15 @@ def test_an_old_model_keeps_weights_that_lie_beside_it(tmp_path: Path) -> None:
     assert difference(run_whole(path, inputs)[0], run_partition(bundle, files, ["0"], inputs)[0]) < 1e-6
 
 
+def test_initialisers_that_an_old_file_lists_among_no_inputs_are_found(tmp_path: Path) -> None:
+    weights = [array(np.full((1, 2, 4, 4), 2, np.float32), "w")]
+    path = save(tmp_path / "old.onnx", [node("Mul", ["x", "w"], ["m"]), node("Neg", ["m"], ["y"])], 9, weights)
+    proto = onnx.load(path)
+    proto.ir_version = 3
+    onnx.save(proto, path)
+    build(path, "old", tmp_path / "out")
+
+
 def test_what_the_converter_does_not_know_is_refused_with_its_reason(tmp_path: Path) -> None:
     path = save(tmp_path / "old.onnx", [node("Nonesuch", ["x"], ["y"])], 9)
     with pytest.raises(ModelError, match=r"uses opset 9 and cannot be converted to 11: .*Nonesuch") as caught:

@@ -21,6 +21,7 @@ SAME = 1e-4
 """The largest difference of an original and its conversion, relative to an output's largest magnitude."""
 _CONVERTED = "isthmus.converted_from"
 _AI_ONNX = "ai.onnx"
+_INITIALISERS_APART = 4
 _MAX_REASON = 300
 
 Arrays = Mapping[str, npt.NDArray[np.generic]]
@@ -67,6 +68,8 @@ def converted(proto: onnx.ModelProto, path: Path) -> tuple[onnx.ModelProto, int 
     opset = {o.domain: o.version for o in proto.opset_import}.get("", OLDEST_OPSET)
     if opset >= OLDEST_OPSET:
         return proto, None
+    # Before it, initialisers had to be inputs, and the converter finds no others; many files never kept to that.
+    proto.ir_version = max(proto.ir_version, _INITIALISERS_APART)
     try:
         made = onnx.version_converter.convert_version(proto, OLDEST_OPSET)
     except Exception as e:  # the converter is C++ and raises RuntimeError, ValueError and errors of its own

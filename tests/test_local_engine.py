@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import site
 import socket
 import subprocess
 import threading
@@ -95,6 +96,15 @@ def test_a_function_gets_its_own_environment_and_not_the_engines(
     assert "PYTEST_VERSION" not in facts["env"]
     assert facts["cwd"].startswith(str(root / ".isthmus" / "build"))
     assert (Path(facts["cwd"]) / "function" / "common" / "words.py").is_file()
+
+
+def test_nobody_else_can_put_code_where_a_function_looks_for_it(engine: Engine) -> None:
+    facts = http("GET", f"{engine.url}/function/echo/facts/x").json()
+    engines_own = Path(facts["env"]["HOME"]).parent
+    assert engines_own.stat().st_mode & 0o077 == 0
+    assert Path(facts["cwd"]).is_relative_to(engines_own)
+    # Python takes packages from below this folder, or else from below HOME.
+    assert facts["env"]["PYTHONUSERBASE"] == site.getuserbase()
 
 
 def test_one_connection_serves_calls_and_then_the_rest_of_the_gateway(engine: Engine) -> None:

@@ -8,9 +8,9 @@ import json
 import os
 import secrets
 import signal
+import site
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -99,7 +99,9 @@ class Replica:
             cwd=self.deployment.folder,
             env={
                 **{name: os.environ[name] for name in _PASSED_ON if name in os.environ},
-                "HOME": tempfile.gettempdir(),
+                # Not the folder for temporary files, where any user may put a .local of packages, which Python imports.
+                "HOME": str(self.deployment.folder.parent),
+                "PYTHONUSERBASE": site.getuserbase(),
                 **OF_THE_IMAGE,
                 **self.deployment.environment,
                 "upstream_url": self.url,

@@ -39,6 +39,7 @@ class FakeS3:
     objects: dict[str, bytes] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     refuse: Callable[[Request], Response | None] = lambda request: None
+    page_size: int = 1000
     uploads: dict[str, dict[int, bytes]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -91,8 +92,12 @@ class FakeS3:
     def _get(self, request: Request) -> Response:
         if not request.key:
             found = sorted(key for key in self.objects if key.startswith(request.query.get("prefix", "")))
-            rows = "".join(f"<Contents><Key>{html.escape(k)}</Key><Size>1</Size></Contents>" for k in found)
-            return _xml(200, f"<ListBucketResult><IsTruncated>false</IsTruncated>{rows}</ListBucketResult>")
+            found = [key for key in found if key > request.query.get("continuation-token", "")]
+            page, rest = found[: self.page_size], found[self.page_size :]
+            rows = "".join(f"<Contents><Key>{html.escape(k)}</Key><Size>1</Size></Contents>" for k in page)
+            token = f"<NextContinuationToken>{html.escape(page[-1])}</NextContinuationToken>" if rest else ""
+            more = str(bool(rest)).lower()
+            return _xml(200, f"<ListBucketResult><IsTruncated>{more}</IsTruncated>{token}{rows}</ListBucketResult>")
         if (data := self.objects.get(request.key)) is None:
             return error(404, "NoSuchKey")
         if found := re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("range", "")):

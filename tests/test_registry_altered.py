@@ -23,6 +23,7 @@ from isthmus.calibration import fidelity_document
 from isthmus.errors import CacheFull, Corrupt, IsthmusError, RegistryError
 from isthmus.frame import Frame
 from isthmus.planner.planning import document as plan_document
+from isthmus.planner.profiling import profile as profile_document
 from isthmus.processing.image_spec import validate_spec
 from isthmus.registry import FolderStore, Registry, SegmentCache
 from isthmus.registry.content import read_manifest
@@ -31,6 +32,7 @@ from isthmus.serving.tables import Tables
 from s3_server import PATIENCE
 from test_plan_codecs import fidelity
 from test_plan_document import full_plan
+from test_profile_document import PROFILE
 
 DIGEST = "sha256:" + "a" * 64
 DEEP: list[Any] = []
@@ -130,8 +132,9 @@ def test_a_manifest_altered_anywhere_is_usable_or_refused_in_short(manifest: dic
     [
         (plan_document.from_json, json.loads(plan_document.to_json(full_plan()))),
         (fidelity_document.from_json, json.loads(fidelity_document.to_json(fidelity(DIGEST)))),
+        (profile_document.from_json, json.loads(profile_document.to_json(PROFILE))),
     ],
-    ids=["plan", "fidelity"],
+    ids=["plan", "fidelity", "profile"],
 )
 def test_a_document_altered_anywhere_is_read_or_refused_in_short(read: Callable[[bytes], Any], doc: Any) -> None:
     for what, data in altered(doc):
@@ -154,10 +157,10 @@ def test_documents_that_are_deep_or_long_are_refused_in_short(text: bytes) -> No
 
 
 def test_weights_that_a_segment_names_twice_are_refused(manifest: dict[str, Any]) -> None:
-    """Each of a million ranges might name all of the weights."""
+    """Each of many ranges might name all of the weights."""
     doc = copy.deepcopy(manifest)
     count = len(doc["weights"]["tensors"])
-    doc["segments"][0]["weights"] = [[0, count]] * 500_000
+    doc["segments"][0]["weights"] = [[0, count]] * 50_000
     data = encoded(doc)
     assert len(data) < MAX_MANIFEST_BYTES
     with pytest.raises(RegistryError, match="some twice"):

@@ -117,6 +117,28 @@ def test_a_file_that_arrived_wrong_is_sent_again_as_a_whole_and_not_for_ever(
     assert weights not in s3.objects
 
 
+def test_each_page_of_a_listing_is_tried_again_by_itself(s3: FakeS3) -> None:
+    s3.page_size = 2
+    s3.objects = {f"p/k{i:02}": b"" for i in range(7)}
+    refused = set[str]()
+
+    def once_for_each_page(request: Request) -> Response | None:
+        if (token := request.query.get("continuation-token", "")) in refused:
+            return None
+        refused.add(token)
+        return error(503, "SlowDown")
+
+    s3.refuse = once_for_each_page
+    assert s3.store().list("") == [f"k{i:02}" for i in range(7)]
+    assert len(s3.requests) == 8
+
+
+def test_a_listing_that_goes_round_in_circles_ends(s3: FakeS3) -> None:
+    page = "<IsTruncated>true</IsTruncated><NextContinuationToken>a</NextContinuationToken>"
+    s3.refuse = lambda request: (200, {}, f"<ListBucketResult>{page}</ListBucketResult>".encode())
+    assert s3.store().list("") == []
+
+
 def test_a_folder_that_fails_in_passing_is_tried_again_step_by_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,5 +91,5 @@ def _read(data: bytes) -> tuple[str, Blob, Blob]:
         if not is_digest(graph.digest) or not is_digest(weights.digest):
             raise ValueError("a digest is not sha256:<hex>")
         return str(doc["segment"]), graph, weights
-    except (ValueError, TypeError, KeyError, RecursionError) as e:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as e:
         raise RegistryError(f"not a {SEGMENT}: {type(e).__name__}: {e}") from e

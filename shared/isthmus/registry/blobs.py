@@ -72,7 +72,7 @@ class BlobStore(Protocol):
         ...
 
     def list(self, prefix: str) -> builtins.list[str]:
-        """All keys under `prefix`, which is empty or ends with '/', sorted.
+        """All keys under `prefix`, which is empty or ends with '/', sorted. Each step is tried again by itself.
 
         Raises:
             Missing: no such registry.

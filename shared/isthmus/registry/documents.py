@@ -44,7 +44,7 @@ class Documents:
         """Tier and device of each profile of this content."""
         folder = _folder(model, content)
         try:
-            keys = self._patience(lambda: self._store.list(folder))
+            keys = self._store.list(folder)
         except Missing:
             return []
         names = (key.removeprefix(folder).removesuffix(".json").rpartition("-") for key in keys)

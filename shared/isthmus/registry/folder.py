@@ -79,7 +79,7 @@ class FolderStore:
     def list(self, prefix: str) -> builtins.list[str]:
         folder = self._root / check_key(prefix.removesuffix("/")) if prefix else self._root
         # A walk is many calls; where it takes all of the time, it is not tried again.
-        return self._calls(lambda: self._list(prefix, folder), self._patience.timeout_s, prefix)
+        return self._patience(lambda: self._calls(lambda: self._list(prefix, folder), self._patience.timeout_s, prefix))
 
     def _within(self, call: Callable[[], T], key: str, size: int = 0) -> T:
         return self._calls(call, self._patience.try_s + size / _SLOWEST, key)

@@ -117,7 +117,7 @@ class Registry:
 
     def models(self) -> list[str]:
         """Names of all models that have a version."""
-        keys = self.patience(lambda: self._store.list("models/"))
+        keys = self._store.list("models/")
         return sorted({parts[1] for key in keys if (parts := key.split("/"))[2:3] == ["versions"]})
 
     def versions(self, name: str) -> list[Version]:
@@ -132,7 +132,7 @@ class Registry:
         """A model's aliases, and the number of the version that each means."""
         self._check_known(name)
         prefix = f"models/{name}/aliases/"
-        keys = self.patience(lambda: self._store.list(prefix))
+        keys = self._store.list(prefix)
         return {key.removeprefix(prefix): self._pointer(key) for key in keys}
 
     def set_alias(self, name: str, alias: str, version: str) -> None:
@@ -228,7 +228,7 @@ class Registry:
     def _numbers(self, name: str) -> list[str]:
         self._check_known(name)
         prefix = f"models/{name}/versions/"
-        keys = self.patience(lambda: self._store.list(prefix))
+        keys = self._store.list(prefix)
         numbers = sorted((number for key in keys if _is_number(number := key.removeprefix(prefix))), key=int)
         return numbers or self._refuse(name)
 

@@ -192,13 +192,16 @@ class S3Store:
     def list(self, prefix: str) -> builtins.list[str]:
         if prefix:
             check_key(prefix.removesuffix("/"))
-        with self._errors(prefix):
-            pages = self._client().get_paginator("list_objects_v2")
-            return sorted(
-                item["Key"].removeprefix(self._prefix)
-                for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix + prefix)
-                for item in page.get("Contents", ())
-            )
+        where: dict[str, Any] = {"Bucket": self._bucket, "Prefix": self._prefix + prefix}
+        keys, budget, more = list[str](), self._patience.budget(), True
+        while more:
+            page = self._patience(lambda: self._ask(prefix, "list_objects_v2", **where), budget)
+            keys += [item["Key"].removeprefix(self._prefix) for item in page.get("Contents", ())]
+            token = page.get("NextContinuationToken", "")
+            # A page that is followed by itself would never end.
+            more = bool(page.get("IsTruncated")) and token not in ("", where.get("ContinuationToken"))
+            where["ContinuationToken"] = token
+        return sorted(keys)
 
     def _at(self, key: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._prefix + check_key(key)}

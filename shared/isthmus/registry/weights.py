@@ -43,7 +43,7 @@ class WeightsFile:
         """Offset and length of each tensor in the ledger; empty when it cannot be read."""
         try:
             return {(int(offset), int(length)) for offset, length in json.loads(self._ledger.read_bytes())}
-        except (FileNotFoundError, ValueError, TypeError):
+        except (FileNotFoundError, ValueError, TypeError, OverflowError, RecursionError):
             return set()
 
     def intact(self, tensor: WeightTensor) -> bool:

@@ -124,7 +124,9 @@ def from_json(data: bytes) -> Profile:
     try:
         doc = json.loads(data, parse_constant=_refuse)
         if doc["format"] != FORMAT:
-            raise ProfileMalformed(f"the profile's format is {doc['format']!r}; this version reads {FORMAT!r}")
+            raise ProfileMalformed(
+                f"the profile's format is {str(doc['format'])[:80]!r}; this version reads {FORMAT!r}"
+            )
         return _checked(
             Profile(
                 model=_text(doc["model"]),
@@ -143,7 +145,7 @@ def from_json(data: bytes) -> Profile:
                 warnings=tuple(_text(w) for w in doc["warnings"][:_MOST_WARNINGS]),
             )
         )
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as e:
         raise ProfileMalformed(f"not a profile: {type(e).__name__}: {str(e)[:_MOST_TEXT]}") from e
 
 

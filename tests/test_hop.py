@@ -143,6 +143,7 @@ def doc(type: str, **facts: object) -> bytes:
 WATCHDOG, PROXY, MIDDLEWARE = ({"X-OpenFaaS-Internal": v} for v in ("of-watchdog", "proxy", "faas-middleware"))
 REACHED: list[tuple[Answer, type[Exception], int]] = [
     ((504, WATCHDOG, b""), HopTimeout, 1),
+    ((408, {}, doc("DeadlineExceeded")), HopTimeout, 1),
     ((429, MIDDLEWARE, b"concurrency limit"), HopBusy, 3),
     ((429, {"Retry-After": "3600"}, doc("Overloaded")), HopBusy, 1),
     ((500, {}, doc("RunFailed")), HopRejected, 1),

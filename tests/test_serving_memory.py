@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from isthmus.json_bounds import parsed_bytes
 from isthmus.serving import create_router_app, create_segment_app, oip
 from isthmus.serving.encodings import MIN_BYTES
 from isthmus.serving.memory import CountedMemory, Reservation
-from patience import least, peak_of
+from patience import LONG_S, least, peak_of
 
 COUNT = 30_000
 
@@ -122,6 +123,15 @@ def test_the_servers_count_of_bodies_is_the_apps(client: FlaskClient) -> None:
     answer = client.post("/", data=infer(), environ_overrides=environ)
     assert (answer.status_code, answer.json["type"], answer.headers["Retry-After"]) == (429, "Overloaded", "1")
     assert memory.used == 4_000_000
+
+
+def test_deadlines_count_from_the_first_byte(client: FlaskClient) -> None:
+    for began, status in ((time.monotonic(), 200), (time.monotonic() - LONG_S - 5, 504)):
+        answer = client.post(
+            "/", data=infer(), headers={"X-Timeout": f"{LONG_S}s"}, environ_overrides={"isthmus.began": began}
+        )
+        assert answer.status_code == status
+    assert answer.json["type"] == "DeadlineExceeded"
 
 
 def test_decoded_tensors_are_counted(photos: Published, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from template_process import module, served
 
 HANDLER = """
 import hashlib
+import time
 
 PARTS = [b"a" * 100, memoryview(b"b" * 50_000), b"", memoryview(b"c" * 2_000_000), b"d"]
 
@@ -43,6 +44,7 @@ def create_app():
             return [digest.hexdigest().encode()]
         if path == "/parts":
             assert environ["isthmus.takes_buffers"] and environ["isthmus.after"] == []
+            assert environ["isthmus.memory"].take(0) and environ["isthmus.began"] <= time.monotonic()
             start_response("200 OK", [("Content-Length", str(sum(map(len, PARTS))))])
             return PARTS
         if path == "/unknown-length":
@@ -151,10 +153,12 @@ def test_head_has_the_length_and_no_body(port: int) -> None:
 
 
 def test_a_length_that_is_only_claimed_makes_little_ready(request_module: ModuleType) -> None:
-    body = request_module.Body(2**33, request_module.Memory(2**33))
-    assert len(body.room()) == request_module.FIRST_ROOM
-    body.filled(request_module.FIRST_ROOM)
-    assert len(body.room()) == request_module.FIRST_ROOM
+    memory = request_module.Memory(2**33)
+    body = request_module.Body(2**33, memory)
+    for come in (0, 2**15, 2**16, 2**17):
+        body.filled(come - len(body))
+        assert len(body.room()) == max(come, 2**15)
+        assert not memory.take(2**33 - come - max(come, 2**15) + 1)
 
 
 @given(st.lists(st.binary(max_size=300)), st.integers(1, 64))
@@ -227,6 +231,54 @@ def test_a_chunk_that_is_none_is_answered(port: int, chunks: bytes) -> None:
         reply.begin()
         assert (reply.status, json.loads(reply.read())["type"]) == (400, "RequestMalformed")
         reply.close()
+
+
+def test_a_request_that_comes_slowly_is_refused_in_all_and_not_by_the_pause(tmp_path: Path) -> None:
+    with served(HANDLER, tmp_path / "app", deadline_s="0.5") as port:
+        for begin in (
+            b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n",
+            b"POST /echo HTTP/1.1\r\nHost: ",
+        ):
+            with socket.create_connection(("127.0.0.1", port), timeout=LONG_S) as s:
+                s.sendall(begin)
+                while not select.select([s], [], [], 0.05)[0]:  # a byte now and then
+                    s.sendall(b"x")
+                reply = HTTPResponse(s)
+                reply.begin()
+                assert (reply.status, json.loads(reply.read())["type"]) == (408, "DeadlineExceeded")
+                reply.close()
+        assert http("POST", f"http://127.0.0.1:{port}/echo", body=b"quick").data == b"quick"
+
+
+def test_who_pipelines_and_does_not_read_holds_no_worker(tmp_path: Path) -> None:
+    with served(HANDLER, tmp_path / "app", max_concurrency="1") as port:  # and 3 threads beside it
+        greedy = [socket.create_connection(("127.0.0.1", port), timeout=LONG_S) for _ in range(8)]
+        try:
+            for s in greedy:
+                s.sendall(b"GET /parts HTTP/1.1\r\nHost: x\r\n\r\n" * 100)
+            assert http("POST", f"http://127.0.0.1:{port}/echo", body=b"others").data == b"others"
+            reader = greedy[0].makefile("rb")
+            for _ in range(100):  # who reads late is answered all the same
+                while (line := reader.readline()) != b"\r\n":
+                    assert line
+                assert len(reader.read(2_050_101)) == 2_050_101
+        finally:
+            for s in greedy:
+                s.close()
+
+
+def test_three_hundred_slow_bodies_leave_room_for_others(tmp_path: Path) -> None:
+    with served(HANDLER, tmp_path / "app") as port:
+        head = b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 60000000\r\n\r\nx"
+        slow = [socket.create_connection(("127.0.0.1", port), timeout=LONG_S) for _ in range(300)]
+        try:
+            for s in slow:
+                s.sendall(head)
+            whole = os.urandom(3_000_000)
+            assert http("POST", f"http://127.0.0.1:{port}/echo", body=whole).data == whole
+        finally:
+            for s in slow:
+                s.close()
 
 
 def test_a_body_over_the_bound_is_refused_before_it_comes(port: int) -> None:

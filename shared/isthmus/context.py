@@ -88,11 +88,11 @@ class Context:
     tracestate: str = ""
 
     @classmethod
-    def from_headers(cls, headers: Headers, *, longest_s: float) -> Self:
+    def from_headers(cls, headers: Headers, *, longest_s: float, began: float | None = None) -> Self:
         """Read the caller's headers; what is missing or malformed is made anew, as W3C Trace Context asks.
 
         Units: longest_s is the longest this function may take; X-Timeout, less a margin for the response, shortens it
-        and never lengthens it.
+        and never lengthens it. Both are counted from `began`, by default from now, on the clock of `time.monotonic`.
 
         Raises:
             RequestMalformed: X-Timeout is not a duration.
@@ -103,7 +103,7 @@ class Context:
         # Version 00 ends with its flags; a later one may append fields.
         known = (match := _TRACEPARENT.fullmatch(trace)) is not None and not (match[1] == "00" and match[2])
         return cls(
-            Deadline.after(seconds),
+            Deadline((time.monotonic() if began is None else began) + seconds),
             call_id if _CALL_ID.fullmatch(call_id) else str(uuid.uuid4()),
             trace if known else f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01",
             _tracestate(headers.get("tracestate", "")) if known else "",

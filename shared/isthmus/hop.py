@@ -176,7 +176,7 @@ class HttpHop:
         message = f"{self.name} answered {status}: {said}"
         if status == 429:
             raise HopBusy(message, retry_after_s=after, **facts)
-        if status == 504:
+        if status in (408, 504):
             raise HopTimeout(message, **facts)
         if status in (502, 503) or (status == 500 and (internal or not error)):
             # 500 with X-OpenFaaS-Internal is the proxy or the watchdog: nothing listened, or it died on the way.

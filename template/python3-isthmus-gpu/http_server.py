@@ -13,13 +13,14 @@ from functools import lru_cache
 from io import BytesIO
 from typing import Any
 
-from http_request import LARGE, Body, MemoryFull, Parser
+from http_request import LARGE, Body, MemoryFull, Parser, TooSlow
 from waitress.buffers import ReadOnlyFileBasedBuffer  # type: ignore[import-untyped]
 from waitress.channel import ClientDisconnected, HTTPChannel  # type: ignore[import-untyped]
 from waitress.task import ErrorTask, WSGITask  # type: ignore[import-untyped]
 from waitress.utilities import InternalServerError, build_http_date  # type: ignore[import-untyped]
 
 AFTER, TAKES_BUFFERS, MEMORY = "isthmus.after", "isthmus.takes_buffers", "isthmus.memory"
+BEGAN = "isthmus.began"
 RETRY_AFTER_S = 1
 MOST_PARTS = 64  # the kernel takes 1,024 at a time
 
@@ -29,7 +30,7 @@ class JsonErrorTask(ErrorTask):  # type: ignore[misc]
 
     def execute(self) -> None:
         error = self.request.error
-        kinds = {413: "RequestTooLarge", 429: "Overloaded", 500: "InternalError"}
+        kinds = {408: "DeadlineExceeded", 413: "RequestTooLarge", 429: "Overloaded", 500: "InternalError"}
         kind = kinds.get(error.code, "RequestMalformed")
         body = error_document(f"{error.reason}: {error.body}"[:1000], kind)
         self.status = f"{error.code} {error.reason}"
@@ -44,8 +45,9 @@ class JsonErrorTask(ErrorTask):  # type: ignore[misc]
 class OneTask(WSGITask):  # type: ignore[misc]
     """An answer of known length, sent in one go with its head: each piece of its own would wake the caller.
 
-    Three keys in `environ` are not WSGI's: AFTER is a list of what the app wants called once its answer has been sent,
-    where TAKES_BUFFERS is true an answer's parts may be memoryviews, and in MEMORY this request's body is counted.
+    Four keys in `environ` are not WSGI's: AFTER is a list of what the app wants called once its answer has been sent,
+    where TAKES_BUFFERS is true an answer's parts may be memoryviews, in MEMORY this request's body is counted, and
+    BEGAN is when its first byte had come, by `time.monotonic`.
     """
 
     def __init__(self, channel: Any, request: Any) -> None:
@@ -58,6 +60,7 @@ class OneTask(WSGITask):  # type: ignore[misc]
         environ[TAKES_BUFFERS] = True
         environ[AFTER] = self._after
         environ[MEMORY] = self.channel.adj.memory
+        environ[BEGAN] = self.request.began
         return environ
 
     def service(self) -> None:
@@ -134,12 +137,18 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     task_class = OneTask
     parser_class = Parser
     taken = False
+    paused = False  # requests wait until earlier responses have been sent
 
     def fileno(self) -> int:
         descriptor: int = self.socket.fileno()
         return descriptor
 
     def readable(self) -> bool:
+        if self.taken:
+            return False
+        self._refuse_late()  # the loop asks every second, and more often
+        if self.requests and not (self.total_outbufs_len or self.will_close or self.taken):
+            self.server.add_task(self)  # what the worker had paused for has been sent
         return not self.taken and bool(super().readable())
 
     def writable(self) -> bool:
@@ -150,7 +159,11 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         """Answer the requests that have come, or read on; whether its worker may wait for what comes next."""
         if not self.requests:
             self.handle_read()
-        while self.requests:
+            self._refuse_late()
+        answered = self.paused = False
+        # Who asks again and does not read is answered no further until what piled up has been sent.
+        while self.requests and not (answered and self.total_outbufs_len):
+            answered = True
             if not self._answer(self.requests[0]):
                 with self.requests_lock:
                     self.close_when_flushed = True
@@ -158,6 +171,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
                         request.close()
                     self.requests = []
         self.last_activity = time.time()
+        self.paused = bool(self.requests)
         return self.connected and not (self.close_when_flushed or self.will_close or self.total_outbufs_len)
 
     def handle_close(self) -> None:
@@ -166,7 +180,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             self.request.close()  # its body's memory is others' at once, not when the collector comes
 
     def release(self) -> None:
-        if self.requests:  # answering failed in a way that nobody foresaw
+        if self.requests and not self.paused:  # answering failed in a way that nobody foresaw
             self.will_close = True
         self.taken = False
         self.server.pull_trigger()
@@ -244,13 +258,24 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         body = None if receiver is None else receiver.getbuf()
         return body if isinstance(body, Body) else None
 
-    def _refuse(self) -> None:
-        """Answer the request whose body is on its way as if it had come, with an error."""
+    def _refuse(self, error: Any = None) -> None:
+        """Answer the request that is on its way as if it had come, with an error."""
         with self.requests_lock:
             refused, self.request = self.request, None
-            refused.refuse()
+            refused.refuse(error)
             self.requests.append(refused)
         self.server.add_task(self)
+
+    def _refuse_late(self) -> None:
+        """Answer 408 to a request that has been coming for longer than its answer may take, and close who never reads.
+
+        waitress ends a connection where nothing happens, not one where a byte comes now and then.
+        """
+        begun, now = self.request, time.monotonic()
+        if begun is not None and not self.requests and now - begun.began > self.adj.receive_s:
+            self._refuse(TooSlow(f"the request did not come within {self.adj.receive_s:g} s"))
+        elif self.requests and not self.taken and time.time() - self.last_activity > self.adj.channel_timeout:
+            self.will_close = True
 
     def _read_other(self) -> bool:
         """Read a head, or a body that goes waitress's own way; False at the connection's end."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 from functools import lru_cache
 from io import RawIOBase
 from typing import Any
@@ -39,6 +40,13 @@ class TooMany(Error):  # type: ignore[misc]
     reason = "Too Many Requests"
 
 
+class TooSlow(Error):  # type: ignore[misc]
+    """A request's head and body did not come within the time that answering it may take in all."""
+
+    code = 408
+    reason = "Request Timeout"
+
+
 class MemoryFull(Exception):
     """No memory is left for a body."""
 
@@ -72,15 +80,15 @@ class Body:
     """A request's body, in one piece of memory that the socket is read into; `length` is its longest.
 
     waitress collects pieces, and copies each of them twice. No more than twice what has come is made ready, or
-    FIRST_ROOM: a length is only a claim. What is made ready counts in `memory` until `close`, or until nothing refers
-    to this object, such as a connection that broke off.
+    FIRST_ROOM: a length is only a claim. What has come, and as much again, counts in `memory` until `close`, or until
+    nothing refers to this object, such as a connection that broke off.
     """
 
     def __init__(self, length: int, memory: Memory) -> None:
         self._length = length
         self._counted = memory
         self._memory = bytearray()
-        self._size = 0
+        self._size = self._taken = 0
 
     def __len__(self) -> int:
         return self._size
@@ -91,15 +99,16 @@ class Body:
         Raises:
             MemoryFull: all bodies together may take no more; or this one is longer than it may be, or closed.
         """
-        if self._size == len(self._memory):
-            grown = min(self._length, 2 * self._size or FIRST_ROOM)
-            if grown == self._size or not self._counted.take(grown):
+        if self._size == self._taken:
+            more = min(self._length - self._size, max(self._size, LARGE))
+            if not more or not self._counted.take(more):
                 raise MemoryFull
+            self._taken += more
+        if self._size == len(self._memory):
             # A new one: the views that were given away hold the old one as it is.
-            old, self._memory = self._memory, _unfilled(None, grown)
+            old, self._memory = self._memory, _unfilled(None, min(self._length, 2 * self._size or FIRST_ROOM))
             self._memory[: self._size] = old
-            self._counted.give(len(old))
-        return memoryview(self._memory)[self._size :]
+        return memoryview(self._memory)[self._size : self._taken]
 
     def filled(self, count: int) -> None:
         self._size += count
@@ -117,8 +126,9 @@ class Body:
         return InMemory(memoryview(self._memory)[: self._size].toreadonly())
 
     def close(self) -> None:
-        freed, self._memory, self._length, self._size = len(self._memory), bytearray(), 0, 0
-        self._counted.give(freed)
+        self._counted.give(self._taken)
+        self._memory = bytearray()
+        self._length = self._size = self._taken = 0
 
     def __del__(self) -> None:
         self.close()
@@ -155,6 +165,10 @@ class InMemory(RawIOBase):
 class Parser(HTTPRequestParser):  # type: ignore[misc]
     """A head by httptools, which takes a fifth of the time of waitress's expressions; a large body in one place."""
 
+    def __init__(self, adj: Any) -> None:
+        super().__init__(adj)
+        self.began = time.monotonic()  # when the first byte had come
+
     def on_url(self, url: bytes) -> None:
         self._url += url
 
@@ -176,9 +190,11 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
             self.error, self.completed = BadRequest(f"a chunk's line is longer than {MAX_CHUNK_LINE} bytes"), True
         return taken
 
-    def refuse(self) -> None:
-        """Answer 429: there is no memory for the body."""
-        self.error = TooMany(f"all requests together may take {self.adj.memory.limit} bytes of memory; try again")
+    def refuse(self, error: Error | None = None) -> None:
+        """Answer with an error; by default with 429: there is no memory for the body."""
+        self.error = error or TooMany(
+            f"all requests together may take {self.adj.memory.limit} bytes of memory; try again"
+        )
         self.completed = True
 
     def parse_header(self, header_plus: bytes) -> None:

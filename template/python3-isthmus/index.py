@@ -7,7 +7,7 @@ is ignored: it reaches this process before the watchdog has drained the requests
 process when it has. SIGINT ends it at once.
 
 Environment: `upstream_url` (host and port to bind), `max_concurrency`, `max_request_bytes`, `max_working_bytes`,
-`log_level`. The app reads its own settings.
+`deadline_s`, `log_level`. The app reads its own settings.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import re
+import resource
 import signal
 import sys
 import threading
@@ -38,6 +39,7 @@ MAX_LINE = 32 * 1024  # characters; the watchdog stops reading a function's log 
 MAX_WAITING = 16  # requests that wait for the registry outside of max_concurrency: isthmus.admission
 SPARE_THREADS = 2  # one for the readiness probe, one to refuse what exceeds max_concurrency
 RETRY_AFTER_S = 1
+MAX_CONNECTIONS = 4096  # beyond these, and half of the open files allowed, connections wait to be accepted
 EX_CONFIG = 78  # sysexits.h: who restarts this process need not do so before its settings change
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 WsgiApp = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
@@ -132,7 +134,7 @@ def _bind() -> tuple[Any, Door]:
             port=port,
             threads=threads,
             backlog=1024,
-            connection_limit=max(256, 4 * threads),
+            connection_limit=max(256, 4 * threads, min(MAX_CONNECTIONS, _open_files() // 2)),
             channel_timeout=120,  # seconds; the watchdog gives an idle connection up after 0.5, so it never meets this
             # A little over the app's own bound, so that the app refuses most oversize bodies and can say why.
             max_request_body_size=largest + 2**20,
@@ -148,6 +150,7 @@ def _bind() -> tuple[Any, Door]:
         raise BadStart(f"cannot listen on {host}:{port} (upstream_url): {e}", upstream_url=url) from e
     server.channel_class = Channel
     # Parsers and tasks know nothing of their server but its adjustments.
+    server.adj.receive_s = _seconds("deadline_s", 25.0)
     server.adj.memory = Memory(max(_size("max_working_bytes", 256 * 2**20), 2 * largest))
     return server, door
 
@@ -218,6 +221,23 @@ def _whole(name: str, default: int) -> int:
     if value < 1:
         raise BadStart(f"the setting {name} is {text!r}; it must be a whole number from 1", variable=name, value=text)
     return value
+
+
+def _seconds(name: str, default: float) -> float:
+    text = _env(name)
+    try:
+        value = float(text) if text else default
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise BadStart(f"the setting {name} is {text!r}; it must be a number of seconds", variable=name, value=text)
+    return value
+
+
+def _open_files() -> int:
+    """How many files this process may have open, connections among them."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft if soft != resource.RLIM_INFINITY else 2 * MAX_CONNECTIONS
 
 
 def _size(name: str, default: int) -> int:

@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 
 WsgiApp = Callable[..., Iterable[bytes]]
 # What the template's server offers beyond WSGI: it sends memoryviews from where they lie, and calls what is in a list
-# once the answer has been sent. It counts the bodies that it reads in a `Memory`.
+# once the answer has been sent. It counts the bodies that it reads in a `Memory`, and says when the first byte came.
 _TAKES_BUFFERS, _AFTER, _MEMORY = "isthmus.takes_buffers", "isthmus.after", "isthmus.memory"
+_BEGAN = "isthmus.began"
 _NO_QUERY: Mapping[str, str] = {}
 
 
@@ -119,12 +120,15 @@ class FunctionApp:
         error = ""
         memory = Reservation(environ.get(_MEMORY) or self._memory)
         try:
-            context = Context.from_headers(headers, longest_s=self._settings.longest_s)
+            began = environ.get(_BEGAN)
+            context = Context.from_headers(headers, longest_s=self._settings.longest_s, began=began)
             query = Request(environ).args if environ.get("QUERY_STRING") else _NO_QUERY
             body = self._body(environ)
             later.append(partial(self.metrics.received.inc, len(body)))
             if _MEMORY not in environ:
                 memory.hold(len(body))
+            if began is not None:
+                context.deadline.check("the whole request had come")
             with self._slots.admitted(context.deadline):
                 self.readiness.check()
                 if coding := headers.get("Content-Encoding", ""):

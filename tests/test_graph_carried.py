@@ -14,6 +14,7 @@ from isthmus import frame
 from isthmus.errors import CutError, ModelError
 from isthmus.frame import Frame
 from isthmus.graph import build, cut_after, cut_at, cuts, narrowest, open_model
+from isthmus.serving.oip_tensor import datatype_of
 
 value = helper.make_tensor_value_info
 FLOAT = TensorProto.FLOAT
@@ -156,6 +157,10 @@ def test_every_cut_that_is_listed_is_carried(tmp_path: Path) -> None:
         arrays = {t.name: np.zeros([int(n) for n in t.shape], t.dtype) for t in cut.tensors}
         sent = frame.encode(Frame(arrays, "sha256:" + "0" * 64, f"..{cut.name}", "\x01" * 128))
         assert frame.decode(sent, max_bytes=2**30).tensors.keys() == arrays.keys()
+
+
+def test_what_frames_carry_the_open_inference_protocol_names() -> None:
+    assert len({datatype_of(dtype) for dtype in frame.DTYPES}) == len(frame.DTYPES)
 
 
 def test_the_default_cut_of_a_float8_model_is_published_and_runs(tmp_path: Path) -> None:

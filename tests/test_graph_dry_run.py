@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +251,42 @@ def test_partitions_run_at_one_size_once_the_time_for_others_is_spent(tmp_path: 
     run.whole(extract(model, weights, None, None))
     run.budget_s = 0
     assert run.partition(partition(model, weights, [cuts(model)[0]])) == (0.0, {})
+
+
+def counting(path: Path) -> Path:
+    """Adds one to x as often as `trips` says."""
+    body = helper.make_graph(
+        [node("Identity", ["go"], ["again"]), node("Add", ["carried", "one"], ["next"])],
+        "body",
+        [value("i", INT64, []), value("go", TensorProto.BOOL, []), value("carried", FLOAT, [4])],
+        [value("again", TensorProto.BOOL, []), value("next", FLOAT, [4])],
+    )
+    return save(
+        path,
+        [node("Neg", ["x"], ["a"]), node("Loop", ["trips", "", "a"], ["l"], body=body), node("Neg", ["l"], ["y"])],
+        [value("x", FLOAT, [4]), value("trips", INT64, [])],
+        [value("y", FLOAT, [4])],
+        [array(np.float32(1), "one")],
+    )
+
+
+FOR_EVER = np.array(2**60, np.int64)
+
+
+def test_a_run_that_does_not_end_is_ended_and_recorded(tmp_path: Path) -> None:
+    model = open_model(counting(tmp_path / "m.onnx"), examples={"trips": np.array(1, np.int64)})
+    weights = weights_file.write(model.initialisers(), tmp_path / weights_file.LOCATION)
+    endless = replace(model, examples={"trips": FOR_EVER})
+    run = DryRun(endless, tmp_path, weights.tensors, run_s=0.1)
+    run.whole(extract(model, weights, None, None))
+    assert run.notes == ["loaded, not run to its end: a run took longer than 0.1 s"]
+    assert run.partition(partition(model, weights, [cuts(model)[0]])) == (0.0, {})
+
+
+def test_the_run_that_tells_shapes_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isthmus.graph.probe.LONGEST_RUN_S", 0.1)
+    with pytest.raises(ModelError, match=r"a run took longer than 0\.1 s"):
+        open_model(counting(tmp_path / "m.onnx"), examples={"trips": FOR_EVER})
 
 
 def shaped_by_values(path: Path) -> Path:

@@ -18,6 +18,7 @@ from isthmus import frame as frames
 from isthmus.bundle import WHOLE, Segment, TensorSpec, WeightTensor
 from isthmus.errors import CutError, FrameError, ModelError, SegmentError
 from isthmus.frame import Frame
+from isthmus.graph import probe
 from isthmus.graph.compare import difference, magnitude
 from isthmus.graph.extract import Extracted
 from isthmus.graph.model import Model
@@ -69,13 +70,14 @@ class Seen(NamedTuple):
 class DryRun:
     """Runs of one model's segments; weights lie in `folder`. One session is alive at a time.
 
-    Units: `budget_s` is for all runs of second sizes together.
+    Units: `budget_s` is for all runs of second sizes together, `run_s` for each other run.
     """
 
     model: Model
     folder: Path
     tensors: Sequence[WeightTensor]
     budget_s: float = BUDGET_S
+    run_s: float = probe.LONGEST_RUN_S
     notes: list[str] = field(default_factory=list)
     """Sentences on what was not run, and why."""
     _cases: list[Case] = field(default_factory=list)
@@ -97,12 +99,15 @@ class DryRun:
         runner = self._load(whole)
         if not self._example(runner, must_run):
             return {}, None
-        if self.model.is_random:
-            self._repeats = self._is_repeatable(runner)
         shown = None
-        if picture is not None:
-            self._keep(picture, self._attempt(runner, picture))
-            shown = self._expected[-1]
+        try:
+            if self.model.is_random:
+                self._repeats = self._is_repeatable(runner)
+            if picture is not None:
+                self._keep(picture, self._attempt(runner, picture))
+                shown = self._expected[-1]
+        except TimeoutError as e:  # slow is not wrong
+            self.notes.append(f"not every run came to its end: {e}")
         complete = self._other_values(runner)
         if any(n.op_type in _QUANTISING for n in self.model.nodes):
             for seed in range(_MORE_INPUTS):
@@ -121,21 +126,17 @@ class DryRun:
         """
         cases = self._cases if self._extra_s < self.budget_s else self._cases[:1]
         values = [dict(case.arrays) for case in cases]
-        began = time.perf_counter()
         name = "/".join(part.id.partition("..")[2] for part in parts[:-1])
         try:
             for part in parts:
                 runner = self._load(part)
-                for i, known in enumerate(values):
-                    if i == 1:
-                        began = time.perf_counter()
-                    known.update(self._run(runner, {s.name: known[s.name] for s in part.inputs}))
-                if len(values) > 1:
-                    self._extra_s += time.perf_counter() - began
+                self._step(runner, values)
                 if changed := self._settled(part.outputs, values, {}):
                     return Seen(0.0, changed)
         except (ModelError, FrameError, SegmentError) as e:
             raise CutError(f"the cut {name} cannot be used: {e.message}", cut=name, **e.facts) from e
+        except TimeoutError as e:
+            raise CutError(f"the cut {name} cannot be used: {e}", cut=name) from e
         if not self._repeats:
             return Seen(0.0, {})
         floats, all_ = self._differences(values)
@@ -192,19 +193,35 @@ class DryRun:
             reason = e.facts.get("reason", e.message)
             raise ModelError(f"onnxruntime cannot load {what}: {reason}", segment=part.id) from e
 
-    def _run(self, runner: UnpublishedRunner, arrays: Mapping[str, Array]) -> dict[str, Array]:
-        given = runner.run(_carried(arrays, runner.segment))
+    def _step(self, runner: UnpublishedRunner, values: list[dict[str, Array]]) -> None:
+        """Add a segment's outputs to the values of each case; without time left, only the first case stays."""
+        for i, known in enumerate(tuple(values)):
+            start = time.perf_counter()
+            left = self.budget_s - self._extra_s
+            try:
+                taken = {s.name: known[s.name] for s in runner.segment.inputs}
+                known.update(self._run(runner, taken, self.run_s if i == 0 else max(0.0, left)))
+            except TimeoutError:
+                if i == 0:
+                    raise
+                del values[1:]
+                return
+            finally:
+                self._extra_s += time.perf_counter() - start if i else 0.0
+
+    def _run(self, runner: UnpublishedRunner, arrays: Mapping[str, Array], seconds: float) -> dict[str, Array]:
+        given = runner.run_within(_carried(arrays, runner.segment), seconds)
         # The next segment gets what a frame makes of it.
         return dict(_carried(given, runner.segment))
 
-    def _attempt(self, runner: UnpublishedRunner, case: Case) -> dict[str, Array]:
+    def _attempt(self, runner: UnpublishedRunner, case: Case, seconds: float | None = None) -> dict[str, Array]:
         """The outputs for `case`.
 
         Raises:
             ModelError: it does not run.
         """
         try:
-            return self._run(runner, case.arrays)
+            return self._run(runner, case.arrays, self.run_s if seconds is None else seconds)
         except (SegmentError, FrameError) as e:
             raise ModelError(f"the model does not run with {case.what}: {e.message}") from e
 
@@ -218,6 +235,9 @@ class DryRun:
                 return True
             except ModelError as e:
                 error = e
+            except TimeoutError as e:  # slow is not wrong
+                self.notes.append(f"loaded, not run to its end: {e}")
+                return False
         if error is not None and must_run:
             error.hint = "give an input that the model accepts: --example NAME=FILE.npy; or its shape: --shape"
             raise error
@@ -281,12 +301,15 @@ class DryRun:
     def _extra(self, runner: UnpublishedRunner, case: Case) -> str:
         """Run a case that may fail: why it did not run, or nothing."""
         start = time.perf_counter()
-        if self._extra_s >= self.budget_s:
-            return f"the {self.budget_s:.0f} s for such runs were spent"
+        spent = f"the {self.budget_s:.3g} s for such runs were spent"
+        if (left := self.budget_s - self._extra_s) <= 0:
+            return spent
         try:
-            self._keep(case, self._attempt(runner, case))
+            self._keep(case, self._attempt(runner, case, left))
         except ModelError as e:
             return e.message
+        except TimeoutError:
+            return spent
         finally:
             self._extra_s += time.perf_counter() - start
         return ""

@@ -14,7 +14,7 @@ from isthmus.errors import ModelError
 from isthmus.graph import probe
 from isthmus.graph.compare import difference
 from isthmus.runners.ort import reason_of
-from isthmus.runners.runtime import ort
+from isthmus.runners.runtime import ort, time_limit
 
 OLDEST_OPSET = 11
 SAME = 1e-4
@@ -135,7 +135,8 @@ def _original(path: Path, names: list[str], inputs: Sequence[Arrays], opset: int
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         for arrays in inputs:
             try:
-                return dict(zip(names, session.run(names, dict(arrays)), strict=True)), arrays
+                with time_limit(probe.LONGEST_RUN_S) as limited:
+                    return dict(zip(names, session.run(names, dict(arrays), limited), strict=True)), arrays
             except Exception as e:  # onnxruntime's own errors share no base but Exception
                 reason = reason_of(e)
     except Exception as e:

@@ -14,8 +14,10 @@ from isthmus.dtypes import DTYPES
 from isthmus.errors import ModelError
 from isthmus.graph.weights import read_into
 from isthmus.runners.ort import reason_of
-from isthmus.runners.runtime import ort
+from isthmus.runners.runtime import ort, time_limit
 
+LONGEST_RUN_S = 600.0
+"""For one run of a model while it is imported."""
 _RENAMED = {"float": "float32", "double": "float64"}
 """onnxruntime's names of dtypes that numpy names otherwise."""
 
@@ -103,8 +105,8 @@ def _run(
 ) -> Sequence[npt.NDArray[np.generic]]:
     if not wanted:
         return []
-    with _session(graph, model) as session:
-        return session.run(wanted, dict(feeds))  # type: ignore[no-any-return]
+    with _session(graph, model) as session, time_limit(LONGEST_RUN_S) as options:
+        return session.run(wanted, dict(feeds), options)  # type: ignore[no-any-return]
 
 
 @contextmanager

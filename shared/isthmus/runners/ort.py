@@ -17,7 +17,7 @@ from isthmus.bundle import Segment, TensorSpec
 from isthmus.errors import RunFailed, SettingsError, ShapeMismatch, ValueRefused
 from isthmus.runners import Array, check_tensors
 from isthmus.runners.kernels import MAX_TRACE_BYTES, Observed, read_trace
-from isthmus.runners.runtime import ort, ort_state
+from isthmus.runners.runtime import ort, ort_state, time_limit
 
 _BFLOAT16 = 16
 """TensorProto.BFLOAT16; numpy has no such dtype, so onnxruntime takes and gives it through OrtValue."""
@@ -41,6 +41,7 @@ class OrtRunner:
             RunFailed: onnxruntime refused the model; its own words are in `facts["reason"]`.
         """
         self.segment = segment
+        self._run_options: Any = None
         self._outputs = [s.name for s in segment.outputs]
         self._bfloat16 = any(s.dtype == "bfloat16" for s in (*segment.inputs, *segment.outputs))
         check_providers(providers)
@@ -82,10 +83,11 @@ class OrtRunner:
         try:
             if self._bfloat16:
                 values = {name: _to_value(array) for name, array in arrays.items()}
-                found = self._session.run_with_ort_values(self._outputs, values)
+                found = self._session.run_with_ort_values(self._outputs, values, self._run_options)
                 results = [_from_value(v, s) for v, s in zip(found, self.segment.outputs, strict=True)]
             else:
-                results = self._session.run(self._outputs, {name: _usable(a) for name, a in arrays.items()})
+                feeds = {name: _usable(a) for name, a in arrays.items()}
+                results = self._session.run(self._outputs, feeds, self._run_options)
         except Exception as e:
             if (refused := _refused_value(e, self.segment, arrays)) is not None:
                 raise refused from e
@@ -151,6 +153,15 @@ class UnpublishedRunner(OrtRunner):
     def __init__(self, graph: bytes, segment: Segment, folder: Path, *, threads: int, repack: bool) -> None:
         self._folder, self._repack = folder, repack
         super().__init__(graph, segment, providers=("CPUExecutionProvider",), threads=threads)
+
+    def run_within(self, arrays: Mapping[str, Array], seconds: float) -> dict[str, Array]:
+        """As `run`; it ends by then.
+
+        Raises:
+            TimeoutError: it was ended.
+        """
+        with time_limit(seconds) as self._run_options:
+            return self.run(arrays)
 
     def _options(self, threads: int) -> Any:
         options = super()._options(threads)

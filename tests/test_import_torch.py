@@ -208,3 +208,13 @@ def test_an_exported_models_weights_leave_the_memory_and_bfloat16_is_taken(tmp_p
     path = torch_export.export_named(make, tmp_path / "m.onnx", shapes={}, examples={"input": x}, free={})
     assert weights[0]() is None
     assert open_model(path).specs["input"].dtype == "bfloat16"
+
+
+def test_what_the_registry_refuses_is_told_before_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.onnx, "export", lambda *a, **k: pytest.fail("the export was begun"))
+    given = (f"{__name__}:Apart", "--shape", "a=1x8", "--shape", "b=1x8")
+    assert "'7' cannot be an alias" in refused(*given, "--alias", "7", "--registry", tmp_path)["error"]
+    assert "cannot name a model" in refused(*given, "--name", "Not One", "--registry", tmp_path)["error"]
+    (tmp_path / "models" / "apart" / "versions").mkdir(parents=True)
+    (tmp_path / "models" / "apart" / "versions" / "1").write_text("no digest")
+    assert refused(*given, "--registry", tmp_path)["type"] == "Corrupt"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 from collections.abc import Sequence
@@ -24,8 +25,9 @@ from isthmus.cli.console import (
 from isthmus.cli.cut_options import SYNTAX
 from isthmus.cli.publishing import DropPlan, Publication, findings, publish_version, warn
 from isthmus.cli.shapes import BindOption, ExampleOption, read_inputs
-from isthmus.errors import Missing, ModelError
+from isthmus.errors import Missing, ModelError, RegistryError
 from isthmus.registry import Version, open_registry
+from isthmus.registry.registry import is_alias
 from isthmus.runners import describe
 from isthmus.units import format_size
 
@@ -142,6 +144,11 @@ def publish(
         raise ModelError(f"{called!r} cannot name a model", hint="use 1 to 63 of a-z, 0-9, '.', '_' and '-'")
     given = read_inputs(shape, example)
     store = open_registry(registry_settings(registry))
+    # An export may take minutes: what the registry would refuse behind it is asked before.
+    if alias and not is_alias(alias):
+        raise RegistryError(f"{alias!r} cannot be an alias: 1 to 63 of a-z, 0-9, '.', '_' and '-', not only digits")
+    with contextlib.suppress(Missing):
+        store.resolve(called)
     with (
         tempfile.TemporaryDirectory(prefix="isthmus-") as folder,
         steps(quiet) as step,

@@ -169,6 +169,10 @@ class SegmentSettings(RegistrySettings):
         30.0,
     )
     max_image_pixels: int = setting("largest image, in pixels, that is decoded", 64_000_000)
+    image_memory_bytes: int = setting(
+        "memory that all images under way may take to decode; one that alone needs more is refused, others wait",
+        384 * 2**20,
+    )
     expose_details: bool = setting(
         "whether callers are told details: URLs of other functions, the registry's place, names of other models; else"
         " they are told a sentence, and the log has the rest. The local engine turns it on",

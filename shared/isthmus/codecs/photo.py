@@ -14,6 +14,7 @@ import numpy as np
 
 from isthmus.bundle import TensorSpec
 from isthmus.errors import ShapeMismatch
+from isthmus.processing.image_budget import SHARED, ImageMemory
 
 if TYPE_CHECKING:
     from isthmus.codecs import Packing
@@ -21,11 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the bundle makes a tensor of a photo; `max_pixels` bounds what is decoded."""
+    """How the bundle makes a tensor of a photo; `max_pixels` and `memory` bound what is decoded."""
 
     spec: Mapping[str, Any]
     input: TensorSpec
     max_pixels: int
+    memory: ImageMemory = SHARED
 
 
 class Photo:
@@ -61,7 +63,9 @@ class Photo:
         from isthmus.processing.image import preprocess  # Pillow, for those who are sent photos
 
         try:
-            array = preprocess(bytes(payload), table.spec, input=table.input, max_pixels=table.max_pixels)
+            array = preprocess(
+                bytes(payload), table.spec, input=table.input, max_pixels=table.max_pixels, memory=table.memory
+            )
         except ShapeMismatch as e:
             raise ValueError(str(e)) from e
         if array.dtype != dtype or array.shape != shape:

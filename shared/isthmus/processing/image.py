@@ -8,10 +8,12 @@ pixels. Colour profiles are ignored, as training pipelines ignore them. Source: 
 from __future__ import annotations
 
 import io
-import struct
+import itertools
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
@@ -29,6 +31,19 @@ from PIL import (
 
 from isthmus.bundle import TensorSpec
 from isthmus.errors import ImageMalformed, MediaUnsupported, RequestTooLarge, ShapeMismatch
+from isthmus.processing.image_budget import SHARED, ImageMemory
+from isthmus.processing.image_memory import (
+    announced_size,
+    check_parts,
+    converting_bytes,
+    decoding_bytes,
+    finishing_bytes,
+    frame_bytes,
+    jpeg_scans,
+    tiff_strips,
+    too_much,
+    total_bytes,
+)
 from isthmus.processing.image_spec import validate_spec
 from isthmus.processing.media import ACCEPTED, looks_like_image, not_an_image
 
@@ -72,6 +87,14 @@ _TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION, _BITS, _PHOTOMETRIC, _TILE_WIDTH, _TILE_LENGTH = 0x0112, 258, 262, 322, 323
+_UPRIGHT = (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM)
+"""Turns that leave a picture's width its width."""
+REDUCING_GAP = 3
+"""A picture is reduced to no less than so many times the size that it is resized to; Pillow's documentation calls the
+result at this gap nearly indistinguishable from plain resizing."""
+_PART_PIXELS = 2**16
+_PNG_EXIF, _FRAME_EXIF = (b"eXIf", b"Raw profile", b"adobe.xmp"), (b"EXIF", b"XMP")
+"""Names of what may say how a picture is turned, in PNG, and in WebP and GIF."""
 _PNG_DEPTH = 24
 """Where a PNG's header has the bits of a sample."""
 _BMP_V3, _BMP_ALPHA_MASK = 56, slice(66, 70)
@@ -79,29 +102,36 @@ _BMP_V3, _BMP_ALPHA_MASK = 56, slice(66, 70)
 _quiet = threading.Lock()
 
 
-def preprocess(data: bytes, spec: Mapping[str, Any], *, input: TensorSpec, max_pixels: int) -> np.ndarray:
+def preprocess(
+    data: bytes, spec: Mapping[str, Any], *, input: TensorSpec, max_pixels: int, memory: ImageMemory = SHARED
+) -> np.ndarray:
     """Decode one image and make the model's input of it, a batch of one.
 
     Shapes: (1, 3, height, width) or (1, height, width, 3), contiguous, of `spec`'s dtype.
-    Units: a pixel is 0 to 255 before `normalize`; `max_pixels` bounds what is decoded and what is resized to.
+    Units: a pixel is 0 to 255 before `normalize`; `max_pixels` bounds what is decoded and what is resized to, and
+    `memory` what that takes, together with other pictures under way. A picture that would take more than half of it is
+    reduced on the way, to no less than REDUCING_GAP times what the model resizes it to.
 
     Raises:
         MediaUnsupported: not an image, or of a kind whose values have no stated range.
         ImageMalformed: an image that cannot be decoded: truncated, corrupt.
-        RequestTooLarge: more pixels than `max_pixels`; nothing was decoded.
+        RequestTooLarge: more pixels than `max_pixels`, or more memory than there is; nothing was decoded.
+        Overloaded: other pictures hold the memory.
         ShapeMismatch: the array is not what `input` takes.
         ModelError: `spec` is not a preprocess specification.
 
     Source: docs/api.md, "Photos".
     """
     validate_spec(spec)
-    image = decode(data, max_pixels=max_pixels)
     steps = {step["op"]: step for step in spec["steps"]}
-    if "resize" in steps:
-        image = _resize(image, steps["resize"], max_pixels)
-    if "center_crop" in steps:
-        image = _center_crop(image, *steps["center_crop"]["size"])
-    array = _to_array(image, steps, spec["dtype"])
+    with _opened(data, max_pixels, memory, steps, np.dtype(_DTYPES[spec["dtype"]]).itemsize) as picture:
+        image = picture.decoded()
+        if (resize := steps.get("resize")) is not None:
+            # By the size before any reduction, so that the long side is what it would be without.
+            image = image.resize(_resized(picture.upright, resize, max_pixels), _FILTERS[resize["interpolation"]])
+        if "center_crop" in steps:
+            image = _center_crop(image, *steps["center_crop"]["size"])
+        array = _to_array(image, steps, spec["dtype"])
     _check_fits(array, spec, input)
     return array
 
@@ -113,25 +143,140 @@ def grey_picture(height: int, width: int) -> bytes:
     return file.getvalue()
 
 
-def decode(data: bytes, *, max_pixels: int) -> Image.Image:
+def decode(data: bytes, *, max_pixels: int, memory: ImageMemory = SHARED) -> Image.Image:
     """The first picture in `data`, upright, 8-bit RGB, what is transparent over white.
 
     Raises:
-        MediaUnsupported, ImageMalformed, RequestTooLarge: as `preprocess`.
+        MediaUnsupported, ImageMalformed, RequestTooLarge, Overloaded: as `preprocess`.
     """
+    with _opened(data, max_pixels, memory, {}, 0) as picture:
+        return picture.decoded()
+
+
+@dataclass
+class _Picture:
+    """An opened file whose decoding has its memory: `full` is its size as stored, `factor` how much it is reduced."""
+
+    image: ImageFile.ImageFile
+    kind: str
+    data: bytes
+    full: tuple[int, int]
+    factor: int
+    max_pixels: int
+
+    def __post_init__(self) -> None:
+        self.upright = self.full
+        """The size once it is turned upright."""
+
+    def decoded(self) -> Image.Image:
+        """The picture, upright, RGB, reduced where it was too large.
+
+        Raises:
+            MediaUnsupported, ImageMalformed, RequestTooLarge: it cannot be decoded.
+        """
+        with _refusing(self.data, self.kind, self.max_pixels):
+            self.image.load()
+            with _quiet, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                turn = _TRANSPOSE.get(self.image.getexif().get(_ORIENTATION, 1))
+            picture = _rgb(self.image, self.data, self.factor)
+            if turn is None:
+                return picture
+            if turn not in _UPRIGHT:
+                self.upright = _turned(self.full)
+            return picture.transpose(turn)
+
+
+@contextmanager
+def _opened(
+    data: bytes, max_pixels: int, memory: ImageMemory, steps: Mapping[str, Mapping[str, Any]], itemsize: int
+) -> Iterator[_Picture]:
+    """An image file, its header read and judged, and the memory held that decoding it and the `steps` take."""
     kind = looks_like_image(data)
     if kind is None:
         raise not_an_image(data)
+    check_parts(data, kind)
+
+    def estimate(decoding: int, size: tuple[int, int], plain: bool, turns: bool) -> int:
+        converting = converting_bytes(size, makes_rgb=not plain, turns=turns)
+        return total_bytes(decoding, converting, _finishing(size, steps, itemsize, max_pixels))
+
+    least, factor = _least_side(steps), 1
+    with ExitStack() as held:
+        if (announced := announced_size(data, kind)) is not None:
+            # Pillow allocates these formats' canvas when it opens a file.
+            _bound(*announced, max_pixels)
+            decoding, turns = frame_bytes(kind, announced), any(mark in data for mark in _FRAME_EXIF)
+            needs = estimate(decoding, announced, False, turns)
+            if needs > memory.limit // 2 and least:
+                factor = max(1, min(announced) // least)
+                needs = estimate(decoding, _reduced(announced, factor), False, turns)
+            _hold(held, memory, needs, announced, kind)
+            with _refusing(data, kind, max_pixels):
+                image = _open(data, kind, max_pixels)
+            yield _Picture(image, kind, data, image.size, factor, max_pixels)
+            return
+        with _refusing(data, kind, max_pixels):
+            image = _open(data, kind, max_pixels)
+        _bound_scans(data, image, kind)
+        full, scans = image.size, jpeg_scans(data) if kind == "image/jpeg" else 0
+        turns, plain = _turns(image, data), image.mode == "RGB" and "transparency" not in image.info
+        needs = estimate(decoding_bytes(image, full, scans), full, plain, turns)
+        if needs > memory.limit // 2 and least:
+            # libjpeg's own reduction to a half, a quarter or an eighth comes first: it saves the memory of the rest.
+            image.draft(None, (least, least))
+            factor = max(1, min(image.size) // least)
+            size = _reduced(image.size, factor)
+            needs = estimate(decoding_bytes(image, full, scans), size, plain and factor == 1, turns)
+        _hold(held, memory, needs, full, kind)
+        yield _Picture(image, kind, data, full, factor, max_pixels)
+
+
+def _hold(held: ExitStack, memory: ImageMemory, needs: int, size: tuple[int, int], kind: str) -> None:
+    if needs > memory.limit:
+        raise too_much(needs, memory.limit, size, kind)
+    held.enter_context(memory.taken(needs))
+
+
+def _finishing(size: tuple[int, int], steps: Mapping[str, Mapping[str, Any]], itemsize: int, max_pixels: int) -> int:
+    """Bytes that the steps take of a picture of `size`, turned or not: the larger of both."""
+    most = 0
+    for start in (size, _turned(size)) if steps else ():
+        resized = _resized(start, steps["resize"], max_pixels) if "resize" in steps else start
+        crop = steps.get("center_crop")
+        made = (crop["size"][1], crop["size"][0]) if crop is not None else resized
+        most = max(most, finishing_bytes(start, resized, made, itemsize))
+    return most
+
+
+def _reduced(size: tuple[int, int], factor: int) -> tuple[int, int]:
+    return -(-size[0] // factor), -(-size[1] // factor)
+
+
+def _turns(image: ImageFile.ImageFile, data: bytes) -> bool:
+    """Whether the picture may have to be turned; what a PNG says of it may follow the pixels, so its name counts."""
+    if isinstance(image, PngImagePlugin.PngImageFile):
+        return any(mark in data for mark in _PNG_EXIF)
+    with _quiet, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return image.getexif().get(_ORIENTATION, 1) in _TRANSPOSE
+        except Exception:  # corrupt EXIF: decoding refuses it
+            return True
+
+
+def _least_side(steps: Mapping[str, Mapping[str, Any]]) -> int:
+    """What the shorter side of a reduced picture must have at least; 0 where the model needs all pixels."""
+    if (resize := steps.get("resize")) is None:
+        return 0
+    return REDUCING_GAP * int(resize["short_side"] if "short_side" in resize else max(resize["size"]))
+
+
+@contextmanager
+def _refusing(data: bytes, kind: str, max_pixels: int) -> Iterator[None]:
+    """Turns what Pillow raises into errors of the caller's file."""
     try:
-        image = _open(data, kind, max_pixels)
-        image.load()
-        with _quiet, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            orientation = image.getexif().get(_ORIENTATION, 1)
-        picture: Image.Image = image
-        if (turn := _TRANSPOSE.get(orientation)) is not None:
-            picture = image.transpose(turn)
-        return _to_rgb(picture, image, data)
+        yield
     except (RequestTooLarge, MediaUnsupported):
         raise
     except (Image.DecompressionBombError, MemoryError) as e:
@@ -150,9 +295,6 @@ def decode(data: bytes, *, max_pixels: int) -> Image.Image:
 
 
 def _open(data: bytes, kind: str, max_pixels: int) -> ImageFile.ImageFile:
-    if kind == "image/gif" and len(data) >= 10:
-        width, height = struct.unpack_from("<HH", data, 6)
-        _bound(width, height, max_pixels)  # Pillow allocates the canvas when it opens one
     # Pillow warns about headers that it can read all the same. The filters are the process's, hence the lock.
     with _quiet, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -161,11 +303,18 @@ def _open(data: bytes, kind: str, max_pixels: int) -> ImageFile.ImageFile:
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         width, height = (image.tag_v2.get(tag, 1) for tag in (_TILE_WIDTH, _TILE_LENGTH))
         _bound(width, height, max_pixels)  # a tile is decoded whole, however small the image
-    if kind == "image/jpeg" or image.info.get("compression") == "jpeg":
-        scans = data.count(b"\xff\xda")
-        if scans > MAX_SCANS:
-            raise RequestTooLarge(f"a JPEG of {scans} scans; {MAX_SCANS} are decoded", limit=MAX_SCANS, scans=scans)
     return image
+
+
+def _bound_scans(data: bytes, image: ImageFile.ImageFile, kind: str) -> None:
+    """Refuse a JPEG of too many scans, inside another file too: each costs a pass over all pixels."""
+    if kind != "image/jpeg" and image.info.get("compression") != "jpeg":
+        return
+    # Each strip of a TIFF has scans of its own, over its own pixels.
+    limit = MAX_SCANS * (tiff_strips(image)[0] if isinstance(image, TiffImagePlugin.TiffImageFile) else 1)
+    scans = data.count(b"\xff\xda")
+    if scans > limit:
+        raise RequestTooLarge(f"a JPEG of {scans} scans; {limit} are decoded", limit=limit, scans=scans)
 
 
 def _bound(width: int, height: int, max_pixels: int) -> None:
@@ -178,15 +327,32 @@ def _bound(width: int, height: int, max_pixels: int) -> None:
         )
 
 
-def _to_rgb(picture: Image.Image, source: ImageFile.ImageFile, data: bytes) -> Image.Image:
-    """`picture` is `source`, turned upright: it may lack the file's tags."""
+def _rgb(image: ImageFile.ImageFile, data: bytes, factor: int) -> Image.Image:
+    """A decoded picture as 8-bit RGB, each `factor` by `factor` pixels as their mean.
+
+    Part by part: what lies between a picture's own mode and RGB takes up to 20 bytes a pixel.
+    """
+    if image.mode == "RGB" and "transparency" not in image.info and factor == 1:
+        return image
+    opaque = isinstance(image, BmpImagePlugin.BmpImageFile) and _is_opaque(image, data)
+    width, height = image.size
+    made = Image.new("RGB", (-(-width // factor), -(-height // factor)))
+    columns = factor * max(1, min(width, _PART_PIXELS) // factor)
+    rows = factor * max(1, _PART_PIXELS // (columns * factor))
+    for top, left in itertools.product(range(0, height, rows), range(0, width, columns)):
+        box = (left, top, min(width, left + columns), min(height, top + rows))
+        part = _to_rgb(image.crop(box), image, data, opaque)
+        made.paste(part.reduce(factor) if factor > 1 else part, (left // factor, top // factor))
+    return made
+
+
+def _to_rgb(picture: Image.Image, source: ImageFile.ImageFile, data: bytes, opaque: bool) -> Image.Image:
+    """`picture` is a part of `source`: it lacks the file's tags."""
     if picture.mode == "RGB" and "transparency" not in source.info:
         return picture
     if picture.mode.startswith(("I", "F")):
         return _from_wide(picture, source)
-    if source.info.get("transparency") is None and picture.mode not in ("RGBA", "LA", "PA", "La", "RGBa"):
-        return picture.convert("RGB")
-    if isinstance(source, BmpImagePlugin.BmpImageFile) and _is_opaque(picture, data):
+    if opaque or (source.info.get("transparency") is None and picture.mode not in ("RGBA", "LA", "PA", "La", "RGBa")):
         return picture.convert("RGB")
     if isinstance(source, PngImagePlugin.PngImageFile) and picture.mode in ("L", "RGB"):
         picture.info["transparency"] = _as_pixels(source.info["transparency"], data[_PNG_DEPTH])
@@ -214,7 +380,13 @@ def _is_opaque(picture: Image.Image, data: bytes) -> bool:
     Programs that write 32 bits a pixel often leave that byte at zero; readers take such a picture as opaque.
     """
     has_mask = int.from_bytes(data[14:18], "little") >= _BMP_V3 and any(data[_BMP_ALPHA_MASK])
-    return picture.mode == "RGBA" and not (has_mask and picture.getchannel("A").getextrema()[1])
+    return picture.mode == "RGBA" and not (has_mask and _highest(picture, 3))
+
+
+def _highest(picture: Image.Image, band: int) -> float:
+    """The highest value of a band, without a copy of it."""
+    extrema: Any = picture.getextrema()
+    return float(extrema[band][1])
 
 
 def _from_wide(picture: Image.Image, source: ImageFile.ImageFile) -> Image.Image:
@@ -240,16 +412,25 @@ def _from_wide(picture: Image.Image, source: ImageFile.ImageFile) -> Image.Image
     return Image.fromarray(grey).convert("RGB")
 
 
-def _resize(image: Image.Image, step: Mapping[str, Any], max_pixels: int) -> Image.Image:
+def _turned(size: tuple[int, int]) -> tuple[int, int]:
+    return size[1], size[0]
+
+
+def _resized(size: tuple[int, int], step: Mapping[str, Any], max_pixels: int) -> tuple[int, int]:
+    """Width and height that a picture of `size` is resized to.
+
+    Raises:
+        RequestTooLarge: more pixels than `max_pixels`.
+    """
     if "size" in step:
         height, width = step["size"]
     else:
         short = step["short_side"]
         # The long side is cut off, not rounded, as torchvision does.
-        least = min(image.size)
-        width, height = (short if side == least else short * side // least for side in image.size)
+        least = min(size)
+        width, height = (short if side == least else short * side // least for side in size)
     _bound(width, height, max_pixels)
-    return image.resize((width, height), _FILTERS[step["interpolation"]])
+    return width, height
 
 
 def _center_crop(image: Image.Image, height: int, width: int) -> Image.Image:

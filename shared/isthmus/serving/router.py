@@ -23,6 +23,7 @@ from isthmus.hop import LocalHop, hops_to
 from isthmus.pipeline import Result
 from isthmus.processing.classify import classify
 from isthmus.processing.image import looks_like_image, not_an_image, preprocess
+from isthmus.processing.image_budget import ImageMemory
 from isthmus.processing.wrapped import from_base64, looks_like_form, read_form
 from isthmus.registry import open_cache, open_registry
 from isthmus.serving import by_hand, oip
@@ -79,7 +80,10 @@ class _RouterApp(FunctionApp):
             max_reply_bytes=settings.max_request_bytes,
         )
         super().__init__("router", settings, self._prepare)
-        self._tables = Tables(self._registry.bundle, self._registry.blob, settings.max_image_pixels)
+        self._images = ImageMemory(settings.image_memory_bytes)
+        self._tables = Tables(
+            self._registry.bundle, self._registry.blob, settings.max_image_pixels, memory=self._images
+        )
         self._guard = Guard(
             settings.guard_share,
             lambda bundle: fidelity_document.read(bundle, self._registry.blob),
@@ -227,7 +231,9 @@ class _RouterApp(FunctionApp):
         else:
             start = time.perf_counter()
             taken = next(s for s in model.bundle.inputs if s.name == spec["input"])
-            array = preprocess(photo, spec, input=taken, max_pixels=self._router_settings.max_image_pixels)
+            array = preprocess(
+                photo, spec, input=taken, max_pixels=self._router_settings.max_image_pixels, memory=self._images
+            )
             input_bytes = array.nbytes
             work.timings.add("preprocess", time.perf_counter() - start)
             result = self._run(work, way, {taken.name: array})

@@ -11,6 +11,7 @@ from isthmus import frame as frames
 from isthmus.context import Deadline
 from isthmus.frame import Frame
 from isthmus.kept import Kept
+from isthmus.processing.image_budget import ImageMemory
 from isthmus.registry import BakedSegment, open_registry, open_source
 from isthmus.runners.store import SegmentStore
 from isthmus.serving.app import FunctionApp
@@ -41,7 +42,8 @@ class _SegmentApp(FunctionApp):
         self._source = open_source(settings, self._registry)
         self._store = SegmentStore(self._source, settings)
         self._kept = kept = Kept(settings.max_kept_bytes)
-        self._tables = Tables(self._source.bundle, self._source.blob, settings.max_image_pixels, kept)
+        images = ImageMemory(settings.image_memory_bytes)
+        self._tables = Tables(self._source.bundle, self._source.blob, settings.max_image_pixels, kept, images)
         super().__init__("segment", settings, self._prepare)
         self.closing.callback(self._store.close)
         self.closing.callback(self._tables.close)

@@ -14,6 +14,7 @@ from isthmus.codecs import LAYERS_ID
 from isthmus.codecs import Tables as CodecTables
 from isthmus.codecs.photo import Recipe
 from isthmus.errors import FrameError, FrameMalformed, RegistryError
+from isthmus.processing.image_budget import SHARED, ImageMemory
 from isthmus.registry.lookups import Lookups
 
 if TYPE_CHECKING:
@@ -40,7 +41,9 @@ class Tables:
         blob: Callable[[Blob], bytes],
         max_pixels: int,
         keeper: Keeper | None = None,
+        memory: ImageMemory = SHARED,
     ) -> None:
+        self._memory = memory
         self._bundle, self._blob, self._max_pixels, self._keeper = bundle, blob, max_pixels, keeper
         self._lock = threading.Lock()
         self._lookups = Lookups(_FORGET_S)
@@ -116,4 +119,4 @@ class Tables:
         if spec is None or spec.get("input") != tensor:
             return None
         taken = next(s for s in bundle.inputs if s.name == tensor)
-        return Recipe(spec, taken, self._max_pixels)
+        return Recipe(spec, taken, self._max_pixels, self._memory)

@@ -1,0 +1,200 @@
+"""What decoding a picture takes, in bytes: upper bounds from its header, which tests hold against a process's peak.
+
+A picture's file says little of its cost: 57 bytes can announce 64 million rows.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import Any
+
+from PIL import ImageFile, JpegImagePlugin, TiffImagePlugin
+
+from isthmus.errors import RequestTooLarge
+
+MAX_MARKERS, MAX_CHUNKS, MAX_TIFF_VALUES = 4096, 2**16, 2**20
+"""Segments of a JPEG, chunks of a PNG, values of one TIFF tag: Pillow keeps a Python object for each."""
+_FIXED = 12 * 2**20
+"""Beside the pixels: the decoder's tables and windows, a strip of rows on its way to RGB, an arena's last block."""
+_ROW = 16
+"""Beside a row's pixels: its pointer, and what rounds the row up."""
+_BAND_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
+"""Bytes of a pixel as Pillow stores it; all other modes take four."""
+_GIF, _WEBP = 2, 14
+"""Bytes of a pixel in the readers of whole frames, as measured and a little more: GIF's canvas; libwebp's two canvases
+(RGBA), the frame that it gives, and its own planes of a frame."""
+_TIFF_LONGS = {1: 1, 2: 1, 6: 1, 7: 1}
+
+
+def check_parts(data: bytes, kind: str) -> None:
+    """Refuse a file of more parts than any encoder writes, before Pillow makes an object of each.
+
+    Raises:
+        RequestTooLarge: more markers, chunks or values than the bounds.
+    """
+    walk = {"image/jpeg": _jpeg_markers, "image/png": _png_chunks, "image/tiff": _tiff_values}.get(kind)
+    if walk is None:
+        return
+    limit = {"image/jpeg": MAX_MARKERS, "image/png": MAX_CHUNKS, "image/tiff": MAX_TIFF_VALUES}[kind]
+    if (count := walk(data, limit)) > limit:
+        raise RequestTooLarge(f"a file of more than {limit} parts ({kind})", limit=limit, parts=count)
+
+
+def announced_size(data: bytes, kind: str) -> tuple[int, int] | None:
+    """Width and height by the header of those formats whose canvas Pillow allocates when it opens a file."""
+    if kind == "image/gif" and len(data) >= 10:
+        width, height = struct.unpack_from("<HH", data, 6)
+        return width, height
+    if kind == "image/webp" and len(data) >= 30:
+        chunk = data[12:16]
+        if chunk == b"VP8X":
+            return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+        if chunk == b"VP8 ":
+            width, height = struct.unpack_from("<HH", data, 26)
+            return width & 0x3FFF, height & 0x3FFF
+        if chunk == b"VP8L":
+            bits = int.from_bytes(data[21:25], "little")
+            return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    return None
+
+
+def stored_bytes(mode: str, width: int, height: int) -> int:
+    """What Pillow's image of that mode and size takes."""
+    return height * (width * _BAND_BYTES.get(mode, 4) + _ROW)
+
+
+def decoding_bytes(image: ImageFile.ImageFile, full: tuple[int, int], scans: int) -> int:
+    """What decoding an opened picture takes at most, its own image included; `full` is its size before any reduction.
+
+    `scans` are those of a JPEG; a file of several has all coefficients in memory.
+    """
+    width, height = full
+    own = stored_bytes(image.mode, *image.size)
+    if isinstance(image, JpegImagePlugin.JpegImageFile):
+        padded = (width + 31) * (height + 31)
+        several = scans > 1 or "progressive" in image.info
+        return own + (2 * image.layers * padded if several else 128 * image.layers * (width + 31))
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        return own + _tiff_bytes(image, width, height)
+    # PNG and BMP come row by row; a BMP of runs is unpacked to one byte a pixel first.
+    runs = any(tile[0] == "bmp_rle" for tile in image.tile)
+    return own + 32 * width + (2 * width * height if runs else 0)
+
+
+def frame_bytes(kind: str, size: tuple[int, int]) -> int:
+    """What decoding a GIF or WebP takes at most: both are read as whole frames."""
+    width, height = size
+    mode, each = ("P", _GIF) if kind == "image/gif" else ("RGBA", _WEBP)
+    return stored_bytes(mode, width, height) + height * (each * width + _ROW)
+
+
+def converting_bytes(size: tuple[int, int], *, makes_rgb: bool, turns: bool) -> int:
+    """What an upright RGB picture of `size` takes beside the decoded one."""
+    return stored_bytes("RGB", *size) * (makes_rgb + turns)
+
+
+def finishing_bytes(start: tuple[int, int], resized: tuple[int, int], made: tuple[int, int], itemsize: int) -> int:
+    """What resizing and cropping take beside the picture at their start, and the arrays of what is made."""
+    crossing = stored_bytes("RGB", resized[0], start[1]) + stored_bytes("RGB", *resized) if resized != start else 0
+    values = 3 * math.prod(made)
+    return crossing + stored_bytes("RGB", *made) + values * (2 + 2 * max(4, itemsize))
+
+
+def total_bytes(*parts: int) -> int:
+    """The estimate of a whole decode, from its phases."""
+    return _FIXED + sum(parts)
+
+
+def too_much(count: int, limit: int, size: tuple[int, int], kind: str) -> RequestTooLarge:
+    """The error for a picture that alone exceeds the budget."""
+    return RequestTooLarge(
+        f"an image of {size[0]} x {size[1]} pixels ({kind}) takes {count} bytes to decode; at most {limit}",
+        limit=limit,
+        bytes=count,
+        pixels=math.prod(size),
+        hint="send a smaller image: the model resizes it anyway",
+    )
+
+
+def tiff_strips(image: TiffImagePlugin.TiffImageFile) -> tuple[int, int]:
+    """How many strips or tiles a TIFF has, and the pixels of one."""
+    width, height = image.size
+    tags: Any = image.tag_v2
+    if 322 in tags:
+        wide, high = max(1, int(tags[322])), max(1, int(tags.get(323, 1)))
+    else:
+        wide, high = width, max(1, min(height, int(tags.get(TiffImagePlugin.ROWSPERSTRIP, height))))
+    return max(1, -(-width // wide)) * max(1, -(-height // high)), wide * high
+
+
+def _tiff_bytes(image: TiffImagePlugin.TiffImageFile, width: int, height: int) -> int:
+    """A TIFF's strips or tiles as libtiff unpacks them, each whole, and JPEG in TIFF as a raster of RGBA."""
+    if all(tile[0] == "raw" for tile in image.tile):
+        return 32 * width + 2 * width * height
+    bits: Any = image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))
+    samples = int(image.tag_v2.get(TiffImagePlugin.SAMPLESPERPIXEL, 1))
+    widest = max(map(int, bits), default=1) if isinstance(bits, tuple) else int(bits)
+    each = max(samples, len(bits) if isinstance(bits, tuple) else 1) * widest
+    _, pixels = tiff_strips(image)
+    raster = 4 * width * height if image.info.get("compression") == "jpeg" else 0
+    return 2 * pixels * (each // 8 + 1) + raster
+
+
+def jpeg_scans(data: bytes) -> int:
+    """The scans of a JPEG's own picture: those of a thumbnail in its EXIF, and of pictures behind it, are none."""
+    start, _ = _first_scan(data, MAX_MARKERS)
+    end = data.find(b"\xff\xd9", start)
+    return data.count(b"\xff\xda", start, end if end >= 0 else len(data))
+
+
+def _jpeg_markers(data: bytes, limit: int) -> int:
+    return _first_scan(data, limit)[1]
+
+
+def _first_scan(data: bytes, limit: int) -> tuple[int, int]:
+    """Where a JPEG's first scan begins, and how many segments lie before it."""
+    at, count = 2, 0
+    while count <= limit and (at := data.find(b"\xff", at)) >= 0 and at + 4 <= len(data):
+        marker = data[at + 1]
+        if marker == 0xDA:
+            break
+        # Fill bytes, and markers without a length.
+        bare = marker in (0, 1, 0xFF) or 0xD0 <= marker <= 0xD9
+        at += 1 if bare else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        count += 1
+    return max(at, 0), count
+
+
+def _png_chunks(data: bytes, limit: int) -> int:
+    at, count = 8, 0
+    while count <= limit and at + 8 <= len(data):
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+        count += 1
+    return count
+
+
+def _tiff_values(data: bytes, limit: int) -> int:
+    """The most values of any tag in a TIFF's first directory, and the number of its tags."""
+    order = ">" if data[:2] == b"MM" else "<"
+    big = data[2:4] in (b"+\0", b"\0+")
+    try:
+        if big:
+            (at,) = struct.unpack_from(order + "Q", data, 8)
+            (tags,) = struct.unpack_from(order + "Q", data, at)
+            first, step, layout = at + 8, 20, order + "Q"
+        else:
+            (at,) = struct.unpack_from(order + "I", data, 4)
+            (tags,) = struct.unpack_from(order + "H", data, at)
+            first, step, layout = at + 2, 12, order + "I"
+        if tags > limit:
+            return int(tags)
+        most = int(tags)
+        for n in range(tags):
+            (kind,) = struct.unpack_from(order + "H", data, first + n * step + 2)
+            (count,) = struct.unpack_from(layout, data, first + n * step + 4)
+            # Texts and profiles are one value, however long.
+            most = max(most, _TIFF_LONGS.get(kind, count))
+        return most
+    except struct.error:
+        return 0  # cut off: Pillow says so

@@ -1,0 +1,119 @@
+"""Large pictures of every format, mode and order of rows, of which nearly all pixels are alike."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tifffile
+from PIL import Image
+
+WIDTH, HEIGHT = 2000, 1600
+_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png(width: int, height: int, depth: int, colour: int, *more: bytes, interlaced: bool = False) -> bytes:
+    """A PNG of zeros; its passes follow Adam7 where it is interlaced."""
+    passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+    packer, data = zlib.compressobj(1), b""
+    for x, y, dx, dy in passes if interlaced else [(0, 0, 1, 1)]:
+        wide, high = -(-(width - x) // dx), -(-(height - y) // dy)
+        row = bytes(1 + (wide * depth * _CHANNELS[colour] + 7) // 8)
+        for _ in range(high):
+            data += packer.compress(row)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, int(interlaced)))
+    body = chunk(b"IDAT", data + packer.flush())
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(more) + body + chunk(b"IEND", b"")
+
+
+def bmp_of_runs(width: int, height: int) -> bytes:
+    """A BMP of 8 bits whose rows are runs (RLE8)."""
+    row = b"".join(bytes((min(255, width - x), 1)) for x in range(0, width, 255)) + b"\0\0"
+    body, palette = row * height + b"\0\1", bytes(1024)
+    info = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(body), 0, 0, 256, 0)
+    start = 14 + len(info) + len(palette)
+    return b"BM" + struct.pack("<IHHI", start + len(body), 0, 0, start) + info + palette + body
+
+
+def _saved(mode: str, format: str, **options: Any) -> bytes:
+    size = (WIDTH, HEIGHT)
+    image = Image.fromarray(np.zeros((HEIGHT, WIDTH), np.uint16)) if mode == "I;16" else Image.new(mode, size)
+    if options.pop("turned", False):
+        exif = image.getexif()
+        exif[0x0112] = 6
+        options["exif"] = exif
+    if options.pop("animated", False):
+        options |= {"save_all": True, "append_images": [Image.new(mode, size, "red")]}
+    out = io.BytesIO()
+    image.save(out, format, **options)
+    return out.getvalue()
+
+
+def _tiff(dtype: str, *channels: int, **options: Any) -> bytes:
+    out = io.BytesIO()
+    tifffile.imwrite(out, np.zeros((HEIGHT, WIDTH, *channels), dtype), **options)
+    return out.getvalue()
+
+
+_PALETTE = chunk(b"PLTE", bytes(768))
+_KEY = chunk(b"tRNS", b"\0")
+FILES: dict[str, Callable[[], bytes]] = {
+    **{
+        f"PNG colour {colour} depth {depth}{' interlaced' * interlaced}": (
+            lambda colour=colour, depth=depth, interlaced=interlaced: png(
+                WIDTH, HEIGHT, depth, colour, *[_PALETTE] * (colour == 3), interlaced=interlaced
+            )
+        )
+        for colour, depth, interlaced in [
+            *((0, 1, False), (0, 8, False), (0, 16, False), (0, 16, True), (2, 8, False), (2, 8, True), (2, 16, False)),
+            *((3, 8, False), (3, 1, True), (4, 8, False), (4, 16, False), (6, 8, False), (6, 16, True)),
+        ]
+    },
+    "PNG palette with transparency": lambda: png(WIDTH, HEIGHT, 8, 3, _PALETTE, _KEY),
+    "PNG grey with transparency": lambda: png(WIDTH, HEIGHT, 8, 0, chunk(b"tRNS", b"\0\0")),
+    "PNG turned": lambda: _saved("RGB", "PNG", turned=True),
+    "JPEG grey": lambda: _saved("L", "JPEG"),
+    "JPEG RGB": lambda: _saved("RGB", "JPEG", subsampling=0),
+    "JPEG CMYK": lambda: _saved("CMYK", "JPEG"),
+    "JPEG progressive": lambda: _saved("RGB", "JPEG", progressive=True, subsampling=0),
+    "JPEG progressive CMYK": lambda: _saved("CMYK", "JPEG", progressive=True),
+    "JPEG turned": lambda: _saved("RGB", "JPEG", turned=True),
+    "GIF": lambda: _saved("P", "GIF"),
+    "GIF interlaced": lambda: _saved("P", "GIF", interlace=1),
+    "GIF animated": lambda: _saved("P", "GIF", animated=True),
+    "GIF with transparency": lambda: _saved("P", "GIF", transparency=0),
+    "BMP RGB": lambda: _saved("RGB", "BMP"),
+    "BMP RGBA": lambda: _saved("RGBA", "BMP"),
+    "BMP grey": lambda: _saved("L", "BMP"),
+    "BMP 1 bit": lambda: _saved("1", "BMP"),
+    "BMP of runs": lambda: bmp_of_runs(WIDTH, HEIGHT),
+    "WebP": lambda: _saved("RGB", "WebP", method=0),
+    "WebP RGBA": lambda: _saved("RGBA", "WebP", method=0),
+    "WebP lossless": lambda: _saved("RGBA", "WebP", lossless=True, method=0),
+    "WebP animated": lambda: _saved("RGB", "WebP", animated=True, method=0),
+    "WebP turned": lambda: _saved("RGB", "WebP", turned=True, method=0),
+    "TIFF RGB": lambda: _tiff("uint8", 3, photometric="rgb"),
+    "TIFF RGBA": lambda: _tiff("uint8", 4, photometric="rgb", extrasamples=["unassalpha"]),
+    "TIFF in tiles": lambda: _tiff("uint8", 3, photometric="rgb", tile=(512, 512), compression="zlib"),
+    "TIFF in planes": lambda: _saved_planes(),
+    "TIFF 16 bits of grey": lambda: _tiff("uint16"),
+    "TIFF 16 bits of RGB": lambda: _tiff("uint16", 3, photometric="rgb"),
+    "TIFF floats": lambda: _tiff("float32"),
+    "TIFF JPEG": lambda: _saved("RGB", "TIFF", compression="jpeg"),
+    "TIFF LZW": lambda: _saved("CMYK", "TIFF", compression="tiff_lzw"),
+    "TIFF fax": lambda: _saved("1", "TIFF", compression="group4"),
+}
+
+
+def _saved_planes() -> bytes:
+    out = io.BytesIO()
+    tifffile.imwrite(out, np.zeros((3, HEIGHT, WIDTH), "uint8"), photometric="rgb", planarconfig="separate")
+    return out.getvalue()

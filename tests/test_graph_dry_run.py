@@ -24,6 +24,7 @@ from isthmus.graph.cuts import within_quantised_operators
 from isthmus.graph.dry_run import DryRun
 from isthmus.graph.extract import extract
 from isthmus.registry import FolderStore, Registry
+from isthmus.runners.ort import UnpublishedRunner
 from segments import difference, run_partition, run_whole
 
 value = helper.make_tensor_value_info
@@ -281,6 +282,18 @@ def test_a_run_that_does_not_end_is_ended_and_recorded(tmp_path: Path) -> None:
     run.whole(extract(model, weights, None, None))
     assert run.notes == ["loaded, not run to its end: a run took longer than 0.1 s"]
     assert run.partition(partition(model, weights, [cuts(model)[0]])) == (0.0, {})
+
+
+def test_a_model_too_slow_to_run_is_published_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(UnpublishedRunner, "run_within", too_slow)
+    bundle, _ = build(
+        photos_model(tmp_path / "m.onnx"), "m", tmp_path / "out", preprocess=PREPROCESS, postprocess=POSTPROCESS
+    )
+    assert bundle.source["dry_run"]["notes"] == ["loaded, not run to its end: a run took longer than 600 s"]
+
+
+def too_slow(*arguments: Any) -> Any:
+    raise TimeoutError("a run took longer than 600 s")
 
 
 def test_the_run_that_tells_shapes_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

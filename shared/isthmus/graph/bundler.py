@@ -302,8 +302,9 @@ def _run_whole(
     if specs:
         run.model = replace(run.model, specs={**run.model.specs, **specs})
         whole = extract(run.model, weights, None, None)
-    if postprocess is not None:
-        check_classes(run.example_outputs if shown is None else shown, postprocess, labels)
+    outputs = run.example_outputs if shown is None else shown
+    if postprocess is not None and outputs is not None:
+        check_classes(outputs, postprocess, labels)
     return run.model, whole
 
 

@@ -129,8 +129,7 @@ class DryRun:
         name = "/".join(part.id.partition("..")[2] for part in parts[:-1])
         try:
             for part in parts:
-                runner = self._load(part)
-                self._step(runner, values)
+                self._step(self._load(part), values)
                 if changed := self._settled(part.outputs, values, {}):
                     return Seen(0.0, changed)
         except (ModelError, FrameError, SegmentError) as e:
@@ -172,9 +171,9 @@ class DryRun:
         return self.model.specs[name].shape
 
     @property
-    def example_outputs(self) -> Mapping[str, Array]:
-        """The model's outputs for the example."""
-        return self._expected[0]
+    def example_outputs(self) -> Mapping[str, Array] | None:
+        """The model's outputs for the example; None if it did not run."""
+        return self._expected[0] if self._expected else None
 
     @property
     def tolerance(self) -> float:

@@ -80,7 +80,10 @@ def answered(house: Path, written: dict[str, Any]) -> Answer:
     urls = {}
     with ExitStack() as running:
         for name, spec in found.functions.items():
-            folder, environment = house / spec.handler, {**spec.environment, "threads": "1", "log_level": "error"}
+            folder, environment = (
+                house / spec.handler,
+                {**spec.environment, "threads": "1", "log_level": "error", "expose_details": "true"},
+            )
             environment["cache_dir"] = str(house / "cache" / name)
             for variable in ("segment_dir", "registry"):
                 if variable in environment:
@@ -232,6 +235,14 @@ def test_a_plan_whose_variant_is_not_in_the_registry_is_refused(house: Path, pub
     assert result.exit_code == 1
     assert "variant sha256:0000" in result.stderr.replace("\n", "")
     assert not (house / "build").exists() or not any((house / "build/package").iterdir())
+
+
+def test_a_segment_that_its_function_could_never_load_is_refused(house: Path, published: Published) -> None:
+    text = (house / "stack.yml").read_text()
+    (house / "stack.yml").write_text(text.replace("max_loaded_bytes: 768MiB", "max_loaded_bytes: 2kB"))
+    result = invoke(published, planned(published, candidate()))
+    assert result.exit_code == 1
+    assert "edge-head loads at most 2.0 kB: max_loaded_bytes" in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize("output", ["..", "/somewhere"])

@@ -29,6 +29,7 @@ from isthmus.errors import LocalError, Missing
 from isthmus.local.stack import substitute
 from isthmus.registry import FolderStore, Registry, Resolved, SegmentCache, open_cache, open_registry
 from isthmus.registry.content import blob_key
+from isthmus.settings import SegmentSettings
 from isthmus.units import format_size
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ def package(
         router = base["functions"]["router"].get("environment") or {}
         folder = _folder(output, found.name)
         partition = _partition(store, found, cuts or old_cuts, router)
+        _check_room(base, partition)
         stem = found.name.replace(".", "-").replace("_", "-")[:_LONGEST_STEM].rstrip("-")
         weights: dict[str, int] = {}
         with tempfile.TemporaryDirectory(prefix=f".{found.name}-", dir=folder.parent) as temporary:
@@ -219,6 +221,26 @@ def _variant(store: Registry, model: str, digest: str) -> Bundle:
             exists=[],
             hint=f"plan again: isthmus plan {model} …; or package it without its plan: --cut …",
         ) from e
+
+
+def _check_room(base: Mapping[str, Any], partition: _Partition) -> None:
+    """Refuse a segment that its function could never load.
+
+    Raises:
+        LocalError: its weights exceed the setting max_loaded_bytes of the function that it would be like.
+        SettingsError: that setting is no size.
+    """
+    for part in partition.parts:
+        like = _LIKE[part.tier]
+        text = _setting(base["functions"][like].get("environment") or {}, "max_loaded_bytes")
+        limit = SegmentSettings.from_env({"segment_dir": "baked", "max_loaded_bytes": text}).max_loaded_bytes
+        size = sum(tensor.length for tensor in part.bundle.weight_ranges(part.segment))
+        if size > limit:
+            raise LocalError(
+                f"segment {part.segment.id} has {format_size(size)} of weights, and {like} loads at most"
+                f" {format_size(limit)}: max_loaded_bytes",
+                hint="raise it and limits.memory in the stack file, or cut the model elsewhere",
+            )
 
 
 def _setting(environment: Mapping[str, Any], name: str) -> str:

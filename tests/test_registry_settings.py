@@ -18,6 +18,8 @@ from isthmus.cli import app
 from isthmus.cli.console import registry_settings
 from isthmus.cli.engine import variables
 from isthmus.errors import Denied, IsthmusError, RegistryError, SettingsError
+from isthmus.local.secrets import SecretFolder
+from isthmus.planner.profiling.remote import ProfiledFunction
 from isthmus.registry import Patience, open_registry, parse_address
 from isthmus.settings import RegistrySettings, SegmentSettings, read_secret
 
@@ -203,6 +205,19 @@ def test_a_secret_that_no_header_can_hold_is_refused_and_not_printed(name: str, 
     (folder / name).write_bytes(b"k" * 2**17)
     with pytest.raises(SettingsError, match=name):
         read_secret(str(folder), name)
+
+
+@pytest.mark.parametrize("inside", ["\n", "\r\nX-Other: ", " ", "\0"])
+def test_a_profile_token_that_no_header_can_hold_is_refused_and_not_printed(inside: str, tmp_path: Path) -> None:
+    (tmp_path / "secrets" / "profile-token").write_text(f"{SECRET}{inside}{SECRET}\n")
+    refusals = []
+    with pytest.raises(IsthmusError) as caught:
+        SecretFolder(tmp_path / "secrets").ensure("profile-token")
+    refusals.append(caught.value)
+    with pytest.raises(IsthmusError) as caught:
+        ProfiledFunction("http://127.0.0.1:1", f"{SECRET}{inside}{SECRET}")
+    refusals.append(caught.value)
+    assert not any(SECRET in everything(refusal) for refusal in refusals)
 
 
 @pytest.mark.parametrize("variable", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"])

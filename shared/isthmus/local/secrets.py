@@ -8,6 +8,7 @@ from pathlib import Path
 
 from isthmus.errors import LocalError, Missing
 from isthmus.local.stack import is_name
+from isthmus.settings import is_secret
 
 MAX_SECRET_BYTES = 1 << 20
 
@@ -51,6 +52,12 @@ class SecretFolder:
             text = ""
         except UnicodeDecodeError as e:
             raise LocalError(f"the secret {name} is not plain text") from e
+        if text and not is_secret(text):
+            # A header would carry it, and end at its line break.
+            raise LocalError(
+                f"the secret {name} is no token: it holds a space, a line break or another character that no token has",
+                hint=f"remove it, and another is made: faas-cli secret remove {name}",
+            )
         if not text:
             text = secrets.token_urlsafe(32)
             self.put(name, text.encode())

@@ -18,10 +18,11 @@ from isthmus.answers import Answer
 from isthmus.client import Client
 from isthmus.codecs.speed import CodecSpeed
 from isthmus.device import Device, from_document
-from isthmus.errors import HopRejected, HopUnavailable, NotReady, Overloaded, ProfileMalformed
+from isthmus.errors import HopRejected, HopUnavailable, NotReady, Overloaded, ProfileMalformed, SettingsError
 from isthmus.frame import Frame
 from isthmus.retries import backoff
 from isthmus.server_timing import stage_seconds
+from isthmus.settings import is_secret
 
 MAX_GRAPH_BYTES = 256 * 2**20
 MAX_KERNELS = 1_000_000
@@ -61,6 +62,8 @@ class ProfiledFunction:
     """A function at `url` that measures for those who hold `token`."""
 
     def __init__(self, url: str, token: str, *, timeout_s: float = 60.0) -> None:
+        if token and not is_secret(token):
+            raise SettingsError("the profile token is none: it is one word of printable characters", variable="token")
         self.url = url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {token}", "Content-Type": frames.CONTENT_TYPE}
         self._client = Client(self.url, timeout_s=timeout_s)

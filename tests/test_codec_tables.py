@@ -19,7 +19,7 @@ from isthmus.codecs import NotPackable, Packing, entropy
 from isthmus.codecs.levels import TOP
 from isthmus.codecs.planes import Layout, edges_for, plane_transform
 from isthmus.codecs.steps import THIRD, in_eighths, size_of, step_of
-from isthmus.codecs.table import GAINS, Table, levels_of
+from isthmus.codecs.table import GAINS, GridCache, Table, levels_of
 from isthmus.codecs.transform import TRANSFORM, analysed, rounded
 from isthmus.errors import CalibrationError
 
@@ -165,13 +165,32 @@ def test_a_rotation_without_inverse_is_refused_when_it_is_needed(tables: dict[st
         TRANSFORM.encode(array, Packing("transform/4", 0.5, flat))
 
 
-def test_sequences_of_many_lengths_keep_bounded_memory() -> None:
+def test_sizes_of_all_tables_keep_bounded_memory_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = GridCache(60 * 2**20)
+    monkeypatch.setattr("isthmus.codecs.table.GRIDS", cache)
     table = learn(activations((1, 24, 2)), layout=Layout(3, 2))
-    for length in range(960, 1024):
-        table.grid((1, length, 2))
-    matrices = [g.transform.whole.nbytes for g in table._grids.values() if g.transform.whole is not None]
-    assert 1 < len(matrices) < 64
-    assert sum(matrices) <= 42 * 2**20
+    other = Table.from_arrays(table.to_arrays())
+    for length in range(960, 992):  # a matrix of 4 MB each
+        first = table.grid((1, length, 2))
+        assert other.grid((1, length, 2)) is not first
+        assert table.grid((1, length, 2)) is first
+    assert 1 < len(cache) < 32
+    matrices = [g.transform.whole.nbytes for g in cache._grids.values() if g.transform.whole is not None]
+    assert sum(matrices) < cache.nbytes <= 60 * 2**20
+
+
+def test_a_grid_counts_the_plans_that_it_may_keep() -> None:
+    table = learn(activations((1, 24, 2)), layout=Layout(3, 2))
+    grid = table.grid((1, 24, 2))
+    assert grid is not None
+    before = grid.nbytes
+    plans = [grid.plan(step, gain) for step in range(table.steps[1], table.steps[0]) for gain in (-96, 0, 24)]
+    largest = max(
+        plan.limits.nbytes + plan.least.nbytes + (plan.plain.shift.nbytes + plan.plain.half.nbytes if plan.plain else 0)
+        for plan in plans
+    )
+    assert len(grid._plans) <= 64
+    assert grid.nbytes == before > len(grid._plans) * largest + grid.order.nbytes + grid.place.nbytes
 
 
 # What they are learned from

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -40,11 +42,14 @@ TOGETHER, MANY = 4, 512
 _SAMPLED = 2**12
 """Values whose mean magnitude is that of all, within a fiftieth; gains are told to a tenth."""
 
-_PLANNED_VALUES, _MOST_PLANS = 2**22, 64
-"""Values of which a sorting keeps plans, each of which takes some two bytes for a value, and 2 kB."""
+_MOST_PLANS, _PLANS_BYTES = 64, 8 * 2**20
+"""Plans that a sorting keeps, and what they take, one of them excepted."""
+_PLAN_VALUE_BYTES, _PLAN_BYTES = 2 + 16, 2**11
+"""What a plan takes at most: for each value its limits, and where its plain bits lie; and the runs themselves."""
 
-_KEPT_VALUES = 2**21
-"""Of grids, which take some 20 bytes for each: those of the sizes asked for last."""
+_GRID_BYTES = 256 * 2**20
+"""Of the grids of all tables, with the plans that each may keep: those of the sizes asked for last. Who sends frames
+says of which sizes, and a grid with its plans takes some 9 MB for 150,000 values."""
 
 _NAMES = ("layout", "mean", "edges", "scale", "synthesis", "deviations", "thirteenths", "zero", "magnitudes")
 
@@ -109,10 +114,18 @@ class Sorting:
         key = in_eighths(step) - gain
         found = self._plans.get(key)
         if found is None:
-            if len(self._plans) >= min(max(_PLANNED_VALUES // self.count, 4), _MOST_PLANS):
+            found = Plan.of(self.runs(step, gain), self.models)
+            plans = list(self._plans.values())
+            if len(plans) >= _MOST_PLANS or sum(map(_plan_bytes, [*plans, found])) > _PLANS_BYTES:
                 self._plans.clear()
-            found = self._plans[key] = Plan.of(self.runs(step, gain), self.models)
+            self._plans[key] = found
         return found
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in memory, with as many plans as it may keep."""
+        plan = self.count * _PLAN_VALUE_BYTES + _PLAN_BYTES
+        return self.order.nbytes + self.place.nbytes + max(plan, min(_MOST_PLANS * plan, _PLANS_BYTES))
 
     def dead_zones(self, step: int, gain: int) -> Array:
         """How far from zero sorted coefficients may be, in steps, to be sent as zero, float32 (n,)."""
@@ -159,9 +172,46 @@ class Grid(Sorting):
             np.matmul(rotations[band], by_band[part], out=out[part])
 
     @property
-    def weight(self) -> int:
-        """What it takes in memory, in coefficients: a transform's matrix is the plane's size squared, 4 bytes each."""
-        return self.count + (0 if self.transform.whole is None else self.transform.whole.size // 5)
+    def nbytes(self) -> int:
+        """See `Sorting.nbytes`; a transform's matrix is the plane's size squared."""
+        return super().nbytes + (0 if self.transform.whole is None else self.transform.whole.nbytes)
+
+
+class GridCache:
+    """Grids of all tables by the table's number and the tensor's shape, those that were asked for last."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._lock = Lock()
+        self._grids: OrderedDict[tuple[int, tuple[int, ...]], Grid] = OrderedDict()
+        self._bytes = 0
+
+    @property
+    def nbytes(self) -> int:
+        """What they may take in memory."""
+        return self._bytes
+
+    def __len__(self) -> int:
+        return len(self._grids)
+
+    def find(self, table: int, shape: tuple[int, ...]) -> Grid | None:
+        """The grid of that table and shape, if it is there."""
+        with self._lock:
+            if (found := self._grids.get((table, shape))) is not None:
+                self._grids.move_to_end((table, shape))
+            return found
+
+    def keep(self, table: int, shape: tuple[int, ...], grid: Grid) -> None:
+        """Keep a grid that is not there yet, and let go of those that were asked for longest ago; one stays."""
+        with self._lock:
+            self._grids[table, shape] = grid
+            self._bytes += grid.nbytes
+            while len(self._grids) > 1 and self._bytes > self._max_bytes:
+                self._bytes -= self._grids.popitem(last=False)[1].nbytes
+
+
+GRIDS = GridCache(_GRID_BYTES)
+_NUMBERS = itertools.count()
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,7 +231,7 @@ class Table:
     deviations: Array
     steps: tuple[int, int]
     models: Models
-    _grids: dict[tuple[int, ...], Grid] = field(default_factory=dict, init=False, repr=False)
+    _number: int = field(default_factory=_NUMBERS.__next__, init=False, repr=False)
     _lock: Lock = field(default_factory=Lock, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -229,26 +279,22 @@ class Table:
         return inverse.astype(np.float32)
 
     def grid(self, shape: tuple[int, ...]) -> Grid | None:
-        """Where the coefficients of a tensor of that shape go, kept for those asked for last; None where it has none.
+        """Where the coefficients of a tensor of that shape go, cached in GRIDS; None where it has none.
 
         Raises:
             ValueError: it is none that the table was learned for.
         """
-        with self._lock:
-            found = self._grids.pop(shape, None)
-            if found is not None:
-                self._grids[shape] = found
-                return found
+        if (found := GRIDS.find(self._number, shape)) is not None:
+            return found
         batch, channels, height, width = self.layout.sizes(shape)
         if channels != self.channels:
             raise ValueError(f"a tensor of {channels} channels; the table has {self.channels}")
         if not batch * channels * height * width:
             return None
-        with self._lock:
-            found = self._grids[shape] = self._grid(batch, height, width)
-            kept = sum(grid.weight for grid in self._grids.values())
-            while len(self._grids) > 1 and kept > _KEPT_VALUES:
-                kept -= self._grids.pop(next(iter(self._grids))).weight
+        with self._lock:  # one thread makes it, the others wait
+            if (found := GRIDS.find(self._number, shape)) is None:
+                found = self._grid(batch, height, width)
+                GRIDS.keep(self._number, shape, found)
         return found
 
     def to_arrays(self) -> dict[str, Array]:
@@ -314,6 +360,14 @@ def cell_numbers(transform: PlaneTransform, layout: Layout) -> Array:
 def cells(layout: Layout) -> int:
     """How many cells a layout's plane has."""
     return int(CELLS ** len(layout.plane_axes))
+
+
+def _plan_bytes(plan: Plan) -> int:
+    found = _PLAN_BYTES + 2 * plan.limits.nbytes
+    if (plain := plan.plain) is not None:
+        found += plain.shift.nbytes + plain.half.nbytes
+        found += plain.where.nbytes if isinstance(plain.where, np.ndarray) else 0
+    return found
 
 
 def _taken(values: Array, where: Array, together: int, out: Array) -> Array:

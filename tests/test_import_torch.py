@@ -28,10 +28,19 @@ class Tokens(torch.nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.embed, self.head = torch.nn.Embedding(10, 4), torch.nn.Linear(4, 3)
+        self.between: Any = torch.nn.Identity()
 
     def forward(self, ids: Any, mask: Any, extra: Any = None) -> Any:
-        scores = self.head(self.embed(ids) * mask[..., None])
+        scores = self.head(self.between(self.embed(ids) * mask[..., None]))
         return scores if extra is None else scores + extra
+
+
+class Mixed(Tokens):
+    """With a layer that torch exports for one sequence alone, where its example is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.between = torch.nn.TransformerEncoderLayer(4, 1, 4, batch_first=True)
 
 
 class Apart(torch.nn.Module):
@@ -86,6 +95,23 @@ def test_shapes_bind_to_forwards_parameters_in_any_order(tmp_path: Path) -> None
     assert np.allclose(of_b, -3, atol=1e-4)
 
 
+class Nameless(torch.nn.Module):
+    def forward(self, *values: Any) -> Any:
+        return values[0] + values[1]
+
+
+def failing() -> Any:
+    raise RuntimeError("no weights here")
+
+
+def test_a_factory_that_fails_and_inputs_without_names_are_told(tmp_path: Path) -> None:
+    given = ("--shape", "a=1x8", "--registry", tmp_path)
+    assert refused(f"{__name__}:failing", *given)["error"] == f"{__name__}:failing raised RuntimeError: no weights here"
+    error = refused(f"{__name__}:Nameless", *given)
+    assert "has no input a; its forward takes none by name" in error["error"]
+    assert "a parameter with a name" in error["hint"]
+
+
 def test_names_that_forward_does_not_have_are_refused_with_those_it_has(tmp_path: Path) -> None:
     error = refused(f"{__name__}:Apart", "--shape", "x=1x8", "--registry", tmp_path)
     assert "has no input x; its forward takes a, b" in error["error"]
@@ -96,15 +122,15 @@ def test_names_that_forward_does_not_have_are_refused_with_those_it_has(tmp_path
 
 def test_a_token_model_is_imported_with_its_examples_and_named_dimensions(tmp_path: Path, examples: Path) -> None:
     free = ("--shape", "ids=batch,seq", "--shape", "mask=batch,seq")
-    made = imported(tmp_path, f"{__name__}:Tokens", "--example", examples, *free)
+    made = imported(tmp_path, f"{__name__}:Mixed", "--example", examples, *free)
     assert [(s["name"], s["dtype"], s["shape"]) for s in made["inputs"]] == [
         ("ids", "int64", ["batch", "seq"]),
         ("mask", "float32", ["batch", "seq"]),
     ]
     ids, mask = np.tile(IDS, (3, 2)), np.linspace(0, 1, 48, dtype=np.float32).reshape(3, 16)
     with torch.no_grad():
-        expected = Tokens()(torch.from_numpy(ids), torch.from_numpy(mask)).numpy()
-    assert np.allclose(outputs(tmp_path, "tokens", ids=ids, mask=mask), expected, atol=1e-5)
+        expected = Mixed().eval()(torch.from_numpy(ids), torch.from_numpy(mask)).numpy()
+    assert np.allclose(outputs(tmp_path, "mixed", ids=ids, mask=mask), expected, atol=1e-5)
 
 
 def test_what_is_fixed_is_said(tmp_path: Path, examples: Path) -> None:

@@ -31,7 +31,7 @@ _INLINE_LIMIT = 128 * 2**20
 # torch's exporter colours its steps for a terminal.
 _ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _MAX_REASON = 500
-# torch may take a dimension that is 1 in the example for one that is always 1.
+# torch takes a dimension that is 1 in the example for one that is always 1, depending on the operators.
 _MIN_FREE = 2
 
 Arrays: TypeAlias = Sequence[npt.NDArray[np.generic]]
@@ -101,7 +101,7 @@ def export_named(
         if not isinstance(model, torch.nn.Module):
             bind_shapes(_program_inputs(model, torch), shapes, examples)
             return {"args": ()}
-        arrays = _in_order(spec, model, {**_zeros(shapes, free, examples), **examples})
+        arrays = _in_order(spec, model, _widened({**_zeros(shapes, free, examples), **examples}, free))
         dims = {name: torch.export.Dim(name) for axes in free.values() for name in axes.values()}
         axes = {n: {axis: dims[d] for axis, d in free.get(n, {}).items()} or None for n in arrays}
         return {
@@ -111,7 +111,11 @@ def export_named(
         }
 
     unsaid = [name for name in shapes if name not in examples]
-    hint = f"{', '.join(unsaid)} was float32, as no example was given: --example {unsaid[0]}=FILE.npy" if unsaid else ""
+    hint = (
+        f"{', '.join(unsaid)}: float32, as no example was given; --example {unsaid[0]}=FILE.npy gives one"
+        if unsaid
+        else ""
+    )
     return _export(spec, Path(out_path), arguments, hint)
 
 
@@ -196,6 +200,7 @@ def _in_order(spec: str | Callable[[], Any], model: Any, arrays: Named) -> Named
             f"{_name(spec)} has no input {', '.join(unknown)}; its forward takes {', '.join(names) or 'none by name'}",
             input=unknown[0],
             inputs=names,
+            hint="" if names else "give each input a parameter with a name of its own in forward",
         )
     if any(n not in arrays and parameters[n].default is inspect.Parameter.empty for n in names if n in parameters):
         raise _lacks(spec, parameters, arrays)
@@ -214,6 +219,16 @@ def _lacks(
         inputs=list(parameters),
         hint=f"for floats give a shape, --shape {first}=1x3x224x224; for others an array, --example {first}=FILE.npy",
     )
+
+
+def _widened(arrays: Named, free: Mapping[str, Mapping[int, str]]) -> Named:
+    """The arrays with free dimensions of 1 repeated."""
+    made = dict(arrays)
+    for name, axes in free.items():
+        for axis in axes:
+            if name in made and made[name].shape[axis] < _MIN_FREE:
+                made[name] = made[name].repeat(_MIN_FREE, axis)
+    return made
 
 
 def _tensor(array: npt.NDArray[np.generic], torch: Any) -> Any:
@@ -260,7 +275,11 @@ def _model(spec: str | Callable[[], Any], torch: Any) -> Any:
             spec=spec,
             hint="give package.module:factory, importable from here, or a .pt2 file",
         ) from e
-    model = found()
+    try:
+        model = found()
+    # The factory is the user's code, which may raise anything.
+    except Exception as e:
+        raise ModelError(f"{spec} raised {_reason(e)}", spec=spec) from e
     if not isinstance(model, torch.nn.Module):
         raise ModelError(f"{spec} returned a {type(model).__name__}, not an nn.Module", spec=spec)
     return model

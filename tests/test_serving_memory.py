@@ -22,7 +22,7 @@ from isthmus.errors import Overloaded, RequestTooLarge
 from isthmus.frame import Frame
 from isthmus.json_bounds import parsed_bytes
 from isthmus.serving import create_router_app, create_segment_app, oip
-from isthmus.serving.encodings import MIN_BYTES
+from isthmus.serving.encodings import MIN_BYTES, encoded
 from isthmus.serving.memory import CountedMemory, Reservation
 from patience import LONG_S, least, peak_of
 
@@ -271,3 +271,12 @@ def test_large_errors_are_compressed_and_frames_are_not(client: FlaskClient, pho
     frame = Frame({"x": np.zeros((1, 3, 8, 8), "float32")}, photos.digest, "..1")
     reply = segment.post("/", data=frames.encode(frame), headers=headers)
     assert (reply.status_code, "Content-Encoding" in reply.headers, "Vary" in reply.headers) == (200, False, False)
+
+
+def test_what_would_take_seconds_to_compress_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isthmus.serving.encodings.MAX_BYTES", 5000)
+    for size, coding in ((MIN_BYTES - 1, None), (MIN_BYTES, "gzip"), (5000, "gzip"), (5001, None)):
+        headers, parts = encoded({"Content-Type": "application/json"}, [b"1" * (size - 1), memoryview(b"2")], "gzip")
+        assert headers.get("Content-Encoding") == coding
+        whole = b"".join(parts) if coding is None else gzip.decompress(parts[0])
+        assert whole == b"1" * (size - 1) + b"2"

@@ -58,6 +58,8 @@ NAMES = [
         (" spaced ", [((" spaced ",), None)]),
         ("20 / a b", [(("20",), None), (("a b",), None)]),
         ("20/nope", [(("20",), None), (("nope",), None)]),
+        ("nope/20", [(("nope",), None), (("20",), None)]),
+        (f"{SLASHED}/w=1/3", [((SLASHED,), None), (("1/3",), "w")]),
         ("/1/Relu_output_1", [(("/1/Relu_output_1",), None)]),
         ("nope/never", [(("nope/never",), None)]),
         ("", [((), None)]),
@@ -116,6 +118,9 @@ def test_a_misspelt_name_is_refused_whole(tmp_path: Path) -> None:
     assert "/0/Relu_output_0" in error.value.hint
     with pytest.raises(UnknownValue, match="no value 'nope'"):
         build(model, "odd", tmp_path / "out", partitions=["0/nope"])
+    with pytest.raises(UnknownValue, match="20,40 is one cut") as error:
+        resolve_cut(model, "20,40")
+    assert error.value.hint.endswith("20/40")
     for empty in ("", "deep=", ","):
         with pytest.raises(CutError, match="names no tensor"):
             resolve_cut(model, empty)

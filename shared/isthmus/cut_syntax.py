@@ -35,15 +35,19 @@ class CutText:
 def parse_partition(text: str, known: Collection[str]) -> tuple[CutText, ...]:
     """The cuts of a partition, in order; of two readings of `text`, the one with the longer `known` name first wins.
 
-    A decimal number that stands alone is a position. A text that is not made of known names and positions alone is
-    split at each `/` where one of its cuts is, so that the caller can refuse the others, and is one cut otherwise.
+    A decimal number that stands alone is a position. Of a text that is not made of known names and positions alone,
+    what remains beside as many of them as possible is one cut, for the caller to refuse.
     """
     names = frozenset(known)
     if (cuts := _read(text, names)) is not None:
         return cuts
-    pieces = text.split("/")
-    if all(map(str.strip, pieces)) and any(_read(piece, names) for piece in pieces):
-        return tuple(_split(piece) for piece in pieces)
+    slashes = [found.start() for found in re.finditer("/", text)]
+    for at in reversed(slashes):
+        if (cuts := _read(text[:at], names)) is not None:
+            return (*cuts, _split(text[at + 1 :]))
+    for at in slashes:
+        if text[:at].strip() and (cuts := _read(text[at + 1 :], names)) is not None:
+            return (_split(text[:at]), *cuts)
     return (_split(text),)
 
 

@@ -192,6 +192,12 @@ def _cut_of(model: Model, text: CutText) -> CutInfo:
     number = text.position
     if number is not None and (number < len(model.nodes) or text.parts[0] not in model.values):
         return cut_after(model, number)
+    if len(text.parts) > 1 and all(p.isdecimal() and p not in model.values for p in text.parts):
+        raise UnknownValue(
+            f"{','.join(text.parts)} is one cut through tensors of these names, and the graph has none of them",
+            unknown=",".join(text.parts),
+            hint=f"positions of cuts in order are separated by '/': {'/'.join(text.parts)}",
+        )
     return cut_at(model, text.parts, text.name)
 
 

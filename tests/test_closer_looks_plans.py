@@ -49,7 +49,7 @@ from test_plan_draft import LINK, drafted
 
 
 def isthmus(*arguments: object) -> Any:
-    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
     assert result.exit_code == 0, result.output
     return result.stdout
 

@@ -43,6 +43,8 @@ ENGINE_SECRETS = ".isthmus/secrets"
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _CACHE_BYTES = "8GiB"
 """More than a function's: a whole model is read here, on a disk that no pod's memory bounds."""
+_MAX_LINE = 10_000
+"""Characters of a table's row where no terminal wraps it."""
 _FRAME = 3
 """What a column of a table takes beside its text: a line, and a space on both sides."""
 Step = Callable[[str], None]
@@ -75,12 +77,14 @@ def print_json(document: Any) -> None:
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, numbers: Sequence[str] = ()) -> None:
     """Print rows under columns; those in `numbers` are aligned right.
 
-    Where the table is too wide, what is in the first column goes on below before a "+", and then words of others do.
+    Where the table is too wide for a terminal, what is in the first column goes on below before a "+", and then words
+    of others do. In a file or a pipe each row is one line.
     """
+    width = out.width if out.is_terminal else _MAX_LINE
     # Rich would wrap a title to the table's width.
     out.print(f"\n{visible(title)}", highlight=False, soft_wrap=True)
     first, *others = [list(column) for column in zip(columns, *([str(c) for c in row] for row in rows), strict=True)]
-    room = out.width - _FRAME * len(columns) - 1
+    room = width - _FRAME * len(columns) - 1
     first = _folded(first, room - sum(_widest(column) for column in others))
     # Numbers are broken only where there is no other way.
     least = (_widest(c) if c[0] in numbers else _widest([w for text in c for w in text.split()]) for c in others)
@@ -92,7 +96,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, 
         made.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=number and fits)
     for row in zip(first[1:], *(column[1:] for column in others), strict=True):
         made.add_row(*map(visible, row))
-    out.print(made)
+    whole = out if out.is_terminal else Console(file=out.file, width=width, markup=False, emoji=False)
+    whole.print(made)
 
 
 def _widest(texts: Sequence[str]) -> int:

@@ -66,6 +66,13 @@ def linked_folder(folder: Path) -> Path:
     return folder / "volume" / "model.onnx"
 
 
+def linked_model(folder: Path) -> Path:
+    model(folder / "made")
+    (folder / "elsewhere").mkdir()
+    (folder / "elsewhere" / "mine.onnx").symlink_to("../made/model.onnx")
+    return folder / "elsewhere" / "mine.onnx"
+
+
 def hard_links(folder: Path) -> Path:
     model(folder / "made")
     (folder / "copy").mkdir()
@@ -74,7 +81,7 @@ def hard_links(folder: Path) -> Path:
     return folder / "copy" / "model.onnx"
 
 
-@pytest.mark.parametrize("layout", [linked_files, linked_folder, hard_links])
+@pytest.mark.parametrize("layout", [linked_files, linked_folder, linked_model, hard_links])
 def test_weights_behind_links_are_read(layout: Callable[[Path], Path], tmp_path: Path) -> None:
     plain, _ = build(model(tmp_path / "plain"), "plain", tmp_path / "a")
     bundle, files = build(layout(tmp_path), "linked", tmp_path / "b")

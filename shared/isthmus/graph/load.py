@@ -140,7 +140,7 @@ def _placed(tensor: ir.ExternalTensor, name: str, path: Path) -> ir.TensorProtoc
             hint="save the model with its weights beside the .onnx file: onnx.save(…, save_as_external_data=True)",
         )
     try:
-        real = Path(path.parent, location).resolve(strict=True)
+        real = _beside(path, location)
         found = real.stat()
     except (OSError, ValueError, RuntimeError):
         wrong = "is missing"
@@ -158,6 +158,14 @@ def _placed(tensor: ir.ExternalTensor, name: str, path: Path) -> ir.TensorProtoc
         file=location,
         hint="put that file beside the .onnx file, whole",
     )
+
+
+def _beside(path: Path, location: str) -> Path:
+    """Where a file of that name lies beside the model, or else beside the file that a link to the model leads to."""
+    try:
+        return Path(path.parent, location).resolve(strict=True)
+    except FileNotFoundError:
+        return Path(path.resolve().parent, location).resolve(strict=True)
 
 
 def _at(tensor: ir.ExternalTensor, real: Path, offset: int, length: int) -> ir.TensorProtocol:

@@ -66,6 +66,14 @@ def test_a_spec_that_gives_no_model_is_refused(tmp_path: Path, spec: str, messag
         torch_export.export(spec, tmp_path / "m.onnx", shapes=[(1, 8)])
 
 
+@pytest.mark.parametrize("content", [None, b"no program"])
+def test_a_file_that_is_no_program_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "m.pt2").write_bytes(content)
+    with pytest.raises(ModelError, match=r"m\.pt2 cannot be read"):
+        torch_export.export(str(tmp_path / "m.pt2"), tmp_path / "m.onnx")
+
+
 def test_a_module_without_an_example_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="needs an example"):
         torch_export.export(factory, tmp_path / "m.onnx")

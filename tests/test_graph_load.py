@@ -52,6 +52,12 @@ def test_what_is_not_onnx_is_refused(tmp_path: Path, content: bytes) -> None:
         open_model(tmp_path / "model.onnx")
 
 
+def test_a_pointer_to_a_model_is_told(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    with pytest.raises(ModelError, match="pointer of Git LFS"):
+        open_model(tmp_path / "model.onnx")
+
+
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot be read"):
         open_model(tmp_path / "none.onnx")

@@ -28,6 +28,7 @@ from isthmus.graph.weights import ends, inline, is_outside, same_content
 # Initialisers may stay out of a graph's inputs, and lie in external files, from IR version 4 on.
 _OLDEST_IR = 7
 _MAX_REASON = 500
+_LFS = b"version https://git-lfs.github.com/spec/"
 
 # The passes log what they skip, and the reader what it finds odd; what matters here is raised.
 logging.getLogger("onnx_ir").setLevel(logging.CRITICAL)
@@ -68,7 +69,7 @@ def refusals(path: str | os.PathLike[str]) -> Iterator[None]:
         cause: BaseException = e
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        text = " ".join(str(cause).split())[:_MAX_REASON] or type(cause).__name__
+        text = " ".join(str(cause).split()).rstrip(".")[:_MAX_REASON] or type(cause).__name__
         raise ModelError(
             f"{text}: {Path(path).name} is not a valid ONNX graph",
             model=str(path),
@@ -100,10 +101,15 @@ def _parse(path: Path) -> ir.Model:
 
 
 def _not_onnx(path: Path) -> ModelError:
+    with open(path, "rb") as file:
+        if file.read(len(_LFS)) == _LFS:
+            return ModelError(
+                f"{path.name} is a pointer of Git LFS, not the model", model=str(path), hint="fetch it: git lfs pull"
+            )
     return ModelError(
-        f"{path.name} is not an ONNX model",
+        f"{path.name} is not an ONNX model, or was cut short",
         model=str(path),
-        hint="pass an .onnx file, or export a torch model with: isthmus import package.module:factory",
+        hint="pass a whole .onnx file, or export a torch model with: isthmus import package.module:factory",
     )
 
 

@@ -265,7 +265,14 @@ def _model(spec: str | Callable[[], Any], torch: Any) -> Any:
     if callable(spec):
         return spec()
     if spec.endswith(".pt2"):
-        return torch.export.load(spec)
+        try:
+            return torch.export.load(spec)
+        except Exception as e:  # a zip file with pickles, JSON and tensors in it, each of which may be broken
+            raise ModelError(
+                f"{spec} cannot be read: {_reason(e)}",
+                spec=spec,
+                hint="give a file that torch.export.save of this torch wrote, or package.module:factory",
+            ) from e
     module, _, factory = spec.partition(":")
     try:
         found = getattr(importlib.import_module(module), factory)

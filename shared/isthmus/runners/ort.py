@@ -287,7 +287,9 @@ def _blames_input(error: Exception) -> bool:
 
 
 _MAX_REASON = 500
-_PREAMBLE = re.compile(r"\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : |Load model from .*? failed: ?|^Exception during \w+: ")
+_PREAMBLE = re.compile(
+    r"\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : |Load model from .*? failed: ?|^Exception during \w+: |Fatal error: "
+)
 _ARGUMENTS = r"[^()]*\((?:[^()]|\([^()]*\))*\)"
 _SOURCE_LINE = re.compile(
     rf"\S+\.(?:cc|cpp|h|hpp|cu|cuh):\d+ {_ARGUMENTS}(?:::{_ARGUMENTS})*(?: const)?(?: \[with [^\]]*\])? ?"

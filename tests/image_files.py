@@ -77,6 +77,7 @@ FILES: dict[str, Callable[[], bytes]] = {
             *((3, 8, False), (3, 1, True), (4, 8, False), (4, 16, False), (6, 8, False), (6, 16, True)),
         ]
     },
+    "PNG of 16-bit colours, one of them transparent": lambda: png(WIDTH, HEIGHT, 16, 2, chunk(b"tRNS", bytes(6))),
     "PNG palette with transparency": lambda: png(WIDTH, HEIGHT, 8, 3, _PALETTE, _KEY),
     "PNG grey with transparency": lambda: png(WIDTH, HEIGHT, 8, 0, chunk(b"tRNS", b"\0\0")),
     "PNG turned": lambda: _saved("RGB", "PNG", turned=True),
@@ -117,3 +118,65 @@ def _saved_planes() -> bytes:
     out = io.BytesIO()
     tifffile.imwrite(out, np.zeros((3, HEIGHT, WIDTH), "uint8"), photometric="rgb", planarconfig="separate")
     return out.getvalue()
+
+
+def gif_beyond_its_screen(width: int, height: int) -> bytes:
+    """A screen of one pixel, and a first frame of that size, which leaves the background behind and is cut off."""
+    screen = struct.pack("<HHBBB", 1, 1, 0x80, 0, 0) + bytes(6)
+    frame = b"," + struct.pack("<HHHHB", 0, 0, width, height, 0)
+    return b"GIF89a" + screen + b"\x21\xf9\x04\x08\0\0\0\0" + frame + b"\x02\x02\x44\x01\x00;"
+
+
+def webp_of_one_colour(width: int, height: int) -> bytes:
+    """A lossless WebP of 28 bytes: five codes of one symbol each."""
+    bits: list[int] = []
+    for value, count in ((0x2F, 8), (width - 1, 14), (height - 1, 14), (1, 1), (0, 6), *[(1, 4)] * 5):
+        bits += [value >> i & 1 for i in range(count)]
+    bits += [0] * (-len(bits) % 16)
+    body = bytes(sum(bit << i for i, bit in enumerate(bits[at : at + 8])) for at in range(0, len(bits), 8))
+    return b"RIFF" + struct.pack("<I", 12 + len(body)) + b"WEBPVP8L" + struct.pack("<I", len(body)) + body
+
+
+def jpeg_of_one_scan_of_three(width: int, height: int) -> bytes:
+    """A sequential JPEG of three components that ends after the scan of its first."""
+    small = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(small, "JPEG", subsampling=0)
+    data = small.getvalue()
+    frame, scan = data.index(b"\xff\xc0"), data.index(b"\xff\xda")
+    head = data[: frame + 5] + struct.pack(">HH", height, width) + data[frame + 9 : scan]
+    return head + b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00" + bytes(50) + b"\xff\xd9"
+
+
+def jpeg_with_a_profile(segments: int) -> bytes:
+    """A small JPEG behind segments of a colour profile, of 64 KiB each."""
+    small = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(small, "JPEG")
+    data = small.getvalue()
+    parts = (b"ICC_PROFILE\0" + bytes((i + 1, segments)) + bytes(65519) for i in range(segments))
+    return data[:2] + b"".join(b"\xff\xe2\xff\xff" + part for part in parts) + data[2:]
+
+
+def png_with_texts(count: int) -> bytes:
+    """A small PNG with texts of a mebibyte that are Unicode for their last letter."""
+    text = zlib.compress(("a" * (2**20 - 4) + "\N{GRINNING FACE}").encode())
+    return png(4, 4, 8, 2, *(chunk(b"iTXt", b"k%d\0\1\0\0\0" % i + text) for i in range(count)))
+
+
+def tiff_of_strips(count: int) -> bytes:
+    """A TIFF of one column, each row a strip."""
+    tags = [(256, 1), (257, count), (258, 8), (259, 1), (262, 1), (273, count), (277, 1), (278, 1)]
+    start = 8 + 2 + 12 * len(tags) + 4
+    values = b"".join(struct.pack("<HHII", t, 4, count if t == 273 else 1, start if t == 273 else v) for t, v in tags)
+    head = b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + values + bytes(4)
+    return head + struct.pack(f"<{count}I", *range(8, 8 + count))
+
+
+HOSTILE: dict[str, Callable[[], bytes]] = {
+    "GIF beyond its screen": lambda: gif_beyond_its_screen(5000, 5000),
+    "WebP of 28 bytes": lambda: webp_of_one_colour(2000, 2000),
+    "JPEG of one scan of three": lambda: jpeg_of_one_scan_of_three(2500, 2500),
+    "JPEG with a profile": lambda: jpeg_with_a_profile(200),
+    "PNG with texts": lambda: png_with_texts(20),
+    "TIFF of strips": lambda: tiff_of_strips(100_000),
+}
+"""Files whose pixels, or first bytes, say little of what they take."""

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,16 @@ from PIL import Image
 
 from bundles import photo
 from bundles import photos as photos
-from image_files import FILES, chunk
+from image_files import (
+    FILES,
+    HOSTILE,
+    chunk,
+    gif_beyond_its_screen,
+    jpeg_of_one_scan_of_three,
+    jpeg_with_a_profile,
+    png_with_texts,
+    webp_of_one_colour,
+)
 from isthmus.admission import Slots
 from isthmus.bundle import TensorSpec
 from isthmus.context import Deadline
@@ -59,6 +69,59 @@ def test_no_picture_takes_more_than_it_holds_of_the_budget() -> None:
     assert not [f["name"] for f in found if f["exact"]["error"]]
     refused = {f["name"] for f in found if f["reduced"]["error"]}
     assert all(name.startswith("WebP") or name == "JPEG progressive CMYK" for name in refused), refused
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
+def test_no_file_takes_more_than_it_holds_whatever_its_first_bytes_say() -> None:
+    script = Path(__file__).with_name("image_peaks.py")
+    done = subprocess.run([sys.executable, script, *HOSTILE], capture_output=True, text=True, check=True)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {f["name"] for f in found} == set(HOSTILE)
+    for f in found:
+        assert 0 < f["rose"] < f["held"] - 6e6, f
+        assert f["held"] < 8 * f["rose"] + 20e6, f
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        gif_beyond_its_screen(9000, 9000),
+        webp_of_one_colour(8000, 8000),
+        jpeg_of_one_scan_of_three(8000, 8000),
+        png_with_texts(64),
+        jpeg_with_a_profile(250),
+    ],
+    ids=["GIF", "WebP", "JPEG", "PNG", "profile"],
+)
+def test_a_file_that_takes_too_much_is_refused_before_it_is_opened_or_decoded(data: bytes) -> None:
+    memory = ImageMemory(45_000_000)
+    with pytest.raises(RequestTooLarge) as e:
+        preprocess(data, SPEC, input=INPUT, max_pixels=64_000_000, memory=memory)
+    assert e.value.facts["limit"] in (64_000_000, 45_000_000)
+    assert memory.held == 0
+
+
+def test_an_opened_file_that_waits_keeps_none_of_its_texts() -> None:
+    class Counting(ImageMemory):
+        asked = 0
+
+        def taken(self, count: int) -> Any:
+            self.asked += 1
+            return super().taken(count)
+
+    memory = Counting(60_000_000)
+    given: dict[str, Any] = {"input": INPUT, "max_pixels": 10**4, "memory": memory}
+    waiting = threading.Thread(target=preprocess, args=(png_with_texts(2), SPEC), kwargs=given)
+    tracemalloc.start()
+    try:
+        with memory.taken(48_000_000):  # room for opening, none for decoding
+            waiting.start()
+            assert until(lambda: memory.asked == 3 and memory.waiting == 1)
+            assert tracemalloc.get_traced_memory()[0] < 3e6
+    finally:
+        tracemalloc.stop()
+        waiting.join(LONG_S)
+    assert memory.held == 0
 
 
 @pytest.mark.parametrize(

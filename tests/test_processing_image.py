@@ -161,6 +161,28 @@ def test_a_transparent_colour_key_lies_over_white() -> None:
     assert pixels(wide).tolist() == [[[255] * 3, [255, 128, 16]]]
 
 
+def test_a_transparent_colour_of_sixteen_bits_is_compared_in_all_of_them() -> None:
+    key = png_chunk(b"tRNS", struct.pack(">HHH", 0, 0x0100, 0))
+    row = struct.pack(">xHHHHHHHHH", 0, 0x0100, 0, 1, 0x0100, 0, 0, 0x0100, 255)
+    assert pixels(png(3, 1, key, depth=16, body=row)).tolist() == [[[255] * 3, [0, 1, 0], [0, 1, 0]]]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize(("kind", "stored"), [("assocalpha", 100), ("unassalpha", 200)])
+def test_colours_of_a_tiff_that_alpha_was_applied_to_are_restored(kind: Any, stored: int, dtype: type) -> None:
+    unit = np.iinfo(dtype).max // 255
+    out = io.BytesIO()
+    rgba = np.array([[[stored, 0, 0, 128], [0, 0, 0, 0]]]) * unit
+    tifffile.imwrite(out, rgba.astype(dtype), photometric="rgb", extrasamples=[kind])
+    got = pixels(out.getvalue()).astype(int)
+    assert np.abs(got[0] - [[227, 127, 127], [255, 255, 255]]).max() <= 1
+    if dtype == np.uint8:
+        out = io.BytesIO()
+        grey = np.array([[[stored, 128], [0, 0]]], dtype)
+        tifffile.imwrite(out, grey, photometric="minisblack", extrasamples=[kind])
+        assert np.abs(pixels(out.getvalue()).astype(int)[0, :, 0] - [227, 255]).max() <= 1
+
+
 @pytest.mark.parametrize(
     ("depth", "row", "key", "expected"),
     [

@@ -12,7 +12,7 @@ import itertools
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,8 @@ from isthmus.processing.image_memory import (
     decoding_bytes,
     finishing_bytes,
     frame_bytes,
-    jpeg_scans,
+    opening_bytes,
+    stored_bytes,
     tiff_strips,
     too_much,
     total_bytes,
@@ -93,6 +94,8 @@ REDUCING_GAP = 3
 """A picture is reduced to no less than so many times the size that it is resized to; Pillow's documentation calls the
 result at this gap nearly indistinguishable from plain resizing."""
 _PART_PIXELS = 2**16
+_LIGHT_BYTES = 2**20
+"""What an opened file may keep while it waits for memory, without being counted."""
 _PNG_EXIF, _FRAME_EXIF = (b"eXIf", b"Raw profile", b"adobe.xmp"), (b"EXIF", b"XMP")
 """Names of what may say how a picture is turned, in PNG, and in WebP and GIF."""
 _PNG_DEPTH = 24
@@ -179,7 +182,8 @@ class _Picture:
             with _quiet, warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 turn = _TRANSPOSE.get(self.image.getexif().get(_ORIENTATION, 1))
-            picture = _rgb(self.image, self.data, self.factor)
+            low = _low_bytes(self.data, self.max_pixels) if _has_wide_key(self.image, self.data) else None
+            picture = _rgb(self.image, self.data, self.factor, low)
             if turn is None:
                 return picture
             if turn not in _UPRIGHT:
@@ -201,12 +205,15 @@ def _opened(
         converting = converting_bytes(size, makes_rgb=not plain, turns=turns)
         return total_bytes(decoding, converting, _finishing(size, steps, itemsize, max_pixels))
 
-    least, factor = _least_side(steps), 1
+    least, factor, drafted, opening = _least_side(steps), 1, False, opening_bytes(data, kind)
     with ExitStack() as held:
-        if (announced := announced_size(data, kind)) is not None:
+        announced = announced_size(data, kind)
+        if announced is None and kind in ("image/gif", "image/webp"):
+            raise _malformed(data, kind, "the header is cut off, or none")
+        if announced is not None:
             # Pillow allocates these formats' canvas when it opens a file.
             _bound(*announced, max_pixels)
-            decoding, turns = frame_bytes(kind, announced), any(mark in data for mark in _FRAME_EXIF)
+            decoding, turns = frame_bytes(kind, announced) + opening, any(mark in data for mark in _FRAME_EXIF)
             needs = estimate(decoding, announced, False, turns)
             if needs > memory.limit // 2 and least:
                 factor = max(1, min(announced) // least)
@@ -214,22 +221,49 @@ def _opened(
             _hold(held, memory, needs, announced, kind)
             with _refusing(data, kind, max_pixels):
                 image = _open(data, kind, max_pixels)
+                if image.size != announced:
+                    raise ValueError(f"its header announces {announced}, and its picture has {image.size}")
             yield _Picture(image, kind, data, image.size, factor, max_pixels)
             return
-        with _refusing(data, kind, max_pixels):
-            image = _open(data, kind, max_pixels)
-        _bound_scans(data, image, kind)
-        full, scans = image.size, jpeg_scans(data) if kind == "image/jpeg" else 0
+        with memory.taken(_bounded(opening, memory, kind)) if opening > _LIGHT_BYTES else nullcontext():
+            with _refusing(data, kind, max_pixels):
+                image = _open(data, kind, max_pixels)
+            _bound_scans(data, image, kind)
+        full = image.size
         turns, plain = _turns(image, data), image.mode == "RGB" and "transparency" not in image.info
-        needs = estimate(decoding_bytes(image, full, scans), full, plain, turns)
+        keeps = opening + (stored_bytes("RGB", *full) if _has_wide_key(image, data) else 0)
+        needs = estimate(keeps + decoding_bytes(image, full, data), full, plain, turns)
         if needs > memory.limit // 2 and least:
             # libjpeg's own reduction to a half, a quarter or an eighth comes first: it saves the memory of the rest.
-            image.draft(None, (least, least))
+            drafted = image.draft(None, (least, least)) is not None
             factor = max(1, min(image.size) // least)
             size = _reduced(image.size, factor)
-            needs = estimate(decoding_bytes(image, full, scans), size, plain and factor == 1, turns)
+            needs = estimate(keeps + decoding_bytes(image, full, data), size, plain and factor == 1, turns)
+        if opening > _LIGHT_BYTES:
+            del image  # while it waits; it is opened again
         _hold(held, memory, needs, full, kind)
+        if opening > _LIGHT_BYTES:
+            with _refusing(data, kind, max_pixels):
+                image = _open(data, kind, max_pixels)
+            if drafted:
+                image.draft(None, (least, least))
         yield _Picture(image, kind, data, full, factor, max_pixels)
+
+
+def _bounded(opening: int, memory: ImageMemory, kind: str) -> int:
+    """What opening a file takes, if it fits.
+
+    Raises:
+        RequestTooLarge: it does not, whatever the picture's size.
+    """
+    if opening > memory.limit:
+        raise RequestTooLarge(
+            f"the texts, profiles or tables of this file ({kind}) take {opening} bytes; at most {memory.limit}",
+            limit=memory.limit,
+            bytes=opening,
+            hint="save the image without metadata",
+        )
+    return opening
 
 
 def _hold(held: ExitStack, memory: ImageMemory, needs: int, size: tuple[int, int], kind: str) -> None:
@@ -284,14 +318,17 @@ def _refusing(data: bytes, kind: str, max_pixels: int) -> Iterator[None]:
             f"this image has more pixels than the {max_pixels} that are decoded", limit=max_pixels, media=kind
         ) from e
     except Exception as e:  # Pillow's decoders raise nearly anything on corrupt bytes
-        reason = f"{type(e).__name__}: {e}"[:200]
-        raise ImageMalformed(
-            f"these {len(data)} bytes start as {kind} but cannot be decoded",
-            media=kind,
-            bytes=len(data),
-            reason=reason,
-            hint="check that the upload is complete and that an image viewer opens the file",
-        ) from e
+        raise _malformed(data, kind, f"{type(e).__name__}: {e}"[:200]) from e
+
+
+def _malformed(data: bytes, kind: str, reason: str) -> ImageMalformed:
+    return ImageMalformed(
+        f"these {len(data)} bytes start as {kind} but cannot be decoded",
+        media=kind,
+        bytes=len(data),
+        reason=reason,
+        hint="check that the upload is complete and that an image viewer opens the file",
+    )
 
 
 def _open(data: bytes, kind: str, max_pixels: int) -> ImageFile.ImageFile:
@@ -327,9 +364,28 @@ def _bound(width: int, height: int, max_pixels: int) -> None:
         )
 
 
-def _rgb(image: ImageFile.ImageFile, data: bytes, factor: int) -> Image.Image:
+def _has_wide_key(image: ImageFile.ImageFile, data: bytes) -> bool:
+    """Whether a PNG says of a colour of 16-bit samples that it is transparent; Pillow drops the lower byte of each."""
+    return (
+        isinstance(image, PngImagePlugin.PngImageFile)
+        and image.mode == "RGB"
+        and data[_PNG_DEPTH] == 16
+        and "transparency" in image.info
+    )
+
+
+def _low_bytes(data: bytes, max_pixels: int) -> Image.Image:
+    """The lower bytes of a PNG's 16-bit colours: its samples, decoded again as if in the other byte order."""
+    image = _open(data, "image/png", max_pixels)
+    image.tile = [tile._replace(args="RGB;16L") for tile in image.tile]
+    image.load()
+    return image
+
+
+def _rgb(image: ImageFile.ImageFile, data: bytes, factor: int, low: Image.Image | None = None) -> Image.Image:
     """A decoded picture as 8-bit RGB, each `factor` by `factor` pixels as their mean.
 
+    `low` has the lower bytes of its samples where they count.
     Part by part: what lies between a picture's own mode and RGB takes up to 20 bytes a pixel.
     """
     if image.mode == "RGB" and "transparency" not in image.info and factor == 1:
@@ -341,7 +397,10 @@ def _rgb(image: ImageFile.ImageFile, data: bytes, factor: int) -> Image.Image:
     rows = factor * max(1, _PART_PIXELS // (columns * factor))
     for top, left in itertools.product(range(0, height, rows), range(0, width, columns)):
         box = (left, top, min(width, left + columns), min(height, top + rows))
-        part = _to_rgb(image.crop(box), image, data, opaque)
+        if low is not None:
+            part = _without_key(image.crop(box), low.crop(box), image.info["transparency"])
+        else:
+            part = _to_rgb(image.crop(box), image, data, opaque)
         made.paste(part.reduce(factor) if factor > 1 else part, (left // factor, top // factor))
     return made
 
@@ -360,6 +419,14 @@ def _to_rgb(picture: Image.Image, source: ImageFile.ImageFile, data: bytes, opaq
     white = Image.new("RGB", rgba.size, "white")
     white.paste(rgba, mask=rgba.getchannel("A"))
     return white
+
+
+def _without_key(part: Image.Image, low: Image.Image, key: tuple[int, int, int]) -> Image.Image:
+    """The upper bytes of 16-bit colours, white where all 16 bits are the transparent colour's."""
+    pixels = np.array(part)
+    upper, lower = (np.array([sample >> bits & 255 for sample in key], np.uint8) for bits in (8, 0))
+    pixels[((pixels == upper) & (np.asarray(low) == lower)).all(axis=-1)] = 255
+    return Image.fromarray(pixels)
 
 
 def _as_pixels(key: int | tuple[int, ...], depth: int) -> int | tuple[int, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Iterator
 from typing import Any
 
 from PIL import ImageFile, JpegImagePlugin, TiffImagePlugin
@@ -24,7 +25,14 @@ _BAND_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N
 _GIF, _WEBP = 2, 14
 """Bytes of a pixel in the readers of whole frames, as measured and a little more: GIF's canvas; libwebp's two canvases
 (RGBA), the frame that it gives, and its own planes of a frame."""
-_TIFF_LONGS = {1: 1, 2: 1, 6: 1, 7: 1}
+_TIFF_LONGS = (1, 2, 6, 7)
+_TIFF_STRIPS = (273, 279, 324, 325)
+_TIFF_STRIP_BYTES, _TIFF_VALUE_BYTES = 400, 100
+"""What Pillow makes of the place of one strip or tile, and of one number in another tag."""
+_TEXT_BYTES = 2**20
+"""The most that Pillow unpacks of one compressed text in a PNG."""
+MAX_TEXTS = 65
+"""Pillow refuses the text after which 64 MiB were unpacked."""
 
 
 def check_parts(data: bytes, kind: str) -> None:
@@ -43,14 +51,13 @@ def check_parts(data: bytes, kind: str) -> None:
 
 def announced_size(data: bytes, kind: str) -> tuple[int, int] | None:
     """Width and height by the header of those formats whose canvas Pillow allocates when it opens a file."""
-    if kind == "image/gif" and len(data) >= 10:
-        width, height = struct.unpack_from("<HH", data, 6)
-        return width, height
-    if kind == "image/webp" and len(data) >= 30:
+    if kind == "image/gif" and len(data) >= 13:
+        return _gif_canvas(data)
+    if kind == "image/webp" and len(data) >= 25:
         chunk = data[12:16]
-        if chunk == b"VP8X":
+        if chunk == b"VP8X" and len(data) >= 30:
             return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
-        if chunk == b"VP8 ":
+        if chunk == b"VP8 " and len(data) >= 30:
             width, height = struct.unpack_from("<HH", data, 26)
             return width & 0x3FFF, height & 0x3FFF
         if chunk == b"VP8L":
@@ -59,21 +66,30 @@ def announced_size(data: bytes, kind: str) -> tuple[int, int] | None:
     return None
 
 
+def opening_bytes(data: bytes, kind: str) -> int:
+    """What opening a file takes, and keeps until its picture is done: profiles, texts, the places of strips."""
+    if kind == "image/png":
+        return _png_texts(data)
+    if kind == "image/jpeg":
+        return 3 * _first_scan(data, MAX_MARKERS)[0]
+    if kind == "image/tiff":
+        return sum(_TIFF_STRIP_BYTES * count if tag in _TIFF_STRIPS else cost for tag, count, cost in _tiff_tags(data))
+    return 3 * len(data) if kind == "image/webp" else 2 * len(data) if kind == "image/gif" else 0
+
+
 def stored_bytes(mode: str, width: int, height: int) -> int:
     """What Pillow's image of that mode and size takes."""
     return height * (width * _BAND_BYTES.get(mode, 4) + _ROW)
 
 
-def decoding_bytes(image: ImageFile.ImageFile, full: tuple[int, int], scans: int) -> int:
-    """What decoding an opened picture takes at most, its own image included; `full` is its size before any reduction.
-
-    `scans` are those of a JPEG; a file of several has all coefficients in memory.
-    """
+def decoding_bytes(image: ImageFile.ImageFile, full: tuple[int, int], data: bytes) -> int:
+    """What decoding an opened picture takes at most, its image included; `full` is its size before any reduction."""
     width, height = full
     own = stored_bytes(image.mode, *image.size)
     if isinstance(image, JpegImagePlugin.JpegImageFile):
         padded = (width + 31) * (height + 31)
-        several = scans > 1 or "progressive" in image.info
+        # libjpeg keeps all coefficients of a picture whose first scan does not finish it, whether more come or not.
+        several = "progressive" in image.info or jpeg_scans(data) > 1 or _scanned(data) < image.layers
         return own + (2 * image.layers * padded if several else 128 * image.layers * (width + 31))
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         return own + _tiff_bytes(image, width, height)
@@ -166,6 +182,60 @@ def _first_scan(data: bytes, limit: int) -> tuple[int, int]:
     return max(at, 0), count
 
 
+def _scanned(data: bytes) -> int:
+    """How many components are in a JPEG's first scan."""
+    start, _ = _first_scan(data, MAX_MARKERS)
+    return data[start + 4] if start + 4 < len(data) else 0
+
+
+def _gif_canvas(data: bytes) -> tuple[int, int]:
+    """The size of a GIF's screen, or of its first frame where that reaches further: Pillow widens the canvas to it.
+
+    Blocks are read as Pillow reads them, odd ones included.
+    """
+    width, height, flags = struct.unpack_from("<HHB", data, 6)
+    at = 13 + (6 << (flags & 7) if flags & 0x80 else 0)
+    while at + 9 < len(data) and data[at] != 0x3B:
+        if data[at] == 0x2C:
+            left, top, wide, high = struct.unpack_from("<HHHH", data, at + 1)
+            return max(width, left + wide), max(height, top + high)
+        if data[at] == 0x21:
+            at = _after_extension(data, at + 1)
+        else:
+            at += 1
+    return int(width), int(height)
+
+
+def _after_extension(data: bytes, at: int) -> int:
+    label, size = data[at], data[at + 1]
+    more = size > 0 if label == 0xFE else True  # a comment ends with an empty block, others with one after their first
+    if label == 0xFF and data[at + 2 : at + 2 + size].startswith(b"NETSCAPE2.0"):
+        at += 1 + size
+        size = data[at + 1] if at + 1 < len(data) else 0
+    at += 2 + size
+    while more and at < len(data):
+        size = data[at]
+        at += 1 + size
+        more = size > 0
+    return at
+
+
+def _png_texts(data: bytes) -> int:
+    """What a PNG's chunks beside its pixels take: letters of up to four bytes where a text is Unicode."""
+    at, taken, texts = 8, 0, 0
+    for _ in range(MAX_CHUNKS):
+        if at + 8 > len(data):
+            break
+        length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        if kind != b"IDAT":
+            taken += (5 if kind == b"iTXt" else 3) * min(length, len(data) - at)
+            if kind in (b"zTXt", b"iTXt", b"iCCP") and texts < MAX_TEXTS:
+                taken += (5 if kind == b"iTXt" else 2) * _TEXT_BYTES
+                texts += 1
+        at += 12 + length
+    return taken
+
+
 def _png_chunks(data: bytes, limit: int) -> int:
     at, count = 8, 0
     while count <= limit and at + 8 <= len(data):
@@ -175,26 +245,34 @@ def _png_chunks(data: bytes, limit: int) -> int:
 
 
 def _tiff_values(data: bytes, limit: int) -> int:
-    """The most values of any tag in a TIFF's first directory, and the number of its tags."""
+    """The most values of any tag in a TIFF's first directory, or the number of its tags."""
+    most = number = 0
+    for number, (_, count, _) in enumerate(_tiff_tags(data), 1):
+        if number > limit:
+            break
+        most = max(most, count)
+    return max(most, number)
+
+
+def _tiff_tags(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """The tags of a TIFF's first directory: each one's number, how many values it has, and what those take.
+
+    Texts and profiles are one value, however long. Ends where the directory is cut off, of which Pillow tells.
+    """
     order = ">" if data[:2] == b"MM" else "<"
     big = data[2:4] in (b"+\0", b"\0+")
     try:
         if big:
             (at,) = struct.unpack_from(order + "Q", data, 8)
             (tags,) = struct.unpack_from(order + "Q", data, at)
-            first, step, layout = at + 8, 20, order + "Q"
+            first, layout = at + 8, order + "HHQ8x"
         else:
             (at,) = struct.unpack_from(order + "I", data, 4)
             (tags,) = struct.unpack_from(order + "H", data, at)
-            first, step, layout = at + 2, 12, order + "I"
-        if tags > limit:
-            return int(tags)
-        most = int(tags)
+            first, layout = at + 2, order + "HHI4x"
         for n in range(tags):
-            (kind,) = struct.unpack_from(order + "H", data, first + n * step + 2)
-            (count,) = struct.unpack_from(layout, data, first + n * step + 4)
-            # Texts and profiles are one value, however long.
-            most = max(most, _TIFF_LONGS.get(kind, count))
-        return most
+            tag, kind, count = struct.unpack_from(layout, data, first + n * struct.calcsize(layout))
+            single = kind in _TIFF_LONGS
+            yield tag, 1 if single else count, 3 * min(count, len(data)) if single else _TIFF_VALUE_BYTES * count
     except struct.error:
-        return 0  # cut off: Pillow says so
+        return

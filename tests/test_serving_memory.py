@@ -18,12 +18,14 @@ from bundles import Published, ready, router_settings, segment_settings
 from bundles import photos as photos
 from isthmus import frame as frames
 from isthmus.codecs import Packing, pack
-from isthmus.errors import Overloaded, RequestTooLarge
+from isthmus.context import Deadline
+from isthmus.errors import DeadlineExceeded, Overloaded, RequestTooLarge
 from isthmus.frame import Frame
 from isthmus.json_bounds import parsed_bytes
+from isthmus.runners.store import SegmentStore
 from isthmus.serving import create_router_app, create_segment_app, oip
 from isthmus.serving.encodings import MIN_BYTES, encoded
-from isthmus.serving.memory import CountedMemory, Reservation
+from isthmus.serving.memory import CountedMemory, Reservation, Turns
 from patience import LONG_S, least, peak_of
 
 COUNT = 30_000
@@ -134,7 +136,25 @@ def test_deadlines_count_from_the_first_byte(client: FlaskClient) -> None:
     assert answer.json["type"] == "DeadlineExceeded"
 
 
-def test_decoded_tensors_are_counted(photos: Published, tmp_path: Path) -> None:
+def test_a_turn_is_waited_for_until_the_deadline() -> None:
+    turns = Turns(1)
+    with turns.one(Deadline.after(LONG_S)), pytest.raises(DeadlineExceeded), turns.one(Deadline.after(0.01)):
+        pass
+    with turns.one(Deadline.after(0)):
+        pass
+
+
+def test_decoded_tensors_are_counted_and_their_working_memory_only_meanwhile(
+    photos: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+    run = SegmentStore.run
+
+    def counted(*given: Any) -> Any:
+        held.append(memory.used)
+        return run(*given)
+
+    monkeypatch.setattr(SegmentStore, "run", counted)
     client = ready(create_segment_app(segment_settings(photos, tmp_path / "cache")).test_client())
     packed = pack(np.zeros((1, 16, 8, 8), "float32"), Packing("int8/1"))
     data = frames.encode(Frame({}, photos.digest, "1..", packed={"r1": packed}))  # type: ignore[dict-item]
@@ -143,8 +163,9 @@ def test_decoded_tensors_are_counted(photos: Published, tmp_path: Path) -> None:
         answer = client.post("/", data=data, environ_overrides={"isthmus.memory": memory})
         assert (answer.status_code, answer.json["type"]) == (413, "RequestTooLarge")
     memory.limit *= 2
+    assert not held
     assert client.post("/", data=data, environ_overrides={"isthmus.memory": memory}).status_code == 200
-    assert memory.used == 0
+    assert (memory.used, held) == (0, [4 * 1024])
 
 
 def test_numbers_of_a_response_take_little_more_than_its_text() -> None:

@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from json.encoder import encode_basestring as _quoted
@@ -80,6 +81,10 @@ def why_not_together(count: int, entries: int) -> str:
     return ""
 
 
+def _nothing(outline: Outline) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 class Frame(NamedTuple):
     """One message between functions.
 
@@ -100,18 +105,21 @@ class Frame(NamedTuple):
 class Outline(NamedTuple):
     """What a frame declares, before any payload is decoded.
 
-    Units: `decoding_bytes` is what decoding allocates at most: the tensors that did not come raw, and the working
-    memory of the most demanding one.
+    Units: `decoded_bytes` is what the tensors weigh that did not come raw, `working_bytes` what decoding the most
+    demanding one takes beside them.
     """
 
     bundle: str
     segment: str
     tensors: Mapping[str, TensorType]
-    decoding_bytes: int
+    decoded_bytes: int
+    working_bytes: int
 
 
 Accept: TypeAlias = Callable[[Outline], None]
 """Whether a frame is wanted: it raises where the frame is not, and then no payload is decoded and no table is read."""
+During: TypeAlias = Callable[[Outline], AbstractContextManager[None]]
+"""What is held while payloads are decoded; it raises where they cannot be now."""
 
 
 def encode(frame: Frame) -> bytes:
@@ -161,13 +169,15 @@ def decode(
     tables: Tables | None = None,
     keeper: Keeper | None = None,
     accept: Accept | None = None,
+    during: During = _nothing,
 ) -> Frame:
     """Read one frame; every byte must be accounted for.
 
     Shapes: arrays keep the sender's, e.g. hidden (batch, tokens, width). Those that came raw are views of `data`.
     Units: max_bytes bounds the whole frame, and again what its tensors unpack to, with the working memory that decoding
     takes. `accept` is asked before any payload is decoded, `tables` then once for each tensor whose codec was
-    calibrated; what they raise passes as it is. `keeper` has what short frames refine.
+    calibrated, and `during` is entered for the time that decoding takes; what they raise passes as it is. `keeper` has
+    what short frames refine.
 
     Raises:
         NotKept: a tensor refines what is not kept.
@@ -180,7 +190,7 @@ def decode(
     if len(view) < _PREAMBLE or view[:7] != MAGIC[:7]:
         _malformed("magic", "the bytes do not start as a frame does")
     if view[7] == short_frame.MAGIC[7]:
-        return _decode_short(view, max_bytes, tables, keeper, accept)
+        return _decode_short(view, max_bytes, tables, keeper, accept, during)
     if view[7] != MAGIC[7]:
         _malformed("version", f"frame version {view[7]}; this reader knows version {MAGIC[7]}")
     header_bytes = int.from_bytes(view[8:_PREAMBLE], "little")
@@ -194,11 +204,14 @@ def decode(
     header, request = _split_request(bytes(view[_PREAMBLE:start]))
     layout = _seen(header, max_bytes) if len(header) <= _SEEN_BYTES else _long_layout(header, max_bytes)
     payloads = _payloads(layout, view[start:])
-    tensors = dict(_decoded(layout, payloads, None, raw=True))
+    tensors = dict(_decoded(layout, payloads, None))
     if accept is not None:
-        accept(Outline(layout.bundle, layout.segment, layout.types, layout.decoding_bytes))
+        accept(layout.outline())
     if layout.packs:
-        tensors |= _decoded(layout, payloads, tables, raw=False)
+        coded = [(name, codec) for name, _, _, codec, _, _ in layout.entries if codec != RAW_ID]
+        found = {name: _table(name, codec, layout.bundle, tables) for name, codec in coded}
+        with during(layout.outline()):
+            tensors |= _decoded(layout, payloads, found)
         tensors = {name: tensors[name] for name in layout.types}
     return Frame(
         tensors,
@@ -267,7 +280,11 @@ class _Layout:
     entries: tuple[_Entry, ...]
     packs: bool
     types: Mapping[str, TensorType]
-    decoding_bytes: int
+    decoded_bytes: int
+    working_bytes: int
+
+    def outline(self) -> Outline:
+        return Outline(self.bundle, self.segment, self.types, self.decoded_bytes, self.working_bytes)
 
 
 def _split_request(header: bytes) -> tuple[bytes, str | None]:
@@ -283,17 +300,25 @@ def _split_request(header: bytes) -> tuple[bytes, str | None]:
 
 
 def _decode_short(
-    view: memoryview, max_bytes: int, tables: Tables | None, keeper: Keeper | None, accept: Accept | None
+    view: memoryview,
+    max_bytes: int,
+    tables: Tables | None,
+    keeper: Keeper | None,
+    accept: Accept | None,
+    during: During,
 ) -> Frame:
     if tables is None or keeper is None:
         _malformed("table", "a short frame refines what a function keeps, and nothing is kept here")
     short = short_frame.read(view, keeper)
-    if (needed := short.decoding_bytes) > max_bytes:
+    if short.decoded_bytes + short.working_bytes > max_bytes:
         _too_large("unpacked", f"the tensors take more than {max_bytes} bytes to decode", limit=max_bytes)
+    types = {name: TensorType(held.of.dtype, held.of.shape) for name, (_, held) in short.parts.items()}
+    outline = Outline(short.bundle, short.segment, types, short.decoded_bytes, short.working_bytes)
     if accept is not None:
-        types = {name: TensorType(held.of.dtype, held.of.shape) for name, (_, held) in short.parts.items()}
-        accept(Outline(short.bundle, short.segment, types, needed))
-    tensors = short_frame.decode(short, tables)
+        accept(outline)
+    found = {name: tables(short.bundle, name, LAYERS_ID) for name in types}
+    with during(outline):
+        tensors = short_frame.decode(short, found)
     codecs = dict.fromkeys(tensors, LAYERS_ID)
     return Frame(tensors, short.bundle, short.segment, short.request, codecs=codecs)
 
@@ -350,7 +375,7 @@ def _layout(header: bytes, max_bytes: int) -> _Layout:
     packs = any(codec != "raw" for _, _, _, codec, _, _ in entries)
     types = {name: TensorType(dtype, shape) for name, dtype, shape, _, _, _ in entries}
     return _Layout(
-        doc["bundle"], doc["segment"], doc["request"], tuple(entries), packs, MappingProxyType(types), packed + working
+        doc["bundle"], doc["segment"], doc["request"], tuple(entries), packs, MappingProxyType(types), packed, working
     )
 
 
@@ -390,15 +415,14 @@ def _payloads(layout: _Layout, body: memoryview) -> list[memoryview]:
 
 
 def _decoded(
-    layout: _Layout, payloads: list[memoryview], tables: Tables | None, *, raw: bool
+    layout: _Layout, payloads: list[memoryview], tables: Mapping[str, object] | None
 ) -> Iterator[tuple[str, Array]]:
-    """The tensors that came raw, which are views, or all others."""
+    """The tensors that did not come raw, each by its table; without tables those that did, which are views."""
     for (name, dtype, shape, codec, _, _), payload in zip(layout.entries, payloads, strict=True):
-        if (codec == RAW_ID) is not raw:
+        if (codec == RAW_ID) is not (tables is None):
             continue
-        table = None if raw else _table(name, codec, layout.bundle, tables)
         try:
-            yield name, find(codec).decode(payload, DTYPES[dtype], shape, table)
+            yield name, find(codec).decode(payload, DTYPES[dtype], shape, None if tables is None else tables[name])
         except ValueError as e:
             raise FrameMalformed(f"{name!r} cannot be unpacked: {e}", rule="payload", tensor=name) from e
 

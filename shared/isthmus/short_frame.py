@@ -10,7 +10,7 @@ import struct
 from collections.abc import Mapping
 from typing import NamedTuple, NoReturn
 
-from isthmus.codecs import LAYERS_ID, Array, Packed, Tables, find
+from isthmus.codecs import LAYERS_ID, Array, Packed, find
 from isthmus.codecs.kept_tensors import KEY_BYTES, REFINEMENT, Held, Keeper
 from isthmus.dtypes import DTYPES
 from isthmus.errors import FrameMalformed, NotKept
@@ -30,11 +30,15 @@ class Short(NamedTuple):
     parts: dict[str, tuple[memoryview, Held]]
 
     @property
-    def decoding_bytes(self) -> int:
-        """What decoding allocates at most: all tensors, and the working memory of the most demanding one."""
-        each = [(DTYPES[held.of.dtype], held.of.shape) for _, held in self.parts.values()]
-        working = max(find(LAYERS_ID).working_bytes(dtype, shape) for dtype, shape in each)
-        return working + sum(math.prod(shape) * dtype.itemsize for dtype, shape in each)
+    def decoded_bytes(self) -> int:
+        """What the tensors weigh."""
+        return sum(math.prod(held.of.shape) * DTYPES[held.of.dtype].itemsize for _, held in self.parts.values())
+
+    @property
+    def working_bytes(self) -> int:
+        """What decoding the most demanding one takes beside them."""
+        each = [held.of for _, held in self.parts.values()]
+        return max(find(LAYERS_ID).working_bytes(DTYPES[of.dtype], of.shape) for of in each)
 
 
 def fits(segment: str, request: str, packed: Mapping[str, Packed]) -> bool:
@@ -79,8 +83,8 @@ def read(view: memoryview, keeper: Keeper) -> Short:
     return Short(bundles.pop(), segment, request, parts)
 
 
-def decode(short: Short, tables: Tables) -> dict[str, Array]:
-    """The refined tensors.
+def decode(short: Short, tables: Mapping[str, object]) -> dict[str, Array]:
+    """The refined tensors, each by its table.
 
     Raises:
         NotKept: a payload refines what is no longer kept.
@@ -88,9 +92,8 @@ def decode(short: Short, tables: Tables) -> dict[str, Array]:
     """
     tensors: dict[str, Array] = {}
     for name, (payload, held) in short.parts.items():
-        table = tables(short.bundle, name, LAYERS_ID)
         try:
-            tensors[name] = find(LAYERS_ID).decode(payload, DTYPES[held.of.dtype], held.of.shape, table)
+            tensors[name] = find(LAYERS_ID).decode(payload, DTYPES[held.of.dtype], held.of.shape, tables[name])
         except ValueError as e:
             raise FrameMalformed(f"{name!r} cannot be unpacked: {e}", rule="payload", tensor=name) from e
     return tensors

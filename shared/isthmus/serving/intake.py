@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from isthmus.bundle import is_digest
 from isthmus.errors import RequestMalformed
 from isthmus.frame import Outline
 from isthmus.runners import check_types
 from isthmus.runners.store import SegmentStore
+from isthmus.serving.memory import Turns
 from isthmus.serving.work import Work
 
 
@@ -17,9 +21,24 @@ def accept(store: SegmentStore, work: Work, outline: Outline) -> None:
         RequestMalformed: it names no bundle's digest.
         Missing, RegistryError, NotReady: as `SegmentStore.segment`.
         ShapeMismatch: a tensor is missing, unknown, or of another dtype or shape.
-        Overloaded: with what other requests take, there is no memory to decode it now.
     """
     if not is_digest(outline.bundle):
         raise RequestMalformed(f"the frame names bundle {outline.bundle!r}; a bundle is a manifest's sha256 digest")
     check_types(store.segment(outline.bundle, outline.segment, work.context.deadline).inputs, outline.tensors)
-    work.memory.hold(outline.decoding_bytes)
+
+
+@contextmanager
+def decoding(turns: Turns, work: Work, outline: Outline) -> Iterator[None]:
+    """Hold what decoding a frame takes, for that time; what its tensors weigh, until the response.
+
+    Raises:
+        DeadlineExceeded: other frames were decoded until the deadline.
+        Overloaded, RequestTooLarge: there is no memory to decode it, now or ever.
+    """
+    work.memory.hold(outline.decoded_bytes)
+    if not outline.working_bytes:  # pictures have a bound of their own, and wait for it
+        yield
+        return
+    with turns.one(work.context.deadline), work.memory.scope():
+        work.memory.hold(outline.working_bytes)
+        yield

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from isthmus.admission import RETRY_AFTER_S
-from isthmus.errors import Overloaded, RequestTooLarge
+from isthmus.context import Deadline
+from isthmus.errors import DeadlineExceeded, Overloaded, RequestTooLarge
 
 
 class Memory(Protocol):
@@ -96,3 +97,27 @@ class Reservation:
         """Give back what is held."""
         held, self._held = self._held, 0
         self._memory.give(held)
+
+
+class Turns:
+    """As many threads as given at a time do what takes memory and nothing but the CPU; others wait for their turn.
+
+    All at once they would take as many times the memory, and no less time.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._free = threading.Semaphore(count)
+
+    @contextmanager
+    def one(self, deadline: Deadline) -> Iterator[None]:
+        """Have a turn within the block.
+
+        Raises:
+            DeadlineExceeded: none came in time.
+        """
+        if not self._free.acquire(timeout=deadline.remaining()):
+            raise DeadlineExceeded("the deadline passed while other requests were read")
+        try:
+            yield
+        finally:
+            self._free.release()

@@ -26,7 +26,8 @@ from isthmus.frame import Frame
 from isthmus.runners.kernels import Observed
 from isthmus.runners.store import SegmentStore
 from isthmus.serving.app import FunctionApp
-from isthmus.serving.intake import accept
+from isthmus.serving.intake import accept, decoding
+from isthmus.serving.memory import Turns
 from isthmus.serving.work import Reply, Work
 from isthmus.settings import SegmentSettings
 
@@ -43,8 +44,8 @@ _OF_THE_TIME = {False: 0.9, True: 0.5}
 class Profiling:
     """`POST /profile` and `POST /profile/echo`. Each call needs the secret `profile-token` as its bearer token."""
 
-    def __init__(self, store: SegmentStore, settings: SegmentSettings, tables: Tables) -> None:
-        self._store, self._settings, self._tables = store, settings, tables
+    def __init__(self, store: SegmentStore, settings: SegmentSettings, tables: Tables, turns: Turns) -> None:
+        self._store, self._settings, self._tables, self._turns = store, settings, tables, turns
 
     def serve_on(self, app: FunctionApp) -> None:
         """Add both routes."""
@@ -145,6 +146,7 @@ class Profiling:
                 max_bytes=self._settings.max_request_bytes,
                 tables=self._tables,
                 accept=partial(accept, self._store, work),
+                during=partial(decoding, self._turns, work),
             )
 
     def _run(

@@ -29,6 +29,7 @@ from isthmus.registry import open_cache, open_registry
 from isthmus.serving import by_hand, oip
 from isthmus.serving.app import FunctionApp
 from isthmus.serving.guard import Guard
+from isthmus.serving.memory import Turns
 from isthmus.serving.models import Model, Models
 from isthmus.serving.preload import LONGEST_LOAD_S, parse, preload
 from isthmus.serving.routes import Routes, Way, of_the_photo
@@ -84,6 +85,7 @@ class _RouterApp(FunctionApp):
         self._tables = Tables(
             self._registry.bundle, self._registry.blob, settings.max_image_pixels, memory=self._images
         )
+        self._turns = Turns(1)  # parsing JSON holds Python's lock all the while
         self._guard = Guard(
             settings.guard_share,
             lambda bundle: fidelity_document.read(bundle, self._registry.blob),
@@ -171,15 +173,14 @@ class _RouterApp(FunctionApp):
         work.memory.hold(len(work.body))
         return bytes(work.body)
 
-    @staticmethod
-    def _read_json(work: Work, model: Model, body: bytes) -> oip.InferRequest | _JsonPhoto:
+    def _read_json(self, work: Work, model: Model, body: bytes) -> oip.InferRequest | _JsonPhoto:
         """What a JSON body asks for. What parsing takes is held until that is done, what came of it until the response.
 
         Raises:
             RequestMalformed: it is neither a photo nor a request of the Open Inference Protocol.
         """
         start = time.perf_counter()
-        with work.memory.scope():
+        with self._turns.one(work.context.deadline), work.memory.scope():
             doc = oip.read_document(body, reserve=work.memory.hold)
             asked = _asked(doc, model)
             del doc
@@ -189,7 +190,7 @@ class _RouterApp(FunctionApp):
 
     def _infer(self, work: Work, model: Model) -> Reply:
         start = time.perf_counter()
-        with work.memory.scope():
+        with self._turns.one(work.context.deadline), work.memory.scope():
             wanted = oip.parse_request(
                 work.body,
                 work.headers.get(oip.HEADER_LENGTH),

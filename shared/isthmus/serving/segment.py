@@ -15,7 +15,8 @@ from isthmus.processing.image_budget import ImageMemory
 from isthmus.registry import BakedSegment, open_registry, open_source
 from isthmus.runners.store import SegmentStore
 from isthmus.serving.app import FunctionApp
-from isthmus.serving.intake import accept
+from isthmus.serving.intake import accept, decoding
+from isthmus.serving.memory import Turns
 from isthmus.serving.preload import LONGEST_LOAD_S, parse, preload
 from isthmus.serving.profiling import Profiling
 from isthmus.serving.tables import Tables
@@ -41,6 +42,7 @@ class _SegmentApp(FunctionApp):
         self._registry = None if settings.segment_dir else open_registry(settings)
         self._source = open_source(settings, self._registry)
         self._store = SegmentStore(self._source, settings)
+        self._turns = Turns(self._store.device.cpus)
         self._kept = kept = Kept(settings.max_kept_bytes)
         images = ImageMemory(settings.image_memory_bytes)
         self._tables = Tables(self._source.bundle, self._source.blob, settings.max_image_pixels, kept, images)
@@ -50,7 +52,7 @@ class _SegmentApp(FunctionApp):
         self.metrics.gauge_store(self._store)
         self.metrics.gauge("isthmus_kept_bytes", "Kept of tensors that may be refined.", lambda: float(kept.nbytes))
         self.work("/", self.run, "run")
-        Profiling(self._store, settings, self._tables).serve_on(self)
+        Profiling(self._store, settings, self._tables, self._turns).serve_on(self)
 
     def run(self, work: Work) -> Reply:
         """Run the segment that the frame names, on its tensors."""
@@ -61,6 +63,7 @@ class _SegmentApp(FunctionApp):
             tables=self._tables,
             keeper=self._kept,
             accept=partial(accept, self._store, work),
+            during=partial(decoding, self._turns, work),
         )
         work.timings.add("decode", time.perf_counter() - start)
         ran = self._store.run(frame.bundle, frame.segment, frame.tensors, work.context.deadline)

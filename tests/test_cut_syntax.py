@@ -170,3 +170,22 @@ def test_the_router_reads_its_setting_in_that_form(tmp_path: Path) -> None:
     client = local_router(published, tmp_path / "cache", cuts=text)
     response = client.post(f"/v2/models/{published.bundle.name}/infer", json=oip_json(published))
     assert response.json["parameters"]["segments"] == f"..{name},{name}..", response.json
+
+
+def test_inputs_of_any_name_are_given_by_file(tmp_path: Path) -> None:
+    node = helper.make_node("Neg", ["in=put/a,b:0"], ["y"])
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n", 4]) for n in ("in=put/a,b:0", "y")]
+    graph = helper.make_graph([node], "odd", ends[:1], ends[1:])
+    path = tmp_path / "odd.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    file = tmp_path / "of=2.npy"
+    np.save(file, np.ones((2, 4), "float32"))
+    registry = ("--registry", tmp_path / "registry", "--json")
+    made = document(isthmus("import", path, "--example", f"in=put/a,b:0={file}", *registry))
+    assert made["inputs"][0]["name"] == "in=put/a,b:0"
+    tensor = ("--model", "odd", "--tensor", f"in=put/a,b:0={file}", "--local")
+    assert document(isthmus("infer", *tensor, *registry))["outputs"][0]["shape"] == [2, 4]
+    for content in (b"", b"PK\x03\x04 cut short"):
+        (tmp_path / "broken.npz").write_bytes(content)
+        result = isthmus("import", path, "--example", tmp_path / "broken.npz", *registry)
+        assert "--example is" in result.stderr, result.output

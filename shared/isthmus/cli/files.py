@@ -1,8 +1,9 @@
-"""Files that commands write: checked before the work that they take, and written as they were named."""
+"""Files that commands read and write: told from names, checked before the work that they take, written as named."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,3 +53,9 @@ def write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
                     np.lib.format.write_array(file, np.asanyarray(array), allow_pickle=False)
     except OSError as e:
         raise RequestMalformed(f"{path} cannot be written: {e.strerror}", path=str(path)) from e
+
+
+def named_file(entry: str) -> tuple[str, str]:
+    """The two sides of NAME=FILE; of several "=", the first one behind which there is a file parts them."""
+    splits = [(entry[: found.start()], entry[found.end() :]) for found in re.finditer("=", entry)]
+    return next((split for split in splits if Path(split[1]).is_file()), splits[0] if splits else ("", entry))

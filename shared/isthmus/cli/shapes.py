@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
+from zipfile import BadZipFile
 
 import numpy as np
 import typer
 
 from isthmus.bundle import TensorSpec
+from isthmus.cli.files import named_file
 from isthmus.dtypes import restored
 from isthmus.errors import ModelError
 
@@ -125,14 +127,16 @@ def read_examples(given: Sequence[Path] | None) -> Mapping[str, np.ndarray[Any, 
     found: dict[str, np.ndarray[Any, Any]] = {}
     for entry in map(str, given or []):
         # A file is a file, whatever its name holds.
-        name, equals, file = ("", "", entry) if Path(entry).is_file() else entry.rpartition("=")
+        name, file = ("", entry) if Path(entry).is_file() else named_file(entry)
         try:
-            loaded = np.load(file, allow_pickle=False)
-            if equals:
-                found[name] = restored(loaded)
-            else:
-                with loaded:
-                    found.update({key: restored(loaded[key]) for key in loaded.files})
-        except (OSError, ValueError, AttributeError, TypeError) as e:
+            # numpy leaves a broken file open that it opened itself.
+            with open(file, "rb") as opened:
+                loaded = np.load(opened, allow_pickle=False)
+                if name:
+                    found[name] = restored(loaded)
+                else:
+                    with loaded:
+                        found.update({key: restored(loaded[key]) for key in loaded.files})
+        except (OSError, ValueError, AttributeError, TypeError, EOFError, BadZipFile) as e:
             raise ModelError(f"--example is {entry!r}; it is an .npz file, or NAME=FILE.npy: {e}") from e
     return found

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
 from isthmus.bundle import Bundle
+from isthmus.cli.files import named_file
 from isthmus.cli.photos import read_photo
 from isthmus.client import Array
 from isthmus.dtypes import DTYPES, restored
@@ -42,12 +44,14 @@ def read_tensor(entry: str) -> tuple[str, Array]:
     Raises:
         RequestMalformed: another form, or a file that cannot be read.
     """
-    name, equals, file = entry.partition("=")
-    if not equals or not name:
+    name, file = named_file(entry)
+    if not name:
         raise RequestMalformed(f"--tensor is {entry!r}; it is NAME=FILE.npy")
     try:
-        loaded = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e:
+        # numpy leaves a broken file open that it opened itself.
+        with open(file, "rb") as opened:
+            loaded = np.load(opened, allow_pickle=False)
+    except (OSError, ValueError, EOFError, BadZipFile) as e:
         raise RequestMalformed(f"{file} cannot be read as a .npy file: {e}") from e
     if not isinstance(loaded, np.ndarray):
         loaded.close()

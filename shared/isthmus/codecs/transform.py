@@ -58,7 +58,9 @@ class Transform:
 
         Which axes are planes is the table's to say: the longest that may be one counts.
         """
-        longest = max((n for n in shape if n <= MAX_AXIS), default=0) if len(shape) > 1 else 0
+        # The first of four axes is the batch.
+        some = {1: (), 4: shape[1:]}.get(len(shape), shape)
+        longest = max((n for n in some if n <= MAX_AXIS), default=0)
         return count_of(shape) * VALUE_BYTES + longest**2 * _MATRIX_BYTES
 
     def decode(self, payload: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], table: object) -> Array:

@@ -85,6 +85,8 @@ FILES: dict[str, Callable[[], bytes]] = {
     "JPEG RGB": lambda: _saved("RGB", "JPEG", subsampling=0),
     "JPEG CMYK": lambda: _saved("CMYK", "JPEG"),
     "JPEG progressive": lambda: _saved("RGB", "JPEG", progressive=True, subsampling=0),
+    "JPEG progressive 4:2:0": lambda: _saved("RGB", "JPEG", progressive=True, subsampling=2),
+    "JPEG progressive 4:2:2": lambda: _saved("RGB", "JPEG", progressive=True, subsampling=1),
     "JPEG progressive CMYK": lambda: _saved("CMYK", "JPEG", progressive=True),
     "JPEG turned": lambda: _saved("RGB", "JPEG", turned=True),
     "GIF": lambda: _saved("P", "GIF"),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import json
+import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import urllib3
@@ -16,6 +18,7 @@ from PIL import Image
 
 from bundles import Published, free_model, photo, publish, served
 from bundles import photos as photos
+from isthmus.processing.wrapped import Form, looks_like_form, read_form
 from isthmus.serving import oip
 from routers import Chain, assert_classes, expected_classes, local_router
 from routers import chain as chain
@@ -49,13 +52,14 @@ def test_a_photo_in_json_gives_the_same(client: FlaskClient, photos: Published) 
     "wrap",
     [
         lambda text: f"data:image/png;base64,{text}",
+        lambda text: f"data:image/png;base64,{quote(text, safe='')}",
         lambda text: f"data:image/png;name=cat.png;BASE64,{text}",
         lambda text: "\r\n".join(text[i : i + 76] for i in range(0, len(text), 76)) + "\n",
         lambda text: text.rstrip("="),
         lambda text: text.replace("+", "-").replace("/", "_"),
         lambda text: text.replace("+", "-").replace("/", "_").rstrip("=") + "\n",
     ],
-    ids=["data url", "data url with parameters", "lines", "no padding", "url-safe", "all of it"],
+    ids=["data url", "data url in percent", "data url with parameters", "lines", "no padding", "url-safe", "all of it"],
 )
 def test_base64_that_can_mean_only_one_photo_is_taken(
     client: FlaskClient, photos: Published, wrap: Callable[[str], str]
@@ -118,12 +122,43 @@ def test_a_photo_in_a_form_is_taken_with_its_fields(client: FlaskClient, photos:
 FILE = ('name="f"; filename="f.png"', photo())
 
 
+def test_a_form_may_hold_a_photo_of_any_size(client: FlaskClient) -> None:
+    data = random.Random(0).randbytes(3 * 300 * 300)
+    image = io.BytesIO()
+    Image.frombytes("RGB", (300, 300), data).save(image, "PNG")
+    file = ('name="f"; filename="f.png"', image.getvalue())
+    assert len(file[1]) > 2**18
+    answer = client.post("/", data=form(file, ('name="top_k"', b"2")))
+    assert answer.status_code == 200, answer.text
+    assert answer.json["classes"] == client.post("/?top_k=2", data=file[1]).json["classes"]
+    # Any bytes of a file may look like its boundary's beginning.
+    for content in (b"\r\n" * 2**17, b"\r\n------WebKit" * 2**15, b"--" * 2**17):
+        assert read_form(form(('name="f"; filename="f"', content))).photo == content
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda body: body.replace(b"\r\nContent-Disposition", b"\r\nX-Part: 1\r\ncontent-disposition"),
+        lambda body: b"\r\n" + body,
+        lambda body: body.replace(b"WebKitFormBoundary7MA4YWxk", b"a boundary: of (RFC) 2046"),
+        lambda body: body.replace(b"\r\n", b"\n"),
+    ],
+    ids=["another header first", "an empty line first", "odd boundary", "line feeds"],
+)
+def test_odd_forms_that_are_forms_are_taken(change: Callable[[bytes], bytes]) -> None:
+    body = change(form(('name="f"; filename="f"', b"content"), ('name="top_k"', b"3")))
+    assert looks_like_form(body)
+    assert read_form(body) == Form(b"content", {"top_k": "3"})
+
+
 @pytest.mark.parametrize(
     ("body", "status", "said"),
     [
         (form(('name="image"', b"text")), 400, "the form has 0 files (its fields: image)"),
         (form(FILE, FILE), 400, "the form has 2 files"),
         (form(FILE, ('name="model"', b"other")), 400, "the form has the fields model"),
+        (form(FILE, ("x", b"nameless")), 400, "beside the photo it may have top_k"),
         (form(FILE, ('name="top_k"', b"many")), 400, "top_k is 'many'"),
         (form(FILE, ('name="note"', b"x" * 2**15)), 413, "bytes beside its file"),
         (form(*[FILE] * 17), 413, "more than 16 parts"),

@@ -90,7 +90,7 @@ def decoding_bytes(image: ImageFile.ImageFile, full: tuple[int, int], data: byte
         padded = (width + 31) * (height + 31)
         # libjpeg keeps all coefficients of a picture whose first scan does not finish it, whether more come or not.
         several = "progressive" in image.info or jpeg_scans(data) > 1 or _scanned(data) < image.layers
-        return own + (2 * image.layers * padded if several else 128 * image.layers * (width + 31))
+        return own + (math.ceil(2 * _planes(image) * padded) if several else 128 * image.layers * (width + 31))
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         return own + _tiff_bytes(image, width, height)
     # PNG and BMP come row by row; a BMP of runs is unpacked to one byte a pixel first.
@@ -180,6 +180,14 @@ def _first_scan(data: bytes, limit: int) -> tuple[int, int]:
         at += 1 if bare else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
         count += 1
     return max(at, 0), count
+
+
+def _planes(image: JpegImagePlugin.JpegImageFile) -> float:
+    """How many planes of the picture's size a JPEG's components make: three, or half of that with 4:2:0."""
+    across, down = (max((c[i] for c in image.layer), default=0) for i in (1, 2))
+    if not across or not down:
+        return float(image.layers)
+    return sum(c[1] * c[2] for c in image.layer) / (across * down)
 
 
 def _scanned(data: bytes) -> int:

@@ -8,15 +8,19 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
-from typing import IO, Any
+from typing import Any
+from urllib.parse import unquote
 
 from isthmus.errors import RequestMalformed, RequestTooLarge
 
 MAX_PARTS, MAX_FIELD_BYTES = 16, 2**14
 """Of a form: parts, and bytes of all that are no file."""
-_FORM = re.compile(rb"(?:\r\n)?--([0-9A-Za-z'()+_,./:=?-]{1,70})[ \t]*\r\n[Cc][Oo][Nn][Tt][Ee][Nn][Tt]-")
+_PIECE_BYTES = 2**16
+_FORM = re.compile(rb"(?:\r?\n)*--([0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-])[ \t]*\r?\n[!-9;-~]+:")
+"""Source: RFC 2046, 5.1.1; a line feed alone ends a line for werkzeug, too."""
 _DATA_URL = re.compile(r"data:([^,]{0,200}),", re.IGNORECASE)
 _PLAIN, _URL_SAFE = b"+/", b"-_"
 _LETTERS = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
@@ -45,13 +49,9 @@ def read_form(body: bytes) -> Form:
     """
     # werkzeug is the functions' HTTP library; the command reads no forms.
     from werkzeug.exceptions import RequestEntityTooLarge
-    from werkzeug.formparser import FormDataParser
 
-    match = _FORM.match(body)
-    boundary = match[1].decode("ascii") if match else ""
-    parser = FormDataParser(_in_memory, MAX_FIELD_BYTES, None, silent=False, max_form_parts=MAX_PARTS)
     try:
-        _, form, files = parser.parse(BytesIO(body), "multipart/form-data", len(body), {"boundary": boundary})
+        files, fields = _parts(body)
     except RequestEntityTooLarge as e:
         raise RequestTooLarge(
             f"a form of more than {MAX_PARTS} parts, or more than {MAX_FIELD_BYTES} bytes beside its file",
@@ -61,15 +61,55 @@ def read_form(body: bytes) -> Form:
         raise RequestMalformed(
             f"the form cannot be read: {e}", hint="is it whole? It ends with its boundary and two hyphens"
         ) from e
-    given = [file for _, file in files.items(multi=True)]
-    if len(given) != 1:
-        named = ", ".join(sorted(form)) or "none"
+    if len(files) != 1:
+        named = ", ".join(sorted(fields)) or "none"
         raise RequestMalformed(
-            f"the form has {len(given)} files (its fields: {named}); it has one, the photo",
-            files=len(given),
+            f"the form has {len(files)} files (its fields: {named}); it has one, the photo",
+            files=len(files),
             hint="send a file under any name: curl -F image=@cat.jpg URL",
         )
-    return Form(given[0].stream.read(), {name: str(value) for name, value in form.items(multi=True)})
+    return Form(files[0], fields)
+
+
+def _parts(body: bytes) -> tuple[list[bytes], dict[str, str]]:
+    """The files of a form, and its other fields by their names.
+
+    werkzeug's own FormDataParser takes one bound for a field and for what it reads at a time, files included.
+
+    Raises:
+        RequestEntityTooLarge, ValueError, UnicodeError: as werkzeug's decoder finds it, or more than MAX_FIELD_BYTES.
+    """
+    from werkzeug.exceptions import RequestEntityTooLarge
+    from werkzeug.sansio.multipart import Data, Epilogue, Field, File, MultipartDecoder, NeedData
+
+    match = _FORM.match(body)
+    # What waits in the decoder is a piece, and the head of a part that is not whole yet.
+    limit = _PIECE_BYTES + MAX_FIELD_BYTES
+    decoder = MultipartDecoder(match[1] if match else b"", limit, max_parts=MAX_PARTS)
+    files: list[bytes] = []
+    fields: dict[str, str] = {}
+    part: Field | File | None = None
+    content, beside = BytesIO(), 0
+    for piece in _pieces(body):
+        decoder.receive_data(piece)
+        while not isinstance(event := decoder.next_event(), NeedData | Epilogue):
+            if isinstance(event, Field | File):
+                part, content = event, BytesIO()
+            elif isinstance(event, Data):
+                content.write(event.data)
+                if isinstance(part, Field) and (beside := beside + len(event.data)) > MAX_FIELD_BYTES:
+                    raise RequestEntityTooLarge
+                if not event.more_data and isinstance(part, File):
+                    files.append(content.getvalue())
+                elif not event.more_data and part is not None:
+                    fields[part.name or ""] = content.getvalue().decode("utf-8", "replace")
+    return files, fields
+
+
+def _pieces(body: bytes) -> Iterator[bytes | None]:
+    for at in range(0, len(body), _PIECE_BYTES):
+        yield body[at : at + _PIECE_BYTES]
+    yield None  # the end
 
 
 def from_base64(text: Any) -> bytes:
@@ -85,7 +125,7 @@ def from_base64(text: Any) -> bytes:
     if (url := _DATA_URL.match(text)) is not None:
         if not url[1].lower().rstrip().endswith(";base64"):
             raise _refused("it is a data: URL without ;base64, so its bytes are not in base64")
-        text = text[url.end() :]
+        text = unquote(text[url.end() :])
     try:
         data = text.encode("ascii")
     except UnicodeEncodeError as e:
@@ -125,13 +165,3 @@ def _refused(why: str) -> RequestMalformed:
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
-
-
-def _in_memory(
-    total_content_length: int | None,
-    content_type: str | None,
-    filename: str | None,
-    content_length: int | None = None,
-) -> IO[bytes]:
-    # The body is in memory already, and bounded; werkzeug's own would write to a disk that may be read-only.
-    return BytesIO()

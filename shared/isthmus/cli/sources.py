@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,4 +30,6 @@ def onnx_file(model: str, given: InputsGiven, step: Step) -> Iterator[Path]:
             zoo.entry(model).write(path)
         else:
             torch_export.export_named(model, path, shapes=given.shapes, examples=given.examples, free=given.free)
+        # The module and its program hold each other, and weights as large as the file with them.
+        gc.collect()
         yield path

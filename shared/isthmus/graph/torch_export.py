@@ -7,7 +7,6 @@ that torch.export.save wrote (.pt2). Both run code: export only what you trust.
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
 import inspect
 import logging
@@ -120,16 +119,6 @@ def export_named(
 
 
 def _export(
-    spec: str | Callable[[], Any], out: Path, arguments: Callable[[Any, Any], dict[str, Any]], hint: str = ""
-) -> Path:
-    try:
-        return _exported(spec, out, arguments, hint)
-    finally:
-        # The module and its program hold each other, and the weights with them.
-        gc.collect()
-
-
-def _exported(
     spec: str | Callable[[], Any], out: Path, arguments: Callable[[Any, Any], dict[str, Any]], hint: str = ""
 ) -> Path:
     try:

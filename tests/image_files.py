@@ -139,6 +139,40 @@ def webp_of_one_colour(width: int, height: int) -> bytes:
     return b"RIFF" + struct.pack("<I", 12 + len(body)) + b"WEBPVP8L" + struct.pack("<I", len(body)) + body
 
 
+class _Bits:
+    """Bits from the lowest on, as a lossless WebP has them."""
+
+    def __init__(self) -> None:
+        self.value, self.count = 0, 0
+        self.done = bytearray()
+
+    def put(self, *fields: tuple[int, int]) -> None:
+        for value, count in fields:
+            self.value |= value << self.count
+            self.count += count
+        whole = self.count // 8
+        self.done += (self.value & ((1 << 8 * whole) - 1)).to_bytes(whole, "little")
+        self.value, self.count = self.value >> 8 * whole, self.count % 8
+
+
+def webp_of_many_codes(side: int) -> bytes:
+    """A lossless WebP of one colour with a set of prefix codes for each four by four pixels. Source: RFC 9649, 3."""
+    bits, groups = _Bits(), (side // 4) ** 2
+    single = (1, 4)  # a code of the symbol 0
+    # 256 symbols of eight bits each: the lengths' own code has but the length 8.
+    bytewise = [(0, 1), (8, 4), *[(0, 3)] * 11, (1, 3), (1, 1), (3, 3), (254, 8)]
+    bits.put((0x2F, 8), (side - 1, 14), (side - 1, 14), (1, 1), (0, 3))
+    bits.put((0, 2), (1, 1), (0, 3), (0, 1))  # no transform, no cache; an image of groups, 4 x 4, without a cache
+    bits.put(*bytewise, *bytewise, single, single, single)
+    for group in range(groups):
+        bits.put(*((int(f"{byte:08b}"[::-1], 2), 8) for byte in (group & 255, group >> 8)))
+    for _ in range(groups):
+        bits.put(*[single] * 5)
+    body = bytes(bits.done) + bytes((bits.value,))
+    body += b"\0" * (len(body) % 2)
+    return b"RIFF" + struct.pack("<I", 12 + len(body)) + b"WEBPVP8L" + struct.pack("<I", len(body)) + body
+
+
 def jpeg_of_one_scan_of_three(width: int, height: int) -> bytes:
     """A sequential JPEG of three components that ends after the scan of its first."""
     small = io.BytesIO()
@@ -176,6 +210,7 @@ def tiff_of_strips(count: int) -> bytes:
 HOSTILE: dict[str, Callable[[], bytes]] = {
     "GIF beyond its screen": lambda: gif_beyond_its_screen(5000, 5000),
     "WebP of 28 bytes": lambda: webp_of_one_colour(2000, 2000),
+    "WebP of many codes": lambda: webp_of_many_codes(512),
     "JPEG of one scan of three": lambda: jpeg_of_one_scan_of_three(2500, 2500),
     "JPEG with a profile": lambda: jpeg_with_a_profile(200),
     "PNG with texts": lambda: png_with_texts(20),

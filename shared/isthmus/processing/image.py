@@ -35,6 +35,7 @@ from isthmus.processing.image_budget import SHARED, ImageMemory
 from isthmus.processing.image_memory import (
     announced_size,
     check_parts,
+    codes_bytes,
     converting_bytes,
     decoding_bytes,
     finishing_bytes,
@@ -218,6 +219,8 @@ def _opened(
             if needs > memory.limit // 2 and least:
                 factor = max(1, min(announced) // least)
                 needs = estimate(decoding, _reduced(announced, factor), False, turns)
+            # What may be, but hardly ever is, makes a picture wait until it is alone; it refuses none.
+            needs = max(needs, min(needs + codes_bytes(data, kind, announced), memory.limit))
             _hold(held, memory, needs, announced, kind)
             with _refusing(data, kind, max_pixels):
                 image = _open(data, kind, max_pixels)

@@ -25,6 +25,9 @@ _BAND_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N
 _GIF, _WEBP = 2, 14
 """Bytes of a pixel in the readers of whole frames, as measured and a little more: GIF's canvas; libwebp's two canvases
 (RGBA), the frame that it gives, and its own planes of a frame."""
+_WEBP_CODES, _WEBP_CODES_BYTES, _WEBP_CODES_BITS = 65536, 12_500, 20
+"""Sets of prefix codes in a lossless WebP: at most so many, one for each four by four pixels, each of so many bytes in
+libwebp, and of no fewer bits in the file. How many there are, only decoding tells. Source: RFC 9649, 3.7.2."""
 _TIFF_LONGS = (1, 2, 6, 7)
 _TIFF_STRIPS = (273, 279, 324, 325)
 _TIFF_STRIP_BYTES, _TIFF_VALUE_BYTES = 400, 100
@@ -103,6 +106,14 @@ def frame_bytes(kind: str, size: tuple[int, int]) -> int:
     width, height = size
     mode, each = ("P", _GIF) if kind == "image/gif" else ("RGBA", _WEBP)
     return stored_bytes(mode, width, height) + height * (each * width + _ROW)
+
+
+def codes_bytes(data: bytes, kind: str, size: tuple[int, int]) -> int:
+    """What the tables of prefix codes in a WebP may take at most, hardly ever do, and no header tells."""
+    if kind != "image/webp" or not (b"VP8L" in data or b"ALPH" in data):
+        return 0
+    blocks = -(-size[0] // 4) * -(-size[1] // 4)
+    return _WEBP_CODES_BYTES * min(_WEBP_CODES, blocks, 8 * len(data) // _WEBP_CODES_BITS)
 
 
 def converting_bytes(size: tuple[int, int], *, makes_rgb: bool, turns: bool) -> int:

@@ -228,6 +228,20 @@ def test_retries_end_with_the_budget_that_all_calls_share(
             assert len(seen) == tries
 
 
+def test_a_hop_that_is_closed_is_tried_no_more(hop_to: Callable[..., HttpHop]) -> None:
+    hops_made: list[HttpHop] = []
+
+    def closes(c: socket.socket) -> None:
+        c.recv(2**16)
+        hops_made[0].close()
+        c.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n")
+
+    with raw_server(closes) as url:
+        hops_made.append(hop_to(url))
+        with pytest.raises(HopUnavailable, match="503"):
+            hops_made[0].call(FRAME, context())
+
+
 def test_a_retry_budget_comes_back_with_time_and_success() -> None:
     now = [0.0]
     budget = RetryBudget(burst=2, per_second=0.5, per_success=0.5, clock=lambda: now[0])

@@ -131,7 +131,8 @@ class HttpHop:
         return reply
 
     def close(self) -> None:
-        """Close the connections that wait for the next call."""
+        """Close the connections that wait for the next call; calls under way try no more."""
+        self._outage.is_waited_for = False
         self._connections.close()
 
     def _once(self, body: Sequence[bytes | memoryview], context: Context) -> Reply:
@@ -225,6 +226,7 @@ class _Outage:
 
     def __init__(self) -> None:
         self._began = self._latest = -math.inf
+        self.is_waited_for = True
 
     def note(self, max_s: float) -> bool:
         """Note a call that did not reach the function; whether the outage is younger than `max_s` seconds."""
@@ -250,7 +252,7 @@ class _Retries:
 
     def pause(self, error: Exception) -> float | Literal[False]:
         """Seconds to wait before the next try; False where the error stands."""
-        if not isinstance(error, HopUnavailable | HopBusy):
+        if not isinstance(error, HopUnavailable | HopBusy) or not self._outage.is_waited_for:
             return False
         # A broken connection or 429 may have cost the function work; nothing else of these has reached it.
         reached = isinstance(error, HopBusy) or isinstance(error.__cause__, BrokenOff)

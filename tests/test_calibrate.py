@@ -218,8 +218,8 @@ def test_a_bundle_that_was_not_calibrated_says_how(photos: Published) -> None:
         ("wrong-shape", "does not fit the model"),
         ("wrong-dtype", "does not fit the model"),
         ("wrong-name", "does not fit the model"),
-        ("objects", "holds no arrays"),
-        ("torn", "holds no arrays"),
+        ("objects", "cannot be read as a .npy or .npz file"),
+        ("torn", "cannot be read as a .npy or .npz file"),
     ],
 )
 def test_data_that_does_not_fit_is_refused(photos: Published, tmp_path: Path, data: str, said: str) -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import io
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from isthmus import array_files
 from isthmus.bundle import Bundle, TensorSpec
-from isthmus.dtypes import restored
 from isthmus.errors import CalibrationError, RequestError, ShapeMismatch
 from isthmus.processing.media import looks_like_image
 from isthmus.runners import Array, check_tensors
@@ -188,12 +187,11 @@ class Arrays:
 
 def _load(path: Path, specs: tuple[TensorSpec, ...]) -> dict[str, Array]:
     try:
-        with path.open("rb") as file:
-            loaded = _read(file, path)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
-        raise CalibrationError(f"{path} holds no arrays: {e}", file=str(path)) from e
-    if isinstance(loaded, dict):
-        return loaded
+        loaded = array_files.read(path)
+    except ValueError as e:
+        raise CalibrationError(f"{e}", file=str(path)) from e
+    if isinstance(loaded, Mapping):
+        return dict(loaded)
     if len(specs) != 1:
         raise CalibrationError(
             f"{path} holds one array, and the model takes {', '.join(s.name for s in specs)}",
@@ -201,13 +199,6 @@ def _load(path: Path, specs: tuple[TensorSpec, ...]) -> dict[str, Array]:
             hint="write them to one .npz file under those names",
         )
     return {specs[0].name: loaded}
-
-
-def _read(file: BinaryIO, path: Path) -> Array | dict[str, Array]:
-    loaded = np.load(file, allow_pickle=False)
-    if path.suffix == ".npz":
-        return {name: restored(loaded[name]) for name in loaded.files}
-    return restored(loaded)
 
 
 def _kind(path: Path) -> str:

@@ -117,9 +117,9 @@ def _tensors(
 ) -> None:
     if not model:
         raise RequestMalformed("tensors need --model NAME or NAME:VERSION")
-    from isthmus.cli.tensors import read_tensor
+    from isthmus.cli.tensors import read_tensors
 
-    arrays = dict(read_tensor(entry) for entry in tensors)
+    arrays = read_tensors(tensors)
     if local:
         from isthmus.cli.here import Here
 

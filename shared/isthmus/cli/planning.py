@@ -13,7 +13,7 @@ from isthmus.cli.console import Step, registry_settings
 from isthmus.cli.functions import Places
 from isthmus.cli.photos import read_photo, sample_photos
 from isthmus.cli.publishing import Publication, version_of
-from isthmus.cli.tensors import read_tensor
+from isthmus.cli.tensors import read_tensors
 from isthmus.codecs import TRANSFORM_ID
 from isthmus.errors import Missing, ModelError, RequestMalformed
 from isthmus.local.link_process import link_to
@@ -133,7 +133,7 @@ def read_examples(bundle: Bundle, photos: Sequence[Path], tensors: Sequence[str]
     if photos and tensors:
         raise RequestMalformed("give --input or --tensor, not both")
     if tensors:
-        return "tensors", from_arrays(bundle, [dict(read_tensor(entry) for entry in tensors)])
+        return "tensors", from_arrays(bundle, [read_tensors(tensors)])
     if not photos and bundle.preprocess is not None:
         with contextlib.suppress(ModelError):  # the sample photos are not installed
             photos = sample_photos()

@@ -7,14 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
-from zipfile import BadZipFile
 
 import numpy as np
 import typer
 
+from isthmus import array_files
 from isthmus.bundle import TensorSpec
 from isthmus.cli.files import named_file
-from isthmus.dtypes import restored
 from isthmus.errors import ModelError
 
 BindOption = Annotated[
@@ -72,7 +71,11 @@ def read_inputs(shapes: Sequence[str] | None, examples: Sequence[Path] | None) -
         ModelError: an entry is not of its form, a file cannot be read, or a free dimension has no size.
     """
     arrays = read_examples(examples)
-    given = dict(map(_read_shape, shapes or []))
+    given: dict[str, tuple[tuple[str, int | None], ...]] = {}
+    for name, dims in map(_read_shape, shapes or []):
+        if name in given:
+            raise ModelError(f"--shape gives {name} twice", input=name)
+        given[name] = dims
     sizes: dict[str, int] = {}
     for name, dims in given.items():
         shape = arrays[name].shape if name in arrays else tuple(size for _, size in dims)
@@ -118,25 +121,25 @@ def _read_shape(entry: str) -> tuple[str, tuple[tuple[str, int | None], ...]]:
     return name, dims
 
 
-def read_examples(given: Sequence[Path] | None) -> Mapping[str, np.ndarray[Any, Any]]:
+def read_examples(given: Sequence[Path] | None) -> Mapping[str, array_files.Array]:
     """The arrays of .npz files and of `NAME=FILE.npy` entries.
 
     Raises:
-        ModelError: a file cannot be read as such.
+        ModelError: a file cannot be read as such, or two give one name.
     """
-    found: dict[str, np.ndarray[Any, Any]] = {}
+    found: dict[str, array_files.Array] = {}
     for entry in map(str, given or []):
         # A file is a file, whatever its name holds.
         name, file = ("", entry) if Path(entry).is_file() else named_file(entry)
         try:
-            # numpy leaves a broken file open that it opened itself.
-            with open(file, "rb") as opened:
-                loaded = np.load(opened, allow_pickle=False)
-                if name:
-                    found[name] = restored(loaded)
-                else:
-                    with loaded:
-                        found.update({key: restored(loaded[key]) for key in loaded.files})
-        except (OSError, ValueError, AttributeError, TypeError, EOFError, BadZipFile) as e:
-            raise ModelError(f"--example is {entry!r}; it is an .npz file, or NAME=FILE.npy: {e}") from e
+            loaded = array_files.read_one(Path(file)) if name else array_files.read(Path(file))
+        except ValueError as e:
+            raise ModelError(f"{e}", hint="--example is an .npz file, or NAME=FILE.npy") from e
+        if isinstance(loaded, np.ndarray):
+            if not name:
+                raise ModelError(f"{file} holds one array, without a name", hint=f"--example NAME={file}")
+            loaded = {name: loaded}
+        if again := sorted(found.keys() & loaded.keys()):
+            raise ModelError(f"--example gives {', '.join(again)} twice", input=again[0])
+        found.update(loaded)
     return found

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from zipfile import BadZipFile
 
-import numpy as np
-
+from isthmus.array_files import read_one
 from isthmus.bundle import Bundle
 from isthmus.cli.files import named_file
 from isthmus.cli.photos import read_photo
 from isthmus.client import Array
-from isthmus.dtypes import DTYPES, restored
 from isthmus.errors import RequestMalformed
 from isthmus.planner.planning.examples import from_arrays, from_photos, random_examples
 from isthmus.runners import check_tensors
@@ -31,7 +28,7 @@ def read_inputs(bundle: Bundle, photo: Path | None, tensors: Sequence[str]) -> t
     if photo is not None:
         name, made = "photo", from_photos(bundle, [read_photo(photo)])
     elif tensors:
-        name, made = "tensors", from_arrays(bundle, [dict(read_tensor(entry) for entry in tensors)])
+        name, made = "tensors", from_arrays(bundle, [read_tensors(tensors)])
     else:
         name, made = "random", random_examples(bundle, 1)
     check_tensors(bundle.inputs, made[0].arrays)
@@ -39,7 +36,7 @@ def read_inputs(bundle: Bundle, photo: Path | None, tensors: Sequence[str]) -> t
 
 
 def read_tensor(entry: str) -> tuple[str, Array]:
-    """The name and the array of NAME=FILE.npy; two bytes a value without a type, as numpy writes bfloat16, are that.
+    """The name and the array of NAME=FILE.npy.
 
     Raises:
         RequestMalformed: another form, or a file that cannot be read.
@@ -48,19 +45,20 @@ def read_tensor(entry: str) -> tuple[str, Array]:
     if not name:
         raise RequestMalformed(f"--tensor is {entry!r}; it is NAME=FILE.npy")
     try:
-        # numpy leaves a broken file open that it opened itself.
-        with open(file, "rb") as opened:
-            loaded = np.load(opened, allow_pickle=False)
-    except (OSError, ValueError, EOFError, BadZipFile) as e:
-        raise RequestMalformed(f"{file} cannot be read as a .npy file: {e}") from e
-    if not isinstance(loaded, np.ndarray):
-        loaded.close()
-        raise RequestMalformed(f"{file} holds several arrays; --tensor takes a .npy file of one", option="--tensor")
-    array: Array = restored(loaded)
-    if array.dtype.newbyteorder("<") not in DTYPES.values():
-        raise RequestMalformed(
-            f"{file} holds {array.dtype}; a tensor is one of {', '.join(DTYPES)}",
-            option="--tensor",
-            hint="bfloat16 is what numpy writes of ml_dtypes.bfloat16: two bytes a value",
-        )
-    return name, array
+        return name, read_one(Path(file))
+    except ValueError as e:
+        raise RequestMalformed(f"{e}", option="--tensor") from e
+
+
+def read_tensors(entries: Sequence[str]) -> dict[str, Array]:
+    """The arrays of NAME=FILE.npy entries, by name.
+
+    Raises:
+        RequestMalformed: as `read_tensor`, or two of one name.
+    """
+    found: dict[str, Array] = {}
+    for name, array in map(read_tensor, entries):
+        if name in found:
+            raise RequestMalformed(f"--tensor gives {name} twice", option="--tensor")
+        found[name] = array
+    return found

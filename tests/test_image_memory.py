@@ -27,6 +27,7 @@ from image_files import (
     jpeg_of_one_scan_of_three,
     jpeg_with_a_profile,
     png_with_texts,
+    tiff_of_strips,
     webp_of_one_colour,
 )
 from isthmus.admission import Slots
@@ -35,7 +36,7 @@ from isthmus.context import Deadline
 from isthmus.errors import Overloaded, RequestTooLarge
 from isthmus.processing.image import decode, preprocess
 from isthmus.processing.image_budget import ImageMemory
-from isthmus.processing.image_memory import MAX_CHUNKS, MAX_MARKERS, MAX_TIFF_VALUES
+from isthmus.processing.image_memory import MAX_CHUNKS, MAX_MARKERS, MAX_TIFF_STRIPS, MAX_TIFF_VALUES
 from patience import LONG_S, until
 from routers import chain as chain
 from routers import local_router
@@ -192,10 +193,11 @@ def test_a_header_that_announces_more_than_there_is_memory_is_refused_at_once(da
     [
         (b"\xff\xd8" + b"\xff\xe5\x00\x02" * (MAX_MARKERS + 1) + b"\xff\xd9", MAX_MARKERS),
         (b"\x89PNG\r\n\x1a\n" + chunk(b"vpAg", b"") * (MAX_CHUNKS + 1), MAX_CHUNKS),
-        (b"II*\0\x08\0\0\0" + struct.pack("<HHHII", 1, 273, 4, MAX_TIFF_VALUES + 1, 26), MAX_TIFF_VALUES),
-        (b"MM\0+\0\x08\0\0" + struct.pack(">QQHHQQ", 16, 1, 273, 16, MAX_TIFF_VALUES + 1, 99), MAX_TIFF_VALUES),
+        (b"II*\0\x08\0\0\0" + struct.pack("<HHHII", 1, 320, 4, MAX_TIFF_VALUES + 1, 26), MAX_TIFF_VALUES),
+        (b"MM\0+\0\x08\0\0" + struct.pack(">QQHHQQ", 16, 1, 320, 16, MAX_TIFF_VALUES + 1, 99), MAX_TIFF_VALUES),
+        (tiff_of_strips(MAX_TIFF_STRIPS + 1), MAX_TIFF_STRIPS),
     ],
-    ids=["JPEG", "PNG", "TIFF", "BigTIFF"],
+    ids=["JPEG", "PNG", "TIFF", "BigTIFF", "strips"],
 )
 def test_a_file_of_too_many_parts_is_refused(data: bytes, limit: int) -> None:
     with pytest.raises(RequestTooLarge, match="parts") as e:

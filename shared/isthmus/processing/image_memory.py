@@ -14,8 +14,9 @@ from PIL import ImageFile, JpegImagePlugin, TiffImagePlugin
 
 from isthmus.errors import RequestTooLarge
 
-MAX_MARKERS, MAX_CHUNKS, MAX_TIFF_VALUES = 4096, 2**16, 2**20
-"""Segments of a JPEG, chunks of a PNG, values of one TIFF tag: Pillow keeps a Python object for each."""
+MAX_MARKERS, MAX_CHUNKS, MAX_TIFF_VALUES, MAX_TIFF_STRIPS = 4096, 2**16, 2**20, 2**16
+"""Segments of a JPEG, chunks of a PNG, values of one TIFF tag, its strips or tiles: Pillow keeps a Python object for
+each, and of a million strips it makes tuples for two seconds."""
 _FIXED = 12 * 2**20
 """Beside the pixels: the decoder's tables and windows, a strip of rows on its way to RGB, an arena's last block."""
 _ROW = 16
@@ -47,6 +48,13 @@ def check_parts(data: bytes, kind: str) -> None:
     walk = {"image/jpeg": _jpeg_markers, "image/png": _png_chunks, "image/tiff": _tiff_values}.get(kind)
     if walk is None:
         return
+    strips = max((n for tag, n, _ in _tiff_tags(data) if tag in _TIFF_STRIPS), default=0) if kind == "image/tiff" else 0
+    if strips > MAX_TIFF_STRIPS:
+        raise RequestTooLarge(
+            f"a TIFF in {strips} parts, strips or tiles; at most {MAX_TIFF_STRIPS} are read",
+            limit=MAX_TIFF_STRIPS,
+            parts=strips,
+        )
     limit = {"image/jpeg": MAX_MARKERS, "image/png": MAX_CHUNKS, "image/tiff": MAX_TIFF_VALUES}[kind]
     if (count := walk(data, limit)) > limit:
         raise RequestTooLarge(f"a file of more than {limit} parts ({kind})", limit=limit, parts=count)

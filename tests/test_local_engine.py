@@ -26,6 +26,7 @@ import urllib3
 from isthmus.errors import LocalError
 from isthmus.local import Engine, Event, supervisor
 from isthmus.local.credentials import PASSWORD_FILE
+from isthmus.local.replica import s3_keys
 from local_stack import STACK, http, login_header, system, write_stack
 from patience import LONG_S, eventually
 
@@ -96,6 +97,16 @@ def test_a_function_gets_its_own_environment_and_not_the_engines(
     assert "PYTEST_VERSION" not in facts["env"]
     assert facts["cwd"].startswith(str(root / ".isthmus" / "build"))
     assert (Path(facts["cwd"]) / "function" / "common" / "words.py").is_file()
+
+
+def test_a_function_finds_the_s3_keys_where_commands_do(engine: Engine) -> None:
+    env = http("GET", f"{engine.url}/function/echo/facts/x").json()["env"]
+    files = {"AWS_CONFIG_FILE": "config", "AWS_SHARED_CREDENTIALS_FILE": "credentials"}
+    for name, file in files.items():
+        assert env[name] == os.environ.get(name, str(Path.home() / ".aws" / file))
+    keys = {"AWS_ACCESS_KEY_ID": "K", "AWS_SECRET_ACCESS_KEY": "S", "AWS_CONFIG_FILE": "/c"}
+    assert s3_keys({**keys, "PYTHONPATH": "/p"}).items() >= keys.items()
+    assert s3_keys({**keys, "PYTHONPATH": "/p"}).keys() == keys.keys() | files.keys()
 
 
 def test_nobody_else_can_put_code_where_a_function_looks_for_it(engine: Engine) -> None:

@@ -150,6 +150,7 @@ def test_functions_of_the_engine_get_the_s3_server_of_the_commands(monkeypatch: 
     "text",
     [
         *("s3:/bucket", "s3:bucket", "s3:///bucket", "s3//bucket/p", "S3:/b", "s3:", "s3:\\\\b", "http://minio:9000/b"),
+        *("s3://..", "s3://./p", "s3://.b", "s3://-b", "~nobody-of-that-name/r"),
         *("file:///srv", "gs://b", "s3://b cket", "s3://b/a b", "s3://b/../c", "", " ", "/srv\n/x", "s3://b\n"),
     ],
 )
@@ -163,6 +164,14 @@ def test_a_text_that_is_no_address_is_never_taken_for_a_folder(text: str, tmp_pa
 @pytest.mark.parametrize("text", ["models", "/srv/models", "./a:b", "a/b:c", "s3", "s3/b", "../r", "ä ö"])
 def test_a_folder_is_any_path_without_a_scheme(text: str) -> None:
     assert parse_address(text).folder == text
+
+
+def test_a_tilde_is_the_users_home_as_in_a_shell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for text, folder in (("~", "home"), ("~/r", "home/r")):
+        assert parse_address(text).folder == str(tmp_path / folder)
+        assert variables(text)["ISTHMUS_REGISTRY"] == str(tmp_path / folder)
+    assert parse_address("./~").folder == "./~"
 
 
 def test_an_address_in_s3_has_a_bucket_and_a_prefix_without_slashes() -> None:

@@ -115,6 +115,9 @@ def test_those_who_wait_for_the_registry_hold_no_slot_of_others(
             assert router.test_client().post("/", data=photo()).status_code == 200
             assert tail.test_client().post("/", data=framed(photos)).status_code == 200
             assert router.test_client().get("/v2/models/photos/ready").status_code == 200
+            assert router.test_client().get("/v2/models/photos").json["versions"] == ["1"]
+            # The version that a known name means is known by its number, too.
+            assert router.test_client().post("/?model=photos:1", data=photo()).status_code == 200
         registry.gate.set()
         assert [answer.result(LONG_S).status_code for answer in waiting] == [404] * 3
     assert in_flight(router) == in_flight(tail) == 0

@@ -25,6 +25,8 @@ from isthmus.local.stack import FunctionSpec
 from isthmus.local.watchdog import Watchdog
 
 _PASSED_ON = ("PATH", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "SSL_CERT_FILE")
+_OF_BOTO3 = "AWS_"
+"""What boto3's variables start with: the functions find the S3 keys where commands do."""
 OF_THE_IMAGE = {
     "PYTHONUNBUFFERED": "1",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
@@ -102,6 +104,7 @@ class Replica:
                 # Not the folder for temporary files, where any user may put a .local of packages, which Python imports.
                 "HOME": str(self.deployment.folder.parent),
                 "PYTHONUSERBASE": site.getuserbase(),
+                **s3_keys(os.environ),
                 **OF_THE_IMAGE,
                 **self.deployment.environment,
                 "upstream_url": self.url,
@@ -174,6 +177,15 @@ class Replica:
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def s3_keys(environ: Mapping[str, str]) -> dict[str, str]:
+    """boto3's variables among these, and where its files are, which a function's HOME would not tell."""
+    files = {"AWS_CONFIG_FILE": "config", "AWS_SHARED_CREDENTIALS_FILE": "credentials"}
+    found = dict[str, str]()
+    with contextlib.suppress(RuntimeError):  # a user without a home
+        found = {name: str(Path.home() / ".aws" / file) for name, file in files.items()}
+    return found | {name: text for name, text in environ.items() if name.startswith(_OF_BOTO3)}
 
 
 def _free_port() -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from isthmus.errors import RegistryError, SettingsError
@@ -15,8 +16,8 @@ from isthmus.registry.blobs import check_key
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _NEARLY_S3 = re.compile(r"s3(//|\\)", re.IGNORECASE)
-# What boto3 takes for a bucket's name, access points' ARNs aside; other servers allow more than AWS.
-_BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")
+# What boto3 takes for a bucket's name, access points' ARNs and `..` aside; other servers allow more than AWS.
+_BUCKET = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}")
 # A host label: the region becomes part of AWS's host name, and of each signature.
 _REGION = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)")
 
@@ -33,7 +34,8 @@ class Address:
 def parse_address(text: str) -> Address:
     """The address that the setting `registry` holds.
 
-    A folder whose name contains a colon before its first slash is written with `./`.
+    `~` is the user's home, which a shell leaves to us in `--registry=~/models`. A folder whose name starts with `~`, or
+    contains a colon before its first slash, is written with `./`.
 
     Raises:
         SettingsError: neither a folder's path nor s3://BUCKET/PREFIX. A user or password in it is not repeated.
@@ -48,7 +50,10 @@ def parse_address(text: str) -> Address:
     if scheme is None:
         if _NEARLY_S3.match(text):
             raise _refused(text, "an address in S3 starts with s3://")
-        return Address(folder=text)
+        try:
+            return Address(folder=str(Path(text).expanduser()) if text.startswith("~") else text)
+        except RuntimeError as e:
+            raise _refused(text, "there is no user of that name; ./~… is a folder here") from e
     if scheme[1].lower() != "s3":
         raise _refused(text, "a server other than AWS is named by the setting s3_endpoint")
     rest = text[scheme.end() :]

@@ -9,12 +9,20 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from isthmus.bundle import Blob, Bundle
 from isthmus.context import Deadline
-from isthmus.errors import CalibrationError, DeadlineExceeded, IsthmusError, ModelError, PlanError, RegistryError
+from isthmus.errors import (
+    CalibrationError,
+    DeadlineExceeded,
+    IsthmusError,
+    ModelError,
+    Overloaded,
+    PlanError,
+    RegistryError,
+)
 from isthmus.processing.classify import parse_labels
 from isthmus.registry import Registry
 from isthmus.registry.lookups import Lookups
@@ -107,7 +115,7 @@ class Models:
         try:
             key = ("versions", model.name)
             return self._lookups.find(key, lambda: [v.version for v in self._registry.versions(model.name)], until)
-        except (RegistryError, DeadlineExceeded) as e:
+        except (RegistryError, DeadlineExceeded, Overloaded) as e:
             self._stays(model.name, e)
             return [model.version]
 
@@ -143,8 +151,11 @@ class Models:
             None if labels is None else self._labels(labels),
         )
         self._prepare(model)
+        kept = _Kept(model, time.monotonic() + self._refresh_s)
         with self._lock:
-            self._kept[reference] = _Kept(model, time.monotonic() + self._refresh_s)
+            # A number always means the same version: whoever asks for it need not wait for the registry.
+            self._kept.setdefault(f"{model.name}:{model.version}", replace(kept, refreshing=threading.Lock()))
+            self._kept[reference] = kept
             self._kept.move_to_end(reference)
             while len(self._kept) > MAX_KEPT:
                 self._kept.popitem(last=False)

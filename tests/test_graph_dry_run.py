@@ -149,6 +149,18 @@ def unknown_to_inference(path: Path, declared: list[int | str]) -> Path:
     )
 
 
+def test_a_model_with_a_number_among_its_inputs_runs_at_second_sizes(tmp_path: Path) -> None:
+    path = save(
+        tmp_path / "m.onnx",
+        [node("Mul", ["x", "scale"], ["a"]), node("Neg", ["a"], ["y"])],
+        [value("x", FLOAT, ["n", 4]), value("scale", FLOAT, [])],
+        [value("y", FLOAT, [1, 4])],
+    )
+    bundle, _ = build(path, "m", tmp_path / "out")
+    assert shape_of(bundle, "y") == ("n", 4)
+    assert "dry_run" not in bundle.source
+
+
 def test_a_declared_size_that_holds_for_every_size_tried_is_kept_and_the_others_are_free(tmp_path: Path) -> None:
     bundle, _ = build(unknown_to_inference(tmp_path / "a.onnx", [1, 4]), "a", tmp_path / "a")
     assert shape_of(bundle, "y") == ("?", 4)

@@ -114,6 +114,26 @@ def test_a_factory_that_fails_and_inputs_without_names_are_told(tmp_path: Path) 
     assert "a parameter with a name" in error["hint"]
 
 
+@pytest.mark.parametrize("code", ["sys.exit()", "def make(): sys.exit(0)", "def make(): return Ends()"])
+def test_a_models_code_that_exits_does_not_end_the_command(
+    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = "class Ends(torch.nn.Module):\n    def forward(self, x): sys.exit(0)\n"
+    (tmp_path / "exits.py").write_text(f"import sys, torch\n{ends}{code}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "exits", raising=False)
+    error = refused("exits:make", "--shape", "x=1x8", "--registry", tmp_path / "registry")
+    monkeypatch.delitem(sys.modules, "exits", raising=False)
+    assert error["error"].startswith("exits:make called sys.exit(")
+
+
+def test_a_module_that_fails_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "fails.py").write_text("raise RuntimeError('no weights here')\n")
+    monkeypatch.chdir(tmp_path)
+    error = refused("fails:make", "--registry", tmp_path / "registry")
+    assert (error["error"], error["hint"]) == ("fails raised RuntimeError: no weights here", "")
+
+
 def test_names_that_forward_does_not_have_are_refused_with_those_it_has(tmp_path: Path) -> None:
     error = refused(f"{__name__}:Apart", "--shape", "x=1x8", "--registry", tmp_path)
     assert "has no input x; its forward takes a, b" in error["error"]

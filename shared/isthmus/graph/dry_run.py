@@ -406,7 +406,7 @@ def _resized(array: Array, shape: Sequence[int]) -> Array:
             array = np.zeros((*array.shape[:axis], size, *array.shape[axis + 1 :]), array.dtype)
         elif array.shape[axis] != size:
             array = np.take(array, np.arange(size) % array.shape[axis], axis)
-    return np.ascontiguousarray(array)
+    return np.asarray(array, order="C")  # ascontiguousarray would give a number an axis
 
 
 def _noise(arrays: Mapping[str, Array], seed: int) -> dict[str, Array]:

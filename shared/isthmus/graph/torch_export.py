@@ -143,6 +143,15 @@ def _export(
                 value.const_value = None
         except ModelError:
             raise
+        except SystemExit as e:
+            # The model's own code called sys.exit; subclasses are how a command ends on a signal.
+            if type(e) is not SystemExit:
+                raise
+            raise ModelError(
+                f"{_name(spec)} called sys.exit({'' if e.code is None else e.code}) instead of giving a model",
+                spec=_name(spec),
+                hint="keep what a script does on its own below: if __name__ == '__main__'",
+            ) from e
         # An export runs the model's own code, which may raise anything.
         except Exception as e:
             raise ModelError(
@@ -265,12 +274,16 @@ def _model(spec: str | Callable[[], Any], torch: Any) -> Any:
     module, _, factory = spec.partition(":")
     try:
         found = getattr(importlib.import_module(module), factory)
-    except (ImportError, AttributeError, ValueError) as e:
+    # TypeError: a name that starts with a dot.
+    except (ImportError, AttributeError, ValueError, TypeError) as e:
         raise ModelError(
             f"there is no model factory {spec}: {e}",
             spec=spec,
             hint="give package.module:factory, importable from here, or a .pt2 file",
         ) from e
+    # The module is the user's code, as the factory is.
+    except Exception as e:
+        raise ModelError(f"{module} raised {_reason(e)}", spec=spec) from e
     try:
         model = found()
     # The factory is the user's code, which may raise anything.

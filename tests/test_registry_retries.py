@@ -12,7 +12,6 @@ from fake_bundles import Fake, make_bundle, weights_here
 from fake_s3 import QUICK, FakeS3, Request, Response, error, serving
 from isthmus.errors import Corrupt, RegistryUnavailable
 from isthmus.registry import FolderStore, Patience, Registry, SegmentCache
-from isthmus.registry.patience import RetryBudget
 
 BIG = (17 * 2**20, 9 * 2**20, 100)
 """26 MB: two parts up, four ranges back."""
@@ -154,10 +153,3 @@ def test_a_folder_that_fails_in_passing_is_tried_again_step_by_step(
     monkeypatch.setattr(FolderStore, "_place", fail_once)
     registry = Registry(FolderStore(tmp_path / "r", QUICK), QUICK)
     assert registry.publish(fake.bundle, fake.files).version == "1"
-
-
-def test_a_retry_budget_grows_with_what_succeeds() -> None:
-    budget = RetryBudget(2)
-    assert [budget.take() for _ in range(3)] == [True, True, False]
-    budget.give()
-    assert [budget.take() for _ in range(2)] == [True, False]

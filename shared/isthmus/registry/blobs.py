@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from isthmus.errors import Corrupt, Missing, RegistryError
-from isthmus.registry.patience import RetryBudget
+from isthmus.retries import RetryBudget
 
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}")
 """What file systems take for a name; S3 takes more."""

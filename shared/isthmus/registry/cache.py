@@ -12,11 +12,12 @@ from pathlib import Path
 from isthmus.bundle import Blob, Bundle, Segment, WeightTensor, digest_of
 from isthmus.errors import CacheFull, RegistryError, SettingsError
 from isthmus.registry.content import Bundles, blob_key, corrupt
-from isthmus.registry.patience import RetryBudget, in_parallel
+from isthmus.registry.patience import in_parallel
 from isthmus.registry.registry import Registry
 from isthmus.registry.source import Located, Progress
 from isthmus.registry.space import Space
 from isthmus.registry.weights import READ_BYTES, Batch, WeightsFile, batches, disk_bytes, parts, write_whole
+from isthmus.retries import RetryBudget
 
 _RECORD_BYTES = 32 * 2**20
 _SLACK_BYTES = 2**16

@@ -13,8 +13,9 @@ from typing import BinaryIO, TypeVar
 from isthmus.errors import Denied, RegistryUnavailable
 from isthmus.registry.blobs import check_key, check_range, ended_early, missing_blob, missing_registry, too_long
 from isthmus.registry.file_calls import FileCalls
-from isthmus.registry.patience import Patience, RetryBudget
+from isthmus.registry.patience import Patience
 from isthmus.registry.staging import Staging
+from isthmus.retries import RetryBudget
 
 _STAGING = ".staging"
 _SLOWEST = 2**20

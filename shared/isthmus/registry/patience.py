@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -11,37 +10,13 @@ from typing import TypeVar
 import stamina
 
 from isthmus.errors import Corrupt, RegistryUnavailable
-from isthmus.retries import backoff
+from isthmus.retries import RetryBudget, backoff
 
 WIDTH = 4
 """Reads or writes under way at once: enough to hide a round trip, few enough for a small edge node."""
 
 T = TypeVar("T")
 S = TypeVar("S")
-
-
-class RetryBudget:
-    """Retries that all steps of one sequence share: `retries` to begin with, one more for each step that succeeded.
-
-    A store that refuses a tenth of the requests never uses it up; one that refuses most of them ends the sequence after
-    a few steps, where each step alone might take its full number of tries. Safe to use from several threads.
-    """
-
-    def __init__(self, retries: int) -> None:
-        self._left, self._lock = retries, threading.Lock()
-
-    def take(self) -> bool:
-        """Whether one more retry may be made."""
-        with self._lock:
-            if self._left <= 0:
-                return False
-            self._left -= 1
-            return True
-
-    def give(self) -> None:
-        """Count a step that succeeded."""
-        with self._lock:
-            self._left += 1
 
 
 @dataclass(frozen=True)
@@ -57,8 +32,12 @@ class Patience:
         return max(0.05, self.timeout_s / (max(1, self.attempts) + 1))
 
     def budget(self) -> RetryBudget:
-        """The retry budget of a sequence: at first as many as its steps under way at once may take."""
-        return RetryBudget(WIDTH * max(1, self.attempts - 1))
+        """The retry budget of a sequence: as many as its steps under way at once may take, and one for each success.
+
+        A store that refuses a tenth of the requests never uses it up; one that refuses most of them ends the sequence
+        after a few steps, where each step alone might take its full number of tries.
+        """
+        return RetryBudget(burst=WIDTH * max(1, self.attempts - 1), per_second=0.0, per_success=1.0)
 
     def __call__(self, action: Callable[[], T], budget: RetryBudget | None = None) -> T:
         """`action`'s result; a faulty transfer or a registry that does not answer is tried again, nothing else.
@@ -78,7 +57,7 @@ class Patience:
         caller = stamina.RetryingCaller(attempts=max(1, self.attempts), timeout=self.timeout_s)
         result = caller(again, action)
         if budget is not None:
-            budget.give()
+            budget.succeeded()
         return result
 
 

@@ -13,8 +13,9 @@ from isthmus.errors import Corrupt, Missing, RegistryError
 from isthmus.registry.blobs import BlobStore
 from isthmus.registry.content import Bundles, blob_key, check_weights, corrupt, read_manifest
 from isthmus.registry.documents import Documents
-from isthmus.registry.patience import Patience, RetryBudget, in_parallel
+from isthmus.registry.patience import Patience, in_parallel
 from isthmus.registry.upload import Upload
+from isthmus.retries import RetryBudget
 
 PROD = "prod"
 """The alias that a bare model name means. A model's first version gets it."""

@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 
 from isthmus.errors import Denied, RegistryError, RegistryUnavailable, SettingsError
 from isthmus.registry.blobs import check_key, check_range, ended_early, missing_blob, missing_registry, too_long
-from isthmus.registry.patience import WIDTH, Patience, RetryBudget, in_parallel
+from isthmus.registry.patience import WIDTH, Patience, in_parallel
+from isthmus.retries import RetryBudget
 from isthmus.settings import is_secret
 
 _PART_BYTES = 16 * 2**20

@@ -9,7 +9,8 @@ from pathlib import Path
 from isthmus.errors import Corrupt, Missing
 from isthmus.registry.blobs import BlobStore
 from isthmus.registry.content import blob_key, corrupt, file_digest
-from isthmus.registry.patience import Patience, RetryBudget
+from isthmus.registry.patience import Patience
+from isthmus.retries import RetryBudget
 
 _READ_BYTES = 8 * 2**20
 

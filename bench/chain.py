@@ -27,9 +27,9 @@ from report import STATE, Report, arguments, at_least, at_most
 from tcp_chain import Peer
 from timing import Stages, medians, note
 
-from isthmus.connections import Connections
 from isthmus.context import Deadline
 from isthmus.graph import build
+from isthmus.http_pool import ConnectionPool
 from isthmus.registry import open_registry
 from isthmus.settings import RegistrySettings
 
@@ -91,14 +91,14 @@ class Caller:
     """Kept-alive connections, with as little client as there is: what is measured is what it asks."""
 
     def __init__(self, url: str) -> None:
-        self._connections = Connections(url, connect_timeout_s=5.0)
+        self._pool = ConnectionPool(url, connect_timeout_s=5.0)
 
     def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> tuple[int, Mapping[str, str], bytes]:
-        """The answer's status, headers (names in lower case) and body."""
-        answer = self._connections.post(
-            [body], headers, Deadline.after(60.0), most=2**30, most_of_an_error=2**16, path=path
+        """The response's status, headers (names in lower case) and body."""
+        response = self._pool.post(
+            [body], headers, Deadline.after(60.0), max_bytes=2**30, max_error_bytes=2**16, path=path
         )
-        return answer.status, answer.headers, bytes(answer.body)
+        return response.status, response.headers, bytes(response.body)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import http.client
 import itertools
 import json
 import logging
@@ -15,7 +16,9 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -25,7 +28,8 @@ from werkzeug.serving import make_server
 
 from isthmus import frame as frames
 from isthmus import hop as hops
-from isthmus import sockets
+from isthmus import http_pool, sockets
+from isthmus.client import Client
 from isthmus.context import Context, Deadline, parse_duration
 from isthmus.errors import (
     HopBusy,
@@ -480,7 +484,23 @@ def dripping(c: socket.socket) -> None:
         c.sendall(b"x")
 
 
-@pytest.mark.parametrize("behave", [silent, dripping])
+def dripping_head(c: socket.socket) -> None:
+    c.recv(65536)
+    c.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+    for _ in range(int(10 * MUCH_LATER_S)):
+        time.sleep(0.1)
+        c.sendall(b"x")
+
+
+def dripping_chunks(c: socket.socket) -> None:
+    c.recv(65536)
+    c.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+    for _ in range(int(10 * MUCH_LATER_S)):
+        time.sleep(0.1)
+        c.sendall(b"1\r\nx\r\n")
+
+
+@pytest.mark.parametrize("behave", [silent, dripping, dripping_head, dripping_chunks])
 def test_no_answer_outlasts_the_deadline(
     hop_to: Callable[..., HttpHop], behave: Callable[[socket.socket], None]
 ) -> None:
@@ -530,6 +550,18 @@ def test_a_frame_that_nobody_takes_is_given_up_at_the_deadline(hop_to: Callable[
         with pytest.raises(HopTimeout):
             hop_to(url).call(LARGE, context(0.4))
         assert time.monotonic() - start < MUCH_LATER_S / 2
+
+
+def test_a_refusal_that_comes_while_a_large_frame_is_sent_is_read(hop_to: Callable[..., HttpHop]) -> None:
+    refused = doc("RequestTooLarge")
+
+    def refuse(c: socket.socket) -> None:
+        c.recv(2**10)
+        c.sendall(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: %d\r\n\r\n" % len(refused) + refused)
+
+    with raw_server(refuse) as url, pytest.raises(HopRejected, match="it said so") as e:
+        hop_to(url, attempts=1).call(LARGE, context())
+    assert e.value.facts["status"] == 413
 
 
 def test_no_pause_outlasts_the_deadline(hop_to: Callable[..., HttpHop]) -> None:
@@ -597,6 +629,72 @@ def test_a_connection_is_kept_and_replaced_once_the_other_end_has_closed_it(hop_
             assert hop.call(FRAME, context()).frame.segment == "..1"
             time.sleep(0.02)
     assert len(connections) == 3
+
+
+def test_only_so_many_connections_wait_for_the_next_call(
+    hop_to: Callable[..., HttpHop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_pool, "MAX_IDLE", 2)
+    ports, together = set(), threading.Barrier(4)
+
+    class Echo(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        wbufsize = -1
+
+        def do_POST(self) -> None:
+            ports.add(self.client_address)
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            together.wait(LONG_S)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Echo) as made:
+        made.daemon_threads = False  # closing waits for them
+        serving = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.02})
+        serving.start()
+        try:
+            hop = hop_to(f"http://127.0.0.1:{made.server_port}/", attempts=1)
+            with ThreadPoolExecutor(4) as threads:
+                for connections in (4, 6):
+                    replies = list(threads.map(lambda _: hop.call(FRAME, context()), range(4)))
+                    assert [reply.frame.segment for reply in replies] == ["..1"] * 4
+                    assert len(ports) == connections
+            hop.close()
+        finally:
+            made.shutdown()
+            serving.join()
+
+
+def test_calls_take_no_proxy_from_the_environment(
+    hop_to: Callable[..., HttpHop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1/")
+    with server([ECHO]) as (url, _):
+        assert hop_to(url, attempts=1).call(FRAME, context()).frame.segment == "..1"
+
+
+def test_a_line_break_in_a_name_or_a_header_adds_no_header_to_a_request() -> None:
+    heads: list[bytes] = []
+
+    def note(c: socket.socket) -> None:
+        heads.append(c.recv(2**16))
+        c.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+
+    with raw_server(note) as url:
+        client = Client(url, timeout_s=LONG_S)
+        with pytest.raises(HopRejected):
+            client.infer({}, model="a b\r\nX-Evil: 1\r\n\u00e9")
+        for value in ("1\r\nX-Evil: 1", "1\n X-Evil: 1", "1\rX-Evil: 1"):
+            with pytest.raises(ValueError, match="line break"):
+                client.post("/", [b"x"], {"X-Call-Id": value}, {})
+    (head,) = heads
+    assert head.startswith(b"POST /v2/models/a%20b%0D%0AX-Evil:%201%0D%0A%C3%A9/infer HTTP/1.1\r\n")
 
 
 def test_the_error_of_a_hop_is_read_no_further_than_its_bound(hop_to: Callable[..., HttpHop]) -> None:
@@ -667,9 +765,17 @@ def test_an_answer_may_come_in_chunks_or_end_with_its_connection(hop_to: Callabl
         b"HTTP/1.1 200 OK\r\nX: " + b"x" * 2**17,
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\nab",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nab",
+        b"HTTP/1.1 200 OK\r\nno header\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200 + b"\r\n",
+        b"HTTP/1.1 200 OK\r\n" + (b"X: " + b"x" * 2**15 + b"\r\n") * 50 + b"\r\n",
+        b"HTTP/1.1 100 Continue\r\n\r\n" * 2**14,
+        b"HTTP/1.1 101 Switching Protocols\r\n\r\n",
+        b"HTTP/2 200\r\n\r\n",
         b"",
     ],
-    ids=["not-http", "endless-header", "bad-chunk", "half-chunk", "nothing"],
+    ids=lambda answer: repr(answer[:60]),
 )
 def test_what_is_no_http_is_a_hop_that_broke_off(hop_to: Callable[..., HttpHop], answer: bytes) -> None:
     def say(c: socket.socket) -> None:
@@ -700,7 +806,8 @@ def test_an_answer_does_not_wait_for_the_garbage_collector(hop_to: Callable[...,
             kept = weakref.ref(reply.frame.tensors["x"])
             del reply
             assert kept() is None
-            assert not [o for o in gc.get_objects() if type(o).__name__ in ("Reader", "_Message")]
+            for kind in (http_pool._DeadlineSocket, http.client.HTTPResponse, http.client.HTTPConnection):
+                assert not [o for o in gc.get_objects() if isinstance(o, kind)]
         finally:
             gc.enable()
 

@@ -10,17 +10,16 @@ from urllib.parse import urlencode
 
 import numpy as np
 
-from isthmus import answers
 from isthmus.bundle import TensorSpec
 from isthmus.codecs.raw import RAW
-from isthmus.connections import Connections, Unreachable
 from isthmus.context import Deadline
 from isthmus.errors import HTTP_STATUS, HopRejected, HopTimeout, HopUnavailable, IsthmusError
 from isthmus.frame import DTYPES
+from isthmus.http_pool import BrokenOff, ConnectionPool, Response, ResponseTooLong, Unreachable
 from isthmus.serving import oip
 from isthmus.serving.oip_tensor import datatype_of, from_binary, shape_of
 
-MAX_ANSWER_BYTES = 2**30
+MAX_RESPONSE_BYTES = 2**30
 _CONNECT_TIMEOUT_S = 5.0
 Array = np.ndarray[Any, np.dtype[Any]]
 _DTYPE = {datatype_of(dtype): dtype for dtype in DTYPES}
@@ -44,7 +43,7 @@ class Client:
     def __init__(self, url: str, *, timeout_s: float = 30.0) -> None:
         self.url = url.rstrip("/")
         self._timeout_s = timeout_s
-        self._connections = Connections(self.url, connect_timeout_s=min(_CONNECT_TIMEOUT_S, timeout_s))
+        self._pool = ConnectionPool(self.url, connect_timeout_s=min(_CONNECT_TIMEOUT_S, timeout_s))
 
     def photo(self, data: bytes, *, model: str = "", top_k: int | None = None) -> dict[str, Any]:
         """The router's answer to a photo: classes, route and timings.
@@ -92,20 +91,20 @@ class Client:
 
     def post(
         self, path: str, body: Sequence[bytes | memoryview], headers: Mapping[str, str], fields: Mapping[str, str]
-    ) -> answers.Answer:
-        """The answer to a POST of `body`, in parts, on `path` below the URL with the query `fields`.
+    ) -> Response:
+        """The response to a POST of `body`, in parts, on `path` below the URL with the query `fields`.
 
         Raises:
-            HopTimeout, HopUnavailable, HopRejected: no answer; and what the function answered, as `error_of` reads it.
+            HopTimeout, HopUnavailable, HopRejected: no response; else the function's own error, as `error_of` reads it.
         """
         try:
-            response = self._connections.post(
+            response = self._pool.post(
                 body,
                 {"X-Timeout": f"{int(self._timeout_s * 1000)}ms", **headers},
                 # The router answers by itself when its time is over; a little later nobody does.
                 Deadline.after(self._timeout_s + 1.0),
-                most=MAX_ANSWER_BYTES,
-                most_of_an_error=MAX_ANSWER_BYTES,
+                max_bytes=MAX_RESPONSE_BYTES,
+                max_error_bytes=MAX_RESPONSE_BYTES,
                 path=path,
                 query=urlencode(fields),
             )
@@ -117,16 +116,16 @@ class Client:
                 hop=self.url,
                 hint="start the functions on this machine with `isthmus up`, or name another router with --url",
             ) from e
-        except answers.BrokenOff as e:
+        except BrokenOff as e:
             raise HopUnavailable(f"{self.url} broke off: {e}", hop=self.url) from e
-        except answers.AnswerTooLong as e:
-            raise HopRejected(f"{self.url} answered with more than {MAX_ANSWER_BYTES} bytes", hop=self.url) from e
+        except ResponseTooLong as e:
+            raise HopRejected(f"{self.url} answered with more than {MAX_RESPONSE_BYTES} bytes", hop=self.url) from e
         if response.status != 200:
             raise error_of(self.url, response)
         return response
 
 
-def error_of(url: str, response: answers.Answer) -> IsthmusError:
+def error_of(url: str, response: Response) -> IsthmusError:
     """The router's JSON error as the exception that it was there; anything else as a refusal of the hop."""
     try:
         doc = json.loads(response.body)

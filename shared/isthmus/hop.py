@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol
 import stamina
 
 from isthmus import frame as frames
-from isthmus.answers import Answer, AnswerTooLong, BrokenOff
-from isthmus.connections import Connections, Unreachable
 from isthmus.context import Context
 from isthmus.errors import HopBusy, HopRejected, HopTimeout, HopUnavailable, IsthmusError, ShapeMismatch, ValueRefused
 from isthmus.frame import Frame
+from isthmus.http_pool import BrokenOff, ConnectionPool, Response, ResponseTooLong, Unreachable
 from isthmus.retries import RetryBudget, backoff, jittered
 from isthmus.server_timing import retry_after_seconds, stage_seconds
 
@@ -28,7 +27,7 @@ if TYPE_CHECKING:  # a router whose hops are all remote never loads onnxruntime
     from isthmus.runners.store import SegmentStore
 
 MAX_ERROR_BYTES = 2**16
-"""What is read of an answer other than 200; a hop's own errors are far shorter."""
+"""Bound on the body of a response other than 200; a hop's own errors are far shorter."""
 _BY_THE_GRAPH = {c.__name__: c for c in (ShapeMismatch, ValueRefused)}
 """A segment function's errors that the caller of the router made."""
 MAX_OUTAGE_S = 60.0
@@ -113,7 +112,7 @@ class HttpHop:
     def __init__(self, url: str, *, attempts: int, connect_timeout_s: float, max_reply_bytes: int) -> None:
         self.name = url
         self.whole_until = 0.0
-        self._connections = Connections(url, connect_timeout_s=connect_timeout_s)
+        self._pool = ConnectionPool(url, connect_timeout_s=connect_timeout_s)
         self._attempts = max(1, attempts)
         self._max_reply_bytes = max_reply_bytes
         self._budget = RetryBudget(burst=_RETRY_BURST, per_second=_RETRIES_PER_S, per_success=_RETRIES_PER_SUCCESS)
@@ -133,22 +132,22 @@ class HttpHop:
     def close(self) -> None:
         """Close the connections that wait for the next call; calls under way try no more."""
         self._outage.is_waited_for = False
-        self._connections.close()
+        self._pool.close()
 
     def _once(self, body: Sequence[bytes | memoryview], context: Context) -> Reply:
         if context.deadline.remaining() <= 0:
             raise HopTimeout(f"the deadline passed before {self.name} could be called", hop=self.name)
         try:
-            answer = self._connections.post(
+            response = self._pool.post(
                 body,
                 {"Content-Type": frames.CONTENT_TYPE, **context.to_headers()},
                 context.deadline,
-                most=self._max_reply_bytes,
-                most_of_an_error=MAX_ERROR_BYTES,
+                max_bytes=self._max_reply_bytes,
+                max_error_bytes=MAX_ERROR_BYTES,
             )
         except Unreachable as e:
             raise HopUnavailable(f"{self.name} cannot be reached: {e}", hop=self.name) from e
-        except AnswerTooLong as e:
+        except ResponseTooLong as e:
             raise HopRejected(
                 f"{self.name} answered with more than {self._max_reply_bytes} bytes", hop=self.name, status=200
             ) from e
@@ -156,24 +155,24 @@ class HttpHop:
             raise HopTimeout(f"{self.name} did not answer within the deadline", hop=self.name) from e
         except BrokenOff as e:
             raise HopUnavailable(f"{self.name} broke off: {e}", hop=self.name) from e
-        if answer.status != 200:
-            self._refuse(answer)
+        if response.status != 200:
+            self._refuse(response)
         try:
-            reply = frames.decode(answer.body, max_bytes=self._max_reply_bytes)
+            reply = frames.decode(response.body, max_bytes=self._max_reply_bytes)
         except IsthmusError as e:
             raise HopRejected(
                 f"{self.name} answered with something that is no frame: {e}", hop=self.name, status=200
             ) from e
-        run_s = stage_seconds(answer.headers.get("server-timing", ""), "run")
-        return Reply(reply, run_s, sum(map(len, body)), len(answer.body))
+        run_s = stage_seconds(response.headers.get("server-timing", ""), "run")
+        return Reply(reply, run_s, sum(map(len, body)), len(response.body))
 
-    def _refuse(self, answer: Answer) -> NoReturn:
+    def _refuse(self, response: Response) -> NoReturn:
         """Raise what a status other than 200 means. Source: docs/hops.md, from OpenFaaS's sources."""
-        status, internal = answer.status, answer.headers.get("x-openfaas-internal", "")
-        error = _error_document(answer.body)
-        said = str(error.get("error") or answer.body[:200].decode("utf-8", "replace")).strip()[:1000] or "no body"
+        status, internal = response.status, response.headers.get("x-openfaas-internal", "")
+        error = _error_document(response.body)
+        said = str(error.get("error") or response.body[:200].decode("utf-8", "replace")).strip()[:1000] or "no body"
         facts: dict[str, Any] = {"hop": self.name, "status": status, "error": error}
-        after = retry_after_seconds(answer.headers.get("retry-after", ""))
+        after = retry_after_seconds(response.headers.get("retry-after", ""))
         message = f"{self.name} answered {status}: {said}"
         if status == 429:
             raise HopBusy(message, retry_after_s=after, **facts)

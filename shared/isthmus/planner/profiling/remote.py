@@ -14,12 +14,12 @@ import numpy as np
 import stamina
 
 from isthmus import frame as frames
-from isthmus.answers import Answer
 from isthmus.client import Client
 from isthmus.codecs.speed import CodecSpeed
 from isthmus.device import Device, from_document
 from isthmus.errors import HopRejected, HopUnavailable, NotReady, Overloaded, ProfileMalformed, SettingsError
 from isthmus.frame import Frame
+from isthmus.http_pool import Response
 from isthmus.retries import backoff
 from isthmus.server_timing import stage_seconds
 from isthmus.settings import is_secret
@@ -112,17 +112,17 @@ class ProfiledFunction:
         """
         start = time.perf_counter()
         body = frames.encode_parts(Frame({"echo": np.zeros(sent_bytes, np.uint8)}))
-        answer = self._post("/profile/echo", body, {"bytes": str(answer_bytes)})
-        frames.decode(answer.body, max_bytes=2 * answer_bytes + 2**20)
+        response = self._post("/profile/echo", body, {"bytes": str(answer_bytes)})
+        frames.decode(response.body, max_bytes=2 * answer_bytes + 2**20)
         total_s = time.perf_counter() - start
-        return Call(total_s, stage_seconds(answer.headers.get("server-timing", ""), "total"))
+        return Call(total_s, stage_seconds(response.headers.get("server-timing", ""), "total"))
 
     def _document(
         self, body: Sequence[bytes | memoryview], fields: Mapping[str, str], read: Callable[[Mapping[str, Any]], T]
     ) -> T:
-        answer = self._post("/profile", body, fields)
+        response = self._post("/profile", body, fields)
         try:
-            return read(json.loads(answer.body))
+            return read(json.loads(response.body))
         except (ValueError, KeyError, TypeError, AttributeError, zlib.error, RecursionError) as e:
             raise ProfileMalformed(
                 f"{self.url}/profile answered with no measurement: {type(e).__name__}: {str(e)[:200]}",
@@ -130,7 +130,7 @@ class ProfiledFunction:
                 hint="give the URL of a segment function, such as edge-head or cloud-tail, not the router's",
             ) from e
 
-    def _post(self, path: str, body: Sequence[bytes | memoryview], fields: Mapping[str, str]) -> Answer:
+    def _post(self, path: str, body: Sequence[bytes | memoryview], fields: Mapping[str, str]) -> Response:
         # A segment that takes longer to load than the function's deadline is there at a later try.
         pauses = backoff(1.0, 10.0)
         for attempt in stamina.retry_context(
@@ -140,7 +140,7 @@ class ProfiledFunction:
                 return self._once(path, body, fields)
         raise AssertionError("unreachable: the last attempt raises")
 
-    def _once(self, path: str, body: Sequence[bytes | memoryview], fields: Mapping[str, str]) -> Answer:
+    def _once(self, path: str, body: Sequence[bytes | memoryview], fields: Mapping[str, str]) -> Response:
         try:
             return self._client.post(path, body, self._headers, dict(fields))
         except HopUnavailable as e:

@@ -33,10 +33,9 @@ from isthmus.serving import create_segment_app
 from patience import LONG_S
 
 ALWAYS, NEVER = math.inf, 1e-9
-REFINED, WHOLE = "transform/4", "sparse/2"
+CALIBRATED, PLAIN = "transform/4", "sparse/2"
 COARSE, FINE = 0.2, 0.4
 FINER = (0.4, 0.6, 0.8)
-"""A third of the step each."""
 Wsgi = Callable[..., Any]
 
 
@@ -135,7 +134,7 @@ def photos(known: Known) -> Published:
 
 @pytest.fixture(scope="module")
 def new_tail(photos: Published, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Wsgi]:
-    """A function that has just started: it keeps nothing yet."""
+    """A function that has just started."""
     return lambda: create_segment_app(segment_settings(photos, tmp_path_factory.mktemp("tail")))
 
 
@@ -171,18 +170,6 @@ def remote() -> Iterator[Callable[[str], HttpHop]]:
         hop.close()
 
 
-@pytest.fixture
-def restarts(new_tail: Callable[[], Wsgi], tail: Gate) -> Iterator[Callable[[Gate, dict[str, Any]], None]]:
-    """The call comes to a function that has just started."""
-    before = tail.app
-
-    def act(gate: Gate, environ: dict[str, Any]) -> None:
-        gate.app = new_tail()
-
-    yield act
-    tail.app = before
-
-
 def looks(margin: float, *qualities: float) -> Looks:
     return Looks(tuple(Look(q, margin) for q in qualities or (FINE,)), Measure(TOP1, "logits").margin)
 
@@ -193,7 +180,7 @@ def split(
     wanted: Looks,
     cuts: tuple[str, ...] = ("6",),
     qualities: Mapping[str, float] = {"p6": COARSE},
-    codec: str = REFINED,
+    codec: str = CALIBRATED,
 ) -> Route:
     """A route through `cuts`, those of its tensors packed at these qualities, with closer looks."""
     route = plan_route(known.published.digest, known.published.bundle, hops, cuts)
@@ -210,11 +197,6 @@ def context(seconds: float = LONG_S) -> Context:
 
 def same_bits(one: Result, other: Result) -> bool:
     return all(array.tobytes() == other.outputs[name].tobytes() for name, array in one.outputs.items())
-
-
-def alike(one: Result, other: Result) -> bool:
-    """But for how sums round, and for values that lie in the middle of two steps."""
-    return all(np.allclose(array, other.outputs[name], atol=1e-4) for name, array in one.outputs.items())
 
 
 def once(route: Route, inputs: Mapping[str, Array], quality: float = 0.0) -> Result:

@@ -1,4 +1,4 @@
-"""What closer looks send in calibration: what refines the quality before, or all of it, look by look."""
+"""What closer looks cost in calibration: the whole frame of each transmission, look by look."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ from isthmus.calibration.rows import Form, Rows, learn_rows
 from isthmus.calibration.running import runs_here
 from isthmus.calibration.scoring import judge_by, score
 from isthmus.calibration.sending import FINER_BY, Trial, finer_than, trials
-from isthmus.codecs import Packed, find, pack
-from isthmus.codecs.layers import Basis, Held, follow, layered, trail_of
+from isthmus.codecs import Packed, pack
 from isthmus.codecs.planes import Layout
 from isthmus.codecs.steps import THIRD, step_of
 from isthmus.frame import Frame, encode
@@ -68,69 +67,41 @@ def crossed(seed: int = 99) -> dict[str, Array]:
     return {"maps": maps(seed), "tokens": tokens(seed), "mask": np.ones((1, 9), np.float32), "ids": ids}
 
 
-class Shelf(dict[bytes, Held]):
-    """Where a hop keeps what may be refined."""
-
-    def keep(self, held: Held) -> None:
-        self[held.key] = held
-
-    def find(self, key: bytes) -> Held | None:
-        return self.get(key)
-
-
-def unpacked(packed: Packed, basis: Basis) -> Array:
-    """As the hop does it that keeps what it was sent."""
-    dtype = np.dtype(packed.dtype)
-    return find(packed.codec).decode(memoryview(packed.payload), dtype, packed.shape, basis)
-
-
 def tried_at(qualities: list[float], tables: Mapping[str, object]) -> list[Trial]:
     return trials(AT, [*(Choice("transform/4", q) for q in qualities), Choice("int8/1")], tables)
 
 
-def frame_of(trial: Trial, arrays: Mapping[str, Array], **refined: Packed) -> int:
-    """Bytes of the frame of a closer look, these tensors in it refined."""
-    packed = {n: p for n, a in arrays.items() if isinstance(p := pack(a, trial.packings[n]), Packed)} | refined
+def frame_of(trial: Trial, arrays: Mapping[str, Array]) -> int:
+    """Bytes of the frame of a closer look."""
+    packed = {n: p for n, a in arrays.items() if isinstance(p := pack(a, trial.packings[n]), Packed)}
     rest = {name: array for name, array in arrays.items() if name not in packed}
     return len(encode(Frame(rest, "sha256:" + "0" * 64, trial.segment, "0" * 36, packed)))
 
 
-def test_a_closer_look_costs_the_refinement_of_what_can_be_refined_and_the_rest_whole(
+def test_a_closer_look_costs_the_whole_frame_and_the_first_transmission_its_payloads(
     tables: Mapping[str, object],
 ) -> None:
-    first, second, other = tried_at([0.3, 0.5], tables)
-    assert (set(first.coarser), set(second.coarser), set(other.coarser)) == (set(), {"maps", "tokens"}, set())
     arrays = crossed()
-    sent = second.send(arrays)
-    coarse = pack(arrays["maps"], layered(first.packings["maps"]))
-    assert isinstance(coarse, Packed)
-    made, _ = follow(trail_of(coarse, "", "maps"), second.packings["maps"])
-    whole = {name: pack(array, second.packings[name]).nbytes for name, array in arrays.items()}
-    assert sent.cost.bytes == sum(whole.values())
-    assert sent.closer.bytes == frame_of(second, arrays, maps=made)
-    assert made.nbytes < whole["maps"]
-    basis = Basis(tables["maps"], Shelf(), "", "maps")
-    assert np.array_equal(unpacked(coarse, basis), first.send(arrays).tensors["maps"])
-    assert np.array_equal(unpacked(made, basis), sent.tensors["maps"])
-    assert sent.tensors["ids"].tolist() == arrays["ids"].tolist()
-    for trial in (first, other):
-        assert trial.send(arrays).closer.bytes == frame_of(trial, arrays)
+    for trial in tried_at([0.3, 0.5], tables):
+        sent = trial.send(arrays)
+        whole = {name: pack(array, trial.packings[name]).nbytes for name, array in arrays.items()}
+        assert sent.cost.bytes == sum(whole.values())
+        assert sent.frame_bytes == frame_of(trial, arrays) > sent.cost.bytes
+        assert sent.tensors["ids"].tolist() == arrays["ids"].tolist()
 
 
 @pytest.mark.parametrize("value", [np.nan, 3e38, 1e6])
-def test_what_was_not_packed_coarsely_takes_a_closer_look_whole(value: float, tables: Mapping[str, object]) -> None:
-    *_, second = tried_at([0.3, 0.5], tables)[:2]
+def test_a_tensor_that_falls_back_to_raw_counts_raw_in_the_frame(value: float, tables: Mapping[str, object]) -> None:
+    (trial, *_) = tried_at([0.5], tables)
     arrays = crossed()
     arrays["maps"] = arrays["maps"] + np.float32(value)
-    sent = second.send(arrays)
+    sent = trial.send(arrays)
     assert sent.fell_back
-    assert sent.closer.bytes == frame_of(second, arrays) > sent.cost.bytes > arrays["maps"].nbytes
+    assert sent.frame_bytes == frame_of(trial, arrays) > sent.cost.bytes > arrays["maps"].nbytes
     assert np.array_equal(sent.tensors["maps"], arrays["maps"], equal_nan=True)
 
 
-def test_only_a_fixed_factor_finer_is_a_closer_look(tables: Mapping[str, object]) -> None:
-    made = tried_at([0.3, 0.45, 0.6], tables)
-    assert not any(trial.coarser for trial in made)
+def test_only_a_fixed_factor_finer_is_a_closer_look() -> None:
     others = [Choice("sparse/2", 0.5), Choice("transform/4", 0.4), Choice("transform/4", 0.5), RAW]
     assert finer_than(Choice("transform/4", 0.3), others) == Choice("transform/4", 0.5)
     assert finer_than(Choice("transform/4", 0.35), others) is None
@@ -171,16 +142,10 @@ def test_a_chains_tally_is_that_of_sending_look_by_look_by_hand(photos: Publishe
         for n, example in enumerate(examples):
             crossed, early = at.before(run, example.arrays)
             expected = at.after(run, crossed, early)
-            array = crossed["p6"]
-            packed = pack(array, layered(by_quality[choice.quality].packings["p6"]))
-            assert isinstance(packed, Packed)
-            trail = trail_of(packed, photos.digest, "p6")
-            basis = Basis(table, Shelf(), photos.digest, "p6")
-            arrived = unpacked(packed, basis)
-            assert np.array_equal(arrived, by_quality[choice.quality].send(crossed).tensors["p6"])
+            arrived = by_quality[choice.quality].send(crossed)
             first = alone[choice.quality]
-            size, pack_s, unpack_s = packed.nbytes, first.pack_s[n], first.unpack_s[n]
-            answer = at.after(run, {"p6": arrived}, early)
+            size, pack_s, unpack_s = arrived.cost.bytes, first.pack_s[n], first.unpack_s[n]
+            answer = at.after(run, arrived.tensors, early)
             clear = margin_of(answer["logits"])
             changed = int(answer["logits"].argmax()) != int(expected["logits"].argmax())
             moved = abs(margin_of(expected["logits"]) - (-clear if changed else clear))
@@ -189,11 +154,10 @@ def test_a_chains_tally_is_that_of_sending_look_by_look_by_hand(photos: Publishe
                 if margin_of(answer["logits"]) >= look.margin:
                     break
                 took[i] += 1
-                packed, trail = follow(trail, by_quality[look.quality].packings["p6"])
-                size += len(encode(Frame({}, photos.digest, "6..", "0" * 36, {"p6": packed})))
-                answer = at.after(run, {"p6": unpacked(packed, basis)}, early)
-                pack_s += alone[look.quality].closer_pack_s[n]
-                unpack_s += alone[look.quality].closer_unpack_s[n]
+                size += frame_of(by_quality[look.quality], crossed)
+                answer = at.after(run, by_quality[look.quality].send(crossed).tensors, early)
+                pack_s += alone[look.quality].pack_s[n]
+                unpack_s += alone[look.quality].unpack_s[n]
             assert (tally.same[n], tally.errors[n]) == judge(example, expected, answer)
             assert (tally.pack_s[n], tally.unpack_s[n]) == (pack_s, unpack_s)
             assert tally.bytes[n] == size

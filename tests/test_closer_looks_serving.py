@@ -28,12 +28,11 @@ from isthmus.serving.guard import Guard, Sample
 from isthmus.serving.metrics import Metrics
 from patience import LONG_S
 from plans import candidate, plan_for
-from served_looks import COARSE, FINE, REFINED, WHOLE, Gate, answers, looks, refuses, slowly
+from served_looks import CALIBRATED, COARSE, FINE, PLAIN, Gate, answers, looks, refuses, slowly
 from served_looks import head as head
 from served_looks import known as known
 from served_looks import new_tail as new_tail
 from served_looks import photos as photos
-from served_looks import restarts as restarts
 from served_looks import tail as tail
 from served_looks import tail_of_all as tail_of_all
 from test_guard import Echo
@@ -135,21 +134,6 @@ def test_tensors_that_closer_looks_send_more_of_count_once(router: Routers, tail
     assert sent[0] > sent[1]
 
 
-def test_a_hop_that_had_forgotten_is_counted_and_is_no_error_of_it(router: Routers, tail: Gate, restarts: Any) -> None:
-    client = router(LOOKS)
-    expected = ask(client).json["classes"]
-    assert counted(client, "looks_forgotten") == 0
-    tail.then(answers, restarts)
-    found = ask(client).json
-    assert (found["classes"], found["route"]["looks"], tail.calls) == (expected, 2, 4)
-    tail.then()
-    assert ask(client).json["classes"] == expected
-    assert tail.calls == 3
-    assert counted(client, "looks_forgotten") == 1
-    assert outcomes(client) == {"last": 3}
-    assert not [name for name, _ in metrics(client) if name == "isthmus_hop_errors_total"]
-
-
 def test_answers_are_those_of_the_quality_that_answered(router: Routers) -> None:
     once = [router(f"transform/4@{quality}") for quality in (0.2, 0.4, 0.6)]
     looking = router("transform/4@0.2+0.4:60+0.6:20")
@@ -169,7 +153,7 @@ def test_a_plans_closer_looks_are_taken_and_codec_raw_switches_them_off(
     photos: Published, tail: Gate, tmp_path: Path
 ) -> None:
     looked = plans_of.CloserLooks("logits", (Look(FINE, 900.0), Look(0.6, 900.0)), (0.5, 0.25))
-    codecs = {"p6": plans_of.Coding(REFINED, COARSE)}
+    codecs = {"p6": plans_of.Coding(CALIBRATED, COARSE)}
     chosen = candidate("split-6-t", "split", cuts=("6",), codecs=codecs, looks=looked)
     version = publish_plan(photos.registry, photos.bundle, {}, plan_for(photos.bundle, chosen))
     hops = ("local", tail.url)
@@ -180,7 +164,7 @@ def test_a_plans_closer_looks_are_taken_and_codec_raw_switches_them_off(
 
     found = answer()
     assert (found["plan"], found["looks"], found["looks_ended"]) == ("split-6-t", 2, "last")
-    assert [s["codecs"] for s in found["segments"][1:]] == [{"p6": "layers/2"}] * 3
+    assert [s["codecs"] for s in found["segments"][1:]] == [{"p6": CALIBRATED}] * 3
     raw = answer(codec="raw")
     assert "looks" not in raw
     assert ["codecs" in s for s in raw["segments"]] == [False, False]
@@ -201,11 +185,6 @@ def test_a_setting_that_is_no_closer_look_stops_the_start(photos: Published, tmp
     with pytest.raises(SettingsError, match=r"the setting codec: .*quality") as e:
         create_router_app(router_settings(photos, tmp_path, ("local",), codec=codec))
     assert e.value.facts["variable"] == "codec"
-
-
-def test_nobody_chooses_what_closer_looks_travel_as(photos: Published, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="no codec of tensors"):
-        create_router_app(router_settings(photos, tmp_path, ("local",), codec="layers/2"))
 
 
 def test_answers_that_are_no_classes_are_refused_and_the_router_says_what_to_do(tmp_path: Path) -> None:
@@ -257,7 +236,7 @@ def test_a_measure_of_what_is_no_output_is_refused_too(photos: Published, head: 
 
 def sample(photos: Published, hop: Any, wanted: Looks | None, answer: Any, step: int = 0) -> Sample:
     whole = photos.bundle.segment("..")
-    packings = ({"x": Packing(WHOLE, COARSE)},)
+    packings = ({"x": Packing(PLAIN, COARSE)},)
     route = Route(photos.digest, photos.bundle, (whole,), (hop,), packings, wanted)
     return Sample(route, photos.inputs, {}, {"logits": answer}, step)
 

@@ -21,15 +21,13 @@ from isthmus.calibration.sending import FINER_BY
 
 
 def tally(rows: list[tuple[bool, int, int, float, float]]) -> Tally:
-    """Of (same, bytes, bytes as a closer look, margin, moved) for each input."""
+    """Of (same, bytes, bytes of the frame, margin, moved) for each input."""
     made = Tally()
-    for n, (same, size, closer, clear, moved) in enumerate(rows):
+    for n, (same, size, frame_bytes, clear, moved) in enumerate(rows):
         made.add(str(n), same, size, 100, 0.0 if same else math.inf)
         made.pack_s.append(size / 2**10)
         made.unpack_s.append(size / 2**11)
-        made.closer.append(closer)
-        made.closer_pack_s.append(closer / 2**12)
-        made.closer_unpack_s.append(closer / 2**13)
+        made.frame_bytes.append(frame_bytes)
         made.margins.append(clear)
         made.moved.append(moved)
     return made
@@ -74,9 +72,9 @@ def test_every_input_takes_the_looks_that_its_answers_ask_for(rows: list[Any]) -
                     break
                 took[i] += 1
                 at, finer = look.quality, alone[look.quality]
-                size += finer.closer[n]
-                pack_s += finer.closer_pack_s[n]
-                unpack_s += finer.closer_unpack_s[n]
+                size += finer.frame_bytes[n]
+                pack_s += finer.pack_s[n]
+                unpack_s += finer.unpack_s[n]
             assert (both.bytes[n], both.pack_s[n], both.unpack_s[n]) == (size, pack_s, unpack_s)
             assert (both.same[n], both.errors[n]) == (alone[at].same[n], alone[at].errors[n])
         assert shares == tuple(count / 6 for count in took)

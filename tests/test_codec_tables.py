@@ -103,7 +103,7 @@ def test_coded_coefficients_take_little_more_than_their_entropy(quality: float) 
     for array in samples[:10]:
         payload = TRANSFORM.encode(array, Packing("transform/4", quality, table))
         coded += len(payload)
-        values, grid = analysed(array, table)
+        values, grid, _ = analysed(array, table)
         assert grid is not None
         gain = int(np.frombuffer(payload[1:2], np.int8)[0])
         whole = rounded(values, step, entropy.room(values.size))[: values.size]
@@ -316,7 +316,7 @@ def test_a_sample_tells_the_gain_of_maps_whose_channels_differ() -> None:
     rng = np.random.default_rng(0)
     table = learn([rng.normal(size=(1, 48, 64, 64)).astype(np.float32) for _ in range(3)], layout=Layout(4, 1))
     array = rng.normal(size=(1, 48, 64, 64)).astype(np.float32) * np.exp(rng.normal(size=(48, 1, 1))).astype(np.float32)
-    values, grid = analysed(array, table)
+    values, grid, _ = analysed(array, table)
     assert grid is not None
     some, per_unit = grid.sampled(0)
     assert per_unit.size < values.size / 8

@@ -247,8 +247,6 @@ BAD: dict[str, tuple[str, bytes, str, tuple[int, ...]]] = {
     "sparse bits too long": ("sparse/2", HEADER.pack(1, 1, 1, 2) + b"\x80\0\x01", "float32", (4,)),
     "sparse nothing, but bytes": ("sparse/2", HEADER.pack(0, 0, 0, 0), "float32", (0,)),
     "transform without a table": ("transform/4", bytes(8), "float32", (4,)),
-    "layers without what they are kept by": ("layers/2", bytes(8), "float32", (4,)),
-    "layers that refine what nobody keeps": ("layers/2", b"\x80" + bytes(24), "float32", (4,)),
     "photo without a recipe": ("photo/1", photo(), "float32", (1, 3, 8, 8)),
 }
 

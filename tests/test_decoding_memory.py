@@ -15,15 +15,13 @@ from bundles import photos as photos
 from isthmus import frame as frames
 from isthmus.calibration.learn import learn
 from isthmus.calibration.rows import Form
-from isthmus.codecs import LAYERS_ID, TRANSFORM_ID, Array, Packed, Packing, find, pack
-from isthmus.codecs.layers import Basis
+from isthmus.codecs import TRANSFORM_ID, Array, Packed, Packing, find, pack
 from isthmus.codecs.planes import Layout
 from isthmus.codecs.rows import RowTable
 from isthmus.codecs.table import Table
 from isthmus.dtypes import DTYPES
 from isthmus.errors import FrameTooLarge, ShapeMismatch
 from isthmus.frame import Frame, Outline
-from isthmus.kept import Kept
 from isthmus.serving import create_segment_app
 from patience import least, peak_of
 from plain_codecs import PLAIN
@@ -83,10 +81,10 @@ def rows() -> RowTable:
 
 @pytest.mark.parametrize("quality", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("codec", [TRANSFORM_ID, LAYERS_ID])
 def test_a_transform_allocates_no_more_than_it_says_the_first_time(
-    codec: str, dtype: str, quality: float, small_planes: Table
+    dtype: str, quality: float, small_planes: Table
 ) -> None:
+    codec = TRANSFORM_ID
     array = np.tile(activations((1, 32, 7, 7), 1)[0], (90, 1, 1, 1)).astype(dtype)
     if quality == 0.3:  # nearly every coefficient is larger than its model expects
         array += np.random.default_rng(1).standard_t(3, size=array.shape).astype(dtype)
@@ -94,8 +92,7 @@ def test_a_transform_allocates_no_more_than_it_says_the_first_time(
     bound = array.nbytes + find(codec).working_bytes(array.dtype, array.shape) + SLACK
 
     def decode() -> None:
-        new = Table.from_arrays(small_planes.to_arrays())
-        table = Basis(new, Kept(0), DIGEST, "x") if codec == LAYERS_ID else new
+        table = Table.from_arrays(small_planes.to_arrays())
         find(codec).decode(memoryview(payload), array.dtype, array.shape, table)
 
     assert least(lambda: peak_of(decode), bound) < bound
@@ -123,7 +120,7 @@ def test_a_few_bytes_that_stand_for_a_large_tensor_are_refused_before_anything_i
     assert least(lambda: peak_of(refuse), 2**20) < 2**20
 
 
-@pytest.mark.parametrize("codec", [*PLAIN, TRANSFORM_ID, LAYERS_ID])
+@pytest.mark.parametrize("codec", [*PLAIN, TRANSFORM_ID])
 def test_the_bound_of_a_frame_holds_for_the_tensor_with_the_memory_that_decoding_takes(codec: str) -> None:
     shape, dtype = (1000,), np.dtype("float32")
     needed = 4000 + find(codec).working_bytes(dtype, shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from isthmus.errors import HTTP_STATUS, FrameError, IsthmusError, NotKept, http_status
+from isthmus.errors import HTTP_STATUS, IsthmusError, http_status
 
 
 def leaves(cls: type[IsthmusError]) -> Iterator[type[IsthmusError]]:
@@ -30,10 +30,3 @@ def test_a_class_without_a_row_answers_as_its_nearest_ancestor() -> None:
 
     assert http_status(Special("x")) == HTTP_STATUS[Special.__mro__[1]]
     assert http_status(IsthmusError("x")) == 500
-
-
-def test_what_is_not_kept_is_a_conflict_and_no_malformed_frame() -> None:
-    error = NotKept("send it whole", tensor="x")
-    assert http_status(error) == 409
-    assert isinstance(error, FrameError)
-    assert error.facts == {"tensor": "x"}

@@ -31,7 +31,6 @@ ABOUT_THE_REQUEST = {
     "ProfilingRefused",
     "FrameTooLarge",
     "FrameMalformed",
-    "NotKept",
     "ShapeMismatch",
     "ValueRefused",
     "Overloaded",

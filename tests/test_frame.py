@@ -117,6 +117,7 @@ BAD = {
     "empty": (b"", "magic"),
     "not a frame": (b"\x93NUMPY\x01\x00" + bytes(64), "magic"),
     "only a preamble short": (MAGIC + bytes(7), "magic"),
+    "version 2": (MAGIC[:7] + b"\x02\x036..\x00\x01\x11\x00\x00\x00\x80" + bytes(16), "version"),
     "version 3": (MAGIC[:7] + b"\x03" + pack(header())[8:], "version"),
     "header cut off": (pack(header())[:100], "truncated"),
     "header unaligned": (pack(json.dumps(header()).encode(), pad=False), "alignment"),
@@ -160,6 +161,13 @@ BAD = {
     "trailing": (pack(header(tensor()), b"\1\1"), "trailing"),
     "trailing without tensors": (pack(header(), b"\0"), "trailing"),
 }
+
+
+def test_a_frame_of_version_2_is_refused_with_what_to_do() -> None:
+    """Earlier routers sent refinements of what a function had kept in such frames."""
+    with pytest.raises(FrameMalformed, match=r"frame version 2, .* update the router") as e:
+        decode(BAD["version 2"][0], max_bytes=BOUND)
+    assert e.value.facts["rule"] == "version"
 
 
 @pytest.mark.parametrize("case", BAD)

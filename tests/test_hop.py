@@ -578,18 +578,6 @@ def test_no_pause_outlasts_the_deadline(hop_to: Callable[..., HttpHop]) -> None:
     assert least(given_up, 0.5) < 0.5
 
 
-def test_a_function_that_has_forgotten_what_is_refined_is_asked_once(hop_to: Callable[..., HttpHop]) -> None:
-    """It says so in its body; whoever refines reads that there, and no other 409 means it."""
-    said = {"error": "send it whole", "type": "NotKept", "facts": {"tensor": "x"}}
-    with server([(409, {"Content-Type": "application/json"}, json.dumps(said).encode())]) as (url, seen):
-        hop = hop_to(url)
-        assert hop.whole_until == 0
-        with pytest.raises(HopRejected, match="send it whole") as e:
-            hop.call(FRAME, context())
-        assert (e.value.facts["status"], e.value.facts["error"]) == (409, said)
-        assert len(seen) == 1
-
-
 def test_a_retry_after_of_nothing_is_tried_again(hop_to: Callable[..., HttpHop]) -> None:
     with server([(503, {"Retry-After": "0"}, b""), ECHO]) as (url, _):
         assert hop_to(url).call(FRAME, context()).frame.segment == "..1"

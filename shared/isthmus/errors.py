@@ -80,12 +80,6 @@ class FrameMalformed(FrameError):
     """Lengths, offsets, names or dtypes disagree."""
 
 
-class NotKept(FrameError):
-    """A tensor refines what this function does not keep, or no longer; facts: `tensor`, if known. Send it whole."""
-
-    hint = "with several replicas, another one may have had it"
-
-
 class CutError(IsthmusError):
     """A cut cannot be made."""
 
@@ -255,7 +249,6 @@ HTTP_STATUS: dict[type[IsthmusError], int] = {
     ProfilingRefused: 403,
     FrameTooLarge: 413,
     FrameMalformed: 400,
-    NotKept: 409,
     UnknownValue: 404,
     UnboundedCut: 400,
     CutError: 400,

@@ -17,10 +17,8 @@ from json.encoder import encode_basestring as _quoted
 from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
-from isthmus import short_frame
-from isthmus.codecs import KNOWN, LAYERS_ID, Array, Packed, Tables, TensorType, find
+from isthmus.codecs import KNOWN, Array, Packed, Tables, TensorType, find
 from isthmus.codecs import RAW as RAW_ID
-from isthmus.codecs.kept_tensors import Keeper
 from isthmus.codecs.raw import RAW
 from isthmus.dtypes import DTYPES as DTYPES
 from isthmus.errors import FrameMalformed, FrameTooLarge
@@ -29,6 +27,8 @@ from isthmus.json_bounds import parsed_bytes
 CONTENT_TYPE = "application/vnd.isthmus.frame"
 MAGIC = b"ISTHMUS\x01"
 """First bytes of every frame; the last one is the format's version."""
+_SHORT_VERSION = 2
+"""Held refinements of tensors that the reader had kept. The number is taken: it will never mean anything else."""
 
 ALIGNMENT = 64
 MAX_HEADER_BYTES = 2**20
@@ -139,8 +139,6 @@ def encode_parts(frame: Frame) -> list[bytes | memoryview]:
         FrameTooLarge: more tensors, a higher rank or a longer header than any reader accepts.
     """
     tensors, bundle, segment, request, packed, _ = frame
-    if packed and not tensors and short_frame.fits(segment, request, packed):
-        return short_frame.encode(segment, request, packed)
     if (count := len(tensors) + len(packed)) > MAX_TENSORS:
         _too_large("tensors", f"{count} tensors; at most {MAX_TENSORS}", limit=MAX_TENSORS)
     parts: list[bytes | memoryview] = [b""]
@@ -167,7 +165,6 @@ def decode(
     *,
     max_bytes: int,
     tables: Tables | None = None,
-    keeper: Keeper | None = None,
     accept: Accept | None = None,
     during: During = _nothing,
 ) -> Frame:
@@ -176,11 +173,9 @@ def decode(
     Shapes: arrays keep the sender's, e.g. hidden (batch, tokens, width). Those that came raw are views of `data`.
     Units: max_bytes bounds the whole frame, and again what its tensors unpack to, with the working memory that decoding
     takes. `accept` is asked before any payload is decoded, `tables` then once for each tensor whose codec was
-    calibrated, and `during` is entered for the time that decoding takes; what they raise passes as it is. `keeper` has
-    what short frames refine.
+    calibrated, and `during` is entered for the time that decoding takes; what they raise passes as it is.
 
     Raises:
-        NotKept: a tensor refines what is not kept.
         FrameTooLarge: a bound was exceeded; nothing was allocated.
         FrameMalformed: a rule of docs/frame.md is broken; `rule` in its facts names it.
     """
@@ -189,8 +184,8 @@ def decode(
     view = memoryview(data).toreadonly()
     if len(view) < _PREAMBLE or view[:7] != MAGIC[:7]:
         _malformed("magic", "the bytes do not start as a frame does")
-    if view[7] == short_frame.MAGIC[7]:
-        return _decode_short(view, max_bytes, tables, keeper, accept, during)
+    if view[7] == _SHORT_VERSION:
+        _malformed("version", "frame version 2, a refinement, which is no longer read: update the router that sent it")
     if view[7] != MAGIC[7]:
         _malformed("version", f"frame version {view[7]}; this reader knows version {MAGIC[7]}")
     header_bytes = int.from_bytes(view[8:_PREAMBLE], "little")
@@ -297,30 +292,6 @@ def _split_request(header: bytes) -> tuple[bytes, str | None]:
     if key and (found := _PLAIN_END.fullmatch(rest)) is not None:
         return before + b'"request":""}', found[1].decode("ascii")
     return header, None
-
-
-def _decode_short(
-    view: memoryview,
-    max_bytes: int,
-    tables: Tables | None,
-    keeper: Keeper | None,
-    accept: Accept | None,
-    during: During,
-) -> Frame:
-    if tables is None or keeper is None:
-        _malformed("table", "a short frame refines what a function keeps, and nothing is kept here")
-    short = short_frame.read(view, keeper)
-    if short.decoded_bytes + short.working_bytes > max_bytes:
-        _too_large("unpacked", f"the tensors take more than {max_bytes} bytes to decode", limit=max_bytes)
-    types = {name: TensorType(held.of.dtype, held.of.shape) for name, (_, held) in short.parts.items()}
-    outline = Outline(short.bundle, short.segment, types, short.decoded_bytes, short.working_bytes)
-    if accept is not None:
-        accept(outline)
-    found = {name: tables(short.bundle, name, LAYERS_ID) for name in types}
-    with during(outline):
-        tensors = short_frame.decode(short, found)
-    codecs = dict.fromkeys(tensors, LAYERS_ID)
-    return Frame(tensors, short.bundle, short.segment, short.request, codecs=codecs)
 
 
 def _long_layout(header: bytes, max_bytes: int) -> _Layout:

@@ -66,9 +66,6 @@ class Hop(Protocol):
         """What errors and timings call it."""
         ...
 
-    whole_until: float
-    """Until when, by `time.monotonic`, no refinement is sent: it had forgotten what it was to keep."""
-
     def call(self, frame: Frame, context: Context) -> Reply:
         """Run the segment that `frame` names on its tensors, within the context's deadline.
 
@@ -90,7 +87,6 @@ class LocalHop:
 
     name = "local"
     packs = False
-    whole_until = math.inf
 
     def __init__(self, store: SegmentStore) -> None:
         self._store = store
@@ -111,7 +107,6 @@ class HttpHop:
 
     def __init__(self, url: str, *, attempts: int, connect_timeout_s: float, max_reply_bytes: int) -> None:
         self.name = url
-        self.whole_until = 0.0
         self._pool = ConnectionPool(url, connect_timeout_s=connect_timeout_s)
         self._attempts = max(1, attempts)
         self._max_reply_bytes = max_reply_bytes

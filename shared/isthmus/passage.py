@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from isthmus.bundle import Segment
 from isthmus.codecs import Packed, Packing, pack
-from isthmus.context import Context
+from isthmus.context import Context, Deadline
 from isthmus.errors import HopRejected, ShapeMismatch
 from isthmus.frame import DTYPES, Frame
 from isthmus.hop import Hop
@@ -59,22 +59,25 @@ class Stage(NamedTuple):
 
 @dataclass
 class Passage:
-    """The values that are known by now, what each call took, and what was sent packed to each segment last."""
+    """The values that are known by now, and what each call took."""
 
     route: Route
     context: Context
     values: dict[str, Array]
     stages: list[Stage] = field(default_factory=list)
-    sent: dict[int, Mapping[str, Packed]] = field(default_factory=dict)
 
     def outputs(self) -> dict[str, Array]:
         """The model's outputs, once all segments have run."""
         return {spec.name: self.values[spec.name] for spec in self.route.bundle.outputs}
 
-    def through(self, start_at: int = 0, prepare: Callable[[], Mapping[str, Packed]] = dict) -> None:
+    def again(self, route: Route, deadline: Deadline) -> Passage:
+        """Another passage along `route` that starts with the same values and no stages."""
+        return Passage(route, replace(self.context, deadline=deadline), dict(self.values))
+
+    def through(self, start_at: int = 0, ready: Mapping[str, Packed] = MappingProxyType({})) -> None:
         """Run the segments from that one on, each with its inputs from the values, which take what it gives.
 
-        `prepare` gives those of the first one's inputs that are packed otherwise than the route says.
+        `ready` are those of the first one's inputs that the caller has encoded.
 
         Raises:
             DeadlineExceeded, HopError: as the segments' hops report.
@@ -85,12 +88,12 @@ class Passage:
                 continue
             context.deadline.check(f"segment {segment.id} ran")
             start = time.perf_counter()
-            ready = prepare() if i == start_at else {}
+            encoded = ready if i == start_at else {}
             taken = {spec.name: values[spec.name] for spec in segment.inputs if spec.name in values}
             weight = sum(array.nbytes for array in taken.values())
             # A photo as it came stands for the input that the hop makes of it.
-            weight += sum(_raw_bytes(tensor) for name, tensor in ready.items() if name not in taken)
-            coded = pack_all(taken, route.packing(i), ready)
+            weight += sum(_raw_bytes(tensor) for name, tensor in encoded.items() if name not in taken)
+            coded = pack_all(taken, route.packing(i), encoded)
             for name in coded:
                 taken.pop(name, None)
             pack_s = time.perf_counter() - start
@@ -98,7 +101,6 @@ class Passage:
             sent = Frame(taken, route.digest, segment.id, context.call_id, coded)
             reply = hop.call(sent, context)
             values.update(_checked(reply.frame, sent, segment, hop))
-            self.sent[i] = coded
             self.stages.append(
                 Stage(
                     segment.id,

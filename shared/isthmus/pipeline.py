@@ -65,6 +65,6 @@ def run(
     ready = packed or {}
     check_tensors(tuple(spec for spec in route.bundle.inputs if spec.name not in ready), inputs)
     passage = Passage(route, context, dict(inputs))
-    passage.through(0, lambda: ready)
+    passage.through(0, ready)
     looked = look_closer(passage, route.looks) if route.looks is not None else None
     return Result(passage.outputs(), tuple(passage.stages), looked)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 from isthmus.bundle import Bundle, Segment
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Looks:
-    """Closer looks, one after the other: where the answer's margin is below a look's, what crosses is sent finer.
+    """Closer looks, one after the other: below a look's margin the boundary tensors are sent again, finer.
 
     `margin_of` reads the margin off the outputs, in nats (`calibration.agreement.margin_of`).
     """
@@ -43,7 +42,7 @@ class Route:
 
     def packing(self, segment: int) -> Mapping[str, Packing]:
         """How the inputs of that segment travel; a hop in this process takes them as they are."""
-        return self._sent[segment] if self.packings and self.hops[segment].packs else {}
+        return self.packings[segment] if self.packings and self.hops[segment].packs else {}
 
     def finer(self, quality: float) -> Route:
         """The same route with at least that quality."""
@@ -52,15 +51,6 @@ class Route:
             for each in self.packings
         )
         return replace(self, packings=made)
-
-    @cached_property
-    def _sent(self) -> tuple[Mapping[str, Packing], ...]:
-        if self.looks is None:
-            return self.packings
-        from isthmus.codecs.layers import layered  # for routes that refine
-
-        # Of what cannot be refined, closer looks send all of it finer.
-        return tuple({name: layered(p) for name, p in each.items()} for each in self.packings)
 
 
 def plan_route(digest: str, bundle: Bundle, hops: tuple[Hop, ...], cuts: Iterable[str] | None = None) -> Route:

@@ -144,10 +144,6 @@ class SegmentSettings(RegistrySettings):
     )
     threads: int = setting("threads of one run; 0 takes the container's CPU limit", 0)
     max_loaded_bytes: int = setting("bound on loaded segments' weights; the least recently used goes first", 4 * 2**30)
-    max_kept_bytes: int = setting(
-        "bound on what is kept of tensors for a minute, so that closer looks need not send it again; 0 keeps nothing",
-        32 * 2**20,
-    )
     max_concurrency: int = setting("requests admitted at a time; one more is answered 429 with Retry-After", 32)
     max_request_bytes: int = setting(
         "longest request body, unpacked where it is compressed; also what a frame's tensors may take, with the memory"

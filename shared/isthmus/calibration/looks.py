@@ -1,7 +1,7 @@
-"""Closer looks: most answers are clear when little was sent, and only the others are worth more.
+"""Closer looks, confidence-gated second transmissions, as calibration scores them.
 
-The router holds what crosses, so where the likeliest class leads by too little it sends what refines it. Nothing is
-trained. Source: docs/calibration.md, "Closer looks".
+Every quality is scored alone on the same inputs; a first transmission and finer ones after it are sums of those scores.
+Nothing is trained. Source: docs/calibration.md, "Closer looks".
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -25,6 +26,7 @@ MOST = 4
 QUANTILE = 0.95
 """Of how far a quality moves margins: an answer that is clearer than so many of these moves counts as sure."""
 _LEAST_MOVE = 1e-6
+_Number = TypeVar("_Number", int, float)
 _THREE_DIGITS = decimal.Context(prec=3, rounding=decimal.ROUND_CEILING)
 
 
@@ -96,18 +98,18 @@ def _margin(moved: Sequence[float]) -> float:
 
 
 def _then(so_far: Tally, fine: Tally, taking: Sequence[bool]) -> Tally:
-    """What the inputs that take one more look come to, and the others as they were."""
+    """Sums over both transmissions for the inputs that take one more look, and the others as they were."""
 
-    def summed(one: list[float], more: list[float]) -> list[float]:
+    def summed(one: list[_Number], more: list[_Number]) -> list[_Number]:
         return [a + b if again else a for a, b, again in zip(one, more, taking, strict=True)]
 
     return Tally(
         sources=so_far.sources,
         same=[b if again else a for a, b, again in zip(so_far.same, fine.same, taking, strict=True)],
-        bytes=[a + b if again else a for a, b, again in zip(so_far.bytes, fine.closer, taking, strict=True)],
+        bytes=summed(so_far.bytes, fine.frame_bytes),
         values=so_far.values,
         errors=[b if again else a for a, b, again in zip(so_far.errors, fine.errors, taking, strict=True)],
-        pack_s=summed(so_far.pack_s, fine.closer_pack_s),
-        unpack_s=summed(so_far.unpack_s, fine.closer_unpack_s),
+        pack_s=summed(so_far.pack_s, fine.pack_s),
+        unpack_s=summed(so_far.unpack_s, fine.unpack_s),
         fell_back=so_far.fell_back,
     )

@@ -33,9 +33,9 @@ def silent(what: str, done: int, total: int) -> None:
 class Tally:
     """What one way of sending has shown so far, an item for each input one after the other.
 
-    `sources` are the files that inputs were made of. `closer`, `closer_pack_s` and `closer_unpack_s` are what it takes
-    as a closer look: see `Sent`. `margins` are how clear the answers are, in nats, and `moved` by
-    how much that differs from the answer to what was sent raw; empty where nobody asked.
+    `sources` are the files that inputs were made of. `frame_bytes` is what it takes as a closer look: see `Sent`.
+    `margins` are how clear the answers are, in nats, and `moved` by how much that differs from the answer to what was
+    sent raw; empty where nobody asked.
     """
 
     sources: list[str] = field(default_factory=list)
@@ -45,9 +45,7 @@ class Tally:
     errors: list[float] = field(default_factory=list)
     pack_s: list[float] = field(default_factory=list)
     unpack_s: list[float] = field(default_factory=list)
-    closer: list[int] = field(default_factory=list)
-    closer_pack_s: list[float] = field(default_factory=list)
-    closer_unpack_s: list[float] = field(default_factory=list)
+    frame_bytes: list[int] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
     moved: list[float] = field(default_factory=list)
     fell_back: int = 0
@@ -153,9 +151,7 @@ def score(
                 tally.add(example.group, same, sent.cost.bytes, values, error)
                 tally.pack_s.append(sent.cost.pack_s)
                 tally.unpack_s.append(sent.cost.unpack_s)
-                tally.closer.append(sent.closer.bytes)
-                tally.closer_pack_s.append(sent.closer.pack_s)
-                tally.closer_unpack_s.append(sent.closer.unpack_s)
+                tally.frame_bytes.append(sent.frame_bytes)
                 tally.fell_back += sent.fell_back
                 if margin is not None:
                     clear = margin(got)

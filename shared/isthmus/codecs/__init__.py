@@ -22,8 +22,6 @@ RAW = "raw"
 LOSSLESS_ID = "lossless/3"
 SPARSE_ID = "sparse/2"
 TRANSFORM_ID = "transform/4"
-LAYERS_ID = "layers/2"
-"""How a tensor of `transform/4` travels that may be refined."""
 
 
 class NotPackable(ValueError):
@@ -106,15 +104,14 @@ _PLACES: Mapping[str, str] = {
     "int4/1": "affine:INT4",
     SPARSE_ID: "sparse:SPARSE",
     TRANSFORM_ID: "transform:TRANSFORM",
-    LAYERS_ID: "layers:LAYERS",
     "photo/1": "photo:PHOTO",
 }
 KNOWN: tuple[str, ...] = (RAW, *_PLACES)
 """Every codec's id; a frame that names another is refused."""
 _SUCCESSORS: Mapping[str, str] = {"transform/3": TRANSFORM_ID}
 """Earlier ids whose tables and sizes hold for a codec of today. Their payloads are refused."""
-NEVER_CHOSEN = frozenset({"photo/1", LAYERS_ID})
-"""Codecs that nobody chooses for what crosses: how a photo travels, and how a choice with closer looks does."""
+NEVER_CHOSEN = frozenset({"photo/1"})
+"""Codecs that nobody chooses for boundary tensors: `photo/1` carries the photo itself."""
 
 
 def successor(codec: str) -> str:

@@ -7,8 +7,6 @@ plain bits. All models are made of integers.
 
 from __future__ import annotations
 
-import itertools
-import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -44,7 +42,6 @@ class Models:
     magnitudes: Array
     _made: dict[tuple[int, Grouping], Level] = field(default_factory=dict, init=False, repr=False)
     _excess: dict[tuple[int, int], Model] = field(default_factory=dict, init=False, repr=False)
-    _thirds: dict[tuple[int, int, int], Model] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for array, shape in ((self.zero, (LEVELS,)), (self.magnitudes, (LEVELS, TOP))):
@@ -88,25 +85,6 @@ class Models:
         found = self._excess.get((level, most))
         if found is None:
             found = self._excess[level, most] = Model.of(self.magnitudes[level, most - 1 :].tolist())
-        return found
-
-    def thirds(self, level: int, magnitude: int, size: int) -> Model:
-        """The coder's model of `size` values' thirds together, made on first use.
-
-        A value of `magnitude` becomes three times that, or one less or more: 0, 1 and 2, away from zero. From 0 it
-        stays 0, or becomes 1 of either sign. Values are of `level` once they are finer; there is none above LEVELS - 1.
-        """
-        found = self._thirds.get((level, magnitude, size))
-        if found is None:
-            known = min(level, LEVELS - 1)
-            zero, row = int(self.zero[known]), self.magnitudes[known].tolist()
-            other = 2**ZERO_BITS - zero
-            if magnitude == 0:
-                one = [zero * MAGNITUDE_SUM, row[0] * other, 0]
-            else:
-                one = row[3 * magnitude - 2 : 3 * magnitude + 1]
-            weights = [math.prod(each) for each in itertools.product(one, repeat=size)]
-            found = self._thirds[level, magnitude, size] = Model.of(weights)
         return found
 
 

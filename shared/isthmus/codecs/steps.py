@@ -1,7 +1,6 @@
-"""The steps of `transform/4`: whole numbers, of which thirteen are a factor of three, so that finer steps nest.
+"""The quantiser steps of `transform/4`: whole numbers, of which thirteen are a factor of three.
 
-A third of a step puts three new multiples around each old one, and no interval across an old border: what was sent
-stays true, and what is left to say takes hardly more than was saved. Source: docs/codecs.md, "Refining".
+Source: docs/codecs.md, "transform/4".
 """
 
 from __future__ import annotations

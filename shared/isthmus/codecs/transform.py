@@ -50,7 +50,7 @@ class Transform:
         if isinstance(table, RowTable):
             return _encode_rows(array, table, packing.quality)
         if isinstance(table, Table):
-            return coded(array, table, packing.quality)[0]
+            return _encode_planes(array, table, packing.quality)
         raise NotPackable("there is no table for this tensor")
 
     def working_bytes(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
@@ -77,43 +77,32 @@ class Transform:
             return _decode_rows(payload, dtype, shape, table)
         if (grid := table.grid(shape)) is None:
             return _empty(payload, dtype, shape)
-        step, gain = head(payload, table)
-        return synthesised(entropy.decode(payload[2:], grid.plan(step, gain)), step, grid, dtype, shape, table)
+        step, gain = _head(payload, table)
+        return _synthesised(entropy.decode(payload[2:], grid.plan(step, gain)), step, grid, dtype, shape, table)
 
 
 TRANSFORM = Transform()
 
 
-def coded(array: Array, table: Table, quality: float) -> tuple[bytes, int, Array]:
-    """A tensor's payload at that quality, its step, and its components in units, sorted, float32 (n,).
-
-    Raises:
-        NotPackable: see `Transform.encode`.
-    """
-    values, grid, spare = _analysed(array, table)
-    step = step_of(quality, table.steps)
+def _encode_planes(array: Array, table: Table, quality: float) -> bytes:
+    values, grid, spare = analysed(array, table)
     if grid is None:
-        return b"", step, values
+        return b""
+    step = step_of(quality, table.steps)
     whole = rounded(values, step, spare)
     gain = gain_of(values, grid, step)
     if gain > GAINS[1]:
         raise NotPackable(f"the tensor has {2 ** (gain / OCTAVE):.3g} times the magnitude of what was learned from")
     data = entropy.encode_in_place(whole, grid.plan(step, gain))
-    return bytes((step & 255, gain & 255)) + data, step, values
+    return bytes((step & 255, gain & 255)) + data
 
 
-def analysed(array: Array, table: Table) -> tuple[Array, Grid | None]:
-    """The components of a tensor, in units and sorted, and where each goes.
+def analysed(array: Array, table: Table) -> tuple[Array, Grid | None, Array]:
+    """The components of a tensor, in units and sorted; where each goes; and an `entropy.room` for as many.
 
     Raises:
         NotPackable: not a tensor that the table was learned for.
     """
-    values, grid, _ = _analysed(array, table)
-    return values, grid
-
-
-def _analysed(array: Array, table: Table) -> tuple[Array, Grid | None, Array]:
-    """What `analysed` gives, and a `room` for as many."""
     _check_dtype(array)
     try:
         grid, analysis = table.grid(array.shape), table.analysis_at_work
@@ -131,7 +120,7 @@ def _analysed(array: Array, table: Table) -> tuple[Array, Grid | None, Array]:
         return grid.sort(other.reshape(-1), values), grid, spare
 
 
-def synthesised(
+def _synthesised(
     values: Array, step: int, grid: Grid, dtype: np.dtype[Any], shape: tuple[int, ...], table: Table
 ) -> Array:
     """The tensor of sorted components in steps, float32; they are overwritten."""
@@ -171,7 +160,7 @@ def _decode_rows(payload: memoryview, dtype: np.dtype[Any], shape: tuple[int, ..
     _, channels, rows, _ = table.layout.sizes(shape)
     if not rows:
         return _empty(payload, dtype, shape)
-    step, gain = head(payload, table)
+    step, gain = _head(payload, table)
     start = 2 + -(-rows * table.bits // 8)
     classes = unpacked_classes(payload[2:start], rows, table.bits)
     sorting = table.sorting(classes)
@@ -181,7 +170,7 @@ def _decode_rows(payload: memoryview, dtype: np.dtype[Any], shape: tuple[int, ..
     return _of_dtype(table.layout.backward(found, shape), dtype)
 
 
-def head(payload: memoryview, table: Table | RowTable) -> tuple[int, int]:
+def _head(payload: memoryview, table: Table | RowTable) -> tuple[int, int]:
     """The step and the gain.
 
     Raises:

@@ -65,9 +65,6 @@ class Metrics:
             ["outcome"],
             registry=r,
         )
-        self.looks_forgotten = Counter(
-            "isthmus_looks_forgotten", "Answers for which a hop had forgotten what was to be refined.", registry=r
-        )
         self.guard_checks = Counter(
             "isthmus_guard_checks", "Packed answers compared with the raw answer to the same inputs.", registry=r
         )
@@ -94,7 +91,6 @@ class Metrics:
         """Count how one answer's closer looks went."""
         self.closer_looks.inc(looked.taken)
         self.looked_answers.labels(looked.outcome).inc()
-        self.looks_forgotten.inc(looked.forgotten)
 
     def crossed(self, hop: str, tensors: int, sent: int, received: int) -> None:
         """Count what one call of a hop moved. Units: bytes."""

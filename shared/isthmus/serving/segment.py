@@ -10,7 +10,6 @@ from flask import Flask
 from isthmus import frame as frames
 from isthmus.context import Deadline
 from isthmus.frame import Frame
-from isthmus.kept import Kept
 from isthmus.processing.image_budget import ImageMemory
 from isthmus.registry import BakedSegment, open_registry, open_source
 from isthmus.runners.store import SegmentStore
@@ -43,14 +42,12 @@ class _SegmentApp(FunctionApp):
         self._source = open_source(settings, self._registry)
         self._store = SegmentStore(self._source, settings)
         self._turns = Turns(self._store.device.cpus)
-        self._kept = kept = Kept(settings.max_kept_bytes)
         images = ImageMemory(settings.image_memory_bytes)
-        self._tables = Tables(self._source.bundle, self._source.blob, settings.max_image_pixels, kept, images)
+        self._tables = Tables(self._source.bundle, self._source.blob, settings.max_image_pixels, images)
         super().__init__("segment", settings, self._prepare)
         self.closing.callback(self._store.close)
         self.closing.callback(self._tables.close)
         self.metrics.gauge_store(self._store)
-        self.metrics.gauge("isthmus_kept_bytes", "Kept of tensors that may be refined.", lambda: float(kept.nbytes))
         self.work("/", self.run, "run")
         Profiling(self._store, settings, self._tables, self._turns).serve_on(self)
 
@@ -61,7 +58,6 @@ class _SegmentApp(FunctionApp):
             work.body,
             max_bytes=self._settings.max_request_bytes,
             tables=self._tables,
-            keeper=self._kept,
             accept=partial(accept, self._store, work),
             during=partial(decoding, self._turns, work),
         )

@@ -5,20 +5,15 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from isthmus import frame as frames
 from isthmus.admission import current_deadline
 from isthmus.bundle import Blob, Bundle, is_digest
-from isthmus.codecs import LAYERS_ID
 from isthmus.codecs import Tables as CodecTables
 from isthmus.codecs.photo import Recipe
 from isthmus.errors import FrameError, FrameMalformed, RegistryError
 from isthmus.processing.image_budget import SHARED, ImageMemory
 from isthmus.registry.lookups import Lookups
-
-if TYPE_CHECKING:
-    from isthmus.codecs.kept_tensors import Keeper
 
 MAX_KEPT = 64
 """Tables kept; frames name them, so there must be an end."""
@@ -40,11 +35,10 @@ class Tables:
         bundle: Callable[[str], Bundle],
         blob: Callable[[Blob], bytes],
         max_pixels: int,
-        keeper: Keeper | None = None,
         memory: ImageMemory = SHARED,
     ) -> None:
         self._memory = memory
-        self._bundle, self._blob, self._max_pixels, self._keeper = bundle, blob, max_pixels, keeper
+        self._bundle, self._blob, self._max_pixels = bundle, blob, max_pixels
         self._lock = threading.Lock()
         self._lookups = Lookups(_FORGET_S)
         self._kept: OrderedDict[str, object] = OrderedDict()
@@ -54,9 +48,7 @@ class Tables:
         self._lookups.close()
 
     def __call__(self, digest: str, tensor: str, codec: str) -> object:
-        """The table of `tensor` in that bundle, the recipe that makes it of a photo, or its basis for refinements.
-
-        None where there is no recipe. Refinements need a keeper.
+        """The table of `tensor` in that bundle, or the recipe that makes it of a photo; None where there is no recipe.
 
         Raises:
             FrameMalformed: the frame names no bundle, or one that was not calibrated for this tensor.
@@ -75,14 +67,7 @@ class Tables:
                 exists=sorted(bundle.tables),
                 hint="calibrate it: isthmus calibrate MODEL --data FOLDER",
             )
-        table = self._table(blob, bundle.name)
-        if codec != LAYERS_ID:
-            return table
-        if self._keeper is None:
-            raise FrameMalformed(f"{tensor!r} has codec {codec}, and nothing is kept here", rule="table", tensor=tensor)
-        from isthmus.codecs.layers import Basis  # for those who are sent such tensors
-
-        return Basis(table, self._keeper, digest, tensor)
+        return self._table(blob, bundle.name)
 
     def _table(self, blob: Blob, model: str) -> object:
         key = blob.digest

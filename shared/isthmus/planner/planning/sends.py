@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from isthmus import frame as frames
 from isthmus.codecs import Array, Packed, Packing, find
 from isthmus.frame import DTYPES, Frame
-from isthmus.kept import keeps_all
 from isthmus.passage import pack_all
 from isthmus.planner.planning.timing import timed
-
-if TYPE_CHECKING:
-    from isthmus.codecs.layers import Trail
 
 _CALL_ID = "0" * 36
 _DIGEST = "sha256:" + "0" * 64
@@ -33,31 +29,21 @@ class Send(NamedTuple):
 def send(arrays: Mapping[str, Array], segment: str, how: Mapping[str, Packing]) -> Send:
     """`arrays` on their way to that segment, packed as `how` says."""
     pack_s, coded = timed(partial(pack_all, arrays, how))
-    return _received(arrays, segment, coded, pack_s, {name: packing.table for name, packing in how.items()})
+    rest = {name: array for name, array in arrays.items() if name not in coded}
+    unpack_s, unpacked = timed(partial(_unpack, coded, how))
+    nbytes = frame_bytes(rest, segment, coded)
+    return Send(nbytes, pack_s if coded else 0.0, unpack_s if coded else 0.0, coded, unpacked)
 
 
 def sends(arrays: Mapping[str, Array], segment: str, hows: Sequence[Mapping[str, Packing]]) -> list[Send]:
-    """`arrays` as closer looks send them one after the other: each time what refines them, else all of it, finer.
+    """The transmissions of closer looks one after the other, each of all `arrays`.
 
-    Only the first, where nothing went that could be finer.
+    Only the first, where it encoded nothing that could be finer.
     """
-    from isthmus.codecs.layers import Basis, layered
-
-    keeper = keeps_all()
-    trails: dict[str, Trail] = {}
-    made: list[Send] = []
-    for how in hows:
-        first = {name: layered(p) for name, p in how.items()}
-        tables = {
-            name: p.table if p.codec == how[name].codec else Basis(p.table, keeper, _DIGEST, name)
-            for name, p in first.items()
-        }
-        pack_s, (coded, longer) = timed(partial(_followed, arrays, trails, first))
-        made.append(_received(arrays, segment, coded, pack_s, tables))
-        trails |= longer
-        if not any(how[name].quality < hows[-1][name].quality for name in made[0].coded):
-            break
-    return made
+    first = send(arrays, segment, hows[0])
+    if not any(hows[0][name].quality < hows[-1][name].quality for name in first.coded):
+        return [first]
+    return [first, *(send(arrays, segment, how) for how in hows[1:])]
 
 
 def frame_bytes(arrays: Mapping[str, Array], segment: str, packed: Mapping[str, Packed] | None = None) -> int:
@@ -65,32 +51,8 @@ def frame_bytes(arrays: Mapping[str, Array], segment: str, packed: Mapping[str, 
     return sum(map(len, frames.encode_parts(Frame(arrays, _DIGEST, segment, _CALL_ID, packed or {}))))
 
 
-def _followed(
-    arrays: Mapping[str, Array], trails: Mapping[str, Trail], how: Mapping[str, Packing]
-) -> tuple[Mapping[str, Packed], Mapping[str, Trail]]:
-    """All that is packed of one send, and what has been sent then of the tensors that can be refined."""
-    from isthmus.codecs.layers import follow_all, trails_of
-
-    refined, longer = follow_all(trails, how)
-    coded = pack_all(arrays, how, refined)
-    return coded, longer | trails_of(coded, _DIGEST)
-
-
-def _received(
-    arrays: Mapping[str, Array],
-    segment: str,
-    coded: Mapping[str, Packed],
-    pack_s: float,
-    tables: Mapping[str, object],
-) -> Send:
-    rest = {name: array for name, array in arrays.items() if name not in coded}
-    unpack_s, unpacked = timed(partial(_unpack, coded, tables))
-    nbytes = frame_bytes(rest, segment, coded)
-    return Send(nbytes, pack_s if coded else 0.0, unpack_s if coded else 0.0, coded, unpacked)
-
-
-def _unpack(coded: Mapping[str, Packed], tables: Mapping[str, object]) -> dict[str, Array]:
+def _unpack(coded: Mapping[str, Packed], how: Mapping[str, Packing]) -> dict[str, Array]:
     return {
-        name: find(p.codec).decode(memoryview(p.payload), DTYPES[p.dtype], p.shape, tables[name])
+        name: find(p.codec).decode(memoryview(p.payload), DTYPES[p.dtype], p.shape, how[name].table)
         for name, p in coded.items()
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
 import subprocess
@@ -372,3 +373,21 @@ def test_what_lists_and_tables_name_is_shown_as_it_is(model: Path, tmp_path: Pat
 def test_no_help_turns_a_name_between_colons_into_a_picture(command: str) -> None:
     result = isthmus(command, "--help")
     assert all(ord(c) < 0x1F000 for c in result.stdout)
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (MemoryError("Unable to allocate 4 TiB"), "there is not enough memory: Unable to allocate 4 TiB"),
+        (MemoryError(), "there is not enough memory"),
+    ],
+)
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_full_disk_and_a_full_memory_are_told_in_a_sentence(
+    raised: Exception, said: str, as_json: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(typer.Exit), errors(as_json):
+        raise raised
+    told = capsys.readouterr().err
+    assert (json.loads(told)["error"] if as_json else told) == (said if as_json else f"error: {said}\n")

@@ -161,6 +161,17 @@ def test_a_model_with_a_number_among_its_inputs_runs_at_second_sizes(tmp_path: P
     assert "dry_run" not in bundle.source
 
 
+def test_a_model_runs_with_an_empty_past(tmp_path: Path) -> None:
+    path = save(
+        tmp_path / "m.onnx",
+        [node("Concat", ["past", "x"], ["a"], axis=2), node("Neg", ["a"], ["y"])],
+        [value("past", FLOAT, [1, 12, "p", 64]), value("x", FLOAT, [1, 12, "s", 64])],
+        [value("y", FLOAT, [1, 12, "all", 64])],
+    )
+    bundle, _ = build(path, "m", tmp_path / "out", bind={"past": (1, 12, 0, 64), "x": (1, 12, 1, 64)})
+    assert shape_of(bundle, "y") == (1, 12, "all", 64)
+
+
 def test_a_declared_size_that_holds_for_every_size_tried_is_kept_and_the_others_are_free(tmp_path: Path) -> None:
     bundle, _ = build(unknown_to_inference(tmp_path / "a.onnx", [1, 4]), "a", tmp_path / "a")
     assert shape_of(bundle, "y") == ("?", 4)

@@ -63,6 +63,26 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
         open_model(tmp_path / "none.onnx")
 
 
+def test_a_model_without_outputs_or_with_one_twice_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, "g (float[2] x) => (float[2] y) { a = Relu(x) y = Exp(a) }")
+    model = onnx.load(path)
+    model.graph.output.append(model.graph.output[0])
+    onnx.save(model, path)
+    with pytest.raises(ModelError, match="gives y twice"):
+        open_model(path)
+    del model.graph.output[:]
+    onnx.save(model, path)
+    with pytest.raises(ModelError, match="gives no outputs"):
+        open_model(path)
+
+
+@pytest.mark.parametrize(("dims", "bind"), [("n, 1099511627776", {}), ("n, m", {"x": (99999, 99999)})])
+def test_an_input_that_no_request_holds_is_refused(tmp_path: Path, dims: str, bind: dict[str, tuple[int, int]]) -> None:
+    path = save(tmp_path, f"g (float[{dims}] x) => (float[{dims}] y) {{ a = Relu(x) y = Exp(a) }}")
+    with pytest.raises(ModelError, match=r"the input x would take .*GB at the shape"):
+        open_model(path, bind=bind)
+
+
 def test_text_inputs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="x is text"):
         open_model(save(tmp_path, "g (string[2] x) => (string[2] y) { y = Identity(x) }"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from isthmus.cli import private_caches
-from isthmus.errors import IsthmusError, RequestMalformed
+from isthmus.errors import IsthmusError, RequestMalformed, RequestTooLarge
 from isthmus.settings import RegistrySettings, SegmentSettings
 
 # Names of files, models and tensors are text: `[1]` in them is no markup, and `:factory:` no picture. What has markup
@@ -47,6 +48,8 @@ _MAX_LINE = 10_000
 """Characters of a table's row where no terminal wraps it."""
 _FRAME = 3
 """What a column of a table takes beside its text: a line, and a space on both sides."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a write raises without the file's name."""
 Step = Callable[[str], None]
 Number = TypeVar("Number", int, float)
 
@@ -149,9 +152,13 @@ def errors(as_json: bool) -> Iterator[None]:
         raise typer.Exit(1) from e
     except OSError as e:
         # A file or folder that was named: unreadable, unwritable, full. Anything else is a fault of ours.
-        if e.filename is None:
+        if e.filename is None and e.errno not in _FULL:
             raise
-        _say(RequestMalformed(f"{e.filename}: {e.strerror}", path=str(e.filename)), as_json)
+        where = "" if e.filename is None else f"{e.filename}: "
+        _say(RequestMalformed(f"{where}{e.strerror}", path=str(e.filename or "")), as_json)
+        raise typer.Exit(1) from e
+    except MemoryError as e:
+        _say(RequestTooLarge(f"there is not enough memory: {e}".removesuffix(": ")), as_json)
         raise typer.Exit(1) from e
 
 

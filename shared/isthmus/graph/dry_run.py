@@ -6,6 +6,7 @@ partition take the same inputs as hops would hand them on, and their predictions
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -359,8 +360,9 @@ def _held(
 
 
 def _carried(arrays: Mapping[str, Array], segment: Segment) -> Mapping[str, Array]:
-    data = frames.encode(Frame(arrays, _BUNDLE, segment.id))
-    return frames.decode(data, max_bytes=max(1, 2 * len(data))).tensors
+    # No bound: the tensors are here already, and one that goes by the data's length would refuse empty tensors, whose
+    # other dimensions count.
+    return frames.decode(frames.encode(Frame(arrays, _BUNDLE, segment.id)), max_bytes=sys.maxsize).tensors
 
 
 class _FreeDim(NamedTuple):

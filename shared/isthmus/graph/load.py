@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -87,8 +88,10 @@ def _parse(path: Path) -> ir.Model:
         raise ModelError(f"{path} cannot be read: {e.strerror or e}", model=str(path)) from e
     except (DecodeError, ValueError) as e:
         raise _not_onnx(path) from e
-    if not proto.graph.output or not proto.opset_import:
+    if not proto.opset_import:
         raise _not_onnx(path)
+    if not proto.graph.output:
+        raise ModelError(f"{path.name} gives no outputs", model=str(path), hint="let the model return tensors")
     old_opsets.one_domain(proto, path)
     if proto.graph.sparse_initializer:
         raise ModelError(f"{path.name} holds sparse initialisers", model=str(path), hint="export it with dense weights")
@@ -207,7 +210,15 @@ def _check_interface(model: ir.Model, path: Path) -> None:
                 tensor=value.name,
                 hint="remove that output",
             )
-    for side in (model.graph.inputs, model.graph.outputs):
+    for what, side in (("takes", model.graph.inputs), ("gives", model.graph.outputs)):
+        names = Counter(str(v.name) for v in side)
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise ModelError(
+                f"{path.name} {what} {', '.join(twice)} twice",
+                model=str(path),
+                tensor=twice[0],
+                hint="leave it once among the graph's inputs or outputs",
+            )
         entries = sum(entry_bytes(str(v.name), 0 if v.shape is None else len(v.shape)) for v in side)
         if reason := why_not_together(len(side), entries):
             raise ModelError(f"{path.name} takes or gives {reason}", model=str(path), tensors=len(side))

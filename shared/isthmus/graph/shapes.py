@@ -21,9 +21,12 @@ from isthmus.errors import ModelError
 from isthmus.frame import why_not_carried
 from isthmus.graph import probe
 from isthmus.graph.weights import is_outside
+from isthmus.units import format_size
 
 FREE = "?"
 """The name of a free dimension that has none of its own."""
+MAX_INPUT_BYTES = 2**31
+"""Of one input: thirty times what a request holds by default. Arrays of that size are made to run the model with."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ def bind_shapes(
                 )
             shape = tuple(1 if isinstance(d, str) else d for d in declared)
         _check_fits(name, declared, tuple(shape))
+        check_size(name, dtype or "float32", shape)
         if example is not None and example.shape != tuple(shape):
             raise ModelError(
                 f"the example of {name} has the shape {_text(example.shape)}, and {_text(tuple(shape))} was given",
@@ -108,6 +112,22 @@ def bind_shapes(
             )
         bound[name] = tuple(int(n) for n in shape)
     return bound
+
+
+def check_size(name: str, dtype: str, shape: Sequence[int]) -> None:
+    """Refuse the shape of an input that no request could hold.
+
+    Raises:
+        ModelError: it takes more than MAX_INPUT_BYTES.
+    """
+    if (size := nbytes(dtype, shape)) > MAX_INPUT_BYTES:
+        raise ModelError(
+            f"the input {name} would take {format_size(size)} at the shape {_text(tuple(shape))}; at most"
+            f" {format_size(MAX_INPUT_BYTES)} are run",
+            input=name,
+            limit=MAX_INPUT_BYTES,
+            hint="give a smaller shape to count with: --shape",
+        )
 
 
 def _check_fits(name: str, declared: tuple[Dim, ...] | None, shape: tuple[int, ...]) -> None:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from isthmus.bundle import Dim
 from isthmus.errors import ModelError
-from isthmus.graph.shapes import bind_shapes
+from isthmus.graph.shapes import bind_shapes, check_size
 
 # Weights inside the file are copied as it is written; beside it, they are written as they lie. One file is handier.
 _INLINE_LIMIT = 128 * 2**20
@@ -243,6 +243,7 @@ def _zeros(shapes: Mapping[str, Sequence[int]], free: Mapping[str, Mapping[int, 
         shape = list(shapes[name])
         for axis, dim in free.get(name, {}).items():
             shape[axis] = sizes.get(dim, max(shape[axis], _MIN_FREE))
+        check_size(name, "float32", shape)
         made[name] = np.zeros(shape, np.float32)
     return made
 

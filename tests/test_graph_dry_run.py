@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from bundles import LABELS, POSTPROCESS, PREPROCESS, photos_model
 from isthmus.bundle import WHOLE, Bundle
 from isthmus.cli import app
+from isthmus.cli.importing import read_labels
 from isthmus.errors import CutError, ModelError
 from isthmus.graph import add_cuts, build, cuts, open_model, partition
 from isthmus.graph import weights as weights_file
@@ -170,6 +171,19 @@ def test_a_model_runs_with_an_empty_past(tmp_path: Path) -> None:
     )
     bundle, _ = build(path, "m", tmp_path / "out", bind={"past": (1, 12, 0, 64), "x": (1, 12, 1, 64)})
     assert shape_of(bundle, "y") == (1, 12, "all", 64)
+
+
+def test_a_model_of_many_small_outputs_runs(tmp_path: Path) -> None:
+    names = [str(i) for i in range(300)]
+    path = save(
+        tmp_path / "m.onnx",
+        [node("Relu", ["x"], ["a"]), node("Split", ["a"], names, axis=1, num_outputs=300)],
+        [value("x", FLOAT, ["n", 300])],
+        [value(name, FLOAT, ["n", 1]) for name in names],
+        opset=18,
+    )
+    bundle, _ = build(path, "m", tmp_path / "out")
+    assert len(bundle.outputs) == 300
 
 
 def test_a_declared_size_that_holds_for_every_size_tried_is_kept_and_the_others_are_free(tmp_path: Path) -> None:
@@ -578,3 +592,32 @@ def test_four_bit_weights_give_the_same_in_a_head_and_in_the_whole(tmp_path: Pat
     cut = list(bundle.default_cuts)
     whole, split = (run_partition(bundle, files, at, inputs)[0] for at in ([], cut))
     assert difference(whole, split) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("option", "content", "said"),
+    [
+        ("preprocess", b"[" * 100_000, "cannot be read as JSON: maximum recursion"),
+        ("postprocess", b'{"a":' * 100_000, "cannot be read as JSON: maximum recursion"),
+        ("labels", b"[" * 100_000, "cannot be read as JSON: maximum recursion"),
+        ("labels", b'{"0": "ape"}', "is not a JSON list of class names"),
+        ("labels", b'[["ape"], "bee"]', "is not a JSON list of class names"),
+        ("labels", b'["ape", null]', "is not a JSON list of class names"),
+        ("labels", b"\xff", "cannot be read: 'utf-8' codec"),
+    ],
+)
+def test_documents_that_cannot_be_meant_are_refused(option: str, content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "given").write_bytes(content)
+    where = [str(small(tmp_path / "m.onnx")), "--registry", str(tmp_path / "registry")]
+    result = CliRunner().invoke(app, ["import", *where, f"--{option}", str(tmp_path / "given")])
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: {tmp_path / 'given'} {said}")
+    assert not (tmp_path / "registry").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["\ufeff" + "\n".join(LABELS), "\r\n".join([*LABELS, ""]), "\ufeff" + json.dumps(LABELS)]
+)
+def test_labels_are_read_as_editors_write_them(text: str, tmp_path: Path) -> None:
+    (tmp_path / "labels").write_bytes(text.encode())
+    assert read_labels(tmp_path / "labels") == LABELS

@@ -83,6 +83,17 @@ def test_an_input_that_no_request_holds_is_refused(tmp_path: Path, dims: str, bi
         open_model(path, bind=bind)
 
 
+def test_sparse_constants_are_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, "g (float[2] x) => (float[2] y) { a = Relu(x) y = Add(a, c) }")
+    model = onnx.load(path)
+    values = numpy_helper.from_array(np.ones(1, np.float32), "v")
+    sparse = helper.make_sparse_tensor(values, numpy_helper.from_array(np.zeros(1, np.int64), "i"), [2])
+    model.graph.node.insert(0, helper.make_node("Constant", [], ["c"], sparse_value=sparse))
+    onnx.save(model, path)
+    with pytest.raises(ModelError, match="holds sparse weights"):
+        open_model(path)
+
+
 def test_text_inputs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="x is text"):
         open_model(save(tmp_path, "g (string[2] x) => (string[2] y) { y = Identity(x) }"))

@@ -131,6 +131,6 @@ def error_of(url: str, response: Response) -> IsthmusError:
         doc = json.loads(response.body)
         kind = next(c for c in HTTP_STATUS if c.__name__ == doc["type"])
         return kind(doc["error"], hint=doc.get("hint", ""), **doc["facts"])
-    except (ValueError, KeyError, TypeError, StopIteration):
+    except (ValueError, KeyError, TypeError, StopIteration, RecursionError):
         said = response.body[:200].decode("utf-8", "replace").strip() or "an empty body"
         return HopRejected(f"{url} answered {response.status}: {said}", hop=url, status=response.status)

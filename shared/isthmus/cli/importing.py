@@ -70,7 +70,7 @@ def import_model(
         processing = {
             "preprocess": _document(preprocess),
             "postprocess": _document(postprocess),
-            "labels": _labels(labels),
+            "labels": read_labels(labels),
         }
         make = publish_if_absent if if_absent else publish
         published = make(
@@ -203,25 +203,42 @@ def _name_of(model: str) -> str:
 def _document(path: Path | None) -> dict[str, Any] | None:
     if path is None:
         return None
-    try:
-        doc = json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-        raise ModelError(f"{path} cannot be read as JSON: {e}") from e
+    doc = _parsed(path, _text(path))
     if not isinstance(doc, dict):
         raise ModelError(f"{path} is not a JSON object")
     return doc
 
 
-def _labels(path: Path | None) -> list[str] | None:
+def read_labels(path: Path | None) -> list[str] | None:
+    """The class names in a file: a JSON list, or one name a line.
+
+    Raises:
+        ModelError: it cannot be read as either.
+    """
     if path is None:
         return None
+    text = _text(path)
+    if not text.lstrip().startswith(("[", "{")):
+        return text.removesuffix("\n").split("\n") if text else []
+    doc = _parsed(path, text)
+    if not isinstance(doc, list) or not all(isinstance(label, str | int) for label in doc):
+        raise ModelError(
+            f"{path} is not a JSON list of class names", hint='["cat", "dog"], in the order of the model\'s classes'
+        )
+    return [str(label) for label in doc]
+
+
+def _text(path: Path) -> str:
     try:
-        text = path.read_text()
-    except (OSError, ValueError) as e:
+        return path.read_text(encoding="utf-8-sig")  # some editors mark UTF-8 with a character in front
+    except OSError as e:
+        raise ModelError(f"{path} cannot be read: {e.strerror or e}") from e
+    except ValueError as e:
         raise ModelError(f"{path} cannot be read: {e}") from e
-    if text.lstrip().startswith("["):
-        try:
-            return [str(label) for label in json.loads(text)]
-        except ValueError as e:
-            raise ModelError(f"{path} is not a JSON list: {e}") from e
-    return text.splitlines()
+
+
+def _parsed(path: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise ModelError(f"{path} cannot be read as JSON: {e}") from e

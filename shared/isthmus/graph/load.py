@@ -93,8 +93,8 @@ def _parse(path: Path) -> ir.Model:
     if not proto.graph.output:
         raise ModelError(f"{path.name} gives no outputs", model=str(path), hint="let the model return tensors")
     old_opsets.one_domain(proto, path)
-    if proto.graph.sparse_initializer:
-        raise ModelError(f"{path.name} holds sparse initialisers", model=str(path), hint="export it with dense weights")
+    if proto.graph.sparse_initializer or any(a.HasField("sparse_tensor") for a in old_opsets.attributes(proto)):
+        raise ModelError(f"{path.name} holds sparse weights", model=str(path), hint="export it with dense weights")
     proto, opset = old_opsets.converted(proto, path)
     with refusals(path):
         model = ir.serde.deserialize_model(proto)

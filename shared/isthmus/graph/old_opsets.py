@@ -54,6 +54,13 @@ def one_domain(proto: onnx.ModelProto, path: Path) -> None:
                 node.domain = ""
 
 
+def attributes(proto: onnx.ModelProto) -> Iterator[onnx.AttributeProto]:
+    """The attributes of all nodes, those in bodies and functions too."""
+    for nodes in (proto.graph.node, *(f.node for f in proto.functions)):
+        for node in _nodes(nodes):
+            yield from node.attribute
+
+
 def is_old(proto: onnx.ModelProto) -> bool:
     """Whether the model uses an opset before 11."""
     return any(o.version < OLDEST_OPSET for o in proto.opset_import if o.domain in ("", _AI_ONNX))

@@ -67,6 +67,8 @@ def _entries(text: str) -> Iterator[tuple[int, Any]]:
             line=e.lineno,
             hint='a step looks like {"at_s": 5, "uplink": "1mbit"}, one on a line or all in a list',
         ) from e
+    except RecursionError as e:
+        raise LocalError("the link's script is nested too deeply") from e
 
 
 def _step(entry: Any) -> Step:

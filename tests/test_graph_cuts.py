@@ -14,6 +14,7 @@ from onnx import parser
 from isthmus.bundle import is_cut_name
 from isthmus.errors import CutError, UnboundedCut, UnknownValue
 from isthmus.graph import Model, build, cut_at, cuts, narrowest, open_model, resolve_cut
+from isthmus.graph.cuts import upstream_of
 from segments import difference, run_partition, run_whole
 
 HEAD = '<ir_version: 8, opset_import: ["": 17]>\n'
@@ -240,6 +241,18 @@ def test_a_cut_that_leaves_a_way_around_names_what_leaks(tmp_path: Path) -> None
     with pytest.raises(UnboundedCut, match=r"around it goes a$") as caught:
         cut_at(opened(tmp_path, DIAMOND), ["b"])
     assert caught.value.facts["leaks"] == ["a"]
+
+
+def test_every_cut_that_is_listed_is_found_by_its_tensors(tmp_path: Path) -> None:
+    # The first output is made of what does not cross after it is made.
+    text = "g (float[4] x) => (float[4] y, float[4] z) { a = Relu(x) b = Exp(a) y = Neg(a) c = Abs(b) z = Neg(c) }"
+    model = opened(tmp_path, text)
+    listed = cuts(model)
+    assert [[t.name for t in c.tensors] for c in listed] == [["a"], ["a", "b"], ["b"], ["c"]]
+    for cut in listed:
+        found = cut_at(model, [t.name for t in cut.tensors])
+        assert (found.position, found.tensors) == (cut.position, cut.tensors)
+        assert upstream_of(model, found) == upstream_of(model, cut)
 
 
 def test_a_cut_names_the_input_that_passes_around_it(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
@@ -113,6 +113,8 @@ def within_quantised_operators(model: Model) -> frozenset[ir.Value]:
 def cut_at(model: Model, tensors: Iterable[str], name: str | None = None) -> CutInfo:
     """The cut whose crossing tensors are exactly `tensors`; the head is all that they are computed from.
 
+    Where that is no cut, the head is that of the first prefix cut which these tensors cross.
+
     `name` is derived from the tensors if it is not given.
 
     Raises:
@@ -134,7 +136,13 @@ def cut_at(model: Model, tensors: Iterable[str], name: str | None = None) -> Cut
         _check_carried(model, value)
     upstream = ancestors(model, values)
     crossing = crossing_values(model, upstream)
+    if name is not None and not bundle.is_cut_name(name):
+        raise CutError(f"{name!r} cannot name a cut", hint="use 1 to 63 letters, digits, '_' and '-'")
     if leaks := [str(v.name) for v in crossing if v not in values]:
+        # A prefix may also hold the nodes that make outputs of what leaks, which these tensors are not computed from.
+        for cut in cuts(model):
+            if {t.name for t in cut.tensors} == set(names):
+                return replace(cut, name=name or derived_name(names))
         raise UnboundedCut(
             f"a cut at {', '.join(names)} does not separate the graph; around it goes {_listed(leaks)}",
             leaks=leaks,
@@ -147,8 +155,6 @@ def cut_at(model: Model, tensors: Iterable[str], name: str | None = None) -> Cut
     _check_together(model, values)
     if not upstream:
         raise CutError("only inputs cross this cut, so nothing would run before it", tensors=names)
-    if name is not None and not bundle.is_cut_name(name):
-        raise CutError(f"{name!r} cannot name a cut", hint="use 1 to 63 letters, digits, '_' and '-'")
     macs = sum(model.macs[i] for i in upstream)
     end = max(upstream)
     prefix = len(upstream) == sum(model.dynamic[: end + 1])

@@ -328,7 +328,9 @@ class DryRun:
                 if array.dtype.name != spec.dtype or array.ndim != len(spec.shape):
                     got, expected = describe(array.dtype.name, array.shape), describe(spec.dtype, spec.shape)
                     raise ModelError(
-                        f"{spec.name} is {got} when it runs, and {expected} by its graph", tensor=spec.name
+                        f"{spec.name} is {got} when it runs, and {expected} by its graph",
+                        tensor=spec.name,
+                        hint="give an input that the model is meant for: --example NAME=FILE.npy",
                     )
             shapes = [a.shape for a in arrays]
             held = _held(spec, shapes, self._sizes[: len(shapes)], claims.get(spec.name, {}))

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from codec_curves import Point, bytes_at, curve, fewer, fewest_bits, point
+from codec_curves import Comparison, Point, bytes_at, curve, fewer, fewest_bits, point
 from codec_digits import digits
 from codec_models import Subject, detector, encoder, voice
 from codec_peers import Affine, Half, Ideal, scales, zlib_6, zstd_3
 from codec_photos import other_photos, same_photos
 from codec_speed import add_speed
-from report import Goal, Report, Row, arguments, at_least, at_most
+from report import Report, Row, arguments, at_least, at_most
 
 from isthmus.bundle import WHOLE, Bundle
 from isthmus.calibration.agreement import TOP1
@@ -42,9 +42,6 @@ LEVELS = (0.95, 0.99)
 GOALS, GOALS_AT_NODE_31 = (1.6, 2.5), (1.4, 2.0)
 """Times fewer bytes than uniform steps with ideal entropy, and than int8 + zstd; at EfficientNet-Lite0's node 31 lower,
 where the higher goals were set for refinements of what had been sent."""
-MIN_CHANGED = 10
-"""Changed predictions that a share must allow among a quick run's inputs for its goals to be stated: as many as 99%
-allow among the 1,000 inputs of a full run."""
 SAME, ERRORS = (0.8, 0.9, 0.95, 0.98, 0.99), (0.2, 0.1, 0.05, 0.02, 0.01)
 
 
@@ -56,10 +53,6 @@ class Scored:
     cut: str
     points: list[Point]
     inputs: int
-
-    def decides(self, share: float) -> bool:
-        """Whether the inputs are enough to tell that a share of the predictions is kept."""
-        return self.inputs * (1 - share) >= MIN_CHANGED
 
 
 def main() -> None:
@@ -224,42 +217,43 @@ def add_ratios(report: Report, scored: Sequence[Scored]) -> None:
 def add_goals(report: Report, scored: Sequence[Scored]) -> None:
     """Hold the curves against what was set before anything was measured.
 
-    A quick run states only the goals that its number of inputs can decide.
+    A quick run states only the goals that its number of inputs can decide (`Comparison.decided`).
     """
 
-    def decides(each: Scored, share: float) -> bool:
-        return not report.quick or each.decides(share)
-
     for each in scored:
-        report.goals += [goal for share, goal in _against_peers(each) if decides(each, share)]
+        for found in _comparisons(each):
+            if not report.quick or found.decided(each.inputs):
+                report.goals.append(at_least(found.name, found.times_fewer(found.share), found.goal))
     for each in scored:
-        if each.subject.error == "1 - accuracy" and decides(each, 0.99):
+        # One point of accuracy is ten of 1,000 inputs; a quick run has too few.
+        if each.subject.error == "1 - accuracy" and not report.quick:
             uncut = next(1 - p.error for p in each.points if p.name == "raw")
             best = fewest_bits(curve(each.points, OURS), uncut - 0.01)
             name = f"bits a value at under 1 point of accuracy lost ({100 * uncut:.1f}% uncut), digits, {each.cut}"
             report.goals.append(at_most(name, best.bits if best else 32.0, 0.8))
 
 
-def _against_peers(each: Scored) -> Iterator[tuple[float, Goal]]:
-    """Goals, each with the share of the same predictions at which bytes are compared."""
+def _comparisons(each: Scored) -> Iterator[Comparison]:
     at_node_31 = each.subject.name.startswith("EfficientNet-Lite0") and each.cut == "31"
     than_uniform, than_int8 = GOALS_AT_NODE_31 if at_node_31 else GOALS
-    ideal = curve(each.points, IDEAL)
-    for level in LEVELS:
-        name = f"uniform with ideal entropy, both at {level:.0%}"
-        yield level, _times_fewer(name, each, bytes_at(ideal, level), level, than_uniform)
+    ours, ideal = curve(each.points, OURS, CLOSER), curve(each.points, IDEAL)
     int8 = next(p for p in each.points if p.name == INT8)
-    name = f"int8 + zstd ({int8.same:.1%} the same), ours at 99%"
-    yield 0.99, _times_fewer(name, each, int8.bytes, 0.99, than_int8)
+
+    def than(name: str, share: float, goal: float, theirs: Callable[[float], float | None]) -> Comparison:
+        name = f"times fewer bytes than {name}: {each.subject.name}, {each.cut}"
+        return Comparison(name, share, goal, ours, theirs)
+
+    for level in LEVELS:
+        yield than(f"{IDEAL}, both at {level:.0%}", level, than_uniform, partial(bytes_at, ideal))
+    yield than(f"{INT8} ({int8.same:.1%} the same), ours at 99%", 0.99, than_int8, _always(int8.bytes))
     for p in each.points:
         if p.name in ("jpeg @85", "jpeg @95"):
-            yield p.same, _times_fewer(f"{p.name}, both at its {p.same:.1%}", each, p.bytes, p.same, 8)
+            yield than(f"{p.name}, both at its {p.same:.1%}", p.same, 8, _always(p.bytes))
 
 
-def _times_fewer(name: str, each: Scored, theirs: float | None, level: float, goal: float) -> Goal:
-    mine = bytes_at(curve(each.points, OURS, CLOSER), level)
-    value = theirs / mine if theirs is not None and mine is not None else 0.0
-    return at_least(f"times fewer bytes than {name}: {each.subject.name}, {each.cut}", value, goal)
+def _always(size: float) -> Callable[[float], float | None]:
+    """The bytes of a peer with one point only, at any share."""
+    return lambda _: size
 
 
 if __name__ == "__main__":

@@ -7,7 +7,12 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from isthmus.calibration.bounds import wilson
 from isthmus.calibration.scoring import Tally
+
+MIN_CHANGED = 10
+"""Changed predictions that a share must allow among the inputs that decide a goal: as many as 99% allow among the 1,000
+inputs of a full run."""
 
 
 @dataclass(frozen=True)
@@ -86,3 +91,29 @@ def fewer(ours: Sequence[Point], theirs: Sequence[Point], wanted: float, of: Cal
 def fewest_bits(points: Iterable[Point], least_accuracy: float) -> Point | None:
     """The point of the fewest bits whose accuracy (1 - error) is at least that; None without one."""
     return min((p for p in points if 1 - p.error >= least_accuracy), key=lambda p: p.bits, default=None)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A goal: where both keep a share of the predictions, the bytes of a peer over ours reach `goal`.
+
+    `theirs` gives the bytes of the peer at a share; None where it never keeps so many.
+    """
+
+    name: str
+    share: float
+    goal: float
+    ours: Sequence[Point]
+    theirs: Callable[[float], float | None]
+
+    def times_fewer(self, share: float) -> float:
+        """The ratio at a share; 0 where a curve never keeps so many."""
+        theirs, mine = self.theirs(share), bytes_at(self.ours, share)
+        return theirs / mine if theirs is not None and mine is not None else 0.0
+
+    def decided(self, inputs: int) -> bool:
+        """Whether so many inputs decide it: met, or missed, at both ends of the 95% interval of the share."""
+        if inputs * (1 - self.share) < MIN_CHANGED:
+            return False
+        low, high = (self.times_fewer(end) >= self.goal for end in wilson(self.share, inputs))
+        return low == high

@@ -123,9 +123,8 @@ def test_the_codec_command_shows_the_curves_and_finds_targets(calibrated: tuple[
     folder, said = calibrated
     found = document(isthmus("codec", "photos", "--registry", folder, "--json"))
     assert found["entries"] == said["entries"]
-    looked = [e for e in found["entries"] if e["looks"]]
-    assert looked
-    assert all(len(e["looks"]) == len(e["shares"]) and min(e["shares"]) > 0 for e in looked)
+    # A look costs a frame's header of half a kB, which is half of all that crosses here.
+    assert not any(e["looks"] or e["shares"] for e in found["entries"])
     assert found["chosen"] == {}
     picture = tmp_path / "curves.svg"
     result = isthmus("codec", "photos", "--at", "6", "--agreement", "0.99", "--picture", picture, "--registry", folder)

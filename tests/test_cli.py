@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from isthmus import cli
 from isthmus.cli import app
-from isthmus.cli.console import errors
+from isthmus.cli.console import errors, print_json, visible
 from isthmus.dtypes import restored
 
 COMMANDS = [
@@ -391,3 +391,19 @@ def test_a_full_disk_and_a_full_memory_are_told_in_a_sentence(
         raise raised
     told = capsys.readouterr().err
     assert (json.loads(told)["error"] if as_json else told) == (said if as_json else f"error: {said}\n")
+
+
+def test_what_no_stream_can_encode_is_written_as_its_escape(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bytes that are not UTF-8 in an argument, and halves of characters in JSON, are lone surrogates here."""
+    print_json({"a\udcff": "\ud800"})
+    assert json.loads(capsys.readouterr().out) == {"a\udcff": "\ud800"}
+    assert visible("a\udcff") == r"a\udcff"
+    odd = model.rename(tmp_path / "a\udcff.onnx")
+    run = isthmus("import", odd, "--name", "small", "--registry", tmp_path / "r")
+    assert run.exit_code == 0, run.output
+    for text in ('["\\ud800"]', "[" * 100_000):
+        (tmp_path / "labels.json").write_text(text)
+        run = isthmus("import", odd, "--registry", tmp_path / "r", "--labels", tmp_path / "labels.json")
+        assert isinstance(run.exception, SystemExit), run.exception

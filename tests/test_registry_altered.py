@@ -141,6 +141,20 @@ def test_a_document_altered_anywhere_is_read_or_refused_in_short(read: Callable[
         refusal(read, data, what)
 
 
+def test_a_number_that_no_float_holds_is_refused_anywhere_in_a_fidelity() -> None:
+    """A command that shows it would end in a traceback."""
+    doc = json.loads(fidelity_document.to_json(fidelity(DIGEST)))
+    for path in paths(doc):
+        changed = copy.deepcopy(doc)
+        parent = changed
+        for key in path[:-1]:
+            parent = parent[key]
+        if isinstance(parent[path[-1]], str):
+            continue
+        parent[path[-1]] = 10**400
+        assert refusal(fidelity_document.from_json, encoded(changed), str(path)) is not None, path
+
+
 @given(data=st.binary(max_size=300))
 def test_bytes_that_are_no_document_are_refused(data: bytes) -> None:
     for read in (read_manifest, plan_document.from_json, fidelity_document.from_json):
@@ -267,11 +281,11 @@ def test_functions_answer_for_altered_manifests_without_an_unexpected_error(
                 assert b"cache_dir" not in answer.data, what
 
 
-def test_a_label_file_that_is_none_leaves_the_known_version_serving(tmp_path: Path) -> None:
+@pytest.mark.parametrize("labels", [b"[1]", b'["\\ud800", "b", "c", "d", "e"]'])
+def test_a_label_file_that_is_none_leaves_the_known_version_serving(labels: bytes, tmp_path: Path) -> None:
     mine = publish_photos(tmp_path / "mine")
     client = ready(create_router_app(router_settings(mine, tmp_path / "r", ("local",), refresh_s=0.0)).test_client())
     doc = json.loads(to_json(mine.bundle))
-    labels = b"[1]"
     doc["postprocess"]["labels"] = {"digest": digest_of(labels), "size": len(labels)}
     for data in (labels, encoded(doc)):
         (mine.folder / "blobs/sha256" / digest_of(data)[7:]).write_bytes(data)

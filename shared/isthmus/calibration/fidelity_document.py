@@ -138,8 +138,8 @@ def _value(name: str, annotation: Any, value: Any) -> Any:
     if annotation == "float":
         return _number(value)
     wanted: type = {"int": int, "str": str, "bool": bool}[annotation]
-    if type(value) is not wanted or (isinstance(value, int) and value < 0):
-        raise ValueError(f"{name} is {value!r}")
+    if type(value) is not wanted or (isinstance(value, int) and not 0 <= value < 2**63):
+        raise ValueError(f"{name} is {str(value)[:80]}, no {annotation} of a fidelity")
     if name == "codec":
         value = successor(str(value))
         if value not in (*KNOWN, "jpeg", "webp"):

@@ -41,7 +41,8 @@ DEFAULT_REGISTRY = ".isthmus/registry"
 CACHE_DIR = private_caches.CACHE_DIR
 ENGINE_SECRETS = ".isthmus/secrets"
 """Where the local engine keeps secrets; commands find the S3 keys where the functions of `isthmus up` do."""
-_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What would steer the terminal, and what no stream can encode: halves of characters, which JSON and arguments hold."""
 _CACHE_BYTES = "8GiB"
 """More than a function's: a whole model is read here, on a disk that no pod's memory bounds."""
 _MAX_LINE = 10_000
@@ -74,7 +75,9 @@ def segment_settings(registry: str, cache_dir: str = CACHE_DIR, *, threads: int 
 
 def print_json(document: Any) -> None:
     """Write one JSON document to standard output."""
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")
+    text = json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n"
+    # Half a character, in a name that someone wrote into the registry, becomes its escape.
+    sys.stdout.write(text.encode(errors="backslashreplace").decode())
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, numbers: Sequence[str] = ()) -> None:

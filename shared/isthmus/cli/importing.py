@@ -21,6 +21,7 @@ from isthmus.cli.console import (
     print_json,
     registry_settings,
     steps,
+    visible,
 )
 from isthmus.cli.cut_options import SYNTAX
 from isthmus.cli.publishing import DropPlan, Publication, findings, publish_version, warn
@@ -138,7 +139,7 @@ def publish(
     from isthmus.cli.sources import onnx_file
     from isthmus.graph import build, zoo
 
-    declared = zoo.entry(model).arguments() if model in zoo.ENTRIES else {"source": {"file": Path(model).name}}
+    declared = zoo.entry(model).arguments() if model in zoo.ENTRIES else {"source": {"file": visible(Path(model).name)}}
     called = name or _name_of(model)
     if not is_model_name(called):
         raise ModelError(f"{called!r} cannot name a model", hint="use 1 to 63 of a-z, 0-9, '.', '_' and '-'")
@@ -239,6 +240,8 @@ def _text(path: Path) -> str:
 
 def _parsed(path: Path, text: str) -> Any:
     try:
-        return json.loads(text)
+        doc = json.loads(text)
+        json.dumps(doc, ensure_ascii=False).encode()  # half of a surrogate pair is in no manifest
     except (ValueError, RecursionError) as e:
         raise ModelError(f"{path} cannot be read as JSON: {e}") from e
+    return doc

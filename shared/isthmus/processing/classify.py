@@ -88,6 +88,10 @@ def parse_labels(data: bytes) -> tuple[str, ...]:
         raise ModelError(f"the labels are not JSON: {e}") from e
     if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
         raise ModelError("the labels are not a JSON list of strings")
+    try:
+        "".join(names).encode()
+    except UnicodeEncodeError as e:
+        raise ModelError("the labels hold half of a surrogate pair, which no response can carry") from e
     return tuple(names)
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import tracemalloc
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,22 @@ from isthmus.context import Deadline
 from isthmus.errors import Overloaded, RequestTooLarge
 from isthmus.processing.image import decode, preprocess
 from isthmus.processing.image_budget import ImageMemory
-from isthmus.processing.image_memory import MAX_CHUNKS, MAX_MARKERS, MAX_TIFF_STRIPS, MAX_TIFF_VALUES
+from isthmus.processing.image_memory import (
+    MAX_BLOCKS,
+    MAX_CHUNKS,
+    MAX_MARKERS,
+    MAX_RUNS_BYTES,
+    MAX_TABLES_BYTES,
+    MAX_TEXTS,
+    MAX_TIFF_STRIPS,
+    MAX_TIFF_VALUES,
+)
 from patience import LONG_S, until
 from routers import chain as chain
 from routers import local_router
 
+PNG_START = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0))
+GIF_START = b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0, 0, 0)
 INPUT = TensorSpec("x", "float32", (1, 3, 64, 64))
 EMPTY = chunk(b"IDAT", b"")
 SPEC: dict[str, Any] = {
@@ -53,6 +65,12 @@ SPEC: dict[str, Any] = {
     ],
     "dtype": "float32",
 }
+
+
+def bmp_of_runs(length: int) -> bytes:
+    """A BMP of 8-bit pixels in runs of one."""
+    header = struct.pack("<IiiHHIIiiII", 40, 2000, 2000, 1, 8, 1, length, 0, 0, 256, 0)
+    return b"BM" + struct.pack("<IHHI", 1078 + length, 0, 0, 1078) + header + bytes(1024) + b"\x01\x05" * (length // 2)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
@@ -196,11 +214,32 @@ def test_a_header_that_announces_more_than_there_is_memory_is_refused_at_once(da
         (b"II*\0\x08\0\0\0" + struct.pack("<HHHII", 1, 320, 4, MAX_TIFF_VALUES + 1, 26), MAX_TIFF_VALUES),
         (b"MM\0+\0\x08\0\0" + struct.pack(">QQHHQQ", 16, 1, 320, 16, MAX_TIFF_VALUES + 1, 99), MAX_TIFF_VALUES),
         (tiff_of_strips(MAX_TIFF_STRIPS + 1), MAX_TIFF_STRIPS),
+        # What Pillow reads in Python: as many of these as fit into a body took a function minutes.
+        (PNG_START + chunk(b"iCCP", b"k\0\0" + zlib.compress(bytes(2**20))) * (MAX_TEXTS + 1), MAX_TEXTS),
+        (b"\xff\xd8" + (b"\xff\xdb\xff\xff" + bytes(65533)) * 33, MAX_TABLES_BYTES),
+        (b"\xff\xd8" + (b"\xff\xe1\xff\xffExif\0\0" + bytes(65527)) * 33, MAX_TABLES_BYTES),
+        (b"\xff\xd8" + (b"\xff\xed\xff\xff" + bytes(65533)) * 33, MAX_TABLES_BYTES),
+        (GIF_START + bytes(MAX_BLOCKS + 20), MAX_BLOCKS),
+        (GIF_START + b"\x21\xfe\x01a\0" * MAX_BLOCKS, MAX_BLOCKS),
+        (bmp_of_runs(MAX_RUNS_BYTES), MAX_RUNS_BYTES),
     ],
-    ids=["JPEG", "PNG", "TIFF", "BigTIFF", "strips"],
+    ids=[
+        "JPEG",
+        "PNG",
+        "TIFF",
+        "BigTIFF",
+        "strips",
+        "profiles",
+        "tables",
+        "Exif",
+        "Photoshop",
+        "stray",
+        "blocks",
+        "runs",
+    ],
 )
-def test_a_file_of_too_many_parts_is_refused(data: bytes, limit: int) -> None:
-    with pytest.raises(RequestTooLarge, match="parts") as e:
+def test_a_file_of_too_many_parts_is_refused_before_they_are_read(data: bytes, limit: int) -> None:
+    with pytest.raises(RequestTooLarge, match="more than") as e:
         decode(data, max_pixels=10**6)
     assert e.value.facts["limit"] == limit
 

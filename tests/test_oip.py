@@ -527,3 +527,15 @@ def test_null_for_what_is_needed_is_refused_as_leaving_it_out_is(field: str) -> 
             parse(body(tensor))
         messages.append(e.value.message)
     assert messages[0] == messages[1]
+
+
+def test_a_byte_order_mark_before_the_json_is_no_part_of_it() -> None:
+    assert parse(b"\xef\xbb\xbf" + body(x())).inputs["x"].tolist() == parse(body(x())).inputs["x"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [("9" * 5000, "a number of thousands of digits"), ("[" * 10**5, "too deep in each other")]
+)
+def test_what_python_cannot_parse_is_told_in_the_callers_words(number: str, said: str) -> None:
+    with pytest.raises(RequestMalformed, match=said):
+        parse(b'{"inputs": ' + number.encode())

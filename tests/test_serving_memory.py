@@ -225,7 +225,7 @@ def test_another_content_encoding_is_answered_with_those_that_are_offered(client
 
 GZIPPED = gzip.compress(b"{}" * 5000)
 NOT_OF_ITS_CODING = {
-    "gzip": [infer(), GZIPPED[:-1], GZIPPED[:20], GZIPPED + b"x", GZIPPED * 2, b"", GZIPPED[:30] + b"\0" * 20],
+    "gzip": [infer(), GZIPPED[:-1], GZIPPED[:20], GZIPPED + b"x", GZIPPED + bytes(9), b"", GZIPPED[:30] + b"\0" * 20],
     "deflate": [infer(), zlib.compress(infer())[:-1], zlib.compress(infer()) + b"\0", raw_deflate(infer())[:-1], b""],
 }
 
@@ -236,6 +236,14 @@ def test_a_body_that_is_not_of_its_coding_is_malformed(client: FlaskClient, codi
         answer = client.post("/", data=body, headers={"Content-Encoding": coding})
         assert (answer.status_code, answer.json["type"]) == (400, "RequestMalformed"), body
         assert answer.json["facts"] == {"header": "Content-Encoding"}
+
+
+def test_a_gzip_body_may_be_several_one_after_the_other(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    body, headers = infer(), {"Content-Encoding": "gzip"}
+    parts = b"".join(gzip.compress(body[at : at + 100]) for at in range(0, len(body), 100))
+    assert client.post("/", data=parts, headers=headers).json == client.post("/", data=body).json
+    monkeypatch.setattr("isthmus.serving.encodings.MAX_MEMBERS", 3)
+    assert client.post("/", data=parts, headers=headers).status_code == 400
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate"])

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import random
+import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,8 @@ from PIL import Image
 
 from bundles import Published, free_model, photo, publish, served
 from bundles import photos as photos
-from isthmus.processing.wrapped import Form, looks_like_form, read_form
+from isthmus.errors import RequestMalformed
+from isthmus.processing.wrapped import Form, from_base64, looks_like_form, read_form
 from isthmus.serving import oip
 from routers import Chain, assert_classes, expected_classes, local_router
 from routers import chain as chain
@@ -58,8 +60,20 @@ def test_a_photo_in_json_gives_the_same(client: FlaskClient, photos: Published) 
         lambda text: text.rstrip("="),
         lambda text: text.replace("+", "-").replace("/", "_"),
         lambda text: text.replace("+", "-").replace("/", "_").rstrip("=") + "\n",
+        lambda text: f" \n data:image/png; base64, {text} ",
+        lambda text: "\n    ".join(text[i : i + 76] for i in range(0, len(text), 76)),
     ],
-    ids=["data url", "data url in percent", "data url with parameters", "lines", "no padding", "url-safe", "all of it"],
+    ids=[
+        "data url",
+        "data url in percent",
+        "data url with parameters",
+        "lines",
+        "no padding",
+        "url-safe",
+        "all of it",
+        "spaces around it",
+        "indented lines",
+    ],
 )
 def test_base64_that_can_mean_only_one_photo_is_taken(
     client: FlaskClient, photos: Published, wrap: Callable[[str], str]
@@ -73,6 +87,17 @@ def test_base64_that_can_mean_only_one_photo_is_taken(
     answer = client.post("/", json={"image": wrap(text)})
     assert answer.status_code == 200, answer.text
     assert_classes(answer.json["classes"], expected_classes(photos, data))
+
+
+def test_a_data_url_of_escapes_takes_no_more_memory_than_its_text() -> None:
+    text = "data:;base64," + "%41" * 2**18
+    tracemalloc.start()
+    try:
+        with pytest.raises(RequestMalformed, match="letter 1 is '%'"):
+            from_base64(text)
+        assert tracemalloc.get_traced_memory()[1] < 6 * len(text)  # 90 times, when every escape was unquoted
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
@@ -136,6 +161,18 @@ def test_a_form_may_hold_a_photo_of_any_size(client: FlaskClient) -> None:
         assert read_form(form(('name="f"; filename="f"', content))).photo == content
 
 
+def test_a_file_that_was_not_chosen_in_a_form_is_none() -> None:
+    assert read_form(form(('name="other"; filename=""', b""), FILE)) == Form(FILE[1], {})
+    assert read_form(form(('name="f"; filename=""', FILE[1]))) == Form(FILE[1], {})
+
+
+def test_a_photo_where_tensors_are_taken_is_told_where_to_go(client: FlaskClient) -> None:
+    for body in (photo(), form(FILE)):
+        answer = client.post("/v2/models/photos/infer", data=body)
+        assert (answer.status_code, answer.json["type"]) == (415, "MediaUnsupported")
+        assert answer.json["hint"] == "POST a photo to /?model=photos"
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -160,11 +197,11 @@ def test_odd_forms_that_are_forms_are_taken(change: Callable[[bytes], bytes]) ->
         (form(FILE, ('name="model"', b"other")), 400, "the form has the fields model"),
         (form(FILE, ("x", b"nameless")), 400, "beside the photo it may have top_k"),
         (form(FILE, ('name="top_k"', b"many")), 400, "top_k is 'many'"),
-        (form(FILE, ('name="note"', b"x" * 2**15)), 413, "bytes beside its file"),
+        (form(FILE, ('name="note"', b"x" * 2**15)), 413, "bytes beside its file, at its field 'note'"),
         (form(*[FILE] * 17), 413, "more than 16 parts"),
         (form(FILE)[:-40], 400, "the form cannot be read"),
         (form(('name="f"; filename="f.txt"', b"hello")), 415, "it looks like text"),
-        (form(('name="f"; filename="f.png"', b"")), 400, "an empty body is no image"),
+        (form(('name="f"; filename="f.png"', b"")), 400, "the form's file is empty"),
         (b"--only a line", 415, "a form (multipart/form-data) that is not one"),
     ],
 )

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from PIL import ImageFile, JpegImagePlugin, TiffImagePlugin
 
 from isthmus.errors import RequestTooLarge
 
-MAX_MARKERS, MAX_CHUNKS, MAX_TIFF_VALUES, MAX_TIFF_STRIPS = 4096, 2**16, 2**20, 2**16
-"""Segments of a JPEG, chunks of a PNG, values of one TIFF tag, its strips or tiles: Pillow keeps a Python object for
-each, and of a million strips it makes tuples for two seconds."""
+MAX_MARKERS, MAX_CHUNKS, MAX_TIFF_VALUES, MAX_TIFF_STRIPS, MAX_BLOCKS = 4096, 2**16, 2**20, 2**16, 2**16
+"""Segments of a JPEG, chunks of a PNG, values of one TIFF tag, its strips or tiles, blocks before a GIF's first frame:
+Pillow keeps a Python object for each, and of a million strips it makes tuples for two seconds."""
+MAX_TABLES_BYTES, MAX_RUNS_BYTES = 2 * 2**20, 4 * 2**20
+"""Of a JPEG's Exif, Photoshop's resources and quantization tables, and of a BMP in runs: Pillow reads them in Python, a
+second for some 4 MB, and answers no other request meanwhile."""
 _FIXED = 12 * 2**20
 """Beside the pixels: the decoder's tables and windows, a strip of rows on its way to RGB, an arena's last block."""
 _ROW = 16
@@ -35,6 +39,8 @@ _TIFF_STRIP_BYTES, _TIFF_VALUE_BYTES = 400, 100
 """What Pillow makes of the place of one strip or tile, and of one number in another tag."""
 _TEXT_BYTES = 2**20
 """The most that Pillow unpacks of one compressed text in a PNG."""
+_JPEG_TABLES = {0xDB: b"", 0xE1: b"Exif\0\0", 0xED: b""}
+_PNG_PACKED = (b"iCCP", b"zTXt", b"iTXt")
 MAX_TEXTS = 65
 """Pillow refuses the text after which 64 MiB were unpacked."""
 
@@ -43,21 +49,13 @@ def check_parts(data: bytes, kind: str) -> None:
     """Refuse a file of more parts than any encoder writes, before Pillow makes an object of each.
 
     Raises:
-        RequestTooLarge: more markers, chunks or values than the bounds.
+        RequestTooLarge: more markers, chunks, blocks, values or compressed texts than the bounds, or longer tables.
     """
-    walk = {"image/jpeg": _jpeg_markers, "image/png": _png_chunks, "image/tiff": _tiff_values}.get(kind)
-    if walk is None:
-        return
-    strips = max((n for tag, n, _ in _tiff_tags(data) if tag in _TIFF_STRIPS), default=0) if kind == "image/tiff" else 0
-    if strips > MAX_TIFF_STRIPS:
-        raise RequestTooLarge(
-            f"a TIFF in {strips} parts, strips or tiles; at most {MAX_TIFF_STRIPS} are read",
-            limit=MAX_TIFF_STRIPS,
-            parts=strips,
-        )
-    limit = {"image/jpeg": MAX_MARKERS, "image/png": MAX_CHUNKS, "image/tiff": MAX_TIFF_VALUES}[kind]
-    if (count := walk(data, limit)) > limit:
-        raise RequestTooLarge(f"a file of more than {limit} parts ({kind})", limit=limit, parts=count)
+    for walk, limit, what in _WALKS.get(kind, ()):
+        if (count := walk(data, limit)) > limit:
+            raise RequestTooLarge(
+                f"a file of more than {limit} {what} ({kind})", limit=limit, parts=count, hint="save the image anew"
+            )
 
 
 def announced_size(data: bytes, kind: str) -> tuple[int, int] | None:
@@ -178,7 +176,7 @@ def _tiff_bytes(image: TiffImagePlugin.TiffImageFile, width: int, height: int) -
 
 def jpeg_scans(data: bytes) -> int:
     """The scans of a JPEG's own picture: those of a thumbnail in its EXIF, and of pictures behind it, are none."""
-    start, _ = _first_scan(data, MAX_MARKERS)
+    start = _first_scan(data, MAX_MARKERS)[0]
     end = data.find(b"\xff\xd9", start)
     return data.count(b"\xff\xda", start, end if end >= 0 else len(data))
 
@@ -187,18 +185,26 @@ def _jpeg_markers(data: bytes, limit: int) -> int:
     return _first_scan(data, limit)[1]
 
 
-def _first_scan(data: bytes, limit: int) -> tuple[int, int]:
-    """Where a JPEG's first scan begins, and how many segments lie before it."""
-    at, count = 2, 0
+def _jpeg_tables(data: bytes, limit: int) -> int:
+    """Bytes of a JPEG's segments that Pillow reads value by value."""
+    return _first_scan(data, MAX_MARKERS)[2]
+
+
+def _first_scan(data: bytes, limit: int) -> tuple[int, int, int]:
+    """Where a JPEG's first scan begins, how many segments lie before it, and how long their tables are."""
+    at, count, tables = 2, 0, 0
     while count <= limit and (at := data.find(b"\xff", at)) >= 0 and at + 4 <= len(data):
         marker = data[at + 1]
         if marker == 0xDA:
             break
         # Fill bytes, and markers without a length.
         bare = marker in (0, 1, 0xFF) or 0xD0 <= marker <= 0xD9
-        at += 1 if bare else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        length = 0 if bare else int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker in _JPEG_TABLES and data.startswith(_JPEG_TABLES[marker], at + 4):
+            tables += length
+        at += 1 if bare else 2 + length
         count += 1
-    return max(at, 0), count
+    return max(at, 0), count, tables
 
 
 def _planes(image: JpegImagePlugin.JpegImageFile) -> float:
@@ -211,7 +217,7 @@ def _planes(image: JpegImagePlugin.JpegImageFile) -> float:
 
 def _scanned(data: bytes) -> int:
     """How many components are in a JPEG's first scan."""
-    start, _ = _first_scan(data, MAX_MARKERS)
+    start = _first_scan(data, MAX_MARKERS)[0]
     return data[start + 4] if start + 4 < len(data) else 0
 
 
@@ -220,55 +226,86 @@ def _gif_canvas(data: bytes) -> tuple[int, int]:
 
     Blocks are read as Pillow reads them, odd ones included.
     """
-    width, height, flags = struct.unpack_from("<HHB", data, 6)
-    at = 13 + (6 << (flags & 7) if flags & 0x80 else 0)
-    while at + 9 < len(data) and data[at] != 0x3B:
-        if data[at] == 0x2C:
-            left, top, wide, high = struct.unpack_from("<HHHH", data, at + 1)
-            return max(width, left + wide), max(height, top + high)
-        if data[at] == 0x21:
-            at = _after_extension(data, at + 1)
-        else:
-            at += 1
+    width, height = struct.unpack_from("<HH", data, 6)
+    at, _ = _gif_frame(data, MAX_BLOCKS)
+    if at + 9 < len(data) and data[at] == 0x2C:
+        left, top, wide, high = struct.unpack_from("<HHHH", data, at + 1)
+        return max(width, left + wide), max(height, top + high)
     return int(width), int(height)
 
 
-def _after_extension(data: bytes, at: int) -> int:
+def _gif_blocks(data: bytes, limit: int) -> int:
+    return _gif_frame(data, limit)[1]
+
+
+def _gif_frame(data: bytes, limit: int) -> tuple[int, int]:
+    """Where a GIF's first frame begins, or its end is, and how many blocks and stray bytes lie before it."""
+    count = 0
+    at = 13 + (6 << (data[10] & 7) if len(data) > 10 and data[10] & 0x80 else 0)
+    while count <= limit and at + 9 < len(data) and data[at] not in (0x2C, 0x3B):
+        if data[at] == 0x21:
+            at, blocks = _after_extension(data, at + 1)
+            count += blocks
+        else:
+            at += 1
+        count += 1
+    return at, count
+
+
+def _after_extension(data: bytes, at: int) -> tuple[int, int]:
+    """Where what follows an extension begins, and how many blocks it has."""
     label, size = data[at], data[at + 1]
     more = size > 0 if label == 0xFE else True  # a comment ends with an empty block, others with one after their first
     if label == 0xFF and data[at + 2 : at + 2 + size].startswith(b"NETSCAPE2.0"):
         at += 1 + size
         size = data[at + 1] if at + 1 < len(data) else 0
     at += 2 + size
+    blocks = 0
     while more and at < len(data):
         size = data[at]
         at += 1 + size
         more = size > 0
-    return at
+        blocks += 1
+    return at, blocks
 
 
 def _png_texts(data: bytes) -> int:
     """What a PNG's chunks beside its pixels take: letters of up to four bytes where a text is Unicode."""
-    at, taken, texts = 8, 0, 0
-    for _ in range(MAX_CHUNKS):
-        if at + 8 > len(data):
-            break
-        length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+    taken, texts = 0, 0
+    for kind, length in islice(_png_parts(data), MAX_CHUNKS):
         if kind != b"IDAT":
-            taken += (5 if kind == b"iTXt" else 3) * min(length, len(data) - at)
-            if kind in (b"zTXt", b"iTXt", b"iCCP") and texts < MAX_TEXTS:
+            taken += (5 if kind == b"iTXt" else 3) * length
+            if kind in _PNG_PACKED and texts < MAX_TEXTS:
                 taken += (5 if kind == b"iTXt" else 2) * _TEXT_BYTES
                 texts += 1
-        at += 12 + length
     return taken
 
 
 def _png_chunks(data: bytes, limit: int) -> int:
-    at, count = 8, 0
-    while count <= limit and at + 8 <= len(data):
-        at += 12 + int.from_bytes(data[at : at + 4], "big")
-        count += 1
-    return count
+    return sum(1 for _ in islice(_png_parts(data), limit + 1))
+
+
+def _png_parts(data: bytes) -> Iterator[tuple[bytes, int]]:
+    """A PNG's chunks: the kind of each, and how many of its bytes the file has."""
+    at = 8
+    while at + 8 <= len(data):
+        length = int.from_bytes(data[at : at + 4], "big")
+        yield data[at + 4 : at + 8], min(length, len(data) - at)
+        at += 12 + length
+
+
+def _png_packed(data: bytes, limit: int) -> int:
+    """How many chunks of a PNG beside its pixels are compressed: a kilobyte of each unpacks to a megabyte."""
+    return sum(kind in _PNG_PACKED for kind, _ in islice(_png_parts(data), MAX_CHUNKS))
+
+
+def _bmp_runs(data: bytes, limit: int) -> int:
+    """Bytes of a BMP whose pixels are runs; 0 of another."""
+    return len(data) if len(data) > 34 and data[14] >= 40 and data[30] in (1, 2) else 0
+
+
+def _tiff_places(data: bytes, limit: int) -> int:
+    return max((count for tag, count, _ in _tiff_tags(data) if tag in _TIFF_STRIPS), default=0)
 
 
 def _tiff_values(data: bytes, limit: int) -> int:
@@ -303,3 +340,13 @@ def _tiff_tags(data: bytes) -> Iterator[tuple[int, int, int]]:
             yield tag, 1 if single else count, 3 * min(count, len(data)) if single else _TIFF_VALUE_BYTES * count
     except struct.error:
         return
+
+
+_WALKS: Mapping[str, Sequence[tuple[Callable[[bytes, int], int], int, str]]] = {
+    "image/jpeg": ((_jpeg_markers, MAX_MARKERS, "parts"), (_jpeg_tables, MAX_TABLES_BYTES, "bytes of tables and Exif")),
+    "image/png": ((_png_chunks, MAX_CHUNKS, "parts"), (_png_packed, MAX_TEXTS, "compressed texts and profiles")),
+    "image/gif": ((_gif_blocks, MAX_BLOCKS, "parts"),),
+    "image/bmp": ((_bmp_runs, MAX_RUNS_BYTES, "bytes of runs"),),
+    "image/tiff": ((_tiff_places, MAX_TIFF_STRIPS, "strips or tiles"), (_tiff_values, MAX_TIFF_VALUES, "parts")),
+}
+"""What bounds each kind: a count, its limit, and what is counted."""

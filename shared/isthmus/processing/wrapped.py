@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
-from urllib.parse import unquote
 
 from isthmus.errors import RequestMalformed, RequestTooLarge
 
@@ -25,6 +24,7 @@ _DATA_URL = re.compile(r"data:([^,]{0,200}),", re.IGNORECASE)
 _PLAIN, _URL_SAFE = b"+/", b"-_"
 _LETTERS = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 _LINE_BREAKS = b"\r\n\t"
+_INDENTED = re.compile(rb"[\r\n][\r\n\t ]+")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def read_form(body: bytes) -> Form:
         files, fields = _parts(body)
     except RequestEntityTooLarge as e:
         raise RequestTooLarge(
-            f"a form of more than {MAX_PARTS} parts, or more than {MAX_FIELD_BYTES} bytes beside its file",
+            f"a form of more than {MAX_PARTS} parts, or a part with a head of more than {MAX_FIELD_BYTES} bytes",
             limit=MAX_PARTS,
         ) from e
     except (ValueError, UnicodeError) as e:
@@ -68,6 +68,8 @@ def read_form(body: bytes) -> Form:
             files=len(files),
             hint="send a file under any name: curl -F image=@cat.jpg URL",
         )
+    if not files[0]:
+        raise RequestMalformed("the form's file is empty", files=1, hint="was a file chosen?")
     return Form(files[0], fields)
 
 
@@ -77,9 +79,9 @@ def _parts(body: bytes) -> tuple[list[bytes], dict[str, str]]:
     werkzeug's own FormDataParser takes one bound for a field and for what it reads at a time, files included.
 
     Raises:
-        RequestEntityTooLarge, ValueError, UnicodeError: as werkzeug's decoder finds it, or more than MAX_FIELD_BYTES.
+        RequestEntityTooLarge, ValueError, UnicodeError: as werkzeug's decoder finds it.
+        RequestTooLarge: more than MAX_FIELD_BYTES beside the files.
     """
-    from werkzeug.exceptions import RequestEntityTooLarge
     from werkzeug.sansio.multipart import Data, Epilogue, Field, File, MultipartDecoder, NeedData
 
     match = _FORM.match(body)
@@ -98,10 +100,16 @@ def _parts(body: bytes) -> tuple[list[bytes], dict[str, str]]:
             elif isinstance(event, Data):
                 content.write(event.data)
                 if isinstance(part, Field) and (beside := beside + len(event.data)) > MAX_FIELD_BYTES:
-                    raise RequestEntityTooLarge
-                if not event.more_data and isinstance(part, File):
+                    name = (part.name or "")[:80]
+                    raise RequestTooLarge(
+                        f"the form has more than {MAX_FIELD_BYTES} bytes beside its file, at its field {name!r}",
+                        limit=MAX_FIELD_BYTES,
+                        hint="a photo is a file, which has a file name: curl -F image=@cat.jpg URL",
+                    )
+                # Browsers send a file that was not chosen as an empty one without a name.
+                if not event.more_data and isinstance(part, File) and (part.filename or content.tell()):
                     files.append(content.getvalue())
-                elif not event.more_data and part is not None:
+                elif not event.more_data and isinstance(part, Field):
                     fields[part.name or ""] = content.getvalue().decode("utf-8", "replace")
     return files, fields
 
@@ -115,22 +123,29 @@ def _pieces(body: bytes) -> Iterator[bytes | None]:
 def from_base64(text: Any) -> bytes:
     """The bytes that base64 text stands for, where it can mean only one thing.
 
-    A `data:` URL's prefix, line breaks, the URL-safe alphabet and padding that was lost are taken.
+    A `data:` URL's prefix and escapes, line breaks, indentation, spaces around it, the URL-safe alphabet and padding
+    that was lost are taken.
 
     Raises:
         RequestMalformed: it is no such text; the sentence says where it departs.
     """
     if not isinstance(text, str):
         raise _refused(f"it is {_kind(text)}, not text")
+    text = text.strip()
     if (url := _DATA_URL.match(text)) is not None:
-        if not url[1].lower().rstrip().endswith(";base64"):
+        if not re.search(r";\s*base64\s*$", url[1], re.IGNORECASE):
             raise _refused("it is a data: URL without ;base64, so its bytes are not in base64")
-        text = unquote(text[url.end() :])
+        text = text[url.end() :]
     try:
         data = text.encode("ascii")
     except UnicodeEncodeError as e:
         raise _refused(f"character {e.start + 1} is {text[e.start]!r}, which base64 has not") from e
-    data = data.translate(None, _LINE_BREAKS)
+    if url is not None and b"%" in data:
+        # One by one: unquoting takes a hundred times the text where all of it is escaped, and letters never are.
+        for letter in b"+/=\r\n ":
+            for escape in {b"%%%02X" % letter, b"%%%02x" % letter}:
+                data = data.replace(escape, bytes([letter]))
+    data = _INDENTED.sub(b"", data).translate(None, _LINE_BREAKS).strip()
     body = data.rstrip(b"=")
     if not body:
         return b""

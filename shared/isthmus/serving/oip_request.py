@@ -104,7 +104,9 @@ def parse_document(
 def read_document(
     part: bytes | memoryview, max_json_bytes: int = MAX_JSON_BYTES, reserve: Reserve = _reserve_nothing
 ) -> dict[str, Any]:
-    """A JSON object, strictly: UTF-8, no NaN, no infinity. `reserve` is called as `parse_request` says.
+    """A JSON object, strictly: UTF-8, no NaN, no infinity; a byte order mark before it is no part of it.
+
+    `reserve` is called as `parse_request` says.
 
     Raises:
         RequestMalformed: anything else.
@@ -120,10 +122,13 @@ def read_document(
     # Half as much again for the arrays, and for lists of numbers that lay nested.
     reserve(parsed_bytes(part) * 3 // 2)
     try:
-        doc = _JSON.decode(str(part, "utf-8"))
+        doc = _JSON.decode(str(part, "utf-8-sig"))
     except (ValueError, RecursionError) as e:
+        # Of a number's digits Python says how to allow more of them here, which no caller can.
+        said = "it holds a number of thousands of digits" if "integer string conversion" in str(e) else str(e)[:200]
+        said = "its lists and objects lie too deep in each other" if isinstance(e, RecursionError) else said
         raise RequestMalformed(
-            f"the request is not JSON: {str(e)[:200]}",
+            f"the request is not JSON: {said}",
             hint=f"where binary tensors follow the JSON, the header {HEADER_LENGTH} says how long it is",
         ) from e
     if not isinstance(doc, dict):

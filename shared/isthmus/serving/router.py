@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import time
 from collections.abc import Mapping
@@ -121,7 +122,7 @@ class _RouterApp(FunctionApp):
             return self._photo(work, model, body, _top_k(work.query.get("top_k")))
         if looks_like_form(body):
             return self._form(work, model, body)
-        if body[:64].lstrip()[:1] != b"{":
+        if body[:64].removeprefix(codecs.BOM_UTF8).lstrip()[:1] != b"{":
             raise not_an_image(body)
         asked = self._read_json(work, model, body)
         if isinstance(asked, oip.InferRequest):
@@ -189,6 +190,13 @@ class _RouterApp(FunctionApp):
         return asked
 
     def _infer(self, work: Work, model: Model) -> Reply:
+        first = bytes(work.body[:256])
+        if looks_like_image(first) or looks_like_form(first):
+            raise MediaUnsupported(
+                "the body is a photo or a form, and here tensors are taken",
+                accepted=["Open Inference Protocol"],
+                hint=f"POST a photo to /?model={model.name}",
+            )
         start = time.perf_counter()
         with self._turns.one(work.context.deadline), work.memory.scope():
             wanted = oip.parse_request(

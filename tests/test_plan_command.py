@@ -34,7 +34,7 @@ from isthmus.planner.profiling import profiles
 from isthmus.serving import create_router_app, create_segment_app
 from plans import candidate, plan_for, profile_of
 
-LINK = ["--uplink", "20mbit", "--rtt", "5ms"]
+LINK = ["--uplink", "20mbit", "--rtt", "30ms"]
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ def test_the_candidates_run_over_the_link_and_the_plan_is_published(place: Place
         assert c.measured.low <= c.measured.median <= c.measured.high
         # The link lets nothing through faster than it is.
         if c.kind != "edge":
-            assert c.measured.median >= 0.005 + 8 * c.up_bytes / 20e6
-    # A link of 5 ms leaves a model of microseconds at the edge.
+            assert c.measured.median >= 0.03 + 8 * c.up_bytes / 20e6
+    # A link of 30 ms leaves a model of microseconds at the edge, on a busy machine too.
     assert plan.choice.kind == "edge"
     assert plan.choice.measured is not None
     assert plan.choice.measured.runs >= 5
@@ -232,7 +232,7 @@ def test_a_version_without_the_plan_does_not_serve_unless_asked(place: Place, me
     assert stays.exit_code == 0, stays.output
     newest = registry.versions("photos")[-1].version
     assert f"prod stays at photos:{before}" in stays.stdout
-    assert f"isthmus plan photos:{newest} --uplink 20Mbit/s --rtt 5ms" in stays.stdout
+    assert f"isthmus plan photos:{newest} --uplink 20Mbit/s --rtt 30ms" in stays.stdout
     assert registry.resolve("photos").version == before
     moved = json.loads(isthmus(*common, "--drop-plan", "--json").stdout)
     assert (moved["alias"], moved["alias_was"], moved["alias_moved"], moved["plan_dropped"]) == (

@@ -84,7 +84,7 @@ def test_what_onnx_ir_raises_is_a_refusal_with_its_cause(tmp_path: Path, monkeyp
     [
         ([("Neg", "x", "a"), ("Relu", "x", "a"), ("Exp", "a", "y")], ""),
         ([("Neg", "x", "a")], "no node makes the output y"),
-        ([("Neg", "none", "y")], ""),
+        ([("Neg", "none", "y")], "a node Neg reads none, which is no input"),
         ([("Neg", "b", "y"), ("Exp", "y", "b")], ""),
     ],
 )
@@ -119,3 +119,30 @@ def test_a_reason_is_freed_from_what_is_around_it() -> None:
     assert reason_of(Exception(text)) == (
         "indices element out of data bounds, idx=99 must be within [-10,9] (node /emb/Gather)"
     )
+
+
+@pytest.mark.parametrize(("key", "text"), [("offset", "-1"), ("offset", "one"), ("length", "")])
+def test_a_place_of_weights_that_is_no_number_is_told(key: str, text: str, tmp_path: Path) -> None:
+    weight = numpy_helper.from_array(np.ones((4, 4), np.float32), "w")
+    path = save(tmp_path / "m.onnx", [helper.make_node("MatMul", ["x", "w"], ["y"])])
+    model = onnx.load(path)
+    weight.ClearField("raw_data")
+    weight.data_location = TensorProto.EXTERNAL
+    for k, v in {"location": "w.bin", key: text}.items():
+        weight.external_data.add(key=k, value=v)
+    model.graph.initializer.append(weight)
+    onnx.save(model, path)
+    said = refusal(path)
+    assert "lambda" not in said
+    assert "must be non-negative" in said or "invalid literal for int" in said
+
+
+@pytest.mark.parametrize("size", [0, 1023])
+def test_a_weight_without_its_bytes_takes_no_others(size: int, tmp_path: Path) -> None:
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["a"]), helper.make_node("MatMul", ["a", "v"], ["y"])]
+    path = save(tmp_path / "m.onnx", nodes, w=np.ones((4, 400), np.float32), v=np.ones((400, 400), np.float32))
+    model = onnx.load(path)
+    model.graph.initializer[0].raw_data = bytes(size)
+    onnx.save(model, path)
+    with pytest.raises(ModelError, match=f"w holds {size} bytes; its shape needs 6400"):
+        build(path, "m", tmp_path / "out")

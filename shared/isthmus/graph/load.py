@@ -68,8 +68,9 @@ def refusals(path: str | os.PathLike[str]) -> Iterator[None]:
     # onnx-ir documents no exceptions; on broken graphs it raises nearly anything, wrapped with a dump of the graph.
     except Exception as e:
         cause: BaseException = e
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
+        # The context too: its wrapper fails itself over some tensors (onnx-ir 1.1), and hides what was wrong with them.
+        while (earlier := cause.__cause__ or cause.__context__) is not None:
+            cause = earlier
         text = " ".join(str(cause).split()).rstrip(".")[:_MAX_REASON] or type(cause).__name__
         raise ModelError(
             f"{text}: {Path(path).name} is not a valid ONNX graph",
@@ -233,6 +234,7 @@ def _normalise(model: ir.Model) -> None:
     model.metadata_props.clear()
     model.graph.doc_string = model.doc_string = None
     common.RemoveInitializersFromInputsPass()(model)
+    _check_made(model.graph)
     _take_outer_results(model.graph)
     _name_apart(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
@@ -258,6 +260,22 @@ def bodies(node: ir.Node) -> Iterator[ir.Graph]:
 def _initialisers(model: ir.Model) -> Iterator[ir.Value]:
     for graph in model.graphs():
         yield from graph.initializers.values()
+
+
+def _check_made(graph: ir.Graph) -> None:
+    """Refuse nodes that read what nothing makes.
+
+    Raises:
+        ModelError: names the first.
+    """
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        for value in node.inputs:
+            if value is None or value.producer() is not None or value.is_graph_input() or value.is_initializer():
+                continue
+            raise ModelError(
+                f"a node {node.op_type} reads {value.name}, which is no input, no initialiser and no node's output",
+                tensor=value.name,
+            )
 
 
 def _take_outer_results(graph: ir.Graph, around: Mapping[str | None, ir.Value] | None = None) -> None:

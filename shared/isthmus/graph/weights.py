@@ -40,7 +40,7 @@ def write(
     `progress` is told the bytes written and the bytes to write. The file appears whole, or not at all.
 
     Raises:
-        ModelError: a tensor's bytes cannot be read.
+        ModelError: a tensor's bytes cannot be read, or are not as many as its shape needs.
     """
     wanted = [(str(v.name), v.const_value) for v in values if v.const_value is not None and is_outside(v.const_value)]
     total = sum(tensor.nbytes for _, tensor in wanted)
@@ -65,6 +65,13 @@ def write(
                     length += len(chunk)
                     done += len(chunk)
                     progress(done, total)
+                # onnxruntime would read the bytes of the tensor behind it.
+                if length != tensor.nbytes:
+                    raise ModelError(
+                        f"{name} holds {length} bytes; its shape needs {tensor.nbytes}",
+                        tensor=name,
+                        hint="save the model with its weights",
+                    )
                 tensors.append(WeightTensor(name, offset, length, f"sha256:{digest.hexdigest()}"))
                 offset += length
         Path(temporary).chmod(0o644)

@@ -131,6 +131,8 @@ def add_cuts(
     whole = Path(whole)
     binding = bundle.source.get("bind", {})
     model = open_model(whole, bind=binding, examples=stored_examples(bundle), normalise=False)
+    # As they held for every size that was tried at the import: what the whole promises, its tails promise.
+    model = replace(model, specs={**model.specs, **{s.name: s for s in bundle.outputs}})
     out = whole.parent if out_dir is None else Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     files: dict[str, Path] = {}

@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 import inspect
 import json
+import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +183,15 @@ def test_tensors_go_through_a_bundle_in_this_process(registry: Path, tmp_path: P
     assert np.allclose(np.load(whole)["r3"], np.load(parted)["r3"], rtol=1e-5)
 
 
+PUBLISHING = (
+    ["import", "{tmp}/none.onnx"],
+    ["cut", "nobody", "--cut", "1"],
+    ["calibrate", "nobody", "--data", "{tmp}/none"],
+    ["plan", "nobody", "--prices", "{tmp}/none.toml"],
+)
+"""What is wrong with the alias is told before anything else is looked at: the rest may take minutes."""
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -191,6 +203,14 @@ def test_tensors_go_through_a_bundle_in_this_process(registry: Path, tmp_path: P
         (["import", "{model}", "--shape", "x=1x-8"], "NAME=1x3x320x640"),
         (["import", "{model}", "--cut", "r9"], "r9"),
         (["import", "{model}", "--preprocess", "{tmp}/text.onnx"], "JSON"),
+        (["import", "{model}", "--preprocess", "{tmp}/deep.json"], "JSON"),
+        (["import", "{model}", "--preprocess", "{tmp}/none.json"], "cannot be read: No such file"),
+        (["import", "{model}", "--labels", "{tmp}/deep.json"], "JSON"),
+        (["import", "{model}", "--example", "x={tmp}/text.onnx"], "another kind of file"),
+        (["import", "{model}", "--registry", "{tmp}/text.onnx"], "is a file; a registry is a folder"),
+        (["models", "--registry", "{tmp}/text.onnx/in"], "is a file; a registry is a folder"),
+        (["cuts", "{model}", "--shape", "x=99999999999x8"], "a dimension is at most"),
+        (["link", "--to", "127.0.0.1:1", "--script", "{tmp}/deep.json"], "nested too deep"),
         (["cut", "small-net", "--at", "r9"], "r9"),
         (["cut", "small-net", "--at", "3/1"], "after"),
         (["cut", "small-net:7", "--at", "1"], "there is: 1"),
@@ -200,11 +220,25 @@ def test_tensors_go_through_a_bundle_in_this_process(registry: Path, tmp_path: P
         (["infer", "{tmp}/none.jpg", "--local"], "none.jpg"),
         (["infer", "--tensor", "x=1", "--model", "small-net", "--local"], "npy"),
         (["infer", "--tensor", "x", "--model", "small-net", "--local"], "NAME=FILE.npy"),
+        (["infer", "--tensor", "x=", "--model", "small-net", "--local"], "NAME=FILE.npy"),
+        (["infer", "--tensor", "x={tmp}/text.onnx", "--model", "small-net", "--local"], "another kind of file"),
+        (["infer", "{tmp}/text.onnx", "--url", "http://[::1"], "no URL"),
+        (["infer", "{tmp}/text.onnx", "--url", "http://127.0.0.1:99999/function/router"], "no URL"),
+        (["infer", "{tmp}/text.onnx", "--url", "nowhere"], "no URL"),
+        (["profile", "small-net", "--head", "http://127.0.0.1:99999/", "--token-file", "{tmp}/word"], "no URL"),
         (["package", "small-net", "--stack", "{tmp}/text.onnx"], "stack"),
         (["package", "small-net", "--cuts", "77"], "there is: 2"),
+        (["package", "small-net", "--stack", "{model}"], "cannot read"),
+        (["package", "small-net", "--stack", "{tmp}/deep.json"], "not YAML"),
+        (["package", "small-net", "--stack", "{tmp}/list.yml"], "must be a mapping"),
+        (["package", "small-net", "--stack", "{tmp}/far.yml"], "nowhere/edge-head/requirements.txt"),
+        (["demo", "{tmp}/none.jpg"], "none.jpg cannot be read"),
+        (["demo", "--stack", "{tmp}/none.yml"], "none.yml"),
+        *(([*call, "--alias", "7"], "cannot be an alias") for call in PUBLISHING),
         (["models", "--registry", "ftp://somewhere"], "s3://"),
         (["up", "--stack", "{tmp}/none.yml"], "none.yml"),
         (["up", "--replicas", "many"], "NAME=N"),
+        (["up", "--replicas", "router=²"], "NAME=N"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
@@ -212,13 +246,69 @@ def test_wrong_input_gets_a_sentence_and_no_trace(
     arguments: list[str], said: str, model: Path, registry: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "text.onnx").write_text("this is a text")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "word").write_text("token")
+    (tmp_path / "list.yml").write_text("provider: {name: openfaas}\nfunctions: [router, edge-head, cloud-tail]\n")
+    stack = (Path(__file__).parent.parent / "stack.yml").read_text()
+    (tmp_path / "far.yml").write_text(stack.replace("./functions/edge-head", "./nowhere/edge-head"))
     filled = [a.format(tmp=tmp_path, model=model) for a in arguments]
     if "--registry" not in filled:
-        filled += ["--registry", str(registry)] * (filled[0] != "cuts")
+        filled += ["--registry", str(registry)] * (filled[0] not in ("cuts", "link"))
     result = isthmus(*filled)
     assert result.exit_code == 1, result.output
     assert said in result.stderr
     assert "Traceback" not in result.output
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes on Linux alone")
+def test_a_name_that_is_no_text_is_shown_escaped_and_imported(model: Path, tmp_path: Path) -> None:
+    odd = os.fsencode(tmp_path) + b"/caf\xe9.onnx"
+    Path(os.fsdecode(odd)).write_bytes(model.read_bytes())
+    for call in ([b"cuts", odd], [b"import", odd, b"--registry", os.fsencode(tmp_path / "made")]):
+        done = subprocess.run(
+            [sys.executable, "-c", "from isthmus.cli import main; main()", *call, b"--json"],
+            capture_output=True,
+            env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+            check=True,
+        )
+        assert json.loads(done.stdout.decode("utf-8"))
+    assert [m["name"] for m in document(isthmus("models", "--registry", tmp_path / "made", "--json"))] == ["caf"]
+
+
+STRANGERS = {
+    "no JSON": b"<html>",
+    "a list": b"[]",
+    "too deep": b"[" * 100_000,
+    "another document": b'{"outputs": [{"name": 1}], "classes": 3}',
+    "a size that is none": b'{"outputs": [{"name": "y", "datatype": "FP32", "shape": [2], "parameters":'
+    b' {"binary_data_size": 3}}]}',
+}
+
+
+@pytest.mark.parametrize("body", STRANGERS.values(), ids=STRANGERS.keys())
+def test_a_server_that_is_no_router_is_told_as_that(body: bytes, model: Path, tmp_path: Path) -> None:
+    class Stranger(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    np.save(tmp_path / "x.npy", np.ones((1, 8), "float32"))
+    with HTTPServer(("127.0.0.1", 0), Stranger) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        photo = isthmus("infer", model, "--url", url)
+        tensor = isthmus("infer", "--tensor", f"x={tmp_path / 'x.npy'}", "--model", "a →?", "--url", url, "--json")
+        server.shutdown()
+    for result in (photo, tensor):
+        assert result.exit_code == 1, result.output
+        assert "answered 200, but not as a router does" in result.stderr
+    assert json.loads(tensor.stderr)["type"] == "HopRejected"
 
 
 def test_errors_are_json_for_programs(registry: Path) -> None:

@@ -79,6 +79,11 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
+def test_a_size_of_hundreds_of_digits_is_none() -> None:
+    with pytest.raises(ValueError, match="is not a size"):
+        parse_size("9" * 400 + "GB")
+
+
 def test_the_docs_list_every_setting_with_its_default_and_meaning() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", DOCS.read_text(), re.MULTILINE))
     known = {f.name: f for f in fields(RouterSettings)}

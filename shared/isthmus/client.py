@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 import numpy as np
 
 from isthmus.bundle import TensorSpec
 from isthmus.codecs.raw import RAW
 from isthmus.context import Deadline
-from isthmus.errors import HTTP_STATUS, HopRejected, HopTimeout, HopUnavailable, IsthmusError
+from isthmus.errors import (
+    HTTP_STATUS,
+    HopRejected,
+    HopTimeout,
+    HopUnavailable,
+    IsthmusError,
+    RequestMalformed,
+    ShapeMismatch,
+)
 from isthmus.frame import DTYPES
-from isthmus.http_pool import BrokenOff, ConnectionPool, Response, ResponseTooLong, Unreachable
+from isthmus.http_pool import BrokenOff, ConnectionPool, Response, ResponseTooLong, Unreachable, is_url
 from isthmus.serving import oip
 from isthmus.serving.oip_tensor import datatype_of, from_binary, shape_of
 
@@ -38,9 +47,16 @@ class Client:
     """Calls the router at `url`, e.g. http://127.0.0.1:8080/function/router.
 
     Units: timeout_s bounds one call and travels as X-Timeout.
+
+    Raises:
+        RequestMalformed: `url` is no http or https URL.
     """
 
     def __init__(self, url: str, *, timeout_s: float = 30.0) -> None:
+        if not is_url(url):
+            raise RequestMalformed(
+                f"{url!r} is no URL of a function", hint="a URL is such as http://127.0.0.1:8080/function/router"
+            )
         self.url = url.rstrip("/")
         self._timeout_s = timeout_s
         self._pool = ConnectionPool(self.url, connect_timeout_s=min(_CONNECT_TIMEOUT_S, timeout_s))
@@ -49,17 +65,22 @@ class Client:
         """The router's answer to a photo: classes, route and timings.
 
         Raises:
-            What the router answered, as `error_of` reads it.
+            HopRejected: the URL is no router's. Else what the router answered, as `error_of` reads it.
         """
         fields = {k: str(v) for k, v in (("model", model), ("top_k", top_k)) if v}
-        answer: dict[str, Any] = json.loads(self.post("/", [data], {}, fields).body)
+        response = self.post("/", [data], {}, fields)
+        with self._reading():
+            answer: dict[str, Any] = json.loads(response.body)
+            for key, kind in (("classes", list), ("route", dict), ("model_name", str), ("model_version", str)):
+                if not isinstance(answer[key], kind):
+                    raise ValueError(f"{key} is no {kind.__name__}")
         return answer
 
     def infer(self, arrays: Mapping[str, Array], *, model: str, version: str = "") -> Answer:
         """The model's outputs for these inputs, both in binary.
 
         Raises:
-            What the router answered, as `error_of` reads it.
+            HopRejected: the URL is no router's. Else what the router answered, as `error_of` reads it.
         """
         chunks = {name: RAW.encode(np.asarray(array)) for name, array in arrays.items()}
         head = json.dumps(
@@ -77,17 +98,35 @@ class Client:
             }
         ).encode()
         headers = {"Content-Type": "application/octet-stream", oip.HEADER_LENGTH: str(len(head))}
-        path = f"/v2/models/{model}{f'/versions/{version}' if version else ''}/infer"
+        of_version = f"/versions/{quote(version, safe='')}" if version else ""
+        path = f"/v2/models/{quote(model, safe='')}{of_version}/infer"
         response = self.post(path, [head, *chunks.values()], headers, {})
-        split = int(response.headers.get(oip.HEADER_LENGTH.lower(), len(response.body)))
-        doc, binary = json.loads(response.body[:split]), memoryview(response.body)[split:]
-        outputs: dict[str, Array] = {}
-        for output in doc["outputs"]:
-            spec = TensorSpec(output["name"], _DTYPE[output["datatype"]], tuple(output["shape"]))
-            size = output["parameters"]["binary_data_size"]
-            outputs[spec.name] = from_binary(binary, size, spec, shape_of(output, spec))
-            binary = binary[size:]
-        return Answer(outputs, doc.get("parameters", {}), response.headers.get("server-timing", ""))
+        with self._reading():
+            split = int(response.headers.get(oip.HEADER_LENGTH.lower(), len(response.body)))
+            doc, binary = json.loads(response.body[:split]), memoryview(response.body)[split:]
+            outputs: dict[str, Array] = {}
+            for output in doc["outputs"]:
+                spec = TensorSpec(output["name"], _DTYPE[output["datatype"]], tuple(output["shape"]))
+                size = output["parameters"]["binary_data_size"]
+                outputs[spec.name] = from_binary(binary, size, spec, shape_of(output, spec))
+                binary = binary[size:]
+            return Answer(outputs, dict(doc.get("parameters", {})), response.headers.get("server-timing", ""))
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Read the body of a response with status 200; the URL may be that of any server.
+
+        Raises:
+            HopRejected: it is not what a router answers.
+        """
+        try:
+            yield
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RequestMalformed, ShapeMismatch) as e:
+            raise HopRejected(
+                f"{self.url} answered 200, but not as a router does",
+                hop=self.url,
+                hint="give the router's URL: --url http://127.0.0.1:8080/function/router",
+            ) from e
 
     def post(
         self, path: str, body: Sequence[bytes | memoryview], headers: Mapping[str, str], fields: Mapping[str, str]
@@ -130,7 +169,7 @@ def error_of(url: str, response: Response) -> IsthmusError:
     try:
         doc = json.loads(response.body)
         kind = next(c for c in HTTP_STATUS if c.__name__ == doc["type"])
-        return kind(doc["error"], hint=doc.get("hint", ""), **doc["facts"])
+        return kind(str(doc["error"]), hint=str(doc.get("hint", "")), **doc["facts"])
     except (ValueError, KeyError, TypeError, StopIteration, RecursionError):
         said = response.body[:200].decode("utf-8", "replace").strip() or "an empty body"
         return HopRejected(f"{url} answered {response.status}: {said}", hop=url, status=response.status)

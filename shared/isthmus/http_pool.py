@@ -34,6 +34,17 @@ _PATH_CHARACTERS = "/%:@!$&'()*+,;=~"
 Buffer = bytes | bytearray | memoryview
 
 
+def is_url(text: str) -> bool:
+    """Whether a request can be sent there: http or https, a host, a port, and no character that a head escapes."""
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:
+        return False
+    plain = text.isascii() and text.isprintable() and " " not in text
+    return plain and parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0
+
+
 class Unreachable(Exception):
     """No connection could be made."""
 

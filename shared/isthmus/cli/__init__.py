@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import io
 import logging
+import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -99,5 +101,8 @@ def main() -> None:
     """The entry point."""
     # Tries that failed are told by the error of the last one.
     logging.getLogger("stamina").addHandler(logging.NullHandler())
+    # A file's name may be bytes that are no UTF-8; in JSON, too, the escape stands for them.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     with unwinding():
         app()

@@ -27,6 +27,7 @@ from isthmus.cli.cut_options import SYNTAX, OldAt
 from isthmus.cli.photos import varied_photos
 from isthmus.cli.publishing import DropPlan, publish_version
 from isthmus.registry import open_cache, open_registry
+from isthmus.registry.registry import check_alias
 from isthmus.units import format_size
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ def calibrate(
 
     with errors(as_json):
         settings = segment_settings(registry, threads=threads)
+        if alias:
+            check_alias(alias)
         store = open_registry(settings)
         found = store.resolve(model)
         texts = [*(at or []), *(old_at or [])]

@@ -21,6 +21,7 @@ from isthmus.cli.console import (
 from isthmus.cli.cut_options import SYNTAX, OldAt
 from isthmus.cli.publishing import DropPlan, findings, publish_version, warn
 from isthmus.registry import open_cache, open_registry
+from isthmus.registry.registry import check_alias
 from isthmus.units import format_size
 
 
@@ -49,6 +50,8 @@ def cut(
         raise typer.BadParameter("say where to cut, e.g. --cut 20", param_hint="--cut")
     with errors(as_json):
         settings = registry_settings(registry)
+        if alias:
+            check_alias(alias)
         store = open_registry(settings)
         found = store.resolve(model)
         with tempfile.TemporaryDirectory(prefix="isthmus-") as folder, steps(as_json) as step:

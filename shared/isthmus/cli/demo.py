@@ -66,8 +66,13 @@ def demo(
     with errors(as_json):
         paths = photos or sample_photos()
         if list_photos:
-            typer.echo("\n".join(map(str, paths)))
+            if as_json:
+                print_json([str(path) for path in paths])
+            else:
+                typer.echo("\n".join(map(str, paths)))
             return
+        # The import and the start take a minute: what was named is read before.
+        contents = {path: _read(path) for path in paths}
         from isthmus.cli.here import Here
 
         with _ready(registry, stack, port, as_json) as (client, step):
@@ -76,8 +81,8 @@ def demo(
             shown = []
             for path in paths:
                 step(f"asking about {path.name}")
-                answers = [client.photo(_read(path), model=MODEL) for _ in range(repeat)]
-                shown.append(compared(path.name, _read(path), answers, client, whole))
+                answers = [client.photo(contents[path], model=MODEL) for _ in range(repeat)]
+                shown.append(compared(path.name, contents[path], answers, client, whole))
             step("stopping the functions")
         taken = Taken.of(answers[0]["route"])
         cuts = [whole.model.bundle.cuts[name] for name in taken.cuts]
@@ -112,10 +117,12 @@ def demo(
 @contextmanager
 def _ready(registry: str, stack: Path, port: int, quiet: bool) -> Iterator[tuple[Client, Step]]:
     """The functions, running and ready, with the model in the registry."""
-    from isthmus.cli.engine import engine
+    from isthmus.cli.engine import engine, variables
     from isthmus.cli.importing import publish_if_absent
     from isthmus.client import Client
+    from isthmus.local.stack import read_stack
 
+    read_stack(stack, variables(registry))
     publish_if_absent(MODEL, registry, quiet=quiet)
     with steps(quiet) as step, engine(stack, registry, port, step) as url:
         yield Client(f"{url}/function/router"), step

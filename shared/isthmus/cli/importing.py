@@ -26,9 +26,9 @@ from isthmus.cli.console import (
 from isthmus.cli.cut_options import SYNTAX
 from isthmus.cli.publishing import DropPlan, Publication, findings, publish_version, warn
 from isthmus.cli.shapes import BindOption, ExampleOption, read_inputs
-from isthmus.errors import Missing, ModelError, RegistryError
+from isthmus.errors import Missing, ModelError
 from isthmus.registry import Version, open_registry
-from isthmus.registry.registry import is_alias
+from isthmus.registry.registry import check_alias
 from isthmus.runners import describe
 from isthmus.units import format_size
 
@@ -146,8 +146,8 @@ def publish(
     given = read_inputs(shape, example)
     store = open_registry(registry_settings(registry))
     # An export may take minutes: what the registry would refuse behind it is asked before.
-    if alias and not is_alias(alias):
-        raise RegistryError(f"{alias!r} cannot be an alias: 1 to 63 of a-z, 0-9, '.', '_' and '-', not only digits")
+    if alias:
+        check_alias(alias)
     with contextlib.suppress(Missing):
         store.resolve(called)
     with (

@@ -33,7 +33,9 @@ def infer(
     ] = "",
     old_cuts: OldCuts = "",
     top_k: Annotated[int, typer.Option(help="Classes to show.", min=1)] = 5,
-    timeout: Annotated[float, typer.Option(help="Longest wait for one answer, in seconds.", min=0.001)] = 30.0,
+    timeout: Annotated[
+        float, typer.Option(help="Longest wait for one answer, in seconds.", min=0.001, max=86_400)
+    ] = 30.0,
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: AsJson = False,
 ) -> None:

@@ -26,7 +26,7 @@ from isthmus.cli.console import (
 )
 from isthmus.cli.cut_options import SYNTAX, OldCuts
 from isthmus.errors import LocalError, Missing
-from isthmus.local.stack import substitute
+from isthmus.local.stack import read_stack, substitute
 from isthmus.registry import FolderStore, Registry, Resolved, SegmentCache, open_cache, open_registry
 from isthmus.registry.content import blob_key
 from isthmus.settings import SegmentSettings
@@ -329,11 +329,20 @@ def _bake_registry(store: Registry, found: Resolved, partition: _Partition, fold
 
 
 def _read(stack: Path) -> dict[str, Any]:
-    try:
-        document: dict[str, Any] = yaml.safe_load(stack.read_text())
-        missing = [f for f in ("router", "edge-head", "cloud-tail") if f not in document["functions"]]
-    except (OSError, yaml.YAMLError, TypeError, KeyError) as e:
-        raise LocalError(f"{stack} cannot be read as a stack file: {e}", hint="run it beside stack.yml") from e
-    if missing:
-        raise LocalError(f"{stack} has no function {', '.join(missing)} to take templates and limits from")
+    """The stack file as it is written, its variables left for faas-cli to fill in.
+
+    Raises:
+        LocalError: it is none, or lacks a function or its folder.
+    """
+    functions = read_stack(stack, os.environ).functions
+    for name in ("router", *_LIKE.values()):
+        if name not in functions:
+            raise LocalError(f"{stack} has no function {name} to take templates and limits from")
+        requirements = Path(functions[name].handler) / "requirements.txt"
+        if not requirements.is_file():
+            raise LocalError(
+                f"there is no {requirements}, which the function like {name} gets",
+                hint="run it in the folder that holds template/ and functions/",
+            )
+    document: dict[str, Any] = yaml.safe_load(stack.read_text(encoding="utf-8"))
     return document

@@ -90,12 +90,15 @@ def plan(
     from isthmus.planner.planning.conditions import Conditions, Constraints, check_objective
     from isthmus.planner.planning.grid import grid
     from isthmus.planner.planning.prices import read_prices
+    from isthmus.registry.registry import check_alias
 
     with errors(as_json):
         if predict_only and head:
             raise RequestMalformed("--predict-only measures nothing: leave --head and --tail out")
         if picture is not None:
             check_output(picture, "--picture", PICTURES)
+        if alias:
+            check_alias(alias)
         up = read_option(parse_rate, "--uplink", uplink)
         wish = Wish(
             model=model,

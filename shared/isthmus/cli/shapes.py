@@ -33,7 +33,9 @@ ExampleOption = Annotated[
         " and takes their dtypes: inputs of whole numbers need one."
     ),
 ]
-_DIMENSION = re.compile(r"(?P<name>[A-Za-z_]\w*)(:(?P<size>\d+))?|(?P<number>\d+)")
+_MAX_SIZE = 2**31 - 1
+"""Of a dimension: graphs hold sizes in 64 bits, and what is reckoned with them is a product of several."""
+_DIMENSION = re.compile(r"(?P<name>[A-Za-z_]\w*)(:(?P<size>\d{1,18}))?|(?P<number>\d{1,18})")
 _BETWEEN_LETTERS = re.compile(r"[A-Za-z_]x[A-Za-z_]")
 
 
@@ -114,6 +116,8 @@ def _read_shape(entry: str) -> tuple[str, tuple[tuple[str, int | None], ...]]:
         )
     parts = [_DIMENSION.fullmatch(part) for part in re.split("," if "," in text else "x", text)] if text else []
     dims = tuple((p["name"] or "", int(n) if (n := p["size"] or p["number"]) else None) for p in parts if p)
+    if equals and any(size is not None and size > _MAX_SIZE for _, size in dims):
+        raise ModelError(f"--shape is {entry!r}; a dimension is at most {_MAX_SIZE}", input=name)
     if not equals or not name or len(dims) != len(parts):
         raise ModelError(
             f"--shape is {entry!r}; it is NAME=1x3x320x640, or NAME=batch,3,320,640 with names for free dimensions"

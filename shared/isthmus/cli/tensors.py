@@ -42,7 +42,7 @@ def read_tensor(entry: str) -> tuple[str, Array]:
         RequestMalformed: another form, or a file that cannot be read.
     """
     name, file = named_file(entry)
-    if not name:
+    if not name or not file:
         raise RequestMalformed(f"--tensor is {entry!r}; it is NAME=FILE.npy")
     try:
         return name, read_one(Path(file))

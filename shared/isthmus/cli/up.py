@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -69,7 +70,7 @@ def _replicas(given: Sequence[str]) -> dict[str, int]:
     found = {}
     for entry in given:
         name, _, count = entry.partition("=")
-        if not name or not count.isdigit():
+        if not name or not re.fullmatch("[0-9]{1,4}", count):
             raise LocalError(f"--replicas is {entry!r}; it is NAME=N")
         found[name] = int(count)
     return found

@@ -122,8 +122,10 @@ def read_stack(path: Path, env: Mapping[str, str]) -> Stack:
     try:
         # BaseLoader leaves every scalar a string, which is what faas-cli makes of them too.
         doc = yaml.load(substitute(text, env), yaml.BaseLoader)  # noqa: S506
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, RecursionError) as e:
         raise LocalError(f"{path.name} is not YAML: {e}") from e
+    if not isinstance(doc, dict):
+        raise LocalError(f"{path.name} is no stack file", hint="run this from the repository's root")
     top = _mapping(doc, path.name, TOP_KEYS)
     provider = _mapping(top.get("provider"), "provider", PROVIDER_KEYS)
     if provider.get("name") != "openfaas":

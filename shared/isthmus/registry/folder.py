@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from isthmus.errors import Denied, RegistryUnavailable
+from isthmus.errors import Denied, RegistryError, RegistryUnavailable
 from isthmus.registry.blobs import check_key, check_range, ended_early, missing_blob, missing_registry, too_long
 from isthmus.registry.file_calls import FileCalls
 from isthmus.registry.patience import Patience
@@ -109,13 +109,24 @@ class FolderStore:
     def _list(self, prefix: str, folder: Path) -> builtins.list[str]:
         with self._errors(prefix):
             if not self._root.is_dir():
-                raise missing_registry(self.url)
+                raise self._no_folder()
             return sorted(
                 (Path(parent) / name).relative_to(self._root).as_posix()
                 for parent, _, names in os.walk(folder)
                 if not Path(parent).is_relative_to(self._root / _STAGING)
                 for name in names
             )
+
+    def _no_folder(self) -> RegistryError:
+        """The error for a root that is not there, or that no publish could make."""
+        there = next((path for path in (self._root, *self._root.parents) if path.exists()), self._root)
+        if there.is_file():
+            return RegistryError(
+                f"{there} is a file; a registry is a folder",
+                registry=self.url,
+                hint="check the setting registry: a folder's path, or s3://BUCKET/PREFIX",
+            )
+        return missing_registry(self.url)
 
     def _path(self, key: str) -> Path:
         return self._root / check_key(key)
@@ -142,7 +153,7 @@ class FolderStore:
         try:
             yield
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
-            raise (missing_blob(self.url, key) if self._root.is_dir() else missing_registry(self.url)) from e
+            raise (missing_blob(self.url, key) if self._root.is_dir() else self._no_folder()) from e
         except PermissionError as e:
             raise Denied(
                 f"{self.url} may not be used: {e.strerror} for {key}",

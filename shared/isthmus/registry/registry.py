@@ -72,7 +72,7 @@ class Registry:
             Corrupt: a file's bytes do not hash to its digest; nothing refers to what was uploaded before.
         """
         if alias is not None:
-            _check_alias(alias)
+            check_alias(alias)
         digest, budget = self.stage(bundle, files), self.patience.budget()
         version = self._number(bundle.name, digest, budget)
         if version.version == "1":
@@ -143,7 +143,7 @@ class Registry:
             Missing: the model has no such version.
             RegistryError: `alias` cannot be told from a version, or is no name.
         """
-        _check_alias(alias)
+        check_alias(alias)
         numbers = self._numbers(name)
         if version not in numbers:
             raise self._missing(name, "version", version, numbers)
@@ -297,7 +297,12 @@ def _shown(text: str) -> str:
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
 
 
-def _check_alias(text: str) -> None:
+def check_alias(text: str) -> None:
+    """Refuse what can be no alias.
+
+    Raises:
+        RegistryError: so it is.
+    """
     if not is_alias(text):
         raise RegistryError(
             f"{_shown(text)!r} cannot be an alias: 1 to 63 of a-z, 0-9, '.', '_' and '-', not only digits"

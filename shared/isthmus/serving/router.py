@@ -21,6 +21,7 @@ from isthmus.codecs import Packed
 from isthmus.context import Deadline
 from isthmus.errors import HopError, HopRejected, IsthmusError, MediaUnsupported, RequestMalformed, SettingsError
 from isthmus.hop import LocalHop, hops_to
+from isthmus.http_pool import is_url
 from isthmus.pipeline import Result
 from isthmus.processing.classify import classify
 from isthmus.processing.image import looks_like_image, not_an_image, preprocess
@@ -361,12 +362,8 @@ def _check_hops(settings: RouterSettings) -> None:
 
 
 def _is_url(text: str) -> bool:
-    try:
-        url = urlsplit(text)
-        # A password would be in every error and metric that names the hop.
-        return url.scheme in ("http", "https") and bool(url.hostname) and "@" not in url.netloc and url.port != 0
-    except ValueError:
-        return False
+    # A password would be in every error and metric that names the hop.
+    return is_url(text) and "@" not in urlsplit(text).netloc
 
 
 def _reference(name: str, version: str) -> str:

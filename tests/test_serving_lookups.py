@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -233,3 +234,18 @@ def test_a_slot_is_given_back_however_the_waiting_ends() -> None:
         pass
     assert slots.taken == 0
     assert Slots(100).max_waiting == MAX_WAITING
+
+
+def test_those_who_wait_with_a_slot_leave_half_of_the_slots_to_others() -> None:
+    """A burst may wait for a segment that is loading, and callers of what is loaded are served beside it."""
+    slots, later = Slots(4), Deadline.after(LONG_S)
+    with contextlib.ExitStack() as waiting:
+        for _ in range(slots.max_waiting + 2):
+            waiting.enter_context(slots.admitted(later))
+            waiting.enter_context(aside(refuse=False))
+        assert slots.taken == 2
+        with slots.admitted(later), pytest.raises(Overloaded), aside(refuse=False):
+            pass
+        with slots.admitted(later):
+            assert slots.taken == 3
+    assert slots.taken == 0

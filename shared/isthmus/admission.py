@@ -26,6 +26,8 @@ class Slots:
         # Taking from a list and putting back are atomic, and take a tenth of what a semaphore does.
         self._free = list(range(limit))
         self._free_to_wait = list(range(self.max_waiting))
+        # Those who wait with a slot leave the other half to callers of what is here.
+        self._free_to_keep = list(range(limit // 2))
 
     @property
     def taken(self) -> int:
@@ -73,6 +75,16 @@ class Slots:
         """Let another request wait."""
         self._free_to_wait.append(place)
 
+    def keep(self) -> int | None:
+        """The right to wait with a slot, which `lose` takes back; None where half of the slots wait so."""
+        with suppress(IndexError):
+            return self._free_to_keep.pop()
+        return None
+
+    def lose(self, right: int) -> None:
+        """Let another request wait with its slot."""
+        self._free_to_keep.append(right)
+
 
 class _Request:
     """A request's deadline, and its slot while it holds one."""
@@ -114,8 +126,8 @@ def current_deadline() -> Deadline | None:
 def aside(*, refuse: bool = True) -> Iterator[None]:
     """Give this thread's slot back while the block waits for the registry, and take one again after it.
 
-    Where too many wait already, the request keeps its slot if `refuse` is false. Nothing happens outside of requests.
-    A block that raises leaves its request without a slot: it is about to end.
+    Where too many wait already, the request keeps its slot if `refuse` is false, up to half of all slots.
+    Nothing happens outside of requests. A block that raises leaves its request without a slot: it is about to end.
 
     Raises:
         Overloaded: too many wait already; or, after the block, as many requests are at work as may.
@@ -124,12 +136,15 @@ def aside(*, refuse: bool = True) -> Iterator[None]:
         yield
         return
     if (place := request.slots.place()) is None:
-        if refuse:
+        if refuse or (right := request.slots.keep()) is None:
             raise Overloaded(
                 f"{request.slots.max_waiting} requests wait for the registry; that is the limit",
                 retry_after_s=RETRY_AFTER_S,
             )
-        yield
+        try:
+            yield
+        finally:
+            request.slots.lose(right)
         return
     request.give_back()
     try:

@@ -140,6 +140,22 @@ def test_unknown_names_are_remembered(router: Flask, tail: Flask, photos: Publis
         assert len(registry.asked) == asked
 
 
+def test_a_registry_that_is_gone_is_no_fault_of_who_asks_for_an_unknown_name(
+    photos: Published, tmp_path: Path, router: Flask, tail: Flask
+) -> None:
+    photos.folder.rename(tmp_path / "not-mounted")
+    try:
+        for answer in (
+            router.test_client().post("/?model=nobody", data=photo()),
+            tail.test_client().post("/", data=framed(photos, bundle=UNKNOWN)),
+        ):
+            assert (answer.status_code, answer.json["type"]) == (503, "RegistryMissing")
+            assert answer.headers["Retry-After"]
+        assert router.test_client().post("/", data=photo()).status_code == 200
+    finally:
+        (tmp_path / "not-mounted").rename(photos.folder)
+
+
 def test_a_name_that_is_published_is_found_once_it_is_forgotten(photos: Published, tmp_path: Path) -> None:
     settings = router_settings(photos, tmp_path / "r", ("local",), refresh_s=0.05)
     client = ready(create_router_app(settings).test_client())

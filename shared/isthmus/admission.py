@@ -26,8 +26,8 @@ class Slots:
         # Taking from a list and putting back are atomic, and take a tenth of what a semaphore does.
         self._free = list(range(limit))
         self._free_to_wait = list(range(self.max_waiting))
-        # Those who wait with a slot leave the other half to callers of what is here.
-        self._free_to_keep = list(range(limit // 2))
+        # Those who wait with a slot leave the other half, where there is one, to callers of what is here.
+        self._free_to_keep = list(range(max(1, limit // 2)))
 
     @property
     def taken(self) -> int:

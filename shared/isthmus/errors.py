@@ -143,6 +143,12 @@ class Missing(RegistryError):
     told = "there is no model, version or segment of that name"
 
 
+class RegistryMissing(Missing):
+    """The folder or bucket itself is not there: a share that is not mounted, a wrong setting; facts as of Missing."""
+
+    told = RegistryError.told
+
+
 class Denied(RegistryError):
     """The registry refused our credentials."""
 
@@ -271,6 +277,7 @@ HTTP_STATUS: dict[type[IsthmusError], int] = {
     SegmentTooLarge: 507,
     RunFailed: 500,
     HopTimeout: 504,
+    RegistryMissing: 503,
     HopUnavailable: 503,
     HopBusy: 429,
     HopRejected: 502,

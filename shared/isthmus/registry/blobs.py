@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Protocol
 
-from isthmus.errors import Corrupt, Missing, RegistryError
+from isthmus.errors import Corrupt, Missing, RegistryError, RegistryMissing
 from isthmus.retries import RetryBudget
 
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}")
@@ -108,9 +108,9 @@ def missing_blob(registry: str, key: str) -> Missing:
     return Missing(f"{registry} has no {key}", kind="blob", name=key, exists=[], registry=registry, blob=key)
 
 
-def missing_registry(registry: str) -> Missing:
+def missing_registry(registry: str) -> RegistryMissing:
     """The error for a folder or bucket that is not there."""
-    return Missing(
+    return RegistryMissing(
         f"there is no registry at {registry}",
         kind="registry",
         name=registry,

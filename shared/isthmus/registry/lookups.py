@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from isthmus.admission import RETRY_AFTER_S, aside
 from isthmus.context import Deadline
-from isthmus.errors import DeadlineExceeded, IsthmusError, Overloaded, RegistryUnavailable
+from isthmus.errors import DeadlineExceeded, IsthmusError, Overloaded, RegistryMissing, RegistryUnavailable
 
 MAX_UNDER_WAY = 64
 """Look-ups that are under way or wait for a thread; callers name them, so there must be an end."""
@@ -87,7 +87,8 @@ class Lookups:
         try:
             return look_up()
         except IsthmusError as e:
-            seconds = min(self._remember_s, _UNAVAILABLE_S) if isinstance(e, RegistryUnavailable) else self._remember_s
+            passing = isinstance(e, RegistryUnavailable | RegistryMissing)
+            seconds = min(self._remember_s, _UNAVAILABLE_S) if passing else self._remember_s
             if seconds > 0:
                 with self._lock:
                     self._failures[key] = (time.monotonic() + seconds, e.with_traceback(None))

@@ -234,6 +234,13 @@ PUBLISHING = (
         (["package", "small-net", "--stack", "{tmp}/far.yml"], "nowhere/edge-head/requirements.txt"),
         (["demo", "{tmp}/none.jpg"], "none.jpg cannot be read"),
         (["demo", "--stack", "{tmp}/none.yml"], "none.yml"),
+        *(([command, "nobody", "--local"], "there is: small-net") for command in ("plan", "profile")),
+        *(
+            ([command, "small-net", "--local", "--input", "{tmp}/none.jpg"], "none.jpg")
+            for command in ("plan", "profile")
+        ),
+        *(([command, "small-net", "--local", "--time-limit", "x"], "--time-limit") for command in ("plan", "profile")),
+        (["plan", "small-net", "--max-disagreement", "2"], "a share is at most 1"),
         *(([*call, "--alias", "7"], "cannot be an alias") for call in PUBLISHING),
         (["models", "--registry", "ftp://somewhere"], "s3://"),
         (["up", "--stack", "{tmp}/none.yml"], "none.yml"),

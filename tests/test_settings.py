@@ -106,3 +106,25 @@ if __name__ == "__main__":  # prints docs/settings.md's tables anew
         for f in fields(cls):
             if f.name in cls.__annotations__:
                 print(f"| `{f.name}` | {shown(f.default)} | {f.metadata['help']} |")  # noqa: T201
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("threads", "-1", "not negative"),
+        ("threads", "99999999999", "at most 1,024"),
+        ("max_concurrency", "0", "at least 1"),
+        ("deadline_s", "0", "at least 0.001"),
+        ("deadline_s", "1e300", "at most 604,800"),
+        ("exec_timeout", "999999999999h", "at most 604,800"),
+        ("registry_attempts", "0", "at least 1"),
+        ("registry_timeout_s", "0", "at least 0.001"),
+        ("hop_attempts", "0", "at least 1"),
+        ("hop_connect_timeout_s", "0", "at least 0.001"),
+        ("guard_share", "7", "at most 1"),
+        ("cache_bytes", "999999999999999999TB", "at most"),
+    ],
+)
+def test_numbers_that_cannot_be_meant_stop_the_start(name: str, text: str, said: str) -> None:
+    with pytest.raises(SettingsError, match=f"the setting {name} is .*{said}"):
+        RouterSettings.from_env({"registry": "/r", "model": "m", "hops": "local", name: text})

@@ -17,15 +17,29 @@ from isthmus.errors import SettingsError
 from isthmus.units import parse_duration, parse_size
 
 _MAX_SECRET_BYTES = 64 * 2**10
+MAX_THREADS = 1024
+"""onnxruntime takes 32 bits and would start as many."""
+MAX_SECONDS = 7 * 86_400.0
+"""A week; the clocks of locks and sockets overflow at some more."""
+_MAX_NUMBER = 2**62
 
 
-def setting(help: str, default: Any = MISSING, *, same: str = "", fallbacks: tuple[str, ...] = ()) -> Any:
+def setting(
+    help: str,
+    default: Any = MISSING,
+    *,
+    same: str = "",
+    fallbacks: tuple[str, ...] = (),
+    minimum: float = 0,
+    maximum: float = _MAX_NUMBER,
+) -> Any:
     """A documented dataclass field; without a default it is required.
 
+    `minimum` and `maximum` bound a number; one of seconds is at most MAX_SECONDS in any case.
     `same` is another name of its variable, as stack.yml has it: both may be set, but not to different values.
     `fallbacks` are variables of other tools, read in order where neither is set.
     """
-    metadata = {"help": help, "same": same, "fallbacks": fallbacks}
+    metadata = {"help": help, "same": same, "fallbacks": fallbacks, "minimum": minimum, "maximum": maximum}
     return field(default=default, metadata=metadata) if default is not MISSING else field(metadata=metadata)
 
 
@@ -93,11 +107,14 @@ class EnvSettings:
     def check(self) -> None:
         """Refuse values that parse but cannot be meant."""
         for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, int | float) and not isinstance(value, bool) and value < f.metadata.get("least", 0):
-                raise SettingsError(
-                    f"the setting {f.name} is {value}; it cannot be negative", variable=f.name, value=value
-                )
+            value, least, most = getattr(self, f.name), f.metadata["minimum"], f.metadata["maximum"]
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                continue
+            if f.name.endswith(("_s", "_timeout")):
+                most = min(most, MAX_SECONDS)
+            if not least <= value <= most:
+                wanted = f"at most {most:,}" if value > most else f"at least {least}" if least else "not negative"
+                raise SettingsError(f"the setting {f.name} is {value}; it is {wanted}", variable=f.name, value=value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +142,8 @@ class RegistrySettings(EnvSettings):
     )
     cache_dir: str = setting("folder for fetched segments and weights; the only place written to", "/tmp/isthmus")  # noqa: S108
     cache_bytes: int = setting("bound on that folder; the least recently used weights are dropped first", 2**30)
-    registry_attempts: int = setting("tries for one read of the registry, the first included", 4)
-    registry_timeout_s: float = setting("longest wait for one read of the registry, in seconds", 20.0)
+    registry_attempts: int = setting("tries for one read of the registry, the first included", 4, minimum=1)
+    registry_timeout_s: float = setting("longest wait for one read of the registry, in seconds", 20.0, minimum=0.001)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,9 +159,11 @@ class SegmentSettings(RegistrySettings):
     providers: tuple[str, ...] = setting(
         "onnxruntime execution providers, first choice first", ("CPUExecutionProvider",)
     )
-    threads: int = setting("threads of one run; 0 takes the container's CPU limit", 0)
+    threads: int = setting("threads of one run; 0 takes the container's CPU limit", 0, maximum=MAX_THREADS)
     max_loaded_bytes: int = setting("bound on loaded segments' weights; the least recently used goes first", 4 * 2**30)
-    max_concurrency: int = setting("requests admitted at a time; one more is answered 429 with Retry-After", 32)
+    max_concurrency: int = setting(
+        "requests admitted at a time; one more is answered 429 with Retry-After", 32, minimum=1
+    )
     max_request_bytes: int = setting(
         "longest request body, unpacked where it is compressed; also what a frame's tensors may take, with the memory"
         " that decoding them needs",
@@ -157,7 +176,9 @@ class SegmentSettings(RegistrySettings):
         256 * 2**20,
     )
     deadline_s: float = setting(
-        "longest a request may take, in seconds; its X-Timeout and exec_timeout shorten it, each less a margin", 20.0
+        "longest a request may take, in seconds; its X-Timeout and exec_timeout shorten it, each less a margin",
+        20.0,
+        minimum=0.001,
     )
     exec_timeout: float = setting(
         "of-watchdog's own limit of a call: seconds, or a duration such as 1m30s; 0 is none. A request ends a margin"
@@ -194,8 +215,6 @@ class SegmentSettings(RegistrySettings):
                 variable="registry",
                 hint="set registry in the function's environment; only a baked segment (segment_dir) needs none",
             )
-        if self.max_concurrency < 1:
-            raise SettingsError("the setting max_concurrency must be at least 1", variable="max_concurrency", value=0)
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise SettingsError(
                 f"the setting log_level is {self.log_level!r}; it is debug, info, warning or error",
@@ -228,14 +247,16 @@ class RouterSettings(SegmentSettings):
         "share of the requests with packed activations that are also answered raw, in idle time, and compared; 0 for"
         " none",
         0.01,
+        maximum=1,
     )
     plan: bool = setting("whether the plan in the model's bundle decides where it runs, while `cuts` is empty", True)
     hop_attempts: int = setting(
         "tries for one hop that is reached and fails, the first included, within the deadline; while it is starting"
         " (nothing listens, 503, the gateway's 404) tries go on until the deadline. 1 tries nothing again",
         4,
+        minimum=1,
     )
-    hop_connect_timeout_s: float = setting("longest wait for a connection to a hop, in seconds", 2.0)
+    hop_connect_timeout_s: float = setting("longest wait for a connection to a hop, in seconds", 2.0, minimum=0.001)
     refresh_s: float = setting(
         "how long an alias is trusted, and a name counts as missing, before the registry is asked again, in seconds",
         10.0,

@@ -28,6 +28,7 @@ from isthmus.cli.photos import varied_photos
 from isthmus.cli.publishing import DropPlan, publish_version
 from isthmus.registry import open_cache, open_registry
 from isthmus.registry.registry import check_alias
+from isthmus.settings import MAX_THREADS
 from isthmus.units import format_size
 
 if TYPE_CHECKING:
@@ -62,7 +63,9 @@ def calibrate(
     tolerance: Annotated[
         float, typer.Option(help="Without classes: the error up to which an answer is the same.", min=0)
     ] = 0.05,
-    threads: Annotated[int, typer.Option(help="Threads of one run; 0 takes the CPUs there are.", min=0)] = 0,
+    threads: Annotated[
+        int, typer.Option(help="Threads of one run; 0 takes the CPUs there are.", min=0, max=MAX_THREADS)
+    ] = 0,
     alias: Annotated[str, typer.Option(help="Let this alias mean the new version.")] = "prod",
     drop_plan: DropPlan = False,
     registry: RegistryOption = DEFAULT_REGISTRY,

@@ -86,7 +86,7 @@ def plan(
     """
     from isthmus.cli.functions import places
     from isthmus.cli.plan_text import document, show, show_sweep
-    from isthmus.cli.planning import Wish, planned
+    from isthmus.cli.planning import Wish, check_request, planned
     from isthmus.planner.planning.conditions import Conditions, Constraints, check_objective
     from isthmus.planner.planning.grid import grid
     from isthmus.planner.planning.prices import read_prices
@@ -123,6 +123,8 @@ def plan(
         )
         if not local and bool(head) != bool(tail):
             raise RequestMalformed("measuring takes both functions: --head URL and --tail URL")
+        if local:
+            check_request(registry, model, photos or [], tensor or [])
         with (
             steps(as_json) as step,
             places(local, stack, registry, head, tail, step) as where,

@@ -123,6 +123,15 @@ def planned(
         yield Made(plan, draft, store)
 
 
+def check_request(registry: str, reference: str, photos: Sequence[Path], tensors: Sequence[str]) -> None:
+    """Read what `planned` is to be told, before functions are started for it.
+
+    Raises:
+        Missing, RequestMalformed, MediaUnsupported, ShapeMismatch: as `planned`.
+    """
+    read_examples(open_registry(registry_settings(registry)).resolve(reference).bundle, photos, tensors)
+
+
 def read_examples(bundle: Bundle, photos: Sequence[Path], tensors: Sequence[str]) -> tuple[str, list[Example]]:
     """What the examples are, and they: the photos or tensors given, else the sample photos, else random numbers.
 

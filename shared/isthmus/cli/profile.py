@@ -67,11 +67,14 @@ def profile(
     Example: `isthmus profile efficientnet-lite0 --local`, or `isthmus profile efficientnet-lite0 --head
     http://edge:8080/function/edge-head --tail http://cloud:8080/function/cloud-tail --token-file token.txt`
     """
-    from isthmus.cli.profiling import profile_tiers
+    from isthmus.cli.profiling import check_request, profile_tiers
 
     with errors(as_json):
         if not (local or head or tail):
             raise RequestMalformed("name the functions with --head URL and --tail URL, or start some with --local")
+        budget_of(time_limit)
+        if local:
+            check_request(registry, model, photo, tensor or [])
         with steps(as_json) as step, places(local, stack, registry, head, tail, step) as found:
             urls = {tier: url for tier, url in ((EDGE, found.head), (CLOUD, found.tail)) if url}
             token = found.token or _token(token_file)

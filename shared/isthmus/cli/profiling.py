@@ -47,6 +47,15 @@ class Outcome:
         }
 
 
+def check_request(registry: str, reference: str, photo: Path | None, tensors: Sequence[str]) -> None:
+    """Read what `profile_tiers` is to be told, before functions are started for it.
+
+    Raises:
+        RegistryError, RequestError: as `profile_tiers`.
+    """
+    read_inputs(open_registry(segment_settings(registry)).resolve(reference).bundle, photo, tensors)
+
+
 def profile_tiers(
     registry: str,
     cache_dir: str,

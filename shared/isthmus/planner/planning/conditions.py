@@ -77,6 +77,11 @@ class Constraints:
             value = getattr(self, f.name)
             if value is not None and not 0 <= value < math.inf:
                 raise ConstraintMalformed(f"the constraint {f.name} is {value}; it is 0 or more", what=f.name)
+        if self.max_disagreement is not None and self.max_disagreement > 1:
+            raise ConstraintMalformed(
+                f"the constraint max_disagreement is {self.max_disagreement}; a share is at most 1",
+                what="max_disagreement",
+            )
         for what in ("edge_memory_bytes", "latency_s"):
             if getattr(self, what) == 0:
                 raise ConstraintMalformed(f"the constraint {what} is 0; nothing runs in that", what=what)

@@ -183,6 +183,16 @@ def test_tensors_go_through_a_bundle_in_this_process(registry: Path, tmp_path: P
     assert np.allclose(np.load(whole)["r3"], np.load(parted)["r3"], rtol=1e-5)
 
 
+def test_a_model_without_inputs_runs_without_tensors(tmp_path: Path) -> None:
+    value = helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 3])
+    nodes = [helper.make_node("RandomNormal", [], ["a"], shape=[2, 3]), helper.make_node("Neg", ["a"], ["y"])]
+    graph = helper.make_graph(nodes, "g", [], [value])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
+    common = ("--registry", tmp_path / "registry", "--json")
+    document(isthmus("import", tmp_path / "m.onnx", *common))
+    assert document(isthmus("infer", "--model", "m", "--local", *common))["outputs"][0]["shape"] == [2, 3]
+
+
 PUBLISHING = (
     ["import", "{tmp}/none.onnx"],
     ["cut", "nobody", "--cut", "1"],
@@ -226,6 +236,8 @@ PUBLISHING = (
         (["infer", "{tmp}/text.onnx", "--url", "http://127.0.0.1:99999/function/router"], "no URL"),
         (["infer", "{tmp}/text.onnx", "--url", "nowhere"], "no URL"),
         (["profile", "small-net", "--head", "http://127.0.0.1:99999/", "--token-file", "{tmp}/word"], "no URL"),
+        (["infer", "--model", "small-net", "--local"], "missing x"),
+        (["infer", "--local"], "name photos"),
         (["package", "small-net", "--stack", "{tmp}/text.onnx"], "stack"),
         (["package", "small-net", "--cuts", "77"], "there is: 2"),
         (["package", "small-net", "--stack", "{model}"], "cannot read"),

@@ -45,7 +45,8 @@ def infer(
     """
     cuts = cuts or old_cuts
     with errors(as_json):
-        if bool(photos) == bool(tensor):
+        # A model without inputs takes neither.
+        if (photos and tensor) or not (photos or tensor or model):
             raise RequestMalformed("name photos to classify, or tensors with --tensor NAME=FILE.npy, not both")
         if output is not None:
             if photos:

@@ -108,6 +108,13 @@ def test_a_model_that_names_a_file_outside_its_folder_is_refused(location: str, 
         open_model(path)
 
 
+@pytest.mark.parametrize("location", ["weights.bin", "./weights.bin", "none/../weights.bin", "..data/weights.bin"])
+def test_a_place_that_stays_in_the_folder_as_written_is_read(location: str, tmp_path: Path) -> None:
+    path = with_location(model(tmp_path / "model"), location)
+    (tmp_path / "model" / "..data").symlink_to(".")
+    assert build(path, "model", tmp_path / "out")[0].weights.blob.size >= 32 * 32 * 4
+
+
 def test_a_constant_whose_file_lies_outside_is_refused_too(tmp_path: Path) -> None:
     path = model(tmp_path / "model")
     proto = onnx.load(path, load_external_data=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import posixpath
 import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -142,7 +143,10 @@ def _placed(tensor: ir.ExternalTensor, name: str, path: Path) -> ir.TensorProtoc
             model=str(path),
             tensor=name,
         )
-    if os.path.isabs(location) or ".." in PurePosixPath(location.replace("\\", "/")).parts:
+    if ".." in PurePosixPath(location.replace("\\", "/")).parts:
+        # By the text alone: a link within the folder may lead anywhere, and what lies above that is not the folder's.
+        location = posixpath.normpath(location.replace("\\", "/"))
+    if os.path.isabs(location) or PurePosixPath(location).parts[:1] == ("..",):
         raise ModelError(
             f"{path.name} keeps weights in {location}, outside its own folder",
             model=str(path),

@@ -224,7 +224,9 @@ def test_unfinished_bodies_are_bounded_together_and_freed_with_their_connections
         assert until(lambda: http("POST", f"http://127.0.0.1:{port}/echo", body=whole).data == whole)
 
 
-@pytest.mark.parametrize("chunks", [b"5;" + b"x" * 100_000, b"zz\r\n", b"5\r\nhelloo\r\n"])
+@pytest.mark.parametrize(
+    "chunks", [b"5;" + b"x" * 100_000, b"zz\r\n", b"5\r\nhelloo\r\n", b"1\r\nx\r\n0\r\n" + b"A: b\r\n" * 20_000]
+)
 def test_a_chunk_that_is_none_is_answered(port: int, chunks: bytes) -> None:
     with begun(port, b"Transfer-Encoding: chunked", chunks) as s:
         reply = HTTPResponse(s)
@@ -285,3 +287,26 @@ def test_a_body_over_the_bound_is_refused_before_it_comes(port: int) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=LONG_S) as s:
         s.sendall(b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 90000000\r\n\r\n")
         assert s.makefile("rb").read().startswith(b"HTTP/1.1 413")
+
+
+def answers(port: int, request: bytes) -> bytes:
+    """All that comes back until the server closes the connection."""
+    with socket.create_connection(("127.0.0.1", port), timeout=LONG_S) as s:
+        s.sendall(request)
+        return s.makefile("rb").read()
+
+
+def test_a_url_that_is_none_is_answered(port: int) -> None:
+    assert answers(port, b"GET http://[::1/echo HTTP/1.1\r\nHost: x\r\n\r\n").startswith(b"HTTP/1.0 400")
+
+
+def test_a_connection_is_closed_where_close_is_one_of_its_options(port: int) -> None:
+    request = b"POST /echo HTTP/1.1\r\nHost: x\r\nConnection: keep-alive, close\r\nContent-Length: 1\r\n\r\nx"
+    assert answers(port, request).endswith(b"\r\n\r\nx")
+
+
+def test_a_body_that_is_refused_or_none_is_not_asked_for(port: int) -> None:
+    expects = b"POST /echo HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nConnection: close\r\n"
+    assert answers(port, expects + b"Content-Length: 90000000\r\n\r\n").startswith(b"HTTP/1.1 413")
+    assert answers(port, expects + b"\r\n").startswith(b"HTTP/1.1 200")
+    assert answers(port, expects + b"Content-Length: 1\r\n\r\nx").startswith(b"HTTP/1.1 100")

@@ -23,6 +23,7 @@ from waitress.utilities import BadRequest, Error  # type: ignore[import-untyped]
 LARGE = 32 * 1024  # bytes
 FIRST_ROOM = 2 * 2**20  # bytes that are made ready for a body before any of it has come
 MAX_CHUNK_LINE = 1024  # bytes of a chunk's size with its extensions, which nobody sends
+MAX_TRAILER = 2**16  # bytes of the fields after the last chunk, which nobody reads
 CHUNK_SLACK = 2**16  # bytes that a chunked body may be over its bound before waitress refuses it
 LONGEST_KNOWN = 128  # bytes of a header's name or a URL that is remembered; most are few and short
 HEAD_END = b"\r\n\r\n"
@@ -185,9 +186,14 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
         except MemoryFull:
             self.refuse()
             return len(data)
-        if self.chunked and not self.completed and len(self.body_rcv.control_line) > MAX_CHUNK_LINE:
-            # waitress would look at all of it again with every piece that comes.
-            self.error, self.completed = BadRequest(f"a chunk's line is longer than {MAX_CHUNK_LINE} bytes"), True
+        if self.chunked and not self.completed:
+            # waitress would look at all of these again with every piece that comes.
+            for part, limit, what in (
+                (self.body_rcv.control_line, MAX_CHUNK_LINE, "a chunk's line is"),
+                (self.body_rcv.trailer, MAX_TRAILER, "the trailers are"),
+            ):
+                if len(part) > limit:
+                    self.error, self.completed = BadRequest(f"{what} longer than {limit} bytes"), True
         return taken
 
     def refuse(self, error: Error | None = None) -> None:
@@ -215,11 +221,13 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
         self.command, self.version = parser.get_method().decode("latin-1"), parser.get_http_version()
         self.request_uri = self._url.decode("latin-1")
         split = _known_uri if len(self._url) <= LONGEST_KNOWN else split_uri
-        self.proxy_scheme, self.proxy_netloc, self.path, self.query, self.fragment = split(self._url)
+        try:
+            self.proxy_scheme, self.proxy_netloc, self.path, self.query, self.fragment = split(self._url)
+        except ValueError as e:  # [ without ]
+            raise ParsingError("Bad URI") from e
         self.url_scheme = self.adj.url_scheme
-        connection = headers.get("CONNECTION", "").lower()
-        self.connection_close = connection == "close" if self.version == "1.1" else connection != "keep-alive"
-        self.expect_continue = self.version == "1.1" and headers.get("EXPECT", "").lower() == "100-continue"
+        connection = {option.strip() for option in headers.get("CONNECTION", "").lower().split(",")}
+        self.connection_close = "close" in connection or (self.version != "1.1" and "keep-alive" not in connection)
         if coding := headers.pop("TRANSFER_ENCODING", ""):
             if self.version != "1.1" or coding.lower() != "chunked":
                 raise TransferEncodingNotImplemented("Transfer-Encoding requested is not supported.")
@@ -231,6 +239,9 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
             self.body_rcv = FixedStreamReceiver(
                 length, Body(length, self.adj.memory) if large else OverflowableBuffer(self.adj.inbuf_overflow)
             )
+        # waitress would wait for a body that is none, or that it refuses, once it has sent "100 Continue".
+        wanted = self.chunked or 0 < self.content_length < self.adj.max_request_body_size
+        self.expect_continue = wanted and self.version == "1.1" and headers.get("EXPECT", "").lower() == "100-continue"
 
 
 def _key(name: bytes) -> str:

@@ -297,7 +297,7 @@ def answers(port: int, request: bytes) -> bytes:
 
 
 def test_a_url_that_is_none_is_answered(port: int) -> None:
-    assert answers(port, b"GET http://[::1/echo HTTP/1.1\r\nHost: x\r\n\r\n").startswith(b"HTTP/1.0 400")
+    assert answers(port, b"GET http://[::1/echo HTTP/1.1\r\nHost: x\r\n\r\n").startswith(b"HTTP/1.1 400")
 
 
 def test_a_connection_is_closed_where_close_is_one_of_its_options(port: int) -> None:

@@ -226,8 +226,10 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
         except ValueError as e:  # [ without ]
             raise ParsingError("Bad URI") from e
         self.url_scheme = self.adj.url_scheme
-        connection = {option.strip() for option in headers.get("CONNECTION", "").lower().split(",")}
-        self.connection_close = "close" in connection or (self.version != "1.1" and "keep-alive" not in connection)
+        options = {option.strip() for option in headers.get("CONNECTION", "").lower().split(",")}
+        # The one that waitress looks for, alone, as it does.
+        headers["CONNECTION"] = connection = next((o for o in ("close", "keep-alive") if o in options), "")
+        self.connection_close = connection == "close" if self.version == "1.1" else connection != "keep-alive"
         if coding := headers.pop("TRANSFER_ENCODING", ""):
             if self.version != "1.1" or coding.lower() != "chunked":
                 raise TransferEncodingNotImplemented("Transfer-Encoding requested is not supported.")

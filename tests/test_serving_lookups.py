@@ -6,6 +6,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,21 @@ def test_unknown_names_are_remembered(router: Flask, tail: Flask, photos: Publis
         assert (first.status_code, again.status_code) == (404, 404)
         assert again.json == first.json
         assert len(registry.asked) == asked
+
+
+def test_names_and_routes_that_are_in_use_are_not_driven_out_by_others(
+    photos: Published, tmp_path: Path, registry: Silent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("isthmus.serving.models.MAX_KEPT", 4)
+    monkeypatch.setattr("isthmus.serving.routes.MAX_KEPT", 2)
+    client = ready(create_router_app(router_settings(photos, tmp_path / "r", ("local",))).test_client())
+    for i in range(4):
+        other = replace(photos.bundle, source={"number": i})
+        version = photos.registry.publish(other, {}).version
+        assert client.post("/", data=photo()).status_code == 200
+        assert client.get(f"/v2/models/photos/versions/{version}/ready").status_code == 200
+    registry.silent = True
+    assert client.post("/", data=photo(), headers=SHORT).status_code == 200
 
 
 def test_a_registry_that_is_gone_is_no_fault_of_who_asks_for_an_unknown_name(

@@ -91,7 +91,8 @@ class Models:
             Overloaded: too many others wait for the registry.
         """
         with self._lock:
-            kept = self._kept.get(reference)
+            if (kept := self._kept.get(reference)) is not None:
+                self._kept.move_to_end(reference)  # callers name others, which must not drive out what is used
         if kept is None:
             return self._lookups.find(reference, partial(self._keep, reference), deadline)
         if time.monotonic() > kept.until and kept.refreshing.acquire(blocking=False):

@@ -60,8 +60,10 @@ class Routes:
             PlanMismatch, PlanMalformed: its plan is another bundle's, or none.
             Missing, RegistryError: a cut, or what the plan names, cannot be had.
         """
-        if (way := self._kept.get(model.digest)) is not None:
-            return way
+        with self._lock:
+            if (way := self._kept.get(model.digest)) is not None:
+                self._kept.move_to_end(model.digest)
+                return way
         way = self._find(model)
         with self._lock:
             self._kept[model.digest] = way

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from flask.testing import FlaskClient
 
-from bundles import Published, photo, ready, router_settings, segment_settings, served
+from bundles import Published, metrics, photo, ready, router_settings, segment_settings, served
 from bundles import photos as photos
 from isthmus.context import Context
 from isthmus.errors import HTTP_STATUS, IsthmusError, Missing, NotReady, ShapeMismatch, ValueRefused
@@ -85,6 +85,9 @@ def test_a_hop_that_fails_is_named_in_the_log_alone(closed: FlaskClient, caplog:
     assert "secret-tail" not in answer.get_data(as_text=True)
     assert "127.0.0.1" not in answer.get_data(as_text=True)
     assert any("secret-tail" in str(r.__dict__.get("facts")) for r in caplog.records)
+    assert "secret-tail" not in closed.get("/metrics").get_data(as_text=True)
+    errors = [labels for (name, labels) in metrics(closed) if name == "isthmus_hop_errors_total"]
+    assert errors == [(("error", answer.json["type"]), ("hop", "hop1"))]
 
 
 def test_why_a_function_is_not_ready_is_in_its_log_alone(photos: Published, tmp_path: Path) -> None:
@@ -100,8 +103,11 @@ def test_responses_name_hops_by_their_number_unless_details_are_shown(photos: Pu
         for exposed, name in ((False, "hop1"), (True, url)):
             hops = ["local", url]
             settings = router_settings(photos, tmp_path / str(exposed), hops, expose_details=exposed)
-            answer = ready(create_router_app(settings).test_client()).post("/", data=photo())
+            client = ready(create_router_app(settings).test_client())
+            answer = client.post("/", data=photo())
             assert [stage["hop"] for stage in answer.json["route"]["segments"]] == ["local", name]
+            assert metrics(client)["isthmus_hop_received_bytes_total", (("hop", name),)] > 0
+            assert (url in client.get("/metrics").get_data(as_text=True)) is exposed
             assert (url in answer.get_data(as_text=True)) is exposed
 
 

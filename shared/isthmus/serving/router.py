@@ -291,7 +291,8 @@ class _RouterApp(FunctionApp):
                 work.timings.add(f"{name}-pack", stage.pack_s, stage.segment)
             # A closer look sends more of the same tensors.
             tensors = stage.tensor_bytes if i < once else 0
-            work.later.append(partial(self.metrics.crossed, stage.hop, tensors, stage.sent, stage.received))
+            hop = self._hop_label(stage.hop)
+            work.later.append(partial(self.metrics.crossed, hop, tensors, stage.sent, stage.received))
         if result.looked is not None:
             self.metrics.looked(result.looked)
             if (error := result.looked.error) is not None:
@@ -318,7 +319,13 @@ class _RouterApp(FunctionApp):
         self.log.warning("a closer look failed; the answer before it stands", extra={"facts": facts})
 
     def _count(self, error: HopError) -> None:
-        self.metrics.hop_errors.labels(error.facts.get("hop", ""), type(error).__name__).inc()
+        self.metrics.hop_errors.labels(self._hop_label(error.facts.get("hop", "")), type(error).__name__).inc()
+
+    def _hop_label(self, hop: str) -> str:
+        """What metrics, which anybody may read, call a hop: its place in the setting; its URL is a detail."""
+        if self._settings.expose_details or hop == LocalHop.name or hop not in self._router_settings.hops:
+            return hop
+        return stage_name(self._router_settings.hops.index(hop), len(self._router_settings.hops))
 
     def _prepare(self) -> None:
         self._models.forget(self._router_settings.model)

@@ -102,9 +102,10 @@ HEAVY = ("aiohttp", "boto3", "flask", "matplotlib", "onnx", "onnxruntime", "PIL"
     [
         ([["--version"], ["--help"], ["nosuch"]], (*HEAVY, "numpy", "rich.progress", "isthmus.registry")),
         ([[command, "--help"] for command in COMMANDS], HEAVY),
+        ([[c, "--help"] for c in COMMANDS if c != "package"], (*HEAVY, "numpy", "isthmus.registry")),
         ([["demo", "--list"], ["models", "--registry", "nowhere"]], HEAVY),
     ],
-    ids=["no command", "help", "light commands"],
+    ids=["no command", "help", "help of nearly all", "light commands"],
 )
 def test_a_call_imports_only_what_it_needs(calls: list[list[str]], unwanted: tuple[str, ...], tmp_path: Path) -> None:
     script = f"""

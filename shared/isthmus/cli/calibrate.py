@@ -26,8 +26,6 @@ from isthmus.cli.console import (
 from isthmus.cli.cut_options import SYNTAX, OldAt
 from isthmus.cli.photos import varied_photos
 from isthmus.cli.publishing import DropPlan, publish_version
-from isthmus.registry import open_cache, open_registry
-from isthmus.registry.registry import check_alias
 from isthmus.settings import MAX_THREADS
 from isthmus.units import format_size
 
@@ -82,6 +80,8 @@ def calibrate(
     from isthmus.calibration.calibrate import calibrate as run_calibration
     from isthmus.calibration.inputs import files_in, open_source
     from isthmus.calibration.running import runs_here
+    from isthmus.registry import open_cache, open_registry
+    from isthmus.registry.registry import check_alias
 
     with errors(as_json):
         settings = segment_settings(registry, threads=threads)

@@ -24,7 +24,6 @@ from isthmus.cli.console import (
 from isthmus.cli.cut_options import SYNTAX, OldAt
 from isthmus.cli.files import PICTURES, check_output
 from isthmus.errors import CalibrationError, Missing
-from isthmus.registry import open_registry
 from isthmus.units import format_size, parse_size
 
 if TYPE_CHECKING:
@@ -57,6 +56,7 @@ def codec(
     """
     from isthmus.calibration.fidelity import choose
     from isthmus.calibration.fidelity_document import read
+    from isthmus.registry import open_registry
 
     with errors(as_json):
         if picture is not None:

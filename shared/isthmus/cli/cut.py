@@ -20,8 +20,6 @@ from isthmus.cli.console import (
 )
 from isthmus.cli.cut_options import SYNTAX, OldAt
 from isthmus.cli.publishing import DropPlan, findings, publish_version, warn
-from isthmus.registry import open_cache, open_registry
-from isthmus.registry.registry import check_alias
 from isthmus.units import format_size
 
 
@@ -44,6 +42,8 @@ def cut(
     Example: `isthmus cut efficientnet-lite0 --cut 20/65 --default`
     """
     from isthmus.graph import add_cuts
+    from isthmus.registry import open_cache, open_registry
+    from isthmus.registry.registry import check_alias
 
     partitions = [*(at or []), *(old_at or [])]
     if not partitions:

@@ -11,7 +11,6 @@ from isthmus.bundle import TensorSpec
 from isthmus.cli.console import AsJson, errors, out, print_json, steps, table
 from isthmus.cli.files import PICTURES, check_output
 from isthmus.cli.shapes import BindOption, ExampleOption, read_inputs
-from isthmus.runners import describe
 from isthmus.units import format_size
 
 
@@ -94,5 +93,7 @@ def cuts(
 
 
 def _tensors(tensors: tuple[TensorSpec, ...], passing: tuple[str, ...]) -> str:
+    from isthmus.runners import describe
+
     shown = [describe(t.dtype, t.shape, t.name) + (" (an input)" if t.name in passing else "") for t in tensors[:4]]
     return "\n".join([*shown, f"and {len(tensors) - 4} more"] if len(tensors) > 4 else shown)

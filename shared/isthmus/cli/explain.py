@@ -19,7 +19,6 @@ from isthmus.cli.console import (
 )
 from isthmus.cli.files import PICTURES, check_output
 from isthmus.errors import Missing
-from isthmus.registry import open_cache, open_registry
 
 
 def explain(
@@ -37,6 +36,7 @@ def explain(
     from isthmus.cli import plan_text
     from isthmus.planner.planning.grid import grid
     from isthmus.planner.planning.published import read_plan
+    from isthmus.registry import open_cache, open_registry
 
     with errors(as_json):
         if picture is not None:

@@ -27,9 +27,6 @@ from isthmus.cli.cut_options import SYNTAX
 from isthmus.cli.publishing import DropPlan, Publication, findings, publish_version, warn
 from isthmus.cli.shapes import BindOption, ExampleOption, read_inputs
 from isthmus.errors import Missing, ModelError
-from isthmus.registry import Version, open_registry
-from isthmus.registry.registry import check_alias
-from isthmus.runners import describe
 from isthmus.units import format_size
 
 
@@ -67,6 +64,9 @@ def import_model(
 
     Example: `isthmus import detector.onnx --shape x=1x3x320x640 --cut 40`
     """
+    from isthmus.registry import open_registry
+    from isthmus.runners import describe
+
     with errors(as_json):
         processing = {
             "preprocess": _document(preprocess),
@@ -138,6 +138,8 @@ def publish(
     """
     from isthmus.cli.sources import onnx_file
     from isthmus.graph import build, zoo
+    from isthmus.registry import open_registry
+    from isthmus.registry.registry import check_alias
 
     declared = zoo.entry(model).arguments() if model in zoo.ENTRIES else {"source": {"file": visible(Path(model).name)}}
     called = name or _name_of(model)
@@ -177,6 +179,8 @@ def publish_if_absent(model: str, registry: str, *, name: str = "", **how: Any) 
     Raises:
         ModelError, CutError, RegistryError: it cannot be made.
     """
+    from isthmus.registry import Version, open_registry
+
     try:
         found = open_registry(registry_settings(registry)).resolve(name or _name_of(model))
         return Publication(Version(found.name, found.version, found.digest), alias="", was="", moved=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from isthmus.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, errors, print_json, registry_settings, table
-from isthmus.registry import open_registry
 from isthmus.units import format_size
 
 
@@ -14,6 +13,8 @@ def models(*, registry: RegistryOption = DEFAULT_REGISTRY, as_json: AsJson = Fal
 
     Example: `isthmus models --registry s3://isthmus`
     """
+    from isthmus.registry import open_registry
+
     with errors(as_json):
         store = open_registry(registry_settings(registry))
         documents: list[dict[str, Any]] = []

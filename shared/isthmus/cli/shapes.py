@@ -6,15 +6,16 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
 
-from isthmus import array_files
 from isthmus.bundle import TensorSpec
 from isthmus.cli.files import named_file
 from isthmus.errors import ModelError
+
+if TYPE_CHECKING:
+    from isthmus.array_files import Array
 
 BindOption = Annotated[
     list[str] | None,
@@ -45,7 +46,7 @@ class InputsGiven:
 
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     free: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
-    examples: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    examples: Mapping[str, Array] = field(default_factory=dict)
 
     def check_free(self, inputs: Mapping[str, TensorSpec]) -> None:
         """See that the dimensions which were named as free are free in the imported model.
@@ -125,13 +126,15 @@ def _read_shape(entry: str) -> tuple[str, tuple[tuple[str, int | None], ...]]:
     return name, dims
 
 
-def read_examples(given: Sequence[Path] | None) -> Mapping[str, array_files.Array]:
+def read_examples(given: Sequence[Path] | None) -> Mapping[str, Array]:
     """The arrays of .npz files and of `NAME=FILE.npy` entries.
 
     Raises:
         ModelError: a file cannot be read as such, or two give one name.
     """
-    found: dict[str, array_files.Array] = {}
+    from isthmus import array_files  # it loads numpy
+
+    found: dict[str, Array] = {}
     for entry in map(str, given or []):
         # A file is a file, whatever its name holds.
         name, file = ("", entry) if Path(entry).is_file() else named_file(entry)
@@ -139,7 +142,7 @@ def read_examples(given: Sequence[Path] | None) -> Mapping[str, array_files.Arra
             loaded = array_files.read_one(Path(file)) if name else array_files.read(Path(file))
         except ValueError as e:
             raise ModelError(f"{e}", hint="--example is an .npz file, or NAME=FILE.npy") from e
-        if isinstance(loaded, np.ndarray):
+        if not isinstance(loaded, Mapping):
             if not name:
                 raise ModelError(f"{file} holds one array, without a name", hint=f"--example NAME={file}")
             loaded = {name: loaded}

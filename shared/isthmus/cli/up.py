@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from isthmus.cli.console import DEFAULT_REGISTRY, RegistryOption, err, errors
-from isthmus.cli.engine import variables
 from isthmus.errors import LocalError
 
 if TYPE_CHECKING:
@@ -42,6 +41,7 @@ def up(
 
     Example: `isthmus up --replicas cloud-tail=2 --env edge-head:threads=1`
     """
+    from isthmus.cli.engine import variables
     from isthmus.local import run_engine
 
     with errors(as_json=False):

@@ -11,6 +11,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -25,6 +26,7 @@ from typer.testing import CliRunner
 from isthmus import cli
 from isthmus.cli import app
 from isthmus.cli.console import errors, print_json, visible
+from isthmus.cli.demo import compared, verdict
 from isthmus.dtypes import restored
 
 COMMANDS = [
@@ -517,3 +519,27 @@ def test_what_no_stream_can_encode_is_written_as_its_escape(
         (tmp_path / "labels.json").write_text(text)
         run = isthmus("import", odd, "--registry", tmp_path / "r", "--labels", tmp_path / "labels.json")
         assert isinstance(run.exception, SystemExit), run.exception
+
+
+@pytest.mark.parametrize(
+    ("indices", "said"),
+    [([3, 2, 1], "says the same"), ([3, 1, 2], "the same class first"), ([2, 3, 1], "says something else")],
+)
+def test_demo_tells_another_order_from_another_class(indices: list[int], said: str) -> None:
+    class Whole:
+        model = SimpleNamespace(bundle=SimpleNamespace(outputs=[SimpleNamespace(name="logits")]))
+
+        def preprocess(self, photo: bytes) -> tuple[str, Any]:
+            return "image", np.zeros((1, 3, 4, 4), "float32")
+
+        def run(self, inputs: object) -> Any:
+            return SimpleNamespace(outputs={"logits": np.array([[0.0, 1.0, 2.0, 3.0]])})
+
+        def classes(self, outputs: object) -> list[dict[str, int]]:
+            return [{"index": i} for i in (3, 2, 1)]
+
+    client = SimpleNamespace(infer=lambda *_, **__: Whole().run({}))
+    route = {"segments": [], "link_bytes": 0, "link_raw_bytes": 0}
+    answer = {"classes": [{"index": i} for i in indices], "route": route, "timings_ms": {}}
+    shown = compared("a.jpg", b"", [answer], client, Whole())  # type: ignore[arg-type]
+    assert said in verdict(shown)

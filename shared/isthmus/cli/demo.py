@@ -38,6 +38,7 @@ class Shown:
     photo: str
     classes: list[dict[str, Any]]
     same_classes: bool
+    same_likeliest: bool
     difference: float
     photo_bytes: int
     jpeg_bytes: int
@@ -110,7 +111,8 @@ def demo(
                     soft_wrap=True,
                 )
             _print_totals(shown)
-        if not all(s.same_classes for s in shown):
+        # The codec of a plan may change the order of the less likely ones: that is what its error bounds.
+        if not all(s.same_likeliest if taken.plan else s.same_classes for s in shown):
             raise typer.Exit(1)
 
 
@@ -171,6 +173,7 @@ def compared(name: str, photo: bytes, answers: list[dict[str, Any]], client: Cli
         photo=name,
         classes=answers[0]["classes"],
         same_classes=all([c["index"] for c in a["classes"]] == [c["index"] for c in uncut] for a in answers),
+        same_likeliest=all(a["classes"][0]["index"] == uncut[0]["index"] for a in answers),
         difference=float(abs(expected[logits] - split[logits]).max()) / scale,
         photo_bytes=len(photo),
         jpeg_bytes=_as_jpeg(array),
@@ -216,10 +219,18 @@ def _as_jpeg(array: Array) -> int:
     return len(data.getvalue())
 
 
+def verdict(one: Shown) -> str:
+    """How the photo's classes compare with the uncut model's, as a sentence."""
+    if one.same_classes:
+        return "the uncut model says the same"
+    if one.same_likeliest:
+        return "the uncut model says the same class first, others in another order"
+    return "the uncut model says something else"
+
+
 def _print_classes(one: Shown) -> None:
-    same = "the uncut model says the same" if one.same_classes else "the uncut model says something else"
     print_table(
-        f"{one.photo}: {same}, largest difference {one.difference:.1e}",
+        f"{one.photo}: {verdict(one)}, largest difference {one.difference:.1e}",
         ["class", "index", "probability"],
         [(c["label"], c["index"], f"{c['probability']:.4f}") for c in one.classes],
         numbers=["index", "probability"],

@@ -1,8 +1,7 @@
 """The floor: the chain of bench/chain.py as three processes that pass the same bytes over plain sockets.
 
 Run as `tcp_chain.py router PORT HEAD_PORT TAIL_PORT` or `tcp_chain.py head|tail PORT`. A message is its length, the
-length of the answer that the head shall give, and the bytes. `tcp_chain.py relay PORT TARGET_PORT PORT TARGET_PORT …`
-stands where a gateway stands: bytes to a port go on to its target as they come.
+length of the answer that the head shall give, and the bytes.
 """
 
 from __future__ import annotations
@@ -10,12 +9,10 @@ from __future__ import annotations
 import socket
 import struct
 import sys
-import threading
 from collections.abc import Callable
 
 PREFIX = struct.Struct("<QQ")
 ONE_SEND_BELOW = 65_536
-RELAYED_BYTES = 262_144
 Message = tuple[int, memoryview]
 
 
@@ -86,33 +83,8 @@ def route(head: Peer, tail: Peer) -> Callable[[Message], memoryview]:
     return answer
 
 
-def relay(port: int, target: int) -> None:
-    """Pass on what comes to `port`, in both directions at once."""
-    with socket.create_server(("127.0.0.1", port)) as listener:
-        while True:
-            near, _ = listener.accept()
-            far = socket.create_connection(("127.0.0.1", target))
-            for one, other in ((near, far), (far, near)):
-                one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                threading.Thread(target=pump, args=(one, other), daemon=True).start()
-
-
-def pump(source: socket.socket, sink: socket.socket) -> None:
-    """Pass on what `source` says until it ends."""
-    view = memoryview(bytearray(RELAYED_BYTES))
-    while count := source.recv_into(view):
-        sink.sendall(view[:count])
-    sink.close()
-
-
 def main() -> None:
     role, port = sys.argv[1], int(sys.argv[2])
-    if role == "relay":
-        ports = [int(p) for p in sys.argv[2:]]
-        relays = [threading.Thread(target=relay, args=pair) for pair in zip(ports[::2], ports[1::2], strict=True)]
-        for each in relays:
-            each.start()
-        return
     ready: dict[int, bytes] = {}
     if role == "router":
         head, tail = (Peer.at(int(p)) for p in sys.argv[3:5])

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import gc
+import gzip
 import socket
 import threading
 import time
@@ -14,19 +13,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import aiohttp
 import pytest
 from aiohttp import web
 
-from isthmus.local.door import Door
 from isthmus.local.events import ignore
-from isthmus.local.exchange import Exchange
-from isthmus.local.flow import Flow
-from isthmus.local.heads import AnswerHead, RequestHead
+from isthmus.local.gateway import create_runner
 from isthmus.local.inthread import InThread
 from isthmus.local.metrics import Metrics
-from isthmus.local.pipes import MOVES, Pipe, Pipes
-from isthmus.local.proxy import Proxy
+from isthmus.local.proxy import Proxy, open_session
 from isthmus.local.replica import Deployment, Replica, State
 from isthmus.local.stack import FunctionSpec
 from isthmus.local.supervisor import Supervisor
@@ -35,7 +29,6 @@ from patience import LONG_S, eventually
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 MOST = 3_000_000
-OF_A_CALL = (Exchange, Flow, RequestHead, AnswerHead)
 
 
 class Function:
@@ -98,7 +91,7 @@ def exactly(connection: socket.socket, count: int) -> bytes:
     return said
 
 
-class Gateway(InThread[Door]):
+class Gateway(InThread[Proxy]):
     """A proxy in front of one function, f."""
 
     def __init__(
@@ -112,8 +105,8 @@ class Gateway(InThread[Door]):
         self.url_port = 0
 
         @asynccontextmanager
-        async def live() -> AsyncIterator[Door]:
-            async with aiohttp.ClientSession() as session:
+        async def live() -> AsyncIterator[Proxy]:
+            async with open_session() as session:
                 supervisor = Supervisor("f", session, ignore, drain_s=0.0)
                 spec = FunctionSpec("f", "python3-isthmus", ".", "f:latest")
                 deployment = Deployment(spec, Path(), MappingProxyType({}), watchdog=watchdog)
@@ -121,17 +114,16 @@ class Gateway(InThread[Door]):
                 replica.url, replica.state = f"http://127.0.0.1:{function.port}", State.READY
                 supervisor._replicas.append(replica)
                 self.supervisor, self.replica = supervisor, replica
-                runner = web.AppRunner(web.Application())
+                proxy = Proxy({"f": supervisor}.get, Metrics(), session, max_body_bytes=MOST, timeout_s=timeout_s)
+                app = web.Application()
+                app.router.add_route("*", "/function/{rest:.+}", proxy.handle)
+                runner = create_runner(app, LONG_S)
                 await runner.setup()
-                assert runner.server is not None
                 with socket.create_server(("127.0.0.1", 0)) as listener:
                     self.url_port = listener.getsockname()[1]
-                    proxy = Proxy({"f": supervisor}.get, Metrics(), max_body_bytes=MOST, timeout_s=timeout_s)
-                    door = Door(listener, runner.server, proxy.handle)
-                    yield door
-                    await door.close(LONG_S)
-                    proxy.close()
-                await runner.cleanup()
+                    await web.SockSite(runner, listener).start()
+                    yield proxy
+                    await runner.cleanup()
                 supervisor._replicas.clear()
                 await supervisor.close()
 
@@ -143,10 +135,8 @@ class Gateway(InThread[Door]):
 
 @contextlib.contextmanager
 def proxied(answer: Callable[[socket.socket, bytes], None], **options: Any) -> Iterator[Gateway]:
-    function = Function(answer)
-    with Gateway(function, **options) as gateway:
+    with contextlib.closing(Function(answer)) as function, Gateway(function, **options) as gateway:
         yield gateway
-    function.close()
 
 
 def request(body: bytes = b"", *headers: bytes, method: bytes = b"POST", path: bytes = b"/function/f") -> bytes:
@@ -163,6 +153,13 @@ def ask(gateway: Gateway, said: bytes) -> bytes:
     with gateway.connect() as connection:
         connection.sendall(said)
         return everything(connection)
+
+
+def response_of(connection: socket.socket) -> tuple[list[bytes], bytes]:
+    """The lines and the body of a response with Content-Length."""
+    head, body = parted(head_of(connection))
+    length = next(int(line.split(b": ")[1]) for line in head if line.startswith(b"Content-Length"))
+    return head, body + exactly(connection, length - len(body))
 
 
 CLOSE = b"Connection: close"
@@ -198,34 +195,6 @@ def test_bodies_of_any_size_pass_both_ways_on_one_connection(size: int) -> None:
             got = head_of(connection).partition(b"\r\n\r\n")[2]
             assert got + exactly(connection, size - len(got)) == body
         assert gateway.function.connections == 1
-
-
-def test_a_large_body_passes_where_no_pipe_can_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_: Pipes) -> Pipe:
-        raise OSError(errno.EMFILE, "too many open files")
-
-    monkeypatch.setattr(Pipes, "take", refuse)
-    body = bytes(range(256)) * 4000
-    answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-    with proxied(say(answer)) as gateway:
-        assert ask(gateway, request(b"", CLOSE)).endswith(b"\r\n\r\n" + body)
-
-
-@pytest.mark.skipif(not MOVES, reason="this system has no splice")
-def test_a_pipe_serves_one_body_after_the_other_unless_it_still_holds_something() -> None:
-    pipes = Pipes()
-    pipe = pipes.take()
-    pipes.put(pipe)
-    assert pipes.take() is pipe
-    near, far = socket.socketpair()
-    with near, far:
-        far.sendall(b"left")
-        assert pipe.fill(near, 4) == 4
-    pipes.put(pipe)
-    other = pipes.take()
-    assert other is not pipe
-    pipes.put(other)
-    pipes.close()
 
 
 def test_a_chunked_request_is_chunked_again() -> None:
@@ -278,13 +247,13 @@ def test_an_answer_that_breaks_off_breaks_off_for_the_caller(part: bytes) -> Non
 def test_a_function_that_says_no_http_is_500_as_one_that_does_not_listen() -> None:
     for answer in (say(b"hello\r\n\r\n"), lambda connection, _: connection.shutdown(socket.SHUT_RDWR)):
         with proxied(answer) as gateway:
-            head, body = parted(ask(gateway, request()))
+            head, body = parted(ask(gateway, request(b"", CLOSE)))
         assert head[0].startswith(b"HTTP/1.1 500")
         assert b"X-OpenFaaS-Internal: proxy" in head
         assert body == b"Can't reach service for: f."
     with proxied(say(OK)) as gateway:
         gateway.replica.url = "http://127.0.0.1:1"
-        assert ask(gateway, request(b"x" * 500_000)).startswith(b"HTTP/1.1 500")
+        assert ask(gateway, request(b"x" * 500_000, CLOSE)).startswith(b"HTTP/1.1 500")
 
 
 @pytest.mark.parametrize("status", [b"204 No Content", b"304 Not Modified"])
@@ -317,17 +286,19 @@ def test_requests_that_come_at_once_are_answered_in_order() -> None:
     assert [part[:2] for part in answer.split(b"\r\n\r\n/")[1:]] == [b"%dH" % i for i in range(5)] + [b"la"]
 
 
-def test_what_follows_a_chunked_request_at_once_is_not_taken_for_another() -> None:
+def test_what_follows_a_chunked_request_at_once_is_the_next_request() -> None:
     def whole(connection: socket.socket, said: bytes) -> None:
         while not said.endswith(b"0\r\n\r\n"):
             said += connection.recv(65_536)
         connection.sendall(OK)
 
     chunked = b"POST /function/f HTTP/1.1\r\nHost: gw\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n\r\n"
+    last = chunked.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1)
     with proxied(whole) as gateway:
-        head, body = parted(ask(gateway, chunked + chunked))
-    assert CLOSE in head
-    assert body == b"ok"
+        answer = ask(gateway, chunked + last)
+        assert len(gateway.function.heads) == 2
+    assert answer.count(b"HTTP/1.1 200 OK") == 2
+    assert answer.endswith(b"\r\n\r\nok")
 
 
 def test_an_interim_answer_is_not_the_answer() -> None:
@@ -364,30 +335,99 @@ def test_what_is_between_two_neighbours_does_not_pass() -> None:
 
 
 def test_a_body_over_the_bound_is_413() -> None:
-    with proxied(say(OK)) as gateway:
-        head, _ = parted(ask(gateway, b"POST /function/f HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % (MOST + 1)))
+    with proxied(say(OK)) as gateway, gateway.connect() as connection:
+        connection.sendall(b"POST /function/f HTTP/1.1\r\nHost: gw\r\nContent-Length: %d\r\n\r\n" % (MOST + 1))
+        head, _ = parted(head_of(connection))
         assert head[0].startswith(b"HTTP/1.1 413")
+        assert CLOSE in head
     with proxied(lambda connection, _: time.sleep(1)) as gateway, gateway.connect() as connection:
-        connection.sendall(b"POST /function/f HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n")
+        connection.sendall(b"POST /function/f HTTP/1.1\r\nHost: gw\r\nTransfer-Encoding: chunked\r\n\r\n")
         for _ in range(40):
             connection.sendall(b"186a0\r\n" + bytes(100_000) + b"\r\n")
         assert head_of(connection).startswith(b"HTTP/1.1 413")
 
 
 @pytest.mark.parametrize(
-    "said",
+    "headers",
     [
-        b"POST /function/f HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        b"POST /function/f HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
-        b"POST /function/f HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n",
-        b"POST /function/f HTTP/1.1\r\nHost : gw\r\n\r\n",
-        b"POST /function/f HTTP/1.1\r\nX: " + b"x" * 70_000,
+        b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+        b"Transfer-Encoding: gzip\r\n\r\n",
+        b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+        b"Space : x\r\n\r\n",
+        b"X: " + b"x" * 70_000 + b"\r\n\r\n",
+        b"X: latin \xe9\r\n\r\n",
     ],
 )
-def test_what_is_not_http_is_refused(said: bytes) -> None:
+def test_what_is_not_http_is_refused(headers: bytes) -> None:
     with proxied(say(OK)) as gateway:
-        assert ask(gateway, said).startswith(b"HTTP/1.1 400")
+        said = b"POST /function/f HTTP/1.1\r\nHost: gw\r\nConnection: close\r\n" + headers
+        assert ask(gateway, said).split(b" ")[1] == b"400"
         assert gateway.function.heads == []
+
+
+def test_a_body_with_a_chunk_that_is_none_never_ends_for_the_function() -> None:
+    bodies = list[bytes]()
+
+    def until_end(connection: socket.socket, said: bytes) -> None:
+        bodies.append(said + everything(connection))
+
+    chunked = b"POST /function/f HTTP/1.1\r\nHost: gw\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n"
+    smuggled = b"POST /function/f/smuggled HTTP/1.1\r\nHost: gw\r\nContent-Length: 0\r\n\r\n"
+    with proxied(until_end, timeout_s=0.5) as gateway, gateway.connect() as connection:
+        connection.sendall(chunked)
+        eventually(lambda: bool(gateway.function.heads))
+        connection.sendall(b"xyz\r\n0\r\n\r\n" + smuggled)
+        assert head_of(connection).startswith(b"HTTP/1.1 502")
+        assert gateway.function.ended.wait(LONG_S)
+        assert len(gateway.function.heads) == 1
+    assert bodies[0].endswith(b"\r\nabc\r\n")
+
+
+def test_a_header_in_any_number_of_connection_lines_does_not_pass() -> None:
+    headers = (b"Connection: X-One", b"Connection: close, X-Two", b"X-One: 1", b"X-Two: 2", b"X-Three: 3")
+    with proxied(say(OK)) as gateway:
+        ask(gateway, request(b"", *headers))
+        sent = gateway.function.heads[0].split(b"\r\n")
+    assert [line for line in sent if line.startswith((b"X-One", b"X-Two", b"X-Three"))] == [b"X-Three: 3"]
+
+
+def test_a_request_to_upgrade_is_an_ordinary_one_and_another_may_follow() -> None:
+    for protocol in (b"websocket", b"h2c"):
+        with proxied(say(OK)) as gateway, gateway.connect() as connection:
+            for _ in range(2):
+                connection.sendall(request(b"", b"Connection: Upgrade", b"Upgrade: " + protocol))
+                assert response_of(connection)[1] == b"ok"
+            assert not any(b"upgrade" in head.lower() for head in gateway.function.heads)
+
+
+def test_a_response_whose_coding_the_gateway_does_not_know_is_500() -> None:
+    coded = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n1\r\na\r\n0\r\n\r\n"
+    with proxied(say(coded)) as gateway:
+        assert ask(gateway, request(b"", CLOSE)).startswith(b"HTTP/1.1 500")
+
+
+def test_a_compressed_body_stays_compressed_both_ways() -> None:
+    def echo(connection: socket.socket, said: bytes) -> None:
+        body = said.partition(b"\r\n\r\n")[2]
+        body += exactly(connection, len(packed) - len(body))
+        connection.sendall(
+            b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+        )
+
+    packed = gzip.compress(b"isthmus" * 1000)
+    with proxied(echo) as gateway:
+        head, body = parted(ask(gateway, request(packed, b"Content-Encoding: gzip", CLOSE)))
+    assert b"Content-Encoding: gzip" in head
+    assert body == packed
+
+
+def test_two_hundred_connections_are_served_at_once() -> None:
+    with proxied(say(OK)) as gateway, contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(gateway.connect()) for _ in range(200)]
+        for connection in connections:
+            connection.sendall(request())
+        assert all(response_of(connection)[1] == b"ok" for connection in connections)
 
 
 def test_an_answer_before_the_whole_request_reaches_the_caller() -> None:
@@ -400,14 +440,14 @@ def test_an_answer_before_the_whole_request_reaches_the_caller() -> None:
 
     with proxied(refuse) as gateway, gateway.connect() as connection:
         connection.sendall(request(bytes(2_000_000))[:1_000_000])
-        head, body = parted(everything(connection))
+        head, body = response_of(connection)
     assert (head[0], body) == (b"HTTP/1.1 413 Too Large", b"no")
     assert CLOSE in head
 
 
 def test_a_call_over_its_time_is_502() -> None:
     with proxied(lambda connection, _: None, timeout_s=0.2) as gateway:
-        head, body = parted(ask(gateway, request()))
+        head, body = parted(ask(gateway, request(b"", CLOSE)))
         assert (head[0], body) == (b"HTTP/1.1 502 Bad Gateway", b"")
         eventually(lambda: gateway.replica.in_flight == 0)
 
@@ -420,7 +460,7 @@ def test_a_call_over_its_x_timeout_or_exec_timeout_is_the_watchdogs_empty_504(
     watchdog: Watchdog, headers: list[bytes]
 ) -> None:
     with proxied(lambda connection, _: None, watchdog=watchdog) as gateway:
-        head, body = parted(ask(gateway, request(b"", *headers)))
+        head, body = parted(ask(gateway, request(b"", CLOSE, *headers)))
         assert (head[0], body) == (b"HTTP/1.1 504 Gateway Timeout", b"")
         assert b"X-OpenFaaS-Internal: of-watchdog" in head
         assert any(line.startswith(b"X-Duration-Seconds: 0.") for line in head)
@@ -438,7 +478,7 @@ def test_a_call_beside_max_inflight_others_is_the_watchdogs_429() -> None:
         first.sendall(request())
         eventually(lambda: gateway.replica.in_flight == 1)
         for path in (b"/function/f", b"/function/f/_/ready"):
-            head, body = parted(ask(gateway, request(path=path)))
+            head, body = parted(ask(gateway, request(b"", CLOSE, path=path)))
             assert head[0] == b"HTTP/1.1 429 Too Many Requests"
             assert b"X-OpenFaaS-Internal: faas-middleware" in head
             assert any(line.startswith(b"Content-Type: text/plain") for line in head)
@@ -530,7 +570,7 @@ def test_a_connection_that_the_function_closed_is_not_used() -> None:
     with proxied(once) as gateway, gateway.connect() as connection:
         for calls in range(1, 5):
             connection.sendall(request())
-            assert head_of(connection).endswith(b"ok")
+            assert response_of(connection)[1] == b"ok"
             assert closed.acquire(timeout=LONG_S)
             assert gateway.function.connections == calls
 
@@ -549,7 +589,7 @@ def test_closing_waits_for_the_calls_under_way() -> None:
         stopping.start()
         assert idle.recv(1) == b""
         go_on.set()
-        assert head_of(connection).endswith(b"ok")
+        assert response_of(connection)[1] == b"ok"
         # Whoever keeps the connection for later is not waited for.
         stopping.join(LONG_S / 2)
         assert not stopping.is_alive()
@@ -560,20 +600,3 @@ def test_a_head_may_come_in_pieces() -> None:
         for each in request(b"", CLOSE):
             connection.sendall(bytes([each]))
         assert everything(connection).endswith(b"ok")
-
-
-def test_a_call_leaves_nothing_to_the_garbage_collector() -> None:
-    def say_and_end(connection: socket.socket, _: bytes) -> None:
-        connection.sendall(OK.replace(b"Content-Length: 2\r\n", b""))
-        connection.shutdown(socket.SHUT_RDWR)
-
-    chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"
-    for answer in (say(OK), say(chunked), say_and_end):
-        with proxied(answer) as gateway:
-            gc.collect()
-            gc.disable()
-            try:
-                assert b"ok" in ask(gateway, request(b"x", CLOSE))
-                eventually(lambda: not any(type(o) in OF_A_CALL for o in gc.get_objects()))
-            finally:
-                gc.enable()

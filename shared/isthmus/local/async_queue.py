@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ from isthmus.errors import RequestMalformed
 from isthmus.local.callbacks import CallbackPolicy, PermittedOnly
 from isthmus.local.events import Event, OnEvent
 from isthmus.local.fleet import Fleet
-from isthmus.local.proxy import split
+from isthmus.local.proxy import HOP_BY_HOP, end_to_end, is_text, split
 
 MAX_BODY_BYTES = 256_000
 MAX_WAITING = 256
@@ -33,13 +32,8 @@ _MAX_RESULT_BYTES = 64 << 20
 _LONGEST_WAIT_S = 10.0
 CALLBACK_TIMEOUT_S = 15.0
 """A callback that takes so long is not tried again: few workers serve all calls."""
-_HOP_BY_HOP = frozenset(
-    {
-        *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer"),
-        *("transfer-encoding", "upgrade", "host", "expect", "content-length"),
-    }
-)
-_NOT_SENT = _HOP_BY_HOP | {"x-callback-url", "authorization"}
+_NOT_CALLED_BACK = HOP_BY_HOP | {"host", "expect", "content-length"}
+_NOT_SENT = _NOT_CALLED_BACK | {"x-callback-url", "authorization"}
 
 
 @dataclass(frozen=True)
@@ -83,7 +77,7 @@ class AsyncQueue:
         if supervisor is None:
             return web.Response(status=404, text=f"error finding function {name}: it is not deployed here")
         for header, value in request.headers.items():
-            if not _is_text(value):
+            if not is_text(value):
                 raise RequestMalformed(f"the header {header} is not UTF-8, which the queue keeps headers as")
         callback = request.headers.get("X-Callback-Url", "").strip()
         url = await self._policy.check(callback) if callback else None
@@ -96,7 +90,7 @@ class AsyncQueue:
                 text=f"the queue takes bodies up to {MAX_BODY_BYTES} bytes, as OpenFaaS CE's does; send a reference",
             )
         call_id = request.headers.get("X-Call-Id") or str(uuid.uuid4())
-        headers = _without(request.headers, _NOT_SENT)
+        headers = end_to_end(request.headers, _NOT_SENT)
         headers["X-Call-Id"] = call_id
         try:
             self._waiting.put_nowait(_Call(call_id, supervisor.name, rest, headers, body, url))
@@ -131,7 +125,7 @@ class AsyncQueue:
         result = await _post(self._session, target, call.headers, call.body, timeout_s=CALL_TIMEOUT_S)
         if call.callback is None:
             return f"the function answered {result.status}" if result.status >= 400 else ""
-        headers = _without(result.headers, _HOP_BY_HOP)
+        headers = end_to_end(result.headers, _NOT_CALLED_BACK)
         headers.setdefault("Content-Type", "application/octet-stream")
         headers.setdefault("X-Duration-Seconds", f"{time.perf_counter() - started:.6f}")
         headers["X-Call-Id"] = call.id
@@ -186,24 +180,6 @@ async def _post(
         if attempt < ATTEMPTS - 1:
             await asyncio.sleep(wait_s)
     return answer
-
-
-def _without(headers: Mapping[str, str], dropped: Collection[str]) -> CIMultiDict[str]:
-    """The headers but `dropped`, those that Connection names, and those that are not Unicode."""
-    between = {part.strip().lower() for part in headers.get("Connection", "").split(",")}
-    return CIMultiDict(
-        (name, value)
-        for name, value in headers.items()
-        if name.lower() not in dropped and name.lower() not in between and _is_text(value)
-    )
-
-
-def _is_text(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # bytes that are not UTF-8 came as lone surrogates
-        return False
-    return True
 
 
 async def _bounded(reply: aiohttp.ClientResponse) -> bytes:

@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import aiohttp
 from aiohttp import web
 
 from isthmus.errors import LocalError
@@ -21,13 +20,12 @@ from isthmus.local.async_queue import AsyncQueue
 from isthmus.local.build import build_folder
 from isthmus.local.callbacks import CallbackPolicy, parse_networks
 from isthmus.local.credentials import PASSWORD_FILE, USER, ensure_password
-from isthmus.local.door import Door
 from isthmus.local.events import Event, OnEvent, ignore, shielded
 from isthmus.local.fleet import Fleet, Places
-from isthmus.local.gateway import create_gateway
+from isthmus.local.gateway import create_gateway, create_runner
 from isthmus.local.inthread import InThread
 from isthmus.local.metrics import Metrics
-from isthmus.local.proxy import Proxy
+from isthmus.local.proxy import Proxy, open_session
 from isthmus.local.secrets import SecretFolder
 from isthmus.local.stack import StackFile
 
@@ -35,6 +33,7 @@ DEFAULT_PORT = 8080
 DRAIN_S = 10.0
 _CRASHES_THAT_ARE_A_PATTERN = 2
 _POLL_S = 0.05
+_BACKLOG = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +204,7 @@ async def _running(options: Options) -> AsyncIterator[_Running]:
         async with contextlib.AsyncExitStack() as leaving:
             build = leaving.enter_context(build_folder(state / "build", port))
             places = Places(url, build, state / "cache", SecretFolder(state / "secrets"))
-            session = await leaving.enter_async_context(_session())
+            session = await leaving.enter_async_context(open_session())
             fleet = Fleet(file, places, session, tell, overrides=options.environment, drain_s=options.drain_s)
             leaving.push_async_callback(fleet.close)
             fleet.start(options.replicas)
@@ -213,37 +212,23 @@ async def _running(options: Options) -> AsyncIterator[_Running]:
             policy = CallbackPolicy(url, networks)
             queue = AsyncQueue(fleet, url, session, tell, policy)
             leaving.push_async_callback(queue.close)
-            proxy = Proxy(fleet.get, metrics)
-            leaving.callback(proxy.close)
             gateway = create_gateway(
-                fleet, queue, metrics, places.secrets, password=password, loopback=_is_local(options.host)
+                fleet,
+                Proxy(fleet.get, metrics, session),
+                queue,
+                metrics,
+                places.secrets,
+                password=password,
+                loopback=_is_local(options.host),
             )
-            # A caller who hangs up ends the call, as OpenFaaS's gateway does.
-            runner = web.AppRunner(
-                gateway,
-                access_log=None,
-                handler_cancellation=True,
-                shutdown_timeout=options.drain_s,
-            )
+            runner = create_runner(gateway, options.drain_s)
             await runner.setup()
             leaving.push_async_callback(runner.cleanup)
-            if runner.server is None:
-                raise LocalError("the gateway was not set up")
-            door = Door(listener, runner.server, proxy.handle)
-            leaving.push_async_callback(door.close, options.drain_s)
+            await web.SockSite(runner, listener, backlog=_BACKLOG).start()
             tell(Event("listening", url))
             login = f"faas-cli login -g {url} -u {USER} --password-stdin < {shlex.quote(str(state / PASSWORD_FILE))}"
             tell(Event("login", login))
             yield _Running(url, password, fleet)
-
-
-def _session() -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        auto_decompress=False,
-        skip_auto_headers=("Accept", "Accept-Encoding", "User-Agent", "Content-Type"),
-    )
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -251,7 +236,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-        listener.listen(1024)
+        listener.listen(_BACKLOG)
     except OSError as e:
         listener.close()
         raise LocalError(

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from aiohttp import web
+from aiohttp.http import SERVER_SOFTWARE
 
 import isthmus
 from isthmus.errors import IsthmusError, Missing, RequestMalformed
@@ -20,16 +21,28 @@ from isthmus.local.credentials import authorizes
 from isthmus.local.fleet import NAMESPACE, Fleet, describe
 from isthmus.local.logbook import Line
 from isthmus.local.metrics import Metrics
+from isthmus.local.proxy import MAX_HEADER_BYTES, Proxy
 from isthmus.local.secrets import MAX_SECRET_BYTES, SecretFolder
 
 _MAX_DOCUMENT_BYTES = 2 * MAX_SECRET_BYTES
+_IDLE_S = 75.0
+# How long a caller may go on sending what nobody reads: closed at once, its connection would be reset, and the response
+# that says why might be lost.
+_LINGER_S = 5.0
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def create_gateway(
-    fleet: Fleet, queue: AsyncQueue, metrics: Metrics, secrets: SecretFolder, *, password: str, loopback: bool
+    fleet: Fleet,
+    proxy: Proxy,
+    queue: AsyncQueue,
+    metrics: Metrics,
+    secrets: SecretFolder,
+    *,
+    password: str,
+    loopback: bool,
 ) -> web.Application:
-    """All of the gateway but function calls, which never come here; `loopback`: only this machine reaches /system.
+    """The gateway's routes; `loopback`: only this machine reaches /system.
 
     Everything under /system asks for the credentials; calls, health and metrics do not, as in OpenFaaS.
     """
@@ -57,12 +70,31 @@ def create_gateway(
     )
     app = web.Application(client_max_size=_MAX_DOCUMENT_BYTES, middlewares=[_errors])
     app.add_subapp("/system", system)
+    app.router.add_route("*", "/function/{rest:.+}", proxy.handle)
     app.router.add_post("/async-function/{rest:.+}", queue.handle)
     app.router.add_get("/healthz", api.health)
     app.router.add_get("/metrics", api.metrics)
-    app.on_response_prepare.append(_last)
+    app.on_response_prepare.append(_without_own_name)
     app.on_shutdown.append(api.end_logs)
     return app
+
+
+def create_runner(app: web.Application, drain_s: float) -> web.AppRunner:
+    """What serves the gateway; a caller who hangs up ends the call, as in OpenFaaS.
+
+    Units: calls under way have `drain_s` seconds once the runner is cleaned up.
+    """
+    return web.AppRunner(
+        app,
+        access_log=None,
+        handler_cancellation=True,
+        shutdown_timeout=drain_s,
+        auto_decompress=False,
+        keepalive_timeout=_IDLE_S,
+        lingering_time=_LINGER_S,
+        max_line_size=MAX_HEADER_BYTES,
+        max_field_size=MAX_HEADER_BYTES,
+    )
 
 
 class _Api:
@@ -203,15 +235,10 @@ def _is_loopback(host: str | None) -> bool:
         return False
 
 
-async def _last(request: web.Request, response: web.StreamResponse) -> None:
-    """The next request of the connection may be a function call, which is not for aiohttp.
-
-    The response says so: a client that keeps the connection would have its next request reset. force_close alone comes
-    too late for that, as aiohttp has written the headers of this response into a map already.
-    """
-    response.force_close()
-    response.headers["Connection"] = "close"
-    response.headers.pop("Server", None)
+async def _without_own_name(request: web.Request, response: web.StreamResponse) -> None:
+    """A function's Server header passes; aiohttp's own is no part of OpenFaaS's responses."""
+    if response.headers.get("Server") == SERVER_SOFTWARE:
+        del response.headers["Server"]
 
 
 async def _document(request: web.Request) -> dict[str, Any]:

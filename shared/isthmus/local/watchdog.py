@@ -12,10 +12,10 @@ from typing import Self
 from isthmus.units import parse_duration
 
 DEFAULT_TIMEOUT_S = 30.0
-INTERNAL = b"X-OpenFaaS-Internal"
-TIMED_OUT = (INTERNAL, b"of-watchdog")
+INTERNAL = "X-OpenFaaS-Internal"
+TIMED_OUT = {INTERNAL: "of-watchdog"}
 """The header of the empty 504 that ends a call at its timeout."""
-REFUSED = (INTERNAL, b"faas-middleware")
+REFUSED = {INTERNAL: "faas-middleware"}
 """The header of the 429 for a call over max_inflight."""
 VARIABLES = frozenset(
     {

@@ -543,3 +543,9 @@ def test_demo_tells_another_order_from_another_class(indices: list[int], said: s
     answer = {"classes": [{"index": i} for i in indices], "route": route, "timings_ms": {}}
     shown = compared("a.jpg", b"", [answer], client, Whole())  # type: ignore[arg-type]
     assert said in verdict(shown)
+
+
+def test_the_doctor_does_not_advise_an_import_to_a_registry_that_can_be_none() -> None:
+    result = isthmus("doctor", "--registry", "ftp://somewhere", "--json")
+    found = {f["what"]: f for f in json.loads(result.stdout)["findings"]}["registry"]
+    assert (result.exit_code, found["state"], found["advice"]) == (1, "missing", "name another with --registry")

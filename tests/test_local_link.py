@@ -560,6 +560,14 @@ def test_a_port_that_is_taken_is_named(target: Target) -> None:
     assert e.value.facts["port"] == port
 
 
+def test_a_link_to_itself_is_refused() -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with pytest.raises(LocalError, match="would lead to itself"):
+        Link(f"127.0.0.1:{port}", port=port).start()
+
+
 @pytest.mark.parametrize("address", ["", "8080", "host", ":80", "http://", "host:port", "host:99999", "https://h:1"])
 def test_what_is_no_address_is_refused(address: str) -> None:
     with pytest.raises(LocalError, match="is no address"):

@@ -127,7 +127,7 @@ def _registry(registry: str) -> Iterator[Finding]:
         settings = replace(registry_settings(registry), registry_attempts=1, registry_timeout_s=5.0)
         names = open_registry(settings).models()
     except IsthmusError as e:
-        advice = "make one with: isthmus import" if absent or not e.hint else e.hint
+        advice = "make one with: isthmus import" if absent else e.hint or "name another with --registry"
         yield Finding("registry", "absent" if absent else "missing", e.message, advice)
         return
     yield Finding("registry", "ok", f"{registry}: {', '.join(names) or 'empty'}", "isthmus import adds models")

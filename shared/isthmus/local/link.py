@@ -114,6 +114,9 @@ class Link(InThread[int]):
     @contextlib.asynccontextmanager
     async def _relaying(self) -> AsyncIterator[int]:
         async with self._network.relaying(self._wanted_port, self._family, self._address) as self._port:
+            # Nothing else listens there, and every connection would make the next one.
+            if self._address[:2] == (HOST, self._port):
+                raise LocalError(f"the link would lead to itself: it listens on {HOST}:{self._port}", port=self._port)
             yield self._port
 
 

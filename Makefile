@@ -76,7 +76,8 @@ requirements: setup-dev ## pin all packages of the images by hash, under constra
 # What docs/deployment.md promises: Pythons, machines, glibc 2.28 or newer.
 PYTHONS := 3.11 3.12 3.13 3.14
 MACHINES := x86_64-manylinux_2_28 aarch64-manylinux_2_28
-CPU_FILES := template/python3-isthmus/*.txt functions/*/requirements.txt
+GPU_FILES := template/python3-isthmus/runtime-gpu.txt
+CPU_FILES := $(filter-out $(GPU_FILES), $(wildcard template/python3-isthmus/*.txt functions/*/requirements.txt))
 WHEELS = $(BIN)/uv pip compile --quiet --no-deps --only-binary :all: --generate-hashes \
 	--python-version $$python --python-platform
 
@@ -84,7 +85,7 @@ wheels: setup-dev ## ask the package index for a wheel of each of them, for each
 	set -e; for python in $(PYTHONS); do \
 		for machine in $(MACHINES); do for file in $(CPU_FILES); do \
 			echo "$$python $$machine $$file"; $(WHEELS) $$machine $$file > /dev/null; done; done; \
-		for file in template/python3-isthmus-gpu/*.txt; do \
+		for file in $(GPU_FILES); do \
 			echo "$$python $(firstword $(MACHINES)) $$file"; \
 			$(WHEELS) $(firstword $(MACHINES)) $$file > /dev/null; done; done
 

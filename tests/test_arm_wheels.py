@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 IMAGE = [
     ROOT / "template/python3-isthmus/requirements.txt",
-    ROOT / "template/python3-isthmus/runtime.txt",
+    ROOT / "template/python3-isthmus/runtime-cpu.txt",
     *sorted(ROOT.glob("functions/*/requirements.txt")),
 ]
 PLATFORMS = ("manylinux2014_aarch64", "manylinux_2_17_aarch64", "manylinux_2_28_aarch64")

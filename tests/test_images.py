@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -23,7 +24,7 @@ from isthmus.local.stack import read_stack
 from local_stack import ROOT
 from patience import LONG_S
 
-TEMPLATES = ["python3-isthmus", "python3-isthmus-gpu"]
+TEMPLATE = ROOT / "template" / "python3-isthmus"
 INPUTS = sorted((ROOT / "template").glob("*/*.in"))
 FUNCTIONS = sorted((ROOT / "functions").glob("*/requirements.txt"))
 LOCKS = [*(path.with_suffix(".txt") for path in INPUTS), *FUNCTIONS]
@@ -63,7 +64,7 @@ def installed(requirement: Requirement, env: Mapping[str, str]) -> bool:
 
 
 def test_each_input_has_its_lock() -> None:
-    assert len(INPUTS) == 6
+    assert len(INPUTS) == 4
     assert len(FUNCTIONS) == 3
     assert all(path.is_file() for path in LOCKS)
 
@@ -118,17 +119,30 @@ def test_the_backport_is_left_out_where_python_has_zstd() -> None:
     assert wanted == [True, True, True, False]
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_a_dockerfile_installs_by_hash_and_names_its_bases_by_arguments(name: str) -> None:
-    text = (ROOT / "template" / name / "Dockerfile").read_text().replace("\\\n", " ")
+def test_the_dockerfile_installs_by_hash_and_names_its_bases_by_arguments() -> None:
+    text = (TEMPLATE / "Dockerfile").read_text().replace("\\\n", " ")
     for command in re.findall(r"pip install [^&;\n]*", text):
         assert "--require-hashes" in command or command.split()[-1] == "function/requirements.txt", command
     arguments = dict(re.findall(r"^ARG (\w+)=(\S+)$", text, re.MULTILINE))
     assert re.fullmatch(r"3\.\d+\.\d+", arguments["PYTHON_VERSION"])
     assert re.search(r":\d+\.\d+\.\d+$", arguments["WATCHDOG_IMAGE"])
-    bases = re.findall(r"^FROM \S+ (\S+)", text, re.MULTILINE)
-    assert bases == ["${WATCHDOG_IMAGE}", "${PYTHON_IMAGE}"]
+    bases = re.findall(r"^FROM (?:--platform=\S+ )?(\S+)", text, re.MULTILINE)
+    assert bases == ["${WATCHDOG_IMAGE}", "${PYTHON_IMAGE}", "cpu", "${FLAVOUR}"]
     assert "${PYTHON_VERSION}" in arguments["PYTHON_IMAGE"]
+
+
+def test_each_flavour_has_its_runtime_and_its_stage() -> None:
+    text = (TEMPLATE / "Dockerfile").read_text()
+    assert "ARG FLAVOUR=cpu\n" in text.partition("FROM ")[0]
+    for flavour, package in (("cpu", "onnxruntime"), ("gpu", "onnxruntime-gpu")):
+        assert re.search(rf"^FROM .* AS {flavour}$", text, re.MULTILINE)
+        assert package in locked(TEMPLATE / f"runtime-{flavour}.txt")
+    assert re.search(r"^FROM cpu AS gpu\nENV NVIDIA_VISIBLE_DEVICES=", text, re.MULTILINE)
+    asked = read_stack(ROOT / "stack.pro.yml", {})
+    assert {f.lang for f in asked.functions.values()} == {TEMPLATE.name}
+    assert yaml.safe_load((ROOT / "stack.pro.yml").read_text())["functions"]["cloud-tail"]["build_args"] == {
+        "FLAVOUR": "gpu"
+    }
 
 
 @pytest.mark.parametrize("name", ["router", "edge-head"])
@@ -141,7 +155,7 @@ def test_an_images_own_tests_pass(name: str, tmp_path: Path) -> None:
 
 def test_an_images_own_tests_fail_where_its_handler_lacks_a_package(tmp_path: Path) -> None:
     build = tmp_path / "build"
-    shutil.copytree(ROOT / "template" / TEMPLATES[0], build)
+    shutil.copytree(TEMPLATE, build)
     assert own_tests(build, tmp_path / "app").returncode == 0
     (build / "function" / "handler.py").write_text("import a_package_that_is_not_there")
     done = own_tests(build, tmp_path / "other")

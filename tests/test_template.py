@@ -26,7 +26,7 @@ from local_stack import ROOT, http
 from patience import LONG_S, eventually
 from ports import free_port
 
-TEMPLATES = ["python3-isthmus", "python3-isthmus-gpu"]
+TEMPLATE = ROOT / "template" / "python3-isthmus"
 # As in a cluster: a UID that no password file knows, without capabilities; it is the owner's by another name.
 UNSHARE = ["unshare", "--user", "--map-user=12000", "--map-group=12000"]
 AS_ANYONE = UNSHARE if shutil.which("unshare") and not subprocess.run([*UNSHARE, "true"], stderr=-3).returncode else []
@@ -167,27 +167,16 @@ def test_a_body_far_over_the_bound_is_refused_as_json(image: Path) -> None:
     assert b'"type": "RequestTooLarge"' in said
 
 
-@pytest.mark.parametrize(
-    "name", ["index.py", "http_request.py", "http_server.py", "http_workers.py", "test_handler.py", "requirements.txt"]
-)
-def test_both_templates_have_the_same_code(name: str) -> None:
-    first, second = (ROOT / "template" / template / name for template in TEMPLATES)
-    assert first.read_bytes() == second.read_bytes()
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_a_templates_fprocess_is_its_dockerfiles(name: str) -> None:
-    folder = ROOT / "template" / name
-    document = yaml.safe_load((folder / "template.yml").read_text())
-    found = re.search(r'fprocess="([^"]*)"', (folder / "Dockerfile").read_text())
-    assert document["language"] == name
+def test_the_templates_fprocess_is_its_dockerfiles() -> None:
+    document = yaml.safe_load((TEMPLATE / "template.yml").read_text())
+    found = re.search(r'fprocess="([^"]*)"', (TEMPLATE / "Dockerfile").read_text())
+    assert document["language"] == TEMPLATE.name
     assert found is not None
     assert document["fprocess"] == found[1]
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_a_templates_dockerfile_keeps_the_watchdogs_rules(name: str) -> None:
-    text = (ROOT / "template" / name / "Dockerfile").read_text()
+def test_the_templates_dockerfile_keeps_the_watchdogs_rules() -> None:
+    text = (TEMPLATE / "Dockerfile").read_text()
     seconds = {k: int(v) for k, v in re.findall(r'(\w+_timeout)="(\d+)s"', text)}
     assert seconds["exec_timeout"] < seconds["write_timeout"]
     for needed in (
@@ -205,17 +194,16 @@ def test_a_templates_dockerfile_keeps_the_watchdogs_rules(name: str) -> None:
     assert "http_buffer_req_body" not in text  # with ready_path it panics the watchdog
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_a_process_of_the_local_engine_has_its_images_variables(name: str) -> None:
-    text = (ROOT / "template" / name / "Dockerfile").read_text().replace("\\\n", " ")
+def test_a_process_of_the_local_engine_has_its_images_variables() -> None:
+    text = (TEMPLATE / "Dockerfile").read_text().replace("\\\n", " ")
     pairs = shlex.split(" ".join(re.findall(r"^ENV (.*)", text, re.MULTILINE)))
     said = dict(pair.split("=", 1) for pair in pairs)
     assert said.items() >= OF_THE_IMAGE.items()
 
 
 def test_a_log_line_is_one_bounded_json_object(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "template" / TEMPLATES[0])
-    spec = importlib.util.spec_from_file_location("template_index", ROOT / "template" / TEMPLATES[0] / "index.py")
+    monkeypatch.syspath_prepend(TEMPLATE)
+    spec = importlib.util.spec_from_file_location("template_index", TEMPLATE / "index.py")
     assert spec is not None
     assert spec.loader is not None
     index = importlib.util.module_from_spec(spec)

@@ -202,6 +202,12 @@ def test_settings_that_cannot_be_meant_stop_the_start_and_hide_passwords(variabl
     assert SECRET not in f"{caught.value.message}{caught.value.facts}{caught.value.hint}"
 
 
+def test_a_secret_that_is_a_pipe_does_not_hold_up_the_start(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "s3-access-key-id")
+    with pytest.raises(SettingsError, match="a pipe, not a file"):
+        read_secret(str(tmp_path), "s3-access-key-id")
+
+
 @pytest.mark.parametrize("name", ["s3-access-key-id", "s3-secret-access-key"])
 @pytest.mark.parametrize("inside", ["\n", "\r\n", "\0", "\x1b[2J", " ", "\x7f", "\u00e4", "\ufeff"])
 def test_a_secret_that_no_header_can_hold_is_refused_and_not_printed(name: str, inside: str, tmp_path: Path) -> None:

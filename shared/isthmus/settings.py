@@ -6,6 +6,8 @@ that cannot be read stops the start and names the variable. docs/settings.md lis
 
 from __future__ import annotations
 
+import errno
+import stat
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -56,8 +58,11 @@ def read_secret(folder: str, name: str) -> str:
             library that refuses a header would repeat all of it.
     """
     facts = {"variable": "secrets_dir", "value": folder}
+    path = Path(folder) / name
     try:
-        with (Path(folder) / name).open("rb") as f:
+        if stat.S_ISFIFO(path.stat().st_mode):  # reading would wait for a writer
+            raise OSError(errno.EINVAL, "it is a pipe, not a file")
+        with path.open("rb") as f:
             data = f.read(_MAX_SECRET_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
         return ""

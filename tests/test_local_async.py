@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -335,6 +336,14 @@ def test_the_engine_refuses_callbacks_when_it_accepts_the_call(tmp_path: Path) -
             reply = call(engine, url)
             assert (reply.status, "X-Callback-Url" in reply.data.decode()) == (400, True), url
         assert call(engine, "http://gateway:8080/function/other").status == 202
+
+
+def test_an_engine_that_ends_while_its_queue_calls_leaves_no_connection_open(tmp_path: Path) -> None:
+    stack = write_stack(tmp_path)
+    for _ in range(20):
+        with Engine(stack, replicas={"echo": 0, "other": 0}) as engine:
+            assert call(engine, "http://gateway:8080/function/other").status == 202
+        gc.collect()  # a transport that nobody closed says so, which fails the test
 
 
 def test_a_network_that_is_none_stops_the_start(tmp_path: Path) -> None:

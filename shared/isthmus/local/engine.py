@@ -211,7 +211,6 @@ async def _running(options: Options) -> AsyncIterator[_Running]:
             metrics = Metrics()
             policy = CallbackPolicy(url, networks)
             queue = AsyncQueue(fleet, url, session, tell, policy)
-            leaving.push_async_callback(queue.close)
             gateway = create_gateway(
                 fleet,
                 Proxy(fleet.get, metrics, session),
@@ -224,6 +223,8 @@ async def _running(options: Options) -> AsyncIterator[_Running]:
             runner = create_runner(gateway, options.drain_s)
             await runner.setup()
             leaving.push_async_callback(runner.cleanup)
+            # Before the gateway: the queue calls through it, and a connection that comes while it closes stays open.
+            leaving.push_async_callback(queue.close)
             await web.SockSite(runner, listener, backlog=_BACKLOG).start()
             tell(Event("listening", url))
             login = f"faas-cli login -g {url} -u {USER} --password-stdin < {shlex.quote(str(state / PASSWORD_FILE))}"

@@ -340,7 +340,7 @@ def test_the_engine_refuses_callbacks_when_it_accepts_the_call(tmp_path: Path) -
 
 def test_an_engine_that_ends_while_its_queue_calls_leaves_no_connection_open(tmp_path: Path) -> None:
     stack = write_stack(tmp_path)
-    for _ in range(20):
+    for _ in range(12):
         with Engine(stack, replicas={"echo": 0, "other": 0}) as engine:
             assert call(engine, "http://gateway:8080/function/other").status == 202
         gc.collect()  # a transport that nobody closed says so, which fails the test

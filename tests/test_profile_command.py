@@ -31,7 +31,6 @@ from isthmus.planner.profiling.profile import content_of, from_json
 from isthmus.serving import create_router_app, create_segment_app
 from isthmus.serving.profiling import SECRET
 from models import ROOT, efficientnet_lite0
-from patience import least
 
 TOKEN = "a-token"
 RELU = helper.make_node("Relu", ["x"], ["y"])
@@ -213,20 +212,17 @@ def test_the_processes_of_the_stack_are_measured_with_local(tmp_path: Path, monk
     monkeypatch.chdir(ROOT)
     arguments = ["profile", MODEL, "--local", "--runs", "5", "--at", "31", "--registry", str(registry), "--json"]
 
-    def heaviest() -> float:
-        """The largest share that one node has of the whole."""
-        result = CliRunner().invoke(app, [*arguments, "--again"])
-        assert result.exit_code == 0, result.output
-        found, shares = json.loads(result.stdout)["profiles"], []
-        for tier, segment in (("edge", "..31"), ("cloud", "31..")):
-            profile = from_json(json.dumps(found[tier]).encode())
-            assert set(profile.segments) == {"..", segment}
-            assert sum(profile.nodes) == pytest.approx(profile.whole.run.median)
-            shares.append(max(profile.nodes) / profile.whole.run.median)
-        return max(shares)
-
-    # The heaviest nodes are convolutions, which onnxruntime ran under other names; a pause may make any the heaviest.
-    assert least(heaviest, 0.5, tries=5) < 0.5
+    result = CliRunner().invoke(app, [*arguments, "--again"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)["profiles"]
+    for tier, segment in (("edge", "..31"), ("cloud", "31..")):
+        profile = from_json(json.dumps(found[tier]).encode())
+        whole_s = profile.whole.run.median
+        assert set(profile.segments) == {"..", segment}
+        assert sum(profile.nodes) == pytest.approx(whole_s)
+        # Convolutions, which onnxruntime ran under other names, have their times: most nodes are not next to nothing,
+        # however long the machine paused in one of them.
+        assert sum(seconds > 1e-4 * whole_s for seconds in profile.nodes) >= 60
 
 
 MODEL = "efficientnet-lite0-1"

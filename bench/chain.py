@@ -28,10 +28,10 @@ from tcp_chain import Peer
 from timing import Stages, medians, note
 
 from isthmus.context import Deadline
-from isthmus.graph import build
-from isthmus.http_pool import ConnectionPool
+from isthmus.http.pool import ConnectionPool
 from isthmus.registry import open_registry
 from isthmus.settings import RegistrySettings
+from isthmus_tools.graph import build
 
 WIDTH = 256
 SIZES = {"150 kB": 147 * WIDTH * 4, "1.2 MB": 1172 * WIDTH * 4}

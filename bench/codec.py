@@ -16,21 +16,21 @@ from codec_photos import other_photos, same_photos
 from codec_speed import add_speed
 from report import Report, Row, arguments, at_least, at_most
 
-from isthmus.bundle import WHOLE, Bundle
-from isthmus.calibration.agreement import TOP1
-from isthmus.calibration.calibrate import CHOICES, QUALITIES, learn_tables
-from isthmus.calibration.choice import Choice
-from isthmus.calibration.crossing import Crossing, Run, crossing
-from isthmus.calibration.looks import with_looks
-from isthmus.calibration.reference import References
-from isthmus.calibration.running import runs_here
-from isthmus.calibration.scoring import Tally, score
-from isthmus.calibration.sending import Trial, Way, trials
-from isthmus.calibration.spool import Spool
-from isthmus.codecs import LOSSLESS_ID, SPARSE_ID, TRANSFORM_ID
-from isthmus.graph import build
+from isthmus.artifacts.agreement import TOP1
+from isthmus.artifacts.bundle import WHOLE, Bundle
+from isthmus.artifacts.choice import LOSSLESS_ID, SPARSE_ID, TRANSFORM_ID, Choice
+from isthmus.pipeline.agreement import margin
 from isthmus.registry import FolderStore, Registry, SegmentCache
 from isthmus.settings import SegmentSettings
+from isthmus_tools.calibration.calibrate import CHOICES, QUALITIES, learn_tables
+from isthmus_tools.calibration.crossing import Crossing, Run, crossing
+from isthmus_tools.calibration.looks import with_looks
+from isthmus_tools.calibration.reference import References
+from isthmus_tools.calibration.running import runs_here
+from isthmus_tools.calibration.scoring import Tally, score
+from isthmus_tools.calibration.sending import Trial, Way, trials
+from isthmus_tools.calibration.spool import Spool
+from isthmus_tools.graph import build
 
 PACKAGES = ["numpy", "onnxruntime", "pillow", "scikit-image", "scikit-learn", "torch", "backports.zstd"]
 STEPS = tuple(round(2.0 ** (-4 + i / 2), 4) for i in range(13))
@@ -121,7 +121,7 @@ def measure(subject: Subject, folder: Path, report: Report) -> list[Scored]:
             run,
             subject.judge,
             beside=beside,
-            margin=subject.measure.margin if subject.measure.kind == TOP1 else None,
+            margin=partial(margin, subject.measure) if subject.measure.kind == TOP1 else None,
         )
         for key, tally in found.items():
             tallies.setdefault(key, Tally()).extend(tally)

@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from isthmus.calibration.bounds import wilson
-from isthmus.calibration.scoring import Tally
+from isthmus.artifacts.bounds import wilson
+from isthmus_tools.calibration.scoring import Tally
 
 MIN_CHANGED = 10
 """Changed predictions that a share must allow among the inputs that decide a goal: as many as 99% allow among the 1,000

@@ -11,10 +11,10 @@ import numpy as np
 from codec_models import Fold, Subject
 from sklearn.datasets import load_digits
 
-from isthmus.calibration.agreement import Measure
-from isthmus.calibration.inputs import Example
-from isthmus.graph import torch_export
-from isthmus.runners import Array
+from isthmus.arrays import Array
+from isthmus.artifacts.agreement import Measure
+from isthmus_tools.calibration.inputs import Example
+from isthmus_tools.graph import torch_export
 
 TRAINED, CALIBRATING = 1200, 200
 """Images that train; of these, so many calibrate. The other 597 are scored, or 200 of them in a short run."""

@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tested import models as real
 
-from isthmus.calibration.agreement import Measure
-from isthmus.calibration.inputs import Example
-from isthmus.calibration.scoring import Judge, judge_by
-from isthmus.runners import Array
+from isthmus.arrays import Array
+from isthmus.artifacts.agreement import Measure
+from isthmus_tools.calibration.inputs import Example
+from isthmus_tools.calibration.scoring import Judge, judge_by
 
 Arrays = Mapping[str, Array]
 
@@ -161,7 +161,7 @@ def voice(quick: bool) -> Subject:
 
 def _stream(path: Path, seed: int, count: int) -> Iterator[Example]:
     """Voiced sounds of changing pitch and vowels in noise, with pauses; made, since no package carries speech."""
-    from isthmus.runners.runtime import ort
+    from isthmus.runtime.ort import ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1

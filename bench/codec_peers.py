@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 from backports import zstd
 
-from isthmus.calibration.sending import Cost, Sent
-from isthmus.runners import Array
+from isthmus.arrays import Array
+from isthmus_tools.calibration.sending import Cost, Sent
 
 Compressor = Callable[[bytes], bytes]
 SYMBOLS = 4096

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from codec_models import Fold, Subject, by_class, real
 
-from isthmus.bundle import TensorSpec
-from isthmus.calibration.inputs import Example, Photos
-from isthmus.cli.photos import varied_photos
-from isthmus.graph import zoo
+from isthmus.artifacts.tensors import TensorSpec
+from isthmus_tools.calibration.inputs import Example, Photos
+from isthmus_tools.zoo import models as zoo
+from isthmus_tools.zoo.photos import varied_photos
 
 CUTS = ("31", "65")
 """After 33% and 69% of the multiply-accumulates: 15,680 and 9,408 values."""

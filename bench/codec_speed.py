@@ -11,13 +11,14 @@ from codec_models import real
 from measure import Call, interleave
 from report import Report, Row, at_least, at_most
 
-from isthmus.calibration.learn import learn
-from isthmus.codecs import LOSSLESS_ID, SPARSE_ID, TRANSFORM_ID, Packed, Packing, find, pack
+from isthmus.arrays import Array
+from isthmus.artifacts.choice import LOSSLESS_ID, SPARSE_ID, TRANSFORM_ID
+from isthmus.codecs import EncodedTensor, Encoding, find, pack
 from isthmus.codecs.payload import restore, shrink
-from isthmus.frame import DTYPES
-from isthmus.graph import build
-from isthmus.runners import Array
-from isthmus.runners.ort import OrtRunner
+from isthmus.runtime.ort_runner import OrtRunner
+from isthmus.wire.frame import DTYPES
+from isthmus_tools.calibration.learn import learn
+from isthmus_tools.graph import build
 
 VALUES = 100_000
 CUT, COLUMNS = "15", 74
@@ -35,14 +36,14 @@ def add_speed(report: Report, folder: Path) -> None:
     one = np.ascontiguousarray(np.concatenate(maps[:2], axis=3)[..., :COLUMNS])
     rows: list[Row] = []
     calls: dict[str, Call] = {}
-    packings = {
-        codec: Packing(codec, 1.0 if codec == SPARSE_ID else QUALITY, table if find(codec).calibrated else None)
+    encodings = {
+        codec: Encoding(codec, 1.0 if codec == SPARSE_ID else QUALITY, table if find(codec).calibrated else None)
         for codec in CODECS
     }
     sizes: dict[str, int] = {}
-    for codec, how in packings.items():
+    for codec, how in encodings.items():
         packed = pack(one, how)
-        if not isinstance(packed, Packed):
+        if not isinstance(packed, EncodedTensor):
             continue
         sizes[codec] = packed.nbytes
         calls[f"{codec} pack"] = partial(pack, one, how)
@@ -50,7 +51,7 @@ def add_speed(report: Report, folder: Path) -> None:
             find(codec).decode, memoryview(packed.payload), DTYPES[packed.dtype], packed.shape, how.table
         )
     # What zstd takes of int8/1's time: Huffman's codes, for there is hardly a repeat to look for.
-    codes = restore(memoryview(find("int8/1").encode(one, packings["int8/1"]))[INT8_HEAD:], one.size)
+    codes = restore(memoryview(find("int8/1").encode(one, encodings["int8/1"]))[INT8_HEAD:], one.size)
     section = shrink(codes, "numbers")
     calls |= {
         f"{ZSTD} pack": partial(shrink, codes, "numbers"),

@@ -1,4 +1,4 @@
-"""Bytes of tensors and tensors of bytes: isthmus.frame beside other formats and a plain copy of the same bytes."""
+"""Bytes of tensors and tensors of bytes: isthmus.wire.frame beside other formats and a plain copy of the same bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from peers import environment, python_with, version_in
 from report import Report, arguments, at_least, at_most
 
-OURS = "isthmus.frame"
+OURS = "isthmus.wire.frame"
 COPIES_FROM = 65_536
 """Bytes from which encoding is held against a copy; below, it is the header that takes the time."""
 

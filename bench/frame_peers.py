@@ -1,4 +1,4 @@
-"""Encode and decode the same tensors by isthmus.frame and by other means; prints one JSON document.
+"""Encode and decode the same tensors by isthmus.wire.frame and by other means; prints one JSON document.
 
 Run by bench/frame.py, in the environment of requirements-frame.txt.
 """
@@ -21,9 +21,9 @@ import pyarrow as pa  # type: ignore[import-not-found]
 import safetensors.numpy
 from measure import interleave
 
-from isthmus import frame
+from isthmus.arrays import Array
+from isthmus.wire import frame
 
-Array = np.ndarray[Any, np.dtype[Any]]
 Tensors = Mapping[str, Array]
 SIZES = (4_096, 65_536, 1_000_000, 16_000_000)
 COUNTS = (1, 50)
@@ -109,7 +109,7 @@ def _arrow_decode(data: Any) -> Tensors:
 
 
 FORMATS: Mapping[str, Format] = {
-    "isthmus.frame": Format(_isthmus_encode, _isthmus_decode),
+    "isthmus.wire.frame": Format(_isthmus_encode, _isthmus_decode),
     "pickle 5": Format(lambda t: pickle.dumps(dict(t), protocol=5), pickle.loads),
     "pickle 5, out of band": Format(_out_of_band_encode, _out_of_band_decode),
     "numpy.save": Format(_npy_encode, _npy_decode),
@@ -155,7 +155,7 @@ def rows_for(size: int, count: int, turns: int) -> list[dict[str, Any]]:
 
 
 def decode_growth(turns: int) -> float:
-    """How much longer isthmus.frame takes to decode one tensor of the largest size than one of the smallest."""
+    """How much longer isthmus.wire.frame takes to decode one tensor of the largest size than one of the smallest."""
     frames = {
         str(size): _isthmus_encode({"tensor": np.zeros(size // 4, np.float32)}) for size in (min(SIZES), max(SIZES))
     }

@@ -17,11 +17,11 @@ from pathlib import Path
 import urllib3
 from report import ROOT, STATE
 
-from isthmus.cli.engine import variables
-from isthmus.local.build import stage
-from isthmus.local.stack import read_stack
+from isthmus_tools.cli.engine import variables
+from isthmus_tools.engine.build import stage
+from isthmus_tools.engine.stack import read_stack
 
-LONGEST_START_S = 60.0
+MAX_START_S = 60.0
 KEPT_S = 86_400
 """How long the logs of processes are kept."""
 
@@ -40,9 +40,9 @@ class Process:
         """Return once GET `path` is answered with 200.
 
         Raises:
-            TimeoutError: it was not, within LONGEST_START_S; ChildProcessError: the process ended before.
+            TimeoutError: it was not, within MAX_START_S; ChildProcessError: the process ended before.
         """
-        until = time.monotonic() + LONGEST_START_S
+        until = time.monotonic() + MAX_START_S
         while time.monotonic() < until:
             if self.process.poll() is not None:
                 raise ChildProcessError(f"{self.log.stem} ended:\n{self.log.read_text()[-3000:]}")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 Call = Callable[[], object]
 Clock = Callable[[], float]
-SHORTEST_S = 0.0005
+MIN_S = 0.0005
 """A sample of something shorter is the mean of as many calls in a row."""
 
 
@@ -74,7 +74,7 @@ def _timed(call: Call, number: int, clock: Clock) -> float:
 
 def _number(call: Call, clock: Clock) -> int:
     call()
-    return max(1, int(SHORTEST_S / max(1e-9, min(_timed(call, 1, clock) for _ in range(5)))))
+    return max(1, int(MIN_S / max(1e-9, min(_timed(call, 1, clock) for _ in range(5)))))
 
 
 @contextmanager

@@ -8,14 +8,14 @@ import sys
 import numpy as np
 from report import ROOT
 
-from isthmus.bundle import WHOLE
-from isthmus.cli.here import Here
-from isthmus.cli.importing import publish_if_absent
-from isthmus.cli.photos import sample_photos
-from isthmus.client import Array
-from isthmus.frame import Frame, encode
+from isthmus.arrays import Array
+from isthmus.artifacts.bundle import WHOLE
 from isthmus.registry import Resolved, open_registry
 from isthmus.settings import RegistrySettings
+from isthmus.wire.frame import Frame, encode
+from isthmus_tools.cli.here import Here
+from isthmus_tools.cli.importing import publish_if_absent
+from isthmus_tools.zoo.photos import sample_photos
 
 MODEL = "efficientnet-lite0"
 REGISTRY = ROOT / ".isthmus" / "registry"

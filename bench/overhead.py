@@ -15,13 +15,14 @@ from model import MODEL, REGISTRY, import_model, inputs, photos, resolved, whole
 from report import STATE, Report, arguments, at_most
 from timing import medians, note
 
-from isthmus.client import Array, Client
+from isthmus.arrays import Array
+from isthmus.client import Client
 from isthmus.errors import IsthmusError
 
 TOLERANCE = 1e-5
 """An answer is wrong if a logit differs by more from the uncut model's, relative to the largest logit."""
 
-SHARE, LEAST_MS = 0.10, 4.0
+SHARE, MIN_MS = 0.10, 4.0
 REQUESTS, AT_ONCE = 200, 16
 DIFFERENT = 25
 
@@ -107,7 +108,7 @@ def add_times(report: Report, times: dict[str, Samples]) -> None:
                 }
             )
         more = (times[f"{kind} cut"].p50 - uncut.p50) * 1e3
-        limit = max(LEAST_MS, SHARE * uncut.p50 * 1e3)
+        limit = max(MIN_MS, SHARE * uncut.p50 * 1e3)
         report.goals.append(at_most(f"{kind}: time added by the cut, functions and hops", more, limit, "ms"))
     bundle = resolved().bundle
     across = sum(bundle.cuts[name].bytes for name in bundle.default_cuts)

@@ -10,11 +10,11 @@ from plan_grid import LIMITS, Bench, text
 from real import INPUTS, LIMIT
 from report import Report, Row, at_least
 
-from isthmus.codecs import TRANSFORM_ID
-from isthmus.planner.planning.choose import VALUES, choose
-from isthmus.planner.planning.conditions import Conditions, Objective
-from isthmus.planner.planning.make import merged
-from isthmus.planner.planning.measuring import contenders
+from isthmus.artifacts.choice import TRANSFORM_ID
+from isthmus.artifacts.conditions import Conditions, Objective
+from isthmus_tools.planner.choose import VALUES, choose
+from isthmus_tools.planner.make import merged
+from isthmus_tools.planner.measuring import contenders
 
 CODEC, PHOTO = TRANSFORM_ID, "photo/1"
 ALL = "with all"

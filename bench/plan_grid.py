@@ -16,23 +16,23 @@ from quota import share_of_a_cpu
 from real import REGISTRY, Real, calibrated_version, table_of
 from report import STATE, Report
 
-from isthmus.bundle import Bundle, Cut
-from isthmus.cli.profiling import profile_tiers
-from isthmus.local.link_process import link_to
-from isthmus.planner.planning.choose import broken, choose
-from isthmus.planner.planning.conditions import Conditions, Constraints
-from isthmus.planner.planning.draft import CLOUD, EDGE, Draft
-from isthmus.planner.planning.drafting import drafting
-from isthmus.planner.planning.examples import Example, from_arrays, from_photos
-from isthmus.planner.planning.make import merged
-from isthmus.planner.planning.measuring import Functions, contenders, measure
-from isthmus.planner.planning.plan import Candidate
-from isthmus.planner.profiling.profile import Profile
+from isthmus.artifacts.bundle import Bundle, Cut
+from isthmus.artifacts.conditions import Conditions, Constraints
+from isthmus.artifacts.plan import Candidate
+from isthmus.artifacts.profile import Profile
 from isthmus.processing.image import MAX_PIXELS
 from isthmus.registry import Registry, SegmentCache, open_cache, open_registry
+from isthmus.runtime.tables import Tables
 from isthmus.serving.profiling import SECRET
-from isthmus.serving.tables import Tables
 from isthmus.settings import RegistrySettings
+from isthmus_tools.cli.profiling import profile_tiers
+from isthmus_tools.netem.process import link_to
+from isthmus_tools.planner.choose import broken, choose
+from isthmus_tools.planner.draft import CLOUD, EDGE, Draft
+from isthmus_tools.planner.drafting import drafting
+from isthmus_tools.planner.examples import Example, from_arrays, from_photos
+from isthmus_tools.planner.make import merged
+from isthmus_tools.planner.measuring import Functions, contenders, measure
 
 SLOWER = 4
 RATES, ROUND_TRIPS = (1e6, 10e6, 100e6), (0.001, 0.02, 0.08)

@@ -15,20 +15,21 @@ from PIL import Image
 from report import STATE, Report
 from tested import models as tested
 
-from isthmus.calibration.agreement import measure_for
-from isthmus.calibration.calibrate import calibrate
-from isthmus.calibration.fidelity_document import read
-from isthmus.calibration.inputs import open_source
-from isthmus.calibration.running import runs_here
-from isthmus.cli.photos import varied_photos
-from isthmus.client import Array
-from isthmus.codecs import TRANSFORM_ID
+from isthmus.arrays import Array
+from isthmus.artifacts.agreement import measure_for
+from isthmus.artifacts.choice import TRANSFORM_ID
+from isthmus.artifacts.fidelity_document import read
 from isthmus.errors import Missing
-from isthmus.graph import build, cuts, open_model, torch_export, zoo
 from isthmus.processing.image import MAX_PIXELS
 from isthmus.registry import Registry, Resolved, open_cache, open_registry
-from isthmus.serving.tables import Tables, tables_of
+from isthmus.runtime.tables import Tables, tables_of
 from isthmus.settings import RegistrySettings, SegmentSettings
+from isthmus_tools.calibration.calibrate import calibrate
+from isthmus_tools.calibration.inputs import open_source
+from isthmus_tools.calibration.running import runs_here
+from isthmus_tools.graph import build, cuts, open_model, torch_export
+from isthmus_tools.zoo import models as zoo
+from isthmus_tools.zoo.photos import varied_photos
 
 REGISTRY = STATE / "plan-registry"
 CALIBRATED, INPUTS, LIMIT = "calibrated", 200, 0.95

@@ -19,11 +19,11 @@ from functions import Laid, Process, lay_out
 from model import MODEL, REGISTRY, head_frame, import_model
 from report import STATE, Report, arguments, at_most
 
-from isthmus.frame import CONTENT_TYPE
+from isthmus.wire.frame import CONTENT_TYPE
 
 CACHE = STATE / "start-cache"
 POLL_S = 0.02
-LONGEST_S = 60.0
+MAX_S = 60.0
 LIBRARIES = ("libtorch", "libonnxruntime", "onnxruntime_pybind11_state", "numpy", "PIL", "boto")
 SHOWN = 14
 _IMPORT = re.compile(r"import time:\s+(\d+) \|\s+(\d+) \|( +)(\S+)")
@@ -94,9 +94,9 @@ def await_status(process: Process, began: float, statuses: set[int]) -> None:
     """Return once GET /ready is answered with one of `statuses`. To ask more often would slow the start down.
 
     Raises:
-        TimeoutError: it was not, within LONGEST_S; ChildProcessError: the process ended before.
+        TimeoutError: it was not, within MAX_S; ChildProcessError: the process ended before.
     """
-    while time.perf_counter() - began < LONGEST_S:
+    while time.perf_counter() - began < MAX_S:
         if process.process.poll() is not None:
             raise ChildProcessError(f"edge-head ended:\n{process.log.read_text()[-3000:]}")
         with contextlib.suppress(urllib3.exceptions.HTTPError):

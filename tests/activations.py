@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 
-from isthmus.calibration.learn import learn
-from isthmus.codecs import Packing
+from isthmus.arrays import Array
+from isthmus.codecs import Encoding
 from isthmus.codecs.levels import LEVELS, TOP, Models
 from isthmus.codecs.planes import Layout
 from isthmus.codecs.table import Table
 from isthmus.codecs.transform import TRANSFORM
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from isthmus_tools.calibration.learn import learn
 
 SHAPES = {
     "maps": (1, 12, 14, 14),
@@ -51,7 +48,7 @@ def tables() -> dict[str, tuple[Table, Array]]:
 
 
 def round_trip(array: Array, table: Table, quality: float) -> tuple[bytes, Array]:
-    payload = TRANSFORM.encode(array, Packing("transform/4", quality, table))
+    payload = TRANSFORM.encode(array, Encoding("transform/4", quality, table))
     return payload, TRANSFORM.decode(memoryview(payload), array.dtype, array.shape, table)
 
 

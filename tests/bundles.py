@@ -20,10 +20,10 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from werkzeug.serving import make_server
 
-from isthmus.bundle import Bundle
-from isthmus.graph import build
+from isthmus.artifacts.bundle import Bundle
 from isthmus.registry import FolderStore, Registry, SegmentCache
 from isthmus.settings import RouterSettings, SegmentSettings
+from isthmus_tools.graph import build
 from patience import LONG_S, until
 from segments import run_whole
 

@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 
 from bundles import Published, cache_of, photo, publish_photos, segment_settings
-from isthmus.calibration import sending
-from isthmus.calibration.agreement import Measure, measure_for
-from isthmus.calibration.calibrate import Calibrated, calibrate
-from isthmus.calibration.choice import RAW, Choice
-from isthmus.calibration.fidelity import Entry, Fidelity, offered
-from isthmus.calibration.inputs import files_in, open_source
-from isthmus.calibration.running import runs_here
-from isthmus.frame import Frame
-from isthmus.hop import HttpHop
-from isthmus.planner.planning.examples import Example as Tried
-from isthmus.planner.planning.examples import from_photos
+from isthmus.artifacts.agreement import Measure, measure_for
+from isthmus.artifacts.choice import RAW, Choice
+from isthmus.artifacts.fidelity import Entry, Fidelity, offered
+from isthmus.pipeline.hop import HttpHop
 from isthmus.processing.image import MAX_PIXELS
-from isthmus.serving.tables import Tables, tables_of
+from isthmus.runtime.tables import Tables, tables_of
+from isthmus.wire.frame import Frame
+from isthmus_tools.calibration import sending
+from isthmus_tools.calibration.calibrate import Calibrated, calibrate
+from isthmus_tools.calibration.inputs import files_in, open_source
+from isthmus_tools.calibration.running import runs_here
+from isthmus_tools.planner.examples import Example as Tried
+from isthmus_tools.planner.examples import from_photos
 
 QUALITIES = (0.6, 0.8, 1.0)
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
-from isthmus.bundle import Blob, Bundle, Cut, Segment, TensorSpec, Weights, WeightTensor, digest_of, to_json
+from isthmus.artifacts.bundle import Blob, Bundle, Cut, Segment, Weights, WeightTensor, digest_of, to_json
+from isthmus.artifacts.tensors import TensorSpec
 from isthmus.registry import FolderStore, Patience, Registry, SegmentCache
 from patience import LONG_S
 from s3_server import store_at

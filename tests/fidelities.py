@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from isthmus.calibration.agreement import Measure
-from isthmus.calibration.choice import Choice, Look
-from isthmus.calibration.fidelity import Entry, Fidelity, Inputs
+from isthmus.artifacts.agreement import Measure
+from isthmus.artifacts.choice import Choice, Look
+from isthmus.artifacts.fidelity import Entry, Fidelity, Inputs
 
 ONE = Choice("transform/4", 0.4, (Look(0.6, 0.2),))
 TWO = Choice("transform/4", 0.2, (Look(0.4, 1.5), Look(0.6, 0.7)))

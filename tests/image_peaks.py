@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from image_files import FILES, HOSTILE
-from isthmus.bundle import TensorSpec
+from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import IsthmusError
 from isthmus.processing.image import preprocess
 from isthmus.processing.image_budget import ImageMemory

@@ -23,9 +23,9 @@ import pytest
 
 from isthmus.registry import S3Store
 from isthmus.registry.lookups import Lookups
-from isthmus.runners.store import SegmentStore
+from isthmus.routing.guard import Guard
+from isthmus.runtime.store import SegmentStore
 from isthmus.serving.app import FunctionApp
-from isthmus.serving.guard import Guard
 from isthmus.serving.models import Models
 
 GRACE_S = 20.0

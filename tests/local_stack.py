@@ -8,7 +8,7 @@ from pathlib import Path
 
 import urllib3
 
-from isthmus.local import Engine
+from isthmus_tools.engine import Engine
 from patience import LONG_S
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -65,7 +65,7 @@ def exported(name: str, write: Callable[[Path], object]) -> Path:
 
 
 def efficientnet_lite0() -> Path:
-    from isthmus.graph import zoo
+    from isthmus_tools.zoo import models as zoo
 
     return exported("efficientnet-lite0", zoo.entry("efficientnet-lite0").write)
 
@@ -73,7 +73,7 @@ def efficientnet_lite0() -> Path:
 def minilm() -> Path:
     def write(path: Path) -> None:
         pytest.importorskip("transformers")
-        from isthmus.graph import torch_export
+        from isthmus_tools.graph import torch_export
 
         torch_export.export(
             _minilm_module,

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from isthmus.codecs import Packing, find
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from isthmus.arrays import Array
+from isthmus.codecs import Encoding, find
 
 PLAIN = ("half/1", "bfloat16/1", "lossless/3", "int8/1", "int4/1", "sparse/2")
 
 
 def back(codec: str, array: Array, quality: float = 1.0) -> Array:
     """`array` packed and unpacked, whether or not that makes it smaller."""
-    payload = find(codec).encode(array, Packing(codec, quality))
+    payload = find(codec).encode(array, Encoding(codec, quality))
     return find(codec).decode(memoryview(payload), array.dtype.newbyteorder("<"), array.shape, None)
 
 

@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Iterator
 
-from isthmus.planner.search import Labels, Link, Problem, Tensor, is_allowed
+from isthmus_tools.planner.search import Labels, Link, Problem, Tensor, is_allowed
 
 
 def random_problem(seed: int, tiers: int, nodes: int, *, plain: bool = False) -> Problem:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from bundles import Published
-from isthmus.bundle import WHOLE, Bundle, subject_digest
-from isthmus.device import Device
-from isthmus.graph import stored_examples
-from isthmus.graph.model import Model, open_model
-from isthmus.planner.planning.conditions import Conditions, Constraints
-from isthmus.planner.planning.plan import Candidate, Plan, ProfileUsed, Terms
-from isthmus.planner.profiling.profile import HopCost, Profile, SegmentCost, Timing, content_of
+from isthmus.artifacts.bundle import WHOLE, Bundle, subject_digest
+from isthmus.artifacts.conditions import Conditions, Constraints
+from isthmus.artifacts.device import Device
+from isthmus.artifacts.plan import Candidate, Plan, ProfileUsed, Terms
+from isthmus.artifacts.profile import HopCost, Profile, SegmentCost, Timing, content_of
+from isthmus_tools.graph import stored_examples
+from isthmus_tools.graph.model import Model, open_model
 
 HOP = HopCost(0.001, 1e-9, 1e-9, 0.0005, 1e-9)
 MEMORY = 4_000_000

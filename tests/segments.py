@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from isthmus.bundle import Bundle, Segment
-from isthmus.runners.ort import OrtRunner
-from isthmus.runners.runtime import ort
+from isthmus.artifacts.bundle import Bundle, Segment
+from isthmus.runtime.ort import ort
+from isthmus.runtime.ort_runner import OrtRunner
 
 
 def runner(segment: Segment, files: Mapping[str, Path]) -> OrtRunner:

@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,21 @@ import pytest
 from flask import Response
 
 from bundles import Published, cache_of, publish_photos, segment_settings, served
-from isthmus import frame as frames
-from isthmus.bundle import Blob, digest_of
-from isthmus.calibration.agreement import TOP1, Measure
-from isthmus.calibration.choice import Look
-from isthmus.calibration.learn import learn
-from isthmus.codecs import Packing
+from isthmus.arrays import Array
+from isthmus.artifacts.agreement import TOP1, Measure
+from isthmus.artifacts.bundle import Blob, digest_of
+from isthmus.artifacts.choice import Look
+from isthmus.codecs import Encoding
 from isthmus.codecs.table import Table
 from isthmus.context import Context, Deadline
-from isthmus.frame import Frame
-from isthmus.hop import HttpHop, LocalHop
-from isthmus.pipeline import Result, run
-from isthmus.route import Looks, Route, plan_route
-from isthmus.runners import Array
-from isthmus.runners.store import SegmentStore
+from isthmus.pipeline.execution import Result, run
+from isthmus.pipeline.hop import HttpHop, LocalHop
+from isthmus.pipeline.route import Looks, Route, plan_route
+from isthmus.runtime.store import SegmentStore
 from isthmus.serving import create_segment_app
+from isthmus.wire import frame as frames
+from isthmus.wire.frame import Frame
+from isthmus_tools.calibration.learn import learn
 from patience import LONG_S
 
 ALWAYS, NEVER = math.inf, 1e-9
@@ -171,7 +172,7 @@ def remote() -> Iterator[Callable[[str], HttpHop]]:
 
 
 def looks(margin: float, *qualities: float) -> Looks:
-    return Looks(tuple(Look(q, margin) for q in qualities or (FINE,)), Measure(TOP1, "logits").margin)
+    return Looks(tuple(Look(q, margin) for q in qualities or (FINE,)), partial(margin, Measure(TOP1, "logits")))
 
 
 def split(
@@ -184,11 +185,11 @@ def split(
 ) -> Route:
     """A route through `cuts`, those of its tensors packed at these qualities, with closer looks."""
     route = plan_route(known.published.digest, known.published.bundle, hops, cuts)
-    packings = tuple(
-        {s.name: Packing(codec, qualities[s.name], known.tables.get(s.name)) for s in g.inputs if s.name in qualities}
+    encodings = tuple(
+        {s.name: Encoding(codec, qualities[s.name], known.tables.get(s.name)) for s in g.inputs if s.name in qualities}
         for g in route.segments
     )
-    return replace(route, packings=packings, looks=wanted)
+    return replace(route, encodings=encodings, looks=wanted)
 
 
 def context(seconds: float = LONG_S) -> Context:

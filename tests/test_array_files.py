@@ -10,10 +10,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from isthmus import array_files
-from isthmus.cli.shapes import read_inputs
-from isthmus.cli.tensors import read_tensors
 from isthmus.errors import ModelError, RequestMalformed
+from isthmus_tools import array_files
+from isthmus_tools.cli.shapes import read_inputs
+from isthmus_tools.cli.tensors import read_tensors
 
 
 def header(text: str) -> bytes:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from isthmus.bundle import Blob, Bundle, Cut, Segment, Weights, from_json, subject_digest, to_json
+from isthmus.artifacts.bundle import Blob, Bundle, Cut, Segment, Weights, from_json, subject_digest, to_json
 from isthmus.errors import RegistryError
 
 BLOB = Blob("sha256:" + "0" * 64, 1)

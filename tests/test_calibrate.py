@@ -14,24 +14,24 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from bundles import Published, pair_model, photo, publish, publish_photos
-from isthmus.bundle import Blob, digest_of, subject_digest
-from isthmus.calibration.agreement import measure_for
-from isthmus.calibration.calibrate import CHOICES, QUALITIES, calibrate
-from isthmus.calibration.choice import Choice
-from isthmus.calibration.crossing import crossing
-from isthmus.calibration.fidelity import offered
-from isthmus.calibration.fidelity_document import model_digest, read, to_json
-from isthmus.calibration.inputs import files_in, open_source, split
-from isthmus.calibration.running import runs_here
-from isthmus.calibration.spool import Spool
-from isthmus.cli import app
-from isthmus.codecs import KNOWN, NEVER_CHOSEN
+from isthmus.artifacts.agreement import measure_for
+from isthmus.artifacts.bundle import Blob, digest_of, subject_digest
+from isthmus.artifacts.choice import KNOWN, NEVER_CHOSEN, Choice
+from isthmus.artifacts.fidelity import offered
+from isthmus.artifacts.fidelity_document import model_digest, read, to_json
+from isthmus.artifacts.plan import Coding
+from isthmus.artifacts.plan_document import read_plan
 from isthmus.errors import CalibrationError
-from isthmus.graph import add_cuts
-from isthmus.planner.planning.plan import Coding
-from isthmus.planner.planning.published import carried, publish_plan, read_plan
 from isthmus.registry import FolderStore, Registry, SegmentCache
 from isthmus.settings import SegmentSettings
+from isthmus_tools.calibration.calibrate import CHOICES, QUALITIES, calibrate
+from isthmus_tools.calibration.crossing import crossing
+from isthmus_tools.calibration.inputs import files_in, open_source, split
+from isthmus_tools.calibration.running import runs_here
+from isthmus_tools.calibration.spool import Spool
+from isthmus_tools.cli import app
+from isthmus_tools.graph import add_cuts
+from isthmus_tools.planner.published import carried, publish_plan
 from plans import candidate, plan_for
 from segments import run_whole
 

@@ -15,15 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bundles import publish_photos
-from isthmus.bundle import Blob, TensorSpec, digest_of
-from isthmus.calibration.agreement import Measure, classes
-from isthmus.calibration.bounds import exceeds, interval, rising, wilson
-from isthmus.calibration.choice import Choice, is_exact, packings
-from isthmus.calibration.fidelity import Entry, Fidelity, Inputs, Reference, choose, offered
-from isthmus.calibration.fidelity_document import MAX_BYTES, from_json, read, to_json
-from isthmus.calibration.picture import draw
-from isthmus.calibration.scoring import risen
+from isthmus.artifacts.agreement import Measure
+from isthmus.artifacts.bounds import exceeds, interval, rising, wilson
+from isthmus.artifacts.bundle import Blob, digest_of
+from isthmus.artifacts.choice import Choice
+from isthmus.artifacts.fidelity import Entry, Fidelity, Inputs, Reference, choose, offered
+from isthmus.artifacts.fidelity_document import MAX_BYTES, from_json, read, to_json
+from isthmus.artifacts.tensors import TensorSpec
+from isthmus.codecs.choice import encodings, is_exact
 from isthmus.errors import CalibrationError
+from isthmus.pipeline.agreement import agrees, classes, output_error
+from isthmus_tools.calibration.scoring import risen
+from isthmus_tools.figures.fidelity import draw
 
 
 def entry(codec: str, size: int, agreement: float, ms: float = 1.0, cut: str = "6", quality: float = 1.0) -> Entry:
@@ -192,9 +195,9 @@ def test_what_is_no_choice_is_refused(text: str) -> None:
 
 def test_side_tensors_travel_exactly() -> None:
     specs = [TensorSpec("x", "float32", (1, 4)), TensorSpec("ids", "int64", (1,)), TensorSpec("mask", "bool", (1,))]
-    made = packings(specs, Choice("int8/1"))
+    made = encodings(specs, Choice("int8/1"))
     assert {name: p.codec for name, p in made.items()} == {"x": "int8/1", "ids": "lossless/3", "mask": "lossless/3"}
-    assert packings(specs, Choice("raw")) == {}
+    assert encodings(specs, Choice("raw")) == {}
     assert [is_exact(p) for p in made.values()] == [False, True, True]
 
 
@@ -262,17 +265,17 @@ def test_the_guards_test_is_the_binomial_tail() -> None:
 def test_top1_looks_at_every_row_and_past_trailing_ones() -> None:
     measure = Measure("top1", "y")
     scores = np.array([[1.0, 2.0], [4.0, 3.0]], np.float32)
-    assert measure.same({"y": scores}, {"y": scores + 9})
-    assert not measure.same({"y": scores}, {"y": scores[:, ::-1]})
-    assert not measure.same({"y": scores}, {"y": scores[:1]})
+    assert agrees(measure, {"y": scores}, {"y": scores + 9})
+    assert not agrees(measure, {"y": scores}, {"y": scores[:, ::-1]})
+    assert not agrees(measure, {"y": scores}, {"y": scores[:1]})
     assert classes(scores[:, :, None, None]).tolist() == [1, 0]
 
 
 def test_closeness_is_relative_to_the_output_or_its_scale() -> None:
     one, other = {"y": np.full(4, 0.01, np.float32)}, {"y": np.full(4, 0.02, np.float32)}
-    assert not Measure("close").same(one, other)
-    assert Measure("close", scales={"y": 1.0}).same(one, other)
-    assert Measure("close").error(one, one) == 0
+    assert not agrees(Measure("close"), one, other)
+    assert agrees(Measure("close", scales={"y": 1.0}), one, other)
+    assert output_error(Measure("close"), one, one) == 0
 
 
 @pytest.mark.parametrize(
@@ -292,7 +295,7 @@ def test_closeness_is_relative_to_the_output_or_its_scale() -> None:
 )
 def test_whole_numbers_are_equal_or_not_and_nan_is_only_like_nan(one: Any, other: Any, same: bool) -> None:
     with np.errstate(invalid="raise", divide="raise"):
-        assert Measure("close").same({"y": one}, {"y": other}) is same
+        assert agrees(Measure("close"), {"y": one}, {"y": other}) is same
 
 
 # The picture

@@ -23,11 +23,11 @@ from click.testing import Result
 from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
-from isthmus import cli
-from isthmus.cli import app
-from isthmus.cli.console import errors, print_json, visible
-from isthmus.cli.demo import compared, verdict
-from isthmus.dtypes import restored
+from isthmus.arrays import restored
+from isthmus_tools import cli
+from isthmus_tools.cli import app
+from isthmus_tools.cli.console import errors, print_json, visible
+from isthmus_tools.cli.demo import compared, verdict
 
 COMMANDS = [
     "import",
@@ -112,8 +112,8 @@ HEAVY = ("aiohttp", "boto3", "flask", "matplotlib", "onnx", "onnxruntime", "PIL"
 def test_a_call_imports_only_what_it_needs(calls: list[list[str]], unwanted: tuple[str, ...], tmp_path: Path) -> None:
     script = f"""
 import sys
-from isthmus import cli
-from isthmus.cli import app
+from isthmus_tools import cli
+from isthmus_tools.cli import app
 for call in {calls!r}:
     try:
         app(call)
@@ -288,7 +288,7 @@ def test_a_name_that_is_no_text_is_shown_escaped_and_imported(model: Path, tmp_p
     Path(os.fsdecode(odd)).write_bytes(model.read_bytes())
     for call in ([b"cuts", odd], [b"import", odd, b"--registry", os.fsencode(tmp_path / "made")]):
         done = subprocess.run(
-            [sys.executable, "-c", "from isthmus.cli import main; main()", *call, b"--json"],
+            [sys.executable, "-c", "from isthmus_tools.cli import main; main()", *call, b"--json"],
             capture_output=True,
             env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
             check=True,

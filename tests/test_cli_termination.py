@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.cli import termination
-from isthmus.cli.termination import unwinding
+from isthmus_tools.cli import termination
+from isthmus_tools.cli.termination import unwinding
 
 # The import stops where its files are being made, in whichever folders the command made for them.
 _SCRIPT = """
 import signal, sys
-import isthmus.errors, isthmus.graph
+import isthmus.errors, isthmus_tools.graph
 def build(path, name, folder, **how):
     (folder if isinstance(folder, type(path)) else type(path)(folder)).joinpath("weights.bin").write_bytes(bytes(10**6))
     print("at work", flush=True)
@@ -28,8 +28,8 @@ def build(path, name, folder, **how):
         if swallowed == "raise":
             raise
         raise isthmus.errors.ModelError("what a library makes of it, that was interrupted at a bad time") from None
-isthmus.graph.build = build
-from isthmus.cli import main
+isthmus_tools.graph.build = build
+from isthmus_tools.cli import main
 swallowed = sys.argv.pop()
 sys.argv = ["isthmus", "import", "model.onnx", "--registry", sys.argv[1]]
 main()

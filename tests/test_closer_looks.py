@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fidelities import FIDELITY, LOOKED, ONE, TWICE, TWO, entry, of
-from isthmus.calibration.agreement import Measure, margin_of
-from isthmus.calibration.choice import GRADED, MAX_LOOKS, RAW, WIDEST_MARGIN, Choice, Look
-from isthmus.calibration.fidelity import choose, offered
-from isthmus.calibration.ladder import ladder
+from isthmus.artifacts.agreement import Measure
+from isthmus.artifacts.choice import GRADED, MAX_LOOKS, MAX_MARGIN, RAW, Choice, Look
+from isthmus.artifacts.fidelity import choose, offered
 from isthmus.errors import CalibrationError
+from isthmus.pipeline.agreement import margin, margin_of
+from isthmus.routing.fallback import ladder
 
 # What they are called
 
@@ -50,7 +51,7 @@ def test_they_are_written_as_the_documents_say() -> None:
     longer = Choice.parse("transform/4@0.12345678+0.4444444444:1.23456789")
     assert longer == Choice("transform/4", 0.123457, (Look(0.444444, 1.23457),)) == Choice.parse(str(longer))
     assert (Choice("int8/1").once, Choice("int8/1").last) == (Choice("int8/1"), Choice("int8/1"))
-    assert Choice.parse(f"sparse/2@0+1:{WIDEST_MARGIN:g}").looks == (Look(1.0, WIDEST_MARGIN),)
+    assert Choice.parse(f"sparse/2@0+1:{MAX_MARGIN:g}").looks == (Look(1.0, MAX_MARGIN),)
 
 
 @pytest.mark.parametrize(
@@ -121,8 +122,8 @@ def test_the_margin_is_that_of_the_least_clear_row(scores: Any, margin: float) -
 
 def test_only_classes_have_a_margin() -> None:
     answer = {"y": np.array([[1.0, 3.0]]), "z": np.array([[1.0, 9.0]])}
-    assert Measure("top1", "y").margin(answer) == 2
-    assert Measure("close").margin(answer) == math.inf
+    assert margin(Measure("top1", "y"), answer) == 2
+    assert margin(Measure("close"), answer) == math.inf
 
 
 # Which of them targets choose

@@ -8,18 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from isthmus import frame as frames
-from isthmus.bundle import Blob, digest_of
-from isthmus.calibration.agreement import Measure
-from isthmus.calibration.choice import Look
-from isthmus.calibration.fidelity import Entry, Fidelity, Inputs
-from isthmus.calibration.learn import learn
-from isthmus.cli import console
-from isthmus.cli.codec import show
+from isthmus.artifacts.agreement import Measure
+from isthmus.artifacts.bundle import Blob, digest_of
+from isthmus.artifacts.choice import Look
+from isthmus.artifacts.fidelity import Entry, Fidelity, Inputs
 from isthmus.codecs.table import Table
 from isthmus.errors import RegistryError
-from isthmus.frame import Frame
-from isthmus.serving.tables import Tables
+from isthmus.runtime.tables import Tables
+from isthmus.wire import frame as frames
+from isthmus.wire.frame import Frame
+from isthmus_tools.calibration.learn import learn
+from isthmus_tools.cli import console
+from isthmus_tools.cli.codec import show
 
 LOOKS = (Look(0.4, 1.48823), Look(0.6, 0.712345), Look(0.8, 0.312345))
 PLAIN = Entry("65", "transform/4", 0.2, 0.981, 0.95, 1, 0.1, 9470, 10_000, 1.23, 0.21, 0.19, 0.03, True, 0.98)

@@ -15,14 +15,14 @@ from bundles import Published
 from bundles import photos as photos
 from calibrated_photos import no_variant, remote
 from fidelities import FIDELITY
-from isthmus.calibration.choice import MAX_LOOKS, Look
-from isthmus.calibration.fidelity_document import from_json, to_json
-from isthmus.codecs import Packing
+from isthmus.artifacts.choice import MAX_LOOKS, Look
+from isthmus.artifacts.fidelity_document import from_json, to_json
+from isthmus.artifacts.plan import CloserLooks, Coding
+from isthmus.artifacts.plan_document import from_json as read_plan
+from isthmus.artifacts.plan_document import to_json as plan_json
+from isthmus.codecs import Encoding
 from isthmus.errors import CalibrationError, PlanMalformed
-from isthmus.planner.planning.document import from_json as read_plan
-from isthmus.planner.planning.document import to_json as plan_json
-from isthmus.planner.planning.plan import CloserLooks, Coding
-from isthmus.planner.planning.route import route_of
+from isthmus.pipeline.planned import route_of
 from plans import SCHEMA, candidate, plan_for
 
 # The fidelity document
@@ -187,8 +187,8 @@ def test_the_route_of_a_plan_takes_the_closer_looks(photos: Published) -> None:
     assert route.looks is not None
     assert route.looks.looks == LOOKS.looks
     assert route.looks.margin_of({"logits": np.array([[1.0, 3.5]])}) == 2.5
-    assert route.packings == ({}, {"p6": Packing("transform/4", 0.3)})
-    assert route.finer(0.7).packings == ({}, {"p6": Packing("transform/4", 0.7)})
+    assert route.encodings == ({}, {"p6": Encoding("transform/4", 0.3)})
+    assert route.finer(0.7).encodings == ({}, {"p6": Encoding("transform/4", 0.7)})
     elsewhere = replace(chosen, looks=replace(LOOKS, output="p6"))
     with pytest.raises(PlanMalformed, match="'p6', no output of photos"):
         route_of(elsewhere, photos.digest, photos.bundle, hops, lambda *_: None, no_variant)

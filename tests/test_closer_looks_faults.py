@@ -16,16 +16,16 @@ import pytest
 from onnx import helper
 
 from bundles import publish, save, segment_settings, served, value, weight
-from isthmus.calibration.choice import Look
-from isthmus.codecs import Packing
+from isthmus.artifacts.choice import Look
+from isthmus.codecs import Encoding
 from isthmus.context import Context
 from isthmus.errors import RunFailed
-from isthmus.frame import Frame
-from isthmus.hop import HttpHop, LocalHop, Reply
-from isthmus.looks import Looked
-from isthmus.pipeline import run
-from isthmus.route import Looks, plan_route
+from isthmus.pipeline.execution import run
+from isthmus.pipeline.hop import HttpHop, LocalHop, Reply
+from isthmus.pipeline.looks import Looked
+from isthmus.pipeline.route import Looks, plan_route
 from isthmus.serving import create_segment_app
+from isthmus.wire.frame import Frame
 from patience import LONG_S
 from served_looks import (
     ALWAYS,
@@ -157,8 +157,8 @@ def test_outputs_of_a_middle_segment_are_not_of_two_looks(tmp_path: Path, remote
         for left, looked in ((5, Looked("last", 1)), (4, Looked("failed"))):
             hop = Leaving(answering, RunFailed("out of memory"), left)
             route = plan_route(three.digest, three.bundle, (hop,), ("1", "3"))
-            packings = ({}, {"r1": Packing(PLAIN, COARSE)}, {})
-            route = replace(route, packings=packings, looks=Looks((Look(0.9, 1.0),), lambda outputs: 0.0))
+            encodings = ({}, {"r1": Encoding(PLAIN, COARSE)}, {})
+            route = replace(route, encodings=encodings, looks=Looks((Look(0.9, 1.0),), lambda outputs: 0.0))
             found = run(route, three.inputs, context())
             first = once(replace(route, hops=(answering,) * 3), three.inputs)
             assert found.looked == looked

@@ -13,17 +13,18 @@ import pytest
 from bundles import cache_of, photo, photo_array, segment_settings, served
 from calibrated_photos import Known, no_variant, remote, shown
 from calibrated_photos import known as known
-from isthmus.codecs import Array, Packing
+from isthmus.arrays import Array
+from isthmus.artifacts.plan import CloserLooks, Coding
+from isthmus.codecs import Encoding
 from isthmus.errors import DeadlineExceeded, HopUnavailable
-from isthmus.planner.planning import measuring
-from isthmus.planner.planning.examples import Example as Tried
-from isthmus.planner.planning.measuring import Functions, measure, requester
-from isthmus.planner.planning.plan import CloserLooks, Coding
-from isthmus.planner.planning.sends import frame_bytes, send, sends
-from isthmus.planner.planning.workbench import Workbench
 from isthmus.processing.image import MAX_PIXELS
+from isthmus.runtime.tables import Tables
 from isthmus.serving import create_segment_app
-from isthmus.serving.tables import Tables
+from isthmus_tools.planner import measuring
+from isthmus_tools.planner.examples import Example as Tried
+from isthmus_tools.planner.measuring import Functions, measure, requester
+from isthmus_tools.planner.sends import frame_bytes, send, sends
+from isthmus_tools.planner.workbench import Workbench
 from patience import least
 from plans import candidate
 
@@ -162,7 +163,7 @@ def test_a_look_for_which_no_time_was_left_is_a_failed_measurement(
         hops, examples = remote(head, tail), [Tried({"x": photo_array(photo(seed=0))})]
         ask = requester(chain, published.digest, published.bundle, hops, examples, tables, no_variant)
         ask(0)
-        monkeypatch.setattr(measuring, "_LEAST_S", 1.5)
+        monkeypatch.setattr(measuring, "_MIN_S", 1.5)
         ask = requester(chain, published.digest, published.bundle, hops, examples, tables, no_variant)
         with pytest.raises(DeadlineExceeded, match="no time for closer look 1"):
             ask(0)
@@ -183,9 +184,9 @@ def crossed(known: Known, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return {"p6": given["p6"], "ids": np.arange(64), "scale": np.ones(1, np.float32)}
 
 
-def ways(known: Known, *qualities: float, codec: str = "transform/4") -> list[dict[str, Packing]]:
+def ways(known: Known, *qualities: float, codec: str = "transform/4") -> list[dict[str, Encoding]]:
     table = known.table("p6") if codec == "transform/4" else None
-    return [{"p6": Packing(codec, q, table), "ids": Packing("lossless/3")} for q in qualities]
+    return [{"p6": Encoding(codec, q, table), "ids": Encoding("lossless/3")} for q in qualities]
 
 
 @pytest.mark.parametrize("codec", ["transform/4", "sparse/2"])

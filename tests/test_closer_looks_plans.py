@@ -19,29 +19,29 @@ from bundles import Published, cache_of, photo, ready, router_settings, segment_
 from bundles import photos as photos
 from calibrated_photos import QUALITIES, Known, calibrated, no_variant, remote, shown
 from calibrated_photos import known as known
-from isthmus.calibration.agreement import Measure
-from isthmus.calibration.fidelity import Entry
-from isthmus.calibration.fidelity_document import from_json, to_json
-from isthmus.calibration.picture import draw
-from isthmus.cli import app
+from isthmus.artifacts.agreement import Measure
+from isthmus.artifacts.conditions import Conditions
+from isthmus.artifacts.fidelity import Entry
+from isthmus.artifacts.fidelity_document import from_json, to_json
+from isthmus.artifacts.plan import Candidate, CloserLooks, Coding, Error
+from isthmus.artifacts.plan_document import from_json as read_plan
+from isthmus.artifacts.plan_document import to_json as plan_json
 from isthmus.context import Context
-from isthmus.looks import Looked
-from isthmus.pipeline import run
-from isthmus.planner.planning import costs
-from isthmus.planner.planning.conditions import Conditions
-from isthmus.planner.planning.document import from_json as read_plan
-from isthmus.planner.planning.document import to_json as plan_json
-from isthmus.planner.planning.draft import Draft
-from isthmus.planner.planning.grid import under
-from isthmus.planner.planning.plan import Candidate, CloserLooks, Coding, Error
-from isthmus.planner.planning.route import route_of
-from isthmus.planner.planning.sends import Send, sends
-from isthmus.planner.planning.trials import Trials
-from isthmus.planner.planning.usable import short_name, usable_codecs
-from isthmus.planner.planning.workbench import Workbench
+from isthmus.pipeline.execution import run
+from isthmus.pipeline.looks import Looked
+from isthmus.pipeline.planned import route_of
 from isthmus.processing.image import MAX_PIXELS
+from isthmus.runtime.tables import Tables
 from isthmus.serving import create_router_app, create_segment_app
-from isthmus.serving.tables import Tables
+from isthmus_tools.cli import app
+from isthmus_tools.figures.fidelity import draw
+from isthmus_tools.planner import costs
+from isthmus_tools.planner.draft import Draft
+from isthmus_tools.planner.grid import under
+from isthmus_tools.planner.sends import Send, sends
+from isthmus_tools.planner.trials import Trials
+from isthmus_tools.planner.usable import short_name, usable_codecs
+from isthmus_tools.planner.workbench import Workbench
 from plans import SCHEMA, plan_for
 from test_plan_draft import LINK, drafted
 
@@ -194,7 +194,7 @@ def test_packing_and_unpacking_count_by_the_shares(
     def by_the_clock(*given: Any) -> list[Send]:
         return [s._replace(pack_s=10.0**n, unpack_s=2 * 10.0**n) for n, s in enumerate(sends(*given))]
 
-    monkeypatch.setattr("isthmus.planner.planning.trials.sends", by_the_clock)
+    monkeypatch.setattr("isthmus_tools.planner.trials.sends", by_the_clock)
     trials, bench = tries(known, tmp_path)
     looks = replace(closer_looks(known.chain), shares=(0.5, 0.25))
     made = trials.closer("6", known.chain.choice, looks, Error(0.0, 1))

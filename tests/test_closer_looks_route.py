@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from bundles import pair_model, photo, publish, segment_settings, served
-from isthmus.calibration.agreement import margin_of
-from isthmus.calibration.choice import Look
-from isthmus.codecs import Packed, Packing
-from isthmus.hop import HttpHop, LocalHop
-from isthmus.looks import Looked
-from isthmus.passage import pack_all
-from isthmus.pipeline import run
-from isthmus.route import Looks, plan_route
+from isthmus.artifacts.choice import Look
+from isthmus.codecs import EncodedTensor, Encoding
+from isthmus.pipeline.agreement import margin_of
+from isthmus.pipeline.execution import run
+from isthmus.pipeline.hop import HttpHop, LocalHop
+from isthmus.pipeline.looks import Looked
+from isthmus.pipeline.passage import encode_all
+from isthmus.pipeline.route import Looks, plan_route
 from isthmus.serving import create_segment_app
 from served_looks import (
     ALWAYS,
@@ -158,7 +158,7 @@ def test_an_input_that_its_caller_has_packed_is_not_made_anew(
     known: Known, tail: Gate, remote: Callable[[str], HttpHop]
 ) -> None:
     route = split(known, (remote(tail.url),), looks(ALWAYS), (), {"x": COARSE}, PLAIN)
-    data = Packed("photo/1", "float32", (1, 3, 8, 8), photo())
+    data = EncodedTensor("photo/1", "float32", (1, 3, 8, 8), photo())
     found = run(route, {}, context(), {"x": data})
     assert (found.looked, [s.codecs for s in found.stages]) == (None, [{"x": "photo/1"}])
     assert run(route, known.inputs, context()).looked == Looked("last", 1)
@@ -173,10 +173,10 @@ def test_nothing_is_sent_again_to_a_segment_whose_other_input_its_caller_has_pac
     with served(gate) as url:
         route = plan_route(pair.digest, pair.bundle, (remote(url),), ())
         wanted = Looks((Look(0.9, 1.0),), lambda outputs: 0.0)
-        route = replace(route, packings=({"mask": Packing(PLAIN, COARSE)},), looks=wanted)
+        route = replace(route, encodings=({"mask": Encoding(PLAIN, COARSE)},), looks=wanted)
         assert run(route, pair.inputs, context()).looked == Looked("last", 1)
         gate.then()
-        ready_made = pack_all({"x": arrays["x"]}, {"x": Packing("half/1")})
+        ready_made = encode_all({"x": arrays["x"]}, {"x": Encoding("half/1")})
         found = run(route, {"mask": arrays["m"]}, context(), ready_made)
         assert (found.looked, gate.calls) == (None, 1)
         assert found.stages[0].codecs == {"x": "half/1", "mask": PLAIN}

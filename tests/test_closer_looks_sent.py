@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,23 +13,24 @@ import pytest
 from bundles import Published, cache_of, photo, photo_array, segment_settings
 from bundles import photos as photos
 from fidelities import of
-from isthmus.bundle import TensorSpec
-from isthmus.calibration.agreement import margin_of, measure_for
-from isthmus.calibration.calibrate import QUALITIES
-from isthmus.calibration.choice import MAX_LOOKS, RAW, Choice
-from isthmus.calibration.crossing import Crossing, crossing
-from isthmus.calibration.inputs import Example
-from isthmus.calibration.learn import STEPS, learn
-from isthmus.calibration.looks import MOST, QUANTILE, with_looks
-from isthmus.calibration.rows import Form, Rows, learn_rows
-from isthmus.calibration.running import runs_here
-from isthmus.calibration.scoring import judge_by, score
-from isthmus.calibration.sending import FINER_BY, Trial, finer_than, trials
-from isthmus.codecs import Packed, pack
+from isthmus.arrays import Array
+from isthmus.artifacts.agreement import measure_for
+from isthmus.artifacts.choice import MAX_LOOKS, RAW, Choice
+from isthmus.artifacts.tensors import TensorSpec
+from isthmus.codecs import EncodedTensor, pack
 from isthmus.codecs.planes import Layout
 from isthmus.codecs.steps import THIRD, step_of
-from isthmus.frame import Frame, encode
-from isthmus.runners import Array
+from isthmus.pipeline.agreement import margin, margin_of
+from isthmus.wire.frame import Frame, encode
+from isthmus_tools.calibration.calibrate import QUALITIES
+from isthmus_tools.calibration.crossing import Crossing, crossing
+from isthmus_tools.calibration.inputs import Example
+from isthmus_tools.calibration.learn import STEPS, learn
+from isthmus_tools.calibration.looks import MOST, QUANTILE, with_looks
+from isthmus_tools.calibration.rows import Form, Rows, learn_rows
+from isthmus_tools.calibration.running import runs_here
+from isthmus_tools.calibration.scoring import judge_by, score
+from isthmus_tools.calibration.sending import FINER_BY, Trial, finer_than, trials
 
 GENERATOR = np.random.default_rng(0)
 MIXED = GENERATOR.normal(size=(6, 6))
@@ -73,7 +75,7 @@ def tried_at(qualities: list[float], tables: Mapping[str, object]) -> list[Trial
 
 def frame_of(trial: Trial, arrays: Mapping[str, Array]) -> int:
     """Bytes of the frame of a closer look."""
-    packed = {n: p for n, a in arrays.items() if isinstance(p := pack(a, trial.packings[n]), Packed)}
+    packed = {n: p for n, a in arrays.items() if isinstance(p := pack(a, trial.encodings[n]), EncodedTensor)}
     rest = {name: array for name, array in arrays.items() if name not in packed}
     return len(encode(Frame(rest, "sha256:" + "0" * 64, trial.segment, "0" * 36, packed)))
 
@@ -84,7 +86,7 @@ def test_a_closer_look_costs_the_whole_frame_and_the_first_transmission_its_payl
     arrays = crossed()
     for trial in tried_at([0.3, 0.5], tables):
         sent = trial.send(arrays)
-        whole = {name: pack(array, trial.packings[name]).nbytes for name, array in arrays.items()}
+        whole = {name: pack(array, trial.encodings[name]).nbytes for name, array in arrays.items()}
         assert sent.cost.bytes == sum(whole.values())
         assert sent.frame_bytes == frame_of(trial, arrays) > sent.cost.bytes
         assert sent.tensors["ids"].tolist() == arrays["ids"].tolist()
@@ -129,7 +131,7 @@ def test_a_chains_tally_is_that_of_sending_look_by_look_by_hand(photos: Publishe
     measure = measure_for(photos.bundle)
     by_quality = {t.choice.quality: t for t in trials(at, [*map(of, (0.1, 0.3, 0.5, 0.7))], {"p6": table})}
     judge = judge_by(measure)
-    tallies = score(examples, 40, [at], {"6": [*by_quality.values()]}, run, judge, margin=measure.margin)
+    tallies = score(examples, 40, [at], {"6": [*by_quality.values()]}, run, judge, margin=partial(margin, measure))
     alone = {q: tallies["6", t.name] for q, t in by_quality.items()}
     made = with_looks([(of(q), tally) for q, tally in alone.items()])
     assert {tuple(look.quality for look in choice.looks) for choice, _, _ in made} >= {(0.3,), (0.5,)}

@@ -13,19 +13,19 @@ import pytest
 from flask.testing import FlaskClient
 
 from bundles import Published, metrics, pair_model, photo, publish, ready, router_settings, until
-from isthmus.bundle import Blob, digest_of
-from isthmus.calibration.agreement import TOP1, Measure
-from isthmus.calibration.choice import Choice, Look
-from isthmus.codecs import Packing
+from isthmus.artifacts import plan as plans_of
+from isthmus.artifacts.agreement import TOP1, Measure
+from isthmus.artifacts.bundle import Blob, digest_of
+from isthmus.artifacts.choice import Choice, Look
+from isthmus.codecs import Encoding
 from isthmus.errors import SettingsError
-from isthmus.hop import LocalHop
-from isthmus.planner.planning import plan as plans_of
-from isthmus.planner.planning.published import publish_plan
-from isthmus.route import Looks, Route, plan_route
+from isthmus.pipeline.hop import LocalHop
+from isthmus.pipeline.route import Looks, Route, plan_route
+from isthmus.routing.guard import Guard, Sample
 from isthmus.serving import create_router_app
 from isthmus.serving.by_hand import packed
-from isthmus.serving.guard import Guard, Sample
 from isthmus.serving.metrics import Metrics
+from isthmus_tools.planner.published import publish_plan
 from patience import LONG_S
 from plans import candidate, plan_for
 from served_looks import CALIBRATED, COARSE, FINE, PLAIN, Gate, answers, looks, refuses, slowly
@@ -236,8 +236,8 @@ def test_a_measure_of_what_is_no_output_is_refused_too(photos: Published, head: 
 
 def sample(photos: Published, hop: Any, wanted: Looks | None, answer: Any, step: int = 0) -> Sample:
     whole = photos.bundle.segment("..")
-    packings = ({"x": Packing(PLAIN, COARSE)},)
-    route = Route(photos.digest, photos.bundle, (whole,), (hop,), packings, wanted)
+    encodings = ({"x": Encoding(PLAIN, COARSE)},)
+    route = Route(photos.digest, photos.bundle, (whole,), (hop,), encodings, wanted)
     return Sample(route, photos.inputs, {}, {"logits": answer}, step)
 
 
@@ -255,7 +255,7 @@ def test_the_guards_steps_drop_the_closer_looks_and_its_notes_name_them(photos: 
         taken, standing = guard.safer(route)
         assert taken.looks is None
         assert standing.notes["guard_instead_of"] == "sparse/2@0.2+0.4:0.25+0.9:0.25"
-        packing = taken.packings[0].get("x")
+        packing = taken.encodings[0].get("x")
         found.append((standing.notes["guard_codec"], packing and (packing.codec, packing.quality)))
     assert found == [
         ("sparse/2@0.9", ("sparse/2", 0.9)),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -12,23 +11,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.calibration.balance import balance
-from isthmus.calibration.forms import learn_table
-from isthmus.calibration.layout import layout_of, row_layout_of
-from isthmus.calibration.learn import STEPS, learn
-from isthmus.calibration.rows import Form, Rows, learn_rows
-from isthmus.calibration.sensitivity import Sensitivity, measure
-from isthmus.codecs import NotPackable, Packing
+from isthmus.arrays import Array
+from isthmus.codecs import Encoding, NotEncodable
 from isthmus.codecs.classes import Classes, packed_classes, unpacked_classes
-from isthmus.codecs.levels import LEVELS, TOP, WIDEST_DEAD_ZONE, Models
+from isthmus.codecs.levels import LEVELS, MAX_DEAD_ZONE, TOP, Models
 from isthmus.codecs.row_layout import RowLayout
 from isthmus.codecs.rows import RowTable, read_table
 from isthmus.codecs.steps import THIRD, size_of, step_of
 from isthmus.codecs.table import GAINS, Table
 from isthmus.codecs.transform import TRANSFORM
 from isthmus.errors import CalibrationError
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from isthmus_tools.calibration.balance import balance
+from isthmus_tools.calibration.forms import learn_table
+from isthmus_tools.calibration.layout import layout_of, row_layout_of
+from isthmus_tools.calibration.learn import STEPS, learn
+from isthmus_tools.calibration.rows import Form, Rows, learn_rows
+from isthmus_tools.calibration.sensitivity import Sensitivity, measure
 
 FORMS = {
     "one class": Form(1, rotated=True),
@@ -62,7 +60,7 @@ def tables() -> dict[str, RowTable]:
 
 
 def round_trip(array: Array, table: Table | RowTable, quality: float) -> tuple[bytes, Array]:
-    payload = TRANSFORM.encode(array, Packing("transform/4", quality, table))
+    payload = TRANSFORM.encode(array, Encoding("transform/4", quality, table))
     return payload, TRANSFORM.decode(memoryview(payload), array.dtype, array.shape, table)
 
 
@@ -82,7 +80,7 @@ def test_every_component_of_a_row_comes_back_within_half_a_step_or_as_the_zero_t
     rows = components(array[0], table).astype(np.float32)
     zero = table.centres[table.classes.likeliest(rows)]
     came = components(found[0].astype(float), table)
-    widest = np.where(np.abs(came - zero) < 0.01 * step, WIDEST_DEAD_ZONE, 0.5)
+    widest = np.where(np.abs(came - zero) < 0.01 * step, MAX_DEAD_ZONE, 0.5)
     assert (np.abs(came - rows) <= widest * step * 1.001 + 1e-4).all()
 
 
@@ -156,14 +154,14 @@ def test_rows_that_are_not_finite_are_not_packable(value: float, tables: dict[st
     for table in tables.values():
         array = sentence(np.random.default_rng(2), 6)
         array[0, 3, 4] = value
-        with pytest.raises(NotPackable):
-            TRANSFORM.encode(array, Packing("transform/4", 0.5, table))
+        with pytest.raises(NotEncodable):
+            TRANSFORM.encode(array, Encoding("transform/4", 0.5, table))
 
 
 @pytest.mark.parametrize("shape", [(1, 6, 23), (6, 24), (1, 1, 6, 24), (24, 6, 1)])
 def test_tensors_without_such_rows_are_refused(shape: tuple[int, ...], tables: dict[str, RowTable]) -> None:
-    with pytest.raises(NotPackable):
-        TRANSFORM.encode(np.ones(shape, np.float32), Packing("transform/4", 0.5, tables["classes"]))
+    with pytest.raises(NotEncodable):
+        TRANSFORM.encode(np.ones(shape, np.float32), Encoding("transform/4", 0.5, tables["classes"]))
     with pytest.raises(ValueError, match=r"table"):
         TRANSFORM.decode(memoryview(bytes(9)), np.dtype(np.float32), shape, tables["classes"])
 
@@ -309,8 +307,8 @@ def test_a_table_of_rows_out_of_bounds_is_refused(tables: dict[str, RowTable]) -
 def test_a_factor_of_zero_is_refused_when_it_is_needed(tables: dict[str, RowTable]) -> None:
     arrays = tables["classes as they are"].to_arrays()
     table = read_table({**arrays, "synthesis": np.zeros_like(arrays["synthesis"])})
-    with pytest.raises(NotPackable, match="inverse"):
-        TRANSFORM.encode(sentence(np.random.default_rng(0)), Packing("transform/4", 0.5, table))
+    with pytest.raises(NotEncodable, match="inverse"):
+        TRANSFORM.encode(sentence(np.random.default_rng(0)), Encoding("transform/4", 0.5, table))
 
 
 def test_the_layers_of_a_state_are_one_row() -> None:

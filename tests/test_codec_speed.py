@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from isthmus.codecs import KNOWN, NEVER_CHOSEN, find
-from isthmus.codecs.speed import CodecSpeed, compared, speeds
+from isthmus.artifacts.choice import KNOWN, NEVER_CHOSEN
+from isthmus.artifacts.profile import CodecSpeed
+from isthmus.codecs import find
+from isthmus.runtime.codec_speed import compared, speeds
 
 
 def test_every_codec_that_needs_no_calibration_is_timed() -> None:

@@ -11,17 +11,17 @@ import pytest
 
 from activations import Array, activations, round_trip
 from activations import tables as tables
-from isthmus.calibration.layout import layout_of
-from isthmus.calibration.learn import STEPS, learn
-from isthmus.calibration.models import learn_models
-from isthmus.calibration.sensitivity import measure
-from isthmus.codecs import NotPackable, Packing, entropy
+from isthmus.codecs import Encoding, NotEncodable, entropy
 from isthmus.codecs.levels import TOP
 from isthmus.codecs.planes import Layout, edges_for, plane_transform
 from isthmus.codecs.steps import THIRD, in_eighths, size_of, step_of
 from isthmus.codecs.table import GAINS, GridCache, Table, levels_of
 from isthmus.codecs.transform import TRANSFORM, analysed, rounded
 from isthmus.errors import CalibrationError
+from isthmus_tools.calibration.layout import layout_of
+from isthmus_tools.calibration.learn import STEPS, learn
+from isthmus_tools.calibration.models import learn_models
+from isthmus_tools.calibration.sensitivity import measure
 
 # Steps
 
@@ -101,7 +101,7 @@ def test_coded_coefficients_take_little_more_than_their_entropy(quality: float) 
     step = step_of(quality, table.steps)
     coded, by_level = 0, dict[int, list[Array]]()
     for array in samples[:10]:
-        payload = TRANSFORM.encode(array, Packing("transform/4", quality, table))
+        payload = TRANSFORM.encode(array, Encoding("transform/4", quality, table))
         coded += len(payload)
         values, grid, _ = analysed(array, table)
         assert grid is not None
@@ -161,8 +161,8 @@ def test_a_table_out_of_bounds_is_refused(tables: dict[str, tuple[Table, Array]]
 def test_a_rotation_without_inverse_is_refused_when_it_is_needed(tables: dict[str, tuple[Table, Array]]) -> None:
     table, array = tables["vectors"]
     flat = replace(table, synthesis=np.zeros_like(table.synthesis))
-    with pytest.raises(NotPackable, match="inverse"):
-        TRANSFORM.encode(array, Packing("transform/4", 0.5, flat))
+    with pytest.raises(NotEncodable, match="inverse"):
+        TRANSFORM.encode(array, Encoding("transform/4", 0.5, flat))
 
 
 def test_sizes_of_all_tables_keep_bounded_memory_together(monkeypatch: pytest.MonkeyPatch) -> None:

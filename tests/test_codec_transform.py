@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from activations import SHAPES, Array, activations, round_trip
 from activations import tables as tables
-from isthmus.calibration.learn import STEPS, learn
-from isthmus.codecs import NotPackable, Packed, Packing, pack
+from isthmus.codecs import EncodedTensor, Encoding, NotEncodable, pack
 from isthmus.codecs.planes import Layout, plane_transform
 from isthmus.codecs.steps import size_of, step_of
 from isthmus.codecs.table import GAINS, Table
 from isthmus.codecs.transform import TRANSFORM
+from isthmus_tools.calibration.learn import STEPS, learn
 
 
 def components(array: Array, table: Table) -> list[Array]:
@@ -86,9 +86,9 @@ def test_nan_infinity_and_huge_values_are_not_packable(value: float, tables: dic
     for table, array in tables.values():
         bad = array.copy()
         bad.flat[bad.size // 2] = value
-        with pytest.raises(NotPackable):
-            TRANSFORM.encode(bad, Packing("transform/4", 0.5, table))
-        travels = pack(bad, Packing("transform/4", 0.5, table))
+        with pytest.raises(NotEncodable):
+            TRANSFORM.encode(bad, Encoding("transform/4", 0.5, table))
+        travels = pack(bad, Encoding("transform/4", 0.5, table))
         assert travels is bad
 
 
@@ -104,15 +104,15 @@ def test_a_value_far_outside_of_what_was_learned_is_kept_within_the_step(
 
 def test_a_tensor_of_another_scale_is_not_packable(tables: dict[str, tuple[Table, Array]]) -> None:
     table, array = tables["maps"]
-    with pytest.raises(NotPackable, match="times the magnitude"):
-        TRANSFORM.encode(array * 40, Packing("transform/4", 0.5, table))
+    with pytest.raises(NotEncodable, match="times the magnitude"):
+        TRANSFORM.encode(array * 40, Encoding("transform/4", 0.5, table))
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.int32, np.bool_, np.uint8])
 def test_other_dtypes_are_not_packable(dtype: Any, tables: dict[str, tuple[Table, Array]]) -> None:
     table, array = tables["maps"]
-    with pytest.raises(NotPackable):
-        TRANSFORM.encode(array.astype(dtype), Packing("transform/4", 0.5, table))
+    with pytest.raises(NotEncodable):
+        TRANSFORM.encode(array.astype(dtype), Encoding("transform/4", 0.5, table))
 
 
 @pytest.mark.parametrize("shape", [(1, 11, 14, 14), (12, 14, 14), (1, 12, 14, 14, 1), (1, 12, 1025, 1)])
@@ -120,15 +120,15 @@ def test_tensors_of_another_kind_are_not_packable(
     shape: tuple[int, ...], tables: dict[str, tuple[Table, Array]]
 ) -> None:
     table, _ = tables["maps"]
-    with pytest.raises(NotPackable):
-        TRANSFORM.encode(np.ones(shape, np.float32), Packing("transform/4", 0.5, table))
+    with pytest.raises(NotEncodable):
+        TRANSFORM.encode(np.ones(shape, np.float32), Encoding("transform/4", 0.5, table))
     with pytest.raises(ValueError, match=r"table was learned|channels|plane axis"):
         TRANSFORM.decode(memoryview(bytes(8)), np.dtype(np.float32), shape, table)
 
 
 def test_without_a_table_nothing_is_packed_and_nothing_unpacked() -> None:
-    with pytest.raises(NotPackable, match="no table"):
-        TRANSFORM.encode(np.ones((1, 4), np.float32), Packing("transform/4"))
+    with pytest.raises(NotEncodable, match="no table"):
+        TRANSFORM.encode(np.ones((1, 4), np.float32), Encoding("transform/4"))
     with pytest.raises(ValueError, match="no table"):
         TRANSFORM.decode(memoryview(bytes(8)), np.dtype(np.float32), (1, 4), None)
 
@@ -137,7 +137,7 @@ def test_without_a_table_nothing_is_packed_and_nothing_unpacked() -> None:
 def test_a_quality_outside_of_0_to_1_is_refused(quality: float, tables: dict[str, tuple[Table, Array]]) -> None:
     table, array = tables["vectors"]
     with pytest.raises(ValueError, match="quality"):
-        TRANSFORM.encode(array, Packing("transform/4", quality, table))
+        TRANSFORM.encode(array, Encoding("transform/4", quality, table))
 
 
 def test_constant_tensors_take_next_to_nothing(tables: dict[str, tuple[Table, Array]]) -> None:
@@ -253,8 +253,8 @@ def test_calibrated_bytes_are_far_fewer_than_those_of_a_byte_each(tables: dict[s
 
 def test_pack_gives_a_packed_tensor(tables: dict[str, tuple[Table, Array]]) -> None:
     table, array = tables["maps"]
-    packed = pack(array, Packing("transform/4", 0.5, table))
-    assert isinstance(packed, Packed)
+    packed = pack(array, Encoding("transform/4", 0.5, table))
+    assert isinstance(packed, EncodedTensor)
     assert packed.nbytes < array.nbytes / 8
 
 

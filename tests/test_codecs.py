@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from isthmus import frame as frames
-from isthmus.codecs import KNOWN, NotPackable, Packed, Packing, find, pack
+from isthmus.artifacts.choice import KNOWN
+from isthmus.codecs import EncodedTensor, Encoding, NotEncodable, find, pack
 from isthmus.codecs.affine import MAX_OFFSET
 from isthmus.errors import FrameMalformed
-from isthmus.frame import DTYPES, Frame
+from isthmus.wire import frame as frames
+from isthmus.wire.frame import DTYPES, Frame
 from plain_codecs import PLAIN, Array, back, bits, feature_map, relu
 
 BOUND = 2**20
@@ -62,7 +63,7 @@ def test_a_mask_takes_a_bit_a_place_at_most_and_a_constant_next_to_nothing(dtype
     places = data.draw(hnp.arrays(np.bool_, hnp.array_shapes(max_dims=4, max_side=9)))
     mask = (places if dtype == "bool" else values[places.astype(int)].view(DTYPES[dtype])).reshape(places.shape)
     assert bits(back("lossless/3", mask)) == bits(mask)
-    packed = pack(mask, Packing("lossless/3"))
+    packed = pack(mask, Encoding("lossless/3"))
     most = 5 + 2 * size + -(-mask.size // 8) if places.any() and not places.all() else 1 + size
     assert packed.nbytes <= min(most, mask.nbytes)
 
@@ -71,7 +72,7 @@ def test_a_mask_takes_a_bit_a_place_at_most_and_a_constant_next_to_nothing(dtype
 @settings(max_examples=120, deadline=None)
 def test_sparse_at_full_quality_gives_every_bit_of_every_float_back(array: Array) -> None:
     if array.dtype.kind not in "fV":
-        with pytest.raises(NotPackable):
+        with pytest.raises(NotEncodable):
             back("sparse/2", array)
         return
     got = back("sparse/2", array)
@@ -92,7 +93,7 @@ def test_a_large_tensor_that_compresses_in_part_comes_back_exactly(dtype: str) -
 def test_int8_is_within_a_255th_of_the_range(array: Array) -> None:
     try:
         got = back("int8/1", array)
-    except NotPackable:
+    except NotEncodable:
         return
     assert (got.dtype, got.shape) == (array.dtype, array.shape)
     if array.size:
@@ -104,7 +105,7 @@ def test_int8_is_within_a_255th_of_the_range(array: Array) -> None:
 def test_int4_is_within_a_15th_of_each_channels_range(array: Array) -> None:
     try:
         got = back("int4/1", array)
-    except NotPackable:
+    except NotEncodable:
         return
     assert (got.dtype, got.shape) == (array.dtype, array.shape)
     if not array.size:
@@ -157,7 +158,7 @@ def test_every_shape_comes_back_with_its_dtype(codec: str, shape: tuple[int, ...
         array = np.random.default_rng(3).standard_normal(shape).astype(dtype)
         try:
             got = back(codec, array)
-        except NotPackable:
+        except NotEncodable:
             assert codec in ("half/1", "bfloat16/1")
             assert dtype.itemsize == 2
             continue
@@ -180,18 +181,18 @@ def test_integers_and_booleans_are_for_lossless_alone(codec: str, dtype: str) ->
     if codec == "lossless/3":
         assert np.array_equal(back(codec, array), array)
         return
-    with pytest.raises(NotPackable):
+    with pytest.raises(NotEncodable):
         back(codec, array)
-    payload = memoryview(find(codec).encode(np.ones((3, 4), "float32"), Packing(codec)))
+    payload = memoryview(find(codec).encode(np.ones((3, 4), "float32"), Encoding(codec)))
     with pytest.raises(ValueError, match=dtype):
         find(codec).decode(payload, DTYPES[dtype], (3, 4), None)
 
 
 @pytest.mark.parametrize("codec", ["int8/1", "int4/1"])
 def test_float64_is_not_quantised(codec: str) -> None:
-    with pytest.raises(NotPackable):
+    with pytest.raises(NotEncodable):
         back(codec, np.arange(9.0))
-    with pytest.raises(NotPackable):
+    with pytest.raises(NotEncodable):
         back("sparse/2", np.arange(9.0), 0.5)
 
 
@@ -201,9 +202,9 @@ def test_float64_is_not_quantised(codec: str) -> None:
 def test_what_is_not_finite_is_not_quantised(codec: str, dtype: np.dtype[Any], bad: float) -> None:
     array = feature_map(1, 4, 5, 5).astype(dtype)
     array[0, 2, 3, 3] = bad
-    with pytest.raises(NotPackable):
+    with pytest.raises(NotEncodable):
         back(codec, array, 0.5)
-    assert pack(array, Packing(codec, 0.5)) is array
+    assert pack(array, Encoding(codec, 0.5)) is array
 
 
 @pytest.mark.parametrize("codec", [*LOSSY, "sparse/2"])
@@ -215,7 +216,7 @@ def test_values_at_floats_limits_are_near_or_refused(codec: str, values: list[fl
     array = np.array(values, "float32")
     try:
         got = back(codec, array, 0.9)
-    except NotPackable:
+    except NotEncodable:
         return
     assert np.isfinite(got).all()
     assert np.abs(got.astype(float) - array).max() <= np.ptp(array.astype(float)) / 14 + np.abs(array).max() / 100
@@ -223,7 +224,7 @@ def test_values_at_floats_limits_are_near_or_refused(codec: str, values: list[fl
 
 def test_a_half_that_would_round_past_its_largest_value_is_refused() -> None:
     # 64 is the space between float16's values there: the top level would be 65,536, which is infinite.
-    assert pack(np.linspace(-65504, 65504, 999).astype("float16"), Packing("int8/1")).dtype == np.float16
+    assert pack(np.linspace(-65504, 65504, 999).astype("float16"), Encoding("int8/1")).dtype == np.float16
 
 
 @pytest.mark.parametrize(
@@ -242,9 +243,9 @@ def test_two_bytes_are_the_nearest_and_never_turn_infinite(codec: str, dtype: An
     assert np.signbit(got).tolist()[2:5] == [True, False, True]
     assert np.isfinite(got[5])
     for finite in (3.4e38, -3.4e38):
-        with pytest.raises(NotPackable):
+        with pytest.raises(NotEncodable):
             back(codec, np.array([1.0, np.inf, finite], "float32"))
-    with pytest.raises(NotPackable):
+    with pytest.raises(NotEncodable):
         back(codec, array.astype("float16"))
 
 
@@ -253,7 +254,7 @@ def test_half_rounds_every_float16_and_what_lies_between_two_as_numpy_does() -> 
     ties = (there[1:] + there[:-1]) / 2
     values = np.concatenate([there, ties, np.nextafter(ties, np.float32(0)), np.nextafter(ties, np.float32(np.inf))])
     array = np.concatenate([values, -values])
-    assert bytes(find("half/1").encode(array, Packing("half/1"))) == array.astype("<f2").tobytes()
+    assert bytes(find("half/1").encode(array, Encoding("half/1"))) == array.astype("<f2").tobytes()
 
 
 @pytest.mark.parametrize("quality", [0.0, 0.25, 0.5, 0.75, 0.99])
@@ -267,7 +268,7 @@ def test_sparse_below_full_quality_is_within_half_its_step(quality: float, signe
 
 def test_more_quality_takes_more_bytes_and_errs_less() -> None:
     array = relu(1, 64, 14, 14)
-    made = [pack(array, Packing("sparse/2", q)) for q in (0.25, 0.5, 0.75, 1.0)]
+    made = [pack(array, Encoding("sparse/2", q)) for q in (0.25, 0.5, 0.75, 1.0)]
     sizes = [p.nbytes for p in made]
     errors = [float(np.abs(back("sparse/2", array, q) - array).max()) for q in (0.25, 0.5, 0.75, 1.0)]
     assert sizes == sorted(sizes)
@@ -279,9 +280,9 @@ def test_zeros_cost_a_bit_each_at_most() -> None:
     array = relu(1, 32, 28, 28)
     array[array < 3] = 0
     there = np.count_nonzero(array)
-    packed = pack(array, Packing("sparse/2"))
+    packed = pack(array, Encoding("sparse/2"))
     assert packed.nbytes < array.size / 8 + 4 * there
-    assert packed.nbytes < pack(array, Packing("lossless/3")).nbytes
+    assert packed.nbytes < pack(array, Encoding("lossless/3")).nbytes
 
 
 def test_side_tensors_become_small() -> None:
@@ -292,8 +293,8 @@ def test_side_tensors_become_small() -> None:
         "words": (np.random.default_rng(0).integers(0, 30_522, (1, 128)), 500),
     }
     for name, (array, most) in sizes.items():
-        packed = pack(array, Packing("lossless/3"))
-        assert isinstance(packed, Packed), name
+        packed = pack(array, Encoding("lossless/3"))
+        assert isinstance(packed, EncodedTensor), name
         assert packed.nbytes < most, name
 
 
@@ -301,30 +302,30 @@ def test_side_tensors_become_small() -> None:
 def test_pack_gives_the_array_itself_where_packing_would_not_make_it_smaller(codec: str) -> None:
     for array in (np.zeros((0, 3), "float32"), np.array(2, "int8"), np.arange(3, dtype="float16")):
         given = np.asarray(array)
-        assert pack(given, Packing(codec)) is given
-    assert isinstance(pack(relu(1, 8, 20, 20), Packing(codec)), Packed)
+        assert pack(given, Encoding(codec)) is given
+    assert isinstance(pack(relu(1, 8, 20, 20), Encoding(codec)), EncodedTensor)
 
 
 def test_raw_and_unknown_codecs() -> None:
     array = relu(1, 8, 4, 4)
-    assert pack(array, Packing("raw")) is array
+    assert pack(array, Encoding("raw")) is array
     with pytest.raises(KeyError):
-        pack(array, Packing("int9/1"))
+        pack(array, Encoding("int9/1"))
     assert set(PLAIN) | {"raw", "photo/1"} <= set(KNOWN)
     assert not any(find(codec).calibrated for codec in PLAIN)
     assert find("photo/1").calibrated
 
 
-def frame_of(array: Array, packing: Packing) -> bytes:
+def frame_of(array: Array, packing: Encoding) -> bytes:
     packed = find(packing.codec).encode(array, packing)
     name = next(n for n, d in DTYPES.items() if d == array.dtype)
-    return frames.encode(Frame({}, packed={"x": Packed(packing.codec, name, array.shape, packed)}))
+    return frames.encode(Frame({}, packed={"x": EncodedTensor(packing.codec, name, array.shape, packed)}))
 
 
 def test_a_frame_says_which_tensors_came_packed() -> None:
     array, side = relu(1, 8, 10, 10), np.arange(9)
-    packed = pack(array, Packing("int8/1"))
-    assert isinstance(packed, Packed)
+    packed = pack(array, Encoding("int8/1"))
+    assert isinstance(packed, EncodedTensor)
     data = frames.encode(Frame({"side": side}, packed={"x": packed}))
     got = frames.decode(data, max_bytes=BOUND)
     assert got.codecs == {"x": "int8/1"}
@@ -334,7 +335,7 @@ def test_a_frame_says_which_tensors_came_packed() -> None:
 
 @pytest.mark.parametrize("codec", ["int8/2", "int8", "", "transform/9", "../raw"])
 def test_a_codec_of_another_version_is_refused_by_name(codec: str) -> None:
-    data = frame_of(relu(1, 2, 3, 3), Packing("int8/1")).replace(b'"int8/1"', f'"{codec}"'.encode().ljust(8), 1)
+    data = frame_of(relu(1, 2, 3, 3), Encoding("int8/1")).replace(b'"int8/1"', f'"{codec}"'.encode().ljust(8), 1)
     with pytest.raises(FrameMalformed, match="has codec") as e:
         frames.decode(data, max_bytes=BOUND)
     assert e.value.facts["rule"] == "codec"

@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bundles import photo
-from isthmus import frame as frames
-from isthmus.codecs import NotPackable, Packed, Packing, find
+from isthmus.codecs import EncodedTensor, Encoding, NotEncodable, find
 from isthmus.codecs.affine import MAX_OFFSET
 from isthmus.codecs.payload import MAX_WINDOW_LOG, restore, shrink
 from isthmus.errors import FrameError, FrameMalformed
-from isthmus.frame import DTYPES, Frame
+from isthmus.wire import frame as frames
+from isthmus.wire.frame import DTYPES, Frame
 from patience import least, peak_of
 from test_codecs import BOUND, CODED_FLOATS, PLAIN, Array, feature_map, frame_of, relu
 
@@ -116,7 +116,7 @@ _LOSSLESS = [case for case in GOLDEN if case.startswith("lossless") and "zstd" n
 @pytest.mark.parametrize("case", ["half", "bfloat16", "sparse", *_LOSSLESS])
 def test_what_is_stored_is_written_as_the_golden_payload(case: str) -> None:
     codec, payload, array = GOLDEN[case]
-    assert bytes(find(codec).encode(array, Packing(codec))) == payload
+    assert bytes(find(codec).encode(array, Encoding(codec))) == payload
 
 
 def streamed(data: bytes) -> bytes:
@@ -260,14 +260,14 @@ def test_a_malformed_payload_is_a_value_error(case: str) -> None:
 
 @pytest.mark.parametrize("codec", PLAIN)
 def test_a_packed_tensor_that_breaks_a_rule_is_the_frames_fault(codec: str) -> None:
-    data = frame_of(relu(1, 4, 6, 6), Packing(codec)).replace(b"[1,4,6,6]", b"[1,4,6,7]")
+    data = frame_of(relu(1, 4, 6, 6), Encoding(codec)).replace(b"[1,4,6,6]", b"[1,4,6,7]")
     with pytest.raises(FrameMalformed, match="'x' cannot be unpacked") as e:
         frames.decode(data, max_bytes=BOUND)
     assert e.value.facts["rule"] == "payload"
 
 
 def test_a_payload_of_the_transform_before_is_refused_by_its_name() -> None:
-    data = frames.encode(Frame({}, packed={"x": Packed("transform/4", "float32", (4,), bytes(8))}))
+    data = frames.encode(Frame({}, packed={"x": EncodedTensor("transform/4", "float32", (4,), bytes(8))}))
     with pytest.raises(FrameMalformed) as e:
         frames.decode(data.replace(b"transform/4", b"transform/1"), max_bytes=BOUND)
     assert e.value.facts["rule"] == "codec"
@@ -300,7 +300,9 @@ def test_a_payload_that_would_unpack_to_more_than_its_tensor_allocates_nothing(c
 
 
 def test_a_frame_of_many_small_payloads_unpacks_to_no_more_than_its_bound() -> None:
-    packed = {f"t{i}": Packed("int8/1", "float32", (2**16,), struct.pack("<fi", 1, 0) + bomb(2**16)) for i in range(99)}
+    packed = {
+        f"t{i}": EncodedTensor("int8/1", "float32", (2**16,), struct.pack("<fi", 1, 0) + bomb(2**16)) for i in range(99)
+    }
     data = frames.encode(Frame({}, packed=packed))
     assert len(data) < 2**16
 
@@ -318,8 +320,8 @@ def test_20_000_mutated_frames_of_packed_tensors_raise_nothing_but_frame_errors(
     arrays += [relu(1, 4, 6, 6).astype(d) for d in CODED_FLOATS[1:]] + [np.zeros((1, 6, 7, 7), "float32")]
     seeds = []
     for array, codec, quality in product(arrays, PLAIN, (1.0, 0.5)):
-        with contextlib.suppress(NotPackable):
-            seeds.append(frame_of(array, Packing(codec, quality)))
+        with contextlib.suppress(NotEncodable):
+            seeds.append(frame_of(array, Encoding(codec, quality)))
     assert len(seeds) > 50
     refused = 0
     for _ in range(FUZZ_ROUNDS):

@@ -15,14 +15,14 @@ from typer.testing import CliRunner
 
 from bundles import TOLERANCE, Published, pair_model, photo, photo_array, publish, ready, segment_settings
 from bundles import photos as photos
-from isthmus import frame as frames
-from isthmus.bundle import WHOLE, Blob, digest_of
-from isthmus.cli import app
-from isthmus.codecs import Packed, Packing, pack
+from isthmus.artifacts.bundle import WHOLE, Blob, digest_of
+from isthmus.codecs import EncodedTensor, Encoding, pack
 from isthmus.errors import FrameMalformed
-from isthmus.frame import Frame
 from isthmus.registry import FolderStore, Registry
 from isthmus.serving import create_segment_app
+from isthmus.wire import frame as frames
+from isthmus.wire.frame import Frame
+from isthmus_tools.cli import app
 from plain_codecs import PLAIN, Array, back, relu
 
 BOUND = 2**20
@@ -43,15 +43,15 @@ def logits(answer: Any) -> Array:
     return frames.decode(answer.data, max_bytes=BOUND).tensors["logits"]
 
 
-def as_photo(data: bytes, shape: tuple[int, ...] = (1, 3, 8, 8)) -> dict[str, Packed]:
-    return {"x": Packed("photo/1", "float32", shape, data)}
+def as_photo(data: bytes, shape: tuple[int, ...] = (1, 3, 8, 8)) -> dict[str, EncodedTensor]:
+    return {"x": EncodedTensor("photo/1", "float32", shape, data)}
 
 
 @pytest.mark.parametrize("codec", PLAIN)
 def test_a_function_runs_its_segment_on_what_came_packed(client: FlaskClient, photos: Published, codec: str) -> None:
     array = relu(1, 16, 8, 8)
-    packed = pack(array, Packing(codec))
-    assert isinstance(packed, Packed)
+    packed = pack(array, Encoding(codec))
+    assert isinstance(packed, EncodedTensor)
     got = logits(ask(client, photos, "1..", packed={"r1": packed}))
     assert np.array_equal(got, logits(ask(client, photos, "1..", tensors={"r1": back(codec, array)})))
 
@@ -76,11 +76,11 @@ def test_a_photo_as_it_came_is_answered_as_its_tensor(client: FlaskClient, photo
         (as_photo(b""), 400, "ImageMalformed"),
         (as_photo(photo(), (1, 3, 9, 9)), 400, "ShapeMismatch"),
         ({"y": as_photo(photo())["x"]}, 400, "ShapeMismatch"),
-        ({"x": Packed("photo/1", "float16", (1, 3, 8, 8), photo())}, 400, "ShapeMismatch"),
+        ({"x": EncodedTensor("photo/1", "float16", (1, 3, 8, 8), photo())}, 400, "ShapeMismatch"),
     ],
 )
 def test_a_bad_photo_is_the_callers_fault(
-    client: FlaskClient, photos: Published, packed: dict[str, Packed], status: int, type: str
+    client: FlaskClient, photos: Published, packed: dict[str, EncodedTensor], status: int, type: str
 ) -> None:
     answer = ask(client, photos, WHOLE, packed=packed)
     assert (answer.status_code, answer.json["type"]) == (status, type), answer.data

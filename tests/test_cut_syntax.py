@@ -11,10 +11,10 @@ import pytest
 from onnx import TensorProto, helper
 
 from bundles import publish_photos
-from isthmus.cut_syntax import CutText, parse_cut, parse_partition
+from isthmus.artifacts.cut_syntax import CutText, parse_cut, parse_partition
 from isthmus.errors import CutError, Missing, UnknownValue
-from isthmus.graph import build, open_model, resolve_cut
 from isthmus.settings import RouterSettings
+from isthmus_tools.graph import build, open_model, resolve_cut
 from routers import local_router, oip_json
 from test_cli import document, isthmus
 

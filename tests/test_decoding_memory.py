@@ -12,17 +12,18 @@ from flask.testing import FlaskClient
 from activations import activations
 from bundles import Published, ready, segment_settings
 from bundles import photos as photos
-from isthmus import frame as frames
-from isthmus.calibration.learn import learn
-from isthmus.calibration.rows import Form
-from isthmus.codecs import TRANSFORM_ID, Array, Packed, Packing, find, pack
+from isthmus.arrays import DTYPES, Array
+from isthmus.artifacts.choice import TRANSFORM_ID
+from isthmus.codecs import EncodedTensor, Encoding, find, pack
 from isthmus.codecs.planes import Layout
 from isthmus.codecs.rows import RowTable
 from isthmus.codecs.table import Table
-from isthmus.dtypes import DTYPES
 from isthmus.errors import FrameTooLarge, ShapeMismatch
-from isthmus.frame import Frame, Outline
 from isthmus.serving import create_segment_app
+from isthmus.wire import frame as frames
+from isthmus.wire.frame import Frame, Outline
+from isthmus_tools.calibration.learn import learn
+from isthmus_tools.calibration.rows import Form
 from patience import least, peak_of
 from plain_codecs import PLAIN
 from test_codec_rows import sentence, table_of
@@ -63,8 +64,8 @@ def test_a_codec_allocates_no_more_than_it_says(codec: str, dtype: str) -> None:
     for array in contents(DTYPES[dtype]).values():
         for shape in ((COUNT,), (2, COUNT // 128, 8, 8)):
             for quality in (0.7, 1.0):
-                packed = pack(array.reshape(shape), Packing(codec, quality))
-                if isinstance(packed, Packed):
+                packed = pack(array.reshape(shape), Encoding(codec, quality))
+                if isinstance(packed, EncodedTensor):
                     assert_bounded(codec, array.reshape(shape), bytes(packed.payload))
 
 
@@ -88,7 +89,7 @@ def test_a_transform_allocates_no_more_than_it_says_the_first_time(
     array = np.tile(activations((1, 32, 7, 7), 1)[0], (90, 1, 1, 1)).astype(dtype)
     if quality == 0.3:  # nearly every coefficient is larger than its model expects
         array += np.random.default_rng(1).standard_t(3, size=array.shape).astype(dtype)
-    payload = bytes(find(codec).encode(array, Packing(codec, quality, small_planes)))
+    payload = bytes(find(codec).encode(array, Encoding(codec, quality, small_planes)))
     bound = array.nbytes + find(codec).working_bytes(array.dtype, array.shape) + SLACK
 
     def decode() -> None:
@@ -100,7 +101,7 @@ def test_a_transform_allocates_no_more_than_it_says_the_first_time(
 
 def test_rows_allocate_no_more_than_they_say(rows: RowTable) -> None:
     array = np.concatenate([sentence(np.random.default_rng(3), 19)] * 300, axis=1)
-    payload = bytes(find(TRANSFORM_ID).encode(array, Packing(TRANSFORM_ID, 0.8, rows)))
+    payload = bytes(find(TRANSFORM_ID).encode(array, Encoding(TRANSFORM_ID, 0.8, rows)))
     assert_bounded(TRANSFORM_ID, array, payload, rows)
 
 
@@ -108,7 +109,7 @@ def test_a_few_bytes_that_stand_for_a_large_tensor_are_refused_before_anything_i
     small_planes: Table,
 ) -> None:
     zeros = bytes((small_planes.steps[0] & 255, 0))
-    tensor = Packed(TRANSFORM_ID, "float32", (5000, 32, 7, 7), zeros)
+    tensor = EncodedTensor(TRANSFORM_ID, "float32", (5000, 32, 7, 7), zeros)
     data = frames.encode(Frame({}, DIGEST, "..1", packed={"x": tensor}))
     assert len(data) < 300
 
@@ -124,7 +125,7 @@ def test_a_few_bytes_that_stand_for_a_large_tensor_are_refused_before_anything_i
 def test_the_bound_of_a_frame_holds_for_the_tensor_with_the_memory_that_decoding_takes(codec: str) -> None:
     shape, dtype = (1000,), np.dtype("float32")
     needed = 4000 + find(codec).working_bytes(dtype, shape)
-    data = frames.encode(Frame({}, packed={"x": Packed(codec, "float32", shape, b"")}))
+    data = frames.encode(Frame({}, packed={"x": EncodedTensor(codec, "float32", shape, b"")}))
     with pytest.raises(FrameTooLarge) as e:
         frames.decode(data, max_bytes=needed - 1)
     assert e.value.facts["rule"] == "unpacked"
@@ -142,13 +143,13 @@ def test_the_bound_of_a_frame_holds_for_the_tensor_with_the_memory_that_decoding
 
 def test_what_takes_a_reader_too_much_memory_travels_raw() -> None:
     large = np.zeros(13 * 2**20, "float32")
-    assert pack(large, Packing("int8/1")) is large
-    assert isinstance(pack(large, Packing("half/1")), Packed)
+    assert pack(large, Encoding("int8/1")) is large
+    assert isinstance(pack(large, Encoding("half/1")), EncodedTensor)
 
 
 def test_tensors_that_a_segment_does_not_take_are_not_decoded(photos: Published, tmp_path: Path) -> None:
     client: FlaskClient = ready(create_segment_app(segment_settings(photos, tmp_path / "cache")).test_client())
-    vast = Packed("lossless/3", "float32", (1, 16, 500, 500), bytes(4))
+    vast = EncodedTensor("lossless/3", "float32", (1, 16, 500, 500), bytes(4))
     data = frames.encode(Frame({}, photos.digest, "1..", packed={"r1": vast}))
     client.post("/", data=data)  # what is read of the bundle is kept
 

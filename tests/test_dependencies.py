@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
-from isthmus.cli import app
+from isthmus_tools.cli import app
 from local_stack import ROOT
 from patience import LONG_S
 
@@ -96,9 +96,9 @@ def test_a_confined_process_that_looks_a_name_up_is_ended(tmp_path: Path) -> Non
 @linux
 def test_a_session_of_the_library_has_no_telemetry_and_writes_nothing(tmp_path: Path, model: Path) -> None:
     code = f"""{CONFINED}
-import isthmus.runners.ort
+import isthmus.runtime.ort_runner
 print(len(os.listdir("/proc/self/task")))
-from isthmus.runners.runtime import ort
+from isthmus.runtime.ort import ort
 options = ort.SessionOptions()
 options.intra_op_num_threads = 1
 ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
@@ -111,7 +111,7 @@ print(len(os.listdir("/proc/self/task")))
 
 
 def test_who_wants_onnxruntimes_telemetry_can_have_it(tmp_path: Path) -> None:
-    code = "import os, isthmus.runners.runtime\nprint(os.environ['ORT_DISABLE_TELEMETRY'])"
+    code = "import os, isthmus.runtime.ort\nprint(os.environ['ORT_DISABLE_TELEMETRY'])"
     assert run(code, tmp_path / "home", ORT_DISABLE_TELEMETRY="0").stdout == "0\n"
     assert run(code, tmp_path / "home2").stdout == "1\n"
 
@@ -121,7 +121,7 @@ def test_only_one_module_imports_onnxruntime() -> None:
     files = (path for folder in ("shared", "bench", "functions", "template") for path in (ROOT / folder).rglob("*.py"))
     importing = re.compile(r"^ *(import|from) onnxruntime\b", re.MULTILINE)
     found = {str(path.relative_to(ROOT)) for path in files if importing.search(path.read_text())}
-    assert found == {"shared/isthmus/runners/runtime.py"}
+    assert found == {"shared/isthmus/runtime/ort.py"}
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def test_importing_calls_nobody_and_writes_nothing(tmp_path: Path, module: str) 
 
 @linux
 def test_a_command_that_draws_writes_to_its_own_cache_alone(tmp_path: Path, model: Path) -> None:
-    command = f"{CONFINED}\nfrom isthmus.cli import main\nsys.argv[0] = 'isthmus'\nmain()"
+    command = f"{CONFINED}\nfrom isthmus_tools.cli import main\nsys.argv[0] = 'isthmus'\nmain()"
     picture = tmp_path / "cuts.svg"
     done = run(command, tmp_path / "home", "cuts", model, "--picture", picture)
     assert done.returncode == 0, done.stderr
@@ -185,5 +185,5 @@ def test_a_command_that_draws_writes_to_its_own_cache_alone(tmp_path: Path, mode
 
 def test_a_command_turns_telemetry_off_before_any_model_is_read(tmp_path: Path) -> None:
     """The code of a torch model may import onnxruntime before Isthmus does."""
-    code = "import os, sys, isthmus.cli\nprint(os.environ['ORT_DISABLE_TELEMETRY'], 'onnxruntime' in sys.modules)"
+    code = "import os, sys, isthmus_tools.cli\nprint(os.environ['ORT_DISABLE_TELEMETRY'], 'onnxruntime' in sys.modules)"
     assert run(code, tmp_path / "home").stdout == "1 False\n"

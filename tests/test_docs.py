@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from isthmus.cli import app
+from isthmus_tools.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])

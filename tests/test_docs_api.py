@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 from isthmus.errors import HTTP_STATUS
+from isthmus.oip import messages as oip
 from isthmus.processing.image import MAX_SCANS
 from isthmus.processing.image_spec import INTERPOLATIONS
-from isthmus.serving import oip
 
 TEXT = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
 

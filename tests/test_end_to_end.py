@@ -21,17 +21,18 @@ import tritonclient.http
 import urllib3
 from typer.testing import CliRunner
 
-from isthmus.bundle import WHOLE
-from isthmus.cli import app
-from isthmus.cli.engine import variables
-from isthmus.cli.here import Here
-from isthmus.cli.photos import sample_photos
+from isthmus.artifacts.bundle import WHOLE
 from isthmus.client import Client
 from isthmus.errors import HopTimeout, HopUnavailable, Missing
-from isthmus.graph import build, zoo
-from isthmus.local import Engine
 from isthmus.registry import open_registry
 from isthmus.settings import RegistrySettings
+from isthmus_tools.cli import app
+from isthmus_tools.cli.engine import variables
+from isthmus_tools.cli.here import Here
+from isthmus_tools.engine import Engine
+from isthmus_tools.graph import build
+from isthmus_tools.zoo import models as zoo
+from isthmus_tools.zoo.photos import sample_photos
 from local_stack import system
 from models import ROOT, efficientnet_lite0
 from patience import LONG_S, eventually

@@ -12,11 +12,11 @@ from bundles import Published, metrics, photo, ready, router_settings, segment_s
 from bundles import photos as photos
 from isthmus.context import Context
 from isthmus.errors import HTTP_STATUS, IsthmusError, Missing, NotReady, ShapeMismatch, ValueRefused
-from isthmus.frame import Frame
-from isthmus.frame import encode as frame_of
-from isthmus.hop import HttpHop
+from isthmus.pipeline.hop import HttpHop
 from isthmus.serving import create_router_app, create_segment_app
 from isthmus.serving.exposure import problem
+from isthmus.wire.frame import Frame
+from isthmus.wire.frame import encode as frame_of
 from patience import LONG_S
 from ports import free_port
 

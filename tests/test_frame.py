@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from isthmus.codecs import Packed
+from isthmus.codecs import EncodedTensor
 from isthmus.errors import FrameError, FrameMalformed, FrameTooLarge
-from isthmus.frame import (
+from isthmus.wire.frame import (
     DTYPES,
     MAGIC,
     MAX_HEADER_BYTES,
@@ -71,7 +71,7 @@ def test_the_example_in_the_docs_is_the_golden_frame() -> None:
     docs = (Path(__file__).parent.parent / "docs" / "frame.md").read_text()
     assert "49 53 54 48 4d 55 53 01  f0 00 00 00 00 00 00 00" in docs
     rules = set(re.findall(r"`([a-z]+)`", docs.split("## Rules")[1].split("## Known")[0]))
-    source = (Path(__file__).parent.parent / "shared" / "isthmus" / "frame.py").read_text()
+    source = (Path(__file__).parent.parent / "shared" / "isthmus" / "wire" / "frame.py").read_text()
     used = set(re.findall(r'(?:_malformed|_too_large)\("([a-z]+)"', source)) | {"payload"}
     assert used <= rules
 
@@ -218,10 +218,14 @@ def test_decode_refuses_what_exceeds_a_bound_without_allocating(case: str) -> No
         (Frame({"x": np.array([object()])}), FrameMalformed, "dtype"),
         (Frame({"": np.zeros(1)}), FrameMalformed, "name"),
         (Frame({"x" * 513: np.zeros(1)}), FrameMalformed, "name"),
-        (Frame({}, packed={"x": Packed("zip/1", "float32", (1,), b"")}), FrameMalformed, "codec"),
-        (Frame({}, packed={"x": Packed("half/1", "text", (1,), b"")}), FrameMalformed, "dtype"),
-        (Frame({}, packed={"x": Packed("half/1", "float32", (1,) * 33, b"")}), FrameTooLarge, "rank"),
-        (Frame({"x": np.zeros(1)}, packed={"x": Packed("half/1", "float32", (1,), b"")}), FrameMalformed, "duplicate"),
+        (Frame({}, packed={"x": EncodedTensor("zip/1", "float32", (1,), b"")}), FrameMalformed, "codec"),
+        (Frame({}, packed={"x": EncodedTensor("half/1", "text", (1,), b"")}), FrameMalformed, "dtype"),
+        (Frame({}, packed={"x": EncodedTensor("half/1", "float32", (1,) * 33, b"")}), FrameTooLarge, "rank"),
+        (
+            Frame({"x": np.zeros(1)}, packed={"x": EncodedTensor("half/1", "float32", (1,), b"")}),
+            FrameMalformed,
+            "duplicate",
+        ),
         (Frame({}, request="\ud800"), FrameMalformed, "request"),
         (Frame({"x": np.zeros((1,) * 33)}), FrameTooLarge, "rank"),
         (Frame({str(i): np.zeros(1) for i in range(1025)}), FrameTooLarge, "tensors"),

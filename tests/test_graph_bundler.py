@@ -10,11 +10,11 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from isthmus import bundle as manifest
-from isthmus.bundle import WHOLE, digest_of
+from isthmus.artifacts import bundle as manifest
+from isthmus.artifacts.bundle import WHOLE, digest_of
 from isthmus.errors import CutError, ModelError
-from isthmus.graph import add_cuts, build, cut_at, cuts, narrowest, open_model
-from isthmus.graph.picture import draw, size_text
+from isthmus_tools.figures.cuts import draw, size_text
+from isthmus_tools.graph import add_cuts, build, cut_at, cuts, narrowest, open_model
 from models import REAL
 from segments import difference, run_partition, run_whole
 

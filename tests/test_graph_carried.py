@@ -10,11 +10,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from isthmus import frame
 from isthmus.errors import CutError, ModelError
-from isthmus.frame import Frame
-from isthmus.graph import build, cut_after, cut_at, cuts, narrowest, open_model
-from isthmus.serving.oip_tensor import datatype_of
+from isthmus.oip.tensor import datatype_of
+from isthmus.wire import frame
+from isthmus.wire.frame import Frame
+from isthmus_tools.graph import build, cut_after, cut_at, cuts, narrowest, open_model
 
 value = helper.make_tensor_value_info
 FLOAT = TensorProto.FLOAT

@@ -11,10 +11,10 @@ import onnx
 import pytest
 from onnx import parser
 
-from isthmus.bundle import is_cut_name
+from isthmus.artifacts.bundle import is_cut_name
 from isthmus.errors import CutError, UnboundedCut, UnknownValue
-from isthmus.graph import Model, build, cut_at, cuts, narrowest, open_model, resolve_cut
-from isthmus.graph.cuts import upstream_of
+from isthmus_tools.graph import Model, build, cut_at, cuts, narrowest, open_model, resolve_cut
+from isthmus_tools.graph.cuts import upstream_of
 from segments import difference, run_partition, run_whole
 
 HEAD = '<ir_version: 8, opset_import: ["": 17]>\n'
@@ -327,7 +327,7 @@ def test_a_model_of_one_node_has_no_cut_and_is_bundled_whole(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("tensors", [["a/b:0"], ["x", "y"], ["31"], ["/"], ["a" * 80], ["日本"]])
 def test_a_derived_name_can_name_a_cut_and_is_no_position(tensors: list[str]) -> None:
-    from isthmus.graph.cuts import derived_name
+    from isthmus_tools.graph.cuts import derived_name
 
     assert is_cut_name(derived_name(tensors))
     assert not derived_name(tensors).isdecimal()

@@ -15,17 +15,17 @@ from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
 from bundles import LABELS, POSTPROCESS, PREPROCESS, photos_model
-from isthmus.bundle import WHOLE, Bundle
-from isthmus.cli import app
-from isthmus.cli.importing import read_labels
+from isthmus.artifacts.bundle import WHOLE, Bundle
 from isthmus.errors import CutError, ModelError
-from isthmus.graph import add_cuts, build, cuts, open_model, partition
-from isthmus.graph import weights as weights_file
-from isthmus.graph.cuts import within_quantised_operators
-from isthmus.graph.dry_run import DryRun
-from isthmus.graph.extract import extract
 from isthmus.registry import FolderStore, Registry
-from isthmus.runners.ort import UnpublishedRunner
+from isthmus.runtime.ort_runner import UnpublishedRunner
+from isthmus_tools.cli import app
+from isthmus_tools.cli.importing import read_labels
+from isthmus_tools.graph import add_cuts, build, cuts, open_model, partition
+from isthmus_tools.graph import weights as weights_file
+from isthmus_tools.graph.cuts import within_quantised_operators
+from isthmus_tools.graph.dry_run import DryRun
+from isthmus_tools.graph.extract import extract
 from segments import difference, run_partition, run_whole
 
 value = helper.make_tensor_value_info
@@ -116,7 +116,7 @@ def test_a_partition_that_the_dry_run_refuses_is_left_out_where_the_caller_asks_
 ) -> None:
     bundle, files = build(photos_model(tmp_path / "m.onnx"), "m", tmp_path / "out", partitions=["6"])
     whole = files[bundle.segment(WHOLE).graph.digest]
-    monkeypatch.setattr("isthmus.graph.dry_run.WRONG", -1.0)
+    monkeypatch.setattr("isthmus_tools.graph.dry_run.WRONG", -1.0)
     with pytest.raises(CutError, match="the segments at the cut 3 do not compute what the model does"):
         add_cuts(bundle, whole, ["3"])
     refused: list[CutError] = []
@@ -334,7 +334,7 @@ def too_slow(*arguments: Any) -> Any:
 
 
 def test_the_run_that_tells_shapes_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("isthmus.graph.probe.LONGEST_RUN_S", 0.1)
+    monkeypatch.setattr("isthmus_tools.graph.probe.MAX_RUN_S", 0.1)
     with pytest.raises(ModelError, match=r"a run took longer than 0\.1 s"):
         open_model(counting(tmp_path / "m.onnx"), examples={"trips": FOR_EVER})
 
@@ -405,7 +405,7 @@ def test_sizes_that_follow_from_one_another_are_tried_together(tmp_path: Path) -
 def test_a_model_whose_cuts_are_all_refused_is_left_whole_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("isthmus.graph.dry_run.WRONG", -1.0)
+    monkeypatch.setattr("isthmus_tools.graph.dry_run.WRONG", -1.0)
     bundle, _ = build(small(tmp_path / "m.onnx"), "m", tmp_path / "out")
     assert bundle.default_cuts == ()
     assert bundle.source["dry_run"]["notes"][0].startswith("left whole: the segments at the cut 0")

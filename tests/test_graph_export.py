@@ -9,7 +9,8 @@ import onnx
 import pytest
 
 from isthmus.errors import ModelError
-from isthmus.graph import build, open_model, torch_export, zoo
+from isthmus_tools.graph import build, open_model, torch_export
+from isthmus_tools.zoo import models as zoo
 from models import REAL, photos
 from segments import run_partition, run_whole
 

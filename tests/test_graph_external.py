@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from isthmus.errors import ModelError
-from isthmus.graph import build, open_model
+from isthmus_tools.graph import build, open_model
 from segments import difference, run_partition
 
 INPUTS = [{"x": np.linspace(-1, 1, 32, dtype=np.float32)[None]}]

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from isthmus.graph import build, lean
+from isthmus_tools.graph import build, lean
 from segments import difference, run_partition, run_whole
 
 MAX_GROWTH = 2.5
@@ -136,8 +136,8 @@ def test_broken_bytes_are_read_as_protobuf_reads_them(
 
 _IMPORT = """
 import sys
-from isthmus.graph import open_model
-import isthmus.graph.probe
+from isthmus_tools.graph import open_model
+import isthmus_tools.graph.probe
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
 before = peak()

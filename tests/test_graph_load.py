@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper, parser
 
 from isthmus.errors import ModelError
-from isthmus.graph import build, cuts, open_model
+from isthmus_tools.graph import build, cuts, open_model
 from segments import difference, run_partition, run_whole
 
 HEAD = '<ir_version: 8, opset_import: ["": 17]>\n'

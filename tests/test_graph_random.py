@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
-from isthmus.graph import build, cut_at, cuts, open_model
-from isthmus.graph.cuts import ancestors, crossing_values
+from isthmus_tools.graph import build, cut_at, cuts, open_model
+from isthmus_tools.graph.cuts import ancestors, crossing_values
 from segments import difference, run_partition, run_whole
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from isthmus.bundle import WHOLE, Bundle, Segment
-from isthmus.graph import CutInfo, Model, build, cuts, open_model
+from isthmus.artifacts.bundle import WHOLE, Bundle, Segment
+from isthmus_tools.graph import CutInfo, Model, build, cuts, open_model
 from models import REAL, RealModel
 from segments import difference, run_partition, run_whole
 

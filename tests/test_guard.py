@@ -25,21 +25,21 @@ from bundles import (
     until,
 )
 from bundles import photos as photos
-from isthmus.calibration.agreement import Measure, measure_for
-from isthmus.calibration.calibrate import calibrate
-from isthmus.calibration.choice import RAW, Choice
-from isthmus.calibration.fidelity import Entry, Fidelity, Inputs, offered
-from isthmus.calibration.inputs import files_in, open_source
-from isthmus.calibration.ladder import ladder
-from isthmus.calibration.running import runs_here
-from isthmus.codecs import Packing
+from isthmus.artifacts.agreement import Measure, measure_for
+from isthmus.artifacts.choice import RAW, Choice
+from isthmus.artifacts.fidelity import Entry, Fidelity, Inputs, offered
+from isthmus.codecs import Encoding
 from isthmus.errors import CalibrationError, HopUnavailable, SettingsError
-from isthmus.passage import Stage
-from isthmus.pipeline import Result
-from isthmus.route import Route
+from isthmus.pipeline.execution import Result
+from isthmus.pipeline.passage import Stage
+from isthmus.pipeline.route import Route
+from isthmus.routing.fallback import ladder
+from isthmus.routing.guard import Guard, Sample
 from isthmus.serving import create_router_app, create_segment_app
-from isthmus.serving.guard import Guard, Sample
 from isthmus.serving.metrics import Metrics
+from isthmus_tools.calibration.calibrate import calibrate
+from isthmus_tools.calibration.inputs import files_in, open_source
+from isthmus_tools.calibration.running import runs_here
 from patience import LONG_S, eventually
 
 GOOD, BAD = "int8/1", "sparse/2@0"
@@ -252,7 +252,7 @@ class Echo:
         self.fails = False
 
     def call(self, frame: Any, context: Any) -> Any:
-        from isthmus.hop import Reply
+        from isthmus.pipeline.hop import Reply
 
         if self.fails:
             raise HopUnavailable("away", hop=self.name)
@@ -261,7 +261,7 @@ class Echo:
 
 def sample(photos: Published, hop: Any, answer: Any, step: int = 0) -> Sample:
     whole = photos.bundle.segment("..")
-    route = Route(photos.digest, photos.bundle, (whole,), (hop,), ({"x": Packing("sparse/2", 0.2)},))
+    route = Route(photos.digest, photos.bundle, (whole,), (hop,), ({"x": Encoding("sparse/2", 0.2)},))
     return Sample(route, photos.inputs, {}, {"logits": answer}, step)
 
 
@@ -292,7 +292,7 @@ def test_a_check_of_a_codec_that_has_stepped_aside_counts_no_more(photos: Publis
     route = sample(photos, hop, one).route
     taken, standing = made.safer(route)
     assert standing.step == 1
-    assert taken.packings[0]["x"] == Packing("sparse/2", 0.6)
+    assert taken.encodings[0]["x"] == Encoding("sparse/2", 0.6)
 
 
 def test_every_step_is_safer_and_the_last_is_raw(photos: Published) -> None:
@@ -302,7 +302,7 @@ def test_every_step_is_safer_and_the_last_is_raw(photos: Published) -> None:
     for step in range(6):
         for _ in range(2):
             made.check(sample(photos, hop, other, step))
-        seen.append(made.safer(sample(photos, hop, one).route)[0].packings[0].get("x"))
+        seen.append(made.safer(sample(photos, hop, one).route)[0].encodings[0].get("x"))
     assert seen[-1] is None
     assert [p.codec for p in seen if p] == ["sparse/2", "sparse/2", "int8/1", "half/1"]
 

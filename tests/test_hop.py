@@ -26,9 +26,6 @@ import stamina.instrumentation
 from flask import Flask, Response, request
 from werkzeug.serving import make_server
 
-from isthmus import frame as frames
-from isthmus import hop as hops
-from isthmus import http_pool, sockets
 from isthmus.client import Client
 from isthmus.context import Context, Deadline, parse_duration
 from isthmus.errors import (
@@ -42,11 +39,15 @@ from isthmus.errors import (
     ShapeMismatch,
     ValueRefused,
 )
-from isthmus.frame import Frame
-from isthmus.hop import HttpHop
+from isthmus.http import pool as http_pool
+from isthmus.http import sockets
+from isthmus.http.server_timing import retry_after_seconds, stage_seconds
+from isthmus.pipeline import hop as hops
+from isthmus.pipeline.hop import HttpHop
 from isthmus.registry.patience import Patience
 from isthmus.retries import RetryBudget, backoff, log_retries
-from isthmus.server_timing import retry_after_seconds, stage_seconds
+from isthmus.wire import frame as frames
+from isthmus.wire.frame import Frame
 from patience import LONG_S, eventually, least
 
 FRAME = Frame({"x": np.arange(4, dtype="float32")}, "sha256:" + "0" * 64, "..1", "r1")

@@ -32,7 +32,7 @@ from image_files import (
     webp_of_one_colour,
 )
 from isthmus.admission import Slots
-from isthmus.bundle import TensorSpec
+from isthmus.artifacts.tensors import TensorSpec
 from isthmus.context import Deadline
 from isthmus.errors import Overloaded, RequestTooLarge
 from isthmus.processing.image import decode, preprocess

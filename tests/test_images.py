@@ -19,8 +19,8 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from isthmus.local.build import stage
-from isthmus.local.stack import read_stack
+from isthmus_tools.engine.build import stage
+from isthmus_tools.engine.stack import read_stack
 from local_stack import ROOT
 from patience import LONG_S
 
@@ -105,7 +105,7 @@ def test_an_image_resolves_nothing_while_it_is_built(python: str, machine: str) 
 
 
 def test_functions_lock_what_the_package_needs_without_a_flavour_of_the_runtime() -> None:
-    document = tomllib.loads((ROOT / "shared" / "pyproject.toml").read_text())
+    document = tomllib.loads((ROOT / "shared" / "isthmus" / "pyproject.toml").read_text())
     needed = {canonicalize_name(Requirement(text).name) for text in document["project"]["dependencies"]}
     assert len({path.read_bytes() for path in FUNCTIONS}) == 1
     found = set(locked(FUNCTIONS[0]))

@@ -18,10 +18,10 @@ import urllib3
 from multidict import CIMultiDict
 from yarl import URL
 
-from isthmus import sockets
 from isthmus.errors import LocalError, RequestMalformed
-from isthmus.local import Engine, Event, async_queue
-from isthmus.local.callbacks import CallbackPolicy, PermittedOnly, parse_networks
+from isthmus.http import sockets
+from isthmus_tools.engine import Engine, Event, async_queue
+from isthmus_tools.engine.callbacks import CallbackPolicy, PermittedOnly, parse_networks
 from local_stack import http, write_stack
 from patience import LONG_S, eventually
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from isthmus.errors import LocalError
-from isthmus.local.credentials import MAX_PASSWORD_BYTES, PASSWORD_FILE, authorizes, ensure_password
+from isthmus_tools.engine.credentials import MAX_PASSWORD_BYTES, PASSWORD_FILE, authorizes, ensure_password
 
 
 def test_engines_that_start_at_once_agree_on_one_password(tmp_path: Path) -> None:

@@ -24,9 +24,9 @@ import pytest
 import urllib3
 
 from isthmus.errors import LocalError
-from isthmus.local import Engine, Event, supervisor
-from isthmus.local.credentials import PASSWORD_FILE
-from isthmus.local.replica import s3_keys
+from isthmus_tools.engine import Engine, Event, supervisor
+from isthmus_tools.engine.credentials import PASSWORD_FILE
+from isthmus_tools.engine.replica import s3_keys
 from local_stack import STACK, http, login_header, system, write_stack
 from patience import LONG_S, eventually
 

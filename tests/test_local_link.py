@@ -22,13 +22,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from isthmus.cli import app
 from isthmus.errors import LocalError
-from isthmus.local import Link, LinkShape
-from isthmus.local.link_script import KEYS, parse_script
-from isthmus.local.pacing import FIRST_WINDOW, MAX_QUANTUM, MIN_QUANTUM, Flow, Lane, Way, Window
-from isthmus.local.relay import SPARE_BYTES
 from isthmus.units import format_duration, format_rate, parse_duration, parse_rate
+from isthmus_tools.cli import app
+from isthmus_tools.netem import Link, LinkShape
+from isthmus_tools.netem.pacing import FIRST_WINDOW, MAX_QUANTUM, MIN_QUANTUM, Flow, Lane, Way, Window
+from isthmus_tools.netem.relay import SPARE_BYTES
+from isthmus_tools.netem.script import KEYS, parse_script
 from patience import LONG_S, eventually, least
 
 DOCS = (Path(__file__).parents[1] / "docs" / "link.md").read_text()
@@ -581,7 +581,7 @@ def test_the_command_relays_and_counts_until_it_is_interrupted(target: Target, t
     script = tmp_path / "script.jsonl"
     script.write_text('{"at_s": 0, "downlink": "50mbit"}')
     options = ["--to", target.address, "--uplink", "10mbit", "--rtt", "20ms", "--script", str(script), "--json"]
-    command = [sys.executable, "-c", "from isthmus.cli import main; main()", "link", *options]
+    command = [sys.executable, "-c", "from isthmus_tools.cli import main; main()", "link", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
         began = json.loads(running.stdout.readline())

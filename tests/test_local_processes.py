@@ -11,14 +11,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from isthmus.local import Engine
-from isthmus.local.build import build_folder
+from isthmus_tools.engine import Engine
+from isthmus_tools.engine.build import build_folder
 from local_stack import write_stack
 from patience import LONG_S, eventually
 
 RUN = """
 import sys
-from isthmus.local import run_engine
+from isthmus_tools.engine import run_engine
 run_engine(sys.argv[1], port=0, on_event=lambda e: print(e.kind, e.text, flush=True))
 """
 

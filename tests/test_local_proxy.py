@@ -16,15 +16,15 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from isthmus.local.events import ignore
-from isthmus.local.gateway import create_runner
-from isthmus.local.inthread import InThread
-from isthmus.local.metrics import Metrics
-from isthmus.local.proxy import Proxy, open_session
-from isthmus.local.replica import Deployment, Replica, State
-from isthmus.local.stack import FunctionSpec
-from isthmus.local.supervisor import Supervisor
-from isthmus.local.watchdog import Watchdog
+from isthmus_tools.engine.events import ignore
+from isthmus_tools.engine.gateway import create_runner
+from isthmus_tools.engine.metrics import Metrics
+from isthmus_tools.engine.proxy import Proxy, open_session
+from isthmus_tools.engine.replica import Deployment, Replica, State
+from isthmus_tools.engine.stack import FunctionSpec
+from isthmus_tools.engine.supervisor import Supervisor
+from isthmus_tools.engine.watchdog import Watchdog
+from isthmus_tools.netem.loop_thread import InThread
 from patience import LONG_S, eventually
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"

@@ -1,4 +1,4 @@
-"""isthmus.serving.oip: against tritonclient in both directions, and against everything that is not the protocol."""
+"""isthmus.oip.messages: against tritonclient in both directions, and against everything that is not the protocol."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from hypothesis.extra import numpy as hnp
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 from tritonclient.utils import np_to_triton_dtype
 
-from isthmus.bundle import TensorSpec
+from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import IsthmusError, RequestMalformed, RequestTooLarge, ShapeMismatch
-from isthmus.serving import oip
-from isthmus.serving.oip import InferRequest, WantedOutput, build_response, parse_request
+from isthmus.oip import messages as oip
+from isthmus.oip.messages import InferRequest, WantedOutput, build_response, parse_request
 
 DTYPES = ["bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32"]
 DTYPES += ["float64", "bfloat16"]

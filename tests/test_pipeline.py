@@ -24,12 +24,12 @@ from bundles import (
 from bundles import photos as photos
 from isthmus.context import Context, Deadline
 from isthmus.errors import DeadlineExceeded, HopRejected, HopUnavailable, Missing, ShapeMismatch
-from isthmus.frame import Frame
-from isthmus.hop import Hop, LocalHop, Reply, hops_to
-from isthmus.pipeline import Result, run
-from isthmus.route import plan_route
-from isthmus.runners.store import SegmentStore
+from isthmus.pipeline.execution import Result, run
+from isthmus.pipeline.hop import Hop, LocalHop, Reply, hops_to
+from isthmus.pipeline.route import plan_route
+from isthmus.runtime.store import SegmentStore
 from isthmus.serving import create_segment_app
+from isthmus.wire.frame import Frame
 
 
 @pytest.fixture(scope="module")

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from isthmus.artifacts.conditions import Conditions, Constraints, check_objective
+from isthmus.artifacts.plan import Error, Measured, Terms
 from isthmus.errors import ConstraintMalformed, HopUnavailable, Infeasible, IsthmusError
-from isthmus.planner.budget import Budget, Pace
-from isthmus.planner.planning.choose import broken, check_prices, choose
-from isthmus.planner.planning.conditions import Conditions, Constraints, check_objective
-from isthmus.planner.planning.costs import HEADERS_DOWN, HEADERS_UP, Exchange, Load, Work, priced, terms
-from isthmus.planner.planning.grid import grid, under
-from isthmus.planner.planning.measuring import contenders
-from isthmus.planner.planning.plan import Error, Measured, Terms
-from isthmus.planner.planning.prices import LinkPrices, Prices, TierPrices, read_prices
-from isthmus.planner.planning.race import race
+from isthmus_tools.budget import Budget, Pace
+from isthmus_tools.planner.choose import broken, check_prices, choose
+from isthmus_tools.planner.costs import HEADERS_DOWN, HEADERS_UP, Exchange, Load, Work, priced, terms
+from isthmus_tools.planner.grid import grid, under
+from isthmus_tools.planner.measuring import contenders
+from isthmus_tools.planner.prices import LinkPrices, Prices, TierPrices, read_prices
+from isthmus_tools.planner.race import race
 from plans import HOP, candidate
 
 CPUS = {"edge": 2, "cloud": 4}

@@ -6,14 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from bundles import Published, publish_photos
-from isthmus.bundle import Blob, digest_of
-from isthmus.calibration.agreement import Measure
-from isthmus.calibration.choice import Choice, Look
-from isthmus.calibration.fidelity import Entry, Fidelity, Inputs
-from isthmus.calibration.fidelity_document import model_digest, to_json
-from isthmus.codecs import KNOWN, NEVER_CHOSEN, find
-from isthmus.planner.planning.conditions import Conditions
-from isthmus.planner.planning.usable import short_name, usable_codecs
+from isthmus.artifacts.agreement import Measure
+from isthmus.artifacts.bundle import Blob, digest_of
+from isthmus.artifacts.choice import KNOWN, NEVER_CHOSEN, Choice, Look
+from isthmus.artifacts.conditions import Conditions
+from isthmus.artifacts.fidelity import Entry, Fidelity, Inputs
+from isthmus.artifacts.fidelity_document import model_digest, to_json
+from isthmus.codecs import find
+from isthmus_tools.planner.usable import short_name, usable_codecs
 from test_plan_draft import LINK, drafted
 
 

@@ -25,13 +25,13 @@ from bundles import (
     segment_settings,
     served,
 )
-from isthmus.cli import app
+from isthmus.artifacts.plan_document import from_json, read_plan
 from isthmus.errors import LocalError, ModelError
-from isthmus.local.link_process import link_to
-from isthmus.planner.planning.document import from_json
-from isthmus.planner.planning.published import publish_plan, read_plan
-from isthmus.planner.profiling import profiles
 from isthmus.serving import create_router_app, create_segment_app
+from isthmus_tools.cli import app
+from isthmus_tools.netem.process import link_to
+from isthmus_tools.planner.published import publish_plan
+from isthmus_tools.profiling import profiles
 from plans import candidate, plan_for, profile_of
 
 LINK = ["--uplink", "20mbit", "--rtt", "30ms"]
@@ -173,13 +173,13 @@ def test_a_failed_or_interrupted_plan_changes_no_version(place: Place, monkeypat
     aliases = place.published.registry.aliases("photos")
     common = ["plan", "photos", *LINK, "--input", place.folder / "photos" / "0.png", "--no-int8", *place.registry]
     # Two more cuts than were published, which functions need while candidates are measured.
-    for failing, error in (("isthmus.planner.planning.measuring.race", KeyboardInterrupt), ("draw", ModelError)):
+    for failing, error in (("isthmus_tools.planner.measuring.race", KeyboardInterrupt), ("draw", ModelError)):
         with monkeypatch.context() as patched:
 
             def fail(*_: object, error: type[BaseException] = error, **__: object) -> None:
                 raise error("stopped here")
 
-            target = failing if "." in failing else "isthmus.planner.planning.picture.draw"
+            target = failing if "." in failing else "isthmus_tools.figures.plan.draw"
             patched.setattr(target, fail)
             result = isthmus(*common, *place.functions, "--picture", place.folder / "never.png")
         assert result.exit_code != 0

@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bundles import publish_photos
-from isthmus.bundle import Blob, subject_digest
+from isthmus.artifacts.bundle import Blob, subject_digest
+from isthmus.artifacts.conditions import Conditions, Constraints
+from isthmus.artifacts.plan import Candidate, Coding, Error, Measured, Plan, Terms
+from isthmus.artifacts.plan_document import from_json, read_plan, to_json
 from isthmus.errors import PlanMalformed, PlanMismatch
-from isthmus.planner.planning.conditions import Conditions, Constraints
-from isthmus.planner.planning.document import from_json, to_json
-from isthmus.planner.planning.plan import Candidate, Coding, Error, Measured, Plan, Terms
-from isthmus.planner.planning.published import publish_plan, read_plan
+from isthmus_tools.planner.published import publish_plan
 from plans import candidate, plan_for
 
 SCHEMA = json.loads((Path(__file__).parents[1] / "docs" / "plan.schema.json").read_text())

@@ -16,19 +16,19 @@ from onnx import helper
 
 from bundles import Published, cache_of, pair_model, photo, publish, publish_photos, save, value, weight
 from bundles import photos as photos
-from isthmus.bundle import subject_digest
+from isthmus.artifacts.bundle import subject_digest
+from isthmus.artifacts.conditions import Conditions, Constraints
+from isthmus.artifacts.plan_document import from_json, to_json
+from isthmus.artifacts.profile import SegmentCost, Timing
 from isthmus.errors import ConstraintMalformed, Infeasible, PlanMismatch
-from isthmus.planner.planning.choose import choose
-from isthmus.planner.planning.conditions import Conditions, Constraints
-from isthmus.planner.planning.document import from_json, to_json
-from isthmus.planner.planning.draft import Draft
-from isthmus.planner.planning.drafting import drafting
-from isthmus.planner.planning.examples import Example, from_arrays, from_photos, random_examples
-from isthmus.planner.planning.make import make_plan
-from isthmus.planner.planning.memory import Memory, live_bytes
-from isthmus.planner.planning.picture import Along
-from isthmus.planner.profiling.profile import SegmentCost, Timing
 from isthmus.processing.image_spec import made_shape
+from isthmus_tools.figures.plan import Along
+from isthmus_tools.planner.choose import choose
+from isthmus_tools.planner.draft import Draft
+from isthmus_tools.planner.drafting import drafting
+from isthmus_tools.planner.examples import Example, from_arrays, from_photos, random_examples
+from isthmus_tools.planner.make import make_plan
+from isthmus_tools.planner.memory import Memory, live_bytes
 from plans import candidate, plan_for, profile_of, whole_model
 
 SLOW, FAST = 0.2, 0.01
@@ -91,7 +91,7 @@ def test_a_draft_tries_every_kind_of_candidate_and_they_answer_as_the_model_does
 
 def test_the_search_finds_the_cut_that_trying_all_of_them_finds(photos: Published) -> None:
     """With made-up times the best cut of all 8 is known; the candidates hold it, on every link."""
-    from isthmus.graph import cuts
+    from isthmus_tools.graph import cuts
 
     model = whole_model(photos)
     edge, cloud = (profile_of(photos, tier, s) for tier, s in (("edge", SLOW), ("cloud", FAST)))

@@ -27,12 +27,12 @@ from bundles import (
     served,
     until,
 )
-from isthmus.bundle import Blob, digest_of
-from isthmus.cli.demo import Taken, medians
-from isthmus.planner.planning.document import to_json
-from isthmus.planner.planning.plan import Candidate, Coding
-from isthmus.planner.planning.published import publish_plan
+from isthmus.artifacts.bundle import Blob, digest_of
+from isthmus.artifacts.plan import Candidate, Coding
+from isthmus.artifacts.plan_document import to_json
 from isthmus.serving import create_router_app, create_segment_app
+from isthmus_tools.cli.demo import Taken, medians
+from isthmus_tools.planner.published import publish_plan
 from plans import candidate, plan_for
 from segments import run_whole
 

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from onnx import parser
 
 from isthmus.errors import CutError, Infeasible, ProblemMalformed
-from isthmus.graph import build, open_model
-from isthmus.graph.cuts import crossing_values, upstream_of
-from isthmus.planner.search import (
+from isthmus_tools.graph import build, open_model
+from isthmus_tools.graph.cuts import crossing_values, upstream_of
+from isthmus_tools.planner.search import (
     Labels,
     Link,
     Problem,
@@ -34,8 +34,8 @@ from isthmus.planner.search import (
     tally,
     with_speed,
 )
-from isthmus.planner.search.from_graph import boundaries, cut_of, from_model, positions
-from isthmus.planner.search.prefix import best_prefix
+from isthmus_tools.planner.search.from_graph import boundaries, cut_of, from_model, positions
+from isthmus_tools.planner.search.prefix import best_prefix
 from models import REAL
 from planner_problems import divisions, language_model, random_problem
 from test_graph_random import graphs

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from isthmus.bundle import TensorSpec
+from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import ImageMalformed, IsthmusError, MediaUnsupported, ModelError, RequestTooLarge, ShapeMismatch
 from isthmus.processing.image import ACCEPTED, MAX_SCANS, decode, looks_like_image, preprocess, validate_spec
 

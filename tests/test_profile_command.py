@@ -25,11 +25,11 @@ from bundles import (
     served,
     value,
 )
-from isthmus.cli import app
-from isthmus.graph import zoo
-from isthmus.planner.profiling.profile import content_of, from_json
+from isthmus.artifacts.profile import content_of, from_json
 from isthmus.serving import create_router_app, create_segment_app
 from isthmus.serving.profiling import SECRET
+from isthmus_tools.cli import app
+from isthmus_tools.zoo import models as zoo
 from models import ROOT, efficientnet_lite0
 
 TOKEN = "a-token"

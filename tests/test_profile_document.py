@@ -15,14 +15,11 @@ from hypothesis import strategies as st
 
 from bundles import Published, publish_photos
 from bundles import photos as photos
-from isthmus.codecs.speed import CodecSpeed
-from isthmus.device import Device
-from isthmus.errors import ProfileMalformed, RegistryError
-from isthmus.graph import add_cuts
-from isthmus.planner.profiling import profiles, steady
-from isthmus.planner.profiling.profile import (
+from isthmus.artifacts.device import Device
+from isthmus.artifacts.profile import (
     FORMAT,
     MAX_PROFILE_BYTES,
+    CodecSpeed,
     HopCost,
     Profile,
     SegmentCost,
@@ -31,10 +28,13 @@ from isthmus.planner.profiling.profile import (
     from_json,
     to_json,
 )
-from isthmus.planner.profiling.spread import MOST_CUTS
-from isthmus.planner.profiling.steady import timing
+from isthmus.errors import ProfileMalformed, RegistryError
 from isthmus.registry import FolderStore, Registry
 from isthmus.serving import profiling
+from isthmus_tools.graph import add_cuts
+from isthmus_tools.profiling import profiles, steady
+from isthmus_tools.profiling.spread import MAX_CUTS
+from isthmus_tools.profiling.steady import timing
 from s3_server import store_at, unique_prefix
 
 DEVICE = Device("Fast CPU", "x86_64", 4, 2, ("CPUExecutionProvider",), "onnxruntime 1", "0.1", 2**30)
@@ -243,9 +243,9 @@ def test_the_bounds_in_the_docs_are_the_codes() -> None:
         f"| `runs` | {profiling.RUNS} | timed runs, 1 to {profiling.MAX_RUNS} |",
         f"| `warmup` | {profiling.WARMUP} | runs before them, 0 to {profiling.MAX_WARMUP} |",
         f"`{FORMAT}`: JSON of at most {MAX_PROFILE_BYTES // 2**20} MiB",
-        f"to {steady.MOST_DRIFT:.0%} between their medians",
+        f"to {steady.MAX_DRIFT:.0%} between their medians",
         f'"format": "{profiling.FORMAT}"',
-        f"there are {MOST_CUTS} at most",
+        f"there are {MAX_CUTS} at most",
         f"the secret `{profiling.SECRET}`",
     ):
         assert text in PAGE, text

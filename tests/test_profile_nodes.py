@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.bundle import WHOLE
+from isthmus.artifacts.bundle import WHOLE
 from isthmus.errors import ModelError
-from isthmus.graph import Model, build, cuts, open_model
-from isthmus.graph.optimised import OptimisedNode, read_optimised
-from isthmus.planner.profiling.nodes import matched, node_seconds
-from isthmus.planner.profiling.spread import spread_cuts
-from isthmus.runners.kernels import Observed, middle, read_trace
-from isthmus.runners.ort import OrtObserver
+from isthmus.runtime.kernels import Observed, middle, read_trace
+from isthmus.runtime.ort_runner import OrtObserver
+from isthmus_tools.graph import Model, build, cuts, open_model
+from isthmus_tools.graph.optimised import OptimisedNode, read_optimised
+from isthmus_tools.profiling.nodes import matched, node_seconds
+from isthmus_tools.profiling.spread import spread_cuts
 from models import REAL
 
 RUNS = 9  # of each kernel, the two longest times but the first do not count: the machine may pause in one

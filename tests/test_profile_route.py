@@ -15,13 +15,13 @@ from flask.testing import FlaskClient
 
 from bundles import Published, ready, segment_settings
 from bundles import photos as photos
-from isthmus import frame as frames
-from isthmus.bundle import WHOLE
-from isthmus.device import cpu_name, from_document, memory
-from isthmus.frame import Frame
-from isthmus.graph.optimised import read_optimised
+from isthmus.artifacts.bundle import WHOLE
+from isthmus.artifacts.device import cpu_name, from_document, memory
 from isthmus.serving import create_segment_app
 from isthmus.serving.profiling import SECRET
+from isthmus.wire import frame as frames
+from isthmus.wire.frame import Frame
+from isthmus_tools.graph.optimised import read_optimised
 from patience import least
 
 TOKEN = "a-token"

@@ -10,9 +10,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from bundles import publish, ready, router_settings, save, segment_settings, served, value, weight
-from isthmus.bundle import Blob, Segment, TensorSpec
+from isthmus.artifacts.bundle import Blob, Segment
+from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import RunFailed, ValueRefused
-from isthmus.runners.ort import OrtRunner
+from isthmus.runtime.ort_runner import OrtRunner
 from isthmus.serving import create_router_app, create_segment_app
 
 UPDATES = numpy_helper.from_array(np.zeros((2, 4), np.float32), "updates")

@@ -17,18 +17,17 @@ from hypothesis import strategies as st
 
 from bundles import Published, photo, publish_photos, ready, router_settings, segment_settings
 from fake_bundles import make_bundle
-from isthmus import frame as frames
-from isthmus.bundle import MAX_MANIFEST_BYTES, WHOLE, Bundle, digest_of, from_json, subject_digest, to_json
-from isthmus.calibration import fidelity_document
+from isthmus.artifacts import fidelity_document, plan_document
+from isthmus.artifacts import profile as profile_document
+from isthmus.artifacts.bundle import MAX_MANIFEST_BYTES, WHOLE, Bundle, digest_of, from_json, subject_digest, to_json
 from isthmus.errors import CacheFull, Corrupt, IsthmusError, RegistryError
-from isthmus.frame import Frame
-from isthmus.planner.planning import document as plan_document
-from isthmus.planner.profiling import profile as profile_document
 from isthmus.processing.image_spec import validate_spec
 from isthmus.registry import FolderStore, Registry, SegmentCache
 from isthmus.registry.content import read_manifest
+from isthmus.runtime.tables import Tables
 from isthmus.serving import create_router_app, create_segment_app
-from isthmus.serving.tables import Tables
+from isthmus.wire import frame as frames
+from isthmus.wire.frame import Frame
 from s3_server import PATIENCE
 from test_plan_codecs import fidelity
 from test_plan_document import full_plan

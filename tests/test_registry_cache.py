@@ -14,7 +14,7 @@ import pytest
 
 from fake_bundles import Fake, allocated, fill, hold, make_bundle, variant, weights_here
 from faulty_relay import Relay, flipped, relaying
-from isthmus.bundle import digest_of, to_json
+from isthmus.artifacts.bundle import digest_of, to_json
 from isthmus.errors import CacheFull, Missing, RegistryError, SettingsError
 from isthmus.registry import FolderStore, Registry, SegmentCache
 from patience import LONG_S, eventually

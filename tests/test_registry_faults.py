@@ -11,7 +11,7 @@ import pytest
 
 from fake_bundles import Fake, make_bundle, weights_here
 from faulty_relay import Fault, Relay, relaying
-from isthmus.bundle import Bundle
+from isthmus.artifacts.bundle import Bundle
 from isthmus.errors import Corrupt, Denied, IsthmusError, RegistryError, RegistryUnavailable
 from isthmus.registry import Patience, Registry, SegmentCache
 from patience import least

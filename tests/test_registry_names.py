@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from bundles import Published, photo, ready, router_settings, segment_settings
 from bundles import photos as photos
 from fake_bundles import make_bundle
-from isthmus import frame as frames
 from isthmus.errors import Missing, RegistryError
-from isthmus.frame import MAX_TEXT_BYTES, Frame
 from isthmus.registry import FolderStore, Registry
 from isthmus.serving import create_router_app, create_segment_app
+from isthmus.wire import frame as frames
+from isthmus.wire.frame import MAX_TEXT_BYTES, Frame
 from s3_server import PATIENCE, S3Server, store_at, unique_prefix
 
 ODD = [

@@ -14,14 +14,14 @@ from typer.testing import CliRunner
 
 from fake_bundles import make_bundle
 from fake_s3 import FakeS3, Request, Response, error, serving
-from isthmus.cli import app
-from isthmus.cli.console import registry_settings
-from isthmus.cli.engine import variables
 from isthmus.errors import Denied, IsthmusError, RegistryError, SettingsError
-from isthmus.local.secrets import SecretFolder
-from isthmus.planner.profiling.remote import ProfiledFunction
 from isthmus.registry import Patience, open_registry, parse_address
 from isthmus.settings import RegistrySettings, SegmentSettings, read_secret
+from isthmus_tools.cli import app
+from isthmus_tools.cli.console import registry_settings
+from isthmus_tools.cli.engine import variables
+from isthmus_tools.engine.secrets import SecretFolder
+from isthmus_tools.profiling.remote import ProfiledFunction
 
 SECRET = "a-secret-that-no-message-may-hold"
 
@@ -35,7 +35,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-config"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-credentials"))
-    monkeypatch.setattr("isthmus.cli.console.ENGINE_SECRETS", str(tmp_path / "secrets"))
+    monkeypatch.setattr("isthmus_tools.cli.console.ENGINE_SECRETS", str(tmp_path / "secrets"))
     (tmp_path / "secrets").mkdir()
     (tmp_path / "secrets" / "s3-access-key-id").write_text("KEYID\r\n")
     (tmp_path / "secrets" / "s3-secret-access-key").write_text(f"{SECRET}\n")

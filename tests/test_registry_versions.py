@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fake_bundles import Fake, make_bundle, variant
-from isthmus.bundle import WeightTensor, digest_of
+from isthmus.artifacts.bundle import WeightTensor, digest_of
 from isthmus.errors import Corrupt, Missing, RegistryError, SettingsError
 from isthmus.registry import BlobStore, FolderStore, Registry, Version, open_registry
 from isthmus.settings import RegistrySettings

@@ -23,7 +23,7 @@ from bundles import (
     segment_settings,
 )
 from bundles import photos as photos
-from isthmus.bundle import WHOLE, Bundle
+from isthmus.artifacts.bundle import WHOLE, Bundle
 from isthmus.context import Deadline
 from isthmus.errors import (
     DeadlineExceeded,
@@ -37,8 +37,8 @@ from isthmus.errors import (
     ShapeMismatch,
 )
 from isthmus.registry import Located
-from isthmus.runners.ort import OrtRunner, available_providers, cpu_limit
-from isthmus.runners.store import MAX_LOADING, SegmentStore
+from isthmus.runtime.ort_runner import OrtRunner, available_providers, cpu_limit
+from isthmus.runtime.store import MAX_LOADING, SegmentStore
 from patience import LONG_S, eventually, until
 
 CPU = ("CPUExecutionProvider",)
@@ -374,7 +374,7 @@ def test_files_stay_pinned_while_loaded_and_are_released_after_eviction(photos: 
 def test_runs_wait_for_a_cpu_no_longer_than_their_deadline(
     photos: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("isthmus.runners.store.cpu_limit", lambda: 1)
+    monkeypatch.setattr("isthmus.runtime.store.cpu_limit", lambda: 1)
     store = SegmentStore(Source(photos, tmp_path), segment_settings(photos, tmp_path))
     store.runner(photos.digest, WHOLE, soon())
     inside, leave = threading.Event(), threading.Event()

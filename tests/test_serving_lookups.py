@@ -16,15 +16,15 @@ from flask.testing import FlaskClient
 
 from bundles import Published, metrics, photo, ready, router_settings, segment_settings
 from bundles import photos as photos
-from isthmus import frame as frames
 from isthmus.admission import MAX_WAITING, Slots, aside
-from isthmus.bundle import WHOLE
+from isthmus.artifacts.bundle import WHOLE
 from isthmus.context import Deadline
 from isthmus.errors import DeadlineExceeded, IsthmusError, Missing, Overloaded, RegistryUnavailable
-from isthmus.frame import Frame
 from isthmus.registry import FolderStore
 from isthmus.registry.lookups import MAX_REMEMBERED, MAX_UNDER_WAY, Lookups
 from isthmus.serving import create_router_app, create_segment_app
+from isthmus.wire import frame as frames
+from isthmus.wire.frame import Frame
 from patience import LONG_S, eventually
 
 SHORT = {"X-Timeout": "400ms"}

@@ -16,16 +16,17 @@ from flask.testing import FlaskClient
 
 from bundles import Published, ready, router_settings, segment_settings
 from bundles import photos as photos
-from isthmus import frame as frames
-from isthmus.codecs import Packing, pack
+from isthmus.codecs import Encoding, pack
 from isthmus.context import Deadline
 from isthmus.errors import DeadlineExceeded, Overloaded, RequestTooLarge
-from isthmus.frame import Frame
-from isthmus.json_bounds import parsed_bytes
-from isthmus.runners.store import SegmentStore
-from isthmus.serving import create_router_app, create_segment_app, oip
+from isthmus.oip import messages as oip
+from isthmus.runtime.store import SegmentStore
+from isthmus.serving import create_router_app, create_segment_app
 from isthmus.serving.encodings import MIN_BYTES, encoded
 from isthmus.serving.memory import CountedMemory, Reservation, Turns
+from isthmus.wire import frame as frames
+from isthmus.wire.frame import Frame
+from isthmus.wire.json_bounds import parsed_bytes
 from patience import LONG_S, least, peak_of
 
 COUNT = 30_000
@@ -156,7 +157,7 @@ def test_decoded_tensors_are_counted_and_their_working_memory_only_meanwhile(
 
     monkeypatch.setattr(SegmentStore, "run", counted)
     client = ready(create_segment_app(segment_settings(photos, tmp_path / "cache")).test_client())
-    packed = pack(np.zeros((1, 16, 8, 8), "float32"), Packing("int8/1"))
+    packed = pack(np.zeros((1, 16, 8, 8), "float32"), Encoding("int8/1"))
     data = frames.encode(Frame({}, photos.digest, "1..", packed={"r1": packed}))  # type: ignore[dict-item]
     memory = CountedMemory(4 * 1024)
     for _ in range(2):

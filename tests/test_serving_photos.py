@@ -20,8 +20,8 @@ from PIL import Image
 from bundles import Published, free_model, photo, publish, served
 from bundles import photos as photos
 from isthmus.errors import RequestMalformed
+from isthmus.oip import messages as oip
 from isthmus.processing.wrapped import Form, from_base64, looks_like_form, read_form
-from isthmus.serving import oip
 from routers import Chain, assert_classes, expected_classes, local_router
 from routers import chain as chain
 from routers import client as client

@@ -17,12 +17,12 @@ from flask.testing import FlaskClient
 
 from bundles import TOLERANCE, Published, cache_of, metrics, publish_photos, ready, segment_settings, served, until
 from bundles import photos as photos
-from isthmus import frame as frames
-from isthmus.bundle import WHOLE
+from isthmus.artifacts.bundle import WHOLE
 from isthmus.errors import SettingsError
-from isthmus.frame import Frame
-from isthmus.graph.bake import bake
 from isthmus.serving import create_segment_app
+from isthmus.wire import frame as frames
+from isthmus.wire.frame import Frame
+from isthmus_tools.graph.bake import bake
 from patience import LONG_S
 
 TRACE = "00-" + "c" * 32 + "-" + "d" * 16 + "-01"
@@ -201,7 +201,7 @@ def test_metrics_answer_in_the_format_that_is_asked_for(client: FlaskClient) -> 
 
 def hold_runs(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
     """Runs wait for the second event; the first says that one is under way."""
-    from isthmus.runners.ort import OrtRunner
+    from isthmus.runtime.ort_runner import OrtRunner
 
     inside, leave = threading.Event(), threading.Event()
     original = OrtRunner.run
@@ -235,7 +235,7 @@ def test_one_request_too_many_is_told_when_to_come_back(
 
 
 def test_x_timeout_shortens_the_deadline(photos: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("isthmus.runners.store.cpu_limit", lambda: 1)
+    monkeypatch.setattr("isthmus.runtime.store.cpu_limit", lambda: 1)
     app = create_segment_app(segment_settings(photos, tmp_path))
     client = ready(app.test_client())
     client.post("/", data=framed(photos))
@@ -271,7 +271,7 @@ def test_an_unexpected_error_tells_the_caller_nothing_but_an_id(
     def broken(*_: object) -> None:
         raise ZeroDivisionError("secret /home/somebody")
 
-    monkeypatch.setattr("isthmus.runners.store.SegmentStore.run", broken)
+    monkeypatch.setattr("isthmus.runtime.store.SegmentStore.run", broken)
     answer = client.post("/", data=framed(photos), headers={"X-Call-Id": "call-3"})
     assert answer.status_code == 500
     assert answer.json["facts"] == {"call_id": "call-3"}
@@ -288,7 +288,7 @@ def test_facts_that_json_has_no_form_for_do_not_break_the_error(
     def refuse(*_: object) -> None:
         raise NotReady("later", path=Path("/x"), count=np.int64(3), retry_after_s=2.4)
 
-    monkeypatch.setattr("isthmus.runners.store.SegmentStore.run", refuse)
+    monkeypatch.setattr("isthmus.runtime.store.SegmentStore.run", refuse)
     answer = client.post("/", data=framed(photos))
     assert answer.status_code == 503
     assert answer.headers["Retry-After"] == "3", "whole seconds, never too early"

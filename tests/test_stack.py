@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from isthmus.errors import LocalError
-from isthmus.local.build import stage
-from isthmus.local.stack import FunctionSpec, Stack, read_stack, substitute
 from isthmus.settings import EnvSettings, RegistrySettings, RouterSettings, SegmentSettings
 from isthmus.units import parse_size
+from isthmus_tools.engine.build import stage
+from isthmus_tools.engine.stack import FunctionSpec, Stack, read_stack, substitute
 from local_stack import ROOT, STACK, write_stack
 
 FILES = ["stack.yml", "stack.pro.yml"]
@@ -53,7 +53,7 @@ def test_a_stack_names_the_three_functions_and_their_folders(file: str) -> None:
     found = stack(file)
     assert list(found.functions) == ["router", "edge-head", "cloud-tail"]
     assert found.gateway == "http://127.0.0.1:8080"
-    assert found.copy == ("shared",)
+    assert found.copy == ("shared/isthmus",)
     for spec in found.functions.values():
         assert (ROOT / spec.handler / "handler.py").is_file()
         assert (ROOT / spec.handler / "requirements.txt").is_file()

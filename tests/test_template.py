@@ -21,7 +21,7 @@ import pytest
 import urllib3
 import yaml
 
-from isthmus.local.replica import OF_THE_IMAGE
+from isthmus_tools.engine.replica import OF_THE_IMAGE
 from local_stack import ROOT, http
 from patience import LONG_S, eventually
 from ports import free_port

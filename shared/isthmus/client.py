@@ -11,7 +11,8 @@ from urllib.parse import quote, urlencode
 
 import numpy as np
 
-from isthmus.bundle import TensorSpec
+from isthmus.arrays import Array
+from isthmus.artifacts.tensors import TensorSpec
 from isthmus.codecs.raw import RAW
 from isthmus.context import Deadline
 from isthmus.errors import (
@@ -23,14 +24,13 @@ from isthmus.errors import (
     RequestMalformed,
     ShapeMismatch,
 )
-from isthmus.frame import DTYPES
-from isthmus.http_pool import BrokenOff, ConnectionPool, Response, ResponseTooLong, Unreachable, is_url
-from isthmus.serving import oip
-from isthmus.serving.oip_tensor import datatype_of, from_binary, shape_of
+from isthmus.http.pool import BrokenOff, ConnectionPool, Response, ResponseTooLong, Unreachable, is_url
+from isthmus.oip import messages as oip
+from isthmus.oip.tensor import datatype_of, from_binary, shape_of
+from isthmus.wire.frame import DTYPES
 
 MAX_RESPONSE_BYTES = 2**30
 _CONNECT_TIMEOUT_S = 5.0
-Array = np.ndarray[Any, np.dtype[Any]]
 _DTYPE = {datatype_of(dtype): dtype for dtype in DTYPES}
 
 

@@ -25,7 +25,7 @@ FIRST_ROOM = 2 * 2**20  # bytes that are made ready for a body before any of it 
 MAX_CHUNK_LINE = 1024  # bytes of a chunk's size with its extensions, which nobody sends
 MAX_TRAILER = 2**16  # bytes of the fields after the last chunk, which nobody reads
 CHUNK_SLACK = 2**16  # bytes that a chunked body may be over its bound before waitress refuses it
-LONGEST_KNOWN = 128  # bytes of a header's name or a URL that is remembered; most are few and short
+MAX_KNOWN = 128  # bytes of a header's name or a URL that is remembered; most are few and short
 HEAD_END = b"\r\n\r\n"
 
 # A bytearray as it is found: filling megabytes with zeros first takes half as long as receiving them.
@@ -176,7 +176,7 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
     def on_header(self, name: bytes, value: bytes) -> None:
         if b"_" in name:
             return  # it would pass for the header with a hyphen
-        key = _known_key(name) if len(name) <= LONGEST_KNOWN else _key(name)
+        key = _known_key(name) if len(name) <= MAX_KNOWN else _key(name)
         text = value.strip(b" \t").decode("latin-1")
         self.headers[key] = f"{self.headers[key]}, {text}" if key in self.headers else text
 
@@ -220,7 +220,7 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
         headers = self.headers
         self.command, self.version = parser.get_method().decode("latin-1"), parser.get_http_version()
         self.request_uri = self._url.decode("latin-1")
-        split = _known_uri if len(self._url) <= LONGEST_KNOWN else split_uri
+        split = _known_uri if len(self._url) <= MAX_KNOWN else split_uri
         try:
             self.proxy_scheme, self.proxy_netloc, self.path, self.query, self.fragment = split(self._url)
         except ValueError as e:  # [ without ]

@@ -22,7 +22,7 @@ from waitress.utilities import InternalServerError, build_http_date  # type: ign
 AFTER, TAKES_BUFFERS, MEMORY = "isthmus.after", "isthmus.takes_buffers", "isthmus.memory"
 BEGAN = "isthmus.began"
 RETRY_AFTER_S = 1
-MOST_PARTS = 64  # the kernel takes 1,024 at a time
+MAX_PARTS = 64  # the kernel takes 1,024 at a time
 
 
 class JsonErrorTask(ErrorTask):  # type: ignore[misc]
@@ -224,7 +224,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         if not self.connected:
             raise ClientDisconnected
         with self.outbuf_lock:
-            if not self.total_outbufs_len and len(parts) <= MOST_PARTS:
+            if not self.total_outbufs_len and len(parts) <= MAX_PARTS:
                 try:
                     sent = self.socket.sendmsg(parts)
                 except BlockingIOError:

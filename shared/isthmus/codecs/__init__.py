@@ -11,25 +11,21 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
+from isthmus.arrays import Array
+from isthmus.artifacts.choice import KNOWN, LOSSLESS_ID, RAW_ID, SPARSE_ID, TRANSFORM_ID
 from isthmus.codecs import raw
 
-Array = np.ndarray[Any, np.dtype[Any]]
-RAW = "raw"
-LOSSLESS_ID = "lossless/3"
-SPARSE_ID = "sparse/2"
-TRANSFORM_ID = "transform/4"
 
-
-class NotPackable(ValueError):
+class NotEncodable(ValueError):
     """This codec would not keep what is in the array: the tensor travels raw instead."""
 
 
 @dataclass(frozen=True)
-class Packed:
+class EncodedTensor:
     """A tensor as it lies in a frame: its payload, and the dtype and shape that unpacking gives."""
 
     codec: str
@@ -42,15 +38,8 @@ class Packed:
         return len(self.payload)
 
 
-class TensorType(NamedTuple):
-    """A tensor's dtype, by numpy's name, and its shape."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
 @dataclass(frozen=True)
-class Packing:
+class Encoding:
     """How one tensor is to be packed.
 
     `quality`, from 0 to 1, matters to codecs that trade bytes for error; `table` to those that were calibrated.
@@ -69,11 +58,11 @@ class Codec(Protocol):
         """Whether unpacking needs a table."""
         ...
 
-    def encode(self, array: Array, packing: Packing) -> bytes | memoryview:
+    def encode(self, array: Array, packing: Encoding) -> bytes | memoryview:
         """The payload of `array` (any shape and strides).
 
         Raises:
-            NotPackable: the codec cannot keep it: a dtype that it does not take, NaN, values out of range.
+            NotEncodable: the codec cannot keep it: a dtype that it does not take, NaN, values out of range.
         """
         ...
 
@@ -106,17 +95,6 @@ _PLACES: Mapping[str, str] = {
     TRANSFORM_ID: "transform:TRANSFORM",
     "photo/1": "photo:PHOTO",
 }
-KNOWN: tuple[str, ...] = (RAW, *_PLACES)
-"""Every codec's id; a frame that names another is refused."""
-_SUCCESSORS: Mapping[str, str] = {"transform/3": TRANSFORM_ID}
-"""Earlier ids whose tables and sizes hold for a codec of today. Their payloads are refused."""
-NEVER_CHOSEN = frozenset({"photo/1"})
-"""Codecs that nobody chooses for boundary tensors: `photo/1` carries the photo itself."""
-
-
-def successor(codec: str) -> str:
-    """The id that a codec named in a setting, plan or fidelity document has today; itself if it has no successor."""
-    return _SUCCESSORS.get(codec, codec)
 
 
 @lru_cache(maxsize=len(KNOWN))
@@ -126,7 +104,7 @@ def find(codec: str) -> Codec:
     Raises:
         KeyError: there is none.
     """
-    if codec == RAW:
+    if codec == RAW_ID:
         return raw.RAW
     module, _, name = _PLACES[codec].partition(":")
     found: Codec = getattr(importlib.import_module(f"isthmus.codecs.{module}"), name)
@@ -138,25 +116,25 @@ MAX_DECODING_BYTES = 64 * 2**20
 would take more travels raw, since a reader would refuse it."""
 
 
-def pack(array: Array, packing: Packing) -> Packed | Array:
+def pack(array: Array, packing: Encoding) -> EncodedTensor | Array:
     """`array` packed, or as it is where the codec would not keep it, would not make it smaller, or where decoding takes
     more memory than readers allow.
 
     Raises:
         KeyError: no such codec.
     """
-    if packing.codec == RAW:
+    if packing.codec == RAW_ID:
         return array
     codec = find(packing.codec)
     if array.nbytes + codec.working_bytes(array.dtype, array.shape) > MAX_DECODING_BYTES:
         return array
     try:
         payload = codec.encode(array, packing)
-    except NotPackable:
+    except NotEncodable:
         return array
     if len(payload) >= array.nbytes:
         return array
-    return Packed(packing.codec, _name(array.dtype), array.shape, payload)
+    return EncodedTensor(packing.codec, _name(array.dtype), array.shape, payload)
 
 
 @lru_cache(maxsize=32)

@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from isthmus.codecs import Array, NotPackable, Packing
-from isthmus.codecs.payload import LONGEST_SECTION, Reader, bytes_of, count_of, restore, shrink
+from isthmus.arrays import Array
+from isthmus.codecs import Encoding, NotEncodable
+from isthmus.codecs.payload import MAX_SECTION, Reader, bytes_of, count_of, restore, shrink
 
 MAX_OFFSET = 2**21
 """Of values far from zero for their width, the step is larger than the width asks for: float32 has no finer ones."""
 _TINY = 2.0**-126
 _LARGEST = {2: 65504.0, 4: (2 - 2**-23) * 2.0**127}
-_LARGEST_BFLOAT16 = (2 - 2**-7) * 2.0**127
+_MAX_BFLOAT16 = (2 - 2**-7) * 2.0**127
 _ROUND = np.float32(1.5 * 2**23)
 """Added to a float32 of up to 2**22, it leaves the nearest whole number in the lowest bits."""
 _SCALE = struct.Struct("<fi")
@@ -35,11 +36,11 @@ class Int8:
 
     calibrated = False
 
-    def encode(self, array: Array, packing: Packing | None = None) -> bytes:
+    def encode(self, array: Array, packing: Encoding | None = None) -> bytes:
         """The step, the offset, and the section of codes.
 
         Raises:
-            NotPackable: another dtype; NaN or infinity; values too large or too small for a step in float32.
+            NotEncodable: another dtype; NaN or infinity; values too large or too small for a step in float32.
         """
         if not _takes(array):
             return b""
@@ -47,7 +48,7 @@ class Int8:
         least, most = float(values.min()), float(values.max())
         largest = max(most, -least)
         if not math.isfinite(most - least):
-            raise NotPackable("NaN or infinity")
+            raise NotEncodable("NaN or infinity")
         wanted = max((most - least) / 254, largest / (MAX_OFFSET / 2)) if most > least else largest or 1.0
         step = np.float32(wanted) if wanted < 2.0**127 else np.float32(0)
         check_step(float(step), largest + (float(step) if most > least else 0.0), array.dtype)
@@ -87,11 +88,11 @@ class Int4:
 
     calibrated = False
 
-    def encode(self, array: Array, packing: Packing | None = None) -> bytes:
+    def encode(self, array: Array, packing: Encoding | None = None) -> bytes:
         """The length of the scales' section, that section, and the section of pairs of codes.
 
         Raises:
-            NotPackable: as `Int8.encode`.
+            NotEncodable: as `Int8.encode`.
         """
         if not _takes(array):
             return b""
@@ -143,10 +144,10 @@ def _takes(array: Array) -> bool:
     """Whether there is something to pack.
 
     Raises:
-        NotPackable: it is not for these codecs.
+        NotEncodable: it is not for these codecs.
     """
-    if not lossy_float(array.dtype) or array.nbytes > LONGEST_SECTION:
-        raise NotPackable(f"{array.nbytes} bytes of {array.dtype.name}")
+    if not lossy_float(array.dtype) or array.nbytes > MAX_SECTION:
+        raise NotEncodable(f"{array.nbytes} bytes of {array.dtype.name}")
     return array.size > 0
 
 
@@ -160,11 +161,11 @@ def check_step(smallest: float, largest: float, dtype: np.dtype[Any]) -> None:
     """Whether the smallest of all steps, and the largest value that may come back, can be.
 
     Raises:
-        NotPackable: the step is too small for float32, or the value too large for `dtype`.
+        NotEncodable: the step is too small for float32, or the value too large for `dtype`.
     """
     # numpy knows no bfloat16 and calls it V; it takes 10 µs to say a dtype's name.
-    if smallest < _TINY or largest > (_LARGEST[dtype.itemsize] if dtype.kind == "f" else _LARGEST_BFLOAT16):
-        raise NotPackable("values too small or too large for a step in float32")
+    if smallest < _TINY or largest > (_LARGEST[dtype.itemsize] if dtype.kind == "f" else _MAX_BFLOAT16):
+        raise NotEncodable("values too small or too large for a step in float32")
 
 
 def _scaled(values: Array, offset: Any, step: Any, dtype: np.dtype[Any]) -> Array:
@@ -188,7 +189,7 @@ def _scales_of(values: Array, dtype: np.dtype[Any]) -> Array:
     least, most = (f(axis=(0, 2)).astype(np.float64) for f in (values.min, values.max))
     largest = np.maximum(most, -least)
     if not math.isfinite(largest.max()):
-        raise NotPackable("NaN or infinity")
+        raise NotEncodable("NaN or infinity")
     width = most - least
     wide = width > 0
     # Rounded up to two bytes, for many channels have few values each; the other two compress away.

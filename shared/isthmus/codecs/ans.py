@@ -16,11 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, np.dtype[Any]]
+from isthmus.arrays import Array
 
 SCALE = 2**16
 """What the frequencies of a model sum to; states lie between this and its square."""

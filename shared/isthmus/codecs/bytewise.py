@@ -7,14 +7,14 @@ each of them has a code of its own. docs/codecs.md, `transform/4`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
+from isthmus.arrays import Array
 from isthmus.codecs.levels import ZERO_BITS, Models
 from isthmus.codecs.payload import restore, shrink
 
-Array = np.ndarray[Any, np.dtype[Any]]
 Run: TypeAlias = tuple[int, int, int]
 """A level, and where its run starts and stops: at multiples of `entropy.unit`, but for the last. Levels rise."""
 

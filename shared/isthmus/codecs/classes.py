@@ -8,17 +8,15 @@ percent.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from isthmus.arrays import Array
 from isthmus.codecs.steps import size_of
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 CLASSES = tuple(2**bits for bits in range(13))
 """How many a table may have: a row's class takes up to twelve bits."""
-MOST_NUMBERS = 2**20
+MAX_NUMBERS = 2**20
 """Of classes times channels: a table takes 13 bytes of memory for each."""
 
 _LEADING, _NEAREST = 64, 8

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import struct
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
+from isthmus.arrays import Array
 from isthmus.codecs import bytewise
 from isthmus.codecs.ans import Decoder, Encoder, PlainBits, bits_of
 from isthmus.codecs.bytewise import Run as Run
@@ -22,7 +22,6 @@ from isthmus.codecs.runs import Plain, Stretch
 from isthmus.codecs.runs import Plan as Plan
 from isthmus.codecs.runs import unit as unit
 
-Array = np.ndarray[Any, np.dtype[Any]]
 LARGEST = 2**23
 """Magnitudes of this size or more cannot be coded."""
 

@@ -9,7 +9,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from isthmus.codecs import Array, NotPackable, Packing
+from isthmus.arrays import Array
+from isthmus.codecs import Encoding, NotEncodable
 from isthmus.codecs.payload import bytes_of, count_of
 
 _LEAST = np.full(2**17, 113 << 23, np.uint32)
@@ -34,14 +35,14 @@ class Half:
     """Its bits."""
     calibrated = False
 
-    def encode(self, array: Array, packing: Packing | None = None) -> memoryview:
+    def encode(self, array: Array, packing: Encoding | None = None) -> memoryview:
         """The rounded values, little-endian.
 
         Raises:
-            NotPackable: neither float32 nor float64, or a finite value would become infinite.
+            NotEncodable: neither float32 nor float64, or a finite value would become infinite.
         """
         if array.dtype.kind != "f" or array.dtype.itemsize < 4:
-            raise NotPackable(f"{array.dtype.name} is not made smaller")
+            raise NotEncodable(f"{array.dtype.name} is not made smaller")
         values = np.ascontiguousarray(array)
         if self.dtype == np.float16 and values.dtype == np.dtype("<f4"):
             bits = _to_float16(values.reshape(-1).view("<u4"))
@@ -51,7 +52,7 @@ class Half:
             short = values.astype(self.dtype)
         infinite = (short.view("<u2") & np.uint16(0x7FFF)) == self.infinity
         if infinite.any() and not np.array_equal(infinite, np.isinf(array)):
-            raise NotPackable(f"a finite value is too large for {self.dtype.name}")
+            raise NotEncodable(f"a finite value is too large for {self.dtype.name}")
         return bytes_of(short)
 
     def working_bytes(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
+from isthmus.arrays import Array
 from isthmus.codecs.ans import Model
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 LEVELS = 17
 UNIT_LEVEL = 12
@@ -25,7 +23,7 @@ TOP = 20
 ZERO_BITS = 16
 MAGNITUDE_SUM = 4096
 FLAGS = 8
-WIDEST_DEAD_ZONE = 0.75
+MAX_DEAD_ZONE = 0.75
 _BIT = 0.06
 """What a bit is worth, in squares of a step."""
 
@@ -59,7 +57,7 @@ class Models:
         """
         zero = self.zero / 2**ZERO_BITS
         one = (1 - zero) * self.magnitudes[:, 0] / (2 * MAGNITUDE_SUM)
-        zones = np.clip(0.5 + _BIT / 2 * np.log2(zero / one), 0.5, WIDEST_DEAD_ZONE)
+        zones = np.clip(0.5 + _BIT / 2 * np.log2(zero / one), 0.5, MAX_DEAD_ZONE)
         return np.append(zones, 0.5).astype(np.float32)
 
     def grouping(self, level: int, short: bool) -> Grouping:

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from isthmus.codecs import Array, NotPackable, Packing
-from isthmus.codecs.payload import LONGEST_SECTION, Reader, bytes_of, count_of, restore, shrink
+from isthmus.arrays import Array
+from isthmus.codecs import Encoding, NotEncodable
+from isthmus.codecs.payload import MAX_SECTION, Reader, bytes_of, count_of, restore, shrink
 
 _LENGTH = struct.Struct("<I")
 _ONE_BIT = 15
@@ -29,14 +30,14 @@ class Lossless:
 
     calibrated = False
 
-    def encode(self, array: Array, packing: Packing | None = None) -> bytes:
+    def encode(self, array: Array, packing: Encoding | None = None) -> bytes:
         """What docs/codecs.md says under `lossless/3`.
 
         Raises:
-            NotPackable: more than 4 GiB.
+            NotEncodable: more than 4 GiB.
         """
-        if array.nbytes > LONGEST_SECTION:
-            raise NotPackable(f"{array.nbytes} bytes are more than sections can hold")
+        if array.nbytes > MAX_SECTION:
+            raise NotEncodable(f"{array.nbytes} bytes are more than sections can hold")
         if not array.size:
             return b""
         little = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(-1)

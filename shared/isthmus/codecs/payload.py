@@ -20,7 +20,7 @@ else:
 
 MAX_WINDOW_LOG = 23
 """The largest window of a zstd frame that is read is 8 MiB; RFC 8878 asks every decoder to take this much."""
-LONGEST_SECTION = 2**32 - 1
+MAX_SECTION = 2**32 - 1
 
 Kind = Literal["numbers", "checked", "structure"]
 """What a section holds: numbers that hardly ever repeat, the same with a checksum, or what does repeat: indices, masks,

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from isthmus.bundle import TensorSpec
+from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import ShapeMismatch
 from isthmus.processing.image_budget import SHARED, ImageMemory
 
 if TYPE_CHECKING:
-    from isthmus.codecs import Packing
+    from isthmus.codecs import Encoding
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,15 @@ class Photo:
 
     calibrated = True
 
-    def encode(self, array: np.ndarray[Any, np.dtype[Any]], packing: Packing) -> NoReturn:
+    def encode(self, array: np.ndarray[Any, np.dtype[Any]], packing: Encoding) -> NoReturn:
         """Nothing makes a photo of a tensor.
 
         Raises:
-            NotPackable: always.
+            NotEncodable: always.
         """
-        from isthmus.codecs import NotPackable
+        from isthmus.codecs import NotEncodable
 
-        raise NotPackable("a tensor is no photo")
+        raise NotEncodable("a tensor is no photo")
 
     def working_bytes(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
         """Nothing that follows from the tensor: the recipe bounds what a picture may take."""

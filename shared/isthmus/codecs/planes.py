@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, np.dtype[Any]]
+from isthmus.arrays import Array
 
 MAX_AXIS = 1024
 """The longest plane axis that is transformed; its matrix takes 4 MiB."""

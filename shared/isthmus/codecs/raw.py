@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from isthmus.codecs import Packing
+    from isthmus.codecs import Encoding
 
 _LITTLE = sys.byteorder == "little"
 
@@ -18,7 +18,7 @@ class Raw:
 
     calibrated = False
 
-    def encode(self, array: np.ndarray[Any, np.dtype[Any]], packing: Packing | None = None) -> memoryview:
+    def encode(self, array: np.ndarray[Any, np.dtype[Any]], packing: Encoding | None = None) -> memoryview:
         """The bytes of `array` in row-major little-endian order; copied only if its strides or byte order differ."""
         if _LITTLE and array.dtype.isnative:
             try:

@@ -10,19 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
-from isthmus.codecs.classes import CLASSES, MOST_NUMBERS, Classes
+from isthmus.arrays import Array
+from isthmus.codecs.classes import CLASSES, MAX_NUMBERS, Classes
 from isthmus.codecs.levels import Models
 from isthmus.codecs.row_layout import RowLayout
 from isthmus.codecs.stored import check, check_numbers, common_arrays, common_parts
 from isthmus.codecs.table import OCTAVE, ZERO_DEVIATION, Sorting, Table
 
-Array = np.ndarray[Any, np.dtype[Any]]
-
-_FEW_ROWS, _KEPT_VALUES, _MOST_SORTINGS = 16, 2**17, 64
+_FEW_ROWS, _KEPT_VALUES, _MAX_SORTINGS = 16, 2**17, 64
 """Rows whose classes come again: a state's, a vector's; of how many values the order is kept, 3 MB; of how often."""
 
 NAMES = ("rows", "means", "weights", "scale", "synthesis", "deviations", "thirteenths", "zero", "magnitudes")
@@ -55,7 +53,7 @@ class RowTable:
             ValueError: names the part that does not fit.
         """
         channels, classes = self.channels, len(self.means)
-        if classes not in CLASSES or classes * channels > MOST_NUMBERS:
+        if classes not in CLASSES or classes * channels > MAX_NUMBERS:
             raise ValueError(f"a table of {classes} classes of {channels} channels")
         check("means", self.means, np.float32, (classes, channels))
         check("weights", self.weights, np.int8, (classes,))
@@ -115,7 +113,7 @@ class RowTable:
         if found is None:
             found = Sorting.of(self.deviations[classes].reshape(-1), self.models)
             if len(classes) <= _FEW_ROWS:
-                if len(self._sortings) >= min(max(_KEPT_VALUES // found.count, 1), _MOST_SORTINGS):
+                if len(self._sortings) >= min(max(_KEPT_VALUES // found.count, 1), _MAX_SORTINGS):
                     self._sortings.clear()
                 self._sortings[key] = found
         return found

@@ -6,15 +6,13 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
+from isthmus.arrays import Array
 from isthmus.codecs.ans import CERTAIN, Codebook
 from isthmus.codecs.bytewise import SINGLE, Bytewise, Run, choose
 from isthmus.codecs.levels import FLAGS, LEVELS, Grouping, Level, Models
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 MAX_LEVEL = LEVELS - 1 + 2 * 12
 """Every two levels from LEVELS on leave one more plain bit to each value: at most twelve."""

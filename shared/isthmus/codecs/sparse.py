@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from isthmus.codecs import Array, NotPackable, Packing
+from isthmus.arrays import Array
+from isthmus.codecs import Encoding, NotEncodable
 from isthmus.codecs.affine import check_step, lossy_float
 from isthmus.codecs.lossless import LOSSLESS, pack_bits, unpack_bits
-from isthmus.codecs.payload import LONGEST_SECTION, Reader, bytes_of, count_of, restore, shrink
+from isthmus.codecs.payload import MAX_SECTION, Reader, bytes_of, count_of, restore, shrink
 
 _HEADER = struct.Struct("<BfII")
 """The form of the values, their step, how many there are, and the length of the section of bits."""
@@ -34,14 +35,14 @@ class Sparse:
 
     calibrated = False
 
-    def encode(self, array: Array, packing: Packing) -> bytes:
+    def encode(self, array: Array, packing: Encoding) -> bytes:
         """The header, the bits' section, and the values: as `lossless/3` has them, or a section of codes.
 
         Raises:
-            NotPackable: no float; below quality 1 also float64, NaN, infinity, or values too small to be scaled.
+            NotEncodable: no float; below quality 1 also float64, NaN, infinity, or values too small to be scaled.
         """
-        if array.dtype.kind not in "fV" or array.nbytes > LONGEST_SECTION:
-            raise NotPackable(f"{array.nbytes} bytes of {array.dtype.name}")
+        if array.dtype.kind not in "fV" or array.nbytes > MAX_SECTION:
+            raise NotEncodable(f"{array.nbytes} bytes of {array.dtype.name}")
         if not array.size:
             return b""
         flat = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(-1)
@@ -106,13 +107,13 @@ def _placed(values: Array, there: Array, step: np.float32, dtype: np.dtype[Any])
 def _quantised(flat: Array, quality: float) -> tuple[Array, float]:
     """The codes of `flat`, and the step that they count."""
     if not lossy_float(flat.dtype):
-        raise NotPackable(f"{flat.dtype.name} is kept as it is or not at all")
+        raise NotEncodable(f"{flat.dtype.name} is kept as it is or not at all")
     values = flat.astype(np.float32, copy=False)
     with np.errstate(invalid="ignore"):
         least, most = float(values.min()), float(values.max())
     largest = max(most, -least)
     if not np.isfinite(largest) or np.isnan(least):
-        raise NotPackable("NaN or infinity")
+        raise NotEncodable("NaN or infinity")
     kind = np.dtype(np.int8 if least < 0 else np.uint8)
     levels = min(max(1, round(2 ** (8 * max(0.0, quality)))), np.iinfo(kind).max)
     step = np.float32(largest / levels) if largest else np.float32(1)

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from isthmus.arrays import Array
 from isthmus.codecs.levels import Models
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def common_arrays(

@@ -9,18 +9,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from threading import Lock
-from typing import Any
 
 import numpy as np
 
+from isthmus.arrays import Array
 from isthmus.codecs import entropy
 from isthmus.codecs.entropy import MAX_LEVEL, Plan, Run
 from isthmus.codecs.levels import LEVELS, UNIT_LEVEL, Models
 from isthmus.codecs.planes import CELLS, Layout, PlaneTransform, plane_transform
 from isthmus.codecs.steps import in_eighths
 from isthmus.codecs.stored import check, check_numbers, common_arrays, common_parts
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 MAX_CHANNELS = 4096
 MAX_BANDS = 16
@@ -42,7 +40,7 @@ TOGETHER, MANY = 4, 512
 _SAMPLED = 2**12
 """Values whose mean magnitude is that of all, within a fiftieth; gains are told to a tenth."""
 
-_MOST_PLANS, _PLANS_BYTES = 64, 8 * 2**20
+_MAX_PLANS, _PLANS_BYTES = 64, 8 * 2**20
 """Plans that a sorting keeps, and what they take, one of them excepted."""
 _PLAN_VALUE_BYTES, _PLAN_BYTES = 2 + 16, 2**11
 """What a plan takes at most: for each value its limits, and where its plain bits lie; and the runs themselves."""
@@ -116,7 +114,7 @@ class Sorting:
         if found is None:
             found = Plan.of(self.runs(step, gain), self.models)
             plans = list(self._plans.values())
-            if len(plans) >= _MOST_PLANS or sum(map(_plan_bytes, [*plans, found])) > _PLANS_BYTES:
+            if len(plans) >= _MAX_PLANS or sum(map(_plan_bytes, [*plans, found])) > _PLANS_BYTES:
                 self._plans.clear()
             self._plans[key] = found
         return found
@@ -125,7 +123,7 @@ class Sorting:
     def nbytes(self) -> int:
         """What it takes in memory, with as many plans as it may keep."""
         plan = self.count * _PLAN_VALUE_BYTES + _PLAN_BYTES
-        return self.order.nbytes + self.place.nbytes + max(plan, min(_MOST_PLANS * plan, _PLANS_BYTES))
+        return self.order.nbytes + self.place.nbytes + max(plan, min(_MAX_PLANS * plan, _PLANS_BYTES))
 
     def dead_zones(self, step: int, gain: int) -> Array:
         """How far from zero sorted coefficients may be, in steps, to be sent as zero, float32 (n,)."""

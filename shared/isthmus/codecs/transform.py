@@ -13,7 +13,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from isthmus.codecs import NotPackable, Packing, entropy
+from isthmus.arrays import Array
+from isthmus.codecs import Encoding, NotEncodable, entropy
 from isthmus.codecs.classes import packed_classes, unpacked_classes
 from isthmus.codecs.entropy import LARGEST
 from isthmus.codecs.payload import count_of
@@ -21,8 +22,6 @@ from isthmus.codecs.planes import MAX_AXIS
 from isthmus.codecs.rows import RowTable, applied
 from isthmus.codecs.steps import in_eighths, size_of, step_of
 from isthmus.codecs.table import EXPECTED_MAGNITUDE, GAINS, OCTAVE, ZERO_DEVIATION, Grid, Sorting, Table
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 VALUE_BYTES = 48
 """What decoding takes for each value, rows or planes: 16 for the order and its inverse, which are cached, 9 while these
@@ -39,11 +38,11 @@ class Transform:
 
     calibrated = True
 
-    def encode(self, array: Array, packing: Packing) -> bytes:
+    def encode(self, array: Array, packing: Encoding) -> bytes:
         """The payload of a tensor of floats, at the table's step for `packing.quality`.
 
         Raises:
-            NotPackable: not a tensor that the table was learned for; NaN or infinity; values more than eight times as
+            NotEncodable: not a tensor that the table was learned for; NaN or infinity; values more than eight times as
                 large as those learned from.
         """
         table = packing.table
@@ -51,7 +50,7 @@ class Transform:
             return _encode_rows(array, table, packing.quality)
         if isinstance(table, Table):
             return _encode_planes(array, table, packing.quality)
-        raise NotPackable("there is no table for this tensor")
+        raise NotEncodable("there is no table for this tensor")
 
     def working_bytes(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
         """See `Codec`: where each coefficient goes, coefficients on their way, and the matrices of the plane transform.
@@ -92,7 +91,7 @@ def _encode_planes(array: Array, table: Table, quality: float) -> bytes:
     whole = rounded(values, step, spare)
     gain = gain_of(values, grid, step)
     if gain > GAINS[1]:
-        raise NotPackable(f"the tensor has {2 ** (gain / OCTAVE):.3g} times the magnitude of what was learned from")
+        raise NotEncodable(f"the tensor has {2 ** (gain / OCTAVE):.3g} times the magnitude of what was learned from")
     data = entropy.encode_in_place(whole, grid.plan(step, gain))
     return bytes((step & 255, gain & 255)) + data
 
@@ -101,13 +100,13 @@ def analysed(array: Array, table: Table) -> tuple[Array, Grid | None, Array]:
     """The components of a tensor, in units and sorted; where each goes; and an `entropy.room` for as many.
 
     Raises:
-        NotPackable: not a tensor that the table was learned for.
+        NotEncodable: not a tensor that the table was learned for.
     """
     _check_dtype(array)
     try:
         grid, analysis = table.grid(array.shape), table.analysis_at_work
     except ValueError as e:
-        raise NotPackable(str(e)) from e
+        raise NotEncodable(str(e)) from e
     if grid is None:
         return np.zeros(0, np.float32), None, np.zeros(0, np.float32)
     values, spare = np.empty(grid.count, np.float32), entropy.room(grid.count)
@@ -138,7 +137,7 @@ def _encode_rows(array: Array, table: RowTable, quality: float) -> bytes:
         rows = table.layout.forward(array)[0].astype(np.float32, copy=False)
         analysis = table.analysis_at_work
     except ValueError as e:
-        raise NotPackable(str(e)) from e
+        raise NotEncodable(str(e)) from e
     if not array.size:
         return b""
     step = step_of(quality, table.steps)
@@ -186,7 +185,7 @@ def _head(payload: memoryview, table: Table | RowTable) -> tuple[int, int]:
 
 def _check_dtype(array: Array) -> None:
     if array.dtype not in DTYPES:
-        raise NotPackable(f"{array.dtype} is not packed by a transform")
+        raise NotEncodable(f"{array.dtype} is not packed by a transform")
 
 
 def _empty(payload: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
@@ -219,13 +218,13 @@ def rounded(values: Array, step: int, room: Array) -> Array:
     more bytes for the same divergence of its answers.
 
     Raises:
-        NotPackable: NaN or infinity; one would be too large.
+        NotEncodable: NaN or infinity; one would be too large.
     """
     with np.errstate(all="ignore"):  # of what is refused here
         np.multiply(values, np.float32(1 / size_of(step)), out=room[: values.size])
         square = float(room @ room)
         if not square < (LARGEST / 2) ** 2 and not float(np.abs(room).max()) < LARGEST / 2:
             if not math.isfinite(square):
-                raise NotPackable("NaN, infinity and numbers near the largest cannot be packed by a transform")
-            raise NotPackable("a value is too far outside of the calibrated range")
+                raise NotEncodable("NaN, infinity and numbers near the largest cannot be packed by a transform")
+            raise NotEncodable("a value is too far outside of the calibrated range")
         return np.rint(room, out=room)

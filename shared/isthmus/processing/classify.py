@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from isthmus.bundle import is_digest
+from isthmus.artifacts.bundle import is_digest
 from isthmus.errors import ModelError, RequestMalformed, RunFailed
 
 _KEYS = {"kind", "output", "softmax", "top_k", "labels"}

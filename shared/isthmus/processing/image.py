@@ -29,7 +29,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from isthmus.bundle import TensorSpec
+from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import ImageMalformed, MediaUnsupported, RequestTooLarge, ShapeMismatch
 from isthmus.processing.image_budget import SHARED, ImageMemory
 from isthmus.processing.image_memory import (

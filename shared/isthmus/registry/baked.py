@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from isthmus.bundle import MAX_MANIFEST_BYTES, Blob, Bundle, digest_of, is_digest
+from isthmus.artifacts.bundle import MAX_MANIFEST_BYTES, Blob, Bundle, digest_of, is_digest
 from isthmus.errors import Missing, RegistryError, SettingsError
 from isthmus.registry.content import corrupt, file_digest, read_manifest
 from isthmus.registry.source import Located

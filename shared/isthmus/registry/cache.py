@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from isthmus.bundle import Blob, Bundle, Segment, WeightTensor, digest_of
+from isthmus.artifacts.bundle import Blob, Bundle, Segment, WeightTensor, digest_of
 from isthmus.errors import CacheFull, RegistryError, SettingsError
 from isthmus.registry.content import Bundles, blob_key, corrupt
 from isthmus.registry.patience import in_parallel

@@ -8,8 +8,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
-from isthmus import bundle as manifest
-from isthmus.bundle import Bundle, is_digest
+from isthmus.artifacts import bundle as manifest
+from isthmus.artifacts.bundle import Bundle, is_digest
 from isthmus.errors import Corrupt, ModelError, RegistryError
 
 _REMEMBERED = 16
@@ -57,7 +57,7 @@ def _check_served(bundle: Bundle) -> None:
     Raises:
         RegistryError: a segment without outputs, a dtype that no request carries, or processing that is not as written.
     """
-    from isthmus.dtypes import DTYPES
+    from isthmus.arrays import DTYPES
     from isthmus.processing import classify, image_spec
 
     if bad := next((s.id for s in bundle.segments.values() if not s.outputs), None):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from isthmus.bundle import is_digest, is_model_name
+from isthmus.artifacts.bundle import is_digest, is_model_name
 from isthmus.errors import Missing, RegistryError
 from isthmus.registry.blobs import BlobStore
 from isthmus.registry.patience import Patience

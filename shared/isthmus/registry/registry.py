@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from isthmus import bundle as manifest
-from isthmus.bundle import MAX_MANIFEST_BYTES, Blob, Bundle, is_digest, is_model_name
+from isthmus.artifacts import bundle as manifest
+from isthmus.artifacts.bundle import MAX_MANIFEST_BYTES, Blob, Bundle, is_digest, is_model_name
 from isthmus.errors import Corrupt, Missing, RegistryError
 from isthmus.registry.blobs import BlobStore
 from isthmus.registry.content import Bundles, blob_key, check_weights, corrupt, read_manifest

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
-from isthmus.bundle import Blob, Bundle, Segment
+from isthmus.artifacts.bundle import Blob, Bundle, Segment
 
 Progress = Callable[[int, int], None]
 """Called with the bytes fetched so far and those to fetch in all."""

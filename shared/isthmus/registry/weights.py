@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from isthmus.bundle import WeightTensor
+from isthmus.artifacts.bundle import WeightTensor
 
 READ_BYTES = 8 * 2**20
 """Longest ranged read; a longer tensor is read in parts."""

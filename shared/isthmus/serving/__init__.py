@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from isthmus.settings import RouterSettings, SegmentSettings
 
-if TYPE_CHECKING:  # clients read isthmus.serving.oip without Flask
+if TYPE_CHECKING:  # clients read isthmus.oip.messages without Flask
     from flask import Flask
 
 

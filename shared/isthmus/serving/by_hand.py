@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
-from isthmus.bundle import Bundle
-from isthmus.calibration.agreement import TOP1, Measure
-from isthmus.calibration.choice import Choice, packings
-from isthmus.codecs import Packing, Tables, find
+from isthmus.artifacts.agreement import TOP1, Measure
+from isthmus.artifacts.bundle import Bundle
+from isthmus.artifacts.choice import Choice
+from isthmus.codecs import Encoding, Tables, find
+from isthmus.codecs.choice import encodings
 from isthmus.errors import Missing, SettingsError
-from isthmus.route import Looks, Route
-from isthmus.serving.tables import tables_of
+from isthmus.pipeline.agreement import margin
+from isthmus.pipeline.route import Looks, Route
+from isthmus.runtime.tables import tables_of
 from isthmus.settings import RouterSettings
 
 
@@ -46,7 +49,7 @@ def packed(route: Route, choice: Choice, tables: Tables, measure: Callable[[Bund
     """
     calibrated = choice.codec != "raw" and find(choice.codec).calibrated
     table = tables_of(route.bundle, route.digest, choice.codec, tables)
-    made: list[Mapping[str, Packing]] = [{}]
+    made: list[Mapping[str, Encoding]] = [{}]
     for segment in route.segments[1:]:
         if calibrated and not any(s.name in route.bundle.tables for s in segment.inputs):
             raise Missing(
@@ -56,8 +59,8 @@ def packed(route: Route, choice: Choice, tables: Tables, measure: Callable[[Bund
                 exists=sorted(route.bundle.tables),
                 hint=f"calibrate it: isthmus calibrate {route.bundle.name} --data FOLDER",
             )
-        made.append(packings(segment.inputs, choice, table))
-    return replace(route, packings=tuple(made), looks=_looks(route.bundle, choice, measure))
+        made.append(encodings(segment.inputs, choice, table))
+    return replace(route, encodings=tuple(made), looks=_looks(route.bundle, choice, measure))
 
 
 def _looks(bundle: Bundle, choice: Choice, measure: Callable[[Bundle], Measure]) -> Looks | None:
@@ -71,4 +74,4 @@ def _looks(bundle: Bundle, choice: Choice, measure: Callable[[Bundle], Measure])
             variable="codec",
             value=str(choice),
         )
-    return Looks(choice.looks, rule.margin)
+    return Looks(choice.looks, partial(margin, rule))

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from isthmus.bundle import is_digest
+from isthmus.artifacts.bundle import is_digest
+from isthmus.artifacts.tensors import check_types
 from isthmus.errors import RequestMalformed
-from isthmus.frame import Outline
-from isthmus.runners import check_types
-from isthmus.runners.store import SegmentStore
+from isthmus.runtime.store import SegmentStore
 from isthmus.serving.memory import Turns
 from isthmus.serving.work import Work
+from isthmus.wire.frame import Outline
 
 
 def accept(store: SegmentStore, work: Work, outline: Outline) -> None:

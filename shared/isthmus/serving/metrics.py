@@ -10,8 +10,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
 
 if TYPE_CHECKING:  # a router whose hops are all remote never loads onnxruntime
-    from isthmus.looks import Looked
-    from isthmus.runners.store import SegmentStore
+    from isthmus.pipeline.looks import Looked
+    from isthmus.runtime.store import SegmentStore
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 
@@ -66,7 +66,7 @@ class Metrics:
             registry=r,
         )
         self.guard_checks = Counter(
-            "isthmus_guard_checks", "Packed answers compared with the raw answer to the same inputs.", registry=r
+            "isthmus_guard_checks", "Encoded answers compared with the raw answer to the same inputs.", registry=r
         )
         self.guard_disagreements = Counter(
             "isthmus_guard_disagreements", "Of these, answers that were not the same.", registry=r
@@ -96,6 +96,16 @@ class Metrics:
         """Count what one call of a hop moved. Units: bytes."""
         for counter, count in zip(self._hops(hop), (tensors, sent, received), strict=True):
             counter.inc(count)
+
+    def guard_checked(self, agreed: bool) -> None:
+        """Count one check of the guard."""
+        self.guard_checks.inc()
+        self.guard_disagreements.inc(not agreed)
+
+    def guard_state(self, disagreement: float, level: int) -> None:
+        """Set what the guard found: the largest share of disagreements, and the highest fallback level."""
+        self.guard_disagreement.set(disagreement)
+        self.guard_step.set(level)
 
     def busy(self) -> float:
         """Requests being worked on now."""

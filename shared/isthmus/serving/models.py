@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from isthmus.bundle import Blob, Bundle
+from isthmus.artifacts.bundle import Blob, Bundle
 from isthmus.context import Deadline
 from isthmus.errors import (
     CalibrationError,

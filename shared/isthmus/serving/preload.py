@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from isthmus.bundle import WHOLE, Bundle
+from isthmus.artifacts.bundle import WHOLE, Bundle
 from isthmus.context import Deadline
 from isthmus.errors import SettingsError
 from isthmus.registry import Registry
 
 if TYPE_CHECKING:  # a router whose hops are all remote never loads onnxruntime
-    from isthmus.runners.store import SegmentStore
+    from isthmus.runtime.store import SegmentStore
 
-LONGEST_LOAD_S = 600.0
+MAX_LOAD_S = 600.0
 
 
 def parse(entry: str) -> tuple[str, str]:
@@ -50,4 +50,4 @@ def preload(entries: tuple[str, ...], registry: Registry, store: SegmentStore) -
     """
     for reference, segment in map(parse, entries):
         found = registry.resolve(reference)
-        store.runner(found.digest, segment_id(found.bundle, segment), Deadline.after(LONGEST_LOAD_S))
+        store.runner(found.digest, segment_id(found.bundle, segment), Deadline.after(MAX_LOAD_S))

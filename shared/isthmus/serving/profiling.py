@@ -17,19 +17,19 @@ from typing import Any
 
 import numpy as np
 
-from isthmus import frame as frames
 from isthmus.codecs import Tables
-from isthmus.codecs.speed import speeds
 from isthmus.context import Deadline
 from isthmus.errors import DeadlineExceeded, ProfilingOff, ProfilingRefused, RequestMalformed, RequestTooLarge
-from isthmus.frame import Frame
-from isthmus.runners.kernels import Observed
-from isthmus.runners.store import SegmentStore
+from isthmus.runtime.codec_speed import speeds
+from isthmus.runtime.kernels import Observed
+from isthmus.runtime.store import SegmentStore
 from isthmus.serving.app import FunctionApp
 from isthmus.serving.intake import accept, decoding
 from isthmus.serving.memory import Turns
 from isthmus.serving.work import Reply, Work
 from isthmus.settings import SegmentSettings
+from isthmus.wire import frame as frames
+from isthmus.wire.frame import Frame
 
 SECRET = "profile-token"  # noqa: S105
 FORMAT = "isthmus.measurement/1"

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from isthmus.errors import IsthmusError, NotReady
 
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 15.0
+_FIRST_WAIT_S, _MAX_WAIT_S = 0.5, 15.0
 
 
 class Readiness:
@@ -63,4 +63,4 @@ class Readiness:
                 self._log.info("ready")
                 return
             self._closed.wait(wait_s)
-            wait_s = min(_LONGEST_WAIT_S, wait_s * 2)
+            wait_s = min(_MAX_WAIT_S, wait_s * 2)

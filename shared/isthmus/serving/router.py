@@ -15,27 +15,28 @@ import numpy as np
 from flask import Flask, Response, jsonify
 
 import isthmus
-from isthmus import pipeline
-from isthmus.calibration import fidelity_document
-from isthmus.codecs import Packed
+from isthmus.artifacts import fidelity_document
+from isthmus.codecs import EncodedTensor
 from isthmus.context import Deadline
 from isthmus.errors import HopError, HopRejected, IsthmusError, MediaUnsupported, RequestMalformed, SettingsError
-from isthmus.hop import LocalHop, hops_to
-from isthmus.http_pool import is_url
-from isthmus.pipeline import Result
+from isthmus.http.pool import is_url
+from isthmus.oip import messages as oip
+from isthmus.pipeline import execution as pipeline
+from isthmus.pipeline.execution import Result
+from isthmus.pipeline.hop import LocalHop, hops_to
 from isthmus.processing.classify import classify
 from isthmus.processing.image import looks_like_image, not_an_image, preprocess
 from isthmus.processing.image_budget import ImageMemory
 from isthmus.processing.wrapped import from_base64, looks_like_form, read_form
 from isthmus.registry import open_cache, open_registry
-from isthmus.serving import by_hand, oip
+from isthmus.routing.guard import Guard
+from isthmus.runtime.tables import Tables
+from isthmus.serving import by_hand
 from isthmus.serving.app import FunctionApp
-from isthmus.serving.guard import Guard
 from isthmus.serving.memory import Turns
 from isthmus.serving.models import Model, Models
-from isthmus.serving.preload import LONGEST_LOAD_S, parse, preload
+from isthmus.serving.preload import MAX_LOAD_S, parse, preload
 from isthmus.serving.routes import Routes, Way, of_the_photo
-from isthmus.serving.tables import Tables
 from isthmus.serving.work import Reply, Work
 from isthmus.settings import RouterSettings
 
@@ -72,7 +73,7 @@ class _RouterApp(FunctionApp):
         self._registry = open_registry(settings)
         self._store = None
         if "local" in settings.hops:
-            from isthmus.runners.store import SegmentStore  # a router with remote hops never loads onnxruntime
+            from isthmus.runtime.store import SegmentStore  # a router with remote hops never loads onnxruntime
 
             self._store = SegmentStore(open_cache(settings, self._registry), settings)
         self._hops = hops_to(
@@ -272,7 +273,7 @@ class _RouterApp(FunctionApp):
         work: Work,
         way: Way,
         inputs: Mapping[str, np.ndarray[Any, Any]],
-        packed: Mapping[str, Packed] | None = None,
+        packed: Mapping[str, EncodedTensor] | None = None,
     ) -> Result:
         taken, standing = self._guard.safer(way.route)
         try:
@@ -329,7 +330,7 @@ class _RouterApp(FunctionApp):
 
     def _prepare(self) -> None:
         self._models.forget(self._router_settings.model)
-        model = self._models.get(self._router_settings.model, Deadline.after(LONGEST_LOAD_S))
+        model = self._models.get(self._router_settings.model, Deadline.after(MAX_LOAD_S))
         self._routes.of(model)
         if self._store is not None:
             preload(self._router_settings.preload, self._registry, self._store)

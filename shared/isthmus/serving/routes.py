@@ -8,17 +8,17 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from isthmus.bundle import Bundle
-from isthmus.calibration import fidelity_document
-from isthmus.calibration.agreement import Measure, measure_for
-from isthmus.calibration.choice import Choice
-from isthmus.codecs import RAW, Tables
+from isthmus.artifacts import fidelity_document
+from isthmus.artifacts.agreement import Measure, measure_for
+from isthmus.artifacts.bundle import Bundle
+from isthmus.artifacts.choice import RAW_ID, Choice
+from isthmus.artifacts.plan_document import read_plan
+from isthmus.codecs import Tables
 from isthmus.errors import HopRejected, ImageMalformed, IsthmusError, MediaUnsupported, RequestTooLarge
-from isthmus.hop import Hop
-from isthmus.planner.planning.published import read_plan
-from isthmus.planner.planning.route import PhotoAsItCame, photo_of, route_of
+from isthmus.pipeline.hop import Hop
+from isthmus.pipeline.planned import PhotoAsItCame, photo_of, route_of
+from isthmus.pipeline.route import Route, plan_route
 from isthmus.registry import Registry
-from isthmus.route import Route, plan_route
 from isthmus.serving import by_hand
 from isthmus.serving.models import Model
 from isthmus.settings import RouterSettings
@@ -76,8 +76,8 @@ class Routes:
         own = self._settings.model.partition(":")[0] == model.name
         cuts = (self._settings.cuts or None) if own else None
         if cuts is None and self._settings.plan and (way := self._planned(model)) is not None:
-            raw = own and self._codec is not None and self._codec.codec == RAW
-            return replace(way, route=replace(way.route, packings=(), looks=None)) if raw else way
+            raw = own and self._codec is not None and self._codec.codec == RAW_ID
+            return replace(way, route=replace(way.route, encodings=(), looks=None)) if raw else way
         route = plan_route(model.digest, model.bundle, self._hops, cuts)
         if not own or self._codec is None:
             return Way(route)

@@ -7,20 +7,20 @@ from functools import partial
 
 from flask import Flask
 
-from isthmus import frame as frames
 from isthmus.context import Deadline
-from isthmus.frame import Frame
 from isthmus.processing.image_budget import ImageMemory
 from isthmus.registry import BakedSegment, open_registry, open_source
-from isthmus.runners.store import SegmentStore
+from isthmus.runtime.store import SegmentStore
+from isthmus.runtime.tables import Tables
 from isthmus.serving.app import FunctionApp
 from isthmus.serving.intake import accept, decoding
 from isthmus.serving.memory import Turns
-from isthmus.serving.preload import LONGEST_LOAD_S, parse, preload
+from isthmus.serving.preload import MAX_LOAD_S, parse, preload
 from isthmus.serving.profiling import Profiling
-from isthmus.serving.tables import Tables
 from isthmus.serving.work import Reply, Work
 from isthmus.settings import SegmentSettings
+from isthmus.wire import frame as frames
+from isthmus.wire.frame import Frame
 
 
 def create_segment_app(settings: SegmentSettings) -> Flask:
@@ -73,6 +73,6 @@ class _SegmentApp(FunctionApp):
 
     def _prepare(self) -> None:
         if isinstance(self._source, BakedSegment):
-            self._store.runner(self._source.digest, self._source.segment_id, Deadline.after(LONGEST_LOAD_S))
+            self._store.runner(self._source.digest, self._source.segment_id, Deadline.after(MAX_LOAD_S))
         if self._registry is not None:
             preload(self._settings.preload, self._registry, self._store)

@@ -1,0 +1,1 @@
+"""What the documents of a bundle say, as types; no input or output."""

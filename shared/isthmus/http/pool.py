@@ -1,0 +1,271 @@
+"""Kept-alive HTTP connections to one URL: the standard library's `http.client` over sockets with one deadline.
+
+A socket's own timeout holds for each read or send alone, so a peer that drips a byte at a time would outlast it. Here
+`http.client` gets a socket whose every read and send waits for what is left of the whole exchange. It follows no
+redirect and reads no proxy from the environment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import io
+import select
+import socket
+import ssl
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from isthmus.context import Deadline
+from isthmus.http.sockets import connect
+
+MAX_IDLE = 64
+MAX_HEAD_BYTES = 2**16
+"""Status line and headers, those of 1xx responses included; http.client alone takes 100 lines of 64 KiB each."""
+MAX_INFORMATIONAL = 8
+_BUFFER_BYTES = 2**14
+"""Larger parts and bodies pass the buffers by: they go from and to their own place in memory."""
+_PIECE_BYTES = 2**16
+_PATH_CHARACTERS = "/%:@!$&'()*+,;=~"
+
+Buffer = bytes | bytearray | memoryview
+
+
+def is_url(text: str) -> bool:
+    """Whether a request can be sent there: http or https, a host, a port, and no character that a head escapes."""
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:
+        return False
+    plain = text.isascii() and text.isprintable() and " " not in text
+    return plain and parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0
+
+
+class Unreachable(Exception):
+    """No connection could be made."""
+
+
+class ResponseTooLong(Exception):
+    """A response with status 200 exceeded its bound; the rest was not read."""
+
+
+class BrokenOff(Exception):
+    """The connection ended, or the peer does not speak HTTP."""
+
+
+@dataclass(frozen=True)
+class Response:
+    """A response, read to its end or, where its status is not 200, to its bound; header names in lower case."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes | bytearray
+
+
+class ConnectionPool:
+    """Connections to `url`, kept alive between requests; any thread may post, each on a connection of its own."""
+
+    def __init__(self, url: str, *, connect_timeout_s: float) -> None:
+        parts = urlsplit(url)
+        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
+        self._address = (parts.hostname or "", parts.port or (443 if self._tls else 80))
+        self._path, self._query = parts.path.rstrip("/"), parts.query
+        self._host = parts.netloc.rpartition("@")[2]
+        self._connect_timeout_s = connect_timeout_s
+        # A list's append and pop are atomic; the connection used last is the likeliest to be alive.
+        self._idle: list[socket.socket] = []
+        weakref.finalize(self, _close, self._idle)
+
+    def post(
+        self,
+        body: Sequence[Buffer],
+        headers: Mapping[str, str],
+        deadline: Deadline,
+        *,
+        max_bytes: int,
+        max_error_bytes: int,
+        path: str = "",
+        query: str = "",
+    ) -> Response:
+        """Send `body`, in parts, to `path` below the URL and read the response, both before the deadline.
+
+        A connection that the peer closed while it was idle is replaced: requests must be safe to send twice.
+
+        Units: max_bytes bounds the body of a response with status 200; any other body is cut at max_error_bytes.
+
+        Raises:
+            Unreachable: no connection could be made.
+            TimeoutError: the deadline passed while sending or reading.
+            ResponseTooLong: status 200, and more than max_bytes.
+            BrokenOff: the connection broke, or the response is not HTTP.
+            ValueError: a header with a line break.
+        """
+        target = quote(self._path + path or "/", safe=_PATH_CHARACTERS)
+        if query := query or self._query:
+            target += "?" + quote(query, safe=_PATH_CHARACTERS + "?")
+        headers = {"Host": self._host, "Content-Length": str(sum(map(len, body))), **headers}
+        if any("\r" in value or "\n" in value for value in headers.values()):  # http.client lets folded lines pass
+            raise ValueError("a header's value has a line break")
+        while True:
+            idle = self._take_idle()
+            sock = idle or self._connect(deadline)
+            timed = _DeadlineSocket(sock, deadline)
+            keeps = False
+            try:
+                response, keeps = _exchange(timed, target, headers, body, (max_bytes, max_error_bytes))
+                return response
+            except TimeoutError:
+                raise
+            except (OSError, http.client.HTTPException) as e:
+                if idle is None or timed.received:
+                    reason = (e.strerror if isinstance(e, OSError) else None) or str(e) or type(e).__name__
+                    raise BrokenOff(reason[:200]) from e
+                # Else the idle connection was closed at the other end; the next one is tried.
+            finally:
+                if keeps and len(self._idle) < MAX_IDLE:
+                    self._idle.append(sock)
+                else:
+                    sock.close()
+
+    def close(self) -> None:
+        """Close the idle connections."""
+        _close(self._idle)
+
+    def _take_idle(self) -> socket.socket | None:
+        """An idle connection that the peer has neither closed nor written to."""
+        while True:
+            try:
+                sock = self._idle.pop()
+            except IndexError:
+                return None
+            poll = select.poll()
+            poll.register(sock, select.POLLIN)
+            if not poll.poll(0):
+                return sock
+            sock.close()
+
+    def _connect(self, deadline: Deadline) -> socket.socket:
+        timeout_s = max(0.001, min(self._connect_timeout_s, deadline.remaining()))
+        try:
+            return connect(*self._address, timeout_s=timeout_s, tls=self._tls)
+        except OSError as e:
+            raise Unreachable(e.strerror or str(e) or "it took too long") from e
+
+
+def _close(idle: list[socket.socket]) -> None:
+    while idle:
+        idle.pop().close()
+
+
+class _DeadlineSocket(io.RawIOBase):
+    """A socket for http.client during one exchange: reads and sends end with the deadline."""
+
+    def __init__(self, sock: socket.socket, deadline: Deadline) -> None:
+        self._sock, self._deadline = sock, deadline
+        self._waiting = bytearray()
+        self.received, self.reads_head = 0, True
+
+    def sendall(self, data: Buffer) -> None:
+        # A small part waits for the next one: head and body of a small request are one packet.
+        if len(self._waiting) + len(data) > _BUFFER_BYTES:
+            self.send_waiting()
+        if len(data) > _BUFFER_BYTES:
+            self._send(data)
+        else:
+            self._waiting += data
+
+    def send_waiting(self) -> None:
+        data, self._waiting = self._waiting, bytearray()
+        self._send(data)
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self, _BUFFER_BYTES)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self.reads_head and self.received >= MAX_HEAD_BYTES + _BUFFER_BYTES:
+            raise http.client.HTTPException(f"more than {MAX_HEAD_BYTES} bytes of headers")
+        count = self._ready().recv_into(buffer)
+        self.received += count
+        return count
+
+    def close(self) -> None:
+        """No-op: http.client closes the socket before it reads a body that ends with the connection."""
+
+    def _send(self, data: Buffer) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[self._ready().send(view) :]
+
+    def _ready(self) -> socket.socket:
+        if (left_s := self._deadline.remaining()) <= 0:
+            raise TimeoutError
+        self._sock.settimeout(left_s)
+        return self._sock
+
+
+class _FinalResponse(http.client.HTTPResponse):
+    """The response after 1xx ones, of which http.client itself passes over 100 alone (RFC 9110, 15.2)."""
+
+    def begin(self) -> None:
+        for _ in range(MAX_INFORMATIONAL + 1):
+            super().begin()
+            if self.status >= 200:
+                return
+            if self.status == 101:
+                break
+            self.headers = self.msg = None  # type: ignore[assignment]
+        raise http.client.HTTPException(f"{self.status} came in place of a response")
+
+
+def _exchange(
+    sock: _DeadlineSocket, target: str, headers: Mapping[str, str], body: Sequence[Buffer], bounds: tuple[int, int]
+) -> tuple[Response, bool]:
+    """The response, and whether the connection can take another request; `bounds` as `_read_body` takes them."""
+    connection = http.client.HTTPConnection("unused")  # the socket is connected, and Host is among the headers
+    connection.sock, connection.response_class = sock, _FinalResponse
+    connection.putrequest("POST", target, skip_host=True, skip_accept_encoding=True)
+    for name, value in headers.items():
+        connection.putheader(name, value)
+    is_sent = False
+    # A peer that refuses a large body responds and closes while the body is being sent; the response is there to read.
+    with contextlib.suppress(ConnectionError, ssl.SSLError):
+        connection.endheaders(body)
+        sock.send_waiting()
+        is_sent = True
+    response = connection.getresponse()
+    if response.headers.get_payload():  # lines that are no headers are a payload to the header parser
+        raise http.client.HTTPException("malformed headers")
+    sock.reads_head = False
+    content = _read_body(response, *bounds)
+    lower = {name.lower(): value for name, value in response.getheaders()}
+    return Response(response.status, lower, content), is_sent and response.isclosed() and not response.will_close
+
+
+def _read_body(response: http.client.HTTPResponse, max_bytes: int, max_error_bytes: int) -> bytes | bytearray:
+    is_good, length = response.status == 200, response.length
+    limit = max_bytes if is_good else max_error_bytes
+    if length is not None and length <= limit:
+        whole = response.read(length)  # into one place, which is not filled with zeros first
+        if len(whole) < length:
+            raise http.client.HTTPException(f"the connection ended after {len(whole)} of {length} bytes")
+        return whole
+    if is_good and length is not None:
+        raise ResponseTooLong
+    content, piece = bytearray(), bytearray(_PIECE_BYTES)
+    # By readinto: read() takes a chunk's size at its word, and -1 is everything until the connection ends.
+    while len(content) <= limit and (count := response.readinto(piece)):
+        content += memoryview(piece)[:count]
+    if len(content) <= limit:
+        if response.length:
+            raise http.client.HTTPException("the connection ended early")
+    elif is_good:
+        raise ResponseTooLong
+    del content[limit:]
+    return content

@@ -1,0 +1,1 @@
+"""The Open Inference Protocol: requests and responses as documents and tensors; no I/O."""

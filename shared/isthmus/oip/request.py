@@ -1,0 +1,292 @@
+"""An inference request of the Open Inference Protocol, read and checked against a model's tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from isthmus.artifacts.tensors import ANY, TensorSpec
+from isthmus.errors import RequestMalformed, RequestTooLarge, ShapeMismatch
+from isthmus.oip.tensor import describe, from_binary, from_json, shape_of
+from isthmus.wire.json_bounds import parsed_bytes
+
+HEADER_LENGTH = "Inference-Header-Content-Length"
+MAX_JSON_BYTES = 16 * 2**20
+"""Longest JSON part; parsed, it can take thirty times its length. Binary tensors after it don't count."""
+MAX_ID_LENGTH = 256
+Reserve: TypeAlias = Callable[[int], object]
+"""Whoever counts memory: it raises where so many bytes are too many."""
+
+
+def _reserve_nothing(count: int) -> None:
+    """Nobody counts."""
+
+
+@dataclass(frozen=True)
+class WantedOutput:
+    """An output that the response holds, as binary or as JSON numbers."""
+
+    name: str
+    binary: bool = False
+
+
+@dataclass(frozen=True)
+class InferRequest:
+    """One inference request, checked against the model; `outputs` is what to answer with, in that order.
+
+    Arrays of binary tensors are read-only views of the body, and may be unaligned.
+    """
+
+    inputs: Mapping[str, np.ndarray]
+    outputs: tuple[WantedOutput, ...]
+    id: str = ""
+
+    @property
+    def own_bytes(self) -> int:
+        """Bytes of the arrays that are no views of the body."""
+        return sum(array.nbytes for array in self.inputs.values() if array.flags.writeable)
+
+
+def parse_request(
+    body: bytes | memoryview,
+    header_length: str | int | None,
+    *,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    max_json_bytes: int = MAX_JSON_BYTES,
+    reserve: Reserve = _reserve_nothing,
+) -> InferRequest:
+    """Read an inference request for a model with these inputs and outputs; every byte must be accounted for.
+
+    `header_length` is the header Inference-Header-Content-Length as it came, None without one. Dimensions that share a
+    symbolic name must be equal across inputs. Binary tensors are not copied. `reserve` is called before the JSON is
+    parsed, with the bytes that this and the arrays take at most; what it raises passes as it is.
+
+    Raises:
+        RequestMalformed: not JSON, not the protocol, lengths that disagree, numbers outside the datatype, or a feature
+            that is not offered (BYTES, shared memory, classification, sequences).
+        RequestTooLarge: the JSON part exceeds `max_json_bytes`; it was not parsed.
+        ShapeMismatch: an input is missing, unknown, or of another datatype or shape; facts: `expected`, `got`.
+    """
+    view = memoryview(body)
+    split = _header_length(header_length, len(view))
+    doc = read_document(view[:split], max_json_bytes, reserve)
+    binary = None if header_length is None else view[split:]
+    return parse_document(doc, binary, inputs=inputs, outputs=outputs)
+
+
+def parse_document(
+    doc: Mapping[str, Any],
+    binary: memoryview | None = None,
+    *,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+) -> InferRequest:
+    """`parse_request` of JSON that was read already, and of the bytes after it, None without the header.
+
+    Raises:
+        RequestMalformed, ShapeMismatch: as `parse_request`.
+    """
+    parameters = _object(doc, "parameters", "the request")
+    _refuse_sequences(parameters)
+    tensors = doc.get("inputs")
+    if not isinstance(tensors, list):
+        raise RequestMalformed("the request has no list of inputs", hint='send {"inputs": [{"name": …}]}')
+    arrays = _read_inputs(tensors, binary, {spec.name: spec for spec in inputs})
+    wanted = _wanted_outputs(doc.get("outputs"), [spec.name for spec in outputs], parameters)
+    return InferRequest(arrays, wanted, _request_id(doc))
+
+
+def read_document(
+    part: bytes | memoryview, max_json_bytes: int = MAX_JSON_BYTES, reserve: Reserve = _reserve_nothing
+) -> dict[str, Any]:
+    """A JSON object, strictly: UTF-8, no NaN, no infinity; a byte order mark before it is no part of it.
+
+    `reserve` is called as `parse_request` says.
+
+    Raises:
+        RequestMalformed: anything else.
+        RequestTooLarge: longer than `max_json_bytes`; it was not parsed.
+    """
+    if len(part) > max_json_bytes:
+        raise RequestTooLarge(
+            f"{len(part)} bytes of JSON exceed {max_json_bytes}",
+            limit=max_json_bytes,
+            bytes=len(part),
+            hint="send large tensors as binary data (parameters.binary_data_size), which has no such bound",
+        )
+    # Half as much again for the arrays, and for lists of numbers that lay nested.
+    reserve(parsed_bytes(part) * 3 // 2)
+    try:
+        doc = _JSON.decode(str(part, "utf-8-sig"))
+    except (ValueError, RecursionError) as e:
+        # Of a number's digits Python says how to allow more of them here, which no caller can.
+        said = "it holds a number of thousands of digits" if "integer string conversion" in str(e) else str(e)[:200]
+        said = "its lists and objects lie too deep in each other" if isinstance(e, RecursionError) else said
+        raise RequestMalformed(
+            f"the request is not JSON: {said}",
+            hint=f"where binary tensors follow the JSON, the header {HEADER_LENGTH} says how long it is",
+        ) from e
+    if not isinstance(doc, dict):
+        raise RequestMalformed("the request is not a JSON object")
+    return doc
+
+
+def _header_length(given: str | int | None, length: int) -> int:
+    if given is None:
+        return length
+    text = str(given).strip()
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and 0 < int(text) <= length):
+        raise RequestMalformed(
+            f"{HEADER_LENGTH} is {text[:32]!r}; it is the JSON part's length, 1 to the body's {length} bytes",
+            header=HEADER_LENGTH,
+            limit=length,
+        )
+    return int(text)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON; send it in a binary tensor")
+
+
+_JSON = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
+def _object(doc: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+    """An optional object; null, which clients with typed fields send, is as good as none."""
+    if (value := doc.get(key)) is None:
+        return {}
+    if not isinstance(value, dict):
+        raise RequestMalformed(f"{key} of {where} is not an object")
+    return value
+
+
+def _request_id(doc: Mapping[str, Any]) -> str:
+    if (value := doc.get("id")) is None:
+        return ""
+    if not isinstance(value, str) or len(value) > MAX_ID_LENGTH:
+        raise RequestMalformed(f"id is not a string of at most {MAX_ID_LENGTH} characters", limit=MAX_ID_LENGTH)
+    return value
+
+
+def _refuse_sequences(parameters: Mapping[str, Any]) -> None:
+    if parameters.get("sequence_id") not in (None, 0, ""):
+        raise RequestMalformed("sequences are not offered: no state is kept between requests", parameter="sequence_id")
+
+
+def _read_inputs(
+    tensors: list[Any], binary: memoryview | None, specs: Mapping[str, TensorSpec]
+) -> dict[str, np.ndarray]:
+    arrays: dict[str, np.ndarray] = {}
+    sizes: dict[str, tuple[int, str]] = {}
+    offset = 0
+    for tensor in tensors:
+        spec = _spec_of(tensor, specs)
+        if spec.name in arrays:
+            raise RequestMalformed(f"the input {spec.name!r} comes twice", tensor=spec.name)
+        parameters = _object(tensor, "parameters", f"the input {spec.name!r}")
+        shape = shape_of(tensor, spec)
+        _bind_free_dimensions(spec, shape, sizes)
+        if parameters.get("shared_memory_region") is not None:
+            raise RequestMalformed("shared memory is not offered", tensor=spec.name, hint="send the data in the body")
+        if parameters.get("binary_data_size") is None:
+            arrays[spec.name] = from_json(tensor, spec, shape)
+            continue
+        if tensor.get("data") is not None:
+            raise RequestMalformed(f"the input {spec.name!r} has both data and binary_data_size", tensor=spec.name)
+        if binary is None:
+            raise RequestMalformed(f"there is binary data, and no header {HEADER_LENGTH}", header=HEADER_LENGTH)
+        arrays[spec.name] = from_binary(binary[offset:], parameters["binary_data_size"], spec, shape)
+        offset += arrays[spec.name].nbytes
+    if missing := [name for name in specs if name not in arrays]:
+        raise ShapeMismatch(
+            f"the model's input {missing[0]!r} is missing",
+            tensor=missing[0],
+            expected=[describe(spec) for spec in specs.values()],
+            got=list(arrays),
+            missing=missing,
+        )
+    if binary is not None and offset != len(binary):
+        raise RequestMalformed(
+            f"{len(binary)} bytes follow the JSON and its binary_data_size sum to {offset}",
+            expected=offset,
+            got=len(binary),
+        )
+    return arrays
+
+
+def _spec_of(tensor: Any, specs: Mapping[str, TensorSpec]) -> TensorSpec:
+    name = tensor.get("name") if isinstance(tensor, dict) else None
+    if not isinstance(name, str):
+        raise RequestMalformed("an input is not an object with a name")
+    if name not in specs:
+        raise ShapeMismatch(
+            f"the model has no input {name[:64]!r}; it has {', '.join(map(repr, specs))}",
+            tensor=name[:64],
+            expected=[describe(spec) for spec in specs.values()],
+            got=name[:64],
+        )
+    return specs[name]
+
+
+def _bind_free_dimensions(spec: TensorSpec, shape: tuple[int, ...], sizes: dict[str, tuple[int, str]]) -> None:
+    for dim, size in zip(spec.shape, shape, strict=True):
+        if not isinstance(dim, str) or dim == ANY:
+            continue
+        bound, where = sizes.setdefault(dim, (size, spec.name))
+        if bound != size:
+            raise ShapeMismatch(
+                f"{dim} is {size} in the input {spec.name!r} and {bound} in {where!r}",
+                tensor=spec.name,
+                expected=f"{dim} = {bound}, as in {where}",
+                got=f"{dim} = {size}",
+            )
+
+
+def _wanted_outputs(asked: Any, known: Sequence[str], parameters: Mapping[str, Any]) -> tuple[WantedOutput, ...]:
+    binary = _flag(parameters, "binary_data_output", False)
+    if asked is None or asked == []:
+        return tuple(WantedOutput(name, binary) for name in known)
+    if not isinstance(asked, list):
+        raise RequestMalformed("outputs is not a list")
+    wanted: dict[str, WantedOutput] = {}
+    for output in asked:
+        name = output.get("name") if isinstance(output, dict) else None
+        if not isinstance(name, str):
+            raise RequestMalformed("an output is not an object with a name")
+        if name not in known:
+            raise ShapeMismatch(
+                f"the model has no output {name[:64]!r}; it has {', '.join(map(repr, known))}",
+                tensor=name[:64],
+                expected=list(known),
+                got=name[:64],
+            )
+        if name in wanted:
+            raise RequestMalformed(f"the output {name!r} is asked for twice", tensor=name)
+        wanted[name] = WantedOutput(name, _flag(_output_parameters(output, name), "binary_data", binary))
+    return tuple(wanted.values())
+
+
+def _output_parameters(output: Mapping[str, Any], name: str) -> dict[str, Any]:
+    parameters = _object(output, "parameters", f"the output {name!r}")
+    if parameters.get("classification"):
+        raise RequestMalformed(
+            "classification of outputs is not offered",
+            parameter="classification",
+            hint="POST the photo to / for classes, or take the logits and sort them",
+        )
+    if parameters.get("shared_memory_region") is not None:
+        raise RequestMalformed("shared memory is not offered", tensor=name)
+    return parameters
+
+
+def _flag(parameters: Mapping[str, Any], key: str, default: bool) -> bool:
+    if (value := parameters.get(key)) is None:
+        return default
+    if not isinstance(value, bool):
+        raise RequestMalformed(f"the parameter {key} is not true or false", parameter=key)
+    return value

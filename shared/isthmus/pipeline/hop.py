@@ -1,0 +1,292 @@
+"""One call to the next segment, in this process or over HTTP; the only place that retries.
+
+Segments are pure functions of their frame, so a call that got no response may be made again. The meaning of a failure
+is read from its status, body and X-OpenFaaS-Internal as docs/hops.md lists them. A function that is starting is waited
+for within the deadline; one that stays away, or is reached and fails, is tried `attempts` times.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol
+
+import stamina
+
+from isthmus.context import Context
+from isthmus.errors import HopBusy, HopRejected, HopTimeout, HopUnavailable, IsthmusError, ShapeMismatch, ValueRefused
+from isthmus.http.pool import BrokenOff, ConnectionPool, Response, ResponseTooLong, Unreachable
+from isthmus.http.server_timing import retry_after_seconds, stage_seconds
+from isthmus.retries import RetryBudget, backoff, jittered
+from isthmus.wire import frame as frames
+from isthmus.wire.frame import Frame
+
+if TYPE_CHECKING:  # a router whose hops are all remote never loads onnxruntime
+    from isthmus.runtime.store import SegmentStore
+
+MAX_ERROR_BYTES = 2**16
+"""Bound on the body of a response other than 200; a hop's own errors are far shorter."""
+_BY_THE_GRAPH = {c.__name__: c for c in (ShapeMismatch, ValueRefused)}
+"""A segment function's errors that the caller of the router made."""
+MAX_OUTAGE_S = 60.0
+"""How long a function may be away and still count as starting; measured, one took 28 s on a busy box to load."""
+MAX_REPLACED_S = 15.0
+"""The same for a gateway's 404: deploying a function anew takes seconds, a wrong URL stays wrong."""
+_FIRST_PAUSE_S, _MAX_PAUSE_S = 0.05, 1.0
+# 32 callers, the default of max_concurrency, may wait through a start of some 7 s at once, and go on at one try a
+# second each; beyond that retries are a tenth of what succeeds.
+_RETRY_BURST, _RETRIES_PER_S, _RETRIES_PER_SUCCESS = 256, 32.0, 0.1
+
+
+class Reply(NamedTuple):
+    """A hop's answer.
+
+    Units: `run_s` is the time that the segment itself took, in seconds; sent and received are bytes on the wire, 0 in
+    this process.
+    """
+
+    frame: Frame
+    run_s: float
+    sent: int = 0
+    received: int = 0
+
+
+class Hop(Protocol):
+    """Where a segment runs."""
+
+    @property
+    def packs(self) -> bool:
+        """Whether tensors become bytes on the way, so that packing them makes sense."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """What errors and timings call it."""
+        ...
+
+    def call(self, frame: Frame, context: Context) -> Reply:
+        """Run the segment that `frame` names on its tensors, within the context's deadline.
+
+        Raises:
+            HopTimeout: the deadline passed.
+            HopUnavailable, HopBusy: not reached, or at its limit, until attempts were spent.
+            HopRejected: the hop understood and refused. An error of the caller's making keeps its own class and facts
+                in `facts["error"]`.
+        """
+        ...
+
+    def close(self) -> None:
+        """Close what waits for the next call."""
+        ...
+
+
+class LocalHop:
+    """A segment in this process: nothing is packed, sent or copied."""
+
+    name = "local"
+    packs = False
+
+    def __init__(self, store: SegmentStore) -> None:
+        self._store = store
+
+    def close(self) -> None:
+        """Nothing waits here; the store belongs to its owner."""
+
+    def call(self, frame: Frame, context: Context) -> Reply:
+        """See `Hop.call`; the segment's own errors pass as they are."""
+        ran = self._store.run(frame.bundle, frame.segment, frame.tensors, context.deadline)
+        return Reply(Frame(ran.outputs, frame.bundle, frame.segment, frame.request), ran.run_s)
+
+
+class HttpHop:
+    """A segment behind a URL: an OpenFaaS function, through a gateway or directly."""
+
+    packs = True
+
+    def __init__(self, url: str, *, attempts: int, connect_timeout_s: float, max_reply_bytes: int) -> None:
+        self.name = url
+        self._pool = ConnectionPool(url, connect_timeout_s=connect_timeout_s)
+        self._attempts = max(1, attempts)
+        self._max_reply_bytes = max_reply_bytes
+        self._budget = RetryBudget(burst=_RETRY_BURST, per_second=_RETRIES_PER_S, per_success=_RETRIES_PER_SUCCESS)
+        self._outage = _Outage()
+
+    def call(self, frame: Frame, context: Context) -> Reply:
+        """See `Hop.call`."""
+        body = frames.encode_parts(frame)
+        retries = _Retries(self._attempts, self._budget, self._outage, context)
+        for attempt in stamina.retry_context(on=retries.pause, attempts=None, timeout=None):
+            with attempt:
+                reply = self._once(body, context)
+        self._outage.over()
+        self._budget.succeeded()
+        return reply
+
+    def close(self) -> None:
+        """Close the connections that wait for the next call; calls under way try no more."""
+        self._outage.is_waited_for = False
+        self._pool.close()
+
+    def _once(self, body: Sequence[bytes | memoryview], context: Context) -> Reply:
+        if context.deadline.remaining() <= 0:
+            raise HopTimeout(f"the deadline passed before {self.name} could be called", hop=self.name)
+        try:
+            response = self._pool.post(
+                body,
+                {"Content-Type": frames.CONTENT_TYPE, **context.to_headers()},
+                context.deadline,
+                max_bytes=self._max_reply_bytes,
+                max_error_bytes=MAX_ERROR_BYTES,
+            )
+        except Unreachable as e:
+            raise HopUnavailable(f"{self.name} cannot be reached: {e}", hop=self.name) from e
+        except ResponseTooLong as e:
+            raise HopRejected(
+                f"{self.name} answered with more than {self._max_reply_bytes} bytes", hop=self.name, status=200
+            ) from e
+        except TimeoutError as e:
+            raise HopTimeout(f"{self.name} did not answer within the deadline", hop=self.name) from e
+        except BrokenOff as e:
+            raise HopUnavailable(f"{self.name} broke off: {e}", hop=self.name) from e
+        if response.status != 200:
+            self._refuse(response)
+        try:
+            reply = frames.decode(response.body, max_bytes=self._max_reply_bytes)
+        except IsthmusError as e:
+            raise HopRejected(
+                f"{self.name} answered with something that is no frame: {e}", hop=self.name, status=200
+            ) from e
+        run_s = stage_seconds(response.headers.get("server-timing", ""), "run")
+        return Reply(reply, run_s, sum(map(len, body)), len(response.body))
+
+    def _refuse(self, response: Response) -> NoReturn:
+        """Raise what a status other than 200 means. Source: docs/hops.md, from OpenFaaS's sources."""
+        status, internal = response.status, response.headers.get("x-openfaas-internal", "")
+        error = _error_document(response.body)
+        said = str(error.get("error") or response.body[:200].decode("utf-8", "replace")).strip()[:1000] or "no body"
+        facts: dict[str, Any] = {"hop": self.name, "status": status, "error": error}
+        after = retry_after_seconds(response.headers.get("retry-after", ""))
+        message = f"{self.name} answered {status}: {said}"
+        if status == 429:
+            raise HopBusy(message, retry_after_s=after, **facts)
+        if status in (408, 504):
+            raise HopTimeout(message, **facts)
+        if status in (502, 503) or (status == 500 and (internal or not error)):
+            # 500 with X-OpenFaaS-Internal is the proxy or the watchdog: nothing listened, or it died on the way.
+            raise HopUnavailable(message, retry_after_s=after, **facts)
+        if status == 404 and not error:
+            # The gateway's own: the function is not deployed there, or is being replaced at this moment.
+            raise HopUnavailable(message, hint=f"is a function deployed at {self.name}?", **facts)
+        if (refused := _BY_THE_GRAPH.get(str(error.get("type")))) is not None:
+            # Only running the graph shows that free dimensions do not go together, or that an index is out of range:
+            # the caller's fault, not the hop's.
+            raise refused(said, **{**_own_facts(error), **facts})
+        raise HopRejected(message, **facts)
+
+
+def _own_facts(error: Mapping[str, Any]) -> dict[str, Any]:
+    """What a hop's error says of tensors, which is about what the caller sent."""
+    own = error.get("facts")
+    return {key: own[key] for key in ("tensor", "value", "expected", "got") if key in own} if type(own) is dict else {}
+
+
+def hops_to(
+    urls: tuple[str, ...],
+    store: SegmentStore | None,
+    *,
+    attempts: int,
+    connect_timeout_s: float,
+    max_reply_bytes: int,
+) -> tuple[Hop, ...]:
+    """A hop for each of the setting's entries: `local`, which needs a store, or a URL."""
+    made: list[Hop] = []
+    for url in urls:
+        if url == "local" and store is not None:
+            made.append(LocalHop(store))
+        else:
+            made.append(
+                HttpHop(url, attempts=attempts, connect_timeout_s=connect_timeout_s, max_reply_bytes=max_reply_bytes)
+            )
+    return tuple(made)
+
+
+class _Outage:
+    """Since when calls to one hop have not reached the function, over all requests.
+
+    Threads share it without a lock: a race moves the beginning by one failed call.
+    """
+
+    def __init__(self) -> None:
+        self._began = self._latest = -math.inf
+        self.is_waited_for = True
+
+    def note(self, max_s: float) -> bool:
+        """Note a call that did not reach the function; whether the outage is younger than `max_s` seconds."""
+        now = time.monotonic()
+        if now - self._latest > MAX_OUTAGE_S:  # a new outage, or the first one
+            self._began = now
+        self._latest = now
+        return now - self._began < max_s
+
+    def over(self) -> None:
+        """The function was reached."""
+        self._latest = -math.inf
+
+
+class _Retries:
+    """One call's retries: `pause` is the policy that stamina asks after each failed try."""
+
+    def __init__(self, attempts: int, budget: RetryBudget, outage: _Outage, context: Context) -> None:
+        self._left = attempts - 1
+        self._may_wait = attempts > 1
+        self._budget, self._outage, self._context = budget, outage, context
+        self._pauses = backoff(_FIRST_PAUSE_S, _MAX_PAUSE_S)
+
+    def pause(self, error: Exception) -> float | Literal[False]:
+        """Seconds to wait before the next try; False where the error stands."""
+        if not isinstance(error, HopUnavailable | HopBusy) or not self._outage.is_waited_for:
+            return False
+        # A broken connection or 429 may have cost the function work; nothing else of these has reached it.
+        reached = isinstance(error, HopBusy) or isinstance(error.__cause__, BrokenOff)
+        limit_s = MAX_REPLACED_S if error.facts.get("status") == 404 else MAX_OUTAGE_S
+        if reached or not self._outage.note(limit_s):
+            self._left -= 1
+        if self._left < 0 or not self._may_wait:
+            return False
+        after, left_s = error.facts.get("retry_after_s"), self._context.deadline.remaining()
+        if after is None:
+            # Near the deadline pauses halve with what is left: a function may start at the last moment.
+            pause_s = min(next(self._pauses), max(_FIRST_PAUSE_S, left_s / 2))
+        else:
+            pause_s = jittered(float(after), _FIRST_PAUSE_S)
+        if pause_s >= left_s:  # waiting would only delay the error
+            return False
+        return pause_s if self._budget.take() else False
+
+
+def _error_document(data: bytes | bytearray) -> dict[str, Any]:
+    """The hop's error as docs/api.md describes it; empty where the body is none, or holds what JSON cannot say."""
+    try:
+        doc = json.loads(data, parse_constant=_refuse_constant, parse_int=_bounded_int, parse_float=_finite)
+    except (ValueError, RecursionError):
+        return {}
+    return doc if isinstance(doc, dict) and "error" in doc else {}
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _bounded_int(text: str) -> int:
+    if len(text) > 20:
+        raise ValueError("a number of more than 20 digits")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is too large a number")
+    return value

@@ -1,0 +1,1 @@
+"""Running a segment: onnxruntime sessions and the store of loaded segments."""

@@ -1,0 +1,1 @@
+"""The frame: arrays as bytes, and back."""

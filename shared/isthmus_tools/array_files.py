@@ -1,0 +1,59 @@
+"""Files of arrays as numpy writes them: .npy holds one, .npz several by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from isthmus.arrays import DTYPES, Array, restored
+
+_NPY = b"\x93NUMPY"
+_NPZ = (b"PK\x03\x04", b"PK\x05\x06")
+_MAX_REASON = 200
+
+
+def read(path: Path) -> Array | Mapping[str, Array]:
+    """The array of a .npy file, or the arrays of a .npz file by name, in this machine's byte order.
+
+    Raises:
+        ValueError: the file cannot be read as either, or holds what no frame carries; the message names the file.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_NPY))
+            if not start.startswith((_NPY, *_NPZ)):
+                raise ValueError("it is empty" if not start else "it is another kind of file")
+            file.seek(0)
+            loaded = np.load(file, allow_pickle=False)
+            found = loaded if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
+    # On broken files numpy raises nearly anything: its own, and zipfile's, zlib's and tokenize's exceptions.
+    except Exception as e:
+        why = e.strerror if isinstance(e, OSError) and e.strerror else " ".join(str(e).split()) or type(e).__name__
+        raise ValueError(f"{path} cannot be read as a .npy or .npz file: {why[:_MAX_REASON]}") from e
+    if isinstance(found, np.ndarray):
+        return _carried(found, str(path))
+    return {name: _carried(array, f"{name} in {path}") for name, array in found.items()}
+
+
+def read_one(path: Path) -> Array:
+    """The array of a .npy file.
+
+    Raises:
+        ValueError: as `read`, or the file holds several.
+    """
+    found = read(path)
+    if isinstance(found, Mapping):
+        raise ValueError(f"{path} holds several arrays ({', '.join(found)}); a .npy file holds one")
+    return found
+
+
+def _carried(array: Array, what: str) -> Array:
+    array = restored(array)
+    if array.dtype.newbyteorder("<") not in DTYPES.values():
+        raise ValueError(
+            f"{what} holds {array.dtype}; a tensor is one of {', '.join(DTYPES)}, where bfloat16 is what numpy writes"
+            " of ml_dtypes.bfloat16: two bytes a value"
+        )
+    return array.astype(array.dtype.newbyteorder("="), copy=False)

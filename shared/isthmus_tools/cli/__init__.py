@@ -1,0 +1,108 @@
+"""The command `isthmus`."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import logging
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
+
+import isthmus
+from isthmus_tools.cli import one_thread, private_caches  # noqa: F401  both set the environment before numpy loads
+from isthmus_tools.cli.termination import unwinding
+
+COMMANDS = {
+    "import": "Import a model: its weights in one file, its segments as small graphs, all under one digest.",
+    "cuts": "List the cuts of a model along its graph: what crosses, how many bytes, and the share of the work before.",
+    "cut": "Cut a bundle again and publish the result as its next version; no weights are copied. A plan stays in"
+    " force.",
+    "calibrate": "Calibrate a bundle's codecs with inputs and measure how many answers each keeps; publishes the next"
+    " version.",
+    "codec": "Show what every codec keeps and costs, beside JPEG and WebP of the input; or choose one by targets.",
+    "models": "List the models of a registry: versions, aliases, weights and cuts.",
+    "infer": "Classify photos, or run tensors through a model.",
+    "up": "Run the functions of a stack file on this machine, behind OpenFaaS's provider API, until Ctrl-C.",
+    "link": "Relay to a target over a network that is as slow, far and unreliable as it is told to be, until Ctrl-C.",
+    "package": "Write a stack file in which each segment of one model is a function with its segment inside the image.",
+    "profile": "Measure a model, its segments and its nodes on deployed functions, and keep the profiles in the"
+    " registry.",
+    "plan": "Find the best way to serve a model over a link: where to cut, under which codec, or not to split at all.",
+    "explain": "Say why a plan chose what it chose: the terms of its cost, the runners-up, what was refused and why.",
+    "demo": "Classify real photos with EfficientNet-Lite0, cut in two, and compare with the uncut model.",
+    "doctor": "Say what is missing on this machine; leaves with 1 if something that is needed is.",
+}
+"""Every command with the first sentence of its help, so that the list of them imports none."""
+
+
+def load(name: str) -> Callable[..., None]:
+    """The function of a command, from the module of its name; `import` is no name for a module."""
+    module, function = ("importing", "import_model") if name == "import" else (name, name)
+    found: Callable[..., None] = getattr(importlib.import_module(f"isthmus_tools.cli.{module}"), function)
+    return found
+
+
+class _Commands(TyperGroup):
+    """Commands by name. Only the one that is called is imported: all of them take a second."""
+
+    _lists = False
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """All names, in the order of use."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> TyperCommand | None:
+        """The command; for the list of all, one with nothing but its help."""
+        if cmd_name not in COMMANDS:
+            return None
+        single = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False, rich_markup_mode="markdown")
+        if self._lists:
+            single.command(cmd_name, help=COMMANDS[cmd_name])(lambda: None)
+        else:
+            single.command(cmd_name)(load(cmd_name))
+        command = get_command(single)
+        return command if isinstance(command, TyperCommand) else None
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Help with the list of commands."""
+        self._lists = True
+        try:
+            super().format_help(ctx, formatter)
+        finally:
+            self._lists = False
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    rich_markup_mode="markdown",
+    help="Split inference as a bundle of serverless functions: cut a model, serve its two sides, ask them.",
+)
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+) -> None:
+    """Options before a command."""
+    if version:
+        typer.echo(f"isthmus {isthmus.__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """The entry point."""
+    # Tries that failed are told by the error of the last one.
+    logging.getLogger("stamina").addHandler(logging.NullHandler())
+    # A file's name may be bytes that are no UTF-8; in JSON, too, the escape stands for them.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    with unwinding():
+        app()

@@ -1,0 +1,148 @@
+"""`isthmus doctor`: what this machine has and what it lacks."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import typer
+
+from isthmus.errors import IsthmusError
+from isthmus.units import format_size
+from isthmus_tools.cli.console import (
+    DEFAULT_REGISTRY,
+    AsJson,
+    RegistryOption,
+    out,
+    print_json,
+    registry_settings,
+    table,
+)
+
+_NEEDED = {
+    "onnxruntime": "runs segments",
+    "flask": "serves functions",
+    "waitress": "serves functions",
+    "onnx_ir": "imports and cuts models",
+    "onnx": "infers shapes",
+}
+_OPTIONAL = {
+    "torch": "imports torch models: pip install 'isthmus[torch]'",
+    "onnxscript": "imports torch models: pip install 'isthmus[torch]'",
+    "boto3": "reads registries on S3",
+    "matplotlib": "draws cuts: pip install 'isthmus[cli]'",
+    "PIL": "reads photos",
+}
+_ROOM_BYTES = 2 * 10**9
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at: `state` is ok, missing (it is needed) or absent (it is not)."""
+
+    what: str
+    state: str
+    found: str
+    advice: str = ""
+
+
+def doctor(*, registry: RegistryOption = DEFAULT_REGISTRY, as_json: AsJson = False) -> None:
+    """Say what is missing on this machine; leaves with 1 if something that is needed is.
+
+    Example: `isthmus doctor --json`
+    """
+    findings = [finding for look in (_python, _packages, _runtime, _tools, _machine, _port) for finding in look()]
+    findings += _registry(registry)
+    broken = any(f.state == "missing" for f in findings)
+    if as_json:
+        print_json({"ok": not broken, "findings": [asdict(f) for f in findings]})
+    else:
+        table(
+            "this machine",
+            ["", "what", "found", "advice"],
+            [({"ok": "✓", "missing": "✗"}.get(f.state, "–"), f.what, f.found, f.advice) for f in findings],
+        )
+        out.print(
+            "something needed is missing" if broken else "everything needed is here", style="red" if broken else ""
+        )
+    if broken:
+        raise typer.Exit(1)
+
+
+def _python() -> Iterator[Finding]:
+    found = ".".join(map(str, sys.version_info[:3]))
+    yield Finding("python", "ok" if sys.version_info >= (3, 11) else "missing", found, "3.11 or later is needed")
+
+
+def _packages() -> Iterator[Finding]:
+    for known, state in ((_NEEDED, "missing"), (_OPTIONAL, "absent")):
+        for module, why in known.items():
+            there = importlib.util.find_spec(module) is not None
+            yield Finding(module, "ok" if there else state, _version(module) if there else "not installed", why)
+
+
+def _runtime() -> Iterator[Finding]:
+    if importlib.util.find_spec("onnxruntime") is None:
+        return
+    from isthmus.runtime.ort_runner import available_providers, cpu_limit
+
+    providers = available_providers()
+    yield Finding("execution providers", "ok", ", ".join(providers))
+    gpu = any(p in providers for p in ("CUDAExecutionProvider", "TensorrtExecutionProvider"))
+    yield Finding("GPU", "ok" if gpu else "absent", "onnxruntime can use it" if gpu else "not usable by onnxruntime")
+    yield Finding("CPUs", "ok", str(cpu_limit()), "what runs of a segment share")
+
+
+def _tools() -> Iterator[Finding]:
+    for tool, why in {
+        "faas-cli": "deploys to OpenFaaS",
+        "docker": "builds the functions' images",
+        "git": "tracks templates",
+    }.items():
+        path = shutil.which(tool)
+        yield Finding(tool, "ok" if path else "absent", path or "not on PATH", why)
+
+
+def _machine() -> Iterator[Finding]:
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    yield Finding("room for the cache", "ok" if free > _ROOM_BYTES else "missing", format_size(free), "2 GB or more")
+    pages: Callable[[str], int] = os.sysconf
+    memory = pages("SC_PHYS_PAGES") * pages("SC_PAGE_SIZE")
+    yield Finding("memory", "ok" if memory > _ROOM_BYTES else "absent", format_size(memory))
+
+
+def _port() -> Iterator[Finding]:
+    with socket.socket() as s:
+        taken = s.connect_ex(("127.0.0.1", 8080)) == 0
+    yield Finding("port 8080", "absent" if taken else "ok", "taken" if taken else "free", "isthmus up --port N")
+
+
+def _registry(registry: str) -> Iterator[Finding]:
+    from isthmus.registry import open_registry, parse_address
+
+    absent = False
+    try:
+        folder = parse_address(registry).folder
+        absent = bool(folder) and not Path(folder).exists()
+        settings = replace(registry_settings(registry), registry_attempts=1, registry_timeout_s=5.0)
+        names = open_registry(settings).models()
+    except IsthmusError as e:
+        advice = "make one with: isthmus import" if absent else e.hint or "name another with --registry"
+        yield Finding("registry", "absent" if absent else "missing", e.message, advice)
+        return
+    yield Finding("registry", "ok", f"{registry}: {', '.join(names) or 'empty'}", "isthmus import adds models")
+
+
+def _version(module: str) -> str:
+    try:
+        return version({"PIL": "pillow", "onnx_ir": "onnx-ir"}.get(module, module))
+    except PackageNotFoundError:
+        return "installed"

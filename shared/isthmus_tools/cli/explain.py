@@ -1,0 +1,71 @@
+"""`isthmus explain`: why a model is served as its plan says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from isthmus.errors import Missing
+from isthmus_tools.cli.console import (
+    DEFAULT_REGISTRY,
+    AsJson,
+    RegistryOption,
+    errors,
+    out,
+    print_json,
+    registry_settings,
+    steps,
+)
+from isthmus_tools.cli.files import PICTURES, check_output
+
+
+def explain(
+    model: Annotated[str, typer.Argument(help="NAME or NAME:VERSION of a bundle with a plan.")],
+    *,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Also show the best over bandwidth and round trip.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Draw the plan to this .png or .svg file.")] = None,
+    registry: RegistryOption = DEFAULT_REGISTRY,
+    as_json: AsJson = False,
+) -> None:
+    """Say why a plan chose what it chose: the terms of its cost, the runners-up, what was refused and why.
+
+    Example: `isthmus explain efficientnet-lite0 --picture plan.svg`
+    """
+    from isthmus.artifacts.plan_document import read_plan
+    from isthmus.registry import open_cache, open_registry
+    from isthmus_tools.cli import plan_text
+    from isthmus_tools.planner.grid import grid
+
+    with errors(as_json):
+        if picture is not None:
+            check_output(picture, "--picture", PICTURES)
+        settings = registry_settings(registry)
+        store = open_registry(settings)
+        found = store.resolve(model)
+        if (plan := read_plan(found.bundle, store.blob)) is None:
+            raise Missing(
+                f"{found.name}:{found.version} has no plan",
+                kind="plan",
+                name=found.name,
+                exists=[],
+                hint=f"make one: isthmus plan {found.name} --uplink 10mbit --rtt 20ms --local",
+            )
+        cells = grid(plan.candidates, plan.objective, plan.constraints) if sweep or picture else None
+        if picture is not None:
+            from isthmus_tools.figures.plan import Along, draw
+
+            with steps(as_json) as step:
+                step(f"drawing {picture}")
+                draw(plan, cells or [], picture, Along.published(plan, found, store, open_cache(settings, store)))
+        if as_json:
+            version = f"{found.name}:{found.version}"
+            print_json(plan_text.document(plan, version, cells if sweep else None))
+            return
+        plan_text.explain(plan)
+        plan_text.show(plan, refusals=None)
+        if sweep and cells is not None:
+            plan_text.show_sweep(cells)
+        if picture is not None:
+            out.print(f"drawn: {picture}", highlight=False)

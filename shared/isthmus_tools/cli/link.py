@@ -1,0 +1,157 @@
+"""`isthmus link`: a network between a client and a target, rehearsed on this machine."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from isthmus.errors import LocalError
+from isthmus.units import format_duration, format_rate, format_size, parse_duration, parse_rate
+from isthmus_tools.cli.console import errors, out, read_option
+
+if TYPE_CHECKING:
+    from isthmus_tools.netem.emulator import Link, LinkCounters
+    from isthmus_tools.netem.script import Step
+
+_TICK_S = 0.2
+_RATE = "such as 10mbit, 1.5Mbit/s or unlimited."
+
+
+def link(
+    *,
+    to: Annotated[str, typer.Option(help="Where the link leads: HOST:PORT or an http URL.")],
+    port: Annotated[
+        int, typer.Option(help="Port to listen on, on 127.0.0.1; 0 takes a free one.", min=0, max=65535)
+    ] = 0,
+    uplink: Annotated[str, typer.Option(help=f"Rate from client to target, {_RATE}")] = "unlimited",
+    downlink: Annotated[str, typer.Option(help=f"Rate from target to client, {_RATE}")] = "unlimited",
+    rtt: Annotated[str, typer.Option(help="Round-trip time, half of it each way.")] = "0ms",
+    jitter: Annotated[str, typer.Option(help="The round trip varies by up to ± this.")] = "0ms",
+    up_delay: Annotated[str | None, typer.Option(help="Delay from client to target, instead of half of --rtt.")] = None,
+    down_delay: Annotated[str | None, typer.Option(help="Delay from target to client, likewise.")] = None,
+    connect_rtts: Annotated[float, typer.Option(help="Round trips before a new connection carries a byte.", min=0)] = 1,
+    slow_start: Annotated[bool, typer.Option(help="Model TCP's slow start.")] = False,
+    cuts_per_s: Annotated[float, typer.Option(help="Rate at which each connection is reset.", min=0)] = 0,
+    script: Annotated[Path | None, typer.Option(help="What changes when: JSON lines, see docs/link.md.")] = None,
+    every: Annotated[str, typer.Option(help="How often to print the counters, where they changed.")] = "5s",
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line instead of text.")] = False,
+) -> None:
+    """Relay to a target over a network that is as slow, far and unreliable as it is told to be, until Ctrl-C.
+
+    Example: `isthmus link --to 127.0.0.1:8080 --port 9000 --uplink 10mbit --downlink 50mbit --rtt 20ms`
+    """
+    from isthmus_tools.netem.emulator import Link, LinkShape
+
+    with errors(as_json):
+        shape = LinkShape(
+            uplink_bps=read_option(parse_rate, "--uplink", uplink),
+            downlink_bps=read_option(parse_rate, "--downlink", downlink),
+            rtt_s=read_option(parse_duration, "--rtt", rtt),
+            jitter_s=read_option(parse_duration, "--jitter", jitter),
+            up_delay_s=None if up_delay is None else read_option(parse_duration, "--up-delay", up_delay),
+            down_delay_s=None if down_delay is None else read_option(parse_duration, "--down-delay", down_delay),
+            connect_rtts=connect_rtts,
+            slow_start=slow_start,
+            cuts_per_s=cuts_per_s,
+        )
+        steps = _script(script) if script else ()
+        every_s = read_option(parse_duration, "--every", every)
+        with Link(to, shape, port=port, script=steps) as running, _until_signal() as leave:
+            say = _Lines() if as_json else _Text()
+            say.begins(running, to)
+            _watch(running, steps, max(every_s, _TICK_S), leave, say)
+
+
+class _Text:
+    def begins(self, running: Link, to: str) -> None:
+        shape = running.shape
+        up, down = shape.up, shape.down
+        self._say(f"{running.url} → {to}, until Ctrl-C")
+        self._say(f"  up    {format_rate(up.bps)}, {format_duration(up.delay_s)} ± {format_duration(up.jitter_s)}")
+        self._say(
+            f"  down  {format_rate(down.bps)}, {format_duration(down.delay_s)} ± {format_duration(down.jitter_s)}"
+        )
+        self._say(
+            f"  a new connection waits {format_duration(shape.connect_rtts * shape.round_trip_s)}; "
+            f"slow start {'is' if shape.slow_start else 'is not'} modelled; losses and headers are not"
+        )
+
+    def step(self, step: Step) -> None:
+        self._say(f"{step.at_s:8.1f} s  {step.written}")
+
+    def counts(self, at_s: float, now: LinkCounters, up_bps: float, down_bps: float) -> None:
+        self._say(
+            f"{at_s:8.1f} s  up {format_size(now.bytes_up)} ({format_rate(up_bps)})"
+            f"  down {format_size(now.bytes_down)} ({format_rate(down_bps)})"
+            f"  connections {now.connections}, {now.open} open, {now.cuts} cut"
+        )
+
+    def _say(self, text: str) -> None:
+        out.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class _Lines:
+    def begins(self, running: Link, to: str) -> None:
+        shape = asdict(running.shape)
+        # JSON has no infinity: an unlimited rate is null.
+        shape |= {name: None for name in ("uplink_bps", "downlink_bps") if shape[name] == float("inf")}
+        self._say({"url": running.url, "port": running.port, "to": to, "shape": shape})
+
+    def step(self, step: Step) -> None:
+        self._say({"step": json.loads(step.written)})
+
+    def counts(self, at_s: float, now: LinkCounters, up_bps: float, down_bps: float) -> None:
+        self._say({"at_s": round(at_s, 3), **asdict(now), "up_bps": round(up_bps), "down_bps": round(down_bps)})
+
+    def _say(self, document: dict[str, Any]) -> None:
+        sys.stdout.write(json.dumps(document) + "\n")
+        sys.stdout.flush()
+
+
+def _watch(running: Link, steps: Sequence[Step], every_s: float, leave: threading.Event, say: _Text | _Lines) -> None:
+    began = told_at = time.monotonic()
+    waiting = list(steps)
+    told = type(running.counters)()
+    while True:
+        left = leave.wait(_TICK_S)
+        now, counters = time.monotonic(), running.counters
+        while waiting and began + waiting[0].at_s <= now:
+            say.step(waiting.pop(0))
+        if left or now - told_at >= every_s:
+            if left or counters != told:
+                up, down = counters.bytes_up - told.bytes_up, counters.bytes_down - told.bytes_down
+                say.counts(now - began, counters, up * 8 / (now - told_at), down * 8 / (now - told_at))
+            told_at, told = now, counters
+        if left:
+            return
+
+
+def _script(path: Path) -> tuple[Step, ...]:
+    from isthmus_tools.netem.script import parse_script
+
+    try:
+        return parse_script(path.read_text())
+    except (OSError, UnicodeDecodeError) as e:
+        raise LocalError(f"the link's script {path} cannot be read: {getattr(e, 'strerror', None) or e}") from e
+
+
+@contextmanager
+def _until_signal() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set for as long as the block lasts."""
+    leave = threading.Event()
+    before = {n: signal.signal(n, lambda *_: leave.set()) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield leave
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

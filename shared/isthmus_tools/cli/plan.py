@@ -1,0 +1,160 @@
+"""`isthmus plan`: find the best way to serve a model over a link, by measurement, and publish it in the bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from isthmus.errors import RequestMalformed
+from isthmus.units import parse_duration, parse_rate, parse_size
+from isthmus_tools.cli.console import (
+    CACHE_DIR,
+    DEFAULT_REGISTRY,
+    AsJson,
+    RegistryOption,
+    errors,
+    out,
+    print_json,
+    read_option,
+    steps,
+)
+from isthmus_tools.cli.files import PICTURES, check_output
+from isthmus_tools.cli.functions import TimeLimit, budget_of
+
+_RATE = "such as 10mbit, 1.5Mbit/s or unlimited"
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="NAME or NAME:VERSION of a bundle in the registry.")],
+    *,
+    uplink: Annotated[str, typer.Option(help=f"Rate of the link to the cloud, {_RATE}.")] = "unlimited",
+    downlink: Annotated[str, typer.Option(help="Rate back; as --uplink if not given.")] = "",
+    rtt: Annotated[str, typer.Option(help="Round-trip time that the link adds.")] = "0ms",
+    objective: Annotated[
+        str, typer.Option(help="latency, throughput, cost or energy. [default: latency; with --latency, cost]")
+    ] = "",
+    latency: Annotated[str, typer.Option(help="Longest time of a request, such as 50ms.")] = "",
+    edge_memory: Annotated[str, typer.Option(help="Most memory of the model at the edge, such as 200MB.")] = "",
+    private_depth: Annotated[
+        int, typer.Option(help="So many first nodes run at the edge; no cut before them, no cloud-only.")
+    ] = 0,
+    max_error: Annotated[
+        float | None, typer.Option(help="Largest relative error of the outputs. [default: 0.05, or calibrated]")
+    ] = None,
+    max_disagreement: Annotated[
+        float | None, typer.Option(help="Largest share of inputs that may get another answer.")
+    ] = None,
+    prices: Annotated[Path | None, typer.Option(help="A TOML file with prices, for cost and energy.")] = None,
+    head: Annotated[str, typer.Option(help="URL of the function at the edge, to measure on.")] = "",
+    tail: Annotated[str, typer.Option(help="URL of the function in the cloud, to measure on.")] = "",
+    local: Annotated[
+        bool, typer.Option("--local", help="Start edge-head and cloud-tail of stack.yml here, profile and measure.")
+    ] = False,
+    stack: Annotated[Path, typer.Option(help="With --local: the stack file.")] = Path("stack.yml"),
+    predict_only: Annotated[bool, typer.Option("--predict-only", help="Measure nothing over the link.")] = False,
+    photos: Annotated[
+        list[Path] | None, typer.Option("--input", help="A photo, or a folder of photos, to try candidates with.")
+    ] = None,
+    tensor: Annotated[
+        list[str] | None, typer.Option(help="An input tensor, NAME=FILE.npy; once for each input.")
+    ] = None,
+    time_limit: TimeLimit = "5m",
+    sweep: Annotated[bool, typer.Option("--sweep", help="Also show the best over bandwidth and round trip.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Draw the plan to this .png or .svg file.")] = None,
+    int8: Annotated[bool, typer.Option(help="Try the model quantised to int8 at the edge.")] = True,
+    publish: Annotated[
+        bool | None,
+        typer.Option(
+            "--publish/--no-publish",
+            help="Publish the plan as the model's next version. [default: if its choice was measured]",
+            show_default=False,
+        ),
+    ] = None,
+    alias: Annotated[str, typer.Option(help="Let this alias mean the new version.")] = "prod",
+    registry: RegistryOption = DEFAULT_REGISTRY,
+    as_json: AsJson = False,
+) -> None:
+    """Find the best way to serve a model over a link: where to cut, under which codec, or not to split at all.
+
+    Predictions prune, measurements decide: candidates run on the functions of --head and --tail, or of --local, over a
+    rehearsed link. Without functions the plan is predicted only, says so, and is published with --publish alone. Until
+    it is published, nothing that serves changes.
+
+    Example: `isthmus plan efficientnet-lite0 --uplink 10mbit --rtt 20ms --local`
+    """
+    from isthmus.artifacts.conditions import Conditions, Constraints, check_objective
+    from isthmus.registry.registry import check_alias
+    from isthmus_tools.cli.functions import places
+    from isthmus_tools.cli.plan_text import document, show, show_sweep
+    from isthmus_tools.cli.planning import Wish, check_request, planned
+    from isthmus_tools.planner.grid import grid
+    from isthmus_tools.planner.prices import read_prices
+
+    with errors(as_json):
+        if predict_only and head:
+            raise RequestMalformed("--predict-only measures nothing: leave --head and --tail out")
+        if picture is not None:
+            check_output(picture, "--picture", PICTURES)
+        if alias:
+            check_alias(alias)
+        up = read_option(parse_rate, "--uplink", uplink)
+        wish = Wish(
+            model=model,
+            conditions=Conditions(
+                up,
+                read_option(parse_rate, "--downlink", downlink) if downlink else up,
+                read_option(parse_duration, "--rtt", rtt),
+            ),
+            constraints=Constraints(
+                edge_memory_bytes=int(read_option(parse_size, "--edge-memory", edge_memory)) if edge_memory else None,
+                private_depth=private_depth,
+                latency_s=read_option(parse_duration, "--latency", latency) if latency else None,
+                max_error=max_error,
+                max_disagreement=max_disagreement,
+            ),
+            objective=check_objective(objective or ("cost" if latency else "latency")),
+            prices=read_prices(prices) if prices else None,
+            sweep=sweep or picture is not None,
+            measure=not predict_only,
+            int8=int8,
+            budget=budget_of(time_limit),
+        )
+        if not local and bool(head) != bool(tail):
+            raise RequestMalformed("measuring takes both functions: --head URL and --tail URL")
+        if local:
+            check_request(registry, model, photos or [], tensor or [])
+        with (
+            steps(as_json) as step,
+            places(local, stack, registry, head, tail, step) as where,
+            planned(wish, registry, CACHE_DIR, where if where.head else None, photos or [], tensor or [], step) as made,
+        ):
+            cells = grid(made.plan.candidates, wish.objective, wish.constraints) if wish.sweep else None
+            if picture is not None:
+                from isthmus_tools.figures.plan import Along, draw
+
+                step(f"drawing {picture}")
+                draw(made.plan, cells or [], picture, Along.of(made.draft))
+            # Last of all: what fails or is interrupted before has published nothing.
+            published = None
+            if made.plan.measured if publish is None else publish:
+                step("publishing the plan")
+                published = made.publish(alias)
+        version = f"{published.version.name}:{published.version.version}" if published else ""
+        if as_json:
+            about = {k: v for k, v in published.document().items() if k.startswith("alias")} if published else {}
+            print_json({**document(made.plan, version, cells if sweep else None), **about})
+            return
+        show(made.plan)
+        if sweep and cells is not None:
+            show_sweep(cells)
+        if picture is not None:
+            out.print(f"drawn: {picture}", highlight=False)
+        if published is not None:
+            out.print(f"published: {version}", style="bold", highlight=False)
+            published.show()
+        elif publish is None:
+            out.print("not published, since nothing was measured: --publish publishes it", highlight=False)
+        else:
+            out.print("not published", highlight=False)

@@ -1,0 +1,131 @@
+"""A plan as commands show it: the candidates with the terms of their cost, why one was chosen, and the sweep."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Sequence
+from typing import Any
+
+from isthmus.artifacts.plan import TERMS, Candidate, Plan
+from isthmus.artifacts.plan_document import to_json
+from isthmus.units import format_duration, format_rate, format_size
+from isthmus_tools.cli.console import out, table
+from isthmus_tools.planner.grid import Cell
+
+SHOWN = 12
+_LETTERS = string.ascii_uppercase + string.ascii_lowercase
+
+
+def document(plan: Plan, version: str, cells: Sequence[Sequence[Cell]] | None = None) -> dict[str, Any]:
+    """What `--json` prints: the plan's own document, where it was published, and the sweep."""
+    found = json.loads(to_json(plan))
+    doc: dict[str, Any] = {"version": version, "typical_gap": plan.typical_gap, "plan": found}
+    if cells is not None:
+        doc["sweep"] = [
+            {
+                "bandwidth_bps": cell.conditions.uplink_bps,
+                "rtt_s": cell.conditions.rtt_s,
+                "best": cell.best,
+                "seconds": cell.seconds,
+            }
+            for row in cells
+            for cell in row
+        ]
+    return doc
+
+
+def show(plan: Plan, *, every: bool = False, refusals: int | None = SHOWN) -> None:
+    """The candidates, the fastest first, those that were refused at the end; then the reasons.
+
+    At most `refusals` of the refused are told with why; None tells of all.
+    """
+    c = plan.conditions
+    if c.adds_nothing:
+        over = "over the network that is there"
+    else:
+        over = f"over {format_rate(c.uplink_bps)} up, {format_rate(c.downlink_bps)} down, {format_duration(c.rtt_s)}"
+    ranked = sorted(plan.candidates, key=lambda c: (bool(c.refused), c.measured is None, c.seconds))
+    shown = ranked if every else ranked[:SHOWN]
+    priced = any(c.price is not None for c in plan.candidates)
+    joules = any(c.energy_j is not None for c in plan.candidates)
+    memory = plan.constraints.edge_memory_bytes is not None
+    columns = ["candidate", "measured, ms", "runs", "predicted", "apart", "up", "error"] + ["edge memory"] * memory
+    columns += [f"price, {plan.currency}".rstrip(", ")] * priced + ["energy, J"] * joules
+    rows = []
+    for candidate in shown:
+        row = [_name(plan, candidate), *_seen(candidate), f"{candidate.predicted.total * 1e3:.1f}", _apart(candidate)]
+        row += [format_size(candidate.up_bytes), _error(candidate)]
+        row += [format_size(candidate.edge_memory_bytes)] * memory
+        row += [f"{candidate.price:.3g}" if candidate.price is not None else ""] * priced
+        row += [f"{candidate.energy_j:.3g}" if candidate.energy_j is not None else ""] * joules
+        rows.append(row)
+    table(f"{plan.model} for {plan.objective}, {over}", columns, rows, numbers=columns[1:])
+    if len(ranked) > len(shown):
+        out.print(f"and {len(ranked) - len(shown)} more: --json has all", highlight=False)
+    for sentence in plan.why:
+        out.print(f"- {sentence}", highlight=False, markup=False, soft_wrap=True)
+    if (gap := plan.typical_gap) is not None:
+        out.print(f"- measurements are {gap:.0%} from predictions in the median", highlight=False)
+    refused = [c for c in ranked if c.refused]
+    if refused:
+        out.print("refused:", highlight=False)
+    for candidate in refused[:refusals]:
+        out.print(f"  {candidate.name}: {candidate.refused}", highlight=False, markup=False, soft_wrap=True)
+    if refusals is not None and len(refused) > refusals:
+        out.print(f"  and {len(refused) - refusals} more: isthmus explain tells why", highlight=False)
+
+
+def explain(plan: Plan) -> None:
+    """The terms of the chosen candidate's cost beside its runners-up and the baselines."""
+    able = sorted((c for c in plan.candidates if not c.refused), key=lambda c: (c.measured is None, c.seconds))
+    others = [c for c in able if c.name != plan.chosen][:4]
+    columns = [plan.choice, *others]
+    rows: list[list[str]] = []
+    for term in TERMS:
+        seconds = [c.predicted.seconds[term] for c in columns]
+        if any(seconds):
+            rows.append([term.replace("_", " "), *(f"{s * 1e3:.2f}" if s else "" for s in seconds)])
+    rows.append(["predicted", *(f"{c.predicted.total * 1e3:.2f}" for c in columns)])
+    rows.append(["measured", *("" if c.measured is None else f"{c.measured.median * 1e3:.2f}" for c in columns)])
+    rows.append(["edge run is", *(c.predicted.edge_source for c in columns)])
+    rows.append(["cloud run is", *(c.predicted.cloud_source for c in columns)])
+    names = [c.name for c in columns]
+    table(f"{plan.model}: the terms of {plan.chosen} and of those behind it, ms", ["term", *names], rows, numbers=names)
+
+
+def show_sweep(cells: Sequence[Sequence[Cell]]) -> None:
+    """The best candidate by round trip and bandwidth, as letters, and what they stand for."""
+    names = list(dict.fromkeys(cell.best for row in cells for cell in row if cell.best))
+    letters = dict(zip(names, _LETTERS, strict=False))
+    rates = [format_rate(cell.conditions.uplink_bps).replace("bit/s", "") for cell in cells[0]]
+    rows = [
+        [
+            format_duration(row[0].conditions.rtt_s),
+            *(f"{letters.get(c.best, '?')} {c.seconds * 1e3:.0f}" if c.best else "-" for c in row),
+        ]
+        for row in cells
+    ]
+    table("the best candidate by round trip and bit/s, and its ms, predicted", ["", *rates], rows, numbers=rates)
+    for name, letter in letters.items():
+        out.print(f"{letter}  {name}", highlight=False)
+
+
+def _name(plan: Plan, candidate: Candidate) -> str:
+    return f"→ {candidate.name}" if candidate.name == plan.chosen else candidate.name
+
+
+def _seen(candidate: Candidate) -> list[str]:
+    m = candidate.measured
+    if m is None:
+        return ["", ""]
+    spread = f" ({m.low * 1e3:.1f}–{m.high * 1e3:.1f})" if m.runs > 1 else ""
+    return [f"{m.median * 1e3:.1f}{spread}", str(m.runs)]
+
+
+def _apart(candidate: Candidate) -> str:
+    return "" if candidate.apart is None else f"{candidate.apart:+.0%}"
+
+
+def _error(candidate: Candidate) -> str:
+    return "0" if candidate.error.relative == 0 else f"{candidate.error.relative:.1g}"

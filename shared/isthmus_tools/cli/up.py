@@ -1,0 +1,87 @@
+"""`isthmus up`: the functions of a stack file on this machine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from isthmus.errors import LocalError
+from isthmus_tools.cli.console import DEFAULT_REGISTRY, RegistryOption, err, errors
+
+if TYPE_CHECKING:
+    from isthmus_tools.engine import Event
+
+
+def up(
+    *,
+    port: Annotated[int, typer.Option(help="Port of the gateway.", min=0, max=65535)] = 8080,
+    stack: Annotated[Path, typer.Option(help="The stack file.")] = Path("stack.yml"),
+    replicas: Annotated[list[str] | None, typer.Option(help="NAME=N: so many of a function; once each.")] = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(help="[NAME:]VARIABLE=VALUE: goes before stack.yml's, for one function or all; once each."),
+    ] = None,
+    allow_callbacks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A network, such as 127.0.0.0/8, that X-Callback-Url may lead to beside public addresses; repeatable.",
+            metavar="NETWORK",
+        ),
+    ] = None,
+    logs: Annotated[bool, typer.Option(help="Show what the functions log.")] = True,
+    registry: RegistryOption = DEFAULT_REGISTRY,
+) -> None:
+    """Run the functions of a stack file on this machine, behind OpenFaaS's provider API, until Ctrl-C.
+
+    It prints how `faas-cli login` gets the credentials that everything but function calls asks for.
+
+    Example: `isthmus up --replicas cloud-tail=2 --env edge-head:threads=1`
+    """
+    from isthmus_tools.cli.engine import variables
+    from isthmus_tools.engine import run_engine
+
+    with errors(as_json=False):
+        run_engine(
+            stack,
+            port=port,
+            replicas=_replicas(replicas or []),
+            environment=_environment(env or []),
+            variables=variables(registry),
+            callback_networks=allow_callbacks or (),
+            on_event=lambda event: _show(event, logs),
+        )
+
+
+def _show(event: Event, logs: bool) -> None:
+    if event.kind == "log" and not logs:
+        return
+    who = event.replica or event.function or "isthmus"
+    text = event.text if event.kind == "log" else f"{event.kind} {event.text}".strip()
+    style = {"failed": "red", "exited": "yellow", "ready": "green", "log": "dim"}.get(event.kind, "")
+    err.print(f"{who} ", style="bold", end="", highlight=False)
+    err.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def _replicas(given: Sequence[str]) -> dict[str, int]:
+    found = {}
+    for entry in given:
+        name, _, count = entry.partition("=")
+        if not name or not re.fullmatch("[0-9]{1,4}", count):
+            raise LocalError(f"--replicas is {entry!r}; it is NAME=N")
+        found[name] = int(count)
+    return found
+
+
+def _environment(given: Sequence[str]) -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = {}
+    for entry in given:
+        variable, equals, value = entry.partition("=")
+        function, colon, name = variable.rpartition(":")
+        if not equals or not name or (colon and not function):
+            raise LocalError(f"--env is {entry!r}; it is VARIABLE=VALUE or NAME:VARIABLE=VALUE")
+        found.setdefault(function or "*", {})[name] = value
+    return found

@@ -1,0 +1,193 @@
+"""Calls that are answered later: a bounded queue in memory, workers, and callbacks.
+
+Like OpenFaaS CE's: bodies up to 256,000 bytes, at least one try, and again while the function says 429 or 503. A
+callback has the function's response: its body, and its headers but those between two neighbours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import aiohttp
+from aiohttp import web
+from multidict import CIMultiDict
+from yarl import URL
+
+from isthmus.errors import RequestMalformed
+from isthmus.http.server_timing import retry_after_seconds
+from isthmus_tools.engine.callbacks import CallbackPolicy, PermittedOnly
+from isthmus_tools.engine.events import Event, OnEvent
+from isthmus_tools.engine.fleet import Fleet
+from isthmus_tools.engine.proxy import HOP_BY_HOP, end_to_end, is_text, split
+
+MAX_BODY_BYTES = 256_000
+MAX_WAITING = 256
+WORKERS = 4
+ATTEMPTS = 5
+CALL_TIMEOUT_S = 60.0
+_MAX_RESULT_BYTES = 64 << 20
+_MAX_WAIT_S = 10.0
+CALLBACK_TIMEOUT_S = 15.0
+"""A callback that takes so long is not tried again: few workers serve all calls."""
+_NOT_CALLED_BACK = HOP_BY_HOP | {"host", "expect", "content-length"}
+_NOT_SENT = _NOT_CALLED_BACK | {"x-callback-url", "authorization"}
+
+
+@dataclass(frozen=True)
+class _Call:
+    id: str
+    function: str
+    path: str
+    headers: CIMultiDict[str]
+    body: bytes
+    callback: URL | None
+
+
+class AsyncQueue:
+    """POST /async-function/NAME: 202 at once, the call later, its result to X-Callback-Url."""
+
+    def __init__(
+        self, fleet: Fleet, url: str, session: aiohttp.ClientSession, on_event: OnEvent, policy: CallbackPolicy
+    ) -> None:
+        self._fleet = fleet
+        self._url = url
+        self._session = session
+        self._on_event = on_event
+        self._policy = policy
+        self._callbacks = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=WORKERS, resolver=PermittedOnly(policy), use_dns_cache=False),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            skip_auto_headers=("Accept", "Accept-Encoding", "User-Agent"),
+        )
+        self._waiting: asyncio.Queue[_Call] = asyncio.Queue(MAX_WAITING)
+        self._workers = [asyncio.create_task(self._work(), name=f"queue worker {i}") for i in range(WORKERS)]
+
+    async def handle(self, request: web.Request) -> web.Response:
+        """Accept one call.
+
+        Raises:
+            RequestMalformed: X-Callback-Url is none, or leads where no callback may; or a header is not Unicode.
+        """
+        name, rest = split(request.raw_path)
+        supervisor = self._fleet.get(name)
+        if supervisor is None:
+            return web.Response(status=404, text=f"error finding function {name}: it is not deployed here")
+        for header, value in request.headers.items():
+            if not is_text(value):
+                raise RequestMalformed(f"the header {header} is not UTF-8, which the queue keeps headers as")
+        callback = request.headers.get("X-Callback-Url", "").strip()
+        url = await self._policy.check(callback) if callback else None
+        body = await request.content.read(MAX_BODY_BYTES + 1) if request.body_exists else b""
+        while len(body) <= MAX_BODY_BYTES and (more := await request.content.read(MAX_BODY_BYTES + 1 - len(body))):
+            body += more
+        if len(body) > MAX_BODY_BYTES:
+            return web.Response(
+                status=413,
+                text=f"the queue takes bodies up to {MAX_BODY_BYTES} bytes, as OpenFaaS CE's does; send a reference",
+            )
+        call_id = request.headers.get("X-Call-Id") or str(uuid.uuid4())
+        headers = end_to_end(request.headers, _NOT_SENT)
+        headers["X-Call-Id"] = call_id
+        try:
+            self._waiting.put_nowait(_Call(call_id, supervisor.name, rest, headers, body, url))
+        except asyncio.QueueFull:
+            return web.Response(status=429, text="the queue is full", headers={"Retry-After": "1"})
+        return web.Response(status=202, headers={"X-Call-Id": call_id, "X-Start-Time": str(time.time_ns())})
+
+    async def close(self) -> None:
+        """Stop; calls that wait are lost with the process, as the queue lives in memory."""
+        for worker in self._workers:
+            worker.cancel()
+        await asyncio.gather(*self._workers, return_exceptions=True)
+        await self._callbacks.close()
+
+    async def _work(self) -> None:
+        while True:
+            call = await self._waiting.get()
+            try:
+                failure = await self._serve(call)
+            except (
+                Exception
+            ) as e:  # a worker outlives every call: its end would be silent, and the next ones wait for ever
+                failure = f"{type(e).__name__}: {e}"
+            if failure:
+                self._on_event(Event("failed", f"async call {call.id}: {failure}", call.function))
+
+    async def _serve(self, call: _Call) -> str:
+        """Call the function, then send its response to the callback; how that failed, empty where it did not."""
+        started = time.perf_counter()
+        # Through the gateway's own listener, so that it is proxied and counted like any other call.
+        target = URL(f"{self._url}/function/{call.function}{call.path}", encoded=True)
+        result = await _post(self._session, target, call.headers, call.body, timeout_s=CALL_TIMEOUT_S)
+        if call.callback is None:
+            return f"the function answered {result.status}" if result.status >= 400 else ""
+        headers = end_to_end(result.headers, _NOT_CALLED_BACK)
+        headers.setdefault("Content-Type", "application/octet-stream")
+        headers.setdefault("X-Duration-Seconds", f"{time.perf_counter() - started:.6f}")
+        headers["X-Call-Id"] = call.id
+        headers["X-Function-Name"] = call.function
+        headers["X-Function-Status"] = str(result.status)
+        told = await _post(self._callbacks, call.callback, headers, result.body, timeout_s=CALLBACK_TIMEOUT_S)
+        return f"its callback answered {told.status}" if told.status >= 400 else ""
+
+
+class _ResultTooLong(Exception):
+    """A response of more than _MAX_RESULT_BYTES."""
+
+
+class _Answer(NamedTuple):
+    """What a POST was answered with, 502 without headers where it was not."""
+
+    status: int = 502
+    headers: CIMultiDict[str] = CIMultiDict()
+    body: bytes = b""
+
+
+async def _post(
+    session: aiohttp.ClientSession, url: URL, headers: CIMultiDict[str], body: bytes, *, timeout_s: float
+) -> _Answer:
+    """POST until the answer is not 429, 503 or none, at most ATTEMPTS times, but once where the time was over.
+
+    Redirects are not followed: they would lead where the URL itself may not.
+    """
+    answer = _Answer()
+    for attempt in range(ATTEMPTS):
+        wait_s = min(_MAX_WAIT_S, 0.2 * 2**attempt)
+        try:
+            async with session.post(
+                url,
+                data=body,
+                headers=headers,
+                allow_redirects=False,
+                timeout=aiohttp.ClientTimeout(total=timeout_s),
+            ) as reply:
+                answer = _Answer(reply.status, CIMultiDict(reply.headers), await _bounded(reply))
+        except TimeoutError:
+            return answer
+        except _ResultTooLong:
+            return _Answer()
+        except (aiohttp.ClientError, OSError):
+            pass
+        else:
+            if answer.status not in (429, 503):
+                return answer
+            asked_s = retry_after_seconds(answer.headers.get("Retry-After", ""))
+            wait_s = wait_s if asked_s is None else min(_MAX_WAIT_S, asked_s)
+        if attempt < ATTEMPTS - 1:
+            await asyncio.sleep(wait_s)
+    return answer
+
+
+async def _bounded(reply: aiohttp.ClientResponse) -> bytes:
+    pieces, size = [], 0
+    async for piece in reply.content.iter_any():
+        size += len(piece)
+        if size > _MAX_RESULT_BYTES:
+            raise _ResultTooLong
+        pieces.append(piece)
+    return b"".join(pieces)

@@ -1,0 +1,313 @@
+"""Every function of the stack: what is deployed of it, and what the provider API says and changes about it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from isthmus.errors import LocalError, Missing, RequestMalformed
+from isthmus.settings import RouterSettings
+from isthmus_tools.engine.build import stage
+from isthmus_tools.engine.events import Event, OnEvent
+from isthmus_tools.engine.replica import Deployment
+from isthmus_tools.engine.secrets import SecretFolder
+from isthmus_tools.engine.stack import FunctionSpec, StackFile
+from isthmus_tools.engine.supervisor import MAX_REPLICAS, Supervisor
+from isthmus_tools.engine.watchdog import VARIABLES, Watchdog
+
+NAMESPACE = "openfaas-fn"
+READY_PATH = "/ready"  # as the templates' Dockerfiles tell the watchdog
+SETTINGS = frozenset(f.name for f in fields(RouterSettings))
+"""The variables that functions of Isthmus read: the router's settings hold the others'."""
+
+_PATH = re.compile(r"/[!-~]*")
+IN_CLUSTER = re.compile(r"http://gateway(?:\.openfaas(?:\.svc(?:\.cluster\.local)?)?)?:8080(?=[/,\s]|$)")
+"""The gateway's URLs in a cluster and on faasd."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """The engine's folders, and the address by which its functions reach it."""
+
+    url: str
+    build: Path
+    cache: Path
+    secrets: SecretFolder
+
+
+class Fleet:
+    """The functions that run now; those of the stack that were removed can be deployed again."""
+
+    def __init__(
+        self,
+        file: StackFile,
+        places: Places,
+        session: aiohttp.ClientSession,
+        on_event: OnEvent,
+        *,
+        overrides: Mapping[str, Mapping[str, str]],
+        drain_s: float,
+    ) -> None:
+        stack = file.read()
+        for name in overrides:
+            if name != "*" and name not in stack.functions:
+                raise LocalError(f"stack.yml has no function {name!r}; it has {', '.join(stack.functions)}")
+        self._file = file
+        self._stack = stack
+        self._places = places
+        self._deployed = 0
+        self._session = session
+        self._on_event = on_event
+        self._overrides = overrides
+        self._drain_s = drain_s
+        self._running: dict[str, Supervisor] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
+
+    def __iter__(self) -> Iterator[Supervisor]:
+        return iter(self._running.values())
+
+    def get(self, name: str) -> Supervisor | None:
+        """The function of that name, with or without the namespace, if it is deployed."""
+        plain, _, namespace = name.partition(".")
+        return self._running.get(plain) if namespace in ("", NAMESPACE) else None
+
+    def find(self, name: str) -> Supervisor:
+        """The function of that name.
+
+        Raises:
+            Missing: it is not deployed.
+        """
+        if (found := self.get(name)) is not None:
+            return found
+        raise Missing(f"error finding function {name}", kind="function", name=name, exists=sorted(self._running))
+
+    def start(self, replicas: Mapping[str, int]) -> None:
+        """Deploy every function of the stack.
+
+        Raises:
+            LocalError: a function cannot be laid out, or `replicas` names one that the stack does not have.
+        """
+        for name in replicas:
+            if name not in self._stack.functions:
+                raise LocalError(f"stack.yml has no function {name!r}; it has {', '.join(self._stack.functions)}")
+        for spec in self._stack.functions.values():
+            self._deploy(spec, replicas.get(spec.name, _least_replicas(spec)))
+
+    def deploy(self, doc: Mapping[str, Any], *, update: bool) -> None:
+        """Run a function as a deployment request says, from the working tree and stack.yml as they are now.
+
+        Raises:
+            Missing: `update`, and it is not deployed.
+            RequestMalformed: not a deployment, or one that this engine cannot run: it pulls no images, and passes on
+                only the variables that stack.yml, the settings and the watchdog have.
+            LocalError: stack.yml cannot be read any more, or the function not be laid out.
+        """
+        name = _text(doc, "service")
+        if update and self.get(name) is None:
+            raise Missing(f"error finding function {name}", kind="function", name=name, exists=sorted(self._running))
+        stack = self._file.read()
+        known = stack.functions.get(name)
+        if known is None:
+            raise RequestMalformed(
+                f"this engine runs the functions of stack.yml and pulls no images; it has no {name!r}",
+                hint=f"it has {', '.join(stack.functions)}",
+            )
+        if (namespace := _text(doc, "namespace")) not in ("", NAMESPACE):
+            raise RequestMalformed(f"there is no namespace {namespace!r}; there is {NAMESPACE}")
+        if (image := _text(doc, "image")) != known.image:
+            raise RequestMalformed(
+                f"this engine runs {name} from the working tree, as image {known.image!r}; it cannot pull {image!r}"
+            )
+        environment = _texts(doc, "envVars")
+        self._check_variables(known, environment)
+        environment = self._fill_in(known, environment)
+        secrets = _strings(doc, "secrets")
+        if missing := sorted(set(secrets) - set(self._places.secrets.names())):
+            raise RequestMalformed(
+                f"the secret {missing[0]} of {name} does not exist", hint=f"faas-cli secret create {missing[0]}"
+            )
+        spec = replace(
+            known,
+            fprocess=_text(doc, "envProcess"),
+            environment=environment,
+            secrets=secrets,
+            labels=_texts(doc, "labels"),
+            annotations=_texts(doc, "annotations"),
+            constraints=_strings(doc, "constraints"),
+            limits=_texts(doc, "limits"),
+            requests=_texts(doc, "requests"),
+            readonly_root_filesystem=doc.get("readOnlyRootFilesystem") is True,
+        )
+        running = self.get(name)
+        self._stack = stack
+        self._deploy(spec, running.desired if running else _least_replicas(spec))
+
+    def _fill_in(self, known: FunctionSpec, environment: Mapping[str, str]) -> dict[str, str]:
+        """A deployment's variables, with this engine's own value where a shell that lacks its `${…}` sent a default.
+
+        faas-cli fills `${…}` from the shell that it runs in, mostly another one than the engine's: `registry` would
+        become stack.yml's default, where nothing of this engine's is.
+        """
+        stack = self._file.read_defaults()
+        default = stack.functions.get(known.name) if stack is not None else None
+        unset = default.environment if default is not None else {}
+        own = {k: v for k, v in known.environment.items() if k in unset and environment.get(k) == unset[k] != v}
+        if own:
+            text = (
+                f"the deployment holds stack.yml's default for {', '.join(own)}; it runs with this engine's own value"
+            )
+            self._on_event(Event("deployed", text, known.name))
+        return {**environment, **own}
+
+    def _check_variables(self, known: FunctionSpec, environment: Mapping[str, str]) -> None:
+        """Refuse variables that nothing here reads: PYTHONPATH, LD_PRELOAD or PATH would choose the code that runs.
+
+        Raises:
+            RequestMalformed: names them.
+        """
+        own = {*known.environment, *self._overrides.get("*", {}), *self._overrides.get(known.name, {})}
+        if unknown := sorted(set(environment) - own - VARIABLES - SETTINGS):
+            raise RequestMalformed(
+                f"{known.name} cannot be given the variables {', '.join(map(repr, unknown))}: neither stack.yml nor the"
+                " settings nor the watchdog has them",
+                hint="name them in the function's environment in stack.yml",
+            )
+
+    def remove(self, name: str) -> None:
+        """Drain and end a function.
+
+        Raises:
+            Missing: it is not deployed.
+        """
+        supervisor = self.find(name)
+        del self._running[supervisor.name]
+        task = asyncio.create_task(self._end(supervisor))
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+
+    def resolve(self, text: str) -> str:
+        """`text` with the gateway's in-cluster names replaced by this engine's address, as cluster DNS would."""
+        return IN_CLUSTER.sub(self._places.url, text)
+
+    async def close(self) -> None:
+        """Drain and end every function."""
+        await asyncio.gather(*(s.close() for s in self._running.values()), *self._leaving)
+
+    def kill(self) -> None:
+        """End every function now."""
+        for supervisor in self._running.values():
+            supervisor.kill()
+
+    def _deploy(self, spec: FunctionSpec, replicas: int) -> None:
+        # A folder of its own for each deployment: the replicas that still drain read theirs.
+        self._deployed += 1
+        folder = stage(self._stack, spec, self._places.build / str(self._deployed))
+        environment = self._environment(spec, folder)
+        deployment = Deployment(spec, folder, environment, _ready_path(spec), Watchdog.from_env(environment))
+        supervisor = self._running.get(spec.name)
+        if supervisor is None:
+            supervisor = Supervisor(
+                spec.name, self._session, self._on_event, drain_s=self._drain_s, discard=self._remove_folder
+            )
+            self._running[spec.name] = supervisor
+        supervisor.deploy(deployment, replicas)
+
+    async def _end(self, supervisor: Supervisor) -> None:
+        await supervisor.close()
+        await asyncio.to_thread(self._remove_folder, supervisor.deployment)
+
+    def _remove_folder(self, deployment: Deployment) -> None:
+        """Remove what was laid out for a deployment that was replaced or removed."""
+        folder = deployment.folder.parent
+        if folder.parent == self._places.build:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _environment(self, spec: FunctionSpec, folder: Path) -> dict[str, str]:
+        """A function's environment here, laid out in `folder`: its own, the overrides, in-cluster names resolved."""
+        values = {
+            # In a container /tmp is a function's own, and so is its cache.
+            "cache_dir": str(self._places.cache / spec.name),
+            "secrets_dir": str(self._places.secrets.path),
+            "expose_details": "true",  # who calls a function on this machine is who runs it, as a rule
+            **spec.environment,
+            **self._overrides.get("*", {}),
+            **self._overrides.get(spec.name, {}),
+        }
+        registry = values.get("registry", "")
+        # A registry baked into the image is found from the function's own folder.
+        if registry and "://" not in registry and not (folder / registry).is_dir():
+            # As every path of stack.yml; a function's process starts in a folder that nobody else knows.
+            values["registry"] = str(self._stack.root / registry)
+        return {k: self.resolve(v) for k, v in values.items()}
+
+
+def describe(supervisor: Supervisor) -> dict[str, Any]:
+    """A function's status, as GET /system/function/NAME answers.
+
+    `replicas`, which `faas-cli list` shows, are those that are ready, as on faasd.
+    """
+    spec = supervisor.deployment.spec
+    return {
+        "name": spec.name,
+        "image": spec.image,
+        "namespace": NAMESPACE,
+        "envProcess": spec.fprocess,
+        "envVars": dict(spec.environment),
+        "constraints": list(spec.constraints),
+        "secrets": list(spec.secrets),
+        "labels": dict(spec.labels),
+        "annotations": dict(spec.annotations),
+        "limits": dict(spec.limits) or None,
+        "requests": dict(spec.requests) or None,
+        "readOnlyRootFilesystem": spec.readonly_root_filesystem,
+        "invocationCount": supervisor.invocations,
+        "replicas": supervisor.available,
+        "availableReplicas": supervisor.available,
+        "createdAt": supervisor.created.strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+
+
+def _least_replicas(spec: FunctionSpec) -> int:
+    text = spec.labels.get("com.openfaas.scale.min", "1")
+    return min(int(text), MAX_REPLICAS) if re.fullmatch("[0-9]{1,9}", text) else 1
+
+
+def _ready_path(spec: FunctionSpec) -> str:
+    path = spec.environment.get("ready_path") or READY_PATH
+    if not _PATH.fullmatch(path):  # it is appended to an address: another beginning would be another host
+        raise LocalError(f"the variable ready_path of {spec.name} is {path[:80]!r}; it must be a path such as /ready")
+    return path
+
+
+def _text(doc: Mapping[str, Any], key: str) -> str:
+    value = doc.get(key) or ""
+    if not isinstance(value, str):
+        raise RequestMalformed(f"{key} must be a string")
+    return value
+
+
+def _texts(doc: Mapping[str, Any], key: str) -> dict[str, str]:
+    value = doc.get(key) or {}
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        raise RequestMalformed(f"{key} must map names to strings")
+    if broken := sorted(k for k, v in value.items() if not (_can_be_passed(k) and _can_be_passed(v))):
+        raise RequestMalformed(f"{key} holds {broken[0][:80]!r}, which no process can be given: a NUL, or no Unicode")
+    return value
+
+
+def _strings(doc: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    value = doc.get(key) or []
+    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+        raise RequestMalformed(f"{key} must be a list of strings")
+    return tuple(value)
+
+
+def _can_be_passed(text: str) -> bool:
+    return "\0" not in text and text == text.encode(errors="replace").decode()

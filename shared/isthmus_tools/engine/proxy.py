@@ -1,0 +1,270 @@
+"""Reverse proxy of the local gateway: a function call goes to a replica, and its response back, as in OpenFaaS."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import struct
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
+
+import aiohttp
+from aiohttp import web
+from multidict import CIMultiDict, MultiMapping
+from yarl import URL
+
+from isthmus_tools.engine.fleet import NAMESPACE
+from isthmus_tools.engine.metrics import Metrics
+from isthmus_tools.engine.replica import Replica
+from isthmus_tools.engine.supervisor import Supervisor
+from isthmus_tools.engine.watchdog import INTERNAL, REFUSED, TIMED_OUT
+
+MAX_BODY_BYTES = 512 << 20
+MAX_HEADER_BYTES = 1 << 16
+"""One header, or the request's first line. aiohttp's own 8,190 are few beside the 1 MB of OpenFaaS's gateway."""
+UPSTREAM_TIMEOUT_S = 60.0
+
+_READ_BYTES = 1 << 20
+# A function's server closes an idle connection after 120 s; one that is about to be closed must not be used.
+_KEEP_IDLE_S = 30.0
+_NO_TIMEOUT = aiohttp.ClientTimeout(total=None)  # the proxied request has its own
+_RESET = struct.pack("ii", 1, 0)
+_PROXY = {INTERNAL: "proxy"}
+HOP_BY_HOP = frozenset(
+    {
+        *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer"),
+        *("transfer-encoding", "upgrade"),
+    }
+)
+# The client writes Host, and has answered Expect; the others are the gateway's to say.
+_NOT_FORWARDED = HOP_BY_HOP | {"host", "expect", "x-forwarded-host", "x-forwarded-for", "x-call-id", "x-start-time"}
+_NOT_RETURNED = HOP_BY_HOP | {"content-length", "x-duration-seconds"}
+
+
+def open_session() -> aiohttp.ClientSession:
+    """The client of the functions: bodies and headers pass as they are, connections are kept for the next request."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_IDLE_S),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+        skip_auto_headers=("Accept", "Accept-Encoding", "User-Agent", "Content-Type"),
+        read_bufsize=_READ_BYTES,
+        max_line_size=MAX_HEADER_BYTES,
+        max_field_size=MAX_HEADER_BYTES,
+    )
+
+
+class Proxy:
+    """Any method on /function/NAME[.NAMESPACE][/path]; `find` knows the functions by NAME[.NAMESPACE].
+
+    Units: max_body_bytes bounds a request's body, timeout_s a call.
+    """
+
+    def __init__(
+        self,
+        find: Callable[[str], Supervisor | None],
+        metrics: Metrics,
+        session: aiohttp.ClientSession,
+        *,
+        max_body_bytes: int = MAX_BODY_BYTES,
+        timeout_s: float = UPSTREAM_TIMEOUT_S,
+    ) -> None:
+        self.session = session
+        self.max_body_bytes = max_body_bytes
+        self.timeout_s = timeout_s
+        self._find = find
+        self._metrics = metrics
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Respond with what a replica of the function responds, or say why none does."""
+        name, target = split(request.rel_url.raw_path_qs)
+        supervisor = self._find(name)
+        if supervisor is None:
+            return web.Response(status=404, text=f"error finding function {name}: it is not deployed here")
+        started = time.perf_counter()
+        response = await _ProxiedRequest(self, request, supervisor).respond(target)
+        supervisor.invocations += 1
+        self._metrics.count(f"{supervisor.name}.{NAMESPACE}", response.status, time.perf_counter() - started)
+        return response
+
+
+class _ProxiedRequest:
+    """One call of a function, from its headers to the last byte of its response."""
+
+    def __init__(self, proxy: Proxy, request: web.Request, supervisor: Supervisor) -> None:
+        self._proxy = proxy
+        self._request = request
+        self._supervisor = supervisor
+        self._started = time.perf_counter()
+        call_id = request.headers.get("X-Call-Id") or str(uuid.uuid4())
+        self._added_headers = {"X-Call-Id": call_id, "X-Start-Time": str(time.time_ns())}
+        self._response: web.StreamResponse | None = None
+        """The function's, once its headers are on their way to the caller."""
+
+    async def respond(self, target: str) -> web.StreamResponse:
+        """Choose a replica, and relay the call to it."""
+        length, supervisor = self._request.content_length or 0, self._supervisor
+        if length > self._proxy.max_body_bytes:
+            return self._too_large(f"the body has {length} bytes; the gateway takes {self._proxy.max_body_bytes}")
+        if reason := _unforwardable(self._request):
+            return self._close_after(self._refuse(400, reason))
+        if target == "/_/health" and supervisor.replicas:  # the watchdog's own; local processes run without one
+            return self._refuse(200, "OK")
+        if (replica := supervisor.pick()) is None:
+            details = f" {supervisor.reason}" if supervisor.exposes_details else ""
+            text = f"No endpoints available for: {supervisor.name}.{details}"
+            return self._refuse(503, text, {"Retry-After": "1", **_PROXY})
+        watchdog = replica.deployment.watchdog
+        if watchdog.refuses(replica.in_flight):
+            return self._refuse(429, watchdog.refusal, REFUSED)
+        return await self._relay_in_time(replica, replica.deployment.ready_path if target == "/_/ready" else target)
+
+    async def _relay_in_time(self, replica: Replica, target: str) -> web.StreamResponse:
+        timeout_s, status, headers = self._proxy.timeout_s, 502, dict[str, str]()  # the gateway's upstream_timeout
+        limit_s = replica.deployment.watchdog.timeout_s(self._request.headers.get("X-Timeout", ""))
+        if 0 < limit_s < timeout_s:
+            timeout_s, status, headers = limit_s, 504, TIMED_OUT
+        replica.in_flight += 1
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._relay(replica, target)
+        except TimeoutError:
+            return self._fail(status, "", headers | self._duration())
+        finally:
+            replica.in_flight -= 1
+
+    async def _relay(self, replica: Replica, target: str) -> web.StreamResponse:
+        """Pass both bodies on as they come, at the same time, and no faster than the other side takes them."""
+        request = self._request
+        body = _RequestBody(request.content, self._proxy.max_body_bytes) if request.body_exists else None
+        try:
+            async with self._proxy.session.request(
+                request.method,
+                URL(replica.url + target, encoded=True),
+                headers=self._forwarded_headers(),
+                data=body,
+                allow_redirects=False,
+                timeout=_NO_TIMEOUT,
+            ) as upstream:
+                self._response = response = self._begin_response(upstream)
+                await response.prepare(request)
+                async for piece in upstream.content.iter_any():
+                    await response.write(piece)
+                await response.write_eof()
+                return response
+        except (aiohttp.ClientError, OSError) as e:
+            if request.transport is None or request.transport.is_closing():
+                raise ConnectionResetError("the caller hung up") from e
+            if body is not None and body.too_large and self._response is None:
+                return self._too_large(f"the body has more than the {body.max_bytes} bytes that the gateway takes")
+            return self._fail(500, f"Can't reach service for: {self._supervisor.name}.", _PROXY)
+
+    def _forwarded_headers(self) -> CIMultiDict[str]:
+        headers = end_to_end(self._request.headers, _NOT_FORWARDED)
+        headers.update(self._added_headers)
+        headers["X-Forwarded-Host"] = self._request.headers.get("Host", "")
+        headers["X-Forwarded-For"] = self._request.remote or ""
+        return headers
+
+    def _begin_response(self, upstream: aiohttp.ClientResponse) -> web.StreamResponse:
+        if upstream.status < 200 or _has_unknown_coding(upstream.headers):
+            raise aiohttp.ClientPayloadError("a response that cannot be relayed")
+        headers = end_to_end(upstream.headers, _NOT_RETURNED)
+        for name, value in self._added_headers.items():
+            headers.setdefault(name, value)
+        headers.update(self._duration())
+        response = web.StreamResponse(status=upstream.status, reason=upstream.reason, headers=headers)
+        response.content_length = upstream.content_length
+        # A caller that has its response before it has sent everything is not asked for the rest.
+        return response if self._request.content.is_eof() else self._close_after(response)
+
+    def _fail(self, status: int, text: str, headers: Mapping[str, str]) -> web.StreamResponse:
+        """Respond for a function that did not; break off the response that has begun."""
+        if self._response is None or not self._response.prepared:
+            return self._refuse(status, text, headers)
+        if (transport := self._request.transport) is not None:
+            # A reset: the caller of a response that ends with its connection would take an end for the whole.
+            with contextlib.suppress(OSError):
+                transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            transport.abort()
+        return self._response
+
+    def _refuse(self, status: int, text: str, headers: Mapping[str, str] | None = None) -> web.Response:
+        """The gateway's own response."""
+        return web.Response(status=status, text=text or None, headers={**self._added_headers, **(headers or {})})
+
+    def _too_large(self, text: str) -> web.StreamResponse:
+        return self._close_after(self._refuse(413, text))
+
+    def _close_after(self, response: web.StreamResponse) -> web.StreamResponse:
+        response.force_close()
+        return response
+
+    def _duration(self) -> dict[str, str]:
+        return {"X-Duration-Seconds": f"{time.perf_counter() - self._started:.6f}"}
+
+
+class _RequestBody:
+    """A request's body on its way to the function, which never sees the end of one that is too large."""
+
+    def __init__(self, content: aiohttp.StreamReader, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.too_large = False
+        self._content = content
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        size = 0
+        async for piece in self._content.iter_any():
+            size += len(piece)
+            self.too_large = size > self.max_bytes
+            if self.too_large:
+                raise ValueError(f"more than {self.max_bytes} bytes")
+            yield piece
+
+
+def _unforwardable(request: web.Request) -> str:
+    """Why the proxy cannot send a request on as it is; empty where it can."""
+    if request.method == "CONNECT":
+        return "the gateway opens no tunnels"
+    if _has_unknown_coding(request.headers):
+        return "the only transfer coding known here is chunked"
+    not_text = [name for name, value in request.headers.items() if not is_text(value)]
+    return f"the header {not_text[0]} is not UTF-8" if not_text else ""
+
+
+def _has_unknown_coding(headers: Mapping[str, str]) -> bool:
+    """Whether the body has a transfer coding beside chunked, which aiohttp leaves on it."""
+    return headers.get("Transfer-Encoding", "chunked").strip().lower() != "chunked"
+
+
+def split(raw_path: str) -> tuple[str, str]:
+    """A function's name and the rest of a path /function/NAME/rest?query, still quoted.
+
+    The watchdog's /_/ready is the function's own.
+    """
+    _, _, after = raw_path[1:].partition("/")
+    for end, character in enumerate(after):
+        if character in "/?":
+            return after[:end], after[end:] if character == "/" else "/" + after[end:]
+    return after, "/"
+
+
+def end_to_end(headers: MultiMapping[str], dropped: Collection[str]) -> CIMultiDict[str]:
+    """The headers but `dropped`, those that Connection names, and those that are not UTF-8."""
+    between = {part.strip().lower() for part in ",".join(headers.getall("Connection", [])).split(",")}
+    return CIMultiDict(
+        (name, value)
+        for name, value in headers.items()
+        if name.lower() not in dropped and name.lower() not in between and is_text(value)
+    )
+
+
+def is_text(value: str) -> bool:
+    """Whether a header's value is UTF-8; aiohttp reads other bytes as lone surrogates, which cannot be sent."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

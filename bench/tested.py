@@ -7,7 +7,6 @@ import sys
 from report import ROOT
 
 sys.path.insert(0, str(ROOT / "tests"))
-import models
-import planner_problems
+from support import models, planner_problems
 
 __all__ = ["models", "planner_problems"]

@@ -11,4 +11,4 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 settings.register_profile("isthmus", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("isthmus")
 
-pytest_plugins = ("leftovers", "s3_server")
+pytest_plugins = ("support.leftovers", "support.s3_server")

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-SHARED = Path(__file__).resolve().parent.parent / "shared"
+from support.paths import ROOT
+
+SHARED = ROOT / "shared"
 
 BASE = ("errors", "units", "context", "retries", "settings", "admission")
 """Modules at the bottom of the runtime, each of which may import those before it."""

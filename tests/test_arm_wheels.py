@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from support.paths import ROOT
+
 IMAGE = [
     ROOT / "template/python3-isthmus/requirements.txt",
     ROOT / "template/python3-isthmus/runtime-cpu.txt",

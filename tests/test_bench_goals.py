@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-BENCH = Path(__file__).parents[1] / "bench"
+from support.paths import ROOT
+
+BENCH = ROOT / "bench"
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from bundles import Published, pair_model, photo, publish, publish_photos
 from isthmus.artifacts.agreement import measure_for
 from isthmus.artifacts.bundle import Blob, digest_of, subject_digest
 from isthmus.artifacts.choice import KNOWN, NEVER_CHOSEN, Choice
@@ -32,8 +31,9 @@ from isthmus_tools.calibration.spool import Spool
 from isthmus_tools.cli import app
 from isthmus_tools.graph import add_cuts
 from isthmus_tools.planner.published import carried, publish_plan
-from plans import candidate, plan_for
-from segments import run_whole
+from support.bundles import Published, pair_model, photo, publish, publish_photos
+from support.plans import candidate, plan_for
+from support.segments import run_whole
 
 PLAIN = tuple(c for c in CHOICES if c.codec != "transform/4")
 

@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bundles import publish_photos
 from isthmus.artifacts.agreement import Measure
 from isthmus.artifacts.bounds import exceeds, interval, rising, wilson
 from isthmus.artifacts.bundle import Blob, digest_of
@@ -27,6 +26,7 @@ from isthmus.errors import CalibrationError
 from isthmus.pipeline.agreement import agrees, classes, output_error
 from isthmus_tools.calibration.scoring import risen
 from isthmus_tools.figures.fidelity import draw
+from support.bundles import publish_photos
 
 
 def entry(codec: str, size: int, agreement: float, ms: float = 1.0, cut: str = "6", quality: float = 1.0) -> Entry:

@@ -28,6 +28,7 @@ from isthmus_tools import cli
 from isthmus_tools.cli import app
 from isthmus_tools.cli.console import errors, print_json, visible
 from isthmus_tools.cli.demo import compared, verdict
+from support.paths import ROOT
 
 COMMANDS = [
     "import",
@@ -271,7 +272,7 @@ def test_wrong_input_gets_a_sentence_and_no_trace(
     (tmp_path / "deep.json").write_text("[" * 100_000)
     (tmp_path / "word").write_text("token")
     (tmp_path / "list.yml").write_text("provider: {name: openfaas}\nfunctions: [router, edge-head, cloud-tail]\n")
-    stack = (Path(__file__).parent.parent / "stack.yml").read_text()
+    stack = (ROOT / "stack.yml").read_text()
     (tmp_path / "far.yml").write_text(stack.replace("./functions/edge-head", "./nowhere/edge-head"))
     filled = [a.format(tmp=tmp_path, model=model) for a in arguments]
     if "--registry" not in filled:

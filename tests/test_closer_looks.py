@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fidelities import FIDELITY, LOOKED, ONE, TWICE, TWO, entry, of
 from isthmus.artifacts.agreement import Measure
 from isthmus.artifacts.choice import GRADED, MAX_LOOKS, MAX_MARGIN, RAW, Choice, Look
 from isthmus.artifacts.fidelity import choose, offered
 from isthmus.errors import CalibrationError
 from isthmus.pipeline.agreement import margin, margin_of
 from isthmus.routing.fallback import ladder
+from support.fidelities import FIDELITY, LOOKED, ONE, TWICE, TWO, entry, of
 
 # What they are called
 

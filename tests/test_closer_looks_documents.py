@@ -11,10 +11,6 @@ import jsonschema
 import numpy as np
 import pytest
 
-from bundles import Published
-from bundles import photos as photos
-from calibrated_photos import no_variant, remote
-from fidelities import FIDELITY
 from isthmus.artifacts.choice import MAX_LOOKS, Look
 from isthmus.artifacts.fidelity_document import from_json, to_json
 from isthmus.artifacts.plan import CloserLooks, Coding
@@ -23,7 +19,11 @@ from isthmus.artifacts.plan_document import to_json as plan_json
 from isthmus.codecs import Encoding
 from isthmus.errors import CalibrationError, PlanMalformed
 from isthmus.pipeline.planned import route_of
-from plans import SCHEMA, candidate, plan_for
+from support.bundles import Published
+from support.bundles import photos as photos
+from support.calibrated_photos import no_variant, remote
+from support.fidelities import FIDELITY
+from support.plans import SCHEMA, candidate, plan_for
 
 # The fidelity document
 

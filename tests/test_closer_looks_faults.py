@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from onnx import helper
 
-from bundles import publish, save, segment_settings, served, value, weight
 from isthmus.artifacts.choice import Look
 from isthmus.codecs import Encoding
 from isthmus.context import Context
@@ -26,8 +25,9 @@ from isthmus.pipeline.looks import Looked
 from isthmus.pipeline.route import Looks, plan_route
 from isthmus.serving import create_segment_app
 from isthmus.wire.frame import Frame
-from patience import LONG_S
-from served_looks import (
+from support.bundles import publish, save, segment_settings, served, value, weight
+from support.patience import LONG_S
+from support.served_looks import (
     ALWAYS,
     COARSE,
     FINER,
@@ -46,13 +46,13 @@ from served_looks import (
     slowly,
     split,
 )
-from served_looks import head as head
-from served_looks import known as known
-from served_looks import new_tail as new_tail
-from served_looks import photos as photos
-from served_looks import remote as remote
-from served_looks import tail as tail
-from served_looks import tail_of_all as tail_of_all
+from support.served_looks import head as head
+from support.served_looks import known as known
+from support.served_looks import new_tail as new_tail
+from support.served_looks import photos as photos
+from support.served_looks import remote as remote
+from support.served_looks import tail as tail
+from support.served_looks import tail_of_all as tail_of_all
 
 # Hops that fail
 

@@ -10,9 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bundles import cache_of, photo, photo_array, segment_settings, served
-from calibrated_photos import Known, no_variant, remote, shown
-from calibrated_photos import known as known
 from isthmus.arrays import Array
 from isthmus.artifacts.plan import CloserLooks, Coding
 from isthmus.codecs import Encoding
@@ -25,8 +22,11 @@ from isthmus_tools.planner.examples import Example as Tried
 from isthmus_tools.planner.measuring import Functions, measure, requester
 from isthmus_tools.planner.sends import frame_bytes, send, sends
 from isthmus_tools.planner.workbench import Workbench
-from patience import least
-from plans import candidate
+from support.bundles import cache_of, photo, photo_array, segment_settings, served
+from support.calibrated_photos import Known, no_variant, remote, shown
+from support.calibrated_photos import known as known
+from support.patience import least
+from support.plans import candidate
 
 # Requests
 

@@ -15,10 +15,6 @@ import pytest
 from flask.testing import FlaskClient
 from typer.testing import CliRunner
 
-from bundles import Published, cache_of, photo, ready, router_settings, segment_settings, served
-from bundles import photos as photos
-from calibrated_photos import QUALITIES, Known, calibrated, no_variant, remote, shown
-from calibrated_photos import known as known
 from isthmus.artifacts.agreement import Measure
 from isthmus.artifacts.conditions import Conditions
 from isthmus.artifacts.fidelity import Entry
@@ -42,7 +38,11 @@ from isthmus_tools.planner.sends import Send, sends
 from isthmus_tools.planner.trials import Trials
 from isthmus_tools.planner.usable import short_name, usable_codecs
 from isthmus_tools.planner.workbench import Workbench
-from plans import SCHEMA, plan_for
+from support.bundles import Published, cache_of, photo, ready, router_settings, segment_settings, served
+from support.bundles import photos as photos
+from support.calibrated_photos import QUALITIES, Known, calibrated, no_variant, remote, shown
+from support.calibrated_photos import known as known
+from support.plans import SCHEMA, plan_for
 from test_plan_draft import LINK, drafted
 
 # Calibration and its commands

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bundles import pair_model, photo, publish, segment_settings, served
 from isthmus.artifacts.choice import Look
 from isthmus.codecs import EncodedTensor, Encoding
 from isthmus.pipeline.agreement import margin_of
@@ -20,7 +19,8 @@ from isthmus.pipeline.looks import Looked
 from isthmus.pipeline.passage import encode_all
 from isthmus.pipeline.route import Looks, plan_route
 from isthmus.serving import create_segment_app
-from served_looks import (
+from support.bundles import pair_model, photo, publish, segment_settings, served
+from support.served_looks import (
     ALWAYS,
     CALIBRATED,
     COARSE,
@@ -37,13 +37,13 @@ from served_looks import (
     same_bits,
     split,
 )
-from served_looks import head as head
-from served_looks import known as known
-from served_looks import new_tail as new_tail
-from served_looks import photos as photos
-from served_looks import remote as remote
-from served_looks import tail as tail
-from served_looks import tail_of_all as tail_of_all
+from support.served_looks import head as head
+from support.served_looks import known as known
+from support.served_looks import new_tail as new_tail
+from support.served_looks import photos as photos
+from support.served_looks import remote as remote
+from support.served_looks import tail as tail
+from support.served_looks import tail_of_all as tail_of_all
 
 
 @pytest.mark.parametrize("codec", [CALIBRATED, PLAIN])

@@ -10,9 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bundles import Published, cache_of, photo, photo_array, segment_settings
-from bundles import photos as photos
-from fidelities import of
 from isthmus.arrays import Array
 from isthmus.artifacts.agreement import measure_for
 from isthmus.artifacts.choice import MAX_LOOKS, RAW, Choice
@@ -31,6 +28,9 @@ from isthmus_tools.calibration.rows import Form, Rows, learn_rows
 from isthmus_tools.calibration.running import runs_here
 from isthmus_tools.calibration.scoring import judge_by, score
 from isthmus_tools.calibration.sending import FINER_BY, Trial, finer_than, trials
+from support.bundles import Published, cache_of, photo, photo_array, segment_settings
+from support.bundles import photos as photos
+from support.fidelities import of
 
 GENERATOR = np.random.default_rng(0)
 MIXED = GENERATOR.normal(size=(6, 6))

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from flask.testing import FlaskClient
 
-from bundles import Published, metrics, pair_model, photo, publish, ready, router_settings, until
 from isthmus.artifacts import plan as plans_of
 from isthmus.artifacts.agreement import TOP1, Measure
 from isthmus.artifacts.bundle import Blob, digest_of
@@ -26,15 +25,16 @@ from isthmus.serving import create_router_app
 from isthmus.serving.by_hand import packed
 from isthmus.serving.metrics import Metrics
 from isthmus_tools.planner.published import publish_plan
-from patience import LONG_S
-from plans import candidate, plan_for
-from served_looks import CALIBRATED, COARSE, FINE, PLAIN, Gate, answers, looks, refuses, slowly
-from served_looks import head as head
-from served_looks import known as known
-from served_looks import new_tail as new_tail
-from served_looks import photos as photos
-from served_looks import tail as tail
-from served_looks import tail_of_all as tail_of_all
+from support.bundles import Published, metrics, pair_model, photo, publish, ready, router_settings, until
+from support.patience import LONG_S
+from support.plans import candidate, plan_for
+from support.served_looks import CALIBRATED, COARSE, FINE, PLAIN, Gate, answers, looks, refuses, slowly
+from support.served_looks import head as head
+from support.served_looks import known as known
+from support.served_looks import new_tail as new_tail
+from support.served_looks import photos as photos
+from support.served_looks import tail as tail
+from support.served_looks import tail_of_all as tail_of_all
 from test_guard import Echo
 
 # The router

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fidelities import FIDELITY, of
 from isthmus.artifacts.choice import Choice
 from isthmus.artifacts.fidelity import Entry
 from isthmus.artifacts.fidelity_document import from_json, to_json
 from isthmus_tools.calibration.looks import MOST, entries_of, with_looks
 from isthmus_tools.calibration.scoring import Tally
 from isthmus_tools.calibration.sending import FINER_BY
+from support.fidelities import FIDELITY, of
 
 
 def tally(rows: list[tuple[bool, int, int, float, float]]) -> Tally:

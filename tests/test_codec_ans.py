@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from activations import Array
 from isthmus.codecs import ans
 from isthmus.codecs.ans import CERTAIN, SCALE, Codebook, Decoder, Encoder, Model, bits_of, of_bits
-from patience import peak_of
+from support.activations import Array
+from support.patience import peak_of
 
 COIN, SKEWED, WIDE = Model.of([1, 1]), Model.of([0, 1, 10**30, 0, 10**29]), Model.of(list(range(1, 257)))
 

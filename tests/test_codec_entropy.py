@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from activations import Array, golden_models, laplace_models
 from isthmus.codecs import entropy
 from isthmus.codecs.ans import SCALE
 from isthmus.codecs.bytewise import PAIRS, SINGLE, Bytewise
 from isthmus.codecs.levels import Grouping
 from isthmus.codecs.payload import restore, shrink
+from support.activations import Array, golden_models, laplace_models
 
 
 def test_golden_bytes_of_the_entropy_coder() -> None:

@@ -9,8 +9,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from activations import Array, activations, round_trip
-from activations import tables as tables
 from isthmus.codecs import Encoding, NotEncodable, entropy
 from isthmus.codecs.levels import TOP
 from isthmus.codecs.planes import Layout, edges_for, plane_transform
@@ -22,6 +20,8 @@ from isthmus_tools.calibration.layout import layout_of
 from isthmus_tools.calibration.learn import STEPS, learn
 from isthmus_tools.calibration.models import learn_models
 from isthmus_tools.calibration.sensitivity import measure
+from support.activations import Array, activations, round_trip
+from support.activations import tables as tables
 
 # Steps
 

@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from activations import SHAPES, Array, activations, round_trip
-from activations import tables as tables
 from isthmus.codecs import EncodedTensor, Encoding, NotEncodable, pack
 from isthmus.codecs.planes import Layout, plane_transform
 from isthmus.codecs.steps import size_of, step_of
 from isthmus.codecs.table import GAINS, Table
 from isthmus.codecs.transform import TRANSFORM
 from isthmus_tools.calibration.learn import STEPS, learn
+from support.activations import SHAPES, Array, activations, round_trip
+from support.activations import tables as tables
 
 
 def components(array: Array, table: Table) -> list[Array]:

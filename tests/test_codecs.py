@@ -17,7 +17,7 @@ from isthmus.codecs.affine import MAX_OFFSET
 from isthmus.errors import FrameMalformed
 from isthmus.wire import frame as frames
 from isthmus.wire.frame import DTYPES, Frame
-from plain_codecs import PLAIN, Array, back, bits, feature_map, relu
+from support.plain_codecs import PLAIN, Array, back, bits, feature_map, relu
 
 BOUND = 2**20
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

@@ -16,14 +16,14 @@ from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bundles import photo
 from isthmus.codecs import EncodedTensor, Encoding, NotEncodable, find
 from isthmus.codecs.affine import MAX_OFFSET
 from isthmus.codecs.payload import MAX_WINDOW_LOG, restore, shrink
 from isthmus.errors import FrameError, FrameMalformed
 from isthmus.wire import frame as frames
 from isthmus.wire.frame import DTYPES, Frame
-from patience import least, peak_of
+from support.bundles import photo
+from support.patience import least, peak_of
 from test_codecs import BOUND, CODED_FLOATS, PLAIN, Array, feature_map, frame_of, relu
 
 FUZZ_ROUNDS = 20_000

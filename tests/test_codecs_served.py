@@ -13,8 +13,6 @@ import pytest
 from flask.testing import FlaskClient
 from typer.testing import CliRunner
 
-from bundles import TOLERANCE, Published, pair_model, photo, photo_array, publish, ready, segment_settings
-from bundles import photos as photos
 from isthmus.artifacts.bundle import WHOLE, Blob, digest_of
 from isthmus.codecs import EncodedTensor, Encoding, pack
 from isthmus.errors import FrameMalformed
@@ -23,7 +21,10 @@ from isthmus.serving import create_segment_app
 from isthmus.wire import frame as frames
 from isthmus.wire.frame import Frame
 from isthmus_tools.cli import app
-from plain_codecs import PLAIN, Array, back, relu
+from support.bundles import TOLERANCE, Published, pair_model, photo, photo_array, publish, ready, segment_settings
+from support.bundles import photos as photos
+from support.paths import ROOT
+from support.plain_codecs import PLAIN, Array, back, relu
 
 BOUND = 2**20
 
@@ -131,7 +132,7 @@ def test_package_bakes_the_tables_that_each_function_needs(
         files[blobs[name].digest].write_bytes(data)
     bundle = replace(photos.bundle, name="calibrated", tables=blobs)
     photos.registry.publish(bundle, files)
-    root = Path(__file__).parents[1]
+    root = ROOT
     shutil.copy(root / "stack.yml", tmp_path)
     shutil.copytree(root / "functions", tmp_path / "functions")
     monkeypatch.chdir(tmp_path)

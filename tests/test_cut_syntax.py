@@ -10,12 +10,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from bundles import publish_photos
 from isthmus.artifacts.cut_syntax import CutText, parse_cut, parse_partition
 from isthmus.errors import CutError, Missing, UnknownValue
 from isthmus.settings import RouterSettings
 from isthmus_tools.graph import build, open_model, resolve_cut
-from routers import local_router, oip_json
+from support.bundles import publish_photos
+from support.paths import ROOT
+from support.routers import local_router, oip_json
 from test_cli import document, isthmus
 
 SLASHED = "/1/Relu_output_0"
@@ -143,7 +144,7 @@ def test_every_command_takes_the_same_text(tmp_path: Path, monkeypatch: pytest.M
         assert segments == f"..first,first..{second},{second}..{third},{third}.."
 
     for needed in ("stack.yml", "functions"):
-        (tmp_path / needed).symlink_to(Path(__file__).parent.parent / needed)
+        (tmp_path / needed).symlink_to(ROOT / needed)
     monkeypatch.chdir(tmp_path)
     for cut in (("--cut", partition), ("--cuts", f"first,{second},{third}")):
         written = document(isthmus("package", "odd", *cut, "--output", "package", *registry, "--json"))

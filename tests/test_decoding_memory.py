@@ -9,9 +9,6 @@ import numpy as np
 import pytest
 from flask.testing import FlaskClient
 
-from activations import activations
-from bundles import Published, ready, segment_settings
-from bundles import photos as photos
 from isthmus.arrays import DTYPES, Array
 from isthmus.artifacts.choice import TRANSFORM_ID
 from isthmus.codecs import EncodedTensor, Encoding, find, pack
@@ -24,8 +21,11 @@ from isthmus.wire import frame as frames
 from isthmus.wire.frame import Frame, Outline
 from isthmus_tools.calibration.learn import learn
 from isthmus_tools.calibration.rows import Form
-from patience import least, peak_of
-from plain_codecs import PLAIN
+from support.activations import activations
+from support.bundles import Published, ready, segment_settings
+from support.bundles import photos as photos
+from support.patience import least, peak_of
+from support.plain_codecs import PLAIN
 from test_codec_rows import sentence, table_of
 
 COUNT = 2**17

@@ -16,8 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
 from isthmus_tools.cli import app
-from local_stack import ROOT
-from patience import LONG_S
+from support.local_stack import ROOT
+from support.patience import LONG_S
 
 # A process that connects or sends anything, be it in C, is ended by the kernel: seccomp's filter, as prctl(2) takes it.
 # A socket alone is allowed: urllib3 opens and closes one to see whether there is IPv6.

@@ -9,8 +9,8 @@ import pytest
 import typer
 
 from isthmus_tools.cli import app
+from support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 

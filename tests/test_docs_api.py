@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from isthmus.errors import HTTP_STATUS
 from isthmus.oip import messages as oip
 from isthmus.processing.image import MAX_SCANS
 from isthmus.processing.image_spec import INTERPOLATIONS
+from support.paths import ROOT
 
-TEXT = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
+TEXT = (ROOT / "docs" / "api.md").read_text()
 
 
 def test_the_status_table_is_the_codes() -> None:

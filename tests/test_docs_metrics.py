@@ -10,13 +10,14 @@ import pytest
 from flask.testing import FlaskClient
 from prometheus_client.parser import text_string_to_metric_families
 
-from bundles import Published, photo, ready, router_settings, segment_settings, served
-from bundles import photos as photos
 from isthmus.serving import create_router_app, create_segment_app
 from isthmus.serving.metrics import Metrics
+from support.bundles import Published, photo, ready, router_settings, segment_settings, served
+from support.bundles import photos as photos
+from support.paths import ROOT
 from test_serving_segment import framed
 
-TEXT = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
+TEXT = (ROOT / "docs" / "metrics.md").read_text()
 ROWS = {
     name: (kind, tuple(re.findall(r"`(\w+)`", labels)))
     for name, kind, labels in re.findall(r"^\| `(\w+)` \| (\w+) \|([^|]*)\|", TEXT, re.MULTILINE)

@@ -33,9 +33,9 @@ from isthmus_tools.engine import Engine
 from isthmus_tools.graph import build
 from isthmus_tools.zoo import models as zoo
 from isthmus_tools.zoo.photos import sample_photos
-from local_stack import system
-from models import ROOT, efficientnet_lite0
-from patience import LONG_S, eventually
+from support.local_stack import system
+from support.models import ROOT, efficientnet_lite0
+from support.patience import LONG_S, eventually
 
 MODEL = "efficientnet-lite0"
 ONE_THREAD = {"*": {"threads": "1"}}

@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 from flask.testing import FlaskClient
 
-from bundles import Published, metrics, photo, ready, router_settings, segment_settings, served
-from bundles import photos as photos
 from isthmus.context import Context
 from isthmus.errors import HTTP_STATUS, IsthmusError, Missing, NotReady, ShapeMismatch, ValueRefused
 from isthmus.pipeline.hop import HttpHop
@@ -17,8 +15,10 @@ from isthmus.serving import create_router_app, create_segment_app
 from isthmus.serving.exposure import problem
 from isthmus.wire.frame import Frame
 from isthmus.wire.frame import encode as frame_of
-from patience import LONG_S
-from ports import free_port
+from support.bundles import Published, metrics, photo, ready, router_settings, segment_settings, served
+from support.bundles import photos as photos
+from support.patience import LONG_S
+from support.ports import free_port
 
 SECRET = "http://tail.internal:8080/function/secret-tail"
 ABOUT_THE_REQUEST = {

@@ -7,7 +7,6 @@ import json
 import random
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -31,7 +30,8 @@ from isthmus.wire.frame import (
     encode,
     is_frame,
 )
-from patience import least, peak_of
+from support.paths import ROOT
+from support.patience import least, peak_of
 
 BOUND = 2**20
 FUZZ_ROUNDS = 100_000
@@ -68,10 +68,10 @@ def test_golden_bytes_stay_what_they_are() -> None:
 
 
 def test_the_example_in_the_docs_is_the_golden_frame() -> None:
-    docs = (Path(__file__).parent.parent / "docs" / "frame.md").read_text()
+    docs = (ROOT / "docs" / "frame.md").read_text()
     assert "49 53 54 48 4d 55 53 01  f0 00 00 00 00 00 00 00" in docs
     rules = set(re.findall(r"`([a-z]+)`", docs.split("## Rules")[1].split("## Known")[0]))
-    source = (Path(__file__).parent.parent / "shared" / "isthmus" / "wire" / "frame.py").read_text()
+    source = (ROOT / "shared" / "isthmus" / "wire" / "frame.py").read_text()
     used = set(re.findall(r'(?:_malformed|_too_large)\("([a-z]+)"', source)) | {"payload"}
     assert used <= rules
 

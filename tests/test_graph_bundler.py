@@ -15,8 +15,8 @@ from isthmus.artifacts.bundle import WHOLE, digest_of
 from isthmus.errors import CutError, ModelError
 from isthmus_tools.figures.cuts import draw, size_text
 from isthmus_tools.graph import add_cuts, build, cut_at, cuts, narrowest, open_model
-from models import REAL
-from segments import difference, run_partition, run_whole
+from support.models import REAL
+from support.segments import difference, run_partition, run_whole
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from isthmus.artifacts.bundle import is_cut_name
 from isthmus.errors import CutError, UnboundedCut, UnknownValue
 from isthmus_tools.graph import Model, build, cut_at, cuts, narrowest, open_model, resolve_cut
 from isthmus_tools.graph.cuts import upstream_of
-from segments import difference, run_partition, run_whole
+from support.segments import difference, run_partition, run_whole
 
 HEAD = '<ir_version: 8, opset_import: ["": 17]>\n'
 

@@ -14,7 +14,6 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
-from bundles import LABELS, POSTPROCESS, PREPROCESS, photos_model
 from isthmus.artifacts.bundle import WHOLE, Bundle
 from isthmus.errors import CutError, ModelError
 from isthmus.registry import FolderStore, Registry
@@ -26,7 +25,8 @@ from isthmus_tools.graph import weights as weights_file
 from isthmus_tools.graph.cuts import within_quantised_operators
 from isthmus_tools.graph.dry_run import DryRun
 from isthmus_tools.graph.extract import extract
-from segments import difference, run_partition, run_whole
+from support.bundles import LABELS, POSTPROCESS, PREPROCESS, photos_model
+from support.segments import difference, run_partition, run_whole
 
 value = helper.make_tensor_value_info
 node = helper.make_node

@@ -11,8 +11,8 @@ import pytest
 from isthmus.errors import ModelError
 from isthmus_tools.graph import build, open_model, torch_export
 from isthmus_tools.zoo import models as zoo
-from models import REAL, photos
-from segments import run_partition, run_whole
+from support.models import REAL, photos
+from support.segments import run_partition, run_whole
 
 torch = pytest.importorskip("torch")
 

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from isthmus.errors import ModelError
 from isthmus_tools.graph import build, open_model
-from segments import difference, run_partition
+from support.segments import difference, run_partition
 
 INPUTS = [{"x": np.linspace(-1, 1, 32, dtype=np.float32)[None]}]
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from isthmus_tools.graph import build, lean
-from segments import difference, run_partition, run_whole
+from support.segments import difference, run_partition, run_whole
 
 MAX_GROWTH = 2.5
 """Memory that an import may take, as a multiple of the model's file."""

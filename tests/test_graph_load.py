@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper, parser
 
 from isthmus.errors import ModelError
 from isthmus_tools.graph import build, cuts, open_model
-from segments import difference, run_partition, run_whole
+from support.segments import difference, run_partition, run_whole
 
 HEAD = '<ir_version: 8, opset_import: ["": 17]>\n'
 

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from isthmus.errors import ModelError
 from isthmus_tools.graph import build, old_opsets, open_model
-from segments import difference, run_partition, run_whole
+from support.segments import difference, run_partition, run_whole
 
 node, value, array = helper.make_node, helper.make_tensor_value_info, numpy_helper.from_array
 FLOAT = TensorProto.FLOAT

@@ -13,7 +13,7 @@ from onnx import helper, numpy_helper
 
 from isthmus_tools.graph import build, cut_at, cuts, open_model
 from isthmus_tools.graph.cuts import ancestors, crossing_values
-from segments import difference, run_partition, run_whole
+from support.segments import difference, run_partition, run_whole
 
 
 @st.composite

@@ -15,7 +15,7 @@ from onnx_ir.passes import common
 from isthmus.errors import ModelError
 from isthmus.runtime.ort_runner import reason_of
 from isthmus_tools.graph import build, open_model
-from segments import run_partition
+from support.segments import run_partition
 from test_cli import isthmus
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from isthmus.artifacts.bundle import WHOLE, Bundle, Segment
 from isthmus_tools.graph import CutInfo, Model, build, cuts, open_model
-from models import REAL, RealModel
-from segments import difference, run_partition, run_whole
+from support.models import REAL, RealModel
+from support.segments import difference, run_partition, run_whole
 
 TOLERANCE = 1e-4
 CUTS = 12

@@ -13,18 +13,6 @@ import numpy as np
 import pytest
 from flask.testing import FlaskClient
 
-from bundles import (
-    Published,
-    cache_of,
-    metrics,
-    photo,
-    ready,
-    router_settings,
-    segment_settings,
-    served,
-    until,
-)
-from bundles import photos as photos
 from isthmus.artifacts.agreement import Measure, measure_for
 from isthmus.artifacts.choice import RAW, Choice
 from isthmus.artifacts.fidelity import Entry, Fidelity, Inputs, offered
@@ -40,7 +28,19 @@ from isthmus.serving.metrics import Metrics
 from isthmus_tools.calibration.calibrate import calibrate
 from isthmus_tools.calibration.inputs import files_in, open_source
 from isthmus_tools.calibration.running import runs_here
-from patience import LONG_S, eventually
+from support.bundles import (
+    Published,
+    cache_of,
+    metrics,
+    photo,
+    ready,
+    router_settings,
+    segment_settings,
+    served,
+    until,
+)
+from support.bundles import photos as photos
+from support.patience import LONG_S, eventually
 
 GOOD, BAD = "int8/1", "sparse/2@0"
 Routers = Callable[..., FlaskClient]

@@ -48,7 +48,7 @@ from isthmus.registry.patience import Patience
 from isthmus.retries import RetryBudget, backoff, log_retries
 from isthmus.wire import frame as frames
 from isthmus.wire.frame import Frame
-from patience import LONG_S, eventually, least
+from support.patience import LONG_S, eventually, least
 
 FRAME = Frame({"x": np.arange(4, dtype="float32")}, "sha256:" + "0" * 64, "..1", "r1")
 ECHO = (200, {"Server-Timing": "decode;dur=0.1, run;dur=12.5, total;dur=13"}, None)

@@ -18,19 +18,6 @@ import pytest
 import skimage.data
 from PIL import Image
 
-from bundles import photo
-from bundles import photos as photos
-from image_files import (
-    FILES,
-    HOSTILE,
-    chunk,
-    gif_beyond_its_screen,
-    jpeg_of_one_scan_of_three,
-    jpeg_with_a_profile,
-    png_with_texts,
-    tiff_of_strips,
-    webp_of_one_colour,
-)
 from isthmus.admission import Slots
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.context import Deadline
@@ -47,9 +34,23 @@ from isthmus.processing.image_memory import (
     MAX_TIFF_STRIPS,
     MAX_TIFF_VALUES,
 )
-from patience import LONG_S, until
-from routers import chain as chain
-from routers import local_router
+from support.bundles import photo
+from support.bundles import photos as photos
+from support.image_files import (
+    FILES,
+    HOSTILE,
+    chunk,
+    gif_beyond_its_screen,
+    jpeg_of_one_scan_of_three,
+    jpeg_with_a_profile,
+    png_with_texts,
+    tiff_of_strips,
+    webp_of_one_colour,
+)
+from support.paths import ROOT
+from support.patience import LONG_S, until
+from support.routers import chain as chain
+from support.routers import local_router
 
 PNG_START = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0))
 GIF_START = b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0, 0, 0)
@@ -75,7 +76,7 @@ def bmp_of_runs(length: int) -> bytes:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
 def test_no_picture_takes_more_than_it_holds_of_the_budget() -> None:
-    script = Path(__file__).with_name("image_peaks.py")
+    script = ROOT / "tests" / "support" / "image_peaks.py"
     done = subprocess.run([sys.executable, script, *FILES], capture_output=True, text=True, check=True)
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert {f["name"] for f in found} == set(FILES)
@@ -93,7 +94,7 @@ def test_no_picture_takes_more_than_it_holds_of_the_budget() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
 def test_no_file_takes_more_than_it_holds_whatever_its_first_bytes_say() -> None:
-    script = Path(__file__).with_name("image_peaks.py")
+    script = ROOT / "tests" / "support" / "image_peaks.py"
     done = subprocess.run([sys.executable, script, *HOSTILE], capture_output=True, text=True, check=True)
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert {f["name"] for f in found} == set(HOSTILE)

@@ -21,8 +21,8 @@ from packaging.utils import canonicalize_name
 
 from isthmus_tools.engine.build import stage
 from isthmus_tools.engine.stack import read_stack
-from local_stack import ROOT
-from patience import LONG_S
+from support.local_stack import ROOT
+from support.patience import LONG_S
 
 TEMPLATE = ROOT / "template" / "python3-isthmus"
 INPUTS = sorted((ROOT / "template").glob("*/*.in"))

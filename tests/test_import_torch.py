@@ -224,7 +224,7 @@ def test_a_shape_that_cannot_be_meant_is_refused(options: list[str], message: st
 
 
 def test_a_dimension_named_free_that_a_file_fixes_is_refused(tmp_path: Path) -> None:
-    from bundles import photos_model
+    from support.bundles import photos_model
 
     path = photos_model(tmp_path / "m.onnx")
     where = ("--registry", tmp_path / "registry")

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+
+from support.paths import ROOT
 
 pytest_plugins = ("pytester",)
 
 CONFTEST = f"""
 import sys
 
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-pytest_plugins = ("leftovers",)
+sys.path.insert(0, {str(ROOT / "tests")!r})
+pytest_plugins = ("support.leftovers",)
 
 
 def pytest_configure():
-    import leftovers
+    from support import leftovers
 
     leftovers.GRACE_S = 0.05
 """

@@ -22,8 +22,8 @@ from isthmus.errors import LocalError, RequestMalformed
 from isthmus.http import sockets
 from isthmus_tools.engine import Engine, Event, async_queue
 from isthmus_tools.engine.callbacks import CallbackPolicy, PermittedOnly, parse_networks
-from local_stack import http, write_stack
-from patience import LONG_S, eventually
+from support.local_stack import http, write_stack
+from support.patience import LONG_S, eventually
 
 GATEWAY = "http://127.0.0.1:8080"
 

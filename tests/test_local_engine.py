@@ -27,8 +27,8 @@ from isthmus.errors import LocalError
 from isthmus_tools.engine import Engine, Event, supervisor
 from isthmus_tools.engine.credentials import PASSWORD_FILE
 from isthmus_tools.engine.replica import s3_keys
-from local_stack import STACK, http, login_header, system, write_stack
-from patience import LONG_S, eventually
+from support.local_stack import STACK, http, login_header, system, write_stack
+from support.patience import LONG_S, eventually
 
 
 @pytest.fixture(scope="module")

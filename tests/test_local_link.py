@@ -29,9 +29,10 @@ from isthmus_tools.netem import Link, LinkShape
 from isthmus_tools.netem.pacing import FIRST_WINDOW, MAX_QUANTUM, MIN_QUANTUM, Flow, Lane, Way, Window
 from isthmus_tools.netem.relay import SPARE_BYTES
 from isthmus_tools.netem.script import KEYS, parse_script
-from patience import LONG_S, eventually, least
+from support.paths import ROOT
+from support.patience import LONG_S, eventually, least
 
-DOCS = (Path(__file__).parents[1] / "docs" / "link.md").read_text()
+DOCS = (ROOT / "docs" / "link.md").read_text()
 MBIT = 1e6
 LATE_S = 0.25  # what a machine that is not stopped meanwhile may add
 

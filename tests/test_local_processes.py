@@ -13,8 +13,8 @@ import pytest
 
 from isthmus_tools.engine import Engine
 from isthmus_tools.engine.build import build_folder
-from local_stack import write_stack
-from patience import LONG_S, eventually
+from support.local_stack import write_stack
+from support.patience import LONG_S, eventually
 
 RUN = """
 import sys

@@ -25,7 +25,7 @@ from isthmus_tools.engine.stack import FunctionSpec
 from isthmus_tools.engine.supervisor import Supervisor
 from isthmus_tools.engine.watchdog import Watchdog
 from isthmus_tools.netem.loop_thread import InThread
-from patience import LONG_S, eventually
+from support.patience import LONG_S, eventually
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 MOST = 3_000_000

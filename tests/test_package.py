@@ -15,16 +15,26 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from bundles import TOLERANCE, Published, photo, photo_array, photos_model, publish, publish_photos, ready, served
 from isthmus.artifacts.plan import Candidate, Coding
 from isthmus.serving import create_router_app, create_segment_app
 from isthmus.settings import RouterSettings, SegmentSettings
 from isthmus_tools.cli import app
 from isthmus_tools.engine.stack import Stack, read_stack
 from isthmus_tools.planner.published import publish_plan
-from local_stack import ROOT
-from plans import candidate, plan_for
-from segments import run_whole
+from support.bundles import (
+    TOLERANCE,
+    Published,
+    photo,
+    photo_array,
+    photos_model,
+    publish,
+    publish_photos,
+    ready,
+    served,
+)
+from support.local_stack import ROOT
+from support.plans import candidate, plan_for
+from support.segments import run_whole
 
 CLUSTER = "http://gateway.openfaas.svc.cluster.local:8080"
 

@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bundles import (
+from isthmus.context import Context, Deadline
+from isthmus.errors import DeadlineExceeded, HopRejected, HopUnavailable, Missing, ShapeMismatch
+from isthmus.pipeline.execution import Result, run
+from isthmus.pipeline.hop import Hop, LocalHop, Reply, hops_to
+from isthmus.pipeline.route import plan_route
+from isthmus.runtime.store import SegmentStore
+from isthmus.serving import create_segment_app
+from isthmus.wire.frame import Frame
+from support.bundles import (
     SKIP_CUTS,
     TOLERANCE,
     Published,
@@ -21,15 +29,7 @@ from bundles import (
     segment_settings,
     served,
 )
-from bundles import photos as photos
-from isthmus.context import Context, Deadline
-from isthmus.errors import DeadlineExceeded, HopRejected, HopUnavailable, Missing, ShapeMismatch
-from isthmus.pipeline.execution import Result, run
-from isthmus.pipeline.hop import Hop, LocalHop, Reply, hops_to
-from isthmus.pipeline.route import plan_route
-from isthmus.runtime.store import SegmentStore
-from isthmus.serving import create_segment_app
-from isthmus.wire.frame import Frame
+from support.bundles import photos as photos
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from isthmus_tools.planner.grid import grid, under
 from isthmus_tools.planner.measuring import contenders
 from isthmus_tools.planner.prices import LinkPrices, Prices, TierPrices, read_prices
 from isthmus_tools.planner.race import race
-from plans import HOP, candidate
+from support.plans import HOP, candidate
 
 CPUS = {"edge": 2, "cloud": 4}
 PRICES = Prices(TierPrices(1e-5, 10.0, 2.0), TierPrices(3e-5, 100.0, 0.0), LinkPrices(0.1, 0.0, 1e-7), "EUR")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from bundles import Published, publish_photos
 from isthmus.artifacts.agreement import Measure
 from isthmus.artifacts.bundle import Blob, digest_of
 from isthmus.artifacts.choice import KNOWN, NEVER_CHOSEN, Choice, Look
@@ -14,6 +13,7 @@ from isthmus.artifacts.fidelity import Entry, Fidelity, Inputs
 from isthmus.artifacts.fidelity_document import model_digest, to_json
 from isthmus.codecs import find
 from isthmus_tools.planner.usable import short_name, usable_codecs
+from support.bundles import Published, publish_photos
 from test_plan_draft import LINK, drafted
 
 

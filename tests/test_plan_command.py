@@ -14,7 +14,14 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from bundles import (
+from isthmus.artifacts.plan_document import from_json, read_plan
+from isthmus.errors import LocalError, ModelError
+from isthmus.serving import create_router_app, create_segment_app
+from isthmus_tools.cli import app
+from isthmus_tools.netem.process import link_to
+from isthmus_tools.planner.published import publish_plan
+from isthmus_tools.profiling import profiles
+from support.bundles import (
     Published,
     free_model,
     photo,
@@ -25,14 +32,7 @@ from bundles import (
     segment_settings,
     served,
 )
-from isthmus.artifacts.plan_document import from_json, read_plan
-from isthmus.errors import LocalError, ModelError
-from isthmus.serving import create_router_app, create_segment_app
-from isthmus_tools.cli import app
-from isthmus_tools.netem.process import link_to
-from isthmus_tools.planner.published import publish_plan
-from isthmus_tools.profiling import profiles
-from plans import candidate, plan_for, profile_of
+from support.plans import candidate, plan_for, profile_of
 
 LINK = ["--uplink", "20mbit", "--rtt", "30ms"]
 

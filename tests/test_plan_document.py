@@ -14,16 +14,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bundles import publish_photos
 from isthmus.artifacts.bundle import Blob, subject_digest
 from isthmus.artifacts.conditions import Conditions, Constraints
 from isthmus.artifacts.plan import Candidate, Coding, Error, Measured, Plan, Terms
 from isthmus.artifacts.plan_document import from_json, read_plan, to_json
 from isthmus.errors import PlanMalformed, PlanMismatch
 from isthmus_tools.planner.published import publish_plan
-from plans import candidate, plan_for
+from support.bundles import publish_photos
+from support.paths import ROOT
+from support.plans import candidate, plan_for
 
-SCHEMA = json.loads((Path(__file__).parents[1] / "docs" / "plan.schema.json").read_text())
+SCHEMA = json.loads((ROOT / "docs" / "plan.schema.json").read_text())
 DIGEST = "sha256:" + "0" * 64
 
 

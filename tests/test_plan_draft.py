@@ -14,8 +14,6 @@ import onnx
 import pytest
 from onnx import helper
 
-from bundles import Published, cache_of, pair_model, photo, publish, publish_photos, save, value, weight
-from bundles import photos as photos
 from isthmus.artifacts.bundle import subject_digest
 from isthmus.artifacts.conditions import Conditions, Constraints
 from isthmus.artifacts.plan_document import from_json, to_json
@@ -29,7 +27,9 @@ from isthmus_tools.planner.drafting import drafting
 from isthmus_tools.planner.examples import Example, from_arrays, from_photos, random_examples
 from isthmus_tools.planner.make import make_plan
 from isthmus_tools.planner.memory import Memory, live_bytes
-from plans import candidate, plan_for, profile_of, whole_model
+from support.bundles import Published, cache_of, pair_model, photo, publish, publish_photos, save, value, weight
+from support.bundles import photos as photos
+from support.plans import candidate, plan_for, profile_of, whole_model
 
 SLOW, FAST = 0.2, 0.01
 LINK = Conditions(1e6, 1e6, 0.005)

@@ -13,7 +13,13 @@ import numpy as np
 import pytest
 from flask.testing import FlaskClient
 
-from bundles import (
+from isthmus.artifacts.bundle import Blob, digest_of
+from isthmus.artifacts.plan import Candidate, Coding
+from isthmus.artifacts.plan_document import to_json
+from isthmus.serving import create_router_app, create_segment_app
+from isthmus_tools.cli.demo import Taken, medians
+from isthmus_tools.planner.published import publish_plan
+from support.bundles import (
     TOLERANCE,
     Published,
     photo,
@@ -27,14 +33,8 @@ from bundles import (
     served,
     until,
 )
-from isthmus.artifacts.bundle import Blob, digest_of
-from isthmus.artifacts.plan import Candidate, Coding
-from isthmus.artifacts.plan_document import to_json
-from isthmus.serving import create_router_app, create_segment_app
-from isthmus_tools.cli.demo import Taken, medians
-from isthmus_tools.planner.published import publish_plan
-from plans import candidate, plan_for
-from segments import run_whole
+from support.plans import candidate, plan_for
+from support.segments import run_whole
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,8 @@ from isthmus_tools.planner.search import (
 )
 from isthmus_tools.planner.search.from_graph import boundaries, cut_of, from_model, positions
 from isthmus_tools.planner.search.prefix import best_prefix
-from models import REAL
-from planner_problems import divisions, language_model, random_problem
+from support.models import REAL
+from support.planner_problems import divisions, language_model, random_problem
 from test_graph_random import graphs
 
 INF = math.inf

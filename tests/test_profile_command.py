@@ -14,7 +14,12 @@ from click.testing import Result
 from onnx import helper
 from typer.testing import CliRunner
 
-from bundles import (
+from isthmus.artifacts.profile import content_of, from_json
+from isthmus.serving import create_router_app, create_segment_app
+from isthmus.serving.profiling import SECRET
+from isthmus_tools.cli import app
+from isthmus_tools.zoo import models as zoo
+from support.bundles import (
     pair_model,
     photo,
     publish,
@@ -25,12 +30,7 @@ from bundles import (
     served,
     value,
 )
-from isthmus.artifacts.profile import content_of, from_json
-from isthmus.serving import create_router_app, create_segment_app
-from isthmus.serving.profiling import SECRET
-from isthmus_tools.cli import app
-from isthmus_tools.zoo import models as zoo
-from models import ROOT, efficientnet_lite0
+from support.models import ROOT, efficientnet_lite0
 
 TOKEN = "a-token"
 RELU = helper.make_node("Relu", ["x"], ["y"])

@@ -13,8 +13,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bundles import Published, publish_photos
-from bundles import photos as photos
 from isthmus.artifacts.device import Device
 from isthmus.artifacts.profile import (
     FORMAT,
@@ -35,7 +33,10 @@ from isthmus_tools.graph import add_cuts
 from isthmus_tools.profiling import profiles, steady
 from isthmus_tools.profiling.spread import MAX_CUTS
 from isthmus_tools.profiling.steady import timing
-from s3_server import store_at, unique_prefix
+from support.bundles import Published, publish_photos
+from support.bundles import photos as photos
+from support.paths import ROOT
+from support.s3_server import store_at, unique_prefix
 
 DEVICE = Device("Fast CPU", "x86_64", 4, 2, ("CPUExecutionProvider",), "onnxruntime 1", "0.1", 2**30)
 COST = SegmentCost(Timing(0.01, 0.009, 0.011, 15), 1e-5, 2e-5, 100, 200, 300, 400, 500)
@@ -229,7 +230,7 @@ def test_a_device_that_changed_its_speed_is_said_to_be_unsteady(
     assert found.low <= found.median <= found.high
 
 
-PAGE = (Path(__file__).parents[1] / "docs" / "profile.md").read_text()
+PAGE = (ROOT / "docs" / "profile.md").read_text()
 
 
 @pytest.mark.parametrize("part", [Profile, SegmentCost, Timing, HopCost, CodecSpeed, Device])

@@ -16,7 +16,7 @@ from isthmus_tools.graph import Model, build, cuts, open_model
 from isthmus_tools.graph.optimised import OptimisedNode, read_optimised
 from isthmus_tools.profiling.nodes import matched, node_seconds
 from isthmus_tools.profiling.spread import spread_cuts
-from models import REAL
+from support.models import REAL
 
 RUNS = 9  # of each kernel, the two longest times but the first do not count: the machine may pause in one
 MODELS = ["efficientnet-lite0", "ocr-detector", "minilm", "silero", "silero-in-if"]

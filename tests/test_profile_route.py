@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 from flask.testing import FlaskClient
 
-from bundles import Published, ready, segment_settings
-from bundles import photos as photos
 from isthmus.artifacts.bundle import WHOLE
 from isthmus.artifacts.device import cpu_name, from_document, memory
 from isthmus.serving import create_segment_app
@@ -22,7 +20,9 @@ from isthmus.serving.profiling import SECRET
 from isthmus.wire import frame as frames
 from isthmus.wire.frame import Frame
 from isthmus_tools.graph.optimised import read_optimised
-from patience import least
+from support.bundles import Published, ready, segment_settings
+from support.bundles import photos as photos
+from support.patience import least
 
 TOKEN = "a-token"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from bundles import publish, ready, router_settings, save, segment_settings, served, value, weight
 from isthmus.artifacts.bundle import Blob, Segment
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import RunFailed, ValueRefused
 from isthmus.runtime.ort_runner import OrtRunner
 from isthmus.serving import create_router_app, create_segment_app
+from support.bundles import publish, ready, router_settings, save, segment_settings, served, value, weight
 
 UPDATES = numpy_helper.from_array(np.zeros((2, 4), np.float32), "updates")
 TABLE = numpy_helper.from_array(np.zeros((10, 4), np.float32), "table")

@@ -15,8 +15,6 @@ from flask.testing import FlaskClient
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bundles import Published, photo, publish_photos, ready, router_settings, segment_settings
-from fake_bundles import make_bundle
 from isthmus.artifacts import fidelity_document, plan_document
 from isthmus.artifacts import profile as profile_document
 from isthmus.artifacts.bundle import MAX_MANIFEST_BYTES, WHOLE, Bundle, digest_of, from_json, subject_digest, to_json
@@ -28,7 +26,9 @@ from isthmus.runtime.tables import Tables
 from isthmus.serving import create_router_app, create_segment_app
 from isthmus.wire import frame as frames
 from isthmus.wire.frame import Frame
-from s3_server import PATIENCE
+from support.bundles import Published, photo, publish_photos, ready, router_settings, segment_settings
+from support.fake_bundles import make_bundle
+from support.s3_server import PATIENCE
 from test_plan_codecs import fidelity
 from test_plan_document import full_plan
 from test_profile_document import PROFILE

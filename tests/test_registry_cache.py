@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from fake_bundles import Fake, allocated, fill, hold, make_bundle, variant, weights_here
-from faulty_relay import Relay, flipped, relaying
 from isthmus.artifacts.bundle import digest_of, to_json
 from isthmus.errors import CacheFull, Missing, RegistryError, SettingsError
 from isthmus.registry import FolderStore, Registry, SegmentCache
-from patience import LONG_S, eventually
-from s3_server import PATIENCE, S3Server, store_at, unique_prefix
+from support.fake_bundles import Fake, allocated, fill, hold, make_bundle, variant, weights_here
+from support.faulty_relay import Relay, flipped, relaying
+from support.patience import LONG_S, eventually
+from support.s3_server import PATIENCE, S3Server, store_at, unique_prefix
 
 MIB = 2**20
 SPAWN = multiprocessing.get_context("spawn")

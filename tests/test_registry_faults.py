@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from fake_bundles import Fake, make_bundle, weights_here
-from faulty_relay import Fault, Relay, relaying
 from isthmus.artifacts.bundle import Bundle
 from isthmus.errors import Corrupt, Denied, IsthmusError, RegistryError, RegistryUnavailable
 from isthmus.registry import Patience, Registry, SegmentCache
-from patience import least
-from s3_server import PATIENCE, S3Server, store_at, unique_prefix
+from support.fake_bundles import Fake, make_bundle, weights_here
+from support.faulty_relay import Fault, Relay, relaying
+from support.patience import least
+from support.s3_server import PATIENCE, S3Server, store_at, unique_prefix
 
 HASTY = Patience(attempts=3, timeout_s=2.0)
 """For what never answers: a pause of the machine may use it up before a second try."""

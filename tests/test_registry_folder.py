@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from fake_bundles import make_bundle
 from isthmus.errors import Missing, RegistryUnavailable
 from isthmus.registry import FolderStore, Patience, Registry
 from isthmus.registry.file_calls import MAX_HANGING, FileCalls
 from isthmus.registry.staging import Staging
-from patience import LONG_S, until
+from support.fake_bundles import make_bundle
+from support.patience import LONG_S, until
 
 WRITER = """
 import sys, time

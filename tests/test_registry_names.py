@@ -11,15 +11,15 @@ from flask.testing import FlaskClient
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from bundles import Published, photo, ready, router_settings, segment_settings
-from bundles import photos as photos
-from fake_bundles import make_bundle
 from isthmus.errors import Missing, RegistryError
 from isthmus.registry import FolderStore, Registry
 from isthmus.serving import create_router_app, create_segment_app
 from isthmus.wire import frame as frames
 from isthmus.wire.frame import MAX_TEXT_BYTES, Frame
-from s3_server import PATIENCE, S3Server, store_at, unique_prefix
+from support.bundles import Published, photo, ready, router_settings, segment_settings
+from support.bundles import photos as photos
+from support.fake_bundles import make_bundle
+from support.s3_server import PATIENCE, S3Server, store_at, unique_prefix
 
 ODD = [
     *("9" * 255, "9" * 256, "1" * 5000, "0", "00", "01", "-1", "+1", "1.0", "1e3", "\u0661", "\u00b2", "1\n", " 1"),

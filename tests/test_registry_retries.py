@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from fake_bundles import Fake, make_bundle, weights_here
-from fake_s3 import QUICK, FakeS3, Request, Response, error, serving
 from isthmus.errors import Corrupt, RegistryUnavailable
 from isthmus.registry import FolderStore, Patience, Registry, SegmentCache
+from support.fake_bundles import Fake, make_bundle, weights_here
+from support.fake_s3 import QUICK, FakeS3, Request, Response, error, serving
 
 BIG = (17 * 2**20, 9 * 2**20, 100)
 """26 MB: two parts up, four ranges back."""

@@ -12,8 +12,6 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from fake_bundles import make_bundle
-from fake_s3 import FakeS3, Request, Response, error, serving
 from isthmus.errors import Denied, IsthmusError, RegistryError, SettingsError
 from isthmus.registry import Patience, open_registry, parse_address
 from isthmus.settings import RegistrySettings, SegmentSettings, read_secret
@@ -22,6 +20,8 @@ from isthmus_tools.cli.console import registry_settings
 from isthmus_tools.cli.engine import variables
 from isthmus_tools.engine.secrets import SecretFolder
 from isthmus_tools.profiling.remote import ProfiledFunction
+from support.fake_bundles import make_bundle
+from support.fake_s3 import FakeS3, Request, Response, error, serving
 
 SECRET = "a-secret-that-no-message-may-hold"
 

@@ -10,8 +10,8 @@ import pytest
 
 from isthmus.errors import Corrupt, Denied, Missing, RegistryError, RegistryUnavailable
 from isthmus.registry import BlobStore, FolderStore, S3Store
-from ports import free_port
-from s3_server import PATIENCE, S3Server, store_at, unique_prefix
+from support.ports import free_port
+from support.s3_server import PATIENCE, S3Server, store_at, unique_prefix
 
 
 @pytest.fixture(params=["folder", "s3"])

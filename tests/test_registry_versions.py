@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from fake_bundles import Fake, make_bundle, variant
 from isthmus.artifacts.bundle import WeightTensor, digest_of
 from isthmus.errors import Corrupt, Missing, RegistryError, SettingsError
 from isthmus.registry import BlobStore, FolderStore, Registry, Version, open_registry
 from isthmus.settings import RegistrySettings
-from s3_server import BUCKET, KEY_ID, PATIENCE, SECRET, S3Server, store_at, unique_prefix
+from support.fake_bundles import Fake, make_bundle, variant
+from support.s3_server import BUCKET, KEY_ID, PATIENCE, SECRET, S3Server, store_at, unique_prefix
 
 
 @pytest.fixture(params=["folder", "s3"])

@@ -13,16 +13,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from bundles import (
-    TOLERANCE,
-    Published,
-    bfloat16_model,
-    cache_of,
-    free_model,
-    publish,
-    segment_settings,
-)
-from bundles import photos as photos
 from isthmus.artifacts.bundle import WHOLE, Bundle
 from isthmus.context import Deadline
 from isthmus.errors import (
@@ -39,7 +29,17 @@ from isthmus.errors import (
 from isthmus.registry import Located
 from isthmus.runtime.ort_runner import OrtRunner, available_providers, cpu_limit
 from isthmus.runtime.store import MAX_LOADING, SegmentStore
-from patience import LONG_S, eventually, until
+from support.bundles import (
+    TOLERANCE,
+    Published,
+    bfloat16_model,
+    cache_of,
+    free_model,
+    publish,
+    segment_settings,
+)
+from support.bundles import photos as photos
+from support.patience import LONG_S, eventually, until
 
 CPU = ("CPUExecutionProvider",)
 CUDA = "CUDAExecutionProvider"

@@ -14,8 +14,6 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 
-from bundles import Published, metrics, photo, ready, router_settings, segment_settings
-from bundles import photos as photos
 from isthmus.admission import MAX_WAITING, Slots, aside
 from isthmus.artifacts.bundle import WHOLE
 from isthmus.context import Deadline
@@ -25,7 +23,10 @@ from isthmus.registry.lookups import MAX_REMEMBERED, MAX_UNDER_WAY, Lookups
 from isthmus.serving import create_router_app, create_segment_app
 from isthmus.wire import frame as frames
 from isthmus.wire.frame import Frame
-from patience import LONG_S, eventually
+from support.bundles import Published, metrics, photo, ready, router_settings, segment_settings
+from support.bundles import photos as photos
+from support.paths import ROOT
+from support.patience import LONG_S, eventually
 
 SHORT = {"X-Timeout": "400ms"}
 UNKNOWN = "sha256:" + "ab" * 32
@@ -244,7 +245,7 @@ def test_look_ups_and_what_is_remembered_of_them_are_bounded() -> None:
 
 
 def test_the_template_starts_threads_for_those_who_wait() -> None:
-    index = Path(__file__).parent.parent / "template" / "python3-isthmus" / "index.py"
+    index = ROOT / "template" / "python3-isthmus" / "index.py"
     assert f"MAX_WAITING = {MAX_WAITING} " in index.read_text()
 
 

@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 from flask.testing import FlaskClient
 
-from bundles import Published, ready, router_settings, segment_settings
-from bundles import photos as photos
 from isthmus.codecs import Encoding, pack
 from isthmus.context import Deadline
 from isthmus.errors import DeadlineExceeded, Overloaded, RequestTooLarge
@@ -27,7 +25,9 @@ from isthmus.serving.memory import CountedMemory, Reservation, Turns
 from isthmus.wire import frame as frames
 from isthmus.wire.frame import Frame
 from isthmus.wire.json_bounds import parsed_bytes
-from patience import LONG_S, least, peak_of
+from support.bundles import Published, ready, router_settings, segment_settings
+from support.bundles import photos as photos
+from support.patience import LONG_S, least, peak_of
 
 COUNT = 30_000
 

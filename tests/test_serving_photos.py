@@ -17,14 +17,15 @@ import urllib3
 from flask.testing import FlaskClient
 from PIL import Image
 
-from bundles import Published, free_model, photo, publish, served
-from bundles import photos as photos
 from isthmus.errors import RequestMalformed
 from isthmus.oip import messages as oip
 from isthmus.processing.wrapped import Form, from_base64, looks_like_form, read_form
-from routers import Chain, assert_classes, expected_classes, local_router
-from routers import chain as chain
-from routers import client as client
+from support.bundles import Published, free_model, photo, publish, served
+from support.bundles import photos as photos
+from support.paths import ROOT
+from support.routers import Chain, assert_classes, expected_classes, local_router
+from support.routers import chain as chain
+from support.routers import client as client
 
 TRACE = "00-" + "c" * 32 + "-" + "d" * 16 + "-01"
 
@@ -321,7 +322,7 @@ def test_two_hundred_requests_at_sixteen_at_once_are_all_answered_right(chain: C
 
 def test_the_answer_documented_for_the_photo_endpoint_is_the_one_given(client: FlaskClient) -> None:
     doc = client.post("/", data=photo()).json
-    text = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
+    text = (ROOT / "docs" / "api.md").read_text()
     shown = json.loads(text.partition("The answer:\n\n```json\n")[2].partition("```")[0])
     assert doc.keys() == shown.keys()
     assert doc["route"].keys() == shown["route"].keys()

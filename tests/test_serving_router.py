@@ -18,14 +18,24 @@ import pytest
 from flask import Flask, Response
 from flask.testing import FlaskClient
 
-from bundles import Published, metrics, photo, publish_photos, ready, router_settings, segment_settings, served, until
-from bundles import photos as photos
 from isthmus.errors import SettingsError
 from isthmus.serving import create_router_app, create_segment_app
-from patience import LONG_S, least
-from routers import INFER, Chain, assert_classes, before, expected_classes, local_router, oip_json
-from routers import chain as chain
-from routers import client as client
+from support.bundles import (
+    Published,
+    metrics,
+    photo,
+    publish_photos,
+    ready,
+    router_settings,
+    segment_settings,
+    served,
+    until,
+)
+from support.bundles import photos as photos
+from support.patience import LONG_S, least
+from support.routers import INFER, Chain, assert_classes, before, expected_classes, local_router, oip_json
+from support.routers import chain as chain
+from support.routers import client as client
 
 # Hops that fail
 

@@ -15,15 +15,25 @@ import pytest
 import urllib3
 from flask.testing import FlaskClient
 
-from bundles import TOLERANCE, Published, cache_of, metrics, publish_photos, ready, segment_settings, served, until
-from bundles import photos as photos
 from isthmus.artifacts.bundle import WHOLE
 from isthmus.errors import SettingsError
 from isthmus.serving import create_segment_app
 from isthmus.wire import frame as frames
 from isthmus.wire.frame import Frame
 from isthmus_tools.graph.bake import bake
-from patience import LONG_S
+from support.bundles import (
+    TOLERANCE,
+    Published,
+    cache_of,
+    metrics,
+    publish_photos,
+    ready,
+    segment_settings,
+    served,
+    until,
+)
+from support.bundles import photos as photos
+from support.patience import LONG_S
 
 TRACE = "00-" + "c" * 32 + "-" + "d" * 16 + "-01"
 

@@ -13,12 +13,22 @@ from flask.testing import FlaskClient
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
-from bundles import TOLERANCE, Published, free_model, photo, publish, ready, router_settings, segment_settings, served
-from bundles import photos as photos
 from isthmus.serving import create_router_app, create_segment_app
-from routers import INFER, Chain, oip_json
-from routers import chain as chain
-from routers import client as client
+from support.bundles import (
+    TOLERANCE,
+    Published,
+    free_model,
+    photo,
+    publish,
+    ready,
+    router_settings,
+    segment_settings,
+    served,
+)
+from support.bundles import photos as photos
+from support.routers import INFER, Chain, oip_json
+from support.routers import chain as chain
+from support.routers import client as client
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import MISSING, fields
-from pathlib import Path
 
 import pytest
 
 from isthmus.errors import SettingsError
 from isthmus.settings import RouterSettings, SegmentSettings, parse_size
+from support.paths import ROOT
 
-DOCS = Path(__file__).parent.parent / "docs" / "settings.md"
+DOCS = ROOT / "docs" / "settings.md"
 
 
 def test_defaults_stand_where_the_environment_is_silent_or_empty() -> None:

@@ -17,7 +17,7 @@ from isthmus.settings import EnvSettings, RegistrySettings, RouterSettings, Segm
 from isthmus.units import parse_size
 from isthmus_tools.engine.build import stage
 from isthmus_tools.engine.stack import FunctionSpec, Stack, read_stack, substitute
-from local_stack import ROOT, STACK, write_stack
+from support.local_stack import ROOT, STACK, write_stack
 
 FILES = ["stack.yml", "stack.pro.yml"]
 SETTINGS: Mapping[str, type[EnvSettings]] = {

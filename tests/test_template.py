@@ -22,9 +22,9 @@ import urllib3
 import yaml
 
 from isthmus_tools.engine.replica import OF_THE_IMAGE
-from local_stack import ROOT, http
-from patience import LONG_S, eventually
-from ports import free_port
+from support.local_stack import ROOT, http
+from support.patience import LONG_S, eventually
+from support.ports import free_port
 
 TEMPLATE = ROOT / "template" / "python3-isthmus"
 # As in a cluster: a UID that no password file knows, without capabilities; it is the owner's by another name.

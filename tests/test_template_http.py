@@ -18,9 +18,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from local_stack import http
-from patience import LONG_S, until
-from template_process import module, served
+from support.local_stack import http
+from support.patience import LONG_S, until
+from support.template_process import module, served
 
 HANDLER = """
 import hashlib

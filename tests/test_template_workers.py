@@ -10,9 +10,9 @@ from types import ModuleType
 
 import pytest
 
-from local_stack import http
-from patience import LONG_S, eventually, least
-from template_process import module, served
+from support.local_stack import http
+from support.patience import LONG_S, eventually, least
+from support.template_process import module, served
 
 HANDLER = """
 import gc

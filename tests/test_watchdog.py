@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import urllib3
 
-from local_stack import ROOT, http
-from patience import LONG_S, eventually
-from ports import free_port
+from support.local_stack import ROOT, http
+from support.patience import LONG_S, eventually
+from support.ports import free_port
 
 HANDLER = """
 import os

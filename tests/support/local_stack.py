@@ -9,9 +9,8 @@ from pathlib import Path
 import urllib3
 
 from isthmus_tools.engine import Engine
-from patience import LONG_S
-
-ROOT = Path(__file__).resolve().parent.parent
+from support.paths import ROOT
+from support.patience import LONG_S
 
 HANDLER = """
 import os

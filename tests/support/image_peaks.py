@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from image_files import FILES, HOSTILE
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import IsthmusError
 from isthmus.processing.image import preprocess
 from isthmus.processing.image_budget import ImageMemory
+from support.image_files import FILES, HOSTILE
 
 SPEC: dict[str, Any] = {
     "kind": "image",

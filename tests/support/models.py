@@ -20,7 +20,8 @@ import pytest
 from filelock import FileLock
 from PIL import Image, ImageDraw, ImageFont
 
-ROOT = Path(__file__).resolve().parent.parent
+from support.paths import ROOT
+
 CACHE = ROOT / ".isthmus" / "models"
 # In the name of each cached export; raise it when what is exported changes.
 VERSION = "1"

@@ -12,10 +12,10 @@ from flask import Flask, Response
 from flask.testing import FlaskClient
 from werkzeug.datastructures import EnvironHeaders
 
-from bundles import LABELS, TOLERANCE, Published, photo_array, ready, router_settings, segment_settings, served
 from isthmus.processing.classify import classify
 from isthmus.serving import create_router_app, create_segment_app
-from segments import run_whole
+from support.bundles import LABELS, TOLERANCE, Published, photo_array, ready, router_settings, segment_settings, served
+from support.segments import run_whole
 
 INFER = "/v2/models/photos/infer"
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from bundles import Published
 from isthmus.artifacts.bundle import WHOLE, Bundle, subject_digest
 from isthmus.artifacts.conditions import Conditions, Constraints
 from isthmus.artifacts.device import Device
@@ -16,10 +14,12 @@ from isthmus.artifacts.plan import Candidate, Plan, ProfileUsed, Terms
 from isthmus.artifacts.profile import HopCost, Profile, SegmentCost, Timing, content_of
 from isthmus_tools.graph import stored_examples
 from isthmus_tools.graph.model import Model, open_model
+from support.bundles import Published
+from support.paths import ROOT
 
 HOP = HopCost(0.001, 1e-9, 1e-9, 0.0005, 1e-9)
 MEMORY = 4_000_000
-SCHEMA = json.loads((Path(__file__).parents[1] / "docs" / "plan.schema.json").read_text())
+SCHEMA = json.loads((ROOT / "docs" / "plan.schema.json").read_text())
 
 
 def device(**facts: Any) -> Device:

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from flask import Response
 
-from bundles import Published, cache_of, publish_photos, segment_settings, served
 from isthmus.arrays import Array
 from isthmus.artifacts.agreement import TOP1, Measure
 from isthmus.artifacts.bundle import Blob, digest_of
@@ -31,7 +30,8 @@ from isthmus.serving import create_segment_app
 from isthmus.wire import frame as frames
 from isthmus.wire.frame import Frame
 from isthmus_tools.calibration.learn import learn
-from patience import LONG_S
+from support.bundles import Published, cache_of, publish_photos, segment_settings, served
+from support.patience import LONG_S
 
 ALWAYS, NEVER = math.inf, 1e-9
 CALIBRATED, PLAIN = "transform/4", "sparse/2"
@@ -172,7 +172,9 @@ def remote() -> Iterator[Callable[[str], HttpHop]]:
 
 
 def looks(margin: float, *qualities: float) -> Looks:
-    return Looks(tuple(Look(q, margin) for q in qualities or (FINE,)), partial(margin, Measure(TOP1, "logits")))
+    return Looks(
+        tuple(Look(q, margin) for q in qualities or (FINE,)), partial(agreement.margin, Measure(TOP1, "logits"))
+    )
 
 
 def split(

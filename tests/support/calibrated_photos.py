@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bundles import Published, cache_of, photo, publish_photos, segment_settings
 from isthmus.artifacts.agreement import Measure, measure_for
 from isthmus.artifacts.choice import RAW, Choice
 from isthmus.artifacts.fidelity import Entry, Fidelity, offered
@@ -23,6 +22,7 @@ from isthmus_tools.calibration.inputs import files_in, open_source
 from isthmus_tools.calibration.running import runs_here
 from isthmus_tools.planner.examples import Example as Tried
 from isthmus_tools.planner.examples import from_photos
+from support.bundles import Published, cache_of, photo, publish_photos, segment_settings
 
 QUALITIES = (0.6, 0.8, 1.0)
 

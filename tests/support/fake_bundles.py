@@ -12,8 +12,8 @@ from pathlib import Path
 from isthmus.artifacts.bundle import Blob, Bundle, Cut, Segment, Weights, WeightTensor, digest_of, to_json
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.registry import FolderStore, Patience, Registry, SegmentCache
-from patience import LONG_S
-from s3_server import store_at
+from support.patience import LONG_S
+from support.s3_server import store_at
 
 SPEC = TensorSpec("x", "float32", (1, 4))
 

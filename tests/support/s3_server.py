@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from isthmus.registry import Patience, S3Store
-from patience import LONG_S, until
-from ports import free_port
+from support.patience import LONG_S, until
+from support.ports import free_port
 
 BUCKET = "isthmus-tests"
 KEY_ID = "TESTKEYID"

@@ -24,8 +24,8 @@ from isthmus.artifacts.bundle import Bundle
 from isthmus.registry import FolderStore, Registry, SegmentCache
 from isthmus.settings import RouterSettings, SegmentSettings
 from isthmus_tools.graph import build
-from patience import LONG_S, until
-from segments import run_whole
+from support.patience import LONG_S, until
+from support.segments import run_whole
 
 LABELS = ["ape", "bee", "cat", "dog", "elk"]
 PREPROCESS = {

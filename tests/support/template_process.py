@@ -14,11 +14,12 @@ from types import ModuleType
 
 import urllib3
 
-from local_stack import http
-from patience import eventually
-from ports import free_port
+from support.local_stack import http
+from support.paths import ROOT
+from support.patience import eventually
+from support.ports import free_port
 
-TEMPLATE = Path(__file__).resolve().parents[1] / "template" / "python3-isthmus"
+TEMPLATE = ROOT / "template" / "python3-isthmus"
 
 
 @contextmanager

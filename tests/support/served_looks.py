@@ -22,6 +22,7 @@ from isthmus.artifacts.choice import Look
 from isthmus.codecs import Encoding
 from isthmus.codecs.table import Table
 from isthmus.context import Context, Deadline
+from isthmus.pipeline import agreement
 from isthmus.pipeline.execution import Result, run
 from isthmus.pipeline.hop import HttpHop, LocalHop
 from isthmus.pipeline.route import Looks, Route, plan_route

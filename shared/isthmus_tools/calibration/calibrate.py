@@ -23,9 +23,10 @@ from isthmus.wire import frame as frames
 from isthmus_tools.calibration.crossing import Crossing, Run, crossing
 from isthmus_tools.calibration.inputs import LEAST, Source, split
 from isthmus_tools.calibration.looks import entries_of
-from isthmus_tools.calibration.scoring import Progress, Tally, judge_by, risen, score, silent
+from isthmus_tools.calibration.scoring import Tally, judge_by, risen, score
 from isthmus_tools.calibration.sending import trials
 from isthmus_tools.calibration.spool import MAX_FRAME, Spool
+from isthmus_tools.progress import Progress, silent
 
 if TYPE_CHECKING:
     from isthmus_tools.calibration.balance import Tables

@@ -20,15 +20,10 @@ from isthmus.pipeline.agreement import agrees, output_error
 from isthmus_tools.calibration.crossing import Crossing, Run
 from isthmus_tools.calibration.inputs import Example
 from isthmus_tools.calibration.sending import Way
+from isthmus_tools.progress import Progress, silent
 
-Progress: TypeAlias = Callable[[str, int, int], None]
-"""Told what is being done, how much of it is done, and how much there is."""
 Judge: TypeAlias = Callable[[Example, Mapping[str, Array], Mapping[str, Array]], tuple[bool, float]]
 """Whether the second answer to an example is the same as the first, and its error."""
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """Report no progress."""
 
 
 @dataclass

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bars
 
 from isthmus.settings import MAX_THREADS
 from isthmus.units import format_size
@@ -19,18 +15,15 @@ from isthmus_tools.cli.console import (
     DEFAULT_REGISTRY,
     AsJson,
     RegistryOption,
-    err,
     errors,
     out,
     print_json,
+    progress_bars,
     segment_settings,
 )
 from isthmus_tools.cli.cut_options import SYNTAX, OldAt
 from isthmus_tools.cli.publishing import DropPlan, publish_version
 from isthmus_tools.zoo.photos import varied_photos
-
-if TYPE_CHECKING:
-    from isthmus_tools.calibration.scoring import Progress
 
 PHOTOS = "photos"
 
@@ -93,7 +86,7 @@ def calibrate(
         cuts = [name for text in texts for name in found.bundle.cut_names(text)] or sorted(found.bundle.cuts)
         files = varied_photos() if data == PHOTOS else files_in(Path(data))
         source = open_source(found.bundle, files, data, inputs)
-        with tempfile.TemporaryDirectory(prefix="isthmus-") as folder, _bars(as_json) as progress:
+        with tempfile.TemporaryDirectory(prefix="isthmus-") as folder, progress_bars(as_json) as progress:
             made = run_calibration(
                 found.bundle,
                 source,
@@ -132,20 +125,3 @@ def calibrate(
             soft_wrap=True,
         )
         published.show()
-
-
-@contextmanager
-def _bars(quiet: bool) -> Iterator[Progress]:
-    if quiet:
-        yield lambda what, done, total: None
-        return
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Bars(*columns, console=err) as shown:
-        tasks: dict[str, TaskID] = {}
-
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = shown.add_task(what, total=total)
-            shown.update(tasks[what], completed=done, total=total)
-
-        yield progress

@@ -12,16 +12,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import rich.progress
 import typer
 from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, SpinnerColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from isthmus.errors import IsthmusError, RequestMalformed, RequestTooLarge
 from isthmus.settings import RegistrySettings, SegmentSettings
 from isthmus_tools.cli import private_caches
+from isthmus_tools.progress import Progress, silent
 
 # Names of files, models and tensors are text: `[1]` in them is no markup, and `:factory:` no picture. What has markup
 # says so where it is printed, and escapes the rest.
@@ -51,7 +53,6 @@ _FRAME = 3
 """What a column of a table takes beside its text: a line, and a space on both sides."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What a write raises without the file's name."""
-Step = Callable[[str], None]
 Number = TypeVar("Number", int, float)
 
 
@@ -127,22 +128,38 @@ def _folded(names: Sequence[str], width: int) -> list[str]:
 
 
 @contextmanager
-def steps(quiet: bool) -> Iterator[Step]:
-    """Shows what is being done and for how long, on standard error; `step("…")` names the next thing."""
+def progress_bars(quiet: bool) -> Iterator[Progress]:
+    """A progress callback that shows each stage and its duration on standard error; nothing where `quiet`.
+
+    A stage without a count has a spinner and ends where the next one begins; a counted one has a bar.
+    """
     if quiet:
-        yield lambda _: None
+        yield silent
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=False) as shown:
-        current = shown.add_task("", total=1, visible=False)
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), _CountColumn(), TimeElapsedColumn())
+    with rich.progress.Progress(*columns, console=err) as display:
+        counted: dict[str, TaskID] = {}
+        current = display.add_task("", total=1, visible=False)
 
-        def step(text: str) -> None:
+        def progress(stage: str, done: int = 0, total: int = 0) -> None:
             nonlocal current
-            shown.update(current, completed=1)
-            current = shown.add_task(visible(text), total=1)
+            if not total:
+                display.update(current, completed=1)
+                current = display.add_task(visible(stage), total=1)
+                return
+            if stage not in counted:
+                counted[stage] = display.add_task(visible(stage), total=total, counted=True)
+            display.update(counted[stage], completed=done, total=total)
 
-        yield step
-        shown.update(current, completed=1)
+        yield progress
+        display.update(current, completed=1)
+
+
+class _CountColumn(BarColumn):
+    """A bar for counted stages alone."""
+
+    def render(self, task: Task) -> Any:
+        return super().render(task) if task.fields.get("counted") else Text()
 
 
 @contextmanager

@@ -16,8 +16,8 @@ from isthmus_tools.cli.console import (
     errors,
     out,
     print_json,
+    progress_bars,
     registry_settings,
-    steps,
 )
 from isthmus_tools.cli.cut_options import SYNTAX, OldAt
 from isthmus_tools.cli.publishing import DropPlan, findings, publish_version, warn
@@ -54,7 +54,7 @@ def cut(
             check_alias(alias)
         store = open_registry(settings)
         found = store.resolve(model)
-        with tempfile.TemporaryDirectory(prefix="isthmus-") as folder, steps(as_json) as step:
+        with tempfile.TemporaryDirectory(prefix="isthmus-") as folder, progress_bars(as_json) as step:
             step(f"fetching {found.name}:{found.version}")
             cache = open_cache(settings, store)
             with cache.locate(found.digest, WHOLE) as whole:

@@ -9,7 +9,7 @@ import typer
 
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.units import format_size
-from isthmus_tools.cli.console import AsJson, errors, out, print_json, steps, table
+from isthmus_tools.cli.console import AsJson, errors, out, print_json, progress_bars, table
 from isthmus_tools.cli.files import PICTURES, check_output
 from isthmus_tools.cli.shapes import BindOption, ExampleOption, read_inputs
 
@@ -38,7 +38,7 @@ def cuts(
         if picture is not None:
             check_output(picture, "--picture", PICTURES)
         given = read_inputs(shape, example)
-        with steps(as_json) as step, onnx_file(model, given, step) as path:
+        with progress_bars(as_json) as step, onnx_file(model, given, step) as path:
             step(f"reading {model}")
             opened = open_model(path, bind=given.shapes, examples=given.examples)
             given.check_free(opened.specs)

@@ -15,8 +15,9 @@ import typer
 from isthmus.artifacts.bundle import WHOLE
 from isthmus.errors import RequestMalformed
 from isthmus.units import format_size
-from isthmus_tools.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, Step, errors, out, print_json, steps
+from isthmus_tools.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, errors, out, print_json, progress_bars
 from isthmus_tools.cli.console import table as print_table
+from isthmus_tools.progress import Progress
 from isthmus_tools.zoo.photos import sample_photos
 
 if TYPE_CHECKING:  # they load onnxruntime, numpy and an HTTP client
@@ -118,7 +119,7 @@ def demo(
 
 
 @contextmanager
-def _ready(registry: str, stack: Path, port: int, quiet: bool) -> Iterator[tuple[Client, Step]]:
+def _ready(registry: str, stack: Path, port: int, quiet: bool) -> Iterator[tuple[Client, Progress]]:
     """The functions, running and ready, with the model in the registry."""
     from isthmus.client import Client
     from isthmus_tools.cli.engine import engine, variables
@@ -127,7 +128,7 @@ def _ready(registry: str, stack: Path, port: int, quiet: bool) -> Iterator[tuple
 
     read_stack(stack, variables(registry))
     publish_if_absent(MODEL, registry, quiet=quiet)
-    with steps(quiet) as step, engine(stack, registry, port, step) as url:
+    with progress_bars(quiet) as step, engine(stack, registry, port, step) as url:
         yield Client(f"{url}/function/router"), step
 
 

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from isthmus.registry import parse_address
-from isthmus_tools.cli.console import Step, registry_settings
+from isthmus_tools.cli.console import registry_settings
+from isthmus_tools.progress import Progress
 
 
 def variables(registry: str) -> dict[str, str]:
@@ -33,7 +34,7 @@ def engine(
     stack: Path,
     registry: str,
     port: int,
-    step: Step,
+    step: Progress,
     *,
     replicas: Mapping[str, int] | None = None,
     environment: Mapping[str, Mapping[str, str]] | None = None,

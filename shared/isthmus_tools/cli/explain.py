@@ -15,8 +15,8 @@ from isthmus_tools.cli.console import (
     errors,
     out,
     print_json,
+    progress_bars,
     registry_settings,
-    steps,
 )
 from isthmus_tools.cli.files import PICTURES, check_output
 
@@ -56,7 +56,7 @@ def explain(
         if picture is not None:
             from isthmus_tools.figures.plan import Along, draw
 
-            with steps(as_json) as step:
+            with progress_bars(as_json) as step:
                 step(f"drawing {picture}")
                 draw(plan, cells or [], picture, Along.published(plan, found, store, open_cache(settings, store)))
         if as_json:

@@ -14,7 +14,8 @@ import typer
 from isthmus.errors import RequestMalformed
 from isthmus.units import parse_duration
 from isthmus_tools.budget import Budget
-from isthmus_tools.cli.console import Step, read_option
+from isthmus_tools.cli.console import read_option
+from isthmus_tools.progress import Progress
 
 HEAD, TAIL = "edge-head", "cloud-tail"
 _HERE = {"preload": "", "cache_bytes": "8GiB", "max_loaded_bytes": "4GiB"}
@@ -43,7 +44,7 @@ class Places:
 
 
 @contextmanager
-def places(local: bool, stack: Path, registry: str, head: str, tail: str, step: Step) -> Iterator[Places]:
+def places(local: bool, stack: Path, registry: str, head: str, tail: str, step: Progress) -> Iterator[Places]:
     """Where to measure, for as long as the block lasts: the URLs that were named, or functions started for it.
 
     Raises:

@@ -21,8 +21,8 @@ from isthmus_tools.cli.console import (
     errors,
     out,
     print_json,
+    progress_bars,
     registry_settings,
-    steps,
     visible,
 )
 from isthmus_tools.cli.cut_options import SYNTAX
@@ -155,7 +155,7 @@ def publish(
         store.resolve(called)
     with (
         tempfile.TemporaryDirectory(prefix="isthmus-") as folder,
-        steps(quiet) as step,
+        progress_bars(quiet) as step,
         onnx_file(model, given, step) as path,
     ):
         step(f"cutting {called}")

@@ -26,8 +26,8 @@ from isthmus_tools.cli.console import (
     errors,
     out,
     print_json,
+    progress_bars,
     registry_settings,
-    steps,
 )
 from isthmus_tools.cli.cut_options import SYNTAX, OldCuts
 from isthmus_tools.engine.stack import read_stack, substitute
@@ -100,7 +100,7 @@ def package(
 
     Example: `isthmus package efficientnet-lite0 && faas-cli up -f build/package/efficientnet-lite0/stack.yml`
     """
-    with errors(as_json), steps(as_json) as step:
+    with errors(as_json), progress_bars(as_json) as step:
         settings = registry_settings(registry)
         store = open_registry(settings)
         step(f"finding {model}")

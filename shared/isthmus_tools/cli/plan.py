@@ -17,8 +17,8 @@ from isthmus_tools.cli.console import (
     errors,
     out,
     print_json,
+    progress_bars,
     read_option,
-    steps,
 )
 from isthmus_tools.cli.files import PICTURES, check_output
 from isthmus_tools.cli.functions import TimeLimit, budget_of
@@ -126,7 +126,7 @@ def plan(
         if local:
             check_request(registry, model, photos or [], tensor or [])
         with (
-            steps(as_json) as step,
+            progress_bars(as_json) as step,
             places(local, stack, registry, head, tail, step) as where,
             planned(wish, registry, CACHE_DIR, where if where.head else None, photos or [], tensor or [], step) as made,
         ):

@@ -18,7 +18,7 @@ from isthmus.processing.image import MAX_PIXELS
 from isthmus.registry import Registry, SegmentCache, open_cache, open_registry
 from isthmus.runtime.tables import Tables, tables_of
 from isthmus_tools.budget import UNLIMITED, Budget
-from isthmus_tools.cli.console import Step, registry_settings
+from isthmus_tools.cli.console import registry_settings
 from isthmus_tools.cli.functions import Places
 from isthmus_tools.cli.publishing import Publication, version_of
 from isthmus_tools.cli.tensors import read_tensors
@@ -33,6 +33,7 @@ from isthmus_tools.planner.measuring import Functions, contenders, measure
 from isthmus_tools.planner.prices import Prices
 from isthmus_tools.planner.published import publish_plan
 from isthmus_tools.profiling import profiles
+from isthmus_tools.progress import Progress
 from isthmus_tools.zoo.photos import read_photo, sample_photos
 
 MAX_EXAMPLES = 8
@@ -82,7 +83,7 @@ def planned(
     places: Places | None,
     photos: Sequence[Path],
     tensors: Sequence[str],
-    step: Step,
+    step: Progress,
 ) -> Iterator[Made]:
     """The plan that was asked for, with its draft's files there for as long as the block lasts.
 
@@ -113,7 +114,7 @@ def planned(
         edge_memory_bytes=wish.constraints.edge_memory_bytes,
         int8=wish.int8,
         table=tables_of(bundle, found.digest, TRANSFORM_ID, tables),
-        told=step,
+        progress=step,
         budget=wish.budget.share(_DRAFTED),
     ) as draft:
         candidates = draft.predict(wish.conditions, wish.prices)
@@ -166,7 +167,7 @@ def _profiles(
     registry: str,
     cache_dir: str,
     places: Places | None,
-    step: Step,
+    step: Progress,
     budget: Budget,
 ) -> dict[str, Profile]:
     if places is not None and places.token:
@@ -209,7 +210,7 @@ def _measured(
     store: Registry,
     cache: SegmentCache,
     tables: Tables,
-    step: Step,
+    step: Progress,
 ) -> tuple[Candidate, ...]:
     step("uploading the candidates' cuts")
     digest = draft.stage(store)
@@ -230,7 +231,7 @@ def _measured(
             tables,
             store.bundle,
             constraints=wish.constraints,
-            told=step,
+            progress=step,
             budget=wish.budget,
         )
     if unseen := [c.name for c in found if c.measured is None and not c.refused]:

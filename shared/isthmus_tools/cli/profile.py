@@ -18,7 +18,7 @@ from isthmus_tools.cli.console import (
     errors,
     out,
     print_json,
-    steps,
+    progress_bars,
     table,
 )
 from isthmus_tools.cli.cut_options import SYNTAX, OldAt
@@ -75,7 +75,7 @@ def profile(
         budget_of(time_limit)
         if local:
             check_request(registry, model, photo, tensor or [])
-        with steps(as_json) as step, places(local, stack, registry, head, tail, step) as found:
+        with progress_bars(as_json) as step, places(local, stack, registry, head, tail, step) as found:
             urls = {tier: url for tier, url in ((EDGE, found.head), (CLOUD, found.tail)) if url}
             token = found.token or _token(token_file)
             outcome = profile_tiers(

@@ -16,13 +16,14 @@ from isthmus.context import Deadline
 from isthmus.registry import Registry, Resolved, open_cache, open_registry
 from isthmus.runtime.store import SegmentStore
 from isthmus_tools.budget import UNLIMITED, Budget
-from isthmus_tools.cli.console import Step, segment_settings
+from isthmus_tools.cli.console import segment_settings
 from isthmus_tools.cli.tensors import read_inputs
 from isthmus_tools.graph import CutInfo, Model, add_cuts, cut_after, cut_at, open_model, resolve_partition
 from isthmus_tools.profiling import profiles
 from isthmus_tools.profiling.measure import Subject, measure, merged
 from isthmus_tools.profiling.remote import ProfiledFunction
 from isthmus_tools.profiling.spread import spread_cuts
+from isthmus_tools.progress import Progress
 
 _MAX_S = 600.0
 _MAX_KEPT_BYTES = 2**28
@@ -68,7 +69,7 @@ def profile_tiers(
     photo: Path | None,
     tensors: Sequence[str],
     again: bool,
-    step: Step,
+    step: Progress,
     version: bool = True,
     budget: Budget = UNLIMITED,
 ) -> Outcome:
@@ -111,7 +112,7 @@ def profile_tiers(
             continue
         share = budget.share((due.index(tier) + 1) / len(due))
         segments = [found.bundle.segment(_end(tier, name)) for name in chosen]
-        profile = measure(function, subject, tier, segments, runs=runs, told=step, budget=share)
+        profile = measure(function, subject, tier, segments, runs=runs, progress=step, budget=share)
         old = current[tier]
         measured[tier] = merged(old, profile) if old is not None and old.shapes == shapes else profile
         profiles.put(store, measured[tier])
@@ -182,7 +183,7 @@ def _position(cut: CutInfo | str, bundle: Bundle) -> float:
 
 
 def _with_cuts(
-    registry: Registry, found: Resolved, whole: Path, chosen: Mapping[str, CutInfo | str], step: Step, version: bool
+    registry: Registry, found: Resolved, whole: Path, chosen: Mapping[str, CutInfo | str], step: Progress, version: bool
 ) -> Resolved:
     """The bundle that has a head and a tail at each cut: this one, or one that functions find by its digest."""
     have = found.bundle.segments

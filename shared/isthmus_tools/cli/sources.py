@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from isthmus_tools.cli.console import Step
 from isthmus_tools.cli.shapes import InputsGiven
 from isthmus_tools.graph import torch_export
+from isthmus_tools.progress import Progress
 from isthmus_tools.zoo import models as zoo
 
 
 @contextmanager
-def onnx_file(model: str, given: InputsGiven, step: Step) -> Iterator[Path]:
+def onnx_file(model: str, given: InputsGiven, step: Progress) -> Iterator[Path]:
     """The ONNX file of `model`, exported for as long as the block lasts where it is no file itself.
 
     Raises:

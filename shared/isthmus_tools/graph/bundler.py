@@ -27,19 +27,13 @@ from isthmus_tools.graph.dry_run import DryRun, recorded
 from isthmus_tools.graph.extract import AnyCut, Extracted, check_order, extract, partition
 from isthmus_tools.graph.model import Binding, Examples, Model, open_model
 from isthmus_tools.graph.processing import check_classes, check_specs, grey_picture
+from isthmus_tools.progress import Progress, silent
 
 Partition: TypeAlias = str | Sequence[str | CutInfo]
-Progress: TypeAlias = Callable[[str, int, int], None]
-"""Told what is being done, how much of it is done, and how much there is: bytes of weights, or segments."""
-
 _SHARE = (0.1, 0.9)
 _SMALL_EXAMPLE = 16
 _MAX_TRIED = 8
 """Cuts that are run to find a default whose segments compute what the model does."""
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    """Report no progress."""
 
 
 def build(
@@ -55,7 +49,7 @@ def build(
     postprocess: Mapping[str, Any] | None = None,
     labels: Sequence[str] | None = None,
     source: Mapping[str, Any] | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> tuple[Bundle, dict[str, Path]]:
     """Make version one of a bundle in `out_dir`; returns it, and where the content of each digest lies.
 
@@ -113,7 +107,7 @@ def add_cuts(
     out_dir: str | os.PathLike[str] | None = None,
     *,
     default: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = silent,
     on_refusal: Callable[[CutError], None] | None = None,
 ) -> tuple[Bundle, dict[str, Path]]:
     """Cut a published bundle anew; the weights file stays as it is, so only small graphs are new.

@@ -36,10 +36,10 @@ from isthmus_tools.planner.trials import Option, Trial, Trials
 from isthmus_tools.planner.usable import short_name, usable_codecs
 from isthmus_tools.planner.variant import FAILURES, int8_variant, why_not
 from isthmus_tools.planner.workbench import Workbench, beside_weights
+from isthmus_tools.progress import Progress, silent
 
 MAX_CUTS = 12
 _TRIES = 3
-Told = Callable[[str], None]
 Table = Callable[[str], object]
 """A tensor's codec table, by the tensor's name."""
 
@@ -60,7 +60,7 @@ def drafting(
     most_cuts: int = MAX_CUTS,
     every: bool = False,
     table: Table | None = None,
-    told: Told = lambda text: None,
+    progress: Progress = silent,
     budget: Budget = UNLIMITED,
 ) -> Iterator[Draft]:
     """The draft for the model that `reference` names, its files there for as long as the block lasts.
@@ -81,13 +81,13 @@ def drafting(
         check_profile(profile, found.bundle)
     base = replace(found.bundle, plan=None)
     fidelity = read(base, registry.blob)
-    told(f"fetching {found.name}:{found.version}")
+    progress(f"fetching {found.name}:{found.version}")
     with cache.locate(found.digest, WHOLE) as whole, tempfile.TemporaryDirectory(prefix="isthmus-") as place:
         folder = Path(place)
         arrays = examples[0].arrays
         model = open_model(whole.path, examples=dict(arrays), normalise=False)
         choices = usable_codecs(fidelity, "")
-        told("packing every tensor under every codec")
+        progress("packing every tensor under every codec")
         packed = survey(model, arrays, choices)
         heads = Memory(model, base, profiles[EDGE], lambda segment: False).heads() if edge_memory_bytes else {}
         search = Search(
@@ -98,7 +98,7 @@ def drafting(
             private_depth,
             fits=lambda position: edge_memory_bytes is None or heads[position] <= edge_memory_bytes,
         )
-        told("searching cuts")
+        progress("searching cuts")
         found_cuts = search.prefixes() if every else search.cuts(links, choices, most_cuts)
         names, fresh = _named(model, base, found_cuts, fidelity, private_depth)
         with beside_weights(folder, whole.path):
@@ -121,11 +121,11 @@ def drafting(
                 private_depth=private_depth,
             )
             draft.notes.extend(e.message for e in refused)
-            trials = _try_all(draft, bench, names, fidelity, table, told, budget)
+            trials = _try_all(draft, bench, names, fidelity, table, progress, budget)
         if int8 and budget.spent:
             draft.notes.append("edge-int8 was left out: the time limit left no time to quantise the model")
         elif int8:
-            _try_variant(draft, trials, registry, cache, whole.path, folder, threads, told)
+            _try_variant(draft, trials, registry, cache, whole.path, folder, threads, progress)
         yield draft
 
 
@@ -186,10 +186,10 @@ def _try_all(
     cuts: Sequence[str],
     fidelity: Fidelity | None,
     table: Table | None,
-    told: Told,
+    progress: Progress,
     budget: Budget,
 ) -> Trials:
-    told("running the uncut model")
+    progress("running the uncut model")
     pre_s = _preprocess_seconds(draft.bundle, draft.examples)
     trials = Trials(draft.bundle, bench, draft.examples, table or (lambda name: None), pre_s)
     draft.slowdown = {
@@ -204,14 +204,14 @@ def _try_all(
             f"the first {draft.private_depth} nodes and the inputs stay at the edge, so cloud-only is no candidate"
         )
     else:
-        _try_cloud(draft, trials, pre_s, usable_codecs(fidelity, ""), told)
+        _try_cloud(draft, trials, pre_s, usable_codecs(fidelity, ""), progress)
     pace = Pace(len(cuts))
     for i, cut in enumerate(cuts):
         if budget.spent:
             draft.untried = tuple(cuts[i:])
             draft.notes.append(f"the time limit left {len(draft.untried)} cuts untried: {', '.join(draft.untried)}")
             break
-        told(f"trying the cut {cut}, {i + 1} of {len(cuts)}{pace.left(i)}")
+        progress(f"trying the cut {cut}, {i + 1} of {len(cuts)}{pace.left(i)}")
         for choice in usable_codecs(fidelity, cut):
             option = Option(f"split-{cut}-{short_name(choice)}", "split", (cut,), choice)
             _add(draft, option, _tried(trials, fidelity, cut, choice))
@@ -219,8 +219,8 @@ def _try_all(
     return trials
 
 
-def _try_cloud(draft: Draft, trials: Trials, pre_s: float, choices: Sequence[Choice], told: Told) -> None:
-    told("trying the whole model in the cloud")
+def _try_cloud(draft: Draft, trials: Trials, pre_s: float, choices: Sequence[Choice], progress: Progress) -> None:
+    progress("trying the whole model in the cloud")
     spec = draft.bundle.preprocess
     shape = None if spec is None else made_shape(spec)
     if spec is None:
@@ -244,9 +244,9 @@ def _try_variant(
     whole: Path,
     folder: Path,
     threads: int,
-    told: Told,
+    progress: Progress,
 ) -> None:
-    told("quantising the model to int8")
+    progress("quantising the model to int8")
     arrays = [e.arrays for e in draft.examples]
     try:
         made = int8_variant(draft.bundle, registry, cache, whole, arrays, folder, threads=threads)

@@ -26,6 +26,7 @@ from isthmus_tools.budget import UNLIMITED, Budget, Pace
 from isthmus_tools.planner.choose import VALUES, broken
 from isthmus_tools.planner.examples import Example
 from isthmus_tools.planner.race import ROUNDS, Run, race
+from isthmus_tools.progress import Progress, silent
 
 BASELINES = ("edge-float", "edge-int8", "cloud-photo", "cloud-raw")
 """Measured whatever is predicted of them, so that a plan says what not splitting costs."""
@@ -77,7 +78,7 @@ def measure(
     rounds: int = ROUNDS,
     eliminate: bool = True,
     seed: int = 0,
-    told: Callable[[str], None] = lambda text: None,
+    progress: Progress = silent,
     budget: Budget = UNLIMITED,
 ) -> tuple[Candidate, ...]:
     """`candidates` with what they took. `digest` is that of `bundle`, which the functions find in their registry.
@@ -101,7 +102,7 @@ def measure(
         for i, candidate in enumerate(sorted(candidates, key=lambda c: c.predicted.total)):
             if warming.spent and (runs or failed):
                 break
-            told(f"warming up {candidate.name}, {i + 1} of {len(candidates)}{pace.left(i)}")
+            progress(f"warming up {candidate.name}, {i + 1} of {len(candidates)}{pace.left(i)}")
             near = (hops[functions.head], hops[functions.tail_direct])
             used = {"edge": near[:1], "cloud": near[1:]}.get(candidate.kind, near)
             if gone := next((away[hop.name] for hop in used if hop.name in away), None):
@@ -133,7 +134,7 @@ def measure(
             eliminate=eliminate,
             seed=seed,
             failed=failed,
-            told=told,
+            progress=progress,
             budget=budget,
         )
         if linked and all(c.name in failed for c in linked):

@@ -11,6 +11,7 @@ from typing import TypeAlias
 from isthmus.artifacts.plan import Measured
 from isthmus.errors import IsthmusError
 from isthmus_tools.budget import UNLIMITED, Budget, Pace
+from isthmus_tools.progress import Progress, silent
 
 Run: TypeAlias = Callable[[int], Mapping[str, float]]
 """One request, the n-th of all: the seconds of its parts by name, `total` among them."""
@@ -60,7 +61,7 @@ def race(
     eliminate: bool = True,
     seed: int = 0,
     failed: dict[str, IsthmusError] | None = None,
-    told: Callable[[str], None] = lambda text: None,
+    progress: Progress = silent,
     budget: Budget = UNLIMITED,
 ) -> dict[str, Measured]:
     """What each of `runs` takes: one request of each a round, in an order drawn anew, and medians with quartiles.
@@ -83,7 +84,9 @@ def race(
     for n in range(rounds):
         if n and budget.spent:
             break
-        told(f"measuring, round {n + 1} of at most {rounds}: {len(left)} of {len(everyone)} candidates{pace.left(n)}")
+        progress(
+            f"measuring, round {n + 1} of at most {rounds}: {len(left)} of {len(everyone)} candidates{pace.left(n)}"
+        )
         rng.shuffle(left)
         if n == 0 and expected and budget is not UNLIMITED:
             # Where there is no time for all, those that were measured are the most promising.

@@ -20,13 +20,13 @@ from isthmus_tools.graph.optimised import read_optimised
 from isthmus_tools.profiling.nodes import node_seconds
 from isthmus_tools.profiling.remote import Call, Measured, ProfiledFunction
 from isthmus_tools.profiling.steady import ROUNDS, timing
+from isthmus_tools.progress import Progress
 
 MORE_ROUNDS = 4
 _ECHOES = 7
 _ECHO_BYTES = (2**16, 2**20)
 _SOON_S = 0.05
 
-Progress: TypeAlias = Callable[[str], None]
 Arrays: TypeAlias = Callable[[Segment], Mapping[str, Array]]
 
 
@@ -51,7 +51,7 @@ def measure(
     segments: Sequence[Segment],
     *,
     runs: int,
-    told: Progress,
+    progress: Progress,
     budget: Budget = UNLIMITED,
 ) -> Profile:
     """What the function's device takes for the whole model and for `segments`, each run `runs` times or a few more.
@@ -76,9 +76,9 @@ def measure(
                 break
             again = f" of {ROUNDS}" if number <= ROUNDS else ", it was unsteady"
             left = pace.left((number - 1) * len(every) + i - 1) if number <= ROUNDS else ""
-            told(f"{tier}, round {number}{again}: {series.segment.id}, {i} of {len(due)}{left}")
+            progress(f"{tier}, round {number}{again}: {series.segment.id}, {i} of {len(due)}{left}")
             series.go_on()
-    told(f"{tier}: what a call and what packing costs by itself")
+    progress(f"{tier}: what a call and what packing costs by itself")
     skipped = [series.segment.id for series in every if not series.seen]
     every = [series for series in every if series.seen]
     warnings = [w for series in every for w in series.warnings()]

@@ -73,7 +73,7 @@ requirements: setup-dev ## pin all packages of the images by hash, under constra
 		$(COMPILE) --no-emit-package onnxruntime shared/isthmus/pyproject.toml -o $$folder/requirements.txt; done
 	$(MAKE) wheels
 
-# What docs/deployment.md promises: Pythons, machines, glibc 2.28 or newer.
+# What docs/how-to/deployment.md promises: Pythons, machines, glibc 2.28 or newer.
 PYTHONS := 3.11 3.12 3.13 3.14
 MACHINES := x86_64-manylinux_2_28 aarch64-manylinux_2_28
 GPU_FILES := template/python3-isthmus/runtime-gpu.txt

@@ -11,17 +11,22 @@ import typer
 from isthmus_tools.cli import app
 from support.paths import ROOT
 
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+INDEX = ROOT / "docs" / "index.md"
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def page_id(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_every_link_of_a_page_resolves(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
         assert target.startswith(("http://", "https://")) or (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_every_command_of_a_page_exists_with_its_options(page: Path) -> None:
     for line in re.findall(r"(?:^|[`$(/ ])isthmus ((?:[a-z]+)(?: [^`\n#|]*)?)", page.read_text(), re.MULTILINE):
         name, *rest = line.split()
@@ -32,7 +37,7 @@ def test_every_command_of_a_page_exists_with_its_options(page: Path) -> None:
         assert used <= known, line
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_every_verb_of_make_exists(page: Path) -> None:
     verbs = set(re.findall(r"^([a-z-]+)%?:", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for verb in re.findall(r"(?:`|^)make ([a-z-]+)", page.read_text(), re.MULTILINE):
@@ -40,6 +45,15 @@ def test_every_verb_of_make_exists(page: Path) -> None:
         assert (ROOT / "bench" / f"{verb.removeprefix('bench-')}.py").exists() if bench else verb in verbs, verb
 
 
-def test_the_readme_leads_to_every_page() -> None:
-    text = (ROOT / "README.md").read_text()
-    assert {p.name for p in PAGES[1:] if p.parent.name == "docs"} <= set(re.findall(r"docs/(\w+\.md)", text))
+def test_the_index_leads_to_every_page() -> None:
+    linked = {(INDEX.parent / target).resolve() for target in re.findall(r"\]\(([^)#:]+\.md)", INDEX.read_text())}
+    assert {page for page in PAGES if page.is_relative_to(INDEX.parent)} - {INDEX} <= linked
+
+
+def test_the_readme_leads_to_the_index() -> None:
+    assert "](docs/index.md)" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_no_line_of_a_page_is_longer_than_120_characters(page: Path) -> None:
+    assert [line for line in page.read_text().splitlines() if len(line) > 120 and line[0] != "|"] == []

@@ -1,4 +1,4 @@
-"""docs/api.md says what the code does."""
+"""docs/reference/api.md says what the code does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from isthmus.processing.image import MAX_SCANS
 from isthmus.processing.image_spec import INTERPOLATIONS
 from support.paths import ROOT
 
-TEXT = (ROOT / "docs" / "api.md").read_text()
+TEXT = (ROOT / "docs" / "reference" / "api.md").read_text()
 
 
 def test_the_status_table_is_the_codes() -> None:

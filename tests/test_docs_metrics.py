@@ -1,4 +1,4 @@
-"""docs/metrics.md lists the metrics, endpoints and stages that the functions have, and no others."""
+"""docs/reference/metrics.md lists the metrics, endpoints and stages that the functions have, and no others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support.bundles import photos as photos
 from support.paths import ROOT
 from test_serving_segment import framed
 
-TEXT = (ROOT / "docs" / "metrics.md").read_text()
+TEXT = (ROOT / "docs" / "reference" / "metrics.md").read_text()
 ROWS = {
     name: (kind, tuple(re.findall(r"`(\w+)`", labels)))
     for name, kind, labels in re.findall(r"^\| `(\w+)` \| (\w+) \|([^|]*)\|", TEXT, re.MULTILINE)

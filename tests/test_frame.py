@@ -68,7 +68,7 @@ def test_golden_bytes_stay_what_they_are() -> None:
 
 
 def test_the_example_in_the_docs_is_the_golden_frame() -> None:
-    docs = (ROOT / "docs" / "frame.md").read_text()
+    docs = (ROOT / "docs" / "reference" / "frame.md").read_text()
     assert "49 53 54 48 4d 55 53 01  f0 00 00 00 00 00 00 00" in docs
     rules = set(re.findall(r"`([a-z]+)`", docs.split("## Rules")[1].split("## Known")[0]))
     source = (ROOT / "shared" / "isthmus" / "wire" / "frame.py").read_text()

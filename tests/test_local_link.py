@@ -32,7 +32,7 @@ from isthmus_tools.netem.script import KEYS, parse_script
 from support.paths import ROOT
 from support.patience import LONG_S, eventually, least
 
-DOCS = (ROOT / "docs" / "link.md").read_text()
+DOCS = (ROOT / "docs" / "how-to" / "link.md").read_text()
 MBIT = 1e6
 LATE_S = 0.25  # what a machine that is not stopped meanwhile may add
 

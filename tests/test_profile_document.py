@@ -230,7 +230,7 @@ def test_a_device_that_changed_its_speed_is_said_to_be_unsteady(
     assert found.low <= found.median <= found.high
 
 
-PAGE = (ROOT / "docs" / "profile.md").read_text()
+PAGE = (ROOT / "docs" / "reference" / "profile.md").read_text()
 
 
 @pytest.mark.parametrize("part", [Profile, SegmentCost, Timing, HopCost, CodecSpeed, Device])

@@ -11,7 +11,7 @@ from isthmus.errors import SettingsError
 from isthmus.settings import RouterSettings, SegmentSettings, parse_size
 from support.paths import ROOT
 
-DOCS = ROOT / "docs" / "settings.md"
+DOCS = ROOT / "docs" / "reference" / "settings.md"
 
 
 def test_defaults_stand_where_the_environment_is_silent_or_empty() -> None:

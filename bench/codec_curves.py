@@ -52,8 +52,8 @@ def point(name: str, tally: Tally, values: int, mean_bytes: float | None = None)
         low,
         high,
         tally.mean_error(),
-        1000 * statistics.median(tally.pack_s or [0.0]),
-        1000 * statistics.median(tally.unpack_s or [0.0]),
+        1000 * statistics.median(tally.encode_s or [0.0]),
+        1000 * statistics.median(tally.decode_s or [0.0]),
         tally.fell_back / len(tally.bytes),
     )
 

@@ -37,10 +37,10 @@ class Half:
         """See `Way.send`."""
         start = time.thread_time()
         arrived = {n: a.astype(np.float16) if a.dtype == np.float32 else a for n, a in tensors.items()}
-        packed = time.thread_time()
+        encoded = time.thread_time()
         back = {n: a.astype(tensors[n].dtype) for n, a in arrived.items()}
         size = sum(a.nbytes for a in arrived.values())
-        return Sent(back, Cost(size, packed - start, time.thread_time() - packed))
+        return Sent(back, Cost(size, encoded - start, time.thread_time() - encoded))
 
 
 class Affine:
@@ -51,7 +51,7 @@ class Affine:
 
     def send(self, tensors: Mapping[str, Array]) -> Sent:
         """See `Way.send`."""
-        arrived, size, pack_s = dict(tensors), 0, 0.0
+        arrived, size, encode_s = dict(tensors), 0, 0.0
         for name, array in tensors.items():
             start = time.thread_time()
             if array.dtype != np.float32:
@@ -65,9 +65,9 @@ class Affine:
                 even = data if data.size % 2 == 0 else np.append(data, np.uint8(0))
                 data = even[::2] << 4 | even[1::2]
             size += len(self._compress(data.tobytes())) + 8
-            pack_s += time.thread_time() - start
+            encode_s += time.thread_time() - start
             arrived[name] = (whole * np.float32(step) + np.float32(low)).astype(np.float32)
-        return Sent(arrived, Cost(size, pack_s))
+        return Sent(arrived, Cost(size, encode_s))
 
 
 class Ideal:

@@ -13,7 +13,7 @@ from report import Report, Row, at_least, at_most
 
 from isthmus.arrays import Array
 from isthmus.artifacts.choice import LOSSLESS_ID, SPARSE_ID, TRANSFORM_ID
-from isthmus.codecs import EncodedTensor, Encoding, find, pack
+from isthmus.codecs import EncodedTensor, Encoding, encode_tensor, find_codec
 from isthmus.codecs.payload import restore, shrink
 from isthmus.runtime.ort_runner import OrtRunner
 from isthmus.wire.frame import DTYPES
@@ -37,21 +37,21 @@ def add_speed(report: Report, folder: Path) -> None:
     rows: list[Row] = []
     calls: dict[str, Call] = {}
     encodings = {
-        codec: Encoding(codec, 1.0 if codec == SPARSE_ID else QUALITY, table if find(codec).calibrated else None)
+        codec: Encoding(codec, 1.0 if codec == SPARSE_ID else QUALITY, table if find_codec(codec).calibrated else None)
         for codec in CODECS
     }
     sizes: dict[str, int] = {}
     for codec, how in encodings.items():
-        packed = pack(one, how)
-        if not isinstance(packed, EncodedTensor):
+        encoded = encode_tensor(one, how)
+        if not isinstance(encoded, EncodedTensor):
             continue
-        sizes[codec] = packed.nbytes
-        calls[f"{codec} pack"] = partial(pack, one, how)
+        sizes[codec] = encoded.nbytes
+        calls[f"{codec} pack"] = partial(encode_tensor, one, how)
         calls[f"{codec} unpack"] = partial(
-            find(codec).decode, memoryview(packed.payload), DTYPES[packed.dtype], packed.shape, how.table
+            find_codec(codec).decode, memoryview(encoded.payload), DTYPES[encoded.dtype], encoded.shape, how.table
         )
     # What zstd takes of int8/1's time: Huffman's codes, for there is hardly a repeat to look for.
-    codes = restore(memoryview(find("int8/1").encode(one, encodings["int8/1"]))[INT8_HEAD:], one.size)
+    codes = restore(memoryview(find_codec("int8/1").encode(one, encodings["int8/1"]))[INT8_HEAD:], one.size)
     section = shrink(codes, "numbers")
     calls |= {
         f"{ZSTD} pack": partial(shrink, codes, "numbers"),

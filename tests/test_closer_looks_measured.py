@@ -202,7 +202,7 @@ def test_each_look_sends_all_of_it_finer(known: Known, crossed: dict[str, Array]
         assert np.array_equal(one.arrived["p6"], alone.arrived["p6"])
         assert np.array_equal(one.arrived["ids"], crossed["ids"])
         assert "scale" not in one.coded
-        assert one.pack_s > 0 < one.unpack_s
+        assert one.encode_s > 0 < one.decode_s
 
 
 def test_nothing_more_is_sent_of_what_went_raw(known: Known, crossed: dict[str, Array]) -> None:

@@ -192,7 +192,7 @@ def test_packing_and_unpacking_count_by_the_shares(
     known: Known, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def by_the_clock(*given: Any) -> list[Send]:
-        return [s._replace(pack_s=10.0**n, unpack_s=2 * 10.0**n) for n, s in enumerate(sends(*given))]
+        return [s._replace(encode_s=10.0**n, decode_s=2 * 10.0**n) for n, s in enumerate(sends(*given))]
 
     monkeypatch.setattr("isthmus_tools.planner.trials.sends", by_the_clock)
     trials, bench = tries(known, tmp_path)
@@ -200,8 +200,8 @@ def test_packing_and_unpacking_count_by_the_shares(
     made = trials.closer("6", known.chain.choice, looks, Error(0.0, 1))
     bench.forget()
     assert made is not None
-    assert made.pack_s == 1 + 5 + 25
-    assert made.unpack_s == 2 * made.pack_s
+    assert made.encode_s == 1 + 5 + 25
+    assert made.decode_s == 2 * made.encode_s
 
 
 def test_what_cannot_be_sent_finer_is_no_candidate(known: Known, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from isthmus.arrays import Array
 from isthmus.artifacts.agreement import measure_for
 from isthmus.artifacts.choice import MAX_LOOKS, RAW, Choice
 from isthmus.artifacts.tensors import TensorSpec
-from isthmus.codecs import EncodedTensor, pack
+from isthmus.codecs import EncodedTensor, encode_tensor
 from isthmus.codecs.planes import Layout
 from isthmus.codecs.steps import THIRD, step_of
 from isthmus.pipeline.agreement import margin, margin_of
@@ -75,9 +75,9 @@ def tried_at(qualities: list[float], tables: Mapping[str, object]) -> list[Trial
 
 def frame_of(trial: Trial, arrays: Mapping[str, Array]) -> int:
     """Bytes of the frame of a closer look."""
-    packed = {n: p for n, a in arrays.items() if isinstance(p := pack(a, trial.encodings[n]), EncodedTensor)}
-    rest = {name: array for name, array in arrays.items() if name not in packed}
-    return len(encode(Frame(rest, "sha256:" + "0" * 64, trial.segment, "0" * 36, packed)))
+    encoded = {n: p for n, a in arrays.items() if isinstance(p := encode_tensor(a, trial.encodings[n]), EncodedTensor)}
+    rest = {name: array for name, array in arrays.items() if name not in encoded}
+    return len(encode(Frame(rest, "sha256:" + "0" * 64, trial.segment, "0" * 36, encoded)))
 
 
 def test_a_closer_look_costs_the_whole_frame_and_the_first_transmission_its_payloads(
@@ -86,7 +86,7 @@ def test_a_closer_look_costs_the_whole_frame_and_the_first_transmission_its_payl
     arrays = crossed()
     for trial in tried_at([0.3, 0.5], tables):
         sent = trial.send(arrays)
-        whole = {name: pack(array, trial.encodings[name]).nbytes for name, array in arrays.items()}
+        whole = {name: encode_tensor(array, trial.encodings[name]).nbytes for name, array in arrays.items()}
         assert sent.cost.bytes == sum(whole.values())
         assert sent.frame_bytes == frame_of(trial, arrays) > sent.cost.bytes
         assert sent.tensors["ids"].tolist() == arrays["ids"].tolist()
@@ -146,7 +146,7 @@ def test_a_chains_tally_is_that_of_sending_look_by_look_by_hand(photos: Publishe
             expected = at.after(run, crossed, early)
             arrived = by_quality[choice.quality].send(crossed)
             first = alone[choice.quality]
-            size, pack_s, unpack_s = arrived.cost.bytes, first.pack_s[n], first.unpack_s[n]
+            size, encode_s, decode_s = arrived.cost.bytes, first.encode_s[n], first.decode_s[n]
             answer = at.after(run, arrived.tensors, early)
             clear = margin_of(answer["logits"])
             changed = int(answer["logits"].argmax()) != int(expected["logits"].argmax())
@@ -158,14 +158,14 @@ def test_a_chains_tally_is_that_of_sending_look_by_look_by_hand(photos: Publishe
                 took[i] += 1
                 size += frame_of(by_quality[look.quality], crossed)
                 answer = at.after(run, by_quality[look.quality].send(crossed).tensors, early)
-                pack_s += alone[look.quality].pack_s[n]
-                unpack_s += alone[look.quality].unpack_s[n]
+                encode_s += alone[look.quality].encode_s[n]
+                decode_s += alone[look.quality].decode_s[n]
             assert (tally.same[n], tally.errors[n]) == judge(example, expected, answer)
-            assert (tally.pack_s[n], tally.unpack_s[n]) == (pack_s, unpack_s)
+            assert (tally.encode_s[n], tally.decode_s[n]) == (encode_s, decode_s)
             assert tally.bytes[n] == size
         assert shares == tuple(count / 40 for count in took)
         assert tally.sources == first.sources
         entry = tally.entry("6", choice, 0.9)
         assert (entry.bytes, entry.measured) == (round(statistics.fmean(tally.bytes)), round(tally.agreement, 6))
-        assert entry.pack_ms == pytest.approx(1000 * statistics.fmean(tally.pack_s), abs=1e-4)
+        assert entry.pack_ms == pytest.approx(1000 * statistics.fmean(tally.encode_s), abs=1e-4)
         assert entry.choice == choice

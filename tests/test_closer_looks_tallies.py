@@ -25,8 +25,8 @@ def tally(rows: list[tuple[bool, int, int, float, float]]) -> Tally:
     made = Tally()
     for n, (same, size, frame_bytes, clear, moved) in enumerate(rows):
         made.add(str(n), same, size, 100, 0.0 if same else math.inf)
-        made.pack_s.append(size / 2**10)
-        made.unpack_s.append(size / 2**11)
+        made.encode_s.append(size / 2**10)
+        made.decode_s.append(size / 2**11)
         made.frame_bytes.append(frame_bytes)
         made.margins.append(clear)
         made.moved.append(moved)
@@ -66,16 +66,16 @@ def test_every_input_takes_the_looks_that_its_answers_ask_for(rows: list[Any]) -
         took = [0] * len(shares)
         for n in range(6):
             at, first = choice.quality, alone[choice.quality]
-            size, pack_s, unpack_s = first.bytes[n], first.pack_s[n], first.unpack_s[n]
+            size, encode_s, decode_s = first.bytes[n], first.encode_s[n], first.decode_s[n]
             for i, look in enumerate(choice.looks):
                 if alone[at].margins[n] >= look.margin:
                     break
                 took[i] += 1
                 at, finer = look.quality, alone[look.quality]
                 size += finer.frame_bytes[n]
-                pack_s += finer.pack_s[n]
-                unpack_s += finer.unpack_s[n]
-            assert (both.bytes[n], both.pack_s[n], both.unpack_s[n]) == (size, pack_s, unpack_s)
+                encode_s += finer.encode_s[n]
+                decode_s += finer.decode_s[n]
+            assert (both.bytes[n], both.encode_s[n], both.decode_s[n]) == (size, encode_s, decode_s)
             assert (both.same[n], both.errors[n]) == (alone[at].same[n], alone[at].errors[n])
         assert shares == tuple(count / 6 for count in took)
 

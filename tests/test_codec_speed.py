@@ -6,13 +6,13 @@ import pytest
 
 from isthmus.artifacts.choice import KNOWN, NEVER_CHOSEN
 from isthmus.artifacts.profile import CodecSpeed
-from isthmus.codecs import find
+from isthmus.codecs import find_codec
 from isthmus.runtime.codec_speed import compared, speeds
 
 
 def test_every_codec_that_needs_no_calibration_is_timed() -> None:
     found = speeds(60.0)
-    assert found.keys() == {c for c in KNOWN if c not in NEVER_CHOSEN | {"raw"} and not find(c).calibrated}
+    assert found.keys() == {c for c in KNOWN if c not in NEVER_CHOSEN | {"raw"} and not find_codec(c).calibrated}
 
 
 def test_what_no_time_is_left_for_is_not_there() -> None:

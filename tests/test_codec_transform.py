@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.codecs import EncodedTensor, Encoding, NotEncodable, pack
+from isthmus.codecs import EncodedTensor, Encoding, NotEncodable, encode_tensor
 from isthmus.codecs.planes import Layout, plane_transform
 from isthmus.codecs.steps import size_of, step_of
 from isthmus.codecs.table import GAINS, Table
@@ -88,7 +88,7 @@ def test_nan_infinity_and_huge_values_are_not_packable(value: float, tables: dic
         bad.flat[bad.size // 2] = value
         with pytest.raises(NotEncodable):
             TRANSFORM.encode(bad, Encoding("transform/4", 0.5, table))
-        travels = pack(bad, Encoding("transform/4", 0.5, table))
+        travels = encode_tensor(bad, Encoding("transform/4", 0.5, table))
         assert travels is bad
 
 
@@ -253,9 +253,9 @@ def test_calibrated_bytes_are_far_fewer_than_those_of_a_byte_each(tables: dict[s
 
 def test_pack_gives_a_packed_tensor(tables: dict[str, tuple[Table, Array]]) -> None:
     table, array = tables["maps"]
-    packed = pack(array, Encoding("transform/4", 0.5, table))
-    assert isinstance(packed, EncodedTensor)
-    assert packed.nbytes < array.nbytes / 8
+    encoded = encode_tensor(array, Encoding("transform/4", 0.5, table))
+    assert isinstance(encoded, EncodedTensor)
+    assert encoded.nbytes < array.nbytes / 8
 
 
 _SAMPLES = activations(SHAPES["maps"])

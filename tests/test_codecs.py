@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from isthmus.artifacts.choice import KNOWN
-from isthmus.codecs import EncodedTensor, Encoding, NotEncodable, find, pack
+from isthmus.codecs import EncodedTensor, Encoding, NotEncodable, encode_tensor, find_codec
 from isthmus.codecs.affine import MAX_OFFSET
 from isthmus.errors import FrameMalformed
 from isthmus.wire import frame as frames
@@ -63,9 +63,9 @@ def test_a_mask_takes_a_bit_a_place_at_most_and_a_constant_next_to_nothing(dtype
     places = data.draw(hnp.arrays(np.bool_, hnp.array_shapes(max_dims=4, max_side=9)))
     mask = (places if dtype == "bool" else values[places.astype(int)].view(DTYPES[dtype])).reshape(places.shape)
     assert bits(back("lossless/3", mask)) == bits(mask)
-    packed = pack(mask, Encoding("lossless/3"))
+    encoded = encode_tensor(mask, Encoding("lossless/3"))
     most = 5 + 2 * size + -(-mask.size // 8) if places.any() and not places.all() else 1 + size
-    assert packed.nbytes <= min(most, mask.nbytes)
+    assert encoded.nbytes <= min(most, mask.nbytes)
 
 
 @given(any_bits())
@@ -183,9 +183,9 @@ def test_integers_and_booleans_are_for_lossless_alone(codec: str, dtype: str) ->
         return
     with pytest.raises(NotEncodable):
         back(codec, array)
-    payload = memoryview(find(codec).encode(np.ones((3, 4), "float32"), Encoding(codec)))
+    payload = memoryview(find_codec(codec).encode(np.ones((3, 4), "float32"), Encoding(codec)))
     with pytest.raises(ValueError, match=dtype):
-        find(codec).decode(payload, DTYPES[dtype], (3, 4), None)
+        find_codec(codec).decode(payload, DTYPES[dtype], (3, 4), None)
 
 
 @pytest.mark.parametrize("codec", ["int8/1", "int4/1"])
@@ -204,7 +204,7 @@ def test_what_is_not_finite_is_not_quantised(codec: str, dtype: np.dtype[Any], b
     array[0, 2, 3, 3] = bad
     with pytest.raises(NotEncodable):
         back(codec, array, 0.5)
-    assert pack(array, Encoding(codec, 0.5)) is array
+    assert encode_tensor(array, Encoding(codec, 0.5)) is array
 
 
 @pytest.mark.parametrize("codec", [*LOSSY, "sparse/2"])
@@ -224,7 +224,7 @@ def test_values_at_floats_limits_are_near_or_refused(codec: str, values: list[fl
 
 def test_a_half_that_would_round_past_its_largest_value_is_refused() -> None:
     # 64 is the space between float16's values there: the top level would be 65,536, which is infinite.
-    assert pack(np.linspace(-65504, 65504, 999).astype("float16"), Encoding("int8/1")).dtype == np.float16
+    assert encode_tensor(np.linspace(-65504, 65504, 999).astype("float16"), Encoding("int8/1")).dtype == np.float16
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_half_rounds_every_float16_and_what_lies_between_two_as_numpy_does() -> 
     ties = (there[1:] + there[:-1]) / 2
     values = np.concatenate([there, ties, np.nextafter(ties, np.float32(0)), np.nextafter(ties, np.float32(np.inf))])
     array = np.concatenate([values, -values])
-    assert bytes(find("half/1").encode(array, Encoding("half/1"))) == array.astype("<f2").tobytes()
+    assert bytes(find_codec("half/1").encode(array, Encoding("half/1"))) == array.astype("<f2").tobytes()
 
 
 @pytest.mark.parametrize("quality", [0.0, 0.25, 0.5, 0.75, 0.99])
@@ -268,7 +268,7 @@ def test_sparse_below_full_quality_is_within_half_its_step(quality: float, signe
 
 def test_more_quality_takes_more_bytes_and_errs_less() -> None:
     array = relu(1, 64, 14, 14)
-    made = [pack(array, Encoding("sparse/2", q)) for q in (0.25, 0.5, 0.75, 1.0)]
+    made = [encode_tensor(array, Encoding("sparse/2", q)) for q in (0.25, 0.5, 0.75, 1.0)]
     sizes = [p.nbytes for p in made]
     errors = [float(np.abs(back("sparse/2", array, q) - array).max()) for q in (0.25, 0.5, 0.75, 1.0)]
     assert sizes == sorted(sizes)
@@ -280,9 +280,9 @@ def test_zeros_cost_a_bit_each_at_most() -> None:
     array = relu(1, 32, 28, 28)
     array[array < 3] = 0
     there = np.count_nonzero(array)
-    packed = pack(array, Encoding("sparse/2"))
-    assert packed.nbytes < array.size / 8 + 4 * there
-    assert packed.nbytes < pack(array, Encoding("lossless/3")).nbytes
+    encoded = encode_tensor(array, Encoding("sparse/2"))
+    assert encoded.nbytes < array.size / 8 + 4 * there
+    assert encoded.nbytes < encode_tensor(array, Encoding("lossless/3")).nbytes
 
 
 def test_side_tensors_become_small() -> None:
@@ -293,40 +293,40 @@ def test_side_tensors_become_small() -> None:
         "words": (np.random.default_rng(0).integers(0, 30_522, (1, 128)), 500),
     }
     for name, (array, most) in sizes.items():
-        packed = pack(array, Encoding("lossless/3"))
-        assert isinstance(packed, EncodedTensor), name
-        assert packed.nbytes < most, name
+        encoded = encode_tensor(array, Encoding("lossless/3"))
+        assert isinstance(encoded, EncodedTensor), name
+        assert encoded.nbytes < most, name
 
 
 @pytest.mark.parametrize("codec", PLAIN)
 def test_pack_gives_the_array_itself_where_packing_would_not_make_it_smaller(codec: str) -> None:
     for array in (np.zeros((0, 3), "float32"), np.array(2, "int8"), np.arange(3, dtype="float16")):
         given = np.asarray(array)
-        assert pack(given, Encoding(codec)) is given
-    assert isinstance(pack(relu(1, 8, 20, 20), Encoding(codec)), EncodedTensor)
+        assert encode_tensor(given, Encoding(codec)) is given
+    assert isinstance(encode_tensor(relu(1, 8, 20, 20), Encoding(codec)), EncodedTensor)
 
 
 def test_raw_and_unknown_codecs() -> None:
     array = relu(1, 8, 4, 4)
-    assert pack(array, Encoding("raw")) is array
+    assert encode_tensor(array, Encoding("raw")) is array
     with pytest.raises(KeyError):
-        pack(array, Encoding("int9/1"))
+        encode_tensor(array, Encoding("int9/1"))
     assert set(PLAIN) | {"raw", "photo/1"} <= set(KNOWN)
-    assert not any(find(codec).calibrated for codec in PLAIN)
-    assert find("photo/1").calibrated
+    assert not any(find_codec(codec).calibrated for codec in PLAIN)
+    assert find_codec("photo/1").calibrated
 
 
-def frame_of(array: Array, packing: Encoding) -> bytes:
-    packed = find(packing.codec).encode(array, packing)
+def frame_of(array: Array, encoding: Encoding) -> bytes:
+    encoded = find_codec(encoding.codec).encode(array, encoding)
     name = next(n for n, d in DTYPES.items() if d == array.dtype)
-    return frames.encode(Frame({}, packed={"x": EncodedTensor(packing.codec, name, array.shape, packed)}))
+    return frames.encode(Frame({}, encoded={"x": EncodedTensor(encoding.codec, name, array.shape, encoded)}))
 
 
 def test_a_frame_says_which_tensors_came_packed() -> None:
     array, side = relu(1, 8, 10, 10), np.arange(9)
-    packed = pack(array, Encoding("int8/1"))
-    assert isinstance(packed, EncodedTensor)
-    data = frames.encode(Frame({"side": side}, packed={"x": packed}))
+    encoded = encode_tensor(array, Encoding("int8/1"))
+    assert isinstance(encoded, EncodedTensor)
+    data = frames.encode(Frame({"side": side}, encoded={"x": encoded}))
     got = frames.decode(data, max_bytes=BOUND)
     assert got.codecs == {"x": "int8/1"}
     assert bits(got.tensors["x"]) == bits(back("int8/1", array))

@@ -16,7 +16,7 @@ from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.codecs import EncodedTensor, Encoding, NotEncodable, find
+from isthmus.codecs import EncodedTensor, Encoding, NotEncodable, find_codec
 from isthmus.codecs.affine import MAX_OFFSET
 from isthmus.codecs.payload import MAX_WINDOW_LOG, restore, shrink
 from isthmus.errors import FrameError, FrameMalformed
@@ -30,7 +30,7 @@ FUZZ_ROUNDS = 20_000
 
 
 def decode(codec: str, payload: bytes, dtype: str = "float32", shape: tuple[int, ...] = (4,)) -> Array:
-    return find(codec).decode(memoryview(payload), DTYPES[dtype], shape, None)
+    return find_codec(codec).decode(memoryview(payload), DTYPES[dtype], shape, None)
 
 
 NUMBERS = np.array([0.0, 1.5, -2.0, 0.25], "float32")
@@ -105,7 +105,7 @@ GOLDEN: dict[str, tuple[str, bytes, Array]] = {
 @pytest.mark.parametrize("case", GOLDEN)
 def test_golden_payloads_read_as_they_always_did(case: str) -> None:
     codec, payload, expected = GOLDEN[case]
-    got = find(codec).decode(memoryview(payload), expected.dtype, expected.shape, None)
+    got = find_codec(codec).decode(memoryview(payload), expected.dtype, expected.shape, None)
     assert got.tolist() == expected.tolist()
     assert got.dtype == expected.dtype
 
@@ -116,7 +116,7 @@ _LOSSLESS = [case for case in GOLDEN if case.startswith("lossless") and "zstd" n
 @pytest.mark.parametrize("case", ["half", "bfloat16", "sparse", *_LOSSLESS])
 def test_what_is_stored_is_written_as_the_golden_payload(case: str) -> None:
     codec, payload, array = GOLDEN[case]
-    assert bytes(find(codec).encode(array, Encoding(codec))) == payload
+    assert bytes(find_codec(codec).encode(array, Encoding(codec))) == payload
 
 
 def streamed(data: bytes) -> bytes:
@@ -267,7 +267,7 @@ def test_a_packed_tensor_that_breaks_a_rule_is_the_frames_fault(codec: str) -> N
 
 
 def test_a_payload_of_the_transform_before_is_refused_by_its_name() -> None:
-    data = frames.encode(Frame({}, packed={"x": EncodedTensor("transform/4", "float32", (4,), bytes(8))}))
+    data = frames.encode(Frame({}, encoded={"x": EncodedTensor("transform/4", "float32", (4,), bytes(8))}))
     with pytest.raises(FrameMalformed) as e:
         frames.decode(data.replace(b"transform/4", b"transform/1"), max_bytes=BOUND)
     assert e.value.facts["rule"] == "codec"
@@ -303,7 +303,7 @@ def test_a_frame_of_many_small_payloads_unpacks_to_no_more_than_its_bound() -> N
     packed = {
         f"t{i}": EncodedTensor("int8/1", "float32", (2**16,), struct.pack("<fi", 1, 0) + bomb(2**16)) for i in range(99)
     }
-    data = frames.encode(Frame({}, packed=packed))
+    data = frames.encode(Frame({}, encoded=packed))
     assert len(data) < 2**16
 
     def refuse() -> None:

@@ -14,7 +14,7 @@ from flask.testing import FlaskClient
 from typer.testing import CliRunner
 
 from isthmus.artifacts.bundle import WHOLE, Blob, digest_of
-from isthmus.codecs import EncodedTensor, Encoding, pack
+from isthmus.codecs import EncodedTensor, Encoding, encode_tensor
 from isthmus.errors import FrameMalformed
 from isthmus.registry import FolderStore, Registry
 from isthmus.serving import create_segment_app
@@ -51,15 +51,15 @@ def as_photo(data: bytes, shape: tuple[int, ...] = (1, 3, 8, 8)) -> dict[str, En
 @pytest.mark.parametrize("codec", PLAIN)
 def test_a_function_runs_its_segment_on_what_came_packed(client: FlaskClient, photos: Published, codec: str) -> None:
     array = relu(1, 16, 8, 8)
-    packed = pack(array, Encoding(codec))
-    assert isinstance(packed, EncodedTensor)
-    got = logits(ask(client, photos, "1..", packed={"r1": packed}))
+    encoded = encode_tensor(array, Encoding(codec))
+    assert isinstance(encoded, EncodedTensor)
+    got = logits(ask(client, photos, "1..", encoded={"r1": encoded}))
     assert np.array_equal(got, logits(ask(client, photos, "1..", tensors={"r1": back(codec, array)})))
 
 
 def test_a_photo_as_it_came_is_answered_as_its_tensor(client: FlaskClient, photos: Published) -> None:
     for data in (photo(), photo(format="JPEG"), photo((30, 20))):
-        got = logits(ask(client, photos, WHOLE, packed=as_photo(data)))
+        got = logits(ask(client, photos, WHOLE, encoded=as_photo(data)))
         if data == photo():
             np.testing.assert_allclose(
                 got, logits(ask(client, photos, WHOLE, tensors={"x": photo_array(data)})), atol=1e-6
@@ -69,7 +69,7 @@ def test_a_photo_as_it_came_is_answered_as_its_tensor(client: FlaskClient, photo
 
 
 @pytest.mark.parametrize(
-    ("packed", "status", "type"),
+    ("encoded", "status", "type"),
     [
         (as_photo(b"GIF89a"), 400, "ImageMalformed"),
         (as_photo(photo()[:60]), 400, "ImageMalformed"),
@@ -81,16 +81,16 @@ def test_a_photo_as_it_came_is_answered_as_its_tensor(client: FlaskClient, photo
     ],
 )
 def test_a_bad_photo_is_the_callers_fault(
-    client: FlaskClient, photos: Published, packed: dict[str, EncodedTensor], status: int, type: str
+    client: FlaskClient, photos: Published, encoded: dict[str, EncodedTensor], status: int, type: str
 ) -> None:
-    answer = ask(client, photos, WHOLE, packed=packed)
+    answer = ask(client, photos, WHOLE, encoded=encoded)
     assert (answer.status_code, answer.json["type"]) == (status, type), answer.data
 
 
 def test_a_photo_beyond_the_pixels_allowed_is_refused_undecoded(photos: Published, tmp_path: Path) -> None:
     settings = segment_settings(photos, tmp_path / "cache", max_image_pixels=100)
     small = ready(create_segment_app(settings).test_client())
-    answer = ask(small, photos, WHOLE, packed=as_photo(photo((20, 20))))
+    answer = ask(small, photos, WHOLE, encoded=as_photo(photo((20, 20))))
     assert (answer.status_code, answer.json["type"]) == (413, "RequestTooLarge")
 
 
@@ -98,13 +98,13 @@ def test_a_photo_needs_a_bundle_that_takes_photos(client: FlaskClient, photos: P
     zeros = {"x": np.zeros((1, 32), "float32"), "mask": np.ones((1, 32), "float32")}
     pair = publish(tmp_path, pair_model(tmp_path / "pair.onnx"), zeros)
     other = ready(create_segment_app(segment_settings(pair, tmp_path / "cache")).test_client())
-    answer = ask(other, pair, WHOLE, tensors={"mask": zeros["mask"]}, packed=as_photo(photo(), (1, 32)))
+    answer = ask(other, pair, WHOLE, tensors={"mask": zeros["mask"]}, encoded=as_photo(photo(), (1, 32)))
     assert (answer.status_code, answer.json["type"], answer.json["facts"]["rule"]) == (400, "FrameMalformed", "payload")
     assert "no tensor of that name from a photo" in answer.json["error"]
     for digest, status in (("", 400), ("../../etc/passwd", 400), ("sha256:" + "0" * 64, 404)):
-        assert ask(client, photos, WHOLE, packed=as_photo(photo()), bundle=digest).status_code == status
+        assert ask(client, photos, WHOLE, encoded=as_photo(photo()), bundle=digest).status_code == status
     with pytest.raises(FrameMalformed) as e:
-        frames.decode(frames.encode(Frame({}, packed=as_photo(photo()))), max_bytes=BOUND)
+        frames.decode(frames.encode(Frame({}, encoded=as_photo(photo()))), max_bytes=BOUND)
     assert e.value.facts["rule"] == "table"
 
 
@@ -116,7 +116,7 @@ def test_mutated_photos_are_answered_or_refused(client: FlaskClient, photos: Pub
         data = bytearray(rng.choice(seeds))
         for _ in range(rng.randint(1, 3)):
             data[rng.randrange(len(data))] = rng.randrange(256)
-        statuses.add(ask(client, photos, WHOLE, packed=as_photo(bytes(data))).status_code)
+        statuses.add(ask(client, photos, WHOLE, encoded=as_photo(bytes(data))).status_code)
     assert statuses <= {200, 400, 413, 415}
     assert 200 in statuses
 

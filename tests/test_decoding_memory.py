@@ -11,7 +11,7 @@ from flask.testing import FlaskClient
 
 from isthmus.arrays import DTYPES, Array
 from isthmus.artifacts.choice import TRANSFORM_ID
-from isthmus.codecs import EncodedTensor, Encoding, find, pack
+from isthmus.codecs import EncodedTensor, Encoding, encode_tensor, find_codec
 from isthmus.codecs.planes import Layout
 from isthmus.codecs.rows import RowTable
 from isthmus.codecs.table import Table
@@ -53,9 +53,10 @@ def contents(dtype: np.dtype[Any]) -> dict[str, Array]:
 
 
 def assert_bounded(codec: str, array: Array, payload: bytes, table: object = None) -> None:
-    bound = array.nbytes + find(codec).working_bytes(array.dtype, array.shape) + SLACK
+    bound = array.nbytes + find_codec(codec).working_bytes(array.dtype, array.shape) + SLACK
     view = memoryview(payload).toreadonly()
-    assert least(lambda: peak_of(lambda: find(codec).decode(view, array.dtype, array.shape, table)), bound) < bound
+    decode = find_codec(codec).decode
+    assert least(lambda: peak_of(lambda: decode(view, array.dtype, array.shape, table)), bound) < bound
 
 
 @pytest.mark.parametrize("codec", PLAIN)
@@ -64,9 +65,9 @@ def test_a_codec_allocates_no_more_than_it_says(codec: str, dtype: str) -> None:
     for array in contents(DTYPES[dtype]).values():
         for shape in ((COUNT,), (2, COUNT // 128, 8, 8)):
             for quality in (0.7, 1.0):
-                packed = pack(array.reshape(shape), Encoding(codec, quality))
-                if isinstance(packed, EncodedTensor):
-                    assert_bounded(codec, array.reshape(shape), bytes(packed.payload))
+                encoded = encode_tensor(array.reshape(shape), Encoding(codec, quality))
+                if isinstance(encoded, EncodedTensor):
+                    assert_bounded(codec, array.reshape(shape), bytes(encoded.payload))
 
 
 @pytest.fixture(scope="module")
@@ -89,19 +90,19 @@ def test_a_transform_allocates_no_more_than_it_says_the_first_time(
     array = np.tile(activations((1, 32, 7, 7), 1)[0], (90, 1, 1, 1)).astype(dtype)
     if quality == 0.3:  # nearly every coefficient is larger than its model expects
         array += np.random.default_rng(1).standard_t(3, size=array.shape).astype(dtype)
-    payload = bytes(find(codec).encode(array, Encoding(codec, quality, small_planes)))
-    bound = array.nbytes + find(codec).working_bytes(array.dtype, array.shape) + SLACK
+    payload = bytes(find_codec(codec).encode(array, Encoding(codec, quality, small_planes)))
+    bound = array.nbytes + find_codec(codec).working_bytes(array.dtype, array.shape) + SLACK
 
     def decode() -> None:
         table = Table.from_arrays(small_planes.to_arrays())
-        find(codec).decode(memoryview(payload), array.dtype, array.shape, table)
+        find_codec(codec).decode(memoryview(payload), array.dtype, array.shape, table)
 
     assert least(lambda: peak_of(decode), bound) < bound
 
 
 def test_rows_allocate_no_more_than_they_say(rows: RowTable) -> None:
     array = np.concatenate([sentence(np.random.default_rng(3), 19)] * 300, axis=1)
-    payload = bytes(find(TRANSFORM_ID).encode(array, Encoding(TRANSFORM_ID, 0.8, rows)))
+    payload = bytes(find_codec(TRANSFORM_ID).encode(array, Encoding(TRANSFORM_ID, 0.8, rows)))
     assert_bounded(TRANSFORM_ID, array, payload, rows)
 
 
@@ -110,7 +111,7 @@ def test_a_few_bytes_that_stand_for_a_large_tensor_are_refused_before_anything_i
 ) -> None:
     zeros = bytes((small_planes.steps[0] & 255, 0))
     tensor = EncodedTensor(TRANSFORM_ID, "float32", (5000, 32, 7, 7), zeros)
-    data = frames.encode(Frame({}, DIGEST, "..1", packed={"x": tensor}))
+    data = frames.encode(Frame({}, DIGEST, "..1", encoded={"x": tensor}))
     assert len(data) < 300
 
     def refuse() -> None:
@@ -124,8 +125,8 @@ def test_a_few_bytes_that_stand_for_a_large_tensor_are_refused_before_anything_i
 @pytest.mark.parametrize("codec", [*PLAIN, TRANSFORM_ID])
 def test_the_bound_of_a_frame_holds_for_the_tensor_with_the_memory_that_decoding_takes(codec: str) -> None:
     shape, dtype = (1000,), np.dtype("float32")
-    needed = 4000 + find(codec).working_bytes(dtype, shape)
-    data = frames.encode(Frame({}, packed={"x": EncodedTensor(codec, "float32", shape, b"")}))
+    needed = 4000 + find_codec(codec).working_bytes(dtype, shape)
+    data = frames.encode(Frame({}, encoded={"x": EncodedTensor(codec, "float32", shape, b"")}))
     with pytest.raises(FrameTooLarge) as e:
         frames.decode(data, max_bytes=needed - 1)
     assert e.value.facts["rule"] == "unpacked"
@@ -143,14 +144,14 @@ def test_the_bound_of_a_frame_holds_for_the_tensor_with_the_memory_that_decoding
 
 def test_what_takes_a_reader_too_much_memory_travels_raw() -> None:
     large = np.zeros(13 * 2**20, "float32")
-    assert pack(large, Encoding("int8/1")) is large
-    assert isinstance(pack(large, Encoding("half/1")), EncodedTensor)
+    assert encode_tensor(large, Encoding("int8/1")) is large
+    assert isinstance(encode_tensor(large, Encoding("half/1")), EncodedTensor)
 
 
 def test_tensors_that_a_segment_does_not_take_are_not_decoded(photos: Published, tmp_path: Path) -> None:
     client: FlaskClient = ready(create_segment_app(segment_settings(photos, tmp_path / "cache")).test_client())
     vast = EncodedTensor("lossless/3", "float32", (1, 16, 500, 500), bytes(4))
-    data = frames.encode(Frame({}, photos.digest, "1..", packed={"r1": vast}))
+    data = frames.encode(Frame({}, photos.digest, "1..", encoded={"r1": vast}))
     client.post("/", data=data)  # what is read of the bundle is kept
 
     def refuse() -> None:

@@ -86,12 +86,12 @@ def ask(client: FlaskClient, seed: int = 0) -> Any:
 
 
 def test_the_setting_packs_what_crosses_the_cut_and_the_answer_says_so(router: Routers) -> None:
-    raw, packed = ask(router()), ask(router(codec=GOOD, guard_share=0.0))
-    stages = packed["route"]["segments"]
+    raw, encoded = ask(router()), ask(router(codec=GOOD, guard_share=0.0))
+    stages = encoded["route"]["segments"]
     assert "codecs" not in stages[0]
     assert stages[1]["codecs"] == {"p6": GOOD}
     assert stages[1]["sent_bytes"] < raw["route"]["segments"][1]["sent_bytes"]
-    assert [c["label"] for c in packed["classes"]] == [c["label"] for c in raw["classes"]]
+    assert [c["label"] for c in encoded["classes"]] == [c["label"] for c in raw["classes"]]
 
 
 @pytest.mark.parametrize("given", [{"codec": "int9/1"}, {"codec": "int8/1@0.5"}, {"codec": "transform/4@2"}])
@@ -256,7 +256,7 @@ class Echo:
 
         if self.fails:
             raise HopUnavailable("away", hop=self.name)
-        return Reply(frame._replace(tensors=self.outputs, packed={}), 0.0)
+        return Reply(frame._replace(tensors=self.outputs, encoded={}), 0.0)
 
 
 def sample(photos: Published, hop: Any, answer: Any, step: int = 0) -> Sample:

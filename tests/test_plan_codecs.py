@@ -11,7 +11,7 @@ from isthmus.artifacts.choice import KNOWN, NEVER_CHOSEN, Choice, Look
 from isthmus.artifacts.conditions import Conditions
 from isthmus.artifacts.fidelity import Entry, Fidelity, Inputs
 from isthmus.artifacts.fidelity_document import model_digest, to_json
-from isthmus.codecs import find
+from isthmus.codecs import find_codec
 from isthmus_tools.planner.usable import short_name, usable_codecs
 from support.bundles import Published, publish_photos
 from test_plan_draft import LINK, drafted
@@ -34,7 +34,7 @@ def fidelity(subject: str) -> Fidelity:
 def test_without_calibration_every_codec_that_needs_none_is_usable() -> None:
     found = [choice.codec for choice in usable_codecs(None, "3")]
     assert found[0] == "raw"
-    assert set(found) == {c for c in KNOWN if c not in NEVER_CHOSEN and not find(c).calibrated}
+    assert set(found) == {c for c in KNOWN if c not in NEVER_CHOSEN and not find_codec(c).calibrated}
 
 
 def test_a_calibrated_cut_has_what_it_offers_each_at_its_smallest() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flask.testing import FlaskClient
 
-from isthmus.codecs import Encoding, pack
+from isthmus.codecs import Encoding, encode_tensor
 from isthmus.context import Deadline
 from isthmus.errors import DeadlineExceeded, Overloaded, RequestTooLarge
 from isthmus.oip import messages as oip
@@ -157,8 +157,8 @@ def test_decoded_tensors_are_counted_and_their_working_memory_only_meanwhile(
 
     monkeypatch.setattr(SegmentStore, "run", counted)
     client = ready(create_segment_app(segment_settings(photos, tmp_path / "cache")).test_client())
-    packed = pack(np.zeros((1, 16, 8, 8), "float32"), Encoding("int8/1"))
-    data = frames.encode(Frame({}, photos.digest, "1..", packed={"r1": packed}))  # type: ignore[dict-item]
+    encoded = encode_tensor(np.zeros((1, 16, 8, 8), "float32"), Encoding("int8/1"))
+    data = frames.encode(Frame({}, photos.digest, "1..", encoded={"r1": encoded}))  # type: ignore[dict-item]
     memory = CountedMemory(4 * 1024)
     for _ in range(2):
         answer = client.post("/", data=data, environ_overrides={"isthmus.memory": memory})

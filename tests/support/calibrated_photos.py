@@ -79,7 +79,7 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Known:
 
 def payloads(frame: Frame) -> list[bytes | memoryview]:
     """A frame without its header."""
-    return [*(a.tobytes() for a in frame.tensors.values()), *(p.payload for p in frame.packed.values())]
+    return [*(a.tobytes() for a in frame.tensors.values()), *(p.payload for p in frame.encoded.values())]
 
 
 def shown(known: Known) -> list[Tried]:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 from isthmus.arrays import Array
-from isthmus.codecs import Encoding, find
+from isthmus.codecs import Encoding, find_codec
 
 PLAIN = ("half/1", "bfloat16/1", "lossless/3", "int8/1", "int4/1", "sparse/2")
 
 
 def back(codec: str, array: Array, quality: float = 1.0) -> Array:
     """`array` packed and unpacked, whether or not that makes it smaller."""
-    payload = find(codec).encode(array, Encoding(codec, quality))
-    return find(codec).decode(memoryview(payload), array.dtype.newbyteorder("<"), array.shape, None)
+    payload = find_codec(codec).encode(array, Encoding(codec, quality))
+    return find_codec(codec).decode(memoryview(payload), array.dtype.newbyteorder("<"), array.shape, None)
 
 
 def feature_map(*shape: int, seed: int = 0) -> Array:

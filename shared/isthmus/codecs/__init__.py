@@ -58,7 +58,7 @@ class Codec(Protocol):
         """Whether unpacking needs a table."""
         ...
 
-    def encode(self, array: Array, packing: Encoding) -> bytes | memoryview:
+    def encode(self, array: Array, encoding: Encoding) -> bytes | memoryview:
         """The payload of `array` (any shape and strides).
 
         Raises:
@@ -98,7 +98,7 @@ _PLACES: Mapping[str, str] = {
 
 
 @lru_cache(maxsize=len(KNOWN))
-def find(codec: str) -> Codec:
+def find_codec(codec: str) -> Codec:
     """The codec of that id, imported on first use: a function pays for those that it is sent.
 
     Raises:
@@ -116,25 +116,25 @@ MAX_DECODING_BYTES = 64 * 2**20
 would take more travels raw, since a reader would refuse it."""
 
 
-def pack(array: Array, packing: Encoding) -> EncodedTensor | Array:
+def encode_tensor(array: Array, encoding: Encoding) -> EncodedTensor | Array:
     """`array` packed, or as it is where the codec would not keep it, would not make it smaller, or where decoding takes
     more memory than readers allow.
 
     Raises:
         KeyError: no such codec.
     """
-    if packing.codec == RAW_ID:
+    if encoding.codec == RAW_ID:
         return array
-    codec = find(packing.codec)
+    codec = find_codec(encoding.codec)
     if array.nbytes + codec.working_bytes(array.dtype, array.shape) > MAX_DECODING_BYTES:
         return array
     try:
-        payload = codec.encode(array, packing)
+        payload = codec.encode(array, encoding)
     except NotEncodable:
         return array
     if len(payload) >= array.nbytes:
         return array
-    return EncodedTensor(packing.codec, _name(array.dtype), array.shape, payload)
+    return EncodedTensor(encoding.codec, _name(array.dtype), array.shape, payload)
 
 
 @lru_cache(maxsize=32)

@@ -36,7 +36,7 @@ class Int8:
 
     calibrated = False
 
-    def encode(self, array: Array, packing: Encoding | None = None) -> bytes:
+    def encode(self, array: Array, encoding: Encoding | None = None) -> bytes:
         """The step, the offset, and the section of codes.
 
         Raises:
@@ -88,7 +88,7 @@ class Int4:
 
     calibrated = False
 
-    def encode(self, array: Array, packing: Encoding | None = None) -> bytes:
+    def encode(self, array: Array, encoding: Encoding | None = None) -> bytes:
         """The length of the scales' section, that section, and the section of pairs of codes.
 
         Raises:

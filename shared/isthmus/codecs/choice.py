@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from isthmus.artifacts.choice import LOSSLESS_ID, PHOTO_ID, RAW_ID, SPARSE_ID, Choice
 from isthmus.artifacts.tensors import TensorSpec
-from isthmus.codecs import Encoding, find
+from isthmus.codecs import Encoding, find_codec
 
 SIDE = LOSSLESS_ID
 """How tensors travel that are no activations: ids, masks, states of a counter."""
@@ -14,9 +14,9 @@ _EXACT = frozenset({RAW_ID, LOSSLESS_ID, PHOTO_ID})
 _ACTIVATIONS = frozenset({"float16", "bfloat16", "float32"})
 
 
-def is_exact(packing: Choice | Encoding) -> bool:
+def is_exact(encoding: Choice | Encoding) -> bool:
     """Whether it gives back the very bits, so that no answer can differ."""
-    return packing.codec in _EXACT or (packing.codec == SPARSE_ID and packing.quality >= 1)
+    return encoding.codec in _EXACT or (encoding.codec == SPARSE_ID and encoding.quality >= 1)
 
 
 def encodings(
@@ -29,7 +29,7 @@ def encodings(
     """
     if choice.codec == "raw":
         return {}
-    calibrated = find(choice.codec).calibrated
+    calibrated = find_codec(choice.codec).calibrated
     made = {}
     for spec in specs:
         found = table(spec.name) if calibrated and table is not None and is_activation(spec) else None

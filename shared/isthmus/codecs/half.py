@@ -35,7 +35,7 @@ class Half:
     """Its bits."""
     calibrated = False
 
-    def encode(self, array: Array, packing: Encoding | None = None) -> memoryview:
+    def encode(self, array: Array, encoding: Encoding | None = None) -> memoryview:
         """The rounded values, little-endian.
 
         Raises:

@@ -30,7 +30,7 @@ class Lossless:
 
     calibrated = False
 
-    def encode(self, array: Array, packing: Encoding | None = None) -> bytes:
+    def encode(self, array: Array, encoding: Encoding | None = None) -> bytes:
         """What docs/codecs.md says under `lossless/3`.
 
         Raises:

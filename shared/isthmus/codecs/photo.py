@@ -35,7 +35,7 @@ class Photo:
 
     calibrated = True
 
-    def encode(self, array: np.ndarray[Any, np.dtype[Any]], packing: Encoding) -> NoReturn:
+    def encode(self, array: np.ndarray[Any, np.dtype[Any]], encoding: Encoding) -> NoReturn:
         """Nothing makes a photo of a tensor.
 
         Raises:

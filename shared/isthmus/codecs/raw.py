@@ -18,7 +18,7 @@ class Raw:
 
     calibrated = False
 
-    def encode(self, array: np.ndarray[Any, np.dtype[Any]], packing: Encoding | None = None) -> memoryview:
+    def encode(self, array: np.ndarray[Any, np.dtype[Any]], encoding: Encoding | None = None) -> memoryview:
         """The bytes of `array` in row-major little-endian order; copied only if its strides or byte order differ."""
         if _LITTLE and array.dtype.isnative:
             try:

@@ -35,7 +35,7 @@ class Sparse:
 
     calibrated = False
 
-    def encode(self, array: Array, packing: Encoding) -> bytes:
+    def encode(self, array: Array, encoding: Encoding) -> bytes:
         """The header, the bits' section, and the values: as `lossless/3` has them, or a section of codes.
 
         Raises:
@@ -46,13 +46,13 @@ class Sparse:
         if not array.size:
             return b""
         flat = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(-1)
-        if packing.quality >= 1:
+        if encoding.quality >= 1:
             there = flat.view(f"<u{flat.itemsize}") != 0  # -0.0 is not zero here
             # A mask as the index takes twice as long, a check of the places as long again.
             kept = flat.take(np.flatnonzero(there), mode="clip")
             form, step, values = _EXACT, 0.0, LOSSLESS.encode(kept)
         else:
-            codes, step = _quantised(flat, packing.quality)
+            codes, step = _quantised(flat, encoding.quality)
             there = codes != 0
             kept = codes.take(np.flatnonzero(there), mode="clip")
             form = _SIGNED if codes.dtype == np.int8 else _UNSIGNED

@@ -38,18 +38,18 @@ class Transform:
 
     calibrated = True
 
-    def encode(self, array: Array, packing: Encoding) -> bytes:
-        """The payload of a tensor of floats, at the table's step for `packing.quality`.
+    def encode(self, array: Array, encoding: Encoding) -> bytes:
+        """The payload of a tensor of floats, at the table's step for `encoding.quality`.
 
         Raises:
             NotEncodable: not a tensor that the table was learned for; NaN or infinity; values more than eight times as
                 large as those learned from.
         """
-        table = packing.table
+        table = encoding.table
         if isinstance(table, RowTable):
-            return _encode_rows(array, table, packing.quality)
+            return _encode_rows(array, table, encoding.quality)
         if isinstance(table, Table):
-            return _encode_planes(array, table, packing.quality)
+            return _encode_planes(array, table, encoding.quality)
         raise NotEncodable("there is no table for this tensor")
 
     def working_bytes(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:

@@ -51,7 +51,7 @@ class Result:
 
 
 def run(
-    route: Route, inputs: Mapping[str, Array], context: Context, packed: Mapping[str, EncodedTensor] | None = None
+    route: Route, inputs: Mapping[str, Array], context: Context, encoded: Mapping[str, EncodedTensor] | None = None
 ) -> Result:
     """Take `inputs` through every segment of `route`, and closer looks where it has some.
 
@@ -62,7 +62,7 @@ def run(
         ShapeMismatch: the inputs do not fit the model; nothing was called.
         DeadlineExceeded, HopError: as the segments' hops report.
     """
-    ready = packed or {}
+    ready = encoded or {}
     check_tensors(tuple(spec for spec in route.bundle.inputs if spec.name not in ready), inputs)
     passage = Passage(route, context, dict(inputs))
     passage.through(0, ready)

@@ -41,7 +41,7 @@ def look_closer(passage: Passage, looks: Looks) -> Looked | None:
     for taken, look in enumerate(looks.looks):
         if looks.margin_of(passage.outputs()) >= look.margin:
             return Looked("sure", taken)
-        once_s = sum(stage.pack_s + stage.total_s for stage in stages)
+        once_s = sum(stage.encode_s + stage.total_s for stage in stages)
         # A hop that hangs must leave time for the response: half of what is left, and a few times the run before.
         bound_s = min(passage.context.deadline.remaining() / 2, max(_MIN_BOUND_S, _MAX_SLOWDOWN * once_s))
         if bound_s < once_s:
@@ -70,4 +70,4 @@ def _can_be_finer(passage: Passage, segment: int, looks: Looks) -> bool:
     if any(spec.name not in passage.values for spec in passage.route.segments[segment].inputs):
         return False
     sent, finest = passage.stages[segment].codecs, looks.looks[-1].quality
-    return any(name in sent and how.quality < finest for name, how in passage.route.packing(segment).items())
+    return any(name in sent and how.quality < finest for name, how in passage.route.encoding(segment).items())

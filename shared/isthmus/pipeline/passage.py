@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from isthmus.arrays import Array, check_tensors
 from isthmus.artifacts.bundle import Segment
-from isthmus.codecs import EncodedTensor, Encoding, pack
+from isthmus.codecs import EncodedTensor, Encoding, encode_tensor
 from isthmus.context import Context, Deadline
 from isthmus.errors import HopRejected, ShapeMismatch
 from isthmus.pipeline.hop import Hop
@@ -37,7 +37,7 @@ class Stage(NamedTuple):
     sent: int
     received: int
     tensor_bytes: int
-    pack_s: float
+    encode_s: float
     codecs: Mapping[str, str]
     linked: bool = False
 
@@ -53,7 +53,7 @@ class Stage(NamedTuple):
             "input_bytes": self.tensor_bytes,
         }
         if self.codecs:
-            doc |= {"pack_ms": round(self.pack_s * 1000, 3), "codecs": dict(self.codecs)}
+            doc |= {"pack_ms": round(self.encode_s * 1000, 3), "codecs": dict(self.codecs)}
         return doc
 
 
@@ -93,10 +93,10 @@ class Passage:
             weight = sum(array.nbytes for array in taken.values())
             # A photo as it came stands for the input that the hop makes of it.
             weight += sum(_raw_bytes(tensor) for name, tensor in encoded.items() if name not in taken)
-            coded = encode_all(taken, route.packing(i), encoded)
+            coded = encode_all(taken, route.encoding(i), encoded)
             for name in coded:
                 taken.pop(name, None)
-            pack_s = time.perf_counter() - start
+            encode_s = time.perf_counter() - start
             start = time.perf_counter()
             sent = Frame(taken, route.digest, segment.id, context.call_id, coded)
             reply = hop.call(sent, context)
@@ -110,7 +110,7 @@ class Passage:
                     reply.sent,
                     reply.received,
                     weight,
-                    pack_s,
+                    encode_s,
                     {name: tensor.codec for name, tensor in coded.items()},
                     linked=reply.sent > 0 and hop.name != route.near,
                 )
@@ -127,7 +127,7 @@ def encode_all(
     What a codec would not keep is not among them, and goes raw.
     """
     wanted = {name: how for name, how in encodings.items() if name in arrays and name not in ready}
-    made = {name: pack(arrays[name], how) for name, how in wanted.items()}
+    made = {name: encode_tensor(arrays[name], how) for name, how in wanted.items()}
     return {**ready, **{name: tensor for name, tensor in made.items() if isinstance(tensor, EncodedTensor)}}
 
 

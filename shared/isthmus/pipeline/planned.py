@@ -12,7 +12,7 @@ from isthmus.artifacts.bundle import WHOLE, Bundle
 from isthmus.artifacts.choice import PHOTO_ID
 from isthmus.artifacts.plan import Candidate
 from isthmus.artifacts.tensors import TensorSpec
-from isthmus.codecs import EncodedTensor, Encoding, Tables, find
+from isthmus.codecs import EncodedTensor, Encoding, Tables, find_codec
 from isthmus.errors import PlanMalformed
 from isthmus.pipeline.agreement import margin
 from isthmus.pipeline.hop import Hop
@@ -34,7 +34,7 @@ class PhotoAsItCame:
         """What the input weighs once it is made."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
-    def pack(self, photo: bytes) -> dict[str, EncodedTensor]:
+    def encode(self, photo: bytes) -> dict[str, EncodedTensor]:
         """The photo as the packed form of that input."""
         return {self.tensor: EncodedTensor(PHOTO_ID, self.dtype, self.shape, photo)}
 
@@ -63,7 +63,7 @@ def route_of(
     if candidate.kind == "edge":
         return Route(digest, bundle, (bundle.segment(WHOLE),), (hops[0],), near=near)
     encodings = {
-        name: Encoding(c.codec, c.quality, tables(digest, name, c.codec) if find(c.codec).calibrated else None)
+        name: Encoding(c.codec, c.quality, tables(digest, name, c.codec) if find_codec(c.codec).calibrated else None)
         for name, c in candidate.codecs.items()
         if c.codec != PHOTO_ID
     }

@@ -40,7 +40,7 @@ class Route:
     near: str = ""
     """The name of the hop that stands beside the router: what goes to the others goes over the link."""
 
-    def packing(self, segment: int) -> Mapping[str, Encoding]:
+    def encoding(self, segment: int) -> Mapping[str, Encoding]:
         """How the inputs of that segment travel; a hop in this process takes them as they are."""
         return self.encodings[segment] if self.encodings and self.hops[segment].packs else {}
 

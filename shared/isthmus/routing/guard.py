@@ -71,7 +71,7 @@ class Sample:
 
     route: Route
     inputs: Mapping[str, Array]
-    packed: Mapping[str, EncodedTensor]
+    encoded: Mapping[str, EncodedTensor]
     outputs: Mapping[str, Array]
     step: int
 
@@ -165,7 +165,7 @@ class Guard:
         route: Route,
         standing: Standing,
         inputs: Mapping[str, Array],
-        packed: Mapping[str, EncodedTensor],
+        encoded: Mapping[str, EncodedTensor],
         result: Result,
     ) -> None:
         """Perhaps check this answer later; `route` is the one that was asked for, before `safer`."""
@@ -179,7 +179,7 @@ class Guard:
                 self._worker = threading.Thread(target=self._work, name="guard", daemon=True)
                 self._worker.start()
         with contextlib.suppress(queue.Full):  # one is being checked and one waits: enough
-            self._waiting.put_nowait(Sample(route, inputs, packed, result.outputs, standing.step))
+            self._waiting.put_nowait(Sample(route, inputs, encoded, result.outputs, standing.step))
 
     def _work(self) -> None:
         while (sample := self._waiting.get()) is not None and not self._closed.is_set():
@@ -209,7 +209,7 @@ class Guard:
         watched = self._look(sample.route)
         raw = replace(sample.route, encodings=(), looks=None)
         context = Context.from_headers({}, longest_s=self._deadline_s)
-        expected = pipeline.run(raw, sample.inputs, context, sample.packed)
+        expected = pipeline.run(raw, sample.inputs, context, sample.encoded)
         same = agrees(watched.measure, expected.outputs, sample.outputs)
         self._metrics.guard_checked(same)
         with self._lock:

@@ -12,7 +12,7 @@ import numpy as np
 from isthmus.arrays import Array
 from isthmus.artifacts.choice import KNOWN, NEVER_CHOSEN, RAW_ID
 from isthmus.artifacts.profile import CodecSpeed
-from isthmus.codecs import EncodedTensor, Encoding, find, pack
+from isthmus.codecs import EncodedTensor, Encoding, encode_tensor, find_codec
 
 VALUES = 2**16
 _BATCHES, _BATCH_S = 2, 0.012
@@ -33,16 +33,16 @@ def speeds(longest_s: float = 2.0) -> dict[str, CodecSpeed]:
     for codec in KNOWN:
         if time.monotonic() > until:
             break
-        if codec in _UNTIMED or (made := find(codec)).calibrated:
+        if codec in _UNTIMED or (made := find_codec(codec)).calibrated:
             continue
         how = Encoding(codec)
-        packed = pack(array, how)
-        if not isinstance(packed, EncodedTensor):
+        encoded = encode_tensor(array, how)
+        if not isinstance(encoded, EncodedTensor):
             continue
-        payload = memoryview(packed.payload)
-        pack_s = _seconds(partial(pack, array, how), until)
-        unpack_s = _seconds(partial(made.decode, payload, array.dtype, array.shape, None), until)
-        found[codec] = CodecSpeed(pack_s / VALUES, unpack_s / VALUES)
+        payload = memoryview(encoded.payload)
+        encode_s = _seconds(partial(encode_tensor, array, how), until)
+        decode_s = _seconds(partial(made.decode, payload, array.dtype, array.shape, None), until)
+        found[codec] = CodecSpeed(encode_s / VALUES, decode_s / VALUES)
     return found
 
 

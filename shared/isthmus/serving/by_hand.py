@@ -9,7 +9,7 @@ from functools import partial
 from isthmus.artifacts.agreement import TOP1, Measure
 from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.choice import Choice
-from isthmus.codecs import Encoding, Tables, find
+from isthmus.codecs import Encoding, Tables, find_codec
 from isthmus.codecs.choice import encodings
 from isthmus.errors import Missing, SettingsError
 from isthmus.pipeline.agreement import margin
@@ -47,7 +47,7 @@ def packed(route: Route, choice: Choice, tables: Tables, measure: Callable[[Bund
         Missing: the codec needs calibration, and the bundle has none for a tensor that crosses.
         SettingsError: closer looks at answers that are no classes.
     """
-    calibrated = choice.codec != "raw" and find(choice.codec).calibrated
+    calibrated = choice.codec != "raw" and find_codec(choice.codec).calibrated
     table = tables_of(route.bundle, route.digest, choice.codec, tables)
     made: list[Mapping[str, Encoding]] = [{}]
     for segment in route.segments[1:]:

@@ -236,9 +236,9 @@ class _RouterApp(FunctionApp):
             )
         way = self._routes.of(model)
         if way.photo is not None:
-            packed = way.photo.pack(photo)
+            encoded = way.photo.encode(photo)
             input_bytes = way.photo.nbytes
-            result = self._run(work, way, {}, packed)
+            result = self._run(work, way, {}, encoded)
         else:
             start = time.perf_counter()
             taken = next(s for s in model.bundle.inputs if s.name == spec["input"])
@@ -273,13 +273,13 @@ class _RouterApp(FunctionApp):
         work: Work,
         way: Way,
         inputs: Mapping[str, np.ndarray[Any, Any]],
-        packed: Mapping[str, EncodedTensor] | None = None,
+        encoded: Mapping[str, EncodedTensor] | None = None,
     ) -> Result:
         taken, standing = self._guard.safer(way.route)
         try:
-            result = pipeline.run(taken, inputs, work.context, packed)
+            result = pipeline.run(taken, inputs, work.context, encoded)
         except HopError as e:
-            if packed and isinstance(e, HopRejected) and (said := of_the_photo(e)) is not None:
+            if encoded and isinstance(e, HopRejected) and (said := of_the_photo(e)) is not None:
                 raise said from e
             self._count(e)
             raise
@@ -289,7 +289,7 @@ class _RouterApp(FunctionApp):
             work.timings.add(name, stage.total_s, stage.segment)
             work.timings.add(f"{name}-run", stage.run_s, stage.segment)
             if stage.codecs:
-                work.timings.add(f"{name}-pack", stage.pack_s, stage.segment)
+                work.timings.add(f"{name}-pack", stage.encode_s, stage.segment)
             # A closer look sends more of the same tensors.
             tensors = stage.tensor_bytes if i < once else 0
             hop = self._hop_label(stage.hop)
@@ -298,7 +298,7 @@ class _RouterApp(FunctionApp):
             self.metrics.looked(result.looked)
             if (error := result.looked.error) is not None:
                 self._failed(error)
-        self._guard.watch(way.route, standing, inputs, packed or {}, result)
+        self._guard.watch(way.route, standing, inputs, encoded or {}, result)
         notes = {**way.notes, **standing.notes}
         return replace(result, notes=notes) if notes else result
 

@@ -21,7 +21,7 @@ from isthmus.arrays import DTYPES as DTYPES
 from isthmus.arrays import Array
 from isthmus.artifacts.choice import KNOWN, RAW_ID
 from isthmus.artifacts.tensors import TensorType
-from isthmus.codecs import EncodedTensor, Tables, find
+from isthmus.codecs import EncodedTensor, Tables, find_codec
 from isthmus.codecs.raw import RAW
 from isthmus.errors import FrameMalformed, FrameTooLarge
 from isthmus.wire.json_bounds import parsed_bytes
@@ -98,7 +98,7 @@ class Frame(NamedTuple):
     bundle: str = ""
     segment: str = ""
     request: str = ""
-    packed: Mapping[str, EncodedTensor] = _NONE
+    encoded: Mapping[str, EncodedTensor] = _NONE
     """Tensors to be sent packed, beside those in `tensors`; a decoded frame has none."""
     codecs: Mapping[str, str] = _NONE
     """In a decoded frame, the codec of each tensor that did not come raw."""
@@ -140,8 +140,8 @@ def encode_parts(frame: Frame) -> list[bytes | memoryview]:
         FrameMalformed: a dtype that frames do not carry, an unknown codec, or a name too long.
         FrameTooLarge: more tensors, a higher rank or a longer header than any reader accepts.
     """
-    tensors, bundle, segment, request, packed, _ = frame
-    if (count := len(tensors) + len(packed)) > MAX_TENSORS:
+    tensors, bundle, segment, request, encoded, _ = frame
+    if (count := len(tensors) + len(encoded)) > MAX_TENSORS:
         _too_large("tensors", f"{count} tensors; at most {MAX_TENSORS}", limit=MAX_TENSORS)
     parts: list[bytes | memoryview] = [b""]
     described: list[_Described] = []
@@ -149,7 +149,7 @@ def encode_parts(frame: Frame) -> list[bytes | memoryview]:
         dtype = array.dtype
         described.append((name, _NAMES.get(dtype.num) or dtype.name, array.shape, "raw", -1))
         parts.append(RAW.encode(array))
-    for name, tensor in packed.items() if packed else ():
+    for name, tensor in encoded.items() if encoded else ():
         described.append((name, tensor.dtype, tensor.shape, tensor.codec, len(tensor.payload)))
         parts.append(tensor.payload)
     if not request.isascii() or len(request) > MAX_TEXT_BYTES:
@@ -307,7 +307,7 @@ def _layout(header: bytes, max_bytes: int) -> _Layout:
     doc = _document(header)
     entries: list[_Entry] = []
     names: set[str] = set()
-    end = unpacked = packed = working = 0
+    end = unpacked = encoded = working = 0
     for entry in doc["tensors"]:
         if type(entry) is not dict or entry.keys() != set(_TENSOR_KEYS):
             _malformed("tensor", f"a tensor has exactly the keys {', '.join(sorted(_TENSOR_KEYS))}")
@@ -334,8 +334,8 @@ def _layout(header: bytes, max_bytes: int) -> _Layout:
                 _too_large("unpacked", f"{name!r} unpacks to more than {max_bytes} bytes", limit=max_bytes)
         unpacked += size
         if codec != "raw":
-            packed += size
-            working = max(working, find(codec).working_bytes(dtype, tuple(shape)))
+            encoded += size
+            working = max(working, find_codec(codec).working_bytes(dtype, tuple(shape)))
         if unpacked + working > max_bytes:
             _too_large("unpacked", f"the tensors take more than {max_bytes} bytes to decode", limit=max_bytes)
         offset, length = entry["offset"], entry["length"]
@@ -348,7 +348,7 @@ def _layout(header: bytes, max_bytes: int) -> _Layout:
     packs = any(codec != "raw" for _, _, _, codec, _, _ in entries)
     types = {name: TensorType(dtype, shape) for name, dtype, shape, _, _, _ in entries}
     return _Layout(
-        doc["bundle"], doc["segment"], doc["request"], tuple(entries), packs, MappingProxyType(types), packed, working
+        doc["bundle"], doc["segment"], doc["request"], tuple(entries), packs, MappingProxyType(types), encoded, working
     )
 
 
@@ -395,13 +395,14 @@ def _decoded(
         if (codec == RAW_ID) is not (tables is None):
             continue
         try:
-            yield name, find(codec).decode(payload, DTYPES[dtype], shape, None if tables is None else tables[name])
+            table = None if tables is None else tables[name]
+            yield name, find_codec(codec).decode(payload, DTYPES[dtype], shape, table)
         except ValueError as e:
             raise FrameMalformed(f"{name!r} cannot be unpacked: {e}", rule="payload", tensor=name) from e
 
 
 def _table(name: str, codec: str, bundle: str, tables: Tables | None) -> object:
-    if not find(codec).calibrated:
+    if not find_codec(codec).calibrated:
         return None
     if tables is None:
         _malformed("table", f"{name!r} has codec {codec!r}, which needs a bundle's calibration; there is none here")

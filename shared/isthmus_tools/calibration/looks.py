@@ -108,7 +108,7 @@ def _then(so_far: Tally, fine: Tally, taking: Sequence[bool]) -> Tally:
         bytes=summed(so_far.bytes, fine.frame_bytes),
         values=so_far.values,
         errors=[b if again else a for a, b, again in zip(so_far.errors, fine.errors, taking, strict=True)],
-        pack_s=summed(so_far.pack_s, fine.pack_s),
-        unpack_s=summed(so_far.unpack_s, fine.unpack_s),
+        encode_s=summed(so_far.encode_s, fine.encode_s),
+        decode_s=summed(so_far.decode_s, fine.decode_s),
         fell_back=so_far.fell_back,
     )

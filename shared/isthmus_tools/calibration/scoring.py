@@ -40,8 +40,8 @@ class Tally:
     bytes: list[int] = field(default_factory=list)
     values: int = 0
     errors: list[float] = field(default_factory=list)
-    pack_s: list[float] = field(default_factory=list)
-    unpack_s: list[float] = field(default_factory=list)
+    encode_s: list[float] = field(default_factory=list)
+    decode_s: list[float] = field(default_factory=list)
     frame_bytes: list[int] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
     moved: list[float] = field(default_factory=list)
@@ -100,8 +100,8 @@ class Tally:
             bytes=round(typical(self.bytes)),
             p95=self.p95(),
             bits=round(8 * sum(self.bytes) / max(1, self.values), 5),
-            pack_ms=_ms(self.pack_s, typical),
-            unpack_ms=_ms(self.unpack_s, typical),
+            pack_ms=_ms(self.encode_s, typical),
+            unpack_ms=_ms(self.decode_s, typical),
             fell_back=round(self.fell_back / len(self.bytes), 6),
             offered=self.agreement >= limit,
             measured=round(self.agreement, 6),
@@ -146,8 +146,8 @@ def score(
                 same, error = judge(example, expected, got)
                 tally = tallies[crossing.cut, way.name]
                 tally.add(example.group, same, sent.cost.bytes, values, error)
-                tally.pack_s.append(sent.cost.pack_s)
-                tally.unpack_s.append(sent.cost.unpack_s)
+                tally.encode_s.append(sent.cost.encode_s)
+                tally.decode_s.append(sent.cost.decode_s)
                 tally.frame_bytes.append(sent.frame_bytes)
                 tally.fell_back += sent.fell_back
                 if margin is not None:

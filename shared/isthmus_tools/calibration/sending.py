@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 from isthmus.arrays import Array
 from isthmus.artifacts.choice import Choice
-from isthmus.codecs import EncodedTensor, Encoding, find, pack
+from isthmus.codecs import EncodedTensor, Encoding, encode_tensor, find_codec
 from isthmus.codecs.choice import encodings
 from isthmus.wire.frame import DTYPES, Frame, encode_parts
 from isthmus_tools.calibration.crossing import Crossing
@@ -25,12 +25,12 @@ class Cost(NamedTuple):
     """Units: bytes of payloads; seconds of this thread's CPU time."""
 
     bytes: int
-    pack_s: float = 0.0
-    unpack_s: float = 0.0
+    encode_s: float = 0.0
+    decode_s: float = 0.0
 
     def plus(self, other: Cost) -> Cost:
         """Both together."""
-        return Cost(self.bytes + other.bytes, self.pack_s + other.pack_s, self.unpack_s + other.unpack_s)
+        return Cost(self.bytes + other.bytes, self.encode_s + other.encode_s, self.decode_s + other.decode_s)
 
 
 @dataclass(frozen=True)
@@ -82,17 +82,17 @@ class Trial:
             cost = Cost(array.nbytes)
             if how is not None:
                 start = time.thread_time()
-                packed = pack(array, how)
-                pack_s, unpack_s = time.thread_time() - start, 0.0
-                if isinstance(packed, EncodedTensor):
-                    payload, dtype = memoryview(packed.payload), DTYPES[packed.dtype]
+                tensor = encode_tensor(array, how)
+                encode_s, decode_s = time.thread_time() - start, 0.0
+                if isinstance(tensor, EncodedTensor):
+                    payload, dtype = memoryview(tensor.payload), DTYPES[tensor.dtype]
                     start = time.thread_time()
-                    arrived[name] = find(packed.codec).decode(payload, dtype, packed.shape, how.table)
-                    unpack_s = time.thread_time() - start
-                    encoded[name] = packed
+                    arrived[name] = find_codec(tensor.codec).decode(payload, dtype, tensor.shape, how.table)
+                    decode_s = time.thread_time() - start
+                    encoded[name] = tensor
                 else:
                     fell_back = fell_back or how.codec == self.choice.codec
-                cost = Cost(packed.nbytes, pack_s, unpack_s)
+                cost = Cost(tensor.nbytes, encode_s, decode_s)
             whole = whole.plus(cost)
         rest = {name: array for name, array in tensors.items() if name not in encoded}
         frame_bytes = sum(map(len, encode_parts(Frame(rest, _DIGEST, self.segment, _CALL_ID, encoded))))
@@ -106,7 +106,7 @@ def trials(crossing: Crossing, choices: Sequence[Choice], tables: Mapping[str, o
     return [
         t
         for t in made
-        if not find(t.choice.codec).calibrated or t.choice.codec in {p.codec for p in t.encodings.values()}
+        if not find_codec(t.choice.codec).calibrated or t.choice.codec in {p.codec for p in t.encodings.values()}
     ]
 
 

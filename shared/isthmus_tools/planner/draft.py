@@ -115,8 +115,8 @@ class Draft:
             edge=edge,
             cloud=cloud,
             preprocess=trial.preprocess_s * self.slowdown[EDGE],
-            pack=trial.pack_s * self._slower(EDGE, option).pack_s,
-            unpack=trial.unpack_s * self._slower(CLOUD, option).unpack_s,
+            pack=trial.encode_s * self._slower(EDGE, option).pack_s,
+            unpack=trial.decode_s * self._slower(CLOUD, option).unpack_s,
             again=trial.looks.again if trial.looks is not None else 0.0,
         )
 

@@ -231,7 +231,7 @@ def _try_cloud(draft: Draft, trials: Trials, pre_s: float, choices: Sequence[Cho
     else:
         made = trials.photo(shape, spec["dtype"], spec["input"])
         # The cloud makes the input of it: that is what unpacking a photo means.
-        _add(draft, Option("cloud-photo", "cloud", photo=True), replace(made, unpack_s=pre_s))
+        _add(draft, Option("cloud-photo", "cloud", photo=True), replace(made, decode_s=pre_s))
     for choice in choices:
         _add(draft, Option(f"cloud-{short_name(choice)}", "cloud", (), choice), trials.cloud(choice))
 

@@ -192,7 +192,7 @@ def requester(
         start = time.perf_counter()
         if photo is not None and example.photo is not None:
             made_s = 0.0
-            result = _looked(pipeline.run(route, {}, context, photo.pack(example.photo)))
+            result = _looked(pipeline.run(route, {}, context, photo.encode(example.photo)))
         else:
             arrays = _inputs(bundle, example)
             made_s = time.perf_counter() - start
@@ -241,7 +241,7 @@ def _parts(candidate: Candidate, result: Result) -> dict[str, float]:
     counts = _counts(candidate, result)
     for i, (stage, count) in enumerate(zip(result.stages, counts, strict=True)):
         name = names[min(i, len(names) - 1)]
-        found["pack"] += count * stage.pack_s
+        found["pack"] += count * stage.encode_s
         found[name] += count * stage.total_s
         found[f"{name}_run"] += count * stage.run_s
     return found
@@ -250,7 +250,7 @@ def _parts(candidate: Candidate, result: Result) -> dict[str, float]:
 def _not_counted(candidate: Candidate, result: Result) -> float:
     """Seconds of those closer looks that only a share of the requests would take."""
     counts = _counts(candidate, result)
-    return sum((1 - count) * (s.pack_s + s.total_s) for s, count in zip(result.stages, counts, strict=True))
+    return sum((1 - count) * (s.encode_s + s.total_s) for s, count in zip(result.stages, counts, strict=True))
 
 
 def _counts(candidate: Candidate, result: Result) -> list[float]:

@@ -12,7 +12,7 @@ from isthmus.artifacts.choice import PHOTO_ID, Choice
 from isthmus.artifacts.fidelity import Fidelity
 from isthmus.artifacts.plan import Candidate, Plan
 from isthmus.artifacts.plan_document import to_json
-from isthmus.codecs import find
+from isthmus.codecs import find_codec
 from isthmus.errors import Missing, PlanMismatch
 from isthmus.registry import Registry, Version
 from isthmus_tools.planner.usable import usable_codecs
@@ -55,7 +55,7 @@ def carried(plan: Plan, before: Bundle, after: Bundle, fidelity: Fidelity | None
     for tensor, coding in plan.choice.codecs.items():
         if coding.codec == PHOTO_ID:
             continue
-        if find(coding.codec).calibrated and before.tables.get(tensor) != after.tables.get(tensor):
+        if find_codec(coding.codec).calibrated and before.tables.get(tensor) != after.tables.get(tensor):
             return None
         if fidelity is not None and not _offers(fidelity, plan.choice, Choice(coding.codec, coding.quality)):
             return None

@@ -7,7 +7,7 @@ from functools import partial
 from typing import NamedTuple
 
 from isthmus.arrays import Array
-from isthmus.codecs import EncodedTensor, Encoding, find
+from isthmus.codecs import EncodedTensor, Encoding, find_codec
 from isthmus.pipeline.passage import encode_all
 from isthmus.wire import frame as frames
 from isthmus.wire.frame import DTYPES, Frame
@@ -21,19 +21,19 @@ class Send(NamedTuple):
     """One send: bytes of its frame, seconds here, what went packed, and the same as it arrives."""
 
     nbytes: int
-    pack_s: float
-    unpack_s: float
+    encode_s: float
+    decode_s: float
     coded: Mapping[str, EncodedTensor]
     arrived: Mapping[str, Array]
 
 
 def send(arrays: Mapping[str, Array], segment: str, how: Mapping[str, Encoding]) -> Send:
     """`arrays` on their way to that segment, packed as `how` says."""
-    pack_s, coded = timed(partial(encode_all, arrays, how))
+    encode_s, coded = timed(partial(encode_all, arrays, how))
     rest = {name: array for name, array in arrays.items() if name not in coded}
-    unpack_s, unpacked = timed(partial(_unpack, coded, how))
+    decode_s, unpacked = timed(partial(_unpack, coded, how))
     nbytes = frame_bytes(rest, segment, coded)
-    return Send(nbytes, pack_s if coded else 0.0, unpack_s if coded else 0.0, coded, unpacked)
+    return Send(nbytes, encode_s if coded else 0.0, decode_s if coded else 0.0, coded, unpacked)
 
 
 def sends(arrays: Mapping[str, Array], segment: str, hows: Sequence[Mapping[str, Encoding]]) -> list[Send]:
@@ -47,13 +47,13 @@ def sends(arrays: Mapping[str, Array], segment: str, hows: Sequence[Mapping[str,
     return [first, *(send(arrays, segment, how) for how in hows[1:])]
 
 
-def frame_bytes(arrays: Mapping[str, Array], segment: str, packed: Mapping[str, EncodedTensor] | None = None) -> int:
+def frame_bytes(arrays: Mapping[str, Array], segment: str, encoded: Mapping[str, EncodedTensor] | None = None) -> int:
     """Bytes of the frame that takes these to a segment, or back."""
-    return sum(map(len, frames.encode_parts(Frame(arrays, _DIGEST, segment, _CALL_ID, packed or {}))))
+    return sum(map(len, frames.encode_parts(Frame(arrays, _DIGEST, segment, _CALL_ID, encoded or {}))))
 
 
 def _unpack(coded: Mapping[str, EncodedTensor], how: Mapping[str, Encoding]) -> dict[str, Array]:
     return {
-        name: find(p.codec).decode(memoryview(p.payload), DTYPES[p.dtype], p.shape, how[name].table)
+        name: find_codec(p.codec).decode(memoryview(p.payload), DTYPES[p.dtype], p.shape, how[name].table)
         for name, p in coded.items()
     }

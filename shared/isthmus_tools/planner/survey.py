@@ -14,7 +14,7 @@ import numpy as np
 
 from isthmus.arrays import Array
 from isthmus.artifacts.choice import RAW_ID, Choice
-from isthmus.codecs import EncodedTensor, pack
+from isthmus.codecs import EncodedTensor, encode_tensor
 from isthmus.codecs.choice import encodings, is_activation
 from isthmus_tools.graph.cuts import cuts
 from isthmus_tools.graph.model import Model
@@ -54,11 +54,11 @@ def survey(model: Model, arrays: Mapping[str, Array], choices: Sequence[Choice],
             continue
         for choice in wanted:
             start = time.perf_counter()
-            packed = pack(array, encodings([model.specs[name]], choice)[name])
+            encoded = encode_tensor(array, encodings([model.specs[name]], choice)[name])
             took = time.perf_counter() - start
-            sizes[choice.codec][name] = float(packed.nbytes)
+            sizes[choice.codec][name] = float(encoded.nbytes)
             # Unpacking takes about as long; trials measure both.
-            seconds[choice.codec][name] = 2 * took if isinstance(packed, EncodedTensor) else took
+            seconds[choice.codec][name] = 2 * took if isinstance(encoded, EncodedTensor) else took
     for choice in wanted:
         known = [(n, model.nbytes(model.values[n])) for n in sizes[choice.codec] if is_activation(model.specs[n])]
         whole = sum(n for _, n in known)

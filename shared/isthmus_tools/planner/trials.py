@@ -45,8 +45,8 @@ class Trial:
     near: Exchange | None = None
     far: Exchange | None = None
     preprocess_s: float = 0.0
-    pack_s: float = 0.0
-    unpack_s: float = 0.0
+    encode_s: float = 0.0
+    decode_s: float = 0.0
     codecs: Mapping[str, Coding] = field(default_factory=dict)
     error: Error = Error(0.0, 0)  # noqa: RUF009 - it is frozen
     run_here_s: float = 0.0
@@ -88,8 +88,8 @@ class Trials:
         """The photo as it came to the whole model on the last hop, which makes its input of it."""
         far = []
         for example, outputs in zip(self._examples, self._expected, strict=True):
-            packed = {tensor: EncodedTensor("photo/1", dtype, shape, example.photo or b"")}
-            far.append(Exchange(frame_bytes({}, WHOLE, packed), frame_bytes(outputs, WHOLE)))
+            encoded = {tensor: EncodedTensor("photo/1", dtype, shape, example.photo or b"")}
+            far.append(Exchange(frame_bytes({}, WHOLE, encoded), frame_bytes(outputs, WHOLE)))
         codecs = {tensor: Coding("photo/1")}
         return Trial(far=_typical(far), codecs=codecs, error=Error(0.0, len(self._examples)))
 
@@ -124,23 +124,23 @@ class Trials:
             made = sends(taken, tail.id, hows)
             codecs |= {name: Coding(hows[0][name].codec, hows[0][name].quality) for name in made[0].coded}
             for found, sent in zip(tries, made, strict=False):
-                found.append((sent.nbytes, sent.pack_s, sent.unpack_s))
+                found.append((sent.nbytes, sent.encode_s, sent.decode_s))
             received.append(self._answer_bytes(self._untouched(cut, i, values, tail), tail))
         if not all(tries):
             return None
-        up = pack_s = unpack_s = 0.0
+        up = encode_s = decode_s = 0.0
         for share, found in zip((1.0, *looks.shares), tries, strict=True):
             nbytes, packing, unpacking = zip(*found, strict=True)
             up += share * statistics.median_low(nbytes)
-            pack_s += share * statistics.median(packing)
-            unpack_s += share * statistics.median(unpacking)
+            encode_s += share * statistics.median(packing)
+            decode_s += share * statistics.median(unpacking)
         down = (1 + looks.again) * statistics.median_low(received)
         return Trial(
             near=near,
             far=Exchange(round(up), round(down)),
             preprocess_s=self._preprocess_s,
-            pack_s=pack_s,
-            unpack_s=unpack_s,
+            encode_s=encode_s,
+            decode_s=decode_s,
             codecs=codecs,
             error=error,
             looks=looks,
@@ -177,15 +177,15 @@ class Trials:
         cut: str,
     ) -> Trial | None:
         how = encodings(specs, choice, self._table)
-        far, found, pack_s, unpack_s = [], [], [], []
+        far, found, encode_s, decode_s = [], [], [], []
         codecs: dict[str, Coding] = {}
         for i, values in enumerate(crossed):
             taken = {s.name: values[s.name] for s in specs}
             if i == 0 and any(packing.table is not None for packing in how.values()):
                 send(taken, tail.id, how)  # what is made of a table on its first use is kept
             sent = send(taken, tail.id, how)
-            pack_s.append(sent.pack_s)
-            unpack_s.append(sent.unpack_s)
+            encode_s.append(sent.encode_s)
+            decode_s.append(sent.decode_s)
             codecs |= {name: Coding(p.codec, how[name].quality) for name, p in sent.coded.items()}
             outputs = self._untouched(cut, i, values, tail)
             if not all(_identical(taken[name], array) for name, array in sent.arrived.items()):
@@ -196,8 +196,8 @@ class Trials:
             return None
         return Trial(
             far=_typical(far),
-            pack_s=statistics.median(pack_s),
-            unpack_s=statistics.median(unpack_s),
+            encode_s=statistics.median(encode_s),
+            decode_s=statistics.median(decode_s),
             codecs=codecs,
             error=self._error(found),
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from isthmus.artifacts.choice import KNOWN, NEVER_CHOSEN, RAW_ID, Choice
 from isthmus.artifacts.fidelity import Entry, Fidelity, offered
-from isthmus.codecs import Codec, find
+from isthmus.codecs import Codec, find_codec
 from isthmus.codecs.choice import is_exact
 
 _LEFT_OUT = NEVER_CHOSEN | {RAW_ID}
@@ -49,6 +49,6 @@ def _worth_their_calls(entries: Iterable[Entry]) -> Iterator[Choice]:
 
 def _codec(codec: str) -> Codec | None:
     try:
-        return find(codec)
+        return find_codec(codec)
     except (ImportError, AttributeError):
         return None  # not in this version

@@ -17,8 +17,9 @@ from codec_speed import add_speed
 from report import Report, Row, arguments, at_least, at_most
 
 from isthmus.artifacts.agreement import TOP1
-from isthmus.artifacts.bundle import WHOLE, Bundle
+from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.choice import LOSSLESS_ID, SPARSE_ID, TRANSFORM_ID, Choice
+from isthmus.artifacts.segment_id import WHOLE
 from isthmus.pipeline.agreement import margin
 from isthmus.registry import FolderStore, Registry, SegmentCache
 from isthmus.settings import SegmentSettings

@@ -13,6 +13,7 @@ from report import Report, Row, at_least, at_most
 
 from isthmus.arrays import Array
 from isthmus.artifacts.choice import LOSSLESS_ID, SPARSE_ID, TRANSFORM_ID
+from isthmus.artifacts.segment_id import SegmentId
 from isthmus.codecs import EncodedTensor, Encoding, encode_tensor, find_codec
 from isthmus.codecs.payload import restore, shrink
 from isthmus.runtime.ort_runner import OrtRunner
@@ -85,6 +86,6 @@ def add_speed(report: Report, folder: Path) -> None:
 def _activations(folder: Path) -> list[Array]:
     entry = real.REAL["efficientnet-lite0"]
     bundle, files = build(entry.path(), "speed", folder / "speed", partitions=[[CUT]])
-    head = bundle.segment(f"..{CUT}")
+    head = bundle.segment(SegmentId(stop=CUT))
     runner = OrtRunner(files[head.graph.digest], head, providers=("CPUExecutionProvider",), threads=1)
     return [next(iter(runner.run(arrays).values())) for arrays in entry.inputs()]

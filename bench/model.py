@@ -9,7 +9,7 @@ import numpy as np
 from report import ROOT
 
 from isthmus.arrays import Array
-from isthmus.artifacts.bundle import WHOLE
+from isthmus.artifacts.segment_id import WHOLE
 from isthmus.registry import Resolved, open_registry
 from isthmus.settings import RegistrySettings
 from isthmus.wire.frame import Frame, encode

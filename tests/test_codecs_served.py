@@ -13,7 +13,8 @@ import pytest
 from flask.testing import FlaskClient
 from typer.testing import CliRunner
 
-from isthmus.artifacts.bundle import WHOLE, Blob, digest_of
+from isthmus.artifacts.bundle import Blob, digest_of
+from isthmus.artifacts.segment_id import WHOLE
 from isthmus.codecs import EncodedTensor, Encoding, encode_tensor
 from isthmus.errors import FrameMalformed
 from isthmus.registry import FolderStore, Registry

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from isthmus.artifacts.cut_syntax import CutText, parse_cut, parse_partition
+from isthmus.artifacts.cuts import CutText, parse_cut, parse_partition
 from isthmus.errors import CutError, Missing, UnknownValue
 from isthmus.settings import RouterSettings
 from isthmus_tools.graph import build, open_model, resolve_cut

@@ -21,7 +21,7 @@ import tritonclient.http
 import urllib3
 from typer.testing import CliRunner
 
-from isthmus.artifacts.bundle import WHOLE
+from isthmus.artifacts.segment_id import WHOLE
 from isthmus.client import Client
 from isthmus.errors import HopTimeout, HopUnavailable, Missing
 from isthmus.registry import open_registry

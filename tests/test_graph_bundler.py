@@ -11,7 +11,8 @@ import pytest
 from onnx import helper, numpy_helper
 
 from isthmus.artifacts import bundle as manifest
-from isthmus.artifacts.bundle import WHOLE, digest_of
+from isthmus.artifacts.bundle import digest_of
+from isthmus.artifacts.segment_id import WHOLE
 from isthmus.errors import CutError, ModelError
 from isthmus_tools.figures.cuts import draw, size_text
 from isthmus_tools.graph import add_cuts, build, cut_at, cuts, narrowest, open_model

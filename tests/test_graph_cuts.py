@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import parser
 
-from isthmus.artifacts.bundle import is_cut_name
+from isthmus.artifacts.cuts import is_cut_name
 from isthmus.errors import CutError, UnboundedCut, UnknownValue
 from isthmus_tools.graph import Model, build, cut_at, cuts, narrowest, open_model, resolve_cut
 from isthmus_tools.graph.cuts import upstream_of

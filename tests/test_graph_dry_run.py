@@ -14,7 +14,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
-from isthmus.artifacts.bundle import WHOLE, Bundle
+from isthmus.artifacts.bundle import Bundle
+from isthmus.artifacts.segment_id import WHOLE
 from isthmus.errors import CutError, ModelError
 from isthmus.registry import FolderStore, Registry
 from isthmus.runtime.ort_runner import UnpublishedRunner

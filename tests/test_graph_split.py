@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from isthmus.artifacts.bundle import WHOLE, Bundle, Segment
+from isthmus.artifacts.bundle import Bundle, Segment
+from isthmus.artifacts.segment_id import WHOLE
 from isthmus_tools.graph import CutInfo, Model, build, cuts, open_model
 from support.models import REAL, RealModel
 from support.segments import difference, run_partition, run_whole

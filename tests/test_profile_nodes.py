@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.artifacts.bundle import WHOLE
+from isthmus.artifacts.segment_id import WHOLE
 from isthmus.errors import ModelError
 from isthmus.runtime.kernels import Observed, middle, read_trace
 from isthmus.runtime.ort_runner import OrtObserver

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from flask.testing import FlaskClient
 
-from isthmus.artifacts.bundle import WHOLE
 from isthmus.artifacts.device import cpu_name, from_document, memory
+from isthmus.artifacts.segment_id import WHOLE
 from isthmus.serving import create_segment_app
 from isthmus.serving.profiling import SECRET
 from isthmus.wire import frame as frames

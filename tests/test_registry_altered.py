@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from isthmus.artifacts import fidelity_document, plan_document
 from isthmus.artifacts import profile as profile_document
-from isthmus.artifacts.bundle import MAX_MANIFEST_BYTES, WHOLE, Bundle, digest_of, from_json, subject_digest, to_json
+from isthmus.artifacts.bundle import MAX_MANIFEST_BYTES, Bundle, digest_of, from_json, subject_digest, to_json
+from isthmus.artifacts.segment_id import WHOLE
 from isthmus.errors import CacheFull, Corrupt, IsthmusError, RegistryError
 from isthmus.processing.image_spec import validate_spec
 from isthmus.registry import FolderStore, Registry, SegmentCache

@@ -13,7 +13,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from isthmus.artifacts.bundle import WHOLE, Bundle
+from isthmus.artifacts.bundle import Bundle
+from isthmus.artifacts.segment_id import WHOLE
 from isthmus.context import Deadline
 from isthmus.errors import (
     DeadlineExceeded,

@@ -15,7 +15,7 @@ from flask import Flask
 from flask.testing import FlaskClient
 
 from isthmus.admission import MAX_WAITING, Slots, aside
-from isthmus.artifacts.bundle import WHOLE
+from isthmus.artifacts.segment_id import WHOLE
 from isthmus.context import Deadline
 from isthmus.errors import DeadlineExceeded, IsthmusError, Missing, Overloaded, RegistryUnavailable
 from isthmus.registry import FolderStore

@@ -15,7 +15,7 @@ import pytest
 import urllib3
 from flask.testing import FlaskClient
 
-from isthmus.artifacts.bundle import WHOLE
+from isthmus.artifacts.segment_id import WHOLE
 from isthmus.errors import SettingsError
 from isthmus.serving import create_segment_app
 from isthmus.wire import frame as frames
@@ -330,6 +330,7 @@ def test_a_baked_segment_needs_no_registry_and_serves_no_other(photos: Published
     [
         ({"preload": ("@head",)}, "preload"),
         ({"preload": ("m@",)}, "preload"),
+        ({"preload": ("m@middle",)}, "preload"),
         ({"providers": ("NoSuchProvider",)}, "providers"),
         ({"registry": "ftp://somewhere"}, "registry"),
         ({"segment_dir": "/nowhere/at/all"}, "segment_dir"),

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from isthmus.artifacts.bundle import WHOLE, Bundle, subject_digest
+from isthmus.artifacts.bundle import Bundle, subject_digest
 from isthmus.artifacts.conditions import Conditions, Constraints
 from isthmus.artifacts.device import Device
 from isthmus.artifacts.plan import Candidate, Plan, ProfileUsed, Terms
 from isthmus.artifacts.profile import HopCost, Profile, SegmentCost, Timing, content_of
+from isthmus.artifacts.segment_id import WHOLE
 from isthmus_tools.graph import stored_examples
 from isthmus_tools.graph.model import Model, open_model
 from support.bundles import Published

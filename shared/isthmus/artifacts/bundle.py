@@ -7,14 +7,14 @@ pre- and post-processing. Source: docs/bundle.md.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from isthmus.artifacts.cut_syntax import CutText, parse_partition
+from isthmus.artifacts.cuts import CutText, is_cut_name, parse_partition
+from isthmus.artifacts.segment_id import SegmentId, partition_ids
 from isthmus.artifacts.tensors import Dim, TensorSpec
 from isthmus.errors import Missing, RegistryError
 
@@ -24,13 +24,10 @@ MAX_TEXT = 4096
 """Characters of a name, a dtype or a free dimension; a frame carries fewer."""
 MAX_RANK = 64
 """Axes of a tensor; numpy has no more, and a frame carries fewer."""
-WHOLE = ".."
-"""The segment id of the uncut model: from its inputs to its outputs."""
 
 T = TypeVar("T")
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
-_CUT = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_-]{0,62})")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
@@ -64,12 +61,11 @@ class Weights:
 class Segment:
     """The part of the model between two cuts, runnable alone.
 
-    `id` is `FROM..TO`, a cut's name on each side and empty at the model's ends: `..31` a head, `31..` a tail, `..` all.
     `weights` are half-open ranges of indices into `Weights.tensors`. `inputs` and `outputs` are what its graph takes
     and gives; a value that only passes by it is not among them: the router holds it.
     """
 
-    id: str
+    id: SegmentId
     graph: Blob
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -170,8 +166,11 @@ class Bundle:
                 raise Missing(
                     f"bundle {self.name} has no cut {name!r}", kind="cut", name=name, exists=sorted(self.cuts)
                 )
-        ends = ("", *names, "")
-        return tuple(self.segment(f"{a}..{b}") for a, b in itertools.pairwise(ends))
+        return tuple(map(self.segment, partition_ids(names)))
+
+    def has_segments(self, cuts: Iterable[str]) -> bool:
+        """Whether every segment of the partition at `cuts` is in this bundle."""
+        return self.segments.keys() >= set(partition_ids(cuts))
 
     def weight_ranges(self, segment: Segment) -> tuple[WeightTensor, ...]:
         """The weights file's tensors that `segment` reads, by offset."""
@@ -208,11 +207,6 @@ def is_digest(text: str) -> bool:
 def is_model_name(text: str) -> bool:
     """Whether `text` can name a model: 1 to 63 of a-z, 0-9, '.', '_' and '-', starting and ending alphanumeric."""
     return _NAME.fullmatch(text) is not None
-
-
-def is_cut_name(text: str) -> bool:
-    """Whether `text` can name a cut: 1 to 63 letters, digits, '_' and '-', starting alphanumeric (so never '..')."""
-    return _CUT.fullmatch(text) is not None
 
 
 def to_json(bundle: Bundle) -> bytes:
@@ -307,10 +301,9 @@ def _checked(bundle: Bundle) -> Bundle:
         raise ValueError(f"{bundle.name[:80]!r} cannot name a model")
     if bad := next((name for name in bundle.cuts if not is_cut_name(name)), None):
         raise ValueError(f"{bad[:80]!r} cannot name a cut")
-    for segment in bundle.segments:
-        start, dots, stop = segment.partition("..")
-        if not dots or not all(end == "" or end in bundle.cuts for end in (start, stop)):
-            raise ValueError(f"{segment[:80]!r} does not lie between two of the bundle's cuts")
+    for segment in bundle.segments.values():
+        if not {segment.id.start, segment.id.stop} <= {"", *bundle.cuts}:
+            raise ValueError(f"{segment.id!r} does not lie between two of the bundle's cuts")
     if bad := next((name for name in bundle.default_cuts if name not in bundle.cuts), None):
         raise ValueError(f"the default cut {bad[:80]!r} is none of the bundle's")
     for what, doc, key, specs in (
@@ -340,7 +333,7 @@ def _specs_from(docs: Any) -> tuple[TensorSpec, ...]:
 
 
 def _segment_from(doc: Any) -> tuple[str, Segment]:
-    name = _text(doc["id"])
+    name = SegmentId.parse(_text(doc["id"]))
     ranges = tuple((_whole(start), _whole(stop)) for start, stop in _list(doc["weights"]))
     inputs, outputs = _specs_from(doc["inputs"]), _specs_from(doc["outputs"])
     return name, Segment(name, _blob_from(doc["graph"]), inputs, outputs, ranges, _whole(doc["macs"]))

@@ -9,9 +9,10 @@ from dataclasses import MISSING, asdict, fields, replace
 from typing import Any
 
 from isthmus.artifacts.agreement import CLOSE, TOP1, Measure
-from isthmus.artifacts.bundle import WHOLE, Blob, Bundle, digest_of
+from isthmus.artifacts.bundle import Blob, Bundle, digest_of
 from isthmus.artifacts.choice import KNOWN, MAX_LOOKS, NEVER_CHOSEN, Look, successor
 from isthmus.artifacts.fidelity import Entry, Fidelity, Inputs, Reference
+from isthmus.artifacts.segment_id import WHOLE
 from isthmus.errors import CalibrationError
 
 FORMAT = "isthmus.fidelity/2"

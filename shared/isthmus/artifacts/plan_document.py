@@ -8,9 +8,10 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict
 
-from isthmus.artifacts.bundle import Blob, Bundle, is_cut_name, is_digest, is_model_name, subject_digest
+from isthmus.artifacts.bundle import Blob, Bundle, is_digest, is_model_name, subject_digest
 from isthmus.artifacts.choice import GRADED, KNOWN, MAX_LOOKS, MAX_MARGIN, NEVER_CHOSEN, Choice, Look, successor
 from isthmus.artifacts.conditions import OBJECTIVES, Conditions, Constraints
+from isthmus.artifacts.cuts import is_cut_name
 from isthmus.artifacts.fields import Fields, refuse
 from isthmus.artifacts.plan import (
     FORMAT,

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NoReturn
 
-from isthmus.artifacts.bundle import WHOLE, Bundle, digest_of, is_digest
+from isthmus.artifacts.bundle import Bundle, digest_of, is_digest
 from isthmus.artifacts.device import Device, from_document
+from isthmus.artifacts.segment_id import WHOLE, SegmentId
 from isthmus.errors import ProfileMalformed
 
 FORMAT = "isthmus.profile/1"
@@ -92,7 +93,7 @@ class Profile:
     tier: str
     device: Device
     nodes: tuple[float, ...]
-    segments: Mapping[str, SegmentCost]
+    segments: Mapping[SegmentId, SegmentCost]
     measured_at: str
     inputs: str = "random"
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -142,7 +143,7 @@ def from_json(data: bytes) -> Profile:
                 tier=_text(doc["tier"]),
                 device=from_document(doc["device"]),
                 nodes=tuple(_seconds(s) for s in doc["nodes"]),
-                segments={_text(name): _segment(s) for name, s in doc["segments"].items()},
+                segments={SegmentId.parse(_text(name)): _segment(s) for name, s in doc["segments"].items()},
                 measured_at=_text(doc["measured_at"]),
                 inputs=_text(doc["inputs"]),
                 shapes={_text(name): tuple(_count(n) for n in shape) for name, shape in doc["shapes"].items()},

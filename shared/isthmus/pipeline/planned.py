@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from isthmus.artifacts.agreement import TOP1, Measure
-from isthmus.artifacts.bundle import WHOLE, Bundle
+from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.choice import PHOTO_ID
 from isthmus.artifacts.plan import Candidate
+from isthmus.artifacts.segment_id import WHOLE
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.codecs import EncodedTensor, Encoding, Tables, find_codec
 from isthmus.errors import PlanMalformed

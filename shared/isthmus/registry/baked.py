@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from isthmus.artifacts.bundle import MAX_MANIFEST_BYTES, Blob, Bundle, digest_of, is_digest
+from isthmus.artifacts.segment_id import SegmentId
 from isthmus.errors import Missing, RegistryError, SettingsError
 from isthmus.registry.content import corrupt, file_digest, read_manifest
 from isthmus.registry.source import Located
@@ -84,12 +85,12 @@ class BakedSegment:
         )
 
 
-def _read(data: bytes) -> tuple[str, Blob, Blob]:
+def _read(data: bytes) -> tuple[SegmentId, Blob, Blob]:
     try:
         doc = json.loads(data)
         graph, weights = (Blob(str(doc[part]["digest"]), int(doc[part]["size"])) for part in ("graph", "weights"))
         if not is_digest(graph.digest) or not is_digest(weights.digest):
             raise ValueError("a digest is not sha256:<hex>")
-        return str(doc["segment"]), graph, weights
+        return SegmentId.parse(str(doc["segment"])), graph, weights
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as e:
         raise RegistryError(f"not a {SEGMENT}: {type(e).__name__}: {e}") from e

@@ -291,7 +291,7 @@ def _cut(route: Route) -> str:
     """The cut before the first segment that anything lossy is sent to."""
     for segment, each in zip(route.segments, route.encodings, strict=False):
         if any(not is_exact(p) for p in each.values()):
-            return segment.id.partition("..")[0]
+            return segment.id.start
     return ""
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from isthmus.artifacts.bundle import WHOLE, Bundle
+from isthmus.artifacts.bundle import Bundle
+from isthmus.artifacts.segment_id import WHOLE, SegmentId
 from isthmus.context import Deadline
 from isthmus.errors import SettingsError
 from isthmus.registry import Registry
@@ -13,31 +14,37 @@ if TYPE_CHECKING:  # a router whose hops are all remote never loads onnxruntime
     from isthmus.runtime.store import SegmentStore
 
 MAX_LOAD_S = 600.0
+_ENDS = ("head", "tail")
 
 
 def parse(entry: str) -> tuple[str, str]:
     """A preload entry's model reference and segment: `m:3@head` is (`m:3`, `head`); without one, the whole model.
 
     Raises:
-        SettingsError: names nothing on one side of the `@`.
+        SettingsError: no model stands before the `@`, or no segment's id, head or tail after it.
     """
     reference, at, segment = entry.partition("@")
-    if not reference or (at and not segment):
+    try:
+        if not reference:
+            raise ValueError("it names no model")
+        if segment in _ENDS:
+            return reference, segment
+        return reference, SegmentId.parse(segment) if at else WHOLE
+    except ValueError as e:
         raise SettingsError(
-            f"the setting preload holds {entry!r}; an entry is NAME[:VERSION][@SEGMENT]",
+            f"the setting preload holds {entry!r}; an entry is NAME[:VERSION][@SEGMENT]: {e}",
             variable="preload",
             value=entry,
-        )
-    return reference, segment or WHOLE
+        ) from e
 
 
-def segment_id(bundle: Bundle, segment: str) -> str:
+def segment_id(bundle: Bundle, segment: str) -> SegmentId:
     """The id that `segment` means in `bundle`: `head` and `tail` are the ends of its default partition.
 
     Raises:
         Missing: the bundle has no such segment.
     """
-    if segment in ("head", "tail"):
+    if segment in _ENDS:
         return bundle.partition()[0 if segment == "head" else -1].id
     return bundle.segment(segment).id
 

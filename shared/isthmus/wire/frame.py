@@ -410,10 +410,10 @@ def _table(name: str, codec: str, bundle: str, tables: Tables | None) -> object:
 
 
 def _text(key: str, value: Any, least: int = 0) -> str:
-    if type(value) is str and value.isascii() and least <= len(value) <= MAX_TEXT_BYTES:
+    if isinstance(value, str) and value.isascii() and least <= len(value) <= MAX_TEXT_BYTES:
         return value
     try:
-        size = len(value.encode()) if type(value) is str else -1
+        size = len(value.encode()) if isinstance(value, str) else -1
     except UnicodeEncodeError:
         size = -1
     if not least <= size <= MAX_TEXT_BYTES:

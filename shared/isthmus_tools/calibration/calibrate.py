@@ -12,10 +12,11 @@ import numpy as np
 
 from isthmus.arrays import Array
 from isthmus.artifacts.agreement import CLOSE, TOP1, Measure
-from isthmus.artifacts.bundle import WHOLE, Blob, Bundle, digest_of
+from isthmus.artifacts.bundle import Blob, Bundle, digest_of
 from isthmus.artifacts.choice import GRADED, KNOWN, NEVER_CHOSEN, SPARSE_ID, TRANSFORM_ID, Choice
 from isthmus.artifacts.fidelity import Entry, Fidelity, Inputs
 from isthmus.artifacts.fidelity_document import model_digest, to_json
+from isthmus.artifacts.segment_id import WHOLE
 from isthmus.codecs.choice import is_activation
 from isthmus.errors import CalibrationError
 from isthmus.pipeline.agreement import are_probabilities, margin

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from isthmus.arrays import Array
-from isthmus.artifacts.bundle import WHOLE, Bundle, Segment
+from isthmus.artifacts.bundle import Bundle, Segment
+from isthmus.artifacts.segment_id import WHOLE
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import CalibrationError, Missing
 
@@ -72,16 +73,17 @@ def crossing(bundle: Bundle, cut: str) -> Crossing:
 
 def _path(bundle: Bundle, start: str, stop: str) -> tuple[Segment, ...]:
     """The fewest segments from one cut to another; `..` leads past every cut, so it is no part of any."""
-    ends = {s.id: tuple(s.id.split("..", 1)) for s in bundle.segments.values() if s.id != WHOLE}
+    parts = [segment for segment in bundle.segments.values() if segment.id != WHOLE]
     ways: dict[str, tuple[Segment, ...]] = {}
     frontier: list[tuple[str, tuple[Segment, ...]]] = [(start, ())]
     while frontier:
         reached: list[tuple[str, tuple[Segment, ...]]] = []
         for place, way in frontier:
-            for segment_id, (begin, end) in ends.items():
-                if begin != place or end in ways or (not end and stop):
+            for segment in parts:
+                end = segment.id.stop
+                if segment.id.start != place or end in ways or (not end and stop):
                     continue
-                ways[end] = (*way, bundle.segments[segment_id])
+                ways[end] = (*way, segment)
                 reached.append((end, ways[end]))
         if stop in ways:
             return ways[stop]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from isthmus.artifacts.bundle import WHOLE
+from isthmus.artifacts.segment_id import WHOLE
 from isthmus.units import format_size
 from isthmus_tools.cli.console import (
     DEFAULT_REGISTRY,

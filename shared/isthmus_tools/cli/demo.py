@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from isthmus.artifacts.bundle import WHOLE
+from isthmus.artifacts.segment_id import WHOLE, SegmentId
 from isthmus.errors import RequestMalformed
 from isthmus.units import format_size
 from isthmus_tools.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, errors, out, print_json, progress_bars
@@ -154,7 +154,7 @@ class Taken:
     @property
     def cuts(self) -> list[str]:
         """The cuts between the segments, in order."""
-        return [stop for segment in self.hops if (stop := segment.partition("..")[2])]
+        return [stop for segment in self.hops if (stop := SegmentId.parse(segment).stop)]
 
     def text(self) -> str:
         """The way as one line."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from isthmus.arrays import Array
-from isthmus.artifacts.bundle import WHOLE
+from isthmus.artifacts.segment_id import WHOLE
 from isthmus.context import Context
 from isthmus.errors import MediaUnsupported
 from isthmus.pipeline import execution as pipeline

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
-from isthmus.artifacts.bundle import WHOLE, Bundle, Segment
+from isthmus.artifacts.bundle import Bundle, Segment
+from isthmus.artifacts.segment_id import WHOLE
 from isthmus.errors import LocalError, Missing
 from isthmus.registry import FolderStore, Registry, Resolved, SegmentCache, open_cache, open_registry
 from isthmus.registry.content import blob_key

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from isthmus.artifacts.segment_id import partition_ids
 from isthmus.errors import RequestMalformed, SettingsError
 from isthmus.settings import is_secret
 from isthmus.units import format_size
@@ -137,7 +138,7 @@ def _show(outcome: Outcome) -> None:
     rows = []
     for name, weight in outcome.cuts.items():
         cells = [name, format_size(weight)]
-        for tier, segment in ((EDGE, f"..{name}"), (CLOUD, f"{name}..")):
+        for tier, segment in zip((EDGE, CLOUD), partition_ids([name]), strict=True):
             measured = outcome.profiles.get(tier)
             cost = measured.segments.get(segment) if measured else None
             cells += ["", ""] if cost is None else [_ms(cost.run.median), format_size(cost.memory_bytes)]

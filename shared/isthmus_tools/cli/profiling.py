@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.arrays import Array
-from isthmus.artifacts.bundle import WHOLE, Bundle, Segment
+from isthmus.artifacts.bundle import Bundle, Segment
 from isthmus.artifacts.profile import Profile, to_json
+from isthmus.artifacts.segment_id import WHOLE, SegmentId
 from isthmus.context import Deadline
 from isthmus.registry import Registry, Resolved, open_cache, open_registry
 from isthmus.runtime.store import SegmentStore
@@ -129,15 +130,14 @@ class _Values:
 
     def __call__(self, segment: Segment) -> Mapping[str, Array]:
         values = dict(self._inputs)
-        cut = segment.id.partition("..")[0]
-        if cut:
-            values |= self._crossing(cut)
+        if segment.id.start:
+            values |= self._crossing(segment.id.start)
         return {spec.name: values[spec.name] for spec in segment.inputs}
 
     def _crossing(self, cut: str) -> Mapping[str, Array]:
         if (kept := self._kept.get(cut)) is not None:
             return kept
-        head = self._model.bundle.segment(f"..{cut}")
+        head = self._model.bundle.segment(SegmentId(stop=cut))
         taken = {spec.name: self._inputs[spec.name] for spec in head.inputs}
         ran = self._store.run(self._model.digest, head.id, taken, Deadline.after(_MAX_S)).outputs
         if _bytes(*self._kept.values(), ran) <= _MAX_KEPT_BYTES:
@@ -167,7 +167,8 @@ def _measured_before(registry: Registry, model: Model, known: Iterable[Profile |
     for profile in known:
         if profile is None:
             continue
-        names = {part for segment in profile.segments for part in segment.split("..") if part}
+        ids = map(SegmentId.parse, profile.segments)
+        names = {cut for segment in ids for cut in (segment.start, segment.stop)}
         for cut in registry.bundle(profile.bundle).cuts.values():
             if cut.name in names:
                 at = cut.position
@@ -186,8 +187,7 @@ def _with_cuts(
     registry: Registry, found: Resolved, whole: Path, chosen: Mapping[str, CutInfo | str], step: Progress, version: bool
 ) -> Resolved:
     """The bundle that has a head and a tail at each cut: this one, or one that functions find by its digest."""
-    have = found.bundle.segments
-    lacking = [[cut] for name, cut in chosen.items() if f"..{name}" not in have or f"{name}.." not in have]
+    lacking = [[cut] for name, cut in chosen.items() if not found.bundle.has_segments([name])]
     if not lacking:
         return found
     step(f"{'publishing' if version else 'uploading'} {len(lacking)} more cuts, without weights")
@@ -208,6 +208,6 @@ def _holds(profile: Profile, tier: str, chosen: Mapping[str, object]) -> bool:
     return all(_end(tier, name) in profile.segments for name in chosen)
 
 
-def _end(tier: str, cut: str) -> str:
+def _end(tier: str, cut: str) -> SegmentId:
     """The segment that a tier runs at a cut: the edge the head, any other the tail."""
-    return f"..{cut}" if tier == "edge" else f"{cut}.."
+    return SegmentId(stop=cut) if tier == "edge" else SegmentId(cut)

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from isthmus.artifacts.bundle import WHOLE
 from isthmus.artifacts.conditions import Conditions
 from isthmus.artifacts.plan import Candidate, Plan
 from isthmus.artifacts.profile import Profile
+from isthmus.artifacts.segment_id import WHOLE
 from isthmus.errors import ModelError
 from isthmus.registry import Registry, Resolved, SegmentCache
 from isthmus.units import format_duration, format_rate

@@ -6,13 +6,13 @@ import json
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from isthmus.artifacts.bundle import WHOLE, Bundle, Cut, Segment, Weights, digest_of, is_model_name
+from isthmus.artifacts.bundle import Bundle, Cut, Segment, Weights, digest_of, is_model_name
+from isthmus.artifacts.segment_id import WHOLE, partition_ids
 from isthmus.errors import CutError, ModelError
 from isthmus_tools.graph import weights as weights_file
 from isthmus_tools.graph.cuts import (
@@ -132,7 +132,7 @@ def add_cuts(
     files: dict[str, Path] = {}
     resolved = [_resolve(model, p, bundle.cuts) for p in partitions]
     run = DryRun(model, whole.parent, bundle.weights.tensors)
-    if any(set(_ids(cuts_)) - bundle.segments.keys() for cuts_ in resolved):
+    if any(not bundle.has_segments(c.name for c in cuts_) for cuts_ in resolved):
         # Its inputs cannot be given here, so a model that asks for certain ones is still cut.
         run.whole(extract(model, bundle.weights, None, None), must_run=False)
     more = _cut(bundle, run, resolved, out, files, progress, on_refusal)
@@ -245,10 +245,6 @@ class _Rehearsed(NamedTuple):
     difference: float
 
 
-def _ids(cuts_: Sequence[AnyCut]) -> list[str]:
-    return [f"{a}..{b}" for a, b in pairwise(["", *(c.name for c in cuts_), ""])]
-
-
 def _tried(run: DryRun, weights: Weights, cuts_: Sequence[AnyCut], known: Collection[str]) -> _Rehearsed:
     """A partition after its dry run, unless all of its segments are `known`: those had theirs.
 
@@ -256,7 +252,8 @@ def _tried(run: DryRun, weights: Weights, cuts_: Sequence[AnyCut], known: Collec
         CutError: as `_rehearsed`.
     """
     check_order(run.model, cuts_)
-    return _rehearsed(run, weights, cuts_) if set(_ids(cuts_)) - set(known) else _Rehearsed(cuts_, (), 0.0)
+    ids = partition_ids(c.name for c in cuts_)
+    return _rehearsed(run, weights, cuts_) if set(ids) - set(known) else _Rehearsed(cuts_, (), 0.0)
 
 
 def _rehearsed(run: DryRun, weights: Weights, cuts_: Sequence[AnyCut]) -> _Rehearsed:
@@ -319,8 +316,7 @@ def _differs(a: Cut, b: Cut) -> bool:
 
 
 def _store(extracted: Extracted, out: Path, files: dict[str, Path]) -> Segment:
-    start, _, stop = extracted.id.partition("..")
-    path = out / f"{start or 'inputs'}-to-{stop or 'outputs'}.onnx"
+    path = out / f"{extracted.id.start or 'inputs'}-to-{extracted.id.stop or 'outputs'}.onnx"
     path.write_bytes(extracted.graph)
     files[extracted.segment.graph.digest] = path
     return extracted.segment

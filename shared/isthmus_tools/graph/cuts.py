@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from isthmus.artifacts import bundle
-from isthmus.artifacts.cut_syntax import CutText, parse_cut, parse_partition
+from isthmus.artifacts.cuts import CutText, is_cut_name, parse_cut, parse_partition
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import CutError, UnboundedCut, UnknownValue
 from isthmus.wire.frame import entry_bytes, why_not_together
@@ -136,7 +136,7 @@ def cut_at(model: Model, tensors: Iterable[str], name: str | None = None) -> Cut
         _check_carried(model, value)
     upstream = ancestors(model, values)
     crossing = crossing_values(model, upstream)
-    if name is not None and not bundle.is_cut_name(name):
+    if name is not None and not is_cut_name(name):
         raise CutError(f"{name!r} cannot name a cut", hint="use 1 to 63 letters, digits, '_' and '-'")
     if leaks := [str(v.name) for v in crossing if v not in values]:
         # A prefix may also hold the nodes that make outputs of what leaks, which these tensors are not computed from.

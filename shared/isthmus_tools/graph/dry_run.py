@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from isthmus.arrays import Array
-from isthmus.artifacts.bundle import WHOLE, Segment, WeightTensor
+from isthmus.artifacts.bundle import Segment, WeightTensor
+from isthmus.artifacts.segment_id import WHOLE
 from isthmus.artifacts.tensors import TensorSpec, describe
 from isthmus.errors import CutError, FrameError, ModelError, SegmentError
 from isthmus.runtime.ort_runner import UnpublishedRunner, cpu_limit
@@ -128,7 +129,7 @@ class DryRun:
         """
         cases = self._cases if self._extra_s < self.budget_s else self._cases[:1]
         values = [dict(case.arrays) for case in cases]
-        name = "/".join(part.id.partition("..")[2] for part in parts[:-1])
+        name = "/".join(part.id.stop for part in parts[:-1])
         try:
             for part in parts:
                 self._step(self._load(part), values)

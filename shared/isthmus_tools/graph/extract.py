@@ -13,6 +13,7 @@ import onnx_ir as ir
 from isthmus.arrays import DTYPES
 from isthmus.artifacts import bundle
 from isthmus.artifacts.bundle import Blob, Segment, Weights, WeightTensor
+from isthmus.artifacts.segment_id import SegmentId
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import CutError
 from isthmus_tools.graph.cuts import CutInfo, crossing_values, upstream_of
@@ -26,7 +27,7 @@ AnyCut: TypeAlias = CutInfo | bundle.Cut
 class Extracted:
     """A segment's graph as bytes, and what its manifest entry says; `weights` are ranges of indices, half-open."""
 
-    id: str
+    id: SegmentId
     graph: bytes
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -79,7 +80,7 @@ def extract(model: Model, weights: Weights, start: AnyCut | None, stop: AnyCut |
     before = frozenset[int]() if start is None else upstream_of(model, start)
     everything = frozenset(i for i, dynamic in enumerate(model.dynamic) if dynamic)
     region = (everything if stop is None else upstream_of(model, stop)) - before
-    segment_id = f"{start.name if start else ''}..{stop.name if stop else ''}"
+    segment_id = SegmentId(start.name if start else "", stop.name if stop else "")
     crossing = {} if stop is None else crossing_values(model, before | region)
     used = {v for i in region for v in model.uses[i] if not model.is_static(v)}
     made = [v for i in sorted(region) for v in model.nodes[i].outputs if v.name]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from isthmus.artifacts.conditions import Conditions
 from isthmus.artifacts.plan import Candidate, Terms
 from isthmus.artifacts.profile import HopCost, Profile
+from isthmus.artifacts.segment_id import SegmentId
 from isthmus_tools.planner.prices import Prices
 
 HEADERS_UP, HEADERS_DOWN = 340, 420
@@ -51,7 +52,7 @@ class Load:
     again: float = 0.0
 
 
-def run_seconds(profile: Profile, segment_id: str, nodes: Collection[int], same: Callable[[str], bool]) -> Work:
+def run_seconds(profile: Profile, segment_id: SegmentId, nodes: Collection[int], same: Callable[[str], bool]) -> Work:
     """A segment's run on the profile's device: as timed where the profile has the `same` one, else of its nodes."""
     timed = profile.segments.get(segment_id)
     if timed is not None and same(segment_id):

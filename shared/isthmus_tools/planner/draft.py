@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from isthmus.artifacts.bundle import WHOLE, Bundle, subject_digest
+from isthmus.artifacts.bundle import Bundle, subject_digest
 from isthmus.artifacts.conditions import Conditions
 from isthmus.artifacts.plan import Candidate, Terms
 from isthmus.artifacts.profile import CodecSpeed, Profile
+from isthmus.artifacts.segment_id import WHOLE, SegmentId, partition_ids
 from isthmus.registry import Registry, Resolved
 from isthmus_tools.graph.cuts import upstream_of
 from isthmus_tools.graph.model import Model
@@ -108,7 +109,8 @@ class Draft:
         elif option.kind == "cloud":
             cloud = self._run(CLOUD, WHOLE)
         else:
-            edge, cloud = self._run(EDGE, f"..{option.cuts[0]}"), self._run(CLOUD, f"{option.cuts[0]}..")
+            head, tail = partition_ids(option.cuts)
+            edge, cloud = self._run(EDGE, head), self._run(CLOUD, tail)
         return Load(
             near=trial.near,
             far=trial.far,
@@ -125,14 +127,14 @@ class Draft:
         whole = CodecSpeed(self.slowdown[tier], self.slowdown[tier])
         return whole if option.photo else self.packing.get(tier, {}).get(option.choice.codec, whole)
 
-    def _run(self, tier: str, segment: str) -> Work:
+    def _run(self, tier: str, segment: SegmentId) -> Work:
         return run_seconds(self.profiles[tier], segment, self._nodes(segment), self.same_graph[tier])
 
-    def _nodes(self, segment: str) -> list[int]:
+    def _nodes(self, segment: SegmentId) -> list[int]:
         everything = [i for i, dynamic in enumerate(self.model.dynamic) if dynamic]
-        start, _, stop = segment.partition("..")
-        after = upstream_of(self.model, self.bundle.cuts[start]) if start else frozenset()
-        before = upstream_of(self.model, self.bundle.cuts[stop]) if stop else frozenset(everything)
+        cuts = self.bundle.cuts
+        after = upstream_of(self.model, cuts[segment.start]) if segment.start else frozenset()
+        before = upstream_of(self.model, cuts[segment.stop]) if segment.stop else frozenset(everything)
         return [i for i in everything if i in before and i not in after]
 
     def _memory(self, option: Option) -> tuple[int, int]:
@@ -144,7 +146,7 @@ class Draft:
             return edge.segment(whole, self._nodes(WHOLE)), 0
         if option.kind == "cloud":
             return 0, cloud.segment(whole, self._nodes(WHOLE))
-        head, tail = f"..{option.cuts[0]}", f"{option.cuts[0]}.."
+        head, tail = partition_ids(option.cuts)
         sizes = (edge, head), (cloud, tail)
         one, other = (m.segment(self.bundle.segment(s), self._nodes(s)) for m, s in sizes)
         return one, other

@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from isthmus.artifacts.bundle import WHOLE, Bundle, digest_of, to_json
+from isthmus.artifacts.bundle import Bundle, digest_of, to_json
 from isthmus.artifacts.choice import Choice
 from isthmus.artifacts.conditions import Conditions
 from isthmus.artifacts.fidelity import Fidelity
 from isthmus.artifacts.fidelity_document import read
 from isthmus.artifacts.plan import CloserLooks, Error
 from isthmus.artifacts.profile import Profile, content_of
+from isthmus.artifacts.segment_id import WHOLE
 from isthmus.errors import CutError, PlanMismatch
 from isthmus.processing.image import MAX_PIXELS, preprocess
 from isthmus.processing.image_spec import made_shape
@@ -105,7 +106,7 @@ def drafting(
             refused: list[CutError] = []
             made = [[c] for c in fresh]
             bundle, files = add_cuts(base, whole.path, made, folder, on_refusal=refused.append) if fresh else (base, {})
-            names = [n for n in names if f"..{n}" in bundle.segments and f"{n}.." in bundle.segments]
+            names = [n for n in names if bundle.has_segments([n])]
             threads = min(profiles[EDGE].device.threads, 2)
             bench = Workbench(bundle, found.digest, files, cache, threads=threads)
             draft = Draft(
@@ -165,7 +166,7 @@ def _named(
         if name not in names:
             names.append(name)
     # A cut that only parts a longer partition has no head and tail of its own.
-    lacking = [n for n in names if f"..{n}" not in bundle.segments or f"{n}.." not in bundle.segments]
+    lacking = [n for n in names if not bundle.has_segments([n])]
     return names, [new.get(name, name) for name in lacking]
 
 

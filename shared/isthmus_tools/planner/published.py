@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from isthmus.artifacts.bundle import WHOLE, Blob, Bundle, Segment, digest_of, subject_digest
+from isthmus.artifacts.bundle import Blob, Bundle, Segment, digest_of, subject_digest
 from isthmus.artifacts.choice import PHOTO_ID, Choice
 from isthmus.artifacts.fidelity import Fidelity
 from isthmus.artifacts.plan import Candidate, Plan
 from isthmus.artifacts.plan_document import to_json
+from isthmus.artifacts.segment_id import WHOLE
 from isthmus.codecs import find_codec
 from isthmus.errors import Missing, PlanMismatch
 from isthmus.registry import Registry, Version

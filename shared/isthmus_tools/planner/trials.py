@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 
 from isthmus.arrays import Array
 from isthmus.artifacts.agreement import Measure, measure_for
-from isthmus.artifacts.bundle import WHOLE, Bundle, Segment
+from isthmus.artifacts.bundle import Bundle, Segment
 from isthmus.artifacts.choice import RAW_ID, Choice
 from isthmus.artifacts.plan import CloserLooks, Coding, Error
+from isthmus.artifacts.segment_id import WHOLE, SegmentId
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.codecs import EncodedTensor
 from isthmus.codecs.choice import encodings
@@ -102,7 +103,7 @@ class Trials:
     def split(self, cut: str, choice: Choice) -> Trial | None:
         """The head on the first hop, the tail on the last; None where the choice packs nothing that crosses."""
         crossed, near = self._crossing(cut)
-        tail = self._bundle.segment(f"{cut}..")
+        tail = self._bundle.segment(SegmentId(cut))
         made = self._sent(choice, crossed, tail, tail.inputs, cut)
         return None if made is None else replace(made, near=near, preprocess_s=self._preprocess_s)
 
@@ -112,7 +113,7 @@ class Trials:
         The tail runs on nothing of it: how far the answers are off is known already, which is the `error`.
         """
         crossed, near = self._crossing(cut)
-        tail = self._bundle.segment(f"{cut}..")
+        tail = self._bundle.segment(SegmentId(cut))
         qualities = (choice.quality, *(look.quality for look in looks.looks))
         hows = [encodings(tail.inputs, Choice(choice.codec, quality), self._table) for quality in qualities]
         tries: list[list[tuple[int, float, float]]] = [[] for _ in hows]
@@ -148,7 +149,7 @@ class Trials:
 
     def _crossing(self, cut: str) -> tuple[Sequence[Mapping[str, Array]], Exchange]:
         """All values that are known once the head has run, for each example, and the call to it."""
-        head = self._bundle.segment(f"..{cut}")
+        head = self._bundle.segment(SegmentId(stop=cut))
         if cut not in self._sides:
             # One cut at a time: what crosses is kept for its codecs, and sessions take memory.
             self._bench.forget()

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from isthmus.arrays import Array
-from isthmus.artifacts.bundle import WHOLE, Bundle, digest_of, is_model_name, to_json
+from isthmus.artifacts.bundle import Bundle, digest_of, is_model_name, to_json
 from isthmus.artifacts.profile import content_of
+from isthmus.artifacts.segment_id import WHOLE
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import IsthmusError, Missing, ModelError, RunFailed
 from isthmus.registry import Registry

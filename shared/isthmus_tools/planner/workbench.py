@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from isthmus.arrays import Array
-from isthmus.artifacts.bundle import WHOLE, Bundle, Segment
+from isthmus.artifacts.bundle import Bundle, Segment
+from isthmus.artifacts.segment_id import WHOLE
 from isthmus.registry.cache import SegmentCache
 from isthmus.runtime.ort_runner import OrtRunner, Runner
 

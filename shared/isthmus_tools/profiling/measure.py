@@ -9,9 +9,10 @@ from datetime import UTC, datetime
 from typing import TypeAlias
 
 from isthmus.arrays import Array
-from isthmus.artifacts.bundle import WHOLE, Bundle, Segment
+from isthmus.artifacts.bundle import Bundle, Segment
 from isthmus.artifacts.device import Device
 from isthmus.artifacts.profile import HopCost, Profile, SegmentCost, Timing, content_of
+from isthmus.artifacts.segment_id import WHOLE
 from isthmus.errors import ProfileMalformed
 from isthmus.wire.frame import Frame
 from isthmus_tools.budget import UNLIMITED, Budget, Pace

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from functools import cache
 
 _SEPARATOR = re.compile(r"[/,]")
-_NAMED = re.compile(r"\s*([A-Za-z0-9][A-Za-z0-9_-]{0,62})\s*=")
+_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}"
+_CUT = re.compile(_NAME)
+_NAMED = re.compile(rf"\s*({_NAME})\s*=")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,11 @@ class CutText:
         """The position that the cut is given by, if it is."""
         lone = self.parts[0] if len(self.parts) == 1 and self.name is None else ""
         return int(lone) if _is_position(lone) else None
+
+
+def is_cut_name(text: str) -> bool:
+    """Whether `text` can name a cut: 1 to 63 letters, digits, '_' and '-', starting alphanumeric (so never '..')."""
+    return _CUT.fullmatch(text) is not None
 
 
 def parse_partition(text: str, known: Collection[str]) -> tuple[CutText, ...]:

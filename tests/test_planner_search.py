@@ -19,23 +19,23 @@ from isthmus_tools.graph import build, open_model
 from isthmus_tools.graph.cuts import crossing_values, upstream_of
 from isthmus_tools.planner.search import (
     Labels,
-    Link,
+    LinkTimes,
     Problem,
     Tensor,
     assignment,
     cost,
-    flow,
+    earliest_tiers,
     is_allowed,
-    lowest,
+    min_cut,
     pipeline,
     solve,
     stages,
     sweep,
-    tally,
+    usage,
     with_speed,
 )
 from isthmus_tools.planner.search.from_graph import boundaries, cut_of, from_model, positions
-from isthmus_tools.planner.search.prefix import best_prefix
+from isthmus_tools.planner.search.throughput import best_prefix
 from support.models import REAL
 from support.planner_problems import divisions, language_model, random_problem
 from test_graph_random import graphs
@@ -43,7 +43,7 @@ from test_graph_random import graphs
 INF = math.inf
 
 
-def chain(*seconds: tuple[float, ...], sizes: tuple[float, ...], links: tuple[Link, ...], **rest: Any) -> Problem:
+def chain(*seconds: tuple[float, ...], sizes: tuple[float, ...], links: tuple[LinkTimes, ...], **rest: Any) -> Problem:
     """Nodes in a row: `sizes` are the input's bytes, then each node's; the last returns to the caller."""
     n = len(seconds[0])
     tensors = [Tensor("x", None, (0,), sizes[0])]
@@ -55,7 +55,7 @@ def chain(*seconds: tuple[float, ...], sizes: tuple[float, ...], links: tuple[Li
 
 
 def test_cost_of_a_chain_is_its_work_and_what_crosses() -> None:
-    problem = chain((1, 2, 4), (0.1, 0.2, 0.4), sizes=(100, 30, 20, 5), links=(Link(0.01, 0.1, 0.7),))
+    problem = chain((1, 2, 4), (0.1, 0.2, 0.4), sizes=(100, 30, 20, 5), links=(LinkTimes(0.01, 0.1, 0.7),))
     assert cost(problem, (0, 0, 0)) == 7
     assert cost(problem, (0, 1, 1)) == pytest.approx(1 + 0.6 + 30 * 0.01 + 5 * 0.1 + 0.7)
     assert cost(problem, (1, 1, 1)) == pytest.approx(0.7 + 100 * 0.01 + 5 * 0.1 + 0.7)
@@ -69,26 +69,26 @@ def test_a_tensor_read_by_many_and_an_input_read_on_both_sides_pay_once() -> Non
         Tensor("y", 2, (), 0, True),
         Tensor("z", 1, (), 0, True),
     )
-    problem = Problem(((0, 0, 0), (0, 0, 0)), tensors, (Link(1, 0),))
+    problem = Problem(((0, 0, 0), (0, 0, 0)), tensors, (LinkTimes(1, 0),))
     found = assignment(problem, (0, 1, 1))
     assert (found.seconds, found.up, found.down) == (13, ((0, 1),), ((2, 3),))
 
 
 def test_every_boundary_on_the_way_is_paid_even_where_nothing_runs() -> None:
-    problem = chain((5,), (5,), (0,), sizes=(10, 1), links=(Link(0.1, 0, 0.25), Link(0.2, 0, 0.5)))
+    problem = chain((5,), (5,), (0,), sizes=(10, 1), links=(LinkTimes(0.1, 0, 0.25), LinkTimes(0.2, 0, 0.5)))
     assert cost(problem, (2,)) == pytest.approx(10 * 0.1 + 10 * 0.2 + 0.75)
 
 
 def test_an_output_that_is_read_beyond_goes_up_and_one_made_beyond_comes_back() -> None:
     tensors = (Tensor("x", None, (0,), 0), Tensor("a", 0, (1,), 4, True), Tensor("y", 1, (), 2, True))
-    problem = Problem(((0, 0), (0, 0)), tensors, (Link(1, 10),))
+    problem = Problem(((0, 0), (0, 0)), tensors, (LinkTimes(1, 10),))
     assert cost(problem, (0, 1)) == 4 + 20
     assert cost(problem, (1, 1)) == 40 + 20
 
 
 def test_a_caller_in_the_cloud_sends_inputs_down_and_reads_outputs_there() -> None:
     tensors = (Tensor("x", None, (0, 1), 5), Tensor("a", 0, (1,), 4, True), Tensor("y", 1, (), 2, True))
-    problem = Problem(((0, 0), (9, 9)), tensors, (Link(1, 10, 100),), caller=1)
+    problem = Problem(((0, 0), (9, 9)), tensors, (LinkTimes(1, 10, 100),), caller=1)
     assert cost(problem, (1, 1)) == 18
     # x goes down once and is above already; a comes up once, though node 1 and the caller both read it.
     assert cost(problem, (0, 1)) == 9 + 5 * 10 + 4 + 100
@@ -97,7 +97,7 @@ def test_a_caller_in_the_cloud_sends_inputs_down_and_reads_outputs_there() -> No
 
 @pytest.mark.parametrize("labels", [(0, 0), (0, 0, 2), (0, -1, 0)])
 def test_labels_that_fit_no_problem_are_refused(labels: Labels) -> None:
-    problem = chain((1, 2, 4), (0, 0, 0), sizes=(1, 1, 1, 1), links=(Link(1, 1),))
+    problem = chain((1, 2, 4), (0, 0, 0), sizes=(1, 1, 1, 1), links=(LinkTimes(1, 1),))
     with pytest.raises(ProblemMalformed, match="labels must be 3 tiers, each below 2"):
         cost(problem, labels)
 
@@ -123,29 +123,29 @@ def test_the_minimum_cut_is_the_best_of_all_divisions_and_the_earliest_of_equals
         assert found.seconds == pytest.approx(least, abs=1e-9), seed
         assert found.labels == tuple(map(min, zip(*equal, strict=True))), seed
         assert found == assignment(problem, found.labels)
-        assert lowest(problem) == tuple(map(min, zip(*costs, strict=True))), seed
+        assert earliest_tiers(problem) == tuple(map(min, zip(*costs, strict=True))), seed
         solved, tied = solved + 1, tied + (len(equal) > 1)
     assert solved > count * 0.7
     assert tied >= 2
 
 
 def test_equal_divisions_stay_on_the_earliest_tier() -> None:
-    same = chain((0.1, 0.2), (0.2, 0.1), sizes=(0, 0, 0), links=(Link(1, 1),))
+    same = chain((0.1, 0.2), (0.2, 0.1), sizes=(0, 0, 0), links=(LinkTimes(1, 1),))
     assert solve(same).labels == (0, 1)
-    assert solve(chain((0.3, 0.3), (0.3, 0.3), sizes=(0, 0, 0), links=(Link(1, 1),))).labels == (0, 0)
+    assert solve(chain((0.3, 0.3), (0.3, 0.3), sizes=(0, 0, 0), links=(LinkTimes(1, 1),))).labels == (0, 0)
     # 0.1 + 0.2 is not 0.3 in doubles, and still a tie.
-    assert solve(chain((0.3,), (0.2,), sizes=(1, 0), links=(Link(0.1, 1),))).labels == (0,)
-    assert solve(chain((0.0,), (0.0,), sizes=(0, 0), links=(Link(0, 0),))).labels == (0,)
+    assert solve(chain((0.3,), (0.2,), sizes=(1, 0), links=(LinkTimes(0.1, 1),))).labels == (0,)
+    assert solve(chain((0.0,), (0.0,), sizes=(0, 0), links=(LinkTimes(0, 0),))).labels == (0,)
 
 
 def test_one_node_goes_where_it_is_faster() -> None:
-    problem = chain((1.0,), (0.1,), sizes=(10, 1), links=(Link(0.01, 0.01, 0.5),))
+    problem = chain((1.0,), (0.1,), sizes=(10, 1), links=(LinkTimes(0.01, 0.01, 0.5),))
     assert solve(problem).labels == (1,)
     assert solve(with_speed(problem, 0, 0.1)).labels == (0,)
 
 
 def test_fixed_seconds_are_worth_it_only_together() -> None:
-    links = (Link(0, 0, 1.0), Link(0, 0, 1.0))
+    links = (LinkTimes(0, 0, 1.0), LinkTimes(0, 0, 1.0))
     problem = chain((0.7, 0.7), (0.7, 0.7), (0.0, 0.0), sizes=(0, 0, 0), links=links)
     assert solve(problem).labels == (0, 0)
     slower = chain((1.1, 1.1), (1.1, 1.1), (0.0, 0.0), sizes=(0, 0, 0), links=links)
@@ -153,12 +153,12 @@ def test_fixed_seconds_are_worth_it_only_together() -> None:
 
 
 def test_pins_are_kept() -> None:
-    problem = chain((9, 9, 9), (0, 0, 0), sizes=(0, 0, 0, 0), links=(Link(0, 0),), pins={1: (0, 0)})
+    problem = chain((9, 9, 9), (0, 0, 0), sizes=(0, 0, 0, 0), links=(LinkTimes(0, 0),), pins={1: (0, 0)})
     assert solve(problem).labels == (0, 0, 1)
 
 
 def test_contradictory_pins_name_the_node() -> None:
-    arguments: dict[str, Any] = {"sizes": (1, 1, 1), "links": (Link(1, 1),), "names": ("conv", "relu")}
+    arguments: dict[str, Any] = {"sizes": (1, 1, 1), "links": (LinkTimes(1, 1),), "names": ("conv", "relu")}
     with pytest.raises(Infeasible, match="relu may run on only tiers") as caught:
         solve(chain((1, 1), (1, 1), pins={0: (1, 1), 1: (0, 0)}, **arguments))
     assert caught.value.facts == {"node": 1, "name": "relu", "because": "conv"}
@@ -172,16 +172,16 @@ def test_contradictory_pins_name_the_node() -> None:
 
 def test_what_cannot_cross_stays_on_one_tier() -> None:
     for size, labels in ((0, (0, 0, 1)), (INF, (0, 0, 0))):
-        problem = chain((5, 5, 5), (9, 9, 1), sizes=(0, 0, size, 0), links=(Link(0, 0),))
+        problem = chain((5, 5, 5), (9, 9, 1), sizes=(0, 0, size, 0), links=(LinkTimes(0, 0),))
         assert solve(problem).labels == labels
-    assert solve(chain((5, 5), (1, 1), sizes=(INF, 0, 0), links=(Link(0, 0),))).labels == (0, 1)
-    assert solve(chain((5, 5), (1, 1), sizes=(0, 0, INF), links=(Link(0, 0),))).labels == (0, 0)
+    assert solve(chain((5, 5), (1, 1), sizes=(INF, 0, 0), links=(LinkTimes(0, 0),))).labels == (0, 1)
+    assert solve(chain((5, 5), (1, 1), sizes=(0, 0, INF), links=(LinkTimes(0, 0),))).labels == (0, 0)
 
 
 ONE: dict[str, Any] = {
     "seconds": ((1.0,), (1.0,)),
     "tensors": (Tensor("x", None, (0,), 1), Tensor("y", 0, (), 1, True)),
-    "links": (Link(1, 1),),
+    "links": (LinkTimes(1, 1),),
 }
 
 
@@ -194,8 +194,8 @@ ONE: dict[str, Any] = {
         ({"seconds": ((1.0,), (-1.0,))}, "node 0 takes -1.0 seconds on tier 1"),
         ({"seconds": ((math.nan,), (1.0,))}, "node 0 takes nan seconds on tier 0"),
         ({"links": ()}, "2 tiers need 1 links"),
-        ({"links": (Link(INF, 1),)}, "link 0 has a negative or unbounded time"),
-        ({"links": (Link(1, 1, -1),)}, "link 0 has a negative or unbounded time"),
+        ({"links": (LinkTimes(INF, 1),)}, "link 0 has a negative or unbounded time"),
+        ({"links": (LinkTimes(1, 1, -1),)}, "link 0 has a negative or unbounded time"),
         ({"caller": 2}, "the caller's tier 2 is none of 2"),
         ({"tensors": ONE["tensors"][:1]}, "there is no output"),
         ({"tensors": ONE["tensors"][1:]}, "there is no graph input"),
@@ -221,7 +221,7 @@ def _lines(problem: Problem, boundary: int, down: float) -> dict[Labels, tuple[F
     still = with_speed(problem, boundary, 0.0)
     found = {}
     for labels in divisions(problem):
-        amounts = tally(problem, labels)
+        amounts = usage(problem, labels)
         slope = Fraction(amounts.up_bytes[boundary]) + Fraction(down) * Fraction(amounts.down_bytes[boundary])
         found[labels] = (Fraction(cost(still, labels)), slope)
     return found
@@ -264,15 +264,15 @@ def test_the_sweep_is_the_lower_envelope_of_all_divisions(tiers: int, boundary: 
 
 
 def test_a_sweep_cuts_about_twice_for_each_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, cut = [0], flow.source_side
+    calls, cut = [0], min_cut.source_side
 
     def counted(*arguments: Any) -> Any:
         calls[0] += 1
         return cut(*arguments)
 
-    monkeypatch.setattr(flow, "source_side", counted)
+    monkeypatch.setattr(min_cut, "source_side", counted)
     sizes = tuple(float((40 - v) ** 2) for v in range(41))
-    problem = chain((1.0,) * 40, (0.5,) * 40, sizes=sizes, links=(Link(0, 0),))
+    problem = chain((1.0,) * 40, (0.5,) * 40, sizes=sizes, links=(LinkTimes(0, 0),))
     pieces = sweep(problem)
     assert len(pieces) >= 10
     assert calls[0] <= 2 * len(pieces) + 1
@@ -373,7 +373,7 @@ def _saved(tmp_path: Path, text: str) -> Path:
 
 def test_a_problem_of_a_model_has_its_dynamic_nodes_captures_and_bytes(tmp_path: Path) -> None:
     model = open_model(_saved(tmp_path, FORKED))
-    problem = from_model(model, [[1.0] * len(model.nodes)] * 2, [Link(1, 1)], early_outputs=True)
+    problem = from_model(model, [[1.0] * len(model.nodes)] * 2, [LinkTimes(1, 1)], early_outputs=True)
     ops = [model.nodes[i].op_type for i in positions(model)]
     assert sorted(ops) == ["Add", "Exp", "If", "Neg", "Relu", "Sqrt"]
     readers = {t.name: sorted(ops[v] for v in t.consumers) for t in problem.tensors}
@@ -388,11 +388,11 @@ def test_outputs_stay_together_unless_early_ones_are_wanted(tmp_path: Path) -> N
     model = open_model(_saved(tmp_path, FORKED))
     slow = [[0.0 if n.op_type == "Exp" else 9.0 for n in model.nodes], [0.0] * len(model.nodes)]
     slow[1] = [9.0 if n.op_type in ("Exp", "Neg", "Add") else 0.0 for n in model.nodes]
-    free = from_model(model, slow, [Link(0, 0)], early_outputs=True)
+    free = from_model(model, slow, [LinkTimes(0, 0)], early_outputs=True)
     ops = [model.nodes[i].op_type for i in positions(model)]
     left = [op for op, tier in zip(ops, solve(free).labels, strict=True) if tier == 0]
     assert sorted(left) == ["Add", "Exp", "Neg"]
-    together = solve(from_model(model, slow, [Link(0, 0)])).labels
+    together = solve(from_model(model, slow, [LinkTimes(0, 0)])).labels
     assert together[ops.index("Exp")] == together[ops.index("Sqrt")]
 
 
@@ -409,7 +409,7 @@ def test_a_division_that_no_cut_can_name_is_refused_with_its_nodes(tmp_path: Pat
 def test_a_division_of_a_model_needs_a_time_for_each_node(tmp_path: Path) -> None:
     model = open_model(_saved(tmp_path, FORKED))
     with pytest.raises(ProblemMalformed, match="every tier needs one time for each of"):
-        from_model(model, [[1.0], [1.0]], [Link(1, 1)])
+        from_model(model, [[1.0], [1.0]], [LinkTimes(1, 1)])
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -422,13 +422,13 @@ def test_every_division_of_any_model_becomes_cuts(tmp_path_factory: Any, proto: 
         return
     n = len(model.nodes)
     times = [[((i * 7 + t * 5) % (9 - 2 * t)) / (t + 1) for i in range(n)] for t in range(3)]
-    problem = from_model(model, times, [Link(0.02, 0), Link(0.05, 0, 0.1)])
+    problem = from_model(model, times, [LinkTimes(0.02, 0), LinkTimes(0.05, 0, 0.1)])
     _assert_cuts(model, problem, solve(problem).labels)
 
 
 def _assert_cuts(model: Any, problem: Problem, labels: Labels) -> list[Any]:
     found = []
-    crossing = tally(problem, labels).up
+    crossing = usage(problem, labels).up
     for b, boundary in enumerate(boundaries(model, labels, problem.tiers)):
         if problem.caller == 0:
             assert {problem.tensors[i].name for i in crossing[b]} == set(boundary.tensors)
@@ -445,7 +445,7 @@ def test_a_real_model_is_divided_and_its_segments_made(name: str, tmp_path: Path
     model = open_model(real.path(), **real.open_arguments())
     edge = [m * 1e-9 + 1e-5 for m in model.macs]
     weight = sum(model.nbytes(v) for v in crossing_values(model, frozenset()))
-    link = Link(0.3 * sum(edge) / weight, 1e-9)
+    link = LinkTimes(0.3 * sum(edge) / weight, 1e-9)
     problem = from_model(model, [edge, [s / 10 for s in edge]], [link])
     pieces = sweep(problem)
     made = 0

@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Iterator
 
-from isthmus_tools.planner.search import Labels, Link, Problem, Tensor, is_allowed
+from isthmus_tools.planner.search import Labels, LinkTimes, Problem, Tensor, is_allowed
 
 
 def random_problem(seed: int, tiers: int, nodes: int, *, plain: bool = False) -> Problem:
@@ -34,13 +34,13 @@ def random_problem(seed: int, tiers: int, nodes: int, *, plain: bool = False) ->
     most = 3 if coarse else 9
     grain = [0.1] if coarse else [0.1, 0.3, 1.0]
     seconds = [[rng.randint(0, most) * speed[t] * rng.choice([1, 3]) for _ in range(nodes)] for t in range(tiers)]
-    links = [Link(rng.choice(grain), rng.choice([0.0, 0.1, 0.4])) for _ in range(tiers - 1)]
+    links = [LinkTimes(rng.choice(grain), rng.choice([0.0, 0.1, 0.4])) for _ in range(tiers - 1)]
     if plain:
         return Problem(tuple(map(tuple, seconds)), tuple(tensors), tuple(links))
     for row in seconds:
         for v in range(nodes):
             row[v] = math.inf if rng.random() < 0.06 else row[v]
-    links = [Link(link.up, link.down, rng.choice([0.0, 0.2, 1.5])) for link in links]
+    links = [LinkTimes(link.up, link.down, rng.choice([0.0, 0.2, 1.5])) for link in links]
     ends = [sorted(rng.choices(range(tiers), k=2)) for _ in range(nodes)]
     pins = {v: (ends[v][0], ends[v][1]) for v in range(nodes) if rng.random() < 0.1}
     return Problem(tuple(map(tuple, seconds)), tuple(tensors), tuple(links), rng.randrange(tiers), pins)
@@ -101,5 +101,5 @@ def language_model(nodes: int, tiers: int, *, even: bool = False) -> Problem:
     return Problem(
         tuple(tuple(s * m * rng.lognormvariate(0, noise) for s in work) for m in scale[:tiers]),
         tuple(Tensor(name, producer, tuple(readers), size, out) for name, producer, readers, size, out in rows),
-        tuple(Link(3e-9 * (b + 1), 3e-9, 0.001) for b in range(tiers - 1)),
+        tuple(LinkTimes(3e-9 * (b + 1), 3e-9, 0.001) for b in range(tiers - 1)),
     )

@@ -16,9 +16,8 @@ from isthmus.errors import ConstraintMalformed
 from isthmus_tools.graph.cuts import CutInfo, cuts
 from isthmus_tools.graph.model import Model
 from isthmus_tools.planner.search.from_graph import boundaries, cut_of, from_model, positions
-from isthmus_tools.planner.search.problem import Link, Problem
-from isthmus_tools.planner.search.solve import solve
-from isthmus_tools.planner.search.sweep import sweep
+from isthmus_tools.planner.search.latency import solve, sweep
+from isthmus_tools.planner.search.problem import LinkTimes, Problem
 from isthmus_tools.planner.survey import Survey
 
 NEAR = 3
@@ -77,7 +76,7 @@ class Search:
         made = from_model(
             self.model,
             [self.edge.nodes, self.cloud.nodes],
-            [Link(up, down, conditions.rtt_s + _hop(self.cloud)[0])],
+            [LinkTimes(up, down, conditions.rtt_s + _hop(self.cloud)[0])],
             pins=dict.fromkeys(self._private(), (0, 0)),
         )
         sizes, seconds = self.survey.bytes.get(choice.codec, {}), self.survey.seconds.get(choice.codec, {})

@@ -1,31 +1,39 @@
-"""Which tier runs which node: costs as plain data, and searches over them. It touches no device and no network.
+"""Graph partitioning over tiers: costs as plain data and exact searches, without any device or network.
 
-`isthmus_tools.planner.search.from_graph` makes problems of models, and imports what `isthmus_tools.graph` imports.
+`isthmus_tools.planner.search.from_graph` builds problems of models, and imports `isthmus_tools.graph`.
 """
 
-from isthmus_tools.planner.search.division import Labels, Tally, cost, is_allowed, lowest, tally
-from isthmus_tools.planner.search.problem import Link, Problem, Tensor
-from isthmus_tools.planner.search.solve import Assignment, assignment, solve
-from isthmus_tools.planner.search.sweep import Piece, sweep, with_speed
+from isthmus_tools.planner.search.latency import Assignment, Piece, assignment, solve, sweep, with_speed
+from isthmus_tools.planner.search.problem import (
+    Labels,
+    LinkTimes,
+    Problem,
+    Tensor,
+    Usage,
+    cost,
+    earliest_tiers,
+    is_allowed,
+    usage,
+)
 from isthmus_tools.planner.search.throughput import Pipeline, pipeline, stages
 
 __all__ = [
     "Assignment",
     "Labels",
-    "Link",
+    "LinkTimes",
     "Piece",
     "Pipeline",
     "Problem",
-    "Tally",
     "Tensor",
+    "Usage",
     "assignment",
     "cost",
+    "earliest_tiers",
     "is_allowed",
-    "lowest",
     "pipeline",
     "solve",
     "stages",
     "sweep",
-    "tally",
+    "usage",
     "with_speed",
 ]

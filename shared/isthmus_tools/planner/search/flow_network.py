@@ -1,18 +1,18 @@
-"""A problem as the arcs of a flow network whose cuts are the allowed divisions, each as heavy as it is slow.
+"""A partitioning problem as a flow network: finite s-t cuts are the allowed divisions, with capacity equal to cost.
 
 Every node v and boundary b has a vertex x[v, b], on the source's side if v runs beyond b. An arc x -> y is paid where x
-is beyond and y is not, so
+is beyond and y is not:
 - tier t of node v is the arc x[v, t-1] -> x[v, t], out of the source for the first tier and into the sink for the
-  last; the arcs back are forced (never paid): whoever is beyond b is beyond every boundary before it;
-- a producer beyond b takes its consumers along: forced arcs x[producer, b] -> x[consumer, b];
-- a tensor that climbs over b is paid once: forced arcs from every x[consumer, b] to one vertex of its own, which is
-  beyond if any consumer is, and from there a paid arc to x[producer, b]. For inputs, and for outputs on their way back,
-  the caller stands at one end: the source where it lies beyond b, else the sink;
-- a boundary's fixed seconds are one more such vertex that every node on its far side drags along. The maximum of all
-  sides is submodular, so the cut stays exact and no number of tiers has to be tried. Only nodes without consumers (on
-  the way down: without producers) are joined to it, for a node takes those along anyway.
+  last. The reverse arcs are uncuttable: a node beyond b is beyond every boundary before b.
+- A producer beyond b takes its consumers along: uncuttable arcs x[producer, b] -> x[consumer, b].
+- A tensor sent up over b is paid once: uncuttable arcs from every x[consumer, b] to an auxiliary vertex, beyond if any
+  consumer is, and from there a paid arc to x[producer, b]. For inputs, and for outputs on the way back, the caller
+  stands at one end: the source where the caller lies beyond b, else the sink.
+- A boundary's fixed seconds are another such vertex, dragged along by every node on the far side. The maximum over
+  nodes is submodular, so the cut stays exact and no number of tiers has to be enumerated. Only nodes without consumers
+  (on the way down: without producers) are joined to the vertex, since a node takes those along anyway.
 
-Source: Ishikawa 2003 (ordered labels); Kohli, Ladický, Torr 2009 (maximum terms); Hu et al. 2019 (DADS).
+Source: Ishikawa 2003 (ordered labels); Kohli, Ladicky, Torr 2009 (maximum terms); Hu et al. 2019 (DADS).
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ import numpy.typing as npt
 
 from isthmus_tools.planner.search.problem import Problem, Tensor
 
-FORCED = -1
-"""The kind of an arc that no cut may pay."""
+UNCUTTABLE = -1
+"""The kind of an arc of infinite capacity."""
 
 
 @dataclass(frozen=True)
-class Arcs:
-    """Arcs as columns: ends, what amount is paid, and its kind, an index into the prices (`FORCED`: never).
+class FlowNetwork:
+    """Arcs as columns: end points, the amount paid, and the amount's kind, an index into prices (or `UNCUTTABLE`).
 
     The first k x n arcs are the nodes' times, tier by tier. Vertex `node * (k - 1) + boundary` is x[node, boundary].
     """
@@ -45,16 +45,16 @@ class Arcs:
     kinds: npt.NDArray[np.int64]
 
 
-def arcs_of(problem: Problem) -> Arcs:
+def flow_network(problem: Problem) -> FlowNetwork:
     """The network of `problem`. Kinds: k tiers, then each boundary's bytes up, bytes down, and use."""
-    build = _Build(problem)
+    build = _Builder(problem)
     build.nodes()
     for tensor in problem.tensors:
         for b in range(problem.tiers - 1):
             build.tensor(tensor, b)
     for b in range(problem.tiers - 1):
         build.use(b)
-    return Arcs(
+    return FlowNetwork(
         vertices=build.vertices,
         source=build.source,
         sink=build.sink,
@@ -66,7 +66,7 @@ def arcs_of(problem: Problem) -> Arcs:
 
 
 @dataclass
-class _Build:
+class _Builder:
     problem: Problem
     tails: list[int] = field(default_factory=list)
     heads: list[int] = field(default_factory=list)
@@ -88,7 +88,7 @@ class _Build:
                 self._pay(self._x(v, tier - 1), self._x(v, tier), amount, tier)
         for v in range(n):
             for b in range(1, self.boundaries):
-                self._force(self._x(v, b), self._x(v, b - 1))
+                self._uncuttable(self._x(v, b), self._x(v, b - 1))
 
     def tensor(self, tensor: Tensor, b: int) -> None:
         readers = [self._x(v, b) for v in dict.fromkeys(tensor.consumers)]
@@ -102,9 +102,9 @@ class _Build:
             return
         home = self._x(tensor.producer, b)
         for x in readers:
-            self._force(home, x)
+            self._uncuttable(home, x)
         if tensor.output and caller_beyond:
-            # The caller is one more reader, and it lies beyond: so one is, whatever the others do.
+            # The caller reads the tensor too and lies beyond b, so the tensor is sent wherever other readers run.
             self._pay(self.source, home, tensor.bytes, up)
             return
         self._up_to(readers, home, tensor.bytes, up)
@@ -113,30 +113,31 @@ class _Build:
 
     def use(self, b: int) -> None:
         kind = self.problem.tiers + 2 * self.boundaries + b
-        made = {v for t in self.problem.tensors if t.producer is not None for v in t.consumers}
-        read = {t.producer for t in self.problem.tensors if t.consumers}
-        every = range(self.problem.nodes)
+        nodes = range(self.problem.nodes)
         if self.problem.caller > b:
-            self._down_to([self._x(v, b) for v in every if v not in made], 1.0, kind)
+            inner = {v for t in self.problem.tensors if t.producer is not None for v in t.consumers}
+            self._down_to([self._x(v, b) for v in nodes if v not in inner], 1.0, kind)
         else:
-            self._up_to([self._x(v, b) for v in every if v not in read], self.sink, 1.0, kind)
+            inner = {t.producer for t in self.problem.tensors if t.consumers and t.producer is not None}
+            self._up_to([self._x(v, b) for v in nodes if v not in inner], self.sink, 1.0, kind)
 
     def _up_to(self, readers: list[int], home: int, amount: float, kind: int) -> None:
+        # A single reader stands for itself: its arc is paid directly.
         if len(readers) > 1:
-            anyone = self._new()
+            any_reader = self._new()
             for x in readers:
-                self._force(x, anyone)
-            readers = [anyone]
+                self._uncuttable(x, any_reader)
+            readers = [any_reader]
         for x in readers:
             self._pay(x, home, amount, kind)
 
     def _down_to(self, readers: list[int], amount: float, kind: int) -> None:
         if not readers:
             return
-        everyone = self._new()
-        self._pay(self.source, everyone, amount, kind)
+        all_readers = self._new()
+        self._pay(self.source, all_readers, amount, kind)
         for x in readers:
-            self._force(everyone, x)
+            self._uncuttable(all_readers, x)
 
     def _x(self, node: int, boundary: int) -> int:
         if boundary < 0:
@@ -148,11 +149,12 @@ class _Build:
         return self.vertices - 1
 
     def _pay(self, tail: int, head: int, amount: float, kind: int) -> None:
-        forced = math.isinf(amount)
+        infinite = math.isinf(amount)
         self.tails.append(tail)
         self.heads.append(head)
-        self.amounts.append(0.0 if forced else amount)
-        self.kinds.append(FORCED if forced else kind)
+        # Amounts are multiplied with prices, and 0 x inf would be NaN: the kind alone says infinite.
+        self.amounts.append(0.0 if infinite else amount)
+        self.kinds.append(UNCUTTABLE if infinite else kind)
 
-    def _force(self, tail: int, head: int) -> None:
-        self._pay(tail, head, math.inf, FORCED)
+    def _uncuttable(self, tail: int, head: int) -> None:
+        self._pay(tail, head, math.inf, UNCUTTABLE)

@@ -23,7 +23,7 @@ from isthmus.artifacts.segment_id import WHOLE
 from isthmus.pipeline.agreement import margin
 from isthmus.registry import FolderStore, Registry, SegmentCache
 from isthmus.settings import SegmentSettings
-from isthmus_tools.calibration.calibrate import CHOICES, QUALITIES, learn_tables
+from isthmus_tools.calibration.calibrate import CHOICES, QUALITIES
 from isthmus_tools.calibration.crossing import Crossing, Run, crossing
 from isthmus_tools.calibration.looks import with_looks
 from isthmus_tools.calibration.reference import References
@@ -31,6 +31,7 @@ from isthmus_tools.calibration.running import runs_here
 from isthmus_tools.calibration.scoring import Tally, score
 from isthmus_tools.calibration.sending import Trial, Way, trials
 from isthmus_tools.calibration.spool import Spool
+from isthmus_tools.calibration.tables import learn_tables
 from isthmus_tools.graph import build
 
 PACKAGES = ["numpy", "onnxruntime", "pillow", "scikit-image", "scikit-learn", "torch", "backports.zstd"]
@@ -103,8 +104,8 @@ def measure(subject: Subject, folder: Path, report: Report) -> list[Scored]:
         for example in fold.calibrating():
             spool.add(example.arrays)
         rule = replace(subject.measure, scales=spool.scales())
-        longest_s = 8 if report.quick else 120 / len(subject.folds)
-        tables, skipped = learn_tables(crossings, spool, run, rule, longest_s=longest_s)
+        max_s = 8 if report.quick else 120 / len(subject.folds)
+        tables, skipped = learn_tables(crossings, spool, run, rule, max_s=max_s)
         for tensor, why in skipped.items():
             report.say(f"{which}: {tensor} has no table: {why}")
         if not ideal:  # steps are the first fold's, so that all folds are one curve

@@ -18,7 +18,7 @@ from isthmus.codecs import EncodedTensor, Encoding, encode_tensor, find_codec
 from isthmus.codecs.payload import restore, shrink
 from isthmus.runtime.ort_runner import OrtRunner
 from isthmus.wire.frame import DTYPES
-from isthmus_tools.calibration.learn import learn
+from isthmus_tools.calibration.transforms import learn_planes
 from isthmus_tools.graph import build
 
 VALUES = 100_000
@@ -33,7 +33,7 @@ ZSTD, INT8_HEAD = "zstd alone, int8/1's codes", 8
 def add_speed(report: Report, folder: Path) -> None:
     """A table of times, and the goals for them."""
     maps = _activations(folder)
-    table = learn(maps)
+    table = learn_planes(maps)
     one = np.ascontiguousarray(np.concatenate(maps[:2], axis=3)[..., :COLUMNS])
     rows: list[Row] = []
     calls: dict[str, Call] = {}

@@ -17,7 +17,7 @@ from isthmus.errors import RegistryError
 from isthmus.runtime.tables import Tables
 from isthmus.wire import frame as frames
 from isthmus.wire.frame import Frame
-from isthmus_tools.calibration.learn import learn
+from isthmus_tools.calibration.transforms import learn_planes
 from isthmus_tools.cli import console
 from isthmus_tools.cli.codec import show
 
@@ -55,7 +55,7 @@ def test_names_stay_in_one_line_where_there_is_room(
 
 def test_a_table_of_another_version_is_refused_with_what_to_do() -> None:
     rng = np.random.default_rng(0)
-    made = learn([rng.standard_normal((1, 4, 8, 8)).astype(np.float32) for _ in range(20)])
+    made = learn_planes([rng.standard_normal((1, 4, 8, 8)).astype(np.float32) for _ in range(20)])
     assert isinstance(made, Table)
     arrays = {{"thirteenths": "steps"}.get(name, name): array for name, array in made.to_arrays().items()}
     data = frames.encode(Frame(arrays))

@@ -22,12 +22,12 @@ from isthmus.wire.frame import Frame, encode
 from isthmus_tools.calibration.calibrate import QUALITIES
 from isthmus_tools.calibration.crossing import Crossing, crossing
 from isthmus_tools.calibration.inputs import Example
-from isthmus_tools.calibration.learn import STEPS, learn
 from isthmus_tools.calibration.looks import MOST, QUANTILE, with_looks
-from isthmus_tools.calibration.rows import Form, Rows, learn_rows
+from isthmus_tools.calibration.rows import RowModel, Rows, learn_rows
 from isthmus_tools.calibration.running import runs_here
 from isthmus_tools.calibration.scoring import judge_by, score
 from isthmus_tools.calibration.sending import FINER_BY, Trial, finer_than, trials
+from isthmus_tools.calibration.transforms import STEPS, learn_planes
 from support.bundles import Published, cache_of, photo, photo_array, segment_settings
 from support.bundles import photos as photos
 from support.fidelities import of
@@ -50,8 +50,8 @@ def tokens(seed: int) -> Array:
 def tables() -> Mapping[str, object]:
     rows = Rows.of([tokens(n) for n in range(40)])
     return {
-        "maps": learn([maps(n) for n in range(20)], layout=Layout(4, 1)),
-        "tokens": learn_rows(rows, Form(1, rotated=True), None, STEPS),
+        "maps": learn_planes([maps(n) for n in range(20)], layout=Layout(4, 1)),
+        "tokens": learn_rows(rows, RowModel(1, rotated=True), None, STEPS),
     }
 
 
@@ -127,7 +127,7 @@ def test_a_chains_tally_is_that_of_sending_look_by_look_by_hand(photos: Publishe
     at = crossing(photos.bundle, "6")
     run = runs_here(photos.digest, cache_of(photos, tmp_path), segment_settings(photos, tmp_path))
     examples = [Example(f"{n // 2}", {"x": photo_array(photo(seed=n))}) for n in range(40)]
-    table = learn([at.before(run, {"x": photo_array(photo(seed=n))})[0]["p6"] for n in range(40, 80)])
+    table = learn_planes([at.before(run, {"x": photo_array(photo(seed=n))})[0]["p6"] for n in range(40, 80)])
     measure = measure_for(photos.bundle)
     by_quality = {t.choice.quality: t for t in trials(at, [*map(of, (0.1, 0.3, 0.5, 0.7))], {"p6": table})}
     judge = judge_by(measure)

@@ -21,17 +21,16 @@ from isthmus.codecs.steps import THIRD, size_of, step_of
 from isthmus.codecs.table import GAINS, Table
 from isthmus.codecs.transform import TRANSFORM
 from isthmus.errors import CalibrationError
-from isthmus_tools.calibration.balance import balance
-from isthmus_tools.calibration.forms import learn_table
-from isthmus_tools.calibration.layout import layout_of, row_layout_of
-from isthmus_tools.calibration.learn import STEPS, learn
-from isthmus_tools.calibration.rows import Form, Rows, learn_rows
-from isthmus_tools.calibration.sensitivity import Sensitivity, measure
+from isthmus_tools.calibration.fisher import Sensitivity, equalise_steps, measure_sensitivity
+from isthmus_tools.calibration.layouts import plane_layout, row_layout
+from isthmus_tools.calibration.rate_distortion import learn_table
+from isthmus_tools.calibration.rows import RowModel, Rows, learn_rows
+from isthmus_tools.calibration.transforms import STEPS, learn_planes
 
 FORMS = {
-    "one class": Form(1, rotated=True),
-    "classes": Form(8, rotated=True, leaning=0.3),
-    "classes as they are": Form(8, rotated=False),
+    "one class": RowModel(1, rotated=True),
+    "classes": RowModel(8, rotated=True, ridge=0.3),
+    "classes as they are": RowModel(8, rotated=False),
 }
 
 
@@ -49,7 +48,7 @@ def state(rng: np.random.Generator) -> Array:
     return np.stack([rng.normal(size=(1, 12)), 20 + 9 * rng.normal(size=(1, 12))]).astype(np.float32)
 
 
-def table_of(form: Form, sensitivity: Sensitivity | None = None) -> RowTable:
+def table_of(form: RowModel, sensitivity: Sensitivity | None = None) -> RowTable:
     rng = np.random.default_rng(0)
     return learn_rows(Rows.of([sentence(rng) for _ in range(40)]), form, sensitivity, STEPS)
 
@@ -128,7 +127,7 @@ def test_rows_unlike_all_others_have_a_class_with_the_mean_and_the_variance_of_a
     words = 5 * rng.normal(size=(8, 24))
     known = [(words[rng.integers(0, 8, 10)] + rng.normal(size=(10, 24)))[None].astype(np.float32) for _ in range(40)]
     unknown = [(5 * rng.normal(size=(10, 24)))[None].astype(np.float32) for _ in range(20)]
-    table, alone = (learn_rows(Rows.of(known), Form(k, rotated=True), None, STEPS) for k in (16, 1))
+    table, alone = (learn_rows(Rows.of(known), RowModel(k, rotated=True), None, STEPS) for k in (16, 1))
     assert np.allclose(table.means[0], np.concatenate(known, axis=1)[0].mean(axis=0), atol=1e-4)
     shares = [
         np.mean([table.classes.likeliest(components(a[0], table).astype(np.float32)) == 0 for a in arrays])
@@ -313,8 +312,8 @@ def test_a_factor_of_zero_is_refused_when_it_is_needed(tables: dict[str, RowTabl
 
 def test_the_layers_of_a_state_are_one_row() -> None:
     rng = np.random.default_rng(0)
-    assert row_layout_of(state(rng)) == RowLayout(3, (0, 2), (2, 12))
-    assert row_layout_of(sentence(rng, 30)) == RowLayout(3, (2,), (24,))
+    assert row_layout(state(rng)) == RowLayout(3, (0, 2), (2, 12))
+    assert row_layout(sentence(rng, 30)) == RowLayout(3, (2,), (24,))
     table = learn_rows(Rows.of([state(rng) for _ in range(60)]), FORMS["one class"], None, STEPS)
     array = state(rng)
     _, found = round_trip(array, table, 1.0)
@@ -331,10 +330,10 @@ def test_steps_are_finer_in_rows_that_matter_more() -> None:
         x = crossing["x"][0].astype(np.float64)
         return {"out": x[1:] * 0.01 + 3 * x[:1]}
 
-    how = measure(tail, [{"x": x} for x in samples], "x", loss="values")
+    how = measure_sensitivity(tail, [{"x": x} for x in samples], "x", loss="values")
     assert len(how.places) == how.inputs
     assert how.places[0][0] > 10 * how.places[0][1:].max()
-    table = learn_rows(Rows.of(samples), Form(4, rotated=True), how, STEPS)
+    table = learn_rows(Rows.of(samples), RowModel(4, rotated=True), how, STEPS)
     first = table.classes.likeliest(components(samples[0][0], table).astype(np.float32))[0]
     assert table.weights[first] == table.weights.max() > 0
     assert sorted(how.in_order(list(range(39, -1, -1))).places[-1]) == sorted(how.places[0])
@@ -344,7 +343,9 @@ def test_tokens_become_rows_and_smooth_sequences_keep_their_planes() -> None:
     rng = np.random.default_rng(0)
 
     def of(samples: list[Array]) -> Table | RowTable:
-        return learn_table(samples, Sensitivity(layout_of(samples[0]), np.eye(samples[0].shape[2]), np.ones(7), 1, 1))
+        return learn_table(
+            samples, Sensitivity(plane_layout(samples[0]), np.eye(samples[0].shape[2]), np.ones(7), 1, 1)
+        )
 
     assert isinstance(of([sentence(rng, 12) for _ in range(40)]), RowTable)
     smooth = [np.cumsum(rng.normal(size=(1, 60, 6)), axis=1).astype(np.float32) for _ in range(24)]
@@ -355,7 +356,7 @@ def test_tokens_become_rows_and_smooth_sequences_keep_their_planes() -> None:
 def test_the_form_does_not_depend_on_how_much_a_tensor_matters(harm: float) -> None:
     rng = np.random.default_rng(3)
     smooth = [np.cumsum(rng.normal(size=(1, 60, 6)), axis=1).astype(np.float32) for _ in range(24)]
-    how = Sensitivity(layout_of(smooth[0]), harm * np.eye(6), np.ones(7), 1, 1)
+    how = Sensitivity(plane_layout(smooth[0]), harm * np.eye(6), np.ones(7), 1, 1)
     assert isinstance(learn_table(smooth, how), Table)
 
 
@@ -363,7 +364,7 @@ def test_the_form_does_not_depend_on_how_much_a_tensor_matters(harm: float) -> N
 def test_noise_has_no_classes(channels: int) -> None:
     rng = np.random.default_rng(7)
     noise = [rng.normal(size=(1, channels)).astype(np.float32) for _ in range(400)]
-    found = learn_table(noise, Sensitivity(layout_of(noise[0]), np.eye(channels), np.ones(7), 1, 1))
+    found = learn_table(noise, Sensitivity(plane_layout(noise[0]), np.eye(channels), np.ones(7), 1, 1))
     assert isinstance(found, RowTable)
     assert len(found.means) == 1
 
@@ -375,9 +376,9 @@ def test_the_steps_of_tensors_that_cross_together_do_the_same_harm() -> None:
     def tail(crossing: Mapping[str, Array]) -> dict[str, Array]:
         return {"out": crossing["a"] + crossing["b"]}
 
-    found = {name: measure(tail, samples, name, loss="values", max_runs=200) for name in ("a", "b")}
+    found = {name: measure_sensitivity(tail, samples, name, loss="values", max_runs=200) for name in ("a", "b")}
     made: dict[str, Table | RowTable] = {n: learn_table([s[n] for s in samples], how) for n, how in found.items()}
-    balance(made, found)
+    equalise_steps(made, found)
     sizes = [table.scale * size_of(table.steps[0]) for table in made.values()]
     assert sizes[0] == pytest.approx(sizes[1], rel=0.15)
     moved = [(table.steps[0] - STEPS[0]) * table.channels for table in made.values()]
@@ -386,7 +387,7 @@ def test_the_steps_of_tensors_that_cross_together_do_the_same_harm() -> None:
     for table, by in ((made["a"], 1e9), (made["b"], 1e-9)):
         # However far apart tensors are, steps stay where a byte says them.
         apart = {"a": replace(made["a"], steps=STEPS), "b": replace(table, steps=STEPS, scale=table.scale * by)}
-        balance(apart, found)
+        equalise_steps(apart, found)
         assert {abs(t.steps[0] - STEPS[0]) for t in apart.values()} == {40}
 
 
@@ -397,7 +398,7 @@ def test_rows_that_cannot_be_learned_from_are_refused() -> None:
             learn_rows(Rows.of(samples), FORMS["one class"], None, STEPS)
     with pytest.raises(CalibrationError, match="too large"):
         learn_rows(Rows.of([good * np.float32(1e20), -good * np.float32(1e20)]), FORMS["one class"], None, STEPS)
-    assert learn([good] * 4).channels == 3
+    assert learn_planes([good] * 4).channels == 3
 
 
 GOLDEN = "00fe404b0e521b8b00480c0000"

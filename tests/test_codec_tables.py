@@ -16,10 +16,9 @@ from isthmus.codecs.steps import THIRD, in_eighths, size_of, step_of
 from isthmus.codecs.table import GAINS, GridCache, Table, levels_of
 from isthmus.codecs.transform import TRANSFORM, analysed, rounded
 from isthmus.errors import CalibrationError
-from isthmus_tools.calibration.layout import layout_of
-from isthmus_tools.calibration.learn import STEPS, learn
-from isthmus_tools.calibration.models import learn_models
-from isthmus_tools.calibration.sensitivity import measure
+from isthmus_tools.calibration.fisher import measure_sensitivity
+from isthmus_tools.calibration.layouts import plane_layout
+from isthmus_tools.calibration.transforms import STEPS, learn_models, learn_planes
 from support.activations import Array, activations, round_trip
 from support.activations import tables as tables
 
@@ -97,7 +96,7 @@ def test_models_fit_their_levels_at_every_step(step: int) -> None:
 def test_coded_coefficients_take_little_more_than_their_entropy(quality: float) -> None:
     """The empirical entropy of each level's values, over all tensors; some bytes of each are its head and its end."""
     samples = activations((1, 12, 28, 28), 30)
-    table = learn(samples[10:], layout=Layout(4, 1))
+    table = learn_planes(samples[10:], layout=Layout(4, 1))
     step = step_of(quality, table.steps)
     coded, by_level = 0, dict[int, list[Array]]()
     for array in samples[:10]:
@@ -168,7 +167,7 @@ def test_a_rotation_without_inverse_is_refused_when_it_is_needed(tables: dict[st
 def test_sizes_of_all_tables_keep_bounded_memory_together(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = GridCache(60 * 2**20)
     monkeypatch.setattr("isthmus.codecs.table.GRIDS", cache)
-    table = learn(activations((1, 24, 2)), layout=Layout(3, 2))
+    table = learn_planes(activations((1, 24, 2)), layout=Layout(3, 2))
     other = Table.from_arrays(table.to_arrays())
     for length in range(960, 992):  # a matrix of 4 MB each
         first = table.grid((1, length, 2))
@@ -180,7 +179,7 @@ def test_sizes_of_all_tables_keep_bounded_memory_together(monkeypatch: pytest.Mo
 
 
 def test_a_grid_counts_the_plans_that_it_may_keep() -> None:
-    table = learn(activations((1, 24, 2)), layout=Layout(3, 2))
+    table = learn_planes(activations((1, 24, 2)), layout=Layout(3, 2))
     grid = table.grid((1, 24, 2))
     assert grid is not None
     before = grid.nbytes
@@ -204,13 +203,13 @@ def test_noise_goes_where_the_tail_does_not_look() -> None:
     def tail(crossing: Mapping[str, Array]) -> dict[str, Array]:
         return {"out": crossing["x"].sum(axis=(2, 3)) * weights, "other": np.zeros(1)}
 
-    how = measure(tail, ({"x": x} for x in samples), "x", output="out", loss="values", layout=Layout(4, 1))
+    how = measure_sensitivity(tail, ({"x": x} for x in samples), "x", output="out", loss="values", layout=Layout(4, 1))
     assert how.inputs == 30
     assert np.all(np.diff(np.diag(how.channels)[::2]) < 0)
     assert how.rings[0] > 100 * how.rings[2]
-    table = learn(samples, sensitivity=how)
+    table = learn_planes(samples, sensitivity=how)
     _, found = round_trip(samples[0], table, 0.1)
-    blind = learn(samples, layout=Layout(4, 1))
+    blind = learn_planes(samples, layout=Layout(4, 1))
     size = len(round_trip(samples[0], table, 0.1)[0])
     quality = next(q for q in np.arange(0, 1, 0.02) if len(round_trip(samples[0], blind, q)[0]) >= size)
     _, other = round_trip(samples[0], blind, quality)
@@ -229,7 +228,7 @@ def test_sensitivity_of_classes_is_the_divergence_of_the_answers() -> None:
         return {"logits": crossing["x"].astype(np.float64) @ weights}
 
     inputs = [{"x": rng.normal(size=(1, 5)).astype(np.float32)} for _ in range(20)]
-    how = measure(tail, inputs, "x", output="logits")
+    how = measure_sensitivity(tail, inputs, "x", output="logits")
     expected = np.zeros((5, 5))
     for given_ in inputs:
         p = np.exp(tail(given_)["logits"][0])
@@ -247,7 +246,7 @@ def test_the_tail_is_run_no_more_than_asked() -> None:
         return {"out": crossing["x"]}
 
     inputs = ({"x": np.random.default_rng(i).normal(size=(1, 4)).astype(np.float32)} for i in range(1000))
-    how = measure(tail, inputs, "x", loss="values", max_runs=50)
+    how = measure_sensitivity(tail, inputs, "x", loss="values", max_runs=50)
     assert runs == how.runs == 50
     assert how.inputs == 10
 
@@ -265,15 +264,15 @@ def test_learning_refuses_what_it_cannot_learn_from() -> None:
         [np.float32(3)],
     ):
         with pytest.raises(CalibrationError):
-            learn([np.asarray(s) for s in samples])
+            learn_planes([np.asarray(s) for s in samples])
     with pytest.raises(CalibrationError, match="only once"):
-        learn(x for x in [good])
+        learn_planes(x for x in [good])
     with pytest.raises(CalibrationError, match="no input"):
-        measure(lambda crossing: crossing, [], "x")
+        measure_sensitivity(lambda crossing: crossing, [], "x")
     with pytest.raises(CalibrationError, match="errors could move"):
-        measure(lambda crossing: crossing, [{"x": np.zeros((1, 4), np.int64)}], "x")
+        measure_sensitivity(lambda crossing: crossing, [{"x": np.zeros((1, 4), np.int64)}], "x")
     with pytest.raises(CalibrationError, match="not finite"):
-        measure(lambda crossing: {"y": crossing["x"] * np.nan}, [{"x": good}], "x")
+        measure_sensitivity(lambda crossing: {"y": crossing["x"] * np.nan}, [{"x": good}], "x")
 
 
 @pytest.mark.parametrize(
@@ -285,7 +284,7 @@ def test_the_channels_are_where_neighbours_are_least_alike(shape: tuple[int, ...
     for other in range(1, len(shape)):
         if other != axis:
             noise = np.cumsum(noise, axis=other)
-    assert layout_of(noise) == Layout(len(shape), axis)
+    assert plane_layout(noise) == Layout(len(shape), axis)
 
 
 def test_the_plane_transform_is_orthonormal_and_its_bands_hold_all_of_it() -> None:
@@ -302,7 +301,7 @@ def test_the_plane_transform_is_orthonormal_and_its_bands_hold_all_of_it() -> No
 
 
 def test_plans_are_kept_for_a_bounded_number_of_values() -> None:
-    table = learn(activations((1, 8, 16, 16)), layout=Layout(4, 1))
+    table = learn_planes(activations((1, 8, 16, 16)), layout=Layout(4, 1))
     for size, most in ((16, 64), (512, 4)):
         grid = table.grid((1, 8, size, size))
         assert grid is not None
@@ -314,7 +313,7 @@ def test_plans_are_kept_for_a_bounded_number_of_values() -> None:
 def test_a_sample_tells_the_gain_of_maps_whose_channels_differ() -> None:
     """In steps as long as there are channels, one of them would be all that is found."""
     rng = np.random.default_rng(0)
-    table = learn([rng.normal(size=(1, 48, 64, 64)).astype(np.float32) for _ in range(3)], layout=Layout(4, 1))
+    table = learn_planes([rng.normal(size=(1, 48, 64, 64)).astype(np.float32) for _ in range(3)], layout=Layout(4, 1))
     array = rng.normal(size=(1, 48, 64, 64)).astype(np.float32) * np.exp(rng.normal(size=(48, 1, 1))).astype(np.float32)
     values, grid, _ = analysed(array, table)
     assert grid is not None

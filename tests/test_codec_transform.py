@@ -16,7 +16,7 @@ from isthmus.codecs.planes import Layout, plane_transform
 from isthmus.codecs.steps import size_of, step_of
 from isthmus.codecs.table import GAINS, Table
 from isthmus.codecs.transform import TRANSFORM
-from isthmus_tools.calibration.learn import STEPS, learn
+from isthmus_tools.calibration.transforms import STEPS, learn_planes
 from support.activations import SHAPES, Array, activations, round_trip
 from support.activations import tables as tables
 
@@ -152,7 +152,7 @@ def test_constant_tensors_take_next_to_nothing(tables: dict[str, tuple[Table, Ar
 
 def test_a_table_learned_from_constants_packs_constants() -> None:
     samples = [np.full((1, 4, 3, 3), 2.5, np.float32)] * 4
-    _, found = round_trip(samples[0], learn(samples), 0.5)
+    _, found = round_trip(samples[0], learn_planes(samples), 0.5)
     assert np.allclose(found, 2.5, atol=1e-3)
 
 
@@ -246,7 +246,7 @@ def test_calibrated_bytes_are_far_fewer_than_those_of_a_byte_each(tables: dict[s
         return np.ascontiguousarray((smooth @ mixed.T).transpose(2, 0, 1)[None], np.float32)
 
     samples = [sample() for _ in range(40)]
-    payload, found = round_trip(samples[0], learn(samples[1:]), 0.4)
+    payload, found = round_trip(samples[0], learn_planes(samples[1:]), 0.4)
     assert len(payload) * 8 < 0.5 * samples[0].size
     assert np.mean((found - samples[0]) ** 2) < 0.01 * samples[0].var()
 
@@ -259,4 +259,4 @@ def test_pack_gives_a_packed_tensor(tables: dict[str, tuple[Table, Array]]) -> N
 
 
 _SAMPLES = activations(SHAPES["maps"])
-TRANSFORM_SAMPLE = (learn(_SAMPLES[1:], layout=Layout(4, 1)), _SAMPLES[0])
+TRANSFORM_SAMPLE = (learn_planes(_SAMPLES[1:], layout=Layout(4, 1)), _SAMPLES[0])

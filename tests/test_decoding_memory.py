@@ -19,8 +19,8 @@ from isthmus.errors import FrameTooLarge, ShapeMismatch
 from isthmus.serving import create_segment_app
 from isthmus.wire import frame as frames
 from isthmus.wire.frame import Frame, Outline
-from isthmus_tools.calibration.learn import learn
-from isthmus_tools.calibration.rows import Form
+from isthmus_tools.calibration.rows import RowModel
+from isthmus_tools.calibration.transforms import learn_planes
 from support.activations import activations
 from support.bundles import Published, ready, segment_settings
 from support.bundles import photos as photos
@@ -73,12 +73,12 @@ def test_a_codec_allocates_no_more_than_it_says(codec: str, dtype: str) -> None:
 @pytest.fixture(scope="module")
 def small_planes() -> Table:
     """The table of a tensor whose planes are too small for coefficients to be sorted four at a time."""
-    return learn(activations((1, 32, 7, 7))[1:], layout=Layout(4, 1))
+    return learn_planes(activations((1, 32, 7, 7))[1:], layout=Layout(4, 1))
 
 
 @pytest.fixture(scope="module")
 def rows() -> RowTable:
-    return table_of(Form(8, rotated=True, leaning=0.3))
+    return table_of(RowModel(8, rotated=True, ridge=0.3))
 
 
 @pytest.mark.parametrize("quality", [0.0, 0.3, 1.0])

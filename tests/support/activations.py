@@ -11,7 +11,7 @@ from isthmus.codecs.levels import LEVELS, TOP, Models
 from isthmus.codecs.planes import Layout
 from isthmus.codecs.table import Table
 from isthmus.codecs.transform import TRANSFORM
-from isthmus_tools.calibration.learn import learn
+from isthmus_tools.calibration.transforms import learn_planes
 
 SHAPES = {
     "maps": (1, 12, 14, 14),
@@ -43,7 +43,7 @@ def tables() -> dict[str, tuple[Table, Array]]:
     made = {}
     for kind, shape in SHAPES.items():
         samples = activations(shape)
-        made[kind] = (learn(samples[1:], layout=LAYOUTS.get(kind)), samples[0])
+        made[kind] = (learn_planes(samples[1:], layout=LAYOUTS.get(kind)), samples[0])
     return made
 
 

@@ -30,7 +30,7 @@ from isthmus.runtime.store import SegmentStore
 from isthmus.serving import create_segment_app
 from isthmus.wire import frame as frames
 from isthmus.wire.frame import Frame
-from isthmus_tools.calibration.learn import learn
+from isthmus_tools.calibration.transforms import learn_planes
 from support.bundles import Published, cache_of, publish_photos, segment_settings, served
 from support.patience import LONG_S
 
@@ -125,7 +125,7 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Known:
             values |= hop.call(frame, context()).frame.tensors
         for name, samples in seen.items():
             samples.append(np.array(values[name]))
-    tables = {name: learn(samples) for name, samples in seen.items()}
+    tables = {name: learn_planes(samples) for name, samples in seen.items()}
     return Known(with_tables(photos, folder, tables), tables)
 
 

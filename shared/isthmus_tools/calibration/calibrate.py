@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -17,20 +16,17 @@ from isthmus.artifacts.choice import GRADED, KNOWN, NEVER_CHOSEN, SPARSE_ID, TRA
 from isthmus.artifacts.fidelity import Entry, Fidelity, Inputs
 from isthmus.artifacts.fidelity_document import model_digest, to_json
 from isthmus.artifacts.segment_id import WHOLE
-from isthmus.codecs.choice import is_activation
 from isthmus.errors import CalibrationError
-from isthmus.pipeline.agreement import are_probabilities, margin
+from isthmus.pipeline.agreement import margin
 from isthmus.wire import frame as frames
-from isthmus_tools.calibration.crossing import Crossing, Run, crossing
+from isthmus_tools.calibration.crossing import Run, crossing
 from isthmus_tools.calibration.inputs import LEAST, Source, split
 from isthmus_tools.calibration.looks import entries_of
 from isthmus_tools.calibration.scoring import Tally, judge_by, risen, score
 from isthmus_tools.calibration.sending import trials
 from isthmus_tools.calibration.spool import MAX_FRAME, Spool
+from isthmus_tools.calibration.tables import learn_tables
 from isthmus_tools.progress import Progress, silent
-
-if TYPE_CHECKING:
-    from isthmus_tools.calibration.balance import Tables
 
 QUALITIES = tuple(round(i / 15, 4) for i in range(16))
 """Three of which are a closer look's factor of three."""
@@ -40,8 +36,6 @@ CHOICES: tuple[Choice, ...] = (
     *(Choice(TRANSFORM_ID, quality) for quality in QUALITIES),
 )
 """What is measured at every cut."""
-
-_FEW, _LOOKED_AT = 16, 4096
 
 
 @dataclass(frozen=True)
@@ -156,81 +150,6 @@ def _entries(cut: str, tried: Sequence[tuple[Choice, Tally]], limit: float) -> l
     """A cut's entries: each choice's own, and closer looks where answers are classes."""
     found = risen([tally.entry(cut, choice, limit) for choice, tally in tried], limit)
     return [*found, *entries_of(cut, tried, found, limit)]
-
-
-def learn_tables(
-    crossings: Sequence[Crossing],
-    spool: Spool,
-    run: Run,
-    measure: Measure,
-    progress: Progress = silent,
-    *,
-    longest_s: float = 120.0,
-) -> tuple[Tables, dict[str, str]]:
-    """A table for every activation, learned at the first cut that it crosses; and why one has none.
-
-    Shapes: as the tensors cross, a batch of one or as many as the examples have. Units: `longest_s` bounds the runs of
-    the tail that tell how much errors in one tensor matter.
-    """
-    from isthmus_tools.calibration.balance import balance
-    from isthmus_tools.calibration.forms import learn_table
-    from isthmus_tools.calibration.sensitivity import Sensitivity
-    from isthmus_tools.calibration.sensitivity import measure as sensitivity_of
-
-    tables: Tables = {}
-    skipped: dict[str, str] = {}
-    loss = _loss(measure, spool.answer)
-    for at in crossings:
-        given = {s.name for segment in at.tail for s in segment.outputs}
-        crossed = spool.crossed(at.cut)
-        scattered, order = crossed.scattered()
-        found: dict[str, Sensitivity] = {}
-        for tensor in (s.name for s in at.tensors if is_activation(s)):
-            if tensor in tables or tensor in skipped:
-                continue
-            if few := _few_values(crossed.tensor(tensor)):
-                skipped[tensor] = few
-                continue
-            try:
-                how = sensitivity_of(
-                    _tail(at, run),
-                    scattered,
-                    tensor,
-                    output=measure.output if measure.output in given else None,
-                    loss=loss if measure.output in given else "values",
-                    scales=measure.scales,
-                    max_s=longest_s,
-                    progress=partial(progress, f"learning {tensor}"),
-                )
-                found[tensor] = how.in_order(order)
-                tables[tensor] = learn_table(crossed.tensor(tensor), found[tensor])
-            except CalibrationError as e:
-                skipped[tensor] = e.message
-        balance(tables, found)
-    return tables, skipped
-
-
-def _loss(measure: Measure, answer: Mapping[str, Array]) -> Literal["classes", "probabilities", "values"]:
-    """What sensitivity is measured in: a model may end in its softmax, or before it."""
-    if measure.kind != TOP1:
-        return "values"
-    return "probabilities" if are_probabilities(answer[measure.output].astype(np.float64)) else "classes"
-
-
-def _few_values(samples: Iterable[Array]) -> str:
-    """Why a float tensor is no activation: a mask, a constant. Such are small and exact as they are."""
-    seen: set[float] = set()
-    for array in samples:
-        if not np.isfinite(array).all():
-            return "it holds values that are not finite"
-        seen.update(np.unique(array.ravel()[:_LOOKED_AT]).tolist())
-        if len(seen) > _FEW:
-            return ""
-    return f"it holds {len(seen)} different values"
-
-
-def _tail(at: Crossing, run: Run) -> Callable[[Mapping[str, Array]], Mapping[str, Array]]:
-    return lambda crossed: at.after(run, crossed)
 
 
 def _check_answers(bundle: Bundle, measure: Measure, answer: Mapping[str, Array]) -> None:

@@ -1,0 +1,97 @@
+"""Learn a codec table for every activation at the cuts of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+
+import numpy as np
+
+from isthmus.arrays import Array
+from isthmus.artifacts.agreement import TOP1, Measure
+from isthmus.codecs.choice import is_activation
+from isthmus.errors import CalibrationError
+from isthmus.pipeline.agreement import are_probabilities
+from isthmus_tools.calibration.crossing import Crossing, Run
+from isthmus_tools.calibration.fisher import (
+    MAX_SECONDS,
+    Loss,
+    Sensitivity,
+    TensorTables,
+    equalise_steps,
+    measure_sensitivity,
+)
+from isthmus_tools.calibration.rate_distortion import learn_table
+from isthmus_tools.calibration.spool import Spool
+from isthmus_tools.progress import Progress, silent
+
+# Masks, constants and flags: exact codecs make them smaller than a table would.
+_MAX_DISTINCT = 16
+_MAX_VALUES_PER_SAMPLE = 4096
+
+
+def learn_tables(
+    crossings: Sequence[Crossing],
+    spool: Spool,
+    run: Run,
+    measure: Measure,
+    progress: Progress = silent,
+    *,
+    max_s: float = MAX_SECONDS,
+) -> tuple[TensorTables, dict[str, str]]:
+    """Learn a table for each activation, at the first cut that it crosses; the second result says why one has none.
+
+    Units: `max_s` bounds the tail runs that estimate one tensor's sensitivity, in seconds.
+    """
+    tables: TensorTables = {}
+    skipped: dict[str, str] = {}
+    loss = _loss(measure, spool.answer)
+    for crossing in crossings:
+        outputs = {s.name for segment in crossing.tail for s in segment.outputs}
+        in_tail = measure.output in outputs
+        crossed = spool.crossed(crossing.cut)
+        shuffled, order = crossed.scattered()
+        sensitivities: dict[str, Sensitivity] = {}
+        for tensor in (s.name for s in crossing.tensors if is_activation(s)):
+            if tensor in tables or tensor in skipped:
+                continue
+            if reason := _no_activation(crossed.tensor(tensor)):
+                skipped[tensor] = reason
+                continue
+            try:
+                estimate = measure_sensitivity(
+                    partial(crossing.after, run),
+                    shuffled,
+                    tensor,
+                    output=measure.output if in_tail else None,
+                    loss=loss if in_tail else "values",
+                    scales=measure.scales,
+                    max_s=max_s,
+                    progress=progress,
+                    stage=f"learning {tensor}",
+                )
+                sensitivities[tensor] = estimate.in_order(order)
+                tables[tensor] = learn_table(crossed.tensor(tensor), sensitivities[tensor])
+            except CalibrationError as e:
+                skipped[tensor] = e.message
+        equalise_steps(tables, sensitivities)
+    return tables, skipped
+
+
+def _loss(measure: Measure, prediction: Mapping[str, Array]) -> Loss:
+    """The kind of a measure's output; scores of classes may be a softmax's already."""
+    if measure.kind != TOP1:
+        return "values"
+    return "probabilities" if are_probabilities(prediction[measure.output].astype(np.float64)) else "classes"
+
+
+def _no_activation(samples: Iterable[Array]) -> str:
+    """Why a float tensor gets no table; empty for an activation."""
+    distinct: set[float] = set()
+    for array in samples:
+        if not np.isfinite(array).all():
+            return "it holds values that are not finite"
+        distinct.update(np.unique(array.ravel()[:_MAX_VALUES_PER_SAMPLE]).tolist())
+        if len(distinct) > _MAX_DISTINCT:
+            return ""
+    return f"it holds {len(distinct)} different values"

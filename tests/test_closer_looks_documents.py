@@ -18,7 +18,7 @@ from isthmus.artifacts.plan_document import from_json as read_plan
 from isthmus.artifacts.plan_document import to_json as plan_json
 from isthmus.codecs import Encoding
 from isthmus.errors import CalibrationError, PlanMalformed
-from isthmus.pipeline.planned import route_of
+from isthmus.pipeline import planned_route
 from support.bundles import Published
 from support.bundles import photos as photos
 from support.calibrated_photos import no_variant, remote
@@ -183,7 +183,7 @@ def test_nothing_is_looked_at_closer_where_nothing_could_be_sent_finer(
 def test_the_route_of_a_plan_takes_the_closer_looks(photos: Published) -> None:
     chosen = candidate("split-6-t", "split", cuts=("6",), codecs={"p6": Coding("transform/4", 0.3)}, looks=LOOKS)
     hops = remote("http://127.0.0.1:9", "http://127.0.0.1:9")
-    route = route_of(chosen, photos.digest, photos.bundle, hops, lambda *_: None, no_variant)
+    route = planned_route(chosen, photos.digest, photos.bundle, hops, lambda *_: None, no_variant)
     assert route.looks is not None
     assert route.looks.looks == LOOKS.looks
     assert route.looks.margin_of({"logits": np.array([[1.0, 3.5]])}) == 2.5
@@ -191,4 +191,4 @@ def test_the_route_of_a_plan_takes_the_closer_looks(photos: Published) -> None:
     assert route.finer(0.7).encodings == ({}, {"p6": Encoding("transform/4", 0.7)})
     elsewhere = replace(chosen, looks=replace(LOOKS, output="p6"))
     with pytest.raises(PlanMalformed, match="'p6', no output of photos"):
-        route_of(elsewhere, photos.digest, photos.bundle, hops, lambda *_: None, no_variant)
+        planned_route(elsewhere, photos.digest, photos.bundle, hops, lambda *_: None, no_variant)

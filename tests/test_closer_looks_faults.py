@@ -19,10 +19,7 @@ from isthmus.artifacts.choice import Look
 from isthmus.codecs import Encoding
 from isthmus.context import Context
 from isthmus.errors import RunFailed
-from isthmus.pipeline.execution import run
-from isthmus.pipeline.hop import HttpHop, LocalHop, Reply
-from isthmus.pipeline.looks import Looked
-from isthmus.pipeline.route import Looks, plan_route
+from isthmus.pipeline import HopReply, HttpHop, LocalHop, LookPolicy, LooksTaken, execute, plan_route
 from isthmus.serving import create_segment_app
 from isthmus.wire.frame import Frame
 from support.bundles import publish, save, segment_settings, served, value, weight
@@ -64,8 +61,8 @@ def test_where_no_time_is_left_the_last_answer_stands(
     route = split(known, (head, remote(tail.url)), looks(ALWAYS, *FINER))
     expected = once(route, known.inputs)
     tail.then(slowly)
-    found = run(route, known.inputs, context(2.3))
-    assert (found.looked, tail.calls) == (Looked("late"), 1)
+    found = execute(route, known.inputs, context(2.3))
+    assert (found.closer_looks, tail.calls) == (LooksTaken("late"), 1)
     assert same_bits(found, expected)
 
 
@@ -77,10 +74,10 @@ def test_a_hop_that_is_busy_the_next_time_fails_at_once_and_the_last_answer_stan
     expected = once(route, known.inputs, (COARSE, *FINER)[taken])
     tail.then(*[answers] * (1 + taken), refuses)
     start = time.monotonic()
-    found = run(route, known.inputs, context())
+    found = execute(route, known.inputs, context())
     assert time.monotonic() - start < LONG_S / 2  # it asks for 30 s, which no answer waits for
-    assert (found.looked, tail.calls) == (Looked("failed", taken), 2 + taken)
-    assert [s.segment for s in found.stages] == ["..6", "6..", *["6.."] * taken]
+    assert (found.closer_looks, tail.calls) == (LooksTaken("failed", taken), 2 + taken)
+    assert [s.segment for s in found.runs] == ["..6", "6..", *["6.."] * taken]
     assert same_bits(found, expected)
 
 
@@ -97,9 +94,9 @@ def test_a_hop_that_hangs_the_second_time_leaves_time_for_the_first_answer(
         over.clear()
         tail.then(answers, hangs)
         given = context(seconds)
-        found = run(route, known.inputs, given)
+        found = execute(route, known.inputs, given)
         over.set()
-        assert found.looked == Looked("failed")
+        assert found.closer_looks == LooksTaken("failed")
         assert given.deadline.remaining() > 0
         assert same_bits(found, expected)
     assert given.deadline.remaining() > 0.7 * LONG_S, "some times what the first took, and no half of what is left"
@@ -113,9 +110,9 @@ class Leaving:
     after: Any
     left: int = 1
     name: str = "leaving"
-    packs: bool = True
+    encodes: bool = True
 
-    def call(self, frame: Frame, context: Context) -> Reply:
+    def call(self, frame: Frame, context: Context) -> HopReply:
         self.left -= 1
         if self.left >= 0:
             return self.answering.call(frame, context)  # type: ignore[no-any-return]
@@ -134,8 +131,8 @@ def test_a_hop_that_is_gone_the_second_time_leaves_the_first_answer_whole(
     expected = once(split(known, (head, answering), looks(ALWAYS), ("1", "6"), qualities), known.inputs)
     for after in (dead, RunFailed("out of memory")):
         route = split(known, (head, Leaving(answering, after, left)), looks(ALWAYS), ("1", "6"), qualities)
-        found = run(route, known.inputs, context())
-        assert (found.looked, len(found.stages)) == (Looked("failed"), 3)
+        found = execute(route, known.inputs, context())
+        assert (found.closer_looks, len(found.runs)) == (LooksTaken("failed"), 3)
         assert same_bits(found, expected)
 
 
@@ -154,14 +151,14 @@ def test_outputs_of_a_middle_segment_are_not_of_two_looks(tmp_path: Path, remote
     three = publish(tmp_path, path, {"x": x}, partitions=[["1", "3"]])
     with served(create_segment_app(segment_settings(three, tmp_path / "cache"))) as url:
         answering = remote(url)
-        for left, looked in ((5, Looked("last", 1)), (4, Looked("failed"))):
+        for left, looked in ((5, LooksTaken("last", 1)), (4, LooksTaken("failed"))):
             hop = Leaving(answering, RunFailed("out of memory"), left)
             route = plan_route(three.digest, three.bundle, (hop,), ("1", "3"))
             encodings = ({}, {"r1": Encoding(PLAIN, COARSE)}, {})
-            route = replace(route, encodings=encodings, looks=Looks((Look(0.9, 1.0),), lambda outputs: 0.0))
-            found = run(route, three.inputs, context())
+            route = replace(route, encodings=encodings, looks=LookPolicy((Look(0.9, 1.0),), lambda outputs: 0.0))
+            found = execute(route, three.inputs, context())
             first = once(replace(route, hops=(answering,) * 3), three.inputs)
-            assert found.looked == looked
+            assert found.closer_looks == looked
             assert same_bits(found, first) == (looked.outcome == "failed")
 
 
@@ -170,8 +167,8 @@ def test_a_look_whose_answer_broke_off_is_sent_again(
 ) -> None:
     route = split(known, (head, remote(tail.url)), looks(ALWAYS, *FINER))
     tail.then(answers, breaks_off, answers, breaks_off)
-    found = run(route, known.inputs, context())
-    assert (found.looked, tail.calls) == (Looked("last", 3), 6)
+    found = execute(route, known.inputs, context())
+    assert (found.closer_looks, tail.calls) == (LooksTaken("last", 3), 6)
     assert same_bits(found, once(route, known.inputs, 0.8))
 
 
@@ -187,10 +184,10 @@ def test_replicas_that_take_turns_cost_nothing_under_sixteen_threads(
         gate.then()
 
         def ask(seed: int) -> bool:
-            found = run(route, input_of(seed), context())
-            sent = [stage.sent for stage in found.stages[1:]]
-            right = found.looked == Looked("last", 3) and same_bits(found, alone[seed][-1])
-            return right and sent == [each.stages[1].sent for each in alone[seed]]
+            found = execute(route, input_of(seed), context())
+            sent = [stage.sent_bytes for stage in found.runs[1:]]
+            right = found.closer_looks == LooksTaken("last", 3) and same_bits(found, alone[seed][-1])
+            return right and sent == [each.runs[1].sent_bytes for each in alone[seed]]
 
         with ThreadPoolExecutor(16) as pool:
             assert all(pool.map(ask, range(16)))

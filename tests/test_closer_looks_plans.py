@@ -23,9 +23,7 @@ from isthmus.artifacts.plan import Candidate, CloserLooks, Coding, Error
 from isthmus.artifacts.plan_document import from_json as read_plan
 from isthmus.artifacts.plan_document import to_json as plan_json
 from isthmus.context import Context
-from isthmus.pipeline.execution import run
-from isthmus.pipeline.looks import Looked
-from isthmus.pipeline.planned import route_of
+from isthmus.pipeline import LooksTaken, execute, planned_route
 from isthmus.processing.image import MAX_PIXELS
 from isthmus.runtime.tables import Tables
 from isthmus.serving import create_router_app, create_segment_app
@@ -153,18 +151,18 @@ def test_a_candidate_takes_what_the_first_send_and_the_shares_of_the_looks_take(
     tables = Tables(published.registry.bundle, published.registry.blob, MAX_PIXELS)
     with served(create_segment_app(segment_settings(published, tmp_path))) as url:
         hops = remote(url, url)
-        route = route_of(made, published.digest, published.bundle, hops, tables, no_variant)
+        route = planned_route(made, published.digest, published.bundle, hops, tables, no_variant)
         assert route.looks is not None
         always = tuple(replace(look, margin=math.inf) for look in chain.looks)
         route = replace(route, looks=replace(route.looks, looks=always))
-        answers = [run(route, e.arrays, Context.from_headers({}, longest_s=60.0)) for e in shown(known)]
+        answers = [execute(route, e.arrays, Context.from_headers({}, longest_s=60.0)) for e in shown(known)]
         for hop in hops:
             hop.close()
-    assert {answer.looked for answer in answers} == {Looked("last", 2)}
-    stages = [answer.stages[1:] for answer in answers]
+    assert {answer.closer_looks for answer in answers} == {LooksTaken("last", 2)}
+    stages = [answer.runs[1:] for answer in answers]
     sent, received = (
         [statistics.median_low(each) for each in zip(*([getattr(s, way) for s in ss] for ss in stages), strict=True)]
-        for way in ("sent", "received")
+        for way in ("sent_bytes", "received_bytes")
     )
     shares = (1.0, *chain.shares)
     assert made.up_bytes == round(sum(s * n for s, n in zip(shares, sent, strict=True)))

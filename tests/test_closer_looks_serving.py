@@ -18,8 +18,7 @@ from isthmus.artifacts.bundle import Blob, digest_of
 from isthmus.artifacts.choice import Choice, Look
 from isthmus.codecs import Encoding
 from isthmus.errors import SettingsError
-from isthmus.pipeline.hop import LocalHop
-from isthmus.pipeline.route import Looks, Route, plan_route
+from isthmus.pipeline import LocalHop, LookPolicy, Route, plan_route
 from isthmus.routing.guard import Guard, Sample
 from isthmus.serving import create_router_app
 from isthmus.serving.by_hand import packed
@@ -234,7 +233,7 @@ def test_a_measure_of_what_is_no_output_is_refused_too(photos: Published, head: 
 # The guard
 
 
-def sample(photos: Published, hop: Any, wanted: Looks | None, answer: Any, step: int = 0) -> Sample:
+def sample(photos: Published, hop: Any, wanted: LookPolicy | None, answer: Any, step: int = 0) -> Sample:
     whole = photos.bundle.segment("..")
     encodings = ({"x": Encoding(PLAIN, COARSE)},)
     route = Route(photos.digest, photos.bundle, (whole,), (hop,), encodings, wanted)

@@ -10,7 +10,7 @@ from flask.testing import FlaskClient
 
 from isthmus.context import Context
 from isthmus.errors import HTTP_STATUS, IsthmusError, Missing, NotReady, ShapeMismatch, ValueRefused
-from isthmus.pipeline.hop import HttpHop
+from isthmus.pipeline import HttpHop
 from isthmus.serving import create_router_app, create_segment_app
 from isthmus.serving.exposure import problem
 from isthmus.wire.frame import Frame

@@ -18,9 +18,7 @@ from isthmus.artifacts.choice import RAW, Choice
 from isthmus.artifacts.fidelity import Entry, Fidelity, Inputs, offered
 from isthmus.codecs import Encoding
 from isthmus.errors import CalibrationError, HopUnavailable, SettingsError
-from isthmus.pipeline.execution import Result
-from isthmus.pipeline.passage import Stage
-from isthmus.pipeline.route import Route
+from isthmus.pipeline import Result, Route, SegmentRun
 from isthmus.routing.fallback import ladder
 from isthmus.routing.guard import Guard, Sample
 from isthmus.serving import create_router_app, create_segment_app
@@ -245,18 +243,18 @@ def test_inputs_that_drift_from_the_calibration_make_it_step_down(
 class Echo:
     """A hop that answers with what it is told, whatever it is sent."""
 
-    name, packs = "echo", True
+    name, encodes = "echo", True
 
     def __init__(self, outputs: dict[str, Any]) -> None:
         self.outputs = outputs
         self.fails = False
 
     def call(self, frame: Any, context: Any) -> Any:
-        from isthmus.pipeline.hop import Reply
+        from isthmus.pipeline import HopReply
 
         if self.fails:
             raise HopUnavailable("away", hop=self.name)
-        return Reply(frame._replace(tensors=self.outputs, encoded={}), 0.0)
+        return HopReply(frame._replace(tensors=self.outputs, encoded={}), 0.0)
 
 
 def sample(photos: Published, hop: Any, answer: Any, step: int = 0) -> Sample:
@@ -312,7 +310,7 @@ def test_a_hop_that_is_away_teaches_the_guard_nothing(photos: Published) -> None
     hop.fails = True
     made = guard()
     route = sample(photos, hop, np.zeros((1, 5), np.float32)).route
-    stage = Stage("..", "echo", 0, 0, 0, 0, 0, 0, codecs={"x": "sparse/2"})
+    stage = SegmentRun("..", "echo", 0, 0, codecs={"x": "sparse/2"})
     result = Result({"logits": np.zeros((1, 5), np.float32)}, (stage,))
     made.watch(route, made.safer(route)[1], photos.inputs, {}, result)
     assert made.safer(route)[1].step == 0

@@ -42,8 +42,8 @@ from isthmus.errors import (
 from isthmus.http import pool as http_pool
 from isthmus.http import sockets
 from isthmus.http.server_timing import retry_after_seconds, stage_seconds
+from isthmus.pipeline import HttpHop
 from isthmus.pipeline import hop as hops
-from isthmus.pipeline.hop import HttpHop
 from isthmus.registry.patience import Patience
 from isthmus.retries import RetryBudget, backoff, log_retries
 from isthmus.wire import frame as frames
@@ -130,7 +130,7 @@ def test_a_frame_goes_there_and_back_with_the_requests_identity(hop_to: Callable
     took = time.monotonic() - start
     assert reply.frame.tensors["x"].tolist() == [0, 1, 2, 3]
     assert reply.run_s == pytest.approx(0.0125)
-    assert reply.sent == reply.received == len(frames.encode(FRAME))
+    assert reply.sent_bytes == reply.received_bytes == len(frames.encode(FRAME))
     headers = seen[0]
     assert headers["X-Call-Id"] == "call-1"
     assert headers["Traceparent"] == "00-" + "a" * 32 + "-" + "b" * 16 + "-01"

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from isthmus.codecs import Encoding
 from isthmus.context import Context, Deadline
 from isthmus.errors import DeadlineExceeded, HopRejected, HopUnavailable, Missing, ShapeMismatch
-from isthmus.pipeline.execution import Result, run
-from isthmus.pipeline.hop import Hop, LocalHop, Reply, hops_to
-from isthmus.pipeline.route import plan_route
+from isthmus.pipeline import Hop, HopReply, LocalHop, LoopbackHop, Result, execute, local_route, plan_route
+from isthmus.pipeline.hop import hops_to
 from isthmus.runtime.store import SegmentStore
 from isthmus.serving import create_segment_app
 from isthmus.wire.frame import Frame
@@ -63,7 +63,7 @@ class Between:
     name: str = "between"
     taken: list[dict[str, Any]] = field(default_factory=list)
 
-    def call(self, frame: Frame, context: Context) -> Reply:
+    def call(self, frame: Frame, context: Context) -> HopReply:
         self.taken.append(dict(frame.tensors))
         reply = self.inner.call(frame, context)
         return reply._replace(frame=self.change(reply.frame))
@@ -74,7 +74,7 @@ def context(seconds: float = 20.0) -> Context:
 
 
 def answer(published: Published, hops: tuple[Hop, ...], cuts: tuple[str, ...] | None) -> Result:
-    return run(plan_route(published.digest, published.bundle, hops, cuts), published.inputs, context())
+    return execute(plan_route(published.digest, published.bundle, hops, cuts), published.inputs, context())
 
 
 @pytest.mark.parametrize("cuts", [None, (), ("1",), ("3",), ("6",), ("1", "6"), SKIP_CUTS])
@@ -88,10 +88,10 @@ def test_the_split_answer_is_the_whole_models(
 ) -> None:
     result = answer(photos, remote if over == "http" else (local(photos),), cuts)
     np.testing.assert_allclose(result.outputs["logits"], photos.whole["logits"], atol=TOLERANCE)
-    assert [s.segment for s in result.stages] == [s.id for s in photos.bundle.partition(cuts)]
-    for stage in result.stages:
+    assert [s.segment for s in result.runs] == [s.id for s in photos.bundle.partition(cuts)]
+    for stage in result.runs:
         assert stage.total_s >= stage.run_s > 0
-        assert (stage.sent > stage.tensor_bytes) if over == "http" else (stage.sent == stage.received == 0)
+        assert (stage.sent_bytes > stage.raw_bytes) if over == "http" else stage.sent_bytes == stage.received_bytes == 0
 
 
 def test_two_hops_share_two_segments_and_the_last_takes_what_is_over(
@@ -111,6 +111,47 @@ def test_a_value_that_passes_by_a_segment_is_not_sent_to_it(
     np.testing.assert_allclose(result.outputs["logits"], photos.whole["logits"], atol=TOLERANCE)
 
 
+def test_the_result_holds_inputs_boundary_tensors_and_outputs(
+    photos: Published, local: Callable[[Published], LocalHop]
+) -> None:
+    result = answer(photos, (local(photos),), SKIP_CUTS)
+    assert sorted(result.tensors) == ["c4", "logits", "r1", "r3", "x"]
+    assert result.outputs["logits"] is result.tensors["logits"]
+
+
+def test_a_route_from_a_cut_goes_on_with_the_tensors_of_another(
+    pair: Published, local: Callable[[Published], LocalHop]
+) -> None:
+    """A head's own outputs, and a model's input that only the tail takes, pass by it."""
+    hop, (head, tail) = local(pair), pair.bundle.partition(("1",))
+    first = execute(local_route(pair.digest, pair.bundle, (head,), hop), pair.inputs, context())
+    assert list(first.outputs) == ["early"]
+    second = execute(local_route(pair.digest, pair.bundle, (tail,), hop), first.tensors, context())
+    assert list(second.outputs) == ["early", "late"]
+    for name, array in pair.whole.items():
+        np.testing.assert_allclose(second.outputs[name], array, atol=TOLERANCE)
+    with pytest.raises(ShapeMismatch, match="r1"):
+        execute(local_route(pair.digest, pair.bundle, (tail,), hop), pair.inputs, context())
+
+
+def test_a_loopback_sends_what_http_sends(
+    photos: Published, local: Callable[[Published], LocalHop], remote: tuple[Hop, ...]
+) -> None:
+    """The same bytes both ways and the same bits, with a codec that changes values and without."""
+    for encodings in ({}, {"p6": Encoding("half/1")}):
+        runs, outputs = [], []
+        for hop in (LoopbackHop(local(photos)), remote[0]):
+            route = plan_route(photos.digest, photos.bundle, (local(photos), hop), ("6",))
+            result = execute(replace(route, encodings=({}, encodings)), photos.inputs, context())
+            runs.append(result.runs[1])
+            outputs.append(result.outputs["logits"].tobytes())
+        assert outputs[0] == outputs[1]
+        facts = [(run.sent_bytes, run.received_bytes, run.raw_bytes, run.payload_bytes, run.codecs) for run in runs]
+        assert facts[0] == facts[1]
+        assert runs[0].payload_bytes == runs[0].raw_bytes // (2 if encodings else 1) < runs[0].sent_bytes
+        assert all(run.decode_s > 0 for run in runs)
+
+
 def test_inputs_and_outputs_may_belong_to_either_end(pair: Published, local: Callable[[Published], LocalHop]) -> None:
     hop = Between(local(pair))
     result = answer(pair, (hop,), ("1",))
@@ -128,12 +169,12 @@ def test_bytes_over_the_link_are_those_sent_behind_the_first_hop(
         assert answer(photos, hops, cuts).sizes() == {"link_bytes": 0, "link_raw_bytes": 0}, "nothing leaves"
     split = answer(photos, (here, there), ("6",))
     assert split.link_raw_bytes == 16 * 4 * 4 * 4
-    assert split.link_bytes == split.stages[1].sent > split.link_raw_bytes
+    assert split.link_bytes == split.runs[1].sent_bytes > split.link_raw_bytes
     three = answer(photos, (here, there), SKIP_CUTS)
     assert three.link_raw_bytes == 3 * 16 * 8 * 8 * 4
     facts = {"segments": "..3,3..4,4..", "link_bytes": three.link_bytes, "link_raw_bytes": three.link_raw_bytes}
     assert three.facts() == facts
-    again = replace(three, stages=(*three.stages, *three.stages[1:]))
+    again = replace(three, runs=(*three.runs, *three.runs[1:]))
     assert again.link_raw_bytes == three.link_raw_bytes, "closer looks send the same tensors"
     assert again.link_bytes == 2 * three.link_bytes
     single = answer(photos, (there,), ())
@@ -143,7 +184,7 @@ def test_bytes_over_the_link_are_those_sent_behind_the_first_hop(
 def test_a_deadline_that_has_passed_calls_nobody(photos: Published, local: Callable[[Published], LocalHop]) -> None:
     hop = Between(local(photos))
     with pytest.raises(DeadlineExceeded, match=r"\.\.6"):
-        run(plan_route(photos.digest, photos.bundle, (hop,)), photos.inputs, context(0))
+        execute(plan_route(photos.digest, photos.bundle, (hop,)), photos.inputs, context(0))
     assert not hop.taken
 
 
@@ -152,7 +193,7 @@ def test_inputs_that_do_not_fit_are_refused_before_anything_is_called(
 ) -> None:
     hop = Between(local(photos))
     with pytest.raises(ShapeMismatch):
-        run(plan_route(photos.digest, photos.bundle, (hop,)), {"x": np.zeros((1, 3, 8, 7), "float32")}, context())
+        execute(plan_route(photos.digest, photos.bundle, (hop,)), {"x": np.zeros((1, 3, 8, 7), "float32")}, context())
     assert not hop.taken
 
 

@@ -12,7 +12,7 @@ import pytest
 from isthmus.artifacts.agreement import Measure, measure_for
 from isthmus.artifacts.choice import RAW, Choice
 from isthmus.artifacts.fidelity import Entry, Fidelity, offered
-from isthmus.pipeline.hop import HttpHop
+from isthmus.pipeline import HttpHop
 from isthmus.processing.image import MAX_PIXELS
 from isthmus.runtime.tables import Tables, tables_of
 from isthmus.wire.frame import Frame

@@ -22,10 +22,7 @@ from isthmus.artifacts.choice import Look
 from isthmus.codecs import Encoding
 from isthmus.codecs.table import Table
 from isthmus.context import Context, Deadline
-from isthmus.pipeline import agreement
-from isthmus.pipeline.execution import Result, run
-from isthmus.pipeline.hop import HttpHop, LocalHop
-from isthmus.pipeline.route import Looks, Route, plan_route
+from isthmus.pipeline import HttpHop, LocalHop, LookPolicy, Result, Route, agreement, execute, plan_route
 from isthmus.runtime.store import SegmentStore
 from isthmus.serving import create_segment_app
 from isthmus.wire import frame as frames
@@ -172,8 +169,8 @@ def remote() -> Iterator[Callable[[str], HttpHop]]:
         hop.close()
 
 
-def looks(margin: float, *qualities: float) -> Looks:
-    return Looks(
+def looks(margin: float, *qualities: float) -> LookPolicy:
+    return LookPolicy(
         tuple(Look(q, margin) for q in qualities or (FINE,)), partial(agreement.margin, Measure(TOP1, "logits"))
     )
 
@@ -181,7 +178,7 @@ def looks(margin: float, *qualities: float) -> Looks:
 def split(
     known: Known,
     hops: tuple[Any, ...],
-    wanted: Looks,
+    wanted: LookPolicy,
     cuts: tuple[str, ...] = ("6",),
     qualities: Mapping[str, float] = {"p6": COARSE},
     codec: str = CALIBRATED,
@@ -205,4 +202,4 @@ def same_bits(one: Result, other: Result) -> bool:
 
 def once(route: Route, inputs: Mapping[str, Array], quality: float = 0.0) -> Result:
     """The answer where all is sent at that quality at least, and no look taken."""
-    return run(replace(route.finer(quality), looks=None), inputs, context())
+    return execute(replace(route.finer(quality), looks=None), inputs, context())

@@ -1,1 +1,41 @@
-"""One request along one route: the hops, and the only place that runs segments in order."""
+"""One request along one route: the execution core, which the router, trials, calibration and profiling share.
+
+`execute(route, inputs, context, encoded=None) -> Result` is the only loop over segments. The hops of the route decide
+what happens in between: `LocalHop` passes arrays as they are, `LoopbackHop` encodes and decodes every frame without a
+socket, and `HttpHop` calls a function. Anything with `name`, `encodes`, `call` and `close` is a hop.
+
+    hop = LoopbackHop(LocalHop(store), tables)            # tables: (digest, tensor, codec id) -> table
+    cut = local_route(digest, bundle, head, LocalHop(store))
+    boundary = execute(cut, inputs, context).tensors      # inputs, boundary tensors and outputs by name
+    trial = local_route(digest, bundle, tail, hop, {"p6": Encoding("transform/4", 0.4, table)})
+    result = execute(trial, boundary, context)
+    run = result.runs[0]                                  # sent_bytes, payload_bytes, encode_s, decode_s, run_s, codecs
+
+A route from a cut takes all tensors at hand and uses those that it needs, so that outputs of the head reach
+`result.outputs`. `LocalHop` takes a `SegmentStore` or any object with its `run`.
+"""
+
+from isthmus.pipeline.closer_looks import LookPolicy, LooksTaken
+from isthmus.pipeline.execution import Result, SegmentRun, encode_tensors, execute
+from isthmus.pipeline.hop import Hop, HopReply, HttpHop, LocalHop, LoopbackHop
+from isthmus.pipeline.route import PhotoInput, Route, local_route, photo_input, plan_route, planned_route
+
+__all__ = [
+    "Hop",
+    "HopReply",
+    "HttpHop",
+    "LocalHop",
+    "LookPolicy",
+    "LooksTaken",
+    "LoopbackHop",
+    "PhotoInput",
+    "Result",
+    "Route",
+    "SegmentRun",
+    "encode_tensors",
+    "execute",
+    "local_route",
+    "photo_input",
+    "plan_route",
+    "planned_route",
+]

@@ -1,70 +1,257 @@
-"""One request along one route."""
+"""Execution of a route: the one place that runs segments in order.
+
+The router holds every value and passes each segment exactly its inputs, so a value that skips a segment never travels
+through it, and no tensor crosses the link twice.
+"""
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from isthmus.arrays import Array, check_tensors
-from isthmus.codecs import EncodedTensor
-from isthmus.context import Context
-from isthmus.pipeline.looks import Looked, look_closer
-from isthmus.pipeline.passage import Passage, Stage
+from isthmus.artifacts.bundle import Segment
+from isthmus.codecs import EncodedTensor, Encoding, encode_tensor
+from isthmus.context import Context, Deadline
+from isthmus.errors import HopRejected, ShapeMismatch
+from isthmus.pipeline.closer_looks import LookPolicy, LooksTaken, take_looks
+from isthmus.pipeline.hop import Hop
 from isthmus.pipeline.route import Route
+from isthmus.wire.frame import DTYPES, Frame
+
+_NO_TENSORS: Mapping[str, EncodedTensor] = MappingProxyType({})
+
+
+class SegmentRun(NamedTuple):
+    """One call of a hop for one segment.
+
+    Units: seconds and bytes. `total_s` is the call as the caller measured it; `run_s` the segment's own computation;
+    `encode_s` the codecs' encoding of its inputs, before the call; `decode_s` the decoding of the frame behind the hop,
+    as far as the hop reports it. `sent_bytes` and `received_bytes` are those of the frames, 0 in this process;
+    `raw_bytes` is the size of the inputs as arrays, `payload_bytes` their size as sent.
+    """
+
+    segment: str
+    hop: str
+    total_s: float
+    run_s: float
+    encode_s: float = 0.0
+    decode_s: float = 0.0
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    raw_bytes: int = 0
+    payload_bytes: int = 0
+    codecs: Mapping[str, str] = MappingProxyType({})
+    """Codec ids of the inputs that were not sent raw, by tensor."""
+    over_link: bool = False
+
+    def document(self) -> dict[str, Any]:
+        """This run in a response's JSON, times in milliseconds. Source: docs/api.md, "Photos"."""
+        doc = {
+            "segment": self.segment,
+            "hop": self.hop,
+            "ms": round(self.total_s * 1000, 3),
+            "run_ms": round(self.run_s * 1000, 3),
+            "sent_bytes": self.sent_bytes,
+            "received_bytes": self.received_bytes,
+            "input_bytes": self.raw_bytes,
+        }
+        if self.codecs:
+            doc |= {"pack_ms": round(self.encode_s * 1000, 3), "codecs": dict(self.codecs)}
+        return doc
 
 
 @dataclass(frozen=True)
 class Result:
-    """The model's outputs, and what each segment took; those of closer looks come after the first's."""
+    """The model's outputs, the segment runs in order (those of closer looks last), and every tensor at hand.
+
+    `tensors` are inputs, boundary tensors and outputs by name. `outputs` are those of the bundle's outputs that the
+    route computes: all of them where it leads to the model's end.
+    """
 
     outputs: dict[str, Array]
-    stages: tuple[Stage, ...]
-    looked: Looked | None = None
-    """How closer looks went; None where the route has none, or nothing was packed for the first."""
+    runs: tuple[SegmentRun, ...]
+    tensors: Mapping[str, Array] = field(default_factory=dict)
+    closer_looks: LooksTaken | None = None
+    """None where the route has none, or encoded nothing that a look could send finer."""
     notes: Mapping[str, str | int] = field(default_factory=dict)
-    """What else an answer says of its route: that its codecs are not those that were chosen."""
+    """Further facts about the route for the response, such as the fallback codec in force."""
 
     @property
     def link_bytes(self) -> int:
-        """Bytes sent over the link: the frames of every call to a hop behind it, tensors as they were coded."""
-        return sum(stage.sent for stage in self.stages if stage.linked)
+        """Bytes sent over the link: the frames of every call to a hop behind it, tensors as encoded."""
+        return sum(run.sent_bytes for run in self.runs if run.over_link)
 
     @property
     def link_raw_bytes(self) -> int:
-        """What the tensors in those frames weigh raw, each counted once: closer looks send more of the same."""
-        return sum({stage.segment: stage.tensor_bytes for stage in reversed(self.stages) if stage.linked}.values())
+        """Size of the tensors in those frames as arrays, each counted once: closer looks send the same ones again."""
+        return sum({run.segment: run.raw_bytes for run in reversed(self.runs) if run.over_link}.values())
 
     def facts(self) -> dict[str, Any]:
-        """The route as an Open Inference Protocol answer's parameters tell it."""
-        codecs = [f"{name}={codec}" for stage in self.stages for name, codec in stage.codecs.items()]
-        facts = {"segments": ",".join(s.segment for s in self.stages), **self.sizes()}
+        """The route as parameters of an Open Inference Protocol response."""
+        codecs = [f"{name}={codec}" for run in self.runs for name, codec in run.codecs.items()]
+        facts = {"segments": ",".join(run.segment for run in self.runs), **self.sizes()}
         return {**facts, **({"codecs": ",".join(codecs)} if codecs else {}), **self.looks(), **self.notes}
 
     def sizes(self) -> dict[str, int]:
-        """Bytes over the link as answers give them. Source: docs/api.md, "Bytes over the link"."""
+        """Bytes over the link as responses state them. Source: docs/api.md, "Bytes over the link"."""
         return {"link_bytes": self.link_bytes, "link_raw_bytes": self.link_raw_bytes}
 
     def looks(self) -> dict[str, str | int]:
-        """What answers say of closer looks; nothing where there were none to take."""
-        return {"looks": self.looked.taken, "looks_ended": self.looked.outcome} if self.looked is not None else {}
+        """Closer looks as responses state them; empty without any."""
+        taken = self.closer_looks
+        return {"looks": taken.taken, "looks_ended": taken.outcome} if taken is not None else {}
 
 
-def run(
+def execute(
     route: Route, inputs: Mapping[str, Array], context: Context, encoded: Mapping[str, EncodedTensor] | None = None
 ) -> Result:
-    """Take `inputs` through every segment of `route`, and closer looks where it has some.
+    """Run every segment of `route` on its hop, then the route's closer looks.
 
-    Shapes: `inputs` and the outputs are as the bundle declares them. `packed` are inputs that the caller has packed
-    already, such as a photo as it came; only the first segment's hop, over HTTP, can take those.
+    Shapes: as the bundle declares them. A route from the model's inputs takes exactly those; a route that starts at a
+    cut takes its first segments' inputs, and may be given further tensors. `encoded` are inputs that the caller has
+    encoded already, such as a photo; they go to the first segment, whose hop must encode.
 
     Raises:
-        ShapeMismatch: the inputs do not fit the model; nothing was called.
-        DeadlineExceeded, HopError: as the segments' hops report.
+        ShapeMismatch: the inputs do not fit; no hop was called.
+        DeadlineExceeded, HopError: as the hops report.
     """
-    ready = encoded or {}
-    check_tensors(tuple(spec for spec in route.bundle.inputs if spec.name not in ready), inputs)
-    passage = Passage(route, context, dict(inputs))
-    passage.through(0, ready)
-    looked = look_closer(passage, route.looks) if route.looks is not None else None
-    return Result(passage.outputs(), tuple(passage.stages), looked)
+    encoded = encoded or _NO_TENSORS
+    _check_inputs(route, inputs, encoded)
+    execution = _Execution(route, context, dict(inputs))
+    execution.run(0, encoded)
+    taken = execution.look_closer(route.looks) if route.looks is not None else None
+    return Result(execution.outputs(), tuple(execution.runs), execution.tensors, taken)
+
+
+def encode_tensors(
+    arrays: Mapping[str, Array],
+    encodings: Mapping[str, Encoding],
+    encoded: Mapping[str, EncodedTensor] = _NO_TENSORS,
+) -> dict[str, EncodedTensor]:
+    """`encoded`, and the other `arrays` that `encodings` name, except those that their codec refuses: they go raw."""
+    remaining = {name: how for name, how in encodings.items() if name in arrays and name not in encoded}
+    results = {name: encode_tensor(arrays[name], how) for name, how in remaining.items()}
+    return {**encoded, **{name: tensor for name, tensor in results.items() if isinstance(tensor, EncodedTensor)}}
+
+
+@dataclass
+class _Execution:
+    """The tensors at hand and the runs so far; a closer look repeats the later segments on a copy."""
+
+    route: Route
+    context: Context
+    tensors: dict[str, Array]
+    runs: list[SegmentRun] = field(default_factory=list)
+
+    def outputs(self) -> dict[str, Array]:
+        return {s.name: self.tensors[s.name] for s in self.route.bundle.outputs if s.name in self.tensors}
+
+    def run(self, start: int = 0, encoded: Mapping[str, EncodedTensor] = _NO_TENSORS) -> None:
+        """Run the segments from index `start` on; `encoded` belong to the first of them."""
+        for index in range(start, len(self.route.segments)):
+            self.runs.append(self._call(index, encoded if index == start else _NO_TENSORS))
+
+    def _call(self, index: int, encoded: Mapping[str, EncodedTensor]) -> SegmentRun:
+        route, segment, hop = self.route, self.route.segments[index], self.route.hops[index]
+        self.context.deadline.check(f"segment {segment.id} ran")
+        began = time.perf_counter()
+        arrays = {spec.name: self.tensors[spec.name] for spec in segment.inputs if spec.name in self.tensors}
+        # An encoded photo counts as the input that the hop makes of it.
+        raw_bytes = sum(array.nbytes for array in arrays.values())
+        raw_bytes += sum(_raw_bytes(tensor) for name, tensor in encoded.items() if name not in arrays)
+        encoded = encode_tensors(arrays, route.encodings_of(index), encoded)
+        for name in encoded:
+            arrays.pop(name, None)
+        called = time.perf_counter()
+        frame = Frame(arrays, route.digest, segment.id, self.context.call_id, encoded)
+        reply = hop.call(frame, self.context)
+        self.tensors.update(_checked(reply.frame, frame, segment, hop))
+        return SegmentRun(
+            segment.id,
+            hop.name,
+            total_s=time.perf_counter() - called,
+            run_s=reply.run_s,
+            encode_s=called - began,
+            decode_s=reply.decode_s,
+            sent_bytes=reply.sent_bytes,
+            received_bytes=reply.received_bytes,
+            raw_bytes=raw_bytes,
+            payload_bytes=sum(a.nbytes for a in arrays.values()) + sum(t.nbytes for t in encoded.values()),
+            codecs={name: tensor.codec for name, tensor in encoded.items()},
+            over_link=reply.sent_bytes > 0 and hop.name != route.near,
+        )
+
+    def look_closer(self, policy: LookPolicy) -> LooksTaken | None:
+        """Take closer looks from the first segment whose inputs can be sent finer; None without such a segment."""
+        indices = range(len(self.route.segments))
+        first = next((i for i in indices if self._can_be_finer(i, policy.looks[-1].quality)), None)
+        if first is None:
+            return None
+
+        def repeat(quality: float, deadline: Deadline) -> float:
+            finer = _Execution(self.route.finer(quality), replace(self.context, deadline=deadline), dict(self.tensors))
+            finer.run(first)
+            # Only now: a look that fails half-way must leave outputs of one transmission.
+            self.tensors.update(finer.tensors)
+            self.runs += finer.runs
+            return _seconds(finer.runs)
+
+        return take_looks(policy, self.context.deadline, _seconds(self.runs[first:]), self.outputs, repeat)
+
+    def _can_be_finer(self, index: int, finest: float) -> bool:
+        # Without the array, as with an encoded photo, there is nothing to encode again.
+        if any(spec.name not in self.tensors for spec in self.route.segments[index].inputs):
+            return False
+        sent = self.runs[index].codecs
+        return any(name in sent and how.quality < finest for name, how in self.route.encodings_of(index).items())
+
+
+def _seconds(runs: list[SegmentRun]) -> float:
+    return sum(run.encode_s + run.total_s for run in runs)
+
+
+def _raw_bytes(tensor: EncodedTensor) -> int:
+    return math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
+
+
+def _check_inputs(route: Route, inputs: Mapping[str, Array], encoded: Mapping[str, EncodedTensor]) -> None:
+    specs = tuple(spec for spec in route.inputs if spec.name not in encoded)
+    if route.starts_at_cut:
+        inputs = {spec.name: inputs[spec.name] for spec in specs if spec.name in inputs}
+    check_tensors(specs, inputs)
+
+
+def _checked(reply: Frame, sent: Frame, segment: Segment, hop: Hop) -> Mapping[str, Array]:
+    """The reply's tensors, provided that it belongs to the frame sent and holds the segment's outputs."""
+    for field_name in ("bundle", "segment", "request"):
+        if (got := getattr(reply, field_name)) != (expected := getattr(sent, field_name)):
+            raise HopRejected(
+                f"{hop.name} answered for {field_name} {got[:80]!r}, not {expected!r}",
+                hop=hop.name,
+                status=200,
+                expected=expected,
+                got=got,
+            )
+    try:
+        check_tensors(segment.outputs, reply.tensors)
+    except ShapeMismatch as e:
+        raise HopRejected(
+            f"{hop.name} did not answer as segment {segment.id} does: {e}",
+            hop=hop.name,
+            status=200,
+            hint=_hint(reply, segment),
+            **e.facts,
+        ) from e
+    return reply.tensors
+
+
+def _hint(reply: Frame, segment: Segment) -> str:
+    declared = {spec.name: spec.dtype for spec in segment.outputs}
+    if declared == {name: array.dtype.name for name, array in reply.tensors.items()}:
+        return "the bundle declares shapes that the model does not keep for this input: import the model again"
+    return "both sides must run the same version of Isthmus"

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol
 
 import stamina
 
-from isthmus.context import Context
+from isthmus.arrays import Array
+from isthmus.codecs import Tables
+from isthmus.context import Context, Deadline
 from isthmus.errors import HopBusy, HopRejected, HopTimeout, HopUnavailable, IsthmusError, ShapeMismatch, ValueRefused
 from isthmus.http.pool import BrokenOff, ConnectionPool, Response, ResponseTooLong, Unreachable
 from isthmus.http.server_timing import retry_after_seconds, stage_seconds
@@ -24,12 +26,14 @@ from isthmus.wire import frame as frames
 from isthmus.wire.frame import Frame
 
 if TYPE_CHECKING:  # a router whose hops are all remote never loads onnxruntime
-    from isthmus.runtime.store import SegmentStore
+    from isthmus.runtime.store import Ran, SegmentStore
 
 MAX_ERROR_BYTES = 2**16
 """Bound on the body of a response other than 200; a hop's own errors are far shorter."""
-_BY_THE_GRAPH = {c.__name__: c for c in (ShapeMismatch, ValueRefused)}
-"""A segment function's errors that the caller of the router made."""
+MAX_LOOPBACK_BYTES = 2**30
+"""Bound on a frame between this process and itself, where only memory limits it."""
+_INPUT_ERRORS = {c.__name__: c for c in (ShapeMismatch, ValueRefused)}
+"""A segment function's errors that the router's caller causes."""
 MAX_OUTAGE_S = 60.0
 """How long a function may be away and still count as starting; measured, one took 28 s on a busy box to load."""
 MAX_REPLACED_S = 15.0
@@ -40,70 +44,107 @@ _FIRST_PAUSE_S, _MAX_PAUSE_S = 0.05, 1.0
 _RETRY_BURST, _RETRIES_PER_S, _RETRIES_PER_SUCCESS = 256, 32.0, 0.1
 
 
-class Reply(NamedTuple):
-    """A hop's answer.
+class HopReply(NamedTuple):
+    """A hop's response to one frame.
 
-    Units: `run_s` is the time that the segment itself took, in seconds; sent and received are bytes on the wire, 0 in
-    this process.
+    Units: seconds and bytes. `run_s` is the segment's own computation, `decode_s` the decoding of the request's frame,
+    0 where the hop does not report it; sent and received bytes are those of the frames, 0 in this process.
     """
 
     frame: Frame
     run_s: float
-    sent: int = 0
-    received: int = 0
+    decode_s: float = 0.0
+    sent_bytes: int = 0
+    received_bytes: int = 0
 
 
 class Hop(Protocol):
-    """Where a segment runs."""
+    """Where a segment runs: one call."""
 
     @property
-    def packs(self) -> bool:
-        """Whether tensors become bytes on the way, so that packing them makes sense."""
+    def encodes(self) -> bool:
+        """Whether tensors become bytes on the way, so that encoding them makes sense."""
         ...
 
     @property
     def name(self) -> str:
-        """What errors and timings call it."""
+        """The hop's name in errors and timings."""
         ...
 
-    def call(self, frame: Frame, context: Context) -> Reply:
+    def call(self, frame: Frame, context: Context) -> HopReply:
         """Run the segment that `frame` names on its tensors, within the context's deadline.
 
         Raises:
             HopTimeout: the deadline passed.
             HopUnavailable, HopBusy: not reached, or at its limit, until attempts were spent.
-            HopRejected: the hop understood and refused. An error of the caller's making keeps its own class and facts
-                in `facts["error"]`.
+            HopRejected: the hop understood and refused; `facts["error"]` holds its error. ShapeMismatch and
+                ValueRefused, which the inputs cause, keep their class.
         """
         ...
 
     def close(self) -> None:
-        """Close what waits for the next call."""
+        """Close idle connections."""
+        ...
+
+
+class SegmentRunner(Protocol):
+    """Runs segments in this process: `SegmentStore`, or what trials put in its place."""
+
+    def run(self, bundle: str, segment: str, arrays: Mapping[str, Array], deadline: Deadline) -> Ran:
+        """See `SegmentStore.run`."""
         ...
 
 
 class LocalHop:
-    """A segment in this process: nothing is packed, sent or copied."""
+    """A segment in this process: nothing is encoded, sent or copied."""
 
     name = "local"
-    packs = False
+    encodes = False
 
-    def __init__(self, store: SegmentStore) -> None:
-        self._store = store
+    def __init__(self, runner: SegmentRunner) -> None:
+        self._runner = runner
 
     def close(self) -> None:
-        """Nothing waits here; the store belongs to its owner."""
+        """No-op: the runner belongs to its owner."""
 
-    def call(self, frame: Frame, context: Context) -> Reply:
+    def call(self, frame: Frame, context: Context) -> HopReply:
         """See `Hop.call`; the segment's own errors pass as they are."""
-        ran = self._store.run(frame.bundle, frame.segment, frame.tensors, context.deadline)
-        return Reply(Frame(ran.outputs, frame.bundle, frame.segment, frame.request), ran.run_s)
+        ran = self._runner.run(frame.bundle, frame.segment, frame.tensors, context.deadline)
+        return HopReply(Frame(ran.outputs, frame.bundle, frame.segment, frame.request), ran.run_s)
+
+
+class LoopbackHop:
+    """Another hop behind real frames without a socket: request and reply are encoded to bytes and decoded.
+
+    `tables` gives the tables of calibrated codecs, as the function behind a real hop looks them up.
+    """
+
+    encodes = True
+
+    def __init__(self, inner: Hop, tables: Tables | None = None, *, max_bytes: int = MAX_LOOPBACK_BYTES) -> None:
+        self.name = f"loopback to {inner.name}"
+        self._inner, self._tables, self._max_bytes = inner, tables, max_bytes
+
+    def close(self) -> None:
+        """Close the inner hop."""
+        self._inner.close()
+
+    def call(self, frame: Frame, context: Context) -> HopReply:
+        """See `Hop.call`; errors of the inner hop, and of decoding, pass as they are."""
+        request = frames.encode(frame)
+        start = time.perf_counter()
+        arrived = frames.decode(request, max_bytes=self._max_bytes, tables=self._tables)
+        decode_s = time.perf_counter() - start
+        reply = self._inner.call(arrived, context)
+        response = frames.encode(reply.frame)
+        returned = frames.decode(response, max_bytes=self._max_bytes, tables=self._tables)
+        return HopReply(returned, reply.run_s, decode_s, len(request), len(response))
 
 
 class HttpHop:
     """A segment behind a URL: an OpenFaaS function, through a gateway or directly."""
 
-    packs = True
+    encodes = True
 
     def __init__(self, url: str, *, attempts: int, connect_timeout_s: float, max_reply_bytes: int) -> None:
         self.name = url
@@ -113,7 +154,7 @@ class HttpHop:
         self._budget = RetryBudget(burst=_RETRY_BURST, per_second=_RETRIES_PER_S, per_success=_RETRIES_PER_SUCCESS)
         self._outage = _Outage()
 
-    def call(self, frame: Frame, context: Context) -> Reply:
+    def call(self, frame: Frame, context: Context) -> HopReply:
         """See `Hop.call`."""
         body = frames.encode_parts(frame)
         retries = _Retries(self._attempts, self._budget, self._outage, context)
@@ -129,7 +170,7 @@ class HttpHop:
         self._outage.is_waited_for = False
         self._pool.close()
 
-    def _once(self, body: Sequence[bytes | memoryview], context: Context) -> Reply:
+    def _once(self, body: Sequence[bytes | memoryview], context: Context) -> HopReply:
         if context.deadline.remaining() <= 0:
             raise HopTimeout(f"the deadline passed before {self.name} could be called", hop=self.name)
         try:
@@ -158,8 +199,9 @@ class HttpHop:
             raise HopRejected(
                 f"{self.name} answered with something that is no frame: {e}", hop=self.name, status=200
             ) from e
-        run_s = stage_seconds(response.headers.get("server-timing", ""), "run")
-        return Reply(reply, run_s, sum(map(len, body)), len(response.body))
+        timing = response.headers.get("server-timing", "")
+        run_s, decode_s = stage_seconds(timing, "run"), stage_seconds(timing, "decode")
+        return HopReply(reply, run_s, decode_s, sum(map(len, body)), len(response.body))
 
     def _refuse(self, response: Response) -> NoReturn:
         """Raise what a status other than 200 means. Source: docs/hops.md, from OpenFaaS's sources."""
@@ -179,7 +221,7 @@ class HttpHop:
         if status == 404 and not error:
             # The gateway's own: the function is not deployed there, or is being replaced at this moment.
             raise HopUnavailable(message, hint=f"is a function deployed at {self.name}?", **facts)
-        if (refused := _BY_THE_GRAPH.get(str(error.get("type")))) is not None:
+        if (refused := _INPUT_ERRORS.get(str(error.get("type")))) is not None:
             # Only running the graph shows that free dimensions do not go together, or that an index is out of range:
             # the caller's fault, not the hop's.
             raise refused(said, **{**_own_facts(error), **facts})

@@ -1,71 +1,180 @@
-"""What one request will do: which segments, on which hops, and how what they take is packed."""
+"""Routes: the segments of one request, the hop of each, and the encoding of the tensors in between."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from functools import partial
 
-from isthmus.arrays import Array
+from isthmus.artifacts.agreement import TOP1, Measure
 from isthmus.artifacts.bundle import Bundle, Segment
-from isthmus.codecs import Encoding
+from isthmus.artifacts.choice import PHOTO_ID
+from isthmus.artifacts.plan import Candidate
+from isthmus.artifacts.segment_id import WHOLE
+from isthmus.artifacts.tensors import TensorSpec
+from isthmus.codecs import EncodedTensor, Encoding, Tables, find_codec
+from isthmus.errors import PlanMalformed
+from isthmus.pipeline.agreement import margin
+from isthmus.pipeline.closer_looks import LookPolicy
 from isthmus.pipeline.hop import Hop
-
-if TYPE_CHECKING:
-    from isthmus.artifacts.choice import Look
-
-
-@dataclass(frozen=True)
-class Looks:
-    """Closer looks, one after the other: below a look's margin the boundary tensors are sent again, finer.
-
-    `margin_of` reads the margin off the outputs, in nats (`calibration.agreement.margin_of`).
-    """
-
-    looks: tuple[Look, ...]
-    margin_of: Callable[[Mapping[str, Array]], float]
+from isthmus.processing.image_spec import made_shape
+from isthmus.wire.frame import DTYPES
 
 
 @dataclass(frozen=True)
 class Route:
-    """What one request will do: these segments of this bundle, in order, each on its hop."""
+    """Segments of one bundle in order, each with its hop; most routes lead from the model's inputs to its outputs."""
 
     digest: str
     bundle: Bundle
     segments: tuple[Segment, ...]
     hops: tuple[Hop, ...]
     encodings: tuple[Mapping[str, Encoding], ...] = ()
-    """For each segment, how its inputs are packed on their way over HTTP; raw where nothing is said."""
-    looks: Looks | None = None
+    """For each segment, the encoding of its inputs by name; a tensor without one is sent raw."""
+    looks: LookPolicy | None = None
     near: str = ""
-    """The name of the hop that stands beside the router: what goes to the others goes over the link."""
+    """Name of the hop beside the router; frames to other hops go over the link."""
 
-    def encoding(self, segment: int) -> Mapping[str, Encoding]:
-        """How the inputs of that segment travel; a hop in this process takes them as they are."""
-        return self.encodings[segment] if self.encodings and self.hops[segment].packs else {}
+    @property
+    def starts_at_cut(self) -> bool:
+        """Whether the route starts with boundary tensors instead of the model's inputs."""
+        return bool(self.segments[0].id.start)
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """The tensors that the caller has to provide."""
+        if not self.starts_at_cut:
+            return self.bundle.inputs
+        needed: dict[str, TensorSpec] = {}
+        computed: set[str] = set()
+        for segment in self.segments:
+            needed |= {s.name: s for s in segment.inputs if s.name not in computed and s.name not in needed}
+            computed |= {s.name for s in segment.outputs}
+        return tuple(needed.values())
+
+    def encodings_of(self, index: int) -> Mapping[str, Encoding]:
+        """The encodings of that segment's inputs; none where its hop passes arrays as they are."""
+        return self.encodings[index] if self.encodings and self.hops[index].encodes else {}
 
     def finer(self, quality: float) -> Route:
         """The same route with at least that quality."""
-        made = tuple(
-            {name: replace(p, quality=quality) if p.quality < quality else p for name, p in each.items()}
+        encodings = tuple(
+            {name: replace(e, quality=quality) if e.quality < quality else e for name, e in each.items()}
             for each in self.encodings
         )
-        return replace(self, encodings=made)
+        return replace(self, encodings=encodings)
+
+
+@dataclass(frozen=True)
+class PhotoInput:
+    """A model input that the last hop makes of the photo itself, so that no hop before it decodes the photo."""
+
+    tensor: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the input as an array."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def encode(self, photo: bytes) -> dict[str, EncodedTensor]:
+        """The photo as the encoded form of that input."""
+        return {self.tensor: EncodedTensor(PHOTO_ID, self.dtype, self.shape, photo)}
 
 
 def plan_route(digest: str, bundle: Bundle, hops: tuple[Hop, ...], cuts: Iterable[str] | None = None) -> Route:
-    """The route along `cuts`, names or a text that says them (default: the bundle's own).
+    """The route along `cuts`, names or the text of a partition (default: the bundle's own), without encodings.
 
     Segments beyond the last hop run on the last hop.
 
     Raises:
-        Missing: the bundle has no such cut, or not the segment between two.
+        Missing: the bundle has no such cut, or no segment between two of them.
     """
     segments = bundle.partition(cuts)
-    on = tuple(hops[min(i, len(hops) - 1)] for i in range(len(segments)))
-    return Route(digest, bundle, segments, on, near=near_of(hops))
+    used = tuple(hops[min(i, len(hops) - 1)] for i in range(len(segments)))
+    return Route(digest, bundle, segments, used, near=near_hop(hops))
 
 
-def near_of(hops: Sequence[Hop]) -> str:
+def local_route(
+    digest: str,
+    bundle: Bundle,
+    segments: Sequence[Segment],
+    hop: Hop,
+    encodings: Mapping[str, Encoding] | None = None,
+) -> Route:
+    """Any consecutive segments, all on one hop; `encodings` are for the inputs of the first of them.
+
+    For trials: a head or a tail alone, or the uncut model.
+    """
+    encoded: tuple[Mapping[str, Encoding], ...] = (encodings, *({} for _ in segments[1:])) if encodings else ()
+    return Route(digest, bundle, tuple(segments), (hop,) * len(segments), encoded)
+
+
+def planned_route(
+    candidate: Candidate,
+    digest: str,
+    bundle: Bundle,
+    hops: Sequence[Hop],
+    tables: Tables,
+    variant: Callable[[str], Bundle],
+) -> Route:
+    """The route of a plan's candidate: the edge is the first hop, the cloud the last.
+
+    `digest` is that of `bundle`, as the functions know it; `variant` gives the bundle of a digest.
+
+    Raises:
+        Missing: a cut, a segment or the variant does not exist.
+        PlanMalformed: closer looks at a tensor that is no output.
+        FrameMalformed, RegistryError: a codec's table cannot be had.
+    """
+    near = near_hop(hops)
+    if candidate.variant is not None:
+        other = variant(candidate.variant)
+        return Route(candidate.variant, other, (other.segment(WHOLE),), (hops[0],), near=near)
+    if candidate.kind == "edge":
+        return Route(digest, bundle, (bundle.segment(WHOLE),), (hops[0],), near=near)
+    encodings = {
+        name: Encoding(c.codec, c.quality, tables(digest, name, c.codec) if find_codec(c.codec).calibrated else None)
+        for name, c in candidate.codecs.items()
+        if c.codec != PHOTO_ID
+    }
+    if candidate.kind == "cloud":
+        return Route(digest, bundle, (bundle.segment(WHOLE),), (hops[-1],), (encodings,), near=near)
+    segments = bundle.partition(candidate.cuts)
+    used = (hops[0], *(hops[-1] for _ in segments[1:]))
+    each = ({}, *(encodings for _ in segments[1:]))
+    return Route(digest, bundle, segments, used, each, _look_policy(candidate, bundle), near)
+
+
+def photo_input(candidate: Candidate, bundle: Bundle, hops: Sequence[Hop]) -> PhotoInput | None:
+    """The input that the last hop makes of photos; None where the plan has them decoded here, or that hop is local.
+
+    Raises:
+        PlanMalformed: the bundle's pre-processing gives no input of one shape.
+    """
+    if candidate.input != "photo" or not hops[-1].encodes:
+        return None
+    spec = bundle.preprocess
+    shape = None if spec is None else made_shape(spec)
+    if spec is None or shape is None:
+        raise PlanMalformed(f"{candidate.name} sends photos as they came, and {bundle.name} takes none", where="input")
+    tensor: TensorSpec = next(s for s in bundle.inputs if s.name == spec["input"])
+    return PhotoInput(tensor.name, tensor.dtype, shape)
+
+
+def near_hop(hops: Sequence[Hop]) -> str:
     """The name of the hop before the link: the first of several. A single hop is behind it, or in this process."""
     return hops[0].name if len(hops) > 1 else ""
+
+
+def _look_policy(candidate: Candidate, bundle: Bundle) -> LookPolicy | None:
+    looks = candidate.looks
+    if looks is None:
+        return None
+    if looks.output not in {s.name for s in bundle.outputs}:
+        raise PlanMalformed(
+            f"{candidate.name} looks at {looks.output!r}, no output of {bundle.name}", where="closer_looks"
+        )
+    return LookPolicy(looks.looks, partial(margin, Measure(TOP1, looks.output)))

@@ -28,10 +28,8 @@ from isthmus.codecs import EncodedTensor, Encoding
 from isthmus.codecs.choice import is_exact
 from isthmus.context import Context
 from isthmus.errors import IsthmusError
-from isthmus.pipeline import execution as pipeline
+from isthmus.pipeline import Result, Route, execute
 from isthmus.pipeline.agreement import agrees
-from isthmus.pipeline.execution import Result
-from isthmus.pipeline.route import Route
 from isthmus.routing.fallback import ladder
 
 WINDOW = 500
@@ -169,7 +167,7 @@ class Guard:
         result: Result,
     ) -> None:
         """Perhaps check this answer later; `route` is the one that was asked for, before `safer`."""
-        sent = {name for stage in result.stages for name in stage.codecs}
+        sent = {name for run in result.runs for name in run.codecs}
         if not any(name in sent and not is_exact(p) for each in route.encodings for name, p in each.items()):
             return
         if self._draw() >= self._share or self._closed.is_set():
@@ -209,7 +207,7 @@ class Guard:
         watched = self._look(sample.route)
         raw = replace(sample.route, encodings=(), looks=None)
         context = Context.from_headers({}, longest_s=self._deadline_s)
-        expected = pipeline.run(raw, sample.inputs, context, sample.encoded)
+        expected = execute(raw, sample.inputs, context, sample.encoded)
         same = agrees(watched.measure, expected.outputs, sample.outputs)
         self._metrics.guard_checked(same)
         with self._lock:

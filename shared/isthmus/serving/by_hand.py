@@ -12,8 +12,8 @@ from isthmus.artifacts.choice import Choice
 from isthmus.codecs import Encoding, Tables, find_codec
 from isthmus.codecs.choice import encodings
 from isthmus.errors import Missing, SettingsError
+from isthmus.pipeline import LookPolicy, Route
 from isthmus.pipeline.agreement import margin
-from isthmus.pipeline.route import Looks, Route
 from isthmus.runtime.tables import tables_of
 from isthmus.settings import RouterSettings
 
@@ -63,7 +63,7 @@ def packed(route: Route, choice: Choice, tables: Tables, measure: Callable[[Bund
     return replace(route, encodings=tuple(made), looks=_looks(route.bundle, choice, measure))
 
 
-def _looks(bundle: Bundle, choice: Choice, measure: Callable[[Bundle], Measure]) -> Looks | None:
+def _looks(bundle: Bundle, choice: Choice, measure: Callable[[Bundle], Measure]) -> LookPolicy | None:
     if not choice.looks:
         return None
     rule = measure(bundle)
@@ -74,4 +74,4 @@ def _looks(bundle: Bundle, choice: Choice, measure: Callable[[Bundle], Measure])
             variable="codec",
             value=str(choice),
         )
-    return Looks(choice.looks, partial(margin, rule))
+    return LookPolicy(choice.looks, partial(margin, rule))

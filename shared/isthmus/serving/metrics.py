@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
 
 if TYPE_CHECKING:  # a router whose hops are all remote never loads onnxruntime
-    from isthmus.pipeline.looks import Looked
+    from isthmus.pipeline import LooksTaken
     from isthmus.runtime.store import SegmentStore
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -87,7 +87,7 @@ class Metrics:
         times.observe(seconds)
         self.sent.inc(size)
 
-    def looked(self, looked: Looked) -> None:
+    def looked(self, looked: LooksTaken) -> None:
         """Count how one answer's closer looks went."""
         self.closer_looks.inc(looked.taken)
         self.looked_answers.labels(looked.outcome).inc()

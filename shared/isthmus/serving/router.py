@@ -21,9 +21,8 @@ from isthmus.context import Deadline
 from isthmus.errors import HopError, HopRejected, IsthmusError, MediaUnsupported, RequestMalformed, SettingsError
 from isthmus.http.pool import is_url
 from isthmus.oip import messages as oip
-from isthmus.pipeline import execution as pipeline
-from isthmus.pipeline.execution import Result
-from isthmus.pipeline.hop import LocalHop, hops_to
+from isthmus.pipeline import LocalHop, Result, execute
+from isthmus.pipeline.hop import hops_to
 from isthmus.processing.classify import classify
 from isthmus.processing.image import looks_like_image, not_an_image, preprocess
 from isthmus.processing.image_budget import ImageMemory
@@ -277,26 +276,26 @@ class _RouterApp(FunctionApp):
     ) -> Result:
         taken, standing = self._guard.safer(way.route)
         try:
-            result = pipeline.run(taken, inputs, work.context, encoded)
+            result = execute(taken, inputs, work.context, encoded)
         except HopError as e:
             if encoded and isinstance(e, HopRejected) and (said := of_the_photo(e)) is not None:
                 raise said from e
             self._count(e)
             raise
         once = len(taken.segments)
-        for i, stage in enumerate(result.stages):
+        for i, stage in enumerate(result.runs):
             name = stage_name(i, once)
             work.timings.add(name, stage.total_s, stage.segment)
             work.timings.add(f"{name}-run", stage.run_s, stage.segment)
             if stage.codecs:
                 work.timings.add(f"{name}-pack", stage.encode_s, stage.segment)
             # A closer look sends more of the same tensors.
-            tensors = stage.tensor_bytes if i < once else 0
+            tensors = stage.raw_bytes if i < once else 0
             hop = self._hop_label(stage.hop)
-            work.later.append(partial(self.metrics.crossed, hop, tensors, stage.sent, stage.received))
-        if result.looked is not None:
-            self.metrics.looked(result.looked)
-            if (error := result.looked.error) is not None:
+            work.later.append(partial(self.metrics.crossed, hop, tensors, stage.sent_bytes, stage.received_bytes))
+        if result.closer_looks is not None:
+            self.metrics.looked(result.closer_looks)
+            if (error := result.closer_looks.error) is not None:
                 self._failed(error)
         self._guard.watch(way.route, standing, inputs, encoded or {}, result)
         notes = {**way.notes, **standing.notes}
@@ -306,10 +305,10 @@ class _RouterApp(FunctionApp):
         """The stages as responses show them; a hop's URL is a detail."""
         once = len(way.route.segments)
         if self._settings.expose_details:
-            return [stage.document() for stage in result.stages]
+            return [stage.document() for stage in result.runs]
         return [
             stage.document() | ({} if stage.hop == LocalHop.name else {"hop": stage_name(i, once)})
-            for i, stage in enumerate(result.stages)
+            for i, stage in enumerate(result.runs)
         ]
 
     def _failed(self, error: IsthmusError) -> None:

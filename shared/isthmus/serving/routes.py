@@ -15,9 +15,7 @@ from isthmus.artifacts.choice import RAW_ID, Choice
 from isthmus.artifacts.plan_document import read_plan
 from isthmus.codecs import Tables
 from isthmus.errors import HopRejected, ImageMalformed, IsthmusError, MediaUnsupported, RequestTooLarge
-from isthmus.pipeline.hop import Hop
-from isthmus.pipeline.planned import PhotoAsItCame, photo_of, route_of
-from isthmus.pipeline.route import Route, plan_route
+from isthmus.pipeline import Hop, PhotoInput, Route, photo_input, plan_route, planned_route
 from isthmus.registry import Registry
 from isthmus.serving import by_hand
 from isthmus.serving.models import Model
@@ -33,7 +31,7 @@ class Way:
     """One version's route, how a photo goes if it goes as it came, and what answers say of the choice."""
 
     route: Route
-    photo: PhotoAsItCame | None = None
+    photo: PhotoInput | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -91,10 +89,10 @@ class Routes:
     def _planned(self, model: Model) -> Way | None:
         if (plan := read_plan(model.bundle, self._registry.blob)) is None:
             return None
-        route = route_of(
+        route = planned_route(
             plan.choice, model.digest, model.bundle, self._hops, self._tables, variant=self._registry.bundle
         )
-        return Way(route, photo_of(plan.choice, model.bundle, self._hops), {"plan": plan.chosen})
+        return Way(route, photo_input(plan.choice, model.bundle, self._hops), {"plan": plan.chosen})
 
 
 def of_the_photo(error: HopRejected) -> IsthmusError | None:

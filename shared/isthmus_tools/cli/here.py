@@ -9,10 +9,7 @@ from isthmus.arrays import Array
 from isthmus.artifacts.segment_id import WHOLE
 from isthmus.context import Context
 from isthmus.errors import MediaUnsupported
-from isthmus.pipeline import execution as pipeline
-from isthmus.pipeline.execution import Result
-from isthmus.pipeline.hop import LocalHop
-from isthmus.pipeline.route import Route, plan_route
+from isthmus.pipeline import LocalHop, Result, Route, execute, plan_route
 from isthmus.processing.classify import classify, parse_labels
 from isthmus.processing.image import MAX_PIXELS, preprocess
 from isthmus.registry import open_cache, open_registry
@@ -61,7 +58,7 @@ class Here:
 
     def run(self, arrays: Mapping[str, Array], timeout_s: float = 60.0) -> Result:
         """The outputs, and what each segment took."""
-        return pipeline.run(self._route, arrays, Context.from_headers({}, longest_s=timeout_s))
+        return execute(self._route, arrays, Context.from_headers({}, longest_s=timeout_s))
 
     def photo(self, photo: bytes, top_k: int | None, timeout_s: float) -> dict[str, Any]:
         """What the router would answer to `photo`."""
@@ -75,7 +72,7 @@ class Here:
                 **result.sizes(),
                 "photo_bytes": len(photo),
                 "input_bytes": array.nbytes,
-                "segments": [stage.document() for stage in result.stages],
+                "segments": [stage.document() for stage in result.runs],
             },
         }
 

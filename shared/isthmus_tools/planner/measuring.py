@@ -17,10 +17,7 @@ from isthmus.artifacts.plan import Candidate
 from isthmus.codecs import Tables
 from isthmus.context import Context
 from isthmus.errors import DeadlineExceeded, HopUnavailable, IsthmusError
-from isthmus.pipeline import execution as pipeline
-from isthmus.pipeline.execution import Result
-from isthmus.pipeline.hop import HttpHop
-from isthmus.pipeline.planned import photo_of, route_of
+from isthmus.pipeline import HttpHop, Result, execute, photo_input, planned_route
 from isthmus.processing.image import MAX_PIXELS, preprocess
 from isthmus_tools.budget import UNLIMITED, Budget, Pace
 from isthmus_tools.planner.choose import VALUES, broken
@@ -177,11 +174,11 @@ def requester(
     Closer looks are all taken every time, and count for their shares: a few inputs do not say how often they are. So
     one that could not be taken is a request that failed.
     """
-    route = route_of(candidate, digest, bundle, hops, tables, variant)
+    route = planned_route(candidate, digest, bundle, hops, tables, variant)
     if route.looks is not None:
         always = tuple(replace(look, margin=math.inf) for look in route.looks.looks)
         route = replace(route, looks=replace(route.looks, looks=always))
-    photo = photo_of(candidate, bundle, hops)
+    photo = photo_input(candidate, bundle, hops)
     longest_s = min(_MAX_S, max(_MIN_S, 10 * candidate.predicted.total))
 
     ordered = _typical_first(examples)
@@ -192,11 +189,11 @@ def requester(
         start = time.perf_counter()
         if photo is not None and example.photo is not None:
             made_s = 0.0
-            result = _looked(pipeline.run(route, {}, context, photo.encode(example.photo)))
+            result = _looked(execute(route, {}, context, photo.encode(example.photo)))
         else:
             arrays = _inputs(bundle, example)
             made_s = time.perf_counter() - start
-            result = _looked(pipeline.run(route, arrays, context))
+            result = _looked(execute(route, arrays, context))
         total = time.perf_counter() - start
         return {"total": total - _not_counted(candidate, result), "preprocess": made_s, **_parts(candidate, result)}
 
@@ -209,7 +206,7 @@ def _looked(result: Result) -> Result:
     Raises:
         IsthmusError: one failed, or there was no time for it; without it the candidate would look quicker than it is.
     """
-    looked = result.looked
+    looked = result.closer_looks
     if looked is not None and looked.error is not None:
         raise looked.error
     if looked is not None and looked.outcome == "late":
@@ -239,7 +236,7 @@ def _parts(candidate: Candidate, result: Result) -> dict[str, float]:
     names = {"edge": ("edge",), "cloud": ("cloud",), "split": ("edge", "cloud")}[candidate.kind]
     found = dict.fromkeys(("pack", *names, *(f"{name}_run" for name in names)), 0.0)
     counts = _counts(candidate, result)
-    for i, (stage, count) in enumerate(zip(result.stages, counts, strict=True)):
+    for i, (stage, count) in enumerate(zip(result.runs, counts, strict=True)):
         name = names[min(i, len(names) - 1)]
         found["pack"] += count * stage.encode_s
         found[name] += count * stage.total_s
@@ -250,14 +247,14 @@ def _parts(candidate: Candidate, result: Result) -> dict[str, float]:
 def _not_counted(candidate: Candidate, result: Result) -> float:
     """Seconds of those closer looks that only a share of the requests would take."""
     counts = _counts(candidate, result)
-    return sum((1 - count) * (s.encode_s + s.total_s) for s, count in zip(result.stages, counts, strict=True))
+    return sum((1 - count) * (s.encode_s + s.total_s) for s, count in zip(result.runs, counts, strict=True))
 
 
 def _counts(candidate: Candidate, result: Result) -> list[float]:
     """How often a request has each of the result's stages, on average."""
     once = len(candidate.cuts) + 1
-    counts = [1.0] * min(once, len(result.stages))
-    if candidate.looks is not None and result.looked is not None and result.looked.taken:
-        each = (len(result.stages) - once) // result.looked.taken
-        counts += [share for share in candidate.looks.shares[: result.looked.taken] for _ in range(each)]
+    counts = [1.0] * min(once, len(result.runs))
+    if candidate.looks is not None and result.closer_looks is not None and result.closer_looks.taken:
+        each = (len(result.runs) - once) // result.closer_looks.taken
+        counts += [share for share in candidate.looks.shares[: result.closer_looks.taken] for _ in range(each)]
     return counts

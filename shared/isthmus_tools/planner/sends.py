@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from isthmus.arrays import Array
 from isthmus.codecs import EncodedTensor, Encoding, find_codec
-from isthmus.pipeline.passage import encode_all
+from isthmus.pipeline import encode_tensors
 from isthmus.wire import frame as frames
 from isthmus.wire.frame import DTYPES, Frame
 from isthmus_tools.planner.timing import timed
@@ -29,7 +29,7 @@ class Send(NamedTuple):
 
 def send(arrays: Mapping[str, Array], segment: str, how: Mapping[str, Encoding]) -> Send:
     """`arrays` on their way to that segment, packed as `how` says."""
-    encode_s, coded = timed(partial(encode_all, arrays, how))
+    encode_s, coded = timed(partial(encode_tensors, arrays, how))
     rest = {name: array for name, array in arrays.items() if name not in coded}
     decode_s, unpacked = timed(partial(_unpack, coded, how))
     nbytes = frame_bytes(rest, segment, coded)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from isthmus_tools.graph import build, lean
+from isthmus_tools.graph import build, external_data
 from support.segments import difference, run_partition, run_whole
 
 MAX_GROWTH = 2.5
@@ -70,8 +70,8 @@ def nested() -> onnx.ModelProto:
 
 
 def inlined(path: Path) -> onnx.ModelProto:
-    """What `lean.read` gives, with the bytes that it left in the file."""
-    proto, data = lean.read(path), path.read_bytes()
+    """What `external_data.read` gives, with the bytes that it left in the file."""
+    proto, data = external_data.read(path), path.read_bytes()
 
     def fill(tensor: onnx.TensorProto) -> None:
         if tensor.data_location == TensorProto.EXTERNAL:
@@ -102,7 +102,7 @@ def test_every_large_tensor_stays_in_the_file_and_is_found_there(tmp_path: Path)
     path = tmp_path / "model.onnx"
     onnx.save(nested(), path)
     assert path.stat().st_size > 8 * 1600
-    assert lean.read(path).ByteSize() < 2 * 1600 + 2500
+    assert external_data.read(path).ByteSize() < 2 * 1600 + 2500
     assert inlined(path) == nested()
 
 
@@ -129,7 +129,7 @@ def test_broken_bytes_are_read_as_protobuf_reads_them(
         expected = onnx.ModelProto.FromString(bytes(content))
     except DecodeError:
         with pytest.raises(DecodeError):
-            lean.read(path)
+            external_data.read(path)
     else:
         assert inlined(path) == expected
 

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from isthmus.errors import ModelError
-from isthmus_tools.graph import build, old_opsets, open_model
+from isthmus_tools.graph import build, open_model, opset_conversion
 from support.segments import difference, run_partition, run_whole
 
 node, value, array = helper.make_node, helper.make_tensor_value_info, numpy_helper.from_array
@@ -66,7 +66,7 @@ def test_an_old_model_computes_what_it_did(tmp_path: Path, name: str) -> None:
     proto.graph.node[2].input[0] = "p"
     onnx.save(proto, path)
     model = open_model(path)
-    assert model.document.opset_imports[""] == old_opsets.OLDEST_OPSET
+    assert model.document.opset_imports[""] == opset_conversion.MIN_OPSET
     bundle, files = build(model, "old", tmp_path / "out", partitions=["1"])
     inputs = [{"x": np.random.default_rng(s).standard_normal((1, 2, 4, 4)).astype(np.float32)} for s in range(2)]
     for whole, split in zip(run_whole(path, inputs), run_partition(bundle, files, ["1"], inputs), strict=True):
@@ -107,7 +107,7 @@ def test_an_opset_that_onnxruntime_does_not_run_cannot_be_compared(tmp_path: Pat
 def test_a_conversion_that_computes_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opset, nodes, weights = OLD["upsample linear"]
     path = save(tmp_path / "old.onnx", nodes, opset, weights)
-    monkeypatch.setattr(old_opsets, "_as_before_11", lambda node: None)
+    monkeypatch.setattr(opset_conversion, "_set_resize_defaults", lambda node: None)
     with pytest.raises(ModelError, match="converted to 11 it computes something else: its outputs differ by 0"):
         open_model(path)
 

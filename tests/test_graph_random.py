@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
 from isthmus_tools.graph import build, cut_at, cuts, open_model
-from isthmus_tools.graph.cuts import ancestors, crossing_values
+from isthmus_tools.graph.cuts import ancestors, boundary_values
 from support.segments import difference, run_partition, run_whole
 
 
@@ -56,7 +56,7 @@ def test_any_cut_of_any_graph_is_the_whole(proto: onnx.ModelProto, data: st.Data
         made = [v for node, keep in zip(model.nodes, model.dynamic, strict=True) if keep for v in node.outputs]
         if made:
             upstream = ancestors(model, [data.draw(st.sampled_from(made))])
-            crossing = crossing_values(model, upstream)
+            crossing = boundary_values(model, upstream)
             if crossing and ancestors(model, crossing) == upstream:
                 partitions.append([cut_at(model, [str(v.name) for v in crossing], "drawn")])
         bundle, files = build(model, "random", folder, partitions=partitions)

@@ -15,7 +15,7 @@ import pytest
 
 from isthmus.errors import ModelError
 from isthmus_tools.graph import open_model, torch_export
-from isthmus_tools.graph.shapes import bind_shapes
+from isthmus_tools.graph.inputs import bind_shapes
 from test_cli import document, isthmus
 
 torch = pytest.importorskip("torch")

@@ -16,7 +16,7 @@ from onnx import parser
 
 from isthmus.errors import CutError, Infeasible, ProblemMalformed
 from isthmus_tools.graph import build, open_model
-from isthmus_tools.graph.cuts import crossing_values, upstream_of
+from isthmus_tools.graph.cuts import boundary_values, upstream_of
 from isthmus_tools.planner.search import (
     Labels,
     LinkTimes,
@@ -444,7 +444,7 @@ def test_a_real_model_is_divided_and_its_segments_made(name: str, tmp_path: Path
     real = REAL[name]
     model = open_model(real.path(), **real.open_arguments())
     edge = [m * 1e-9 + 1e-5 for m in model.macs]
-    weight = sum(model.nbytes(v) for v in crossing_values(model, frozenset()))
+    weight = sum(model.nbytes(v) for v in boundary_values(model, frozenset()))
     link = LinkTimes(0.3 * sum(edge) / weight, 1e-9)
     problem = from_model(model, [edge, [s / 10 for s in edge]], [link])
     pieces = sweep(problem)

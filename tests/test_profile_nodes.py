@@ -13,7 +13,7 @@ from isthmus.errors import ModelError
 from isthmus.runtime.kernels import Observed, middle, read_trace
 from isthmus.runtime.ort_runner import OrtObserver
 from isthmus_tools.graph import Model, build, cuts, open_model
-from isthmus_tools.graph.optimised import OptimisedNode, read_optimised
+from isthmus_tools.graph.load import OptimisedNode, read_optimised
 from isthmus_tools.profiling.nodes import matched, node_seconds
 from isthmus_tools.profiling.spread import spread_cuts
 from support.models import REAL

@@ -19,7 +19,7 @@ from isthmus.serving import create_segment_app
 from isthmus.serving.profiling import SECRET
 from isthmus.wire import frame as frames
 from isthmus.wire.frame import Frame
-from isthmus_tools.graph.optimised import read_optimised
+from isthmus_tools.graph.load import read_optimised
 from support.bundles import Published, ready, segment_settings
 from support.bundles import photos as photos
 from support.patience import least

@@ -12,7 +12,7 @@ from isthmus.artifacts.bundle import Blob, digest_of, to_json
 from isthmus.errors import Corrupt, Missing, RegistryError, SettingsError
 from isthmus.registry import BakedSegment, SegmentCache, SegmentSource, open_source
 from isthmus.settings import SegmentSettings
-from isthmus_tools.graph.bake import bake_tables
+from isthmus_tools.graph.extract import bake_tables
 from support.fake_bundles import Fake, make_bundle
 from support.faulty_relay import flipped
 

@@ -20,7 +20,7 @@ from isthmus.errors import SettingsError
 from isthmus.serving import create_segment_app
 from isthmus.wire import frame as frames
 from isthmus.wire.frame import Frame
-from isthmus_tools.graph.bake import bake
+from isthmus_tools.graph.extract import bake
 from support.bundles import (
     TOLERANCE,
     Published,

@@ -251,7 +251,7 @@ def _setting(environment: Mapping[str, Any], name: str) -> str:
 
 
 def _bake(store: Registry, cache: SegmentCache, part: _Part, folder: Path) -> int:
-    from isthmus_tools.graph.bake import bake, bake_tables
+    from isthmus_tools.graph.extract import bake, bake_tables
 
     with cache.locate(part.digest, part.segment.id) as located:
         size = bake(located, store.manifest(part.digest), folder)

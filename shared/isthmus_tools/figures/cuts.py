@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from isthmus.errors import ModelError
-from isthmus_tools.graph import shapes
 from isthmus_tools.graph.cuts import CutInfo, cuts
 from isthmus_tools.graph.model import Model
 
@@ -49,7 +48,7 @@ def draw(model: Model, title: str, path: str | os.PathLike[str] | None = None) -
         if chosen:
             xs, ys = [_position(c) for c in chosen], [max(1, c.bytes) for c in chosen]
             axes.scatter(xs, ys, s=size, color=colour, label=f"{label} ({len(chosen)})", zorder=2)
-    taken = sum(shapes.nbytes(model.specs[str(v.name)].dtype, model.shapes[str(v.name)]) for v in model.inputs)
+    taken = sum(model.nbytes(v) for v in model.inputs)
     axes.axhline(max(1, taken), color=_INPUT, linestyle="--", linewidth=1, label=f"the input: {size_text(taken)}")
     # Powers of 4: the ticks are then whole numbers of KiB and MiB.
     axes.set_yscale("log", base=4)

@@ -1,11 +1,10 @@
-"""ONNX in; cuts, segments and bundles out. The only place that imports onnx and onnx-ir.
+"""The only importer of onnx and onnx-ir: models in; cuts, segments and bundles out.
 
-`graph.picture` draws cuts and `graph.torch_export` brings torch models in; both import heavy libraries, and are
-imported by name where they are used.
+`graph.torch_export` and `graph.quantise` import heavy libraries, and are imported by name where needed.
 """
 
-from isthmus_tools.graph.bundler import add_cuts, build, narrowest, stored_examples
-from isthmus_tools.graph.cuts import CutInfo, cut_after, cut_at, cuts, resolve_cut, resolve_partition
+from isthmus_tools.graph.bundler import add_cuts, build, stored_examples
+from isthmus_tools.graph.cuts import CutInfo, cut_after, cut_at, cuts, narrowest, resolve_cut, resolve_partition
 from isthmus_tools.graph.extract import Extracted, check_order, extract, partition
 from isthmus_tools.graph.model import Model, open_model
 

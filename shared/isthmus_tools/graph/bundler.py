@@ -1,8 +1,9 @@
-"""From an ONNX file to a bundle: the weights file, the segments of the cuts asked for, and the manifest."""
+"""From an ONNX file to a bundle: the weights file, the segments of the requested cuts, and the manifest."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -11,29 +12,39 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from isthmus.arrays import Array
 from isthmus.artifacts.bundle import Bundle, Cut, Segment, Weights, digest_of, is_model_name
 from isthmus.artifacts.segment_id import WHOLE, partition_ids
-from isthmus.errors import CutError, ModelError
+from isthmus.artifacts.tensors import TensorSpec, describe
+from isthmus.errors import CutError, IsthmusError, ModelError
+from isthmus.processing import classify, image_spec
 from isthmus_tools.graph import weights as weights_file
 from isthmus_tools.graph.cuts import (
+    AnyCut,
     CutInfo,
-    cuts,
+    default_cuts,
     published_cut,
     resolve_cut,
     resolve_partition,
     within_quantised_operators,
 )
-from isthmus_tools.graph.dry_run import DryRun, recorded
-from isthmus_tools.graph.extract import AnyCut, Extracted, check_order, extract, partition
+from isthmus_tools.graph.dry_run import Case, DryRun, recorded
+from isthmus_tools.graph.extract import Extracted, check_order, extract, partition
+from isthmus_tools.graph.inputs import agrees
 from isthmus_tools.graph.model import Binding, Examples, Model, open_model
-from isthmus_tools.graph.processing import check_classes, check_specs, grey_picture
 from isthmus_tools.progress import Progress, silent
 
 Partition: TypeAlias = str | Sequence[str | CutInfo]
-_SHARE = (0.1, 0.9)
-_SMALL_EXAMPLE = 16
-_MAX_TRIED = 8
-"""Cuts that are run to find a default whose segments compute what the model does."""
+Spec: TypeAlias = Mapping[str, Any]
+"""Pre- or post-processing as a bundle declares it: docs/bundle.md."""
+
+# Integers of at most this many elements are stored as examples: lengths and token ids that later cuts need to run.
+_MAX_STORED_VALUES = 16
+# Each candidate for the default cut costs a dry run.
+_MAX_DEFAULT_CANDIDATES = 8
+# Height and width of the test picture for models whose input shape does not tell.
+_PICTURE_SIDE = 256
+_MAX_PICTURE_SIDE = 4096
 
 
 def build(
@@ -45,26 +56,26 @@ def build(
     bind: Binding | None = None,
     examples: Examples | None = None,
     freeze: bool = False,
-    preprocess: Mapping[str, Any] | None = None,
-    postprocess: Mapping[str, Any] | None = None,
+    preprocess: Spec | None = None,
+    postprocess: Spec | None = None,
     labels: Sequence[str] | None = None,
     source: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> tuple[Bundle, dict[str, Path]]:
-    """Make version one of a bundle in `out_dir`; returns it, and where the content of each digest lies.
+    """Build version one of a bundle in `out_dir`; returns the bundle and each digest's file.
 
-    Every segment is loaded and run here first, and compared with the whole model (`dry_run`); what could not be run and
-    what differs stands in `source["dry_run"]`.
+    Every segment first passes a dry run, which compares its predictions with the whole model's; runs left out and
+    differences are recorded in `source["dry_run"]`.
 
-    `partitions` are texts such as `20/40` (docs/cuts.md), or ordered lists of cuts, each a position, tensors (see
-    `resolve_cut`) or a CutInfo; the first is the default. Without any, the model is parted at its narrowest cut (see
-    `narrowest`); one that has none is left whole.
-    `bind`, `examples`, `freeze`: see `open_model`; a Model that is already open takes none of them.
+    `partitions` are texts such as `20/40` (docs/cuts.md) or ordered lists of cuts, each a position, tensors (see
+    `resolve_cut`) or a CutInfo; the first is the default. Without partitions the model is cut at its narrowest cut (see
+    `default_cuts`), and a model without a cut is left whole. `bind`, `examples`, `freeze`: see `open_model`; an open
+    Model takes none of these.
 
     Raises:
-        ModelError: the model cannot be imported, or does not run; or its processing does not fit it.
-        CutError: a cut cannot be made, or its segments do not run or do not compute what the model does; or the cuts of
-            a partition are not in order.
+        ModelError: the model cannot be imported or run, or its processing disagrees with its inputs and outputs.
+        CutError: a cut is impossible, its segments do not run or compute another function, or a partition's cuts are
+            not in order.
     """
     if not is_model_name(name):
         raise ModelError(f"{name!r} cannot name a model", hint="use 1 to 63 of a-z, 0-9, '.', '_' and '-'")
@@ -74,14 +85,16 @@ def build(
         raise TypeError("bind, examples and freeze belong to open_model when the model is already open")
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    postprocess = _with_labels_key(postprocess)
-    check_specs(model, preprocess, postprocess, labels)
+    if isinstance(postprocess, Mapping):
+        # A bundle's document always has the key; callers may omit it.
+        postprocess = {"labels": None, **postprocess}
+    _check_processing(model, preprocess, postprocess, labels)
     weights = weights_file.write(
         model.initialisers(), out / weights_file.LOCATION, lambda done, total: progress("weights", done, total)
     )
     files = {weights.blob.digest: out / weights_file.LOCATION}
     run = DryRun(model, out, weights.tensors)
-    model, whole = _run_whole(run, weights, preprocess, postprocess, labels)
+    whole = _run_whole(run, weights, preprocess, postprocess, labels)
     bundle = Bundle(
         name=name,
         inputs=whole.inputs,
@@ -91,13 +104,13 @@ def build(
         cuts={},
         preprocess=preprocess,
         postprocess=_with_labels(postprocess, labels, out, files),
-        source={**(source or {}), **_counted_with(model)},
+        source={**(source or {}), **_binding_document(run.model)},
     )
-    resolved = [_resolve(model, p, {}) for p in partitions]
-    tried = [] if partitions else _by_default(run, weights)
-    bundle = _cut(bundle, run, resolved or tried, out, files, progress)
-    first = tried[0].cuts if tried else resolved[0] if resolved else []
-    return replace(bundle, default_cuts=tuple(c.name for c in first)), files
+    resolved = [_resolve(run.model, p, {}) for p in partitions]
+    defaults = [] if partitions else _default_partition(run, weights)
+    bundle = _cut(bundle, run, resolved or defaults, out, files, progress)
+    default = defaults[0].cuts if defaults else resolved[0] if resolved else []
+    return replace(bundle, default_cuts=tuple(c.name for c in default)), files
 
 
 def add_cuts(
@@ -110,226 +123,196 @@ def add_cuts(
     progress: Progress = silent,
     on_refusal: Callable[[CutError], None] | None = None,
 ) -> tuple[Bundle, dict[str, Path]]:
-    """Cut a published bundle anew; the weights file stays as it is, so only small graphs are new.
+    """Add cuts to a published bundle; the weights file is unchanged, so the only new files are small graphs.
 
-    `whole` is the bundle's uncut segment's graph, with weights.bin beside it. New segments are run first, as by
-    `build`; `on_refusal` is told of a partition that the dry run refuses, which is then left out.
-    The new graphs are written to `out_dir`, or beside it. Cuts may also be named as in the bundle. Returns the bundle
-    with the new segments and cuts, and the new files by digest. `default` makes the first partition the default. A plan
-    is for exactly one bundle, so what differs from it has none.
+    `whole` is the graph of the bundle's uncut segment, with weights.bin beside it. New segments pass a dry run as in
+    `build`; with `on_refusal`, refused partitions are reported to it and left out. Graphs are written to `out_dir`, or
+    beside `whole`. Cuts may be named as in the bundle. `default` makes the first partition the default. Returns the
+    bundle with new segments and cuts, without its plan if anything changed (a plan is valid for a single version), and
+    the new files by digest.
 
     Raises:
-        ModelError: the graph is not one that this package wrote.
+        ModelError: the graph was not written by this package.
         CutError: as `build`.
     """
     whole = Path(whole)
     binding = bundle.source.get("bind", {})
     model = open_model(whole, bind=binding, examples=stored_examples(bundle), normalise=False)
-    # As they held for every size that was tried at the import: what the whole promises, its tails promise.
+    # The import's dry run corrected the output shapes for every size; tails must promise the same.
     model = replace(model, specs={**model.specs, **{s.name: s for s in bundle.outputs}})
     out = whole.parent if out_dir is None else Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     files: dict[str, Path] = {}
     resolved = [_resolve(model, p, bundle.cuts) for p in partitions]
     run = DryRun(model, whole.parent, bundle.weights.tensors)
-    if any(not bundle.has_segments(c.name for c in cuts_) for cuts_ in resolved):
-        # Its inputs cannot be given here, so a model that asks for certain ones is still cut.
+    if any(not bundle.has_segments(c.name for c in cuts) for cuts in resolved):
+        # No examples can be given here, so a model that needs particular inputs is cut without a comparison.
         run.whole(extract(model, bundle.weights, None, None), must_run=False)
-    more = _cut(bundle, run, resolved, out, files, progress, on_refusal)
+    extended = _cut(bundle, run, resolved, out, files, progress, on_refusal)
     if default and resolved:
-        more = replace(more, default_cuts=tuple(c.name for c in resolved[0]))
-    return more if more == bundle else replace(more, plan=None), files
+        extended = replace(extended, default_cuts=tuple(c.name for c in resolved[0]))
+    return extended if extended == bundle else replace(extended, plan=None), files
 
 
-def narrowest(model: Model) -> CutInfo | None:
-    """The prefix cut that the fewest bytes cross, of those with 10% to 90% of the work before it; None without one.
-
-    The work is counted in multiply-accumulates, or in nodes where no cut lies in that range or a model has none. Where
-    that finds nothing either, all cuts are looked at. The first of equals wins. A cut between a DequantizeLinear and
-    the QuantizeLinear after it comes last.
-    """
-    return next(iter(_narrow(model)), None)
+def stored_examples(bundle: Bundle) -> Examples:
+    """The example inputs of the bundle's import, limited to small integer arrays."""
+    return {n: np.asarray(e["value"], np.dtype(e["dtype"])) for n, e in bundle.source.get("examples", {}).items()}
 
 
-def _narrow(model: Model) -> list[CutInfo]:
-    """The cuts that may be the default, the narrowest first; after them those that part what onnxruntime fuses."""
-    every = cuts(model)
-    low, high = _SHARE
-    by_macs = [c for c in every if low <= c.macs_before <= high]
-    by_nodes = [c for c in every if c.position is not None and low <= (c.position + 1) / len(model.nodes) <= high]
-    fused = {str(v.name) for v in within_quantised_operators(model)}
-    return sorted(by_macs or by_nodes or every, key=lambda c: (any(t.name in fused for t in c.tensors), c.bytes))
-
-
-def _by_default(run: DryRun, weights: Weights) -> list[_Rehearsed]:
-    """The narrowest cut whose segments compute what the model does; where all differ, the one that differs least."""
-    found: list[_Rehearsed] = []
-    refused: list[str] = []
-    for cut in _narrow(run.model)[:_MAX_TRIED]:
-        try:
-            tried = _rehearsed(run, weights, [cut])
-        except CutError as e:
-            refused.append(e.message)
-            continue
-        if tried.difference <= run.tolerance:
-            return [tried]
-        found.append(tried)
-    if refused and not found:
-        run.notes.append(f"left whole: {refused[0]}")
-    return sorted(found, key=lambda r: r.difference)[:1]
-
-
-def _resolve(model: Model, cuts_: Partition, known: Mapping[str, Cut]) -> list[AnyCut]:
-    if isinstance(cuts_, str):
-        return resolve_partition(model, cuts_, known)
-    found: list[AnyCut] = []
-    for cut in cuts_:
-        if isinstance(cut, CutInfo):
-            found.append(cut)
-        elif cut in known:
-            found.append(published_cut(model, known[cut]))
-        else:
-            found.append(resolve_cut(model, cut))
-    return found
-
-
-def _cut(
-    bundle: Bundle,
-    run: DryRun,
-    partitions: Sequence[Sequence[AnyCut] | _Rehearsed],
-    out: Path,
-    files: dict[str, Path],
-    progress: Progress,
-    on_refusal: Callable[[CutError], None] | None = None,
-) -> Bundle:
-    segments, found = dict(bundle.segments), dict(bundle.cuts)
-    differences: dict[str, float] = {}
-    fused = {str(v.name) for v in within_quantised_operators(run.model)}
-    total = sum(len(p.cuts if isinstance(p, _Rehearsed) else p) + 1 for p in partitions)
-    done = 0
-    for asked in partitions:
-        try:
-            tried = asked if isinstance(asked, _Rehearsed) else _tried(run, bundle.weights, asked, segments)
-        except CutError as e:
-            if on_refusal is None:
-                raise
-            on_refusal(e)
-            continue
-        name = "/".join(c.name for c in tried.cuts)
-        if tried.difference > run.tolerance:
-            differences[name] = recorded(tried.difference)
-        elif tried.parts and fused & {t.name for c in tried.cuts for t in c.tensors}:
-            run.notes.append(
-                f"the cut {name} parts operators that onnxruntime fuses to integer ones: predictions may differ by"
-                " their rounding, though those of the dry run do not"
-            )
-        for cut in tried.cuts:
-            made = cut.manifest() if isinstance(cut, CutInfo) else cut
-            if _differs(found.setdefault(cut.name, made), made):
-                raise CutError(
-                    f"the bundle has another cut of the name {cut.name}", cut=cut.name, hint="give it a name: NAME=a,b"
-                )
-        for extracted in tried.parts:
-            if extracted.id not in segments:
-                segments[extracted.id] = _store(extracted, out, files)
-        done += len(tried.cuts) + 1
-        progress("segments", done, total)
-    return replace(bundle, segments=segments, cuts=found, source=_with_findings(bundle.source, differences, run.notes))
-
-
-class _Rehearsed(NamedTuple):
-    """A partition after its dry run: cuts and segments with shapes that held for every size, and the difference."""
+class _Rehearsal(NamedTuple):
+    """A partition after its dry run: cuts and segments with shapes that hold for every size, and the difference."""
 
     cuts: Sequence[AnyCut]
     parts: Sequence[Extracted]
     difference: float
 
 
-def _tried(run: DryRun, weights: Weights, cuts_: Sequence[AnyCut], known: Collection[str]) -> _Rehearsed:
-    """A partition after its dry run, unless all of its segments are `known`: those had theirs.
+def _default_partition(run: DryRun, weights: Weights) -> list[_Rehearsal]:
+    """The first default cut within tolerance, else the candidate with the smallest difference; empty without any."""
+    rehearsals: list[_Rehearsal] = []
+    refusals: list[str] = []
+    for cut in default_cuts(run.model)[:_MAX_DEFAULT_CANDIDATES]:
+        try:
+            rehearsal = _rehearse(run, weights, [cut])
+        except CutError as e:
+            refusals.append(e.message)
+            continue
+        if rehearsal.difference <= run.tolerance:
+            return [rehearsal]
+        rehearsals.append(rehearsal)
+    if refusals and not rehearsals:
+        run.notes.append(f"left whole: {refusals[0]}")
+    return sorted(rehearsals, key=lambda r: r.difference)[:1]
 
-    Raises:
-        CutError: as `_rehearsed`.
-    """
-    check_order(run.model, cuts_)
-    ids = partition_ids(c.name for c in cuts_)
-    return _rehearsed(run, weights, cuts_) if set(ids) - set(known) else _Rehearsed(cuts_, (), 0.0)
+
+def _resolve(model: Model, spec: Partition, published: Mapping[str, Cut]) -> list[AnyCut]:
+    if isinstance(spec, str):
+        return resolve_partition(model, spec, published)
+    resolved: list[AnyCut] = []
+    for cut in spec:
+        if isinstance(cut, CutInfo):
+            resolved.append(cut)
+        elif cut in published:
+            resolved.append(published_cut(model, published[cut]))
+        else:
+            resolved.append(resolve_cut(model, cut))
+    return resolved
 
 
-def _rehearsed(run: DryRun, weights: Weights, cuts_: Sequence[AnyCut]) -> _Rehearsed:
-    """A partition after its dry run.
+def _cut(
+    bundle: Bundle,
+    run: DryRun,
+    partitions: Sequence[Sequence[AnyCut] | _Rehearsal],
+    out: Path,
+    files: dict[str, Path],
+    progress: Progress,
+    on_refusal: Callable[[CutError], None] | None = None,
+) -> Bundle:
+    segments, cuts = dict(bundle.segments), dict(bundle.cuts)
+    differences: dict[str, float] = {}
+    fused = {str(v.name) for v in within_quantised_operators(run.model)}
+    total = sum(len(p.cuts if isinstance(p, _Rehearsal) else p) + 1 for p in partitions)
+    done = 0
+    for entry in partitions:
+        try:
+            rehearsal = entry if isinstance(entry, _Rehearsal) else _rehearse_new(run, bundle.weights, entry, segments)
+        except CutError as e:
+            if on_refusal is None:
+                raise
+            on_refusal(e)
+            continue
+        name = "/".join(c.name for c in rehearsal.cuts)
+        if rehearsal.difference > run.tolerance:
+            differences[name] = recorded(rehearsal.difference)
+        elif rehearsal.parts and fused & {t.name for c in rehearsal.cuts for t in c.tensors}:
+            run.notes.append(
+                f"the cut {name} parts operators that onnxruntime fuses to integer ones: predictions may differ by"
+                " their rounding, though those of the dry run do not"
+            )
+        for cut in rehearsal.cuts:
+            manifest = cut.manifest() if isinstance(cut, CutInfo) else cut
+            if _differs(cuts.setdefault(cut.name, manifest), manifest):
+                raise CutError(
+                    f"the bundle has another cut of the name {cut.name}", cut=cut.name, hint="give it a name: NAME=a,b"
+                )
+        for part in rehearsal.parts:
+            if part.id not in segments:
+                segments[part.id] = _store(part, out, files)
+        done += len(rehearsal.cuts) + 1
+        progress("segments", done, total)
+    return replace(bundle, segments=segments, cuts=cuts, source=_with_findings(bundle.source, differences, run.notes))
 
-    Raises:
-        CutError: as `partition` and `DryRun.partition`.
-    """
-    cuts_ = [_with_specs(cut, run.model) for cut in cuts_]
+
+def _rehearse_new(run: DryRun, weights: Weights, cuts: Sequence[AnyCut], existing: Collection[str]) -> _Rehearsal:
+    """A partition after its dry run, which is skipped where all segments are among the `existing` ones."""
+    check_order(run.model, cuts)
+    is_new = not set(existing).issuperset(partition_ids(c.name for c in cuts))
+    return _rehearse(run, weights, cuts) if is_new else _Rehearsal(cuts, (), 0.0)
+
+
+def _rehearse(run: DryRun, weights: Weights, cuts: Sequence[AnyCut]) -> _Rehearsal:
     while True:
-        parts = partition(run.model, weights, cuts_)
-        seen = run.partition(parts)
-        if not seen.specs:
-            return _Rehearsed(cuts_, parts, seen.difference)
-        # Each round frees at least one dimension, so the rounds end.
-        run.model = replace(run.model, specs={**run.model.specs, **seen.specs})
-        cuts_ = [_with_specs(cut, run.model) for cut in cuts_]
-
-
-def _with_specs(cut: AnyCut, model: Model) -> AnyCut:
-    return replace(cut, tensors=tuple(model.specs.get(t.name, t) for t in cut.tensors))
+        cuts = [replace(cut, tensors=tuple(run.model.specs.get(t.name, t) for t in cut.tensors)) for cut in cuts]
+        parts = partition(run.model, weights, cuts)
+        comparison = run.partition(parts)
+        if not comparison.specs:
+            return _Rehearsal(cuts, parts, comparison.difference)
+        # Each round frees at least one dimension, so the loop ends.
+        run.model = replace(run.model, specs={**run.model.specs, **comparison.specs})
 
 
 def _run_whole(
     run: DryRun,
     weights: Weights,
-    preprocess: Mapping[str, Any] | None,
-    postprocess: Mapping[str, Any] | None,
+    preprocess: Spec | None,
+    postprocess: Spec | None,
     labels: Sequence[str] | None,
-) -> tuple[Model, Extracted]:
-    """The model with its outputs' shapes as they hold for every size, and its uncut segment.
+) -> Extracted:
+    """Run the uncut model and return its segment; `run.model` then has output shapes that hold for every size.
 
     Raises:
-        ModelError: it does not run, or its pre- and post-processing do not fit it.
+        ModelError: the model does not run, or its pre- or post-processing disagrees with it.
     """
     whole = extract(run.model, weights, None, None)
-    picture = None if preprocess is None else grey_picture(run.model, preprocess)
-    specs, shown = run.whole(whole, picture)
+    picture = None if preprocess is None else _grey_picture(run.model, preprocess)
+    specs, prediction = run.whole(whole, picture)
     if specs:
         run.model = replace(run.model, specs={**run.model.specs, **specs})
         whole = extract(run.model, weights, None, None)
-    outputs = run.example_outputs if shown is None else shown
+    outputs = run.example_outputs if prediction is None else prediction
     if postprocess is not None and outputs is not None:
-        check_classes(outputs, postprocess, labels)
-    return run.model, whole
+        try:
+            classify.table_of(outputs[postprocess["output"]], postprocess, labels)
+        except IsthmusError as e:
+            raise ModelError(f"postprocess does not fit the model: {e.message}", **e.facts) from e
+    return whole
 
 
 def _with_findings(source: Mapping[str, Any], differences: Mapping[str, float], notes: Sequence[str]) -> dict[str, Any]:
     before = source.get("dry_run", {})
-    found = {
+    findings = {
         "differences": {**before.get("differences", {}), **differences},
         "notes": list(dict.fromkeys([*before.get("notes", []), *notes])),
     }
-    kept = {key: value for key, value in found.items() if value}
-    return {**{k: v for k, v in source.items() if k != "dry_run"}, **({"dry_run": kept} if kept else {})}
+    document = {key: value for key, value in findings.items() if value}
+    others = {k: v for k, v in source.items() if k != "dry_run"}
+    return {**others, "dry_run": document} if document else others
 
 
 def _differs(a: Cut, b: Cut) -> bool:
     return a.position != b.position or {t.name for t in a.tensors} != {t.name for t in b.tensors}
 
 
-def _store(extracted: Extracted, out: Path, files: dict[str, Path]) -> Segment:
-    path = out / f"{extracted.id.start or 'inputs'}-to-{extracted.id.stop or 'outputs'}.onnx"
-    path.write_bytes(extracted.graph)
-    files[extracted.segment.graph.digest] = path
-    return extracted.segment
-
-
-def _with_labels_key(postprocess: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """`labels` may be left out where there are none."""
-    return {"labels": None, **postprocess} if isinstance(postprocess, Mapping) else postprocess
+def _store(part: Extracted, out: Path, files: dict[str, Path]) -> Segment:
+    path = out / f"{part.id.start or 'inputs'}-to-{part.id.stop or 'outputs'}.onnx"
+    path.write_bytes(part.graph)
+    files[part.segment.graph.digest] = path
+    return part.segment
 
 
 def _with_labels(
-    postprocess: Mapping[str, Any] | None, labels: Sequence[str] | None, out: Path, files: dict[str, Path]
-) -> Mapping[str, Any] | None:
+    postprocess: Spec | None, labels: Sequence[str] | None, out: Path, files: dict[str, Path]
+) -> Spec | None:
     if labels is None:
         return postprocess
     if postprocess is None:
@@ -343,17 +326,81 @@ def _with_labels(
     return {**postprocess, "labels": {"digest": digest, "size": len(data)}}
 
 
-def _counted_with(model: Model) -> dict[str, Any]:
-    """What a later cut of this bundle needs to count bytes for the same input: shapes, and small whole numbers."""
+def _binding_document(model: Model) -> dict[str, Any]:
+    """The bound shapes and small integer examples: later cuts count bytes for the same input."""
     facts: dict[str, Any] = {"bind": {name: list(shape) for name, shape in model.binding.items()}}
+    arrays = {name: np.asarray(a) for name, a in model.examples.items()}
     small = {
-        name: {"dtype": str(np.asarray(a).dtype), "value": np.asarray(a).tolist()}
-        for name, a in model.examples.items()
-        if np.asarray(a).dtype.kind in "iub" and np.asarray(a).size <= _SMALL_EXAMPLE
+        name: {"dtype": str(a.dtype), "value": a.tolist()}
+        for name, a in arrays.items()
+        if a.dtype.kind in "iub" and a.size <= _MAX_STORED_VALUES
     }
     return {**facts, "examples": small} if small else facts
 
 
-def stored_examples(bundle: Bundle) -> Examples:
-    """The example inputs that the bundle's model was imported with, as far as they are small and whole numbers."""
-    return {n: np.asarray(e["value"], np.dtype(e["dtype"])) for n, e in bundle.source.get("examples", {}).items()}
+def _check_processing(
+    model: Model, preprocess: Spec | None, postprocess: Spec | None, labels: Sequence[str] | None
+) -> None:
+    """Refuse processing that is invalid or names tensors that the model lacks."""
+    if preprocess is not None:
+        image_spec.validate_spec(preprocess)
+        inputs = [str(v.name) for v in model.inputs]
+        if (name := preprocess["input"]) not in inputs:
+            raise ModelError(f"preprocess makes the input {name!r}; the model takes {', '.join(inputs)}", exists=inputs)
+        if others := [n for n in inputs if n != name]:
+            raise ModelError(
+                f"preprocess makes {name} of a photo, and nothing makes {', '.join(others)}",
+                inputs=inputs,
+                hint="leave preprocess out: such a model takes tensors",
+            )
+    if labels is not None and not (labels and all(isinstance(label, str) for label in labels)):
+        raise ModelError("the labels are not a list of at least one class name")
+    if postprocess is not None:
+        classify.validate_spec(postprocess)
+        outputs = [str(v.name) for v in model.outputs]
+        if (name := postprocess["output"]) not in outputs:
+            raise ModelError(
+                f"postprocess reads the output {name!r}; the model gives {', '.join(outputs)}", exists=outputs
+            )
+
+
+def _grey_picture(model: Model, preprocess: Spec) -> Case:
+    """A case with the model input that `preprocess` makes of a grey picture.
+
+    Raises:
+        ModelError: that input disagrees with the model's spec.
+    """
+    # Imported late: Pillow is not needed for models without pictures.
+    from isthmus.processing import image
+
+    spec = model.specs[preprocess["input"]]
+    shape = image_spec.made_shape(preprocess)
+    if shape is not None and math.prod(shape) > 3 * image.MAX_PIXELS:
+        raise ModelError(
+            f"preprocess makes {math.prod(shape) // 3} pixels of any picture; at most {image.MAX_PIXELS} are decoded",
+            limit=image.MAX_PIXELS,
+        )
+    if shape is not None and not agrees(spec.shape, shape):
+        raise ModelError(
+            f"preprocess does not fit the model: it makes {describe(preprocess['dtype'], shape, spec.name)}; the model"
+            f" takes {describe(spec.dtype, spec.shape, spec.name)}",
+            tensor=spec.name,
+        )
+    picture = image.grey_picture(*_picture_sides(model, spec, preprocess))
+    try:
+        with np.errstate(all="ignore"):  # non-finite values are refused below
+            array: Array = image.preprocess(picture, preprocess, input=spec, max_pixels=image.MAX_PIXELS)
+    except IsthmusError as e:
+        raise ModelError(f"preprocess does not fit the model: {e.message}", **e.facts) from e
+    if not np.isfinite(np.asarray(array, np.float64)).all():
+        raise ModelError("preprocess makes numbers that are not finite of a grey picture", tensor=spec.name)
+    return Case("a grey picture", {spec.name: array})
+
+
+def _picture_sides(model: Model, spec: TensorSpec, preprocess: Spec) -> tuple[int, int]:
+    layout = next(step["to"] for step in preprocess["steps"] if step["op"] == "layout")
+    shape = model.binding[spec.name]
+    if len(shape) != 4:
+        return _PICTURE_SIDE, _PICTURE_SIDE
+    height, width = shape[2:] if layout == "NCHW" else shape[1:3]
+    return min(max(height, 1), _MAX_PICTURE_SIDE), min(max(width, 1), _MAX_PICTURE_SIDE)

@@ -1,35 +1,38 @@
-"""Multiply-accumulates of a node, from the shapes of what it reads and makes; 0 for anything elementwise.
+"""Multiply-accumulates (MACs) of a node, from the shapes of its inputs and outputs; 0 for elementwise operators.
 
-An estimate for pruning candidates, not a cost: what a node really takes is measured. An unknown shape counts 0.
+An estimate to prune candidates, not a cost: times are measured. A node with an unknown shape counts 0.
+
+Sources: operator definitions of onnx.ai/onnx/operators; Sze et al., "Efficient Processing of Deep Neural
+Networks: A Tutorial and Survey", Proceedings of the IEEE, 2017.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
 
+from isthmus_tools.graph.load import bodies
+
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
+
+_MAX_TRIPS = 2**31
 
 
 def of_node(node: ir.Node, shapes: Shapes) -> int:
-    """Multiply-accumulates of one run of `node`; of an If the costlier branch, of a loop its body times its trips.
+    """MACs of a run of `node`: the costlier branch of an If, the body of a Loop or Scan times its trip count.
 
-    A loop whose trip count is only known at run time counts one trip.
+    A trip count that depends on values counts as 1.
     """
     if node.op_type == "If":
-        return max((_of_body(a.as_graph(), shapes) for a in _bodies(node)), default=0)
+        return max((_of_body(body, shapes) for body in bodies(node)), default=0)
     if node.op_type in ("Loop", "Scan"):
-        return _trips(node, shapes) * sum(_of_body(a.as_graph(), shapes) for a in _bodies(node))
+        return _trips(node, shapes) * sum(_of_body(body, shapes) for body in bodies(node))
     count = _COUNTS.get(node.op_type)
     return 0 if count is None else count(node, shapes)
-
-
-def _bodies(node: ir.Node) -> Iterator[ir.Attr]:
-    return (a for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH)
 
 
 def _of_body(body: ir.Graph, shapes: Shapes) -> int:
@@ -40,7 +43,8 @@ def _trips(node: ir.Node, shapes: Shapes) -> int:
     if node.op_type == "Loop":
         limit = node.inputs[0] if node.inputs else None
         tensor = None if limit is None else limit.const_value
-        return 1 if tensor is None else min(int(np.asarray(tensor.numpy()).reshape(-1)[0]), 2**31)
+        # Exporters write INT64_MAX for loops that end by their condition.
+        return 1 if tensor is None else min(int(np.asarray(tensor.numpy()).reshape(-1)[0]), _MAX_TRIPS)
     attribute = node.attributes.get("num_scan_inputs")
     scanned = 0 if attribute is None else attribute.as_int()
     axes = node.attributes.get("scan_input_axes")
@@ -67,6 +71,7 @@ def _conv(weight: int) -> Callable[[ir.Node, Shapes], int]:
 
 
 def _conv_transpose(node: ir.Node, shapes: Shapes) -> int:
+    # Each input element adds to (output channels / group) x kernel elements.
     x, w = _input(node, 0, shapes), _input(node, 1, shapes)
     return 0 if x is None or not w else prod(x) * prod(w[1:])
 
@@ -85,18 +90,19 @@ def _matmul_n_bits(node: ir.Node, shapes: Shapes) -> int:
 
 
 def _recurrent(node: ir.Node, shapes: Shapes) -> int:
-    # (steps, batch, width), or (batch, steps, width) where layout is 1; every step reads all of W and R.
+    # x: (steps, batch, width), or (batch, steps, width) where layout is 1; every step reads all of W and R.
     x, w, r = (_input(node, i, shapes) for i in range(3))
     return 0 if x is None or w is None or r is None or len(x) < 2 else x[0] * x[1] * (prod(w) + prod(r))
 
 
 def _attention(node: ir.Node, shapes: Shapes) -> int:
-    # Scores: every query element times every key; then the same count over the values.
+    # Q K^T takes every query element times every key; the product with V, every output element times every key.
     q, k, out = _input(node, 0, shapes), _input(node, 1, shapes), _output(node, shapes)
     return 0 if q is None or out is None or not k or len(k) < 2 else (prod(q) + prod(out)) * k[-2]
 
 
 def _einsum(node: ir.Node, shapes: Shapes) -> int:
+    # Each index combination of all terms is a product, so the sizes of all labels multiply.
     equation = node.attributes["equation"].as_string().replace(" ", "")
     terms = equation.partition("->")[0].split(",")
     if "." in equation or len(terms) < 2:

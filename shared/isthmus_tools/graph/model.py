@@ -1,4 +1,4 @@
-"""A normalised graph and the facts that cutting it needs, each computed once, in time linear in the graph."""
+"""A normalised graph with the facts that cuts need, each computed once, in time linear in the graph."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
+from isthmus.arrays import Array
 from isthmus.artifacts.tensors import TensorSpec
-from isthmus_tools.graph import load, macs, old_opsets, shapes
+from isthmus_tools.graph import inputs, load, macs, opset_conversion, shapes
 
-Examples: TypeAlias = Mapping[str, npt.NDArray[np.generic]]
+Examples: TypeAlias = Mapping[str, Array]
 Binding: TypeAlias = Mapping[str, Sequence[int]]
 
-# Copying one of these into two segments would draw two different values.
-_RANDOM = {
+# Two segments with a copy each would draw different values.
+_RANDOM_OPS = {
     "RandomNormal",
     "RandomUniform",
     "RandomNormalLike",
@@ -36,10 +35,10 @@ class Model:
     """A normalised ONNX model.
 
     `nodes` are in topological order; `uses[i]` are the graph's values that node i or its bodies read. A value is
-    *static* when no graph input and no random operator reaches it: whoever needs one computes it anew, so it never
-    crosses a cut. `dynamic[i]` says that node i is not static. `specs` hold every dynamic value and output that a
-    frame carries, with its free dimensions; `shapes` the same values' shapes under `binding`, for which bytes and MACs
-    are counted. `refused`, `claims`: see `shapes.Types`.
+    *static* when no graph input and no random operator reaches it: constant for all inputs, so segments recompute
+    static values and cuts never carry them. `dynamic[i]`: node i is not static. `specs` hold every dynamic value and
+    output that a frame carries, with free dimensions; `shapes` the same values' shapes under `binding`, the basis of
+    bytes and MACs. `refused`, `claims`: see `shapes.Types`.
     """
 
     document: ir.Model
@@ -68,18 +67,18 @@ class Model:
 
     @cached_property
     def positions(self) -> Mapping[ir.Node, int]:
-        """Each node's place in `nodes`."""
+        """Each node's index in `nodes`."""
         return {node: i for i, node in enumerate(self.nodes)}
 
     @cached_property
     def values(self) -> Mapping[str, ir.Value]:
-        """The graph's values by name, initialisers included, those inside bodies not."""
-        found = {str(v.name): v for v in (*self.inputs, *self.graph.initializers.values())}
-        found.update((v.name, v) for node in self.nodes for v in node.outputs if v.name)
-        return found
+        """The main graph's values by name, initialisers included."""
+        by_name = {str(v.name): v for v in (*self.inputs, *self.graph.initializers.values())}
+        by_name.update((v.name, v) for node in self.nodes for v in node.outputs if v.name)
+        return by_name
 
     def is_static(self, value: ir.Value) -> bool:
-        """Whether `value` is the same for every input: an initialiser, or computed from nothing else."""
+        """Whether `value` is the same for every input: an initialiser, or computed from static values only."""
         producer = value.producer()
         if producer is None:
             return value.is_initializer()
@@ -88,11 +87,11 @@ class Model:
     def nbytes(self, value: ir.Value) -> int:
         """Bytes of a dynamic value under the model's binding."""
         name = str(value.name)
-        return shapes.nbytes(self.specs[name].dtype, self.shapes[name])
+        return inputs.nbytes(self.specs[name].dtype, self.shapes[name])
 
     @cached_property
     def is_random(self) -> bool:
-        """Whether two runs with the same inputs may give two answers."""
+        """Whether two runs with equal inputs may give different predictions."""
         return any(map(_is_random, self.nodes))
 
     @cached_property
@@ -100,17 +99,17 @@ class Model:
         return sum(self.macs)
 
     def initialisers(self) -> Iterator[ir.Value]:
-        """All initialisers, in the order in which a dynamic node first needs them, directly or by static nodes."""
-        seen: set[ir.Value] = set()
+        """All initialisers, in order of first use by a dynamic node, directly or through static nodes."""
+        done: set[ir.Value] = set()
         users = [i for i, dynamic in enumerate(self.dynamic) if dynamic]
         users += [i for i, dynamic in enumerate(self.dynamic) if not dynamic]
         for i in users:
             stack = list(reversed(self.uses[i]))
             while stack:
                 value = stack.pop()
-                if value in seen or not self.is_static(value):
+                if value in done or not self.is_static(value):
                     continue
-                seen.add(value)
+                done.add(value)
                 producer = value.producer()
                 if producer is None:
                     yield value
@@ -126,85 +125,76 @@ def open_model(
     freeze: bool = False,
     normalise: bool = True,
 ) -> Model:
-    """Read an ONNX file, normalise it, and find every value's dtype and shape.
+    """Read an ONNX file, normalise its graph and infer every value's dtype and shape.
 
-    `bind` gives inputs their shapes for the counting of bytes and MACs, `examples` arrays to take them from and to run
-    once with where shapes depend on values. A free first dimension counts as 1 otherwise. The graph keeps its free
-    dimensions unless `freeze`, which makes the bound shapes the model's own and folds what only depends on them.
+    `bind` gives inputs their shapes for bytes and MACs; `examples` give shapes too, and values for the run where shapes
+    depend on values. An unbound free first dimension counts as 1. The graph keeps its free dimensions unless `freeze`,
+    which declares the bound shapes and folds shape computations to constants.
 
     Raises:
-        ModelError: not an ONNX model, unsupported, or a free dimension that nothing binds.
+        ModelError: not an ONNX model, unsupported, or an unbound free dimension.
     """
     with load.refusals(path):
         model = load.read(path, normalise=normalise)
-        bound = shapes.bind_inputs(model.graph, bind or {}, examples or {})
-        if old_opsets.converted_from(model) is not None:
-            inputs = shapes.trial_inputs(model.graph, bound, examples or {})
-            old_opsets.check_same(Path(path), model, inputs, random=any(map(_is_random, model.graph)))
-        return _opened(model, bound, examples or {}, freeze)
+        bound = inputs.bind_inputs(model.graph, bind or {}, examples or {})
+        if opset_conversion.converted_from(model) is not None:
+            trials = inputs.trial_inputs(model.graph, bound, examples or {})
+            opset_conversion.check_same(Path(path), model, trials, random=any(map(_is_random, model.graph)))
+        return _analysed(model, bound, examples or {}, freeze)
 
 
-def _opened(model: ir.Model, bound: Mapping[str, tuple[int, ...]], examples: Examples, freeze: bool) -> Model:
+def _analysed(model: ir.Model, bound: Mapping[str, tuple[int, ...]], examples: Examples, freeze: bool) -> Model:
     if freeze:
         shapes.freeze(model, bound)
     nodes = tuple(model.graph)
     uses = tuple(tuple(_uses(node, model.graph)) for node in nodes)
     dynamic = _dynamic(nodes, uses)
-    wanted = [
+    values = [
         v
-        for node, keep in zip(nodes, dynamic, strict=True)
+        for node, is_dynamic in zip(nodes, dynamic, strict=True)
         for v in node.outputs
-        if v.name and (keep or v.is_graph_output())
+        if v.name and (is_dynamic or v.is_graph_output())
     ]
-    types = shapes.infer(model, wanted, bound, examples)
-    counts = tuple(macs.of_node(node, types.bound) if keep else 0 for node, keep in zip(nodes, dynamic, strict=True))
+    types = shapes.infer(model, values, bound, examples)
     return Model(
-        model,
-        nodes,
-        uses,
-        dynamic,
-        types.specs,
-        types.shapes,
-        counts,
-        bound,
-        examples,
-        types.refused,
-        types.claims,
+        document=model,
+        nodes=nodes,
+        uses=uses,
+        dynamic=dynamic,
+        specs=types.specs,
+        shapes=types.shapes,
+        macs=tuple(macs.of_node(n, types.bound) if d else 0 for n, d in zip(nodes, dynamic, strict=True)),
+        binding=bound,
+        examples=examples,
+        refused=types.refused,
+        claims=types.claims,
     )
 
 
 def _uses(node: ir.Node, graph: ir.Graph) -> dict[ir.Value, None]:
-    found = dict.fromkeys(v for v in node.inputs if v is not None)
-    for attribute in node.attributes.values():
-        bodies: Sequence[ir.Graph] = ()
-        if attribute.type == ir.AttributeType.GRAPH:
-            bodies = (attribute.as_graph(),)
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            bodies = attribute.as_graphs()
-        for body in bodies:
-            for inner in ir.traversal.RecursiveGraphIterator(body):
-                found.update(dict.fromkeys(v for v in inner.inputs if v is not None and v.graph is graph))
-            found.update(dict.fromkeys(v for v in body.outputs if v.graph is graph))
-    return found
+    # A dict, not a set: the order of initialisers in the weights file follows.
+    uses = dict.fromkeys(v for v in node.inputs if v is not None)
+    for body in load.bodies(node):
+        for inner in ir.traversal.RecursiveGraphIterator(body):
+            uses.update(dict.fromkeys(v for v in inner.inputs if v is not None and v.graph is graph))
+        uses.update(dict.fromkeys(v for v in body.outputs if v.graph is graph))
+    return uses
 
 
 def _dynamic(nodes: Sequence[ir.Node], uses: Sequence[Sequence[ir.Value]]) -> tuple[bool, ...]:
     reached: set[ir.Value] = set()
-    found = []
-    for node, used in zip(nodes, uses, strict=True):
-        dynamic = _is_random(node) or any(v in reached or v.is_graph_input() for v in used)
-        if dynamic:
+    flags = []
+    for node, values in zip(nodes, uses, strict=True):
+        is_dynamic = _is_random(node) or any(v in reached or v.is_graph_input() for v in values)
+        if is_dynamic:
             reached.update(node.outputs)
-        found.append(dynamic)
-    return tuple(found)
+        flags.append(is_dynamic)
+    return tuple(flags)
 
 
 def _is_random(node: ir.Node) -> bool:
-    if node.op_type in _RANDOM:
-        return True
-    bodies = [a for a in node.attributes.values() if a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)]
-    for attribute in bodies:
-        graphs = (attribute.as_graph(),) if attribute.type == ir.AttributeType.GRAPH else attribute.as_graphs()
-        if any(inner.op_type in _RANDOM for g in graphs for inner in ir.traversal.RecursiveGraphIterator(g)):
-            return True
-    return False
+    return node.op_type in _RANDOM_OPS or any(
+        inner.op_type in _RANDOM_OPS
+        for body in load.bodies(node)
+        for inner in ir.traversal.RecursiveGraphIterator(body)
+    )

@@ -1,6 +1,6 @@
-"""An int8 variant of a model, made by onnxruntime's own tools: static quantisation, calibrated with inputs.
+"""Post-training static quantisation: an int8 variant of a model by onnxruntime's own tools.
 
-The only place that uses onnxruntime.quantization.
+The only importer of onnxruntime.quantization. Source: onnxruntime.ai/docs/performance/model-optimizations/quantization.
 """
 
 from __future__ import annotations
@@ -12,26 +12,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+import onnx
 
+from isthmus.arrays import Array
 from isthmus.errors import ModelError
 
-_WARNED = ("onnxruntime.quantization", "root")
+_LOGGERS = ("onnxruntime.quantization", "root")
+# Nearly all of the work. Quantised softmax, normalisations and sums change predictions and save no time.
 _OPERATORS = ("Conv", "MatMul", "Gemm")
-"""What is quantised: nearly all of the work. Softmax, normalisations and sums lose answers and gain no time."""
+# The first opset whose QuantizeLinear has a scale per channel.
 _MIN_OPSET = 13
-"""Of scales by channel."""
+_MAX_REASON = 300
 
 
-def quantise(whole: Path, inputs: Sequence[Mapping[str, npt.NDArray[np.generic]]], out: Path) -> Path:
+def quantise(whole: Path, inputs: Sequence[Mapping[str, Array]], out: Path) -> Path:
     """Write the int8 variant of the ONNX model at `whole` to `out`: 8-bit weights and activations between QDQ pairs.
 
-    `inputs` calibrate the ranges of activations; a handful of real ones is the least. Weights are quantised by channel,
-    in convolutions and matrix products only.
+    `inputs` calibrate the activation ranges; pass at least a handful of real samples. Weights of convolutions and
+    matrix products are quantised per channel.
 
     Raises:
-        ModelError: onnxruntime's tools are missing, or cannot quantise this model; says why.
+        ModelError: onnxruntime's tools are missing, `inputs` is empty, or the tools cannot quantise this model.
     """
     try:
         from isthmus.runtime import ort as runtime
@@ -44,9 +45,7 @@ def quantise(whole: Path, inputs: Sequence[Mapping[str, npt.NDArray[np.generic]]
     with tempfile.TemporaryDirectory(prefix="isthmus-") as folder, _quiet():
         prepared = Path(folder) / "prepared.onnx"
         try:
-            import onnx
-
-            # In one file: what these tools do with weights beside the graph depends on where they lie.
+            # In a single file: the tools treat weights beside the graph differently by folder.
             single = Path(folder) / "whole.onnx"
             onnx.save(onnx.load(whole), single)
             quantization.shape_inference.quant_pre_process(str(single), str(prepared), skip_symbolic_shape=True)
@@ -61,35 +60,34 @@ def quantise(whole: Path, inputs: Sequence[Mapping[str, npt.NDArray[np.generic]]
                 activation_type=quantization.QuantType.QUInt8,
                 weight_type=quantization.QuantType.QInt8,
             )
-        except Exception as e:  # these tools raise nearly anything on graphs that they do not know
-            reason = " ".join(f"{type(e).__name__}: {e}".split())[:300]
+        except Exception as e:  # the tools raise nearly anything on graphs that they do not know
+            reason = " ".join(f"{type(e).__name__}: {e}".split())[:_MAX_REASON]
             raise ModelError(f"onnxruntime cannot quantise this model: {reason}") from e
     return out
 
 
 def _raise_opset(path: Path) -> None:
-    import onnx
-
     model = onnx.load(path)
     if any(entry.domain in ("", "ai.onnx") and entry.version < _MIN_OPSET for entry in model.opset_import):
         onnx.save(onnx.version_converter.convert_version(model, _MIN_OPSET), path)
 
 
-def _reader(quantization: Any, inputs: Sequence[Mapping[str, npt.NDArray[np.generic]]]) -> Any:
+def _reader(quantization: Any, inputs: Sequence[Mapping[str, Array]]) -> Any:
+    # A local class: its base exists only where the optional quantisation tools are installed.
     class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            self._left = iter([dict(arrays) for arrays in inputs])
+            self._remaining = iter([dict(arrays) for arrays in inputs])
 
-        def get_next(self) -> dict[str, npt.NDArray[np.generic]] | None:
-            return next(self._left, None)
+        def get_next(self) -> dict[str, Array] | None:
+            return next(self._remaining, None)
 
     return Reader()
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Its advice on pre-processing is for people who call it by hand."""
-    loggers = [logging.getLogger(None if name == "root" else name) for name in _WARNED]
+    """Silence the tools' advice on pre-processing, which this module follows."""
+    loggers = [logging.getLogger(None if name == "root" else name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -1,7 +1,9 @@
-"""The dtype and shape of every value: by inference, and where that does not tell, by one run.
+"""The dtype and shape of every value: by ONNX shape inference, completed by a single run.
 
-Twice: with the graph's own free dimensions, which is what a segment promises, and with bound ones, which is what bytes
-and multiply-accumulates are counted for.
+Inference runs twice: with the graph's own free dimensions, for the specs that segments promise, and with bound
+dimensions, for the bytes and multiply-accumulates (MACs) of cuts.
+
+Source: onnx.ai/onnx/repo-docs/ShapeInference.html.
 """
 
 from __future__ import annotations
@@ -9,32 +11,31 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
-import ml_dtypes  # noqa: F401  numpy then knows bfloat16 by name
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
+from isthmus.arrays import Array
 from isthmus.artifacts.tensors import Dim, TensorSpec
-from isthmus.errors import ModelError
-from isthmus.units import format_size
 from isthmus.wire.frame import why_not_carried
 from isthmus_tools.graph import probe
+from isthmus_tools.graph.inputs import FREE, dims, dtype_name, dtype_of, feeds
+from isthmus_tools.graph.load import constant
 from isthmus_tools.graph.weights import is_outside
 
-FREE = "?"
-"""The name of a free dimension that has none of its own."""
-MAX_INPUT_BYTES = 2**31
-"""Of one input: thirty times what a request holds by default. Arrays of that size are made to run the model with."""
+_Type: TypeAlias = tuple[str | None, tuple[Dim, ...] | None]
+"""A dtype and a shape, each None where inference fails."""
+_UNKNOWN: _Type = (None, None)
 
 
 @dataclass(frozen=True)
 class Types:
-    """`specs` and `shapes` of the graph's inputs and wanted values; `bound` also knows values inside bodies.
+    """`specs` and `shapes` of the graph's inputs and of the requested values; `bound` also covers subgraph bodies.
 
-    `refused` are values that no frame carries, and why. `claims` are sizes by axis that the model declares of its
-    outputs and inference cannot derive: true under the binding, and perhaps only there.
+    `refused` maps values that no frame carries to the reason. `claims` are sizes by axis that the model declares of its
+    outputs and inference cannot derive: true under the binding, and perhaps for no other size.
     """
 
     specs: Mapping[str, TensorSpec]
@@ -44,196 +45,65 @@ class Types:
     claims: Mapping[str, Mapping[int, int]]
 
 
-def nbytes(dtype: str, shape: Sequence[int]) -> int:
-    """Bytes of an array as numpy holds it."""
-    return math.prod(shape) * np.dtype(dtype).itemsize
-
-
-def dims(value: ir.Value) -> tuple[Dim, ...] | None:
-    """A value's declared shape; a dimension that is not a positive number is free. None where no rank is declared."""
-    if value.shape is None:
-        return None
-    return tuple(d if isinstance(d, int) and d >= 0 else str(getattr(d, "value", None) or FREE) for d in value.shape)
-
-
-def bind_inputs(
-    graph: ir.Graph, bind: Mapping[str, Sequence[int]], examples: Mapping[str, npt.NDArray[np.generic]]
-) -> dict[str, tuple[int, ...]]:
-    """A whole shape for each input: from `bind`, else from `examples`, else as declared with a free first dimension 1.
-
-    Raises:
-        ModelError: an unknown input, a shape that contradicts the declared one, or another free dimension left over.
-    """
-    return bind_shapes({str(v.name): (_dtype(v), dims(v)) for v in graph.inputs}, bind, examples)
-
-
-def bind_shapes(
-    inputs: Mapping[str, tuple[str | None, tuple[Dim, ...] | None]],
-    bind: Mapping[str, Sequence[int]],
-    examples: Mapping[str, npt.NDArray[np.generic]],
-) -> dict[str, tuple[int, ...]]:
-    """As `bind_inputs`, for inputs given by name as their dtype and declared shape, None where they are unknown.
-
-    Raises:
-        ModelError: as `bind_inputs`.
-    """
-    names = list(inputs)
-    for name in (*bind, *examples):
-        if name not in names:
-            raise ModelError(f"the model has no input {name!r}; it has {', '.join(names)}", input=name, inputs=names)
-    bound = {}
-    for name, (dtype, declared) in inputs.items():
-        example = examples.get(name)
-        if example is not None and dtype not in (None, example.dtype.name):
-            raise ModelError(
-                f"the input {name} takes {dtype}, and its example holds {example.dtype.name}",
-                input=name,
-                hint=f"save it as {dtype}: numpy.save(file, array.astype({dtype!r}))",
-            )
-        shape = bind.get(name, None if example is None else example.shape)
-        if shape is None:
-            if declared is None or any(isinstance(d, str) for d in declared[1:]):
-                template = (
-                    "NxN" if declared is None else "x".join("N" if isinstance(d, str) else str(d) for d in declared)
-                )
-                raise ModelError(
-                    f"the input {name} has the shape {_text(declared)}, and nothing binds its free dimensions",
-                    input=name,
-                    hint=f"give one shape to count with, a number for each N: --shape {name}={template}",
-                )
-            shape = tuple(1 if isinstance(d, str) else d for d in declared)
-        _check_fits(name, declared, tuple(shape))
-        check_size(name, dtype or "float32", shape)
-        if example is not None and example.shape != tuple(shape):
-            raise ModelError(
-                f"the example of {name} has the shape {_text(example.shape)}, and {_text(tuple(shape))} was given",
-                input=name,
-                hint="leave the shape out: the example has one",
-            )
-        bound[name] = tuple(int(n) for n in shape)
-    return bound
-
-
-def check_size(name: str, dtype: str, shape: Sequence[int]) -> None:
-    """Refuse the shape of an input that no request could hold.
-
-    Raises:
-        ModelError: it takes more than MAX_INPUT_BYTES.
-    """
-    if (size := nbytes(dtype, shape)) > MAX_INPUT_BYTES:
-        raise ModelError(
-            f"the input {name} would take {format_size(size)} at the shape {_text(tuple(shape))}; at most"
-            f" {format_size(MAX_INPUT_BYTES)} are run",
-            input=name,
-            limit=MAX_INPUT_BYTES,
-            hint="give a smaller shape to count with: --shape",
-        )
-
-
-def _check_fits(name: str, declared: tuple[Dim, ...] | None, shape: tuple[int, ...]) -> None:
-    if declared is not None and (
-        len(shape) != len(declared) or any(isinstance(d, int) and d != n for d, n in zip(declared, shape, strict=True))
-    ):
-        raise ModelError(
-            f"the input {name} has the shape {_text(declared)}; {_text(shape)} does not fit it", input=name
-        )
-
-
 def infer(
-    model: ir.Model,
-    wanted: Sequence[ir.Value],
-    bound: Mapping[str, tuple[int, ...]],
-    examples: Mapping[str, npt.NDArray[np.generic]],
+    model: ir.Model, values: Sequence[ir.Value], bound: Mapping[str, tuple[int, ...]], examples: Mapping[str, Array]
 ) -> Types:
-    """Types of the graph's inputs and of `wanted` values; a value that no frame carries has no spec.
+    """Types of the graph's inputs and of `values`; a value that no frame carries has no spec.
 
     Raises:
-        ModelError: the run that had to tell some shapes failed.
+        ModelError: the run for shapes that inference cannot derive failed.
     """
     free = _inferred(model, {})
-    known = _inferred(model, bound)
-    unknown = {v: known.get(str(v.name), (None, None))[0] for v in wanted if not _is_known(known.get(str(v.name)))}
-    seen = probe.types(model, unknown, feeds(model.graph, bound, examples)) if unknown else {}
+    complete = _inferred(model, bound)
+    unknown = {v: complete.get(str(v.name), _UNKNOWN)[0] for v in values if not _is_complete(complete.get(str(v.name)))}
+    probed = probe.types(model, unknown, feeds(model.graph, bound, examples)) if unknown else {}
     specs: dict[str, TensorSpec] = {}
-    found: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     refused: dict[str, str] = {}
     claims: dict[str, Mapping[int, int]] = {}
-    for value in (*model.graph.inputs, *wanted):
+    for value in (*model.graph.inputs, *values):
         name = str(value.name)
-        dtype, shape = seen[name] if name in seen else known.get(name, (None, None))
+        dtype, dimensions = probed[name] if name in probed else complete.get(name, _UNKNOWN)
         if value.is_graph_input():
-            dtype, shape = _dtype(value), bound[name]
-        whole = _whole(shape)
-        if dtype is None or whole is None:
+            dtype, dimensions = dtype_of(value), bound[name]
+        shape = _fixed(dimensions)
+        if dtype is None or shape is None:
             continue
-        if reason := why_not_carried(name, dtype, len(whole)):
+        if reason := why_not_carried(name, dtype, len(shape)):
             refused[name] = reason
             continue
-        found[name] = whole
-        spec = specs[name] = TensorSpec(name, dtype, _spec_dims(value, free.get(name, (None, None))[1], whole))
-        if value.is_graph_output() and (claimed := _claims(value, spec, whole)):
+        shapes[name] = shape
+        spec = specs[name] = TensorSpec(name, dtype, _spec_dims(value, free.get(name, _UNKNOWN)[1], shape))
+        if value.is_graph_output() and (claimed := _claims(value, spec, shape)):
             claims[name] = claimed
-    everywhere = {n: s for n, (_, dims_) in known.items() if (s := _whole(dims_)) is not None}
-    return Types(specs, found, {**everywhere, **found}, refused, claims)
-
-
-def feeds(
-    graph: ir.Graph, bound: Mapping[str, tuple[int, ...]], examples: Mapping[str, npt.NDArray[np.generic]]
-) -> dict[str, npt.NDArray[np.generic]]:
-    """One array for each input: the example, else ones of the bound shape (zeros where it holds whole numbers)."""
-    arrays: dict[str, npt.NDArray[np.generic]] = {}
-    for value in graph.inputs:
-        name, dtype = str(value.name), np.dtype(_dtype(value) or "float32")
-        make = np.zeros if dtype.kind in "iu" else np.ones
-        arrays[name] = examples[name] if name in examples else make(bound[name], dtype)
-    return arrays
-
-
-def trial_inputs(
-    graph: ir.Graph, bound: Mapping[str, tuple[int, ...]], examples: Mapping[str, npt.NDArray[np.generic]]
-) -> list[dict[str, npt.NDArray[np.generic]]]:
-    """Inputs to run a model with, the most telling first.
-
-    Where no example is given, floats are numbers between 0 and 1, of which two operators make different ones; else as
-    `feeds`, for models that take floats as counts.
-    """
-    plain = feeds(graph, bound, examples)
-    rng = np.random.default_rng(0)
-    varied = {
-        name: a if name in examples or a.dtype.kind in "iub" else np.asarray(rng.random(a.shape), a.dtype)
-        for name, a in plain.items()
-    }
-    return [varied, plain]
+    everywhere = {n: s for n, (_, dimensions) in complete.items() if (s := _fixed(dimensions)) is not None}
+    return Types(specs, shapes, {**everywhere, **shapes}, refused, claims)
 
 
 def freeze(model: ir.Model, bound: Mapping[str, tuple[int, ...]]) -> None:
-    """Make the bound shapes the inputs' own, and what only asks for a shape a constant."""
+    """Declare the bound shapes as the inputs' own, and fold Shape and Size nodes to constants."""
     for value in model.graph.inputs:
         value.shape = ir.Shape(bound[str(value.name)])
-    known = _inferred(model, bound)
+    complete = _inferred(model, bound)
     for node in tuple(model.graph):
         source = node.inputs[0] if node.inputs else None
         if node.op_type not in ("Shape", "Size") or source is None or node.outputs[0].is_graph_output():
             continue
-        shape = _whole(known.get(str(source.name), (None, None))[1])
+        shape = _fixed(complete.get(str(source.name), _UNKNOWN)[1])
         if shape is None:
             continue
         start, stop = node.attributes.get("start"), node.attributes.get("end")
         part = shape[None if start is None else start.as_int() : None if stop is None else stop.as_int()]
-        name = str(node.outputs[0].name)
-        tensor = ir.tensor(np.array(part if node.op_type == "Shape" else math.prod(shape), np.int64), name=name)
-        constant = ir.Value(
-            name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
-        )
-        node.outputs[0].replace_all_uses_with(constant)
+        array = np.array(part if node.op_type == "Shape" else math.prod(shape), np.int64)
+        folded = constant(array, str(node.outputs[0].name))
+        node.outputs[0].replace_all_uses_with(folded)
         model.graph.remove(node, safe=True)
-        model.graph.register_initializer(constant)
+        model.graph.register_initializer(folded)
 
 
-def _inferred(
-    model: ir.Model, bound: Mapping[str, tuple[int, ...]]
-) -> dict[str, tuple[str | None, tuple[Dim, ...] | None]]:
+def _inferred(model: ir.Model, bound: Mapping[str, tuple[int, ...]]) -> dict[str, _Type]:
     skeleton = _skeleton(model, bound)
+    # Data propagation derives more shapes and fails on some valid graphs.
     for data_prop in (True, False):
         try:
             proto = onnx.shape_inference.infer_shapes(skeleton, strict_mode=False, data_prop=data_prop)
@@ -244,7 +114,7 @@ def _inferred(
 
 
 def _skeleton(model: ir.Model, bound: Mapping[str, tuple[int, ...]]) -> onnx.ModelProto:
-    """The model without large weights and without what it says about its own values, which may be wrong."""
+    """The model without large weights and without its own value shapes: declared shapes may be wrong."""
     graph = model.graph.clone()
     for value in tuple(graph.initializers.values()):
         tensor = value.const_value
@@ -262,7 +132,7 @@ def _skeleton(model: ir.Model, bound: Mapping[str, tuple[int, ...]]) -> onnx.Mod
     return ir.serde.serialize_model(ir.Model(graph, ir_version=model.ir_version))
 
 
-def _declared(graph: onnx.GraphProto) -> Iterable[tuple[str, tuple[str | None, tuple[Dim, ...] | None]]]:
+def _declared(graph: onnx.GraphProto) -> Iterable[tuple[str, _Type]]:
     for info in (*graph.input, *graph.output, *graph.value_info):
         if info.type.WhichOneof("value") != "tensor_type":
             continue
@@ -273,9 +143,9 @@ def _declared(graph: onnx.GraphProto) -> Iterable[tuple[str, tuple[str | None, t
                 d.dim_value if d.HasField("dim_value") and d.dim_value >= 0 else d.dim_param or FREE
                 for d in tensor.shape.dim
             )
-        yield info.name, (_dtype_name(tensor.elem_type), shape)
+        yield info.name, (dtype_name(tensor.elem_type), shape)
     for tensor_proto in graph.initializer:
-        yield tensor_proto.name, (_dtype_name(tensor_proto.data_type), tuple(tensor_proto.dims))
+        yield tensor_proto.name, (dtype_name(tensor_proto.data_type), tuple(tensor_proto.dims))
     for node in graph.node:
         for attribute in node.attribute:
             for body in (*((attribute.g,) if attribute.HasField("g") else ()), *attribute.graphs):
@@ -292,13 +162,14 @@ def _spec_dims(value: ir.Value, inferred: tuple[Dim, ...] | None, actual: tuple[
     if inferred is None or len(inferred) != len(actual):
         inferred = (FREE,) * len(actual)
     merged: list[Dim] = []
-    for known, declared_dim, n in zip(inferred, names, actual, strict=True):
-        if isinstance(known, int):
-            merged.append(known if known == n else FREE)
-        elif isinstance(declared_dim, str) and declared_dim != FREE:
-            merged.append(declared_dim)
+    for derived, name, n in zip(inferred, names, actual, strict=True):
+        if isinstance(derived, int):
+            merged.append(derived if derived == n else FREE)
+        elif isinstance(name, str) and name != FREE:
+            merged.append(name)
         else:
-            merged.append(FREE if known.startswith("unk__") else known)
+            # onnx numbers dimensions that it cannot name: unk__0, unk__1, …
+            merged.append(FREE if derived.startswith("unk__") else derived)
     return tuple(merged)
 
 
@@ -310,25 +181,13 @@ def _claims(value: ir.Value, spec: TensorSpec, actual: tuple[int, ...]) -> dict[
     return {axis: n for axis, (dim, claimed, n) in triples if isinstance(dim, str) and claimed == n}
 
 
-def _is_known(found: tuple[str | None, tuple[Dim, ...] | None] | None) -> bool:
-    return found is not None and found[0] is not None and _whole(found[1]) is not None
+def _is_complete(inferred: _Type | None) -> bool:
+    return inferred is not None and inferred[0] is not None and _fixed(inferred[1]) is not None
 
 
-def _whole(shape: tuple[Dim, ...] | None) -> tuple[int, ...] | None:
+def _fixed(shape: tuple[Dim, ...] | None) -> tuple[int, ...] | None:
+    """The shape if its rank and all dimensions are fixed."""
     if shape is None:
         return None
     numbers = tuple(d for d in shape if isinstance(d, int))
     return numbers if len(numbers) == len(shape) else None
-
-
-def _dtype(value: ir.Value) -> str | None:
-    return None if value.dtype is None else _dtype_name(int(value.dtype))
-
-
-def _dtype_name(code: int) -> str | None:
-    kind = ir.DataType(code)
-    return None if kind in (ir.DataType.UNDEFINED, ir.DataType.STRING) else str(kind.numpy().name)
-
-
-def _text(shape: Sequence[Dim] | None) -> str:
-    return "(of unknown rank)" if shape is None else "x".join(str(d) for d in shape) or "of a single number"

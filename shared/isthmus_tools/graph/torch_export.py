@@ -1,7 +1,9 @@
-"""A torch model to an ONNX file. The only place that imports torch.
+"""Export of torch models to ONNX; the only importer of torch.
 
 A spec is `package.module:factory`, a callable without arguments that returns an nn.Module, or the path of a program
-that torch.export.save wrote (.pt2). Both run code: export only what you trust.
+written by torch.export.save (.pt2). Both execute code: export trusted models only.
+
+Source: docs.pytorch.org/docs/stable/onnx_export.html.
 """
 
 from __future__ import annotations
@@ -19,22 +21,22 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
+from isthmus.arrays import Array
 from isthmus.artifacts.tensors import Dim
 from isthmus.errors import ModelError
-from isthmus_tools.graph.shapes import bind_shapes, check_size
+from isthmus_tools.graph.inputs import bind_shapes, check_size
 
-# Weights inside the file are copied as it is written; beside it, they are written as they lie. One file is handier.
-_INLINE_LIMIT = 128 * 2**20
+# Serialisation copies weights inside the file, which doubles the memory of large ones; a single file is handier.
+_MAX_INLINE_BYTES = 128 * 2**20
 # torch's exporter colours its steps for a terminal.
 _ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _MAX_REASON = 500
-# torch takes a dimension that is 1 in the example for one that is always 1, depending on the operators.
+# torch may specialise a dimension of size 1 in the example to the constant 1, depending on the operators.
 _MIN_FREE = 2
 
-Arrays: TypeAlias = Sequence[npt.NDArray[np.generic]]
-Named: TypeAlias = Mapping[str, npt.NDArray[np.generic]]
+Spec: TypeAlias = str | Callable[[], Any]
+Named: TypeAlias = Mapping[str, Array]
 
 
 def is_torch_spec(spec: str) -> bool:
@@ -44,32 +46,32 @@ def is_torch_spec(spec: str) -> bool:
 
 
 def export(
-    spec: str | Callable[[], Any],
+    spec: Spec,
     out_path: str | os.PathLike[str],
     *,
     shapes: Sequence[Sequence[int]] = (),
-    examples: Arrays = (),
+    examples: Sequence[Array] = (),
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     dynamic: Mapping[str, Mapping[int, str]] | None = None,
 ) -> Path:
-    """Write `spec`'s model to `out_path` as ONNX, in eval mode; large weights go to a file beside it.
+    """Write `spec`'s model, in eval mode, to `out_path` as ONNX; large weights go to a file beside it.
 
-    `examples` are what the model is traced with, or float32 zeros of `shapes`, in the order of `forward`'s parameters,
+    The model is traced with `examples`, or with float32 zeros of `shapes`, in the order of `forward`'s parameters,
     which `input_names` rename; a .pt2 program needs neither. `dynamic` names free dimensions: input name -> axis ->
-    dimension's name. `export_named` goes by the parameters' own names.
+    dimension name. `export_named` uses the parameters' own names.
 
     Raises:
-        ModelError: torch is missing, the factory is, or the export failed.
+        ModelError: torch or the factory is missing, or the export failed.
     """
 
     def arguments(model: Any, torch: Any) -> dict[str, Any]:
-        given = tuple(torch.from_numpy(np.array(a)) for a in examples or [np.zeros(s, np.float32) for s in shapes])
-        module = isinstance(model, torch.nn.Module)
-        if module and not given:
-            raise _lacks(spec, _parameters(model))
+        tensors = tuple(torch.from_numpy(np.array(a)) for a in examples or [np.zeros(s, np.float32) for s in shapes])
+        is_module = isinstance(model, torch.nn.Module)
+        if is_module and not tensors:
+            raise _missing_examples(spec, _parameters(model))
         return {
-            "args": given if module else (),
+            "args": tensors if is_module else (),
             "input_names": input_names,
             "output_names": output_names,
             "dynamic_shapes": _dynamic_shapes(dynamic, input_names, torch),
@@ -79,21 +81,21 @@ def export(
 
 
 def export_named(
-    spec: str | Callable[[], Any],
+    spec: Spec,
     out_path: str | os.PathLike[str],
     *,
     shapes: Mapping[str, Sequence[int]],
     examples: Named,
     free: Mapping[str, Mapping[int, str]],
 ) -> Path:
-    """Write `spec`'s model as `export` does; inputs go by the names of `forward`'s parameters.
+    """Write `spec`'s model as `export` does, with inputs named after `forward`'s parameters.
 
-    A module is traced with `examples`, whose dtypes become the inputs' own, and with float32 zeros of `shapes` for
-    inputs without one. `free` names the dimensions that stay free, by input and axis; all others are fixed. A .pt2
-    program has inputs and free dimensions of its own: shapes and examples are checked against them before the export.
+    A module is traced with `examples`, whose dtypes become the inputs', and with float32 zeros of `shapes` for inputs
+    without an example. `free` names the free dimensions by input and axis; all others are fixed. A .pt2 program
+    declares its inputs and free dimensions: shapes and examples are checked against its declarations first.
 
     Raises:
-        ModelError: torch is missing, the factory is, the names are not those of the inputs, or the export failed.
+        ModelError: torch or the factory is missing, the names are not the inputs', or the export failed.
     """
 
     def arguments(model: Any, torch: Any) -> dict[str, Any]:
@@ -109,18 +111,17 @@ def export_named(
             "dynamic_shapes": axes if dims else None,
         }
 
-    unsaid = [name for name in shapes if name not in examples]
+    traced_with_zeros = [name for name in shapes if name not in examples]
     hint = (
-        f"{', '.join(unsaid)}: float32, as no example was given; --example {unsaid[0]}=FILE.npy gives one"
-        if unsaid
+        f"{', '.join(traced_with_zeros)}: float32, as no example was given;"
+        f" --example {traced_with_zeros[0]}=FILE.npy gives one"
+        if traced_with_zeros
         else ""
     )
     return _export(spec, Path(out_path), arguments, hint)
 
 
-def _export(
-    spec: str | Callable[[], Any], out: Path, arguments: Callable[[Any, Any], dict[str, Any]], hint: str = ""
-) -> Path:
+def _export(spec: Spec, out: Path, arguments: Callable[[Any, Any], dict[str, Any]], hint: str = "") -> Path:
     try:
         import torch
     except ImportError as e:
@@ -131,14 +132,14 @@ def _export(
             if isinstance(model, torch.nn.Module):
                 model.eval()
             with torch.no_grad():
-                given = arguments(model, torch)
-                program = torch.onnx.export(model, **given, dynamo=True, verbose=False)
+                options = arguments(model, torch)
+                program = torch.onnx.export(model, **options, dynamo=True, verbose=False)
             if program is None:
                 raise ModelError(f"torch exported nothing for {_name(spec)}")
-            _check_names(spec, program, given.get("kwargs", {}))
+            _check_names(spec, program, options.get("kwargs", {}))
             size = sum(v.const_value.nbytes for v in program.model.graph.initializers.values() if v.const_value)
-            program.save(str(out), external_data=size > _INLINE_LIMIT)
-            # torch keeps the program somewhere, as seen in 2.13, and its weights would stay in memory with it.
+            program.save(str(out), external_data=size > _MAX_INLINE_BYTES)
+            # torch 2.13 keeps a reference to the program, and so its weights in memory.
             for value in program.model.graph.initializers.values():
                 value.const_value = None
         except ModelError:
@@ -152,7 +153,7 @@ def _export(
                 spec=_name(spec),
                 hint="keep what a script does on its own below: if __name__ == '__main__'",
             ) from e
-        # An export runs the model's own code, which may raise anything.
+        # An export executes the model's code, which may raise anything.
         except Exception as e:
             raise ModelError(
                 f"torch cannot export {_name(spec)}: {_reason(e)}",
@@ -163,15 +164,14 @@ def _export(
 
 
 def _reason(error: BaseException) -> str:
-    """What the model's code or torch raised first; the exporter wraps it in pages of advice."""
+    """The first error of the model's code or of torch, without the exporter's pages of advice."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = _ESCAPE.sub("", str(error)).partition("\n\nWhile executing")[0].partition("\nOriginal traceback")[0]
     return f"{type(error).__name__}: {' '.join(text.split())[:_MAX_REASON]}"
 
 
-def _check_names(spec: str | Callable[[], Any], program: Any, inputs: Mapping[str, Any]) -> None:
-    """See that the graph's inputs have the names that shapes and examples went by."""
+def _check_names(spec: Spec, program: Any, inputs: Mapping[str, Any]) -> None:
     names = [str(v.name) for v in program.model.graph.inputs]
     if inputs and not set(inputs) <= set(names):
         lost = [n for n in inputs if n not in names]
@@ -186,8 +186,8 @@ def _parameters(model: Any) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(model.forward).parameters)
 
 
-def _in_order(spec: str | Callable[[], Any], model: Any, arrays: Named) -> Named:
-    """The arrays in the order of `forward`'s parameters, which they are named after."""
+def _in_order(spec: Spec, model: Any, arrays: Named) -> Named:
+    """`arrays` in the order of `forward`'s parameters."""
     parameters = _parameters(model)
     kinds = {p.kind for p in parameters.values()}
     names = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -201,16 +201,15 @@ def _in_order(spec: str | Callable[[], Any], model: Any, arrays: Named) -> Named
             hint="" if names else "give each input a parameter with a name of its own in forward",
         )
     if any(n not in arrays and parameters[n].default is inspect.Parameter.empty for n in names if n in parameters):
-        raise _lacks(spec, parameters, arrays)
+        raise _missing_examples(spec, parameters, arrays)
     return {n: arrays[n] for n in names if n in arrays}
 
 
-def _lacks(
-    spec: str | Callable[[], Any], parameters: Mapping[str, inspect.Parameter], given: Collection[str] = ()
+def _missing_examples(
+    spec: Spec, parameters: Mapping[str, inspect.Parameter], present: Collection[str] = ()
 ) -> ModelError:
-    """The error that names the inputs which nothing was given for."""
-    named = [n for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    needed = [n for n in named if parameters[n].default is inspect.Parameter.empty and n not in given]
+    by_name = [n for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    needed = [n for n in by_name if parameters[n].default is inspect.Parameter.empty and n not in present]
     first = needed[0] if needed else next(iter(parameters), "x")
     return ModelError(
         f"{_name(spec)} needs an example of {', '.join(needed) or 'its input'}",
@@ -220,53 +219,54 @@ def _lacks(
 
 
 def _widened(arrays: Named, free: Mapping[str, Mapping[int, str]]) -> Named:
-    """The arrays with free dimensions of 1 repeated."""
-    made = dict(arrays)
+    """`arrays` with free dimensions of size 1 repeated."""
+    widened = dict(arrays)
     for name, axes in free.items():
         for axis in axes:
-            if name in made and made[name].shape[axis] < _MIN_FREE:
-                made[name] = made[name].repeat(_MIN_FREE, axis)
-    return made
+            if name in widened and widened[name].shape[axis] < _MIN_FREE:
+                widened[name] = widened[name].repeat(_MIN_FREE, axis)
+    return widened
 
 
-def _tensor(array: npt.NDArray[np.generic], torch: Any) -> Any:
+def _tensor(array: Array, torch: Any) -> Any:
     if array.dtype.name == "bfloat16":
+        # torch.from_numpy does not know ml_dtypes' bfloat16.
         return torch.from_numpy(np.array(array).view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(np.array(array))
 
 
 def _zeros(shapes: Mapping[str, Sequence[int]], free: Mapping[str, Mapping[int, str]], examples: Named) -> Named:
-    """Arrays to trace with for the inputs that have a shape and no example."""
+    """Zeros for the inputs with a shape and without an example; equal dimension names get equal sizes."""
     sizes = {d: examples[n].shape[axis] for n, axes in free.items() if n in examples for axis, d in axes.items()}
-    made: dict[str, npt.NDArray[np.generic]] = {}
+    zeros: dict[str, Array] = {}
     for name in shapes.keys() - examples.keys():
         shape = list(shapes[name])
         for axis, dim in free.get(name, {}).items():
             shape[axis] = sizes.get(dim, max(shape[axis], _MIN_FREE))
         check_size(name, "float32", shape)
-        made[name] = np.zeros(shape, np.float32)
-    return made
+        zeros[name] = np.zeros(shape, np.float32)
+    return zeros
 
 
 def _program_inputs(program: Any, torch: Any) -> dict[str, tuple[str | None, tuple[Dim, ...] | None]]:
-    """Dtype and shape of each input of a torch.export program; a free dimension is a text."""
+    """Dtype and shape of each input of a torch.export program; free dimensions are texts."""
     values = {n.name: n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"}
-    found: dict[str, tuple[str | None, tuple[Dim, ...] | None]] = {}
+    inputs: dict[str, tuple[str | None, tuple[Dim, ...] | None]] = {}
     for name in program.graph_signature.user_inputs:
         value = values.get(name)
         if isinstance(value, torch.Tensor):
             shape = tuple(d if isinstance(d, int) else str(d) for d in value.shape)
-            found[str(name)] = (str(value.dtype).removeprefix("torch."), shape)
-    return found
+            inputs[str(name)] = (str(value.dtype).removeprefix("torch."), shape)
+    return inputs
 
 
-def _model(spec: str | Callable[[], Any], torch: Any) -> Any:
+def _model(spec: Spec, torch: Any) -> Any:
     if callable(spec):
         return spec()
     if spec.endswith(".pt2"):
         try:
             return torch.export.load(spec)
-        except Exception as e:  # a zip file with pickles, JSON and tensors in it, each of which may be broken
+        except Exception as e:  # a zip file of pickles, JSON and tensors, each possibly broken
             raise ModelError(
                 f"{spec} cannot be read: {_reason(e)}",
                 spec=spec,
@@ -274,8 +274,8 @@ def _model(spec: str | Callable[[], Any], torch: Any) -> Any:
             ) from e
     module, _, factory = spec.partition(":")
     try:
-        found = getattr(importlib.import_module(module), factory)
-    # TypeError: a name that starts with a dot.
+        create = getattr(importlib.import_module(module), factory)
+    # TypeError: importlib's for a name that starts with a dot.
     except (ImportError, AttributeError, ValueError, TypeError) as e:
         raise ModelError(
             f"there is no model factory {spec}: {e}",
@@ -286,7 +286,7 @@ def _model(spec: str | Callable[[], Any], torch: Any) -> Any:
     except Exception as e:
         raise ModelError(f"{module} raised {_reason(e)}", spec=spec) from e
     try:
-        model = found()
+        model = create()
     # The factory is the user's code, which may raise anything.
     except Exception as e:
         raise ModelError(f"{spec} raised {_reason(e)}", spec=spec) from e
@@ -304,30 +304,31 @@ def _dynamic_shapes(
         raise ModelError(
             f"free dimensions are named for {', '.join(sorted(unknown if input_names else dynamic))}, which is no input"
         )
-    made = {name: torch.export.Dim(name) for axes in dynamic.values() for name in axes.values()}
-    return tuple({axis: made[d] for axis, d in dynamic.get(n, {}).items()} or None for n in input_names)
+    dims = {name: torch.export.Dim(name) for axes in dynamic.values() for name in axes.values()}
+    return tuple({axis: dims[d] for axis, d in dynamic.get(n, {}).items()} or None for n in input_names)
 
 
-def _name(spec: str | Callable[[], Any]) -> str:
+def _name(spec: Spec) -> str:
     return spec if isinstance(spec, str) else str(getattr(spec, "__name__", spec))
 
 
 @contextlib.contextmanager
 def _current_folder() -> Iterator[None]:
-    """Find modules in the current folder, as `python -m` does; a command's own folder is that of its script."""
-    here = os.getcwd()
-    sys.path.insert(0, here)
+    """Import modules from the current folder, as `python -m` does; a console script's path has its own folder only."""
+    folder = os.getcwd()
+    sys.path.insert(0, folder)
     try:
         yield
     finally:
+        # The model's code may have removed the entry.
         with contextlib.suppress(ValueError):
-            sys.path.remove(here)
+            sys.path.remove(folder)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's notices (no torchvision, its own deprecations, its steps) out of a command's output."""
-    # torch gives each of its many loggers a level of its own, so only this reaches them all.
+    """Keep the exporter's notices (missing torchvision, own deprecations, steps) out of a command's output."""
+    # torch sets a level on each of its many loggers, so only the global switch reaches all of these.
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):

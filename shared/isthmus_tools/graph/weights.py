@@ -1,7 +1,7 @@
-"""The one weights file: every initialiser of 1 KiB or more, in the order in which the graph first uses them.
+"""The weights file, shared by all cuts: every initialiser of 1 KiB or more, in order of first use.
 
-That order makes a head's weights a prefix of the file and a tail's a suffix, so that a segment fetches few byte ranges.
-Smaller initialisers stay in each segment's graph: onnxruntime must read them while it infers shapes.
+That order makes a head's weights a prefix of the file and a tail's a suffix, so a segment fetches few byte ranges.
+Smaller initialisers stay in each segment's graph: onnxruntime reads them for its shape inference.
 """
 
 from __future__ import annotations
@@ -22,42 +22,44 @@ from isthmus.errors import ModelError
 LOCATION = "weights.bin"
 """The file's name, beside every segment's graph."""
 INLINE_BELOW = 1024
+# A cache line, and the widest vector register: onnxruntime maps the file and computes on the mapped bytes.
 ALIGNMENT = 64
+# Large enough that hashing dominates the calls, small enough to bound memory.
 _CHUNK = 2**22
 _END = 4096
 
 
 def is_outside(tensor: ir.TensorProtocol) -> bool:
-    """Whether `tensor` lives in the weights file rather than inside a segment's graph."""
+    """Whether `tensor` belongs in the weights file rather than in a segment's graph."""
     return tensor.nbytes >= INLINE_BELOW and tensor.dtype != ir.DataType.STRING
 
 
 def write(
     values: Iterable[ir.Value], path: Path, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Weights:
-    """Write the tensors of `values` in that order, each aligned to 64 bytes; never holds the file in memory.
+    """Write the tensors of `values` in order, each aligned to 64 bytes, in chunks; replaces the file atomically.
 
-    `progress` is told the bytes written and the bytes to write. The file appears whole, or not at all.
+    `progress` receives the bytes written and the total.
 
     Raises:
-        ModelError: a tensor's bytes cannot be read, or are not as many as its shape needs.
+        ModelError: a tensor's bytes cannot be read, or their number differs from the shape's.
     """
-    wanted = [(str(v.name), v.const_value) for v in values if v.const_value is not None and is_outside(v.const_value)]
-    total = sum(tensor.nbytes for _, tensor in wanted)
+    outside = [(str(v.name), v.const_value) for v in values if v.const_value is not None and is_outside(v.const_value)]
+    total = sum(tensor.nbytes for _, tensor in outside)
     tensors: list[WeightTensor] = []
     whole = hashlib.sha256()
     offset = done = 0
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
         with os.fdopen(handle, "wb") as file, ThreadPoolExecutor(1) as hasher:
-            for name, tensor in wanted:
+            for name, tensor in outside:
                 padding = b"\0" * (-offset % ALIGNMENT)
                 file.write(padding)
                 whole.update(padding)
                 offset += len(padding)
                 digest, length = hashlib.sha256(), 0
                 for chunk in _chunks(tensor):
-                    # Hashing takes longest, and runs without the interpreter's lock.
+                    # Hashing takes longest and releases the interpreter's lock, so writing overlaps.
                     hashed = hasher.submit(whole.update, chunk)
                     file.write(chunk)
                     digest.update(chunk)
@@ -65,7 +67,7 @@ def write(
                     length += len(chunk)
                     done += len(chunk)
                     progress(done, total)
-                # onnxruntime would read the bytes of the tensor behind it.
+                # onnxruntime would read on into the next tensor.
                 if length != tensor.nbytes:
                     raise ModelError(
                         f"{name} holds {length} bytes; its shape needs {tensor.nbytes}",
@@ -83,8 +85,8 @@ def write(
     return Weights(Blob(f"sha256:{whole.hexdigest()}", offset), tuple(tensors))
 
 
-def placed(places: Mapping[str, WeightTensor], value: ir.Value) -> ir.ExternalTensor | None:
-    """`value`'s tensor as a reference into the weights file; None where it stays inline. `places` are by name.
+def reference(places: Mapping[str, WeightTensor], value: ir.Value) -> ir.ExternalTensor | None:
+    """`value`'s tensor as a reference into the weights file; None for inline tensors. `places` are by name.
 
     Raises:
         ModelError: the weights file lacks that tensor.
@@ -100,10 +102,10 @@ def placed(places: Mapping[str, WeightTensor], value: ir.Value) -> ir.ExternalTe
 
 
 def inline(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
-    """The same tensor with its bytes in memory.
+    """The tensor with its bytes in memory.
 
     Raises:
-        OSError, ValueError: its file cannot be read.
+        OSError, ValueError: the file cannot be read.
     """
     proto = onnx.TensorProto(name=tensor.name, data_type=int(tensor.dtype), dims=tensor.shape.numpy())
     proto.raw_data = _read(tensor, 0, tensor.nbytes)
@@ -111,7 +113,7 @@ def inline(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
 
 
 def ends(tensor: ir.TensorProtocol) -> bytes:
-    """The first and last few KiB of a tensor: all of a small one, and cheap to compare for a large one."""
+    """The first and last 4 KiB of a tensor: all bytes of a small tensor, a cheap comparison for a large."""
     if not isinstance(tensor, ir.ExternalTensor):
         data = memoryview(tensor.tobytes())
         return bytes(data) if len(data) <= 2 * _END else bytes(data[:_END]) + bytes(data[-_END:])
@@ -120,7 +122,7 @@ def ends(tensor: ir.TensorProtocol) -> bytes:
 
 
 def same_content(a: ir.TensorProtocol, b: ir.TensorProtocol) -> bool:
-    """Whether two tensors of one dtype and shape hold the same bytes."""
+    """Whether two tensors of equal dtype, shape and `ends` hold the same bytes."""
     return a.nbytes <= 2 * _END or all(x == y for x, y in zip(_chunks(a), _chunks(b), strict=True))
 
 
@@ -128,7 +130,7 @@ def read_into(tensor: ir.ExternalTensor, into: memoryview) -> None:
     """Fill `into` with all of the tensor's bytes.
 
     Raises:
-        OSError, ValueError: its file cannot be read, or is too short by now.
+        OSError, ValueError: the file cannot be read, or has been truncated.
     """
     with open(tensor.path, "rb") as file:
         file.seek(tensor.offset or 0)
@@ -147,7 +149,7 @@ def _chunks(tensor: ir.TensorProtocol) -> Iterator[bytes | memoryview]:
 
 
 def _read(tensor: ir.ExternalTensor, start: int, stop: int) -> bytes:
-    # Read, not mapped: the pages of a map would stay in this process's memory.
+    # Read, not mapped: the pages of a mapping would count as this process's memory.
     if stop <= start:
         return b""
     with open(tensor.path, "rb") as file:

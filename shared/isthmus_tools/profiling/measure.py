@@ -16,8 +16,8 @@ from isthmus.artifacts.segment_id import WHOLE
 from isthmus.errors import ProfileMalformed
 from isthmus.wire.frame import Frame
 from isthmus_tools.budget import UNLIMITED, Budget, Pace
+from isthmus_tools.graph.load import read_optimised
 from isthmus_tools.graph.model import Model
-from isthmus_tools.graph.optimised import read_optimised
 from isthmus_tools.profiling.nodes import node_seconds
 from isthmus_tools.profiling.remote import Call, Measured, ProfiledFunction
 from isthmus_tools.profiling.steady import ROUNDS, timing

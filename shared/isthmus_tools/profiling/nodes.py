@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 
+from isthmus_tools.graph.load import OptimisedNode
 from isthmus_tools.graph.model import Model
-from isthmus_tools.graph.optimised import OptimisedNode
 
 _LAID_OUT = re.compile(r"(.+)_nchwc(_token_\d+)?")
 """How onnxruntime names a node that it lays out in blocks of channels: after the value which that node makes."""

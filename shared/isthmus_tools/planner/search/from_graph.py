@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from isthmus.errors import CutError, ProblemMalformed
-from isthmus_tools.graph.cuts import CutInfo, ancestors, crossing_values, cut_after, cut_at, prefix
+from isthmus_tools.graph.cuts import CutInfo, ancestors, boundary_values, cut_after, cut_at, prefix
 from isthmus_tools.graph.model import Model
 from isthmus_tools.planner.search.problem import Labels, LinkTimes, Problem, Tensor
 
@@ -94,7 +94,7 @@ def boundaries(model: Model, labels: Labels, tiers: int) -> tuple[Boundary, ...]
     """The boundaries of the division `labels`, a tier for each dynamic node, between each two neighbouring tiers."""
     tier_of = list(zip(positions(model), labels, strict=True))
     upstreams = [frozenset(i for i, tier in tier_of if tier <= b) for b in range(tiers - 1)]
-    return tuple(Boundary(tuple(str(v.name) for v in crossing_values(model, up)), up) for up in upstreams)
+    return tuple(Boundary(tuple(str(v.name) for v in boundary_values(model, up)), up) for up in upstreams)
 
 
 def cut_of(model: Model, boundary: Boundary) -> CutInfo | None:

@@ -18,7 +18,7 @@ from isthmus.errors import PlanMalformed
 from isthmus.pipeline.agreement import margin
 from isthmus.pipeline.closer_looks import LookPolicy
 from isthmus.pipeline.hop import Hop
-from isthmus.processing.image_spec import made_shape
+from isthmus.processing.image_spec import made_shape, photo_tensor
 from isthmus.wire.frame import DTYPES
 
 
@@ -160,7 +160,7 @@ def photo_input(candidate: Candidate, bundle: Bundle, hops: Sequence[Hop]) -> Ph
     shape = None if spec is None else made_shape(spec)
     if spec is None or shape is None:
         raise PlanMalformed(f"{candidate.name} sends photos as they came, and {bundle.name} takes none", where="input")
-    tensor: TensorSpec = next(s for s in bundle.inputs if s.name == spec["input"])
+    tensor = photo_tensor(bundle)
     return PhotoInput(tensor.name, tensor.dtype, shape)
 
 

@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from isthmus.errors import ModelError
+from isthmus.artifacts.bundle import Bundle
+from isthmus.artifacts.tensors import TensorSpec
+from isthmus.errors import MediaUnsupported, ModelError
 
 STEPS = ("resize", "center_crop", "normalize", "layout")
 """The steps, in the order in which they may come, each at most once."""
@@ -37,6 +39,21 @@ def validate_spec(spec: Mapping[str, Any]) -> None:
     )
     _require("layout" in ops, "preprocess has no layout step; it says NCHW or NHWC")
     _require(not ("normalize" in ops and spec["dtype"] == "uint8"), "preprocess normalizes into uint8")
+
+
+def photo_tensor(bundle: Bundle) -> TensorSpec:
+    """The input that the bundle's pre-processing makes of a photo.
+
+    Raises:
+        MediaUnsupported: the bundle declares none.
+    """
+    if bundle.preprocess is None:
+        raise MediaUnsupported(
+            f"{bundle.name} declares no pre-processing of photos; give it tensors",
+            accepted=["Open Inference Protocol"],
+        )
+    name = bundle.preprocess["input"]
+    return next(spec for spec in bundle.inputs if spec.name == name)
 
 
 def made_shape(spec: Mapping[str, Any]) -> tuple[int, ...] | None:

@@ -24,8 +24,9 @@ from isthmus.oip import messages as oip
 from isthmus.pipeline import LocalHop, Result, execute
 from isthmus.pipeline.hop import hops_to
 from isthmus.processing.classify import classify
-from isthmus.processing.image import looks_like_image, not_an_image, preprocess
+from isthmus.processing.image import looks_like_image, not_an_image
 from isthmus.processing.image_budget import ImageMemory
+from isthmus.processing.photo import model_input
 from isthmus.processing.wrapped import from_base64, looks_like_form, read_form
 from isthmus.registry import open_cache, open_registry
 from isthmus.routing.guard import Guard
@@ -240,13 +241,10 @@ class _RouterApp(FunctionApp):
             result = self._run(work, way, {}, encoded)
         else:
             start = time.perf_counter()
-            taken = next(s for s in model.bundle.inputs if s.name == spec["input"])
-            array = preprocess(
-                photo, spec, input=taken, max_pixels=self._router_settings.max_image_pixels, memory=self._images
-            )
-            input_bytes = array.nbytes
+            inputs = model_input(model.bundle, photo, max_pixels=self._settings.max_image_pixels, memory=self._images)
+            input_bytes = sum(array.nbytes for array in inputs.values())
             work.timings.add("preprocess", time.perf_counter() - start)
-            result = self._run(work, way, {taken.name: array})
+            result = self._run(work, way, inputs)
         start = time.perf_counter()
         classes = classify(result.outputs[after["output"]], after, model.labels, top_k)[0]
         work.timings.add("postprocess", time.perf_counter() - start)

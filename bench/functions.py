@@ -17,7 +17,7 @@ from pathlib import Path
 import urllib3
 from report import ROOT, STATE
 
-from isthmus_tools.cli.engine import variables
+from isthmus_tools.cli.options import stack_variables
 from isthmus_tools.engine.build import stage
 from isthmus_tools.engine.stack import read_stack
 
@@ -71,7 +71,7 @@ class Laid:
 
 def lay_out(*names: str, registry: Path, model: str) -> dict[str, Laid]:
     """Lay functions of stack.yml out for `model` in `registry`, their bytecode made as in the image."""
-    stack = read_stack(ROOT / "stack.yml", {**variables(str(registry)), "MODEL": model})
+    stack = read_stack(ROOT / "stack.yml", {**stack_variables(str(registry)), "MODEL": model})
     found = {}
     for name in names:
         spec = stack.functions[name]

@@ -13,8 +13,9 @@ from isthmus.artifacts.segment_id import WHOLE
 from isthmus.registry import Resolved, open_registry
 from isthmus.settings import RegistrySettings
 from isthmus.wire.frame import Frame, encode
-from isthmus_tools.cli.here import Here
-from isthmus_tools.cli.importing import publish_if_absent
+from isthmus_tools.usecases.local_model import LocalModel
+from isthmus_tools.usecases.model_import import ImportRequest
+from isthmus_tools.usecases.model_import import import_model as import_use_case
 from isthmus_tools.zoo.photos import sample_photos
 
 MODEL = "efficientnet-lite0"
@@ -24,7 +25,7 @@ REGISTRY = ROOT / ".isthmus" / "registry"
 def import_model() -> None:
     """Put the model in the registry if it is not there; takes half a minute then."""
     with contextlib.redirect_stdout(sys.stderr):
-        publish_if_absent(MODEL, str(REGISTRY), quiet=True)
+        import_use_case(ImportRequest(model=MODEL, registry=RegistrySettings(registry=str(REGISTRY)), if_absent=True))
 
 
 def resolved() -> Resolved:
@@ -32,9 +33,9 @@ def resolved() -> Resolved:
     return open_registry(RegistrySettings(registry=str(REGISTRY))).resolve(MODEL)
 
 
-def whole() -> Here:
+def whole() -> LocalModel:
     """The uncut model in this process, on one thread."""
-    return Here(str(REGISTRY), MODEL, WHOLE, threads=1)
+    return LocalModel(MODEL, RegistrySettings(registry=str(REGISTRY)), WHOLE, threads=1)
 
 
 def photos() -> list[bytes]:

@@ -25,7 +25,6 @@ from isthmus.registry import Registry, SegmentCache, open_cache, open_registry
 from isthmus.runtime.tables import Tables
 from isthmus.serving.profiling import SECRET
 from isthmus.settings import RegistrySettings
-from isthmus_tools.cli.profiling import profile_tiers
 from isthmus_tools.netem.process import link_to
 from isthmus_tools.planner.choose import broken, choose
 from isthmus_tools.planner.draft import CLOUD, EDGE, Draft
@@ -33,6 +32,8 @@ from isthmus_tools.planner.drafting import drafting
 from isthmus_tools.planner.examples import Example, from_arrays, from_photos
 from isthmus_tools.planner.make import merged
 from isthmus_tools.planner.measuring import Functions, contenders, measure
+from isthmus_tools.usecases.functions import FunctionUrls
+from isthmus_tools.usecases.profile import ProfileRequest, profile
 
 SLOWER = 4
 RATES, ROUND_TRIPS = (1e6, 10e6, 100e6), (0.001, 0.02, 0.08)
@@ -172,20 +173,16 @@ def profiled(report: Report, model: Real, at: Sequence[str], urls: Mapping[str, 
     photo = STATE / f"{model.name}.jpg"
     if model.photo is not None:
         photo.write_bytes(model.photo())
-    made = profile_tiers(
-        str(REGISTRY),
-        str(STATE / "plan-cache"),
-        model.name,
-        urls,
-        TOKEN,
+    request = ProfileRequest(
+        model=model.name,
+        registry=RegistrySettings(registry=str(REGISTRY), cache_dir=str(STATE / "plan-cache")),
+        functions=FunctionUrls(urls.get(EDGE, ""), urls.get(CLOUD, ""), TOKEN),
+        cuts=at,
         runs=runs,
-        at=at,
-        photo=photo if model.photo is not None else None,
-        tensors=[],
+        photos=[photo] if model.photo is not None else [],
         again=True,
-        step=report.say,
     )
-    return dict(made.profiles)
+    return dict(profile(request, lambda stage, *_: report.say(stage)).profiles)
 
 
 def some_cuts(bundle: Bundle, count: int) -> list[str]:

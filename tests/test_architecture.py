@@ -44,7 +44,9 @@ TOOLS = {
     "calibration": {"graph", "budget", "array_files", "progress"},
     "engine": {"netem", "parent_death"},
     "figures": {"graph", "calibration", "planner", "profiling"},
+    "printable": set(),
 }
+TOOLS["usecases"] = set(TOOLS) - {"figures"}
 """What a room of the tools may import of the tools; of the runtime it may import anything but the functions' apps."""
 HEAVY = {
     "onnx": {"graph"},

@@ -12,8 +12,7 @@ import pytest
 
 from isthmus.errors import ModelError, RequestMalformed
 from isthmus_tools import array_files
-from isthmus_tools.cli.shapes import read_inputs
-from isthmus_tools.cli.tensors import read_tensors
+from isthmus_tools.cli.inputs import read_model_inputs, read_tensors
 
 
 def header(text: str) -> bytes:
@@ -54,7 +53,7 @@ def test_a_broken_file_is_refused_by_every_reader(content: bytes | str, why: str
     with pytest.raises(ValueError, match=said):
         array_files.read(file)
     with pytest.raises(ModelError, match=said):
-        read_inputs(None, [file])
+        read_model_inputs(None, [file])
     if content[:2] != b"PK":
         with pytest.raises(RequestMalformed, match=said):
             read_tensors([f"x={file}"])
@@ -75,7 +74,7 @@ def test_arrays_are_in_this_machines_byte_order_and_bfloat16_is_restored(tmp_pat
 def test_text_is_no_example(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.array(["a", "b"]))
     with pytest.raises(ModelError, match="holds <U1; a tensor is one of bool"):
-        read_inputs(None, [Path(f"x={tmp_path / 'x.npy'}")])
+        read_model_inputs(None, [Path(f"x={tmp_path / 'x.npy'}")])
 
 
 def test_an_example_has_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,9 +82,9 @@ def test_an_example_has_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     np.save("x.npy", np.zeros(3))
     npz(tmp_path)
     with pytest.raises(ModelError, match=r"x\.npy holds one array, without a name"):
-        read_inputs(None, [Path("x.npy")])
+        read_model_inputs(None, [Path("x.npy")])
     with pytest.raises(ModelError, match=r"good\.npz holds several arrays \(ids\)"):
-        read_inputs(None, [Path("ids=good.npz")])
+        read_model_inputs(None, [Path("ids=good.npz")])
 
 
 def test_what_is_given_twice_is_refused(tmp_path: Path) -> None:
@@ -93,11 +92,11 @@ def test_what_is_given_twice_is_refused(tmp_path: Path) -> None:
         np.save(tmp_path / f"{name}.npy", np.zeros(3))
     entries = [f"x={tmp_path / name}.npy" for name in ("a", "b")]
     with pytest.raises(ModelError, match="--example gives x twice"):
-        read_inputs(None, [Path(entry) for entry in entries])
+        read_model_inputs(None, [Path(entry) for entry in entries])
     with pytest.raises(RequestMalformed, match="--tensor gives x twice"):
         read_tensors(entries)
     with pytest.raises(ModelError, match="--shape gives x twice"):
-        read_inputs(["x=1x3", "x=1x4"], None)
+        read_model_inputs(["x=1x3", "x=1x4"], None)
 
 
 def test_names_and_files_may_hold_an_equals_sign(tmp_path: Path) -> None:
@@ -105,4 +104,4 @@ def test_names_and_files_may_hold_an_equals_sign(tmp_path: Path) -> None:
     file = tmp_path / "run=3" / "x.npy"
     np.save(file, np.zeros(3))
     assert list(read_tensors([f"a={file}", f"b=c={file}"])) == ["a", "b=c"]
-    assert list(read_inputs(None, [Path(f"a={file}"), Path(f"b=c={file}")]).examples) == ["a", "b=c"]
+    assert list(read_model_inputs(None, [Path(f"a={file}"), Path(f"b=c={file}")]).examples) == ["a", "b=c"]

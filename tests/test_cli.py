@@ -26,8 +26,9 @@ from typer.testing import CliRunner
 from isthmus.arrays import restored
 from isthmus_tools import cli
 from isthmus_tools.cli import app
-from isthmus_tools.cli.console import errors, print_json, visible
-from isthmus_tools.cli.demo import compared, verdict
+from isthmus_tools.cli.console import errors, print_json
+from isthmus_tools.cli.demo import compare, verdict
+from isthmus_tools.printable import printable
 from support.paths import ROOT
 
 COMMANDS = [
@@ -104,11 +105,10 @@ HEAVY = ("aiohttp", "boto3", "flask", "matplotlib", "onnx", "onnxruntime", "PIL"
     ("calls", "unwanted"),
     [
         ([["--version"], ["--help"], ["nosuch"]], (*HEAVY, "numpy", "rich.progress", "isthmus.registry")),
-        ([[command, "--help"] for command in COMMANDS], HEAVY),
-        ([[c, "--help"] for c in COMMANDS if c != "package"], (*HEAVY, "numpy", "isthmus.registry")),
+        ([[command, "--help"] for command in COMMANDS], (*HEAVY, "numpy", "isthmus.registry")),
         ([["demo", "--list"], ["models", "--registry", "nowhere"]], HEAVY),
     ],
-    ids=["no command", "help", "help of nearly all", "light commands"],
+    ids=["no command", "help", "light commands"],
 )
 def test_a_call_imports_only_what_it_needs(calls: list[list[str]], unwanted: tuple[str, ...], tmp_path: Path) -> None:
     script = f"""
@@ -512,7 +512,7 @@ def test_what_no_stream_can_encode_is_written_as_its_escape(
     """Bytes that are not UTF-8 in an argument, and halves of characters in JSON, are lone surrogates here."""
     print_json({"a\udcff": "\ud800"})
     assert json.loads(capsys.readouterr().out) == {"a\udcff": "\ud800"}
-    assert visible("a\udcff") == r"a\udcff"
+    assert printable("a\udcff") == r"a\udcff"
     odd = model.rename(tmp_path / "a\udcff.onnx")
     run = isthmus("import", odd, "--name", "small", "--registry", tmp_path / "r")
     assert run.exit_code == 0, run.output
@@ -542,7 +542,7 @@ def test_demo_tells_another_order_from_another_class(indices: list[int], said: s
     client = SimpleNamespace(infer=lambda *_, **__: Whole().run({}))
     route = {"segments": [], "link_bytes": 0, "link_raw_bytes": 0}
     answer = {"classes": [{"index": i} for i in indices], "route": route, "timings_ms": {}}
-    shown = compared("a.jpg", b"", [answer], client, Whole())  # type: ignore[arg-type]
+    shown = compare("a.jpg", b"", [answer], client, Whole())  # type: ignore[arg-type]
     assert said in verdict(shown)
 
 

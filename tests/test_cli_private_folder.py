@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from isthmus_tools.cli.private_caches import private_folder
+from isthmus_tools.cli.environment import private_folder
 
 
 @pytest.fixture

@@ -27,10 +27,10 @@ from isthmus.errors import HopTimeout, HopUnavailable, Missing
 from isthmus.registry import open_registry
 from isthmus.settings import RegistrySettings
 from isthmus_tools.cli import app
-from isthmus_tools.cli.engine import variables
-from isthmus_tools.cli.here import Here
+from isthmus_tools.cli.options import registry_settings, stack_variables
 from isthmus_tools.engine import Engine
 from isthmus_tools.graph import build
+from isthmus_tools.usecases.local_model import LocalModel
 from isthmus_tools.zoo import models as zoo
 from isthmus_tools.zoo.photos import sample_photos
 from support.local_stack import system
@@ -57,7 +57,7 @@ def engine(registry: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with Engine(
         ROOT / "stack.yml",
         environment=environment,
-        variables=variables(registry),
+        variables=stack_variables(registry),
         callback_networks=["127.0.0.0/8"],
     ) as running:
         running.wait_ready(2 * LONG_S)
@@ -70,13 +70,13 @@ def router(engine: Engine) -> str:
 
 
 @pytest.fixture(scope="module")
-def whole(registry: str) -> Here:
+def whole(registry: str) -> LocalModel:
     """The uncut model in this process."""
-    return Here(registry, MODEL, WHOLE, threads=1)
+    return LocalModel(MODEL, registry_settings(registry), WHOLE, threads=1)
 
 
 @pytest.fixture(scope="module")
-def inputs(whole: Here) -> list[np.ndarray[Any, Any]]:
+def inputs(whole: LocalModel) -> list[np.ndarray[Any, Any]]:
     return [whole.preprocess(photo.read_bytes())[1] for photo in sample_photos()]
 
 
@@ -85,7 +85,7 @@ def largest_difference(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> floa
 
 
 @pytest.mark.parametrize("photo", sample_photos(), ids=lambda p: p.stem)
-def test_a_photo_gets_the_uncut_models_classes(router: str, whole: Here, photo: Path) -> None:
+def test_a_photo_gets_the_uncut_models_classes(router: str, whole: LocalModel, photo: Path) -> None:
     answer = Client(router).photo(photo.read_bytes(), top_k=5)
     expected = whole.photo(photo.read_bytes(), 5, 30)
     assert [c["index"] for c in answer["classes"]] == [c["index"] for c in expected["classes"]]
@@ -95,7 +95,7 @@ def test_a_photo_gets_the_uncut_models_classes(router: str, whole: Here, photo: 
 
 
 def test_tritons_client_gets_the_uncut_models_logits(
-    router: str, whole: Here, inputs: list[np.ndarray[Any, Any]]
+    router: str, whole: LocalModel, inputs: list[np.ndarray[Any, Any]]
 ) -> None:
     client = tritonclient.http.InferenceServerClient(router.removeprefix("http://"))
     assert client.is_server_live()
@@ -112,16 +112,16 @@ def test_tritons_client_gets_the_uncut_models_logits(
 
 
 def test_three_segments_give_the_uncut_models_logits(
-    registry: str, whole: Here, inputs: list[np.ndarray[Any, Any]]
+    registry: str, whole: LocalModel, inputs: list[np.ndarray[Any, Any]]
 ) -> None:
-    parted = Here(registry, MODEL, "20,65", threads=1)
+    parted = LocalModel(MODEL, registry_settings(registry), "20,65", threads=1)
     result = parted.run({"image": inputs[1]})
     assert [s.segment for s in result.stages] == ["..20", "20..65", "65.."]
     assert largest_difference(result.outputs["logits"], whole.run({"image": inputs[1]}).outputs["logits"]) < 1e-5
 
 
 def test_200_requests_at_16_at_once_lose_none_and_mix_none_up(
-    router: str, whole: Here, inputs: list[np.ndarray[Any, Any]]
+    router: str, whole: LocalModel, inputs: list[np.ndarray[Any, Any]]
 ) -> None:
     expected = [whole.run({"image": array}).outputs["logits"] for array in inputs]
     client = Client(router)

@@ -17,7 +17,7 @@ from isthmus.artifacts.bundle import Blob, digest_of
 from isthmus.artifacts.plan import Candidate, Coding
 from isthmus.artifacts.plan_document import to_json
 from isthmus.serving import create_router_app, create_segment_app
-from isthmus_tools.cli.demo import Taken, medians
+from isthmus_tools.cli.demo import ServedRoute, medians
 from isthmus_tools.planner.published import publish_plan
 from support.bundles import (
     TOLERANCE,
@@ -261,7 +261,7 @@ def test_answers_tell_bytes_over_the_link_and_the_demo_reads_every_kind_of_plan(
     assert routes["split-6-half"]["link_raw_bytes"] == 16 * 4 * 4 * 4
     assert times["cloud-photo"]["preprocess"] == 0
     assert times["split-6-half"]["preprocess"] > 0
-    taken = {name: Taken.of(route) for name, route in routes.items()}
+    taken = {name: ServedRoute.of(route) for name, route in routes.items()}
     assert [taken[name].cuts for name in ways] == [[], [], ["6"]]
     assert taken["edge-float"].text().startswith("served by the plan, edge-float: the whole model on ")
     looked = json.loads(json.dumps(found))

@@ -16,8 +16,7 @@ from isthmus.errors import Denied, IsthmusError, RegistryError, SettingsError
 from isthmus.registry import Patience, open_registry, parse_address
 from isthmus.settings import RegistrySettings, SegmentSettings, read_secret
 from isthmus_tools.cli import app
-from isthmus_tools.cli.console import registry_settings
-from isthmus_tools.cli.engine import variables
+from isthmus_tools.cli.options import registry_settings, stack_variables
 from isthmus_tools.engine.secrets import SecretFolder
 from isthmus_tools.profiling.remote import ProfiledFunction
 from support.fake_bundles import make_bundle
@@ -35,7 +34,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-config"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-credentials"))
-    monkeypatch.setattr("isthmus_tools.cli.console.ENGINE_SECRETS", str(tmp_path / "secrets"))
+    monkeypatch.setattr("isthmus_tools.cli.options.ENGINE_SECRETS", str(tmp_path / "secrets"))
     (tmp_path / "secrets").mkdir()
     (tmp_path / "secrets" / "s3-access-key-id").write_text("KEYID\r\n")
     (tmp_path / "secrets" / "s3-secret-access-key").write_text(f"{SECRET}\n")
@@ -135,15 +134,15 @@ def test_two_names_of_one_setting_with_different_values_are_refused(monkeypatch:
 def test_functions_of_the_engine_get_the_s3_server_of_the_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("s3_endpoint", "http://minio:9000")
     monkeypatch.setenv("AWS_REGION", "eu-central-1")
-    found = variables("s3://b/p")
+    found = stack_variables("s3://b/p")
     assert (found["ISTHMUS_REGISTRY"], found["S3_ENDPOINT"], found["S3_REGION"]) == (
         "s3://b/p",
         "http://minio:9000",
         "eu-central-1",
     )
-    assert variables("r")["ISTHMUS_REGISTRY"] == str(Path("r").absolute())
+    assert stack_variables("r")["ISTHMUS_REGISTRY"] == str(Path("r").absolute())
     with pytest.raises(SettingsError, match="s3:/b"):
-        variables("s3:/b")
+        stack_variables("s3:/b")
 
 
 @pytest.mark.parametrize(
@@ -170,7 +169,7 @@ def test_a_tilde_is_the_users_home_as_in_a_shell(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for text, folder in (("~", "home"), ("~/r", "home/r")):
         assert parse_address(text).folder == str(tmp_path / folder)
-        assert variables(text)["ISTHMUS_REGISTRY"] == str(tmp_path / folder)
+        assert stack_variables(text)["ISTHMUS_REGISTRY"] == str(tmp_path / folder)
     assert parse_address("./~").folder == "./~"
 
 

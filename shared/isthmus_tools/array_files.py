@@ -1,13 +1,15 @@
-"""Files of arrays as numpy writes them: .npy holds one, .npz several by name."""
+"""Files of arrays in numpy's formats: .npy holds one array, .npz several by name."""
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from isthmus.arrays import DTYPES, Array, restored
+from isthmus.errors import RequestMalformed
 
 _NPY = b"\x93NUMPY"
 _NPZ = (b"PK\x03\x04", b"PK\x05\x06")
@@ -47,6 +49,23 @@ def read_one(path: Path) -> Array:
     if isinstance(found, Mapping):
         raise ValueError(f"{path} holds several arrays ({', '.join(found)}); a .npy file holds one")
     return found
+
+
+def write_npz(path: Path, arrays: Mapping[str, Array]) -> None:
+    """Write arrays to one .npz file under any names; numpy's own `savez` takes some names for its parameters.
+
+    bfloat16 is written as numpy writes it: two bytes a value, without a name. `isthmus.arrays.restored` reads it.
+
+    Raises:
+        RequestMalformed: the file cannot be written.
+    """
+    try:
+        with zipfile.ZipFile(path, "w", allowZip64=True) as archive:
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, np.asanyarray(array), allow_pickle=False)
+    except OSError as e:
+        raise RequestMalformed(f"{path} cannot be written: {e.strerror}", path=str(path)) from e
 
 
 def _carried(array: Array, what: str) -> Array:

@@ -14,7 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 import isthmus
-from isthmus_tools.cli import one_thread, private_caches  # noqa: F401  both set the environment before numpy loads
+from isthmus_tools.cli import environment  # noqa: F401  set before numpy loads
 from isthmus_tools.cli.termination import unwinding
 
 COMMANDS = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -11,18 +10,17 @@ import typer
 from isthmus.settings import MAX_THREADS
 from isthmus.units import format_size
 from isthmus_tools.cli.codec import document, show
-from isthmus_tools.cli.console import (
+from isthmus_tools.cli.console import errors, print_json, run, say, show_publication
+from isthmus_tools.cli.options import (
     DEFAULT_REGISTRY,
+    SYNTAX,
+    Alias,
     AsJson,
+    DropPlan,
+    OldAt,
     RegistryOption,
-    errors,
-    out,
-    print_json,
-    progress_bars,
-    segment_settings,
+    registry_settings,
 )
-from isthmus_tools.cli.cut_options import SYNTAX, OldAt
-from isthmus_tools.cli.publishing import DropPlan, publish_version
 from isthmus_tools.zoo.photos import varied_photos
 
 PHOTOS = "photos"
@@ -57,7 +55,7 @@ def calibrate(
     threads: Annotated[
         int, typer.Option(help="Threads of one run; 0 takes the CPUs there are.", min=0, max=MAX_THREADS)
     ] = 0,
-    alias: Annotated[str, typer.Option(help="Let this alias mean the new version.")] = "prod",
+    alias: Alias = "prod",
     drop_plan: DropPlan = False,
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: AsJson = False,
@@ -69,59 +67,47 @@ def calibrate(
 
     Example: `isthmus calibrate efficientnet-lite0 --data photos --cut 65`
     """
-    from isthmus.artifacts.agreement import measure_for
-    from isthmus.registry import open_cache, open_registry
     from isthmus.registry.registry import check_alias
-    from isthmus_tools.calibration.calibrate import calibrate as run_calibration
-    from isthmus_tools.calibration.inputs import files_in, open_source
-    from isthmus_tools.calibration.running import runs_here
+    from isthmus_tools.calibration.inputs import files_in
+    from isthmus_tools.usecases import calibrate as use_case
 
     with errors(as_json):
-        settings = segment_settings(registry, threads=threads)
-        if alias:
+        if alias:  # before the folder is read, as the use case would
             check_alias(alias)
-        store = open_registry(settings)
-        found = store.resolve(model)
-        texts = [*(at or []), *(old_at or [])]
-        cuts = [name for text in texts for name in found.bundle.cut_names(text)] or sorted(found.bundle.cuts)
-        files = varied_photos() if data == PHOTOS else files_in(Path(data))
-        source = open_source(found.bundle, files, data, inputs)
-        with tempfile.TemporaryDirectory(prefix="isthmus-") as folder, progress_bars(as_json) as progress:
-            made = run_calibration(
-                found.bundle,
-                source,
-                runs_here(found.digest, open_cache(settings, store), settings),
-                Path(folder),
-                cuts=cuts,
-                count=inputs,
-                limit=limit,
-                measure=measure_for(found.bundle, classes, tolerance),
-                progress=progress,
-            )
-            published = publish_version(store, made.bundle, made.files, alias, before=found, drop_plan=drop_plan)
-            version = published.version
+        request = use_case.CalibrateRequest(
+            model=model,
+            files=varied_photos() if data == PHOTOS else files_in(Path(data)),
+            data=data,
+            registry=registry_settings(registry),
+            cuts=[*(at or []), *(old_at or [])],
+            limit=limit,
+            inputs=inputs,
+            classes=classes,
+            tolerance=tolerance,
+            threads=threads,
+            alias=alias,
+            drop_plan=drop_plan,
+        )
+        result = run(use_case.calibrate, request, quiet=as_json)
+        version, calibrated = result.publication.version, result.calibrated
         if as_json:
             print_json(
                 {
                     "name": version.name,
                     "version": version.version,
                     "digest": version.digest,
-                    "tables": {tensor: blob.size for tensor, blob in made.bundle.tables.items()},
-                    "skipped": made.skipped,
-                    **published.document(),
-                    **document(made.fidelity),
+                    "tables": {tensor: blob.size for tensor, blob in calibrated.bundle.tables.items()},
+                    "skipped": calibrated.skipped,
+                    **result.publication.document(),
+                    **document(calibrated.fidelity),
                 }
             )
             return
-        for cut in made.fidelity.cuts():
-            show(made.fidelity, cut)
-        for tensor, why in made.skipped.items():
-            out.print(f"{tensor} has no table: {why}", highlight=False, markup=False, soft_wrap=True)
-        tables = made.bundle.tables.values()
+        for cut in calibrated.fidelity.cuts():
+            show(calibrated.fidelity, cut)
+        for tensor, why in calibrated.skipped.items():
+            say(f"{tensor} has no table: {why}")
+        tables = calibrated.bundle.tables.values()
         weight = format_size(sum(blob.size for blob in tables))
-        out.print(
-            f"{version.name}:{version.version} {version.digest[:19]}…, {len(tables)} tables ({weight})",
-            highlight=False,
-            soft_wrap=True,
-        )
-        published.show()
+        say(f"{version.name}:{version.version} {version.digest[:19]}…, {len(tables)} tables ({weight})")
+        show_publication(result.publication)

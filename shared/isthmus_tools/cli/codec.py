@@ -9,24 +9,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from isthmus.artifacts.bundle import Bundle
-from isthmus.errors import CalibrationError, Missing
+from isthmus.errors import Missing
 from isthmus.units import format_size, parse_size
-from isthmus_tools.cli.console import (
+from isthmus_tools.cli.console import errors, print_json, say, table
+from isthmus_tools.cli.options import (
     DEFAULT_REGISTRY,
+    PICTURES,
+    SYNTAX,
     AsJson,
+    OldAt,
     RegistryOption,
-    errors,
-    out,
-    print_json,
+    check_output,
     read_option,
     registry_settings,
-    table,
 )
-from isthmus_tools.cli.cut_options import SYNTAX, OldAt
-from isthmus_tools.cli.files import PICTURES, check_output
 
 if TYPE_CHECKING:
+    from isthmus.artifacts.bundle import Bundle
     from isthmus.artifacts.fidelity import Entry, Fidelity, Reference
 
 
@@ -55,46 +54,32 @@ def codec(
     Example: `isthmus codec efficientnet-lite0 --agreement 0.99 --picture curves.svg`
     """
     from isthmus.artifacts.fidelity import choose
-    from isthmus.artifacts.fidelity_document import read
-    from isthmus.registry import open_registry
+    from isthmus_tools.usecases.calibrate import published_fidelity
 
     with errors(as_json):
         if picture is not None:
             check_output(picture, "--picture", PICTURES)
-        store = open_registry(registry_settings(registry))
-        found = store.resolve(model)
-        fidelity = read(found.bundle, store.blob)
-        if fidelity is None:
-            raise CalibrationError(
-                f"{found.name}:{found.version} was not calibrated",
-                model=found.name,
-                version=found.version,
-                hint=f"isthmus calibrate {found.name} --data FOLDER",
-            )
-        cuts = _cuts(found.bundle, fidelity, [*(at or []), *(old_at or [])])
-        most = read_option(parse_size, "--bytes", bytes_) if bytes_ else None
-        chosen: dict[str, Entry] = {}
-        if (agreement, most, pack_ms) != (None, None, None):
-            chosen = {c: choose(fidelity, c, agreement=agreement, bytes=most, pack_ms=pack_ms) for c in cuts}
+        version, fidelity = published_fidelity(model, registry_settings(registry))
+        name = f"{version.name}:{version.version}"
+        cuts = _cuts(version.bundle, fidelity, [*(at or []), *(old_at or [])])
+        max_bytes = read_option(parse_size, "--bytes", bytes_) if bytes_ else None
+        choices: dict[str, Entry] = {}
+        if (agreement, max_bytes, pack_ms) != (None, None, None):
+            choices = {c: choose(fidelity, c, agreement=agreement, bytes=max_bytes, pack_ms=pack_ms) for c in cuts}
         if picture is not None:
             from isthmus_tools.figures.fidelity import draw
 
-            draw(fidelity, cuts, f"{found.name}:{found.version}", picture)
+            draw(fidelity, cuts, name, picture)
         if as_json:
-            print_json({"name": found.name, "version": found.version, **document(fidelity, cuts, chosen)})
+            print_json({"name": version.name, "version": version.version, **document(fidelity, cuts, choices)})
             return
         for cut in cuts:
             show(fidelity, cut)
-        for cut, entry in chosen.items():
+        for cut, entry in choices.items():
             below = "" if entry.offered else f", below the bundle's limit of {fidelity.limit:.1%}"
-            out.print(
-                f"cut {cut}: {_name(entry)} keeps {entry.agreement:.1%} in {format_size(entry.bytes)}{below}",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
-            )
+            say(f"cut {cut}: {entry.choice} keeps {entry.agreement:.1%} in {format_size(entry.bytes)}{below}")
         if picture is not None:
-            out.print(f"drawn: {picture}", highlight=False)
+            say(f"drawn: {picture}")
 
 
 def show(fidelity: Fidelity, cut: str) -> None:
@@ -112,7 +97,7 @@ def show(fidelity: Fidelity, cut: str) -> None:
         [
             *(
                 (
-                    _name(e),
+                    str(e.choice),
                     _bounded(e),
                     format_size(e.bytes),
                     f"{e.bits:.2f}",
@@ -138,18 +123,18 @@ def _bounded(measured: Entry | Reference) -> str:
 
 
 def document(
-    fidelity: Fidelity, cuts: list[str] | None = None, chosen: Mapping[str, Entry] | None = None
+    fidelity: Fidelity, cuts: list[str] | None = None, choices: Mapping[str, Entry] | None = None
 ) -> dict[str, Any]:
-    """What was measured, as `--json` prints it."""
-    wanted = fidelity.cuts() if cuts is None else cuts
+    """The fidelity at some cuts or all, as `--json` prints it."""
+    cuts = fidelity.cuts() if cuts is None else cuts
     return {
         "limit": fidelity.limit,
         "confidence": fidelity.confidence,
         "measure": asdict(fidelity.measure),
         "inputs": asdict(fidelity.inputs),
-        "entries": [asdict(e) for e in fidelity.entries if e.cut in wanted],
+        "entries": [asdict(e) for e in fidelity.entries if e.cut in cuts],
         "references": [asdict(r) for r in fidelity.references],
-        "chosen": {cut: asdict(entry) for cut, entry in (chosen or {}).items()},
+        "chosen": {cut: asdict(entry) for cut, entry in (choices or {}).items()},
     }
 
 
@@ -158,14 +143,10 @@ def _rule(fidelity: Fidelity) -> str:
     return f"top-1 of {measure.output}" if measure.output else f"errors of at most {measure.tolerance:g}"
 
 
-def _name(entry: Entry) -> str:
-    return str(entry.choice)
-
-
 def _cuts(bundle: Bundle, fidelity: Fidelity, at: list[str]) -> list[str]:
-    known = fidelity.cuts()
+    calibrated = fidelity.cuts()
     cuts = [name for text in at for name in bundle.cut_names(text)]
     for cut in cuts:
-        if cut not in known:
-            raise Missing(f"no codec was measured at cut {cut!r}", kind="cut", name=cut, exists=known)
-    return cuts or known
+        if cut not in calibrated:
+            raise Missing(f"no codec was measured at cut {cut!r}", kind="cut", name=cut, exists=calibrated)
+    return cuts or calibrated

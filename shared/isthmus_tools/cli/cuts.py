@@ -9,16 +9,15 @@ import typer
 
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.units import format_size
-from isthmus_tools.cli.console import AsJson, errors, out, print_json, progress_bars, table
-from isthmus_tools.cli.files import PICTURES, check_output
-from isthmus_tools.cli.shapes import BindOption, ExampleOption, read_inputs
+from isthmus_tools.cli.console import errors, print_json, progress_bars, say, table
+from isthmus_tools.cli.options import PICTURES, AsJson, Examples, Shapes, check_output
 
 
 def cuts(
     model: Annotated[str, typer.Argument(help="An ONNX file, or a torch model as package.module:factory or .pt2.")],
     *,
-    shape: BindOption = None,
-    example: ExampleOption = None,
+    shape: Shapes = None,
+    example: Examples = None,
     single: Annotated[bool, typer.Option("--single", help="Only cuts that one tensor crosses.")] = False,
     picture: Annotated[
         Path | None, typer.Option(help="Draw bytes and work along the graph to this .png or .svg file.")
@@ -29,33 +28,27 @@ def cuts(
 
     Example: `isthmus cuts detector.onnx --shape x=1x3x320x640 --picture cuts.png`
     """
-    from isthmus_tools.cli.sources import onnx_file
-    from isthmus_tools.graph import cuts as list_cuts
-    from isthmus_tools.graph import open_model
-    from isthmus_tools.graph.cuts import within_quantised_operators
+    from isthmus_tools.cli.inputs import read_model_inputs
+    from isthmus_tools.usecases.cut import list_cuts
 
     with errors(as_json):
         if picture is not None:
             check_output(picture, "--picture", PICTURES)
-        given = read_inputs(shape, example)
-        with progress_bars(as_json) as step, onnx_file(model, given, step) as path:
-            step(f"reading {model}")
-            opened = open_model(path, bind=given.shapes, examples=given.examples)
-            given.check_free(opened.specs)
-            found = [c for c in list_cuts(opened) if not single or len(c.tensors) == 1]
-            within = {str(v.name) for v in within_quantised_operators(opened)}
-            fused = {c.name for c in found if within & {t.name for t in c.tensors}}
+        inputs = read_model_inputs(shape, example)
+        with progress_bars(as_json) as progress:
+            result = list_cuts(model, inputs, single=single, progress=progress)
             if picture is not None:
                 from isthmus_tools.figures.cuts import draw
 
-                step(f"drawing {picture}")
-                draw(opened, Path(model).name, picture)
+                progress(f"drawing {picture}")
+                draw(result.model, Path(model).name, picture)
+        graph = result.model
         if as_json:
             print_json(
                 {
                     "model": model,
-                    "nodes": len(opened.nodes),
-                    "macs": opened.total_macs,
+                    "nodes": len(graph.nodes),
+                    "macs": graph.total_macs,
                     "cuts": [
                         {
                             "name": c.name,
@@ -65,31 +58,32 @@ def cuts(
                             "passing": list(c.passing),
                             "bytes": c.bytes,
                             "macs_before": c.macs_before,
-                            "fused": c.name in fused,
+                            "fused": c.name in result.fused,
                         }
-                        for c in found
+                        for c in result.cuts
                     ],
                     "picture": str(picture) if picture else None,
                 }
             )
             return
         table(
-            f"{len(found)} cuts of {Path(model).name}: {len(opened.nodes)} nodes, {opened.total_macs / 1e6:.1f} M MACs",
+            f"{len(result.cuts)} cuts of {Path(model).name}: {len(graph.nodes)} nodes,"
+            f" {graph.total_macs / 1e6:.1f} M MACs",
             ["cut", "after", "MACs before", "bytes", "tensors"],
             [
                 (
                     c.name,
-                    f"{c.op} (fused)" if c.name in fused else c.op,
+                    f"{c.op} (fused)" if c.name in result.fused else c.op,
                     f"{c.macs_before:.1%}",
                     format_size(c.bytes),
                     _tensors(c.tensors, c.passing),
                 )
-                for c in found
+                for c in result.cuts
             ],
             numbers=["cut", "MACs before", "bytes"],
         )
         if picture is not None:
-            out.print(f"drawn: {picture}", highlight=False)
+            say(f"drawn: {picture}")
 
 
 def _tensors(tensors: tuple[TensorSpec, ...], passing: tuple[str, ...]) -> str:

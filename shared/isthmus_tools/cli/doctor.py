@@ -17,15 +17,8 @@ import typer
 
 from isthmus.errors import IsthmusError
 from isthmus.units import format_size
-from isthmus_tools.cli.console import (
-    DEFAULT_REGISTRY,
-    AsJson,
-    RegistryOption,
-    out,
-    print_json,
-    registry_settings,
-    table,
-)
+from isthmus_tools.cli.console import out, print_json, table
+from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, registry_settings
 
 _NEEDED = {
     "onnxruntime": "runs segments",

@@ -7,18 +7,15 @@ from typing import Annotated
 
 import typer
 
-from isthmus.errors import Missing
-from isthmus_tools.cli.console import (
+from isthmus_tools.cli.console import errors, print_json, progress_bars, say
+from isthmus_tools.cli.options import (
     DEFAULT_REGISTRY,
+    PICTURES,
     AsJson,
     RegistryOption,
-    errors,
-    out,
-    print_json,
-    progress_bars,
+    check_output,
     registry_settings,
 )
-from isthmus_tools.cli.files import PICTURES, check_output
 
 
 def explain(
@@ -33,39 +30,30 @@ def explain(
 
     Example: `isthmus explain efficientnet-lite0 --picture plan.svg`
     """
-    from isthmus.artifacts.plan_document import read_plan
-    from isthmus.registry import open_cache, open_registry
     from isthmus_tools.cli import plan_text
     from isthmus_tools.planner.grid import grid
+    from isthmus_tools.usecases.plan import published_plan
 
     with errors(as_json):
         if picture is not None:
             check_output(picture, "--picture", PICTURES)
         settings = registry_settings(registry)
-        store = open_registry(settings)
-        found = store.resolve(model)
-        if (plan := read_plan(found.bundle, store.blob)) is None:
-            raise Missing(
-                f"{found.name}:{found.version} has no plan",
-                kind="plan",
-                name=found.name,
-                exists=[],
-                hint=f"make one: isthmus plan {found.name} --uplink 10mbit --rtt 20ms --local",
-            )
+        bundle, plan = published_plan(model, settings)
         cells = grid(plan.candidates, plan.objective, plan.constraints) if sweep or picture else None
         if picture is not None:
+            from isthmus.registry import open_cache, open_registry
             from isthmus_tools.figures.plan import Along, draw
 
-            with progress_bars(as_json) as step:
-                step(f"drawing {picture}")
-                draw(plan, cells or [], picture, Along.published(plan, found, store, open_cache(settings, store)))
+            with progress_bars(as_json) as progress:
+                progress(f"drawing {picture}")
+                store = open_registry(settings)
+                draw(plan, cells or [], picture, Along.published(plan, bundle, store, open_cache(settings, store)))
         if as_json:
-            version = f"{found.name}:{found.version}"
-            print_json(plan_text.document(plan, version, cells if sweep else None))
+            print_json(plan_text.document(plan, f"{bundle.name}:{bundle.version}", cells if sweep else None))
             return
         plan_text.explain(plan)
         plan_text.show(plan, refusals=None)
         if sweep and cells is not None:
             plan_text.show_sweep(cells)
         if picture is not None:
-            out.print(f"drawn: {picture}", highlight=False)
+            say(f"drawn: {picture}")

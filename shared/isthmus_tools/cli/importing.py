@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from isthmus.artifacts.bundle import Bundle, is_model_name
-from isthmus.errors import Missing, ModelError
+from isthmus.errors import ModelError
 from isthmus.units import format_size
-from isthmus_tools.cli.console import (
+from isthmus_tools.cli.console import errors, print_json, run, say, show_publication, warn
+from isthmus_tools.cli.options import (
     DEFAULT_REGISTRY,
+    SYNTAX,
+    Alias,
     AsJson,
+    DropPlan,
+    Examples,
     RegistryOption,
-    errors,
-    out,
-    print_json,
-    progress_bars,
+    Shapes,
     registry_settings,
-    visible,
 )
-from isthmus_tools.cli.cut_options import SYNTAX
-from isthmus_tools.cli.publishing import DropPlan, Publication, findings, publish_version, warn
-from isthmus_tools.cli.shapes import BindOption, ExampleOption, read_inputs
+
+if TYPE_CHECKING:
+    from isthmus.artifacts.bundle import Bundle
 
 
 def import_model(
@@ -46,13 +43,13 @@ def import_model(
             " is taken."
         ),
     ] = None,
-    shape: BindOption = None,
-    example: ExampleOption = None,
+    shape: Shapes = None,
+    example: Examples = None,
     freeze: Annotated[bool, typer.Option("--freeze", help="Fix the free dimensions to --shape for good.")] = False,
     preprocess: Annotated[Path | None, typer.Option(help="JSON file: how a photo becomes the input.")] = None,
     postprocess: Annotated[Path | None, typer.Option(help="JSON file: how the output becomes classes.")] = None,
     labels: Annotated[Path | None, typer.Option(help="Class names: a JSON list, or one name a line.")] = None,
-    alias: Annotated[str, typer.Option(help="Let this alias mean the new version.")] = "prod",
+    alias: Alias = "prod",
     drop_plan: DropPlan = False,
     if_absent: Annotated[
         bool, typer.Option("--if-absent", help="Do nothing if the registry has a model of that name.")
@@ -66,29 +63,29 @@ def import_model(
     """
     from isthmus.artifacts.tensors import describe
     from isthmus.registry import open_registry
+    from isthmus_tools.cli.inputs import read_model_inputs
+    from isthmus_tools.usecases import model_import
+    from isthmus_tools.usecases.publication import findings
 
     with errors(as_json):
-        processing = {
-            "preprocess": _document(preprocess),
-            "postprocess": _document(postprocess),
-            "labels": read_labels(labels),
-        }
-        make = publish_if_absent if if_absent else publish
-        published = make(
-            model,
-            registry,
+        settings = registry_settings(registry)
+        request = model_import.ImportRequest(
+            model=model,
+            registry=settings,
             name=name,
-            partitions=cut or [],
-            shape=shape,
-            example=example,
+            cuts=cut or [],
+            preprocess=_document(preprocess),
+            postprocess=_document(postprocess),
+            labels=read_labels(labels),
+            inputs=read_model_inputs(shape, example),
             freeze=freeze,
-            processing={k: v for k, v in processing.items() if v is not None},
             alias=alias,
             drop_plan=drop_plan,
-            quiet=as_json,
+            if_absent=if_absent,
         )
-        version = published.version
-        bundle = open_registry(registry_settings(registry)).bundle(version.digest)
+        publication = run(model_import.import_model, request, quiet=as_json)
+        version = publication.version
+        bundle = open_registry(settings).bundle(version.digest)
         if as_json:
             print_json(
                 {
@@ -101,109 +98,27 @@ def import_model(
                     "default_cuts": list(bundle.default_cuts),
                     "registry": registry,
                     "warnings": findings(bundle),
-                    **published.document(),
+                    **publication.document(),
                 }
             )
             return
-        out.print(
+        say(
             f"{bundle.name}:{version.version} {version.digest[:19]}…,"
-            f" weights {format_size(bundle.weights.blob.size)}, segments {', '.join(sorted(bundle.segments))}",
-            highlight=False,
-            soft_wrap=True,
+            f" weights {format_size(bundle.weights.blob.size)}, segments {', '.join(sorted(bundle.segments))}"
         )
-        takes = ", ".join(describe(s.dtype, s.shape, s.name) for s in bundle.inputs)
-        out.print(f"takes {takes}{_fixed(model, bundle)}", highlight=False, markup=False, soft_wrap=True)
-        published.show()
+        inputs = ", ".join(describe(s.dtype, s.shape, s.name) for s in bundle.inputs)
+        say(f"takes {inputs}{_fixed(model, bundle)}")
+        show_publication(publication)
         warn(findings(bundle))
 
 
-def publish(
-    model: str,
-    registry: str,
-    *,
-    name: str = "",
-    partitions: Sequence[str] = (),
-    shape: Sequence[str] | None = None,
-    example: Sequence[Path] | None = None,
-    freeze: bool = False,
-    processing: dict[str, Any] | None = None,
-    alias: str = "prod",
-    drop_plan: bool = False,
-    quiet: bool = False,
-) -> Publication:
-    """Import `model` and publish it, saying what is being done.
-
-    Raises:
-        ModelError, CutError, RegistryError: it cannot be.
-    """
-    from isthmus.registry import open_registry
-    from isthmus.registry.registry import check_alias
-    from isthmus_tools.cli.sources import onnx_file
-    from isthmus_tools.graph import build
-    from isthmus_tools.zoo import models as zoo
-
-    declared = zoo.entry(model).arguments() if model in zoo.ENTRIES else {"source": {"file": visible(Path(model).name)}}
-    called = name or _name_of(model)
-    if not is_model_name(called):
-        raise ModelError(f"{called!r} cannot name a model", hint="use 1 to 63 of a-z, 0-9, '.', '_' and '-'")
-    given = read_inputs(shape, example)
-    store = open_registry(registry_settings(registry))
-    # An export may take minutes: what the registry would refuse behind it is asked before.
-    if alias:
-        check_alias(alias)
-    with contextlib.suppress(Missing):
-        store.resolve(called)
-    with (
-        tempfile.TemporaryDirectory(prefix="isthmus-") as folder,
-        progress_bars(quiet) as step,
-        onnx_file(model, given, step) as path,
-    ):
-        step(f"cutting {called}")
-        bundle, files = build(
-            path,
-            called,
-            folder,
-            partitions=partitions,
-            bind=given.shapes,
-            examples=given.examples,
-            freeze=freeze,
-            **{**declared, **(processing or {})},
-        )
-        given.check_free({spec.name: spec for spec in bundle.inputs})
-        step(f"publishing {called} to {registry}")
-        return publish_version(store, bundle, files, alias, drop_plan=drop_plan)
-
-
-def publish_if_absent(model: str, registry: str, *, name: str = "", **how: Any) -> Publication:
-    """The version that the registry has of that name, else what `publish` makes.
-
-    Raises:
-        ModelError, CutError, RegistryError: it cannot be made.
-    """
-    from isthmus.registry import Version, open_registry
-
-    try:
-        found = open_registry(registry_settings(registry)).resolve(name or _name_of(model))
-        return Publication(Version(found.name, found.version, found.digest), alias="", was="", moved=False)
-    except Missing:
-        return publish(model, registry, name=name, **how)
-
-
 def _fixed(model: str, bundle: Bundle) -> str:
-    """What to do about a torch model whose export fixed every dimension."""
+    """Advice where the export of a torch model fixed every dimension."""
     if ":" not in model or any(isinstance(d, str) for s in bundle.inputs for d in s.shape):
         return ""
     first = bundle.inputs[0]
     free = ",".join(["batch", *map(str, first.shape[1:])]) if first.shape else ""
     return f"; all sizes are fixed, a free one is named at the export: --shape {first.name}={free}" if free else ""
-
-
-def _name_of(model: str) -> str:
-    stem = model.rpartition(":")[2] if ":" in model else Path(model).stem
-    made = "".join(c if c.isalnum() and c.isascii() else "-" for c in stem.lower()).strip("-")[:63]
-    if not is_model_name(made):
-        raise ModelError(f"{model!r} makes no model name", hint="give one with --name")
-    return made
 
 
 def _document(path: Path | None) -> dict[str, Any] | None:

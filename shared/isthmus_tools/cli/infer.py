@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from isthmus.errors import RequestMalformed
 from isthmus.units import format_size
-from isthmus_tools.cli.console import DEFAULT_REGISTRY, AsJson, RegistryOption, errors, out, print_json, table
-from isthmus_tools.cli.cut_options import SYNTAX, OldCuts
-from isthmus_tools.cli.files import check_output, write_npz
+from isthmus_tools.cli.console import errors, print_json, say, table
+from isthmus_tools.cli.options import (
+    DEFAULT_REGISTRY,
+    SYNTAX,
+    AsJson,
+    OldCuts,
+    RegistryOption,
+    check_output,
+    registry_settings,
+)
 from isthmus_tools.zoo.photos import read_photo
+
+if TYPE_CHECKING:
+    from isthmus.client import Client
+    from isthmus_tools.usecases.local_model import LocalModel
 
 ROUTER = "http://127.0.0.1:8080/function/router"
 
@@ -43,7 +55,7 @@ def infer(
 
     Example: `isthmus infer cat.jpg`, or `isthmus infer --model magika --tensor bytes=input.npy --output out.npz`
     """
-    cuts = cuts or old_cuts
+    where = _Where(url, local, cuts or old_cuts, timeout, registry)
     with errors(as_json):
         # A model without inputs takes neither.
         if (photos and tensor) or not (photos or tensor or model):
@@ -53,86 +65,88 @@ def infer(
                 raise RequestMalformed("--output is for tensors; a photo's answer is printed", option="--output")
             check_output(output, "--output")
         if photos:
-            _photos(photos, model, url, local, cuts, top_k, timeout, registry, as_json)
+            _photos(photos, model, where, top_k, as_json)
         else:
-            _tensors(tensor or [], model, output, url, local, cuts, timeout, registry, as_json)
+            _tensors(tensor or [], model, where, output, as_json)
 
 
-def _photos(
-    photos: list[Path],
-    model: str,
-    url: str,
-    local: bool,
-    cuts: str,
-    top_k: int,
-    timeout: float,
-    registry: str,
-    as_json: bool,
-) -> None:
+@dataclass(frozen=True)
+class _Where:
+    """The router to ask, or with `local` this process."""
+
+    url: str
+    local: bool
+    cuts: str
+    timeout_s: float
+    registry: str
+
+    def model(self, name: str) -> LocalModel:
+        from isthmus_tools.usecases.local_model import LocalModel
+
+        settings = registry_settings(self.registry)
+        if not name:
+            from isthmus.registry import open_registry
+
+            # As the router's own model: the registry's only one, else the demo's.
+            names = open_registry(settings).models()
+            name = names[0] if len(names) == 1 else "efficientnet-lite0"
+        return LocalModel(name, settings, self.cuts)
+
+    def client(self) -> Client:
+        from isthmus.client import Client
+
+        return Client(self.url, timeout_s=self.timeout_s)
+
+
+def _photos(photos: list[Path], model: str, where: _Where, top_k: int, as_json: bool) -> None:
     documents = []
     for path in photos:
         data = read_photo(path)
-        if local:
-            from isthmus_tools.cli.here import Here
-
-            answer = Here(registry, model, cuts).photo(data, top_k, timeout)
+        if where.local:
+            response = where.model(model).photo(data, top_k, where.timeout_s)
         else:
-            from isthmus.client import Client
-
-            answer = Client(url, timeout_s=timeout).photo(data, model=model, top_k=top_k)
-        documents.append({"photo": str(path), **answer})
+            response = where.client().photo(data, model=model, top_k=top_k)
+        documents.append({"photo": str(path), **response})
         if not as_json:
-            _show(path, answer)
+            _show(path, response)
     if as_json:
         print_json(documents)
 
 
-def _show(path: Path, answer: dict[str, Any]) -> None:
+def _show(path: Path, response: dict[str, Any]) -> None:
     table(
-        f"{path.name} by {answer['model_name']}:{answer['model_version']}",
+        f"{path.name} by {response['model_name']}:{response['model_version']}",
         ["class", "probability"],
-        [(c["label"] or c["index"], f"{c['probability']:.4f}") for c in answer["classes"]],
+        [(c["label"] or c["index"], f"{c['probability']:.4f}") for c in response["classes"]],
         numbers=["probability"],
     )
-    route = answer["route"]
+    route = response["route"]
     stages = ", ".join(f"{s['segment']} on {s['hop']} {s['ms']:.1f} ms" for s in route["segments"])
-    out.print(f"{stages}; {_sent(route)}\n", highlight=False, soft_wrap=True)
+    say(f"{stages}; {_sent(route)}\n")
 
 
 def _sent(facts: Mapping[str, Any]) -> str:
-    """Bytes over the link, and what they stand for, as one phrase."""
+    """Bytes over the link and the tensors' raw size, as one phrase."""
     if not facts.get("link_bytes"):
         return "nothing sent over the link"
     raw = facts.get("link_raw_bytes", 0)
     return f"{format_size(facts['link_bytes'])} sent over the link for {format_size(raw)} of tensors"
 
 
-def _tensors(
-    tensors: list[str],
-    model: str,
-    output: Path | None,
-    url: str,
-    local: bool,
-    cuts: str,
-    timeout: float,
-    registry: str,
-    as_json: bool,
-) -> None:
+def _tensors(tensors: list[str], model: str, where: _Where, output: Path | None, as_json: bool) -> None:
     if not model:
         raise RequestMalformed("tensors need --model NAME or NAME:VERSION")
-    from isthmus_tools.cli.tensors import read_tensors
+    from isthmus_tools.array_files import write_npz
+    from isthmus_tools.cli.inputs import read_tensors
 
     arrays = read_tensors(tensors)
-    if local:
-        from isthmus_tools.cli.here import Here
-
-        outputs, facts = Here(registry, model, cuts).infer(arrays, timeout)
+    if where.local:
+        result = where.model(model).run(arrays, where.timeout_s)
+        outputs, facts = result.outputs, result.facts()
     else:
-        from isthmus.client import Client
-
         name, _, version = model.partition(":")
-        answer = Client(url, timeout_s=timeout).infer(arrays, model=name, version=version)
-        outputs, facts = answer.outputs, dict(answer.parameters)
+        response = where.client().infer(arrays, model=name, version=version)
+        outputs, facts = response.outputs, dict(response.parameters)
     if output is not None:
         write_npz(output, outputs)
     shown = [

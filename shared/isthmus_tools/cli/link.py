@@ -17,7 +17,8 @@ import typer
 
 from isthmus.errors import LocalError
 from isthmus.units import format_duration, format_rate, format_size, parse_duration, parse_rate
-from isthmus_tools.cli.console import errors, out, read_option
+from isthmus_tools.cli.console import errors, say
+from isthmus_tools.cli.options import read_option
 
 if TYPE_CHECKING:
     from isthmus_tools.netem.emulator import Link, LinkCounters
@@ -67,9 +68,9 @@ def link(
         steps = _script(script) if script else ()
         every_s = read_option(parse_duration, "--every", every)
         with Link(to, shape, port=port, script=steps) as running, _until_signal() as leave:
-            say = _Lines() if as_json else _Text()
-            say.begins(running, to)
-            _watch(running, steps, max(every_s, _TICK_S), leave, say)
+            printer = _Lines() if as_json else _Text()
+            printer.begins(running, to)
+            _watch(running, steps, max(every_s, _TICK_S), leave, printer)
 
 
 class _Text:
@@ -97,7 +98,7 @@ class _Text:
         )
 
     def _say(self, text: str) -> None:
-        out.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(text)
 
 
 class _Lines:
@@ -118,20 +119,22 @@ class _Lines:
         sys.stdout.flush()
 
 
-def _watch(running: Link, steps: Sequence[Step], every_s: float, leave: threading.Event, say: _Text | _Lines) -> None:
-    began = told_at = time.monotonic()
+def _watch(
+    running: Link, steps: Sequence[Step], every_s: float, leave: threading.Event, printer: _Text | _Lines
+) -> None:
+    began = shown_at = time.monotonic()
     waiting = list(steps)
-    told = type(running.counters)()
+    shown = type(running.counters)()
     while True:
         left = leave.wait(_TICK_S)
         now, counters = time.monotonic(), running.counters
         while waiting and began + waiting[0].at_s <= now:
-            say.step(waiting.pop(0))
-        if left or now - told_at >= every_s:
-            if left or counters != told:
-                up, down = counters.bytes_up - told.bytes_up, counters.bytes_down - told.bytes_down
-                say.counts(now - began, counters, up * 8 / (now - told_at), down * 8 / (now - told_at))
-            told_at, told = now, counters
+            printer.step(waiting.pop(0))
+        if left or now - shown_at >= every_s:
+            if left or counters != shown:
+                up, down = counters.bytes_up - shown.bytes_up, counters.bytes_down - shown.bytes_down
+                printer.counts(now - began, counters, up * 8 / (now - shown_at), down * 8 / (now - shown_at))
+            shown_at, shown = now, counters
         if left:
             return
 

@@ -5,15 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from isthmus.units import format_size
-from isthmus_tools.cli.console import (
-    DEFAULT_REGISTRY,
-    AsJson,
-    RegistryOption,
-    errors,
-    print_json,
-    registry_settings,
-    table,
-)
+from isthmus_tools.cli.console import errors, print_json, table
+from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, registry_settings
 
 
 def models(*, registry: RegistryOption = DEFAULT_REGISTRY, as_json: AsJson = False) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -9,19 +11,21 @@ import typer
 
 from isthmus.errors import RequestMalformed
 from isthmus.units import parse_duration, parse_rate, parse_size
-from isthmus_tools.cli.console import (
-    CACHE_DIR,
+from isthmus_tools.cli.console import errors, print_json, progress_bars, say, show_publication
+from isthmus_tools.cli.options import (
     DEFAULT_REGISTRY,
+    PICTURES,
+    Alias,
     AsJson,
     RegistryOption,
-    errors,
-    out,
-    print_json,
-    progress_bars,
+    Tensors,
+    TimeLimit,
+    budget_of,
+    check_output,
     read_option,
+    registry_settings,
+    stack_variables,
 )
-from isthmus_tools.cli.files import PICTURES, check_output
-from isthmus_tools.cli.functions import TimeLimit, budget_of
 
 _RATE = "such as 10mbit, 1.5Mbit/s or unlimited"
 
@@ -57,9 +61,7 @@ def plan(
     photos: Annotated[
         list[Path] | None, typer.Option("--input", help="A photo, or a folder of photos, to try candidates with.")
     ] = None,
-    tensor: Annotated[
-        list[str] | None, typer.Option(help="An input tensor, NAME=FILE.npy; once for each input.")
-    ] = None,
+    tensor: Tensors = None,
     time_limit: TimeLimit = "5m",
     sweep: Annotated[bool, typer.Option("--sweep", help="Also show the best over bandwidth and round trip.")] = False,
     picture: Annotated[Path | None, typer.Option(help="Draw the plan to this .png or .svg file.")] = None,
@@ -72,7 +74,7 @@ def plan(
             show_default=False,
         ),
     ] = None,
-    alias: Annotated[str, typer.Option(help="Let this alias mean the new version.")] = "prod",
+    alias: Alias = "prod",
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: AsJson = False,
 ) -> None:
@@ -86,22 +88,28 @@ def plan(
     """
     from isthmus.artifacts.conditions import Conditions, Constraints, check_objective
     from isthmus.registry.registry import check_alias
-    from isthmus_tools.cli.functions import places
-    from isthmus_tools.cli.plan_text import document, show, show_sweep
-    from isthmus_tools.cli.planning import Wish, check_request, planned
+    from isthmus_tools.cli import plan_text
+    from isthmus_tools.cli.inputs import read_tensors
     from isthmus_tools.planner.grid import grid
     from isthmus_tools.planner.prices import read_prices
+    from isthmus_tools.usecases import plan as use_case
+    from isthmus_tools.usecases.functions import FunctionUrls, local_functions
 
     with errors(as_json):
         if predict_only and head:
             raise RequestMalformed("--predict-only measures nothing: leave --head and --tail out")
+        if local and (head or tail):
+            raise RequestMalformed("--local starts its own functions: leave --head and --tail out")
+        if bool(head) != bool(tail):
+            raise RequestMalformed("measuring takes both functions: --head URL and --tail URL")
         if picture is not None:
             check_output(picture, "--picture", PICTURES)
         if alias:
             check_alias(alias)
         up = read_option(parse_rate, "--uplink", uplink)
-        wish = Wish(
+        request = use_case.PlanRequest(
             model=model,
+            registry=registry_settings(registry),
             conditions=Conditions(
                 up,
                 read_option(parse_rate, "--downlink", downlink) if downlink else up,
@@ -116,45 +124,47 @@ def plan(
             ),
             objective=check_objective(objective or ("cost" if latency else "latency")),
             prices=read_prices(prices) if prices else None,
+            functions=FunctionUrls(head, tail) if head else None,
+            predict_only=predict_only,
+            photos=photos or [],
+            tensors=read_tensors(tensor),
             sweep=sweep or picture is not None,
-            measure=not predict_only,
             int8=int8,
             budget=budget_of(time_limit),
         )
-        if not local and bool(head) != bool(tail):
-            raise RequestMalformed("measuring takes both functions: --head URL and --tail URL")
-        if local:
-            check_request(registry, model, photos or [], tensor or [])
-        with (
-            progress_bars(as_json) as step,
-            places(local, stack, registry, head, tail, step) as where,
-            planned(wish, registry, CACHE_DIR, where if where.head else None, photos or [], tensor or [], step) as made,
-        ):
-            cells = grid(made.plan.candidates, wish.objective, wish.constraints) if wish.sweep else None
+        with ExitStack() as resources:
+            progress = resources.enter_context(progress_bars(as_json))
+            if local:
+                use_case.check_inputs(request)
+                functions = resources.enter_context(local_functions(stack, stack_variables(registry), progress))
+                request = replace(request, functions=functions)
+            result = resources.enter_context(use_case.plan(request, progress))
+            best = result.plan
+            cells = grid(best.candidates, best.objective, best.constraints) if request.sweep else None
             if picture is not None:
                 from isthmus_tools.figures.plan import Along, draw
 
-                step(f"drawing {picture}")
-                draw(made.plan, cells or [], picture, Along.of(made.draft))
-            # Last of all: what fails or is interrupted before has published nothing.
-            published = None
-            if made.plan.measured if publish is None else publish:
-                step("publishing the plan")
-                published = made.publish(alias)
-        version = f"{published.version.name}:{published.version.version}" if published else ""
+                progress(f"drawing {picture}")
+                draw(best, cells or [], picture, Along.of(result.draft))
+            publication = None
+            # Last of all: a failure or an interrupt before has published nothing.
+            if best.measured if publish is None else publish:
+                progress("publishing the plan")
+                publication = result.publish(alias)
+        version = f"{publication.version.name}:{publication.version.version}" if publication else ""
         if as_json:
-            about = {k: v for k, v in published.document().items() if k.startswith("alias")} if published else {}
-            print_json({**document(made.plan, version, cells if sweep else None), **about})
+            about = {k: v for k, v in publication.document().items() if k.startswith("alias")} if publication else {}
+            print_json({**plan_text.document(best, version, cells if sweep else None), **about})
             return
-        show(made.plan)
+        plan_text.show(best)
         if sweep and cells is not None:
-            show_sweep(cells)
+            plan_text.show_sweep(cells)
         if picture is not None:
-            out.print(f"drawn: {picture}", highlight=False)
-        if published is not None:
-            out.print(f"published: {version}", style="bold", highlight=False)
-            published.show()
+            say(f"drawn: {picture}")
+        if publication is not None:
+            say(f"published: {version}", "bold")
+            show_publication(publication)
         elif publish is None:
-            out.print("not published, since nothing was measured: --publish publishes it", highlight=False)
+            say("not published, since nothing was measured: --publish publishes it")
         else:
-            out.print("not published", highlight=False)
+            say("not published")

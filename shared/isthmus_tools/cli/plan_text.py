@@ -10,7 +10,7 @@ from typing import Any
 from isthmus.artifacts.plan import TERMS, Candidate, Plan
 from isthmus.artifacts.plan_document import to_json
 from isthmus.units import format_duration, format_rate, format_size
-from isthmus_tools.cli.console import out, table
+from isthmus_tools.cli.console import say, table
 from isthmus_tools.planner.grid import Cell
 
 SHOWN = 12
@@ -62,18 +62,18 @@ def show(plan: Plan, *, every: bool = False, refusals: int | None = SHOWN) -> No
         rows.append(row)
     table(f"{plan.model} for {plan.objective}, {over}", columns, rows, numbers=columns[1:])
     if len(ranked) > len(shown):
-        out.print(f"and {len(ranked) - len(shown)} more: --json has all", highlight=False)
+        say(f"and {len(ranked) - len(shown)} more: --json has all")
     for sentence in plan.why:
-        out.print(f"- {sentence}", highlight=False, markup=False, soft_wrap=True)
+        say(f"- {sentence}")
     if (gap := plan.typical_gap) is not None:
-        out.print(f"- measurements are {gap:.0%} from predictions in the median", highlight=False)
+        say(f"- measurements are {gap:.0%} from predictions in the median")
     refused = [c for c in ranked if c.refused]
     if refused:
-        out.print("refused:", highlight=False)
+        say("refused:")
     for candidate in refused[:refusals]:
-        out.print(f"  {candidate.name}: {candidate.refused}", highlight=False, markup=False, soft_wrap=True)
+        say(f"  {candidate.name}: {candidate.refused}")
     if refusals is not None and len(refused) > refusals:
-        out.print(f"  and {len(refused) - refusals} more: isthmus explain tells why", highlight=False)
+        say(f"  and {len(refused) - refusals} more: isthmus explain tells why")
 
 
 def explain(plan: Plan) -> None:
@@ -108,7 +108,7 @@ def show_sweep(cells: Sequence[Sequence[Cell]]) -> None:
     ]
     table("the best candidate by round trip and bit/s, and its ms, predicted", ["", *rates], rows, numbers=rates)
     for name, letter in letters.items():
-        out.print(f"{letter}  {name}", highlight=False)
+        say(f"{letter}  {name}")
 
 
 def _name(plan: Plan, candidate: Candidate) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,22 +13,22 @@ from isthmus.artifacts.segment_id import partition_ids
 from isthmus.errors import RequestMalformed, SettingsError
 from isthmus.settings import is_secret
 from isthmus.units import format_size
-from isthmus_tools.cli.console import (
-    CACHE_DIR,
+from isthmus_tools.cli.console import errors, print_json, progress_bars, say, table
+from isthmus_tools.cli.options import (
     DEFAULT_REGISTRY,
+    SYNTAX,
     AsJson,
+    OldAt,
     RegistryOption,
-    errors,
-    out,
-    print_json,
-    progress_bars,
-    table,
+    Tensors,
+    TimeLimit,
+    budget_of,
+    registry_settings,
+    stack_variables,
 )
-from isthmus_tools.cli.cut_options import SYNTAX, OldAt
-from isthmus_tools.cli.functions import TimeLimit, budget_of, places
 
 if TYPE_CHECKING:  # it loads onnx and onnxruntime
-    from isthmus_tools.cli.profiling import Outcome
+    from isthmus_tools.usecases.profile import ProfileResult
 
 EDGE, CLOUD = "edge", "cloud"
 TOKEN_FILE = Path(".isthmus/secrets/profile-token")
@@ -52,9 +54,7 @@ def profile(
     ] = None,
     old_at: OldAt = None,
     photo: Annotated[Path | None, typer.Option("--input", help="A photo to run the model on.")] = None,
-    tensor: Annotated[
-        list[str] | None, typer.Option(help="An input tensor, NAME=FILE.npy; once for each input.")
-    ] = None,
+    tensor: Tensors = None,
     time_limit: TimeLimit = "0s",
     again: Annotated[bool, typer.Option("--again", help="Measure even where a profile is up to date.")] = False,
     registry: RegistryOption = DEFAULT_REGISTRY,
@@ -68,35 +68,38 @@ def profile(
     Example: `isthmus profile efficientnet-lite0 --local`, or `isthmus profile efficientnet-lite0 --head
     http://edge:8080/function/edge-head --tail http://cloud:8080/function/cloud-tail --token-file token.txt`
     """
-    from isthmus_tools.cli.profiling import check_request, profile_tiers
+    from isthmus_tools.cli.inputs import read_tensors
+    from isthmus_tools.usecases import profile as use_case
+    from isthmus_tools.usecases.functions import FunctionUrls, local_functions
 
     with errors(as_json):
         if not (local or head or tail):
             raise RequestMalformed("name the functions with --head URL and --tail URL, or start some with --local")
+        if local and (head or tail):
+            raise RequestMalformed("--local starts its own functions: leave --head and --tail out")
         budget_of(time_limit)
-        if local:
-            check_request(registry, model, photo, tensor or [])
-        with progress_bars(as_json) as step, places(local, stack, registry, head, tail, step) as found:
-            urls = {tier: url for tier, url in ((EDGE, found.head), (CLOUD, found.tail)) if url}
-            token = found.token or _token(token_file)
-            outcome = profile_tiers(
-                registry,
-                CACHE_DIR,
-                model,
-                urls,
-                token,
-                runs=runs,
-                at=[*(at or []), *(old_at or [])],
-                photo=photo,
-                tensors=tensor or [],
-                again=again,
-                step=step,
-                budget=budget_of(time_limit),
-            )
+        request = use_case.ProfileRequest(
+            model=model,
+            registry=registry_settings(registry),
+            functions=FunctionUrls() if local else FunctionUrls(head, tail, _token(token_file)),
+            cuts=[*(at or []), *(old_at or [])],
+            runs=runs,
+            photos=[photo] if photo else [],
+            tensors=read_tensors(tensor),
+            again=again,
+        )
+        with ExitStack() as resources:
+            progress = resources.enter_context(progress_bars(as_json))
+            if local:
+                use_case.check_inputs(request)
+                functions = resources.enter_context(local_functions(stack, stack_variables(registry), progress))
+                request = replace(request, functions=functions)
+            # The time limit starts behind the functions.
+            result = use_case.profile(replace(request, budget=budget_of(time_limit)), progress)
         if as_json:
-            print_json(outcome.document())
+            print_json(result.document())
         else:
-            _show(outcome)
+            _show(result)
 
 
 def _token(file: Path | None) -> str:
@@ -116,35 +119,31 @@ def _token(file: Path | None) -> str:
     return text
 
 
-def _show(outcome: Outcome) -> None:
-    for tier, found in outcome.profiles.items():
-        whole = found.whole
-        state = "up to date" if tier in outcome.kept else "measured"
-        out.print(
-            f"{tier} {state}: {found.device.cpu}, {found.device.threads} of {found.device.cpus} CPUs,"
-            f" {found.device.runtime}, device {found.device.id}",
-            highlight=False,
-            soft_wrap=True,
+def _show(result: ProfileResult) -> None:
+    for tier, profile in result.profiles.items():
+        whole, device = profile.whole, profile.device
+        state = "up to date" if tier in result.kept else "measured"
+        say(
+            f"{tier} {state}: {device.cpu}, {device.threads} of {device.cpus} CPUs, {device.runtime},"
+            f" device {device.id}"
         )
-        hop = "" if found.hop is None else f"; a call costs {found.hop.fixed_s * 1000:.2f} ms beside it"
-        out.print(
+        hop = "" if profile.hop is None else f"; a call costs {profile.hop.fixed_s * 1000:.2f} ms beside it"
+        say(
             f"  the whole model: {_ms(whole.run.median)} ms ({_ms(whole.run.low)} to {_ms(whole.run.high)}),"
-            f" {format_size(whole.memory_bytes)} of memory, on {found.inputs} inputs{hop}",
-            highlight=False,
-            soft_wrap=True,
+            f" {format_size(whole.memory_bytes)} of memory, on {profile.inputs} inputs{hop}"
         )
-        for warning in found.warnings:
-            out.print(f"  unsteady or incomplete: {warning}", style="yellow", highlight=False, soft_wrap=True)
+        for warning in profile.warnings:
+            say(f"  unsteady or incomplete: {warning}", "yellow")
     rows = []
-    for name, weight in outcome.cuts.items():
+    for name, weight in result.cuts.items():
         cells = [name, format_size(weight)]
         for tier, segment in zip((EDGE, CLOUD), partition_ids([name]), strict=True):
-            measured = outcome.profiles.get(tier)
+            measured = result.profiles.get(tier)
             cost = measured.segments.get(segment) if measured else None
             cells += ["", ""] if cost is None else [_ms(cost.run.median), format_size(cost.memory_bytes)]
         rows.append(cells)
     columns = ["cut", "crosses", "head at the edge, ms", "memory", "tail in the cloud, ms", "memory "]
-    table(outcome.model, columns, rows, numbers=columns[1:])
+    table(result.model, columns, rows, numbers=columns[1:])
 
 
 def _ms(seconds: float) -> str:

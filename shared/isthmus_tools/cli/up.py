@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from isthmus.errors import LocalError
-from isthmus_tools.cli.console import DEFAULT_REGISTRY, RegistryOption, err, errors
+from isthmus_tools.cli.console import err, errors
+from isthmus_tools.cli.options import DEFAULT_REGISTRY, RegistryOption, stack_variables
 
 if TYPE_CHECKING:
     from isthmus_tools.engine import Event
@@ -41,7 +42,6 @@ def up(
 
     Example: `isthmus up --replicas cloud-tail=2 --env edge-head:threads=1`
     """
-    from isthmus_tools.cli.engine import variables
     from isthmus_tools.engine import run_engine
 
     with errors(as_json=False):
@@ -50,7 +50,7 @@ def up(
             port=port,
             replicas=_replicas(replicas or []),
             environment=_environment(env or []),
-            variables=variables(registry),
+            variables=stack_variables(registry),
             callback_networks=allow_callbacks or (),
             on_event=lambda event: _show(event, logs),
         )
@@ -66,22 +66,22 @@ def _show(event: Event, logs: bool) -> None:
     err.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
-def _replicas(given: Sequence[str]) -> dict[str, int]:
-    found = {}
-    for entry in given:
+def _replicas(entries: Sequence[str]) -> dict[str, int]:
+    counts = {}
+    for entry in entries:
         name, _, count = entry.partition("=")
         if not name or not re.fullmatch("[0-9]{1,4}", count):
             raise LocalError(f"--replicas is {entry!r}; it is NAME=N")
-        found[name] = int(count)
-    return found
+        counts[name] = int(count)
+    return counts
 
 
-def _environment(given: Sequence[str]) -> dict[str, dict[str, str]]:
-    found: dict[str, dict[str, str]] = {}
-    for entry in given:
+def _environment(entries: Sequence[str]) -> dict[str, dict[str, str]]:
+    variables: dict[str, dict[str, str]] = {}
+    for entry in entries:
         variable, equals, value = entry.partition("=")
         function, colon, name = variable.rpartition(":")
         if not equals or not name or (colon and not function):
             raise LocalError(f"--env is {entry!r}; it is VARIABLE=VALUE or NAME:VARIABLE=VALUE")
-        found.setdefault(function or "*", {})[name] = value
-    return found
+        variables.setdefault(function or "*", {})[name] = value
+    return variables

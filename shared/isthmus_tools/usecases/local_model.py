@@ -1,4 +1,4 @@
-"""A model in this process: the same bundle, segments and pipeline as the functions', without HTTP."""
+"""A bundle's model in this process: the functions' segments and pipeline, without HTTP."""
 
 from __future__ import annotations
 
@@ -9,59 +9,65 @@ from isthmus.arrays import Array
 from isthmus.artifacts.segment_id import WHOLE
 from isthmus.context import Context
 from isthmus.errors import MediaUnsupported
-from isthmus.pipeline import LocalHop, Result, Route, execute, plan_route
+from isthmus.pipeline import LocalHop, Result, execute, local_route, plan_route
 from isthmus.processing.classify import classify, parse_labels
 from isthmus.processing.image import MAX_PIXELS, preprocess
 from isthmus.registry import open_cache, open_registry
 from isthmus.runtime.store import SegmentStore
-from isthmus_tools.cli.console import segment_settings
+from isthmus.settings import RegistrySettings, SegmentSettings
 
 
-class Here:
-    """The model that `reference` names, run by this process.
+class LocalModel:
+    """A model of the registry, NAME or NAME:VERSION, run by this process.
 
-    `cuts` say a partition (docs/cuts.md); empty takes the bundle's, and `..` the uncut model.
+    `cuts` is a partition as text (docs/cuts.md): empty for the bundle's own, `..` for the uncut model. `threads` of one
+    run; 0 for the CPUs available.
 
     Raises:
         RegistryError: no such model, version or cut.
     """
 
-    def __init__(self, registry: str, reference: str, cuts: str = "", *, threads: int = 0) -> None:
-        settings = segment_settings(registry, threads=threads)
+    def __init__(self, model: str, registry: RegistrySettings, cuts: str = "", *, threads: int = 0) -> None:
+        settings = SegmentSettings(**vars(registry), threads=threads)
         self._registry = open_registry(settings)
-        self.model = self._registry.resolve(reference or _only(self._registry.models()))
-        store = SegmentStore(open_cache(settings, self._registry), settings)
-        bundle, hop = self.model.bundle, LocalHop(store)
+        self.model = self._registry.resolve(model)
+        bundle, hop = self.model.bundle, LocalHop(SegmentStore(open_cache(settings, self._registry), settings))
         if cuts == WHOLE:
-            self._route = Route(self.model.digest, bundle, (bundle.segment(WHOLE),), (hop,))
+            self._route = local_route(self.model.digest, bundle, (bundle.segment(WHOLE),), hop)
         else:
             self._route = plan_route(self.model.digest, bundle, (hop,), cuts or None)
 
     def preprocess(self, photo: bytes) -> tuple[str, Array]:
-        """The input's name and the array that the bundle makes of `photo`.
+        """The input's name and its array, made of a photo as its file holds it.
 
         Raises:
             MediaUnsupported: the bundle declares no pre-processing.
+            ImageMalformed: the bytes are no image.
         """
         bundle = self.model.bundle
         if bundle.preprocess is None or bundle.postprocess is None:
             raise MediaUnsupported(f"{bundle.name} declares no processing of photos; give it tensors")
-        taken = next(s for s in bundle.inputs if s.name == bundle.preprocess["input"])
-        return taken.name, preprocess(photo, bundle.preprocess, input=taken, max_pixels=MAX_PIXELS)
+        spec = next(s for s in bundle.inputs if s.name == bundle.preprocess["input"])
+        return spec.name, preprocess(photo, bundle.preprocess, input=spec, max_pixels=MAX_PIXELS)
 
     def classes(self, outputs: Mapping[str, Array], top_k: int | None = None) -> list[dict[str, Any]]:
-        """The classes that the bundle reads from the outputs of one photo."""
+        """The classes of one photo's outputs, likeliest first: label, index and probability of each."""
         after = self.model.bundle.postprocess or {}
         blob = self.model.bundle.labels
         labels = None if blob is None else parse_labels(self._registry.blob(blob))
         return classify(outputs[after["output"]], after, labels, top_k)[0]
 
     def run(self, arrays: Mapping[str, Array], timeout_s: float = 60.0) -> Result:
-        """The outputs, and what each segment took."""
+        """The outputs by name, and what each segment took.
+
+        Raises:
+            ShapeMismatch: the arrays do not fit the model's inputs.
+            HopTimeout: the run took longer than timeout_s.
+        """
         return execute(self._route, arrays, Context.from_headers({}, longest_s=timeout_s))
 
-    def photo(self, photo: bytes, top_k: int | None, timeout_s: float) -> dict[str, Any]:
-        """What the router would answer to `photo`."""
+    def photo(self, photo: bytes, top_k: int | None = None, timeout_s: float = 60.0) -> dict[str, Any]:
+        """The document that a router responds to a photo with; errors as `preprocess` and `run`."""
         name, array = self.preprocess(photo)
         result = self.run({name: array}, timeout_s)
         return {
@@ -75,12 +81,3 @@ class Here:
                 "segments": [stage.document() for stage in result.runs],
             },
         }
-
-    def infer(self, arrays: Mapping[str, Array], timeout_s: float) -> tuple[dict[str, Array], dict[str, Any]]:
-        """The outputs, and the route's facts as the router gives them."""
-        result = self.run(arrays, timeout_s)
-        return result.outputs, result.facts()
-
-
-def _only(models: list[str]) -> str:
-    return models[0] if len(models) == 1 else "efficientnet-lite0"

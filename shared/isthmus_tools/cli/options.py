@@ -1,0 +1,143 @@
+"""Options that several commands share, their checks, and the settings read from the environment."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from isthmus.errors import RequestMalformed
+from isthmus.settings import RegistrySettings
+from isthmus.units import parse_duration
+from isthmus_tools.budget import Budget
+from isthmus_tools.cli.environment import CACHE_DIR
+
+SYNTAX = (
+    "A cut is a position as `isthmus cuts` lists it, the tensors a,b that cross it, or NAME=a,b; cuts in order are"
+    " separated by '/'."
+)
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+RegistryOption = Annotated[
+    str,
+    typer.Option(
+        "--registry",
+        envvar="ISTHMUS_REGISTRY",
+        help="Where bundles live: a folder, or s3://BUCKET/PREFIX.",
+    ),
+]
+# The option --cut had these names in earlier releases.
+OldAt = Annotated[list[str] | None, typer.Option("--at", hidden=True)]
+OldCuts = Annotated[str, typer.Option("--cuts", hidden=True)]
+Alias = Annotated[str, typer.Option(help="Let this alias mean the new version.")]
+DropPlan = Annotated[
+    bool,
+    typer.Option(
+        "--drop-plan",
+        help="Move the alias even where the version that it means has a plan and the new one would have none.",
+    ),
+]
+TimeLimit = Annotated[
+    str, typer.Option(help="Begin nothing more after this time; what was left out is told. 0s is no limit.")
+]
+Tensors = Annotated[list[str] | None, typer.Option(help="An input tensor, NAME=FILE.npy; once for each input.")]
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="An input's shape: NAME=1x3x320x640, once per input. ONNX and .pt2: the sizes that its free dimensions are"
+        " counted for. For package.module:factory, NAME is a parameter of forward, traced with float32 zeros of that"
+        " shape;"
+        " a dimension that is to stay free is named, with commas between: NAME=batch,3,320,640 or ids=batch:4,seq:128."
+    ),
+]
+Examples = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Example inputs: an .npz file with an array for each input, or NAME=FILE.npy; once per file. They give"
+        " shapes as --shape does, and values where shapes depend on those; package.module:factory is traced with them,"
+        " and takes their dtypes: inputs of whole numbers need one."
+    ),
+]
+PICTURES = (".png", ".svg")
+DEFAULT_REGISTRY = ".isthmus/registry"
+ENGINE_SECRETS = ".isthmus/secrets"
+"""The local engine's folder of secrets: commands find S3 keys there as the functions of `isthmus up` do."""
+_CACHE_BYTES = "8GiB"
+"""More than a function's: commands read whole models, on a disk that no pod's memory bounds."""
+Number = TypeVar("Number", int, float)
+
+
+def registry_settings(registry: str, cache_dir: str = CACHE_DIR) -> RegistrySettings:
+    """A command's registry settings: read from the environment as a function reads them, except for three defaults.
+
+    Raises:
+        SettingsError: as for a function.
+    """
+    defaults = {"cache_dir": cache_dir, "cache_bytes": _CACHE_BYTES}
+    if not Path(RegistrySettings.secrets_dir).is_dir():
+        defaults["secrets_dir"] = ENGINE_SECRETS
+    given = {name: text for name, text in os.environ.items() if text.strip()}
+    return RegistrySettings.from_env({**defaults, **given, "registry": registry})
+
+
+def stack_variables(registry: str) -> Mapping[str, str]:
+    """Values for the ${…} of stack.yml: the environment, and the registry as commands understand it.
+
+    A folder's path becomes absolute. The S3 server and region are the commands', whichever variable names them.
+
+    Raises:
+        SettingsError: `registry` is no address, or the environment's settings contradict each other.
+    """
+    from isthmus.registry import parse_address
+
+    settings, folder = registry_settings(registry), parse_address(registry).folder
+    s3 = {"S3_ENDPOINT": settings.s3_endpoint, "S3_REGION": settings.s3_region}
+    return {
+        **os.environ,
+        "ISTHMUS_REGISTRY": str(Path(folder).absolute()) if folder else registry,
+        **{name: text for name, text in s3.items() if text},
+    }
+
+
+def read_option(parse: Callable[[str], Number], option: str, text: str) -> Number:
+    """The value of an option's text.
+
+    Raises:
+        RequestMalformed: it does not parse; the message names the option.
+    """
+    try:
+        return parse(text)
+    except ValueError as e:
+        raise RequestMalformed(f"{option}: {e}", option=option) from e
+
+
+def budget_of(time_limit: str) -> Budget:
+    """The budget of --time-limit, from now on.
+
+    Raises:
+        RequestMalformed: it is no duration.
+    """
+    return Budget(read_option(parse_duration, "--time-limit", time_limit) or math.inf)
+
+
+def check_output(path: Path, option: str, endings: Sequence[str] = ()) -> None:
+    """Check that a file can be written at `path`, before the work that it is for.
+
+    Raises:
+        RequestMalformed: its name ends in none of `endings`, its folder is missing or not writable, or it is a folder.
+    """
+    folder = path.absolute().parent
+    if endings and path.suffix.lower() not in endings:
+        why = f"its name ends in {' or '.join(endings)}"
+    elif not folder.is_dir():
+        why = f"there is no folder {folder}"
+    elif path.is_dir():
+        why = "that is a folder; name a file in it"
+    elif not os.access(path if path.exists() else folder, os.W_OK):
+        why = "it cannot be written: permission denied"
+    else:
+        return
+    raise RequestMalformed(f"{option} is {path}; {why}", option=option, path=str(path))

@@ -1,0 +1,108 @@
+"""Calibration: codec tables learned from inputs, the fidelity of every codec measured, both published in the bundle."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from isthmus.artifacts.agreement import measure_for
+from isthmus.artifacts.fidelity import Fidelity
+from isthmus.artifacts.fidelity_document import read
+from isthmus.errors import CalibrationError
+from isthmus.registry import Resolved, open_cache, open_registry
+from isthmus.registry.registry import check_alias
+from isthmus.settings import RegistrySettings, SegmentSettings
+from isthmus_tools.calibration import calibrate as calibration
+from isthmus_tools.calibration.calibrate import Calibrated
+from isthmus_tools.calibration.inputs import open_source
+from isthmus_tools.calibration.running import runs_here
+from isthmus_tools.progress import Progress, silent
+from isthmus_tools.usecases.publication import Publication, publish_version
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateRequest:
+    """A bundle to calibrate and the inputs for it.
+
+    `model` is NAME or NAME:VERSION. `files` are photos, for a model that takes them, or .npy and .npz files named after
+    its inputs; documents call them `data`. `inputs` counts all inputs: half calibrate, half are held out. `cuts` are
+    partitions as texts; all of the bundle's if none. A codec is offered from a share `limit` of equal predictions on.
+    `classes` names the output whose last axis holds classes, where the bundle does not; without classes predictions up
+    to a relative error of `tolerance` are equal. `alias` moves to the new version, as in `publish_version`.
+    """
+
+    model: str
+    files: Sequence[Path]
+    data: str
+    registry: RegistrySettings
+    cuts: Sequence[str] = ()
+    limit: float = 0.99
+    inputs: int = 400
+    classes: str = ""
+    tolerance: float = 0.05
+    threads: int = 0
+    alias: str = "prod"
+    drop_plan: bool = False
+
+
+@dataclass(frozen=True)
+class CalibrateResult:
+    """The published version and its calibration."""
+
+    publication: Publication
+    calibrated: Calibrated
+
+
+def calibrate(request: CalibrateRequest, progress: Progress = silent) -> CalibrateResult:
+    """Calibrate a bundle's codecs, measure each codec's fidelity at every cut, and publish the next version.
+
+    A plan in force stays in force where it still holds.
+
+    Raises:
+        CalibrationError: the inputs do not fit the model, or are too few.
+        RegistryError: no such model or cut, or the registry cannot be read or written.
+    """
+    if request.alias:
+        check_alias(request.alias)
+    settings = SegmentSettings(**vars(request.registry), threads=request.threads)
+    store = open_registry(settings)
+    model = store.resolve(request.model)
+    bundle = model.bundle
+    with tempfile.TemporaryDirectory(prefix="isthmus-") as folder:
+        calibrated = calibration.calibrate(
+            bundle,
+            open_source(bundle, request.files, request.data, request.inputs),
+            runs_here(model.digest, open_cache(settings, store), settings),
+            Path(folder),
+            cuts=[name for text in request.cuts for name in bundle.cut_names(text)] or sorted(bundle.cuts),
+            count=request.inputs,
+            limit=request.limit,
+            measure=measure_for(bundle, request.classes, request.tolerance),
+            progress=progress,
+        )
+        publication = publish_version(
+            store, calibrated.bundle, calibrated.files, request.alias, before=model, drop_plan=request.drop_plan
+        )
+    return CalibrateResult(publication, calibrated)
+
+
+def published_fidelity(model: str, registry: RegistrySettings) -> tuple[Resolved, Fidelity]:
+    """A calibrated bundle of the registry and its fidelity.
+
+    Raises:
+        CalibrationError: the bundle was not calibrated.
+        RegistryError: no such model, or the registry cannot be read.
+    """
+    store = open_registry(registry)
+    found = store.resolve(model)
+    fidelity = read(found.bundle, store.blob)
+    if fidelity is None:
+        raise CalibrationError(
+            f"{found.name}:{found.version} was not calibrated",
+            model=found.name,
+            version=found.version,
+            hint=f"isthmus calibrate {found.name} --data FOLDER",
+        )
+    return found, fidelity

@@ -1,0 +1,95 @@
+"""Cuts: the list of a model's cuts, and new cuts of a bundle under the same weights."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from isthmus.artifacts.bundle import Bundle
+from isthmus.artifacts.segment_id import WHOLE
+from isthmus.registry import open_cache, open_registry
+from isthmus.registry.registry import check_alias
+from isthmus.settings import RegistrySettings
+from isthmus_tools.graph import CutInfo, Model, add_cuts, cuts, open_model
+from isthmus_tools.graph.cuts import within_quantised_operators
+from isthmus_tools.progress import Progress, silent
+from isthmus_tools.usecases.publication import Publication, findings, publish_version
+from isthmus_tools.usecases.sources import ModelInputs, onnx_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutRequest:
+    """Cuts to add to a bundle in the registry.
+
+    `model` is NAME or NAME:VERSION. `cuts` are partitions as texts (docs/cuts.md); with `default` the first becomes the
+    bundle's default. `alias` moves to the new version, as in `publish_version`.
+    """
+
+    model: str
+    cuts: Sequence[str]
+    registry: RegistrySettings
+    default: bool = False
+    alias: str = "prod"
+    drop_plan: bool = False
+
+
+@dataclass(frozen=True)
+class CutResult:
+    """The published bundle with its new segments, and the new findings of their dry run."""
+
+    publication: Publication
+    bundle: Bundle
+    new_segments: Sequence[str]
+    warnings: Sequence[str]
+
+    @property
+    def new_bytes(self) -> int:
+        """Size of the new segments' graphs."""
+        return sum(self.bundle.segments[segment].graph.size for segment in self.new_segments)
+
+
+def cut(request: CutRequest, progress: Progress = silent) -> CutResult:
+    """Cut a bundle again and publish the result as its next version; no weights are copied.
+
+    Raises:
+        CutError: a cut is not in the graph, or does not separate it.
+        RegistryError: no such model, or the registry cannot be read or written.
+    """
+    if request.alias:
+        check_alias(request.alias)
+    store = open_registry(request.registry)
+    model = store.resolve(request.model)
+    with tempfile.TemporaryDirectory(prefix="isthmus-") as folder:
+        progress(f"fetching {model.name}:{model.version}")
+        with open_cache(request.registry, store).locate(model.digest, WHOLE) as whole:
+            progress(f"cutting at {', '.join(request.cuts)}")
+            bundle, files = add_cuts(model.bundle, whole.path, request.cuts, folder, default=request.default)
+        progress("publishing")
+        publication = publish_version(store, bundle, files, request.alias, before=model, drop_plan=request.drop_plan)
+    new = sorted(bundle.segments.keys() - model.bundle.segments.keys())
+    return CutResult(publication, bundle, new, findings(bundle, model.bundle))
+
+
+@dataclass(frozen=True)
+class CutList:
+    """A model's cuts; `fused` names those inside a quantised operator, which runtimes execute as one."""
+
+    model: Model
+    cuts: Sequence[CutInfo]
+    fused: frozenset[str]
+
+
+def list_cuts(model: str, inputs: ModelInputs, *, single: bool = False, progress: Progress = silent) -> CutList:
+    """The cuts of an ONNX file, a torch model or a ready model along its graph; `single` keeps those of one tensor.
+
+    Raises:
+        ModelError: the model cannot be read or exported.
+    """
+    with onnx_file(model, inputs, progress) as path:
+        progress(f"reading {model}")
+        opened = open_model(path, bind=inputs.shapes, examples=inputs.examples)
+        inputs.check_free(opened.specs)
+        chosen = [c for c in cuts(opened) if not single or len(c.tensors) == 1]
+        within = {str(value.name) for value in within_quantised_operators(opened)}
+    return CutList(opened, chosen, frozenset(c.name for c in chosen if within & {t.name for t in c.tensors}))

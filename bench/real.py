@@ -24,9 +24,9 @@ from isthmus.processing.image import MAX_PIXELS
 from isthmus.registry import Registry, Resolved, open_cache, open_registry
 from isthmus.runtime.tables import Tables, tables_of
 from isthmus.settings import RegistrySettings, SegmentSettings
-from isthmus_tools.calibration.calibrate import calibrate
+from isthmus_tools.calibration.boundary import SegmentExecutor
+from isthmus_tools.calibration.calibrate import CalibrationSpec, calibrate
 from isthmus_tools.calibration.inputs import open_source
-from isthmus_tools.calibration.running import runs_here
 from isthmus_tools.graph import build, cuts, open_model, torch_export
 from isthmus_tools.zoo import models as zoo
 from isthmus_tools.zoo.photos import varied_photos
@@ -84,16 +84,9 @@ def calibrated_version(real: Real, found: Resolved, report: Report) -> str:
     report.say(f"{real.name}: calibrating the codec at {', '.join(real.calibrate)}, once: some minutes")
     source = open_source(found.bundle, varied_photos(), "photos", INPUTS)
     with tempfile.TemporaryDirectory(prefix="isthmus-") as folder:
-        calibrated = calibrate(
-            found.bundle,
-            source,
-            runs_here(found.digest, open_cache(settings, registry), settings),
-            Path(folder),
-            cuts=real.calibrate,
-            count=INPUTS,
-            limit=LIMIT,
-            measure=measure_for(found.bundle),
-        )
+        executor = SegmentExecutor(found.digest, found.bundle, open_cache(settings, registry), settings)
+        spec = CalibrationSpec(real.calibrate, INPUTS, LIMIT, measure_for(found.bundle))
+        calibrated = calibrate(executor, source, spec, Path(folder))
         registry.publish(calibrated.bundle, calibrated.files, alias=CALIBRATED)
     return reference
 

@@ -22,16 +22,14 @@ from isthmus.artifacts.plan import Coding
 from isthmus.artifacts.plan_document import read_plan
 from isthmus.errors import CalibrationError
 from isthmus.registry import FolderStore, Registry, SegmentCache
-from isthmus.settings import SegmentSettings
-from isthmus_tools.calibration.calibrate import CHOICES, QUALITIES, calibrate
-from isthmus_tools.calibration.crossing import crossing
-from isthmus_tools.calibration.inputs import files_in, open_source, split
-from isthmus_tools.calibration.running import runs_here
-from isthmus_tools.calibration.spool import Spool
+from isthmus_tools.calibration.boundary import Boundary, Spool
+from isthmus_tools.calibration.calibrate import CHOICES, QUALITIES, CalibrationSpec, calibrate
+from isthmus_tools.calibration.inputs import list_files, open_source, split
 from isthmus_tools.cli import app
 from isthmus_tools.graph import add_cuts
 from isthmus_tools.planner.published import carried, publish_plan
 from support.bundles import Published, pair_model, photo, publish, publish_photos
+from support.executors import executor_of
 from support.plans import candidate, plan_for
 from support.segments import run_whole
 
@@ -82,11 +80,6 @@ def calibrated(original: Published, album: Path, tmp_path_factory: pytest.TempPa
     return folder, document(
         isthmus("calibrate", "photos", "--data", album, *cuts, "--inputs", 32, "--registry", folder, "--json")
     )
-
-
-def runner(published: Published, folder: Path) -> Any:
-    settings = SegmentSettings(registry=str(published.folder), cache_dir=str(folder), threads=1)
-    return runs_here(published.digest, SegmentCache(published.registry, folder, 2**30), settings)
 
 
 # The command
@@ -258,7 +251,7 @@ def test_data_that_does_not_fit_is_refused(photos: Published, tmp_path: Path, da
 def test_photos_for_a_model_without_processing_are_refused(tmp_path: Path, album: Path) -> None:
     made = publish(tmp_path, pair_model(tmp_path / "pair.onnx"), {}, partitions=[["1"]])
     with pytest.raises(CalibrationError, match="no pre-processing") as e:
-        open_source(made.bundle, files_in(album), "album", 24)
+        open_source(made.bundle, list_files(album), "album", 24)
     assert ".npz" in e.value.hint
 
 
@@ -287,7 +280,7 @@ def test_more_cuts_are_still_the_same_model(photos: Published, tmp_path: Path) -
 
 
 def test_no_file_is_on_both_sides_of_the_split(photos: Published, album: Path) -> None:
-    source = open_source(photos.bundle, files_in(album), "album", 100)
+    source = open_source(photos.bundle, list_files(album), "album", 100)
     one, other = split(source, 100)
     assert len(one) == len(other) == 12
     assert not set(one) & set(other)
@@ -307,7 +300,7 @@ def test_arrays_may_hold_many_inputs_each(tmp_path: Path) -> None:
     for i in range(4):
         x = rng.standard_normal((20, 1, 32)).astype(np.float32)
         np.savez(data / f"{i}.npz", x=x, mask=np.ones((20, 1, 32), np.float32))
-    source = open_source(made.bundle, files_in(data), "data", 40)
+    source = open_source(made.bundle, list_files(data), "data", 40)
     examples = list(source.examples(source.files, 40))
     assert len(examples) == 40
     assert all(e.arrays["x"].shape == (1, 32) for e in examples)
@@ -322,15 +315,10 @@ def test_a_model_of_several_inputs_and_early_outputs_is_measured_by_closeness(tm
         arrays = {name: rng.standard_normal((1, 32)).astype(np.float32) for name in ("x", "mask")}
         np.savez(data / f"{i}.npz", **arrays)  # type: ignore[arg-type]
     found = calibrate(
-        made.bundle,
-        open_source(made.bundle, files_in(data), "data", 20),
-        runner(made, tmp_path / "cache"),
+        executor_of(made, tmp_path / "cache"),
+        open_source(made.bundle, list_files(data), "data", 20),
+        CalibrationSpec(["1"], 20, 0.99, measure_for(made.bundle), PLAIN),
         tmp_path,
-        cuts=["1"],
-        count=20,
-        limit=0.99,
-        measure=measure_for(made.bundle),
-        choices=PLAIN,
     )
     entries = {e.codec: e for e in found.fidelity.entries if e.quality == 1}
     assert found.fidelity.measure.kind == "close"
@@ -345,29 +333,29 @@ def test_a_model_of_several_inputs_and_early_outputs_is_measured_by_closeness(tm
 
 
 def test_a_cut_of_a_longer_partition_is_reached_through_its_segments(photos: Published, tmp_path: Path) -> None:
-    direct = crossing(photos.bundle, "1")
+    direct = Boundary.at(photos.bundle, "1")
     ids = lambda c: ([s.id for s in c.head], [s.id for s in c.tail])  # noqa: E731
     assert ids(direct) == (["..1"], ["1.."])
     fewer = {k: v for k, v in photos.bundle.segments.items() if k not in ("1..", "..6")}
     around = replace(photos.bundle, segments=fewer)
-    assert ids(crossing(around, "1")) == (["..1"], ["1..6", "6.."])
-    assert ids(crossing(around, "6")) == (["..1", "1..6"], ["6.."])
-    run = runner(photos, tmp_path / "cache")
+    assert ids(Boundary.at(around, "1")) == (["..1"], ["1..6", "6.."])
+    assert ids(Boundary.at(around, "6")) == (["..1", "1..6"], ["6.."])
+    executor = executor_of(photos, tmp_path / "cache")
     whole = run_whole(photos.onnx, [photos.inputs])[0]["logits"]
     for cut in ("1", "6", "3"):
-        at = crossing(around, cut)
-        crossed, early = at.before(run, photos.inputs)
-        assert np.allclose(at.after(run, crossed, early)["logits"], whole, atol=1e-5)
+        at = Boundary.at(around, cut)
+        boundary = at.select(executor.execute(at.head, photos.inputs).tensors)
+        assert np.allclose(at.tail_outputs(executor, boundary)["logits"], whole, atol=1e-5)
     with pytest.raises(CalibrationError, match="no segments"):
-        crossing(replace(photos.bundle, segments={"..": photos.bundle.segment("..")}), "1")
+        Boundary.at(replace(photos.bundle, segments={"..": photos.bundle.segment("..")}), "1")
 
 
 def test_what_crosses_is_kept_in_files_and_read_as_often_as_asked(photos: Published, tmp_path: Path) -> None:
-    spool = Spool([crossing(photos.bundle, "6")], runner(photos, tmp_path / "cache"), tmp_path)
+    spool = Spool([Boundary.at(photos.bundle, "6")], executor_of(photos, tmp_path / "cache"), tmp_path)
     for seed in range(3):
         x = np.random.default_rng(seed).standard_normal((1, 3, 8, 8)).astype(np.float32)
         spool.add({"x": x})
-    samples = spool.crossed("6").tensor("p6")
+    samples = spool.samples("6").tensor("p6")
     first, second = list(samples), list(samples)
     assert [a.shape for a in first] == [(1, 16, 4, 4)] * 3
     assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))

@@ -24,7 +24,7 @@ from isthmus.artifacts.tensors import TensorSpec
 from isthmus.codecs.choice import encodings, is_exact
 from isthmus.errors import CalibrationError
 from isthmus.pipeline.agreement import agrees, classes, output_error
-from isthmus_tools.calibration.scoring import risen
+from isthmus_tools.calibration.scoring import monotone
 from isthmus_tools.figures.fidelity import draw
 from support.bundles import publish_photos
 
@@ -230,7 +230,7 @@ def test_agreement_rises_with_quality_and_luck_is_shared_out() -> None:
     assert rising([1.0, 0.9, 0.8]) == pytest.approx([0.9] * 3)
     assert rising([]) == []
     lucky = [entry("transform/4", 10 * i, a, quality=i / 10) for i, a in enumerate([0.8, 1.0, 0.9, 1.0])]
-    made = risen([*lucky, entry("int8/1", 30, 0.995)], 0.99)
+    made = monotone([*lucky, entry("int8/1", 30, 0.995)], 0.99)
     assert [(e.agreement, e.measured, e.offered) for e in made] == [
         (0.8, 0.8, False),
         (0.95, 1.0, False),

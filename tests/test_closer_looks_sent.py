@@ -12,24 +12,23 @@ import pytest
 
 from isthmus.arrays import Array
 from isthmus.artifacts.agreement import measure_for
-from isthmus.artifacts.choice import MAX_LOOKS, RAW, Choice
+from isthmus.artifacts.choice import RAW, Choice
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.codecs import EncodedTensor, encode_tensor
 from isthmus.codecs.planes import Layout
 from isthmus.codecs.steps import THIRD, step_of
 from isthmus.pipeline.agreement import margin, margin_of
 from isthmus.wire.frame import Frame, encode
+from isthmus_tools.calibration.boundary import Boundary
 from isthmus_tools.calibration.calibrate import QUALITIES
-from isthmus_tools.calibration.crossing import Crossing, crossing
-from isthmus_tools.calibration.inputs import Example
-from isthmus_tools.calibration.looks import MOST, QUANTILE, with_looks
+from isthmus_tools.calibration.closer_looks import QUALITY_STEP, QUANTILE, finer_than, with_looks
+from isthmus_tools.calibration.inputs import CalibrationInput
 from isthmus_tools.calibration.rows import RowModel, Rows, learn_rows
-from isthmus_tools.calibration.running import runs_here
-from isthmus_tools.calibration.scoring import judge_by, score
-from isthmus_tools.calibration.sending import FINER_BY, Trial, finer_than, trials
+from isthmus_tools.calibration.scoring import CodecSender, Scorer, codec_senders, judge_by
 from isthmus_tools.calibration.transforms import STEPS, learn_planes
-from support.bundles import Published, cache_of, photo, photo_array, segment_settings
+from support.bundles import Published, photo, photo_array
 from support.bundles import photos as photos
+from support.executors import executor_of
 from support.fidelities import of
 
 GENERATOR = np.random.default_rng(0)
@@ -61,7 +60,7 @@ SPECS = (
     TensorSpec("mask", "float32", (1, 9)),
     TensorSpec("ids", "int64", (1, 40)),
 )
-AT = Crossing("6", (), (), SPECS, ("y",))
+AT = Boundary("6", (), (), SPECS)
 
 
 def crossed(seed: int = 99) -> dict[str, Array]:
@@ -69,11 +68,11 @@ def crossed(seed: int = 99) -> dict[str, Array]:
     return {"maps": maps(seed), "tokens": tokens(seed), "mask": np.ones((1, 9), np.float32), "ids": ids}
 
 
-def tried_at(qualities: list[float], tables: Mapping[str, object]) -> list[Trial]:
-    return trials(AT, [*(Choice("transform/4", q) for q in qualities), Choice("int8/1")], tables)
+def tried_at(qualities: list[float], tables: Mapping[str, object]) -> list[CodecSender]:
+    return codec_senders(AT, [*(Choice("transform/4", q) for q in qualities), Choice("int8/1")], tables)
 
 
-def frame_of(trial: Trial, arrays: Mapping[str, Array]) -> int:
+def frame_of(trial: CodecSender, arrays: Mapping[str, Array]) -> int:
     """Bytes of the frame of a closer look."""
     encoded = {n: p for n, a in arrays.items() if isinstance(p := encode_tensor(a, trial.encodings[n]), EncodedTensor)}
     rest = {name: array for name, array in arrays.items() if name not in encoded}
@@ -87,8 +86,8 @@ def test_a_closer_look_costs_the_whole_frame_and_the_first_transmission_its_payl
     for trial in tried_at([0.3, 0.5], tables):
         sent = trial.send(arrays)
         whole = {name: encode_tensor(array, trial.encodings[name]).nbytes for name, array in arrays.items()}
-        assert sent.cost.bytes == sum(whole.values())
-        assert sent.frame_bytes == frame_of(trial, arrays) > sent.cost.bytes
+        assert sent.payload_bytes == sum(whole.values())
+        assert sent.frame_bytes == frame_of(trial, arrays) > sent.payload_bytes
         assert sent.tensors["ids"].tolist() == arrays["ids"].tolist()
 
 
@@ -99,7 +98,7 @@ def test_a_tensor_that_falls_back_to_raw_counts_raw_in_the_frame(value: float, t
     arrays["maps"] = arrays["maps"] + np.float32(value)
     sent = trial.send(arrays)
     assert sent.fell_back
-    assert sent.frame_bytes == frame_of(trial, arrays) > sent.cost.bytes > arrays["maps"].nbytes
+    assert sent.frame_bytes == frame_of(trial, arrays) > sent.payload_bytes > arrays["maps"].nbytes
     assert np.array_equal(sent.tensors["maps"], arrays["maps"], equal_nan=True)
 
 
@@ -119,52 +118,59 @@ def test_what_calibration_tries_is_followed_by_exactly_a_third_of_the_step() -> 
             if (finer := finer_than(choice, every)) is not None:
                 assert step_of(choice.quality, steps) - step_of(finer.quality, steps) == THIRD
                 followed += 1
-    assert followed == 81 * sum(q <= 1 - FINER_BY + 1e-6 for q in QUALITIES)
-    assert 0 < MOST <= MAX_LOOKS
+    assert followed == 81 * sum(q <= 1 - QUALITY_STEP + 1e-6 for q in QUALITIES)
 
 
 def test_a_chains_tally_is_that_of_sending_look_by_look_by_hand(photos: Published, tmp_path: Path) -> None:
-    at = crossing(photos.bundle, "6")
-    run = runs_here(photos.digest, cache_of(photos, tmp_path), segment_settings(photos, tmp_path))
-    examples = [Example(f"{n // 2}", {"x": photo_array(photo(seed=n))}) for n in range(40)]
-    table = learn_planes([at.before(run, {"x": photo_array(photo(seed=n))})[0]["p6"] for n in range(40, 80)])
+    at = Boundary.at(photos.bundle, "6")
+    executor = executor_of(photos, tmp_path)
+
+    def head(x: Array) -> Mapping[str, Array]:
+        return executor.execute(at.head, {"x": x}).tensors
+
+    def tail(tensors: Mapping[str, Array]) -> Mapping[str, Array]:
+        return executor.execute(at.tail, tensors).outputs
+
+    examples = [CalibrationInput(f"{n // 2}", {"x": photo_array(photo(seed=n))}) for n in range(40)]
+    table = learn_planes([head(photo_array(photo(seed=n)))["p6"] for n in range(40, 80)])
     measure = measure_for(photos.bundle)
-    by_quality = {t.choice.quality: t for t in trials(at, [*map(of, (0.1, 0.3, 0.5, 0.7))], {"p6": table})}
+    by_quality = {t.choice.quality: t for t in codec_senders(at, [*map(of, (0.1, 0.3, 0.5, 0.7))], {"p6": table})}
     judge = judge_by(measure)
-    tallies = score(examples, 40, [at], {"6": [*by_quality.values()]}, run, judge, margin=partial(margin, measure))
+    scorer = Scorer(executor, judge, partial(margin, measure))
+    tallies = scorer.score(examples, 40, [(at, [*by_quality.values()])])
     alone = {q: tallies["6", t.name] for q, t in by_quality.items()}
     made = with_looks([(of(q), tally) for q, tally in alone.items()])
     assert {tuple(look.quality for look in choice.looks) for choice, _, _ in made} >= {(0.3,), (0.5,)}
     for choice, tally, shares in made:
         at_each = [choice.quality, *(look.quality for look in choice.looks)]
         for quality, look in zip(at_each, choice.looks, strict=False):
-            exact = float(np.quantile(alone[quality].moved, QUANTILE))
+            exact = float(np.quantile(alone[quality].shifts, QUANTILE))
             assert exact <= look.margin <= exact * 1.01
         took = [0] * len(choice.looks)
         for n, example in enumerate(examples):
-            crossed, early = at.before(run, example.arrays)
-            expected = at.after(run, crossed, early)
+            tensors = head(example.arrays["x"])
+            crossed, expected = at.select(tensors), tail(tensors)
             arrived = by_quality[choice.quality].send(crossed)
             first = alone[choice.quality]
-            size, encode_s, decode_s = arrived.cost.bytes, first.encode_s[n], first.decode_s[n]
-            answer = at.after(run, arrived.tensors, early)
+            size, encode_s, decode_s = arrived.payload_bytes, first.encode_s[n], first.decode_s[n]
+            answer = tail({**tensors, **arrived.tensors})
             clear = margin_of(answer["logits"])
             changed = int(answer["logits"].argmax()) != int(expected["logits"].argmax())
             moved = abs(margin_of(expected["logits"]) - (-clear if changed else clear))
-            assert (clear, moved) == pytest.approx((first.margins[n], first.moved[n]))
+            assert (clear, moved) == pytest.approx((first.margins[n], first.shifts[n]))
             for i, look in enumerate(choice.looks):
                 if margin_of(answer["logits"]) >= look.margin:
                     break
                 took[i] += 1
                 size += frame_of(by_quality[look.quality], crossed)
-                answer = at.after(run, by_quality[look.quality].send(crossed).tensors, early)
+                answer = tail({**tensors, **by_quality[look.quality].send(crossed).tensors})
                 encode_s += alone[look.quality].encode_s[n]
                 decode_s += alone[look.quality].decode_s[n]
             assert (tally.same[n], tally.errors[n]) == judge(example, expected, answer)
             assert (tally.encode_s[n], tally.decode_s[n]) == (encode_s, decode_s)
             assert tally.bytes[n] == size
         assert shares == tuple(count / 40 for count in took)
-        assert tally.sources == first.sources
+        assert tally.groups == first.groups
         entry = tally.entry("6", choice, 0.9)
         assert (entry.bytes, entry.measured) == (round(statistics.fmean(tally.bytes)), round(tally.agreement, 6))
         assert entry.pack_ms == pytest.approx(1000 * statistics.fmean(tally.encode_s), abs=1e-4)

@@ -11,12 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.artifacts.choice import Choice
+from isthmus.artifacts.choice import MAX_LOOKS, Choice
 from isthmus.artifacts.fidelity import Entry
 from isthmus.artifacts.fidelity_document import from_json, to_json
-from isthmus_tools.calibration.looks import MOST, entries_of, with_looks
+from isthmus_tools.calibration.closer_looks import QUALITY_STEP, look_entries, with_looks
 from isthmus_tools.calibration.scoring import Tally
-from isthmus_tools.calibration.sending import FINER_BY
 from support.fidelities import FIDELITY, of
 
 
@@ -29,7 +28,7 @@ def tally(rows: list[tuple[bool, int, int, float, float]]) -> Tally:
         made.decode_s.append(size / 2**11)
         made.frame_bytes.append(frame_bytes)
         made.margins.append(clear)
-        made.moved.append(moved)
+        made.shifts.append(moved)
     return made
 
 
@@ -59,9 +58,9 @@ def test_every_input_takes_the_looks_that_its_answers_ask_for(rows: list[Any]) -
     assert len({choice for choice, _, _ in made}) == len(made)
     for choice, both, shares in made:
         assert choice.is_valid()
-        assert 0 < len(choice.looks) == len(shares) <= MOST
+        assert 0 < len(choice.looks) == len(shares) <= MAX_LOOKS
         assert [look.quality for look in choice.looks] == [
-            pytest.approx(choice.quality + FINER_BY * (n + 1)) for n in range(len(choice.looks))
+            pytest.approx(choice.quality + QUALITY_STEP * (n + 1)) for n in range(len(choice.looks))
         ]
         took = [0] * len(shares)
         for n in range(6):
@@ -84,7 +83,7 @@ def test_every_input_takes_the_looks_that_its_answers_ask_for(rows: list[Any]) -
 @given(TRIED)
 def test_no_closer_looks_are_kept_that_something_beats_and_none_is_dropped_that_nothing_does(rows: list[Any]) -> None:
     made, plain = tried(*zip(SPREAD, map(tally, rows), strict=True))
-    found = {e.choice: e for e in entries_of("6", made, plain, 0.9)}
+    found = {e.choice: e for e in look_entries("6", made, plain, 0.9)}
     of_quality = {e.choice: e.agreement for e in plain}
     known = {c: (statistics.fmean(t.bytes), of_quality[c]) for c, t in made}
     chains = {choice: (t, shares) for choice, t, shares in with_looks(made[:-1]) if all(shares)}
@@ -115,9 +114,9 @@ def test_those_that_no_input_took_are_none_however_sizes_are_spread() -> None:
     finer = tally([(True, 2000, 1500, 9.0, 0.1)] * 10)
     made, plain = tried((0.3, sure), (0.5, finer))
     assert len(with_looks(made[:-1])) == 1
-    assert entries_of("6", made, plain, 0.9) == []
+    assert look_entries("6", made, plain, 0.9) == []
     fallen = replace(plain[0], agreement=0.9)  # as its neighbours' bad luck may have it
-    assert entries_of("6", made, [fallen, *plain[1:]], 0.9) == []
+    assert look_entries("6", made, [fallen, *plain[1:]], 0.9) == []
 
 
 def test_a_last_look_that_no_input_took_is_left_out() -> None:
@@ -126,11 +125,11 @@ def test_a_last_look_that_no_input_took_is_left_out() -> None:
     finer = tally([(True, 100, 90, 9.0, 0.1)] * 10)
     finest = tally([(True, 1000, 900, 9.0, 0.1)] * 10)
     made, plain = tried((0.3, coarse), (0.5, finer), (0.7, finest))
-    (found,) = entries_of("6", made, plain, 0.9)
+    (found,) = look_entries("6", made, plain, 0.9)
     assert (str(found.choice), found.shares, found.bytes) == ("transform/4@0.3+0.5:0.1", (0.2,), 28)
     # Nor does the finest quality vouch for answers that were never sent at it.
     fallen = [replace(e, agreement=0.9) if e.quality == 0.5 else e for e in plain]
-    assert [(e.choice, e.agreement) for e in entries_of("6", made, fallen, 0.9)] == [(found.choice, 0.9)]
+    assert [(e.choice, e.agreement) for e in look_entries("6", made, fallen, 0.9)] == [(found.choice, 0.9)]
 
 
 def test_means_say_which_takes_fewer_bytes() -> None:
@@ -138,7 +137,7 @@ def test_means_say_which_takes_fewer_bytes() -> None:
     coarse = tally([(False, 10, 10, 0.05, 0.1)] * 6 + [(True, 10, 10, 1.0, 0.1)] * 4)
     finer = tally([(True, 1, 1, 1.0, 0.1)] * 6 + [(True, 900, 900, 1.0, 0.1)] * 4)
     made, plain = tried((0.3, coarse), (0.5, finer))
-    (found,) = entries_of("6", made, plain, 0.9)
+    (found,) = look_entries("6", made, plain, 0.9)
     assert (found.bytes, found.agreement, found.shares) == (11, 1.0, (0.6,))
     assert found.bytes > next(e.bytes for e in plain if e.quality == 0.5)
 
@@ -148,25 +147,25 @@ def test_no_looks_keep_more_than_their_last_quality_does() -> None:
     coarse = tally([(False, 10, 10, 0.05, 0.1)] * 2 + [(True, 10, 10, 9.0, 0.1)] * 8)
     finer = tally([(True, 100, 90, 9.0, 0.1)] * 9 + [(False, 100, 90, 9.0, 0.1)])
     made, plain = tried((0.3, coarse), (0.5, finer))
-    (found,) = entries_of("6", made, plain, 0.95)
+    (found,) = look_entries("6", made, plain, 0.95)
     assert (found.measured, found.agreement, found.offered) == (1.0, 0.9, False)
     raised = [replace(e, agreement=0.97) if e.quality == 0.5 else e for e in plain]
-    assert [e.agreement for e in entries_of("6", made, raised, 0.95)] == [0.97]
+    assert [e.agreement for e in look_entries("6", made, raised, 0.95)] == [0.97]
 
 
 @pytest.mark.parametrize("moved", [0.0, 5e-324, 1e-7, math.nan, math.inf, 5000.0, 1e308])
 def test_moves_that_give_no_margin_that_a_setting_could_say_give_no_closer_look(moved: float) -> None:
     coarse, finer = tally([(False, 10, 10, 0.0, moved)] * 4), tally([(True, 20, 15, 1.0, 0.1)] * 4)
     made, plain = tried((0.3, coarse), (0.5, finer))
-    assert entries_of("6", made, plain, 0.9) == []
+    assert look_entries("6", made, plain, 0.9) == []
 
 
 def test_where_nobody_asked_for_margins_there_are_no_closer_looks() -> None:
     made, plain = tried(*((q, tally([(True, 10, 5, 0.0, 1.0)] * 4)) for q in (0.3, 0.5)))
     for _, each in made:
         each.margins.clear()
-        each.moved.clear()
-    assert entries_of("6", made, plain, 0.9) == []
+        each.shifts.clear()
+    assert look_entries("6", made, plain, 0.9) == []
     assert with_looks([]) == []
 
 

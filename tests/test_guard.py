@@ -23,12 +23,10 @@ from isthmus.routing.fallback import ladder
 from isthmus.routing.guard import Guard, Sample
 from isthmus.serving import create_router_app, create_segment_app
 from isthmus.serving.metrics import Metrics
-from isthmus_tools.calibration.calibrate import calibrate
-from isthmus_tools.calibration.inputs import files_in, open_source
-from isthmus_tools.calibration.running import runs_here
+from isthmus_tools.calibration.calibrate import CalibrationSpec, calibrate
+from isthmus_tools.calibration.inputs import list_files, open_source
 from support.bundles import (
     Published,
-    cache_of,
     metrics,
     photo,
     ready,
@@ -38,6 +36,7 @@ from support.bundles import (
     until,
 )
 from support.bundles import photos as photos
+from support.executors import executor_of
 from support.patience import LONG_S, eventually
 
 GOOD, BAD = "int8/1", "sparse/2@0"
@@ -191,17 +190,12 @@ def test_inputs_that_drift_from_the_calibration_make_it_step_down(
     data.mkdir()
     for seed in range(60):
         np.save(data / f"{seed}.npy", gradient(seed))
-    settings = segment_settings(original, tmp_path / "cache")
+    choices = [Choice("transform/4", 0.5), Choice("int8/1")]
     made = calibrate(
-        original.bundle,
-        open_source(original.bundle, files_in(data), "gradients", 60),
-        runs_here(original.digest, cache_of(original, tmp_path / "cache"), settings),
+        executor_of(original, tmp_path / "cache"),
+        open_source(original.bundle, list_files(data), "gradients", 60),
+        CalibrationSpec(["1"], 60, 0.95, measure_for(original.bundle), choices),
         tmp_path,
-        cuts=["1"],
-        count=60,
-        limit=0.95,
-        measure=measure_for(original.bundle),
-        choices=[Choice("transform/4", 0.5), Choice("int8/1")],
     )
     assert offered(made.fidelity, "1")[0].codec == "transform/4"
     original.registry.publish(made.bundle, made.files, alias="prod")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,22 +10,23 @@ from typing import Any
 import numpy as np
 import pytest
 
+from isthmus.arrays import Array
 from isthmus.artifacts.agreement import Measure, measure_for
 from isthmus.artifacts.choice import RAW, Choice
 from isthmus.artifacts.fidelity import Entry, Fidelity, offered
 from isthmus.pipeline import HttpHop
 from isthmus.processing.image import MAX_PIXELS
 from isthmus.runtime.tables import Tables, tables_of
-from isthmus.wire.frame import Frame
-from isthmus_tools.calibration import sending
-from isthmus_tools.calibration.calibrate import Calibrated, calibrate
-from isthmus_tools.calibration.inputs import files_in, open_source
-from isthmus_tools.calibration.running import runs_here
+from isthmus_tools.calibration.calibrate import Calibrated, CalibrationSpec, calibrate
+from isthmus_tools.calibration.inputs import list_files, open_source
+from isthmus_tools.calibration.scoring import CodecSender, Transmission
 from isthmus_tools.planner.examples import Example as Tried
 from isthmus_tools.planner.examples import from_photos
-from support.bundles import Published, cache_of, photo, publish_photos, segment_settings
+from support.bundles import Published, photo, publish_photos
+from support.executors import executor_of
 
 QUALITIES = (0.6, 0.8, 1.0)
+_send = CodecSender.send
 
 
 @dataclass(frozen=True)
@@ -50,16 +52,12 @@ def calibrated(photos: Published, folder: Path, measure: Measure) -> Calibrated:
         rng = np.random.default_rng(seed)
         pixels = rng.uniform(-1, 1, (3, 1, 1)) + 0.2 * rng.standard_normal((3, 8, 8))
         np.save(data / f"{seed}.npy", np.clip(pixels, -1, 1)[None].astype(np.float32))
+    choices = [RAW, Choice("int8/1"), *(Choice("transform/4", q) for q in QUALITIES)]
     return calibrate(
-        photos.bundle,
-        open_source(photos.bundle, files_in(data), "colours", 100),
-        runs_here(photos.digest, cache_of(photos, folder), segment_settings(photos, folder)),
+        executor_of(photos, folder),
+        open_source(photos.bundle, list_files(data), "colours", 100),
+        CalibrationSpec(["6"], 100, 0.97, measure, choices),
         folder,
-        cuts=["6"],
-        count=100,
-        limit=0.97,
-        measure=measure,
-        choices=[RAW, Choice("int8/1"), *(Choice("transform/4", q) for q in QUALITIES)],
     )
 
 
@@ -69,7 +67,7 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Known:
     photos = publish_photos(folder / "model")
     # Frames' headers of half a kB weigh more than this model's tensors; those of a model worth splitting do not.
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(sending, "encode_parts", payloads)
+        patched.setattr(CodecSender, "send", without_header)
         made = calibrated(photos, folder, measure_for(photos.bundle))
     version = photos.registry.publish(made.bundle, made.files, alias="prod")
     published = replace(photos, bundle=made.bundle, version=version.version, digest=version.digest)
@@ -77,9 +75,9 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Known:
     return Known(published, made.fidelity, chain)
 
 
-def payloads(frame: Frame) -> list[bytes | memoryview]:
-    """A frame without its header."""
-    return [*(a.tobytes() for a in frame.tensors.values()), *(p.payload for p in frame.encoded.values())]
+def without_header(sender: CodecSender, tensors: Mapping[str, Array]) -> Transmission:
+    sent = _send(sender, tensors)
+    return replace(sent, frame_bytes=sent.payload_bytes)
 
 
 def shown(known: Known) -> list[Tried]:

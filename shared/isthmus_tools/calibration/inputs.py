@@ -1,9 +1,9 @@
-"""Inputs to calibrate and score with: photos or arrays in a folder, read one at a time, never all at once."""
+"""Inputs for calibration: photos or arrays in files, read one at a time."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,31 +18,32 @@ from isthmus.processing.media import looks_like_image
 from isthmus_tools import array_files
 
 MAX_FILES = 100_000
-LEAST = 16
-"""Inputs below which nothing is measured: half of them calibrate, and eight say little about a share of 99%."""
+MIN_INPUTS = 16
+"""Half of the inputs calibrate; agreement measured on fewer than the other eight would say next to nothing."""
 
+# Smaller crops would often leave the subject of a photo out.
 _MIN_CROP = 0.4
 
 
 @dataclass(frozen=True)
-class Example:
-    """One input of the model; those of one `group` (a file) are alike, and never on both sides of the split."""
+class CalibrationInput:
+    """One input of the model; inputs of one `group`, a file, are alike and stay on one side of the split."""
 
     group: str
     arrays: dict[str, Array]
 
 
-class Source(Protocol):
-    """Where inputs come from."""
+class InputSource(Protocol):
+    """A data set for calibration."""
 
     @property
     def name(self) -> str:
-        """What documents call it."""
+        """The data set's name in fidelity documents."""
         ...
 
     @property
-    def made(self) -> str:
-        """How many inputs come of one file, and how."""
+    def method(self) -> str:
+        """How inputs are derived from a file, and how many."""
         ...
 
     @property
@@ -50,31 +51,31 @@ class Source(Protocol):
         """The files, each a group."""
         ...
 
-    def examples(self, files: Sequence[Path], count: int) -> Iterator[Example]:
-        """About `count` inputs from `files`, the same ones each time, read as they are asked for."""
+    def examples(self, files: Sequence[Path], count: int) -> Iterator[CalibrationInput]:
+        """About `count` inputs from `files`, the same in every call, read on demand."""
         ...
 
 
-def open_source(bundle: Bundle, files: Sequence[Path], name: str, count: int, seed: int = 0) -> Source:
-    """The source that `files` are: all photos, or all arrays.
+def open_source(bundle: Bundle, files: Sequence[Path], name: str, count: int, seed: int = 0) -> InputSource:
+    """The data set of `files`, all photos or all arrays; other files are skipped.
 
     Raises:
-        CalibrationError: neither, both, too few, or photos for a model that takes none.
+        CalibrationError: neither kind, both, too few files, or photos for a model without pre-processing.
     """
     usable = [(path, kind) for path in files if (kind := _kind(path))]
     kinds = {kind for _, kind in usable}
     paths = [path for path, _ in usable]
     if len(kinds) != 1 or len(paths) < 2:
-        what = "both photos and arrays" if len(kinds) > 1 else f"{len(paths)} photos or arrays"
+        content = "both photos and arrays" if len(kinds) > 1 else f"{len(paths)} photos or arrays"
         raise CalibrationError(
-            f"{name} holds {what} among {len(files)} files; two files of one kind are the least",
+            f"{name} holds {content} among {len(files)} files; two files of one kind are the least",
             source=name,
             files=len(files),
             usable=len(paths),
             hint="photos (JPEG, PNG, …), or arrays as .npy or .npz files named after the model's inputs",
         )
     if kinds == {"arrays"}:
-        return Arrays(bundle, name, paths)
+        return ArraySource(bundle.inputs, name, paths)
     if bundle.preprocess is None:
         raise CalibrationError(
             f"{bundle.name} declares no pre-processing of photos, and {name} holds photos",
@@ -82,103 +83,105 @@ def open_source(bundle: Bundle, files: Sequence[Path], name: str, count: int, se
             source=name,
             hint="give arrays: .npy or .npz files named after the model's inputs",
         )
-    taken = next(s for s in bundle.inputs if s.name == bundle.preprocess["input"])
-    return Photos(bundle.preprocess, taken, name, paths, count, seed)
+    from isthmus.processing.photo import model_input  # Pillow, for models of photos
+
+    return PhotoSource(lambda photo: model_input(bundle, photo), name, paths, count, seed)
 
 
-def files_in(folder: Path) -> list[Path]:
-    """The files of a folder, hidden ones left out, by name.
+def list_files(folder: Path) -> list[Path]:
+    """The files below a folder by name, hidden ones left out.
 
     Raises:
-        CalibrationError: no such folder, or it holds too many files.
+        CalibrationError: no such folder, or more than MAX_FILES files.
     """
     try:
-        found = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+        files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
     except OSError as e:
         raise CalibrationError(f"{folder} cannot be read: {e.strerror}", source=str(folder)) from e
-    if not folder.is_dir() or not found:
+    if not folder.is_dir() or not files:
         raise CalibrationError(f"{folder} is no folder with files in it", source=str(folder))
-    if len(found) > MAX_FILES:
+    if len(files) > MAX_FILES:
         raise CalibrationError(f"{folder} holds more than {MAX_FILES} files", source=str(folder), limit=MAX_FILES)
-    return found
+    return files
 
 
-def split(source: Source, count: int, seed: int = 0) -> tuple[list[Path], list[Path]]:
-    """The files that calibrate and those held out: one half each, drawn by `seed`, so that no file is on both sides."""
+def split(source: InputSource, count: int, seed: int = 0) -> tuple[list[Path], list[Path]]:
+    """Random halves of the files: calibrating and held out, so that no file is on both sides."""
     files = [source.files[i] for i in np.random.default_rng(seed).permutation(len(source.files))]
     files = files[: max(2, count)]
     half = len(files) // 2
     return files[:half], files[half:]
 
 
-class Photos:
-    """Photos through the bundle's pre-processing: each whole, then random parts of it, about half of them mirrored."""
+class PhotoSource:
+    """Photos after pre-processing: each one whole, then random crops, about half of them mirrored.
+
+    `to_input` makes the model's input of a photo's bytes, as `processing.photo.model_input`.
+    """
 
     def __init__(
         self,
-        spec: Mapping[str, Any],
-        taken: TensorSpec,
+        to_input: Callable[[bytes], dict[str, Array]],
         name: str,
         files: Sequence[Path],
         count: int = 0,
         seed: int = 0,
     ) -> None:
         self.name, self.files = name, files
-        self._spec, self._input, self._seed = spec, taken, seed
+        self._to_input, self._seed = to_input, seed
         each = max(1, -(-count // len(files)))
-        self.made = (
+        self.method = (
             "one of each file"
             if each == 1
             else f"up to {each} of each file: all of it, then parts of {_MIN_CROP:.0%} of its sides or more"
         )
 
-    def examples(self, files: Sequence[Path], count: int) -> Iterator[Example]:
-        """See `Source.examples`."""
-        from isthmus.processing.image import MAX_PIXELS, decode, preprocess  # Pillow, on use
+    def examples(self, files: Sequence[Path], count: int) -> Iterator[CalibrationInput]:
+        """See `InputSource.examples`."""
+        from isthmus.processing.image import MAX_PIXELS, decode  # Pillow, on use
 
         for i, path in enumerate(files):
-            number = count // len(files) + (i < count % len(files))
-            if not number:
+            crops = count // len(files) + (i < count % len(files))
+            if not crops:
                 continue
             rng = np.random.default_rng([self._seed, *path.name.encode()])
             try:
                 photo = decode(path.read_bytes(), max_pixels=MAX_PIXELS)
-                for n in range(number):
-                    # As a bitmap, since pre-processing starts from a file's bytes.
+                for n in range(crops):
+                    # As a lossless file: pre-processing starts from a file's bytes.
                     data = io.BytesIO()
-                    (photo if n == 0 else _part(photo, rng)).save(data, "BMP")
-                    array = preprocess(data.getvalue(), self._spec, input=self._input, max_pixels=MAX_PIXELS)
-                    yield Example(str(path), {self._input.name: array})
+                    (photo if n == 0 else _random_crop(photo, rng)).save(data, "BMP")
+                    yield CalibrationInput(str(path), self._to_input(data.getvalue()))
             except (RequestError, ShapeMismatch, OSError) as e:
                 raise CalibrationError(f"{path} cannot be used: {e}", file=str(path)) from e
 
 
-class Arrays:
+class ArraySource:
     """Arrays in files: .npz by the inputs' names, .npy for a model of one input; one axis more counts inputs."""
 
-    made = "one of each row, or of each file"
+    method = "one of each row, or of each file"
 
-    def __init__(self, bundle: Bundle, name: str, files: Sequence[Path]) -> None:
+    def __init__(self, specs: tuple[TensorSpec, ...], name: str, files: Sequence[Path]) -> None:
         self.name, self.files = name, files
-        self._specs = bundle.inputs
+        self._specs = specs
 
-    def examples(self, files: Sequence[Path], count: int) -> Iterator[Example]:
-        """See `Source.examples`; fewer where the files hold fewer."""
+    def examples(self, files: Sequence[Path], count: int) -> Iterator[CalibrationInput]:
+        """See `InputSource.examples`; fewer where the files hold fewer."""
         each = -(-count // len(files))
-        left = count
+        remaining = count
         for path in files:
-            for arrays in self._rows(path, min(each, left)):
-                left -= 1
-                yield Example(str(path), arrays)
+            for arrays in self._rows(path, min(each, remaining)):
+                remaining -= 1
+                yield CalibrationInput(str(path), arrays)
 
-    def _rows(self, path: Path, most: int) -> Iterator[dict[str, Array]]:
-        found = _load(path, self._specs)
-        stacked = {s.name: found[s.name].ndim == len(s.shape) + 1 for s in self._specs if s.name in found}
-        rows = {found[name].shape[0] for name, is_stack in stacked.items() if is_stack}
+    def _rows(self, path: Path, limit: int) -> Iterator[dict[str, Array]]:
+        loaded = _load(path, self._specs)
+        stacked = {s.name: loaded[s.name].ndim == len(s.shape) + 1 for s in self._specs if s.name in loaded}
+        rows = {loaded[name].shape[0] for name, is_stack in stacked.items() if is_stack}
         if len(rows) > 1:
             raise CalibrationError(f"{path} holds {sorted(rows)} rows of its arrays", file=str(path), rows=sorted(rows))
-        for i in range(min(most, rows.pop()) if rows else 1):
-            arrays = {name: array[i] if stacked.get(name) else array for name, array in found.items()}
+        for i in range(min(limit, rows.pop()) if rows else 1):
+            arrays = {name: array[i] if stacked.get(name) else array for name, array in loaded.items()}
             try:
                 check_tensors(self._specs, arrays)
             except ShapeMismatch as e:
@@ -212,10 +215,10 @@ def _kind(path: Path) -> str:
         return ""
 
 
-def _part(photo: Any, rng: np.random.Generator) -> Any:
-    """A random part of a photo, of its own aspect, mirrored half of the time."""
+def _random_crop(photo: Any, rng: np.random.Generator) -> Any:
+    """A random part of a photo with its aspect ratio, mirrored half of the time."""
     share = rng.uniform(_MIN_CROP, 1.0)
     width, height = max(1, round(photo.width * share)), max(1, round(photo.height * share))
     left, top = rng.integers(0, photo.width - width + 1), rng.integers(0, photo.height - height + 1)
     part = photo.crop((left, top, left + width, top + height))
-    return part.transpose(0) if rng.random() < 0.5 else part  # 0: left and right change places
+    return part.transpose(0) if rng.random() < 0.5 else part  # 0 is Pillow's FLIP_LEFT_RIGHT

@@ -12,7 +12,7 @@ from isthmus.artifacts.agreement import TOP1, Measure
 from isthmus.codecs.choice import is_activation
 from isthmus.errors import CalibrationError
 from isthmus.pipeline.agreement import are_probabilities
-from isthmus_tools.calibration.crossing import Crossing, Run
+from isthmus_tools.calibration.boundary import Boundary, SegmentExecutor, Spool
 from isthmus_tools.calibration.fisher import (
     MAX_SECONDS,
     Loss,
@@ -22,7 +22,6 @@ from isthmus_tools.calibration.fisher import (
     measure_sensitivity,
 )
 from isthmus_tools.calibration.rate_distortion import learn_table
-from isthmus_tools.calibration.spool import Spool
 from isthmus_tools.progress import Progress, silent
 
 # Masks, constants and flags: exact codecs make them smaller than a table would.
@@ -31,9 +30,9 @@ _MAX_VALUES_PER_SAMPLE = 4096
 
 
 def learn_tables(
-    crossings: Sequence[Crossing],
+    boundaries: Sequence[Boundary],
     spool: Spool,
-    run: Run,
+    executor: SegmentExecutor,
     measure: Measure,
     progress: Progress = silent,
     *,
@@ -45,22 +44,21 @@ def learn_tables(
     """
     tables: TensorTables = {}
     skipped: dict[str, str] = {}
-    loss = _loss(measure, spool.answer)
-    for crossing in crossings:
-        outputs = {s.name for segment in crossing.tail for s in segment.outputs}
-        in_tail = measure.output in outputs
-        crossed = spool.crossed(crossing.cut)
-        shuffled, order = crossed.scattered()
+    loss = _loss(measure, spool.prediction)
+    for boundary in boundaries:
+        in_tail = any(s.name == measure.output for segment in boundary.tail for s in segment.outputs)
+        samples = spool.samples(boundary.cut)
+        shuffled, order = samples.shuffled()
         sensitivities: dict[str, Sensitivity] = {}
-        for tensor in (s.name for s in crossing.tensors if is_activation(s)):
+        for tensor in (s.name for s in boundary.tensors if is_activation(s)):
             if tensor in tables or tensor in skipped:
                 continue
-            if reason := _no_activation(crossed.tensor(tensor)):
+            if reason := _no_activation(samples.tensor(tensor)):
                 skipped[tensor] = reason
                 continue
             try:
                 estimate = measure_sensitivity(
-                    partial(crossing.after, run),
+                    partial(boundary.tail_outputs, executor),
                     shuffled,
                     tensor,
                     output=measure.output if in_tail else None,
@@ -71,7 +69,7 @@ def learn_tables(
                     stage=f"learning {tensor}",
                 )
                 sensitivities[tensor] = estimate.in_order(order)
-                tables[tensor] = learn_table(crossed.tensor(tensor), sensitivities[tensor])
+                tables[tensor] = learn_table(samples.tensor(tensor), sensitivities[tensor])
             except CalibrationError as e:
                 skipped[tensor] = e.message
         equalise_steps(tables, sensitivities)

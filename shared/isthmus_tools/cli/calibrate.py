@@ -68,7 +68,7 @@ def calibrate(
     Example: `isthmus calibrate efficientnet-lite0 --data photos --cut 65`
     """
     from isthmus.registry.registry import check_alias
-    from isthmus_tools.calibration.inputs import files_in
+    from isthmus_tools.calibration.inputs import list_files
     from isthmus_tools.usecases import calibrate as use_case
 
     with errors(as_json):
@@ -76,7 +76,7 @@ def calibrate(
             check_alias(alias)
         request = use_case.CalibrateRequest(
             model=model,
-            files=varied_photos() if data == PHOTOS else files_in(Path(data)),
+            files=varied_photos() if data == PHOTOS else list_files(Path(data)),
             data=data,
             registry=registry_settings(registry),
             cuts=[*(at or []), *(old_at or [])],

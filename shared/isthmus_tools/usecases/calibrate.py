@@ -15,9 +15,9 @@ from isthmus.registry import Resolved, open_cache, open_registry
 from isthmus.registry.registry import check_alias
 from isthmus.settings import RegistrySettings, SegmentSettings
 from isthmus_tools.calibration import calibrate as calibration
-from isthmus_tools.calibration.calibrate import Calibrated
+from isthmus_tools.calibration.boundary import SegmentExecutor
+from isthmus_tools.calibration.calibrate import Calibrated, CalibrationSpec
 from isthmus_tools.calibration.inputs import open_source
-from isthmus_tools.calibration.running import runs_here
 from isthmus_tools.progress import Progress, silent
 from isthmus_tools.usecases.publication import Publication, publish_version
 
@@ -71,16 +71,14 @@ def calibrate(request: CalibrateRequest, progress: Progress = silent) -> Calibra
     model = store.resolve(request.model)
     bundle = model.bundle
     with tempfile.TemporaryDirectory(prefix="isthmus-") as folder:
+        cuts = [name for text in request.cuts for name in bundle.cut_names(text)] or sorted(bundle.cuts)
+        measure = measure_for(bundle, request.classes, request.tolerance)
         calibrated = calibration.calibrate(
-            bundle,
+            SegmentExecutor(model.digest, bundle, open_cache(settings, store), settings),
             open_source(bundle, request.files, request.data, request.inputs),
-            runs_here(model.digest, open_cache(settings, store), settings),
+            CalibrationSpec(cuts, request.inputs, request.limit, measure),
             Path(folder),
-            cuts=[name for text in request.cuts for name in bundle.cut_names(text)] or sorted(bundle.cuts),
-            count=request.inputs,
-            limit=request.limit,
-            measure=measure_for(bundle, request.classes, request.tolerance),
-            progress=progress,
+            progress,
         )
         publication = publish_version(
             store, calibrated.bundle, calibrated.files, request.alias, before=model, drop_plan=request.drop_plan

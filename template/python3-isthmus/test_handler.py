@@ -1,4 +1,4 @@
-"""With TEST_ENABLED=true: what every image must pass, whatever tests its function brings."""
+"""With TEST_ENABLED=true: the test of every image, beside the tests of its function."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""The template in a process of its own, around a handler that a test writes; and its modules, one by one."""
+"""The template in a process of its own, around a handler that a test writes."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -10,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 
 import urllib3
 
@@ -35,16 +33,6 @@ def served(handler: str, home: Path, **environment: str) -> Iterator[int]:
             yield port
         finally:
             process.kill()
-
-
-def module(name: str) -> ModuleType:
-    """A module of the template."""
-    spec = importlib.util.spec_from_file_location(f"template_{name}", TEMPLATE / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
 
 
 def _answers(port: int) -> bool:

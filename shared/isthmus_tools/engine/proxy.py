@@ -27,8 +27,8 @@ MAX_HEADER_BYTES = 1 << 16
 UPSTREAM_TIMEOUT_S = 60.0
 
 _READ_BYTES = 1 << 20
-# A function's server closes an idle connection after 120 s; one that is about to be closed must not be used.
-_KEEP_IDLE_S = 30.0
+# Below the template's IDLE_S: a connection that its server is about to close must not be reused.
+_KEEP_IDLE_S = 10.0
 _NO_TIMEOUT = aiohttp.ClientTimeout(total=None)  # the proxied request has its own
 _RESET = struct.pack("ii", 1, 0)
 _PROXY = {INTERNAL: "proxy"}

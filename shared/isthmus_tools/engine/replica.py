@@ -29,7 +29,8 @@ _OF_BOTO3 = "AWS_"
 """What boto3's variables start with: the functions find the S3 keys where commands do."""
 OF_THE_IMAGE = {
     "PYTHONUNBUFFERED": "1",
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=33554432"
+    ":glibc.malloc.trim_threshold=134217728",
     "OPENBLAS_NUM_THREADS": "1",
     "ORT_DISABLE_TELEMETRY": "1",
 }

@@ -1,6 +1,6 @@
 """Read stack.yml as faas-cli does, but refuse the keys that faas-cli would silently ignore.
 
-Source: docs/local.md, "stack.yml".
+Source: docs/how-to/local.md, "stack.yml".
 """
 
 from __future__ import annotations

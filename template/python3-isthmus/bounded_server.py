@@ -1,0 +1,185 @@
+"""waitress by its settings, with bounds on requests that are still arriving.
+
+waitress calls the app once a request has been received whole. Until then the sockets given to waitress
+hold the bounds: bytes of a request, bytes of all requests together, time for a request to arrive. Refusals have the
+JSON of the functions' own errors. docs/how-to/deployment.md, "What bounds a request", lists all bounds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import resource
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from waitress.server import create_server  # type: ignore[import-untyped]
+
+RETRY_AFTER_S = 1
+MAX_CONNECTIONS = 4096
+BACKLOG = 1024
+FRAMING_BYTES = 2**20  # request line, headers and chunk lines, beside the body
+# Longer than any client here keeps an idle connection: 0.5 s the watchdog, 10 s the local engine. A
+# request on a connection that the server is about to close would fail.
+IDLE_S = 15
+RECV_BYTES = 256 * 1024  # measured at bodies of 1.2 MB: 64 KiB and 1 MiB are slower
+
+
+def error_body(message: str, kind: str, **facts: Any) -> bytes:
+    """An error as the functions' own are rendered."""
+    return json.dumps({"error": message, "type": kind, "facts": facts}).encode()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on requests that are not answered yet.
+
+    Units: bytes of a request's body and of all bodies in memory, seconds from a request's first byte to its last.
+    """
+
+    body_bytes: int
+    total_bytes: int
+    receive_s: float
+
+    @classmethod
+    def of(cls, body_bytes: int, working_bytes: int, receive_s: float) -> Limits:
+        """Half of `working_bytes` for bodies that are received, as the app counts bodies in work by itself."""
+        # The least total has room for a body of the largest size, as counted by `BoundedConnection`.
+        return cls(body_bytes, max(working_bytes // 2, body_bytes * 3 // 2 + 2 * FRAMING_BYTES), receive_s)
+
+
+class Admission:
+    """The bytes of all unanswered requests, bounded together."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self._used = 0
+        self._lock = threading.Lock()
+
+    def add(self, count: int) -> bool:
+        """Count bytes, a negative count included; False where the bound would be exceeded."""
+        with self._lock:
+            if count > 0 and self._used + count > self.limits.total_bytes:
+                return False
+            self._used += count
+            return True
+
+
+class BoundedConnection(socket.socket):
+    """A connection that counts bytes received since the last response, and refuses requests over the limits."""
+
+    def __init__(self, accepted: socket.socket, admission: Admission) -> None:
+        super().__init__(accepted.family, accepted.type, accepted.proto, accepted.detach())
+        self._admission = admission
+        self._received = self._counted = 0
+        self._began = 0.0
+
+    def recv(self, size: int, flags: int = 0, /) -> bytes:
+        """Receive bytes; empty after a refusal, so that waitress closes the connection."""
+        data = super().recv(size, flags)
+        if not self._received:
+            self._began = time.monotonic()
+        self._received += len(data)
+        if refusal := self._refusal(len(data)):
+            with contextlib.suppress(OSError):
+                super().send(refusal)
+            return b""
+        return data
+
+    def send(self, data: Any, flags: int = 0, /) -> int:
+        """Send bytes of a response: its request has arrived whole, and counts no longer."""
+        self._forget()
+        return super().send(data, flags)
+
+    def close(self) -> None:
+        """Close; bytes received count no longer."""
+        self._forget()
+        super().close()
+
+    def _forget(self) -> None:
+        if self._received:
+            self._admission.add(-self._counted)
+            self._received = self._counted = 0
+
+    def _refusal(self, count: int) -> bytes:
+        limits = self._admission.limits
+        if self._received > limits.body_bytes + limits.body_bytes // 8 + FRAMING_BYTES:
+            text = f"the body has more than {limits.body_bytes} bytes"
+            return _response("413 Content Too Large", text, "RequestTooLarge", limit=limits.body_bytes)
+        if time.monotonic() - self._began > limits.receive_s:
+            return _response(
+                "408 Request Timeout", f"the request did not arrive within {limits.receive_s:g} s", "DeadlineExceeded"
+            )
+        charge = (
+            count + count // 8
+        )  # waitress collects a body in a BytesIO, and a growing BytesIO reserves an eighth more
+        if not self._admission.add(charge):
+            text = f"all requests that are being received may take {limits.total_bytes} bytes together; try again"
+            return _response("429 Too Many Requests", text, "Overloaded", retry_after_s=RETRY_AFTER_S)
+        self._counted += charge
+        return b""
+
+
+class BoundedListener(socket.socket):
+    """A listening socket whose connections are bounded together."""
+
+    def __init__(self, listening: socket.socket, limits: Limits) -> None:
+        super().__init__(listening.family, listening.type, listening.proto, listening.detach())
+        self._admission = Admission(limits)
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """Accept a connection; its peer has `receive_s` to acknowledge bytes of a response."""
+        accepted, address = super().accept()
+        # waitress has no timeout for a worker that waits for its peer to read, so the kernel closes that connection.
+        patience_ms = max(1, int(self._admission.limits.receive_s * 1000))
+        accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience_ms)
+        return BoundedConnection(accepted, self._admission), address
+
+
+def listen(host: str, port: int, limits: Limits) -> BoundedListener:
+    """Bind and listen.
+
+    Raises:
+        OSError: the address is in use, or not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return BoundedListener(socket.create_server((host, port), family=family, backlog=BACKLOG), limits)
+
+
+def serve(app: Callable[..., Any], listener: BoundedListener, limits: Limits, threads: int) -> None:
+    """Serve `app` until the process ends."""
+    never = 2**62  # bytes: waitress would write longer bodies to temporary files
+    open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    descriptors = open_files if open_files != resource.RLIM_INFINITY else 2 * MAX_CONNECTIONS
+    create_server(
+        app,
+        sockets=[listener],
+        threads=threads,
+        backlog=BACKLOG,
+        # Half of the open files are the app's: segments, connections to hops.
+        connection_limit=max(256, 4 * threads, min(MAX_CONNECTIONS, descriptors // 2)),
+        channel_timeout=math.ceil(limits.receive_s) + IDLE_S,
+        cleanup_interval=5,
+        recv_bytes=RECV_BYTES,
+        max_request_body_size=never,  # bounded by the sockets, whose refusal is JSON
+        inbuf_overflow=never,
+        outbuf_overflow=never,
+        # Responses above this wait for their peer in a worker: only a client that pipelines requests comes to that.
+        outbuf_high_watermark=limits.body_bytes,
+        asyncore_use_poll=True,  # select() ends at file descriptor 1023
+        log_socket_errors=False,  # with a traceback for each client that has gone
+        ident=None,
+        clear_untrusted_proxy_headers=True,
+    ).run()
+
+
+def _response(status: str, message: str, kind: str, **facts: Any) -> bytes:
+    body = error_body(message, kind, **facts)
+    retry = f"Retry-After: {facts['retry_after_s']}\r\n" if "retry_after_s" in facts else ""
+    head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n{retry}"
+    return head.encode() + b"Connection: close\r\n\r\n" + body

@@ -342,6 +342,36 @@ def test_errors_are_json_for_programs(registry: Path) -> None:
     assert said["facts"]["exists"] == ["small-net"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["cut", "m"], "say where to cut"),
+        (["cut"], "Missing argument"),
+        (["cut", "m", "--nowhere"], "No such option: --nowhere"),
+        (["infer", "--top-k", "none"], "for '--top-k'"),
+    ],
+)
+def test_a_wrong_use_is_json_for_programs_and_a_text_for_people(arguments: list[str], said: str) -> None:
+    result = isthmus(*arguments, "--json")
+    error = json.loads(result.stderr)
+    assert (result.exit_code, result.stdout, error["type"], said in error["error"]) == (2, "", "UsageError", True)
+    assert isthmus(*arguments).stderr.startswith("Usage: ")
+
+
+def test_a_factory_of_an_unknown_package_is_refused_without_torch(tmp_path: Path) -> None:
+    script = """
+import sys
+from isthmus_tools.cli import app
+try:
+    app(["cuts", "nope.module:make"])
+except SystemExit as e:
+    print(e.code, "torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout == "1 False\n"
+    assert "there is no model factory nope.module:make: No module named 'nope'" in done.stderr
+
+
 def test_a_cut_that_leaks_names_the_values(tmp_path: Path) -> None:
     graph = helper.make_graph(
         [

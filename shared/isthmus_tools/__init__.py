@@ -1,1 +1,77 @@
-"""Isthmus's tools: import, cut, calibrate, profile, plan and run split models on an engineer's machine."""
+"""Isthmus's tools: import, cut, calibrate, profile, plan and run split models on an engineer's machine.
+
+The public names load on first use (PEP 562): they stand on onnx, onnxruntime and numpy.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from isthmus_tools.budget import Budget
+    from isthmus_tools.progress import Progress
+    from isthmus_tools.usecases.calibrate import CalibrateRequest, CalibrateResult, calibrate
+    from isthmus_tools.usecases.cut import CutList, CutRequest, CutResult, cut, list_cuts
+    from isthmus_tools.usecases.functions import FunctionUrls, local_functions
+    from isthmus_tools.usecases.local_model import LocalModel
+    from isthmus_tools.usecases.model_import import ImportRequest, import_model
+    from isthmus_tools.usecases.package import PackageRequest, PackageResult, package
+    from isthmus_tools.usecases.plan import PlanRequest, PlanResult, plan
+    from isthmus_tools.usecases.profile import ProfileRequest, ProfileResult, profile
+    from isthmus_tools.usecases.publication import Publication
+    from isthmus_tools.usecases.sources import ModelInputs
+
+_NAMES = {
+    "budget": ("Budget",),
+    "progress": ("Progress",),
+    "usecases.calibrate": ("CalibrateRequest", "CalibrateResult", "calibrate"),
+    "usecases.cut": ("CutList", "CutRequest", "CutResult", "cut", "list_cuts"),
+    "usecases.functions": ("FunctionUrls", "local_functions"),
+    "usecases.local_model": ("LocalModel",),
+    "usecases.model_import": ("ImportRequest", "import_model"),
+    "usecases.package": ("PackageRequest", "PackageResult", "package"),
+    "usecases.plan": ("PlanRequest", "PlanResult", "plan"),
+    "usecases.profile": ("ProfileRequest", "ProfileResult", "profile"),
+    "usecases.publication": ("Publication",),
+    "usecases.sources": ("ModelInputs",),
+}
+_MODULES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
+__all__ = [
+    "Budget",
+    "CalibrateRequest",
+    "CalibrateResult",
+    "CutList",
+    "CutRequest",
+    "CutResult",
+    "FunctionUrls",
+    "ImportRequest",
+    "LocalModel",
+    "ModelInputs",
+    "PackageRequest",
+    "PackageResult",
+    "PlanRequest",
+    "PlanResult",
+    "ProfileRequest",
+    "ProfileResult",
+    "Progress",
+    "Publication",
+    "calibrate",
+    "cut",
+    "import_model",
+    "list_cuts",
+    "local_functions",
+    "package",
+    "plan",
+    "profile",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

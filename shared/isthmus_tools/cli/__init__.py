@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import json
 import logging
 import sys
 from collections.abc import Callable
@@ -43,8 +44,12 @@ COMMANDS = {
 def load(name: str) -> Callable[..., None]:
     """The function of a command, from the module of its name; `import` is no name for a module."""
     module, function = ("importing", "import_model") if name == "import" else (name, name)
-    found: Callable[..., None] = getattr(importlib.import_module(f"isthmus_tools.cli.{module}"), function)
-    return found
+    command: Callable[..., None] = getattr(importlib.import_module(f"isthmus_tools.cli.{module}"), function)
+    return command
+
+
+_UsageError: Any = typer.BadParameter.__base__
+"""The base of unknown options, missing arguments and bad values, which typer does not export."""
 
 
 class _Commands(TyperGroup):
@@ -67,6 +72,18 @@ class _Commands(TyperGroup):
             single.command(cmd_name)(load(cmd_name))
         command = get_command(single)
         return command if isinstance(command, TyperCommand) else None
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; with --json a wrong use of it is a JSON document too."""
+        as_json = "--json" in ctx.args
+        try:
+            return super().invoke(ctx)
+        except _UsageError as e:
+            if not as_json:
+                raise
+            document = {"error": e.format_message(), "type": "UsageError", "facts": {}, "hint": ""}
+            sys.stderr.write(json.dumps(document) + "\n")
+            raise typer.Exit(e.exit_code) from e
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Help with the list of commands."""

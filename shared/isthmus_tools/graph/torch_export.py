@@ -9,7 +9,7 @@ Source: docs.pytorch.org/docs/stable/onnx_export.html.
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.util
 import inspect
 import logging
 import os
@@ -122,6 +122,7 @@ def export_named(
 
 
 def _export(spec: Spec, out: Path, arguments: Callable[[Any, Any], dict[str, Any]], hint: str = "") -> Path:
+    _check_package(spec)
     try:
         import torch
     except ImportError as e:
@@ -277,11 +278,7 @@ def _model(spec: Spec, torch: Any) -> Any:
         create = getattr(importlib.import_module(module), factory)
     # TypeError: importlib's for a name that starts with a dot.
     except (ImportError, AttributeError, ValueError, TypeError) as e:
-        raise ModelError(
-            f"there is no model factory {spec}: {e}",
-            spec=spec,
-            hint="give package.module:factory, importable from here, or a .pt2 file",
-        ) from e
+        raise _no_factory(spec, str(e)) from e
     # The module is the user's code, as the factory is.
     except Exception as e:
         raise ModelError(f"{module} raised {_reason(e)}", spec=spec) from e
@@ -293,6 +290,25 @@ def _model(spec: Spec, torch: Any) -> Any:
     if not isinstance(model, torch.nn.Module):
         raise ModelError(f"{spec} returned a {type(model).__name__}, not an nn.Module", spec=spec)
     return model
+
+
+def _check_package(spec: Spec) -> None:
+    """Refuse a factory of an unknown package before torch is imported, which takes seconds."""
+    if callable(spec) or spec.endswith(".pt2"):
+        return
+    package = spec.partition(":")[0].partition(".")[0]
+    # ValueError: a module that was put into sys.modules without a spec.
+    with _current_folder(), contextlib.suppress(ValueError):
+        if package and importlib.util.find_spec(package) is None:
+            raise _no_factory(spec, f"No module named {package!r}")
+
+
+def _no_factory(spec: str, reason: str) -> ModelError:
+    return ModelError(
+        f"there is no model factory {spec}: {reason}",
+        spec=spec,
+        hint="give package.module:factory, importable from here, or a .pt2 file",
+    )
 
 
 def _dynamic_shapes(

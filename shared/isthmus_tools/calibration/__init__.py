@@ -1,1 +1,1 @@
-"""What codecs learn from inputs, and what was measured of their answers: tables, fidelity, its bounds."""
+"""Calibration: codec tables learned from inputs, and the fidelity of every codec measured on held-out inputs."""

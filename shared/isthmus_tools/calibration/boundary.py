@@ -14,7 +14,7 @@ from isthmus.artifacts.segment_id import WHOLE
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.context import Context
 from isthmus.errors import CalibrationError, Missing
-from isthmus.pipeline import LocalHop, Result, execute, local_route
+from isthmus.pipeline import LocalHop, Result, Route, execute, local_route
 from isthmus.pipeline.agreement import root_mean_square
 from isthmus.registry import SegmentSource
 from isthmus.runtime.store import SegmentStore
@@ -22,12 +22,12 @@ from isthmus.settings import SegmentSettings
 from isthmus.wire import frame as frames
 
 MAX_FRAME_BYTES = 2**31
-# For one execution; the first of a segment loads it, and fetches its weights.
+# Long, since the first execution loads a segment and fetches its weights.
 _MAX_EXECUTION_S = 600.0
 
 
 class SegmentExecutor:
-    """Executes segments of one bundle in this process; segments are loaded on first use."""
+    """Executes segments of a bundle in this process; segments are loaded on first use."""
 
     def __init__(self, digest: str, bundle: Bundle, source: SegmentSource, settings: SegmentSettings) -> None:
         self.bundle = bundle
@@ -45,7 +45,7 @@ class SegmentExecutor:
 
 @dataclass(frozen=True)
 class Boundary:
-    """One cut: the segments of its head and tail, and the tensors that the tail needs, inputs of the model included."""
+    """A cut: the segments of its head and tail, and the tensors that the tail needs, inputs of the model included."""
 
     cut: str
     head: tuple[Segment, ...]
@@ -57,8 +57,8 @@ class Boundary:
         """The boundary at `cut`, of as few segments as the bundle has for its sides.
 
         Raises:
-            Missing: no such cut.
-            CalibrationError: the bundle has no segments to the cut, or none from it.
+            Missing: the bundle has no cut of that name.
+            CalibrationError: the bundle has no segments to the cut, or none from there.
         """
         if cut not in bundle.cuts:
             raise Missing(
@@ -69,12 +69,7 @@ class Boundary:
                 hint=f"publish it with: isthmus cut {bundle.name} --cut …",
             )
         head, tail = _fewest_segments(bundle, "", cut), _fewest_segments(bundle, cut, "")
-        needed: dict[str, TensorSpec] = {}
-        computed: set[str] = set()
-        for segment in tail:
-            needed |= {s.name: s for s in segment.inputs if s.name not in computed and s.name not in needed}
-            computed |= {s.name for s in segment.outputs}
-        return cls(cut, head, tail, tuple(needed.values()))
+        return cls(cut, head, tail, Route("", bundle, tail, ()).inputs)
 
     def select(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
         """The boundary tensors among `tensors`."""
@@ -88,23 +83,20 @@ class Boundary:
 
 
 def _fewest_segments(bundle: Bundle, start: str, stop: str) -> tuple[Segment, ...]:
-    """Breadth-first search for segments from one cut to another; an empty name is an end of the model."""
-    # The whole model leads past every cut.
-    parts = [segment for segment in bundle.segments.values() if segment.id != WHOLE]
-    paths: dict[str, tuple[Segment, ...]] = {}
-    frontier: list[tuple[str, tuple[Segment, ...]]] = [(start, ())]
-    while frontier:
-        reached: list[tuple[str, tuple[Segment, ...]]] = []
-        for cut, path in frontier:
-            for segment in parts:
-                end = segment.id.stop
-                if segment.id.start != cut or end in paths or (not end and stop):
-                    continue
-                paths[end] = (*path, segment)
-                reached.append((end, paths[end]))
-        if stop in paths:
-            return paths[stop]
-        frontier = reached
+    """Breadth-first search for segments between two cuts; an empty name is an end of the model."""
+    queue: list[tuple[str, tuple[Segment, ...]]] = [(start, ())]
+    visited = {start}
+    for cut, path in queue:
+        for segment in bundle.segments.values():
+            end = segment.id.stop
+            # The uncut model passes every cut by; only a tail may end at the model's outputs.
+            if segment.id == WHOLE or segment.id.start != cut or (not end and stop):
+                continue
+            if end == stop:
+                return (*path, segment)
+            if end not in visited:
+                visited.add(end)
+                queue.append((end, (*path, segment)))
     raise CalibrationError(
         f"{bundle.name} has no segments from {start or 'its inputs'} to {stop or 'its outputs'}",
         cut=stop or start,
@@ -114,7 +106,7 @@ def _fewest_segments(bundle: Bundle, start: str, stop: str) -> tuple[Segment, ..
 
 
 class Spool:
-    """Boundary tensors of the calibrating inputs as frames in `folder`, so that memory holds one input at a time."""
+    """Boundary tensors of the calibrating inputs as frames in `folder`, so that memory holds a single input."""
 
     def __init__(self, boundaries: Sequence[Boundary], executor: SegmentExecutor, folder: Path) -> None:
         self._boundaries, self._executor, self._folder = boundaries, executor, folder
@@ -124,11 +116,12 @@ class Spool:
         """The last input's."""
 
     def add(self, inputs: Mapping[str, Array]) -> None:
-        """Execute the head of every boundary on one input, and the tail of the first."""
+        """Execute the head of every boundary on an input, and the tail of the first boundary."""
         for index, boundary in enumerate(self._boundaries):
             tensors = self._executor.execute(boundary.head, inputs).tensors
             if not index:
                 self.prediction = self._executor.execute(boundary.tail, tensors).outputs
+            # As frames: .npy files lose the name of bfloat16.
             frame = frames.Frame(boundary.select(tensors))
             self._path(boundary.cut, self.count).write_bytes(frames.encode(frame))
         for name, array in self.prediction.items():
@@ -150,7 +143,7 @@ class Spool:
 
 @dataclass(frozen=True)
 class BoundarySamples:
-    """Boundary tensors in files, decoded one input at a time; iterates any number of times."""
+    """Boundary tensors in files, decoded on iteration, any number of times."""
 
     paths: Sequence[Path]
 
@@ -164,13 +157,13 @@ class BoundarySamples:
         return BoundarySamples([self.paths[i] for i in order]), order
 
     def tensor(self, name: str) -> TensorSamples:
-        """One tensor of each input."""
+        """A single tensor of each input."""
         return TensorSamples(self, name)
 
 
 @dataclass(frozen=True)
 class TensorSamples:
-    """One boundary tensor, input by input; iterates any number of times."""
+    """A single boundary tensor of every input, decoded on iteration, any number of times."""
 
     samples: BoundarySamples
     name: str

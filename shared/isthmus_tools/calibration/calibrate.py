@@ -18,15 +18,13 @@ from isthmus.artifacts.bundle import Blob, Bundle, digest_of
 from isthmus.artifacts.choice import GRADED, KNOWN, NEVER_CHOSEN, SPARSE_ID, TRANSFORM_ID, Choice
 from isthmus.artifacts.fidelity import Entry, Fidelity, Inputs
 from isthmus.artifacts.fidelity_document import model_digest, to_json
-from isthmus.codecs.rows import read_table
 from isthmus.errors import CalibrationError
 from isthmus.pipeline.agreement import margin
-from isthmus.wire import frame as frames
-from isthmus_tools.calibration.boundary import MAX_FRAME_BYTES, Boundary, SegmentExecutor, Spool
+from isthmus_tools.calibration.boundary import Boundary, SegmentExecutor, Spool
 from isthmus_tools.calibration.closer_looks import look_entries
 from isthmus_tools.calibration.inputs import MIN_INPUTS, InputSource, split
 from isthmus_tools.calibration.scoring import Scorer, Tally, codec_senders, judge_by, monotone
-from isthmus_tools.calibration.tables import learn_tables
+from isthmus_tools.calibration.tables import learn_tables, stored_table
 from isthmus_tools.progress import Progress, silent
 
 # Fifteenths, so that three steps are a closer look's factor of three.
@@ -41,7 +39,7 @@ CHOICES: tuple[Choice, ...] = (
 
 @dataclass(frozen=True)
 class CalibrationSpec:
-    """Parameters of one calibration: `count` inputs in all, and agreement of at least `limit` for a codec on offer."""
+    """Parameters of a calibration: `count` inputs in all, and the least agreement, `limit`, of codecs on offer."""
 
     cuts: Sequence[str]
     count: int
@@ -65,33 +63,36 @@ def calibrate(
 ) -> Calibrated:
     """Learn tables from half of the inputs and score every codec at every cut on the other half.
 
-    `folder` receives the boundary tensors of the calibrating inputs, one file each, and the new content. The result has
-    no plan: its publisher decides whether the former one still holds.
+    `folder` receives the boundary tensors of the calibrating inputs, a file each, and the new content. The result has
+    no plan: its publisher decides whether the former plan still holds.
 
     Raises:
         CalibrationError: the data do not fit the model, or are too few.
-        Missing: no such cut.
+        Missing: the bundle has no cut of that name.
     """
     bundle, measure = executor.bundle, spec.measure
+    # By depth: a tensor that crosses several cuts gets its table at the first.
     boundaries = sorted(
         (Boundary.at(bundle, cut) for cut in dict.fromkeys(spec.cuts)), key=lambda b: bundle.cuts[b.cut].macs_before
     )
     training, held_out = split(source, spec.count)
-    spool = _spool(boundaries, executor, source, training, spec.count // 2, folder, progress)
+    spool = Spool(boundaries, executor, folder)
+    for index, example in enumerate(source.examples(training, spec.count // 2)):
+        progress("running the model", index, spec.count // 2)
+        spool.add(example.arrays)
+    _check_count(source, spool.count, "calibrate")
     if measure.kind == CLOSE:
         measure = replace(measure, scales=spool.scales())
     _check_outputs(bundle, measure, spool.prediction)
-    content = _Content(folder)
+    files: dict[str, Path] = {}
     tables: dict[str, object] = {}
     blobs: dict[str, Blob] = {}
     skipped: dict[str, str] = {}
     if any(choice.codec == TRANSFORM_ID for choice in spec.choices):
         learned, skipped = learn_tables(boundaries, spool, executor, measure, progress)
         for tensor, table in learned.items():
-            data = frames.encode(frames.Frame(table.to_arrays()))
-            blobs[tensor] = content.add(data)
-            # Scored with the table as functions will read it.
-            tables[tensor] = read_table(frames.decode(data, max_bytes=MAX_FRAME_BYTES).tensors)
+            data, tables[tensor] = stored_table(table)
+            blobs[tensor] = _write(data, folder, files)
     references = None
     if bundle.preprocess is not None:
         from isthmus_tools.calibration.references import References  # Pillow, for models of photos
@@ -102,13 +103,7 @@ def calibrate(
     count = spec.count - spec.count // 2
     tallies = scorer.score(source.examples(held_out, count), count, senders, progress)
     scored = max((len(t.bytes) for t in tallies.values()), default=0)
-    if scored < MIN_INPUTS // 2:
-        raise CalibrationError(
-            f"{source.name} leaves {scored} inputs to measure with; {MIN_INPUTS // 2} are the least",
-            source=source.name,
-            inputs=scored,
-            least=MIN_INPUTS,
-        )
+    _check_count(source, scored, "measure")
     entries: list[Entry] = []
     for boundary, tried in senders:
         by_choice = [(sender.choice, tallies[boundary.cut, sender.name]) for sender in tried]
@@ -121,34 +116,21 @@ def calibrate(
         entries=tuple(entries),
         references=references.entries() if references is not None else (),
     )
-    blob = content.add(to_json(fidelity))
-    # Tables of an earlier calibration stay: they still fit the same model.
+    blob = _write(to_json(fidelity), folder, files)
+    # Tables of an earlier calibration stay: they still fit, as the model is the same.
     calibrated = replace(bundle, tables={**bundle.tables, **blobs}, fidelity=blob, plan=None)
-    return Calibrated(calibrated, content.files, fidelity, skipped)
+    return Calibrated(calibrated, files, fidelity, skipped)
 
 
-def _spool(
-    boundaries: Sequence[Boundary],
-    executor: SegmentExecutor,
-    source: InputSource,
-    files: Sequence[Path],
-    count: int,
-    folder: Path,
-    progress: Progress,
-) -> Spool:
-    spool = Spool(boundaries, executor, folder)
-    for done, example in enumerate(source.examples(files, count)):
-        progress("running the model", done, count)
-        spool.add(example.arrays)
-    if spool.count < MIN_INPUTS // 2:
+def _check_count(source: InputSource, count: int, purpose: str) -> None:
+    if count < MIN_INPUTS // 2:
         raise CalibrationError(
-            f"{source.name} gives {spool.count} inputs to calibrate with; {MIN_INPUTS // 2} are the least",
+            f"{source.name} has {count} inputs to {purpose} with; {MIN_INPUTS // 2} are the least",
             source=source.name,
-            inputs=spool.count,
+            inputs=count,
             least=MIN_INPUTS,
             hint="a hundred or more say something about 99%; raise --inputs or add files",
         )
-    return spool
 
 
 def _entries(cut: str, tried: Sequence[tuple[Choice, Tally]], limit: float) -> list[Entry]:
@@ -168,15 +150,8 @@ def _check_outputs(bundle: Bundle, measure: Measure, outputs: Mapping[str, Array
             )
 
 
-class _Content:
-    """New content of a bundle: files named by their digests, in one folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.files: dict[str, Path] = {}
-
-    def add(self, data: bytes) -> Blob:
-        digest = digest_of(data)
-        self.files[digest] = self._folder / digest.partition(":")[2]
-        self.files[digest].write_bytes(data)
-        return Blob(digest, len(data))
+def _write(data: bytes, folder: Path, files: dict[str, Path]) -> Blob:
+    digest = digest_of(data)
+    files[digest] = folder / digest.partition(":")[2]
+    files[digest].write_bytes(data)
+    return Blob(digest, len(data))

@@ -15,7 +15,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -44,7 +43,9 @@ SHRINKAGE = 0.05
 # About the noise of coarse quantiser steps: smaller probes would measure the slope at the clean tensor only.
 _PROBE_DEVIATIONS = 0.3
 _MAX_RUNS = 24_000
+# Random draws in a ring, averaged; every ring costs as many runs.
 _RING_DRAWS = 4
+# Of sequences with hundreds of places, and a run for each.
 _MAX_PLACES = 32
 # In thirteenths of a factor of three: farther, quantiser steps would leave the signed byte of their wire format.
 _MAX_SHIFT = 40
@@ -52,10 +53,10 @@ _MAX_SHIFT = 40
 
 @dataclass(frozen=True, eq=False)
 class Sensitivity:
-    """Divergence of the prediction per unit of noise energy in one boundary tensor.
+    """Divergence of the prediction per unit of noise energy in a boundary tensor.
 
     Shapes: `channels` (C, C) is Jᵀ F J averaged over the plane. `rings` (len(RING_EDGES) + 1,) is the sensitivity to
-    noise of each frequency ring, relative to all; 0 for rings without coefficients. `places`, one array (height *
+    noise of each frequency ring, relative to all; 0 for rings without coefficients. `places`, an array (height *
     width,) for each input, is the sensitivity at each place of a sequence, relative to all; NaN at unprobed places,
     empty for maps. `inputs` and `runs` count the estimate's samples and tail runs.
     """
@@ -95,7 +96,7 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """Probe `tensor` on the first of `inputs`, as many as `max_runs` tail runs and `max_s` seconds allow.
 
-    Each input holds all boundary tensors. Every channel is moved alone, all by one pattern of random signs over the
+    Each input holds all boundary tensors. Every channel is moved alone, all by the same random signs over the
     plane: in expectation the products of the predictions' changes then sum to Jᵀ F J over the plane. `loss` is the kind
     of `output` (of all outputs if None): scores of `classes` or `probabilities`, compared by the Fisher metric
     diag(p) - p pᵀ at the clean prediction; `values` by squares relative to the output's mean square, or to the square
@@ -120,13 +121,13 @@ def measure_sensitivity(
         layout = layout or state_layout(clean) or plane_layout(clean)
         n, c, h, w = layout.sizes(clean.shape)
         planes = layout.forward(clean).astype(np.float64)
-        # A vector's channels have no spread within one input, so deviations are over all inputs so far.
+        # A vector's channels have no spread within an input, so deviations are over all inputs so far.
         sums = sums + np.stack([planes.sum(axis=(0, 1)), np.square(planes).sum(axis=(0, 1))])
         values += n * h * w
         spread = np.sqrt(np.maximum(sums[1] / values - np.square(sums[0] / values), 0))
+        # Channels that are constant so far get a small probe, too.
         amplitudes = _PROBE_DEVIATIONS * np.maximum(spread, 0.1 * float(planes.std()) + 1e-12)
-        prediction = _Prediction(tail(arrays), output, loss, scales or {})
-        change = partial(_change, tail, arrays, tensor, layout, prediction)
+        change = _Probe(tail, arrays, tensor, layout, loss, output, scales or {}).change
 
         signs = rng.choice([-1.0, 1.0], (n, h * w))
         changes = []
@@ -207,7 +208,7 @@ def whitened_basis(covariance: Array, metric: Array) -> Array:
 
 
 def equalise_steps(tables: TensorTables, sensitivities: Mapping[str, Sensitivity]) -> None:
-    """Shift the quantiser steps of several boundary tensors so that one quality costs the same divergence in each.
+    """Shift the quantiser steps of several boundary tensors so that a quality costs the same divergence in each.
 
     Steps are in units of a tensor's own root mean square. The mean shift over all channels is zero. `tables` is changed
     in place, for tensors in `sensitivities`.
@@ -219,25 +220,12 @@ def equalise_steps(tables: TensorTables, sensitivities: Mapping[str, Sensitivity
     }
     if len(levels) < 2:
         return
+    # Weighted by channels, so that the bytes at a quality stay about the same.
     mean = float(np.average(list(levels.values()), weights=[tables[name].channels for name in levels]))
     for name, level in levels.items():
         shift = round(min(max(mean - level, -_MAX_SHIFT), _MAX_SHIFT))
         coarsest, finest = tables[name].steps
         tables[name] = replace(tables[name], steps=(coarsest + shift, finest + shift))
-
-
-def _change(
-    tail: Tail,
-    arrays: Mapping[str, Array],
-    tensor: str,
-    layout: Layout | RowLayout,
-    prediction: _Prediction,
-    planes: Array,
-) -> Array:
-    """Change of the prediction, in the metric, if `planes` replace the tensor's own."""
-    clean = arrays[tensor]
-    array = np.ascontiguousarray(layout.backward(planes, clean.shape).astype(clean.dtype))
-    return prediction.change(tail({**arrays, tensor: array}))
 
 
 def _probe_rings(
@@ -256,7 +244,7 @@ def _probe_rings(
     for ring, (start, stop) in enumerate(itertools.pairwise(transform.starts)):
         if start == stop:
             continue
-        # The energy of one channel's probe in every ring, so that no ring is moved past realistic noise.
+        # The energy of a channel's probe in every ring, so that no ring is moved past realistic noise.
         amplitude = level * np.sqrt(hw / (stop - start) / c)
         for _ in range(_RING_DRAWS):
             coefficients = np.zeros((n, hw, c), np.float32)
@@ -282,22 +270,33 @@ def _probe_places(
     return costs
 
 
-class _Prediction:
-    """A clean prediction, and the distance of another in the metric of the loss."""
+class _Probe:
+    """A tensor of one input and the clean prediction: changes of the prediction in the metric of the loss."""
 
     def __init__(
-        self, outputs: Mapping[str, Array], output: str | None, loss: Loss, scales: Mapping[str, float]
+        self,
+        tail: Tail,
+        arrays: Mapping[str, Array],
+        tensor: str,
+        layout: Layout | RowLayout,
+        loss: Loss,
+        output: str | None,
+        scales: Mapping[str, float],
     ) -> None:
-        names = list(outputs) if output is None else [output]
-        self._clean = {name: _scores(outputs[name], loss) for name in names}
-        self._loss = loss
+        self._tail, self._arrays, self._tensor, self._layout, self._loss = tail, arrays, tensor, layout, loss
+        outputs = tail(arrays)
+        self._clean = {name: _scores(outputs[name], loss) for name in ([output] if output else outputs)}
+        # The last bound is for outputs of zeros.
         self._squares = {
             name: max(float(np.mean(clean**2)), scales.get(name, 0.0) ** 2, 1e-12)
             for name, clean in self._clean.items()
         }
 
-    def change(self, outputs: Mapping[str, Array]) -> Array:
-        """A vector whose squared norm is twice the divergence, or the squared relative error."""
+    def change(self, planes: Array) -> Array:
+        """A vector with a squared norm of twice the divergence, or of the squared relative error, by `planes`."""
+        own = self._arrays[self._tensor]
+        array = np.ascontiguousarray(self._layout.backward(planes, own.shape).astype(own.dtype))
+        outputs = self._tail({**self._arrays, self._tensor: array})
         parts = []
         for name, clean in self._clean.items():
             change = _scores(outputs[name], self._loss) - clean
@@ -314,4 +313,5 @@ class _Prediction:
 
 def _scores(array: Array, loss: Loss) -> Array:
     scores = array.astype(np.float64)
+    # A softmax underflows to 0, of infinite logarithm.
     return np.log(np.maximum(scores, 1e-9)) if loss == "probabilities" else scores

@@ -1,4 +1,4 @@
-"""Inputs for calibration: photos or arrays in files, read one at a time."""
+"""Inputs for calibration: photos or arrays in files, read on demand."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from isthmus.errors import CalibrationError, RequestError, ShapeMismatch
 from isthmus.processing.media import looks_like_image
 from isthmus_tools import array_files
 
+# Ends the listing of a wrong folder, such as a home directory.
 MAX_FILES = 100_000
 MIN_INPUTS = 16
 """Half of the inputs calibrate; agreement measured on fewer than the other eight would say next to nothing."""
@@ -27,7 +28,7 @@ _MIN_CROP = 0.4
 
 @dataclass(frozen=True)
 class CalibrationInput:
-    """One input of the model; inputs of one `group`, a file, are alike and stay on one side of the split."""
+    """An input of the model; inputs of the same `group`, a file, are alike and stay on the same side of the split."""
 
     group: str
     arrays: dict[str, Array]
@@ -36,20 +37,12 @@ class CalibrationInput:
 class InputSource(Protocol):
     """A data set for calibration."""
 
-    @property
-    def name(self) -> str:
-        """The data set's name in fidelity documents."""
-        ...
-
-    @property
-    def method(self) -> str:
-        """How inputs are derived from a file, and how many."""
-        ...
-
-    @property
-    def files(self) -> Sequence[Path]:
-        """The files, each a group."""
-        ...
+    name: str
+    """The data set's name in fidelity documents."""
+    method: str
+    """How inputs are derived from a file, and how many."""
+    files: Sequence[Path]
+    """Each file is a group."""
 
     def examples(self, files: Sequence[Path], count: int) -> Iterator[CalibrationInput]:
         """About `count` inputs from `files`, the same in every call, read on demand."""
@@ -92,7 +85,7 @@ def list_files(folder: Path) -> list[Path]:
     """The files below a folder by name, hidden ones left out.
 
     Raises:
-        CalibrationError: no such folder, or more than MAX_FILES files.
+        CalibrationError: no folder with files, or more than MAX_FILES files.
     """
     try:
         files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
@@ -114,7 +107,7 @@ def split(source: InputSource, count: int, seed: int = 0) -> tuple[list[Path], l
 
 
 class PhotoSource:
-    """Photos after pre-processing: each one whole, then random crops, about half of them mirrored.
+    """Photos after pre-processing: each whole, then random crops, about half of them mirrored.
 
     `to_input` makes the model's input of a photo's bytes, as `processing.photo.model_input`.
     """
@@ -144,6 +137,7 @@ class PhotoSource:
             crops = count // len(files) + (i < count % len(files))
             if not crops:
                 continue
+            # By the file's name: crops must not depend on the files beside.
             rng = np.random.default_rng([self._seed, *path.name.encode()])
             try:
                 photo = decode(path.read_bytes(), max_pixels=MAX_PIXELS)
@@ -157,7 +151,7 @@ class PhotoSource:
 
 
 class ArraySource:
-    """Arrays in files: .npz by the inputs' names, .npy for a model of one input; one axis more counts inputs."""
+    """Arrays in files: .npz by the inputs' names, .npy for a model of a single input; a further axis counts inputs."""
 
     method = "one of each row, or of each file"
 
@@ -219,6 +213,6 @@ def _random_crop(photo: Any, rng: np.random.Generator) -> Any:
     """A random part of a photo with its aspect ratio, mirrored half of the time."""
     share = rng.uniform(_MIN_CROP, 1.0)
     width, height = max(1, round(photo.width * share)), max(1, round(photo.height * share))
-    left, top = rng.integers(0, photo.width - width + 1), rng.integers(0, photo.height - height + 1)
-    part = photo.crop((left, top, left + width, top + height))
+    x, y = rng.integers(0, photo.width - width + 1), rng.integers(0, photo.height - height + 1)
+    part = photo.crop((x, y, x + width, y + height))
     return part.transpose(0) if rng.random() < 0.5 else part  # 0 is Pillow's FLIP_LEFT_RIGHT

@@ -12,12 +12,12 @@ from isthmus.codecs.row_layout import RowLayout
 from isthmus.codecs.table import MAX_CHANNELS
 from isthmus.errors import CalibrationError
 
+# Ratio of roughness above which the unusual axis counts as the channel axis; noise alone differs by less.
 _MIN_CONTRAST = 1.2
-"""Ratio of roughness from which the unusual axis counts as the channel axis."""
 
 
 def plane_layout(array: Array) -> Layout:
-    """Detect the channel axis of tensors such as `array`; the first of two axes or more is the batch.
+    """Detect the channel axis of tensors like `array`; the first of two axes or more is the batch.
 
     Channels lie where neighbours are least alike: (batch, channels, height, width) or channels last; (batch, tokens,
     width) or (batch, channels, time). Without a clear difference maps have channels second, sequences last.
@@ -36,7 +36,7 @@ def plane_layout(array: Array) -> Layout:
 
 
 def row_layout(array: Array, layout: Layout | RowLayout | None = None) -> RowLayout:
-    """Layout of tensors such as `array` as rows: all channels at one place are a row.
+    """Layout of tensors like `array` as rows: all channels at one place are a row.
 
     Raises:
         CalibrationError: no axis, or more than four; or rows too long.
@@ -55,7 +55,7 @@ def row_layout(array: Array, layout: Layout | RowLayout | None = None) -> RowLay
 def state_layout(array: Array) -> RowLayout | None:
     """Layout of a recurrent state (layers, batch of 1, width), None for other shapes.
 
-    Layers differ in distribution, so all of them form one row.
+    Layers differ in distribution, so all layers form a single row.
     """
     if array.ndim != 3 or array.shape[0] < 2 or array.shape[1] != 1 or not 0 < array.size <= MAX_CHANNELS:
         return None
@@ -88,7 +88,7 @@ def root_scale(mean_square: float) -> float:
     Raises:
         CalibrationError: the samples are too large.
     """
-    # Squares of larger samples would overflow float32, in which codecs compute.
+    # Squares of larger samples would overflow the float32 of the codecs.
     if not mean_square < 1e30:
         raise CalibrationError("the samples are too large to be learned", energy=mean_square)
     return float(np.float32(math.sqrt(mean_square))) if mean_square > 1e-20 else 1.0

@@ -1,6 +1,6 @@
 """Choose a tensor's table (planes, or rows in some number of clusters) by its rate at fixed distortion.
 
-Candidates are learned on most samples and compared on the others by bytes at equal distortion of the prediction, an
+Candidates are learned on most samples and compared on the rest by bytes at equal distortion of the prediction, an
 operational rate-distortion curve. Source: Ortega and Ramchandran, "Rate-Distortion Methods for Image and Video
 Compression", IEEE Signal Process. Mag. 15 (1998); docs/explanation/calibration.md, "Forms".
 """
@@ -28,32 +28,33 @@ from isthmus_tools.calibration.rows import RowModel, Rows, learn_rows
 from isthmus_tools.calibration.transforms import STEPS, learn_planes
 
 _SMALL_COUNTS = (4, 16, 64)
-# Tried in order while each beats the one before: learning many clusters takes seconds.
+# Tried in order while each beats the count before: learning many clusters takes seconds.
 _LARGE_COUNTS = tuple(k for k in CLASSES if k > 64)
 _MIN_ROWS_PER_CLUSTER = 2
-# Between rows and clusters, in one iteration: a second or two.
+# Between rows and clusters, in an iteration: a second or two.
 _MAX_DISTANCES = 2**27
 # Share of the bytes that doubling the clusters must save: the table doubles, too.
 _MIN_GAIN = 0.001
-# Without a ridge, and with one for few samples, whose rotation would not fit other inputs.
+# A ridge helps where samples are few and their plain rotation would not fit other inputs.
 _RIDGES = (0.0, 0.3)
-# The last of so many samples are held out in one run: neighbours in a stream are alike, so no random ones.
+# The last of so many samples are held out as a block: neighbours in a stream are alike, so random samples would leak.
 _HELD_OUT = 4
+# Every candidate codes all held-out samples at every quality.
 _MAX_HELD_OUT = 32
 _QUALITIES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)
 # Squares of relative errors of 10%, 5% and 2%; of classes, twice the divergence.
 _DISTORTIONS = (0.01, 0.0025, 0.0004)
-# Of `_QUALITIES`: distortions beyond those that these reach would compare extrapolated rates.
+# Of `_QUALITIES`: distortions outside their range would compare extrapolated rates.
 _COMPARED = slice(1, 5)
-# Beyond, learning one candidate takes minutes.
+# Beyond, learning a candidate takes minutes.
 _MAX_CHANNELS = 1024
 
 
 def learn_table(samples: Iterable[Array], sensitivity: Sensitivity) -> Table | RowTable:
-    """Learn the table of one boundary tensor; `samples` are read several times, one at a time.
+    """Learn the table of a boundary tensor; `samples` are read several times, on demand.
 
     Maps (four axes) keep their planes. Other tensors become rows, in the number of clusters and with the rotation that
-    take the fewest bytes; sequences keep their planes where those take fewer still.
+    take the fewest bytes; sequences keep their planes where planes take fewer still.
 
     Raises:
         CalibrationError: as `learn_planes`.
@@ -123,8 +124,8 @@ class _FirstSamples:
 class _RateAtDistortion:
     """Log-bytes of tables at fixed distortion of the prediction, interpolated over qualities.
 
-    `metric` (C, C) has a mean eigenvalue of 1, `unit` is the distortion by noise of one in a channel. `distortions` are
-    logarithms; the first table's range bounds them.
+    `metric` (C, C) has a mean eigenvalue of 1, `unit` is the distortion by unit noise in a channel. `distortions` are
+    logarithms, bounded by the first table's range.
     """
 
     held_out: Sequence[Array]
@@ -158,7 +159,7 @@ class _RateAtDistortion:
 
 
 def _unit_distortion(sensitivity: Sensitivity, samples: Sequence[Array]) -> float:
-    """Distortion by noise of one in a channel; relative to the tensor's own energy where the tail ignores the noise."""
+    """Distortion by unit noise in a channel; relative to the tensor's own energy where the tail ignores the noise."""
     if sensitivity.mean > 0:
         return sensitivity.mean
     energy = sum(float(np.square(a, dtype=np.float64).sum()) for a in samples) / len(samples)

@@ -21,7 +21,7 @@ QUALITIES = (30, 50, 70, 85, 95)
 
 
 class References:
-    """Encodes the model's input as images, decodes them, runs the uncut model and keeps a tally of each quality."""
+    """Encodes the model's input as an image, decodes the image, runs the uncut model; a tally for each quality."""
 
     def __init__(self, executor: SegmentExecutor, measure: Measure, qualities: tuple[int, ...] = QUALITIES) -> None:
         spec = executor.bundle.preprocess or {}
@@ -35,8 +35,9 @@ class References:
         self.tallies = {(kind, q): Tally() for kind in ("jpeg", "webp") for q in qualities}
 
     def __call__(self, example: CalibrationInput, expected: Mapping[str, Array]) -> None:
-        """Score every quality on one input; `expected` is the prediction for the input itself."""
+        """Score every quality on an input; `expected` is the prediction for the input itself."""
         array = example.arrays[self._input]
+        # Pixels after pre-processing, fewer than the photo's: in favour of the references.
         pixels = array[0] if self._channels_last else array[0].transpose(1, 2, 0)  # (height, width, channels)
         image = Image.fromarray(
             np.clip(pixels.astype(np.float32) * self._std + self._mean, 0, 255).round().astype(np.uint8)

@@ -1,7 +1,7 @@
 """Learn the tables of `transform/4` for rows (tokens, vectors, states): Gaussian clusters, a weighted KLT or none.
 
 Source: docs/reference/codecs.md, "Rows"; mixture coding after Chou, Lookabaugh and Gray, "Entropy-Constrained Vector
-Quantization", IEEE Trans. ASSP 37 (1989): rows join the cluster that codes them in the fewest bits.
+Quantization", IEEE Trans. ASSP 37 (1989): each row joins the cluster of its fewest bits.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from isthmus_tools.calibration.fisher import Sensitivity, channel_metric, whiten
 from isthmus_tools.calibration.layouts import by_channel, root_scale, row_layout
 from isthmus_tools.calibration.transforms import MAX_MODEL_VALUES, learn_models, quantised_deviations
 
+# 64 MB in float64, a few times over while clusters are learned.
 _MAX_VALUES = 2**23
 _ITERATIONS = 8
-# Half a unit: the encoder assigns clusters at this step whatever the quality.
+# Half a unit, since the encoder assigns clusters at this step at every quality.
 _CLUSTER_STEP = -8
 # Pseudo-counts: rows of average variance, and of average sensitivity, added to each cluster.
 _PRIOR_ROWS, _PRIOR_SENSITIVITY = 8.0, 2.0
@@ -69,7 +70,7 @@ class Rows:
         """All rows of the samples, or a random part of each within `_MAX_VALUES` values.
 
         Raises:
-            CalibrationError: there are no samples; or they differ in channels, or hold other than finite floats.
+            CalibrationError: there are no samples, or samples differ in channels or hold other than finite floats.
         """
         parts: list[Array] = []
         rng = np.random.default_rng(0)
@@ -105,7 +106,7 @@ def learn_rows(rows: Rows, model: RowModel, sensitivity: Sensitivity | None, ste
         cluster = _clusters(centred @ np.linalg.inv(synthesis).T / unit, count)
     means = (_means if model.rotated else _medians)(centred, cluster, count)
     means[_BACKGROUND] = 0
-    # Analysis inverts the stored, rounded matrix: what the decoder applies.
+    # Analysis inverts the stored, rounded matrix, as the decoder applies that.
     stored = synthesis.astype(np.float16)
     analysis = np.linalg.inv(stored.astype(np.float64)).T / unit
     weights = _step_weights(rows, cluster, count, sensitivity)
@@ -158,7 +159,7 @@ def _clusters(components: Array, count: int) -> Array:
         clusters = Classes.of(centres, spread).likeliest(components)
         centres = _means(components, clusters, count - 1)
         spread = _variances(components - centres[clusters], clusters, count - 1)
-    # The background cluster comes last: rows that it attracts would never form a cluster of their own.
+    # The background cluster comes last: otherwise its rows would never form a cluster of their own.
     centres, spread = (
         np.insert(a, _BACKGROUND, b, axis=0) for a, b in ((centres, components.mean(axis=0)), (spread, variance))
     )
@@ -166,12 +167,12 @@ def _clusters(components: Array, count: int) -> Array:
 
 
 def _seeds(components: Array, count: int) -> list[int]:
-    """Indices of rows far from one another, each drawn with its squared distance from those before as its weight.
+    """Indices of rows far from one another, each drawn by its squared distance from the earlier seeds.
 
     Source: Arthur and Vassilvitskii, "k-means++: The Advantages of Careful Seeding", SODA 2007.
     """
     rng = np.random.default_rng(0)
-    # Distances in deviations: otherwise one channel of large values decides alone.
+    # Distances in deviations: otherwise a channel of large values decides alone.
     relative = components / (components.std(axis=0) + np.float32(size_of(_CLUSTER_STEP)))
     squares = np.square(relative).sum(axis=1)
 

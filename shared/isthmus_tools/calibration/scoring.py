@@ -60,13 +60,13 @@ class Sender(Protocol):
         ...
 
     def send(self, tensors: Mapping[str, Array]) -> Transmission:
-        """Encode and decode the boundary tensors of one input."""
+        """Encode and decode the boundary tensors of an input."""
         ...
 
 
 @dataclass(frozen=True)
 class CodecSender:
-    """One codec at one quality, in a frame to `segment`."""
+    """A codec at a quality, in frames to `segment`."""
 
     choice: Choice
     encodings: Mapping[str, Encoding]
@@ -102,7 +102,7 @@ class CodecSender:
 
 
 def codec_senders(boundary: Boundary, choices: Sequence[Choice], tables: Mapping[str, object]) -> list[CodecSender]:
-    """A sender for each of `choices` that applies: a calibrated codec needs a table of one boundary tensor at least."""
+    """A sender for each of `choices` that applies: a calibrated codec needs a table of some boundary tensor."""
     segment = boundary.tail[0].id if boundary.tail else ""
     senders = [CodecSender(choice, encodings(boundary.tensors, choice, tables.get), segment) for choice in choices]
     return [
@@ -115,9 +115,9 @@ def codec_senders(boundary: Boundary, choices: Sequence[Choice], tables: Mapping
 
 @dataclass
 class Tally:
-    """Outcomes of one sender at one cut, in columns with an item for each input.
+    """Outcomes of a sender at a cut, in columns with an item for each input.
 
-    `groups` are the files of the inputs. `margins` are those of the predictions, in nats, and `shifts` their distances
+    `groups` are the files of the inputs. `margins` are the predictions' own, in nats, and `shifts` their distances
     from the raw prediction's margin; empty without a margin to measure. `values` counts the tensors' values.
     """
 
@@ -134,7 +134,7 @@ class Tally:
     fell_back: int = 0
 
     def add(self, group: str, same: bool, size: int, values: int = 0, error: float = 0.0) -> None:
-        """Note one input's outcome."""
+        """Note an input's outcome."""
         self.groups.append(group)
         self.same.append(same)
         self.bytes.append(size)
@@ -249,6 +249,7 @@ class Scorer:
     ) -> None:
         clean = boundary.select(tensors)
         sent = sender.send(clean)
+        # Exact codecs and fallbacks to raw need no run of the tail.
         exact = _identical(clean, sent.tensors)
         outputs = expected if exact else self.executor.execute(boundary.tail, {**tensors, **sent.tensors}).outputs
         same, error = self.judge(example, expected, outputs)

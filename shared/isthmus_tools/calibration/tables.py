@@ -10,9 +10,12 @@ import numpy as np
 from isthmus.arrays import Array
 from isthmus.artifacts.agreement import TOP1, Measure
 from isthmus.codecs.choice import is_activation
+from isthmus.codecs.rows import RowTable, read_table
+from isthmus.codecs.table import Table
 from isthmus.errors import CalibrationError
 from isthmus.pipeline.agreement import are_probabilities
-from isthmus_tools.calibration.boundary import Boundary, SegmentExecutor, Spool
+from isthmus.wire import frame as frames
+from isthmus_tools.calibration.boundary import MAX_FRAME_BYTES, Boundary, SegmentExecutor, Spool
 from isthmus_tools.calibration.fisher import (
     MAX_SECONDS,
     Loss,
@@ -24,8 +27,9 @@ from isthmus_tools.calibration.fisher import (
 from isthmus_tools.calibration.rate_distortion import learn_table
 from isthmus_tools.progress import Progress, silent
 
-# Masks, constants and flags: exact codecs make them smaller than a table would.
+# Masks, constants and flags: smaller by exact codecs than by a table.
 _MAX_DISTINCT = 16
+# A part of each sample tells masks from activations, and finding distinct values sorts.
 _MAX_VALUES_PER_SAMPLE = 4096
 
 
@@ -38,9 +42,9 @@ def learn_tables(
     *,
     max_s: float = MAX_SECONDS,
 ) -> tuple[TensorTables, dict[str, str]]:
-    """Learn a table for each activation, at the first cut that it crosses; the second result says why one has none.
+    """Learn a table for each activation, at the first of its cuts; the second result gives reasons for tensors without.
 
-    Units: `max_s` bounds the tail runs that estimate one tensor's sensitivity, in seconds.
+    Units: `max_s` bounds the tail runs that estimate a tensor's sensitivity, in seconds.
     """
     tables: TensorTables = {}
     skipped: dict[str, str] = {}
@@ -74,6 +78,12 @@ def learn_tables(
                 skipped[tensor] = e.message
         equalise_steps(tables, sensitivities)
     return tables, skipped
+
+
+def stored_table(table: Table | RowTable) -> tuple[bytes, object]:
+    """A table's bytes in the bundle, and the table that functions read back: scores must be of the rounded values."""
+    data = frames.encode(frames.Frame(table.to_arrays()))
+    return data, read_table(frames.decode(data, max_bytes=MAX_FRAME_BYTES).tensors)
 
 
 def _loss(measure: Measure, prediction: Mapping[str, Array]) -> Loss:

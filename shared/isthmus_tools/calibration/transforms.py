@@ -9,7 +9,6 @@ import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -35,11 +34,12 @@ from isthmus_tools.calibration.layouts import by_channel, plane_layout, root_sca
 STEPS = (24, -41)
 """Coarsest and finest quantiser step, 7.6 units to a 32nd, a factor of 3^5; a unit is a coefficient's RMS."""
 MAX_MODEL_VALUES = 400_000
-"""Coefficients from which entropy models are learned: more of them change no frequency by a step."""
+"""Coefficients from which entropy models are learned: further values change no frequency by a step."""
 
+# Of float16 rotations in a table: functions fetch tables at their start.
 _MAX_ROTATION_BYTES = 2**20
 _MAX_BANDS = 8
-# Share of a band's channels that its covariance counts the pooled one as samples, for bands with few of their own.
+# Weight of the pooled covariance in each band's own, in samples per channel: low bands have few coefficients.
 _PRIOR_SAMPLES = 0.5
 # Laplacian values added at each level, so that no symbol is without a frequency.
 _PRIOR_VALUES = 200
@@ -50,7 +50,7 @@ _MIN_VARIANCE = 1e-6, 1e-9
 def learn_planes(
     samples: Iterable[Array], *, sensitivity: Sensitivity | None = None, layout: Layout | None = None
 ) -> Table:
-    """Learn a table from `samples` of one boundary tensor, read twice, one at a time.
+    """Learn a table from `samples` of a boundary tensor, read twice, on demand.
 
     Without `sensitivity` errors in all directions count alike. `layout` is the sensitivity's, or detected from the
     first sample. Memory: a few copies of the bands' covariances in float64, and MAX_MODEL_VALUES values.
@@ -64,7 +64,7 @@ def learn_planes(
     moments = _Moments.of(samples, layout)
     rotations, unit = moments.rotations(sensitivity)
     synthesis = (rotations / unit).astype(np.float16)
-    # Analysis inverts the stored, rounded matrix: what the decoder applies.
+    # Analysis inverts the stored, rounded matrix, as the decoder applies that.
     components = _Components.of(samples, moments, synthesis.astype(np.float64) * unit)
     deviations = components.deviations()
     return Table(
@@ -149,7 +149,7 @@ class _Moments:
 
     def add(self, planes: Array, height: int, width: int) -> None:
         n, hw, c = planes.shape
-        transform = _transform(height, width, self.edges)
+        transform = plane_transform(height, width, self.edges)
         coefficients = transform.forward(planes).astype(np.float64)
         products = np.zeros((len(self.edges) + 1, c, c))
         for band, (start, stop) in enumerate(itertools.pairwise(transform.starts)):
@@ -207,7 +207,7 @@ class _Components:
         share = max(1, MAX_MODEL_VALUES // moments.samples)
         for array in samples:
             planes, height, width = _planes(array, moments.layout)
-            components.add(planes, _transform(height, width, moments.edges), analysis, mean, share)
+            components.add(planes, plane_transform(height, width, moments.edges), analysis, mean, share)
         if not components.values:
             raise CalibrationError("the samples can be read only once", hint="give a list, or what iterates anew")
         return components
@@ -238,11 +238,6 @@ class _Components:
         stored = deviations.reshape(-1)[np.concatenate(self.cells)].astype(np.int64)
         lengths = [v.size for v in self.values]
         return np.concatenate(self.values), stored, np.repeat(np.arange(len(lengths)), lengths)
-
-
-@lru_cache(maxsize=8)
-def _transform(height: int, width: int, edges: tuple[float, ...]) -> PlaneTransform:
-    return plane_transform(height, width, edges)
 
 
 def _planes(array: Array, layout: Layout) -> tuple[Array, int, int]:

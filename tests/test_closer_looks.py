@@ -17,7 +17,7 @@ from isthmus.artifacts.choice import GRADED, MAX_LOOKS, MAX_MARGIN, RAW, Choice,
 from isthmus.artifacts.fidelity import choose, offered
 from isthmus.errors import CalibrationError
 from isthmus.pipeline.agreement import margin, margin_of
-from isthmus.routing.fallback import ladder
+from isthmus.routing.guard import fallback_chain
 from support.fidelities import FIDELITY, LOOKED, ONE, TWICE, TWO, entry, of
 
 # What they are called
@@ -145,17 +145,17 @@ def test_targets_and_plans_find_closer_looks_where_they_are_the_smallest() -> No
 def test_the_ladder_goes_from_closer_looks_to_the_last_quality_for_every_answer() -> None:
     rest = (Choice("int8/1"), Choice("half/1"), RAW)
     higher = tuple(map(of, (0.6, 0.8, 1.0)))
-    assert ladder(ONE, "6", None) == (ONE, *higher, *rest)
-    assert ladder(TWO, "6", None) == (TWO, *higher, *rest)
+    assert fallback_chain(ONE, "6", None) == (ONE, *higher, *rest)
+    assert fallback_chain(TWO, "6", None) == (TWO, *higher, *rest)
     to_the_end = replace(ONE, looks=(Look(0.6, 0.2), Look(1.0, 0.2)))
-    assert ladder(to_the_end, "6", None) == (to_the_end, of(1.0), *rest)
+    assert fallback_chain(to_the_end, "6", None) == (to_the_end, of(1.0), *rest)
     measured = replace(FIDELITY, entries=(LOOKED, replace(entry(1.0, 250, 0.98), codec="int8/1")))
-    assert ladder(ONE, "6", measured) == (ONE, *higher, Choice("half/1"), RAW)
+    assert fallback_chain(ONE, "6", measured) == (ONE, *higher, Choice("half/1"), RAW)
 
 
 @given(choices())
 def test_every_ladder_starts_with_what_is_sent_and_its_last_quality_and_ends_raw(choice: Choice) -> None:
-    steps = ladder(choice, "6", None)
+    steps = fallback_chain(choice, "6", None)
     assert steps[0] == choice
     assert not choice.looks or steps[1] == choice.last
     assert steps[-1] == RAW

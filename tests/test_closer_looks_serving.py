@@ -19,10 +19,10 @@ from isthmus.artifacts.choice import Choice, Look
 from isthmus.codecs import Encoding
 from isthmus.errors import SettingsError
 from isthmus.pipeline import LocalHop, LookPolicy, Route, plan_route
+from isthmus.routing.codec_override import override_codec
 from isthmus.routing.guard import Guard, Sample
 from isthmus.serving import create_router_app
-from isthmus.serving.by_hand import packed
-from isthmus.serving.metrics import Metrics
+from isthmus.serving.metrics import FunctionMetrics
 from isthmus_tools.planner.published import publish_plan
 from support.bundles import Published, metrics, pair_model, photo, publish, ready, router_settings, until
 from support.patience import LONG_S
@@ -226,7 +226,7 @@ def test_a_measure_of_what_is_no_output_is_refused_too(photos: Published, head: 
     route = plan_route(photos.digest, photos.bundle, (head,))
     for measure in (Measure(TOP1, "nothing"), Measure("close")):
         with pytest.raises(SettingsError, match="does not answer") as e:
-            packed(route, Choice.parse("sparse/2@0.4+0.8:0.2"), lambda *_: None, lambda _, m=measure: m)  # type: ignore[misc]
+            override_codec(route, Choice.parse("sparse/2@0.4+0.8:0.2"), lambda *_: None, lambda _, m=measure: m)  # type: ignore[misc]
         assert e.value.facts["variable"] == "codec"
 
 
@@ -243,19 +243,19 @@ def sample(photos: Published, hop: Any, wanted: LookPolicy | None, answer: Any, 
 def test_the_guards_steps_drop_the_closer_looks_and_its_notes_name_them(photos: Published) -> None:
     right, wrong = np.eye(5, dtype=np.float32)[None, 0], np.eye(5, dtype=np.float32)[None, 1]
     hop = Echo({"logits": right})
-    guard = Guard(1.0, lambda _: None, Metrics(), logging.getLogger("isthmus.guard-test"), deadline_s=LONG_S)
+    guard = Guard(1.0, lambda _: None, FunctionMetrics(), logging.getLogger("isthmus.guard-test"), deadline_s=LONG_S)
     wanted = looks(0.25, 0.4, 0.9)
     route = sample(photos, hop, wanted, right).route
-    assert guard.safer(route)[0] == route
+    assert guard.apply_fallback(route)[0] == route
     found = []
     for step in range(6):
         for _ in range(2):
             guard.check(sample(photos, hop, wanted, wrong, step))
-        taken, standing = guard.safer(route)
+        taken, fallback = guard.apply_fallback(route)
         assert taken.looks is None
-        assert standing.notes["guard_instead_of"] == "sparse/2@0.2+0.4:0.25+0.9:0.25"
+        assert fallback.notes["guard_instead_of"] == "sparse/2@0.2+0.4:0.25+0.9:0.25"
         packing = taken.encodings[0].get("x")
-        found.append((standing.notes["guard_codec"], packing and (packing.codec, packing.quality)))
+        found.append((fallback.notes["guard_codec"], packing and (packing.codec, packing.quality)))
     assert found == [
         ("sparse/2@0.9", ("sparse/2", 0.9)),
         ("sparse/2@0.95", ("sparse/2", 0.95)),
@@ -265,7 +265,9 @@ def test_the_guards_steps_drop_the_closer_looks_and_its_notes_name_them(photos: 
         ("raw", None),
     ]
     for other in (None, looks(0.3, 0.4, 0.9), looks(0.25, 0.9), looks(0.25, 0.4, 0.8)):
-        assert guard.safer(sample(photos, hop, other, right).route)[1].step == 0, "other routes stand where they stood"
+        assert guard.apply_fallback(sample(photos, hop, other, right).route)[1].level == 0, (
+            "other routes stand where they stood"
+        )
 
 
 def test_the_guard_compares_the_answer_that_was_given_with_the_raw_one(

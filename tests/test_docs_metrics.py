@@ -11,7 +11,7 @@ from flask.testing import FlaskClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from isthmus.serving import create_router_app, create_segment_app
-from isthmus.serving.metrics import Metrics
+from isthmus.serving.metrics import FunctionMetrics
 from support.bundles import Published, photo, ready, router_settings, segment_settings, served
 from support.bundles import photos as photos
 from support.paths import ROOT
@@ -45,7 +45,7 @@ def test_every_metric_is_documented_with_its_type(segment: FlaskClient, router: 
 
 
 def test_every_label_is_documented() -> None:
-    collectors = [value for value in vars(Metrics()).values() if hasattr(value, "_labelnames")]
+    collectors = [value for value in vars(FunctionMetrics()).values() if hasattr(value, "_labelnames")]
     assert len(collectors) == 16
     for collector in collectors:
         suffix = "_total" if collector._type == "counter" else ""

@@ -12,7 +12,7 @@ from isthmus.context import Context
 from isthmus.errors import HTTP_STATUS, IsthmusError, Missing, NotReady, ShapeMismatch, ValueRefused
 from isthmus.pipeline import HttpHop
 from isthmus.serving import create_router_app, create_segment_app
-from isthmus.serving.exposure import problem
+from isthmus.serving.error_responses import error_document
 from isthmus.wire.frame import Frame
 from isthmus.wire.frame import encode as frame_of
 from support.bundles import Published, metrics, photo, ready, router_settings, segment_settings, served
@@ -41,13 +41,13 @@ ABOUT_THE_REQUEST = {
 @pytest.mark.parametrize("kind", HTTP_STATUS, ids=lambda kind: kind.__name__)
 def test_only_errors_about_the_request_tell_their_details(kind: type[IsthmusError]) -> None:
     error = kind(f"{SECRET} failed", hint=f"look at {SECRET}", expected=SECRET, retry_after_s=2)
-    assert problem(error, expose_details=True) == {
+    assert error_document(error, expose_details=True) == {
         "error": f"{SECRET} failed",
         "type": kind.__name__,
         "facts": {"expected": SECRET, "retry_after_s": 2},
         "hint": f"look at {SECRET}",
     }
-    told = problem(error, expose_details=False)
+    told = error_document(error, expose_details=False)
     assert (told["type"], told["facts"]["retry_after_s"]) == (kind.__name__, 2)
     assert (SECRET in json.dumps(told)) is (kind.__name__ in ABOUT_THE_REQUEST)
     assert told["error"]
@@ -56,7 +56,7 @@ def test_only_errors_about_the_request_tell_their_details(kind: type[IsthmusErro
 @pytest.mark.parametrize("kind", [ShapeMismatch, ValueRefused])
 def test_an_error_of_a_hop_about_the_request_names_no_hop(kind: type[IsthmusError]) -> None:
     error = kind("x is too wide", tensor="x", hop=SECRET, status=400, error={"error": SECRET})
-    assert problem(error, expose_details=False)["facts"] == {"tensor": "x"}
+    assert error_document(error, expose_details=False)["facts"] == {"tensor": "x"}
 
 
 @pytest.fixture

@@ -19,10 +19,9 @@ from isthmus.artifacts.fidelity import Entry, Fidelity, Inputs, offered
 from isthmus.codecs import Encoding
 from isthmus.errors import CalibrationError, HopUnavailable, SettingsError
 from isthmus.pipeline import Result, Route, SegmentRun
-from isthmus.routing.fallback import ladder
-from isthmus.routing.guard import Guard, Sample
+from isthmus.routing.guard import Guard, Sample, fallback_chain
 from isthmus.serving import create_router_app, create_segment_app
-from isthmus.serving.metrics import Metrics
+from isthmus.serving.metrics import FunctionMetrics
 from isthmus_tools.calibration.calibrate import CalibrationSpec, calibrate
 from isthmus_tools.calibration.inputs import list_files, open_source
 from support.bundles import (
@@ -259,7 +258,7 @@ def sample(photos: Published, hop: Any, answer: Any, step: int = 0) -> Sample:
 
 def guard(**given: Any) -> Guard:
     log = logging.getLogger("isthmus.guard-test")
-    return Guard(1.0, lambda _: None, Metrics(), log, **({"deadline_s": LONG_S} | given))
+    return Guard(1.0, lambda _: None, FunctionMetrics(), log, **({"deadline_s": LONG_S} | given))
 
 
 def test_two_wrong_answers_are_a_step_and_two_in_a_hundred_are_none(photos: Published) -> None:
@@ -268,11 +267,11 @@ def test_two_wrong_answers_are_a_step_and_two_in_a_hundred_are_none(photos: Publ
     quick = guard()
     for _ in range(2):
         quick.check(sample(photos, hop, other))
-    assert quick.safer(sample(photos, hop, one).route)[1].step == 1
+    assert quick.apply_fallback(sample(photos, hop, one).route)[1].level == 1
     slow = guard()
     for i in range(100):
         slow.check(sample(photos, hop, other if i in (50, 90) else one))
-    assert slow.safer(sample(photos, hop, one).route)[1].step == 0
+    assert slow.apply_fallback(sample(photos, hop, one).route)[1].level == 0
 
 
 def test_a_check_of_a_codec_that_has_stepped_aside_counts_no_more(photos: Published) -> None:
@@ -282,8 +281,8 @@ def test_a_check_of_a_codec_that_has_stepped_aside_counts_no_more(photos: Publis
     for _ in range(20):
         made.check(sample(photos, hop, other, step=0))
     route = sample(photos, hop, one).route
-    taken, standing = made.safer(route)
-    assert standing.step == 1
+    taken, fallback = made.apply_fallback(route)
+    assert fallback.level == 1
     assert taken.encodings[0]["x"] == Encoding("sparse/2", 0.6)
 
 
@@ -294,7 +293,7 @@ def test_every_step_is_safer_and_the_last_is_raw(photos: Published) -> None:
     for step in range(6):
         for _ in range(2):
             made.check(sample(photos, hop, other, step))
-        seen.append(made.safer(sample(photos, hop, one).route)[0].encodings[0].get("x"))
+        seen.append(made.apply_fallback(sample(photos, hop, one).route)[0].encodings[0].get("x"))
     assert seen[-1] is None
     assert [p.codec for p in seen if p] == ["sparse/2", "sparse/2", "int8/1", "half/1"]
 
@@ -306,8 +305,8 @@ def test_a_hop_that_is_away_teaches_the_guard_nothing(photos: Published) -> None
     route = sample(photos, hop, np.zeros((1, 5), np.float32)).route
     stage = SegmentRun("..", "echo", 0, 0, codecs={"x": "sparse/2"})
     result = Result({"logits": np.zeros((1, 5), np.float32)}, (stage,))
-    made.watch(route, made.safer(route)[1], photos.inputs, {}, result)
-    assert made.safer(route)[1].step == 0
+    made.watch(route, made.apply_fallback(route)[1], photos.inputs, {}, result)
+    assert made.apply_fallback(route)[1].level == 0
 
 
 def test_a_fidelity_that_cannot_be_read_is_warned_of_once_for_each_bundle(
@@ -317,7 +316,7 @@ def test_a_fidelity_that_cannot_be_read_is_warned_of_once_for_each_bundle(
         raise CalibrationError("written by another version", hint="calibrate again")
 
     log = logging.getLogger("isthmus.guard-test")
-    made = Guard(1.0, unreadable, Metrics(), log, deadline_s=LONG_S)
+    made = Guard(1.0, unreadable, FunctionMetrics(), log, deadline_s=LONG_S)
     answer = np.zeros((1, 5), np.float32)
     asked = sample(photos, Echo({"logits": answer}), answer)
     others = replace(asked, route=replace(asked.route, digest="sha256:" + "0" * 64))
@@ -344,6 +343,6 @@ def test_the_ladder_leaves_out_what_was_measured_to_be_no_safer() -> None:
     measured = Fidelity("", 0.99, Measure("top1", "logits"), Inputs("", 1, 1, 1), entries)
     chosen = Choice("transform/4", 0.5)
     higher = [Choice("transform/4", 0.75), Choice("transform/4", 1.0)]
-    assert ladder(chosen, "6", measured) == (chosen, *higher, Choice("half/1"), RAW)
-    assert ladder(chosen, "6", None) == (chosen, *higher, Choice("int8/1"), Choice("half/1"), RAW)
-    assert ladder(Choice("half/1"), "6", None) == (Choice("half/1"), RAW)
+    assert fallback_chain(chosen, "6", measured) == (chosen, *higher, Choice("half/1"), RAW)
+    assert fallback_chain(chosen, "6", None) == (chosen, *higher, Choice("int8/1"), Choice("half/1"), RAW)
+    assert fallback_chain(Choice("half/1"), "6", None) == (Choice("half/1"), RAW)

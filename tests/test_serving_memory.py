@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flask import Response
 from flask.testing import FlaskClient
 
 from isthmus.codecs import Encoding, encode_tensor
@@ -20,8 +20,8 @@ from isthmus.errors import DeadlineExceeded, Overloaded, RequestTooLarge
 from isthmus.oip import messages as oip
 from isthmus.runtime.store import SegmentStore
 from isthmus.serving import create_router_app, create_segment_app
-from isthmus.serving.encodings import MIN_BYTES, encoded
-from isthmus.serving.memory import CountedMemory, Reservation, Turns
+from isthmus.serving.content_coding import MIN_BYTES, compress
+from isthmus.serving.memory import MemoryBudget, Reservation, Turns
 from isthmus.wire import frame as frames
 from isthmus.wire.frame import Frame
 from isthmus.wire.json_bounds import parsed_bytes
@@ -40,9 +40,9 @@ def client(photos: Published, tmp_path_factory: pytest.TempPathFactory) -> Flask
 
 
 @pytest.fixture
-def memory() -> Iterator[CountedMemory]:
+def memory() -> Iterator[MemoryBudget]:
     """One that is given back all that was taken."""
-    counted = CountedMemory(1000)
+    counted = MemoryBudget(1000)
     yield counted
     assert counted.used == 0
 
@@ -52,7 +52,7 @@ def infer(**more: Any) -> bytes:
     return json.dumps({"inputs": [x], **more}).encode()
 
 
-def test_what_two_requests_take_is_counted_together(memory: CountedMemory) -> None:
+def test_what_two_requests_take_is_counted_together(memory: MemoryBudget) -> None:
     one, other = Reservation(memory), Reservation(memory)
     one.hold(600)
     with pytest.raises(Overloaded) as e:
@@ -117,24 +117,18 @@ def test_what_is_refused_or_fails_holds_no_memory(client: FlaskClient, photos: P
         assert client.post("/?model=nobody", data=large).status_code == 404
 
 
-def test_the_servers_count_of_bodies_is_the_apps(client: FlaskClient) -> None:
-    memory = CountedMemory(4_000_000)
-    environ = {"isthmus.memory": memory}
-    assert client.post("/", data=infer(), environ_overrides=environ).status_code == 200
+def test_the_bodies_of_all_requests_are_counted_together(
+    photos: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = MemoryBudget(4_000_000)
+    monkeypatch.setattr("isthmus.serving.app.MemoryBudget", lambda limit: memory)
+    client = ready(create_router_app(router_settings(photos, tmp_path, ["local"])).test_client())
+    assert client.post("/", data=infer()).status_code == 200
     assert memory.used == 0
-    memory.take(4_000_000)
-    answer = client.post("/", data=infer(), environ_overrides=environ)
+    memory.reserve(4_000_000)
+    answer = client.post("/", data=infer())
     assert (answer.status_code, answer.json["type"], answer.headers["Retry-After"]) == (429, "Overloaded", "1")
     assert memory.used == 4_000_000
-
-
-def test_deadlines_count_from_the_first_byte(client: FlaskClient) -> None:
-    for began, status in ((time.monotonic(), 200), (time.monotonic() - LONG_S - 5, 504)):
-        answer = client.post(
-            "/", data=infer(), headers={"X-Timeout": f"{LONG_S}s"}, environ_overrides={"isthmus.began": began}
-        )
-        assert answer.status_code == status
-    assert answer.json["type"] == "DeadlineExceeded"
 
 
 def test_a_turn_is_waited_for_until_the_deadline() -> None:
@@ -156,17 +150,19 @@ def test_decoded_tensors_are_counted_and_their_working_memory_only_meanwhile(
         return run(*given)
 
     monkeypatch.setattr(SegmentStore, "run", counted)
+    memory = MemoryBudget(0)
+    monkeypatch.setattr("isthmus.serving.app.MemoryBudget", lambda limit: memory)
     client = ready(create_segment_app(segment_settings(photos, tmp_path / "cache")).test_client())
     encoded = encode_tensor(np.zeros((1, 16, 8, 8), "float32"), Encoding("int8/1"))
     data = frames.encode(Frame({}, photos.digest, "1..", encoded={"r1": encoded}))  # type: ignore[dict-item]
-    memory = CountedMemory(4 * 1024)
+    memory.limit = len(data) + 4 * 1024 - 1
     for _ in range(2):
-        answer = client.post("/", data=data, environ_overrides={"isthmus.memory": memory})
+        answer = client.post("/", data=data)
         assert (answer.status_code, answer.json["type"]) == (413, "RequestTooLarge")
-    memory.limit *= 2
+    memory.limit += 4 * 1024 + 1
     assert not held
-    assert client.post("/", data=data, environ_overrides={"isthmus.memory": memory}).status_code == 200
-    assert (memory.used, held) == (0, [4 * 1024])
+    assert client.post("/", data=data).status_code == 200
+    assert (memory.used, held) == (0, [len(data) + 4 * 1024])
 
 
 def test_numbers_of_a_response_take_little_more_than_its_text() -> None:
@@ -243,7 +239,7 @@ def test_a_gzip_body_may_be_several_one_after_the_other(client: FlaskClient, mon
     body, headers = infer(), {"Content-Encoding": "gzip"}
     parts = b"".join(gzip.compress(body[at : at + 100]) for at in range(0, len(body), 100))
     assert client.post("/", data=parts, headers=headers).json == client.post("/", data=body).json
-    monkeypatch.setattr("isthmus.serving.encodings.MAX_MEMBERS", 3)
+    monkeypatch.setattr("isthmus.serving.content_coding.MAX_MEMBERS", 3)
     assert client.post("/", data=parts, headers=headers).status_code == 400
 
 
@@ -304,9 +300,9 @@ def test_large_errors_are_compressed_and_frames_are_not(client: FlaskClient, pho
 
 
 def test_what_would_take_seconds_to_compress_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("isthmus.serving.encodings.MAX_BYTES", 5000)
+    monkeypatch.setattr("isthmus.serving.content_coding.MAX_BYTES", 5000)
     for size, coding in ((MIN_BYTES - 1, None), (MIN_BYTES, "gzip"), (5000, "gzip"), (5001, None)):
-        headers, parts = encoded({"Content-Type": "application/json"}, [b"1" * (size - 1), memoryview(b"2")], "gzip")
-        assert headers.get("Content-Encoding") == coding
-        whole = b"".join(parts) if coding is None else gzip.decompress(parts[0])
-        assert whole == b"1" * (size - 1) + b"2"
+        response = Response(b"1" * size, mimetype="application/json")
+        compress(response, "gzip")
+        assert response.headers.get("Content-Encoding") == coding
+        assert (response.data if coding is None else gzip.decompress(response.data)) == b"1" * size

@@ -272,7 +272,7 @@ def test_wrong_settings_stop_the_factory_and_name_the_variable(
 
 
 def test_a_segment_id_cannot_end_a_header() -> None:
-    from isthmus.serving.work import Timings
+    from isthmus.serving.request import Timings
 
     timings = Timings()
     timings.add("hop0", 0.001, 'a"\r\nX-Evil: 1')

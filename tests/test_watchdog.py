@@ -25,19 +25,18 @@ import os
 import time
 
 from isthmus.serving.app import FunctionApp
-from isthmus.serving.work import Reply
 from isthmus.settings import SegmentSettings
 
 
 def create_app():
     app = FunctionApp("nap", SegmentSettings.from_env(os.environ), lambda: None)
 
-    def nap(work):
+    def nap(request):
         while True:
-            work.context.deadline.check("the nap was over")
+            request.context.deadline.check("the nap was over")
             time.sleep(0.005)
 
-    app.work("/", nap, "nap")
+    app.post("/", nap, "nap")
     app.readiness.start()
     return app.flask
 """

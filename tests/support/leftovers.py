@@ -23,10 +23,10 @@ import pytest
 
 from isthmus.registry import S3Store
 from isthmus.registry.lookups import Lookups
+from isthmus.routing.catalog import ModelCatalog
 from isthmus.routing.guard import Guard
 from isthmus.runtime.store import SegmentStore
 from isthmus.serving.app import FunctionApp
-from isthmus.serving.models import Models
 
 GRACE_S = 20.0
 """How long what was told to end may take; nothing waits where nothing is left."""
@@ -94,7 +94,7 @@ class _Closables:
         return noting
 
 
-_CLOSABLES = _Closables(FunctionApp, Guard, Lookups, Models, S3Store, SegmentStore)
+_CLOSABLES = _Closables(FunctionApp, Guard, Lookups, ModelCatalog, S3Store, SegmentStore)
 
 
 class _Held:

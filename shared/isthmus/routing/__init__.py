@@ -1,1 +1,1 @@
-"""The choice of a request's route, and the fallback of its codecs."""
+"""The choice of a request's route: model catalog, route selection, codec override, and the accuracy guard."""

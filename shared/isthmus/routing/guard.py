@@ -1,8 +1,9 @@
-"""The accuracy guard: now and then a request is answered raw as well, and a bad codec steps aside.
+"""The accuracy guard: some requests run raw as well, and a codec whose predictions differ too often is replaced.
 
-What a codec keeps was measured on the inputs of whoever calibrated it; other inputs may cost more. A step goes to the
-next safer way to pack: the last look's quality for all, the codec's higher ones, int8, half, raw. It is never taken
-back by itself: a new version of the bundle, or a restart, starts anew. Source: docs/calibration.md, "The guard".
+Calibration measured a codec on its own inputs; other inputs may fare worse. A route then moves one level down its
+fallback chain: the last look's quality for all requests, the codec's higher qualities, int8, half, raw. It never moves
+back by itself: a new version of the bundle, or a restart, starts at level 0. Source: docs/explanation/calibration.md,
+"The guard".
 """
 
 from __future__ import annotations
@@ -13,16 +14,18 @@ import queue
 import random
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeAlias
+
+from cachetools import LRUCache
 
 from isthmus.arrays import Array
 from isthmus.artifacts.agreement import Measure, measure_for
 from isthmus.artifacts.bounds import exceeds
 from isthmus.artifacts.bundle import Bundle
-from isthmus.artifacts.choice import RAW, Choice, Look
+from isthmus.artifacts.choice import GRADED, RAW, Choice, Look
 from isthmus.artifacts.fidelity import LIMIT, Fidelity
 from isthmus.codecs import EncodedTensor, Encoding
 from isthmus.codecs.choice import is_exact
@@ -30,28 +33,28 @@ from isthmus.context import Context
 from isthmus.errors import IsthmusError
 from isthmus.pipeline import Result, Route, execute
 from isthmus.pipeline.agreement import agrees
-from isthmus.routing.fallback import ladder
 
 WINDOW = 500
-"""Checks of one route that are remembered; older ones are forgotten, so that a drift shows."""
+"""Latest checks of one route that count, so that a drift shows."""
 CONFIDENCE = 0.999
-"""That the limit is broken, before a step is taken: every check asks anew, so one in twenty would be too often."""
-IDLE_WAIT_S = 30.0
-"""How long a sampled request waits for the router to have nothing else to do before it is let go."""
+"""Confidence that the limit is exceeded before a fallback: every check tests again, so 0.95 would fire too often."""
+MAX_IDLE_WAIT_S = 30.0
+"""How long a sampled request waits for an idle router before it is dropped."""
 MAX_ROUTES = 256
 
 Fidelities: TypeAlias = Callable[[Bundle], Fidelity | None]
-"""Where a bundle's fidelity is looked up; None where it has none."""
-Key: TypeAlias = tuple[str, tuple[str, ...], tuple[tuple[str, str, float], ...], tuple[Look, ...]]
+"""Looks up a bundle's fidelity document; None where it has none."""
+RouteKey: TypeAlias = tuple[str, tuple[str, ...], tuple[tuple[str, str, float], ...], tuple[Look, ...]]
 
+_FALLBACKS = (Choice("int8/1"), Choice("half/1"), RAW)
 _POLL_S = 0.02
 
 
 class GuardMetrics(Protocol):
-    """What the guard reads of a function and reports."""
+    """The function's metrics, as far as the guard reads and sets them."""
 
     def busy(self) -> float:
-        """Requests at work now."""
+        """Requests in flight."""
         ...
 
     def guard_checked(self, agreed: bool) -> None:
@@ -65,54 +68,87 @@ class GuardMetrics(Protocol):
 
 @dataclass(frozen=True)
 class Sample:
-    """One answered request, kept to be answered again."""
+    """One served request, to be run again raw."""
 
     route: Route
     inputs: Mapping[str, Array]
     encoded: Mapping[str, EncodedTensor]
     outputs: Mapping[str, Array]
-    step: int
+    level: int
 
 
 @dataclass(frozen=True)
-class Standing:
-    """The step that a route was on when it was taken, and what its answer says of that."""
+class Fallback:
+    """The fallback level of a route for one request, and the facts about it for the response."""
 
-    step: int = 0
+    level: int = 0
     notes: Mapping[str, str | int] = field(default_factory=dict)
 
 
-UNWATCHED = Standing()
+NO_FALLBACK = Fallback()
 
 
 @dataclass
-class Watched:
-    """What is known of one route: its ladder, the step it stands on, and how the latest checks came out."""
+class GuardState:
+    """One route's fallback chain, the level in force, and the outcomes of its latest checks."""
 
-    ladder: tuple[Choice, ...]
+    chain: tuple[Choice, ...]
     measure: Measure
     limit: float
-    step: int = 0
-    seen: deque[bool] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    level: int = 0
+    outcomes: deque[bool] = field(default_factory=lambda: deque(maxlen=WINDOW))
 
     @property
     def disagreement(self) -> float:
-        """The share of the remembered checks whose answers differed."""
-        return self.seen.count(False) / len(self.seen) if self.seen else 0.0
+        """Share of the latest checks whose predictions differed."""
+        return self.outcomes.count(False) / len(self.outcomes) if self.outcomes else 0.0
 
     def notes(self) -> dict[str, str | int]:
-        """What an answer's route says of it; nothing before the first step."""
-        if not self.step:
+        """Facts for responses; empty at level 0."""
+        if not self.level:
             return {}
         return {
-            "guard_step": self.step,
-            "guard_codec": str(self.ladder[self.step]),
-            "guard_instead_of": str(self.ladder[0]),
+            "guard_step": self.level,
+            "guard_codec": str(self.chain[self.level]),
+            "guard_instead_of": str(self.chain[0]),
         }
+
+    def add(self, agreed: bool) -> bool:
+        """Add a check's outcome; True where it takes the route to the next level, at which the checks start anew."""
+        self.outcomes.append(agreed)
+        is_last = self.level + 1 == len(self.chain)
+        differing = self.outcomes.count(False)
+        if is_last or not exceeds(differing, len(self.outcomes), 1 - self.limit, CONFIDENCE):
+            return False
+        self.level += 1
+        self.outcomes.clear()
+        return True
+
+
+def fallback_chain(choice: Choice, cut: str, fidelity: Fidelity | None) -> tuple[Choice, ...]:
+    """A choice and its fallbacks, each with less error: two higher qualities, int8, half, raw.
+
+    The first fallback of a choice with closer looks is the last look's quality, for every request. A fallback that
+    agreed no more often than the one before it, as `fidelity` measured at `cut`, is left out.
+    """
+    measured = {e.choice: e.agreement for e in fidelity.entries if e.cut == cut} if fidelity else {}
+    chain = [choice]
+    last = choice.last
+    if last.codec in GRADED and last.quality < 1:
+        chain += [last, replace(last, quality=round((1 + last.quality) / 2, 3)), replace(last, quality=1.0)]
+    elif last != choice:
+        chain.append(last)
+    start = _FALLBACKS.index(choice) + 1 if choice in _FALLBACKS else 0
+    agreement = measured.get(choice, 0.0)
+    for fallback in _FALLBACKS[start:]:
+        if fallback == RAW or measured.get(fallback, 1.0) >= agreement:
+            chain.append(fallback)
+            agreement = max(agreement, measured.get(fallback, agreement))
+    return tuple(dict.fromkeys(chain))
 
 
 class Guard:
-    """Checks a share of the requests that were packed, one at a time, while nothing else is in flight."""
+    """Checks a share of the requests with lossy codecs, one at a time, while no request is in flight."""
 
     def __init__(
         self,
@@ -125,50 +161,50 @@ class Guard:
         draw: Callable[[], float] | None = None,
     ) -> None:
         self._share, self._fidelities, self._metrics, self._log = share, fidelities, metrics, log
-        # Not the global generator's: that is the program's, and the guard draws in a request's thread.
+        # A generator of its own: the global one belongs to the program, and the guard draws in a request's thread.
         self._deadline_s, self._draw = deadline_s, draw or random.Random().random  # noqa: S311
         self._lock = threading.Lock()
-        self._watched: OrderedDict[Key, Watched] = OrderedDict()
-        self._unguarded: OrderedDict[str, None] = OrderedDict()  # bundles of which that was said
-        self._waiting: queue.Queue[Sample | None] = queue.Queue(maxsize=1)  # None ends the worker
+        self._states: LRUCache[RouteKey, GuardState] = LRUCache(MAX_ROUTES)
+        self._unreadable: LRUCache[str, None] = LRUCache(MAX_ROUTES)  # bundles, so that the log names each once
+        self._samples: queue.Queue[Sample | None] = queue.Queue(maxsize=1)  # None ends the worker
         self._closed = threading.Event()
         self._worker: threading.Thread | None = None
 
     def close(self) -> None:
-        """Check no more; a check under way goes on to its end."""
+        """Stop checking; a check under way goes on to its end."""
         self._closed.set()
         with contextlib.suppress(queue.Empty):
-            self._waiting.get_nowait()
+            self._samples.get_nowait()
         with contextlib.suppress(queue.Full):  # another sample came between: its worker sees that this is closed
-            self._waiting.put_nowait(None)
+            self._samples.put_nowait(None)
 
-    def safer(self, route: Route) -> tuple[Route, Standing]:
-        """Apply the fallback codec in force for this route (none at level 0); the route and that level."""
+    def apply_fallback(self, route: Route) -> tuple[Route, Fallback]:
+        """The route with its fallback codec in force (unchanged at level 0), and the level."""
         if not route.encodings:
-            return route, UNWATCHED
+            return route, NO_FALLBACK
         with self._lock:
-            watched = self._watched.get(_key(route))
-            if watched is None or not watched.step:
-                return route, UNWATCHED
-            standing = Standing(watched.step, watched.notes())
-            choice = watched.ladder[watched.step]
-        made = tuple(
-            {name: p for name, how in each.items() if (p := _packing(how, choice)) is not None}
+            state = self._states.get(_key(route))
+            if state is None or not state.level:
+                return route, NO_FALLBACK
+            fallback = Fallback(state.level, state.notes())
+            choice = state.chain[state.level]
+        encodings = tuple(
+            {name: e for name, encoding in each.items() if (e := _fallback_encoding(encoding, choice)) is not None}
             for each in route.encodings
         )
-        return replace(route, encodings=made, looks=None), standing
+        return replace(route, encodings=encodings, looks=None), fallback
 
     def watch(
         self,
         route: Route,
-        standing: Standing,
+        fallback: Fallback,
         inputs: Mapping[str, Array],
         encoded: Mapping[str, EncodedTensor],
         result: Result,
     ) -> None:
-        """Perhaps check this answer later; `route` is the one that was asked for, before `safer`."""
+        """Draw whether this request is checked later; `route` is the one before `apply_fallback`."""
         sent = {name for run in result.runs for name in run.codecs}
-        if not any(name in sent and not is_exact(p) for each in route.encodings for name, p in each.items()):
+        if not any(name in sent and not is_exact(e) for each in route.encodings for name, e in each.items()):
             return
         if self._draw() >= self._share or self._closed.is_set():
             return
@@ -176,90 +212,78 @@ class Guard:
             if self._worker is None:
                 self._worker = threading.Thread(target=self._work, name="guard", daemon=True)
                 self._worker.start()
-        with contextlib.suppress(queue.Full):  # one is being checked and one waits: enough
-            self._waiting.put_nowait(Sample(route, inputs, encoded, result.outputs, standing.step))
+        with contextlib.suppress(queue.Full):  # one sample in work and one in the queue: enough
+            self._samples.put_nowait(Sample(route, inputs, encoded, result.outputs, fallback.level))
 
     def _work(self) -> None:
-        while (sample := self._waiting.get()) is not None and not self._closed.is_set():
+        while (sample := self._samples.get()) is not None and not self._closed.is_set():
             try:
-                if self._idle():
+                if self._is_idle():
                     self.check(sample)
             except IsthmusError as e:
-                # A hop that is away, a deadline: nothing was learned of the codec.
+                # A hop that is away, a deadline: the codec is not at fault.
                 self._log.info("the guard's own request failed", extra={"facts": {"error": e.message}})
             except Exception as e:
                 self._log.error("unexpected in the guard: %s", type(e).__name__, exc_info=e)
 
-    def _idle(self) -> bool:
-        until = time.monotonic() + IDLE_WAIT_S
+    def _is_idle(self) -> bool:
+        give_up = time.monotonic() + MAX_IDLE_WAIT_S
         while self._metrics.busy() > 0:
-            if time.monotonic() > until or self._closed.is_set():
+            if time.monotonic() > give_up or self._closed.is_set():
                 return False
             time.sleep(_POLL_S)
         return True
 
     def check(self, sample: Sample) -> None:
-        """Answer one request raw, compare, and step down where the limit is broken beyond chance.
+        """Run one request raw, compare the predictions, and fall back where the limit is exceeded beyond chance.
 
         Raises:
-            IsthmusError: the raw answer could not be had.
+            IsthmusError: the raw request failed.
         """
-        watched = self._look(sample.route)
+        state = self._state(sample.route)
         raw = replace(sample.route, encodings=(), looks=None)
         context = Context.from_headers({}, longest_s=self._deadline_s)
         expected = execute(raw, sample.inputs, context, sample.encoded)
-        same = agrees(watched.measure, expected.outputs, sample.outputs)
-        self._metrics.guard_checked(same)
+        agreed = agrees(state.measure, expected.outputs, sample.outputs)
+        self._metrics.guard_checked(agreed)
         with self._lock:
-            if sample.step != watched.step:
+            if sample.level != state.level:
                 return  # of a codec that is no longer in use
-            watched.seen.append(same)
-            differing, count, share = watched.seen.count(False), len(watched.seen), watched.disagreement
-            stepped = watched.step + 1 < len(watched.ladder) and exceeds(
-                differing, count, 1 - watched.limit, CONFIDENCE
-            )
-            if stepped:
-                watched.step += 1
-                watched.seen.clear()
-            watched_now = self._watched.values()
-            self._metrics.guard_state(max(w.disagreement for w in watched_now), max(w.step for w in watched_now))
-        if stepped:
+            outcomes = [*state.outcomes, agreed][-WINDOW:]
+            is_fallback = state.add(agreed)
+            states = self._states.values()
+            self._metrics.guard_state(max(s.disagreement for s in states), max(s.level for s in states))
+        if is_fallback:
             facts = {
                 "bundle": sample.route.digest,
                 "segments": [s.id for s in sample.route.segments],
-                "checks": count,
-                "disagreement": round(share, 4),
-                "limit": round(1 - watched.limit, 4),
-                **watched.notes(),
+                "checks": len(outcomes),
+                "disagreement": round(outcomes.count(False) / len(outcomes), 4),
+                "limit": round(1 - state.limit, 4),
+                **state.notes(),
             }
             self._log.warning("the guard stepped to a safer codec", extra={"facts": facts})
 
-    def _look(self, route: Route) -> Watched:
+    def _state(self, route: Route) -> GuardState:
         key = _key(route)
         with self._lock:
-            if (found := self._watched.get(key)) is not None:
-                self._watched.move_to_end(key)
-                return found
+            if (state := self._states.get(key)) is not None:
+                return state
         fidelity = self._fidelity(route)
         measure = fidelity.measure if fidelity is not None else measure_for(route.bundle)
         limit = fidelity.limit if fidelity is not None else LIMIT
-        made = Watched(ladder(_worst(route), _cut(route), fidelity), measure, limit)
+        chain = fallback_chain(_coarsest(route), _cut(route), fidelity)
         with self._lock:
-            found = self._watched.setdefault(key, made)
-            while len(self._watched) > MAX_ROUTES:
-                self._watched.popitem(last=False)
-        return found
+            return self._states.setdefault(key, GuardState(chain, measure, limit))
 
     def _fidelity(self, route: Route) -> Fidelity | None:
         try:
             return self._fidelities(route.bundle)
         except IsthmusError as e:
             with self._lock:
-                known = route.digest in self._unguarded
-                self._unguarded[route.digest] = None
-                while len(self._unguarded) > MAX_ROUTES:
-                    self._unguarded.popitem(last=False)
-            if not known:
+                is_logged = route.digest in self._unreadable
+                self._unreadable[route.digest] = None
+            if not is_logged:
                 facts = {"bundle": route.digest, "type": type(e).__name__, "error": e.message, "hint": e.hint}
                 self._log.warning(
                     "the guard cannot read what was calibrated, and checks nothing", extra={"facts": facts}
@@ -267,34 +291,33 @@ class Guard:
             raise
 
 
-def _packing(how: Encoding, choice: Choice) -> Encoding | None:
-    """How a tensor travels on the step of `choice`; None for raw."""
-    if is_exact(how):
-        return how
+def _fallback_encoding(encoding: Encoding, choice: Choice) -> Encoding | None:
+    """A tensor's encoding at the fallback `choice`; None for raw."""
+    if is_exact(encoding):
+        return encoding
     if choice == RAW:
         return None
-    if choice.codec == how.codec:
-        return replace(how, quality=max(how.quality, choice.quality))
+    if choice.codec == encoding.codec:
+        return replace(encoding, quality=max(encoding.quality, choice.quality))
     return Encoding(choice.codec, choice.quality)
 
 
-def _worst(route: Route) -> Choice:
-    """The choice that the route's lossy encodings have in common; of several, the one of the lowest quality."""
-    lossy = [Choice(p.codec, p.quality) for each in route.encodings for p in each.values() if not is_exact(p)]
-    worst = min(lossy, key=lambda c: (c.quality, c.codec), default=RAW)
-    return worst if route.looks is None else replace(worst, looks=route.looks.looks)
+def _coarsest(route: Route) -> Choice:
+    """The choice common to the route's lossy encodings; of several, the one of the lowest quality."""
+    lossy = [Choice(e.codec, e.quality) for each in route.encodings for e in each.values() if not is_exact(e)]
+    coarsest = min(lossy, key=lambda c: (c.quality, c.codec), default=RAW)
+    return coarsest if route.looks is None else replace(coarsest, looks=route.looks.looks)
 
 
 def _cut(route: Route) -> str:
-    """The cut before the first segment that anything lossy is sent to."""
+    """The cut before the first segment with a lossy input."""
     for segment, each in zip(route.segments, route.encodings, strict=False):
-        if any(not is_exact(p) for p in each.values()):
+        if any(not is_exact(e) for e in each.values()):
             return segment.id.start
     return ""
 
 
-def _key(route: Route) -> Key:
-    """What makes a route another one for the guard: its segments, each tensor's codec and quality, the closer looks."""
-    encodings = tuple((name, p.codec, p.quality) for each in route.encodings for name, p in each.items())
+def _key(route: Route) -> RouteKey:
+    encodings = tuple((name, e.codec, e.quality) for each in route.encodings for name, e in each.items())
     looks = () if route.looks is None else route.looks.looks
     return route.digest, tuple(s.id for s in route.segments), encodings, looks

@@ -1,13 +1,14 @@
-"""What a function tells Prometheus; docs/metrics.md lists the names."""
+"""A function's Prometheus metrics; docs/reference/metrics.md lists their names."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
+
+from isthmus.serving.request import Timings
 
 if TYPE_CHECKING:  # a router whose hops are all remote never loads onnxruntime
     from isthmus.pipeline import LooksTaken
@@ -16,7 +17,7 @@ if TYPE_CHECKING:  # a router whose hops are all remote never loads onnxruntime
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 
 
-class Metrics:
+class FunctionMetrics:
     """One function's metrics, in a collector registry of their own."""
 
     def __init__(self) -> None:
@@ -35,11 +36,6 @@ class Metrics:
             buckets=_SECONDS,
             registry=r,
         )
-        # Looking a label up costs more than counting; endpoints, codes and stages are few.
-        self._answers = lru_cache(256)(
-            lambda endpoint, code: (self.requests.labels(endpoint, code), self.request_seconds.labels(endpoint))
-        )
-        self.stage = lru_cache(256)(lambda stage: self.stage_seconds.labels(stage))
         self.in_flight = Gauge("isthmus_requests_in_flight", "Requests being worked on.", registry=r)
         self.received = Counter("isthmus_received_bytes", "Bytes of request bodies.", registry=r)
         self.sent = Counter("isthmus_sent_bytes", "Bytes of response bodies.", registry=r)
@@ -49,9 +45,6 @@ class Metrics:
         self.hop_sent = Counter("isthmus_hop_sent_bytes", "Bytes of frames sent to a hop.", ["hop"], registry=r)
         self.hop_received = Counter(
             "isthmus_hop_received_bytes", "Bytes of frames received from a hop.", ["hop"], registry=r
-        )
-        self._hops = lru_cache(64)(
-            lambda hop: tuple(c.labels(hop) for c in (self.hop_tensors, self.hop_sent, self.hop_received))
         )
         self.hop_errors = Counter(
             "isthmus_hop_errors", "Calls to a hop that failed for good.", ["hop", "error"], registry=r
@@ -80,22 +73,24 @@ class Metrics:
             "isthmus_guard_step", "Steps to a safer codec, of the route with the most; 0 where none was.", registry=r
         )
 
-    def answered(self, endpoint: str, code: int, seconds: float, size: int) -> None:
-        """Count one answer and its time."""
-        count, times = self._answers(endpoint, code)
-        count.inc()
-        times.observe(seconds)
+    def count_response(self, endpoint: str, code: int, size: int, timings: Timings) -> None:
+        """Count one response with its time and those of its stages. Units: bytes."""
+        self.requests.labels(endpoint, code).inc()
+        self.request_seconds.labels(endpoint).observe(timings.elapsed())
         self.sent.inc(size)
+        for stage, seconds, _ in timings.stages:
+            self.stage_seconds.labels(stage).observe(seconds)
 
-    def looked(self, looked: LooksTaken) -> None:
-        """Count how one answer's closer looks went."""
-        self.closer_looks.inc(looked.taken)
-        self.looked_answers.labels(looked.outcome).inc()
+    def count_looks(self, looks: LooksTaken) -> None:
+        """Count the closer looks of one prediction."""
+        self.closer_looks.inc(looks.taken)
+        self.looked_answers.labels(looks.outcome).inc()
 
-    def crossed(self, hop: str, tensors: int, sent: int, received: int) -> None:
-        """Count what one call of a hop moved. Units: bytes."""
-        for counter, count in zip(self._hops(hop), (tensors, sent, received), strict=True):
-            counter.inc(count)
+    def count_call(self, hop: str, tensors: int, sent: int, received: int) -> None:
+        """Count one call of a hop. Units: bytes."""
+        self.hop_tensors.labels(hop).inc(tensors)
+        self.hop_sent.labels(hop).inc(sent)
+        self.hop_received.labels(hop).inc(received)
 
     def guard_checked(self, agreed: bool) -> None:
         """Count one check of the guard."""
@@ -103,20 +98,20 @@ class Metrics:
         self.guard_disagreements.inc(not agreed)
 
     def guard_state(self, disagreement: float, level: int) -> None:
-        """Set what the guard found: the largest share of disagreements, and the highest fallback level."""
+        """Set the largest share of disagreements and the highest fallback level of all routes."""
         self.guard_disagreement.set(disagreement)
         self.guard_step.set(level)
 
     def busy(self) -> float:
-        """Requests being worked on now."""
+        """Requests in flight."""
         return sum(sample.value for metric in self.in_flight.collect() for sample in metric.samples)
 
     def gauge(self, name: str, help: str, read: Callable[[], float]) -> None:
-        """Add a gauge whose value is read when it is scraped."""
+        """Add a gauge that calls `read` when it is scraped."""
         Gauge(name, help, registry=self._registry).set_function(read)
 
     def gauge_store(self, store: SegmentStore) -> None:
-        """Add what `store` holds."""
+        """Add gauges of the segments that `store` holds."""
         self.gauge("isthmus_loaded_segments", "Segments in memory.", lambda: float(len(store.loaded())))
         self.gauge(
             "isthmus_loaded_bytes",

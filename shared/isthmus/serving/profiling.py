@@ -1,4 +1,4 @@
-"""The profiling route of a segment function: what a segment takes on this device, for those who hold the token."""
+"""The profiling endpoints of a segment function: times and memory of a segment on this device, by bearer token."""
 
 from __future__ import annotations
 
@@ -11,22 +11,19 @@ import time
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flask import Response
 
-from isthmus.codecs import Tables
 from isthmus.context import Deadline
 from isthmus.errors import DeadlineExceeded, ProfilingOff, ProfilingRefused, RequestMalformed, RequestTooLarge
 from isthmus.runtime.codec_speed import speeds
 from isthmus.runtime.kernels import Observed
 from isthmus.runtime.store import SegmentStore
 from isthmus.serving.app import FunctionApp
-from isthmus.serving.intake import accept, decoding
-from isthmus.serving.memory import Turns
-from isthmus.serving.work import Reply, Work
+from isthmus.serving.request import FunctionRequest
 from isthmus.settings import SegmentSettings
 from isthmus.wire import frame as frames
 from isthmus.wire.frame import Frame
@@ -37,46 +34,49 @@ RUNS, MAX_RUNS = 15, 500
 WARMUP, MAX_WARMUP = 2, 50
 _CODING_TRIES = 3
 _MAX_TOKEN_BYTES = 4096
-_OF_THE_TIME = {False: 0.9, True: 0.5}
-"""The share of the deadline that plain runs may take, without and with an observation after them."""
+_DEADLINE_SHARE_PLAIN, _DEADLINE_SHARE_OBSERVED = 0.9, 0.5
+"""Share of the deadline for plain runs, without and with an observation after them."""
 
 
 class Profiling:
     """`POST /profile` and `POST /profile/echo`. Each call needs the secret `profile-token` as its bearer token."""
 
-    def __init__(self, store: SegmentStore, settings: SegmentSettings, tables: Tables, turns: Turns) -> None:
-        self._store, self._settings, self._tables, self._turns = store, settings, tables, turns
+    def __init__(
+        self, store: SegmentStore, settings: SegmentSettings, decode: Callable[[FunctionRequest], Frame]
+    ) -> None:
+        self._store, self._settings, self._decode = store, settings, decode
 
     def serve_on(self, app: FunctionApp) -> None:
         """Add both routes."""
-        app.work("/profile", self.measure, "profile")
-        app.work("/profile/echo", self.echo, "profile_echo")
+        app.post("/profile", self.measure, "profile")
+        app.post("/profile/echo", self.echo, "profile_echo")
 
-    def measure(self, work: Work) -> Reply:
-        """Run the segment that the frame names on its tensors, warmed up and one after the other; an empty body only
-        asks what device this is, and with `codecs` how fast it packs.
+    def measure(self, request: FunctionRequest) -> Response:
+        """Run the segment that the frame names on its tensors, warmed up, runs in sequence.
+
+        An empty body asks for the device's description alone, and with `codecs` for its codecs' speed.
 
         Raises:
             ProfilingOff, ProfilingRefused: see `_admit`.
-            RequestMalformed: a query that is none, or a frame that names no bundle.
-            And what running a segment raises.
+            RequestMalformed: a malformed query, or a frame that names no bundle.
+            Others as decoding a frame and running a segment.
         """
-        self._admit(work)
-        runs = _whole(work.query, "runs", RUNS, 1, MAX_RUNS)
-        warmup = _whole(work.query, "warmup", WARMUP, 0, MAX_WARMUP)
-        nodes = bool(_whole(work.query, "nodes", 0, 0, 1))
-        memory = bool(_whole(work.query, "memory", 1, 0, 1)) or nodes
-        codecs = bool(_whole(work.query, "codecs", 0, 0, 1))
+        self._admit(request)
+        runs = _whole(request.query, "runs", RUNS, 1, MAX_RUNS)
+        warmup = _whole(request.query, "warmup", WARMUP, 0, MAX_WARMUP)
+        nodes = bool(_whole(request.query, "nodes", 0, 0, 1))
+        memory = bool(_whole(request.query, "memory", 1, 0, 1)) or nodes
+        codecs = bool(_whole(request.query, "codecs", 0, 0, 1))
         doc: dict[str, Any] = {"format": FORMAT, "device": self._store.device.document()}
         if codecs:
-            doc["codecs"] = {name: asdict(s) for name, s in speeds(work.context.deadline.remaining() / 4).items()}
-        if not work.body:
+            doc["codecs"] = {name: asdict(s) for name, s in speeds(request.context.deadline.remaining() / 4).items()}
+        if not request.body:
             return _json(doc)
-        decode_s, frame = _timed(lambda: self._decode(work))
-        deadline = work.context.deadline
-        until = Deadline.after(deadline.remaining() * _OF_THE_TIME[memory])
+        decode_s, frame = _timed(lambda: self._decoded(request))
+        deadline = request.context.deadline
+        until = Deadline.after(deadline.remaining() * (_DEADLINE_SHARE_OBSERVED if memory else _DEADLINE_SHARE_PLAIN))
         times, outputs, load_s = self._run(frame, warmup, runs, until, deadline)
-        encode_s, answer = _timed(lambda: frames.encode(Frame(outputs, frame.bundle, frame.segment)))
+        encode_s, response = _timed(lambda: frames.encode(Frame(outputs, frame.bundle, frame.segment)))
         doc |= {
             "bundle": frame.bundle,
             "segment": frame.segment,
@@ -89,7 +89,7 @@ class Profiling:
             "encode_s": encode_s,
             "input_bytes": sum(a.nbytes for a in frame.tensors.values()),
             "output_bytes": sum(a.nbytes for a in outputs.values()),
-            "answer_bytes": len(answer),
+            "answer_bytes": len(response),
             "memory": None,
             "nodes": None,
         }
@@ -97,26 +97,27 @@ class Profiling:
             doc |= self._observe(frame, deadline, runs if nodes else 2, nodes)
         return _json(doc)
 
-    def echo(self, work: Work) -> Reply:
-        """Unpack the frame, run nothing, and answer with one of `bytes` zero bytes: what a call costs by itself.
+    def echo(self, request: FunctionRequest) -> Response:
+        """Decode the frame and respond with one of `bytes` zero bytes, for the time of a call alone.
 
         Raises:
             As `measure`; RequestTooLarge: more bytes than a request may have.
         """
-        self._admit(work)
+        self._admit(request)
         limit = self._settings.max_request_bytes
-        count = _whole(work.query, "bytes", 0, 0, 2**40)
+        count = _whole(request.query, "bytes", 0, 0, 2**40)
         if count > limit:
             raise RequestTooLarge(f"an answer of {count} bytes; at most {limit} are given", limit=limit)
-        frame = frames.decode(work.body, max_bytes=limit)
+        frame = frames.decode(request.body, max_bytes=limit)
         body = frames.encode(Frame({"echo": np.zeros(count, np.uint8)}, request=frame.request))
-        return Reply(body, {"Content-Type": frames.CONTENT_TYPE})
+        return Response(body, content_type=frames.CONTENT_TYPE)
 
-    def _admit(self, work: Work) -> None:
-        """Let only those pass who hold the token.
+    def _admit(self, request: FunctionRequest) -> None:
+        """Refuse a request without this function's token.
 
         Raises:
-            ProfilingOff: this function has no token; ProfilingRefused: the caller has not this one.
+            ProfilingOff: this function has no token.
+            ProfilingRefused: the request has none, or another one.
         """
         try:
             with Path(self._settings.secrets_dir, SECRET).open("rb") as f:
@@ -130,50 +131,44 @@ class Profiling:
                 hint=f"faas-cli secret create {SECRET} --from-file=token.txt, name it in the function's secrets and"
                 " deploy; docs/profile.md",
             )
-        kind, _, given = work.headers.get("Authorization", "").partition(" ")
+        scheme, _, presented = request.headers.get("Authorization", "").partition(" ")
         # Digests have one length, so that the comparison tells nothing about the token's.
-        same = hmac.compare_digest(*(hashlib.sha256(t).digest() for t in (token, given.strip().encode())))
-        if kind.lower() != "bearer" or not same:
+        is_equal = hmac.compare_digest(*(hashlib.sha256(t).digest() for t in (token, presented.strip().encode())))
+        if scheme.lower() != "bearer" or not is_equal:
             raise ProfilingRefused(
-                "the bearer token is not this function's" if given else "a bearer token is needed",
+                "the bearer token is not this function's" if presented else "a bearer token is needed",
                 hint=f"send Authorization: Bearer and what the secret {SECRET} holds",
             )
 
-    def _decode(self, work: Work) -> Frame:
-        with work.memory.scope():  # it is decoded several times, to be timed
-            return frames.decode(
-                work.body,
-                max_bytes=self._settings.max_request_bytes,
-                tables=self._tables,
-                accept=partial(accept, self._store, work),
-                during=partial(decoding, self._turns, work),
-            )
+    def _decoded(self, request: FunctionRequest) -> Frame:
+        with request.memory.scope():  # several times, for its time; each reserves what it takes
+            return self._decode(request)
 
     def _run(
         self, frame: Frame, warmup: int, runs: int, until: Deadline, deadline: Deadline
     ) -> tuple[list[float], Mapping[str, Any], float]:
-        """The seconds of each run, one at least and as many as end before `until`; the outputs; those of loading."""
+        """Seconds of each run, at least one and as many as end before `until`; the outputs; seconds of loading."""
         times: list[float] = []
         load_s = 0.0
         while True:
             ran = self._store.run(frame.bundle, frame.segment, frame.tensors, deadline)
             load_s += ran.load_s
-            late = until.remaining() < 1.5 * ran.run_s
-            if warmup > 0 and not late:
+            is_late = until.remaining() < 1.5 * ran.run_s
+            if warmup > 0 and not is_late:
                 warmup -= 1
                 continue
             times.append(ran.run_s)
-            if late or len(times) == runs:
+            if is_late or len(times) == runs:
                 return times, ran.outputs, load_s
 
     def _observe(self, frame: Frame, deadline: Deadline, runs: int, nodes: bool) -> dict[str, Any]:
-        """What the runtime's own profiler says; nothing of it where the deadline is too near."""
+        """Memory and node times from the runtime's profiler; empty where the deadline is too near."""
         try:
-            seen = self._store.observe(frame.bundle, frame.segment, frame.tensors, deadline, most_runs=runs)
+            observed = self._store.observe(frame.bundle, frame.segment, frame.tensors, deadline, most_runs=runs)
         except DeadlineExceeded:
             return {}
-        memory = seen.memory
-        found: dict[str, Any] = {
+        memory = observed.memory
+        doc: dict[str, Any] = {
             "memory": {
                 "weights_bytes": memory.weights_bytes,
                 "packed_bytes": memory.packed_bytes,
@@ -181,14 +176,14 @@ class Profiling:
                 "arena_bytes": memory.arena_bytes,
             }
         }
-        return found | {"nodes": _nodes(seen)} if nodes else found
+        return doc | {"nodes": _nodes(observed)} if nodes else doc
 
 
-def _nodes(seen: Observed) -> dict[str, Any]:
+def _nodes(observed: Observed) -> dict[str, Any]:
     return {
-        "runs": seen.runs,
-        "kernels": [[k.name, k.op, k.seconds] for k in seen.kernels],
-        "graph": base64.b64encode(zlib.compress(seen.graph)).decode(),
+        "runs": observed.runs,
+        "kernels": [[k.name, k.op, k.seconds] for k in observed.kernels],
+        "graph": base64.b64encode(zlib.compress(observed.graph)).decode(),
     }
 
 
@@ -197,24 +192,26 @@ def _quartiles(times: list[float]) -> dict[str, float]:
     return {"low_s": low, "median_s": median, "high_s": high}
 
 
-def _timed(do: Callable[[], Any]) -> tuple[float, Any]:
-    """The median seconds of some tries, and the last one's result."""
+def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Median seconds of `_CODING_TRIES` calls, and the result."""
     times, result = [], None
     for _ in range(_CODING_TRIES):
         start = time.perf_counter()
-        result = do()
+        result = call()
         times.append(time.perf_counter() - start)
     return statistics.median(times), result
 
 
-def _whole(query: Mapping[str, str], name: str, default: int, least: int, most: int) -> int:
+def _whole(query: Mapping[str, str], name: str, default: int, minimum: int, maximum: int) -> int:
     text = query.get(name, "")
     if not text:
         return default
-    if not (text.isascii() and text.isdecimal() and len(text) < 16 and least <= int(text) <= most):
-        raise RequestMalformed(f"{name} is {text[:40]!r}; it is a whole number from {least} to {most}", parameter=name)
+    if not (text.isascii() and text.isdecimal() and len(text) < 16 and minimum <= int(text) <= maximum):
+        raise RequestMalformed(
+            f"{name} is {text[:40]!r}; it is a whole number from {minimum} to {maximum}", parameter=name
+        )
     return int(text)
 
 
-def _json(doc: Mapping[str, Any]) -> Reply:
-    return Reply(json.dumps(doc).encode(), {"Content-Type": "application/json"})
+def _json(doc: Mapping[str, Any]) -> Response:
+    return Response(json.dumps(doc), mimetype="application/json")

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
-from flask import Flask
+from flask import Flask, Response
 
+from isthmus.artifacts.bundle import is_digest
+from isthmus.artifacts.tensors import check_types
 from isthmus.context import Deadline
+from isthmus.errors import RequestMalformed
 from isthmus.processing.image_budget import ImageMemory
 from isthmus.registry import BakedSegment, open_registry, open_source
 from isthmus.runtime.store import SegmentStore
 from isthmus.runtime.tables import Tables
 from isthmus.serving.app import FunctionApp
-from isthmus.serving.intake import accept, decoding
 from isthmus.serving.memory import Turns
-from isthmus.serving.preload import MAX_LOAD_S, parse, preload
 from isthmus.serving.profiling import Profiling
-from isthmus.serving.work import Reply, Work
+from isthmus.serving.request import FunctionRequest
+from isthmus.serving.startup import MAX_LOAD_S, parse_entry, preload
 from isthmus.settings import SegmentSettings
 from isthmus.wire import frame as frames
-from isthmus.wire.frame import Frame
+from isthmus.wire.frame import Frame, Outline
 
 
 def create_segment_app(settings: SegmentSettings) -> Flask:
@@ -37,7 +41,7 @@ def create_segment_app(settings: SegmentSettings) -> Flask:
 class _SegmentApp(FunctionApp):
     def __init__(self, settings: SegmentSettings) -> None:
         for entry in settings.preload:
-            parse(entry)
+            parse_entry(entry)
         self._registry = None if settings.segment_dir else open_registry(settings)
         self._source = open_source(settings, self._registry)
         self._store = SegmentStore(self._source, settings)
@@ -48,28 +52,60 @@ class _SegmentApp(FunctionApp):
         self.closing.callback(self._store.close)
         self.closing.callback(self._tables.close)
         self.metrics.gauge_store(self._store)
-        self.work("/", self.run, "run")
-        Profiling(self._store, settings, self._tables, self._turns).serve_on(self)
+        self.post("/", self.run, "run")
+        Profiling(self._store, settings, self._decode).serve_on(self)
 
-    def run(self, work: Work) -> Reply:
+    def run(self, request: FunctionRequest) -> Response:
         """Run the segment that the frame names, on its tensors."""
         start = time.perf_counter()
-        frame = frames.decode(
-            work.body,
+        frame = self._decode(request)
+        request.timings.add("decode", time.perf_counter() - start)
+        ran = self._store.run(frame.bundle, frame.segment, frame.tensors, request.context.deadline)
+        request.timings.add("load", ran.load_s)
+        request.timings.add("wait", ran.wait_s)
+        request.timings.add("run", ran.run_s)
+        start = time.perf_counter()
+        body = frames.encode(Frame(ran.outputs, frame.bundle, frame.segment, frame.request))
+        request.timings.add("encode", time.perf_counter() - start)
+        return Response(body, content_type=frames.CONTENT_TYPE)
+
+    def _decode(self, request: FunctionRequest) -> Frame:
+        return frames.decode(
+            request.body,
             max_bytes=self._settings.max_request_bytes,
             tables=self._tables,
-            accept=partial(accept, self._store, work),
-            during=partial(decoding, self._turns, work),
+            accept=partial(self._accept, request),
+            during=partial(self._decoding, request),
         )
-        work.timings.add("decode", time.perf_counter() - start)
-        ran = self._store.run(frame.bundle, frame.segment, frame.tensors, work.context.deadline)
-        work.timings.add("load", ran.load_s)
-        work.timings.add("wait", ran.wait_s)
-        work.timings.add("run", ran.run_s)
-        start = time.perf_counter()
-        body = frames.encode_parts(Frame(ran.outputs, frame.bundle, frame.segment, frame.request))
-        work.timings.add("encode", time.perf_counter() - start)
-        return Reply(body, {"Content-Type": frames.CONTENT_TYPE})
+
+    def _accept(self, request: FunctionRequest, outline: Outline) -> None:
+        """Refuse a frame whose tensors its segment does not take, before anything is allocated for them.
+
+        Raises:
+            RequestMalformed: the frame names no bundle's digest.
+            Missing, RegistryError, NotReady: as `SegmentStore.segment`.
+            ShapeMismatch: a tensor is missing, unknown, or of another dtype or shape.
+        """
+        if not is_digest(outline.bundle):
+            raise RequestMalformed(f"the frame names bundle {outline.bundle!r}; a bundle is a manifest's sha256 digest")
+        segment = self._store.segment(outline.bundle, outline.segment, request.context.deadline)
+        check_types(segment.inputs, outline.tensors)
+
+    @contextmanager
+    def _decoding(self, request: FunctionRequest, outline: Outline) -> Iterator[None]:
+        """Reserve the working memory of decoding for its duration, and that of the tensors until the response.
+
+        Raises:
+            DeadlineExceeded: other frames were decoded until the deadline.
+            Overloaded, RequestTooLarge: there is no memory to decode the frame, now or ever.
+        """
+        request.memory.hold(outline.decoded_bytes)
+        if not outline.working_bytes:  # pictures have a bound of their own, and wait for it
+            yield
+            return
+        with self._turns.one(request.context.deadline), request.memory.scope():
+            request.memory.hold(outline.working_bytes)
+            yield
 
     def _prepare(self) -> None:
         if isinstance(self._source, BakedSegment):

@@ -1,4 +1,4 @@
-"""The setting `codec`: one codec for every cut of the router's model, chosen by hand."""
+"""The setting `codec`: one codec for every cut of the router's model, in place of the plan's."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from isthmus.runtime.tables import tables_of
 from isthmus.settings import RouterSettings
 
 
-def chosen(settings: RouterSettings) -> Choice | None:
-    """What the setting says; None where it is empty.
+def parse_override(settings: RouterSettings) -> Choice | None:
+    """The setting's choice of a codec; None where it is empty.
 
     Raises:
         SettingsError: no such codec or quality, or a share beyond 1 for the guard.
@@ -38,18 +38,18 @@ def chosen(settings: RouterSettings) -> Choice | None:
         raise SettingsError(f"the setting codec: {e}", variable="codec", value=settings.codec) from e
 
 
-def packed(route: Route, choice: Choice, tables: Tables, measure: Callable[[Bundle], Measure]) -> Route:
-    """The route with what crosses its cuts packed by `choice`; the model's own inputs go as they are.
+def override_codec(route: Route, choice: Choice, tables: Tables, measure: Callable[[Bundle], Measure]) -> Route:
+    """The route with the boundary tensors of its cuts encoded by `choice`; the model's own inputs stay raw.
 
-    `measure` says what a bundle's answers are, for closer looks.
+    `measure` gives a bundle's rule of agreement, for closer looks.
 
     Raises:
-        Missing: the codec needs calibration, and the bundle has none for a tensor that crosses.
-        SettingsError: closer looks at answers that are no classes.
+        Missing: the codec needs calibration, and the bundle has none for the boundary tensors.
+        SettingsError: closer looks for predictions that are no classes.
     """
     calibrated = choice.codec != "raw" and find_codec(choice.codec).calibrated
     table = tables_of(route.bundle, route.digest, choice.codec, tables)
-    made: list[Mapping[str, Encoding]] = [{}]
+    encoded: list[Mapping[str, Encoding]] = [{}]
     for segment in route.segments[1:]:
         if calibrated and not any(s.name in route.bundle.tables for s in segment.inputs):
             raise Missing(
@@ -59,11 +59,11 @@ def packed(route: Route, choice: Choice, tables: Tables, measure: Callable[[Bund
                 exists=sorted(route.bundle.tables),
                 hint=f"calibrate it: isthmus calibrate {route.bundle.name} --data FOLDER",
             )
-        made.append(encodings(segment.inputs, choice, table))
-    return replace(route, encodings=tuple(made), looks=_looks(route.bundle, choice, measure))
+        encoded.append(encodings(segment.inputs, choice, table))
+    return replace(route, encodings=tuple(encoded), looks=_look_policy(route.bundle, choice, measure))
 
 
-def _looks(bundle: Bundle, choice: Choice, measure: Callable[[Bundle], Measure]) -> LookPolicy | None:
+def _look_policy(bundle: Bundle, choice: Choice, measure: Callable[[Bundle], Measure]) -> LookPolicy | None:
     if not choice.looks:
         return None
     rule = measure(bundle)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 
 from werkzeug.datastructures import Accept
 from werkzeug.http import parse_accept_header
+from werkzeug.wrappers import Response
 
 from isthmus.errors import EncodingUnsupported, RequestMalformed, RequestTooLarge
 from isthmus.serving.memory import Reservation
@@ -17,20 +18,21 @@ MIN_BYTES, MAX_BYTES = 4096, 16 * 2**20
 """Shorter responses travel as they are, since they fit into a few packets; longer ones would take a second."""
 _LEVEL = 1
 """Of zlib: JSON numbers shrink to a half, at 40 to 120 MB/s; level 6 takes five times as long for another 4%."""
-_INPUT, _OUTPUT = 2**16, 2**18
+_INPUT_BYTES, _OUTPUT_BYTES = 2**16, 2**18
 MAX_MEMBERS = 4096
 """Of a gzip body, which may be several, one after the other (RFC 1952, 2.2), as block compressors write it."""
 _ZLIB, _RAW, _GZIP = 15, -15, 31
 _COMPRESSIBLE = ("application/json", "text/", "application/openmetrics-text")
 
 
-def decoded(body: bytes | memoryview, coding: str, memory: Reservation, max_bytes: int) -> bytes | memoryview:
+def decompress(body: bytes | memoryview, coding: str, memory: Reservation, max_bytes: int) -> bytes | memoryview:
     """`body` without its Content-Encoding.
 
     Raises:
         EncodingUnsupported: another coding than gzip and deflate, or several; nothing was decoded.
         RequestMalformed: the body is not of that coding.
-        RequestTooLarge: it unpacks to more than `max_bytes`; RequestTooLarge, Overloaded: as `Reservation.hold`.
+        RequestTooLarge: it decompresses to more than `max_bytes`, or as `Reservation.hold`.
+        Overloaded: as `Reservation.hold`.
     """
     name = coding.strip().lower().removeprefix("x-")
     if name in ("", "identity"):
@@ -52,42 +54,40 @@ def decoded(body: bytes | memoryview, coding: str, memory: Reservation, max_byte
     return memoryview(data).toreadonly()
 
 
-def encoded(
-    headers: Mapping[str, str], parts: Sequence[bytes | memoryview], accepts: str
-) -> tuple[dict[str, str], Sequence[bytes | memoryview]]:
-    """A response's headers and body, compressed where that is worth it and Accept-Encoding asks for it."""
-    kind = headers.get("Content-Type", "")
-    size = sum(map(len, parts))
-    if not kind.startswith(_COMPRESSIBLE) or size < MIN_BYTES or "Content-Encoding" in headers:
-        return dict(headers), parts
-    added = {"Vary": "Accept-Encoding"}
+def compress(response: Response, accepts: str) -> None:
+    """Compress a response's body where that is worth it and the request's Accept-Encoding asks for it."""
+    size = response.content_length or 0
+    kind = response.headers.get("Content-Type", "")
+    if size < MIN_BYTES or not kind.startswith(_COMPRESSIBLE) or "Content-Encoding" in response.headers:
+        return
+    response.headers["Vary"] = "Accept-Encoding"
     if size <= MAX_BYTES and (coding := _preferred(accepts)):
-        pack = _gzipped if coding == "gzip" else _deflated
-        parts, added = [pack(b"".join(parts))], added | {"Content-Encoding": coding}
-    return {**headers, **added}, parts
+        data = response.get_data()
+        response.set_data(gzip.compress(data, _LEVEL, mtime=0) if coding == "gzip" else zlib.compress(data, _LEVEL))
+        response.headers["Content-Encoding"] = coding
 
 
 def _pieces(body: memoryview, name: str) -> Iterator[bytes]:
-    """What a body stands for, in pieces of a bounded length.
+    """The decompressed body, in pieces of a bounded length.
 
     Raises:
         RequestMalformed: it ends too early, or too late.
         zlib.error: it is not of that coding.
     """
     window = _window(body, name)
-    unpacker, members = zlib.decompressobj(window), 1
-    for at in range(0, len(body), _INPUT):
-        left: bytes | memoryview = body[at : at + _INPUT]
+    decompressor, members = zlib.decompressobj(window), 1
+    for at in range(0, len(body), _INPUT_BYTES):
+        left: bytes | memoryview = body[at : at + _INPUT_BYTES]
         while left:
-            if unpacker.eof:
+            if decompressor.eof:
                 if name != "gzip" or members == MAX_MEMBERS:
                     raise RequestMalformed(f"bytes follow the end of the {name} body", header="Content-Encoding")
-                unpacker, members = zlib.decompressobj(window), members + 1
-            yield unpacker.decompress(left, _OUTPUT)
-            left = unpacker.unused_data if unpacker.eof else unpacker.unconsumed_tail
-    while not unpacker.eof and (piece := unpacker.decompress(b"", _OUTPUT)):
+                decompressor, members = zlib.decompressobj(window), members + 1
+            yield decompressor.decompress(left, _OUTPUT_BYTES)
+            left = decompressor.unused_data if decompressor.eof else decompressor.unconsumed_tail
+    while not decompressor.eof and (piece := decompressor.decompress(b"", _OUTPUT_BYTES)):
         yield piece  # the last bytes of input may stand for more than one piece
-    if not unpacker.eof:
+    if not decompressor.eof:
         raise RequestMalformed(f"the {name} body ends too early", header="Content-Encoding")
 
 
@@ -107,11 +107,3 @@ def _preferred(accepts: str) -> str:
     best = max(ACCEPTED, key=accept.quality)
     quality = accept.quality(best)
     return best if quality > 0 and quality >= accept.quality("identity") else ""
-
-
-def _gzipped(data: bytes) -> bytes:
-    return gzip.compress(data, _LEVEL, mtime=0)
-
-
-def _deflated(data: bytes) -> bytes:
-    return zlib.compress(data, _LEVEL)

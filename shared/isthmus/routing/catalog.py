@@ -1,0 +1,158 @@
+"""The models that a router serves: names resolved in the registry, cached, and served on while it is away."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from cachetools import LRUCache
+
+from isthmus.artifacts.bundle import Blob, Bundle
+from isthmus.context import Deadline
+from isthmus.errors import (
+    CalibrationError,
+    DeadlineExceeded,
+    IsthmusError,
+    ModelError,
+    Overloaded,
+    PlanError,
+    RegistryError,
+)
+from isthmus.processing.classify import parse_labels
+from isthmus.registry import Registry
+from isthmus.registry.lookups import Lookups
+
+MAX_CACHED = 256
+"""Names and label lists in the cache; names come from callers, so there must be an end."""
+MAX_REFRESH_WAIT_S = 0.25
+"""The longest that a request waits for a new version; where the registry is slower, a later request gets it."""
+MAX_VERSIONS_WAIT_S = 2.0
+"""The longest that a request waits for the list of a model's versions."""
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """One version of a model, and its class names where it has any."""
+
+    name: str
+    version: str
+    digest: str
+    bundle: Bundle
+    labels: tuple[str, ...] | None
+
+
+@dataclass
+class _CacheEntry:
+    model: ServedModel
+    expires: float
+    refreshing: threading.Lock = field(default_factory=threading.Lock)
+
+
+class ModelCatalog:
+    """Resolves names in the registry, each at most every `refresh_s` seconds.
+
+    An entry stays while the registry does not give a newer one, since a share that is not mounted looks like one
+    without models, and while a new version cannot be served: `prepare` is called with each version before its name
+    resolves to it.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        refresh_s: float,
+        log: logging.Logger,
+        prepare: Callable[[ServedModel], object] = lambda model: None,
+    ) -> None:
+        self._registry, self._prepare = registry, prepare
+        self._refresh_s = refresh_s
+        self._log = log
+        self._lock = threading.Lock()
+        self._lookups = Lookups(refresh_s)
+        self._refresher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="refresh")
+        self._cache: LRUCache[str, _CacheEntry] = LRUCache(MAX_CACHED)
+
+    def get(self, reference: str, deadline: Deadline) -> ServedModel:
+        """The model of `NAME` or `NAME:VERSION`.
+
+        A cached name needs no wait; once it has expired, one caller asks the registry. A name that the registry lacks
+        is not asked for again for `refresh_s`.
+
+        Raises:
+            Missing: no such model or version; names those that exist.
+            RegistryUnavailable, DeadlineExceeded: not cached yet, and the registry does not answer, or not in time.
+            Overloaded: too many other requests wait for the registry.
+        """
+        with self._lock:
+            entry = self._cache.get(reference)
+        if entry is None:
+            return self._lookups.find(reference, partial(self._resolve, reference), deadline)
+        if time.monotonic() > entry.expires and entry.refreshing.acquire(blocking=False):
+            refresh = self._refresher.submit(self._refresh, reference, entry)
+            with contextlib.suppress(TimeoutError):
+                return refresh.result(timeout=MAX_REFRESH_WAIT_S)
+        return entry.model
+
+    def close(self) -> None:
+        """Stop asking the registry; look-ups under way go on to their end."""
+        self._refresher.shutdown(wait=False, cancel_futures=True)
+        self._lookups.close()
+
+    def forget(self, reference: str) -> None:
+        """Ask the registry again for a name that it lacked."""
+        self._lookups.forget(reference)
+
+    def versions(self, model: ServedModel, deadline: Deadline) -> list[str]:
+        """The versions of a model, oldest first; `model`'s alone while the registry does not answer."""
+        wait_until = Deadline.after(min(deadline.remaining(), MAX_VERSIONS_WAIT_S))
+        try:
+            key = ("versions", model.name)
+            versions = self._lookups.find(key, lambda: self._registry.versions(model.name), wait_until)
+            return [v.version for v in versions]
+        except (RegistryError, DeadlineExceeded, Overloaded) as e:
+            self._log_stale(model.name, e)
+            return [model.version]
+
+    def _refresh(self, reference: str, entry: _CacheEntry) -> ServedModel:
+        try:
+            return self._resolve(reference)
+        except (RegistryError, PlanError, CalibrationError) as e:
+            self._log_stale(reference, e)
+            return entry.model
+        finally:
+            entry.expires = time.monotonic() + self._refresh_s
+            entry.refreshing.release()
+
+    def _log_stale(self, reference: str, error: IsthmusError) -> None:
+        facts = {"error": error.message, "type": type(error).__name__} | ({"hint": error.hint} if error.hint else {})
+        why = "the registry does not give it" if isinstance(error, RegistryError) else "the new one cannot be served"
+        self._log.warning("%s stays as known: %s", reference, why, extra={"facts": facts})
+
+    def _labels(self, blob: Blob) -> tuple[str, ...]:
+        try:
+            return parse_labels(self._registry.blob(blob))
+        except ModelError as e:
+            raise RegistryError(e.message, registry=self._registry.url, blob=blob.digest) from e
+
+    def _resolve(self, reference: str) -> ServedModel:
+        resolved = self._registry.resolve(reference)
+        labels = resolved.bundle.labels
+        model = ServedModel(
+            resolved.name,
+            resolved.version,
+            resolved.digest,
+            resolved.bundle,
+            None if labels is None else self._labels(labels),
+        )
+        self._prepare(model)
+        entry = _CacheEntry(model, time.monotonic() + self._refresh_s)
+        with self._lock:
+            # A number always means the same version: a request for it need not wait for the registry.
+            self._cache.setdefault(f"{model.name}:{model.version}", replace(entry, refreshing=threading.Lock()))
+            self._cache[reference] = entry
+        return model

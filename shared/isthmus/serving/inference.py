@@ -1,0 +1,141 @@
+"""An inference request of any kind: a photo, raw, in a form or as base64 in JSON, or Open Inference Protocol tensors.
+
+The body's first bytes decide the kind, not Content-Type. Source: docs/reference/api.md.
+"""
+
+from __future__ import annotations
+
+import codecs
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from isthmus.errors import MediaUnsupported, RequestMalformed
+from isthmus.oip import messages as oip
+from isthmus.processing.media import looks_like_image, not_an_image
+from isthmus.processing.wrapped import from_base64, looks_like_form, read_form
+from isthmus.routing.catalog import ServedModel
+from isthmus.serving.memory import Turns
+from isthmus.serving.request import FunctionRequest
+
+
+@dataclass(frozen=True)
+class InferenceRequest:
+    """A request for one prediction of `model`: a photo, or else tensors.
+
+    `top_k` bounds the classes of a photo's prediction; None leaves that to the bundle.
+    """
+
+    model: ServedModel
+    photo: bytes = b""
+    top_k: int | None = None
+    tensors: oip.InferRequest | None = None
+
+
+def read_inference(request: FunctionRequest, model: ServedModel, turns: Turns) -> InferenceRequest:
+    """Read a request of any kind.
+
+    Raises:
+        MediaUnsupported, ImageMalformed: the body is of no known kind.
+        RequestMalformed, RequestTooLarge, ShapeMismatch: as its kind's reader; Overloaded: as `Reservation.hold`.
+    """
+    if oip.HEADER_LENGTH in request.headers:
+        return read_tensors(request, model, turns)
+    body = _contiguous(request)
+    if looks_like_image(body):
+        return InferenceRequest(model, body, parse_top_k(request.query.get("top_k")))
+    if looks_like_form(body):
+        return _read_form(request, model, body)
+    if body[:64].removeprefix(codecs.BOM_UTF8).lstrip()[:1] != b"{":
+        raise not_an_image(body)
+    return _read_json(request, model, body, turns)
+
+
+def read_tensors(request: FunctionRequest, model: ServedModel, turns: Turns) -> InferenceRequest:
+    """Read an Open Inference Protocol request, JSON with or without binary tensors.
+
+    Raises:
+        MediaUnsupported: the body is a photo or a form.
+        RequestMalformed, RequestTooLarge, ShapeMismatch: as `oip.parse_request`; Overloaded: as `Reservation.hold`.
+    """
+    first = bytes(request.body[:256])
+    if looks_like_image(first) or looks_like_form(first):
+        raise MediaUnsupported(
+            "the body is a photo or a form, and here tensors are taken",
+            accepted=["Open Inference Protocol"],
+            hint=f"POST a photo to /?model={model.name}",
+        )
+    start = time.perf_counter()
+    with turns.one(request.context.deadline), request.memory.scope():
+        tensors = oip.parse_request(
+            request.body,
+            request.headers.get(oip.HEADER_LENGTH),
+            inputs=model.bundle.inputs,
+            outputs=model.bundle.outputs,
+            reserve=request.memory.hold,
+        )
+    request.memory.hold(tensors.own_bytes)
+    request.timings.add("decode", time.perf_counter() - start)
+    return InferenceRequest(model, tensors=tensors)
+
+
+def parse_top_k(value: Any) -> int | None:
+    """The parameter `top_k`, a whole number from 1; None without it.
+
+    Raises:
+        RequestMalformed: anything else.
+    """
+    if value is None:
+        return None
+    text = str(value)
+    if not (text.isascii() and text.isdigit() and len(text) <= 5 and int(text) >= 1):
+        raise RequestMalformed(f"top_k is {text[:20]!r}; it is a whole number from 1", parameter="top_k")
+    return int(text)
+
+
+def _contiguous(request: FunctionRequest) -> bytes:
+    """The body as bytes, as picture decoders take it."""
+    if isinstance(request.body, bytes):
+        return request.body
+    request.memory.hold(len(request.body))
+    return bytes(request.body)
+
+
+def _read_form(request: FunctionRequest, model: ServedModel, body: bytes) -> InferenceRequest:
+    """A photo in a form, with top_k as a field of it or in the query."""
+    request.memory.hold(len(body))  # the photo is a copy
+    form = read_form(body)
+    if unknown := sorted(form.fields.keys() - {"top_k"}):
+        raise RequestMalformed(
+            f"the form has the fields {', '.join(unknown)[:200]}; beside the photo it may have top_k",
+            parameter=unknown[0][:80],
+            hint="name another model in the URL: ?model=NAME",
+        )
+    if not looks_like_image(form.photo):
+        raise not_an_image(form.photo)
+    return InferenceRequest(model, form.photo, parse_top_k(form.fields.get("top_k", request.query.get("top_k"))))
+
+
+def _read_json(request: FunctionRequest, model: ServedModel, body: bytes, turns: Turns) -> InferenceRequest:
+    start = time.perf_counter()
+    # Parsing takes many times the text's size, for its duration; only the result's size stays until the response.
+    with turns.one(request.context.deadline), request.memory.scope():
+        doc = oip.read_document(body, reserve=request.memory.hold)
+        inference = _from_document(doc, model)
+        del doc
+    tensors = inference.tensors
+    request.memory.hold(len(inference.photo) if tensors is None else tensors.own_bytes)
+    request.timings.add("decode", time.perf_counter() - start)
+    return inference
+
+
+def _from_document(doc: Mapping[str, Any], model: ServedModel) -> InferenceRequest:
+    if doc.get("inputs") is not None:
+        tensors = oip.parse_document(doc, inputs=model.bundle.inputs, outputs=model.bundle.outputs)
+        return InferenceRequest(model, tensors=tensors)
+    if "image" in doc:
+        return InferenceRequest(model, from_base64(doc["image"]), parse_top_k(doc.get("top_k")))
+    raise RequestMalformed(
+        "the JSON object has neither inputs (Open Inference Protocol) nor image (base64)", got=sorted(doc)[:20]
+    )

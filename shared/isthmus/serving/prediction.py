@@ -1,0 +1,190 @@
+"""From an inference request to its response: inputs, execution on the model's route, prediction."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from flask import Response
+
+from isthmus.arrays import Array
+from isthmus.codecs import EncodedTensor
+from isthmus.errors import (
+    HopError,
+    HopRejected,
+    ImageMalformed,
+    IsthmusError,
+    MediaUnsupported,
+    RequestTooLarge,
+)
+from isthmus.oip import messages as oip
+from isthmus.pipeline import LocalHop, Result, execute
+from isthmus.processing.classify import classify
+from isthmus.processing.image_budget import ImageMemory
+from isthmus.processing.photo import model_input
+from isthmus.routing.guard import Guard
+from isthmus.routing.selection import RouteSelector, SelectedRoute
+from isthmus.serving.inference import InferenceRequest
+from isthmus.serving.metrics import FunctionMetrics
+from isthmus.serving.request import FunctionRequest
+from isthmus.settings import RouterSettings
+
+_PHOTO_ERRORS = {c.__name__: c for c in (ImageMalformed, MediaUnsupported, RequestTooLarge)}
+"""Errors of a hop that decodes photos for which the photo is the reason."""
+
+
+class Predictor:
+    """Executes inference requests and builds their responses."""
+
+    def __init__(
+        self,
+        settings: RouterSettings,
+        routes: RouteSelector,
+        guard: Guard,
+        images: ImageMemory,
+        metrics: FunctionMetrics,
+        log: logging.Logger,
+    ) -> None:
+        self._settings, self._routes, self._guard, self._images = settings, routes, guard, images
+        self._metrics, self._log = metrics, log
+
+    def respond(self, request: FunctionRequest, inference: InferenceRequest) -> Response:
+        """The response to an inference request.
+
+        Raises:
+            MediaUnsupported: a photo for a model that declares no processing of photos.
+            Others as decoding a photo, selecting a route and executing it.
+        """
+        if inference.tensors is None:
+            return self._photo(request, inference)
+        return self._tensors(request, inference, inference.tensors)
+
+    def _tensors(self, request: FunctionRequest, inference: InferenceRequest, tensors: oip.InferRequest) -> Response:
+        model = inference.model
+        result = self._execute(request, self._routes.select(model), tensors.inputs, {})
+        start = time.perf_counter()
+        request.memory.hold(oip.response_bytes(result.outputs, tensors))
+        response = oip.build_response(
+            result.outputs,
+            tensors,
+            model_name=model.name,
+            model_version=model.version,
+            parameters=result.facts(),
+        )
+        request.timings.add("encode", time.perf_counter() - start)
+        return Response(response.body, headers=response.headers)
+
+    def _photo(self, request: FunctionRequest, inference: InferenceRequest) -> Response:
+        model, photo = inference.model, inference.photo
+        postprocess = model.bundle.postprocess
+        if model.bundle.preprocess is None or postprocess is None:
+            raise MediaUnsupported(
+                f"{model.name} declares no pre- and post-processing for photos; send tensors to "
+                f"/v2/models/{model.name}/infer",
+                accepted=["Open Inference Protocol"],
+            )
+        selected = self._routes.select(model)
+        if selected.photo is not None:
+            input_bytes = selected.photo.nbytes
+            result = self._execute(request, selected, {}, selected.photo.encode(photo))
+        else:
+            start = time.perf_counter()
+            inputs = model_input(model.bundle, photo, max_pixels=self._settings.max_image_pixels, memory=self._images)
+            input_bytes = sum(array.nbytes for array in inputs.values())
+            request.timings.add("preprocess", time.perf_counter() - start)
+            result = self._execute(request, selected, inputs, {})
+        start = time.perf_counter()
+        classes = classify(result.outputs[postprocess["output"]], postprocess, model.labels, inference.top_k)[0]
+        request.timings.add("postprocess", time.perf_counter() - start)
+        document = {
+            "id": request.context.call_id,
+            "model_name": model.name,
+            "model_version": model.version,
+            "classes": classes,
+            "route": {
+                **result.sizes(),
+                "photo_bytes": len(photo),
+                "input_bytes": input_bytes,
+                "segments": self._segment_documents(result, selected),
+                **result.looks(),
+                **result.notes,
+            },
+            "timings_ms": {name: round(seconds * 1000, 3) for name, seconds, _ in request.timings.stages},
+        }
+        return Response(json.dumps(document, ensure_ascii=False), mimetype="application/json")
+
+    def _execute(
+        self,
+        request: FunctionRequest,
+        selected: SelectedRoute,
+        inputs: Mapping[str, Array],
+        encoded: Mapping[str, EncodedTensor],
+    ) -> Result:
+        route, fallback = self._guard.apply_fallback(selected.route)
+        try:
+            result = execute(route, inputs, request.context, encoded)
+        except HopError as e:
+            if encoded and isinstance(e, HopRejected) and (photo_error := _photo_error(e)) is not None:
+                raise photo_error from e
+            self._count_error(e)
+            raise
+        self._record(request, result, len(route.segments))
+        self._guard.watch(selected.route, fallback, inputs, encoded, result)
+        return replace(result, notes={**selected.notes, **fallback.notes})
+
+    def _record(self, request: FunctionRequest, result: Result, segments: int) -> None:
+        """Timings and metrics of a result; its first `segments` runs are those before any closer look."""
+        for i, run in enumerate(result.runs):
+            name = stage_name(i, segments)
+            request.timings.add(name, run.total_s, run.segment)
+            request.timings.add(f"{name}-run", run.run_s, run.segment)
+            if run.codecs:
+                request.timings.add(f"{name}-pack", run.encode_s, run.segment)
+            # A closer look sends more of the same tensors.
+            tensor_bytes = run.raw_bytes if i < segments else 0
+            self._metrics.count_call(self._hop_label(run.hop), tensor_bytes, run.sent_bytes, run.received_bytes)
+        if (looks := result.closer_looks) is None:
+            return
+        self._metrics.count_looks(looks)
+        if (error := looks.error) is not None:
+            if isinstance(error, HopError):
+                self._count_error(error)
+            facts = {"hop": error.facts.get("hop", ""), "type": type(error).__name__, "error": error.message}
+            self._log.warning("a closer look failed; the answer before it stands", extra={"facts": facts})
+
+    def _segment_documents(self, result: Result, selected: SelectedRoute) -> list[dict[str, Any]]:
+        """The segment runs for a response; the URL of a hop is a detail."""
+        if self._settings.expose_details:
+            return [run.document() for run in result.runs]
+        segments = len(selected.route.segments)
+        return [
+            run.document() | ({} if run.hop == LocalHop.name else {"hop": stage_name(i, segments)})
+            for i, run in enumerate(result.runs)
+        ]
+
+    def _count_error(self, error: HopError) -> None:
+        self._metrics.hop_errors.labels(self._hop_label(error.facts.get("hop", "")), type(error).__name__).inc()
+
+    def _hop_label(self, hop: str) -> str:
+        # Anybody may read metrics: they name a hop by its place in the setting, since its URL is a detail.
+        if self._settings.expose_details or hop == LocalHop.name or hop not in self._settings.hops:
+            return hop
+        return stage_name(self._settings.hops.index(hop), len(self._settings.hops))
+
+
+def stage_name(index: int, segments: int) -> str:
+    """The name of a segment run in timings; those after the first `segments` are of closer looks."""
+    return f"hop{index}" if index < segments else f"again{index - segments}"
+
+
+def _photo_error(error: HopRejected) -> IsthmusError | None:
+    """A hop's rejection of an encoded photo as the router's own error; None for any other rejection."""
+    document = error.facts.get("error")
+    if not isinstance(document, Mapping) or (cls := _PHOTO_ERRORS.get(str(document.get("type")))) is None:
+        return None
+    facts = document.get("facts")
+    return cls(str(document.get("error", "")), **(dict(facts) if isinstance(facts, Mapping) else {}))

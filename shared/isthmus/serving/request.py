@@ -1,0 +1,81 @@
+"""One request to a function: its body, headers, deadline, share of memory, and stage timings."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from io import BytesIO
+from typing import Any, NamedTuple
+
+from werkzeug.datastructures import Headers
+from werkzeug.sansio.utils import get_content_length
+
+from isthmus.context import Context
+from isthmus.errors import RequestMalformed, RequestTooLarge
+from isthmus.serving.memory import Reservation
+
+_NOT_IN_A_TIMING = re.compile(r"[^\w.-]", re.ASCII)
+
+
+@dataclass
+class Timings:
+    """Stages of one request, in order, for Server-Timing and the histogram. Units: seconds."""
+
+    began: float = field(default_factory=time.perf_counter)
+    stages: list[tuple[str, float, str]] = field(default_factory=list)
+
+    def add(self, stage: str, seconds: float, description: str = "") -> None:
+        """Record the duration of `stage`."""
+        self.stages.append((stage, seconds, description))
+
+    def elapsed(self) -> float:
+        """Seconds since the request began."""
+        return time.perf_counter() - self.began
+
+    def header(self) -> str:
+        """Source: W3C Server Timing; durations in milliseconds."""
+        stages = [*self.stages, ("total", self.elapsed(), "")]
+        return ", ".join([f"{name}{_described(desc)};dur={seconds * 1000:.3f}" for name, seconds, desc in stages])
+
+
+class FunctionRequest(NamedTuple):
+    """An admitted POST; `memory` is this request's share of what all requests may take together."""
+
+    body: bytes | memoryview
+    headers: Headers
+    query: Mapping[str, str]
+    context: Context
+    timings: Timings
+    memory: Reservation
+
+
+def read_body(environ: Mapping[str, Any], limit: int) -> bytes | memoryview:
+    """The request body from a WSGI environment, without a copy where the server holds it in a BytesIO.
+
+    Raises:
+        RequestTooLarge: more than `limit` bytes.
+        RequestMalformed: fewer bytes than Content-Length states.
+    """
+    length = get_content_length(environ.get("CONTENT_LENGTH"), environ.get("HTTP_TRANSFER_ENCODING"))
+    if length is not None and length > limit:
+        raise RequestTooLarge(f"the body has {length} bytes; at most {limit} are taken", limit=limit)
+    if length is None and not environ.get("wsgi.input_terminated"):
+        length = 0  # neither a length nor chunks: such a request has no body, and reading would wait for one
+    stream = environ["wsgi.input"]
+    # Servers buffer the whole body; werkzeug's own stream would read it in small pieces, and `read` makes a copy.
+    whole = isinstance(stream, BytesIO) and stream.tell() == 0
+    body: bytes = stream.getvalue() if whole else stream.read(limit + 1 if length is None else length)
+    if length is not None and len(body) != length:
+        raise RequestMalformed(f"the body has {len(body)} of {length} bytes")
+    if len(body) > limit:
+        raise RequestTooLarge(f"the body has more than {limit} bytes", limit=limit)
+    return body
+
+
+@lru_cache(256)
+def _described(text: str) -> str:
+    # A segment's id comes from a manifest, and must not end the header's value or line.
+    return f';desc="{_NOT_IN_A_TIMING.sub("_", text)}"' if text else ""

@@ -12,9 +12,8 @@ from report import Report, Row, at_least
 
 from isthmus.artifacts.choice import TRANSFORM_ID
 from isthmus.artifacts.conditions import Conditions, Objective
-from isthmus_tools.planner.choose import VALUES, choose
-from isthmus_tools.planner.make import merged
-from isthmus_tools.planner.measuring import contenders
+from isthmus_tools.planner.choice import VALUES, choose, with_measurements
+from isthmus_tools.planner.measurement import contenders
 
 CODEC, PHOTO = TRANSFORM_ID, "photo/1"
 ALL = "with all"
@@ -56,7 +55,7 @@ def changes(bench: Bench, cell: Conditions) -> list[Change]:
     some = [c for c in every if c.name in wanted]
     seen = bench.measure(draft, some, cell, eliminate=True, rounds=bench.rounds)
     chosen = {
-        objective: {label: choose(merged(of, seen), objective, LIMITS)[1] for label, of in among.items()}
+        objective: {label: choose(with_measurements(of, seen), objective, LIMITS)[1] for label, of in among.items()}
         for objective in OBJECTIVES
     }
     duellists = list({c.name: c for each in chosen.values() for c in each.values()}.values())

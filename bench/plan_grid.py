@@ -13,7 +13,7 @@ from typing import Any
 import real
 from functions import lay_out
 from quota import share_of_a_cpu
-from real import REGISTRY, Real, calibrated_version, table_of
+from real import REGISTRY, Real, calibrated_version
 from report import STATE, Report
 
 from isthmus.artifacts.bundle import Bundle, Cut
@@ -26,12 +26,11 @@ from isthmus.runtime.tables import Tables
 from isthmus.serving.profiling import SECRET
 from isthmus.settings import RegistrySettings
 from isthmus_tools.netem.process import link_to
-from isthmus_tools.planner.choose import broken, choose
-from isthmus_tools.planner.draft import CLOUD, EDGE, Draft
-from isthmus_tools.planner.drafting import drafting
-from isthmus_tools.planner.examples import Example, from_arrays, from_photos
-from isthmus_tools.planner.make import merged
-from isthmus_tools.planner.measuring import Functions, contenders, measure
+from isthmus_tools.planner.candidates import CLOUD, EDGE, CandidateSet
+from isthmus_tools.planner.choice import choose, violations, with_measurements
+from isthmus_tools.planner.enumeration import enumerate_candidates
+from isthmus_tools.planner.inputs import TrialInput, from_arrays, from_photos
+from isthmus_tools.planner.measurement import LinkedFunctions, contenders, measure
 from isthmus_tools.usecases.functions import FunctionUrls
 from isthmus_tools.usecases.profile import ProfileRequest, profile
 
@@ -57,16 +56,16 @@ class Bench:
     real: Real
     registry: Registry
     cache: SegmentCache
-    functions: Mapping[Conditions, Functions]
-    draft: Draft
-    every: Draft
-    calibrated: Draft | None
+    functions: Mapping[Conditions, LinkedFunctions]
+    draft: CandidateSet
+    every: CandidateSet
+    calibrated: CandidateSet | None
     digests: Mapping[int, str]
     edge_pids: Sequence[int]
     rounds: int
 
     def measure(
-        self, draft: Draft, candidates: Sequence[Candidate], cell: Conditions, *, eliminate: bool, rounds: int
+        self, draft: CandidateSet, candidates: Sequence[Candidate], cell: Conditions, *, eliminate: bool, rounds: int
     ) -> tuple[Candidate, ...]:
         """What the candidates take over the cell's link, the edge and this process at a quarter of a CPU."""
         tables = Tables(self.registry.bundle, self.registry.blob, MAX_PIXELS)
@@ -77,7 +76,7 @@ class Bench:
                 digest,
                 draft.bundle,
                 self.functions[cell],
-                draft.examples,
+                draft.inputs,
                 tables,
                 self.variant,
                 rounds=rounds,
@@ -140,7 +139,7 @@ def prepared(model: Real, report: Report) -> Iterator[Bench]:
             far = held.enter_context(
                 link_to(cloud.url, uplink_bps=cell.uplink_bps, downlink_bps=cell.downlink_bps, rtt_s=cell.rtt_s)
             )
-            functions[cell] = Functions(edge.url, far, cloud.url)
+            functions[cell] = LinkedFunctions(edge.url, far, cloud.url)
         runs = 7 if report.quick else 15
         profiles: dict[str, Profile] = {}
         with share_of_a_cpu(1 / SLOWER, [edge.process.pid]):
@@ -149,8 +148,8 @@ def prepared(model: Real, report: Report) -> Iterator[Bench]:
         examples, kind = inputs(model, registry)
         digests: dict[int, str] = {}
 
-        def tried(reference: str, **more: Any) -> Draft:
-            found = drafting(registry, cache, reference, profiles, examples, kind, links=grid, **more)
+        def tried(reference: str, **more: Any) -> CandidateSet:
+            found = enumerate_candidates(registry, cache, reference, profiles, examples, kind, links=grid, **more)
             draft = held.enter_context(found)
             digests[id(draft)] = draft.stage(registry)
             return draft
@@ -158,11 +157,11 @@ def prepared(model: Real, report: Report) -> Iterator[Bench]:
         report.say(f"{model.name}: trying candidates")
         draft = tried(model.name)
         report.say(f"{model.name}: trying every cut")
-        every = tried(model.name, every=True, int8=False)
+        every = tried(model.name, all_prefixes=True, int8=False)
         calibrated = None
         if reference is not None:
             report.say(f"{model.name}: trying candidates, the codec calibrated")
-            calibrated = tried(reference, table=table_of(registry, reference))
+            calibrated = tried(reference)
         rounds = 7 if report.quick else 15
         pids = [edge.process.pid]
         yield Bench(model, registry, cache, functions, draft, every, calibrated, digests, pids, rounds)
@@ -195,7 +194,7 @@ def some_cuts(bundle: Bundle, count: int) -> list[str]:
     return [parts[part].name for part in sorted(parts)]
 
 
-def inputs(model: Real, registry: Registry) -> tuple[list[Example], str]:
+def inputs(model: Real, registry: Registry) -> tuple[list[TrialInput], str]:
     """The request that everything is measured with."""
     bundle = registry.resolve(model.name).bundle
     if model.photo is not None:
@@ -208,7 +207,7 @@ def one_cell(bench: Bench, cell: Conditions) -> Cell:
     predicted = bench.draft.predict(cell)
     some = contenders(predicted, "latency", LIMITS)
     seen = bench.measure(bench.draft, some, cell, eliminate=True, rounds=bench.rounds)
-    _, chosen, _ = choose(merged(predicted, seen), "latency", LIMITS)
+    _, chosen, _ = choose(with_measurements(predicted, seen), "latency", LIMITS)
     others = could_be_better(bench.every.predict(cell), chosen.seconds)
     found = [c for c in bench.measure(bench.every, others, cell, eliminate=True, rounds=bench.rounds) if c.measured]
     best = min(found, key=lambda c: c.seconds, default=chosen)
@@ -226,7 +225,7 @@ def one_cell(bench: Bench, cell: Conditions) -> Cell:
 
 def could_be_better(candidates: Sequence[Candidate], seconds: float) -> list[Candidate]:
     """Those that keep the constraints and may take less than `seconds`, the most promising first."""
-    allowed = [c for c in candidates if not c.refused and c.kind == "split" and not broken(c, LIMITS)]
+    allowed = [c for c in candidates if not c.refused and c.kind == "split" and not violations(c, LIMITS)]
     p = [
         (c, c.predicted.up + c.predicted.rtt + _BOUND * (c.predicted.edge_busy + c.predicted.cloud_run))
         for c in allowed

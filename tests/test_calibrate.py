@@ -27,7 +27,7 @@ from isthmus_tools.calibration.calibrate import CHOICES, QUALITIES, CalibrationS
 from isthmus_tools.calibration.inputs import list_files, open_source, split
 from isthmus_tools.cli import app
 from isthmus_tools.graph import add_cuts
-from isthmus_tools.planner.published import carried, publish_plan
+from isthmus_tools.planner.publishing import carry_over, publish_plan
 from support.bundles import Published, pair_model, photo, publish, publish_photos
 from support.executors import executor_of
 from support.plans import candidate, plan_for
@@ -178,14 +178,14 @@ def test_a_plan_is_carried_only_where_its_choice_runs_the_same(photos: Published
     graded = candidate("split-6-t", "split", cuts=("6",), codecs={"p6": Coding("transform/4", 0.5)})
     edge, split = plan_for(before, candidate()), plan_for(before, graded)
     tabled = replace(before, tables={"p6": table})
-    kept = carried(edge, before, tabled, None)
+    kept = carry_over(edge, before, tabled, None)
     assert kept == replace(edge, subject=subject_digest(tabled))
-    assert carried(split, before, tabled, None) is None
-    assert carried(split, tabled, replace(tabled, default_cuts=("1",)), None) is not None
+    assert carry_over(split, before, tabled, None) is None
+    assert carry_over(split, tabled, replace(tabled, default_cuts=("1",)), None) is not None
     other = replace(before, weights=replace(before.weights, blob=Blob(digest_of(b"others"), 9)))
-    assert carried(edge, before, other, None) is None
-    assert carried(edge, before, replace(before, postprocess=None), None) is None
-    assert carried(split, tabled, replace(tabled, cuts={}), None) is None
+    assert carry_over(edge, before, other, None) is None
+    assert carry_over(edge, before, replace(before, postprocess=None), None) is None
+    assert carry_over(split, tabled, replace(tabled, cuts={}), None) is None
 
 
 def test_a_bundle_that_was_not_calibrated_says_how(photos: Published) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,17 +13,20 @@ import numpy as np
 import pytest
 
 from isthmus.arrays import Array
+from isthmus.artifacts.choice import Look
 from isthmus.artifacts.plan import CloserLooks, Coding
 from isthmus.codecs import Encoding
+from isthmus.context import Context, Deadline
 from isthmus.errors import DeadlineExceeded, HopUnavailable
+from isthmus.pipeline import LocalHop, LookPolicy, LoopbackHop, Result, execute, local_route
+from isthmus.pipeline.hop import SegmentRunner
 from isthmus.processing.image import MAX_PIXELS
+from isthmus.runtime.store import Ran
 from isthmus.runtime.tables import Tables
 from isthmus.serving import create_segment_app
-from isthmus_tools.planner import measuring
-from isthmus_tools.planner.examples import Example as Tried
-from isthmus_tools.planner.measuring import Functions, measure, requester
-from isthmus_tools.planner.sends import frame_bytes, send, sends
-from isthmus_tools.planner.workbench import Workbench
+from isthmus_tools.planner.inputs import TrialInput
+from isthmus_tools.planner.measurement import LinkedFunctions, measure, requester
+from isthmus_tools.planner.segment_pool import Replay, SegmentPool, codec_tables
 from support.bundles import cache_of, photo, photo_array, segment_settings, served
 from support.calibrated_photos import Known, no_variant, remote, shown
 from support.calibrated_photos import known as known
@@ -45,7 +50,7 @@ def test_measuring_takes_every_look_and_counts_each_by_its_share(known: Known, t
     looks = CloserLooks("logits", tuple(replace(look, margin=1e-9) for look in known.chain.looks), (0.5, 0.25))
     codecs = {"p6": Coding("transform/4", known.chain.quality)}
     chosen = candidate("split-6-t", "split", cuts=("6",), codecs=codecs, looks=looks)
-    examples = [Tried({"x": photo_array(photo(seed=n))}) for n in range(2)]
+    examples = [TrialInput({"x": photo_array(photo(seed=n))}) for n in range(2)]
     tables = Tables(published.registry.bundle, published.registry.blob, MAX_PIXELS)
     with served(app) as head, served(slow) as tail:
         hops = remote(head, tail)
@@ -92,10 +97,10 @@ def test_a_candidate_whose_closer_look_fails_while_it_is_measured_is_refused(
     looks = CloserLooks("logits", known.chain.looks, (0.5, 0.25))
     coarse = {"p6": Coding("transform/4", known.chain.quality)}
     chain = candidate("split-6-t", "split", cuts=("6",), codecs=coarse, looks=looks)
-    examples = [Tried({"x": photo_array(photo(seed=n))}) for n in range(2)]
+    examples = [TrialInput({"x": photo_array(photo(seed=n))}) for n in range(2)]
     tables = Tables(published.registry.bundle, published.registry.blob, MAX_PIXELS)
     with served(app) as good, served(refuses) as bad:
-        functions = Functions(good, *((good, bad) if where == "warming up" else (bad, good)))
+        functions = LinkedFunctions(good, *((good, bad) if where == "warming up" else (bad, good)))
         found = {
             c.name: c
             for c in measure(
@@ -130,14 +135,14 @@ def test_a_link_that_breaks_while_candidates_are_measured_is_no_reason_not_to_cr
         return app.wsgi_app(environ, start_response)
 
     candidates = [candidate(), candidate("split-6-raw", "split", cuts=("6",))]
-    examples = [Tried({"x": photo_array(photo(seed=0))})]
+    examples = [TrialInput({"x": photo_array(photo(seed=0))})]
     tables = Tables(published.registry.bundle, published.registry.blob, MAX_PIXELS)
     with served(app) as good, served(breaks) as bad, pytest.raises(HopUnavailable):
         measure(
             candidates,
             published.digest,
             published.bundle,
-            Functions(good, bad, good),
+            LinkedFunctions(good, bad, good),
             examples,
             tables,
             no_variant,
@@ -160,10 +165,10 @@ def test_a_look_for_which_no_time_was_left_is_a_failed_measurement(
     chain = candidate("split-6-t", "split", cuts=("6",), codecs=coarse, looks=looks, seconds=0.0)
     tables = Tables(published.registry.bundle, published.registry.blob, MAX_PIXELS)
     with served(app) as head, served(slow) as tail:
-        hops, examples = remote(head, tail), [Tried({"x": photo_array(photo(seed=0))})]
+        hops, examples = remote(head, tail), [TrialInput({"x": photo_array(photo(seed=0))})]
         ask = requester(chain, published.digest, published.bundle, hops, examples, tables, no_variant)
         ask(0)
-        monkeypatch.setattr(measuring, "_MIN_S", 1.5)
+        monkeypatch.setattr("isthmus_tools.planner.measurement._MIN_S", 1.5)
         ask = requester(chain, published.digest, published.bundle, hops, examples, tables, no_variant)
         with pytest.raises(DeadlineExceeded, match="no time for closer look 1"):
             ask(0)
@@ -171,42 +176,82 @@ def test_a_look_for_which_no_time_was_left_is_a_failed_measurement(
             hop.close()
 
 
-# What each send takes
+# What each transmission takes
+
+
+class Recorder:
+    """A pool that records the tensors arriving at its segments."""
+
+    def __init__(self, pool: SegmentPool) -> None:
+        self.arrived: list[Mapping[str, Array]] = []
+        self._pool = pool
+
+    def run(self, bundle: str, segment: str, arrays: Mapping[str, Array], deadline: Deadline) -> Ran:
+        self.arrived.append(arrays)
+        return self._pool.run(bundle, segment, arrays, deadline)
 
 
 @pytest.fixture(scope="module")
-def crossed(known: Known, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Array]:
-    """What a photo's head gives, an integer tensor, and a float that nothing is packed for."""
-    folder = tmp_path_factory.mktemp("crossed")
-    bench = Workbench(known.published.bundle, known.published.digest, {}, cache_of(known.published, folder))
-    given = bench.run(known.published.bundle.segment("..6"), shown(known)[0].arrays)
-    bench.forget()
-    return {"p6": given["p6"], "ids": np.arange(64), "scale": np.ones(1, np.float32)}
+def pool(known: Known, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SegmentPool]:
+    published, folder = known.published, tmp_path_factory.mktemp("pool")
+    with contextlib.closing(SegmentPool(published.bundle, published.digest, {}, cache_of(published, folder))) as opened:
+        yield opened
 
 
-def ways(known: Known, *qualities: float, codec: str = "transform/4") -> list[dict[str, Encoding]]:
-    table = known.table("p6") if codec == "transform/4" else None
-    return [{"p6": Encoding(codec, q, table), "ids": Encoding("lossless/3")} for q in qualities]
+@pytest.fixture(scope="module")
+def at_cut(known: Known, pool: SegmentPool) -> Mapping[str, Array]:
+    return transmitted(known, pool, "..6", shown(known)[0].arrays).tensors
+
+
+def transmitted(
+    known: Known,
+    runner: SegmentRunner,
+    segment: str,
+    tensors: Mapping[str, Array],
+    how: Encoding | None = None,
+    *finer: float,
+) -> Result:
+    """The result of one segment over a loopback hop, with a closer look at each further quality."""
+    published = known.published
+    hop = LoopbackHop(LocalHop(runner), codec_tables(published.registry))
+    route = local_route(
+        published.digest, published.bundle, [published.bundle.segments[segment]], hop, {"p6": how} if how else None
+    )
+    policy = LookPolicy(tuple(Look(quality, 1.0) for quality in finer), lambda outputs: 0.0) if finer else None
+    return execute(replace(route, looks=policy), tensors, Context.from_headers({}, longest_s=60.0))
 
 
 @pytest.mark.parametrize("codec", ["transform/4", "sparse/2"])
-def test_each_look_sends_all_of_it_finer(known: Known, crossed: dict[str, Array], codec: str) -> None:
-    hows = ways(known, 0.25, 0.45, 0.7, codec=codec)
-    made = sends(crossed, "6..", hows)
-    errors = [float(np.abs(one.arrived["p6"] - crossed["p6"]).max()) for one in made]
+def test_each_look_sends_all_of_it_finer(
+    known: Known, pool: SegmentPool, at_cut: Mapping[str, Array], codec: str
+) -> None:
+    table = known.table("p6") if codec == "transform/4" else None
+    recorder = Recorder(pool)
+    runs = transmitted(known, recorder, "6..", at_cut, Encoding(codec, 0.25, table), 0.45, 0.7).runs
+    errors = [float(np.abs(arrays["p6"] - at_cut["p6"]).max()) for arrays in recorder.arrived]
     assert errors[0] > errors[1] > errors[2]
-    for one, how in zip(made, hows, strict=True):
-        alone = send(crossed, "6..", how)
-        assert one.nbytes == alone.nbytes == frame_bytes({"scale": crossed["scale"]}, "6..", one.coded)
-        assert one.coded["p6"].codec == codec
-        assert np.array_equal(one.arrived["p6"], alone.arrived["p6"])
-        assert np.array_equal(one.arrived["ids"], crossed["ids"])
-        assert "scale" not in one.coded
-        assert one.encode_s > 0 < one.decode_s
+    for run, quality, arrays in zip(runs, (0.25, 0.45, 0.7), list(recorder.arrived), strict=True):
+        (alone,) = transmitted(known, recorder, "6..", at_cut, Encoding(codec, quality, table)).runs
+        assert run.sent_bytes == alone.sent_bytes
+        assert run.codecs == {"p6": codec}
+        assert np.array_equal(arrays["p6"], recorder.arrived[-1]["p6"])
+        assert run.encode_s > 0 < run.decode_s
 
 
-def test_nothing_more_is_sent_of_what_went_raw(known: Known, crossed: dict[str, Array]) -> None:
-    spoilt = crossed | {"p6": np.full_like(crossed["p6"], np.nan)}
-    (only,) = sends(spoilt, "6..", ways(known, 0.25, 0.45))
-    assert only.coded.keys() == {"ids"}
-    assert only.nbytes > crossed["p6"].nbytes
+def test_nothing_more_is_sent_of_what_went_raw(known: Known, pool: SegmentPool, at_cut: Mapping[str, Array]) -> None:
+    spoilt = {**at_cut, "p6": np.full_like(at_cut["p6"], np.nan)}
+    result = transmitted(known, pool, "6..", spoilt, Encoding("transform/4", 0.25, known.table("p6")), 0.45)
+    assert result.closer_looks is None
+    (run,) = result.runs
+    assert not run.codecs
+    assert run.sent_bytes > spoilt["p6"].nbytes
+
+
+def test_equal_inputs_run_once(known: Known, pool: SegmentPool, at_cut: Mapping[str, Array]) -> None:
+    recorder = Recorder(pool)
+    replay = Replay(recorder, inputs=1)
+    first = transmitted(known, replay, "6..", at_cut)
+    for codec in ("lossless/3", "int8/1", "int8/1"):
+        result = transmitted(known, replay, "6..", at_cut, Encoding(codec))
+    assert len(recorder.arrived) == 2
+    assert not np.array_equal(result.outputs["logits"], first.outputs["logits"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import statistics
@@ -23,19 +24,18 @@ from isthmus.artifacts.plan import Candidate, CloserLooks, Coding, Error
 from isthmus.artifacts.plan_document import from_json as read_plan
 from isthmus.artifacts.plan_document import to_json as plan_json
 from isthmus.context import Context
-from isthmus.pipeline import LooksTaken, execute, planned_route
+from isthmus.pipeline import LooksTaken, Result, execute, planned_route
 from isthmus.processing.image import MAX_PIXELS
 from isthmus.runtime.tables import Tables
 from isthmus.serving import create_router_app, create_segment_app
 from isthmus_tools.cli import app
 from isthmus_tools.figures.fidelity import draw
 from isthmus_tools.planner import costs
-from isthmus_tools.planner.draft import Draft
-from isthmus_tools.planner.grid import under
-from isthmus_tools.planner.sends import Send, sends
-from isthmus_tools.planner.trials import Trials
-from isthmus_tools.planner.usable import short_name, usable_codecs
-from isthmus_tools.planner.workbench import Workbench
+from isthmus_tools.planner.candidates import CandidateSet
+from isthmus_tools.planner.choice import over_link
+from isthmus_tools.planner.evaluation import Evaluator
+from isthmus_tools.planner.offered import offered_codecs, short_name
+from isthmus_tools.planner.segment_pool import SegmentPool, codec_tables
 from support.bundles import Published, cache_of, photo, ready, router_settings, segment_settings, served
 from support.bundles import photos as photos
 from support.calibrated_photos import QUALITIES, Known, calibrated, no_variant, remote, shown
@@ -109,8 +109,8 @@ def test_a_router_serves_what_the_codec_command_writes_with_the_calibrations_own
 
 
 @pytest.fixture(scope="module")
-def draft(known: Known) -> Iterator[Draft]:
-    with drafted(known.published, examples=shown(known), kind="photo", most_cuts=1, table=known.table) as made:
+def draft(known: Known) -> Iterator[CandidateSet]:
+    with drafted(known.published, examples=shown(known), kind="photo", max_cuts=1) as made:
         yield made
 
 
@@ -118,13 +118,13 @@ def closer_looks(entry: Entry) -> CloserLooks:
     return CloserLooks("logits", entry.looks, entry.shares)
 
 
-def planned(known: Known, draft: Draft, link: Conditions = LINK) -> dict[str, Candidate]:
+def planned(known: Known, draft: CandidateSet, link: Conditions = LINK) -> dict[str, Candidate]:
     found = {c.name: c for c in draft.predict(link)}
     return {"closer": found[f"split-6-{short_name(known.chain.choice)}"], "raw": found["split-6-raw"]}
 
 
-def test_each_number_of_looks_that_saves_bytes_is_a_candidate(known: Known, draft: Draft) -> None:
-    chosen = [c for c in usable_codecs(known.fidelity, "6") if c.codec == "transform/4"]
+def test_each_number_of_looks_that_saves_bytes_is_a_candidate(known: Known, draft: CandidateSet) -> None:
+    chosen = [c for c in offered_codecs(known.fidelity, "6") if c.codec == "transform/4"]
     looks = [len(c.looks) for c in chosen]
     assert looks == sorted(set(looks))
     assert (looks[0], looks[-1]) == (0, 2)
@@ -137,7 +137,7 @@ def test_each_number_of_looks_that_saves_bytes_is_a_candidate(known: Known, draf
 
 
 def test_a_candidate_takes_what_the_first_send_and_the_shares_of_the_looks_take(
-    known: Known, draft: Draft, tmp_path: Path
+    known: Known, draft: CandidateSet, tmp_path: Path
 ) -> None:
     published, chain = known.published, known.chain
     link = Conditions(1e6, 2e6, 0.02)
@@ -181,42 +181,41 @@ def test_a_candidate_takes_what_the_first_send_and_the_shares_of_the_looks_take(
     assert terms.cloud_hop == pytest.approx(calls * hop.fixed_s + bytes_s)
 
 
-def tries(known: Known, folder: Path) -> tuple[Trials, Workbench]:
-    bench = Workbench(known.published.bundle, known.published.digest, {}, cache_of(known.published, folder))
-    return Trials(known.published.bundle, bench, shown(known), known.table, 0.0), bench
+@pytest.fixture
+def evaluator(known: Known, tmp_path: Path) -> Iterator[Evaluator]:
+    published = known.published
+    with contextlib.closing(SegmentPool(published.bundle, published.digest, {}, cache_of(published, tmp_path))) as pool:
+        yield Evaluator(published.bundle, published.digest, pool, shown(known), codec_tables(published.registry))
 
 
-def test_packing_and_unpacking_count_by_the_shares(
-    known: Known, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_encoding_and_decoding_count_by_the_shares_of_the_looks(
+    known: Known, evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def by_the_clock(*given: Any) -> list[Send]:
-        return [s._replace(encode_s=10.0**n, decode_s=2 * 10.0**n) for n, s in enumerate(sends(*given))]
+    def by_the_clock(*given: Any) -> Result:
+        result = execute(*given)
+        runs = tuple(r._replace(encode_s=10.0**n, decode_s=2 * 10.0**n) for n, r in enumerate(result.runs))
+        return replace(result, runs=runs)
 
-    monkeypatch.setattr("isthmus_tools.planner.trials.sends", by_the_clock)
-    trials, bench = tries(known, tmp_path)
+    monkeypatch.setattr("isthmus_tools.planner.evaluation.execute", by_the_clock)
     looks = replace(closer_looks(known.chain), shares=(0.5, 0.25))
-    made = trials.closer("6", known.chain.choice, looks, Error(0.0, 1))
-    bench.forget()
+    made = evaluator.closer_looks("6", known.chain.choice, looks, Error(0.0, 1))
     assert made is not None
     assert made.encode_s == 1 + 5 + 25
     assert made.decode_s == 2 * made.encode_s
 
 
-def test_what_cannot_be_sent_finer_is_no_candidate(known: Known, tmp_path: Path) -> None:
-    trials, bench = tries(known, tmp_path)
-    found = trials.closer("3", known.chain.choice, closer_looks(known.chain), Error(0.0, 1))
-    bench.forget()
-    assert found is None
+def test_what_cannot_be_sent_finer_is_no_candidate(known: Known, evaluator: Evaluator) -> None:
+    assert evaluator.closer_looks("3", known.chain.choice, closer_looks(known.chain), Error(0.0, 1)) is None
 
 
-def test_over_another_link_it_is_as_if_it_had_been_predicted_there(known: Known, draft: Draft) -> None:
+def test_over_another_link_it_is_as_if_it_had_been_predicted_there(known: Known, draft: CandidateSet) -> None:
     there = Conditions(3e5, 7e5, 0.08)
     for name, made in planned(known, draft).items():
         expected = planned(known, draft, there)[name].predicted
-        assert under(made, there).predicted.seconds == pytest.approx(expected.seconds)
+        assert over_link(made, there).predicted.seconds == pytest.approx(expected.seconds)
 
 
-def test_its_plan_keeps_to_the_schema_and_comes_back_as_it_was(known: Known, draft: Draft) -> None:
+def test_its_plan_keeps_to_the_schema_and_comes_back_as_it_was(known: Known, draft: CandidateSet) -> None:
     found = planned(known, draft)
     made = plan_for(known.published.bundle, found["closer"], candidates=tuple(found.values()))
     doc = json.loads(plan_json(made))

@@ -23,7 +23,7 @@ from isthmus.routing.codec_override import override_codec
 from isthmus.routing.guard import Guard, Sample
 from isthmus.serving import create_router_app
 from isthmus.serving.metrics import FunctionMetrics
-from isthmus_tools.planner.published import publish_plan
+from isthmus_tools.planner.publishing import publish_plan
 from support.bundles import Published, metrics, pair_model, photo, publish, ready, router_settings, until
 from support.patience import LONG_S
 from support.plans import candidate, plan_for

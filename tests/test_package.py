@@ -20,7 +20,7 @@ from isthmus.serving import create_router_app, create_segment_app
 from isthmus.settings import RouterSettings, SegmentSettings
 from isthmus_tools.cli import app
 from isthmus_tools.engine.stack import Stack, read_stack
-from isthmus_tools.planner.published import publish_plan
+from isthmus_tools.planner.publishing import publish_plan
 from support.bundles import (
     TOLERANCE,
     Published,

@@ -12,12 +12,22 @@ from isthmus.artifacts.conditions import Conditions, Constraints, check_objectiv
 from isthmus.artifacts.plan import Error, Measured, Terms
 from isthmus.errors import ConstraintMalformed, HopUnavailable, Infeasible, IsthmusError
 from isthmus_tools.budget import Budget, Pace
-from isthmus_tools.planner.choose import broken, check_prices, choose
-from isthmus_tools.planner.costs import HEADERS_DOWN, HEADERS_UP, Exchange, Load, Work, priced, terms
-from isthmus_tools.planner.grid import grid, under
-from isthmus_tools.planner.measuring import contenders
-from isthmus_tools.planner.prices import LinkPrices, Prices, TierPrices, read_prices
-from isthmus_tools.planner.race import race
+from isthmus_tools.planner.choice import check_prices, choose, grid, over_link, violations
+from isthmus_tools.planner.costs import (
+    HEADERS_DOWN,
+    HEADERS_UP,
+    CallBytes,
+    LinkPrices,
+    Prices,
+    RunTime,
+    TierPrices,
+    Workload,
+    read_prices,
+    terms,
+    with_prices,
+)
+from isthmus_tools.planner.elimination import successive_elimination
+from isthmus_tools.planner.measurement import contenders
 from support.plans import HOP, candidate
 
 CPUS = {"edge": 2, "cloud": 4}
@@ -40,14 +50,14 @@ joules_per_byte = 1e-7
 
 
 def test_the_terms_of_a_split_are_what_each_part_takes() -> None:
-    load = Load(
-        near=Exchange(1000, 2000),
-        far=Exchange(10_000 - HEADERS_UP, 1000 - HEADERS_DOWN),
-        edge=Work(0.01, "measured"),
-        cloud=Work(0.004, "predicted"),
-        preprocess=0.003,
-        pack=0.001,
-        unpack=0.0005,
+    load = Workload(
+        near=CallBytes(1000, 2000),
+        far=CallBytes(10_000 - HEADERS_UP, 1000 - HEADERS_DOWN),
+        edge=RunTime(0.01, "measured"),
+        cloud=RunTime(0.004, "predicted"),
+        preprocess_s=0.003,
+        encode_s=0.001,
+        decode_s=0.0005,
     )
     found = terms(load, HOP, HOP, Conditions(1e6, 2e6, 0.02))
     assert found.up == pytest.approx(10_000 * 8 / 1e6)
@@ -60,7 +70,9 @@ def test_the_terms_of_a_split_are_what_each_part_takes() -> None:
 
 
 def test_what_stays_at_the_edge_pays_no_link() -> None:
-    found = terms(Load(near=Exchange(1000, 10), edge=Work(0.01, "measured")), HOP, HOP, Conditions(1e3, 1e3, 1.0))
+    found = terms(
+        Workload(near=CallBytes(1000, 10), edge=RunTime(0.01, "measured")), HOP, HOP, Conditions(1e3, 1e3, 1.0)
+    )
     assert found.up == found.down == found.rtt == found.cloud_hop == 0
     assert found.total < 0.02
 
@@ -115,15 +127,15 @@ def test_constraints_that_only_contradict_each_other_are_named_together() -> Non
 def test_what_calibration_offers_is_good_enough_unless_an_error_is_asked_for() -> None:
     offered = candidate("offered", error=Error(0.2, 300, 0.003, calibrated=True))
     tried = candidate("tried", error=Error(0.2, 5))
-    assert not broken(offered, Constraints())
-    assert [b.constraint for b in broken(offered, Constraints(max_error=0.1))] == ["max-error"]
-    assert [b.limit for b in broken(tried, Constraints())] == [0.05]
+    assert not violations(offered, Constraints())
+    assert [b.constraint for b in violations(offered, Constraints(max_error=0.1))] == ["max-error"]
+    assert [b.limit for b in violations(tried, Constraints())] == [0.05]
 
 
 def test_a_refusal_says_every_constraint_that_is_broken() -> None:
     bad = candidate("bad", seconds=1.0, error=Error(0.5, 1), edge_memory_bytes=10**9)
     limits = Constraints(edge_memory_bytes=1, latency_s=0.1)
-    assert [b.constraint for b in broken(bad, limits)] == ["edge-memory", "latency", "max-error"]
+    assert [b.constraint for b in violations(bad, limits)] == ["edge-memory", "latency", "max-error"]
     every, _, _ = choose([bad, candidate("good", seconds=0.01)], "latency", limits)
     assert every[0].refused.count(";") == 2
 
@@ -171,7 +183,7 @@ def test_money_and_joules_need_their_prices() -> None:
 
 def test_a_candidate_costs_what_its_seconds_and_bytes_cost() -> None:
     busy = Terms(preprocess=0.1, edge_run=0.3, pack=0.1, up=1.0, unpack=0.05, cloud_run=0.15)
-    found = priced(candidate("c", "split", predicted=busy, cuts=("1",), up_bytes=10**6), PRICES, CPUS)
+    found = with_prices(candidate("c", "split", predicted=busy, cuts=("1",), up_bytes=10**6), PRICES, CPUS)
     assert found.price == pytest.approx(0.5 * 2 * 1e-5 + 0.2 * 4 * 3e-5 + 1e6 / 1e9 * 0.1)
     assert found.energy_j == pytest.approx(0.5 * 10 + 1.2 * 2 + 0.2 * 100 + 1e6 * 1e-7)
 
@@ -180,7 +192,7 @@ def test_the_cheapest_that_meets_a_latency_is_chosen() -> None:
     quick = candidate("quick", "cloud", predicted=Terms(cloud_run=0.01), up_bytes=10**6)
     frugal = candidate("frugal", "edge", predicted=Terms(edge_run=0.04))
     late = candidate("late", "edge", predicted=Terms(edge_run=0.0001, up=1.0))
-    every = [priced(c, PRICES, CPUS) for c in (quick, frugal, late)]
+    every = [with_prices(c, PRICES, CPUS) for c in (quick, frugal, late)]
     assert choose(every, "cost", Constraints(latency_s=0.05))[1].name == "frugal"
     assert choose(every, "cost", Constraints(latency_s=0.03))[1].name == "quick"
 
@@ -225,11 +237,11 @@ def test_a_measurement_moves_to_another_link_by_its_bytes() -> None:
         "c", "cloud", predicted=Terms(cloud_run=0.01, up=0.1, rtt=0.02), up_bytes=125_000 - HEADERS_UP,
         measured=Measured(0.14, 0.13, 0.15, 5),
     )  # fmt: skip
-    there = under(here, Conditions(1e6, math.inf, 0.001))
+    there = over_link(here, Conditions(1e6, math.inf, 0.001))
     assert there.predicted.up == pytest.approx(1.0)
     assert there.seconds == pytest.approx(0.14 + 0.9 - 0.019)
     stays = candidate("e", measured=Measured(0.05, 0.05, 0.05, 5))
-    assert under(stays, Conditions(1e3)).seconds == 0.05
+    assert over_link(stays, Conditions(1e3)).seconds == 0.05
 
 
 def test_the_grid_has_the_best_of_every_link() -> None:
@@ -244,7 +256,7 @@ def test_the_grid_has_the_best_of_every_link() -> None:
 def test_a_race_lets_the_hopeless_go_and_gives_the_leaders_more() -> None:
     took = {"best": 0.010, "close": 0.0101, "behind": 0.013, "hopeless": 0.05}
     runs = {name: lambda n, s=s: {"total": s * (1 + n % 3 / 20), "edge": s / 2} for name, s in took.items()}
-    found = race(runs, rounds=12)
+    found = successive_elimination(runs, rounds=12)
     assert found["hopeless"].runs == 1
     assert 1 < found["behind"].runs < 12
     assert found["best"].runs == found["close"].runs == 12
@@ -258,20 +270,20 @@ def test_a_single_slow_request_puts_nobody_out_who_was_expected_near_the_best() 
 
     took = {"best": 0.010, "unlucky": 0.009, "hopeless": 0.05}
     runs = {name: lambda n, name=name, s=s: run(name, s, n) for name, s in took.items()}
-    found = race(runs, expected={"best": 0.010, "unlucky": 0.011, "hopeless": 0.06}, rounds=10)
+    found = successive_elimination(runs, expected={"best": 0.010, "unlucky": 0.011, "hopeless": 0.06}, rounds=10)
     assert found["unlucky"].median == 0.009
     assert found["unlucky"].runs > 3
     assert found["hopeless"].runs == 1
-    assert race(runs, rounds=10)["unlucky"].runs == 1
+    assert successive_elimination(runs, rounds=10)["unlucky"].runs == 1
 
 
 def test_who_is_not_in_the_running_puts_nobody_out() -> None:
     took = {"best": 0.010, "close": 0.0102, "quick but wrong": 0.001}
     runs = {name: lambda n, s=s: {"total": s * (1 + n % 3 / 20)} for name, s in took.items()}
-    found = race(runs, rounds=8, beside={"quick but wrong"})
+    found = successive_elimination(runs, rounds=8, excluded={"quick but wrong"})
     assert found["quick but wrong"].runs == 3
     assert found["best"].runs == found["close"].runs == 8
-    assert race({"only": runs["best"]}, rounds=8, beside={"only"})["only"].runs == 3
+    assert successive_elimination({"only": runs["best"]}, rounds=8, excluded={"only"})["only"].runs == 3
 
 
 def test_a_race_without_elimination_runs_everyone_alike() -> None:
@@ -282,7 +294,7 @@ def test_a_race_without_elimination_runs_everyone_alike() -> None:
         return {"total": seconds}
 
     runs = {"a": lambda n: run("a", 1.0), "b": lambda n: run("b", 9.0)}
-    found = race(runs, rounds=4, eliminate=False)
+    found = successive_elimination(runs, rounds=4, eliminate=False)
     assert [m.runs for m in found.values()] == [4, 4]
     assert all(set(order[i : i + 2]) == {"a", "b"} for i in range(0, 8, 2))
 
@@ -294,11 +306,11 @@ def test_who_fails_in_a_race_is_out_and_the_others_go_on() -> None:
         return {"total": 1.0}
 
     failed: dict[str, IsthmusError] = {}
-    found = race({"a": lambda n: {"total": 1.0}, "b": run}, rounds=4, eliminate=False, failed=failed)
+    found = successive_elimination({"a": lambda n: {"total": 1.0}, "b": run}, rounds=4, eliminate=False, failed=failed)
     assert {name: m.runs for name, m in found.items()} == {"a": 4}
     assert {name: str(e) for name, e in failed.items()} == {"b": "away"}
     with pytest.raises(HopUnavailable):
-        race({"b": run}, rounds=4)
+        successive_elimination({"b": run}, rounds=4)
 
 
 def test_the_promising_are_measured_and_the_baselines_always() -> None:
@@ -334,10 +346,12 @@ def test_a_race_ends_with_its_budget_and_has_measured_the_most_promising() -> No
 
     expected = {"c": 3.0, "a": 1.0, "b": 2.0}
     runs = {name: lambda n, name=name: run(name, n) for name in expected}
-    found = race(runs, expected=expected, budget=Budget(15, clock))
+    found = successive_elimination(runs, expected=expected, budget=Budget(15, clock))
     assert set(found) == {"a", "b"}
     assert clock.now == 120
-    assert set(race(runs, expected=expected, budget=Budget(0, clock))) == {"a"}, "one is measured in any case"
+    assert set(successive_elimination(runs, expected=expected, budget=Budget(0, clock))) == {"a"}, (
+        "one is measured in any case"
+    )
 
 
 def test_a_budget_has_shares_and_a_pace_says_what_is_left() -> None:

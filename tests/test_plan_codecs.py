@@ -12,7 +12,7 @@ from isthmus.artifacts.conditions import Conditions
 from isthmus.artifacts.fidelity import Entry, Fidelity, Inputs
 from isthmus.artifacts.fidelity_document import model_digest, to_json
 from isthmus.codecs import find_codec
-from isthmus_tools.planner.usable import short_name, usable_codecs
+from isthmus_tools.planner.offered import offered_codecs, short_name
 from support.bundles import Published, publish_photos
 from test_plan_draft import LINK, drafted
 
@@ -32,7 +32,7 @@ def fidelity(subject: str) -> Fidelity:
 
 
 def test_without_calibration_every_codec_that_needs_none_is_usable() -> None:
-    found = [choice.codec for choice in usable_codecs(None, "3")]
+    found = [choice.codec for choice in offered_codecs(None, "3")]
     assert found[0] == "raw"
     assert set(found) == {c for c in KNOWN if c not in NEVER_CHOSEN and not find_codec(c).calibrated}
 
@@ -45,7 +45,7 @@ def test_a_calibrated_cut_has_what_it_offers_each_at_its_smallest() -> None:
         entry("transform/4", 0.2, 100, offered=False),
     )
     known = Fidelity(known.subject, 0.99, known.measure, known.inputs, (*known.entries, *graded))
-    found = usable_codecs(known, "3")
+    found = offered_codecs(known, "3")
     assert set(found) == {Choice("raw"), Choice("int8/1"), Choice("half/1"), Choice("transform/4", 0.5)}
     assert [short_name(c) for c in (Choice("int8/1"), Choice("transform/4", 0.55))] == ["int8", "transform-55"]
 
@@ -68,17 +68,17 @@ def test_each_number_of_closer_looks_is_usable_that_takes_fewer_bytes_than_fewer
         followed(0.0, 180, 0.2, 0.4, 0.6, offered=False),
     )
     known = replace(known, entries=(*known.entries, *chains))
-    found = [choice for choice in usable_codecs(known, "3") if choice.codec == "transform/4"]
+    found = [choice for choice in offered_codecs(known, "3") if choice.codec == "transform/4"]
     assert [short_name(choice) for choice in found] == ["transform-80", "transform-50-70", "transform-20-40-60-80"]
     # Where only those are offered that look closer, they stay.
     without = replace(known, entries=tuple(e for e in known.entries if e.looks))
-    assert [short_name(c) for c in usable_codecs(without, "3")] == ["raw", "transform-50-70", "transform-20-40-60-80"]
+    assert [short_name(c) for c in offered_codecs(without, "3")] == ["raw", "transform-50-70", "transform-20-40-60-80"]
 
 
 def test_what_changes_values_is_not_usable_where_a_calibrated_bundle_did_not_measure_it() -> None:
     known = fidelity("sha256:" + "0" * 64)
     exact = (Choice("raw"), Choice("lossless/3"), Choice("sparse/2"))
-    assert usable_codecs(known, "7") == usable_codecs(known, "") == exact
+    assert offered_codecs(known, "7") == offered_codecs(known, "") == exact
 
 
 def calibrated(folder: Path) -> Published:
@@ -93,7 +93,7 @@ def calibrated(folder: Path) -> Published:
 
 def test_a_calibrated_cut_is_a_candidate_with_the_errors_that_calibration_measured(tmp_path: Path) -> None:
     published = calibrated(tmp_path)
-    with drafted(published, most_cuts=1) as draft:
+    with drafted(published, max_cuts=1) as draft:
         found = {c.name: c for c in draft.predict(LINK)}
     assert {"split-3-raw", "split-3-int8", "split-3-half"} <= found.keys()
     assert "split-3-int4" not in found
@@ -103,5 +103,5 @@ def test_a_calibrated_cut_is_a_candidate_with_the_errors_that_calibration_measur
 
 def test_a_private_depth_goes_before_a_calibrated_cut(tmp_path: Path) -> None:
     published = calibrated(tmp_path)
-    with drafted(published, most_cuts=1, private_depth=5) as draft:
+    with drafted(published, max_cuts=1, private_depth=5) as draft:
         assert all(c.cuts != ("3",) for c in draft.predict(Conditions(1e6)))

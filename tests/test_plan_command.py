@@ -19,7 +19,7 @@ from isthmus.errors import LocalError, ModelError
 from isthmus.serving import create_router_app, create_segment_app
 from isthmus_tools.cli import app
 from isthmus_tools.netem.process import link_to
-from isthmus_tools.planner.published import publish_plan
+from isthmus_tools.planner.publishing import publish_plan
 from isthmus_tools.profiling import profiles
 from support.bundles import (
     Published,
@@ -173,7 +173,10 @@ def test_a_failed_or_interrupted_plan_changes_no_version(place: Place, monkeypat
     aliases = place.published.registry.aliases("photos")
     common = ["plan", "photos", *LINK, "--input", place.folder / "photos" / "0.png", "--no-int8", *place.registry]
     # Two more cuts than were published, which functions need while candidates are measured.
-    for failing, error in (("isthmus_tools.planner.measuring.race", KeyboardInterrupt), ("draw", ModelError)):
+    for failing, error in (
+        ("isthmus_tools.planner.measurement.successive_elimination", KeyboardInterrupt),
+        ("draw", ModelError),
+    ):
         with monkeypatch.context() as patched:
 
             def fail(*_: object, error: type[BaseException] = error, **__: object) -> None:

@@ -19,7 +19,7 @@ from isthmus.artifacts.conditions import Conditions, Constraints
 from isthmus.artifacts.plan import Candidate, Coding, Error, Measured, Plan, Terms
 from isthmus.artifacts.plan_document import from_json, read_plan, to_json
 from isthmus.errors import PlanMalformed, PlanMismatch
-from isthmus_tools.planner.published import publish_plan
+from isthmus_tools.planner.publishing import publish_plan
 from support.bundles import publish_photos
 from support.paths import ROOT
 from support.plans import candidate, plan_for

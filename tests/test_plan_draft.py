@@ -21,12 +21,11 @@ from isthmus.artifacts.profile import SegmentCost, Timing
 from isthmus.errors import ConstraintMalformed, Infeasible, PlanMismatch
 from isthmus.processing.image_spec import made_shape
 from isthmus_tools.figures.plan import Along
-from isthmus_tools.planner.choose import choose
-from isthmus_tools.planner.draft import Draft
-from isthmus_tools.planner.drafting import drafting
-from isthmus_tools.planner.examples import Example, from_arrays, from_photos, random_examples
-from isthmus_tools.planner.make import make_plan
-from isthmus_tools.planner.memory import Memory, live_bytes
+from isthmus_tools.planner.candidates import CandidateSet
+from isthmus_tools.planner.choice import build_plan, choose
+from isthmus_tools.planner.enumeration import enumerate_candidates
+from isthmus_tools.planner.inputs import TrialInput, from_arrays, from_photos, random_inputs
+from isthmus_tools.planner.memory import MemoryModel, peak_bytes
 from support.bundles import Published, cache_of, pair_model, photo, publish, publish_photos, save, value, weight
 from support.bundles import photos as photos
 from support.plans import candidate, plan_for, profile_of, whole_model
@@ -41,17 +40,17 @@ def drafted(
     *,
     edge_s: float = SLOW,
     cloud_s: float = FAST,
-    examples: list[Example] | None = None,
+    examples: list[TrialInput] | None = None,
     kind: str = "tensors",
     link: Conditions = LINK,
     **options: Any,
-) -> Iterator[Draft]:
+) -> Iterator[CandidateSet]:
     profiles = {"edge": profile_of(published, "edge", edge_s), "cloud": profile_of(published, "cloud", cloud_s)}
     profiles |= options.pop("profiles", {})
     made = examples or from_arrays(published.bundle, [published.inputs])
     cache = cache_of(published, published.folder.parent / "cache")
     options = {"int8": False, "links": [link]} | options
-    with drafting(published.registry, cache, published.name, profiles, made, kind, **options) as draft:
+    with enumerate_candidates(published.registry, cache, published.name, profiles, made, kind, **options) as draft:
         yield draft
 
 
@@ -103,7 +102,7 @@ def test_the_search_finds_the_cut_that_trying_all_of_them_finds(photos: Publishe
             return sum(edge.nodes[:at]) + sum(cloud.nodes[at:]) + cut.bytes * link.up_byte_s
 
         best = min((c for c in cuts(model) if c.position < len(model.nodes) - 1), key=seconds)
-        with drafted(photos, link=link, most_cuts=3) as draft:
+        with drafted(photos, link=link, max_cuts=3) as draft:
             raw = [c for c in draft.predict(link) if c.kind == "split" and c.name.endswith("-raw")]
             assert best.name in {c.cuts[0] for c in raw}
 
@@ -122,7 +121,7 @@ def test_a_measured_segment_goes_before_the_sum_of_its_nodes(photos: Published) 
     edge = profile_of(photos, "edge", SLOW)
     timed = SegmentCost(Timing(0.123, 0.12, 0.13, 5), 0, 0, 1, 1, 10, 20, 777)
     edge = replace(edge, segments={**edge.segments, "..6": timed})
-    with drafted(photos, profiles={"edge": edge}, every=True) as draft:
+    with drafted(photos, profiles={"edge": edge}, all_prefixes=True) as draft:
         found = {c.name: c for c in draft.predict(LINK)}
     known = [c for c in found.values() if c.cuts == ("6",)]
     assert known
@@ -182,10 +181,10 @@ def test_too_little_memory_at_the_edge_leaves_the_cloud_or_says_by_how_much(phot
 
 def test_a_head_that_does_not_fit_is_not_looked_for(photos: Published) -> None:
     edge = profile_of(photos, "edge", SLOW)
-    sizes = Memory(whole_model(photos), photos.bundle, edge, lambda segment: False).heads()
+    sizes = MemoryModel(whole_model(photos), photos.bundle, edge, lambda segment: False).heads()
     assert list(sizes) == list(range(9))
     assert sorted(sizes.values()) == list(sizes.values())
-    with drafted(photos, edge_memory_bytes=sizes[2], every=True) as draft:
+    with drafted(photos, edge_memory_bytes=sizes[2], all_prefixes=True) as draft:
         found = draft.predict(LINK)
         places = {draft.bundle.cuts[c.cuts[0]].position for c in found if c.kind == "split"}
     assert places == {position for position, size in sizes.items() if size <= sizes[2]}
@@ -198,7 +197,7 @@ def test_a_model_of_one_node_is_planned_without_a_cut(tmp_path: Path) -> None:
     with drafted(published) as draft:
         assert not draft.files
         candidates = draft.predict(LINK)
-        plan = make_plan(draft, candidates, LINK, "latency", Constraints())
+        plan = build_plan(draft, candidates, LINK, "latency", Constraints())
     assert {c.kind for c in candidates} == {"edge", "cloud"}
     assert "no cut is a candidate: one side of the link takes everything" in plan.why
     assert plan.subject == subject_digest(published.bundle)
@@ -207,14 +206,14 @@ def test_a_model_of_one_node_is_planned_without_a_cut(tmp_path: Path) -> None:
 def test_a_graph_that_only_widens_is_not_split_and_the_plan_says_why(tmp_path: Path) -> None:
     published = publish(tmp_path, widening(tmp_path / "widening.onnx"), {"x": np.ones((1, 4), np.float32)})
     with drafted(published, edge_s=0.02, cloud_s=0.0001, link=Conditions(1e5, 1e5, 0.0)) as draft:
-        plan = make_plan(draft, draft.predict(Conditions(1e5, 1e5)), Conditions(1e5, 1e5), "latency", Constraints())
+        plan = build_plan(draft, draft.predict(Conditions(1e5, 1e5)), Conditions(1e5, 1e5), "latency", Constraints())
     assert plan.choice.kind in ("edge", "cloud")
     assert any("every cut lets" in sentence and "the input has 16" in sentence for sentence in plan.why)
 
 
 def test_a_plan_without_measurements_says_so(photos: Published) -> None:
-    with drafted(photos, examples=random_examples(photos.bundle, 2), kind="random") as draft:
-        plan = make_plan(draft, draft.predict(LINK), LINK, "latency", Constraints())
+    with drafted(photos, examples=random_inputs(photos.bundle, 2), kind="random") as draft:
+        plan = build_plan(draft, draft.predict(LINK), LINK, "latency", Constraints())
     assert not plan.measured
     assert plan.typical_gap is None
     assert any(sentence.startswith("predicted only") for sentence in plan.why)
@@ -269,7 +268,7 @@ def test_a_model_that_needs_certain_values_has_its_int8_variant_and_its_picture(
     x = np.random.default_rng(0).standard_normal((1, 64)).astype(np.float32)
     given = {"x": x, "rows": np.array([4, 2], np.int64)}
     published = publish(tmp_path, asking(tmp_path / "asking.onnx"), given, examples={"rows": given["rows"]})
-    with drafted(published, examples=random_examples(published.bundle, 2), kind="random", int8=True) as draft:
+    with drafted(published, examples=random_inputs(published.bundle, 2), kind="random", int8=True) as draft:
         assert not [note for note in draft.notes if "int8" in note]
         assert "edge-int8" in {c.name for c in draft.predict(LINK)}
         along = Along.of(draft)
@@ -293,10 +292,10 @@ def test_a_model_that_cannot_be_quantised_has_no_variant_and_the_plan_says_why(t
 def test_live_bytes_are_the_most_that_lives_at_once(photos: Published) -> None:
     model = whole_model(photos)
     pixels, maps = 3 * 64 * 4, 16 * 64 * 4
-    assert live_bytes(model, [0]) == pixels + maps
+    assert peak_bytes(model, [0]) == pixels + maps
     # The residual keeps node 1's output while nodes 2 to 5 run.
-    assert live_bytes(model, range(9)) == 3 * maps
-    assert live_bytes(model, []) == 0
+    assert peak_bytes(model, range(9)) == 3 * maps
+    assert peak_bytes(model, []) == 0
 
 
 @pytest.mark.parametrize(

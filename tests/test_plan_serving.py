@@ -18,7 +18,7 @@ from isthmus.artifacts.plan import Candidate, Coding
 from isthmus.artifacts.plan_document import to_json
 from isthmus.serving import create_router_app, create_segment_app
 from isthmus_tools.cli.demo import ServedRoute, medians
-from isthmus_tools.planner.published import publish_plan
+from isthmus_tools.planner.publishing import publish_plan
 from support.bundles import (
     TOLERANCE,
     Published,

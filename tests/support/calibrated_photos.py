@@ -20,8 +20,7 @@ from isthmus.runtime.tables import Tables, tables_of
 from isthmus_tools.calibration.calibrate import Calibrated, CalibrationSpec, calibrate
 from isthmus_tools.calibration.inputs import list_files, open_source
 from isthmus_tools.calibration.scoring import CodecSender, Transmission
-from isthmus_tools.planner.examples import Example as Tried
-from isthmus_tools.planner.examples import from_photos
+from isthmus_tools.planner.inputs import TrialInput, from_photos
 from support.bundles import Published, photo, publish_photos
 from support.executors import executor_of
 
@@ -80,7 +79,7 @@ def without_header(sender: CodecSender, tensors: Mapping[str, Array]) -> Transmi
     return replace(sent, frame_bytes=sent.payload_bytes)
 
 
-def shown(known: Known) -> list[Tried]:
+def shown(known: Known) -> list[TrialInput]:
     return from_photos(known.published.bundle, [photo(seed=n) for n in range(1000, 1005)])
 
 

@@ -31,7 +31,7 @@ def explain(
     Example: `isthmus explain efficientnet-lite0 --picture plan.svg`
     """
     from isthmus_tools.cli import plan_text
-    from isthmus_tools.planner.grid import grid
+    from isthmus_tools.planner.choice import grid
     from isthmus_tools.usecases.plan import published_plan
 
     with errors(as_json):

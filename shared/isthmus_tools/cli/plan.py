@@ -90,8 +90,8 @@ def plan(
     from isthmus.registry.registry import check_alias
     from isthmus_tools.cli import plan_text
     from isthmus_tools.cli.inputs import read_tensors
-    from isthmus_tools.planner.grid import grid
-    from isthmus_tools.planner.prices import read_prices
+    from isthmus_tools.planner.choice import grid
+    from isthmus_tools.planner.costs import read_prices
     from isthmus_tools.usecases import plan as use_case
     from isthmus_tools.usecases.functions import FunctionUrls, local_functions
 
@@ -145,7 +145,7 @@ def plan(
                 from isthmus_tools.figures.plan import Along, draw
 
                 progress(f"drawing {picture}")
-                draw(best, cells or [], picture, Along.of(result.draft))
+                draw(best, cells or [], picture, Along.of(result.candidate_set))
             publication = None
             # Last of all: a failure or an interrupt before has published nothing.
             if best.measured if publish is None else publish:

@@ -11,13 +11,13 @@ from isthmus.artifacts.plan import TERMS, Candidate, Plan
 from isthmus.artifacts.plan_document import to_json
 from isthmus.units import format_duration, format_rate, format_size
 from isthmus_tools.cli.console import say, table
-from isthmus_tools.planner.grid import Cell
+from isthmus_tools.planner.choice import GridCell
 
 SHOWN = 12
 _LETTERS = string.ascii_uppercase + string.ascii_lowercase
 
 
-def document(plan: Plan, version: str, cells: Sequence[Sequence[Cell]] | None = None) -> dict[str, Any]:
+def document(plan: Plan, version: str, cells: Sequence[Sequence[GridCell]] | None = None) -> dict[str, Any]:
     """What `--json` prints: the plan's own document, where it was published, and the sweep."""
     found = json.loads(to_json(plan))
     doc: dict[str, Any] = {"version": version, "typical_gap": plan.typical_gap, "plan": found}
@@ -94,7 +94,7 @@ def explain(plan: Plan) -> None:
     table(f"{plan.model}: the terms of {plan.chosen} and of those behind it, ms", ["term", *names], rows, numbers=names)
 
 
-def show_sweep(cells: Sequence[Sequence[Cell]]) -> None:
+def show_sweep(cells: Sequence[Sequence[GridCell]]) -> None:
     """The best candidate by round trip and bandwidth, as letters, and what they stand for."""
     names = list(dict.fromkeys(cell.best for row in cells for cell in row if cell.best))
     letters = dict(zip(names, _LETTERS, strict=False))

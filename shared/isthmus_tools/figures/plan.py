@@ -24,8 +24,8 @@ from isthmus.units import format_duration, format_rate
 from isthmus_tools.figures.cuts import size_text
 from isthmus_tools.graph import cuts, open_model, stored_examples
 from isthmus_tools.graph.model import Model
-from isthmus_tools.planner.draft import CLOUD, EDGE, Draft
-from isthmus_tools.planner.grid import Cell, under
+from isthmus_tools.planner.candidates import CLOUD, EDGE, CandidateSet
+from isthmus_tools.planner.choice import GridCell, over_link
 from isthmus_tools.profiling import profiles
 
 _INK, _FAINT = "#7d8590", "#8b949e"
@@ -45,7 +45,7 @@ class Along:
     marked: Mapping[str, int]
 
     @classmethod
-    def of(cls, draft: Draft) -> Along:
+    def of(cls, draft: CandidateSet) -> Along:
         """Of a plan in the making."""
         return _along(draft.model, draft.profiles, {n: c.position for n, c in draft.bundle.cuts.items()})
 
@@ -72,7 +72,7 @@ def _along(model: Model, known: Mapping[str, Profile], places: Mapping[str, int 
     return Along(tuple(at), tuple(c.bytes for c in every), upto(EDGE), upto(CLOUD), marked)
 
 
-def draw(plan: Plan, cells: Sequence[Sequence[Cell]], path: Path, along: Along) -> None:
+def draw(plan: Plan, cells: Sequence[Sequence[GridCell]], path: Path, along: Along) -> None:
     """Draw `plan` to `path`, as PNG or SVG by its ending: the graph, the candidates over bandwidth, and the sweep.
 
     Raises:
@@ -187,7 +187,7 @@ def _draw_bandwidth(axes: Any, plan: Plan, hues: Mapping[str, str]) -> None:
     axes.set_title(f"candidates over bandwidth as predicted, {format_duration(rtt_s)} of round trip{dots}", loc="left")
 
 
-def _draw_sweep(axes: Any, cells: Sequence[Sequence[Cell]], hues: Mapping[str, str]) -> None:
+def _draw_sweep(axes: Any, cells: Sequence[Sequence[GridCell]], hues: Mapping[str, str]) -> None:
     from matplotlib.colors import ListedColormap
 
     count: dict[str, int] = {}
@@ -213,10 +213,10 @@ def _draw_sweep(axes: Any, cells: Sequence[Sequence[Cell]], hues: Mapping[str, s
 
 
 def _seconds(candidate: Candidate, rate: float, rtt_s: float) -> float:
-    return under(candidate, Conditions(rate, rate, rtt_s)).predicted.total
+    return over_link(candidate, Conditions(rate, rate, rtt_s)).predicted.total
 
 
-def _hues(plan: Plan, cells: Sequence[Sequence[Cell]]) -> dict[str, str]:
+def _hues(plan: Plan, cells: Sequence[Sequence[GridCell]]) -> dict[str, str]:
     """A colour for each candidate that is named: the chosen one, those that win somewhere, and the baselines."""
     wins: dict[str, int] = {}
     for cell in (cell for row in cells for cell in row):

@@ -1,1 +1,1 @@
-"""From profiles and a network to a plan: candidates, what each costs, races on the real functions, the choice."""
+"""Plans from profiles and a network: cut search, candidates, predicted and measured costs, the choice."""

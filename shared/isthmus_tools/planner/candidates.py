@@ -1,160 +1,205 @@
-"""Which cuts are worth a trial: those that are the fastest for some codec and link, and the near ones behind them."""
+"""The candidates of one bundle, evaluated in this process, with predictions for any link."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 
-import numpy as np
-
-from isthmus.artifacts.choice import Choice
+from isthmus.artifacts.bundle import Bundle, digest_of, subject_digest, to_json
+from isthmus.artifacts.choice import RAW, Choice
 from isthmus.artifacts.conditions import Conditions
-from isthmus.artifacts.profile import Profile
-from isthmus.errors import ConstraintMalformed
-from isthmus_tools.graph.cuts import CutInfo, cuts
-from isthmus_tools.graph.model import Model
-from isthmus_tools.planner.search.from_graph import boundaries, cut_of, from_model, positions
-from isthmus_tools.planner.search.latency import solve, sweep
-from isthmus_tools.planner.search.problem import LinkTimes, Problem
-from isthmus_tools.planner.survey import Survey
+from isthmus.artifacts.plan import Candidate, Terms
+from isthmus.artifacts.profile import CodecSpeed, Profile, content_of
+from isthmus.artifacts.segment_id import WHOLE, SegmentId, partition_ids
+from isthmus.errors import PlanMismatch
+from isthmus.registry import Registry, Resolved
+from isthmus_tools.graph import Model
+from isthmus_tools.graph.cuts import upstream_of
+from isthmus_tools.planner.costs import NO_RUN, Prices, RunTime, Workload, run_seconds, terms, with_prices
+from isthmus_tools.planner.evaluation import Evaluation
+from isthmus_tools.planner.inputs import TrialInput
+from isthmus_tools.planner.memory import MemoryModel
+from isthmus_tools.planner.variant import Variant
 
-NEAR = 3
-"""Of the prefix cuts, so many of the fastest for each codec and link are tried: predictions are not that sure."""
-
-
-Found: TypeAlias = tuple[frozenset[int], CutInfo]
-"""A cut, by the places of the nodes before it."""
+EDGE, CLOUD = "edge", "cloud"
 
 
 @dataclass(frozen=True)
-class Search:
-    """A model's cuts, for profiles of the two tiers and what its tensors pack to."""
+class Option:
+    """One way to serve the model, before evaluation; `choice` encodes the tensors sent to the cloud."""
 
+    name: str
+    kind: str
+    cuts: tuple[str, ...] = ()
+    choice: Choice = RAW
+    photo: bool = False
+    variant: bool = False
+
+
+@dataclass
+class CandidateSet:
+    """The evaluated options of one bundle, independent of the link.
+
+    `bundle` is the published bundle plus the candidates' cuts; `files` holds the new files, by digest, as long as the
+    set lives. `same_graph` says, by tier, whether the profile timed the bundle's graph under a segment id.
+    `min_boundary_bytes` are the fewest bytes of any cut. `slowdown` is the ratio of each tier's run times to those of
+    this process, `codec_slowdown` the same for each codec. `notes` explain omissions; `skipped_cuts` are the cuts for
+    which the time limit left no time.
+    """
+
+    resolved: Resolved
+    bundle: Bundle
+    files: dict[str, Path]
     model: Model
-    edge: Profile
-    cloud: Profile
-    survey: Survey
+    profiles: Mapping[str, Profile]
+    inputs: Sequence[TrialInput]
+    input_kind: str
+    same_graph: Mapping[str, Callable[[str], bool]]
+    min_boundary_bytes: float
     private_depth: int = 0
-    fits: Callable[[int], bool] = lambda position: True
-    """Whether the head of the prefix cut at a position fits the edge."""
+    options: list[Option] = field(default_factory=list)
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    slowdown: dict[str, float] = field(default_factory=dict)
+    codec_slowdown: dict[str, Mapping[str, CodecSpeed]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    skipped_cuts: tuple[str, ...] = ()
+    variant: Variant | None = None
 
-    def __post_init__(self) -> None:
-        if self.private_depth > len(self.model.nodes):
-            raise ConstraintMalformed(
-                f"--private-depth is {self.private_depth}, and the model has {len(self.model.nodes)} nodes",
-                what="private_depth",
-            )
+    @property
+    def subject(self) -> str:
+        """The bundle digest that a plan of these candidates names."""
+        return subject_digest(self.bundle)
 
-    def cuts(self, links: Sequence[Conditions], choices: Sequence[Choice], most: int) -> list[CutInfo]:
-        """At most `most` cuts, the most promising first: see the module. None where splitting never pays, or cannot."""
-        # By what runs before them; a cut found by several searches is better the more of them found it.
-        found: dict[frozenset[int], CutInfo] = {}
-        ways = [self._optima(links, choices), self._near(links, choices), self._envelopes(links, choices)]
-        for way in ways:
-            for upstream, cut in way:
-                # One that is no prefix has a head of at most the prefix's up to its last node.
-                if len(found) < most and self.fits(max(upstream)):
-                    found.setdefault(upstream, cut)
-        return list(found.values())
+    @property
+    def cpus(self) -> dict[str, int]:
+        """CPUs of each tier that a request occupies."""
+        return {tier: profile.device.threads for tier, profile in self.profiles.items()}
 
-    def prefixes(self) -> list[CutInfo]:
-        """All prefix cuts that the private depth and the edge's memory allow."""
-        return [
-            c
-            for c in cuts(self.model)
-            if c.position is not None
-            and c.position + 1 >= self.private_depth
-            and not (self.private_depth and c.passing)
-            and self.fits(c.position)
-        ]
+    def add(self, option: Option, evaluation: Evaluation | None) -> None:
+        """Add an option, unless its evaluation found nothing to encode."""
+        if evaluation is not None:
+            self.options.append(option)
+            self.evaluations[option.name] = evaluation
 
-    def problem(self, conditions: Conditions, choice: Choice, *, effective: bool = True) -> Problem:
-        """The division of the model, tensors as the choice packs them; packing counts as bytes where `effective`."""
-        up, down = conditions.up_byte_s + _hop(self.cloud)[1], conditions.down_byte_s + _hop(self.cloud)[2]
-        made = from_model(
-            self.model,
-            [self.edge.nodes, self.cloud.nodes],
-            [LinkTimes(up, down, conditions.rtt_s + _hop(self.cloud)[0])],
-            pins=dict.fromkeys(self._private(), (0, 0)),
+    def predict(self, conditions: Conditions, prices: Prices | None = None) -> tuple[Candidate, ...]:
+        """Every candidate with predicted costs under `conditions`."""
+        hops = (self.profiles[EDGE].hop, self.profiles[CLOUD].hop)
+        predictions = (replace(c, predicted=terms(load, *hops, conditions)) for c, load in self._workloads)
+        return tuple(with_prices(c, prices, self.cpus) for c in predictions)
+
+    def stage(self, registry: Registry) -> str:
+        """Upload the bundle with the candidates' cuts, and the variant, so that functions can load both by digest.
+
+        Neither becomes a version: an interrupted plan leaves the model's versions untouched. Returns the bundle's
+        digest.
+        """
+        if self.variant is not None:
+            registry.stage(self.variant.bundle, self.variant.files)
+        return registry.stage(self.bundle, self.files)
+
+    @cached_property
+    def _workloads(self) -> list[tuple[Candidate, Workload]]:
+        return [(self._candidate(o), self._workload(o, self.evaluations[o.name])) for o in self.options]
+
+    def _candidate(self, option: Option) -> Candidate:
+        evaluation = self.evaluations[option.name]
+        edge_bytes, cloud_bytes = self._memory(option)
+        return Candidate(
+            name=option.name,
+            kind=option.kind,
+            predicted=Terms(),
+            cuts=option.cuts,
+            codecs=evaluation.codecs,
+            input="photo" if option.photo else "tensors",
+            variant=self.variant.digest if option.variant and self.variant else None,
+            up_bytes=evaluation.far.sent if evaluation.far else 0,
+            down_bytes=evaluation.far.received if evaluation.far else 0,
+            error=evaluation.error,
+            edge_memory_bytes=edge_bytes,
+            cloud_memory_bytes=cloud_bytes,
+            looks=evaluation.looks,
         )
-        sizes, seconds = self.survey.bytes.get(choice.codec, {}), self.survey.seconds.get(choice.codec, {})
 
-        def weight(name: str, nbytes: float) -> float:
-            packed = sizes.get(name, nbytes)
-            return packed + (seconds.get(name, 0.0) / up if effective and up > 0 else 0.0)
-
-        tensors = tuple(
-            t if t.output or math.isinf(t.bytes) else replace(t, bytes=weight(t.name, t.bytes)) for t in made.tensors
+    def _workload(self, option: Option, evaluation: Evaluation) -> Workload:
+        edge, cloud = NO_RUN, NO_RUN
+        if option.variant:
+            edge = RunTime(evaluation.run_s * self.slowdown[EDGE], "scaled")
+        elif option.kind == "edge":
+            edge = self._run_time(EDGE, WHOLE)
+        elif option.kind == "cloud":
+            cloud = self._run_time(CLOUD, WHOLE)
+        else:
+            head, tail = partition_ids(option.cuts)
+            edge, cloud = self._run_time(EDGE, head), self._run_time(CLOUD, tail)
+        return Workload(
+            near=evaluation.near,
+            far=evaluation.far,
+            edge=edge,
+            cloud=cloud,
+            preprocess_s=evaluation.preprocess_s * self.slowdown[EDGE],
+            encode_s=evaluation.encode_s * self._codec_slowdown(EDGE, option).pack_s,
+            decode_s=evaluation.decode_s * self._codec_slowdown(CLOUD, option).unpack_s,
+            extra_calls=evaluation.looks.again if evaluation.looks is not None else 0.0,
         )
-        return replace(made, tensors=tensors)
 
-    def _optima(self, links: Sequence[Conditions], choices: Sequence[Choice]) -> Iterator[Found]:
-        """The fastest division of all, prefix or not, for each link and codec."""
-        for conditions in links:
-            for choice in choices:
-                yield from self._cut(solve(self.problem(conditions, choice)).labels)
+    def _codec_slowdown(self, tier: str, option: Option) -> CodecSpeed:
+        # Profiles time no photo decoding, and a codec of a later version has no time there: both scale as models do.
+        default = CodecSpeed(self.slowdown[tier], self.slowdown[tier])
+        return default if option.photo else self.codec_slowdown.get(tier, {}).get(option.choice.codec, default)
 
-    def _envelopes(self, links: Sequence[Conditions], choices: Sequence[Choice]) -> Iterator[Found]:
-        """The fastest ones over all bandwidths."""
-        for choice in choices:
-            for piece in sweep(self.problem(links[0], choice, effective=False)):
-                yield from self._cut(piece.labels)
+    def _run_time(self, tier: str, segment: SegmentId) -> RunTime:
+        return run_seconds(self.profiles[tier], segment, self._nodes(segment), self.same_graph[tier])
 
-    def _near(self, links: Sequence[Conditions], choices: Sequence[Choice]) -> Iterator[Found]:
-        """The fastest prefix cuts for each link and codec, the best of each before the second best of any."""
-        prefixes = self.prefixes()
-        if not prefixes:
-            return
-        places = np.array([c.position for c in prefixes], np.int64)
-        before = np.cumsum(self.edge.nodes)[places]
-        after = sum(self.cloud.nodes) - np.cumsum(self.cloud.nodes)[places]
-        ranks = []
-        for choice in choices:
-            sizes, seconds = self.survey.bytes.get(choice.codec, {}), self.survey.seconds.get(choice.codec, {})
-            weight = np.array([sum(sizes.get(t.name, self._bytes(t.name)) for t in c.tensors) for c in prefixes])
-            packing = np.array([sum(seconds.get(t.name, 0.0) for t in c.tensors) for c in prefixes])
-            for conditions in links:
-                up = conditions.up_byte_s + _hop(self.cloud)[1]
-                ranks.append(np.argsort(before + after + packing + weight * up, kind="stable"))
-        for place in range(min(NEAR, len(prefixes))):
-            for rank in ranks:
-                cut = prefixes[int(rank[place])]
-                yield self._upstream(cut), cut
+    def _nodes(self, segment: SegmentId) -> list[int]:
+        dynamic = [i for i, dynamic in enumerate(self.model.dynamic) if dynamic]
+        cuts = self.bundle.cuts
+        after = upstream_of(self.model, cuts[segment.start]) if segment.start else frozenset()
+        before = upstream_of(self.model, cuts[segment.stop]) if segment.stop else frozenset(dynamic)
+        return [i for i in dynamic if i in before and i not in after]
 
-    def _private(self) -> set[int]:
-        """The nodes that stay at the edge: the first ones, and all that read an input, which else would leave it."""
-        if not self.private_depth:
-            return set()
-        readers = {i for i, used in enumerate(self.model.uses) if any(v.is_graph_input() for v in used)}
-        return readers | set(range(self.private_depth))
+    def _memory(self, option: Option) -> tuple[int, int]:
+        """Bytes of memory at the edge and in the cloud."""
+        edge, cloud = (
+            MemoryModel(self.model, self.bundle, self.profiles[t], self.same_graph[t]) for t in (EDGE, CLOUD)
+        )
+        if option.variant and self.variant is not None:
+            return edge.variant(self.variant.bundle.weights.blob.size), 0
 
-    def _cut(self, labels: tuple[int, ...]) -> Iterator[Found]:
-        boundary = boundaries(self.model, labels, 2)[0]
-        if (cut := cut_of(self.model, boundary)) is not None:
-            yield boundary.upstream, cut
+        def size(memory: MemoryModel, segment: SegmentId) -> int:
+            return memory.segment(self.bundle.segment(segment), self._nodes(segment))
 
-    def _upstream(self, cut: CutInfo) -> frozenset[int]:
-        return frozenset(i for i in positions(self.model) if i <= (cut.position or 0))
-
-    def _bytes(self, name: str) -> int:
-        return self.model.nbytes(self.model.values[name])
+        if option.kind == "edge":
+            return size(edge, WHOLE), 0
+        if option.kind == "cloud":
+            return 0, size(cloud, WHOLE)
+        head, tail = partition_ids(option.cuts)
+        return size(edge, head), size(cloud, tail)
 
 
-def smallest_crossing(model: Model, survey: Survey) -> float:
-    """The fewest bytes that any prefix cut lets cross, under the codec that packs it best; infinite without a cut."""
-    every: list[Mapping[str, float]] = [{}, *survey.bytes.values()]
-    return min(
-        (
-            sum(sizes.get(t.name, model.nbytes(model.values[t.name])) for t in cut.tensors)
-            for cut in cuts(model)
-            for sizes in every
-        ),
-        default=math.inf,
-    )
+def check_profile(profile: Profile, bundle: Bundle) -> None:
+    """Check that a profile is of this model.
+
+    Raises:
+        PlanMismatch: the profile is of another model; names both.
+    """
+    if profile.content != (content := content_of(bundle)):
+        raise PlanMismatch(
+            f"the profile of tier {profile.tier} is of {profile.model}, {profile.content[:19]}…, and not of"
+            f" {bundle.name}, {content[:19]}…",
+            subject=profile.content,
+            expected=content,
+            hint=f"measure this one: isthmus profile {bundle.name}",
+        )
 
 
-def _hop(profile: Profile) -> tuple[float, float, float]:
-    hop = profile.hop
-    return (hop.fixed_s, max(0.0, hop.up_byte_s), max(0.0, hop.down_byte_s)) if hop else (0.0, 0.0, 0.0)
+def same_graph(registry: Registry, profile: Profile, bundle: Bundle) -> Callable[[str], bool]:
+    """A test of segment ids: whether the profile timed the bundle's graph. A cut's name may have meant another cut."""
+    profiled = registry.bundle(profile.bundle) if profile.bundle != digest_of(to_json(bundle)) else bundle
+
+    def test(segment: str) -> bool:
+        timed, current = profiled.segments.get(segment), bundle.segments.get(segment)
+        return timed is not None and current is not None and timed.graph == current.graph
+
+    return test

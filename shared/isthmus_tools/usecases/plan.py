@@ -11,7 +11,6 @@ from typing import Self
 
 from isthmus.arrays import Array
 from isthmus.artifacts.bundle import Bundle
-from isthmus.artifacts.choice import TRANSFORM_ID
 from isthmus.artifacts.conditions import Conditions, Constraints, Objective
 from isthmus.artifacts.plan import Candidate, Plan
 from isthmus.artifacts.plan_document import read_plan
@@ -20,19 +19,17 @@ from isthmus.errors import Missing
 from isthmus.processing.image import MAX_PIXELS
 from isthmus.registry import Registry, Resolved, open_cache, open_registry
 from isthmus.registry.registry import check_alias
-from isthmus.runtime.tables import Tables, tables_of
+from isthmus.runtime.tables import Tables
 from isthmus.settings import RegistrySettings
 from isthmus_tools.budget import UNLIMITED, Budget
 from isthmus_tools.netem.process import link_to
-from isthmus_tools.planner.choose import check_prices
-from isthmus_tools.planner.draft import CLOUD, EDGE, Draft
-from isthmus_tools.planner.drafting import drafting
-from isthmus_tools.planner.examples import Example
-from isthmus_tools.planner.grid import RATES
-from isthmus_tools.planner.make import make_plan, merged
-from isthmus_tools.planner.measuring import Functions, contenders, measure
-from isthmus_tools.planner.prices import Prices
-from isthmus_tools.planner.published import publish_plan
+from isthmus_tools.planner.candidates import CLOUD, EDGE, CandidateSet
+from isthmus_tools.planner.choice import RATES, build_plan, check_prices, with_measurements
+from isthmus_tools.planner.costs import Prices
+from isthmus_tools.planner.enumeration import enumerate_candidates
+from isthmus_tools.planner.inputs import TrialInput
+from isthmus_tools.planner.measurement import LinkedFunctions, contenders, measure
+from isthmus_tools.planner.publishing import publish_plan
 from isthmus_tools.profiling import profiles
 from isthmus_tools.progress import Progress, silent
 from isthmus_tools.usecases.functions import FunctionUrls
@@ -41,7 +38,7 @@ from isthmus_tools.usecases.publication import Publication, version_of
 from isthmus_tools.usecases.sources import example_requests
 
 _RANDOM_REQUESTS = 3
-_PROFILING_SHARE, _DRAFTING_SHARE = 0.4, 0.7
+_PROFILING_SHARE, _TRIALS_SHARE = 0.4, 0.7
 """Shares of the time limit after which no segment is profiled, and no further cut tried: the rest is for the link."""
 
 
@@ -72,10 +69,10 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class PlanResult:
-    """A plan and the draft under it, whose files exist until the result is closed; a context manager."""
+    """A plan and its candidate set, whose files exist until the result is closed; a context manager."""
 
     plan: Plan
-    draft: Draft
+    candidate_set: CandidateSet
     registry: Registry
     _files: contextlib.ExitStack
 
@@ -87,15 +84,15 @@ class PlanResult:
         """
         if alias:
             check_alias(alias)
-        draft, name = self.draft, self.draft.bundle.name
+        candidate_set, name = self.candidate_set, self.candidate_set.bundle.name
         was = version_of(self.registry, name, alias)
-        if draft.variant is not None:
-            self.registry.publish(draft.variant.bundle, draft.variant.files)
-        version = publish_plan(self.registry, draft.bundle, draft.files, self.plan, alias=alias or None)
+        if candidate_set.variant is not None:
+            self.registry.publish(candidate_set.variant.bundle, candidate_set.variant.files)
+        version = publish_plan(self.registry, candidate_set.bundle, candidate_set.files, self.plan, alias=alias or None)
         return Publication(version, alias, was, moved=bool(alias))
 
     def close(self) -> None:
-        """Remove the draft's files; `publish` needs them."""
+        """Remove the candidates' files; `publish` needs them."""
         self._files.close()
 
     def __enter__(self) -> Self:
@@ -121,8 +118,8 @@ def plan(request: PlanRequest, progress: Progress = silent) -> PlanResult:
     tier_profiles = _profiles(request, store, model.bundle, progress)
     tables = Tables(store.bundle, store.blob, MAX_PIXELS)
     with contextlib.ExitStack() as files:
-        draft = files.enter_context(
-            drafting(
+        candidate_set = files.enter_context(
+            enumerate_candidates(
                 store,
                 open_cache(request.registry, store),
                 request.model,
@@ -133,16 +130,17 @@ def plan(request: PlanRequest, progress: Progress = silent) -> PlanResult:
                 private_depth=request.constraints.private_depth,
                 edge_memory_bytes=request.constraints.edge_memory_bytes,
                 int8=request.int8,
-                table=tables_of(model.bundle, model.digest, TRANSFORM_ID, tables),
                 progress=progress,
-                budget=request.budget.share(_DRAFTING_SHARE),
+                budget=request.budget.share(_TRIALS_SHARE),
             )
         )
-        candidates = draft.predict(request.conditions, request.prices)
+        candidates = candidate_set.predict(request.conditions, request.prices)
         if request.functions is not None and not request.predict_only:
-            candidates = _measured(request, request.functions, draft, candidates, store, tables, progress)
-        best = make_plan(draft, candidates, request.conditions, request.objective, request.constraints, request.prices)
-        return PlanResult(best, draft, store, files.pop_all())
+            candidates = _measured(request, request.functions, candidate_set, candidates, store, tables, progress)
+        best = build_plan(
+            candidate_set, candidates, request.conditions, request.objective, request.constraints, request.prices
+        )
+        return PlanResult(best, candidate_set, store, files.pop_all())
 
 
 def check_inputs(request: PlanRequest) -> None:
@@ -175,7 +173,7 @@ def published_plan(model: str, registry: RegistrySettings) -> tuple[Resolved, Pl
     return found, plan
 
 
-def _examples(request: PlanRequest, bundle: Bundle) -> tuple[str, list[Example]]:
+def _examples(request: PlanRequest, bundle: Bundle) -> tuple[str, list[TrialInput]]:
     return example_requests(bundle, request.photos, request.tensors, random=_RANDOM_REQUESTS, samples=True)
 
 
@@ -208,7 +206,7 @@ def _profiles(request: PlanRequest, store: Registry, bundle: Bundle, progress: P
 def _measured(
     request: PlanRequest,
     functions: FunctionUrls,
-    draft: Draft,
+    candidate_set: CandidateSet,
     candidates: tuple[Candidate, ...],
     store: Registry,
     tables: Tables,
@@ -216,7 +214,7 @@ def _measured(
 ) -> tuple[Candidate, ...]:
     """The candidates, the promising ones measured on the functions behind an emulated link."""
     progress("uploading the candidates' cuts")
-    digest = draft.stage(store)
+    digest = candidate_set.stage(store)
     promising = contenders(candidates, request.objective, request.constraints)
     c = request.conditions
     with contextlib.ExitStack() as link:
@@ -228,9 +226,9 @@ def _measured(
         measured = measure(
             promising,
             digest,
-            draft.bundle,
-            Functions(functions.head, tail, functions.tail),
-            draft.examples,
+            candidate_set.bundle,
+            LinkedFunctions(functions.head, tail, functions.tail),
+            candidate_set.inputs,
             tables,
             store.bundle,
             constraints=request.constraints,
@@ -238,5 +236,5 @@ def _measured(
             budget=request.budget,
         )
     if unseen := [m.name for m in measured if m.measured is None and not m.refused]:
-        draft.notes.append(f"the time limit left {len(unseen)} candidates unmeasured: {', '.join(unseen)}")
-    return merged(candidates, measured)
+        candidate_set.notes.append(f"the time limit left {len(unseen)} candidates unmeasured: {', '.join(unseen)}")
+    return with_measurements(candidates, measured)

@@ -14,7 +14,7 @@ from isthmus.artifacts.plan import Plan
 from isthmus.artifacts.plan_document import read_plan
 from isthmus.errors import CalibrationError, Missing, PlanMalformed, PlanMismatch
 from isthmus.registry import Registry, Resolved, Version
-from isthmus_tools.planner.published import carried, publish_plan
+from isthmus_tools.planner.publishing import carry_over, publish_plan
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def publish_version(
     if bundle.plan is None and not drop_plan:
         fidelity = _fidelity(registry, bundle, files)
         for model, plan in plans:
-            if (kept := carried(plan, model.bundle, bundle, fidelity)) is not None:
+            if (kept := carry_over(plan, model.bundle, bundle, fidelity)) is not None:
                 version = publish_plan(registry, bundle, files, kept, alias=alias or None)
                 return Publication(version, alias, was, moved=bool(alias), plan=kept.chosen)
     keeps = bundle.plan is not None

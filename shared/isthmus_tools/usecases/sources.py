@@ -15,7 +15,7 @@ from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import ModelError, RequestMalformed
 from isthmus_tools.graph import torch_export
-from isthmus_tools.planner.examples import Example, from_arrays, from_photos, random_examples
+from isthmus_tools.planner.inputs import TrialInput, from_arrays, from_photos, random_inputs
 from isthmus_tools.progress import Progress
 from isthmus_tools.zoo import models as zoo
 from isthmus_tools.zoo.photos import read_photo, sample_photos
@@ -73,7 +73,7 @@ def onnx_file(model: str, inputs: ModelInputs, progress: Progress) -> Iterator[P
 
 def example_requests(
     bundle: Bundle, photos: Sequence[Path], tensors: Mapping[str, Array], *, random: int, samples: bool = False
-) -> tuple[str, list[Example]]:
+) -> tuple[str, list[TrialInput]]:
     """The kind of the inputs (photo, tensors or random) and the example requests to measure with.
 
     Without photos and tensors: the sample photos if `samples` and the model takes photos, else `random` requests of
@@ -94,7 +94,7 @@ def example_requests(
     elif photos:
         kind, requests = "photo", from_photos(bundle, [read_photo(path) for path in _sample(photos)])
     else:
-        kind, requests = "random", random_examples(bundle, random)
+        kind, requests = "random", random_inputs(bundle, random)
     check_tensors(bundle.inputs, requests[0].arrays)
     return kind, requests
 

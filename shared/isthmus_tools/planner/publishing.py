@@ -1,4 +1,4 @@
-"""Plans where they are kept: in the bundle that they are for."""
+"""Plans in the registry: each in the bundle that it was made for, carried over to later bundles where still valid."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from isthmus.artifacts.segment_id import WHOLE
 from isthmus.codecs import find_codec
 from isthmus.errors import Missing, PlanMismatch
 from isthmus.registry import Registry, Version
-from isthmus_tools.planner.usable import usable_codecs
+from isthmus_tools.planner.offered import offered_codecs
 
 
 def publish_plan(
     registry: Registry, bundle: Bundle, files: Mapping[str, Path], plan: Plan, *, alias: str | None = None
 ) -> Version:
-    """Publish `bundle` with `plan` as its model's next version; published again, it stays the version that it is.
+    """Publish `bundle` with `plan` as the model's next version; the same content keeps its version.
 
     Raises:
         PlanMismatch: the plan is for another bundle.
@@ -39,11 +39,11 @@ def publish_plan(
         return registry.publish(replace(bundle, plan=blob), {**files, blob.digest: path}, alias=alias)
 
 
-def carried(plan: Plan, before: Bundle, after: Bundle, fidelity: Fidelity | None) -> Plan | None:
-    """`plan`, made for `before`, as a plan for `after`; None where its choice would not run there exactly as measured.
+def carry_over(plan: Plan, before: Bundle, after: Bundle, fidelity: Fidelity | None) -> Plan | None:
+    """`plan` for `before` as a plan for `after`; None where the chosen candidate would run differently there.
 
-    More cuts and tables of other tensors change nothing of a choice. `fidelity` is that of `after`: a codec that it
-    measured at the choice's cut must be one that it offers.
+    Further cuts, and tables of other tensors, leave the candidate unchanged. `fidelity` is that of `after`: at a cut
+    with fidelity entries, the candidate's codec must be on offer.
     """
     if (before.preprocess, before.postprocess) != (after.preprocess, after.postprocess):
         return None
@@ -63,14 +63,14 @@ def carried(plan: Plan, before: Bundle, after: Bundle, fidelity: Fidelity | None
     return replace(plan, subject=subject_digest(after))
 
 
-def _segments(choice: Candidate, bundle: Bundle) -> tuple[Segment, ...]:
-    """The segments that a candidate runs of its bundle; a variant's are in a bundle of its own."""
-    return bundle.partition(choice.cuts) if choice.kind == "split" else (bundle.segment(WHOLE),)
+def _segments(candidate: Candidate, bundle: Bundle) -> tuple[Segment, ...]:
+    """The candidate's segments of its bundle; a variant's segments are in a bundle of its own."""
+    return bundle.partition(candidate.cuts) if candidate.kind == "split" else (bundle.segment(WHOLE),)
 
 
-def _offers(fidelity: Fidelity, choice: Candidate, coding: Choice) -> bool:
-    looks = choice.looks.looks if choice.looks is not None else ()
-    cut = choice.cuts[0] if choice.cuts else ""
+def _offers(fidelity: Fidelity, candidate: Candidate, choice: Choice) -> bool:
+    looks = candidate.looks.looks if candidate.looks is not None else ()
+    cut = candidate.cuts[0] if candidate.cuts else ""
     if cut in fidelity.cuts():
-        return any(e.offered and e.choice == replace(coding, looks=looks) for e in fidelity.entries if e.cut == cut)
-    return coding in usable_codecs(fidelity, cut)
+        return any(e.offered and e.choice == replace(choice, looks=looks) for e in fidelity.entries if e.cut == cut)
+    return choice in offered_codecs(fidelity, cut)

@@ -1,0 +1,117 @@
+"""Enumeration of candidates: cuts searched and extracted from the model, then every option evaluated."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from isthmus.artifacts.conditions import Conditions
+from isthmus.artifacts.fidelity_document import read
+from isthmus.artifacts.profile import Profile
+from isthmus.artifacts.segment_id import WHOLE
+from isthmus.registry import Registry, SegmentCache
+from isthmus_tools.budget import UNLIMITED, Budget
+from isthmus_tools.graph import add_cuts, open_model
+from isthmus_tools.planner.candidates import CLOUD, EDGE, CandidateSet, check_profile, same_graph
+from isthmus_tools.planner.cut_search import CutSearch, edge_fits, measure_encoded_sizes, min_boundary_bytes, named_cuts
+from isthmus_tools.planner.evaluation import Evaluator
+from isthmus_tools.planner.inputs import TrialInput
+from isthmus_tools.planner.offered import offered_codecs
+from isthmus_tools.planner.segment_pool import SegmentPool, codec_tables, weights_beside_graphs
+from isthmus_tools.planner.trials import Trials
+from isthmus_tools.progress import Progress, silent
+
+MAX_CUTS = 12
+# Evaluations compare options in one process; results are scaled to the tiers, so more threads only crowd the machine.
+_MAX_THREADS = 2
+
+
+@contextmanager
+def enumerate_candidates(
+    registry: Registry,
+    cache: SegmentCache,
+    reference: str,
+    profiles: Mapping[str, Profile],
+    inputs: Sequence[TrialInput],
+    input_kind: str,
+    *,
+    links: Sequence[Conditions],
+    private_depth: int = 0,
+    edge_memory_bytes: int | None = None,
+    int8: bool = True,
+    max_cuts: int = MAX_CUTS,
+    all_prefixes: bool = False,
+    progress: Progress = silent,
+    budget: Budget = UNLIMITED,
+) -> Iterator[CandidateSet]:
+    """The candidates of the model `reference`; new files exist as long as the block lasts.
+
+    `profiles` are by tier, edge and cloud; `input_kind` is photo, tensors or random. The search optimises cuts for
+    `links`, or takes all prefix cuts with `all_prefixes`; predictions for other links use the same candidates. Heads
+    beyond `edge_memory_bytes` are left out. After the budget no further cut is evaluated, nor the int8 variant; the
+    set's notes name the omissions.
+
+    Raises:
+        RegistryError: no such model.
+        PlanMismatch: a profile of another model.
+        ConstraintMalformed: a private depth beyond the model.
+        ModelError, RunFailed: the model cannot be read, or does not run with the inputs.
+    """
+    resolved = registry.resolve(reference)
+    for profile in profiles.values():
+        check_profile(profile, resolved.bundle)
+    base = replace(resolved.bundle, plan=None)
+    fidelity = read(base, registry.blob)
+    progress(f"fetching {resolved.name}:{resolved.version}")
+    with cache.locate(resolved.digest, WHOLE) as whole, tempfile.TemporaryDirectory(prefix="isthmus-") as temporary:
+        folder = Path(temporary)
+        model = open_model(whole.path, examples=dict(inputs[0].arrays), normalise=False)
+        choices = offered_codecs(fidelity, "")
+        progress("packing every tensor under every codec")
+        encoded = measure_encoded_sizes(model, inputs[0].arrays, choices)
+        search = CutSearch(
+            model,
+            profiles[EDGE],
+            profiles[CLOUD],
+            encoded,
+            private_depth,
+            fits=edge_fits(model, base, profiles[EDGE], edge_memory_bytes),
+        )
+        progress("searching cuts")
+        cuts = search.prefixes() if all_prefixes else search.cuts(links, choices, max_cuts)
+        names, missing = named_cuts(model, base, cuts, fidelity.cuts() if fidelity else (), private_depth)
+        threads = min(profiles[EDGE].device.threads, _MAX_THREADS)
+        notes: list[str] = []
+        with weights_beside_graphs(folder, whole.path):
+            bundle, files = base, dict[str, Path]()
+            if missing:
+                partitions = [[cut] for cut in missing]
+                bundle, files = add_cuts(
+                    base, whole.path, partitions, folder, on_refusal=lambda e: notes.append(e.message)
+                )
+            names = [name for name in names if bundle.has_segments([name])]
+            candidates = CandidateSet(
+                resolved,
+                bundle,
+                files,
+                model,
+                profiles,
+                inputs,
+                input_kind,
+                same_graph={tier: same_graph(registry, profile, bundle) for tier, profile in profiles.items()},
+                min_boundary_bytes=min_boundary_bytes(model, encoded),
+                private_depth=private_depth,
+                notes=notes,
+            )
+            progress("running the uncut model")
+            with closing(SegmentPool(bundle, resolved.digest, files, cache, threads=threads)) as pool:
+                evaluator = Evaluator(bundle, resolved.digest, pool, inputs, codec_tables(registry))
+                trials = Trials(candidates, evaluator, fidelity, progress, budget)
+                trials.whole_model()
+                trials.splits(names)
+        if int8:
+            trials.int8(registry, cache, whole.path, folder, threads)
+        yield candidates

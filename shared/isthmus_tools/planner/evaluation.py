@@ -1,0 +1,233 @@
+"""Evaluation of options in this process: bytes on the wire, codec seconds and prediction error, on real inputs.
+
+Every transmission is a `pipeline.execute` over a loopback hop, which encodes and decodes real frames.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from isthmus.arrays import Array
+from isthmus.artifacts.agreement import Measure, measure_for
+from isthmus.artifacts.bundle import Bundle, Segment
+from isthmus.artifacts.choice import RAW_ID, TRANSFORM_ID, Choice
+from isthmus.artifacts.plan import CloserLooks, Coding, Error
+from isthmus.artifacts.segment_id import WHOLE, SegmentId
+from isthmus.codecs import EncodedTensor, Encoding, Tables
+from isthmus.codecs.choice import encodings
+from isthmus.context import Context
+from isthmus.pipeline import LocalHop, LookPolicy, LoopbackHop, PhotoInput, Result, SegmentRun, execute, local_route
+from isthmus.pipeline.agreement import agrees, output_error
+from isthmus.runtime.tables import tables_of
+from isthmus_tools.planner.costs import CallBytes
+from isthmus_tools.planner.inputs import TrialInput, preprocess_seconds
+from isthmus_tools.planner.segment_pool import Replay, SegmentPool
+
+# Hours would be a hang; a large model on one core takes minutes.
+_MAX_EXECUTION_S = 3600.0
+_WHOLE_RUNS = 3
+# Codecs are timed by the least of a few tries, since the machine may be busy: until 5 ms were measured, at least twice
+# unless the first try took 100 ms, and never more than 10 times.
+_MIN_CODEC_S, _MAX_CODEC_S, _MAX_TRIES = 0.005, 0.1, 10
+# A plan's numbers are finite; a prediction without any relation to the right one has an error far below this.
+_MAX_ERROR = 1e9
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An option on the trial inputs: medians of bytes and of seconds in this process, and the prediction error.
+
+    `codecs` are those of tensors not sent raw; `run_s` is the run of the whole model at the edge. With closer looks,
+    bytes and codec seconds are those of the first transmission plus the shares of each later transmission.
+    """
+
+    near: CallBytes | None = None
+    far: CallBytes | None = None
+    preprocess_s: float = 0.0
+    encode_s: float = 0.0
+    decode_s: float = 0.0
+    codecs: Mapping[str, Coding] = field(default_factory=dict)
+    error: Error = Error(0.0, 0)  # noqa: RUF009 - it is frozen
+    run_s: float = 0.0
+    looks: CloserLooks | None = None
+
+
+class Evaluator:
+    """Evaluates options of one bundle on the same inputs; `digest` names the bundle to the codecs' tables."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        digest: str,
+        pool: SegmentPool,
+        inputs: Sequence[TrialInput],
+        tables: Tables,
+    ) -> None:
+        self._bundle, self._digest, self._pool, self._inputs = bundle, digest, pool, inputs
+        self._preprocess_s = preprocess_seconds(bundle, inputs)
+        self._table = tables_of(bundle, digest, TRANSFORM_ID, tables)
+        self._replay = Replay(pool, len(inputs))
+        self._hop = LoopbackHop(LocalHop(self._replay), tables)
+        self._measure: Measure = measure_for(bundle)
+        self._whole = bundle.segment(WHOLE)
+        self.whole_s, self._expected = self._timed_runs(digest, bundle, pool)
+        self._cut = ""
+        self._at_cut: list[Mapping[str, Array]] = []
+        self._near: CallBytes | None = None
+
+    def edge(self) -> Evaluation:
+        """The whole model on the first hop."""
+        return self._edge(self.whole_s, self._expected)
+
+    def variant(self, digest: str, bundle: Bundle, pool: SegmentPool) -> Evaluation:
+        """Another bundle, whole on the first hop.
+
+        Raises:
+            RunFailed: the variant cannot be loaded, or does not run.
+        """
+        return self._edge(*self._timed_runs(digest, bundle, pool))
+
+    def photo(self, target: PhotoInput) -> Evaluation:
+        """The photo itself sent to the whole model on the last hop, which decodes and pre-processes it."""
+        rows = [self._tries(self._whole, {}, {}, encoded=target.encode(i.photo or b"")) for i in self._inputs]
+        return replace(_transmission(rows, {}), error=self._error(rows))
+
+    def cloud(self, choice: Choice) -> Evaluation | None:
+        """The whole model on the last hop, with encoded inputs; None where the choice encodes none."""
+        evaluation = self._send(self._whole, [i.arrays for i in self._inputs], choice)
+        return None if evaluation is None else replace(evaluation, preprocess_s=self._preprocess_s)
+
+    def split(self, cut: str, choice: Choice) -> Evaluation | None:
+        """The head on the first hop, the tail on the last; None where the choice encodes no boundary tensor."""
+        self._run_head(cut)
+        evaluation = self._send(self._bundle.segment(SegmentId(cut)), self._at_cut, choice)
+        return None if evaluation is None else replace(evaluation, near=self._near, preprocess_s=self._preprocess_s)
+
+    def closer_looks(self, cut: str, choice: Choice, looks: CloserLooks, error: Error) -> Evaluation | None:
+        """A split where every input takes every closer look; None where no boundary tensor can be sent finer.
+
+        `error` is that of calibration, over more inputs and with the shares of the looks.
+        """
+        self._run_head(cut)
+        tail = self._bundle.segment(SegmentId(cut))
+        how = encodings(tail.inputs, choice, self._table)
+        # No margin reaches a threshold above 0, so every look is taken.
+        policy = LookPolicy(looks.looks, lambda outputs: float("-inf"))
+        rows = [self._tries(tail, tensors, how, policy) for tensors in self._at_cut]
+        if not any(row[0].closer_looks for row in rows):
+            return None
+        evaluation = _transmission(rows, how, (1.0, *looks.shares))
+        return replace(evaluation, near=self._near, preprocess_s=self._preprocess_s, error=error, looks=looks)
+
+    def _timed_runs(self, digest: str, bundle: Bundle, pool: SegmentPool) -> tuple[float, list[Result]]:
+        """The median over the inputs of the least run time, after a warm-up, and a result for each input."""
+        route = local_route(digest, bundle, [bundle.segment(WHOLE)], LoopbackHop(LocalHop(pool)))
+        execute(route, self._inputs[0].arrays, _context())
+        rows = [[execute(route, i.arrays, _context()) for _ in range(_WHOLE_RUNS)] for i in self._inputs]
+        return statistics.median(min(r.runs[0].run_s for r in row) for row in rows), [row[0] for row in rows]
+
+    def _edge(self, run_s: float, results: Sequence[Result]) -> Evaluation:
+        near = _typical([result.runs[0] for result in results])
+        error = self._error([[result] for result in results])
+        return Evaluation(near=near, preprocess_s=self._preprocess_s, error=error, run_s=run_s)
+
+    def _run_head(self, cut: str) -> None:
+        """Compute the tensors at hand after the head, for each input, unless `cut` is the cut of the call before."""
+        if cut == self._cut:
+            return
+        self._pool.clear()
+        self._replay.clear()
+        head = self._bundle.segment(SegmentId(stop=cut))
+        route = local_route(self._digest, self._bundle, [head], LoopbackHop(LocalHop(self._pool)))
+        results = [execute(route, i.arrays, _context()) for i in self._inputs]
+        self._cut, self._at_cut = cut, [result.tensors for result in results]
+        self._near = _typical([result.runs[0] for result in results])
+
+    def _send(self, segment: Segment, tensors: Sequence[Mapping[str, Array]], choice: Choice) -> Evaluation | None:
+        how = encodings(segment.inputs, choice, self._table)
+        if any(encoding.table is not None for encoding in how.values()):
+            self._execute(segment, tensors[0], how)  # the codec prepares a table at first use
+        rows = [self._tries(segment, each, how) for each in tensors]
+        evaluation = _transmission(rows, how)
+        if choice.codec != RAW_ID and not evaluation.codecs:
+            return None
+        return replace(evaluation, error=self._error(rows))
+
+    def _tries(
+        self,
+        segment: Segment,
+        tensors: Mapping[str, Array],
+        how: Mapping[str, Encoding],
+        policy: LookPolicy | None = None,
+        encoded: Mapping[str, EncodedTensor] | None = None,
+    ) -> list[Result]:
+        """Results of the same transmission, repeated while the codecs are too quick for the clock."""
+        results, spent = [self._execute(segment, tensors, how, policy, encoded)], 0.0
+        while results[0].runs[0].codecs and len(results) < _MAX_TRIES:
+            spent += sum(run.encode_s + run.decode_s for run in results[-1].runs)
+            if spent >= (_MAX_CODEC_S if len(results) == 1 else _MIN_CODEC_S):
+                break
+            results.append(self._execute(segment, tensors, how, policy, encoded))
+        return results
+
+    def _execute(
+        self,
+        segment: Segment,
+        tensors: Mapping[str, Array],
+        how: Mapping[str, Encoding],
+        policy: LookPolicy | None = None,
+        encoded: Mapping[str, EncodedTensor] | None = None,
+    ) -> Result:
+        route = replace(local_route(self._digest, self._bundle, [segment], self._hop, how), looks=policy)
+        result = execute(route, tensors, _context(), encoded)
+        if result.closer_looks is not None and result.closer_looks.error is not None:
+            raise result.closer_looks.error
+        return result
+
+    def _error(self, rows: Sequence[Sequence[Result]]) -> Error:
+        pairs = [(whole.outputs, row[0].outputs) for whole, row in zip(self._expected, rows, strict=True)]
+        relative = max(output_error(self._measure, expected, outputs) for expected, outputs in pairs)
+        differing = sum(not agrees(self._measure, expected, outputs) for expected, outputs in pairs)
+        return Error(min(relative, _MAX_ERROR), len(pairs), differing / len(pairs))
+
+
+def _context() -> Context:
+    return Context.from_headers({}, longest_s=_MAX_EXECUTION_S)
+
+
+def _typical(runs: Sequence[SegmentRun]) -> CallBytes:
+    # The lower median is the size of a real frame.
+    return CallBytes(
+        statistics.median_low([run.sent_bytes for run in runs]),
+        statistics.median_low([run.received_bytes for run in runs]),
+    )
+
+
+def _transmission(
+    rows: Sequence[Sequence[Result]], how: Mapping[str, Encoding], shares: Sequence[float] = (1.0,)
+) -> Evaluation:
+    """Bytes, codec seconds and codecs of transmissions that take the given shares of the requests.
+
+    `rows` holds the tries for each input; an input for which nothing could be sent finer has no later transmissions.
+    """
+    sent = received = encode_s = decode_s = 0.0
+    for place, share in enumerate(shares):
+        tries = [[result.runs[place] for result in row] for row in rows if place < len(row[0].runs)]
+        call = _typical([runs[0] for runs in tries])
+        sent += share * call.sent
+        received += share * call.received
+        # Without a codec, the seconds are those of the frame, which the hops' measured costs include.
+        encode_s += share * statistics.median(min(run.encode_s * bool(run.codecs) for run in runs) for runs in tries)
+        decode_s += share * statistics.median(min(run.decode_s * bool(run.codecs) for run in runs) for runs in tries)
+    return Evaluation(
+        far=CallBytes(round(sent), round(received)),
+        encode_s=encode_s,
+        decode_s=decode_s,
+        codecs={
+            name: Coding(codec, how[name].quality if name in how else 1.0)
+            for row in rows
+            for name, codec in row[0].runs[0].codecs.items()
+        },
+    )

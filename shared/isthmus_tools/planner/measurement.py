@@ -1,0 +1,269 @@
+"""Measurement of candidates on the deployed functions, over the link, executed as the router does."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import socket
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from urllib.parse import urlsplit
+
+from isthmus.artifacts.bundle import Bundle
+from isthmus.artifacts.conditions import Constraints, Objective
+from isthmus.artifacts.plan import Candidate
+from isthmus.codecs import Tables
+from isthmus.context import Context
+from isthmus.errors import DeadlineExceeded, HopUnavailable, IsthmusError
+from isthmus.pipeline import HttpHop, Result, execute, photo_input, planned_route
+from isthmus.processing.photo import model_input
+from isthmus_tools.budget import UNLIMITED, Budget, Pace
+from isthmus_tools.planner.choice import VALUES, violations
+from isthmus_tools.planner.elimination import ROUNDS, Run, successive_elimination
+from isthmus_tools.planner.inputs import TrialInput
+from isthmus_tools.progress import Progress, silent
+
+BASELINES = ("edge-float", "edge-int8", "cloud-photo", "cloud-raw")
+"""Always measured, so that every plan states the cost of not splitting."""
+MAX_CONTENDERS = 10
+# Candidates predicted slower than this factor of the best are too unlikely to win to spend requests on.
+_WITHIN = 1.5
+# The best splits are measured even where predictions favour not splitting: predictions prune, measurements decide.
+_MIN_SPLITS = 2
+# The share of a budget after which no further candidate is warmed up: the rest is for the rounds.
+_WARM_UP_SHARE = 0.85
+# Ten times the prediction, within bounds: loading a model may take half a minute, and ten minutes would be a hang.
+_MIN_S, _MAX_S, _MAX_SLOWDOWN = 30.0, 600.0, 10
+_ATTEMPTS, _CONNECT_S, _MAX_REPLY_BYTES = 3, 5.0, 2**30
+_MAX_MESSAGE = 500
+
+
+@dataclass(frozen=True)
+class LinkedFunctions:
+    """The functions' URLs: the head, the tail over the link, and the tail directly.
+
+    Warm-ups call the tail directly, since loading a model over a slow link would only take longer.
+    """
+
+    head: str
+    tail: str
+    tail_direct: str
+
+
+def contenders(
+    candidates: Sequence[Candidate],
+    objective: Objective,
+    constraints: Constraints,
+    max_contenders: int = MAX_CONTENDERS,
+) -> list[Candidate]:
+    """The candidates to measure: the most promising admissible ones near the best, the best splits, and baselines."""
+    value = VALUES[objective]
+    # A latency limit is left to the measurement: a prediction above it may be wrong.
+    unlimited = replace(constraints, latency_s=None)
+    admissible = sorted((c for c in candidates if not c.refused and not violations(c, unlimited)), key=value)
+    near = [c for c in admissible if value(c) <= _WITHIN * value(admissible[0])][:max_contenders]
+    splits = [c for c in admissible if c.kind == "split"][:_MIN_SPLITS]
+    names = {c.name for c in (*near, *splits)} | set(BASELINES)
+    return [c for c in candidates if c.name in names]
+
+
+def measure(
+    candidates: Sequence[Candidate],
+    digest: str,
+    bundle: Bundle,
+    functions: LinkedFunctions,
+    inputs: Sequence[TrialInput],
+    tables: Tables,
+    variant: Callable[[str], Bundle],
+    *,
+    constraints: Constraints | None = None,
+    rounds: int = ROUNDS,
+    eliminate: bool = True,
+    seed: int = 0,
+    progress: Progress = silent,
+    budget: Budget = UNLIMITED,
+) -> tuple[Candidate, ...]:
+    """`candidates` with measurements; `digest` is that of `bundle` in the functions' registry.
+
+    A candidate that fails is refused, with the reason, and the rest go on. Candidates that violate `constraints`, other
+    than in latency, are measured without eliminating any other. Candidates beyond the budget return without a
+    measurement; the most promising are warmed up first.
+
+    Raises:
+        HopError: the functions cannot be reached, so that no candidate runs, or no longer over the link.
+    """
+    with contextlib.ExitStack() as stack:
+        hops = {
+            url: HttpHop(url, attempts=_ATTEMPTS, connect_timeout_s=_CONNECT_S, max_reply_bytes=_MAX_REPLY_BYTES)
+            for url in dict.fromkeys((functions.head, functions.tail, functions.tail_direct))
+        }
+        for hop in hops.values():
+            stack.callback(hop.close)
+        direct = (hops[functions.head], hops[functions.tail_direct])
+        linked = (hops[functions.head], hops[functions.tail])
+
+        def request(candidate: Candidate, to: tuple[HttpHop, HttpHop]) -> Run:
+            return requester(candidate, digest, bundle, to, inputs, tables, variant)
+
+        failed: dict[str, IsthmusError] = {}
+        ready = _warm_up(candidates, direct, request, failed, progress, budget.share(_WARM_UP_SHARE))
+        if failed and not ready:
+            raise next(iter(failed.values()))
+        runs = {c.name: request(c, linked) for c in ready}
+        remote = [c for c in candidates if c.name in runs and c.kind != "edge"]
+        if remote:
+            # A new connection's first bytes wait for a further round trip, and the router keeps connections.
+            runs[min(remote, key=lambda c: (c.looks is not None, c.up_bytes)).name](0)
+        unlimited = replace(constraints or Constraints(), latency_s=None)
+        measured = successive_elimination(
+            runs,
+            expected={c.name: c.predicted.total for c in candidates},
+            excluded={c.name for c in candidates if c.refused or violations(c, unlimited)},
+            rounds=rounds,
+            eliminate=eliminate,
+            seed=seed,
+            failed=failed,
+            progress=progress,
+            budget=budget,
+        )
+        if remote and all(c.name in failed for c in remote):
+            raise failed[remote[0].name]
+    return tuple(
+        replace(c, refused=f"it failed: {failed[c.name].message[:_MAX_MESSAGE]}")
+        if c.name in failed
+        else replace(c, measured=measured.get(c.name))
+        for c in candidates
+    )
+
+
+def _warm_up(
+    candidates: Sequence[Candidate],
+    hops: tuple[HttpHop, HttpHop],
+    request: Callable[[Candidate, tuple[HttpHop, HttpHop]], Run],
+    failed: dict[str, IsthmusError],
+    progress: Progress,
+    budget: Budget,
+) -> list[Candidate]:
+    """The candidates whose segments are loaded, after a request of each; failures go to `failed`."""
+    unreachable = _unreachable([hop.name for hop in hops])
+    ready: list[Candidate] = []
+    pace = Pace(len(candidates))
+    for i, candidate in enumerate(sorted(candidates, key=lambda c: c.predicted.total)):
+        if budget.spent and (ready or failed):
+            break
+        progress(f"warming up {candidate.name}, {i + 1} of {len(candidates)}{pace.left(i)}")
+        used = {"edge": hops[:1], "cloud": hops[1:]}.get(candidate.kind, hops)
+        if error := next((unreachable[hop.name] for hop in used if hop.name in unreachable), None):
+            failed[candidate.name] = error
+            continue
+        try:
+            request(candidate, hops)(0)
+        except IsthmusError as e:
+            failed[candidate.name] = e
+            if isinstance(e, HopUnavailable) and "status" not in e.facts:
+                # Not reached within the time of a cold start: no other candidate waits as long for this function.
+                unreachable[str(e.facts.get("hop", ""))] = e
+            continue
+        ready.append(candidate)
+    return ready
+
+
+def _unreachable(urls: Sequence[str]) -> dict[str, IsthmusError]:
+    """The error of each URL whose address refuses connections: a mistyped URL is not worth a cold start's wait."""
+    errors: dict[str, IsthmusError] = {}
+    for url in dict.fromkeys(urls):
+        parts = urlsplit(url)
+        address = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+        try:
+            socket.create_connection(address, timeout=_CONNECT_S).close()
+        except OSError as e:
+            errors[url] = HopUnavailable(f"{url} cannot be reached: {e.strerror or e}", hop=url)
+    return errors
+
+
+def requester(
+    candidate: Candidate,
+    digest: str,
+    bundle: Bundle,
+    hops: tuple[HttpHop, HttpHop],
+    inputs: Sequence[TrialInput],
+    tables: Tables,
+    variant: Callable[[str], Bundle],
+) -> Run:
+    """A function that runs one request of a candidate, from the photo on if any, and returns the seconds of its parts.
+
+    Every request takes all closer looks, and each look counts by its share: a few inputs would estimate shares badly. A
+    request without one of its looks is a failure.
+    """
+    route = planned_route(candidate, digest, bundle, hops, tables, variant)
+    if route.looks is not None:
+        always = tuple(replace(look, margin=math.inf) for look in route.looks.looks)
+        route = replace(route, looks=replace(route.looks, looks=always))
+    photo = photo_input(candidate, bundle, hops)
+    longest_s = min(_MAX_S, max(_MIN_S, _MAX_SLOWDOWN * candidate.predicted.total))
+    ordered = _typical_first(inputs)
+
+    def run(n: int) -> Mapping[str, float]:
+        trial_input = ordered[n % len(ordered)]
+        context = Context.from_headers({}, longest_s=longest_s)
+        start = time.perf_counter()
+        preprocess_s = 0.0
+        if photo is not None and trial_input.photo is not None:
+            result = execute(route, {}, context, photo.encode(trial_input.photo))
+        else:
+            arrays = trial_input.arrays
+            if trial_input.photo is not None and bundle.preprocess is not None:
+                arrays = model_input(bundle, trial_input.photo)
+            preprocess_s = time.perf_counter() - start
+            result = execute(route, arrays, context)
+        total = time.perf_counter() - start
+        _check_looks(result)
+        return {"preprocess": preprocess_s, **_seconds(candidate, result, total)}
+
+    return run
+
+
+def _check_looks(result: Result) -> None:
+    """Check that every closer look was taken; without one the candidate would seem faster than it is."""
+    looks = result.closer_looks
+    if looks is not None and looks.error is not None:
+        raise looks.error
+    if looks is not None and looks.outcome == "late":
+        raise DeadlineExceeded(f"there was no time for closer look {looks.taken + 1}", looks=looks.taken)
+
+
+def _typical_first(inputs: Sequence[TrialInput]) -> list[TrialInput]:
+    """Inputs of middling size first: eliminated candidates ran with these, and predictions are of medians."""
+
+    def size(trial_input: TrialInput) -> int:
+        photo = trial_input.photo
+        return len(photo) if photo is not None else sum(a.nbytes for a in trial_input.arrays.values())
+
+    middle = statistics.median_low(map(size, inputs))
+    return sorted(inputs, key=lambda i: abs(size(i) - middle))
+
+
+def _seconds(candidate: Candidate, result: Result, total: float) -> dict[str, float]:
+    """The seconds of the parts, and the total without the requests that take no closer look."""
+    names = {"edge": ("edge",), "cloud": ("cloud",), "split": ("edge", "cloud")}[candidate.kind]
+    parts = dict.fromkeys(("pack", *names, *(f"{name}_run" for name in names)), 0.0)
+    for i, (run, share) in enumerate(zip(result.runs, _shares(candidate, result), strict=True)):
+        name = names[min(i, len(names) - 1)]
+        parts["pack"] += share * run.encode_s
+        parts[name] += share * run.total_s
+        parts[f"{name}_run"] += share * run.run_s
+        total -= (1 - share) * (run.encode_s + run.total_s)
+    return {"total": total, **parts}
+
+
+def _shares(candidate: Candidate, result: Result) -> list[float]:
+    """The share of requests that make each of the result's runs."""
+    once = len(candidate.cuts) + 1
+    shares = [1.0] * min(once, len(result.runs))
+    looks = result.closer_looks
+    if candidate.looks is not None and looks is not None and looks.taken:
+        per_look = (len(result.runs) - once) // looks.taken
+        shares += [share for share in candidate.looks.shares[: looks.taken] for _ in range(per_look)]
+    return shares

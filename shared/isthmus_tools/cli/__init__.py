@@ -18,27 +18,27 @@ import isthmus
 from isthmus_tools.cli import environment  # noqa: F401  set before numpy loads
 from isthmus_tools.cli.termination import unwinding
 
+# With the first sentence of each help text, so that the list of commands imports no command.
 COMMANDS = {
     "import": "Import a model: its weights in one file, its segments as small graphs, all under one digest.",
-    "cuts": "List the cuts of a model along its graph: what crosses, how many bytes, and the share of the work before.",
+    "cuts": "List the cuts of a model along its graph: the boundary tensors, their bytes, and the work before them.",
     "cut": "Cut a bundle again and publish the result as its next version; no weights are copied. A plan stays in"
     " force.",
-    "calibrate": "Calibrate a bundle's codecs with inputs and measure how many answers each keeps; publishes the next"
-    " version.",
-    "codec": "Show what every codec keeps and costs, beside JPEG and WebP of the input; or choose one by targets.",
+    "calibrate": "Calibrate a bundle's codecs with inputs and measure how many predictions each keeps; publishes the"
+    " next version.",
+    "codec": "Show the fidelity and cost of every codec, beside JPEG and WebP of the input; or choose one by targets.",
     "models": "List the models of a registry: versions, aliases, weights and cuts.",
     "infer": "Classify photos, or run tensors through a model.",
     "up": "Run the functions of a stack file on this machine, behind OpenFaaS's provider API, until Ctrl-C.",
-    "link": "Relay to a target over a network that is as slow, far and unreliable as it is told to be, until Ctrl-C.",
+    "link": "Relay to a target over an emulated network with set bandwidth, delay and faults, until Ctrl-C.",
     "package": "Write a stack file in which each segment of one model is a function with its segment inside the image.",
     "profile": "Measure a model, its segments and its nodes on deployed functions, and keep the profiles in the"
     " registry.",
-    "plan": "Find the best way to serve a model over a link: where to cut, under which codec, or not to split at all.",
-    "explain": "Say why a plan chose what it chose: the terms of its cost, the runners-up, what was refused and why.",
+    "plan": "Find the best way to serve a model over a link: the cut and its codec, or no split at all.",
+    "explain": "Explain a plan's choice: the terms of its cost, the runners-up, and why candidates were refused.",
     "demo": "Classify real photos with EfficientNet-Lite0, cut in two, and compare with the uncut model.",
-    "doctor": "Say what is missing on this machine; leaves with 1 if something that is needed is.",
+    "doctor": "List missing software on this machine; exits with 1 if a required part is missing.",
 }
-"""Every command with the first sentence of its help, so that the list of them imports none."""
 
 
 def load(name: str) -> Callable[..., None]:
@@ -48,12 +48,12 @@ def load(name: str) -> Callable[..., None]:
     return command
 
 
+# typer exports no base class of its usage errors: unknown options, missing arguments, bad values.
 _UsageError: Any = typer.BadParameter.__base__
-"""The base of unknown options, missing arguments and bad values, which typer does not export."""
 
 
 class _Commands(TyperGroup):
-    """Commands by name. Only the one that is called is imported: all of them take a second."""
+    """Commands by name, imported when called: importing all of them takes a second."""
 
     _lists = False
 
@@ -62,7 +62,7 @@ class _Commands(TyperGroup):
         return list(COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> TyperCommand | None:
-        """The command; for the list of all, one with nothing but its help."""
+        """The command; a stub with its help alone while commands are listed."""
         if cmd_name not in COMMANDS:
             return None
         single = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False, rich_markup_mode="markdown")
@@ -74,7 +74,7 @@ class _Commands(TyperGroup):
         return command if isinstance(command, TyperCommand) else None
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; with --json a wrong use of it is a JSON document too."""
+        """Run the command; with --json a usage error is a JSON document too."""
         as_json = "--json" in ctx.args
         try:
             return super().invoke(ctx)
@@ -116,9 +116,9 @@ def options(
 
 def main() -> None:
     """The entry point."""
-    # Tries that failed are told by the error of the last one.
+    # The last attempt's error reports failed retries.
     logging.getLogger("stamina").addHandler(logging.NullHandler())
-    # A file's name may be bytes that are no UTF-8; in JSON, too, the escape stands for them.
+    # File names may hold bytes that are not UTF-8.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     with unwinding():

@@ -1,4 +1,4 @@
-"""`isthmus calibrate`: learn what codecs need from inputs, measure every codec, publish both in the bundle."""
+"""`isthmus calibrate`: learn codec tables from inputs, measure every codec's fidelity, publish both in the bundle."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def calibrate(
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: AsJson = False,
 ) -> None:
-    """Calibrate a bundle's codecs with inputs and measure how many answers each keeps; publishes the next version.
+    """Calibrate a bundle's codecs with inputs and measure how many predictions each keeps; publishes the next version.
 
-    A plan that the model serves by stays in force where it still holds. Where it does not, the alias stays with the
-    planned version, unless --drop-plan is given.
+    A plan in force stays in force where it still holds. Otherwise the alias stays with the planned version, unless
+    --drop-plan is given.
 
     Example: `isthmus calibrate efficientnet-lite0 --data photos --cut 65`
     """

@@ -1,4 +1,4 @@
-"""`isthmus codec`: what each codec keeps and costs at each cut, as it was measured, and which one meets a target."""
+"""`isthmus codec`: measured fidelity and cost of each codec at each cut, and the best codec for a target."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def codec(
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: AsJson = False,
 ) -> None:
-    """Show what every codec keeps and costs, beside JPEG and WebP of the input; or choose one by targets.
+    """Show the fidelity and cost of every codec, beside JPEG and WebP of the input; or choose one by targets.
 
     Example: `isthmus codec efficientnet-lite0 --agreement 0.99 --picture curves.svg`
     """
@@ -83,9 +83,9 @@ def codec(
 
 
 def show(fidelity: Fidelity, cut: str) -> None:
-    """Print what was measured at one cut, most bytes first, and what the input itself costs as a picture.
+    """Print the codecs at one cut, most bytes first, and the pictures of the input for comparison.
 
-    Units: bits for one value, milliseconds of packing and of unpacking.
+    Units: bits for one value, milliseconds of encoding and of decoding.
     """
     entries = sorted((e for e in fidelity.entries if e.cut == cut), key=lambda e: -e.bytes)
     pictures = sorted(fidelity.references, key=lambda r: -r.bytes)
@@ -125,7 +125,7 @@ def _bounded(measured: Entry | Reference) -> str:
 def document(
     fidelity: Fidelity, cuts: list[str] | None = None, choices: Mapping[str, Entry] | None = None
 ) -> dict[str, Any]:
-    """The fidelity at some cuts or all, as `--json` prints it."""
+    """The fidelity at some cuts or all, JSON-ready."""
     cuts = fidelity.cuts() if cuts is None else cuts
     return {
         "limit": fidelity.limit,

@@ -29,23 +29,22 @@ if TYPE_CHECKING:
     from isthmus.registry import Version
     from isthmus_tools.usecases.publication import Publication
 
-# Names of files, models and tensors are text: `[1]` in them is no markup, and `:factory:` no picture. What has markup
-# says so where it is printed, and escapes the rest.
+# Names of files, models and tensors are plain text: `[1]` in a name is no markup, and `:factory:` no picture.
 out = Console(markup=False, emoji=False)
 err = Console(stderr=True, markup=False, emoji=False)
 
+# Characters of a table's row in a file or a pipe, where no terminal wraps.
 _MAX_LINE = 10_000
-"""Characters of a table's row where no terminal wraps it."""
+# Columns of a table cell's frame: a line, and a space on both sides.
 _FRAME = 3
-"""Columns that the frame of a table's cell takes: a line, and a space on both sides."""
+# A write to a full disk raises without the file's name.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Errors of a full disk, which a write raises without the file's name."""
 Request = TypeVar("Request")
 Result = TypeVar("Result")
 
 
 def say(text: str, style: str | None = None) -> None:
-    """Print a line to standard output as it is: names in it are no markup, and nothing wraps it."""
+    """Print a line to standard output without markup and without wrapping."""
     out.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -63,7 +62,7 @@ def print_json(document: Any) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, numbers: Sequence[str] = ()) -> None:
-    """Print rows under columns; those in `numbers` are aligned right.
+    """Print rows under columns; columns in `numbers` are aligned right.
 
     Where the table is too wide for a terminal, the first column breaks before a "+", then the others between words. In
     a file or a pipe each row is one line.
@@ -76,12 +75,12 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, 
     first = _folded(first, room - sum(_widest(column) for column in others))
     # Numbers are broken only where there is no other way.
     least = (_widest(c) if c[0] in numbers else _widest([w for text in c for w in text.split()]) for c in others)
-    fits = _widest(first) + sum(least) <= room
+    has_room = _widest(first) + sum(least) <= room
     grid = Table(header_style="bold")
     grid.add_column(first[0], overflow="fold", no_wrap=True)
     for name, *_ in others:
         number = name in numbers
-        grid.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=number and fits)
+        grid.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=number and has_room)
     for row in zip(first[1:], *(column[1:] for column in others), strict=True):
         grid.add_row(*map(printable, row))
     whole = out if out.is_terminal else Console(file=out.file, width=width, markup=False, emoji=False)
@@ -112,7 +111,7 @@ def _folded(names: Sequence[str], width: int) -> list[str]:
 def progress_bars(quiet: bool) -> Iterator[Progress]:
     """A progress callback that shows each stage and its duration on standard error; nothing where `quiet`.
 
-    A stage without a count has a spinner and ends where the next one begins; a counted one has a bar.
+    A stage without a count has a spinner and ends where the next stage begins; a counted stage has a bar.
     """
     if quiet:
         yield silent
@@ -152,7 +151,7 @@ def errors(as_json: bool) -> Iterator[None]:
         _print_error(e, as_json)
         raise typer.Exit(1) from e
     except OSError as e:
-        # Without a file's name it is no file of the user's, but a defect, unless the disk is full.
+        # An error without a file's name is a defect, unless the disk is full.
         if e.filename is None and e.errno not in _FULL:
             raise
         where = "" if e.filename is None else f"{e.filename}: "
@@ -186,7 +185,7 @@ def warn(sentences: Sequence[str]) -> None:
 
 
 def show_publication(publication: Publication) -> None:
-    """Print the alias's version now, and what became of the plan."""
+    """Print the alias's version, and whether the plan stays in force."""
     version, lost = publication.version, publication.lost
     name = f"{version.name}:{version.version}"
     if publication.alias:

@@ -1,4 +1,4 @@
-"""`isthmus cut`: publish more cuts of a bundle; its weights stay as they are."""
+"""`isthmus cut`: publish more cuts of a bundle under the same weights."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def cuts(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the cuts of a model along its graph: what crosses, how many bytes, and the share of the work before.
+    """List the cuts of a model along its graph: the boundary tensors, their bytes, and the work before them.
 
     Example: `isthmus cuts detector.onnx --shape x=1x3x320x640 --picture cuts.png`
     """

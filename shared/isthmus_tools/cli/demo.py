@@ -20,7 +20,8 @@ from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, 
 from isthmus_tools.progress import Progress
 from isthmus_tools.zoo.photos import read_photo, sample_photos
 
-if TYPE_CHECKING:  # they load onnxruntime, numpy and an HTTP client
+# The imports load onnxruntime, numpy and an HTTP client.
+if TYPE_CHECKING:
     from isthmus.arrays import Array
     from isthmus.client import Client
     from isthmus_tools.usecases.local_model import LocalModel
@@ -31,9 +32,9 @@ JPEG_QUALITY = 85
 
 @dataclass(frozen=True)
 class Comparison:
-    """One photo's prediction beside the uncut model's.
+    """A photo's prediction beside the uncut model's.
 
-    `difference` is the largest one between the logits, relative to the largest logit. Bytes: the photo's file, the
+    `difference` is the largest difference of a logit, relative to the largest logit. Bytes: the photo's file, the
     model's crop as a JPEG of quality 85, the float input, the bytes sent over the link, and the same tensors raw.
     """
 
@@ -62,7 +63,7 @@ def demo(
 ) -> None:
     """Classify real photos with EfficientNet-Lite0, cut in two, and compare with the uncut model.
 
-    Imports the model if the registry lacks it, starts router, edge-head and cloud-tail, asks them, and stops them.
+    Imports the model if the registry lacks it, starts router, edge-head and cloud-tail, and stops them at the end.
 
     Example: `isthmus demo my-cat.jpg`
     """
@@ -147,7 +148,7 @@ class ServedRoute:
         return [stop for segment in self.hops if (stop := SegmentId.parse(segment).stop)]
 
     def text(self) -> str:
-        """The route as one line."""
+        """The route as a line."""
         by = f"by the plan, {self.plan}" if self.plan else "without a plan"
         parts = (f"{'the whole model' if s == WHOLE else s} on {h.rpartition('/')[2]}" for s, h in self.hops.items())
         return f"served {by}: {', '.join(parts)}"

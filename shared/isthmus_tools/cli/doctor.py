@@ -1,4 +1,4 @@
-"""`isthmus doctor`: what this machine has and what it lacks."""
+"""`isthmus doctor`: software and resources of this machine, and missing parts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _ROOM_BYTES = 2 * 10**9
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at: `state` is ok, missing (it is needed) or absent (it is not)."""
+    """A checked part of the machine: `state` is ok, missing (required) or absent (optional)."""
 
     what: str
     state: str
@@ -48,7 +48,7 @@ class Finding:
 
 
 def doctor(*, registry: RegistryOption = DEFAULT_REGISTRY, as_json: AsJson = False) -> None:
-    """Say what is missing on this machine; leaves with 1 if something that is needed is.
+    """List missing software on this machine; exits with 1 if a required part is missing.
 
     Example: `isthmus doctor --json`
     """
@@ -71,13 +71,13 @@ def doctor(*, registry: RegistryOption = DEFAULT_REGISTRY, as_json: AsJson = Fal
 
 
 def _python() -> Iterator[Finding]:
-    found = ".".join(map(str, sys.version_info[:3]))
-    yield Finding("python", "ok" if sys.version_info >= (3, 11) else "missing", found, "3.11 or later is needed")
+    version_text = ".".join(map(str, sys.version_info[:3]))
+    yield Finding("python", "ok" if sys.version_info >= (3, 11) else "missing", version_text, "3.11 or later is needed")
 
 
 def _packages() -> Iterator[Finding]:
-    for known, state in ((_NEEDED, "missing"), (_OPTIONAL, "absent")):
-        for module, why in known.items():
+    for modules, state in ((_NEEDED, "missing"), (_OPTIONAL, "absent")):
+        for module, why in modules.items():
             there = importlib.util.find_spec(module) is not None
             yield Finding(module, "ok" if there else state, _version(module) if there else "not installed", why)
 
@@ -114,8 +114,8 @@ def _machine() -> Iterator[Finding]:
 
 def _port() -> Iterator[Finding]:
     with socket.socket() as s:
-        taken = s.connect_ex(("127.0.0.1", 8080)) == 0
-    yield Finding("port 8080", "absent" if taken else "ok", "taken" if taken else "free", "isthmus up --port N")
+        in_use = s.connect_ex(("127.0.0.1", 8080)) == 0
+    yield Finding("port 8080", "absent" if in_use else "ok", "taken" if in_use else "free", "isthmus up --port N")
 
 
 def _registry(registry: str) -> Iterator[Finding]:

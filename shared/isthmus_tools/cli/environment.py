@@ -1,6 +1,6 @@
-"""Environment variables of the command's process; imported before numpy, torch and matplotlib, which read them once.
+"""Environment variables of the command's process, set before numpy, torch and matplotlib read them at import.
 
-A value that the environment has already stands.
+Variables that are set already keep their values.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ def _is_own(folder: Path) -> bool:
     return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
 
 
+# The commands' cache of segments and weights, apart from any function's cache.
 CACHE_DIR = str(private_folder())
-"""The commands' cache of segments and weights, apart from any function's cache."""
 
 # The matrix products of codecs are small: on a busy machine two threads that wait for each other take three to ten
-# times as long as one. Models run on the runtime's own threads.
+# times as long as a single thread. Models run on the runtime's own threads.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # A model's own code may import onnxruntime before `isthmus.runtime.ort` turns its telemetry off.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-# matplotlib writes to ~/.cache and ~/.config, and asks fc-list for fonts, which writes caches of its own; pictures take
-# the font that matplotlib brings.
+# matplotlib writes to ~/.cache and ~/.config, and asks fc-list for fonts, and fc-list writes caches of its own;
+# pictures take the font that matplotlib brings.
 os.environ.setdefault("MPLCONFIGDIR", str(Path(CACHE_DIR) / "matplotlib"))
 os.environ.setdefault("FONTCONFIG_FILE", str(Path(__file__).with_name("no_fonts.conf")))
 # torch makes a folder of a known name in the temporary folder.

@@ -26,7 +26,7 @@ def explain(
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: AsJson = False,
 ) -> None:
-    """Say why a plan chose what it chose: the terms of its cost, the runners-up, what was refused and why.
+    """Explain a plan's choice: the terms of its cost, the runners-up, and why candidates were refused.
 
     Example: `isthmus explain efficientnet-lite0 --picture plan.svg`
     """

@@ -131,10 +131,10 @@ def _document(path: Path | None) -> dict[str, Any] | None:
 
 
 def read_labels(path: Path | None) -> list[str] | None:
-    """The class names in a file: a JSON list, or one name a line.
+    """Class names from a file: a JSON list, or a name a line.
 
     Raises:
-        ModelError: it cannot be read as either.
+        ModelError: the file is neither.
     """
     if path is None:
         return None

@@ -87,7 +87,7 @@ class _Where:
         if not name:
             from isthmus.registry import open_registry
 
-            # As the router's own model: the registry's only one, else the demo's.
+            # The registry's only model, else the demo's, as in stack.yml.
             names = open_registry(settings).models()
             name = names[0] if len(names) == 1 else "efficientnet-lite0"
         return LocalModel(name, settings, self.cuts)
@@ -126,7 +126,7 @@ def _show(path: Path, response: dict[str, Any]) -> None:
 
 
 def _sent(facts: Mapping[str, Any]) -> str:
-    """Bytes over the link and the tensors' raw size, as one phrase."""
+    """Bytes over the link and the tensors' raw size, as a phrase."""
     if not facts.get("link_bytes"):
         return "nothing sent over the link"
     raw = facts.get("link_raw_bytes", 0)

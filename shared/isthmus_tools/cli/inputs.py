@@ -11,11 +11,11 @@ from isthmus.arrays import Array
 from isthmus.errors import ModelError, RequestMalformed
 from isthmus_tools import array_files
 
-if TYPE_CHECKING:  # it loads onnx
+if TYPE_CHECKING:  # its module loads onnx
     from isthmus_tools.usecases.sources import ModelInputs
 
+# Of a dimension: graphs hold sizes in 64 bits, and byte counts are products of several dimensions.
 _MAX_SIZE = 2**31 - 1
-"""Of a dimension: graphs hold sizes in 64 bits, and byte counts are products of several."""
 _DIMENSION = re.compile(r"(?P<name>[A-Za-z_]\w*)(:(?P<size>\d{1,18}))?|(?P<number>\d{1,18})")
 _BETWEEN_LETTERS = re.compile(r"[A-Za-z_]x[A-Za-z_]")
 
@@ -65,7 +65,7 @@ def _sizes(name: str, dims: Sequence[tuple[str, int | None]], sizes: Mapping[str
 
 
 def _read_shape(entry: str) -> tuple[str, tuple[tuple[str, int | None], ...]]:
-    """An input's name, and the name (empty where it is fixed) and size of each dimension."""
+    """An input's name, and the name (empty for a fixed dimension) and size of each dimension."""
     name, equals, text = entry.rpartition("=")
     if equals and name and "," not in text and _BETWEEN_LETTERS.search(text):
         raise ModelError(
@@ -87,7 +87,7 @@ def read_examples(entries: Sequence[Path] | None) -> Mapping[str, Array]:
     """The arrays of .npz files and of `NAME=FILE.npy` entries.
 
     Raises:
-        ModelError: a file cannot be read as such, or two give one name.
+        ModelError: a file cannot be read, or two files give the same name.
     """
     arrays: dict[str, Array] = {}
     for entry in map(str, entries or []):
@@ -101,8 +101,8 @@ def read_examples(entries: Sequence[Path] | None) -> Mapping[str, Array]:
             if not name:
                 raise ModelError(f"{file} holds one array, without a name", hint=f"--example NAME={file}")
             loaded = {name: loaded}
-        if again := sorted(arrays.keys() & loaded.keys()):
-            raise ModelError(f"--example gives {', '.join(again)} twice", input=again[0])
+        if repeated := sorted(arrays.keys() & loaded.keys()):
+            raise ModelError(f"--example gives {', '.join(repeated)} twice", input=repeated[0])
         arrays.update(loaded)
     return arrays
 
@@ -111,7 +111,7 @@ def read_tensors(entries: Sequence[str] | None) -> dict[str, Array]:
     """The arrays of NAME=FILE.npy entries, by name.
 
     Raises:
-        RequestMalformed: another form, a file that cannot be read, or two of one name.
+        RequestMalformed: another form, a file that cannot be read, or the same name twice.
     """
     arrays: dict[str, Array] = {}
     for entry in entries or []:
@@ -128,6 +128,6 @@ def read_tensors(entries: Sequence[str] | None) -> dict[str, Array]:
 
 
 def named_file(entry: str) -> tuple[str, str]:
-    """The two sides of NAME=FILE; of several "=", the first one before an existing file separates them."""
+    """The two sides of NAME=FILE; of several "=", the first before an existing file separates."""
     splits = [(entry[: match.start()], entry[match.end() :]) for match in re.finditer("=", entry)]
     return next((split for split in splits if Path(split[1]).is_file()), splits[0] if splits else ("", entry))

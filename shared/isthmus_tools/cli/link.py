@@ -1,4 +1,4 @@
-"""`isthmus link`: a network between a client and a target, rehearsed on this machine."""
+"""`isthmus link`: an emulated network between a client and a target on this machine."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def link(
     every: Annotated[str, typer.Option(help="How often to print the counters, where they changed.")] = "5s",
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line instead of text.")] = False,
 ) -> None:
-    """Relay to a target over a network that is as slow, far and unreliable as it is told to be, until Ctrl-C.
+    """Relay to a target over an emulated network with set bandwidth, delay and faults, until Ctrl-C.
 
     Example: `isthmus link --to 127.0.0.1:8080 --port 9000 --uplink 10mbit --downlink 50mbit --rtt 20ms`
     """
@@ -126,16 +126,16 @@ def _watch(
     waiting = list(steps)
     shown = type(running.counters)()
     while True:
-        left = leave.wait(_TICK_S)
+        leaving = leave.wait(_TICK_S)
         now, counters = time.monotonic(), running.counters
         while waiting and began + waiting[0].at_s <= now:
             printer.step(waiting.pop(0))
-        if left or now - shown_at >= every_s:
-            if left or counters != shown:
+        if leaving or now - shown_at >= every_s:
+            if leaving or counters != shown:
                 up, down = counters.bytes_up - shown.bytes_up, counters.bytes_down - shown.bytes_down
                 printer.counts(now - began, counters, up * 8 / (now - shown_at), down * 8 / (now - shown_at))
             shown_at, shown = now, counters
-        if left:
+        if leaving:
             return
 
 

@@ -1,4 +1,4 @@
-"""`isthmus models`: what the registry holds."""
+"""`isthmus models`: the contents of a registry."""
 
 from __future__ import annotations
 

@@ -63,15 +63,15 @@ Examples = Annotated[
 ]
 PICTURES = (".png", ".svg")
 DEFAULT_REGISTRY = ".isthmus/registry"
+# The local engine's folder of secrets: commands read S3 keys there as the functions of `isthmus up` do.
 ENGINE_SECRETS = ".isthmus/secrets"
-"""The local engine's folder of secrets: commands find S3 keys there as the functions of `isthmus up` do."""
+# More than a function's: commands read whole models, on a disk that no pod's memory bounds.
 _CACHE_BYTES = "8GiB"
-"""More than a function's: commands read whole models, on a disk that no pod's memory bounds."""
 Number = TypeVar("Number", int, float)
 
 
 def registry_settings(registry: str, cache_dir: str = CACHE_DIR) -> RegistrySettings:
-    """A command's registry settings: read from the environment as a function reads them, except for three defaults.
+    """A command's registry settings: a function's variables of the environment, except for three defaults.
 
     Raises:
         SettingsError: as for a function.
@@ -79,14 +79,14 @@ def registry_settings(registry: str, cache_dir: str = CACHE_DIR) -> RegistrySett
     defaults = {"cache_dir": cache_dir, "cache_bytes": _CACHE_BYTES}
     if not Path(RegistrySettings.secrets_dir).is_dir():
         defaults["secrets_dir"] = ENGINE_SECRETS
-    given = {name: text for name, text in os.environ.items() if text.strip()}
-    return RegistrySettings.from_env({**defaults, **given, "registry": registry})
+    variables = {name: text for name, text in os.environ.items() if text.strip()}
+    return RegistrySettings.from_env({**defaults, **variables, "registry": registry})
 
 
 def stack_variables(registry: str) -> Mapping[str, str]:
     """Values for the ${…} of stack.yml: the environment, and the registry as commands understand it.
 
-    A folder's path becomes absolute. The S3 server and region are the commands', whichever variable names them.
+    A folder's path becomes absolute. The S3 server and region are the commands', from any of their variables.
 
     Raises:
         SettingsError: `registry` is no address, or the environment's settings contradict each other.
@@ -106,7 +106,7 @@ def read_option(parse: Callable[[str], Number], option: str, text: str) -> Numbe
     """The value of an option's text.
 
     Raises:
-        RequestMalformed: it does not parse; the message names the option.
+        RequestMalformed: the text does not parse; the message names the option.
     """
     try:
         return parse(text)
@@ -118,16 +118,16 @@ def budget_of(time_limit: str) -> Budget:
     """The budget of --time-limit, from now on.
 
     Raises:
-        RequestMalformed: it is no duration.
+        RequestMalformed: the text is no duration.
     """
     return Budget(read_option(parse_duration, "--time-limit", time_limit) or math.inf)
 
 
 def check_output(path: Path, option: str, endings: Sequence[str] = ()) -> None:
-    """Check that a file can be written at `path`, before the work that it is for.
+    """Check that a file can be written at `path`, before its content is computed.
 
     Raises:
-        RequestMalformed: its name ends in none of `endings`, its folder is missing or not writable, or it is a folder.
+        RequestMalformed: `path` ends in none of `endings`, is a folder, or its folder is missing or not writable.
     """
     folder = path.absolute().parent
     if endings and path.suffix.lower() not in endings:

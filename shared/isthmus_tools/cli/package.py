@@ -1,4 +1,4 @@
-"""`isthmus package`: each segment of one model as a function of its own, baked in, as the plan or `--cut` says."""
+"""`isthmus package`: each segment of a model as a function of its own, baked in, by the plan or `--cut`."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def package(
 ) -> None:
     """Write a stack file in which each segment of one model is a function with its segment inside the image.
 
-    The functions need no registry. Where the bundle has a plan, they are the plan's, and the router follows it. Run it,
-    and faas-cli after it, in the folder that holds `template/`.
+    The functions need no registry. Where the bundle has a plan, the functions are the plan's, and the router follows
+    the plan. Run this command, then faas-cli, in the folder of `template/`.
 
     Example: `isthmus package efficientnet-lite0 && faas-cli up -f build/package/efficientnet-lite0/stack.yml`
     """

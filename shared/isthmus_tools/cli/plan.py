@@ -78,11 +78,11 @@ def plan(
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: AsJson = False,
 ) -> None:
-    """Find the best way to serve a model over a link: where to cut, under which codec, or not to split at all.
+    """Find the best way to serve a model over a link: the cut and its codec, or no split at all.
 
-    Predictions prune, measurements decide: candidates run on the functions of --head and --tail, or of --local, over a
-    rehearsed link. Without functions the plan is predicted only, says so, and is published with --publish alone. Until
-    it is published, nothing that serves changes.
+    Predictions prune, measurements decide: candidates run on the functions of --head and --tail, or of --local, over an
+    emulated link. Without functions the plan is predicted only, says so, and is published with --publish alone. Before
+    its publication nothing in service changes.
 
     Example: `isthmus plan efficientnet-lite0 --uplink 10mbit --rtt 20ms --local`
     """

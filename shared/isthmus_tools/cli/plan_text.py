@@ -1,4 +1,4 @@
-"""A plan as commands show it: the candidates with the terms of their cost, why one was chosen, and the sweep."""
+"""Plans as text and JSON: the candidates with the terms of their cost, the reasons of the choice, and the sweep."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ _LETTERS = string.ascii_uppercase + string.ascii_lowercase
 
 
 def document(plan: Plan, version: str, cells: Sequence[Sequence[GridCell]] | None = None) -> dict[str, Any]:
-    """What `--json` prints: the plan's own document, where it was published, and the sweep."""
-    found = json.loads(to_json(plan))
-    doc: dict[str, Any] = {"version": version, "typical_gap": plan.typical_gap, "plan": found}
+    """The plan's own document, its published version, and the sweep, JSON-ready."""
+    doc: dict[str, Any] = {"version": version, "typical_gap": plan.typical_gap, "plan": json.loads(to_json(plan))}
     if cells is not None:
         doc["sweep"] = [
             {
@@ -36,9 +35,9 @@ def document(plan: Plan, version: str, cells: Sequence[Sequence[GridCell]] | Non
 
 
 def show(plan: Plan, *, every: bool = False, refusals: int | None = SHOWN) -> None:
-    """The candidates, the fastest first, those that were refused at the end; then the reasons.
+    """Print the candidates, the fastest first and refused candidates last, then the reasons.
 
-    At most `refusals` of the refused are told with why; None tells of all.
+    At most `refusals` refused candidates are printed with their reasons; all for None.
     """
     c = plan.conditions
     if c.adds_nothing:
@@ -47,17 +46,17 @@ def show(plan: Plan, *, every: bool = False, refusals: int | None = SHOWN) -> No
         over = f"over {format_rate(c.uplink_bps)} up, {format_rate(c.downlink_bps)} down, {format_duration(c.rtt_s)}"
     ranked = sorted(plan.candidates, key=lambda c: (bool(c.refused), c.measured is None, c.seconds))
     shown = ranked if every else ranked[:SHOWN]
-    priced = any(c.price is not None for c in plan.candidates)
+    has_prices = any(c.price is not None for c in plan.candidates)
     joules = any(c.energy_j is not None for c in plan.candidates)
     memory = plan.constraints.edge_memory_bytes is not None
     columns = ["candidate", "measured, ms", "runs", "predicted", "apart", "up", "error"] + ["edge memory"] * memory
-    columns += [f"price, {plan.currency}".rstrip(", ")] * priced + ["energy, J"] * joules
+    columns += [f"price, {plan.currency}".rstrip(", ")] * has_prices + ["energy, J"] * joules
     rows = []
     for candidate in shown:
         row = [_name(plan, candidate), *_seen(candidate), f"{candidate.predicted.total * 1e3:.1f}", _apart(candidate)]
         row += [format_size(candidate.up_bytes), _error(candidate)]
         row += [format_size(candidate.edge_memory_bytes)] * memory
-        row += [f"{candidate.price:.3g}" if candidate.price is not None else ""] * priced
+        row += [f"{candidate.price:.3g}" if candidate.price is not None else ""] * has_prices
         row += [f"{candidate.energy_j:.3g}" if candidate.energy_j is not None else ""] * joules
         rows.append(row)
     table(f"{plan.model} for {plan.objective}, {over}", columns, rows, numbers=columns[1:])
@@ -77,7 +76,7 @@ def show(plan: Plan, *, every: bool = False, refusals: int | None = SHOWN) -> No
 
 
 def explain(plan: Plan) -> None:
-    """The terms of the chosen candidate's cost beside its runners-up and the baselines."""
+    """Print the terms of the chosen candidate's cost beside its runners-up and the baselines."""
     able = sorted((c for c in plan.candidates if not c.refused), key=lambda c: (c.measured is None, c.seconds))
     others = [c for c in able if c.name != plan.chosen][:4]
     columns = [plan.choice, *others]
@@ -95,7 +94,7 @@ def explain(plan: Plan) -> None:
 
 
 def show_sweep(cells: Sequence[Sequence[GridCell]]) -> None:
-    """The best candidate by round trip and bandwidth, as letters, and what they stand for."""
+    """Print the best candidate by round trip and bandwidth, as letters with a legend."""
     names = list(dict.fromkeys(cell.best for row in cells for cell in row if cell.best))
     letters = dict(zip(names, _LETTERS, strict=False))
     rates = [format_rate(cell.conditions.uplink_bps).replace("bit/s", "") for cell in cells[0]]

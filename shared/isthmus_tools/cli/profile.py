@@ -1,4 +1,4 @@
-"""`isthmus profile`: measure a model on the functions that are to run it."""
+"""`isthmus profile`: measure a model on its future functions."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from isthmus_tools.cli.options import (
     stack_variables,
 )
 
-if TYPE_CHECKING:  # it loads onnx and onnxruntime
+if TYPE_CHECKING:  # its module loads onnx and onnxruntime
     from isthmus_tools.usecases.profile import ProfileResult
 
 EDGE, CLOUD = "edge", "cloud"
+# The local engine's secret; read when no other file is named.
 TOKEN_FILE = Path(".isthmus/secrets/profile-token")
-"""Where the local engine keeps the secret; read when no other file is named."""
 
 
 def profile(

@@ -1,4 +1,4 @@
-"""Commands that are told to end, by SIGTERM or a terminal that closes, remove their temporary folders first.
+"""SIGTERM and SIGHUP as exceptions, so that commands remove their temporary folders before they end.
 
 Python ends at once by default, without leaving its `with` blocks: gigabytes stay in TMPDIR.
 """
@@ -14,16 +14,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+# Libraries may catch the exception, as torch does during its import; after this time it is raised again.
 AGAIN_S = 10.0
-"""Libraries may catch the exception, as torch does while it is imported; so long after, it is raised again."""
 
 
 class _EndedError(SystemExit):
-    """Leaves every `with` block on the way out; passes by what catches errors."""
+    """Leaves every `with` block on its way out; no `except Exception` catches it."""
 
 
 class _Ending:
-    """The first signal that came, and when the exception was last raised for it."""
+    """The first signal received, and the time of the last exception raised for it."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -47,7 +47,7 @@ class _Ending:
             os.kill(os.getpid(), self.number)
 
     def finish(self) -> None:
-        """End the process as the signal would have, if one came."""
+        """End the process by the received signal, if any."""
         self._left.set()
         if self._repeating is not None:
             self._repeating.join()
@@ -59,17 +59,17 @@ class _Ending:
 
 @contextmanager
 def unwinding() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP leave the block as an exception does, and then end the process as they would have.
+    """Let SIGTERM and SIGHUP leave the block as an exception does, then end the process by the signal.
 
-    One that is ignored, as under nohup, stays so. While the main thread is in a library's call, the call ends first.
+    A signal that is ignored, as under nohup, stays ignored. A library's call in the main thread ends first.
     """
-    taken = [n for n in _SIGNALS if signal.getsignal(n) is signal.SIG_DFL]
+    handled = [n for n in _SIGNALS if signal.getsignal(n) is signal.SIG_DFL]
     ending = _Ending()
-    for number in taken:
+    for number in handled:
         signal.signal(number, ending)
     try:
         yield
     finally:
-        for number in taken:
+        for number in handled:
             signal.signal(number, signal.SIG_DFL)
         ending.finish()

@@ -38,7 +38,7 @@ def up(
 ) -> None:
     """Run the functions of a stack file on this machine, behind OpenFaaS's provider API, until Ctrl-C.
 
-    It prints how `faas-cli login` gets the credentials that everything but function calls asks for.
+    Prints the `faas-cli login` command for the credentials; function calls need none.
 
     Example: `isthmus up --replicas cloud-tail=2 --env edge-head:threads=1`
     """

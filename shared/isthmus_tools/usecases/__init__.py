@@ -1,4 +1,4 @@
-"""Use cases: what the commands do, as functions from a typed request to a typed result.
+"""Use cases of the commands, as functions from a typed request to a typed result.
 
-They raise typed errors and report through a progress callback; they print nothing and read no environment variables.
+Use cases raise typed errors and report through a progress callback; none prints or reads environment variables.
 """

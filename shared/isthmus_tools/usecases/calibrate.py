@@ -26,11 +26,12 @@ from isthmus_tools.usecases.publication import Publication, publish_version
 class CalibrateRequest:
     """A bundle to calibrate and the inputs for it.
 
-    `model` is NAME or NAME:VERSION. `files` are photos, for a model that takes them, or .npy and .npz files named after
-    its inputs; documents call them `data`. `inputs` counts all inputs: half calibrate, half are held out. `cuts` are
-    partitions as texts; all of the bundle's if none. A codec is offered from a share `limit` of equal predictions on.
-    `classes` names the output whose last axis holds classes, where the bundle does not; without classes predictions up
-    to a relative error of `tolerance` are equal. `alias` moves to the new version, as in `publish_version`.
+    `model` is NAME or NAME:VERSION. `files` are photos, for a model with pre-processing, or .npy and .npz files named
+    after its inputs; `data` is their name in documents. `inputs` counts all inputs: half calibrate, half are held out.
+    `cuts` are partitions as texts; all of the bundle's if none. A codec is offered from a share `limit` of equal
+    predictions on. `classes` names the output whose last axis holds classes, where the bundle does not; without classes
+    predictions up to a relative error of `tolerance` are equal. `alias` moves to the new version, as in
+    `publish_version`.
     """
 
     model: str
@@ -94,13 +95,13 @@ def published_fidelity(model: str, registry: RegistrySettings) -> tuple[Resolved
         RegistryError: no such model, or the registry cannot be read.
     """
     store = open_registry(registry)
-    found = store.resolve(model)
-    fidelity = read(found.bundle, store.blob)
+    version = store.resolve(model)
+    fidelity = read(version.bundle, store.blob)
     if fidelity is None:
         raise CalibrationError(
-            f"{found.name}:{found.version} was not calibrated",
-            model=found.name,
-            version=found.version,
-            hint=f"isthmus calibrate {found.name} --data FOLDER",
+            f"{version.name}:{version.version} was not calibrated",
+            model=version.name,
+            version=version.version,
+            hint=f"isthmus calibrate {version.name} --data FOLDER",
         )
-    return found, fidelity
+    return version, fidelity

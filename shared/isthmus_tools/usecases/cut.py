@@ -53,7 +53,7 @@ def cut(request: CutRequest, progress: Progress = silent) -> CutResult:
     """Cut a bundle again and publish the result as its next version; no weights are copied.
 
     Raises:
-        CutError: a cut is not in the graph, or does not separate it.
+        CutError: a cut is not in the graph, or does not separate inputs from outputs.
         RegistryError: no such model, or the registry cannot be read or written.
     """
     if request.alias:
@@ -73,7 +73,7 @@ def cut(request: CutRequest, progress: Progress = silent) -> CutResult:
 
 @dataclass(frozen=True)
 class CutList:
-    """A model's cuts; `fused` names those inside a quantised operator, which runtimes execute as one."""
+    """A model's cuts; `fused` names the cuts inside a quantised operator, which runtimes execute whole."""
 
     model: Model
     cuts: Sequence[CutInfo]
@@ -81,7 +81,7 @@ class CutList:
 
 
 def list_cuts(model: str, inputs: ModelInputs, *, single: bool = False, progress: Progress = silent) -> CutList:
-    """The cuts of an ONNX file, a torch model or a ready model along its graph; `single` keeps those of one tensor.
+    """The cuts of an ONNX file, a torch model or a ready model along its graph; `single` keeps cuts of a single tensor.
 
     Raises:
         ModelError: the model cannot be read or exported.
@@ -90,6 +90,6 @@ def list_cuts(model: str, inputs: ModelInputs, *, single: bool = False, progress
         progress(f"reading {model}")
         opened = open_model(path, bind=inputs.shapes, examples=inputs.examples)
         inputs.check_free(opened.specs)
-        chosen = [c for c in cuts(opened) if not single or len(c.tensors) == 1]
+        listed = [c for c in cuts(opened) if not single or len(c.tensors) == 1]
         within = {str(value.name) for value in within_quantised_operators(opened)}
-    return CutList(opened, chosen, frozenset(c.name for c in chosen if within & {t.name for t in c.tensors}))
+    return CutList(opened, listed, frozenset(c.name for c in listed if within & {t.name for t in c.tensors}))

@@ -13,10 +13,9 @@ from isthmus_tools.engine.stack import read_stack
 from isthmus_tools.progress import Progress, silent
 
 HEAD, TAIL = "edge-head", "cloud-tail"
+# Measuring loads every segment and the whole model; the stack's bounds are for memory limits that do not apply here.
 _MEASURING = {"preload": "", "cache_bytes": "8GiB", "max_loaded_bytes": "4GiB"}
-"""Measuring loads every segment and the whole model. The stack's bounds fit memory limits, which nothing enforces on
-this machine."""
-# isthmus.serving.profiling has the same name, and importing it would load Flask.
+# As in isthmus.serving.profiling, whose import would load Flask.
 _SECRET = "profile-token"  # noqa: S105
 _START_S = 120.0
 

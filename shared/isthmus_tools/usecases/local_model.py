@@ -38,7 +38,7 @@ class LocalModel:
             self._route = plan_route(self.model.digest, bundle, (hop,), cuts or None)
 
     def preprocess(self, photo: bytes) -> tuple[str, Array]:
-        """The input's name and its array, made of a photo as its file holds it.
+        """The input's name and its array, made of a photo's file.
 
         Raises:
             MediaUnsupported: the bundle declares no pre-processing.
@@ -51,14 +51,14 @@ class LocalModel:
         return spec.name, preprocess(photo, bundle.preprocess, input=spec, max_pixels=MAX_PIXELS)
 
     def classes(self, outputs: Mapping[str, Array], top_k: int | None = None) -> list[dict[str, Any]]:
-        """The classes of one photo's outputs, likeliest first: label, index and probability of each."""
+        """The classes of a photo's outputs, likeliest first: label, index and probability of each."""
         after = self.model.bundle.postprocess or {}
         blob = self.model.bundle.labels
         labels = None if blob is None else parse_labels(self._registry.blob(blob))
         return classify(outputs[after["output"]], after, labels, top_k)[0]
 
     def run(self, arrays: Mapping[str, Array], timeout_s: float = 60.0) -> Result:
-        """The outputs by name, and what each segment took.
+        """The outputs by name, and the run of each segment.
 
         Raises:
             ShapeMismatch: the arrays do not fit the model's inputs.

@@ -29,7 +29,7 @@ class ImportRequest:
     `model` is an ONNX file, a torch model (package.module:factory or a .pt2 program) or a ready model's name; `name`
     defaults to a name made of it. The first of `cuts` (partitions as texts) is the default; without any, the narrowest
     cut is taken. `preprocess`, `postprocess` and `labels` are the bundle's; a ready model brings its own. `alias` moves
-    to the new version, as in `publish_version`. With `if_absent` a model of that name is left as it is.
+    to the new version, as in `publish_version`. With `if_absent` a model of that name stays unchanged.
     """
 
     model: str
@@ -51,7 +51,7 @@ def import_model(request: ImportRequest, progress: Progress = silent) -> Publica
 
     Raises:
         ModelError: the model cannot be read or exported, or has no usable name.
-        CutError: a cut is not in the graph, or does not separate it.
+        CutError: a cut is not in the graph, or does not separate inputs from outputs.
         RegistryError: the registry cannot be read or written.
     """
     name = request.name or _name_of(request.model)
@@ -88,13 +88,13 @@ def import_model(request: ImportRequest, progress: Progress = silent) -> Publica
 
 
 def _declared(request: ImportRequest) -> dict[str, Any]:
-    """The processing and the source: a ready model's own, under those of the request."""
+    """Processing and source: a ready model's own, overridden by the request's."""
     if request.model in zoo.ENTRIES:
         own = zoo.entry(request.model).arguments()
     else:
         own = {"source": {"file": printable(Path(request.model).name)}}
-    asked = {"preprocess": request.preprocess, "postprocess": request.postprocess, "labels": request.labels}
-    return {**own, **{key: value for key, value in asked.items() if value is not None}}
+    overrides = {"preprocess": request.preprocess, "postprocess": request.postprocess, "labels": request.labels}
+    return {**own, **{key: value for key, value in overrides.items() if value is not None}}
 
 
 def _name_of(model: str) -> str:

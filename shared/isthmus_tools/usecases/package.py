@@ -26,12 +26,12 @@ from isthmus_tools.graph.extract import bake, bake_tables
 from isthmus_tools.progress import Progress, silent
 
 _GATEWAY = "http://gateway.openfaas.svc.cluster.local:8080"
+# As in stack.yml, for a stack file whose router names no gateway.
 _GATEWAYS = {"edge": f"${{EDGE_GATEWAY:-{_GATEWAY}}}", "cloud": f"${{TAIL_GATEWAY:-{_GATEWAY}}}"}
-"""Where a stack file's router names none: as in stack.yml."""
 _LIKE = {"edge": "edge-head", "cloud": "cloud-tail"}
 _HEADING = "# Written by `isthmus package"
+# A function's name, the stem and a role, must be a DNS label.
 _MAX_STEM = 48
-"""With its role after it, a function's name stays a DNS label."""
 _HANDLER = """from __future__ import annotations
 
 import os
@@ -48,7 +48,7 @@ def create_app() -> Flask:
 
 @dataclass(frozen=True)
 class _Part:
-    """A segment of a bundle and the tier, edge or cloud, whose gateway and limits its function takes."""
+    """A segment of a bundle and its function's tier, edge or cloud: the tier decides gateway and limits."""
 
     role: str
     tier: str
@@ -138,16 +138,16 @@ def package(request: PackageRequest, progress: Progress = silent) -> PackageResu
 
 
 def _folder(output: Path, name: str) -> Path:
-    """The folder to write, relative to this one, as faas-cli reads handlers; one that this command wrote is replaced.
+    """The folder to write, relative to the current folder as faas-cli reads handlers; an earlier package is replaced.
 
     Raises:
-        LocalError: it is elsewhere, or holds what this command did not write.
+        LocalError: the folder is elsewhere, or holds files of another origin.
     """
-    here = Path.cwd()
-    folder = Path(os.path.relpath(output.resolve() / name, here.resolve()))
+    current = Path.cwd()
+    folder = Path(os.path.relpath(output.resolve() / name, current.resolve()))
     if folder.parts[0] == "..":
         raise LocalError(
-            f"--output {output} is not inside {here}, and faas-cli finds handlers from there",
+            f"--output {output} is not inside {current}, and faas-cli finds handlers from there",
             hint="run it in the folder that holds template/, with --output inside it",
         )
     try:
@@ -167,7 +167,7 @@ def _partition(store: Registry, model: Resolved, cuts: str, router: _Environment
     """The partition that a router of these settings would use for the model; `cuts` go before its own.
 
     Raises:
-        LocalError: a plan whose functions could not each hold one segment.
+        LocalError: a function of the plan would hold several segments.
         Missing: a cut or the plan's variant is not in the registry.
         PlanMismatch, PlanMalformed: see `read_plan`.
     """
@@ -175,7 +175,7 @@ def _partition(store: Registry, model: Resolved, cuts: str, router: _Environment
     if not cuts and router.value("plan").lower() not in ("false", "0"):
         plan = read_plan(model.bundle, store.blob)
         if plan is not None:
-            return _planned(store, model, plan.choice)
+            return _planned_partition(store, model, plan.choice)
     names = model.bundle.cut_names(cuts) if cuts else model.bundle.default_cuts
     segments = model.bundle.partition(names)
     parts = tuple(
@@ -185,7 +185,7 @@ def _partition(store: Registry, model: Resolved, cuts: str, router: _Environment
     return _Partition(parts, names)
 
 
-def _planned(store: Registry, model: Resolved, choice: Candidate) -> _Partition:
+def _planned_partition(store: Registry, model: Resolved, choice: Candidate) -> _Partition:
     """The functions of a candidate's route, as `pipeline.planned_route` makes it."""
     digest, bundle = model.digest, model.bundle
     if choice.variant is not None:
@@ -223,7 +223,7 @@ def _check_room(base: Mapping[str, Any], partition: _Partition, variables: Mappi
     """Refuse a segment that its function could never load.
 
     Raises:
-        LocalError: its weights exceed the setting max_loaded_bytes of the function that it would be like.
+        LocalError: the segment's weights exceed max_loaded_bytes of the function's model in the stack file.
         SettingsError: that setting is no size.
     """
     for part in partition.parts:
@@ -274,7 +274,7 @@ def _functions(
         "model": model,
         "hops": ",".join(f"{gateways[part.tier]}/function/{name}" for name, part in parts.items()),
     }
-    # Where the setting cuts is empty, the router follows the plan.
+    # The router follows the plan only where the setting cuts is empty.
     cuts = {} if partition.plan else {"cuts": "/".join(partition.cuts)}
     functions[router] = _function(router, folder, like, environment | cuts, "router")
     _write_handler(written / router, "router", Path(like["handler"]))
@@ -289,7 +289,7 @@ def _gateways(environment: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _function(name: str, folder: Path, like: dict[str, Any], environment: dict[str, str], kind: str) -> dict[str, Any]:
-    """A function like `like`, with its own name, handler, image and what it reads its segment from."""
+    """A function like `like`, with its own name, handler, image and source of its segment."""
     registry_only = ("registry", "preload", "model", "hops", "cuts", "s3_endpoint", "s3_region")
     environment_like = {k: v for k, v in (like.get("environment") or {}).items() if k not in registry_only}
     own = "router" if kind == "router" else str(like["handler"]).rpartition("/")[2]
@@ -310,12 +310,12 @@ def _write_handler(folder: Path, kind: str, like: Path) -> None:
 
 
 def _role(i: int, count: int) -> str:
-    """head, tail, and middle-1 … between them; the only segment of an uncut model is its head."""
+    """head, tail, or middle-1 …; the only segment of an uncut model is its head."""
     return "head" if i == 0 else "tail" if i == count - 1 else f"middle-{i}"
 
 
 def _bake_registry(store: Registry, model: Resolved, partition: _Partition, folder: Path) -> None:
-    """A registry of one bundle without its weights and graphs: all that a router reads, of a plan's variant too."""
+    """A registry of one bundle without its weights and graphs: the router's part, of a plan's variant too."""
     small = FolderStore(folder)
     for digest in {model.digest, *(part.digest for part in partition.parts)}:
         small.put(blob_key(digest), store.manifest(digest))
@@ -331,7 +331,7 @@ def _read(stack: Path, variables: Mapping[str, str]) -> dict[str, Any]:
     """The stack file as written, its ${…} left for faas-cli.
 
     Raises:
-        LocalError: it is none, or lacks a function or its folder.
+        LocalError: the file is no stack file, or lacks a function or its folder.
     """
     functions = read_stack(stack, variables).functions
     for name in ("router", *_LIKE.values()):

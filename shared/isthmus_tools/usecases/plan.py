@@ -38,8 +38,8 @@ from isthmus_tools.usecases.publication import Publication, version_of
 from isthmus_tools.usecases.sources import example_requests
 
 _RANDOM_REQUESTS = 3
+# Shares of the time limit for profiling and for the trial of cuts; the rest is for measurements over the link.
 _PROFILING_SHARE, _TRIALS_SHARE = 0.4, 0.7
-"""Shares of the time limit after which no segment is profiled, and no further cut tried: the rest is for the link."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,7 @@ def plan(request: PlanRequest, progress: Progress = silent) -> PlanResult:
     """Find the best way to serve a model over a link; nothing that serves changes until the result is published.
 
     Raises:
-        Missing: no such model, or a tier has no profile of it.
+        Missing: no such model, or a tier has no profile.
         Infeasible: no candidate meets the constraints.
         RequestError: the inputs do not fit the model.
         HopError, RegistryError: a function or the registry cannot be reached.
@@ -160,17 +160,17 @@ def published_plan(model: str, registry: RegistrySettings) -> tuple[Resolved, Pl
         PlanMalformed, PlanMismatch: the plan cannot be read, or is for another bundle.
     """
     store = open_registry(registry)
-    found = store.resolve(model)
-    plan = read_plan(found.bundle, store.blob)
+    version = store.resolve(model)
+    plan = read_plan(version.bundle, store.blob)
     if plan is None:
         raise Missing(
-            f"{found.name}:{found.version} has no plan",
+            f"{version.name}:{version.version} has no plan",
             kind="plan",
-            name=found.name,
+            name=version.name,
             exists=[],
-            hint=f"make one: isthmus plan {found.name} --uplink 10mbit --rtt 20ms --local",
+            hint=f"make one: isthmus plan {version.name} --uplink 10mbit --rtt 20ms --local",
         )
-    return found, plan
+    return version, plan
 
 
 def _examples(request: PlanRequest, bundle: Bundle) -> tuple[str, list[TrialInput]]:

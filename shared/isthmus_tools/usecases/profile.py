@@ -35,7 +35,7 @@ _MAX_CACHED_BYTES = 2**28
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileRequest:
-    """A model to measure on the functions that are to run it.
+    """A model to measure on its future functions.
 
     `model` is NAME or NAME:VERSION. `cuts` are partitions as texts; without any, the bundle's own and some of every
     part of the graph are measured, each segment `runs` times. The model runs on `photos` or `tensors`, else on random
@@ -104,7 +104,7 @@ def profile(request: ProfileRequest, progress: Progress = silent) -> ProfileResu
             if p is not None and not request.again and _is_of(p, kind, shapes) and _holds(p, tier, cuts)
         }
         if kept.keys() < functions.keys():
-            # One version is to hold the segments of earlier profiles, which are added to, as well.
+            # Measurements are merged into earlier profiles, so one version must hold the segments of both.
             needed = {**_profiled_cuts(store, model, current.values()), **cuts}
             found = _with_cuts(store, found, whole.path, needed, request.new_version, progress)
     subject = Subject(
@@ -207,7 +207,7 @@ def _with_cuts(
     new_version: bool,
     progress: Progress,
 ) -> Resolved:
-    """A bundle with a head and a tail at each cut: this one, a new version, or a staged one that has only a digest."""
+    """A bundle with a head and a tail at each cut: this bundle, a new version, or a staged bundle without a version."""
     lacking = [[cut] for name, cut in cuts.items() if not model.bundle.has_segments([name])]
     if not lacking:
         return model
@@ -221,7 +221,7 @@ def _with_cuts(
 
 
 def _is_of(profile: Profile, kind: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether a profile was measured on such inputs; random ones accept any kind."""
+    """Whether a profile was measured on such inputs; random inputs match any kind."""
     return profile.shapes == shapes and kind in ("random", profile.inputs)
 
 

@@ -19,7 +19,7 @@ from isthmus_tools.planner.publishing import carry_over, publish_plan
 
 @dataclass(frozen=True)
 class Publication:
-    """A published version, and what that did to the alias.
+    """A published version, and its effect on the alias.
 
     `was` is the alias's earlier version, empty if there was none. `plan` names the choice of the version's plan;
     `lost` is a plan that the version could not keep.
@@ -44,7 +44,7 @@ class Publication:
 
 
 def findings(bundle: Bundle, before: Bundle | None = None) -> list[str]:
-    """Sentences about the dry run of a bundle's segments, except those that `before` had already."""
+    """Sentences about the dry run of a bundle's segments, except those of `before`."""
     now, earlier = (b.source.get("dry_run", {}) if b is not None else {} for b in (bundle, before))
     old = earlier.get("differences", {})
     differ = [
@@ -66,7 +66,7 @@ def publish_version(
 ) -> Publication:
     """Publish a bundle without a plan of its own, made from the version `before` or from a model's file.
 
-    The plan of `before`, else of the alias's version, is kept where it still holds. Where it does not, the version is
+    The plan of `before`, else of the alias's version, is kept where it still holds. Otherwise the version is
     published and the alias stays, unless `drop_plan`.
 
     Raises:
@@ -78,9 +78,9 @@ def publish_version(
     if bundle.plan is None and not drop_plan:
         fidelity = _fidelity(registry, bundle, files)
         for model, plan in plans:
-            if (kept := carry_over(plan, model.bundle, bundle, fidelity)) is not None:
-                version = publish_plan(registry, bundle, files, kept, alias=alias or None)
-                return Publication(version, alias, was, moved=bool(alias), plan=kept.chosen)
+            if (valid := carry_over(plan, model.bundle, bundle, fidelity)) is not None:
+                version = publish_plan(registry, bundle, files, valid, alias=alias or None)
+                return Publication(version, alias, was, moved=bool(alias), plan=valid.chosen)
     keeps = bundle.plan is not None
     stays = not keeps and not drop_plan and any(model.version == was for model, _ in plans)
     version = registry.publish(bundle, files, alias=None if stays else alias or None)
@@ -117,7 +117,7 @@ def _plan(registry: Registry, model: Resolved) -> Plan | None:
 
 
 def _fidelity(registry: Registry, bundle: Bundle, files: Mapping[str, Path]) -> Fidelity | None:
-    """The fidelity of a bundle whose content may not be uploaded yet."""
+    """The fidelity of a bundle, its content partly in `files` still."""
 
     def content(blob: Blob) -> bytes:
         return files[blob.digest].read_bytes() if blob.digest in files else registry.blob(blob)

@@ -50,7 +50,7 @@ class ModelInputs:
 
 @contextlib.contextmanager
 def onnx_file(model: str, inputs: ModelInputs, progress: Progress) -> Iterator[Path]:
-    """The model's ONNX file; a torch model or a ready one is exported to a temporary file for the block.
+    """The model's ONNX file; torch models and ready models are exported to a temporary file for the block.
 
     Raises:
         ModelError: the export fails.
@@ -65,8 +65,8 @@ def onnx_file(model: str, inputs: ModelInputs, progress: Progress) -> Iterator[P
             zoo.entry(model).write(path)
         else:
             torch_export.export_named(model, path, shapes=inputs.shapes, examples=inputs.examples, free=inputs.free)
-        # Module and exported program refer to each other and hold the weights: without a collection they outlive
-        # the export.
+        # Module and exported program refer to each other and hold the weights: without a collection the weights
+        # outlive the export.
         gc.collect()
         yield path
 

@@ -21,7 +21,7 @@ from isthmus.artifacts.choice import Choice
 from isthmus.artifacts.fidelity import Entry, Fidelity, Inputs, Reference, choose, offered
 from isthmus.artifacts.fidelity_document import MAX_BYTES, from_json, read, to_json
 from isthmus.artifacts.tensors import TensorSpec
-from isthmus.codecs.choice import encodings, is_exact
+from isthmus.codecs import encodings, is_exact
 from isthmus.errors import CalibrationError
 from isthmus.pipeline.agreement import agrees, classes, output_error
 from isthmus_tools.calibration.scoring import monotone

@@ -12,7 +12,7 @@ from isthmus.artifacts.agreement import Measure
 from isthmus.artifacts.bundle import Blob, digest_of
 from isthmus.artifacts.choice import Look
 from isthmus.artifacts.fidelity import Entry, Fidelity, Inputs
-from isthmus.codecs.table import Table
+from isthmus.codecs.transform.table import PlaneTable
 from isthmus.errors import RegistryError
 from isthmus.runtime.tables import Tables
 from isthmus.wire import frame as frames
@@ -56,7 +56,7 @@ def test_names_stay_in_one_line_where_there_is_room(
 def test_a_table_of_another_version_is_refused_with_what_to_do() -> None:
     rng = np.random.default_rng(0)
     made = learn_planes([rng.standard_normal((1, 4, 8, 8)).astype(np.float32) for _ in range(20)])
-    assert isinstance(made, Table)
+    assert isinstance(made, PlaneTable)
     arrays = {{"thirteenths": "steps"}.get(name, name): array for name, array in made.to_arrays().items()}
     data = frames.encode(Frame(arrays))
     blob = Blob(digest_of(data), len(data))

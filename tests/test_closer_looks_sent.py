@@ -15,8 +15,8 @@ from isthmus.artifacts.agreement import measure_for
 from isthmus.artifacts.choice import RAW, Choice
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.codecs import EncodedTensor, encode_tensor
-from isthmus.codecs.planes import Layout
-from isthmus.codecs.steps import THIRD, step_of
+from isthmus.codecs.transform.levels import STEPS_PER_FACTOR, step_of_quality
+from isthmus.codecs.transform.planes import Layout
 from isthmus.pipeline.agreement import margin, margin_of
 from isthmus.wire.frame import Frame, encode
 from isthmus_tools.calibration.boundary import Boundary
@@ -116,7 +116,9 @@ def test_what_calibration_tries_is_followed_by_exactly_a_third_of_the_step() -> 
         steps = (STEPS[0] + by, STEPS[1] + by)
         for choice in every:
             if (finer := finer_than(choice, every)) is not None:
-                assert step_of(choice.quality, steps) - step_of(finer.quality, steps) == THIRD
+                assert (
+                    step_of_quality(choice.quality, steps) - step_of_quality(finer.quality, steps) == STEPS_PER_FACTOR
+                )
                 followed += 1
     assert followed == 81 * sum(q <= 1 - QUALITY_STEP + 1e-6 for q in QUALITIES)
 

@@ -14,12 +14,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.codecs import ans
-from isthmus.codecs.ans import CERTAIN, SCALE, Codebook, Decoder, Encoder, Model, bits_of, of_bits
+from isthmus.codecs.transform import ans
+from isthmus.codecs.transform.ans import CERTAIN, SCALE, Codebook, Decoder, Encoder, SymbolModel, bits_of, of_bits
 from support.activations import Array
 from support.patience import peak_of
 
-COIN, SKEWED, WIDE = Model.of([1, 1]), Model.of([0, 1, 10**30, 0, 10**29]), Model.of(list(range(1, 257)))
+COIN, SKEWED, WIDE = (
+    SymbolModel.of([1, 1]),
+    SymbolModel.of([0, 1, 10**30, 0, 10**29]),
+    SymbolModel.of(list(range(1, 257))),
+)
 
 
 class Message(NamedTuple):
@@ -48,12 +52,12 @@ class Message(NamedTuple):
         return self.plain.size + sum(
             math.log2(SCALE / model.frequencies[symbol])
             for symbols, bounds, codebook in self.sequences
-            for (start, stop), model in zip(itertools.pairwise(bounds), codebook.each, strict=True)
+            for (start, stop), model in zip(itertools.pairwise(bounds), codebook.models, strict=True)
             for symbol in symbols[start:stop].tolist()
         )
 
 
-def message(rng: np.random.Generator, counts: list[int], plain: int, models: list[Model]) -> Message:
+def message(rng: np.random.Generator, counts: list[int], plain: int, models: list[SymbolModel]) -> Message:
     """Sequences of so many symbols, each drawn by its model; runs of several models in each."""
     sequences = []
     for count in counts:
@@ -78,7 +82,7 @@ def check_round_trip(sent: Message) -> None:
 def test_symbols_and_plain_bits_come_back(seed: int, counts: list[int], plain: int) -> None:
     rng = np.random.default_rng(seed)
     weights = [rng.integers(0, 10 ** int(rng.integers(1, 18)), int(rng.integers(1, 257))) for _ in range(3)]
-    models = [COIN, SKEWED, CERTAIN, WIDE, *(Model.of([1, *w.tolist()][:256]) for w in weights)]
+    models = [COIN, SKEWED, CERTAIN, WIDE, *(SymbolModel.of([1, *w.tolist()][:256]) for w in weights)]
     check_round_trip(message(rng, counts, plain, models))
 
 
@@ -106,7 +110,7 @@ def test_golden_bytes_of_one_lane_and_of_many() -> None:
             (
                 np.array([0, 2, 1, 3, 3, 0], np.uint8),
                 [0, 4, 6],
-                Codebook([Model.of([5, 2, 1, 1]), Model.of([1, 0, 0, 9])]),
+                Codebook([SymbolModel.of([5, 2, 1, 1]), SymbolModel.of([1, 0, 0, 9])]),
             ),
             (np.array([7], np.uint8), [0, 1], Codebook([WIDE])),
         ],
@@ -116,7 +120,7 @@ def test_golden_bytes_of_one_lane_and_of_many() -> None:
     at = np.arange(3000)
     symbols = (at * at % 251 % 40).astype(np.uint8)
     many = Message(
-        [(symbols, [0, 1000, 3000], Codebook([WIDE, Model.of([40] * 40)]))], (at * 7 % 11 % 2).astype(np.uint8)
+        [(symbols, [0, 1000, 3000], Codebook([WIDE, SymbolModel.of([40] * 40)]))], (at * 7 % 11 % 2).astype(np.uint8)
     )
     data = many.encoded()
     assert (len(data), hashlib.sha256(data).hexdigest()) == GOLDEN_MANY
@@ -126,10 +130,10 @@ def test_golden_bytes_of_one_lane_and_of_many() -> None:
 
 def test_frequencies_sum_to_the_scale_and_only_what_never_occurs_has_none() -> None:
     for weights in ([1], [1, 0, 10**40], list(range(256)), [0, 0, 3], [10**9] * 256):
-        frequencies = Model.of(weights).frequencies
+        frequencies = SymbolModel.of(weights).frequencies
         assert int(frequencies.sum()) == SCALE
         assert [f > 0 for f in frequencies.tolist()] == [w > 0 for w in weights]
-    assert Model.of([1, 10**30]).frequencies.tolist() == [1, SCALE - 1]
+    assert SymbolModel.of([1, 10**30]).frequencies.tolist() == [1, SCALE - 1]
 
 
 def test_bits_are_the_numbers_that_gave_them() -> None:
@@ -163,7 +167,7 @@ def test_bytes_that_no_encoder_wrote_are_refused_or_give_symbols_of_the_models()
         accepted += 1
         assert plain.size == 3000
         for got, (_, bounds, codebook) in zip(symbols, sent.sequences, strict=True):
-            for (start, stop), model in zip(itertools.pairwise(bounds), codebook.each, strict=True):
+            for (start, stop), model in zip(itertools.pairwise(bounds), codebook.models, strict=True):
                 assert model.frequencies[got[start:stop]].all()
     assert 0 < accepted < 750
 

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.codecs import entropy
-from isthmus.codecs.ans import SCALE
-from isthmus.codecs.bytewise import PAIRS, SINGLE, Bytewise
-from isthmus.codecs.levels import Grouping
 from isthmus.codecs.payload import restore, shrink
+from isthmus.codecs.transform import entropy
+from isthmus.codecs.transform.ans import SCALE
+from isthmus.codecs.transform.levels import MAX_LEVEL, Grouping
+from isthmus.codecs.transform.plan import PAIRS, SINGLE, ByteRun, CodingPlan, run_unit
 from support.activations import Array, golden_models, laplace_models
 
 
@@ -23,11 +23,11 @@ def test_golden_bytes_of_the_entropy_coder() -> None:
     values = np.array([((i * i) % 97) * ((i % 7) - 3) // 40 for i in range(4096)], np.float32)
     values[::512] *= 1000
     runs = [(at, at * 128, (at + 1) * 128 if at < 20 else 4096) for at in range(21)]
-    plan = entropy.Plan.of(runs, golden_models())
+    plan = CodingPlan.of(runs, golden_models())
     data = entropy.encode(values, plan)
     assert np.array_equal(entropy.decode(memoryview(data), plan), values)
     assert (len(data), hashlib.sha256(data).hexdigest()) == GOLDEN_LONG
-    short = entropy.Plan.of([(6, 0, 4), (12, 4, 10)], golden_models())
+    short = CodingPlan.of([(6, 0, 4), (12, 4, 10)], golden_models())
     data = entropy.encode(np.array([0, 0, 1, 0, -2, 5, 30, 0, -1, 1], np.float32), short)
     assert data.hex() == GOLDEN_SHORT
 
@@ -36,24 +36,24 @@ def test_golden_bytes_of_the_entropy_coder() -> None:
 @given(st.data())
 def test_whole_numbers_come_back_exactly(data: st.DataObject) -> None:
     count = data.draw(st.sampled_from([1, 5, 384, 2048, 3001, 8000, 40_001]))
-    unit = entropy.unit(count)
+    unit = run_unit(count)
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
-    levels = sorted(data.draw(st.sets(st.integers(0, entropy.MAX_LEVEL), min_size=1, max_size=6)))
+    levels = sorted(data.draw(st.sets(st.integers(0, MAX_LEVEL), min_size=1, max_size=6)))
     cuts = sorted({int(c) // unit * unit for c in rng.integers(0, count, len(levels) - 1)} - {0})
     ends = [*cuts, count]
     runs = list(zip(levels, [0, *ends[:-1]], ends, strict=False))
     values = np.rint(rng.standard_t(1.5, size=count) * 10.0 ** rng.uniform(-1, 2)).clip(-(2**23) + 1, 2**23 - 1)
-    plan = entropy.Plan.of(runs, golden_models())
+    plan = CodingPlan.of(runs, golden_models())
     found = entropy.decode(memoryview(entropy.encode(values.astype(np.float32), plan)), plan)
     assert np.array_equal(found, values)
 
 
-def large_values() -> tuple[Array, entropy.Plan]:
+def large_values() -> tuple[Array, CodingPlan]:
     """A long run of several bits a value, between two shorter ones, with some far outside of a byte."""
     rng = np.random.default_rng(0)
     values = np.rint(rng.laplace(size=8192) * np.repeat([0.7, 3, 9], [1024, 6144, 1024])).astype(np.float32)
     values[1024::997] *= 10_000
-    return values, entropy.Plan.of([(11, 0, 1024), (16, 1024, 7168), (19, 7168, 8192)], golden_models())
+    return values, CodingPlan.of([(11, 0, 1024), (16, 1024, 7168), (19, 7168, 8192)], golden_models())
 
 
 def test_a_long_run_of_large_values_is_a_section() -> None:
@@ -68,18 +68,18 @@ def test_a_long_run_of_large_values_is_a_section() -> None:
     assert np.array_equal(entropy.decode(memoryview(stored), plan), values)
 
 
-def small_values() -> tuple[Array, entropy.Plan]:
+def small_values() -> tuple[Array, CodingPlan]:
     """Two neighbouring levels of small values between shorter runs, with some far outside of what a pair holds."""
     rng = np.random.default_rng(0)
     values = np.rint(rng.laplace(size=20_480) * np.repeat([0.5, 1, 1.4, 4], [4096, 6144, 6144, 4096]))
     values[::997] *= 10_000
     runs = [(11, 0, 4096), (13, 4096, 10_240), (14, 10_240, 16_384), (17, 16_384, 20_480)]
-    return values.astype(np.float32), entropy.Plan.of(runs, laplace_models())
+    return values.astype(np.float32), CodingPlan.of(runs, laplace_models())
 
 
 def test_small_values_are_pairs_in_one_section_with_large_ones_and_neighbouring_levels_have_one_code() -> None:
     values, plan = small_values()
-    assert plan.bytewise == [Bytewise(0, 16_384, PAIRS, [2048, 6144]), Bytewise(16_384, 20_480, SINGLE, [4096])]
+    assert plan.byte_runs == [ByteRun(0, 16_384, PAIRS, [2048, 6144]), ByteRun(16_384, 20_480, SINGLE, [4096])]
     data = entropy.encode(values, plan)
     assert np.array_equal(entropy.decode(memoryview(data), plan), values)
     (length,) = struct.unpack("<I", data[:4])
@@ -117,19 +117,19 @@ def test_short_runs_and_small_tensors_have_no_pairs() -> None:
         [(10, 0, 12_000), (12, 12_000, 16_064), (14, 16_064, 18_080), (17, 18_080, 19_072)],
         [(10, 0, 40_000)],
     ):
-        assert not entropy.Plan.of(runs, models).bytewise
-    apart = entropy.Plan.of([(15, 0, 3072), (16, 3072, 9000)], models)
-    assert apart.bytewise == [Bytewise(0, 9024, SINGLE, [3072, 5952])]
-    apart = entropy.Plan.of([(15, 0, 20_000), (16, 20_000, 40_000)], models)
-    assert apart.bytewise == [Bytewise(0, 40_000, SINGLE, [20_000, 20_000])]
+        assert not CodingPlan.of(runs, models).byte_runs
+    apart = CodingPlan.of([(15, 0, 3072), (16, 3072, 9000)], models)
+    assert apart.byte_runs == [ByteRun(0, 9024, SINGLE, [3072, 5952])]
+    apart = CodingPlan.of([(15, 0, 20_000), (16, 20_000, 40_000)], models)
+    assert apart.byte_runs == [ByteRun(0, 40_000, SINGLE, [20_000, 20_000])]
 
 
 def test_runs_beside_one_another_that_are_grouped_alike_are_one_stretch() -> None:
     models = laplace_models()
-    plan = entropy.Plan.of([(6, 0, 5024), (8, 5024, 6016), (11, 6016, 7008), (16, 7008, 8000)], models)
+    plan = CodingPlan.of([(6, 0, 5024), (8, 5024, 6016), (11, 6016, 7008), (16, 7008, 8000)], models)
     assert [(s.start, s.stop) for s in plan.stretches] == [(0, 6016), (6016, 7008), (7008, 8000)]
     assert [s.grouping for s in plan.stretches] == [Grouping(4, True), Grouping(4, False), Grouping(2, False)]
-    between = entropy.Plan.of([(6, 0, 992), (16, 992, 8000), (18, 8000, 9024)], models)
+    between = CodingPlan.of([(6, 0, 992), (16, 992, 8000), (18, 8000, 9024)], models)
     assert [(s.start, s.stop) for s in between.stretches] == [(0, 992), (8000, 9024)]
 
 
@@ -137,7 +137,7 @@ def test_runs_beside_one_another_that_are_grouped_alike_are_one_stretch() -> Non
 def test_a_byte_of_magnitudes_stands_for_them_in_order(grouping: Grouping) -> None:
     every = np.arange(256, dtype=np.uint8)
     magnitudes = grouping.values[every].view(np.int8)
-    assert magnitudes.max() == grouping.most == (15 if grouping.size == 2 else 3)
+    assert magnitudes.max() == grouping.limit == (15 if grouping.size == 2 else 3)
     assert np.array_equal(grouping.symbols(magnitudes.copy()), every)
     assert magnitudes[grouping.size : 2 * grouping.size].tolist() == [1] + [0] * (grouping.size - 1)
 
@@ -147,7 +147,7 @@ def test_frequencies_of_groups_are_products_of_those_of_values() -> None:
     for level, grouping in ((2, Grouping(4, True)), (9, Grouping(4, False)), (16, Grouping(2, False))):
         found = models.level(level, grouping).groups.frequencies / SCALE
         zero, magnitudes = models.zero[level] / 65536, models.magnitudes[level] / 4096
-        one = np.array([zero, *(1 - zero) * magnitudes[: grouping.most - 1], 0])
+        one = np.array([zero, *(1 - zero) * magnitudes[: grouping.limit - 1], 0])
         one[-1] = 1 - one.sum()
         expected = np.array([one[each] for each in grouping.values.view(np.int8).reshape(256, -1)]).prod(axis=1)
         if grouping.flagged:
@@ -157,7 +157,7 @@ def test_frequencies_of_groups_are_products_of_those_of_values() -> None:
 
 @pytest.mark.parametrize("magnitude", [1, 126, 127, 128, 5000])
 def test_values_that_are_all_bytes_come_back(magnitude: int) -> None:
-    plan = entropy.Plan.of([(15, 0, 8000), (16, 8000, 20_000)], laplace_models())
+    plan = CodingPlan.of([(15, 0, 8000), (16, 8000, 20_000)], laplace_models())
     assert not plan.narrow
     values = np.rint(np.random.default_rng(0).laplace(size=20_000) * 3).clip(-20, 20).astype(np.float32)
     values[[0, 9000, 19_999]] = magnitude, -magnitude, magnitude
@@ -165,7 +165,7 @@ def test_values_that_are_all_bytes_come_back(magnitude: int) -> None:
 
 
 def test_a_byte_that_stands_for_no_value_is_refused() -> None:
-    plan = entropy.Plan.of([(16, 0, 8000)], laplace_models())
+    plan = CodingPlan.of([(16, 0, 8000)], laplace_models())
     values = np.ones(8000, np.float32)
     data = entropy.encode(values, plan)
     (length,) = struct.unpack("<I", data[:4])
@@ -176,7 +176,7 @@ def test_a_byte_that_stands_for_no_value_is_refused() -> None:
 
 def test_nothing_but_zeros_takes_no_bytes_where_no_bits_are_plain() -> None:
     for level, least in ((0, 0), (16, 0), (17, 2)):
-        plan = entropy.Plan.of([(level, 0, 200)], laplace_models())
+        plan = CodingPlan.of([(level, 0, 200)], laplace_models())
         data = entropy.encode(np.zeros(200, np.float32), plan)
         assert (len(data) > 0) == (least > 0)
         assert not entropy.decode(memoryview(data), plan).any()
@@ -185,7 +185,7 @@ def test_nothing_but_zeros_takes_no_bytes_where_no_bits_are_plain() -> None:
 
 
 @pytest.mark.parametrize("of", [large_values, small_values])
-def test_a_changed_or_shortened_section_is_refused(of: Callable[[], tuple[Array, entropy.Plan]]) -> None:
+def test_a_changed_or_shortened_section_is_refused(of: Callable[[], tuple[Array, CodingPlan]]) -> None:
     values, plan = of()
     data = entropy.encode(values, plan)
     (length,) = struct.unpack("<I", data[:4])
@@ -203,7 +203,7 @@ def test_a_plain_bit_more_leaves_the_model_of_half_the_deviation() -> None:
     rng = np.random.default_rng(0)
     for level in (17, 18, 21):
         values = np.rint(rng.laplace(size=2048) * 2.0 ** ((level - 12) / 2) / np.sqrt(2)).astype(np.float32)
-        sizes = [len(entropy.encode(values, entropy.Plan.of([(at, 0, 2048)], laplace_models()))) for at in range(41)]
+        sizes = [len(entropy.encode(values, CodingPlan.of([(at, 0, 2048)], laplace_models()))) for at in range(41)]
         assert min(sizes) > 0.997 * sizes[level]
 
 

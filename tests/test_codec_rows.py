@@ -13,13 +13,18 @@ from hypothesis import strategies as st
 
 from isthmus.arrays import Array
 from isthmus.codecs import Encoding, NotEncodable
-from isthmus.codecs.classes import Classes, packed_classes, unpacked_classes
-from isthmus.codecs.levels import LEVELS, MAX_DEAD_ZONE, TOP, Models
-from isthmus.codecs.row_layout import RowLayout
-from isthmus.codecs.rows import RowTable, read_table
-from isthmus.codecs.steps import THIRD, size_of, step_of
-from isthmus.codecs.table import GAINS, Table
-from isthmus.codecs.transform import TRANSFORM
+from isthmus.codecs.transform.codec import GAINS, TRANSFORM
+from isthmus.codecs.transform.levels import (
+    ESCAPE,
+    LEVELS,
+    MAX_DEAD_ZONE,
+    STEPS_PER_FACTOR,
+    EntropyModels,
+    step_of_quality,
+    step_size,
+)
+from isthmus.codecs.transform.rows import Clusters, RowLayout, RowTable, decode_clusters, encode_clusters, read_table
+from isthmus.codecs.transform.table import PlaneTable
 from isthmus.errors import CalibrationError
 from isthmus_tools.calibration.fisher import Sensitivity, equalise_steps, measure_sensitivity
 from isthmus_tools.calibration.layouts import plane_layout, row_layout
@@ -58,13 +63,13 @@ def tables() -> dict[str, RowTable]:
     return {name: table_of(form) for name, form in FORMS.items()}
 
 
-def round_trip(array: Array, table: Table | RowTable, quality: float) -> tuple[bytes, Array]:
+def round_trip(array: Array, table: PlaneTable | RowTable, quality: float) -> tuple[bytes, Array]:
     payload = TRANSFORM.encode(array, Encoding("transform/4", quality, table))
     return payload, TRANSFORM.decode(memoryview(payload), array.dtype, array.shape, table)
 
 
 def components(rows: Array, table: RowTable) -> Array:
-    analysis = table.analysis_at_work.astype(np.float64)
+    analysis = table.analysis_matrix.astype(np.float64)
     return np.asarray(rows * analysis if analysis.ndim == 1 else rows @ analysis.T)
 
 
@@ -75,9 +80,9 @@ def test_every_component_of_a_row_comes_back_within_half_a_step_or_as_the_zero_t
 ) -> None:
     table, array = tables[form], sentence(np.random.default_rng(9))
     _, found = round_trip(array, table, quality)
-    step = size_of(step_of(quality, table.steps))
+    step = step_size(step_of_quality(quality, table.steps))
     rows = components(array[0], table).astype(np.float32)
-    zero = table.centres[table.classes.likeliest(rows)]
+    zero = table.centres[table.clusters.likeliest(rows)]
     came = components(found[0].astype(float), table)
     widest = np.where(np.abs(came - zero) < 0.01 * step, MAX_DEAD_ZONE, 0.5)
     assert (np.abs(came - rows) <= widest * step * 1.001 + 1e-4).all()
@@ -103,7 +108,7 @@ def test_tensors_of_few_rows_come_back_after_those_of_any_other_number(form: str
         for count in (1, 2, 3, 4, 8, 12, 16, 17, 4, 1):
             array = np.repeat(token, count, axis=1)
             payload, found = round_trip(array, table, 0.6)
-            assert np.abs(components(found[0] - array[0], table)).max() <= size_of(step_of(0.6, table.steps))
+            assert np.abs(components(found[0] - array[0], table)).max() <= step_size(step_of_quality(0.6, table.steps))
             assert round_trip(array, RowTable.from_arrays(table.to_arrays()), 0.6)[0] == payload
 
 
@@ -130,7 +135,7 @@ def test_rows_unlike_all_others_have_a_class_with_the_mean_and_the_variance_of_a
     table, alone = (learn_rows(Rows.of(known), RowModel(k, rotated=True), None, STEPS) for k in (16, 1))
     assert np.allclose(table.means[0], np.concatenate(known, axis=1)[0].mean(axis=0), atol=1e-4)
     shares = [
-        np.mean([table.classes.likeliest(components(a[0], table).astype(np.float32)) == 0 for a in arrays])
+        np.mean([table.clusters.likeliest(components(a[0], table).astype(np.float32)) == 0 for a in arrays])
         for arrays in (known, unknown)
     ]
     assert shares[0] < 0.1
@@ -194,21 +199,21 @@ def test_any_bytes_are_refused_or_give_rows(data: bytes, step: int, gain: int) -
 @given(st.integers(0, 12), st.integers(1, 40), st.integers(0, 2**32 - 1))
 def test_classes_come_back_from_their_bits(bits: int, count: int, seed: int) -> None:
     classes = np.random.default_rng(seed).integers(0, 1 << bits, count)
-    data = packed_classes(classes, bits)
+    data = encode_clusters(classes, bits)
     assert len(data) == -(-count * bits // 8)
-    assert np.array_equal(unpacked_classes(memoryview(data), count, bits), classes)
+    assert np.array_equal(decode_clusters(memoryview(data), count, bits), classes)
     if count * bits % 8:
         with pytest.raises(ValueError, match="not zero"):
-            unpacked_classes(memoryview(data[:-1] + bytes([data[-1] | 1])), count, bits)
+            decode_clusters(memoryview(data[:-1] + bytes([data[-1] | 1])), count, bits)
 
 
-def many_classes(rng: np.random.Generator) -> tuple[Classes, Array, Array]:
+def many_classes(rng: np.random.Generator) -> tuple[Clusters, Array, Array]:
     """512 classes of 96 components, some of which part them; and rows of these, with the class that each is of."""
     centres = rng.normal(size=(512, 96)) * np.geomspace(4, 0.1, 96)
     deviations = rng.uniform(0.3, 1.5, size=(512, 96))
     of = rng.integers(0, 512, 3000)
     rows = centres[of] + deviations[of] * rng.normal(size=(3000, 96))
-    return Classes.of(centres, np.square(deviations)), rows.astype(np.float32), of
+    return Clusters.of(centres, np.square(deviations)), rows.astype(np.float32), of
 
 
 def test_the_class_that_is_found_is_the_likeliest_of_all() -> None:
@@ -217,7 +222,7 @@ def test_the_class_that_is_found_is_the_likeliest_of_all() -> None:
     costs = np.stack(
         [
             (np.square(rows - c) * w).sum(axis=1) + r
-            for c, w, r in zip(classes.centres, classes.weight, classes.rarity, strict=True)
+            for c, w, r in zip(classes.centres, classes.weight, classes.log_variance, strict=True)
         ]
     )
     assert (found == costs.argmin(axis=0)).mean() > 0.99
@@ -242,15 +247,15 @@ def test_a_table_is_as_large_as_memory_allows_and_no_larger(tables: dict[str, Ro
     assert most.bits == 12
     for classes, channels in ((8192, 24), (4096, 512), (3, 24)):
         wide = RowLayout(3, (2,), (channels,))
-        with pytest.raises(ValueError, match=f"{classes} classes of {channels} channels"):
+        with pytest.raises(ValueError, match=f"{classes} clusters of {channels} channels"):
             replace(table, layout=wide, means=np.zeros((classes, channels), np.float32))
 
 
 def golden_table() -> RowTable:
     """Made of integers alone: four channels as they are, two classes, the second of steps half as large."""
-    magnitudes = np.full((LEVELS, TOP), 4096 // TOP, np.uint16)
-    magnitudes[:, 0] += 4096 - TOP * (4096 // TOP)
-    models = Models(np.full(LEVELS, 30000, np.uint16), magnitudes)
+    magnitudes = np.full((LEVELS, ESCAPE), 4096 // ESCAPE, np.uint16)
+    magnitudes[:, 0] += 4096 - ESCAPE * (4096 // ESCAPE)
+    models = EntropyModels(np.full(LEVELS, 30000, np.uint16), magnitudes)
     return RowTable(
         layout=RowLayout(2, (1,), (4,)),
         means=np.array([[0, 0, 0, 0], [8, 8, 8, 8]], np.float32),
@@ -334,7 +339,7 @@ def test_steps_are_finer_in_rows_that_matter_more() -> None:
     assert len(how.places) == how.inputs
     assert how.places[0][0] > 10 * how.places[0][1:].max()
     table = learn_rows(Rows.of(samples), RowModel(4, rotated=True), how, STEPS)
-    first = table.classes.likeliest(components(samples[0][0], table).astype(np.float32))[0]
+    first = table.clusters.likeliest(components(samples[0][0], table).astype(np.float32))[0]
     assert table.weights[first] == table.weights.max() > 0
     assert sorted(how.in_order(list(range(39, -1, -1))).places[-1]) == sorted(how.places[0])
 
@@ -342,14 +347,14 @@ def test_steps_are_finer_in_rows_that_matter_more() -> None:
 def test_tokens_become_rows_and_smooth_sequences_keep_their_planes() -> None:
     rng = np.random.default_rng(0)
 
-    def of(samples: list[Array]) -> Table | RowTable:
+    def of(samples: list[Array]) -> PlaneTable | RowTable:
         return learn_table(
             samples, Sensitivity(plane_layout(samples[0]), np.eye(samples[0].shape[2]), np.ones(7), 1, 1)
         )
 
     assert isinstance(of([sentence(rng, 12) for _ in range(40)]), RowTable)
     smooth = [np.cumsum(rng.normal(size=(1, 60, 6)), axis=1).astype(np.float32) for _ in range(24)]
-    assert isinstance(of(smooth), Table)
+    assert isinstance(of(smooth), PlaneTable)
 
 
 @pytest.mark.parametrize("harm", [1e-12, 1.0, 1e300])
@@ -357,7 +362,7 @@ def test_the_form_does_not_depend_on_how_much_a_tensor_matters(harm: float) -> N
     rng = np.random.default_rng(3)
     smooth = [np.cumsum(rng.normal(size=(1, 60, 6)), axis=1).astype(np.float32) for _ in range(24)]
     how = Sensitivity(plane_layout(smooth[0]), harm * np.eye(6), np.ones(7), 1, 1)
-    assert isinstance(learn_table(smooth, how), Table)
+    assert isinstance(learn_table(smooth, how), PlaneTable)
 
 
 @pytest.mark.parametrize("channels", [6, 24])
@@ -377,13 +382,15 @@ def test_the_steps_of_tensors_that_cross_together_do_the_same_harm() -> None:
         return {"out": crossing["a"] + crossing["b"]}
 
     found = {name: measure_sensitivity(tail, samples, name, loss="values", max_runs=200) for name in ("a", "b")}
-    made: dict[str, Table | RowTable] = {n: learn_table([s[n] for s in samples], how) for n, how in found.items()}
+    made: dict[str, PlaneTable | RowTable] = {n: learn_table([s[n] for s in samples], how) for n, how in found.items()}
     equalise_steps(made, found)
-    sizes = [table.scale * size_of(table.steps[0]) for table in made.values()]
+    sizes = [table.scale * step_size(table.steps[0]) for table in made.values()]
     assert sizes[0] == pytest.approx(sizes[1], rel=0.15)
     moved = [(table.steps[0] - STEPS[0]) * table.channels for table in made.values()]
     assert abs(sum(moved)) <= sum(table.channels for table in made.values()) / 2 < abs(moved[0])
-    assert {coarsest - finest for coarsest, finest in (table.steps for table in made.values())} == {5 * THIRD}
+    assert {coarsest - finest for coarsest, finest in (table.steps for table in made.values())} == {
+        5 * STEPS_PER_FACTOR
+    }
     for table, by in ((made["a"], 1e9), (made["b"], 1e-9)):
         # However far apart tensors are, steps stay where a byte says them.
         apart = {"a": replace(made["a"], steps=STEPS), "b": replace(table, steps=STEPS, scale=table.scale * by)}

@@ -9,12 +9,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from isthmus.codecs import Encoding, NotEncodable, entropy
-from isthmus.codecs.levels import TOP
-from isthmus.codecs.planes import Layout, edges_for, plane_transform
-from isthmus.codecs.steps import THIRD, in_eighths, size_of, step_of
-from isthmus.codecs.table import GAINS, GridCache, Table, levels_of
-from isthmus.codecs.transform import TRANSFORM, analysed, rounded
+from isthmus.codecs import Encoding, NotEncodable
+from isthmus.codecs.transform import entropy
+from isthmus.codecs.transform.codec import GAINS, TRANSFORM, analyse, quantise
+from isthmus.codecs.transform.levels import (
+    ESCAPE,
+    STEPS_PER_FACTOR,
+    levels_of,
+    step_in_eighths,
+    step_of_quality,
+    step_size,
+)
+from isthmus.codecs.transform.plan import CodingPlan
+from isthmus.codecs.transform.planes import Layout, edges_for, plane_transform
+from isthmus.codecs.transform.table import PlaneTable, grid_cache
 from isthmus.errors import CalibrationError
 from isthmus_tools.calibration.fisher import measure_sensitivity
 from isthmus_tools.calibration.layouts import plane_layout
@@ -26,18 +34,18 @@ from support.activations import tables as tables
 
 
 def test_a_step_thirteen_lower_is_a_third() -> None:
-    assert size_of(0) == 1
-    for step in range(-127 + THIRD, 128):
-        assert size_of(step - THIRD) == pytest.approx(size_of(step) / 3, rel=1e-12)
-        assert size_of(step - 1) < size_of(step)
+    assert step_size(0) == 1
+    for step in range(-127 + STEPS_PER_FACTOR, 128):
+        assert step_size(step - STEPS_PER_FACTOR) == pytest.approx(step_size(step) / 3, rel=1e-12)
+        assert step_size(step - 1) < step_size(step)
 
 
 def test_steps_in_eighths_of_an_octave_are_the_nearest_whole_ones() -> None:
     for step in range(-127, 128):
-        assert type(in_eighths(step)) is int
-        assert in_eighths(step) == pytest.approx(8 * np.log2(size_of(step)), abs=0.55)
-        assert 0 <= in_eighths(step) - in_eighths(step - 1) <= 1
-    assert (in_eighths(0), in_eighths(40), in_eighths(-40)) == (0, 39, -39)
+        assert type(step_in_eighths(step)) is int
+        assert step_in_eighths(step) == pytest.approx(8 * np.log2(step_size(step)), abs=0.55)
+        assert 0 <= step_in_eighths(step) - step_in_eighths(step - 1) <= 1
+    assert (step_in_eighths(0), step_in_eighths(40), step_in_eighths(-40)) == (0, 39, -39)
 
 
 def test_qualities_a_fifth_apart_are_exactly_a_third_of_the_step_apart() -> None:
@@ -45,33 +53,33 @@ def test_qualities_a_fifth_apart_are_exactly_a_third_of_the_step_apart() -> None
     width = STEPS[0] - STEPS[1]
     for coarsest in range(-127 + width, 128):
         steps = (coarsest, coarsest - width)
-        found = [step_of(q / 1000, steps) for q in range(1001)]
+        found = [step_of_quality(q / 1000, steps) for q in range(1001)]
         assert (found[0], found[-1]) == steps
-        assert {a - b for a, b in zip(found, found[200:], strict=False)} == {THIRD}
+        assert {a - b for a, b in zip(found, found[200:], strict=False)} == {STEPS_PER_FACTOR}
         assert {a - b for a, b in itertools.pairwise(found)} == {0, 1}
         # As sums are: 0.1 + 0.2 is no 0.3.
-        assert [step_of(min(q / 1000 + 0.2, 1), steps) for q in range(801)] == found[200:]
+        assert [step_of_quality(min(q / 1000 + 0.2, 1), steps) for q in range(801)] == found[200:]
 
 
 def test_a_table_of_few_steps_takes_every_quality() -> None:
-    assert {step_of(q / 100, (3, 3)) for q in range(101)} == {3}
-    assert [step_of(q, (1, -1)) for q in (0, 0.2, 0.5, 0.8, 1)] == [1, 1, 0, -1, -1]
+    assert {step_of_quality(q / 100, (3, 3)) for q in range(101)} == {3}
+    assert [step_of_quality(q, (1, -1)) for q in (0, 0.2, 0.5, 0.8, 1)] == [1, 1, 0, -1, -1]
 
 
 # Models
 
 
-def test_coded_values_take_what_their_model_says(tables: dict[str, tuple[Table, Array]]) -> None:
+def test_coded_values_take_what_their_model_says(tables: dict[str, tuple[PlaneTable, Array]]) -> None:
     models = tables["maps"][0].models
     rng = np.random.default_rng(0)
     for level in (2, 6, 10, 14):
         zero = models.zero[level] / 65536
         share = np.append(zero, (1 - zero) * models.magnitudes[level] / 4096)
         for count, most in ((16_000, 1.004), (40_000, 1.02)):  # the longer ones of some levels are sections
-            drawn = rng.choice(TOP + 1, count, p=share / share.sum())
-            drawn[drawn == TOP] = TOP - 1
+            drawn = rng.choice(ESCAPE + 1, count, p=share / share.sum())
+            drawn[drawn == ESCAPE] = ESCAPE - 1
             values = drawn * rng.choice([-1, 1], drawn.size)
-            plan = entropy.Plan.of([(level, 0, values.size)], models)
+            plan = CodingPlan.of([(level, 0, values.size)], models)
             bits = -np.log2(share)[drawn].sum() + (drawn > 0).sum()
             assert len(entropy.encode(values.astype(np.float32), plan)) * 8 < bits * most + 64
 
@@ -80,11 +88,11 @@ def test_coded_values_take_what_their_model_says(tables: dict[str, tuple[Table, 
 def test_models_fit_their_levels_at_every_step(step: int) -> None:
     """Learned at one step alone, so that what the others teach hides nothing."""
     rng = np.random.default_rng(0)
-    stored = rng.integers(128 + in_eighths(step) - 40, 128 + in_eighths(step) + 20, 200_000)
+    stored = rng.integers(128 + step_in_eighths(step) - 40, 128 + step_in_eighths(step) + 20, 200_000)
     deviation = np.exp2((stored - 128) / 8)
     values = (rng.laplace(size=stored.size) * deviation / np.sqrt(2)).astype(np.float32)
     models = learn_models(values, stored, np.zeros(stored.size, np.int64), (step, step))
-    steps = deviation / size_of(step)
+    steps = deviation / step_size(step)
     level = levels_of(stored, step, 0)
     assert float(np.abs(level - (12 + 2 * np.log2(steps))).max()) < 0.65
     for each in range(3, 17):
@@ -97,15 +105,15 @@ def test_coded_coefficients_take_little_more_than_their_entropy(quality: float) 
     """The empirical entropy of each level's values, over all tensors; some bytes of each are its head and its end."""
     samples = activations((1, 12, 28, 28), 30)
     table = learn_planes(samples[10:], layout=Layout(4, 1))
-    step = step_of(quality, table.steps)
+    step = step_of_quality(quality, table.steps)
     coded, by_level = 0, dict[int, list[Array]]()
     for array in samples[:10]:
         payload = TRANSFORM.encode(array, Encoding("transform/4", quality, table))
         coded += len(payload)
-        values, grid, _ = analysed(array, table)
+        values, grid, _ = analyse(array, table)
         assert grid is not None
         gain = int(np.frombuffer(payload[1:2], np.int8)[0])
-        whole = rounded(values, step, entropy.room(values.size))[: values.size]
+        whole = quantise(values, step, entropy.padded_buffer(values.size))[: values.size]
         for level, start, stop in grid.runs(step, gain):
             by_level.setdefault(level, []).append(whole[start:stop])
     entropies = 0.0
@@ -118,9 +126,9 @@ def test_coded_coefficients_take_little_more_than_their_entropy(quality: float) 
 # As arrays
 
 
-def test_a_table_comes_back_from_its_arrays(tables: dict[str, tuple[Table, Array]]) -> None:
+def test_a_table_comes_back_from_its_arrays(tables: dict[str, tuple[PlaneTable, Array]]) -> None:
     for table, array in tables.values():
-        again = Table.from_arrays(table.to_arrays())
+        again = PlaneTable.from_arrays(table.to_arrays())
         assert again.nbytes == table.nbytes
         assert round_trip(array, again, 0.5)[0] == round_trip(array, table, 0.5)[0]
 
@@ -148,16 +156,16 @@ def broken_tables(arrays: Mapping[str, Array]) -> Iterator[tuple[str, dict[str, 
     yield "channels", changed("mean", arrays["mean"][:-1])
 
 
-def test_a_table_out_of_bounds_is_refused(tables: dict[str, tuple[Table, Array]]) -> None:
+def test_a_table_out_of_bounds_is_refused(tables: dict[str, tuple[PlaneTable, Array]]) -> None:
     for what, arrays in broken_tables(tables["maps"][0].to_arrays()):
         try:
-            Table.from_arrays(arrays)
+            PlaneTable.from_arrays(arrays)
         except ValueError:
             continue
         pytest.fail(what)
 
 
-def test_a_rotation_without_inverse_is_refused_when_it_is_needed(tables: dict[str, tuple[Table, Array]]) -> None:
+def test_a_rotation_without_inverse_is_refused_when_it_is_needed(tables: dict[str, tuple[PlaneTable, Array]]) -> None:
     table, array = tables["vectors"]
     flat = replace(table, synthesis=np.zeros_like(table.synthesis))
     with pytest.raises(NotEncodable, match="inverse"):
@@ -165,17 +173,17 @@ def test_a_rotation_without_inverse_is_refused_when_it_is_needed(tables: dict[st
 
 
 def test_sizes_of_all_tables_keep_bounded_memory_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = GridCache(60 * 2**20)
-    monkeypatch.setattr("isthmus.codecs.table.GRIDS", cache)
+    cache = grid_cache(60 * 2**20)
+    monkeypatch.setattr("isthmus.codecs.transform.table.GRIDS", cache)
     table = learn_planes(activations((1, 24, 2)), layout=Layout(3, 2))
-    other = Table.from_arrays(table.to_arrays())
+    other = PlaneTable.from_arrays(table.to_arrays())
     for length in range(960, 992):  # a matrix of 4 MB each
         first = table.grid((1, length, 2))
         assert other.grid((1, length, 2)) is not first
         assert table.grid((1, length, 2)) is first
     assert 1 < len(cache) < 32
-    matrices = [g.transform.whole.nbytes for g in cache._grids.values() if g.transform.whole is not None]
-    assert sum(matrices) < cache.nbytes <= 60 * 2**20
+    matrices = [g.transform.whole.nbytes for g in cache.values() if g.transform.whole is not None]
+    assert sum(matrices) < cache.currsize <= 60 * 2**20
 
 
 def test_a_grid_counts_the_plans_that_it_may_keep() -> None:
@@ -185,7 +193,9 @@ def test_a_grid_counts_the_plans_that_it_may_keep() -> None:
     before = grid.nbytes
     plans = [grid.plan(step, gain) for step in range(table.steps[1], table.steps[0]) for gain in (-96, 0, 24)]
     largest = max(
-        plan.limits.nbytes + plan.least.nbytes + (plan.plain.shift.nbytes + plan.plain.half.nbytes if plan.plain else 0)
+        plan.limits.nbytes
+        + plan.lower_limits.nbytes
+        + (plan.plain.shift.nbytes + plan.plain.half.nbytes if plan.plain else 0)
         for plan in plans
     )
     assert len(grid._plans) <= 64
@@ -315,9 +325,9 @@ def test_a_sample_tells_the_gain_of_maps_whose_channels_differ() -> None:
     rng = np.random.default_rng(0)
     table = learn_planes([rng.normal(size=(1, 48, 64, 64)).astype(np.float32) for _ in range(3)], layout=Layout(4, 1))
     array = rng.normal(size=(1, 48, 64, 64)).astype(np.float32) * np.exp(rng.normal(size=(48, 1, 1))).astype(np.float32)
-    values, grid, _ = analysed(array, table)
+    values, grid, _ = analyse(array, table)
     assert grid is not None
-    some, per_unit = grid.sampled(0)
+    some, per_unit = grid.gain_samples(0)
     assert per_unit.size < values.size / 8
     every = np.repeat(grid.per_unit, grid.counts)
     sampled, all_ = float(np.abs(values[some]) @ per_unit) / per_unit.size, float(np.abs(values) @ every) / every.size

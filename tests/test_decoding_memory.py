@@ -12,9 +12,9 @@ from flask.testing import FlaskClient
 from isthmus.arrays import DTYPES, Array
 from isthmus.artifacts.choice import TRANSFORM_ID
 from isthmus.codecs import EncodedTensor, Encoding, encode_tensor, find_codec
-from isthmus.codecs.planes import Layout
-from isthmus.codecs.rows import RowTable
-from isthmus.codecs.table import Table
+from isthmus.codecs.transform.planes import Layout
+from isthmus.codecs.transform.rows import RowTable
+from isthmus.codecs.transform.table import PlaneTable
 from isthmus.errors import FrameTooLarge, ShapeMismatch
 from isthmus.serving import create_segment_app
 from isthmus.wire import frame as frames
@@ -71,7 +71,7 @@ def test_a_codec_allocates_no_more_than_it_says(codec: str, dtype: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def small_planes() -> Table:
+def small_planes() -> PlaneTable:
     """The table of a tensor whose planes are too small for coefficients to be sorted four at a time."""
     return learn_planes(activations((1, 32, 7, 7))[1:], layout=Layout(4, 1))
 
@@ -84,7 +84,7 @@ def rows() -> RowTable:
 @pytest.mark.parametrize("quality", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_transform_allocates_no_more_than_it_says_the_first_time(
-    dtype: str, quality: float, small_planes: Table
+    dtype: str, quality: float, small_planes: PlaneTable
 ) -> None:
     codec = TRANSFORM_ID
     array = np.tile(activations((1, 32, 7, 7), 1)[0], (90, 1, 1, 1)).astype(dtype)
@@ -94,7 +94,7 @@ def test_a_transform_allocates_no_more_than_it_says_the_first_time(
     bound = array.nbytes + find_codec(codec).working_bytes(array.dtype, array.shape) + SLACK
 
     def decode() -> None:
-        table = Table.from_arrays(small_planes.to_arrays())
+        table = PlaneTable.from_arrays(small_planes.to_arrays())
         find_codec(codec).decode(memoryview(payload), array.dtype, array.shape, table)
 
     assert least(lambda: peak_of(decode), bound) < bound
@@ -107,7 +107,7 @@ def test_rows_allocate_no_more_than_they_say(rows: RowTable) -> None:
 
 
 def test_a_few_bytes_that_stand_for_a_large_tensor_are_refused_before_anything_is_made_for_it(
-    small_planes: Table,
+    small_planes: PlaneTable,
 ) -> None:
     zeros = bytes((small_planes.steps[0] & 255, 0))
     tensor = EncodedTensor(TRANSFORM_ID, "float32", (5000, 32, 7, 7), zeros)

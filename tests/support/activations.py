@@ -7,10 +7,10 @@ import pytest
 
 from isthmus.arrays import Array
 from isthmus.codecs import Encoding
-from isthmus.codecs.levels import LEVELS, TOP, Models
-from isthmus.codecs.planes import Layout
-from isthmus.codecs.table import Table
-from isthmus.codecs.transform import TRANSFORM
+from isthmus.codecs.transform.codec import TRANSFORM
+from isthmus.codecs.transform.levels import ESCAPE, LEVELS, EntropyModels
+from isthmus.codecs.transform.planes import Layout
+from isthmus.codecs.transform.table import PlaneTable
 from isthmus_tools.calibration.transforms import learn_planes
 
 SHAPES = {
@@ -38,7 +38,7 @@ def activations(shape: tuple[int, ...], count: int = 24, seed: int = 0) -> list[
 
 
 @pytest.fixture(scope="module")
-def tables() -> dict[str, tuple[Table, Array]]:
+def tables() -> dict[str, tuple[PlaneTable, Array]]:
     """For each kind of tensor a table, and one that it was not learned from."""
     made = {}
     for kind, shape in SHAPES.items():
@@ -47,27 +47,27 @@ def tables() -> dict[str, tuple[Table, Array]]:
     return made
 
 
-def round_trip(array: Array, table: Table, quality: float) -> tuple[bytes, Array]:
+def round_trip(array: Array, table: PlaneTable, quality: float) -> tuple[bytes, Array]:
     payload = TRANSFORM.encode(array, Encoding("transform/4", quality, table))
     return payload, TRANSFORM.decode(memoryview(payload), array.dtype, array.shape, table)
 
 
-def golden_models() -> Models:
+def golden_models() -> EntropyModels:
     """Models made of integers alone."""
     zero = [max(65536 * (LEVELS - level) // (LEVELS + 1), 600) for level in range(LEVELS)]
     magnitudes = []
     for level in range(LEVELS):
-        row = [max(4096 * (level + 1) ** k // (level + 2) ** (k + 1), 1) for k in range(TOP)]
+        row = [max(4096 * (level + 1) ** k // (level + 2) ** (k + 1), 1) for k in range(ESCAPE)]
         row[0] += 4096 - sum(row)
         magnitudes.append(row)
-    return Models(np.array(zero, np.uint16), np.array(magnitudes, np.uint16))
+    return EntropyModels(np.array(zero, np.uint16), np.array(magnitudes, np.uint16))
 
 
-def laplace_models() -> Models:
+def laplace_models() -> EntropyModels:
     """Each level's own: Laplace's distribution, rounded to whole numbers."""
     decay = np.exp(-np.sqrt(2) / 2.0 ** ((np.arange(LEVELS) - 12) / 2))
-    magnitudes = np.maximum(4096 * (1 - decay[:, None]) * decay[:, None] ** np.arange(TOP), 1).astype(np.uint16)
-    magnitudes[:, TOP - 1] = np.maximum(4096 * decay ** (TOP - 1), 1)
+    magnitudes = np.maximum(4096 * (1 - decay[:, None]) * decay[:, None] ** np.arange(ESCAPE), 1).astype(np.uint16)
+    magnitudes[:, ESCAPE - 1] = np.maximum(4096 * decay ** (ESCAPE - 1), 1)
     magnitudes[:, 0] += (4096 - magnitudes.sum(axis=1)).astype(np.uint16)
     zero = np.clip(65536 * (1 - np.sqrt(decay)), 1, 65535).astype(np.uint16)
-    return Models(zero, magnitudes)
+    return EntropyModels(zero, magnitudes)

@@ -20,7 +20,7 @@ from isthmus.artifacts.agreement import TOP1, Measure
 from isthmus.artifacts.bundle import Blob, digest_of
 from isthmus.artifacts.choice import Look
 from isthmus.codecs import Encoding
-from isthmus.codecs.table import Table
+from isthmus.codecs.transform.table import PlaneTable
 from isthmus.context import Context, Deadline
 from isthmus.pipeline import HttpHop, LocalHop, LookPolicy, Result, Route, agreement, execute, plan_route
 from isthmus.runtime.store import SegmentStore
@@ -79,7 +79,7 @@ def breaks_off(gate: Gate, environ: dict[str, Any]) -> Response:
     return Response()
 
 
-def with_tables(published: Published, folder: Path, tables: Mapping[str, Table]) -> Published:
+def with_tables(published: Published, folder: Path, tables: Mapping[str, PlaneTable]) -> Published:
     """The next version, calibrated: with these tables for its tensors."""
     blobs, files = {}, {}
     for name, table in tables.items():
@@ -101,7 +101,7 @@ class Known:
     """A calibrated model, and the tables of what crosses its cuts."""
 
     published: Published
-    tables: Mapping[str, Table]
+    tables: Mapping[str, PlaneTable]
 
     @property
     def inputs(self) -> dict[str, Array]:

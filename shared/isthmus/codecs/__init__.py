@@ -1,32 +1,51 @@
-"""How one tensor is packed inside a frame: a table of codecs by the id that the frame's header names.
+"""Codecs: the encoding of one tensor inside a frame, by the id in the frame's header.
 
-A codec turns an array into bytes and back, purely: what it needs beyond them is in a *table*, learned from inputs and
-stored in the bundle. Decoding checks what it reads before it allocates, and gives the same array on every machine. An
-id ends in the version of what it writes. docs/codecs.md says what each is for.
+A codec is a pure function from an array to bytes and back. Learned parameters are in a *table*, stored in the bundle.
+Decoding checks its input before it allocates, and gives the same array on every machine. An id ends in the version of
+its format. Source: docs/reference/codecs.md.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
 from isthmus.arrays import Array
-from isthmus.artifacts.choice import KNOWN, LOSSLESS_ID, RAW_ID, SPARSE_ID, TRANSFORM_ID
-from isthmus.codecs import raw
+from isthmus.artifacts.choice import LOSSLESS_ID, PHOTO_ID, RAW_ID, SPARSE_ID, TRANSFORM_ID, Choice
+from isthmus.artifacts.tensors import TensorSpec
+
+MAX_DECODING_BYTES = 64 * 2**20
+"""Memory bound for decoding one tensor, its array included: the default of the setting max_request_bytes. Larger
+tensors travel raw, since a reader would refuse them."""
+
+_CODECS: Mapping[str, str] = {
+    RAW_ID: "raw:RAW",
+    "half/1": "half:HALF",
+    "bfloat16/1": "half:BFLOAT16",
+    LOSSLESS_ID: "lossless:LOSSLESS",
+    "int8/1": "affine:INT8",
+    "int4/1": "affine:INT4",
+    SPARSE_ID: "sparse:SPARSE",
+    TRANSFORM_ID: "transform.codec:TRANSFORM",
+    PHOTO_ID: "image:PHOTO",
+}
+# Ids, masks and states of counters have no redundancy that a lossy codec may use.
+_EXACT_DEFAULT = LOSSLESS_ID
+_EXACT = frozenset({RAW_ID, LOSSLESS_ID, PHOTO_ID})
+_ACTIVATIONS = frozenset({"float16", "bfloat16", "float32"})
 
 
 class NotEncodable(ValueError):
-    """This codec would not keep what is in the array: the tensor travels raw instead."""
+    """The codec cannot represent this array: the tensor travels raw instead."""
 
 
 @dataclass(frozen=True)
 class EncodedTensor:
-    """A tensor as it lies in a frame: its payload, and the dtype and shape that unpacking gives."""
+    """An encoded tensor: its payload, and the dtype and shape of the decoded array."""
 
     codec: str
     dtype: str
@@ -40,9 +59,9 @@ class EncodedTensor:
 
 @dataclass(frozen=True)
 class Encoding:
-    """How one tensor is to be packed.
+    """How to encode one tensor.
 
-    `quality`, from 0 to 1, matters to codecs that trade bytes for error; `table` to those that were calibrated.
+    `quality`, from 0 to 1, is for codecs that trade bytes for error, `table` for calibrated codecs.
     """
 
     codec: str
@@ -51,77 +70,58 @@ class Encoding:
 
 
 class Codec(Protocol):
-    """What each entry of the table has."""
+    """The interface of a codec."""
 
     @property
     def calibrated(self) -> bool:
-        """Whether unpacking needs a table."""
+        """Whether decoding needs a table."""
         ...
 
     def encode(self, array: Array, encoding: Encoding) -> bytes | memoryview:
         """The payload of `array` (any shape and strides).
 
         Raises:
-            NotEncodable: the codec cannot keep it: a dtype that it does not take, NaN, values out of range.
+            NotEncodable: an unsupported dtype, NaN, or values out of range.
         """
         ...
 
     def working_bytes(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
-        """Upper bound on what `decode` allocates besides the array and the payload, in bytes.
+        """Upper bound on the memory that `decode` allocates besides the array and the payload, in bytes.
 
-        Readers count it in their bound before they decode; a dtype that the codec refuses counts as any other.
+        Readers add it to their bound before they decode; dtypes that the codec refuses have a bound as well.
         """
         ...
 
     def decode(self, payload: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], table: object) -> Array:
-        """The array of the dtype and shape that the header states, which the reader has bounded.
+        """The array of the dtype and shape in the header, which the reader has bounded.
 
         Raises:
-            ValueError: the payload is not one of that dtype and shape.
+            ValueError: the payload is malformed, or has another dtype or shape.
         """
         ...
 
 
 Tables: TypeAlias = Callable[[str, str, str], object]
-"""What a calibrated codec needs to know of a tensor, by the bundle's digest, the tensor's name and the codec's id."""
-
-_PLACES: Mapping[str, str] = {
-    "half/1": "half:HALF",
-    "bfloat16/1": "half:BFLOAT16",
-    LOSSLESS_ID: "lossless:LOSSLESS",
-    "int8/1": "affine:INT8",
-    "int4/1": "affine:INT4",
-    SPARSE_ID: "sparse:SPARSE",
-    TRANSFORM_ID: "transform:TRANSFORM",
-    "photo/1": "photo:PHOTO",
-}
+"""The table of a tensor, by the bundle's digest, the tensor's name and the codec's id."""
 
 
-@lru_cache(maxsize=len(KNOWN))
 def find_codec(codec: str) -> Codec:
-    """The codec of that id, imported on first use: a function pays for those that it is sent.
+    """The codec of that id, imported on first use: a function loads only the codecs of its frames.
 
     Raises:
-        KeyError: there is none.
+        KeyError: an unknown id.
     """
-    if codec == RAW_ID:
-        return raw.RAW
-    module, _, name = _PLACES[codec].partition(":")
-    found: Codec = getattr(importlib.import_module(f"isthmus.codecs.{module}"), name)
-    return found
-
-
-MAX_DECODING_BYTES = 64 * 2**20
-"""What decoding one tensor may take, the array included: the default of the setting max_request_bytes. A tensor that
-would take more travels raw, since a reader would refuse it."""
+    module, _, name = _CODECS[codec].partition(":")
+    instance: Codec = getattr(importlib.import_module(f"isthmus.codecs.{module}"), name)
+    return instance
 
 
 def encode_tensor(array: Array, encoding: Encoding) -> EncodedTensor | Array:
-    """`array` packed, or as it is where the codec would not keep it, would not make it smaller, or where decoding takes
-    more memory than readers allow.
+    """Encode `array`; returns it unchanged if the codec cannot represent it, gains nothing, or if decoding would exceed
+    MAX_DECODING_BYTES.
 
     Raises:
-        KeyError: no such codec.
+        KeyError: an unknown codec.
     """
     if encoding.codec == RAW_ID:
         return array
@@ -134,9 +134,33 @@ def encode_tensor(array: Array, encoding: Encoding) -> EncodedTensor | Array:
         return array
     if len(payload) >= array.nbytes:
         return array
-    return EncodedTensor(encoding.codec, _name(array.dtype), array.shape, payload)
+    return EncodedTensor(encoding.codec, array.dtype.name, array.shape, payload)
 
 
-@lru_cache(maxsize=32)
-def _name(dtype: np.dtype[Any]) -> str:
-    return dtype.name  # which takes numpy 10 µs to say
+def encodings(
+    specs: Iterable[TensorSpec], choice: Choice, table: Callable[[str], object] | None = None
+) -> dict[str, Encoding]:
+    """The encodings of the tensors of one hop: `choice` for activations, an exact codec for all other tensors.
+
+    `table` is called with a tensor's name, for calibrated codecs only. A tensor without a table is no activation:
+    calibration found, say, an attention mask of two values.
+    """
+    if choice.codec == RAW_ID:
+        return {}
+    calibrated = find_codec(choice.codec).calibrated
+    result = {}
+    for spec in specs:
+        learned = table(spec.name) if calibrated and table is not None and is_activation(spec) else None
+        exact = not is_activation(spec) or (calibrated and learned is None)
+        result[spec.name] = Encoding(_EXACT_DEFAULT) if exact else Encoding(choice.codec, choice.quality, learned)
+    return result
+
+
+def is_exact(encoding: Choice | Encoding) -> bool:
+    """Whether decoding restores every bit, so that predictions cannot differ."""
+    return encoding.codec in _EXACT or (encoding.codec == SPARSE_ID and encoding.quality >= 1)
+
+
+def is_activation(spec: TensorSpec) -> bool:
+    """Whether a lossy codec may encode this tensor: floats of at most 32 bits."""
+    return spec.dtype in _ACTIVATIONS

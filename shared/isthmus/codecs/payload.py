@@ -1,10 +1,11 @@
-"""What payloads are made of: sections whose size the reader knows beforehand, stored or as one zstd frame each.
+"""Sections of payloads: bytes of a size that the reader knows beforehand, stored or as one zstd frame each.
 
-The only module that imports zstd: the backport of what Python 3.14 has. Specification: docs/codecs.md, "Sections".
+The only module that imports zstd: its backport before Python 3.14. Source: docs/reference/codecs.md, "Sections".
 """
 
 from __future__ import annotations
 
+import math
 import struct
 import sys
 import threading
@@ -19,37 +20,31 @@ else:
     from backports import zstd
 
 MAX_WINDOW_LOG = 23
-"""The largest window of a zstd frame that is read is 8 MiB; RFC 8878 asks every decoder to take this much."""
+"""The largest window of a zstd frame is 8 MiB, the size that RFC 8878 asks of every decoder."""
 MAX_SECTION = 2**32 - 1
 
 Kind = Literal["numbers", "checked", "structure"]
-"""What a section holds: numbers that hardly ever repeat, the same with a checksum, or what does repeat: indices, masks,
-parameters."""
+"""The content of a section: numbers, which hardly ever repeat; numbers with a checksum; or structure, which repeats:
+indices, masks, parameters."""
 
-# RFC 8878, 3.1.1.1: what describes a frame follows its magic number, then its window, or this is as large as the
-# content; zstd itself looks at windows only where it makes one.
-_SINGLE_SEGMENT, _WIDEST = 0x20, (MAX_WINDOW_LOG - 10) << 3
+# RFC 8878, 3.1.1.1: the frame header's descriptor follows the magic number, then the window, absent where it equals the
+# content. zstd checks windows only where it allocates one.
+_SINGLE_SEGMENT, _MAX_WINDOW_BYTE = 0x20, (MAX_WINDOW_LOG - 10) << 3
+# ZSTD_c_literalCompressionMode: with a sparse search for repeats, zstd would omit Huffman codes as well.
 _LITERAL_COMPRESSION = 1002
-"""ZSTD_c_literalCompressionMode; where few repeats are looked for, zstd would leave Huffman's codes out as well."""
 
 
-# glibc gives the end of its heap back whenever that is twice the largest block that was ever mapped and freed, and
-# mapping it anew takes longer than a transform's arithmetic: 2.2 ms instead of 0.9 for 300 kB. Freeing this once makes
-# it keep up to 4 MiB.
-np.empty(2**21, np.uint8)
-
-
-class _Coders(threading.local):
-    """A thread's own: two threads may not use one at once, and making one takes longer than using it."""
+class _Compressors(threading.local):
+    """The compressors of one thread: creating one takes longer than using it, and threads cannot share it."""
 
     def __init__(self) -> None:
         self.renew()
 
     def renew(self) -> None:
-        """Make them anew."""
+        """Create all compressors, after an error may have left one within a frame."""
 
-        # Numbers hardly ever repeat, but for zeros: looking for repeats at every 65th byte finds those. Measured on
-        # EfficientNet-Lite0's exponents: 32% of their size at 620 MB/s, where looking everywhere takes 33% at 310.
+        # Numbers hardly ever repeat, but for zeros, which a search at every 65th byte finds. Measured on
+        # EfficientNet-Lite0's exponents: 32% of their size at 620 MB/s; a search at every byte gives 33% at 310 MB/s.
         def numbers(checked: bool) -> zstd.ZstdCompressor:
             parameter = zstd.CompressionParameter
             options: dict[int, int] = {
@@ -63,54 +58,54 @@ class _Coders(threading.local):
             }
             return zstd.ZstdCompressor(options=options)
 
-        self.compressors = {
+        self.by_kind = {
             "numbers": numbers(False),
             "checked": numbers(True),
             "structure": zstd.ZstdCompressor(level=3),
         }
 
 
-_coders = _Coders()
+_compressors = _Compressors()
 
 
 def shrink(data: bytes | memoryview, kind: Kind, parts: Sequence[int] = ()) -> bytes | memoryview:
-    """`data` as a section: a zstd frame, or itself where that would not be smaller.
+    """`data` as a section: a zstd frame, or unchanged where that is not smaller.
 
-    `parts` are the lengths of parts that are not alike: each has a code of its own.
+    Parts of the lengths `parts` have different statistics, and get a Huffman code each.
     """
     if not len(data):
         return data
-    coder, start = _coders.compressors[kind], 0
-    made: list[bytes] = []
+    compressor, start = _compressors.by_kind[kind], 0
+    blocks: list[bytes] = []
     try:
         if len(parts) > 1:
-            coder.set_pledged_input_size(len(data))
+            compressor.set_pledged_input_size(len(data))
             for part in parts[:-1]:
-                made.append(coder.compress(data[start : start + part], coder.FLUSH_BLOCK))
+                blocks.append(compressor.compress(data[start : start + part], compressor.FLUSH_BLOCK))
                 start += part
-        frame = b"".join([*made, coder.compress(data[start:], coder.FLUSH_FRAME)])
+        frame = b"".join([*blocks, compressor.compress(data[start:], compressor.FLUSH_FRAME)])
     except BaseException:
-        _coders.renew()  # it may be within a frame, which the next one would continue
+        _compressors.renew()  # the next frame would continue this one
         raise
     return frame if len(frame) < len(data) else data
 
 
 def restore(section: memoryview, size: int) -> bytes | memoryview:
-    """The `size` bytes that a section stands for; never are more than some three times as many allocated.
+    """The inverse of `shrink`; allocates at most some three times `size` bytes.
 
     Raises:
-        ValueError: it does not stand for that many.
+        ValueError: the section does not decode to `size` bytes.
     """
     if len(section) == size:
         return section
     if len(section) > size:
         raise ValueError(f"a section of {len(section)} bytes for {size}")
     try:
-        found = zstd.get_frame_info(section)
-        wide = size > 2**MAX_WINDOW_LOG if section[4] & _SINGLE_SEGMENT else section[5] > _WIDEST
-        if found.decompressed_size != size or found.dictionary_id or wide:
+        info = zstd.get_frame_info(section)
+        wide = size > 2**MAX_WINDOW_LOG if section[4] & _SINGLE_SEGMENT else section[5] > _MAX_WINDOW_BYTE
+        if info.decompressed_size != size or info.dictionary_id or wide:
             raise ValueError(
-                f"a zstd frame of {found.decompressed_size} bytes, dictionary {found.dictionary_id}; it is to give"
+                f"a zstd frame of {info.decompressed_size} bytes, dictionary {info.dictionary_id}; it is to give"
                 f" {size} bytes without a dictionary, and a window of at most {2**MAX_WINDOW_LOG}"
             )
         decompressor = zstd.ZstdDecompressor()
@@ -122,8 +117,8 @@ def restore(section: memoryview, size: int) -> bytes | memoryview:
     return data
 
 
-class Reader:
-    """Takes a payload apart from its start; `end` says that nothing is left over."""
+class PayloadReader:
+    """Reads a payload from its start; `end` checks that it was read to its end."""
 
     def __init__(self, payload: memoryview) -> None:
         self._rest = payload
@@ -132,43 +127,40 @@ class Reader:
         """The next `length` bytes.
 
         Raises:
-            ValueError: there are fewer.
+            ValueError: the payload is shorter.
         """
         if length > len(self._rest):
             raise ValueError(f"the payload ends {length - len(self._rest)} bytes too early")
-        taken, self._rest = self._rest[:length], self._rest[length:]
-        return taken
+        part, self._rest = self._rest[:length], self._rest[length:]
+        return part
 
     def rest(self) -> memoryview:
-        """All bytes that are left."""
+        """All remaining bytes."""
         return self.take(len(self._rest))
 
     def fields(self, layout: struct.Struct) -> tuple[Any, ...]:
         """The next fields of a little-endian struct.
 
         Raises:
-            ValueError: the payload ends before.
+            ValueError: the payload is shorter.
         """
         return layout.unpack(self.take(layout.size))
 
     def end(self) -> None:
-        """Nothing may be left.
+        """Check that no bytes remain.
 
         Raises:
-            ValueError: something is.
+            ValueError: bytes remain.
         """
         if len(self._rest):
             raise ValueError(f"{len(self._rest)} bytes are left over")
 
 
 def bytes_of(array: np.ndarray[Any, np.dtype[Any]]) -> memoryview:
-    """A contiguous array's bytes, as they lie."""
+    """A contiguous array's own memory as bytes."""
     return array.reshape(-1).view(np.uint8).data
 
 
 def count_of(shape: tuple[int, ...]) -> int:
-    """How many values a shape has."""
-    count = 1
-    for n in shape:
-        count *= n
-    return count
+    """The number of values of a shape."""
+    return math.prod(shape)

@@ -9,8 +9,7 @@ from functools import partial
 from isthmus.artifacts.agreement import TOP1, Measure
 from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.choice import Choice
-from isthmus.codecs import Encoding, Tables, find_codec
-from isthmus.codecs.choice import encodings
+from isthmus.codecs import Encoding, Tables, encodings, find_codec
 from isthmus.errors import Missing, SettingsError
 from isthmus.pipeline import LookPolicy, Route
 from isthmus.pipeline.agreement import margin

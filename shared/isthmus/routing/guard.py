@@ -27,8 +27,7 @@ from isthmus.artifacts.bounds import exceeds
 from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.choice import GRADED, RAW, Choice, Look
 from isthmus.artifacts.fidelity import LIMIT, Fidelity
-from isthmus.codecs import EncodedTensor, Encoding
-from isthmus.codecs.choice import is_exact
+from isthmus.codecs import EncodedTensor, Encoding, is_exact
 from isthmus.context import Context
 from isthmus.errors import IsthmusError
 from isthmus.pipeline import Result, Route, execute

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from isthmus.admission import current_deadline
 from isthmus.artifacts.bundle import Blob, Bundle, is_digest
 from isthmus.codecs import Tables as CodecTables
-from isthmus.codecs.photo import Recipe
+from isthmus.codecs.image import Recipe
 from isthmus.errors import FrameError, FrameMalformed, RegistryError
 from isthmus.processing.image_budget import SHARED, ImageMemory
 from isthmus.registry.lookups import Lookups
@@ -86,7 +86,7 @@ class Tables:
         return table
 
     def _read(self, blob: Blob, model: str) -> object:
-        from isthmus.codecs.rows import read_table  # for those who are sent such tensors
+        from isthmus.codecs.transform.rows import read_table  # for those who are sent such tensors
 
         if blob.size > MAX_TABLE_BYTES:
             raise RegistryError(f"a codec's table of {blob.size} bytes; at most {MAX_TABLE_BYTES}", blob=blob.digest)

@@ -147,7 +147,9 @@ def encode_parts(frame: Frame) -> list[bytes | memoryview]:
     described: list[_Described] = []
     for name, array in tensors.items():
         dtype = array.dtype
-        described.append((name, _NAMES.get(dtype.num) or dtype.name, array.shape, "raw", -1))
+        if dtype.num not in _NAMES:
+            raise FrameMalformed(f"{name!r} is {dtype}; frames carry {', '.join(DTYPES)}", rule="dtype", tensor=name)
+        described.append((name, _NAMES[dtype.num], array.shape, "raw", -1))
         parts.append(RAW.encode(array))
     for name, tensor in encoded.items() if encoded else ():
         described.append((name, tensor.dtype, tensor.shape, tensor.codec, len(tensor.payload)))

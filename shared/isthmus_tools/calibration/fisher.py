@@ -20,11 +20,10 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from isthmus.arrays import Array
-from isthmus.codecs.planes import Layout, plane_transform
-from isthmus.codecs.row_layout import RowLayout
-from isthmus.codecs.rows import RowTable
-from isthmus.codecs.steps import FACTOR, THIRD
-from isthmus.codecs.table import Table
+from isthmus.codecs.transform.levels import STEP_FACTOR, STEPS_PER_FACTOR
+from isthmus.codecs.transform.planes import Layout, plane_transform
+from isthmus.codecs.transform.rows import RowLayout, RowTable
+from isthmus.codecs.transform.table import PlaneTable
 from isthmus.errors import CalibrationError
 from isthmus_tools.calibration.layouts import plane_layout, state_layout
 from isthmus_tools.progress import Progress, silent
@@ -32,7 +31,7 @@ from isthmus_tools.progress import Progress, silent
 Tail: TypeAlias = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 """The segments behind a cut: outputs by name, from all boundary tensors by name."""
 Loss: TypeAlias = Literal["classes", "probabilities", "values"]
-TensorTables: TypeAlias = dict[str, Table | RowTable]
+TensorTables: TypeAlias = dict[str, PlaneTable | RowTable]
 
 RING_EDGES = (0.0, 0.1, 0.18, 0.3, 0.45, 0.65)
 """Relative radial frequencies between the rings that are probed; the first ring is the plane's mean alone."""
@@ -214,7 +213,7 @@ def equalise_steps(tables: TensorTables, sensitivities: Mapping[str, Sensitivity
     in place, for tensors in `sensitivities`.
     """
     levels = {
-        name: THIRD * math.log(tables[name].scale * math.sqrt(sensitivity.mean), FACTOR)
+        name: STEPS_PER_FACTOR * math.log(tables[name].scale * math.sqrt(sensitivity.mean), STEP_FACTOR)
         for name, sensitivity in sensitivities.items()
         if name in tables and sensitivity.mean > 0
     }

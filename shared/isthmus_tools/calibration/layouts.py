@@ -7,9 +7,8 @@ import math
 import numpy as np
 
 from isthmus.arrays import Array
-from isthmus.codecs.planes import Layout
-from isthmus.codecs.row_layout import RowLayout
-from isthmus.codecs.table import MAX_CHANNELS
+from isthmus.codecs.transform.planes import MAX_CHANNELS, Layout
+from isthmus.codecs.transform.rows import RowLayout
 from isthmus.errors import CalibrationError
 
 # Ratio of roughness above which the unusual axis counts as the channel axis; noise alone differs by less.

@@ -17,11 +17,10 @@ import numpy as np
 from isthmus.arrays import Array
 from isthmus.artifacts.choice import TRANSFORM_ID
 from isthmus.codecs import Encoding, NotEncodable
-from isthmus.codecs.classes import CLASSES, MAX_NUMBERS
-from isthmus.codecs.planes import Layout
-from isthmus.codecs.rows import RowTable
-from isthmus.codecs.table import Table
-from isthmus.codecs.transform import TRANSFORM
+from isthmus.codecs.transform.codec import TRANSFORM
+from isthmus.codecs.transform.planes import Layout
+from isthmus.codecs.transform.rows import CLUSTER_COUNTS, MAX_CLUSTER_NUMBERS, RowTable
+from isthmus.codecs.transform.table import PlaneTable
 from isthmus_tools.calibration.fisher import Sensitivity, channel_metric
 from isthmus_tools.calibration.layouts import row_layout
 from isthmus_tools.calibration.rows import RowModel, Rows, learn_rows
@@ -29,7 +28,7 @@ from isthmus_tools.calibration.transforms import STEPS, learn_planes
 
 _SMALL_COUNTS = (4, 16, 64)
 # Tried in order while each beats the count before: learning many clusters takes seconds.
-_LARGE_COUNTS = tuple(k for k in CLASSES if k > 64)
+_LARGE_COUNTS = tuple(k for k in CLUSTER_COUNTS if k > 64)
 _MIN_ROWS_PER_CLUSTER = 2
 # Between rows and clusters, in an iteration: a second or two.
 _MAX_DISTANCES = 2**27
@@ -50,7 +49,7 @@ _COMPARED = slice(1, 5)
 _MAX_CHANNELS = 1024
 
 
-def learn_table(samples: Iterable[Array], sensitivity: Sensitivity) -> Table | RowTable:
+def learn_table(samples: Iterable[Array], sensitivity: Sensitivity) -> PlaneTable | RowTable:
     """Learn the table of a boundary tensor; `samples` are read several times, on demand.
 
     Maps (four axes) keep their planes. Other tensors become rows, in the number of clusters and with the rotation that
@@ -94,7 +93,7 @@ def _best_row_model(rows: Rows, sensitivity: Sensitivity, rate: _RateAtDistortio
         return min(rates, key=rates.__getitem__)
 
     count, channels = rows.values.shape
-    limit = min(count // _MIN_ROWS_PER_CLUSTER, MAX_NUMBERS // channels, _MAX_DISTANCES // count)
+    limit = min(count // _MIN_ROWS_PER_CLUSTER, MAX_CLUSTER_NUMBERS // channels, _MAX_DISTANCES // count)
     ridge = best(*(RowModel(1, True, ridge) for ridge in _RIDGES)).ridge
     best(RowModel(1, False), *(RowModel(k, True, ridge) for k in _SMALL_COUNTS if k <= limit))
     for k in _LARGE_COUNTS:
@@ -133,7 +132,7 @@ class _RateAtDistortion:
     unit: float
     distortions: Array | None = None
 
-    def of(self, table: Table | RowTable) -> float:
+    def of(self, table: PlaneTable | RowTable) -> float:
         """The table's log-bytes, averaged over the distortions."""
         points = [self._point(table, quality) for quality in _QUALITIES]
         if self.distortions is None:
@@ -142,7 +141,7 @@ class _RateAtDistortion:
         distortions, sizes = np.array(sorted(points)).T
         return float(np.interp(self.distortions, distortions, sizes).mean())
 
-    def _point(self, table: Table | RowTable, quality: float) -> tuple[float, float]:
+    def _point(self, table: PlaneTable | RowTable, quality: float) -> tuple[float, float]:
         """Logarithms of the distortion per sample and of the bytes of all samples."""
         size, distortion = 0, 0.0
         for array in self.held_out:

@@ -13,11 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from isthmus.arrays import Array
-from isthmus.codecs.classes import Classes
-from isthmus.codecs.row_layout import RowLayout
-from isthmus.codecs.rows import RowTable
-from isthmus.codecs.steps import size_of
-from isthmus.codecs.table import OCTAVE
+from isthmus.codecs.transform.levels import OCTAVE, step_size
+from isthmus.codecs.transform.rows import Clusters, RowLayout, RowTable
 from isthmus.errors import CalibrationError
 from isthmus_tools.calibration.fisher import Sensitivity, channel_metric, whitened_basis
 from isthmus_tools.calibration.layouts import by_channel, root_scale, row_layout
@@ -156,14 +153,14 @@ def _clusters(components: Array, count: int) -> Array:
     variance = components.var(axis=0)
     spread = np.broadcast_to(variance, centres.shape)
     for _ in range(_ITERATIONS):
-        clusters = Classes.of(centres, spread).likeliest(components)
+        clusters = Clusters.of(centres, spread).likeliest(components)
         centres = _means(components, clusters, count - 1)
         spread = _variances(components - centres[clusters], clusters, count - 1)
     # The background cluster comes last: otherwise its rows would never form a cluster of their own.
     centres, spread = (
         np.insert(a, _BACKGROUND, b, axis=0) for a, b in ((centres, components.mean(axis=0)), (spread, variance))
     )
-    return Classes.of(centres, spread).likeliest(components)
+    return Clusters.of(centres, spread).likeliest(components)
 
 
 def _seeds(components: Array, count: int) -> list[int]:
@@ -173,7 +170,7 @@ def _seeds(components: Array, count: int) -> list[int]:
     """
     rng = np.random.default_rng(0)
     # Distances in deviations: otherwise a channel of large values decides alone.
-    relative = components / (components.std(axis=0) + np.float32(size_of(_CLUSTER_STEP)))
+    relative = components / (components.std(axis=0) + np.float32(step_size(_CLUSTER_STEP)))
     squares = np.square(relative).sum(axis=1)
 
     def distance_from(row: int) -> Array:

@@ -16,8 +16,7 @@ from isthmus.artifacts.agreement import Measure
 from isthmus.artifacts.bounds import interval, rising
 from isthmus.artifacts.choice import Choice
 from isthmus.artifacts.fidelity import Entry
-from isthmus.codecs import Encoding, find_codec
-from isthmus.codecs.choice import encodings, is_exact
+from isthmus.codecs import Encoding, encodings, find_codec, is_exact
 from isthmus.pipeline import encode_tensors
 from isthmus.pipeline.agreement import agrees, output_error
 from isthmus.wire import frame as frames

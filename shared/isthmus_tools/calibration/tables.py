@@ -9,9 +9,9 @@ import numpy as np
 
 from isthmus.arrays import Array
 from isthmus.artifacts.agreement import TOP1, Measure
-from isthmus.codecs.choice import is_activation
-from isthmus.codecs.rows import RowTable, read_table
-from isthmus.codecs.table import Table
+from isthmus.codecs import is_activation
+from isthmus.codecs.transform.rows import RowTable, read_table
+from isthmus.codecs.transform.table import PlaneTable
 from isthmus.errors import CalibrationError
 from isthmus.pipeline.agreement import are_probabilities
 from isthmus.wire import frame as frames
@@ -80,7 +80,7 @@ def learn_tables(
     return tables, skipped
 
 
-def stored_table(table: Table | RowTable) -> tuple[bytes, object]:
+def stored_table(table: PlaneTable | RowTable) -> tuple[bytes, object]:
     """A table's bytes in the bundle, and the table that functions read back: scores must be of the rounded values."""
     data = frames.encode(frames.Frame(table.to_arrays()))
     return data, read_table(frames.decode(data, max_bytes=MAX_FRAME_BYTES).tensors)

@@ -14,19 +14,22 @@ from typing import Any
 import numpy as np
 
 from isthmus.arrays import Array
-from isthmus.codecs.levels import LEVELS, MAGNITUDE_SUM, TOP, UNIT_LEVEL, ZERO_BITS, Models
-from isthmus.codecs.planes import Layout, PlaneTransform, edges_for, plane_transform
-from isthmus.codecs.steps import in_eighths, size_of
-from isthmus.codecs.table import (
-    EXPECTED_MAGNITUDE,
-    GAINS,
+from isthmus.codecs.transform.codec import EXPECTED_MAGNITUDE, GAINS
+from isthmus.codecs.transform.levels import (
+    ESCAPE,
+    LEVELS,
+    MAGNITUDE_SUM,
     OCTAVE,
+    UNIT_LEVEL,
+    ZERO_BITS,
     ZERO_DEVIATION,
-    Table,
-    cell_numbers,
-    cells,
+    EntropyModels,
     levels_of,
+    step_in_eighths,
+    step_size,
 )
+from isthmus.codecs.transform.planes import Layout, PlaneTransform, edges_for, plane_transform
+from isthmus.codecs.transform.table import PlaneTable, cell_count, coefficient_cells
 from isthmus.errors import CalibrationError
 from isthmus_tools.calibration.fisher import Sensitivity, band_weights, channel_metric, whitened_basis
 from isthmus_tools.calibration.layouts import by_channel, plane_layout, root_scale
@@ -49,7 +52,7 @@ _MIN_VARIANCE = 1e-6, 1e-9
 
 def learn_planes(
     samples: Iterable[Array], *, sensitivity: Sensitivity | None = None, layout: Layout | None = None
-) -> Table:
+) -> PlaneTable:
     """Learn a table from `samples` of a boundary tensor, read twice, on demand.
 
     Without `sensitivity` errors in all directions count alike. `layout` is the sensitivity's, or detected from the
@@ -67,7 +70,7 @@ def learn_planes(
     # Analysis inverts the stored, rounded matrix, as the decoder applies that.
     components = _Components.of(samples, moments, synthesis.astype(np.float64) * unit)
     deviations = components.deviations()
-    return Table(
+    return PlaneTable(
         layout=moments.layout,
         mean=moments.mean.astype(np.float32),
         edges=moments.edges,
@@ -85,30 +88,30 @@ def quantised_deviations(variance: Array) -> Array:
     return np.asarray(np.clip(np.round(octaves) + ZERO_DEVIATION, 0, 255).astype(np.uint8))
 
 
-def learn_models(values: Array, deviations: Array, sample: Array, steps: tuple[int, int]) -> Models:
+def learn_models(values: Array, deviations: Array, sample: Array, steps: tuple[int, int]) -> EntropyModels:
     """Entropy models, shared by all quantiser steps: symbol frequencies by the level, a deviation in steps.
 
     Shapes: `values` in units, their stored `deviations` and the index of their `sample`, each (count,).
     """
-    counts = np.zeros((LEVELS, TOP + 1))
+    counts = np.zeros((LEVELS, ESCAPE + 1))
     size = np.abs(values).astype(np.float64)
     relative = size * np.exp2((ZERO_DEVIATION - deviations) / OCTAVE)
     samples = int(sample.max()) + 1
     for step in range(steps[1], steps[0] + 1, 3):
         # The gain as the encoder estimates it: from values that are not far below the step.
-        part = deviations >= ZERO_DEVIATION + in_eighths(step) - OCTAVE
+        part = deviations >= ZERO_DEVIATION + step_in_eighths(step) - OCTAVE
         if not part.any():
             part[:] = True
         count = np.bincount(sample[part], minlength=samples)
         mean = np.bincount(sample[part], relative[part], samples) / np.maximum(count, 1) / EXPECTED_MAGNITUDE
         gain = np.clip(np.round(OCTAVE * np.log2(np.maximum(mean, 1e-9))), *GAINS).astype(np.int64)
         level = levels_of(deviations, step, np.where(count > 0, gain, 0)[sample])
-        _count(counts, level, size / size_of(step))
+        _count(counts, level, size / step_size(step))
     laplacian = -np.log1p(-(np.arange(_PRIOR_VALUES) + 0.5) / _PRIOR_VALUES) / np.sqrt(2)
     for each in range(LEVELS):
         _count(counts, np.full(_PRIOR_VALUES, each), laplacian * 2.0 ** ((each - UNIT_LEVEL) / 2))
     share = (counts + 0.1) / (counts + 0.1).sum(axis=1, keepdims=True)
-    return Models(
+    return EntropyModels(
         zero=np.clip(np.round(2**ZERO_BITS * share[:, 0]), 1, 2**ZERO_BITS - 1).astype(np.uint16),
         magnitudes=np.stack([_frequencies(row[1:]) for row in share]),
     )
@@ -200,7 +203,7 @@ class _Components:
 
     @classmethod
     def of(cls, samples: Iterable[Array], moments: _Moments, synthesis: Array) -> _Components:
-        c, count = moments.total.size, cells(moments.layout)
+        c, count = moments.total.size, cell_count(moments.layout)
         components = cls(moments.layout, np.zeros((c, count)), np.zeros(count), np.random.default_rng(0))
         analysis = np.linalg.inv(synthesis).astype(np.float32)
         mean = moments.mean.astype(np.float32)
@@ -216,7 +219,7 @@ class _Components:
         n, hw, c = planes.shape
         coefficients = np.array(transform.forward(planes))
         coefficients[:, 0] -= mean * np.float32(math.sqrt(hw))
-        count, cell = self.counts.size, cell_numbers(transform, self.layout)
+        count, cell = self.counts.size, coefficient_cells(transform, self.layout)
         for rotation, (start, stop) in zip(analysis, itertools.pairwise(transform.starts), strict=True):
             coefficients[:, start:stop] = np.matmul(coefficients[:, start:stop], rotation.T)
         squares = np.square(coefficients, dtype=np.float64).sum(axis=0)  # (places, channels)
@@ -249,8 +252,8 @@ def _planes(array: Array, layout: Layout) -> tuple[Array, int, int]:
 def _count(counts: Array, level: Array, magnitude: Array) -> None:
     """Add magnitudes in steps to the counts of their level; values above all levels need no model."""
     modelled = level < LEVELS
-    whole = np.minimum(np.rint(magnitude[modelled]), TOP).astype(np.int64)
-    counts += np.bincount(level[modelled] * (TOP + 1) + whole, minlength=counts.size).reshape(counts.shape)
+    whole = np.minimum(np.rint(magnitude[modelled]), ESCAPE).astype(np.int64)
+    counts += np.bincount(level[modelled] * (ESCAPE + 1) + whole, minlength=counts.size).reshape(counts.shape)
 
 
 def _frequencies(share: Array) -> Array:

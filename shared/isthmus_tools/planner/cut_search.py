@@ -19,8 +19,7 @@ from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.choice import RAW_ID, Choice
 from isthmus.artifacts.conditions import Conditions
 from isthmus.artifacts.profile import Profile
-from isthmus.codecs import EncodedTensor, encode_tensor
-from isthmus.codecs.choice import encodings, is_activation
+from isthmus.codecs import EncodedTensor, encode_tensor, encodings, is_activation
 from isthmus.errors import ConstraintMalformed
 from isthmus_tools.graph import CutInfo, Model, cuts
 from isthmus_tools.graph.cuts import upstream_of

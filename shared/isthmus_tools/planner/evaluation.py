@@ -15,8 +15,7 @@ from isthmus.artifacts.bundle import Bundle, Segment
 from isthmus.artifacts.choice import RAW_ID, TRANSFORM_ID, Choice
 from isthmus.artifacts.plan import CloserLooks, Coding, Error
 from isthmus.artifacts.segment_id import WHOLE, SegmentId
-from isthmus.codecs import EncodedTensor, Encoding, Tables
-from isthmus.codecs.choice import encodings
+from isthmus.codecs import EncodedTensor, Encoding, Tables, encodings
 from isthmus.context import Context
 from isthmus.pipeline import LocalHop, LookPolicy, LoopbackHop, PhotoInput, Result, SegmentRun, execute, local_route
 from isthmus.pipeline.agreement import agrees, output_error

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from isthmus.artifacts.choice import KNOWN, NEVER_CHOSEN, RAW, RAW_ID, Choice
 from isthmus.artifacts.fidelity import Entry, Fidelity, offered
-from isthmus.codecs import Codec, find_codec
-from isthmus.codecs.choice import is_exact
+from isthmus.codecs import Codec, find_codec, is_exact
 
 _NEVER_OFFERED = NEVER_CHOSEN | {RAW_ID}
 

@@ -1,10 +1,11 @@
 """Interleaved range asymmetric numeral systems (rANS) over bytes, with static models, in integers alone.
 
-A coder has one lane or a power of two of them from `MIN_LANES` on: symbol i of a sequence belongs to lane i modulo
-their number, so that numpy codes as many symbols at once as there are lanes. A state's start would waste some 28 bits
-for each lane; the lanes start from the caller's plain bits instead, such as signs, which come back after the last
-symbol: lanes cost next to nothing as long as there are as many plain bits. Format: docs/codecs.md, "The coder".
-Source: Duda 2013, arXiv 1311.2540; Giesen 2014, arXiv 1402.3392 (interleaving).
+A coder has one lane, or a power of two lanes from MIN_LANES on. Symbol i of a sequence belongs to lane i modulo the
+number of lanes, so numpy codes one symbol of every lane at once. Fixed initial states would waste some 28 bits a lane;
+the lanes start from the caller's plain bits instead, such as signs, and the decoder returns these after the last
+symbol. Lanes cost next to nothing as long as there are enough plain bits.
+Source: Duda 2013, arXiv 1311.2540; Giesen 2014, arXiv 1402.3392 (interleaving). Format: docs/reference/codecs.md,
+"The coder".
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ import numpy as np
 from isthmus.arrays import Array
 
 SCALE = 2**16
-"""What the frequencies of a model sum to; states lie between this and its square."""
+"""The sum of a model's frequencies; states lie between this and its square."""
+# Below the minimum, Python's integers are faster than numpy's arrays; above the maximum, nothing gets faster.
 MIN_LANES, MAX_LANES_LOG = 64, 12
-"""Below, Python's integers are faster than numpy's arrays; above, nothing gets faster."""
-SYMBOLS_PER_LANE = 8
-"""At least: more lanes than that would end in steps that are mostly empty."""
+# More lanes would end in steps that are mostly empty.
+MIN_SYMBOLS_PER_LANE = 8
+# The average length of a state in the form of `_bits_of_states`.
 _STATE_BITS = 28
-"""Of a state, on average, as `_bits_of_states` writes it."""
+# Numbers decoded at once: each takes up to 28 bytes meanwhile.
 _NUMBERS = 2**12
-"""That are taken at once: each takes up to 28 bytes meanwhile."""
 _HEAD = struct.Struct("<H")
 _CHECK_BITS = 12
 _LOW, _SHIFT = np.uint32(SCALE - 1), np.uint32(16)
@@ -39,16 +40,16 @@ _NIBBLE = np.array([8, 4, 2, 1], np.uint8)
 
 
 @dataclass(frozen=True, eq=False)
-class Model:
-    """The frequencies of at most 256 symbols, uint32 (n,), of which one that is 0 never occurs; they sum to SCALE."""
+class SymbolModel:
+    """The frequencies of at most 256 symbols, uint32 (n,); they sum to SCALE; a frequency of 0 never occurs."""
 
     frequencies: Array
 
     @classmethod
-    def of(cls, weights: Sequence[int]) -> Model:
-        """Frequencies in proportion to weights, any whole numbers from 0 on, of which one at least is positive.
+    def of(cls, weights: Sequence[int]) -> SymbolModel:
+        """Frequencies in proportion to weights: integers from 0 on, at least one of them positive.
 
-        Each symbol that may occur has 1, and the rest is divided by rounding the cumulative weights down.
+        Each symbol of positive weight gets 1; the rest is divided by rounding the cumulative weights down.
         """
         total, rest = sum(weights), SCALE - sum(w > 0 for w in weights)
         bounds, below, occurring = [0], 0, 0
@@ -59,43 +60,43 @@ class Model:
 
     @cached_property
     def lists(self) -> tuple[list[int], list[int], list[int]]:
-        """The frequencies, where each symbol's slots start, and where they end."""
+        """The frequencies, and the start and end of each symbol's slots."""
         ends = self.frequencies.cumsum(dtype=np.uint32)
         return self.frequencies.tolist(), (ends - self.frequencies).tolist(), ends.tolist()
 
 
-CERTAIN = Model.of([1])
-"""Of one symbol, 0, which takes no bits."""
+CERTAIN = SymbolModel.of([1])
+"""The model of a single symbol, 0, which takes no bits."""
 
 
 @dataclass(frozen=True, eq=False)
 class Codebook:
     """The models of consecutive runs of symbols."""
 
-    each: Sequence[Model]
+    models: Sequence[SymbolModel]
 
     @cached_property
     def stacked(self) -> tuple[Array, Array, Array, Array]:
-        """All frequencies, where slots start and end if each model's lie above the ones before, and models' bounds."""
-        frequencies = np.concatenate([model.frequencies for model in self.each])
+        """All frequencies, the start and end of their slots, one model above the other, and the models' offsets."""
+        frequencies = np.concatenate([model.frequencies for model in self.models])
         ends = frequencies.cumsum(dtype=np.uint32)
-        bounds = np.cumsum([0, *(model.frequencies.size for model in self.each)], dtype=np.int32)
+        bounds = np.cumsum([0, *(model.frequencies.size for model in self.models)], dtype=np.int32)
         return frequencies, ends - frequencies, ends, bounds[:-1]
 
 
 class Encoder:
-    """Collects runs of symbols, in the order in which a decoder takes them."""
+    """Collects sequences of symbols, in the order of their decoding."""
 
     def __init__(self) -> None:
         self._sequences: list[tuple[Array, Sequence[int], Codebook]] = []
 
     def add(self, symbols: Array, bounds: Sequence[int], codebook: Codebook) -> None:
-        """A sequence of symbols, uint8 (n,): those from each of `bounds` to the next have one model of the codebook."""
+        """Add symbols, uint8 (n,): from each of `bounds` to the next, one model of the codebook applies."""
         if symbols.size:
             self._sequences.append((symbols, bounds, codebook))
 
     def finish(self, plain: Array) -> bytes:
-        """The bytes of all symbols and of plain bits, uint8 (m,), each 0 or 1."""
+        """Encode all symbols, and plain bits, uint8 (m,), each 0 or 1."""
         lanes_log = self._lanes_log(plain.size)
         states, used = _states_of(plain, 1 << lanes_log)
         words: list[Array] = []
@@ -107,17 +108,17 @@ class Encoder:
         return _HEAD.pack(lanes_log << _CHECK_BITS | _check(data, lanes_log)) + data
 
     def _lanes_log(self, plain: int) -> int:
-        """As many lanes as plain bits pay for and symbols fill."""
+        """log2 of the number of lanes: no more than plain bits can initialise and symbols can fill."""
         count = sum(symbols.size for symbols, _, _ in self._sequences)
-        lanes = min(plain // _STATE_BITS, count // SYMBOLS_PER_LANE, 1 << MAX_LANES_LOG)
+        lanes = min(plain // _STATE_BITS, count // MIN_SYMBOLS_PER_LANE, 1 << MAX_LANES_LOG)
         return lanes.bit_length() - 1 if lanes >= MIN_LANES else 0
 
 
 class Decoder:
-    """Takes the sequences of symbols that an encoder was given, then its plain bits.
+    """Decodes the sequences of symbols of an encoder, then its plain bits.
 
     Raises:
-        ValueError: the data are not an encoder's, or were changed.
+        ValueError: the data are malformed, or fail their checksum.
     """
 
     def __init__(self, data: memoryview) -> None:
@@ -130,17 +131,18 @@ class Decoder:
         if head != lanes_log << _CHECK_BITS | _check(data, lanes_log):
             raise ValueError("coded values do not have the checksum that they state")
         lanes = 1 << lanes_log
-        most = np.unpackbits(np.frombuffer(data[: -(-35 * lanes // 8)], np.uint8))
-        self._states, used = _states_of(most, lanes)
-        if used > most.size:
+        # A state takes 20 to 35 bits.
+        head_bits = np.unpackbits(np.frombuffer(data[: -(-35 * lanes // 8)], np.uint8))
+        self._states, used = _states_of(head_bits, lanes)
+        if used > head_bits.size:
             raise ValueError("coded values end within their states")
-        if most[used : used + -used % 8].any():
+        if head_bits[used : used + -used % 8].any():
             raise ValueError("the bits after the states of coded values are not zero")
         self._rest, self._at = data[-(-used // 8) :], 0
         self._words = np.frombuffer(self._rest[: len(self._rest) // 2 * 2], "<u2")
 
     def take(self, bounds: Sequence[int], codebook: Codebook) -> Array:
-        """The next sequence, uint8 (n,), of runs of symbols as they were added.
+        """Decode the next sequence, uint8 (n,), with the bounds and codebook of `Encoder.add`.
 
         Raises:
             ValueError: the data end before.
@@ -156,59 +158,59 @@ class Decoder:
         return symbols
 
     def finish(self, count: int) -> PlainBits:
-        """The plain bits, `count` of them, which follow the last symbol.
+        """The `count` plain bits, which follow the last symbol.
 
         Raises:
-            ValueError: the data hold more or fewer of them.
+            ValueError: the data hold more or fewer plain bits.
         """
         return PlainBits(_bits_of_states(self._states), self._rest[2 * self._at :], count)
 
 
 class PlainBits:
-    """Plain bits, taken from the first on: those that states held, one a byte, then packed ones.
+    """A reader of plain bits: first those of the states, one a byte, then those at the end of the data, eight a byte.
 
     Raises:
-        ValueError: there are not `count` of them, and zeros to the end of the last byte.
+        ValueError: the number of bits is not `count`, or the last byte's padding is not zero.
     """
 
-    def __init__(self, held: Array, packed: memoryview, count: int) -> None:
-        missing = max(count - held.size, 0)
-        if len(packed) != -(-missing // 8):
+    def __init__(self, state_bits: Array, rest: memoryview, count: int) -> None:
+        missing = max(count - state_bits.size, 0)
+        if len(rest) != -(-missing // 8):
             raise ValueError("coded values do not end where they should")
-        if held[count:].any() or (missing % 8 and packed[-1] & (0xFF >> missing % 8)):
+        if state_bits[count:].any() or (missing % 8 and rest[-1] & (0xFF >> missing % 8)):
             raise ValueError("the bits after the last coded value are not zero")
-        self._held, self._packed, self._at = held, packed, 0
+        self._state_bits, self._rest, self._at = state_bits, rest, 0
 
     def take(self, count: int) -> Array:
         """The next bits, uint8 (count,), each 0 or 1."""
-        held = self._held[self._at : self._at + count]
-        first = self._at + held.size - self._held.size
+        head = self._state_bits[self._at : self._at + count]
+        first = self._at + head.size - self._state_bits.size
         self._at += count
-        if held.size == count:
-            return held
-        last = first + count - held.size
-        bits = np.unpackbits(np.frombuffer(self._packed[first // 8 : -(-last // 8)], np.uint8))
+        if head.size == count:
+            return head
+        last = first + count - head.size
+        bits = np.unpackbits(np.frombuffer(self._rest[first // 8 : -(-last // 8)], np.uint8))
         bits = bits[first % 8 : first % 8 + last - first]
-        return np.concatenate([held, bits]) if held.size else bits
+        return np.concatenate([head, bits]) if head.size else bits
 
     def numbers(self, count: int, width: int) -> Array:
         """The next numbers of `width` bits, at most 12, int32 (count,)."""
-        found = np.empty(count, np.int32)
+        numbers = np.empty(count, np.int32)
         for start in range(0, count, _NUMBERS):
-            part = found[start : start + _NUMBERS]
+            part = numbers[start : start + _NUMBERS]
             part[:] = of_bits(self.take(part.size * width), width)
-        return found
+        return numbers
 
 
 def bits_of(values: Array, width: int) -> Array:
-    """The `width` low bits of whole numbers below 2^16, the highest first: uint8 (n * width,), each 0 or 1."""
+    """The `width` low bits of integers below 2^16, the highest first: uint8 (n * width,), each 0 or 1."""
     size = 8 if width <= 8 else 16
     bits = np.unpackbits(values.astype(f">u{size // 8}").view(np.uint8))
     return bits.reshape(-1, size)[:, size - width :].reshape(-1)
 
 
 def of_bits(bits: Array, width: int) -> Array:
-    """The numbers whose bits `bits_of` gave, int32 (n,)."""
+    """The inverse of `bits_of`, int32 (n,)."""
     size = 8 if width <= 8 else 16
     places = np.zeros((bits.size // width, size), np.uint8)
     places[:, size - width :] = bits.reshape(-1, width)
@@ -220,9 +222,9 @@ def _check(data: bytes | memoryview, lanes_log: int) -> int:
 
 
 def _bits_of_states(states: Array) -> Array:
-    """States' lengths, less 17, of 4 bits each, then each state's bits below its highest: uint8, each 0 or 1.
+    """States as bits, uint8, each 0 or 1: their lengths, less 17, in 4 bits each, then the bits below the highest ones.
 
-    States are spread evenly over lengths, and among those of one length: so these bits are about as many as they tell.
+    States are distributed evenly over lengths, and within a length: the code is close to their entropy.
     """
     lengths = np.frexp(states.astype(np.float64))[1] - 17
     bits = np.unpackbits(states.astype(">u4").view(np.uint8)).reshape(-1, 32)
@@ -230,7 +232,7 @@ def _bits_of_states(states: Array) -> Array:
 
 
 def _states_of(bits: Array, lanes: int) -> tuple[Array, int]:
-    """The states of which `_bits_of_states` gives the first of these bits, and how many; beyond the last are zeros."""
+    """The inverse of `_bits_of_states`, and the number of bits that it took; missing bits count as zero."""
     padded = np.zeros(max(bits.size, 35 * lanes), np.uint8)
     padded[: bits.size] = bits
     lengths = padded[: 4 * lanes].reshape(-1, 4) @ _NIBBLE
@@ -243,7 +245,7 @@ def _states_of(bits: Array, lanes: int) -> tuple[Array, int]:
 
 
 def _push(states: Array, symbols: Array, bounds: Sequence[int], codebook: Codebook, words: list[Array]) -> None:
-    """Encode a sequence, from its last symbol on."""
+    """Encode a sequence from its last symbol backwards, as ANS requires: the decoder pops states."""
     frequencies, starts, _, offsets = codebook.stacked
     lengths = np.diff(bounds)
     at = symbols + np.repeat(offsets, lengths)
@@ -251,53 +253,53 @@ def _push(states: Array, symbols: Array, bounds: Sequence[int], codebook: Codebo
     lanes = states.size
     for first in range((symbols.size - 1) // lanes * lanes, -1, -lanes):
         frequency = frequencies[first : first + lanes]
-        some = states[: frequency.size]
-        full = ((some >> _SHIFT) >= frequency).nonzero()[0]
-        word = some.take(full)
+        active = states[: frequency.size]
+        full = ((active >> _SHIFT) >= frequency).nonzero()[0]
+        word = active.take(full)
         words.append(word.astype("<u2"))
-        some[full] = word >> _SHIFT
-        quotient, remainder = np.divmod(some, frequency)
+        active[full] = word >> _SHIFT
+        quotient, remainder = np.divmod(active, frequency)
         quotient <<= _SHIFT
         quotient += remainder
-        np.add(quotient, starts[first : first + lanes], out=some)
+        np.add(quotient, starts[first : first + lanes], out=active)
 
 
 def _pull(states: Array, bounds: Sequence[int], codebook: Codebook, words: Array, used: int) -> tuple[Array, int]:
-    """Decode a sequence; returns how many words are used by then.
+    """Decode a sequence; returns its symbols and the number of words used so far.
 
     Raises:
-        IndexError: there are not so many.
+        IndexError: the words end before the sequence does.
     """
     frequencies, starts, ends, offsets = codebook.stacked
     lengths = np.diff(bounds)
     above = np.repeat(np.arange(offsets.size, dtype=np.uint32) << _SHIFT, lengths)
-    found = np.empty(above.size, np.int32)
+    symbols = np.empty(above.size, np.int32)
     lanes = states.size
     for first in range(0, above.size, lanes):
         slots = above[first : first + lanes]
-        some = states[: slots.size]
-        slots |= some & _LOW
+        active = states[: slots.size]
+        slots |= active & _LOW
         at = ends.searchsorted(slots, "right")
-        found[first : first + lanes] = at
+        symbols[first : first + lanes] = at
         slots -= starts.take(at)
-        some >>= _SHIFT
-        some *= frequencies.take(at)
-        some += slots
-        empty = (some < SCALE).nonzero()[0]
+        active >>= _SHIFT
+        active *= frequencies.take(at)
+        active += slots
+        empty = (active < SCALE).nonzero()[0]
         word = words[used : used + empty.size]
         if word.size < empty.size:
             raise IndexError(used)
         used += empty.size
-        some[empty] = some.take(empty) << _SHIFT | word
-    found -= np.repeat(offsets, lengths)
-    return found.astype(np.uint8), used
+        active[empty] = active.take(empty) << _SHIFT | word
+    symbols -= np.repeat(offsets, lengths)
+    return symbols.astype(np.uint8), used
 
 
 def _push_one(states: Array, symbols: Array, bounds: Sequence[int], codebook: Codebook, words: list[Array]) -> None:
-    """What `_push` does, of one lane."""
+    """`_push` of a single lane."""
     state = int(states[0])
     coded: list[int] = []
-    for (start, stop), model in reversed(list(zip(pairwise(bounds), codebook.each, strict=True))):
+    for (start, stop), model in reversed(list(zip(pairwise(bounds), codebook.models, strict=True))):
         frequencies, starts, _ = model.lists
         for symbol in symbols[start:stop][::-1].tolist():
             frequency = frequencies[symbol]
@@ -311,22 +313,22 @@ def _push_one(states: Array, symbols: Array, bounds: Sequence[int], codebook: Co
 
 
 def _pull_one(states: Array, bounds: Sequence[int], codebook: Codebook, words: Array, used: int) -> tuple[Array, int]:
-    """What `_pull` does, of one lane."""
+    """`_pull` of a single lane."""
     state = int(states[0])
-    found = bytearray()
-    left = iter(words[used : used + bounds[-1]].tolist())
-    for (start, stop), model in zip(pairwise(bounds), codebook.each, strict=True):
+    symbols = bytearray()
+    following = iter(words[used : used + bounds[-1]].tolist())
+    for (start, stop), model in zip(pairwise(bounds), codebook.models, strict=True):
         frequencies, starts, ends = model.lists
         for _ in range(stop - start):
             slot = state & 0xFFFF
             symbol = bisect_right(ends, slot)
-            found.append(symbol)
+            symbols.append(symbol)
             state = frequencies[symbol] * (state >> 16) + slot - starts[symbol]
             if state < SCALE:
-                word = next(left, None)
+                word = next(following, None)
                 if word is None:
                     raise IndexError(used)
                 used += 1
                 state = state << 16 | word
     states[0] = state
-    return np.frombuffer(bytes(found), np.uint8), used
+    return np.frombuffer(bytes(symbols), np.uint8), used

@@ -1,7 +1,7 @@
-"""Where a tensor's channels and planes lie, and the plane transform: a DCT-II along every axis but batch and channels.
+"""The layout of channels and planes, and the plane transform: a DCT-II along all axes but batch and channels.
 
-Frequencies are relative, u / size, so that one table serves maps of any height and width. Coefficients that a table
-treats alike share a *band* (one rotation of the channels) and a *cell* (one deviation per component).
+Frequencies are relative, u / size, so one table serves maps of any height and width. A *band* of frequencies has one
+rotation of the channels, and a *cell* of frequencies one deviation for each component.
 """
 
 from __future__ import annotations
@@ -14,21 +14,23 @@ import numpy as np
 
 from isthmus.arrays import Array
 
+MAX_CHANNELS = 4096
 MAX_AXIS = 1024
-"""The longest plane axis that is transformed; its matrix takes 4 MiB."""
+"""The longest axis of a plane; its matrix takes 4 MiB."""
 
 CELL_EDGES = (0.0, 1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
-"""Relative frequencies that part the cells of one axis; the first cell is the mean alone."""
+"""Relative frequencies between the cells of one axis; the first cell is the mean alone."""
 
 CELLS = len(CELL_EDGES) + 1
+# Planes of up to so many values have one matrix: a product is faster than two and a permutation.
 _MAX_WHOLE = 64
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A tensor's number of axes, and which of them holds the channels.
+    """A tensor's number of axes, and the axis of its channels.
 
-    Of two axes or more the first is the batch, unless it is the channels'. The rest, at most two, are the plane.
+    Of two axes or more the first is the batch, unless it is the channels. The rest, at most two, are the plane.
     """
 
     rank: int
@@ -42,7 +44,7 @@ class Layout:
 
     @property
     def plane_axes(self) -> tuple[int, ...]:
-        """The axes that are transformed, in order."""
+        """The axes of the plane, in order."""
         first = 0 if self.rank == 1 or self.channel_axis == 0 else 1
         return tuple(a for a in range(first, self.rank) if a != self.channel_axis)
 
@@ -50,12 +52,18 @@ class Layout:
         """(batch, channels, height, width) of a tensor of that shape.
 
         Raises:
-            ValueError: another number of axes, or a plane too long to be transformed.
+            ValueError: another number of axes, or an axis of the plane longer than MAX_AXIS.
         """
-        return _sizes(self, shape)
+        if len(shape) != self.rank:
+            raise ValueError(f"a tensor of {len(shape)} axes; the table was learned for {self.rank}")
+        plane = [shape[a] for a in self.plane_axes] + [1, 1]
+        if max(plane) > MAX_AXIS:
+            raise ValueError(f"a plane axis of {max(plane)}; at most {MAX_AXIS}")
+        batch = 1 if self.rank == 1 or self.channel_axis == 0 else shape[0]
+        return batch, shape[self.channel_axis], plane[0], plane[1]
 
     def forward(self, array: Array) -> Array:
-        """`array` as (batch, height * width, channels), a view where that can be."""
+        """`array` as (batch, height * width, channels), a view if possible."""
         return self.maps(array).transpose(0, 2, 1)
 
     def backward(self, planes: Array, shape: tuple[int, ...]) -> Array:
@@ -63,7 +71,7 @@ class Layout:
         return self.unmapped(planes.transpose(0, 2, 1), shape)
 
     def maps(self, array: Array) -> Array:
-        """`array` as (batch, channels, height * width), a view where that can be."""
+        """`array` as (batch, channels, height * width), a view if possible."""
         n, c, h, w = self.sizes(array.shape)
         if self._channels_first:
             return array.reshape(n, c, h * w)
@@ -81,22 +89,11 @@ class Layout:
         return all(axis > self.channel_axis for axis in self.plane_axes)
 
 
-@lru_cache(maxsize=256)
-def _sizes(layout: Layout, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
-    if len(shape) != layout.rank:
-        raise ValueError(f"a tensor of {len(shape)} axes; the table was learned for {layout.rank}")
-    plane = [shape[a] for a in layout.plane_axes] + [1, 1]
-    if max(plane) > MAX_AXIS:
-        raise ValueError(f"a plane axis of {max(plane)}; at most {MAX_AXIS}")
-    batch = 1 if layout.rank == 1 or layout.channel_axis == 0 else shape[0]
-    return batch, shape[layout.channel_axis], plane[0], plane[1]
-
-
 @lru_cache(maxsize=16)
 def dct(n: int) -> Array:
     """The orthonormal DCT-II of length n, rows are frequencies; float32 (n, n)."""
     matrix = np.empty((n, n), np.float32)
-    # Row by row: cosines in float64, and what they are of, would take six times as much memory.
+    # Row by row: all cosines in float64, with their arguments, would take six times as much memory.
     for k in range(n):
         row = np.cos(np.pi * (np.arange(n) + 0.5) * k / n) * math.sqrt(2 / n)
         matrix[k] = row / math.sqrt(2) if k == 0 else row
@@ -105,11 +102,11 @@ def dct(n: int) -> Array:
 
 @dataclass(frozen=True, eq=False)
 class PlaneTransform:
-    """The DCT of planes of one size, with the coefficients ordered by band, and within it by cell.
+    """The DCT of planes of one size, with the coefficients ordered by band, and within a band by cell.
 
-    `order` are positions in the row-major plane, `place` its inverse; `starts` (bands + 1) bound each band's run in
-    that order; `cells` give each coefficient's cell, in that order. Small planes and those of one axis have the whole
-    transform as a matrix.
+    `order` are positions in the row-major plane, `place` its inverse; `starts` (bands + 1) bound the run of each band
+    in that order; `cells` are the coefficients' cells, in that order. Small planes and planes of one axis have the
+    `whole` transform as one matrix.
     """
 
     height: int
@@ -122,12 +119,12 @@ class PlaneTransform:
 
     @cached_property
     def bands(self) -> list[tuple[int, tuple[slice, slice, slice]]]:
-        """Each band that has coefficients, and where these are in (batch, channels, height * width)."""
+        """Each band that has coefficients, and their index in (batch, channels, height * width)."""
         runs = enumerate(zip(self.starts, self.starts[1:], strict=False))
         return [(band, (slice(None), slice(None), slice(a, b))) for band, (a, b) in runs if a < b]
 
     def forward(self, planes: Array) -> Array:
-        """Coefficients by band (batch, height * width, channels), of planes so shaped; in their own memory."""
+        """Coefficients by band, from planes (batch, height * width, channels); a new array of that shape."""
         maps = np.ascontiguousarray(planes.transpose(0, 2, 1))
         return self.channels_forward(maps, np.empty_like(maps), np.empty_like(maps)).transpose(0, 2, 1)
 
@@ -137,9 +134,9 @@ class PlaneTransform:
         return self.channels_backward(maps, np.empty_like(maps)).transpose(0, 2, 1)
 
     def channels_forward(self, maps: Array, out: Array, spare: Array) -> Array:
-        """What `forward` gives, as (batch, channels, height * width) in `out`, of maps so shaped.
+        """`forward` of maps (batch, channels, height * width) into `out`; overwrites `spare`, of the same size.
 
-        `spare` is as large and is overwritten: a tensor takes two arrays of its size on its way, whatever the steps.
+        The caller's two buffers bound the memory of the transform.
         """
         if self.whole is not None:
             return np.asarray(np.matmul(maps, self.whole.T, out=out))
@@ -149,7 +146,7 @@ class PlaneTransform:
         return np.asarray(spare.take(self.order, axis=2, mode="wrap", out=out))
 
     def channels_backward(self, coefficients: Array, spare: Array) -> Array:
-        """The inverse of `channels_forward`, in either array's memory; both are overwritten."""
+        """The inverse of `channels_forward`; overwrites both arrays and returns either of them."""
         if self.whole is not None:
             return np.asarray(np.matmul(coefficients, self.whole, out=spare))
         coefficients.take(self.place, axis=2, mode="wrap", out=spare)
@@ -160,7 +157,7 @@ class PlaneTransform:
 
 
 def plane_transform(height: int, width: int, edges: tuple[float, ...]) -> PlaneTransform:
-    """The transform of planes of that size, whose bands are parted at the relative radial frequencies `edges`."""
+    """The transform of planes of that size, with bands between the relative radial frequencies `edges`."""
     u, v = np.arange(height) / height, np.arange(width) / width
     radius = np.sqrt(u[:, None] ** 2 + v[None] ** 2).reshape(-1)
     bands = np.searchsorted(np.asarray(edges), radius, side="left")
@@ -178,13 +175,13 @@ def plane_transform(height: int, width: int, edges: tuple[float, ...]) -> PlaneT
     )
 
 
-def edges_for(height: int, width: int, most: int) -> tuple[float, ...]:
-    """Relative frequencies that part a plane into at most `most` bands, the mean alone in the first."""
+def edges_for(height: int, width: int, max_bands: int) -> tuple[float, ...]:
+    """Relative frequencies that divide a plane into at most `max_bands` bands; the first has the mean alone."""
     longest = max(height, width)
-    if longest == 1 or most < 2:
+    if longest == 1 or max_bands < 2:
         return ()
     low, high = 1.2 / longest, 0.65
-    between = np.geomspace(low, high, most - 2).tolist() if most > 2 and low < high else []
+    between = np.geomspace(low, high, max_bands - 2).tolist() if max_bands > 2 and low < high else []
     return (0.0, *between)
 
 

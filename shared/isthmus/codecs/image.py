@@ -1,28 +1,27 @@
-"""A photo as it came, as the packed form of the tensor that a model's pre-processing makes of it.
+"""`photo/1`: a compressed image file as the encoded form of the model's input tensor.
 
-So "cloud only, with the JPEG" is the uncut model behind a hop, and the smallest codec of its input. Nothing packs an
-array this way: the caller has the photo.
+"Cloud only, with the JPEG" is the uncut model behind a hop, and the file the smallest encoding of its input. No array
+is encoded this way: the caller has the file, and decoding is the bundle's pre-processing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
+from isthmus.arrays import Array
 from isthmus.artifacts.tensors import TensorSpec
+from isthmus.codecs import Encoding, NotEncodable
 from isthmus.errors import ShapeMismatch
 from isthmus.processing.image_budget import SHARED, ImageMemory
-
-if TYPE_CHECKING:
-    from isthmus.codecs import Encoding
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the bundle makes a tensor of a photo; `max_pixels` and `memory` bound what is decoded."""
+    """The bundle's pre-processing of an image to a tensor; `max_pixels` and `memory` bound the decoding."""
 
     spec: Mapping[str, Any]
     input: TensorSpec
@@ -35,32 +34,28 @@ class Photo:
 
     calibrated = True
 
-    def encode(self, array: np.ndarray[Any, np.dtype[Any]], encoding: Encoding) -> NoReturn:
-        """Nothing makes a photo of a tensor.
+    def encode(self, array: Array, encoding: Encoding) -> NoReturn:
+        """Unsupported: a tensor has no image file.
 
         Raises:
             NotEncodable: always.
         """
-        from isthmus.codecs import NotEncodable
-
         raise NotEncodable("a tensor is no photo")
 
     def working_bytes(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
-        """Nothing that follows from the tensor: the recipe bounds what a picture may take."""
+        """See `Codec`: none that follows from the tensor; the recipe bounds the picture's memory."""
         return 0
 
-    def decode(
-        self, payload: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], table: object
-    ) -> np.ndarray[Any, np.dtype[Any]]:
-        """The tensor that the bundle's pre-processing makes of the photo.
+    def decode(self, payload: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], table: object) -> Array:
+        """The tensor that the bundle's pre-processing makes of the image.
 
         Raises:
-            ValueError: the bundle makes no photo into this tensor, or not one of that dtype and shape.
-            ImageMalformed, MediaUnsupported, RequestTooLarge: the photo, as POST / would say.
+            ValueError: no recipe, or another dtype or shape than the recipe's.
+            ImageMalformed, MediaUnsupported, RequestTooLarge: the image, as for POST /.
         """
         if not isinstance(table, Recipe):
             raise ValueError("the bundle makes no tensor of that name from a photo")
-        from isthmus.processing.image import preprocess  # Pillow, for those who are sent photos
+        from isthmus.processing.image import preprocess  # Pillow is slow to import, and few functions decode images
 
         try:
             array = preprocess(

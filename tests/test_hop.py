@@ -41,7 +41,7 @@ from isthmus.errors import (
 )
 from isthmus.http import pool as http_pool
 from isthmus.http import sockets
-from isthmus.http.server_timing import retry_after_seconds, stage_seconds
+from isthmus.http.pool import retry_after_seconds, stage_seconds
 from isthmus.pipeline import HttpHop
 from isthmus.pipeline import hop as hops
 from isthmus.registry.patience import Patience

@@ -146,7 +146,6 @@ def test_names_and_routes_that_are_in_use_are_not_driven_out_by_others(
     photos: Published, tmp_path: Path, registry: Silent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("isthmus.routing.catalog.MAX_CACHED", 4)
-    monkeypatch.setattr("isthmus.routing.selection.MAX_CACHED", 2)
     client = ready(create_router_app(router_settings(photos, tmp_path / "r", ("local",))).test_client())
     for i in range(4):
         other = replace(photos.bundle, source={"number": i})

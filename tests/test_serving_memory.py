@@ -14,6 +14,7 @@ import pytest
 from flask import Response
 from flask.testing import FlaskClient
 
+from isthmus.admission import MemoryBudget, Reservation, Turns
 from isthmus.codecs import Encoding, encode_tensor
 from isthmus.context import Deadline
 from isthmus.errors import DeadlineExceeded, Overloaded, RequestTooLarge
@@ -21,7 +22,6 @@ from isthmus.oip import messages as oip
 from isthmus.runtime.store import SegmentStore
 from isthmus.serving import create_router_app, create_segment_app
 from isthmus.serving.content_coding import MIN_BYTES, compress
-from isthmus.serving.memory import MemoryBudget, Reservation, Turns
 from isthmus.wire import frame as frames
 from isthmus.wire.frame import Frame
 from isthmus.wire.json_bounds import parsed_bytes

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import io
+import re
 import select
 import socket
 import ssl
@@ -30,6 +31,9 @@ _BUFFER_BYTES = 2**14
 """Larger parts and bodies pass the buffers by: they go from and to their own place in memory."""
 _PIECE_BYTES = 2**16
 _PATH_CHARACTERS = "/%:@!$&'()*+,;=~"
+_NUMBER = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9})?")
+MAX_RETRY_AFTER_S = 86_400.0
+"""A day; what asks for more is read as a day."""
 
 Buffer = bytes | bytearray | memoryview
 
@@ -43,6 +47,32 @@ def is_url(text: str) -> bool:
         return False
     plain = text.isascii() and text.isprintable() and " " not in text
     return plain and parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0
+
+
+def stage_seconds(header: str, stage: str) -> float:
+    """Seconds that `stage` took; 0.0 where the header does not say so as `NAME;dur=MILLISECONDS`.
+
+    Source: W3C Server Timing.
+    """
+    for metric in header.split(","):
+        name, *parameters = (part.strip() for part in metric.split(";"))
+        if name == stage:
+            for parameter in parameters:
+                key, _, value = parameter.partition("=")
+                if key.strip().lower() == "dur" and _NUMBER.fullmatch(value := value.strip().strip('"')):
+                    return float(value) / 1000
+    return 0.0
+
+
+def retry_after_seconds(header: str) -> float | None:
+    """Seconds that `Retry-After` asks for; None where it is missing, a date, or no number of seconds.
+
+    Source: RFC 9110, 10.2.3.
+    """
+    text = header.strip()
+    if not (text.isascii() and text.isdigit()):
+        return None
+    return min(MAX_RETRY_AFTER_S, float(text[-9:] if not text[:-9].strip("0") else "9" * 9))
 
 
 class Unreachable(Exception):

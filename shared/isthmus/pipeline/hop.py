@@ -19,8 +19,15 @@ from isthmus.arrays import Array
 from isthmus.codecs import Tables
 from isthmus.context import Context, Deadline
 from isthmus.errors import HopBusy, HopRejected, HopTimeout, HopUnavailable, IsthmusError, ShapeMismatch, ValueRefused
-from isthmus.http.pool import BrokenOff, ConnectionPool, Response, ResponseTooLong, Unreachable
-from isthmus.http.server_timing import retry_after_seconds, stage_seconds
+from isthmus.http.pool import (
+    BrokenOff,
+    ConnectionPool,
+    Response,
+    ResponseTooLong,
+    Unreachable,
+    retry_after_seconds,
+    stage_seconds,
+)
 from isthmus.retries import RetryBudget, backoff, jittered
 from isthmus.wire import frame as frames
 from isthmus.wire.frame import Frame

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 from isthmus.artifacts.agreement import TOP1, Measure
 from isthmus.artifacts.bundle import Bundle, Segment
@@ -36,12 +36,12 @@ class Route:
     near: str = ""
     """Name of the hop beside the router; frames to other hops go over the link."""
 
-    @property
+    @cached_property
     def starts_at_cut(self) -> bool:
         """Whether the route starts with boundary tensors instead of the model's inputs."""
         return bool(self.segments[0].id.start)
 
-    @property
+    @cached_property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """The tensors that the caller has to provide."""
         if not self.starts_at_cut:

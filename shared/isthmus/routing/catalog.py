@@ -6,9 +6,8 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 from cachetools import LRUCache
@@ -27,9 +26,10 @@ from isthmus.errors import (
 from isthmus.processing.classify import parse_labels
 from isthmus.registry import Registry
 from isthmus.registry.lookups import Lookups
+from isthmus.routing.selection import RouteSelector, SelectedRoute
 
 MAX_CACHED = 256
-"""Names and label lists in the cache; names come from callers, so there must be an end."""
+"""Models in the cache; names come from callers, so there must be an end."""
 MAX_REFRESH_WAIT_S = 0.25
 """The longest that a request waits for a new version; where the registry is slower, a later request gets it."""
 MAX_VERSIONS_WAIT_S = 2.0
@@ -38,13 +38,14 @@ MAX_VERSIONS_WAIT_S = 2.0
 
 @dataclass(frozen=True)
 class ServedModel:
-    """One version of a model, and its class names where it has any."""
+    """One version of a model, its class names where it has any, and the route of its requests."""
 
     name: str
     version: str
     digest: str
     bundle: Bundle
     labels: tuple[str, ...] | None
+    route: SelectedRoute
 
 
 @dataclass
@@ -58,18 +59,11 @@ class ModelCatalog:
     """Resolves names in the registry, each at most every `refresh_s` seconds.
 
     An entry stays while the registry does not give a newer one, since a share that is not mounted looks like one
-    without models, and while a new version cannot be served: `prepare` is called with each version before its name
-    resolves to it.
+    without models, and while a new version cannot be served: a name resolves to a version once its route is known.
     """
 
-    def __init__(
-        self,
-        registry: Registry,
-        refresh_s: float,
-        log: logging.Logger,
-        prepare: Callable[[ServedModel], object] = lambda model: None,
-    ) -> None:
-        self._registry, self._prepare = registry, prepare
+    def __init__(self, registry: Registry, refresh_s: float, log: logging.Logger, routes: RouteSelector) -> None:
+        self._registry, self._routes = registry, routes
         self._refresh_s = refresh_s
         self._log = log
         self._lock = threading.Lock()
@@ -87,6 +81,7 @@ class ModelCatalog:
             Missing: no such model or version; names those that exist.
             RegistryUnavailable, DeadlineExceeded: not cached yet, and the registry does not answer, or not in time.
             Overloaded: too many other requests wait for the registry.
+            Others as `RouteSelector.select`.
         """
         with self._lock:
             entry = self._cache.get(reference)
@@ -141,18 +136,24 @@ class ModelCatalog:
 
     def _resolve(self, reference: str) -> ServedModel:
         resolved = self._registry.resolve(reference)
-        labels = resolved.bundle.labels
-        model = ServedModel(
-            resolved.name,
-            resolved.version,
-            resolved.digest,
-            resolved.bundle,
-            None if labels is None else self._labels(labels),
-        )
-        self._prepare(model)
-        entry = _CacheEntry(model, time.monotonic() + self._refresh_s)
+        by_version = f"{resolved.name}:{resolved.version}"
+        with self._lock:
+            known = self._cache.get(by_version)
+        if known is not None and known.model.digest == resolved.digest:
+            model = known.model
+        else:
+            labels = resolved.bundle.labels
+            model = ServedModel(
+                resolved.name,
+                resolved.version,
+                resolved.digest,
+                resolved.bundle,
+                None if labels is None else self._labels(labels),
+                self._routes.select(resolved.name, resolved.digest, resolved.bundle),
+            )
+        expires = time.monotonic() + self._refresh_s
         with self._lock:
             # A number always means the same version: a request for it need not wait for the registry.
-            self._cache.setdefault(f"{model.name}:{model.version}", replace(entry, refreshing=threading.Lock()))
-            self._cache[reference] = entry
+            self._cache.setdefault(by_version, _CacheEntry(model, expires))
+            self._cache[reference] = _CacheEntry(model, expires)
         return model

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-
-from cachetools import LRUCache
 
 from isthmus.artifacts import fidelity_document
 from isthmus.artifacts.agreement import Measure, measure_for
@@ -16,12 +13,8 @@ from isthmus.artifacts.plan_document import read_plan
 from isthmus.codecs import Tables
 from isthmus.pipeline import Hop, PhotoInput, Route, photo_input, plan_route, planned_route
 from isthmus.registry import Registry
-from isthmus.routing.catalog import ServedModel
 from isthmus.routing.codec_override import override_codec
 from isthmus.settings import RouterSettings
-
-MAX_CACHED = 256
-"""Versions whose route is cached; names come from callers, so there must be an end."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +27,7 @@ class SelectedRoute:
 
 
 class RouteSelector:
-    """The route of each version of each model; a version's plan is read on its first request."""
+    """Selects the route of a version, once for all its requests."""
 
     def __init__(
         self,
@@ -46,33 +39,22 @@ class RouteSelector:
     ) -> None:
         self._settings, self._registry, self._hops = settings, registry, hops
         self._tables, self._codec = tables, codec
-        self._lock = threading.Lock()
-        self._cache: LRUCache[str, SelectedRoute] = LRUCache(MAX_CACHED)
 
-    def select(self, model: ServedModel) -> SelectedRoute:
-        """The route of requests for this version.
+    def select(self, name: str, digest: str, bundle: Bundle) -> SelectedRoute:
+        """The route of requests for this version of the model `name`.
 
         Raises:
             PlanMismatch, PlanMalformed: its plan is another bundle's, or none.
             Missing, RegistryError: a cut, or a blob that the plan names, cannot be had.
         """
-        with self._lock:
-            selected = self._cache.get(model.digest)
-        if selected is None:
-            selected = self._select(model)
-            with self._lock:
-                self._cache[model.digest] = selected
-        return selected
-
-    def _select(self, model: ServedModel) -> SelectedRoute:
         # The settings are for the default model; another has cuts of its own.
-        is_default = self._settings.model.partition(":")[0] == model.name
+        is_default = self._settings.model.partition(":")[0] == name
         cuts = (self._settings.cuts or None) if is_default else None
-        if cuts is None and self._settings.plan and (planned := self._planned(model)) is not None:
+        if cuts is None and self._settings.plan and (planned := self._planned(digest, bundle)) is not None:
             if is_default and self._codec is not None and self._codec.codec == RAW_ID:
                 return replace(planned, route=replace(planned.route, encodings=(), looks=None))
             return planned
-        route = plan_route(model.digest, model.bundle, self._hops, cuts)
+        route = plan_route(digest, bundle, self._hops, cuts)
         if not is_default or self._codec is None:
             return SelectedRoute(route)
         return SelectedRoute(override_codec(route, self._codec, self._tables, self._measure))
@@ -82,10 +64,8 @@ class RouteSelector:
         fidelity = fidelity_document.read(bundle, self._registry.blob)
         return measure_for(bundle) if fidelity is None else fidelity.measure
 
-    def _planned(self, model: ServedModel) -> SelectedRoute | None:
-        if (plan := read_plan(model.bundle, self._registry.blob)) is None:
+    def _planned(self, digest: str, bundle: Bundle) -> SelectedRoute | None:
+        if (plan := read_plan(bundle, self._registry.blob)) is None:
             return None
-        route = planned_route(
-            plan.choice, model.digest, model.bundle, self._hops, self._tables, variant=self._registry.bundle
-        )
-        return SelectedRoute(route, photo_input(plan.choice, model.bundle, self._hops), {"plan": plan.chosen})
+        route = planned_route(plan.choice, digest, bundle, self._hops, self._tables, variant=self._registry.bundle)
+        return SelectedRoute(route, photo_input(plan.choice, bundle, self._hops), {"plan": plan.chosen})

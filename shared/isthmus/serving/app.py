@@ -3,24 +3,80 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 
 from flask import Flask, Response, g, jsonify, request
 
-from isthmus.admission import Slots
+from isthmus.admission import MemoryBudget, Reservation, Slots
 from isthmus.context import Context, Deadline
+from isthmus.errors import IsthmusError, NotReady
 from isthmus.retries import log_retries
 from isthmus.serving.content_coding import compress, decompress
 from isthmus.serving.error_responses import ErrorRenderer
-from isthmus.serving.memory import MemoryBudget, Reservation
 from isthmus.serving.metrics import FunctionMetrics
 from isthmus.serving.request import FunctionRequest, Timings, read_body
-from isthmus.serving.startup import Readiness
 from isthmus.settings import SegmentSettings
 
 Handle = Callable[[FunctionRequest], Response]
+_FIRST_WAIT_S, _MAX_WAIT_S = 0.5, 15.0
+
+
+class Readiness:
+    """Runs `prepare` in a thread until it succeeds once; before that, `check` refuses.
+
+    The process does not end where the registry is down or a model is not published yet, since the platform would
+    restart it into the same. Failures are logged, stated in the 503 responses, and tried again.
+    """
+
+    def __init__(self, prepare: Callable[[], None], log: logging.Logger) -> None:
+        self._prepare = prepare
+        self._log = log
+        self._ready, self._closed = threading.Event(), threading.Event()
+        self._reason, self._hint = "loading", ""
+
+    def start(self) -> None:
+        """Start the thread; called once, after everything that `prepare` uses was created."""
+        threading.Thread(target=self._run, name="prepare", daemon=True).start()
+
+    def close(self) -> None:
+        """Stop trying; an attempt under way goes on to its end."""
+        self._closed.set()
+
+    @property
+    def ready(self) -> bool:
+        """Whether everything that the settings preload is loaded."""
+        return self._ready.is_set()
+
+    def check(self) -> None:
+        """Refuse requests until the function is ready.
+
+        Raises:
+            NotReady: with the reason and the time to ask again.
+        """
+        if not self._ready.is_set():
+            raise NotReady(f"not ready: {self._reason}", retry_after_s=1, hint=self._hint)
+
+    def _run(self) -> None:
+        wait_s = _FIRST_WAIT_S
+        while not self._closed.is_set():
+            try:
+                self._prepare()
+            except IsthmusError as e:
+                self._reason, self._hint = e.message, e.hint
+                facts = {"error": e.message, "again_in_s": wait_s} | ({"hint": e.hint} if e.hint else {})
+                self._log.warning("not ready", extra={"facts": facts})
+            except Exception as e:
+                self._reason, self._hint = "an unexpected error; the log has it", ""
+                self._log.error("not ready: %s", type(e).__name__, exc_info=True)
+            else:
+                self._ready.set()
+                self._log.info("ready")
+                return
+            self._closed.wait(wait_s)
+            wait_s = min(_MAX_WAIT_S, wait_s * 2)
 
 
 class FunctionApp:
@@ -35,7 +91,7 @@ class FunctionApp:
         self.log.setLevel(settings.log_level.upper())
         log_retries(self.log)
         self.metrics = FunctionMetrics()
-        self._settings = settings
+        self._settings, self._longest_s = settings, settings.longest_s
         self._slots = Slots(settings.max_concurrency)
         self.metrics.in_flight.set_function(lambda: float(self._slots.taken))
         self._memory = MemoryBudget(settings.working_bytes)
@@ -68,7 +124,7 @@ class FunctionApp:
         self.flask.add_url_rule(rule, endpoint=endpoint, view_func=view, methods=["POST"])
 
     def _handle(self, handle: Handle) -> Response:
-        g.context = context = Context.from_headers(request.headers, longest_s=self._settings.longest_s)
+        g.context = context = Context.from_headers(request.headers, longest_s=self._longest_s)
         with closing(Reservation(self._memory)) as memory:
             body = read_body(request.environ, self._settings.max_request_bytes)
             self.metrics.received.inc(len(body))
@@ -92,7 +148,7 @@ class FunctionApp:
     @contextmanager
     def unadmitted(self) -> Iterator[Deadline]:
         """The deadline of a request that needs no slot; its look-ups in the registry count as others' do."""
-        deadline = Context.from_headers(request.headers, longest_s=self._settings.longest_s).deadline
+        deadline = Context.from_headers(request.headers, longest_s=self._longest_s).deadline
         with self._slots.unadmitted(deadline):
             yield deadline
 

@@ -10,8 +10,8 @@ from werkzeug.datastructures import Accept
 from werkzeug.http import parse_accept_header
 from werkzeug.wrappers import Response
 
+from isthmus.admission import Reservation
 from isthmus.errors import EncodingUnsupported, RequestMalformed, RequestTooLarge
-from isthmus.serving.memory import Reservation
 
 ACCEPTED = ("gzip", "deflate")
 MIN_BYTES, MAX_BYTES = 4096, 16 * 2**20

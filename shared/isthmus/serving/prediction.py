@@ -27,7 +27,7 @@ from isthmus.processing.classify import classify
 from isthmus.processing.image_budget import ImageMemory
 from isthmus.processing.photo import model_input
 from isthmus.routing.guard import Guard
-from isthmus.routing.selection import RouteSelector, SelectedRoute
+from isthmus.routing.selection import SelectedRoute
 from isthmus.serving.inference import InferenceRequest
 from isthmus.serving.metrics import FunctionMetrics
 from isthmus.serving.request import FunctionRequest
@@ -43,13 +43,12 @@ class Predictor:
     def __init__(
         self,
         settings: RouterSettings,
-        routes: RouteSelector,
         guard: Guard,
         images: ImageMemory,
         metrics: FunctionMetrics,
         log: logging.Logger,
     ) -> None:
-        self._settings, self._routes, self._guard, self._images = settings, routes, guard, images
+        self._settings, self._guard, self._images = settings, guard, images
         self._metrics, self._log = metrics, log
 
     def respond(self, request: FunctionRequest, inference: InferenceRequest) -> Response:
@@ -57,7 +56,7 @@ class Predictor:
 
         Raises:
             MediaUnsupported: a photo for a model that declares no processing of photos.
-            Others as decoding a photo, selecting a route and executing it.
+            Others as decoding a photo and executing the route.
         """
         if inference.tensors is None:
             return self._photo(request, inference)
@@ -65,7 +64,7 @@ class Predictor:
 
     def _tensors(self, request: FunctionRequest, inference: InferenceRequest, tensors: oip.InferRequest) -> Response:
         model = inference.model
-        result = self._execute(request, self._routes.select(model), tensors.inputs, {})
+        result = self._execute(request, model.route, tensors.inputs, {})
         start = time.perf_counter()
         request.memory.hold(oip.response_bytes(result.outputs, tensors))
         response = oip.build_response(
@@ -87,7 +86,7 @@ class Predictor:
                 f"/v2/models/{model.name}/infer",
                 accepted=["Open Inference Protocol"],
             )
-        selected = self._routes.select(model)
+        selected = model.route
         if selected.photo is not None:
             input_bytes = selected.photo.nbytes
             result = self._execute(request, selected, {}, selected.photo.encode(photo))

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 from werkzeug.datastructures import Headers
 from werkzeug.sansio.utils import get_content_length
 
+from isthmus.admission import Reservation
 from isthmus.context import Context
 from isthmus.errors import RequestMalformed, RequestTooLarge
-from isthmus.serving.memory import Reservation
 
 _NOT_IN_A_TIMING = re.compile(r"[^\w.-]", re.ASCII)
 

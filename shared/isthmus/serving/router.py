@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 from flask import Flask, Response, jsonify
 
 import isthmus
+from isthmus.admission import Turns
 from isthmus.artifacts import fidelity_document
 from isthmus.context import Deadline
 from isthmus.errors import SettingsError
@@ -22,10 +23,9 @@ from isthmus.routing.selection import RouteSelector
 from isthmus.runtime.tables import Tables
 from isthmus.serving.app import FunctionApp
 from isthmus.serving.inference import read_inference, read_tensors
-from isthmus.serving.memory import Turns
 from isthmus.serving.prediction import Predictor
+from isthmus.serving.preload import MAX_LOAD_S, parse_entry, preload
 from isthmus.serving.request import FunctionRequest
-from isthmus.serving.startup import MAX_LOAD_S, parse_entry, preload
 from isthmus.settings import RouterSettings
 
 
@@ -75,9 +75,9 @@ class _RouterApp(FunctionApp):
             self.log,
             deadline_s=settings.deadline_s,
         )
-        self._routes = RouteSelector(settings, self._registry, hops, tables, codec)
-        self._catalog = ModelCatalog(self._registry, settings.refresh_s, self.log, self._routes.select)
-        self._predictor = Predictor(settings, self._routes, guard, images, self.metrics, self.log)
+        routes = RouteSelector(settings, self._registry, hops, tables, codec)
+        self._catalog = ModelCatalog(self._registry, settings.refresh_s, self.log, routes)
+        self._predictor = Predictor(settings, guard, images, self.metrics, self.log)
         if self._store is not None:
             self.closing.callback(self._store.close)
             self.metrics.gauge_store(self._store)
@@ -115,7 +115,6 @@ class _RouterApp(FunctionApp):
         self.readiness.check()
         with self.unadmitted() as deadline:
             model = self._catalog.get(_reference(name, version), deadline)
-        self._routes.select(model)
         return jsonify(name=model.name, version=model.version, ready=True)
 
     def server(self) -> Response:
@@ -124,8 +123,7 @@ class _RouterApp(FunctionApp):
 
     def _prepare(self) -> None:
         self._catalog.forget(self._router_settings.model)
-        model = self._catalog.get(self._router_settings.model, Deadline.after(MAX_LOAD_S))
-        self._routes.select(model)
+        self._catalog.get(self._router_settings.model, Deadline.after(MAX_LOAD_S))
         if self._store is not None:
             preload(self._router_settings.preload, self._registry, self._store)
 

@@ -9,6 +9,7 @@ from functools import partial
 
 from flask import Flask, Response
 
+from isthmus.admission import Turns
 from isthmus.artifacts.bundle import is_digest
 from isthmus.artifacts.tensors import check_types
 from isthmus.context import Deadline
@@ -18,10 +19,9 @@ from isthmus.registry import BakedSegment, open_registry, open_source
 from isthmus.runtime.store import SegmentStore
 from isthmus.runtime.tables import Tables
 from isthmus.serving.app import FunctionApp
-from isthmus.serving.memory import Turns
+from isthmus.serving.preload import MAX_LOAD_S, parse_entry, preload
 from isthmus.serving.profiling import Profiling
 from isthmus.serving.request import FunctionRequest
-from isthmus.serving.startup import MAX_LOAD_S, parse_entry, preload
 from isthmus.settings import SegmentSettings
 from isthmus.wire import frame as frames
 from isthmus.wire.frame import Frame, Outline

@@ -18,7 +18,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from isthmus.errors import RequestMalformed
-from isthmus.http.server_timing import retry_after_seconds
+from isthmus.http.pool import retry_after_seconds
 from isthmus_tools.engine.callbacks import CallbackPolicy, PermittedOnly
 from isthmus_tools.engine.events import Event, OnEvent
 from isthmus_tools.engine.fleet import Fleet

@@ -17,8 +17,7 @@ from isthmus.artifacts.device import Device, from_document
 from isthmus.artifacts.profile import CodecSpeed
 from isthmus.client import Client
 from isthmus.errors import HopRejected, HopUnavailable, NotReady, Overloaded, ProfileMalformed, SettingsError
-from isthmus.http.pool import Response
-from isthmus.http.server_timing import stage_seconds
+from isthmus.http.pool import Response, stage_seconds
 from isthmus.retries import backoff
 from isthmus.settings import is_secret
 from isthmus.wire import frame as frames

@@ -1,0 +1,61 @@
+"""The setting `preload`: segments that a function loads at start."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from isthmus.artifacts.bundle import Bundle
+from isthmus.artifacts.segment_id import WHOLE, SegmentId
+from isthmus.context import Deadline
+from isthmus.errors import SettingsError
+from isthmus.registry import Registry
+
+if TYPE_CHECKING:  # a router whose hops are all remote never loads onnxruntime
+    from isthmus.runtime.store import SegmentStore
+
+MAX_LOAD_S = 600.0
+"""Bound on loading one segment; a slow link to the registry takes minutes for a large model."""
+_ENDS = ("head", "tail")
+
+
+def parse_entry(entry: str) -> tuple[str, str]:
+    """A preload entry's model reference and segment: `m:3@head` is (`m:3`, `head`); without one, the whole model.
+
+    Raises:
+        SettingsError: no model stands before the `@`, or no segment's id, head or tail after it.
+    """
+    reference, at, segment = entry.partition("@")
+    try:
+        if not reference:
+            raise ValueError("it names no model")
+        if segment in _ENDS:
+            return reference, segment
+        return reference, SegmentId.parse(segment) if at else WHOLE
+    except ValueError as e:
+        raise SettingsError(
+            f"the setting preload holds {entry!r}; an entry is NAME[:VERSION][@SEGMENT]: {e}",
+            variable="preload",
+            value=entry,
+        ) from e
+
+
+def segment_id(bundle: Bundle, segment: str) -> SegmentId:
+    """The id that `segment` means in `bundle`: `head` and `tail` are the ends of its default partition.
+
+    Raises:
+        Missing: the bundle has no such segment.
+    """
+    if segment in _ENDS:
+        return bundle.partition()[0 if segment == "head" else -1].id
+    return bundle.segment(segment).id
+
+
+def preload(entries: tuple[str, ...], registry: Registry, store: SegmentStore) -> None:
+    """Load every entry; what is loaded already costs nothing.
+
+    Raises:
+        RegistryError, SegmentError: the first that cannot be loaded.
+    """
+    for reference, segment in map(parse_entry, entries):
+        found = registry.resolve(reference)
+        store.runner(found.digest, segment_id(found.bundle, segment), Deadline.after(MAX_LOAD_S))

@@ -109,7 +109,7 @@ class CandidateSet:
         return Candidate(
             name=option.name,
             kind=option.kind,
-            predicted=Terms(),
+            predicted=Terms(),  # the link decides: see `predict`
             cuts=option.cuts,
             codecs=evaluation.codecs,
             input="photo" if option.photo else "tensors",
@@ -125,6 +125,7 @@ class CandidateSet:
     def _workload(self, option: Option, evaluation: Evaluation) -> Workload:
         edge, cloud = NO_RUN, NO_RUN
         if option.variant:
+            # No profile times the variant, so its run here is scaled as the whole model's.
             edge = RunTime(evaluation.run_s * self.slowdown[EDGE], "scaled")
         elif option.kind == "edge":
             edge = self._run_time(EDGE, WHOLE)
@@ -153,6 +154,7 @@ class CandidateSet:
         return run_seconds(self.profiles[tier], segment, self._nodes(segment), self.same_graph[tier])
 
     def _nodes(self, segment: SegmentId) -> list[int]:
+        # Static nodes are folded into constants and cost nothing at run time.
         dynamic = [i for i, dynamic in enumerate(self.model.dynamic) if dynamic]
         cuts = self.bundle.cuts
         after = upstream_of(self.model, cuts[segment.start]) if segment.start else frozenset()
@@ -184,6 +186,7 @@ def check_profile(profile: Profile, bundle: Bundle) -> None:
     Raises:
         PlanMismatch: the profile is of another model; names both.
     """
+    # The content, not the bundle: cuts and plans of a later version leave a profile valid.
     if profile.content != (content := content_of(bundle)):
         raise PlanMismatch(
             f"the profile of tier {profile.tier} is of {profile.model}, {profile.content[:19]}…, and not of"

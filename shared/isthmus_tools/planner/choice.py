@@ -16,6 +16,7 @@ from isthmus.units import format_duration, format_size
 from isthmus_tools.planner.candidates import CandidateSet
 from isthmus_tools.planner.costs import HEADERS_DOWN, HEADERS_UP, Prices, with_prices
 
+# Logarithmic steps from a weak mobile uplink to a local network, and from a switch to another continent.
 RATES = (0.5e6, 1e6, 2e6, 5e6, 10e6, 20e6, 50e6, 100e6, 200e6, 500e6, 1e9)
 ROUND_TRIPS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
 # Reasons name all candidates within this share of the best, since the order among these is within noise.
@@ -97,6 +98,7 @@ def choose(
         raise _infeasible(candidates, constraints)
     competing = [c for c in admissible if c.measured is not None] or admissible
     value = VALUES[objective]
+    # Ties, such as equal prices, go to the lower latency and then to fewer bytes.
     best = min(competing, key=lambda c: (value(c), c.seconds, c.up_bytes))
     return refused, best, tuple(_reasons(best, competing, objective, value))
 
@@ -115,6 +117,7 @@ def _slowest_stage(candidate: Candidate) -> float:
     t, measured = candidate.predicted, candidate.measured
     if measured is None:
         return t.slowest_stage
+    # A measured call to the cloud includes the link, whose directions are stages of their own.
     link = t.up + t.down + t.rtt
     part = measured.parts.get
     edge = part("preprocess", 0.0) + part("pack", 0.0) + part("edge", 0.0)
@@ -139,6 +142,7 @@ def _infeasible(candidates: Sequence[Candidate], constraints: Constraints) -> In
     """The error for the constraint that every candidate violates, else for the nearest candidate's worst."""
     pairs = [(c, broken) for c in candidates if not c.refused and (broken := violations(c, constraints))]
     if not pairs:
+        # Nothing violates a constraint, yet all are refused: those that ran have failed.
         reasons = "; ".join(sorted({c.refused for c in candidates}))
         return Infeasible(f"no candidate is left: {reasons}", constraint="private-depth", nearest=None)
     names = sorted({v.constraint for _, broken in pairs for v in broken})

@@ -21,7 +21,10 @@ from isthmus.errors import ConstraintMalformed
 
 HEADERS_UP, HEADERS_DOWN = 340, 420
 """Bytes of HTTP headers around a frame, each way, between a hop's connections and waitress."""
+# A price file holds some ten numbers; the bound is against a wrong path.
 MAX_PRICES_BYTES = 2**16
+# The currency is part of a column's heading.
+MAX_CURRENCY = 16
 
 RunSource: TypeAlias = Literal["measured", "predicted", "scaled", ""]
 """Origin of a run time: timed by a profile, summed from node times, scaled from a run here, or no run at all."""
@@ -29,7 +32,7 @@ RunSource: TypeAlias = Literal["measured", "predicted", "scaled", ""]
 
 @dataclass(frozen=True)
 class CallBytes:
-    """Bytes of the frames of one call to a function."""
+    """Bytes of the frames of a call to a function."""
 
     sent: int
     received: int
@@ -67,6 +70,7 @@ def run_seconds(
     profile: Profile, segment_id: SegmentId, nodes: Collection[int], same_graph: Callable[[str], bool]
 ) -> RunTime:
     """A segment's run time on the profile's device; `same_graph` says whether the profile timed the same graph."""
+    # A sum of node times leaves out what the runtime fuses across nodes, so a measured segment goes first.
     cost = profile.segments.get(segment_id)
     if cost is not None and same_graph(segment_id):
         return RunTime(cost.run.median, "measured")
@@ -74,7 +78,7 @@ def run_seconds(
 
 
 def terms(workload: Workload, near: HopCost | None, far: HopCost | None, conditions: Conditions) -> Terms:
-    """The seconds of one request under `conditions`, with hop costs as the profiles measured them."""
+    """The seconds of a request under `conditions`, with hop costs as the profiles measured them."""
     up = down = rtt = 0.0
     calls = 1 + workload.extra_calls
     if workload.far is not None:
@@ -162,8 +166,8 @@ def read_prices(path: Path) -> Prices:
         raise ConstraintMalformed(f"the prices {path} cannot be read: {e}", what="prices") from e
     _check_keys(doc, ("edge", "cloud", "link", "currency"), path.name)
     currency = doc.get("currency", "")
-    if not isinstance(currency, str) or len(currency) > 16:
-        raise ConstraintMalformed("currency is a text of up to 16 characters", what="currency")
+    if not isinstance(currency, str) or len(currency) > MAX_CURRENCY:
+        raise ConstraintMalformed(f"currency is a text of up to {MAX_CURRENCY} characters", what="currency")
     return Prices(
         TierPrices(**_table(doc, "edge", TierPrices)),
         TierPrices(**_table(doc, "cloud", TierPrices)),
@@ -203,9 +207,10 @@ def with_prices(candidate: Candidate, prices: Prices | None, cpus: Mapping[str, 
 
 
 def _price(candidate: Candidate, prices: Prices, cpus: Mapping[str, int]) -> float | None:
-    """Money for one request: each tier's busy seconds times CPUs, and the bytes; None if a price is missing."""
+    """Money for a request: each tier's busy seconds times CPUs, and the bytes; None if a price is missing."""
     if prices.missing_for_cost:
         return None
+    # A request occupies all CPUs of its tier: functions run it with that many threads.
     t, p = candidate.predicted, prices
     tiers = (t.edge_busy, p.edge.cpu_second, cpus["edge"]), (t.cloud_busy, p.cloud.cpu_second, cpus["cloud"])
     compute = sum(busy * (price or 0.0) * count for busy, price, count in tiers)
@@ -213,7 +218,7 @@ def _price(candidate: Candidate, prices: Prices, cpus: Mapping[str, int]) -> flo
 
 
 def _energy(candidate: Candidate, prices: Prices) -> float | None:
-    """Joules of one request: each tier active while computing and idle for the rest, and the bytes."""
+    """Joules of a request: each tier active while computing and idle for the rest, and the bytes."""
     if prices.missing_for_energy:
         return None
     t, joules = candidate.predicted, 0.0

@@ -24,6 +24,7 @@ from isthmus_tools.planner.segment_pool import SegmentPool, codec_tables, weight
 from isthmus_tools.planner.trials import Trials
 from isthmus_tools.progress import Progress, silent
 
+# A cut takes two more sessions, and a run of the tail for each codec and input.
 MAX_CUTS = 12
 # Evaluations compare options in one process; results are scaled to the tiers, so more threads only crowd the machine.
 _MAX_THREADS = 2
@@ -63,11 +64,13 @@ def enumerate_candidates(
     resolved = registry.resolve(reference)
     for profile in profiles.values():
         check_profile(profile, resolved.bundle)
+    # A plan belongs to one bundle, and these candidates are for the next.
     base = replace(resolved.bundle, plan=None)
     fidelity = read(base, registry.blob)
     progress(f"fetching {resolved.name}:{resolved.version}")
     with cache.locate(resolved.digest, WHOLE) as whole, tempfile.TemporaryDirectory(prefix="isthmus-") as temporary:
         folder = Path(temporary)
+        # A published graph was normalised at import.
         model = open_model(whole.path, examples=dict(inputs[0].arrays), normalise=False)
         choices = offered_codecs(fidelity, "")
         progress("packing every tensor under every codec")
@@ -92,6 +95,7 @@ def enumerate_candidates(
                 bundle, files = add_cuts(
                     base, whole.path, partitions, folder, on_refusal=lambda e: notes.append(e.message)
                 )
+            # Without the cuts that the extraction refused.
             names = [name for name in names if bundle.has_segments([name])]
             candidates = CandidateSet(
                 resolved,

@@ -31,6 +31,7 @@ def live_bytes(model: Model, order: Sequence[int]) -> list[int]:
     for i in order:
         live += sum(_size(model, str(v.name)) for v in model.nodes[i].outputs)
         curve.append(live)
+        # A value without a reader in the segment is freed at once, as is an input after the last reader.
         candidates = {str(v.name) for v in (*model.uses[i], *model.nodes[i].outputs)} - outputs
         live -= sum(_size(model, name) for name in candidates if last_reader.get(name, i) == i)
     return curve
@@ -91,6 +92,7 @@ class MemoryModel:
 
 def _initialisers(model: Model, node: int) -> set[str]:
     """Names of the weights that a node needs, also through static nodes before."""
+    # Static nodes are part of every segment that needs their values.
     names, stack = set(), list(model.uses[node])
     while stack:
         value = stack.pop()

@@ -45,6 +45,7 @@ def carry_over(plan: Plan, before: Bundle, after: Bundle, fidelity: Fidelity | N
     Further cuts, and tables of other tensors, leave the candidate unchanged. `fidelity` is that of `after`: at a cut
     with fidelity entries, the candidate's codec must be on offer.
     """
+    # Other pre-processing makes other inputs, and with these other sizes and errors.
     if (before.preprocess, before.postprocess) != (after.preprocess, after.postprocess):
         return None
     try:
@@ -55,7 +56,7 @@ def carry_over(plan: Plan, before: Bundle, after: Bundle, fidelity: Fidelity | N
         return None
     for tensor, coding in plan.choice.codecs.items():
         if coding.codec == PHOTO_ID:
-            continue
+            continue  # photos are decoded by the pre-processing, compared above
         if find_codec(coding.codec).calibrated and before.tables.get(tensor) != after.tables.get(tensor):
             return None
         if fidelity is not None and not _offers(fidelity, plan.choice, Choice(coding.codec, coding.quality)):

@@ -23,6 +23,7 @@ from isthmus.runtime.ort_runner import OrtRunner, Runner
 from isthmus.runtime.store import Ran
 from isthmus.runtime.tables import Tables
 
+# The name of the weights file in every graph's references.
 _WEIGHTS = "weights.bin"
 
 
@@ -49,6 +50,7 @@ class SegmentPool:
         """
         if (session := self._sessions.get(segment)) is None:
             spec = self._bundle.segments[segment]
+            # Errors are compared on the provider that every machine has.
             session = self._sessions[segment] = OrtRunner(
                 self._path(spec), spec, providers=("CPUExecutionProvider",), threads=self._threads
             )

@@ -38,6 +38,7 @@ class Trials:
         """Compare this process with the tiers, then evaluate edge-only, and cloud-only without a private depth."""
         candidates, here = self.candidates, speeds()
         for tier, profile in candidates.profiles.items():
+            # The whole model ran here and on each tier: the ratio scales everything that only ran here.
             whole_s = self.evaluator.whole_s
             candidates.slowdown[tier] = profile.whole.run.median / whole_s if whole_s else 1.0
             candidates.codec_slowdown[tier] = compared(profile.codecs, here)
@@ -82,6 +83,7 @@ class Trials:
         except (ModelError, RunFailed) as e:
             candidates.notes.append(f"edge-int8 was left out: {e.message}")
             return
+        # Only now: a variant that fails must not be uploaded with the candidates.
         candidates.variant = variant
         candidates.add(Option("edge-int8", "edge", variant=True), evaluation)
 
@@ -95,6 +97,7 @@ class Trials:
         elif any(i.photo is None for i in candidates.inputs):
             candidates.notes.append("cloud-photo: no photos were given")
         else:
+            # The last hop must know the input's shape before the photo is decoded: the frame declares it.
             evaluation = self.evaluator.photo(PhotoInput(spec["input"], spec["dtype"], shape))
             candidates.add(Option("cloud-photo", "cloud", photo=True), evaluation)
 

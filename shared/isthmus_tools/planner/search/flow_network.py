@@ -84,8 +84,10 @@ class _Builder:
         for tier in range(k):
             for v in range(n):
                 allowed = self.problem.allowed[tier][v]
+                # A forbidden tier is an uncuttable arc.
                 amount = self.problem.seconds[tier][v] if allowed else math.inf
                 self._pay(self._x(v, tier - 1), self._x(v, tier), amount, tier)
+        # Without these arcs a cut could put a node beyond a later boundary but not beyond an earlier boundary.
         for v in range(n):
             for b in range(1, self.boundaries):
                 self._uncuttable(self._x(v, b), self._x(v, b - 1))

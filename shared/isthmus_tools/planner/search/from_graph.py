@@ -69,6 +69,7 @@ def from_model(
             name=str(value.name),
             producer=producer,
             consumers=tuple(readers.get(str(value.name), ())),
+            # A value without a tensor type, such as a sequence, fits no frame.
             bytes=model.nbytes(value) if value.name in model.specs else math.inf,
             output=value.name in outputs,
         )
@@ -109,6 +110,7 @@ def cut_of(model: Model, boundary: Boundary) -> CutInfo | None:
     if not upstream or len(upstream) == sum(model.dynamic):
         return None
     end = max(upstream)
+    # A prefix may contain nodes that lead to no boundary tensor, which only a cut by position can express.
     if upstream == prefix(model, end) and boundary.tensors:
         return cut_after(model, end)
     values = [model.values[name] for name in boundary.tensors]

@@ -101,6 +101,7 @@ def sweep(problem: Problem, boundary: int = 0, down: float = 1.0) -> list[Piece]
     minimum = MinCut(problem)
     constant = prices(with_speed(problem, boundary, 0.0, down))
     per_byte = prices(with_speed(problem, boundary, 1.0, down)) - constant
+    # The ends of the envelope: the fastest division on an infinitely fast link, and the division of fewest bytes.
     ends = [minimum.cheapest(row) for row in (constant, per_byte)]
     slowest = max(float(minimum.add_bound(labels) @ constant) for labels in ends)
     digits = _DIGITS - math.ceil(math.log10(slowest)) if slowest > 0 else _DIGITS

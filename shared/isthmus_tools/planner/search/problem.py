@@ -169,6 +169,7 @@ def usage(problem: Problem, labels: Sequence[int]) -> Usage:
             up[b].append(i)
         for b in range(min(readers), home):
             down[b].append(i)
+    # A boundary is in use where any node runs on the far side, as seen from the caller.
     lowest, highest = min(labels), max(labels)
     return Usage(
         compute=tuple(
@@ -208,6 +209,7 @@ def cost(problem: Problem, labels: Sequence[int]) -> float:
     parts = list(amounts.compute)
     for b, link in enumerate(problem.links):
         parts += [amounts.up_bytes[b] * link.up, amounts.down_bytes[b] * link.down, amounts.used[b] * link.fixed]
+    # Exact sums: divisions of equal cost must tie, whatever the order of their terms.
     return math.fsum(parts)
 
 
@@ -239,6 +241,7 @@ def earliest_tiers(problem: Problem) -> Labels:
                 ceiling[v] = min(ceiling[v], problem.caller)
             continue
         followers[tensor.producer] += tensor.consumers
+        # A tensor that no frame carries ties producer and consumers to one tier, in both directions.
         for v in tensor.consumers if bound else ():
             followers[v].append(tensor.producer)
         if bound and tensor.output:

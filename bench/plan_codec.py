@@ -43,23 +43,23 @@ class Change:
 
 def changes(bench: Bench, cell: Conditions) -> list[Change]:
     """The planner's choices among fewer codecs and among all, held to the same fidelity; for every objective."""
-    draft = bench.calibrated
-    if draft is None:
+    candidate_set = bench.calibrated
+    if candidate_set is None:
         return []
-    every = draft.predict(cell)
+    every = candidate_set.predict(cell)
     among = {
         label: [c for c in every if all(may(coding.codec) for coding in c.codecs.values())]
         for label, may in AMONG.items()
     }
     wanted = {c.name for some in among.values() for o in OBJECTIVES for c in contenders(some, o, LIMITS)}
     some = [c for c in every if c.name in wanted]
-    seen = bench.measure(draft, some, cell, eliminate=True, rounds=bench.rounds)
+    seen = bench.measure(candidate_set, some, cell, eliminate=True, rounds=bench.rounds)
     chosen = {
         objective: {label: choose(with_measurements(of, seen), objective, LIMITS)[1] for label, of in among.items()}
         for objective in OBJECTIVES
     }
     duellists = list({c.name: c for each in chosen.values() for c in each.values()}.values())
-    duel = bench.measure(draft, duellists, cell, eliminate=False, rounds=2 * bench.rounds)
+    duel = bench.measure(candidate_set, duellists, cell, eliminate=False, rounds=2 * bench.rounds)
     figures = {c.name: c for c in duel}
     return [
         Change(

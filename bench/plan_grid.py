@@ -50,14 +50,14 @@ measurement can undercut), already exceed the best that was measured there."""
 
 @dataclass(frozen=True)
 class Bench:
-    """One model's functions and what is known of it; `every` holds all its cuts, `draft` those of the planner, and
+    """One model's functions and what is known of it; `every` holds all its cuts, `planned` those of the planner, and
     `calibrated` those that it finds where the codec was calibrated."""
 
     real: Real
     registry: Registry
     cache: SegmentCache
     functions: Mapping[Conditions, LinkedFunctions]
-    draft: CandidateSet
+    planned: CandidateSet
     every: CandidateSet
     calibrated: CandidateSet | None
     digests: Mapping[int, str]
@@ -65,18 +65,24 @@ class Bench:
     rounds: int
 
     def measure(
-        self, draft: CandidateSet, candidates: Sequence[Candidate], cell: Conditions, *, eliminate: bool, rounds: int
+        self,
+        candidate_set: CandidateSet,
+        candidates: Sequence[Candidate],
+        cell: Conditions,
+        *,
+        eliminate: bool,
+        rounds: int,
     ) -> tuple[Candidate, ...]:
         """What the candidates take over the cell's link, the edge and this process at a quarter of a CPU."""
         tables = Tables(self.registry.bundle, self.registry.blob, MAX_PIXELS)
-        digest = self.digests[id(draft)]
+        digest = self.digests[id(candidate_set)]
         with share_of_a_cpu(1 / SLOWER, [*self.edge_pids, os.getpid()]):
             return measure(
                 candidates,
                 digest,
-                draft.bundle,
+                candidate_set.bundle,
                 self.functions[cell],
-                draft.inputs,
+                candidate_set.inputs,
                 tables,
                 self.variant,
                 rounds=rounds,
@@ -150,12 +156,12 @@ def prepared(model: Real, report: Report) -> Iterator[Bench]:
 
         def tried(reference: str, **more: Any) -> CandidateSet:
             found = enumerate_candidates(registry, cache, reference, profiles, examples, kind, links=grid, **more)
-            draft = held.enter_context(found)
-            digests[id(draft)] = draft.stage(registry)
-            return draft
+            candidate_set = held.enter_context(found)
+            digests[id(candidate_set)] = candidate_set.stage(registry)
+            return candidate_set
 
         report.say(f"{model.name}: trying candidates")
-        draft = tried(model.name)
+        planned = tried(model.name)
         report.say(f"{model.name}: trying every cut")
         every = tried(model.name, all_prefixes=True, int8=False)
         calibrated = None
@@ -164,7 +170,7 @@ def prepared(model: Real, report: Report) -> Iterator[Bench]:
             calibrated = tried(reference)
         rounds = 7 if report.quick else 15
         pids = [edge.process.pid]
-        yield Bench(model, registry, cache, functions, draft, every, calibrated, digests, pids, rounds)
+        yield Bench(model, registry, cache, functions, planned, every, calibrated, digests, pids, rounds)
 
 
 def profiled(report: Report, model: Real, at: Sequence[str], urls: Mapping[str, str], runs: int) -> dict[str, Profile]:
@@ -204,9 +210,9 @@ def inputs(model: Real, registry: Registry) -> tuple[list[TrialInput], str]:
 
 def one_cell(bench: Bench, cell: Conditions) -> Cell:
     """The planner's choice, then every cut that could beat it, then both and the baselines by turns."""
-    predicted = bench.draft.predict(cell)
+    predicted = bench.planned.predict(cell)
     some = contenders(predicted, "latency", LIMITS)
-    seen = bench.measure(bench.draft, some, cell, eliminate=True, rounds=bench.rounds)
+    seen = bench.measure(bench.planned, some, cell, eliminate=True, rounds=bench.rounds)
     _, chosen, _ = choose(with_measurements(predicted, seen), "latency", LIMITS)
     others = could_be_better(bench.every.predict(cell), chosen.seconds)
     found = [c for c in bench.measure(bench.every, others, cell, eliminate=True, rounds=bench.rounds) if c.measured]
@@ -215,7 +221,7 @@ def one_cell(bench: Bench, cell: Conditions) -> Cell:
     near = [c for c in baselines if c.seconds <= _FAR * chosen.seconds]
     # The best of many noisy figures looks better than it is: only a duel says by how much.
     duellists = {c.name: c for c in (*near, chosen, *([best] if best.seconds < chosen.seconds else []))}
-    duel = bench.measure(bench.draft, list(duellists.values()), cell, eliminate=False, rounds=2 * bench.rounds)
+    duel = bench.measure(bench.planned, list(duellists.values()), cell, eliminate=False, rounds=2 * bench.rounds)
     seconds = {c.name: c.seconds for c in (*baselines, *duel) if c.measured}
     best_name = min(seconds, key=lambda name: seconds[name])
     apart = [abs(c.seconds / c.predicted.total - 1) for c in duel if c.measured]

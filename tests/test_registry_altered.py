@@ -29,9 +29,9 @@ from isthmus.wire import frame as frames
 from isthmus.wire.frame import Frame
 from support.bundles import Published, photo, publish_photos, ready, router_settings, segment_settings
 from support.fake_bundles import make_bundle
+from support.fidelities import fidelity
+from support.plans import full_plan
 from support.s3_server import PATIENCE
-from test_plan_codecs import fidelity
-from test_plan_document import full_plan
 from test_profile_document import PROFILE
 
 DIGEST = "sha256:" + "a" * 64

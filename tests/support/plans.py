@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from isthmus.artifacts.bundle import Bundle, subject_digest
 from isthmus.artifacts.conditions import Conditions, Constraints
 from isthmus.artifacts.device import Device
-from isthmus.artifacts.plan import Candidate, Plan, ProfileUsed, Terms
+from isthmus.artifacts.plan import Candidate, Coding, Error, Measured, Plan, ProfileUsed, Terms
 from isthmus.artifacts.profile import HopCost, Profile, SegmentCost, Timing, content_of
 from isthmus.artifacts.segment_id import WHOLE
 from isthmus_tools.graph import stored_examples
@@ -20,6 +21,7 @@ from support.paths import ROOT
 
 HOP = HopCost(0.001, 1e-9, 1e-9, 0.0005, 1e-9)
 MEMORY = 4_000_000
+DIGEST = "sha256:" + "0" * 64
 SCHEMA = json.loads((ROOT / "docs" / "plan.schema.json").read_text())
 
 
@@ -87,3 +89,41 @@ def plan_for(bundle: Bundle, candidate: Candidate, **changes: Any) -> Plan:
 def candidate(name: str = "edge-float", kind: str = "edge", seconds: float = 0.05, **facts: Any) -> Candidate:
     """A candidate whose predicted seconds are all the edge's."""
     return Candidate(name, kind, **({"predicted": Terms(edge_run=seconds, edge_source="measured")} | facts))
+
+
+def full_plan() -> Plan:
+    """A plan with every field in use."""
+    split = Candidate(
+        name="split-3-int8",
+        kind="split",
+        predicted=Terms(0.001, 0.01, 0.002, 0.0003, 0.02, 0.02, 0.004, 0.0002, 0.005, 0.002, "measured", "predicted"),
+        cuts=("3",),
+        codecs={"r3": Coding("int8/1", 0.5)},
+        up_bytes=1234,
+        down_bytes=99,
+        measured=Measured(0.07, 0.065, 0.08, 12, {"edge": 0.01, "cloud": 0.05}),
+        error=Error(0.004, 5, 0.2, True),
+        edge_memory_bytes=10**7,
+        cloud_memory_bytes=10**8,
+        price=1e-6,
+        energy_j=0.2,
+    )
+    others = [
+        candidate("cloud-photo", "cloud", input="photo", codecs={"x": Coding("photo/1")}),
+        candidate("edge-int8", variant=DIGEST, refused="its error is 0.3, of 0.05"),
+    ]
+    return Plan(
+        model="photos",
+        subject=DIGEST,
+        objective="cost",
+        conditions=Conditions(10e6, math.inf, 0.02),
+        constraints=Constraints(10**8, 2, 0.1, 0.05, 0.01),
+        profiles=(),
+        candidates=(split, *others),
+        chosen="split-3-int8",
+        why=("because",),
+        made_at="2026-01-01T00:00:00+00:00",
+        isthmus="0",
+        currency="EUR",
+        inputs="photo",
+    )

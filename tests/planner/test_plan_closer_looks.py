@@ -1,37 +1,174 @@
-"""Closer looks as plans measure them: requests, of which each look counts by its share, and what each send takes."""
+"""Closer looks in plans: candidates predicted and measured, each look counted by its share of the requests."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
+import statistics
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 
 from isthmus.arrays import Array
 from isthmus.artifacts.choice import Look
-from isthmus.artifacts.plan import CloserLooks, Coding
+from isthmus.artifacts.conditions import Conditions
+from isthmus.artifacts.fidelity import Entry
+from isthmus.artifacts.plan import Candidate, CloserLooks, Coding, Error
+from isthmus.artifacts.plan_document import from_json as read_plan
+from isthmus.artifacts.plan_document import to_json as plan_json
 from isthmus.codecs import Encoding
 from isthmus.context import Context, Deadline
 from isthmus.errors import DeadlineExceeded, HopUnavailable
-from isthmus.pipeline import LocalHop, LookPolicy, LoopbackHop, Result, execute, local_route
+from isthmus.pipeline import LocalHop, LookPolicy, LooksTaken, LoopbackHop, Result, execute, local_route, planned_route
 from isthmus.pipeline.hop import SegmentRunner
 from isthmus.processing.image import MAX_PIXELS
 from isthmus.runtime.store import Ran
 from isthmus.runtime.tables import Tables
 from isthmus.serving import create_segment_app
+from isthmus_tools.planner import costs
+from isthmus_tools.planner.candidates import CandidateSet
+from isthmus_tools.planner.choice import over_link
+from isthmus_tools.planner.evaluation import Evaluator
 from isthmus_tools.planner.inputs import TrialInput
 from isthmus_tools.planner.measurement import LinkedFunctions, measure, requester
+from isthmus_tools.planner.offered import offered_codecs, short_name
 from isthmus_tools.planner.segment_pool import Replay, SegmentPool, codec_tables
 from support.bundles import cache_of, photo, photo_array, segment_settings, served
+from support.bundles import photos as photos
 from support.calibrated_photos import Known, no_variant, remote, shown
 from support.calibrated_photos import known as known
+from support.candidate_sets import LINK, evaluated
 from support.patience import least
-from support.plans import candidate
+from support.plans import SCHEMA, candidate, plan_for
+
+# Predictions
+
+
+@pytest.fixture(scope="module")
+def candidate_set(known: Known) -> Iterator[CandidateSet]:
+    with evaluated(known.published, examples=shown(known), kind="photo", max_cuts=1) as made:
+        yield made
+
+
+def closer_looks(entry: Entry) -> CloserLooks:
+    return CloserLooks("logits", entry.looks, entry.shares)
+
+
+def planned(known: Known, candidate_set: CandidateSet, link: Conditions = LINK) -> dict[str, Candidate]:
+    found = {c.name: c for c in candidate_set.predict(link)}
+    return {"closer": found[f"split-6-{short_name(known.chain.choice)}"], "raw": found["split-6-raw"]}
+
+
+def test_each_number_of_looks_that_saves_bytes_is_a_candidate(known: Known, candidate_set: CandidateSet) -> None:
+    chosen = [c for c in offered_codecs(known.fidelity, "6") if c.codec == "transform/4"]
+    looks = [len(c.looks) for c in chosen]
+    assert looks == sorted(set(looks))
+    assert (looks[0], looks[-1]) == (0, 2)
+    sizes = [e.bytes for c in chosen for e in known.fidelity.entries if e.choice == c]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == len(chosen)
+    names = [c.name for c in candidate_set.predict(LINK)]
+    assert [n for n in names if "transform" in n] == [f"split-6-{short_name(c)}" for c in chosen]
+    assert "split-6-transform-60-80-100" in names
+
+
+def test_a_candidate_costs_the_first_transmission_and_the_shares_of_the_looks(
+    known: Known, candidate_set: CandidateSet, tmp_path: Path
+) -> None:
+    published, chain = known.published, known.chain
+    link = Conditions(1e6, 2e6, 0.02)
+    found = planned(known, candidate_set, link)
+    made = found["closer"]
+    assert made.looks == closer_looks(chain)
+    assert made.codecs == {"p6": Coding("transform/4", chain.quality)}
+    assert made.error == Error(chain.error, known.fidelity.inputs.held_out, 1 - chain.agreement, calibrated=True)
+
+    # What a hop is really sent, when every look is taken.
+    tables = Tables(published.registry.bundle, published.registry.blob, MAX_PIXELS)
+    with served(create_segment_app(segment_settings(published, tmp_path))) as url:
+        hops = remote(url, url)
+        route = planned_route(made, published.digest, published.bundle, hops, tables, no_variant)
+        assert route.looks is not None
+        always = tuple(replace(look, margin=math.inf) for look in chain.looks)
+        route = replace(route, looks=replace(route.looks, looks=always))
+        answers = [execute(route, e.arrays, Context.from_headers({}, longest_s=60.0)) for e in shown(known)]
+        for hop in hops:
+            hop.close()
+    assert {answer.closer_looks for answer in answers} == {LooksTaken("last", 2)}
+    stages = [answer.runs[1:] for answer in answers]
+    sent, received = (
+        [statistics.median_low(each) for each in zip(*([getattr(s, way) for s in ss] for ss in stages), strict=True)]
+        for way in ("sent_bytes", "received_bytes")
+    )
+    shares = (1.0, *chain.shares)
+    assert made.up_bytes == round(sum(s * n for s, n in zip(shares, sent, strict=True)))
+    assert made.down_bytes == round(sum(s * n for s, n in zip(shares, received, strict=True)))
+
+    terms, raw, calls = made.predicted, found["raw"].predicted, sum(shares)
+    assert made.calls == pytest.approx(calls)
+    assert terms.rtt == pytest.approx(calls * 0.02)
+    assert terms.cloud_run == pytest.approx(calls * raw.cloud_run)
+    assert terms.edge_run == raw.edge_run
+    assert terms.up == pytest.approx((made.up_bytes + calls * costs.HEADERS_UP) * 8 / 1e6)
+    assert terms.down == pytest.approx((made.down_bytes + calls * costs.HEADERS_DOWN) * 8 / 2e6)
+    hop = candidate_set.profiles["cloud"].hop
+    assert hop is not None
+    bytes_s = hop.up_byte_s * made.up_bytes + hop.down_byte_s * made.down_bytes
+    assert terms.cloud_hop == pytest.approx(calls * hop.fixed_s + bytes_s)
+
+
+@pytest.fixture
+def evaluator(known: Known, tmp_path: Path) -> Iterator[Evaluator]:
+    published = known.published
+    with contextlib.closing(SegmentPool(published.bundle, published.digest, {}, cache_of(published, tmp_path))) as own:
+        yield Evaluator(published.bundle, published.digest, own, shown(known), codec_tables(published.registry))
+
+
+def test_encoding_and_decoding_count_by_the_shares_of_the_looks(
+    known: Known, evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def by_the_clock(*given: Any) -> Result:
+        result = execute(*given)
+        runs = tuple(r._replace(encode_s=10.0**n, decode_s=2 * 10.0**n) for n, r in enumerate(result.runs))
+        return replace(result, runs=runs)
+
+    monkeypatch.setattr("isthmus_tools.planner.evaluation.execute", by_the_clock)
+    looks = replace(closer_looks(known.chain), shares=(0.5, 0.25))
+    made = evaluator.closer_looks("6", known.chain.choice, looks, Error(0.0, 1))
+    assert made is not None
+    assert made.encode_s == 1 + 5 + 25
+    assert made.decode_s == 2 * made.encode_s
+
+
+def test_a_split_that_cannot_be_sent_finer_is_no_candidate(known: Known, evaluator: Evaluator) -> None:
+    assert evaluator.closer_looks("3", known.chain.choice, closer_looks(known.chain), Error(0.0, 1)) is None
+
+
+def test_moving_to_another_link_equals_a_prediction_there(known: Known, candidate_set: CandidateSet) -> None:
+    there = Conditions(3e5, 7e5, 0.08)
+    for name, made in planned(known, candidate_set).items():
+        expected = planned(known, candidate_set, there)[name].predicted
+        assert over_link(made, there).predicted.seconds == pytest.approx(expected.seconds)
+
+
+def test_a_plan_with_closer_looks_survives_its_document(known: Known, candidate_set: CandidateSet) -> None:
+    found = planned(known, candidate_set)
+    made = plan_for(known.published.bundle, found["closer"], candidates=tuple(found.values()))
+    doc = json.loads(plan_json(made))
+    jsonschema.validate(doc, SCHEMA)
+    assert read_plan(plan_json(made)) == made
+    assert ["closer_looks" in c for c in doc["candidates"]] == [True, False]
+    assert not any("looks" in c for c in doc["candidates"])
+    doc["candidates"][0].pop("closer_looks")
+    assert read_plan(json.dumps(doc).encode()).choice == replace(found["closer"], looks=None)
+
 
 # Requests
 
@@ -121,7 +258,7 @@ def test_a_candidate_whose_closer_look_fails_while_it_is_measured_is_refused(
     assert raw.runs == 4
 
 
-def test_a_link_that_breaks_while_candidates_are_measured_is_no_reason_not_to_cross_it(
+def test_a_link_that_breaks_during_measurement_is_an_error_and_no_choice_of_the_edge(
     known: Known, tmp_path: Path
 ) -> None:
     published, calls = known.published, list[int]()
@@ -222,7 +359,7 @@ def transmitted(
 
 
 @pytest.mark.parametrize("codec", ["transform/4", "sparse/2"])
-def test_each_look_sends_all_of_it_finer(
+def test_each_look_sends_the_whole_tensor_finer(
     known: Known, pool: SegmentPool, at_cut: Mapping[str, Array], codec: str
 ) -> None:
     table = known.table("p6") if codec == "transform/4" else None
@@ -238,7 +375,7 @@ def test_each_look_sends_all_of_it_finer(
         assert run.encode_s > 0 < run.decode_s
 
 
-def test_nothing_more_is_sent_of_what_went_raw(known: Known, pool: SegmentPool, at_cut: Mapping[str, Array]) -> None:
+def test_raw_tensors_are_not_sent_again(known: Known, pool: SegmentPool, at_cut: Mapping[str, Array]) -> None:
     spoilt = {**at_cut, "p6": np.full_like(at_cut["p6"], np.nan)}
     result = transmitted(known, pool, "6..", spoilt, Encoding("transform/4", 0.25, known.table("p6")), 0.45)
     assert result.closer_looks is None

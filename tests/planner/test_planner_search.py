@@ -38,7 +38,7 @@ from isthmus_tools.planner.search.from_graph import boundaries, cut_of, from_mod
 from isthmus_tools.planner.search.throughput import best_prefix
 from support.models import REAL
 from support.planner_problems import divisions, language_model, random_problem
-from test_graph_random import graphs
+from support.random_graphs import graphs
 
 INF = math.inf
 

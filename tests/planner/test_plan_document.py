@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,55 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isthmus.artifacts.bundle import Blob, subject_digest
-from isthmus.artifacts.conditions import Conditions, Constraints
-from isthmus.artifacts.plan import Candidate, Coding, Error, Measured, Plan, Terms
+from isthmus.artifacts.conditions import Conditions
+from isthmus.artifacts.plan import Plan
 from isthmus.artifacts.plan_document import from_json, read_plan, to_json
 from isthmus.errors import PlanMalformed, PlanMismatch
 from isthmus_tools.planner.publishing import publish_plan
 from support.bundles import publish_photos
-from support.paths import ROOT
-from support.plans import candidate, plan_for
-
-SCHEMA = json.loads((ROOT / "docs" / "plan.schema.json").read_text())
-DIGEST = "sha256:" + "0" * 64
-
-
-def full_plan() -> Plan:
-    """One with every field in use."""
-    split = Candidate(
-        name="split-3-int8",
-        kind="split",
-        predicted=Terms(0.001, 0.01, 0.002, 0.0003, 0.02, 0.02, 0.004, 0.0002, 0.005, 0.002, "measured", "predicted"),
-        cuts=("3",),
-        codecs={"r3": Coding("int8/1", 0.5)},
-        up_bytes=1234,
-        down_bytes=99,
-        measured=Measured(0.07, 0.065, 0.08, 12, {"edge": 0.01, "cloud": 0.05}),
-        error=Error(0.004, 5, 0.2, True),
-        edge_memory_bytes=10**7,
-        cloud_memory_bytes=10**8,
-        price=1e-6,
-        energy_j=0.2,
-    )
-    others = [
-        candidate("cloud-photo", "cloud", input="photo", codecs={"x": Coding("photo/1")}),
-        candidate("edge-int8", variant=DIGEST, refused="its error is 0.3, of 0.05"),
-    ]
-    return Plan(
-        model="photos",
-        subject=DIGEST,
-        objective="cost",
-        conditions=Conditions(10e6, math.inf, 0.02),
-        constraints=Constraints(10**8, 2, 0.1, 0.05, 0.01),
-        profiles=(),
-        candidates=(split, *others),
-        chosen="split-3-int8",
-        why=("because",),
-        made_at="2026-01-01T00:00:00+00:00",
-        isthmus="0",
-        currency="EUR",
-        inputs="photo",
-    )
+from support.plans import DIGEST, SCHEMA, candidate, full_plan, plan_for
 
 
 def document(plan: Plan) -> Any:

@@ -1,10 +1,8 @@
-"""Drafts: cuts searched, tried and predicted on a small real model, with profiles that are made up."""
+"""Candidate sets: cuts searched, evaluated and predicted on a small real model, with invented profiles."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,37 +19,13 @@ from isthmus.artifacts.profile import SegmentCost, Timing
 from isthmus.errors import ConstraintMalformed, Infeasible, PlanMismatch
 from isthmus.processing.image_spec import made_shape
 from isthmus_tools.figures.plan import Along
-from isthmus_tools.planner.candidates import CandidateSet
 from isthmus_tools.planner.choice import build_plan, choose
-from isthmus_tools.planner.enumeration import enumerate_candidates
-from isthmus_tools.planner.inputs import TrialInput, from_arrays, from_photos, random_inputs
+from isthmus_tools.planner.inputs import from_photos, random_inputs
 from isthmus_tools.planner.memory import MemoryModel, peak_bytes
 from support.bundles import Published, cache_of, pair_model, photo, publish, publish_photos, save, value, weight
 from support.bundles import photos as photos
+from support.candidate_sets import FAST, LINK, SLOW, evaluated
 from support.plans import candidate, plan_for, profile_of, whole_model
-
-SLOW, FAST = 0.2, 0.01
-LINK = Conditions(1e6, 1e6, 0.005)
-
-
-@contextmanager
-def drafted(
-    published: Published,
-    *,
-    edge_s: float = SLOW,
-    cloud_s: float = FAST,
-    examples: list[TrialInput] | None = None,
-    kind: str = "tensors",
-    link: Conditions = LINK,
-    **options: Any,
-) -> Iterator[CandidateSet]:
-    profiles = {"edge": profile_of(published, "edge", edge_s), "cloud": profile_of(published, "cloud", cloud_s)}
-    profiles |= options.pop("profiles", {})
-    made = examples or from_arrays(published.bundle, [published.inputs])
-    cache = cache_of(published, published.folder.parent / "cache")
-    options = {"int8": False, "links": [link]} | options
-    with enumerate_candidates(published.registry, cache, published.name, profiles, made, kind, **options) as draft:
-        yield draft
 
 
 def widening(path: Path) -> Path:
@@ -67,14 +41,14 @@ def single(path: Path) -> Path:
     return save(path, [node], [value("x", 1, 8)], [value("y", 1, 4)], [weight("w0", 8, 4)])
 
 
-def test_a_draft_tries_every_kind_of_candidate_and_they_answer_as_the_model_does(photos: Published) -> None:
+def test_every_kind_of_candidate_is_evaluated_and_predicts_as_the_model_does(photos: Published) -> None:
     examples = from_photos(photos.bundle, [photo(seed=n) for n in range(3)])
-    with drafted(photos, examples=examples, kind="photo") as draft:
-        found = {c.name: c for c in draft.predict(LINK)}
+    with evaluated(photos, examples=examples, kind="photo") as candidate_set:
+        found = {c.name: c for c in candidate_set.predict(LINK)}
         assert {"edge-float", "cloud-photo", "cloud-raw", "cloud-half"} <= found.keys()
         splits = [c for c in found.values() if c.kind == "split"]
         assert splits
-        assert all(set(c.cuts) <= draft.bundle.cuts.keys() for c in splits)
+        assert all(set(c.cuts) <= candidate_set.bundle.cuts.keys() for c in splits)
         for c in found.values():
             assert c.error.inputs == 3
             if c.name.endswith(("-raw", "-float", "-photo", "-lossless")):
@@ -84,7 +58,7 @@ def test_a_draft_tries_every_kind_of_candidate_and_they_answer_as_the_model_does
         assert found["cloud-photo"].predicted.preprocess == 0 < found["cloud-photo"].predicted.unpack
         assert found["edge-float"].predicted.preprocess > 0
         raw = next(c for c in splits if c.name.endswith("-raw"))
-        crossing = draft.bundle.cuts[raw.cuts[0]].bytes
+        crossing = candidate_set.bundle.cuts[raw.cuts[0]].bytes
         assert crossing < raw.up_bytes < crossing + 1200
 
 
@@ -102,27 +76,27 @@ def test_the_search_finds_the_cut_that_trying_all_of_them_finds(photos: Publishe
             return sum(edge.nodes[:at]) + sum(cloud.nodes[at:]) + cut.bytes * link.up_byte_s
 
         best = min((c for c in cuts(model) if c.position < len(model.nodes) - 1), key=seconds)
-        with drafted(photos, link=link, max_cuts=3) as draft:
-            raw = [c for c in draft.predict(link) if c.kind == "split" and c.name.endswith("-raw")]
+        with evaluated(photos, link=link, max_cuts=3) as candidate_set:
+            raw = [c for c in candidate_set.predict(link) if c.kind == "split" and c.name.endswith("-raw")]
             assert best.name in {c.cuts[0] for c in raw}
 
 
 def test_a_narrow_slow_link_keeps_the_model_at_the_edge_and_a_wide_one_does_not(photos: Published) -> None:
-    with drafted(photos, edge_s=0.02) as draft:
+    with evaluated(photos, edge_s=0.02) as candidate_set:
         chosen = [
-            choose(draft.predict(link), "latency", Constraints())[1].kind
+            choose(candidate_set.predict(link), "latency", Constraints())[1].kind
             for link in (Conditions(1e4, 1e4, 0.2), Conditions(1e9, 1e9, 0.0))
         ]
     assert chosen[0] == "edge"
     assert chosen[1] in ("cloud", "split")
 
 
-def test_a_measured_segment_goes_before_the_sum_of_its_nodes(photos: Published) -> None:
+def test_a_measured_segment_is_preferred_to_the_sum_of_its_nodes(photos: Published) -> None:
     edge = profile_of(photos, "edge", SLOW)
     timed = SegmentCost(Timing(0.123, 0.12, 0.13, 5), 0, 0, 1, 1, 10, 20, 777)
     edge = replace(edge, segments={**edge.segments, "..6": timed})
-    with drafted(photos, profiles={"edge": edge}, all_prefixes=True) as draft:
-        found = {c.name: c for c in draft.predict(LINK)}
+    with evaluated(photos, profiles={"edge": edge}, all_prefixes=True) as candidate_set:
+        found = {c.name: c for c in candidate_set.predict(LINK)}
     known = [c for c in found.values() if c.cuts == ("6",)]
     assert known
     assert all((c.predicted.edge_run, c.predicted.edge_source) == (0.123, "measured") for c in known)
@@ -136,7 +110,7 @@ def test_a_profile_of_another_model_is_refused_by_name(photos: Published, tmp_pa
     other = publish_photos(tmp_path, seed=5)
     with (
         pytest.raises(PlanMismatch, match="not of photos") as e,
-        drafted(photos, profiles={"edge": profile_of(other, "edge", SLOW)}),
+        evaluated(photos, profiles={"edge": profile_of(other, "edge", SLOW)}),
     ):
         pass
     assert "isthmus profile photos" in e.value.hint
@@ -144,14 +118,14 @@ def test_a_profile_of_another_model_is_refused_by_name(photos: Published, tmp_pa
 
 @pytest.mark.parametrize("depth", [1, 4, 8, 9])
 def test_a_private_depth_keeps_the_first_nodes_and_the_input_at_the_edge(photos: Published, depth: int) -> None:
-    with drafted(photos, private_depth=depth) as draft:
-        found = draft.predict(LINK)
-        notes = " ".join(draft.notes)
+    with evaluated(photos, private_depth=depth) as candidate_set:
+        found = candidate_set.predict(LINK)
+        notes = " ".join(candidate_set.notes)
     assert "cloud-only is no candidate" in notes
     assert {c.kind for c in found} <= {"edge", "split"}
     for c in found:
         for name in c.cuts:
-            assert (draft.bundle.cuts[name].position or 0) + 1 >= depth
+            assert (candidate_set.bundle.cuts[name].position or 0) + 1 >= depth
     assert ("split" in {c.kind for c in found}) == (depth < 9)
 
 
@@ -159,34 +133,34 @@ def test_no_input_crosses_where_a_private_depth_is_asked_for(tmp_path: Path) -> 
     """The mask is read by the last node alone, so that every cut before it lets the mask cross."""
     inputs = {"x": np.ones((1, 32), np.float32), "mask": np.ones((1, 32), np.float32)}
     published = publish(tmp_path, pair_model(tmp_path / "pair.onnx"), inputs)
-    with drafted(published) as draft:
-        assert any(c.kind == "split" for c in draft.predict(LINK))
-    with drafted(published, private_depth=1) as draft:
-        assert [c.kind for c in draft.predict(LINK)] == ["edge"]
+    with evaluated(published) as candidate_set:
+        assert any(c.kind == "split" for c in candidate_set.predict(LINK))
+    with evaluated(published, private_depth=1) as candidate_set:
+        assert [c.kind for c in candidate_set.predict(LINK)] == ["edge"]
 
 
 def test_a_private_depth_beyond_the_model_is_refused(photos: Published) -> None:
-    with pytest.raises(ConstraintMalformed, match="the model has 9 nodes"), drafted(photos, private_depth=10):
+    with pytest.raises(ConstraintMalformed, match="the model has 9 nodes"), evaluated(photos, private_depth=10):
         pass
 
 
 def test_too_little_memory_at_the_edge_leaves_the_cloud_or_says_by_how_much(photos: Published) -> None:
-    with drafted(photos) as draft:
-        found = draft.predict(LINK)
+    with evaluated(photos) as candidate_set:
+        found = candidate_set.predict(LINK)
     _, best, _ = choose(found, "latency", Constraints(edge_memory_bytes=1000))
     assert best.kind == "cloud"
     with pytest.raises(Infeasible, match="edge-memory"):
         choose([c for c in found if c.kind != "cloud"], "latency", Constraints(edge_memory_bytes=1000))
 
 
-def test_a_head_that_does_not_fit_is_not_looked_for(photos: Published) -> None:
+def test_a_head_beyond_the_edges_memory_is_not_searched(photos: Published) -> None:
     edge = profile_of(photos, "edge", SLOW)
     sizes = MemoryModel(whole_model(photos), photos.bundle, edge, lambda segment: False).heads()
     assert list(sizes) == list(range(9))
     assert sorted(sizes.values()) == list(sizes.values())
-    with drafted(photos, edge_memory_bytes=sizes[2], all_prefixes=True) as draft:
-        found = draft.predict(LINK)
-        places = {draft.bundle.cuts[c.cuts[0]].position for c in found if c.kind == "split"}
+    with evaluated(photos, edge_memory_bytes=sizes[2], all_prefixes=True) as candidate_set:
+        found = candidate_set.predict(LINK)
+        places = {candidate_set.bundle.cuts[c.cuts[0]].position for c in found if c.kind == "split"}
     assert places == {position for position, size in sizes.items() if size <= sizes[2]}
     splits = [c for c in found if c.kind == "split"]
     assert all(c.edge_memory_bytes <= sizes[2] for c in splits)
@@ -194,10 +168,10 @@ def test_a_head_that_does_not_fit_is_not_looked_for(photos: Published) -> None:
 
 def test_a_model_of_one_node_is_planned_without_a_cut(tmp_path: Path) -> None:
     published = publish(tmp_path, single(tmp_path / "single.onnx"), {"x": np.ones((1, 8), np.float32)})
-    with drafted(published) as draft:
-        assert not draft.files
-        candidates = draft.predict(LINK)
-        plan = build_plan(draft, candidates, LINK, "latency", Constraints())
+    with evaluated(published) as candidate_set:
+        assert not candidate_set.files
+        candidates = candidate_set.predict(LINK)
+        plan = build_plan(candidate_set, candidates, LINK, "latency", Constraints())
     assert {c.kind for c in candidates} == {"edge", "cloud"}
     assert "no cut is a candidate: one side of the link takes everything" in plan.why
     assert plan.subject == subject_digest(published.bundle)
@@ -205,15 +179,17 @@ def test_a_model_of_one_node_is_planned_without_a_cut(tmp_path: Path) -> None:
 
 def test_a_graph_that_only_widens_is_not_split_and_the_plan_says_why(tmp_path: Path) -> None:
     published = publish(tmp_path, widening(tmp_path / "widening.onnx"), {"x": np.ones((1, 4), np.float32)})
-    with drafted(published, edge_s=0.02, cloud_s=0.0001, link=Conditions(1e5, 1e5, 0.0)) as draft:
-        plan = build_plan(draft, draft.predict(Conditions(1e5, 1e5)), Conditions(1e5, 1e5), "latency", Constraints())
+    with evaluated(published, edge_s=0.02, cloud_s=0.0001, link=Conditions(1e5, 1e5, 0.0)) as candidate_set:
+        plan = build_plan(
+            candidate_set, candidate_set.predict(Conditions(1e5, 1e5)), Conditions(1e5, 1e5), "latency", Constraints()
+        )
     assert plan.choice.kind in ("edge", "cloud")
     assert any("every cut lets" in sentence and "the input has 16" in sentence for sentence in plan.why)
 
 
 def test_a_plan_without_measurements_says_so(photos: Published) -> None:
-    with drafted(photos, examples=random_inputs(photos.bundle, 2), kind="random") as draft:
-        plan = build_plan(draft, draft.predict(LINK), LINK, "latency", Constraints())
+    with evaluated(photos, examples=random_inputs(photos.bundle, 2), kind="random") as candidate_set:
+        plan = build_plan(candidate_set, candidate_set.predict(LINK), LINK, "latency", Constraints())
     assert not plan.measured
     assert plan.typical_gap is None
     assert any(sentence.startswith("predicted only") for sentence in plan.why)
@@ -221,14 +197,14 @@ def test_a_plan_without_measurements_says_so(photos: Published) -> None:
     assert from_json(to_json(plan)) == plan
 
 
-def test_a_draft_uploads_its_cuts_without_a_plan_and_without_a_version(photos: Published) -> None:
+def test_staging_uploads_the_cuts_without_a_plan_and_without_a_version(photos: Published) -> None:
     before = photos.registry.versions("photos")
-    with drafted(photos) as draft:
-        digest = draft.stage(photos.registry)
-        assert draft.stage(photos.registry) == digest
+    with evaluated(photos) as candidate_set:
+        digest = candidate_set.stage(photos.registry)
+        assert candidate_set.stage(photos.registry) == digest
         found = photos.registry.bundle(digest)
     assert found.plan is None
-    assert subject_digest(found) == draft.subject
+    assert subject_digest(found) == candidate_set.subject
     assert photos.registry.versions("photos") == before
     assert photos.registry.aliases("photos")["prod"] == "1"
 
@@ -238,11 +214,11 @@ def test_the_int8_variant_is_a_bundle_of_its_own_and_made_once(tmp_path: Path) -
     examples = from_photos(published.bundle, [photo(seed=n) for n in range(2)])
     digests = []
     for _ in range(2):
-        with drafted(published, examples=examples, kind="photo", int8=True) as draft:
-            assert not draft.notes
-            found = next(c for c in draft.predict(LINK) if c.name == "edge-int8")
-            assert draft.variant is not None
-            published.registry.publish(draft.variant.bundle, draft.variant.files)
+        with evaluated(published, examples=examples, kind="photo", int8=True) as candidate_set:
+            assert not candidate_set.notes
+            found = next(c for c in candidate_set.predict(LINK) if c.name == "edge-int8")
+            assert candidate_set.variant is not None
+            published.registry.publish(candidate_set.variant.bundle, candidate_set.variant.files)
             digests.append(found.variant)
     variant = published.registry.resolve("photos-int8")
     assert digests == [variant.digest] * 2
@@ -268,10 +244,10 @@ def test_a_model_that_needs_certain_values_has_its_int8_variant_and_its_picture(
     x = np.random.default_rng(0).standard_normal((1, 64)).astype(np.float32)
     given = {"x": x, "rows": np.array([4, 2], np.int64)}
     published = publish(tmp_path, asking(tmp_path / "asking.onnx"), given, examples={"rows": given["rows"]})
-    with drafted(published, examples=random_inputs(published.bundle, 2), kind="random", int8=True) as draft:
-        assert not [note for note in draft.notes if "int8" in note]
-        assert "edge-int8" in {c.name for c in draft.predict(LINK)}
-        along = Along.of(draft)
+    with evaluated(published, examples=random_inputs(published.bundle, 2), kind="random", int8=True) as candidate_set:
+        assert not [note for note in candidate_set.notes if "int8" in note]
+        assert "edge-int8" in {c.name for c in candidate_set.predict(LINK)}
+        along = Along.of(candidate_set)
         plan = plan_for(published.bundle, candidate())
     found = published.registry.resolve("asking")
     shown = Along.published(plan, found, published.registry, cache_of(published, tmp_path / "cache"))
@@ -284,12 +260,12 @@ def test_a_model_that_cannot_be_quantised_has_no_variant_and_the_plan_says_why(t
     weights = [onnx.numpy_helper.from_array(np.ones((4, 4)), "w")]
     path = save(tmp_path / "doubles.onnx", [node, twice], [value("x", 1, 4)], [value("y", 1, 4, dtype=11)], weights)
     published = publish(tmp_path, path, {"x": np.ones((1, 4), np.float32)})
-    with drafted(published, int8=True) as draft:
-        names = {c.name for c in draft.predict(LINK)}
-    assert ("edge-int8" in names) != any(note.startswith("edge-int8 was left out") for note in draft.notes)
+    with evaluated(published, int8=True) as candidate_set:
+        names = {c.name for c in candidate_set.predict(LINK)}
+    assert ("edge-int8" in names) != any(note.startswith("edge-int8 was left out") for note in candidate_set.notes)
 
 
-def test_live_bytes_are_the_most_that_lives_at_once(photos: Published) -> None:
+def test_peak_bytes_are_the_most_that_lives_at_once(photos: Published) -> None:
     model = whole_model(photos)
     pixels, maps = 3 * 64 * 4, 16 * 64 * 4
     assert peak_bytes(model, [0]) == pixels + maps
@@ -315,5 +291,5 @@ def test_the_shape_that_a_photo_becomes_is_known_where_it_is_fixed(steps: Any, s
 
 
 def test_no_link_is_infinitely_fast_or_a_number_that_is_none(photos: Published) -> None:
-    with drafted(photos, link=Conditions()) as draft:
-        assert all(math.isfinite(c.predicted.total) for c in draft.predict(Conditions()))
+    with evaluated(photos, link=Conditions()) as candidate_set:
+        assert all(math.isfinite(c.predicted.total) for c in candidate_set.predict(Conditions()))

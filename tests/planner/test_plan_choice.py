@@ -69,7 +69,7 @@ def test_the_terms_of_a_split_are_what_each_part_takes() -> None:
     assert found.slowest_stage == pytest.approx(0.08)
 
 
-def test_what_stays_at_the_edge_pays_no_link() -> None:
+def test_an_edge_candidate_pays_no_link() -> None:
     found = terms(
         Workload(near=CallBytes(1000, 10), edge=RunTime(0.01, "measured")), HOP, HOP, Conditions(1e3, 1e3, 1.0)
     )
@@ -124,7 +124,7 @@ def test_constraints_that_only_contradict_each_other_are_named_together() -> Non
         choose([small, quick], "latency", Constraints(edge_memory_bytes=10**7, latency_s=0.05))
 
 
-def test_what_calibration_offers_is_good_enough_unless_an_error_is_asked_for() -> None:
+def test_calibrated_errors_have_no_default_limit() -> None:
     offered = candidate("offered", error=Error(0.2, 300, 0.003, calibrated=True))
     tried = candidate("tried", error=Error(0.2, 5))
     assert not violations(offered, Constraints())
@@ -253,7 +253,7 @@ def test_the_grid_has_the_best_of_every_link() -> None:
     assert nobody[0][0].best == ""
 
 
-def test_a_race_lets_the_hopeless_go_and_gives_the_leaders_more() -> None:
+def test_dominated_candidates_stop_early_and_leaders_run_every_round() -> None:
     took = {"best": 0.010, "close": 0.0101, "behind": 0.013, "hopeless": 0.05}
     runs = {name: lambda n, s=s: {"total": s * (1 + n % 3 / 20), "edge": s / 2} for name, s in took.items()}
     found = successive_elimination(runs, rounds=12)
@@ -264,7 +264,7 @@ def test_a_race_lets_the_hopeless_go_and_gives_the_leaders_more() -> None:
     assert found["best"].parts["edge"] == pytest.approx(0.005)
 
 
-def test_a_single_slow_request_puts_nobody_out_who_was_expected_near_the_best() -> None:
+def test_a_single_slow_request_eliminates_no_candidate_predicted_near_the_best() -> None:
     def run(name: str, seconds: float, n: int) -> dict[str, float]:
         return {"total": seconds * (3 if name == "unlucky" and n == 0 else 1)}
 
@@ -277,7 +277,7 @@ def test_a_single_slow_request_puts_nobody_out_who_was_expected_near_the_best() 
     assert successive_elimination(runs, rounds=10)["unlucky"].runs == 1
 
 
-def test_who_is_not_in_the_running_puts_nobody_out() -> None:
+def test_an_excluded_candidate_eliminates_no_other() -> None:
     took = {"best": 0.010, "close": 0.0102, "quick but wrong": 0.001}
     runs = {name: lambda n, s=s: {"total": s * (1 + n % 3 / 20)} for name, s in took.items()}
     found = successive_elimination(runs, rounds=8, excluded={"quick but wrong"})
@@ -286,7 +286,7 @@ def test_who_is_not_in_the_running_puts_nobody_out() -> None:
     assert successive_elimination({"only": runs["best"]}, rounds=8, excluded={"only"})["only"].runs == 3
 
 
-def test_a_race_without_elimination_runs_everyone_alike() -> None:
+def test_without_elimination_every_candidate_runs_every_round() -> None:
     order: list[str] = []
 
     def run(name: str, seconds: float) -> dict[str, float]:
@@ -299,7 +299,7 @@ def test_a_race_without_elimination_runs_everyone_alike() -> None:
     assert all(set(order[i : i + 2]) == {"a", "b"} for i in range(0, 8, 2))
 
 
-def test_who_fails_in_a_race_is_out_and_the_others_go_on() -> None:
+def test_a_candidate_that_fails_stops_and_the_others_go_on() -> None:
     def run(n: int) -> dict[str, float]:
         if n == 2:
             raise HopUnavailable("away", hop="tail")
@@ -313,7 +313,7 @@ def test_who_fails_in_a_race_is_out_and_the_others_go_on() -> None:
         successive_elimination({"b": run}, rounds=4)
 
 
-def test_the_promising_are_measured_and_the_baselines_always() -> None:
+def test_promising_candidates_are_measured_and_the_baselines_always() -> None:
     splits = [candidate(f"split-{i}-raw", "split", seconds=0.02 + i / 1000, cuts=(str(i),)) for i in range(20)]
     baselines = [candidate("edge-float", seconds=0.5), candidate("cloud-raw", "cloud", seconds=2.0)]
     wrong = candidate("split-9-int4", "split", seconds=0.001, cuts=("9",), error=Error(0.5, 3))
@@ -337,7 +337,7 @@ class Clock:
         self.now += seconds
 
 
-def test_a_race_ends_with_its_budget_and_has_measured_the_most_promising() -> None:
+def test_elimination_ends_with_its_budget_after_measuring_the_most_promising() -> None:
     clock = Clock()
 
     def run(name: str, n: int) -> dict[str, float]:

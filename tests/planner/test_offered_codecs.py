@@ -5,39 +5,25 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from isthmus.artifacts.agreement import Measure
 from isthmus.artifacts.bundle import Blob, digest_of
 from isthmus.artifacts.choice import KNOWN, NEVER_CHOSEN, Choice, Look
 from isthmus.artifacts.conditions import Conditions
-from isthmus.artifacts.fidelity import Entry, Fidelity, Inputs
+from isthmus.artifacts.fidelity import Entry, Fidelity
 from isthmus.artifacts.fidelity_document import model_digest, to_json
 from isthmus.codecs import find_codec
 from isthmus_tools.planner.offered import offered_codecs, short_name
 from support.bundles import Published, publish_photos
-from test_plan_draft import LINK, drafted
+from support.candidate_sets import LINK, evaluated
+from support.fidelities import entry, fidelity
 
 
-def entry(codec: str, quality: float, size: int, *, agreement: float = 1.0, offered: bool = True) -> Entry:
-    return Entry("3", codec, quality, agreement, 0.9, 1.0, 0.02, size, size, 4.0, 0.1, 0.1, 0.0, offered, agreement)
-
-
-def fidelity(subject: str) -> Fidelity:
-    entries = (
-        entry("raw", 1.0, 4000),
-        entry("int8/1", 1.0, 1000, agreement=0.995),
-        entry("int4/1", 1.0, 500, agreement=0.6, offered=False),
-        entry("half/1", 1.0, 2000),
-    )
-    return Fidelity(subject, 0.99, Measure("top1", "logits"), Inputs("photos", 10, 5, 200), entries)
-
-
-def test_without_calibration_every_codec_that_needs_none_is_usable() -> None:
+def test_without_calibration_every_codec_that_needs_none_is_offered() -> None:
     found = [choice.codec for choice in offered_codecs(None, "3")]
     assert found[0] == "raw"
     assert set(found) == {c for c in KNOWN if c not in NEVER_CHOSEN and not find_codec(c).calibrated}
 
 
-def test_a_calibrated_cut_has_what_it_offers_each_at_its_smallest() -> None:
+def test_a_calibrated_cut_offers_each_codec_at_its_fewest_bytes() -> None:
     known = fidelity("sha256:" + "0" * 64)
     graded = (
         entry("transform/4", 0.9, 600),
@@ -55,7 +41,7 @@ def followed(quality: float, size: int, *finer: float, offered: bool = True) -> 
     return replace(entry("transform/4", quality, size, offered=offered), looks=looks, shares=shares)
 
 
-def test_each_number_of_closer_looks_is_usable_that_takes_fewer_bytes_than_fewer_of_them() -> None:
+def test_a_further_closer_look_is_offered_only_if_it_saves_bytes() -> None:
     known = fidelity("sha256:" + "0" * 64)
     chains = (
         followed(0.8, 300),
@@ -75,7 +61,7 @@ def test_each_number_of_closer_looks_is_usable_that_takes_fewer_bytes_than_fewer
     assert [short_name(c) for c in offered_codecs(without, "3")] == ["raw", "transform-50-70", "transform-20-40-60-80"]
 
 
-def test_what_changes_values_is_not_usable_where_a_calibrated_bundle_did_not_measure_it() -> None:
+def test_lossy_codecs_are_not_offered_at_cuts_that_calibration_did_not_measure() -> None:
     known = fidelity("sha256:" + "0" * 64)
     exact = (Choice("raw"), Choice("lossless/3"), Choice("sparse/2"))
     assert offered_codecs(known, "7") == offered_codecs(known, "") == exact
@@ -93,8 +79,8 @@ def calibrated(folder: Path) -> Published:
 
 def test_a_calibrated_cut_is_a_candidate_with_the_errors_that_calibration_measured(tmp_path: Path) -> None:
     published = calibrated(tmp_path)
-    with drafted(published, max_cuts=1) as draft:
-        found = {c.name: c for c in draft.predict(LINK)}
+    with evaluated(published, max_cuts=1) as candidate_set:
+        found = {c.name: c for c in candidate_set.predict(LINK)}
     assert {"split-3-raw", "split-3-int8", "split-3-half"} <= found.keys()
     assert "split-3-int4" not in found
     error = found["split-3-int8"].error
@@ -103,5 +89,5 @@ def test_a_calibrated_cut_is_a_candidate_with_the_errors_that_calibration_measur
 
 def test_a_private_depth_goes_before_a_calibrated_cut(tmp_path: Path) -> None:
     published = calibrated(tmp_path)
-    with drafted(published, max_cuts=1, private_depth=5) as draft:
-        assert all(c.cuts != ("3",) for c in draft.predict(Conditions(1e6)))
+    with evaluated(published, max_cuts=1, private_depth=5) as candidate_set:
+        assert all(c.cuts != ("3",) for c in candidate_set.predict(Conditions(1e6)))

@@ -26,12 +26,12 @@ from isthmus.artifacts.profile import (
     from_json,
     to_json,
 )
-from isthmus.errors import ProfileMalformed, RegistryError
+from isthmus.errors import Missing, ProfileMalformed, RegistryError
 from isthmus.registry import FolderStore, Registry
 from isthmus.serving import profiling
 from isthmus_tools.graph import add_cuts
 from isthmus_tools.profiling import profiles, steady
-from isthmus_tools.profiling.spread import MAX_CUTS
+from isthmus_tools.profiling.cuts import MAX_CUTS
 from isthmus_tools.profiling.steady import timing
 from support.bundles import Published, publish_photos
 from support.bundles import photos as photos
@@ -141,7 +141,8 @@ def test_profiles_are_found_by_content_tier_and_device(registry: Registry, photo
     bundle = photos.bundle
     mine = replace(PROFILE, content=content_of(bundle))
     assert profiles.find(registry, bundle, "edge", DEVICE.id) is None
-    assert profiles.newest(registry, bundle) == {}
+    with pytest.raises(Missing, match="for the tier edge or cloud"):
+        profiles.newest(registry, bundle, ("edge", "cloud"))
     profiles.put(registry, mine)
     cloud = replace(mine, tier="cloud", device=replace(DEVICE, cpus=64), measured_at="2026-01-02T00:00:00+00:00")
     newer = replace(mine, device=replace(DEVICE, cpus=8), measured_at="2026-01-03T00:00:00+00:00")
@@ -151,7 +152,7 @@ def test_profiles_are_found_by_content_tier_and_device(registry: Registry, photo
     assert profiles.find(registry, bundle, "edge", DEVICE.id) == mine
     assert profiles.find(registry, bundle, "cloud", DEVICE.id) is None
     assert profiles.every(registry, bundle) == [newer, cloud, mine]
-    assert profiles.newest(registry, bundle) == {"edge": newer, "cloud": cloud}
+    assert profiles.newest(registry, bundle, ("edge", "cloud")) == {"edge": newer, "cloud": cloud}
 
 
 def test_a_later_profile_takes_the_earlier_ones_place(registry: Registry, photos: Published) -> None:

@@ -14,8 +14,8 @@ from isthmus.runtime.kernels import Observed, middle, read_trace
 from isthmus.runtime.ort_runner import OrtObserver
 from isthmus_tools.graph import Model, build, cuts, open_model
 from isthmus_tools.graph.load import OptimisedNode, read_optimised
+from isthmus_tools.profiling.cuts import spread_cuts
 from isthmus_tools.profiling.nodes import matched, node_seconds
-from isthmus_tools.profiling.spread import spread_cuts
 from support.models import REAL
 
 RUNS = 9  # of each kernel, the two longest times but the first do not count: the machine may pause in one

@@ -32,7 +32,7 @@ def explain(
     """
     from isthmus_tools.cli import plan_text
     from isthmus_tools.planner.choice import grid
-    from isthmus_tools.usecases.plan import published_plan
+    from isthmus_tools.usecases.publication import published_plan
 
     with errors(as_json):
         if picture is not None:

@@ -122,7 +122,7 @@ def _token(file: Path | None) -> str:
 def _show(result: ProfileResult) -> None:
     for tier, profile in result.profiles.items():
         whole, device = profile.whole, profile.device
-        state = "up to date" if tier in result.kept else "measured"
+        state = "up to date" if tier in result.up_to_date else "measured"
         say(
             f"{tier} {state}: {device.cpu}, {device.threads} of {device.cpus} CPUs, {device.runtime},"
             f" device {device.id}"

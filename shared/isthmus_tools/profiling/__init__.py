@@ -1,1 +1,1 @@
-"""What one device takes for one model: measured on the function that will run it, and kept in the registry."""
+"""Profiles of a model on a device: measured on its future function, stored in the registry."""

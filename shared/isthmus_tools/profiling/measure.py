@@ -1,4 +1,4 @@
-"""Measuring one model on one function: its segments, its nodes, and what a call costs beside them."""
+"""Measurement of a model on a function: its segments, its nodes, and the cost of a call itself."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ Arrays: TypeAlias = Callable[[Segment], Mapping[str, Array]]
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: a bundle's version, its uncut graph, and each segment's input tensors.
+    """The measured model: a bundle's version, its uncut graph, and each segment's input tensors.
 
-    `inputs` says what the model's were: random, photo or tensors.
+    `inputs` is the kind of the model's inputs: random, photo or tensors.
     """
 
     bundle: Bundle
@@ -55,33 +55,33 @@ def measure(
     progress: Progress,
     budget: Budget = UNLIMITED,
 ) -> Profile:
-    """What the function's device takes for the whole model and for `segments`, each run `runs` times or a few more.
+    """Profile the function's device for the whole model and for `segments`, each run `runs` times or a few more.
 
-    The runs come in ROUNDS rounds over all segments, so that each segment meets the device at several moments. Those
-    whose series disagree are measured in up to MORE_ROUNDS more; what disagrees then is kept, and said to be unsteady.
-    When the budget is spent no further series begins: segments without any are left out, and a warning names them. The
-    whole model has one in any case.
+    Runs are interleaved in ROUNDS rounds over all segments, so that each segment meets the device at several moments.
+    Segments whose series disagree run in up to MORE_ROUNDS more rounds, and are marked unsteady if they still disagree.
+    When the budget is spent no further series begins; a warning names the segments without one. The whole model always
+    has a series.
 
     Raises:
-        HopError, RequestError, SegmentError: what the function, or the way to it, did not allow.
-        ProfileMalformed: two devices answered at one URL.
+        HopError, RequestError, SegmentError: the function failed, or could not be reached.
+        ProfileMalformed: two devices responded at one URL.
     """
     device = function.device()
     whole = subject.bundle.segment(WHOLE)
     every = [_Series(function, subject, device, s, max(1, -(-runs // ROUNDS))) for s in (whole, *segments)]
     pace = Pace(ROUNDS * len(every))
     for number in range(1, ROUNDS + MORE_ROUNDS + 1):
-        due = every if number <= ROUNDS else [s for s in every if s.seen and not s.timing().steady]
+        due = every if number <= ROUNDS else [s for s in every if s.results and not s.timing().steady]
         for i, series in enumerate(due, start=1):
-            if budget.spent and every[0].seen:
+            if budget.spent and every[0].results:
                 break
-            again = f" of {ROUNDS}" if number <= ROUNDS else ", it was unsteady"
-            left = pace.left((number - 1) * len(every) + i - 1) if number <= ROUNDS else ""
-            progress(f"{tier}, round {number}{again}: {series.segment.id}, {i} of {len(due)}{left}")
-            series.go_on()
-    progress(f"{tier}: what a call and what packing costs by itself")
-    skipped = [series.segment.id for series in every if not series.seen]
-    every = [series for series in every if series.seen]
+            suffix = f" of {ROUNDS}" if number <= ROUNDS else ", it was unsteady"
+            remaining = pace.left((number - 1) * len(every) + i - 1) if number <= ROUNDS else ""
+            progress(f"{tier}, round {number}{suffix}: {series.segment.id}, {i} of {len(due)}{remaining}")
+            series.run_series()
+    progress(f"{tier}: the cost of a call itself and of encoding")
+    skipped = [series.segment.id for series in every if not series.results]
+    every = [series for series in every if series.results]
     warnings = [w for series in every for w in series.warnings()]
     if skipped:
         warnings.append(f"the time limit left {len(skipped)} segments unmeasured: {', '.join(skipped)}")
@@ -115,36 +115,36 @@ class _Series:
     ) -> None:
         self.segment = segment
         self._function, self._subject, self._device, self._runs = function, subject, device, runs
-        self.seen: list[Measured] = []
+        self.results: list[Measured] = []
 
-    def go_on(self) -> None:
-        """Make one more series; the first one also sees the memory, and of the whole model the nodes."""
-        first = not self.seen
-        seen = self._function.measure(
+    def run_series(self) -> None:
+        """Run a further series; the first also measures the memory, and the nodes of the whole model."""
+        first = not self.results
+        result = self._function.measure(
             Frame(self._subject.arrays(self.segment), self._subject.digest, self.segment.id),
             runs=self._runs,
             warmup=2 if first else 1,
             nodes=first and self.segment.id == WHOLE,
             memory=first,
         )
-        if seen.device != self._device:
+        if result.device != self._device:
             raise ProfileMalformed(
-                f"two devices answer at {self._function.url}: {self._device.id} and {seen.device.id}",
+                f"two devices answer at {self._function.url}: {self._device.id} and {result.device.id}",
                 path=self._function.url,
                 hint="scale the function to one replica, or give the URL of one of them",
             )
-        self.seen.append(seen)
+        self.results.append(result)
 
     def timing(self) -> Timing:
-        return timing([seen.runs_s for seen in self.seen])
+        return timing([result.runs_s for result in self.results])
 
     def cost(self) -> SegmentCost:
-        first = self.seen[0]
+        first = self.results[0]
         weights = sum(t.length for t in self._subject.bundle.weight_ranges(self.segment))
         return SegmentCost(
             run=self.timing(),
-            decode_s=statistics.median(seen.decode_s for seen in self.seen),
-            encode_s=statistics.median(seen.encode_s for seen in self.seen),
+            decode_s=statistics.median(result.decode_s for result in self.results),
+            encode_s=statistics.median(result.encode_s for result in self.results),
             input_bytes=first.input_bytes,
             output_bytes=first.output_bytes,
             weights_bytes=weights,
@@ -153,8 +153,8 @@ class _Series:
         )
 
     def nodes(self, total_s: float) -> tuple[float, ...] | None:
-        """Seconds of each node of the model, `total_s` in all; None where they were not seen."""
-        first = self.seen[0]
+        """Seconds of each node of the model, `total_s` in all; None where the nodes were not measured."""
+        first = self.results[0]
         if not first.graph:
             return None
         return node_seconds(self._subject.model, read_optimised(first.graph), first.kernels, total_s)
@@ -163,17 +163,17 @@ class _Series:
         run, name = self.timing(), f"segment {self.segment.id}"
         if not run.steady:
             yield (
-                f"{name} was unsteady in {len(self.seen)} series: the device changed its speed, or others use it"
+                f"{name} was unsteady in {len(self.results)} series: the device changed its speed, or others use it"
                 f" (quartiles {run.spread:.0%} of the median apart)"
             )
-        if (fewest := min(len(seen.runs_s) for seen in self.seen)) < self._runs:
-            yield f"{name} was run {fewest} instead of {self._runs} times in a row: the function's deadline was near"
-        if not self.seen[0].arena_bytes:
+        if (min_runs := min(len(result.runs_s) for result in self.results)) < self._runs:
+            yield f"{name} was run {min_runs} instead of {self._runs} times in a row: the function's deadline was near"
+        if not self.results[0].arena_bytes:
             yield f"the memory of {name} was not measured: only its weights count"
 
 
 def hop_cost(function: ProfiledFunction) -> HopCost:
-    """What a call costs by itself, and each byte of it: from frames without and with a payload, by turns.
+    """The cost of a call itself and of each byte, from interleaved frames without and with a payload.
 
     Raises:
         As `ProfiledFunction.echo`.
@@ -184,23 +184,23 @@ def hop_cost(function: ProfiledFunction) -> HopCost:
     count = large if function.echo(small, small).total_s < _SOON_S else small
     calls: dict[tuple[int, int], list[Call]] = {(0, 0): [], (count, 0): [], (0, count): []}
     for _ in range(_ECHOES):
-        for (up, down), found in calls.items():
-            found.append(function.echo(up, down))
-    totals = {size: statistics.median(c.total_s for c in found) for size, found in calls.items()}
-    served = {size: statistics.median(c.served_s for c in found) for size, found in calls.items()}
+        for (up, down), repeats in calls.items():
+            repeats.append(function.echo(up, down))
+    totals = {size: statistics.median(c.total_s for c in repeats) for size, repeats in calls.items()}
+    served = {size: statistics.median(c.served_s for c in repeats) for size, repeats in calls.items()}
 
-    def each(of: Mapping[tuple[int, int], float], size: tuple[int, int]) -> float:
-        return max(0.0, of[size] - of[0, 0]) / count
+    def per_byte(seconds: Mapping[tuple[int, int], float], size: tuple[int, int]) -> float:
+        return max(0.0, seconds[size] - seconds[0, 0]) / count
 
     return HopCost(
         fixed_s=totals[0, 0],
-        up_byte_s=each(totals, (count, 0)),
-        down_byte_s=each(totals, (0, count)),
+        up_byte_s=per_byte(totals, (count, 0)),
+        down_byte_s=per_byte(totals, (0, count)),
         served_fixed_s=served[0, 0],
-        served_byte_s=(each(served, (count, 0)) + each(served, (0, count))) / 2,
+        served_byte_s=(per_byte(served, (count, 0)) + per_byte(served, (0, count))) / 2,
     )
 
 
 def merged(older: Profile, newer: Profile) -> Profile:
-    """`newer` with the segments and codecs that only `older`, of the same content and device, has."""
+    """`newer`, completed by the segments and codecs of `older`, a profile of the same content and device."""
     return replace(newer, segments={**older.segments, **newer.segments}, codecs={**older.codecs, **newer.codecs})

@@ -1,6 +1,8 @@
-"""Profiles where they are kept: beside their model in the registry."""
+"""Profiles in the registry, beside their model."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.profile import MAX_PROFILE_BYTES, Profile, content_of, from_json, to_json
@@ -9,15 +11,15 @@ from isthmus.registry import Registry
 
 
 def put(registry: Registry, profile: Profile) -> None:
-    """Store a profile beside its model; an older one of the same content, tier and device is replaced."""
+    """Store a profile; an older profile of the same content, tier and device is replaced."""
     registry.documents.put_profile(profile.model, profile.content, profile.tier, profile.device.id, to_json(profile))
 
 
 def find(registry: Registry, bundle: Bundle, tier: str, device_id: str) -> Profile | None:
-    """The profile of this bundle's content that this device measured at this tier; None if there is none.
+    """The stored profile of the bundle's content, a tier and a device; None without one.
 
     Raises:
-        ProfileMalformed: what is stored is no profile, or one of something else.
+        ProfileMalformed: the stored document is no profile, or is another content's.
     """
     content = content_of(bundle)
     try:
@@ -37,15 +39,27 @@ def find(registry: Registry, bundle: Bundle, tier: str, device_id: str) -> Profi
 
 
 def every(registry: Registry, bundle: Bundle) -> list[Profile]:
-    """All profiles of this bundle's content, the newest first; those of another content are never among them."""
+    """All profiles of the bundle's content, the newest first."""
     stored = registry.documents.profiles(bundle.name, content_of(bundle))
-    found = (find(registry, bundle, tier, device_id) for tier, device_id in stored)
-    return sorted((p for p in found if p is not None), key=lambda p: p.measured_at, reverse=True)
+    loaded = (find(registry, bundle, tier, device_id) for tier, device_id in stored)
+    return sorted((p for p in loaded if p is not None), key=lambda p: p.measured_at, reverse=True)
 
 
-def newest(registry: Registry, bundle: Bundle) -> dict[str, Profile]:
-    """The newest profile of each tier."""
-    found: dict[str, Profile] = {}
+def newest(registry: Registry, bundle: Bundle, tiers: Sequence[str]) -> dict[str, Profile]:
+    """The newest stored profile of each tier.
+
+    Raises:
+        Missing: a tier has no profile.
+    """
+    by_tier: dict[str, Profile] = {}
     for profile in every(registry, bundle):
-        found.setdefault(profile.tier, profile)
-    return found
+        by_tier.setdefault(profile.tier, profile)
+    if lacking := [tier for tier in tiers if tier not in by_tier]:
+        raise Missing(
+            f"there is no profile of {bundle.name} for the tier {' or '.join(lacking)}",
+            kind="profile",
+            name=bundle.name,
+            exists=sorted(by_tier),
+            hint=f"measure it: isthmus profile {bundle.name} --head URL --tail URL; or plan with --local",
+        )
+    return {tier: by_tier[tier] for tier in tiers}

@@ -1,4 +1,4 @@
-"""A function's profiling route, as one who measures calls it."""
+"""Client of a function's profiling route."""
 
 from __future__ import annotations
 
@@ -31,9 +31,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Measured:
-    """What a function said of one segment: docs/profile.md, "The route". Units: seconds, bytes.
+    """A function's measurement of one segment. Units: seconds, bytes.
 
-    `kernels` and `graph` are empty, and `memory_bytes` 0, where its deadline left no time for them.
+    `kernels` and `graph` are empty, and `arena_bytes` 0, where the deadline left no time for them.
+
+    Source: docs/reference/profile.md, "The route".
     """
 
     device: Device
@@ -51,14 +53,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class Call:
-    """One call that ran nothing: seconds as it was seen here, and those that passed inside the function."""
+    """A call without a segment run: seconds of the whole call, and inside the function."""
 
     total_s: float
     served_s: float
 
 
 class ProfiledFunction:
-    """A function at `url` that measures for those who hold `token`."""
+    """A function at `url` with a profiling route that accepts `token`."""
 
     def __init__(self, url: str, token: str, *, timeout_s: float = 60.0) -> None:
         if token and not is_secret(token):
@@ -68,17 +70,17 @@ class ProfiledFunction:
         self._client = Client(self.url, timeout_s=timeout_s)
 
     def device(self) -> Device:
-        """What it runs on.
+        """The function's device.
 
         Raises:
-            ProfilingOff, ProfilingRefused: it has no token, or another one.
-            HopUnavailable, HopTimeout: it cannot be reached.
-            ProfileMalformed: something else answers there.
+            ProfilingOff, ProfilingRefused: the function has no token, or another token.
+            HopUnavailable, HopTimeout: the function cannot be reached.
+            ProfileMalformed: the response is no measurement.
         """
         return self._document([], {}, lambda doc: from_document(doc["device"]))
 
     def codecs(self) -> dict[str, CodecSpeed]:
-        """How fast it packs and unpacks.
+        """The speed of each codec.
 
         Raises:
             As `device`.
@@ -95,24 +97,24 @@ class ProfiledFunction:
     def measure(
         self, frame: Frame, *, runs: int, warmup: int = 2, nodes: bool = False, memory: bool = True
     ) -> Measured:
-        """Let it run the segment that `frame` names.
+        """Run the frame's segment and measure it.
 
         Raises:
-            As `device`, and what the segment raises on what it is given.
+            As `device`, and the segment's errors on its inputs.
         """
         fields = {"runs": str(runs), "warmup": str(warmup), "nodes": str(int(nodes)), "memory": str(int(memory))}
         return self._document(frames.encode_parts(frame), fields, _measured)
 
-    def echo(self, sent_bytes: int, answer_bytes: int) -> Call:
-        """Send a frame of so many bytes of payload and receive one; both are made and read as a hop does it.
+    def echo(self, sent_bytes: int, response_bytes: int) -> Call:
+        """Send a frame with a payload of that size and receive another, encoded and decoded as by a hop.
 
         Raises:
             As `device`.
         """
         start = time.perf_counter()
         body = frames.encode_parts(Frame({"echo": np.zeros(sent_bytes, np.uint8)}))
-        response = self._post("/profile/echo", body, {"bytes": str(answer_bytes)})
-        frames.decode(response.body, max_bytes=2 * answer_bytes + 2**20)
+        response = self._post("/profile/echo", body, {"bytes": str(response_bytes)})
+        frames.decode(response.body, max_bytes=2 * response_bytes + 2**20)
         total_s = time.perf_counter() - start
         return Call(total_s, stage_seconds(response.headers.get("server-timing", ""), "total"))
 
@@ -175,11 +177,11 @@ def _measured(doc: Mapping[str, Any]) -> Measured:
         activation_bytes=int(memory.get("activation_bytes", 0)),
         arena_bytes=int(memory.get("arena_bytes", 0)),
         kernels={str(name): _seconds(s) for name, _, s in kernels},
-        graph=_unpacked(nodes.get("graph", "")),
+        graph=_decompressed(nodes.get("graph", "")),
     )
 
 
-def _unpacked(text: str) -> bytes:
+def _decompressed(text: str) -> bytes:
     if not text:
         return b""
     reader = zlib.decompressobj()

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from isthmus.artifacts.conditions import Conditions, Constraints, Objective
+from isthmus.artifacts.plan import Candidate
+from isthmus.processing.image import MAX_PIXELS
+from isthmus.registry import Registry
+from isthmus.runtime.tables import Tables
+from isthmus_tools.budget import Budget
 from isthmus_tools.engine import Engine
 from isthmus_tools.engine.secrets import SecretFolder
 from isthmus_tools.engine.stack import read_stack
+from isthmus_tools.netem.process import link_to
+from isthmus_tools.planner.candidates import CandidateSet
+from isthmus_tools.planner.measurement import LinkedFunctions, contenders, measure
 from isthmus_tools.progress import Progress, silent
 
 HEAD, TAIL = "edge-head", "cloud-tail"
@@ -69,3 +78,45 @@ def local_functions(stack: Path, variables: Mapping[str, str], progress: Progres
 
 def _summary(states: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {state if state == 'ready' else '…'}" for name, state in states.items())
+
+
+def measure_candidates(
+    functions: FunctionUrls,
+    candidate_set: CandidateSet,
+    candidates: Sequence[Candidate],
+    registry: Registry,
+    conditions: Conditions,
+    *,
+    objective: Objective,
+    constraints: Constraints,
+    progress: Progress,
+    budget: Budget,
+) -> Sequence[Candidate]:
+    """The promising candidates, measured on the functions; the function in the cloud is behind an emulated link.
+
+    Raises:
+        HopError, RegistryError: a function or the registry cannot be reached.
+    """
+    progress("uploading the candidates' cuts")
+    digest = candidate_set.stage(registry)
+    with ExitStack() as link:
+        tail = functions.tail
+        if not conditions.adds_nothing:
+            up, down, rtt_s = conditions.uplink_bps, conditions.downlink_bps, conditions.rtt_s
+            tail = link.enter_context(link_to(tail, uplink_bps=up, downlink_bps=down, rtt_s=rtt_s))
+        measured = measure(
+            contenders(candidates, objective, constraints),
+            digest,
+            candidate_set.bundle,
+            LinkedFunctions(functions.head, tail, functions.tail),
+            candidate_set.inputs,
+            Tables(registry.bundle, registry.blob, MAX_PIXELS),
+            registry.bundle,
+            constraints=constraints,
+            progress=progress,
+            budget=budget,
+        )
+    if unmeasured := [m.name for m in measured if m.measured is None and not m.refused]:
+        names = ", ".join(unmeasured)
+        candidate_set.notes.append(f"the time limit left {len(unmeasured)} candidates unmeasured: {names}")
+    return measured

@@ -13,7 +13,10 @@ from isthmus.artifacts.fidelity_document import read
 from isthmus.artifacts.plan import Plan
 from isthmus.artifacts.plan_document import read_plan
 from isthmus.errors import CalibrationError, Missing, PlanMalformed, PlanMismatch
-from isthmus.registry import Registry, Resolved, Version
+from isthmus.registry import Registry, Resolved, Version, open_registry
+from isthmus.registry.registry import check_alias
+from isthmus.settings import RegistrySettings
+from isthmus_tools.planner.candidates import CandidateSet
 from isthmus_tools.planner.publishing import carry_over, publish_plan
 
 
@@ -94,10 +97,41 @@ def publish_version(
     )
 
 
-def version_of(registry: Registry, name: str, alias: str) -> str:
-    """The number of the alias's version; empty if there is none."""
-    serving = _serving(registry, name, alias)
-    return serving.version if serving is not None else ""
+def publish_candidate(registry: Registry, candidate_set: CandidateSet, plan: Plan, alias: str) -> Publication:
+    """Publish a plan as its model's next version, and the int8 variant, if any, as a model of its own.
+
+    Raises:
+        RegistryError: the alias cannot be one, or the registry cannot be written.
+    """
+    if alias:
+        check_alias(alias)
+    bundle, variant = candidate_set.bundle, candidate_set.variant
+    serving = _serving(registry, bundle.name, alias)
+    if variant is not None:
+        registry.publish(variant.bundle, variant.files)
+    version = publish_plan(registry, bundle, candidate_set.files, plan, alias=alias or None)
+    return Publication(version, alias, serving.version if serving is not None else "", moved=bool(alias))
+
+
+def published_plan(model: str, registry: RegistrySettings) -> tuple[Resolved, Plan]:
+    """A bundle of the registry and its plan.
+
+    Raises:
+        Missing: no such model, or the bundle has no plan.
+        PlanMalformed, PlanMismatch: the plan cannot be read, or is for another bundle.
+    """
+    store = open_registry(registry)
+    version = store.resolve(model)
+    plan = read_plan(version.bundle, store.blob)
+    if plan is None:
+        raise Missing(
+            f"{version.name}:{version.version} has no plan",
+            kind="plan",
+            name=version.name,
+            exists=[],
+            hint=f"make one: isthmus plan {version.name} --uplink 10mbit --rtt 20ms --local",
+        )
+    return version, plan
 
 
 def _serving(registry: Registry, name: str, alias: str) -> Resolved | None:

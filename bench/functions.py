@@ -18,8 +18,7 @@ import urllib3
 from report import ROOT, STATE
 
 from isthmus_tools.cli.options import stack_variables
-from isthmus_tools.engine.build import stage
-from isthmus_tools.engine.stack import read_stack
+from isthmus_tools.engine.stack import read_stack, stage
 
 MAX_START_S = 60.0
 KEPT_S = 86_400

@@ -34,15 +34,16 @@ RUNTIME["serving"] = {*RUNTIME["routing"], "routing", "oip"}
 TOOLS = {
     "budget": set(),
     "parent_death": set(),
+    "loop_thread": set(),
     "array_files": set(),
     "progress": set(),
-    "netem": {"parent_death"},
+    "netem": {"parent_death", "loop_thread"},
     "graph": {"progress"},
     "zoo": {"graph"},
     "profiling": {"graph", "budget", "progress"},
     "planner": {"graph", "profiling", "budget", "progress"},
     "calibration": {"graph", "budget", "array_files", "progress"},
-    "engine": {"netem", "parent_death"},
+    "engine": {"parent_death", "loop_thread"},
     "figures": {"graph", "calibration", "planner", "profiling"},
     "printable": set(),
 }

@@ -19,8 +19,7 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from isthmus_tools.engine.build import stage
-from isthmus_tools.engine.stack import read_stack
+from isthmus_tools.engine.stack import read_stack, stage
 from support.local_stack import ROOT
 from support.patience import LONG_S
 

@@ -21,7 +21,7 @@ from yarl import URL
 from isthmus.errors import LocalError, RequestMalformed
 from isthmus.http import sockets
 from isthmus_tools.engine import Engine, Event, async_queue
-from isthmus_tools.engine.callbacks import CallbackPolicy, PermittedOnly, parse_networks
+from isthmus_tools.engine.callbacks import CallbackPolicy, PermittedResolver, parse_networks
 from support.local_stack import http, write_stack
 from support.patience import LONG_S, eventually
 
@@ -305,7 +305,7 @@ def test_a_name_is_judged_by_its_addresses_when_it_is_given_and_when_it_is_calle
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     policy = CallbackPolicy(GATEWAY)
-    resolver = PermittedOnly(policy)
+    resolver = PermittedResolver(policy)
     resolves_to(monkeypatch, "8.8.8.8", "127.0.0.1", "::1")
     assert str(asyncio.run(policy.check("http://rebinds.example/"))) == "http://rebinds.example/"
     assert [r["host"] for r in asyncio.run(resolver.resolve("rebinds.example", 80, socket.AF_UNSPEC))] == ["8.8.8.8"]

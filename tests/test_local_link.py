@@ -25,10 +25,18 @@ from typer.testing import CliRunner
 from isthmus.errors import LocalError
 from isthmus.units import format_duration, format_rate, parse_duration, parse_rate
 from isthmus_tools.cli import app
-from isthmus_tools.netem import Link, LinkShape
-from isthmus_tools.netem.pacing import FIRST_WINDOW, MAX_QUANTUM, MIN_QUANTUM, Flow, Lane, Way, Window
-from isthmus_tools.netem.relay import SPARE_BYTES
+from isthmus_tools.netem import LinkShape, NetworkEmulator
+from isthmus_tools.netem.relay import MAX_BUFFERED_BYTES
 from isthmus_tools.netem.script import KEYS, parse_script
+from isthmus_tools.netem.shaping import (
+    INITIAL_WINDOW,
+    MAX_QUANTUM,
+    MIN_QUANTUM,
+    Direction,
+    Flow,
+    Shaper,
+    SlowStartWindow,
+)
 from support.paths import ROOT
 from support.patience import LONG_S, eventually, least
 
@@ -83,7 +91,7 @@ class Target:
 
 
 class Client:
-    def __init__(self, link: Link | int) -> None:
+    def __init__(self, link: NetworkEmulator | int) -> None:
         port = link if isinstance(link, int) else link.port
         self.end = socket.create_connection(("127.0.0.1", port), timeout=LONG_S)
         self.end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -119,8 +127,8 @@ def target() -> Iterator[Target]:
     made.close()
 
 
-def lane(bps: float, delay_s: float = 0.0, jitter_s: float = 0.0) -> Lane:
-    return Lane(Way(bps, delay_s, jitter_s), random.Random(0))
+def lane(bps: float, delay_s: float = 0.0, jitter_s: float = 0.0) -> Shaper:
+    return Shaper(Direction(bps, delay_s, jitter_s), random.Random(0))
 
 
 # What is computed.
@@ -152,20 +160,20 @@ def test_an_unlimited_lane_only_delays() -> None:
 
 def test_jitter_stays_in_its_bounds_and_never_reorders() -> None:
     jittery = lane(math.inf, 0.01, 0.004)
-    travels = [jittery.travel() for _ in range(1000)]
+    travels = [jittery.delay_s() for _ in range(1000)]
     assert 0.006 <= min(travels) < 0.0065
     assert 0.0135 < max(travels) <= 0.014
     flow = Flow(jittery)
     arrivals = [flow.send(at / 1000, 1)[1] for at in range(1000)]
     assert arrivals == sorted(arrivals)
     wild = lane(math.inf, 0.001, 0.5)
-    assert min(wild.travel() for _ in range(100)) == 0.0
+    assert min(wild.delay_s() for _ in range(100)) == 0.0
 
 
 def test_a_shape_halves_its_round_trip_unless_the_ways_are_set_apart() -> None:
     shape = LinkShape(10 * MBIT, 50 * MBIT, 0.02, 0.002)
-    assert shape.up == Way(10 * MBIT, 0.01, 0.001)
-    assert shape.down == Way(50 * MBIT, 0.01, 0.001)
+    assert shape.up == Direction(10 * MBIT, 0.01, 0.001)
+    assert shape.down == Direction(50 * MBIT, 0.01, 0.001)
     apart = replace(shape, up_delay_s=0.03)
     assert (apart.up.delay_s, apart.down.delay_s, apart.round_trip_s) == pytest.approx((0.03, 0.01, 0.04))
 
@@ -174,13 +182,13 @@ def test_a_shape_halves_its_round_trip_unless_the_ways_are_set_apart() -> None:
     ("bps", "quantum"), [(1 * MBIT, MIN_QUANTUM), (100 * MBIT, 12_500), (10_000 * MBIT, 65536), (math.inf, MAX_QUANTUM)]
 )
 def test_a_turn_is_a_millisecond_within_bounds(bps: float, quantum: int) -> None:
-    assert Way(bps, 0, 0).quantum == quantum
+    assert Direction(bps, 0, 0).quantum == quantum
 
 
 def test_what_is_in_flight_is_rate_times_delay() -> None:
-    assert Way(100 * MBIT, 0.04, 0).in_flight == 500_000
-    assert Way(math.inf, 0, 0).in_flight == 0
-    assert Way(math.inf, 0.01, 0).in_flight == 16 << 20
+    assert Direction(100 * MBIT, 0.04, 0).in_flight == 500_000
+    assert Direction(math.inf, 0, 0).in_flight == 0
+    assert Direction(math.inf, 0.01, 0).in_flight == 16 << 20
 
 
 @pytest.mark.parametrize(
@@ -199,18 +207,18 @@ def test_a_shape_that_no_network_has_is_refused(wrong: dict[str, float]) -> None
         LinkShape(**wrong)  # type: ignore[arg-type]
 
 
-def rounds(window: Window, at: float, size: int, rtt_s: float) -> tuple[int, float]:
+def rounds(window: SlowStartWindow, at: float, size: int, rtt_s: float) -> tuple[int, float]:
     """How often sending `size` bytes waits for an acknowledgement, and when the last ones go."""
-    waited, piece = 0, FIRST_WINDOW // 10
+    waited, piece = 0, INITIAL_WINDOW // 10
     for _ in range(math.ceil(size / piece)):
         sent = window.may_send(at, piece, rtt_s)
         waited, at = waited + (sent > at), sent
-        window.sent(piece, sent + rtt_s)
+        window.on_sent(piece, sent + rtt_s)
     return waited, at
 
 
 def test_slow_start_doubles_each_round_trip_and_starts_again_after_a_pause() -> None:
-    window = Window()
+    window = SlowStartWindow()
     # 10, 20 and 40 segments in three round trips, the rest of 104 in the fourth.
     assert rounds(window, 0.0, 150_000, 0.08) == (3, pytest.approx(0.24))
     assert rounds(window, 0.33, 150_000, 0.08)[0] == 0  # the window is still open
@@ -287,7 +295,7 @@ def test_a_wrong_script_names_the_line(text: str, line: int, says: str) -> None:
 
 @pytest.mark.parametrize("way", ["up", "down"])
 def test_a_transfer_takes_its_bytes_over_the_rate_and_a_round_trip(target: Target, way: str) -> None:
-    with Link(target.address, LinkShape(8 * MBIT, 8 * MBIT, 0.04)) as link, Client(link) as client:
+    with NetworkEmulator(target.address, LinkShape(8 * MBIT, 8 * MBIT, 0.04)) as link, Client(link) as client:
         client.ask()
         took = least(lambda: client.ask(**{way: 400_000}), 0.44 + LATE_S)
         assert 0.44 - 0.005 <= took < 0.44 + LATE_S
@@ -299,7 +307,7 @@ def test_a_transfer_takes_its_bytes_over_the_rate_and_a_round_trip(target: Targe
 
 
 def test_a_small_request_takes_a_round_trip_and_a_new_connection_one_more(target: Target) -> None:
-    with Link(target.address, LinkShape(1 * MBIT, 1 * MBIT, 0.06)) as link:
+    with NetworkEmulator(target.address, LinkShape(1 * MBIT, 1 * MBIT, 0.06)) as link:
 
         def first() -> float:
             began = time.perf_counter()
@@ -315,14 +323,14 @@ def test_a_small_request_takes_a_round_trip_and_a_new_connection_one_more(target
 
 def test_the_ways_can_differ(target: Target) -> None:
     shape = LinkShape(math.inf, 4 * MBIT, up_delay_s=0.0, down_delay_s=0.1, connect_rtts=0)
-    with Link(target.address, shape) as link, Client(link) as client:
+    with NetworkEmulator(target.address, shape) as link, Client(link) as client:
         client.ask()
         assert 0.1 <= least(lambda: client.ask(up=300_000), 0.1 + LATE_S) < 0.1 + LATE_S
         assert 0.2 <= least(lambda: client.ask(down=50_000), 0.2 + LATE_S) < 0.2 + LATE_S
 
 
 def test_slow_start_costs_a_new_connection_round_trips(target: Target) -> None:
-    with Link(target.address, LinkShape(rtt_s=0.05, slow_start=True)) as link:
+    with NetworkEmulator(target.address, LinkShape(rtt_s=0.05, slow_start=True)) as link:
 
         def two() -> tuple[float, float]:
             with Client(link) as client:
@@ -339,7 +347,7 @@ def test_slow_start_costs_a_new_connection_round_trips(target: Target) -> None:
 
 
 def test_many_connections_share_the_rate_fairly(target: Target) -> None:
-    with Link(target.address, LinkShape(8 * MBIT, 8 * MBIT)) as link, ThreadPoolExecutor(4) as pool:
+    with NetworkEmulator(target.address, LinkShape(8 * MBIT, 8 * MBIT)) as link, ThreadPoolExecutor(4) as pool:
         clients = [Client(link) for _ in range(4)]
         together = threading.Barrier(5)
 
@@ -368,7 +376,10 @@ def test_many_connections_share_the_rate_fairly(target: Target) -> None:
 
 
 def test_bytes_and_half_closed_connections_pass_unchanged_under_jitter(target: Target) -> None:
-    with Link(target.address, LinkShape(rtt_s=0.004, jitter_s=0.004), seed=3) as link, Client(link) as client:
+    with (
+        NetworkEmulator(target.address, LinkShape(rtt_s=0.004, jitter_s=0.004), seed=3) as link,
+        Client(link) as client,
+    ):
         client.ask(up=200_000, down=200_000)
         client.end.shutdown(socket.SHUT_WR)
         assert client.end.recv(1) == b""
@@ -378,12 +389,12 @@ def test_bytes_and_half_closed_connections_pass_unchanged_under_jitter(target: T
 def test_a_link_holds_no_more_than_is_in_flight_and_some(target: Target) -> None:
     target.deaf.set()
     shape = LinkShape(400 * MBIT, 400 * MBIT, 0.01, connect_rtts=0)
-    with Link(target.address, shape) as link, Client(link) as client:
+    with NetworkEmulator(target.address, shape) as link, Client(link) as client:
         client.end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
         client.end.setblocking(False)
-        most, left, held = shape.up.in_flight + SPARE_BYTES + shape.up.quantum, 16 << 20, 0
+        most, left, held = shape.up.in_flight + MAX_BUFFERED_BYTES + shape.up.quantum, 16 << 20, 0
         quiet_since = time.monotonic()
-        while held <= SPARE_BYTES or time.monotonic() < quiet_since + 0.3:
+        while held <= MAX_BUFFERED_BYTES or time.monotonic() < quiet_since + 0.3:
             with suppress(BlockingIOError):
                 left -= client.end.send(bytes(min(left, 65536)))
                 quiet_since = time.monotonic()
@@ -396,7 +407,7 @@ def test_a_link_holds_no_more_than_is_in_flight_and_some(target: Target) -> None
 
 def test_a_sender_feels_the_rate(target: Target) -> None:
     began = time.monotonic()
-    with Link(target.address, LinkShape(1 * MBIT, connect_rtts=0)) as link, Client(link) as client:
+    with NetworkEmulator(target.address, LinkShape(1 * MBIT, connect_rtts=0)) as link, Client(link) as client:
         client.end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
         client.end.settimeout(0.3)
         with pytest.raises(TimeoutError):
@@ -408,7 +419,7 @@ def test_a_sender_feels_the_rate(target: Target) -> None:
 def test_an_early_answer_arrives_before_the_connection_is_reset() -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as listener,
-        Link(f"127.0.0.1:{listener.getsockname()[1]}", LinkShape(8 * MBIT, rtt_s=0.02)) as link,
+        NetworkEmulator(f"127.0.0.1:{listener.getsockname()[1]}", LinkShape(8 * MBIT, rtt_s=0.02)) as link,
         Client(link) as client,
     ):
         client.end.sendall(bytes(50_000))
@@ -424,7 +435,7 @@ def test_an_early_answer_arrives_before_the_connection_is_reset() -> None:
 
 
 def test_cut_resets_what_is_established_and_takes_new_connections(target: Target) -> None:
-    with Link(target.address) as link, Client(link) as client:
+    with NetworkEmulator(target.address) as link, Client(link) as client:
         client.ask()
         link.cut()
         with pytest.raises(ConnectionResetError):
@@ -435,7 +446,7 @@ def test_cut_resets_what_is_established_and_takes_new_connections(target: Target
 
 
 def test_down_refuses_at_the_same_port_until_up(target: Target) -> None:
-    with Link(target.address) as link, Client(link) as client:
+    with NetworkEmulator(target.address) as link, Client(link) as client:
         client.ask()
         link.down()
         link.down()
@@ -451,7 +462,7 @@ def test_down_refuses_at_the_same_port_until_up(target: Target) -> None:
 
 
 def test_refusing_lets_established_connections_live(target: Target) -> None:
-    with Link(target.address) as link, Client(link) as client:
+    with NetworkEmulator(target.address) as link, Client(link) as client:
         client.ask()
         link.refuse()
         with pytest.raises(ConnectionRefusedError):
@@ -463,7 +474,7 @@ def test_refusing_lets_established_connections_live(target: Target) -> None:
 
 
 def test_a_stall_holds_everything_and_then_lets_it_go(target: Target) -> None:
-    with Link(target.address) as link, Client(link) as client:
+    with NetworkEmulator(target.address) as link, Client(link) as client:
         client.ask()
 
         def held() -> float:
@@ -480,7 +491,7 @@ def test_a_stall_holds_everything_and_then_lets_it_go(target: Target) -> None:
 
 
 def test_a_shape_set_at_run_time_holds_for_open_connections(target: Target) -> None:
-    with Link(target.address) as link, Client(link) as client:
+    with NetworkEmulator(target.address) as link, Client(link) as client:
         client.ask()
         link.set(LinkShape(8 * MBIT, rtt_s=0.05))
         assert 0.15 - 0.005 <= least(lambda: client.ask(up=100_000), 0.15 + LATE_S) < 0.15 + LATE_S
@@ -491,7 +502,7 @@ def test_a_shape_set_at_run_time_holds_for_open_connections(target: Target) -> N
 def test_a_script_changes_the_link_on_time(target: Target) -> None:
     script = parse_script('[{"at_s": 0.2, "rtt": "100ms"}, {"at_s": 0.4, "down": true}]')
     began = time.monotonic()
-    with Link(target.address, script=script) as link:
+    with NetworkEmulator(target.address, script=script) as link:
         with suppress(ConnectionRefusedError), Client(link) as client:  # refused: a pause, and it is down already
             with pytest.raises(ConnectionResetError):
                 client.end.recv(1)
@@ -502,7 +513,7 @@ def test_a_script_changes_the_link_on_time(target: Target) -> None:
             Client(link)
     script = parse_script('[{"at_s": 0, "down": true, "rtt": "100ms"}, {"at_s": 0.2, "down": false, "rtt": "1ms"}]')
     began = time.monotonic()
-    with Link(target.address, script=script) as link:
+    with NetworkEmulator(target.address, script=script) as link:
         eventually(lambda: link.shape.rtt_s == 0.001)
         assert time.monotonic() - began >= 0.2
         with Client(link) as again:
@@ -510,7 +521,7 @@ def test_a_script_changes_the_link_on_time(target: Target) -> None:
 
 
 def test_connections_are_cut_by_chance(target: Target) -> None:
-    with Link(target.address, LinkShape(cuts_per_s=20.0)) as link:
+    with NetworkEmulator(target.address, LinkShape(cuts_per_s=20.0)) as link:
         clients = [Client(link) for _ in range(10)]
         for client in clients:
             with pytest.raises(ConnectionResetError):
@@ -522,7 +533,7 @@ def test_connections_are_cut_by_chance(target: Target) -> None:
 def test_a_target_that_refuses_resets_the_client_after_a_round_trip() -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
-        with Link(f"127.0.0.1:{nobody.getsockname()[1]}", LinkShape(rtt_s=0.05)) as link:
+        with NetworkEmulator(f"127.0.0.1:{nobody.getsockname()[1]}", LinkShape(rtt_s=0.05)) as link:
             began = time.perf_counter()
             with Client(link) as client, pytest.raises(ConnectionResetError):
                 client.end.recv(1)
@@ -535,7 +546,7 @@ def test_nothing_is_left_behind(target: Target) -> None:
 
     before = descriptors()
     for _ in range(3):
-        link = Link(target.address, LinkShape(8 * MBIT, rtt_s=0.02)).start()
+        link = NetworkEmulator(target.address, LinkShape(8 * MBIT, rtt_s=0.02)).start()
         idle, busy = Client(link), Client(link)
         idle.ask()
         busy.end.sendall((1 << 20).to_bytes(8, "big") + bytes(100_000))
@@ -557,7 +568,7 @@ def test_nothing_is_left_behind(target: Target) -> None:
 def test_a_port_that_is_taken_is_named(target: Target) -> None:
     port = int(target.address.rpartition(":")[2])
     with pytest.raises(LocalError, match=f"cannot listen on 127.0.0.1:{port}") as e:
-        Link(target.address, port=port).start()
+        NetworkEmulator(target.address, port=port).start()
     assert e.value.facts["port"] == port
 
 
@@ -566,13 +577,13 @@ def test_a_link_to_itself_is_refused() -> None:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     with pytest.raises(LocalError, match="would lead to itself"):
-        Link(f"127.0.0.1:{port}", port=port).start()
+        NetworkEmulator(f"127.0.0.1:{port}", port=port).start()
 
 
 @pytest.mark.parametrize("address", ["", "8080", "host", ":80", "http://", "host:port", "host:99999", "https://h:1"])
 def test_what_is_no_address_is_refused(address: str) -> None:
     with pytest.raises(LocalError, match="is no address"):
-        Link(address)
+        NetworkEmulator(address)
 
 
 # The command, and the page.

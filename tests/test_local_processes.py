@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from isthmus_tools.engine import Engine
-from isthmus_tools.engine.build import build_folder
+from isthmus_tools.engine.stack import build_folder
 from support.local_stack import write_stack
 from support.patience import LONG_S, eventually
 

@@ -16,15 +16,13 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from isthmus_tools.engine.events import ignore
 from isthmus_tools.engine.gateway import create_runner
-from isthmus_tools.engine.metrics import Metrics
-from isthmus_tools.engine.proxy import Proxy, open_session
-from isthmus_tools.engine.replica import Deployment, Replica, State
+from isthmus_tools.engine.proxy import ReverseProxy, open_session
+from isthmus_tools.engine.replica import Deployment, Replica, ReplicaState, WatchdogLimits
 from isthmus_tools.engine.stack import FunctionSpec
 from isthmus_tools.engine.supervisor import Supervisor
-from isthmus_tools.engine.watchdog import Watchdog
-from isthmus_tools.netem.loop_thread import InThread
+from isthmus_tools.engine.telemetry import InvocationMetrics, ignore_event
+from isthmus_tools.loop_thread import LoopThread
 from support.patience import LONG_S, eventually
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -91,7 +89,7 @@ def exactly(connection: socket.socket, count: int) -> bytes:
     return said
 
 
-class Gateway(InThread[Proxy]):
+class Gateway(LoopThread[ReverseProxy]):
     """A proxy in front of one function, f."""
 
     def __init__(
@@ -99,22 +97,24 @@ class Gateway(InThread[Proxy]):
         function: Function,
         *,
         timeout_s: float = LONG_S,
-        watchdog: Watchdog = Watchdog(0),  # noqa: B008
+        watchdog: WatchdogLimits = WatchdogLimits(0),  # noqa: B008
     ) -> None:
         self.function = function
         self.url_port = 0
 
         @asynccontextmanager
-        async def live() -> AsyncIterator[Proxy]:
+        async def live() -> AsyncIterator[ReverseProxy]:
             async with open_session() as session:
-                supervisor = Supervisor("f", session, ignore, drain_s=0.0)
+                supervisor = Supervisor("f", session, ignore_event, drain_s=0.0)
                 spec = FunctionSpec("f", "python3-isthmus", ".", "f:latest")
                 deployment = Deployment(spec, Path(), MappingProxyType({}), watchdog=watchdog)
-                replica = Replica(deployment, supervisor.logbook, session)
-                replica.url, replica.state = f"http://127.0.0.1:{function.port}", State.READY
+                replica = Replica(deployment, supervisor.log_buffer, session)
+                replica.url, replica.state = f"http://127.0.0.1:{function.port}", ReplicaState.READY
                 supervisor._replicas.append(replica)
                 self.supervisor, self.replica = supervisor, replica
-                proxy = Proxy({"f": supervisor}.get, Metrics(), session, max_body_bytes=MOST, timeout_s=timeout_s)
+                proxy = ReverseProxy(
+                    {"f": supervisor}.get, InvocationMetrics(), session, max_body_bytes=MOST, timeout_s=timeout_s
+                )
                 app = web.Application()
                 app.router.add_route("*", "/function/{rest:.+}", proxy.handle)
                 runner = create_runner(app, LONG_S)
@@ -454,10 +454,10 @@ def test_a_call_over_its_time_is_502() -> None:
 
 @pytest.mark.parametrize(
     ("watchdog", "headers"),
-    [(Watchdog(), [b"X-Timeout: 100ms"]), (Watchdog(0.1), []), (Watchdog(0.1), [b"X-Timeout: 1h"])],
+    [(WatchdogLimits(), [b"X-Timeout: 100ms"]), (WatchdogLimits(0.1), []), (WatchdogLimits(0.1), [b"X-Timeout: 1h"])],
 )
 def test_a_call_over_its_x_timeout_or_exec_timeout_is_the_watchdogs_empty_504(
-    watchdog: Watchdog, headers: list[bytes]
+    watchdog: WatchdogLimits, headers: list[bytes]
 ) -> None:
     with proxied(lambda connection, _: None, watchdog=watchdog) as gateway:
         head, body = parted(ask(gateway, request(b"", CLOSE, *headers)))
@@ -474,7 +474,7 @@ def test_a_call_beside_max_inflight_others_is_the_watchdogs_429() -> None:
         release.wait(LONG_S)
         connection.sendall(OK)
 
-    with proxied(wait, watchdog=Watchdog(0, max_inflight=1)) as gateway, gateway.connect() as first:
+    with proxied(wait, watchdog=WatchdogLimits(0, max_inflight=1)) as gateway, gateway.connect() as first:
         first.sendall(request())
         eventually(lambda: gateway.replica.in_flight == 1)
         for path in (b"/function/f", b"/function/f/_/ready"):
@@ -496,9 +496,9 @@ def test_the_watchdogs_limits_are_read_as_it_reads_them() -> None:
         ({"exec_timeout": "soon", "max_inflight": "many"}, (30.0, 0)),
         ({"exec_timeout": "0"}, (0.0, 0)),
     ):
-        found = Watchdog.from_env(env)
+        found = WatchdogLimits.from_env(env)
         assert (found.exec_timeout_s, found.max_inflight) == limits
-    given = [Watchdog(10.0).timeout_s(text) for text in ("", "1500ms", "1m", "soon", "5")]
+    given = [WatchdogLimits(10.0).timeout_s(text) for text in ("", "1500ms", "1m", "soon", "5")]
     assert given == [10.0, 1.5, 10.0, 10.0, 10.0]
 
 

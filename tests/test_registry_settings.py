@@ -17,7 +17,7 @@ from isthmus.registry import Patience, open_registry, parse_address
 from isthmus.settings import RegistrySettings, SegmentSettings, read_secret
 from isthmus_tools.cli import app
 from isthmus_tools.cli.options import registry_settings, stack_variables
-from isthmus_tools.engine.secrets import SecretFolder
+from isthmus_tools.engine.credentials import SecretFolder
 from isthmus_tools.profiling.remote import ProfiledFunction
 from support.fake_bundles import make_bundle
 from support.fake_s3 import FakeS3, Request, Response, error, serving

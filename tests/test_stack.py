@@ -15,8 +15,7 @@ import pytest
 from isthmus.errors import LocalError
 from isthmus.settings import EnvSettings, RegistrySettings, RouterSettings, SegmentSettings
 from isthmus.units import parse_size
-from isthmus_tools.engine.build import stage
-from isthmus_tools.engine.stack import FunctionSpec, Stack, read_stack, substitute
+from isthmus_tools.engine.stack import FunctionSpec, Stack, read_stack, stage, substitute
 from support.local_stack import ROOT, STACK, write_stack
 
 FILES = ["stack.yml", "stack.pro.yml"]

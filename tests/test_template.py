@@ -22,7 +22,7 @@ import pytest
 import urllib3
 import yaml
 
-from isthmus_tools.engine.replica import OF_THE_IMAGE
+from isthmus_tools.engine.replica import IMAGE_VARIABLES
 from support.local_stack import ROOT, http
 from support.patience import LONG_S, eventually
 from support.ports import free_port
@@ -200,7 +200,7 @@ def test_a_process_of_the_local_engine_has_its_images_variables() -> None:
     text = (TEMPLATE / "Dockerfile").read_text().replace("\\\n", " ")
     pairs = shlex.split(" ".join(re.findall(r"^ENV (.*)", text, re.MULTILINE)))
     said = dict(pair.split("=", 1) for pair in pairs)
-    assert said.items() >= OF_THE_IMAGE.items()
+    assert said.items() >= IMAGE_VARIABLES.items()
 
 
 def test_a_log_line_is_one_bounded_json_object(monkeypatch: pytest.MonkeyPatch) -> None:

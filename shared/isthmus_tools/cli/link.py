@@ -21,8 +21,8 @@ from isthmus_tools.cli.console import errors, say
 from isthmus_tools.cli.options import read_option
 
 if TYPE_CHECKING:
-    from isthmus_tools.netem.emulator import Link, LinkCounters
-    from isthmus_tools.netem.script import Step
+    from isthmus_tools.netem.emulator import LinkCounters, NetworkEmulator
+    from isthmus_tools.netem.script import ScriptStep
 
 _TICK_S = 0.2
 _RATE = "such as 10mbit, 1.5Mbit/s or unlimited."
@@ -51,7 +51,7 @@ def link(
 
     Example: `isthmus link --to 127.0.0.1:8080 --port 9000 --uplink 10mbit --downlink 50mbit --rtt 20ms`
     """
-    from isthmus_tools.netem.emulator import Link, LinkShape
+    from isthmus_tools.netem import LinkShape, NetworkEmulator
 
     with errors(as_json):
         shape = LinkShape(
@@ -67,14 +67,14 @@ def link(
         )
         steps = _script(script) if script else ()
         every_s = read_option(parse_duration, "--every", every)
-        with Link(to, shape, port=port, script=steps) as running, _until_signal() as leave:
+        with NetworkEmulator(to, shape, port=port, script=steps) as running, _until_signal() as leave:
             printer = _Lines() if as_json else _Text()
             printer.begins(running, to)
             _watch(running, steps, max(every_s, _TICK_S), leave, printer)
 
 
 class _Text:
-    def begins(self, running: Link, to: str) -> None:
+    def begins(self, running: NetworkEmulator, to: str) -> None:
         shape = running.shape
         up, down = shape.up, shape.down
         self._say(f"{running.url} → {to}, until Ctrl-C")
@@ -87,7 +87,7 @@ class _Text:
             f"slow start {'is' if shape.slow_start else 'is not'} modelled; losses and headers are not"
         )
 
-    def step(self, step: Step) -> None:
+    def step(self, step: ScriptStep) -> None:
         self._say(f"{step.at_s:8.1f} s  {step.written}")
 
     def counts(self, at_s: float, now: LinkCounters, up_bps: float, down_bps: float) -> None:
@@ -102,13 +102,13 @@ class _Text:
 
 
 class _Lines:
-    def begins(self, running: Link, to: str) -> None:
+    def begins(self, running: NetworkEmulator, to: str) -> None:
         shape = asdict(running.shape)
         # JSON has no infinity: an unlimited rate is null.
         shape |= {name: None for name in ("uplink_bps", "downlink_bps") if shape[name] == float("inf")}
         self._say({"url": running.url, "port": running.port, "to": to, "shape": shape})
 
-    def step(self, step: Step) -> None:
+    def step(self, step: ScriptStep) -> None:
         self._say({"step": json.loads(step.written)})
 
     def counts(self, at_s: float, now: LinkCounters, up_bps: float, down_bps: float) -> None:
@@ -120,7 +120,11 @@ class _Lines:
 
 
 def _watch(
-    running: Link, steps: Sequence[Step], every_s: float, leave: threading.Event, printer: _Text | _Lines
+    running: NetworkEmulator,
+    steps: Sequence[ScriptStep],
+    every_s: float,
+    leave: threading.Event,
+    printer: _Text | _Lines,
 ) -> None:
     began = shown_at = time.monotonic()
     waiting = list(steps)
@@ -139,7 +143,7 @@ def _watch(
             return
 
 
-def _script(path: Path) -> tuple[Step, ...]:
+def _script(path: Path) -> tuple[ScriptStep, ...]:
     from isthmus_tools.netem.script import parse_script
 
     try:

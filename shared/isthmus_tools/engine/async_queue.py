@@ -1,7 +1,7 @@
-"""Calls that are answered later: a bounded queue in memory, workers, and callbacks.
+"""Asynchronous invocation: a bounded queue in memory, workers, and callbacks.
 
-Like OpenFaaS CE's: bodies up to 256,000 bytes, at least one try, and again while the function says 429 or 503. A
-callback has the function's response: its body, and its headers but those between two neighbours.
+As in OpenFaaS CE: bodies up to 256,000 bytes, at least one attempt, retries on 429 and 503. A callback carries the
+body and the end-to-end headers of the function's response.
 """
 
 from __future__ import annotations
@@ -19,26 +19,27 @@ from yarl import URL
 
 from isthmus.errors import RequestMalformed
 from isthmus.http.pool import retry_after_seconds
-from isthmus_tools.engine.callbacks import CallbackPolicy, PermittedOnly
-from isthmus_tools.engine.events import Event, OnEvent
+from isthmus_tools.engine.callbacks import CallbackPolicy, PermittedResolver
 from isthmus_tools.engine.fleet import Fleet
 from isthmus_tools.engine.proxy import HOP_BY_HOP, end_to_end, is_text, split
+from isthmus_tools.engine.telemetry import Event, OnEvent
 
-MAX_BODY_BYTES = 256_000
-MAX_WAITING = 256
+MAX_BODY_BYTES = 256_000  # of OpenFaaS CE
+MAX_WAITING = 256  # with bodies of 256 kB: 64 MB of memory
 WORKERS = 4
-ATTEMPTS = 5
+ATTEMPTS = 5  # with back-off, 3 s: a replica restarts in that time
 CALL_TIMEOUT_S = 60.0
-_MAX_RESULT_BYTES = 64 << 20
-_MAX_WAIT_S = 10.0
+_MAX_RESULT_BYTES = 64 << 20  # a response is in memory until its callback has been sent
+_MAX_WAIT_S = 10.0  # a Retry-After of hours would block a worker
 CALLBACK_TIMEOUT_S = 15.0
-"""A callback that takes so long is not tried again: few workers serve all calls."""
-_NOT_CALLED_BACK = HOP_BY_HOP | {"host", "expect", "content-length"}
-_NOT_SENT = _NOT_CALLED_BACK | {"x-callback-url", "authorization"}
+"""A callback that times out is not retried: few workers serve all calls."""
+_NOT_IN_CALLBACKS = HOP_BY_HOP | {"host", "expect", "content-length"}
+# Credentials are not kept in the queue.
+_NOT_IN_CALLS = _NOT_IN_CALLBACKS | {"x-callback-url", "authorization"}
 
 
 @dataclass(frozen=True)
-class _Call:
+class _QueuedCall:
     id: str
     function: str
     path: str
@@ -48,7 +49,7 @@ class _Call:
 
 
 class AsyncQueue:
-    """POST /async-function/NAME: 202 at once, the call later, its result to X-Callback-Url."""
+    """POST /async-function/NAME: 202 at once, the call later, its response to X-Callback-Url."""
 
     def __init__(
         self, fleet: Fleet, url: str, session: aiohttp.ClientSession, on_event: OnEvent, policy: CallbackPolicy
@@ -59,19 +60,19 @@ class AsyncQueue:
         self._on_event = on_event
         self._policy = policy
         self._callbacks = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=WORKERS, resolver=PermittedOnly(policy), use_dns_cache=False),
+            connector=aiohttp.TCPConnector(limit=WORKERS, resolver=PermittedResolver(policy), use_dns_cache=False),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             skip_auto_headers=("Accept", "Accept-Encoding", "User-Agent"),
         )
-        self._waiting: asyncio.Queue[_Call] = asyncio.Queue(MAX_WAITING)
+        self._waiting: asyncio.Queue[_QueuedCall] = asyncio.Queue(MAX_WAITING)
         self._workers = [asyncio.create_task(self._work(), name=f"queue worker {i}") for i in range(WORKERS)]
 
     async def handle(self, request: web.Request) -> web.Response:
-        """Accept one call.
+        """Queue a call and respond 202.
 
         Raises:
-            RequestMalformed: X-Callback-Url is none, or leads where no callback may; or a header is not Unicode.
+            RequestMalformed: X-Callback-Url is no URL or not permitted, or a header is not UTF-8.
         """
         name, rest = split(request.raw_path)
         supervisor = self._fleet.get(name)
@@ -91,16 +92,16 @@ class AsyncQueue:
                 text=f"the queue takes bodies up to {MAX_BODY_BYTES} bytes, as OpenFaaS CE's does; send a reference",
             )
         call_id = request.headers.get("X-Call-Id") or str(uuid.uuid4())
-        headers = end_to_end(request.headers, _NOT_SENT)
+        headers = end_to_end(request.headers, _NOT_IN_CALLS)
         headers["X-Call-Id"] = call_id
         try:
-            self._waiting.put_nowait(_Call(call_id, supervisor.name, rest, headers, body, url))
+            self._waiting.put_nowait(_QueuedCall(call_id, supervisor.name, rest, headers, body, url))
         except asyncio.QueueFull:
             return web.Response(status=429, text="the queue is full", headers={"Retry-After": "1"})
         return web.Response(status=202, headers={"X-Call-Id": call_id, "X-Start-Time": str(time.time_ns())})
 
     async def close(self) -> None:
-        """Stop; calls that wait are lost with the process, as the queue lives in memory."""
+        """Stop the workers; queued calls are lost, as the queue lives in memory."""
         for worker in self._workers:
             worker.cancel()
         await asyncio.gather(*self._workers, return_exceptions=True)
@@ -111,37 +112,35 @@ class AsyncQueue:
             call = await self._waiting.get()
             try:
                 failure = await self._serve(call)
-            except (
-                Exception
-            ) as e:  # a worker outlives every call: its end would be silent, and the next ones wait for ever
+            except Exception as e:  # a worker survives every call: without workers, queued calls would wait for ever
                 failure = f"{type(e).__name__}: {e}"
             if failure:
                 self._on_event(Event("failed", f"async call {call.id}: {failure}", call.function))
 
-    async def _serve(self, call: _Call) -> str:
-        """Call the function, then send its response to the callback; how that failed, empty where it did not."""
+    async def _serve(self, call: _QueuedCall) -> str:
+        """Call the function, then send its response to the callback; the reason of a failure, else empty."""
         started = time.perf_counter()
-        # Through the gateway's own listener, so that it is proxied and counted like any other call.
+        # Through the gateway's own listener, so that the call is proxied and counted as others are.
         target = URL(f"{self._url}/function/{call.function}{call.path}", encoded=True)
         result = await _post(self._session, target, call.headers, call.body, timeout_s=CALL_TIMEOUT_S)
         if call.callback is None:
             return f"the function answered {result.status}" if result.status >= 400 else ""
-        headers = end_to_end(result.headers, _NOT_CALLED_BACK)
+        headers = end_to_end(result.headers, _NOT_IN_CALLBACKS)
         headers.setdefault("Content-Type", "application/octet-stream")
         headers.setdefault("X-Duration-Seconds", f"{time.perf_counter() - started:.6f}")
         headers["X-Call-Id"] = call.id
         headers["X-Function-Name"] = call.function
         headers["X-Function-Status"] = str(result.status)
-        told = await _post(self._callbacks, call.callback, headers, result.body, timeout_s=CALLBACK_TIMEOUT_S)
-        return f"its callback answered {told.status}" if told.status >= 400 else ""
+        delivery = await _post(self._callbacks, call.callback, headers, result.body, timeout_s=CALLBACK_TIMEOUT_S)
+        return f"its callback answered {delivery.status}" if delivery.status >= 400 else ""
 
 
 class _ResultTooLong(Exception):
-    """A response of more than _MAX_RESULT_BYTES."""
+    """A response above _MAX_RESULT_BYTES."""
 
 
-class _Answer(NamedTuple):
-    """What a POST was answered with, 502 without headers where it was not."""
+class _HttpResponse(NamedTuple):
+    """Response to a POST; without a response, 502 without headers."""
 
     status: int = 502
     headers: CIMultiDict[str] = CIMultiDict()
@@ -150,12 +149,12 @@ class _Answer(NamedTuple):
 
 async def _post(
     session: aiohttp.ClientSession, url: URL, headers: CIMultiDict[str], body: bytes, *, timeout_s: float
-) -> _Answer:
-    """POST until the answer is not 429, 503 or none, at most ATTEMPTS times, but once where the time was over.
+) -> _HttpResponse:
+    """POST with retries on 429, 503 and broken connections, at most ATTEMPTS in all; a timeout is not retried.
 
-    Redirects are not followed: they would lead where the URL itself may not.
+    Redirects are not followed: a redirect could lead to an address that the policy refuses.
     """
-    answer = _Answer()
+    answer = _HttpResponse()
     for attempt in range(ATTEMPTS):
         wait_s = min(_MAX_WAIT_S, 0.2 * 2**attempt)
         try:
@@ -166,18 +165,18 @@ async def _post(
                 allow_redirects=False,
                 timeout=aiohttp.ClientTimeout(total=timeout_s),
             ) as reply:
-                answer = _Answer(reply.status, CIMultiDict(reply.headers), await _bounded(reply))
+                answer = _HttpResponse(reply.status, CIMultiDict(reply.headers), await _bounded(reply))
         except TimeoutError:
             return answer
         except _ResultTooLong:
-            return _Answer()
+            return _HttpResponse()
         except (aiohttp.ClientError, OSError):
             pass
         else:
             if answer.status not in (429, 503):
                 return answer
-            asked_s = retry_after_seconds(answer.headers.get("Retry-After", ""))
-            wait_s = wait_s if asked_s is None else min(_MAX_WAIT_S, asked_s)
+            retry_after_s = retry_after_seconds(answer.headers.get("Retry-After", ""))
+            wait_s = wait_s if retry_after_s is None else min(_MAX_WAIT_S, retry_after_s)
         if attempt < ATTEMPTS - 1:
             await asyncio.sleep(wait_s)
     return answer

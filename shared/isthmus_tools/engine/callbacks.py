@@ -1,6 +1,6 @@
-"""Where the results of async calls may be sent: the engine calls an address that its caller names.
+"""Policy for callback URLs, against server-side request forgery: a caller names an address that the engine calls.
 
-The engine reaches more than its callers may: services of this machine, a cloud's metadata address, the networks around.
+The engine reaches services that its callers may not: this machine's, a cloud's metadata address, local networks.
 """
 
 from __future__ import annotations
@@ -17,26 +17,28 @@ from yarl import URL
 
 from isthmus.errors import LocalError, RequestMalformed
 from isthmus.http import sockets
-from isthmus_tools.engine.fleet import IN_CLUSTER
+from isthmus_tools.engine.fleet import IN_CLUSTER_GATEWAY
 
-MAX_URL_CHARACTERS = 2048
+MAX_URL_CHARACTERS = 2048  # kept in memory with each queued call
 RESOLVE_TIMEOUT_S = 2.0
-"""How long the name in an X-Callback-Url may take to be resolved."""
+"""Timeout for resolving the host of an X-Callback-Url."""
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
+# Control characters and line breaks would split the request line or a log line.
 _PRINTABLE = re.compile(r"[!-~]+")
 _LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?", re.IGNORECASE)
 _CALLS = ("/function/", "/async-function/")
+# RFC 6052: an IPv4 address behind this prefix is reached through the NAT64 gateway.
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 def parse_networks(texts: Iterable[str]) -> tuple[Network, ...]:
-    """Networks in CIDR notation, such as 127.0.0.0/8 or fd00::/8; a plain address is a network of one.
+    """Networks in CIDR notation, such as 127.0.0.0/8 or fd00::/8; a plain address is a network of one address.
 
     Raises:
-        LocalError: one of them is none.
+        LocalError: a text is no network.
     """
     try:
         return tuple(ipaddress.ip_network(text) for text in texts)
@@ -45,9 +47,9 @@ def parse_networks(texts: Iterable[str]) -> tuple[Network, ...]:
 
 
 class CallbackPolicy:
-    """Callbacks reach public addresses, those in `allowed`, and the gateway's own functions by its name in a cluster.
+    """Permits public addresses, addresses in `allowed`, and functions of this gateway by its in-cluster name.
 
-    `gateway` is the engine's own URL, of which no callback reaches anything but function calls.
+    `gateway` is the engine's own URL: callbacks reach function calls of the gateway and nothing else.
     """
 
     def __init__(self, gateway: str, allowed: Sequence[Network] = ()) -> None:
@@ -55,17 +57,17 @@ class CallbackPolicy:
         self._allowed = tuple(allowed)
 
     async def check(self, text: str) -> URL:
-        """The URL in `text`, where results may be sent there.
+        """Parse a callback URL and check its addresses.
 
-        A name that does not resolve at this moment passes: its addresses are checked again when it is called.
+        A name that does not resolve now passes: `PermittedResolver` checks the addresses at the call.
 
         Raises:
-            RequestMalformed: no http URL with a host, or one that leads to an address that is not permitted.
+            RequestMalformed: not an http URL with a host, or its addresses are not permitted.
         """
-        named = IN_CLUSTER.match(text)
-        url = _parse(text if named is None else f"{self._gateway.origin()}{text[named.end() :]}")
+        gateway = IN_CLUSTER_GATEWAY.match(text)
+        url = _parse(text if gateway is None else f"{self._gateway.origin()}{text[gateway.end() :]}")
         host = url.host or ""
-        if named is not None:
+        if gateway is not None:
             self._check_path(url)
             return url
         addresses = await _addresses(host, url.port or 0)
@@ -86,6 +88,7 @@ class CallbackPolicy:
         )
 
     def _is_own(self, address: Address) -> bool:
+        # A gateway on 0.0.0.0 is reached by every address of this machine.
         own = ipaddress.ip_address(self._gateway.host or "")
         address = _embedded(address)
         return own.is_unspecified or address == own or (own.is_loopback and not address.is_global)
@@ -95,8 +98,8 @@ class CallbackPolicy:
             raise RequestMalformed("X-Callback-Url is this gateway's, of which only function calls can be called back")
 
 
-class PermittedOnly(AbstractResolver):
-    """Resolves names to permitted addresses: one that changed since it was checked leads nowhere else."""
+class PermittedResolver(AbstractResolver):
+    """Resolver of permitted addresses alone: a name may resolve to another address than when it was checked."""
 
     def __init__(self, policy: CallbackPolicy) -> None:
         self._policy = policy
@@ -114,19 +117,19 @@ class PermittedOnly(AbstractResolver):
                 hostname=host,
                 host=str(sockaddr[0]),
                 port=port,
-                family=found,
+                family=address_family,
                 proto=protocol,
                 flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
             )
-            for found, _, protocol, _, sockaddr in await _look_up(host, port)
-            if family in (socket.AF_UNSPEC, found) and self._policy.permits(_address(str(sockaddr[0])))
+            for address_family, _, protocol, _, sockaddr in await _look_up(host, port)
+            if family in (socket.AF_UNSPEC, address_family) and self._policy.permits(_address(str(sockaddr[0])))
         ]
         if not permitted:
             raise OSError(f"{host} leads to no address that callbacks may reach")
         return permitted
 
     async def close(self) -> None:
-        """Nothing is held."""
+        """No-op: the resolver has no resources."""
 
 
 def _parse(text: str) -> URL:
@@ -135,10 +138,10 @@ def _parse(text: str) -> URL:
     if not _PRINTABLE.fullmatch(text):
         raise RequestMalformed("X-Callback-Url holds spaces, control characters or others that a URL writes as %XX")
     try:
-        # As it is: a signed URL quoted anew would be another one.
+        # Kept as quoted: quoting anew would break the signature of a signed URL.
         url = URL(text, encoded=True)
         host = url.host or ""
-    except ValueError as e:  # UnicodeError among them
+    except ValueError as e:  # includes UnicodeError
         raise RequestMalformed(f"X-Callback-Url is no URL: {e}") from e
     if url.scheme not in ("http", "https") or not host:
         raise RequestMalformed("X-Callback-Url must be an http or https URL with a host")
@@ -150,7 +153,7 @@ def _parse(text: str) -> URL:
 
 
 def _is_host(text: str) -> bool:
-    """Whether `text` is an address, or a name that can be resolved: no empty label, and no number such as 127.1."""
+    """Whether `text` is an address or a DNS name, without empty labels; 127.1 is neither."""
     if _literal(text) is not None:
         return True
     labels = text.removesuffix(".").split(".")
@@ -169,23 +172,23 @@ def _address(text: str) -> Address:
 
 
 async def _addresses(host: str, port: int) -> list[Address]:
-    """The addresses of `host`; none where they are not known in time."""
+    """Addresses of `host`, empty if resolution fails or times out."""
     if (literal := _literal(host)) is not None:
         return [literal]
     try:
         return [_address(str(entry[4][0])) for entry in await _look_up(host, port)]
-    except OSError:  # TimeoutError among them
+    except OSError:  # includes TimeoutError
         return []
 
 
 async def _look_up(host: str, port: int) -> list[tuple[Any, ...]]:
-    """The addresses of `host` as `socket.getaddrinfo` gives them; OSError where they are not known in time."""
+    """Entries of `socket.getaddrinfo`; OSError if resolution fails or times out."""
     async with asyncio.timeout(RESOLVE_TIMEOUT_S):
         return await asyncio.to_thread(sockets.resolve, host, port, timeout_s=RESOLVE_TIMEOUT_S)
 
 
 def _embedded(address: Address) -> Address:
-    """The IPv4 address that an IPv6 address leads to, where it is mapped, 6to4 or NAT64; else `address`."""
+    """The IPv4 address inside a mapped, 6to4 or NAT64 address, else `address`."""
     if isinstance(address, ipaddress.IPv4Address):
         return address
     if address in _NAT64:

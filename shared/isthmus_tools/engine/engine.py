@@ -1,4 +1,4 @@
-"""The engine's life: take the port, lay the functions out, run them, and leave nothing behind."""
+"""Lifecycle of the local engine: bind the port, stage the functions, run them, drain, clean up."""
 
 from __future__ import annotations
 
@@ -17,28 +17,25 @@ from aiohttp import web
 
 from isthmus.errors import LocalError
 from isthmus_tools.engine.async_queue import AsyncQueue
-from isthmus_tools.engine.build import build_folder
 from isthmus_tools.engine.callbacks import CallbackPolicy, parse_networks
-from isthmus_tools.engine.credentials import PASSWORD_FILE, USER, ensure_password
-from isthmus_tools.engine.events import Event, OnEvent, ignore, shielded
-from isthmus_tools.engine.fleet import Fleet, Places
+from isthmus_tools.engine.credentials import PASSWORD_FILE, USER, SecretFolder, ensure_password
+from isthmus_tools.engine.fleet import EngineContext, Fleet
 from isthmus_tools.engine.gateway import create_gateway, create_runner
-from isthmus_tools.engine.metrics import Metrics
-from isthmus_tools.engine.proxy import Proxy, open_session
-from isthmus_tools.engine.secrets import SecretFolder
-from isthmus_tools.engine.stack import StackFile
-from isthmus_tools.netem.loop_thread import InThread
+from isthmus_tools.engine.proxy import ReverseProxy, open_session
+from isthmus_tools.engine.stack import StackFile, build_folder
+from isthmus_tools.engine.telemetry import Event, InvocationMetrics, OnEvent, ignore_event, shielded
+from isthmus_tools.loop_thread import LoopThread
 
 DEFAULT_PORT = 8080
 DRAIN_S = 10.0
-_CRASHES_THAT_ARE_A_PATTERN = 2
+_MAX_CRASHES = 2  # a first crash may be an accident
 _POLL_S = 0.05
-_BACKLOG = 1024
+_BACKLOG = 1024  # a burst of callers that connect at once
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """What an engine is told: `environment` and `replicas` are by function, `*` in `environment` is every one."""
+class EngineOptions:
+    """Arguments of an engine; `environment` and `replicas` map function names, and `*` means every function."""
 
     stack_file: Path
     host: str = "127.0.0.1"
@@ -48,7 +45,7 @@ class Options:
     variables: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     callback_networks: Sequence[str] = ()
     drain_s: float = DRAIN_S
-    on_event: OnEvent = ignore
+    on_event: OnEvent = ignore_event
 
 
 def run_engine(
@@ -60,19 +57,18 @@ def run_engine(
     environment: Mapping[str, Mapping[str, str]] | None = None,
     variables: Mapping[str, str] | None = None,
     callback_networks: Sequence[str] = (),
-    on_event: OnEvent = ignore,
+    on_event: OnEvent = ignore_event,
 ) -> None:
     """Serve the functions of a stack until SIGINT or SIGTERM, then drain and return; a second signal ends it at once.
 
-    `replicas` maps a function to how many of it run. `environment` maps a function, or `*` for every one, to variables
-    that go before stack.yml's. The stack's own `${…}` are filled from `variables`, by
-    default this process's environment. `callback_networks`, in CIDR notation, are those beside public addresses that
-    the results of async calls may be sent to.
+    `replicas` maps a function to its number of replicas. `environment` maps a function, or `*` for every function, to
+    variables that override stack.yml. `${…}` in stack.yml is filled from `variables`, by default this process's
+    environment. `callback_networks`, in CIDR notation, are permitted for callbacks beside public addresses.
 
     Raises:
-        LocalError: the stack cannot be read or laid out, a network is none, or the port is taken.
+        LocalError: the stack cannot be read or staged, a network is malformed, or the port is taken.
     """
-    options = Options(
+    options = EngineOptions(
         stack_file=Path(stack_file),
         host=host,
         port=port,
@@ -85,13 +81,13 @@ def run_engine(
     asyncio.run(_run_until_signal(options))
 
 
-class Engine(InThread["_Running"]):
+class Engine(LoopThread["_RunningEngine"]):
     """An engine in a thread of this process, for tests and `isthmus demo`; a context manager.
 
-    It is entered once its port is taken, before its functions are ready, and left when they have drained.
+    Entering returns once the port is bound, before the functions are ready; exiting drains the functions.
 
     Raises:
-        LocalError: on entering; the stack cannot be read or laid out, or the port is taken.
+        LocalError: on entering; the stack cannot be read or staged, or the port is taken.
     """
 
     def __init__(
@@ -104,9 +100,9 @@ class Engine(InThread["_Running"]):
         variables: Mapping[str, str] | None = None,
         callback_networks: Sequence[str] = (),
         drain_s: float = DRAIN_S,
-        on_event: OnEvent = ignore,
+        on_event: OnEvent = ignore_event,
     ) -> None:
-        options = Options(
+        options = EngineOptions(
             stack_file=Path(stack_file),
             port=port,
             replicas=replicas or {},
@@ -143,24 +139,23 @@ class Engine(InThread["_Running"]):
     def wait_ready(
         self, timeout_s: float = 60.0, progress: Callable[[Mapping[str, str]], None] = lambda _: None
     ) -> None:
-        """Wait until every function is ready; `progress` is told `ready` or the reason, by function, as they change.
+        """Wait until every function is ready; `progress` receives changes of state: `ready` or the reason, by function.
 
         Raises:
-            LocalError: a function's settings stop its start, or it ended twice before it was ready, or the time is
-                over; says why.
+            LocalError: a function's settings stop its start, a function crashed twice, or the time is over.
         """
-        until, told = time.monotonic() + timeout_s, None
+        until, reported = time.monotonic() + timeout_s, None
         while True:
             if self._value is None:
                 raise LocalError("the engine does not run")
             states = {s.name: "ready" if s.settled else s.reason for s in list(self._value.fleet)}
-            if states != told:
-                told = states
+            if states != reported:
+                reported = states
                 progress(states)
             if all(state == "ready" for state in states.values()):
                 return
             for s in list(self._value.fleet):
-                if s.given_up or s.crashes >= _CRASHES_THAT_ARE_A_PATTERN:
+                if s.given_up or s.crashes >= _MAX_CRASHES:
                     raise LocalError(f"{s.name} does not start: {s.failure}", function=s.name)
             if time.monotonic() > until:
                 waiting = "; ".join(f"{name}: {state}" for name, state in states.items() if state != "ready")
@@ -169,30 +164,30 @@ class Engine(InThread["_Running"]):
 
 
 @dataclass(frozen=True)
-class _Running:
+class _RunningEngine:
     url: str
     password: str
     fleet: Fleet
 
 
-async def _run_until_signal(options: Options) -> None:
-    loop, leave = asyncio.get_running_loop(), asyncio.Event()
+async def _run_until_signal(options: EngineOptions) -> None:
+    loop, stopped = asyncio.get_running_loop(), asyncio.Event()
     async with _running(options) as running:
 
         def on_signal() -> None:
-            if leave.is_set():
+            if stopped.is_set():
                 running.fleet.kill()
-            leave.set()
+            stopped.set()
 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, on_signal)
-        await leave.wait()
+        await stopped.wait()
 
 
 @contextlib.asynccontextmanager
-async def _running(options: Options) -> AsyncIterator[_Running]:
-    """An engine from the moment its port is taken until its last process is gone."""
-    tell = shielded(options.on_event)
+async def _running(options: EngineOptions) -> AsyncIterator[_RunningEngine]:
+    """Run an engine from binding its port to the end of its last process."""
+    report = shielded(options.on_event)
     file = StackFile(options.stack_file, options.variables)
     stack = file.read()
     networks = parse_networks(options.callback_networks)
@@ -201,35 +196,35 @@ async def _running(options: Options) -> AsyncIterator[_Running]:
         url = f"http://{options.host}:{port}"
         state = stack.root / ".isthmus"
         password = ensure_password(state)
-        async with contextlib.AsyncExitStack() as leaving:
-            build = leaving.enter_context(build_folder(state / "build", port))
-            places = Places(url, build, state / "cache", SecretFolder(state / "secrets"))
-            session = await leaving.enter_async_context(open_session())
-            fleet = Fleet(file, places, session, tell, overrides=options.environment, drain_s=options.drain_s)
-            leaving.push_async_callback(fleet.close)
+        async with contextlib.AsyncExitStack() as cleanup:
+            build = cleanup.enter_context(build_folder(state / "build", port))
+            context = EngineContext(url, build, state / "cache", SecretFolder(state / "secrets"))
+            session = await cleanup.enter_async_context(open_session())
+            fleet = Fleet(file, context, session, report, overrides=options.environment, drain_s=options.drain_s)
+            cleanup.push_async_callback(fleet.close)
             fleet.start(options.replicas)
-            metrics = Metrics()
+            metrics = InvocationMetrics()
             policy = CallbackPolicy(url, networks)
-            queue = AsyncQueue(fleet, url, session, tell, policy)
+            queue = AsyncQueue(fleet, url, session, report, policy)
             gateway = create_gateway(
                 fleet,
-                Proxy(fleet.get, metrics, session),
+                ReverseProxy(fleet.get, metrics, session),
                 queue,
                 metrics,
-                places.secrets,
+                context.secrets,
                 password=password,
                 loopback=_is_local(options.host),
             )
             runner = create_runner(gateway, options.drain_s)
             await runner.setup()
-            leaving.push_async_callback(runner.cleanup)
-            # Before the gateway: the queue calls through it, and a connection that comes while it closes stays open.
-            leaving.push_async_callback(queue.close)
+            cleanup.push_async_callback(runner.cleanup)
+            # Before the gateway: the queue calls through the gateway.
+            cleanup.push_async_callback(queue.close)
             await web.SockSite(runner, listener, backlog=_BACKLOG).start()
-            tell(Event("listening", url))
+            report(Event("listening", url))
             login = f"faas-cli login -g {url} -u {USER} --password-stdin < {shlex.quote(str(state / PASSWORD_FILE))}"
-            tell(Event("login", login))
-            yield _Running(url, password, fleet)
+            report(Event("login", login))
+            yield _RunningEngine(url, password, fleet)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -1,4 +1,4 @@
-"""Every function of the stack: what is deployed of it, and what the provider API says and changes about it."""
+"""Deployed functions of the stack, and their changes by the provider API."""
 
 from __future__ import annotations
 
@@ -14,27 +14,25 @@ import aiohttp
 
 from isthmus.errors import LocalError, Missing, RequestMalformed
 from isthmus.settings import RouterSettings
-from isthmus_tools.engine.build import stage
-from isthmus_tools.engine.events import Event, OnEvent
-from isthmus_tools.engine.replica import Deployment
-from isthmus_tools.engine.secrets import SecretFolder
-from isthmus_tools.engine.stack import FunctionSpec, StackFile
+from isthmus_tools.engine.credentials import SecretFolder
+from isthmus_tools.engine.replica import WATCHDOG_VARIABLES, Deployment, WatchdogLimits
+from isthmus_tools.engine.stack import FunctionSpec, StackFile, stage
 from isthmus_tools.engine.supervisor import MAX_REPLICAS, Supervisor
-from isthmus_tools.engine.watchdog import VARIABLES, Watchdog
+from isthmus_tools.engine.telemetry import Event, OnEvent
 
 NAMESPACE = "openfaas-fn"
-READY_PATH = "/ready"  # as the templates' Dockerfiles tell the watchdog
+READY_PATH = "/ready"  # as in the template's Dockerfile
 SETTINGS = frozenset(f.name for f in fields(RouterSettings))
-"""The variables that functions of Isthmus read: the router's settings hold the others'."""
+"""Variables read by functions of Isthmus; the router's settings include those of segments."""
 
 _PATH = re.compile(r"/[!-~]*")
-IN_CLUSTER = re.compile(r"http://gateway(?:\.openfaas(?:\.svc(?:\.cluster\.local)?)?)?:8080(?=[/,\s]|$)")
-"""The gateway's URLs in a cluster and on faasd."""
+IN_CLUSTER_GATEWAY = re.compile(r"http://gateway(?:\.openfaas(?:\.svc(?:\.cluster\.local)?)?)?:8080(?=[/,\s]|$)")
+"""URLs of the gateway in a cluster and on faasd."""
 
 
 @dataclass(frozen=True)
-class Places:
-    """The engine's folders, and the address by which its functions reach it."""
+class EngineContext:
+    """Folders of the engine, and the gateway's URL as seen by the functions."""
 
     url: str
     build: Path
@@ -43,12 +41,12 @@ class Places:
 
 
 class Fleet:
-    """The functions that run now; those of the stack that were removed can be deployed again."""
+    """Deployed functions; a removed function of the stack can be deployed again."""
 
     def __init__(
         self,
         file: StackFile,
-        places: Places,
+        context: EngineContext,
         session: aiohttp.ClientSession,
         on_event: OnEvent,
         *,
@@ -61,7 +59,7 @@ class Fleet:
                 raise LocalError(f"stack.yml has no function {name!r}; it has {', '.join(stack.functions)}")
         self._file = file
         self._stack = stack
-        self._places = places
+        self._context = context
         self._deployed = 0
         self._session = session
         self._on_event = on_event
@@ -74,67 +72,67 @@ class Fleet:
         return iter(self._running.values())
 
     def get(self, name: str) -> Supervisor | None:
-        """The function of that name, with or without the namespace, if it is deployed."""
+        """The deployed function `name`, with or without the namespace, else None."""
         plain, _, namespace = name.partition(".")
         return self._running.get(plain) if namespace in ("", NAMESPACE) else None
 
     def find(self, name: str) -> Supervisor:
-        """The function of that name.
+        """The deployed function `name`.
 
         Raises:
-            Missing: it is not deployed.
+            Missing: no function is deployed.
         """
-        if (found := self.get(name)) is not None:
-            return found
+        if (supervisor := self.get(name)) is not None:
+            return supervisor
         raise Missing(f"error finding function {name}", kind="function", name=name, exists=sorted(self._running))
 
     def start(self, replicas: Mapping[str, int]) -> None:
         """Deploy every function of the stack.
 
         Raises:
-            LocalError: a function cannot be laid out, or `replicas` names one that the stack does not have.
+            LocalError: a function cannot be staged, or `replicas` names a function that the stack lacks.
         """
         for name in replicas:
             if name not in self._stack.functions:
                 raise LocalError(f"stack.yml has no function {name!r}; it has {', '.join(self._stack.functions)}")
         for spec in self._stack.functions.values():
-            self._deploy(spec, replicas.get(spec.name, _least_replicas(spec)))
+            self._deploy(spec, replicas.get(spec.name, _min_replicas(spec)))
 
     def deploy(self, doc: Mapping[str, Any], *, update: bool) -> None:
-        """Run a function as a deployment request says, from the working tree and stack.yml as they are now.
+        """Deploy a function by a request of the provider API, from the current working tree and stack.yml.
 
         Raises:
-            Missing: `update`, and it is not deployed.
-            RequestMalformed: not a deployment, or one that this engine cannot run: it pulls no images, and passes on
-                only the variables that stack.yml, the settings and the watchdog have.
-            LocalError: stack.yml cannot be read any more, or the function not be laid out.
+            Missing: `update` of a function that is not deployed.
+            RequestMalformed: not a deployment; another image than stack.yml's, as the engine pulls no images; or a
+                variable unknown to stack.yml, the settings and the watchdog.
+            LocalError: stack.yml cannot be read, or the function cannot be staged.
         """
         name = _text(doc, "service")
         if update and self.get(name) is None:
             raise Missing(f"error finding function {name}", kind="function", name=name, exists=sorted(self._running))
         stack = self._file.read()
-        known = stack.functions.get(name)
-        if known is None:
+        declared = stack.functions.get(name)
+        if declared is None:
             raise RequestMalformed(
                 f"this engine runs the functions of stack.yml and pulls no images; it has no {name!r}",
                 hint=f"it has {', '.join(stack.functions)}",
             )
         if (namespace := _text(doc, "namespace")) not in ("", NAMESPACE):
             raise RequestMalformed(f"there is no namespace {namespace!r}; there is {NAMESPACE}")
-        if (image := _text(doc, "image")) != known.image:
+        if (image := _text(doc, "image")) != declared.image:
             raise RequestMalformed(
-                f"this engine runs {name} from the working tree, as image {known.image!r}; it cannot pull {image!r}"
+                f"this engine runs {name} from the working tree, as image {declared.image!r}; it cannot pull {image!r}"
             )
         environment = _texts(doc, "envVars")
-        self._check_variables(known, environment)
-        environment = self._fill_in(known, environment)
+        self._check_variables(declared, environment)
+        environment = self._fill_in(declared, environment)
         secrets = _strings(doc, "secrets")
-        if missing := sorted(set(secrets) - set(self._places.secrets.names())):
+        if missing := sorted(set(secrets) - set(self._context.secrets.names())):
             raise RequestMalformed(
                 f"the secret {missing[0]} of {name} does not exist", hint=f"faas-cli secret create {missing[0]}"
             )
         spec = replace(
-            known,
+            declared,
             fprocess=_text(doc, "envProcess"),
             environment=environment,
             secrets=secrets,
@@ -147,36 +145,36 @@ class Fleet:
         )
         running = self.get(name)
         self._stack = stack
-        self._deploy(spec, running.desired if running else _least_replicas(spec))
+        self._deploy(spec, running.desired if running else _min_replicas(spec))
 
-    def _fill_in(self, known: FunctionSpec, environment: Mapping[str, str]) -> dict[str, str]:
-        """A deployment's variables, with this engine's own value where a shell that lacks its `${…}` sent a default.
+    def _fill_in(self, declared: FunctionSpec, environment: Mapping[str, str]) -> dict[str, str]:
+        """A deployment's variables, with the engine's own value in place of an unchanged default of stack.yml.
 
-        faas-cli fills `${…}` from the shell that it runs in, mostly another one than the engine's: `registry` would
-        become stack.yml's default, where nothing of this engine's is.
+        faas-cli fills `${…}` from its own shell, mostly not the engine's: `registry` would become stack.yml's default,
+        a registry without this engine's bundles.
         """
         stack = self._file.read_defaults()
-        default = stack.functions.get(known.name) if stack is not None else None
+        default = stack.functions.get(declared.name) if stack is not None else None
         unset = default.environment if default is not None else {}
-        own = {k: v for k, v in known.environment.items() if k in unset and environment.get(k) == unset[k] != v}
+        own = {k: v for k, v in declared.environment.items() if k in unset and environment.get(k) == unset[k] != v}
         if own:
             text = (
                 f"the deployment holds stack.yml's default for {', '.join(own)}; it runs with this engine's own value"
             )
-            self._on_event(Event("deployed", text, known.name))
+            self._on_event(Event("deployed", text, declared.name))
         return {**environment, **own}
 
-    def _check_variables(self, known: FunctionSpec, environment: Mapping[str, str]) -> None:
-        """Refuse variables that nothing here reads: PYTHONPATH, LD_PRELOAD or PATH would choose the code that runs.
+    def _check_variables(self, declared: FunctionSpec, environment: Mapping[str, str]) -> None:
+        """Refuse variables outside stack.yml, settings and watchdog: PYTHONPATH or LD_PRELOAD would choose the code.
 
         Raises:
-            RequestMalformed: names them.
+            RequestMalformed: names the variables.
         """
-        own = {*known.environment, *self._overrides.get("*", {}), *self._overrides.get(known.name, {})}
-        if unknown := sorted(set(environment) - own - VARIABLES - SETTINGS):
+        own = {*declared.environment, *self._overrides.get("*", {}), *self._overrides.get(declared.name, {})}
+        if unknown := sorted(set(environment) - own - WATCHDOG_VARIABLES - SETTINGS):
             raise RequestMalformed(
-                f"{known.name} cannot be given the variables {', '.join(map(repr, unknown))}: neither stack.yml nor the"
-                " settings nor the watchdog has them",
+                f"{declared.name} cannot be given the variables {', '.join(map(repr, unknown))}: neither stack.yml nor"
+                " the settings nor the watchdog has them",
                 hint="name them in the function's environment in stack.yml",
             )
 
@@ -184,7 +182,7 @@ class Fleet:
         """Drain and end a function.
 
         Raises:
-            Missing: it is not deployed.
+            Missing: the function is not deployed.
         """
         supervisor = self.find(name)
         del self._running[supervisor.name]
@@ -194,7 +192,7 @@ class Fleet:
 
     def resolve(self, text: str) -> str:
         """`text` with the gateway's in-cluster names replaced by this engine's address, as cluster DNS would."""
-        return IN_CLUSTER.sub(self._places.url, text)
+        return IN_CLUSTER_GATEWAY.sub(self._context.url, text)
 
     async def close(self) -> None:
         """Drain and end every function."""
@@ -206,11 +204,11 @@ class Fleet:
             supervisor.kill()
 
     def _deploy(self, spec: FunctionSpec, replicas: int) -> None:
-        # A folder of its own for each deployment: the replicas that still drain read theirs.
+        # A folder for each deployment: draining replicas of the last deployment still read from their folder.
         self._deployed += 1
-        folder = stage(self._stack, spec, self._places.build / str(self._deployed))
+        folder = stage(self._stack, spec, self._context.build / str(self._deployed))
         environment = self._environment(spec, folder)
-        deployment = Deployment(spec, folder, environment, _ready_path(spec), Watchdog.from_env(environment))
+        deployment = Deployment(spec, folder, environment, _ready_path(spec), WatchdogLimits.from_env(environment))
         supervisor = self._running.get(spec.name)
         if supervisor is None:
             supervisor = Supervisor(
@@ -224,34 +222,34 @@ class Fleet:
         await asyncio.to_thread(self._remove_folder, supervisor.deployment)
 
     def _remove_folder(self, deployment: Deployment) -> None:
-        """Remove what was laid out for a deployment that was replaced or removed."""
+        """Remove the staged folder of a replaced or removed deployment."""
         folder = deployment.folder.parent
-        if folder.parent == self._places.build:
+        if folder.parent == self._context.build:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _environment(self, spec: FunctionSpec, folder: Path) -> dict[str, str]:
         """A function's environment here, laid out in `folder`: its own, the overrides, in-cluster names resolved."""
         values = {
-            # In a container /tmp is a function's own, and so is its cache.
-            "cache_dir": str(self._places.cache / spec.name),
-            "secrets_dir": str(self._places.secrets.path),
-            "expose_details": "true",  # who calls a function on this machine is who runs it, as a rule
+            # In a container every function has a /tmp, and so a cache, of its own.
+            "cache_dir": str(self._context.cache / spec.name),
+            "secrets_dir": str(self._context.secrets.path),
+            "expose_details": "true",  # on this machine the caller and the operator are mostly the same person
             **spec.environment,
             **self._overrides.get("*", {}),
             **self._overrides.get(spec.name, {}),
         }
         registry = values.get("registry", "")
-        # A registry baked into the image is found from the function's own folder.
+        # A registry baked into the image is relative to the function's staged folder.
         if registry and "://" not in registry and not (folder / registry).is_dir():
-            # As every path of stack.yml; a function's process starts in a folder that nobody else knows.
+            # Relative to the stack's root, as every path of stack.yml: a process starts in its staged folder.
             values["registry"] = str(self._stack.root / registry)
         return {k: self.resolve(v) for k, v in values.items()}
 
 
 def describe(supervisor: Supervisor) -> dict[str, Any]:
-    """A function's status, as GET /system/function/NAME answers.
+    """Status of a function, as in GET /system/function/NAME.
 
-    `replicas`, which `faas-cli list` shows, are those that are ready, as on faasd.
+    `replicas`, shown by `faas-cli list`, counts ready replicas, as on faasd.
     """
     spec = supervisor.deployment.spec
     return {
@@ -274,14 +272,14 @@ def describe(supervisor: Supervisor) -> dict[str, Any]:
     }
 
 
-def _least_replicas(spec: FunctionSpec) -> int:
+def _min_replicas(spec: FunctionSpec) -> int:
     text = spec.labels.get("com.openfaas.scale.min", "1")
     return min(int(text), MAX_REPLICAS) if re.fullmatch("[0-9]{1,9}", text) else 1
 
 
 def _ready_path(spec: FunctionSpec) -> str:
     path = spec.environment.get("ready_path") or READY_PATH
-    if not _PATH.fullmatch(path):  # it is appended to an address: another beginning would be another host
+    if not _PATH.fullmatch(path):  # appended to an address: without the slash, the path could change the host
         raise LocalError(f"the variable ready_path of {spec.name} is {path[:80]!r}; it must be a path such as /ready")
     return path
 

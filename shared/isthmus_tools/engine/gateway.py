@@ -1,4 +1,4 @@
-"""OpenFaaS's REST API, as faas-cli speaks it, over the functions of one stack."""
+"""OpenFaaS's REST API for faas-cli, over the functions of a stack."""
 
 from __future__ import annotations
 
@@ -17,26 +17,24 @@ from aiohttp.http import SERVER_SOFTWARE
 import isthmus
 from isthmus.errors import IsthmusError, Missing, RequestMalformed
 from isthmus_tools.engine.async_queue import AsyncQueue
-from isthmus_tools.engine.credentials import authorizes
+from isthmus_tools.engine.credentials import MAX_SECRET_BYTES, SecretFolder, authorizes
 from isthmus_tools.engine.fleet import NAMESPACE, Fleet, describe
-from isthmus_tools.engine.logbook import Line
-from isthmus_tools.engine.metrics import Metrics
-from isthmus_tools.engine.proxy import MAX_HEADER_BYTES, Proxy
-from isthmus_tools.engine.secrets import MAX_SECRET_BYTES, SecretFolder
+from isthmus_tools.engine.proxy import MAX_HEADER_BYTES, ReverseProxy
+from isthmus_tools.engine.telemetry import InvocationMetrics, LogLine
 
-_MAX_DOCUMENT_BYTES = 2 * MAX_SECRET_BYTES
-_IDLE_S = 75.0
-# How long a caller may go on sending what nobody reads: closed at once, its connection would be reset, and the response
-# that says why might be lost.
+_MAX_DOCUMENT_BYTES = 2 * MAX_SECRET_BYTES  # base64 takes a third more than the secret
+_IDLE_S = 75.0  # default of nginx
+# How long a caller may go on sending a refused body: closing at once would reset the connection, and the response with
+# the reason might be lost.
 _LINGER_S = 5.0
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def create_gateway(
     fleet: Fleet,
-    proxy: Proxy,
+    proxy: ReverseProxy,
     queue: AsyncQueue,
-    metrics: Metrics,
+    metrics: InvocationMetrics,
     secrets: SecretFolder,
     *,
     password: str,
@@ -44,10 +42,10 @@ def create_gateway(
 ) -> web.Application:
     """The gateway's routes; `loopback`: only this machine reaches /system.
 
-    Everything under /system asks for the credentials; calls, health and metrics do not, as in OpenFaaS.
+    /system requires the credentials; calls, health and metrics do not, as in OpenFaaS.
     """
     api = _Api(fleet, metrics, secrets)
-    # An application of its own, so that whatever is routed below /system passes its middlewares.
+    # A sub-application, so that every route below /system passes the middlewares.
     system = web.Application(
         client_max_size=_MAX_DOCUMENT_BYTES, middlewares=[_same_machine(loopback), _authenticated(password)]
     )
@@ -80,9 +78,9 @@ def create_gateway(
 
 
 def create_runner(app: web.Application, drain_s: float) -> web.AppRunner:
-    """What serves the gateway; a caller who hangs up ends the call, as in OpenFaaS.
+    """Server of the gateway; a disconnected caller cancels the call, as in OpenFaaS.
 
-    Units: calls under way have `drain_s` seconds once the runner is cleaned up.
+    Units: calls in flight have `drain_s` seconds during cleanup.
     """
     return web.AppRunner(
         app,
@@ -98,7 +96,7 @@ def create_runner(app: web.Application, drain_s: float) -> web.AppRunner:
 
 
 class _Api:
-    def __init__(self, fleet: Fleet, metrics: Metrics, secrets: SecretFolder) -> None:
+    def __init__(self, fleet: Fleet, metrics: InvocationMetrics, secrets: SecretFolder) -> None:
         self._fleet = fleet
         self._metrics = metrics
         self._secrets = secrets
@@ -152,23 +150,23 @@ class _Api:
         return web.Response(status=202)
 
     async def logs(self, request: web.Request) -> web.StreamResponse:
-        """The lines kept, then, with follow=true, those that come."""
+        """Buffered lines, then, with follow=true, new lines."""
         query = request.query
         supervisor = self._fleet.find(query.get("name", ""))
         tail, since, instance = _tail(query.get("tail", "")), _since(query.get("since", "")), query.get("instance", "")
         reply = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
         await reply.prepare(request)
-        for line in supervisor.logbook.lines(tail=tail, since=since, instance=instance):
+        for line in supervisor.log_buffer.lines(tail=tail, since=since, instance=instance):
             await reply.write(_log_line(supervisor.name, line))
         if query.get("follow") in ("true", "1"):
-            async for line in supervisor.logbook.follow(instance):
+            async for line in supervisor.log_buffer.follow(instance):
                 await reply.write(_log_line(supervisor.name, line))
         return reply
 
     async def end_logs(self, app: web.Application) -> None:
-        """Let go of whoever follows a log, so that the engine need not wait for them."""
+        """End followers of logs, so that the engine need not wait for their connections."""
         for supervisor in self._fleet:
-            supervisor.logbook.close()
+            supervisor.log_buffer.close()
 
     async def info(self, request: web.Request) -> web.Response:
         version = {"sha": "", "release": isthmus.__version__}
@@ -190,7 +188,7 @@ class _Api:
 
 @web.middleware
 async def _errors(request: web.Request, handler: _Handler) -> web.StreamResponse:
-    """faas-cli prints an error's body as it is, so an error is a sentence and not JSON."""
+    """Render errors as sentences and not JSON: faas-cli prints the body unchanged."""
     try:
         return await handler(request)
     except IsthmusError as e:
@@ -211,7 +209,7 @@ def _same_machine(loopback: bool) -> Any:
 
 
 def _authenticated(password: str) -> Any:
-    """Ask for the credentials, since any user of this machine reaches its loopback addresses."""
+    """Require the credentials, since any user of this machine reaches its loopback addresses."""
 
     @web.middleware
     async def middleware(request: web.Request, handler: _Handler) -> web.StreamResponse:
@@ -269,13 +267,13 @@ def _since(text: str) -> datetime | None:
     if not text:
         return None
     try:
-        found = datetime.fromisoformat(text)
+        time = datetime.fromisoformat(text)
     except ValueError as e:
         raise RequestMalformed(f"since is {text!r}; it must be a time such as 2030-01-31T12:00:00Z") from e
-    return found if found.tzinfo else found.replace(tzinfo=UTC)
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
-def _log_line(name: str, line: Line) -> bytes:
+def _log_line(name: str, line: LogLine) -> bytes:
     doc = {
         "name": name,
         "namespace": NAMESPACE,

@@ -16,35 +16,34 @@ from multidict import CIMultiDict, MultiMapping
 from yarl import URL
 
 from isthmus_tools.engine.fleet import NAMESPACE
-from isthmus_tools.engine.metrics import Metrics
-from isthmus_tools.engine.replica import Replica
+from isthmus_tools.engine.replica import INTERNAL_HEADER, REFUSAL_HEADERS, TIMEOUT_HEADERS, Replica
 from isthmus_tools.engine.supervisor import Supervisor
-from isthmus_tools.engine.watchdog import INTERNAL, REFUSED, TIMED_OUT
+from isthmus_tools.engine.telemetry import InvocationMetrics
 
-MAX_BODY_BYTES = 512 << 20
+MAX_BODY_BYTES = 512 << 20  # bodies are streamed, so memory does not bound them
 MAX_HEADER_BYTES = 1 << 16
-"""One header, or the request's first line. aiohttp's own 8,190 are few beside the 1 MB of OpenFaaS's gateway."""
-UPSTREAM_TIMEOUT_S = 60.0
+"""Bound of a header and of the request line; aiohttp's default is 8,190, OpenFaaS's gateway takes 1 MB."""
+UPSTREAM_TIMEOUT_S = 60.0  # default of OpenFaaS
 
-_READ_BYTES = 1 << 20
+_READ_BYTES = 1 << 20  # aiohttp pauses reading above twice this; its default is 64 KiB
 # Below the template's IDLE_S: a connection that its server is about to close must not be reused.
 _KEEP_IDLE_S = 10.0
 _NO_TIMEOUT = aiohttp.ClientTimeout(total=None)  # the proxied request has its own
-_RESET = struct.pack("ii", 1, 0)
-_PROXY = {INTERNAL: "proxy"}
+_RESET = struct.pack("ii", 1, 0)  # SO_LINGER with timeout 0
+_PROXY = {INTERNAL_HEADER: "proxy"}
 HOP_BY_HOP = frozenset(
     {
         *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer"),
         *("transfer-encoding", "upgrade"),
     }
 )
-# The client writes Host, and has answered Expect; the others are the gateway's to say.
+# aiohttp writes Host and has handled Expect; the gateway sets the rest.
 _NOT_FORWARDED = HOP_BY_HOP | {"host", "expect", "x-forwarded-host", "x-forwarded-for", "x-call-id", "x-start-time"}
 _NOT_RETURNED = HOP_BY_HOP | {"content-length", "x-duration-seconds"}
 
 
 def open_session() -> aiohttp.ClientSession:
-    """The client of the functions: bodies and headers pass as they are, connections are kept for the next request."""
+    """HTTP client for the functions: keep-alive connections, bodies and headers unchanged."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_IDLE_S),
         cookie_jar=aiohttp.DummyCookieJar(),
@@ -56,8 +55,8 @@ def open_session() -> aiohttp.ClientSession:
     )
 
 
-class Proxy:
-    """Any method on /function/NAME[.NAMESPACE][/path]; `find` knows the functions by NAME[.NAMESPACE].
+class ReverseProxy:
+    """Any method on /function/NAME[.NAMESPACE][/path]; `find` looks a function up by NAME[.NAMESPACE].
 
     Units: max_body_bytes bounds a request's body, timeout_s a call.
     """
@@ -65,7 +64,7 @@ class Proxy:
     def __init__(
         self,
         find: Callable[[str], Supervisor | None],
-        metrics: Metrics,
+        metrics: InvocationMetrics,
         session: aiohttp.ClientSession,
         *,
         max_body_bytes: int = MAX_BODY_BYTES,
@@ -78,7 +77,7 @@ class Proxy:
         self._metrics = metrics
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
-        """Respond with what a replica of the function responds, or say why none does."""
+        """Relay a call to a replica of the function, or respond with the reason of a failure."""
         name, target = split(request.rel_url.raw_path_qs)
         supervisor = self._find(name)
         if supervisor is None:
@@ -91,9 +90,9 @@ class Proxy:
 
 
 class _ProxiedRequest:
-    """One call of a function, from its headers to the last byte of its response."""
+    """A call of a function, from its headers to the last byte of the response."""
 
-    def __init__(self, proxy: Proxy, request: web.Request, supervisor: Supervisor) -> None:
+    def __init__(self, proxy: ReverseProxy, request: web.Request, supervisor: Supervisor) -> None:
         self._proxy = proxy
         self._request = request
         self._supervisor = supervisor
@@ -101,16 +100,16 @@ class _ProxiedRequest:
         call_id = request.headers.get("X-Call-Id") or str(uuid.uuid4())
         self._added_headers = {"X-Call-Id": call_id, "X-Start-Time": str(time.time_ns())}
         self._response: web.StreamResponse | None = None
-        """The function's, once its headers are on their way to the caller."""
+        """The function's response, once its headers are being sent to the caller."""
 
     async def respond(self, target: str) -> web.StreamResponse:
-        """Choose a replica, and relay the call to it."""
+        """Choose a replica and relay the call."""
         length, supervisor = self._request.content_length or 0, self._supervisor
         if length > self._proxy.max_body_bytes:
             return self._too_large(f"the body has {length} bytes; the gateway takes {self._proxy.max_body_bytes}")
         if reason := _unforwardable(self._request):
             return self._close_after(self._refuse(400, reason))
-        if target == "/_/health" and supervisor.replicas:  # the watchdog's own; local processes run without one
+        if target == "/_/health" and supervisor.replicas:  # answered by the watchdog, which local processes lack
             return self._refuse(200, "OK")
         if (replica := supervisor.pick()) is None:
             details = f" {supervisor.reason}" if supervisor.exposes_details else ""
@@ -118,14 +117,14 @@ class _ProxiedRequest:
             return self._refuse(503, text, {"Retry-After": "1", **_PROXY})
         watchdog = replica.deployment.watchdog
         if watchdog.refuses(replica.in_flight):
-            return self._refuse(429, watchdog.refusal, REFUSED)
+            return self._refuse(429, watchdog.refusal, REFUSAL_HEADERS)
         return await self._relay_in_time(replica, replica.deployment.ready_path if target == "/_/ready" else target)
 
     async def _relay_in_time(self, replica: Replica, target: str) -> web.StreamResponse:
         timeout_s, status, headers = self._proxy.timeout_s, 502, dict[str, str]()  # the gateway's upstream_timeout
         limit_s = replica.deployment.watchdog.timeout_s(self._request.headers.get("X-Timeout", ""))
         if 0 < limit_s < timeout_s:
-            timeout_s, status, headers = limit_s, 504, TIMED_OUT
+            timeout_s, status, headers = limit_s, 504, TIMEOUT_HEADERS
         replica.in_flight += 1
         try:
             async with asyncio.timeout(timeout_s):
@@ -136,7 +135,7 @@ class _ProxiedRequest:
             replica.in_flight -= 1
 
     async def _relay(self, replica: Replica, target: str) -> web.StreamResponse:
-        """Pass both bodies on as they come, at the same time, and no faster than the other side takes them."""
+        """Stream both bodies concurrently, with backpressure."""
         request = self._request
         body = _RequestBody(request.content, self._proxy.max_body_bytes) if request.body_exists else None
         try:
@@ -177,22 +176,22 @@ class _ProxiedRequest:
         headers.update(self._duration())
         response = web.StreamResponse(status=upstream.status, reason=upstream.reason, headers=headers)
         response.content_length = upstream.content_length
-        # A caller that has its response before it has sent everything is not asked for the rest.
+        # After an early response the rest of the request's body is not read.
         return response if self._request.content.is_eof() else self._close_after(response)
 
     def _fail(self, status: int, text: str, headers: Mapping[str, str]) -> web.StreamResponse:
-        """Respond for a function that did not; break off the response that has begun."""
+        """Respond in place of the function, or break off a response that has begun."""
         if self._response is None or not self._response.prepared:
             return self._refuse(status, text, headers)
         if (transport := self._request.transport) is not None:
-            # A reset: the caller of a response that ends with its connection would take an end for the whole.
+            # A reset: for a response delimited by its connection, a plain close would look complete.
             with contextlib.suppress(OSError):
                 transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             transport.abort()
         return self._response
 
     def _refuse(self, status: int, text: str, headers: Mapping[str, str] | None = None) -> web.Response:
-        """The gateway's own response."""
+        """A response of the gateway itself."""
         return web.Response(status=status, text=text or None, headers={**self._added_headers, **(headers or {})})
 
     def _too_large(self, text: str) -> web.StreamResponse:
@@ -207,7 +206,7 @@ class _ProxiedRequest:
 
 
 class _RequestBody:
-    """A request's body on its way to the function, which never sees the end of one that is too large."""
+    """Relay of a request's body; a body above the bound is broken off, so that the function never sees its end."""
 
     def __init__(self, content: aiohttp.StreamReader, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -225,7 +224,7 @@ class _RequestBody:
 
 
 def _unforwardable(request: web.Request) -> str:
-    """Why the proxy cannot send a request on as it is; empty where it can."""
+    """Reason why a request cannot be forwarded unchanged, else empty."""
     if request.method == "CONNECT":
         return "the gateway opens no tunnels"
     if _has_unknown_coding(request.headers):
@@ -235,15 +234,12 @@ def _unforwardable(request: web.Request) -> str:
 
 
 def _has_unknown_coding(headers: Mapping[str, str]) -> bool:
-    """Whether the body has a transfer coding beside chunked, which aiohttp leaves on it."""
+    """Whether the body has a transfer coding beside chunked, left undecoded by aiohttp."""
     return headers.get("Transfer-Encoding", "chunked").strip().lower() != "chunked"
 
 
 def split(raw_path: str) -> tuple[str, str]:
-    """A function's name and the rest of a path /function/NAME/rest?query, still quoted.
-
-    The watchdog's /_/ready is the function's own.
-    """
+    """Name and remaining target of a quoted path /function/NAME/rest?query."""
     _, _, after = raw_path[1:].partition("/")
     for end, character in enumerate(after):
         if character in "/?":
@@ -252,17 +248,17 @@ def split(raw_path: str) -> tuple[str, str]:
 
 
 def end_to_end(headers: MultiMapping[str], dropped: Collection[str]) -> CIMultiDict[str]:
-    """The headers but `dropped`, those that Connection names, and those that are not UTF-8."""
-    between = {part.strip().lower() for part in ",".join(headers.getall("Connection", [])).split(",")}
+    """Headers without `dropped`, those listed in Connection, and values that are not UTF-8."""
+    listed = {part.strip().lower() for part in ",".join(headers.getall("Connection", [])).split(",")}
     return CIMultiDict(
         (name, value)
         for name, value in headers.items()
-        if name.lower() not in dropped and name.lower() not in between and is_text(value)
+        if name.lower() not in dropped and name.lower() not in listed and is_text(value)
     )
 
 
 def is_text(value: str) -> bool:
-    """Whether a header's value is UTF-8; aiohttp reads other bytes as lone surrogates, which cannot be sent."""
+    """Whether a header's value is UTF-8; aiohttp decodes other bytes to lone surrogates that cannot be sent."""
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,8 @@
-"""One process that serves a function: started on a port of its own, probed, drained, ended."""
+"""A replica: a local process of a deployment, started on a free port, probed, drained, ended.
+
+No watchdog runs in front of the process, so of-watchdog's limits on calls are applied by the proxy.
+Source: of-watchdog 0.11.6, config/config.go, executor/http_runner.go, and its concurrency limiter.
+"""
 
 from __future__ import annotations
 
@@ -16,34 +20,104 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import Self
 
 import aiohttp
 
-from isthmus_tools import parent_death as leash
-from isthmus_tools.engine.logbook import Logbook, read_lines
+from isthmus.units import parse_duration
+from isthmus_tools import parent_death
 from isthmus_tools.engine.stack import FunctionSpec
-from isthmus_tools.engine.watchdog import Watchdog
+from isthmus_tools.engine.telemetry import LogBuffer, read_lines
 
-_PASSED_ON = ("PATH", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "SSL_CERT_FILE")
-_OF_BOTO3 = "AWS_"
-"""What boto3's variables start with: the functions find the S3 keys where commands do."""
-OF_THE_IMAGE = {
+DEFAULT_TIMEOUT_S = 30.0  # of of-watchdog
+INTERNAL_HEADER = "X-OpenFaaS-Internal"
+TIMEOUT_HEADERS = {INTERNAL_HEADER: "of-watchdog"}
+"""Header of the empty 504 at a call's timeout."""
+REFUSAL_HEADERS = {INTERNAL_HEADER: "faas-middleware"}
+"""Header of the 429 for a call above max_inflight."""
+WATCHDOG_VARIABLES = frozenset(
+    {
+        *("fprocess", "function_process", "mode", "port", "upstream_url", "http_upstream_url", "content_type"),
+        *("read_timeout", "write_timeout", "exec_timeout", "healthcheck_interval", "max_inflight", "ready_path"),
+        *("prefix_logs", "log_buffer_size", "log_callid", "suppress_lock", "buffer_http", "http_buffer_req_body"),
+        *("static_path", "jwt_auth", "jwt_auth_debug", "jwt_auth_local"),
+    }
+)
+"""Environment variables of of-watchdog."""
+
+
+@dataclass(frozen=True)
+class WatchdogLimits:
+    """of-watchdog's limits on the calls of a replica.
+
+    Units: exec_timeout_s in seconds; 0 means no limit, for max_inflight too.
+    """
+
+    exec_timeout_s: float = DEFAULT_TIMEOUT_S
+    max_inflight: int = 0
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> Self:
+        """Limits from the variables `exec_timeout` and `max_inflight`; a malformed value becomes the default."""
+        inflight = env.get("max_inflight", "")
+        return cls(
+            _seconds(env.get("exec_timeout", ""), DEFAULT_TIMEOUT_S),
+            int(inflight) if _is_whole(inflight) else 0,
+        )
+
+    def timeout_s(self, x_timeout: str) -> float:
+        """Timeout of a call in seconds, 0 for no limit: X-Timeout shortens exec_timeout and never lengthens it.
+
+        Without exec_timeout, of-watchdog ignores X-Timeout, and the function alone applies the header.
+        """
+        try:
+            return min(parse_duration(x_timeout), self.exec_timeout_s)
+        except ValueError:
+            return self.exec_timeout_s
+
+    def refuses(self, in_flight: int) -> bool:
+        """Whether `in_flight` calls leave no room for another."""
+        return 0 < self.max_inflight <= in_flight
+
+    @property
+    def refusal(self) -> str:
+        """Body of the 429."""
+        return f"Concurrent request limit exceeded. Max concurrent requests: {self.max_inflight}\n"
+
+
+def _seconds(text: str, default: float) -> float:
+    if _is_whole(text):
+        return float(text)
+    try:
+        return parse_duration(text)
+    except ValueError:
+        return default
+
+
+def _is_whole(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 10
+
+
+_INHERITED = ("PATH", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "SSL_CERT_FILE")
+_BOTO3_PREFIX = "AWS_"
+"""Prefix of boto3's variables: functions inherit the S3 keys of the engine."""
+IMAGE_VARIABLES = {
     "PYTHONUNBUFFERED": "1",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=33554432"
     ":glibc.malloc.trim_threshold=134217728",
     "OPENBLAS_NUM_THREADS": "1",
     "ORT_DISABLE_TELEMETRY": "1",
 }
-"""Variables of the templates' Dockerfiles that matter here as well."""
+"""Variables of the template's Dockerfile that apply to local processes."""
 
-_PROBE_TIMEOUT_S = 2.0
-_LAST_WORDS_S = 3.0  # for reading what a process that has ended had said
-_FIRST_PROBE_S, _MAX_PROBE_S = 0.05, 0.5
-_INTERRUPT_S = 2.0  # how long a process may take to leave once it is idle and was asked to
+_PROBE_TIMEOUT_S = 2.0  # a probe of a busy process is repeated
+_LAST_OUTPUT_S = 3.0  # for reading the last output of an ended process
+_FIRST_PROBE_S, _MAX_PROBE_S = 0.05, 0.5  # a start takes 0.3 s at best, a minute with a large model
+_INTERRUPT_S = 2.0  # between SIGINT to an idle process and SIGKILL
 
 
-class State(Enum):
-    """Where a replica is in its life."""
+class ReplicaState(Enum):
+    """Lifecycle of a replica."""
 
     STARTING = "starting"
     READY = "ready"
@@ -53,60 +127,60 @@ class State(Enum):
 
 @dataclass(frozen=True, eq=False)
 class Deployment:
-    """One way to run a function; two deployments are never equal, so that each one replaces the last."""
+    """Specification, staged folder and environment of a function; compared by identity: each replaces the last."""
 
     spec: FunctionSpec
     folder: Path
     environment: Mapping[str, str]
     ready_path: str = "/ready"
-    watchdog: Watchdog = field(default_factory=Watchdog)
+    watchdog: WatchdogLimits = field(default_factory=WatchdogLimits)
 
     @property
     def exposes_details(self) -> bool:
-        """Whether callers are told what the function's log says; else only the engine's own log has it."""
+        """Whether responses to callers may hold lines of the function's log."""
         return self.environment.get("expose_details", "").lower() in ("true", "1")
 
 
 class Replica:
-    """A process of one deployment. `in_flight` is kept by who sends requests to it."""
+    """A process of a deployment; the proxy counts its calls in `in_flight`."""
 
-    def __init__(self, deployment: Deployment, logbook: Logbook, session: aiohttp.ClientSession) -> None:
+    def __init__(self, deployment: Deployment, log_buffer: LogBuffer, session: aiohttp.ClientSession) -> None:
         self.deployment = deployment
         self.id = f"{deployment.spec.name}-{secrets.token_hex(3)}"
-        self.state = State.STARTING
+        self.state = ReplicaState.STARTING
         self.reason = "starting"
         self.asked_to_stop = False
         self.in_flight = 0
         self.used_at = 0.0
         self.ready_at: float | None = None
         self.url = ""
-        self._logbook = logbook
+        self._log_buffer = log_buffer
         self._session = session
         self._process: asyncio.subprocess.Process | None = None
 
     @property
     def pid(self) -> int | None:
-        """The process's id, once it is started."""
+        """Process id, once started."""
         return None if self._process is None else self._process.pid
 
     async def start(self) -> None:
-        """Start the process in a session of its own, on a leash that ends it with this process.
+        """Start the process in a session of its own; the kernel kills the process when this one dies.
 
-        Called on the event loop's own thread: the kernel ends the process with the thread that started it.
+        Called on the event loop's thread: PR_SET_PDEATHSIG follows the thread that forked, not the process.
         """
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-I", "-S", leash.__file__, str(os.getpid())),
+            *(sys.executable, "-I", "-S", parent_death.__file__, str(os.getpid())),
             *(sys.executable, "index.py"),
             cwd=self.deployment.folder,
             env={
-                **{name: os.environ[name] for name in _PASSED_ON if name in os.environ},
-                # Not the folder for temporary files, where any user may put a .local of packages, which Python imports.
+                **{name: os.environ[name] for name in _INHERITED if name in os.environ},
+                # Not /tmp: any user may put a .local of packages there, and Python would import from it.
                 "HOME": str(self.deployment.folder.parent),
                 "PYTHONUSERBASE": site.getuserbase(),
                 **s3_keys(os.environ),
-                **OF_THE_IMAGE,
+                **IMAGE_VARIABLES,
                 **self.deployment.environment,
                 "upstream_url": self.url,
             },
@@ -115,33 +189,34 @@ class Replica:
             stderr=asyncio.subprocess.STDOUT,
             start_new_session=True,
         )
-        if self.asked_to_stop:  # while it was being started
+        if self.asked_to_stop:  # during the start
             self._kill_group()
 
     async def pump(self) -> int:
-        """Pass the process's output to the logbook until it ends; its exit status, negative for a signal."""
+        """Read the process's output into the log buffer until the end; exit status, negative for a signal."""
         process = self._process
         if process is None or process.stdout is None:
             return 0
-        # A grandchild may hold the pipe open after the process itself has gone.
+        # A grandchild may hold the pipe open after the end of the process.
         reading = asyncio.create_task(self._read(process.stdout))
         status = await process.wait()
         self._kill_group()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(reading, _LAST_WORDS_S)
-        self.state = State.GONE
+            await asyncio.wait_for(reading, _LAST_OUTPUT_S)
+        self.state = ReplicaState.GONE
         return status
 
     async def probe(self) -> None:
-        """Return once the function says that it is ready; `reason` holds what it says until then."""
+        """Probe readiness until the function is ready; `reason` is its last refusal."""
         wait_s = _FIRST_PROBE_S
         url = self.url + self.deployment.ready_path
-        while self.state is State.STARTING:
+        while self.state is ReplicaState.STARTING:
             try:
                 timeout = aiohttp.ClientTimeout(total=_PROBE_TIMEOUT_S)
                 async with self._session.get(url, timeout=timeout) as reply:
-                    if reply.status == 200 and self.state is State.STARTING:  # it may have been told to stop meanwhile
-                        self.state, self.reason, self.ready_at = State.READY, "", time.monotonic()
+                    # The state may have changed during the probe.
+                    if reply.status == 200 and self.state is ReplicaState.STARTING:
+                        self.state, self.reason, self.ready_at = ReplicaState.READY, "", time.monotonic()
                         return
                     self.reason = _reason(reply.status, await reply.content.read(4096))
             except (aiohttp.ClientError, TimeoutError):
@@ -150,15 +225,15 @@ class Replica:
             wait_s = min(_MAX_PROBE_S, wait_s * 1.5)
 
     async def stop(self, drain_s: float) -> None:
-        """Take no more requests, wait at most `drain_s` seconds for those under way, then end the process."""
-        self.state, self.asked_to_stop = State.DRAINING, True
+        """Drain: no new calls, at most `drain_s` seconds for calls in flight, then end the process."""
+        self.state, self.asked_to_stop = ReplicaState.DRAINING, True
         until = time.monotonic() + drain_s
         while self.in_flight and time.monotonic() < until:
             await asyncio.sleep(0.02)
         process = self._process
         if process is None or process.returncode is not None:
             return
-        if not self.in_flight and self.ready_at is not None:  # one that still loads has nothing to leave in order
+        if not self.in_flight and self.ready_at is not None:  # a loading process has nothing to clean up
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGINT)
             with contextlib.suppress(TimeoutError):
@@ -167,12 +242,12 @@ class Replica:
         await process.wait()
 
     def kill(self) -> None:
-        """End the process and all that it started, now."""
+        """Kill the process group now."""
         self._kill_group()
 
     async def _read(self, stream: asyncio.StreamReader) -> None:
         async for text in read_lines(stream):
-            self._logbook.add(self.id, text)
+            self._log_buffer.add(self.id, text)
 
     def _kill_group(self) -> None:
         if self._process is not None:
@@ -181,12 +256,12 @@ class Replica:
 
 
 def s3_keys(environ: Mapping[str, str]) -> dict[str, str]:
-    """boto3's variables among these, and where its files are, which a function's HOME would not tell."""
+    """boto3's variables in `environ`, and the paths of its files: HOME of a function is another folder."""
     files = {"AWS_CONFIG_FILE": "config", "AWS_SHARED_CREDENTIALS_FILE": "credentials"}
-    found = dict[str, str]()
+    paths = dict[str, str]()
     with contextlib.suppress(RuntimeError):  # a user without a home
-        found = {name: str(Path.home() / ".aws" / file) for name, file in files.items()}
-    return found | {name: text for name, text in environ.items() if name.startswith(_OF_BOTO3)}
+        paths = {name: str(Path.home() / ".aws" / file) for name, file in files.items()}
+    return paths | {name: text for name, text in environ.items() if name.startswith(_BOTO3_PREFIX)}
 
 
 def _free_port() -> int:

@@ -1,13 +1,18 @@
-"""Read stack.yml as faas-cli does, but refuse the keys that faas-cli would silently ignore.
+"""stack.yml: read as faas-cli does, refusing keys that faas-cli would ignore silently, and staged as an image is.
 
 Source: docs/how-to/local.md, "stack.yml".
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import fcntl
+import os
 import re
-from collections.abc import Collection, Mapping
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,9 +33,10 @@ FUNCTION_KEYS = frozenset(
         *("build_options", "build_args", "build_secrets"),
     }
 )
-MAX_FUNCTIONS = 15
-MAX_STACK_BYTES = 1 << 20
+MAX_FUNCTIONS = 15  # of OpenFaaS CE
+MAX_STACK_BYTES = 1 << 20  # bounds the time of the YAML parser, which is pure Python
 
+# RFC 1123 label, as Kubernetes requires for names.
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _HOLE = re.compile(r"\$\{([^{}]*)\}")
 _VARIABLE = re.compile(r"(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::?=(?P<set>.*)|:-(?P<default>.*))?", re.DOTALL)
@@ -38,7 +44,7 @@ _VARIABLE = re.compile(r"(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::?=(?P<set>.*)|:-(?P
 
 @dataclass(frozen=True)
 class FunctionSpec:
-    """One function of stack.yml, as it is deployed."""
+    """A function of stack.yml."""
 
     name: str
     lang: str
@@ -73,11 +79,11 @@ class StackFile:
     variables: Mapping[str, str]
 
     def read(self) -> Stack:
-        """The stack as the file is now. See `read_stack`."""
+        """Read the current file. See `read_stack`."""
         return read_stack(self.path, self.variables)
 
     def read_defaults(self) -> Stack | None:
-        """The stack as a shell without any of the variables reads it; None where it needs some of them."""
+        """The stack with defaults for all variables; None if a variable has no default."""
         try:
             return read_stack(self.path, {})
         except LocalError:
@@ -95,23 +101,23 @@ def substitute(text: str, env: Mapping[str, str]) -> str:
     An empty variable takes the default too.
 
     Raises:
-        LocalError: another form, which faas-cli would read differently from what it seems to say.
+        LocalError: another form; faas-cli would read it in another way than a shell does.
     """
 
     def fill(match: re.Match[str]) -> str:
-        found = _VARIABLE.fullmatch(match[1])
-        if not found or "${" in match[1]:
+        variable = _VARIABLE.fullmatch(match[1])
+        if not variable or "${" in match[1]:
             raise LocalError(f"stack.yml holds {match[0]!r}; write ${{NAME}} or ${{NAME:-default}}")
-        return env.get(found["name"], "") or found["default"] or found["set"] or ""
+        return env.get(variable["name"], "") or variable["default"] or variable["set"] or ""
 
     return _HOLE.sub(fill, text)
 
 
 def read_stack(path: Path, env: Mapping[str, str]) -> Stack:
-    """The stack that the file at `path` describes, its variables taken from `env`.
+    """Read a stack file, with the variables of `env`.
 
     Raises:
-        LocalError: no such file, not a stack, or a key that faas-cli would silently ignore.
+        LocalError: the file is missing, no stack, or has a key that faas-cli would ignore silently.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -120,7 +126,7 @@ def read_stack(path: Path, env: Mapping[str, str]) -> Stack:
     if len(text) > MAX_STACK_BYTES:
         raise LocalError(f"{path.name} has more than {MAX_STACK_BYTES} characters", limit=MAX_STACK_BYTES)
     try:
-        # BaseLoader leaves every scalar a string, which is what faas-cli makes of them too.
+        # BaseLoader keeps every scalar a string, as faas-cli does.
         doc = yaml.load(substitute(text, env), yaml.BaseLoader)  # noqa: S506
     except (yaml.YAMLError, RecursionError) as e:
         raise LocalError(f"{path.name} is not YAML: {e}") from e
@@ -147,7 +153,7 @@ def read_stack(path: Path, env: Mapping[str, str]) -> Stack:
 
 
 def _root(path: Path) -> Path:
-    """What a stack's paths start from: its own folder if the templates are there, else, as for faas-cli, this one."""
+    """Root of a stack's paths: the file's folder if the templates are there, else, as for faas-cli, this folder."""
     own = path.resolve().parent
     return own if (own / "template").is_dir() else Path.cwd()
 
@@ -179,25 +185,25 @@ def _function(name: str, doc: Any) -> FunctionSpec:
     )
 
 
-def _mapping(doc: Any, where: str, known: Collection[str] | None = None) -> dict[str, Any]:
+def _mapping(doc: Any, where: str, allowed: Collection[str] | None = None) -> dict[str, Any]:
     if doc in (None, ""):
         return {}
     if not isinstance(doc, dict):
         raise LocalError(f"{where} must be a mapping")
     for key in doc:
-        if known is not None and key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            meant = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(sorted(known))}"
+        if allowed is not None and key not in allowed:
+            near = difflib.get_close_matches(str(key), allowed, n=1)
+            meant = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(sorted(allowed))}"
             raise LocalError(f"{where} has the key {key!r}, which faas-cli would silently ignore; {meant}", key=key)
     return doc
 
 
-def _texts(doc: Any, where: str, known: Collection[str] | None = None) -> dict[str, str]:
-    found = _mapping(doc, where, known)
-    for key, value in found.items():
+def _texts(doc: Any, where: str, allowed: Collection[str] | None = None) -> dict[str, str]:
+    texts = _mapping(doc, where, allowed)
+    for key, value in texts.items():
         if not isinstance(value, str):
             raise LocalError(f"{where}.{key} must be one value")
-    return found
+    return texts
 
 
 def _strings(doc: Any, where: str) -> tuple[str, ...]:
@@ -206,3 +212,94 @@ def _strings(doc: Any, where: str) -> tuple[str, ...]:
     if not isinstance(doc, list) or not all(isinstance(part, str) for part in doc):
         raise LocalError(f"{where} must be a list of strings")
     return tuple(doc)
+
+
+_IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", "*.egg-info")
+# faas-cli leaves these out of a handler in the repository's root.
+_NOT_HANDLER = frozenset({"build", "template"})
+
+
+@contextlib.contextmanager
+def build_folder(root: Path, port: int) -> Iterator[Path]:
+    """A new folder below `root` for staged functions, removed after the block.
+
+    Folders of killed engines are removed first: an engine locks its folder, and the kernel drops the lock with the
+    process.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as exits:
+        if (root_lock := _lock(root, wait=True)) is not None:  # no other engine sweeps before the new folder is locked
+            exits.callback(os.close, root_lock)
+            for folder in root.iterdir():
+                if (stale := _lock(folder)) is not None:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    os.close(stale)
+        own = Path(tempfile.mkdtemp(prefix=f"{port}-", dir=root))
+        lock = _lock(own)
+    try:
+        yield own
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path, *, wait: bool = False) -> int | None:
+    """Lock `folder` until the descriptor is closed; None if another process holds the lock, or locking fails."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def stage(stack: Stack, spec: FunctionSpec, folder: Path) -> Path:
+    """Lay a function out in `folder`/NAME as `faas-cli build --shrinkwrap` does, less the files in .dockerignore.
+
+    The handler goes over the template's function/, each copied path to function/PATH; an earlier folder is replaced.
+
+    Raises:
+        LocalError: the template, the handler or a copied path is missing, or lies outside the repository.
+    """
+    target = folder / spec.name
+    template = _inside(stack.root, f"template/{spec.lang}", f"the template of {spec.name} (lang: {spec.lang})")
+    handler = _inside(stack.root, spec.handler, f"the handler of {spec.name}")
+    if not (template / "index.py").is_file():
+        raise LocalError(
+            f"the local engine runs templates with an index.py; template/{spec.lang} of {spec.name} has none"
+        )
+    try:
+        if target.exists():
+            shutil.rmtree(target)
+        shutil.copytree(template, target, ignore=_IGNORED)
+        for part in sorted(handler.iterdir()):
+            if part.name not in _NOT_HANDLER:
+                _copy(part, target / "function" / part.name)
+        for path in stack.copy:
+            _copy(_inside(stack.root, path, f"configuration.copy: {path}"), target / "function" / path)
+    except (OSError, shutil.Error) as e:
+        raise LocalError(f"cannot lay out {spec.name} in {target}: {e}") from e
+    return target
+
+
+def _inside(root: Path, path: str, what: str) -> Path:
+    resolved = (root / path).resolve()
+    if resolved == root or not resolved.is_relative_to(root):
+        raise LocalError(f"{what} is {path!r}, which is not inside {root}")
+    if not resolved.exists():
+        raise LocalError(f"{what} is {path!r}, which does not exist", path=path)
+    return resolved
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.is_dir():
+        if not _IGNORED(str(source.parent), [source.name]):
+            shutil.copytree(source, target, ignore=_IGNORED, dirs_exist_ok=True)
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, target)

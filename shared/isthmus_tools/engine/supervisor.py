@@ -1,4 +1,4 @@
-"""Keep as many replicas of a function running as were asked for, and choose one for each request."""
+"""Supervisor of a function: keeps the desired number of replicas running, and picks a replica for each call."""
 
 from __future__ import annotations
 
@@ -11,23 +11,22 @@ from datetime import UTC, datetime
 import aiohttp
 
 from isthmus.errors import LocalError
-from isthmus_tools.engine.events import Event, Kind, OnEvent
-from isthmus_tools.engine.logbook import Logbook, message_of
-from isthmus_tools.engine.replica import Deployment, Replica, State
+from isthmus_tools.engine.replica import Deployment, Replica, ReplicaState
+from isthmus_tools.engine.telemetry import Event, EventKind, LogBuffer, OnEvent, message_of
 
-MAX_REPLICAS = 16
+MAX_REPLICAS = 16  # each a Python process of some 100 MB with its own copy of the session
 MAX_FAILED_STARTS = 8
-"""Starts of one replica in a row that end before it is ready; with the waits between them, about 20 s."""
+"""Consecutive starts of a replica that may end before readiness; with back-off, about 20 s."""
 MISCONFIGURED = 78  # EX_CONFIG of sysexits.h: the template's exit status where a setting stops the start
-_MAX_BACKOFF_S = 10.0
-_STEADY_S = 10.0  # a replica that was ready for so long ends a series of crashes
+_MAX_BACKOFF_S = 10.0  # a fixed file or registry is noticed within this time
+_STEADY_S = 10.0  # ready for so long, a replica ends a series of crashes
 
 
 class Supervisor:
-    """One function: its deployment, its replicas and their log.
+    """A function's deployment, replicas and log.
 
-    A new deployment starts beside the old one, whose replicas drain once the new ones are ready. `discard` is called in
-    a thread with each deployment that was replaced and has no replica any more.
+    Updates roll over: replicas of the old deployment drain once the new replicas are ready. `discard` is called in a
+    thread with each replaced deployment after the end of its last replica.
     """
 
     def __init__(
@@ -40,15 +39,15 @@ class Supervisor:
         discard: Callable[[Deployment], None] = lambda _: None,
     ) -> None:
         self.name = name
-        self.logbook = Logbook(lambda line: on_event(Event("log", line.text, name, line.instance)))
+        self.log_buffer = LogBuffer(lambda line: on_event(Event("log", line.text, name, line.instance)))
         self.created = datetime.now(UTC)
         self.invocations = 0
         self.desired = 0
-        self.crashes = 0  # in a row, without a replica that lasted
+        self.crashes = 0  # consecutive, without a steady replica between
         self.restarts = 0
         self.failure = ""
         self.given_up = False
-        """Whether no replica is started any more, as what is deployed cannot start."""
+        """Whether starting was given up, because the deployment cannot start."""
         self._failed_starts = 0
         self._session = session
         self._on_event = on_event
@@ -64,10 +63,10 @@ class Supervisor:
 
     @property
     def deployment(self) -> Deployment:
-        """What is deployed.
+        """The current deployment.
 
         Raises:
-            LocalError: nothing yet.
+            LocalError: nothing is deployed yet.
         """
         if self._deployment is None:
             raise LocalError(f"{self.name} is not deployed")
@@ -75,32 +74,32 @@ class Supervisor:
 
     @property
     def replicas(self) -> tuple[Replica, ...]:
-        """Every replica that is not gone."""
+        """All replicas that have not ended."""
         return tuple(self._replicas)
 
     @property
     def available(self) -> int:
-        """How many replicas of what is deployed are ready; an older deployment's, which may serve, do not count."""
-        return sum(r.state is State.READY and r.deployment is self._deployment for r in self._replicas)
+        """Number of ready replicas of the current deployment; replicas of an older deployment do not count."""
+        return sum(r.state is ReplicaState.READY and r.deployment is self._deployment for r in self._replicas)
 
     @property
     def settled(self) -> bool:
-        """Whether what was asked for last is what runs."""
+        """Whether the desired replicas are ready."""
         return self.available >= self.desired
 
     @property
     def reason(self) -> str:
-        """Why it is not ready: what the last replica says, or how it ended."""
-        waiting = [r.reason for r in self._replicas if r.state is State.STARTING]
+        """Reason for not being ready: the last replica's refusal, or how the replica ended."""
+        waiting = [r.reason for r in self._replicas if r.state is ReplicaState.STARTING]
         return waiting[-1] if waiting and not self.failure else self.failure or "starting"
 
     @property
     def exposes_details(self) -> bool:
-        """Whether callers are told the reason, which holds a line of the function's log."""
+        """Whether callers may read the reason, as it holds a line of the function's log."""
         return self._deployment is not None and self._deployment.exposes_details
 
     def deploy(self, deployment: Deployment, replicas: int) -> None:
-        """Replace what runs by `replicas` of `deployment`."""
+        """Replace the current deployment by `replicas` of `deployment`."""
         replaced, self._deployment = self._deployment, deployment
         if replaced is not None:
             self._discard_unused(replaced)
@@ -109,10 +108,10 @@ class Supervisor:
         self.scale(replicas)
 
     def scale(self, replicas: int) -> None:
-        """Run that many replicas; where starting them was given up, it is tried anew.
+        """Set the desired number of replicas, and retry a start that was given up.
 
         Raises:
-            LocalError: fewer than none, or more than MAX_REPLICAS.
+            LocalError: a negative number, or more than MAX_REPLICAS.
         """
         if not 0 <= replicas <= MAX_REPLICAS:
             raise LocalError(f"{self.name} cannot run {replicas} replicas; 0 to {MAX_REPLICAS} are possible here")
@@ -121,13 +120,13 @@ class Supervisor:
         self._changed.set()
 
     def pick(self) -> Replica | None:
-        """The ready replica with the least under way, by turns among equals."""
-        ready = [r for r in self._replicas if r.state is State.READY]
+        """The ready replica with the fewest calls in flight; round robin among equals."""
+        ready = [r for r in self._replicas if r.state is ReplicaState.READY]
         if not ready:
             return None
-        chosen = min(ready, key=lambda r: (r.in_flight, r.used_at))
-        chosen.used_at = time.monotonic()
-        return chosen
+        replica = min(ready, key=lambda r: (r.in_flight, r.used_at))
+        replica.used_at = time.monotonic()
+        return replica
 
     async def close(self) -> None:
         """Drain and end every replica."""
@@ -137,7 +136,7 @@ class Supervisor:
             await self._loop_task
         await asyncio.gather(*(r.stop(self._drain_s) for r in self._replicas))
         await asyncio.gather(*self._tasks)
-        self.logbook.close()
+        self.log_buffer.close()
 
     def kill(self) -> None:
         """End every replica now."""
@@ -153,39 +152,39 @@ class Supervisor:
                 await asyncio.wait_for(self._changed.wait(), wait_s)
 
     def _reconcile(self) -> float | None:
-        """One step towards what was asked for; the seconds until the next is due, None if only a change makes one."""
+        """A step towards the desired state; seconds until the next step, None to wait for a change."""
         deployment = self._deployment
         if deployment is None:
             return None
-        live = [r for r in self._replicas if r.state in (State.STARTING, State.READY)]
+        live = [r for r in self._replicas if r.state in (ReplicaState.STARTING, ReplicaState.READY)]
         current = [r for r in live if r.deployment is deployment]
-        surplus = sorted(current, key=lambda r: (r.state is State.READY, r.in_flight))[: len(current) - self.desired]
-        if len(current) > self.desired:
-            self._drain(surplus)
-        # An older deployment serves until this one is ready; what never got ready serves nobody, and would pile up.
-        replaced = sum(r.state is State.READY for r in current) >= self.desired
-        self._drain([r for r in live if r.deployment is not deployment and (replaced or r.state is State.STARTING)])
+        if (surplus := len(current) - self.desired) > 0:
+            self._drain(sorted(current, key=lambda r: (r.state is ReplicaState.READY, r.in_flight))[:surplus])
+        # The older deployment serves until this one is ready; its replicas that never became ready would pile up.
+        replaced = sum(r.state is ReplicaState.READY for r in current) >= self.desired
+        older = [r for r in live if r.deployment is not deployment]
+        self._drain([r for r in older if replaced or r.state is ReplicaState.STARTING])
         missing = 0 if self.given_up else self.desired - len(current)
         if missing > 0 and (wait_s := self._not_before - time.monotonic()) > 0:
             return wait_s
         for _ in range(missing):
-            replica = Replica(deployment, self.logbook, self._session)
+            replica = Replica(deployment, self.log_buffer, self._session)
             self._replicas.append(replica)
             self._spawn(self._tend(replica))
         return None
 
     def _drain(self, replicas: list[Replica]) -> None:
         for replica in replicas:
-            replica.state, replica.asked_to_stop = State.DRAINING, True
+            replica.state, replica.asked_to_stop = ReplicaState.DRAINING, True
             self._spawn(replica.stop(self._drain_s))
 
     async def _tend(self, replica: Replica) -> None:
-        """A replica's whole life."""
-        self._tell("starting", "", replica)
+        """Start a replica, and follow it to its end."""
+        self._report("starting", "", replica)
         try:
             await replica.start()
         except (OSError, ValueError) as e:
-            replica.state = State.GONE
+            replica.state = ReplicaState.GONE
             self._ended(replica, f"cannot be started: {e}")
             return
         probing = asyncio.create_task(self._await_ready(replica))
@@ -198,19 +197,19 @@ class Supervisor:
 
     async def _await_ready(self, replica: Replica) -> None:
         await replica.probe()
-        if replica.state is State.READY:
+        if replica.state is ReplicaState.READY:
             self.failure = ""
-            self._tell("ready", replica.url, replica)
+            self._report("ready", replica.url, replica)
             self._changed.set()
 
     def _ended(self, replica: Replica, how: str, *, misconfigured: bool = False) -> None:
         self._replicas.remove(replica)
         if self._closing or replica.asked_to_stop:
-            self._tell("stopped", how, replica)
-        elif replica.deployment is not self._deployment:  # which is not started again
-            self._tell("exited", self._with_last_words(replica, how), replica)
+            self._report("stopped", how, replica)
+        elif replica.deployment is not self._deployment:  # a replaced deployment is not restarted
+            self._report("exited", self._with_last_line(replica, how), replica)
         else:
-            self.failure = self._with_last_words(replica, how)
+            self.failure = self._with_last_line(replica, how)
             self._restart(replica, misconfigured)
         if not self._closing:
             self._discard_unused(replica.deployment)
@@ -221,22 +220,23 @@ class Supervisor:
             self._spawn(asyncio.to_thread(self._discard, deployment))
 
     def _restart(self, replica: Replica, misconfigured: bool) -> None:
-        """Decide when the next replica is started in place of one that ended by itself, if ever."""
+        """Schedule a replacement for a crashed replica with exponential back-off, or give up."""
         steady = replica.ready_at is not None and time.monotonic() - replica.ready_at > _STEADY_S
+        # A replica that served for a while crashed by its load, not by its deployment.
         self.crashes = 0 if steady else self.crashes + 1
         self.restarts += 1
         self._failed_starts = self._failed_starts + 1 if replica.ready_at is None else 0
         if misconfigured or self._failed_starts >= MAX_FAILED_STARTS * max(1, self.desired):
             self.given_up = True
             after = "deployed, or this engine started, with other settings" if misconfigured else "deployed or scaled"
-            self._tell("failed", f"{self.failure}; not started again until it is {after}", replica)
+            self._report("failed", f"{self.failure}; not started again until it is {after}", replica)
             return
         wait_s = min(_MAX_BACKOFF_S, 0.25 * 2 ** (self.crashes - 2)) if self.crashes > 1 else 0.0
         self._not_before = time.monotonic() + wait_s
-        self._tell("exited", f"{self.failure}; again in {wait_s:g} s", replica)
+        self._report("exited", f"{self.failure}; again in {wait_s:g} s", replica)
 
-    def _with_last_words(self, replica: Replica, how: str) -> str:
-        last = message_of(self.logbook.last(replica.id))
+    def _with_last_line(self, replica: Replica, how: str) -> str:
+        last = message_of(self.log_buffer.last(replica.id))
         return f"{how}: {last}" if last else how
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
@@ -244,5 +244,5 @@ class Supervisor:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _tell(self, kind: Kind, text: str, replica: Replica) -> None:
+    def _report(self, kind: EventKind, text: str, replica: Replica) -> None:
         self._on_event(Event(kind, text, self.name, replica.id))

@@ -1,7 +1,8 @@
-"""A network emulator in user space: bandwidth, delay and loss on a TCP port in front of another."""
+"""Network emulator in user space: bandwidth, propagation delay and faults in front of a TCP port."""
 
 from __future__ import annotations
 
-from isthmus_tools.netem.emulator import Link, LinkCounters, LinkShape
+from isthmus_tools.netem.emulator import LinkCounters, NetworkEmulator
+from isthmus_tools.netem.shaping import LinkShape
 
-__all__ = ["Link", "LinkCounters", "LinkShape"]
+__all__ = ["LinkCounters", "LinkShape", "NetworkEmulator"]

@@ -1,4 +1,4 @@
-"""`isthmus link` as a process of its own, so that what computes beside it does not delay it."""
+"""`isthmus link` as a process of its own, undelayed by threads that compute in the caller's process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit, urlunsplit
 
 from isthmus.errors import LocalError
-from isthmus_tools import parent_death as leash
+from isthmus_tools import parent_death
 
 _RUN = "from isthmus_tools.cli import main; main()"
 
@@ -21,10 +21,10 @@ _RUN = "from isthmus_tools.cli import main; main()"
 def link_to(
     url: str, *, uplink_bps: float = math.inf, downlink_bps: float = math.inf, rtt_s: float = 0.0
 ) -> Iterator[str]:
-    """The URL by which `url` is reached over such a link, which is there as long as the block lasts.
+    """URL that reaches `url` over an emulated network, which runs within the block.
 
     Raises:
-        LocalError: `url` is not http, or the link does not start.
+        LocalError: `url` is not http, or the process does not start.
     """
     parts = urlsplit(url)
     if parts.scheme != "http" or not parts.hostname:
@@ -32,6 +32,7 @@ def link_to(
             f"{url} cannot be reached over a link: it takes http://HOST:PORT/…",
             hint="leave the link out to use the network that is there",
         )
+    # The command has no notation for infinity, and rounds rates to whole bits.
     rates = {"--uplink": uplink_bps, "--downlink": downlink_bps}
     options = [
         text
@@ -40,7 +41,7 @@ def link_to(
     ]
     process = subprocess.Popen(
         [
-            *(sys.executable, "-I", "-S", leash.__file__, str(os.getpid())),
+            *(sys.executable, "-I", "-S", parent_death.__file__, str(os.getpid())),
             *(sys.executable, "-c", _RUN, "link", "--to", f"{parts.hostname}:{parts.port or 80}"),
             *(*options, "--rtt", f"{round(rtt_s * 1e9)}ns", "--every", "1h", "--json"),
         ],
@@ -50,8 +51,7 @@ def link_to(
         text=True,
     )
     try:
-        place = _place(process)
-        yield urlunsplit(parts._replace(netloc=place))
+        yield urlunsplit(parts._replace(netloc=_read_address(process)))
     finally:
         process.terminate()
         try:
@@ -61,12 +61,12 @@ def link_to(
             process.communicate()
 
 
-def _place(process: subprocess.Popen[str]) -> str:
-    """Where it listens, as its first line says."""
+def _read_address(process: subprocess.Popen[str]) -> str:
+    """HOST:PORT of the listener, read from the first line of output."""
     line = process.stdout.readline() if process.stdout else ""
     try:
         return f"127.0.0.1:{int(json.loads(line)['port'])}"
     except (ValueError, KeyError, TypeError) as e:
         process.kill()
-        _, said = process.communicate()
-        raise LocalError(f"the link did not start: {said.strip()[-300:] or line[:100]}") from e
+        _, errors = process.communicate()
+        raise LocalError(f"the link did not start: {errors.strip()[-300:] or line[:100]}") from e

@@ -1,4 +1,4 @@
-"""Moves the bytes of one connection as a link's pacing says, holding no more of them than the link would."""
+"""TCP relay of one connection, delayed and shaped, with no more bytes buffered than the emulated link would hold."""
 
 from __future__ import annotations
 
@@ -13,192 +13,197 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from isthmus_tools.netem.pacing import FIRST_WINDOW, Flow, Lane, LinkShape, Window
+from isthmus_tools.netem.shaping import INITIAL_WINDOW, Flow, LinkShape, Shaper, SlowStartWindow
 
-SPARE_BYTES = 128 << 10  # of one way of a connection, beyond what the link has in flight
-SOCKET_BUFFER = 64 << 10  # the kernel doubles it
+MAX_BUFFERED_BYTES = 128 << 10  # of one direction of a connection, beyond the bandwidth-delay product
+SOCKET_BUFFER = 64 << 10  # bytes; the kernel doubles the value
 _CATCH_UP_S = 0.05  # a machine that slept longer than this has lost the bandwidth
-_ABORT = struct.pack("ii", 1, 0)  # SO_LINGER: close sends a reset
+_ABORT = struct.pack("ii", 1, 0)  # SO_LINGER with timeout 0: close sends a reset
 
 
-class Conditions(Protocol):
-    """What holds on a link now."""
+class NetworkState(Protocol):
+    """Current shape and stalls of a network."""
 
     shape: LinkShape
 
-    async def passing(self) -> bool:
-        """Return once the link is not stalled; whether it was."""
+    async def wait_unstalled(self) -> bool:
+        """Return once the network is not stalled; true if that took waiting."""
         ...
 
 
 class PreciseSelector(selectors.DefaultSelector):
-    """The default selector, waking within 0.1 ms: epoll counts milliseconds and rounds them up, select does not."""
+    """Default selector with a resolution of 0.1 ms: epoll rounds timeouts up to milliseconds, select(2) does not."""
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if timeout is not None and timeout > 0 and isinstance(self, getattr(selectors, "EpollSelector", ())):
-            with contextlib.suppress(ValueError):  # a descriptor beyond what select can take: milliseconds, then
+            with contextlib.suppress(ValueError):  # a descriptor above FD_SETSIZE: milliseconds then
                 select.select([self.fileno()], [], [], timeout)
                 timeout = 0
         return list(super().select(timeout))
 
 
-class Reset(Exception):
-    """The connection ends without a goodbye."""
+class PeerReset(Exception):
+    """A reset has reached the far end of a relay."""
 
 
 @dataclass(frozen=True)
-class _Parcel:
+class _Transit:
+    """Bytes on the emulated wire; `ends` marks the end of the stream or a reset."""
+
     arrival: float
     data: bytes
-    ends: type[Reset] | type[EOFError] | None = None
+    ends: type[PeerReset] | type[EOFError] | None = None
 
 
-class _Pipe:
-    """One way of one connection: read, paced, held while it travels, written."""
+class _OneWayRelay:
+    """One direction of a connection: bytes are read, shaped, buffered for their delay, and written."""
 
     def __init__(
         self,
         source: socket.socket,
         sink: socket.socket,
-        lane: Lane,
-        back: Lane,
-        link: Conditions,
+        shaper: Shaper,
+        back: Shaper,
+        network: NetworkState,
         on_bytes: Callable[[int], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._source, self._sink, self._link, self._back = source, sink, link, back
-        self._flow, self._window = Flow(lane), Window()
+        self._source, self._sink, self._network, self._back = source, sink, network, back
+        self._flow, self._window = Flow(shaper), SlowStartWindow()
         self._on_bytes = on_bytes
-        self._parcels: deque[_Parcel] = deque()
-        self._sent, self._taken = asyncio.Event(), asyncio.Event()
-        self.held = 0
+        self._transits: deque[_Transit] = deque()
+        self._appended, self._delivered = asyncio.Event(), asyncio.Event()
+        self.buffered_bytes = 0
         self.ended = False
 
     async def read(self, opens_at: float) -> None:
-        """Take bytes in at the link's rate, from `opens_at` on, until the sender ends."""
+        """Read from the source at the shaped rate, from `opens_at` until the end of the stream."""
         due = opens_at
         while True:
-            await self._until(due)
-            if await self._link.passing() or await self._room():
+            await self._sleep_until(due)
+            if await self._network.wait_unstalled() or await self._wait_for_room():
                 due = self._loop.time()
-            shape, quantum = self._link.shape, self._flow.lane.way.quantum
+            shape, quantum = self._network.shape, self._flow.shaper.direction.quantum
             if shape.slow_start:
-                quantum = min(quantum, FIRST_WINDOW)
+                quantum = min(quantum, INITIAL_WINDOW)
             try:
-                data, due = await self._take(quantum, due)
+                data, due = await self._receive(quantum, due)
             except OSError:
                 self.reset()
                 return
             if not data:
-                self._put(_Parcel(self._flow.arrive(due), b"", EOFError))
+                self._append(_Transit(self._flow.arrive(due), b"", EOFError))
                 return
             if shape.slow_start:
                 due = self._window.may_send(due, len(data), shape.round_trip_s)
-                await self._until(due)
+                await self._sleep_until(due)
             due, arrival = self._flow.send(due, len(data))
             if shape.slow_start:
-                self._window.sent(len(data), arrival + self._back.way.delay_s)
+                self._window.on_sent(len(data), arrival + self._back.direction.delay_s)
             self._on_bytes(len(data))
-            self._put(_Parcel(arrival, data))
+            self._append(_Transit(arrival, data))
 
-    async def write(self, reset_other_way: Callable[[], None]) -> None:
-        """Give bytes out when they arrive, until the end has arrived.
+    async def write(self, reset_opposite: Callable[[], None]) -> None:
+        """Write bytes to the sink at their arrival, until the end of the stream has arrived.
 
         Raises:
-            Reset: a reset has arrived.
+            PeerReset: a reset has arrived.
         """
-        broken = False
+        broken = False  # the sink has failed; bytes in transit are dropped at their arrival
         while True:
-            while not self._parcels:
-                self._sent.clear()
-                await self._sent.wait()
-            await self._until(self._parcels[0].arrival)
-            await self._link.passing()
-            parcel = self._parcels[0]
-            if parcel.ends is Reset:
-                raise Reset
+            while not self._transits:
+                self._appended.clear()
+                await self._appended.wait()
+            await self._sleep_until(self._transits[0].arrival)
+            await self._network.wait_unstalled()
+            transit = self._transits[0]
+            if transit.ends is PeerReset:
+                raise PeerReset
             try:
-                if parcel.ends is EOFError:
+                if transit.ends is EOFError:
                     self.ended = True
                     self._sink.shutdown(socket.SHUT_WR)
                     return
                 if not broken:
-                    await self._loop.sock_sendall(self._sink, parcel.data)
+                    await self._loop.sock_sendall(self._sink, transit.data)
             except OSError:
-                # The news has to travel back behind what is already under way, such as a refusal's text.
+                # The reset travels back behind bytes already in transit, e.g. the text of a refusal.
                 broken = True
-                reset_other_way()
+                reset_opposite()
                 if self.ended:
                     return
-            self._parcels.popleft()
-            self.held -= len(parcel.data)
-            self._taken.set()
+            self._transits.popleft()
+            self.buffered_bytes -= len(transit.data)
+            self._delivered.set()
 
     def reset(self) -> None:
-        """Let a reset travel to this pipe's end, behind what is on its way.
+        """Send a reset to the far end, behind the bytes in transit.
 
         Raises:
-            Reset: its end is closed already.
+            PeerReset: the far end is closed already.
         """
         if self.ended:
-            raise Reset
-        self._put(_Parcel(self._flow.arrive(self._loop.time()), b"", Reset))
+            raise PeerReset
+        self._append(_Transit(self._flow.arrive(self._loop.time()), b"", PeerReset))
 
-    async def _take(self, quantum: int, due: float) -> tuple[bytes, float]:
-        """Bytes, and since when they could go: what had been waiting could at `due`, however late that is noticed."""
+    async def _receive(self, quantum: int, due: float) -> tuple[bytes, float]:
+        """Bytes of the source, and the time from which they could be sent."""
         try:
             data = self._source.recv(quantum)
+            # Bytes that were waiting could be sent at `due`, however late this task wakes.
             return data, max(due, self._loop.time() - _CATCH_UP_S)
         except BlockingIOError:
             return await self._loop.sock_recv(self._source, quantum), self._loop.time()
 
-    async def _room(self) -> bool:
-        """Return once this pipe holds less than the link and SPARE_BYTES; whether that took waiting."""
+    async def _wait_for_room(self) -> bool:
+        """Wait until the buffer is below its bound; true if that took waiting."""
         waited = False
-        while self.held > self._flow.lane.way.in_flight + SPARE_BYTES:
+        while self.buffered_bytes > self._flow.shaper.direction.in_flight + MAX_BUFFERED_BYTES:
             waited = True
-            self._taken.clear()
-            await self._taken.wait()
+            self._delivered.clear()
+            await self._delivered.wait()
         return waited
 
-    def _put(self, parcel: _Parcel) -> None:
-        self._parcels.append(parcel)
-        self.held += len(parcel.data)
-        self._sent.set()
+    def _append(self, transit: _Transit) -> None:
+        self._transits.append(transit)
+        self.buffered_bytes += len(transit.data)
+        self._appended.set()
 
-    async def _until(self, moment: float) -> None:
-        while (left := moment - self._loop.time()) > 0:
-            await asyncio.sleep(left)
+    async def _sleep_until(self, moment: float) -> None:
+        while (remaining_s := moment - self._loop.time()) > 0:
+            await asyncio.sleep(remaining_s)
 
 
-class Connection:
-    """A client, its own connection to the target, and the two pipes between."""
+class RelayedConnection:
+    """A client's connection, the relay's own to the target, and a one-way relay in each direction.
+
+    `on_bytes` receives the numbers of bytes sent up and down.
+    """
 
     def __init__(
         self,
         client: socket.socket,
-        link: Conditions,
-        lanes: tuple[Lane, Lane],
+        network: NetworkState,
+        shapers: tuple[Shaper, Shaper],
         on_bytes: Callable[[int, int], None],
     ) -> None:
-        """`on_bytes` is told how many went up and down."""
         self._client = client
-        self._link, self._lanes, self._on_bytes = link, lanes, on_bytes
-        self.pipes: tuple[_Pipe, ...] = ()
+        self._network, self._shapers, self._on_bytes = network, shapers, on_bytes
+        self.relays: tuple[_OneWayRelay, ...] = ()
 
     @property
-    def held(self) -> int:
-        """Bytes that were taken from one end and not yet given to the other."""
-        return sum(pipe.held for pipe in self.pipes)
+    def buffered_bytes(self) -> int:
+        """Bytes read from one end and not yet written to the other."""
+        return sum(relay.buffered_bytes for relay in self.relays)
 
     async def run(self, family: socket.AddressFamily, address: tuple[object, ...]) -> None:
-        """Relay until both ends are done; cancelled, both are reset."""
-        loop, shape = asyncio.get_running_loop(), self._link.shape
+        """Relay until both streams have ended; on cancellation both ends are reset."""
+        loop, shape = asyncio.get_running_loop(), self._network.shape
         opens_at = loop.time() + shape.connect_rtts * shape.round_trip_s
         server, clean = socket.socket(family, socket.SOCK_STREAM), False
         try:
-            tune(self._client)
-            tune(server)
+            configure(self._client)
+            configure(server)
             try:
                 await loop.sock_connect(server, address)
             except OSError:
@@ -206,7 +211,7 @@ class Connection:
                 return
             await self._relay(server, opens_at, opens_at + (shape.up.delay_s if shape.connect_rtts else 0.0))
             clean = True
-        except* Reset:
+        except* PeerReset:
             pass
         finally:
             for end in (self._client, server):
@@ -220,24 +225,24 @@ class Connection:
         _abort(self._client)
 
     async def _relay(self, server: socket.socket, up_at: float, down_at: float) -> None:
-        up_lane, down_lane = self._lanes
-        up = _Pipe(self._client, server, up_lane, down_lane, self._link, lambda n: self._on_bytes(n, 0))
-        down = _Pipe(server, self._client, down_lane, up_lane, self._link, lambda n: self._on_bytes(0, n))
-        self.pipes = (up, down)
+        up_shaper, down_shaper = self._shapers
+        up = _OneWayRelay(self._client, server, up_shaper, down_shaper, self._network, lambda n: self._on_bytes(n, 0))
+        down = _OneWayRelay(server, self._client, down_shaper, up_shaper, self._network, lambda n: self._on_bytes(0, n))
+        self.relays = (up, down)
         async with asyncio.TaskGroup() as group:
             for work in (up.read(up_at), up.write(down.reset), down.read(down_at), down.write(up.reset)):
                 group.create_task(work)
 
 
-def tune(end: socket.socket) -> None:
-    """No waiting to fill packets, and little room in the kernel, so that a sender feels the link and not a buffer."""
+def configure(end: socket.socket) -> None:
+    """Make a socket non-blocking, without Nagle's algorithm, and with small kernel buffers."""
     end.setblocking(False)
     bound_buffers(end)
     end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def bound_buffers(end: socket.socket) -> None:
-    """Set what the kernel holds for it each way."""
+    """Bound the kernel's buffers, so that the sender's backpressure comes from the emulated link."""
     end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER)
     end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER)
 

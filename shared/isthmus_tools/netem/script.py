@@ -1,4 +1,4 @@
-"""The script of a link: what changes when, as JSON lines or one JSON list. docs/link.md lists the keys."""
+"""Script of a network emulator: timed changes as JSON lines or a JSON list. docs/how-to/link.md lists the keys."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from typing import Any
 
 from isthmus.errors import LocalError
 from isthmus.units import parse_duration, parse_rate
-from isthmus_tools.netem.pacing import LinkShape
+from isthmus_tools.netem.shaping import LinkShape
 
+# Between objects of a list, and between lines of JSON.
 _GAP = re.compile(r"[\s,]*")
 _LINE_GAP = re.compile(r"\s*")
 
 
 @dataclass(frozen=True)
-class Step:
-    """One change, `at_s` seconds after the link's start: fields of its shape, and faults."""
+class ScriptStep:
+    """A change `at_s` seconds after the start: fields of the shape, and faults; `written` is the source text."""
 
     at_s: float
     shape: Mapping[str, Any] = field(default_factory=dict)
@@ -29,13 +30,13 @@ class Step:
     written: str = ""
 
 
-def parse_script(text: str) -> tuple[Step, ...]:
-    """The steps, in order of time.
+def parse_script(text: str) -> tuple[ScriptStep, ...]:
+    """Parse the steps of a script, in order of time.
 
     Raises:
-        LocalError: not JSON, an unknown key, a value that it cannot have, or time that runs backwards; facts: `line`.
+        LocalError: not JSON, an unknown key, a value out of range, or decreasing times; facts: `line`.
     """
-    steps: list[Step] = []
+    steps: list[ScriptStep] = []
     shape = LinkShape()
     for line, entry in _entries(text):
         try:
@@ -50,7 +51,7 @@ def parse_script(text: str) -> tuple[Step, ...]:
 
 
 def _entries(text: str) -> Iterator[tuple[int, Any]]:
-    """Each step as it is written, with the line on which it begins."""
+    """Each step as parsed JSON, with the number of its first line."""
     listed = text.lstrip().startswith("[")
     gap, at = (_GAP, text.index("[") + 1) if listed else (_LINE_GAP, 0)
     decoder = json.JSONDecoder()
@@ -71,7 +72,7 @@ def _entries(text: str) -> Iterator[tuple[int, Any]]:
         raise LocalError("the link's script is nested too deeply") from e
 
 
-def _step(entry: Any) -> Step:
+def _step(entry: Any) -> ScriptStep:
     if not isinstance(entry, dict) or "at_s" not in entry:
         raise ValueError('a step is an object with at_s, such as {"at_s": 5, "uplink": "1mbit"}')
     shape: dict[str, Any] = {}
@@ -84,7 +85,7 @@ def _step(entry: Any) -> Step:
             rest[key] = _FAULTS[key](key, value)
         else:
             raise ValueError(f"{key!r} is none of {', '.join([*_FAULTS, *_SHAPE])}")
-    return Step(shape=shape, written=json.dumps(entry, ensure_ascii=False), **rest)
+    return ScriptStep(shape=shape, written=json.dumps(entry, ensure_ascii=False), **rest)
 
 
 def _text(read: Callable[[str], float]) -> Callable[[str, Any], float]:

@@ -14,7 +14,7 @@ from isthmus.registry import Registry
 from isthmus.runtime.tables import Tables
 from isthmus_tools.budget import Budget
 from isthmus_tools.engine import Engine
-from isthmus_tools.engine.secrets import SecretFolder
+from isthmus_tools.engine.credentials import SecretFolder
 from isthmus_tools.engine.stack import read_stack
 from isthmus_tools.netem.process import link_to
 from isthmus_tools.planner.candidates import CandidateSet

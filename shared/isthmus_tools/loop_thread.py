@@ -1,4 +1,4 @@
-"""Something that lives in an event loop of its own, in a thread of this process."""
+"""An asynchronous context manager run in an event loop of its own, in a thread of this process."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Generic, Self, TypeVar
 T = TypeVar("T")
 
 
-class InThread(Generic[T]):
-    """A context manager that enters `live()` in a thread's event loop on `start`, and leaves it on `stop`.
+class LoopThread(Generic[T]):
+    """Enters the asynchronous context manager of `live()` in a thread's event loop on `start`, exits it on `stop`.
 
-    `_value` is what `live()` gave, None while it does not run.
+    `_value` is the value of `live()` while the thread runs, else None.
     """
 
     def __init__(
@@ -30,22 +30,18 @@ class InThread(Generic[T]):
         self._loop_factory = loop_factory
         self._value: T | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._leave: asyncio.Event | None = None
+        self._stop_event: asyncio.Event | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def start(self) -> Self:
-        """Begin, and return once it is entered.
-
-        Raises:
-            What entering raised, LocalError among them.
-        """
-        up = threading.Event()
+        """Start the thread, and return once the context is entered; an error of entering is raised here."""
+        entered = threading.Event()
         self._error = None
         # Not a thread of a pool: the kernel ends the processes that a thread started with that thread.
-        self._thread = threading.Thread(target=self._main, args=(up,), name=self._name, daemon=True)
+        self._thread = threading.Thread(target=self._main, args=(entered,), name=self._name, daemon=True)
         self._thread.start()
-        up.wait()
+        entered.wait()
         if self._error is not None:
             self._thread.join()
             self._thread = None
@@ -53,12 +49,12 @@ class InThread(Generic[T]):
         return self
 
     def stop(self) -> None:
-        """Leave and wait for the end; harmless when it does not run."""
-        thread, loop, leave = self._thread, self._loop, self._leave  # another thread may stop it too
-        if thread is None or loop is None or leave is None:
+        """Exit the context and join the thread; no-op while stopped."""
+        thread, loop, event = self._thread, self._loop, self._stop_event  # another thread may call `stop` too
+        if thread is None or loop is None or event is None:
             return
-        with contextlib.suppress(RuntimeError):  # its loop is closed: it has ended already
-            loop.call_soon_threadsafe(leave.set)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the thread has ended already
+            loop.call_soon_threadsafe(event.set)
         thread.join()
         self._value = self._thread = self._loop = None
 
@@ -70,12 +66,12 @@ class InThread(Generic[T]):
     ) -> None:
         self.stop()
 
-    def _main(self, up: threading.Event) -> None:
+    def _main(self, entered: threading.Event) -> None:
         async def live() -> None:
-            self._loop, self._leave = asyncio.get_running_loop(), asyncio.Event()
+            self._loop, self._stop_event = asyncio.get_running_loop(), asyncio.Event()
             async with self._live() as self._value:
-                up.set()
-                await self._leave.wait()
+                entered.set()
+                await self._stop_event.wait()
 
         try:
             with asyncio.Runner(loop_factory=self._loop_factory) as runner:
@@ -83,4 +79,4 @@ class InThread(Generic[T]):
         except BaseException as e:
             self._error = e
         finally:
-            up.set()
+            entered.set()

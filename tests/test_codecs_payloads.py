@@ -261,7 +261,7 @@ def test_a_malformed_payload_is_a_value_error(case: str) -> None:
 @pytest.mark.parametrize("codec", PLAIN)
 def test_a_packed_tensor_that_breaks_a_rule_is_the_frames_fault(codec: str) -> None:
     data = frame_of(relu(1, 4, 6, 6), Encoding(codec)).replace(b"[1,4,6,6]", b"[1,4,6,7]")
-    with pytest.raises(FrameMalformed, match="'x' cannot be unpacked") as e:
+    with pytest.raises(FrameMalformed, match="'x' cannot be decoded") as e:
         frames.decode(data, max_bytes=BOUND)
     assert e.value.facts["rule"] == "payload"
 

@@ -69,7 +69,7 @@ class ProfilingRefused(RequestError):
 
 
 class FrameError(RequestError):
-    """A frame cannot be read; facts: `rule`, the name of the rule in docs/frame.md."""
+    """A frame cannot be read; facts: `rule`, the name of the rule in docs/reference/frame.md."""
 
 
 class FrameTooLarge(FrameError):

@@ -1,21 +1,20 @@
-"""The frame: named tensors and what they are for, as bytes between functions. Specification: docs/frame.md.
+"""The frame: named tensors, and the segment that they are for, as bytes between functions.
 
-Reading a frame executes nothing, allocates nothing that the bounds do not allow, copies no payload and leaves no byte
-unexplained.
+Decoding executes nothing, allocates within its bounds, copies no payload and leaves no byte unexplained.
+Source: docs/reference/frame.md.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import lru_cache
 from json.encoder import encode_basestring as _quoted
 from types import MappingProxyType
-from typing import Any, NamedTuple, NoReturn, TypeAlias
+from typing import Annotated, Any, NamedTuple, NoReturn, TypeAlias
+
+import msgspec
 
 from isthmus.arrays import DTYPES as DTYPES
 from isthmus.arrays import Array
@@ -28,9 +27,9 @@ from isthmus.wire.json_bounds import parsed_bytes
 
 CONTENT_TYPE = "application/vnd.isthmus.frame"
 MAGIC = b"ISTHMUS\x01"
-"""First bytes of every frame; the last one is the format's version."""
-_SHORT_VERSION = 2
-"""Held refinements of tensors that the reader had kept. The number is taken: it will never mean anything else."""
+"""First bytes of every frame; the last byte is the format's version."""
+# Refinements of tensors that the reader had cached, in earlier releases. The number is taken for good.
+_VERSION_OF_REFINEMENTS = 2
 
 ALIGNMENT = 64
 MAX_HEADER_BYTES = 2**20
@@ -38,77 +37,36 @@ MAX_TENSORS = 1024
 MAX_RANK = 32
 MAX_TEXT_BYTES = 512
 
-_NAMES = {dtype.num: name for name, dtype in DTYPES.items()}
-"""Names by numpy's number of the dtype: `np.dtype.name` takes longer than a whole header, and so does its hash."""
-_NONE: Mapping[str, Any] = MappingProxyType({})
-_Entry: TypeAlias = tuple[str, str, tuple[int, ...], str, int, int]
-_Described: TypeAlias = tuple[str, str, tuple[int, ...], str, int]
-"""What a tensor's entry is made of; -1 stands for a payload of as many bytes as the dtype and the shape have."""
-_PREAMBLE = 16
-_SEEN_BYTES = 4096
-"""Longer headers are not remembered: whoever sends them decides how many there are."""
-_PLAIN_END = re.compile(rb'([ !#-\[\]-~]{0,%d})"} *' % MAX_TEXT_BYTES)
-_TENSOR_KEYS = ("name", "dtype", "shape", "codec", "offset", "length")
-_TEXT_KEYS = ("bundle", "segment", "request")
-
-
-_ENTRY_BYTES, _DIM_BYTES = 160, 21
-"""At most what a header writes of a tensor beside its name, and of one dimension."""
-_TEXTS_BYTES = 8192
-"""Of a header, for what it says of the frame itself."""
-
-
-def why_not_carried(name: str, dtype: str, rank: int) -> str:
-    """The reason why no frame carries a tensor of that name, dtype (numpy's name) and rank; empty where frames do."""
-    if dtype not in DTYPES:
-        return f"its dtype is {dtype}; frames carry {', '.join(DTYPES)}"
-    if rank > MAX_RANK:
-        return f"its rank is {rank}; frames carry at most {MAX_RANK}"
-    if not 1 <= (size := len(name.encode("utf-8", "replace"))) <= MAX_TEXT_BYTES:
-        return f"its name has {size} bytes; frames carry names of 1 to {MAX_TEXT_BYTES}"
-    return ""
-
-
-def entry_bytes(name: str, rank: int) -> int:
-    """An upper bound of the bytes that a tensor's entry takes in a header."""
-    return len(_quoted(name).encode("utf-8", "replace")) + _DIM_BYTES * rank + _ENTRY_BYTES
-
-
-def why_not_together(count: int, entries: int) -> str:
-    """The reason why no frame carries that many tensors, whose entries sum to `entries` bytes; empty where one does."""
-    if count > MAX_TENSORS:
-        return f"{count} tensors; a frame carries at most {MAX_TENSORS}"
-    if entries + _TEXTS_BYTES > MAX_HEADER_BYTES:
-        return f"the names and shapes of {count} tensors; a frame's header has at most {MAX_HEADER_BYTES} bytes"
-    return ""
-
-
-def _nothing(outline: Outline) -> AbstractContextManager[None]:
-    return nullcontext()
+_EMPTY: Mapping[str, Any] = MappingProxyType({})
+_PREAMBLE_BYTES = 16
+# Shorter headers take little memory whatever their structure, so their size is not estimated before parsing.
+_SMALL_HEADER_BYTES = 4096
+# Upper bounds on the header's text: of a tensor beside its name, of one dimension, of the frame's own fields.
+_ENTRY_BYTES, _DIM_BYTES, _TEXTS_BYTES = 160, 21, 8192
 
 
 class Frame(NamedTuple):
     """One message between functions.
 
     `bundle` is a manifest's digest, `segment` the id of the segment that takes (or gave) the tensors, `request` an id
-    that names the request in logs. Arrays of a decoded frame are views of its bytes: read-only, and shapes as sent.
+    of the request for logs. Arrays of a decoded frame are read-only views of its bytes, in the sender's shapes.
     """
 
     tensors: Mapping[str, Array]
     bundle: str = ""
     segment: str = ""
     request: str = ""
-    encoded: Mapping[str, EncodedTensor] = _NONE
-    """Tensors to be sent packed, beside those in `tensors`; a decoded frame has none."""
-    codecs: Mapping[str, str] = _NONE
-    """In a decoded frame, the codec of each tensor that did not come raw."""
+    encoded: Mapping[str, EncodedTensor] = _EMPTY
+    """Encoded tensors to send beside `tensors`; empty in a decoded frame."""
+    codecs: Mapping[str, str] = _EMPTY
+    """In a decoded frame, the codec of each tensor that did not travel raw."""
 
 
 class Outline(NamedTuple):
-    """What a frame declares, before any payload is decoded.
+    """The declarations of a frame, before any payload is decoded.
 
-    Units: `decoded_bytes` is what the tensors weigh that did not come raw, `working_bytes` what decoding the most
-    demanding one takes beside them.
+    Units: bytes. `decoded_bytes` is the size of the decoded tensors that did not travel raw, `working_bytes` the memory
+    of decoding the most demanding of these besides.
     """
 
     bundle: str
@@ -119,9 +77,62 @@ class Outline(NamedTuple):
 
 
 Accept: TypeAlias = Callable[[Outline], None]
-"""Whether a frame is wanted: it raises where the frame is not, and then no payload is decoded and no table is read."""
+"""Raises to reject a frame before any payload is decoded and any table read."""
 During: TypeAlias = Callable[[Outline], AbstractContextManager[None]]
-"""What is held while payloads are decoded; it raises where they cannot be now."""
+"""A context for decoding payloads, such as a reservation of memory; it raises where there is no capacity."""
+
+
+class _Entry(msgspec.Struct, forbid_unknown_fields=True):
+    """A tensor in the header, in the order of its keys."""
+
+    name: str
+    dtype: str
+    shape: list[Annotated[int, msgspec.Meta(ge=0)]]
+    codec: str
+    offset: int
+    length: Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _Header(msgspec.Struct, forbid_unknown_fields=True):
+    tensors: list[_Entry]
+    bundle: str
+    segment: str
+    request: str
+
+
+_HEADER = msgspec.json.Decoder(_Header)
+_FIELD = re.compile(r"`\$(\.tensors\[\d+\])?(?:\.(\w+))?")
+"""The place in a message of msgspec's: an entry of `tensors`, and a field of it or of the header."""
+
+
+def why_not_carried(name: str, dtype: str, rank: int) -> str:
+    """The reason why no frame carries a tensor of that name, dtype (numpy's name) and rank; empty if frames do."""
+    if dtype not in DTYPES:
+        return f"its dtype is {dtype}; frames carry {', '.join(DTYPES)}"
+    if rank > MAX_RANK:
+        return f"its rank is {rank}; frames carry at most {MAX_RANK}"
+    if not 1 <= (size := len(name.encode("utf-8", "replace"))) <= MAX_TEXT_BYTES:
+        return f"its name has {size} bytes; frames carry names of 1 to {MAX_TEXT_BYTES}"
+    return ""
+
+
+def entry_bytes(name: str, rank: int) -> int:
+    """Upper bound on the bytes of a tensor's entry in a header."""
+    return len(_quoted(name).encode("utf-8", "replace")) + _DIM_BYTES * rank + _ENTRY_BYTES
+
+
+def why_not_together(count: int, entries: int) -> str:
+    """The reason why no frame carries `count` tensors whose entries sum to `entries` bytes; empty if frames do."""
+    if count > MAX_TENSORS:
+        return f"{count} tensors; a frame carries at most {MAX_TENSORS}"
+    if entries + _TEXTS_BYTES > MAX_HEADER_BYTES:
+        return f"the names and shapes of {count} tensors; a frame's header has at most {MAX_HEADER_BYTES} bytes"
+    return ""
+
+
+def is_frame(data: bytes | memoryview) -> bool:
+    """Whether `data` starts like a frame of any version."""
+    return bytes(data[:7]) == MAGIC[:7]
 
 
 def encode(frame: Frame) -> bytes:
@@ -134,33 +145,28 @@ def encode(frame: Frame) -> bytes:
 
 
 def encode_parts(frame: Frame) -> list[bytes | memoryview]:
-    """A frame's bytes in parts, to be sent one after the other; payloads are the arrays' own memory, not copied.
+    """A frame's bytes in parts, to send in order; payloads are the arrays' own memory, not copied.
 
     Raises:
-        FrameMalformed: a dtype that frames do not carry, an unknown codec, or a name too long.
-        FrameTooLarge: more tensors, a higher rank or a longer header than any reader accepts.
+        FrameMalformed: an unsupported dtype, an unknown codec, or a text too long.
+        FrameTooLarge: more tensors, a higher rank or a longer header than readers accept.
     """
-    tensors, bundle, segment, request, encoded, _ = frame
-    if (count := len(tensors) + len(encoded)) > MAX_TENSORS:
-        _too_large("tensors", f"{count} tensors; at most {MAX_TENSORS}", limit=MAX_TENSORS)
+    _check_count(len(frame.tensors) + len(frame.encoded))
     parts: list[bytes | memoryview] = [b""]
-    described: list[_Described] = []
-    for name, array in tensors.items():
-        dtype = array.dtype
-        if dtype.num not in _NAMES:
-            raise FrameMalformed(f"{name!r} is {dtype}; frames carry {', '.join(DTYPES)}", rule="dtype", tensor=name)
-        described.append((name, _NAMES[dtype.num], array.shape, "raw", -1))
-        parts.append(RAW.encode(array))
-    for name, tensor in encoded.items() if encoded else ():
-        described.append((name, tensor.dtype, tensor.shape, tensor.codec, len(tensor.payload)))
-        parts.append(tensor.payload)
-    if not request.isascii() or len(request) > MAX_TEXT_BYTES:
-        _text("request", request)
-    quoted = _quoted(request).encode()
-    before, after, gaps = _around_request(tuple(described), bundle, segment, len(quoted))
-    parts[0] = before + quoted + after
-    for place, gap in gaps:
-        parts.insert(place, gap)
+    entries: list[_Entry] = []
+    end = 0
+    for name, dtype, shape, codec, payload in _payloads_to_send(frame):
+        if (offset := _aligned(end)) != end:
+            parts.append(bytes(offset - end))
+        entries.append(_Entry(name, dtype, list(shape), codec, offset, len(payload)))
+        parts.append(payload)
+        end = offset + len(payload)
+    header = _Header(entries, frame.bundle, str(frame.segment), frame.request)  # a SegmentId becomes plain text
+    _check_texts(header)
+    text = msgspec.json.encode(header)
+    size = len(text) + -(_PREAMBLE_BYTES + len(text)) % ALIGNMENT
+    _check_header_size(size)
+    parts[0] = MAGIC + size.to_bytes(8, "little") + text.ljust(size)
     return parts
 
 
@@ -170,240 +176,148 @@ def decode(
     max_bytes: int,
     tables: Tables | None = None,
     accept: Accept | None = None,
-    during: During = _nothing,
+    during: During = lambda outline: nullcontext(),
 ) -> Frame:
-    """Read one frame; every byte must be accounted for.
+    """Decode one frame; every byte must be accounted for.
 
-    Shapes: arrays keep the sender's, e.g. hidden (batch, tokens, width). Those that came raw are views of `data`.
-    Units: max_bytes bounds the whole frame, and again what its tensors unpack to, with the working memory that decoding
-    takes. `accept` is asked before any payload is decoded, `tables` then once for each tensor whose codec was
-    calibrated, and `during` is entered for the time that decoding takes; what they raise passes as it is.
+    Shapes: arrays have the sender's, e.g. hidden (batch, tokens, width). Raw tensors are views of `data`.
+    Units: `max_bytes` bounds the whole frame, and also the decoded tensors with the working memory of their codecs.
+    `accept` is called before any payload is decoded, `tables` then for each tensor of a calibrated codec, and `during`
+    is the context of decoding; their exceptions pass through.
 
     Raises:
         FrameTooLarge: a bound was exceeded; nothing was allocated.
-        FrameMalformed: a rule of docs/frame.md is broken; `rule` in its facts names it.
+        FrameMalformed: a rule of docs/reference/frame.md is broken; `rule` in its facts names it.
     """
     if len(data) > max_bytes:
         _too_large("frame", f"a frame of {len(data)} bytes; at most {max_bytes}", limit=max_bytes)
     view = memoryview(data).toreadonly()
-    if len(view) < _PREAMBLE or view[:7] != MAGIC[:7]:
+    start = _body_start(view)
+    header = _parse(bytes(view[_PREAMBLE_BYTES:start]), max_bytes)
+    outline = _outline(header, max_bytes)
+    payloads = list(zip(header.tensors, _payloads(header.tensors, view[start:]), strict=True))
+    encoded = [entry for entry in header.tensors if entry.codec != RAW_ID]
+    tensors = {entry.name: _array(entry, payload, None) for entry, payload in payloads if entry.codec == RAW_ID}
+    if accept is not None:
+        accept(outline)
+    if encoded:
+        learned = {entry.name: _table(entry, header.bundle, tables) for entry in encoded}
+        with during(outline):
+            tensors = {
+                entry.name: tensors[entry.name]
+                if entry.codec == RAW_ID
+                else _array(entry, payload, learned[entry.name])
+                for entry, payload in payloads
+            }
+    codecs = {entry.name: entry.codec for entry in encoded}
+    return Frame(tensors, header.bundle, header.segment, header.request, codecs=codecs)
+
+
+def _payloads_to_send(frame: Frame) -> Iterator[tuple[str, str, tuple[int, ...], str, bytes | memoryview]]:
+    for name, array in frame.tensors.items():
+        # Checked before it is encoded: an array of references has no bytes.
+        _check_entry(name, array.dtype.name, RAW_ID, array.ndim)
+        yield name, array.dtype.name, array.shape, RAW_ID, RAW.encode(array)
+    for name, tensor in frame.encoded.items():
+        _check_entry(name, tensor.dtype, tensor.codec, len(tensor.shape))
+        if name in frame.tensors:
+            _malformed("duplicate", f"two tensors are named {name!r}")
+        yield name, tensor.dtype, tensor.shape, tensor.codec, tensor.payload
+
+
+def _body_start(view: memoryview) -> int:
+    """The offset of the body, from the preamble."""
+    if len(view) < _PREAMBLE_BYTES or view[:7] != MAGIC[:7]:
         _malformed("magic", "the bytes do not start as a frame does")
-    if view[7] == _SHORT_VERSION:
+    if view[7] == _VERSION_OF_REFINEMENTS:
         _malformed("version", "frame version 2, a refinement, which is no longer read: update the router that sent it")
     if view[7] != MAGIC[7]:
         _malformed("version", f"frame version {view[7]}; this reader knows version {MAGIC[7]}")
-    header_bytes = int.from_bytes(view[8:_PREAMBLE], "little")
-    if header_bytes > MAX_HEADER_BYTES:
-        _too_large("header", f"a header of {header_bytes} bytes; at most {MAX_HEADER_BYTES}", limit=MAX_HEADER_BYTES)
-    start = _PREAMBLE + header_bytes
+    header_bytes = int.from_bytes(view[8:_PREAMBLE_BYTES], "little")
+    _check_header_size(header_bytes)
+    start = _PREAMBLE_BYTES + header_bytes
     if start > len(view):
         _malformed("truncated", f"the header ends at byte {start}; the frame has {len(view)}")
     if start % ALIGNMENT:
         _malformed("alignment", f"the body starts at byte {start}, not at a multiple of {ALIGNMENT}")
-    header, request = _split_request(bytes(view[_PREAMBLE:start]))
-    layout = _seen(header, max_bytes) if len(header) <= _SEEN_BYTES else _long_layout(header, max_bytes)
-    payloads = _payloads(layout, view[start:])
-    tensors = dict(_decoded(layout, payloads, None))
-    if accept is not None:
-        accept(layout.outline())
-    if layout.packs:
-        coded = [(name, codec) for name, _, _, codec, _, _ in layout.entries if codec != RAW_ID]
-        found = {name: _table(name, codec, layout.bundle, tables) for name, codec in coded}
-        with during(layout.outline()):
-            tensors |= _decoded(layout, payloads, found)
-        tensors = {name: tensors[name] for name in layout.types}
-    return Frame(
-        tensors,
-        layout.bundle,
-        layout.segment,
-        layout.request if request is None else request,
-        codecs={name: codec for name, _, _, codec, _, _ in layout.entries if codec != "raw"} if layout.packs else _NONE,
-    )
+    return start
 
 
-def is_frame(data: bytes | memoryview) -> bool:
-    """Whether `data` starts as a frame of any version does."""
-    return bytes(data[:7]) == MAGIC[:7]
-
-
-@lru_cache(maxsize=64)
-def _around_request(
-    described: tuple[_Described, ...], bundle: str, segment: str, request_bytes: int
-) -> tuple[bytes, bytes, tuple[tuple[int, bytes], ...]]:
-    """A frame's first bytes up to the request's id, the header's after it, and the gaps between payloads, each with its
-    place among a frame's parts.
-
-    A segment's frames differ in nothing else, and writing this takes longer than copying 300 kB.
-    """
-    entries: list[_Entry] = []
-    gaps: list[tuple[int, bytes]] = []
-    end = 0
-    for name, dtype, shape, codec, length in described:
-        _text("name", name, least=1)
-        if any(name == entry[0] for entry in entries):
-            _malformed("duplicate", f"two tensors are named {name!r}")
-        if codec not in KNOWN:
-            _malformed("codec", f"{name!r} asks for codec {codec!r}; known are {', '.join(KNOWN)}")
-        if dtype not in DTYPES:
-            raise FrameMalformed(f"{name!r} is {dtype}; frames carry {', '.join(DTYPES)}", rule="dtype", tensor=name)
-        if length < 0:
-            length = math.prod(shape) * DTYPES[dtype].itemsize
-        if len(shape) > MAX_RANK:
-            _too_large("rank", f"{name!r} has rank {len(shape)}; at most {MAX_RANK}", limit=MAX_RANK)
-        offset = _aligned(end)
-        if offset != end:
-            gaps.append((1 + len(entries) + len(gaps), bytes(offset - end)))
-        entries.append((name, dtype, shape, codec, offset, length))
-        end = offset + length
-    doc = {
-        "tensors": [dict(zip(_TENSOR_KEYS, entry, strict=True)) for entry in entries],
-        "bundle": _text("bundle", bundle),
-        "segment": _text("segment", segment),
-        "request": "",
-    }
-    start = json.dumps(doc, ensure_ascii=False, separators=(",", ":")).removesuffix('""}').encode()
-    length = len(start) + request_bytes + len("}")
-    size = length + -(_PREAMBLE + length) % ALIGNMENT
-    if size > MAX_HEADER_BYTES:
-        _too_large("header", f"a header of {size} bytes; at most {MAX_HEADER_BYTES}", limit=MAX_HEADER_BYTES)
-    return MAGIC + size.to_bytes(8, "little") + start, b"}".ljust(1 + size - length), tuple(gaps)
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """What a header says, checked; only the payloads' own bytes are not looked at."""
-
-    bundle: str
-    segment: str
-    request: str
-    entries: tuple[_Entry, ...]
-    packs: bool
-    types: Mapping[str, TensorType]
-    decoded_bytes: int
-    working_bytes: int
-
-    def outline(self) -> Outline:
-        return Outline(self.bundle, self.segment, self.types, self.decoded_bytes, self.working_bytes)
-
-
-def _split_request(header: bytes) -> tuple[bytes, str | None]:
-    """A header with its request's id taken out, and that id, where it stands last and as plain text; else as it is.
-
-    The frames of one segment differ in nothing else, so that their headers need not be read again. Nothing in a plain
-    text ends a string of JSON: whatever `header` means with it, it means without.
-    """
-    before, key, rest = header.rpartition(b'"request":"')
-    if key and (found := _PLAIN_END.fullmatch(rest)) is not None:
-        return before + b'"request":""}', found[1].decode("ascii")
-    return header, None
-
-
-def _long_layout(header: bytes, max_bytes: int) -> _Layout:
-    """`_layout` of a header that is worth looking at before it is parsed."""
-    if parsed_bytes(header) > max_bytes:
+def _parse(text: bytes, max_bytes: int) -> _Header:
+    if len(text) > _SMALL_HEADER_BYTES and parsed_bytes(text) > max_bytes:
         _too_large("header", f"a header that takes more than {max_bytes} bytes to parse", limit=max_bytes)
-    return _layout(header, max_bytes)
+    try:
+        header = _HEADER.decode(text)
+        # Keys may stand twice only where the text differs from our own form of the same header.
+        if msgspec.json.encode(header) != text.rstrip(b" "):
+            json.loads(text, object_pairs_hook=_no_duplicates)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as e:
+        entry, field = place.groups() if (place := _FIELD.search(str(e))) else (None, None)
+        rule = "offset" if field == "length" else field or ("tensor" if entry else "header")
+        if rule == "tensors":
+            rule = "header"
+        raise FrameMalformed(f"the header breaks the rule {rule!r}: {e}", rule=rule, hint=_HINT) from e
+    _check_count(len(header.tensors))
+    _check_texts(header)
+    return header
 
 
-def _layout(header: bytes, max_bytes: int) -> _Layout:
-    doc = _document(header)
-    entries: list[_Entry] = []
-    names: set[str] = set()
-    end = unpacked = encoded = working = 0
-    for entry in doc["tensors"]:
-        if type(entry) is not dict or entry.keys() != set(_TENSOR_KEYS):
-            _malformed("tensor", f"a tensor has exactly the keys {', '.join(sorted(_TENSOR_KEYS))}")
-        name = _text("name", entry["name"], least=1)
-        if name in names:
+def _outline(header: _Header, max_bytes: int) -> Outline:
+    """Check the declarations, and sum up the memory that decoding takes."""
+    types: dict[str, TensorType] = {}
+    end = total = decoded = working = 0
+    for entry in header.tensors:
+        name, shape = entry.name, tuple(entry.shape)
+        _check_entry(name, entry.dtype, entry.codec, len(shape))
+        dtype = DTYPES[entry.dtype]
+        if name in types:
             _malformed("duplicate", f"two tensors are named {name!r}")
-        names.add(name)
-        dtype = DTYPES.get(entry["dtype"]) if type(entry["dtype"]) is str else None
-        if dtype is None:
-            _malformed("dtype", f"{name!r} has dtype {entry['dtype']!r}; known are {', '.join(DTYPES)}")
-        codec = entry["codec"]
-        if codec not in KNOWN:
-            _malformed("codec", f"{name!r} has codec {codec!r}; known are {', '.join(KNOWN)}")
-        shape = entry["shape"]
-        if type(shape) is not list or any(type(n) is not int or n < 0 for n in shape):
-            _malformed("shape", f"the shape of {name!r} is not a list of whole numbers")
-        if len(shape) > MAX_RANK:
-            _too_large("rank", f"{name!r} has rank {len(shape)}; at most {MAX_RANK}", limit=MAX_RANK)
-        # A zero counts as one here, so that an empty tensor cannot smuggle dimensions past the bound.
+        # A dimension of zero counts as one, so that an empty tensor cannot smuggle dimensions past the bound. Dimension
+        # by dimension, since the product may have thousands of digits.
         size = dtype.itemsize
         for n in shape:
             size *= max(n, 1)
             if size > max_bytes:
-                _too_large("unpacked", f"{name!r} unpacks to more than {max_bytes} bytes", limit=max_bytes)
-        unpacked += size
-        if codec != "raw":
-            encoded += size
-            working = max(working, find_codec(codec).working_bytes(dtype, tuple(shape)))
-        if unpacked + working > max_bytes:
+                _too_large("unpacked", f"{name!r} decodes to more than {max_bytes} bytes", limit=max_bytes)
+        total += size
+        if entry.codec != RAW_ID:
+            decoded += size
+            working = max(working, find_codec(entry.codec).working_bytes(dtype, shape))
+        if total + working > max_bytes:
             _too_large("unpacked", f"the tensors take more than {max_bytes} bytes to decode", limit=max_bytes)
-        offset, length = entry["offset"], entry["length"]
-        if type(offset) is not int or type(length) is not int or length < 0:
-            _malformed("offset", f"offset and length of {name!r} are not whole numbers")
-        if offset != _aligned(end):
-            _malformed("offset", f"{name!r} starts at byte {offset} of the body; its place is {_aligned(end)}")
-        end = offset + length
-        entries.append((name, entry["dtype"], tuple(shape), codec, offset, length))
-    packs = any(codec != "raw" for _, _, _, codec, _, _ in entries)
-    types = {name: TensorType(dtype, shape) for name, dtype, shape, _, _, _ in entries}
-    return _Layout(
-        doc["bundle"], doc["segment"], doc["request"], tuple(entries), packs, MappingProxyType(types), encoded, working
-    )
+        if entry.offset != _aligned(end):
+            _malformed("offset", f"{name!r} starts at byte {entry.offset} of the body; its place is {_aligned(end)}")
+        end = entry.offset + entry.length
+        types[name] = TensorType(entry.dtype, shape)
+    return Outline(header.bundle, header.segment, types, decoded, working)
 
 
-_seen = lru_cache(maxsize=64)(_layout)
-
-
-def _document(header: bytes) -> dict[str, Any]:
-    try:
-        doc = _JSON.decode(str(header, "utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise FrameMalformed(f"the header is not JSON: {e}", rule="header") from e
-    if type(doc) is not dict or doc.keys() != {"tensors", *_TEXT_KEYS}:
-        _malformed("header", f"the header has exactly the keys tensors, {', '.join(_TEXT_KEYS)}")
-    for key in _TEXT_KEYS:
-        _text(key, doc[key])
-    if type(doc["tensors"]) is not list:
-        _malformed("header", "tensors is a list")
-    if len(doc["tensors"]) > MAX_TENSORS:
-        _too_large("tensors", f"{len(doc['tensors'])} tensors; at most {MAX_TENSORS}", limit=MAX_TENSORS)
-    return doc
-
-
-def _payloads(layout: _Layout, body: memoryview) -> list[memoryview]:
-    """Each tensor's payload, a view; every byte of the body is one of theirs, or padding."""
+def _payloads(entries: list[_Entry], body: memoryview) -> list[memoryview]:
+    """The payloads as views; every other byte of the body must be padding."""
     payloads: list[memoryview] = []
     end = 0
-    for name, _, _, _, offset, length in layout.entries:
-        if offset + length > len(body):
-            _malformed("truncated", f"{name!r} ends at byte {offset + length} of the body; it has {len(body)}")
-        if offset != end and body[end:offset] != bytes(offset - end):
-            _malformed("padding", f"the bytes before {name!r} are not zero")
-        end = offset + length
-        payloads.append(body[offset:end])
+    for entry in entries:
+        stop = entry.offset + entry.length
+        if stop > len(body):
+            _malformed("truncated", f"{entry.name!r} ends at byte {stop} of the body; it has {len(body)}")
+        if entry.offset != end and body[end : entry.offset] != bytes(entry.offset - end):
+            _malformed("padding", f"the bytes before {entry.name!r} are not zero")
+        payloads.append(body[entry.offset : stop])
+        end = stop
     if end != len(body):
         _malformed("trailing", f"{len(body) - end} bytes follow the last tensor")
     return payloads
 
 
-def _decoded(
-    layout: _Layout, payloads: list[memoryview], tables: Mapping[str, object] | None
-) -> Iterator[tuple[str, Array]]:
-    """The tensors that did not come raw, each by its table; without tables those that did, which are views."""
-    for (name, dtype, shape, codec, _, _), payload in zip(layout.entries, payloads, strict=True):
-        if (codec == RAW_ID) is not (tables is None):
-            continue
-        try:
-            table = None if tables is None else tables[name]
-            yield name, find_codec(codec).decode(payload, DTYPES[dtype], shape, table)
-        except ValueError as e:
-            raise FrameMalformed(f"{name!r} cannot be unpacked: {e}", rule="payload", tensor=name) from e
+def _array(entry: _Entry, payload: memoryview, table: object) -> Array:
+    try:
+        return find_codec(entry.codec).decode(payload, DTYPES[entry.dtype], tuple(entry.shape), table)
+    except ValueError as e:
+        raise FrameMalformed(f"{entry.name!r} cannot be decoded: {e}", rule="payload", tensor=entry.name) from e
 
 
-def _table(name: str, codec: str, bundle: str, tables: Tables | None) -> object:
+def _table(entry: _Entry, bundle: str, tables: Tables | None) -> object:
+    name, codec = entry.name, entry.codec
     if not find_codec(codec).calibrated:
         return None
     if tables is None:
@@ -411,16 +325,39 @@ def _table(name: str, codec: str, bundle: str, tables: Tables | None) -> object:
     return tables(bundle, name, codec)
 
 
-def _text(key: str, value: Any, least: int = 0) -> str:
-    if isinstance(value, str) and value.isascii() and least <= len(value) <= MAX_TEXT_BYTES:
-        return value
+def _check_entry(name: str, dtype: str, codec: str, rank: int) -> None:
+    _check_text("name", name, 1)
+    if dtype not in DTYPES:
+        known = ", ".join(DTYPES)
+        raise FrameMalformed(f"{name!r} is {dtype}; frames carry {known}", rule="dtype", tensor=name)
+    if codec not in KNOWN:
+        _malformed("codec", f"{name!r} has codec {codec!r}; known are {', '.join(KNOWN)}")
+    if rank > MAX_RANK:
+        _too_large("rank", f"{name!r} has rank {rank}; at most {MAX_RANK}", limit=MAX_RANK)
+
+
+def _check_texts(header: _Header) -> None:
+    for key in ("bundle", "segment", "request"):
+        _check_text(key, getattr(header, key))
+
+
+def _check_text(key: str, value: str, min_bytes: int = 0) -> None:
     try:
-        size = len(value.encode()) if isinstance(value, str) else -1
-    except UnicodeEncodeError:
+        size = len(value.encode())
+    except UnicodeEncodeError:  # half of a surrogate pair
         size = -1
-    if not least <= size <= MAX_TEXT_BYTES:
-        _malformed(key, f"{key} is a text of {least} to {MAX_TEXT_BYTES} bytes")
-    return str(value)
+    if not min_bytes <= size <= MAX_TEXT_BYTES:
+        _malformed(key, f"{key} is a text of {min_bytes} to {MAX_TEXT_BYTES} bytes")
+
+
+def _check_count(count: int) -> None:
+    if count > MAX_TENSORS:
+        _too_large("tensors", f"{count} tensors; at most {MAX_TENSORS}", limit=MAX_TENSORS)
+
+
+def _check_header_size(size: int) -> None:
+    if size > MAX_HEADER_BYTES:
+        _too_large("header", f"a header of {size} bytes; at most {MAX_HEADER_BYTES}", limit=MAX_HEADER_BYTES)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -430,19 +367,15 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return doc
 
 
-def _no_constants(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not JSON")
-
-
-_JSON = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
-
-
 def _aligned(n: int) -> int:
     return -(-n // ALIGNMENT) * ALIGNMENT
 
 
+_HINT = "docs/reference/frame.md has the rules"
+
+
 def _malformed(rule: str, message: str) -> NoReturn:
-    raise FrameMalformed(message, rule=rule, hint="docs/frame.md has the rules")
+    raise FrameMalformed(message, rule=rule, hint=_HINT)
 
 
 def _too_large(rule: str, message: str, limit: int) -> NoReturn:

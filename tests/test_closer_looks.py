@@ -18,7 +18,7 @@ from isthmus.artifacts.fidelity import choose, offered
 from isthmus.errors import CalibrationError
 from isthmus.pipeline.agreement import margin, margin_of
 from isthmus.routing.guard import fallback_chain
-from support.fidelities import FIDELITY, LOOKED, ONE, TWICE, TWO, entry, of
+from support.closer_looks import FIDELITY, LOOKED, ONE, TWICE, TWO, entry, of
 
 # What they are called
 

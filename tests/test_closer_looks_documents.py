@@ -22,7 +22,7 @@ from isthmus.pipeline import planned_route
 from support.bundles import Published
 from support.bundles import photos as photos
 from support.calibrated_photos import no_variant, remote
-from support.fidelities import FIDELITY
+from support.closer_looks import FIDELITY
 from support.plans import SCHEMA, candidate, plan_for
 
 # The fidelity document

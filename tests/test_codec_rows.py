@@ -1,4 +1,4 @@
-"""`transform/4` of rows: tokens, vectors and states in classes, and how their form is chosen."""
+"""`transform/4` of rows: tokens, vectors and states in clusters."""
 
 from __future__ import annotations
 
@@ -18,59 +18,19 @@ from isthmus.codecs.transform.levels import (
     ESCAPE,
     LEVELS,
     MAX_DEAD_ZONE,
-    STEPS_PER_FACTOR,
     EntropyModels,
     step_of_quality,
     step_size,
 )
 from isthmus.codecs.transform.rows import Clusters, RowLayout, RowTable, decode_clusters, encode_clusters, read_table
-from isthmus.codecs.transform.table import PlaneTable
-from isthmus.errors import CalibrationError
-from isthmus_tools.calibration.fisher import Sensitivity, equalise_steps, measure_sensitivity
-from isthmus_tools.calibration.layouts import plane_layout, row_layout
-from isthmus_tools.calibration.rate_distortion import learn_table
-from isthmus_tools.calibration.rows import RowModel, Rows, learn_rows
-from isthmus_tools.calibration.transforms import STEPS, learn_planes
-
-FORMS = {
-    "one class": RowModel(1, rotated=True),
-    "classes": RowModel(8, rotated=True, ridge=0.3),
-    "classes as they are": RowModel(8, rotated=False),
-}
-
-
-def sentence(rng: np.random.Generator, tokens: int = 0) -> Array:
-    """Tokens of 24 channels: a first one that is always the same, words of three kinds, one channel that stands out."""
-    kinds = rng.integers(0, 3, tokens or int(rng.integers(5, 20)))
-    words = 3 * np.random.default_rng(1).normal(size=(3, 24))[kinds] + rng.normal(size=(len(kinds), 24))
-    words[:, 5] *= 12
-    words[0] = 7.5
-    return words[None].astype(np.float32)
-
-
-def state(rng: np.random.Generator) -> Array:
-    """Of two layers, which differ in size."""
-    return np.stack([rng.normal(size=(1, 12)), 20 + 9 * rng.normal(size=(1, 12))]).astype(np.float32)
-
-
-def table_of(form: RowModel, sensitivity: Sensitivity | None = None) -> RowTable:
-    rng = np.random.default_rng(0)
-    return learn_rows(Rows.of([sentence(rng) for _ in range(40)]), form, sensitivity, STEPS)
+from isthmus_tools.calibration.transforms import STEPS
+from support.activations import round_trip
+from support.row_tables import FORMS, components, sentence, table_of
 
 
 @pytest.fixture(scope="module")
 def tables() -> dict[str, RowTable]:
     return {name: table_of(form) for name, form in FORMS.items()}
-
-
-def round_trip(array: Array, table: PlaneTable | RowTable, quality: float) -> tuple[bytes, Array]:
-    payload = TRANSFORM.encode(array, Encoding("transform/4", quality, table))
-    return payload, TRANSFORM.decode(memoryview(payload), array.dtype, array.shape, table)
-
-
-def components(rows: Array, table: RowTable) -> Array:
-    analysis = table.analysis_matrix.astype(np.float64)
-    return np.asarray(rows * analysis if analysis.ndim == 1 else rows @ analysis.T)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -125,24 +85,6 @@ def test_classes_take_fewer_bytes_for_no_more_error(tables: dict[str, RowTable])
         for name, table in tables.items():
             sizes[name] += len(round_trip(array, table, 0.5)[0])
     assert sizes["classes"] < 0.9 * sizes["one class"]
-
-
-def test_rows_unlike_all_others_have_a_class_with_the_mean_and_the_variance_of_all() -> None:
-    rng = np.random.default_rng(6)
-    words = 5 * rng.normal(size=(8, 24))
-    known = [(words[rng.integers(0, 8, 10)] + rng.normal(size=(10, 24)))[None].astype(np.float32) for _ in range(40)]
-    unknown = [(5 * rng.normal(size=(10, 24)))[None].astype(np.float32) for _ in range(20)]
-    table, alone = (learn_rows(Rows.of(known), RowModel(k, rotated=True), None, STEPS) for k in (16, 1))
-    assert np.allclose(table.means[0], np.concatenate(known, axis=1)[0].mean(axis=0), atol=1e-4)
-    shares = [
-        np.mean([table.clusters.likeliest(components(a[0], table).astype(np.float32)) == 0 for a in arrays])
-        for arrays in (known, unknown)
-    ]
-    assert shares[0] < 0.1
-    assert shares[1] > 0.8
-    for arrays, most in ((known, 0.7), (unknown, 1.0)):
-        taken, without = (sum(len(round_trip(a, each, 0.5)[0]) for a in arrays) for each in (table, alone))
-        assert taken < most * without
 
 
 def test_a_row_far_from_every_class_is_kept_within_the_step(tables: dict[str, RowTable]) -> None:
@@ -313,99 +255,6 @@ def test_a_factor_of_zero_is_refused_when_it_is_needed(tables: dict[str, RowTabl
     table = read_table({**arrays, "synthesis": np.zeros_like(arrays["synthesis"])})
     with pytest.raises(NotEncodable, match="inverse"):
         TRANSFORM.encode(sentence(np.random.default_rng(0)), Encoding("transform/4", 0.5, table))
-
-
-def test_the_layers_of_a_state_are_one_row() -> None:
-    rng = np.random.default_rng(0)
-    assert row_layout(state(rng)) == RowLayout(3, (0, 2), (2, 12))
-    assert row_layout(sentence(rng, 30)) == RowLayout(3, (2,), (24,))
-    table = learn_rows(Rows.of([state(rng) for _ in range(60)]), FORMS["one class"], None, STEPS)
-    array = state(rng)
-    _, found = round_trip(array, table, 1.0)
-    assert np.abs(found - array).max() < 1
-    both = np.concatenate([array, state(rng)], axis=1)
-    assert np.abs(round_trip(both, table, 1.0)[1] - both).max() < 1
-
-
-def test_steps_are_finer_in_rows_that_matter_more() -> None:
-    rng = np.random.default_rng(0)
-    samples = [sentence(rng, 12) for _ in range(40)]
-
-    def tail(crossing: Mapping[str, Array]) -> dict[str, Array]:
-        x = crossing["x"][0].astype(np.float64)
-        return {"out": x[1:] * 0.01 + 3 * x[:1]}
-
-    how = measure_sensitivity(tail, [{"x": x} for x in samples], "x", loss="values")
-    assert len(how.places) == how.inputs
-    assert how.places[0][0] > 10 * how.places[0][1:].max()
-    table = learn_rows(Rows.of(samples), RowModel(4, rotated=True), how, STEPS)
-    first = table.clusters.likeliest(components(samples[0][0], table).astype(np.float32))[0]
-    assert table.weights[first] == table.weights.max() > 0
-    assert sorted(how.in_order(list(range(39, -1, -1))).places[-1]) == sorted(how.places[0])
-
-
-def test_tokens_become_rows_and_smooth_sequences_keep_their_planes() -> None:
-    rng = np.random.default_rng(0)
-
-    def of(samples: list[Array]) -> PlaneTable | RowTable:
-        return learn_table(
-            samples, Sensitivity(plane_layout(samples[0]), np.eye(samples[0].shape[2]), np.ones(7), 1, 1)
-        )
-
-    assert isinstance(of([sentence(rng, 12) for _ in range(40)]), RowTable)
-    smooth = [np.cumsum(rng.normal(size=(1, 60, 6)), axis=1).astype(np.float32) for _ in range(24)]
-    assert isinstance(of(smooth), PlaneTable)
-
-
-@pytest.mark.parametrize("harm", [1e-12, 1.0, 1e300])
-def test_the_form_does_not_depend_on_how_much_a_tensor_matters(harm: float) -> None:
-    rng = np.random.default_rng(3)
-    smooth = [np.cumsum(rng.normal(size=(1, 60, 6)), axis=1).astype(np.float32) for _ in range(24)]
-    how = Sensitivity(plane_layout(smooth[0]), harm * np.eye(6), np.ones(7), 1, 1)
-    assert isinstance(learn_table(smooth, how), PlaneTable)
-
-
-@pytest.mark.parametrize("channels", [6, 24])
-def test_noise_has_no_classes(channels: int) -> None:
-    rng = np.random.default_rng(7)
-    noise = [rng.normal(size=(1, channels)).astype(np.float32) for _ in range(400)]
-    found = learn_table(noise, Sensitivity(plane_layout(noise[0]), np.eye(channels), np.ones(7), 1, 1))
-    assert isinstance(found, RowTable)
-    assert len(found.means) == 1
-
-
-def test_the_steps_of_tensors_that_cross_together_do_the_same_harm() -> None:
-    rng = np.random.default_rng(0)
-    samples = [{"a": sentence(rng, 8), "b": sentence(rng, 8) / 64} for _ in range(30)]
-
-    def tail(crossing: Mapping[str, Array]) -> dict[str, Array]:
-        return {"out": crossing["a"] + crossing["b"]}
-
-    found = {name: measure_sensitivity(tail, samples, name, loss="values", max_runs=200) for name in ("a", "b")}
-    made: dict[str, PlaneTable | RowTable] = {n: learn_table([s[n] for s in samples], how) for n, how in found.items()}
-    equalise_steps(made, found)
-    sizes = [table.scale * step_size(table.steps[0]) for table in made.values()]
-    assert sizes[0] == pytest.approx(sizes[1], rel=0.15)
-    moved = [(table.steps[0] - STEPS[0]) * table.channels for table in made.values()]
-    assert abs(sum(moved)) <= sum(table.channels for table in made.values()) / 2 < abs(moved[0])
-    assert {coarsest - finest for coarsest, finest in (table.steps for table in made.values())} == {
-        5 * STEPS_PER_FACTOR
-    }
-    for table, by in ((made["a"], 1e9), (made["b"], 1e-9)):
-        # However far apart tensors are, steps stay where a byte says them.
-        apart = {"a": replace(made["a"], steps=STEPS), "b": replace(table, steps=STEPS, scale=table.scale * by)}
-        equalise_steps(apart, found)
-        assert {abs(t.steps[0] - STEPS[0]) for t in apart.values()} == {40}
-
-
-def test_rows_that_cannot_be_learned_from_are_refused() -> None:
-    good = np.ones((1, 4, 3), np.float32)
-    for samples in ([], [good.astype(np.int32)], [good, good[:, :, :2]], [good * np.nan], [good[:, :0]]):
-        with pytest.raises(CalibrationError):
-            learn_rows(Rows.of(samples), FORMS["one class"], None, STEPS)
-    with pytest.raises(CalibrationError, match="too large"):
-        learn_rows(Rows.of([good * np.float32(1e20), -good * np.float32(1e20)]), FORMS["one class"], None, STEPS)
-    assert learn_planes([good] * 4).channels == 3
 
 
 GOLDEN = "00fe404b0e521b8b00480c0000"

@@ -1,4 +1,4 @@
-"""Tables of `transform/4`: their steps and models, what they are learned from, and which are refused."""
+"""Tables of `transform/4`: quantiser steps, entropy models, bounds of their arrays."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from isthmus.codecs.transform.codec import GAINS, TRANSFORM, analyse, quantise
 from isthmus.codecs.transform.levels import (
     ESCAPE,
     STEPS_PER_FACTOR,
-    levels_of,
     step_in_eighths,
     step_of_quality,
     step_size,
@@ -23,10 +22,7 @@ from isthmus.codecs.transform.levels import (
 from isthmus.codecs.transform.plan import CodingPlan
 from isthmus.codecs.transform.planes import Layout, edges_for, plane_transform
 from isthmus.codecs.transform.table import PlaneTable, grid_cache
-from isthmus.errors import CalibrationError
-from isthmus_tools.calibration.fisher import measure_sensitivity
-from isthmus_tools.calibration.layouts import plane_layout
-from isthmus_tools.calibration.transforms import STEPS, learn_models, learn_planes
+from isthmus_tools.calibration.transforms import STEPS, learn_planes
 from support.activations import Array, activations, round_trip
 from support.activations import tables as tables
 
@@ -82,22 +78,6 @@ def test_coded_values_take_what_their_model_says(tables: dict[str, tuple[PlaneTa
             plan = CodingPlan.of([(level, 0, values.size)], models)
             bits = -np.log2(share)[drawn].sum() + (drawn > 0).sum()
             assert len(entropy.encode(values.astype(np.float32), plan)) * 8 < bits * most + 64
-
-
-@pytest.mark.parametrize("step", [STEPS[0], 0, STEPS[1]])
-def test_models_fit_their_levels_at_every_step(step: int) -> None:
-    """Learned at one step alone, so that what the others teach hides nothing."""
-    rng = np.random.default_rng(0)
-    stored = rng.integers(128 + step_in_eighths(step) - 40, 128 + step_in_eighths(step) + 20, 200_000)
-    deviation = np.exp2((stored - 128) / 8)
-    values = (rng.laplace(size=stored.size) * deviation / np.sqrt(2)).astype(np.float32)
-    models = learn_models(values, stored, np.zeros(stored.size, np.int64), (step, step))
-    steps = deviation / step_size(step)
-    level = levels_of(stored, step, 0)
-    assert float(np.abs(level - (12 + 2 * np.log2(steps))).max()) < 0.65
-    for each in range(3, 17):
-        share = float(np.mean(1 - np.exp(-np.sqrt(2) / 2 / steps[level == each])))
-        assert models.zero[each] / 65536 == pytest.approx(share, abs=0.01)
 
 
 @pytest.mark.parametrize("quality", [0.0, 0.5, 1.0])
@@ -200,101 +180,6 @@ def test_a_grid_counts_the_plans_that_it_may_keep() -> None:
     )
     assert len(grid._plans) <= 64
     assert grid.nbytes == before > len(grid._plans) * largest + grid.order.nbytes + grid.place.nbytes
-
-
-# What they are learned from
-
-
-def test_noise_goes_where_the_tail_does_not_look() -> None:
-    rng = np.random.default_rng(1)
-    samples = [rng.normal(size=(1, 6, 8, 8)).astype(np.float32) for _ in range(30)]
-    weights = np.array([8.0, 8.0, 1.0, 1.0, 0.1, 0.1])
-
-    def tail(crossing: Mapping[str, Array]) -> dict[str, Array]:
-        return {"out": crossing["x"].sum(axis=(2, 3)) * weights, "other": np.zeros(1)}
-
-    how = measure_sensitivity(tail, ({"x": x} for x in samples), "x", output="out", loss="values", layout=Layout(4, 1))
-    assert how.inputs == 30
-    assert np.all(np.diff(np.diag(how.channels)[::2]) < 0)
-    assert how.rings[0] > 100 * how.rings[2]
-    table = learn_planes(samples, sensitivity=how)
-    _, found = round_trip(samples[0], table, 0.1)
-    blind = learn_planes(samples, layout=Layout(4, 1))
-    size = len(round_trip(samples[0], table, 0.1)[0])
-    quality = next(q for q in np.arange(0, 1, 0.02) if len(round_trip(samples[0], blind, q)[0]) >= size)
-    _, other = round_trip(samples[0], blind, quality)
-
-    def damage(array: Array) -> float:
-        return float(np.mean((tail({"x": array})["out"] - tail({"x": samples[0]})["out"]) ** 2))
-
-    assert damage(found) < damage(other) / 4
-
-
-def test_sensitivity_of_classes_is_the_divergence_of_the_answers() -> None:
-    rng = np.random.default_rng(2)
-    weights = rng.normal(size=(5, 7)) / 3
-
-    def tail(crossing: Mapping[str, Array]) -> dict[str, Array]:
-        return {"logits": crossing["x"].astype(np.float64) @ weights}
-
-    inputs = [{"x": rng.normal(size=(1, 5)).astype(np.float32)} for _ in range(20)]
-    how = measure_sensitivity(tail, inputs, "x", output="logits")
-    expected = np.zeros((5, 5))
-    for given_ in inputs:
-        p = np.exp(tail(given_)["logits"][0])
-        p /= p.sum()
-        expected += weights @ (np.diag(p) - np.outer(p, p)) @ weights.T / len(inputs)
-    assert np.allclose(how.channels, expected, rtol=1e-4, atol=1e-6)
-
-
-def test_the_tail_is_run_no_more_than_asked() -> None:
-    runs = 0
-
-    def tail(crossing: Mapping[str, Array]) -> dict[str, Array]:
-        nonlocal runs
-        runs += 1
-        return {"out": crossing["x"]}
-
-    inputs = ({"x": np.random.default_rng(i).normal(size=(1, 4)).astype(np.float32)} for i in range(1000))
-    how = measure_sensitivity(tail, inputs, "x", loss="values", max_runs=50)
-    assert runs == how.runs == 50
-    assert how.inputs == 10
-
-
-def test_learning_refuses_what_it_cannot_learn_from() -> None:
-    good = np.random.default_rng(0).normal(size=(1, 4, 3, 3)).astype(np.float32)
-    for samples in (
-        [],
-        [good.astype(np.int32)],
-        [good, np.concatenate([good, good], axis=1)],
-        [good * np.nan],
-        [good[:, :, :0]],
-        [good.astype(np.float64) * 1e30],
-        [good[None]],
-        [np.float32(3)],
-    ):
-        with pytest.raises(CalibrationError):
-            learn_planes([np.asarray(s) for s in samples])
-    with pytest.raises(CalibrationError, match="only once"):
-        learn_planes(x for x in [good])
-    with pytest.raises(CalibrationError, match="no input"):
-        measure_sensitivity(lambda crossing: crossing, [], "x")
-    with pytest.raises(CalibrationError, match="errors could move"):
-        measure_sensitivity(lambda crossing: crossing, [{"x": np.zeros((1, 4), np.int64)}], "x")
-    with pytest.raises(CalibrationError, match="not finite"):
-        measure_sensitivity(lambda crossing: {"y": crossing["x"] * np.nan}, [{"x": good}], "x")
-
-
-@pytest.mark.parametrize(
-    ("shape", "axis"), [((1, 40, 14, 14), 1), ((1, 14, 14, 40), 3), ((1, 50, 32), 2), ((1, 32, 50), 1), ((4, 9), 1)]
-)
-def test_the_channels_are_where_neighbours_are_least_alike(shape: tuple[int, ...], axis: int) -> None:
-    rng = np.random.default_rng(0)
-    noise = rng.normal(size=shape)
-    for other in range(1, len(shape)):
-        if other != axis:
-            noise = np.cumsum(noise, axis=other)
-    assert plane_layout(noise) == Layout(len(shape), axis)
 
 
 def test_the_plane_transform_is_orthonormal_and_its_bands_hold_all_of_it() -> None:

@@ -26,7 +26,7 @@ from support.bundles import Published, ready, segment_settings
 from support.bundles import photos as photos
 from support.patience import least, peak_of
 from support.plain_codecs import PLAIN
-from test_codec_rows import sentence, table_of
+from support.row_tables import sentence, table_of
 
 COUNT = 2**17
 DIGEST = "sha256:" + "0" * 64

@@ -10,6 +10,7 @@ from isthmus.codecs import Encoding
 from isthmus.codecs.transform.codec import TRANSFORM
 from isthmus.codecs.transform.levels import ESCAPE, LEVELS, EntropyModels
 from isthmus.codecs.transform.planes import Layout
+from isthmus.codecs.transform.rows import RowTable
 from isthmus.codecs.transform.table import PlaneTable
 from isthmus_tools.calibration.transforms import learn_planes
 
@@ -47,7 +48,7 @@ def tables() -> dict[str, tuple[PlaneTable, Array]]:
     return made
 
 
-def round_trip(array: Array, table: PlaneTable, quality: float) -> tuple[bytes, Array]:
+def round_trip(array: Array, table: PlaneTable | RowTable, quality: float) -> tuple[bytes, Array]:
     payload = TRANSFORM.encode(array, Encoding("transform/4", quality, table))
     return payload, TRANSFORM.decode(memoryview(payload), array.dtype, array.shape, table)
 

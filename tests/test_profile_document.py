@@ -30,9 +30,9 @@ from isthmus.errors import Missing, ProfileMalformed, RegistryError
 from isthmus.registry import FolderStore, Registry
 from isthmus.serving import profiling
 from isthmus_tools.graph import add_cuts
-from isthmus_tools.profiling import profiles, steady
+from isthmus_tools.profiling import measure, profiles
 from isthmus_tools.profiling.cuts import MAX_CUTS
-from isthmus_tools.profiling.steady import timing
+from isthmus_tools.profiling.measure import timing
 from support.bundles import Published, publish_photos
 from support.bundles import photos as photos
 from support.paths import ROOT
@@ -245,7 +245,7 @@ def test_the_bounds_in_the_docs_are_the_codes() -> None:
         f"| `runs` | {profiling.RUNS} | timed runs, 1 to {profiling.MAX_RUNS} |",
         f"| `warmup` | {profiling.WARMUP} | runs before them, 0 to {profiling.MAX_WARMUP} |",
         f"`{FORMAT}`: JSON of at most {MAX_PROFILE_BYTES // 2**20} MiB",
-        f"to {steady.MAX_DRIFT:.0%} between their medians",
+        f"to {measure.MAX_DRIFT:.0%} between their medians",
         f'"format": "{profiling.FORMAT}"',
         f"there are {MAX_CUTS} at most",
         f"the secret `{profiling.SECRET}`",

@@ -15,7 +15,7 @@ from isthmus.runtime.ort_runner import OrtObserver
 from isthmus_tools.graph import Model, build, cuts, open_model
 from isthmus_tools.graph.load import OptimisedNode, read_optimised
 from isthmus_tools.profiling.cuts import spread_cuts
-from isthmus_tools.profiling.nodes import matched, node_seconds
+from isthmus_tools.profiling.nodes import attributed_share, node_seconds
 from support.models import REAL
 
 RUNS = 9  # of each kernel, the two longest times but the first do not count: the machine may pause in one
@@ -56,7 +56,7 @@ def test_the_nodes_take_exactly_what_the_model_takes(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_nearly_all_time_is_tied_to_nodes_by_name(name: str) -> None:
     model, seen = observed(name)
-    assert matched(model, read_optimised(seen.graph), {k.name: k.seconds for k in seen.kernels}) > 0.85
+    assert attributed_share(model, read_optimised(seen.graph), {k.name: k.seconds for k in seen.kernels}) > 0.85
 
 
 def test_the_convolutions_of_a_convolutional_net_take_most_of_its_time() -> None:

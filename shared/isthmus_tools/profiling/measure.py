@@ -1,15 +1,16 @@
-"""Measurement of a model on a function: its segments, its nodes, and the cost of a call itself."""
+"""Profiling of a model on a function: times of its segments and nodes, their memory, and the fixed cost of a call.
+
+Segments run in interleaved rounds, so each meets the device at several moments. A segment is in steady state when the
+medians of several rounds agree and the interquartile range is narrow; others get additional rounds.
+"""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import TypeAlias
 
-from isthmus.arrays import Array
-from isthmus.artifacts.bundle import Bundle, Segment
+from isthmus.artifacts.bundle import Segment
 from isthmus.artifacts.device import Device
 from isthmus.artifacts.profile import HopCost, Profile, SegmentCost, Timing, content_of
 from isthmus.artifacts.segment_id import WHOLE
@@ -17,32 +18,31 @@ from isthmus.errors import ProfileMalformed
 from isthmus.wire.frame import Frame
 from isthmus_tools.budget import UNLIMITED, Budget, Pace
 from isthmus_tools.graph.load import read_optimised
-from isthmus_tools.graph.model import Model
 from isthmus_tools.profiling.nodes import node_seconds
-from isthmus_tools.profiling.remote import Call, Measured, ProfiledFunction
-from isthmus_tools.profiling.steady import ROUNDS, timing
+from isthmus_tools.profiling.remote import Echo, ProfiledFunction, SegmentMeasurement
+from isthmus_tools.profiling.subject import Subject
 from isthmus_tools.progress import Progress
 
-MORE_ROUNDS = 4
+# Rounds over all segments; more rounds sample more moments, fewer leave each series more runs.
+ROUNDS = 5
+# A device that other processes use for minutes stays unsteady; a profile must end nevertheless.
+MAX_EXTRA_ROUNDS = 4
+# Two equal medians happen by chance.
+MIN_AGREEING = 3
+# Between the medians of agreeing series, relative to the smallest: clock changes of laptops exceed it. Series
+# within a third of it are preferred.
+MAX_DRIFT = 0.15
+# The interquartile range of all runs of agreeing series, relative to the median.
+MAX_SPREAD = 0.25
+# Smaller differences come from the clock and the scheduler, for any segment.
+_NOISE_S = 100e-6
+# The first runs allocate buffers and fill caches; later series find both warm.
+_FIRST_WARMUP, _WARMUP = 2, 1
+# Odd, so that the median is a measured call.
 _ECHOES = 7
 _ECHO_BYTES = (2**16, 2**20)
-_SOON_S = 0.05
-
-Arrays: TypeAlias = Callable[[Segment], Mapping[str, Array]]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The measured model: a bundle's version, its uncut graph, and each segment's input tensors.
-
-    `inputs` is the kind of the model's inputs: random, photo or tensors.
-    """
-
-    bundle: Bundle
-    digest: str
-    model: Model
-    arrays: Arrays
-    inputs: str
+# A link that carries the small echo faster than this carries the large echo within seconds.
+_FAST_ECHO_S = 0.05
 
 
 def measure(
@@ -55,33 +55,33 @@ def measure(
     progress: Progress,
     budget: Budget = UNLIMITED,
 ) -> Profile:
-    """Profile the function's device for the whole model and for `segments`, each run `runs` times or a few more.
+    """Profile the whole model and `segments` on the function's device, with at least `runs` runs of each.
 
-    Runs are interleaved in ROUNDS rounds over all segments, so that each segment meets the device at several moments.
-    Segments whose series disagree run in up to MORE_ROUNDS more rounds, and are marked unsteady if they still disagree.
-    When the budget is spent no further series begins; a warning names the segments without one. The whole model always
-    has a series.
+    Segments that are not steady after ROUNDS rounds get up to MAX_EXTRA_ROUNDS more, and are then marked unsteady.
+    When the budget is spent no further series begins; segments without a series are left out with a warning, except the
+    whole model, which always has one.
 
     Raises:
-        HopError, RequestError, SegmentError: the function failed, or could not be reached.
-        ProfileMalformed: two devices responded at one URL.
+        HopError, RequestError, SegmentError: the function cannot be reached, or refuses.
+        ProfileMalformed: two devices respond at the function's URL.
     """
     device = function.device()
     whole = subject.bundle.segment(WHOLE)
     every = [_Series(function, subject, device, s, max(1, -(-runs // ROUNDS))) for s in (whole, *segments)]
     pace = Pace(ROUNDS * len(every))
-    for number in range(1, ROUNDS + MORE_ROUNDS + 1):
-        due = every if number <= ROUNDS else [s for s in every if s.results and not s.timing().steady]
+    for number in range(1, ROUNDS + MAX_EXTRA_ROUNDS + 1):
+        due = every if number <= ROUNDS else [s for s in every if s.rounds and not s.timing().steady]
         for i, series in enumerate(due, start=1):
-            if budget.spent and every[0].results:
+            if budget.spent and every[0].rounds:
                 break
             suffix = f" of {ROUNDS}" if number <= ROUNDS else ", it was unsteady"
-            remaining = pace.left((number - 1) * len(every) + i - 1) if number <= ROUNDS else ""
-            progress(f"{tier}, round {number}{suffix}: {series.segment.id}, {i} of {len(due)}{remaining}")
-            series.run_series()
+            left = pace.left((number - 1) * len(every) + i - 1) if number <= ROUNDS else ""
+            progress(f"{tier}, round {number}{suffix}: {series.segment.id}, {i} of {len(due)}{left}")
+            series.run_round()
+    # After the segments: their runs have brought the device to its working temperature and clock.
     progress(f"{tier}: the cost of a call itself and of encoding")
-    skipped = [series.segment.id for series in every if not series.results]
-    every = [series for series in every if series.results]
+    skipped = [series.segment.id for series in every if not series.rounds]
+    every = [series for series in every if series.rounds]
     warnings = [w for series in every for w in series.warnings()]
     if skipped:
         warnings.append(f"the time limit left {len(skipped)} segments unmeasured: {', '.join(skipped)}")
@@ -108,43 +108,44 @@ def measure(
 
 
 class _Series:
-    """The series of runs of one segment on one function, a few runs at a time."""
+    """The rounds of a segment on a function, each a series of runs."""
 
     def __init__(
         self, function: ProfiledFunction, subject: Subject, device: Device, segment: Segment, runs: int
     ) -> None:
         self.segment = segment
         self._function, self._subject, self._device, self._runs = function, subject, device, runs
-        self.results: list[Measured] = []
+        self.rounds: list[SegmentMeasurement] = []
 
-    def run_series(self) -> None:
-        """Run a further series; the first also measures the memory, and the nodes of the whole model."""
-        first = not self.results
-        result = self._function.measure(
+    def run_round(self) -> None:
+        """Run another series; the first also measures memory and, for the whole model, nodes."""
+        is_first = not self.rounds
+        measurement = self._function.measure(
             Frame(self._subject.arrays(self.segment), self._subject.digest, self.segment.id),
             runs=self._runs,
-            warmup=2 if first else 1,
-            nodes=first and self.segment.id == WHOLE,
-            memory=first,
+            warmup=_FIRST_WARMUP if is_first else _WARMUP,
+            nodes=is_first and self.segment.id == WHOLE,
+            memory=is_first,
         )
-        if result.device != self._device:
+        # Replicas behind a gateway may run on different machines; their times must not mix.
+        if measurement.device != self._device:
             raise ProfileMalformed(
-                f"two devices answer at {self._function.url}: {self._device.id} and {result.device.id}",
+                f"two devices answer at {self._function.url}: {self._device.id} and {measurement.device.id}",
                 path=self._function.url,
                 hint="scale the function to one replica, or give the URL of one of them",
             )
-        self.results.append(result)
+        self.rounds.append(measurement)
 
     def timing(self) -> Timing:
-        return timing([result.runs_s for result in self.results])
+        return timing([r.runs_s for r in self.rounds])
 
     def cost(self) -> SegmentCost:
-        first = self.results[0]
+        first = self.rounds[0]
         weights = sum(t.length for t in self._subject.bundle.weight_ranges(self.segment))
         return SegmentCost(
             run=self.timing(),
-            decode_s=statistics.median(result.decode_s for result in self.results),
-            encode_s=statistics.median(result.encode_s for result in self.results),
+            decode_s=statistics.median(r.decode_s for r in self.rounds),
+            encode_s=statistics.median(r.encode_s for r in self.rounds),
             input_bytes=first.input_bytes,
             output_bytes=first.output_bytes,
             weights_bytes=weights,
@@ -153,8 +154,8 @@ class _Series:
         )
 
     def nodes(self, total_s: float) -> tuple[float, ...] | None:
-        """Seconds of each node of the model, `total_s` in all; None where the nodes were not measured."""
-        first = self.results[0]
+        """Seconds of each node of the model, `total_s` in sum; None without a measurement of kernels."""
+        first = self.rounds[0]
         if not first.graph:
             return None
         return node_seconds(self._subject.model, read_optimised(first.graph), first.kernels, total_s)
@@ -163,31 +164,59 @@ class _Series:
         run, name = self.timing(), f"segment {self.segment.id}"
         if not run.steady:
             yield (
-                f"{name} was unsteady in {len(self.results)} series: the device changed its speed, or others use it"
+                f"{name} was unsteady in {len(self.rounds)} series: the device changed its speed, or others use it"
                 f" (quartiles {run.spread:.0%} of the median apart)"
             )
-        if (min_runs := min(len(result.runs_s) for result in self.results)) < self._runs:
-            yield f"{name} was run {min_runs} instead of {self._runs} times in a row: the function's deadline was near"
-        if not self.results[0].arena_bytes:
+        if (fewest := min(len(r.runs_s) for r in self.rounds)) < self._runs:
+            yield f"{name} was run {fewest} instead of {self._runs} times in a row: the function's deadline was near"
+        if not self.rounds[0].arena_bytes:
             yield f"the memory of {name} was not measured: only its weights count"
 
 
+def timing(series: Sequence[Sequence[float]]) -> Timing:
+    """Median and quartiles of the fastest agreeing series of runs; `series` are in the order of measurement.
+
+    Other load only slows a device, so the fastest repeated speed is the device's own. The timing is unsteady where
+    too few series agree, or where the last two series both depart from the median: the speed may have changed for good.
+    """
+    ordered = sorted(series, key=statistics.median)
+    count = min(MIN_AGREEING, len(ordered))
+    windows = [ordered[i : i + count] for i in range(len(ordered) - count + 1)]
+    # A window's first and last series have its smallest and largest median.
+    agreeing = [w for drift in (MAX_DRIFT / 3, MAX_DRIFT) for w in windows if _agree(*_extremes(w), drift)]
+    window = agreeing[0] if agreeing else min(windows, key=lambda w: _extremes(w)[1] / (_extremes(w)[0] or 1.0))
+    pooled = sorted(s for runs in window for s in runs)
+    low, median, high = statistics.quantiles(pooled, n=4, method="inclusive") if len(pooled) > 1 else pooled * 3
+    narrow = high - low <= max(MAX_SPREAD * median, _NOISE_S)
+    recent = any(_agree(median, statistics.median(s), MAX_DRIFT) for s in series[-2:])
+    return Timing(median, low, high, len(pooled), bool(agreeing) and narrow and recent)
+
+
+def _extremes(window: Sequence[Sequence[float]]) -> tuple[float, float]:
+    return statistics.median(window[0]), statistics.median(window[-1])
+
+
+def _agree(a: float, b: float, drift: float) -> bool:
+    return abs(a - b) <= max(drift * min(a, b), _NOISE_S)
+
+
 def hop_cost(function: ProfiledFunction) -> HopCost:
-    """The cost of a call itself and of each byte, from interleaved frames without and with a payload.
+    """The fixed cost of a call and the cost of each byte, from interleaved echoes with and without payloads.
 
     Raises:
         As `ProfiledFunction.echo`.
     """
+    # Two calls to open the connection and warm the route.
     for _ in range(2):
         function.echo(0, 0)
     small, large = _ECHO_BYTES
-    count = large if function.echo(small, small).total_s < _SOON_S else small
-    calls: dict[tuple[int, int], list[Call]] = {(0, 0): [], (count, 0): [], (0, count): []}
+    count = large if function.echo(small, small).total_s < _FAST_ECHO_S else small
+    echoes: dict[tuple[int, int], list[Echo]] = {(0, 0): [], (count, 0): [], (0, count): []}
     for _ in range(_ECHOES):
-        for (up, down), repeats in calls.items():
-            repeats.append(function.echo(up, down))
-    totals = {size: statistics.median(c.total_s for c in repeats) for size, repeats in calls.items()}
-    served = {size: statistics.median(c.served_s for c in repeats) for size, repeats in calls.items()}
+        for (up, down), calls in echoes.items():
+            calls.append(function.echo(up, down))
+    totals = {size: statistics.median(c.total_s for c in calls) for size, calls in echoes.items()}
+    served = {size: statistics.median(c.served_s for c in calls) for size, calls in echoes.items()}
 
     def per_byte(seconds: Mapping[tuple[int, int], float], size: tuple[int, int]) -> float:
         return max(0.0, seconds[size] - seconds[0, 0]) / count
@@ -199,8 +228,3 @@ def hop_cost(function: ProfiledFunction) -> HopCost:
         served_fixed_s=served[0, 0],
         served_byte_s=(per_byte(served, (count, 0)) + per_byte(served, (0, count))) / 2,
     )
-
-
-def merged(older: Profile, newer: Profile) -> Profile:
-    """`newer`, completed by the segments and codecs of `older`, a profile of the same content and device."""
-    return replace(newer, segments={**older.segments, **newer.segments}, codecs={**older.codecs, **newer.codecs})

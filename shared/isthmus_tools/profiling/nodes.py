@@ -1,8 +1,8 @@
-"""Attribution of a runtime's kernel times to the model's nodes, across fusion, renaming and layout changes.
+"""Times of the model's nodes, from the times of a runtime's kernels after fusion, renaming and layout changes.
 
-A value that keeps its name in the optimised graph ties a kernel to the node that computes the value: the kernel does
-the node's work, and the work of the nodes before it whose values are gone. A kernel without such a value, such as a
-layout change, belongs to its reader.
+A value that the optimised graph still has under its original name ties a kernel to the node that produces the value:
+the kernel computes that node and the nodes before it whose values fusion removed. A kernel without such a value, such
+as a layout conversion, counts to its reader.
 """
 
 from __future__ import annotations
@@ -14,61 +14,61 @@ from collections.abc import Collection, Mapping, Sequence
 from isthmus_tools.graph.load import OptimisedNode
 from isthmus_tools.graph.model import Model
 
-# onnxruntime names a node in blocked channel layout after the value that the node computes.
+# onnxruntime names a node in the NCHWc layout (channels in blocks) after the value that the node produces.
 _BLOCKED_LAYOUT = re.compile(r"(.+)_nchwc(_token_\d+)?")
 
 
 def node_seconds(
     model: Model, optimised: Sequence[OptimisedNode], kernels: Mapping[str, float], total_s: float
 ) -> tuple[float, ...]:
-    """Seconds of each of `model.nodes` from `kernels`, by the names of `optimised`, scaled to `total_s` in all.
+    """Seconds of each of `model.nodes`: the times of `kernels`, by names of `optimised`, scaled to the sum `total_s`.
 
-    Static nodes take none: they are computed once, when a segment is loaded. A kernel's time is divided among its
-    nodes by their work (see `work`); without kernels `total_s` is divided among all nodes.
+    Static nodes take none: segments compute these once, when loaded. A kernel's time is distributed over its nodes in
+    proportion to their `work`; without kernels, `total_s` is.
     """
     shares = [work(model, i) for i in range(len(model.nodes))]
     seconds = [0.0] * len(model.nodes)
     regions = _regions(model, optimised)
-    everything = [i for i, dynamic in enumerate(model.dynamic) if dynamic]
+    all_dynamic = [i for i, dynamic in enumerate(model.dynamic) if dynamic]
     for node in optimised:
-        region = regions.get(node.name) or everything
+        region = regions.get(node.name) or all_dynamic
         whole = sum(shares[i] for i in region)
         for i in region:
             seconds[i] += kernels.get(node.name, 0.0) * shares[i] / whole
-    if not (attributed := sum(seconds)):
+    if not (total := sum(seconds)):
         seconds = [share if model.dynamic[i] else 0.0 for i, share in enumerate(shares)]
-        attributed = sum(seconds)
-    return tuple(s * total_s / attributed for s in seconds)
+        total = sum(seconds)
+    return tuple(s * total_s / total for s in seconds)
 
 
 def work(model: Model, node: int) -> float:
-    """The work of a node, relative to the nodes fused with it: its multiply-accumulates and its output elements."""
-    shapes = (model.shapes.get(str(value.name), ()) for value in model.nodes[node].outputs)
-    # An operator on shapes alone has no elements, and still takes some time.
-    return float(model.macs[node] + sum(map(math.prod, shapes)) + 1)
+    """A node's relative work among nodes fused with it: its MACs plus the elements that it writes, at least 1."""
+    # An element written costs about a MAC; 1 keeps shape computations above zero.
+    written = sum(math.prod(model.shapes.get(str(value.name), ())) for value in model.nodes[node].outputs)
+    return float(model.macs[node] + written + 1)
 
 
-def matched(model: Model, optimised: Sequence[OptimisedNode], kernels: Mapping[str, float]) -> float:
-    """The share of the kernels' time that a value's name ties to a node."""
+def attributed_share(model: Model, optimised: Sequence[OptimisedNode], kernels: Mapping[str, float]) -> float:
+    """The share of the kernels' time that a value's name ties to the model's nodes."""
     producers = _producers(model)
-    tied = sum(kernels.get(node.name, 0.0) for node in optimised if _values_of(node, producers))
+    tied = sum(kernels.get(node.name, 0.0) for node in optimised if _original_values(node, producers))
     total = sum(kernels.get(node.name, 0.0) for node in optimised)
     return tied / total if total else 0.0
 
 
 def _regions(model: Model, optimised: Sequence[OptimisedNode]) -> dict[str, list[int]]:
-    """The model's nodes in each optimised node, by its name; none where no value ties."""
+    """The model's nodes that each optimised node computes, by name; without an entry where no value ties the two."""
     producers = _producers(model)
-    values_of = {node.name: _values_of(node, producers) for node in optimised}
-    tied_values = {value for values in values_of.values() for value in values}
-    own = {name: _upstream(model, producers, values, tied_values) for name, values in values_of.items() if values}
+    values = {node.name: _original_values(node, producers) for node in optimised}
+    surviving = {value for names in values.values() for value in names}
+    # Values in `surviving` have their own kernel, which bounds the region of another.
+    regions = {name: _upstream(model, producers, names, surviving) for name, names in values.items() if names}
     readers: dict[str, list[str]] = {}
     writer = {value: node for node in optimised for value in node.outputs}
     for node in optimised:
         for value in node.inputs:
             readers.setdefault(value, []).append(node.name)
-    regions = {name: region for name, region in own.items() if region}
-    # Backwards first, so that readers have their regions; then forwards for outputs without a reader.
+    # Backwards first, so that readers have their regions; then forwards, for ends without a reader.
     for node in reversed(optimised):
         if node.name not in regions:
             after = (r for value in node.outputs for r in readers.get(value, ()) if r in regions)
@@ -83,7 +83,7 @@ def _regions(model: Model, optimised: Sequence[OptimisedNode]) -> dict[str, list
 
 
 def _producers(model: Model) -> dict[str, int]:
-    """The index of the dynamic node that computes each value."""
+    """The position of the dynamic node that produces each value."""
     return {
         str(value.name): i
         for i, node in enumerate(model.nodes)
@@ -93,24 +93,24 @@ def _producers(model: Model) -> dict[str, int]:
     }
 
 
-def _values_of(node: OptimisedNode, producers: Collection[str]) -> tuple[str, ...]:
-    """The model's values that an optimised node computes."""
+def _original_values(node: OptimisedNode, producers: Collection[str]) -> tuple[str, ...]:
+    """The model's values that an optimised node produces."""
     if values := tuple(v for v in node.outputs if v in producers):
         return values
-    match = _BLOCKED_LAYOUT.fullmatch(node.name)
-    return (match[1],) if match and match[1] in producers else ()
+    blocked = _BLOCKED_LAYOUT.fullmatch(node.name)
+    return (blocked[1],) if blocked and blocked[1] in producers else ()
 
 
 def _upstream(
-    model: Model, producers: Mapping[str, int], values: Sequence[str], tied_values: Collection[str]
+    model: Model, producers: Mapping[str, int], values: Sequence[str], surviving: Collection[str]
 ) -> list[int]:
-    """The nodes that `values` depend on, up to the values of other kernels."""
+    """The nodes that compute `values` from values that other kernels produce."""
     stack = [producers[v] for v in values]
     region = set(stack)
     while stack:
         for value in model.uses[stack.pop()]:
             i = producers.get(str(value.name))
-            if i is not None and value.name not in tied_values and i not in region:
+            if i is not None and value.name not in surviving and i not in region:
                 region.add(i)
                 stack.append(i)
     return sorted(region)

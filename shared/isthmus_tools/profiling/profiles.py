@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.profile import MAX_PROFILE_BYTES, Profile, content_of, from_json, to_json
@@ -27,6 +28,7 @@ def find(registry: Registry, bundle: Bundle, tier: str, device_id: str) -> Profi
     except Missing:
         return None
     profile = from_json(data)
+    # A copy of another profile's document under this key would misplan without a trace.
     if (profile.content, profile.tier, profile.device.id) != (content, tier, device_id):
         raise ProfileMalformed(
             f"the profile stored for {bundle.name} at {tier} is of something else",
@@ -51,6 +53,7 @@ def newest(registry: Registry, bundle: Bundle, tiers: Sequence[str]) -> dict[str
     Raises:
         Missing: a tier has no profile.
     """
+    # `every` yields the newest first, so the first profile of a tier stays.
     by_tier: dict[str, Profile] = {}
     for profile in every(registry, bundle):
         by_tier.setdefault(profile.tier, profile)
@@ -63,3 +66,8 @@ def newest(registry: Registry, bundle: Bundle, tiers: Sequence[str]) -> dict[str
             hint=f"measure it: isthmus profile {bundle.name} --head URL --tail URL; or plan with --local",
         )
     return {tier: by_tier[tier] for tier in tiers}
+
+
+def merge(older: Profile, newer: Profile) -> Profile:
+    """`newer`, completed by the segments and codecs of `older`, a profile of the same content and device."""
+    return replace(newer, segments={**older.segments, **newer.segments}, codecs={**older.codecs, **newer.codecs})

@@ -1,15 +1,14 @@
-"""Client of a function's profiling route."""
+"""The client of a function's profiling route. Source: docs/reference/profile.md, "The route"."""
 
 from __future__ import annotations
 
-import base64
-import json
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
+import msgspec
 import numpy as np
 import stamina
 
@@ -23,19 +22,58 @@ from isthmus.settings import is_secret
 from isthmus.wire import frame as frames
 from isthmus.wire.frame import Frame
 
+# Optimised graphs hold no weights: a language model's has a few MiB, and thousands of kernels.
 MAX_GRAPH_BYTES = 256 * 2**20
 MAX_KERNELS = 1_000_000
+# With pauses of 1 to 10 s, some 30 s: a large segment loads in the background for that long.
 _ATTEMPTS = 6
+_MAX_REASON = 200
+
 T = TypeVar("T")
+Document = TypeVar("Document", bound=msgspec.Struct)
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _Memory(msgspec.Struct):
+    activation_bytes: Count = 0
+    arena_bytes: Count = 0
+
+
+class _Kernels(msgspec.Struct):
+    kernels: Annotated[list[tuple[str, str, Seconds]], msgspec.Meta(max_length=MAX_KERNELS)] = []
+    graph: bytes = b""
+
+
+class _DeviceDocument(msgspec.Struct):
+    device: dict[str, Any]
+
+
+class _CodecSpeed(msgspec.Struct):
+    pack_s: Seconds
+    unpack_s: Seconds
+
+
+class _CodecsDocument(msgspec.Struct):
+    codecs: dict[str, _CodecSpeed]
+
+
+class _MeasurementDocument(msgspec.Struct):
+    device: dict[str, Any]
+    runs_s: Annotated[tuple[Seconds, ...], msgspec.Meta(min_length=1)]
+    decode_s: Seconds
+    encode_s: Seconds
+    input_bytes: Count
+    output_bytes: Count
+    memory: _Memory | None
+    nodes: _Kernels | None
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A function's measurement of one segment. Units: seconds, bytes.
+class SegmentMeasurement:
+    """A function's measurement of a segment. Units: seconds, bytes.
 
-    `kernels` and `graph` are empty, and `arena_bytes` 0, where the deadline left no time for them.
-
-    Source: docs/reference/profile.md, "The route".
+    `kernels` and `graph` are empty, and the memory sizes 0, where the function's deadline left no time for them.
     """
 
     device: Device
@@ -44,7 +82,6 @@ class Measured:
     encode_s: float
     input_bytes: int
     output_bytes: int
-    weights_bytes: int
     activation_bytes: int
     arena_bytes: int
     kernels: Mapping[str, float]
@@ -52,15 +89,15 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Call:
-    """A call without a segment run: seconds of the whole call, and inside the function."""
+class Echo:
+    """A call that runs no segment: seconds at the caller, and seconds inside the function."""
 
     total_s: float
     served_s: float
 
 
 class ProfiledFunction:
-    """A function at `url` with a profiling route that accepts `token`."""
+    """A function at `url` that measures for holders of `token`."""
 
     def __init__(self, url: str, token: str, *, timeout_s: float = 60.0) -> None:
         if token and not is_secret(token):
@@ -77,71 +114,71 @@ class ProfiledFunction:
             HopUnavailable, HopTimeout: the function cannot be reached.
             ProfileMalformed: the response is no measurement.
         """
-        return self._document([], {}, lambda doc: from_document(doc["device"]))
+        return self._read(_DeviceDocument, [], {}, lambda doc: from_document(doc.device))
 
     def codecs(self) -> dict[str, CodecSpeed]:
-        """The speed of each codec.
+        """The device's encode and decode times for each codec.
 
         Raises:
             As `device`.
         """
-
-        def read(doc: Mapping[str, Any]) -> dict[str, CodecSpeed]:
-            return {
-                str(name): CodecSpeed(_seconds(speed["pack_s"]), _seconds(speed["unpack_s"]))
-                for name, speed in doc["codecs"].items()
-            }
-
-        return self._document([], {"codecs": "1"}, read)
+        document = self._read(_CodecsDocument, [], {"codecs": "1"}, lambda doc: doc)
+        return {name: CodecSpeed(speed.pack_s, speed.unpack_s) for name, speed in document.codecs.items()}
 
     def measure(
         self, frame: Frame, *, runs: int, warmup: int = 2, nodes: bool = False, memory: bool = True
-    ) -> Measured:
-        """Run the frame's segment and measure it.
+    ) -> SegmentMeasurement:
+        """Run the segment that `frame` names on the frame's tensors, `runs` times after `warmup` unmeasured runs.
 
         Raises:
-            As `device`, and the segment's errors on its inputs.
+            As `device`; errors of the segment.
         """
         fields = {"runs": str(runs), "warmup": str(warmup), "nodes": str(int(nodes)), "memory": str(int(memory))}
-        return self._document(frames.encode_parts(frame), fields, _measured)
+        return self._read(_MeasurementDocument, frames.encode_parts(frame), fields, _measurement)
 
-    def echo(self, sent_bytes: int, response_bytes: int) -> Call:
-        """Send a frame with a payload of that size and receive another, encoded and decoded as by a hop.
+    def echo(self, sent_bytes: int, received_bytes: int) -> Echo:
+        """Exchange frames with payloads of these sizes, encoded and decoded as by a hop.
 
         Raises:
             As `device`.
         """
         start = time.perf_counter()
         body = frames.encode_parts(Frame({"echo": np.zeros(sent_bytes, np.uint8)}))
-        response = self._post("/profile/echo", body, {"bytes": str(response_bytes)})
-        frames.decode(response.body, max_bytes=2 * response_bytes + 2**20)
+        response = self._post("/profile/echo", body, {"bytes": str(received_bytes)})
+        # The header and its padding stay below a MiB.
+        frames.decode(response.body, max_bytes=2 * received_bytes + 2**20)
         total_s = time.perf_counter() - start
-        return Call(total_s, stage_seconds(response.headers.get("server-timing", ""), "total"))
+        return Echo(total_s, stage_seconds(response.headers.get("server-timing", ""), "total"))
 
-    def _document(
-        self, body: Sequence[bytes | memoryview], fields: Mapping[str, str], read: Callable[[Mapping[str, Any]], T]
+    # Errors of conversion count as malformed too: `convert` checks facts that no schema can.
+    def _read(
+        self,
+        kind: type[Document],
+        body: Sequence[bytes | memoryview],
+        fields: Mapping[str, str],
+        convert: Callable[[Document], T],
     ) -> T:
         response = self._post("/profile", body, fields)
         try:
-            return read(json.loads(response.body))
-        except (ValueError, KeyError, TypeError, AttributeError, zlib.error, RecursionError) as e:
+            return convert(msgspec.json.decode(response.body, type=kind))
+        except (msgspec.DecodeError, ValueError, KeyError, TypeError, zlib.error, RecursionError) as e:
             raise ProfileMalformed(
-                f"{self.url}/profile answered with no measurement: {type(e).__name__}: {str(e)[:200]}",
+                f"{self.url}/profile answered with no measurement: {str(e)[:_MAX_REASON]}",
                 path=self.url,
                 hint="give the URL of a segment function, such as edge-head or cloud-tail, not the router's",
             ) from e
 
     def _post(self, path: str, body: Sequence[bytes | memoryview], fields: Mapping[str, str]) -> Response:
-        # A segment that takes longer to load than the function's deadline is there at a later try.
+        # A segment that loads for longer than the function's deadline is ready at a later attempt.
         pauses = backoff(1.0, 10.0)
         for attempt in stamina.retry_context(
             on=lambda e: isinstance(e, NotReady | Overloaded) and next(pauses), attempts=_ATTEMPTS, timeout=None
         ):
             with attempt:
-                return self._once(path, body, fields)
+                return self._post_once(path, body, fields)
         raise AssertionError("unreachable: the last attempt raises")
 
-    def _once(self, path: str, body: Sequence[bytes | memoryview], fields: Mapping[str, str]) -> Response:
+    def _post_once(self, path: str, body: Sequence[bytes | memoryview], fields: Mapping[str, str]) -> Response:
         try:
             return self._client.post(path, body, self._headers, dict(fields))
         except HopUnavailable as e:
@@ -158,41 +195,27 @@ class ProfiledFunction:
             raise
 
 
-def _measured(doc: Mapping[str, Any]) -> Measured:
-    memory, nodes = doc["memory"] or {}, doc["nodes"] or {}
-    kernels = nodes.get("kernels", [])
-    if len(kernels) > MAX_KERNELS:
-        raise ValueError(f"{len(kernels)} kernels; at most {MAX_KERNELS} are read")
-    runs = tuple(_seconds(s) for s in doc["runs_s"])
-    if not runs:
-        raise ValueError("no run was made")
-    return Measured(
-        device=from_document(doc["device"]),
-        runs_s=runs,
-        decode_s=_seconds(doc["decode_s"]),
-        encode_s=_seconds(doc["encode_s"]),
-        input_bytes=int(doc["input_bytes"]),
-        output_bytes=int(doc["output_bytes"]),
-        weights_bytes=int(memory.get("weights_bytes", 0)),
-        activation_bytes=int(memory.get("activation_bytes", 0)),
-        arena_bytes=int(memory.get("arena_bytes", 0)),
-        kernels={str(name): _seconds(s) for name, _, s in kernels},
-        graph=_decompressed(nodes.get("graph", "")),
+def _measurement(doc: _MeasurementDocument) -> SegmentMeasurement:
+    memory, nodes = doc.memory or _Memory(), doc.nodes or _Kernels()
+    return SegmentMeasurement(
+        device=from_document(doc.device),
+        runs_s=doc.runs_s,
+        decode_s=doc.decode_s,
+        encode_s=doc.encode_s,
+        input_bytes=doc.input_bytes,
+        output_bytes=doc.output_bytes,
+        activation_bytes=memory.activation_bytes,
+        arena_bytes=memory.arena_bytes,
+        kernels={name: seconds for name, _, seconds in nodes.kernels},
+        graph=_decompressed(nodes.graph),
     )
 
 
-def _decompressed(text: str) -> bytes:
-    if not text:
+def _decompressed(data: bytes) -> bytes:
+    if not data:
         return b""
     reader = zlib.decompressobj()
-    graph = reader.decompress(base64.b64decode(text, validate=True), MAX_GRAPH_BYTES)
+    graph = reader.decompress(data, MAX_GRAPH_BYTES)
     if not reader.eof:
         raise ValueError(f"the optimised graph has more than {MAX_GRAPH_BYTES} bytes, or its end is missing")
     return graph
-
-
-def _seconds(value: Any) -> float:
-    seconds = float(value)
-    if not 0 <= seconds < float("inf"):
-        raise ValueError(f"{value!r} is no number of seconds")
-    return seconds

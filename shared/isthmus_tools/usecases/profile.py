@@ -17,9 +17,9 @@ from isthmus_tools.budget import UNLIMITED, Budget
 from isthmus_tools.graph import open_model
 from isthmus_tools.profiling import profiles
 from isthmus_tools.profiling.cuts import cuts_to_profile, profiled_cuts, with_cuts
-from isthmus_tools.profiling.measure import Subject, measure, merged
+from isthmus_tools.profiling.measure import measure
 from isthmus_tools.profiling.remote import ProfiledFunction
-from isthmus_tools.profiling.segment_inputs import SegmentInputs
+from isthmus_tools.profiling.subject import SegmentInputs, Subject
 from isthmus_tools.progress import Progress, silent
 from isthmus_tools.usecases.functions import FunctionUrls
 from isthmus_tools.usecases.sources import example_requests
@@ -119,7 +119,7 @@ def profile(request: ProfileRequest, progress: Progress = silent) -> ProfileResu
             budget=request.budget.share((i + 1) / len(due)),
         )
         old = current[tier]
-        measured[tier] = merged(old, new) if old is not None and old.shapes == shapes else new
+        measured[tier] = profiles.merge(old, new) if old is not None and old.shapes == shapes else new
         profiles.put(store, measured[tier])
     weights = {name: (version.bundle.cuts[cut] if isinstance(cut, str) else cut).bytes for name, cut in cuts.items()}
     in_order = {tier: measured[tier] for tier in functions}

@@ -1,25 +1,45 @@
-"""Input tensors of any segment: a tail's are computed in this process, from the model's inputs."""
+"""The subject of a profile: a bundle, its uncut graph, and the input tensors of each of its segments."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
 
 from isthmus.arrays import Array
-from isthmus.artifacts.bundle import Segment
+from isthmus.artifacts.bundle import Bundle, Segment
 from isthmus.artifacts.segment_id import SegmentId
 from isthmus.context import Context
 from isthmus.pipeline import LocalHop, execute, local_route
 from isthmus.registry import Resolved, SegmentCache
 from isthmus.runtime.store import SegmentStore
 from isthmus.settings import SegmentSettings
+from isthmus_tools.graph.model import Model
 
+# For a head on this machine, which may be slower than the measured device.
 _MAX_RUN_S = 600.0
 # Boundary tensors of all cuts of a large model would fill the memory; beyond this bound they are computed again.
 _MAX_CACHED_BYTES = 2**28
 
+Arrays: TypeAlias = Callable[[Segment], Mapping[str, Array]]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The measured model: a bundle's version, its uncut graph, and a function from segment to input tensors.
+
+    `inputs` is the kind of the model's inputs: random, photo or tensors.
+    """
+
+    bundle: Bundle
+    digest: str
+    model: Model
+    arrays: Arrays
+    inputs: str
+
 
 class SegmentInputs:
-    """The input tensors of any head, tail or whole model of a bundle, by segment."""
+    """The input tensors of any segment of a bundle; boundary tensors are computed in this process."""
 
     def __init__(
         self, model: Resolved, cache: SegmentCache, settings: SegmentSettings, inputs: Mapping[str, Array]
@@ -39,6 +59,7 @@ class SegmentInputs:
         head = self._model.bundle.segment(SegmentId(stop=cut))
         route = local_route(self._model.digest, self._model.bundle, [head], self._hop)
         tensors = execute(route, self._inputs, Context.from_headers({}, longest_s=_MAX_RUN_S)).tensors
+        # Profiling visits all cuts in each round, so evicting entries would evict each before its use.
         if _bytes(*self._cache.values(), tensors) <= _MAX_CACHED_BYTES:
             self._cache[cut] = tensors
         return tensors

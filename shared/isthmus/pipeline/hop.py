@@ -12,19 +12,30 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol
+from urllib.parse import urlsplit
 
 import stamina
 
 from isthmus.arrays import Array
 from isthmus.codecs import Tables
 from isthmus.context import Context, Deadline
-from isthmus.errors import HopBusy, HopRejected, HopTimeout, HopUnavailable, IsthmusError, ShapeMismatch, ValueRefused
+from isthmus.errors import (
+    HopBusy,
+    HopRejected,
+    HopTimeout,
+    HopUnavailable,
+    IsthmusError,
+    SettingsError,
+    ShapeMismatch,
+    ValueRefused,
+)
 from isthmus.http.pool import (
     BrokenOff,
     ConnectionPool,
     Response,
     ResponseTooLong,
     Unreachable,
+    is_url,
     retry_after_seconds,
     stage_seconds,
 )
@@ -239,6 +250,25 @@ def _own_facts(error: Mapping[str, Any]) -> dict[str, Any]:
     """What a hop's error says of tensors, which is about what the caller sent."""
     own = error.get("facts")
     return {key: own[key] for key in ("tensor", "value", "expected", "got") if key in own} if type(own) is dict else {}
+
+
+def check_hops(hops: tuple[str, ...]) -> None:
+    """Refuse the setting `hops` where an entry is neither `local` nor a URL.
+
+    Raises:
+        SettingsError: the setting is empty, or an entry is something else or has a user or password.
+    """
+    for hop in hops:
+        # A password would be in every error and metric that names the hop.
+        if hop != "local" and not (is_url(hop) and "@" not in urlsplit(hop).netloc):
+            raise SettingsError(
+                f"the setting hops holds {hop!r}; a hop is `local` or a URL such as http://HOST:PORT/function/NAME,"
+                " without a user or password",
+                variable="hops",
+                value=hop,
+            )
+    if not hops:
+        raise SettingsError("the setting hops is empty; name at least one hop", variable="hops", value="")
 
 
 def hops_to(

@@ -33,51 +33,68 @@ class InferenceRequest:
     tensors: oip.InferRequest | None = None
 
 
-def read_inference(request: FunctionRequest, model: ServedModel, turns: Turns) -> InferenceRequest:
-    """Read a request of any kind.
+class InferenceReader:
+    """Reads inference requests, JSON of one at a time."""
 
-    Raises:
-        MediaUnsupported, ImageMalformed: the body is of no known kind.
-        RequestMalformed, RequestTooLarge, ShapeMismatch: as its kind's reader; Overloaded: as `Reservation.hold`.
-    """
-    if oip.HEADER_LENGTH in request.headers:
-        return read_tensors(request, model, turns)
-    body = _contiguous(request)
-    if looks_like_image(body):
-        return InferenceRequest(model, body, parse_top_k(request.query.get("top_k")))
-    if looks_like_form(body):
-        return _read_form(request, model, body)
-    if body[:64].removeprefix(codecs.BOM_UTF8).lstrip()[:1] != b"{":
-        raise not_an_image(body)
-    return _read_json(request, model, body, turns)
+    def __init__(self) -> None:
+        self._turns = Turns(1)  # parsing JSON holds Python's lock all the while
 
+    def read(self, request: FunctionRequest, model: ServedModel) -> InferenceRequest:
+        """Read a request of any kind.
 
-def read_tensors(request: FunctionRequest, model: ServedModel, turns: Turns) -> InferenceRequest:
-    """Read an Open Inference Protocol request, JSON with or without binary tensors.
+        Raises:
+            MediaUnsupported, ImageMalformed: the body is of no known kind.
+            RequestMalformed, RequestTooLarge, ShapeMismatch: as its kind's reader; Overloaded: as `Reservation.hold`.
+        """
+        if oip.HEADER_LENGTH in request.headers:
+            return self.read_tensors(request, model)
+        body = _contiguous(request)
+        if looks_like_image(body):
+            return InferenceRequest(model, body, parse_top_k(request.query.get("top_k")))
+        if looks_like_form(body):
+            return _read_form(request, model, body)
+        if body[:64].removeprefix(codecs.BOM_UTF8).lstrip()[:1] != b"{":
+            raise not_an_image(body)
+        return self._read_json(request, model, body)
 
-    Raises:
-        MediaUnsupported: the body is a photo or a form.
-        RequestMalformed, RequestTooLarge, ShapeMismatch: as `oip.parse_request`; Overloaded: as `Reservation.hold`.
-    """
-    first = bytes(request.body[:256])
-    if looks_like_image(first) or looks_like_form(first):
-        raise MediaUnsupported(
-            "the body is a photo or a form, and here tensors are taken",
-            accepted=["Open Inference Protocol"],
-            hint=f"POST a photo to /?model={model.name}",
-        )
-    start = time.perf_counter()
-    with turns.one(request.context.deadline), request.memory.scope():
-        tensors = oip.parse_request(
-            request.body,
-            request.headers.get(oip.HEADER_LENGTH),
-            inputs=model.bundle.inputs,
-            outputs=model.bundle.outputs,
-            reserve=request.memory.hold,
-        )
-    request.memory.hold(tensors.own_bytes)
-    request.timings.add("decode", time.perf_counter() - start)
-    return InferenceRequest(model, tensors=tensors)
+    def read_tensors(self, request: FunctionRequest, model: ServedModel) -> InferenceRequest:
+        """Read an Open Inference Protocol request, JSON with or without binary tensors.
+
+        Raises:
+            MediaUnsupported: the body is a photo or a form.
+            RequestMalformed, RequestTooLarge, ShapeMismatch: as `oip.parse_request`; Overloaded: as `Reservation.hold`.
+        """
+        first = bytes(request.body[:256])
+        if looks_like_image(first) or looks_like_form(first):
+            raise MediaUnsupported(
+                "the body is a photo or a form, and here tensors are taken",
+                accepted=["Open Inference Protocol"],
+                hint=f"POST a photo to /?model={model.name}",
+            )
+        start = time.perf_counter()
+        with self._turns.one(request.context.deadline), request.memory.scope():
+            tensors = oip.parse_request(
+                request.body,
+                request.headers.get(oip.HEADER_LENGTH),
+                inputs=model.bundle.inputs,
+                outputs=model.bundle.outputs,
+                reserve=request.memory.hold,
+            )
+        request.memory.hold(tensors.own_bytes)
+        request.timings.add("decode", time.perf_counter() - start)
+        return InferenceRequest(model, tensors=tensors)
+
+    def _read_json(self, request: FunctionRequest, model: ServedModel, body: bytes) -> InferenceRequest:
+        start = time.perf_counter()
+        # Parsing takes many times the text's size, for its duration; only the result's size stays until the response.
+        with self._turns.one(request.context.deadline), request.memory.scope():
+            doc = oip.read_document(body, reserve=request.memory.hold)
+            inference = _from_document(doc, model)
+            del doc
+        tensors = inference.tensors
+        request.memory.hold(len(inference.photo) if tensors is None else tensors.own_bytes)
+        request.timings.add("decode", time.perf_counter() - start)
+        return inference
 
 
 def parse_top_k(value: Any) -> int | None:
@@ -115,19 +132,6 @@ def _read_form(request: FunctionRequest, model: ServedModel, body: bytes) -> Inf
     if not looks_like_image(form.photo):
         raise not_an_image(form.photo)
     return InferenceRequest(model, form.photo, parse_top_k(form.fields.get("top_k", request.query.get("top_k"))))
-
-
-def _read_json(request: FunctionRequest, model: ServedModel, body: bytes, turns: Turns) -> InferenceRequest:
-    start = time.perf_counter()
-    # Parsing takes many times the text's size, for its duration; only the result's size stays until the response.
-    with turns.one(request.context.deadline), request.memory.scope():
-        doc = oip.read_document(body, reserve=request.memory.hold)
-        inference = _from_document(doc, model)
-        del doc
-    tensors = inference.tensors
-    request.memory.hold(len(inference.photo) if tensors is None else tensors.own_bytes)
-    request.timings.add("decode", time.perf_counter() - start)
-    return inference
 
 
 def _from_document(doc: Mapping[str, Any], model: ServedModel) -> InferenceRequest:

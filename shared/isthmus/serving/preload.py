@@ -18,6 +18,11 @@ MAX_LOAD_S = 600.0
 _ENDS = ("head", "tail")
 
 
+def load_deadline() -> Deadline:
+    """The deadline of loading one segment at start, from now."""
+    return Deadline.after(MAX_LOAD_S)
+
+
 def parse_entry(entry: str) -> tuple[str, str]:
     """A preload entry's model reference and segment: `m:3@head` is (`m:3`, `head`); without one, the whole model.
 
@@ -57,5 +62,5 @@ def preload(entries: tuple[str, ...], registry: Registry, store: SegmentStore) -
         RegistryError, SegmentError: the first that cannot be loaded.
     """
     for reference, segment in map(parse_entry, entries):
-        found = registry.resolve(reference)
-        store.runner(found.digest, segment_id(found.bundle, segment), Deadline.after(MAX_LOAD_S))
+        resolved = registry.resolve(reference)
+        store.runner(resolved.digest, segment_id(resolved.bundle, segment), load_deadline())

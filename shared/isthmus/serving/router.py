@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from urllib.parse import urlsplit
-
 from flask import Flask, Response, jsonify
 
 import isthmus
-from isthmus.admission import Turns
 from isthmus.artifacts import fidelity_document
-from isthmus.context import Deadline
 from isthmus.errors import SettingsError
-from isthmus.http.pool import is_url
 from isthmus.oip import messages as oip
-from isthmus.pipeline.hop import hops_to
+from isthmus.pipeline.hop import check_hops, hops_to
 from isthmus.processing.image_budget import ImageMemory
 from isthmus.registry import open_cache, open_registry
-from isthmus.routing.catalog import ModelCatalog
-from isthmus.routing.codec_override import parse_override
-from isthmus.routing.guard import Guard
-from isthmus.routing.selection import RouteSelector
+from isthmus.routing import Guard, ModelCatalog, RouteSelector, parse_override
 from isthmus.runtime.tables import Tables
 from isthmus.serving.app import FunctionApp
-from isthmus.serving.inference import read_inference, read_tensors
+from isthmus.serving.inference import InferenceReader
 from isthmus.serving.prediction import Predictor
-from isthmus.serving.preload import MAX_LOAD_S, parse_entry, preload
+from isthmus.serving.preload import load_deadline, parse_entry, preload
 from isthmus.serving.request import FunctionRequest
 from isthmus.settings import RouterSettings
 
@@ -46,7 +38,7 @@ class _RouterApp(FunctionApp):
             raise SettingsError(
                 "the setting registry is missing: the router reads its model's manifest there", variable="registry"
             )
-        _check_hops(settings)
+        check_hops(settings.hops)
         codec = parse_override(settings)
         for entry in settings.preload:
             parse_entry(entry)
@@ -67,7 +59,7 @@ class _RouterApp(FunctionApp):
         super().__init__("router", settings, self._prepare)
         images = ImageMemory(settings.image_memory_bytes)
         tables = Tables(self._registry.bundle, self._registry.blob, settings.max_image_pixels, memory=images)
-        self._turns = Turns(1)  # parsing JSON holds Python's lock all the while
+        self._reader = InferenceReader()
         guard = Guard(
             settings.guard_share,
             lambda bundle: fidelity_document.read(bundle, self._registry.blob),
@@ -96,12 +88,12 @@ class _RouterApp(FunctionApp):
         """A prediction of the model `?model=` for a request of any kind."""
         reference = request.query.get("model", self._router_settings.model)
         model = self._catalog.get(reference, request.context.deadline)
-        return self._predictor.respond(request, read_inference(request, model, self._turns))
+        return self._predictor.respond(request, self._reader.read(request, model))
 
     def infer(self, request: FunctionRequest, name: str, version: str = "") -> Response:
         """Open Inference Protocol: tensors in, tensors out."""
         model = self._catalog.get(_reference(name, version), request.context.deadline)
-        return self._predictor.respond(request, read_tensors(request, model, self._turns))
+        return self._predictor.respond(request, self._reader.read_tensors(request, model))
 
     def metadata(self, name: str, version: str = "") -> Response:
         """Open Inference Protocol: the model's inputs and outputs."""
@@ -123,23 +115,9 @@ class _RouterApp(FunctionApp):
 
     def _prepare(self) -> None:
         self._catalog.forget(self._router_settings.model)
-        self._catalog.get(self._router_settings.model, Deadline.after(MAX_LOAD_S))
+        self._catalog.get(self._router_settings.model, load_deadline())
         if self._store is not None:
             preload(self._router_settings.preload, self._registry, self._store)
-
-
-def _check_hops(settings: RouterSettings) -> None:
-    for hop in settings.hops:
-        # A password would be in every error and metric that names the hop.
-        if hop != "local" and not (is_url(hop) and "@" not in urlsplit(hop).netloc):
-            raise SettingsError(
-                f"the setting hops holds {hop!r}; a hop is `local` or a URL such as http://HOST:PORT/function/NAME,"
-                " without a user or password",
-                variable="hops",
-                value=hop,
-            )
-    if not settings.hops:
-        raise SettingsError("the setting hops is empty; name at least one hop", variable="hops", value="")
 
 
 def _reference(name: str, version: str) -> str:

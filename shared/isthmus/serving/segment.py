@@ -12,14 +12,13 @@ from flask import Flask, Response
 from isthmus.admission import Turns
 from isthmus.artifacts.bundle import is_digest
 from isthmus.artifacts.tensors import check_types
-from isthmus.context import Deadline
 from isthmus.errors import RequestMalformed
 from isthmus.processing.image_budget import ImageMemory
 from isthmus.registry import BakedSegment, open_registry, open_source
 from isthmus.runtime.store import SegmentStore
 from isthmus.runtime.tables import Tables
 from isthmus.serving.app import FunctionApp
-from isthmus.serving.preload import MAX_LOAD_S, parse_entry, preload
+from isthmus.serving.preload import load_deadline, parse_entry, preload
 from isthmus.serving.profiling import Profiling
 from isthmus.serving.request import FunctionRequest
 from isthmus.settings import SegmentSettings
@@ -109,6 +108,6 @@ class _SegmentApp(FunctionApp):
 
     def _prepare(self) -> None:
         if isinstance(self._source, BakedSegment):
-            self._store.runner(self._source.digest, self._source.segment_id, Deadline.after(MAX_LOAD_S))
+            self._store.runner(self._source.digest, self._source.segment_id, load_deadline())
         if self._registry is not None:
             preload(self._settings.preload, self._registry, self._store)

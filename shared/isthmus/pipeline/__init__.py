@@ -1,7 +1,7 @@
-"""One request along one route: the execution core, which the router, trials, calibration and profiling share.
+"""The execution core: a request along its route, for the router, trials, calibration and profiling alike.
 
 `execute(route, inputs, context, encoded=None) -> Result` is the only loop over segments. The hops of the route decide
-what happens in between: `LocalHop` passes arrays as they are, `LoopbackHop` encodes and decodes every frame without a
+how tensors travel: `LocalHop` passes arrays unchanged, `LoopbackHop` encodes and decodes every frame without a
 socket, and `HttpHop` calls a function. Anything with `name`, `encodes`, `call` and `close` is a hop.
 
     hop = LoopbackHop(LocalHop(store), tables)            # tables: (digest, tensor, codec id) -> table
@@ -11,7 +11,7 @@ socket, and `HttpHop` calls a function. Anything with `name`, `encodes`, `call` 
     result = execute(trial, boundary, context)
     run = result.runs[0]                                  # sent_bytes, payload_bytes, encode_s, decode_s, run_s, codecs
 
-A route from a cut takes all tensors at hand and uses those that it needs, so that outputs of the head reach
+A route from a cut takes all tensors at hand and uses the inputs of its segments, so that outputs of the head reach
 `result.outputs`. `LocalHop` takes a `SegmentStore` or any object with its `run`.
 """
 

@@ -1,7 +1,7 @@
 """Closer looks: confidence-gated second transmission.
 
 Where the margin of the prediction is below a look's threshold, the router sends the boundary tensors again, whole and
-at a finer quality, and runs the segments behind them again. Source: docs/calibration.md, "Closer looks".
+at a finer quality, and runs the segments behind them again. Source: docs/explanation/calibration.md, "Closer looks".
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from isthmus.context import Deadline
 from isthmus.errors import IsthmusError
 
 OUTCOMES = ("sure", "last", "late", "failed")
-"""The prediction was clear; no look was left; no time was left for one; a look failed and the prediction stands."""
+"""The margin was sufficient; no look remained; no time remained; a look failed and the prediction before it stands."""
 
-# A hop that hangs must leave time for the response: a look has at most ten times what the run before it took, but at
+# A hop that hangs must leave time for the response: a look has at most ten times the seconds of the run before, but at
 # least a second, since short runs vary by more than that.
 _MIN_BOUND_S, _MAX_SLOWDOWN = 1.0, 10.0
 
@@ -35,10 +35,10 @@ class LookPolicy:
 
 @dataclass(frozen=True)
 class LooksTaken:
-    """The outcome, one of OUTCOMES, and the number of looks taken."""
+    """The outcome, one of OUTCOMES, and the count of looks taken."""
 
     outcome: str
-    taken: int = 0
+    count: int = 0
     error: IsthmusError | None = field(default=None, compare=False)
     """The reason why the next look failed, for the log; responses do not name it."""
 
@@ -53,18 +53,18 @@ def take_looks(
     """Take looks until the prediction is clear.
 
     `repeat(quality, deadline)` transmits and runs again, replaces the outputs once all segments have run, and returns
-    the seconds it took; the transmission before the first look took `first_s`. An error of `repeat` leaves the
-    prediction as it was.
+    the seconds of that; the transmission before the first look took `first_s`. An error of `repeat` leaves the
+    prediction unchanged.
     """
     latest_s = first_s
-    for taken, look in enumerate(policy.looks):
+    for count, look in enumerate(policy.looks):
         if policy.margin_of(outputs()) >= look.margin:
-            return LooksTaken("sure", taken)
+            return LooksTaken("sure", count)
         bound_s = min(deadline.remaining() / 2, max(_MIN_BOUND_S, _MAX_SLOWDOWN * latest_s))
         if bound_s < latest_s:
-            return LooksTaken("late", taken)
+            return LooksTaken("late", count)
         try:
             latest_s = repeat(look.quality, Deadline.after(bound_s))
         except IsthmusError as e:
-            return LooksTaken("failed", taken, e)
+            return LooksTaken("failed", count, e)
     return LooksTaken("last", len(policy.looks))

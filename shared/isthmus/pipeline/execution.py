@@ -1,4 +1,4 @@
-"""Execution of a route: the one place that runs segments in order.
+"""Execution of a route: the only loop over segments.
 
 The router holds every value and passes each segment exactly its inputs, so a value that skips a segment never travels
 through it, and no tensor crosses the link twice.
@@ -27,11 +27,11 @@ _NO_TENSORS: Mapping[str, EncodedTensor] = MappingProxyType({})
 
 
 class SegmentRun(NamedTuple):
-    """One call of a hop for one segment.
+    """A hop's call for a segment.
 
     Units: seconds and bytes. `total_s` is the call as the caller measured it; `run_s` the segment's own computation;
     `encode_s` the codecs' encoding of its inputs, before the call; `decode_s` the decoding of the frame behind the hop,
-    as far as the hop reports it. `sent_bytes` and `received_bytes` are those of the frames, 0 in this process;
+    as far as the hop reports that. `sent_bytes` and `received_bytes` are sizes of frames, 0 in this process;
     `raw_bytes` is the size of the inputs as arrays, `payload_bytes` their size as sent.
     """
 
@@ -50,7 +50,7 @@ class SegmentRun(NamedTuple):
     over_link: bool = False
 
     def document(self) -> dict[str, Any]:
-        """This run in a response's JSON, times in milliseconds. Source: docs/api.md, "Photos"."""
+        """This run in a response's JSON, times in milliseconds. Source: docs/reference/api.md, "Photos"."""
         doc = {
             "segment": self.segment,
             "hop": self.hop,
@@ -69,8 +69,8 @@ class SegmentRun(NamedTuple):
 class Result:
     """The model's outputs, the segment runs in order (those of closer looks last), and every tensor at hand.
 
-    `tensors` are inputs, boundary tensors and outputs by name. `outputs` are those of the bundle's outputs that the
-    route computes: all of them where it leads to the model's end.
+    `tensors` are inputs, boundary tensors and outputs by name. `outputs` are the
+    bundle's outputs as far as the route computes them: all where it leads to the model's end.
     """
 
     outputs: dict[str, Array]
@@ -88,7 +88,7 @@ class Result:
 
     @property
     def link_raw_bytes(self) -> int:
-        """Size of the tensors in those frames as arrays, each counted once: closer looks send the same ones again."""
+        """Size of the tensors in those frames as arrays, each counted once: closer looks repeat tensors."""
         return sum({run.segment: run.raw_bytes for run in reversed(self.runs) if run.over_link}.values())
 
     def facts(self) -> dict[str, Any]:
@@ -98,13 +98,13 @@ class Result:
         return {**facts, **({"codecs": ",".join(codecs)} if codecs else {}), **self.looks(), **self.notes}
 
     def sizes(self) -> dict[str, int]:
-        """Bytes over the link as responses state them. Source: docs/api.md, "Bytes over the link"."""
+        """Bytes over the link as responses state them. Source: docs/reference/api.md, "Bytes over the link"."""
         return {"link_bytes": self.link_bytes, "link_raw_bytes": self.link_raw_bytes}
 
     def looks(self) -> dict[str, str | int]:
         """Closer looks as responses state them; empty without any."""
-        taken = self.closer_looks
-        return {"looks": taken.taken, "looks_ended": taken.outcome} if taken is not None else {}
+        looks = self.closer_looks
+        return {"looks": looks.count, "looks_ended": looks.outcome} if looks is not None else {}
 
 
 def execute(
@@ -112,9 +112,9 @@ def execute(
 ) -> Result:
     """Run every segment of `route` on its hop, then the route's closer looks.
 
-    Shapes: as the bundle declares them. A route from the model's inputs takes exactly those; a route that starts at a
-    cut takes its first segments' inputs, and may be given further tensors. `encoded` are inputs that the caller has
-    encoded already, such as a photo; they go to the first segment, whose hop must encode.
+    Shapes: as the bundle declares them. A route from the model's start takes exactly its inputs; a route from a cut
+    takes the inputs of its segments, and ignores further tensors. `encoded` are inputs that the caller has encoded
+    already, such as a photo, for the first segment, whose hop must encode.
 
     Raises:
         ShapeMismatch: the inputs do not fit; no hop was called.
@@ -124,8 +124,8 @@ def execute(
     _check_inputs(route, inputs, encoded)
     execution = _Execution(route, context, dict(inputs))
     execution.run(0, encoded)
-    taken = execution.look_closer(route.looks) if route.looks is not None else None
-    return Result(execution.outputs(), tuple(execution.runs), execution.tensors, taken)
+    looks = execution.look_closer(route.looks) if route.looks is not None else None
+    return Result(execution.outputs(), tuple(execution.runs), execution.tensors, looks)
 
 
 def encode_tensors(
@@ -133,7 +133,7 @@ def encode_tensors(
     encodings: Mapping[str, Encoding],
     encoded: Mapping[str, EncodedTensor] = _NO_TENSORS,
 ) -> dict[str, EncodedTensor]:
-    """`encoded`, and the other `arrays` that `encodings` name, except those that their codec refuses: they go raw."""
+    """`encoded`, and the other `arrays` that `encodings` name, except those that their codec refuses."""
     remaining = {name: how for name, how in encodings.items() if name in arrays and name not in encoded}
     results = {name: encode_tensor(arrays[name], how) for name, how in remaining.items()}
     return {**encoded, **{name: tensor for name, tensor in results.items() if isinstance(tensor, EncodedTensor)}}
@@ -196,7 +196,7 @@ class _Execution:
         def repeat(quality: float, deadline: Deadline) -> float:
             finer = _Execution(self.route.finer(quality), replace(self.context, deadline=deadline), dict(self.tensors))
             finer.run(first)
-            # Only now: a look that fails half-way must leave outputs of one transmission.
+            # Only now, since a look that fails half-way must not leave outputs of two transmissions.
             self.tensors.update(finer.tensors)
             self.runs += finer.runs
             return _seconds(finer.runs)
@@ -207,8 +207,8 @@ class _Execution:
         # Without the array, as with an encoded photo, there is nothing to encode again.
         if any(spec.name not in self.tensors for spec in self.route.segments[index].inputs):
             return False
-        sent = self.runs[index].codecs
-        return any(name in sent and how.quality < finest for name, how in self.route.encodings_of(index).items())
+        codecs = self.runs[index].codecs
+        return any(name in codecs and how.quality < finest for name, how in self.route.encodings_of(index).items())
 
 
 def _seconds(runs: list[SegmentRun]) -> float:
@@ -226,10 +226,10 @@ def _check_inputs(route: Route, inputs: Mapping[str, Array], encoded: Mapping[st
     check_tensors(specs, inputs)
 
 
-def _checked(reply: Frame, sent: Frame, segment: Segment, hop: Hop) -> Mapping[str, Array]:
-    """The reply's tensors, provided that it belongs to the frame sent and holds the segment's outputs."""
+def _checked(reply: Frame, request: Frame, segment: Segment, hop: Hop) -> Mapping[str, Array]:
+    """The reply's tensors, provided that the reply belongs to this request and holds the segment's outputs."""
     for field_name in ("bundle", "segment", "request"):
-        if (got := getattr(reply, field_name)) != (expected := getattr(sent, field_name)):
+        if (got := getattr(reply, field_name)) != (expected := getattr(request, field_name)):
             raise HopRejected(
                 f"{hop.name} answered for {field_name} {got[:80]!r}, not {expected!r}",
                 hop=hop.name,

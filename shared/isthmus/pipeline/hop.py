@@ -1,8 +1,8 @@
-"""One call to the next segment, in this process or over HTTP; the only place that retries.
+"""Hops: the call of a segment, in this process or over HTTP; the only place that retries.
 
 Segments are pure functions of their frame, so a call that got no response may be made again. The meaning of a failure
-is read from its status, body and X-OpenFaaS-Internal as docs/hops.md lists them. A function that is starting is waited
-for within the deadline; one that stays away, or is reached and fails, is tried `attempts` times.
+is read from its status, body and X-OpenFaaS-Internal as docs/reference/hops.md lists them. A call waits for a function
+that is starting, within the deadline; a function that stays away, or fails, is tried `attempts` times.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from isthmus.retries import RetryBudget, backoff, jittered
 from isthmus.wire import frame as frames
 from isthmus.wire.frame import Frame
 
-if TYPE_CHECKING:  # a router whose hops are all remote never loads onnxruntime
+if TYPE_CHECKING:  # a router with remote hops alone never loads onnxruntime
     from isthmus.runtime.store import Ran, SegmentStore
 
 MAX_ERROR_BYTES = 2**16
@@ -53,12 +53,12 @@ MAX_LOOPBACK_BYTES = 2**30
 _INPUT_ERRORS = {c.__name__: c for c in (ShapeMismatch, ValueRefused)}
 """A segment function's errors that the router's caller causes."""
 MAX_OUTAGE_S = 60.0
-"""How long a function may be away and still count as starting; measured, one took 28 s on a busy box to load."""
+"""How long a function may be away and still count as starting; the longest load measured, on a busy box, was 28 s."""
 MAX_REPLACED_S = 15.0
 """The same for a gateway's 404: deploying a function anew takes seconds, a wrong URL stays wrong."""
 _FIRST_PAUSE_S, _MAX_PAUSE_S = 0.05, 1.0
-# 32 callers, the default of max_concurrency, may wait through a start of some 7 s at once, and go on at one try a
-# second each; beyond that retries are a tenth of what succeeds.
+# 32 callers, the default of max_concurrency, may wait through a start of some 7 s together, then at a try a second
+# each; beyond that, retries are a tenth of the calls that succeed.
 _RETRY_BURST, _RETRIES_PER_S, _RETRIES_PER_SUCCESS = 256, 32.0, 0.1
 
 
@@ -66,7 +66,7 @@ class HopReply(NamedTuple):
     """A hop's response to one frame.
 
     Units: seconds and bytes. `run_s` is the segment's own computation, `decode_s` the decoding of the request's frame,
-    0 where the hop does not report it; sent and received bytes are those of the frames, 0 in this process.
+    0 where the hop does not report that; sent and received bytes are sizes of frames, 0 in this process.
     """
 
     frame: Frame
@@ -77,7 +77,7 @@ class HopReply(NamedTuple):
 
 
 class Hop(Protocol):
-    """Where a segment runs: one call."""
+    """Where a segment runs."""
 
     @property
     def encodes(self) -> bool:
@@ -96,7 +96,7 @@ class Hop(Protocol):
             HopTimeout: the deadline passed.
             HopUnavailable, HopBusy: not reached, or at its limit, until attempts were spent.
             HopRejected: the hop understood and refused; `facts["error"]` holds its error. ShapeMismatch and
-                ValueRefused, which the inputs cause, keep their class.
+                ValueRefused, errors of the inputs, keep their class.
         """
         ...
 
@@ -106,7 +106,7 @@ class Hop(Protocol):
 
 
 class SegmentRunner(Protocol):
-    """Runs segments in this process: `SegmentStore`, or what trials put in its place."""
+    """Runs segments in this process: `SegmentStore`, or the substitute of a trial."""
 
     def run(self, bundle: str, segment: str, arrays: Mapping[str, Array], deadline: Deadline) -> Ran:
         """See `SegmentStore.run`."""
@@ -126,7 +126,7 @@ class LocalHop:
         """No-op: the runner belongs to its owner."""
 
     def call(self, frame: Frame, context: Context) -> HopReply:
-        """See `Hop.call`; the segment's own errors pass as they are."""
+        """See `Hop.call`; the segment's own errors pass unchanged."""
         ran = self._runner.run(frame.bundle, frame.segment, frame.tensors, context.deadline)
         return HopReply(Frame(ran.outputs, frame.bundle, frame.segment, frame.request), ran.run_s)
 
@@ -148,7 +148,7 @@ class LoopbackHop:
         self._inner.close()
 
     def call(self, frame: Frame, context: Context) -> HopReply:
-        """See `Hop.call`; errors of the inner hop, and of decoding, pass as they are."""
+        """See `Hop.call`; errors of the inner hop, and of decoding, pass unchanged."""
         request = frames.encode(frame)
         start = time.perf_counter()
         arrived = frames.decode(request, max_bytes=self._max_bytes, tables=self._tables)
@@ -222,19 +222,19 @@ class HttpHop:
         return HopReply(reply, run_s, decode_s, sum(map(len, body)), len(response.body))
 
     def _refuse(self, response: Response) -> NoReturn:
-        """Raise what a status other than 200 means. Source: docs/hops.md, from OpenFaaS's sources."""
+        """Raise the error of a status other than 200. Source: docs/reference/hops.md, from OpenFaaS's sources."""
         status, internal = response.status, response.headers.get("x-openfaas-internal", "")
         error = _error_document(response.body)
-        said = str(error.get("error") or response.body[:200].decode("utf-8", "replace")).strip()[:1000] or "no body"
+        text = str(error.get("error") or response.body[:200].decode("utf-8", "replace")).strip()[:1000] or "no body"
         facts: dict[str, Any] = {"hop": self.name, "status": status, "error": error}
         after = retry_after_seconds(response.headers.get("retry-after", ""))
-        message = f"{self.name} answered {status}: {said}"
+        message = f"{self.name} answered {status}: {text}"
         if status == 429:
             raise HopBusy(message, retry_after_s=after, **facts)
         if status in (408, 504):
             raise HopTimeout(message, **facts)
         if status in (502, 503) or (status == 500 and (internal or not error)):
-            # 500 with X-OpenFaaS-Internal is the proxy or the watchdog: nothing listened, or it died on the way.
+            # 500 with X-OpenFaaS-Internal is from the proxy or the watchdog: nothing listened, or the function died.
             raise HopUnavailable(message, retry_after_s=after, **facts)
         if status == 404 and not error:
             # The gateway's own: the function is not deployed there, or is being replaced at this moment.
@@ -242,12 +242,12 @@ class HttpHop:
         if (refused := _INPUT_ERRORS.get(str(error.get("type")))) is not None:
             # Only running the graph shows that free dimensions do not go together, or that an index is out of range:
             # the caller's fault, not the hop's.
-            raise refused(said, **{**_own_facts(error), **facts})
+            raise refused(text, **{**_own_facts(error), **facts})
         raise HopRejected(message, **facts)
 
 
 def _own_facts(error: Mapping[str, Any]) -> dict[str, Any]:
-    """What a hop's error says of tensors, which is about what the caller sent."""
+    """An error's facts about tensors, which the caller sent."""
     own = error.get("facts")
     return {key: own[key] for key in ("tensor", "value", "expected", "got") if key in own} if type(own) is dict else {}
 
@@ -280,21 +280,21 @@ def hops_to(
     max_reply_bytes: int,
 ) -> tuple[Hop, ...]:
     """A hop for each of the setting's entries: `local`, which needs a store, or a URL."""
-    made: list[Hop] = []
+    opened: list[Hop] = []
     for url in urls:
         if url == "local" and store is not None:
-            made.append(LocalHop(store))
+            opened.append(LocalHop(store))
         else:
-            made.append(
+            opened.append(
                 HttpHop(url, attempts=attempts, connect_timeout_s=connect_timeout_s, max_reply_bytes=max_reply_bytes)
             )
-    return tuple(made)
+    return tuple(opened)
 
 
 class _Outage:
-    """Since when calls to one hop have not reached the function, over all requests.
+    """The beginning of the time in which no call to a hop reached the function, over all requests.
 
-    Threads share it without a lock: a race moves the beginning by one failed call.
+    Threads share it without a lock: a race moves the beginning by a single failed call.
     """
 
     def __init__(self) -> None:
@@ -304,7 +304,7 @@ class _Outage:
     def note(self, max_s: float) -> bool:
         """Note a call that did not reach the function; whether the outage is younger than `max_s` seconds."""
         now = time.monotonic()
-        if now - self._latest > MAX_OUTAGE_S:  # a new outage, or the first one
+        if now - self._latest > MAX_OUTAGE_S:  # a new outage, or the first
             self._began = now
         self._latest = now
         return now - self._began < max_s
@@ -315,7 +315,7 @@ class _Outage:
 
 
 class _Retries:
-    """One call's retries: `pause` is the policy that stamina asks after each failed try."""
+    """Retry policy of a call: stamina asks `pause` after each failed try."""
 
     def __init__(self, attempts: int, budget: RetryBudget, outage: _Outage, context: Context) -> None:
         self._left = attempts - 1
@@ -327,7 +327,7 @@ class _Retries:
         """Seconds to wait before the next try; False where the error stands."""
         if not isinstance(error, HopUnavailable | HopBusy) or not self._outage.is_waited_for:
             return False
-        # A broken connection or 429 may have cost the function work; nothing else of these has reached it.
+        # A broken connection or 429 may have cost the function work; the other errors have not reached the function.
         reached = isinstance(error, HopBusy) or isinstance(error.__cause__, BrokenOff)
         limit_s = MAX_REPLACED_S if error.facts.get("status") == 404 else MAX_OUTAGE_S
         if reached or not self._outage.note(limit_s):
@@ -336,7 +336,7 @@ class _Retries:
             return False
         after, left_s = error.facts.get("retry_after_s"), self._context.deadline.remaining()
         if after is None:
-            # Near the deadline pauses halve with what is left: a function may start at the last moment.
+            # Near the deadline pauses halve with the time left: a function may start at the last moment.
             pause_s = min(next(self._pauses), max(_FIRST_PAUSE_S, left_s / 2))
         else:
             pause_s = jittered(float(after), _FIRST_PAUSE_S)
@@ -346,7 +346,7 @@ class _Retries:
 
 
 def _error_document(data: bytes | bytearray) -> dict[str, Any]:
-    """The hop's error as docs/api.md describes it; empty where the body is none, or holds what JSON cannot say."""
+    """The hop's error document (docs/reference/api.md); empty where the body is no such document, or no strict JSON."""
     try:
         doc = json.loads(data, parse_constant=_refuse_constant, parse_int=_bounded_int, parse_float=_finite)
     except (ValueError, RecursionError):

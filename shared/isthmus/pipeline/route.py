@@ -24,14 +24,14 @@ from isthmus.wire.frame import DTYPES
 
 @dataclass(frozen=True)
 class Route:
-    """Segments of one bundle in order, each with its hop; most routes lead from the model's inputs to its outputs."""
+    """Segments of a bundle in order, each with its hop; most routes lead from the model's inputs to its outputs."""
 
     digest: str
     bundle: Bundle
     segments: tuple[Segment, ...]
     hops: tuple[Hop, ...]
     encodings: tuple[Mapping[str, Encoding], ...] = ()
-    """For each segment, the encoding of its inputs by name; a tensor without one is sent raw."""
+    """For each segment, the encoding of its inputs by name; a tensor without an encoding is sent raw."""
     looks: LookPolicy | None = None
     near: str = ""
     """Name of the hop beside the router; frames to other hops go over the link."""
@@ -54,7 +54,7 @@ class Route:
         return tuple(needed.values())
 
     def encodings_of(self, index: int) -> Mapping[str, Encoding]:
-        """The encodings of that segment's inputs; none where its hop passes arrays as they are."""
+        """The encodings of that segment's inputs; none where its hop passes arrays unchanged."""
         return self.encodings[index] if self.encodings and self.hops[index].encodes else {}
 
     def finer(self, quality: float) -> Route:
@@ -104,7 +104,7 @@ def local_route(
     hop: Hop,
     encodings: Mapping[str, Encoding] | None = None,
 ) -> Route:
-    """Any consecutive segments, all on one hop; `encodings` are for the inputs of the first of them.
+    """Any consecutive segments, all on one hop; `encodings` are for the inputs of the first segment.
 
     For trials: a head or a tail alone, or the uncut model.
     """
@@ -122,7 +122,7 @@ def planned_route(
 ) -> Route:
     """The route of a plan's candidate: the edge is the first hop, the cloud the last.
 
-    `digest` is that of `bundle`, as the functions know it; `variant` gives the bundle of a digest.
+    `digest` is the digest of `bundle` for the functions; `variant` gives the bundle of a digest.
 
     Raises:
         Missing: a cut, a segment or the variant does not exist.
@@ -149,10 +149,10 @@ def planned_route(
 
 
 def photo_input(candidate: Candidate, bundle: Bundle, hops: Sequence[Hop]) -> PhotoInput | None:
-    """The input that the last hop makes of photos; None where the plan has them decoded here, or that hop is local.
+    """The input that the last hop makes of photos; None where the plan has photos decoded here, or that hop is local.
 
     Raises:
-        PlanMalformed: the bundle's pre-processing gives no input of one shape.
+        PlanMalformed: the bundle's pre-processing gives no input of a fixed shape.
     """
     if candidate.input != "photo" or not hops[-1].encodes:
         return None
@@ -165,7 +165,7 @@ def photo_input(candidate: Candidate, bundle: Bundle, hops: Sequence[Hop]) -> Ph
 
 
 def near_hop(hops: Sequence[Hop]) -> str:
-    """The name of the hop before the link: the first of several. A single hop is behind it, or in this process."""
+    """The name of the hop before the link: the first of several. A single hop is behind the link, or local."""
     return hops[0].name if len(hops) > 1 else ""
 
 

@@ -1,4 +1,4 @@
-"""The models that a router serves: names resolved in the registry, cached, and served on while it is away."""
+"""The models that a router serves: names resolved in the registry, cached, and served on while the registry is away."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MAX_VERSIONS_WAIT_S = 2.0
 
 @dataclass(frozen=True)
 class ServedModel:
-    """One version of a model, its class names where it has any, and the route of its requests."""
+    """A version of a model, its class names where the bundle has any, and the route of its requests."""
 
     name: str
     version: str
@@ -58,8 +58,9 @@ class _CacheEntry:
 class ModelCatalog:
     """Resolves names in the registry, each at most every `refresh_s` seconds.
 
-    An entry stays while the registry does not give a newer one, since a share that is not mounted looks like one
-    without models, and while a new version cannot be served: a name resolves to a version once its route is known.
+    An entry stays while the registry does not give a newer version, since a share that is not mounted looks like a
+    registry without models, and while a new version cannot be served: a name resolves to a version once the version's
+    route is known.
     """
 
     def __init__(self, registry: Registry, refresh_s: float, log: logging.Logger, routes: RouteSelector) -> None:
@@ -74,14 +75,14 @@ class ModelCatalog:
     def get(self, reference: str, deadline: Deadline) -> ServedModel:
         """The model of `NAME` or `NAME:VERSION`.
 
-        A cached name needs no wait; once it has expired, one caller asks the registry. A name that the registry lacks
-        is not asked for again for `refresh_s`.
+        A cached name needs no wait; once the entry has expired, a single caller asks the registry. For a name that the
+        registry lacks, the next question is `refresh_s` later.
 
         Raises:
-            Missing: no such model or version; names those that exist.
+            Missing: unknown model or version; the facts list all that exist.
             RegistryUnavailable, DeadlineExceeded: not cached yet, and the registry does not answer, or not in time.
             Overloaded: too many other requests wait for the registry.
-            Others as `RouteSelector.select`.
+            Further errors as `RouteSelector.select`.
         """
         with self._lock:
             entry = self._cache.get(reference)
@@ -99,7 +100,7 @@ class ModelCatalog:
         self._lookups.close()
 
     def forget(self, reference: str) -> None:
-        """Ask the registry again for a name that it lacked."""
+        """Ask the registry again for a name that the registry lacked."""
         self._lookups.forget(reference)
 
     def versions(self, model: ServedModel, deadline: Deadline) -> list[str]:
@@ -138,9 +139,9 @@ class ModelCatalog:
         resolved = self._registry.resolve(reference)
         by_version = f"{resolved.name}:{resolved.version}"
         with self._lock:
-            known = self._cache.get(by_version)
-        if known is not None and known.model.digest == resolved.digest:
-            model = known.model
+            entry = self._cache.get(by_version)
+        if entry is not None and entry.model.digest == resolved.digest:
+            model = entry.model
         else:
             labels = resolved.bundle.labels
             model = ServedModel(
@@ -153,7 +154,7 @@ class ModelCatalog:
             )
         expires = time.monotonic() + self._refresh_s
         with self._lock:
-            # A number always means the same version: a request for it need not wait for the registry.
+            # A number always means the same version, so that a request for a number need not wait for the registry.
             self._cache.setdefault(by_version, _CacheEntry(model, expires))
             self._cache[reference] = _CacheEntry(model, expires)
         return model

@@ -1,4 +1,4 @@
-"""The setting `codec`: one codec for every cut of the router's model, in place of the plan's."""
+"""The setting `codec`: a codec for every cut of the router's model, in place of the plan's."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from isthmus.settings import RouterSettings
 
 
 def parse_override(settings: RouterSettings) -> Choice | None:
-    """The setting's choice of a codec; None where it is empty.
+    """The setting's choice of a codec; None where the setting is empty.
 
     Raises:
-        SettingsError: no such codec or quality, or a share beyond 1 for the guard.
+        SettingsError: unknown codec or quality, or a share beyond 1 for the guard.
     """
     if settings.guard_share > 1:
         raise SettingsError(

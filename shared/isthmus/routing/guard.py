@@ -1,9 +1,8 @@
 """The accuracy guard: some requests run raw as well, and a codec whose predictions differ too often is replaced.
 
-Calibration measured a codec on its own inputs; other inputs may fare worse. A route then moves one level down its
-fallback chain: the last look's quality for all requests, the codec's higher qualities, int8, half, raw. It never moves
-back by itself: a new version of the bundle, or a restart, starts at level 0. Source: docs/explanation/calibration.md,
-"The guard".
+Calibration measured a codec on its own inputs; other inputs may fare worse. A route then moves down a level of its
+fallback chain: the last look's quality for all requests, the codec's higher qualities, int8, half, raw. Only a new
+version of the bundle, or a restart, starts again at level 0. Source: docs/explanation/calibration.md, "The guard".
 """
 
 from __future__ import annotations
@@ -34,15 +33,15 @@ from isthmus.pipeline import Result, Route, execute
 from isthmus.pipeline.agreement import agrees
 
 WINDOW = 500
-"""Latest checks of one route that count, so that a drift shows."""
+"""Number of latest checks of a route that count, so that a drift shows."""
 CONFIDENCE = 0.999
 """Confidence that the limit is exceeded before a fallback: every check tests again, so 0.95 would fire too often."""
 MAX_IDLE_WAIT_S = 30.0
-"""How long a sampled request waits for an idle router before it is dropped."""
+"""How long a sampled request waits for an idle router before the sample is dropped."""
 MAX_ROUTES = 256
 
 Fidelities: TypeAlias = Callable[[Bundle], Fidelity | None]
-"""Looks up a bundle's fidelity document; None where it has none."""
+"""Looks up a bundle's fidelity document; None where the bundle has no such document."""
 RouteKey: TypeAlias = tuple[str, tuple[str, ...], tuple[tuple[str, str, float], ...], tuple[Look, ...]]
 
 _FALLBACKS = (Choice("int8/1"), Choice("half/1"), RAW)
@@ -50,14 +49,14 @@ _POLL_S = 0.02
 
 
 class GuardMetrics(Protocol):
-    """The function's metrics, as far as the guard reads and sets them."""
+    """The function's metrics, as far as the guard reads and sets metrics."""
 
     def busy(self) -> float:
         """Requests in flight."""
         ...
 
     def guard_checked(self, agreed: bool) -> None:
-        """Count one check."""
+        """Count a check."""
         ...
 
     def guard_state(self, disagreement: float, level: int) -> None:
@@ -67,7 +66,7 @@ class GuardMetrics(Protocol):
 
 @dataclass(frozen=True)
 class Sample:
-    """One served request, to be run again raw."""
+    """A served request, to be run again raw."""
 
     route: Route
     inputs: Mapping[str, Array]
@@ -78,7 +77,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Fallback:
-    """The fallback level of a route for one request, and the facts about it for the response."""
+    """The fallback level of a route for a request, and its facts for the response."""
 
     level: int = 0
     notes: Mapping[str, str | int] = field(default_factory=dict)
@@ -89,7 +88,7 @@ NO_FALLBACK = Fallback()
 
 @dataclass
 class GuardState:
-    """One route's fallback chain, the level in force, and the outcomes of its latest checks."""
+    """A route's fallback chain, the level in force, and the outcomes of its latest checks."""
 
     chain: tuple[Choice, ...]
     measure: Measure
@@ -99,7 +98,7 @@ class GuardState:
 
     @property
     def disagreement(self) -> float:
-        """Share of the latest checks whose predictions differed."""
+        """Share of the latest checks with different predictions."""
         return self.outcomes.count(False) / len(self.outcomes) if self.outcomes else 0.0
 
     def notes(self) -> dict[str, str | int]:
@@ -113,7 +112,7 @@ class GuardState:
         }
 
     def add(self, agreed: bool) -> bool:
-        """Add a check's outcome; True where it takes the route to the next level, at which the checks start anew."""
+        """Add a check's outcome; True where the route moves to the next level, with its checks starting anew."""
         self.outcomes.append(agreed)
         is_last = self.level + 1 == len(self.chain)
         differing = self.outcomes.count(False)
@@ -128,7 +127,7 @@ def fallback_chain(choice: Choice, cut: str, fidelity: Fidelity | None) -> tuple
     """A choice and its fallbacks, each with less error: two higher qualities, int8, half, raw.
 
     The first fallback of a choice with closer looks is the last look's quality, for every request. A fallback that
-    agreed no more often than the one before it, as `fidelity` measured at `cut`, is left out.
+    agreed no more often than its predecessor, as `fidelity` measured at `cut`, is left out.
     """
     measured = {e.choice: e.agreement for e in fidelity.entries if e.cut == cut} if fidelity else {}
     chain = [choice]
@@ -147,7 +146,7 @@ def fallback_chain(choice: Choice, cut: str, fidelity: Fidelity | None) -> tuple
 
 
 class Guard:
-    """Checks a share of the requests with lossy codecs, one at a time, while no request is in flight."""
+    """Checks a share of the requests with lossy codecs, singly, while no request is in flight."""
 
     def __init__(
         self,
@@ -160,7 +159,7 @@ class Guard:
         draw: Callable[[], float] | None = None,
     ) -> None:
         self._share, self._fidelities, self._metrics, self._log = share, fidelities, metrics, log
-        # A generator of its own: the global one belongs to the program, and the guard draws in a request's thread.
+        # Not the global generator, which belongs to the program: the guard draws in a request's thread.
         self._deadline_s, self._draw = deadline_s, draw or random.Random().random  # noqa: S311
         self._lock = threading.Lock()
         self._states: LRUCache[RouteKey, GuardState] = LRUCache(MAX_ROUTES)
@@ -201,9 +200,9 @@ class Guard:
         encoded: Mapping[str, EncodedTensor],
         result: Result,
     ) -> None:
-        """Draw whether this request is checked later; `route` is the one before `apply_fallback`."""
-        sent = {name for run in result.runs for name in run.codecs}
-        if not any(name in sent and not is_exact(e) for each in route.encodings for name, e in each.items()):
+        """Draw whether this request is checked later; `route` is the route before `apply_fallback`."""
+        encoded_names = {name for run in result.runs for name in run.codecs}
+        if not any(name in encoded_names and not is_exact(e) for each in route.encodings for name, e in each.items()):
             return
         if self._draw() >= self._share or self._closed.is_set():
             return
@@ -211,7 +210,7 @@ class Guard:
             if self._worker is None:
                 self._worker = threading.Thread(target=self._work, name="guard", daemon=True)
                 self._worker.start()
-        with contextlib.suppress(queue.Full):  # one sample in work and one in the queue: enough
+        with contextlib.suppress(queue.Full):  # a sample in work and another in the queue are enough
             self._samples.put_nowait(Sample(route, inputs, encoded, result.outputs, fallback.level))
 
     def _work(self) -> None:
@@ -234,7 +233,7 @@ class Guard:
         return True
 
     def check(self, sample: Sample) -> None:
-        """Run one request raw, compare the predictions, and fall back where the limit is exceeded beyond chance.
+        """Run the request raw, compare the predictions, and fall back where the limit is exceeded beyond chance.
 
         Raises:
             IsthmusError: the raw request failed.
@@ -302,7 +301,7 @@ def _fallback_encoding(encoding: Encoding, choice: Choice) -> Encoding | None:
 
 
 def _coarsest(route: Route) -> Choice:
-    """The choice common to the route's lossy encodings; of several, the one of the lowest quality."""
+    """The choice common to the route's lossy encodings; of several, the lowest quality."""
     lossy = [Choice(e.codec, e.quality) for each in route.encodings for e in each.values() if not is_exact(e)]
     coarsest = min(lossy, key=lambda c: (c.quality, c.codec), default=RAW)
     return coarsest if route.looks is None else replace(coarsest, looks=route.looks.looks)

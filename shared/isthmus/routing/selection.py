@@ -19,7 +19,7 @@ from isthmus.settings import RouterSettings
 
 @dataclass(frozen=True)
 class SelectedRoute:
-    """One version's route; `photo` is set where the last hop decodes photos, `notes` name the plan in responses."""
+    """A version's route; `photo` is set where the last hop decodes photos, `notes` name the plan in responses."""
 
     route: Route
     photo: PhotoInput | None = None
@@ -50,10 +50,10 @@ class RouteSelector:
         # The settings are for the default model; another has cuts of its own.
         is_default = self._settings.model.partition(":")[0] == name
         cuts = (self._settings.cuts or None) if is_default else None
-        if cuts is None and self._settings.plan and (planned := self._planned(digest, bundle)) is not None:
+        if cuts is None and self._settings.plan and (from_plan := self._planned(digest, bundle)) is not None:
             if is_default and self._codec is not None and self._codec.codec == RAW_ID:
-                return replace(planned, route=replace(planned.route, encodings=(), looks=None))
-            return planned
+                return replace(from_plan, route=replace(from_plan.route, encodings=(), looks=None))
+            return from_plan
         route = plan_route(digest, bundle, self._hops, cuts)
         if not is_default or self._codec is None:
             return SelectedRoute(route)

@@ -18,7 +18,7 @@ def create_segment_app(settings: SegmentSettings) -> Flask:
 
 
 def create_router_app(settings: RouterSettings) -> Flask:
-    """The app that answers the world; see isthmus.serving.router. Imported apart, since it needs Pillow."""
+    """The app of the router; see isthmus.serving.router. A late import, since the router needs Pillow."""
     from isthmus.serving.router import create_router_app as create
 
     return create(settings)

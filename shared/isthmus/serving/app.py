@@ -25,10 +25,10 @@ _FIRST_WAIT_S, _MAX_WAIT_S = 0.5, 15.0
 
 
 class Readiness:
-    """Runs `prepare` in a thread until it succeeds once; before that, `check` refuses.
+    """Runs `prepare` in a thread until the first success; before that, `check` refuses.
 
     The process does not end where the registry is down or a model is not published yet, since the platform would
-    restart it into the same. Failures are logged, stated in the 503 responses, and tried again.
+    restart into the same state. Failures are logged, stated in the 503 responses, and tried again.
     """
 
     def __init__(self, prepare: Callable[[], None], log: logging.Logger) -> None:
@@ -84,9 +84,9 @@ class FunctionApp:
 
     def __init__(self, name: str, settings: SegmentSettings, prepare: Callable[[], None]) -> None:
         self.flask = Flask(f"isthmus.{name}", static_folder=None)
-        # No redirects: they would lead to a URL that lacks the gateway's part, /function/NAME.
+        # No redirects: their target would lack the gateway's part, /function/NAME.
         self.flask.url_map.merge_slashes = self.flask.url_map.strict_slashes = False
-        # The template, which owns the process, sets the format of log records.
+        # The template owns the process and sets the format of log records.
         self.log = logging.getLogger("isthmus")
         self.log.setLevel(settings.log_level.upper())
         log_retries(self.log)
@@ -109,9 +109,9 @@ class FunctionApp:
         self.flask.add_url_rule("/metrics", "metrics", self.exposition, methods=["GET"])
 
     def close(self) -> None:
-        """End the threads of this app and close its connections; it takes no more requests.
+        """End the threads of this app and close its connections; no further requests are served.
 
-        A function's process simply ends. This is for apps that live in a process with others.
+        For apps that share a process: the process of a function simply ends.
         """
         self.closing.close()
 
@@ -161,7 +161,7 @@ class FunctionApp:
         return self._errors.render(error, context.call_id if context is not None else "")
 
     def _end(self, response: Response) -> Response:
-        """Add the headers of every response, count it, and log it."""
+        """Add the headers common to all responses; count and log."""
         timings: Timings = g.timings
         context: Context | None = g.context
         compress(response, request.headers.get("Accept-Encoding", ""))

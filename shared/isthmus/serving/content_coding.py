@@ -15,12 +15,12 @@ from isthmus.errors import EncodingUnsupported, RequestMalformed, RequestTooLarg
 
 ACCEPTED = ("gzip", "deflate")
 MIN_BYTES, MAX_BYTES = 4096, 16 * 2**20
-"""Shorter responses travel as they are, since they fit into a few packets; longer ones would take a second."""
+"""Shorter responses stay uncompressed, since they fit into a few packets; longer responses would take a second."""
 _LEVEL = 1
 """Of zlib: JSON numbers shrink to a half, at 40 to 120 MB/s; level 6 takes five times as long for another 4%."""
 _INPUT_BYTES, _OUTPUT_BYTES = 2**16, 2**18
 MAX_MEMBERS = 4096
-"""Of a gzip body, which may be several, one after the other (RFC 1952, 2.2), as block compressors write it."""
+"""Members of a gzip body; block compressors write several in sequence (RFC 1952, 2.2)."""
 _ZLIB, _RAW, _GZIP = 15, -15, 31
 _COMPRESSIBLE = ("application/json", "text/", "application/openmetrics-text")
 
@@ -31,7 +31,7 @@ def decompress(body: bytes | memoryview, coding: str, memory: Reservation, max_b
     Raises:
         EncodingUnsupported: another coding than gzip and deflate, or several; nothing was decoded.
         RequestMalformed: the body is not of that coding.
-        RequestTooLarge: it decompresses to more than `max_bytes`, or as `Reservation.hold`.
+        RequestTooLarge: more than `max_bytes` decompressed, or as `Reservation.hold`.
         Overloaded: as `Reservation.hold`.
     """
     name = coding.strip().lower().removeprefix("x-")
@@ -55,7 +55,7 @@ def decompress(body: bytes | memoryview, coding: str, memory: Reservation, max_b
 
 
 def compress(response: Response, accepts: str) -> None:
-    """Compress a response's body where that is worth it and the request's Accept-Encoding asks for it."""
+    """Compress a response's body where that saves time and the request's Accept-Encoding accepts a coding."""
     size = response.content_length or 0
     kind = response.headers.get("Content-Type", "")
     if size < MIN_BYTES or not kind.startswith(_COMPRESSIBLE) or "Content-Encoding" in response.headers:
@@ -71,28 +71,28 @@ def _pieces(body: memoryview, name: str) -> Iterator[bytes]:
     """The decompressed body, in pieces of a bounded length.
 
     Raises:
-        RequestMalformed: it ends too early, or too late.
-        zlib.error: it is not of that coding.
+        RequestMalformed: the body ends too early, or too late.
+        zlib.error: the body is not of that coding.
     """
     window = _window(body, name)
     decompressor, members = zlib.decompressobj(window), 1
     for at in range(0, len(body), _INPUT_BYTES):
-        left: bytes | memoryview = body[at : at + _INPUT_BYTES]
-        while left:
+        remaining: bytes | memoryview = body[at : at + _INPUT_BYTES]
+        while remaining:
             if decompressor.eof:
                 if name != "gzip" or members == MAX_MEMBERS:
                     raise RequestMalformed(f"bytes follow the end of the {name} body", header="Content-Encoding")
                 decompressor, members = zlib.decompressobj(window), members + 1
-            yield decompressor.decompress(left, _OUTPUT_BYTES)
-            left = decompressor.unused_data if decompressor.eof else decompressor.unconsumed_tail
+            yield decompressor.decompress(remaining, _OUTPUT_BYTES)
+            remaining = decompressor.unused_data if decompressor.eof else decompressor.unconsumed_tail
     while not decompressor.eof and (piece := decompressor.decompress(b"", _OUTPUT_BYTES)):
-        yield piece  # the last bytes of input may stand for more than one piece
+        yield piece  # the last bytes of input may decompress to several pieces
     if not decompressor.eof:
         raise RequestMalformed(f"the {name} body ends too early", header="Content-Encoding")
 
 
 def _window(body: memoryview, name: str) -> int:
-    """zlib's `wbits`. Some clients mean deflate without zlib's header when they say deflate."""
+    """zlib's `wbits`. Some clients send deflate without zlib's header."""
     if name == "gzip":
         return _GZIP
     is_zlib = len(body) > 1 and body[0] & 15 == zlib.DEFLATED and (body[0] << 8 | body[1]) % 31 == 0

@@ -19,13 +19,13 @@ from isthmus.admission import RETRY_AFTER_S
 from isthmus.errors import EncodingUnsupported, IsthmusError, http_status
 
 ALWAYS_TOLD = ("kind", "retry_after_s")
-"""Facts for every caller, since callers act on them."""
+"""Facts for every caller, who may act on these."""
 _INTERNAL_FACTS = ("hop", "status", "error", "registry")
-"""Facts about other functions and places, which errors may have beside those about the request."""
+"""Facts about other functions and places, beside facts about the request."""
 
 
 class ErrorRenderer:
-    """Renders any exception of a request, and logs what the response leaves out."""
+    """Renders any exception of a request, and logs the details that the response leaves out."""
 
     def __init__(self, log: logging.Logger, *, expose_details: bool) -> None:
         self._log, self._expose_details = log, expose_details
@@ -72,7 +72,7 @@ def error_document(error: IsthmusError, *, expose_details: bool) -> dict[str, An
 
 
 def _routing_error(error: HTTPException) -> Response:
-    """No such path, or no such method on it."""
+    """Unknown path, or a method that the path does not serve."""
     doc: dict[str, Any] = {"error": error.description or error.name, "type": type(error).__name__, "facts": {}}
     if error.code == 404:
         doc["facts"] = {"path": request.path, "exists": sorted(r.rule for r in current_app.url_map.iter_rules())}

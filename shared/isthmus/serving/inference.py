@@ -22,7 +22,7 @@ from isthmus.serving.request import FunctionRequest
 
 @dataclass(frozen=True)
 class InferenceRequest:
-    """A request for one prediction of `model`: a photo, or else tensors.
+    """A request for a prediction of `model`: a photo, or else tensors.
 
     `top_k` bounds the classes of a photo's prediction; None leaves that to the bundle.
     """
@@ -34,7 +34,7 @@ class InferenceRequest:
 
 
 class InferenceReader:
-    """Reads inference requests, JSON of one at a time."""
+    """Reads inference requests, JSON of a single request at a time."""
 
     def __init__(self) -> None:
         self._turns = Turns(1)  # parsing JSON holds Python's lock all the while
@@ -98,7 +98,7 @@ class InferenceReader:
 
 
 def parse_top_k(value: Any) -> int | None:
-    """The parameter `top_k`, a whole number from 1; None without it.
+    """The parameter `top_k`, a whole number from 1; None without the parameter.
 
     Raises:
         RequestMalformed: anything else.
@@ -112,7 +112,7 @@ def parse_top_k(value: Any) -> int | None:
 
 
 def _contiguous(request: FunctionRequest) -> bytes:
-    """The body as bytes, as picture decoders take it."""
+    """The body as bytes, for picture decoders."""
     if isinstance(request.body, bytes):
         return request.body
     request.memory.hold(len(request.body))
@@ -120,7 +120,7 @@ def _contiguous(request: FunctionRequest) -> bytes:
 
 
 def _read_form(request: FunctionRequest, model: ServedModel, body: bytes) -> InferenceRequest:
-    """A photo in a form, with top_k as a field of it or in the query."""
+    """A photo in a form, with top_k as another field or in the query."""
     request.memory.hold(len(body))  # the photo is a copy
     form = read_form(body)
     if unknown := sorted(form.fields.keys() - {"top_k"}):

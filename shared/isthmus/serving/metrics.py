@@ -10,7 +10,7 @@ from prometheus_client.exposition import choose_encoder
 
 from isthmus.serving.request import Timings
 
-if TYPE_CHECKING:  # a router whose hops are all remote never loads onnxruntime
+if TYPE_CHECKING:  # a router with remote hops alone never loads onnxruntime
     from isthmus.pipeline import LooksTaken
     from isthmus.runtime.store import SegmentStore
 
@@ -18,7 +18,7 @@ _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2
 
 
 class FunctionMetrics:
-    """One function's metrics, in a collector registry of their own."""
+    """A function's metrics, in a collector registry of their own."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -74,7 +74,7 @@ class FunctionMetrics:
         )
 
     def count_response(self, endpoint: str, code: int, size: int, timings: Timings) -> None:
-        """Count one response with its time and those of its stages. Units: bytes."""
+        """Count a response with the seconds of the whole and of its stages. Units: bytes."""
         self.requests.labels(endpoint, code).inc()
         self.request_seconds.labels(endpoint).observe(timings.elapsed())
         self.sent.inc(size)
@@ -82,18 +82,18 @@ class FunctionMetrics:
             self.stage_seconds.labels(stage).observe(seconds)
 
     def count_looks(self, looks: LooksTaken) -> None:
-        """Count the closer looks of one prediction."""
-        self.closer_looks.inc(looks.taken)
+        """Count the closer looks of a prediction."""
+        self.closer_looks.inc(looks.count)
         self.looked_answers.labels(looks.outcome).inc()
 
-    def count_call(self, hop: str, tensors: int, sent: int, received: int) -> None:
-        """Count one call of a hop. Units: bytes."""
-        self.hop_tensors.labels(hop).inc(tensors)
-        self.hop_sent.labels(hop).inc(sent)
-        self.hop_received.labels(hop).inc(received)
+    def count_call(self, hop: str, tensor_bytes: int, sent_bytes: int, received_bytes: int) -> None:
+        """Count a call of a hop. Units: bytes."""
+        self.hop_tensors.labels(hop).inc(tensor_bytes)
+        self.hop_sent.labels(hop).inc(sent_bytes)
+        self.hop_received.labels(hop).inc(received_bytes)
 
     def guard_checked(self, agreed: bool) -> None:
-        """Count one check of the guard."""
+        """Count a check of the guard."""
         self.guard_checks.inc()
         self.guard_disagreements.inc(not agreed)
 
@@ -107,7 +107,7 @@ class FunctionMetrics:
         return sum(sample.value for metric in self.in_flight.collect() for sample in metric.samples)
 
     def gauge(self, name: str, help: str, read: Callable[[], float]) -> None:
-        """Add a gauge that calls `read` when it is scraped."""
+        """Add a gauge that calls `read` at every scrape."""
         Gauge(name, help, registry=self._registry).set_function(read)
 
     def gauge_store(self, store: SegmentStore) -> None:

@@ -34,7 +34,7 @@ from isthmus.serving.request import FunctionRequest
 from isthmus.settings import RouterSettings
 
 _PHOTO_ERRORS = {c.__name__: c for c in (ImageMalformed, MediaUnsupported, RequestTooLarge)}
-"""Errors of a hop that decodes photos for which the photo is the reason."""
+"""Errors that a photo causes in a hop that decodes photos."""
 
 
 class Predictor:
@@ -56,7 +56,7 @@ class Predictor:
 
         Raises:
             MediaUnsupported: a photo for a model that declares no processing of photos.
-            Others as decoding a photo and executing the route.
+            Further errors as decoding a photo and executing the route.
         """
         if inference.tensors is None:
             return self._photo(request, inference)
@@ -136,7 +136,7 @@ class Predictor:
         return replace(result, notes={**selected.notes, **fallback.notes})
 
     def _record(self, request: FunctionRequest, result: Result, segments: int) -> None:
-        """Timings and metrics of a result; its first `segments` runs are those before any closer look."""
+        """Timings and metrics of a result; its first `segments` runs precede any closer look."""
         for i, run in enumerate(result.runs):
             name = stage_name(i, segments)
             request.timings.add(name, run.total_s, run.segment)
@@ -169,14 +169,14 @@ class Predictor:
         self._metrics.hop_errors.labels(self._hop_label(error.facts.get("hop", "")), type(error).__name__).inc()
 
     def _hop_label(self, hop: str) -> str:
-        # Anybody may read metrics: they name a hop by its place in the setting, since its URL is a detail.
+        # Anybody may read metrics: metrics name a hop by its place in the setting, since its URL is a detail.
         if self._settings.expose_details or hop == LocalHop.name or hop not in self._settings.hops:
             return hop
         return stage_name(self._settings.hops.index(hop), len(self._settings.hops))
 
 
 def stage_name(index: int, segments: int) -> str:
-    """The name of a segment run in timings; those after the first `segments` are of closer looks."""
+    """The name of a segment run in timings; runs after the first `segments` are of closer looks."""
     return f"hop{index}" if index < segments else f"again{index - segments}"
 
 

@@ -10,21 +10,21 @@ from isthmus.context import Deadline
 from isthmus.errors import SettingsError
 from isthmus.registry import Registry
 
-if TYPE_CHECKING:  # a router whose hops are all remote never loads onnxruntime
+if TYPE_CHECKING:  # a router with remote hops alone never loads onnxruntime
     from isthmus.runtime.store import SegmentStore
 
 MAX_LOAD_S = 600.0
-"""Bound on loading one segment; a slow link to the registry takes minutes for a large model."""
+"""Bound on loading a segment; a slow link to the registry takes minutes for a large model."""
 _ENDS = ("head", "tail")
 
 
 def load_deadline() -> Deadline:
-    """The deadline of loading one segment at start, from now."""
+    """The deadline of loading a segment at start, from now."""
     return Deadline.after(MAX_LOAD_S)
 
 
 def parse_entry(entry: str) -> tuple[str, str]:
-    """A preload entry's model reference and segment: `m:3@head` is (`m:3`, `head`); without one, the whole model.
+    """A preload entry's model reference and segment: `m:3@head` is (`m:3`, `head`); without a segment, the whole model.
 
     Raises:
         SettingsError: no model stands before the `@`, or no segment's id, head or tail after it.
@@ -48,7 +48,7 @@ def segment_id(bundle: Bundle, segment: str) -> SegmentId:
     """The id that `segment` means in `bundle`: `head` and `tail` are the ends of its default partition.
 
     Raises:
-        Missing: the bundle has no such segment.
+        Missing: the bundle lacks the segment.
     """
     if segment in _ENDS:
         return bundle.partition()[0 if segment == "head" else -1].id
@@ -56,7 +56,7 @@ def segment_id(bundle: Bundle, segment: str) -> SegmentId:
 
 
 def preload(entries: tuple[str, ...], registry: Registry, store: SegmentStore) -> None:
-    """Load every entry; what is loaded already costs nothing.
+    """Load every entry; an entry in memory takes no time.
 
     Raises:
         RegistryError, SegmentError: the first that cannot be loaded.

@@ -35,7 +35,7 @@ WARMUP, MAX_WARMUP = 2, 50
 _CODING_TRIES = 3
 _MAX_TOKEN_BYTES = 4096
 _DEADLINE_SHARE_PLAIN, _DEADLINE_SHARE_OBSERVED = 0.9, 0.5
-"""Share of the deadline for plain runs, without and with an observation after them."""
+"""Share of the deadline for plain runs, without and with an observation after these."""
 
 
 class Profiling:
@@ -59,7 +59,7 @@ class Profiling:
         Raises:
             ProfilingOff, ProfilingRefused: see `_admit`.
             RequestMalformed: a malformed query, or a frame that names no bundle.
-            Others as decoding a frame and running a segment.
+            Further errors as decoding a frame and running a segment.
         """
         self._admit(request)
         runs = _whole(request.query, "runs", RUNS, 1, MAX_RUNS)
@@ -98,7 +98,7 @@ class Profiling:
         return _json(doc)
 
     def echo(self, request: FunctionRequest) -> Response:
-        """Decode the frame and respond with one of `bytes` zero bytes, for the time of a call alone.
+        """Decode the frame and respond with a frame of `bytes` zero bytes, to time the call alone.
 
         Raises:
             As `measure`; RequestTooLarge: more bytes than a request may have.
@@ -117,7 +117,7 @@ class Profiling:
 
         Raises:
             ProfilingOff: this function has no token.
-            ProfilingRefused: the request has none, or another one.
+            ProfilingRefused: the request has none, or a different token.
         """
         try:
             with Path(self._settings.secrets_dir, SECRET).open("rb") as f:
@@ -132,7 +132,7 @@ class Profiling:
                 " deploy; docs/profile.md",
             )
         scheme, _, presented = request.headers.get("Authorization", "").partition(" ")
-        # Digests have one length, so that the comparison tells nothing about the token's.
+        # Digests have one length, so that the comparison does not reveal the token's.
         is_equal = hmac.compare_digest(*(hashlib.sha256(t).digest() for t in (token, presented.strip().encode())))
         if scheme.lower() != "bearer" or not is_equal:
             raise ProfilingRefused(
@@ -141,13 +141,13 @@ class Profiling:
             )
 
     def _decoded(self, request: FunctionRequest) -> Frame:
-        with request.memory.scope():  # several times, for its time; each reserves what it takes
+        with request.memory.scope():  # decoding is repeated to be timed, and each time reserves memory
             return self._decode(request)
 
     def _run(
         self, frame: Frame, warmup: int, runs: int, until: Deadline, deadline: Deadline
     ) -> tuple[list[float], Mapping[str, Any], float]:
-        """Seconds of each run, at least one and as many as end before `until`; the outputs; seconds of loading."""
+        """Seconds of each run, as many as end before `until`; the outputs; seconds of loading."""
         times: list[float] = []
         load_s = 0.0
         while True:

@@ -1,4 +1,4 @@
-"""One request to a function: its body, headers, deadline, share of memory, and stage timings."""
+"""A request to a function: its body, headers, deadline, share of memory, and stage timings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NOT_IN_A_TIMING = re.compile(r"[^\w.-]", re.ASCII)
 
 @dataclass
 class Timings:
-    """Stages of one request, in order, for Server-Timing and the histogram. Units: seconds."""
+    """Stages of a request, in order, for Server-Timing and the histogram. Units: seconds."""
 
     began: float = field(default_factory=time.perf_counter)
     stages: list[tuple[str, float, str]] = field(default_factory=list)
@@ -42,7 +42,7 @@ class Timings:
 
 
 class FunctionRequest(NamedTuple):
-    """An admitted POST; `memory` is this request's share of what all requests may take together."""
+    """An admitted POST; `memory` is this request's share of the memory of all requests."""
 
     body: bytes | memoryview
     headers: Headers
@@ -53,7 +53,7 @@ class FunctionRequest(NamedTuple):
 
 
 def read_body(environ: Mapping[str, Any], limit: int) -> bytes | memoryview:
-    """The request body from a WSGI environment, without a copy where the server holds it in a BytesIO.
+    """The request body from a WSGI environment, without a copy where the server's buffer is a BytesIO.
 
     Raises:
         RequestTooLarge: more than `limit` bytes.
@@ -63,9 +63,9 @@ def read_body(environ: Mapping[str, Any], limit: int) -> bytes | memoryview:
     if length is not None and length > limit:
         raise RequestTooLarge(f"the body has {length} bytes; at most {limit} are taken", limit=limit)
     if length is None and not environ.get("wsgi.input_terminated"):
-        length = 0  # neither a length nor chunks: such a request has no body, and reading would wait for one
+        length = 0  # neither a length nor chunks: such a request has no body, and reading would block
     stream = environ["wsgi.input"]
-    # Servers buffer the whole body; werkzeug's own stream would read it in small pieces, and `read` makes a copy.
+    # Servers buffer the whole body; werkzeug's own stream would read in small pieces, and `read` makes a copy.
     whole = isinstance(stream, BytesIO) and stream.tell() == 0
     body: bytes = stream.getvalue() if whole else stream.read(limit + 1 if length is None else length)
     if length is not None and len(body) != length:

@@ -22,7 +22,7 @@ from isthmus.settings import RouterSettings
 
 
 def create_router_app(settings: RouterSettings) -> Flask:
-    """The app that serves models. It is ready once `settings.model` is known and preloads are in memory.
+    """The app that serves models. Ready once `settings.model` is known and preloads are in memory.
 
     Raises:
         SettingsError: a setting that only building can judge.

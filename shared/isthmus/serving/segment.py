@@ -1,4 +1,4 @@
-"""The segment app: a frame in, the segment that it names, a frame out. edge-head and cloud-tail are both this."""
+"""The segment app: a frame in, the segment named by the frame, a frame out: edge-head and cloud-tail."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from isthmus.wire.frame import Frame, Outline
 
 
 def create_segment_app(settings: SegmentSettings) -> Flask:
-    """The app of a function that runs segments. It loads `settings.preload` in the background.
+    """The app of a function that runs segments. `settings.preload` is loaded in the background.
 
     Raises:
-        SettingsError: a setting that only building can judge, such as an execution provider that is not there.
+        SettingsError: a setting that cannot be used, such as an execution provider that is not there.
     """
     app = _SegmentApp(settings)
     app.readiness.start()
@@ -78,7 +78,7 @@ class _SegmentApp(FunctionApp):
         )
 
     def _accept(self, request: FunctionRequest, outline: Outline) -> None:
-        """Refuse a frame whose tensors its segment does not take, before anything is allocated for them.
+        """Refuse a frame whose tensors its segment does not take, before their memory is allocated.
 
         Raises:
             RequestMalformed: the frame names no bundle's digest.
@@ -99,7 +99,7 @@ class _SegmentApp(FunctionApp):
             Overloaded, RequestTooLarge: there is no memory to decode the frame, now or ever.
         """
         request.memory.hold(outline.decoded_bytes)
-        if not outline.working_bytes:  # pictures have a bound of their own, and wait for it
+        if not outline.working_bytes:  # pictures wait for memory of their own
             yield
             return
         with self._turns.one(request.context.deadline), request.memory.scope():

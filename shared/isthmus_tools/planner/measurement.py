@@ -231,7 +231,7 @@ def _check_looks(result: Result) -> None:
     if looks is not None and looks.error is not None:
         raise looks.error
     if looks is not None and looks.outcome == "late":
-        raise DeadlineExceeded(f"there was no time for closer look {looks.taken + 1}", looks=looks.taken)
+        raise DeadlineExceeded(f"there was no time for closer look {looks.count + 1}", looks=looks.count)
 
 
 def _typical_first(inputs: Sequence[TrialInput]) -> list[TrialInput]:
@@ -263,7 +263,7 @@ def _shares(candidate: Candidate, result: Result) -> list[float]:
     once = len(candidate.cuts) + 1
     shares = [1.0] * min(once, len(result.runs))
     looks = result.closer_looks
-    if candidate.looks is not None and looks is not None and looks.taken:
-        per_look = (len(result.runs) - once) // looks.taken
-        shares += [share for share in candidate.looks.shares[: looks.taken] for _ in range(per_look)]
+    if candidate.looks is not None and looks is not None and looks.count:
+        per_look = (len(result.runs) - once) // looks.count
+        shares += [share for share in candidate.looks.shares[: looks.count] for _ in range(per_look)]
     return shares

@@ -18,7 +18,7 @@ from tritonclient.utils import np_to_triton_dtype
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import IsthmusError, RequestMalformed, RequestTooLarge, ShapeMismatch
 from isthmus.oip import messages as oip
-from isthmus.oip.messages import InferRequest, WantedOutput, build_response, parse_request
+from isthmus.oip.messages import InferRequest, OutputRequest, build_response, parse_request
 
 DTYPES = ["bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32"]
 DTYPES += ["float64", "bfloat16"]
@@ -64,7 +64,7 @@ def test_what_tritonclient_sends_is_read(dtype: str, binary: bool, shape: tuple[
     request = parse(data, length, (TensorSpec("t", dtype, tuple(f"d{i}" for i in range(len(shape)))),))
     np.testing.assert_array_equal(request.inputs["t"], array)
     assert request.inputs["t"].dtype == array.dtype
-    assert (request.id, request.outputs) == ("r1", (WantedOutput("out", binary),))
+    assert (request.id, request.outputs) == ("r1", (OutputRequest("out", binary),))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -72,7 +72,7 @@ def test_what_tritonclient_sends_is_read(dtype: str, binary: bool, shape: tuple[
 @pytest.mark.parametrize("shape", [(3, 5), (1,), (0, 4), ()])
 def test_what_is_answered_is_read_by_tritonclient(dtype: str, binary: bool, shape: tuple[int, ...]) -> None:
     array = values(dtype, shape)
-    request = InferRequest({}, (WantedOutput("a", binary), WantedOutput("b", True)), id="r1")
+    request = InferRequest({}, (OutputRequest("a", binary), OutputRequest("b", True)), id="r1")
     response = build_response(
         {"b": array, "a": array}, request, model_name="m", model_version="3", parameters={"cut": "31"}
     )
@@ -88,7 +88,7 @@ def test_what_is_answered_is_read_by_tritonclient(dtype: str, binary: bool, shap
 def test_a_response_of_json_alone_has_no_header_length() -> None:
     response = build_response(
         {"out": np.zeros((1, 3), np.float32)},
-        InferRequest({}, (WantedOutput("out"),)),
+        InferRequest({}, (OutputRequest("out"),)),
         model_name="m",
         model_version="1",
     )
@@ -341,15 +341,18 @@ def test_a_json_part_over_the_limit_is_not_parsed() -> None:
 def test_outputs_default_to_all_as_the_request_says() -> None:
     outputs = [OUT, TensorSpec("more", "float32", ())]
 
-    def wanted(**request: Any) -> tuple[WantedOutput, ...]:
+    def wanted(**request: Any) -> tuple[OutputRequest, ...]:
         return parse_request(body(x(), **request), None, inputs=[X], outputs=outputs).outputs
 
-    assert wanted() == wanted(outputs=[]) == (WantedOutput("out"), WantedOutput("more"))
-    assert wanted(parameters={"binary_data_output": True}) == (WantedOutput("out", True), WantedOutput("more", True))
+    assert wanted() == wanted(outputs=[]) == (OutputRequest("out"), OutputRequest("more"))
+    assert wanted(parameters={"binary_data_output": True}) == (
+        OutputRequest("out", True),
+        OutputRequest("more", True),
+    )
     asked = [{"name": "more", "parameters": {"binary_data": False}}, {"name": "out"}]
     assert wanted(outputs=asked, parameters={"binary_data_output": True}) == (
-        WantedOutput("more", False),
-        WantedOutput("out", True),
+        OutputRequest("more", False),
+        OutputRequest("out", True),
     )
 
 
@@ -381,10 +384,10 @@ def test_a_request_that_asks_for_what_is_not_offered_is_refused(
 def test_an_output_that_json_cannot_say_points_to_binary(bad: float) -> None:
     array = np.array([bad], np.float32)
     with pytest.raises(RequestMalformed, match="'out' holds NaN or infinity") as e:
-        build_response({"out": array}, InferRequest({}, (WantedOutput("out"),)), model_name="m", model_version="1")
+        build_response({"out": array}, InferRequest({}, (OutputRequest("out"),)), model_name="m", model_version="1")
     assert "binary_data_output" in e.value.hint
     response = build_response(
-        {"out": array}, InferRequest({}, (WantedOutput("out", True),)), model_name="m", model_version="1"
+        {"out": array}, InferRequest({}, (OutputRequest("out", True),)), model_name="m", model_version="1"
     )
     result = InferenceServerClient.parse_response_body(response.body, header_length=response.header_length)
     np.testing.assert_array_equal(result.as_numpy("out"), array)
@@ -392,7 +395,7 @@ def test_an_output_that_json_cannot_say_points_to_binary(bad: float) -> None:
 
 def test_an_output_that_the_model_did_not_give_is_named() -> None:
     with pytest.raises(ShapeMismatch, match="no output 'out'"):
-        build_response({}, InferRequest({}, (WantedOutput("out"),)), model_name="m", model_version="1")
+        build_response({}, InferRequest({}, (OutputRequest("out"),)), model_name="m", model_version="1")
 
 
 def test_metadata_is_the_protocols() -> None:
@@ -514,7 +517,7 @@ def test_null_data_beside_binary_data_is_none() -> None:
 def test_a_parameter_of_null_takes_the_requests_default() -> None:
     asked = [{"name": "out", "parameters": {"binary_data": None}}]
     request = parse(body(x(), outputs=asked, parameters={"binary_data_output": True}))
-    assert request.outputs == (WantedOutput("out", True),)
+    assert request.outputs == (OutputRequest("out", True),)
 
 
 @pytest.mark.parametrize("field", ["name", "shape", "datatype", "data"])

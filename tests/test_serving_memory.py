@@ -167,7 +167,7 @@ def test_decoded_tensors_are_counted_and_their_working_memory_only_meanwhile(
 
 def test_numbers_of_a_response_take_little_more_than_its_text() -> None:
     array = np.random.default_rng(0).normal(size=(1, 50_000))
-    request = oip.InferRequest({}, (oip.WantedOutput("a"),))
+    request = oip.InferRequest({}, (oip.OutputRequest("a"),))
     bound = oip.response_bytes({"a": array}, request) + 2**20  # what is written at once
 
     def build() -> None:

@@ -35,8 +35,8 @@ _DTYPE = {datatype_of(dtype): dtype for dtype in DTYPES}
 
 
 @dataclass(frozen=True)
-class Answer:
-    """Tensors that came back, the router's word on the route, and its Server-Timing."""
+class Prediction:
+    """Output tensors, the facts about the route, and the response's Server-Timing."""
 
     outputs: dict[str, Array]
     parameters: Mapping[str, Any]
@@ -46,7 +46,7 @@ class Answer:
 class Client:
     """Calls the router at `url`, e.g. http://127.0.0.1:8080/function/router.
 
-    Units: timeout_s bounds one call and travels as X-Timeout.
+    Units: timeout_s bounds a call and travels as X-Timeout.
 
     Raises:
         RequestMalformed: `url` is no http or https URL.
@@ -62,25 +62,27 @@ class Client:
         self._pool = ConnectionPool(self.url, connect_timeout_s=min(_CONNECT_TIMEOUT_S, timeout_s))
 
     def photo(self, data: bytes, *, model: str = "", top_k: int | None = None) -> dict[str, Any]:
-        """The router's answer to a photo: classes, route and timings.
+        """The router's response to a photo: classes, route and timings.
 
         Raises:
-            HopRejected: the URL is no router's. Else what the router answered, as `error_of` reads it.
+            HopRejected: the URL is no router's.
+            Further errors as the router responds, by `error_of`.
         """
         fields = {k: str(v) for k, v in (("model", model), ("top_k", top_k)) if v}
         response = self.post("/", [data], {}, fields)
         with self._reading():
-            answer: dict[str, Any] = json.loads(response.body)
+            document: dict[str, Any] = json.loads(response.body)
             for key, kind in (("classes", list), ("route", dict), ("model_name", str), ("model_version", str)):
-                if not isinstance(answer[key], kind):
+                if not isinstance(document[key], kind):
                     raise ValueError(f"{key} is no {kind.__name__}")
-        return answer
+        return document
 
-    def infer(self, arrays: Mapping[str, Array], *, model: str, version: str = "") -> Answer:
+    def infer(self, arrays: Mapping[str, Array], *, model: str, version: str = "") -> Prediction:
         """The model's outputs for these inputs, both in binary.
 
         Raises:
-            HopRejected: the URL is no router's. Else what the router answered, as `error_of` reads it.
+            HopRejected: the URL is no router's.
+            Further errors as the router responds, by `error_of`.
         """
         chunks = {name: RAW.encode(np.asarray(array)) for name, array in arrays.items()}
         head = json.dumps(
@@ -98,8 +100,8 @@ class Client:
             }
         ).encode()
         headers = {"Content-Type": "application/octet-stream", oip.HEADER_LENGTH: str(len(head))}
-        of_version = f"/versions/{quote(version, safe='')}" if version else ""
-        path = f"/v2/models/{quote(model, safe='')}{of_version}/infer"
+        version_part = f"/versions/{quote(version, safe='')}" if version else ""
+        path = f"/v2/models/{quote(model, safe='')}{version_part}/infer"
         response = self.post(path, [head, *chunks.values()], headers, {})
         with self._reading():
             split = int(response.headers.get(oip.HEADER_LENGTH.lower(), len(response.body)))
@@ -110,14 +112,14 @@ class Client:
                 size = output["parameters"]["binary_data_size"]
                 outputs[spec.name] = from_binary(binary, size, spec, shape_of(output, spec))
                 binary = binary[size:]
-            return Answer(outputs, dict(doc.get("parameters", {})), response.headers.get("server-timing", ""))
+            return Prediction(outputs, dict(doc.get("parameters", {})), response.headers.get("server-timing", ""))
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
         """Read the body of a response with status 200; the URL may be that of any server.
 
         Raises:
-            HopRejected: it is not what a router answers.
+            HopRejected: the body is no router's.
         """
         try:
             yield
@@ -134,13 +136,14 @@ class Client:
         """The response to a POST of `body`, in parts, on `path` below the URL with the query `fields`.
 
         Raises:
-            HopTimeout, HopUnavailable, HopRejected: no response; else the function's own error, as `error_of` reads it.
+            HopTimeout, HopUnavailable, HopRejected: no response.
+            Further errors as the function responds, by `error_of`.
         """
         try:
             response = self._pool.post(
                 body,
                 {"X-Timeout": f"{int(self._timeout_s * 1000)}ms", **headers},
-                # The router answers by itself when its time is over; a little later nobody does.
+                # The router responds by itself when its time is over; a second later no response will come.
                 Deadline.after(self._timeout_s + 1.0),
                 max_bytes=MAX_RESPONSE_BYTES,
                 max_error_bytes=MAX_RESPONSE_BYTES,
@@ -165,11 +168,11 @@ class Client:
 
 
 def error_of(url: str, response: Response) -> IsthmusError:
-    """The router's JSON error as the exception that it was there; anything else as a refusal of the hop."""
+    """The router's JSON error as the router's exception; any other response as HopRejected."""
     try:
         doc = json.loads(response.body)
         kind = next(c for c in HTTP_STATUS if c.__name__ == doc["type"])
         return kind(str(doc["error"]), hint=str(doc.get("hint", "")), **doc["facts"])
     except (ValueError, KeyError, TypeError, StopIteration, RecursionError):
-        said = response.body[:200].decode("utf-8", "replace").strip() or "an empty body"
-        return HopRejected(f"{url} answered {response.status}: {said}", hop=url, status=response.status)
+        text = response.body[:200].decode("utf-8", "replace").strip() or "an empty body"
+        return HopRejected(f"{url} answered {response.status}: {text}", hop=url, status=response.status)

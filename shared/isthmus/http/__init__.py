@@ -1,1 +1,1 @@
-"""HTTP from the standard library: a bounded connection pool, look-ups and connects within a deadline, Server-Timing."""
+"""HTTP from the standard library: a bounded connection pool, look-ups and connects within a deadline."""

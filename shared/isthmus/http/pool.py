@@ -1,8 +1,8 @@
-"""Kept-alive HTTP connections to one URL: the standard library's `http.client` over sockets with one deadline.
+"""Persistent HTTP connections to a URL: the standard library's `http.client` over sockets with a deadline.
 
-A socket's own timeout holds for each read or send alone, so a peer that drips a byte at a time would outlast it. Here
-`http.client` gets a socket whose every read and send waits for what is left of the whole exchange. It follows no
-redirect and reads no proxy from the environment.
+A socket's own timeout holds for each read or send alone, so a peer that drips single bytes would exceed any bound. Here
+`http.client` gets a socket on which each read and send waits at most for the rest of the whole exchange. Redirects
+are not followed, and no proxy is read from the environment.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from isthmus.context import Deadline
 from isthmus.http.sockets import connect
 
 MAX_IDLE = 64
+# Status line and headers, 1xx responses included; http.client alone takes 100 lines of 64 KiB each.
 MAX_HEAD_BYTES = 2**16
-"""Status line and headers, those of 1xx responses included; http.client alone takes 100 lines of 64 KiB each."""
 MAX_INFORMATIONAL = 8
+# Larger parts and bodies bypass the buffers and are not copied.
 _BUFFER_BYTES = 2**14
-"""Larger parts and bodies pass the buffers by: they go from and to their own place in memory."""
 _PIECE_BYTES = 2**16
 _PATH_CHARACTERS = "/%:@!$&'()*+,;=~"
 _NUMBER = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9})?")
+# A day, which also replaces longer times.
 MAX_RETRY_AFTER_S = 86_400.0
-"""A day; what asks for more is read as a day."""
 
 Buffer = bytes | bytearray | memoryview
 
@@ -65,7 +65,7 @@ def stage_seconds(header: str, stage: str) -> float:
 
 
 def retry_after_seconds(header: str) -> float | None:
-    """Seconds that `Retry-After` asks for; None where it is missing, a date, or no number of seconds.
+    """Seconds that `Retry-After` asks for; None where the header is missing, a date, or no number of seconds.
 
     Source: RFC 9110, 10.2.3.
     """
@@ -123,7 +123,7 @@ class ConnectionPool:
     ) -> Response:
         """Send `body`, in parts, to `path` below the URL and read the response, both before the deadline.
 
-        A connection that the peer closed while it was idle is replaced: requests must be safe to send twice.
+        An idle connection that the peer closed is replaced: requests must be safe to send twice.
 
         Units: max_bytes bounds the body of a response with status 200; any other body is cut at max_error_bytes.
 
@@ -154,7 +154,7 @@ class ConnectionPool:
                 if idle is None or timed.received:
                     reason = (e.strerror if isinstance(e, OSError) else None) or str(e) or type(e).__name__
                     raise BrokenOff(reason[:200]) from e
-                # Else the idle connection was closed at the other end; the next one is tried.
+                # Else the peer closed the idle connection; the next is tried.
             finally:
                 if keeps and len(self._idle) < MAX_IDLE:
                     self._idle.append(sock)
@@ -192,7 +192,7 @@ def _close(idle: list[socket.socket]) -> None:
 
 
 class _DeadlineSocket(io.RawIOBase):
-    """A socket for http.client during one exchange: reads and sends end with the deadline."""
+    """A socket for http.client during an exchange: reads and sends end with the deadline."""
 
     def __init__(self, sock: socket.socket, deadline: Deadline) -> None:
         self._sock, self._deadline = sock, deadline
@@ -200,7 +200,7 @@ class _DeadlineSocket(io.RawIOBase):
         self.received, self.reads_head = 0, True
 
     def sendall(self, data: Buffer) -> None:
-        # A small part waits for the next one: head and body of a small request are one packet.
+        # A small part waits for the next: head and body of a small request share a packet.
         if len(self._waiting) + len(data) > _BUFFER_BYTES:
             self.send_waiting()
         if len(data) > _BUFFER_BYTES:
@@ -226,7 +226,7 @@ class _DeadlineSocket(io.RawIOBase):
         return count
 
     def close(self) -> None:
-        """No-op: http.client closes the socket before it reads a body that ends with the connection."""
+        """No-op: http.client closes the socket before reading a body that ends with the connection."""
 
     def _send(self, data: Buffer) -> None:
         view = memoryview(data)
@@ -241,7 +241,7 @@ class _DeadlineSocket(io.RawIOBase):
 
 
 class _FinalResponse(http.client.HTTPResponse):
-    """The response after 1xx ones, of which http.client itself passes over 100 alone (RFC 9110, 15.2)."""
+    """The response after any 1xx responses; http.client itself skips 100 alone (RFC 9110, 15.2)."""
 
     def begin(self) -> None:
         for _ in range(MAX_INFORMATIONAL + 1):
@@ -257,7 +257,7 @@ class _FinalResponse(http.client.HTTPResponse):
 def _exchange(
     sock: _DeadlineSocket, target: str, headers: Mapping[str, str], body: Sequence[Buffer], bounds: tuple[int, int]
 ) -> tuple[Response, bool]:
-    """The response, and whether the connection can take another request; `bounds` as `_read_body` takes them."""
+    """The response, and whether the connection can take another request; `bounds` as in `_read_body`."""
     connection = http.client.HTTPConnection("unused")  # the socket is connected, and Host is among the headers
     connection.sock, connection.response_class = sock, _FinalResponse
     connection.putrequest("POST", target, skip_host=True, skip_accept_encoding=True)
@@ -282,7 +282,7 @@ def _read_body(response: http.client.HTTPResponse, max_bytes: int, max_error_byt
     is_good, length = response.status == 200, response.length
     limit = max_bytes if is_good else max_error_bytes
     if length is not None and length <= limit:
-        whole = response.read(length)  # into one place, which is not filled with zeros first
+        whole = response.read(length)  # a single allocation, not filled with zeros first
         if len(whole) < length:
             raise http.client.HTTPException(f"the connection ended after {len(whole)} of {length} bytes")
         return whole

@@ -1,4 +1,4 @@
-"""TCP and TLS connections of which every phase, name resolution included, ends in one stated time."""
+"""TCP and TLS connections with a bound on all phases together, name resolution included."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _LOCK = threading.Lock()
 
 
 def connect(host: str, port: int, *, timeout_s: float, tls: ssl.SSLContext | None = None) -> socket.socket:
-    """Resolve, connect and, with `tls`, shake hands, all of it within `timeout_s` seconds; TCP_NODELAY is set.
+    """Resolve, connect and, with `tls`, shake hands, all within `timeout_s` seconds; TCP_NODELAY is set.
 
     Addresses are tried in the resolver's order, each for an equal share of the time that is left.
 
     Raises:
-        TimeoutError: the time is over; the message says in which phase.
+        TimeoutError: the time is over; the message names the phase.
         OSError: the name is unknown, no address takes the connection, or the TLS handshake failed.
     """
     until = time.monotonic() + timeout_s
@@ -42,9 +42,9 @@ def connect(host: str, port: int, *, timeout_s: float, tls: ssl.SSLContext | Non
 def resolve(host: str, port: int, *, timeout_s: float) -> list[tuple[Any, ...]]:
     """The addresses of `host` as `socket.getaddrinfo` gives them for TCP.
 
-    getaddrinfo has no timeout of its own (a DNS server that does not answer takes it 10 to 30 s), so it runs in a
-    daemon thread that nobody waits for longer. Callers who ask for the same name share one look-up, which bounds the
-    threads by the number of names.
+    getaddrinfo has no timeout of its own (a DNS server that does not answer takes 10 to 30 s), so a daemon
+    thread runs it, and callers leave when their time is over. Callers of the same name share a look-up: there are at
+    most as many threads as names.
 
     Raises:
         TimeoutError: no answer within `timeout_s` seconds.
@@ -63,7 +63,7 @@ def resolve(host: str, port: int, *, timeout_s: float) -> list[tuple[Any, ...]]:
 
 
 class _Lookup(threading.Thread):
-    """One look-up under way."""
+    """A look-up in progress."""
 
     def __init__(self, host: str, port: int) -> None:
         super().__init__(name=f"resolve {host}", daemon=True)
@@ -77,7 +77,7 @@ class _Lookup(threading.Thread):
             self.addresses = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
         except OSError as e:
             self.error = e
-        except UnicodeError as e:  # a label of more than 63 characters, as IDNA reports it
+        except UnicodeError as e:  # a label of more than 63 characters, as IDNA reports
             self.error = socket.gaierror(socket.EAI_NONAME, f"{self._host} is no host name: {e}")
         finally:
             with _LOCK:
@@ -86,7 +86,7 @@ class _Lookup(threading.Thread):
 
 
 def _handshake(sock: socket.socket, tls: ssl.SSLContext, host: str, until: float) -> ssl.SSLSocket:
-    """A socket's own timeout is for each read of a handshake; a peer that trickles would outlast it."""
+    """A socket's own timeout is for each read of a handshake; a peer that sends single bytes would exceed the bound."""
     try:
         secure = tls.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
     except BaseException:
@@ -104,8 +104,8 @@ def _handshake(sock: socket.socket, tls: ssl.SSLContext, host: str, until: float
                 event = select.POLLOUT
             poll = select.poll()
             poll.register(secure, event)
-            left = until - time.monotonic()
-            if left <= 0 or not poll.poll(max(1, left * 1000)):
+            left_s = until - time.monotonic()
+            if left_s <= 0 or not poll.poll(max(1, left_s * 1000)):
                 raise TimeoutError(f"the TLS handshake with {host} did not end in time")
     except BaseException:
         secure.close()

@@ -1,7 +1,9 @@
 """The Open Inference Protocol (KServe v2), without HTTP: bodies to arrays, arrays to bodies, metadata documents.
 
-JSON tensors and the binary tensor extension. Requests are checked against the model's tensors while they are read, so
-that a size is known to fit before anything of that size is made. Source: docs/api.md, "Open Inference Protocol".
+JSON tensors and the binary tensor extension. Reading a request checks it against the model's tensors, so that
+a size is known to fit before memory of that size is allocated.
+
+Source: docs/reference/api.md, "Open Inference Protocol".
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from isthmus.oip.request import (
     HEADER_LENGTH,
     MAX_JSON_BYTES,
     InferRequest,
-    WantedOutput,
+    OutputRequest,
     parse_document,
     parse_request,
     read_document,
@@ -33,7 +35,7 @@ __all__ = [
     "PLATFORM",
     "InferRequest",
     "InferResponse",
-    "WantedOutput",
+    "OutputRequest",
     "build_response",
     "model_metadata",
     "parse_document",
@@ -45,21 +47,21 @@ __all__ = [
 
 EXTENSIONS = ("binary_tensor_data",)
 PLATFORM = "onnx_onnxv1"
+# The longest float64 with its comma, in its piece and in the body.
 JSON_NUMBER_BYTES = 2 * 25
-"""The longest float64 with its comma, in its piece and in the body."""
 _JSON = json.JSONEncoder(separators=(",", ":"))
 
 
 @dataclass(frozen=True)
 class InferResponse:
-    """A response's body; `header_length` is the length of its JSON part if binary tensors follow it."""
+    """A response's body; `header_length` is the length of its JSON part if binary tensors follow."""
 
     body: bytes
     header_length: int | None = None
 
     @property
     def headers(self) -> dict[str, str]:
-        """Content-Type, and Inference-Header-Content-Length where it belongs."""
+        """Content-Type, and Inference-Header-Content-Length where binary tensors follow."""
         if self.header_length is None:
             return {"Content-Type": "application/json"}
         return {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(self.header_length)}
@@ -76,10 +78,10 @@ def build_response(
     """The response that `request` asked for, from the model's outputs; JSON data is flat, in row-major order.
 
     Raises:
-        RequestMalformed: an output asked for as JSON holds NaN or infinity, which JSON cannot say; ask for binary.
-        ShapeMismatch: the model gave no array of an output's name, or one of a dtype that the protocol lacks.
+        RequestMalformed: an output asked for as JSON holds NaN or infinity, which JSON cannot express; ask for binary.
+        ShapeMismatch: the model gave no array of an output's name, or the protocol lacks its dtype.
     """
-    documents: list[bytes] = []  # in parts, which are joined once
+    documents: list[bytes] = []  # in parts, to be joined at the end
     chunks: list[bytes] = []
     for output in request.outputs:
         if (array := arrays.get(output.name)) is None:
@@ -106,9 +108,9 @@ def build_response(
 
 
 def response_bytes(arrays: Mapping[str, np.ndarray], request: InferRequest) -> int:
-    """Upper bound on what `build_response` allocates, in bytes."""
-    wanted = [(arrays[output.name], output.binary) for output in request.outputs if output.name in arrays]
-    return sum(2 * array.nbytes if binary else array.size * JSON_NUMBER_BYTES for array, binary in wanted)
+    """Upper bound on the memory of `build_response`, in bytes."""
+    outputs = [(arrays[output.name], output.binary) for output in request.outputs if output.name in arrays]
+    return sum(2 * array.nbytes if binary else array.size * JSON_NUMBER_BYTES for array, binary in outputs)
 
 
 def server_metadata(name: str, version: str) -> dict[str, Any]:
@@ -122,7 +124,7 @@ def model_metadata(
     """The body of GET /v2/models/NAME; a free dimension is -1.
 
     Raises:
-        ShapeMismatch: a tensor's dtype is one that the protocol lacks.
+        ShapeMismatch: the protocol lacks a tensor's dtype.
     """
     return {
         "name": name,

@@ -15,19 +15,19 @@ from isthmus.oip.tensor import describe, from_binary, from_json, shape_of
 from isthmus.wire.json_bounds import parsed_bytes
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
+# Bound on the JSON part, without binary tensors; parsed, JSON can take thirty times its length.
 MAX_JSON_BYTES = 16 * 2**20
-"""Longest JSON part; parsed, it can take thirty times its length. Binary tensors after it don't count."""
 MAX_ID_LENGTH = 256
+# Reserves memory of that many bytes, and raises where too little is left.
 Reserve: TypeAlias = Callable[[int], object]
-"""Whoever counts memory: it raises where so many bytes are too many."""
 
 
 def _reserve_nothing(count: int) -> None:
-    """Nobody counts."""
+    """No-op default."""
 
 
 @dataclass(frozen=True)
-class WantedOutput:
+class OutputRequest:
     """An output that the response holds, as binary or as JSON numbers."""
 
     name: str
@@ -36,13 +36,13 @@ class WantedOutput:
 
 @dataclass(frozen=True)
 class InferRequest:
-    """One inference request, checked against the model; `outputs` is what to answer with, in that order.
+    """An inference request, checked against the model; `outputs` are the outputs of the response, in order.
 
     Arrays of binary tensors are read-only views of the body, and may be unaligned.
     """
 
     inputs: Mapping[str, np.ndarray]
-    outputs: tuple[WantedOutput, ...]
+    outputs: tuple[OutputRequest, ...]
     id: str = ""
 
     @property
@@ -62,14 +62,14 @@ def parse_request(
 ) -> InferRequest:
     """Read an inference request for a model with these inputs and outputs; every byte must be accounted for.
 
-    `header_length` is the header Inference-Header-Content-Length as it came, None without one. Dimensions that share a
-    symbolic name must be equal across inputs. Binary tensors are not copied. `reserve` is called before the JSON is
-    parsed, with the bytes that this and the arrays take at most; what it raises passes as it is.
+    `header_length` is the header Inference-Header-Content-Length as received, None without the header. Dimensions
+    that share a symbolic name must be equal across inputs. Binary tensors are not copied. `reserve` is called before
+    the JSON is parsed, with an upper bound of the bytes that parsing and the arrays take; its errors pass unchanged.
 
     Raises:
         RequestMalformed: not JSON, not the protocol, lengths that disagree, numbers outside the datatype, or a feature
             that is not offered (BYTES, shared memory, classification, sequences).
-        RequestTooLarge: the JSON part exceeds `max_json_bytes`; it was not parsed.
+        RequestTooLarge: the JSON part exceeds `max_json_bytes`; nothing was parsed.
         ShapeMismatch: an input is missing, unknown, or of another datatype or shape; facts: `expected`, `got`.
     """
     view = memoryview(body)
@@ -86,7 +86,7 @@ def parse_document(
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
 ) -> InferRequest:
-    """`parse_request` of JSON that was read already, and of the bytes after it, None without the header.
+    """`parse_request` of parsed JSON and of the bytes after the JSON, None without the header.
 
     Raises:
         RequestMalformed, ShapeMismatch: as `parse_request`.
@@ -97,20 +97,20 @@ def parse_document(
     if not isinstance(tensors, list):
         raise RequestMalformed("the request has no list of inputs", hint='send {"inputs": [{"name": …}]}')
     arrays = _read_inputs(tensors, binary, {spec.name: spec for spec in inputs})
-    wanted = _wanted_outputs(doc.get("outputs"), [spec.name for spec in outputs], parameters)
-    return InferRequest(arrays, wanted, _request_id(doc))
+    requested = _requested_outputs(doc.get("outputs"), [spec.name for spec in outputs], parameters)
+    return InferRequest(arrays, requested, _request_id(doc))
 
 
 def read_document(
     part: bytes | memoryview, max_json_bytes: int = MAX_JSON_BYTES, reserve: Reserve = _reserve_nothing
 ) -> dict[str, Any]:
-    """A JSON object, strictly: UTF-8, no NaN, no infinity; a byte order mark before it is no part of it.
+    """A JSON object, strictly: UTF-8, no NaN, no infinity; a byte order mark is skipped.
 
     `reserve` is called as `parse_request` says.
 
     Raises:
         RequestMalformed: anything else.
-        RequestTooLarge: longer than `max_json_bytes`; it was not parsed.
+        RequestTooLarge: longer than `max_json_bytes`; nothing was parsed.
     """
     if len(part) > max_json_bytes:
         raise RequestTooLarge(
@@ -124,11 +124,11 @@ def read_document(
     try:
         doc = _JSON.decode(str(part, "utf-8-sig"))
     except (ValueError, RecursionError) as e:
-        # Of a number's digits Python says how to allow more of them here, which no caller can.
-        said = "it holds a number of thousands of digits" if "integer string conversion" in str(e) else str(e)[:200]
-        said = "its lists and objects lie too deep in each other" if isinstance(e, RecursionError) else said
+        # Python's message about too many digits advises a change of this process, which no caller can make.
+        reason = "it holds a number of thousands of digits" if "integer string conversion" in str(e) else str(e)[:200]
+        reason = "its lists and objects lie too deep in each other" if isinstance(e, RecursionError) else reason
         raise RequestMalformed(
-            f"the request is not JSON: {said}",
+            f"the request is not JSON: {reason}",
             hint=f"where binary tensors follow the JSON, the header {HEADER_LENGTH} says how long it is",
         ) from e
     if not isinstance(doc, dict):
@@ -136,10 +136,10 @@ def read_document(
     return doc
 
 
-def _header_length(given: str | int | None, length: int) -> int:
-    if given is None:
+def _header_length(header: str | int | None, length: int) -> int:
+    if header is None:
         return length
-    text = str(given).strip()
+    text = str(header).strip()
     if not (text.isascii() and text.isdigit() and len(text) < 20 and 0 < int(text) <= length):
         raise RequestMalformed(
             f"{HEADER_LENGTH} is {text[:32]!r}; it is the JSON part's length, 1 to the body's {length} bytes",
@@ -157,7 +157,7 @@ _JSON = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def _object(doc: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
-    """An optional object; null, which clients with typed fields send, is as good as none."""
+    """An optional object; null counts as absent, since clients with typed fields send null."""
     if (value := doc.get(key)) is None:
         return {}
     if not isinstance(value, dict):
@@ -247,28 +247,28 @@ def _bind_free_dimensions(spec: TensorSpec, shape: tuple[int, ...], sizes: dict[
             )
 
 
-def _wanted_outputs(asked: Any, known: Sequence[str], parameters: Mapping[str, Any]) -> tuple[WantedOutput, ...]:
+def _requested_outputs(entries: Any, names: Sequence[str], parameters: Mapping[str, Any]) -> tuple[OutputRequest, ...]:
     binary = _flag(parameters, "binary_data_output", False)
-    if asked is None or asked == []:
-        return tuple(WantedOutput(name, binary) for name in known)
-    if not isinstance(asked, list):
+    if entries is None or entries == []:
+        return tuple(OutputRequest(name, binary) for name in names)
+    if not isinstance(entries, list):
         raise RequestMalformed("outputs is not a list")
-    wanted: dict[str, WantedOutput] = {}
-    for output in asked:
+    requested: dict[str, OutputRequest] = {}
+    for output in entries:
         name = output.get("name") if isinstance(output, dict) else None
         if not isinstance(name, str):
             raise RequestMalformed("an output is not an object with a name")
-        if name not in known:
+        if name not in names:
             raise ShapeMismatch(
-                f"the model has no output {name[:64]!r}; it has {', '.join(map(repr, known))}",
+                f"the model has no output {name[:64]!r}; it has {', '.join(map(repr, names))}",
                 tensor=name[:64],
-                expected=list(known),
+                expected=list(names),
                 got=name[:64],
             )
-        if name in wanted:
+        if name in requested:
             raise RequestMalformed(f"the output {name!r} is asked for twice", tensor=name)
-        wanted[name] = WantedOutput(name, _flag(_output_parameters(output, name), "binary_data", binary))
-    return tuple(wanted.values())
+        requested[name] = OutputRequest(name, _flag(_output_parameters(output, name), "binary_data", binary))
+    return tuple(requested.values())
 
 
 def _output_parameters(output: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One tensor of the Open Inference Protocol: datatypes, shapes, JSON and binary data to arrays and back."""
+"""A tensor of the Open Inference Protocol: datatypes, shapes, JSON and binary data to arrays and back."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ _DTYPES: Mapping[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _JSON = json.JSONEncoder(separators=(",", ":"))
+# Numbers that are written at once.
 _PIECE = 2**14
-"""Numbers that are written at once."""
 _ELEMENTS: Mapping[str, set[type]] = {"b": {bool}, "i": {int}, "u": {int}, "f": {int, float}}
 _DATATYPES = {dtype.name: datatype for datatype, dtype in _DTYPES.items()}
 
@@ -52,7 +52,7 @@ def datatype_of(dtype: str) -> str:
 
 @lru_cache(64)
 def datatype_of_array(dtype: np.dtype[Any]) -> str:
-    """`datatype_of` an array's dtype, whose name numpy makes anew whenever it is asked."""
+    """`datatype_of` an array's dtype; cached, since numpy composes the name at each access."""
     return datatype_of(dtype.name)
 
 
@@ -81,10 +81,10 @@ def shape_of(tensor: Mapping[str, Any], spec: TensorSpec) -> tuple[int, ...]:
         raise RequestMalformed(
             f"the input {spec.name!r} has no known datatype", tensor=spec.name, expected=describe(spec)
         )
-    fits = len(shape) == len(spec.shape) and all(
+    is_fitting = len(shape) == len(spec.shape) and all(
         isinstance(want, str) or want == n for want, n in zip(spec.shape, shape, strict=False)
     )
-    if datatype != datatype_of(spec.dtype) or not fits:
+    if datatype != datatype_of(spec.dtype) or not is_fitting:
         got = f"{spec.name} {datatype} [{','.join(map(str, shape[:32]))}]"
         raise ShapeMismatch(
             f"the model takes {describe(spec)}, the request holds {got}",
@@ -98,10 +98,10 @@ def shape_of(tensor: Mapping[str, Any], spec: TensorSpec) -> tuple[int, ...]:
 
 
 def from_binary(data: memoryview, size: Any, spec: TensorSpec, shape: tuple[int, ...]) -> np.ndarray:
-    """The first `size` bytes of `data` as an array: a view of them, read-only where they are.
+    """The first `size` bytes of `data` as an array: a view, read-only where `data` is.
 
     Raises:
-        RequestMalformed: `size` is not what the shape takes, there are fewer bytes, or a BOOL is neither 0 nor 1.
+        RequestMalformed: `size` is not the size of that shape, `data` is shorter, or a BOOL is neither 0 nor 1.
     """
     dtype = _DTYPES[datatype_of(spec.dtype)]
     needed = math.prod(shape) * dtype.itemsize
@@ -142,7 +142,7 @@ def from_json(tensor: Mapping[str, Any], spec: TensorSpec, shape: tuple[int, ...
         at = next(i for i, value in enumerate(flat) if type(value) not in allowed)
         raise _bad_element(spec, at, f"is a {type(flat[at]).__name__}")
     try:
-        with np.errstate(over="ignore"):  # what overflows is found below
+        with np.errstate(over="ignore"):  # overflows become infinite, and are refused below
             array = np.array(flat, dtype)
     except OverflowError:
         low, high = _limits(dtype)
@@ -159,12 +159,12 @@ def to_binary(array: np.ndarray) -> bytes:
 
 
 def to_json(array: np.ndarray, name: str) -> list[bytes]:
-    """JSON numbers with commas between them, in row-major order; each reads back as the same value.
+    """JSON numbers with commas between them, in row-major order; reading restores the same values.
 
-    They are written in pieces: as Python's numbers and texts, all at once would take ten times as much memory.
+    In pieces, since Python's numbers and texts of the whole array would take ten times its memory.
 
     Raises:
-        RequestMalformed: NaN or infinity, which JSON cannot say.
+        RequestMalformed: NaN or infinity, which JSON cannot express.
     """
     if array.dtype.kind == "V":
         array = array.astype(np.float32)

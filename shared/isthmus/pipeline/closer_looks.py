@@ -14,8 +14,8 @@ from isthmus.artifacts.choice import Look
 from isthmus.context import Deadline
 from isthmus.errors import IsthmusError
 
+# The margin was sufficient; no look remained; no time remained; a look failed and the prediction before it stands.
 OUTCOMES = ("sure", "last", "late", "failed")
-"""The margin was sufficient; no look remained; no time remained; a look failed and the prediction before it stands."""
 
 # A hop that hangs must leave time for the response: a look has at most ten times the seconds of the run before, but at
 # least a second, since short runs vary by more than that.

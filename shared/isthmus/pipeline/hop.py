@@ -46,16 +46,16 @@ from isthmus.wire.frame import Frame
 if TYPE_CHECKING:  # a router with remote hops alone never loads onnxruntime
     from isthmus.runtime.store import Ran, SegmentStore
 
+# Bound on the body of a response other than 200; a hop's own errors are far shorter.
 MAX_ERROR_BYTES = 2**16
-"""Bound on the body of a response other than 200; a hop's own errors are far shorter."""
+# Bound on a frame between this process and itself, where only memory limits it.
 MAX_LOOPBACK_BYTES = 2**30
-"""Bound on a frame between this process and itself, where only memory limits it."""
+# A segment function's errors that the router's caller causes.
 _INPUT_ERRORS = {c.__name__: c for c in (ShapeMismatch, ValueRefused)}
-"""A segment function's errors that the router's caller causes."""
+# How long a function may be away and still count as starting; the longest load measured, on a busy box, was 28 s.
 MAX_OUTAGE_S = 60.0
-"""How long a function may be away and still count as starting; the longest load measured, on a busy box, was 28 s."""
+# The same for a gateway's 404: deploying a function anew takes seconds, a wrong URL stays wrong.
 MAX_REPLACED_S = 15.0
-"""The same for a gateway's 404: deploying a function anew takes seconds, a wrong URL stays wrong."""
 _FIRST_PAUSE_S, _MAX_PAUSE_S = 0.05, 1.0
 # 32 callers, the default of max_concurrency, may wait through a start of some 7 s together, then at a try a second
 # each; beyond that, retries are a tenth of the calls that succeed.

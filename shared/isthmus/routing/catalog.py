@@ -28,12 +28,12 @@ from isthmus.registry import Registry
 from isthmus.registry.lookups import Lookups
 from isthmus.routing.selection import RouteSelector, SelectedRoute
 
+# Models in the cache; names come from callers, so there must be an end.
 MAX_CACHED = 256
-"""Models in the cache; names come from callers, so there must be an end."""
+# The longest that a request waits for a new version; where the registry is slower, a later request gets it.
 MAX_REFRESH_WAIT_S = 0.25
-"""The longest that a request waits for a new version; where the registry is slower, a later request gets it."""
+# The longest that a request waits for the list of a model's versions.
 MAX_VERSIONS_WAIT_S = 2.0
-"""The longest that a request waits for the list of a model's versions."""
 
 
 @dataclass(frozen=True)

@@ -32,16 +32,16 @@ from isthmus.errors import IsthmusError
 from isthmus.pipeline import Result, Route, execute
 from isthmus.pipeline.agreement import agrees
 
+# Number of latest checks of a route that count, so that a drift shows.
 WINDOW = 500
-"""Number of latest checks of a route that count, so that a drift shows."""
+# Confidence that the limit is exceeded before a fallback: every check tests again, so 0.95 would fire too often.
 CONFIDENCE = 0.999
-"""Confidence that the limit is exceeded before a fallback: every check tests again, so 0.95 would fire too often."""
+# How long a sampled request waits for an idle router before the sample is dropped.
 MAX_IDLE_WAIT_S = 30.0
-"""How long a sampled request waits for an idle router before the sample is dropped."""
 MAX_ROUTES = 256
 
+# Looks up a bundle's fidelity document; None where the bundle has no such document.
 Fidelities: TypeAlias = Callable[[Bundle], Fidelity | None]
-"""Looks up a bundle's fidelity document; None where the bundle has no such document."""
 RouteKey: TypeAlias = tuple[str, tuple[str, ...], tuple[tuple[str, str, float], ...], tuple[Look, ...]]
 
 _FALLBACKS = (Choice("int8/1"), Choice("half/1"), RAW)

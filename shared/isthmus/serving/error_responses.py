@@ -18,10 +18,10 @@ from werkzeug.exceptions import HTTPException
 from isthmus.admission import RETRY_AFTER_S
 from isthmus.errors import EncodingUnsupported, IsthmusError, http_status
 
+# Facts for every caller, who may act on these.
 ALWAYS_TOLD = ("kind", "retry_after_s")
-"""Facts for every caller, who may act on these."""
+# Facts about other functions and places, beside facts about the request.
 _INTERNAL_FACTS = ("hop", "status", "error", "registry")
-"""Facts about other functions and places, beside facts about the request."""
 
 
 class ErrorRenderer:

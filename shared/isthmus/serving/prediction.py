@@ -33,8 +33,8 @@ from isthmus.serving.metrics import FunctionMetrics
 from isthmus.serving.request import FunctionRequest
 from isthmus.settings import RouterSettings
 
+# Errors that a photo causes in a hop that decodes photos.
 _PHOTO_ERRORS = {c.__name__: c for c in (ImageMalformed, MediaUnsupported, RequestTooLarge)}
-"""Errors that a photo causes in a hop that decodes photos."""
 
 
 class Predictor:

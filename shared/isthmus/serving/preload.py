@@ -13,8 +13,8 @@ from isthmus.registry import Registry
 if TYPE_CHECKING:  # a router with remote hops alone never loads onnxruntime
     from isthmus.runtime.store import SegmentStore
 
+# Bound on loading a segment; a slow link to the registry takes minutes for a large model.
 MAX_LOAD_S = 600.0
-"""Bound on loading a segment; a slow link to the registry takes minutes for a large model."""
 _ENDS = ("head", "tail")
 
 

@@ -34,8 +34,8 @@ RUNS, MAX_RUNS = 15, 500
 WARMUP, MAX_WARMUP = 2, 50
 _CODING_TRIES = 3
 _MAX_TOKEN_BYTES = 4096
+# Share of the deadline for plain runs, without and with an observation after these.
 _DEADLINE_SHARE_PLAIN, _DEADLINE_SHARE_OBSERVED = 0.9, 0.5
-"""Share of the deadline for plain runs, without and with an observation after these."""
 
 
 class Profiling:

@@ -2,7 +2,7 @@
 
 Candidates are learned on most samples and compared on the rest by bytes at equal distortion of the prediction, an
 operational rate-distortion curve. Source: Ortega and Ramchandran, "Rate-Distortion Methods for Image and Video
-Compression", IEEE Signal Process. Mag. 15 (1998); docs/explanation/calibration.md, "Forms".
+Compression", IEEE Signal Process. Mag. 15 (1998); docs/explanation/calibration.md, "Rate at fixed distortion".
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def enumerate_candidates(
         # A published graph was normalised at import.
         model = open_model(whole.path, examples=dict(inputs[0].arrays), normalise=False)
         choices = offered_codecs(fidelity, "")
-        progress("packing every tensor under every codec")
+        progress("encoding every tensor under every codec")
         encoded = measure_encoded_sizes(model, inputs[0].arrays, choices)
         search = CutSearch(
             model,

@@ -16,7 +16,7 @@ _TOGETHER = "(outputs stay together)"
 
 
 @dataclass(frozen=True)
-class Boundary:
+class TierBoundary:
     """A boundary between two tiers: the boundary tensors, passing inputs included, and the nodes before.
 
     `upstream` are positions in `model.nodes`. Without nodes beyond the boundary there are no tensors.
@@ -91,14 +91,14 @@ def from_model(
     )
 
 
-def boundaries(model: Model, labels: Labels, tiers: int) -> tuple[Boundary, ...]:
+def boundaries(model: Model, labels: Labels, tiers: int) -> tuple[TierBoundary, ...]:
     """The boundaries of the division `labels`, a tier for each dynamic node, between each two neighbouring tiers."""
     tier_of = list(zip(positions(model), labels, strict=True))
     upstreams = [frozenset(i for i, tier in tier_of if tier <= b) for b in range(tiers - 1)]
-    return tuple(Boundary(tuple(str(v.name) for v in boundary_values(model, up)), up) for up in upstreams)
+    return tuple(TierBoundary(tuple(str(v.name) for v in boundary_values(model, up)), up) for up in upstreams)
 
 
-def cut_of(model: Model, boundary: Boundary) -> CutInfo | None:
+def cut_of(model: Model, boundary: TierBoundary) -> CutInfo | None:
     """The cut at a boundary, for `graph.extract`; None where all nodes are on one side.
 
     Two boundaries without a node in between give the same cut.

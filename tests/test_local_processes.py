@@ -18,8 +18,8 @@ from support.patience import LONG_S, eventually
 
 RUN = """
 import sys
-from isthmus_tools.engine import run_engine
-run_engine(sys.argv[1], port=0, on_event=lambda e: print(e.kind, e.text, flush=True))
+from isthmus_tools.engine import EngineOptions, run_engine
+run_engine(EngineOptions(stack_file=sys.argv[1], port=0, on_event=lambda e: print(e.kind, e.text, flush=True)))
 """
 
 

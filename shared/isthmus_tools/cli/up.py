@@ -42,11 +42,11 @@ def up(
 
     Example: `isthmus up --replicas cloud-tail=2 --env edge-head:threads=1`
     """
-    from isthmus_tools.engine import run_engine
+    from isthmus_tools.engine import EngineOptions, run_engine
 
     with errors(as_json=False):
-        run_engine(
-            stack,
+        options = EngineOptions(
+            stack_file=stack,
             port=port,
             replicas=_replicas(replicas or []),
             environment=_environment(env or []),
@@ -54,6 +54,7 @@ def up(
             callback_networks=allow_callbacks or (),
             on_event=lambda event: _show(event, logs),
         )
+        run_engine(options)
 
 
 def _show(event: Event, logs: bool) -> None:

@@ -35,9 +35,14 @@ _BACKLOG = 1024  # a burst of callers that connect at once
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """Arguments of an engine; `environment` and `replicas` map function names, and `*` means every function."""
+    """Arguments of an engine.
 
-    stack_file: Path
+    `replicas` maps a function to its number of replicas. `environment` maps a function, or `*` for every function, to
+    variables that override stack.yml. `${…}` in stack.yml is filled from `variables`, by default this process's
+    environment. `callback_networks`, in CIDR notation, are permitted for callbacks beside public addresses.
+    """
+
+    stack_file: Path | str = "stack.yml"
     host: str = "127.0.0.1"
     port: int = DEFAULT_PORT
     replicas: Mapping[str, int] = field(default_factory=dict)
@@ -48,41 +53,17 @@ class EngineOptions:
     on_event: OnEvent = ignore_event
 
 
-def run_engine(
-    stack_file: Path | str = "stack.yml",
-    *,
-    port: int = DEFAULT_PORT,
-    host: str = "127.0.0.1",
-    replicas: Mapping[str, int] | None = None,
-    environment: Mapping[str, Mapping[str, str]] | None = None,
-    variables: Mapping[str, str] | None = None,
-    callback_networks: Sequence[str] = (),
-    on_event: OnEvent = ignore_event,
-) -> None:
-    """Serve the functions of a stack until SIGINT or SIGTERM, then drain and return; a second signal ends it at once.
-
-    `replicas` maps a function to its number of replicas. `environment` maps a function, or `*` for every function, to
-    variables that override stack.yml. `${…}` in stack.yml is filled from `variables`, by default this process's
-    environment. `callback_networks`, in CIDR notation, are permitted for callbacks beside public addresses.
+def run_engine(options: EngineOptions) -> None:
+    """Serve the functions of a stack until SIGINT or SIGTERM, then drain; a second signal kills the functions.
 
     Raises:
         LocalError: the stack cannot be read or staged, a network is malformed, or the port is taken.
     """
-    options = EngineOptions(
-        stack_file=Path(stack_file),
-        host=host,
-        port=port,
-        replicas=replicas or {},
-        environment=environment or {},
-        variables=dict(os.environ) if variables is None else variables,
-        callback_networks=callback_networks,
-        on_event=on_event,
-    )
     asyncio.run(_run_until_signal(options))
 
 
 class Engine(LoopThread["_RunningEngine"]):
-    """An engine in a thread of this process, for tests and `isthmus demo`; a context manager.
+    """An engine in a thread of this process, for tests and `isthmus demo`; a context manager. See `EngineOptions`.
 
     Entering returns once the port is bound, before the functions are ready; exiting drains the functions.
 
@@ -103,7 +84,7 @@ class Engine(LoopThread["_RunningEngine"]):
         on_event: OnEvent = ignore_event,
     ) -> None:
         options = EngineOptions(
-            stack_file=Path(stack_file),
+            stack_file=stack_file,
             port=port,
             replicas=replicas or {},
             environment=environment or {},
@@ -188,7 +169,7 @@ async def _run_until_signal(options: EngineOptions) -> None:
 async def _running(options: EngineOptions) -> AsyncIterator[_RunningEngine]:
     """Run an engine from binding its port to the end of its last process."""
     report = shielded(options.on_event)
-    file = StackFile(options.stack_file, options.variables)
+    file = StackFile(Path(options.stack_file), options.variables)
     stack = file.read()
     networks = parse_networks(options.callback_networks)
     with contextlib.closing(_listen(options.host, options.port)) as listener:

@@ -12,6 +12,7 @@ import json
 import math
 import resource
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -58,16 +59,23 @@ class Admission:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self._used = 0
-        self._lock = threading.Lock()
+        self._charged = 0
+        self._lock = threading.Lock()  # a worker sends while the main thread receives
 
-    def add(self, count: int) -> bool:
-        """Count bytes, a negative count included; False where the bound would be exceeded."""
+    def charge(self, connection: BoundedConnection, count: int) -> bool:
+        """Count bytes of a connection; False if the bound leaves no room."""
         with self._lock:
-            if count > 0 and self._used + count > self.limits.total_bytes:
+            if self._charged + count > self.limits.total_bytes:
                 return False
-            self._used += count
+            self._charged += count
+            connection.charged += count
             return True
+
+    def release(self, connection: BoundedConnection) -> None:
+        """Count the bytes of a connection no longer."""
+        with self._lock:
+            self._charged -= connection.charged
+            connection.charged = connection.received = 0
 
 
 class BoundedConnection(socket.socket):
@@ -75,16 +83,16 @@ class BoundedConnection(socket.socket):
 
     def __init__(self, accepted: socket.socket, admission: Admission) -> None:
         super().__init__(accepted.family, accepted.type, accepted.proto, accepted.detach())
+        self.charged = self.received = 0
         self._admission = admission
-        self._received = self._counted = 0
         self._began = 0.0
 
     def recv(self, size: int, flags: int = 0, /) -> bytes:
         """Receive bytes; empty after a refusal, so that waitress closes the connection."""
         data = super().recv(size, flags)
-        if not self._received:
+        if not self.received:
             self._began = time.monotonic()
-        self._received += len(data)
+        self.received += len(data)
         if refusal := self._refusal(len(data)):
             with contextlib.suppress(OSError):
                 super().send(refusal)
@@ -93,35 +101,27 @@ class BoundedConnection(socket.socket):
 
     def send(self, data: Any, flags: int = 0, /) -> int:
         """Send bytes of a response: its request has arrived whole, and counts no longer."""
-        self._forget()
+        if self.received:
+            self._admission.release(self)
         return super().send(data, flags)
 
     def close(self) -> None:
         """Close; bytes received count no longer."""
-        self._forget()
+        self._admission.release(self)
         super().close()
-
-    def _forget(self) -> None:
-        if self._received:
-            self._admission.add(-self._counted)
-            self._received = self._counted = 0
 
     def _refusal(self, count: int) -> bytes:
         limits = self._admission.limits
-        if self._received > limits.body_bytes + limits.body_bytes // 8 + FRAMING_BYTES:
+        if self.received > limits.body_bytes + limits.body_bytes // 8 + FRAMING_BYTES:
             text = f"the body has more than {limits.body_bytes} bytes"
             return _response("413 Content Too Large", text, "RequestTooLarge", limit=limits.body_bytes)
         if time.monotonic() - self._began > limits.receive_s:
-            return _response(
-                "408 Request Timeout", f"the request did not arrive within {limits.receive_s:g} s", "DeadlineExceeded"
-            )
-        charge = (
-            count + count // 8
-        )  # waitress collects a body in a BytesIO, and a growing BytesIO reserves an eighth more
-        if not self._admission.add(charge):
+            text = f"the request did not arrive within {limits.receive_s:g} s"
+            return _response("408 Request Timeout", text, "DeadlineExceeded")
+        # waitress collects a body in a BytesIO, and a growing BytesIO reserves an eighth more.
+        if not self._admission.charge(self, count + count // 8):
             text = f"all requests that are being received may take {limits.total_bytes} bytes together; try again"
             return _response("429 Too Many Requests", text, "Overloaded", retry_after_s=RETRY_AFTER_S)
-        self._counted += charge
         return b""
 
 
@@ -136,8 +136,9 @@ class BoundedListener(socket.socket):
         """Accept a connection; its peer has `receive_s` to acknowledge bytes of a response."""
         accepted, address = super().accept()
         # waitress has no timeout for a worker that waits for its peer to read, so the kernel closes that connection.
-        patience_ms = max(1, int(self._admission.limits.receive_s * 1000))
-        accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience_ms)
+        if sys.platform == "linux":
+            patience_ms = max(1, int(self._admission.limits.receive_s * 1000))
+            accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience_ms)
         return BoundedConnection(accepted, self._admission), address
 
 

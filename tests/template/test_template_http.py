@@ -78,7 +78,7 @@ def test_a_body_of_any_size_comes_back_on_one_connection(port: int, size: int) -
     connection.close()
 
 
-def test_a_body_that_comes_slowly_is_whole(port: int) -> None:
+def test_a_body_that_arrives_in_pieces_is_whole(port: int) -> None:
     body = os.urandom(100_000)
     with socket.create_connection(("127.0.0.1", port), timeout=LONG_S) as s:
         said = b"POST /echo HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 100000\r\n\r\n" + body
@@ -115,12 +115,12 @@ def test_a_body_can_be_read_in_pieces_and_lines(port: int) -> None:
     assert said.decode() == hashlib.sha256(body).hexdigest()
 
 
-def test_an_answer_in_parts_arrives_as_one(port: int) -> None:
+def test_a_response_in_parts_arrives_as_one_body(port: int) -> None:
     reply = http("GET", f"http://127.0.0.1:{port}/parts")
     assert reply.data == b"a" * 100 + b"b" * 50_000 + b"c" * 2_000_000 + b"d"
 
 
-def test_an_answer_is_whole_for_who_reads_slowly(port: int) -> None:
+def test_a_response_is_whole_for_a_slow_reader(port: int) -> None:
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         s.connect(("127.0.0.1", port))
@@ -130,12 +130,12 @@ def test_an_answer_is_whole_for_who_reads_slowly(port: int) -> None:
         assert len(s.makefile("rb").read().partition(b"\r\n\r\n")[2]) == 2_050_101
 
 
-def test_an_answer_of_unknown_length_is_chunked(port: int) -> None:
+def test_a_response_of_unknown_length_is_chunked(port: int) -> None:
     reply = http("GET", f"http://127.0.0.1:{port}/unknown-length")
     assert (reply.headers["Transfer-Encoding"], reply.data) == ("chunked", b"x" * 40_000 + b"y")
 
 
-def test_an_answer_shorter_than_it_said_ends_the_connection(port: int) -> None:
+def test_a_response_shorter_than_its_content_length_ends_the_connection(port: int) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=LONG_S) as s:
         s.sendall(b"GET /short HTTP/1.1\r\nHost: x\r\n\r\n")
         assert s.makefile("rb").read().endswith(b"only this")
@@ -204,7 +204,7 @@ def test_a_chunk_line_without_an_end_is_refused_with_the_body_that_it_is_in(tmp_
         reply.close()
 
 
-def test_a_request_that_comes_slowly_is_refused_in_all_and_not_by_the_pause(tmp_path: Path) -> None:
+def test_a_request_must_arrive_within_the_deadline_however_short_its_pauses(tmp_path: Path) -> None:
     with served(HANDLER, tmp_path / "app", deadline_s="0.5") as port:
         for begin in (
             b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n",
@@ -289,7 +289,7 @@ def test_three_hundred_slow_bodies_leave_room_for_others(tmp_path: Path) -> None
                 s.close()
 
 
-def test_bodies_that_are_being_received_leave_room_for_the_next_once_answered(tmp_path: Path) -> None:
+def test_the_bytes_of_an_answered_request_are_counted_no_longer(tmp_path: Path) -> None:
     body = os.urandom(1_000_000)
     with served(HANDLER, tmp_path / "app", max_request_bytes="1MiB", max_working_bytes="1MiB") as port:
         connection = HTTPConnection("127.0.0.1", port, timeout=LONG_S)

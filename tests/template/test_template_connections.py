@@ -76,7 +76,7 @@ def test_more_connections_than_threads_are_all_answered(port: int) -> None:
         connection.close()
 
 
-def test_who_says_half_a_request_holds_no_thread(port: int) -> None:
+def test_a_partial_request_holds_no_thread(port: int) -> None:
     said = b"POST /echo HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 50000\r\n\r\n" + b"x" * 50_000
     slow = [connect(port) for _ in range(2 * THREADS)]
     for s in slow:
@@ -92,7 +92,7 @@ def test_who_says_half_a_request_holds_no_thread(port: int) -> None:
 
 
 @pytest.mark.parametrize("before", [0, 1], ids=["first", "second"])
-def test_who_expects_to_be_asked_for_the_body_is_asked(port: int, before: int) -> None:
+def test_expect_100_continue_is_answered_before_the_body(port: int, before: int) -> None:
     with connect(port) as s:
         for _ in range(before):
             s.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -144,7 +144,7 @@ def test_a_malformed_head_is_refused(port: int, lines: bytes) -> None:
         assert s.recv(10_000).split()[1] in (b"400", b"501")
 
 
-def test_what_is_no_http_is_refused_and_the_next_is_answered(port: int) -> None:
+def test_bytes_that_are_not_http_are_refused_and_other_clients_are_served(port: int) -> None:
     with connect(port) as s:
         s.sendall(b"\x16\x03\x01 hello\r\n\r\n")
         assert s.recv(1000).startswith(b"HTTP/1.0 400")
@@ -156,13 +156,13 @@ def test_a_header_with_an_underscore_does_not_pass_for_one_with_a_hyphen(port: i
     assert found.data == b"HTTP_X_TIMEOUT"
 
 
-def test_an_app_that_fails_is_500_without_its_reason(port: int) -> None:
+def test_an_exception_of_the_app_is_500_without_its_text(port: int) -> None:
     found = http("GET", f"http://127.0.0.1:{port}/fails")
     assert (found.status, found.headers["Connection"]) == (500, "close")
     assert b"secret" not in found.data
 
 
-def test_an_answer_leaves_nothing_to_the_garbage_collector(port: int) -> None:
+def test_a_response_leaves_no_cycles_for_the_garbage_collector(port: int) -> None:
     connection = HTTPConnection("127.0.0.1", port, timeout=LONG_S)
 
     def left() -> int:

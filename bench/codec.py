@@ -21,7 +21,7 @@ from isthmus.artifacts.choice import LOSSLESS_ID, SPARSE_ID, TRANSFORM_ID, Choic
 from isthmus.pipeline.agreement import margin
 from isthmus.registry import FolderStore, Registry, SegmentCache
 from isthmus.settings import SegmentSettings
-from isthmus_tools.calibration.boundary import Boundary, SegmentExecutor, Spool
+from isthmus_tools.calibration.boundary import CutBoundary, SegmentExecutor, Spool
 from isthmus_tools.calibration.calibrate import CHOICES, QUALITIES
 from isthmus_tools.calibration.closer_looks import with_looks
 from isthmus_tools.calibration.references import References
@@ -87,11 +87,11 @@ def measure(subject: Subject, folder: Path, report: Report) -> list[Scored]:
     folder.mkdir()
     executor = _published(subject, folder)
     bundle = executor.bundle
-    boundaries = [Boundary.at(bundle, cut.partition("=")[0]) for cut in subject.cuts]
+    boundaries = [CutBoundary.at(bundle, cut.partition("=")[0]) for cut in subject.cuts]
     ideal: dict[str, list[Ideal]] = {}
     tallies: dict[tuple[str, str], Tally] = {}
     beside: References | None = None
-    senders: list[tuple[Boundary, list[Sender]]] = []
+    senders: list[tuple[CutBoundary, list[Sender]]] = []
     for n, fold in enumerate(subject.folds):
         which = f"{subject.name}, {n + 1} of {len(subject.folds)}" if len(subject.folds) > 1 else subject.name
         report.say(f"{which}: calibrating with {fold.counts[0]} inputs")
@@ -168,7 +168,7 @@ def _published(subject: Subject, folder: Path) -> SegmentExecutor:
     return SegmentExecutor(version.digest, bundle, SegmentCache(registry, folder / "cache", 2**32), settings)
 
 
-def _senders(boundary: Boundary, tables: Mapping[str, object], ideal: Sequence[Ideal]) -> list[Sender]:
+def _senders(boundary: CutBoundary, tables: Mapping[str, object], ideal: Sequence[Ideal]) -> list[Sender]:
     choices = [c for c in CHOICES if c.codec in PEERS] + [Choice(OURS, q) for q in QUALITIES]
     ours = codec_senders(boundary, choices, tables)
     return [*ours, *ideal, Half(), Affine(INT8, 8, zstd_3), Affine("int4 + zlib", 4, zlib_6)]

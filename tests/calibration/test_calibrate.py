@@ -22,7 +22,7 @@ from isthmus.artifacts.plan import Coding
 from isthmus.artifacts.plan_document import read_plan
 from isthmus.errors import CalibrationError
 from isthmus.registry import FolderStore, Registry, SegmentCache
-from isthmus_tools.calibration.boundary import Boundary, Spool
+from isthmus_tools.calibration.boundary import CutBoundary, Spool
 from isthmus_tools.calibration.calibrate import CHOICES, QUALITIES, CalibrationSpec, calibrate
 from isthmus_tools.calibration.inputs import list_files, open_source, split
 from isthmus_tools.cli import app
@@ -333,25 +333,25 @@ def test_a_model_of_several_inputs_and_early_outputs_is_measured_by_closeness(tm
 
 
 def test_a_cut_of_a_longer_partition_is_reached_through_its_segments(photos: Published, tmp_path: Path) -> None:
-    direct = Boundary.at(photos.bundle, "1")
+    direct = CutBoundary.at(photos.bundle, "1")
     ids = lambda c: ([s.id for s in c.head], [s.id for s in c.tail])  # noqa: E731
     assert ids(direct) == (["..1"], ["1.."])
     fewer = {k: v for k, v in photos.bundle.segments.items() if k not in ("1..", "..6")}
     around = replace(photos.bundle, segments=fewer)
-    assert ids(Boundary.at(around, "1")) == (["..1"], ["1..6", "6.."])
-    assert ids(Boundary.at(around, "6")) == (["..1", "1..6"], ["6.."])
+    assert ids(CutBoundary.at(around, "1")) == (["..1"], ["1..6", "6.."])
+    assert ids(CutBoundary.at(around, "6")) == (["..1", "1..6"], ["6.."])
     executor = executor_of(photos, tmp_path / "cache")
     whole = run_whole(photos.onnx, [photos.inputs])[0]["logits"]
     for cut in ("1", "6", "3"):
-        at = Boundary.at(around, cut)
+        at = CutBoundary.at(around, cut)
         boundary = at.select(executor.execute(at.head, photos.inputs).tensors)
         assert np.allclose(at.tail_outputs(executor, boundary)["logits"], whole, atol=1e-5)
     with pytest.raises(CalibrationError, match="no segments"):
-        Boundary.at(replace(photos.bundle, segments={"..": photos.bundle.segment("..")}), "1")
+        CutBoundary.at(replace(photos.bundle, segments={"..": photos.bundle.segment("..")}), "1")
 
 
 def test_what_crosses_is_kept_in_files_and_read_as_often_as_asked(photos: Published, tmp_path: Path) -> None:
-    spool = Spool([Boundary.at(photos.bundle, "6")], executor_of(photos, tmp_path / "cache"), tmp_path)
+    spool = Spool([CutBoundary.at(photos.bundle, "6")], executor_of(photos, tmp_path / "cache"), tmp_path)
     for seed in range(3):
         x = np.random.default_rng(seed).standard_normal((1, 3, 8, 8)).astype(np.float32)
         spool.add({"x": x})

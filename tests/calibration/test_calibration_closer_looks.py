@@ -26,7 +26,7 @@ from isthmus.codecs.transform.levels import STEPS_PER_FACTOR, step_of_quality
 from isthmus.codecs.transform.planes import Layout
 from isthmus.pipeline.agreement import margin, margin_of
 from isthmus.wire.frame import Frame, encode
-from isthmus_tools.calibration.boundary import Boundary
+from isthmus_tools.calibration.boundary import CutBoundary
 from isthmus_tools.calibration.calibrate import QUALITIES
 from isthmus_tools.calibration.closer_looks import QUALITY_STEP, QUANTILE, finer_than, look_entries, with_looks
 from isthmus_tools.calibration.inputs import CalibrationInput
@@ -69,7 +69,7 @@ SPECS = (
     TensorSpec("mask", "float32", (1, 9)),
     TensorSpec("ids", "int64", (1, 40)),
 )
-AT = Boundary("6", (), (), SPECS)
+AT = CutBoundary("6", (), (), SPECS)
 
 
 def crossed(seed: int = 99) -> dict[str, Array]:
@@ -133,7 +133,7 @@ def test_what_calibration_tries_is_followed_by_exactly_a_third_of_the_step() -> 
 
 
 def test_a_chains_tally_is_that_of_sending_look_by_look_by_hand(photos: Published, tmp_path: Path) -> None:
-    at = Boundary.at(photos.bundle, "6")
+    at = CutBoundary.at(photos.bundle, "6")
     executor = executor_of(photos, tmp_path)
 
     def head(x: Array) -> Mapping[str, Array]:

@@ -44,7 +44,7 @@ class SegmentExecutor:
 
 
 @dataclass(frozen=True)
-class Boundary:
+class CutBoundary:
     """A cut: the segments of its head and tail, and the tensors that the tail needs, inputs of the model included."""
 
     cut: str
@@ -53,7 +53,7 @@ class Boundary:
     tensors: tuple[TensorSpec, ...]
 
     @classmethod
-    def at(cls, bundle: Bundle, cut: str) -> Boundary:
+    def at(cls, bundle: Bundle, cut: str) -> CutBoundary:
         """The boundary at `cut`, of as few segments as the bundle has for its sides.
 
         Raises:
@@ -108,7 +108,7 @@ def _fewest_segments(bundle: Bundle, start: str, stop: str) -> tuple[Segment, ..
 class Spool:
     """Boundary tensors of the calibrating inputs as frames in `folder`, so that memory holds a single input."""
 
-    def __init__(self, boundaries: Sequence[Boundary], executor: SegmentExecutor, folder: Path) -> None:
+    def __init__(self, boundaries: Sequence[CutBoundary], executor: SegmentExecutor, folder: Path) -> None:
         self._boundaries, self._executor, self._folder = boundaries, executor, folder
         self._squares: dict[str, list[float]] = {}
         self.count = 0

@@ -20,7 +20,7 @@ from isthmus.artifacts.fidelity import Entry, Fidelity, Inputs
 from isthmus.artifacts.fidelity_document import model_digest, to_json
 from isthmus.errors import CalibrationError
 from isthmus.pipeline.agreement import margin
-from isthmus_tools.calibration.boundary import Boundary, SegmentExecutor, Spool
+from isthmus_tools.calibration.boundary import CutBoundary, SegmentExecutor, Spool
 from isthmus_tools.calibration.closer_looks import look_entries
 from isthmus_tools.calibration.inputs import MIN_INPUTS, InputSource, split
 from isthmus_tools.calibration.scoring import Scorer, Tally, codec_senders, judge_by, monotone
@@ -73,7 +73,7 @@ def calibrate(
     bundle, measure = executor.bundle, spec.measure
     # By depth: a tensor that crosses several cuts gets its table at the first.
     boundaries = sorted(
-        (Boundary.at(bundle, cut) for cut in dict.fromkeys(spec.cuts)), key=lambda b: bundle.cuts[b.cut].macs_before
+        (CutBoundary.at(bundle, cut) for cut in dict.fromkeys(spec.cuts)), key=lambda b: bundle.cuts[b.cut].macs_before
     )
     training, held_out = split(source, spec.count)
     spool = Spool(boundaries, executor, folder)

@@ -20,7 +20,7 @@ from isthmus.codecs import Encoding, encodings, find_codec, is_exact
 from isthmus.pipeline import encode_tensors
 from isthmus.pipeline.agreement import agrees, output_error
 from isthmus.wire import frame as frames
-from isthmus_tools.calibration.boundary import MAX_FRAME_BYTES, Boundary, SegmentExecutor
+from isthmus_tools.calibration.boundary import MAX_FRAME_BYTES, CutBoundary, SegmentExecutor
 from isthmus_tools.calibration.inputs import CalibrationInput
 from isthmus_tools.progress import Progress, silent
 
@@ -100,7 +100,7 @@ class CodecSender:
         return self.encodings[tensor].table
 
 
-def codec_senders(boundary: Boundary, choices: Sequence[Choice], tables: Mapping[str, object]) -> list[CodecSender]:
+def codec_senders(boundary: CutBoundary, choices: Sequence[Choice], tables: Mapping[str, object]) -> list[CodecSender]:
     """A sender for each of `choices` that applies: a calibrated codec needs a table of some boundary tensor."""
     segment = boundary.tail[0].id if boundary.tail else ""
     senders = [CodecSender(choice, encodings(boundary.tensors, choice, tables.get), segment) for choice in choices]
@@ -218,7 +218,7 @@ class Scorer:
         self,
         inputs: Iterable[CalibrationInput],
         total: int,
-        senders: Sequence[tuple[Boundary, Sequence[Sender]]],
+        senders: Sequence[tuple[CutBoundary, Sequence[Sender]]],
         progress: Progress = silent,
     ) -> dict[tuple[str, str], Tally]:
         """Try every sender at its boundary on every input; tallies by cut and sender's name."""
@@ -240,7 +240,7 @@ class Scorer:
     def _try(
         self,
         sender: Sender,
-        boundary: Boundary,
+        boundary: CutBoundary,
         tensors: Mapping[str, Array],
         example: CalibrationInput,
         expected: Outputs,

@@ -15,7 +15,7 @@ from isthmus.codecs.transform.table import PlaneTable
 from isthmus.errors import CalibrationError
 from isthmus.pipeline.agreement import are_probabilities
 from isthmus.wire import frame as frames
-from isthmus_tools.calibration.boundary import MAX_FRAME_BYTES, Boundary, SegmentExecutor, Spool
+from isthmus_tools.calibration.boundary import MAX_FRAME_BYTES, CutBoundary, SegmentExecutor, Spool
 from isthmus_tools.calibration.fisher import (
     MAX_SECONDS,
     Loss,
@@ -34,7 +34,7 @@ _MAX_VALUES_PER_SAMPLE = 4096
 
 
 def learn_tables(
-    boundaries: Sequence[Boundary],
+    boundaries: Sequence[CutBoundary],
     spool: Spool,
     executor: SegmentExecutor,
     measure: Measure,

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_ir.passes import common
 
 from isthmus.errors import ModelError
-from isthmus.runtime.ort_runner import reason_of
+from isthmus.runtime.ort import reason_of
 from isthmus_tools.graph import build, open_model
 from support.segments import run_partition
 from test_cli import isthmus

@@ -10,8 +10,7 @@ import pytest
 
 from isthmus.artifacts.segment_id import WHOLE
 from isthmus.errors import ModelError
-from isthmus.runtime.kernels import Observed, middle, read_trace
-from isthmus.runtime.ort_runner import OrtObserver
+from isthmus.runtime.kernel_profile import KernelProfile, OrtObserver, midmean, read_trace
 from isthmus_tools.graph import Model, build, cuts, open_model
 from isthmus_tools.graph.load import OptimisedNode, read_optimised
 from isthmus_tools.profiling.cuts import spread_cuts
@@ -23,7 +22,7 @@ MODELS = ["efficientnet-lite0", "ocr-detector", "minilm", "silero", "silero-in-i
 
 
 @cache
-def observed(name: str) -> tuple[Model, Observed]:
+def observed(name: str) -> tuple[Model, KernelProfile]:
     """A real model as its bundle holds it, and what onnxruntime says of RUNS runs of it."""
     real = REAL[name]
     with tempfile.TemporaryDirectory() as folder:
@@ -116,8 +115,8 @@ def test_what_is_no_optimised_graph_is_refused() -> None:
 
 
 def test_the_middle_bears_outliers_and_resolves_whole_microseconds() -> None:
-    assert middle([1, 2, 1, 2, 900]) == pytest.approx(5 / 3)
-    assert middle([7]) == 7
+    assert midmean([1, 2, 1, 2, 900]) == pytest.approx(5 / 3)
+    assert midmean([7]) == 7
 
 
 @pytest.mark.parametrize("name", MODELS)

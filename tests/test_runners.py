@@ -28,7 +28,8 @@ from isthmus.errors import (
     ShapeMismatch,
 )
 from isthmus.registry import Located
-from isthmus.runtime.ort_runner import OrtRunner, available_providers, cpu_limit
+from isthmus.runtime.ort import available_providers, cpu_limit
+from isthmus.runtime.ort_runner import OrtRunner
 from isthmus.runtime.store import MAX_LOADING, SegmentStore
 from support.bundles import (
     TOLERANCE,

@@ -44,7 +44,7 @@ from isthmus.wire import frame as frames
 from isthmus.wire.frame import Frame
 
 if TYPE_CHECKING:  # a router with remote hops alone never loads onnxruntime
-    from isthmus.runtime.store import Ran, SegmentStore
+    from isthmus.runtime.store import SegmentRun, SegmentStore
 
 # Bound on the body of a response other than 200; a hop's own errors are far shorter.
 MAX_ERROR_BYTES = 2**16
@@ -108,7 +108,7 @@ class Hop(Protocol):
 class SegmentRunner(Protocol):
     """Runs segments in this process: `SegmentStore`, or the substitute of a trial."""
 
-    def run(self, bundle: str, segment: str, arrays: Mapping[str, Array], deadline: Deadline) -> Ran:
+    def run(self, bundle: str, segment: str, arrays: Mapping[str, Array], deadline: Deadline) -> SegmentRun:
         """See `SegmentStore.run`."""
         ...
 

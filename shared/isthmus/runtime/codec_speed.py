@@ -1,4 +1,4 @@
-"""How fast codecs are on this machine: one tensor like a layer's output, packed and unpacked by each."""
+"""A benchmark of the codecs on this machine: encoding and decoding of one tensor like a layer's output."""
 
 from __future__ import annotations
 
@@ -15,65 +15,64 @@ from isthmus.artifacts.profile import CodecSpeed
 from isthmus.codecs import EncodedTensor, Encoding, encode_tensor, find_codec
 
 VALUES = 2**16
+# A batch is longer than a slice of most CPU quotas: within one slice, codecs look faster than they are.
 _BATCHES, _BATCH_S = 2, 0.012
-"""A batch is longer than the periods of most CPU quotas' slices: what fits into one slice looks faster than it is."""
 _UNTIMED = NEVER_CHOSEN | {RAW_ID}
 
 
-def speeds(longest_s: float = 2.0) -> dict[str, CodecSpeed]:
-    """What each codec that needs no calibration takes for a value, the least mean of a few batches; those that no time
-    was left for are not among them.
+def speeds(max_s: float = 2.0) -> dict[str, CodecSpeed]:
+    """Seconds per value of each codec without calibration, the least mean of a few batches; as many as `max_s` allows.
 
-    The tensor is the same on every machine, so that two machines' seconds may be set against each other: 64 maps of
-    32 x 32 values, half of them zeros, as after a ReLU.
+    The tensor is the same on every machine, so that machines can be compared: 64 maps of 32 x 32 values, half of them
+    zeros, as after a ReLU.
     """
-    until = time.monotonic() + longest_s
-    found: dict[str, CodecSpeed] = {}
-    array = _like_a_layers_output()
+    until = time.monotonic() + max_s
+    result: dict[str, CodecSpeed] = {}
+    array = _synthetic_activations()
     for codec in KNOWN:
         if time.monotonic() > until:
             break
-        if codec in _UNTIMED or (made := find_codec(codec)).calibrated:
+        if codec in _UNTIMED or (instance := find_codec(codec)).calibrated:
             continue
-        how = Encoding(codec)
-        encoded = encode_tensor(array, how)
+        encoding = Encoding(codec)
+        encoded = encode_tensor(array, encoding)
         if not isinstance(encoded, EncodedTensor):
             continue
         payload = memoryview(encoded.payload)
-        encode_s = _seconds(partial(encode_tensor, array, how), until)
-        decode_s = _seconds(partial(made.decode, payload, array.dtype, array.shape, None), until)
-        found[codec] = CodecSpeed(encode_s / VALUES, decode_s / VALUES)
-    return found
+        encode_s = _seconds(partial(encode_tensor, array, encoding), until)
+        decode_s = _seconds(partial(instance.decode, payload, array.dtype, array.shape, None), until)
+        result[codec] = CodecSpeed(encode_s / VALUES, decode_s / VALUES)
+    return result
 
 
-def compared(there: Mapping[str, CodecSpeed], here: Mapping[str, CodecSpeed]) -> dict[str, CodecSpeed]:
-    """How many times slower each codec is there than here; those that either lacks go by the median of the others."""
-    both = there.keys() & here.keys()
+def compared(remote: Mapping[str, CodecSpeed], local: Mapping[str, CodecSpeed]) -> dict[str, CodecSpeed]:
+    """The slowdown of each codec on the remote machine; where a measurement is missing, the median of the others."""
+    both = remote.keys() & local.keys()
     if not both:
         return {}
-    known = {
-        codec: CodecSpeed(there[codec].pack_s / here[codec].pack_s, there[codec].unpack_s / here[codec].unpack_s)
+    factors = {
+        codec: CodecSpeed(remote[codec].pack_s / local[codec].pack_s, remote[codec].unpack_s / local[codec].unpack_s)
         for codec in both
     }
-    typical = CodecSpeed(median(s.pack_s for s in known.values()), median(s.unpack_s for s in known.values()))
-    return dict.fromkeys(KNOWN, typical) | known
+    typical = CodecSpeed(median(s.pack_s for s in factors.values()), median(s.unpack_s for s in factors.values()))
+    return dict.fromkeys(KNOWN, typical) | factors
 
 
-def _like_a_layers_output() -> Array:
+def _synthetic_activations() -> Array:
     rng = np.random.default_rng(0)
     maps = rng.standard_normal((1, 64, 32, 32), dtype=np.float32)
     return np.maximum(np.cumsum(maps, axis=3, dtype=np.float32), 0)
 
 
-def _seconds(do: Callable[[], object], until: float) -> float:
-    do()
-    least = float("inf")
+def _seconds(call: Callable[[], object], until: float) -> float:
+    call()
+    shortest = float("inf")
     for _ in range(_BATCHES):
         count, start = 0, time.perf_counter()
         while (spent := time.perf_counter() - start) < _BATCH_S or not count:
-            do()
+            call()
             count += 1
-        least = min(least, spent / count)
+        shortest = min(shortest, spent / count)
         if time.monotonic() > until:
             break
-    return least
+    return shortest

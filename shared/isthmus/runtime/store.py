@@ -1,9 +1,8 @@
-"""The segments that this process has loaded: each built once, kept warm, within a bound on memory."""
+"""The store of loaded segments: each is loaded once, on first use, within a bound on memory."""
 
 from __future__ import annotations
 
 import contextlib
-import queue
 import tempfile
 import threading
 import time
@@ -25,31 +24,32 @@ from isthmus.context import Deadline
 from isthmus.errors import DeadlineExceeded, NotReady, Overloaded, RunFailed, SegmentTooLarge
 from isthmus.registry import Located, SegmentSource
 from isthmus.registry.lookups import Lookups
-from isthmus.runtime.kernels import Observed
-from isthmus.runtime.ort_runner import OrtObserver, OrtRunner, Runner, check_providers, cpu_limit, version
+from isthmus.runtime.kernel_profile import KernelProfile, OrtObserver
+from isthmus.runtime.ort import check_providers, cpu_limit, version
+from isthmus.runtime.ort_runner import OrtRunner, Runner
 from isthmus.settings import SegmentSettings
 
 Key = tuple[str, str]
 """A bundle's digest and a segment's id."""
+# Callers choose the segments, so the number of pending loads needs a bound.
 MAX_LOADING = 64
-"""Segments that wait to be loaded at a time; callers name them, so there must be an end."""
-_FORGET_S = 5.0
-"""How long a bundle that the registry lacks is not asked for again; a digest that is about to be published is rare."""
-FETCHES = 4
-"""Segments that are fetched at a time, so that an unknown one is refused while a large one is still on its way."""
+# A missing bundle is not looked up again for so long: digests are seldom used before they are published.
+_MISSING_S = 5.0
+# Segments fetched in parallel, so that unknown segments are refused during the fetch of a large one.
+_FETCHES = 4
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A segment in memory and what its weights weigh, in bytes."""
+class LoadedSegment:
+    """A segment in memory, and the size of its weights in bytes."""
 
     bundle: str
     segment: str
     bytes: int
 
 
-class Ran(NamedTuple):
-    """A run's outputs, and the seconds spent loading the segment, waiting for a CPU, and running."""
+class SegmentRun(NamedTuple):
+    """A run's outputs, and the seconds of loading the segment, of waiting for a CPU, and of running."""
 
     outputs: dict[str, Array]
     load_s: float
@@ -58,16 +58,16 @@ class Ran(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Entry:
+class _CacheEntry:
     runner: Runner
     bytes: int
 
 
 class SegmentStore:
-    """Loads a segment on first use and keeps it; drops the least recently used when the bound asks for room.
+    """Loads segments on first use; evicts the least recently used ones to stay within the bound.
 
-    A load goes on in the background when the request that asked for it runs out of time, so the next one finds it.
-    As many runs go on at a time as the CPU limit holds of `threads` each; the others wait, up to their deadline.
+    A load continues in the background after its request's deadline, so the next request finds the segment. The number
+    of parallel runs is the CPU limit over `threads`; further runs wait, up to their deadline.
     """
 
     def __init__(self, source: SegmentSource, settings: SegmentSettings) -> None:
@@ -76,36 +76,34 @@ class SegmentStore:
         self._source = source
         self._settings = settings
         self._threads = settings.threads or cpus
-        # One entry for each run that may go on now; it takes a tenth of what a semaphore does.
-        self._slots: queue.SimpleQueue[None] = queue.SimpleQueue()
-        for _ in range(max(1, cpus // self._threads)):
-            self._slots.put(None)
+        self._slots = threading.Semaphore(max(1, cpus // self._threads))
         self._lock = threading.Lock()
-        self._loaded: OrderedDict[Key, _Entry] = OrderedDict()
+        # No LRUCache: listing its items, as metrics do, would count as a use of each.
+        self._loaded: OrderedDict[Key, _CacheEntry] = OrderedDict()
         self._loading: dict[Key, Future[Runner]] = {}
-        self._lookups = Lookups(_FORGET_S)
-        self._loader = ThreadPoolExecutor(max_workers=FETCHES, thread_name_prefix="load")
-        # Into memory one at a time, so that two never make the same room.
+        self._lookups = Lookups(_MISSING_S)
+        self._loader = ThreadPoolExecutor(max_workers=_FETCHES, thread_name_prefix="load")
+        # One load into memory at a time, so that two never evict for the same bytes.
         self._entering = threading.Lock()
-        self._observing = threading.Lock()
+        self._profiling = threading.Lock()
         self.device: Device = this_device(
             cpus=cpus, threads=self._threads, providers=settings.providers, runtime=version()
         )
 
     def runner(self, bundle: str, segment: str, deadline: Deadline) -> Runner:
-        """The loaded segment; loads it if need be, waiting no longer than the deadline.
+        """The loaded segment; loads it if necessary, and waits up to the deadline.
 
         Raises:
             NotReady: still loading when the deadline passed.
-            Overloaded: MAX_LOADING others are being loaded.
+            Overloaded: MAX_LOADING segments are being loaded.
             SegmentTooLarge: its weights alone exceed `max_loaded_bytes`.
-            RegistryError, RunFailed: it could not be fetched, or not be loaded.
+            RegistryError, RunFailed: the segment could not be fetched, or not be loaded.
         """
         key = (bundle, segment)
         with self._lock:
-            if (found := self._loaded.get(key)) is not None:
+            if (entry := self._loaded.get(key)) is not None:
                 self._loaded.move_to_end(key)
-                return found.runner
+                return entry.runner
             if (loading := self._loading.get(key)) is None:
                 if len(self._loading) >= MAX_LOADING:
                     raise Overloaded(f"{MAX_LOADING} segments are being loaded; that is the limit", retry_after_s=1)
@@ -119,15 +117,15 @@ class SegmentStore:
             raise NotReady(f"segment {segment} is still loading", segment=segment, retry_after_s=1) from e
 
     def segment(self, bundle: str, segment: str, deadline: Deadline) -> Segment:
-        """What a segment takes and gives; where it is not loaded, its manifest is read, within the deadline.
+        """The declaration of a segment; reads its manifest within the deadline if it is not loaded.
 
         Raises:
             NotReady: the manifest was still being read when the deadline passed.
-            Missing, RegistryError: there is no such bundle or segment, or its manifest cannot be had.
+            Missing, RegistryError: no such bundle or segment, or the manifest cannot be read.
         """
         with self._lock:
-            if (found := self._loaded.get((bundle, segment))) is not None:
-                return found.runner.segment
+            if (entry := self._loaded.get((bundle, segment))) is not None:
+                return entry.runner.segment
         try:
             return self._lookups.find(bundle, partial(self._source.bundle, bundle), deadline).segment(segment)
         except DeadlineExceeded as e:
@@ -135,12 +133,12 @@ class SegmentStore:
                 f"the manifest of bundle {bundle} is still being read", segment=segment, retry_after_s=1
             ) from e
 
-    def run(self, bundle: str, segment: str, arrays: Mapping[str, Array], deadline: Deadline) -> Ran:
-        """Run a segment, loading it first if need be.
+    def run(self, bundle: str, segment: str, arrays: Mapping[str, Array], deadline: Deadline) -> SegmentRun:
+        """Run a segment; loads it first if necessary.
 
         Raises:
             DeadlineExceeded: no CPU was free in time.
-            And what `runner` and `Runner.run` raise.
+            NotReady, Overloaded, RegistryError, SegmentError: as `runner` and `Runner.run`.
         """
         began = time.perf_counter()
         runner = self.runner(bundle, segment, deadline)
@@ -149,24 +147,25 @@ class SegmentStore:
         try:
             started = time.perf_counter()
             outputs = runner.run(arrays)
-            ran = time.perf_counter()
+            ended = time.perf_counter()
         finally:
-            self._slots.put(None)
-        return Ran(outputs, loaded - began, started - loaded, ran - started)
+            self._slots.release()
+        return SegmentRun(outputs, loaded - began, started - loaded, ended - started)
 
-    def observe(
-        self, bundle: str, segment: str, arrays: Mapping[str, Array], deadline: Deadline, *, most_runs: int
-    ) -> Observed:
-        """Run a segment in a session of its own that notes what each kernel takes: twice at least, up to `most_runs`
-        times while the deadline lets it. The session is among `loaded` meanwhile, and counts in its bound.
+    def profile(
+        self, bundle: str, segment: str, arrays: Mapping[str, Array], deadline: Deadline, *, max_runs: int
+    ) -> KernelProfile:
+        """Run a segment in a profiling session: at least twice, at most `max_runs` times, until the deadline is near.
+
+        The session is among `loaded` meanwhile, and counts in the memory bound.
 
         Raises:
-            DeadlineExceeded: not even two runs were possible; or another observation is under way.
-            RunFailed: `cache_dir` cannot be written to, or what the runtime noted cannot be read.
-            And what `runner` and `Runner.run` raise.
+            DeadlineExceeded: no time for two runs, or another segment is being profiled.
+            RunFailed: `cache_dir` is not writable, or the trace is not readable.
+            NotReady, Overloaded, RegistryError, SegmentError: as `runner` and `Runner.run`.
         """
         key = (bundle, f"{segment} observed")
-        if not self._observing.acquire(timeout=deadline.remaining()):
+        if not self._profiling.acquire(timeout=deadline.remaining()):
             raise DeadlineExceeded("the deadline passed while another segment was observed")
         try:
             with self._source.locate(bundle, segment) as located, self._scratch() as folder:
@@ -182,43 +181,41 @@ class SegmentStore:
                         folder=folder,
                     )
                     with self._lock:
-                        self._loaded[key] = _Entry(observer, needed)
+                        self._loaded[key] = _CacheEntry(observer, needed)
                 runs, longest = 0, 0.0
-                while runs < 2 or (runs < min(most_runs, observer.most_runs()) and deadline.remaining() > 3 * longest):
+                while runs < 2 or (runs < min(max_runs, observer.max_runs()) and deadline.remaining() > 3 * longest):
                     deadline.check(f"segment {segment} was observed")
                     self._take_slot(deadline)
                     try:
                         started = time.perf_counter()
                         observer.run(arrays)
                     finally:
-                        self._slots.put(None)
+                        self._slots.release()
                     runs, longest = runs + 1, max(longest, time.perf_counter() - started)
                 return observer.finish(runs, needed)
         finally:
             with self._lock:
                 self._loaded.pop(key, None)
-            self._observing.release()
+            self._profiling.release()
 
     def close(self) -> None:
-        """Load nothing more; a load under way goes on to its end."""
+        """Stop loading; loads in progress complete in the background."""
         self._loader.shutdown(wait=False, cancel_futures=True)
         self._lookups.close()
 
-    def loaded(self) -> list[Loaded]:
-        """What is in memory, least recently used first."""
+    def loaded(self) -> list[LoadedSegment]:
+        """The segments in memory, least recently used first."""
         with self._lock:
-            return [Loaded(b, s, entry.bytes) for (b, s), entry in self._loaded.items()]
+            return [LoadedSegment(b, s, entry.bytes) for (b, s), entry in self._loaded.items()]
 
     def _take_slot(self, deadline: Deadline) -> None:
-        """Wait until one run fewer than may go on is going on; whoever takes a slot puts it back."""
-        try:
-            self._slots.get(timeout=deadline.remaining())
-        except queue.Empty:
-            raise DeadlineExceeded("the deadline passed before a CPU was free to run the segment") from None
+        """Wait for the slot of a run; the caller releases it."""
+        if not self._slots.acquire(timeout=max(0.0, deadline.remaining())):
+            raise DeadlineExceeded("the deadline passed before a CPU was free to run the segment")
 
     @contextlib.contextmanager
     def _scratch(self) -> Iterator[Path]:
-        # One level down, where the cache counts what it finds and bears that it vanishes.
+        # Within the registry's cache, which counts unknown files and tolerates their disappearance.
         parent = Path(self._settings.cache_dir, "observed")
         try:
             parent.mkdir(parents=True, exist_ok=True)
@@ -245,10 +242,10 @@ class SegmentStore:
         needed = self._bytes(located)
         self._make_room(needed, located.segment)
         runner = OrtRunner(located.path, located.segment, providers=self._settings.providers, threads=self._threads)
-        # The cache may evict the files only once no session maps them.
+        # The registry's cache may evict the files as soon as no session maps them.
         weakref.finalize(runner, located.release)
         with self._lock:
-            self._loaded[key] = _Entry(runner, needed)
+            self._loaded[key] = _CacheEntry(runner, needed)
         return runner
 
     @staticmethod

@@ -1,10 +1,11 @@
-"""What calibrated codecs need to unpack a frame, by reference to the bundle that it names."""
+"""Tables of calibrated codecs, by the bundle that a frame names."""
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
+
+from cachetools import LRUCache
 
 from isthmus.admission import current_deadline
 from isthmus.artifacts.bundle import Blob, Bundle, is_digest
@@ -15,20 +16,20 @@ from isthmus.processing.image_budget import SHARED, ImageMemory
 from isthmus.registry.lookups import Lookups
 from isthmus.wire import frame as frames
 
-MAX_KEPT = 64
-"""Tables kept; frames name them, so there must be an end."""
-_FORGET_S = 5.0
-"""How long a table that cannot be had is not asked for again."""
+# Senders of frames choose the tables, so the cache needs a bound.
+_MAX_TABLES = 64
 MAX_TABLE_BYTES = 32 * 2**20
+# A missing table is not looked up again for so long.
+_MISSING_S = 5.0
 
 
 def tables_of(bundle: Bundle, digest: str, codec: str, tables: CodecTables) -> Callable[[str], object]:
-    """The tables of one bundle for one codec, by the tensor's name; None for a tensor that calibration gave none."""
+    """The tables of one bundle for one codec, by the tensor's name; None for a tensor without a table."""
     return lambda tensor: tables(digest, tensor, codec) if tensor in bundle.tables else None
 
 
 class Tables:
-    """Looks tables up in bundles, through `bundle` and `blob`, and keeps those that were used last."""
+    """Reads tables of bundles, through `bundle` and `blob`, and caches them."""
 
     def __init__(
         self,
@@ -40,19 +41,19 @@ class Tables:
         self._memory = memory
         self._bundle, self._blob, self._max_pixels = bundle, blob, max_pixels
         self._lock = threading.Lock()
-        self._lookups = Lookups(_FORGET_S)
-        self._kept: OrderedDict[str, object] = OrderedDict()
+        self._lookups = Lookups(_MISSING_S)
+        self._cache: LRUCache[str, object] = LRUCache(_MAX_TABLES)
 
     def close(self) -> None:
-        """Look nothing more up."""
+        """Stop looking up."""
         self._lookups.close()
 
     def __call__(self, digest: str, tensor: str, codec: str) -> object:
-        """The table of `tensor` in that bundle, or the recipe that makes it of a photo; None where there is no recipe.
+        """The table of `tensor` in that bundle, or for images its recipe; None without a recipe.
 
         Raises:
-            FrameMalformed: the frame names no bundle, or one that was not calibrated for this tensor.
-            RegistryError: the bundle, or the table, cannot be had.
+            FrameMalformed: the frame names no bundle, or a bundle without calibration of this tensor.
+            RegistryError: the bundle or the table cannot be read.
         """
         if not is_digest(digest):
             raise FrameMalformed(f"{tensor!r} has codec {codec}, and the frame names no bundle's digest", rule="bundle")
@@ -72,21 +73,18 @@ class Tables:
     def _table(self, blob: Blob, model: str) -> object:
         key = blob.digest
         with self._lock:
-            if (found := self._kept.get(key)) is not None:
-                self._kept.move_to_end(key)
-                return found
+            if (table := self._cache.get(key)) is not None:
+                return table
         if (deadline := current_deadline()) is None:
             table = self._read(blob, model)
         else:
             table = self._lookups.find(key, lambda: self._read(blob, model), deadline)
         with self._lock:
-            self._kept[key] = table
-            while len(self._kept) > MAX_KEPT:
-                self._kept.popitem(last=False)
+            self._cache[key] = table
         return table
 
     def _read(self, blob: Blob, model: str) -> object:
-        from isthmus.codecs.transform.rows import read_table  # for those who are sent such tensors
+        from isthmus.codecs.transform.rows import read_table  # imported by functions that receive such tensors
 
         if blob.size > MAX_TABLE_BYTES:
             raise RegistryError(f"a codec's table of {blob.size} bytes; at most {MAX_TABLE_BYTES}", blob=blob.digest)
@@ -103,5 +101,5 @@ class Tables:
         spec = bundle.preprocess
         if spec is None or spec.get("input") != tensor:
             return None
-        taken = next(s for s in bundle.inputs if s.name == tensor)
-        return Recipe(spec, taken, self._max_pixels, self._memory)
+        declared = next(s for s in bundle.inputs if s.name == tensor)
+        return Recipe(spec, declared, self._max_pixels, self._memory)

@@ -20,7 +20,7 @@ from flask import Response
 from isthmus.context import Deadline
 from isthmus.errors import DeadlineExceeded, ProfilingOff, ProfilingRefused, RequestMalformed, RequestTooLarge
 from isthmus.runtime.codec_speed import speeds
-from isthmus.runtime.kernels import Observed
+from isthmus.runtime.kernel_profile import KernelProfile
 from isthmus.runtime.store import SegmentStore
 from isthmus.serving.app import FunctionApp
 from isthmus.serving.request import FunctionRequest
@@ -164,7 +164,7 @@ class Profiling:
     def _observe(self, frame: Frame, deadline: Deadline, runs: int, nodes: bool) -> dict[str, Any]:
         """Memory and node times from the runtime's profiler; empty where the deadline is too near."""
         try:
-            observed = self._store.observe(frame.bundle, frame.segment, frame.tensors, deadline, most_runs=runs)
+            observed = self._store.profile(frame.bundle, frame.segment, frame.tensors, deadline, max_runs=runs)
         except DeadlineExceeded:
             return {}
         memory = observed.memory
@@ -179,7 +179,7 @@ class Profiling:
         return doc | {"nodes": _nodes(observed)} if nodes else doc
 
 
-def _nodes(observed: Observed) -> dict[str, Any]:
+def _nodes(observed: KernelProfile) -> dict[str, Any]:
     return {
         "runs": observed.runs,
         "kernels": [[k.name, k.op, k.seconds] for k in observed.kernels],

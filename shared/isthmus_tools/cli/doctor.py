@@ -85,7 +85,7 @@ def _packages() -> Iterator[Finding]:
 def _runtime() -> Iterator[Finding]:
     if importlib.util.find_spec("onnxruntime") is None:
         return
-    from isthmus.runtime.ort_runner import available_providers, cpu_limit
+    from isthmus.runtime.ort import available_providers, cpu_limit
 
     providers = available_providers()
     yield Finding("execution providers", "ok", ", ".join(providers))

@@ -20,7 +20,8 @@ from isthmus.artifacts.bundle import Segment, WeightTensor
 from isthmus.artifacts.segment_id import WHOLE
 from isthmus.artifacts.tensors import TensorSpec, describe
 from isthmus.errors import CutError, FrameError, ModelError, SegmentError
-from isthmus.runtime.ort_runner import UnpublishedRunner, cpu_limit
+from isthmus.runtime.ort import cpu_limit
+from isthmus.runtime.ort_runner import UnpublishedRunner
 from isthmus.wire import frame as frames
 from isthmus.wire.frame import Frame
 from isthmus_tools.graph import inputs, probe

@@ -13,8 +13,7 @@ import onnx_ir as ir
 
 from isthmus.arrays import Array
 from isthmus.errors import ModelError
-from isthmus.runtime.ort import ort, time_limit
-from isthmus.runtime.ort_runner import reason_of
+from isthmus.runtime.ort import ort, reason_of, time_limit
 from isthmus_tools.graph import probe
 from isthmus_tools.graph.probe import difference
 

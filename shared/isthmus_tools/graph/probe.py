@@ -11,8 +11,7 @@ import onnx_ir as ir
 
 from isthmus.arrays import DTYPES, Array
 from isthmus.errors import ModelError
-from isthmus.runtime.ort import ort, time_limit
-from isthmus.runtime.ort_runner import reason_of
+from isthmus.runtime.ort import ort, reason_of, time_limit
 from isthmus_tools.graph.weights import read_into
 
 # For each run during an import; large language models take minutes on small machines.

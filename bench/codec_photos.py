@@ -52,7 +52,7 @@ def other_photos(quick: bool) -> Subject:
 
 
 def _photos() -> PhotoSource:
-    entry = zoo.entry("efficientnet-lite0")
+    entry = zoo.zoo_model("efficientnet-lite0")
     taken = TensorSpec("image", "float32", (1, 3, 224, 224))
     spec = entry.preprocess or {}
 
@@ -64,5 +64,5 @@ def _photos() -> PhotoSource:
 
 def _subject(name: str, folds: Sequence[Fold]) -> Subject:
     measure, judge = by_class("logits")
-    path, preprocess = real.REAL["efficientnet-lite0"].path(), zoo.entry("efficientnet-lite0").preprocess
+    path, preprocess = real.REAL["efficientnet-lite0"].path(), zoo.zoo_model("efficientnet-lite0").preprocess
     return Subject(name, path, CUTS, measure, judge, folds, "error of logits", preprocess=preprocess)

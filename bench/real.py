@@ -164,7 +164,7 @@ EVERY: Mapping[str, Real] = {
             tested.efficientnet_lite0,
             {},
             photo=lambda: _photo(224, 224, 256),
-            preprocess=zoo.entry("efficientnet-lite0").preprocess,
+            preprocess=zoo.zoo_model("efficientnet-lite0").preprocess,
             calibrate=("20", "31", "48", "65"),
         ),
         Real(

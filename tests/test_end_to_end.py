@@ -45,7 +45,7 @@ ONE_THREAD = {"*": {"threads": "1"}}
 def registry(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A registry with EfficientNet-Lite0, cut at 65 and at 20 and 65."""
     folder, made = tmp_path_factory.mktemp("registry"), tmp_path_factory.mktemp("made")
-    arguments = zoo.entry(MODEL).arguments()
+    arguments = zoo.zoo_model(MODEL).arguments()
     bundle, files = build(efficientnet_lite0(), MODEL, made, partitions=[["65"], ["20", "65"]], **arguments)
     open_registry(RegistrySettings(registry=str(folder))).publish(bundle, files)
     return str(folder)

@@ -14,7 +14,8 @@ from isthmus.artifacts import bundle as manifest
 from isthmus.artifacts.bundle import digest_of
 from isthmus.artifacts.segment_id import WHOLE
 from isthmus.errors import CutError, ModelError
-from isthmus_tools.figures.cuts import draw, size_text
+from isthmus_tools.figures.cuts import draw
+from isthmus_tools.figures.style import size_text
 from isthmus_tools.graph import add_cuts, build, cut_at, cuts, narrowest, open_model
 from support.models import REAL
 from support.segments import difference, run_partition, run_whole

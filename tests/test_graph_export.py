@@ -93,7 +93,7 @@ def test_a_torch_spec_is_told_from_a_file(spec: str, expected: bool) -> None:
 
 
 def test_the_ready_classifier_knows_a_cat_from_a_coffee(tmp_path: Path) -> None:
-    entry = zoo.entry("efficientnet-lite0")
+    entry = zoo.zoo_model("efficientnet-lite0")
     real = REAL[entry.name]
     bundle, files = build(real.path(), entry.name, tmp_path / "out", **entry.arguments())
     labels = entry.labels() if entry.labels else []
@@ -106,4 +106,4 @@ def test_the_ready_classifier_knows_a_cat_from_a_coffee(tmp_path: Path) -> None:
 
 def test_an_unknown_ready_model_is_refused() -> None:
     with pytest.raises(ModelError, match="no ready model"):
-        zoo.entry("resnet-1")
+        zoo.zoo_model("resnet-1")

@@ -229,7 +229,7 @@ MODEL = "efficientnet-lite0-1"
 
 
 def zoo_arguments() -> dict[str, Any]:
-    entry = zoo.entry("efficientnet-lite0")
+    entry = zoo.zoo_model("efficientnet-lite0")
     return {"preprocess": entry.preprocess, "postprocess": entry.postprocess}
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from isthmus.arrays import DTYPES, Array, restored
 from isthmus.errors import RequestMalformed
 
+# A file's first bytes decide, not its suffix: np.load takes all other files for pickles.
 _NPY = b"\x93NUMPY"
 _NPZ = (b"PK\x03\x04", b"PK\x05\x06")
 _MAX_REASON = 200
@@ -20,7 +21,7 @@ def read(path: Path) -> Array | Mapping[str, Array]:
     """The array of a .npy file, or the arrays of a .npz file by name, in this machine's byte order.
 
     Raises:
-        ValueError: the file cannot be read as either, or holds what no frame carries; the message names the file.
+        ValueError: neither format, or an array with a dtype that no frame carries; the message names the file.
     """
     try:
         with path.open("rb") as file:
@@ -29,36 +30,37 @@ def read(path: Path) -> Array | Mapping[str, Array]:
                 raise ValueError("it is empty" if not start else "it is another kind of file")
             file.seek(0)
             loaded = np.load(file, allow_pickle=False)
-            found = loaded if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
-    # On broken files numpy raises nearly anything: its own, and zipfile's, zlib's and tokenize's exceptions.
+            content = loaded if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
+    # On broken files numpy raises nearly anything: its own exceptions, zipfile's, zlib's and tokenize's.
     except Exception as e:
         why = e.strerror if isinstance(e, OSError) and e.strerror else " ".join(str(e).split()) or type(e).__name__
         raise ValueError(f"{path} cannot be read as a .npy or .npz file: {why[:_MAX_REASON]}") from e
-    if isinstance(found, np.ndarray):
-        return _carried(found, str(path))
-    return {name: _carried(array, f"{name} in {path}") for name, array in found.items()}
+    if isinstance(content, np.ndarray):
+        return _carried(content, str(path))
+    return {name: _carried(array, f"{name} in {path}") for name, array in content.items()}
 
 
 def read_one(path: Path) -> Array:
     """The array of a .npy file.
 
     Raises:
-        ValueError: as `read`, or the file holds several.
+        ValueError: as `read`, or the file is an .npz file.
     """
-    found = read(path)
-    if isinstance(found, Mapping):
-        raise ValueError(f"{path} holds several arrays ({', '.join(found)}); a .npy file holds one")
-    return found
+    content = read(path)
+    if isinstance(content, Mapping):
+        raise ValueError(f"{path} holds several arrays ({', '.join(content)}); a .npy file holds one")
+    return content
 
 
 def write_npz(path: Path, arrays: Mapping[str, Array]) -> None:
-    """Write arrays to one .npz file under any names; numpy's own `savez` takes some names for its parameters.
+    """Write arrays to an .npz file under any names.
 
-    bfloat16 is written as numpy writes it: two bytes a value, without a name. `isthmus.arrays.restored` reads it.
+    bfloat16 is written in numpy's form: two bytes a value, without a name; `isthmus.arrays.restored` reads that form.
 
     Raises:
         RequestMalformed: the file cannot be written.
     """
+    # numpy's own `savez` takes arrays as keyword arguments, and refuses names such as `file`.
     try:
         with zipfile.ZipFile(path, "w", allowZip64=True) as archive:
             for name, array in arrays.items():
@@ -68,11 +70,11 @@ def write_npz(path: Path, arrays: Mapping[str, Array]) -> None:
         raise RequestMalformed(f"{path} cannot be written: {e.strerror}", path=str(path)) from e
 
 
-def _carried(array: Array, what: str) -> Array:
+def _carried(array: Array, subject: str) -> Array:
     array = restored(array)
     if array.dtype.newbyteorder("<") not in DTYPES.values():
         raise ValueError(
-            f"{what} holds {array.dtype}; a tensor is one of {', '.join(DTYPES)}, where bfloat16 is what numpy writes"
-            " of ml_dtypes.bfloat16: two bytes a value"
+            f"{subject} holds {array.dtype}; a tensor is one of {', '.join(DTYPES)}, where bfloat16 is what numpy"
+            " writes of ml_dtypes.bfloat16: two bytes a value"
         )
     return array.astype(array.dtype.newbyteorder("="), copy=False)

@@ -1,4 +1,4 @@
-"""A limit on the time of a plan or a profile: what is under way is finished, what has not begun is left out."""
+"""Time budgets of plans and profiles: steps in progress finish, later steps are left out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Budget:
-    """Seconds from `began` on, by `clock`; unlimited by default."""
+    """Seconds from the start `began`, by `clock`; unlimited by default."""
 
     seconds: float = math.inf
     clock: Callable[[], float] = time.monotonic
@@ -18,15 +18,16 @@ class Budget:
 
     def __post_init__(self) -> None:
         if math.isnan(self.began):
+            # The dataclass is frozen; the default start depends on the instance's own clock.
             object.__setattr__(self, "began", self.clock())
 
     @property
     def spent(self) -> bool:
-        """Whether nothing more should begin."""
+        """Whether no further step should begin."""
         return self.clock() - self.began >= self.seconds
 
     def share(self, part: float) -> Budget:
-        """The first `part` of it, from 0 to 1: what must be over for the rest to have its time."""
+        """A budget with the same start and `part` (0 to 1) of the seconds: leaves the rest to later stages."""
         return Budget(self.seconds * part, self.clock, self.began)
 
 
@@ -34,15 +35,16 @@ UNLIMITED = Budget(math.inf, began=0.0)
 
 
 class Pace:
-    """How long a series of `total` alike pieces of work has still to go, from how long those before took."""
+    """An estimate of the remaining time of `total` similar steps, from the mean of finished steps."""
 
     def __init__(self, total: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._total, self._clock = total, clock
         self._began = clock()
 
     def left(self, done: int) -> str:
-        """`, about 40 s left` after `done` pieces; empty before the first."""
+        """`, about 40 s left` after `done` steps; empty before the first and after the last."""
         if not 0 < done < self._total:
             return ""
         seconds = max(1.0, (self._clock() - self._began) / done * (self._total - done))
+        # Minutes from 100 s on: more digits would change with every step.
         return f", about {seconds:.0f} s left" if seconds < 100 else f", about {seconds / 60:.0f} min left"

@@ -18,7 +18,7 @@ from isthmus.artifacts.plan_document import from_json, to_json
 from isthmus.artifacts.profile import SegmentCost, Timing
 from isthmus.errors import ConstraintMalformed, Infeasible, PlanMismatch
 from isthmus.processing.image_spec import made_shape
-from isthmus_tools.figures.plan import Along
+from isthmus_tools.figures.plan import GraphCurves
 from isthmus_tools.planner.choice import build_plan, choose
 from isthmus_tools.planner.inputs import from_photos, random_inputs
 from isthmus_tools.planner.memory import MemoryModel, peak_bytes
@@ -247,10 +247,10 @@ def test_a_model_that_needs_certain_values_has_its_int8_variant_and_its_picture(
     with evaluated(published, examples=random_inputs(published.bundle, 2), kind="random", int8=True) as candidate_set:
         assert not [note for note in candidate_set.notes if "int8" in note]
         assert "edge-int8" in {c.name for c in candidate_set.predict(LINK)}
-        along = Along.of(candidate_set)
+        along = GraphCurves.of(candidate_set)
         plan = plan_for(published.bundle, candidate())
     found = published.registry.resolve("asking")
-    shown = Along.published(plan, found, published.registry, cache_of(published, tmp_path / "cache"))
+    shown = GraphCurves.published(plan, found, published.registry, cache_of(published, tmp_path / "cache"))
     assert shown.bytes == along.bytes
 
 

@@ -68,7 +68,7 @@ def exported(name: str, write: Callable[[Path], object]) -> Path:
 def efficientnet_lite0() -> Path:
     from isthmus_tools.zoo import models as zoo
 
-    return exported("efficientnet-lite0", zoo.entry("efficientnet-lite0").write)
+    return exported("efficientnet-lite0", zoo.zoo_model("efficientnet-lite0").write)
 
 
 def minilm() -> Path:

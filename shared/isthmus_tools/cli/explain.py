@@ -42,12 +42,13 @@ def explain(
         cells = grid(plan.candidates, plan.objective, plan.constraints) if sweep or picture else None
         if picture is not None:
             from isthmus.registry import open_cache, open_registry
-            from isthmus_tools.figures.plan import Along, draw
+            from isthmus_tools.figures.plan import GraphCurves, draw
 
             with progress_bars(as_json) as progress:
                 progress(f"drawing {picture}")
                 store = open_registry(settings)
-                draw(plan, cells or [], picture, Along.published(plan, bundle, store, open_cache(settings, store)))
+                curves = GraphCurves.published(plan, bundle, store, open_cache(settings, store))
+                draw(plan, cells or [], picture, curves)
         if as_json:
             print_json(plan_text.document(plan, f"{bundle.name}:{bundle.version}", cells if sweep else None))
             return

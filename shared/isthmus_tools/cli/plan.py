@@ -142,10 +142,10 @@ def plan(
             best = result.plan
             cells = grid(best.candidates, best.objective, best.constraints) if request.sweep else None
             if picture is not None:
-                from isthmus_tools.figures.plan import Along, draw
+                from isthmus_tools.figures.plan import GraphCurves, draw
 
                 progress(f"drawing {picture}")
-                draw(best, cells or [], picture, Along.of(result.candidate_set))
+                draw(best, cells or [], picture, GraphCurves.of(result.candidate_set))
             publication = None
             # Last of all: a failure or an interrupt before has published nothing.
             if best.measured if publish is None else publish:

@@ -1,1 +1,1 @@
-"""Drawings: cuts of a graph, fidelity of codecs, plans. The only place that imports matplotlib."""
+"""Figures of cuts, fidelity and plans; the only importer of matplotlib."""

@@ -1,12 +1,10 @@
-"""A plan as a picture: what crosses along the graph, every candidate over bandwidth, and the best over all links.
+"""The figure of a plan: bytes and times along the graph, candidates over bandwidth, the best candidate of each link.
 
-The only place beside `graph.picture` that imports matplotlib. Backgrounds are clear and every colour is a middle tone,
-so that it can be read on white and on black.
+Backgrounds are transparent and all colours middle tones, readable on white and on black.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.conditions import Conditions
 from isthmus.artifacts.plan import Candidate, Plan
 from isthmus.artifacts.profile import Profile
@@ -21,7 +20,7 @@ from isthmus.artifacts.segment_id import WHOLE
 from isthmus.errors import ModelError
 from isthmus.registry import Registry, Resolved, SegmentCache
 from isthmus.units import format_duration, format_rate
-from isthmus_tools.figures.cuts import size_text
+from isthmus_tools.figures.style import bytes_axis, new_figure, save, size_text
 from isthmus_tools.graph import cuts, open_model, stored_examples
 from isthmus_tools.graph.model import Model
 from isthmus_tools.planner.candidates import CLOUD, EDGE, CandidateSet
@@ -31,12 +30,19 @@ from isthmus_tools.profiling import profiles
 _INK, _FAINT = "#7d8590", "#8b949e"
 _EDGE, _CLOUD, _BYTES, _BEST = "#d1682f", "#3f8fd2", "#2f9e6e", "#c24a8f"
 _HUES = ("#3f8fd2", "#d1682f", "#2f9e6e", "#c24a8f", "#8f74d6", "#b08a1f", "#2a9fa8", "#c75151", "#6f9a2f", "#9a7b5f")
-_DPI, _CELL = 130, 11
+_DPI = 130
+# Characters that a cell of the sweep holds in a line.
+_MAX_CELL_TEXT = 11
+# Ends of the bandwidth panel in bit/s: from a poor mobile link to a local network.
+_RATES = (0.3e6, 1e9)
 
 
 @dataclass(frozen=True)
-class Along:
-    """What lies along a model's graph: bytes that cross each prefix cut, and seconds up to it on both tiers."""
+class GraphCurves:
+    """Curves over the prefix cuts of a graph: bytes of boundary tensors, and seconds up to the cut on both tiers.
+
+    `marked` are the positions of the bundle's cuts.
+    """
 
     positions: tuple[int, ...]
     bytes: tuple[int, ...]
@@ -45,82 +51,70 @@ class Along:
     marked: Mapping[str, int]
 
     @classmethod
-    def of(cls, draft: CandidateSet) -> Along:
-        """Of a plan in the making."""
-        return _along(draft.model, draft.profiles, {n: c.position for n, c in draft.bundle.cuts.items()})
+    def of(cls, candidates: CandidateSet) -> GraphCurves:
+        """The curves of a candidate set, before its plan is published."""
+        return _curves(candidates.model, candidates.profiles, candidates.bundle)
 
     @classmethod
-    def published(cls, plan: Plan, found: Resolved, registry: Registry, cache: SegmentCache) -> Along:
-        """Of a published plan, with the profiles that it was made with, as far as they are still there."""
-        known = {p.tier: profiles.find(registry, found.bundle, p.tier, p.device) for p in plan.profiles}
-        there = {tier: p for tier, p in known.items() if p is not None}
-        with cache.locate(found.digest, WHOLE) as whole:
-            bind, examples = found.bundle.source.get("bind", {}), stored_examples(found.bundle)
+    def published(cls, plan: Plan, version: Resolved, registry: Registry, cache: SegmentCache) -> GraphCurves:
+        """The curves of a published plan; a tier whose profile has been removed has zero times."""
+        bundle = version.bundle
+        stored = {p.tier: profiles.find(registry, bundle, p.tier, p.device) for p in plan.profiles}
+        with cache.locate(version.digest, WHOLE) as whole:
+            bind, examples = bundle.source.get("bind", {}), stored_examples(bundle)
             model = open_model(whole.path, bind=bind, examples=examples, normalise=False)
-        return _along(model, there, {n: c.position for n, c in found.bundle.cuts.items()})
+        return _curves(model, {tier: p for tier, p in stored.items() if p is not None}, bundle)
 
 
-def _along(model: Model, known: Mapping[str, Profile], places: Mapping[str, int | None]) -> Along:
-    every = [c for c in cuts(model) if c.position is not None]
-    at = [c.position for c in every if c.position is not None]
+def _curves(model: Model, by_tier: Mapping[str, Profile], bundle: Bundle) -> GraphCurves:
+    every = [(c.position, c.bytes) for c in cuts(model) if c.position is not None]
+    positions, sizes = tuple(p for p, _ in every), tuple(size for _, size in every)
 
-    def upto(tier: str) -> tuple[float, ...]:
-        times = np.cumsum(known[tier].nodes) if tier in known else np.zeros(len(model.nodes))
-        return tuple(float(times[i]) for i in at)
+    def seconds(tier: str) -> tuple[float, ...]:
+        times = np.cumsum(by_tier[tier].nodes) if tier in by_tier else np.zeros(len(model.nodes))
+        return tuple(float(times[i]) for i in positions)
 
-    marked = {name: place for name, place in places.items() if place is not None}
-    return Along(tuple(at), tuple(c.bytes for c in every), upto(EDGE), upto(CLOUD), marked)
+    marked = {name: cut.position for name, cut in bundle.cuts.items() if cut.position is not None}
+    return GraphCurves(positions, sizes, seconds(EDGE), seconds(CLOUD), marked)
 
 
-def draw(plan: Plan, cells: Sequence[Sequence[GridCell]], path: Path, along: Along) -> None:
-    """Draw `plan` to `path`, as PNG or SVG by its ending: the graph, the candidates over bandwidth, and the sweep.
+def draw(plan: Plan, cells: Sequence[Sequence[GridCell]], path: Path, curves: GraphCurves) -> None:
+    """Draw `plan` to `path`, as PNG or SVG by its suffix: the graph, the candidates over bandwidth, and the sweep.
 
     Raises:
         ModelError: the file cannot be written, or matplotlib is missing.
     """
-    try:
-        import matplotlib as mpl
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise ModelError("drawing needs matplotlib", hint="pip install 'isthmus[cli]'") from e
+    panels = [bool(curves.positions), True, bool(cells)]
+    figure = new_figure(ModelError, figsize=(10, 4.1 * sum(panels)))
+    import matplotlib as mpl
+
     style: Any = {
         **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
         "axes.titlecolor": _INK,
         "svg.fonttype": "none",
+        # Element ids are hashes; a fixed salt makes equal plans equal files.
         "svg.hashsalt": "isthmus",
         "font.size": 9.5,
     }
-    data = io.BytesIO()
     with mpl.rc_context(style):
-        panels = [bool(along.positions), True, bool(cells)]
-        figure = Figure(figsize=(10, 4.1 * sum(panels)), layout="constrained")
-        FigureCanvasAgg(figure)
         axes = iter(np.atleast_1d(figure.subplots(sum(panels), 1)))
-        if along.positions:
-            _draw_graph(next(axes), plan, along)
+        if curves.positions:
+            _draw_graph(next(axes), plan, curves)
         hues = _hues(plan, cells)
         _draw_bandwidth(next(axes), plan, hues)
         if cells:
             _draw_sweep(next(axes), cells, hues)
-        figure.savefig(data, format=path.suffix[1:].lower(), dpi=_DPI, transparent=True)
-    try:
-        path.write_bytes(data.getvalue())
-    except OSError as e:
-        raise ModelError(f"{path} cannot be written: {e.strerror}") from e
+        save(figure, path, path.suffix[1:].lower(), ModelError, dpi=_DPI, transparent=True)
 
 
-def _draw_graph(axes: Any, plan: Plan, along: Along) -> None:
-    from matplotlib.ticker import FuncFormatter
-
-    axes.step(along.positions, [max(1, b) for b in along.bytes], where="mid", color=_BYTES, linewidth=1.2)
-    tried = {c.cuts[0] for c in plan.candidates if c.cuts and c.cuts[0] in along.marked}
-    sizes = dict(zip(along.positions, along.bytes, strict=True))
-    spots = [(along.marked[name], name) for name in tried if along.marked[name] in sizes]
+def _draw_graph(axes: Any, plan: Plan, curves: GraphCurves) -> None:
+    axes.step(curves.positions, [max(1, b) for b in curves.bytes], where="mid", color=_BYTES, linewidth=1.2)
+    names = {c.cuts[0] for c in plan.candidates if c.cuts and c.cuts[0] in curves.marked}
+    sizes = dict(zip(curves.positions, curves.bytes, strict=True))
+    spots = [(curves.marked[name], name) for name in names if curves.marked[name] in sizes]
     axes.scatter([x for x, _ in spots], [max(1, sizes[x]) for x, _ in spots], s=26, color=_BYTES, zorder=3)
-    chosen = set(plan.choice.cuts)
     for x, name in spots:
-        best = name in chosen
+        best = name in plan.choice.cuts
         axes.annotate(
             f"{name}: {size_text(sizes[x])}" if best else name,
             (x, max(1, sizes[x])),
@@ -133,31 +127,29 @@ def _draw_graph(axes: Any, plan: Plan, along: Along) -> None:
         )
         if best:
             axes.scatter([x], [max(1, sizes[x])], s=80, color=_BEST, zorder=4)
-    axes.set_yscale("log", base=4)
-    axes.minorticks_off()
-    axes.margins(y=0.15)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda n, _: size_text(int(n))))
-    axes.set_ylabel("bytes that cross, raw", color=_BYTES)
+    bytes_axis(axes)
+    axes.set_ylabel("bytes of boundary tensors, raw", color=_BYTES)
     axes.set_xlabel("cut after node (position in topological order)")
     axes.grid(axis="y", color=_FAINT, alpha=0.25)
     time = axes.twinx()
-    for seconds, colour, label in ((along.edge_s, _EDGE, "edge"), (along.cloud_s, _CLOUD, "cloud")):
+    for seconds, colour, label in ((curves.edge_s, _EDGE, "edge"), (curves.cloud_s, _CLOUD, "cloud")):
         if any(seconds):
-            shown = [s * 1e3 for s in seconds]
-            time.plot(along.positions, shown, color=colour, linewidth=1.5, label=f"time on the {label}")
+            time.plot(
+                curves.positions, [s * 1e3 for s in seconds], color=colour, linewidth=1.5, label=f"time on the {label}"
+            )
     time.legend(frameon=False, fontsize=8.5, loc="upper center", ncols=2, labelcolor=_INK)
-    time.set_ylabel("computing up to the cut, ms")
+    time.set_ylabel("run time up to the cut, ms")
     time.set_ylim(0, time.get_ylim()[1] * 1.12)
-    axes.set_title(f"{plan.model}: what crosses, and what lies before it; candidates marked", loc="left")
+    axes.set_title(f"{plan.model}: boundary tensors and run time along the graph; candidates marked", loc="left")
 
 
 def _draw_bandwidth(axes: Any, plan: Plan, hues: Mapping[str, str]) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    able = [c for c in plan.candidates if not c.refused]
-    rates = np.geomspace(0.3e6, 1e9, 160)
+    usable = [c for c in plan.candidates if not c.refused]
+    rates = np.geomspace(*_RATES, 160)
     rtt_s = plan.conditions.rtt_s
-    lines = {c.name: np.array([_seconds(c, rate, rtt_s) for rate in rates]) * 1e3 for c in able}
+    lines = {c.name: np.array([_seconds(c, rate, rtt_s) for rate in rates]) * 1e3 for c in usable}
     lowest = np.min(list(lines.values()), axis=0)
     for name, line in lines.items():
         if name not in hues:
@@ -169,7 +161,7 @@ def _draw_bandwidth(axes: Any, plan: Plan, hues: Mapping[str, str]) -> None:
     if np.isfinite(plan.conditions.uplink_bps):
         at = plan.conditions.uplink_bps / 1e6
         axes.axvline(at, color=_INK, linestyle=":", linewidth=1)
-        for c in able:
+        for c in usable:
             if c.measured is not None:
                 axes.scatter([at], [c.measured.median * 1e3], color=hues.get(c.name, _FAINT), s=26, zorder=5)
     axes.set_xscale("log")
@@ -201,10 +193,9 @@ def _draw_sweep(axes: Any, cells: Sequence[Sequence[GridCell]], hues: Mapping[st
     for y, row in enumerate(cells):
         for x, cell in enumerate(row):
             name = cell.best.removeprefix("split-")
-            # A long name takes two lines, so that it stays in its cell.
-            shown = name.replace("-", "\n", 1) if len(name) > _CELL else name
-            text = f"{shown}\n{cell.seconds * 1e3:.0f} ms" if name else "none"
-            # The cells are opaque, so here white is readable in either scheme.
+            lines = name.replace("-", "\n", 1) if len(name) > _MAX_CELL_TEXT else name
+            text = f"{lines}\n{cell.seconds * 1e3:.0f} ms" if name else "none"
+            # The cells are opaque, so white is readable in dark and light schemes.
             axes.text(x, y, text, ha="center", va="center", fontsize=6.8, color="white", fontweight="bold")
     axes.set_xticks(range(len(cells[0])), [format_rate(c.conditions.uplink_bps) for c in cells[0]], fontsize=8)
     axes.set_yticks(range(len(cells)), [format_duration(r[0].conditions.rtt_s) for r in cells])
@@ -217,12 +208,12 @@ def _seconds(candidate: Candidate, rate: float, rtt_s: float) -> float:
 
 
 def _hues(plan: Plan, cells: Sequence[Sequence[GridCell]]) -> dict[str, str]:
-    """A colour for each candidate that is named: the chosen one, those that win somewhere, and the baselines."""
+    """A colour for each candidate in the legend: the chosen candidate, winners of some link, and baselines."""
     wins: dict[str, int] = {}
     for cell in (cell for row in cells for cell in row):
         wins[cell.best] = wins.get(cell.best, 0) + 1
     winners = sorted((n for n in wins if n), key=lambda n: -wins[n])
-    able = {c.name for c in plan.candidates if not c.refused}
-    baselines = [n for n in ("edge-float", "cloud-photo", "cloud-raw") if n in able]
-    named = dict.fromkeys([plan.chosen, *winners, *baselines])
-    return dict(zip(named, _HUES, strict=False))
+    usable = {c.name for c in plan.candidates if not c.refused}
+    baselines = [n for n in ("edge-float", "cloud-photo", "cloud-raw") if n in usable]
+    legend = dict.fromkeys([plan.chosen, *winners, *baselines])
+    return dict(zip(legend, _HUES, strict=False))

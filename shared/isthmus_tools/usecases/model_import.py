@@ -89,8 +89,8 @@ def import_model(request: ImportRequest, progress: Progress = silent) -> Publica
 
 def _declared(request: ImportRequest) -> dict[str, Any]:
     """Processing and source: a ready model's own, overridden by the request's."""
-    if request.model in zoo.ENTRIES:
-        own = zoo.entry(request.model).arguments()
+    if request.model in zoo.MODELS:
+        own = zoo.zoo_model(request.model).arguments()
     else:
         own = {"source": {"file": printable(Path(request.model).name)}}
     overrides = {"preprocess": request.preprocess, "postprocess": request.postprocess, "labels": request.labels}

@@ -55,14 +55,14 @@ def onnx_file(model: str, inputs: ModelInputs, progress: Progress) -> Iterator[P
     Raises:
         ModelError: the export fails.
     """
-    if model not in zoo.ENTRIES and not torch_export.is_torch_spec(model):
+    if model not in zoo.MODELS and not torch_export.is_torch_spec(model):
         yield Path(model)
         return
     with tempfile.TemporaryDirectory(prefix="isthmus-") as folder:
         path = Path(folder) / "model.onnx"
         progress(f"exporting {model} from torch")
-        if model in zoo.ENTRIES:
-            zoo.entry(model).write(path)
+        if model in zoo.MODELS:
+            zoo.zoo_model(model).write(path)
         else:
             torch_export.export_named(model, path, shapes=inputs.shapes, examples=inputs.examples, free=inputs.free)
         # Module and exported program refer to each other and hold the weights: without a collection the weights

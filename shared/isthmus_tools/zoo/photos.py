@@ -1,4 +1,4 @@
-"""Real photos that installed packages carry, for the demo and for calibration: nothing is downloaded."""
+"""Photos from installed packages, for the demo and for calibration; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from pathlib import Path
 
 from isthmus.errors import ModelError, RequestMalformed
 
-_PLACES = {
+# File name: package and folder within.
+_SAMPLES = {
     "chelsea.png": ("skimage", "data"),
     "coffee.png": ("skimage", "data"),
     "rocket.jpg": ("skimage", "data"),
     "china.jpg": ("sklearn", "datasets/images"),
     "flower.jpg": ("sklearn", "datasets/images"),
 }
-_MORE = dict.fromkeys(
+# No two photos of the same subject, so that held-out photos differ from calibration photos.
+_VARIED = dict.fromkeys(
     [
         *("astronaut.png", "motorcycle_left.png", "hubble_deep_field.jpg", "retina.jpg", "ihc.png", "camera.png"),
         *("moon.png", "brick.png", "grass.png", "gravel.png", "coins.png"),
@@ -25,25 +27,25 @@ _MORE = dict.fromkeys(
 
 
 def sample_photos() -> list[Path]:
-    """The photos: a cat, an espresso, a rocket, a palace and a flower.
+    """Five photos: a cat, an espresso, a rocket, a palace and a flower.
 
     Raises:
-        ModelError: the packages that carry them are not installed.
+        ModelError: the packages with the photos are not installed.
     """
-    return _find(_PLACES)
+    return _paths(_SAMPLES)
 
 
 def varied_photos() -> list[Path]:
-    """Those and eleven more, among them textures, a microscope's and a telescope's: no two of the same thing.
+    """The sample photos and eleven more, such as textures, a microscope's image and a telescope's.
 
     Raises:
         ModelError: as `sample_photos`.
     """
-    return _find(_PLACES | _MORE)
+    return _paths(_SAMPLES | _VARIED)
 
 
 def read_photo(path: Path) -> bytes:
-    """A photo as its file holds it.
+    """The bytes of a photo's file.
 
     Raises:
         RequestMalformed: the file cannot be read.
@@ -54,13 +56,14 @@ def read_photo(path: Path) -> bytes:
         raise RequestMalformed(f"{path} cannot be read: {e.strerror}") from e
 
 
-def _find(places: Mapping[str, tuple[str, str]]) -> list[Path]:
-    found = []
+def _paths(places: Mapping[str, tuple[str, str]]) -> list[Path]:
+    paths = []
     for name, (module, folder) in places.items():
+        # Located without an import: scikit-image and scikit-learn take seconds.
         spec = importlib.util.find_spec(module)
         roots = list(spec.submodule_search_locations or []) if spec else []
         path = Path(roots[0], folder, name) if roots else Path()
         if not path.is_file():
             raise ModelError(f"the photo {name} is not there", hint="install the extra: pip install 'isthmus[zoo]'")
-        found.append(path)
-    return found
+        paths.append(path)
+    return paths

@@ -21,8 +21,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from werkzeug.serving import make_server
 
 from isthmus.artifacts.bundle import Bundle
+from isthmus.artifacts.segment_id import WHOLE
 from isthmus.registry import FolderStore, Registry, SegmentCache
 from isthmus.settings import RouterSettings, SegmentSettings
+from isthmus.wire import frame as frames
+from isthmus.wire.frame import Frame
 from isthmus_tools.graph import build
 from support.patience import LONG_S, until
 from support.segments import run_whole
@@ -182,6 +185,13 @@ def publish_photos(folder: Path, seed: int = 0, registry: Path | None = None) ->
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Published:
     return publish_photos(tmp_path_factory.mktemp("photos"))
+
+
+def framed(published: Published, segment: str = WHOLE, **changes: Any) -> bytes:
+    """A frame for that segment with the model's inputs."""
+    return frames.encode(
+        Frame(**{"tensors": published.inputs, "bundle": published.digest, "segment": segment} | changes)
+    )
 
 
 def photo(size: tuple[int, int] = (8, 8), seed: int = 0, format: str = "PNG") -> bytes:

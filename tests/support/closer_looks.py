@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from hypothesis import strategies as st
+
 from isthmus.artifacts.agreement import Measure
-from isthmus.artifacts.choice import Choice, Look
+from isthmus.artifacts.choice import GRADED, MAX_LOOKS, Choice, Look
 from isthmus.artifacts.fidelity import Entry, Fidelity, Inputs
 
 ONE = Choice("transform/4", 0.4, (Look(0.6, 0.2),))
@@ -31,3 +33,13 @@ FIDELITY = Fidelity(
     Inputs("photos", 16, 100, 200),
     (entry(0.4, 200, 0.95), entry(0.6, 310, 0.994), entry(0.8, 400, 0.996), TWICE, LOOKED),
 )
+
+MARGINS = st.builds(lambda digits, exponent: float(f"{digits}e{exponent}"), st.integers(1, 999), st.integers(-9, 0))
+
+
+@st.composite
+def choices(draw: st.DrawFn) -> Choice:
+    """Of a codec with qualities, which are thousandths, and as many looks as there may be."""
+    qualities = draw(st.lists(st.integers(0, 1000), min_size=1, max_size=MAX_LOOKS + 1, unique=True).map(sorted))
+    first, *finer = (q / 1000 for q in qualities)
+    return Choice(draw(st.sampled_from(sorted(GRADED))), first, tuple(Look(q, draw(MARGINS)) for q in finer))

@@ -116,10 +116,7 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Known:
     route = plan_route(photos.digest, photos.bundle, (hop,), ("1", "6"))
     seen: dict[str, list[Array]] = {"r1": [], "p6": []}
     for seed in range(100, 180):
-        values = input_of(seed)
-        for segment in route.segments:
-            frame = Frame({s.name: values[s.name] for s in segment.inputs}, photos.digest, segment.id)
-            values |= hop.call(frame, context()).frame.tensors
+        values = execute(route, input_of(seed), context()).tensors
         for name, samples in seen.items():
             samples.append(np.array(values[name]))
     tables = {name: learn_planes(samples) for name, samples in seen.items()}

@@ -25,6 +25,7 @@ from support.bundles import (
     TOLERANCE,
     Published,
     cache_of,
+    framed,
     metrics,
     publish_photos,
     ready,
@@ -41,12 +42,6 @@ TRACE = "00-" + "c" * 32 + "-" + "d" * 16 + "-01"
 @pytest.fixture
 def client(photos: Published, tmp_path: Path) -> FlaskClient:
     return ready(create_segment_app(segment_settings(photos, tmp_path / "cache")).test_client())
-
-
-def framed(published: Published, segment: str = WHOLE, **changes: Any) -> bytes:
-    return frames.encode(
-        Frame(**{"tensors": published.inputs, "bundle": published.digest, "segment": segment} | changes)
-    )
 
 
 def test_a_frame_goes_in_and_a_frame_comes_out(client: FlaskClient, photos: Published) -> None:

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 from flask.testing import FlaskClient
+from hypothesis import given
 
 from isthmus.artifacts.agreement import Measure, measure_for
-from isthmus.artifacts.choice import RAW, Choice
+from isthmus.artifacts.choice import RAW, Choice, Look
 from isthmus.artifacts.fidelity import Entry, Fidelity, Inputs, offered
 from isthmus.codecs import Encoding
-from isthmus.errors import CalibrationError, HopUnavailable, SettingsError
+from isthmus.errors import CalibrationError, SettingsError
 from isthmus.pipeline import Result, Route, SegmentRun
 from isthmus.routing.guard import Guard, Sample, fallback_chain
 from isthmus.serving import create_router_app, create_segment_app
@@ -35,7 +36,9 @@ from support.bundles import (
     until,
 )
 from support.bundles import photos as photos
+from support.closer_looks import FIDELITY, LOOKED, ONE, TWO, choices, entry, of
 from support.executors import executor_of
+from support.hops import Echo
 from support.patience import LONG_S, eventually
 
 GOOD, BAD = "int8/1", "sparse/2@0"
@@ -233,23 +236,6 @@ def test_inputs_that_drift_from_the_calibration_make_it_step_down(
 # Its parts, without sockets
 
 
-class Echo:
-    """A hop that answers with what it is told, whatever it is sent."""
-
-    name, encodes = "echo", True
-
-    def __init__(self, outputs: dict[str, Any]) -> None:
-        self.outputs = outputs
-        self.fails = False
-
-    def call(self, frame: Any, context: Any) -> Any:
-        from isthmus.pipeline import HopReply
-
-        if self.fails:
-            raise HopUnavailable("away", hop=self.name)
-        return HopReply(frame._replace(tensors=self.outputs, encoded={}), 0.0)
-
-
 def sample(photos: Published, hop: Any, answer: Any, step: int = 0) -> Sample:
     whole = photos.bundle.segment("..")
     route = Route(photos.digest, photos.bundle, (whole,), (hop,), ({"x": Encoding("sparse/2", 0.2)},))
@@ -334,15 +320,41 @@ def test_a_fidelity_that_cannot_be_read_is_warned_of_once_for_each_bundle(
     }
 
 
-def entry(codec: str, quality: float, agreement: float) -> Entry:
+def measured_entry(codec: str, quality: float, agreement: float) -> Entry:
     return Entry("6", codec, quality, agreement, 0, 1, 0, 10, 10, 1, 0, 0, 0, agreement >= 0.99, agreement)
 
 
-def test_the_ladder_leaves_out_what_was_measured_to_be_no_safer() -> None:
-    entries = (entry("transform/4", 0.5, 0.99), entry("int8/1", 1.0, 0.95), entry("half/1", 1.0, 1.0))
+def test_the_fallback_chain_leaves_out_what_was_measured_to_be_no_safer() -> None:
+    entries = (
+        measured_entry("transform/4", 0.5, 0.99),
+        measured_entry("int8/1", 1.0, 0.95),
+        measured_entry("half/1", 1.0, 1.0),
+    )
     measured = Fidelity("", 0.99, Measure("top1", "logits"), Inputs("", 1, 1, 1), entries)
     chosen = Choice("transform/4", 0.5)
     higher = [Choice("transform/4", 0.75), Choice("transform/4", 1.0)]
     assert fallback_chain(chosen, "6", measured) == (chosen, *higher, Choice("half/1"), RAW)
     assert fallback_chain(chosen, "6", None) == (chosen, *higher, Choice("int8/1"), Choice("half/1"), RAW)
     assert fallback_chain(Choice("half/1"), "6", None) == (Choice("half/1"), RAW)
+
+
+def test_the_fallback_chain_goes_from_closer_looks_to_the_last_quality_for_every_answer() -> None:
+    rest = (Choice("int8/1"), Choice("half/1"), RAW)
+    higher = tuple(map(of, (0.6, 0.8, 1.0)))
+    assert fallback_chain(ONE, "6", None) == (ONE, *higher, *rest)
+    assert fallback_chain(TWO, "6", None) == (TWO, *higher, *rest)
+    to_the_end = replace(ONE, looks=(Look(0.6, 0.2), Look(1.0, 0.2)))
+    assert fallback_chain(to_the_end, "6", None) == (to_the_end, of(1.0), *rest)
+    measured = replace(FIDELITY, entries=(LOOKED, replace(entry(1.0, 250, 0.98), codec="int8/1")))
+    assert fallback_chain(ONE, "6", measured) == (ONE, *higher, Choice("half/1"), RAW)
+
+
+@given(choices())
+def test_every_fallback_chain_starts_with_what_is_sent_and_its_last_quality_and_ends_raw(choice: Choice) -> None:
+    steps = fallback_chain(choice, "6", None)
+    assert steps[0] == choice
+    assert not choice.looks or steps[1] == choice.last
+    assert steps[-1] == RAW
+    assert len(set(steps)) == len(steps)
+    qualities = [step.quality for step in steps[1:] if step.codec == choice.codec]
+    assert qualities == sorted(qualities)

@@ -12,10 +12,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from isthmus.serving import create_router_app, create_segment_app
 from isthmus.serving.metrics import FunctionMetrics
-from support.bundles import Published, photo, ready, router_settings, segment_settings, served
+from support.bundles import Published, framed, photo, ready, router_settings, segment_settings, served
 from support.bundles import photos as photos
 from support.paths import ROOT
-from test_serving_segment import framed
 
 TEXT = (ROOT / "docs" / "reference" / "metrics.md").read_text()
 ROWS = {

@@ -25,6 +25,7 @@ from isthmus.serving import create_router_app
 from isthmus.serving.metrics import FunctionMetrics
 from isthmus_tools.planner.publishing import publish_plan
 from support.bundles import Published, metrics, pair_model, photo, publish, ready, router_settings, until
+from support.hops import Echo
 from support.patience import LONG_S
 from support.plans import candidate, plan_for
 from support.served_looks import CALIBRATED, COARSE, FINE, PLAIN, Gate, answers, looks, refuses, slowly
@@ -34,7 +35,6 @@ from support.served_looks import new_tail as new_tail
 from support.served_looks import photos as photos
 from support.served_looks import tail as tail
 from support.served_looks import tail_of_all as tail_of_all
-from test_guard import Echo
 
 # The router
 

@@ -1,4 +1,4 @@
-"""What the way costs: client, router, head and tail without computing, beside Ray Serve and plain sockets."""
+"""Cost of the chain alone: client, router, head and tail without computation, beside Ray Serve and plain sockets."""
 
 from __future__ import annotations
 
@@ -19,13 +19,22 @@ from typing import Any
 
 import numpy as np
 import onnx
-from functions import Process, free_port, gateway, lay_out, running
-from measure import interleave
+from functions import Process, free_port, gateway, running, stage_functions
+from harness import (
+    BENCH,
+    STATE,
+    Report,
+    Stages,
+    add_stages,
+    arguments,
+    at_least,
+    interleave,
+    python_with,
+    stage_medians,
+    version_in,
+)
 from onnx import TensorProto, helper
-from peers import python_with, version_in
-from report import STATE, Report, arguments, at_least
 from tcp_chain import Peer
-from timing import Stages, medians, note
 
 from isthmus.context import Deadline
 from isthmus.http.pool import ConnectionPool
@@ -34,26 +43,25 @@ from isthmus.settings import RegistrySettings
 from isthmus_tools.graph import build
 
 WIDTH = 256
+# Bytes of the boundary tensor.
 SIZES = {"150 kB": 147 * WIDTH * 4, "1.2 MB": 1172 * WIDTH * 4}
-"""Bytes that cross the cut."""
 
 DIRECT, GATEWAY = "isthmus, direct", "isthmus, gateway"
+# Ray Serve's p50 over Isthmus's.
 MIN_OVER_RAY = {(DIRECT, "150 kB"): 4.0, (DIRECT, "1.2 MB"): 2.5, (GATEWAY, "150 kB"): 2.0}
-"""How many times ours Ray Serve's p50 shall be."""
 
 BLOCK = 10
 RAY, RAY_DIRECT = "Ray Serve", "Ray Serve, head to tail"
 TCP = "plain sockets"
-HERE = Path(__file__).resolve().parent
 
 
 @dataclass
-class Router:
-    """A router over HTTP: one request, ready to be sent, for each model."""
+class RouterClient:
+    """A client of a router with a prepared request for each model."""
 
     url: str
     stages: dict[str, Stages] = field(default_factory=dict)
-    """By model: what Server-Timing said."""
+    """Stages of Server-Timing, by model."""
 
     def __post_init__(self) -> None:
         self._caller = Caller(self.url)
@@ -76,19 +84,19 @@ class Router:
         self._answer = x[:16].tobytes()
 
     def ask(self, model: str) -> None:
-        """One request; its answer is looked at.
+        """Send a request and check the response.
 
         Raises:
-            RuntimeError: it is not the right one.
+            RuntimeError: another response than expected.
         """
         status, headers, data = self._caller.post(f"/v2/models/{model}/infer", self._body, self._headers)
         if status != 200 or not data.endswith(self._answer):
             raise RuntimeError(f"{self.url} answered {status}: {data[:300]!r}")
-        note(self.stages.setdefault(model, {}), headers["server-timing"])
+        add_stages(self.stages.setdefault(model, {}), headers["server-timing"])
 
 
 class Caller:
-    """Kept-alive connections, with as little client as there is: what is measured is what it asks."""
+    """Keep-alive connections with a minimal client, so that the servers take most of the measured time."""
 
     def __init__(self, url: str) -> None:
         self._pool = ConnectionPool(url, connect_timeout_s=5.0)
@@ -105,13 +113,13 @@ def main() -> None:
     report = arguments("chain", __doc__, ["flask", "numpy", "onnxruntime", "urllib3", "waitress"])
     report.versions["ray"] = version_in("ray", "ray")
     with contextlib.ExitStack() as stack:
-        report.say("making two models that compute nothing")
+        report.say("building two models without computation")
         registry = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="isthmus-bench-")))
         models = publish(registry)
         report.say("starting the functions, the gateway, plain sockets and Ray Serve")
-        direct = Router(stack.enter_context(direct_functions(registry, next(iter(models.values())))).url)
+        direct = RouterClient(stack.enter_context(direct_functions(registry, next(iter(models.values())))).url)
         through = stack.enter_context(gateway(registry, next(iter(models.values()))))
-        routers = {DIRECT: direct, GATEWAY: Router(f"{through.url}/function/router")}
+        routers = {DIRECT: direct, GATEWAY: RouterClient(f"{through.url}/function/router")}
         plain = stack.enter_context(tcp_chain())
         ray = stack.enter_context(ray_serve())
         results = {}
@@ -129,35 +137,35 @@ def main() -> None:
             results[label] = interleave(calls, turns=8 if report.quick else 30, block=BLOCK, warm=2)
             report.add(f"{label} across the cut", rows(results[label], routers, models[label]))
             report.add(
-                f"{label}: where the router and its hops say the time goes, medians in ms",
-                [{"through": name, **medians(router.stages[models[label]])} for name, router in routers.items()],
+                f"{label}: stages by Server-Timing of the router and its hops, medians in ms",
+                [{"through": name, **stage_medians(router.stages[models[label]])} for name, router in routers.items()],
             )
     add_goals(report, results)
     report.emit()
 
 
-def rows(times: Mapping[str, Any], routers: Mapping[str, Router], model: str) -> list[dict[str, Any]]:
-    """A row for each system. `runtime` is onnxruntime's own part, which no peer has."""
+def rows(times: Mapping[str, Any], routers: Mapping[str, RouterClient], model: str) -> list[dict[str, Any]]:
+    """A row for each system; `runtime` is onnxruntime's part, absent in the peers."""
     return [
         {
             "through": name,
-            "p50_ms": taken.p50 * 1e3,
-            "p95_ms": taken.p95 * 1e3,
-            "over_plain_sockets": taken.over(times[TCP]),
-            "Ray_Serve_over_this": times[RAY].over(taken),
+            "p50_ms": samples.p50 * 1e3,
+            "p95_ms": samples.p95 * 1e3,
+            "over_plain_sockets": samples.over(times[TCP]),
+            "Ray_Serve_over_this": times[RAY].over(samples),
             "runtime_ms": runtime_ms(routers[name].stages[model]) if name in routers else None,
         }
-        for name, taken in times.items()
+        for name, samples in times.items()
     ]
 
 
 def runtime_ms(stages: Stages) -> float:
     """Median time in the two segments' runs."""
-    return sum(ms for stage, ms in medians(stages).items() if stage.endswith("-run"))
+    return sum(ms for stage, ms in stage_medians(stages).items() if stage.endswith("-run"))
 
 
 def add_goals(report: Report, results: Mapping[str, Mapping[str, Any]]) -> None:
-    """Hold both ways through Isthmus against Ray Serve at its best."""
+    """Goals for both routes of Isthmus against Ray Serve's faster mode."""
     for (mode, label), goal in MIN_OVER_RAY.items():
         times = results[label]
         best = min(RAY, RAY_DIRECT, key=lambda name: times[name].p50)
@@ -185,10 +193,10 @@ def publish(registry: Path) -> dict[str, str]:
                 helper.make_tensor("to", TensorProto.INT64, [2], [1, 16]),
             ],
         )
-        made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "nothing.onnx"
-            onnx.save(made, path)
+            onnx.save(model, path)
             names[label] = f"nothing-{rows}"
             bundle, files = build(path, names[label], Path(folder) / "out", partitions=[["nothing=wide"]])
             store = open_registry(RegistrySettings(registry=str(registry)))
@@ -198,12 +206,12 @@ def publish(registry: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def direct_functions(registry: Path, model: str) -> Iterator[Process]:
-    """The router, whose hops lead straight to the head's and the tail's processes."""
-    laid = lay_out("router", "edge-head", "cloud-tail", registry=registry, model=model)
+    """The router with hops to the head's and the tail's processes, without a gateway."""
+    staged = stage_functions("router", "edge-head", "cloud-tail", registry=registry, model=model)
     cache = {"cache_dir": str(STATE / "chain-cache")}
     with contextlib.ExitStack() as stack:
-        head, tail = (stack.enter_context(laid[name].start(**cache)) for name in ("edge-head", "cloud-tail"))
-        router = stack.enter_context(laid["router"].start(**cache, hops=f"{head.url},{tail.url}"))
+        head, tail = (stack.enter_context(staged[name].start(**cache)) for name in ("edge-head", "cloud-tail"))
+        router = stack.enter_context(staged["router"].start(**cache, hops=f"{head.url},{tail.url}"))
         for process in (head, tail, router):
             process.wait_ready()
         yield router
@@ -211,13 +219,13 @@ def direct_functions(registry: Path, model: str) -> Iterator[Process]:
 
 @contextlib.contextmanager
 def tcp_chain() -> Iterator[Peer]:
-    """A connection to the router of three processes that speak plain sockets."""
+    """A connection to the router of the three processes on plain sockets."""
     ports = {role: free_port() for role in ("head", "tail", "router")}
-    words = {role: [port] for role, port in ports.items()}
-    words["router"] += [ports["head"], ports["tail"]]
+    options = {role: [port] for role, port in ports.items()}
+    options["router"] += [ports["head"], ports["tail"]]
     with contextlib.ExitStack() as stack:
-        for role, numbers in words.items():
-            command = [sys.executable, str(HERE / "tcp_chain.py"), role, *map(str, numbers)]
+        for role, numbers in options.items():
+            command = [sys.executable, str(BENCH / "tcp_chain.py"), role, *map(str, numbers)]
             url = f"tcp://127.0.0.1:{numbers[0]}"
             stack.enter_context(running(command, f"tcp-{role}", url, dict(os.environ)))
             await_port(numbers[0])
@@ -225,7 +233,7 @@ def tcp_chain() -> Iterator[Peer]:
 
 
 def await_port(port: int) -> None:
-    """Return once something listens on `port`."""
+    """Return once a server listens on `port`."""
     until = time.monotonic() + 10
     while True:
         try:
@@ -239,16 +247,16 @@ def await_port(port: int) -> None:
 
 
 def ask_plain(router: Peer, size: int) -> None:
-    """One request over plain sockets."""
+    """A request over plain sockets."""
     router.send(bytes(4 * WIDTH), size)
     router.receive()
 
 
 @contextlib.contextmanager
 def ray_serve() -> Iterator[Callable[[str], None]]:
-    """Three deployments of Ray Serve; what asks them."""
+    """Three deployments of Ray Serve; yields a function that sends a request."""
     port, temp = free_port(), tempfile.mkdtemp(prefix="ray-")
-    command = [str(python_with("ray")), str(HERE / "ray_chain.py"), str(port), temp]
+    command = [str(python_with("ray")), str(BENCH / "ray_chain.py"), str(port), temp]
     url = f"http://127.0.0.1:{port}"
     caller = Caller(url)
     body = np.arange(WIDTH, dtype=np.float32).tobytes()
@@ -259,20 +267,20 @@ def ray_serve() -> Iterator[Callable[[str], None]]:
             raise RuntimeError(f"Ray Serve answered {status}: {data[:300]!r}")
 
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
-    with running(command, "ray", url, environment) as found:
+    with running(command, "ray", url, environment) as process:
         try:
-            found.wait_ready("/-/healthz")
+            process.wait_ready("/-/healthz")
             await_answer(lambda: ask("/1024"))
             yield ask
         finally:
-            found.process.send_signal(signal.SIGTERM)
+            process.process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                found.process.wait(timeout=30)
+                process.process.wait(timeout=30)
             shutil.rmtree(temp, ignore_errors=True)
 
 
 def await_answer(ask: Callable[[], None]) -> None:
-    """Return once `ask` succeeds: a proxy is healthy before its application is there."""
+    """Return once `ask` succeeds: a proxy is healthy before its application runs."""
     until = time.monotonic() + 60
     while True:
         try:

@@ -1,50 +1,56 @@
-"""What crosses a cut, and what answers survive it: Isthmus's codecs beside JPEG, WebP and plain quantisation."""
+"""Bytes over a cut and predictions that survive: Isthmus's codecs beside JPEG, WebP and plain quantisation."""
 
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from codec_curves import Comparison, Point, bytes_at, curve, fewer, fewest_bits, point
-from codec_digits import digits
-from codec_models import Subject, detector, encoder, voice
+from codec_networks import Subject, detector, digits, encoder, other_photos, real, same_photos, voice
 from codec_peers import Affine, Half, Ideal, scales, zlib_6, zstd_3
-from codec_photos import other_photos, same_photos
-from codec_speed import add_speed
-from report import Report, Row, arguments, at_least, at_most
+from harness import Call, Report, Row, arguments, at_least, at_most, interleave
 
+from isthmus.arrays import Array
 from isthmus.artifacts.agreement import TOP1
 from isthmus.artifacts.choice import LOSSLESS_ID, SPARSE_ID, TRANSFORM_ID, Choice
+from isthmus.artifacts.segment_id import SegmentId
+from isthmus.codecs import EncodedTensor, Encoding, encode_tensor, find_codec
+from isthmus.codecs.payload import restore, shrink
 from isthmus.pipeline.agreement import margin
 from isthmus.registry import FolderStore, Registry, SegmentCache
+from isthmus.runtime.ort_runner import OrtRunner
 from isthmus.settings import SegmentSettings
+from isthmus.wire.frame import DTYPES
 from isthmus_tools.calibration.boundary import CutBoundary, SegmentExecutor, Spool
 from isthmus_tools.calibration.calibrate import CHOICES, QUALITIES
 from isthmus_tools.calibration.closer_looks import with_looks
 from isthmus_tools.calibration.references import References
 from isthmus_tools.calibration.scoring import Scorer, Sender, Tally, codec_senders
 from isthmus_tools.calibration.tables import learn_tables
+from isthmus_tools.calibration.transforms import learn_planes
 from isthmus_tools.graph import build
 
 PACKAGES = ["numpy", "onnxruntime", "pillow", "scikit-image", "scikit-learn", "torch", "backports.zstd"]
+# Of uniform quantisation, in shares of the activation's root mean square: 0.06 to 4.
 STEPS = tuple(round(2.0 ** (-4 + i / 2), 4) for i in range(13))
-"""Of uniform quantisation, in shares of the activation's root mean square: 0.06 to 4."""
 PEERS = ("raw", "half/1", LOSSLESS_ID, "int8/1", "int4/1", SPARSE_ID)
 NETWORKS = ("efficientnet-lite0", "efficientnet-lite0-other", "digits", "ocr-detector", "minilm", "silero")
 OURS, CLOSER, IDEAL, INT8 = TRANSFORM_ID, f"{TRANSFORM_ID}, closer looks", "uniform, ideal entropy", "int8 + zstd"
 LEVELS = (0.95, 0.99)
+# Times fewer bytes than uniform steps with ideal entropy, and than int8 + zstd. Lower at EfficientNet-Lite0's node 31,
+# where the higher goals were set for successive refinement.
 GOALS, GOALS_AT_NODE_31 = (1.6, 2.5), (1.4, 2.0)
-"""Times fewer bytes than uniform steps with ideal entropy, and than int8 + zstd; at EfficientNet-Lite0's node 31 lower,
-where the higher goals were set for refinements of what had been sent."""
 SAME, ERRORS = (0.8, 0.9, 0.95, 0.98, 0.99), (0.2, 0.1, 0.05, 0.02, 0.01)
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What was measured at one cut, with so many held-out inputs."""
+    """The points of all codecs at a cut, and the number of held-out inputs."""
 
     subject: Subject
     cut: str
@@ -72,18 +78,18 @@ def _subject(name: str, folder: Path, report: Report) -> Subject:
     if name == "digits":
         report.say("training a residual network on digits")
         return digits(folder, report.quick)
-    made = {
+    networks = {
         "efficientnet-lite0": same_photos,
         "efficientnet-lite0-other": other_photos,
         "ocr-detector": detector,
         "minilm": encoder,
         "silero": voice,
     }
-    return made[name](report.quick)
+    return networks[name](report.quick)
 
 
 def measure(subject: Subject, folder: Path, report: Report) -> list[Scored]:
-    """Calibrate every cut of one network, score every way to send what crosses, and add a table for each cut."""
+    """Calibrate every cut of a network, score every codec and peer, and add a table for each cut."""
     folder.mkdir()
     executor = _published(subject, folder)
     bundle = executor.bundle
@@ -93,8 +99,8 @@ def measure(subject: Subject, folder: Path, report: Report) -> list[Scored]:
     beside: References | None = None
     senders: list[tuple[CutBoundary, list[Sender]]] = []
     for n, fold in enumerate(subject.folds):
-        which = f"{subject.name}, {n + 1} of {len(subject.folds)}" if len(subject.folds) > 1 else subject.name
-        report.say(f"{which}: calibrating with {fold.counts[0]} inputs")
+        label = f"{subject.name}, {n + 1} of {len(subject.folds)}" if len(subject.folds) > 1 else subject.name
+        report.say(f"{label}: calibrating with {fold.counts[0]} inputs")
         (place := folder / str(n)).mkdir()
         spool = Spool(boundaries, executor, place)
         for example in fold.calibrating():
@@ -103,31 +109,31 @@ def measure(subject: Subject, folder: Path, report: Report) -> list[Scored]:
         max_s = 8 if report.quick else 120 / len(subject.folds)
         tables, skipped = learn_tables(boundaries, spool, executor, rule, max_s=max_s)
         for tensor, why in skipped.items():
-            report.say(f"{which}: {tensor} has no table: {why}")
-        if not ideal:  # steps are the first fold's, so that all folds are one curve
-            known_scales = {b.cut: scales(spool.samples(b.cut)) for b in boundaries}
-            ideal = {cut: [Ideal(step, known) for step in STEPS] for cut, known in known_scales.items()}
+            report.say(f"{label}: {tensor} has no table: {why}")
+        if not ideal:  # the first fold's steps, so that all folds form one curve
+            rms = {b.cut: scales(spool.samples(b.cut)) for b in boundaries}
+            ideal = {cut: [Ideal(step, by_tensor) for step in STEPS] for cut, by_tensor in rms.items()}
         if beside is None and bundle.preprocess is not None:
             beside = References(executor, rule)
         senders = [(b, _senders(b, tables, ideal[b.cut])) for b in boundaries]
-        report.say(f"{which}: scoring {sum(len(tried) for _, tried in senders)} ways with {fold.counts[1]} inputs")
+        report.say(f"{label}: scoring {sum(len(tried) for _, tried in senders)} ways with {fold.counts[1]} inputs")
         scorer = Scorer(
             executor,
             subject.judge,
             partial(margin, subject.measure) if subject.measure.kind == TOP1 else None,
             beside,
         )
-        found = scorer.score(fold.held_out(), fold.counts[1], senders)
-        for key, tally in found.items():
+        by_sender = scorer.score(fold.held_out(), fold.counts[1], senders)
+        for key, tally in by_sender.items():
             tallies.setdefault(key, Tally()).extend(tally)
     calibrated, held_out = (sum(fold.counts[i] for fold in subject.folds) for i in (0, 1))
     scored = []
     for each, tried in senders:
-        known = {sender.name: tallies[each.cut, sender.name] for sender in tried}
-        values = known["raw"].values // len(known["raw"].bytes)
+        of_cut = {sender.name: tallies[each.cut, sender.name] for sender in tried}
+        values = of_cut["raw"].values // len(of_cut["raw"].bytes)
         exact = {way.name: way.mean_bytes() for way in ideal[each.cut]}
-        points = [point(name, tally, values, exact.get(name)) for name, tally in known.items()]
-        points += _closer_looks(known, values)
+        points = [point(name, tally, values, exact.get(name)) for name, tally in of_cut.items()]
+        points += _closer_looks(of_cut, values)
         if beside is not None:
             points += [point(f"{kind} @{q}", tally, values) for (kind, q), tally in beside.tallies.items()]
         scored.append(Scored(subject, each.cut, points, held_out))
@@ -138,15 +144,15 @@ def measure(subject: Subject, folder: Path, report: Report) -> list[Scored]:
     return scored
 
 
-def _closer_looks(known: Mapping[str, Tally], values: int) -> list[Point]:
-    """The curve with second transmissions where the prediction is not clear; empty where predictions are no classes."""
-    once = [(choice, tally) for name, tally in known.items() if (choice := _graded(name)) and tally.margins]
-    tallies, found = dict(once), []
+def _closer_looks(of_cut: Mapping[str, Tally], values: int) -> list[Point]:
+    """The curve with confidence-gated second transmissions; empty without classes."""
+    once = [(choice, tally) for name, tally in of_cut.items() if (choice := _graded(name)) and tally.margins]
+    tallies, points = dict(once), []
     for choice, tally, shares in with_looks(once):
-        made = point(f"{CLOSER} {str(choice).removeprefix(OURS)}", tally, values)
-        # No looks are believed to keep more than the last one's quality does.
-        found.append(replace(made, same=min(made.same, tallies[choice.last].agreement), looks=sum(shares)))
-    return found
+        gated = point(f"{CLOSER} {str(choice).removeprefix(OURS)}", tally, values)
+        # Looks keep at most the share of the last look's quality.
+        points.append(replace(gated, same=min(gated.same, tallies[choice.last].agreement), looks=sum(shares)))
+    return points
 
 
 def _graded(name: str) -> Choice | None:
@@ -191,7 +197,7 @@ def _row(p: Point, error: str) -> Row:
 
 
 def add_ratios(report: Report, scored: Sequence[Scored]) -> None:
-    """Add how the transform codec compares with ideal entropy, for the same answers and for the same mean error."""
+    """A table of the transform codec against ideal entropy, at equal shares of predictions and equal mean errors."""
     rows: list[Row] = []
     for each in scored:
         ideal = curve(each.points, IDEAL)
@@ -210,17 +216,14 @@ def add_ratios(report: Report, scored: Sequence[Scored]) -> None:
 
 
 def add_goals(report: Report, scored: Sequence[Scored]) -> None:
-    """Hold the curves against what was set before anything was measured.
-
-    A quick run states only the goals that its number of inputs can decide (`Comparison.decided`).
-    """
-
+    """Goals for the curves; a quick run states only those decided by its number of inputs (`Comparison.decided`)."""
     for each in scored:
-        for found in _comparisons(each):
-            if not report.quick or found.decided(each.inputs):
-                report.goals.append(at_least(found.name, found.times_fewer(found.share), found.goal))
+        for comparison in _comparisons(each):
+            if not report.quick or comparison.decided(each.inputs):
+                times = comparison.times_fewer(comparison.share)
+                report.goals.append(at_least(comparison.name, times, comparison.goal))
     for each in scored:
-        # One point of accuracy is ten of 1,000 inputs; a quick run has too few.
+        # A point of accuracy is ten of 1,000 inputs; a quick run has too few.
         if each.subject.error == "1 - accuracy" and not report.quick:
             uncut = next(1 - p.error for p in each.points if p.name == "raw")
             best = fewest_bits(curve(each.points, OURS), uncut - 0.01)
@@ -247,9 +250,79 @@ def _comparisons(each: Scored) -> Iterator[Comparison]:
 
 
 def _always(size: float) -> Callable[[float], float | None]:
-    """The bytes of a peer with one point only, at any share."""
+    """The bytes of a peer with a single point, at any share."""
     return lambda _: size
 
 
 if __name__ == "__main__":
     main()
+
+
+VALUES = 100_000
+# 24 maps of 56 × 56, after 20% of EfficientNet-Lite0's work. Two photos' maps side by side, cropped to 74 columns, are
+# 99,456 values, so that fixed costs count as for 100,000.
+CUT, COLUMNS = "15", 74
+CODECS = ("half/1", "bfloat16/1", LOSSLESS_ID, "int8/1", "int4/1", SPARSE_ID, TRANSFORM_ID)
+QUALITY = 0.7
+ZSTD, INT8_HEAD = "zstd alone, int8/1's codes", 8
+
+
+def add_speed(report: Report, folder: Path) -> None:
+    """A table of times, and their goals."""
+    maps = _activations(folder)
+    table = learn_planes(maps)
+    one = np.ascontiguousarray(np.concatenate(maps[:2], axis=3)[..., :COLUMNS])
+    rows: list[Row] = []
+    calls: dict[str, Call] = {}
+    encodings = {
+        codec: Encoding(codec, 1.0 if codec == SPARSE_ID else QUALITY, table if find_codec(codec).calibrated else None)
+        for codec in CODECS
+    }
+    sizes: dict[str, int] = {}
+    for codec, how in encodings.items():
+        encoded = encode_tensor(one, how)
+        if not isinstance(encoded, EncodedTensor):
+            continue
+        sizes[codec] = encoded.nbytes
+        calls[f"{codec} pack"] = partial(encode_tensor, one, how)
+        calls[f"{codec} unpack"] = partial(
+            find_codec(codec).decode, memoryview(encoded.payload), DTYPES[encoded.dtype], encoded.shape, how.table
+        )
+    # zstd's part of int8/1's time: Huffman codes, since activations hardly repeat.
+    codes = restore(memoryview(find_codec("int8/1").encode(one, encodings["int8/1"]))[INT8_HEAD:], one.size)
+    section = shrink(codes, "numbers")
+    calls |= {
+        f"{ZSTD} pack": partial(shrink, codes, "numbers"),
+        f"{ZSTD} unpack": partial(restore, memoryview(section), one.size),
+    }
+    sizes[ZSTD] = len(section)
+    samples = interleave(calls, turns=15 if report.quick else 60, block=3, batch=True, clock=time.thread_time)
+    ms = {name: times.p50 * 1000 * VALUES / one.size for name, times in samples.items()}
+    raw = 4 * VALUES
+    for codec, size in sizes.items():
+        both = ms[f"{codec} pack"] + ms[f"{codec} unpack"]
+        row: dict[str, str | float | int | bool | None] = {
+            "codec": codec,
+            "bits_per_value": 8 * size / one.size,
+            "pack_ms": ms[f"{codec} pack"],
+            "unpack_ms": ms[f"{codec} unpack"],
+            "both_ms": both,
+            "pack_GB/s": raw / ms[f"{codec} pack"] / 1e6,
+            "unpack_GB/s": raw / ms[f"{codec} unpack"] / 1e6,
+        }
+        rows.append(row)
+    title = f"times for 100,000 float32 values, one thread: {one.size:,} of EfficientNet-Lite0's at cut {CUT}, scaled"
+    report.add(title, rows)
+    for codec, limit in ((TRANSFORM_ID, 3.0), ("int8/1", 0.3)):
+        both = ms[f"{codec} pack"] + ms[f"{codec} unpack"]
+        report.goals.append(at_most(f"ms to pack and unpack 100,000 values, {codec}", both, limit, "ms"))
+    slower = max(ms[f"{LOSSLESS_ID} pack"], ms[f"{LOSSLESS_ID} unpack"])
+    report.goals.append(at_least(f"GB/s of {LOSSLESS_ID}, the slower of both ways", raw / slower / 1e6, 1.0, "GB/s"))
+
+
+def _activations(folder: Path) -> list[Array]:
+    entry = real.REAL["efficientnet-lite0"]
+    bundle, files = build(entry.path(), "speed", folder / "speed", partitions=[[CUT]])
+    head = bundle.segment(SegmentId(stop=CUT))
+    runner = OrtRunner(files[head.graph.digest], head, providers=("CPUExecutionProvider",), threads=1)
+    return [next(iter(runner.run(arrays).values())) for arrays in entry.inputs()]

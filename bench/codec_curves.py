@@ -1,4 +1,4 @@
-"""Rate against fidelity: what each way to send costs at each quality, and what a curve costs at a given agreement."""
+"""Rate–distortion curves: points of codecs and peers, interpolation, and comparison with a goal."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from isthmus.artifacts.bounds import wilson
 from isthmus_tools.calibration.scoring import Tally
 
+# Changed predictions that a share must allow among the inputs that decide a goal: as 99% allows among the 1,000 inputs
+# of a full run.
 MIN_CHANGED = 10
-"""Changed predictions that a share must allow among the inputs that decide a goal: as many as 99% allow among the 1,000
-inputs of a full run."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One way at one quality. Units: bytes are means over the scored inputs, bits for one value, ms of CPU time.
+    """A codec or peer at a quality. Units: bytes are means over the scored inputs, bits per value, ms of CPU time.
 
-    `looks` is how many closer looks an input took on average.
+    `looks` is the mean number of closer looks of an input.
     """
 
     name: str
@@ -36,12 +36,12 @@ class Point:
 
     @property
     def family(self) -> str:
-        """What it is a quality of: the name up to its `@`, or a picture format without its number."""
+        """The codec: the name up to its `@`, or a picture format without its number."""
         return self.name.partition("@")[0].strip()
 
 
 def point(name: str, tally: Tally, values: int, mean_bytes: float | None = None) -> Point:
-    """What a tally says; `values` of one input."""
+    """The point of a tally; `values` counts an input's."""
     size = statistics.fmean(tally.bytes) if mean_bytes is None else mean_bytes
     low, high = tally.interval()
     return Point(
@@ -59,45 +59,45 @@ def point(name: str, tally: Tally, values: int, mean_bytes: float | None = None)
 
 
 def curve(points: Iterable[Point], *families: str) -> list[Point]:
-    """The points of one family, or of some, fewest bytes first."""
+    """The points of some families, fewest bytes first."""
     return sorted((p for p in points if p.family in families), key=lambda p: p.bytes)
 
 
-def bytes_at(points: Sequence[Point], wanted: float, of: Callable[[Point], float] = lambda p: p.same) -> float | None:
-    """Bytes at which a curve reaches `wanted` of what `of` measures, the more the better; None where it never does.
+def bytes_at(points: Sequence[Point], level: float, of: Callable[[Point], float] = lambda p: p.same) -> float | None:
+    """Bytes at which a curve reaches `level` of the score `of`; None where the curve stays below.
 
-    A point that is no better than a smaller one is passed over. Between two, bytes are interpolated in their logarithm.
-    Below the smallest point, that one's bytes stand, which is no advantage to the curve.
+    Points on the Pareto front are interpolated in the logarithm of bytes. Below the smallest point its bytes count,
+    to the curve's disadvantage.
     """
     before: Point | None = None
     for p in points:
         if before is not None and of(p) <= of(before):
             continue
-        if of(p) >= wanted:
+        if of(p) >= level:
             if before is None:
                 return p.bytes
-            share = (wanted - of(before)) / (of(p) - of(before))
+            share = (level - of(before)) / (of(p) - of(before))
             return math.exp(math.log(before.bytes) + share * (math.log(p.bytes) - math.log(before.bytes)))
         before = p
     return None
 
 
-def fewer(ours: Sequence[Point], theirs: Sequence[Point], wanted: float, of: Callable[[Point], float]) -> float | None:
-    """How many times fewer bytes than `theirs` our curve takes for the same."""
-    mine, other = bytes_at(ours, wanted, of), bytes_at(theirs, wanted, of)
+def fewer(ours: Sequence[Point], theirs: Sequence[Point], level: float, of: Callable[[Point], float]) -> float | None:
+    """Bytes of `theirs` over bytes of `ours` at the same level."""
+    mine, other = bytes_at(ours, level, of), bytes_at(theirs, level, of)
     return other / mine if mine is not None and other is not None else None
 
 
-def fewest_bits(points: Iterable[Point], least_accuracy: float) -> Point | None:
-    """The point of the fewest bits whose accuracy (1 - error) is at least that; None without one."""
-    return min((p for p in points if 1 - p.error >= least_accuracy), key=lambda p: p.bits, default=None)
+def fewest_bits(points: Iterable[Point], min_accuracy: float) -> Point | None:
+    """The point of the fewest bits with at least that accuracy (1 - error); None without such a point."""
+    return min((p for p in points if 1 - p.error >= min_accuracy), key=lambda p: p.bits, default=None)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A goal: where both keep a share of the predictions, the bytes of a peer over ours reach `goal`.
+    """A goal: at an equal share of unchanged predictions, a peer's bytes over ours reach `goal`.
 
-    `theirs` gives the bytes of the peer at a share; None where it never keeps so many.
+    `theirs` gives the peer's bytes at a share; None where the peer stays below.
     """
 
     name: str
@@ -107,12 +107,12 @@ class Comparison:
     theirs: Callable[[float], float | None]
 
     def times_fewer(self, share: float) -> float:
-        """The ratio at a share; 0 where a curve never keeps so many."""
+        """The ratio at a share; 0 where a curve stays below."""
         theirs, mine = self.theirs(share), bytes_at(self.ours, share)
         return theirs / mine if theirs is not None and mine is not None else 0.0
 
     def decided(self, inputs: int) -> bool:
-        """Whether so many inputs decide it: met, or missed, at both ends of the 95% interval of the share."""
+        """Whether the goal is met, or missed, at both ends of the share's 95% interval for that number of inputs."""
         if inputs * (1 - self.share) < MIN_CHANGED:
             return False
         low, high = (self.times_fewer(end) >= self.goal for end in wilson(self.share, inputs))

@@ -1,5 +1,4 @@
-"""What the codecs are compared with: float16, int8 and int4 with a general compressor, and uniform steps whose entropy
-coder is ideal and costs nothing."""
+"""Peers of the codecs: float16, int8 and int4 with a general compressor, and uniform steps at ideal entropy."""
 
 from __future__ import annotations
 
@@ -14,22 +13,22 @@ from isthmus.arrays import Array
 from isthmus_tools.calibration.scoring import Transmission
 
 Compressor = Callable[[bytes], bytes]
+# Steps of a histogram on either side of zero; larger values share the last step.
 SYMBOLS = 4096
-"""Steps either side of zero that a histogram holds; beyond, values share the last one."""
 
 
 def zlib_6(data: bytes) -> bytes:
-    """The compressor that everyone has."""
+    """zlib at its default level."""
     return zlib.compress(data, 6)
 
 
 def zstd_3(data: bytes) -> bytes:
-    """zstd at its own default level."""
+    """zstd at its default level."""
     return zstd.compress(data, level=3)
 
 
 class Half:
-    """float16, as it is."""
+    """float16 without compression."""
 
     name = "float16 (peer)"
 
@@ -44,7 +43,7 @@ class Half:
 
 
 class Affine:
-    """Whole numbers of `bits` between each tensor's own least and largest value, then a general compressor."""
+    """Affine quantisation to `bits` over each tensor's range, then a general compressor."""
 
     def __init__(self, name: str, bits: int, compress: Compressor) -> None:
         self.name, self._bits, self._compress = name, bits, compress
@@ -71,10 +70,10 @@ class Affine:
 
 
 class Ideal:
-    """One step for every value, and an entropy coder that no real one reaches.
+    """A uniform step, and an ideal entropy coder as a bound for real coders.
 
-    It codes each channel at the entropy of that channel's own histogram over exactly the inputs that are scored, and
-    the histogram costs nothing. `step` is a share of the root mean square over the calibrating inputs.
+    Each channel costs the entropy of its own histogram over the scored inputs, and the histogram is free. `step` is a
+    share of the root mean square over the calibrating inputs.
     """
 
     def __init__(self, step: float, scales: Mapping[str, float]) -> None:
@@ -84,7 +83,7 @@ class Ideal:
         self._exact = self._inputs = 0
 
     def send(self, tensors: Mapping[str, Array]) -> Transmission:
-        """See `Sender.send`; the bytes are known only after the last input, from `mean_bytes`."""
+        """See `Sender.send`; `mean_bytes` gives the bytes after the last input."""
         arrived = dict(tensors)
         self._inputs += 1
         for name, array in tensors.items():
@@ -98,7 +97,7 @@ class Ideal:
         return Transmission(arrived, 0)
 
     def mean_bytes(self) -> float:
-        """Bytes of one input, on average."""
+        """Mean bytes of an input."""
         bits = 0.0
         for counts in self._counts.values():
             total = counts.sum(axis=1, keepdims=True)
@@ -110,8 +109,8 @@ class Ideal:
         channels, width = len(rows), 2 * SYMBOLS + 1
         symbols = np.clip(rows, -SYMBOLS, SYMBOLS).astype(np.int64) + SYMBOLS
         index = (symbols + np.arange(channels)[:, None] * width).ravel()
-        found = np.bincount(index, minlength=channels * width).reshape(channels, width)
-        self._counts[name] = self._counts.get(name, 0) + found
+        counts = np.bincount(index, minlength=channels * width).reshape(channels, width)
+        self._counts[name] = self._counts.get(name, 0) + counts
 
 
 def by_channel(array: Array) -> Array:
@@ -120,11 +119,11 @@ def by_channel(array: Array) -> Array:
     return np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1)
 
 
-def scales(crossed: Iterable[Mapping[str, Array]]) -> dict[str, float]:
+def scales(samples: Iterable[Mapping[str, Array]]) -> dict[str, float]:
     """The root mean square of each float tensor over inputs."""
     squares: dict[str, list[float]] = {}
-    for tensors in crossed:
+    for tensors in samples:
         for name, array in tensors.items():
             if array.dtype == np.float32:
                 squares.setdefault(name, []).append(float(np.mean(np.square(array, dtype=np.float64))))
-    return {name: float(np.sqrt(np.mean(found))) for name, found in squares.items()}
+    return {name: float(np.sqrt(np.mean(means))) for name, means in squares.items()}

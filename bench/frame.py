@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import statistics
 import subprocess
-from pathlib import Path
 from typing import Any
 
-from peers import environment, python_with, version_in
-from report import Report, arguments, at_least, at_most
+from harness import BENCH, Report, arguments, at_least, at_most, peer_environment, python_with, version_in
 
 OURS = "isthmus.wire.frame"
+# Bytes from which encoding is compared with a copy; below, the header takes the time.
 COPIES_FROM = 65_536
-"""Bytes from which encoding is held against a copy; below, it is the header that takes the time."""
 
 
 def main() -> None:
@@ -21,26 +19,26 @@ def main() -> None:
     python = python_with("frame")
     report.say("encoding and decoding by turns")
     child = subprocess.run(
-        [python, Path(__file__).with_name("frame_peers.py"), "15" if report.quick else "61"],
-        env=environment(),
+        [python, BENCH / "frame_peers.py", "15" if report.quick else "61"],
+        env=peer_environment(),
         check=True,
         stdout=subprocess.PIPE,
     )
-    found = json.loads(child.stdout)
-    rows: list[dict[str, Any]] = found["rows"]
+    result = json.loads(child.stdout)
+    rows: list[dict[str, Any]] = result["rows"]
     for count in sorted({row["tensors"] for row in rows}):
         for size in sorted({row["bytes"] for row in rows}):
-            chosen = [r for r in rows if (r["tensors"], r["bytes"]) == (count, size)]
-            what = "one tensor" if count == 1 else f"{count} tensors"
-            title = f"{what}, {size:,} bytes in all; a plain copy takes {chosen[0]['memcpy_us']:.3g} us"
-            report.add(title, [{k: v for k, v in r.items() if k not in ("tensors", "bytes")} for r in chosen])
+            selected = [r for r in rows if (r["tensors"], r["bytes"]) == (count, size)]
+            tensors = "one tensor" if count == 1 else f"{count} tensors"
+            title = f"{tensors}, {size:,} bytes in all; a plain copy takes {selected[0]['memcpy_us']:.3g} us"
+            report.add(title, [{k: v for k, v in r.items() if k not in ("tensors", "bytes")} for r in selected])
     report.versions |= {name: version_in("frame", name) for name in ("msgpack-numpy", "pyarrow", "safetensors")}
-    add_goals(report, [row for row in rows if row["format"] == OURS], found["decode_growth"])
-    parts = found["in_parts"]
-    report.add("one tensor in parts, as hops and functions send it: nothing is copied before the socket", parts)
+    add_goals(report, [row for row in rows if row["format"] == OURS], result["decode_growth"])
+    parts = result["in_parts"]
+    report.add("one tensor in parts, as hops and functions send frames: nothing is copied before the socket", parts)
     report.goals.append(
         at_most(
-            "encoding it in parts, as it is sent, over a plain copy, median of the same sizes",
+            "encoding one tensor in parts, as sent, over a plain copy, median of the same sizes",
             statistics.median(row["over_memcpy"] for row in parts if row["bytes"] >= COPIES_FROM),
             1.2,
         )
@@ -49,7 +47,7 @@ def main() -> None:
 
 
 def add_goals(report: Report, ours: list[dict[str, Any]], decode_growth: float) -> None:
-    """Hold the frame's own rows against what was set."""
+    """Goals for the frame's own rows."""
     one = {row["bytes"]: row for row in ours if row["tensors"] == 1}
     shares = sum(not row["decode_copies"] for row in ours)
     report.goals += [

@@ -19,7 +19,7 @@ import msgpack_numpy  # type: ignore[import-not-found]
 import numpy as np
 import pyarrow as pa  # type: ignore[import-not-found]
 import safetensors.numpy
-from measure import interleave
+from harness import interleave
 
 from isthmus.arrays import Array
 from isthmus.wire import frame
@@ -32,7 +32,7 @@ MEMCPY = "memcpy"
 
 @dataclass(frozen=True)
 class Format:
-    """One way to make bytes of tensors and tensors of bytes."""
+    """A serialisation format."""
 
     encode: Callable[[Tensors], Any]
     decode: Callable[[Any], Tensors]
@@ -47,7 +47,7 @@ def _isthmus_decode(data: bytes) -> Tensors:
 
 
 def _out_of_band_encode(tensors: Tensors) -> bytes:
-    """One message, as the others: the pickle and each buffer, behind its length."""
+    """A single message: the pickle and each buffer, with their lengths in front."""
     buffers: list[pickle.PickleBuffer] = []
     head = pickle.dumps(dict(tensors), protocol=5, buffer_callback=buffers.append)
     parts = [memoryview(head), *(buffer.raw() for buffer in buffers)]
@@ -64,8 +64,8 @@ def _out_of_band_decode(data: bytes) -> Tensors:
         size = int.from_bytes(view[8 + 8 * i : 16 + 8 * i], "little")
         parts.append(view[at : at + size])
         at += size
-    found: Tensors = pickle.loads(parts[0], buffers=parts[1:])  # noqa: S301
-    return found
+    tensors: Tensors = pickle.loads(parts[0], buffers=parts[1:])  # noqa: S301
+    return tensors
 
 
 def _npy_encode(tensors: Tensors) -> bytes:
@@ -76,10 +76,10 @@ def _npy_encode(tensors: Tensors) -> bytes:
 
 
 def _npy_decode(data: bytes) -> Tensors:
-    file, found = io.BytesIO(data), dict[str, Array]()
+    file, arrays = io.BytesIO(data), dict[str, Array]()
     while file.tell() < len(data):
-        found[f"{len(found):02}"] = np.load(file, allow_pickle=False)
-    return found
+        arrays[f"{len(arrays):02}"] = np.load(file, allow_pickle=False)
+    return arrays
 
 
 def _npz_encode(tensors: Tensors) -> bytes:
@@ -94,7 +94,7 @@ def _npz_decode(data: bytes) -> Tensors:
 
 
 def _arrow_encode(tensors: Tensors) -> Any:
-    """Arrow's tensor messages, one after the other; they carry no names."""
+    """A sequence of Arrow's tensor messages, without names."""
     sink = pa.BufferOutputStream()
     for array in tensors.values():
         pa.ipc.write_tensor(pa.Tensor.from_numpy(array), sink)
@@ -102,10 +102,10 @@ def _arrow_encode(tensors: Tensors) -> Any:
 
 
 def _arrow_decode(data: Any) -> Tensors:
-    source, found = pa.BufferReader(data), dict[str, Array]()
+    source, arrays = pa.BufferReader(data), dict[str, Array]()
     while source.tell() < source.size():
-        found[f"{len(found):02}"] = pa.ipc.read_tensor(source).to_numpy()
-    return found
+        arrays[f"{len(arrays):02}"] = pa.ipc.read_tensor(source).to_numpy()
+    return arrays
 
 
 FORMATS: Mapping[str, Format] = {
@@ -127,7 +127,7 @@ def rows_for(size: int, count: int, turns: int) -> list[dict[str, Any]]:
     """A row for each format: `count` tensors of `size` bytes in all."""
     rng = np.random.default_rng(0)
     tensors = {f"tensor_{i:02}": rng.standard_normal(size // 4 // count, np.float32) for i in range(count)}
-    # The very same memory where there is one tensor: where a megabyte lies in the caches makes a third of its time.
+    # A single tensor is copied from the same memory: its place in the caches makes a third of the time.
     source = (tensors["tensor_00"] if count == 1 else np.concatenate(list(tensors.values()))).data.cast("B")
     encoded = {name: each.encode(tensors) for name, each in FORMATS.items()}
     for name, each in FORMATS.items():
@@ -155,7 +155,7 @@ def rows_for(size: int, count: int, turns: int) -> list[dict[str, Any]]:
 
 
 def decode_growth(turns: int) -> float:
-    """How much longer isthmus.wire.frame takes to decode one tensor of the largest size than one of the smallest."""
+    """Ratio of the times to decode a tensor of the largest and of the smallest size."""
     frames = {
         str(size): _isthmus_encode({"tensor": np.zeros(size // 4, np.float32)}) for size in (min(SIZES), max(SIZES))
     }
@@ -164,15 +164,15 @@ def decode_growth(turns: int) -> float:
 
 
 def in_parts(turns: int) -> list[dict[str, Any]]:
-    """What a hop does instead of making one piece of bytes: the header, and the tensor's own memory to be sent."""
+    """Encoding as a hop does: the header, and the tensor's own memory without a copy."""
     rows = []
     for size in SIZES:
         tensor = np.random.default_rng(0).standard_normal(size // 4, np.float32)
-        made = frame.Frame({"tensor": tensor}, "sha256:" + "0" * 64, "..65", "0" * 36)
+        message = frame.Frame({"tensor": tensor}, "sha256:" + "0" * 64, "..65", "0" * 36)
         source = tensor.data.cast("B")
         calls: dict[str, Callable[[], object]] = {
             MEMCPY: lambda source=source: bytes(source),  # type: ignore[misc]
-            "parts": partial(frame.encode_parts, made),
+            "parts": partial(frame.encode_parts, message),
         }
         times = interleave(calls, turns=turns, batch=True)
         over = times["parts"].over(times[MEMCPY])

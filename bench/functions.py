@@ -1,4 +1,4 @@
-"""The functions of stack.yml as processes: laid out from the template as an image is, and served by its index.py."""
+"""The functions of stack.yml as processes, laid out from the template as an image is; and a share of a CPU for some."""
 
 from __future__ import annotations
 
@@ -6,40 +6,42 @@ import compileall
 import contextlib
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import urllib3
-from report import ROOT, STATE
+from harness import ROOT, STATE
 
 from isthmus_tools.cli.options import stack_variables
 from isthmus_tools.engine.stack import read_stack, stage
 
 MAX_START_S = 60.0
-KEPT_S = 86_400
-"""How long the logs of processes are kept."""
+# Of the logs of earlier processes.
+MAX_AGE_S = 86_400
 
 _PASSED_ON = ("PATH", "LANG", "LC_ALL", "TMPDIR")
 
 
 @dataclass(frozen=True)
 class Process:
-    """A server that was started here: where it listens, and its log."""
+    """A server process: its URL and its log."""
 
     url: str
     process: subprocess.Popen[bytes]
     log: Path
 
     def wait_ready(self, path: str = "/ready") -> None:
-        """Return once GET `path` is answered with 200.
+        """Return once GET `path` responds 200.
 
         Raises:
-            TimeoutError: it was not, within MAX_START_S; ChildProcessError: the process ended before.
+            TimeoutError: no such response within MAX_START_S.
+            ChildProcessError: the process ended before.
         """
         until = time.monotonic() + MAX_START_S
         while time.monotonic() < until:
@@ -53,35 +55,35 @@ class Process:
 
 
 @dataclass(frozen=True)
-class Laid:
-    """A function's folder, as its image holds it, and the environment that its image and stack.yml give it."""
+class StagedFunction:
+    """A function's folder as in its image, and its environment by image and stack.yml."""
 
     name: str
     folder: Path
     environment: Mapping[str, str]
 
     def start(self, **more: str) -> contextlib.AbstractContextManager[Process]:
-        """Run it on a port of its own; `more` goes before stack.yml's variables."""
+        """Run the function on a port of its own; `more` overrides stack.yml's variables."""
         url = f"http://127.0.0.1:{free_port()}"
         passed_on = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
         env = {**passed_on, **self.environment, **more, "upstream_url": url}
         return running([sys.executable, "index.py"], self.name, url, env, self.folder)
 
 
-def lay_out(*names: str, registry: Path, model: str) -> dict[str, Laid]:
-    """Lay functions of stack.yml out for `model` in `registry`, their bytecode made as in the image."""
+def stage_functions(*names: str, registry: Path, model: str) -> dict[str, StagedFunction]:
+    """Stage functions of stack.yml for `model` in `registry`, bytecode included as in the image."""
     stack = read_stack(ROOT / "stack.yml", {**stack_variables(str(registry)), "MODEL": model})
-    found = {}
+    staged = {}
     for name in names:
         spec = stack.functions[name]
         folder = stage(stack, spec, STATE / "functions")
         compileall.compile_dir(folder, quiet=2)
-        found[name] = Laid(name, folder, {**image_environment(folder / "Dockerfile"), **spec.environment})
-    return found
+        staged[name] = StagedFunction(name, folder, {**image_environment(folder / "Dockerfile"), **spec.environment})
+    return staged
 
 
 def image_environment(dockerfile: Path) -> dict[str, str]:
-    """The variables that a Dockerfile's last ENV sets."""
+    """The variables of a Dockerfile's last ENV."""
     _, _, after = dockerfile.read_text().replace("\\\n", " ").rpartition("\nENV ")
     return dict(pair.split("=", 1) for pair in shlex.split(after.partition("\n")[0]))
 
@@ -90,11 +92,11 @@ def image_environment(dockerfile: Path) -> dict[str, str]:
 def running(
     command: list[str], name: str, url: str, environment: Mapping[str, str], folder: Path = ROOT
 ) -> Iterator[Process]:
-    """A process with its log in a file, ended with the block."""
+    """A process for the block, its log in a file."""
     log = STATE / "logs" / f"{name}-{url.rpartition(':')[2]}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     for old in log.parent.glob(f"{name}-[0-9]*.log"):
-        if old.stat().st_mtime < time.time() - KEPT_S:
+        if old.stat().st_mtime < time.time() - MAX_AGE_S:
             old.unlink()
     with log.open("wb") as out:
         process = subprocess.Popen(
@@ -109,7 +111,7 @@ def running(
 
 @contextlib.contextmanager
 def gateway(registry: Path, model: str, **environment: str) -> Iterator[Process]:
-    """All functions of stack.yml behind the local gateway, in a process of its own as `isthmus up` runs it."""
+    """All functions of stack.yml behind the local gateway: `isthmus up` in a process of its own."""
     port = free_port()
     command = [str(Path(sys.executable).with_name("isthmus")), "up", "--port", str(port), "--no-logs"]
     command += ["--registry", str(registry)]
@@ -117,19 +119,97 @@ def gateway(registry: Path, model: str, **environment: str) -> Iterator[Process]
         command += ["--env", f"{name}={value}"]
     with running(
         command, "gateway", f"http://127.0.0.1:{port}", {**os.environ, "MODEL": model, "TERM": "dumb"}
-    ) as found:
+    ) as process:
         try:
             for name in ("router", "edge-head", "cloud-tail"):
-                found.wait_ready(f"/function/{name}/_/ready")
-            yield found
+                process.wait_ready(f"/function/{name}/_/ready")
+            yield process
         finally:
-            found.process.terminate()
+            process.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                found.process.wait(timeout=15)
+                process.process.wait(timeout=15)
 
 
 def free_port() -> int:
-    """A port that nothing listens on now."""
+    """A free port."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
+
+
+# The shortest for a quarter of a CPU, since the kernel's least quota is 1 ms; measured calls are much longer.
+PERIOD_US = 4_000
+
+_V1, _V2 = Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup")
+_TURNS = """
+import os, signal, sys, time
+share, period, *pids = sys.argv[1:]
+share, period, pids = float(share), float(period), [int(p) for p in pids]
+def tell(what):
+    for pid in pids:
+        os.kill(pid, what)
+signal.signal(signal.SIGTERM, lambda *_: (tell(signal.SIGCONT), os._exit(0)))
+while os.getppid() != 1:
+    tell(signal.SIGCONT); time.sleep(period * share)
+    tell(signal.SIGSTOP); time.sleep(period * (1 - share))
+tell(signal.SIGCONT)
+"""
+
+
+@contextlib.contextmanager
+def share_of_a_cpu(share: float, pids: Sequence[int]) -> Iterator[str]:
+    """Give processes a share of a CPU's time, all together; yields the method.
+
+    A CPU quota of a control group where this process may create a group, else SIGSTOP and SIGCONT by turns.
+    """
+    group = _make_group(share)
+    if group is not None:
+        folder, how = group
+        try:
+            for pid in pids:
+                _move(folder, pid)
+            yield how
+        finally:
+            for pid in pids:
+                with contextlib.suppress(OSError):
+                    _move(folder.parent, pid)
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        return
+    period = PERIOD_US / 1e6
+    turns = subprocess.Popen([sys.executable, "-c", _TURNS, str(share), str(period), *map(str, pids)])
+    try:
+        yield f"stopped and continued by turns: {period * share * 1000:g} of every {period * 1000:g} ms"
+    finally:
+        turns.terminate()
+        turns.wait()
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+def _make_group(share: float) -> tuple[Path, str] | None:
+    name = f"isthmus-bench-{os.getpid()}"
+    quota = round(PERIOD_US * share)
+    how = f"CPU quota of a control group: {quota / 1000:g} of every {PERIOD_US / 1000:g} ms"
+    v1 = (_V1 / "cpu.cfs_quota_us").exists() or (_V1 / "tasks").exists()
+    folder = (_V1 if v1 else _V2) / name
+    try:
+        folder.mkdir()
+        try:
+            if v1:
+                (folder / "cpu.cfs_period_us").write_text(str(PERIOD_US))
+                (folder / "cpu.cfs_quota_us").write_text(str(quota))
+            else:
+                (folder / "cpu.max").write_text(f"{quota} {PERIOD_US}")
+        except OSError:
+            folder.rmdir()
+            raise
+    except OSError:
+        return None
+    return folder, how
+
+
+def _move(folder: Path, pid: int) -> None:
+    """Move all threads of a process into a group."""
+    (folder / "cgroup.procs").write_text(str(pid))

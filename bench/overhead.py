@@ -1,4 +1,4 @@
-"""What cutting costs where nothing is won by it: three functions on one machine beside the uncut model in a process."""
+"""Overhead of a cut: three functions on a single machine beside the uncut model in a process."""
 
 from __future__ import annotations
 
@@ -9,18 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from functions import lay_out
-from measure import Samples, interleave
-from model import MODEL, REGISTRY, import_model, inputs, photos, resolved, whole
-from report import STATE, Report, arguments, at_most
-from timing import medians, note
+from functions import stage_functions
+from harness import STATE, Report, Samples, add_stages, arguments, at_most, interleave, stage_medians
+from models import MODEL, REGISTRY, import_model, inputs, photos, resolved, whole
 
 from isthmus.arrays import Array
 from isthmus.client import Client
 from isthmus.errors import IsthmusError
 
+# Largest allowed difference from the uncut model's logits, relative to the largest logit.
 TOLERANCE = 1e-5
-"""An answer is wrong if a logit differs by more from the uncut model's, relative to the largest logit."""
 
 SHARE, MIN_MS = 0.10, 4.0
 REQUESTS, AT_ONCE = 200, 16
@@ -29,7 +27,7 @@ DIFFERENT = 25
 
 @dataclass(frozen=True)
 class Load:
-    """What came of many requests at once. Units: seconds."""
+    """Result of many requests at once. Units: seconds."""
 
     seconds: float
     times: Samples
@@ -40,20 +38,20 @@ class Load:
 
 def main() -> None:
     report = arguments("overhead", __doc__, ["flask", "numpy", "onnxruntime", "urllib3", "waitress"])
-    report.say(f"importing {MODEL} if it is not there")
+    report.say(f"importing {MODEL} if absent")
     import_model()
     uncut, photo = whole(), photos()[0]
-    chosen = inputs(DIFFERENT)
+    arrays = inputs(DIFFERENT)
     logits = uncut.model.bundle.outputs[0].name
-    expected = [uncut.run({name: array}).outputs[logits] for name, array in chosen]
-    name, array = chosen[0]
+    expected = [uncut.run({name: array}).outputs[logits] for name, array in arrays]
+    name, array = arrays[0]
     report.say("starting the functions")
     with three_functions() as (router, beside):
         report.say("asking both by turns")
         stages: dict[str, list[float]] = {}
 
         def tensor() -> None:
-            note(stages, router.infer({name: array}, model=MODEL).server_timing)
+            add_stages(stages, router.infer({name: array}, model=MODEL).server_timing)
 
         times = interleave(
             {
@@ -69,9 +67,9 @@ def main() -> None:
             warm=2,
         )
         add_times(report, times)
-        report.add("where the router says the time of a tensor goes, medians in ms", [medians(stages)])
+        report.add("stages of a tensor by the router's Server-Timing, medians in ms", [stage_medians(stages)])
         report.say(f"{REQUESTS} requests, {AT_ONCE} at once")
-        load = under_load(router, chosen, expected)
+        load = under_load(router, arrays, expected)
     report.add(
         f"{REQUESTS} requests, {AT_ONCE} at once",
         [
@@ -91,20 +89,20 @@ def main() -> None:
 
 
 def add_times(report: Report, times: dict[str, Samples]) -> None:
-    """A row for each kind of request and way, and a goal for the three functions."""
+    """A row for each kind of request and topology, and a goal for the three functions."""
     rows = []
     for kind in ("tensor", "photo"):
         uncut = times[f"{kind} uncut"]
         for way in ("uncut", "cut", "cut, head in the router"):
-            taken = times[f"{kind} {way}"]
+            samples = times[f"{kind} {way}"]
             rows.append(
                 {
                     "request": kind,
                     "model": way,
-                    "p50_ms": taken.p50 * 1e3,
-                    "p95_ms": taken.p95 * 1e3,
-                    "more_ms": (taken.p50 - uncut.p50) * 1e3,
-                    "over_uncut": taken.over(uncut),
+                    "p50_ms": samples.p50 * 1e3,
+                    "p95_ms": samples.p95 * 1e3,
+                    "more_ms": (samples.p50 - uncut.p50) * 1e3,
+                    "over_uncut": samples.over(uncut),
                 }
             )
         more = (times[f"{kind} cut"].p50 - uncut.p50) * 1e3
@@ -112,18 +110,21 @@ def add_times(report: Report, times: dict[str, Samples]) -> None:
         report.goals.append(at_most(f"{kind}: time added by the cut, functions and hops", more, limit, "ms"))
     bundle = resolved().bundle
     across = sum(bundle.cuts[name].bytes for name in bundle.default_cuts)
-    report.add(f"an answer of the uncut model and of the cut, one thread each; {across:,} bytes cross the cut", rows)
+    report.add(
+        f"a prediction of the uncut model and of the cut one, one thread each; boundary tensors of {across:,} bytes",
+        rows,
+    )
 
 
 @contextlib.contextmanager
 def three_functions() -> Iterator[tuple[Client, Client]]:
-    """Clients of two routers on one thread each, with edge-head and cloud-tail: one calls both, one runs the head."""
-    laid = lay_out("router", "edge-head", "cloud-tail", registry=REGISTRY, model=MODEL)
+    """Clients of two routers on a thread each: the first calls edge-head and cloud-tail, the second runs the head."""
+    staged = stage_functions("router", "edge-head", "cloud-tail", registry=REGISTRY, model=MODEL)
     shared = {"cache_dir": str(STATE / "overhead-cache"), "threads": "1"}
     with contextlib.ExitStack() as stack:
-        head, tail = (stack.enter_context(laid[name].start(**shared)) for name in ("edge-head", "cloud-tail"))
+        head, tail = (stack.enter_context(staged[name].start(**shared)) for name in ("edge-head", "cloud-tail"))
         routers = [
-            stack.enter_context(laid["router"].start(**shared, hops=f"{first},{tail.url}"))
+            stack.enter_context(staged["router"].start(**shared, hops=f"{first},{tail.url}"))
             for first in (head.url, "local")
         ]
         for process in (head, tail, *routers):
@@ -131,27 +132,27 @@ def three_functions() -> Iterator[tuple[Client, Client]]:
         yield Client(routers[0].url), Client(routers[1].url)
 
 
-def under_load(router: Client, chosen: list[tuple[str, Array]], expected: list[Array]) -> Load:
-    """Send REQUESTS, AT_ONCE at a time, and hold each answer against the uncut model's."""
+def under_load(router: Client, arrays: list[tuple[str, Array]], expected: list[Array]) -> Load:
+    """Send REQUESTS, AT_ONCE at a time, and compare each prediction with the uncut model's."""
 
     def ask(i: int) -> tuple[float, float | None]:
-        name, array = chosen[i % len(chosen)]
+        name, array = arrays[i % len(arrays)]
         began = time.perf_counter()
         try:
-            found = next(iter(router.infer({name: array}, model=MODEL).outputs.values()))
+            logits = next(iter(router.infer({name: array}, model=MODEL).outputs.values()))
         except IsthmusError:
             return time.perf_counter() - began, None
-        wanted = expected[i % len(chosen)]
-        return time.perf_counter() - began, float(np.abs(found - wanted).max() / np.abs(wanted).max())
+        uncut = expected[i % len(arrays)]
+        return time.perf_counter() - began, float(np.abs(logits - uncut).max() / np.abs(uncut).max())
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         began = time.perf_counter()
-        answers = list(pool.map(ask, range(REQUESTS)))
+        responses = list(pool.map(ask, range(REQUESTS)))
         seconds = time.perf_counter() - began
-    differences = [difference for _, difference in answers if difference is not None]
+    differences = [difference for _, difference in responses if difference is not None]
     return Load(
         seconds,
-        Samples([taken for taken, _ in answers]),
+        Samples([elapsed for elapsed, _ in responses]),
         lost=REQUESTS - len(differences),
         wrong=sum(difference > TOLERANCE for difference in differences),
         difference=max(differences, default=float("nan")),

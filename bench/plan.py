@@ -1,44 +1,52 @@
-"""Whether the planner chooses right: its choice over a grid of networks, beside every cut and beside not splitting."""
+"""The planner's choice over a grid of networks, beside every cut, no split, and fewer codecs; time of the search."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
-import real
-import search_times
-from plan_codec import Change, add_changes, changes
-from plan_grid import BASELINES, EDGE_RAW, SLOWER, Cell, one_cell, prepared, text
-from quota import share_of_a_cpu
-from report import Report, Row, arguments, at_most
+from functions import share_of_a_cpu
+from harness import Goal, Report, Row, arguments, at_least, at_most
+from models import INPUTS, LIMIT, PLANNED
+from plan_grid import BASELINES, EDGE_RAW, LIMITS, SLOWER, Bench, Cell, one_cell, prepared, text
+
+from isthmus.artifacts.choice import TRANSFORM_ID
+from isthmus.artifacts.conditions import Conditions, Objective
+from isthmus_tools.planner.choice import VALUES, choose, with_measurements
+from isthmus_tools.planner.measurement import contenders
+from isthmus_tools.planner.search import solve, sweep
+from support import planner_problems
 
 
 def main() -> None:
-    report = arguments("plan", __doc__, ["numpy", "onnxruntime", "scipy"], list(real.EVERY))
-    names = report.models or (["efficientnet-lite0"] if report.quick else list(real.EVERY))
+    report = arguments("plan", __doc__, ["numpy", "onnxruntime", "scipy"], list(PLANNED))
+    names = report.models or (["efficientnet-lite0"] if report.quick else list(PLANNED))
     cells: list[Cell] = []
-    made: list[Change] = []
+    comparisons: list[Change] = []
     how = ""
     for name in names:
-        with prepared(real.EVERY[name], report) as bench:
+        with prepared(PLANNED[name], report) as bench:
             with share_of_a_cpu(1 / SLOWER, []) as how:
                 pass
             for cell in bench.functions:
                 report.say(f"{name} at {text(cell)}")
                 cells.append(one_cell(bench, cell))
-                made += changes(bench, cell)
+                comparisons += changes(bench, cell)
     report.say("searching graphs of growing size")
-    rows, held = search_times.figures(3 if report.quick else 9)
+    rows, goals = search_times(3 if report.quick else 9)
     add_cells(report, cells, how)
-    add_changes(report, made)
-    report.add("the search alone, two tiers; a sweep is every division that is the fastest at some bandwidth", rows)
+    add_changes(report, comparisons)
+    report.add("the search alone, two tiers; a sweep finds every partition that is optimal at some bandwidth", rows)
     add_goals(report, cells)
-    report.goals += held
+    report.goals += goals
     report.emit()
 
 
 def add_cells(report: Report, cells: Sequence[Cell], how: str) -> None:
-    """A table a model, a row a network."""
+    """A table for each model, with a row for each network."""
     for name in dict.fromkeys(c.model for c in cells):
         rows: list[Row] = []
         for c in (c for c in cells if c.model == name):
@@ -62,16 +70,16 @@ def add_cells(report: Report, cells: Sequence[Cell], how: str) -> None:
 
 
 def means(cells: Sequence[Cell], ways: Sequence[str]) -> Row:
-    """How many times faster the choice is than each baseline, on geometric average."""
+    """Geometric mean of the choice's speedup over each baseline."""
     row: dict[str, str | float | int | bool | None] = {}
     for way in ways:
-        found = [s for c in cells if (s := c.speedup(way)) is not None]
-        row[f"over {way}"] = statistics.geometric_mean(found) if found else None
+        speedups = [s for c in cells if (s := c.speedup(way)) is not None]
+        row[f"over {way}"] = statistics.geometric_mean(speedups) if speedups else None
     return row
 
 
 def add_goals(report: Report, cells: Sequence[Cell]) -> None:
-    """What the planner is held to."""
+    """Goals of the planner."""
     regrets = [c.regret * 100 for c in cells]
     worse = [
         c.seconds[c.chosen] / min(c.seconds[n] for n in BASELINES.values() if n in c.seconds) * 100 - 100 for c in cells
@@ -88,3 +96,113 @@ def add_goals(report: Report, cells: Sequence[Cell]) -> None:
 
 if __name__ == "__main__":
     main()
+
+
+CODEC, PHOTO = TRANSFORM_ID, "photo/1"
+ALL = "with all"
+# The allowed codecs of a choice: a photo as it came alone, all without the transform, all.
+AMONG: Mapping[str, Callable[[str], bool]] = {
+    "as it is": lambda codec: codec == PHOTO,
+    f"without {CODEC}": lambda codec: codec != CODEC,
+    ALL: lambda _: True,
+}
+OBJECTIVES: Mapping[Objective, str] = {"latency": "ms a request", "throughput": "ms of the slowest stage"}
+
+
+@dataclass(frozen=True)
+class Change:
+    """The choices in a network for an objective, for each of AMONG, and their measured objective."""
+
+    model: str
+    conditions: Conditions
+    objective: Objective
+    names: Mapping[str, str]
+    seconds: Mapping[str, float]
+
+    def faster(self, before: str) -> float:
+        """The speedup of the choice among all codecs."""
+        return self.seconds[before] / self.seconds[ALL]
+
+
+def changes(bench: Bench, cell: Conditions) -> list[Change]:
+    """The planner's choices among fewer codecs and among all, at the same fidelity, for each objective."""
+    candidate_set = bench.calibrated
+    if candidate_set is None:
+        return []
+    every = candidate_set.predict(cell)
+    among = {
+        label: [c for c in every if all(may(coding.codec) for coding in c.codecs.values())]
+        for label, may in AMONG.items()
+    }
+    names = {c.name for some in among.values() for o in OBJECTIVES for c in contenders(some, o, LIMITS)}
+    some = [c for c in every if c.name in names]
+    measured = bench.measure(candidate_set, some, cell, eliminate=True, rounds=bench.rounds)
+    choices = {
+        objective: {label: choose(with_measurements(of, measured), objective, LIMITS)[1] for label, of in among.items()}
+        for objective in OBJECTIVES
+    }
+    duellists = list({c.name: c for each in choices.values() for c in each.values()}.values())
+    duel = bench.measure(candidate_set, duellists, cell, eliminate=False, rounds=2 * bench.rounds)
+    figures = {c.name: c for c in duel}
+    return [
+        Change(
+            bench.real.name,
+            cell,
+            objective,
+            {label: c.name for label, c in each.items()},
+            {label: VALUES[objective](figures[c.name]) for label, c in each.items()},
+        )
+        for objective, each in choices.items()
+    ]
+
+
+def add_changes(report: Report, comparisons: Sequence[Change]) -> None:
+    """A table and the goals: better on average, worse by no more than noise."""
+    before = [label for label in AMONG if label != ALL]
+    for objective, unit in OBJECTIVES.items():
+        some = [c for c in comparisons if c.objective == objective]
+        if not some:
+            continue
+        rows: list[Row] = []
+        for c in some:
+            row: dict[str, str | float | int | bool | None] = {"model": c.model, "network": text(c.conditions)}
+            for label in AMONG:
+                row |= {label: c.names[label], f"{label}, {unit}": c.seconds[label] * 1000}
+            rows.append(row | {f"times better than {label}": c.faster(label) for label in before})
+        fidelity = f"at least {LIMIT:.0%} of {INPUTS // 2} parts of unseen photos keep their class"
+        report.add(f"the planner's choice for {objective}, by the allowed codecs; {fidelity}", rows)
+        for label in before:
+            ratios = [c.faster(label) for c in some]
+            name = f"choice {label} over the choice among all codecs, {objective}"
+            report.goals += [
+                at_least(f"{name}, geometric mean", statistics.geometric_mean(ratios), 1.0),
+                at_least(f"{name}, worst cell", min(ratios), 0.97),
+            ]
+
+
+SIZES = (500, 1000, 2000, 4000, 10_000)
+GOAL_NODES, MAX_S = 2000, 1.0
+
+
+def search_times(turns: int) -> tuple[list[Row], list[Goal]]:
+    """Seconds of a minimum cut and of a whole sweep over bandwidth, by nodes, and the goals."""
+    language_model = planner_problems.language_model
+    solve(language_model(SIZES[0], 2))  # imports the library
+    rows: list[Row] = []
+    for nodes in SIZES:
+        problem = language_model(nodes, 2)
+        cut = statistics.median(_seconds(partial(solve, problem)) for _ in range(turns))
+        swept = _seconds(partial(sweep, problem))
+        rows.append({"nodes": nodes, "min-cut s": cut, "us a node": cut / nodes * 1e6, "sweep s": swept})
+    goal_row = next(row for row in rows if row["nodes"] == GOAL_NODES)
+    first, last = float(rows[0]["us a node"] or 0), float(rows[-1]["us a node"] or 0)
+    return rows, [
+        at_most(f"planning time, {GOAL_NODES} nodes", float(goal_row["min-cut s"] or 0), MAX_S, "s"),
+        at_most(f"time a node, {SIZES[-1]} nodes over {SIZES[0]}", last / first, 3.0),
+    ]
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

@@ -1,8 +1,8 @@
-"""The chain of bench/chain.py as three Ray Serve deployments; prints READY and serves until it is ended.
+"""The chain of bench/chain.py as three Ray Serve deployments; prints READY and serves until SIGTERM.
 
 Run by bench/chain.py as `ray_chain.py PORT TEMP_DIR`, in the environment of requirements-ray.txt. POST /SIZE sends the
-input; the head answers with SIZE bytes of float32, the tail with its first 16 values. POST /SIZE/direct lets Ray hand
-the head's answer to the tail without passing through the router.
+input; the head returns SIZE bytes of float32, the tail their first 16 values. With POST /SIZE/direct Ray passes the
+head's output to the tail without the router.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class Router:
         x = np.frombuffer(await request.body(), np.float32)
         size, _, direct = request.url.path.strip("/").partition("/")
         if direct:
-            found = await self._tail.remote(self._head.remote(x, int(size)))
+            output = await self._tail.remote(self._head.remote(x, int(size)))
         else:
             activations = await self._head.remote(x, int(size))
-            found = await self._tail.remote(activations)
-        return Response(found.tobytes(), media_type="application/octet-stream")
+            output = await self._tail.remote(activations)
+        return Response(output.tobytes(), media_type="application/octet-stream")
 
 
 def main() -> None:

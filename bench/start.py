@@ -1,4 +1,4 @@
-"""How soon after its process starts edge-head answers, and what it then weighs: EfficientNet-Lite0's head."""
+"""Cold start and memory of edge-head with EfficientNet-Lite0's head."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import Any
 
 import psutil
 import urllib3
-from functions import Laid, Process, lay_out
-from model import MODEL, REGISTRY, head_frame, import_model
-from report import STATE, Report, arguments, at_most
+from functions import Process, StagedFunction, stage_functions
+from harness import STATE, Report, arguments, at_most
+from models import MODEL, REGISTRY, head_frame, import_model
 
 from isthmus.wire.frame import CONTENT_TYPE
 
@@ -31,27 +31,27 @@ _IMPORT = re.compile(r"import time:\s+(\d+) \|\s+(\d+) \|( +)(\S+)")
 
 def main() -> None:
     report = arguments("start", __doc__, ["flask", "numpy", "onnxruntime", "waitress"])
-    report.say(f"importing {MODEL} if it is not there")
+    report.say(f"importing {MODEL} if absent")
     import_model()
-    head = lay_out("edge-head", registry=REGISTRY, model=MODEL)["edge-head"]
+    head = stage_functions("edge-head", registry=REGISTRY, model=MODEL)["edge-head"]
     body = head_frame()
-    started(head, body, empty=True)  # so that the files are in the operating system's cache for every one that counts
-    taken: dict[str, list[dict[str, Any]]] = {"empty": [], "warm": []}
+    start(head, body, empty=True)  # fills the operating system's file cache, for equal conditions
+    starts: dict[str, list[dict[str, Any]]] = {"empty": [], "warm": []}
     for turn in range(3 if report.quick else 12):
         for cache in ("empty", "warm") if turn % 2 else ("warm", "empty"):
             report.say(f"starting edge-head, {cache} segment cache")
-            taken[cache].append(started(head, body, empty=cache == "empty"))
-    report.add("edge-head from the start of its process, medians", [row(cache, runs) for cache, runs in taken.items()])
-    report.add("libraries that the process maps", libraries(taken["warm"][-1]["maps"]))
+            starts[cache].append(start(head, body, empty=cache == "empty"))
+    report.add("edge-head from the start of its process, medians", [row(cache, runs) for cache, runs in starts.items()])
+    report.add("libraries mapped by the process", libraries(starts["warm"][-1]["maps"]))
     report.say("starting it once more, with the time of each import")
-    report.add(f"the {SHOWN} packages that take longest to import, each without those it imports", imports(head, body))
-    report.add("what is imported before the port is bound, and after", phases(head))
-    add_goals(report, taken)
+    report.add(f"the {SHOWN} packages with the longest imports, each without its own imports", imports(head, body))
+    report.add("imports before the port is bound, and after", phases(head))
+    add_goals(report, starts)
     report.emit()
 
 
-def started(head: Laid, body: bytes, *, empty: bool, **environment: str) -> dict[str, Any]:
-    """Start edge-head, ask until it answers, look at it, and end it. Units: seconds, bytes."""
+def start(head: StagedFunction, body: bytes, *, empty: bool, **environment: str) -> dict[str, Any]:
+    """Start edge-head, send requests until a response, measure the process, and end it. Units: seconds, bytes."""
     if empty:
         shutil.rmtree(CACHE, ignore_errors=True)
     began = time.perf_counter()
@@ -77,12 +77,12 @@ def started(head: Laid, body: bytes, *, empty: bool, **environment: str) -> dict
 
 
 def ask(process: Process, body: bytes) -> None:
-    """Ask for one run.
+    """Send a request.
 
     Raises:
-        RuntimeError: the answer is none.
+        RuntimeError: the response is an error.
     """
-    # A pool of its own: the port may be one that an earlier process had, and its connections are dead.
+    # A pool of its own: an earlier process may have had the same port, and its connections are dead.
     reply = urllib3.PoolManager().request(
         "POST", process.url, body=body, headers={"Content-Type": CONTENT_TYPE}, timeout=30.0
     )
@@ -91,10 +91,11 @@ def ask(process: Process, body: bytes) -> None:
 
 
 def await_status(process: Process, began: float, statuses: set[int]) -> None:
-    """Return once GET /ready is answered with one of `statuses`. To ask more often would slow the start down.
+    """Return once GET /ready responds with a status in `statuses`; a shorter pause would slow the start down.
 
     Raises:
-        TimeoutError: it was not, within MAX_S; ChildProcessError: the process ended before.
+        TimeoutError: no such response within MAX_S.
+        ChildProcessError: the process ended before.
     """
     while time.perf_counter() - began < MAX_S:
         if process.process.poll() is not None:
@@ -107,9 +108,9 @@ def await_status(process: Process, began: float, statuses: set[int]) -> None:
 
 
 def weight(pid: int) -> dict[str, Any]:
-    """What a process holds: resident bytes, those that it shares with no other, and the files that it maps."""
-    found = psutil.Process(pid).memory_full_info()
-    return {"rss": found.rss, "uss": found.uss, "maps": Path(f"/proc/{pid}/maps").read_text()}
+    """Memory of a process: resident bytes, unshared bytes, and mapped files."""
+    memory = psutil.Process(pid).memory_full_info()
+    return {"rss": memory.rss, "uss": memory.uss, "maps": Path(f"/proc/{pid}/maps").read_text()}
 
 
 def row(cache: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -133,11 +134,11 @@ def libraries(maps: str) -> list[dict[str, Any]]:
     return [{"library": name, "mapped": name in maps} for name in LIBRARIES]
 
 
-def imports(head: Laid, body: bytes) -> list[dict[str, Any]]:
-    """Time of each package's own modules, as Python reports it; the reporting itself slows imports down somewhat."""
+def imports(head: StagedFunction, body: bytes) -> list[dict[str, Any]]:
+    """Import time of each package's own modules by -X importtime, which slows imports down somewhat."""
     own: collections.Counter[str] = collections.Counter()
     count: collections.Counter[str] = collections.Counter()
-    log = started(head, body, empty=False, PYTHONPROFILEIMPORTTIME="1")["log"]
+    log = start(head, body, empty=False, PYTHONPROFILEIMPORTTIME="1")["log"]
     for self_us, _, _, name in _IMPORT.findall(log):
         own[name.partition(".")[0]] += int(self_us)
         count[name.partition(".")[0]] += 1
@@ -145,32 +146,32 @@ def imports(head: Laid, body: bytes) -> list[dict[str, Any]]:
     return [total] + [{"package": p, "modules": count[p], "ms": us / 1e3} for p, us in own.most_common(SHOWN)]
 
 
-def phases(head: Laid) -> list[dict[str, Any]]:
+def phases(head: StagedFunction) -> list[dict[str, Any]]:
     """Seconds of Python alone, of index.py's own imports, and of the handler's, each in a fresh process."""
     handler = "import sys, index; sys.path[:0] = ['function', 'function/shared']; import function.handler"
     steps = {
         "Python itself": "pass",
         "index.py's imports": "import index",
         "the handler's imports": handler,
-        "onnxruntime, if it was not among them": f"{handler}, onnxruntime",
+        "onnxruntime, if not imported yet": f"{handler}, onnxruntime",
     }
-    found = []
+    rows = []
     for step, code in steps.items():
         times = []
         for _ in range(5):
             began = time.perf_counter()
             subprocess.run([sys.executable, "-c", code], cwd=head.folder, check=True)
             times.append(time.perf_counter() - began)
-        found.append({"up_to": step, "s": statistics.median(times)})
-    return found
+        rows.append({"up_to": step, "s": statistics.median(times)})
+    return rows
 
 
-def add_goals(report: Report, taken: dict[str, list[dict[str, Any]]]) -> None:
-    """Hold the medians against what was set."""
-    for cache, runs in taken.items():
+def add_goals(report: Report, starts: dict[str, list[dict[str, Any]]]) -> None:
+    """Goals for the medians."""
+    for cache, runs in starts.items():
         answered = statistics.median(run["answered_s"] for run in runs)
         report.goals.append(at_most(f"process start to first answer, {cache} segment cache", answered, 1.5, "s"))
-    every = [run for runs in taken.values() for run in runs]
+    every = [run for runs in starts.values() for run in runs]
     heaviest = statistics.median(max(run["rss"], run["later_rss"]) for run in every) / 1e6
     report.goals.append(at_most("resident memory", heaviest, 150, "MB"))
     torch = sum("libtorch" in run["maps"] for run in every)

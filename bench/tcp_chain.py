@@ -1,7 +1,7 @@
-"""The floor: the chain of bench/chain.py as three processes that pass the same bytes over plain sockets.
+"""A lower bound: the chain of bench/chain.py as three processes on plain sockets, with the same bytes.
 
 Run as `tcp_chain.py router PORT HEAD_PORT TAIL_PORT` or `tcp_chain.py head|tail PORT`. A message is its length, the
-length of the answer that the head shall give, and the bytes.
+length of the head's response, and the bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Message = tuple[int, memoryview]
 
 
 class Peer:
-    """A connection on which messages go out and come in."""
+    """A connection that carries messages."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -28,9 +28,9 @@ class Peer:
         """A connection to a process on this machine."""
         return cls(socket.create_connection(("127.0.0.1", port)))
 
-    def send(self, body: bytes | memoryview, wanted: int = 0) -> None:
-        """Send one message that asks for an answer of `wanted` bytes."""
-        prefix = PREFIX.pack(len(body), wanted)
+    def send(self, body: bytes | memoryview, response_size: int = 0) -> None:
+        """Send a message that asks for a response of that size."""
+        prefix = PREFIX.pack(len(body), response_size)
         if len(body) < ONE_SEND_BELOW:
             self._connection.sendall(b"".join((prefix, body)))
         else:
@@ -38,13 +38,13 @@ class Peer:
             self._connection.sendall(body)
 
     def receive(self) -> Message:
-        """The next message: the length that it asks for, and its bytes.
+        """The next message: the response size asked for, and the bytes.
 
         Raises:
-            ConnectionError: the other side has gone.
+            ConnectionError: the peer closed the connection.
         """
-        size, wanted = PREFIX.unpack(self._exactly(PREFIX.size))
-        return wanted, self._exactly(size)
+        size, response_size = PREFIX.unpack(self._exactly(PREFIX.size))
+        return response_size, self._exactly(size)
 
     def _exactly(self, size: int) -> memoryview:
         view = memoryview(bytearray(size))
@@ -52,35 +52,35 @@ class Peer:
         while at < size:
             got = self._connection.recv_into(view[at:])
             if not got:
-                raise ConnectionError("the other side has gone")
+                raise ConnectionError("the peer closed the connection")
             at += got
         return view
 
 
-def serve(port: int, answer: Callable[[Message], bytes | memoryview]) -> None:
-    """Answer one connection after the other, each until it ends."""
+def serve(port: int, respond: Callable[[Message], bytes | memoryview]) -> None:
+    """Serve connections in sequence, each until it ends."""
     with socket.create_server(("127.0.0.1", port)) as listener:
         while True:
             connection, _ = listener.accept()
             peer = Peer(connection)
             try:
                 while True:
-                    peer.send(answer(peer.receive()))
+                    peer.send(respond(peer.receive()))
             except ConnectionError:
                 connection.close()
 
 
 def route(head: Peer, tail: Peer) -> Callable[[Message], memoryview]:
-    """What the router answers: the small input to the head, its answer to the tail, the tail's back."""
+    """The router: the small input to the head, the activations to the tail, the tail's output back."""
 
-    def answer(message: Message) -> memoryview:
-        wanted, body = message
-        head.send(body, wanted)
+    def respond(message: Message) -> memoryview:
+        response_size, body = message
+        head.send(body, response_size)
         _, activations = head.receive()
         tail.send(activations)
         return tail.receive()[1]
 
-    return answer
+    return respond
 
 
 def main() -> None:

@@ -1,9 +1,10 @@
-"""The models that the planner's benchmark divides, published with every cut, and a real input for each."""
+"""The models of the benchmarks and inputs for them."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,36 +12,82 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from harness import ROOT, STATE, Report
 from PIL import Image
-from report import STATE, Report
-from tested import models as tested
 
 from isthmus.arrays import Array
 from isthmus.artifacts.agreement import measure_for
-from isthmus.artifacts.choice import TRANSFORM_ID
 from isthmus.artifacts.fidelity_document import read
+from isthmus.artifacts.segment_id import WHOLE
 from isthmus.errors import Missing
-from isthmus.processing.image import MAX_PIXELS
 from isthmus.registry import Registry, Resolved, open_cache, open_registry
-from isthmus.runtime.tables import Tables, tables_of
 from isthmus.settings import RegistrySettings, SegmentSettings
+from isthmus.wire.frame import Frame, encode
 from isthmus_tools.calibration.boundary import SegmentExecutor
 from isthmus_tools.calibration.calibrate import CalibrationSpec, calibrate
 from isthmus_tools.calibration.inputs import open_source
 from isthmus_tools.graph import build, cuts, open_model, torch_export
+from isthmus_tools.usecases.local_model import LocalModel
+from isthmus_tools.usecases.model_import import ImportRequest
+from isthmus_tools.usecases.model_import import import_model as tools_import
 from isthmus_tools.zoo import models as zoo
-from isthmus_tools.zoo.photos import varied_photos
+from isthmus_tools.zoo.photos import sample_photos, varied_photos
+from support import models as tested
 
-REGISTRY = STATE / "plan-registry"
+MODEL = "efficientnet-lite0"
+REGISTRY = ROOT / ".isthmus" / "registry"
+
+
+def import_model() -> None:
+    """Import the model if the registry lacks it, in half a minute."""
+    with contextlib.redirect_stdout(sys.stderr):
+        tools_import(ImportRequest(model=MODEL, registry=RegistrySettings(registry=str(REGISTRY)), if_absent=True))
+
+
+def resolved() -> Resolved:
+    """The model's version in service."""
+    return open_registry(RegistrySettings(registry=str(REGISTRY))).resolve(MODEL)
+
+
+def whole() -> LocalModel:
+    """The uncut model in this process, on a single thread."""
+    return LocalModel(MODEL, RegistrySettings(registry=str(REGISTRY)), WHOLE, threads=1)
+
+
+def photos() -> list[bytes]:
+    """Files of real photos."""
+    return [path.read_bytes() for path in sample_photos()]
+
+
+def head_frame() -> bytes:
+    """A frame for the head of the default partition, with a photo."""
+    version = resolved()
+    name, array = whole().preprocess(photos()[0])
+    return encode(Frame({name: array}, version.digest, version.bundle.partition()[0].id, "bench"))
+
+
+def inputs(count: int) -> list[tuple[str, Array]]:
+    """Different inputs of the model: the photos, then the photos with noise of a fixed seed."""
+    model, rng = whole(), np.random.default_rng(0)
+    clean = [model.preprocess(photo) for photo in photos()]
+    arrays = list(clean)
+    while len(arrays) < count:
+        name, array = clean[len(arrays) % len(clean)]
+        noise = np.asarray(rng.normal(0, 0.1, array.shape), array.dtype)
+        arrays.append((name, array + noise))
+    return arrays[:count]
+
+
+PLAN_REGISTRY = STATE / "plan-registry"
+# The alias of calibrated versions, the number of inputs, and the share of predictions that a codec must keep.
 CALIBRATED, INPUTS, LIMIT = "calibrated", 200, 0.95
-"""The alias of what was calibrated, with how many inputs, and the share of answers that a codec must keep."""
 JPEG_QUALITY = 85
 _IMAGENET = {"mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375]}
 
 
 @dataclass(frozen=True)
-class Real:
-    """A model to divide: its ONNX file, the shapes that bind it, how it takes photos, and a real input."""
+class PlannedModel:
+    """A model of the grid: its ONNX file, its shapes, its processing of photos, and a real input."""
 
     name: str
     path: Callable[[], Path]
@@ -50,56 +97,49 @@ class Real:
     preprocess: Mapping[str, Any] | None = None
     build: Mapping[str, Any] = field(default_factory=dict)
     calibrate: Sequence[str] = ()
-    """Cuts at which the codec is calibrated, with parts of real photos, for the grid before and after it."""
+    """Cuts at which the codec is calibrated on crops of real photos, for the grid with and without the codec."""
 
 
-def published(real: Real) -> Resolved:
-    """The model in the benchmark's registry, published with all its prefix cuts if it is not there."""
-    REGISTRY.mkdir(parents=True, exist_ok=True)
-    registry = open_registry(RegistrySettings(registry=str(REGISTRY)))
-    if real.name not in registry.models():
-        _publish(real, registry)
-    return registry.resolve(real.name)
+def published(planned: PlannedModel) -> Resolved:
+    """The model in the benchmark's registry, published with all prefix cuts on first use."""
+    PLAN_REGISTRY.mkdir(parents=True, exist_ok=True)
+    registry = open_registry(RegistrySettings(registry=str(PLAN_REGISTRY)))
+    if planned.name not in registry.models():
+        _publish(planned, registry)
+    return registry.resolve(planned.name)
 
 
-def _publish(real: Real, registry: Registry) -> None:
-    model = open_model(real.path(), bind=real.shapes, freeze=bool(real.shapes))
+def _publish(planned: PlannedModel, registry: Registry) -> None:
+    model = open_model(planned.path(), bind=planned.shapes, freeze=bool(planned.shapes))
     with tempfile.TemporaryDirectory(prefix="isthmus-") as folder:
         every = [[cut] for cut in cuts(model)]
         bundle, files = build(
-            model, real.name, folder, partitions=every, preprocess=real.preprocess, **dict(real.build)
+            model, planned.name, folder, partitions=every, preprocess=planned.preprocess, **dict(planned.build)
         )
         registry.publish(bundle, files)
 
 
-def calibrated_version(real: Real, found: Resolved, report: Report) -> str:
-    """The reference of `found` with its codec calibrated: made once, a version beside the one that is served."""
-    reference = f"{real.name}:{CALIBRATED}"
-    settings = SegmentSettings(registry=str(REGISTRY), cache_dir=str(STATE / "plan-cache"), threads=1)
+def calibrated_version(planned: PlannedModel, version: Resolved, report: Report) -> str:
+    """The reference of the calibrated version, calibrated on first use."""
+    reference = f"{planned.name}:{CALIBRATED}"
+    settings = SegmentSettings(registry=str(PLAN_REGISTRY), cache_dir=str(STATE / "plan-cache"), threads=1)
     registry = open_registry(settings)
     with contextlib.suppress(Missing):
-        made = registry.resolve(reference).bundle
-        if made.fidelity and set(read(made, registry.blob).cuts()) == set(real.calibrate):
+        bundle = registry.resolve(reference).bundle
+        if bundle.fidelity and set(read(bundle, registry.blob).cuts()) == set(planned.calibrate):
             return reference
-    report.say(f"{real.name}: calibrating the codec at {', '.join(real.calibrate)}, once: some minutes")
-    source = open_source(found.bundle, varied_photos(), "photos", INPUTS)
+    report.say(f"{planned.name}: calibrating the codec at {', '.join(planned.calibrate)}, once: some minutes")
+    source = open_source(version.bundle, varied_photos(), "photos", INPUTS)
     with tempfile.TemporaryDirectory(prefix="isthmus-") as folder:
-        executor = SegmentExecutor(found.digest, found.bundle, open_cache(settings, registry), settings)
-        spec = CalibrationSpec(real.calibrate, INPUTS, LIMIT, measure_for(found.bundle))
+        executor = SegmentExecutor(version.digest, version.bundle, open_cache(settings, registry), settings)
+        spec = CalibrationSpec(planned.calibrate, INPUTS, LIMIT, measure_for(version.bundle))
         calibrated = calibrate(executor, source, spec, Path(folder))
         registry.publish(calibrated.bundle, calibrated.files, alias=CALIBRATED)
     return reference
 
 
-def table_of(registry: Registry, reference: str) -> Callable[[str], object]:
-    """A version's codec tables by tensor; None for those that have none."""
-    found = registry.resolve(reference)
-    tables = Tables(registry.bundle, registry.blob, MAX_PIXELS)
-    return tables_of(found.bundle, found.digest, TRANSFORM_ID, tables)
-
-
 def _photo(height: int, width: int, short_side: int | None = None) -> bytes:
-    """A real photo as a camera near the model would send it: a JPEG not much larger than what the model looks at."""
+    """A real photo as a camera near the model would send: a JPEG little larger than the model's input."""
     image = Image.fromarray(tested.photos()[0])
     if short_side is not None:
         scale = short_side / min(image.size)
@@ -121,14 +161,14 @@ def _jpeg(image: Image.Image) -> bytes:
 def _resnet50() -> Path:
     def write(path: Path) -> None:
         torch_export.export(
-            "real:resnet50_module", path, shapes=[(1, 3, 224, 224)], input_names=["image"], output_names=["logits"]
+            "models:resnet50_module", path, shapes=[(1, 3, 224, 224)], input_names=["image"], output_names=["logits"]
         )
 
     return tested.exported("resnet-50", write)
 
 
 def resnet50_module() -> Any:
-    """ResNet-50's shape with random weights: its times and its bytes are real, its answers mean nothing."""
+    """ResNet-50 with random weights: real times and bytes, meaningless predictions."""
     import torch
     from transformers import ResNetConfig, ResNetForImageClassification
 
@@ -147,7 +187,7 @@ def resnet50_module() -> Any:
 
 
 def _text() -> dict[str, Array]:
-    """A paragraph's tokens."""
+    """Tokens of a paragraph's length."""
     rng = np.random.default_rng(0)
     ids = rng.integers(1000, 20000, (1, TOKENS), dtype=np.int64)
     return {"ids": ids, "mask": np.ones((1, TOKENS), np.int64)}
@@ -156,10 +196,10 @@ def _text() -> dict[str, Array]:
 TOKENS = 122
 _SQUARE = [{"op": "resize", "short_side": 256, "interpolation": "bicubic"}, {"op": "center_crop", "size": [224, 224]}]
 _LAYOUT = {"op": "layout", "to": "NCHW"}
-EVERY: Mapping[str, Real] = {
-    real.name: real
-    for real in (
-        Real(
+PLANNED: Mapping[str, PlannedModel] = {
+    planned.name: planned
+    for planned in (
+        PlannedModel(
             "efficientnet-lite0",
             tested.efficientnet_lite0,
             {},
@@ -167,7 +207,7 @@ EVERY: Mapping[str, Real] = {
             preprocess=zoo.zoo_model("efficientnet-lite0").preprocess,
             calibrate=("20", "31", "48", "65"),
         ),
-        Real(
+        PlannedModel(
             "ocr-detector",
             tested.REAL["ocr-detector"].path,
             {"x": (1, 3, 320, 640)},
@@ -183,8 +223,8 @@ EVERY: Mapping[str, Real] = {
                 ],
             },
         ),
-        Real("minilm", tested.minilm, {"ids": (1, TOKENS), "mask": (1, TOKENS)}, input=_text),
-        Real(
+        PlannedModel("minilm", tested.minilm, {"ids": (1, TOKENS), "mask": (1, TOKENS)}, input=_text),
+        PlannedModel(
             "resnet-50",
             _resnet50,
             {},

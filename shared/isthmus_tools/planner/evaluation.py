@@ -91,7 +91,8 @@ class Evaluator:
     def photo(self, target: PhotoInput) -> Evaluation:
         """The photo itself sent to the whole model on the last hop, which decodes and pre-processes it."""
         rows = [self._tries(self._whole, {}, {}, encoded=target.encode(i.photo or b"")) for i in self._inputs]
-        return replace(_transmission(rows, {}), error=self._error(rows))
+        # The photo is sent as it is: nothing encodes it.
+        return replace(_transmission(rows, {}), encode_s=0.0, error=self._error(rows))
 
     def cloud(self, choice: Choice) -> Evaluation | None:
         """The whole model on the last hop, with encoded inputs; None where the choice encodes none."""

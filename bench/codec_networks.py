@@ -18,7 +18,8 @@ from sklearn.datasets import load_digits
 from isthmus.arrays import Array
 from isthmus.artifacts.agreement import Measure
 from isthmus.artifacts.tensors import TensorSpec
-from isthmus.processing.image import MAX_PIXELS, preprocess
+from isthmus.processing.image import preprocess
+from isthmus.processing.image_decoding import MAX_PIXELS
 from isthmus_tools.calibration.inputs import CalibrationInput, PhotoSource
 from isthmus_tools.calibration.scoring import Judge, judge_by
 from isthmus_tools.graph import torch_export

@@ -18,7 +18,7 @@ from isthmus.artifacts.bundle import Bundle, Cut
 from isthmus.artifacts.conditions import Conditions, Constraints
 from isthmus.artifacts.plan import Candidate
 from isthmus.artifacts.profile import Profile
-from isthmus.processing.image import MAX_PIXELS
+from isthmus.processing.image_decoding import MAX_PIXELS
 from isthmus.registry import Registry, SegmentCache, open_cache, open_registry
 from isthmus.runtime.tables import Tables
 from isthmus.serving.profiling import SECRET

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import struct
 import subprocess
 import sys
 import threading
 import tracemalloc
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,9 @@ from isthmus.admission import Slots
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.context import Deadline
 from isthmus.errors import Overloaded, RequestTooLarge
-from isthmus.processing.image import decode, preprocess
+from isthmus.processing.image import preprocess
 from isthmus.processing.image_budget import ImageMemory
+from isthmus.processing.image_decoding import decode
 from isthmus.processing.image_memory import (
     MAX_BLOCKS,
     MAX_CHUNKS,
@@ -74,11 +77,22 @@ def bmp_of_runs(length: int) -> bytes:
     return b"BM" + struct.pack("<IHHI", 1078 + length, 0, 0, 1078) + header + bytes(1024) + b"\x01\x05" * (length // 2)
 
 
+def peaks_of(names: Iterable[str]) -> list[dict[str, Any]]:
+    """The reserved and the measured memory of these files, decoded in a process without other pictures."""
+    tests = ROOT / "tests"
+    done = subprocess.run(
+        [sys.executable, tests / "support" / "image_peaks.py", *names],
+        env={**os.environ, "PYTHONPATH": str(tests)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
 def test_no_picture_takes_more_than_it_holds_of_the_budget() -> None:
-    script = ROOT / "tests" / "support" / "image_peaks.py"
-    done = subprocess.run([sys.executable, script, *FILES], capture_output=True, text=True, check=True)
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    found = peaks_of(FILES)
     assert {f["name"] for f in found} == set(FILES)
     for way in ("exact", "reduced", "whole"):
         for f in found:
@@ -94,9 +108,7 @@ def test_no_picture_takes_more_than_it_holds_of_the_budget() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
 def test_no_file_takes_more_than_it_holds_whatever_its_first_bytes_say() -> None:
-    script = ROOT / "tests" / "support" / "image_peaks.py"
-    done = subprocess.run([sys.executable, script, *HOSTILE], capture_output=True, text=True, check=True)
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    found = peaks_of(HOSTILE)
     assert {f["name"] for f in found} == set(HOSTILE)
     for f in found:
         assert 0 < f["rose"] < f["held"] - 6e6, f

@@ -19,7 +19,10 @@ from PIL import Image
 
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import ImageMalformed, IsthmusError, MediaUnsupported, ModelError, RequestTooLarge, ShapeMismatch
-from isthmus.processing.image import ACCEPTED, MAX_SCANS, decode, looks_like_image, preprocess, validate_spec
+from isthmus.processing.image import preprocess
+from isthmus.processing.image_decoding import MAX_SCANS, decode
+from isthmus.processing.image_spec import validate_spec
+from isthmus.processing.media import ACCEPTED, looks_like_image
 
 PHOTOS = Path(skimage.data.__file__).parent
 CHINA = Path(sklearn.datasets.__file__).parent / "images" / "china.jpg"

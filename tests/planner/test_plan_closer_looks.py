@@ -28,7 +28,7 @@ from isthmus.context import Context, Deadline
 from isthmus.errors import DeadlineExceeded, HopUnavailable
 from isthmus.pipeline import LocalHop, LookPolicy, LooksTaken, LoopbackHop, Result, execute, local_route, planned_route
 from isthmus.pipeline.hop import SegmentRunner
-from isthmus.processing.image import MAX_PIXELS
+from isthmus.processing.image_decoding import MAX_PIXELS
 from isthmus.runtime.store import SegmentRun
 from isthmus.runtime.tables import Tables
 from isthmus.serving import create_segment_app

@@ -6,7 +6,7 @@ import re
 
 from isthmus.errors import HTTP_STATUS
 from isthmus.oip import messages as oip
-from isthmus.processing.image import MAX_SCANS
+from isthmus.processing.image_decoding import MAX_SCANS
 from isthmus.processing.image_spec import INTERPOLATIONS
 from support.paths import ROOT
 

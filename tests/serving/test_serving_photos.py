@@ -19,7 +19,7 @@ from PIL import Image
 
 from isthmus.errors import RequestMalformed
 from isthmus.oip import messages as oip
-from isthmus.processing.wrapped import Form, from_base64, looks_like_form, read_form
+from isthmus.processing.media import PhotoForm, from_base64, looks_like_form, read_form
 from support.bundles import Published, free_model, photo, publish, served
 from support.bundles import photos as photos
 from support.paths import ROOT
@@ -163,8 +163,8 @@ def test_a_form_may_hold_a_photo_of_any_size(client: FlaskClient) -> None:
 
 
 def test_a_file_that_was_not_chosen_in_a_form_is_none() -> None:
-    assert read_form(form(('name="other"; filename=""', b""), FILE)) == Form(FILE[1], {})
-    assert read_form(form(('name="f"; filename=""', FILE[1]))) == Form(FILE[1], {})
+    assert read_form(form(('name="other"; filename=""', b""), FILE)) == PhotoForm(FILE[1], {})
+    assert read_form(form(('name="f"; filename=""', FILE[1]))) == PhotoForm(FILE[1], {})
 
 
 def test_a_photo_where_tensors_are_taken_is_told_where_to_go(client: FlaskClient) -> None:
@@ -187,7 +187,7 @@ def test_a_photo_where_tensors_are_taken_is_told_where_to_go(client: FlaskClient
 def test_odd_forms_that_are_forms_are_taken(change: Callable[[bytes], bytes]) -> None:
     body = change(form(('name="f"; filename="f"', b"content"), ('name="top_k"', b"3")))
     assert looks_like_form(body)
-    assert read_form(body) == Form(b"content", {"top_k": "3"})
+    assert read_form(body) == PhotoForm(b"content", {"top_k": "3"})
 
 
 @pytest.mark.parametrize(

@@ -242,7 +242,7 @@ def test_errors_never_hold_a_stack_trace(
     def broken(*_: object, **__: object) -> None:
         raise KeyError("secret")
 
-    monkeypatch.setattr("isthmus.processing.photo.preprocess", broken)
+    monkeypatch.setattr("isthmus.processing.image.preprocess", broken)
     answer = chain.client.post("/", data=photo())
     assert (answer.status_code, answer.json["type"]) == (500, "InternalError")
     assert not any(told in answer.data for told in (b"secret", b"Traceback", b"KeyError", b".py"))

@@ -15,7 +15,7 @@ from isthmus.artifacts.agreement import Measure, measure_for
 from isthmus.artifacts.choice import RAW, Choice
 from isthmus.artifacts.fidelity import Entry, Fidelity, offered
 from isthmus.pipeline import HttpHop
-from isthmus.processing.image import MAX_PIXELS
+from isthmus.processing.image_decoding import MAX_PIXELS
 from isthmus.runtime.tables import Tables, tables_of
 from isthmus_tools.calibration.calibrate import Calibrated, CalibrationSpec, calibrate
 from isthmus_tools.calibration.inputs import list_files, open_source

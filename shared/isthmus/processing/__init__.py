@@ -1,1 +1,1 @@
-"""From what people send to what a model takes, and back: images to arrays, logits to classes."""
+"""Pre- and post-processing: images to a model's inputs, logits to classes."""

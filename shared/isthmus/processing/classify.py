@@ -1,4 +1,4 @@
-"""Logits to classes, as the manifest's `postprocess` says."""
+"""Post-processing of a classifier: logits to classes, by the manifest's `postprocess`."""
 
 from __future__ import annotations
 
@@ -17,23 +17,22 @@ _KEYS = {"kind", "output", "softmax", "top_k", "labels"}
 def classify(
     logits: np.ndarray, spec: Mapping[str, Any], labels: Sequence[str] | None, top_k: int | None = None
 ) -> list[list[dict[str, Any]]]:
-    """For each row of the batch, its `top_k` classes as {"label", "index", "probability"}, the likeliest first.
+    """The `top_k` classes of each row of the batch, as {"label", "index", "probability"}, in falling order.
 
-    Always one list a row, also for a batch of one. Equal probabilities keep the order of their indices. `label` is
-    None without labels. `top_k` None takes the spec's; more than there are classes gives all.
-    With `softmax` false the model's own values are given as they are.
+    One list a row, also for a batch of one. Equal probabilities are in the order of their indices. `label` is None
+    without labels. `top_k` None means the spec's. Without `softmax`, the model's values are the probabilities.
 
     Shapes: logits (batch, classes), with any number of dimensions of 1 after it, or (classes,).
 
     Raises:
         RequestMalformed: `top_k` is not a whole number from 1.
-        RunFailed: the model's values are not finite (minus infinity is allowed before a softmax), its output is no
-            table of classes, or it has another number of classes than there are labels.
+        RunFailed: values are not finite (minus infinity is allowed before a softmax), the output is no table of
+            classes, or the numbers of classes and labels differ.
         ModelError: `spec` is not a postprocess specification.
     """
     validate_spec(spec)
-    wanted = spec["top_k"] if top_k is None else top_k
-    if type(wanted) is not int or wanted < 1:
+    count = spec["top_k"] if top_k is None else top_k
+    if type(count) is not int or count < 1:
         raise RequestMalformed(
             "top_k is not a whole number from 1", parameter="top_k", hint="leave it out to get the model's own"
         )
@@ -42,7 +41,7 @@ def classify(
         scores = softmax(scores)
     if not np.isfinite(scores).all():
         raise RunFailed(f"the output {spec['output']} holds values that are not finite", output=spec["output"])
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :wanted]
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :count]
     return [
         [
             {"label": None if labels is None else labels[i], "index": i, "probability": p}
@@ -56,7 +55,7 @@ def table_of(logits: np.ndarray, spec: Mapping[str, Any], labels: Sequence[str] 
     """An output as float64 (batch, classes).
 
     Raises:
-        RunFailed: it is no such table, or has another number of classes than there are labels.
+        RunFailed: the output has another shape, or the numbers of classes and labels differ.
     """
     scores = _rows(logits, spec["output"])
     if labels is not None and len(labels) != scores.shape[1]:
@@ -70,7 +69,7 @@ def table_of(logits: np.ndarray, spec: Mapping[str, Any], labels: Sequence[str] 
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Softmax over the last axis, in float64; a row with NaN, +infinity or only -infinity comes out as NaN."""
+    """Softmax over the last axis, in float64; NaN for a row with NaN, +infinity or only -infinity."""
     with np.errstate(invalid="ignore"):
         x = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
         return np.asarray(x / x.sum(axis=-1, keepdims=True))
@@ -96,10 +95,10 @@ def parse_labels(data: bytes) -> tuple[str, ...]:
 
 
 def validate_spec(spec: Mapping[str, Any]) -> None:
-    """Refuse a `postprocess` that cannot be carried out as written.
+    """Check a `postprocess`.
 
     Raises:
-        ModelError: an unknown kind, key or value, or a missing one; the sentence names it.
+        ModelError: an unknown or missing kind, key or value; the message names it.
     """
     if not isinstance(spec, Mapping) or set(spec) != _KEYS:
         got = sorted(map(str, spec)) if isinstance(spec, Mapping) else type(spec).__name__

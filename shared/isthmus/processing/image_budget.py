@@ -1,4 +1,7 @@
-"""The memory that all pictures under way in a process may take: a decode takes its estimate before it starts."""
+"""The memory budget of all pictures in progress in a process: decoding reserves its estimate before it starts.
+
+Without Pillow, so that codecs and functions without images can import it.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,13 @@ from isthmus.admission import current_deadline
 from isthmus.errors import Overloaded
 
 DEFAULT_BYTES = 384 * 2**20
-"""What commands decode with; a function has its setting `image_memory_bytes`. RGB of 64 million pixels fits."""
+"""The budget of commands; functions have the setting `image_memory_bytes`. RGB of 64 million pixels fits."""
 _RETRY_AFTER_S = 1
 _WAIT_S = 20.0
 
 
 class ImageMemory:
-    """Bytes that the pictures under way in a process may take together; who comes first is served first."""
+    """A budget in bytes for the pictures in progress; first come, first served."""
 
     def __init__(self, limit: int = DEFAULT_BYTES) -> None:
         self.limit = limit
@@ -27,17 +30,17 @@ class ImageMemory:
 
     @property
     def waiting(self) -> int:
-        """Pictures that wait for memory."""
+        """Number of pictures that wait for memory."""
         return len(self._waiting)
 
     @contextmanager
     def taken(self, count: int) -> Iterator[None]:
-        """Hold `count` bytes of the budget, once they are free.
+        """Reserve `count` bytes of the budget, once they are free.
 
-        Waits for half of what the request's deadline leaves: decoding and running are still to come.
+        Waits for half of the time to the request's deadline: decoding and inference come after it.
 
         Raises:
-            Overloaded: others held them for too long.
+            Overloaded: other pictures reserved the memory for too long.
         """
         deadline = current_deadline()
         wait_s = _WAIT_S if deadline is None else deadline.remaining() / 2
@@ -69,4 +72,4 @@ class ImageMemory:
 
 
 SHARED = ImageMemory()
-"""The budget of a process that names none."""
+"""The default budget of a process."""

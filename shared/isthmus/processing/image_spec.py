@@ -1,4 +1,4 @@
-"""The manifest's `preprocess`: what it may say. Source: docs/api.md, "Photos"."""
+"""The schema of a manifest's `preprocess`, without Pillow. Source: docs/reference/api.md, "Photos"."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import MediaUnsupported, ModelError
 
 STEPS = ("resize", "center_crop", "normalize", "layout")
-"""The steps, in the order in which they may come, each at most once."""
+"""The steps in their order, each at most once."""
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 DTYPES = ("float32", "float16", "bfloat16", "float64", "uint8")
 
 
 def validate_spec(spec: Mapping[str, Any]) -> None:
-    """Refuse a `preprocess` that cannot be carried out as written.
+    """Check a `preprocess`.
 
     Raises:
-        ModelError: an unknown kind, step, key or value, a missing one, or steps out of order; the sentence names it.
+        ModelError: an unknown or missing kind, step, key or value, or steps out of order; the message names it.
     """
     _require(isinstance(spec, Mapping), "preprocess is not an object")
     _keys(spec, "preprocess", {"kind", "input", "steps", "dtype"})
@@ -42,10 +42,10 @@ def validate_spec(spec: Mapping[str, Any]) -> None:
 
 
 def photo_tensor(bundle: Bundle) -> TensorSpec:
-    """The input that the bundle's pre-processing makes of a photo.
+    """The input that the bundle's pre-processing computes from a photo.
 
     Raises:
-        MediaUnsupported: the bundle declares none.
+        MediaUnsupported: the bundle declares no pre-processing.
     """
     if bundle.preprocess is None:
         raise MediaUnsupported(
@@ -57,7 +57,7 @@ def photo_tensor(bundle: Bundle) -> TensorSpec:
 
 
 def made_shape(spec: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """The shape of what any photo becomes; None where that depends on the photo's own."""
+    """The shape of every pre-processed photo; None if it depends on the photo's size."""
     steps = {step["op"]: step for step in spec["steps"]}
     size = steps["center_crop"]["size"] if "center_crop" in steps else steps.get("resize", {}).get("size")
     if size is None:
@@ -115,9 +115,9 @@ def _is_finite(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e30 and math.isfinite(value)
 
 
-def _keys(doc: Mapping[str, Any], where: str, wanted: set[str]) -> None:
-    _require(not (lacks := wanted - set(doc)), f"{where} lacks {', '.join(sorted(lacks))}")
-    _require(not (more := set(doc) - wanted), f"{where} has unknown keys: {', '.join(sorted(map(str, more)))}")
+def _keys(doc: Mapping[str, Any], where: str, keys: set[str]) -> None:
+    _require(not (lacks := keys - set(doc)), f"{where} lacks {', '.join(sorted(lacks))}")
+    _require(not (more := set(doc) - keys), f"{where} has unknown keys: {', '.join(sorted(map(str, more)))}")
 
 
 def _one_of(value: Any, known: tuple[str, ...], what: str) -> None:

@@ -14,8 +14,7 @@ from typing import Any
 from isthmus.admission import Turns
 from isthmus.errors import MediaUnsupported, RequestMalformed
 from isthmus.oip import messages as oip
-from isthmus.processing.media import looks_like_image, not_an_image
-from isthmus.processing.wrapped import from_base64, looks_like_form, read_form
+from isthmus.processing.media import from_base64, looks_like_form, looks_like_image, not_an_image, read_form
 from isthmus.routing.catalog import ServedModel
 from isthmus.serving.request import FunctionRequest
 

@@ -24,8 +24,8 @@ from isthmus.errors import (
 from isthmus.oip import messages as oip
 from isthmus.pipeline import LocalHop, Result, execute
 from isthmus.processing.classify import classify
+from isthmus.processing.image import model_input
 from isthmus.processing.image_budget import ImageMemory
-from isthmus.processing.photo import model_input
 from isthmus.routing.guard import Guard
 from isthmus.routing.selection import SelectedRoute
 from isthmus.serving.inference import InferenceRequest

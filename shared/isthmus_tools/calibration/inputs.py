@@ -76,7 +76,7 @@ def open_source(bundle: Bundle, files: Sequence[Path], name: str, count: int, se
             source=name,
             hint="give arrays: .npy or .npz files named after the model's inputs",
         )
-    from isthmus.processing.photo import model_input  # Pillow, for models of photos
+    from isthmus.processing.image import model_input
 
     return PhotoSource(lambda photo: model_input(bundle, photo), name, paths, count, seed)
 
@@ -109,7 +109,7 @@ def split(source: InputSource, count: int, seed: int = 0) -> tuple[list[Path], l
 class PhotoSource:
     """Photos after pre-processing: each whole, then random crops, about half of them mirrored.
 
-    `to_input` makes the model's input of a photo's bytes, as `processing.photo.model_input`.
+    `to_input` makes the model's input of a photo's bytes, as `processing.image.model_input`.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class PhotoSource:
 
     def examples(self, files: Sequence[Path], count: int) -> Iterator[CalibrationInput]:
         """See `InputSource.examples`."""
-        from isthmus.processing.image import MAX_PIXELS, decode  # Pillow, on use
+        from isthmus.processing.image_decoding import MAX_PIXELS, decode
 
         for i, path in enumerate(files):
             crops = count // len(files) + (i < count % len(files))

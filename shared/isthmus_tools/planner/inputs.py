@@ -13,7 +13,7 @@ import numpy as np
 
 from isthmus.arrays import Array, check_tensors
 from isthmus.artifacts.bundle import Bundle
-from isthmus.processing.photo import model_input
+from isthmus.processing.image import model_input
 
 _PREPROCESS_RUNS = 3
 

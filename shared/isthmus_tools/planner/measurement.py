@@ -18,7 +18,7 @@ from isthmus.codecs import Tables
 from isthmus.context import Context
 from isthmus.errors import DeadlineExceeded, HopUnavailable, IsthmusError
 from isthmus.pipeline import HttpHop, Result, execute, photo_input, planned_route
-from isthmus.processing.photo import model_input
+from isthmus.processing.image import model_input
 from isthmus_tools.budget import UNLIMITED, Budget, Pace
 from isthmus_tools.planner.choice import VALUES, violations
 from isthmus_tools.planner.elimination import ROUNDS, Run, successive_elimination

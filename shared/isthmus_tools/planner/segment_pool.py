@@ -17,7 +17,7 @@ from isthmus.artifacts.segment_id import WHOLE
 from isthmus.codecs import Tables as CodecTables
 from isthmus.context import Deadline
 from isthmus.pipeline.hop import SegmentRunner
-from isthmus.processing.image import MAX_PIXELS
+from isthmus.processing.image_decoding import MAX_PIXELS
 from isthmus.registry import Registry, SegmentCache
 from isthmus.runtime.ort_runner import OrtRunner, Runner
 from isthmus.runtime.store import SegmentRun

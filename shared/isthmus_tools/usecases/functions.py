@@ -9,7 +9,7 @@ from pathlib import Path
 
 from isthmus.artifacts.conditions import Conditions, Constraints, Objective
 from isthmus.artifacts.plan import Candidate
-from isthmus.processing.image import MAX_PIXELS
+from isthmus.processing.image_decoding import MAX_PIXELS
 from isthmus.registry import Registry
 from isthmus.runtime.tables import Tables
 from isthmus_tools.budget import Budget

@@ -11,7 +11,8 @@ from isthmus.context import Context
 from isthmus.errors import MediaUnsupported
 from isthmus.pipeline import LocalHop, Result, execute, local_route, plan_route
 from isthmus.processing.classify import classify, parse_labels
-from isthmus.processing.image import MAX_PIXELS, preprocess
+from isthmus.processing.image import preprocess
+from isthmus.processing.image_decoding import MAX_PIXELS
 from isthmus.registry import open_cache, open_registry
 from isthmus.runtime.store import SegmentStore
 from isthmus.settings import RegistrySettings, SegmentSettings

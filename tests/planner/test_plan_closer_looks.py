@@ -29,7 +29,7 @@ from isthmus.errors import DeadlineExceeded, HopUnavailable
 from isthmus.pipeline import LocalHop, LookPolicy, LooksTaken, LoopbackHop, Result, execute, local_route, planned_route
 from isthmus.pipeline.hop import SegmentRunner
 from isthmus.processing.image_decoding import MAX_PIXELS
-from isthmus.runtime.store import SegmentRun
+from isthmus.runtime.store import TimedOutputs
 from isthmus.runtime.tables import Tables
 from isthmus.serving import create_segment_app
 from isthmus_tools.planner import costs
@@ -323,7 +323,7 @@ class Recorder:
         self.arrived: list[Mapping[str, Array]] = []
         self._pool = pool
 
-    def run(self, bundle: str, segment: str, arrays: Mapping[str, Array], deadline: Deadline) -> SegmentRun:
+    def run(self, bundle: str, segment: str, arrays: Mapping[str, Array], deadline: Deadline) -> TimedOutputs:
         self.arrived.append(arrays)
         return self._pool.run(bundle, segment, arrays, deadline)
 

@@ -17,6 +17,7 @@ from isthmus.wire.json_bounds import parsed_bytes
 HEADER_LENGTH = "Inference-Header-Content-Length"
 # Bound on the JSON part, without binary tensors; parsed, JSON can take thirty times its length.
 MAX_JSON_BYTES = 16 * 2**20
+# The id returns in the response; clients use UUIDs.
 MAX_ID_LENGTH = 256
 # Reserves memory of that many bytes, and raises where too little is left.
 Reserve: TypeAlias = Callable[[int], object]
@@ -140,6 +141,7 @@ def _header_length(header: str | int | None, length: int) -> int:
     if header is None:
         return length
     text = str(header).strip()
+    # Shorter than 20 digits: int() of a long text takes quadratic time.
     if not (text.isascii() and text.isdigit() and len(text) < 20 and 0 < int(text) <= length):
         raise RequestMalformed(
             f"{HEADER_LENGTH} is {text[:32]!r}; it is the JSON part's length, 1 to the body's {length} bytes",
@@ -184,6 +186,7 @@ def _read_inputs(
     arrays: dict[str, np.ndarray] = {}
     sizes: dict[str, tuple[int, str]] = {}
     offset = 0
+    # Binary data of the inputs follow in their order, without gaps.
     for tensor in tensors:
         spec = _spec_of(tensor, specs)
         if spec.name in arrays:

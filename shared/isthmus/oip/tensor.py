@@ -31,8 +31,9 @@ _DTYPES: Mapping[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _JSON = json.JSONEncoder(separators=(",", ":"))
-# Numbers that are written at once.
+# Numbers written at a time; their Python objects and text take some ten times their size.
 _PIECE = 2**14
+# Python types of JSON elements by the kind of dtype: a float tensor may hold integers, an integer's no booleans.
 _ELEMENTS: Mapping[str, set[type]] = {"b": {bool}, "i": {int}, "u": {int}, "f": {int, float}}
 _DATATYPES = {dtype.name: datatype for datatype, dtype in _DTYPES.items()}
 
@@ -134,7 +135,7 @@ def from_json(tensor: Mapping[str, Any], spec: TensorSpec, shape: tuple[int, ...
     data = tensor.get("data")
     if not isinstance(data, list):
         raise RequestMalformed(f"the input {spec.name!r} has no list of data", tensor=spec.name)
-    if dtype.kind == "V":
+    if dtype.kind == "V":  # ml_dtypes' kind of bfloat16
         raise RequestMalformed("BF16 is sent as binary data only", tensor=spec.name, hint="set binary_data_size")
     flat = _flatten(data, spec.name, shape)
     allowed = _ELEMENTS[dtype.kind]
@@ -166,7 +167,7 @@ def to_json(array: np.ndarray, name: str) -> list[bytes]:
     Raises:
         RequestMalformed: NaN or infinity, which JSON cannot express.
     """
-    if array.dtype.kind == "V":
+    if array.dtype.kind == "V":  # bfloat16: every value is a float32
         array = array.astype(np.float32)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise RequestMalformed(

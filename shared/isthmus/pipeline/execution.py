@@ -167,6 +167,7 @@ class _Execution:
         encoded = encode_tensors(arrays, route.encodings_of(index), encoded)
         for name in encoded:
             arrays.pop(name, None)
+        # The hop's time begins after encoding: plans price the two apart.
         called = time.perf_counter()
         frame = Frame(arrays, route.digest, segment.id, self.context.call_id, encoded)
         reply = hop.call(frame, self.context)

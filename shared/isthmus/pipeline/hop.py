@@ -44,7 +44,7 @@ from isthmus.wire import frame as frames
 from isthmus.wire.frame import Frame
 
 if TYPE_CHECKING:  # a router with remote hops alone never loads onnxruntime
-    from isthmus.runtime.store import SegmentRun, SegmentStore
+    from isthmus.runtime.store import SegmentStore, TimedOutputs
 
 # Bound on the body of a response other than 200; a hop's own errors are far shorter.
 MAX_ERROR_BYTES = 2**16
@@ -56,6 +56,7 @@ _INPUT_ERRORS = {c.__name__: c for c in (ShapeMismatch, ValueRefused)}
 MAX_OUTAGE_S = 60.0
 # The same for a gateway's 404: deploying a function anew takes seconds, a wrong URL stays wrong.
 MAX_REPLACED_S = 15.0
+# Doubling from a pause that a caller hardly notices to a try a second.
 _FIRST_PAUSE_S, _MAX_PAUSE_S = 0.05, 1.0
 # 32 callers, the default of max_concurrency, may wait through a start of some 7 s together, then at a try a second
 # each; beyond that, retries are a tenth of the calls that succeed.
@@ -108,7 +109,7 @@ class Hop(Protocol):
 class SegmentRunner(Protocol):
     """Runs segments in this process: `SegmentStore`, or the substitute of a trial."""
 
-    def run(self, bundle: str, segment: str, arrays: Mapping[str, Array], deadline: Deadline) -> SegmentRun:
+    def run(self, bundle: str, segment: str, arrays: Mapping[str, Array], deadline: Deadline) -> TimedOutputs:
         """See `SegmentStore.run`."""
         ...
 
@@ -174,6 +175,7 @@ class HttpHop:
 
     def call(self, frame: Frame, context: Context) -> HopReply:
         """See `Hop.call`."""
+        # Encoded once for all tries.
         body = frames.encode_parts(frame)
         retries = _Retries(self._attempts, self._budget, self._outage, context)
         for attempt in stamina.retry_context(on=retries.pause, attempts=None, timeout=None):
@@ -359,7 +361,7 @@ def _refuse_constant(text: str) -> NoReturn:
 
 
 def _bounded_int(text: str) -> int:
-    if len(text) > 20:
+    if len(text) > 20:  # int() of a long text takes quadratic time
         raise ValueError("a number of more than 20 digits")
     return int(text)
 

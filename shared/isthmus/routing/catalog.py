@@ -49,7 +49,7 @@ class ServedModel:
 
 
 @dataclass
-class _CacheEntry:
+class _NameEntry:
     model: ServedModel
     expires: float
     refreshing: threading.Lock = field(default_factory=threading.Lock)
@@ -69,8 +69,9 @@ class ModelCatalog:
         self._log = log
         self._lock = threading.Lock()
         self._lookups = Lookups(refresh_s)
+        # A single thread: a registry that hangs must not collect threads.
         self._refresher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="refresh")
-        self._cache: LRUCache[str, _CacheEntry] = LRUCache(MAX_CACHED)
+        self._cache: LRUCache[str, _NameEntry] = LRUCache(MAX_CACHED)
 
     def get(self, reference: str, deadline: Deadline) -> ServedModel:
         """The model of `NAME` or `NAME:VERSION`.
@@ -114,7 +115,7 @@ class ModelCatalog:
             self._log_stale(model.name, e)
             return [model.version]
 
-    def _refresh(self, reference: str, entry: _CacheEntry) -> ServedModel:
+    def _refresh(self, reference: str, entry: _NameEntry) -> ServedModel:
         try:
             return self._resolve(reference)
         except (RegistryError, PlanError, CalibrationError) as e:
@@ -155,6 +156,6 @@ class ModelCatalog:
         expires = time.monotonic() + self._refresh_s
         with self._lock:
             # A number always means the same version, so that a request for a number need not wait for the registry.
-            self._cache.setdefault(by_version, _CacheEntry(model, expires))
-            self._cache[reference] = _CacheEntry(model, expires)
+            self._cache.setdefault(by_version, _NameEntry(model, expires))
+            self._cache[reference] = _NameEntry(model, expires)
         return model

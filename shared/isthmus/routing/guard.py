@@ -38,6 +38,7 @@ WINDOW = 500
 CONFIDENCE = 0.999
 # How long a sampled request waits for an idle router before the sample is dropped.
 MAX_IDLE_WAIT_S = 30.0
+# Callers name versions, each with a route of its own, so there must be an end.
 MAX_ROUTES = 256
 
 # Looks up a bundle's fidelity document; None where the bundle has no such document.
@@ -45,6 +46,7 @@ Fidelities: TypeAlias = Callable[[Bundle], Fidelity | None]
 RouteKey: TypeAlias = tuple[str, tuple[str, ...], tuple[tuple[str, str, float], ...], tuple[Look, ...]]
 
 _FALLBACKS = (Choice("int8/1"), Choice("half/1"), RAW)
+# In flight is a gauge without an event to wait for; checks are rare.
 _POLL_S = 0.02
 
 

@@ -48,7 +48,7 @@ class LoadedSegment:
     bytes: int
 
 
-class SegmentRun(NamedTuple):
+class TimedOutputs(NamedTuple):
     """A run's outputs, and the seconds of loading the segment, of waiting for a CPU, and of running."""
 
     outputs: dict[str, Array]
@@ -133,7 +133,7 @@ class SegmentStore:
                 f"the manifest of bundle {bundle} is still being read", segment=segment, retry_after_s=1
             ) from e
 
-    def run(self, bundle: str, segment: str, arrays: Mapping[str, Array], deadline: Deadline) -> SegmentRun:
+    def run(self, bundle: str, segment: str, arrays: Mapping[str, Array], deadline: Deadline) -> TimedOutputs:
         """Run a segment; loads it first if necessary.
 
         Raises:
@@ -150,7 +150,7 @@ class SegmentStore:
             ended = time.perf_counter()
         finally:
             self._slots.release()
-        return SegmentRun(outputs, loaded - began, started - loaded, ended - started)
+        return TimedOutputs(outputs, loaded - began, started - loaded, ended - started)
 
     def profile(
         self, bundle: str, segment: str, arrays: Mapping[str, Array], deadline: Deadline, *, max_runs: int

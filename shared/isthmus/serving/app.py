@@ -21,6 +21,7 @@ from isthmus.serving.request import FunctionRequest, Timings, read_body
 from isthmus.settings import SegmentSettings
 
 Handle = Callable[[FunctionRequest], Response]
+# Short enough that a function is ready soon after the registry is; a registry that stays away is asked rarely.
 _FIRST_WAIT_S, _MAX_WAIT_S = 0.5, 15.0
 
 
@@ -91,6 +92,7 @@ class FunctionApp:
         self.log.setLevel(settings.log_level.upper())
         log_retries(self.log)
         self.metrics = FunctionMetrics()
+        # longest_s is a property with arithmetic, and every request needs the number.
         self._settings, self._longest_s = settings, settings.longest_s
         self._slots = Slots(settings.max_concurrency)
         self.metrics.in_flight.set_function(lambda: float(self._slots.taken))
@@ -126,6 +128,7 @@ class FunctionApp:
     def _handle(self, handle: Handle) -> Response:
         g.context = context = Context.from_headers(request.headers, longest_s=self._longest_s)
         with closing(Reservation(self._memory)) as memory:
+            # Before admission: the server has the body in memory already, also where the request is refused.
             body = read_body(request.environ, self._settings.max_request_bytes)
             self.metrics.received.inc(len(body))
             memory.hold(len(body))

@@ -63,6 +63,7 @@ class InferenceReader:
             MediaUnsupported: the body is a photo or a form.
             RequestMalformed, RequestTooLarge, ShapeMismatch: as `oip.parse_request`; Overloaded: as `Reservation.hold`.
         """
+        # Enough for the magic of any picture and the first lines of a form.
         first = bytes(request.body[:256])
         if looks_like_image(first) or looks_like_form(first):
             raise MediaUnsupported(
@@ -105,6 +106,7 @@ def parse_top_k(value: Any) -> int | None:
     if value is None:
         return None
     text = str(value)
+    # Five digits hold any number of classes; int() of a long text takes quadratic time.
     if not (text.isascii() and text.isdigit() and len(text) <= 5 and int(text) >= 1):
         raise RequestMalformed(f"top_k is {text[:20]!r}; it is a whole number from 1", parameter="top_k")
     return int(text)

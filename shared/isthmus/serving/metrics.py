@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # a router with remote hops alone never loads onnxruntime
     from isthmus.pipeline import LooksTaken
     from isthmus.runtime.store import SegmentStore
 
+# From the run of a small segment to the default deadline and a little beyond.
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 
 

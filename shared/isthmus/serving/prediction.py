@@ -114,6 +114,7 @@ class Predictor:
             },
             "timings_ms": {name: round(seconds * 1000, 3) for name, seconds, _ in request.timings.stages},
         }
+        # UTF-8 as it is: labels may be in any script, and escapes would double them.
         return Response(json.dumps(document, ensure_ascii=False), mimetype="application/json")
 
     def _execute(

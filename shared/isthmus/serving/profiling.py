@@ -30,9 +30,11 @@ from isthmus.wire.frame import Frame
 
 SECRET = "profile-token"  # noqa: S105
 FORMAT = "isthmus.measurement/1"
+# By default a profile of a slow segment ends within a deadline; the bounds stop a caller from holding the CPU for long.
 RUNS, MAX_RUNS = 15, 500
 WARMUP, MAX_WARMUP = 2, 50
 _CODING_TRIES = 3
+# A token is short; a file mounted by mistake need not be read whole.
 _MAX_TOKEN_BYTES = 4096
 # Share of the deadline for plain runs, without and with an observation after these.
 _DEADLINE_SHARE_PLAIN, _DEADLINE_SHARE_OBSERVED = 0.9, 0.5

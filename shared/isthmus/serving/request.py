@@ -17,6 +17,7 @@ from isthmus.admission import Reservation
 from isthmus.context import Context
 from isthmus.errors import RequestMalformed, RequestTooLarge
 
+# Characters that would end a quoted description, or the header itself.
 _NOT_IN_A_TIMING = re.compile(r"[^\w.-]", re.ASCII)
 
 

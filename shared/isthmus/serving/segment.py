@@ -44,6 +44,7 @@ class _SegmentApp(FunctionApp):
         self._registry = None if settings.segment_dir else open_registry(settings)
         self._source = open_source(settings, self._registry)
         self._store = SegmentStore(self._source, settings)
+        # More decodings at a time than CPUs would take more memory and no less time.
         self._turns = Turns(self._store.device.cpus)
         images = ImageMemory(settings.image_memory_bytes)
         self._tables = Tables(self._source.bundle, self._source.blob, settings.max_image_pixels, images)

@@ -20,7 +20,7 @@ from isthmus.pipeline.hop import SegmentRunner
 from isthmus.processing.image_decoding import MAX_PIXELS
 from isthmus.registry import Registry, SegmentCache
 from isthmus.runtime.ort_runner import OrtRunner, Runner
-from isthmus.runtime.store import SegmentRun
+from isthmus.runtime.store import TimedOutputs
 from isthmus.runtime.tables import Tables
 
 # The name of the weights file in every graph's references.
@@ -42,7 +42,7 @@ class SegmentPool:
         self._sessions: dict[str, Runner] = {}
         self._leases = contextlib.ExitStack()
 
-    def run(self, bundle: str, segment: str, arrays: Mapping[str, Array], deadline: Deadline) -> SegmentRun:
+    def run(self, bundle: str, segment: str, arrays: Mapping[str, Array], deadline: Deadline) -> TimedOutputs:
         """Run a segment of the pool's bundle; see `SegmentStore.run`. The deadline is not enforced.
 
         Raises:
@@ -56,7 +56,7 @@ class SegmentPool:
             )
         start = time.perf_counter()
         outputs = session.run(arrays)
-        return SegmentRun(outputs, load_s=0.0, wait_s=0.0, run_s=time.perf_counter() - start)
+        return TimedOutputs(outputs, load_s=0.0, wait_s=0.0, run_s=time.perf_counter() - start)
 
     def clear(self) -> None:
         """Close all sessions but the whole model's."""
@@ -85,9 +85,9 @@ class Replay:
 
     def __init__(self, runner: SegmentRunner, inputs: int) -> None:
         self._runner, self._inputs = runner, inputs
-        self._entries: dict[str, list[tuple[Mapping[str, Array], SegmentRun]]] = {}
+        self._entries: dict[str, list[tuple[Mapping[str, Array], TimedOutputs]]] = {}
 
-    def run(self, bundle: str, segment: str, arrays: Mapping[str, Array], deadline: Deadline) -> SegmentRun:
+    def run(self, bundle: str, segment: str, arrays: Mapping[str, Array], deadline: Deadline) -> TimedOutputs:
         """As `SegmentPool.run`."""
         entries = self._entries.setdefault(segment, [])
         for inputs, ran in entries:

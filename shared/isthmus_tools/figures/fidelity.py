@@ -26,6 +26,7 @@ _COLOURS = {
     "jpeg": "#1f6fb2",
     "webp": "#7fb3d8",
 }
+# Markers beside colours, for printing in grey and for readers who cannot tell some colours apart.
 _MARKS = ("o", "s", "D", "^", "v", "P", "X", "p", "*", "h")
 # An opaque background of its own: black markers must stay visible on dark pages.
 _PAPER = "#fcfcfa"
@@ -45,6 +46,7 @@ def draw(fidelity: Fidelity, cuts: Sequence[str], title: str, path: Path | None 
     kind = format or (path.suffix.lstrip(".").lower() if path is not None else "png")
     if kind not in ("png", "svg"):
         raise CalibrationError(f"{path} is neither .png nor .svg", path=str(path))
+    # Two panels fit a page's width.
     columns = min(2, len(cuts))
     rows = -(-len(cuts) // columns)
     figure = new_figure(CalibrationError, figsize=(1 + 6 * columns, 1.6 + 4 * rows), facecolor=_PAPER)

@@ -150,6 +150,7 @@ def _draw_bandwidth(axes: Any, plan: Plan, hues: Mapping[str, str]) -> None:
     rates = np.geomspace(*_RATES, 160)
     rtt_s = plan.conditions.rtt_s
     lines = {c.name: np.array([_seconds(c, rate, rtt_s) for rate in rates]) * 1e3 for c in usable}
+    # The lower envelope: the best candidate at each bandwidth.
     lowest = np.min(list(lines.values()), axis=0)
     for name, line in lines.items():
         if name not in hues:
@@ -166,6 +167,7 @@ def _draw_bandwidth(axes: Any, plan: Plan, hues: Mapping[str, str]) -> None:
                 axes.scatter([at], [c.measured.median * 1e3], color=hues.get(c.name, _FAINT), s=26, zorder=5)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    # Slow candidates at low bandwidth would squeeze the curves that compete.
     axes.set_ylim(lowest.min() * 0.8, lowest.max() * 12)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -212,6 +214,7 @@ def _hues(plan: Plan, cells: Sequence[Sequence[GridCell]]) -> dict[str, str]:
     wins: dict[str, int] = {}
     for cell in (cell for row in cells for cell in row):
         wins[cell.best] = wins.get(cell.best, 0) + 1
+    # Most wins first: the palette's first hues are the most distinct.
     winners = sorted((n for n in wins if n), key=lambda n: -wins[n])
     usable = {c.name for c in plan.candidates if not c.refused}
     baselines = [n for n in ("edge-float", "cloud-photo", "cloud-raw") if n in usable]

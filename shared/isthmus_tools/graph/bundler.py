@@ -89,6 +89,7 @@ def build(
         # A bundle's document always has the key; callers may omit it.
         postprocess = {"labels": None, **postprocess}
     _check_processing(model, preprocess, postprocess, labels)
+    # Before the dry run: its sessions map the weights from this file.
     weights = weights_file.write(
         model.initialisers(), out / weights_file.LOCATION, lambda done, total: progress("weights", done, total)
     )
@@ -295,6 +296,7 @@ def _with_findings(source: Mapping[str, Any], differences: Mapping[str, float], 
         "notes": list(dict.fromkeys([*before.get("notes", []), *notes])),
     }
     document = {key: value for key, value in findings.items() if value}
+    # A bundle without findings has no entry, so that equal bundles have equal digests.
     others = {k: v for k, v in source.items() if k != "dry_run"}
     return {**others, "dry_run": document} if document else others
 

@@ -27,6 +27,7 @@ from isthmus.errors import CutError, UnboundedCut, UnknownValue
 from isthmus.wire.frame import entry_bytes, why_not_together
 from isthmus_tools.graph.model import Model
 
+# Of suggestions and of names in a message: more would hide the reason.
 _MAX_SIMILAR = 5
 _MAX_LISTED = 20
 # onnxruntime fuses an operator, and perhaps an activation after it, between a DequantizeLinear and a QuantizeLinear.
@@ -181,10 +182,12 @@ def cut_at(model: Model, tensors: Iterable[str], name: str | None = None) -> Cut
             f"nothing after the cut needs {_listed(unused)}", unused=unused, hint="leave it out, or cut earlier"
         )
     _check_together(model, values)
+    # A head without nodes would return its inputs: the tail alone is the whole model.
     if not upstream:
         raise CutError("only inputs cross this cut, so nothing would run before it", tensors=names)
     macs = sum(model.macs[i] for i in upstream)
     end = max(upstream)
+    # Equal counts: all dynamic nodes up to the last upstream node are upstream, so the position names the cut.
     weight = sum(model.nbytes(v) for v in boundary)
     info = _info(model, name or derived_name(names), boundary, weight, macs, end)
     is_prefix = len(upstream) == sum(model.dynamic[: end + 1])
@@ -304,6 +307,7 @@ def derived_name(tensors: Sequence[str]) -> str:
     readable = re.sub(r"[^A-Za-z0-9_-]+", "-", tensors[0]).strip("-_")[:40] or "cut"
     if len(tensors) == 1 and readable == tensors[0] and not readable.isdecimal():
         return readable
+    # Sorted, so that the order of the tensors does not change the name.
     return f"{readable}-{hashlib.sha256(chr(0).join(sorted(tensors)).encode()).hexdigest()[:8]}"
 
 
@@ -329,6 +333,7 @@ def _info(model: Model, name: str, boundary: Iterable[ir.Value], weight: int, ma
 def _value(model: Model, name: str) -> ir.Value:
     if (value := model.values.get(name)) is not None:
         return value
+    # Misspelt names first; else names that contain the text, such as a layer's.
     similar = difflib.get_close_matches(name, [n for n in model.values if n], _MAX_SIMILAR, 0.5)
     if not similar:
         similar = [n for n in model.values if name.lower() in n.lower()][:_MAX_SIMILAR]

@@ -57,7 +57,7 @@ class Case(NamedTuple):
     arrays: Mapping[str, Array]
 
 
-class Comparison(NamedTuple):
+class PartitionComparison(NamedTuple):
     """The result of a partition's dry run.
 
     `difference` is the largest of any output in any case, relative to the output's largest magnitude; 0 where two runs
@@ -121,7 +121,7 @@ class DryRun:
         claims = self.model.claims if complete else {}
         return self._corrected(whole.outputs, self._expected, claims), prediction
 
-    def partition(self, parts: Sequence[Extracted]) -> Comparison:
+    def partition(self, parts: Sequence[Extracted]) -> PartitionComparison:
         """Run a partition's segments in order on the uncut model's cases.
 
         Raises:
@@ -135,13 +135,13 @@ class DryRun:
             for part in parts:
                 self._run_segment(self._load(part), values)
                 if specs := self._corrected(part.outputs, values, {}):
-                    return Comparison(0.0, specs)
+                    return PartitionComparison(0.0, specs)
         except (ModelError, FrameError, SegmentError) as e:
             raise CutError(f"the cut {name} cannot be used: {e.message}", cut=name, **e.facts) from e
         except TimeoutError as e:
             raise CutError(f"the cut {name} cannot be used: {e}", cut=name) from e
         if not self._repeats:
-            return Comparison(0.0, {})
+            return PartitionComparison(0.0, {})
         floats, overall = self._differences(values)
         if floats > WRONG:
             how = f"differ by {floats:.0%} of their largest value" if floats < float("inf") else "are not finite alike"
@@ -151,7 +151,7 @@ class DryRun:
                 difference=floats,
                 hint="cut elsewhere: isthmus cuts MODEL",
             )
-        return Comparison(overall, {})
+        return PartitionComparison(overall, {})
 
     @property
     def example_outputs(self) -> Mapping[str, Array] | None:

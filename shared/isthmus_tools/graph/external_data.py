@@ -79,6 +79,7 @@ def _message(data: mmap.mmap, start: int, end: int, kind: str, name: str, depth:
             content = _tensor(data, begin, stop, name)
         else:
             content = b"".join(_message(data, begin, stop, child, name, depth + 1))
+        # A message without large tensors is unchanged, and joins the next copied range.
         if len(content) < stop - begin:
             yield data[copied:first]
             yield _bytes_field(field, content)

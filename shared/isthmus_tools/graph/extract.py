@@ -63,6 +63,7 @@ def check_order(model: Model, cuts: Sequence[AnyCut]) -> None:
         CutError: names both cuts.
     """
     for first, second in pairwise(cuts):
+        # A strict subset: equal sets would leave a segment without nodes.
         if not upstream_of(model, first) < upstream_of(model, second):
             raise CutError(
                 f"the cut {second.name} does not lie after the cut {first.name}",
@@ -90,11 +91,13 @@ def extract(model: Model, weights: Weights, start: AnyCut | None, stop: AnyCut |
     used = {v for i in region for v in model.uses[i] if not model.is_static(v)}
     produced = [v for i in sorted(region) for v in model.nodes[i].outputs if v.name]
     inside = set(produced)
+    # The uncut model takes all declared inputs, used or not: callers send what the model declares.
     if start is None and stop is None:
         inputs = list(model.inputs)
     else:
         earlier = (*model.inputs, *(v for i in sorted(before) for v in model.nodes[i].outputs))
         inputs = [v for v in earlier if v in used and v not in inside]
+    # Model outputs come last and in the model's order, as its callers expect.
     results = [v for v in model.outputs if v in inside or (stop is None and model.is_static(v))]
     outputs = [*(v for v in produced if v in boundary and v not in results), *results]
     if not outputs:
@@ -217,6 +220,7 @@ def _copy_weights(located: Located, path: Path) -> tuple[dict[int, int], str, in
     with (located.path.parent / LOCATION).open("rb") as source, path.open("wb") as target:
         for tensor in located.bundle.weight_ranges(located.segment):
             source.seek(tensor.offset)
+            # Aligned as in the bundle's file: onnxruntime maps both.
             padding = bytes(-end % ALIGNMENT)
             for piece in (padding, source.read(tensor.length)):
                 target.write(piece)

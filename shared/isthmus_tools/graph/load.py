@@ -204,6 +204,7 @@ def _check_boundary_value(value: ir.Value, path: Path) -> None:
 
 
 def _normalise(model: ir.Model) -> None:
+    # Cuts lie between nodes of the main graph, so functions are inlined first.
     if model.functions:
         common.InlinePass()(model)
     common.ClearMetadataAndDocStringPass()(model)
@@ -216,6 +217,7 @@ def _normalise(model: ir.Model) -> None:
     _make_names_unique(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.LiftSubgraphInitializersToMainGraphPass()(model)
+    # Every output needs a producing node, so that the last segment can give it.
     _copy_constant_outputs(model.graph)
     _make_activations_unsigned(model.graph)
     common.RemoveUnusedNodesPass()(model)
@@ -312,6 +314,7 @@ def _make_names_unique(model: ir.Model) -> None:
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         for value in node.outputs:
             rename(value)
+        # Profiles attribute the runtime's kernels to nodes by name.
         node.name = node_names.take(node.name or node.op_type)
 
 

@@ -102,6 +102,7 @@ class Model:
         """All initialisers, in order of first use by a dynamic node, directly or through static nodes."""
         done: set[ir.Value] = set()
         users = [i for i, dynamic in enumerate(self.dynamic) if dynamic]
+        # Static nodes last: some compute constant outputs that no dynamic node reads.
         users += [i for i, dynamic in enumerate(self.dynamic) if not dynamic]
         for i in users:
             stack = list(reversed(self.uses[i]))
@@ -137,6 +138,7 @@ def open_model(
     with load.refusals(path):
         model = load.read(path, normalise=normalise)
         bound = inputs.bind_inputs(model.graph, bind or {}, examples or {})
+        # onnx's converter is known to err silently, so each conversion is verified.
         if opset_conversion.converted_from(model) is not None:
             trials = inputs.trial_inputs(model.graph, bound, examples or {})
             opset_conversion.check_same(Path(path), model, trials, random=any(map(_is_random, model.graph)))
@@ -144,6 +146,7 @@ def open_model(
 
 
 def _analysed(model: ir.Model, bound: Mapping[str, tuple[int, ...]], examples: Examples, freeze: bool) -> Model:
+    # Before the analysis: folding removes nodes, and positions count the remaining nodes.
     if freeze:
         shapes.freeze(model, bound)
     nodes = tuple(model.graph)

@@ -55,6 +55,7 @@ def infer(
     """
     free = _inferred(model, {})
     complete = _inferred(model, bound)
+    # A run costs seconds and memory, so only values without a complete type are probed.
     unknown = {v: complete.get(str(v.name), _UNKNOWN)[0] for v in values if not _is_complete(complete.get(str(v.name)))}
     probed = probe.types(model, unknown, feeds(model.graph, bound, examples)) if unknown else {}
     specs: dict[str, TensorSpec] = {}
@@ -64,6 +65,7 @@ def infer(
     for value in (*model.graph.inputs, *values):
         name = str(value.name)
         dtype, dimensions = probed[name] if name in probed else complete.get(name, _UNKNOWN)
+        # Inputs have the bound shapes by definition.
         if value.is_graph_input():
             dtype, dimensions = dtype_of(value), bound[name]
         shape = _fixed(dimensions)
@@ -122,6 +124,7 @@ def _skeleton(model: ir.Model, bound: Mapping[str, tuple[int, ...]]) -> onnx.Mod
             del graph.initializers[str(value.name)]
             value.const_value = None
             value.type, value.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
+            # As an input a weight has a type and no bytes, so models beyond protobuf's 2 GiB serialise.
             graph.inputs.append(value)
     for name, shape in bound.items():
         next(v for v in graph.inputs if v.name == name).shape = ir.Shape(shape)
@@ -164,6 +167,7 @@ def _spec_dims(value: ir.Value, inferred: tuple[Dim, ...] | None, actual: tuple[
     merged: list[Dim] = []
     for derived, name, n in zip(inferred, names, actual, strict=True):
         if isinstance(derived, int):
+            # Inference errs on some operators; the run's size decides.
             merged.append(derived if derived == n else FREE)
         elif isinstance(name, str) and name != FREE:
             merged.append(name)

@@ -25,6 +25,7 @@ class ZooModel:
     write: Callable[[Path], Path]
     preprocess: Mapping[str, Any] | None
     postprocess: Mapping[str, Any] | None
+    # A function, since the package of labels is imported only for a build.
     labels: Callable[[], list[str]] | None
     source: Mapping[str, Any] = field(default_factory=dict)
 

@@ -1,17 +1,24 @@
-"""The split answer is the whole model's answer: real models, real inputs, cuts spread over each graph."""
+"""A partition's segments compute the whole model's predictions: real models, and any cut of random graphs."""
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from isthmus.artifacts.bundle import Bundle, Segment
 from isthmus.artifacts.segment_id import WHOLE
-from isthmus_tools.graph import CutInfo, Model, build, cuts, open_model
+from isthmus_tools.graph import CutInfo, Model, build, cut_at, cuts, open_model
+from isthmus_tools.graph.cuts import ancestors, boundary_values
 from support.models import REAL, RealModel
+from support.random_graphs import graphs
 from support.segments import difference, run_partition, run_whole
 
 TOLERANCE = 1e-4
@@ -107,3 +114,28 @@ def _compare(built: Built, names: list[str]) -> float:
 
 def _weight(bundle: Bundle, segment: Segment) -> int:
     return segment.graph.size + sum(t.length for t in bundle.weight_ranges(segment))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(graphs(), st.data())
+def test_any_cut_of_any_graph_is_the_whole(proto: onnx.ModelProto, data: st.DataObject) -> None:
+    inputs = [{"x": np.array([0.3], np.float32), "z": np.array([-0.7], np.float32)}]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "random.onnx"
+        onnx.save(proto, path)
+        model = open_model(path)
+        every = cuts(model)
+        partitions = [[c] for c in every[::3]]
+        if len(every) > 1:
+            partitions.append([every[0], every[-1]])
+        made = [v for node, keep in zip(model.nodes, model.dynamic, strict=True) if keep for v in node.outputs]
+        if made:
+            upstream = ancestors(model, [data.draw(st.sampled_from(made))])
+            crossing = boundary_values(model, upstream)
+            if crossing and ancestors(model, crossing) == upstream:
+                partitions.append([cut_at(model, [str(v.name) for v in crossing], "drawn")])
+        bundle, files = build(model, "random", folder, partitions=partitions)
+        whole = run_whole(path, inputs)[0]
+        for partition in [[], *partitions]:
+            split = run_partition(bundle, files, [c.name for c in partition], inputs)[0]
+            assert difference(whole, split) < 1e-6

@@ -28,6 +28,8 @@ FRAMING_BYTES = 2**20  # request line, headers and chunk lines, beside the body
 # Longer than any client here keeps an idle connection: 0.5 s the watchdog, 10 s the local engine. A
 # request on a connection that the server is about to close would fail.
 IDLE_S = 15
+LINGER_S = 2.0
+MAX_LINGERING = 32  # threads; above, a refused connection is closed at once
 RECV_BYTES = 256 * 1024  # measured at bodies of 1.2 MB: 64 KiB and 1 MiB are slower
 
 
@@ -59,6 +61,7 @@ class Admission:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
+        self.lingering = threading.Semaphore(MAX_LINGERING)
         self._charged = 0
         self._lock = threading.Lock()  # a worker sends while the main thread receives
 
@@ -86,6 +89,7 @@ class BoundedConnection(socket.socket):
         self.charged = self.received = 0
         self._admission = admission
         self._began = 0.0
+        self._refused = False
 
     def recv(self, size: int, flags: int = 0, /) -> bytes:
         """Receive bytes; empty after a refusal, so that waitress closes the connection."""
@@ -94,6 +98,7 @@ class BoundedConnection(socket.socket):
             self._began = time.monotonic()
         self.received += len(data)
         if refusal := self._refusal(len(data)):
+            self._refused = True
             with contextlib.suppress(OSError):
                 super().send(refusal)
             return b""
@@ -108,7 +113,21 @@ class BoundedConnection(socket.socket):
     def close(self) -> None:
         """Close; bytes received count no longer."""
         self._admission.release(self)
+        if self._refused and self._admission.lingering.acquire(blocking=False):
+            threading.Thread(target=self._linger, args=(self.detach(),), daemon=True).start()
         super().close()
+
+    def _linger(self, descriptor: int) -> None:
+        """Discard the rest of a refused request: closing before would reset the connection and lose the refusal."""
+        until = time.monotonic() + LINGER_S
+        try:
+            with socket.socket(fileno=descriptor) as connection, contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_WR)
+                connection.settimeout(LINGER_S)
+                while time.monotonic() < until and connection.recv(RECV_BYTES):
+                    pass
+        finally:
+            self._admission.lingering.release()
 
     def _refusal(self, count: int) -> bytes:
         limits = self._admission.limits

@@ -312,6 +312,15 @@ def test_a_body_over_the_bound_is_refused_as_json_before_all_of_it_has_come(tmp_
         reply.close()
 
 
+def test_a_refusal_reaches_a_client_that_sends_its_whole_body_first(tmp_path: Path) -> None:
+    with (
+        served(HANDLER, tmp_path / "app", max_request_bytes="1MiB") as port,
+        socket.create_connection(("127.0.0.1", port), timeout=LONG_S) as s,
+    ):
+        s.sendall(b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 9000000\r\n\r\n" + bytes(9_000_000))
+        assert s.makefile("rb").read().startswith(b"HTTP/1.1 413")
+
+
 def answers(port: int, request: bytes) -> bytes:
     """All that comes back until the server closes the connection."""
     with socket.create_connection(("127.0.0.1", port), timeout=LONG_S) as s:

@@ -73,6 +73,7 @@ def napping(tmp_path: Path) -> Iterator[str]:
         "TMPDIR": str(tmp_path),  # where its lock lies
         "registry": str(tmp_path),
         "log_level": "error",
+        "max_request_bytes": "1MiB",
     }
     process = subprocess.Popen(
         ["fwatchdog"],
@@ -111,3 +112,8 @@ def test_a_deadline_is_our_error_and_not_the_watchdogs_empty_504(napping: str, t
     # A pause of the machine that is longer than the margin lets the watchdog win, but not in each of three rounds.
     rounds = (kinds() for _ in range(3))
     assert any(round == ["DeadlineExceeded"] * 8 for round in rounds)
+
+
+def test_a_body_over_the_bound_is_413_with_json_behind_the_watchdog(napping: str) -> None:
+    response = http("POST", napping, body=bytes(8_000_000))
+    assert (response.status, response.json()["type"]) == (413, "RequestTooLarge")

@@ -72,7 +72,7 @@ def calibrate(
     from isthmus_tools.usecases import calibrate as use_case
 
     with errors(as_json):
-        if alias:  # before the folder is read, as the use case would
+        if alias:  # before the folder is read, which may take long
             check_alias(alias)
         request = use_case.CalibrateRequest(
             model=model,

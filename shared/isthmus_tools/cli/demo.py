@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from isthmus_tools.usecases.local_model import LocalModel
 
 MODEL = "efficientnet-lite0"
+# As cameras and browsers save photos.
 JPEG_QUALITY = 85
 
 

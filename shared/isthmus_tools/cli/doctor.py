@@ -20,6 +20,7 @@ from isthmus.units import format_size
 from isthmus_tools.cli.console import out, print_json, table
 from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, registry_settings
 
+# By module, with the use of each; absent optional packages disable a command at most.
 _NEEDED = {
     "onnxruntime": "runs segments",
     "flask": "serves functions",
@@ -34,6 +35,7 @@ _OPTIONAL = {
     "matplotlib": "draws cuts: pip install 'isthmus[cli]'",
     "PIL": "reads photos",
 }
+# For the weights of a model of ordinary size, and its segments.
 _ROOM_BYTES = 2 * 10**9
 
 
@@ -83,6 +85,7 @@ def _packages() -> Iterator[Finding]:
 
 
 def _runtime() -> Iterator[Finding]:
+    # Its absence is reported by _packages.
     if importlib.util.find_spec("onnxruntime") is None:
         return
     from isthmus.runtime.ort import available_providers, cpu_limit
@@ -125,6 +128,7 @@ def _registry(registry: str) -> Iterator[Finding]:
     try:
         folder = parse_address(registry).folder
         absent = bool(folder) and not Path(folder).exists()
+        # A single short attempt: retries would hide an unreachable server for minutes.
         settings = replace(registry_settings(registry), registry_attempts=1, registry_timeout_s=5.0)
         names = open_registry(settings).models()
     except IsthmusError as e:

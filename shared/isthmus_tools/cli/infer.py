@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from isthmus.client import Client
     from isthmus_tools.usecases.local_model import LocalModel
 
+# The gateway of `isthmus up`.
 ROUTER = "http://127.0.0.1:8080/function/router"
 
 
@@ -57,7 +58,7 @@ def infer(
     """
     where = _Where(url, local, cuts or old_cuts, timeout, registry)
     with errors(as_json):
-        # A model without inputs takes neither.
+        # A model without inputs takes neither photos nor tensors.
         if (photos and tensor) or not (photos or tensor or model):
             raise RequestMalformed("name photos to classify, or tensors with --tensor NAME=FILE.npy, not both")
         if output is not None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from isthmus_tools.netem.emulator import LinkCounters, NetworkEmulator
     from isthmus_tools.netem.script import ScriptStep
 
+# Between looks at the counters: short for a script's steps, long for an idle terminal.
 _TICK_S = 0.2
 _RATE = "such as 10mbit, 1.5Mbit/s or unlimited."
 

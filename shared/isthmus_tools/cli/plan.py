@@ -102,6 +102,7 @@ def plan(
             raise RequestMalformed("--local starts its own functions: leave --head and --tail out")
         if bool(head) != bool(tail):
             raise RequestMalformed("measuring takes both functions: --head URL and --tail URL")
+        # Before minutes of measurements.
         if picture is not None:
             check_output(picture, "--picture", PICTURES)
         if alias:
@@ -132,9 +133,11 @@ def plan(
             int8=int8,
             budget=budget_of(time_limit),
         )
+        # Progress ends last, functions outlive the plan's measurements.
         with ExitStack() as resources:
             progress = resources.enter_context(progress_bars(as_json))
             if local:
+                # The start of functions takes seconds: unusable inputs fail before.
                 use_case.check_inputs(request)
                 functions = resources.enter_context(local_functions(stack, stack_variables(registry), progress))
                 request = replace(request, functions=functions)

@@ -13,7 +13,9 @@ from isthmus.units import format_duration, format_rate, format_size
 from isthmus_tools.cli.console import say, table
 from isthmus_tools.planner.choice import GridCell
 
+# Rows for a terminal; --json has all.
 SHOWN = 12
+# A cell has room for a letter only.
 _LETTERS = string.ascii_uppercase + string.ascii_lowercase
 
 

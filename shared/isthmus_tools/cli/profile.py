@@ -77,7 +77,7 @@ def profile(
             raise RequestMalformed("name the functions with --head URL and --tail URL, or start some with --local")
         if local and (head or tail):
             raise RequestMalformed("--local starts its own functions: leave --head and --tail out")
-        budget_of(time_limit)
+        budget_of(time_limit)  # refuses a malformed limit before functions start
         request = use_case.ProfileRequest(
             model=model,
             registry=registry_settings(registry),
@@ -91,10 +91,11 @@ def profile(
         with ExitStack() as resources:
             progress = resources.enter_context(progress_bars(as_json))
             if local:
+                # The start of functions takes seconds: unusable inputs fail before.
                 use_case.check_inputs(request)
                 functions = resources.enter_context(local_functions(stack, stack_variables(registry), progress))
                 request = replace(request, functions=functions)
-            # The time limit starts behind the functions.
+            # The time limit starts once the functions run.
             result = use_case.profile(replace(request, budget=budget_of(time_limit)), progress)
         if as_json:
             print_json(result.document())

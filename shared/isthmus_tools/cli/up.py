@@ -71,6 +71,7 @@ def _replicas(entries: Sequence[str]) -> dict[str, int]:
     counts = {}
     for entry in entries:
         name, _, count = entry.partition("=")
+        # `isdigit` and `int` accept digits of other scripts.
         if not name or not re.fullmatch("[0-9]{1,4}", count):
             raise LocalError(f"--replicas is {entry!r}; it is NAME=N")
         counts[name] = int(count)

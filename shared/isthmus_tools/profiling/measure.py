@@ -207,6 +207,7 @@ def hop_cost(function: ProfiledFunction) -> HopCost:
         As `ProfiledFunction.echo`.
     """
     # Two calls to open the connection and warm the route.
+    # The first calls open the connection.
     for _ in range(2):
         function.echo(0, 0)
     small, large = _ECHO_BYTES

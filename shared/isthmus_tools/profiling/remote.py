@@ -23,6 +23,7 @@ from isthmus.wire import frame as frames
 from isthmus.wire.frame import Frame
 
 # Optimised graphs hold no weights: a language model's has a few MiB, and thousands of kernels.
+# A function is trusted with neither the length of its graph nor the number of its kernels.
 MAX_GRAPH_BYTES = 256 * 2**20
 MAX_KERNELS = 1_000_000
 # With pauses of 1 to 10 s, some 30 s: a large segment loads in the background for that long.

@@ -26,6 +26,7 @@ HEAD, TAIL = "edge-head", "cloud-tail"
 _MEASURING = {"preload": "", "cache_bytes": "8GiB", "max_loaded_bytes": "4GiB"}
 # As in isthmus.serving.profiling, whose import would load Flask.
 _SECRET = "profile-token"  # noqa: S105
+# Until every function is ready, its preloaded segments included.
 _START_S = 120.0
 
 
@@ -71,6 +72,7 @@ def local_functions(stack: Path, variables: Mapping[str, str], progress: Progres
     """
     read = read_stack(stack, variables)
     token = SecretFolder(read.root / ".isthmus" / "secrets").ensure(_SECRET)
+    # Replicas of other functions would compete for the CPUs during measurements.
     unused = {name: 0 for name in read.functions if name not in (HEAD, TAIL)}
     with stack_running(stack, variables, progress, replicas=unused, environment={"*": _MEASURING}) as url:
         yield FunctionUrls(f"{url}/function/{HEAD}", f"{url}/function/{TAIL}", token)

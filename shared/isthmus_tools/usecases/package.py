@@ -32,6 +32,7 @@ _LIKE = {"edge": "edge-head", "cloud": "cloud-tail"}
 _HEADING = "# Written by `isthmus package"
 # A function's name, the stem and a role, must be a DNS label.
 _MAX_STEM = 48
+# A packaged handler has no code of its own: the factory of the runtime, and the settings of the environment.
 _HANDLER = """from __future__ import annotations
 
 import os
@@ -117,6 +118,7 @@ def package(request: PackageRequest, progress: Progress = silent) -> PackageResu
     _check_room(base, partition, request.variables)
     stem = model.name.replace(".", "-").replace("_", "-")[:_MAX_STEM].rstrip("-")
     weights: dict[str, int] = {}
+    # Beside the target, so that the rename stays on one file system; an interrupted run leaves the old package whole.
     with tempfile.TemporaryDirectory(prefix=f".{model.name}-", dir=folder.parent) as temporary:
         written = Path(temporary) / folder.name
         cache = open_cache(request.registry, store)
@@ -228,6 +230,7 @@ def _check_room(base: Mapping[str, Any], partition: _Partition, variables: Mappi
     """
     for part in partition.parts:
         like = _LIKE[part.tier]
+        # Unset, the limit is the function's default.
         text = _Environment(base["functions"][like], variables).value("max_loaded_bytes")
         limit = SegmentSettings.from_env({"segment_dir": "baked", "max_loaded_bytes": text}).max_loaded_bytes
         size = sum(tensor.length for tensor in part.bundle.weight_ranges(part.segment))
@@ -284,12 +287,14 @@ def _functions(
 def _gateways(environment: Mapping[str, Any]) -> dict[str, str]:
     """The gateways of the stack file's own hops, its variables left for faas-cli to fill in."""
     hops = [hop.strip() for hop in str(environment.get("hops", "")).split(",")]
+    # As in stack.yml, the first hop is at the edge and the last in the cloud.
     own = [gateway for gateway, separator, _ in (hop.rpartition("/function/") for hop in hops) if separator]
     return {"edge": own[0], "cloud": own[-1]} if own else dict(_GATEWAYS)
 
 
 def _function(name: str, folder: Path, like: dict[str, Any], environment: dict[str, str], kind: str) -> dict[str, Any]:
     """A function like `like`, with its own name, handler, image and source of its segment."""
+    # A packaged function reads no registry, so its settings and the secrets for S3 go.
     registry_only = ("registry", "preload", "model", "hops", "cuts", "s3_endpoint", "s3_region")
     environment_like = {k: v for k, v in (like.get("environment") or {}).items() if k not in registry_only}
     own = "router" if kind == "router" else str(like["handler"]).rpartition("/")[2]
@@ -320,6 +325,7 @@ def _bake_registry(store: Registry, model: Resolved, partition: _Partition, fold
     for digest in {model.digest, *(part.digest for part in partition.parts)}:
         small.put(blob_key(digest), store.manifest(digest))
     bundle = model.bundle
+    # Labels for classes, fidelity for the fallback chain, the plan for routes, tables for codecs.
     for blob in (bundle.labels, bundle.fidelity, bundle.plan, *bundle.tables.values()):
         if blob is not None:
             small.put(blob_key(blob.digest), store.blob(blob))

@@ -99,11 +99,13 @@ def plan(request: PlanRequest, progress: Progress = silent) -> PlanResult:
         model.bundle, request.photos, request.tensors, random=_RANDOM_REQUESTS, samples=True
     )
     functions = request.functions
+    # Predictions need the profiles of both tiers.
     profiles = tier_profiles(
         ProfileRequest(
             model=request.model,
             registry=request.registry,
             functions=functions or FunctionUrls(),
+            # Candidates are staged by digest; only a published plan makes a version.
             new_version=False,
             budget=request.budget.share(_PROFILING_SHARE),
         ),
@@ -143,6 +145,7 @@ def plan(request: PlanRequest, progress: Progress = silent) -> PlanResult:
         best = build_plan(
             candidate_set, candidates, request.conditions, request.objective, request.constraints, request.prices
         )
+        # The files outlive this call: the result removes them.
         return PlanResult(best, candidate_set, store, files.pop_all())
 
 

@@ -91,6 +91,7 @@ def profile(request: ProfileRequest, progress: Progress = silent) -> ProfileResu
     progress(f"fetching {version.name}:{version.version}")
     cache = open_cache(settings, store)
     with cache.locate(version.digest, WHOLE) as whole:
+        # As published: normalised again, positions of cuts could move.
         model = open_model(whole.path, examples=inputs, normalise=False)
         cuts = cuts_to_profile(model, version.bundle, request.cuts)
         current = {tier: profiles.find(store, version.bundle, tier, device.id) for tier, device in devices.items()}
@@ -116,6 +117,7 @@ def profile(request: ProfileRequest, progress: Progress = silent) -> ProfileResu
             [version.bundle.segment(_end(tier, name)) for name in cuts],
             runs=request.runs,
             progress=progress,
+            # Equal shares, so that the first tier leaves time for the second.
             budget=request.budget.share((i + 1) / len(due)),
         )
         old = current[tier]

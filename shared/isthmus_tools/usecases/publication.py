@@ -85,6 +85,7 @@ def publish_version(
                 version = publish_plan(registry, bundle, files, valid, alias=alias or None)
                 return Publication(version, alias, was, moved=bool(alias), plan=valid.chosen)
     keeps = bundle.plan is not None
+    # Requests must not lose a plan by a publication that did not ask for it.
     stays = not keeps and not drop_plan and any(model.version == was for model, _ in plans)
     version = registry.publish(bundle, files, alias=None if stays else alias or None)
     return Publication(
@@ -107,6 +108,7 @@ def publish_candidate(registry: Registry, candidate_set: CandidateSet, plan: Pla
         check_alias(alias)
     bundle, variant = candidate_set.bundle, candidate_set.variant
     serving = _serving(registry, bundle.name, alias)
+    # First, since the plan names the variant's digest.
     if variant is not None:
         registry.publish(variant.bundle, variant.files)
     version = publish_plan(registry, bundle, candidate_set.files, plan, alias=alias or None)

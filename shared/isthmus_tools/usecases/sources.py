@@ -20,6 +20,7 @@ from isthmus_tools.progress import Progress
 from isthmus_tools.zoo import models as zoo
 from isthmus_tools.zoo.photos import read_photo, sample_photos
 
+# Each candidate runs on every example; more examples would take the time of further candidates.
 MAX_EXAMPLES = 8
 
 

@@ -10,7 +10,7 @@ ARGS ?=
 export ISTHMUS_REGISTRY ?= $(CURDIR)/.isthmus/registry
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run up test check format lock requirements wheels clean
+.PHONY: help setup setup-dev run up test check format schemas lock requirements wheels clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -55,6 +55,9 @@ format: setup-dev ## write the code in the one style
 
 bench-%: setup-dev ## run bench/%.py: make bench-frame ARGS=--quick
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python bench/$*.py $(ARGS)
+
+schemas: setup-dev ## write the documents' JSON Schemas from the code
+	$(BIN)/python docs/schemas/generate.py
 
 lock: ## pin what is installed now in constraints.txt, and the images' packages with it
 	@sed -n 1p constraints.txt > constraints.new

@@ -14,10 +14,11 @@ from codec_curves import Comparison, Point, bytes_at, curve, fewer, fewest_bits,
 from codec_networks import Subject, detector, digits, encoder, other_photos, real, same_photos, voice
 from codec_peers import Affine, Half, Ideal, scales, zlib_6, zstd_3
 from harness import Call, Report, Row, arguments, at_least, at_most, interleave
+from msgspec import structs
 
 from isthmus.arrays import Array
-from isthmus.artifacts.agreement import TOP1
 from isthmus.artifacts.choice import LOSSLESS_ID, SPARSE_ID, TRANSFORM_ID, Choice
+from isthmus.artifacts.fidelity import TOP1
 from isthmus.artifacts.segment_id import SegmentId
 from isthmus.codecs import EncodedTensor, Encoding, encode_tensor, find_codec
 from isthmus.codecs.payload import restore, shrink
@@ -105,7 +106,7 @@ def measure(subject: Subject, folder: Path, report: Report) -> list[Scored]:
         spool = Spool(boundaries, executor, place)
         for example in fold.calibrating():
             spool.add(example.arrays)
-        rule = replace(subject.measure, scales=spool.scales())
+        rule = structs.replace(subject.measure, scales=spool.scales())
         max_s = 8 if report.quick else 120 / len(subject.folds)
         tables, skipped = learn_tables(boundaries, spool, executor, rule, max_s=max_s)
         for tensor, why in skipped.items():

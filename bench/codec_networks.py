@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_digits
 
 from isthmus.arrays import Array
-from isthmus.artifacts.agreement import Measure
+from isthmus.artifacts.fidelity import Measure
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.processing.image import preprocess
 from isthmus.processing.image_decoding import MAX_PIXELS

@@ -16,8 +16,7 @@ from harness import ROOT, STATE, Report
 from PIL import Image
 
 from isthmus.arrays import Array
-from isthmus.artifacts.agreement import measure_for
-from isthmus.artifacts.fidelity_document import read
+from isthmus.artifacts.fidelity import measure_for, read_fidelity
 from isthmus.artifacts.segment_id import WHOLE
 from isthmus.errors import Missing
 from isthmus.registry import Registry, Resolved, open_cache, open_registry
@@ -126,7 +125,7 @@ def calibrated_version(planned: PlannedModel, version: Resolved, report: Report)
     registry = open_registry(settings)
     with contextlib.suppress(Missing):
         bundle = registry.resolve(reference).bundle
-        if bundle.fidelity and set(read(bundle, registry.blob).cuts()) == set(planned.calibrate):
+        if bundle.fidelity and set(read_fidelity(bundle, registry.blob).cuts()) == set(planned.calibrate):
             return reference
     report.say(f"{planned.name}: calibrating the codec at {', '.join(planned.calibrate)}, once: some minutes")
     source = open_source(version.bundle, varied_photos(), "photos", INPUTS)

@@ -140,7 +140,7 @@ def prepared(model: PlannedModel, report: Report) -> Iterator[Bench]:
         functions = {}
         for cell in grid:
             far = resources.enter_context(
-                link_to(cloud.url, uplink_bps=cell.uplink_bps, downlink_bps=cell.downlink_bps, rtt_s=cell.rtt_s)
+                link_to(cloud.url, uplink_bps=cell.up_bps, downlink_bps=cell.down_bps, rtt_s=cell.rtt_s)
             )
             functions[cell] = LinkedFunctions(edge.url, far, cloud.url)
         runs = 7 if report.quick else 15
@@ -240,4 +240,4 @@ def could_be_better(candidates: Sequence[Candidate], seconds: float) -> list[Can
 
 def text(cell: Conditions) -> str:
     """`10 Mbit/s, 20 ms`."""
-    return f"{cell.uplink_bps / 1e6:g} Mbit/s, {cell.rtt_s * 1000:g} ms"
+    return f"{cell.up_bps / 1e6:g} Mbit/s, {cell.rtt_s * 1000:g} ms"

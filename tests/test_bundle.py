@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from isthmus.artifacts.bundle import Blob, Bundle, Cut, Segment, Weights, from_json, subject_digest, to_json
+from isthmus.artifacts.segment_id import SegmentId
 from isthmus.errors import RegistryError
 
 BLOB = Blob("sha256:" + "0" * 64, 1)
@@ -17,10 +18,13 @@ BUNDLE = Bundle(
     inputs=(),
     outputs=(),
     weights=Weights(BLOB, ()),
-    segments={s: Segment(s, BLOB, (), (), ()) for s in ("..", "..a", "a..")},
-    cuts={"a": Cut("a", (), 0, 0.5)},
+    segment_list=tuple(Segment(SegmentId.parse(s), BLOB, (), (), ()) for s in ("..", "..a", "a..")),
+    cut_list=(Cut("a", (), 0, 0.5),),
     default_cuts=("a",),
 )
+
+
+CUT = {"name": "a", "tensors": [], "bytes": 0, "macs_before": 0.5, "position": None}
 
 
 def broken(**changes: Any) -> bytes:
@@ -30,16 +34,19 @@ def broken(**changes: Any) -> bytes:
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (b"[]", "TypeError"),
-        (b"{", "JSONDecodeError"),
+        (b"[]", "bundle is a list of 0; it is an object"),
+        (b"{", "is not JSON"),
         (broken(format="isthmus.bundle/9"), "this version reads"),
-        (broken(name="../m"), "cannot name a model"),
-        (broken(cuts=[{"name": "../a", "tensors": [], "bytes": 0, "macs_before": 0, "position": None}]), "name a cut"),
+        (broken(name="../m"), r"bundle\.name is \"../m\"; it matches"),
+        (broken(cuts=[CUT | {"name": "../a"}]), r"cuts\[0\]\.name is \"../a\""),
+        (broken(cuts=[CUT | {"bytes": -1}]), r"bundle\.cuts\[0\]\.bytes is -1; it is at least 0"),
+        (broken(cuts=[CUT, CUT]), "two cuts of one name"),
         (broken(cuts=[]), "does not lie between"),
         (broken(default_cuts=["b"]), "default cut 'b'"),
-        (broken(tables={"x": {"digest": "sha256:1", "size": 1}}), "is not a sha256 digest"),
-        (broken(tables=[]), "no object"),
-        (broken(plan=3), "TypeError"),
+        (broken(tables={"x": {"digest": "sha256:1", "size": 1}}), r"tables\[\.\.\.\]\.digest .* it matches \^sha256"),
+        (broken(tables=[]), "tables is a list of 0; it is an object"),
+        (broken(plan=3), "plan is 3; it is an object or null"),
+        (broken(more=1), "unknown key: 'more'"),
     ],
 )
 def test_a_manifest_that_is_none_is_refused_by_what_is_wrong(data: bytes, says: str) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
-from isthmus.artifacts.agreement import Measure
 from isthmus.artifacts.bundle import Blob, digest_of
 from isthmus.artifacts.choice import Look
-from isthmus.artifacts.fidelity import Entry, Fidelity, Inputs
+from isthmus.artifacts.fidelity import Entry, Fidelity, Inputs, Measure
 from isthmus.codecs.transform.table import PlaneTable
 from isthmus.errors import RegistryError
 from isthmus.runtime.tables import Tables

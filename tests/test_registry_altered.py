@@ -15,7 +15,8 @@ from flask.testing import FlaskClient
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.artifacts import fidelity_document, plan_document
+from isthmus.artifacts import fidelity as fidelities
+from isthmus.artifacts import plan as plans
 from isthmus.artifacts import profile as profile_document
 from isthmus.artifacts.bundle import MAX_MANIFEST_BYTES, Bundle, digest_of, from_json, subject_digest, to_json
 from isthmus.artifacts.segment_id import WHOLE
@@ -95,7 +96,7 @@ def use(bundle: Bundle) -> None:
         bundle.weight_ranges(segment)
     assert from_json(to_json(bundle)) == bundle
     subject_digest(bundle)
-    fidelity_document.model_digest(bundle)
+    fidelities.model_digest(bundle)
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +131,8 @@ def test_a_manifest_altered_anywhere_is_usable_or_refused_in_short(manifest: dic
 @pytest.mark.parametrize(
     ("read", "doc"),
     [
-        (plan_document.from_json, json.loads(plan_document.to_json(full_plan()))),
-        (fidelity_document.from_json, json.loads(fidelity_document.to_json(fidelity(DIGEST)))),
+        (plans.from_json, json.loads(plans.to_json(full_plan()))),
+        (fidelities.from_json, json.loads(fidelities.to_json(fidelity(DIGEST)))),
         (profile_document.from_json, json.loads(profile_document.to_json(PROFILE))),
     ],
     ids=["plan", "fidelity", "profile"],
@@ -143,7 +144,7 @@ def test_a_document_altered_anywhere_is_read_or_refused_in_short(read: Callable[
 
 def test_a_number_that_no_float_holds_is_refused_anywhere_in_a_fidelity() -> None:
     """A command that shows it would end in a traceback."""
-    doc = json.loads(fidelity_document.to_json(fidelity(DIGEST)))
+    doc = json.loads(fidelities.to_json(fidelity(DIGEST)))
     for path in paths(doc):
         changed = copy.deepcopy(doc)
         parent = changed
@@ -152,19 +153,19 @@ def test_a_number_that_no_float_holds_is_refused_anywhere_in_a_fidelity() -> Non
         if isinstance(parent[path[-1]], str):
             continue
         parent[path[-1]] = 10**400
-        assert refusal(fidelity_document.from_json, encoded(changed), str(path)) is not None, path
+        assert refusal(fidelities.from_json, encoded(changed), str(path)) is not None, path
 
 
 @given(data=st.binary(max_size=300))
 def test_bytes_that_are_no_document_are_refused(data: bytes) -> None:
-    for read in (read_manifest, plan_document.from_json, fidelity_document.from_json):
+    for read in (read_manifest, plans.from_json, fidelities.from_json):
         with pytest.raises(IsthmusError):
             read(data)
 
 
 @pytest.mark.parametrize("text", [b"[" * 10**5, b"1" * 10**5, b'{"format":"' + b"x" * 10**6 + b'"}', b"", b"NaN"])
 def test_documents_that_are_deep_or_long_are_refused_in_short(text: bytes) -> None:
-    for read in (read_manifest, plan_document.from_json, fidelity_document.from_json):
+    for read in (read_manifest, plans.from_json, fidelities.from_json):
         with pytest.raises(IsthmusError) as caught:
             read(text)
         assert len(caught.value.message) < 500

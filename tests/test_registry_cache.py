@@ -7,10 +7,10 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from isthmus.artifacts.bundle import digest_of, to_json
 from isthmus.errors import CacheFull, Missing, RegistryError, SettingsError
@@ -341,7 +341,7 @@ def test_manifests_that_tell_of_weights_elsewhere_are_refused(
     registry: Registry, store: CountingStore, fake: Fake, tmp_path: Path
 ) -> None:
     head = fake.bundle.segments["..1"]
-    bad = to_json(replace(fake.bundle, segments={"..1": replace(head, weights=((0, 99),))}))
+    bad = to_json(replace(fake.bundle, segment_list=(replace(head, weights=((0, 99),)),)))
     store.put(f"blobs/sha256/{digest_of(bad)[7:]}", bad)
     with pytest.raises(RegistryError, match="weights that are not there"):
         make_cache(registry, tmp_path).locate(digest_of(bad), "..1")

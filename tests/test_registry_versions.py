@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from isthmus.artifacts.bundle import WeightTensor, digest_of
 from isthmus.errors import Corrupt, Missing, RegistryError, SettingsError

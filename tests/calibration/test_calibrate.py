@@ -11,15 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import Result
+from msgspec import structs
 from typer.testing import CliRunner
 
-from isthmus.artifacts.agreement import measure_for
 from isthmus.artifacts.bundle import Blob, digest_of, subject_digest
 from isthmus.artifacts.choice import KNOWN, NEVER_CHOSEN, Choice
-from isthmus.artifacts.fidelity import offered
-from isthmus.artifacts.fidelity_document import model_digest, read, to_json
-from isthmus.artifacts.plan import Coding
-from isthmus.artifacts.plan_document import read_plan
+from isthmus.artifacts.fidelity import measure_for, model_digest, offered, read_fidelity, to_json
+from isthmus.artifacts.plan import Coding, read_plan
 from isthmus.errors import CalibrationError
 from isthmus.registry import FolderStore, Registry, SegmentCache
 from isthmus_tools.calibration.boundary import CutBoundary, Spool
@@ -177,15 +175,15 @@ def test_a_plan_is_carried_only_where_its_choice_runs_the_same(photos: Published
     before, table = photos.bundle, Blob(digest_of(b"table"), 5)
     graded = candidate("split-6-t", "split", cuts=("6",), codecs={"p6": Coding("transform/4", 0.5)})
     edge, split = plan_for(before, candidate()), plan_for(before, graded)
-    tabled = replace(before, tables={"p6": table})
+    tabled = structs.replace(before, tables={"p6": table})
     kept = carry_over(edge, before, tabled, None)
-    assert kept == replace(edge, subject=subject_digest(tabled))
+    assert kept == structs.replace(edge, subject=subject_digest(tabled))
     assert carry_over(split, before, tabled, None) is None
-    assert carry_over(split, tabled, replace(tabled, default_cuts=("1",)), None) is not None
-    other = replace(before, weights=replace(before.weights, blob=Blob(digest_of(b"others"), 9)))
+    assert carry_over(split, tabled, structs.replace(tabled, default_cuts=("1",)), None) is not None
+    other = structs.replace(before, weights=structs.replace(before.weights, blob=Blob(digest_of(b"others"), 9)))
     assert carry_over(edge, before, other, None) is None
-    assert carry_over(edge, before, replace(before, postprocess=None), None) is None
-    assert carry_over(split, tabled, replace(tabled, cuts={}), None) is None
+    assert carry_over(edge, before, structs.replace(before, postprocess=None), None) is None
+    assert carry_over(split, tabled, structs.replace(tabled, cut_list=()), None) is None
 
 
 def test_a_bundle_that_was_not_calibrated_says_how(photos: Published) -> None:
@@ -261,11 +259,11 @@ def test_a_fidelity_of_another_model_is_refused(calibrated: tuple[Path, Any], tm
     source = registry.resolve("photos").bundle
     assert source.fidelity is not None
     data = registry.blob(source.fidelity)
-    carried = replace(other.bundle, fidelity=Blob(digest_of(data), len(data)))
+    carried = structs.replace(other.bundle, fidelity=Blob(digest_of(data), len(data)))
     with pytest.raises(CalibrationError, match="another model"):
-        read(carried, lambda _: data)
-    assert read(source, lambda _: data) is not None
-    assert read(other.bundle, lambda _: data) is None
+        read_fidelity(carried, lambda _: data)
+    assert read_fidelity(source, lambda _: data) is not None
+    assert read_fidelity(other.bundle, lambda _: data) is None
 
 
 def test_more_cuts_are_still_the_same_model(photos: Published, tmp_path: Path) -> None:
@@ -337,7 +335,7 @@ def test_a_cut_of_a_longer_partition_is_reached_through_its_segments(photos: Pub
     ids = lambda c: ([s.id for s in c.head], [s.id for s in c.tail])  # noqa: E731
     assert ids(direct) == (["..1"], ["1.."])
     fewer = {k: v for k, v in photos.bundle.segments.items() if k not in ("1..", "..6")}
-    around = replace(photos.bundle, segments=fewer)
+    around = structs.replace(photos.bundle, segment_list=tuple(fewer.values()))
     assert ids(CutBoundary.at(around, "1")) == (["..1"], ["1..6", "6.."])
     assert ids(CutBoundary.at(around, "6")) == (["..1", "1..6"], ["6.."])
     executor = executor_of(photos, tmp_path / "cache")
@@ -347,7 +345,7 @@ def test_a_cut_of_a_longer_partition_is_reached_through_its_segments(photos: Pub
         boundary = at.select(executor.execute(at.head, photos.inputs).tensors)
         assert np.allclose(at.tail_outputs(executor, boundary)["logits"], whole, atol=1e-5)
     with pytest.raises(CalibrationError, match="no segments"):
-        CutBoundary.at(replace(photos.bundle, segments={"..": photos.bundle.segment("..")}), "1")
+        CutBoundary.at(structs.replace(photos.bundle, segment_list=(photos.bundle.segment(".."),)), "1")
 
 
 def test_what_crosses_is_kept_in_files_and_read_as_often_as_asked(photos: Published, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from isthmus.arrays import Array
-from isthmus.artifacts.agreement import measure_for
 from isthmus.artifacts.choice import MAX_LOOKS, RAW, Choice
-from isthmus.artifacts.fidelity import Entry
-from isthmus.artifacts.fidelity_document import from_json, to_json
+from isthmus.artifacts.fidelity import Entry, from_json, measure_for, to_json
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.codecs import EncodedTensor, encode_tensor
 from isthmus.codecs.transform.levels import STEPS_PER_FACTOR, step_of_quality

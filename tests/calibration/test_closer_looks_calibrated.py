@@ -9,8 +9,7 @@ from typing import Any
 from flask.testing import FlaskClient
 from typer.testing import CliRunner
 
-from isthmus.artifacts.agreement import Measure
-from isthmus.artifacts.fidelity_document import from_json, to_json
+from isthmus.artifacts.fidelity import Measure, from_json, to_json
 from isthmus.serving import create_router_app, create_segment_app
 from isthmus_tools.cli import app
 from isthmus_tools.figures.fidelity import draw

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.artifacts.agreement import Measure
+from isthmus.artifacts.fidelity import Measure
 from isthmus.pipeline.agreement import margin, margin_of
 
 

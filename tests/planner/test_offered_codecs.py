@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from msgspec import structs
+
 from isthmus.artifacts.bundle import Blob, digest_of
 from isthmus.artifacts.choice import KNOWN, NEVER_CHOSEN, Choice, Look
 from isthmus.artifacts.conditions import Conditions
-from isthmus.artifacts.fidelity import Entry, Fidelity
-from isthmus.artifacts.fidelity_document import model_digest, to_json
+from isthmus.artifacts.fidelity import Entry, Fidelity, model_digest, to_json
 from isthmus.codecs import find_codec
 from isthmus_tools.planner.offered import offered_codecs, short_name
 from support.bundles import Published, publish_photos
@@ -38,7 +39,7 @@ def test_a_calibrated_cut_offers_each_codec_at_its_fewest_bytes() -> None:
 
 def followed(quality: float, size: int, *finer: float, offered: bool = True) -> Entry:
     looks, shares = tuple(Look(q, 0.5) for q in finer), tuple(0.5 / (n + 1) for n in range(len(finer)))
-    return replace(entry("transform/4", quality, size, offered=offered), looks=looks, shares=shares)
+    return structs.replace(entry("transform/4", quality, size, offered=offered), looks=looks, shares=shares)
 
 
 def test_a_further_closer_look_is_offered_only_if_it_saves_bytes() -> None:
@@ -53,11 +54,11 @@ def test_a_further_closer_look_is_offered_only_if_it_saves_bytes() -> None:
         followed(0.2, 190, 0.4, 0.6, 0.8),
         followed(0.0, 180, 0.2, 0.4, 0.6, offered=False),
     )
-    known = replace(known, entries=(*known.entries, *chains))
+    known = structs.replace(known, entries=(*known.entries, *chains))
     found = [choice for choice in offered_codecs(known, "3") if choice.codec == "transform/4"]
     assert [short_name(choice) for choice in found] == ["transform-80", "transform-50-70", "transform-20-40-60-80"]
     # Where only those are offered that look closer, they stay.
-    without = replace(known, entries=tuple(e for e in known.entries if e.looks))
+    without = structs.replace(known, entries=tuple(e for e in known.entries if e.looks))
     assert [short_name(c) for c in offered_codecs(without, "3")] == ["raw", "transform-50-70", "transform-20-40-60-80"]
 
 
@@ -72,7 +73,7 @@ def calibrated(folder: Path) -> Published:
     data = to_json(fidelity(model_digest(published.bundle)))
     (folder / "fidelity.json").write_bytes(data)
     blob = Blob(digest_of(data), len(data))
-    bundle = replace(published.bundle, fidelity=blob)
+    bundle = structs.replace(published.bundle, fidelity=blob)
     version = published.registry.publish(bundle, {blob.digest: folder / "fidelity.json"}, alias="prod")
     return replace(published, bundle=bundle, version=version.version, digest=version.digest)
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from msgspec.structs import replace
 from onnx import helper
 
 from isthmus.artifacts.bundle import subject_digest
 from isthmus.artifacts.conditions import Conditions, Constraints
-from isthmus.artifacts.plan_document import from_json, to_json
+from isthmus.artifacts.plan import from_json, to_json
 from isthmus.artifacts.profile import SegmentCost, Timing
 from isthmus.errors import ConstraintMalformed, Infeasible, PlanMismatch
 from isthmus.processing.image_spec import made_shape
@@ -99,11 +99,11 @@ def test_a_measured_segment_is_preferred_to_the_sum_of_its_nodes(photos: Publish
         found = {c.name: c for c in candidate_set.predict(LINK)}
     known = [c for c in found.values() if c.cuts == ("6",)]
     assert known
-    assert all((c.predicted.edge_run, c.predicted.edge_source) == (0.123, "measured") for c in known)
+    assert all((c.predicted.edge_run, c.predicted.sources.edge) == (0.123, "measured") for c in known)
     assert all(c.edge_memory_bytes == 777 for c in known)
-    assert found["edge-float"].predicted.edge_source == "measured"
+    assert found["edge-float"].predicted.sources.edge == "measured"
     others = [c for c in found.values() if c.kind == "split" and c.cuts != ("6",)]
-    assert {c.predicted.edge_source for c in others} <= {"predicted"}
+    assert {c.predicted.sources.edge for c in others} <= {"predicted"}
 
 
 def test_a_profile_of_another_model_is_refused_by_name(photos: Published, tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_the_int8_variant_is_a_bundle_of_its_own_and_made_once(tmp_path: Path) -
     assert digests == [variant.digest] * 2
     assert (variant.bundle.inputs, variant.bundle.outputs) == (published.bundle.inputs, published.bundle.outputs)
     assert 0 < found.error.relative < 0.5
-    assert found.predicted.edge_source == "scaled"
+    assert found.predicted.sources.edge == "scaled"
     assert not variant.bundle.cuts
 
 

@@ -15,14 +15,15 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+from msgspec import structs
 
 from isthmus.arrays import Array
 from isthmus.artifacts.choice import Look
 from isthmus.artifacts.conditions import Conditions
 from isthmus.artifacts.fidelity import Entry
 from isthmus.artifacts.plan import Candidate, CloserLooks, Coding, Error
-from isthmus.artifacts.plan_document import from_json as read_plan
-from isthmus.artifacts.plan_document import to_json as plan_json
+from isthmus.artifacts.plan import from_json as read_plan
+from isthmus.artifacts.plan import to_json as plan_json
 from isthmus.codecs import Encoding
 from isthmus.context import Context, Deadline
 from isthmus.errors import DeadlineExceeded, HopUnavailable
@@ -58,7 +59,7 @@ def candidate_set(known: Known) -> Iterator[CandidateSet]:
 
 
 def closer_looks(entry: Entry) -> CloserLooks:
-    return CloserLooks("logits", entry.looks, entry.shares)
+    return CloserLooks.of("logits", entry.looks, entry.shares)
 
 
 def planned(known: Known, candidate_set: CandidateSet, link: Conditions = LINK) -> dict[str, Candidate]:
@@ -96,7 +97,7 @@ def test_a_candidate_costs_the_first_transmission_and_the_shares_of_the_looks(
         hops = remote(url, url)
         route = planned_route(made, published.digest, published.bundle, hops, tables, no_variant)
         assert route.looks is not None
-        always = tuple(replace(look, margin=math.inf) for look in chain.looks)
+        always = tuple(structs.replace(look, margin=math.inf) for look in chain.looks)
         route = replace(route, looks=replace(route.looks, looks=always))
         answers = [execute(route, e.arrays, Context.from_headers({}, longest_s=60.0)) for e in shown(known)]
         for hop in hops:
@@ -140,7 +141,7 @@ def test_encoding_and_decoding_count_by_the_shares_of_the_looks(
         return replace(result, runs=runs)
 
     monkeypatch.setattr("isthmus_tools.planner.evaluation.execute", by_the_clock)
-    looks = replace(closer_looks(known.chain), shares=(0.5, 0.25))
+    looks = CloserLooks.of("logits", known.chain.looks, (0.5, 0.25))
     made = evaluator.closer_looks("6", known.chain.choice, looks, Error(0.0, 1))
     assert made is not None
     assert made.encode_s == 1 + 5 + 25
@@ -167,7 +168,7 @@ def test_a_plan_with_closer_looks_survives_its_document(known: Known, candidate_
     assert ["closer_looks" in c for c in doc["candidates"]] == [True, False]
     assert not any("looks" in c for c in doc["candidates"])
     doc["candidates"][0].pop("closer_looks")
-    assert read_plan(json.dumps(doc).encode()).choice == replace(found["closer"], looks=None)
+    assert read_plan(json.dumps(doc).encode()).choice == structs.replace(found["closer"], looks=None)
 
 
 # Requests
@@ -184,7 +185,9 @@ def test_measuring_takes_every_look_and_counts_each_by_its_share(known: Known, t
         return inner(environ, start_response)
 
     # Nothing is sure by such margins, and all of it is looked at all the same.
-    looks = CloserLooks("logits", tuple(replace(look, margin=1e-9) for look in known.chain.looks), (0.5, 0.25))
+    looks = CloserLooks.of(
+        "logits", tuple(structs.replace(look, margin=1e-9) for look in known.chain.looks), (0.5, 0.25)
+    )
     codecs = {"p6": Coding("transform/4", known.chain.quality)}
     chosen = candidate("split-6-t", "split", cuts=("6",), codecs=codecs, looks=looks)
     examples = [TrialInput({"x": photo_array(photo(seed=n))}) for n in range(2)]
@@ -193,7 +196,7 @@ def test_measuring_takes_every_look_and_counts_each_by_its_share(known: Known, t
         hops = remote(head, tail)
         always, once = (
             requester(c, published.digest, published.bundle, hops, examples, tables, no_variant)
-            for c in (chosen, replace(chosen, looks=None))
+            for c in (chosen, structs.replace(chosen, looks=None))
         )
         always(0)
         assert len(calls) == 3
@@ -231,7 +234,7 @@ def test_a_candidate_whose_closer_look_fails_while_it_is_measured_is_refused(
             return [b""]
         return inner(environ, start_response)
 
-    looks = CloserLooks("logits", known.chain.looks, (0.5, 0.25))
+    looks = CloserLooks.of("logits", known.chain.looks, (0.5, 0.25))
     coarse = {"p6": Coding("transform/4", known.chain.quality)}
     chain = candidate("split-6-t", "split", cuts=("6",), codecs=coarse, looks=looks)
     examples = [TrialInput({"x": photo_array(photo(seed=n))}) for n in range(2)]
@@ -297,7 +300,7 @@ def test_a_look_for_which_no_time_was_left_is_a_failed_measurement(
         time.sleep(0.6)
         return app.wsgi_app(environ, start_response)
 
-    looks = CloserLooks("logits", known.chain.looks, (0.5, 0.25))
+    looks = CloserLooks.of("logits", known.chain.looks, (0.5, 0.25))
     coarse = {"p6": Coding("transform/4", known.chain.quality)}
     chain = candidate("split-6-t", "split", cuts=("6",), codecs=coarse, looks=looks, seconds=0.0)
     tables = Tables(published.registry.bundle, published.registry.blob, MAX_PIXELS)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from PIL import Image
 from typer.testing import CliRunner
 
-from isthmus.artifacts.plan_document import from_json, read_plan
+from isthmus.artifacts.plan import from_json, read_plan
 from isthmus.errors import LocalError, ModelError
 from isthmus.serving import create_router_app, create_segment_app
 from isthmus_tools.cli import app

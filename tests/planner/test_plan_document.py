@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,11 @@ import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from isthmus.artifacts.bundle import Blob, subject_digest
 from isthmus.artifacts.conditions import Conditions
-from isthmus.artifacts.plan import Plan
-from isthmus.artifacts.plan_document import from_json, read_plan, to_json
+from isthmus.artifacts.plan import Plan, from_json, read_plan, to_json
 from isthmus.errors import PlanMalformed, PlanMismatch
 from isthmus_tools.planner.publishing import publish_plan
 from support.bundles import publish_photos

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from flask.testing import FlaskClient
+from msgspec.structs import replace
 
 from isthmus.artifacts.bundle import Blob, digest_of
-from isthmus.artifacts.plan import Candidate, Coding
-from isthmus.artifacts.plan_document import to_json
+from isthmus.artifacts.plan import Candidate, Coding, to_json
 from isthmus.serving import create_router_app, create_segment_app
 from isthmus_tools.cli.demo import ServedRoute, medians
 from isthmus_tools.planner.publishing import publish_plan

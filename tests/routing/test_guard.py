@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from flask.testing import FlaskClient
 from hypothesis import given
+from msgspec import structs
 
-from isthmus.artifacts.agreement import Measure, measure_for
 from isthmus.artifacts.choice import RAW, Choice, Look
-from isthmus.artifacts.fidelity import Entry, Fidelity, Inputs, offered
+from isthmus.artifacts.fidelity import Entry, Fidelity, Inputs, Measure, measure_for, offered
 from isthmus.codecs import Encoding
 from isthmus.errors import CalibrationError, SettingsError
 from isthmus.pipeline import Result, Route, SegmentRun
@@ -345,7 +345,7 @@ def test_the_fallback_chain_goes_from_closer_looks_to_the_last_quality_for_every
     assert fallback_chain(TWO, "6", None) == (TWO, *higher, *rest)
     to_the_end = replace(ONE, looks=(Look(0.6, 0.2), Look(1.0, 0.2)))
     assert fallback_chain(to_the_end, "6", None) == (to_the_end, of(1.0), *rest)
-    measured = replace(FIDELITY, entries=(LOOKED, replace(entry(1.0, 250, 0.98), codec="int8/1")))
+    measured = structs.replace(FIDELITY, entries=(LOOKED, structs.replace(entry(1.0, 250, 0.98), codec="int8/1")))
     assert fallback_chain(ONE, "6", measured) == (ONE, *higher, Choice("half/1"), RAW)
 
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from flask.testing import FlaskClient
+from msgspec.structs import replace
 
 from isthmus.artifacts import plan as plans_of
-from isthmus.artifacts.agreement import TOP1, Measure
 from isthmus.artifacts.bundle import Blob, digest_of
 from isthmus.artifacts.choice import Choice, Look
+from isthmus.artifacts.fidelity import TOP1, Measure
 from isthmus.codecs import Encoding
 from isthmus.errors import SettingsError
 from isthmus.pipeline import LocalHop, LookPolicy, Route, plan_route
@@ -151,7 +151,7 @@ def test_answers_are_those_of_the_quality_that_answered(router: Routers) -> None
 def test_a_plans_closer_looks_are_taken_and_codec_raw_switches_them_off(
     photos: Published, tail: Gate, tmp_path: Path
 ) -> None:
-    looked = plans_of.CloserLooks("logits", (Look(FINE, 900.0), Look(0.6, 900.0)), (0.5, 0.25))
+    looked = plans_of.CloserLooks.of("logits", (Look(FINE, 900.0), Look(0.6, 900.0)), (0.5, 0.25))
     codecs = {"p6": plans_of.Coding(CALIBRATED, COARSE)}
     chosen = candidate("split-6-t", "split", cuts=("6",), codecs=codecs, looks=looked)
     version = publish_plan(photos.registry, photos.bundle, {}, plan_for(photos.bundle, chosen))

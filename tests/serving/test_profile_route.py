@@ -9,11 +9,12 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from flask.testing import FlaskClient
 
-from isthmus.artifacts.device import cpu_name, from_document, memory
+from isthmus.artifacts.device import Device, cpu_name, memory
 from isthmus.artifacts.segment_id import WHOLE
 from isthmus.serving import create_segment_app
 from isthmus.serving.profiling import SECRET
@@ -74,7 +75,7 @@ def test_a_refused_caller_loads_nothing(client: FlaskClient, photos: Published) 
 
 
 def test_an_empty_body_asks_what_device_this_is(client: FlaskClient) -> None:
-    device = from_document(client.post("/profile", headers=BEARER).json["device"])
+    device = msgspec.convert(client.post("/profile", headers=BEARER).json["device"], Device)
     assert (device.threads, device.providers) == (1, ("CPUExecutionProvider",))
     assert device.runtime.startswith("onnxruntime ")
     assert device.cpus >= 1

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from flask.testing import FlaskClient
+from msgspec.structs import replace
 from typer.testing import CliRunner
 
 from isthmus.artifacts.bundle import Blob, digest_of

@@ -6,13 +6,13 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
+from msgspec.structs import replace
 
 from isthmus.admission import MAX_WAITING, Slots, aside
 from isthmus.artifacts.segment_id import WHOLE

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from isthmus.arrays import Array
-from isthmus.artifacts.agreement import Measure, measure_for
 from isthmus.artifacts.choice import RAW, Choice
-from isthmus.artifacts.fidelity import Entry, Fidelity, offered
+from isthmus.artifacts.fidelity import Entry, Fidelity, Measure, measure_for, offered
 from isthmus.pipeline import HttpHop
 from isthmus.processing.image_decoding import MAX_PIXELS
 from isthmus.runtime.tables import Tables, tables_of

@@ -6,9 +6,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from isthmus.artifacts.agreement import Measure
 from isthmus.artifacts.choice import GRADED, MAX_LOOKS, Choice, Look
-from isthmus.artifacts.fidelity import Entry, Fidelity, Inputs
+from isthmus.artifacts.fidelity import Entry, Fidelity, Inputs, Measure
 
 ONE = Choice("transform/4", 0.4, (Look(0.6, 0.2),))
 TWO = Choice("transform/4", 0.2, (Look(0.4, 1.5), Look(0.6, 0.7)))

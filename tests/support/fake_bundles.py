@@ -9,7 +9,10 @@ from dataclasses import dataclass, replace
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
+from msgspec import structs
+
 from isthmus.artifacts.bundle import Blob, Bundle, Cut, Segment, Weights, WeightTensor, digest_of, to_json
+from isthmus.artifacts.segment_id import SegmentId
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.registry import FolderStore, Patience, Registry, SegmentCache
 from support.patience import LONG_S
@@ -63,11 +66,11 @@ def make_bundle(
         inputs=(SPEC,),
         outputs=(SPEC,),
         weights=Weights(keep(bytes(content)), tuple(tensors)),
-        segments={
-            id: Segment(id, keep(f"graph {id} {seed}".encode() * 50), (SPEC,), (SPEC,), weights)
+        segment_list=tuple(
+            Segment(SegmentId.parse(id), keep(f"graph {id} {seed}".encode() * 50), (SPEC,), (SPEC,), weights)
             for id, weights in ranges.items()
-        },
-        cuts={"1": Cut("1", (SPEC,), 16, 0.5, 1)},
+        ),
+        cut_list=(Cut("1", (SPEC,), 16, 0.5, 1),),
         default_cuts=("1",),
     )
     return Fake(bundle, files, bytes(content))
@@ -75,7 +78,7 @@ def make_bundle(
 
 def variant(fake: Fake, note: str) -> Fake:
     """The same content under another manifest."""
-    return replace(fake, bundle=replace(fake.bundle, source={"note": note}))
+    return replace(fake, bundle=structs.replace(fake.bundle, source={"note": note}))
 
 
 def weights_here(fake: Fake, path: Path, segment_id: str) -> bool:

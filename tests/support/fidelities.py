@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from isthmus.artifacts.agreement import Measure
-from isthmus.artifacts.fidelity import Entry, Fidelity, Inputs
+from isthmus.artifacts.fidelity import Entry, Fidelity, Inputs, Measure
 
 
 def entry(codec: str, quality: float, size: int, *, agreement: float = 1.0, offered: bool = True) -> Entry:

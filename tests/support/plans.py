@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from isthmus.artifacts.bundle import Bundle, subject_digest
 from isthmus.artifacts.conditions import Conditions, Constraints
 from isthmus.artifacts.device import Device
-from isthmus.artifacts.plan import Candidate, Coding, Error, Measured, Plan, ProfileUsed, Terms
+from isthmus.artifacts.plan import Candidate, Coding, Error, Measured, Plan, ProfileUsed, Sources, Terms
 from isthmus.artifacts.profile import HopCost, Profile, SegmentCost, Timing, content_of
 from isthmus.artifacts.segment_id import WHOLE
 from isthmus_tools.graph import stored_examples
@@ -22,7 +23,8 @@ from support.paths import ROOT
 HOP = HopCost(0.001, 1e-9, 1e-9, 0.0005, 1e-9)
 MEMORY = 4_000_000
 DIGEST = "sha256:" + "0" * 64
-SCHEMA = json.loads((ROOT / "docs" / "plan.schema.json").read_text())
+SOURCES = Sources("measured", "predicted")
+SCHEMA = json.loads((ROOT / "docs" / "schemas" / "plan.schema.json").read_text())
 
 
 def device(**facts: Any) -> Device:
@@ -88,7 +90,7 @@ def plan_for(bundle: Bundle, candidate: Candidate, **changes: Any) -> Plan:
 
 def candidate(name: str = "edge-float", kind: str = "edge", seconds: float = 0.05, **facts: Any) -> Candidate:
     """A candidate whose predicted seconds are all the edge's."""
-    return Candidate(name, kind, **({"predicted": Terms(edge_run=seconds, edge_source="measured")} | facts))
+    return Candidate(name, kind, **({"predicted": Terms(edge_run=seconds, sources=Sources("measured"))} | facts))
 
 
 def full_plan() -> Plan:
@@ -96,7 +98,9 @@ def full_plan() -> Plan:
     split = Candidate(
         name="split-3-int8",
         kind="split",
-        predicted=Terms(0.001, 0.01, 0.002, 0.0003, 0.02, 0.02, 0.004, 0.0002, 0.005, 0.002, "measured", "predicted"),
+        predicted=Terms(
+            0.001, 0.01, 0.002, 0.0003, 0.02, 0.02, 0.004, 0.0002, 0.005, 0.002, Sources("measured", "predicted")
+        ),
         cuts=("3",),
         codecs={"r3": Coding("int8/1", 0.5)},
         up_bytes=1234,

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 from flask import Response
+from msgspec import structs
 
 from isthmus.arrays import Array
-from isthmus.artifacts.agreement import TOP1, Measure
 from isthmus.artifacts.bundle import Blob, digest_of
 from isthmus.artifacts.choice import Look
+from isthmus.artifacts.fidelity import TOP1, Measure
 from isthmus.codecs import Encoding
 from isthmus.codecs.transform.table import PlaneTable
 from isthmus.context import Context, Deadline
@@ -87,7 +88,7 @@ def with_tables(published: Published, folder: Path, tables: Mapping[str, PlaneTa
         blobs[name] = Blob(digest_of(data), len(data))
         files[blobs[name].digest] = folder / f"{name}.table"
         files[blobs[name].digest].write_bytes(data)
-    bundle = replace(published.bundle, tables=blobs)
+    bundle = structs.replace(published.bundle, tables=blobs)
     version = published.registry.publish(bundle, files, alias="prod")
     return replace(published, bundle=bundle, version=version.version, digest=version.digest)
 

@@ -1,64 +1,60 @@
-"""What a published version of a model is: the manifest, as frozen dataclasses and as canonical JSON.
+"""The manifest of a published version of a model.
 
 A bundle's digest is the SHA-256 of its canonical JSON, so one digest pins the graph, the weights, every segment and the
-pre- and post-processing. Source: docs/bundle.md.
+pre- and post-processing. Source: docs/reference/bundle.md.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from functools import cached_property
+from typing import Annotated, Any
 
-from isthmus.artifacts.cuts import CutText, is_cut_name, parse_partition
+import msgspec
+from msgspec import Struct, field
+from msgspec.structs import force_setattr, replace
+
+from isthmus.artifacts.constraints import Count, Digest, Share, Text, matching
+from isthmus.artifacts.cuts import CutName, CutText, parse_partition
+from isthmus.artifacts.json_documents import DocumentKind, builtins, canonical
 from isthmus.artifacts.segment_id import SegmentId, partition_ids
-from isthmus.artifacts.tensors import Dim, TensorSpec
+from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import Missing, RegistryError
 
-FORMAT = "isthmus.bundle/1"
 MAX_MANIFEST_BYTES = 16 * 2**20
-MAX_TEXT = 4096
-"""Characters of a name, a dtype or a free dimension; a frame carries fewer."""
-MAX_RANK = 64
-"""Axes of a tensor; numpy has no more, and a frame carries fewer."""
 
-T = TypeVar("T")
-
-_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
+_NAME = r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?"
+_MODEL = re.compile(_NAME)
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+ModelName = Annotated[str, matching(_NAME)]
 
 
-@dataclass(frozen=True)
-class Blob:
+class Blob(Struct, frozen=True, forbid_unknown_fields=True):
     """Content in the registry: `sha256:<hex>` and its length in bytes."""
 
-    digest: str
-    size: int
+    digest: Digest
+    size: Count
 
 
-@dataclass(frozen=True)
-class WeightTensor:
+class WeightTensor(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
     """One initialiser's place in the weights file, and the digest of exactly those bytes."""
 
-    name: str
-    offset: int
-    length: int
-    digest: str
+    name: Text
+    offset: Count
+    length: Count
+    digest: Text
 
 
-@dataclass(frozen=True)
-class Weights:
+class Weights(Struct, frozen=True, forbid_unknown_fields=True):
     """The one weights file, tensors sorted by offset: the order in which the graph first uses them."""
 
     blob: Blob
     tensors: tuple[WeightTensor, ...]
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(Struct, frozen=True, forbid_unknown_fields=True):
     """The part of the model between two cuts, runnable alone.
 
     `weights` are half-open ranges of indices into `Weights.tensors`. `inputs` and `outputs` are what its graph takes
@@ -69,23 +65,21 @@ class Segment:
     graph: Blob
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    weights: tuple[tuple[int, int], ...]
-    macs: int = 0
+    weights: tuple[tuple[Count, Count], ...]
+    macs: Count = 0
 
 
-@dataclass(frozen=True)
-class Cut:
+class Cut(Struct, frozen=True, forbid_unknown_fields=True):
     """A named cut: the tensors that cross it, what they weigh as they are, and the share of MACs upstream of it."""
 
-    name: str
+    name: CutName
     tensors: tuple[TensorSpec, ...]
-    bytes: int
-    macs_before: float
-    position: int | None = None
+    bytes: Count
+    macs_before: Share
+    position: Count | None = None
 
 
-@dataclass(frozen=True)
-class Bundle:
+class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_field="format", tag="isthmus.bundle/1"):
     """One published version of a model.
 
     `default_cuts` name the partition that a request takes when nothing chooses another: n names make n + 1 segments.
@@ -94,19 +88,34 @@ class Bundle:
     was measured of each codec's answers (docs/codecs.md), and `plan` the plan made for this bundle (docs/plan.md).
     """
 
-    name: str
+    name: ModelName
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     weights: Weights
-    segments: Mapping[str, Segment]
-    cuts: Mapping[str, Cut]
-    default_cuts: tuple[str, ...] = ()
+    segment_list: tuple[Segment, ...] = field(name="segments")
+    cut_list: tuple[Cut, ...] = field(name="cuts")
+    default_cuts: tuple[Text, ...] = ()
     preprocess: Mapping[str, Any] | None = None
     postprocess: Mapping[str, Any] | None = None
-    source: Mapping[str, Any] = field(default_factory=dict)
-    tables: Mapping[str, Blob] = field(default_factory=dict)
+    source: Mapping[str, Any] = {}
+    tables: Mapping[Text, Blob] = {}
     fidelity: Blob | None = None
     plan: Blob | None = None
+
+    def __post_init__(self) -> None:
+        # The manifest's order, so that equal bundles are equal however they were made.
+        force_setattr(self, "segment_list", tuple(sorted(self.segment_list, key=lambda segment: segment.id)))
+        force_setattr(self, "cut_list", tuple(sorted(self.cut_list, key=lambda cut: cut.name)))
+
+    @cached_property
+    def segments(self) -> Mapping[str, Segment]:
+        """The segments by id."""
+        return {segment.id: segment for segment in self.segment_list}
+
+    @cached_property
+    def cuts(self) -> Mapping[str, Cut]:
+        """The cuts by name."""
+        return {cut.name: cut for cut in self.cut_list}
 
     def segment(self, segment_id: str) -> Segment:
         """The segment of that id.
@@ -186,7 +195,7 @@ class Bundle:
     def labels(self) -> Blob | None:
         """The blob of class names (a JSON list of strings) that `postprocess` refers to, if it does."""
         doc = (self.postprocess or {}).get("labels")
-        return None if doc is None else _blob_from(doc)
+        return None if doc is None else msgspec.convert(doc, Blob)
 
 
 def digest_of(data: bytes | memoryview) -> str:
@@ -206,206 +215,60 @@ def is_digest(text: str) -> bool:
 
 def is_model_name(text: str) -> bool:
     """Whether `text` can name a model: 1 to 63 of a-z, 0-9, '.', '_' and '-', starting and ending alphanumeric."""
-    return _NAME.fullmatch(text) is not None
+    return _MODEL.fullmatch(text) is not None
 
 
 def to_json(bundle: Bundle) -> bytes:
     """Canonical JSON of a bundle: sorted keys, no spaces, UTF-8; equal bundles give equal bytes."""
-    doc = {
-        "format": FORMAT,
-        "name": bundle.name,
-        "inputs": _specs_to(bundle.inputs),
-        "outputs": _specs_to(bundle.outputs),
-        "weights": {
-            "blob": _blob_to(bundle.weights.blob),
-            "tensors": [[t.name, t.offset, t.length, t.digest] for t in bundle.weights.tensors],
-        },
-        "segments": [
-            {
-                "id": s.id,
-                "graph": _blob_to(s.graph),
-                "inputs": _specs_to(s.inputs),
-                "outputs": _specs_to(s.outputs),
-                "weights": [list(r) for r in s.weights],
-                "macs": s.macs,
-            }
-            for s in sorted(bundle.segments.values(), key=lambda s: s.id)
-        ],
-        "cuts": [
-            {
-                "name": c.name,
-                "tensors": _specs_to(c.tensors),
-                "bytes": c.bytes,
-                "macs_before": c.macs_before,
-                "position": c.position,
-            }
-            for c in sorted(bundle.cuts.values(), key=lambda c: c.name)
-        ],
-        "default_cuts": list(bundle.default_cuts),
-        "preprocess": bundle.preprocess,
-        "postprocess": bundle.postprocess,
-        "source": bundle.source,
-    }
+    doc = builtins(bundle)
     # Written only where there is one, so that a bundle without them keeps its digest.
-    if bundle.tables:
-        doc["tables"] = {name: _blob_to(blob) for name, blob in bundle.tables.items()}
-    if bundle.fidelity is not None:
-        doc["fidelity"] = _blob_to(bundle.fidelity)
-    if bundle.plan is not None:
-        doc["plan"] = _blob_to(bundle.plan)
-    return json.dumps(doc, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    for name in ("tables", "fidelity", "plan"):
+        if not doc[name]:
+            del doc[name]
+    return canonical(doc)
 
 
-def from_json(data: bytes) -> Bundle:
+def from_json(data: bytes | memoryview) -> Bundle:
     """Read a manifest.
 
     Raises:
-        RegistryError: not a manifest of this format; the sentence says where it departs.
+        RegistryError: not a manifest of this format; the sentence names the field and the rule.
     """
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise RegistryError(f"a manifest of {len(data)} bytes exceeds {MAX_MANIFEST_BYTES}", limit=MAX_MANIFEST_BYTES)
-    try:
-        doc = json.loads(data, parse_constant=_refuse_constant)
-        if doc["format"] != FORMAT:
-            raise RegistryError(f"manifest format is {str(doc['format'])[:80]!r}; this version reads {FORMAT!r}")
-        return _checked(
-            Bundle(
-                name=_text(doc["name"]),
-                inputs=_specs_from(doc["inputs"]),
-                outputs=_specs_from(doc["outputs"]),
-                weights=Weights(
-                    _blob_from(doc["weights"]["blob"]),
-                    tuple(
-                        WeightTensor(_text(n), _whole(o), _whole(size), _text(d))
-                        for n, o, size, d in _list(doc["weights"]["tensors"])
-                    ),
-                ),
-                segments=_by_name("segment", (_segment_from(s) for s in _list(doc["segments"]))),
-                cuts=_by_name("cut", (_cut_from(c) for c in _list(doc["cuts"]))),
-                default_cuts=tuple(_text(c) for c in _list(doc["default_cuts"])),
-                preprocess=_object_or_none(doc["preprocess"]),
-                postprocess=_object_or_none(doc["postprocess"]),
-                source=_object(doc["source"]),
-                tables={_text(name): _blob_from(blob) for name, blob in _object(doc.get("tables", {})).items()},
-                fidelity=_blob_from(doc["fidelity"]) if "fidelity" in doc else None,
-                plan=_blob_from(doc["plan"]) if "plan" in doc else None,
-            )
-        )
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as e:
-        raise RegistryError(f"not a bundle manifest: {type(e).__name__}: {str(e)[:200]}") from e
+    return BUNDLE.decode(data)
 
 
-def _checked(bundle: Bundle) -> Bundle:
-    """A bundle whose names can be names: they become parts of keys, files and headers."""
-    if not is_model_name(bundle.name):
-        raise ValueError(f"{bundle.name[:80]!r} cannot name a model")
-    if bad := next((name for name in bundle.cuts if not is_cut_name(name)), None):
-        raise ValueError(f"{bad[:80]!r} cannot name a cut")
-    for segment in bundle.segments.values():
+def _check(bundle: Bundle) -> None:
+    """The rules between fields: names become parts of keys, files and headers."""
+    for kind, names in (("segment", [s.id for s in bundle.segment_list]), ("cut", [c.name for c in bundle.cut_list])):
+        if len(set(names)) != len(names):
+            raise ValueError(f"has two {kind}s of one name")
+    for segment in bundle.segment_list:
         if not {segment.id.start, segment.id.stop} <= {"", *bundle.cuts}:
-            raise ValueError(f"{segment.id!r} does not lie between two of the bundle's cuts")
-    if bad := next((name for name in bundle.default_cuts if name not in bundle.cuts), None):
-        raise ValueError(f"the default cut {bad[:80]!r} is none of the bundle's")
+            raise ValueError(f"has the segment {segment.id!r}, which does not lie between two of the bundle's cuts")
+    if absent := [name for name in bundle.default_cuts if name not in bundle.cuts]:
+        raise ValueError(f"has the default cut {absent[0][:80]!r}, which is none of the bundle's cuts")
+    for specs in _tensor_lists(bundle):
+        if len({spec.name for spec in specs}) != len(specs):
+            raise ValueError("has two tensors of one name in one list")
     for what, doc, key, specs in (
         ("preprocess", bundle.preprocess, "input", bundle.inputs),
         ("postprocess", bundle.postprocess, "output", bundle.outputs),
     ):
         if doc is not None and doc.get(key) not in [spec.name for spec in specs]:
-            raise ValueError(f"{what} names the {key} {str(doc.get(key))[:80]!r}, which the model does not have")
-    # Both become JSON again, and the labels' blob is looked up.
-    json.dumps([bundle.preprocess, bundle.postprocess, bundle.source], ensure_ascii=False, allow_nan=False).encode()
-    _ = bundle.labels
-    return bundle
+            raise ValueError(f"has a {what} of the {key} {str(doc.get(key))[:80]!r}, which the model does not have")
+    try:
+        _ = bundle.labels
+    except msgspec.ValidationError as e:
+        raise ValueError(f"has labels that are no blob: {e}") from e
 
 
-def _specs_to(specs: tuple[TensorSpec, ...]) -> list[dict[str, Any]]:
-    return [{"name": s.name, "dtype": s.dtype, "shape": list(s.shape)} for s in specs]
+def _tensor_lists(bundle: Bundle) -> Iterable[tuple[TensorSpec, ...]]:
+    parts: tuple[Bundle | Segment, ...] = (bundle, *bundle.segment_list)
+    return [
+        *(part.inputs for part in parts),
+        *(part.outputs for part in parts),
+        *(cut.tensors for cut in bundle.cut_list),
+    ]
 
 
-def _specs_from(docs: Any) -> tuple[TensorSpec, ...]:
-    specs = tuple(
-        TensorSpec(_text(d["name"]), _text(d["dtype"]), tuple(_dim(n) for n in _list(d["shape"], MAX_RANK)))
-        for d in _list(docs)
-    )
-    if len({spec.name for spec in specs}) != len(specs):
-        raise ValueError("two tensors of one list have one name")
-    return specs
-
-
-def _segment_from(doc: Any) -> tuple[str, Segment]:
-    name = SegmentId.parse(_text(doc["id"]))
-    ranges = tuple((_whole(start), _whole(stop)) for start, stop in _list(doc["weights"]))
-    inputs, outputs = _specs_from(doc["inputs"]), _specs_from(doc["outputs"])
-    return name, Segment(name, _blob_from(doc["graph"]), inputs, outputs, ranges, _whole(doc["macs"]))
-
-
-def _cut_from(doc: Any) -> tuple[str, Cut]:
-    share, position = doc["macs_before"], doc["position"]
-    if type(share) not in (int, float) or not 0 <= share <= 1:
-        raise ValueError(f"{str(share)[:80]!r} is no share of the MACs")
-    name, tensors = _text(doc["name"]), _specs_from(doc["tensors"])
-    position = None if position is None else _whole(position)
-    return name, Cut(name, tensors, _whole(doc["bytes"]), float(share), position)
-
-
-def _by_name(what: str, found: Iterable[tuple[str, T]]) -> dict[str, T]:
-    made: dict[str, T] = {}
-    for name, value in found:
-        if name in made:
-            raise ValueError(f"two {what}s are named {name[:80]!r}")
-        made[name] = value
-    return made
-
-
-def _blob_to(blob: Blob) -> dict[str, Any]:
-    return {"digest": blob.digest, "size": blob.size}
-
-
-def _blob_from(doc: Any) -> Blob:
-    if not is_digest(digest := _text(doc["digest"])):
-        raise ValueError(f"{digest[:80]!r} is not a sha256 digest")
-    return Blob(digest, _whole(doc["size"]))
-
-
-# Whoever can write to a registry can write any JSON there: each value is what it must be, and bounded.
-
-
-def _text(value: Any) -> str:
-    if type(value) is not str or len(value) > MAX_TEXT:
-        raise ValueError(f"{str(value)[:80]!r} is no text of at most {MAX_TEXT} characters")
-    value.encode()  # half of a surrogate pair is no text, and neither a name on a wire nor in a file
-    return value
-
-
-def _whole(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError(f"{_shown(value)} is no whole number from 0 of at most 63 bits")
-    return value
-
-
-def _dim(value: Any) -> Dim:
-    return _text(value) if isinstance(value, str) else _whole(value)
-
-
-def _list(value: Any, most: int | None = None) -> list[Any]:
-    if type(value) is not list or (most is not None and len(value) > most):
-        raise ValueError(f"{_shown(value)} is no list" + (f" of at most {most}" if most is not None else ""))
-    return value
-
-
-def _object(value: Any) -> dict[str, Any]:
-    if type(value) is not dict:
-        raise ValueError(f"{_shown(value)} is no object")
-    return value
-
-
-def _object_or_none(value: Any) -> dict[str, Any] | None:
-    return None if value is None else _object(value)
-
-
-def _refuse_constant(text: str) -> Any:
-    raise ValueError(f"{text} is not JSON")
-
-
-def _shown(value: Any) -> str:
-    return repr(value)[:80] if isinstance(value, str | int | float | bool | None) else type(value).__name__
+BUNDLE = DocumentKind(Bundle, "bundle", MAX_MANIFEST_BYTES, RegistryError, _check)

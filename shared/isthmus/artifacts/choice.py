@@ -6,7 +6,11 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Annotated, Self
+
+from msgspec import Meta, Struct
+
+from isthmus.artifacts.constraints import Share, one_of
 
 RAW_ID = "raw"
 LOSSLESS_ID = "lossless/3"
@@ -32,6 +36,11 @@ NEVER_CHOSEN = frozenset({PHOTO_ID})
 """Codecs that nobody chooses for boundary tensors: `photo/1` carries the photo itself."""
 
 
+BoundaryCodecId = Annotated[str, one_of(*(codec for codec in KNOWN if codec not in NEVER_CHOSEN), *_SUCCESSORS)]
+CodecId = Annotated[str, one_of(*KNOWN, *_SUCCESSORS)]
+"""A codec in a document; an earlier id stands for its successor."""
+
+
 def successor(codec: str) -> str:
     """The id that a codec named in a setting, plan or fidelity document has today; itself if it has no successor."""
     return _SUCCESSORS.get(codec, codec)
@@ -44,16 +53,17 @@ MAX_MARGIN = 1000.0
 """In nats; an answer that is clearer than this is sure whatever was sent."""
 
 
+Margin = Annotated[float, Meta(gt=0, le=MAX_MARGIN)]
+
 MAX_LOOKS = 4
 """Closer looks that a choice may have; each is one more call."""
 
 
-@dataclass(frozen=True)
-class Look:
-    """A closer look: where the answer's margin is below `margin` (nats), the tensors are sent at `quality`."""
+class Look(Struct, frozen=True, forbid_unknown_fields=True):
+    """A closer look: where the prediction's margin is below `margin` (nats), the tensors are sent at `quality`."""
 
-    quality: float
-    margin: float
+    quality: Share
+    margin: Margin
 
 
 @dataclass(frozen=True)

@@ -3,57 +3,73 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import TypeAlias
+from typing import Annotated, TypeAlias
 
+from msgspec import Meta, Struct
+from msgspec.structs import asdict, force_setattr
+
+from isthmus.artifacts.constraints import Amount, Count, Share, one_of
 from isthmus.errors import ConstraintMalformed
 
 OBJECTIVES = ("latency", "throughput", "cost", "energy")
-Objective: TypeAlias = str
+Objective: TypeAlias = Annotated[str, one_of(*OBJECTIVES)]
 """One of OBJECTIVES: the least time of a request, the most requests a second, the least money, the fewest joules."""
+
+_Rate = Annotated[float, Meta(gt=0)]
 
 MAX_ERROR = 0.05
 """What answers may differ where nothing is asked for and calibration has not measured them: see `Error.relative`."""
 
 
-@dataclass(frozen=True)
-class Conditions:
-    """The link between edge and cloud, on top of the network that is there: bits per second each way, seconds there
-    and back. By default it adds nothing.
+class Conditions(Struct, frozen=True, forbid_unknown_fields=True):
+    """The emulated link between edge and cloud, beside the network that is there: bits per second each way (None:
+    unlimited; infinity becomes None) and the round trip in seconds. The default adds nothing.
 
     Raises:
         ConstraintMalformed: a rate that is not positive, or a time that is negative.
     """
 
-    uplink_bps: float = math.inf
-    downlink_bps: float = math.inf
-    rtt_s: float = 0.0
+    uplink_bps: _Rate | None = None
+    downlink_bps: _Rate | None = None
+    rtt_s: Amount = 0.0
 
     def __post_init__(self) -> None:
         for what in ("uplink_bps", "downlink_bps"):
-            if not getattr(self, what) > 0:
-                raise ConstraintMalformed(f"the rate {what} is {getattr(self, what)}; it is above 0", what=what)
+            rate = getattr(self, what)
+            if rate is not None and not rate > 0:
+                raise ConstraintMalformed(f"the rate {what} is {rate}; it is above 0", what=what)
+            # JSON has no infinity.
+            force_setattr(self, what, None if rate == math.inf else rate)
         if not 0 <= self.rtt_s < math.inf:
             raise ConstraintMalformed(f"the round trip is {self.rtt_s} s; it is 0 or more", what="rtt_s")
 
     @property
     def adds_nothing(self) -> bool:
         """Whether the link is no slower than the network that is there."""
-        return math.isinf(self.uplink_bps) and math.isinf(self.downlink_bps) and self.rtt_s == 0
+        return self.uplink_bps is None and self.downlink_bps is None and self.rtt_s == 0
+
+    @property
+    def up_bps(self) -> float:
+        """The rate towards the cloud; infinite where it is unlimited."""
+        return math.inf if self.uplink_bps is None else self.uplink_bps
+
+    @property
+    def down_bps(self) -> float:
+        """The rate back; infinite where it is unlimited."""
+        return math.inf if self.downlink_bps is None else self.downlink_bps
 
     @property
     def up_byte_s(self) -> float:
         """Seconds per byte towards the cloud."""
-        return 8 / self.uplink_bps
+        return 8 / self.up_bps
 
     @property
     def down_byte_s(self) -> float:
         """Seconds per byte back."""
-        return 8 / self.downlink_bps
+        return 8 / self.down_bps
 
 
-@dataclass(frozen=True)
-class Constraints:
+class Constraints(Struct, frozen=True, forbid_unknown_fields=True):
     """What a candidate must keep to; None asks for nothing more.
 
     `private_depth` nodes, the first ones in topological order, run at the edge, and so do all that read an input of the
@@ -66,17 +82,16 @@ class Constraints:
         ConstraintMalformed: one is negative, or cannot be met by any number.
     """
 
-    edge_memory_bytes: int | None = None
-    private_depth: int = 0
-    latency_s: float | None = None
-    max_error: float | None = None
-    max_disagreement: float | None = None
+    edge_memory_bytes: Count | None = None
+    private_depth: Count = 0
+    latency_s: Amount | None = None
+    max_error: Amount | None = None
+    max_disagreement: Share | None = None
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
+        for name, value in asdict(self).items():
             if value is not None and not 0 <= value < math.inf:
-                raise ConstraintMalformed(f"the constraint {f.name} is {value}; it is 0 or more", what=f.name)
+                raise ConstraintMalformed(f"the constraint {name} is {value}; it is 0 or more", what=name)
         if self.max_disagreement is not None and self.max_disagreement > 1:
             raise ConstraintMalformed(
                 f"the constraint max_disagreement is {self.max_disagreement}; a share is at most 1",

@@ -13,6 +13,9 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Annotated
+
+from isthmus.artifacts.constraints import matching
 
 _SEPARATOR = re.compile(r"[/,]")
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}"
@@ -32,6 +35,9 @@ class CutText:
         """The position that the cut is given by, if it is."""
         lone = self.parts[0] if len(self.parts) == 1 and self.name is None else ""
         return int(lone) if _is_position(lone) else None
+
+
+CutName = Annotated[str, matching(_NAME)]
 
 
 def is_cut_name(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""What a measurement was made on: enough to tell when a device is another one, and its times no longer count."""
+"""The device of a measurement: the facts that decide whether its times hold elsewhere."""
 
 from __future__ import annotations
 
@@ -6,65 +6,47 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from msgspec import Meta, Struct, structs
 
 import isthmus
+from isthmus.artifacts.constraints import Count
 
 _ROUNDED_TO = 256 * 2**20
 _ID_DIGITS = 12
 _MAX_TEXT = 200
+_Fact = Annotated[str, Meta(max_length=_MAX_TEXT)]
 
 
-@dataclass(frozen=True)
-class Device:
-    """One function's computing: `cpus` it may use, `threads` of one run, its runtime and its memory.
+class Device(Struct, frozen=True, forbid_unknown_fields=True):
+    """The compute of one function: `cpus` it may use, `threads` of one run, its runtime and its memory.
 
-    `memory_bytes` is the container's limit, or the machine's memory in whole 256 MiB where it has none.
-    """
-
-    cpu: str
-    arch: str
-    cpus: int
-    threads: int
-    providers: tuple[str, ...]
-    runtime: str
-    isthmus: str
-    memory_bytes: int
-
-    @cached_property
-    def id(self) -> str:
-        """12 hex digits that are others where any fact is another."""
-        facts = json.dumps(asdict(self), sort_keys=True)
-        return hashlib.sha256(facts.encode()).hexdigest()[:_ID_DIGITS]
-
-    def document(self) -> dict[str, Any]:
-        """The facts and the id, JSON-ready."""
-        return {"id": self.id, **asdict(self), "providers": list(self.providers)}
-
-
-def from_document(doc: Mapping[str, Any]) -> Device:
-    """The device of a document.
+    `memory_bytes` is the container's limit, or the machine's memory in whole 256 MiB where it has none. `id` is 12 hex
+    digits of the other fields' digest: it differs where any fact differs.
 
     Raises:
-        ValueError, KeyError, TypeError: not such a document, or the id is not that of the facts.
+        ValueError: `id` is given and is not that of the facts.
     """
-    device = Device(
-        cpu=_text(doc["cpu"]),
-        arch=_text(doc["arch"]),
-        cpus=int(doc["cpus"]),
-        threads=int(doc["threads"]),
-        providers=tuple(_text(p) for p in doc["providers"]),
-        runtime=_text(doc["runtime"]),
-        isthmus=_text(doc["isthmus"]),
-        memory_bytes=int(doc["memory_bytes"]),
-    )
-    if doc["id"] != device.id:
-        raise ValueError(f"the id {str(doc['id'])[:40]!r} is not that of the device's facts")
-    return device
+
+    cpu: _Fact
+    arch: _Fact
+    cpus: Count
+    threads: Count
+    providers: tuple[_Fact, ...]
+    runtime: _Fact
+    isthmus: _Fact
+    memory_bytes: Count
+    id: str = ""
+
+    def __post_init__(self) -> None:
+        facts = structs.asdict(self)
+        del facts["id"]
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:_ID_DIGITS]
+        if self.id not in ("", digest):
+            raise ValueError(f"has the id {self.id[:40]!r}, which is not that of the device's facts")
+        structs.force_setattr(self, "id", digest)
 
 
 def this_device(*, cpus: int, threads: int, providers: tuple[str, ...], runtime: str) -> Device:
@@ -101,9 +83,3 @@ def memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 def _field(line: str) -> tuple[str, str]:
     name, _, value = line.partition(":")
     return name.strip(), value.strip()
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or len(value) > _MAX_TEXT:
-        raise ValueError(f"a device's fact is {str(value)[:40]!r}; it is a text of at most {_MAX_TEXT} characters")
-    return value

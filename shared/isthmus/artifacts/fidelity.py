@@ -1,33 +1,65 @@
-"""What was measured of each codec at each cut: how often the answer stays the same, and what it costs.
+"""The fidelity document: for each codec at each cut, the share of unchanged predictions, and its bytes and times.
 
-What a plan may use, and what a target such as "at least 99%, at most 4 kB" means, is read from it.
+Plans, targets such as "at least 99%, at most 4 kB", and the router's guard read it. Format:
+docs/reference/calibration.md.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import json
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
 
-from isthmus.artifacts.agreement import Measure
+from msgspec import Meta, Struct
+from msgspec.structs import force_setattr
+
 from isthmus.artifacts.bounds import CONFIDENCE
-from isthmus.artifacts.choice import Choice, Look
+from isthmus.artifacts.bundle import Blob, Bundle, digest_of
+from isthmus.artifacts.choice import MAX_LOOKS, BoundaryCodecId, Choice, Look, successor
+from isthmus.artifacts.constraints import Amount, Count, Share, Text, one_of
+from isthmus.artifacts.json_documents import DocumentKind, builtins, canonical
+from isthmus.artifacts.segment_id import WHOLE
 from isthmus.errors import CalibrationError
 
 LIMIT = 0.99
+MAX_BYTES = 4 * 2**20
+MAX_ENTRIES = 20_000
+TOLERANCE = 0.05
+TOP1, CLOSE = "top1", "close"
 
 
-@dataclass(frozen=True)
-class Inputs:
+class Measure(Struct, frozen=True, forbid_unknown_fields=True):
+    """The rule by which two predictions agree; pipeline.agreement applies it.
+
+    `top1`: the likeliest class of `output` is the same, in every row. `close`: the error of every output is at most
+    `tolerance`. An output's error is the root mean square of the differences over that of the output, or over its
+    scale in `scales` where that is larger: the root mean square over the inputs that codecs were calibrated with.
+    """
+
+    kind: Annotated[str, one_of(TOP1, CLOSE)]
+    output: Text = ""
+    tolerance: Amount = TOLERANCE
+    scales: Mapping[Text, Amount] = {}
+
+
+def measure_for(bundle: Bundle, output: str = "", tolerance: float = TOLERANCE) -> Measure:
+    """The measure of a model: its classes where it has some (or in `output`), else how close its outputs are."""
+    after: Mapping[str, Any] = bundle.postprocess or {}
+    named = output or (after.get("output", "") if after.get("kind") == "classify" else "")
+    return Measure(TOP1, str(named)) if named else Measure(CLOSE, tolerance=tolerance)
+
+
+class Inputs(Struct, frozen=True, forbid_unknown_fields=True):
     """What it was measured with: the files of `source`, and how many inputs made of them calibrated and were scored."""
 
-    source: str
-    files: int
-    calibrated: int
-    held_out: int
-    made: str = "one of each file"
+    source: Text
+    files: Count
+    calibrated: Count
+    held_out: Count
+    made: Text = "one of each file"
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(Struct, frozen=True, forbid_unknown_fields=True):
     """One codec at one quality at one cut, over the held-out inputs.
 
     `measured` is the share of inputs whose answer stays the same, `low` and `high` its interval (Wilson, 95%).
@@ -40,23 +72,26 @@ class Entry:
     `shares` has for each look the share of inputs that took it.
     """
 
-    cut: str
-    codec: str
-    quality: float
-    agreement: float
-    low: float
-    high: float
-    error: float
-    bytes: int
-    p95: int
-    bits: float
-    pack_ms: float
-    unpack_ms: float
-    fell_back: float
+    cut: Text
+    codec: BoundaryCodecId
+    quality: Share
+    agreement: Share
+    low: Share
+    high: Share
+    error: Amount
+    bytes: Count
+    p95: Count
+    bits: Amount
+    pack_ms: Amount
+    unpack_ms: Amount
+    fell_back: Share
     offered: bool
-    measured: float
-    looks: tuple[Look, ...] = ()
-    shares: tuple[float, ...] = ()
+    measured: Share
+    looks: Annotated[tuple[Look, ...], Meta(max_length=MAX_LOOKS)] = ()
+    shares: Annotated[tuple[Share, ...], Meta(max_length=MAX_LOOKS)] = ()
+
+    def __post_init__(self) -> None:
+        force_setattr(self, "codec", successor(self.codec))
 
     @property
     def choice(self) -> Choice:
@@ -64,31 +99,29 @@ class Entry:
         return Choice(self.codec, self.quality, self.looks)
 
 
-@dataclass(frozen=True)
-class Reference:
+class Reference(Struct, frozen=True, forbid_unknown_fields=True):
     """The input itself as JPEG or WebP of one quality, decoded again before the model; same inputs, same measure."""
 
-    codec: str
-    quality: int
-    agreement: float
-    low: float
-    high: float
-    error: float
-    bytes: int
-    p95: int
+    codec: Annotated[str, one_of("jpeg", "webp")]
+    quality: Count
+    agreement: Share
+    low: Share
+    high: Share
+    error: Amount
+    bytes: Count
+    p95: Count
 
 
-@dataclass(frozen=True)
-class Fidelity:
+class Fidelity(Struct, frozen=True, forbid_unknown_fields=True, tag_field="format", tag="isthmus.fidelity/2"):
     """All that was measured of one model; `subject` is its `model_digest`."""
 
-    subject: str
-    limit: float
+    subject: Text
+    limit: Share
     measure: Measure
     inputs: Inputs
-    entries: tuple[Entry, ...]
-    references: tuple[Reference, ...] = ()
-    confidence: float = field(default=CONFIDENCE)
+    entries: Annotated[tuple[Entry, ...], Meta(max_length=MAX_ENTRIES)]
+    references: Annotated[tuple[Reference, ...], Meta(max_length=MAX_ENTRIES)] = ()
+    confidence: Share = CONFIDENCE
 
     def cuts(self) -> list[str]:
         """The cuts that were measured, in the document's order."""
@@ -139,5 +172,69 @@ def choose(
         agreement=agreement,
         bytes=bytes,
         pack_ms=pack_ms,
-        closest=asdict(closest),
+        closest=builtins(closest),
     )
+
+
+def model_digest(bundle: Bundle) -> str:
+    """What a fidelity is of: the weights, the uncut graph and the processing; other cuts are still the same model."""
+    whole = bundle.segment(WHOLE).graph.digest
+    doc = [bundle.weights.blob.digest, whole, bundle.preprocess, bundle.postprocess]
+    return digest_of(json.dumps(doc, sort_keys=True, separators=(",", ":")).encode())
+
+
+def read_fidelity(bundle: Bundle, blob: Callable[[Blob], bytes]) -> Fidelity | None:
+    """The fidelity of a bundle; None where it was not calibrated.
+
+    Raises:
+        CalibrationError: the document cannot be read, was measured of another model, or written by another version.
+    """
+    if bundle.fidelity is None:
+        return None
+    FIDELITY.check_size(bundle.fidelity.size)
+    try:
+        found = from_json(blob(bundle.fidelity))
+    except CalibrationError as e:
+        again = f"calibrate again: isthmus calibrate {bundle.name} --data FOLDER"
+        raise CalibrationError(f"in {bundle.name}: {e.message}", **{**e.facts, "hint": again}) from e
+    if found.subject != (subject := model_digest(bundle)):
+        raise CalibrationError(
+            f"the fidelity in {bundle.name} was measured of another model",
+            subject=found.subject,
+            expected=subject,
+            hint=f"measure it: isthmus calibrate {bundle.name} --data FOLDER",
+        )
+    return found
+
+
+def to_json(fidelity: Fidelity) -> bytes:
+    """A fidelity's document, as canonical JSON."""
+    return canonical(builtins(fidelity))
+
+
+def from_json(data: bytes | memoryview) -> Fidelity:
+    """Read a document.
+
+    Raises:
+        CalibrationError: not one of this format, or of another version's; the sentence names the field and the rule.
+    """
+    return FIDELITY.decode(data)
+
+
+def _check(fidelity: Fidelity) -> None:
+    for i, entry in enumerate(fidelity.entries):
+        if not entry.choice.is_valid() or len(entry.shares) != len(entry.looks):
+            raise ValueError(
+                f"has entries[{i}], {entry.choice}, with {len(entry.shares)} shares or looks that cannot follow another"
+            )
+
+
+FIDELITY = DocumentKind(
+    Fidelity,
+    "fidelity",
+    MAX_BYTES,
+    CalibrationError,
+    _check,
+    hint="calibrate again: isthmus calibrate NAME --data FOLDER",
+)
+FORMAT = FIDELITY.format

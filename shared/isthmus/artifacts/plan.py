@@ -1,30 +1,43 @@
-"""The plan: every candidate with what it was predicted and measured to take, and which of them serves.
+"""The plan document: every candidate with its predicted and measured times, and the one that serves.
 
-It is a JSON document in the bundle that it was made for. Schema: docs/plan.schema.json.
+It is JSON in the bundle that it was made for. Format: docs/reference/plan.md.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from typing import Annotated
 
-from isthmus.artifacts.choice import Look
+from msgspec import Meta, Struct, field
+from msgspec.structs import force_setattr
+
+from isthmus.artifacts.bundle import Blob, Bundle, ModelName, subject_digest
+from isthmus.artifacts.choice import GRADED, MAX_LOOKS, MAX_MARGIN, Choice, CodecId, Look, Margin, successor
 from isthmus.artifacts.conditions import Conditions, Constraints, Objective
+from isthmus.artifacts.constraints import Amount, Count, Digest, Share, Text, one_of
+from isthmus.artifacts.cuts import CutName
+from isthmus.artifacts.json_documents import DocumentKind, builtins, canonical
+from isthmus.errors import PlanMalformed, PlanMismatch
 
-FORMAT = "isthmus.plan/2"
 MAX_PLAN_BYTES = 4 * 2**20
 MAX_CANDIDATES = 1000
-KINDS = ("edge", "cloud", "split")
-INPUTS = ("photo", "tensors")
-TRIED_WITH = ("photo", "tensors", "random")
-SOURCES = ("measured", "predicted", "scaled", "")
-"""Of a tier's run: a profile timed this very segment; node times were summed; a run here was scaled; nothing runs."""
+_MAX_ITEMS = 1024
+_Source = Annotated[str, one_of("measured", "predicted", "scaled", "")]
 
 
-@dataclass(frozen=True)
-class Terms:
+class Sources(Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a tier's run time comes from: `measured`, a profile timed this very segment; `predicted`, node times were
+    summed; `scaled`, a run on the planning machine was scaled; empty, the tier runs nothing.
+    """
+
+    edge: _Source = ""
+    cloud: _Source = ""
+
+
+class Terms(Struct, frozen=True, forbid_unknown_fields=True):
     """Seconds of one request, one thing after the other, by what takes them.
 
     `preprocess` makes the input of a photo at the edge. `edge_run` and `cloud_run` compute; `edge_hop` and `cloud_hop`
@@ -32,28 +45,27 @@ class Terms:
     cloud are the codecs'. `up` and `down` are bytes over the link's rates, `rtt` its round trip.
     """
 
-    preprocess: float = 0.0
-    edge_run: float = 0.0
-    edge_hop: float = 0.0
-    pack: float = 0.0
-    up: float = 0.0
-    rtt: float = 0.0
-    down: float = 0.0
-    unpack: float = 0.0
-    cloud_run: float = 0.0
-    cloud_hop: float = 0.0
-    edge_source: str = ""
-    cloud_source: str = ""
+    preprocess: Amount = 0.0
+    edge_run: Amount = 0.0
+    edge_hop: Amount = 0.0
+    pack: Amount = 0.0
+    up: Amount = 0.0
+    rtt: Amount = 0.0
+    down: Amount = 0.0
+    unpack: Amount = 0.0
+    cloud_run: Amount = 0.0
+    cloud_hop: Amount = 0.0
+    sources: Sources = Sources()
+    total: Amount = 0.0
+
+    def __post_init__(self) -> None:
+        # Documents hold the sum for their readers; it is never taken from them.
+        force_setattr(self, "total", sum(self.seconds.values()))
 
     @property
     def seconds(self) -> Mapping[str, float]:
         """The terms by name."""
         return {name: getattr(self, name) for name in TERMS}
-
-    @property
-    def total(self) -> float:
-        """Seconds of one request."""
-        return sum(self.seconds.values())
 
     @property
     def edge_busy(self) -> float:
@@ -74,22 +86,20 @@ class Terms:
 TERMS = ("preprocess", "edge_run", "edge_hop", "pack", "up", "rtt", "down", "unpack", "cloud_run", "cloud_hop")
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(Struct, frozen=True, forbid_unknown_fields=True):
     """Seconds of real requests over the link: median and quartiles, and the medians of the parts that were seen.
 
     Parts: `preprocess`, `pack`, `edge` and `cloud` (whole calls), `edge_run` and `cloud_run` (computing in them).
     """
 
-    median: float
-    low: float
-    high: float
-    runs: int
-    parts: Mapping[str, float] = field(default_factory=dict)
+    median: Amount
+    low: Amount
+    high: Amount
+    runs: Count
+    parts: Annotated[Mapping[Text, Amount], Meta(max_length=_MAX_ITEMS)] = {}
 
 
-@dataclass(frozen=True)
-class Error:
+class Error(Struct, frozen=True, forbid_unknown_fields=True):
     """How far the answers are from the uncut model's, over `inputs` inputs.
 
     `relative` is the largest error of any input: the root mean square of the differences over that of the output, of
@@ -97,31 +107,55 @@ class Error:
     they are `calibrated`, both are the fidelity document's, `relative` being its mean, and agreement meets its limit.
     """
 
-    relative: float
-    inputs: int
-    disagreement: float = 0.0
+    relative: Amount
+    inputs: Count
+    disagreement: Amount = 0.0
     calibrated: bool = False
 
 
-@dataclass(frozen=True)
-class Coding:
+class Coding(Struct, frozen=True, forbid_unknown_fields=True):
     """How one tensor travels to the cloud."""
 
-    codec: str
-    quality: float = 1.0
+    codec: CodecId
+    quality: Amount = 1.0
+
+    def __post_init__(self) -> None:
+        force_setattr(self, "codec", successor(self.codec))
 
 
-@dataclass(frozen=True)
-class CloserLooks:
+class PlannedLook(Struct, frozen=True, forbid_unknown_fields=True):
+    """A closer look of a plan, with the share of held-out inputs that took it."""
+
+    quality: Share
+    margin: Margin
+    share: Share
+
+
+class CloserLooks(Struct, frozen=True, forbid_unknown_fields=True):
     """While `output`'s likeliest class leads by less than a look's margin (nats), what crosses is sent as fine as that.
 
     `shares` has for each look the share of the inputs that calibration held out that took it: sizes and times are of
     the first send and so much of each further one.
     """
 
-    output: str
-    looks: tuple[Look, ...]
-    shares: tuple[float, ...]
+    output: Text
+    steps: Annotated[tuple[PlannedLook, ...], Meta(min_length=1, max_length=MAX_LOOKS)] = field(name="looks")
+
+    @classmethod
+    def of(cls, output: str, looks: Sequence[Look], shares: Sequence[float]) -> CloserLooks:
+        """Closer looks with the share of each."""
+        each = zip(looks, shares, strict=True)
+        return cls(output, tuple(PlannedLook(look.quality, look.margin, share) for look, share in each))
+
+    @property
+    def looks(self) -> tuple[Look, ...]:
+        """The looks without their shares."""
+        return tuple(Look(step.quality, step.margin) for step in self.steps)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The share of inputs that took each look."""
+        return tuple(step.share for step in self.steps)
 
     @property
     def again(self) -> float:
@@ -129,8 +163,7 @@ class CloserLooks:
         return sum(self.shares)
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(Struct, frozen=True, forbid_unknown_fields=True):
     """One way to serve the model.
 
     kind `edge` runs it whole on the first hop, `cloud` on the last, `split` at `cuts` on both. `codecs` are those of
@@ -139,23 +172,23 @@ class Candidate:
     chosen. Units: bytes, seconds, joules, prices in the prices' currency.
     """
 
-    name: str
-    kind: str
+    name: Text
+    kind: Annotated[str, one_of("edge", "cloud", "split")]
     predicted: Terms
-    cuts: tuple[str, ...] = ()
-    codecs: Mapping[str, Coding] = field(default_factory=dict)
-    input: str = "tensors"
-    variant: str | None = None
-    up_bytes: int = 0
-    down_bytes: int = 0
+    cuts: Annotated[tuple[CutName, ...], Meta(max_length=_MAX_ITEMS)] = ()
+    codecs: Annotated[Mapping[Text, Coding], Meta(max_length=_MAX_ITEMS)] = {}
+    input: Annotated[str, one_of("photo", "tensors")] = "tensors"
+    variant: Digest | None = None
+    up_bytes: Count = 0
+    down_bytes: Count = 0
     measured: Measured | None = None
     error: Error = Error(0.0, 0)
-    edge_memory_bytes: int = 0
-    cloud_memory_bytes: int = 0
-    price: float | None = None
-    energy_j: float | None = None
-    refused: str = ""
-    looks: CloserLooks | None = None
+    edge_memory_bytes: Count = 0
+    cloud_memory_bytes: Count = 0
+    price: Amount | None = None
+    energy_j: Amount | None = None
+    refused: Text = ""
+    looks: CloserLooks | None = field(default=None, name="closer_looks")
 
     @property
     def calls(self) -> float:
@@ -174,38 +207,36 @@ class Candidate:
         return None if self.measured is None or total <= 0 else self.measured.median / total - 1
 
 
-@dataclass(frozen=True)
-class ProfileUsed:
+class ProfileUsed(Struct, frozen=True, forbid_unknown_fields=True):
     """Whose times the predictions stand on."""
 
-    tier: str
-    device: str
-    cpu: str
-    measured_at: str
+    tier: Text
+    device: Text
+    cpu: Text
+    measured_at: Text
     steady: bool
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_field="format", tag="isthmus.plan/2"):
     """What was found for one bundle under some conditions. `subject` is the only bundle that it may serve.
 
     `why` are sentences: why this candidate, what was left out, what was not measured. `inputs` says what errors and
     sizes were measured on: `photo`, `tensors` or `random`.
     """
 
-    model: str
-    subject: str
+    model: ModelName
+    subject: Digest
     objective: Objective
     conditions: Conditions
     constraints: Constraints
-    profiles: tuple[ProfileUsed, ...]
-    candidates: tuple[Candidate, ...]
-    chosen: str
-    why: tuple[str, ...]
-    made_at: str
-    isthmus: str
-    currency: str = ""
-    inputs: str = "random"
+    profiles: Annotated[tuple[ProfileUsed, ...], Meta(max_length=_MAX_ITEMS)]
+    candidates: Annotated[tuple[Candidate, ...], Meta(max_length=MAX_CANDIDATES)]
+    chosen: Text
+    why: Annotated[tuple[Text, ...], Meta(max_length=_MAX_ITEMS)]
+    made_at: Text
+    isthmus: Text
+    currency: Text = ""
+    inputs: Annotated[str, one_of("photo", "tensors", "random")] = "random"
 
     @cached_property
     def choice(self) -> Candidate:
@@ -222,3 +253,89 @@ class Plan:
         """The median of how far measurements are from predictions, as a share; None without measurements."""
         gaps = [abs(c.apart) for c in self.candidates if c.apart is not None]
         return statistics.median(gaps) if gaps else None
+
+
+def to_json(plan: Plan) -> bytes:
+    """The document of `plan`; an unlimited rate is null.
+
+    Raises:
+        PlanMalformed: it is longer than a plan may be.
+    """
+    doc = builtins(plan)
+    for candidate in doc["candidates"]:
+        if candidate["closer_looks"] is None:
+            del candidate["closer_looks"]
+    data = canonical(doc)
+    PLAN.check_size(len(data))
+    return data
+
+
+def from_json(data: bytes | memoryview) -> Plan:
+    """Read a plan.
+
+    Raises:
+        PlanMalformed: not a plan of this format, or of another version's; `where` in its facts names the field.
+    """
+    return PLAN.decode(data)
+
+
+def _check(plan: Plan) -> None:
+    names = [candidate.name for candidate in plan.candidates]
+    if len(set(names)) != len(names):
+        raise ValueError("has two candidates of one name")
+    if plan.chosen not in names:
+        raise ValueError(f"has chosen {plan.chosen[:80]!r}, which is no candidate")
+    if plan.choice.refused:
+        raise ValueError(f"has chosen {plan.chosen[:80]!r}, which was refused: {plan.choice.refused}")
+    for i, candidate in enumerate(plan.candidates):
+        where = f"has candidates[{i}], {candidate.name[:80]!r},"
+        if (candidate.kind == "split") != bool(candidate.cuts):
+            raise ValueError(f"{where} of kind {candidate.kind} with cuts {list(candidate.cuts)}")
+        if candidate.looks is not None:
+            _check_looks(f"{where} with closer_looks", candidate, candidate.looks)
+
+
+def _check_looks(where: str, candidate: Candidate, looks: CloserLooks) -> None:
+    coarse = [coding for coding in candidate.codecs.values() if coding.codec in GRADED]
+    if not candidate.cuts:
+        raise ValueError(f"{where} and no cut")
+    if not coarse:
+        raise ValueError(f"{where} and no tensor that they could send finer")
+    for coding in coarse:
+        if not (choice := Choice(coding.codec, coding.quality, looks.looks)).is_valid():
+            raise ValueError(
+                f"{where} that are none, {choice}: qualities rise to 1 at most, and margins are above 0 and at most"
+                f" {MAX_MARGIN:g}"
+            )
+    if any(before < after for before, after in itertools.pairwise((1.0, *looks.shares))):
+        raise ValueError(f"{where} of shares {', '.join(map(str, looks.shares))}; no share exceeds the one before")
+
+
+PLAN = DocumentKind(Plan, "plan", MAX_PLAN_BYTES, PlanMalformed, _check, hint="plan again: isthmus plan NAME …")
+FORMAT = PLAN.format
+
+
+def read_plan(bundle: Bundle, blob: Callable[[Blob], bytes]) -> Plan | None:
+    """The plan in a bundle; None where there is none.
+
+    Raises:
+        PlanMismatch: it was made for another bundle, so it says nothing of this one.
+        PlanMalformed: it is no plan, or another version of Isthmus wrote it.
+        RegistryError: the blob cannot be had.
+    """
+    if bundle.plan is None:
+        return None
+    again = f"plan again: isthmus plan {bundle.name} …; or serve without it: the setting plan=false"
+    try:
+        PLAN.check_size(bundle.plan.size)
+        plan = from_json(blob(bundle.plan))
+    except PlanMalformed as e:
+        raise PlanMalformed(f"in {bundle.name}: {e.message}", **{**e.facts, "hint": again}) from e
+    if plan.subject != (subject := subject_digest(bundle)):
+        raise PlanMismatch(
+            f"the plan in {bundle.name} was made for {plan.model} {plan.subject[:19]}…, and this is {subject[:19]}…",
+            subject=plan.subject,
+            expected=subject,
+            hint=again,
+        )
+    return plan

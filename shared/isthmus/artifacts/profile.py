@@ -1,41 +1,39 @@
-"""Profiles: what one device measured of one model, as frozen dataclasses and as JSON. Format: docs/profile.md."""
+"""The profile document: what one device measured of one model. Format: docs/reference/profile.md."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NoReturn
+from collections.abc import Mapping
+from typing import Annotated
 
-from isthmus.artifacts.bundle import Bundle, digest_of, is_digest
-from isthmus.artifacts.device import Device, from_document
+from msgspec import Meta, Struct
+
+from isthmus.artifacts.bundle import Bundle, digest_of
+from isthmus.artifacts.constraints import Amount, Count, Digest
+from isthmus.artifacts.device import Device
+from isthmus.artifacts.json_documents import DocumentKind, builtins
 from isthmus.artifacts.segment_id import WHOLE, SegmentId
 from isthmus.errors import ProfileMalformed
 
-FORMAT = "isthmus.profile/1"
 MAX_PROFILE_BYTES = 4 * 2**20
 MAX_SEGMENTS = 1024
-_MAX_TEXT = 500
-_MAX_WARNINGS = 50
+_Text = Annotated[str, Meta(max_length=500)]
 
 
-@dataclass(frozen=True)
-class CodecSpeed:
+class CodecSpeed(Struct, frozen=True, forbid_unknown_fields=True):
     """Seconds that a codec takes for one value of a tensor."""
 
-    pack_s: float
-    unpack_s: float
+    pack_s: Amount
+    unpack_s: Amount
 
 
-@dataclass(frozen=True)
-class Timing:
+class Timing(Struct, frozen=True, forbid_unknown_fields=True):
     """The median of `runs` runs in seconds, their quartiles, and whether they kept one speed."""
 
-    median: float
-    low: float
-    high: float
-    runs: int
+    median: Amount
+    low: Amount
+    high: Amount
+    runs: Count
     steady: bool = True
 
     @property
@@ -44,8 +42,7 @@ class Timing:
         return (self.high - self.low) / self.median if self.median else 0.0
 
 
-@dataclass(frozen=True)
-class SegmentCost:
+class SegmentCost(Struct, frozen=True, forbid_unknown_fields=True):
     """What one segment takes on the device.
 
     Units: seconds and bytes. `run` is its computing; `decode_s` and `encode_s` are those of a raw frame of its inputs
@@ -54,32 +51,30 @@ class SegmentCost:
     """
 
     run: Timing
-    decode_s: float
-    encode_s: float
-    input_bytes: int
-    output_bytes: int
-    weights_bytes: int
-    activation_bytes: int
-    memory_bytes: int
+    decode_s: Amount
+    encode_s: Amount
+    input_bytes: Count
+    output_bytes: Count
+    weights_bytes: Count
+    activation_bytes: Count
+    memory_bytes: Count
 
 
-@dataclass(frozen=True)
-class HopCost:
+class HopCost(Struct, frozen=True, forbid_unknown_fields=True):
     """What a call costs beside the run: `fixed_s`, and seconds for each byte sent and received.
 
     The first three are as the one who measured saw them, the network between included. `served_fixed_s` and
     `served_byte_s` (for each byte in or out) are what of it passed inside the function.
     """
 
-    fixed_s: float
-    up_byte_s: float
-    down_byte_s: float
-    served_fixed_s: float
-    served_byte_s: float
+    fixed_s: Amount
+    up_byte_s: Amount
+    down_byte_s: Amount
+    served_fixed_s: Amount
+    served_byte_s: Amount
 
 
-@dataclass(frozen=True)
-class Profile:
+class Profile(Struct, frozen=True, forbid_unknown_fields=True, tag_field="format", tag="isthmus.profile/1"):
     """What `device`, at `tier`, measured of the model whose content is `content` (see `content_of`).
 
     `nodes` are the seconds of each node of the uncut graph, in order, static ones 0; their sum is the median of the
@@ -87,20 +82,20 @@ class Profile:
     tensors, of `shapes`. `steady` is false where the device did not keep its speed; `warnings` say so in words.
     """
 
-    model: str
-    content: str
-    bundle: str
-    tier: str
+    model: _Text
+    content: Digest
+    bundle: Digest
+    tier: _Text
     device: Device
-    nodes: tuple[float, ...]
-    segments: Mapping[SegmentId, SegmentCost]
-    measured_at: str
-    inputs: str = "random"
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    nodes: tuple[Amount, ...]
+    segments: Annotated[Mapping[SegmentId, SegmentCost], Meta(max_length=MAX_SEGMENTS)]
+    measured_at: _Text
+    inputs: _Text = "random"
+    shapes: Mapping[_Text, tuple[Count, ...]] = {}
     hop: HopCost | None = None
-    codecs: Mapping[str, CodecSpeed] = field(default_factory=dict)
+    codecs: Mapping[_Text, CodecSpeed] = {}
     steady: bool = True
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[_Text, ...] = ()
 
     @property
     def whole(self) -> SegmentCost:
@@ -115,101 +110,23 @@ def content_of(bundle: Bundle) -> str:
 
 
 def to_json(profile: Profile) -> bytes:
-    """A profile's document."""
-    doc = asdict(replace(profile, device=None))  # type: ignore[arg-type]
-    doc |= {"format": FORMAT, "device": profile.device.document()}
-    return json.dumps(doc, indent=1, sort_keys=True).encode()
+    """A profile's document, indented for readers."""
+    return json.dumps(builtins(profile), indent=1, sort_keys=True).encode()
 
 
-def from_json(data: bytes) -> Profile:
+def from_json(data: bytes | memoryview) -> Profile:
     """Read a profile.
 
     Raises:
-        ProfileMalformed: not a document of this format; the sentence says where it departs.
+        ProfileMalformed: not a document of this format; the sentence names the field and the rule.
     """
-    if len(data) > MAX_PROFILE_BYTES:
-        raise ProfileMalformed(f"a profile of {len(data)} bytes exceeds {MAX_PROFILE_BYTES}", limit=MAX_PROFILE_BYTES)
-    try:
-        doc = json.loads(data, parse_constant=_refuse)
-        if doc["format"] != FORMAT:
-            raise ProfileMalformed(
-                f"the profile's format is {str(doc['format'])[:80]!r}; this version reads {FORMAT!r}"
-            )
-        return _checked(
-            Profile(
-                model=_text(doc["model"]),
-                content=_text(doc["content"]),
-                bundle=_text(doc["bundle"]),
-                tier=_text(doc["tier"]),
-                device=from_document(doc["device"]),
-                nodes=tuple(_seconds(s) for s in doc["nodes"]),
-                segments={SegmentId.parse(_text(name)): _segment(s) for name, s in doc["segments"].items()},
-                measured_at=_text(doc["measured_at"]),
-                inputs=_text(doc["inputs"]),
-                shapes={_text(name): tuple(_count(n) for n in shape) for name, shape in doc["shapes"].items()},
-                hop=None if doc["hop"] is None else HopCost(**_all(_seconds, doc["hop"])),
-                codecs={_text(name): CodecSpeed(**_all(_seconds, speed)) for name, speed in doc["codecs"].items()},
-                steady=_flag(doc["steady"]),
-                warnings=tuple(_text(w) for w in doc["warnings"][:_MAX_WARNINGS]),
-            )
-        )
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as e:
-        raise ProfileMalformed(f"not a profile: {type(e).__name__}: {str(e)[:_MAX_TEXT]}") from e
+    return PROFILE.decode(data)
 
 
-def _checked(profile: Profile) -> Profile:
-    for digest in (profile.content, profile.bundle):
-        if not is_digest(digest):
-            raise ValueError(f"{digest!r} is not a sha256 digest")
+def _check(profile: Profile) -> None:
     if WHOLE not in profile.segments:
-        raise ValueError(f"the whole model, segment {WHOLE!r}, was not measured")
-    if len(profile.segments) > MAX_SEGMENTS:
-        raise ValueError(f"{len(profile.segments)} segments; at most {MAX_SEGMENTS} are read")
-    return profile
+        raise ValueError(f"has no measurement of the whole model, segment {WHOLE!r}")
 
 
-def _segment(doc: Mapping[str, Any]) -> SegmentCost:
-    run = doc["run"]
-    median, low, high = (_seconds(run[name]) for name in ("median", "low", "high"))
-    return SegmentCost(
-        run=Timing(median, low, high, _count(run["runs"]), _flag(run["steady"])),
-        decode_s=_seconds(doc["decode_s"]),
-        encode_s=_seconds(doc["encode_s"]),
-        input_bytes=_count(doc["input_bytes"]),
-        output_bytes=_count(doc["output_bytes"]),
-        weights_bytes=_count(doc["weights_bytes"]),
-        activation_bytes=_count(doc["activation_bytes"]),
-        memory_bytes=_count(doc["memory_bytes"]),
-    )
-
-
-def _all(read: Callable[[Any], Any], doc: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: read(value) for name, value in doc.items()}
-
-
-def _seconds(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 <= value < math.inf):
-        raise ValueError(f"{str(value)[:40]!r} is no number of seconds")
-    return float(value)
-
-
-def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{str(value)[:40]!r} is no count")
-    return value
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{str(value)[:40]!r} is neither true nor false")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or len(value) > _MAX_TEXT:
-        raise ValueError(f"{str(value)[:40]!r} is no text of at most {_MAX_TEXT} characters")
-    return value
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")
+PROFILE = DocumentKind(Profile, "profile", MAX_PROFILE_BYTES, ProfileMalformed, _check)
+FORMAT = PROFILE.format

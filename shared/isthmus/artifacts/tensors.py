@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import Annotated, NamedTuple, TypeAlias
 
+from msgspec import Meta, Struct
+
+from isthmus.artifacts.constraints import Count, Text
 from isthmus.errors import ShapeMismatch
 
-Dim: TypeAlias = int | str
+Dim: TypeAlias = Count | Text
+MAX_RANK = 64
+"""Axes of a tensor: numpy's own bound."""
 ANY = "?"
 """A free dimension without a name: it need not agree with any other."""
 
@@ -20,13 +24,12 @@ class TensorType(NamedTuple):
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class TensorSpec:
+class TensorSpec(Struct, frozen=True, forbid_unknown_fields=True):
     """A named tensor's dtype (numpy's name, or bfloat16) and shape; a str dimension is free."""
 
-    name: str
-    dtype: str
-    shape: tuple[Dim, ...]
+    name: Text
+    dtype: Text
+    shape: Annotated[tuple[Dim, ...], Meta(max_length=MAX_RANK)]
 
 
 def check_types(specs: tuple[TensorSpec, ...], types: Mapping[str, TensorType]) -> None:

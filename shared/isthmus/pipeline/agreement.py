@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from isthmus.arrays import Array
-from isthmus.artifacts.agreement import TOP1, Measure
+from isthmus.artifacts.fidelity import TOP1, Measure
 
 # Softmax in float32 underflows to 0, whose logarithm would make every margin infinite.
 _MIN_PROBABILITY = 1e-12

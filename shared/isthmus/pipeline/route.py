@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
-from isthmus.artifacts.agreement import TOP1, Measure
 from isthmus.artifacts.bundle import Bundle, Segment
 from isthmus.artifacts.choice import PHOTO_ID
+from isthmus.artifacts.fidelity import TOP1, Measure
 from isthmus.artifacts.plan import Candidate
 from isthmus.artifacts.segment_id import WHOLE
 from isthmus.artifacts.tensors import TensorSpec

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
-from isthmus.artifacts.agreement import TOP1, Measure
 from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.choice import Choice
+from isthmus.artifacts.fidelity import TOP1, Measure
 from isthmus.codecs import Encoding, Tables, encodings, find_codec
 from isthmus.errors import Missing, SettingsError
 from isthmus.pipeline import LookPolicy, Route

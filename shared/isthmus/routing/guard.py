@@ -21,11 +21,10 @@ from typing import Protocol, TypeAlias
 from cachetools import LRUCache
 
 from isthmus.arrays import Array
-from isthmus.artifacts.agreement import Measure, measure_for
 from isthmus.artifacts.bounds import exceeds
 from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.choice import GRADED, RAW, Choice, Look
-from isthmus.artifacts.fidelity import LIMIT, Fidelity
+from isthmus.artifacts.fidelity import LIMIT, Fidelity, Measure, measure_for
 from isthmus.codecs import EncodedTensor, Encoding, is_exact
 from isthmus.context import Context
 from isthmus.errors import IsthmusError

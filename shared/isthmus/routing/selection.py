@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from isthmus.artifacts import fidelity_document
-from isthmus.artifacts.agreement import Measure, measure_for
 from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.choice import RAW_ID, Choice
-from isthmus.artifacts.plan_document import read_plan
+from isthmus.artifacts.fidelity import Measure, measure_for, read_fidelity
+from isthmus.artifacts.plan import read_plan
 from isthmus.codecs import Tables
 from isthmus.pipeline import Hop, PhotoInput, Route, photo_input, plan_route, planned_route
 from isthmus.registry import Registry
@@ -61,7 +60,7 @@ class RouteSelector:
 
     def _measure(self, bundle: Bundle) -> Measure:
         """The bundle's rule of agreement, as calibrated, or else as its outputs suggest."""
-        fidelity = fidelity_document.read(bundle, self._registry.blob)
+        fidelity = read_fidelity(bundle, self._registry.blob)
         return measure_for(bundle) if fidelity is None else fidelity.measure
 
     def _planned(self, digest: str, bundle: Bundle) -> SelectedRoute | None:

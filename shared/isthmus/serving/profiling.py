@@ -10,13 +10,13 @@ import statistics
 import time
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flask import Response
 
+from isthmus.artifacts.json_documents import builtins
 from isthmus.context import Deadline
 from isthmus.errors import DeadlineExceeded, ProfilingOff, ProfilingRefused, RequestMalformed, RequestTooLarge
 from isthmus.runtime.codec_speed import speeds
@@ -69,9 +69,9 @@ class Profiling:
         nodes = bool(_whole(request.query, "nodes", 0, 0, 1))
         memory = bool(_whole(request.query, "memory", 1, 0, 1)) or nodes
         codecs = bool(_whole(request.query, "codecs", 0, 0, 1))
-        doc: dict[str, Any] = {"format": FORMAT, "device": self._store.device.document()}
+        doc: dict[str, Any] = {"format": FORMAT, "device": builtins(self._store.device)}
         if codecs:
-            doc["codecs"] = {name: asdict(s) for name, s in speeds(request.context.deadline.remaining() / 4).items()}
+            doc["codecs"] = {name: builtins(s) for name, s in speeds(request.context.deadline.remaining() / 4).items()}
         if not request.body:
             return _json(doc)
         decode_s, frame = _timed(lambda: self._decoded(request))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flask import Flask, Response, jsonify
 
 import isthmus
-from isthmus.artifacts import fidelity_document
+from isthmus.artifacts.fidelity import read_fidelity
 from isthmus.errors import SettingsError
 from isthmus.oip import messages as oip
 from isthmus.pipeline.hop import check_hops, hops_to
@@ -62,7 +62,7 @@ class _RouterApp(FunctionApp):
         self._reader = InferenceReader()
         guard = Guard(
             settings.guard_share,
-            lambda bundle: fidelity_document.read(bundle, self._registry.blob),
+            lambda bundle: read_fidelity(bundle, self._registry.blob),
             self.metrics,
             self.log,
             deadline_s=settings.deadline_s,

@@ -6,18 +6,17 @@ Source: docs/explanation/calibration.md.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from msgspec.structs import replace
 
 from isthmus.arrays import Array
-from isthmus.artifacts.agreement import CLOSE, TOP1, Measure
 from isthmus.artifacts.bundle import Blob, Bundle, digest_of
 from isthmus.artifacts.choice import GRADED, KNOWN, NEVER_CHOSEN, SPARSE_ID, TRANSFORM_ID, Choice
-from isthmus.artifacts.fidelity import Entry, Fidelity, Inputs
-from isthmus.artifacts.fidelity_document import model_digest, to_json
+from isthmus.artifacts.fidelity import CLOSE, TOP1, Entry, Fidelity, Inputs, Measure, model_digest, to_json
 from isthmus.errors import CalibrationError
 from isthmus.pipeline.agreement import margin
 from isthmus_tools.calibration.boundary import CutBoundary, SegmentExecutor, Spool

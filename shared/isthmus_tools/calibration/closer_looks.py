@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
+from msgspec import structs
 
 from isthmus.artifacts.choice import MAX_LOOKS, MAX_MARGIN, TRANSFORM_ID, Choice, Look
 from isthmus.artifacts.fidelity import Entry
@@ -58,7 +59,7 @@ def look_entries(cut: str, scored: Sequence[tuple[Choice, Tally]], plain: Iterab
         entry = tally.entry(cut, choice, limit)
         agreement = min(entry.measured, entries[choice.last].agreement)
         sizes[choice] = statistics.fmean(tally.bytes)
-        entries[choice] = replace(
+        entries[choice] = structs.replace(
             entry, agreement=agreement, offered=agreement >= limit, shares=tuple(round(share, 6) for share in shares)
         )
     # Means for all choices here: a chain's mean does not compare with the medians in the other entries.

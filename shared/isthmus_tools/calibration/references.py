@@ -10,8 +10,7 @@ import numpy as np
 from PIL import Image
 
 from isthmus.arrays import Array
-from isthmus.artifacts.agreement import Measure
-from isthmus.artifacts.fidelity import Reference
+from isthmus.artifacts.fidelity import Measure, Reference
 from isthmus.pipeline.agreement import agrees, output_error
 from isthmus_tools.calibration.boundary import SegmentExecutor
 from isthmus_tools.calibration.inputs import CalibrationInput

@@ -6,16 +6,16 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Protocol, TypeAlias
 
 import numpy as np
+from msgspec.structs import replace
 
 from isthmus.arrays import Array
-from isthmus.artifacts.agreement import Measure
 from isthmus.artifacts.bounds import interval, rising
 from isthmus.artifacts.choice import Choice
-from isthmus.artifacts.fidelity import Entry
+from isthmus.artifacts.fidelity import Entry, Measure
 from isthmus.codecs import Encoding, encodings, find_codec, is_exact
 from isthmus.pipeline import encode_tensors
 from isthmus.pipeline.agreement import agrees, output_error

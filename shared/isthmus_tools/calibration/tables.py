@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from isthmus.arrays import Array
-from isthmus.artifacts.agreement import TOP1, Measure
+from isthmus.artifacts.fidelity import TOP1, Measure
 from isthmus.codecs import is_activation
 from isthmus.codecs.transform.rows import RowTable, read_table
 from isthmus.codecs.transform.table import PlaneTable

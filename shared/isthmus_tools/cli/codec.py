@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from isthmus.artifacts.json_documents import builtins
 from isthmus.errors import Missing
 from isthmus.units import format_size, parse_size
 from isthmus_tools.cli.console import errors, print_json, say, table
@@ -130,11 +130,11 @@ def document(
     return {
         "limit": fidelity.limit,
         "confidence": fidelity.confidence,
-        "measure": asdict(fidelity.measure),
-        "inputs": asdict(fidelity.inputs),
-        "entries": [asdict(e) for e in fidelity.entries if e.cut in cuts],
-        "references": [asdict(r) for r in fidelity.references],
-        "chosen": {cut: asdict(entry) for cut, entry in (choices or {}).items()},
+        "measure": builtins(fidelity.measure),
+        "inputs": builtins(fidelity.inputs),
+        "entries": [builtins(e) for e in fidelity.entries if e.cut in cuts],
+        "references": [builtins(r) for r in fidelity.references],
+        "chosen": {cut: builtins(entry) for cut, entry in (choices or {}).items()},
     }
 
 

@@ -214,8 +214,8 @@ def _plan_command(plan: Plan, version: Version) -> str:
     """The command that plans `version` for the link of `plan`."""
     c = plan.conditions
     options = {
-        "--uplink": format_rate(c.uplink_bps) if math.isfinite(c.uplink_bps) else "",
-        "--downlink": format_rate(c.downlink_bps) if c.downlink_bps != c.uplink_bps else "",
+        "--uplink": format_rate(c.up_bps) if math.isfinite(c.up_bps) else "",
+        "--downlink": format_rate(c.down_bps) if c.down_bps != c.up_bps else "",
         "--rtt": format_duration(c.rtt_s) if c.rtt_s else "",
     }
     values = [f"{option} {value.replace(' ', '')}" for option, value in options.items() if value]

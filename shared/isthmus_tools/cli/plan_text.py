@@ -7,8 +7,7 @@ import string
 from collections.abc import Sequence
 from typing import Any
 
-from isthmus.artifacts.plan import TERMS, Candidate, Plan
-from isthmus.artifacts.plan_document import to_json
+from isthmus.artifacts.plan import TERMS, Candidate, Plan, to_json
 from isthmus.units import format_duration, format_rate, format_size
 from isthmus_tools.cli.console import say, table
 from isthmus_tools.planner.choice import GridCell
@@ -25,7 +24,7 @@ def document(plan: Plan, version: str, cells: Sequence[Sequence[GridCell]] | Non
     if cells is not None:
         doc["sweep"] = [
             {
-                "bandwidth_bps": cell.conditions.uplink_bps,
+                "bandwidth_bps": cell.conditions.up_bps,
                 "rtt_s": cell.conditions.rtt_s,
                 "best": cell.best,
                 "seconds": cell.seconds,
@@ -45,7 +44,7 @@ def show(plan: Plan, *, every: bool = False, refusals: int | None = SHOWN) -> No
     if c.adds_nothing:
         over = "over the network that is there"
     else:
-        over = f"over {format_rate(c.uplink_bps)} up, {format_rate(c.downlink_bps)} down, {format_duration(c.rtt_s)}"
+        over = f"over {format_rate(c.up_bps)} up, {format_rate(c.down_bps)} down, {format_duration(c.rtt_s)}"
     ranked = sorted(plan.candidates, key=lambda c: (bool(c.refused), c.measured is None, c.seconds))
     shown = ranked if every else ranked[:SHOWN]
     has_prices = any(c.price is not None for c in plan.candidates)
@@ -89,8 +88,8 @@ def explain(plan: Plan) -> None:
             rows.append([term.replace("_", " "), *(f"{s * 1e3:.2f}" if s else "" for s in seconds)])
     rows.append(["predicted", *(f"{c.predicted.total * 1e3:.2f}" for c in columns)])
     rows.append(["measured", *("" if c.measured is None else f"{c.measured.median * 1e3:.2f}" for c in columns)])
-    rows.append(["edge run is", *(c.predicted.edge_source for c in columns)])
-    rows.append(["cloud run is", *(c.predicted.cloud_source for c in columns)])
+    rows.append(["edge run is", *(c.predicted.sources.edge for c in columns)])
+    rows.append(["cloud run is", *(c.predicted.sources.cloud for c in columns)])
     names = [c.name for c in columns]
     table(f"{plan.model}: the terms of {plan.chosen} and of those behind it, ms", ["term", *names], rows, numbers=names)
 
@@ -99,7 +98,7 @@ def show_sweep(cells: Sequence[Sequence[GridCell]]) -> None:
     """Print the best candidate by round trip and bandwidth, as letters with a legend."""
     names = list(dict.fromkeys(cell.best for row in cells for cell in row if cell.best))
     letters = dict(zip(names, _LETTERS, strict=False))
-    rates = [format_rate(cell.conditions.uplink_bps).replace("bit/s", "") for cell in cells[0]]
+    rates = [format_rate(cell.conditions.up_bps).replace("bit/s", "") for cell in cells[0]]
     rows = [
         [
             format_duration(row[0].conditions.rtt_s),

@@ -159,8 +159,8 @@ def _draw_bandwidth(axes: Any, plan: Plan, hues: Mapping[str, str]) -> None:
         if name in lines:
             axes.plot(rates / 1e6, lines[name], color=colour, linewidth=1.6, label=name)
     axes.plot(rates / 1e6, lowest, color=_INK, linewidth=4, alpha=0.35, label="the lowest", zorder=1)
-    if np.isfinite(plan.conditions.uplink_bps):
-        at = plan.conditions.uplink_bps / 1e6
+    if np.isfinite(plan.conditions.up_bps):
+        at = plan.conditions.up_bps / 1e6
         axes.axvline(at, color=_INK, linestyle=":", linewidth=1)
         for c in usable:
             if c.measured is not None:
@@ -199,7 +199,7 @@ def _draw_sweep(axes: Any, cells: Sequence[Sequence[GridCell]], hues: Mapping[st
             text = f"{lines}\n{cell.seconds * 1e3:.0f} ms" if name else "none"
             # The cells are opaque, so white is readable in dark and light schemes.
             axes.text(x, y, text, ha="center", va="center", fontsize=6.8, color="white", fontweight="bold")
-    axes.set_xticks(range(len(cells[0])), [format_rate(c.conditions.uplink_bps) for c in cells[0]], fontsize=8)
+    axes.set_xticks(range(len(cells[0])), [format_rate(c.conditions.up_bps) for c in cells[0]], fontsize=8)
     axes.set_yticks(range(len(cells)), [format_duration(r[0].conditions.rtt_s) for r in cells])
     axes.set_ylabel("round trip")
     axes.set_title("the best candidate for every link, as predicted", loc="left")

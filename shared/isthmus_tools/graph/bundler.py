@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+from msgspec import structs
 
 from isthmus.arrays import Array
 from isthmus.artifacts.bundle import Bundle, Cut, Segment, Weights, digest_of, is_model_name
-from isthmus.artifacts.segment_id import WHOLE, partition_ids
+from isthmus.artifacts.segment_id import partition_ids
 from isthmus.artifacts.tensors import TensorSpec, describe
 from isthmus.errors import CutError, IsthmusError, ModelError
 from isthmus.processing import classify, image_spec
@@ -101,8 +102,8 @@ def build(
         inputs=whole.inputs,
         outputs=whole.outputs,
         weights=weights,
-        segments={WHOLE: _store(whole, out, files)},
-        cuts={},
+        segment_list=(_store(whole, out, files),),
+        cut_list=(),
         preprocess=preprocess,
         postprocess=_with_labels(postprocess, labels, out, files),
         source={**(source or {}), **_binding_document(run.model)},
@@ -111,7 +112,7 @@ def build(
     defaults = [] if partitions else _default_partition(run, weights)
     bundle = _cut(bundle, run, resolved or defaults, out, files, progress)
     default = defaults[0].cuts if defaults else resolved[0] if resolved else []
-    return replace(bundle, default_cuts=tuple(c.name for c in default)), files
+    return structs.replace(bundle, default_cuts=tuple(c.name for c in default)), files
 
 
 def add_cuts(
@@ -151,8 +152,8 @@ def add_cuts(
         run.whole(extract(model, bundle.weights, None, None), must_run=False)
     extended = _cut(bundle, run, resolved, out, files, progress, on_refusal)
     if default and resolved:
-        extended = replace(extended, default_cuts=tuple(c.name for c in resolved[0]))
-    return extended if extended == bundle else replace(extended, plan=None), files
+        extended = structs.replace(extended, default_cuts=tuple(c.name for c in resolved[0]))
+    return extended if extended == bundle else structs.replace(extended, plan=None), files
 
 
 def stored_examples(bundle: Bundle) -> Examples:
@@ -241,7 +242,12 @@ def _cut(
                 segments[part.id] = _store(part, out, files)
         done += len(rehearsal.cuts) + 1
         progress("segments", done, total)
-    return replace(bundle, segments=segments, cuts=cuts, source=_with_findings(bundle.source, differences, run.notes))
+    return structs.replace(
+        bundle,
+        segment_list=tuple(segments.values()),
+        cut_list=tuple(cuts.values()),
+        source=_with_findings(bundle.source, differences, run.notes),
+    )
 
 
 def _rehearse_new(run: DryRun, weights: Weights, cuts: Sequence[AnyCut], existing: Collection[str]) -> _Rehearsal:
@@ -251,9 +257,14 @@ def _rehearse_new(run: DryRun, weights: Weights, cuts: Sequence[AnyCut], existin
     return _rehearse(run, weights, cuts) if is_new else _Rehearsal(cuts, (), 0.0)
 
 
+def _with_specs(cut: AnyCut, model: Model) -> AnyCut:
+    tensors = tuple(model.specs.get(t.name, t) for t in cut.tensors)
+    return structs.replace(cut, tensors=tensors) if isinstance(cut, Cut) else replace(cut, tensors=tensors)
+
+
 def _rehearse(run: DryRun, weights: Weights, cuts: Sequence[AnyCut]) -> _Rehearsal:
     while True:
-        cuts = [replace(cut, tensors=tuple(run.model.specs.get(t.name, t) for t in cut.tensors)) for cut in cuts]
+        cuts = [_with_specs(cut, run.model) for cut in cuts]
         parts = partition(run.model, weights, cuts)
         comparison = run.partition(parts)
         if not comparison.specs:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from isthmus.artifacts.bundle import Bundle, digest_of, subject_digest, to_json
 from isthmus.artifacts.choice import RAW, Choice

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from msgspec.structs import replace
+
 from isthmus.artifacts.conditions import Conditions
-from isthmus.artifacts.plan import Candidate, Terms
+from isthmus.artifacts.plan import Candidate, Sources, Terms
 from isthmus.artifacts.profile import HopCost, Profile
 from isthmus.artifacts.segment_id import SegmentId
 from isthmus.errors import ConstraintMalformed
@@ -96,8 +98,7 @@ def terms(workload: Workload, near: HopCost | None, far: HopCost | None, conditi
         unpack=workload.decode_s,
         cloud_run=calls * workload.cloud.seconds,
         cloud_hop=hop_seconds(far, workload.far, calls),
-        edge_source=workload.edge.source,
-        cloud_source=workload.cloud.source,
+        sources=Sources(workload.edge.source, workload.cloud.source),
     )
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from isthmus.artifacts.conditions import Conditions
-from isthmus.artifacts.fidelity_document import read
+from isthmus.artifacts.fidelity import read_fidelity
 from isthmus.artifacts.profile import Profile
 from isthmus.artifacts.segment_id import WHOLE
 from isthmus.registry import Registry, SegmentCache
@@ -66,7 +67,7 @@ def enumerate_candidates(
         check_profile(profile, resolved.bundle)
     # A plan belongs to one bundle, and these candidates are for the next.
     base = replace(resolved.bundle, plan=None)
-    fidelity = read(base, registry.blob)
+    fidelity = read_fidelity(base, registry.blob)
     progress(f"fetching {resolved.name}:{resolved.version}")
     with cache.locate(resolved.digest, WHOLE) as whole, tempfile.TemporaryDirectory(prefix="isthmus-") as temporary:
         folder = Path(temporary)

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from isthmus.arrays import Array
-from isthmus.artifacts.agreement import Measure, measure_for
 from isthmus.artifacts.bundle import Bundle, Segment
 from isthmus.artifacts.choice import RAW_ID, TRANSFORM_ID, Choice
+from isthmus.artifacts.fidelity import Measure, measure_for
 from isthmus.artifacts.plan import CloserLooks, Coding, Error
 from isthmus.artifacts.segment_id import WHOLE, SegmentId
 from isthmus.codecs import EncodedTensor, Encoding, Tables, encodings

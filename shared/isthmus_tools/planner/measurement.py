@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
+from msgspec import structs
+
 from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.conditions import Constraints, Objective
 from isthmus.artifacts.plan import Candidate
@@ -61,7 +63,7 @@ def contenders(
     """The candidates to measure: the most promising admissible ones near the best, the best splits, and baselines."""
     value = VALUES[objective]
     # A latency limit is left to the measurement: a prediction above it may be wrong.
-    unlimited = replace(constraints, latency_s=None)
+    unlimited = structs.replace(constraints, latency_s=None)
     admissible = sorted((c for c in candidates if not c.refused and not violations(c, unlimited)), key=value)
     near = [c for c in admissible if value(c) <= _WITHIN * value(admissible[0])][:max_contenders]
     splits = [c for c in admissible if c.kind == "split"][:_MIN_SPLITS]
@@ -116,7 +118,7 @@ def measure(
         if remote:
             # A new connection's first bytes wait for a further round trip, and the router keeps connections.
             runs[min(remote, key=lambda c: (c.looks is not None, c.up_bytes)).name](0)
-        unlimited = replace(constraints or Constraints(), latency_s=None)
+        unlimited = structs.replace(constraints or Constraints(), latency_s=None)
         measured = successive_elimination(
             runs,
             expected={c.name: c.predicted.total for c in candidates},
@@ -131,9 +133,9 @@ def measure(
         if remote and all(c.name in failed for c in remote):
             raise failed[remote[0].name]
     return tuple(
-        replace(c, refused=f"it failed: {failed[c.name].message[:_MAX_MESSAGE]}")
+        structs.replace(c, refused=f"it failed: {failed[c.name].message[:_MAX_MESSAGE]}")
         if c.name in failed
-        else replace(c, measured=measured.get(c.name))
+        else structs.replace(c, measured=measured.get(c.name))
         for c in candidates
     )
 
@@ -199,7 +201,7 @@ def requester(
     """
     route = planned_route(candidate, digest, bundle, hops, tables, variant)
     if route.looks is not None:
-        always = tuple(replace(look, margin=math.inf) for look in route.looks.looks)
+        always = tuple(structs.replace(look, margin=math.inf) for look in route.looks.looks)
         route = replace(route, looks=replace(route.looks, looks=always))
     photo = photo_input(candidate, bundle, hops)
     longest_s = min(_MAX_S, max(_MIN_S, _MAX_SLOWDOWN * candidate.predicted.total))

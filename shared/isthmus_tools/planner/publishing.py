@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from msgspec import structs
+
 from isthmus.artifacts.bundle import Blob, Bundle, Segment, digest_of, subject_digest
 from isthmus.artifacts.choice import PHOTO_ID, Choice
 from isthmus.artifacts.fidelity import Fidelity
-from isthmus.artifacts.plan import Candidate, Plan
-from isthmus.artifacts.plan_document import to_json
+from isthmus.artifacts.plan import Candidate, Plan, to_json
 from isthmus.artifacts.segment_id import WHOLE
 from isthmus.codecs import find_codec
 from isthmus.errors import Missing, PlanMismatch
@@ -36,7 +37,7 @@ def publish_plan(
         path = Path(folder) / "plan.json"
         path.write_bytes(data)
         blob = Blob(digest_of(data), len(data))
-        return registry.publish(replace(bundle, plan=blob), {**files, blob.digest: path}, alias=alias)
+        return registry.publish(structs.replace(bundle, plan=blob), {**files, blob.digest: path}, alias=alias)
 
 
 def carry_over(plan: Plan, before: Bundle, after: Bundle, fidelity: Fidelity | None) -> Plan | None:
@@ -61,7 +62,7 @@ def carry_over(plan: Plan, before: Bundle, after: Bundle, fidelity: Fidelity | N
             return None
         if fidelity is not None and not _offers(fidelity, plan.choice, Choice(coding.codec, coding.quality)):
             return None
-    return replace(plan, subject=subject_digest(after))
+    return structs.replace(plan, subject=subject_digest(after))
 
 
 def _segments(candidate: Candidate, bundle: Bundle) -> tuple[Segment, ...]:

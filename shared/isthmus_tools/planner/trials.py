@@ -109,7 +109,7 @@ class Trials:
             return self.evaluator.split(cut, choice)
         error = Error(entry.error, fidelity.inputs.held_out, 1 - entry.agreement, calibrated=True)
         if entry.looks:
-            looks = CloserLooks(fidelity.measure.output, entry.looks, entry.shares)
+            looks = CloserLooks.of(fidelity.measure.output, entry.looks, entry.shares)
             return self.evaluator.closer_looks(cut, choice, looks, error)
         evaluation = self.evaluator.split(cut, choice)
         return None if evaluation is None else replace(evaluation, error=error)

@@ -6,13 +6,13 @@ import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 import numpy as np
 import stamina
 
-from isthmus.artifacts.device import Device, from_document
+from isthmus.artifacts.device import Device
 from isthmus.artifacts.profile import CodecSpeed
 from isthmus.client import Client
 from isthmus.errors import HopRejected, HopUnavailable, NotReady, Overloaded, ProfileMalformed, SettingsError
@@ -47,7 +47,7 @@ class _Kernels(msgspec.Struct):
 
 
 class _DeviceDocument(msgspec.Struct):
-    device: dict[str, Any]
+    device: Device
 
 
 class _CodecSpeed(msgspec.Struct):
@@ -60,7 +60,7 @@ class _CodecsDocument(msgspec.Struct):
 
 
 class _MeasurementDocument(msgspec.Struct):
-    device: dict[str, Any]
+    device: Device
     runs_s: Annotated[tuple[Seconds, ...], msgspec.Meta(min_length=1)]
     decode_s: Seconds
     encode_s: Seconds
@@ -115,7 +115,7 @@ class ProfiledFunction:
             HopUnavailable, HopTimeout: the function cannot be reached.
             ProfileMalformed: the response is no measurement.
         """
-        return self._read(_DeviceDocument, [], {}, lambda doc: from_document(doc.device))
+        return self._read(_DeviceDocument, [], {}, lambda doc: doc.device)
 
     def codecs(self) -> dict[str, CodecSpeed]:
         """The device's encode and decode times for each codec.
@@ -199,7 +199,7 @@ class ProfiledFunction:
 def _measurement(doc: _MeasurementDocument) -> SegmentMeasurement:
     memory, nodes = doc.memory or _Memory(), doc.nodes or _Kernels()
     return SegmentMeasurement(
-        device=from_document(doc.device),
+        device=doc.device,
         runs_s=doc.runs_s,
         decode_s=doc.decode_s,
         encode_s=doc.encode_s,

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from isthmus.artifacts.agreement import measure_for
-from isthmus.artifacts.fidelity import Fidelity
-from isthmus.artifacts.fidelity_document import read
+from isthmus.artifacts.fidelity import Fidelity, measure_for, read_fidelity
 from isthmus.errors import CalibrationError
 from isthmus.registry import Resolved, open_cache, open_registry
 from isthmus.registry.registry import check_alias
@@ -96,7 +94,7 @@ def published_fidelity(model: str, registry: RegistrySettings) -> tuple[Resolved
     """
     store = open_registry(registry)
     version = store.resolve(model)
-    fidelity = read(version.bundle, store.blob)
+    fidelity = read_fidelity(version.bundle, store.blob)
     if fidelity is None:
         raise CalibrationError(
             f"{version.name}:{version.version} was not calibrated",

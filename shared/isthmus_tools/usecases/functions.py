@@ -104,7 +104,7 @@ def measure_candidates(
     with ExitStack() as link:
         tail = functions.tail
         if not conditions.adds_nothing:
-            up, down, rtt_s = conditions.uplink_bps, conditions.downlink_bps, conditions.rtt_s
+            up, down, rtt_s = conditions.up_bps, conditions.down_bps, conditions.rtt_s
             tail = link.enter_context(link_to(tail, uplink_bps=up, downlink_bps=down, rtt_s=rtt_s))
         measured = measure(
             contenders(candidates, objective, constraints),

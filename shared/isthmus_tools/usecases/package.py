@@ -13,8 +13,7 @@ from typing import Any
 import yaml
 
 from isthmus.artifacts.bundle import Bundle, Segment
-from isthmus.artifacts.plan import Candidate
-from isthmus.artifacts.plan_document import read_plan
+from isthmus.artifacts.plan import Candidate, read_plan
 from isthmus.artifacts.segment_id import WHOLE
 from isthmus.errors import LocalError, Missing
 from isthmus.registry import FolderStore, Registry, Resolved, SegmentCache, open_cache, open_registry

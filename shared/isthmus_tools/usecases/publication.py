@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.artifacts.bundle import Blob, Bundle
-from isthmus.artifacts.fidelity import Fidelity
-from isthmus.artifacts.fidelity_document import read
-from isthmus.artifacts.plan import Plan
-from isthmus.artifacts.plan_document import read_plan
+from isthmus.artifacts.fidelity import Fidelity, read_fidelity
+from isthmus.artifacts.plan import Plan, read_plan
 from isthmus.errors import CalibrationError, Missing, PlanMalformed, PlanMismatch
 from isthmus.registry import Registry, Resolved, Version, open_registry
 from isthmus.registry.registry import check_alias
@@ -159,6 +157,6 @@ def _fidelity(registry: Registry, bundle: Bundle, files: Mapping[str, Path]) -> 
         return files[blob.digest].read_bytes() if blob.digest in files else registry.blob(blob)
 
     try:
-        return read(bundle, content)
+        return read_fidelity(bundle, content)
     except CalibrationError:
         return None  # measured of another model or by another version of Isthmus

@@ -52,8 +52,8 @@ class Limits:
     @classmethod
     def of(cls, body_bytes: int, working_bytes: int, receive_s: float) -> Limits:
         """Half of `working_bytes` for bodies that are received, as the app counts bodies in work by itself."""
-        # The least total has room for a body of the largest size, as counted by `BoundedConnection`.
-        return cls(body_bytes, max(working_bytes // 2, body_bytes * 3 // 2 + 2 * FRAMING_BYTES), receive_s)
+        # Room for a body of the largest size, which counts twice in `BoundedConnection`.
+        return cls(body_bytes, max(working_bytes // 2, 2 * (body_bytes + FRAMING_BYTES)), receive_s)
 
 
 class Admission:
@@ -131,14 +131,14 @@ class BoundedConnection(socket.socket):
 
     def _refusal(self, count: int) -> bytes:
         limits = self._admission.limits
-        if self.received > limits.body_bytes + limits.body_bytes // 8 + FRAMING_BYTES:
+        if self.received > limits.body_bytes + FRAMING_BYTES:
             text = f"the body has more than {limits.body_bytes} bytes"
             return _response("413 Content Too Large", text, "RequestTooLarge", limit=limits.body_bytes)
         if time.monotonic() - self._began > limits.receive_s:
             text = f"the request did not arrive within {limits.receive_s:g} s"
             return _response("408 Request Timeout", text, "DeadlineExceeded")
-        # waitress collects a body in a BytesIO, and a growing BytesIO reserves an eighth more.
-        if not self._admission.charge(self, count + count // 8):
+        # Twice: as it grows, waitress' BytesIO is copied, and malloc keeps the room of its last copy.
+        if not self._admission.charge(self, 2 * count):
             text = f"all requests that are being received may take {limits.total_bytes} bytes together; try again"
             return _response("429 Too Many Requests", text, "Overloaded", retry_after_s=RETRY_AFTER_S)
         return b""

@@ -96,7 +96,9 @@ def test_what_a_function_keeps_fits_its_memory(file: str) -> None:
     for spec in stack(file).functions.values():
         memory = parse_size(spec.limits["memory"])
         cache, loaded = (parse_size(spec.environment[name]) for name in ("cache_bytes", "max_loaded_bytes"))
-        requests = SegmentSettings.max_working_bytes * 3 // 2  # docs/how-to/deployment.md, "What bounds a request"
+        # docs/how-to/deployment.md, "What bounds a request".
+        working, body = SegmentSettings.max_working_bytes, SegmentSettings.max_request_bytes
+        requests = working + max(working // 2, 2 * (body + 2**20))
         assert cache + loaded + requests <= memory - OWN_BYTES
         assert RegistrySettings.cache_bytes <= memory
 

@@ -166,14 +166,14 @@ def test_unfinished_bodies_are_bounded_together_and_freed_with_their_connections
     if chunked:
         head, body = b"Transfer-Encoding: chunked", b"".join((b"%x\r\n" % len(sent), sent))
     with served(HANDLER, tmp_path / "app", max_request_bytes="7MiB", max_working_bytes="1MiB") as port:
-        unfinished = [begun(port, head, body) for _ in range(4)]  # there is room for two
+        unfinished = [begun(port, head, body) for _ in range(4)]  # twice 8 MiB have room for one
         try:
             readable, _, _ = select.select(unfinished, [], [], LONG_S)
             refusal = HTTPResponse(readable[0])
             refusal.begin()
             error = json.loads(refusal.read())
             assert (refusal.status, refusal.headers["Retry-After"], error["type"]) == (429, "1", "Overloaded")
-            assert "13107200 bytes together" in error["error"]
+            assert "16777216 bytes together" in error["error"]
             refusal.close()
             assert http("POST", f"http://127.0.0.1:{port}/echo", body=b"small").data == b"small"
         finally:

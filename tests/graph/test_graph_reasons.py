@@ -15,8 +15,8 @@ from onnx_ir.passes import common
 from isthmus.errors import ModelError
 from isthmus.runtime.ort import reason_of
 from isthmus_tools.graph import build, open_model
+from support.cli import isthmus
 from support.segments import run_partition
-from test_cli import isthmus
 
 
 def save(path: Path, nodes: Sequence[onnx.NodeProto], outputs: Sequence[str] = ("y",), **weights: Any) -> Path:

@@ -18,9 +18,9 @@ from isthmus.errors import ModelError
 from isthmus_tools.graph import build, open_model, torch_export
 from isthmus_tools.graph.inputs import bind_shapes
 from isthmus_tools.zoo import models as zoo
+from support.cli import document, isthmus
 from support.models import REAL, photos
 from support.segments import run_partition, run_whole
-from test_cli import document, isthmus
 
 torch = pytest.importorskip("torch")
 

@@ -19,16 +19,14 @@ import numpy as np
 import onnx
 import pytest
 import typer
-from click.testing import Result
 from onnx import TensorProto, helper, numpy_helper
-from typer.testing import CliRunner
 
 from isthmus.arrays import restored
 from isthmus_tools import cli
-from isthmus_tools.cli import app
 from isthmus_tools.cli.console import errors, print_json
 from isthmus_tools.cli.demo import compare, verdict
 from isthmus_tools.printable import printable
+from support.cli import document, isthmus
 from support.paths import ROOT
 
 COMMANDS = [
@@ -48,15 +46,6 @@ COMMANDS = [
     "plan",
     "explain",
 ]
-
-
-def isthmus(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-def document(result: Result) -> Any:
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
 
 
 @pytest.fixture

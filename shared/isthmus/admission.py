@@ -1,6 +1,6 @@
-"""Admission control: a bound on the requests at work, apart from those that only wait for the registry.
+"""Admission control: bounds on the requests in work, on those that wait for the registry, and on their memory.
 
-A request that waits for a look-up gives its slot back meanwhile, so that callers of what is known find one. The waiting
+A request that waits for a look-up returns its slot meanwhile, so that requests for cached models get one. Waiting
 requests have a bound of their own: each holds a thread of the server, of which the template starts as many more.
 """
 
@@ -8,114 +8,98 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 
 from isthmus.context import Deadline
 from isthmus.errors import DeadlineExceeded, Overloaded, RequestTooLarge
 
+# Requests that wait for the registry at a time; the template's index.py counts them among its threads.
 MAX_WAITING = 16
-"""Requests that wait for the registry at a time; the template's index.py counts them among its threads."""
 RETRY_AFTER_S = 1
 
 
-class Slots:
-    """`limit` requests may be at work; MAX_WAITING more, but no more than `limit`, may wait beside them."""
+class _Bound:
+    """A count from 0 to `limit`."""
 
     def __init__(self, limit: int) -> None:
-        self._limit, self.max_waiting = limit, min(limit, MAX_WAITING)
-        # Taking from a list and putting back are atomic, and take a tenth of what a semaphore does.
-        self._free = list(range(limit))
-        self._free_to_wait = list(range(self.max_waiting))
-        # Those who wait with a slot leave the other half, where there is one, to callers of what is here.
-        self._free_to_keep = list(range(max(1, limit // 2)))
+        self.limit, self.count = limit, 0
+        self._lock = threading.Lock()
 
-    @property
-    def taken(self) -> int:
-        """Requests at work now."""
-        return self._limit - len(self._free)
+    def enter(self) -> bool:
+        """Count one more; False at the limit."""
+        with self._lock:
+            if self.count == self.limit:
+                return False
+            self.count += 1
+            return True
+
+    def leave(self) -> None:
+        """Count one less."""
+        with self._lock:
+            self.count -= 1
+
+
+class Slots:
+    """At most `limit` requests are in work; MAX_WAITING more, but no more than `limit`, may wait for the registry."""
+
+    def __init__(self, limit: int) -> None:
+        self.working = _Bound(limit)
+        self.waiting = _Bound(min(limit, MAX_WAITING))
+        # Half of the slots, where there are two, stay for requests that need no look-up.
+        self.waiting_in_slot = _Bound(max(1, limit // 2))
 
     @contextmanager
     def admitted(self, deadline: Deadline) -> Iterator[None]:
-        """Hold a slot for this thread's request, except while it is `aside`.
+        """Hold a slot for this thread's request, except within `aside`.
 
         Raises:
-            Overloaded: `limit` requests are at work.
+            Overloaded: `limit` requests are in work.
         """
-        request = _Request(self, deadline, works=True)
-        request.hold()
+        request = _AdmittedRequest(self, deadline, needs_slot=True)
+        request.take_slot()
         with _current(request):
             yield
 
     @contextmanager
     def unadmitted(self, deadline: Deadline) -> Iterator[None]:
-        """This thread's request needs no slot, but its waiting for the registry counts as others' does."""
-        with _current(_Request(self, deadline, works=False)):
+        """For a request that needs no slot: its waits for the registry count as others' do."""
+        with _current(_AdmittedRequest(self, deadline, needs_slot=False)):
             yield
 
-    def take(self) -> int:
-        """One of the slots; `give` takes it back."""
-        try:
-            return self._free.pop()
-        except IndexError:
-            raise Overloaded(
-                f"{self._limit} requests are under way; that is the limit", retry_after_s=RETRY_AFTER_S
-            ) from None
 
-    def give(self, slot: int) -> None:
-        """Let another request have the slot."""
-        self._free.append(slot)
-
-    def place(self) -> int | None:
-        """One of the places of the waiting, which `leave` takes back; None where as many wait as may."""
-        with suppress(IndexError):
-            return self._free_to_wait.pop()
-        return None
-
-    def leave(self, place: int) -> None:
-        """Let another request wait."""
-        self._free_to_wait.append(place)
-
-    def keep(self) -> int | None:
-        """The right to wait with a slot, which `lose` takes back; None where half of the slots wait so."""
-        with suppress(IndexError):
-            return self._free_to_keep.pop()
-        return None
-
-    def lose(self, right: int) -> None:
-        """Let another request wait with its slot."""
-        self._free_to_keep.append(right)
-
-
-class _Request:
+class _AdmittedRequest:
     """A request's deadline, and its slot while it holds one."""
 
-    def __init__(self, slots: Slots, deadline: Deadline, *, works: bool) -> None:
+    def __init__(self, slots: Slots, deadline: Deadline, *, needs_slot: bool) -> None:
         self.slots, self.deadline = slots, deadline
-        self._works = works
-        self._slot: int | None = None
+        self._needs_slot, self._has_slot = needs_slot, False
 
-    def hold(self) -> None:
-        if self._works:
-            self._slot = self.slots.take()
+    def take_slot(self) -> None:
+        if not self._needs_slot:
+            return
+        if not self.slots.working.enter():
+            limit = self.slots.working.limit
+            raise Overloaded(f"{limit} requests are under way; that is the limit", retry_after_s=RETRY_AFTER_S)
+        self._has_slot = True
 
-    def give_back(self) -> None:
-        if self._slot is not None:
-            self.slots.give(self._slot)
-            self._slot = None
+    def return_slot(self) -> None:
+        if self._has_slot:
+            self.slots.working.leave()
+            self._has_slot = False
 
 
-_CURRENT: ContextVar[_Request | None] = ContextVar("request", default=None)
+_CURRENT: ContextVar[_AdmittedRequest | None] = ContextVar("request", default=None)
 
 
 @contextmanager
-def _current(request: _Request) -> Iterator[None]:
+def _current(request: _AdmittedRequest) -> Iterator[None]:
     token = _CURRENT.set(request)
     try:
         yield
     finally:
         _CURRENT.reset(token)
-        request.give_back()
+        request.return_slot()
 
 
 def current_deadline() -> Deadline | None:
@@ -125,34 +109,34 @@ def current_deadline() -> Deadline | None:
 
 @contextmanager
 def aside(*, refuse: bool = True) -> Iterator[None]:
-    """Give this thread's slot back while the block waits for the registry, and take one again after it.
+    """Return this thread's slot while the block waits for the registry, and take a slot again afterwards.
 
-    Where too many wait already, the request keeps its slot if `refuse` is false, up to half of all slots.
-    Nothing happens outside of requests. A block that raises leaves its request without a slot: it is about to end.
+    Where too many requests wait already, this request keeps its slot if `refuse` is false, up to half of all slots.
+    No-op outside of requests. A block that raises leaves its request without a slot: the request is about to end.
 
     Raises:
-        Overloaded: too many wait already; or, after the block, as many requests are at work as may.
+        Overloaded: too many requests wait already; or, after the block, all slots are taken.
     """
     if (request := _CURRENT.get()) is None:
         yield
         return
-    if (place := request.slots.place()) is None:
-        if refuse or (right := request.slots.keep()) is None:
-            raise Overloaded(
-                f"{request.slots.max_waiting} requests wait for the registry; that is the limit",
-                retry_after_s=RETRY_AFTER_S,
-            )
+    slots = request.slots
+    if slots.waiting.enter():
+        request.return_slot()
         try:
             yield
         finally:
-            request.slots.lose(right)
+            slots.waiting.leave()
+        request.take_slot()
         return
-    request.give_back()
+    if refuse or not slots.waiting_in_slot.enter():
+        raise Overloaded(
+            f"{slots.waiting.limit} requests wait for the registry; that is the limit", retry_after_s=RETRY_AFTER_S
+        )
     try:
         yield
     finally:
-        request.slots.leave(place)
-    request.hold()
+        slots.waiting_in_slot.leave()
 
 
 class MemoryBudget:

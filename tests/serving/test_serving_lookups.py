@@ -252,31 +252,31 @@ def test_a_slot_is_given_back_however_the_waiting_ends() -> None:
     slots, later = Slots(1), Deadline.after(LONG_S)
     with slots.admitted(later):
         with aside():
-            assert slots.taken == 0
-        assert slots.taken == 1
+            assert slots.working.count == 0
+        assert slots.working.count == 1
         with pytest.raises(Missing), aside():
             raise Missing("no")
-    assert slots.taken == 0
+    assert slots.working.count == 0
     with pytest.raises(Overloaded), slots.admitted(later), aside():
-        slots.take()  # another request came meanwhile
-    assert slots.taken == 1
-    slots.give(0)
+        slots.working.enter()  # another request came meanwhile
+    assert slots.working.count == 1
+    slots.working.leave()
     with slots.unadmitted(later), aside(), aside(refuse=False), pytest.raises(Overloaded), aside():
         pass
-    assert slots.taken == 0
-    assert Slots(100).max_waiting == MAX_WAITING
+    assert slots.working.count == 0
+    assert Slots(100).waiting.limit == MAX_WAITING
 
 
 def test_those_who_wait_with_a_slot_leave_half_of_the_slots_to_others() -> None:
     """A burst may wait for a segment that is loading, and callers of what is loaded are served beside it."""
     slots, later = Slots(4), Deadline.after(LONG_S)
     with contextlib.ExitStack() as waiting:
-        for _ in range(slots.max_waiting + 2):
+        for _ in range(slots.waiting.limit + 2):
             waiting.enter_context(slots.admitted(later))
             waiting.enter_context(aside(refuse=False))
-        assert slots.taken == 2
+        assert slots.working.count == 2
         with slots.admitted(later), pytest.raises(Overloaded), aside(refuse=False):
             pass
         with slots.admitted(later):
-            assert slots.taken == 3
-    assert slots.taken == 0
+            assert slots.working.count == 3
+    assert slots.working.count == 0

@@ -95,7 +95,7 @@ class FunctionApp:
         # longest_s is a property with arithmetic, and every request needs the number.
         self._settings, self._longest_s = settings, settings.longest_s
         self._slots = Slots(settings.max_concurrency)
-        self.metrics.in_flight.set_function(lambda: float(self._slots.taken))
+        self.metrics.in_flight.set_function(lambda: float(self._slots.working.count))
         self._memory = MemoryBudget(settings.working_bytes)
         self._errors = ErrorRenderer(self.log, expose_details=settings.expose_details)
         self.readiness = Readiness(prepare, self.log)

@@ -1,7 +1,7 @@
-"""Codecs: the encoding of one tensor inside a frame, by the id in the frame's header.
+"""Codecs: the encoding of a tensor inside a frame, by the id in the frame's header.
 
 A codec is a pure function from an array to bytes and back. Learned parameters are in a *table*, stored in the bundle.
-Decoding checks its input before it allocates, and gives the same array on every machine. An id ends in the version of
+Decoding checks its input before allocation, and gives the same array on every machine. An id ends in the version of
 its format. Source: docs/reference/codecs.md.
 """
 
@@ -19,8 +19,8 @@ from isthmus.artifacts.choice import LOSSLESS_ID, PHOTO_ID, RAW_ID, SPARSE_ID, T
 from isthmus.artifacts.tensors import TensorSpec
 
 MAX_DECODING_BYTES = 64 * 2**20
-"""Memory bound for decoding one tensor, its array included: the default of the setting max_request_bytes. Larger
-tensors travel raw, since a reader would refuse them."""
+"""Memory bound for decoding a tensor, its array included: the default of the setting max_request_bytes. Larger
+tensors travel raw, since readers would refuse their decoding."""
 
 _CODECS: Mapping[str, str] = {
     RAW_ID: "raw:RAW",
@@ -59,7 +59,7 @@ class EncodedTensor:
 
 @dataclass(frozen=True)
 class Encoding:
-    """How to encode one tensor.
+    """How to encode a tensor.
 
     `quality`, from 0 to 1, is for codecs that trade bytes for error, `table` for calibrated codecs.
     """
@@ -88,12 +88,12 @@ class Codec(Protocol):
     def working_bytes(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
         """Upper bound on the memory that `decode` allocates besides the array and the payload, in bytes.
 
-        Readers add it to their bound before they decode; dtypes that the codec refuses have a bound as well.
+        Readers count this in their bound before decoding; dtypes that the codec refuses have a bound as well.
         """
         ...
 
     def decode(self, payload: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], table: object) -> Array:
-        """The array of the dtype and shape in the header, which the reader has bounded.
+        """The array of the dtype and shape in the header, within the reader's bounds.
 
         Raises:
             ValueError: the payload is malformed, or has another dtype or shape.
@@ -117,8 +117,8 @@ def find_codec(codec: str) -> Codec:
 
 
 def encode_tensor(array: Array, encoding: Encoding) -> EncodedTensor | Array:
-    """Encode `array`; returns it unchanged if the codec cannot represent it, gains nothing, or if decoding would exceed
-    MAX_DECODING_BYTES.
+    """Encode `array`; returns the array unchanged if the codec cannot represent its values or gains nothing, or if
+    decoding would exceed MAX_DECODING_BYTES.
 
     Raises:
         KeyError: an unknown codec.
@@ -140,7 +140,7 @@ def encode_tensor(array: Array, encoding: Encoding) -> EncodedTensor | Array:
 def encodings(
     specs: Iterable[TensorSpec], choice: Choice, table: Callable[[str], object] | None = None
 ) -> dict[str, Encoding]:
-    """The encodings of the tensors of one hop: `choice` for activations, an exact codec for all other tensors.
+    """The encodings of the tensors of a hop: `choice` for activations, an exact codec for all other tensors.
 
     `table` is called with a tensor's name, for calibrated codecs only. A tensor without a table is no activation:
     calibration found, say, an attention mask of two values.

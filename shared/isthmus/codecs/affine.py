@@ -1,6 +1,6 @@
-"""`int8/1` and `int4/1`: uniform quantisation, `(code + offset) * step`, which preserves zero exactly.
+"""`int8/1` and `int4/1`: uniform quantisation, `(code + offset) * step`; zero is preserved exactly.
 
-int8 has one step for the whole tensor: its codes compress better than those of a step for each channel (13% fewer bytes
+int8 has a single step for the tensor: its codes compress better than with a step for each channel (13% fewer bytes
 at the same predictions, on EfficientNet-Lite0). At 4 bits the error matters more, and each channel has a step.
 Source: docs/reference/codecs.md, "int8/1".
 """
@@ -23,13 +23,13 @@ MAX_OFFSET = 2**21
 _MIN_STEP = 2.0**-126
 _MAX_FLOAT = {2: 65504.0, 4: (2 - 2**-23) * 2.0**127}
 _MAX_BFLOAT16 = (2 - 2**-7) * 2.0**127
-# Added to a float32 of up to 2**22, it leaves the nearest integer in the lowest bits.
+# Added to a float32 of up to 2**22, the sum has the nearest integer in the lowest bits.
 _ROUND = np.float32(1.5 * 2**23)
 _SCALE = struct.Struct("<fi")
 _SCALES = np.dtype([("step", "<f4"), ("offset", "<i4")])
 _LENGTH = struct.Struct("<I")
 _FLOAT32_BYTES = 4
-# A channel's step and offset while they are decoded: the section's bytes three times, transposed, and as numbers.
+# A channel's step and offset during decoding: the section's bytes three times, transposed, and as numbers.
 _CHANNEL_BYTES = 6 * _SCALES.itemsize
 
 

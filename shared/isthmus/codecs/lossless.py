@@ -1,7 +1,7 @@
 """`lossless/3`: every bit is preserved; bytes of the same significance are compressed together.
 
-A float's exponents compress, its mantissas hardly ever: mantissas are compressed only if a sample of them repeats. A
-tensor of one or two distinct values, such as a mask, becomes the values and a bit for each position.
+A float's exponents compress, its mantissas hardly ever: mantissas are compressed only if a sample repeats. A tensor
+with at most two distinct values (a mask) becomes the values and a bit for each position.
 Source: Hershcovitch et al., "ZipNN: Lossless Compression for AI Models", 2024; docs/reference/codecs.md, "lossless/3".
 """
 
@@ -18,9 +18,9 @@ from isthmus.codecs import Encoding, NotEncodable
 from isthmus.codecs.payload import MAX_SECTION, PayloadReader, bytes_of, count_of, restore, shrink
 
 _LENGTH = struct.Struct("<I")
-# In place of a number of bytes: two neighbouring integers, one bit each.
+# In place of a number of bytes: two neighbouring integers, a bit each.
 _ONE_BIT = 15
-# Up to so many flags take one byte anyway, so a constant has no shorter form.
+# Up to so many flags take a single byte anyway, so a constant has no shorter form.
 _FLAGS_PER_BYTE = 8
 # Of 64 random bytes, some 57 are distinct. With fewer than 40, a section shrinks by about a third.
 _SAMPLES, _MIN_DISTINCT = 64, 40
@@ -139,7 +139,7 @@ def _encode_two_values(bits: Array) -> bytes:
 
 
 def _decode_two_values(payload: memoryview, count: int, dtype: np.dtype[Any]) -> Array | None:
-    """The inverse of `_encode_two_values`; None where the payload starts with a section's length, which is not 0.
+    """The inverse of `_encode_two_values`; None where the payload starts with the length of a section, never 0.
 
     Raises:
         ValueError: the payload is malformed, or has another number of values.
@@ -158,7 +158,7 @@ def _decode_two_values(payload: memoryview, count: int, dtype: np.dtype[Any]) ->
 
 
 def _encode_integers(values: Array, minimum: int, signed: bool) -> bytes:
-    """Integers, viewed as unsigned: their minimum, the number of bytes of the offsets from it, and these by byte."""
+    """Integers, viewed as unsigned: their minimum, the width of the offsets from the minimum, the offsets by byte."""
     offsets = values - values.dtype.type(minimum % 256**values.itemsize)
     bits = int(offsets.max()).bit_length()
     if bits == 1:
@@ -204,13 +204,13 @@ def _encode_floats(bits: Array) -> Iterator[bytes | memoryview]:
     yield section
     for i in range(words - 2, -1, -1):
         word = (bits >> bits.dtype.type(16 * i) if i else bits).astype("<u2").view(np.uint8)
-        # If these bits do not repeat, those of less significance do not either.
+        # If these bits do not repeat, bits of less significance do not either.
         section, repeats = _shrink_if_repeating(word) if repeats else (word.data, False)
         yield section
 
 
 def _shrink_if_repeating(section: Array) -> tuple[bytes | memoryview, bool]:
-    """`section`, compressed if a sample of it repeats, and whether it does."""
+    """`section`, compressed if a sample repeats, and whether a sample repeats."""
     step = -(-section.size // _SAMPLES) | 1  # odd, to sample both bytes of words
     if len(set(section[::step].tobytes())) >= _MIN_DISTINCT:
         return section.data, False
@@ -218,7 +218,7 @@ def _shrink_if_repeating(section: Array) -> tuple[bytes | memoryview, bool]:
 
 
 def _sections(payload: memoryview, count: int) -> list[memoryview]:
-    """Split a payload into `count` sections, which are not yet restored."""
+    """Split a payload into `count` sections, without decompression."""
     reader = PayloadReader(payload)
     if not count:
         reader.end()

@@ -1,4 +1,4 @@
-"""Sections of payloads: bytes of a size that the reader knows beforehand, stored or as one zstd frame each.
+"""Sections of payloads: bytes of a size that the reader knows beforehand, stored or as a zstd frame each.
 
 The only module that imports zstd: its backport before Python 3.14. Source: docs/reference/codecs.md, "Sections".
 """
@@ -24,30 +24,30 @@ MAX_WINDOW_LOG = 23
 MAX_SECTION = 2**32 - 1
 
 Kind = Literal["numbers", "checked", "structure"]
-"""The content of a section: numbers, which hardly ever repeat; numbers with a checksum; or structure, which repeats:
+"""The content of a section: numbers (hardly any repetition), numbers with a checksum, or structure (repetition):
 indices, masks, parameters."""
 
 # RFC 8878, 3.1.1.1: the frame header's descriptor follows the magic number, then the window, absent where it equals the
-# content. zstd checks windows only where it allocates one.
+# content. zstd checks windows only on allocation.
 _SINGLE_SEGMENT, _MAX_WINDOW_BYTE = 0x20, (MAX_WINDOW_LOG - 10) << 3
 # ZSTD_c_literalCompressionMode: with a sparse search for repeats, zstd would omit Huffman codes as well.
 _LITERAL_COMPRESSION = 1002
 
 # glibc returns the end of its heap to the system beyond twice the largest block that was ever mapped and freed. Freeing
-# one of 2 MiB raises that to 4 MiB: a transform of 300 kB takes 1.0 ms to encode instead of 1.7, measured alone.
+# 2 MiB raises the limit to 4 MiB: a transform of 300 kB takes 1.0 ms to encode instead of 1.7, measured alone.
 np.empty(2**21, np.uint8)
 
 
 class _Compressors(threading.local):
-    """The compressors of one thread: creating one takes longer than using it, and threads cannot share it."""
+    """The compressors of a thread: creation takes longer than use, and threads cannot share a compressor."""
 
     def __init__(self) -> None:
         self.renew()
 
     def renew(self) -> None:
-        """Create all compressors, after an error may have left one within a frame."""
+        """Create all compressors, after an error may have ended compression within a frame."""
 
-        # Numbers hardly ever repeat, but for zeros, which a search at every 65th byte finds. Measured on
+        # Numbers hardly ever repeat, but for zeros: a search at every 65th byte suffices. Measured on
         # EfficientNet-Lite0's exponents: 32% of their size at 620 MB/s; a search at every byte gives 33% at 310 MB/s.
         def numbers(checked: bool) -> zstd.ZstdCompressor:
             parameter = zstd.CompressionParameter
@@ -89,7 +89,7 @@ def shrink(data: bytes | memoryview, kind: Kind, parts: Sequence[int] = ()) -> b
                 start += part
         frame = b"".join([*blocks, compressor.compress(data[start:], compressor.FLUSH_FRAME)])
     except BaseException:
-        _compressors.renew()  # the next frame would continue this one
+        _compressors.renew()  # the next call would continue this frame
         raise
     return frame if len(frame) < len(data) else data
 
@@ -122,7 +122,7 @@ def restore(section: memoryview, size: int) -> bytes | memoryview:
 
 
 class PayloadReader:
-    """Reads a payload from its start; `end` checks that it was read to its end."""
+    """Reads a payload from its start; `end` checks that no bytes remain."""
 
     def __init__(self, payload: memoryview) -> None:
         self._rest = payload

@@ -19,7 +19,7 @@ def classify(
 ) -> list[list[dict[str, Any]]]:
     """The `top_k` classes of each row of the batch, as {"label", "index", "probability"}, in falling order.
 
-    One list a row, also for a batch of one. Equal probabilities are in the order of their indices. `label` is None
+    A list for each row, also in a batch of 1. Equal probabilities are in the order of their indices. `label` is None
     without labels. `top_k` None means the spec's. Without `softmax`, the model's values are the probabilities.
 
     Shapes: logits (batch, classes), with any number of dimensions of 1 after it, or (classes,).
@@ -98,7 +98,7 @@ def validate_spec(spec: Mapping[str, Any]) -> None:
     """Check a `postprocess`.
 
     Raises:
-        ModelError: an unknown or missing kind, key or value; the message names it.
+        ModelError: an unknown or missing kind, key or value; the message names the fault.
     """
     if not isinstance(spec, Mapping) or set(spec) != _KEYS:
         got = sorted(map(str, spec)) if isinstance(spec, Mapping) else type(spec).__name__

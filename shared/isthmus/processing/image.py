@@ -47,7 +47,7 @@ def model_input(
 ) -> dict[str, Array]:
     """Decode `photo` and pre-process it as `bundle` declares: the model's input, by its name.
 
-    Shapes: a batch of one; see `preprocess`, which also states the bounds.
+    Shapes and bounds: see `preprocess`.
 
     Raises:
         MediaUnsupported: the bundle declares no pre-processing of photos, or the bytes are no image.
@@ -61,12 +61,12 @@ def model_input(
 def preprocess(
     data: bytes, spec: Mapping[str, Any], *, input: TensorSpec, max_pixels: int, memory: ImageMemory = SHARED
 ) -> Array:
-    """Decode one image and pre-process it to the model's input.
+    """Decode an image and pre-process the picture to the model's input.
 
-    Shapes: a batch of one, (1, 3, height, width) or (1, height, width, 3), contiguous, of `spec`'s dtype.
+    Shapes: (1, 3, height, width) or (1, height, width, 3), contiguous, of `spec`'s dtype.
     Units: a pixel is 0 to 255 before `normalize`. `max_pixels` bounds the stored and the resized picture, `memory` the
-    memory of all pictures in progress. A picture that needs more than half of it is reduced while it is decoded, to at
-    least REDUCING_GAP times the size of the resize step.
+    memory of all pictures in progress. A picture that needs more than half of the budget is reduced during decoding, to
+    at least REDUCING_GAP times the size of the resize step.
 
     Raises:
         MediaUnsupported, ImageMalformed, RequestTooLarge, Overloaded: as `image_decoding.decode`.
@@ -87,7 +87,7 @@ def preprocess(
     ) as picture:
         image = picture.decode()
         if (resize := steps.get("resize")) is not None:
-            # From the size before any reduction, so that the long side does not depend on it.
+            # From the size before any reduction, so that the long side is independent of the reduction.
             image = image.resize(_resized(picture.upright, resize, max_pixels), _FILTERS[resize["interpolation"]])
         if "center_crop" in steps:
             image = _center_crop(image, *steps["center_crop"]["size"])
@@ -142,11 +142,11 @@ def _resized(size: tuple[int, int], step: Mapping[str, Any], max_pixels: int) ->
 
 def _center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     """The centre; a side shorter than the crop is padded with black. Halves round as in torchvision."""
-    left, top = (
+    x, y = (
         round((side - crop) / 2) if side >= crop else -((crop - side) // 2)
         for side, crop in zip(image.size, (width, height), strict=True)
     )
-    return image.crop((left, top, left + width, top + height))
+    return image.crop((x, y, x + width, y + height))
 
 
 def _to_array(image: Image.Image, steps: Mapping[str, Mapping[str, Any]], dtype: str) -> Array:
@@ -163,10 +163,10 @@ def _to_array(image: Image.Image, steps: Mapping[str, Mapping[str, Any]], dtype:
 
 
 def _check_fits(array: Array, spec: Mapping[str, Any], input: TensorSpec) -> None:
-    fits = len(array.shape) == len(input.shape) and all(
+    compatible = len(array.shape) == len(input.shape) and all(
         isinstance(declared, str) or declared == size for declared, size in zip(input.shape, array.shape, strict=False)
     )
-    if spec["input"] != input.name or spec["dtype"] != input.dtype or not fits:
+    if spec["input"] != input.name or spec["dtype"] != input.dtype or not compatible:
         got = f"{spec['input']}: {spec['dtype']} {list(array.shape)}"
         expected = f"{input.name}: {input.dtype} {list(input.shape)}"
         raise ShapeMismatch(

@@ -1,6 +1,6 @@
-"""The memory budget of all pictures in progress in a process: decoding reserves its estimate before it starts.
+"""The memory budget of all pictures in progress in a process: decoding starts with a reservation of its estimate.
 
-Without Pillow, so that codecs and functions without images can import it.
+Without Pillow, so that codecs and functions without images avoid its import.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class ImageMemory:
 
     @contextmanager
     def taken(self, count: int) -> Iterator[None]:
-        """Reserve `count` bytes of the budget, once they are free.
+        """Reserve `count` bytes of the budget, once available.
 
-        Waits for half of the time to the request's deadline: decoding and inference come after it.
+        Waits for half of the time to the request's deadline: decoding and inference follow.
 
         Raises:
             Overloaded: other pictures reserved the memory for too long.

@@ -1,6 +1,6 @@
 """Decoding of image files to upright 8-bit RGB, within bounds on pixels and memory.
 
-A file is bounded by its header before it is decoded, and pictures too large for memory are reduced on the way.
+Bounds on the header apply before decoding, and pictures too large for memory are reduced during decoding.
 Transparent pixels become white. Colour profiles are ignored, as training pipelines ignore them.
 Source: docs/reference/api.md, "Photos".
 """
@@ -71,7 +71,7 @@ _TRANSPOSE = {
 _ORIENTATION, _BITS, _PHOTOMETRIC, _TILE_WIDTH, _TILE_LENGTH = 0x0112, 258, 262, 322, 323
 # Transpositions that preserve width and height.
 _SAME_SIZE = (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM)
-# Conversion to RGB takes up to 20 bytes a pixel, so it goes tile by tile.
+# Conversion to RGB takes up to 20 bytes a pixel, so tiles are converted in turn.
 _TILE_PIXELS = 2**16
 # Metadata of up to this size is not counted while an opened file waits for memory.
 _MAX_UNCOUNTED_BYTES = 2**20
@@ -89,7 +89,7 @@ def decode(data: bytes, *, max_pixels: int, memory: ImageMemory = SHARED) -> Ima
     """The first picture in `data`, upright, 8-bit RGB, transparent pixels over white.
 
     Raises:
-        MediaUnsupported: not an image, or of a kind whose samples have no stated range.
+        MediaUnsupported: not an image, or samples without a stated range.
         ImageMalformed: an image that cannot be decoded: truncated, corrupt.
         RequestTooLarge: more pixels than `max_pixels`, or more memory than there is; nothing was decoded.
         Overloaded: other pictures reserve the memory.
@@ -142,7 +142,7 @@ def open_picture(
     min_side: int = 0,
     finishing: Callable[[tuple[int, int]], int] = lambda size: 0,
 ) -> Iterator[Picture]:
-    """Open an image file, and reserve the memory for decoding it and for `finishing` a picture of its size.
+    """Open an image file, and reserve the memory for decoding, and for `finishing` a picture of that size.
 
     A picture that needs more than half of the memory is reduced to a shorter side of at least `min_side`, unless 0.
 
@@ -164,14 +164,14 @@ def open_picture(
         if announced is None and kind in ("image/gif", "image/webp"):
             raise _malformed(data, kind, "the header is cut off, or none")
         if announced is not None:
-            # Pillow allocates the canvas of these formats when it opens a file.
+            # Pillow allocates the canvas of these formats at opening.
             check_pixels(*announced, max_pixels)
             decoding, turns = frame_bytes(kind, announced) + opening, any(mark in data for mark in _FRAME_EXIF)
             needs = estimate(decoding, announced, False, turns)
             if needs > memory.limit // 2 and min_side:
                 factor = max(1, min(announced) // min_side)
                 needs = estimate(decoding, _reduced(announced, factor), False, turns)
-            # Rarely reached bounds may make a picture wait until it is alone, but never refuse it.
+            # Rarely reached bounds may delay a picture until no other is in progress, but never refuse a file.
             needs = max(needs, min(needs + codes_bytes(data, kind, announced), memory.limit))
             _reserve(reservation, memory, needs, announced, kind)
             with _pillow_errors(data, kind, max_pixels):
@@ -189,7 +189,7 @@ def open_picture(
         keeps = opening + (stored_bytes("RGB", *full) if _has_wide_key(image, data) else 0)
         needs = estimate(keeps + decoding_bytes(image, full, data), full, plain, turns)
         if needs > memory.limit // 2 and min_side:
-            # libjpeg reduces to a half, a quarter or an eighth while it decodes, which saves the memory of the rest.
+            # libjpeg reduces to a half, a quarter or an eighth during decoding, which saves the memory of later steps.
             drafted = image.draft(None, (min_side, min_side)) is not None
             factor = max(1, min(image.size) // min_side)
             size = _reduced(image.size, factor)
@@ -206,7 +206,7 @@ def open_picture(
 
 
 def _bounded(opening: int, memory: ImageMemory, kind: str) -> int:
-    """Check the memory for opening a file, and return it.
+    """Check and return the memory for opening a file.
 
     Raises:
         RequestTooLarge: the metadata alone exceeds the limit.
@@ -239,7 +239,7 @@ def _turns(image: ImageFile.ImageFile, data: bytes) -> bool:
         warnings.simplefilter("ignore")
         try:
             return image.getexif().get(_ORIENTATION, 1) in _TRANSPOSE
-        except Exception:  # corrupt EXIF: decoding refuses it
+        except Exception:  # corrupt EXIF: decoding fails
             return True
 
 
@@ -316,7 +316,7 @@ def _has_wide_key(image: ImageFile.ImageFile, data: bytes) -> bool:
 
 
 def _low_bytes(data: bytes, max_pixels: int) -> Image.Image:
-    """The lower bytes of a PNG's 16-bit samples: it is decoded again, as if in the other byte order."""
+    """The lower bytes of a PNG's 16-bit samples, from a second decoding in the other byte order."""
     image = _open(data, "image/png", max_pixels)
     image.tile = [tile._replace(args="RGB;16L") for tile in image.tile]
     image.load()
@@ -326,7 +326,7 @@ def _low_bytes(data: bytes, max_pixels: int) -> Image.Image:
 def _rgb(image: ImageFile.ImageFile, data: bytes, factor: int, low: Image.Image | None = None) -> Image.Image:
     """A decoded picture as 8-bit RGB, reduced to the means of `factor` by `factor` pixels.
 
-    `low` are the lower bytes of its samples, where transparency depends on them.
+    `low` are the lower bytes of its samples, where transparency depends on these.
     """
     if image.mode == "RGB" and "transparency" not in image.info and factor == 1:
         return image
@@ -384,7 +384,7 @@ def _as_pixels(key: int | tuple[int, ...], depth: int) -> int | tuple[int, ...]:
 def _is_opaque(picture: Image.Image, data: bytes) -> bool:
     """Whether a BMP's fourth byte is no alpha: its header has no mask of alpha, or the byte is zero in every pixel.
 
-    Programs that write 32 bits a pixel often leave that byte at zero; readers treat such a picture as opaque.
+    Programs that write 32 bits a pixel often leave that byte at zero; readers treat the picture as opaque.
     """
     has_mask = int.from_bytes(data[14:18], "little") >= _BMP_V3 and any(data[_BMP_ALPHA_MASK])
     return picture.mode == "RGBA" and not (has_mask and _highest(picture, 3))
@@ -397,7 +397,7 @@ def _highest(picture: Image.Image, band: int) -> float:
 
 
 def _from_wide(picture: Image.Image, source: ImageFile.ImageFile) -> Image.Image:
-    """8-bit RGB from grey samples wider than a byte; Pillow's conversion would clip them at 255."""
+    """8-bit RGB from grey samples wider than a byte; Pillow's conversion would clip at 255."""
     values = np.asarray(picture)
     tags = source.tag_v2 if isinstance(source, TiffImagePlugin.TiffImageFile) else {}
     if picture.mode.startswith("I;16"):

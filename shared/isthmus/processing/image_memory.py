@@ -1,6 +1,6 @@
-"""What decoding a picture takes, in bytes: upper bounds from its header, which tests hold against a process's peak.
+"""Upper bounds on the memory of decoding a picture, in bytes, from its header; tests compare them to measured peaks.
 
-A picture's file says little of its cost: 57 bytes can announce 64 million rows.
+The size of a file says little about its cost: 57 bytes can declare 64 million rows.
 """
 
 from __future__ import annotations
@@ -15,38 +15,38 @@ from PIL import ImageFile, JpegImagePlugin, TiffImagePlugin
 
 from isthmus.errors import RequestTooLarge
 
+# Segments of a JPEG, chunks of a PNG, values of a TIFF tag, strips or tiles, blocks before a GIF's first frame: Pillow
+# creates a Python object for each, and takes two seconds for a million strips.
 MAX_MARKERS, MAX_CHUNKS, MAX_TIFF_VALUES, MAX_TIFF_STRIPS, MAX_BLOCKS = 4096, 2**16, 2**20, 2**16, 2**16
-"""Segments of a JPEG, chunks of a PNG, values of one TIFF tag, its strips or tiles, blocks before a GIF's first frame:
-Pillow keeps a Python object for each, and of a million strips it makes tuples for two seconds."""
+# A JPEG's Exif, Photoshop resources and quantisation tables, and the runs of a BMP: Pillow parses these in Python, a
+# second for some 4 MB, and holds the interpreter's lock meanwhile.
 MAX_TABLES_BYTES, MAX_RUNS_BYTES = 2 * 2**20, 4 * 2**20
-"""Of a JPEG's Exif, Photoshop's resources and quantization tables, and of a BMP in runs: Pillow reads them in Python, a
-second for some 4 MB, and answers no other request meanwhile."""
+# Beside the pixels: the decoder's tables and windows, a tile during conversion to RGB, an arena's last block.
 _FIXED = 12 * 2**20
-"""Beside the pixels: the decoder's tables and windows, a strip of rows on its way to RGB, an arena's last block."""
+# Beside the pixels of a row: its pointer, and its padding.
 _ROW = 16
-"""Beside a row's pixels: its pointer, and what rounds the row up."""
+# Bytes of a pixel in Pillow's storage; all other modes take four.
 _BAND_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
-"""Bytes of a pixel as Pillow stores it; all other modes take four."""
+# Bytes of a pixel in the readers of whole frames, as measured with a margin: the canvas of a GIF; libwebp's two
+# canvases (RGBA), the decoded frame, and the planes of a frame.
 _GIF, _WEBP = 2, 14
-"""Bytes of a pixel in the readers of whole frames, as measured and a little more: GIF's canvas; libwebp's two canvases
-(RGBA), the frame that it gives, and its own planes of a frame."""
+# Sets of prefix codes in a lossless WebP: their maximum, also limited to a set for each 4 x 4 pixels; the bytes of a
+# set in libwebp, and its least bits in the file. Only decoding reveals their number. Source: RFC 9649, 3.7.2.
 _WEBP_CODES, _WEBP_CODES_BYTES, _WEBP_CODES_BITS = 65536, 12_500, 20
-"""Sets of prefix codes in a lossless WebP: at most so many, one for each four by four pixels, each of so many bytes in
-libwebp, and of no fewer bits in the file. How many there are, only decoding tells. Source: RFC 9649, 3.7.2."""
 _TIFF_LONGS = (1, 2, 6, 7)
 _TIFF_STRIPS = (273, 279, 324, 325)
+# Pillow's objects for the offset of a strip or tile, and for a number in another tag.
 _TIFF_STRIP_BYTES, _TIFF_VALUE_BYTES = 400, 100
-"""What Pillow makes of the place of one strip or tile, and of one number in another tag."""
+# Pillow's bound on a compressed text in a PNG.
 _TEXT_BYTES = 2**20
-"""The most that Pillow unpacks of one compressed text in a PNG."""
 _JPEG_TABLES = {0xDB: b"", 0xE1: b"Exif\0\0", 0xED: b""}
-_PNG_PACKED = (b"iCCP", b"zTXt", b"iTXt")
+_PNG_COMPRESSED = (b"iCCP", b"zTXt", b"iTXt")
+# Pillow refuses a text beyond 64 MiB of decompressed texts.
 MAX_TEXTS = 65
-"""Pillow refuses the text after which 64 MiB were unpacked."""
 
 
 def check_parts(data: bytes, kind: str) -> None:
-    """Refuse a file of more parts than any encoder writes, before Pillow makes an object of each.
+    """Refuse a file of more parts than encoders write, before Pillow creates an object for each.
 
     Raises:
         RequestTooLarge: more markers, chunks, blocks, values or compressed texts than the bounds, or longer tables.
@@ -59,7 +59,7 @@ def check_parts(data: bytes, kind: str) -> None:
 
 
 def announced_size(data: bytes, kind: str) -> tuple[int, int] | None:
-    """Width and height by the header of those formats whose canvas Pillow allocates when it opens a file."""
+    """Width and height in the header of a GIF or WebP: Pillow allocates the canvas when it opens the file."""
     if kind == "image/gif" and len(data) >= 13:
         return _gif_canvas(data)
     if kind == "image/webp" and len(data) >= 25:
@@ -76,7 +76,7 @@ def announced_size(data: bytes, kind: str) -> tuple[int, int] | None:
 
 
 def opening_bytes(data: bytes, kind: str) -> int:
-    """What opening a file takes, and keeps until its picture is done: profiles, texts, the places of strips."""
+    """Memory from opening a file to the end of its decoding: profiles, texts, offsets of strips."""
     if kind == "image/png":
         return _png_texts(data)
     if kind == "image/jpeg":
@@ -87,35 +87,35 @@ def opening_bytes(data: bytes, kind: str) -> int:
 
 
 def stored_bytes(mode: str, width: int, height: int) -> int:
-    """What Pillow's image of that mode and size takes."""
+    """Memory of Pillow's image of that mode and size."""
     return height * (width * _BAND_BYTES.get(mode, 4) + _ROW)
 
 
 def decoding_bytes(image: ImageFile.ImageFile, full: tuple[int, int], data: bytes) -> int:
-    """What decoding an opened picture takes at most, its image included; `full` is its size before any reduction."""
+    """Bound on decoding an opened picture, its image included; `full` is its size before any reduction."""
     width, height = full
     own = stored_bytes(image.mode, *image.size)
     if isinstance(image, JpegImagePlugin.JpegImageFile):
         padded = (width + 31) * (height + 31)
-        # libjpeg keeps all coefficients of a picture whose first scan does not finish it, whether more come or not.
+        # libjpeg stores all coefficients unless the first scan completes the picture, even if no scan follows.
         several = "progressive" in image.info or jpeg_scans(data) > 1 or _scanned(data) < image.layers
         return own + (math.ceil(2 * _planes(image) * padded) if several else 128 * image.layers * (width + 31))
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         return own + _tiff_bytes(image, width, height)
-    # PNG and BMP come row by row; a BMP of runs is unpacked to one byte a pixel first.
+    # PNG and BMP are decoded row by row, but a BMP of runs first to a byte a pixel.
     runs = any(tile[0] == "bmp_rle" for tile in image.tile)
     return own + 32 * width + (2 * width * height if runs else 0)
 
 
 def frame_bytes(kind: str, size: tuple[int, int]) -> int:
-    """What decoding a GIF or WebP takes at most: both are read as whole frames."""
+    """Bound on decoding a GIF or WebP: both are decoded as whole frames."""
     width, height = size
     mode, each = ("P", _GIF) if kind == "image/gif" else ("RGBA", _WEBP)
     return stored_bytes(mode, width, height) + height * (each * width + _ROW)
 
 
 def codes_bytes(data: bytes, kind: str, size: tuple[int, int]) -> int:
-    """What the tables of prefix codes in a WebP may take at most, hardly ever do, and no header tells."""
+    """Bound on the tables of prefix codes in a WebP, which real files hardly ever reach."""
     if kind != "image/webp" or not (b"VP8L" in data or b"ALPH" in data):
         return 0
     blocks = -(-size[0] // 4) * -(-size[1] // 4)
@@ -123,19 +123,19 @@ def codes_bytes(data: bytes, kind: str, size: tuple[int, int]) -> int:
 
 
 def converting_bytes(size: tuple[int, int], *, makes_rgb: bool, turns: bool) -> int:
-    """What an upright RGB picture of `size` takes beside the decoded one."""
+    """Memory of an upright RGB picture of `size` beside the decoded picture."""
     return stored_bytes("RGB", *size) * (makes_rgb + turns)
 
 
-def finishing_bytes(start: tuple[int, int], resized: tuple[int, int], made: tuple[int, int], itemsize: int) -> int:
-    """What resizing and cropping take beside the picture at their start, and the arrays of what is made."""
-    crossing = stored_bytes("RGB", resized[0], start[1]) + stored_bytes("RGB", *resized) if resized != start else 0
-    values = 3 * math.prod(made)
-    return crossing + stored_bytes("RGB", *made) + values * (2 + 2 * max(4, itemsize))
+def finishing_bytes(start: tuple[int, int], resized: tuple[int, int], cropped: tuple[int, int], itemsize: int) -> int:
+    """Memory of resizing and cropping beside the picture at `start`, and of the resulting arrays."""
+    resizing = stored_bytes("RGB", resized[0], start[1]) + stored_bytes("RGB", *resized) if resized != start else 0
+    values = 3 * math.prod(cropped)
+    return resizing + stored_bytes("RGB", *cropped) + values * (2 + 2 * max(4, itemsize))
 
 
 def total_bytes(*parts: int) -> int:
-    """The estimate of a whole decode, from its phases."""
+    """The estimate of decoding, from its phases."""
     return _FIXED + sum(parts)
 
 
@@ -151,7 +151,7 @@ def too_much(count: int, limit: int, size: tuple[int, int], kind: str) -> Reques
 
 
 def tiff_strips(image: TiffImagePlugin.TiffImageFile) -> tuple[int, int]:
-    """How many strips or tiles a TIFF has, and the pixels of one."""
+    """The number of strips or tiles of a TIFF, and the pixels of each."""
     width, height = image.size
     tags: Any = image.tag_v2
     if 322 in tags:
@@ -162,7 +162,7 @@ def tiff_strips(image: TiffImagePlugin.TiffImageFile) -> tuple[int, int]:
 
 
 def _tiff_bytes(image: TiffImagePlugin.TiffImageFile, width: int, height: int) -> int:
-    """A TIFF's strips or tiles as libtiff unpacks them, each whole, and JPEG in TIFF as a raster of RGBA."""
+    """Memory of libtiff: it decodes strips or tiles as a whole, and JPEG in TIFF to a raster of RGBA."""
     if all(tile[0] == "raw" for tile in image.tile):
         return 32 * width + 2 * width * height
     bits: Any = image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))
@@ -175,7 +175,7 @@ def _tiff_bytes(image: TiffImagePlugin.TiffImageFile, width: int, height: int) -
 
 
 def jpeg_scans(data: bytes) -> int:
-    """The scans of a JPEG's own picture: those of a thumbnail in its EXIF, and of pictures behind it, are none."""
+    """The number of scans of a JPEG's first picture, without thumbnails and further pictures."""
     start = _first_scan(data, MAX_MARKERS)[0]
     end = data.find(b"\xff\xd9", start)
     return data.count(b"\xff\xda", start, end if end >= 0 else len(data))
@@ -186,12 +186,12 @@ def _jpeg_markers(data: bytes, limit: int) -> int:
 
 
 def _jpeg_tables(data: bytes, limit: int) -> int:
-    """Bytes of a JPEG's segments that Pillow reads value by value."""
+    """Bytes of a JPEG's segments that Pillow parses in Python."""
     return _first_scan(data, MAX_MARKERS)[2]
 
 
 def _first_scan(data: bytes, limit: int) -> tuple[int, int, int]:
-    """Where a JPEG's first scan begins, how many segments lie before it, and how long their tables are."""
+    """The offset of a JPEG's first scan, the number of segments before, and the bytes of their tables."""
     at, count, tables = 2, 0, 0
     while count <= limit and (at := data.find(b"\xff", at)) >= 0 and at + 4 <= len(data):
         marker = data[at + 1]
@@ -208,7 +208,7 @@ def _first_scan(data: bytes, limit: int) -> tuple[int, int, int]:
 
 
 def _planes(image: JpegImagePlugin.JpegImageFile) -> float:
-    """How many planes of the picture's size a JPEG's components make: three, or half of that with 4:2:0."""
+    """The number of full-size planes of a JPEG's components: three, or half of that with 4:2:0."""
     across, down = (max((c[i] for c in image.layer), default=0) for i in (1, 2))
     if not across or not down:
         return float(image.layers)
@@ -216,15 +216,15 @@ def _planes(image: JpegImagePlugin.JpegImageFile) -> float:
 
 
 def _scanned(data: bytes) -> int:
-    """How many components are in a JPEG's first scan."""
+    """The number of components in a JPEG's first scan."""
     start = _first_scan(data, MAX_MARKERS)[0]
     return data[start + 4] if start + 4 < len(data) else 0
 
 
 def _gif_canvas(data: bytes) -> tuple[int, int]:
-    """The size of a GIF's screen, or of its first frame where that reaches further: Pillow widens the canvas to it.
+    """The size of a GIF's screen, enlarged to its first frame as in Pillow.
 
-    Blocks are read as Pillow reads them, odd ones included.
+    Blocks are parsed as in Pillow, malformed blocks included.
     """
     width, height = struct.unpack_from("<HH", data, 6)
     at, _ = _gif_frame(data, MAX_BLOCKS)
@@ -239,7 +239,7 @@ def _gif_blocks(data: bytes, limit: int) -> int:
 
 
 def _gif_frame(data: bytes, limit: int) -> tuple[int, int]:
-    """Where a GIF's first frame begins, or its end is, and how many blocks and stray bytes lie before it."""
+    """The offset of a GIF's first frame, or of its end, and the number of blocks and stray bytes before."""
     count = 0
     at = 13 + (6 << (data[10] & 7) if len(data) > 10 and data[10] & 0x80 else 0)
     while count <= limit and at + 9 < len(data) and data[at] not in (0x2C, 0x3B):
@@ -253,9 +253,10 @@ def _gif_frame(data: bytes, limit: int) -> tuple[int, int]:
 
 
 def _after_extension(data: bytes, at: int) -> tuple[int, int]:
-    """Where what follows an extension begins, and how many blocks it has."""
+    """The offset behind an extension, and the number of its blocks."""
     label, size = data[at], data[at + 1]
-    more = size > 0 if label == 0xFE else True  # a comment ends with an empty block, others with one after their first
+    # Comments end with an empty block, other extensions with a block after their first.
+    more = size > 0 if label == 0xFE else True
     if label == 0xFF and data[at + 2 : at + 2 + size].startswith(b"NETSCAPE2.0"):
         at += 1 + size
         size = data[at + 1] if at + 1 < len(data) else 0
@@ -270,15 +271,15 @@ def _after_extension(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _png_texts(data: bytes) -> int:
-    """What a PNG's chunks beside its pixels take: letters of up to four bytes where a text is Unicode."""
-    taken, texts = 0, 0
+    """Memory of a PNG's chunks beside its pixels; a letter of Unicode text takes up to four bytes."""
+    size, texts = 0, 0
     for kind, length in islice(_png_parts(data), MAX_CHUNKS):
         if kind != b"IDAT":
-            taken += (5 if kind == b"iTXt" else 3) * length
-            if kind in _PNG_PACKED and texts < MAX_TEXTS:
-                taken += (5 if kind == b"iTXt" else 2) * _TEXT_BYTES
+            size += (5 if kind == b"iTXt" else 3) * length
+            if kind in _PNG_COMPRESSED and texts < MAX_TEXTS:
+                size += (5 if kind == b"iTXt" else 2) * _TEXT_BYTES
                 texts += 1
-    return taken
+    return size
 
 
 def _png_chunks(data: bytes, limit: int) -> int:
@@ -286,7 +287,7 @@ def _png_chunks(data: bytes, limit: int) -> int:
 
 
 def _png_parts(data: bytes) -> Iterator[tuple[bytes, int]]:
-    """A PNG's chunks: the kind of each, and how many of its bytes the file has."""
+    """A PNG's chunks: the kind of each, and its bytes within the file."""
     at = 8
     while at + 8 <= len(data):
         length = int.from_bytes(data[at : at + 4], "big")
@@ -294,13 +295,13 @@ def _png_parts(data: bytes) -> Iterator[tuple[bytes, int]]:
         at += 12 + length
 
 
-def _png_packed(data: bytes, limit: int) -> int:
-    """How many chunks of a PNG beside its pixels are compressed: a kilobyte of each unpacks to a megabyte."""
-    return sum(kind in _PNG_PACKED for kind, _ in islice(_png_parts(data), MAX_CHUNKS))
+def _png_compressed(data: bytes, limit: int) -> int:
+    """The number of compressed chunks beside a PNG's pixels: a kilobyte may expand to a megabyte."""
+    return sum(kind in _PNG_COMPRESSED for kind, _ in islice(_png_parts(data), MAX_CHUNKS))
 
 
 def _bmp_runs(data: bytes, limit: int) -> int:
-    """Bytes of a BMP whose pixels are runs; 0 of another."""
+    """Bytes of a BMP of runs; 0 for other BMP."""
     return len(data) if len(data) > 34 and data[14] >= 40 and data[30] in (1, 2) else 0
 
 
@@ -309,19 +310,19 @@ def _tiff_places(data: bytes, limit: int) -> int:
 
 
 def _tiff_values(data: bytes, limit: int) -> int:
-    """The most values of any tag in a TIFF's first directory, or the number of its tags."""
-    most = number = 0
+    """The largest number of values of a tag in a TIFF's first directory, or the number of its tags."""
+    largest = number = 0
     for number, (_, count, _) in enumerate(_tiff_tags(data), 1):
         if number > limit:
             break
-        most = max(most, count)
-    return max(most, number)
+        largest = max(largest, count)
+    return max(largest, number)
 
 
 def _tiff_tags(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """The tags of a TIFF's first directory: each one's number, how many values it has, and what those take.
+    """The tags of a TIFF's first directory: number, count of values, and memory of each.
 
-    Texts and profiles are one value, however long. Ends where the directory is cut off, of which Pillow tells.
+    Texts and profiles are a single value, however long. Ends at a truncated directory, an error that Pillow reports.
     """
     order = ">" if data[:2] == b"MM" else "<"
     big = data[2:4] in (b"+\0", b"\0+")
@@ -344,9 +345,9 @@ def _tiff_tags(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 _WALKS: Mapping[str, Sequence[tuple[Callable[[bytes, int], int], int, str]]] = {
     "image/jpeg": ((_jpeg_markers, MAX_MARKERS, "parts"), (_jpeg_tables, MAX_TABLES_BYTES, "bytes of tables and Exif")),
-    "image/png": ((_png_chunks, MAX_CHUNKS, "parts"), (_png_packed, MAX_TEXTS, "compressed texts and profiles")),
+    "image/png": ((_png_chunks, MAX_CHUNKS, "parts"), (_png_compressed, MAX_TEXTS, "compressed texts and profiles")),
     "image/gif": ((_gif_blocks, MAX_BLOCKS, "parts"),),
     "image/bmp": ((_bmp_runs, MAX_RUNS_BYTES, "bytes of runs"),),
     "image/tiff": ((_tiff_places, MAX_TIFF_STRIPS, "strips or tiles"), (_tiff_values, MAX_TIFF_VALUES, "parts")),
 }
-"""What bounds each kind: a count, its limit, and what is counted."""
+"""The bounds of each media type: a function that counts, its limit, and the name of the parts."""

@@ -20,7 +20,7 @@ def validate_spec(spec: Mapping[str, Any]) -> None:
     """Check a `preprocess`.
 
     Raises:
-        ModelError: an unknown or missing kind, step, key or value, or steps out of order; the message names it.
+        ModelError: an unknown or missing kind, step, key or value, or steps out of order; the message names the fault.
     """
     _require(isinstance(spec, Mapping), "preprocess is not an object")
     _keys(spec, "preprocess", {"kind", "input", "steps", "dtype"})
@@ -57,7 +57,7 @@ def photo_tensor(bundle: Bundle) -> TensorSpec:
 
 
 def made_shape(spec: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """The shape of every pre-processed photo; None if it depends on the photo's size."""
+    """The shape of every pre-processed photo; None if that depends on the photo's size."""
     steps = {step["op"]: step for step in spec["steps"]}
     size = steps["center_crop"]["size"] if "center_crop" in steps else steps.get("resize", {}).get("size")
     if size is None:
@@ -120,8 +120,8 @@ def _keys(doc: Mapping[str, Any], where: str, keys: set[str]) -> None:
     _require(not (more := set(doc) - keys), f"{where} has unknown keys: {', '.join(sorted(map(str, more)))}")
 
 
-def _one_of(value: Any, known: tuple[str, ...], what: str) -> None:
-    _require(isinstance(value, str) and value in known, f"{what} is {value!r}; it is one of {', '.join(known)}")
+def _one_of(value: Any, allowed: tuple[str, ...], what: str) -> None:
+    _require(isinstance(value, str) and value in allowed, f"{what} is {value!r}; it is one of {', '.join(allowed)}")
 
 
 def _require(good: bool, sentence: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from isthmus.errors import ImageMalformed, MediaUnsupported, RequestMalformed, RequestTooLarge
 
 ACCEPTED = ("image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp", "image/tiff")
-"""The media types of images that are decoded; `looks_like_image` recognises them."""
+"""The media types of images that are decoded; see `looks_like_image`."""
 
 _BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)
 _OTHERS: tuple[tuple[bytes, str], ...] = (
@@ -58,7 +58,7 @@ _INDENTED = re.compile(rb"[\r\n][\r\n\t ]+")
 
 
 def looks_like_image(data: bytes) -> str | None:
-    """The media type by the first bytes, one of `ACCEPTED`; None for all others."""
+    """The media type by the first bytes, one of `ACCEPTED`; None otherwise."""
     if data.startswith(b"\xff\xd8\xff"):
         return "image/jpeg"
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -115,10 +115,10 @@ def read_form(body: bytes) -> PhotoForm:
     """The file and the fields of a multipart/form-data body.
 
     Raises:
-        RequestMalformed: a malformed form, or not exactly one file.
+        RequestMalformed: a malformed form, or the number of files is not 1.
         RequestTooLarge: more than MAX_PARTS parts, or more than MAX_FIELD_BYTES beside the file.
     """
-    # werkzeug is the functions' HTTP library; commands without it read no forms.
+    # werkzeug is the functions' HTTP library; commands without werkzeug read no forms.
     from werkzeug.exceptions import RequestEntityTooLarge
 
     try:
@@ -133,9 +133,9 @@ def read_form(body: bytes) -> PhotoForm:
             f"the form cannot be read: {e}", hint="is it whole? It ends with its boundary and two hyphens"
         ) from e
     if len(files) != 1:
-        named = ", ".join(sorted(fields)) or "none"
+        names = ", ".join(sorted(fields)) or "none"
         raise RequestMalformed(
-            f"the form has {len(files)} files (its fields: {named}); it has one, the photo",
+            f"the form has {len(files)} files (its fields: {names}); it has one, the photo",
             files=len(files),
             hint="send a file under any name: curl -F image=@cat.jpg URL",
         )
@@ -177,7 +177,7 @@ def _parts(body: bytes) -> tuple[list[bytes], dict[str, str]]:
                         limit=MAX_FIELD_BYTES,
                         hint="a photo is a file, which has a file name: curl -F image=@cat.jpg URL",
                     )
-                # Browsers send a file that was not chosen as an empty one without a name.
+                # Browsers send an empty file without a name if the user chose no file.
                 if not event.more_data and isinstance(part, File) and (part.filename or content.tell()):
                     files.append(content.getvalue())
                 elif not event.more_data and isinstance(part, Field):

@@ -15,7 +15,7 @@ from isthmus.artifacts.profile import CodecSpeed
 from isthmus.codecs import EncodedTensor, Encoding, encode_tensor, find_codec
 
 VALUES = 2**16
-# A batch is longer than a slice of most CPU quotas: within one slice, codecs look faster than they are.
+# A batch is longer than a slice of most CPU quotas: within one slice, codecs look too fast.
 _BATCHES, _BATCH_S = 2, 0.012
 _UNTIMED = NEVER_CHOSEN | {RAW_ID}
 
@@ -46,7 +46,7 @@ def speeds(max_s: float = 2.0) -> dict[str, CodecSpeed]:
 
 
 def compared(remote: Mapping[str, CodecSpeed], local: Mapping[str, CodecSpeed]) -> dict[str, CodecSpeed]:
-    """The slowdown of each codec on the remote machine; where a measurement is missing, the median of the others."""
+    """The slowdown of each codec on the remote machine; the median where a measurement is missing."""
     both = remote.keys() & local.keys()
     if not both:
         return {}

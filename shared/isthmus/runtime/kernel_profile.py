@@ -15,7 +15,7 @@ from isthmus.runtime.ort_runner import OrtRunner
 
 MAX_TRACE_BYTES = 256 * 2**20
 _SUFFIX = "_kernel_time"
-# The profiler truncates to microseconds, by half of one on average; most kernels of a small model take few.
+# The profiler truncates to microseconds, by 0.5 on average; most kernels of a small model take few.
 _TRUNCATED_US = 0.5
 _GRAPH, _WEIGHTS = "optimised.onnx", "weights.bin"
 # A node takes at least 150 bytes of the graph's file; a trace takes 650 bytes for each kernel of each run.
@@ -101,7 +101,7 @@ def _outermost(events: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any
 
 def _memory(events: Sequence[Mapping[str, Any]], weights_bytes: int) -> SessionMemory:
     arena = [e["args"] for e in events if "mem_bytes_in_use" in e["args"]]
-    if not arena:  # a provider whose allocator keeps no count
+    if not arena:  # a provider without memory statistics
         return SessionMemory(weights_bytes, 0, 0, 0)
     packed = int(arena[0]["mem_bytes_in_use"]) - int(arena[0]["mem_in_use_delta"])
     # Loading has its own peak; only a higher peak is that of a run.
@@ -131,7 +131,7 @@ class OrtObserver(OrtRunner):
         return options
 
     def max_runs(self) -> int:
-        """Bound on the runs of a trace of some tens of megabytes; at least two, which show the arena's growth."""
+        """Bound on the runs of a trace of some tens of megabytes; at least two, to show the arena's growth."""
         nodes = (self._folder / _GRAPH).stat().st_size // _MIN_NODE_BYTES
         return max(2, _MAX_EVENTS // max(1, nodes))
 

@@ -45,7 +45,7 @@ _SOURCE_LINE = re.compile(
     rf"\S+\.(?:cc|cpp|h|hpp|cu|cuh):\d+ {_ARGUMENTS}(?:::{_ARGUMENTS})*(?: const)?(?: \[with [^\]]*\])? ?"
 )
 
-# Messages start with the node and the types of its inputs and outputs, which may fill pages.
+# Messages start with the node and the types of its inputs and outputs, possibly pages of text.
 _LOADING = re.compile(
     r"This is an invalid model\. In Node, \(\"(?P<name>.*?)\", (?P<op>[\w.]+),.*?, Error (?P<reason>.+)"
 )
@@ -79,7 +79,7 @@ def time_limit(seconds: float) -> Iterator[Any]:
 
 
 def quantization() -> Any:
-    """The package onnxruntime.quantization, which depends on onnx.
+    """The package onnxruntime.quantization; depends on onnx.
 
     Raises:
         ImportError: onnx is missing.

@@ -18,7 +18,7 @@ from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import RunFailed, ShapeMismatch, ValueRefused
 from isthmus.runtime.ort import check_providers, ort, ort_state, reason_of, time_limit
 
-# TensorProto.BFLOAT16. numpy has no such dtype, so onnxruntime passes these tensors as OrtValue.
+# TensorProto.BFLOAT16. numpy has no bfloat16, so onnxruntime passes these tensors as OrtValue.
 _BFLOAT16 = 16
 
 
@@ -33,7 +33,7 @@ class Runner(Protocol):
     def run(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """The segment's outputs by name.
 
-        Shapes: those of `segment.inputs` and `segment.outputs`; free dimensions take any size.
+        Shapes: as in `segment.inputs` and `segment.outputs`; free dimensions take any size.
 
         Raises:
             ShapeMismatch: a tensor is missing, unknown, or of another dtype or shape; or the graph refused the shapes.
@@ -89,7 +89,7 @@ class OrtRunner:
         # Spinning threads steal the CPU of the other functions on the node.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # 4-bit weights are multiplied with float32 activations (1), not with activations rounded to int8 (4, the
-        # default): only some of the segments of a cut model would round them, so the split would differ from the whole.
+        # default): only some of the segments of a cut model would round, so the split would differ from the whole.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         return options
 

@@ -33,7 +33,7 @@ Key = tuple[str, str]
 """A bundle's digest and a segment's id."""
 # Callers choose the segments, so the number of pending loads needs a bound.
 MAX_LOADING = 64
-# A missing bundle is not looked up again for so long: digests are seldom used before they are published.
+# A missing bundle is not looked up again for so long: digests are seldom used before publication.
 _MISSING_S = 5.0
 # Segments fetched in parallel, so that unknown segments are refused during the fetch of a large one.
 _FETCHES = 4
@@ -91,7 +91,7 @@ class SegmentStore:
         )
 
     def runner(self, bundle: str, segment: str, deadline: Deadline) -> Runner:
-        """The loaded segment; loads it if necessary, and waits up to the deadline.
+        """The loaded segment; loaded if necessary; waits up to the deadline.
 
         Raises:
             NotReady: still loading when the deadline passed.
@@ -117,7 +117,7 @@ class SegmentStore:
             raise NotReady(f"segment {segment} is still loading", segment=segment, retry_after_s=1) from e
 
     def segment(self, bundle: str, segment: str, deadline: Deadline) -> Segment:
-        """The declaration of a segment; reads its manifest within the deadline if it is not loaded.
+        """The declaration of a segment; reads its manifest within the deadline for a segment that is not loaded.
 
         Raises:
             NotReady: the manifest was still being read when the deadline passed.
@@ -134,7 +134,7 @@ class SegmentStore:
             ) from e
 
     def run(self, bundle: str, segment: str, arrays: Mapping[str, Array], deadline: Deadline) -> TimedOutputs:
-        """Run a segment; loads it first if necessary.
+        """Run a segment; loaded first if necessary.
 
         Raises:
             DeadlineExceeded: no CPU was free in time.
@@ -209,13 +209,13 @@ class SegmentStore:
             return [LoadedSegment(b, s, entry.bytes) for (b, s), entry in self._loaded.items()]
 
     def _take_slot(self, deadline: Deadline) -> None:
-        """Wait for the slot of a run; the caller releases it."""
+        """Wait for the slot of a run; the caller releases the slot."""
         if not self._slots.acquire(timeout=max(0.0, deadline.remaining())):
             raise DeadlineExceeded("the deadline passed before a CPU was free to run the segment")
 
     @contextlib.contextmanager
     def _scratch(self) -> Iterator[Path]:
-        # Within the registry's cache, which counts unknown files and tolerates their disappearance.
+        # Within the registry's cache: it counts unknown files and tolerates their disappearance.
         parent = Path(self._settings.cache_dir, "observed")
         try:
             parent.mkdir(parents=True, exist_ok=True)
@@ -242,7 +242,7 @@ class SegmentStore:
         needed = self._bytes(located)
         self._make_room(needed, located.segment)
         runner = OrtRunner(located.path, located.segment, providers=self._settings.providers, threads=self._threads)
-        # The registry's cache may evict the files as soon as no session maps them.
+        # The registry's cache may evict the files as soon as no session maps these.
         weakref.finalize(runner, located.release)
         with self._lock:
             self._loaded[key] = _CacheEntry(runner, needed)

@@ -29,7 +29,7 @@ def tables_of(bundle: Bundle, digest: str, codec: str, tables: CodecTables) -> C
 
 
 class Tables:
-    """Reads tables of bundles, through `bundle` and `blob`, and caches them."""
+    """Reads tables of bundles, through `bundle` and `blob`, with a cache."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class Tables:
         return table
 
     def _read(self, blob: Blob, model: str) -> object:
-        from isthmus.codecs.transform.rows import read_table  # imported by functions that receive such tensors
+        from isthmus.codecs.transform.rows import read_table  # imported on use
 
         if blob.size > MAX_TABLE_BYTES:
             raise RegistryError(f"a codec's table of {blob.size} bytes; at most {MAX_TABLE_BYTES}", blob=blob.digest)

@@ -1,4 +1,4 @@
-"""The frame: named tensors, and the segment that they are for, as bytes between functions.
+"""The frame: named tensors for a segment, as bytes between functions.
 
 Decoding executes nothing, allocates within its bounds, copies no payload and leaves no byte unexplained.
 Source: docs/reference/frame.md.
@@ -39,9 +39,9 @@ MAX_TEXT_BYTES = 512
 
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
 _PREAMBLE_BYTES = 16
-# Shorter headers take little memory whatever their structure, so their size is not estimated before parsing.
+# Shorter headers take little memory for any structure, so their size is not estimated before parsing.
 _SMALL_HEADER_BYTES = 4096
-# Upper bounds on the header's text: of a tensor beside its name, of one dimension, of the frame's own fields.
+# Upper bounds on the header's text: of a tensor beside its name, of a dimension, of the frame's own fields.
 _ENTRY_BYTES, _DIM_BYTES, _TEXTS_BYTES = 160, 21, 8192
 
 
@@ -79,7 +79,7 @@ class Outline(NamedTuple):
 Accept: TypeAlias = Callable[[Outline], None]
 """Raises to reject a frame before any payload is decoded and any table read."""
 During: TypeAlias = Callable[[Outline], AbstractContextManager[None]]
-"""A context for decoding payloads, such as a reservation of memory; it raises where there is no capacity."""
+"""A context for decoding payloads, such as a reservation of memory; raises without capacity."""
 
 
 class _Entry(msgspec.Struct, forbid_unknown_fields=True):
@@ -102,7 +102,7 @@ class _Header(msgspec.Struct, forbid_unknown_fields=True):
 
 _HEADER = msgspec.json.Decoder(_Header)
 _FIELD = re.compile(r"`\$(\.tensors\[\d+\])?(?:\.(\w+))?")
-"""The place in a message of msgspec's: an entry of `tensors`, and a field of it or of the header."""
+"""The path in msgspec's messages: an entry of `tensors`, and a field of the entry or of the header."""
 
 
 def why_not_carried(name: str, dtype: str, rank: int) -> str:
@@ -122,7 +122,7 @@ def entry_bytes(name: str, rank: int) -> int:
 
 
 def why_not_together(count: int, entries: int) -> str:
-    """The reason why no frame carries `count` tensors whose entries sum to `entries` bytes; empty if frames do."""
+    """The reason why no frame carries `count` tensors with `entries` bytes of entries; empty if frames do."""
     if count > MAX_TENSORS:
         return f"{count} tensors; a frame carries at most {MAX_TENSORS}"
     if entries + _TEXTS_BYTES > MAX_HEADER_BYTES:
@@ -178,7 +178,7 @@ def decode(
     accept: Accept | None = None,
     during: During = lambda outline: nullcontext(),
 ) -> Frame:
-    """Decode one frame; every byte must be accounted for.
+    """Decode a frame; every byte must be accounted for.
 
     Shapes: arrays have the sender's, e.g. hidden (batch, tokens, width). Raw tensors are views of `data`.
     Units: `max_bytes` bounds the whole frame, and also the decoded tensors with the working memory of their codecs.
@@ -187,7 +187,7 @@ def decode(
 
     Raises:
         FrameTooLarge: a bound was exceeded; nothing was allocated.
-        FrameMalformed: a rule of docs/reference/frame.md is broken; `rule` in its facts names it.
+        FrameMalformed: a rule of docs/reference/frame.md is broken; `rule` in its facts names the rule.
     """
     if len(data) > max_bytes:
         _too_large("frame", f"a frame of {len(data)} bytes; at most {max_bytes}", limit=max_bytes)
@@ -215,7 +215,7 @@ def decode(
 
 def _payloads_to_send(frame: Frame) -> Iterator[tuple[str, str, tuple[int, ...], str, bytes | memoryview]]:
     for name, array in frame.tensors.items():
-        # Checked before it is encoded: an array of references has no bytes.
+        # Before the encoding: an array of references has no bytes.
         _check_entry(name, array.dtype.name, RAW_ID, array.ndim)
         yield name, array.dtype.name, array.shape, RAW_ID, RAW.encode(array)
     for name, tensor in frame.encoded.items():
@@ -328,8 +328,8 @@ def _table(entry: _Entry, bundle: str, tables: Tables | None) -> object:
 def _check_entry(name: str, dtype: str, codec: str, rank: int) -> None:
     _check_text("name", name, 1)
     if dtype not in DTYPES:
-        known = ", ".join(DTYPES)
-        raise FrameMalformed(f"{name!r} is {dtype}; frames carry {known}", rule="dtype", tensor=name)
+        carried = ", ".join(DTYPES)
+        raise FrameMalformed(f"{name!r} is {dtype}; frames carry {carried}", rule="dtype", tensor=name)
     if codec not in KNOWN:
         _malformed("codec", f"{name!r} has codec {codec!r}; known are {', '.join(KNOWN)}")
     if rank > MAX_RANK:

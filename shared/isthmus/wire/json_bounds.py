@@ -1,29 +1,29 @@
-"""What reading JSON takes in memory, told from its bytes before it is parsed."""
+"""Bounds on the memory of parsing JSON, from the text before parsing."""
 
 from __future__ import annotations
 
-# As CPython 3.11 holds them, the collector's part included, measured with tracemalloc on lists and objects of every
-# kind of value; later versions take less.
+# Measured with tracemalloc in CPython 3.11, with the garbage collector, on lists and objects of every kind of
+# value; later versions take less.
 _LIST_BYTES, _OBJECT_BYTES = 56, 80
+# For each comma: a number or a short text, and the slot in a list that grows by an eighth.
 _VALUE_BYTES = 48
-"""A value that a comma precedes: a number or a short text, and its place in a list, which grows by an eighth."""
+# For each quote: half of a text's object, besides its characters and the share of its comma.
 _QUOTE_BYTES = 16
-"""Half of what a text takes besides its characters and what its comma counts for."""
+# For each colon: a slot in an object's table, and the pair for a check of duplicates.
 _PAIR_BYTES = 140
-"""What a colon stands for: a place in an object's table, and the pair that is handed to a check for duplicates."""
+# The parser's own memory, at its deepest.
 _PARSER_BYTES = 2**16
-"""The parser's own memory, at its deepest."""
 
 
 def parsed_bytes(text: bytes | memoryview) -> int:
-    """Upper bound on the memory that parsing these bytes takes: the text decoded, and all values.
+    """Upper bound on the memory of parsing: the decoded text, and all values.
 
-    `[],` takes twenty times its length, so that a bound on the text alone bounds little. Structure inside of texts
-    counts as if it were none.
+    `[],` takes twenty times its length, so a bound on the text alone is not enough. Structure inside of texts counts as
+    structure.
     """
     data = bytes(text)
-    # A character outside of the basic plane makes all of a Python text four bytes wide. All of it may be one value,
-    # which is a copy.
+    # A character outside of the basic plane makes a whole Python text four bytes wide, and the text may be a single
+    # value, a copy.
     decoded = 2 * len(data) if data.isascii() else 8 * len(data)
     return (
         _PARSER_BYTES

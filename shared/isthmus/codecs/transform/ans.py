@@ -41,13 +41,13 @@ _NIBBLE = np.array([8, 4, 2, 1], np.uint8)
 
 @dataclass(frozen=True, eq=False)
 class SymbolModel:
-    """The frequencies of at most 256 symbols, uint32 (n,); they sum to SCALE; a frequency of 0 never occurs."""
+    """The frequencies of at most 256 symbols, uint32 (n,); their sum is SCALE; a frequency of 0 never occurs."""
 
     frequencies: Array
 
     @classmethod
     def of(cls, weights: Sequence[int]) -> SymbolModel:
-        """Frequencies in proportion to weights: integers from 0 on, at least one of them positive.
+        """Frequencies in proportion to weights: integers from 0 on, not all 0.
 
         Each symbol of positive weight gets 1; the rest is divided by rounding the cumulative weights down.
         """
@@ -66,7 +66,7 @@ class SymbolModel:
 
 
 CERTAIN = SymbolModel.of([1])
-"""The model of a single symbol, 0, which takes no bits."""
+"""The model of a single symbol, 0, in no bits."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +158,7 @@ class Decoder:
         return symbols
 
     def finish(self, count: int) -> PlainBits:
-        """The `count` plain bits, which follow the last symbol.
+        """The `count` plain bits after the last symbol.
 
         Raises:
             ValueError: the data hold more or fewer plain bits.
@@ -167,7 +167,7 @@ class Decoder:
 
 
 class PlainBits:
-    """A reader of plain bits: first those of the states, one a byte, then those at the end of the data, eight a byte.
+    """A reader of plain bits: first the states' bits, in bytes, then the bits at the end of the data, eight a byte.
 
     Raises:
         ValueError: the number of bits is not `count`, or the last byte's padding is not zero.
@@ -232,7 +232,7 @@ def _bits_of_states(states: Array) -> Array:
 
 
 def _states_of(bits: Array, lanes: int) -> tuple[Array, int]:
-    """The inverse of `_bits_of_states`, and the number of bits that it took; missing bits count as zero."""
+    """The inverse of `_bits_of_states`, and the number of bits consumed; missing bits count as zero."""
     padded = np.zeros(max(bits.size, 35 * lanes), np.uint8)
     padded[: bits.size] = bits
     lengths = padded[: 4 * lanes].reshape(-1, 4) @ _NIBBLE

@@ -31,15 +31,15 @@ from isthmus.codecs.transform.sorting import Grid, Sorting
 from isthmus.codecs.transform.table import PlaneTable
 
 GAINS = (-96, 24)
-"""The range of one tensor's magnitude relative to calibration, in eighths of an octave: a 4,096th to eight times."""
+"""The range of a tensor's magnitude relative to calibration, in eighths of an octave: a 4,096th to eight times."""
 
 EXPECTED_MAGNITUDE = 0.7
-"""Mean magnitude of a value in units of its deviation: 0.71 for a Laplacian. Gains are relative to it."""
+"""Mean magnitude of a value in units of its deviation: 0.71 for a Laplacian. Gains are relative to this."""
 
-# Decoding takes, for each value: 16 bytes for the order and its inverse, which are cached, 9 while these are computed,
+# Decoding takes, for each value: 16 bytes for the order and its inverse (cached), 9 more during their computation,
 # 12 for coefficients and maps in float32; the rest is for the excess of the few values beyond their level's limit.
 VALUE_BYTES = 48
-# The matrix of a plane transform, for each number: itself, and its rows in another order while it is computed.
+# The matrix of a plane transform, for each number: itself, and its rows in another order during its computation.
 _MATRIX_BYTES = 12
 
 DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32))
@@ -205,7 +205,7 @@ def _head(payload: memoryview, table: PlaneTable | RowTable) -> tuple[int, int]:
     """The step and the gain.
 
     Raises:
-        ValueError: the payload is too short, or the table does not allow them.
+        ValueError: the payload is too short, or out of the table's range.
     """
     if len(payload) < 2:
         raise ValueError(f"a payload of {len(payload)} bytes is too short")
@@ -217,7 +217,7 @@ def _head(payload: memoryview, table: PlaneTable | RowTable) -> tuple[int, int]:
 
 def _gain_of(values: Array, sorting: Sorting, step: int) -> int:
     """The tensor's magnitude relative to calibration, from the finite values that matter at this step."""
-    # Components whose deviation is at least half a step; all components, where no deviation is.
+    # Components of at least half a step's deviation; all components, if there are none.
     first = int(sorting.deviations.searchsorted(ZERO_DEVIATION + step_in_eighths(step) - OCTAVE))
     samples, per_unit = sorting.gain_samples(first % sorting.deviations.size)
     mean = float(np.abs(values[samples]) @ per_unit) / per_unit.size / EXPECTED_MAGNITUDE

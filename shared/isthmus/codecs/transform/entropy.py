@@ -25,12 +25,12 @@ _MAX_BYTE = 127
 # How much a value may exceed its clipping limit before plain bits follow.
 _MODELLED_EXCESS = np.maximum(ESCAPE - np.arange(_MAX_BYTE + 1, dtype=np.int32), 0)
 _NO_POSITIONS = np.zeros(0, np.intp)
-# Bits of either half of an escaped excess, which is less than 2^24.
+# Bits of either half of an escaped excess, less than 2^24.
 _ESCAPE_HALF_BITS = 12
 _LENGTH = struct.Struct("<I")
-# Small magnitudes become adjacent symbols, which shortens the description of the Huffman code.
+# Small magnitudes become adjacent symbols: the description of the Huffman code is shorter.
 _CENTRE = np.uint8(64)
-# The three bytes of the largest magnitudes start here; a fourth one stands for no value.
+# The three bytes of the largest magnitudes start here; a fourth byte has no value.
 _EDGE, _EDGES = np.uint8(64 + SINGLE.limit), 3
 _PAIR_VALUES = (np.stack(np.divmod(np.arange(81), 9), axis=1) - 4).astype(np.int8).view(np.uint16).reshape(-1)
 """The two values of each byte of a pair, viewed as one integer."""
@@ -51,7 +51,7 @@ def padded_buffer(count: int) -> Array:
 
 
 def encode_in_place(whole: Array, plan: CodingPlan) -> bytes:
-    """Encode the values in a `padded_buffer`, which is overwritten."""
+    """Encode the values in a `padded_buffer`; overwrites the buffer."""
     coder = Encoder()
     low: list[Array] = []
     if plain := plan.plain:
@@ -62,7 +62,7 @@ def encode_in_place(whole: Array, plan: CodingPlan) -> bytes:
         run -= high << plain.shift
         runs = zip(pairwise(plain.bounds), plain.widths, strict=True)
         low = [bits_of(run[start:stop], width) for (start, stop), width in runs]
-    # The range of the values takes half of the time of clipping them, which few tensors need.
+    # The range of the values takes half of the time of clipping, and few tensors need clipping.
     lowest, highest = float(whole.min()), float(whole.max())
     if lowest == highest == 0 and not plain:
         return b""
@@ -89,7 +89,7 @@ def encode_in_place(whole: Array, plan: CodingPlan) -> bytes:
 
 
 def decode(data: memoryview, plan: CodingPlan) -> Array:
-    """The values that `encode` took; allocates in proportion to them and to the data.
+    """The values that `encode` took; allocates in proportion to values and data.
 
     Raises:
         ValueError: the data do not encode values of this plan.
@@ -177,7 +177,7 @@ def _restore_low_bits(values: Array, bits: PlainBits, plain: PlainRuns) -> None:
 
 
 def _clip(clipped: Array, plan: CodingPlan, start: int, stop: int) -> Array:
-    """Clip these values to their limits; returns the positions of values at or beyond them."""
+    """Clip these values to their limits; returns the positions of values at or beyond the limits."""
     values, limits = clipped[start:stop], plan.limits[start:stop]
     far = (np.abs(values) >= limits).nonzero()[0]
     np.minimum(values, limits, out=values)
@@ -209,7 +209,7 @@ def _encode_groups(clipped: Array, stretch: Stretch, coder: Encoder) -> Array:
 
 
 def _decode_groups(coder: Decoder, short: Array, stretch: Stretch) -> None:
-    """Decode the magnitudes of a stretch into `short`, which is zero before."""
+    """Decode the magnitudes of a stretch into `short`, zero before."""
     grouping = stretch.grouping
     bounds, models = stretch.groups
     groups = short.view(grouping.values.dtype)

@@ -97,8 +97,8 @@ class EntropyModels:
     def dead_zones(self) -> Array:
         """Half the width of the quantiser's dead zone at each level, in steps: float32 (LEVELS + 1,).
 
-        Within it, the squared error of a zero costs less than the bits of a one. Above all levels it is half a step:
-        zeros save no bits there. Source: docs/reference/codecs.md, "Rows".
+        Within the zone, the squared error of a zero costs less than the bits of a 1. Above all levels, zeros save no
+        bits, and the zone is half a step. Source: docs/reference/codecs.md, "Rows".
         """
         zero = self.zero / 2**ZERO_BITS
         one = (1 - zero) * self.magnitudes[:, 0] / (2 * MAGNITUDE_SUM)
@@ -106,7 +106,7 @@ class EntropyModels:
         return np.append(zones, 0.5).astype(np.float32)
 
     def grouping(self, level: int, short: bool) -> Grouping:
-        """The grouping of a level's values; `short` tensors have no flags, whose code would not pay off."""
+        """The grouping of a level's values; `short` tensors have no flags: their code would not pay off."""
         return self._groupings[short][level]
 
     @cached_property
@@ -181,7 +181,7 @@ class Grouping:
         return SymbolModel.of(weights), SymbolModel.of(flags)
 
 
-# By the largest share of zeros: clipping is rare in each, and flags are fewer symbols than the zeros they save.
+# By the largest share of zeros: clipping is rare in each, and flags are fewer symbols than the saved zeros.
 _GROUPINGS = (
     (0.30, Grouping(2, False)),
     (0.82, Grouping(4, False)),

@@ -1,7 +1,7 @@
-"""The coding plan of sorted coefficients: which runs travel as bytes, which in groups, and which low bits stay plain.
+"""The coding plan of sorted coefficients: runs as bytes, runs in groups, and plain low bits.
 
 Long runs travel as bytes, a value or two small ones each, under Huffman codes: a tenth of the coder's time for some 2%
-more bytes. All of them are one zstd section, in which each run has a code of its own.
+more bytes. All these runs form a zstd section, with a code for each run.
 Source: docs/reference/codecs.md, "transform/4".
 """
 
@@ -43,7 +43,7 @@ PAIRS = ByteForm(2, 4)
 
 # From a deviation of three steps on, Huffman codes of single values are efficient; a byte suffices up to 32 steps.
 _SINGLE_LEVELS = (15, 22)
-# The shortest runs, in values: a code's description takes 60 to 80 bytes. Those of pairs depend on the share of zeros.
+# The shortest runs, in values: a code's description takes 60 to 80 bytes. Pairs: by the share of zeros.
 _MIN_SINGLES, _MIN_SINGLES_IF_SMALL = 1024, 3072
 _MIN_PAIRS = ((0.42, 2048), (0.68, 4096))
 # In shorter runs, the mixture of two levels costs no more than the description of a second code.
@@ -56,13 +56,13 @@ _SHORT_TENSOR = 2048
 _PLAIN_BITS = [max(0, -(-(level - LEVELS + 1) // 2)) for level in range(MAX_LEVEL + 1)]
 """How many low bits of a value stay plain at each level."""
 _MODELLED = [level - 2 * bits for level, bits in enumerate(_PLAIN_BITS)]
-"""The level of the bits above the plain ones, which has a model: two levels are a factor of two."""
+"""The level of the bits above the plain bits, always with a model: two levels are a factor of two."""
 
 
 class ByteRun(NamedTuple):
     """Adjacent runs of values that travel as bytes, in one form.
 
-    `codes` are the numbers of bytes under one Huffman code: those of one run, or of two neighbouring levels.
+    `codes` are the numbers of bytes under the same Huffman code: of a run, or of two neighbouring levels.
     """
 
     start: int
@@ -108,9 +108,9 @@ class Stretch:
 
 @dataclass(frozen=True, eq=False)
 class PlainRuns:
-    """The values whose low bits stay plain: `where` they are, `shift` (their plain bits, int32) and `half` of 2^shift.
+    """Values with plain low bits: the positions `where`, `shift` (numbers of plain bits, int32) and `half` of 2^shift.
 
-    Only runs of bytes lie between them. `bounds` and `widths` are the bounds and numbers of bits of their runs.
+    Only runs of bytes lie in between. `bounds` and `widths` are the bounds and numbers of bits of their runs.
     """
 
     where: slice | Array
@@ -221,7 +221,7 @@ def _byte_runs(runs: Sequence[Run], models: EntropyModels) -> list[ByteRun]:
 
 
 def _form(level: int, models: EntropyModels, large: bool) -> tuple[ByteForm | None, int]:
-    """The form of a level's values as bytes, and the length of the shortest run for which it pays off."""
+    """The form of a level's values as bytes, and the length of the shortest run in this form."""
     if _SINGLE_LEVELS[0] <= level <= _SINGLE_LEVELS[1]:
         return SINGLE, _MIN_SINGLES if large else _MIN_SINGLES_IF_SMALL
     if level > _SINGLE_LEVELS[1] or not large:

@@ -11,15 +11,15 @@ import pytest
 
 from isthmus.artifacts.bundle import Bundle
 from isthmus.errors import Corrupt, Denied, IsthmusError, RegistryError, RegistryUnavailable
-from isthmus.registry import Patience, Registry, SegmentCache
+from isthmus.registry import Registry, RetryPolicy, SegmentCache
 from support.fake_bundles import Fake, make_bundle, weights_here
 from support.faulty_relay import Fault, Relay, relaying
 from support.patience import least
 from support.s3_server import PATIENCE, S3Server, store_at, unique_prefix
 
-HASTY = Patience(attempts=3, timeout_s=2.0)
+HASTY = RetryPolicy(attempts=3, timeout_s=2.0)
 """For what never answers: a pause of the machine may use it up before a second try."""
-OFTEN = Patience(attempts=60, timeout_s=30.0)
+OFTEN = RetryPolicy(attempts=60, timeout_s=30.0)
 """For what stalls once: it hears of that as soon as HASTY does, and outlasts pauses."""
 FAR_TOO_LONG_S = 20.0
 """Ten times HASTY, a third of the time that a stall lasts."""
@@ -34,7 +34,7 @@ class Bad:
     fake: Fake
     registry: Registry
 
-    def asked_with(self, patience: Patience) -> Registry:
+    def asked_with(self, patience: RetryPolicy) -> Registry:
         return Registry(store_at(self.relay.endpoint, self.prefix, patience=patience), patience)
 
     @property

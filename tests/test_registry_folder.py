@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from isthmus.errors import Missing, RegistryUnavailable
-from isthmus.registry import FolderStore, Patience, Registry
-from isthmus.registry.file_calls import MAX_HANGING, FileCalls
-from isthmus.registry.staging import Staging
+from isthmus.registry import FolderStore, Registry, RetryPolicy
+from isthmus.registry.folder import MAX_HANGING, FileCalls, Staging
 from support.fake_bundles import make_bundle
 from support.patience import LONG_S, until
 
@@ -30,7 +29,7 @@ def write(f):
 store._place("blobs/sha256/late", write, __import__("os").replace)
 print("placed", flush=True)
 """
-HASTY = Patience(attempts=2, timeout_s=0.6)
+HASTY = RetryPolicy(attempts=2, timeout_s=0.6)
 
 
 @pytest.fixture
@@ -73,7 +72,7 @@ def test_what_a_running_publish_stages_is_left_alone(writer: subprocess.Popen[st
 
 def test_a_file_that_is_swept_while_it_is_written_is_written_again(tmp_path: Path) -> None:
     """As where locks do not reach another machine."""
-    store, times = FolderStore(tmp_path, Patience(attempts=2, timeout_s=5.0)), []
+    store, times = FolderStore(tmp_path, RetryPolicy(attempts=2, timeout_s=5.0)), []
     source = tmp_path / "source"
     source.write_bytes(b"content")
     replace = os.replace

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from isthmus.errors import Corrupt, RegistryUnavailable
-from isthmus.registry import FolderStore, Patience, Registry, SegmentCache
+from isthmus.registry import FolderStore, Registry, RetryPolicy, SegmentCache
 from support.fake_bundles import Fake, make_bundle, weights_here
 from support.fake_s3 import QUICK, FakeS3, Request, Response, error, serving
 
@@ -28,7 +28,7 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Fake:
     return make_bundle(tmp_path_factory.mktemp("big"), lengths=BIG, cut=1)
 
 
-def registry_of(s3: FakeS3, patience: Patience = QUICK) -> Registry:
+def registry_of(s3: FakeS3, patience: RetryPolicy = QUICK) -> Registry:
     return Registry(s3.store(patience=patience), patience)
 
 
@@ -73,7 +73,7 @@ def test_every_step_may_fail_once(s3: FakeS3, tmp_path: Path) -> None:
 
 
 def test_a_store_that_refuses_most_requests_ends_a_publish_after_a_few(s3: FakeS3, big: Fake) -> None:
-    often = Patience(attempts=3, timeout_s=5.0)
+    often = RetryPolicy(attempts=3, timeout_s=5.0)
     s3.refuse = lambda request: error(503, "SlowDown") if request.method == "PUT" else None
     with pytest.raises(RegistryUnavailable):
         registry_of(s3, often).publish(big.bundle, big.files)
@@ -110,7 +110,7 @@ def test_a_file_that_arrived_wrong_is_sent_again_as_a_whole_and_not_for_ever(
 
     s3.objects.clear()
     times = [1] * 1000
-    few = Patience(attempts=2, timeout_s=5.0)
+    few = RetryPolicy(attempts=2, timeout_s=5.0)
     with pytest.raises(Corrupt):
         registry_of(s3, few).publish(big.bundle, big.files)
     assert weights not in s3.objects

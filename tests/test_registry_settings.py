@@ -13,7 +13,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from isthmus.errors import Denied, IsthmusError, RegistryError, SettingsError
-from isthmus.registry import Patience, open_registry, parse_address
+from isthmus.registry import RetryPolicy, open_registry, parse_address
 from isthmus.settings import RegistrySettings, SegmentSettings, read_secret
 from isthmus_tools.cli import app
 from isthmus_tools.cli.options import registry_settings, stack_variables
@@ -324,7 +324,7 @@ def test_a_server_that_does_not_speak_s3_gets_a_typed_error_or_is_seen_through(
     status: int, body: bytes, s3: FakeS3
 ) -> None:
     s3.refuse = lambda request: (status, {"Content-Type": "text/html"}, body)
-    store = s3.store(patience=Patience(attempts=1, timeout_s=5.0))
+    store = s3.store(patience=RetryPolicy(attempts=1, timeout_s=5.0))
     for ask in (
         lambda: store.size("blobs/x"),
         lambda: store.get("blobs/x", max_bytes=100),

@@ -44,7 +44,7 @@ from isthmus.http import sockets
 from isthmus.http.pool import retry_after_seconds, stage_seconds
 from isthmus.pipeline import HttpHop
 from isthmus.pipeline import hop as hops
-from isthmus.registry.patience import Patience
+from isthmus.registry.retry_policy import RetryPolicy
 from isthmus.retries import RetryBudget, backoff, log_retries
 from isthmus.wire import frame as frames
 from isthmus.wire.frame import Frame
@@ -271,7 +271,7 @@ def test_the_pauses_of_retries_leave_the_global_random_generator_alone() -> None
         raise RegistryUnavailable("it is away")
 
     with pytest.raises(RegistryUnavailable):
-        Patience(attempts=3, timeout_s=0.5)(fail)
+        RetryPolicy(attempts=3, timeout_s=0.5)(fail)
     assert random.getstate() == state
 
 

@@ -14,7 +14,7 @@ from msgspec import structs
 from isthmus.artifacts.bundle import Blob, Bundle, Cut, Segment, Weights, WeightTensor, digest_of, to_json
 from isthmus.artifacts.segment_id import SegmentId
 from isthmus.artifacts.tensors import TensorSpec
-from isthmus.registry import FolderStore, Patience, Registry, SegmentCache
+from isthmus.registry import FolderStore, Registry, RetryPolicy, SegmentCache
 from support.patience import LONG_S
 from support.s3_server import store_at
 
@@ -99,7 +99,7 @@ def allocated(folder: Path) -> int:
 def fill(registry: str, cache_dir: str, limit: int, digest: str, segments: Sequence[str]) -> None:
     """What one process of several does: locate segments. `registry` is a folder, or an endpoint and a prefix."""
     endpoint, _, prefix = registry.partition("#")
-    patience = Patience(attempts=4, timeout_s=LONG_S)
+    patience = RetryPolicy(attempts=4, timeout_s=LONG_S)
     store = store_at(endpoint, prefix, patience=patience) if prefix else FolderStore(registry)
     cache = SegmentCache(Registry(store, patience), cache_dir, limit)
     for segment in segments:

@@ -14,10 +14,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qsl, unquote
 
-from isthmus.registry import Patience, S3Store
+from isthmus.registry import RetryPolicy, S3Store
 
 Response = tuple[int, dict[str, str], bytes]
-QUICK = Patience(attempts=4, timeout_s=5.0)
+QUICK = RetryPolicy(attempts=4, timeout_s=5.0)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class FakeS3:
     uploads: dict[str, dict[int, bytes]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def store(self, *, patience: Patience = QUICK, **given: Any) -> S3Store:
+    def store(self, *, patience: RetryPolicy = QUICK, **given: Any) -> S3Store:
         return S3Store("b", "p", **{"endpoint": self.url, "key_id": "k", "secret": "s", "patience": patience} | given)
 
     @property

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.registry import Patience, S3Store
+from isthmus.registry import RetryPolicy, S3Store
 from support.patience import LONG_S, until
 from support.ports import free_port
 
 BUCKET = "isthmus-tests"
 KEY_ID = "TESTKEYID"
 SECRET = "test-secret-key"
-PATIENCE = Patience(attempts=3, timeout_s=LONG_S)
+PATIENCE = RetryPolicy(attempts=3, timeout_s=LONG_S)
 
 
 class S3Server:
@@ -55,7 +55,7 @@ class S3Server:
         self._process.wait()
 
 
-def store_at(endpoint: str, prefix: str = "", *, secret: str = SECRET, patience: Patience = PATIENCE) -> S3Store:
+def store_at(endpoint: str, prefix: str = "", *, secret: str = SECRET, patience: RetryPolicy = PATIENCE) -> S3Store:
     return S3Store(BUCKET, prefix, endpoint=endpoint, key_id=KEY_ID, secret=secret, patience=patience)
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from isthmus.errors import SettingsError
-from isthmus.registry.address import Address, check_endpoint, check_region, parse_address
-from isthmus.registry.baked import BakedSegment
-from isthmus.registry.blobs import BlobStore
+from isthmus.registry.blobs import Address, BlobStore, check_endpoint, check_region, parse_address
 from isthmus.registry.cache import SegmentCache
 from isthmus.registry.folder import FolderStore
-from isthmus.registry.patience import Patience
 from isthmus.registry.registry import Registry, Resolved, Version
+from isthmus.registry.retry_policy import RetryPolicy
 from isthmus.registry.s3 import S3Store
-from isthmus.registry.source import Located, SegmentSource
+from isthmus.registry.source import BakedSegment, Located, SegmentSource
 from isthmus.settings import RegistrySettings, SegmentSettings, read_secret
 
 __all__ = [
@@ -20,9 +18,9 @@ __all__ = [
     "BlobStore",
     "FolderStore",
     "Located",
-    "Patience",
     "Registry",
     "Resolved",
+    "RetryPolicy",
     "S3Store",
     "SegmentCache",
     "SegmentSource",
@@ -41,7 +39,7 @@ def open_registry(settings: RegistrySettings) -> Registry:
         SettingsError: neither a folder's path nor s3://BUCKET/PREFIX, an endpoint or region that cannot be one, or only
             one of the two S3 secrets is there.
     """
-    patience = Patience(settings.registry_attempts, settings.registry_timeout_s)
+    patience = RetryPolicy(settings.registry_attempts, settings.registry_timeout_s)
     address = parse_address(settings.registry)
     if address.folder:
         return Registry(FolderStore(address.folder, patience), patience)

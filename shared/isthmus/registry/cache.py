@@ -12,8 +12,8 @@ from pathlib import Path
 from isthmus.artifacts.bundle import Blob, Bundle, Segment, WeightTensor, digest_of
 from isthmus.errors import CacheFull, RegistryError, SettingsError
 from isthmus.registry.content import Bundles, blob_key, corrupt
-from isthmus.registry.patience import in_parallel
 from isthmus.registry.registry import Registry
+from isthmus.registry.retry_policy import in_parallel
 from isthmus.registry.source import Located, Progress
 from isthmus.registry.space import Space
 from isthmus.registry.weights import READ_BYTES, Batch, WeightsFile, batches, disk_bytes, parts, write_whole

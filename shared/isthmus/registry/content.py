@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+
+from cachetools import LRUCache
 
 from isthmus.artifacts import bundle as manifest
 from isthmus.artifacts.bundle import Bundle, is_digest
 from isthmus.errors import Corrupt, ModelError, RegistryError
 
-_REMEMBERED = 16
+_MAX_BUNDLES = 16
 _MAX_PADDING = 2**16
 """Bytes after the last weight in a weights file."""
 
@@ -106,21 +107,18 @@ def check_weights(bundle: Bundle) -> None:
 
 
 class Bundles:
-    """The bundles used last, parsed; safe to use from several threads."""
+    """A cache of parsed bundles; safe to use from several threads."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[str, Bundle] = OrderedDict()
+        self._bundles: LRUCache[str, Bundle] = LRUCache(_MAX_BUNDLES)
         self._lock = threading.Lock()
 
     def get(self, digest: str, read: Callable[[str], bytes]) -> Bundle:
         """The bundle of that digest, from memory or from the manifest that `read` gives, verified."""
         with self._lock:
-            if (known := self._known.get(digest)) is not None:
-                self._known.move_to_end(digest)
-                return known
-        found = read_manifest(read(digest))
+            if (bundle := self._bundles.get(digest)) is not None:
+                return bundle
+        bundle = read_manifest(read(digest))
         with self._lock:
-            self._known[digest] = found
-            if len(self._known) > _REMEMBERED:
-                self._known.popitem(last=False)
-        return found
+            self._bundles[digest] = bundle
+        return bundle

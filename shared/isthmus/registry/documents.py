@@ -10,7 +10,7 @@ import re
 from isthmus.artifacts.bundle import is_digest, is_model_name
 from isthmus.errors import Missing, RegistryError
 from isthmus.registry.blobs import BlobStore
-from isthmus.registry.patience import Patience
+from isthmus.registry.retry_policy import RetryPolicy
 
 _TIER = re.compile(r"[a-z0-9]([a-z0-9_]{0,31})")
 _DEVICE = re.compile(r"[0-9a-f]{12}")
@@ -19,8 +19,8 @@ _DEVICE = re.compile(r"[0-9a-f]{12}")
 class Documents:
     """The documents in a registry's store."""
 
-    def __init__(self, store: BlobStore, patience: Patience) -> None:
-        self._store, self._patience = store, patience
+    def __init__(self, store: BlobStore, patience: RetryPolicy) -> None:
+        self._store, self._retry = store, patience
 
     def put_profile(self, model: str, content: str, tier: str, device: str, data: bytes) -> None:
         """Store what `device` measured of the content with the digest `content`, as `tier`.
@@ -29,7 +29,7 @@ class Documents:
             RegistryError: a name, digest, tier or device's id that cannot be part of a key.
         """
         key = _profile_key(model, content, tier, device)
-        self._patience(lambda: self._store.put(key, data))
+        self._retry(lambda: self._store.put(key, data))
 
     def profile(self, model: str, content: str, tier: str, device: str, *, max_bytes: int) -> bytes:
         """What `put_profile` stored.
@@ -38,7 +38,7 @@ class Documents:
             Missing: nothing; RegistryError: longer than `max_bytes`.
         """
         key = _profile_key(model, content, tier, device)
-        return self._patience(lambda: self._store.get(key, max_bytes=max_bytes))
+        return self._retry(lambda: self._store.get(key, max_bytes=max_bytes))
 
     def profiles(self, model: str, content: str) -> list[tuple[str, str]]:
         """Tier and device of each profile of this content."""

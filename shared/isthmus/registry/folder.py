@@ -1,35 +1,158 @@
-"""A registry in a folder: a local disk, or a share that several machines mount."""
+"""A registry in a folder: a local disk, or a share that several machines mount.
+
+Calls on a share are bounded in time; files are written aside under a lock and renamed into place.
+"""
 
 from __future__ import annotations
 
 import builtins
+import fcntl
 import os
 import shutil
+import tempfile
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from isthmus.errors import Denied, RegistryError, RegistryUnavailable
 from isthmus.registry.blobs import check_key, check_range, ended_early, missing_blob, missing_registry, too_long
-from isthmus.registry.file_calls import FileCalls
-from isthmus.registry.patience import Patience
-from isthmus.registry.staging import Staging
+from isthmus.registry.retry_policy import RetryPolicy
 from isthmus.retries import RetryBudget
+
+MAX_HANGING = 16
+"""Calls that may hang at a time; each keeps a thread until the share answers."""
+
+T = TypeVar("T")
+
+
+class FileCalls:
+    """Makes each call in a thread of its own, which is left behind when the time is up; several threads may use it.
+
+    The threads are daemons: one that hangs in the kernel must not keep the process from leaving.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._hanging = 0
+        self._lock = threading.RLock()  # a callback may come from within
+
+    def __call__(self, call: Callable[[], T], seconds: float, key: str) -> T:
+        """`call`'s result, or what it raises.
+
+        Raises:
+            RegistryUnavailable: it took longer than `seconds`, or MAX_HANGING others have not come back.
+        """
+        if self._hanging >= MAX_HANGING:
+            raise self._unavailable(f"{self._url} hangs: {MAX_HANGING} reads or writes have not come back", key)
+        future: Future[T] = Future()
+        threading.Thread(target=self._run, args=(future, call), name="registry file", daemon=True).start()
+        try:
+            return future.result(timeout=seconds)
+        except FutureTimeout:
+            with self._lock:
+                if future.done():
+                    return future.result()
+                self._hanging += 1
+                future.add_done_callback(self._came_back)
+            raise self._unavailable(f"{self._url} did not answer within {seconds:.3g} s for {key}", key) from None
+
+    @staticmethod
+    def _run(future: Future[T], call: Callable[[], T]) -> None:
+        try:
+            future.set_result(call())
+        except BaseException as e:
+            future.set_exception(e)
+
+    def _came_back(self, future: Future[T]) -> None:
+        with self._lock:
+            self._hanging -= 1
+
+    def _unavailable(self, message: str, key: str) -> RegistryUnavailable:
+        return RegistryUnavailable(
+            message, registry=self._url, blob=key, hint="see whether the share is mounted and its server answers"
+        )
+
+
+class Staging:
+    """A folder of files that are being written, each under an exclusive flock(2) of its writer.
+
+    The lock ends with its process, however that ends: a file that nobody locks was left behind. The first file of each
+    Staging is preceded by a sweep. Where locks do not reach other machines, a sweep may take another machine's file,
+    which costs that publisher a retry.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._swept = False
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def file(self) -> Iterator[tuple[Path, BinaryIO]]:
+        """A new empty file, open; its name is removed at the block's end, unless it was renamed.
+
+        Raises:
+            RegistryUnavailable: it was taken away before the block's end, which a retry mends.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._sweep_once()
+        path, f = self._create()
+        try:
+            yield path, f
+        except FileNotFoundError as e:
+            if os.fstat(f.fileno()).st_nlink:
+                raise
+            raise RegistryUnavailable(f"{path} was swept while it was written", registry=str(self._folder)) from e
+        finally:
+            # The lock is held until the name is gone: a sweep in between would find nothing of ours.
+            path.unlink(missing_ok=True)
+            f.close()
+
+    def _create(self) -> tuple[Path, BinaryIO]:
+        while True:
+            descriptor, name = tempfile.mkstemp(dir=self._folder)
+            f = open(descriptor, "wb")  # noqa: SIM115 - closed by its user, with the lock
+            with suppress(OSError):  # some shares have no locks; there nothing is swept either
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if os.fstat(descriptor).st_nlink:
+                return Path(name), f
+            f.close()  # another process swept it before it was locked
+
+    def _sweep_once(self) -> None:
+        with self._lock:
+            swept, self._swept = self._swept, True
+        if swept:
+            return
+        for path in self._folder.iterdir():
+            # Someone else's file that may not be opened, or one that is gone by now, is none of ours.
+            with suppress(OSError):
+                _remove_if_left(path)
+
+
+def _remove_if_left(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(descriptor).st_ino == path.stat(follow_symlinks=False).st_ino:
+            path.unlink()
+    finally:
+        os.close(descriptor)
+
 
 _STAGING = ".staging"
 _SLOWEST = 2**20
 """Bytes a second below which a read or write counts as one that hangs."""
 
-T = TypeVar("T")
-
 
 class FolderStore:
     """Keys are files under `root`. Writes go to a file aside, reach the disk, and are then renamed into place."""
 
-    def __init__(self, root: Path | str, patience: Patience | None = None) -> None:
+    def __init__(self, root: Path | str, patience: RetryPolicy | None = None) -> None:
         self._root = Path(root).absolute()
-        self._patience = patience or Patience()
+        self._retry = patience or RetryPolicy()
         self._calls = FileCalls(self.url)
         self._staging = Staging(self._root / _STAGING)
 
@@ -65,14 +188,14 @@ class FolderStore:
             with path.open("rb") as source:
                 self._place(key, lambda f: shutil.copyfileobj(source, f, 2**20), os.replace)
 
-        self._patience(copy, budget)
+        self._retry(copy, budget)
 
     def put_if_absent(self, key: str, data: bytes, budget: RetryBudget | None = None) -> bool:
         # A hard link fails where the name is taken, also when another process took it a moment ago.
         def link() -> bool:
             return self._place(key, lambda f: f.write(data), os.link)
 
-        return self._patience(lambda: self._within(link, key, len(data)), budget)
+        return self._retry(lambda: self._within(link, key, len(data)), budget)
 
     def delete(self, key: str) -> None:
         self._within(lambda: self._delete(key), key)
@@ -80,10 +203,10 @@ class FolderStore:
     def list(self, prefix: str) -> builtins.list[str]:
         folder = self._root / check_key(prefix.removesuffix("/")) if prefix else self._root
         # A walk is many calls; where it takes all of the time, it is not tried again.
-        return self._patience(lambda: self._calls(lambda: self._list(prefix, folder), self._patience.timeout_s, prefix))
+        return self._retry(lambda: self._calls(lambda: self._list(prefix, folder), self._retry.timeout_s, prefix))
 
     def _within(self, call: Callable[[], T], key: str, size: int = 0) -> T:
-        return self._calls(call, self._patience.try_s + size / _SLOWEST, key)
+        return self._calls(call, self._retry.try_s + size / _SLOWEST, key)
 
     def _read(self, key: str, start: int, size: int) -> bytes:
         with self._errors(key), self._path(key).open("rb", buffering=0) as f:

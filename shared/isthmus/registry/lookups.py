@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, TypeVar
+
+from cachetools import TLRUCache
 
 from isthmus.admission import RETRY_AFTER_S, aside
 from isthmus.context import Deadline
@@ -37,7 +38,9 @@ class Lookups:
         self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="lookup")
         self._lock = threading.Lock()
         self._under_way: dict[Hashable, Future[Any]] = {}
-        self._failures: OrderedDict[Hashable, tuple[float, IsthmusError]] = OrderedDict()
+        self._failures: TLRUCache[Hashable, IsthmusError] = TLRUCache(
+            MAX_REMEMBERED, lambda _, error, now: now + self._seconds(error), time.monotonic
+        )
 
     def find(self, key: Hashable, look_up: Callable[[], T], deadline: Deadline) -> T:
         """`look_up`'s result, waited for outside of the request's slot and no longer than its deadline.
@@ -75,25 +78,20 @@ class Lookups:
             self._failures.pop(key, None)
 
     def _raise_remembered(self, key: Hashable) -> None:
-        until, error = self._failures.get(key, (0.0, None))
-        if error is None:
-            return
-        if time.monotonic() < until:
+        if (error := self._failures.get(key)) is not None:
             # A copy: an exception that several threads raise collects all their tracebacks.
             raise type(error)(error.message, hint=error.hint, **error.facts)
-        del self._failures[key]
+
+    def _seconds(self, error: IsthmusError) -> float:
+        passing = isinstance(error, RegistryUnavailable | RegistryMissing)
+        return min(self._remember_s, _UNAVAILABLE_S) if passing else self._remember_s
 
     def _run(self, key: Hashable, look_up: Callable[[], T]) -> T:
         try:
             return look_up()
         except IsthmusError as e:
-            passing = isinstance(e, RegistryUnavailable | RegistryMissing)
-            seconds = min(self._remember_s, _UNAVAILABLE_S) if passing else self._remember_s
-            if seconds > 0:
-                with self._lock:
-                    self._failures[key] = (time.monotonic() + seconds, e.with_traceback(None))
-                    while len(self._failures) > MAX_REMEMBERED:
-                        self._failures.popitem(last=False)
+            with self._lock:
+                self._failures[key] = e.with_traceback(None)
             raise
         finally:
             with self._lock:

@@ -13,7 +13,7 @@ from isthmus.errors import Corrupt, Missing, RegistryError
 from isthmus.registry.blobs import BlobStore
 from isthmus.registry.content import Bundles, blob_key, check_weights, corrupt, read_manifest
 from isthmus.registry.documents import Documents
-from isthmus.registry.patience import Patience, in_parallel
+from isthmus.registry.retry_policy import RetryPolicy, in_parallel
 from isthmus.registry.upload import Upload
 from isthmus.retries import RetryBudget
 
@@ -50,9 +50,9 @@ class Resolved:
 class Registry:
     """Models in a store. Every read and write is tried as often as `patience` allows."""
 
-    def __init__(self, store: BlobStore, patience: Patience | None = None) -> None:
+    def __init__(self, store: BlobStore, patience: RetryPolicy | None = None) -> None:
         self._store = store
-        self.patience = patience or Patience()
+        self.patience = patience or RetryPolicy()
         self._bundles = Bundles()
         self.documents = Documents(store, self.patience)
 

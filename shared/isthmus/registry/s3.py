@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from isthmus.errors import Denied, RegistryError, RegistryUnavailable, SettingsError
 from isthmus.registry.blobs import check_key, check_range, ended_early, missing_blob, missing_registry, too_long
-from isthmus.registry.patience import WIDTH, Patience, in_parallel
+from isthmus.registry.retry_policy import MAX_PARALLEL_REQUESTS, RetryPolicy, in_parallel
 from isthmus.retries import RetryBudget
 from isthmus.settings import is_secret
 
@@ -48,7 +48,8 @@ class S3Store:
     """Keys are objects under `prefix` of one bucket. `endpoint` is empty for AWS; any other server is asked path-style.
 
     `key_id` and `secret` are the credentials; without them boto3's own chain is used (environment, files, the
-    instance's role). So is its region where `region` is empty. boto3 makes one try; isthmus.registry.patience repeats.
+    instance's role). So is its region where `region` is empty. boto3 makes one try;
+    isthmus.registry.retry_policy repeats it.
     """
 
     def __init__(
@@ -60,13 +61,13 @@ class S3Store:
         region: str = "",
         key_id: str = "",
         secret: str = "",
-        patience: Patience | None = None,
+        patience: RetryPolicy | None = None,
     ) -> None:
         self._bucket = bucket
         self._prefix = f"{check_key(prefix.strip('/'))}/" if prefix.strip("/") else ""
         self._endpoint, self._region = endpoint, region
         self._key_id, self._secret = key_id, secret
-        self._patience = patience or Patience()
+        self._retry = patience or RetryPolicy()
         self._made: Any = None
         self._thread = threading.local()
 
@@ -134,7 +135,7 @@ class S3Store:
             self._client().put_object(**self._at(key), **_body_of(data))
 
     def put_file(self, key: str, path: Path, budget: RetryBudget | None = None) -> None:
-        size, at, retry = path.stat().st_size, self._at(key), self._patience
+        size, at, retry = path.stat().st_size, self._at(key), self._retry
         if size <= _PART_BYTES:
             data = path.read_bytes()
             retry(lambda: self.put(key, data), budget)
@@ -167,7 +168,7 @@ class S3Store:
     def put_if_absent(self, key: str, data: bytes, budget: RetryBudget | None = None) -> bool:
         # Not every server enforces If-None-Match. Looking first and reading back afterwards leaves such a server only
         # the moment between the two (docs/registry.md, "Publishers at the same time").
-        retry = self._patience
+        retry = self._retry
         if retry(lambda: self.exists(key), budget):
             return False
         if not retry(lambda: self._put_new(key, data), budget):
@@ -194,9 +195,9 @@ class S3Store:
         if prefix:
             check_key(prefix.removesuffix("/"))
         where: dict[str, Any] = {"Bucket": self._bucket, "Prefix": self._prefix + prefix}
-        keys, budget, more = list[str](), self._patience.budget(), True
+        keys, budget, more = list[str](), self._retry.budget(), True
         while more:
-            page = self._patience(lambda: self._ask(prefix, "list_objects_v2", **where), budget)
+            page = self._retry(lambda: self._ask(prefix, "list_objects_v2", **where), budget)
             keys += [item["Key"].removeprefix(self._prefix) for item in page.get("Contents", ())]
             token = page.get("NextContinuationToken", "")
             # A page that is followed by itself would never end.
@@ -209,7 +210,7 @@ class S3Store:
 
     def _body(self, key: str, body: Any, length: int) -> bytes:
         # The socket's own timeout bounds silence; this bounds a body that trickles.
-        deadline = time.monotonic() + self._patience.try_s + length / _SLOWEST
+        deadline = time.monotonic() + self._retry.try_s + length / _SLOWEST
         parts, got = [], 0
         # botocore's own read waits until it has all that it was asked for, so that the deadline would be seen too late.
         read = getattr(getattr(body, "_raw_stream", body), "read1", body.read)
@@ -246,9 +247,9 @@ class S3Store:
 
         config = Config(
             retries={"total_max_attempts": 1, "mode": "standard"},
-            connect_timeout=self._patience.try_s,
-            read_timeout=self._patience.try_s,
-            max_pool_connections=2 * WIDTH,
+            connect_timeout=self._retry.try_s,
+            read_timeout=self._retry.try_s,
+            max_pool_connections=2 * MAX_PARALLEL_REQUESTS,
             s3={"addressing_style": style},
             # Servers other than AWS stumble over the newer checksum headers; reads are verified here by SHA-256, and
             # a signed write carries its own.

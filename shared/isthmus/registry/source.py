@@ -1,7 +1,8 @@
-"""What a runner asks for: a segment's files on this machine, held for as long as they are mapped."""
+"""Where a function finds its segments: the protocol, and a segment baked into the function's image."""
 
 from __future__ import annotations
 
+import json
 import os
 import weakref
 from collections.abc import Callable
@@ -9,7 +10,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
-from isthmus.artifacts.bundle import Blob, Bundle, Segment
+from isthmus.artifacts.bundle import MAX_MANIFEST_BYTES, Blob, Bundle, Segment, digest_of, is_digest
+from isthmus.artifacts.segment_id import SegmentId
+from isthmus.errors import Missing, RegistryError, SettingsError
+from isthmus.registry.content import corrupt, file_digest, read_manifest
 
 Progress = Callable[[int, int], None]
 """Called with the bytes fetched so far and those to fetch in all."""
@@ -67,3 +71,88 @@ class SegmentSource(Protocol):
             RegistryError: Missing, or any other reason why they cannot be had.
         """
         ...
+
+
+MANIFEST, SEGMENT, GRAPH, WEIGHTS = "manifest.json", "segment.json", "segment.onnx", "weights.bin"
+BLOBS = "blobs"
+"""The folder of what codecs need to unpack the segment's inputs, each file named by its digest's hex."""
+
+
+class BakedSegment:
+    """The one segment of the one bundle in a folder, verified when it is opened.
+
+    The folder holds manifest.json (as published: its digest is the bundle's), segment.json, segment.onnx and
+    weights.bin (this segment's tensors alone). Source: docs/registry.md, "A baked segment".
+
+    Raises:
+        SettingsError: the folder, or one of its files, is not there.
+        Corrupt: a file does not hash to its digest.
+        RegistryError: segment.json or manifest.json does not follow its format.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self._folder = Path(folder)
+        try:
+            with (self._folder / MANIFEST).open("rb") as f:
+                data = f.read(MAX_MANIFEST_BYTES + 1)
+            doc = (self._folder / SEGMENT).read_bytes()
+            self.digest = digest_of(data)
+            self._bundle = read_manifest(data)
+            self.segment_id, graph, weights = _read(doc)
+            self._segment = self._bundle.segment(self.segment_id)
+            self._verify(GRAPH, graph)
+            self._verify(WEIGHTS, weights)
+        except OSError as e:
+            raise SettingsError(
+                f"the setting segment_dir is {str(folder)!r}, which is not a baked segment: {e}",
+                variable="segment_dir",
+                value=str(folder),
+                hint="make one with: isthmus package",
+            ) from e
+
+    def bundle(self, digest: str) -> Bundle:
+        if digest != self.digest:
+            raise self._missing("bundle", digest, self.digest)
+        return self._bundle
+
+    def blob(self, blob: Blob) -> bytes:
+        path = self._folder / BLOBS / blob.digest.removeprefix("sha256:")
+        try:
+            data = path.read_bytes()
+        except OSError:
+            raise self._missing("blob", blob.digest, "none of that digest") from None
+        if digest_of(data) != blob.digest:
+            raise corrupt(str(path), blob.digest)
+        return data
+
+    def locate(self, bundle_digest: str, segment_id: str) -> Located:
+        bundle = self.bundle(bundle_digest)
+        if segment_id != self.segment_id:
+            raise self._missing("segment", segment_id, self.segment_id)
+        return Located(self._folder / GRAPH, self._segment, bundle)
+
+    def _verify(self, name: str, blob: Blob) -> None:
+        path = self._folder / name
+        if file_digest(path) != blob.digest:
+            raise corrupt(str(path), blob.digest)
+
+    def _missing(self, kind: str, name: str, held: str) -> Missing:
+        return Missing(
+            f"this function holds segment {self.segment_id} of {self._bundle.name} ({self.digest}) and no other;"
+            f" {kind} {name!r} was asked for",
+            kind=kind,
+            name=name,
+            exists=[held],
+            hint="unset segment_dir to serve any bundle of a registry",
+        )
+
+
+def _read(data: bytes) -> tuple[SegmentId, Blob, Blob]:
+    try:
+        doc = json.loads(data)
+        graph, weights = (Blob(str(doc[part]["digest"]), int(doc[part]["size"])) for part in ("graph", "weights"))
+        if not is_digest(graph.digest) or not is_digest(weights.digest):
+            raise ValueError("a digest is not sha256:<hex>")
+        return SegmentId.parse(str(doc["segment"])), graph, weights
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as e:
+        raise RegistryError(f"not a {SEGMENT}: {type(e).__name__}: {e}") from e

@@ -9,7 +9,7 @@ from pathlib import Path
 from isthmus.errors import Corrupt, Missing
 from isthmus.registry.blobs import BlobStore
 from isthmus.registry.content import blob_key, corrupt, file_digest
-from isthmus.registry.patience import Patience
+from isthmus.registry.retry_policy import RetryPolicy
 from isthmus.retries import RetryBudget
 
 _READ_BYTES = 8 * 2**20
@@ -24,7 +24,7 @@ class Upload:
     """
 
     store: BlobStore
-    patience: Patience
+    patience: RetryPolicy
     budget: RetryBudget
 
     def file(self, digest: str, path: Path | None) -> None:

@@ -20,8 +20,7 @@ from isthmus.artifacts.bundle import Blob, Bundle, Segment, Weights, digest_of
 from isthmus.artifacts.segment_id import SegmentId
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import CutError
-from isthmus.registry.baked import BLOBS, GRAPH, MANIFEST, SEGMENT, WEIGHTS
-from isthmus.registry.source import Located
+from isthmus.registry.source import BLOBS, GRAPH, MANIFEST, SEGMENT, WEIGHTS, Located
 from isthmus_tools.graph.cuts import AnyCut, boundary_values, upstream_of
 from isthmus_tools.graph.model import Model
 from isthmus_tools.graph.weights import ALIGNMENT, LOCATION, reference

@@ -1,4 +1,4 @@
-"""The one place that tries a registry again, and the width at which it is asked at once."""
+"""The registry's retry policy, and the number of requests to it in parallel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import stamina
 from isthmus.errors import Corrupt, RegistryUnavailable
 from isthmus.retries import RetryBudget, backoff
 
-WIDTH = 4
+MAX_PARALLEL_REQUESTS = 4
 """Reads or writes under way at once: enough to hide a round trip, few enough for a small edge node."""
 
 T = TypeVar("T")
@@ -20,7 +20,7 @@ S = TypeVar("S")
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """How often, and for how many seconds in all, one read or write is tried before its error stands."""
 
     attempts: int = 4
@@ -37,7 +37,7 @@ class Patience:
         A store that refuses a tenth of the requests never uses it up; one that refuses most of them ends the sequence
         after a few steps, where each step alone might take its full number of tries.
         """
-        return RetryBudget(burst=WIDTH * max(1, self.attempts - 1), per_second=0.0, per_success=1.0)
+        return RetryBudget(burst=MAX_PARALLEL_REQUESTS * max(1, self.attempts - 1), per_second=0.0, per_success=1.0)
 
     def __call__(self, action: Callable[[], T], budget: RetryBudget | None = None) -> T:
         """`action`'s result; a faulty transfer or a registry that does not answer is tried again, nothing else.
@@ -62,8 +62,8 @@ class Patience:
 
 
 def in_parallel(action: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
-    """Results of `action`, WIDTH at a time, as they come; the first error stops what has not begun."""
-    pool = ThreadPoolExecutor(WIDTH, thread_name_prefix="registry")
+    """Results of `action`, MAX_PARALLEL_REQUESTS at a time, as they come; the first error stops what has not begun."""
+    pool = ThreadPoolExecutor(MAX_PARALLEL_REQUESTS, thread_name_prefix="registry")
     try:
         for future in as_completed([pool.submit(action, item) for item in items]):
             yield future.result()

@@ -167,7 +167,7 @@ def test_every_shape_comes_back_with_its_dtype(codec: str, shape: tuple[int, ...
 
 
 @pytest.mark.parametrize("codec", PLAIN)
-def test_strided_and_big_endian_arrays_pack_as_their_contiguous_copies(codec: str) -> None:
+def test_strided_and_big_endian_arrays_encode_as_their_contiguous_copies(codec: str) -> None:
     base = feature_map(2, 6, 8, 10)
     for array in (base.transpose(0, 3, 1, 2), base[:, ::2, :, ::-1], np.asfortranarray(base), base.astype(">f4")):
         got, expected = back(codec, array), back(codec, np.ascontiguousarray(array, "<f4"))
@@ -299,7 +299,7 @@ def test_side_tensors_become_small() -> None:
 
 
 @pytest.mark.parametrize("codec", PLAIN)
-def test_pack_gives_the_array_itself_where_packing_would_not_make_it_smaller(codec: str) -> None:
+def test_encode_tensor_returns_the_array_where_encoding_would_not_make_it_smaller(codec: str) -> None:
     for array in (np.zeros((0, 3), "float32"), np.array(2, "int8"), np.arange(3, dtype="float16")):
         given = np.asarray(array)
         assert encode_tensor(given, Encoding(codec)) is given
@@ -322,7 +322,7 @@ def frame_of(array: Array, encoding: Encoding) -> bytes:
     return frames.encode(Frame({}, encoded={"x": EncodedTensor(encoding.codec, name, array.shape, encoded)}))
 
 
-def test_a_frame_says_which_tensors_came_packed() -> None:
+def test_a_frame_names_the_codecs_of_encoded_tensors() -> None:
     array, side = relu(1, 8, 10, 10), np.arange(9)
     encoded = encode_tensor(array, Encoding("int8/1"))
     assert isinstance(encoded, EncodedTensor)

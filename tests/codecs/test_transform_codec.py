@@ -84,7 +84,7 @@ def test_encoding_leaves_the_array_alone(tables: dict[str, tuple[PlaneTable, Arr
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])
-def test_nan_infinity_and_huge_values_are_not_packable(
+def test_nan_infinity_and_huge_values_are_not_encodable(
     value: float, tables: dict[str, tuple[PlaneTable, Array]]
 ) -> None:
     for table, array in tables.values():
@@ -106,21 +106,21 @@ def test_a_value_far_outside_of_what_was_learned_is_kept_within_the_step(
     assert np.abs(found - odd).max() < 0.15 * array.std()
 
 
-def test_a_tensor_of_another_scale_is_not_packable(tables: dict[str, tuple[PlaneTable, Array]]) -> None:
+def test_a_tensor_of_another_scale_is_not_encodable(tables: dict[str, tuple[PlaneTable, Array]]) -> None:
     table, array = tables["maps"]
     with pytest.raises(NotEncodable, match="times the magnitude"):
         TRANSFORM.encode(array * 40, Encoding("transform/4", 0.5, table))
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.int32, np.bool_, np.uint8])
-def test_other_dtypes_are_not_packable(dtype: Any, tables: dict[str, tuple[PlaneTable, Array]]) -> None:
+def test_other_dtypes_are_not_encodable(dtype: Any, tables: dict[str, tuple[PlaneTable, Array]]) -> None:
     table, array = tables["maps"]
     with pytest.raises(NotEncodable):
         TRANSFORM.encode(array.astype(dtype), Encoding("transform/4", 0.5, table))
 
 
 @pytest.mark.parametrize("shape", [(1, 11, 14, 14), (12, 14, 14), (1, 12, 14, 14, 1), (1, 12, 1025, 1)])
-def test_tensors_of_another_kind_are_not_packable(
+def test_tensors_of_another_kind_are_not_encodable(
     shape: tuple[int, ...], tables: dict[str, tuple[PlaneTable, Array]]
 ) -> None:
     table, _ = tables["maps"]
@@ -130,7 +130,7 @@ def test_tensors_of_another_kind_are_not_packable(
         TRANSFORM.decode(memoryview(bytes(8)), np.dtype(np.float32), shape, table)
 
 
-def test_without_a_table_nothing_is_packed_and_nothing_unpacked() -> None:
+def test_without_a_table_nothing_is_encoded_or_decoded() -> None:
     with pytest.raises(NotEncodable, match="no table"):
         TRANSFORM.encode(np.ones((1, 4), np.float32), Encoding("transform/4"))
     with pytest.raises(ValueError, match="no table"):
@@ -154,7 +154,7 @@ def test_constant_tensors_take_next_to_nothing(tables: dict[str, tuple[PlaneTabl
     assert np.abs(zeros).max() < 0.1 * array.std()
 
 
-def test_a_table_learned_from_constants_packs_constants() -> None:
+def test_a_table_learned_from_constants_encodes_constants() -> None:
     samples = [np.full((1, 4, 3, 3), 2.5, np.float32)] * 4
     _, found = round_trip(samples[0], learn_planes(samples), 0.5)
     assert np.allclose(found, 2.5, atol=1e-3)
@@ -257,7 +257,7 @@ def test_calibrated_bytes_are_far_fewer_than_those_of_a_byte_each(tables: dict[s
     assert np.mean((found - samples[0]) ** 2) < 0.01 * samples[0].var()
 
 
-def test_pack_gives_a_packed_tensor(tables: dict[str, tuple[PlaneTable, Array]]) -> None:
+def test_encode_tensor_returns_an_encoded_tensor(tables: dict[str, tuple[PlaneTable, Array]]) -> None:
     table, array = tables["maps"]
     encoded = encode_tensor(array, Encoding("transform/4", 0.5, table))
     assert isinstance(encoded, EncodedTensor)

@@ -15,6 +15,7 @@ import pytest
 from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_codecs import BOUND, CODED_FLOATS, PLAIN, Array, feature_map, frame_of, relu
 
 from isthmus.codecs import EncodedTensor, Encoding, NotEncodable, find_codec
 from isthmus.codecs.affine import MAX_OFFSET
@@ -24,7 +25,6 @@ from isthmus.wire import frame as frames
 from isthmus.wire.frame import DTYPES, Frame
 from support.bundles import photo
 from support.patience import least, peak_of
-from test_codecs import BOUND, CODED_FLOATS, PLAIN, Array, feature_map, frame_of, relu
 
 FUZZ_ROUNDS = 20_000
 
@@ -259,7 +259,7 @@ def test_a_malformed_payload_is_a_value_error(case: str) -> None:
 
 
 @pytest.mark.parametrize("codec", PLAIN)
-def test_a_packed_tensor_that_breaks_a_rule_is_the_frames_fault(codec: str) -> None:
+def test_an_encoded_tensor_that_breaks_a_rule_is_the_frames_fault(codec: str) -> None:
     data = frame_of(relu(1, 4, 6, 6), Encoding(codec)).replace(b"[1,4,6,6]", b"[1,4,6,7]")
     with pytest.raises(FrameMalformed, match="'x' cannot be decoded") as e:
         frames.decode(data, max_bytes=BOUND)
@@ -287,7 +287,7 @@ BOMBS: dict[str, tuple[str, Callable[[int], bytes], str]] = {
 
 
 @pytest.mark.parametrize("case", BOMBS)
-def test_a_payload_that_would_unpack_to_more_than_its_tensor_allocates_nothing(case: str) -> None:
+def test_a_payload_that_would_decode_to_more_than_its_tensor_allocates_nothing(case: str) -> None:
     codec, make, dtype = BOMBS[case]
     payload = make(64 * 2**20)
     assert len(payload) < 20_000
@@ -314,7 +314,7 @@ def test_a_frame_of_many_small_payloads_unpacks_to_no_more_than_its_bound() -> N
     assert least(lambda: peak_of(refuse), 2 * BOUND) < 2 * BOUND
 
 
-def test_20_000_mutated_frames_of_packed_tensors_raise_nothing_but_frame_errors() -> None:
+def test_20_000_mutated_frames_of_encoded_tensors_raise_nothing_but_frame_errors() -> None:
     rng = random.Random(11)
     arrays = [relu(1, 4, 6, 6), feature_map(1, 4, 6, 6), np.arange(90, dtype="int64"), np.tri(20, dtype=bool)]
     arrays += [relu(1, 4, 6, 6).astype(d) for d in CODED_FLOATS[1:]] + [np.zeros((1, 6, 7, 7), "float32")]

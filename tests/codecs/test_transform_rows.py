@@ -96,7 +96,7 @@ def test_a_row_far_from_every_class_is_kept_within_the_step(tables: dict[str, Ro
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])
-def test_rows_that_are_not_finite_are_not_packable(value: float, tables: dict[str, RowTable]) -> None:
+def test_rows_that_are_not_finite_are_not_encodable(value: float, tables: dict[str, RowTable]) -> None:
     for table in tables.values():
         array = sentence(np.random.default_rng(2), 6)
         array[0, 3, 4] = value

@@ -61,19 +61,18 @@ def photos() -> list[bytes]:
 def head_frame() -> bytes:
     """A frame for the head of the default partition, with a photo."""
     version = resolved()
-    name, array = whole().preprocess(photos()[0])
-    return encode(Frame({name: array}, version.digest, version.bundle.partition()[0].id, "bench"))
+    return encode(Frame(whole().preprocess(photos()[0]), version.digest, version.bundle.partition()[0].id, "bench"))
 
 
-def inputs(count: int) -> list[tuple[str, Array]]:
+def inputs(count: int) -> list[dict[str, Array]]:
     """Different inputs of the model: the photos, then the photos with noise of a fixed seed."""
     model, rng = whole(), np.random.default_rng(0)
     clean = [model.preprocess(photo) for photo in photos()]
     arrays = list(clean)
     while len(arrays) < count:
-        name, array = clean[len(arrays) % len(clean)]
+        ((name, array),) = clean[len(arrays) % len(clean)].items()
         noise = np.asarray(rng.normal(0, 0.1, array.shape), array.dtype)
-        arrays.append((name, array + noise))
+        arrays.append({name: array + noise})
     return arrays[:count]
 
 

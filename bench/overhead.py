@@ -43,21 +43,21 @@ def main() -> None:
     uncut, photo = whole(), photos()[0]
     arrays = inputs(DIFFERENT)
     logits = uncut.model.bundle.outputs[0].name
-    expected = [uncut.run({name: array}).outputs[logits] for name, array in arrays]
-    name, array = arrays[0]
+    expected = [uncut.run(each).outputs[logits] for each in arrays]
+    first = arrays[0]
     report.say("starting the functions")
     with three_functions() as (router, beside):
         report.say("asking both by turns")
         stages: dict[str, list[float]] = {}
 
         def tensor() -> None:
-            add_stages(stages, router.infer({name: array}, model=MODEL).server_timing)
+            add_stages(stages, router.infer(first, model=MODEL).server_timing)
 
         times = interleave(
             {
-                "tensor uncut": lambda: uncut.run({name: array}),
+                "tensor uncut": lambda: uncut.run(first),
                 "tensor cut": tensor,
-                "tensor cut, head in the router": lambda: beside.infer({name: array}, model=MODEL),
+                "tensor cut, head in the router": lambda: beside.infer(first, model=MODEL),
                 "photo uncut": lambda: uncut.photo(photo, None, 60.0),
                 "photo cut": lambda: router.photo(photo, model=MODEL),
                 "photo cut, head in the router": lambda: beside.photo(photo, model=MODEL),
@@ -132,14 +132,13 @@ def three_functions() -> Iterator[tuple[Client, Client]]:
         yield Client(routers[0].url), Client(routers[1].url)
 
 
-def under_load(router: Client, arrays: list[tuple[str, Array]], expected: list[Array]) -> Load:
+def under_load(router: Client, arrays: list[dict[str, Array]], expected: list[Array]) -> Load:
     """Send REQUESTS, AT_ONCE at a time, and compare each prediction with the uncut model's."""
 
     def ask(i: int) -> tuple[float, float | None]:
-        name, array = arrays[i % len(arrays)]
         began = time.perf_counter()
         try:
-            logits = next(iter(router.infer({name: array}, model=MODEL).outputs.values()))
+            logits = next(iter(router.infer(arrays[i % len(arrays)], model=MODEL).outputs.values()))
         except IsthmusError:
             return time.perf_counter() - began, None
         uncut = expected[i % len(arrays)]

@@ -77,7 +77,7 @@ def whole(registry: str) -> LocalModel:
 
 @pytest.fixture(scope="module")
 def inputs(whole: LocalModel) -> list[np.ndarray[Any, Any]]:
-    return [whole.preprocess(photo.read_bytes())[1] for photo in sample_photos()]
+    return [whole.preprocess(photo.read_bytes())["image"] for photo in sample_photos()]
 
 
 def largest_difference(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:

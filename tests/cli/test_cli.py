@@ -549,8 +549,8 @@ def test_demo_tells_another_order_from_another_class(indices: list[int], said: s
     class Whole:
         model = SimpleNamespace(bundle=SimpleNamespace(outputs=[SimpleNamespace(name="logits")]))
 
-        def preprocess(self, photo: bytes) -> tuple[str, Any]:
-            return "image", np.zeros((1, 3, 4, 4), "float32")
+        def preprocess(self, photo: bytes) -> dict[str, Any]:
+            return {"image": np.zeros((1, 3, 4, 4), "float32")}
 
         def run(self, inputs: object) -> Any:
             return SimpleNamespace(outputs={"logits": np.array([[0.0, 1.0, 2.0, 3.0]])})

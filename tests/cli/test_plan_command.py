@@ -13,12 +13,10 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 from PIL import Image
-from typer.testing import CliRunner
 
 from isthmus.artifacts.plan import from_json, read_plan
 from isthmus.errors import LocalError, ModelError
 from isthmus.serving import create_router_app, create_segment_app
-from isthmus_tools.cli import app
 from isthmus_tools.netem.process import link_to
 from isthmus_tools.planner.publishing import publish_plan
 from isthmus_tools.profiling import profiles
@@ -33,6 +31,7 @@ from support.bundles import (
     segment_settings,
     served,
 )
+from support.cli import isthmus
 from support.plans import candidate, plan_for, profile_of
 
 LINK = ["--uplink", "20mbit", "--rtt", "30ms"]
@@ -68,10 +67,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     apps = [create_segment_app(segment_settings(published, folder / name)) for name in ("head", "tail")]
     with served(apps[0]) as head, served(apps[1]) as tail:
         yield Place(published, head, tail, folder)
-
-
-def isthmus(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def planned(place: Place, *arguments: object) -> Any:

@@ -157,9 +157,10 @@ class ServedRoute:
 
 def compare(name: str, photo: bytes, responses: list[dict[str, Any]], client: Client, whole: LocalModel) -> Comparison:
     """A photo's responses beside the uncut model's prediction in this process."""
-    tensor, array = whole.preprocess(photo)
-    expected = whole.run({tensor: array}).outputs
-    split = client.infer({tensor: array}, model=MODEL).outputs
+    inputs = whole.preprocess(photo)
+    expected = whole.run(inputs).outputs
+    split = client.infer(inputs, model=MODEL).outputs
+    array = next(iter(inputs.values()))
     logits = whole.model.bundle.outputs[0].name
     scale = float(abs(expected[logits]).max())
     uncut = whole.classes(expected)

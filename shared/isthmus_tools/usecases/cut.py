@@ -22,8 +22,8 @@ from isthmus_tools.usecases.sources import ModelInputs, onnx_file
 class CutRequest:
     """Cuts to add to a bundle in the registry.
 
-    `model` is NAME or NAME:VERSION. `cuts` are partitions as texts (docs/cuts.md); with `default` the first becomes the
-    bundle's default. `alias` moves to the new version, as in `publish_version`.
+    `model` is NAME or NAME:VERSION. `cuts` are partitions as texts (docs/explanation/cuts.md); with `default` the first
+    becomes the bundle's default. `alias` moves to the new version, as in `publish_version`.
     """
 
     model: str

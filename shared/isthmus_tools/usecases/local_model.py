@@ -11,8 +11,7 @@ from isthmus.context import Context
 from isthmus.errors import MediaUnsupported
 from isthmus.pipeline import LocalHop, Result, execute, local_route, plan_route
 from isthmus.processing.classify import classify, parse_labels
-from isthmus.processing.image import preprocess
-from isthmus.processing.image_decoding import MAX_PIXELS
+from isthmus.processing.image import model_input
 from isthmus.registry import open_cache, open_registry
 from isthmus.runtime.store import SegmentStore
 from isthmus.settings import RegistrySettings, SegmentSettings
@@ -21,8 +20,8 @@ from isthmus.settings import RegistrySettings, SegmentSettings
 class LocalModel:
     """A model of the registry, NAME or NAME:VERSION, run by this process.
 
-    `cuts` is a partition as text (docs/cuts.md): empty for the bundle's own, `..` for the uncut model. `threads` of one
-    run; 0 for the CPUs available.
+    `cuts` is a partition as text (docs/explanation/cuts.md): empty for the bundle's own, `..` for the uncut model.
+    `threads` of one run; 0 for the CPUs available.
 
     Raises:
         RegistryError: no such model, version or cut.
@@ -38,18 +37,14 @@ class LocalModel:
         else:
             self._route = plan_route(self.model.digest, bundle, (hop,), cuts or None)
 
-    def preprocess(self, photo: bytes) -> tuple[str, Array]:
-        """The input's name and its array, made of a photo's file.
+    def preprocess(self, photo: bytes) -> dict[str, Array]:
+        """The model's input by name, made of a photo's file.
 
         Raises:
             MediaUnsupported: the bundle declares no pre-processing.
             ImageMalformed: the bytes are no image.
         """
-        bundle = self.model.bundle
-        if bundle.preprocess is None or bundle.postprocess is None:
-            raise MediaUnsupported(f"{bundle.name} declares no processing of photos; give it tensors")
-        spec = next(s for s in bundle.inputs if s.name == bundle.preprocess["input"])
-        return spec.name, preprocess(photo, bundle.preprocess, input=spec, max_pixels=MAX_PIXELS)
+        return model_input(self.model.bundle, photo)
 
     def classes(self, outputs: Mapping[str, Array], top_k: int | None = None) -> list[dict[str, Any]]:
         """The classes of a photo's outputs, likeliest first: label, index and probability of each."""
@@ -68,9 +63,16 @@ class LocalModel:
         return execute(self._route, arrays, Context.from_headers({}, longest_s=timeout_s))
 
     def photo(self, photo: bytes, top_k: int | None = None, timeout_s: float = 60.0) -> dict[str, Any]:
-        """The document that a router responds to a photo with; errors as `preprocess` and `run`."""
-        name, array = self.preprocess(photo)
-        result = self.run({name: array}, timeout_s)
+        """The document that a router responds to a photo with.
+
+        Raises:
+            MediaUnsupported: the bundle declares no post-processing.
+            As `preprocess` and `run`.
+        """
+        if self.model.bundle.postprocess is None:
+            raise MediaUnsupported(f"{self.model.name} declares no post-processing to classes; give it tensors")
+        arrays = self.preprocess(photo)
+        result = self.run(arrays, timeout_s)
         return {
             "model_name": self.model.name,
             "model_version": self.model.version,
@@ -78,7 +80,7 @@ class LocalModel:
             "route": {
                 **result.sizes(),
                 "photo_bytes": len(photo),
-                "input_bytes": array.nbytes,
+                "input_bytes": sum(array.nbytes for array in arrays.values()),
                 "segments": [stage.document() for stage in result.runs],
             },
         }

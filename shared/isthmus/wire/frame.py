@@ -37,6 +37,8 @@ MAX_TENSORS = 1024
 MAX_RANK = 32
 MAX_TEXT_BYTES = 512
 
+# By numpy's number of the dtype: the attribute `name` takes as long as the rest of a header.
+_NAMES = {dtype.num: name for name, dtype in DTYPES.items()}
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
 _PREAMBLE_BYTES = 16
 # Shorter headers take little memory for any structure, so their size is not estimated before parsing.
@@ -216,8 +218,9 @@ def decode(
 def _payloads_to_send(frame: Frame) -> Iterator[tuple[str, str, tuple[int, ...], str, bytes | memoryview]]:
     for name, array in frame.tensors.items():
         # Before the encoding: an array of references has no bytes.
-        _check_entry(name, array.dtype.name, RAW_ID, array.ndim)
-        yield name, array.dtype.name, array.shape, RAW_ID, RAW.encode(array)
+        dtype = _NAMES.get(array.dtype.num) or array.dtype.name
+        _check_entry(name, dtype, RAW_ID, array.ndim)
+        yield name, dtype, array.shape, RAW_ID, RAW.encode(array)
     for name, tensor in frame.encoded.items():
         _check_entry(name, tensor.dtype, tensor.codec, len(tensor.shape))
         if name in frame.tensors:

@@ -1,1 +1,1 @@
-"""What the documents of a bundle say, as types; no input or output."""
+"""The documents of a bundle as typed structs; no input or output."""

@@ -1,4 +1,4 @@
-"""How sure a measured share is: intervals, and a test that does not cry wolf."""
+"""Confidence intervals of measured shares, isotonic regression, and a binomial test with few false alarms."""
 
 from __future__ import annotations
 

@@ -57,8 +57,8 @@ class Weights(Struct, frozen=True, forbid_unknown_fields=True):
 class Segment(Struct, frozen=True, forbid_unknown_fields=True):
     """The part of the model between two cuts, runnable alone.
 
-    `weights` are half-open ranges of indices into `Weights.tensors`. `inputs` and `outputs` are what its graph takes
-    and gives; a value that only passes by it is not among them: the router holds it.
+    `weights` are half-open ranges of indices into `Weights.tensors`. `inputs` and `outputs` are the graph's own; the
+    router holds boundary tensors that pass a segment by.
     """
 
     id: SegmentId
@@ -70,7 +70,7 @@ class Segment(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Cut(Struct, frozen=True, forbid_unknown_fields=True):
-    """A named cut: the tensors that cross it, what they weigh as they are, and the share of MACs upstream of it."""
+    """A named cut: its boundary tensors, their raw bytes, and the share of MACs upstream of the cut."""
 
     name: CutName
     tensors: tuple[TensorSpec, ...]
@@ -82,10 +82,10 @@ class Cut(Struct, frozen=True, forbid_unknown_fields=True):
 class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_field="format", tag="isthmus.bundle/1"):
     """One published version of a model.
 
-    `default_cuts` name the partition that a request takes when nothing chooses another: n names make n + 1 segments.
-    `preprocess`, `postprocess` are data for isthmus.processing; None where the model takes and gives bare tensors.
-    `tables` are what calibrated codecs know of a tensor, by its name, each a frame of named arrays. `fidelity` is what
-    was measured of each codec's answers (docs/codecs.md), and `plan` the plan made for this bundle (docs/plan.md).
+    `default_cuts` name the partition of requests without a plan: n names make n + 1 segments. `preprocess` and
+    `postprocess` are data for isthmus.processing; None for a model of bare tensors. `tables` hold the calibrated
+    codecs' parameters by tensor name, each a frame of named arrays. `fidelity` is the blob of the fidelity document
+    (docs/reference/calibration.md), `plan` that of the plan for this bundle (docs/reference/plan.md).
     """
 
     name: ModelName
@@ -123,8 +123,8 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
         Raises:
             Missing: this bundle has no such segment; names those it has.
         """
-        if (found := self.segments.get(segment_id)) is not None:
-            return found
+        if (segment := self.segments.get(segment_id)) is not None:
+            return segment
         raise Missing(
             f"bundle {self.name} has no segment {segment_id!r}",
             kind="segment",
@@ -134,15 +134,15 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
         )
 
     def cut_names(self, text: str) -> tuple[str, ...]:
-        """The names of this bundle's cuts that `text` says, in order: by name, position or tensors (docs/cuts.md).
+        """The names of the bundle's cuts in `text`, in order: by name, position or tensors (docs/reference/cuts.md).
 
         Names separated by commas are cuts in order, too, unless the bundle has a cut of these tensors.
 
         Raises:
             Missing: the bundle has no such cut.
         """
-        known = {*self.cuts, *(t.name for c in self.cuts.values() for t in c.tensors)}
-        return tuple(name for cut in parse_partition(text, known) for name in self._names_of(cut))
+        names = {*self.cuts, *(t.name for c in self.cuts.values() for t in c.tensors)}
+        return tuple(name for cut in parse_partition(text, names) for name in self._names_of(cut))
 
     def _names_of(self, text: CutText) -> tuple[str, ...]:
         if len(text.parts) == 1 and text.parts[0] in self.cuts:
@@ -187,9 +187,9 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
 
     def blobs(self) -> set[str]:
         """The digests of all content that this bundle refers to."""
-        found = {self.weights.blob.digest, *(s.graph.digest for s in self.segments.values())}
-        found.update(blob.digest for blob in (self.labels, self.fidelity, self.plan, *self.tables.values()) if blob)
-        return found
+        digests = {self.weights.blob.digest, *(s.graph.digest for s in self.segments.values())}
+        digests.update(blob.digest for blob in (self.labels, self.fidelity, self.plan, *self.tables.values()) if blob)
+        return digests
 
     @property
     def labels(self) -> Blob | None:
@@ -204,7 +204,7 @@ def digest_of(data: bytes | memoryview) -> str:
 
 
 def subject_digest(bundle: Bundle) -> str:
-    """The digest of a bundle without its plan: what a plan is made for, and the only thing that it may serve."""
+    """The digest of a bundle without its plan: the subject of a plan, and the only bundle that the plan may serve."""
     return digest_of(to_json(replace(bundle, plan=None)))
 
 

@@ -1,4 +1,4 @@
-"""What a plan is made for: the link between the tiers, what must hold, and what is to be least."""
+"""The conditions of a plan: the link between the tiers, the constraints, and the objective."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Objective: TypeAlias = Annotated[str, one_of(*OBJECTIVES)]
 _Rate = Annotated[float, Meta(gt=0)]
 
 MAX_ERROR = 0.05
-"""What answers may differ where nothing is asked for and calibration has not measured them: see `Error.relative`."""
+"""The default bound on `Error.relative` for candidates without calibration."""
 
 
 class Conditions(Struct, frozen=True, forbid_unknown_fields=True):
@@ -70,7 +70,7 @@ class Conditions(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Constraints(Struct, frozen=True, forbid_unknown_fields=True):
-    """What a candidate must keep to; None asks for nothing more.
+    """The constraints on a candidate; None is no constraint.
 
     `private_depth` nodes, the first ones in topological order, run at the edge, and so do all that read an input of the
     model where it is not 0: no cut lies before them, and no input crosses one. `max_error` bounds `Error.relative`,

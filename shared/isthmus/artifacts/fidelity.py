@@ -50,7 +50,7 @@ def measure_for(bundle: Bundle, output: str = "", tolerance: float = TOLERANCE) 
 
 
 class Inputs(Struct, frozen=True, forbid_unknown_fields=True):
-    """What it was measured with: the files of `source`, and how many inputs made of them calibrated and were scored."""
+    """The inputs of a calibration: the files of `source`, and the numbers of inputs for calibrating and for scoring."""
 
     source: Text
     files: Count
@@ -113,7 +113,7 @@ class Reference(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Fidelity(Struct, frozen=True, forbid_unknown_fields=True, tag_field="format", tag="isthmus.fidelity/2"):
-    """All that was measured of one model; `subject` is its `model_digest`."""
+    """The measurements of one model; `subject` is its `model_digest`."""
 
     subject: Text
     limit: Share

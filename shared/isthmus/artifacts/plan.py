@@ -69,12 +69,12 @@ class Terms(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def edge_busy(self) -> float:
-        """Seconds in which the edge computes."""
+        """Seconds of computing at the edge."""
         return self.preprocess + self.edge_run + self.pack
 
     @property
     def cloud_busy(self) -> float:
-        """Seconds in which the cloud computes."""
+        """Seconds of computing in the cloud."""
         return self.unpack + self.cloud_run
 
     @property
@@ -87,7 +87,7 @@ TERMS = ("preprocess", "edge_run", "edge_hop", "pack", "up", "rtt", "down", "unp
 
 
 class Measured(Struct, frozen=True, forbid_unknown_fields=True):
-    """Seconds of real requests over the link: median and quartiles, and the medians of the parts that were seen.
+    """Seconds of real requests over the link: median and quartiles, and the medians of their parts.
 
     Parts: `preprocess`, `pack`, `edge` and `cloud` (whole calls), `edge_run` and `cloud_run` (computing in them).
     """
@@ -100,11 +100,11 @@ class Measured(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Error(Struct, frozen=True, forbid_unknown_fields=True):
-    """How far the answers are from the uncut model's, over `inputs` inputs.
+    """The distance of predictions from the uncut model's, over `inputs` inputs.
 
     `relative` is the largest error of any input: the root mean square of the differences over that of the output, of
-    the worst output. `disagreement` is the share of inputs whose answer is another (see `calibration.Measure`). Where
-    they are `calibrated`, both are the fidelity document's, `relative` being its mean, and agreement meets its limit.
+    the worst output. `disagreement` is the share of inputs with another prediction (see `fidelity.Measure`). If
+    `calibrated`, both come from the fidelity document, `relative` as its mean, and agreement meets its limit.
     """
 
     relative: Amount
@@ -114,7 +114,7 @@ class Error(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Coding(Struct, frozen=True, forbid_unknown_fields=True):
-    """How one tensor travels to the cloud."""
+    """The codec of one boundary tensor, and its quality."""
 
     codec: CodecId
     quality: Amount = 1.0
@@ -132,10 +132,11 @@ class PlannedLook(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CloserLooks(Struct, frozen=True, forbid_unknown_fields=True):
-    """While `output`'s likeliest class leads by less than a look's margin (nats), what crosses is sent as fine as that.
+    """Confidence-gated further transmissions: while the top-1 margin of `output` (nats) is below a look's margin, the
+    router sends the boundary tensors again at that look's quality.
 
-    `shares` has for each look the share of the inputs that calibration held out that took it: sizes and times are of
-    the first send and so much of each further one.
+    A look's share is the share of held-out inputs that took it; sizes and times are of the first transmission plus
+    that share of each further one.
     """
 
     output: Text
@@ -202,13 +203,13 @@ class Candidate(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def apart(self) -> float | None:
-        """How far measurement is from prediction: 0.1 where it took a tenth longer. None if it was not measured."""
+        """The measurement's relative distance from the prediction: 0.1 is a tenth longer. None if unmeasured."""
         total = self.predicted.total
         return None if self.measured is None or total <= 0 else self.measured.median / total - 1
 
 
 class ProfileUsed(Struct, frozen=True, forbid_unknown_fields=True):
-    """Whose times the predictions stand on."""
+    """The profile that the predictions are based on."""
 
     tier: Text
     device: Text
@@ -218,10 +219,10 @@ class ProfileUsed(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Plan(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_field="format", tag="isthmus.plan/2"):
-    """What was found for one bundle under some conditions. `subject` is the only bundle that it may serve.
+    """The plan of one bundle under given conditions. `subject` is the only bundle that the plan may serve.
 
-    `why` are sentences: why this candidate, what was left out, what was not measured. `inputs` says what errors and
-    sizes were measured on: `photo`, `tensors` or `random`.
+    `why` are sentences: the reasons for the choice, and everything left out or not measured. `inputs` is the kind of
+    inputs of errors and sizes: `photo`, `tensors` or `random`.
     """
 
     model: ModelName
@@ -250,7 +251,7 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_field
 
     @property
     def typical_gap(self) -> float | None:
-        """The median of how far measurements are from predictions, as a share; None without measurements."""
+        """The median relative distance of measurements from predictions; None without measurements."""
         gaps = [abs(c.apart) for c in self.candidates if c.apart is not None]
         return statistics.median(gaps) if gaps else None
 

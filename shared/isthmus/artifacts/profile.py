@@ -38,16 +38,16 @@ class Timing(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def spread(self) -> float:
-        """What lies between the quartiles, as a share of the median."""
+        """The interquartile range as a share of the median."""
         return (self.high - self.low) / self.median if self.median else 0.0
 
 
 class SegmentCost(Struct, frozen=True, forbid_unknown_fields=True):
-    """What one segment takes on the device.
+    """The cost of one segment on the device.
 
-    Units: seconds and bytes. `run` is its computing; `decode_s` and `encode_s` are those of a raw frame of its inputs
-    and outputs, whose tensors have `input_bytes` and `output_bytes`. `activation_bytes` is the most that a run has in
-    use beyond the weights; `memory_bytes` holds these, what the runtime lays out anew, and all that it keeps.
+    Units: seconds and bytes. `run` is inference alone; `decode_s` and `encode_s` are for raw frames of the inputs and
+    outputs, with tensors of `input_bytes` and `output_bytes`. `activation_bytes` is a run's peak beyond the weights;
+    `memory_bytes` adds the weights, the runtime's rearranged copies and its arena.
     """
 
     run: Timing
@@ -61,10 +61,10 @@ class SegmentCost(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class HopCost(Struct, frozen=True, forbid_unknown_fields=True):
-    """What a call costs beside the run: `fixed_s`, and seconds for each byte sent and received.
+    """The cost of a call beside the run: `fixed_s`, and seconds for each byte sent and received.
 
-    The first three are as the one who measured saw them, the network between included. `served_fixed_s` and
-    `served_byte_s` (for each byte in or out) are what of it passed inside the function.
+    The first three are the caller's, the network included; `served_fixed_s` and `served_byte_s` (for each byte in or
+    out) are the function's part.
     """
 
     fixed_s: Amount
@@ -75,11 +75,11 @@ class HopCost(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Profile(Struct, frozen=True, forbid_unknown_fields=True, tag_field="format", tag="isthmus.profile/1"):
-    """What `device`, at `tier`, measured of the model whose content is `content` (see `content_of`).
+    """The measurements of `device`, at `tier`, for the model with the content digest `content` (see `content_of`).
 
-    `nodes` are the seconds of each node of the uncut graph, in order, static ones 0; their sum is the median of the
-    whole model. `bundle` is the version that holds all of `segments`. `inputs` says what was run: random, photo or
-    tensors, of `shapes`. `steady` is false where the device did not keep its speed; `warnings` say so in words.
+    `nodes` are the seconds of each node of the uncut graph, in order, static nodes 0; their sum is the whole model's
+    median. `bundle` is the version with all of `segments`. `inputs` is random, photo or tensors, of `shapes`. `steady`
+    is false where the device changed its speed; `warnings` give the sentences.
     """
 
     model: _Text
@@ -104,7 +104,7 @@ class Profile(Struct, frozen=True, forbid_unknown_fields=True, tag_field="format
 
 
 def content_of(bundle: Bundle) -> str:
-    """A digest of what decides a model's speed: its uncut graph and its weights. New cuts leave it, a new model not."""
+    """The digest of a model's uncut graph and weights, which decide its speed; further cuts leave it unchanged."""
     parts = (bundle.segment(WHOLE).graph.digest, bundle.weights.blob.digest)
     return digest_of("\n".join(parts).encode())
 

@@ -1,4 +1,4 @@
-"""What is declared of tensors, and the check of other declarations by it; no numpy."""
+"""Declarations of tensors: dtypes and shapes, and the check of one against another. Without numpy."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from isthmus.artifacts.json_documents import refuse_constant
 from isthmus.artifacts.tensors import ANY, TensorSpec
 from isthmus.errors import RequestMalformed, RequestTooLarge, ShapeMismatch
 from isthmus.oip.tensor import describe, from_binary, from_json, shape_of
@@ -151,11 +152,7 @@ def _header_length(header: str | int | None, length: int) -> int:
     return int(text)
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON; send it in a binary tensor")
-
-
-_JSON = json.JSONDecoder(parse_constant=_refuse_constant)
+_JSON = json.JSONDecoder(parse_constant=refuse_constant)
 
 
 def _object(doc: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:

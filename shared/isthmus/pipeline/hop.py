@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import stamina
 
 from isthmus.arrays import Array
+from isthmus.artifacts.json_documents import refuse_constant
 from isthmus.codecs import Tables
 from isthmus.context import Context, Deadline
 from isthmus.errors import (
@@ -350,14 +351,10 @@ class _Retries:
 def _error_document(data: bytes | bytearray) -> dict[str, Any]:
     """The hop's error document (docs/reference/api.md); empty where the body is no such document, or no strict JSON."""
     try:
-        doc = json.loads(data, parse_constant=_refuse_constant, parse_int=_bounded_int, parse_float=_finite)
+        doc = json.loads(data, parse_constant=refuse_constant, parse_int=_bounded_int, parse_float=_finite)
     except (ValueError, RecursionError):
         return {}
     return doc if isinstance(doc, dict) and "error" in doc else {}
-
-
-def _refuse_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not JSON")
 
 
 def _bounded_int(text: str) -> int:

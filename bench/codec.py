@@ -255,10 +255,6 @@ def _always(size: float) -> Callable[[float], float | None]:
     return lambda _: size
 
 
-if __name__ == "__main__":
-    main()
-
-
 VALUES = 100_000
 # 24 maps of 56 × 56, after 20% of EfficientNet-Lite0's work. Two photos' maps side by side, cropped to 74 columns, are
 # 99,456 values, so that fixed costs count as for 100,000.
@@ -327,3 +323,7 @@ def _activations(folder: Path) -> list[Array]:
     head = bundle.segment(SegmentId(stop=CUT))
     runner = OrtRunner(files[head.graph.digest], head, providers=("CPUExecutionProvider",), threads=1)
     return [next(iter(runner.run(arrays).values())) for arrays in entry.inputs()]
+
+
+if __name__ == "__main__":
+    main()

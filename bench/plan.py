@@ -94,10 +94,6 @@ def add_goals(report: Report, cells: Sequence[Cell]) -> None:
         report.goals.append(at_most(f"{name}: prediction's error, median", statistics.median(apart), 15.0, "%"))
 
 
-if __name__ == "__main__":
-    main()
-
-
 CODEC, PHOTO = TRANSFORM_ID, "photo/1"
 ALL = "with all"
 # The allowed codecs of a choice: a photo as it came alone, all without the transform, all.
@@ -206,3 +202,7 @@ def _seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

@@ -15,9 +15,9 @@ from isthmus.errors import CutError, Missing, UnknownValue
 from isthmus.settings import RouterSettings
 from isthmus_tools.graph import build, open_model, resolve_cut
 from support.bundles import publish_photos
+from support.cli import document, isthmus
 from support.paths import ROOT
 from support.routers import local_router, oip_json
-from test_cli import document, isthmus
 
 SLASHED = "/1/Relu_output_0"
 NAMES = [

@@ -32,8 +32,8 @@ from support.bundles import Published, photo, publish_photos, ready, router_sett
 from support.fake_bundles import make_bundle
 from support.fidelities import fidelity
 from support.plans import full_plan
+from support.profiles import PROFILE
 from support.s3_server import PATIENCE
-from test_profile_document import PROFILE
 
 DIGEST = "sha256:" + "a" * 64
 DEEP: list[Any] = []

@@ -19,12 +19,12 @@ def interval(groups: Iterable[tuple[int, int]], confidence: float = CONFIDENCE) 
 
     Source: Wilson, J. Am. Stat. Assoc. 22 (1927); Kish, Survey Sampling (1965), section 5.4.
     """
-    known = [(hits, count) for hits, count in groups if count]
-    total = sum(count for _, count in known)
+    pairs = [(hits, count) for hits, count in groups if count]
+    total = sum(count for _, count in pairs)
     if not total:
         return 0.0, 1.0
-    share = sum(hits for hits, _ in known) / total
-    return wilson(share, total / _design_effect(known, share, total), confidence)
+    share = sum(hits for hits, _ in pairs) / total
+    return wilson(share, total / _design_effect(pairs, share, total), confidence)
 
 
 def wilson(share: float, count: float, confidence: float = CONFIDENCE) -> tuple[float, float]:

@@ -120,13 +120,13 @@ class Choice:
         value = _number(quality) if at else 1.0
         if codec not in GRADED or not 0 <= value <= 1:
             raise ValueError(f"{text!r}: only {', '.join(sorted(GRADED))} has a quality, from 0 to 1")
-        made = cls(codec, value, tuple(_look(look) for look in looks))
-        if not made.is_valid():
+        choice = cls(codec, value, tuple(_look(look) for look in looks))
+        if not choice.is_valid():
             raise ValueError(
                 f"{text!r}: a closer look is a higher quality and a margin in nats, above 0 and at most"
                 f" {MAX_MARGIN:g}, as in transform/4@0.2+0.4:1.5; at most {MAX_LOOKS} follow one another"
             )
-        return made
+        return choice
 
 
 RAW = Choice("raw")
@@ -140,7 +140,7 @@ def _look(text: str) -> Look:
 def _number(text: str) -> float:
     """A finite number, to the six digits that `str` writes; -1 for anything else."""
     try:
-        found = float(f"{float(text):g}")
+        number = float(f"{float(text):g}")
     except ValueError:
         return -1.0
-    return found if math.isfinite(found) else -1.0
+    return number if math.isfinite(number) else -1.0

@@ -152,19 +152,19 @@ def choose(
     Raises:
         CalibrationError: nothing was measured at `cut`, or nothing meets the targets; names what comes closest.
     """
-    known = [e for e in fidelity.entries if e.cut == cut]
-    if not known:
+    entries = [e for e in fidelity.entries if e.cut == cut]
+    if not entries:
         raise CalibrationError(f"no codec was measured at cut {cut!r}", cut=cut, exists=fidelity.cuts())
-    fits = [
+    candidates = [
         e
-        for e in known
+        for e in entries
         if (bytes is None or e.bytes <= bytes) and (pack_ms is None or e.pack_ms + e.unpack_ms <= pack_ms)
     ]
-    if met := [e for e in fits if agreement is None or e.agreement >= agreement]:
+    if met := [e for e in candidates if agreement is None or e.agreement >= agreement]:
         if agreement is not None:
             return min(met, key=lambda e: (e.bytes, -e.agreement))
         return max(met, key=lambda e: (e.agreement, -e.bytes))
-    closest = max(fits, key=lambda e: e.agreement, default=None) or min(known, key=lambda e: e.bytes)
+    closest = max(candidates, key=lambda e: e.agreement, default=None) or min(entries, key=lambda e: e.bytes)
     raise CalibrationError(
         f"nothing measured at cut {cut} meets the targets; closest is {closest.choice}: "
         f"{closest.agreement:.1%} the same, {closest.bytes} bytes, {closest.pack_ms + closest.unpack_ms:.2f} ms",
@@ -193,18 +193,18 @@ def read_fidelity(bundle: Bundle, blob: Callable[[Blob], bytes]) -> Fidelity | N
         return None
     FIDELITY.check_size(bundle.fidelity.size)
     try:
-        found = from_json(blob(bundle.fidelity))
+        fidelity = from_json(blob(bundle.fidelity))
     except CalibrationError as e:
         again = f"calibrate again: isthmus calibrate {bundle.name} --data FOLDER"
         raise CalibrationError(f"in {bundle.name}: {e.message}", **{**e.facts, "hint": again}) from e
-    if found.subject != (subject := model_digest(bundle)):
+    if fidelity.subject != (subject := model_digest(bundle)):
         raise CalibrationError(
             f"the fidelity in {bundle.name} was measured of another model",
-            subject=found.subject,
+            subject=fidelity.subject,
             expected=subject,
             hint=f"measure it: isthmus calibrate {bundle.name} --data FOLDER",
         )
-    return found
+    return fidelity
 
 
 def to_json(fidelity: Fidelity) -> bytes:

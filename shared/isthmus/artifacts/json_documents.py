@@ -115,11 +115,11 @@ def canonical(value: Any) -> bytes:
 
 def schema(kind: DocumentKind[Any]) -> dict[str, Any]:
     """The JSON Schema (2020-12) of one kind of document, generated from its struct."""
-    found = msgspec.json.schema(kind.struct, schema_hook=_schema_of_custom)
-    for part in found["$defs"].values():
+    generated = msgspec.json.schema(kind.struct, schema_hook=_schema_of_custom)
+    for part in generated["$defs"].values():
         if "description" in part:
             part["description"] = " ".join(part["description"].partition("Raises:")[0].split())
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": kind.format, **found}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": kind.format, **generated}
 
 
 def refuse_constant(text: str) -> NoReturn:
@@ -192,8 +192,8 @@ def _explain(error: msgspec.ValidationError, data: bytes | memoryview) -> tuple[
         return where, f"has an unknown key: {field[1][:_MAX_SHOWN]!r}"
     value = _shown(data, path)
     for pattern, rule in _RULES:
-        if found := re.fullmatch(pattern, text):
-            says = rule.format(_plain(found[1]))
+        if match := re.fullmatch(pattern, text):
+            says = rule.format(_plain(match[1]))
             return where, f"is {value}; {says}" if value else f"departs from the format: {says}"
     return where, f"departs from the format: {text}"
 

@@ -51,19 +51,19 @@ def check_types(specs: tuple[TensorSpec, ...], types: Mapping[str, TensorType]) 
     free: dict[str, int] = {}
     for name, spec in expected.items():
         dtype, shape = types[name]
-        fits = dtype == spec.dtype and len(shape) == len(spec.shape)
-        if fits and shape != spec.shape:
-            fits = all(
+        matches = dtype == spec.dtype and len(shape) == len(spec.shape)
+        if matches and shape != spec.shape:
+            matches = all(
                 dim == ANY or size == (free.setdefault(dim, size) if isinstance(dim, str) else dim)
                 for dim, size in zip(spec.shape, shape, strict=True)
             )
-        if not fits:
-            wanted, came = describe(spec.dtype, spec.shape), describe(dtype, shape)
+        if not matches:
+            expected_type, came = describe(spec.dtype, spec.shape), describe(dtype, shape)
             bound = ", ".join(f"{dim} is {size}" for dim, size in free.items() if dim in spec.shape)
             raise ShapeMismatch(
-                f"{name} is {came}; expected {wanted}" + (f" where {bound}" if bound else ""),
+                f"{name} is {came}; expected {expected_type}" + (f" where {bound}" if bound else ""),
                 tensor=name,
-                expected=wanted,
+                expected=expected_type,
                 got=came,
             )
 

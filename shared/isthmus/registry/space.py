@@ -23,7 +23,7 @@ _TRASH = "trash."
 
 
 @dataclass(frozen=True)
-class _Entry:
+class _CachedSegment:
     path: Path
     used: float
     bytes: int
@@ -117,7 +117,7 @@ class Space:
                 hint="raise the setting cache_bytes, or serve fewer segments from this cache",
             )
 
-    def _entries(self, keep: str) -> Iterator[_Entry]:
+    def _entries(self, keep: str) -> Iterator[_CachedSegment]:
         for path in self._root.iterdir():
             if _KEY.fullmatch(path.name):
                 used = 0.0
@@ -125,11 +125,11 @@ class Space:
                     used = (self._locks / f"{path.name}.pin").stat().st_mtime
                 # A target of the caller's own key is what a process that died left: the caller fills now.
                 target = 0 if path.name == keep else self._target(path.name)
-                yield _Entry(path, used, max(_allocated(path), target))
+                yield _CachedSegment(path, used, max(_allocated(path), target))
             elif path.is_dir() and path != self._locks and not path.name.startswith(_TRASH):
                 for small in path.iterdir():
                     with suppress(FileNotFoundError):
-                        yield _Entry(small, small.stat().st_mtime, _allocated(small))
+                        yield _CachedSegment(small, small.stat().st_mtime, _allocated(small))
 
     def _target(self, key: str) -> int:
         """What a process that is filling a key's folder will make of it; 0 if none is."""

@@ -142,7 +142,7 @@ def changes(bench: Bench, cell: Conditions) -> list[Change]:
     figures = {c.name: c for c in duel}
     return [
         Change(
-            bench.real.name,
+            bench.model.name,
             cell,
             objective,
             {label: c.name for label, c in each.items()},

@@ -20,7 +20,7 @@ from isthmus.errors import IsthmusError
 # Largest allowed difference from the uncut model's logits, relative to the largest logit.
 TOLERANCE = 1e-5
 
-SHARE, MIN_MS = 0.10, 4.0
+SHARE, MIN_MS = 0.10, 6.0
 REQUESTS, AT_ONCE = 200, 16
 DIFFERENT = 25
 

@@ -100,7 +100,7 @@ def shown(default: object) -> str:
     return f"`{','.join(default) if isinstance(default, tuple) else default}`" if default not in ("", ()) else "empty"
 
 
-if __name__ == "__main__":  # prints docs/settings.md's tables anew
+if __name__ == "__main__":  # prints docs/reference/settings.md's tables anew
     for cls in (RouterSettings.__mro__[2], SegmentSettings, RouterSettings):
         print(f"\n## {cls.__name__}\n\n| variable | default | what |\n|---|---|---|")  # noqa: T201
         for f in fields(cls):

@@ -1,4 +1,4 @@
-"""Payloads as bytes: golden ones, each rule of docs/codecs.md broken by the smallest bad input, bombs and mutations."""
+"""Payloads: golden bytes, each rule of docs/reference/codecs.md broken by the smallest bad input, bombs, mutations."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ class Profiling:
                 f"profiling is off: this function has no secret {SECRET}",
                 secret=SECRET,
                 hint=f"faas-cli secret create {SECRET} --from-file=token.txt, name it in the function's secrets and"
-                " deploy; docs/profile.md",
+                " deploy; docs/reference/profile.md",
             )
         scheme, _, presented = request.headers.get("Authorization", "").partition(" ")
         # Digests have one length, so that the comparison does not reveal the token's.

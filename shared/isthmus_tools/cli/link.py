@@ -44,7 +44,7 @@ def link(
     connect_rtts: Annotated[float, typer.Option(help="Round trips before a new connection carries a byte.", min=0)] = 1,
     slow_start: Annotated[bool, typer.Option(help="Model TCP's slow start.")] = False,
     cuts_per_s: Annotated[float, typer.Option(help="Rate at which each connection is reset.", min=0)] = 0,
-    script: Annotated[Path | None, typer.Option(help="What changes when: JSON lines, see docs/link.md.")] = None,
+    script: Annotated[Path | None, typer.Option(help="What changes when: JSON lines, see docs/how-to/link.md.")] = None,
     every: Annotated[str, typer.Option(help="How often to print the counters, where they changed.")] = "5s",
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line instead of text.")] = False,
 ) -> None:

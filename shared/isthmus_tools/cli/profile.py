@@ -111,7 +111,7 @@ def _token(file: Path | None) -> str:
         raise SettingsError(
             f"the token cannot be read from {path}: {getattr(e, 'strerror', None) or e}",
             variable="token_file",
-            hint="give the file with the functions' secret profile-token: --token-file FILE; docs/profile.md",
+            hint="give the file with the functions' secret profile-token: --token-file FILE; docs/reference/profile.md",
         ) from e
     if not is_secret(text):
         raise SettingsError(

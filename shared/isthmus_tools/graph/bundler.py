@@ -37,7 +37,7 @@ from isthmus_tools.progress import Progress, silent
 
 Partition: TypeAlias = str | Sequence[str | CutInfo]
 Spec: TypeAlias = Mapping[str, Any]
-"""Pre- or post-processing as a bundle declares it: docs/bundle.md."""
+"""Pre- or post-processing as a bundle declares it: docs/reference/bundle.md."""
 
 # Integers of at most this many elements are stored as examples: lengths and token ids that later cuts need to run.
 _MAX_STORED_VALUES = 16
@@ -68,10 +68,10 @@ def build(
     Every segment first passes a dry run, which compares its predictions with the whole model's; runs left out and
     differences are recorded in `source["dry_run"]`.
 
-    `partitions` are texts such as `20/40` (docs/cuts.md) or ordered lists of cuts, each a position, tensors (see
-    `resolve_cut`) or a CutInfo; the first is the default. Without partitions the model is cut at its narrowest cut (see
-    `default_cuts`), and a model without a cut is left whole. `bind`, `examples`, `freeze`: see `open_model`; an open
-    Model takes none of these.
+    `partitions` are texts such as `20/40` (docs/explanation/cuts.md) or ordered lists of cuts, each a position, tensors
+    (see `resolve_cut`) or a CutInfo; the first is the default. Without partitions the model is cut at its narrowest
+    cut (see `default_cuts`), and a model without a cut is left whole. `bind`, `examples`, `freeze`: see `open_model`;
+    an open Model takes none of these.
 
     Raises:
         ModelError: the model cannot be imported or run, or its processing disagrees with its inputs and outputs.

@@ -6,7 +6,7 @@ Where a single tensor suffices, its producer is an articulation point, and domin
 never cross, nor do outputs that the head computes: the router holds those. A graph input that the tail reads is a
 boundary tensor like any other, listed in `passing`.
 
-Source: docs/cuts.md; Hu et al., "Dynamic Adaptive DNN Surgery" (INFOCOM 2019), for cuts of a DAG.
+Source: docs/explanation/cuts.md; Hu et al., "Dynamic Adaptive DNN Surgery" (INFOCOM 2019), for cuts of a DAG.
 """
 
 from __future__ import annotations

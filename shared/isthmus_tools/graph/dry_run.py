@@ -33,8 +33,8 @@ from isthmus_tools.graph.probe import difference, magnitude
 # For all runs of second sizes together: an import stays within minutes. Sizes left out are recorded.
 BUDGET_S = 60.0
 # Differences up to these are not reported, relative to an output's largest magnitude. Fusions that differ between the
-# whole graph and its segments stay below 2e-5 in float32 (docs/cuts.md, "How exact"); with 16-bit floats onnxruntime
-# computes in float32 between fused operators, and a cut rounds there.
+# whole graph and its segments stay below 2e-5 in float32 (docs/explanation/cuts.md, "How exact"); with 16-bit
+# floats onnxruntime computes in float32 between fused operators, and a cut rounds there.
 EXACT = 1e-4
 EXACT_HALF = 2e-3
 # No rounding reaches half of a float output's magnitude: such segments compute another function.

@@ -170,7 +170,7 @@ def bake(located: Located, manifest: bytes, folder: Path) -> int:
 
     The weights file holds this segment's tensors only, so the graph's references are rewritten.
 
-    Source: docs/registry.md, "A baked segment".
+    Source: docs/reference/registry.md, "A baked segment".
     """
     folder.mkdir(parents=True, exist_ok=True)
     offsets, weights_digest, size = _copy_weights(located, folder / WEIGHTS)

@@ -19,8 +19,8 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
+# The largest window of a zstd frame is 8 MiB, the size that RFC 8878 asks of every decoder.
 MAX_WINDOW_LOG = 23
-"""The largest window of a zstd frame is 8 MiB, the size that RFC 8878 asks of every decoder."""
 MAX_SECTION = 2**32 - 1
 
 Kind = Literal["numbers", "checked", "structure"]

@@ -16,8 +16,8 @@ from isthmus.codecs.affine import check_step, lossy_float
 from isthmus.codecs.lossless import LOSSLESS, decode_bits, encode_bits
 from isthmus.codecs.payload import MAX_SECTION, PayloadReader, bytes_of, count_of, restore, shrink
 
+# The form of the values, their step, their number, and the length of the section of bits.
 _HEADER = struct.Struct("<BfII")
-"""The form of the values, their step, their number, and the length of the section of bits."""
 _EXACT, _UNSIGNED, _SIGNED = range(3)
 # Positions take eight bytes each, so values are scattered in chunks.
 _CHUNK = 2**16

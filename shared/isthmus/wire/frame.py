@@ -84,7 +84,7 @@ During: TypeAlias = Callable[[Outline], AbstractContextManager[None]]
 """A context for decoding payloads, such as a reservation of memory; raises without capacity."""
 
 
-class _Entry(msgspec.Struct, forbid_unknown_fields=True):
+class _TensorEntry(msgspec.Struct, forbid_unknown_fields=True):
     """A tensor in the header, in the order of its keys."""
 
     name: str
@@ -96,7 +96,7 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _Header(msgspec.Struct, forbid_unknown_fields=True):
-    tensors: list[_Entry]
+    tensors: list[_TensorEntry]
     bundle: str
     segment: str
     request: str
@@ -155,12 +155,12 @@ def encode_parts(frame: Frame) -> list[bytes | memoryview]:
     """
     _check_count(len(frame.tensors) + len(frame.encoded))
     parts: list[bytes | memoryview] = [b""]
-    entries: list[_Entry] = []
+    entries: list[_TensorEntry] = []
     end = 0
     for name, dtype, shape, codec, payload in _payloads_to_send(frame):
         if (offset := _aligned(end)) != end:
             parts.append(bytes(offset - end))
-        entries.append(_Entry(name, dtype, list(shape), codec, offset, len(payload)))
+        entries.append(_TensorEntry(name, dtype, list(shape), codec, offset, len(payload)))
         parts.append(payload)
         end = offset + len(payload)
     header = _Header(entries, frame.bundle, str(frame.segment), frame.request)  # a SegmentId becomes plain text
@@ -295,7 +295,7 @@ def _outline(header: _Header, max_bytes: int) -> Outline:
     return Outline(header.bundle, header.segment, types, decoded, working)
 
 
-def _payloads(entries: list[_Entry], body: memoryview) -> list[memoryview]:
+def _payloads(entries: list[_TensorEntry], body: memoryview) -> list[memoryview]:
     """The payloads as views; every other byte of the body must be padding."""
     payloads: list[memoryview] = []
     end = 0
@@ -312,14 +312,14 @@ def _payloads(entries: list[_Entry], body: memoryview) -> list[memoryview]:
     return payloads
 
 
-def _array(entry: _Entry, payload: memoryview, table: object) -> Array:
+def _array(entry: _TensorEntry, payload: memoryview, table: object) -> Array:
     try:
         return find_codec(entry.codec).decode(payload, DTYPES[entry.dtype], tuple(entry.shape), table)
     except ValueError as e:
         raise FrameMalformed(f"{entry.name!r} cannot be decoded: {e}", rule="payload", tensor=entry.name) from e
 
 
-def _table(entry: _Entry, bundle: str, tables: Tables | None) -> object:
+def _table(entry: _TensorEntry, bundle: str, tables: Tables | None) -> object:
     name, codec = entry.name, entry.codec
     if not find_codec(codec).calibrated:
         return None

@@ -22,8 +22,8 @@ import numpy as np
 
 from isthmus.arrays import Array
 
+# The sum of a model's frequencies; states lie between this and its square.
 SCALE = 2**16
-"""The sum of a model's frequencies; states lie between this and its square."""
 # Below the minimum, Python's integers are faster than numpy's arrays; above the maximum, nothing gets faster.
 MIN_LANES, MAX_LANES_LOG = 64, 12
 # More lanes would end in steps that are mostly empty.
@@ -65,8 +65,8 @@ class SymbolModel:
         return self.frequencies.tolist(), (ends - self.frequencies).tolist(), ends.tolist()
 
 
+# The model of a single symbol, 0, in no bits.
 CERTAIN = SymbolModel.of([1])
-"""The model of a single symbol, 0, in no bits."""
 
 
 @dataclass(frozen=True, eq=False)

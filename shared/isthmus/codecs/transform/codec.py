@@ -30,11 +30,11 @@ from isthmus.codecs.transform.rows import RowTable, decode_clusters, encode_clus
 from isthmus.codecs.transform.sorting import Grid, Sorting
 from isthmus.codecs.transform.table import PlaneTable
 
+# The range of a tensor's magnitude relative to calibration, in eighths of an octave: a 4,096th to eight times.
 GAINS = (-96, 24)
-"""The range of a tensor's magnitude relative to calibration, in eighths of an octave: a 4,096th to eight times."""
 
+# Mean magnitude of a value in units of its deviation: 0.71 for a Laplacian. Gains are relative to this.
 EXPECTED_MAGNITUDE = 0.7
-"""Mean magnitude of a value in units of its deviation: 0.71 for a Laplacian. Gains are relative to this."""
 
 # Decoding takes, for each value: 16 bytes for the order and its inverse (cached), 9 more during their computation,
 # 12 for coefficients and maps in float32; the rest is for the excess of the few values beyond their level's limit.

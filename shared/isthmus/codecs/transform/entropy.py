@@ -18,8 +18,8 @@ from isthmus.codecs.transform.ans import Decoder, Encoder, PlainBits, bits_of
 from isthmus.codecs.transform.levels import ESCAPE
 from isthmus.codecs.transform.plan import PAIRS, SINGLE, ByteForm, ByteRun, CodingPlan, PlainRuns, Stretch, run_unit
 
+# Magnitudes of this size or more cannot be coded.
 MAX_MAGNITUDE = 2**23
-"""Magnitudes of this size or more cannot be coded."""
 
 _MAX_BYTE = 127
 # How much a value may exceed its clipping limit before plain bits follow.
@@ -32,8 +32,8 @@ _LENGTH = struct.Struct("<I")
 _CENTRE = np.uint8(64)
 # The three bytes of the largest magnitudes start here; a fourth byte has no value.
 _EDGE, _EDGES = np.uint8(64 + SINGLE.limit), 3
+# The two values of each byte of a pair, viewed as one integer.
 _PAIR_VALUES = (np.stack(np.divmod(np.arange(81), 9), axis=1) - 4).astype(np.int8).view(np.uint16).reshape(-1)
-"""The two values of each byte of a pair, viewed as one integer."""
 
 
 def encode(values: Array, plan: CodingPlan) -> bytes:

@@ -22,19 +22,19 @@ from isthmus.codecs.transform.ans import SymbolModel
 
 STEP_FACTOR, STEPS_PER_FACTOR = 3, 13
 
+# Deviations and gains are whole eighths of an octave: the coder's decisions depend on integers alone.
 OCTAVE = 8
-"""Deviations and gains are whole eighths of an octave: the coder's decisions depend on integers alone."""
 
+# The stored deviation that represents 1; one more is an eighth of an octave more.
 ZERO_DEVIATION = 128
-"""The stored deviation that represents 1; one more is an eighth of an octave more."""
 
 LEVELS = 17
 UNIT_LEVEL = 12
+# Every two levels from LEVELS on leave one more plain bit to each value: at most twelve.
 MAX_LEVEL = LEVELS - 1 + 2 * 12
-"""Every two levels from LEVELS on leave one more plain bit to each value: at most twelve."""
 
+# Magnitudes from here on share one symbol; their excess follows in 24 plain bits.
 ESCAPE = 20
-"""Magnitudes from here on share one symbol; their excess follows in 24 plain bits."""
 
 ZERO_BITS = 16
 MAGNITUDE_SUM = 4096

@@ -15,11 +15,11 @@ import numpy as np
 from isthmus.arrays import Array
 
 MAX_CHANNELS = 4096
+# The longest axis of a plane; its matrix takes 4 MiB.
 MAX_AXIS = 1024
-"""The longest axis of a plane; its matrix takes 4 MiB."""
 
+# Relative frequencies between the cells of one axis; the first cell is the mean alone.
 CELL_EDGES = (0.0, 1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
-"""Relative frequencies between the cells of one axis; the first cell is the mean alone."""
 
 CELLS = len(CELL_EDGES) + 1
 # Planes of up to so many values have one matrix: a product is faster than two and a permutation.

@@ -11,8 +11,8 @@ from isthmus.codecs.transform.levels import LEVELS, OCTAVE, ZERO_DEVIATION, Entr
 from isthmus.codecs.transform.plan import CodingPlan, Run, run_unit
 from isthmus.codecs.transform.planes import PlaneTransform
 
+# In planes of at least so many coefficients, four neighbours in the transform's order share their mean deviation.
 GROUPED, MIN_GROUPED_PLANE = 4, 512
-"""In planes of at least so many coefficients, four neighbours in the transform's order share their mean deviation."""
 
 # Their mean magnitude is that of all values within a fiftieth; gains are quantised to a tenth.
 _GAIN_SAMPLES = 2**12

@@ -34,8 +34,8 @@ class Bad:
     fake: Fake
     registry: Registry
 
-    def asked_with(self, patience: RetryPolicy) -> Registry:
-        return Registry(store_at(self.relay.endpoint, self.prefix, patience=patience), patience)
+    def asked_with(self, retry_policy: RetryPolicy) -> Registry:
+        return Registry(store_at(self.relay.endpoint, self.prefix, retry_policy=retry_policy), retry_policy)
 
     @property
     def bundle(self) -> Bundle:
@@ -77,8 +77,8 @@ def test_a_lasting_fault_names_the_blob_in_bounded_time(
     bad: Bad, tmp_path: Path, what: str, fault: Fault, error: type[IsthmusError]
 ) -> None:
     cache = SegmentCache(bad.registry, tmp_path / "cache", 2**30)
-    patience = HASTY if fault in ("stall", "trickle") else PATIENCE
-    asking = SegmentCache(bad.asked_with(patience), tmp_path / "cache", 2**30)
+    retry_policy = HASTY if fault in ("stall", "trickle") else PATIENCE
+    asking = SegmentCache(bad.asked_with(retry_policy), tmp_path / "cache", 2**30)
     blob = bad.fake.digest
     if what == "weights":
         blob = bad.bundle.weights.blob.digest
@@ -92,8 +92,8 @@ def test_a_lasting_fault_names_the_blob_in_bounded_time(
     assert blob[7:] in str(caught.value)
     assert blob[7:] in caught.value.facts["blob"]
     assert caught.value.facts["registry"] == bad.registry.url
-    assert bad.relay.hits - before <= patience.attempts
-    assert bad.relay.hits - before > 1 or took > patience.timeout_s
+    assert bad.relay.hits - before <= retry_policy.attempts
+    assert bad.relay.hits - before > 1 or took > retry_policy.timeout_s
     bad.relay.fault = None
     assert weights_here(bad.fake, cache.locate(bad.fake.digest, "..").path, "..")
 
@@ -127,7 +127,7 @@ def test_a_server_that_died_is_unavailable_within_the_bound(tmp_path: Path) -> N
     registry.publish(fake.bundle, fake.files)
     SegmentCache(registry, tmp_path / "cache", 2**30).locate(fake.digest, "..1")
     server.stop()
-    hasty = Registry(store_at(server.endpoint, "p", patience=HASTY), HASTY)
+    hasty = Registry(store_at(server.endpoint, "p", retry_policy=HASTY), HASTY)
     cache = SegmentCache(hasty, tmp_path / "cache", 2**30)
 
     def given_up() -> float:

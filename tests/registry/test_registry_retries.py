@@ -28,8 +28,8 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Fake:
     return make_bundle(tmp_path_factory.mktemp("big"), lengths=BIG, cut=1)
 
 
-def registry_of(s3: FakeS3, patience: RetryPolicy = QUICK) -> Registry:
-    return Registry(s3.store(patience=patience), patience)
+def registry_of(s3: FakeS3, retry_policy: RetryPolicy = QUICK) -> Registry:
+    return Registry(s3.store(retry_policy=retry_policy), retry_policy)
 
 
 def once_for_each(request: Request, seen: set[object]) -> Response | None:

@@ -290,7 +290,7 @@ def test_a_bucket_of_another_region_is_named_by_its_region(refusal: Response, s3
         lambda: store.list(""),
     ):
         with pytest.raises(
-            RegistryError, match="is in the region eu-central-1; it was asked for in us-east-1"
+            RegistryError, match="is in the region eu-central-1; the request went to us-east-1"
         ) as caught:
             ask()
         assert caught.value.facts["region"] == "eu-central-1"
@@ -324,7 +324,7 @@ def test_a_server_that_does_not_speak_s3_gets_a_typed_error_or_is_seen_through(
     status: int, body: bytes, s3: FakeS3
 ) -> None:
     s3.refuse = lambda request: (status, {"Content-Type": "text/html"}, body)
-    store = s3.store(patience=RetryPolicy(attempts=1, timeout_s=5.0))
+    store = s3.store(retry_policy=RetryPolicy(attempts=1, timeout_s=5.0))
     for ask in (
         lambda: store.size("blobs/x"),
         lambda: store.get("blobs/x", max_bytes=100),

@@ -99,9 +99,9 @@ def allocated(folder: Path) -> int:
 def fill(registry: str, cache_dir: str, limit: int, digest: str, segments: Sequence[str]) -> None:
     """What one process of several does: locate segments. `registry` is a folder, or an endpoint and a prefix."""
     endpoint, _, prefix = registry.partition("#")
-    patience = RetryPolicy(attempts=4, timeout_s=LONG_S)
-    store = store_at(endpoint, prefix, patience=patience) if prefix else FolderStore(registry)
-    cache = SegmentCache(Registry(store, patience), cache_dir, limit)
+    retry_policy = RetryPolicy(attempts=4, timeout_s=LONG_S)
+    store = store_at(endpoint, prefix, retry_policy=retry_policy) if prefix else FolderStore(registry)
+    cache = SegmentCache(Registry(store, retry_policy), cache_dir, limit)
     for segment in segments:
         cache.locate(digest, segment)
 

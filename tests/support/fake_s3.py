@@ -43,8 +43,10 @@ class FakeS3:
     uploads: dict[str, dict[int, bytes]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def store(self, *, patience: RetryPolicy = QUICK, **given: Any) -> S3Store:
-        return S3Store("b", "p", **{"endpoint": self.url, "key_id": "k", "secret": "s", "patience": patience} | given)
+    def store(self, *, retry_policy: RetryPolicy = QUICK, **given: Any) -> S3Store:
+        return S3Store(
+            "b", "p", **{"endpoint": self.url, "key_id": "k", "secret": "s", "retry_policy": retry_policy} | given
+        )
 
     @property
     def received_bytes(self) -> int:

@@ -55,8 +55,8 @@ class S3Server:
         self._process.wait()
 
 
-def store_at(endpoint: str, prefix: str = "", *, secret: str = SECRET, patience: RetryPolicy = PATIENCE) -> S3Store:
-    return S3Store(BUCKET, prefix, endpoint=endpoint, key_id=KEY_ID, secret=secret, patience=patience)
+def store_at(endpoint: str, prefix: str = "", *, secret: str = SECRET, retry_policy: RetryPolicy = PATIENCE) -> S3Store:
+    return S3Store(BUCKET, prefix, endpoint=endpoint, key_id=KEY_ID, secret=secret, retry_policy=retry_policy)
 
 
 def unique_prefix() -> str:

@@ -1,4 +1,4 @@
-"""Bundles and their content: a folder or S3, and the cache of segments in front of it."""
+"""The registry of published bundles: blob stores (folder, S3), versions and aliases, and the local segment cache."""
 
 from __future__ import annotations
 
@@ -33,19 +33,20 @@ __all__ = [
 
 
 def open_registry(settings: RegistrySettings) -> Registry:
-    """The registry that `settings.registry` names; nothing is asked of it yet.
+    """Build the registry at the setting `registry`; no request is sent yet.
 
     Raises:
-        SettingsError: neither a folder's path nor s3://BUCKET/PREFIX, an endpoint or region that cannot be one, or only
-            one of the two S3 secrets is there.
+        SettingsError: not a folder path or s3://BUCKET/PREFIX, a malformed endpoint or region, or only one of the two
+            S3 secrets is present.
     """
-    patience = RetryPolicy(settings.registry_attempts, settings.registry_timeout_s)
+    retries = RetryPolicy(settings.registry_attempts, settings.registry_timeout_s)
     address = parse_address(settings.registry)
     if address.folder:
-        return Registry(FolderStore(address.folder, patience), patience)
+        return Registry(FolderStore(address.folder, retries), retries)
     check_endpoint(settings.s3_endpoint)
     check_region(settings.s3_region)
     key_id, secret = (read_secret(settings.secrets_dir, name) for name in ("s3-access-key-id", "s3-secret-access-key"))
+    # Half a key pair is a deployment mistake; report the mistake before the first request is denied.
     if bool(key_id) != bool(secret):
         raise SettingsError(
             f"the setting secrets_dir ({settings.secrets_dir}) holds only one of s3-access-key-id and"
@@ -60,16 +61,16 @@ def open_registry(settings: RegistrySettings) -> Registry:
         region=settings.s3_region,
         key_id=key_id,
         secret=secret,
-        patience=patience,
+        retry_policy=retries,
     )
-    return Registry(store, patience)
+    return Registry(store, retries)
 
 
 def open_cache(settings: RegistrySettings, registry: Registry | None = None) -> SegmentCache:
-    """The cache that `settings` describe, before their registry, or before `registry` where it is open already."""
+    """The segment cache of `settings` in front of `registry`, by default the registry of the same settings."""
     return SegmentCache(registry or open_registry(settings), settings.cache_dir, settings.cache_bytes)
 
 
 def open_source(settings: SegmentSettings, registry: Registry | None = None) -> SegmentSource:
-    """Where a function's segments come from: the one baked into its image if there is one, else the cache."""
+    """The segment source of a function: the segment baked into its image if `segment_dir` is set, else the cache."""
     return BakedSegment(settings.segment_dir) if settings.segment_dir else open_cache(settings, registry)

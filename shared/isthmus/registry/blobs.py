@@ -1,8 +1,8 @@
-"""Where bytes live: keys, and the one Protocol that a folder and S3 both fulfil.
+"""The interface of blob stores, and the address of a registry.
 
-A store makes one try; where a method takes several steps, it tries each of them again. It raises our errors, never its
-library's: `Missing`, `Denied`, `Corrupt` for content shorter than asked for, and `RegistryUnavailable` for what another
-try may mend. isthmus.registry.retry_policy tries again.
+A store makes one attempt at each request and raises Isthmus errors only: `Missing`, `Denied`, `Corrupt` for truncated
+content, `RegistryUnavailable` for transient failures. `RetryPolicy` repeats single requests; methods of several
+requests take a retry budget and repeat each request by itself.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from urllib.parse import urlsplit
 from isthmus.errors import Corrupt, Missing, RegistryError, RegistryMissing, SettingsError
 from isthmus.retries import RetryBudget
 
-_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}")
-"""What file systems take for a name; S3 takes more."""
+_KEY_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}")
+"""File systems are the narrower limit: S3 would accept more characters and longer names."""
 _MAX_KEY = 900
-"""Of S3's 1,024 bytes, with room for a registry's prefix."""
+"""S3 allows 1,024 bytes; the rest is for the prefix of the registry."""
 
 
 class BlobStore(Protocol):
-    """Bytes under keys such as `blobs/sha256/<hex>`; safe to use from several threads and processes."""
+    """Bytes under keys such as `blobs/sha256/<hex>`; thread-safe and process-safe."""
 
     @property
     def url(self) -> str:
-        """What to call this store in messages: a folder's path, or s3://BUCKET/PREFIX."""
+        """The name of this store in messages: a folder path, or s3://BUCKET/PREFIX."""
         ...
 
     def get(self, key: str, *, max_bytes: int) -> bytes:
         """All bytes of `key`.
 
         Raises:
-            Missing: no such key, or no such registry.
+            Missing: no such key or registry.
             RegistryError: longer than `max_bytes`; the rest was not read.
         """
         ...
 
     def read(self, key: str, start: int, stop: int) -> bytes:
-        """Exactly the bytes `start` to `stop` (half open) of `key`.
+        """The bytes of `key` in the half-open range `start` to `stop`.
 
         Raises:
             Missing: no such key.
@@ -50,31 +50,33 @@ class BlobStore(Protocol):
         ...
 
     def size(self, key: str) -> int | None:
-        """Length in bytes, or None if there is no such key."""
+        """Length in bytes; None if the key is absent."""
         ...
 
     def exists(self, key: str) -> bool:
-        """Whether `key` is there."""
+        """Whether `key` is present."""
         ...
 
     def put(self, key: str, data: bytes) -> None:
-        """Store `data`; a reader sees what was there before, or all of it."""
+        """Store `data` atomically: a reader gets either the previous bytes or all of the new ones."""
         ...
 
     def put_file(self, key: str, path: Path, budget: RetryBudget | None = None) -> None:
-        """Store a file's bytes as `put` does, streamed; each step is tried again by itself."""
+        """Stream a file to `key`, atomically as `put` does; each request has its own retries."""
         ...
 
     def put_if_absent(self, key: str, data: bytes, budget: RetryBudget | None = None) -> bool:
-        """Store `data` unless `key` is there; whether it was stored. Each step is tried again by itself."""
+        """Store `data` unless `key` exists, and return whether this call stored the data; each request has its own
+        retries.
+        """
         ...
 
     def delete(self, key: str) -> None:
-        """Remove `key`; nothing happens if it is not there."""
+        """Remove `key`; no-op if the key is absent."""
         ...
 
     def list(self, prefix: str) -> builtins.list[str]:
-        """All keys under `prefix`, which is empty or ends with '/', sorted. Each step is tried again by itself.
+        """All keys under `prefix` (empty, or ending with '/'), sorted; each request has its own retries.
 
         Raises:
             Missing: no such registry.
@@ -83,35 +85,35 @@ class BlobStore(Protocol):
 
 
 def check_key(key: str) -> str:
-    """`key` itself, once it cannot leave the store: parts of letters, digits, '.', '_', '-', none starting with a dot.
+    """`key`, if no part of the path can leave the store.
 
-    A part has at most 255 characters.
+    Parts hold at most 255 letters, digits, '.', '_' and '-', and none starts with a dot.
 
     Raises:
         RegistryError: any other key.
     """
-    if len(key) <= _MAX_KEY and all(_PART.fullmatch(part) for part in key.split("/")):
+    if len(key) <= _MAX_KEY and all(_KEY_PART.fullmatch(part) for part in key.split("/")):
         return key
     raise RegistryError(f"{key[:100]!r} is not a key of a registry", blob=key[:100])
 
 
 def check_range(start: int, stop: int) -> None:
-    """Refuse a range that runs backwards.
+    """Refuse a reversed or negative byte range.
 
     Raises:
-        RegistryError: start is negative or after stop.
+        RegistryError: `start` is negative or after `stop`.
     """
     if not 0 <= start <= stop:
         raise RegistryError(f"{start}..{stop} is not a range of bytes")
 
 
 def missing_blob(registry: str, key: str) -> Missing:
-    """The error for a key that is not there."""
+    """The error for an absent key."""
     return Missing(f"{registry} has no {key}", kind="blob", name=key, exists=[], registry=registry, blob=key)
 
 
 def missing_registry(registry: str) -> RegistryMissing:
-    """The error for a folder or bucket that is not there."""
+    """The error for an absent folder or bucket."""
     return RegistryMissing(
         f"there is no registry at {registry}",
         kind="registry",
@@ -123,28 +125,29 @@ def missing_registry(registry: str) -> RegistryMissing:
 
 
 def too_long(registry: str, key: str, max_bytes: int) -> RegistryError:
-    """The error for content longer than its reader bears."""
+    """The error for content beyond the bound of its reader."""
     return RegistryError(f"{key} in {registry} exceeds {max_bytes} bytes", registry=registry, blob=key, limit=max_bytes)
 
 
-def ended_early(registry: str, key: str, got: int, wanted: int) -> Corrupt:
-    """The error for content that ends before the bytes asked for."""
+def ended_early(registry: str, key: str, got: int, expected: int) -> Corrupt:
+    """The error for content shorter than the requested range."""
     return Corrupt(
-        f"{registry} gave {got} of {wanted} bytes of {key}", registry=registry, blob=key, got=got, wanted=wanted
+        f"{registry} gave {got} of {expected} bytes of {key}", registry=registry, blob=key, got=got, wanted=expected
     )
 
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+# A mistyped s3 address must not become a folder of that name.
 _NEARLY_S3 = re.compile(r"s3(//|\\)", re.IGNORECASE)
-# What boto3 takes for a bucket's name, access points' ARNs and `..` aside; other servers allow more than AWS.
+# boto3 allows exactly this, apart from access point ARNs and `..`; servers other than AWS allow longer names than AWS.
 _BUCKET = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}")
-# A host label: the region becomes part of AWS's host name, and of each signature.
+# The region becomes a label of the AWS host name and a part of each signature.
 _REGION = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)")
 
 
 @dataclass(frozen=True)
 class Address:
-    """A folder's path, or a bucket and the prefix of all keys in it, without slashes at its ends."""
+    """A folder path, or a bucket with the prefix of its keys, without slashes at either end."""
 
     folder: str = ""
     bucket: str = ""
@@ -152,13 +155,13 @@ class Address:
 
 
 def parse_address(text: str) -> Address:
-    """The address that the setting `registry` holds.
+    """Parse the setting `registry`.
 
-    `~` is the user's home, which a shell leaves to us in `--registry=~/models`. A folder whose name starts with `~`, or
-    contains a colon before its first slash, is written with `./`.
+    A leading `~` is the home directory, since a shell does not expand `--registry=~/models`. A folder name with a
+    leading `~`, or with a colon before the first slash, needs a leading `./`.
 
     Raises:
-        SettingsError: neither a folder's path nor s3://BUCKET/PREFIX. A user or password in it is not repeated.
+        SettingsError: neither a folder path nor s3://BUCKET/PREFIX; the message never repeats a user or password.
     """
     if not text.strip():
         raise SettingsError(
@@ -188,10 +191,10 @@ def parse_address(text: str) -> Address:
 
 
 def check_endpoint(text: str) -> None:
-    """Refuse what cannot be an S3 server's URL; none is AWS, or what boto3's own configuration names.
+    """Refuse a malformed URL of an S3 server; an empty text is AWS or the endpoint of boto3's own configuration.
 
     Raises:
-        SettingsError: no http:// or https:// URL, or one with a user, password or query, which is not repeated.
+        SettingsError: no http:// or https:// URL, or a URL with a user, password or query (never repeated).
     """
     if not text:
         return
@@ -200,6 +203,7 @@ def check_endpoint(text: str) -> None:
         good = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
     except ValueError:
         good = False
+    # Checked before the URL's form: the message for a malformed URL repeats the text, credentials included.
     if "@" in text or "?" in text or "#" in text:
         raise SettingsError(
             "the setting s3_endpoint holds a user, a password or a query; it is a server's URL such as"
@@ -216,7 +220,7 @@ def check_endpoint(text: str) -> None:
 
 
 def check_region(text: str) -> None:
-    """Refuse what cannot be a region's name; none is boto3's own, else us-east-1.
+    """Refuse a malformed region; an empty text is boto3's own region, else us-east-1.
 
     Raises:
         SettingsError: not letters, digits and '-'.
@@ -232,6 +236,6 @@ def check_region(text: str) -> None:
 def _refused(text: str, why: str) -> SettingsError:
     must = "it must be a folder's path or s3://BUCKET/PREFIX"
     if "@" in text:
-        # A password would be in every log that holds this message.
+        # The message goes to logs, and the part before '@' may be a password.
         return SettingsError(f"the setting registry holds an '@'; {must}", variable="registry")
     return SettingsError(f"the setting registry is {text!r}; {must}: {why}", variable="registry", value=text)

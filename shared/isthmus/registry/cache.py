@@ -1,4 +1,4 @@
-"""Segments on this machine: what a segment needs of a bundle and no more, fetched once, verified at every use."""
+"""The local cache of segments: fetches only the byte ranges of a segment, once, and verifies the files at each use."""
 
 from __future__ import annotations
 
@@ -11,75 +11,87 @@ from pathlib import Path
 
 from isthmus.artifacts.bundle import Blob, Bundle, Segment, WeightTensor, digest_of
 from isthmus.errors import CacheFull, RegistryError, SettingsError
+from isthmus.registry.cache_files import (
+    READ_BYTES,
+    Batch,
+    CacheSpace,
+    WeightsFile,
+    batches,
+    disk_bytes,
+    parts,
+    write_whole,
+)
 from isthmus.registry.content import Bundles, blob_key, corrupt
 from isthmus.registry.registry import Registry
 from isthmus.registry.retry_policy import in_parallel
 from isthmus.registry.source import Located, Progress
-from isthmus.registry.space import Space
-from isthmus.registry.weights import READ_BYTES, Batch, WeightsFile, batches, disk_bytes, parts, write_whole
 from isthmus.retries import RetryBudget
 
+# Each ledger update syncs the weights file; an interrupted fetch repeats at most this much.
 _RECORD_BYTES = 32 * 2**20
 _SLACK_BYTES = 2**16
-"""What a folder's ledger and its own blocks may take."""
+"""Bound on the ledger and on the folder's own blocks."""
 
 
 class SegmentCache:
     """A `SegmentSource` in front of a registry; several processes may share `cache_dir`.
 
-    `cache_bytes` bounds what the files in `cache_dir` take on disk. The least recently used weights go first, and never
-    those that a living process holds `Located`.
+    `cache_bytes` bounds the allocated disk space of `cache_dir`. Eviction is least-recently-used by weights file, and
+    never touches files `Located` by a living process.
 
     Raises:
-        SettingsError: nothing can be written to `cache_dir`.
+        SettingsError: `cache_dir` is not writable.
     """
 
     def __init__(self, registry: Registry, cache_dir: Path | str, cache_bytes: int) -> None:
         self._registry = registry
         self._dir, self._limit = Path(cache_dir).absolute(), cache_bytes
-        self._space = Space(self._dir, cache_bytes)
+        self._space = CacheSpace(self._dir, cache_bytes)
         self._bundles = Bundles()
-        with self._disk():
+        with self._disk_errors():
             (self._dir / "locks").mkdir(parents=True, exist_ok=True)
+            # A probe write: a read-only volume must stop the start, not the first request.
             tempfile.TemporaryFile(dir=self._dir).close()
 
     def bundle(self, digest: str) -> Bundle:
-        """The bundle of that digest, from memory, this cache or the registry.
+        """The bundle with the digest `digest`, from memory, this cache or the registry.
 
         Raises:
-            Missing, Denied, Corrupt, RegistryUnavailable: what the registry said.
+            Missing, Denied, Corrupt, RegistryUnavailable: the error of the registry.
         """
         return self._bundles.get(
             digest, lambda d: self._small("manifests", ".json", d, lambda: self._registry.manifest(d))
         )
 
     def blob(self, blob: Blob) -> bytes:
-        """A small blob's bytes, such as a model's labels, verified."""
+        """The verified bytes of a small blob, such as the labels of a model."""
         return self._small("blobs", "", blob.digest, lambda: self._registry.blob(blob))
 
     def locate(self, bundle_digest: str, segment_id: str, *, progress: Progress | None = None) -> Located:
-        """A segment's graph and weights, complete, verified just now, and held until they are released.
+        """The graph and weights of a segment, complete, verified at this call, and pinned until released.
 
-        Only what is not here, or no longer what it was, is fetched; a process that fetches the same is waited for.
+        Fetches absent or damaged tensors only, and waits for another process that fetches into the same file.
 
         Raises:
             Missing: no such bundle or segment.
-            CacheFull: it does not fit `cache_bytes`, or the disk.
-            Denied, Corrupt, RegistryUnavailable: what the registry said.
-            SettingsError: `cache_dir` can no longer be written to.
+            CacheFull: more than `cache_bytes`, or more than the free disk space.
+            Denied, Corrupt, RegistryUnavailable: the error of the registry.
+            SettingsError: `cache_dir` is no longer writable.
         """
         bundle = self.bundle(bundle_digest)
         segment = bundle.segment(segment_id)
         key = _hex(bundle.weights.blob)
         graph = self._dir / key / f"{_hex(segment.graph)}.onnx"
-        with self._disk():
+        with self._disk_errors():
             pin = self._space.pin(key)
             try:
                 absent = self._absent(bundle, bundle.weight_ranges(segment))
-                if absent or not _holds(graph, segment.graph):
+                if absent or not _is_intact(graph, segment.graph):
+                    # Verified first without the lock: a complete segment must not wait for another segment's fetch.
                     with self._space.filling(key):
                         self._fill(bundle, segment, graph, absent, pin, progress)
             except BaseException:
+                # The pin belongs to the caller only once `Located` exists.
                 os.close(pin)
                 raise
         return Located(graph, segment, bundle, pin)
@@ -93,22 +105,24 @@ class SegmentCache:
         pin: int,
         progress: Progress | None,
     ) -> None:
-        key, weights, every = graph.parent.name, self._weights(bundle), bundle.weight_ranges(segment)
-        self._check_fits(segment, disk_bytes(every))
+        key, weights, complete = graph.parent.name, self._weights(bundle), bundle.weight_ranges(segment)
+        self._check_fits(segment, disk_bytes(complete))
         graph.parent.mkdir(exist_ok=True)
         weights.prepare()
-        absent = self._absent(bundle, absent)  # another process may have been quicker
+        # Another process may have fetched some of these while this one waited for the lock.
+        absent = self._absent(bundle, absent)
         try:
             with self._space.reserved(key, _needed(segment, absent)):
                 self._fetch(bundle, segment, graph, absent, progress)
         except CacheFull:
-            # What other segments left in the same file may be in the way; with nobody using it, start afresh.
+            # Tensors of other segments in the same sparse file may take the space: without other users, start from an
+            # empty file.
             if not self._space.clear(key, pin):
                 raise
             graph.parent.mkdir(exist_ok=True)
             weights.prepare()
-            with self._space.reserved(key, _needed(segment, every)):
-                self._fetch(bundle, segment, graph, every, progress)
+            with self._space.reserved(key, _needed(segment, complete)):
+                self._fetch(bundle, segment, graph, complete, progress)
 
     def _fetch(
         self,
@@ -118,13 +132,13 @@ class SegmentCache:
         absent: Sequence[WeightTensor],
         progress: Progress | None,
     ) -> None:
-        if not _holds(graph, segment.graph):
+        if not _is_intact(graph, segment.graph):
             write_whole(graph, self._registry.blob(segment.graph))
         weights = self._weights(bundle)
         total, done, fresh = sum(t.length for t in absent), 0, list[WeightTensor]()
         try:
-            budget = self._registry.patience.budget()
-            for batch in self._bring(weights, bundle.weights.blob, batches(absent), budget):
+            budget = self._registry.retry_policy.budget()
+            for batch in self._fetch_batches(weights, bundle.weights.blob, batches(absent), budget):
                 fresh.extend(batch.tensors)
                 done += sum(t.length for t in batch.tensors)
                 if progress is not None:
@@ -136,14 +150,16 @@ class SegmentCache:
             if fresh:
                 weights.record(fresh)
 
-    def _bring(self, weights: WeightsFile, blob: Blob, wanted: Sequence[Batch], budget: RetryBudget) -> Iterator[Batch]:
-        short = [b for b in wanted if b.stop - b.start <= READ_BYTES]
-        yield from in_parallel(lambda batch: self._bring_short(weights, blob, batch, budget), short)
-        for batch in wanted:
+    def _fetch_batches(
+        self, weights: WeightsFile, blob: Blob, pending: Sequence[Batch], budget: RetryBudget
+    ) -> Iterator[Batch]:
+        short = [b for b in pending if b.stop - b.start <= READ_BYTES]
+        yield from in_parallel(lambda batch: self._fetch_batch(weights, blob, batch, budget), short)
+        for batch in pending:
             if batch.stop - batch.start > READ_BYTES:
-                yield self._bring_long(weights, blob, batch, budget)
+                yield self._fetch_tensor(weights, blob, batch, budget)
 
-    def _bring_short(self, weights: WeightsFile, blob: Blob, batch: Batch, budget: RetryBudget) -> Batch:
+    def _fetch_batch(self, weights: WeightsFile, blob: Blob, batch: Batch, budget: RetryBudget) -> Batch:
         def pieces(data: bytes) -> Iterator[tuple[WeightTensor, memoryview]]:
             for t in batch.tensors:
                 yield t, memoryview(data)[t.offset - batch.start : t.offset - batch.start + t.length]
@@ -157,10 +173,11 @@ class SegmentCache:
         weights.write((t.offset, piece) for t, piece in pieces(data))
         return batch
 
-    def _bring_long(self, weights: WeightsFile, blob: Blob, batch: Batch, budget: RetryBudget) -> Batch:
-        # Its parts have no digests of their own: they are written as they come, each with its own tries, and the whole
-        # is hashed from the disk. So a wrong byte costs all parts again, as often as one read would be tried.
-        for _ in range(max(1, self._registry.patience.attempts)):
+    def _fetch_tensor(self, weights: WeightsFile, blob: Blob, batch: Batch, budget: RetryBudget) -> Batch:
+        # The parts of a long tensor have no digests: each is written on arrival, with retries of its own, and the
+        # tensor is hashed from disk. A wrong byte therefore costs the whole tensor again, at most as often as one read
+        # is retried.
+        for _ in range(max(1, self._registry.retry_policy.attempts)):
             for _ in in_parallel(
                 lambda part: weights.write([(part[0], self._registry.read(blob.digest, *part, budget=budget))]),
                 parts(batch.start, batch.stop),
@@ -171,11 +188,11 @@ class SegmentCache:
         raise corrupt(self._registry.url, blob.digest, tensor=batch.tensors[0].name)
 
     def _absent(self, bundle: Bundle, tensors: Sequence[WeightTensor]) -> list[WeightTensor]:
-        """Those tensors that are not here, or not what they should be."""
+        """The tensors that are absent or damaged."""
         weights = self._weights(bundle)
         recorded = weights.recorded()
-        here = [t for t in tensors if (t.offset, t.length) in recorded]
-        intact = {t for t, ok in in_parallel(lambda t: (t, weights.intact(t)), here) if ok}
+        present = [t for t in tensors if (t.offset, t.length) in recorded]
+        intact = {t for t, ok in in_parallel(lambda t: (t, weights.intact(t)), present) if ok}
         return [t for t in tensors if t not in intact]
 
     def _weights(self, bundle: Bundle) -> WeightsFile:
@@ -183,10 +200,11 @@ class SegmentCache:
 
     def _small(self, folder: str, suffix: str, digest: str, fetch: Callable[[], bytes]) -> bytes:
         path = self._dir / folder / (blob_key(digest).rpartition("/")[2] + suffix)
-        with self._disk():
+        with self._disk_errors():
             try:
                 data = path.read_bytes()
                 if digest_of(data) == digest:
+                    # Eviction of small files orders by modification time.
                     os.utime(path)
                     return data
             except FileNotFoundError:
@@ -207,7 +225,7 @@ class SegmentCache:
             )
 
     @contextmanager
-    def _disk(self) -> Iterator[None]:
+    def _disk_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as e:
@@ -220,7 +238,7 @@ class SegmentCache:
                     hint="free space there, lower the setting cache_bytes, or set cache_dir to a larger disk",
                 ) from e
             if e.errno in (errno.EFBIG, errno.EINVAL, errno.EOVERFLOW):
-                # As long as a manifest says that its weights file is.
+                # The file is created with the size in the manifest, and the manifest may be damaged.
                 raise CacheFull(
                     f"a file of the bundle is longer than one may be on the disk of the cache {self._dir}",
                     cache_dir=str(self._dir),
@@ -246,7 +264,7 @@ def _needed(segment: Segment, tensors: Sequence[WeightTensor]) -> int:
     return disk_bytes(tensors) + segment.graph.size + _SLACK_BYTES
 
 
-def _holds(path: Path, blob: Blob) -> bool:
+def _is_intact(path: Path, blob: Blob) -> bool:
     try:
         return digest_of(path.read_bytes()) == blob.digest
     except FileNotFoundError:

@@ -1,28 +1,33 @@
-"""What content is under a digest: its key, its bundle, and the error when it is not what it should be."""
+"""Content-addressed blobs: keys, verification of manifests, the cache of parsed bundles, and verified upload."""
 
 from __future__ import annotations
 
 import hashlib
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from cachetools import LRUCache
 
 from isthmus.artifacts import bundle as manifest
 from isthmus.artifacts.bundle import Bundle, is_digest
-from isthmus.errors import Corrupt, ModelError, RegistryError
+from isthmus.errors import Corrupt, Missing, ModelError, RegistryError
+from isthmus.registry.blobs import BlobStore
+from isthmus.registry.retry_policy import RetryPolicy
+from isthmus.retries import RetryBudget
 
+_COMPARE_BYTES = 8 * 2**20
 _MAX_BUNDLES = 16
 _MAX_PADDING = 2**16
-"""Bytes after the last weight in a weights file."""
+"""Bound on the bytes after the last tensor of a weights file."""
 
 
 def blob_key(digest: str) -> str:
-    """Where content lives in a store.
+    """The key of a blob in a store.
 
     Raises:
-        RegistryError: not a digest.
+        RegistryError: `digest` is malformed.
     """
     if not is_digest(digest):
         raise RegistryError(f"{digest[:100]!r} is not a sha256 digest")
@@ -36,15 +41,15 @@ def file_digest(path: Path) -> str:
 
 
 def corrupt(where: str, digest: str, **facts: str) -> Corrupt:
-    """The error for bytes that are not what their digest says."""
+    """The error for bytes that do not hash to their digest."""
     return Corrupt(f"the bytes of {digest} in {where} do not hash to it", registry=where, blob=digest, **facts)
 
 
 def read_manifest(data: bytes) -> Bundle:
-    """The bundle of a manifest, once its weights are known to lie inside its weights file.
+    """Parse a manifest and check its weights, dtypes and processing specs.
 
     Raises:
-        RegistryError: not such a manifest.
+        RegistryError: malformed, or a rule is broken.
     """
     bundle = manifest.from_json(data)
     check_weights(bundle)
@@ -53,21 +58,25 @@ def read_manifest(data: bytes) -> Bundle:
 
 
 def _check_served(bundle: Bundle) -> None:
-    """Refuse what would only fail at a request, as if that were the caller's fault.
+    """Refuse a bundle whose every request would fail as if the caller were at fault.
 
     Raises:
-        RegistryError: a segment without outputs, a dtype that no request carries, or processing that is not as written.
+        RegistryError: a segment without outputs, a dtype without an encoding in requests, or a malformed processing
+            spec.
     """
+    # Imported late: readers of the registry's package alone need no numpy.
     from isthmus.arrays import DTYPES
     from isthmus.processing import classify, image_spec
 
-    if bad := next((s.id for s in bundle.segments.values() if not s.outputs), None):
-        raise RegistryError(f"bundle {bundle.name}: segment {bad} has no outputs")
-    if odd := next((s for s in (*bundle.inputs, *bundle.outputs) if s.dtype not in DTYPES), None):
-        raise RegistryError(f"bundle {bundle.name}: {odd.name[:80]!r} is {odd.dtype[:80]!r}, which no request carries")
-    known = ((bundle.preprocess, "image", image_spec), (bundle.postprocess, "classify", classify))
-    for doc, kind, processing in known:
-        # Another kind may be a later version's; tensors are served without it.
+    if mute := next((s.id for s in bundle.segments.values() if not s.outputs), None):
+        raise RegistryError(f"bundle {bundle.name}: segment {mute} has no outputs")
+    if unsupported := next((s for s in (*bundle.inputs, *bundle.outputs) if s.dtype not in DTYPES), None):
+        raise RegistryError(
+            f"bundle {bundle.name}: {unsupported.name[:80]!r} is {unsupported.dtype[:80]!r}, which no request carries"
+        )
+    specs = ((bundle.preprocess, "image", image_spec), (bundle.postprocess, "classify", classify))
+    for doc, kind, processing in specs:
+        # A later version may add kinds; such a model still serves tensors.
         if doc is not None and doc.get("kind") == kind:
             try:
                 processing.validate_spec(doc)
@@ -76,7 +85,7 @@ def _check_served(bundle: Bundle) -> None:
 
 
 def check_weights(bundle: Bundle) -> None:
-    """Refuse a bundle whose tensors leave the weights file or overlap, or whose segments refer to none of them.
+    """Refuse a bundle with overlapping or out-of-range tensors, or with segments that refer to absent tensors.
 
     Raises:
         RegistryError: names the tensor or segment.
@@ -89,7 +98,7 @@ def check_weights(bundle: Bundle) -> None:
             )
         end = t.offset + t.length
     if bundle.weights.blob.size - end > _MAX_PADDING:
-        # A cache makes a file of that length.
+        # The cache creates a sparse file of this length.
         raise RegistryError(
             f"bundle {bundle.name}: the weights file has {bundle.weights.blob.size} bytes, and its last weight ends at"
             f" {end}"
@@ -98,7 +107,7 @@ def check_weights(bundle: Bundle) -> None:
     for s in bundle.segments.values():
         last = 0
         for start, stop in s.weights:
-            # In order and apart, so that a segment never has more weights than the bundle.
+            # Ascending and disjoint, so that a segment never lists more weights than the bundle has.
             if not last <= start <= stop <= count:
                 raise RegistryError(
                     f"bundle {bundle.name}: segment {s.id} refers to weights that are not there, or to some twice"
@@ -107,18 +116,104 @@ def check_weights(bundle: Bundle) -> None:
 
 
 class Bundles:
-    """A cache of parsed bundles; safe to use from several threads."""
+    """LRU cache of parsed bundles; thread-safe."""
 
     def __init__(self) -> None:
         self._bundles: LRUCache[str, Bundle] = LRUCache(_MAX_BUNDLES)
         self._lock = threading.Lock()
 
     def get(self, digest: str, read: Callable[[str], bytes]) -> Bundle:
-        """The bundle of that digest, from memory or from the manifest that `read` gives, verified."""
+        """The cached bundle of `digest`, else the parsed manifest that `read` returns for the digest."""
         with self._lock:
             if (bundle := self._bundles.get(digest)) is not None:
                 return bundle
+        # Outside of the lock: a slow read must not block readers of cached bundles.
         bundle = read_manifest(read(digest))
         with self._lock:
             self._bundles[digest] = bundle
         return bundle
+
+
+@dataclass(frozen=True)
+class Upload:
+    """Verified upload of blobs; all requests of one publish share a retry budget.
+
+    Some servers store a bit flipped in transit, and content of the right length is never uploaded a second time. Every
+    upload is therefore read back once and compared.
+    """
+
+    store: BlobStore
+    retry_policy: RetryPolicy
+    budget: RetryBudget
+
+    def file(self, digest: str, path: Path | None) -> None:
+        """Upload a file, unless the store has content of the same length under its digest.
+
+        Raises:
+            Missing: no file, and the store lacks the content.
+            Corrupt: the file does not hash to `digest`, or every upload read back differently.
+            RegistryUnavailable: one request exhausted its attempts, or all requests the budget.
+        """
+        stored_size = self.retry_policy(lambda: self.store.size(blob_key(digest)), self.budget)
+        if path is None or not path.is_file():
+            if stored_size is None:
+                raise Missing(
+                    f"content {digest} is neither among the files nor in {self.store.url}",
+                    kind="blob",
+                    name=digest,
+                    exists=[],
+                )
+            return
+        # A different length is the remains of an interrupted copy.
+        if stored_size == path.stat().st_size:
+            return
+        if file_digest(path) != digest:
+            raise corrupt(str(path), digest)
+        key = blob_key(digest)
+        self._until_right(
+            digest, lambda: self.store.put_file(key, path, self.budget), lambda: self._compare(digest, path)
+        )
+
+    def data(self, digest: str, data: bytes) -> None:
+        """Upload bytes.
+
+        Raises:
+            Corrupt: every upload read back differently.
+        """
+
+        key = blob_key(digest)
+        self._until_right(
+            digest,
+            lambda: self.retry_policy(lambda: self.store.put(key, data), self.budget),
+            lambda: self._compare_step(digest, lambda: self.store.get(key, max_bytes=len(data)), data),
+        )
+
+    def _until_right(self, digest: str, send: Callable[[], None], compare: Callable[[], None]) -> None:
+        for attempts_left in reversed(range(max(1, self.retry_policy.attempts))):
+            # A range of an object cannot be replaced in place: only here does a fault repeat the whole upload.
+            send()
+            try:
+                compare()
+            except Corrupt:
+                self.retry_policy(lambda: self.store.delete(blob_key(digest)), self.budget)
+                if not attempts_left:
+                    raise
+            else:
+                return
+
+    def _compare(self, digest: str, path: Path) -> None:
+        size = path.stat().st_size
+        with path.open("rb") as f:
+            for start in range(0, size, _COMPARE_BYTES):
+                self._compare_range(digest, start, f.read(_COMPARE_BYTES))
+
+    def _compare_range(self, digest: str, start: int, expected: bytes) -> None:
+        stop = start + len(expected)
+        self._compare_step(digest, lambda: self.store.read(blob_key(digest), start, stop), expected)
+
+    def _compare_step(self, digest: str, read: Callable[[], bytes], expected: bytes) -> None:
+        def one_try() -> None:
+            if read() != expected:
+                raise corrupt(self.store.url, digest)
+
+        self.retry_policy(one_try, self.budget)

@@ -1,6 +1,6 @@
-"""A registry in a folder: a local disk, or a share that several machines mount.
+"""A registry in a folder: a local disk, or a network share mounted by several machines.
 
-Calls on a share are bounded in time; files are written aside under a lock and renamed into place.
+Calls are bounded in time, since a share may hang; files are staged under a lock and renamed into place.
 """
 
 from __future__ import annotations
@@ -24,27 +24,28 @@ from isthmus.registry.retry_policy import RetryPolicy
 from isthmus.retries import RetryBudget
 
 MAX_HANGING = 16
-"""Calls that may hang at a time; each keeps a thread until the share answers."""
+"""Calls that may hang at a time; each occupies a thread until the share answers."""
 
 T = TypeVar("T")
 
 
 class FileCalls:
-    """Makes each call in a thread of its own, which is left behind when the time is up; several threads may use it.
+    """Runs file system calls with a timeout, each in a thread of its own; thread-safe.
 
-    The threads are daemons: one that hangs in the kernel must not keep the process from leaving.
+    Threads are daemons: a call that hangs in the kernel must not block the exit of the process.
     """
 
     def __init__(self, url: str) -> None:
         self._url = url
         self._hanging = 0
-        self._lock = threading.RLock()  # a callback may come from within
+        # Reentrant: a done-callback runs at once, under the lock, if the future has completed meanwhile.
+        self._lock = threading.RLock()
 
     def __call__(self, call: Callable[[], T], seconds: float, key: str) -> T:
-        """`call`'s result, or what it raises.
+        """The result or exception of `call`.
 
         Raises:
-            RegistryUnavailable: it took longer than `seconds`, or MAX_HANGING others have not come back.
+            RegistryUnavailable: longer than `seconds`, or MAX_HANGING earlier calls still hang.
         """
         if self._hanging >= MAX_HANGING:
             raise self._unavailable(f"{self._url} hangs: {MAX_HANGING} reads or writes have not come back", key)
@@ -57,7 +58,7 @@ class FileCalls:
                 if future.done():
                     return future.result()
                 self._hanging += 1
-                future.add_done_callback(self._came_back)
+                future.add_done_callback(self._returned)
             raise self._unavailable(f"{self._url} did not answer within {seconds:.3g} s for {key}", key) from None
 
     @staticmethod
@@ -67,7 +68,7 @@ class FileCalls:
         except BaseException as e:
             future.set_exception(e)
 
-    def _came_back(self, future: Future[T]) -> None:
+    def _returned(self, future: Future[T]) -> None:
         with self._lock:
             self._hanging -= 1
 
@@ -78,11 +79,11 @@ class FileCalls:
 
 
 class Staging:
-    """A folder of files that are being written, each under an exclusive flock(2) of its writer.
+    """A folder of files in progress, each under an exclusive flock(2) of its writer.
 
-    The lock ends with its process, however that ends: a file that nobody locks was left behind. The first file of each
-    Staging is preceded by a sweep. Where locks do not reach other machines, a sweep may take another machine's file,
-    which costs that publisher a retry.
+    The lock ends with the writer's process, so that an unlocked file is abandoned. The first file of each Staging is
+    preceded by a sweep of abandoned files. On shares without locks across machines, a sweep may remove another
+    machine's file and cost that publisher a retry.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -92,10 +93,10 @@ class Staging:
 
     @contextmanager
     def file(self) -> Iterator[tuple[Path, BinaryIO]]:
-        """A new empty file, open; its name is removed at the block's end, unless it was renamed.
+        """A new empty file, open for writing; its name is removed at the end of the block unless renamed before.
 
         Raises:
-            RegistryUnavailable: it was taken away before the block's end, which a retry mends.
+            RegistryUnavailable: the file was swept before the end of the block; a retry succeeds.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         self._sweep_once()
@@ -107,19 +108,20 @@ class Staging:
                 raise
             raise RegistryUnavailable(f"{path} was swept while it was written", registry=str(self._folder)) from e
         finally:
-            # The lock is held until the name is gone: a sweep in between would find nothing of ours.
+            # Unlink before unlock: a sweep in between must not see an abandoned file.
             path.unlink(missing_ok=True)
             f.close()
 
     def _create(self) -> tuple[Path, BinaryIO]:
         while True:
             descriptor, name = tempfile.mkstemp(dir=self._folder)
-            f = open(descriptor, "wb")  # noqa: SIM115 - closed by its user, with the lock
-            with suppress(OSError):  # some shares have no locks; there nothing is swept either
+            f = open(descriptor, "wb")  # noqa: SIM115 - closed by the caller, with the lock
+            # Some shares have no locks; on these a sweep cannot lock, and so removes, anything either.
+            with suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             if os.fstat(descriptor).st_nlink:
                 return Path(name), f
-            f.close()  # another process swept it before it was locked
+            f.close()  # swept by another process between creation and lock
 
     def _sweep_once(self) -> None:
         with self._lock:
@@ -127,15 +129,17 @@ class Staging:
         if swept:
             return
         for path in self._folder.iterdir():
-            # Someone else's file that may not be opened, or one that is gone by now, is none of ours.
+            # Another user's file may be unreadable, and a concurrent sweep may remove a file first; neither is an error
+            # here.
             with suppress(OSError):
-                _remove_if_left(path)
+                _remove_if_abandoned(path)
 
 
-def _remove_if_left(path: Path) -> None:
+def _remove_if_abandoned(path: Path) -> None:
     descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The name may already belong to a newer file.
         if os.fstat(descriptor).st_ino == path.stat(follow_symlinks=False).st_ino:
             path.unlink()
     finally:
@@ -143,16 +147,16 @@ def _remove_if_left(path: Path) -> None:
 
 
 _STAGING = ".staging"
-_SLOWEST = 2**20
-"""Bytes a second below which a read or write counts as one that hangs."""
+_MIN_BYTES_PER_S = 2**20
+"""A slower read or write counts as hanging."""
 
 
 class FolderStore:
-    """Keys are files under `root`. Writes go to a file aside, reach the disk, and are then renamed into place."""
+    """Keys are files under `root`, written to a staged file, synced to disk and renamed into place."""
 
-    def __init__(self, root: Path | str, patience: RetryPolicy | None = None) -> None:
+    def __init__(self, root: Path | str, retry_policy: RetryPolicy | None = None) -> None:
         self._root = Path(root).absolute()
-        self._retry = patience or RetryPolicy()
+        self._retry = retry_policy or RetryPolicy()
         self._calls = FileCalls(self.url)
         self._staging = Staging(self._root / _STAGING)
 
@@ -161,29 +165,29 @@ class FolderStore:
         return str(self._root)
 
     def get(self, key: str, *, max_bytes: int) -> bytes:
-        data = self._within(lambda: self._read(key, 0, max_bytes + 1), key, max_bytes)
+        data = self._bounded(lambda: self._read(key, 0, max_bytes + 1), key, max_bytes)
         if len(data) > max_bytes:
             raise too_long(self.url, key, max_bytes)
         return data
 
     def read(self, key: str, start: int, stop: int) -> bytes:
         check_range(start, stop)
-        data = self._within(lambda: self._read(key, start, stop - start), key, stop - start)
+        data = self._bounded(lambda: self._read(key, start, stop - start), key, stop - start)
         if len(data) < stop - start:
             raise ended_early(self.url, key, len(data), stop - start)
         return data
 
     def size(self, key: str) -> int | None:
-        return self._within(lambda: self._size(key), key)
+        return self._bounded(lambda: self._size(key), key)
 
     def exists(self, key: str) -> bool:
         return self.size(key) is not None
 
     def put(self, key: str, data: bytes) -> None:
-        self._within(lambda: self._place(key, lambda f: f.write(data), os.replace), key, len(data))
+        self._bounded(lambda: self._place(key, lambda f: f.write(data), os.replace), key, len(data))
 
     def put_file(self, key: str, path: Path, budget: RetryBudget | None = None) -> None:
-        # Not left behind in a thread, as the others may be: whoever interrupts a publish wants its file gone.
+        # In the calling thread, unlike the calls above: an interrupted publish must remove its staged file.
         def copy() -> None:
             with path.open("rb") as source:
                 self._place(key, lambda f: shutil.copyfileobj(source, f, 2**20), os.replace)
@@ -191,22 +195,22 @@ class FolderStore:
         self._retry(copy, budget)
 
     def put_if_absent(self, key: str, data: bytes, budget: RetryBudget | None = None) -> bool:
-        # A hard link fails where the name is taken, also when another process took it a moment ago.
+        # os.link fails atomically if the name exists, also against other processes.
         def link() -> bool:
             return self._place(key, lambda f: f.write(data), os.link)
 
-        return self._retry(lambda: self._within(link, key, len(data)), budget)
+        return self._retry(lambda: self._bounded(link, key, len(data)), budget)
 
     def delete(self, key: str) -> None:
-        self._within(lambda: self._delete(key), key)
+        self._bounded(lambda: self._delete(key), key)
 
     def list(self, prefix: str) -> builtins.list[str]:
         folder = self._root / check_key(prefix.removesuffix("/")) if prefix else self._root
-        # A walk is many calls; where it takes all of the time, it is not tried again.
+        # A walk is many calls; after a walk of the full timeout there is no time for a second attempt.
         return self._retry(lambda: self._calls(lambda: self._list(prefix, folder), self._retry.timeout_s, prefix))
 
-    def _within(self, call: Callable[[], T], key: str, size: int = 0) -> T:
-        return self._calls(call, self._retry.try_s + size / _SLOWEST, key)
+    def _bounded(self, call: Callable[[], T], key: str, size: int = 0) -> T:
+        return self._calls(call, self._retry.try_s + size / _MIN_BYTES_PER_S, key)
 
     def _read(self, key: str, start: int, size: int) -> bytes:
         with self._errors(key), self._path(key).open("rb", buffering=0) as f:
@@ -241,11 +245,10 @@ class FolderStore:
             )
 
     def _no_folder(self) -> RegistryError:
-        """The error for a root that is not there, or that no publish could make."""
-        there = next((path for path in (self._root, *self._root.parents) if path.exists()), self._root)
-        if there.is_file():
+        existing = next((path for path in (self._root, *self._root.parents) if path.exists()), self._root)
+        if existing.is_file():
             return RegistryError(
-                f"{there} is a file; a registry is a folder",
+                f"{existing} is a file; a registry is a folder",
                 registry=self.url,
                 hint="check the setting registry: a folder's path, or s3://BUCKET/PREFIX",
             )
@@ -255,7 +258,7 @@ class FolderStore:
         return self._root / check_key(key)
 
     def _place(self, key: str, write: Callable[[BinaryIO], object], into_place: Callable[[Path, Path], None]) -> bool:
-        """Whether it was placed; `into_place` may find the name taken."""
+        """Write a staged file and move it to `key`; False if `into_place` finds an existing name."""
         target = self._path(key)
         with self._errors(key):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -263,6 +266,7 @@ class FolderStore:
                 write(f)
                 f.flush()
                 os.fsync(f.fileno())
+                # mkstemp creates files of mode 0600, unreadable to functions of another user.
                 os.fchmod(f.fileno(), 0o644)
                 try:
                     into_place(staged, target)
@@ -289,7 +293,7 @@ class FolderStore:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` survive a power cut."""
+    """Make a rename inside `folder` survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

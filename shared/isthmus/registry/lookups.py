@@ -1,4 +1,4 @@
-"""Look-ups for callers who name what is not known here: bounded in time and number, failures remembered."""
+"""Deduplicated registry look-ups on behalf of requests: bounded in time and number, with negative caching."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from isthmus.context import Deadline
 from isthmus.errors import DeadlineExceeded, IsthmusError, Overloaded, RegistryMissing, RegistryUnavailable
 
 MAX_UNDER_WAY = 64
-"""Look-ups that are under way or wait for a thread; callers name them, so there must be an end."""
+"""Look-ups in progress or queued. Callers choose the keys, so that the queue needs a bound."""
 MAX_REMEMBERED = 1024
-"""Failures remembered; as above."""
+"""Failures in the negative cache; bounded for the same reason."""
 _WORKERS = 4
 _UNAVAILABLE_S = 1.0
-"""How long it is remembered that the registry did not answer: no longer than callers are told to stay away."""
+"""Seconds in the negative cache for an unavailable registry: no longer than Retry-After tells callers to wait."""
 
 T = TypeVar("T")
 
 
 class Lookups:
-    """Finds things by key in threads of its own; safe to use from several threads.
+    """Single-flight look-ups in a thread pool, with a negative cache; thread-safe.
 
-    Callers of one key share one look-up, which goes on when they run out of time, so that a later caller finds its
-    result. A failure is remembered for `remember_s`: it answers without asking the registry again. Units: seconds.
+    Concurrent callers of one key share one look-up. A look-up outlives a caller whose deadline passes, so that a later
+    caller gets the result. A failure stays cached for `remember_s` seconds and is raised without a request.
     """
 
     def __init__(self, remember_s: float) -> None:
@@ -43,12 +43,12 @@ class Lookups:
         )
 
     def find(self, key: Hashable, look_up: Callable[[], T], deadline: Deadline) -> T:
-        """`look_up`'s result, waited for outside of the request's slot and no longer than its deadline.
+        """The result of `look_up`. The caller waits outside of its admission slot, until its deadline at most.
 
         Raises:
-            DeadlineExceeded: it was still under way when the deadline passed.
-            Overloaded: too many others are under way or waited for.
-            IsthmusError: what `look_up` raised now, or a moment ago.
+            DeadlineExceeded: the look-up was still in progress at the deadline.
+            Overloaded: too many look-ups are in progress or awaited.
+            IsthmusError: the error of `look_up`, now or from the negative cache.
         """
         with self._lock:
             self._raise_remembered(key)
@@ -61,28 +61,29 @@ class Lookups:
                 future = self._under_way[key] = self._pool.submit(self._run, key, look_up)
         with aside():
             try:
-                found: T = future.result(timeout=deadline.remaining())
+                result: T = future.result(timeout=deadline.remaining())
             except FutureTimeout:
                 raise DeadlineExceeded(
                     "the deadline passed while the registry was asked", hint="see whether the registry answers"
                 ) from None
-        return found
+        return result
 
     def close(self) -> None:
-        """Look nothing more up; what is under way goes on to its end."""
+        """Refuse new look-ups; look-ups in progress run to their end."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def forget(self, key: Hashable) -> None:
-        """Ask the registry anew for this key."""
+        """Drop the cached failure of `key`."""
         with self._lock:
             self._failures.pop(key, None)
 
     def _raise_remembered(self, key: Hashable) -> None:
         if (error := self._failures.get(key)) is not None:
-            # A copy: an exception that several threads raise collects all their tracebacks.
+            # A copy, because an exception raised by several threads would collect all their tracebacks.
             raise type(error)(error.message, hint=error.hint, **error.facts)
 
     def _seconds(self, error: IsthmusError) -> float:
+        # A missing registry is often a share not mounted yet: as transient as an unavailable server.
         passing = isinstance(error, RegistryUnavailable | RegistryMissing)
         return min(self._remember_s, _UNAVAILABLE_S) if passing else self._remember_s
 
@@ -91,6 +92,7 @@ class Lookups:
             return look_up()
         except IsthmusError as e:
             with self._lock:
+                # The traceback would keep the frames of the look-up, and their data, alive.
                 self._failures[key] = e.with_traceback(None)
             raise
         finally:

@@ -1,7 +1,8 @@
-"""Bundles by name: immutable numbered versions, aliases that move, and content that is verified whenever it is read."""
+"""Bundles by name: immutable numbered versions, movable aliases, verified content, and profiles beside the versions."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,26 +12,28 @@ from isthmus.artifacts import bundle as manifest
 from isthmus.artifacts.bundle import MAX_MANIFEST_BYTES, Blob, Bundle, is_digest, is_model_name
 from isthmus.errors import Corrupt, Missing, RegistryError
 from isthmus.registry.blobs import BlobStore
-from isthmus.registry.content import Bundles, blob_key, check_weights, corrupt, read_manifest
-from isthmus.registry.documents import Documents
+from isthmus.registry.content import Bundles, Upload, blob_key, check_weights, corrupt, read_manifest
 from isthmus.registry.retry_policy import RetryPolicy, in_parallel
-from isthmus.registry.upload import Upload
 from isthmus.retries import RetryBudget
 
 PROD = "prod"
-"""The alias that a bare model name means. A model's first version gets it."""
+"""The alias of a bare model name; the first version of a model receives this alias."""
 
 MAX_BLOB_BYTES = 64 * 2**20
-"""Longest blob that is read into memory at once; weights are read by ranges instead."""
+"""Bound on a blob in memory. Weights exceed this bound and are read by ranges."""
 
+# A pointer is a digest of 71 characters or a version number; anything longer is damaged.
 _POINTER_BYTES = 256
+# Version numbers stay within 63 bits.
 _MAX_DIGITS = 18
 _MAX_SHOWN = 80
+_TIER = re.compile(r"[a-z0-9]([a-z0-9_]{0,31})")
+_DEVICE = re.compile(r"[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
 class Version:
-    """One published version: `version` counts from "1", `digest` is its manifest's."""
+    """A published version: `version` counts from "1", `digest` is the digest of the manifest."""
 
     name: str
     version: str
@@ -39,7 +42,7 @@ class Version:
 
 @dataclass(frozen=True)
 class Resolved:
-    """What a model reference stands for at this moment; a later `prod` may be another version."""
+    """The target of a model reference at the time of the look-up; an alias may move later."""
 
     name: str
     version: str
@@ -48,32 +51,33 @@ class Resolved:
 
 
 class Registry:
-    """Models in a store. Every read and write is tried as often as `patience` allows."""
+    """Models in a store; `retry_policy` repeats every read and write."""
 
-    def __init__(self, store: BlobStore, patience: RetryPolicy | None = None) -> None:
+    def __init__(self, store: BlobStore, retry_policy: RetryPolicy | None = None) -> None:
         self._store = store
-        self.patience = patience or RetryPolicy()
+        self.retry_policy = retry_policy or RetryPolicy()
         self._bundles = Bundles()
-        self.documents = Documents(store, self.patience)
+        self.documents = Documents(store, self.retry_policy)
 
     @property
     def url(self) -> str:
-        """Where this registry is, for messages."""
+        """The location of this registry, for messages."""
         return self._store.url
 
     def publish(self, bundle: Bundle, files: Mapping[str, Path], *, alias: str | None = None) -> Version:
-        """Make `bundle` a version of the model of its name. Published once more, it stays the version that it is.
+        """Publish `bundle` as a version of its model; a bundle published before keeps its version number.
 
-        `files` holds content by digest; what the registry has already may be left out. A model's first version gets
-        the alias prod; `alias` moves to this version. A reader sees the version once all its content is there.
+        `files` maps digests to files; content already in the registry may be absent. The first version of a model
+        receives the alias prod, and `alias` moves to this version. The version becomes visible after all content is
+        uploaded.
 
         Raises:
-            Missing: content that is neither in `files` nor in the registry.
-            Corrupt: a file's bytes do not hash to its digest; nothing refers to what was uploaded before.
+            Missing: content neither in `files` nor in the registry.
+            Corrupt: a file does not hash to its digest; no reference to earlier uploads exists.
         """
         if alias is not None:
             check_alias(alias)
-        digest, budget = self.stage(bundle, files), self.patience.budget()
+        digest, budget = self.stage(bundle, files), self.retry_policy.budget()
         version = self._number(bundle.name, digest, budget)
         if version.version == "1":
             self._store.put_if_absent(f"models/{bundle.name}/aliases/{PROD}", b"1", budget)
@@ -82,7 +86,7 @@ class Registry:
         return version
 
     def stage(self, bundle: Bundle, files: Mapping[str, Path]) -> str:
-        """Upload `bundle` without making it a version: functions load it by its digest, which is returned.
+        """Upload `bundle` without a version number and return its digest, by which functions can load the bundle.
 
         Raises:
             As `publish`.
@@ -92,24 +96,25 @@ class Registry:
         check_weights(bundle)
         data = manifest.to_json(bundle)
         digest = manifest.digest_of(data)
-        read_manifest(data)  # what no reader could read is not published
-        upload = Upload(self._store, self.patience, self.patience.budget())
+        read_manifest(data)  # an unreadable manifest must not be published
+        upload = Upload(self._store, self.retry_policy, self.retry_policy.budget())
         for _ in in_parallel(lambda digest: upload.file(digest, files.get(digest)), sorted(bundle.blobs())):
             pass
         upload.data(digest, data)
         return digest
 
     def resolve(self, reference: str) -> Resolved:
-        """The version that `NAME`, `NAME:NUMBER` or `NAME:ALIAS` stands for now; a bare name is prod, else the newest.
+        """Resolve `NAME`, `NAME:NUMBER` or `NAME:ALIAS`; a bare name is the alias prod, else the newest version.
 
         Raises:
-            Missing: no such model, version or alias; names those that there are.
+            Missing: no such model, version or alias; facts list the existing names.
         """
-        name, _, which = reference.partition(":")
-        self._check_known(name)
-        if _is_digits(which) and not _is_number(which):
-            raise self._missing(name, "version", which, self._numbers(name))
-        number = which if _is_number(which) else self._alias(name, which)
+        name, _, selector = reference.partition(":")
+        self._check_name(name)
+        # `NAME:01` is neither a version nor an alias; a look-up would miss a leading zero or build an overlong key.
+        if _is_digits(selector) and not _is_number(selector):
+            raise self._missing(name, "version", selector, self._numbers(name))
+        number = selector if _is_number(selector) else self._alias(name, selector)
         try:
             digest = self._digest(name, number)
         except Missing:
@@ -117,7 +122,7 @@ class Registry:
         return Resolved(name, number, digest, self.bundle(digest))
 
     def models(self) -> list[str]:
-        """Names of all models that have a version."""
+        """Names of all models with at least one version."""
         keys = self._store.list("models/")
         return sorted({parts[1] for key in keys if (parts := key.split("/"))[2:3] == ["versions"]})
 
@@ -125,45 +130,45 @@ class Registry:
         """All versions of a model, oldest first.
 
         Raises:
-            Missing: no such model; names those that there are.
+            Missing: no such model; facts list the existing models.
         """
         return [Version(name, number, self._digest(name, number)) for number in self._numbers(name)]
 
     def aliases(self, name: str) -> dict[str, str]:
-        """A model's aliases, and the number of the version that each means."""
-        self._check_known(name)
+        """The aliases of a model, with the version number of each."""
+        self._check_name(name)
         prefix = f"models/{name}/aliases/"
         keys = self._store.list(prefix)
         return {key.removeprefix(prefix): self._pointer(key) for key in keys}
 
     def set_alias(self, name: str, alias: str, version: str) -> None:
-        """Let `alias` mean `version` from now on; a reader sees the old version or the new one.
+        """Move `alias` to `version`, atomically.
 
         Raises:
             Missing: the model has no such version.
-            RegistryError: `alias` cannot be told from a version, or is no name.
+            RegistryError: `alias` is malformed, or only digits.
         """
         check_alias(alias)
         numbers = self._numbers(name)
         if version not in numbers:
             raise self._missing(name, "version", version, numbers)
-        self.patience(lambda: self._store.put(f"models/{name}/aliases/{alias}", version.encode()))
+        self.retry_policy(lambda: self._store.put(f"models/{name}/aliases/{alias}", version.encode()))
 
     def bundle(self, digest: str) -> Bundle:
-        """The bundle whose manifest has that digest.
+        """The bundle whose manifest has the digest `digest`.
 
         Raises:
-            Missing, Corrupt: there is none, or its bytes are not what was published.
-            RegistryError: not a manifest, or one whose weights lie outside its weights file.
+            Missing, Corrupt: absent, or the bytes do not hash to the digest.
+            RegistryError: not a manifest, or the weights lie outside of the weights file.
         """
         return self._bundles.get(digest, self.manifest)
 
     def manifest(self, digest: str) -> bytes:
-        """A manifest's bytes, verified."""
+        """The verified bytes of a manifest."""
         return self._verified(digest, MAX_MANIFEST_BYTES)
 
     def blob(self, blob: Blob) -> bytes:
-        """A blob's bytes, verified; for graphs and labels, never for weights.
+        """The verified bytes of a blob: graphs, tables and labels, never weights.
 
         Raises:
             RegistryError: longer than MAX_BLOB_BYTES.
@@ -182,10 +187,10 @@ class Registry:
         check: Callable[[bytes], None] | None = None,
         budget: RetryBudget | None = None,
     ) -> bytes:
-        """Exactly the bytes `start` to `stop` of a blob; a part has no digest, so `check` says whether they are right.
+        """The bytes `start` to `stop` of a blob. A range has no digest of its own, so that `check` verifies the bytes.
 
         Raises:
-            Corrupt: `check` raised it for every try, or the blob is shorter.
+            Corrupt: every attempt failed `check`, or the blob is too short.
         """
 
         def one_try() -> bytes:
@@ -194,7 +199,7 @@ class Registry:
                 check(data)
             return data
 
-        return self.patience(one_try, budget)
+        return self.retry_policy(one_try, budget)
 
     def _verified(self, digest: str, max_bytes: int) -> bytes:
         key = blob_key(digest)
@@ -205,36 +210,34 @@ class Registry:
                 raise corrupt(self.url, digest)
             return data
 
-        return self.patience(one_try)
+        return self.retry_policy(one_try)
 
     def _number(self, name: str, digest: str, budget: RetryBudget) -> Version:
-        """The version of `digest`: one that is there, or the next free number."""
         try:
-            known = self.versions(name)
+            versions = self.versions(name)
         except Missing:
-            known = []
-        for version in known:
+            versions = []
+        for version in versions:
             if version.digest == digest:
                 return version
-        number = int(known[-1].version) if known else 0
+        number = int(versions[-1].version) if versions else 0
         while True:
             number += 1
             key = f"models/{name}/versions/{number}"
             self._store.put_if_absent(key, digest.encode(), budget)
-            # Whoever stored it, what is there now decides: another publisher of the same bundle is no rival, and a
-            # try whose answer was lost has won all the same.
+            # Compare the stored digest, not the result of the write: a second publisher of the same bundle is no
+            # conflict, and a write whose response was lost has still succeeded.
             if self._digest(name, str(number)) == digest:
                 return Version(name, str(number), digest)
 
     def _numbers(self, name: str) -> list[str]:
-        self._check_known(name)
+        self._check_name(name)
         prefix = f"models/{name}/versions/"
         keys = self._store.list(prefix)
         numbers = sorted((number for key in keys if _is_number(number := key.removeprefix(prefix))), key=int)
         return numbers or self._refuse(name)
 
-    def _check_known(self, name: str) -> None:
-        """Refuse what cannot name a model before it becomes part of a key."""
+    def _check_name(self, name: str) -> None:
         if not is_model_name(name):
             self._refuse(name)
 
@@ -248,7 +251,6 @@ class Registry:
         )
 
     def _alias(self, name: str, alias: str) -> str:
-        """The number that an alias means; for no alias, prod's or the newest."""
         try:
             if not alias or is_alias(alias):
                 key = f"models/{name}/aliases/{alias or PROD}"
@@ -275,16 +277,18 @@ class Registry:
         return digest
 
     def _pointer(self, key: str) -> str:
-        return self.patience(lambda: self._store.get(key, max_bytes=_POINTER_BYTES)).decode("ascii", "replace").strip()
+        return (
+            self.retry_policy(lambda: self._store.get(key, max_bytes=_POINTER_BYTES)).decode("ascii", "replace").strip()
+        )
 
 
 def is_alias(text: str) -> bool:
-    """Whether `text` can be an alias: as a model's name, but not only digits, which are versions."""
+    """Whether `text` is a valid alias: a valid model name, not only digits (which denote version numbers)."""
     return is_model_name(text) and not _is_digits(text)
 
 
 def _is_number(text: str) -> bool:
-    """Whether `text` can be a version: a whole number from 1, without leading zeros, that becomes part of a key."""
+    """A positive integer without leading zeros, since the text becomes part of a key."""
     return _is_digits(text) and len(text) <= _MAX_DIGITS and text[0] != "0"
 
 
@@ -293,17 +297,72 @@ def _is_digits(text: str) -> bool:
 
 
 def _shown(text: str) -> str:
-    """A caller's text as errors repeat it."""
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
 
 
 def check_alias(text: str) -> None:
-    """Refuse what can be no alias.
+    """Refuse a malformed alias.
 
     Raises:
-        RegistryError: so it is.
+        RegistryError: `is_alias` is false.
     """
     if not is_alias(text):
         raise RegistryError(
             f"{_shown(text)!r} cannot be an alias: 1 to 63 of a-z, 0-9, '.', '_' and '-', not only digits"
         )
+
+
+class Documents:
+    """Profiles in the store of a registry, by measured content, tier and device.
+
+    Profiles are mutable: a later upload replaces an earlier profile, and no request depends on one.
+    """
+
+    def __init__(self, store: BlobStore, retry_policy: RetryPolicy) -> None:
+        self._store, self._retry = store, retry_policy
+
+    def put_profile(self, model: str, content: str, tier: str, device: str, data: bytes) -> None:
+        """Store the profile by `device`, as `tier`, of the content with the digest `content`.
+
+        Raises:
+            RegistryError: a name, digest, tier or device id is no valid part of a key.
+        """
+        key = _profile_key(model, content, tier, device)
+        self._retry(lambda: self._store.put(key, data))
+
+    def profile(self, model: str, content: str, tier: str, device: str, *, max_bytes: int) -> bytes:
+        """The bytes of a stored profile.
+
+        Raises:
+            Missing: no such profile.
+            RegistryError: longer than `max_bytes`.
+        """
+        key = _profile_key(model, content, tier, device)
+        return self._retry(lambda: self._store.get(key, max_bytes=max_bytes))
+
+    def profiles(self, model: str, content: str) -> list[tuple[str, str]]:
+        """Tier and device of each profile of the content."""
+        folder = _folder(model, content)
+        try:
+            keys = self._store.list(folder)
+        except Missing:
+            return []
+        names = (key.removeprefix(folder).removesuffix(".json").rpartition("-") for key in keys)
+        return [(tier, device) for tier, _, device in names if _TIER.fullmatch(tier) and _DEVICE.fullmatch(device)]
+
+
+def is_tier(text: str) -> bool:
+    """Whether `text` is a valid tier name: 1 to 32 of a-z, 0-9 and '_', with an alphanumeric first character."""
+    return _TIER.fullmatch(text) is not None
+
+
+def _profile_key(model: str, content: str, tier: str, device: str) -> str:
+    if not is_tier(tier) or not _DEVICE.fullmatch(device):
+        raise RegistryError(f"a profile of tier {tier!r} and device {device!r} cannot be stored")
+    return f"{_folder(model, content)}{tier}-{device}.json"
+
+
+def _folder(model: str, content: str) -> str:
+    if not is_model_name(model) or not is_digest(content):
+        raise RegistryError(f"a profile of model {model!r} with content {content!r} cannot be stored")
+    return f"models/{model}/profiles/{content.removeprefix('sha256:')}/"

@@ -1,4 +1,4 @@
-"""The registry's retry policy, and the number of requests to it in parallel."""
+"""The registry's retry policy, and its bound on parallel requests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from isthmus.errors import Corrupt, RegistryUnavailable
 from isthmus.retries import RetryBudget, backoff
 
 MAX_PARALLEL_REQUESTS = 4
-"""Reads or writes under way at once: enough to hide a round trip, few enough for a small edge node."""
+"""Enough to hide a round trip, few enough for the memory of a small edge node."""
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -21,48 +21,53 @@ S = TypeVar("S")
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often, and for how many seconds in all, one read or write is tried before its error stands."""
+    """Bounds on one read or write: the number of attempts, and the seconds of all attempts together."""
 
     attempts: int = 4
     timeout_s: float = 20.0
 
     @property
     def try_s(self) -> float:
-        """The longest one try may hear nothing: all of them and the pauses between them fit in `timeout_s`."""
+        """The read timeout of one attempt in seconds; all attempts and pauses fit in `timeout_s`."""
+        # One share more than attempts leaves time for the pauses; the floor keeps a tiny timeout usable on loopback.
         return max(0.05, self.timeout_s / (max(1, self.attempts) + 1))
 
     def budget(self) -> RetryBudget:
-        """The retry budget of a sequence: as many as its steps under way at once may take, and one for each success.
+        """A retry budget for one sequence of requests: the retries of MAX_PARALLEL_REQUESTS steps, plus one per
+        success.
 
-        A store that refuses a tenth of the requests never uses it up; one that refuses most of them ends the sequence
-        after a few steps, where each step alone might take its full number of tries.
+        A store that refuses a tenth of the requests never exhausts the budget. A store that refuses most requests ends
+        the sequence after a few steps, although each step alone would be allowed all its attempts.
         """
         return RetryBudget(burst=MAX_PARALLEL_REQUESTS * max(1, self.attempts - 1), per_second=0.0, per_success=1.0)
 
     def __call__(self, action: Callable[[], T], budget: RetryBudget | None = None) -> T:
-        """`action`'s result; a faulty transfer or a registry that does not answer is tried again, nothing else.
+        """The result of `action`, one request, repeated after a corrupt transfer or an unavailable registry.
 
-        `action` is one step. The steps of a sequence share a `budget`.
+        A sequence of requests shares `budget`.
 
         Raises:
-            Corrupt, RegistryUnavailable: the last try's error.
+            Corrupt, RegistryUnavailable: the error of the last attempt.
         """
+        # Scaled with the timeout, so that the pauses of all attempts take a fraction of the time.
         pauses = backoff(min(0.1, self.timeout_s / 50), self.timeout_s / 10)
 
-        def again(error: Exception) -> bool | float:
+        def pause_after(error: Exception) -> bool | float:
             if not isinstance(error, RegistryUnavailable | Corrupt) or (budget is not None and not budget.take()):
                 return False
             return next(pauses)
 
         caller = stamina.RetryingCaller(attempts=max(1, self.attempts), timeout=self.timeout_s)
-        result = caller(again, action)
+        result = caller(pause_after, action)
         if budget is not None:
             budget.succeeded()
         return result
 
 
 def in_parallel(action: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
-    """Results of `action`, MAX_PARALLEL_REQUESTS at a time, as they come; the first error stops what has not begun."""
+    """Results of `action` in order of completion, MAX_PARALLEL_REQUESTS at a time; the first error cancels queued
+    items.
+    """
     pool = ThreadPoolExecutor(MAX_PARALLEL_REQUESTS, thread_name_prefix="registry")
     try:
         for future in as_completed([pool.submit(action, item) for item in items]):

@@ -1,4 +1,4 @@
-"""A registry in S3, or in any server that speaks its protocol (MinIO, Ceph, R2, …). The only importer of boto3."""
+"""A registry in S3 or a compatible server (MinIO, Ceph, R2, …). The only module that imports boto3."""
 
 from __future__ import annotations
 
@@ -20,36 +20,39 @@ from isthmus.registry.retry_policy import MAX_PARALLEL_REQUESTS, RetryPolicy, in
 from isthmus.retries import RetryBudget
 from isthmus.settings import is_secret
 
+# S3 requires parts of at least 5 MiB; the memory of an upload is this times MAX_PARALLEL_REQUESTS.
 _PART_BYTES = 16 * 2**20
 _MAX_PARTS = 10_000
-"""S3's own limit for one object."""
+"""S3's limit on the parts of one object."""
 _CHUNK_BYTES = 2**18
-_SLOWEST = 64 * 2**10
-"""Bytes a second below which a transfer that trickles counts as one that has stopped."""
+_MIN_BYTES_PER_S = 64 * 2**10
+"""A slower transfer counts as stalled."""
 
 _DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "401", "403"}
-_ELSEWHERE = {
+_WRONG_REGION = {
     "AuthorizationHeaderMalformed",
     "PermanentRedirect",
     "TemporaryRedirect",
     "IllegalLocationConstraintException",
 }
-_UNEXPLAINED = {301, 307, 400, 403}
-_OF_AWS = (".amazonaws.com", ".amazonaws.com.cn", ".api.aws")
+# Statuses of a HEAD whose reason is in the response body, which only a GET has.
+_NEEDS_BODY = {301, 307, 400, 403}
+_AWS_DOMAINS = (".amazonaws.com", ".amazonaws.com.cn", ".api.aws")
 _REGION = "us-east-1"
 _MAX_REGION = 64
+# boto3 follows redirects without a bound; see `_count_redirects`.
 _MAX_REDIRECTS = 5
 _NO_KEY = {"NoSuchKey", "NotFound", "404"}
-_SPOILT = {"BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody"}
-_PASSING = _SPOILT | {"SlowDown", "RequestTimeout", "ConditionalRequestConflict", "OperationAborted"}
+_DAMAGED_UPLOAD = {"BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody"}
+_TRANSIENT = _DAMAGED_UPLOAD | {"SlowDown", "RequestTimeout", "ConditionalRequestConflict", "OperationAborted"}
 
 
 class S3Store:
-    """Keys are objects under `prefix` of one bucket. `endpoint` is empty for AWS; any other server is asked path-style.
+    """Keys are objects under `prefix` of one bucket; an empty `endpoint` is AWS, any other server is addressed
+    path-style.
 
-    `key_id` and `secret` are the credentials; without them boto3's own chain is used (environment, files, the
-    instance's role). So is its region where `region` is empty. boto3 makes one try;
-    isthmus.registry.retry_policy repeats it.
+    Without `key_id` and `secret`, boto3's own credential chain applies (environment, files, instance role); with an
+    empty `region`, boto3's own region. boto3 makes one attempt; `RetryPolicy` repeats requests.
     """
 
     def __init__(
@@ -61,22 +64,22 @@ class S3Store:
         region: str = "",
         key_id: str = "",
         secret: str = "",
-        patience: RetryPolicy | None = None,
+        retry_policy: RetryPolicy | None = None,
     ) -> None:
         self._bucket = bucket
         self._prefix = f"{check_key(prefix.strip('/'))}/" if prefix.strip("/") else ""
         self._endpoint, self._region = endpoint, region
         self._key_id, self._secret = key_id, secret
-        self._retry = patience or RetryPolicy()
-        self._made: Any = None
+        self._retry = retry_policy or RetryPolicy()
+        self._connection: Any = None
         self._thread = threading.local()
 
     def close(self) -> None:
-        """Close the connections that wait for the next request."""
+        """Close idle connections."""
         with _CONNECTING:
-            if self._made is not None:
-                self._made.close()
-                self._made = None
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
 
     @property
     def url(self) -> str:
@@ -84,23 +87,23 @@ class S3Store:
 
     def get(self, key: str, *, max_bytes: int) -> bytes:
         with self._errors(key):
-            reply = self._client().get_object(**self._at(key))
-            if reply["ContentLength"] > max_bytes:
-                reply["Body"].close()
+            response = self._client().get_object(**self._at(key))
+            if response["ContentLength"] > max_bytes:
+                response["Body"].close()
                 raise too_long(self.url, key, max_bytes)
-            return self._body(key, reply["Body"], reply["ContentLength"])
+            return self._body(key, response["Body"], response["ContentLength"])
 
     def read(self, key: str, start: int, stop: int) -> bytes:
         check_range(start, stop)
         if start == stop:
             return b""
         with self._errors(key):
-            reply = self._client().get_object(**self._at(key), Range=f"bytes={start}-{stop - 1}")
-            if reply["ContentLength"] == stop - start:
-                return self._body(key, reply["Body"], stop - start)
-            reply["Body"].close()
-        if reply["ContentLength"] < stop - start:
-            raise ended_early(self.url, key, reply["ContentLength"], stop - start)
+            response = self._client().get_object(**self._at(key), Range=f"bytes={start}-{stop - 1}")
+            if response["ContentLength"] == stop - start:
+                return self._body(key, response["Body"], stop - start)
+            response["Body"].close()
+        if response["ContentLength"] < stop - start:
+            raise ended_early(self.url, key, response["ContentLength"], stop - start)
         raise RegistryError(f"{self.url} ignores byte ranges: it cannot be a registry", registry=self.url, blob=key)
 
     def size(self, key: str) -> int | None:
@@ -110,22 +113,23 @@ class S3Store:
             except self._client().exceptions.ClientError as e:
                 if e.response["Error"]["Code"] in _NO_KEY:
                     return None
-                if _status(e) not in _UNEXPLAINED:
+                if _status(e) not in _NEEDS_BODY:
                     raise
-            # A HEAD's response has no body; that of a GET says why, or which region was meant, where boto3 asks then.
+            # A HEAD has no response body. The body of a GET holds the reason, and the right region for boto3's own
+            # redirect.
             return self._size_by_get(key)
 
     def _size_by_get(self, key: str) -> int | None:
         try:
-            reply = self._client().get_object(**self._at(key), Range="bytes=0-0")
+            response = self._client().get_object(**self._at(key), Range="bytes=0-0")
         except self._client().exceptions.ClientError as e:
             if e.response["Error"]["Code"] in _NO_KEY:
                 return None
-            if _status(e) == 416:  # of nothing, there is no first byte
+            if _status(e) == 416:  # an empty object has no first byte
                 return 0
             raise
-        reply["Body"].close()
-        return int(reply["ContentRange"].rpartition("/")[2])
+        response["Body"].close()
+        return int(response["ContentRange"].rpartition("/")[2])
 
     def exists(self, key: str) -> bool:
         return self.size(key) is not None
@@ -140,34 +144,37 @@ class S3Store:
             data = path.read_bytes()
             retry(lambda: self.put(key, data), budget)
             return
-        upload = at | {"UploadId": retry(lambda: self._ask(key, "create_multipart_upload", **at)["UploadId"], budget)}
+        upload = at | {
+            "UploadId": retry(lambda: self._request(key, "create_multipart_upload", **at)["UploadId"], budget)
+        }
         length = max(_PART_BYTES, -(-size // _MAX_PARTS))
 
         def send(number: int) -> dict[str, Any]:
             with path.open("rb") as f:
                 f.seek((number - 1) * length)
                 body = _body_of(f.read(length))
-            reply = retry(lambda: self._ask(key, "upload_part", **upload, **body, PartNumber=number), budget)
-            return {"PartNumber": number, "ETag": reply["ETag"]}
+            response = retry(lambda: self._request(key, "upload_part", **upload, **body, PartNumber=number), budget)
+            return {"PartNumber": number, "ETag": response["ETag"]}
 
         try:
             parts = sorted(in_parallel(send, range(1, -(-size // length) + 1)), key=lambda part: part["PartNumber"])
             retry(
-                lambda: self._ask(key, "complete_multipart_upload", **upload, MultipartUpload={"Parts": parts}), budget
+                lambda: self._request(key, "complete_multipart_upload", **upload, MultipartUpload={"Parts": parts}),
+                budget,
             )
         except BaseException:
-            # Parts that nobody completes would be kept, and paid for.
+            # Parts of an unfinished upload would stay in the bucket, at a cost.
             with suppress(RegistryError):
-                self._ask(key, "abort_multipart_upload", **upload)
+                self._request(key, "abort_multipart_upload", **upload)
             raise
 
-    def _ask(self, key: str, operation: str, **arguments: Any) -> Any:
+    def _request(self, key: str, operation: str, **arguments: Any) -> Any:
         with self._errors(key):
             return getattr(self._client(), operation)(**arguments)
 
     def put_if_absent(self, key: str, data: bytes, budget: RetryBudget | None = None) -> bool:
-        # Not every server enforces If-None-Match. Looking first and reading back afterwards leaves such a server only
-        # the moment between the two (docs/registry.md, "Publishers at the same time").
+        # Some servers ignore If-None-Match. The look-up before and the read afterwards narrow the race on such servers
+        # to one moment (docs/reference/registry.md, "Publishers at the same time").
         retry = self._retry
         if retry(lambda: self.exists(key), budget):
             return False
@@ -194,25 +201,25 @@ class S3Store:
     def list(self, prefix: str) -> builtins.list[str]:
         if prefix:
             check_key(prefix.removesuffix("/"))
-        where: dict[str, Any] = {"Bucket": self._bucket, "Prefix": self._prefix + prefix}
+        query: dict[str, Any] = {"Bucket": self._bucket, "Prefix": self._prefix + prefix}
         keys, budget, more = list[str](), self._retry.budget(), True
         while more:
-            page = self._retry(lambda: self._ask(prefix, "list_objects_v2", **where), budget)
+            page = self._retry(lambda: self._request(prefix, "list_objects_v2", **query), budget)
             keys += [item["Key"].removeprefix(self._prefix) for item in page.get("Contents", ())]
             token = page.get("NextContinuationToken", "")
-            # A page that is followed by itself would never end.
-            more = bool(page.get("IsTruncated")) and token not in ("", where.get("ContinuationToken"))
-            where["ContinuationToken"] = token
+            # A server that repeats a page's token would cause an endless loop.
+            more = bool(page.get("IsTruncated")) and token not in ("", query.get("ContinuationToken"))
+            query["ContinuationToken"] = token
         return sorted(keys)
 
     def _at(self, key: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._prefix + check_key(key)}
 
     def _body(self, key: str, body: Any, length: int) -> bytes:
-        # The socket's own timeout bounds silence; this bounds a body that trickles.
-        deadline = time.monotonic() + self._retry.try_s + length / _SLOWEST
+        # The socket timeout bounds silence; this deadline bounds a body that trickles.
+        deadline = time.monotonic() + self._retry.try_s + length / _MIN_BYTES_PER_S
         parts, got = [], 0
-        # botocore's own read waits until it has all that it was asked for, so that the deadline would be seen too late.
+        # botocore's own `read` blocks until all bytes have arrived, and so would check the deadline too late.
         read = getattr(getattr(body, "_raw_stream", body), "read1", body.read)
         with body:
             while got < length and (part := read(min(_CHUNK_BYTES, length - got))):
@@ -220,7 +227,7 @@ class S3Store:
                 got += len(part)
                 if time.monotonic() > deadline:
                     break
-        # The length was announced, so that it is the connection that failed, not the object that is short.
+        # The response announced this length, so that the connection failed and the object is not truncated.
         if got != length:
             raise RegistryUnavailable(
                 f"{self.url} stopped after {got} of {length} bytes of {key}", registry=self.url, blob=key
@@ -229,20 +236,20 @@ class S3Store:
 
     def _client(self) -> Any:
         with _CONNECTING:
-            if self._made is None:
-                self._made = self._connect()
-            return self._made
+            if self._connection is None:
+                self._connection = self._connect()
+            return self._connection
 
     def _connect(self) -> Any:
         session = _session(self._key_id, self._secret)
         self._check_credentials(session)
-        # boto3 may know of another server than AWS by itself, from its configuration file.
-        client = self._make(session, "path" if self._endpoint else "auto")
-        if not self._endpoint and not urlsplit(client.meta.endpoint_url).netloc.endswith(_OF_AWS):
-            client = self._make(session, "path")
+        # boto3's configuration file may name an endpoint other than AWS.
+        client = self._new_client(session, "path" if self._endpoint else "auto")
+        if not self._endpoint and not urlsplit(client.meta.endpoint_url).netloc.endswith(_AWS_DOMAINS):
+            client = self._new_client(session, "path")
         return client
 
-    def _make(self, session: Any, style: Literal["auto", "path"]) -> Any:
+    def _new_client(self, session: Any, style: Literal["auto", "path"]) -> Any:
         from botocore.config import Config
 
         config = Config(
@@ -251,8 +258,8 @@ class S3Store:
             read_timeout=self._retry.try_s,
             max_pool_connections=2 * MAX_PARALLEL_REQUESTS,
             s3={"addressing_style": style},
-            # Servers other than AWS stumble over the newer checksum headers; reads are verified here by SHA-256, and
-            # a signed write carries its own.
+            # Some servers reject the newer checksum headers. Reads are verified by SHA-256 here, and signed writes
+            # carry a checksum of their own.
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
         )
@@ -268,8 +275,8 @@ class S3Store:
         return client
 
     def _count_redirects(self, response: Any = None, **_: Any) -> None:
-        # boto3 asks for the region after each redirect; where that is redirected too, it would go on until the stack
-        # is full.
+        # boto3 looks up the region after each redirect. If the look-up is redirected, too, boto3 recurses until the
+        # stack overflows.
         if response is None or not 300 <= response[0].status_code < 400:
             self._thread.redirects = 0
             return
@@ -283,20 +290,20 @@ class S3Store:
             )
 
     def _check_credentials(self, session: Any) -> None:
-        """Refuse credentials that no header can hold: the HTTP library's own refusal would repeat them.
+        """Refuse credentials that no header can hold, since the error of the HTTP library would repeat the secret.
 
         Raises:
-            Denied: a control character or a space; says in which part, and not what.
+            Denied: a control character or a space; the message names the part, not its text.
         """
-        if (found := session.get_credentials()) is None:
+        if (credentials := session.get_credentials()) is None:
             return
-        keys = found.get_frozen_credentials()
+        keys = credentials.get_frozen_credentials()
         parts = {"key id": keys.access_key, "secret key": keys.secret_key, "session token": keys.token}
         for part, text in parts.items():
             if text and not is_secret(text):
                 raise Denied(
-                    f"the S3 {part} (found by boto3: {found.method}) holds a space, a line break or another character"
-                    " that no key has",
+                    f"the S3 {part} (found by boto3: {credentials.method}) holds a space, a line break or another"
+                    " character that no key has",
                     registry=self.url,
                     hint="set it again without the line break",
                 )
@@ -317,12 +324,12 @@ class S3Store:
         try:
             yield
         except ClientError as e:
-            raise self._ours(e, key) from e
+            raise self._translated(e, key) from e
         except (NoCredentialsError, PartialCredentialsError) as e:
             raise Denied(f"there are no credentials for {self.url}", hint=_SECRETS, **facts) from e
         except HTTPClientError as e:
-            # The HTTP library refused the request before it was sent, or failed as nobody foresaw. The text of a
-            # refused header is the header, signature included.
+            # Either the HTTP library refused the request, or an unexpected failure. The text of a refused header
+            # includes the signature, so that neither the text nor the cause is kept.
             if isinstance(e.kwargs.get("error"), ValueError):
                 raise RegistryError(
                     f"a request to {self.url} cannot be sent: the HTTP library refuses one of its headers",
@@ -330,10 +337,10 @@ class S3Store:
                     **facts,
                 ) from None
             raise RegistryUnavailable(f"{self.url} did not answer for {key}: {type(e).__name__}: {e}", **facts) from e
-        except _failures_in_passing() as e:
+        except _transient_errors() as e:
             raise RegistryUnavailable(f"{self.url} did not answer for {key}: {type(e).__name__}: {e}", **facts) from e
         except BotoCoreError as e:
-            # A profile that is not there, a region that is none: another try finds the same.
+            # An absent profile or an invalid region: a configuration error, permanent.
             raise Denied(
                 f"{self.url} cannot be asked as this process is configured: {e}",
                 hint="see AWS_PROFILE and boto3's other variables and files, or put the keys in secrets_dir",
@@ -346,25 +353,27 @@ class S3Store:
                 **facts,
             ) from e
         except (ValueError, KeyError) as e:
-            # The text may be a header with the signature; so may that of its cause.
+            # The text, and the cause's, may be a header with the signature.
             raise RegistryError(f"{self.url} cannot be asked for {key}: {type(e).__name__}", **facts) from None
 
-    def _ours(self, e: Any, key: str) -> RegistryError:
+    def _translated(self, e: Any, key: str) -> RegistryError:
+        # An absent bucket answers 404, too, and must not look like an absent key.
         code, status = str(e.response["Error"].get("Code", "")), _status(e)
         facts = {"registry": self.url, "blob": key}
         if code == "NoSuchBucket":
             return missing_registry(self.url)
-        asked = self._made.meta.region_name if self._made is not None else ""
-        if (region := _region_of(e)) and region != asked:
+        client_region = self._connection.meta.region_name if self._connection is not None else ""
+        if (region := _region_of(e)) and region != client_region:
             return RegistryError(
-                f"the bucket of {self.url} is in the region {region}; it was asked for in {asked} ({status} {code})",
+                f"the bucket of {self.url} is in the region {region}; the request went to {client_region}"
+                f" ({status} {code})",
                 region=region,
                 hint=f"set s3_region={region} (S3_REGION for commands and stack.yml)",
                 **facts,
             )
         if code in _NO_KEY or status == 404:
             return missing_blob(self.url, key)
-        if code in _PASSING or status >= 500 or status in (408, 429):
+        if code in _TRANSIENT or status >= 500 or status in (408, 429):
             return RegistryUnavailable(f"{self.url} answered {status} {code} for {key}", **facts)
         if code in _DENIED or status in (401, 403):
             return Denied(f"{self.url} refused our credentials for {key} ({code})", hint=_SECRETS, **facts)
@@ -383,8 +392,8 @@ _CONNECTING = threading.Lock()
 
 
 @lru_cache(maxsize=1)
-def _failures_in_passing() -> tuple[type[Exception], ...]:
-    """What another try may mend: connections, bodies that end early, a role's endpoint that does not answer."""
+def _transient_errors() -> tuple[type[Exception], ...]:
+    """Errors that a retry may cure: connections, truncated bodies, and a role endpoint without an answer."""
     from botocore import exceptions as boto
     from urllib3.exceptions import HTTPError
 
@@ -400,24 +409,24 @@ def _failures_in_passing() -> tuple[type[Exception], ...]:
 
 
 def _region_of(e: Any) -> str:
-    """The region that a refusal names, in its header or its body; empty where it names none."""
+    """The right region, as named in the header or body of a refusal; empty if absent."""
     headers = e.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-    found = str(headers.get("x-amz-bucket-region") or e.response["Error"].get("Region") or "")
-    # A refusal for another reason names the region, too.
-    wrong = _status(e) in (301, 307) or str(e.response["Error"].get("Code", "")) in _ELSEWHERE
-    return found if wrong and len(found) <= _MAX_REGION else ""
+    region = str(headers.get("x-amz-bucket-region") or e.response["Error"].get("Region") or "")
+    # Refusals for other reasons carry the region as well.
+    wrong = _status(e) in (301, 307) or str(e.response["Error"].get("Code", "")) in _WRONG_REGION
+    return region if wrong and len(region) <= _MAX_REGION else ""
 
 
 @lru_cache(maxsize=4)
 def _session(key_id: str, secret: str) -> Any:
-    # What a session has read of boto3's tables serves all its clients; reading it takes longer than a small segment.
+    # Sessions share boto3's parsed service models; parsing takes longer than the fetch of a small segment.
     import boto3
 
     return boto3.session.Session(aws_access_key_id=key_id or None, aws_secret_access_key=secret or None)
 
 
 def _body_of(data: bytes) -> dict[str, Any]:
-    """Content with its MD5, which all servers check; not all check the SHA-256 that a request is signed with."""
+    """Content with its MD5: every server verifies MD5, some ignore the SHA-256 in the signature."""
     md5 = hashlib.md5(data, usedforsecurity=False).digest()
     return {"Body": data, "ContentMD5": base64.b64encode(md5).decode()}
 

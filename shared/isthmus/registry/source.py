@@ -1,4 +1,4 @@
-"""Where a function finds its segments: the protocol, and a segment baked into the function's image."""
+"""The source of a function's segments: the protocol, and a segment baked into the function's image."""
 
 from __future__ import annotations
 
@@ -16,23 +16,25 @@ from isthmus.errors import Missing, RegistryError, SettingsError
 from isthmus.registry.content import corrupt, file_digest, read_manifest
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes fetched so far and those to fetch in all."""
+"""Callback with the bytes fetched so far and the total bytes to fetch."""
 
 
 class Located:
-    """A segment on this machine: `path` is its .onnx file, with its weights beside it.
+    """A segment on local disk: `path` is the .onnx file, beside its weights.
 
-    The files stay until `release`, the end of a `with` block, the end of this object or of the process.
+    The files stay in the cache until `release`, the end of a `with` block, or the end of this object or the process.
     """
 
     def __init__(self, path: Path, segment: Segment, bundle: Bundle, pin: int | None = None) -> None:
         self.path = path
         self.segment = segment
         self.bundle = bundle
+        # weakref.finalize closes the descriptor once, also at interpreter exit; a descriptor closed twice may be
+        # another file's.
         self._release = weakref.finalize(self, os.close, pin) if pin is not None else None
 
     def release(self) -> None:
-        """Let the files go, once nothing maps them; a second call does nothing."""
+        """Allow eviction of the files; call after the last memory map is closed. A second call is a no-op."""
         if self._release is not None:
             self._release()
 
@@ -46,46 +48,46 @@ class Located:
 
 
 class SegmentSource(Protocol):
-    """Where segments come from: a cache before a registry, or a folder baked into the image."""
+    """A source of segments: a cache in front of a registry, or a folder baked into the image."""
 
     def bundle(self, digest: str) -> Bundle:
-        """The bundle of that digest.
+        """The bundle with the digest `digest`.
 
         Raises:
-            RegistryError: Missing, or any other reason why it cannot be had.
+            RegistryError: Missing, or any other reason for a failed read.
         """
         ...
 
     def blob(self, blob: Blob) -> bytes:
-        """A small blob's bytes, such as a codec's table, verified.
+        """The verified bytes of a small blob, such as the table of a codec.
 
         Raises:
-            RegistryError: Missing, or any other reason why it cannot be had.
+            RegistryError: Missing, or any other reason for a failed read.
         """
         ...
 
     def locate(self, bundle_digest: str, segment_id: str) -> Located:
-        """The segment's files, complete and verified.
+        """The files of a segment, complete and verified.
 
         Raises:
-            RegistryError: Missing, or any other reason why they cannot be had.
+            RegistryError: Missing, or any other reason for a failed read.
         """
         ...
 
 
 MANIFEST, SEGMENT, GRAPH, WEIGHTS = "manifest.json", "segment.json", "segment.onnx", "weights.bin"
 BLOBS = "blobs"
-"""The folder of what codecs need to unpack the segment's inputs, each file named by its digest's hex."""
+"""Folder of the codec tables for decoding the segment's inputs; file names are digests in hex."""
 
 
 class BakedSegment:
-    """The one segment of the one bundle in a folder, verified when it is opened.
+    """One segment of one bundle in a folder, verified when opened.
 
-    The folder holds manifest.json (as published: its digest is the bundle's), segment.json, segment.onnx and
-    weights.bin (this segment's tensors alone). Source: docs/registry.md, "A baked segment".
+    The folder holds manifest.json (the published bytes, whose digest is the bundle's), segment.json, segment.onnx and
+    weights.bin (the tensors of this segment alone). Source: docs/reference/registry.md, "A baked segment".
 
     Raises:
-        SettingsError: the folder, or one of its files, is not there.
+        SettingsError: the folder or one of its files is absent.
         Corrupt: a file does not hash to its digest.
         RegistryError: segment.json or manifest.json does not follow its format.
     """
@@ -94,6 +96,7 @@ class BakedSegment:
         self._folder = Path(folder)
         try:
             with (self._folder / MANIFEST).open("rb") as f:
+                # One byte beyond the bound is enough for the parser to refuse the rest unread.
                 data = f.read(MAX_MANIFEST_BYTES + 1)
             doc = (self._folder / SEGMENT).read_bytes()
             self.digest = digest_of(data)
@@ -136,13 +139,13 @@ class BakedSegment:
         if file_digest(path) != blob.digest:
             raise corrupt(str(path), blob.digest)
 
-    def _missing(self, kind: str, name: str, held: str) -> Missing:
+    def _missing(self, kind: str, name: str, existing: str) -> Missing:
         return Missing(
             f"this function holds segment {self.segment_id} of {self._bundle.name} ({self.digest}) and no other;"
             f" {kind} {name!r} was asked for",
             kind=kind,
             name=name,
-            exists=[held],
+            exists=[existing],
             hint="unset segment_dir to serve any bundle of a registry",
         )
 

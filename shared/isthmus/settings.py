@@ -1,7 +1,8 @@
 """Settings: frozen dataclasses read from the environment once, at start.
 
 A field's name is the variable's name, in lower case as OpenFaaS writes them. An empty value counts as unset. A value
-that cannot be read stops the start and names the variable. docs/settings.md lists every field; a test holds it to this.
+that cannot be read stops the start and names the variable. docs/reference/settings.md lists every field, and a test
+compares the two.
 """
 
 from __future__ import annotations
@@ -142,12 +143,12 @@ class RegistrySettings(EnvSettings):
         fallbacks=("AWS_REGION", "AWS_DEFAULT_REGION"),
     )
     secrets_dir: str = setting(
-        "folder of OpenFaaS secrets; s3-access-key-id and s3-secret-access-key are read from it when they are there",
+        "folder of OpenFaaS secrets; s3-access-key-id and s3-secret-access-key are read from it if present",
         "/var/openfaas/secrets",
     )
-    cache_dir: str = setting("folder for fetched segments and weights; the only place written to", "/tmp/isthmus")  # noqa: S108
-    cache_bytes: int = setting("bound on that folder; the least recently used weights are dropped first", 2**30)
-    registry_attempts: int = setting("tries for one read of the registry, the first included", 4, minimum=1)
+    cache_dir: str = setting("folder for fetched segments and weights; the only folder written to", "/tmp/isthmus")  # noqa: S108
+    cache_bytes: int = setting("bound on cache_dir; the least recently used weights are evicted first", 2**30)
+    registry_attempts: int = setting("attempts for one read of the registry, the first included", 4, minimum=1)
     registry_timeout_s: float = setting("longest wait for one read of the registry, in seconds", 20.0, minimum=0.001)
 
 
@@ -165,39 +166,40 @@ class SegmentSettings(RegistrySettings):
         "onnxruntime execution providers, first choice first", ("CPUExecutionProvider",)
     )
     threads: int = setting("threads of one run; 0 takes the container's CPU limit", 0, maximum=MAX_THREADS)
-    max_loaded_bytes: int = setting("bound on loaded segments' weights; the least recently used goes first", 4 * 2**30)
+    max_loaded_bytes: int = setting(
+        "bound on loaded segments' weights; the least recently used are evicted first", 4 * 2**30
+    )
     max_concurrency: int = setting(
-        "requests admitted at a time; one more is answered 429 with Retry-After", 32, minimum=1
+        "requests admitted at a time; beyond, the response is 429 with Retry-After", 32, minimum=1
     )
     max_request_bytes: int = setting(
-        "longest request body, unpacked where it is compressed; also what a frame's tensors may take, with the memory"
-        " that decoding them needs",
+        "longest request body, decompressed; also the bound on a frame's decoded tensors with the working memory of"
+        " decoding",
         64 * 2**20,
     )
     max_working_bytes: int = setting(
-        "bound on the bodies under way of all requests together, and on what reading them takes: parsed JSON, unpacked"
-        " bodies, decoded tensors. What would exceed it is answered 429 with Retry-After; never less than twice"
-        " max_request_bytes",
+        "bound on the memory of all requests together: bodies, parsed JSON, decompressed bodies, decoded tensors."
+        " Beyond, the response is 429 with Retry-After; at least twice max_request_bytes",
         256 * 2**20,
     )
     deadline_s: float = setting(
-        "longest a request may take, in seconds; its X-Timeout and exec_timeout shorten it, each less a margin",
+        "longest time of a request, in seconds; its X-Timeout and exec_timeout shorten it, each less a margin",
         20.0,
         minimum=0.001,
     )
     exec_timeout: float = setting(
         "of-watchdog's own limit of a call: seconds, or a duration such as 1m30s; 0 is none. A request ends a margin"
-        " before it, a tenth of it and at most 1 s, so that its caller gets an error and not the watchdog's empty 504",
+        " before, a tenth of it and at most 1 s, so that its caller gets an error and not the watchdog's empty 504",
         30.0,
     )
     max_image_pixels: int = setting("largest image, in pixels, that is decoded", 64_000_000)
     image_memory_bytes: int = setting(
-        "memory that all images under way may take to decode; one that alone needs more is refused, others wait",
+        "bound on the memory of decoding all images; an image that alone needs more is refused, others wait",
         384 * 2**20,
     )
     expose_details: bool = setting(
-        "whether callers are told details: URLs of other functions, the registry's place, names of other models; else"
-        " they are told a sentence, and the log has the rest. The local engine turns it on",
+        "whether responses hold details of errors: URLs of other functions, the registry's location, names of other"
+        " models; otherwise a sentence, and the log has the rest. The local engine turns it on",
         False,
     )
     log_level: str = setting("debug, info, warning or error", "info")
@@ -232,38 +234,37 @@ class SegmentSettings(RegistrySettings):
 class RouterSettings(SegmentSettings):
     """The router: which model answers on `/`, and where each of its segments runs."""
 
-    model: str = setting("the model that answers on POST /: NAME or NAME:VERSION, an alias or a number")
+    model: str = setting("the model of POST /: NAME or NAME:VERSION, an alias or a number")
     hops: tuple[str, ...] = setting(
-        "where the segments run, in order, comma-separated: a function's URL, or `local` for this process. A partition"
-        " of more segments than hops leaves the rest to the last one"
+        "where the segments run, in order, comma-separated: a function's URL, or `local` for this process. The last hop"
+        " also runs the segments beyond the number of hops"
     )
     cuts: str = setting(
-        "the partition to use: names, positions or tensors of the bundle's cuts, in order, separated by /; empty takes"
-        " the bundle's own",
+        "the partition: names, positions or tensors of the bundle's cuts, in order, separated by /; empty for the"
+        " bundle's own",
         "",
     )
     codec: str = setting(
-        "how activations travel between segments over HTTP where no plan says: int8/1, half/1, transform/4@0.9 (a"
-        " calibrated codec and its quality), transform/4@0.4+0.6:1.5 (a closer look at 0.6 where the answer's margin is"
-        " below 1.5; more may follow), …; raw for as they are, whatever a plan says",
+        "codec of activations between segments over HTTP, unless a plan chooses: int8/1, half/1, transform/4@0.9 (a"
+        " calibrated codec and its quality), transform/4@0.4+0.6:1.5 (a closer look at 0.6 where the prediction's"
+        " margin is below 1.5; more may follow), …; raw encodes nothing and overrides the plan's codecs",
         "",
     )
     guard_share: float = setting(
-        "share of the requests with packed activations that are also answered raw, in idle time, and compared; 0 for"
-        " none",
+        "share of the requests with encoded activations that are run again raw, in idle time, and compared; 0 for none",
         0.01,
         maximum=1,
     )
-    plan: bool = setting("whether the plan in the model's bundle decides where it runs, while `cuts` is empty", True)
+    plan: bool = setting("whether the plan in the model's bundle chooses the route, while `cuts` is empty", True)
     hop_attempts: int = setting(
-        "tries for one hop that is reached and fails, the first included, within the deadline; while it is starting"
-        " (nothing listens, 503, the gateway's 404) tries go on until the deadline. 1 tries nothing again",
+        "attempts for a hop that is reached and fails, the first included, within the deadline; a starting hop (nothing"
+        " listens, 503, the gateway's 404) is retried until the deadline. 1 turns retries off",
         4,
         minimum=1,
     )
     hop_connect_timeout_s: float = setting("longest wait for a connection to a hop, in seconds", 2.0, minimum=0.001)
     refresh_s: float = setting(
-        "how long an alias is trusted, and a name counts as missing, before the registry is asked again, in seconds",
+        "how long a looked-up alias, or a missing name, is cached before the registry is read again, in seconds",
         10.0,
     )
 

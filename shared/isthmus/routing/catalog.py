@@ -6,11 +6,12 @@ import contextlib
 import logging
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
-from cachetools import LRUCache
+from cachetools import LRUCache, TTLCache
 
 from isthmus.artifacts.bundle import Blob, Bundle
 from isthmus.context import Deadline
@@ -18,6 +19,7 @@ from isthmus.errors import (
     CalibrationError,
     DeadlineExceeded,
     IsthmusError,
+    Missing,
     ModelError,
     Overloaded,
     PlanError,
@@ -34,6 +36,8 @@ MAX_CACHED = 256
 MAX_REFRESH_WAIT_S = 0.25
 # The longest that a request waits for the list of a model's versions.
 MAX_VERSIONS_WAIT_S = 2.0
+# Models in a listing: each takes several reads of the registry.
+MAX_LISTED = 200
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,15 @@ class ServedModel:
     bundle: Bundle
     labels: tuple[str, ...] | None
     route: SelectedRoute
+
+
+@dataclass(frozen=True)
+class ModelListing:
+    """A published model: its versions, oldest first, and its aliases with the version of each."""
+
+    name: str
+    versions: tuple[str, ...]
+    aliases: Mapping[str, str]
 
 
 @dataclass
@@ -72,6 +85,7 @@ class ModelCatalog:
         # A single thread: a registry that hangs must not collect threads.
         self._refresher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="refresh")
         self._cache: LRUCache[str, _NameEntry] = LRUCache(MAX_CACHED)
+        self._listings: TTLCache[object, tuple[ModelListing, ...]] = TTLCache(2, refresh_s)
 
     def get(self, reference: str, deadline: Deadline) -> ServedModel:
         """The model of `NAME` or `NAME:VERSION`.
@@ -114,6 +128,36 @@ class ModelCatalog:
         except (RegistryError, DeadlineExceeded, Overloaded) as e:
             self._log_stale(model.name, e)
             return [model.version]
+
+    def listing(self, names: Sequence[str] | None, deadline: Deadline) -> tuple[ModelListing, ...]:
+        """The published models of these names, or of all names, at most MAX_LISTED; asked every `refresh_s` seconds.
+
+        Raises:
+            RegistryError, DeadlineExceeded: the registry does not answer, or not in time.
+            Overloaded: too many other requests wait for the registry.
+        """
+        key = ("listing", None if names is None else tuple(names))
+        with self._lock:
+            cached = self._listings.get(key)
+        if cached is None:
+            cached = self._lookups.find(key, partial(self._list, names), deadline)
+            with self._lock:
+                self._listings[key] = cached
+        return cached
+
+    def loaded(self) -> list[ServedModel]:
+        """The versions whose routes are known, each once."""
+        with self._lock:
+            models = {(m.name, m.version): m for m in (entry.model for entry in self._cache.values())}
+        return list(models.values())
+
+    def _list(self, names: Sequence[str] | None) -> tuple[ModelListing, ...]:
+        listings = []
+        for name in (self._registry.models() if names is None else names)[:MAX_LISTED]:
+            with contextlib.suppress(Missing):  # of another spelling than any, or removed meanwhile
+                versions = tuple(v.version for v in self._registry.versions(name))
+                listings.append(ModelListing(name, versions, self._registry.aliases(name)))
+        return tuple(listings)
 
     def _refresh(self, reference: str, entry: _NameEntry) -> ServedModel:
         try:

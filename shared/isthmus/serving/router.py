@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 from flask import Flask, Response, jsonify
 
 import isthmus
@@ -15,6 +16,7 @@ from isthmus.routing import Guard, ModelCatalog, RouteSelector, parse_override
 from isthmus.runtime.tables import Tables
 from isthmus.serving.app import FunctionApp
 from isthmus.serving.inference import InferenceReader
+from isthmus.serving.model_list import ModelList
 from isthmus.serving.prediction import Predictor
 from isthmus.serving.preload import load_deadline, parse_entry, preload
 from isthmus.serving.request import FunctionRequest
@@ -69,6 +71,7 @@ class _RouterApp(FunctionApp):
         )
         routes = RouteSelector(settings, self._registry, hops, tables, codec)
         self._catalog = ModelCatalog(self._registry, settings.refresh_s, self.log, routes)
+        self._listing = ModelList(self._catalog, settings)
         self._predictor = Predictor(settings, guard, images, self.metrics, self.log)
         if self._store is not None:
             self.closing.callback(self._store.close)
@@ -80,6 +83,9 @@ class _RouterApp(FunctionApp):
             self.post(f"{prefix}/infer", self.infer, f"infer{suffix}")
             self.flask.add_url_rule(prefix, f"model{suffix}", self.metadata, methods=["GET"])
             self.flask.add_url_rule(f"{prefix}/ready", f"model_ready{suffix}", self.model_ready, methods=["GET"])
+        self.post("/v2/repository/index", self.repository_index, "repository_index")
+        self.flask.add_url_rule("/v2/models", "models", self.models, methods=["GET"])
+        self.flask.add_url_rule("/openapi.json", "openapi", self.openapi, methods=["GET"])
         self.flask.add_url_rule("/v2", "server", self.server, methods=["GET"])
         self.flask.add_url_rule("/v2/health/live", "live", lambda: jsonify(live=True), methods=["GET"])
         self.flask.add_url_rule("/v2/health/ready", "server_ready", self.ready, methods=["GET"])
@@ -109,6 +115,21 @@ class _RouterApp(FunctionApp):
             model = self._catalog.get(_reference(name, version), deadline)
         return jsonify(name=model.name, version=model.version, ready=True)
 
+    def models(self) -> Response:
+        """The published models with their versions and aliases, and the routes that are known."""
+        with self.unadmitted() as deadline:
+            return _json(self._listing.models(deadline))
+
+    def repository_index(self, request: FunctionRequest) -> Response:
+        """Triton's repository index: a list of versions with their state."""
+        return _json(self._listing.index(request.body, request.context.deadline))
+
+    def openapi(self) -> Response:
+        """The OpenAPI description of every route of this app."""
+        from isthmus.serving.openapi import openapi_document  # schemas are seldom asked for
+
+        return _json(openapi_document(self.flask.url_map))
+
     def server(self) -> Response:
         """Open Inference Protocol: name, version and extensions of this server."""
         return jsonify(oip.server_metadata("isthmus", isthmus.__version__))
@@ -118,6 +139,10 @@ class _RouterApp(FunctionApp):
         self._catalog.get(self._router_settings.model, load_deadline())
         if self._store is not None:
             preload(self._router_settings.preload, self._registry, self._store)
+
+
+def _json(body: object) -> Response:
+    return Response(msgspec.json.encode(body), mimetype="application/json")
 
 
 def _reference(name: str, version: str) -> str:

@@ -1,0 +1,218 @@
+"""JSON bodies of the router's API as typed structures: the source of the schemas in /openapi.json.
+
+Units: `_bytes` are bytes, `ms` and `timings_ms` milliseconds. Source: docs/reference/api.md.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+Bytes = Annotated[int, Meta(ge=0)]
+Milliseconds = Annotated[float, Meta(ge=0)]
+
+
+class ErrorBody(Struct, omit_defaults=True):
+    """An error: `error` is a sentence, `type` a class of the table in docs/reference/api.md, `facts` are for programs.
+
+    `hint` says what to do, where something can be done.
+    """
+
+    error: str
+    type: str
+    facts: dict[str, Any]
+    hint: str = ""
+
+
+class ServerBody(Struct):
+    """Name, version and extensions of this server."""
+
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class LiveBody(Struct):
+    """The process answers."""
+
+    live: bool
+
+
+class ReadyBody(Struct):
+    """Everything that the settings preload is loaded."""
+
+    ready: bool
+
+
+class TensorBody(Struct):
+    """A model's input or output; a free dimension is -1."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class ModelBody(Struct):
+    """A model's versions, inputs and outputs."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorBody]
+    outputs: list[TensorBody]
+
+
+class ModelReadyBody(Struct):
+    """A version whose route is known."""
+
+    name: str
+    version: str
+    ready: bool
+
+
+class LoadedVersionBody(Struct, omit_defaults=True):
+    """A version whose route is known: `segments` in order, and `plan`, the plan's candidate, where a plan decides."""
+
+    version: str
+    segments: list[str]
+    plan: str = ""
+
+
+class ListedModelBody(Struct):
+    """A published model: its versions, oldest first, and its aliases with the version of each.
+
+    `default`: the model of `POST /` without `?model=`.
+    """
+
+    name: str
+    versions: list[str]
+    aliases: dict[str, str]
+    loaded: list[LoadedVersionBody]
+    default: bool
+
+
+class ModelListBody(Struct):
+    """The models that callers may be told of."""
+
+    models: list[ListedModelBody]
+
+
+class IndexEntryBody(Struct, omit_defaults=True):
+    """A version in the repository index; `reason` says why its state is not READY."""
+
+    name: str
+    version: str
+    state: Literal["READY", "UNAVAILABLE"]
+    reason: str = ""
+
+
+class IndexRequestBody(Struct):
+    """`ready`: only the versions whose state is READY."""
+
+    ready: bool = False
+
+
+class ClassBody(Struct):
+    """A class of a prediction; `label` is null where the model has no labels."""
+
+    label: str | None
+    index: int
+    probability: float
+
+
+class SegmentRunBody(Struct, omit_defaults=True):
+    """A hop's call for a segment; `ms` is the whole call, `run_ms` the segment's own computation."""
+
+    segment: str
+    hop: str
+    ms: Milliseconds
+    run_ms: Milliseconds
+    sent_bytes: Bytes
+    received_bytes: Bytes
+    input_bytes: Bytes
+    pack_ms: Milliseconds = 0.0
+    codecs: dict[str, str] = {}
+
+
+class RouteBody(Struct, omit_defaults=True):
+    """The route of a prediction and its bytes over the link; `plan` is the plan's candidate, `looks` closer looks.
+
+    `guard_…` are there while the guard has a safer codec in force.
+    """
+
+    link_bytes: Bytes
+    link_raw_bytes: Bytes
+    photo_bytes: Bytes
+    input_bytes: Bytes
+    segments: list[SegmentRunBody]
+    looks: int = 0
+    looks_ended: str = ""
+    plan: str = ""
+    guard_step: int = 0
+    guard_codec: str = ""
+    guard_instead_of: str = ""
+
+
+class PredictionBody(Struct):
+    """The prediction for a photo: classes, likeliest first."""
+
+    id: str
+    model_name: str
+    model_version: str
+    classes: list[ClassBody]
+    route: RouteBody
+    timings_ms: dict[str, Milliseconds]
+
+
+class PhotoBody(Struct, omit_defaults=True):
+    """A photo in base64."""
+
+    image: str
+    top_k: Annotated[int, Meta(ge=1, le=99_999)] | None = None
+
+
+class InputTensorBody(Struct, omit_defaults=True):
+    """An input: `data` in row-major order, or `parameters.binary_data_size` where its bytes follow the JSON."""
+
+    name: str
+    shape: list[int]
+    datatype: str
+    data: list[Any] | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class OutputRequestBody(Struct, omit_defaults=True):
+    """An output that the response holds."""
+
+    name: str
+    parameters: dict[str, Any] | None = None
+
+
+class InferRequestBody(Struct, omit_defaults=True):
+    """An Open Inference Protocol request; binary tensors may follow its JSON."""
+
+    inputs: list[InputTensorBody]
+    outputs: list[OutputRequestBody] | None = None
+    id: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class OutputTensorBody(Struct, omit_defaults=True):
+    """An output: `data` in row-major order, or `parameters.binary_data_size`."""
+
+    name: str
+    shape: list[int]
+    datatype: str
+    data: list[Any] | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class InferResponseBody(Struct, omit_defaults=True):
+    """An Open Inference Protocol response; `parameters` state the route and its bytes over the link."""
+
+    model_name: str
+    model_version: str
+    outputs: list[OutputTensorBody]
+    id: str = ""
+    parameters: dict[str, Any] = {}

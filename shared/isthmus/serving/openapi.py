@@ -1,0 +1,206 @@
+"""The OpenAPI 3.1 description of the router: its routes from the app, bodies from api_bodies, statuses from errors."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from werkzeug.routing import Map, Rule
+
+import isthmus
+from isthmus import errors
+from isthmus.errors import HTTP_STATUS, IsthmusError
+from isthmus.oip import messages as oip
+from isthmus.serving import api_bodies as bodies
+
+Errors = tuple[type[IsthmusError], ...]
+
+# What the registry, its look-ups and the choice of a route fail with.
+LOOKUP: Errors = (
+    *(errors.Missing, errors.RegistryError, errors.Denied, errors.Corrupt, errors.RegistryUnavailable),
+    *(errors.RegistryMissing, errors.PlanMalformed, errors.PlanMismatch, errors.Overloaded, errors.DeadlineExceeded),
+)
+# What every POST fails with before its handler runs.
+ADMISSION: Errors = (
+    *(errors.RequestMalformed, errors.RequestTooLarge, errors.EncodingUnsupported),
+    *(errors.Overloaded, errors.NotReady, errors.DeadlineExceeded),
+)
+EXECUTION: Errors = (
+    *(errors.MediaUnsupported, errors.ShapeMismatch, errors.ValueRefused),
+    *(errors.SegmentTooLarge, errors.RunFailed, errors.CacheFull),
+    *(errors.HopTimeout, errors.HopUnavailable, errors.HopBusy, errors.HopRejected),
+)
+
+_QUERY: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "model": ("the model and its version: NAME, NAME:NUMBER or NAME:ALIAS", {"type": "string"}),
+    "top_k": ("how many classes of a photo's prediction", {"type": "integer", "minimum": 1, "maximum": 99_999}),
+}
+_HEADERS = {
+    "X-Timeout": "a duration such as 1500ms; shortens the deadline",
+    oip.HEADER_LENGTH: "length of the JSON before binary tensors",
+}
+_PATH = {"name": "the model", "version": "its number or an alias"}
+_BINARY = {"type": "string", "format": "binary"}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What a route takes and gives, beside its path: bodies by media type, each a type, several types or a schema."""
+
+    summary: str
+    response: Mapping[str, Any]
+    errors: Errors = ()
+    request: Mapping[str, Any] | None = None
+    query: tuple[str, ...] = ()
+    headers: tuple[str, ...] = ()
+    body_required: bool = True
+
+
+def _as_json(body: Any) -> dict[str, Any]:
+    return {"application/json": body}
+
+
+_TENSORS = {**_as_json(bodies.InferRequestBody), "application/octet-stream": _BINARY}
+_TENSOR_RESPONSE = {**_as_json(bodies.InferResponseBody), "application/octet-stream": _BINARY}
+_INFER = Operation(
+    "Open Inference Protocol: tensors in, tensors out",
+    _TENSOR_RESPONSE,
+    ADMISSION + LOOKUP + EXECUTION,
+    _TENSORS,
+    headers=("X-Timeout", oip.HEADER_LENGTH),
+)
+_MODEL = Operation("A model's versions, inputs and outputs", _as_json(bodies.ModelBody), LOOKUP)
+_MODEL_READY = Operation(
+    "200 once the model's route is known", _as_json(bodies.ModelReadyBody), (*LOOKUP, errors.NotReady)
+)
+OPERATIONS: Mapping[str, Operation] = {
+    "answer": Operation(
+        "A prediction for a photo or for tensors; the body's first bytes say which it is",
+        {**_as_json((bodies.PredictionBody, bodies.InferResponseBody)), "application/octet-stream": _BINARY},
+        ADMISSION + LOOKUP + EXECUTION + (errors.ImageMalformed,),
+        {
+            "image/*": _BINARY,
+            "multipart/form-data": {
+                "type": "object",
+                "properties": {"image": _BINARY, "top_k": {"type": "integer", "minimum": 1}},
+            },
+            **_as_json((bodies.PhotoBody, bodies.InferRequestBody)),
+            "application/octet-stream": _BINARY,
+        },
+        query=("model", "top_k"),
+        headers=("X-Timeout", oip.HEADER_LENGTH),
+    ),
+    "infer": _INFER,
+    "infer_version": _INFER,
+    "model": _MODEL,
+    "model_version": _MODEL,
+    "model_ready": _MODEL_READY,
+    "model_ready_version": _MODEL_READY,
+    "models": Operation("The models, their versions, aliases and known routes", _as_json(bodies.ModelListBody), LOOKUP),
+    "repository_index": Operation(
+        "The repository index of Triton's clients",
+        _as_json(list[bodies.IndexEntryBody]),
+        ADMISSION + LOOKUP,
+        _as_json(bodies.IndexRequestBody),
+        body_required=False,
+    ),
+    "openapi": Operation("This description", _as_json({"type": "object"})),
+    "server": Operation("Name, version and extensions", _as_json(bodies.ServerBody)),
+    "live": Operation("200 while the process answers", _as_json(bodies.LiveBody)),
+    "server_ready": Operation("200 once preloads are loaded", _as_json(bodies.ReadyBody), (errors.NotReady,)),
+    "ready": Operation("200 once preloads are loaded", _as_json(bodies.ReadyBody), (errors.NotReady,)),
+    "metrics": Operation("Metrics in Prometheus's text format, or in OpenMetrics", {"text/plain": {"type": "string"}}),
+}
+"""By the route's endpoint in the app."""
+
+
+def openapi_document(routes: Map) -> dict[str, Any]:
+    """The description of these routes; its server is the folder of the document's URL.
+
+    Raises:
+        KeyError: a route without an operation.
+    """
+    schemas = _Schemas()
+    paths: dict[str, Any] = defaultdict(dict)
+    for rule in sorted(routes.iter_rules(), key=lambda rule: rule.rule):
+        for method in sorted((rule.methods or set()) - {"HEAD", "OPTIONS"}):
+            paths[re.sub("<(?:[a-z]+:)?([a-z]+)>", r"{\1}", rule.rule)][method.lower()] = _operation(rule, schemas)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Isthmus router",
+            "version": isthmus.__version__,
+            "description": "Split inference: photos, JSON and Open Inference Protocol requests in, predictions out.",
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        # Behind a gateway the path is /function/NAME, which only the caller knows.
+        "servers": [{"url": "."}],
+        "paths": dict(paths),
+        "components": {"schemas": schemas.components},
+    }
+
+
+class _Schemas:
+    """JSON Schemas of body types, collected as components."""
+
+    def __init__(self) -> None:
+        self.components: dict[str, Any] = {}
+
+    def schema(self, body: Any) -> dict[str, Any]:
+        """The schema of a type, of any of several types, or the schema itself."""
+        if isinstance(body, dict):
+            return body
+        if isinstance(body, tuple):
+            return {"anyOf": [self.schema(each) for each in body]}
+        (schema,), components = msgspec.json.schema_components([body], ref_template="#/components/schemas/{name}")
+        self.components |= components
+        return schema
+
+    def content(self, types: Mapping[str, Any]) -> dict[str, Any]:
+        return {media: {"schema": self.schema(body)} for media, body in types.items()}
+
+
+def _operation(rule: Rule, schemas: _Schemas) -> dict[str, Any]:
+    operation = OPERATIONS[rule.endpoint]
+    parameters = [_parameter("path", name, _PATH[name], {"type": "string"}) for name in sorted(rule.arguments)]
+    parameters += [_parameter("query", name, *_QUERY[name]) for name in operation.query]
+    parameters += [_parameter("header", name, _HEADERS[name], {"type": "string"}) for name in operation.headers]
+    document: dict[str, Any] = {
+        "operationId": rule.endpoint,
+        "summary": operation.summary,
+        "responses": {
+            "200": {"description": "OK", "content": schemas.content(operation.response)},
+            **_error_responses(operation.errors, schemas),
+        },
+    }
+    if parameters:
+        document["parameters"] = parameters
+    if operation.request is not None:
+        content = schemas.content(operation.request)
+        document["requestBody"] = {"required": operation.body_required, "content": content}
+    return document
+
+
+def _parameter(where: str, name: str, description: str, schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {"in": where, "name": name, "description": description, "schema": schema, "required": where == "path"}
+
+
+def _error_responses(classes: Errors, schemas: _Schemas) -> dict[str, Any]:
+    types = defaultdict(set)
+    for cls in classes:
+        types[HTTP_STATUS[cls]].add(cls.__name__)
+    types[500].add("InternalError")  # an unexpected error, of any route
+    content = schemas.content({"application/json": bodies.ErrorBody})
+    retry = {"Retry-After": {"description": "seconds", "schema": {"type": "integer"}}}
+    return {
+        str(status): {
+            "description": ", ".join(sorted(names)),
+            "content": content,
+            **({"headers": retry} if status in (429, 503) else {}),
+        }
+        for status, names in sorted(types.items())
+    }

@@ -323,7 +323,7 @@ def test_two_hundred_requests_at_sixteen_at_once_are_all_answered_right(chain: C
 def test_the_answer_documented_for_the_photo_endpoint_is_the_one_given(client: FlaskClient) -> None:
     doc = client.post("/", data=photo()).json
     text = (ROOT / "docs" / "reference" / "api.md").read_text()
-    shown = json.loads(text.partition("The answer:\n\n```json\n")[2].partition("```")[0])
+    shown = json.loads(text.partition("The response:\n\n```json\n")[2].partition("```")[0])
     assert doc.keys() == shown.keys()
     assert doc["route"].keys() == shown["route"].keys()
     assert doc["route"]["segments"][0].keys() == shown["route"]["segments"][0].keys()

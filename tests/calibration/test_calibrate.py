@@ -15,7 +15,7 @@ from msgspec import structs
 from typer.testing import CliRunner
 
 from isthmus.artifacts.bundle import Blob, digest_of, subject_digest
-from isthmus.artifacts.choice import KNOWN, NEVER_CHOSEN, Choice
+from isthmus.artifacts.choice import CODEC_IDS, INPUT_CODECS, Choice
 from isthmus.artifacts.fidelity import measure_for, model_digest, offered, read_fidelity, to_json
 from isthmus.artifacts.plan import Coding, read_plan
 from isthmus.errors import CalibrationError
@@ -361,7 +361,7 @@ def test_what_crosses_is_kept_in_files_and_read_as_often_as_asked(photos: Publis
 
 
 def test_every_codec_of_tensors_is_measured() -> None:
-    assert {c.codec for c in CHOICES} == set(KNOWN) - NEVER_CHOSEN
+    assert {c.codec for c in CHOICES} == set(CODEC_IDS) - INPUT_CODECS
     assert len(set(CHOICES)) == len(CHOICES)
     assert (QUALITIES[0], QUALITIES[-1]) == (0, 1)
     assert all(Choice.parse(str(c)) == c for c in CHOICES)

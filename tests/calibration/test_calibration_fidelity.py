@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from isthmus.artifacts.bounds import exceeds, interval, rising, wilson
+from isthmus.artifacts.bounds import exceeds, interval, isotonic, wilson
 from isthmus.artifacts.bundle import Blob, digest_of
 from isthmus.artifacts.choice import Choice
 from isthmus.artifacts.fidelity import (
@@ -236,9 +236,9 @@ def test_inputs_of_one_photo_tell_less_than_as_many_photos() -> None:
 
 
 def test_agreement_rises_with_quality_and_luck_is_shared_out() -> None:
-    assert rising([0.5, 0.9, 0.8, 1.0]) == pytest.approx([0.5, 0.85, 0.85, 1.0])
-    assert rising([1.0, 0.9, 0.8]) == pytest.approx([0.9] * 3)
-    assert rising([]) == []
+    assert isotonic([0.5, 0.9, 0.8, 1.0]) == pytest.approx([0.5, 0.85, 0.85, 1.0])
+    assert isotonic([1.0, 0.9, 0.8]) == pytest.approx([0.9] * 3)
+    assert isotonic([]) == []
     lucky = [entry("transform/4", 10 * i, a, quality=i / 10) for i, a in enumerate([0.8, 1.0, 0.9, 1.0])]
     made = monotone([*lucky, entry("int8/1", 30, 0.995)], 0.99)
     assert [(e.agreement, e.measured, e.offered) for e in made] == [
@@ -252,7 +252,7 @@ def test_agreement_rises_with_quality_and_luck_is_shared_out() -> None:
 
 @given(st.lists(st.floats(0, 1), max_size=20))
 def test_rising_shares_rise_and_keep_their_mean(shares: list[float]) -> None:
-    found = rising(shares)
+    found = isotonic(shares)
     assert all(a <= b + 1e-12 for a, b in itertools.pairwise(found))
     assert sum(found) == pytest.approx(sum(shares))
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from isthmus.artifacts.choice import KNOWN
+from isthmus.artifacts.choice import CODEC_IDS
 from isthmus.codecs import EncodedTensor, Encoding, NotEncodable, encode_tensor, find_codec
 from isthmus.codecs.affine import MAX_OFFSET
 from isthmus.errors import FrameMalformed
@@ -311,7 +311,7 @@ def test_raw_and_unknown_codecs() -> None:
     assert encode_tensor(array, Encoding("raw")) is array
     with pytest.raises(KeyError):
         encode_tensor(array, Encoding("int9/1"))
-    assert set(PLAIN) | {"raw", "photo/1"} <= set(KNOWN)
+    assert set(PLAIN) | {"raw", "photo/1"} <= set(CODEC_IDS)
     assert not any(find_codec(codec).calibrated for codec in PLAIN)
     assert find_codec("photo/1").calibrated
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from msgspec import structs
 
 from isthmus.artifacts.bundle import Blob, digest_of
-from isthmus.artifacts.choice import KNOWN, NEVER_CHOSEN, Choice, Look
+from isthmus.artifacts.choice import CODEC_IDS, INPUT_CODECS, Choice, Look
 from isthmus.artifacts.conditions import Conditions
 from isthmus.artifacts.fidelity import Entry, Fidelity, model_digest, to_json
 from isthmus.codecs import find_codec
@@ -21,7 +21,7 @@ from support.fidelities import entry, fidelity
 def test_without_calibration_every_codec_that_needs_none_is_offered() -> None:
     found = [choice.codec for choice in offered_codecs(None, "3")]
     assert found[0] == "raw"
-    assert set(found) == {c for c in KNOWN if c not in NEVER_CHOSEN and not find_codec(c).calibrated}
+    assert set(found) == {c for c in CODEC_IDS if c not in INPUT_CODECS and not find_codec(c).calibrated}
 
 
 def test_a_calibrated_cut_offers_each_codec_at_its_fewest_bytes() -> None:

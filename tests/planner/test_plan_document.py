@@ -30,7 +30,7 @@ def test_a_plan_survives_its_document() -> None:
     plan = full_plan()
     assert from_json(to_json(plan)) == plan
     assert plan.choice.seconds == 0.07
-    assert plan.choice.apart == pytest.approx(0.07 / plan.choice.predicted.total - 1)
+    assert plan.choice.relative_gap == pytest.approx(0.07 / plan.choice.predicted.total - 1)
     assert plan.measured
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from isthmus.artifacts.choice import KNOWN, NEVER_CHOSEN
+from isthmus.artifacts.choice import CODEC_IDS, INPUT_CODECS
 from isthmus.artifacts.profile import CodecSpeed
 from isthmus.codecs import find_codec
 from isthmus.runtime.codec_speed import compared, speeds
@@ -12,7 +12,7 @@ from isthmus.runtime.codec_speed import compared, speeds
 
 def test_every_codec_that_needs_no_calibration_is_timed() -> None:
     found = speeds(60.0)
-    assert found.keys() == {c for c in KNOWN if c not in NEVER_CHOSEN | {"raw"} and not find_codec(c).calibrated}
+    assert found.keys() == {c for c in CODEC_IDS if c not in INPUT_CODECS | {"raw"} and not find_codec(c).calibrated}
 
 
 def test_what_no_time_is_left_for_is_not_there() -> None:

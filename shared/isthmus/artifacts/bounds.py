@@ -1,4 +1,4 @@
-"""Confidence intervals of measured shares, isotonic regression, and a binomial test with few false alarms."""
+"""Statistics of measured shares: confidence intervals, isotonic regression and a one-sided binomial test."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import math
 from collections.abc import Iterable, Sequence
 from statistics import NormalDist
 
+# Two-sided confidence level of the intervals in a fidelity document.
 CONFIDENCE = 0.95
-"""Of the intervals in a fidelity document, both sides together."""
 
 
 def interval(groups: Iterable[tuple[int, int]], confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Wilson's interval around the share of hits, from (hits, count) of each group of inputs.
+    """Wilson interval of a share of hits, from (hits, count) per group of inputs.
 
-    Inputs made of one photo are alike, so that they tell less than as many photos would. The count is therefore divided
-    by the design effect: the variance of the share between groups over what independent inputs would have. Where no two
-    groups differ there is nothing to estimate it from, and every input counts.
+    Inputs derived from one photo are correlated. The effective count is the count over the design effect: the variance
+    of the share between groups, relative to independent inputs. Without variation between groups the design effect is
+    1.
 
     Source: Wilson, J. Am. Stat. Assoc. 22 (1927); Kish, Survey Sampling (1965), section 5.4.
     """
@@ -28,18 +28,18 @@ def interval(groups: Iterable[tuple[int, int]], confidence: float = CONFIDENCE) 
 
 
 def wilson(share: float, count: float, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Wilson's score interval around `share` of `count` independent trials."""
+    """Wilson score interval of `share` over `count` independent trials."""
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def rising(shares: Sequence[float]) -> list[float]:
-    """The non-decreasing shares that are nearest to those measured, each from as many inputs.
+def isotonic(shares: Sequence[float]) -> list[float]:
+    """Isotonic regression of shares of equal weight: the nearest non-decreasing sequence.
 
-    A finer step keeps no fewer answers than a coarser one; where it was measured to, that was luck on one side or the
-    other, and their mean stands for both.
+    A finer quality preserves at least as many predictions as a coarser quality; a measured decrease is noise, and the
+    mean replaces both values.
 
     Source: pool adjacent violators; Ayer et al., Ann. Math. Statist. 26 (1955).
     """
@@ -54,15 +54,17 @@ def rising(shares: Sequence[float]) -> list[float]:
 
 
 def exceeds(hits: int, count: int, limit: float, confidence: float) -> bool:
-    """Whether the rate behind `hits` of `count` trials is above `limit`, at that confidence.
+    """Whether the rate behind `hits` of `count` trials exceeds `limit`, by the one-sided lower bound of Clopper and
+    Pearson.
 
-    The same as: the one-sided lower bound of Clopper and Pearson lies above `limit`. With a limit of 1% and a
-    confidence of 99.9%, two hits do in up to five trials, three in up to 19.
+    With a limit of 1% and a confidence of 99.9%, two hits suffice in up to five trials, three in up to 19.
     """
     if hits <= count * limit:
         return False
+    # The logarithm below needs a positive limit.
     if limit <= 0:
         return True
+    # By log-gamma, since binomial coefficients of thousands of trials overflow a float.
     fewer = sum(
         math.exp(
             math.lgamma(count + 1)
@@ -78,7 +80,9 @@ def exceeds(hits: int, count: int, limit: float, confidence: float) -> bool:
 
 def _design_effect(groups: list[tuple[int, int]], share: float, total: int) -> float:
     number = len(groups)
+    # No variance to estimate from.
     if number < 2 or share in (0.0, 1.0):
         return 1.0
     between = sum((hits - share * count) ** 2 for hits, count in groups) * number / (number - 1) / total**2
+    # Below 1 the groups would tell more than independent inputs, which is chance.
     return max(1.0, between / (share * (1 - share) / total))

@@ -1,7 +1,7 @@
-"""The manifest of a published version of a model.
+"""The manifest of a published model version.
 
-A bundle's digest is the SHA-256 of its canonical JSON, so one digest pins the graph, the weights, every segment and the
-pre- and post-processing. Source: docs/reference/bundle.md.
+The digest of a bundle is the SHA-256 of its canonical JSON, and so pins the graph, the weights, every segment and the
+processing. Source: docs/reference/bundle.md.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from isthmus.artifacts.segment_id import SegmentId, partition_ids
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import Missing, RegistryError
 
+# Parsed in memory as a whole; at some 150 bytes per tensor, 100,000 tensors fit.
 MAX_MANIFEST_BYTES = 16 * 2**20
 
 _NAME = r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?"
@@ -32,14 +33,14 @@ ModelName = Annotated[str, matching(_NAME)]
 
 
 class Blob(Struct, frozen=True, forbid_unknown_fields=True):
-    """Content in the registry: `sha256:<hex>` and its length in bytes."""
+    """Content in the registry: `sha256:<hex>` and the length in bytes."""
 
     digest: Digest
     size: Count
 
 
 class WeightTensor(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
-    """One initialiser's place in the weights file, and the digest of exactly those bytes."""
+    """The range of an initialiser in the weights file, and the digest of that range."""
 
     name: Text
     offset: Count
@@ -48,7 +49,7 @@ class WeightTensor(Struct, frozen=True, forbid_unknown_fields=True, array_like=T
 
 
 class Weights(Struct, frozen=True, forbid_unknown_fields=True):
-    """The one weights file, tensors sorted by offset: the order in which the graph first uses them."""
+    """The weights file, with tensors sorted by offset: the order of first use in the graph."""
 
     blob: Blob
     tensors: tuple[WeightTensor, ...]
@@ -57,8 +58,8 @@ class Weights(Struct, frozen=True, forbid_unknown_fields=True):
 class Segment(Struct, frozen=True, forbid_unknown_fields=True):
     """The part of the model between two cuts, runnable alone.
 
-    `weights` are half-open ranges of indices into `Weights.tensors`. `inputs` and `outputs` are the graph's own; the
-    router holds boundary tensors that pass a segment by.
+    `weights` are half-open ranges of indices into `Weights.tensors`. `inputs` and `outputs` are the graph's own;
+    boundary tensors that bypass a segment stay in the router.
     """
 
     id: SegmentId
@@ -79,13 +80,14 @@ class Cut(Struct, frozen=True, forbid_unknown_fields=True):
     position: Count | None = None
 
 
+# dict=True gives cached_property a place for its values; the struct itself stays frozen.
 class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_field="format", tag="isthmus.bundle/1"):
-    """One published version of a model.
+    """A published model version.
 
     `default_cuts` name the partition of requests without a plan: n names make n + 1 segments. `preprocess` and
-    `postprocess` are data for isthmus.processing; None for a model of bare tensors. `tables` hold the calibrated
-    codecs' parameters by tensor name, each a frame of named arrays. `fidelity` is the blob of the fidelity document
-    (docs/reference/calibration.md), `plan` that of the plan for this bundle (docs/reference/plan.md).
+    `postprocess` are specs for isthmus.processing, None for a model of plain tensors. `tables` hold the parameters of
+    calibrated codecs by tensor name, each a frame of named arrays. `fidelity` is the blob of the fidelity document
+    (docs/reference/calibration.md), `plan` the blob of the plan (docs/reference/plan.md).
     """
 
     name: ModelName
@@ -103,7 +105,7 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
     plan: Blob | None = None
 
     def __post_init__(self) -> None:
-        # The manifest's order, so that equal bundles are equal however they were made.
+        # In manifest order, so that equality does not depend on construction order.
         force_setattr(self, "segment_list", tuple(sorted(self.segment_list, key=lambda segment: segment.id)))
         force_setattr(self, "cut_list", tuple(sorted(self.cut_list, key=lambda cut: cut.name)))
 
@@ -118,10 +120,10 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
         return {cut.name: cut for cut in self.cut_list}
 
     def segment(self, segment_id: str) -> Segment:
-        """The segment of that id.
+        """The segment with the id `segment_id`.
 
         Raises:
-            Missing: this bundle has no such segment; names those it has.
+            Missing: no such segment in this bundle; facts list the existing ids.
         """
         if (segment := self.segments.get(segment_id)) is not None:
             return segment
@@ -134,12 +136,12 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
         )
 
     def cut_names(self, text: str) -> tuple[str, ...]:
-        """The names of the bundle's cuts in `text`, in order: by name, position or tensors (docs/reference/cuts.md).
+        """The names of the cuts in `text`, in order: each by name, position or tensors (docs/reference/cuts.md).
 
-        Names separated by commas are cuts in order, too, unless the bundle has a cut of these tensors.
+        Comma-separated cut names are cuts in order, too, unless the bundle has a cut of exactly these tensors.
 
         Raises:
-            Missing: the bundle has no such cut.
+            Missing: no such cut in this bundle.
         """
         names = {*self.cuts, *(t.name for c in self.cuts.values() for t in c.tensors)}
         return tuple(name for cut in parse_partition(text, names) for name in self._names_of(cut))
@@ -147,6 +149,7 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
     def _names_of(self, text: CutText) -> tuple[str, ...]:
         if len(text.parts) == 1 and text.parts[0] in self.cuts:
             return text.parts
+        # Two cuts may share their tensors: a cut of the name in `text` comes first.
         for cut in sorted(self.cuts.values(), key=lambda c: c.name != text.name):
             at_position = text.position is not None and cut.position == text.position
             if at_position or {t.name for t in cut.tensors} == set(text.parts):
@@ -160,12 +163,12 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
         return text.parts
 
     def partition(self, cuts: Iterable[str] | None = None) -> tuple[Segment, ...]:
-        """The segments, in order, that `cuts` (default: `default_cuts`) part the model into.
+        """The segments of the partition at `cuts` (default: `default_cuts`), in order.
 
-        `cuts` are names, or one text that says them (see `cut_names`).
+        `cuts` are names, or a text for `cut_names`.
 
         Raises:
-            Missing: a cut, or the segment between two of them, is not in this bundle.
+            Missing: no such cut in this bundle, or no segment between two of the cuts.
         """
         if isinstance(cuts, str):
             cuts = self.cut_names(cuts)
@@ -182,18 +185,18 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
         return self.segments.keys() >= set(partition_ids(cuts))
 
     def weight_ranges(self, segment: Segment) -> tuple[WeightTensor, ...]:
-        """The weights file's tensors that `segment` reads, by offset."""
+        """The tensors of the weights file that `segment` reads, by offset."""
         return tuple(t for start, stop in segment.weights for t in self.weights.tensors[start:stop])
 
     def blobs(self) -> set[str]:
-        """The digests of all content that this bundle refers to."""
+        """The digests of all blobs referenced by this bundle."""
         digests = {self.weights.blob.digest, *(s.graph.digest for s in self.segments.values())}
         digests.update(blob.digest for blob in (self.labels, self.fidelity, self.plan, *self.tables.values()) if blob)
         return digests
 
     @property
     def labels(self) -> Blob | None:
-        """The blob of class names (a JSON list of strings) that `postprocess` refers to, if it does."""
+        """The blob of class names (a JSON list of strings) in `postprocess`; None without labels."""
         doc = (self.postprocess or {}).get("labels")
         return None if doc is None else msgspec.convert(doc, Blob)
 
@@ -204,7 +207,7 @@ def digest_of(data: bytes | memoryview) -> str:
 
 
 def subject_digest(bundle: Bundle) -> str:
-    """The digest of a bundle without its plan: the subject of a plan, and the only bundle that the plan may serve."""
+    """The digest of a bundle without its plan: the subject of a plan, and the only bundle served by that plan."""
     return digest_of(to_json(replace(bundle, plan=None)))
 
 
@@ -214,14 +217,14 @@ def is_digest(text: str) -> bool:
 
 
 def is_model_name(text: str) -> bool:
-    """Whether `text` can name a model: 1 to 63 of a-z, 0-9, '.', '_' and '-', starting and ending alphanumeric."""
+    """Whether `text` is a valid model name: 1 to 63 of a-z, 0-9, '.', '_' and '-', with alphanumeric ends."""
     return _MODEL.fullmatch(text) is not None
 
 
 def to_json(bundle: Bundle) -> bytes:
     """Canonical JSON of a bundle: sorted keys, no spaces, UTF-8; equal bundles give equal bytes."""
     doc = builtins(bundle)
-    # Written only where there is one, so that a bundle without them keeps its digest.
+    # Absent if empty, so that bundles without these fields keep the digests of earlier versions.
     for name in ("tables", "fidelity", "plan"):
         if not doc[name]:
             del doc[name]
@@ -229,33 +232,37 @@ def to_json(bundle: Bundle) -> bytes:
 
 
 def from_json(data: bytes | memoryview) -> Bundle:
-    """Read a manifest.
+    """Parse a manifest.
 
     Raises:
-        RegistryError: not a manifest of this format; the sentence names the field and the rule.
+        RegistryError: not a manifest of this format; the message names the field and the rule.
     """
     return BUNDLE.decode(data)
 
 
 def _check(bundle: Bundle) -> None:
-    """The rules between fields: names become parts of keys, files and headers."""
+    """Rules between fields: names become parts of keys, file names and headers."""
     for kind, names in (("segment", [s.id for s in bundle.segment_list]), ("cut", [c.name for c in bundle.cut_list])):
+        # The cached properties would silently drop a duplicate.
         if len(set(names)) != len(names):
             raise ValueError(f"has two {kind}s of one name")
     for segment in bundle.segment_list:
+        # The end of a segment without a cut could never be reached by a partition.
         if not {segment.id.start, segment.id.stop} <= {"", *bundle.cuts}:
             raise ValueError(f"has the segment {segment.id!r}, which does not lie between two of the bundle's cuts")
-    if absent := [name for name in bundle.default_cuts if name not in bundle.cuts]:
-        raise ValueError(f"has the default cut {absent[0][:80]!r}, which is none of the bundle's cuts")
+    if unknown := [name for name in bundle.default_cuts if name not in bundle.cuts]:
+        raise ValueError(f"has the default cut {unknown[0][:80]!r}, which is none of the bundle's cuts")
     for specs in _tensor_lists(bundle):
         if len({spec.name for spec in specs}) != len(specs):
             raise ValueError("has two tensors of one name in one list")
-    for what, doc, key, specs in (
+    for processing, doc, key, specs in (
         ("preprocess", bundle.preprocess, "input", bundle.inputs),
         ("postprocess", bundle.postprocess, "output", bundle.outputs),
     ):
         if doc is not None and doc.get(key) not in [spec.name for spec in specs]:
-            raise ValueError(f"has a {what} of the {key} {str(doc.get(key))[:80]!r}, which the model does not have")
+            raise ValueError(
+                f"has a {processing} of the {key} {str(doc.get(key))[:80]!r}, which the model does not have"
+            )
     try:
         _ = bundle.labels
     except msgspec.ValidationError as e:

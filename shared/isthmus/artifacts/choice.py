@@ -1,4 +1,4 @@
-"""A codec and its quality, as settings and documents write them: the ids of the codecs, and the choice of one."""
+"""Codec ids, and the choice of a codec and quality in the text form of settings and documents."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ SPARSE_ID = "sparse/2"
 TRANSFORM_ID = "transform/4"
 PHOTO_ID = "photo/1"
 
-KNOWN: tuple[str, ...] = (
+# All codec ids; frames with any other id are refused.
+CODEC_IDS: tuple[str, ...] = (
     RAW_ID,
     "half/1",
     "bfloat16/1",
@@ -29,38 +30,39 @@ KNOWN: tuple[str, ...] = (
     TRANSFORM_ID,
     PHOTO_ID,
 )
-"""Every codec's id; a frame that names another is refused."""
+# Ids of earlier versions whose tables and sizes hold for a current codec. Payloads of the earlier ids are refused.
 _SUCCESSORS: Mapping[str, str] = {"transform/3": TRANSFORM_ID}
-"""Earlier ids whose tables and sizes hold for a codec of today. Their payloads are refused."""
-NEVER_CHOSEN = frozenset({PHOTO_ID})
-"""Codecs that nobody chooses for boundary tensors: `photo/1` carries the photo itself."""
+# Codecs of model inputs, not of boundary tensors: `photo/1` carries the encoded photo.
+INPUT_CODECS = frozenset({PHOTO_ID})
 
 
-BoundaryCodecId = Annotated[str, one_of(*(codec for codec in KNOWN if codec not in NEVER_CHOSEN), *_SUCCESSORS)]
-CodecId = Annotated[str, one_of(*KNOWN, *_SUCCESSORS)]
-"""A codec in a document; an earlier id stands for its successor."""
+BoundaryCodecId = Annotated[str, one_of(*(codec for codec in CODEC_IDS if codec not in INPUT_CODECS), *_SUCCESSORS)]
+# A codec id in a document; an earlier id means its successor.
+CodecId = Annotated[str, one_of(*CODEC_IDS, *_SUCCESSORS)]
 
 
 def successor(codec: str) -> str:
-    """The id that a codec named in a setting, plan or fidelity document has today; itself if it has no successor."""
+    """The current id of a codec named in a setting, plan or fidelity document; `codec` itself if current."""
     return _SUCCESSORS.get(codec, codec)
 
 
+# Codecs with a quality.
 GRADED = frozenset({SPARSE_ID, TRANSFORM_ID})
-"""Codecs that a quality means something to."""
 
+# In nats. At this margin the odds of the two likeliest classes are e^1000 : 1, beyond the range of a float.
 MAX_MARGIN = 1000.0
-"""In nats; an answer that is clearer than this is sure whatever was sent."""
 
 
 Margin = Annotated[float, Meta(gt=0, le=MAX_MARGIN)]
 
+# Closer looks per choice; each costs a call.
 MAX_LOOKS = 4
-"""Closer looks that a choice may have; each is one more call."""
 
 
 class Look(Struct, frozen=True, forbid_unknown_fields=True):
-    """A closer look: where the prediction's margin is below `margin` (nats), the tensors are sent at `quality`."""
+    """A closer look (confidence-gated second transmission): below `margin` (nats) the tensors are sent again at
+    `quality`.
+    """
 
     quality: Share
     margin: Margin
@@ -68,10 +70,10 @@ class Look(Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Choice:
-    """How the tensors that cross one cut are packed: `int8/1`, or `transform/4@0.9` with a quality of 0 to 1.
+    """The codec of the tensors at a cut: `int8/1`, or `transform/4@0.9` with a quality of 0 to 1.
 
-    `transform/4@0.2+0.4:1.5+0.6:0.7` sends at 0.2, at 0.4 where the margin of the answer is below 1.5, and at 0.6 where
-    that of the next answer is below 0.7; see `margin_of`.
+    `transform/4@0.2+0.4:1.5+0.6:0.7` transmits at quality 0.2; at 0.4 if the margin of the prediction is below 1.5; and
+    at 0.6 if the margin of the second prediction is below 0.7. Margins are those of `margin_of`.
     """
 
     codec: str
@@ -84,16 +86,16 @@ class Choice:
 
     @property
     def once(self) -> Choice:
-        """The same without closer looks."""
+        """This choice without closer looks."""
         return replace(self, looks=()) if self.looks else self
 
     @property
     def last(self) -> Choice:
-        """What the last look sends, for every answer."""
+        """The choice of the last closer look, for every input."""
         return Choice(self.codec, self.looks[-1].quality) if self.looks else self
 
     def is_valid(self) -> bool:
-        """Whether looks are of a codec with qualities, each finer than the one before, with a margin above 0."""
+        """Whether the codec admits closer looks, with rising qualities and margins above 0."""
         qualities = [self.quality, *(look.quality for look in self.looks)]
         return not self.looks or (
             self.codec in GRADED
@@ -104,22 +106,24 @@ class Choice:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read what `str` writes; without a quality it is 1. Numbers are kept to six digits, as `str` writes them.
+        """Parse the text form; the default quality is 1. Numbers are rounded to six digits, as in `str`.
 
         Raises:
-            ValueError: no codec of that name, or no such quality or looks.
+            ValueError: unknown codec, quality out of range, or invalid closer looks.
         """
         first, *looks = text.strip().split("+")
         name, at, quality = first.partition("@")
         codec = successor(name)
-        if codec not in KNOWN or codec in NEVER_CHOSEN:
-            known = ", ".join(k for k in KNOWN if k not in NEVER_CHOSEN)
-            raise ValueError(f"{codec!r} is no codec of tensors; known are {known}")
+        if codec not in CODEC_IDS or codec in INPUT_CODECS:
+            accepted = ", ".join(k for k in CODEC_IDS if k not in INPUT_CODECS)
+            raise ValueError(f"{codec!r} is no codec of tensors; known are {accepted}")
+        # Without a quality every codec is valid; a quality is refused below for codecs that ignore quality.
         if not at and not looks:
             return cls(codec)
         value = _number(quality) if at else 1.0
         if codec not in GRADED or not 0 <= value <= 1:
             raise ValueError(f"{text!r}: only {', '.join(sorted(GRADED))} has a quality, from 0 to 1")
+        # Validated by the same rule as documents.
         choice = cls(codec, value, tuple(_look(look) for look in looks))
         if not choice.is_valid():
             raise ValueError(
@@ -138,7 +142,7 @@ def _look(text: str) -> Look:
 
 
 def _number(text: str) -> float:
-    """A finite number, to the six digits that `str` writes; -1 for anything else."""
+    """A finite number rounded to the six digits of `str`; -1 for any other text, so that range checks refuse it."""
     try:
         number = float(f"{float(text):g}")
     except ValueError:

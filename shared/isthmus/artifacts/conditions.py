@@ -12,21 +12,21 @@ from isthmus.artifacts.constraints import Amount, Count, Share, one_of
 from isthmus.errors import ConstraintMalformed
 
 OBJECTIVES = ("latency", "throughput", "cost", "energy")
+# One of OBJECTIVES: minimal latency of a request, maximal requests per second, minimal price, minimal joules.
 Objective: TypeAlias = Annotated[str, one_of(*OBJECTIVES)]
-"""One of OBJECTIVES: the least time of a request, the most requests a second, the least money, the fewest joules."""
 
 _Rate = Annotated[float, Meta(gt=0)]
 
+# Default bound on `Error.relative` for candidates without calibration.
 MAX_ERROR = 0.05
-"""The default bound on `Error.relative` for candidates without calibration."""
 
 
 class Conditions(Struct, frozen=True, forbid_unknown_fields=True):
-    """The emulated link between edge and cloud, beside the network that is there: bits per second each way (None:
-    unlimited; infinity becomes None) and the round trip in seconds. The default adds nothing.
+    """The emulated link between edge and cloud, in addition to the real network: bits per second each way (None:
+    unlimited; infinity becomes None) and round-trip time in seconds. The default adds nothing.
 
     Raises:
-        ConstraintMalformed: a rate that is not positive, or a time that is negative.
+        ConstraintMalformed: a rate is not positive, or the round-trip time is negative.
     """
 
     uplink_bps: _Rate | None = None
@@ -34,28 +34,28 @@ class Conditions(Struct, frozen=True, forbid_unknown_fields=True):
     rtt_s: Amount = 0.0
 
     def __post_init__(self) -> None:
-        for what in ("uplink_bps", "downlink_bps"):
-            rate = getattr(self, what)
+        for field in ("uplink_bps", "downlink_bps"):
+            rate = getattr(self, field)
             if rate is not None and not rate > 0:
-                raise ConstraintMalformed(f"the rate {what} is {rate}; it is above 0", what=what)
+                raise ConstraintMalformed(f"the rate {field} is {rate}; it is above 0", what=field)
             # JSON has no infinity.
-            force_setattr(self, what, None if rate == math.inf else rate)
+            force_setattr(self, field, None if rate == math.inf else rate)
         if not 0 <= self.rtt_s < math.inf:
             raise ConstraintMalformed(f"the round trip is {self.rtt_s} s; it is 0 or more", what="rtt_s")
 
     @property
     def adds_nothing(self) -> bool:
-        """Whether the link is no slower than the network that is there."""
+        """Whether the link is no slower than the real network."""
         return self.uplink_bps is None and self.downlink_bps is None and self.rtt_s == 0
 
     @property
     def up_bps(self) -> float:
-        """The rate towards the cloud; infinite where it is unlimited."""
+        """Rate towards the cloud; infinite if unlimited."""
         return math.inf if self.uplink_bps is None else self.uplink_bps
 
     @property
     def down_bps(self) -> float:
-        """The rate back; infinite where it is unlimited."""
+        """Rate towards the edge; infinite if unlimited."""
         return math.inf if self.downlink_bps is None else self.downlink_bps
 
     @property
@@ -65,21 +65,20 @@ class Conditions(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def down_byte_s(self) -> float:
-        """Seconds per byte back."""
+        """Seconds per byte towards the edge."""
         return 8 / self.down_bps
 
 
 class Constraints(Struct, frozen=True, forbid_unknown_fields=True):
-    """The constraints on a candidate; None is no constraint.
+    """Constraints on a candidate; None is unconstrained.
 
-    `private_depth` nodes, the first ones in topological order, run at the edge, and so do all that read an input of the
-    model where it is not 0: no cut lies before them, and no input crosses one. `max_error` bounds `Error.relative`,
-    `max_disagreement` the share of inputs with another answer. Without `max_error`, MAX_ERROR holds, and what a
-    calibrated bundle offers is good enough.
-    Units: bytes, seconds.
+    The first `private_depth` nodes in topological order run at the edge. If the depth is not 0, so do all readers of a
+    model input: no cut lies before these nodes, and no input is transmitted. `max_error` bounds `Error.relative`,
+    `max_disagreement` the share of inputs with another prediction. Without `max_error`, MAX_ERROR applies to
+    uncalibrated bundles, and calibrated bundles are accepted as measured. Units: bytes, seconds.
 
     Raises:
-        ConstraintMalformed: one is negative, or cannot be met by any number.
+        ConstraintMalformed: a negative or unsatisfiable constraint.
     """
 
     edge_memory_bytes: Count | None = None
@@ -90,6 +89,7 @@ class Constraints(Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
+            # Checked here as well as by the annotations: msgspec validates decoded documents, not constructor calls.
             if value is not None and not 0 <= value < math.inf:
                 raise ConstraintMalformed(f"the constraint {name} is {value}; it is 0 or more", what=name)
         if self.max_disagreement is not None and self.max_disagreement > 1:
@@ -97,16 +97,16 @@ class Constraints(Struct, frozen=True, forbid_unknown_fields=True):
                 f"the constraint max_disagreement is {self.max_disagreement}; a share is at most 1",
                 what="max_disagreement",
             )
-        for what in ("edge_memory_bytes", "latency_s"):
-            if getattr(self, what) == 0:
-                raise ConstraintMalformed(f"the constraint {what} is 0; nothing runs in that", what=what)
+        for field in ("edge_memory_bytes", "latency_s"):
+            if getattr(self, field) == 0:
+                raise ConstraintMalformed(f"the constraint {field} is 0; nothing runs in that", what=field)
 
 
 def check_objective(text: str) -> Objective:
-    """`text`, if it is one of OBJECTIVES.
+    """`text`, if one of OBJECTIVES.
 
     Raises:
-        ConstraintMalformed: it is not; names those there are.
+        ConstraintMalformed: any other text; the message lists OBJECTIVES.
     """
     if text not in OBJECTIVES:
         raise ConstraintMalformed(f"the objective is {text!r}; it is one of {', '.join(OBJECTIVES)}", what="objective")

@@ -1,9 +1,9 @@
 """The text form of cuts: `20/40`, `a,b`, `deep=a,b`.
 
-Cuts in order are separated by `/`, tensors of one cut by `,`; `NAME=` before the tensors names the cut. Tensor names of
-TorchScript and TensorFlow models hold all of these characters, so known names are matched before anything is split.
+`/` separates cuts in order, `,` the tensors of a cut; `NAME=` before the tensors names the cut. Tensor names of
+TorchScript and TensorFlow models may contain all of these characters, so that known names are matched before any split.
 
-Source: docs/cuts.md, "Naming a cut".
+Source: docs/reference/cuts.md, "Naming a cut".
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _NAMED = re.compile(rf"\s*({_NAME})\s*=")
 
 @dataclass(frozen=True)
 class CutText:
-    """One cut as its text says it: `parts` are tensors, or one name or position of a cut; `name` is what `=` gave."""
+    """A parsed cut: `parts` are tensors, or a single name or position; `name` is the text before `=`."""
 
     parts: tuple[str, ...]
     name: str | None = None
 
     @property
     def position(self) -> int | None:
-        """The position that the cut is given by, if it is."""
+        """The position of the cut; None for a cut given by name or tensors."""
         lone = self.parts[0] if len(self.parts) == 1 and self.name is None else ""
         return int(lone) if _is_position(lone) else None
 
@@ -41,52 +41,56 @@ CutName = Annotated[str, matching(_NAME)]
 
 
 def is_cut_name(text: str) -> bool:
-    """Whether `text` can name a cut: 1 to 63 letters, digits, '_' and '-', starting alphanumeric (so never '..')."""
+    """Whether `text` is a valid cut name: 1 to 63 letters, digits, '_' and '-', starting alphanumeric (and so never
+    '..').
+    """
     return _CUT.fullmatch(text) is not None
 
 
-def parse_partition(text: str, known: Collection[str]) -> tuple[CutText, ...]:
-    """The cuts of a partition, in order; of two readings of `text`, the one with the longer `known` name first wins.
+def parse_partition(text: str, names: Collection[str]) -> tuple[CutText, ...]:
+    """The cuts of a partition, in order. `names` are the known tensor and cut names; longer names take precedence.
 
-    A decimal number that stands alone is a position. Of a text that is not made of known names and positions alone,
-    what remains beside as many of them as possible is one cut, for the caller to refuse.
+    A decimal number alone is a position. If `text` is not a sequence of known names and positions, the remainder beside
+    the longest readable part becomes a single cut, for the caller to refuse.
     """
-    names = frozenset(known)
-    if (cuts := _read(text, names)) is not None:
+    name_set = frozenset(names)
+    if (cuts := _read(text, name_set)) is not None:
         return cuts
-    slashes = [found.start() for found in re.finditer("/", text)]
+    slashes = [match.start() for match in re.finditer("/", text)]
+    # For an error message: keep the longest readable prefix, else suffix, and leave the rest to the caller.
     for at in reversed(slashes):
-        if (cuts := _read(text[:at], names)) is not None:
+        if (cuts := _read(text[:at], name_set)) is not None:
             return (*cuts, _split(text[at + 1 :]))
     for at in slashes:
-        if text[:at].strip() and (cuts := _read(text[at + 1 :], names)) is not None:
+        if text[:at].strip() and (cuts := _read(text[at + 1 :], name_set)) is not None:
             return (_split(text[:at]), *cuts)
     return (_split(text),)
 
 
-def parse_cut(text: str, known: Collection[str]) -> CutText:
-    """The one cut that `text` says; a `/` in it belongs to a name."""
-    cuts = _read(text, frozenset(known))
+def parse_cut(text: str, names: Collection[str]) -> CutText:
+    """Parse a single cut; a `/` in `text` belongs to a name."""
+    cuts = _read(text, frozenset(names))
     return cuts[0] if cuts is not None and len(cuts) == 1 else _split(text)
 
 
-def _read(text: str, known: frozenset[str]) -> tuple[CutText, ...] | None:
-    """`text` as known names and positions; None where it is not made of these alone."""
+def _read(text: str, names: frozenset[str]) -> tuple[CutText, ...] | None:
+    """`text` as known names and positions; None if any part is neither."""
     ends = [*(m.start() for m in _SEPARATOR.finditer(text)), len(text)]
-    longest = max(map(len, known), default=0)
+    longest = max(map(len, names), default=0)
 
     @cache
     def cuts_from(start: int) -> tuple[CutText, ...] | None:
-        named = _NAMED.match(text, start)
-        if (plain := tensors_from(start, True)) is not None or named is None:
+        prefix = _NAMED.match(text, start)
+        if (plain := tensors_from(start, True)) is not None or prefix is None:
             return plain
-        rest = tensors_from(named.end(), False)
-        return None if rest is None else (CutText(rest[0].parts, named[1]), *rest[1:])
+        rest = tensors_from(prefix.end(), False)
+        return None if rest is None else (CutText(rest[0].parts, prefix[1]), *rest[1:])
 
     @cache
     def tensors_from(start: int, lone: bool) -> tuple[CutText, ...] | None:
+        # Longest name first.
         for end, name in reversed(list(names_from(start))):
-            if name not in known and not (lone and text[end : end + 1] != "," and _is_position(name)):
+            if name not in names and not (lone and text[end : end + 1] != "," and _is_position(name)):
                 continue
             if end == len(text):
                 return (CutText((name,)),)
@@ -100,12 +104,14 @@ def _read(text: str, known: frozenset[str]) -> tuple[CutText, ...] | None:
     def names_from(start: int) -> Iterator[tuple[int, str]]:
         for end in ends[bisect_left(ends, start) :]:
             raw = text[start:end]
-            name = raw if raw in known else raw.strip()
+            # Blanks around separators are ignored, unless the name itself has blanks.
+            name = raw if raw in names else raw.strip()
             yield end, name
             if len(name) > longest:
                 return
 
-    # From the last part on, so that no call goes deeper than the part that follows.
+    # Fill the memo from the end, so that recursion never goes deeper than one part; texts of thousands of parts are
+    # legal.
     for end in reversed(ends[:-1]):
         cuts_from(end + 1)
         tensors_from(end + 1, False)
@@ -113,9 +119,9 @@ def _read(text: str, known: frozenset[str]) -> tuple[CutText, ...] | None:
 
 
 def _split(text: str) -> CutText:
-    named = _NAMED.match(text)
-    rest = text[named.end() :] if named else text
-    return CutText(tuple(p.strip() for p in rest.split(",") if p.strip()), named[1] if named else None)
+    prefix = _NAMED.match(text)
+    rest = text[prefix.end() :] if prefix else text
+    return CutText(tuple(p.strip() for p in rest.split(",") if p.strip()), prefix[1] if prefix else None)
 
 
 def _is_position(text: str) -> bool:

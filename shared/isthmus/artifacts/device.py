@@ -21,13 +21,13 @@ _Fact = Annotated[str, Meta(max_length=_MAX_TEXT)]
 
 
 class Device(Struct, frozen=True, forbid_unknown_fields=True):
-    """The compute of one function: `cpus` it may use, `threads` of one run, its runtime and its memory.
+    """The compute resources of a function: usable `cpus`, `threads` per run, the runtime and the memory.
 
-    `memory_bytes` is the container's limit, or the machine's memory in whole 256 MiB where it has none. `id` is 12 hex
-    digits of the other fields' digest: it differs where any fact differs.
+    `memory_bytes` is the container's limit, else the machine's memory in multiples of 256 MiB. `id` is 12 hex digits of
+    the digest of the other fields, and so differs if any fact differs.
 
     Raises:
-        ValueError: `id` is given and is not that of the facts.
+        ValueError: `id` does not match the facts.
     """
 
     cpu: _Fact
@@ -43,6 +43,7 @@ class Device(Struct, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         facts = structs.asdict(self)
         del facts["id"]
+        # The id is part of the key of a profile: changing this computation orphans stored profiles.
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:_ID_DIGITS]
         if self.id not in ("", digest):
             raise ValueError(f"has the id {self.id[:40]!r}, which is not that of the device's facts")
@@ -50,14 +51,15 @@ class Device(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def this_device(*, cpus: int, threads: int, providers: tuple[str, ...], runtime: str) -> Device:
-    """The device that this process runs on; what the runtime knows is given."""
+    """The device of this process; the caller supplies the facts about the runtime."""
     return Device(cpu_name(), platform.machine(), cpus, threads, providers, runtime, isthmus.__version__, memory())
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The CPU's model; on ARM Linux, which has no name for it, its implementer and part."""
+    """The CPU model; on ARM Linux, without a model name, the implementer and part numbers."""
     try:
         with cpuinfo.open(errors="replace") as f:
+            # Bounded, since the file has a block per processor, all alike.
             fields = dict(_field(line) for line in f.read(2**16).splitlines() if ":" in line)
     except OSError:
         fields = {}
@@ -68,8 +70,8 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that this process may use."""
-    # A kernel's update moves the total by some kilobytes, and the device is still the same.
+    """Bytes of memory available to this process."""
+    # A kernel update changes the total by some kilobytes on the same device.
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     total = max(_ROUNDED_TO, total // _ROUNDED_TO * _ROUNDED_TO)
     for limit in ("memory.max", "memory/memory.limit_in_bytes"):

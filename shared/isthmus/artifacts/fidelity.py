@@ -1,6 +1,6 @@
-"""The fidelity document: for each codec at each cut, the share of unchanged predictions, and its bytes and times.
+"""The fidelity document: the share of unchanged predictions, bytes and times of each codec at each cut.
 
-Plans, targets such as "at least 99%, at most 4 kB", and the router's guard read it. Format:
+Read by plans, by targets ("at least 99%, at most 4 kB") and by the router's guard. Format:
 docs/reference/calibration.md.
 """
 
@@ -21,19 +21,22 @@ from isthmus.artifacts.json_documents import DocumentKind, builtins, canonical
 from isthmus.artifacts.segment_id import WHOLE
 from isthmus.errors import CalibrationError
 
+# The default target of `isthmus calibrate`: at least 99% unchanged predictions.
 LIMIT = 0.99
 MAX_BYTES = 4 * 2**20
+# Cuts times codecs times qualities: hundreds in practice.
 MAX_ENTRIES = 20_000
+# Relative error below which regression outputs count as unchanged, by default.
 TOLERANCE = 0.05
 TOP1, CLOSE = "top1", "close"
 
 
 class Measure(Struct, frozen=True, forbid_unknown_fields=True):
-    """The rule by which two predictions agree; pipeline.agreement applies it.
+    """The criterion of agreement between two predictions; applied by pipeline.agreement.
 
     `top1`: the likeliest class of `output` is the same, in every row. `close`: the error of every output is at most
-    `tolerance`. An output's error is the root mean square of the differences over that of the output, or over its
-    scale in `scales` where that is larger: the root mean square over the inputs that codecs were calibrated with.
+    `tolerance`. The error of an output is the RMS difference over the RMS of the output, or over the output's scale in
+    `scales` if larger: the RMS over the calibration inputs.
     """
 
     kind: Annotated[str, one_of(TOP1, CLOSE)]
@@ -43,14 +46,14 @@ class Measure(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def measure_for(bundle: Bundle, output: str = "", tolerance: float = TOLERANCE) -> Measure:
-    """The measure of a model: its classes where it has some (or in `output`), else how close its outputs are."""
+    """The criterion of a model: top-1 agreement for classifiers (or for `output`), else closeness of all outputs."""
     after: Mapping[str, Any] = bundle.postprocess or {}
-    named = output or (after.get("output", "") if after.get("kind") == "classify" else "")
-    return Measure(TOP1, str(named)) if named else Measure(CLOSE, tolerance=tolerance)
+    class_output = output or (after.get("output", "") if after.get("kind") == "classify" else "")
+    return Measure(TOP1, str(class_output)) if class_output else Measure(CLOSE, tolerance=tolerance)
 
 
 class Inputs(Struct, frozen=True, forbid_unknown_fields=True):
-    """The inputs of a calibration: the files of `source`, and the numbers of inputs for calibrating and for scoring."""
+    """The inputs of a calibration: the files of `source`, and the numbers of inputs for calibration and for scoring."""
 
     source: Text
     files: Count
@@ -60,16 +63,16 @@ class Inputs(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Entry(Struct, frozen=True, forbid_unknown_fields=True):
-    """One codec at one quality at one cut, over the held-out inputs.
+    """The result of a codec at one quality and cut, over the held-out inputs.
 
-    `measured` is the share of inputs whose answer stays the same, `low` and `high` its interval (Wilson, 95%).
-    `agreement` is that share made to rise with a codec's quality (`bounds.rising`): what targets and limits go by.
-    `error` is the mean of the output's error where it is finite. `bytes` (median) and `p95` are the payloads of all
-    tensors that cross, `bits` what a value costs on average. Units: milliseconds of one thread's CPU time, medians.
-    `fell_back` is the share of inputs where a tensor went raw. `offered` says whether a plan may use it.
+    `measured` is the share of inputs with an unchanged prediction; `low` and `high` are the Wilson interval at 95%.
+    `agreement` is that share after isotonic regression over qualities (`bounds.isotonic`), used for targets and limits.
+    `error` is the mean of the finite output errors. `bytes` (median) and `p95` are the payloads of all boundary
+    tensors, `bits` the mean per value. Times are medians in milliseconds of CPU time on one thread. `fell_back` is the
+    share of inputs with a tensor sent raw. `offered` permits use by plans.
 
-    With closer looks, sizes and times are of all sends together, and means, since medians know of the first one only;
-    `shares` has for each look the share of inputs that took it.
+    With closer looks, sizes and times are means over all transmissions together, since medians ignore rare second
+    transmissions; `shares` has the share of inputs of each look.
     """
 
     cut: Text
@@ -91,16 +94,19 @@ class Entry(Struct, frozen=True, forbid_unknown_fields=True):
     shares: Annotated[tuple[Share, ...], Meta(max_length=MAX_LOOKS)] = ()
 
     def __post_init__(self) -> None:
+        # Documents of earlier versions stay usable: their measurements hold for the successor.
         force_setattr(self, "codec", successor(self.codec))
 
     @property
     def choice(self) -> Choice:
-        """What was measured, as settings write it."""
+        """The measured choice, in the form of settings."""
         return Choice(self.codec, self.quality, self.looks)
 
 
 class Reference(Struct, frozen=True, forbid_unknown_fields=True):
-    """The input itself as JPEG or WebP of one quality, decoded again before the model; same inputs, same measure."""
+    """A baseline: the input as JPEG or WebP at one quality, decoded before the model, with the same inputs and
+    criterion.
+    """
 
     codec: Annotated[str, one_of("jpeg", "webp")]
     quality: Count
@@ -113,7 +119,7 @@ class Reference(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Fidelity(Struct, frozen=True, forbid_unknown_fields=True, tag_field="format", tag="isthmus.fidelity/2"):
-    """The measurements of one model; `subject` is its `model_digest`."""
+    """The measurements of a model; `subject` is its `model_digest`."""
 
     subject: Text
     limit: Share
@@ -124,15 +130,15 @@ class Fidelity(Struct, frozen=True, forbid_unknown_fields=True, tag_field="forma
     confidence: Share = CONFIDENCE
 
     def cuts(self) -> list[str]:
-        """The cuts that were measured, in the document's order."""
+        """The measured cuts, in document order."""
         return list(dict.fromkeys(entry.cut for entry in self.entries))
 
 
 def offered(fidelity: Fidelity, cut: str) -> list[Entry]:
-    """What a plan may use at `cut`, fewest bytes first: its agreement, not the bound of that, meets the limit.
+    """The entries at `cut` permitted for plans, fewest bytes first: the estimated agreement meets the limit.
 
-    The lower bound cannot: a hundred inputs without one different answer leave it at 96.3%. What the estimate lets pass
-    by luck, the router's guard finds.
+    The lower confidence bound would be too strict: a hundred inputs without a changed prediction give a bound of 96.3%.
+    The router's guard detects an estimate that was too high.
     """
     return sorted((e for e in fidelity.entries if e.cut == cut and e.offered), key=lambda e: (e.bytes, -e.agreement))
 
@@ -145,12 +151,12 @@ def choose(
     bytes: int | None = None,
     pack_ms: float | None = None,
 ) -> Entry:
-    """The codec and quality that meets every target: with one for agreement the smallest, else the most faithful.
+    """The entry that meets all targets: the smallest with a target for agreement, else the most faithful.
 
-    Units: `bytes` bounds the median payload, `pack_ms` packing and unpacking together.
+    Units: `bytes` bounds the median payload, `pack_ms` the sum of encoding and decoding.
 
     Raises:
-        CalibrationError: nothing was measured at `cut`, or nothing meets the targets; names what comes closest.
+        CalibrationError: no measurement at `cut`, or none meets the targets; the message names the closest entry.
     """
     entries = [e for e in fidelity.entries if e.cut == cut]
     if not entries:
@@ -160,10 +166,10 @@ def choose(
         for e in entries
         if (bytes is None or e.bytes <= bytes) and (pack_ms is None or e.pack_ms + e.unpack_ms <= pack_ms)
     ]
-    if met := [e for e in candidates if agreement is None or e.agreement >= agreement]:
+    if suitable := [e for e in candidates if agreement is None or e.agreement >= agreement]:
         if agreement is not None:
-            return min(met, key=lambda e: (e.bytes, -e.agreement))
-        return max(met, key=lambda e: (e.agreement, -e.bytes))
+            return min(suitable, key=lambda e: (e.bytes, -e.agreement))
+        return max(suitable, key=lambda e: (e.agreement, -e.bytes))
     closest = max(candidates, key=lambda e: e.agreement, default=None) or min(entries, key=lambda e: e.bytes)
     raise CalibrationError(
         f"nothing measured at cut {cut} meets the targets; closest is {closest.choice}: "
@@ -177,26 +183,27 @@ def choose(
 
 
 def model_digest(bundle: Bundle) -> str:
-    """What a fidelity is of: the weights, the uncut graph and the processing; other cuts are still the same model."""
+    """The digest of weights, uncut graph and processing: the subject of a fidelity, independent of the cuts."""
     whole = bundle.segment(WHOLE).graph.digest
     doc = [bundle.weights.blob.digest, whole, bundle.preprocess, bundle.postprocess]
     return digest_of(json.dumps(doc, sort_keys=True, separators=(",", ":")).encode())
 
 
 def read_fidelity(bundle: Bundle, blob: Callable[[Blob], bytes]) -> Fidelity | None:
-    """The fidelity of a bundle; None where it was not calibrated.
+    """The fidelity document of a bundle; None without calibration.
 
     Raises:
-        CalibrationError: the document cannot be read, was measured of another model, or written by another version.
+        CalibrationError: unreadable, measured on another model, or written by another version.
     """
     if bundle.fidelity is None:
         return None
+    # The manifest states the size: refuse before the download.
     FIDELITY.check_size(bundle.fidelity.size)
     try:
         fidelity = from_json(blob(bundle.fidelity))
     except CalibrationError as e:
-        again = f"calibrate again: isthmus calibrate {bundle.name} --data FOLDER"
-        raise CalibrationError(f"in {bundle.name}: {e.message}", **{**e.facts, "hint": again}) from e
+        hint = f"calibrate again: isthmus calibrate {bundle.name} --data FOLDER"
+        raise CalibrationError(f"in {bundle.name}: {e.message}", **{**e.facts, "hint": hint}) from e
     if fidelity.subject != (subject := model_digest(bundle)):
         raise CalibrationError(
             f"the fidelity in {bundle.name} was measured of another model",
@@ -208,15 +215,15 @@ def read_fidelity(bundle: Bundle, blob: Callable[[Blob], bytes]) -> Fidelity | N
 
 
 def to_json(fidelity: Fidelity) -> bytes:
-    """A fidelity's document, as canonical JSON."""
+    """Canonical JSON of a fidelity document."""
     return canonical(builtins(fidelity))
 
 
 def from_json(data: bytes | memoryview) -> Fidelity:
-    """Read a document.
+    """Parse a fidelity document.
 
     Raises:
-        CalibrationError: not one of this format, or of another version's; the sentence names the field and the rule.
+        CalibrationError: not of this format or version; the message names the field and the rule.
     """
     return FIDELITY.decode(data)
 

@@ -1,7 +1,7 @@
-"""Typed JSON documents: bounded and checked when read, canonical when written.
+"""Typed JSON documents: bounded and validated when read, canonical when written.
 
-A document is a msgspec struct whose tag is its format. Reading checks types, bounds and unknown keys by the struct's
-annotations, then the rules between fields by a function. A refusal names the field and the rule.
+A document is a msgspec struct whose tag is the document's format. Annotations of the struct check types, bounds and
+unknown keys; a function checks rules between fields. Errors name the field and the rule.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from isthmus.errors import IsthmusError
 
 T = TypeVar("T", bound=msgspec.Struct)
 
+# Characters of a refused value in a message; documents are untrusted, and messages go to logs.
 _MAX_SHOWN = 80
 
 
 @dataclass(frozen=True)
 class DocumentKind(Generic[T]):
-    """How one kind of document is read: its struct, its name in messages, its bound and the error of a refusal.
+    """A kind of document: its struct, name in messages, size bound and error class.
 
-    `check` holds the rules between fields and raises ValueError. `hint` says what to do about a refused document.
+    `check` holds the rules between fields and raises ValueError. `hint` tells the user how to replace a refused
+    document.
     """
 
     struct: type[T]
@@ -38,38 +40,40 @@ class DocumentKind(Generic[T]):
 
     @property
     def format(self) -> str:
-        """The document's `format`, such as `isthmus.plan/2`."""
+        """The document's `format`, for example `isthmus.plan/2`."""
         return str(self.struct.__struct_config__.tag)
 
     def decode(self, data: bytes | memoryview) -> T:
-        """Read a document.
+        """Parse a document.
 
         Raises:
-            IsthmusError: of the type `error`: too long, another format, or against a rule; `where` names the field.
+            IsthmusError: of the class `error`: too long, another format, or a broken rule; fact `where` names the
+                field.
         """
         self.check_size(len(data))
         try:
+            # The format first: a document of another version would fail on some field, with a misleading message.
             self._check_format(msgspec.json.decode(data, type=_Head).format)
             document = msgspec.json.decode(data, type=self.struct, dec_hook=decode_custom)
             self.check(document)
         except msgspec.ValidationError as e:
-            where, rule = _explain(e, data)
-            self._refuse(where, rule, e)
+            field, rule = _explain(e, data)
+            self._refuse(field, rule, e)
         except (msgspec.DecodeError, RecursionError) as e:
             self._refuse("", f"is not JSON: {e}", e)
         except ValueError as e:
             self._refuse("", str(e), e)
         except self.error:
             raise
-        except IsthmusError as e:  # a struct's own check, which code that builds one meets too
+        except IsthmusError as e:  # raised by __post_init__, for documents and constructor calls alike
             self._refuse("", f"cannot be: {e.message}", e)
         return document
 
     def check_size(self, size: int) -> None:
-        """Refuse a document beyond the bound.
+        """Refuse a document beyond the size bound.
 
         Raises:
-            IsthmusError: of the type `error`.
+            IsthmusError: of the class `error`.
         """
         if size > self.max_bytes:
             raise self.error(
@@ -99,7 +103,7 @@ class DocumentKind(Generic[T]):
 
 
 def builtins(document: msgspec.Struct) -> Any:
-    """A document as what `json` writes: dictionaries, lists, texts and numbers."""
+    """A document as dictionaries, lists, strings and numbers, ready for `json`."""
     return msgspec.to_builtins(document, enc_hook=str)
 
 
@@ -109,12 +113,13 @@ def canonical(value: Any) -> bytes:
     Raises:
         ValueError: a number is not finite.
     """
-    # Published digests are those of json's own text of numbers, so no other encoder takes its place.
+    # Published digests depend on the number format of `json`; another encoder would change the digests.
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def schema(kind: DocumentKind[Any]) -> dict[str, Any]:
-    """The JSON Schema (2020-12) of one kind of document, generated from its struct."""
+    """The JSON Schema (2020-12) of a kind of document, generated from the struct."""
+    # Errors by condition are for Python callers, not for readers of a schema.
     generated = msgspec.json.schema(kind.struct, schema_hook=_schema_of_custom)
     for part in generated["$defs"].values():
         if "description" in part:
@@ -123,7 +128,7 @@ def schema(kind: DocumentKind[Any]) -> dict[str, Any]:
 
 
 def refuse_constant(text: str) -> NoReturn:
-    """The `parse_constant` of every JSON decoder: NaN and Infinity are not JSON.
+    """A `parse_constant` for JSON decoders: NaN and Infinity are not JSON.
 
     Raises:
         ValueError: always.
@@ -132,10 +137,10 @@ def refuse_constant(text: str) -> NoReturn:
 
 
 def decode_custom(kind: type, value: Any) -> Any:
-    """The `dec_hook` of documents: the text of a segment id.
+    """The `dec_hook` of documents: parses segment ids.
 
     Raises:
-        ValueError: it is none.
+        ValueError: not a segment id.
     """
     if kind is SegmentId and isinstance(value, str):
         return SegmentId.parse(value)
@@ -153,6 +158,7 @@ class _Head(msgspec.Struct):
 
 
 _MESSAGE = re.compile(r"(?P<text>.*?)(?: - at (?P<key>`key` in )?`\$(?P<path>.*)`)?", re.DOTALL)
+# msgspec reports rules as text only. A message that matches no pattern is passed on as it is.
 _RULES = (
     (r"Expected `\w+` >= (\S+)", "it is at least {}"),
     (r"Expected `\w+` > (\S+)", "it is above {}"),
@@ -180,11 +186,11 @@ _TYPES = {
 
 
 def _explain(error: msgspec.ValidationError, data: bytes | memoryview) -> tuple[str, str]:
-    """The field that departs, and a sentence of its value and the rule, of msgspec's message."""
+    """The field at fault, and a sentence with the value and the rule, from msgspec's message."""
     message = _MESSAGE.fullmatch(str(error))
     text, path = (message["text"], message["path"] or "") if message else (str(error), "")
     where = path.removeprefix(".") + (" (a key)" if message and message["key"] else "")
-    if error.__cause__ is not None:  # a struct's own rule: its text is the sentence
+    if error.__cause__ is not None:  # raised by __post_init__, with a complete sentence
         return where, text
     if field := re.fullmatch(r"Object missing required field `(.*)`", text):
         return ".".join(part for part in (where, field[1]) if part), "is missing"
@@ -199,14 +205,14 @@ def _explain(error: msgspec.ValidationError, data: bytes | memoryview) -> tuple[
 
 
 def _plain(text: str) -> str:
-    """A type's or a pattern's text in words."""
+    """A type or pattern in words."""
     if text.startswith("`"):
         return " or ".join(_TYPES.get(name, name) for name in text.strip("`").split(" | "))
     return text.replace("\\\\", "").replace("|", ", ")
 
 
 def _shown(data: bytes | memoryview, path: str) -> str:
-    """The value at `path`, short; empty where the path does not name it, or it is long."""
+    """The value at `path`, abbreviated; empty if absent or long."""
     try:
         value = json.loads(bytes(data))
         for key, index in re.findall(r"\.([^.\[]+)|\[(\d+|\.\.\.)\]", path):
@@ -217,5 +223,5 @@ def _shown(data: bytes | memoryview, path: str) -> str:
         return f"a {'list' if isinstance(value, list) else 'object'} of {len(value)}"
     try:
         return json.dumps(value)[:_MAX_SHOWN]
-    except ValueError:  # an integer of thousands of digits
+    except ValueError:  # an integer beyond Python's limit on digits
         return ""

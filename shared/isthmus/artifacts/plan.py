@@ -1,6 +1,6 @@
-"""The plan document: every candidate with its predicted and measured times, and the one that serves.
+"""The plan document: all candidates with predicted and measured times, and the chosen candidate.
 
-It is JSON in the bundle that it was made for. Format: docs/reference/plan.md.
+A plan is a JSON blob of its bundle. Format: docs/reference/plan.md.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ from isthmus.artifacts.cuts import CutName
 from isthmus.artifacts.json_documents import DocumentKind, builtins, canonical
 from isthmus.errors import PlanMalformed, PlanMismatch
 
+# Some 4 kB for each of MAX_CANDIDATES candidates.
 MAX_PLAN_BYTES = 4 * 2**20
 MAX_CANDIDATES = 1000
+# Far above any real plan: the router and the commands walk all items of a list.
 _MAX_ITEMS = 1024
 _Source = Annotated[str, one_of("measured", "predicted", "scaled", "")]
 
 
 class Sources(Struct, frozen=True, forbid_unknown_fields=True):
-    """Where a tier's run time comes from: `measured`, a profile timed this very segment; `predicted`, node times were
-    summed; `scaled`, a run on the planning machine was scaled; empty, the tier runs nothing.
+    """The source of a tier's run time: `measured`, a profile of this segment; `predicted`, the sum of node times;
+    `scaled`, a run on the planning machine, scaled; empty, no run on the tier.
     """
 
     edge: _Source = ""
@@ -38,11 +40,11 @@ class Sources(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Terms(Struct, frozen=True, forbid_unknown_fields=True):
-    """Seconds of one request, one thing after the other, by what takes them.
+    """Sequential seconds of one request, by cause.
 
-    `preprocess` makes the input of a photo at the edge. `edge_run` and `cloud_run` compute; `edge_hop` and `cloud_hop`
-    are what a call takes beside that: frames, HTTP, the network that is there. `pack` at the edge and `unpack` in the
-    cloud are the codecs'. `up` and `down` are bytes over the link's rates, `rtt` its round trip.
+    `preprocess` converts a photo to the input at the edge. `edge_run` and `cloud_run` are inference; `edge_hop` and
+    `cloud_hop` are the rest of a call: frames, HTTP, the real network. `pack` at the edge and `unpack` in the cloud are
+    codecs. `up` and `down` are bytes over the link's rates, `rtt` its round trip.
     """
 
     preprocess: Amount = 0.0
@@ -59,7 +61,7 @@ class Terms(Struct, frozen=True, forbid_unknown_fields=True):
     total: Amount = 0.0
 
     def __post_init__(self) -> None:
-        # Documents hold the sum for their readers; it is never taken from them.
+        # The total in a document is for its readers only; the terms decide.
         force_setattr(self, "total", sum(self.seconds.values()))
 
     @property
@@ -69,27 +71,29 @@ class Terms(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def edge_busy(self) -> float:
-        """Seconds of computing at the edge."""
+        """Seconds of computation at the edge."""
         return self.preprocess + self.edge_run + self.pack
 
     @property
     def cloud_busy(self) -> float:
-        """Seconds of computing in the cloud."""
+        """Seconds of computation in the cloud."""
         return self.unpack + self.cloud_run
 
     @property
     def slowest_stage(self) -> float:
-        """Seconds of the slowest of the edge, the link each way, and the cloud: the inverse of the throughput."""
+        """Seconds of the slowest pipeline stage (edge, link each way, cloud): the inverse of the throughput."""
         return max(self.edge_busy + self.edge_hop, self.up, self.down, self.cloud_busy + self.cloud_hop)
 
 
+# In the order of a request; tables and sums follow it.
 TERMS = ("preprocess", "edge_run", "edge_hop", "pack", "up", "rtt", "down", "unpack", "cloud_run", "cloud_hop")
 
 
 class Measured(Struct, frozen=True, forbid_unknown_fields=True):
-    """Seconds of real requests over the link: median and quartiles, and the medians of their parts.
+    """Seconds of real requests over the link: median, quartiles, and medians of the parts.
 
-    Parts: `preprocess`, `pack`, `edge` and `cloud` (whole calls), `edge_run` and `cloud_run` (computing in them).
+    Parts: `preprocess`, `pack`, `edge` and `cloud` (whole calls), `edge_run` and `cloud_run` (inference within the
+    calls).
     """
 
     median: Amount
@@ -100,11 +104,11 @@ class Measured(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Error(Struct, frozen=True, forbid_unknown_fields=True):
-    """The distance of predictions from the uncut model's, over `inputs` inputs.
+    """The distance from the uncut model's predictions, over `inputs` inputs.
 
-    `relative` is the largest error of any input: the root mean square of the differences over that of the output, of
-    the worst output. `disagreement` is the share of inputs with another prediction (see `fidelity.Measure`). If
-    `calibrated`, both come from the fidelity document, `relative` as its mean, and agreement meets its limit.
+    `relative` is the maximum over inputs and outputs of the RMS difference over the RMS of the output. `disagreement`
+    is the share of inputs with another prediction (see `fidelity.Measure`). If `calibrated`, both come from the
+    fidelity document, `relative` as its mean, and agreement meets its limit.
     """
 
     relative: Amount
@@ -114,7 +118,7 @@ class Error(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Coding(Struct, frozen=True, forbid_unknown_fields=True):
-    """The codec of one boundary tensor, and its quality."""
+    """The codec and quality of a boundary tensor."""
 
     codec: CodecId
     quality: Amount = 1.0
@@ -124,7 +128,7 @@ class Coding(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PlannedLook(Struct, frozen=True, forbid_unknown_fields=True):
-    """A closer look of a plan, with the share of held-out inputs that took it."""
+    """A closer look of a plan, with the share of held-out inputs that needed the second transmission."""
 
     quality: Share
     margin: Margin
@@ -132,11 +136,11 @@ class PlannedLook(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CloserLooks(Struct, frozen=True, forbid_unknown_fields=True):
-    """Confidence-gated further transmissions: while the top-1 margin of `output` (nats) is below a look's margin, the
-    router sends the boundary tensors again at that look's quality.
+    """Confidence-gated second transmissions: if the top-1 margin of `output` (nats) is below the margin of a look, the
+    router requests the boundary tensors at the quality of that look.
 
-    A look's share is the share of held-out inputs that took it; sizes and times are of the first transmission plus
-    that share of each further one.
+    The share of a look is the share of held-out inputs below the margin; sizes and times include each further
+    transmission weighted by its share.
     """
 
     output: Text
@@ -144,33 +148,33 @@ class CloserLooks(Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def of(cls, output: str, looks: Sequence[Look], shares: Sequence[float]) -> CloserLooks:
-        """Closer looks with the share of each."""
+        """Build from looks and their shares."""
         each = zip(looks, shares, strict=True)
         return cls(output, tuple(PlannedLook(look.quality, look.margin, share) for look, share in each))
 
     @property
     def looks(self) -> tuple[Look, ...]:
-        """The looks without their shares."""
+        """The looks without shares."""
         return tuple(Look(step.quality, step.margin) for step in self.steps)
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """The share of inputs that took each look."""
+        """The share of inputs of each look."""
         return tuple(step.share for step in self.steps)
 
     @property
-    def again(self) -> float:
-        """Further calls of one request, on average."""
+    def extra_calls(self) -> float:
+        """Mean number of further calls per request."""
         return sum(self.shares)
 
 
 class Candidate(Struct, frozen=True, forbid_unknown_fields=True):
-    """One way to serve the model.
+    """A placement of the model.
 
-    kind `edge` runs it whole on the first hop, `cloud` on the last, `split` at `cuts` on both. `codecs` are those of
-    the tensors that do not go raw; `input` says whether a photo goes as it came. `variant` is the digest of the bundle
-    that runs instead. `up_bytes` and `down_bytes` are whole frames on the link. Where `refused` says why, it cannot be
-    chosen. Units: bytes, seconds, joules, prices in the prices' currency.
+    kind `edge` runs the whole model on the first hop, `cloud` on the last, `split` divides the model at `cuts`.
+    `codecs` lists the tensors not sent raw; `input` is whether a photo is sent unchanged. `variant` is the digest of a
+    substitute bundle. `up_bytes` and `down_bytes` are whole frames on the link. A candidate with a reason in `refused`
+    cannot be chosen. Units: bytes, seconds, joules, prices in the plan's currency.
     """
 
     name: Text
@@ -193,23 +197,23 @@ class Candidate(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def calls(self) -> float:
-        """Calls to the cloud for one request, on average."""
-        return 1 + (self.looks.again if self.looks is not None else 0.0)
+        """Mean number of calls to the cloud per request."""
+        return 1 + (self.looks.extra_calls if self.looks is not None else 0.0)
 
     @property
     def seconds(self) -> float:
-        """Seconds of one request: as measured, else as predicted."""
+        """Seconds of a request: measured, else predicted."""
         return self.predicted.total if self.measured is None else self.measured.median
 
     @property
-    def apart(self) -> float | None:
-        """The measurement's relative distance from the prediction: 0.1 is a tenth longer. None if unmeasured."""
+    def relative_gap(self) -> float | None:
+        """Measured over predicted seconds, minus 1: 0.1 is a tenth slower than predicted. None without measurement."""
         total = self.predicted.total
         return None if self.measured is None or total <= 0 else self.measured.median / total - 1
 
 
 class ProfileUsed(Struct, frozen=True, forbid_unknown_fields=True):
-    """The profile that the predictions are based on."""
+    """A profile behind the predictions."""
 
     tier: Text
     device: Text
@@ -219,10 +223,10 @@ class ProfileUsed(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Plan(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_field="format", tag="isthmus.plan/2"):
-    """The plan of one bundle under given conditions. `subject` is the only bundle that the plan may serve.
+    """The plan of a bundle under given conditions. `subject` is the only bundle served by the plan.
 
-    `why` are sentences: the reasons for the choice, and everything left out or not measured. `inputs` is the kind of
-    inputs of errors and sizes: `photo`, `tensors` or `random`.
+    `why` holds sentences: the reasons for the choice, and all candidates omitted or not measured. `inputs` is the kind
+    of inputs behind errors and sizes: `photo`, `tensors` or `random`.
     """
 
     model: ModelName
@@ -246,24 +250,25 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_field
 
     @property
     def measured(self) -> bool:
-        """Whether the chosen candidate was measured; if not, the plan is predicted only."""
+        """Whether the chosen candidate was measured, or only predicted."""
         return self.choice.measured is not None
 
     @property
     def typical_gap(self) -> float | None:
-        """The median relative distance of measurements from predictions; None without measurements."""
-        gaps = [abs(c.apart) for c in self.candidates if c.apart is not None]
+        """Median absolute `relative_gap` of the candidates; None without measurements."""
+        gaps = [abs(c.relative_gap) for c in self.candidates if c.relative_gap is not None]
         return statistics.median(gaps) if gaps else None
 
 
 def to_json(plan: Plan) -> bytes:
-    """The document of `plan`; an unlimited rate is null.
+    """The plan as JSON; an unlimited rate is null.
 
     Raises:
-        PlanMalformed: it is longer than a plan may be.
+        PlanMalformed: longer than MAX_PLAN_BYTES.
     """
     doc = builtins(plan)
     for candidate in doc["candidates"]:
+        # Absent without closer looks, as in plans from before closer looks.
         if candidate["closer_looks"] is None:
             del candidate["closer_looks"]
     data = canonical(doc)
@@ -272,10 +277,10 @@ def to_json(plan: Plan) -> bytes:
 
 
 def from_json(data: bytes | memoryview) -> Plan:
-    """Read a plan.
+    """Parse a plan.
 
     Raises:
-        PlanMalformed: not a plan of this format, or of another version's; `where` in its facts names the field.
+        PlanMalformed: not of this format or version; fact `where` names the field.
     """
     return PLAN.decode(data)
 
@@ -284,6 +289,7 @@ def _check(plan: Plan) -> None:
     names = [candidate.name for candidate in plan.candidates]
     if len(set(names)) != len(names):
         raise ValueError("has two candidates of one name")
+    # The router serves the chosen candidate and reads no further.
     if plan.chosen not in names:
         raise ValueError(f"has chosen {plan.chosen[:80]!r}, which is no candidate")
     if plan.choice.refused:
@@ -308,6 +314,7 @@ def _check_looks(where: str, candidate: Candidate, looks: CloserLooks) -> None:
                 f"{where} that are none, {choice}: qualities rise to 1 at most, and margins are above 0 and at most"
                 f" {MAX_MARGIN:g}"
             )
+    # A look is taken only after the preceding look, so that shares fall.
     if any(before < after for before, after in itertools.pairwise((1.0, *looks.shares))):
         raise ValueError(f"{where} of shares {', '.join(map(str, looks.shares))}; no share exceeds the one before")
 
@@ -317,26 +324,27 @@ FORMAT = PLAN.format
 
 
 def read_plan(bundle: Bundle, blob: Callable[[Blob], bytes]) -> Plan | None:
-    """The plan in a bundle; None where there is none.
+    """The plan of a bundle; None without a plan.
 
     Raises:
-        PlanMismatch: it was made for another bundle, so it says nothing of this one.
-        PlanMalformed: it is no plan, or another version of Isthmus wrote it.
-        RegistryError: the blob cannot be had.
+        PlanMismatch: the plan is for another bundle.
+        PlanMalformed: not a plan, or written by another version.
+        RegistryError: the blob is unreadable.
     """
     if bundle.plan is None:
         return None
-    again = f"plan again: isthmus plan {bundle.name} …; or serve without it: the setting plan=false"
+    hint = f"plan again: isthmus plan {bundle.name} …; or serve without it: the setting plan=false"
     try:
+        # The manifest states the size: refuse before the download.
         PLAN.check_size(bundle.plan.size)
         plan = from_json(blob(bundle.plan))
     except PlanMalformed as e:
-        raise PlanMalformed(f"in {bundle.name}: {e.message}", **{**e.facts, "hint": again}) from e
+        raise PlanMalformed(f"in {bundle.name}: {e.message}", **{**e.facts, "hint": hint}) from e
     if plan.subject != (subject := subject_digest(bundle)):
         raise PlanMismatch(
             f"the plan in {bundle.name} was made for {plan.model} {plan.subject[:19]}…, and this is {subject[:19]}…",
             subject=plan.subject,
             expected=subject,
-            hint=again,
+            hint=hint,
         )
     return plan

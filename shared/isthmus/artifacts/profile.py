@@ -1,4 +1,4 @@
-"""The profile document: what one device measured of one model. Format: docs/reference/profile.md."""
+"""The profile document: measurements of a model on a device. Format: docs/reference/profile.md."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from isthmus.artifacts.json_documents import DocumentKind, builtins
 from isthmus.artifacts.segment_id import WHOLE, SegmentId
 from isthmus.errors import ProfileMalformed
 
+# Profiles arrive from other machines; the bounds keep a damaged profile from filling memory.
 MAX_PROFILE_BYTES = 4 * 2**20
 MAX_SEGMENTS = 1024
 _Text = Annotated[str, Meta(max_length=500)]
 
 
 class CodecSpeed(Struct, frozen=True, forbid_unknown_fields=True):
-    """Seconds that a codec takes for one value of a tensor."""
+    """Seconds of a codec per value of a tensor."""
 
     pack_s: Amount
     unpack_s: Amount
 
 
 class Timing(Struct, frozen=True, forbid_unknown_fields=True):
-    """The median of `runs` runs in seconds, their quartiles, and whether they kept one speed."""
+    """Median and quartiles of `runs` runs in seconds; `steady` is whether the speed stayed constant."""
 
     median: Amount
     low: Amount
@@ -43,11 +44,11 @@ class Timing(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SegmentCost(Struct, frozen=True, forbid_unknown_fields=True):
-    """The cost of one segment on the device.
+    """The cost of a segment on the device.
 
     Units: seconds and bytes. `run` is inference alone; `decode_s` and `encode_s` are for raw frames of the inputs and
-    outputs, with tensors of `input_bytes` and `output_bytes`. `activation_bytes` is a run's peak beyond the weights;
-    `memory_bytes` adds the weights, the runtime's rearranged copies and its arena.
+    outputs, with tensors of `input_bytes` and `output_bytes`. `activation_bytes` is the peak of a run beyond the
+    weights; `memory_bytes` adds the weights, the runtime's repacked copies and its arena.
     """
 
     run: Timing
@@ -61,10 +62,10 @@ class SegmentCost(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class HopCost(Struct, frozen=True, forbid_unknown_fields=True):
-    """The cost of a call beside the run: `fixed_s`, and seconds for each byte sent and received.
+    """The cost of a call apart from the run: `fixed_s`, and seconds per byte sent and received.
 
-    The first three are the caller's, the network included; `served_fixed_s` and `served_byte_s` (for each byte in or
-    out) are the function's part.
+    The first three fields are measured by the caller and include the network; `served_fixed_s` and `served_byte_s` (per
+    byte in or out) are the function's part.
     """
 
     fixed_s: Amount
@@ -75,11 +76,11 @@ class HopCost(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Profile(Struct, frozen=True, forbid_unknown_fields=True, tag_field="format", tag="isthmus.profile/1"):
-    """The measurements of `device`, at `tier`, for the model with the content digest `content` (see `content_of`).
+    """The measurements on `device`, as `tier`, of the model with the content digest `content` (see `content_of`).
 
-    `nodes` are the seconds of each node of the uncut graph, in order, static nodes 0; their sum is the whole model's
-    median. `bundle` is the version with all of `segments`. `inputs` is random, photo or tensors, of `shapes`. `steady`
-    is false where the device changed its speed; `warnings` give the sentences.
+    `nodes` are the seconds of each node of the uncut graph, in order, 0 for static nodes; the sum is the median of the
+    whole model. `bundle` is the version with all of `segments`. `inputs` is random, photo or tensors, of `shapes`.
+    `steady` is false if the device changed speed; `warnings` give the reasons.
     """
 
     model: _Text
@@ -99,31 +100,34 @@ class Profile(Struct, frozen=True, forbid_unknown_fields=True, tag_field="format
 
     @property
     def whole(self) -> SegmentCost:
-        """The uncut model's."""
+        """The cost of the uncut model."""
         return self.segments[WHOLE]
 
 
 def content_of(bundle: Bundle) -> str:
-    """The digest of a model's uncut graph and weights, which decide its speed; further cuts leave it unchanged."""
+    """The digest of a model's uncut graph and weights, on which speed depends; additional cuts do not change the
+    digest.
+    """
     parts = (bundle.segment(WHOLE).graph.digest, bundle.weights.blob.digest)
     return digest_of("\n".join(parts).encode())
 
 
 def to_json(profile: Profile) -> bytes:
-    """A profile's document, indented for readers."""
+    """The profile as indented JSON."""
     return json.dumps(builtins(profile), indent=1, sort_keys=True).encode()
 
 
 def from_json(data: bytes | memoryview) -> Profile:
-    """Read a profile.
+    """Parse a profile.
 
     Raises:
-        ProfileMalformed: not a document of this format; the sentence names the field and the rule.
+        ProfileMalformed: not a document of this format; the message names the field and the rule.
     """
     return PROFILE.decode(data)
 
 
 def _check(profile: Profile) -> None:
+    # The candidates `edge` and `cloud` run the whole model.
     if WHOLE not in profile.segments:
         raise ValueError(f"has no measurement of the whole model, segment {WHOLE!r}")
 

@@ -1,4 +1,4 @@
-"""The id of a segment: the cuts at its two ends. The text form `FROM..TO` is written and parsed only in this module."""
+"""Segment ids: the cuts at the two ends of a segment. The only module that formats and parses `FROM..TO`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from isthmus.artifacts.cuts import is_cut_name
 _DOTS = ".."
 
 
-# A str, so that frames, documents, labels and dictionaries carry an id as it is, and a lookup by text needs no parsing.
+# A subclass of str: usable as is in frames, documents, metric labels and dictionary keys.
 class SegmentId(str):
     """The segment between the cuts `start` and `stop`; an empty name is an end of the model.
 
     `..31` is a head, `31..` a tail, `20..31` a middle and `..` the whole model.
 
     Raises:
-        ValueError: an end is neither empty nor the name of a cut.
+        ValueError: an end is neither empty nor a valid cut name.
     """
 
     __slots__ = ()
@@ -29,16 +29,16 @@ class SegmentId(str):
                 raise ValueError(f"{end[:80]!r} cannot name a cut")
         return super().__new__(cls, f"{start}{_DOTS}{stop}")
 
-    # Copies are made of the two ends: `str` would pass the whole text as the first.
+    # pickle and copy rebuild from the two ends; the default of `str` would pass the whole text as `start`.
     def __reduce__(self) -> tuple[type[Self], tuple[str, str]]:
         return type(self), (self.start, self.stop)
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read `FROM..TO`.
+        """Parse `FROM..TO`.
 
         Raises:
-            ValueError: `text` has no `..`, or something that cannot name a cut beside it.
+            ValueError: no `..` in `text`, or an invalid cut name beside the dots.
         """
         start, dots, stop = text.partition(_DOTS)
         if not dots:
@@ -47,19 +47,19 @@ class SegmentId(str):
 
     @property
     def start(self) -> str:
-        """The cut that the segment follows; empty where it takes the model's inputs."""
+        """The cut before the segment; empty at the model's inputs."""
         return self.partition(_DOTS)[0]
 
     @property
     def stop(self) -> str:
-        """The cut that the segment ends at; empty where it gives the model's outputs."""
+        """The cut after the segment; empty at the model's outputs."""
         return self.partition(_DOTS)[2]
 
 
+# The uncut model.
 WHOLE = SegmentId()
-"""The uncut model: from its inputs to its outputs."""
 
 
 def partition_ids(cuts: Iterable[str]) -> list[SegmentId]:
-    """The ids of the partition at `cuts`, in order: n cuts make n + 1 segments."""
+    """The segment ids of the partition at `cuts`, in order: n cuts make n + 1 segments."""
     return [SegmentId(start, stop) for start, stop in itertools.pairwise(("", *cuts, ""))]

@@ -1,4 +1,4 @@
-"""Declarations of tensors: dtypes and shapes, and the check of one against another. Without numpy."""
+"""Tensor declarations: dtypes, shapes, and validation against each other. Independent of numpy."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from isthmus.artifacts.constraints import Count, Text
 from isthmus.errors import ShapeMismatch
 
 Dim: TypeAlias = Count | Text
+# numpy's own bound on axes.
 MAX_RANK = 64
-"""Axes of a tensor: numpy's own bound."""
+# An anonymous free dimension, unrelated to all other dimensions.
 ANY = "?"
-"""A free dimension without a name: it need not agree with any other."""
 
 
 class TensorType(NamedTuple):
-    """A tensor's dtype, by numpy's name, and its shape."""
+    """The dtype, by numpy's name, and shape of a tensor."""
 
     dtype: str
     shape: tuple[int, ...]
 
 
 class TensorSpec(Struct, frozen=True, forbid_unknown_fields=True):
-    """A named tensor's dtype (numpy's name, or bfloat16) and shape; a str dimension is free."""
+    """The dtype (numpy's name, or bfloat16) and shape of a named tensor; a str dimension is free."""
 
     name: Text
     dtype: Text
@@ -33,10 +33,11 @@ class TensorSpec(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def check_types(specs: tuple[TensorSpec, ...], types: Mapping[str, TensorType]) -> None:
-    """`check_tensors` of tensors that are not there yet, by what is declared of them.
+    """Check dtypes and shapes against `specs`, before any tensor is decoded; a named free dimension has one size
+    throughout.
 
     Raises:
-        ShapeMismatch: as `check_tensors`.
+        ShapeMismatch: a tensor is absent, unknown, or of another dtype or shape.
     """
     expected = {s.name: s for s in specs}
     if expected.keys() != types.keys():
@@ -53,21 +54,22 @@ def check_types(specs: tuple[TensorSpec, ...], types: Mapping[str, TensorType]) 
         dtype, shape = types[name]
         matches = dtype == spec.dtype and len(shape) == len(spec.shape)
         if matches and shape != spec.shape:
+            # A named dimension takes the size of its first occurrence.
             matches = all(
                 dim == ANY or size == (free.setdefault(dim, size) if isinstance(dim, str) else dim)
                 for dim, size in zip(spec.shape, shape, strict=True)
             )
         if not matches:
-            expected_type, came = describe(spec.dtype, spec.shape), describe(dtype, shape)
+            expected_type, received = describe(spec.dtype, spec.shape), describe(dtype, shape)
             bound = ", ".join(f"{dim} is {size}" for dim, size in free.items() if dim in spec.shape)
             raise ShapeMismatch(
-                f"{name} is {came}; expected {expected_type}" + (f" where {bound}" if bound else ""),
+                f"{name} is {received}; expected {expected_type}" + (f" where {bound}" if bound else ""),
                 tensor=name,
                 expected=expected_type,
-                got=came,
+                got=received,
             )
 
 
 def describe(dtype: str, shape: tuple[int | str, ...], name: str = "") -> str:
-    """`float32[1, 3, h, w]`, after its name where one is given."""
+    """`float32[1, 3, h, w]`, after `name` if given."""
     return f"{name + ' ' if name else ''}{dtype}[{', '.join(map(str, shape))}]"

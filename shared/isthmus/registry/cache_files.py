@@ -154,7 +154,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 @dataclass(frozen=True)
-class _CacheEntry:
+class _DiskEntry:
     path: Path
     used: float
     bytes: int
@@ -249,7 +249,7 @@ class CacheSpace:
                 hint="raise the setting cache_bytes, or serve fewer segments from this cache",
             )
 
-    def _entries(self, keep: str) -> Iterator[_CacheEntry]:
+    def _entries(self, keep: str) -> Iterator[_DiskEntry]:
         for path in self._root.iterdir():
             if _KEY.fullmatch(path.name):
                 used = 0.0
@@ -258,11 +258,11 @@ class CacheSpace:
                 # A target of the caller's own key is the remains of a process that died: the caller holds the fill
                 # lock.
                 target = 0 if path.name == keep else self._target(path.name)
-                yield _CacheEntry(path, used, max(_allocated(path), target))
+                yield _DiskEntry(path, used, max(_allocated(path), target))
             elif path.is_dir() and path != self._locks and not path.name.startswith(_TRASH):
                 for small in path.iterdir():
                     with suppress(FileNotFoundError):
-                        yield _CacheEntry(small, small.stat().st_mtime, _allocated(small))
+                        yield _DiskEntry(small, small.stat().st_mtime, _allocated(small))
 
     def _target(self, key: str) -> int:
         """The size after the fetch in progress in a key's folder; 0 without one."""

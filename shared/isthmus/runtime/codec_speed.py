@@ -10,14 +10,14 @@ from statistics import median
 import numpy as np
 
 from isthmus.arrays import Array
-from isthmus.artifacts.choice import KNOWN, NEVER_CHOSEN, RAW_ID
+from isthmus.artifacts.choice import CODEC_IDS, INPUT_CODECS, RAW_ID
 from isthmus.artifacts.profile import CodecSpeed
 from isthmus.codecs import EncodedTensor, Encoding, encode_tensor, find_codec
 
 VALUES = 2**16
 # A batch is longer than a slice of most CPU quotas: within one slice, codecs look too fast.
 _BATCHES, _BATCH_S = 2, 0.012
-_UNTIMED = NEVER_CHOSEN | {RAW_ID}
+_UNTIMED = INPUT_CODECS | {RAW_ID}
 
 
 def speeds(max_s: float = 2.0) -> dict[str, CodecSpeed]:
@@ -29,7 +29,7 @@ def speeds(max_s: float = 2.0) -> dict[str, CodecSpeed]:
     until = time.monotonic() + max_s
     result: dict[str, CodecSpeed] = {}
     array = _synthetic_activations()
-    for codec in KNOWN:
+    for codec in CODEC_IDS:
         if time.monotonic() > until:
             break
         if codec in _UNTIMED or (instance := find_codec(codec)).calibrated:
@@ -55,7 +55,7 @@ def compared(remote: Mapping[str, CodecSpeed], local: Mapping[str, CodecSpeed]) 
         for codec in both
     }
     typical = CodecSpeed(median(s.pack_s for s in factors.values()), median(s.unpack_s for s in factors.values()))
-    return dict.fromkeys(KNOWN, typical) | factors
+    return dict.fromkeys(CODEC_IDS, typical) | factors
 
 
 def _synthetic_activations() -> Array:

@@ -18,7 +18,7 @@ import msgspec
 
 from isthmus.arrays import DTYPES as DTYPES
 from isthmus.arrays import Array
-from isthmus.artifacts.choice import KNOWN, RAW_ID
+from isthmus.artifacts.choice import CODEC_IDS, RAW_ID
 from isthmus.artifacts.tensors import TensorType
 from isthmus.codecs import EncodedTensor, Tables, find_codec
 from isthmus.codecs.raw import RAW
@@ -333,8 +333,8 @@ def _check_entry(name: str, dtype: str, codec: str, rank: int) -> None:
     if dtype not in DTYPES:
         carried = ", ".join(DTYPES)
         raise FrameMalformed(f"{name!r} is {dtype}; frames carry {carried}", rule="dtype", tensor=name)
-    if codec not in KNOWN:
-        _malformed("codec", f"{name!r} has codec {codec!r}; known are {', '.join(KNOWN)}")
+    if codec not in CODEC_IDS:
+        _malformed("codec", f"{name!r} has codec {codec!r}; known are {', '.join(CODEC_IDS)}")
     if rank > MAX_RANK:
         _too_large("rank", f"{name!r} has rank {rank}; at most {MAX_RANK}", limit=MAX_RANK)
 

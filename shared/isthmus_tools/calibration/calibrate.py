@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from isthmus.arrays import Array
 from isthmus.artifacts.bundle import Blob, Bundle, digest_of
-from isthmus.artifacts.choice import GRADED, KNOWN, NEVER_CHOSEN, SPARSE_ID, TRANSFORM_ID, Choice
+from isthmus.artifacts.choice import CODEC_IDS, GRADED, INPUT_CODECS, SPARSE_ID, TRANSFORM_ID, Choice
 from isthmus.artifacts.fidelity import CLOSE, TOP1, Entry, Fidelity, Inputs, Measure, model_digest, to_json
 from isthmus.errors import CalibrationError
 from isthmus.pipeline.agreement import margin
@@ -29,7 +29,7 @@ from isthmus_tools.progress import Progress, silent
 # Fifteenths, so that three steps are a closer look's factor of three.
 QUALITIES = tuple(round(i / 15, 4) for i in range(16))
 CHOICES: tuple[Choice, ...] = (
-    *(Choice(codec) for codec in KNOWN if codec not in NEVER_CHOSEN | GRADED),
+    *(Choice(codec) for codec in CODEC_IDS if codec not in INPUT_CODECS | GRADED),
     *(Choice(SPARSE_ID, quality) for quality in (0.25, 0.5, 0.75, 1.0)),
     *(Choice(TRANSFORM_ID, quality) for quality in QUALITIES),
 )

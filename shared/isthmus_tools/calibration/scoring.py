@@ -13,7 +13,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from isthmus.arrays import Array
-from isthmus.artifacts.bounds import interval, rising
+from isthmus.artifacts.bounds import interval, isotonic
 from isthmus.artifacts.choice import Choice
 from isthmus.artifacts.fidelity import Entry, Measure
 from isthmus.codecs import Encoding, encodings, find_codec, is_exact
@@ -270,7 +270,7 @@ def monotone(entries: Sequence[Entry], limit: float) -> list[Entry]:
     raised = []
     for family in families.values():
         family.sort(key=lambda e: e.quality)
-        shares = rising([e.measured for e in family])
+        shares = isotonic([e.measured for e in family])
         raised += [
             replace(e, agreement=round(share, 6), offered=round(share, 6) >= limit)
             for e, share in zip(family, shares, strict=True)

@@ -124,7 +124,7 @@ def _seen(candidate: Candidate) -> list[str]:
 
 
 def _apart(candidate: Candidate) -> str:
-    return "" if candidate.apart is None else f"{candidate.apart:+.0%}"
+    return "" if candidate.relative_gap is None else f"{candidate.relative_gap:+.0%}"
 
 
 def _error(candidate: Candidate) -> str:

@@ -144,7 +144,7 @@ class CandidateSet:
             preprocess_s=evaluation.preprocess_s * self.slowdown[EDGE],
             encode_s=evaluation.encode_s * self._codec_slowdown(EDGE, option).pack_s,
             decode_s=evaluation.decode_s * self._codec_slowdown(CLOUD, option).unpack_s,
-            extra_calls=evaluation.looks.again if evaluation.looks is not None else 0.0,
+            extra_calls=evaluation.looks.extra_calls if evaluation.looks is not None else 0.0,
         )
 
     def _codec_slowdown(self, tier: str, option: Option) -> CodecSpeed:

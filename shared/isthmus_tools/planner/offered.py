@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from isthmus.artifacts.choice import KNOWN, NEVER_CHOSEN, RAW, RAW_ID, Choice
+from isthmus.artifacts.choice import CODEC_IDS, INPUT_CODECS, RAW, RAW_ID, Choice
 from isthmus.artifacts.fidelity import Entry, Fidelity, offered
 from isthmus.codecs import Codec, find_codec, is_exact
 
-_NEVER_OFFERED = NEVER_CHOSEN | {RAW_ID}
+_NEVER_OFFERED = INPUT_CODECS | {RAW_ID}
 
 
 def offered_codecs(fidelity: Fidelity | None, cut: str) -> tuple[Choice, ...]:
@@ -21,7 +21,7 @@ def offered_codecs(fidelity: Fidelity | None, cut: str) -> tuple[Choice, ...]:
     if fidelity is not None and cut in fidelity.cuts():
         entries = (entry for entry in offered(fidelity, cut) if entry.codec not in _NEVER_OFFERED)
         return (RAW, *_fewest_bytes(entries))
-    codecs = {name: _installed_codec(name) for name in KNOWN if name not in _NEVER_OFFERED}
+    codecs = {name: _installed_codec(name) for name in CODEC_IDS if name not in _NEVER_OFFERED}
     choices = (RAW, *(Choice(name) for name, codec in codecs.items() if codec is not None and not codec.calibrated))
     return choices if fidelity is None else tuple(choice for choice in choices if is_exact(choice))
 

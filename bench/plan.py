@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from functions import share_of_a_cpu
 from harness import Goal, Report, Row, arguments, at_least, at_most
 from models import INPUTS, LIMIT, PLANNED
 from plan_grid import BASELINES, EDGE_RAW, LIMITS, SLOWER, Bench, Cell, one_cell, prepared, text
 
 from isthmus.artifacts.choice import TRANSFORM_ID
 from isthmus.artifacts.conditions import Conditions, Objective
+from isthmus_tools.engine.cpu_share import share_of_a_cpu
 from isthmus_tools.planner.choice import VALUES, choose, with_measurements
 from isthmus_tools.planner.measurement import contenders
 from isthmus_tools.planner.search import solve, sweep
@@ -29,8 +29,8 @@ def main() -> None:
     how = ""
     for name in names:
         with prepared(PLANNED[name], report) as bench:
-            with share_of_a_cpu(1 / SLOWER, []) as how:
-                pass
+            with share_of_a_cpu(1 / SLOWER) as cpu:
+                how = cpu.method
             for cell in bench.functions:
                 report.say(f"{name} at {text(cell)}")
                 cells.append(one_cell(bench, cell))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from functions import share_of_a_cpu, stage_functions
+from functions import stage_functions
 from harness import STATE, Report
 from models import PLAN_REGISTRY, PlannedModel, calibrated_version, published
 
@@ -23,6 +23,7 @@ from isthmus.registry import Registry, SegmentCache, open_cache, open_registry
 from isthmus.runtime.tables import Tables
 from isthmus.serving.profiling import SECRET
 from isthmus.settings import RegistrySettings
+from isthmus_tools.engine.cpu_share import share_of_a_cpu
 from isthmus_tools.netem.process import link_to
 from isthmus_tools.planner.candidates import CLOUD, EDGE, CandidateSet
 from isthmus_tools.planner.choice import choose, violations, with_measurements

@@ -233,3 +233,16 @@ def test_the_bounds_in_the_docs_are_the_codes() -> None:
         f"the secret `{profiling.SECRET}`",
     ):
         assert text in PAGE, text
+
+
+def test_a_slowed_device_has_a_profile_of_its_own_that_stands_for_no_real_edge(tmp_path: Path) -> None:
+    published = publish_photos(tmp_path)
+    registry, bundle = published.registry, published.bundle
+    plain = replace(PROFILE, content=content_of(bundle))
+    slowed = replace(plain, device=profiles.slowed(plain.device, 8.0), measured_at="2027-01-01T00:00:00+00:00")
+    assert slowed.device.cpu == f"1/8 of a CPU: {plain.device.cpu}"
+    assert slowed.device.id != plain.device.id
+    for profile in (plain, slowed):
+        profiles.put(registry, profile)
+    assert profiles.find(registry, bundle, "edge", slowed.device.id) == slowed
+    assert profiles.newest(registry, bundle, ("edge",)) == {"edge": plain}

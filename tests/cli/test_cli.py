@@ -249,6 +249,7 @@ PUBLISHING = (
         *(([*call, "--alias", "7"], "cannot be an alias") for call in PUBLISHING),
         (["models", "--registry", "ftp://somewhere"], "s3://"),
         (["up", "--stack", "{tmp}/none.yml"], "none.yml"),
+        (["up", "--edge-slowdown", "100"], "at most 64"),
         (["up", "--replicas", "many"], "NAME=N"),
         (["up", "--replicas", "router=²"], "NAME=N"),
     ],

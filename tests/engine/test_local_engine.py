@@ -471,6 +471,13 @@ def test_a_function_whose_settings_are_wrong_starts_once_until_it_is_deployed_an
         engine.wait_ready(LONG_S)
 
 
+def test_the_event_of_a_ready_replica_has_its_process(tmp_path: Path) -> None:
+    events: list[Event] = []
+    with Engine(write_stack(tmp_path), replicas={"other": 0}, on_event=events.append) as engine:
+        engine.wait_ready(LONG_S)
+        assert [e.pid for e in events if e.pid] == [pid(engine, "echo")]
+
+
 def test_a_function_that_never_gets_ready_is_given_up_after_some_tries(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ from isthmus.artifacts.bundle import Blob, digest_of
 from isthmus.artifacts.plan import Candidate, Coding, to_json
 from isthmus.serving import create_router_app, create_segment_app
 from isthmus_tools.cli.demo import ServedRoute, medians
+from isthmus_tools.planner import measurement
 from isthmus_tools.planner.publishing import publish_plan
 from support.bundles import (
     TOLERANCE,
@@ -268,3 +269,9 @@ def test_answers_tell_bytes_over_the_link_and_the_demo_reads_every_kind_of_plan(
     looked["route"]["segments"].append(looked["route"]["segments"][1])
     assert medians([looked])["6.. run"] == pytest.approx(2 * looked["route"]["segments"][1]["run_ms"], abs=0.01)
     assert list(medians([looked]))[-1] == "total"
+
+
+def test_the_edges_work_in_the_planning_process_counts_as_often_as_the_edge_is_slower() -> None:
+    seconds = {"total": 1.0, "preprocess": 0.1, "pack": 0.2, "edge": 0.3, "cloud": 0.4}
+    slowed = measurement._slowed(seconds, 8.0)
+    assert slowed == {**seconds, "preprocess": 0.8, "pack": 1.6, "total": pytest.approx(1.0 + 7 * 0.3)}

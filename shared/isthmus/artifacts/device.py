@@ -16,8 +16,8 @@ from isthmus.artifacts.constraints import Count
 
 _ROUNDED_TO = 256 * 2**20
 _ID_DIGITS = 12
-_MAX_TEXT = 200
-_Fact = Annotated[str, Meta(max_length=_MAX_TEXT)]
+MAX_TEXT = 200
+_Fact = Annotated[str, Meta(max_length=MAX_TEXT)]
 
 
 class Device(Struct, frozen=True, forbid_unknown_fields=True):
@@ -64,7 +64,7 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     except OSError:
         fields = {}
     if name := fields.get("model name") or fields.get("Model"):
-        return name[:_MAX_TEXT]
+        return name[:MAX_TEXT]
     parts = [f"{what} {fields[f'CPU {what}']}" for what in ("implementer", "part") if f"CPU {what}" in fields]
     return " ".join(parts) or platform.processor() or platform.machine()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +16,16 @@ from isthmus.artifacts.segment_id import WHOLE, SegmentId
 from isthmus.units import format_size
 from isthmus_tools.cli.console import errors, print_json, progress_bars, say
 from isthmus_tools.cli.console import table as print_table
-from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, registry_settings, stack_variables
+from isthmus_tools.cli.options import (
+    DEFAULT_REGISTRY,
+    AsJson,
+    EdgeCpus,
+    EdgeSlowdown,
+    RegistryOption,
+    edge_slowdown_of,
+    registry_settings,
+    stack_variables,
+)
 from isthmus_tools.progress import Progress
 from isthmus_tools.zoo.photos import read_photo, sample_photos
 
@@ -58,6 +67,8 @@ def demo(
     port: Annotated[int, typer.Option(help="Port of the local gateway; 0 takes a free one.", min=0, max=65535)] = 0,
     stack: Annotated[Path, typer.Option(help="The stack file.")] = Path("stack.yml"),
     repeat: Annotated[int, typer.Option(help="Times each photo is sent; times shown are medians.", min=1)] = 5,
+    edge_slowdown: EdgeSlowdown = None,
+    edge_cpus: EdgeCpus = None,
     list_photos: Annotated[bool, typer.Option("--list", help="Print the photos' paths and leave.")] = False,
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: AsJson = False,
@@ -69,6 +80,7 @@ def demo(
     Example: `isthmus demo my-cat.jpg`
     """
     with errors(as_json):
+        slowdown = edge_slowdown_of(edge_slowdown, edge_cpus)
         paths = photos or sample_photos()
         if list_photos:
             if as_json:
@@ -80,7 +92,7 @@ def demo(
         contents = {path: read_photo(path) for path in paths}
         from isthmus_tools.usecases.local_model import LocalModel
 
-        with _running(registry, stack, port, as_json) as (client, progress):
+        with _running(registry, stack, port, as_json, slowdown) as (client, progress):
             progress("loading the uncut model in this process, to compare")
             whole = LocalModel(MODEL, registry_settings(registry), WHOLE, threads=1)
             comparisons = []
@@ -116,18 +128,24 @@ def demo(
 
 
 @contextmanager
-def _running(registry: str, stack: Path, port: int, quiet: bool) -> Iterator[tuple[Client, Progress]]:
-    """The stack's functions, ready, with the model in the registry."""
+def _running(
+    registry: str, stack: Path, port: int, quiet: bool, slowdown: float | None
+) -> Iterator[tuple[Client, Progress]]:
+    """The stack's functions, ready, with the model in the registry; those of the edge at a part of a CPU."""
     from isthmus.client import Client
+    from isthmus_tools.engine.cpu_share import share_of_a_cpu
     from isthmus_tools.engine.stack import read_stack
     from isthmus_tools.usecases.functions import stack_running
     from isthmus_tools.usecases.model_import import ImportRequest, import_model
 
     variables = stack_variables(registry)
     read_stack(stack, variables)
-    with progress_bars(quiet) as progress:
+    with progress_bars(quiet) as progress, ExitStack() as resources:
+        edge = None if slowdown is None else resources.enter_context(share_of_a_cpu(1 / slowdown))
+        if edge is not None:
+            progress(f"router and edge-head get 1/{slowdown:g} of a CPU, by {edge.method}")
         import_model(ImportRequest(model=MODEL, registry=registry_settings(registry), if_absent=True), progress)
-        with stack_running(stack, variables, progress, port=port) as url:
+        with stack_running(stack, variables, progress, port=port, edge=edge) as url:
             yield Client(f"{url}/function/router"), progress
 
 

@@ -61,6 +61,12 @@ Examples = Annotated[
         " and takes their dtypes: inputs of whole numbers need one."
     ),
 ]
+EdgeSlowdown = Annotated[
+    float | None, typer.Option(help="Slow the functions of the edge: 8 gives them an eighth of one CPU.", metavar="N")
+]
+EdgeCpus = Annotated[
+    float | None, typer.Option(help="The same, as a share of one CPU: 0.25 is --edge-slowdown 4.", metavar="SHARE")
+]
 PICTURES = (".png", ".svg")
 DEFAULT_REGISTRY = ".isthmus/registry"
 # The local engine's folder of secrets: commands read S3 keys there as the functions of `isthmus up` do.
@@ -112,6 +118,27 @@ def read_option(parse: Callable[[str], Number], option: str, text: str) -> Numbe
         return parse(text)
     except ValueError as e:
         raise RequestMalformed(f"{option}: {e}", option=option) from e
+
+
+def edge_slowdown_of(slowdown: float | None, cpus: float | None) -> float | None:
+    """The slowdown of --edge-slowdown or --edge-cpus; None without either.
+
+    Raises:
+        RequestMalformed: both, or a value out of range.
+    """
+    from isthmus_tools.engine.cpu_share import MAX_SLOWDOWN
+
+    if slowdown is not None and cpus is not None:
+        raise RequestMalformed("--edge-slowdown and --edge-cpus say the same: give one", option="--edge-cpus")
+    if slowdown is not None and not 1 < slowdown <= MAX_SLOWDOWN:
+        raise RequestMalformed(
+            f"--edge-slowdown is {slowdown:g}; it is above 1 and at most {MAX_SLOWDOWN:g}", option="--edge-slowdown"
+        )
+    if cpus is not None and not 1 / MAX_SLOWDOWN <= cpus < 1:
+        raise RequestMalformed(
+            f"--edge-cpus is {cpus:g}; it is at least {1 / MAX_SLOWDOWN:g} and below 1", option="--edge-cpus"
+        )
+    return slowdown if cpus is None else 1 / cpus
 
 
 def budget_of(time_limit: str) -> Budget:

@@ -17,11 +17,14 @@ from isthmus_tools.cli.options import (
     PICTURES,
     Alias,
     AsJson,
+    EdgeCpus,
+    EdgeSlowdown,
     RegistryOption,
     Tensors,
     TimeLimit,
     budget_of,
     check_output,
+    edge_slowdown_of,
     read_option,
     registry_settings,
     stack_variables,
@@ -57,6 +60,8 @@ def plan(
         bool, typer.Option("--local", help="Start edge-head and cloud-tail of stack.yml here, profile and measure.")
     ] = False,
     stack: Annotated[Path, typer.Option(help="With --local: the stack file.")] = Path("stack.yml"),
+    edge_slowdown: EdgeSlowdown = None,
+    edge_cpus: EdgeCpus = None,
     predict_only: Annotated[bool, typer.Option("--predict-only", help="Measure nothing over the link.")] = False,
     photos: Annotated[
         list[Path] | None, typer.Option("--input", help="A photo, or a folder of photos, to try candidates with.")
@@ -102,6 +107,9 @@ def plan(
             raise RequestMalformed("--local starts its own functions: leave --head and --tail out")
         if bool(head) != bool(tail):
             raise RequestMalformed("measuring takes both functions: --head URL and --tail URL")
+        slowdown = edge_slowdown_of(edge_slowdown, edge_cpus)
+        if slowdown is not None and not local:
+            raise RequestMalformed("--edge-slowdown and --edge-cpus slow the edge that --local starts")
         # Before minutes of measurements.
         if picture is not None:
             check_output(picture, "--picture", PICTURES)
@@ -139,7 +147,9 @@ def plan(
             if local:
                 # The start of functions takes seconds: unusable inputs fail before.
                 use_case.check_inputs(request)
-                functions = resources.enter_context(local_functions(stack, stack_variables(registry), progress))
+                functions = resources.enter_context(
+                    local_functions(stack, stack_variables(registry), progress, slowdown)
+                )
                 request = replace(request, functions=functions)
             result = resources.enter_context(use_case.plan(request, progress))
             best = result.plan

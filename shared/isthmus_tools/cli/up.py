@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +12,14 @@ import typer
 
 from isthmus.errors import LocalError
 from isthmus_tools.cli.console import err, errors
-from isthmus_tools.cli.options import DEFAULT_REGISTRY, RegistryOption, stack_variables
+from isthmus_tools.cli.options import (
+    DEFAULT_REGISTRY,
+    EdgeCpus,
+    EdgeSlowdown,
+    RegistryOption,
+    edge_slowdown_of,
+    stack_variables,
+)
 
 if TYPE_CHECKING:
     from isthmus_tools.engine import Event
@@ -33,6 +41,8 @@ def up(
             metavar="NETWORK",
         ),
     ] = None,
+    edge_slowdown: EdgeSlowdown = None,
+    edge_cpus: EdgeCpus = None,
     logs: Annotated[bool, typer.Option(help="Show what the functions log.")] = True,
     registry: RegistryOption = DEFAULT_REGISTRY,
 ) -> None:
@@ -43,16 +53,30 @@ def up(
     Example: `isthmus up --replicas cloud-tail=2 --env edge-head:threads=1`
     """
     from isthmus_tools.engine import EngineOptions, run_engine
+    from isthmus_tools.engine.cpu_share import share_of_a_cpu
+    from isthmus_tools.engine.telemetry import OnEvent, ignore_event
+    from isthmus_tools.usecases.functions import joining, on_one_thread
 
-    with errors(as_json=False):
+    with errors(as_json=False), ExitStack() as resources:
+        slowdown, variables = edge_slowdown_of(edge_slowdown, edge_cpus), _environment(env or [])
+        join: OnEvent = ignore_event
+        if slowdown is not None:
+            edge = resources.enter_context(share_of_a_cpu(1 / slowdown))
+            variables, join = on_one_thread(variables), joining(edge)
+            err.print(f"router and edge-head have 1/{slowdown:g} of a CPU, by {edge.method}", highlight=False)
+
+        def on_event(event: Event) -> None:
+            join(event)
+            _show(event, logs)
+
         options = EngineOptions(
             stack_file=stack,
             port=port,
             replicas=_replicas(replicas or []),
-            environment=_environment(env or []),
+            environment=variables,
             variables=stack_variables(registry),
             callback_networks=allow_callbacks or (),
-            on_event=lambda event: _show(event, logs),
+            on_event=on_event,
         )
         run_engine(options)
 
@@ -78,7 +102,7 @@ def _replicas(entries: Sequence[str]) -> dict[str, int]:
     return counts
 
 
-def _environment(entries: Sequence[str]) -> dict[str, dict[str, str]]:
+def _environment(entries: Sequence[str]) -> Mapping[str, Mapping[str, str]]:
     variables: dict[str, dict[str, str]] = {}
     for entry in entries:
         variable, equals, value = entry.partition("=")

@@ -245,4 +245,5 @@ class Supervisor:
         task.add_done_callback(self._tasks.discard)
 
     def _report(self, kind: EventKind, text: str, replica: Replica) -> None:
-        self._on_event(Event(kind, text, self.name, replica.id))
+        pid = (replica.pid or 0) if kind == "ready" else 0
+        self._on_event(Event(kind, text, self.name, replica.id, pid))

@@ -26,12 +26,16 @@ EventKind = Literal["listening", "login", "deployed", "starting", "ready", "exit
 
 @dataclass(frozen=True)
 class Event:
-    """An event of the engine; `function` and `replica` are empty for events of the engine itself."""
+    """An event of the engine; `function` and `replica` are empty for events of the engine itself.
+
+    `pid` is the replica's process in an event `ready`, else 0.
+    """
 
     kind: EventKind
     text: str
     function: str = ""
     replica: str = ""
+    pid: int = 0
 
 
 OnEvent: TypeAlias = Callable[[Event], None]

@@ -81,6 +81,7 @@ def measure(
     variant: Callable[[str], Bundle],
     *,
     constraints: Constraints | None = None,
+    own_slowdown: float = 1.0,
     rounds: int = ROUNDS,
     eliminate: bool = True,
     seed: int = 0,
@@ -91,7 +92,8 @@ def measure(
 
     A candidate that fails is refused, with the reason, and the rest go on. Candidates that violate `constraints`, other
     than in latency, are measured without eliminating any other. Candidates beyond the budget return without a
-    measurement; the most promising are warmed up first.
+    measurement; the most promising are warmed up first. Where the edge is slowed and this process is not, a photo's
+    pre-processing and the codecs' encoding, which run here, count `own_slowdown` times.
 
     Raises:
         HopError: the functions cannot be reached, so that no candidate runs, or no longer over the link.
@@ -107,7 +109,7 @@ def measure(
         linked = (hops[functions.head], hops[functions.tail])
 
         def request(candidate: Candidate, to: tuple[HttpHop, HttpHop]) -> Run:
-            return requester(candidate, digest, bundle, to, inputs, tables, variant)
+            return requester(candidate, digest, bundle, to, inputs, tables, variant, own_slowdown)
 
         failed: dict[str, IsthmusError] = {}
         ready = _warm_up(candidates, direct, request, failed, progress, budget.share(_WARM_UP_SHARE))
@@ -193,6 +195,7 @@ def requester(
     inputs: Sequence[TrialInput],
     tables: Tables,
     variant: Callable[[str], Bundle],
+    own_slowdown: float = 1.0,
 ) -> Run:
     """A function that runs one request of a candidate, from the photo on if any, and returns the seconds of its parts.
 
@@ -222,9 +225,16 @@ def requester(
             result = execute(route, arrays, context)
         total = time.perf_counter() - start
         _check_looks(result)
-        return {"preprocess": preprocess_s, **_seconds(candidate, result, total)}
+        return _slowed({"preprocess": preprocess_s, **_seconds(candidate, result, total)}, own_slowdown)
 
     return run
+
+
+def _slowed(seconds: Mapping[str, float], factor: float) -> Mapping[str, float]:
+    """Seconds of a request whose pre-processing and encoding, the edge's work here, take `factor` times as long."""
+    own = {name: seconds[name] for name in ("preprocess", "pack")}
+    slowed = {name: part * factor for name, part in own.items()}
+    return {**seconds, **slowed, "total": seconds["total"] + sum(slowed.values()) - sum(own.values())}
 
 
 def _check_looks(result: Result) -> None:

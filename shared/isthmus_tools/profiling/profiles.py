@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from msgspec.structs import replace
 
 from isthmus.artifacts.bundle import Bundle
+from isthmus.artifacts.device import MAX_TEXT, Device
 from isthmus.artifacts.profile import MAX_PROFILE_BYTES, Profile, content_of, from_json, to_json
 from isthmus.errors import Missing, ProfileMalformed
 from isthmus.registry import Registry
@@ -41,6 +43,20 @@ def find(registry: Registry, bundle: Bundle, tier: str, device_id: str) -> Profi
     return profile
 
 
+# The start of a slowed device's `cpu`. The id is of all facts, so the profile of a slowed device is one of its own.
+_SLOWED = re.compile(r"1/[0-9.]+ of a CPU: ")
+
+
+def slowed(device: Device, slowdown: float) -> Device:
+    """The device of a function that has one CPU's 1/`slowdown`; its `cpu` says so."""
+    return replace(device, cpu=f"1/{slowdown:g} of a CPU: {device.cpu}"[:MAX_TEXT], id="")
+
+
+def is_slowed(device: Device) -> bool:
+    """Whether a profile's device was slowed."""
+    return _SLOWED.match(device.cpu) is not None
+
+
 def every(registry: Registry, bundle: Bundle) -> list[Profile]:
     """All profiles of the bundle's content, the newest first."""
     stored = registry.documents.profiles(bundle.name, content_of(bundle))
@@ -49,7 +65,7 @@ def every(registry: Registry, bundle: Bundle) -> list[Profile]:
 
 
 def newest(registry: Registry, bundle: Bundle, tiers: Sequence[str]) -> dict[str, Profile]:
-    """The newest stored profile of each tier.
+    """The newest stored profile of each tier, but for those of slowed devices, which stand for no real one.
 
     Raises:
         Missing: a tier has no profile.
@@ -57,7 +73,8 @@ def newest(registry: Registry, bundle: Bundle, tiers: Sequence[str]) -> dict[str
     # `every` yields the newest first, so the first profile of a tier stays.
     by_tier: dict[str, Profile] = {}
     for profile in every(registry, bundle):
-        by_tier.setdefault(profile.tier, profile)
+        if not is_slowed(profile.device):
+            by_tier.setdefault(profile.tier, profile)
     if lacking := [tier for tier in tiers if tier not in by_tier]:
         raise Missing(
             f"there is no profile of {bundle.name} for the tier {' or '.join(lacking)}",

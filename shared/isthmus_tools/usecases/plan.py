@@ -128,6 +128,8 @@ def plan(request: PlanRequest, progress: Progress = silent) -> PlanResult:
                 budget=request.budget.share(_TRIALS_SHARE),
             )
         )
+        if functions is not None and (edge := functions.slowed) is not None:
+            candidate_set.notes.append(f"the edge was slowed to 1/{edge.slowdown:g} of a CPU, by {edge.method}")
         candidates = candidate_set.predict(request.conditions, request.prices)
         if functions is not None and not request.predict_only:
             measured = measure_candidates(

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from isthmus.arrays import Array
 from isthmus.artifacts.profile import Profile, to_json
 from isthmus.artifacts.segment_id import WHOLE, SegmentId
@@ -88,6 +90,8 @@ def profile(request: ProfileRequest, progress: Progress = silent) -> ProfileResu
     functions = {tier: ProfiledFunction(url, request.functions.token) for tier, url in urls.items()}
     progress("asking the functions what they run on")
     devices = {tier: function.device() for tier, function in functions.items()}
+    if (edge := request.functions.slowed) is not None and EDGE in devices:
+        devices[EDGE] = profiles.slowed(devices[EDGE], edge.slowdown)
     progress(f"fetching {version.name}:{version.version}")
     cache = open_cache(settings, store)
     with cache.locate(version.digest, WHOLE) as whole:
@@ -120,6 +124,7 @@ def profile(request: ProfileRequest, progress: Progress = silent) -> ProfileResu
             # Equal shares, so that the first tier leaves time for the second.
             budget=request.budget.share((i + 1) / len(due)),
         )
+        new = replace(new, device=devices[tier])
         old = current[tier]
         measured[tier] = profiles.merge(old, new) if old is not None and old.shapes == shapes else new
         profiles.put(store, measured[tier])

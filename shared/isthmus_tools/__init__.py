@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from isthmus_tools.budget import Budget
     from isthmus_tools.progress import Progress
+    from isthmus_tools.usecases.batch import BatchRequest, BatchResult, classify_photos
     from isthmus_tools.usecases.calibrate import CalibrateRequest, CalibrateResult, calibrate
     from isthmus_tools.usecases.cut import CutList, CutRequest, CutResult, cut, list_cuts
     from isthmus_tools.usecases.functions import FunctionUrls, local_functions
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "budget": ("Budget",),
     "progress": ("Progress",),
+    "usecases.batch": ("BatchRequest", "BatchResult", "classify_photos"),
     "usecases.calibrate": ("CalibrateRequest", "CalibrateResult", "calibrate"),
     "usecases.cut": ("CutList", "CutRequest", "CutResult", "cut", "list_cuts"),
     "usecases.functions": ("FunctionUrls", "local_functions"),
@@ -38,6 +40,8 @@ _NAMES = {
 }
 _MODULES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
 __all__ = [
+    "BatchRequest",
+    "BatchResult",
     "Budget",
     "CalibrateRequest",
     "CalibrateResult",
@@ -57,6 +61,7 @@ __all__ = [
     "Progress",
     "Publication",
     "calibrate",
+    "classify_photos",
     "cut",
     "import_model",
     "list_cuts",

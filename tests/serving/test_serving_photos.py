@@ -159,12 +159,12 @@ def test_a_form_may_hold_a_photo_of_any_size(client: FlaskClient) -> None:
     assert answer.json["classes"] == client.post("/?top_k=2", data=file[1]).json["classes"]
     # Any bytes of a file may look like its boundary's beginning.
     for content in (b"\r\n" * 2**17, b"\r\n------WebKit" * 2**15, b"--" * 2**17):
-        assert read_form(form(('name="f"; filename="f"', content))).photo == content
+        assert read_form(form(('name="f"; filename="f"', content))).photos == (content,)
 
 
 def test_a_file_that_was_not_chosen_in_a_form_is_none() -> None:
-    assert read_form(form(('name="other"; filename=""', b""), FILE)) == PhotoForm(FILE[1], {})
-    assert read_form(form(('name="f"; filename=""', FILE[1]))) == PhotoForm(FILE[1], {})
+    assert read_form(form(('name="other"; filename=""', b""), FILE)) == PhotoForm((FILE[1],), {})
+    assert read_form(form(('name="f"; filename=""', FILE[1]))) == PhotoForm((FILE[1],), {})
 
 
 def test_a_photo_where_tensors_are_taken_is_told_where_to_go(client: FlaskClient) -> None:
@@ -187,19 +187,19 @@ def test_a_photo_where_tensors_are_taken_is_told_where_to_go(client: FlaskClient
 def test_odd_forms_that_are_forms_are_taken(change: Callable[[bytes], bytes]) -> None:
     body = change(form(('name="f"; filename="f"', b"content"), ('name="top_k"', b"3")))
     assert looks_like_form(body)
-    assert read_form(body) == PhotoForm(b"content", {"top_k": "3"})
+    assert read_form(body) == PhotoForm((b"content",), {"top_k": "3"})
 
 
 @pytest.mark.parametrize(
     ("body", "status", "said"),
     [
         (form(('name="image"', b"text")), 400, "the form has 0 files (its fields: image)"),
-        (form(FILE, FILE), 400, "the form has 2 files"),
         (form(FILE, ('name="model"', b"other")), 400, "the form has the fields model"),
         (form(FILE, ("x", b"nameless")), 400, "beside the photo it may have top_k"),
         (form(FILE, ('name="top_k"', b"many")), 400, "top_k is 'many'"),
         (form(FILE, ('name="note"', b"x" * 2**15)), 413, "bytes beside its file, at its field 'note'"),
-        (form(*[FILE] * 17), 413, "more than 16 parts"),
+        (form(*[FILE] * 33), 413, "the request has 33 photos; at most 32 are taken"),
+        (form(*[FILE] * 49), 413, "more than 48 parts"),
         (form(FILE)[:-40], 400, "the form cannot be read"),
         (form(('name="f"; filename="f.txt"', b"hello")), 415, "it looks like text"),
         (form(('name="f"; filename="f.png"', b"")), 400, "the form's file is empty"),

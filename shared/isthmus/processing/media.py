@@ -45,8 +45,12 @@ _HINTS: Mapping[str, str] = {
     "form": "a form with the file in it: curl -F image=@cat.jpg; or the file itself: curl --data-binary @cat.jpg",
 }
 """Advice, by a word in the description of a body."""
-# Bounds of a form: its parts, and the bytes of all fields that are no file.
-MAX_PARTS, MAX_FIELD_BYTES = 16, 2**14
+# A request's photos run one after the other within its deadline, 20 s unless set.
+MAX_PHOTOS = 32
+# Bounds of a form: its parts (photos and some fields), and the bytes of all fields that are no file.
+MAX_PARTS, MAX_FIELD_BYTES = MAX_PHOTOS + 16, 2**14
+BATCH_FIELD = "images"
+"""The name, in a form or in JSON, of photos that are answered as a batch, of any number from 1."""
 _PIECE_BYTES = 2**16
 # RFC 2046, 5.1.1; werkzeug accepts a lone line feed as well.
 _FORM = re.compile(rb"(?:\r?\n)*--([0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-])[ \t]*\r?\n[!-9;-~]+:")
@@ -100,10 +104,11 @@ def not_an_image(data: bytes) -> MediaUnsupported | ImageMalformed:
 
 @dataclass(frozen=True)
 class PhotoForm:
-    """The file and the fields of a form."""
+    """The files and the fields of a form; `is_batch` where it has several files, or its file's field is BATCH_FIELD."""
 
-    photo: bytes
+    photos: tuple[bytes, ...]
     fields: dict[str, str]
+    is_batch: bool = False
 
 
 def looks_like_form(body: bytes) -> bool:
@@ -112,11 +117,11 @@ def looks_like_form(body: bytes) -> bool:
 
 
 def read_form(body: bytes) -> PhotoForm:
-    """The file and the fields of a multipart/form-data body.
+    """The files and the fields of a multipart/form-data body.
 
     Raises:
-        RequestMalformed: a malformed form, or the number of files is not 1.
-        RequestTooLarge: more than MAX_PARTS parts, or more than MAX_FIELD_BYTES beside the file.
+        RequestMalformed: a malformed form, no file, or an only file that is empty.
+        RequestTooLarge: more than MAX_PHOTOS files or MAX_PARTS parts, or more than MAX_FIELD_BYTES beside the files.
     """
     # werkzeug is the functions' HTTP library; commands without werkzeug read no forms.
     from werkzeug.exceptions import RequestEntityTooLarge
@@ -132,20 +137,34 @@ def read_form(body: bytes) -> PhotoForm:
         raise RequestMalformed(
             f"the form cannot be read: {e}", hint="is it whole? It ends with its boundary and two hyphens"
         ) from e
-    if len(files) != 1:
+    if not files:
         names = ", ".join(sorted(fields)) or "none"
         raise RequestMalformed(
-            f"the form has {len(files)} files (its fields: {names}); it has one, the photo",
-            files=len(files),
+            f"the form has 0 files (its fields: {names}); it has one, the photo, or several",
+            files=0,
             hint="send a file under any name: curl -F image=@cat.jpg URL",
         )
-    if not files[0]:
+    check_count(len(files))
+    is_batch = len(files) > 1 or files[0][0] == BATCH_FIELD
+    if not is_batch and not files[0][1]:
         raise RequestMalformed("the form's file is empty", files=1, hint="was a file chosen?")
-    return PhotoForm(files[0], fields)
+    return PhotoForm(tuple(photo for _, photo in files), fields, is_batch)
 
 
-def _parts(body: bytes) -> tuple[list[bytes], dict[str, str]]:
-    """The files of a form, and its other fields by their names.
+def check_count(photos: int) -> None:
+    """Refuse a batch of too many photos.
+
+    Raises:
+        RequestTooLarge: more than MAX_PHOTOS.
+    """
+    if photos > MAX_PHOTOS:
+        raise RequestTooLarge(
+            f"the request has {photos} photos; at most {MAX_PHOTOS} are taken", limit=MAX_PHOTOS, photos=photos
+        )
+
+
+def _parts(body: bytes) -> tuple[list[tuple[str, bytes]], dict[str, str]]:
+    """The files of a form with their fields' names, and its other fields by their names.
 
     werkzeug's FormDataParser has a single bound for fields and for its buffer, files included.
 
@@ -159,7 +178,7 @@ def _parts(body: bytes) -> tuple[list[bytes], dict[str, str]]:
     # The decoder buffers a piece of the body, and the incomplete head of a part.
     limit = _PIECE_BYTES + MAX_FIELD_BYTES
     decoder = MultipartDecoder(match[1] if match else b"", limit, max_parts=MAX_PARTS)
-    files: list[bytes] = []
+    files: list[tuple[str, bytes]] = []
     fields: dict[str, str] = {}
     part: Field | File | None = None
     content, beside = BytesIO(), 0
@@ -179,7 +198,7 @@ def _parts(body: bytes) -> tuple[list[bytes], dict[str, str]]:
                     )
                 # Browsers send an empty file without a name if the user chose no file.
                 if not event.more_data and isinstance(part, File) and (part.filename or content.tell()):
-                    files.append(content.getvalue())
+                    files.append((part.name or "", content.getvalue()))
                 elif not event.more_data and isinstance(part, Field):
                     fields[part.name or ""] = content.getvalue().decode("utf-8", "replace")
     return files, fields

@@ -1,4 +1,4 @@
-"""An inference request of any kind: a photo, raw, in a form or as base64 in JSON, or Open Inference Protocol tensors.
+"""An inference request of any kind: photos, raw, in a form or as base64 in JSON, or Open Inference Protocol tensors.
 
 The body's first bytes decide the kind, not Content-Type. Source: docs/reference/api.md.
 """
@@ -12,22 +12,32 @@ from dataclasses import dataclass
 from typing import Any
 
 from isthmus.admission import Turns
-from isthmus.errors import MediaUnsupported, RequestMalformed
+from isthmus.errors import IsthmusError, MediaUnsupported, RequestMalformed
 from isthmus.oip import messages as oip
-from isthmus.processing.media import from_base64, looks_like_form, looks_like_image, not_an_image, read_form
+from isthmus.processing.media import (
+    BATCH_FIELD,
+    check_count,
+    from_base64,
+    looks_like_form,
+    looks_like_image,
+    not_an_image,
+    read_form,
+)
 from isthmus.routing.catalog import ServedModel
 from isthmus.serving.request import FunctionRequest
 
 
 @dataclass(frozen=True)
 class InferenceRequest:
-    """A request for a prediction of `model`: a photo, or else tensors.
+    """A request for predictions of `model`: a photo, a batch of photos, or else tensors.
 
-    `top_k` bounds the classes of a photo's prediction; None leaves that to the bundle.
+    A photo of a batch that cannot be read is its error. `top_k` bounds the classes of a photo's prediction; None leaves
+    that to the bundle.
     """
 
     model: ServedModel
     photo: bytes = b""
+    batch: tuple[bytes | IsthmusError, ...] = ()
     top_k: int | None = None
     tensors: oip.InferRequest | None = None
 
@@ -49,7 +59,7 @@ class InferenceReader:
             return self.read_tensors(request, model)
         body = _contiguous(request)
         if looks_like_image(body):
-            return InferenceRequest(model, body, parse_top_k(request.query.get("top_k")))
+            return InferenceRequest(model, body, top_k=parse_top_k(request.query.get("top_k")))
         if looks_like_form(body):
             return _read_form(request, model, body)
         if body[:64].removeprefix(codecs.BOM_UTF8).lstrip()[:1] != b"{":
@@ -91,8 +101,7 @@ class InferenceReader:
             doc = oip.read_document(body, reserve=request.memory.hold)
             inference = _from_document(doc, model)
             del doc
-        tensors = inference.tensors
-        request.memory.hold(len(inference.photo) if tensors is None else tensors.own_bytes)
+        request.memory.hold(_own_bytes(inference))
         request.timings.add("decode", time.perf_counter() - start)
         return inference
 
@@ -112,6 +121,13 @@ def parse_top_k(value: Any) -> int | None:
     return int(text)
 
 
+def _own_bytes(inference: InferenceRequest) -> int:
+    """Bytes of an inference request beside its body."""
+    if inference.tensors is not None:
+        return inference.tensors.own_bytes
+    return len(inference.photo) + sum(len(photo) for photo in inference.batch if isinstance(photo, bytes))
+
+
 def _contiguous(request: FunctionRequest) -> bytes:
     """The body as bytes, for picture decoders."""
     if isinstance(request.body, bytes):
@@ -121,8 +137,8 @@ def _contiguous(request: FunctionRequest) -> bytes:
 
 
 def _read_form(request: FunctionRequest, model: ServedModel, body: bytes) -> InferenceRequest:
-    """A photo in a form, with top_k as another field or in the query."""
-    request.memory.hold(len(body))  # the photo is a copy
+    """Photos in a form, with top_k as another field or in the query."""
+    request.memory.hold(len(body))  # the photos are copies
     form = read_form(body)
     if unknown := sorted(form.fields.keys() - {"top_k"}):
         raise RequestMalformed(
@@ -130,17 +146,43 @@ def _read_form(request: FunctionRequest, model: ServedModel, body: bytes) -> Inf
             parameter=unknown[0][:80],
             hint="name another model in the URL: ?model=NAME",
         )
-    if not looks_like_image(form.photo):
-        raise not_an_image(form.photo)
-    return InferenceRequest(model, form.photo, parse_top_k(form.fields.get("top_k", request.query.get("top_k"))))
+    top_k = parse_top_k(form.fields.get("top_k", request.query.get("top_k")))
+    if form.is_batch:
+        batch = tuple(photo if looks_like_image(photo) else not_an_image(photo) for photo in form.photos)
+        return InferenceRequest(model, batch=batch, top_k=top_k)
+    if not looks_like_image(form.photos[0]):
+        raise not_an_image(form.photos[0])
+    return InferenceRequest(model, form.photos[0], top_k=top_k)
 
 
 def _from_document(doc: Mapping[str, Any], model: ServedModel) -> InferenceRequest:
     if doc.get("inputs") is not None:
         tensors = oip.parse_document(doc, inputs=model.bundle.inputs, outputs=model.bundle.outputs)
         return InferenceRequest(model, tensors=tensors)
+    top_k = parse_top_k(doc.get("top_k"))
+    if "image" in doc and BATCH_FIELD in doc:
+        raise RequestMalformed(f"the JSON object has image and {BATCH_FIELD}; it has one of them", parameter="image")
     if "image" in doc:
-        return InferenceRequest(model, from_base64(doc["image"]), parse_top_k(doc.get("top_k")))
+        return InferenceRequest(model, from_base64(doc["image"]), top_k=top_k)
+    if BATCH_FIELD in doc:
+        return InferenceRequest(model, batch=_batch(doc[BATCH_FIELD]), top_k=top_k)
     raise RequestMalformed(
-        "the JSON object has neither inputs (Open Inference Protocol) nor image (base64)", got=sorted(doc)[:20]
+        f"the JSON object has neither inputs (Open Inference Protocol) nor image or {BATCH_FIELD} (base64)",
+        got=sorted(doc)[:20],
     )
+
+
+def _batch(texts: Any) -> tuple[bytes | IsthmusError, ...]:
+    """The photos of a list of base64 texts; in place of a text that is none, its error."""
+    if not isinstance(texts, list) or not texts:
+        raise RequestMalformed(f"{BATCH_FIELD} is no list of photos in base64, one or more", parameter=BATCH_FIELD)
+    check_count(len(texts))
+    return tuple(map(_photo_or_error, texts))
+
+
+def _photo_or_error(text: Any) -> bytes | IsthmusError:
+    try:
+        photo = from_base64(text)
+    except RequestMalformed as e:
+        return e
+    return photo if looks_like_image(photo) else not_an_image(photo)

@@ -19,6 +19,7 @@ from isthmus.errors import (
     ImageMalformed,
     IsthmusError,
     MediaUnsupported,
+    RequestMalformed,
     RequestTooLarge,
 )
 from isthmus.oip import messages as oip
@@ -28,9 +29,10 @@ from isthmus.processing.image import model_input
 from isthmus.processing.image_budget import ImageMemory
 from isthmus.routing.guard import Guard
 from isthmus.routing.selection import SelectedRoute
+from isthmus.serving.error_responses import error_document
 from isthmus.serving.inference import InferenceRequest
 from isthmus.serving.metrics import FunctionMetrics
-from isthmus.serving.request import FunctionRequest
+from isthmus.serving.request import FunctionRequest, Timings
 from isthmus.settings import RouterSettings
 
 # Errors that a photo causes in a hop that decodes photos.
@@ -58,9 +60,23 @@ class Predictor:
             MediaUnsupported: a photo for a model that declares no processing of photos.
             Further errors as decoding a photo and executing the route.
         """
-        if inference.tensors is None:
-            return self._photo(request, inference)
-        return self._tensors(request, inference, inference.tensors)
+        if inference.tensors is not None:
+            return self._tensors(request, inference, inference.tensors)
+        bundle = inference.model.bundle
+        if bundle.preprocess is None or bundle.postprocess is None:
+            raise MediaUnsupported(
+                f"{bundle.name} declares no pre- and post-processing for photos; send tensors to "
+                f"/v2/models/{bundle.name}/infer",
+                accepted=["Open Inference Protocol"],
+            )
+        model = {"model_name": inference.model.name, "model_version": inference.model.version}
+        document: dict[str, Any] = {"id": request.context.call_id, **model}
+        if inference.batch:
+            document["predictions"] = self._batch(request, inference)
+        else:
+            document |= self._photo(request, inference, inference.photo)
+        # UTF-8 as it is: labels may be in any script, and escapes would double them.
+        return Response(json.dumps(document, ensure_ascii=False), mimetype="application/json")
 
     def _tensors(self, request: FunctionRequest, inference: InferenceRequest, tensors: oip.InferRequest) -> Response:
         model = inference.model
@@ -77,15 +93,29 @@ class Predictor:
         request.timings.add("encode", time.perf_counter() - start)
         return Response(response.body, headers=response.headers)
 
-    def _photo(self, request: FunctionRequest, inference: InferenceRequest) -> Response:
-        model, photo = inference.model, inference.photo
-        postprocess = model.bundle.postprocess
-        if model.bundle.preprocess is None or postprocess is None:
-            raise MediaUnsupported(
-                f"{model.name} declares no pre- and post-processing for photos; send tensors to "
-                f"/v2/models/{model.name}/infer",
-                accepted=["Open Inference Protocol"],
-            )
+    def _batch(self, request: FunctionRequest, inference: InferenceRequest) -> list[dict[str, Any]]:
+        """A prediction for each photo, one after the other: a batch takes one slot, and the memory of one photo.
+
+        An error that a photo causes stands in place of its prediction; any other error is the whole request's.
+        """
+        predictions = []
+        stages: list[Timings] = []
+        for photo in inference.batch:
+            stages.append(Timings())
+            try:
+                if isinstance(photo, IsthmusError):
+                    raise photo
+                document = self._photo(request._replace(timings=stages[-1]), inference, photo)
+            except (*_PHOTO_ERRORS.values(), RequestMalformed) as e:
+                document = error_document(e, expose_details=self._settings.expose_details)
+            predictions.append(document)
+        request.timings.merge(stages)
+        return predictions
+
+    def _photo(self, request: FunctionRequest, inference: InferenceRequest, photo: bytes) -> dict[str, Any]:
+        """The prediction for one photo, as a document."""
+        model = inference.model
+        postprocess = model.bundle.postprocess or {}
         selected = model.route
         if selected.photo is not None:
             input_bytes = selected.photo.nbytes
@@ -99,10 +129,7 @@ class Predictor:
         start = time.perf_counter()
         classes = classify(result.outputs[postprocess["output"]], postprocess, model.labels, inference.top_k)[0]
         request.timings.add("postprocess", time.perf_counter() - start)
-        document = {
-            "id": request.context.call_id,
-            "model_name": model.name,
-            "model_version": model.version,
+        return {
             "classes": classes,
             "route": {
                 **result.sizes(),
@@ -114,8 +141,6 @@ class Predictor:
             },
             "timings_ms": {name: round(seconds * 1000, 3) for name, seconds, _ in request.timings.stages},
         }
-        # UTF-8 as it is: labels may be in any script, and escapes would double them.
-        return Response(json.dumps(document, ensure_ascii=False), mimetype="application/json")
 
     def _execute(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from io import BytesIO
@@ -31,6 +31,14 @@ class Timings:
     def add(self, stage: str, seconds: float, description: str = "") -> None:
         """Record the duration of `stage`."""
         self.stages.append((stage, seconds, description))
+
+    def merge(self, parts: Sequence[Timings]) -> None:
+        """Record for each stage of `parts` the sum of its durations."""
+        sums: dict[str, tuple[float, str]] = {}
+        for stage, seconds, description in (each for part in parts for each in part.stages):
+            sums[stage] = (sums.get(stage, (0.0, ""))[0] + seconds, description)
+        for stage, (seconds, description) in sums.items():
+            self.add(stage, seconds, description)
 
     def elapsed(self) -> float:
         """Seconds since the request began."""

@@ -11,7 +11,7 @@ import typer
 
 from isthmus.errors import RequestMalformed
 from isthmus.units import format_size
-from isthmus_tools.cli.console import errors, print_json, say, table
+from isthmus_tools.cli.console import errors, print_json, run, say, table
 from isthmus_tools.cli.options import (
     DEFAULT_REGISTRY,
     SYNTAX,
@@ -32,13 +32,19 @@ ROUTER = "http://127.0.0.1:8080/function/router"
 
 
 def infer(
-    photos: Annotated[list[Path] | None, typer.Argument(help="Photos to classify.")] = None,
+    photos: Annotated[list[Path] | None, typer.Argument(help="Photos to classify; with --output folders too.")] = None,
     *,
     model: Annotated[str, typer.Option(help="NAME or NAME:VERSION; empty takes the router's own for photos.")] = "",
     tensor: Annotated[
         list[str] | None, typer.Option(help="An input tensor, NAME=FILE.npy; once for each input. Needs --model.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Write the output tensors to this .npz file.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Tensors: write the outputs to this .npz file. Photos and folders: append a JSON line for each photo"
+            " to this .jsonl file, and skip the photos that it has already."
+        ),
+    ] = None,
     url: Annotated[str, typer.Option(envvar="ISTHMUS_URL", help="The router.")] = ROUTER,
     local: Annotated[bool, typer.Option("--local", help="Run every segment in this process; no router.")] = False,
     cuts: Annotated[
@@ -54,7 +60,8 @@ def infer(
 ) -> None:
     """Classify photos, or run tensors through a model.
 
-    Example: `isthmus infer cat.jpg`, or `isthmus infer --model magika --tensor bytes=input.npy --output out.npz`
+    Example: `isthmus infer cat.jpg`, `isthmus infer photos/ --output results.jsonl`, or
+    `isthmus infer --model magika --tensor bytes=input.npy --output out.npz`
     """
     where = _Where(url, local, cuts or old_cuts, timeout, registry)
     with errors(as_json):
@@ -62,10 +69,10 @@ def infer(
         if (photos and tensor) or not (photos or tensor or model):
             raise RequestMalformed("name photos to classify, or tensors with --tensor NAME=FILE.npy, not both")
         if output is not None:
-            if photos:
-                raise RequestMalformed("--output is for tensors; a photo's answer is printed", option="--output")
-            check_output(output, "--output")
-        if photos:
+            check_output(output, "--output", (".jsonl",) if photos else ())
+        if photos and output is not None:
+            _batch(photos, model, where, top_k, output, as_json)
+        elif photos:
             _photos(photos, model, where, top_k, as_json)
         else:
             _tensors(tensor or [], model, where, output, as_json)
@@ -112,6 +119,20 @@ def _photos(photos: list[Path], model: str, where: _Where, top_k: int, as_json: 
             _show(path, response)
     if as_json:
         print_json(documents)
+
+
+def _batch(photos: list[Path], model: str, where: _Where, top_k: int, output: Path, as_json: bool) -> None:
+    from isthmus_tools.usecases.batch import BatchRequest, classify_photos, local_predictor, remote_predictor
+
+    if where.local:
+        predict = local_predictor(where.model(model), top_k, where.timeout_s)
+    else:
+        predict = remote_predictor(where.client(), model, top_k)
+    result = run(classify_photos, BatchRequest(photos=photos, output=output, predict=predict), quiet=as_json)
+    if as_json:
+        print_json({**vars(result), "file": str(output)})
+        return
+    say(f"{output}: {result.classified} classified, {result.failed} with an error, {result.skipped} there already")
 
 
 def _show(path: Path, response: dict[str, Any]) -> None:

@@ -1,0 +1,237 @@
+"""Batch: photos of files and folders to a file of JSON lines, one a photo, that a later run continues.
+
+The file is append-only. A line is written whole after its prediction, so a run that was killed leaves at most one
+incomplete last line, which the next run removes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
+
+import stamina
+
+from isthmus.client import Client
+from isthmus.errors import (
+    HopBusy,
+    HopUnavailable,
+    ImageMalformed,
+    IsthmusError,
+    MediaUnsupported,
+    NotReady,
+    Overloaded,
+    RequestMalformed,
+    RequestTooLarge,
+)
+from isthmus_tools.progress import Progress, silent
+from isthmus_tools.usecases.local_model import LocalModel
+from isthmus_tools.zoo.photos import read_photo
+
+Predict: TypeAlias = Callable[[Sequence[bytes]], list[dict[str, Any]]]
+"""Predictions for photos, in order: each the document of a prediction, or of the error that the photo caused."""
+
+# Photos of one request: few enough for the router's deadline of 20 s on a slow edge, and for its bound on a body.
+MAX_PHOTOS, MAX_BYTES = 8, 16 * 2**20
+# A busy or restarting router is asked again for this long; a longer outage ends the run, which can be continued.
+_RETRY_S = 120.0
+_PHOTO_ERRORS = (ImageMalformed, MediaUnsupported, RequestTooLarge)
+_BUSY = (HopBusy, NotReady, Overloaded)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchRequest:
+    """Photos to classify: `photos` are files, and folders whose files are taken in the order of their names.
+
+    `output` is the file of JSON lines. Each line has `photo`, the path as given, and a prediction's document or an
+    error's.
+    """
+
+    photos: Sequence[Path]
+    output: Path
+    predict: Predict
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """Photos by outcome: classified and failed in this run, and skipped since the file had a line for them."""
+
+    classified: int
+    failed: int
+    skipped: int
+
+
+def classify_photos(request: BatchRequest, progress: Progress = silent) -> BatchResult:
+    """Append a line to the output for each photo that has none.
+
+    Raises:
+        RequestMalformed: a path that does not exist, a folder without files, an output that holds other lines, that
+            another run writes to, or that was made by another model or version.
+        IsthmusError: of the model or the router; lines that were written stay, and the next run continues after them.
+    """
+    paths = list(dict.fromkeys(_files(request.photos)))
+    with _output(request.output) as file:
+        previous = _read_lines(file, request.output)
+        models = {_model_of(line) for line in previous.values()} - {None}
+        remaining = [path for path in paths if str(path) not in previous]
+        classified = failed = 0
+        for chunk in _chunks(remaining):
+            lines = _classify(chunk, request.predict)
+            models |= {_model_of(line) for line in lines} - {None}
+            if len(models) > 1:
+                raise _two_models(request.output, sorted(str(model) for model in models))
+            file.write(b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines))
+            file.flush()
+            errors = sum("error" in line for line in lines)
+            failed, classified = failed + errors, classified + len(lines) - errors
+            progress(f"classifying {len(remaining)} photos", classified + failed, len(remaining))
+    return BatchResult(classified, failed, len(paths) - len(remaining))
+
+
+def remote_predictor(client: Client, model: str, top_k: int) -> Predict:
+    """Predictions by a router, which is asked again while it is busy; one that was never reached fails at once."""
+    reached = False
+
+    def is_transient(error: Exception) -> bool:
+        return isinstance(error, _BUSY) or (reached and isinstance(error, HopUnavailable))
+
+    def predict(photos: Sequence[bytes]) -> list[dict[str, Any]]:
+        nonlocal reached
+        for attempt in stamina.retry_context(
+            on=is_transient, attempts=None, timeout=_RETRY_S, wait_initial=0.5, wait_max=10.0
+        ):
+            with attempt:
+                predictions = client.photos(photos, model=model, top_k=top_k)
+        reached = True
+        return predictions
+
+    return predict
+
+
+def local_predictor(model: LocalModel, top_k: int, timeout_s: float) -> Predict:
+    """Predictions by this process.
+
+    Raises:
+        MediaUnsupported: the model declares no processing of photos.
+    """
+    bundle = model.model.bundle
+    if bundle.preprocess is None or bundle.postprocess is None:
+        raise MediaUnsupported(f"{bundle.name} declares no pre- and post-processing for photos; give it tensors")
+
+    def predict_one(photo: bytes) -> dict[str, Any]:
+        try:
+            return model.photo(photo, top_k, timeout_s)
+        except _PHOTO_ERRORS as e:
+            return _error_document(e)
+
+    return lambda photos: [predict_one(photo) for photo in photos]
+
+
+def _error_document(error: IsthmusError) -> dict[str, Any]:
+    return {"error": error.message, "type": type(error).__name__, "facts": dict(error.facts)}
+
+
+def _classify(chunk: Sequence[tuple[Path, bytes | IsthmusError]], predict: Predict) -> list[dict[str, Any]]:
+    """The lines of a chunk: one request for its photos; a photo that is a request of its own may be too large."""
+    photos = [data for _, data in chunk if isinstance(data, bytes)]
+    try:
+        predictions = iter(predict(photos) if photos else [])
+    except RequestTooLarge as e:
+        if len(photos) > 1:
+            return [line for each in chunk for line in _classify([each], predict)]
+        predictions = iter([_error_document(e)])
+    lines = []
+    for path, data in chunk:
+        document = next(predictions) if isinstance(data, bytes) else _error_document(data)
+        lines.append({"photo": str(path), **document})
+    return lines
+
+
+def _files(paths: Sequence[Path]) -> Iterator[Path]:
+    for path in paths:
+        if not path.is_dir():
+            if not path.exists():
+                raise RequestMalformed(f"{path} cannot be read: there is no such file", path=str(path))
+            yield path
+            continue
+        # Hidden files are the system's, such as .DS_Store.
+        files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+        if not files:
+            raise RequestMalformed(f"{path} holds no files", path=str(path))
+        yield from files
+
+
+def _chunks(paths: Sequence[Path]) -> Iterator[list[tuple[Path, bytes | IsthmusError]]]:
+    """Photos with their bytes or the error of reading them, at most MAX_PHOTOS and MAX_BYTES, or one, at a time."""
+    chunk: list[tuple[Path, bytes | IsthmusError]] = []
+    size = 0
+    for path in paths:
+        data = _bytes_or_error(path)
+        length = len(data) if isinstance(data, bytes) else 0
+        if chunk and (len(chunk) == MAX_PHOTOS or size + length > MAX_BYTES):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append((path, data))
+        size += length
+    if chunk:
+        yield chunk
+
+
+def _bytes_or_error(path: Path) -> bytes | IsthmusError:
+    try:
+        return read_photo(path)
+    except RequestMalformed as e:
+        return e
+
+
+@contextmanager
+def _output(path: Path) -> Iterator[BinaryIO]:
+    """The file opened for reading and appending, by one run at a time."""
+    with path.open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise RequestMalformed(f"another run writes to {path}", path=str(path), hint="wait for its end") from e
+        yield file
+
+
+def _read_lines(file: BinaryIO, path: Path) -> dict[str, Mapping[str, Any]]:
+    """The lines by photo; an incomplete last line, of a run that was killed, is removed."""
+    lines: dict[str, Mapping[str, Any]] = {}
+    complete = 0
+    file.seek(0)
+    for number, line in enumerate(file, 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            document = json.loads(line)
+            lines[document["photo"]] = document
+        except (ValueError, TypeError, KeyError, RecursionError) as e:
+            raise RequestMalformed(
+                f"{path} line {number} is no result of a photo",
+                path=str(path),
+                line=number,
+                hint="name another file, or remove that line",
+            ) from e
+        complete += len(line)
+    if complete < file.seek(0, os.SEEK_END):
+        file.truncate(complete)
+    return lines
+
+
+def _model_of(line: Mapping[str, Any]) -> str | None:
+    return f"{line['model_name']}:{line['model_version']}" if "model_name" in line else None
+
+
+def _two_models(path: Path, models: Sequence[str]) -> RequestMalformed:
+    return RequestMalformed(
+        f"{path} would hold results of {' and '.join(models)}",
+        path=str(path),
+        models=list(models),
+        hint="name another file, or the version that made this one: --model NAME:VERSION",
+    )

@@ -14,17 +14,20 @@ from onnx import helper
 
 from isthmus.artifacts.bundle import subject_digest
 from isthmus.artifacts.conditions import Conditions, Constraints
-from isthmus.artifacts.plan import from_json, to_json
+from isthmus.artifacts.plan import Coding, Error, from_json, to_json
 from isthmus.artifacts.profile import SegmentCost, Timing
 from isthmus.errors import ConstraintMalformed, Infeasible, PlanMismatch
 from isthmus.processing.image_spec import made_shape
 from isthmus_tools.figures.plan import GraphCurves
-from isthmus_tools.planner.choice import build_plan, choose
+from isthmus_tools.planner import enumeration
+from isthmus_tools.planner.choice import build_plan, choose, violations
+from isthmus_tools.planner.evaluation import Evaluator
 from isthmus_tools.planner.inputs import from_photos, random_inputs
 from isthmus_tools.planner.memory import MemoryModel, peak_bytes
 from support.bundles import Published, cache_of, pair_model, photo, publish, publish_photos, save, value, weight
 from support.bundles import photos as photos
 from support.candidate_sets import FAST, LINK, SLOW, evaluated
+from support.fidelities import fidelity
 from support.plans import candidate, plan_for, profile_of, whole_model
 
 
@@ -60,6 +63,38 @@ def test_every_kind_of_candidate_is_evaluated_and_predicts_as_the_model_does(pho
         raw = next(c for c in splits if c.name.endswith("-raw"))
         crossing = candidate_set.bundle.cuts[raw.cuts[0]].bytes
         assert crossing < raw.up_bytes < crossing + 1200
+
+
+def test_a_jpeg_of_the_photo_is_a_candidate_with_the_error_that_the_photos_show(photos: Published) -> None:
+    examples, further = [from_photos(photos.bundle, [photo((90, 60), seed=n) for n in some]) for some in ([0], [1, 2])]
+    jpeg_photos = [i.photo or b"" for i in further]
+    with evaluated(photos, examples=examples, kind="photo", jpeg_photos=jpeg_photos) as candidate_set:
+        found = {c.name: c for c in candidate_set.predict(LINK)}
+        coarse, fine = found["cloud-jpeg-85"], found["cloud-jpeg-95"]
+        assert (coarse.kind, coarse.input, coarse.codecs) == ("cloud", "photo", {"x": Coding("photo/1", 0.85)})
+        assert (coarse.error.inputs, coarse.error.calibrated) == (2, False)
+        assert coarse.error.relative > fine.error.relative > 0
+        assert coarse.up_bytes < fine.up_bytes < found["cloud-photo"].up_bytes
+        # The edge decodes, resizes and compresses.
+        assert coarse.predicted.preprocess > 0 == found["cloud-photo"].predicted.preprocess
+        refused, _, _ = choose(list(found.values()), "latency", Constraints(max_error=coarse.error.relative / 2))
+        assert "its error is" in next(c.refused for c in refused if c.name == "cloud-jpeg-85")
+
+
+@pytest.mark.parametrize(("limit", "refused"), [(0.0, ""), (1.0, "0.0% of 1 photos agree, of 100.0%")])
+def test_a_jpeg_of_a_calibrated_model_is_held_to_the_limit_of_its_codecs(
+    photos: Published, monkeypatch: pytest.MonkeyPatch, limit: float, refused: str
+) -> None:
+    monkeypatch.setattr(
+        enumeration, "read_fidelity", lambda *_: replace(fidelity(subject_digest(photos.bundle)), limit=limit)
+    )
+    error = Error(0.5, 1, 1.0)
+    monkeypatch.setattr(Evaluator, "photo_error", lambda *_: error)
+    examples = from_photos(photos.bundle, [photo()])
+    with evaluated(photos, examples=examples, kind="photo", jpeg_photos=[photo()], max_cuts=1) as candidate_set:
+        found = [c for c in candidate_set.predict(LINK) if c.name.startswith("cloud-jpeg")]
+    assert [(c.refused, c.error) for c in found] == [(refused, replace(error, calibrated=True))] * 2
+    assert not violations(found[0], Constraints())
 
 
 def test_the_search_finds_the_cut_that_trying_all_of_them_finds(photos: Published) -> None:

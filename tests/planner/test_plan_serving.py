@@ -16,11 +16,13 @@ from msgspec.structs import replace
 
 from isthmus.artifacts.bundle import Blob, digest_of
 from isthmus.artifacts.plan import Candidate, Coding, to_json
+from isthmus.processing.image import as_jpeg
 from isthmus.serving import create_router_app, create_segment_app
 from isthmus_tools.cli.demo import ServedRoute, medians
 from isthmus_tools.planner import measurement
 from isthmus_tools.planner.publishing import publish_plan
 from support.bundles import (
+    PREPROCESS,
     TOLERANCE,
     Published,
     photo,
@@ -107,6 +109,31 @@ def test_cloud_only_sends_the_photo_as_it_came(place: Place) -> None:
     assert "preprocess" not in found["timings_ms"]
     tensors = infer(place, model)["parameters"]
     assert (tensors["segments"], tensors["plan"]) == ("..", "cloud-photo")
+
+
+def jpeg_plan(quality: float) -> Candidate:
+    return candidate("cloud-jpeg", "cloud", input="photo", codecs={"x": Coding("photo/1", quality)})
+
+
+def test_a_photo_is_resized_and_compressed_at_the_router_as_the_plan_says(place: Place) -> None:
+    model, data = place.plan(jpeg_plan(0.85)), photo((200, 120))
+    compressed = as_jpeg(data, PREPROCESS, 85, max_pixels=10**6)
+    found = answer(place.router(model), data)
+    (stage,) = found["route"]["segments"]
+    assert (stage["hop"], stage["codecs"]) == (place.hops[1], {"x": "photo/1"})
+    assert len(compressed) < stage["sent_bytes"] < len(compressed) + 1000 < len(data)
+    small = answer(place.router(place.plan(candidate())), compressed)["classes"]
+    assert found["classes"][0]["probability"] == pytest.approx(small[0]["probability"], abs=TOLERANCE)
+    assert found["timings_ms"]["preprocess"] > 0
+    raw = answer(place.router(model, codec="raw"), data)["route"]
+    assert raw["segments"][0]["sent_bytes"] > len(data)
+    tensors = infer(place, model)["parameters"]
+    assert (tensors["segments"], tensors["plan"]) == ("..", "cloud-jpeg")
+
+
+def test_a_photo_that_the_router_cannot_compress_is_the_callers_error(place: Place) -> None:
+    response = ready(place.router(place.plan(jpeg_plan(0.95)))).post("/", data=photo()[:60])
+    assert (response.status_code, response.json["type"]) == (400, "ImageMalformed")
 
 
 @pytest.mark.parametrize("spoil", [lambda d: d[:60], lambda d: d[:8] + bytes(500)], ids=["cut off", "nonsense"])

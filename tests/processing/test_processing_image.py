@@ -19,7 +19,7 @@ from PIL import Image
 
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import ImageMalformed, IsthmusError, MediaUnsupported, ModelError, RequestTooLarge, ShapeMismatch
-from isthmus.processing.image import preprocess
+from isthmus.processing.image import as_jpeg, has_canvas, preprocess
 from isthmus.processing.image_decoding import MAX_SCANS, decode
 from isthmus.processing.image_spec import validate_spec
 from isthmus.processing.media import ACCEPTED, looks_like_image
@@ -531,3 +531,60 @@ def test_a_mutated_image_decodes_or_is_refused(seed: bytes, flips: list[tuple[fl
         return
     assert image.mode == "RGB"
     assert image.width * image.height <= 10_000
+
+
+def spec_of(*steps: dict[str, Any]) -> dict[str, Any]:
+    layout = {"op": "layout", "to": "NCHW"}
+    return {"kind": "image", "input": "input", "steps": [*steps, layout], "dtype": "float32"}
+
+
+def resize(**size: Any) -> dict[str, Any]:
+    return {"op": "resize", "interpolation": "bilinear", **size}
+
+
+def crop(*size: int) -> dict[str, Any]:
+    return {"op": "center_crop", "size": list(size)}
+
+
+@pytest.mark.parametrize(
+    ("steps", "canvas"),
+    [
+        ([resize(short_side=96), crop(80, 80)], (96, 96)),
+        ([resize(short_side=97), crop(80, 64)], (97, 97)),
+        ([resize(short_side=96), crop(80, 112)], (112, 96)),
+        ([resize(short_side=96), crop(112, 80)], (96, 112)),
+        ([resize(size=[96, 128])], (128, 96)),
+        ([resize(size=[96, 128]), crop(65, 80)], (128, 96)),
+        ([crop(60, 80)], (80, 60)),
+    ],
+)
+def test_a_jpeg_of_what_the_model_takes_is_cropped_where_the_photo_is(
+    steps: list[dict[str, Any]], canvas: tuple[int, int]
+) -> None:
+    # Grey squares on a slope: one pixel beside is far more than the compression changes.
+    y, x = np.mgrid[:200, :300]
+    grey = np.where((y // 16 + x // 16) % 2, 40 + x // 3, 250 - y // 2).astype(np.uint8)
+    photo = saved(Image.fromarray(np.stack([grey] * 3, axis=-1)), "PNG", icc_profile=b"profile" * 100)
+    spec = spec_of(*steps)
+    assert has_canvas(spec)
+    compressed = as_jpeg(photo, spec, 95, max_pixels=MAX)
+    assert Image.open(io.BytesIO(compressed)).size == canvas
+    assert b"profile" not in compressed
+    tensor = TensorSpec("input", "float32", (1, 3, "h", "w"))
+    expected, found = (preprocess(d, spec, input=tensor, max_pixels=MAX) for d in (photo, compressed))
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).mean() < 2
+
+
+def test_a_crop_that_the_resized_sides_may_cut_has_no_jpeg() -> None:
+    assert not has_canvas(spec_of(resize(short_side=64), crop(80, 80)))
+    assert not has_canvas(spec_of(resize(size=[64, 100]), crop(80, 80)))
+
+
+def test_a_lower_quality_takes_fewer_bytes_and_bad_photos_are_refused_as_ever() -> None:
+    sizes = [len(as_jpeg(CHINA.read_bytes(), SPEC, quality, max_pixels=MAX)) for quality in (50, 85, 95)]
+    assert sizes == sorted(set(sizes))
+    with pytest.raises(ImageMalformed):
+        as_jpeg(CHINA.read_bytes()[:200], SPEC, 85, max_pixels=MAX)
+    with pytest.raises(RequestTooLarge):
+        as_jpeg(CHINA.read_bytes(), SPEC, 85, max_pixels=1000)

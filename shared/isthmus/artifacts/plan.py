@@ -108,7 +108,8 @@ class Error(Struct, frozen=True, forbid_unknown_fields=True):
 
     `relative` is the maximum over inputs and outputs of the RMS difference over the RMS of the output. `disagreement`
     is the share of inputs with another prediction (see `fidelity.Measure`). If `calibrated`, both come from the
-    fidelity document, `relative` as its mean, and agreement meets its limit.
+    fidelity document, `relative` as its mean, and agreement meets its limit; a photo compressed at the edge is measured
+    on photos, and held to the same limit.
     """
 
     relative: Amount
@@ -172,9 +173,10 @@ class Candidate(Struct, frozen=True, forbid_unknown_fields=True):
     """A placement of the model.
 
     kind `edge` runs the whole model on the first hop, `cloud` on the last, `split` divides the model at `cuts`.
-    `codecs` lists the tensors not sent raw; `input` is whether a photo is sent unchanged. `variant` is the digest of a
-    substitute bundle. `up_bytes` and `down_bytes` are whole frames on the link. A candidate with a reason in `refused`
-    cannot be chosen. Units: bytes, seconds, joules, prices in the plan's currency.
+    `codecs` lists the tensors not sent raw; `input` is whether a photo's file is sent: unchanged, or, where the quality
+    of `photo/1` is below 1, as a JPEG of that quality, in percent, of the part that the model takes. `variant` is the
+    digest of a substitute bundle. `up_bytes` and `down_bytes` are whole frames on the link. A candidate with a reason
+    in `refused` cannot be chosen. Units: bytes, seconds, joules, prices in the plan's currency.
     """
 
     name: Text

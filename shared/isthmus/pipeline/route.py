@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from typing import Any
 
 from isthmus.artifacts.bundle import Bundle, Segment
 from isthmus.artifacts.choice import PHOTO_ID
@@ -18,6 +19,7 @@ from isthmus.errors import PlanMalformed
 from isthmus.pipeline.agreement import margin
 from isthmus.pipeline.closer_looks import LookPolicy
 from isthmus.pipeline.hop import Hop
+from isthmus.processing.image_budget import SHARED, ImageMemory
 from isthmus.processing.image_spec import made_shape, photo_tensor
 from isthmus.wire.frame import DTYPES
 
@@ -68,19 +70,36 @@ class Route:
 
 @dataclass(frozen=True)
 class PhotoInput:
-    """A model input that the last hop makes of the photo itself, so that no hop before it decodes the photo."""
+    """A model input that the last hop makes of a photo's file.
+
+    The file is sent as it came, or, with a `jpeg_quality` of 1 to 99, as a JPEG of the part that `preprocess` takes.
+    """
 
     tensor: str
     dtype: str
     shape: tuple[int, ...]
+    jpeg_quality: int = 0
+    preprocess: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         """Size of the input as an array."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
-    def encode(self, photo: bytes) -> dict[str, EncodedTensor]:
-        """The photo as the encoded form of that input."""
+    def encode(
+        self, photo: bytes, *, max_pixels: int | None = None, memory: ImageMemory = SHARED
+    ) -> dict[str, EncodedTensor]:
+        """The photo as the encoded form of that input.
+
+        Raises:
+            As `processing.image.preprocess`, where the photo is compressed anew.
+        """
+        if self.jpeg_quality:
+            # Pillow is slow to import, and photos as they came need none.
+            from isthmus.processing.image import MAX_PIXELS, as_jpeg
+
+            pixels = MAX_PIXELS if max_pixels is None else max_pixels
+            photo = as_jpeg(photo, self.preprocess, self.jpeg_quality, max_pixels=pixels, memory=memory)
         return {self.tensor: EncodedTensor(PHOTO_ID, self.dtype, self.shape, photo)}
 
 
@@ -161,7 +180,13 @@ def photo_input(candidate: Candidate, bundle: Bundle, hops: Sequence[Hop]) -> Ph
     if spec is None or shape is None:
         raise PlanMalformed(f"{candidate.name} sends photos as they came, and {bundle.name} takes none", where="input")
     tensor = photo_tensor(bundle)
-    return PhotoInput(tensor.name, tensor.dtype, shape)
+    coding = candidate.codecs.get(tensor.name)
+    return PhotoInput(tensor.name, tensor.dtype, shape, 0 if coding is None else jpeg_quality(coding.quality), spec)
+
+
+def jpeg_quality(quality: float) -> int:
+    """The JPEG quality of a plan's coding `photo/1`; 0 for 1, the photo as it came."""
+    return max(1, round(100 * quality)) if quality < 1 else 0
 
 
 def near_hop(hops: Sequence[Hop]) -> str:

@@ -7,7 +7,8 @@ pixels. Source: docs/reference/api.md, "Photos".
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import ml_dtypes
@@ -75,12 +76,70 @@ def preprocess(
 
     Source: docs/reference/api.md, "Photos".
     """
-    validate_spec(spec)
+    steps = _steps_of(spec)
+    with _cropped(data, steps, spec["dtype"], max_pixels, memory) as image:
+        array = _to_array(image, steps, spec["dtype"])
+    _check_fits(array, spec, input)
+    return array
+
+
+def as_jpeg(
+    data: bytes, spec: Mapping[str, Any], quality: int, *, max_pixels: int, memory: ImageMemory = SHARED
+) -> bytes:
+    """The part of an image that `spec` takes, resized as `spec` does, as a JPEG.
+
+    `preprocess` of the JPEG changes no size and crops the same part, so the compression is the only difference. Around
+    the crop the pixels of its border are repeated: they make the size that the resize step leaves as it is, and cost
+    few bytes.
+
+    Raises:
+        As `preprocess`, but for ShapeMismatch.
+    """
+    steps = _steps_of(spec)
+    with _cropped(data, steps, spec["dtype"], max_pixels, memory) as image:
+        pixels = np.asarray(image)  # (height, width, 3), uint8
+        width, height = _canvas(image.size, steps)
+        left, top = (_crop_start(side, crop) for side, crop in zip((width, height), image.size, strict=True))
+        around = ((top, height - top - image.height), (left, width - left - image.width), (0, 0))
+        # Of the pixels alone, since Pillow would write comments and profiles of the photo too.
+        picture = Image.fromarray(np.pad(pixels, around, mode="edge"))
+        file = io.BytesIO()
+        picture.save(file, "JPEG", quality=quality, optimize=True)
+    return file.getvalue()
+
+
+def has_canvas(spec: Mapping[str, Any]) -> bool:
+    """Whether `as_jpeg` can keep the model's part of every image: a crop that no image's resized side cuts."""
     steps = {step["op"]: step for step in spec["steps"]}
-    itemsize = _DTYPES[spec["dtype"]].itemsize
+    resize, crop = steps.get("resize", {}), steps.get("center_crop")
+    if "short_side" in resize:
+        return crop is not None and min(crop["size"]) <= resize["short_side"]
+    return (
+        crop is None or "size" not in resize or all(c <= s for c, s in zip(crop["size"], resize["size"], strict=True))
+    )
+
+
+def _canvas(size: tuple[int, int], steps: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
+    """Width and height that the resize step maps to themselves, with room for a crop of `size`."""
+    resize = steps.get("resize", {})
+    if "size" in resize:
+        return resize["size"][1], resize["size"][0]
+    return max(size[0], resize.get("short_side", 0)), max(size[1], resize.get("short_side", 0))
+
+
+def _steps_of(spec: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    validate_spec(spec)
+    return {step["op"]: step for step in spec["steps"]}
+
+
+@contextmanager
+def _cropped(
+    data: bytes, steps: Mapping[str, Mapping[str, Any]], dtype: str, max_pixels: int, memory: ImageMemory
+) -> Iterator[Image.Image]:
+    """The decoded, resized and cropped picture, with the memory for all steps reserved for the block."""
 
     def finishing(size: tuple[int, int]) -> int:
-        return _finishing_bytes(size, steps, itemsize, max_pixels)
+        return _finishing_bytes(size, steps, _DTYPES[dtype].itemsize, max_pixels)
 
     with open_picture(
         data, max_pixels=max_pixels, memory=memory, min_side=_min_side(steps), finishing=finishing
@@ -91,9 +150,7 @@ def preprocess(
             image = image.resize(_resized(picture.upright, resize, max_pixels), _FILTERS[resize["interpolation"]])
         if "center_crop" in steps:
             image = _center_crop(image, *steps["center_crop"]["size"])
-        array = _to_array(image, steps, spec["dtype"])
-    _check_fits(array, spec, input)
-    return array
+        yield image
 
 
 def grey_picture(height: int, width: int) -> bytes:
@@ -142,11 +199,12 @@ def _resized(size: tuple[int, int], step: Mapping[str, Any], max_pixels: int) ->
 
 def _center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     """The centre; a side shorter than the crop is padded with black. Halves round as in torchvision."""
-    x, y = (
-        round((side - crop) / 2) if side >= crop else -((crop - side) // 2)
-        for side, crop in zip(image.size, (width, height), strict=True)
-    )
+    x, y = (_crop_start(side, crop) for side, crop in zip(image.size, (width, height), strict=True))
     return image.crop((x, y, x + width, y + height))
+
+
+def _crop_start(side: int, crop: int) -> int:
+    return round((side - crop) / 2) if side >= crop else -((crop - side) // 2)
 
 
 def _to_array(image: Image.Image, steps: Mapping[str, Mapping[str, Any]], dtype: str) -> Array:

@@ -51,7 +51,9 @@ class RouteSelector:
         cuts = (self._settings.cuts or None) if is_default else None
         if cuts is None and self._settings.plan and (from_plan := self._planned(digest, bundle)) is not None:
             if is_default and self._codec is not None and self._codec.codec == RAW_ID:
-                return replace(from_plan, route=replace(from_plan.route, encodings=(), looks=None))
+                raw = replace(from_plan.route, encodings=(), looks=None)
+                photo = None if from_plan.photo is None else replace(from_plan.photo, jpeg_quality=0)
+                return replace(from_plan, route=raw, photo=photo)
             return from_plan
         route = plan_route(digest, bundle, self._hops, cuts)
         if not is_default or self._codec is None:

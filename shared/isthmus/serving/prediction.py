@@ -119,7 +119,11 @@ class Predictor:
         selected = model.route
         if selected.photo is not None:
             input_bytes = selected.photo.nbytes
-            result = self._execute(request, selected, {}, selected.photo.encode(photo))
+            start = time.perf_counter()
+            encoded = selected.photo.encode(photo, max_pixels=self._settings.max_image_pixels, memory=self._images)
+            if selected.photo.jpeg_quality:
+                request.timings.add("preprocess", time.perf_counter() - start)
+            result = self._execute(request, selected, {}, encoded)
         else:
             start = time.perf_counter()
             inputs = model_input(model.bundle, photo, max_pixels=self._settings.max_image_pixels, memory=self._images)

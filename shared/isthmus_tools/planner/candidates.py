@@ -122,6 +122,7 @@ class CandidateSet:
             edge_memory_bytes=edge_bytes,
             cloud_memory_bytes=cloud_bytes,
             looks=evaluation.looks,
+            refused=evaluation.refused,
         )
 
     def _workload(self, option: Option, evaluation: Evaluation) -> Workload:

@@ -288,7 +288,9 @@ def grid(
     candidates: a measurement on one link compares with nothing on another.
     """
     value = VALUES[objective]
-    candidates = [replace(c, measured=None) for c in candidates]
+    # Refused by no constraint, and so on every link: it failed, or too few of its predictions agree.
+    never = {c.name for c in candidates if c.refused and not violations(c, constraints)}
+    candidates = [replace(c, measured=None) for c in candidates if c.name not in never]
 
     def cell(conditions: Conditions) -> GridCell:
         moved = [over_link(c, conditions) for c in candidates]

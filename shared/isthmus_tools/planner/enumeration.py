@@ -46,6 +46,7 @@ def enumerate_candidates(
     int8: bool = True,
     max_cuts: int = MAX_CUTS,
     all_prefixes: bool = False,
+    jpeg_photos: Sequence[bytes] = (),
     progress: Progress = silent,
     budget: Budget = UNLIMITED,
 ) -> Iterator[CandidateSet]:
@@ -53,8 +54,9 @@ def enumerate_candidates(
 
     `profiles` are by tier, edge and cloud; `input_kind` is photo, tensors or random. The search optimises cuts for
     `links`, or takes all prefix cuts with `all_prefixes`; predictions for other links use the same candidates. Heads
-    beyond `edge_memory_bytes` are left out. After the budget no further cut is evaluated, nor the int8 variant; the
-    set's notes name the omissions.
+    beyond `edge_memory_bytes` are left out. Photos compressed at the edge are judged by `jpeg_photos`, else by
+    `inputs`: a share of disagreement takes more photos than bytes and seconds do. After the budget no further cut is
+    evaluated, nor the int8 variant; the set's notes name the omissions.
 
     Raises:
         RegistryError: no such model.
@@ -114,7 +116,7 @@ def enumerate_candidates(
             progress("running the uncut model")
             with closing(SegmentPool(bundle, resolved.digest, files, cache, threads=threads)) as pool:
                 evaluator = Evaluator(bundle, resolved.digest, pool, inputs, codec_tables(registry))
-                trials = Trials(candidates, evaluator, fidelity, progress, budget)
+                trials = Trials(candidates, evaluator, fidelity, progress, budget, jpeg_photos)
                 trials.whole_model()
                 trials.splits(names)
         if int8:

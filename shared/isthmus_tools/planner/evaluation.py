@@ -8,10 +8,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from isthmus.arrays import Array
 from isthmus.artifacts.bundle import Bundle, Segment
-from isthmus.artifacts.choice import RAW_ID, TRANSFORM_ID, Choice
+from isthmus.artifacts.choice import PHOTO_ID, RAW_ID, TRANSFORM_ID, Choice
 from isthmus.artifacts.fidelity import Measure, measure_for
 from isthmus.artifacts.plan import CloserLooks, Coding, Error
 from isthmus.artifacts.segment_id import WHOLE, SegmentId
@@ -19,9 +20,10 @@ from isthmus.codecs import EncodedTensor, Encoding, Tables, encodings
 from isthmus.context import Context
 from isthmus.pipeline import LocalHop, LookPolicy, LoopbackHop, PhotoInput, Result, SegmentRun, execute, local_route
 from isthmus.pipeline.agreement import agrees, output_error
+from isthmus.processing.image import model_input
 from isthmus.runtime.tables import tables_of
 from isthmus_tools.planner.costs import CallBytes
-from isthmus_tools.planner.inputs import TrialInput, preprocess_seconds
+from isthmus_tools.planner.inputs import TrialInput, least_seconds, preprocess_seconds
 from isthmus_tools.planner.segment_pool import Replay, SegmentPool
 
 # Hours would be a hang; a large model on one core takes minutes.
@@ -39,7 +41,8 @@ class Evaluation:
     """An option on the trial inputs: medians of bytes and of seconds in this process, and the prediction error.
 
     `codecs` are those of tensors not sent raw; `run_s` is the run of the whole model at the edge. With closer looks,
-    bytes and codec seconds are those of the first transmission plus the shares of each later transmission.
+    bytes and codec seconds are those of the first transmission plus the shares of each later transmission. `refused`
+    says why the option may not serve.
     """
 
     near: CallBytes | None = None
@@ -51,6 +54,7 @@ class Evaluation:
     error: Error = Error(0.0, 0)  # noqa: RUF009 - it is frozen
     run_s: float = 0.0
     looks: CloserLooks | None = None
+    refused: str = ""
 
 
 class Evaluator:
@@ -89,10 +93,27 @@ class Evaluator:
         return self._edge(*self._timed_runs(digest, bundle, pool))
 
     def photo(self, target: PhotoInput) -> Evaluation:
-        """The photo itself sent to the whole model on the last hop, which decodes and pre-processes it."""
-        rows = [self._tries(self._whole, {}, {}, encoded=target.encode(i.photo or b"")) for i in self._inputs]
-        # The photo is sent as it is: nothing encodes it.
-        return replace(_transmission(rows, {}), encode_s=0.0, error=self._error(rows))
+        """The photo's file sent to the whole model on the last hop, which decodes and pre-processes it.
+
+        A photo that is compressed anew at the edge counts that as pre-processing.
+        """
+        photos = [i.photo or b"" for i in self._inputs]
+        rows = [self._tries(self._whole, {}, {}, encoded=target.encode(photo)) for photo in photos]
+        how = {target.tensor: Encoding(PHOTO_ID, target.jpeg_quality / 100)} if target.jpeg_quality else {}
+        preprocess_s = statistics.median(least_seconds(partial(target.encode, p)) for p in photos) if how else 0.0
+        return replace(_transmission(rows, how), encode_s=0.0, preprocess_s=preprocess_s, error=self._error(rows))
+
+    def photo_error(self, target: PhotoInput, photos: Sequence[bytes]) -> Error:
+        """The error of `target` over further photos, against the uncut model's predictions of the photos themselves."""
+        whole = local_route(self._digest, self._bundle, [self._whole], self._hop)
+        pairs = [
+            (
+                execute(whole, model_input(self._bundle, photo), _context()).outputs,
+                self._execute(self._whole, {}, {}, encoded=target.encode(photo)).outputs,
+            )
+            for photo in photos
+        ]
+        return self._error_of(pairs)
 
     def cloud(self, choice: Choice) -> Evaluation | None:
         """The whole model on the last hop, with encoded inputs; None where the choice encodes none."""
@@ -187,7 +208,9 @@ class Evaluator:
         return result
 
     def _error(self, rows: Sequence[Sequence[Result]]) -> Error:
-        pairs = [(whole.outputs, row[0].outputs) for whole, row in zip(self._expected, rows, strict=True)]
+        return self._error_of([(e.outputs, row[0].outputs) for e, row in zip(self._expected, rows, strict=True)])
+
+    def _error_of(self, pairs: Sequence[tuple[Mapping[str, Array], Mapping[str, Array]]]) -> Error:
         relative = max(output_error(self._measure, expected, outputs) for expected, outputs in pairs)
         differing = sum(not agrees(self._measure, expected, outputs) for expected, outputs in pairs)
         return Error(min(relative, _MAX_ERROR), len(pairs), differing / len(pairs))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -37,16 +38,18 @@ def from_photos(bundle: Bundle, photos: Iterable[bytes]) -> list[TrialInput]:
 
 def preprocess_seconds(bundle: Bundle, inputs: Sequence[TrialInput]) -> float:
     """Seconds here from a photo to the model's input, the median over the photos; 0 where requests hold tensors."""
-    seconds = []
-    for photo in [i.photo for i in inputs if i.photo is not None]:
-        tries = []
-        for _ in range(_PREPROCESS_RUNS):
-            start = time.perf_counter()
-            model_input(bundle, photo)
-            tries.append(time.perf_counter() - start)
-        # The least, since the machine may be busy.
-        seconds.append(min(tries))
-    return statistics.median(seconds) if seconds else 0.0
+    photos = [i.photo for i in inputs if i.photo is not None]
+    return statistics.median(least_seconds(partial(model_input, bundle, p)) for p in photos) if photos else 0.0
+
+
+def least_seconds(work: Callable[[], object]) -> float:
+    """The least seconds of a few runs, since the machine may be busy."""
+    tries = []
+    for _ in range(_PREPROCESS_RUNS):
+        start = time.perf_counter()
+        work()
+        tries.append(time.perf_counter() - start)
+    return min(tries)
 
 
 def from_arrays(bundle: Bundle, requests: Sequence[Mapping[str, Array]]) -> list[TrialInput]:

@@ -216,7 +216,10 @@ def requester(
         start = time.perf_counter()
         preprocess_s = 0.0
         if photo is not None and trial_input.photo is not None:
-            result = execute(route, {}, context, photo.encode(trial_input.photo))
+            encoded = photo.encode(trial_input.photo)
+            if photo.jpeg_quality:
+                preprocess_s = time.perf_counter() - start
+            result = execute(route, {}, context, encoded)
         else:
             arrays = trial_input.arrays
             if trial_input.photo is not None and bundle.preprocess is not None:

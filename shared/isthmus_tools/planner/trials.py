@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from msgspec import structs
+
 from isthmus.artifacts.choice import Choice
 from isthmus.artifacts.fidelity import Fidelity
 from isthmus.artifacts.plan import CloserLooks, Error
 from isthmus.errors import ModelError, RunFailed
 from isthmus.pipeline import PhotoInput
+from isthmus.processing.image import has_canvas
 from isthmus.processing.image_spec import made_shape
 from isthmus.registry import Registry, SegmentCache
 from isthmus.runtime.codec_speed import compared, speeds
@@ -23,16 +26,23 @@ from isthmus_tools.planner.segment_pool import SegmentPool
 from isthmus_tools.planner.variant import int8_variant
 from isthmus_tools.progress import Progress
 
+# Pillow's scale. 85 is what cameras and browsers save by; 95 is the highest that its documentation recommends.
+JPEG_QUALITIES = (85, 95)
+
 
 @dataclass
 class Trials:
-    """Adds every option to `candidates`, each with its evaluation, and notes on options left out."""
+    """Adds every option to `candidates`, each with its evaluation, and notes on options left out.
+
+    JPEGs are judged by `jpeg_photos`, else by the trial's own inputs.
+    """
 
     candidates: CandidateSet
     evaluator: Evaluator
     fidelity: Fidelity | None
     progress: Progress
     budget: Budget
+    jpeg_photos: Sequence[bytes] = ()
 
     def whole_model(self) -> None:
         """Compare this process with the tiers, then evaluate edge-only, and cloud-only without a private depth."""
@@ -98,8 +108,23 @@ class Trials:
             candidates.notes.append("cloud-photo: no photos were given")
         else:
             # The last hop must know the input's shape before the photo is decoded: the frame declares it.
-            evaluation = self.evaluator.photo(PhotoInput(spec["input"], spec["dtype"], shape))
-            candidates.add(Option("cloud-photo", "cloud", photo=True), evaluation)
+            target = PhotoInput(spec["input"], spec["dtype"], shape, preprocess=spec)
+            candidates.add(Option("cloud-photo", "cloud", photo=True), self.evaluator.photo(target))
+            if has_canvas(spec):
+                for quality in JPEG_QUALITIES:
+                    self._jpeg(replace(target, jpeg_quality=quality))
+
+    def _jpeg(self, target: PhotoInput) -> None:
+        """The photo resized and compressed at the edge; of a calibrated model only where its agreement is as good."""
+        evaluation = self.evaluator.photo(target)
+        if self.jpeg_photos:
+            evaluation = replace(evaluation, error=self.evaluator.photo_error(target, self.jpeg_photos))
+        if self.fidelity is not None:
+            error, limit = evaluation.error, self.fidelity.limit
+            agreement = 1 - error.disagreement
+            refused = f"{agreement:.1%} of {error.inputs} photos agree, of {limit:.1%}" if agreement < limit else ""
+            evaluation = replace(evaluation, error=structs.replace(error, calibrated=True), refused=refused)
+        self.candidates.add(Option(f"cloud-jpeg-{target.jpeg_quality}", "cloud", photo=True), evaluation)
 
     def _split(self, cut: str, choice: Choice) -> Evaluation | None:
         """A split's evaluation; the error is calibration's where available, over more inputs than a trial has."""

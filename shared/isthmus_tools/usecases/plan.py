@@ -23,7 +23,7 @@ from isthmus_tools.progress import Progress, silent
 from isthmus_tools.usecases.functions import FunctionUrls, measure_candidates
 from isthmus_tools.usecases.profile import ProfileRequest, tier_profiles
 from isthmus_tools.usecases.publication import Publication, publish_candidate
-from isthmus_tools.usecases.sources import example_requests
+from isthmus_tools.usecases.sources import example_requests, further_photos
 
 _RANDOM_REQUESTS = 3
 # Shares of the time limit for profiling and for the trial of cuts; the rest is for measurements over the link.
@@ -124,6 +124,7 @@ def plan(request: PlanRequest, progress: Progress = silent) -> PlanResult:
                 private_depth=request.constraints.private_depth,
                 edge_memory_bytes=request.constraints.edge_memory_bytes,
                 int8=request.int8,
+                jpeg_photos=further_photos(model.bundle, request.photos, request.tensors),
                 progress=progress,
                 budget=request.budget.share(_TRIALS_SHARE),
             )

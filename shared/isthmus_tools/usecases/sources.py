@@ -18,10 +18,12 @@ from isthmus_tools.graph import torch_export
 from isthmus_tools.planner.inputs import TrialInput, from_arrays, from_photos, random_inputs
 from isthmus_tools.progress import Progress
 from isthmus_tools.zoo import models as zoo
-from isthmus_tools.zoo.photos import read_photo, sample_photos
+from isthmus_tools.zoo.photos import read_photo, sample_photos, varied_photos
 
 # Each candidate runs on every example; more examples would take the time of further candidates.
 MAX_EXAMPLES = 8
+# Each takes two runs of the model for each JPEG quality.
+MAX_JPEG_PHOTOS = 64
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,24 @@ def example_requests(
     return kind, requests
 
 
-def _sample(photos: Sequence[Path]) -> list[Path]:
-    """At most MAX_EXAMPLES files, evenly spaced over the files and the folders' files."""
+def further_photos(bundle: Bundle, photos: Sequence[Path], tensors: Mapping[str, Array]) -> list[bytes]:
+    """Photos for shares of agreement, more than the example requests: of `photos`, else those of installed packages.
+
+    Raises:
+        RequestMalformed: an unreadable file.
+    """
+    if tensors or bundle.preprocess is None:
+        return []
+    if not photos:
+        with contextlib.suppress(ModelError):  # the photos are not installed
+            return [read_photo(path) for path in varied_photos()]
+        return []
+    return [read_photo(path) for path in _sample(photos, MAX_JPEG_PHOTOS)]
+
+
+def _sample(photos: Sequence[Path], most: int = MAX_EXAMPLES) -> list[Path]:
+    """At most `most` files, evenly spaced over the files and the folders' files."""
     files = [f for p in photos for f in (sorted(q for q in p.iterdir() if q.is_file()) if p.is_dir() else [p])]
     if not files:
         raise RequestMalformed(f"{photos[0]} holds no files")
-    return files[:: math.ceil(len(files) / MAX_EXAMPLES)]
+    return files[:: math.ceil(len(files) / most)]

@@ -34,6 +34,11 @@ COMMANDS = [
     "cuts",
     "cut",
     "models",
+    "show",
+    "alias",
+    "rollback",
+    "rm",
+    "gc",
     "infer",
     "up",
     "package",
@@ -152,7 +157,8 @@ def test_a_cut_adds_a_version_and_no_weights(registry: Path) -> None:
     assert sum(f.stat().st_size for f in registry.rglob("*") if f.is_file()) - weights < 20_000
     again = document(isthmus("cut", "small-net", "--at", "1/3", "--default", "--registry", registry, "--json"))
     assert again["version"] == "2"
-    assert [m["version"] for m in document(isthmus("models", "--registry", registry, "--json"))] == ["1", "2"]
+    shown = document(isthmus("show", "small-net", "--registry", registry, "--json"))
+    assert [v["version"] for v in shown["versions"]] == ["1", "2"]
 
 
 def test_a_cut_by_tensors_can_be_named_and_made_the_default(registry: Path) -> None:

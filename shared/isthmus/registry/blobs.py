@@ -10,6 +10,7 @@ from __future__ import annotations
 import builtins
 import re
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
@@ -21,6 +22,15 @@ _KEY_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}")
 """File systems are the narrower limit: S3 would accept more characters and longer names."""
 _MAX_KEY = 900
 """S3 allows 1,024 bytes; the rest is for the prefix of the registry."""
+
+
+@dataclass(frozen=True)
+class StoredKey:
+    """A key in a store, the length of its content in bytes, and the time of its last write by the store's clock."""
+
+    key: str
+    size: int
+    written: datetime
 
 
 class BlobStore(Protocol):
@@ -77,6 +87,14 @@ class BlobStore(Protocol):
 
     def list(self, prefix: str) -> builtins.list[str]:
         """All keys under `prefix` (empty, or ending with '/'), sorted; each request has its own retries.
+
+        Raises:
+            Missing: no such registry.
+        """
+        ...
+
+    def entries(self, prefix: str) -> builtins.list[StoredKey]:
+        """As `list`, with the length and time of each key; keys removed meanwhile are left out.
 
         Raises:
             Missing: no such registry.

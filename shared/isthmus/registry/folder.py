@@ -15,11 +15,20 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from isthmus.errors import Denied, RegistryError, RegistryUnavailable
-from isthmus.registry.blobs import check_key, check_range, ended_early, missing_blob, missing_registry, too_long
+from isthmus.registry.blobs import (
+    StoredKey,
+    check_key,
+    check_range,
+    ended_early,
+    missing_blob,
+    missing_registry,
+    too_long,
+)
 from isthmus.registry.retry_policy import RetryPolicy
 from isthmus.retries import RetryBudget
 
@@ -209,6 +218,10 @@ class FolderStore:
         # A walk is many calls; after a walk of the full timeout there is no time for a second attempt.
         return self._retry(lambda: self._calls(lambda: self._list(prefix, folder), self._retry.timeout_s, prefix))
 
+    def entries(self, prefix: str) -> builtins.list[StoredKey]:
+        keys = self.list(prefix)
+        return self._retry(lambda: self._calls(lambda: self._entries(keys), self._retry.timeout_s, prefix))
+
     def _bounded(self, call: Callable[[], T], key: str, size: int = 0) -> T:
         return self._calls(call, self._retry.try_s + size / _MIN_BYTES_PER_S, key)
 
@@ -243,6 +256,14 @@ class FolderStore:
                 if not Path(parent).is_relative_to(self._root / _STAGING)
                 for name in names
             )
+
+    def _entries(self, keys: builtins.list[str]) -> builtins.list[StoredKey]:
+        entries = []
+        for key in keys:
+            with suppress(FileNotFoundError):  # removed since the listing
+                status = (self._root / key).stat()
+                entries.append(StoredKey(key, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC)))
+        return entries
 
     def _no_folder(self) -> RegistryError:
         existing = next((path for path in (self._root, *self._root.parents) if path.exists()), self._root)

@@ -11,8 +11,10 @@ from typing import NoReturn
 from isthmus.artifacts import bundle as manifest
 from isthmus.artifacts.bundle import MAX_MANIFEST_BYTES, Blob, Bundle, is_digest, is_model_name
 from isthmus.errors import Corrupt, Missing, RegistryError
+from isthmus.registry.alias_history import AliasHistory
 from isthmus.registry.blobs import BlobStore
 from isthmus.registry.content import Bundles, Upload, blob_key, check_weights, corrupt, read_manifest
+from isthmus.registry.leases import publish_lease
 from isthmus.registry.retry_policy import RetryPolicy, in_parallel
 from isthmus.retries import RetryBudget
 
@@ -64,6 +66,11 @@ class Registry:
         """The location of this registry, for messages."""
         return self._store.url
 
+    @property
+    def store(self) -> BlobStore:
+        """The store of all keys."""
+        return self._store
+
     def publish(self, bundle: Bundle, files: Mapping[str, Path], *, alias: str | None = None) -> Version:
         """Publish `bundle` as a version of its model; a bundle published before keeps its version number.
 
@@ -77,10 +84,13 @@ class Registry:
         """
         if alias is not None:
             check_alias(alias)
-        digest, budget = self.stage(bundle, files), self.retry_policy.budget()
-        version = self._number(bundle.name, digest, budget)
-        if version.version == "1":
-            self._store.put_if_absent(f"models/{bundle.name}/aliases/{PROD}", b"1", budget)
+        data = self._checked(bundle)
+        with publish_lease(self._store, self.retry_policy):
+            self._upload(bundle, data, files)
+            budget = self.retry_policy.budget()
+            version, first = self._number(bundle.name, manifest.digest_of(data), budget)
+            if first:
+                self._store.put_if_absent(f"models/{bundle.name}/aliases/{PROD}", version.version.encode(), budget)
         if alias is not None:
             self.set_alias(bundle.name, alias, version.version)
         return version
@@ -91,17 +101,25 @@ class Registry:
         Raises:
             As `publish`.
         """
+        data = self._checked(bundle)
+        with publish_lease(self._store, self.retry_policy):
+            self._upload(bundle, data, files)
+        return manifest.digest_of(data)
+
+    def _checked(self, bundle: Bundle) -> bytes:
+        """The manifest of a bundle that every reader can read."""
         if not is_model_name(bundle.name):
             raise RegistryError(f"{bundle.name!r} cannot name a model: 1 to 63 of a-z, 0-9, '.', '_' and '-'")
         check_weights(bundle)
         data = manifest.to_json(bundle)
-        digest = manifest.digest_of(data)
         read_manifest(data)  # an unreadable manifest must not be published
+        return data
+
+    def _upload(self, bundle: Bundle, data: bytes, files: Mapping[str, Path]) -> None:
         upload = Upload(self._store, self.retry_policy, self.retry_policy.budget())
         for _ in in_parallel(lambda digest: upload.file(digest, files.get(digest)), sorted(bundle.blobs())):
             pass
-        upload.data(digest, data)
-        return digest
+        upload.data(manifest.digest_of(data), data)
 
     def resolve(self, reference: str) -> Resolved:
         """Resolve `NAME`, `NAME:NUMBER` or `NAME:ALIAS`; a bare name is the alias prod, else the newest version.
@@ -152,7 +170,21 @@ class Registry:
         numbers = self._numbers(name)
         if version not in numbers:
             raise self._missing(name, "version", version, numbers)
+        earlier = self.aliases(name).get(alias, "")
+        # Before the move: a rollback skips the entry of a move that failed, but could not know of a missing entry.
+        if _is_number(earlier) and earlier != version:
+            AliasHistory(self._store, self.retry_policy).add(name, alias, earlier)
+        self.point_alias(name, alias, version)
+
+    def point_alias(self, name: str, alias: str, version: str) -> None:
+        """Let `alias` mean the existing number `version`, without an entry in the alias's history."""
         self.retry_policy(lambda: self._store.put(f"models/{name}/aliases/{alias}", version.encode()))
+
+    def withdraw(self, name: str, number: str) -> None:
+        """Remove a version that no alias means; a marker keeps its number from being given again."""
+        digest = self._digest(name, number)
+        self.retry_policy(lambda: self._store.put(f"models/{name}/removed/{number}", digest.encode()))
+        self.retry_policy(lambda: self._store.delete(f"models/{name}/versions/{number}"))
 
     def bundle(self, digest: str) -> Bundle:
         """The bundle whose manifest has the digest `digest`.
@@ -212,15 +244,17 @@ class Registry:
 
         return self.retry_policy(one_try)
 
-    def _number(self, name: str, digest: str, budget: RetryBudget) -> Version:
+    def _number(self, name: str, digest: str, budget: RetryBudget) -> tuple[Version, bool]:
+        """The version of `digest`, existing or with the next free number, and whether it is the model's first."""
         try:
             versions = self.versions(name)
         except Missing:
             versions = []
         for version in versions:
             if version.digest == digest:
-                return version
-        number = int(versions[-1].version) if versions else 0
+                return version, version.version == "1"
+        numbers = [*(version.version for version in versions), *self._removed(name)]
+        highest = number = max(map(int, numbers), default=0)
         while True:
             number += 1
             key = f"models/{name}/versions/{number}"
@@ -228,7 +262,12 @@ class Registry:
             # Compare the stored digest, not the result of the write: a second publisher of the same bundle is no
             # conflict, and a write whose response was lost has still succeeded.
             if self._digest(name, str(number)) == digest:
-                return Version(name, str(number), digest)
+                return Version(name, str(number), digest), not versions and number == highest + 1
+
+    def _removed(self, name: str) -> list[str]:
+        """Numbers of removed versions."""
+        prefix = f"models/{name}/removed/"
+        return [number for key in self._store.list(prefix) if _is_number(number := key.removeprefix(prefix))]
 
     def _numbers(self, name: str) -> list[str]:
         self._check_name(name)

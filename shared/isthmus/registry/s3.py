@@ -9,13 +9,22 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from isthmus.errors import Denied, RegistryError, RegistryUnavailable, SettingsError
-from isthmus.registry.blobs import check_key, check_range, ended_early, missing_blob, missing_registry, too_long
+from isthmus.registry.blobs import (
+    StoredKey,
+    check_key,
+    check_range,
+    ended_early,
+    missing_blob,
+    missing_registry,
+    too_long,
+)
 from isthmus.registry.retry_policy import MAX_PARALLEL_REQUESTS, RetryPolicy, in_parallel
 from isthmus.retries import RetryBudget
 from isthmus.settings import is_secret
@@ -199,18 +208,28 @@ class S3Store:
             self._client().delete_object(**self._at(key))
 
     def list(self, prefix: str) -> builtins.list[str]:
+        return sorted(item["Key"].removeprefix(self._prefix) for item in self._objects(prefix))
+
+    def entries(self, prefix: str) -> builtins.list[StoredKey]:
+        objects = [
+            StoredKey(item["Key"].removeprefix(self._prefix), int(item["Size"]), item["LastModified"].astimezone(UTC))
+            for item in self._objects(prefix)
+        ]
+        return sorted(objects, key=lambda entry: entry.key)
+
+    def _objects(self, prefix: str) -> builtins.list[dict[str, Any]]:
         if prefix:
             check_key(prefix.removesuffix("/"))
         query: dict[str, Any] = {"Bucket": self._bucket, "Prefix": self._prefix + prefix}
-        keys, budget, more = list[str](), self._retry.budget(), True
+        objects, budget, more = list[dict[str, Any]](), self._retry.budget(), True
         while more:
             page = self._retry(lambda: self._request(prefix, "list_objects_v2", **query), budget)
-            keys += [item["Key"].removeprefix(self._prefix) for item in page.get("Contents", ())]
+            objects += page.get("Contents", ())
             token = page.get("NextContinuationToken", "")
             # A server that repeats a page's token would cause an endless loop.
             more = bool(page.get("IsTruncated")) and token not in ("", query.get("ContinuationToken"))
             query["ContinuationToken"] = token
-        return sorted(keys)
+        return objects
 
     def _at(self, key: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._prefix + check_key(key)}

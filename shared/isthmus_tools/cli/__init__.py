@@ -27,7 +27,12 @@ COMMANDS = {
     "calibrate": "Calibrate a bundle's codecs with inputs and measure how many predictions each keeps; publishes the"
     " next version.",
     "codec": "Show the fidelity and cost of every codec, beside JPEG and WebP of the input; or choose one by targets.",
-    "models": "List the models of a registry: versions, aliases, weights and cuts.",
+    "models": "List the models of a registry: what serves, when it was published, whether it is calibrated, its plan.",
+    "show": "Show a version of a model: its inputs, cuts, calibration and plan, and the model's other versions.",
+    "alias": "Let an alias mean a version from now on; prod is what requests without a version reach.",
+    "rollback": "Move an alias back to the version that it meant before; once more goes further back.",
+    "rm": "Remove a version that no alias means; its content goes with the next `isthmus gc`.",
+    "gc": "List content of the registry that no version reaches: of removed versions, tried plans, killed publishes.",
     "infer": "Classify photos, or run tensors through a model.",
     "up": "Run the functions of a stack file on this machine, behind OpenFaaS's provider API, until Ctrl-C.",
     "link": "Relay to a target over an emulated network with set bandwidth, delay and faults, until Ctrl-C.",

@@ -1,58 +1,63 @@
-"""`isthmus models`: the contents of a registry."""
+"""`isthmus models`: the models of a registry, a row each."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from isthmus.units import format_size
-from isthmus_tools.cli.console import errors, print_json, table
+from isthmus_tools.cli.console import errors, print_json, say, table
 from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, registry_settings
 
 
 def models(*, registry: RegistryOption = DEFAULT_REGISTRY, as_json: AsJson = False) -> None:
-    """List the models of a registry: versions, aliases, weights and cuts.
+    """List the models of a registry: what serves, when it was published, whether it is calibrated, its plan.
 
     Example: `isthmus models --registry s3://isthmus`
     """
     from isthmus.registry import open_registry
+    from isthmus_tools.usecases.versions import list_models
 
     with errors(as_json):
-        store = open_registry(registry_settings(registry))
-        documents: list[dict[str, Any]] = []
-        for name in store.models():
-            by_version: dict[str, list[str]] = {}
-            for alias, number in store.aliases(name).items():
-                by_version.setdefault(number, []).append(alias)
-            for version in store.versions(name):
-                bundle = store.bundle(version.digest)
-                documents.append(
-                    {
-                        "name": name,
-                        "version": version.version,
-                        "aliases": sorted(by_version.get(version.version, [])),
-                        "digest": version.digest,
-                        "weights_bytes": bundle.weights.blob.size,
-                        "cuts": sorted(bundle.cuts),
-                        "default_cuts": list(bundle.default_cuts),
-                    }
-                )
+        summaries = list_models(open_registry(registry_settings(registry)))
         if as_json:
+            documents: list[dict[str, Any]] = [
+                {
+                    "name": model.name,
+                    "serving": model.serving.version,
+                    "newest": model.newest,
+                    "versions": model.versions,
+                    "aliases": dict(model.aliases),
+                    "published": model.serving.published.isoformat(),
+                    "calibrated": list(model.serving.calibrated),
+                    "plan": model.serving.plan,
+                }
+                for model in summaries
+            ]
             print_json(documents)
             return
         table(
-            f"{registry}",
-            ["model", "version", "aliases", "weights", "cuts", "default", "digest"],
+            registry,
+            ["model", "serves", "published", "calibrated", "plan", "versions", "other aliases"],
             [
                 (
-                    d["name"],
-                    d["version"],
-                    ", ".join(d["aliases"]),
-                    format_size(d["weights_bytes"]),
-                    ", ".join(d["cuts"]),
-                    "/".join(d["default_cuts"]),
-                    d["digest"][:19] + "…",
+                    model.name,
+                    model.serving.version,
+                    f"{model.serving.published.astimezone():%Y-%m-%d %H:%M}",
+                    cuts_text(model.serving.calibrated),
+                    model.serving.plan or "none",
+                    model.versions,
+                    ", ".join(f"{alias} → {version}" for alias, version in model.aliases.items() if alias != "prod"),
                 )
-                for d in documents
+                for model in summaries
             ],
-            numbers=["weights"],
+            numbers=["versions"],
         )
+        if newer := [m for m in summaries if m.newest != m.serving.version]:
+            say(f"newer than what serves: {', '.join(f'{m.name}:{m.newest}' for m in newer)}")
+        say("next: isthmus show NAME" if summaries else "next: isthmus import MODEL.onnx")
+
+
+def cuts_text(cuts: tuple[str, ...]) -> str:
+    """Calibrated cuts as a table's cell."""
+    if not cuts:
+        return "no"
+    return f"at {', '.join(cuts)}" if len(cuts) <= 3 else f"at {len(cuts)} cuts"

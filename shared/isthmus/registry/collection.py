@@ -1,0 +1,146 @@
+"""Garbage collection: removal of content that no version reaches, once the content is old enough.
+
+A version reaches every digest in its manifest and in its plan, and every digest in a manifest that the plan names: a
+plan's int8 variant. Digests are matched in the text of the documents, so documents of later formats keep their content.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import msgspec
+
+from isthmus.artifacts.bundle import MAX_MANIFEST_BYTES, digest_of
+from isthmus.artifacts.plan import MAX_PLAN_BYTES
+from isthmus.registry.blobs import StoredKey
+from isthmus.registry.content import blob_key, corrupt
+from isthmus.registry.leases import COLLECT_S, collect_lease
+from isthmus.registry.registry import Registry
+from isthmus.registry.retry_policy import in_parallel
+
+DAY_S = 86_400.0
+"""Least age of removed content: longer than a publish takes and than a plan needs its staged candidates."""
+
+_BLOBS = "blobs/sha256/"
+_DIGEST = re.compile(rb"sha256:[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """Content that no version reaches.
+
+    `removable` is old enough to be removed, `younger` is not; `removed` counts the keys that were removed. Of a dry
+    run, and where time ran out, it is less than the length of `removable`.
+    """
+
+    removable: tuple[StoredKey, ...]
+    younger: tuple[StoredKey, ...]
+    removed: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of what is removable."""
+        return sum(entry.size for entry in self.removable)
+
+
+def find_garbage(registry: Registry, older_than_s: float = DAY_S) -> Garbage:
+    """The content that `collect` would remove; nothing is changed.
+
+    Raises:
+        Missing, Corrupt: a version's manifest or plan cannot be read, so the version's content is unknown.
+    """
+    return _garbage(registry, datetime.now(UTC), older_than_s)
+
+
+def collect(registry: Registry, older_than_s: float = DAY_S) -> Garbage:
+    """Remove content that no version reaches and that was written more than `older_than_s` ago.
+
+    Publishers wait meanwhile. `older_than_s` is also the age at which publishers' leases expire: the longest that a
+    publish may take. Removal stops after COLLECT_S / 2, long before the collection's own lease expires; the result
+    counts the rest.
+
+    Raises:
+        RegistryUnavailable: a publish is under way; nothing was removed.
+        Missing, Corrupt: as `find_garbage`; nothing was removed.
+        Denied: the right to delete is missing.
+    """
+    store, retry_policy = registry.store, registry.retry_policy
+    deadline = time.monotonic() + COLLECT_S / 2
+    with collect_lease(store, retry_policy, older_than_s) as lease:
+        garbage = _garbage(registry, lease.written, older_than_s)
+
+        def remove(entry: StoredKey) -> bool:
+            if time.monotonic() > deadline:
+                return False
+            retry_policy(lambda: store.delete(entry.key))
+            return True
+
+        removed = sum(in_parallel(remove, garbage.removable))
+    return Garbage(garbage.removable, garbage.younger, removed)
+
+
+def _garbage(registry: Registry, now: datetime, older_than_s: float) -> Garbage:
+    # The listing precedes the reading of versions: content published in between is reached, or is not in the list.
+    entries = registry.store.entries(_BLOBS)
+    reached = {blob_key(digest) for digest in reachable(registry)}
+    unreached = [entry for entry in entries if entry.key not in reached]
+    old = [entry for entry in unreached if (now - entry.written).total_seconds() > older_than_s]
+    return Garbage(tuple(old), tuple(entry for entry in unreached if entry not in set(old)))
+
+
+def reachable(registry: Registry) -> set[str]:
+    """The digests of all content that any version reaches.
+
+    Raises:
+        Missing, Corrupt: a version's manifest or plan is not there, or not what was published.
+    """
+    manifests = [version.digest for name in registry.models() for version in registry.versions(name)]
+    reached, read = set[str](), set[str]()
+    while manifests:
+        digest = manifests.pop()
+        if digest in read:
+            continue
+        read.add(digest)
+        data = registry.manifest(digest)
+        reached |= {digest, *_named(data)}
+        if plan := _plan_of(data):
+            named = _named(_content(registry, plan, MAX_PLAN_BYTES))
+            reached |= named
+            manifests += _manifests(registry, named - read)
+    return reached
+
+
+def _manifests(registry: Registry, digests: Iterable[str]) -> Iterable[str]:
+    """Those of the digests that are manifests in the registry: a plan's subject is a digest without content."""
+    for digest in digests:
+        size = registry.retry_policy(lambda digest=digest: registry.store.size(blob_key(digest)))  # type: ignore[misc]
+        if size is not None and size <= MAX_MANIFEST_BYTES:
+            yield digest
+
+
+def _plan_of(manifest: bytes) -> str:
+    """The digest of a manifest's plan; empty for none, and for content that is no manifest."""
+    try:
+        document = msgspec.json.decode(manifest)
+        digest = document["plan"]["digest"]
+    except (msgspec.DecodeError, RecursionError, KeyError, TypeError):
+        return ""
+    return digest if isinstance(digest, str) else ""
+
+
+def _content(registry: Registry, digest: str, max_bytes: int) -> bytes:
+    def one_try() -> bytes:
+        data = registry.store.get(blob_key(digest), max_bytes=max_bytes)
+        if digest_of(data) != digest:
+            raise corrupt(registry.url, digest)
+        return data
+
+    return registry.retry_policy(one_try)
+
+
+def _named(document: bytes) -> set[str]:
+    return {match.decode() for match in _DIGEST.findall(document)}

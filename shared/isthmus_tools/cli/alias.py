@@ -1,0 +1,55 @@
+"""`isthmus alias`: let a name such as prod mean a version."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from isthmus_tools.cli.console import errors, print_json, say
+from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, registry_settings
+
+if TYPE_CHECKING:
+    from isthmus.registry.versions import AliasMove
+
+
+def alias(
+    model: Annotated[str, typer.Argument(help="NAME:VERSION, or NAME:ALIAS for what another alias means.")],
+    name: Annotated[str, typer.Argument(metavar="ALIAS", help="The alias to move, such as prod or canary.")],
+    *,
+    registry: RegistryOption = DEFAULT_REGISTRY,
+    as_json: AsJson = False,
+) -> None:
+    """Let an alias mean a version from now on; prod is what requests without a version reach.
+
+    Example: `isthmus alias efficientnet-lite0:3 prod`
+    """
+    from isthmus.registry import open_registry
+    from isthmus.registry.versions import move_alias
+
+    with errors(as_json):
+        show_move(move_alias(open_registry(registry_settings(registry)), model, name), as_json)
+
+
+def show_move(move: AliasMove, as_json: bool) -> None:
+    """Print from which version to which an alias was moved, and the command that undoes it."""
+    option = "" if move.alias == "prod" else f" --alias {move.alias}"
+    moved = move.was != move.version
+    undo = f"isthmus rollback {move.name}{option}" if moved and move.was else f"isthmus show {move.name}"
+    if as_json:
+        document: dict[str, Any] = {
+            "name": move.name,
+            "alias": move.alias,
+            "version": move.version,
+            "alias_was": move.was,
+            "alias_moved": moved,
+            "next": undo,
+        }
+        print_json(document)
+        return
+    if not moved:
+        say(f"{move.alias} means {move.name}:{move.version}, as before")
+    else:
+        before = f"; it meant {move.name}:{move.was}" if move.was else ""
+        say(f"{move.alias} means {move.name}:{move.version} now{before}")
+    say(f"{'to go back' if moved and move.was else 'next'}: {undo}")

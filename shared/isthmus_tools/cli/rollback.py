@@ -1,0 +1,43 @@
+"""`isthmus rollback`: back to the version that an alias meant before."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from isthmus_tools.cli.console import errors, print_json, say
+from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, registry_settings
+
+
+def rollback(
+    model: Annotated[str, typer.Argument(help="NAME of a model in the registry.")],
+    *,
+    alias: Annotated[str, typer.Option(help="The alias to move back.")] = "prod",
+    registry: RegistryOption = DEFAULT_REGISTRY,
+    as_json: AsJson = False,
+) -> None:
+    """Move an alias back to the version that it meant before; once more goes further back.
+
+    Example: `isthmus rollback efficientnet-lite0`
+    """
+    from isthmus.registry import open_registry
+    from isthmus.registry.versions import roll_back
+
+    with errors(as_json):
+        move = roll_back(open_registry(registry_settings(registry)), model, alias)
+        undo = f"isthmus alias {move.name}:{move.was} {move.alias}"
+        if as_json:
+            print_json(
+                {
+                    "name": move.name,
+                    "alias": move.alias,
+                    "version": move.version,
+                    "alias_was": move.was,
+                    "alias_moved": True,
+                    "next": undo,
+                }
+            )
+            return
+        say(f"{move.alias} means {move.name}:{move.version} again; it meant {move.name}:{move.was}")
+        say(f"to undo: {undo}")

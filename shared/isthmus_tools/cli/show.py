@@ -1,0 +1,91 @@
+"""`isthmus show`: a version of a model, and the model's other versions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from isthmus.units import format_size
+from isthmus_tools.cli.console import errors, print_json, say, table
+from isthmus_tools.cli.models import cuts_text
+from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, registry_settings
+
+if TYPE_CHECKING:
+    from isthmus_tools.usecases.versions import VersionSummary
+
+
+def show(
+    model: Annotated[str, typer.Argument(help="NAME, NAME:VERSION or NAME:ALIAS of the registry.")],
+    *,
+    registry: RegistryOption = DEFAULT_REGISTRY,
+    as_json: AsJson = False,
+) -> None:
+    """Show a version of a model: its inputs, cuts, calibration and plan, and the model's other versions.
+
+    Example: `isthmus show efficientnet-lite0:2`
+    """
+    from isthmus.registry import open_registry
+    from isthmus_tools.usecases.versions import list_versions, next_command, summarise
+
+    with errors(as_json):
+        store = open_registry(registry_settings(registry))
+        version = summarise(store, model)
+        versions = list_versions(store, version.name)
+        following = next_command(store, f"{version.name}:{version.version}")
+        if as_json:
+            print_json({**_document(version), "versions": [_document(v) for v in versions], "next": following})
+            return
+        _show(version)
+        table(
+            f"versions of {version.name}",
+            ["version", "aliases", "published", "calibrated", "plan", "default cuts"],
+            [
+                (
+                    f"→ {v.version}" if v.serves else v.version,
+                    ", ".join(v.aliases),
+                    f"{v.published.astimezone():%Y-%m-%d %H:%M}",
+                    cuts_text(v.calibrated),
+                    v.plan or "none",
+                    "/".join(v.bundle.default_cuts),
+                )
+                for v in versions
+            ],
+            numbers=["version"],
+        )
+        say("→ serves requests without a version")
+        say(f"next: {following}")
+
+
+def _document(version: VersionSummary) -> dict[str, Any]:
+    bundle = version.bundle
+    return {
+        "name": version.name,
+        "version": version.version,
+        "digest": version.digest,
+        "published": version.published.isoformat(),
+        "aliases": list(version.aliases),
+        "serves": version.serves,
+        "weights_bytes": bundle.weights.blob.size,
+        "inputs": [{"name": s.name, "dtype": s.dtype, "shape": list(s.shape)} for s in bundle.inputs],
+        "outputs": [{"name": s.name, "dtype": s.dtype, "shape": list(s.shape)} for s in bundle.outputs],
+        "cuts": sorted(bundle.cuts),
+        "default_cuts": list(bundle.default_cuts),
+        "calibrated": list(version.calibrated),
+        "plan": version.plan,
+    }
+
+
+def _show(version: VersionSummary) -> None:
+    from isthmus.artifacts.tensors import describe
+
+    bundle = version.bundle
+    aliases = f", {' and '.join(version.aliases)}" if version.aliases else ""
+    say(f"{version.name}:{version.version}{aliases}, {version.digest}", "bold")
+    say(f"takes {', '.join(describe(s.dtype, s.shape, s.name) for s in bundle.inputs)}")
+    say(f"gives {', '.join(describe(s.dtype, s.shape, s.name) for s in bundle.outputs)}")
+    for text, doc in (("photos are its input", bundle.preprocess), ("its output are classes", bundle.postprocess)):
+        if doc is not None:
+            say(text)
+    say(f"weights {format_size(bundle.weights.blob.size)}; cuts {', '.join(sorted(bundle.cuts)) or 'none'}")
+    say(f"calibrated: {cuts_text(version.calibrated)}; plan: {version.plan or 'none'}")

@@ -1,0 +1,148 @@
+"""Versions of models for people: the serving version, calibration, plan, and the command that usually follows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+from isthmus.artifacts.bundle import Bundle
+from isthmus.artifacts.fidelity import read_fidelity
+from isthmus.artifacts.plan import Plan, read_plan
+from isthmus.errors import CalibrationError, Missing, PlanMalformed, PlanMismatch
+from isthmus.registry import Registry
+from isthmus.registry.registry import PROD
+from isthmus.registry.versions import published_at
+
+UNREADABLE = "unreadable"
+"""Stands for a plan or for calibrated cuts that this version of Isthmus cannot read; no router uses them."""
+
+
+@dataclass(frozen=True)
+class VersionSummary:
+    """A version of a model.
+
+    `calibrated` are the cuts whose codecs were measured; `plan` is the choice of its plan, empty for none. Either is
+    UNREADABLE where so. `serves` says whether requests without a version reach it.
+    """
+
+    name: str
+    version: str
+    digest: str
+    published: datetime
+    aliases: tuple[str, ...]
+    serves: bool
+    calibrated: tuple[str, ...]
+    plan: str
+    bundle: Bundle
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """A model: the version that serves, the newest version, all aliases and the count of versions."""
+
+    serving: VersionSummary
+    newest: str
+    aliases: Mapping[str, str]
+    versions: int
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.serving.name
+
+
+def list_models(registry: Registry) -> list[ModelSummary]:
+    """Every model of a registry, by name.
+
+    Raises:
+        RegistryError: the registry cannot be read.
+    """
+    return [summarise_model(registry, name) for name in registry.models()]
+
+
+def summarise_model(registry: Registry, name: str) -> ModelSummary:
+    """One model.
+
+    Raises:
+        Missing: no such model.
+    """
+    versions = registry.versions(name)
+    return ModelSummary(summarise(registry, name), versions[-1].version, registry.aliases(name), len(versions))
+
+
+def summarise(registry: Registry, reference: str) -> VersionSummary:
+    """The version that `reference` (NAME, NAME:VERSION or NAME:ALIAS) stands for.
+
+    Raises:
+        Missing: no such model, version or alias.
+    """
+    found = registry.resolve(reference)
+    aliases = registry.aliases(found.name)
+    return VersionSummary(
+        found.name,
+        found.version,
+        found.digest,
+        published_at(registry, found.name)[found.version],
+        tuple(sorted(alias for alias, version in aliases.items() if version == found.version)),
+        serving_version(registry, found.name) == found.version,
+        _calibrated(registry, found.bundle),
+        _plan_name(registry, found.bundle),
+        found.bundle,
+    )
+
+
+def list_versions(registry: Registry, name: str) -> list[VersionSummary]:
+    """Every version of a model, oldest first.
+
+    Raises:
+        Missing: no such model.
+    """
+    return [summarise(registry, f"{name}:{version.version}") for version in registry.versions(name)]
+
+
+def serving_version(registry: Registry, name: str) -> str:
+    """The version that requests without a version reach: prod's, else the newest; empty without a model of that name.
+
+    Raises:
+        RegistryError: the registry cannot be read.
+    """
+    try:
+        versions = [version.version for version in registry.versions(name)]
+    except Missing:
+        return ""
+    return registry.aliases(name).get(PROD, versions[-1])
+
+
+def next_command(registry: Registry, reference: str) -> str:
+    """The command that usually follows for a version: calibrate it, plan it, let it serve, or start functions.
+
+    Raises:
+        Missing: no such model, version or alias.
+    """
+    version = summarise(registry, reference)
+    name = version.name if version.serves else f"{version.name}:{version.version}"
+    if not version.calibrated:
+        photos = version.bundle.preprocess is not None
+        return f"isthmus calibrate {name} --data {'photos' if photos else 'FOLDER'}"
+    if not version.plan or version.plan == UNREADABLE:
+        return f"isthmus plan {name} --uplink 10mbit --rtt 20ms --local"
+    if not version.serves:
+        return f"isthmus alias {name} {PROD}"
+    return f"isthmus up --model {name}"
+
+
+def _calibrated(registry: Registry, bundle: Bundle) -> tuple[str, ...]:
+    try:
+        fidelity = read_fidelity(bundle, registry.blob)
+    except CalibrationError:
+        return (UNREADABLE,)
+    return tuple(fidelity.cuts()) if fidelity is not None else ()
+
+
+def _plan_name(registry: Registry, bundle: Bundle) -> str:
+    try:
+        plan = read_plan(bundle, registry.blob)
+    except (PlanMalformed, PlanMismatch):
+        return UNREADABLE
+    return plan.chosen if isinstance(plan, Plan) else ""

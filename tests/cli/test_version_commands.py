@@ -1,0 +1,92 @@
+"""models, show, alias, rollback, rm and gc: what each says, and that none moves an alias silently."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from support.bundles import Published, publish_photos
+from support.cli import document, isthmus
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Published:
+    """Two versions, of which prod means the first."""
+    published = publish_photos(tmp_path)
+    published.registry.publish(replace(published.bundle, source={"note": "2"}), {})
+    return published
+
+
+def ask(photos: Published, *arguments: object) -> Any:
+    return document(isthmus(*arguments, "--registry", photos.folder, "--json"))
+
+
+def say(photos: Published, *arguments: object) -> str:
+    result = isthmus(*arguments, "--registry", photos.folder)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_models_has_one_row_a_model_and_says_what_serves(photos: Published) -> None:
+    (row,) = ask(photos, "models")
+    assert (row["name"], row["serving"], row["newest"], row["versions"]) == ("photos", "1", "2", 2)
+    assert (row["calibrated"], row["plan"], row["aliases"]) == ([], "", {"prod": "1"})
+    text = say(photos, "models")
+    assert text.count("│ photos") == 1
+    assert "newer than what serves: photos:2" in text
+
+
+def test_show_takes_a_version_and_lists_the_others(photos: Published) -> None:
+    shown = ask(photos, "show", "photos:2")
+    assert (shown["version"], shown["serves"], shown["aliases"]) == ("2", False, [])
+    assert [(v["version"], v["serves"]) for v in shown["versions"]] == [("1", True), ("2", False)]
+    assert shown["next"] == "isthmus calibrate photos:2 --data photos"
+    text = say(photos, "show", "photos")
+    assert "takes x float32[1, 3, 8, 8]" in text
+    assert "→ 1" in text
+
+
+def test_alias_and_rollback_say_from_what_to_what(photos: Published) -> None:
+    text = say(photos, "alias", "photos:2", "prod")
+    assert "prod means photos:2 now; it meant photos:1" in text
+    assert "to go back: isthmus rollback photos" in text
+    assert "as before" in say(photos, "alias", "photos:2", "prod")
+    back = ask(photos, "rollback", "photos")
+    assert (back["version"], back["alias_was"]) == ("1", "2")
+    assert back["next"] == "isthmus alias photos:2 prod"
+    assert photos.registry.resolve("photos").version == "1"
+
+
+def test_a_rollback_without_an_earlier_version_is_an_error_with_a_hint(photos: Published) -> None:
+    result = isthmus("rollback", "photos", "--registry", photos.folder)
+    assert result.exit_code == 1
+    assert "isthmus alias photos:NUMBER prod" in result.stderr
+
+
+def test_rm_refuses_what_serves_and_removes_what_does_not(photos: Published) -> None:
+    refused = isthmus("rm", "photos:1", "--registry", photos.folder)
+    assert refused.exit_code == 1
+    assert "photos:1 is what prod means" in refused.stderr
+    assert "photos:1 as before" in say(photos, "rm", "photos:2")
+    assert [v.version for v in photos.registry.versions("photos")] == ["1"]
+
+
+@pytest.mark.parametrize("arguments", [["photos"], ["photos:1", "--all-versions"]])
+def test_rm_takes_a_version_or_all_of_a_model_and_never_guesses(photos: Published, arguments: list[str]) -> None:
+    assert isthmus("rm", *arguments, "--registry", photos.folder).exit_code == 1
+    assert len(photos.registry.versions("photos")) == 2
+
+
+def test_gc_lists_first_and_removes_with_delete_alone(photos: Published) -> None:
+    ask(photos, "rm", "photos", "--all-versions")
+    before = photos.registry.store.list("blobs/")
+    listed = ask(photos, "gc", "--older-than", "0s")
+    assert sorted(item["key"] for item in listed["removable"]) == before
+    assert (listed["removed"], listed["next"]) == (0, "isthmus gc --delete --older-than 0s")
+    assert photos.registry.store.list("blobs/") == before
+    assert ask(photos, "gc")["removable"] == []  # younger than a day
+    assert "removed" in say(photos, "gc", "--older-than", "0s", "--delete")
+    assert photos.registry.store.list("blobs/") == []

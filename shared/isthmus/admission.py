@@ -1,7 +1,7 @@
-"""Admission control: bounds on the requests in work, on those that wait for the registry, and on their memory.
+"""Admission control: bounds on requests in work, on requests that wait for the registry, and on memory.
 
-A request that waits for a look-up returns its slot meanwhile, so that requests for cached models get one. Waiting
-requests have a bound of their own: each holds a thread of the server, of which the template starts as many more.
+A request that waits for a look-up releases its slot meanwhile, so that requests for cached models proceed. Waiting
+requests have a bound of their own, since each occupies a server thread; the template starts as many extra threads.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from contextvars import ContextVar
 from isthmus.context import Deadline
 from isthmus.errors import DeadlineExceeded, Overloaded, RequestTooLarge
 
-# Requests that wait for the registry at a time; the template's index.py counts them among its threads.
+# The template's index.py starts this many threads beyond max_concurrency.
 MAX_WAITING = 16
+# The least whole number of seconds, the unit of Retry-After.
 RETRY_AFTER_S = 1
 
 
 class _Bound:
-    """A count from 0 to `limit`."""
+    """A counter from 0 to `limit`."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.count = limit, 0
         self._lock = threading.Lock()
 
     def enter(self) -> bool:
-        """Count one more; False at the limit."""
         with self._lock:
             if self.count == self.limit:
                 return False
@@ -35,41 +35,40 @@ class _Bound:
             return True
 
     def leave(self) -> None:
-        """Count one less."""
         with self._lock:
             self.count -= 1
 
 
 class Slots:
-    """At most `limit` requests are in work; MAX_WAITING more, but no more than `limit`, may wait for the registry."""
+    """At most `limit` requests in work; up to MAX_WAITING more, but at most `limit`, wait for the registry."""
 
     def __init__(self, limit: int) -> None:
         self.working = _Bound(limit)
         self.waiting = _Bound(min(limit, MAX_WAITING))
-        # Half of the slots, where there are two, stay for requests that need no look-up.
+        # With two or more slots, half stay available to requests without a look-up.
         self.waiting_in_slot = _Bound(max(1, limit // 2))
 
     @contextmanager
     def admitted(self, deadline: Deadline) -> Iterator[None]:
-        """Hold a slot for this thread's request, except within `aside`.
+        """Hold a slot for the request of this thread, except within `slot_released`.
 
         Raises:
             Overloaded: `limit` requests are in work.
         """
         request = _AdmittedRequest(self, deadline, needs_slot=True)
         request.take_slot()
-        with _current(request):
+        with _as_current(request):
             yield
 
     @contextmanager
     def unadmitted(self, deadline: Deadline) -> Iterator[None]:
-        """For a request that needs no slot: its waits for the registry count as others' do."""
-        with _current(_AdmittedRequest(self, deadline, needs_slot=False)):
+        """Run a request without a slot; its waits for the registry count towards the bound on waiting requests."""
+        with _as_current(_AdmittedRequest(self, deadline, needs_slot=False)):
             yield
 
 
 class _AdmittedRequest:
-    """A request's deadline, and its slot while it holds one."""
+    """A request's deadline and slot."""
 
     def __init__(self, slots: Slots, deadline: Deadline, *, needs_slot: bool) -> None:
         self.slots, self.deadline = slots, deadline
@@ -93,7 +92,7 @@ _CURRENT: ContextVar[_AdmittedRequest | None] = ContextVar("request", default=No
 
 
 @contextmanager
-def _current(request: _AdmittedRequest) -> Iterator[None]:
+def _as_current(request: _AdmittedRequest) -> Iterator[None]:
     token = _CURRENT.set(request)
     try:
         yield
@@ -108,14 +107,14 @@ def current_deadline() -> Deadline | None:
 
 
 @contextmanager
-def aside(*, refuse: bool = True) -> Iterator[None]:
-    """Return this thread's slot while the block waits for the registry, and take a slot again afterwards.
+def slot_released(*, refuse: bool = True) -> Iterator[None]:
+    """Release this thread's slot while the block waits for the registry, and take a slot again afterwards.
 
-    Where too many requests wait already, this request keeps its slot if `refuse` is false, up to half of all slots.
-    No-op outside of requests. A block that raises leaves its request without a slot: the request is about to end.
+    If too many requests wait already and `refuse` is false, the request waits in its slot, in up to half of all slots.
+    No-op outside of requests. After an exception in the block the request has no slot: the request is about to end.
 
     Raises:
-        Overloaded: too many requests wait already; or, after the block, all slots are taken.
+        Overloaded: too many requests wait already, or no slot is free after the block.
     """
     if (request := _CURRENT.get()) is None:
         yield
@@ -140,7 +139,7 @@ def aside(*, refuse: bool = True) -> Iterator[None]:
 
 
 class MemoryBudget:
-    """A count of bytes with a limit."""
+    """A bounded counter of bytes; thread-safe."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -149,11 +148,11 @@ class MemoryBudget:
 
     @property
     def used(self) -> int:
-        """Bytes reserved now."""
+        """Bytes reserved at present."""
         return self._used
 
     def reserve(self, count: int) -> bool:
-        """Count `count` bytes more if they fit; False where they do not."""
+        """Reserve `count` bytes; False if the limit would be exceeded."""
         with self._lock:
             if self._used + count > self.limit:
                 return False
@@ -161,24 +160,24 @@ class MemoryBudget:
             return True
 
     def release(self, count: int) -> None:
-        """Count `count` bytes less."""
+        """Return `count` bytes."""
         with self._lock:
             self._used -= count
 
 
 class Reservation:
-    """One request's share of a budget; `close` releases all of it, however the request ends."""
+    """The share of one request in a budget; `close` releases the whole share."""
 
     def __init__(self, budget: MemoryBudget) -> None:
         self._budget = budget
         self._reserved = 0
 
     def hold(self, count: int) -> None:
-        """Reserve `count` bytes more, until `close`.
+        """Reserve `count` more bytes until `close`.
 
         Raises:
-            RequestTooLarge: no request may take so much, even alone.
-            Overloaded: with what the other requests take, it is too much now.
+            RequestTooLarge: the request alone exceeds the budget.
+            Overloaded: the budget is exhausted by all requests together.
         """
         limit = self._budget.limit
         if self._reserved + count > limit:
@@ -198,7 +197,8 @@ class Reservation:
 
     @contextmanager
     def scope(self) -> Iterator[None]:
-        """Release at the block's end what was reserved within it."""
+        """Release reservations of the block at its end."""
+        # A Reservation belongs to one thread, and so needs no lock.
         before = self._reserved
         try:
             yield
@@ -207,15 +207,15 @@ class Reservation:
             self._reserved = before
 
     def close(self) -> None:
-        """Release everything."""
+        """Release the whole reservation."""
         reserved, self._reserved = self._reserved, 0
         self._budget.release(reserved)
 
 
 class Turns:
-    """At most `count` threads at a time do work that takes memory and the CPU alone; others wait for their turn.
+    """At most `count` threads at a time run work bound by memory and CPU; other threads queue.
 
-    All at once they would take as many times the memory, and no less time.
+    In parallel such work would multiply the memory and take no less time.
     """
 
     def __init__(self, count: int) -> None:
@@ -223,10 +223,10 @@ class Turns:
 
     @contextmanager
     def one(self, deadline: Deadline) -> Iterator[None]:
-        """Have a turn within the block.
+        """Run the block in a turn.
 
         Raises:
-            DeadlineExceeded: no turn came in time.
+            DeadlineExceeded: no turn before the deadline.
         """
         if not self._semaphore.acquire(timeout=deadline.remaining()):
             raise DeadlineExceeded("the deadline passed while other requests were read")

@@ -1,4 +1,4 @@
-"""Arrays and tensor specs: the dtypes that frames carry, and the check of tensors against what is declared."""
+"""Arrays: the dtypes of frames, and validation of arrays against tensor specs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from isthmus.artifacts.tensors import TensorSpec, TensorType, check_types
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
+# The dtypes of frames by name, little-endian as on the wire.
 DTYPES: Mapping[str, np.dtype[Any]] = {
     **{
         name: np.dtype(np.dtype(name).newbyteorder("<").str)
@@ -21,25 +22,26 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
             *("float16", "float32", "float64"),
         )
     },
+    # numpy itself has no bfloat16.
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
-"""The dtypes that a frame can carry, by the name that it writes."""
 
 
-def restored(array: Array) -> Array:
-    """An array as it was before numpy wrote it to a .npy file, where bfloat16 is two bytes a value without a name."""
+def restore_bfloat16(array: Array) -> Array:
+    """The array before numpy wrote a .npy file, in which bfloat16 is an unnamed two-byte type."""
     if array.dtype.kind == "V" and array.dtype.names is None and array.dtype.itemsize == 2:
         return array.view(DTYPES["bfloat16"])
     return array
 
 
-_name = lru_cache(64)(lambda dtype: dtype.name)  # numpy makes it anew whenever it is asked
+# numpy computes a dtype's name at every access.
+_name = lru_cache(64)(lambda dtype: dtype.name)
 
 
 def check_tensors(specs: tuple[TensorSpec, ...], arrays: Mapping[str, Array]) -> None:
-    """Refuse arrays that are not what `specs` declare; a free dimension of one name has one size everywhere.
+    """Check arrays against `specs`; a named free dimension has one size throughout.
 
     Raises:
-        ShapeMismatch: names the tensor, what was expected and what came.
+        ShapeMismatch: the message names the tensor, the expected type and the received type.
     """
     check_types(specs, {name: TensorType(_name(array.dtype), array.shape) for name, array in arrays.items()})

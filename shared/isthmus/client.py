@@ -1,4 +1,4 @@
-"""A client of the router: photos and tensors over HTTP. Any Open Inference Protocol client does as well."""
+"""A Python client of the router for photos and tensors; any Open Inference Protocol client works as well."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ from isthmus.oip import messages as oip
 from isthmus.oip.tensor import datatype_of, from_binary, shape_of
 from isthmus.wire.frame import DTYPES
 
+# Outputs of segmentation models reach hundreds of megabytes; a wrong URL must not fill the memory.
 MAX_RESPONSE_BYTES = 2**30
+# A router that accepts no connection within seconds is down; inference may take the whole timeout.
 _CONNECT_TIMEOUT_S = 5.0
 _BOUNDARY = f"isthmus-{uuid4().hex}"
 _DTYPE = {datatype_of(dtype): dtype for dtype in DTYPES}
@@ -38,7 +40,7 @@ _DTYPE = {datatype_of(dtype): dtype for dtype in DTYPES}
 
 @dataclass(frozen=True)
 class Prediction:
-    """Output tensors, the facts about the route, and the response's Server-Timing."""
+    """Output tensors, facts about the route, and the response's Server-Timing."""
 
     outputs: dict[str, Array]
     parameters: Mapping[str, Any]
@@ -48,10 +50,10 @@ class Prediction:
 class Client:
     """Calls the router at `url`, e.g. http://127.0.0.1:8080/function/router.
 
-    Units: timeout_s bounds a call and travels as X-Timeout.
+    Units: timeout_s, in seconds, bounds each call and is sent as X-Timeout.
 
     Raises:
-        RequestMalformed: `url` is no http or https URL.
+        RequestMalformed: not an http or https URL.
     """
 
     def __init__(self, url: str, *, timeout_s: float = 30.0) -> None:
@@ -64,11 +66,11 @@ class Client:
         self._pool = ConnectionPool(self.url, connect_timeout_s=min(_CONNECT_TIMEOUT_S, timeout_s))
 
     def photo(self, data: bytes, *, model: str = "", top_k: int | None = None) -> dict[str, Any]:
-        """The router's response to a photo: classes, route and timings.
+        """Classify a photo: the router's response with classes, route and timings.
 
         Raises:
-            HopRejected: the URL is no router's.
-            Further errors as the router responds, by `error_of`.
+            HopRejected: the server at the URL is not a router.
+            Errors of the router, by `error_of`.
         """
         fields = {k: str(v) for k, v in (("model", model), ("top_k", top_k)) if v}
         response = self.post("/", [data], {}, fields)
@@ -101,11 +103,11 @@ class Client:
         return [prediction | facts for prediction in predictions]
 
     def infer(self, arrays: Mapping[str, Array], *, model: str, version: str = "") -> Prediction:
-        """The model's outputs for these inputs, both in binary.
+        """The model's outputs for `arrays`, with binary tensors in both directions.
 
         Raises:
-            HopRejected: the URL is no router's.
-            Further errors as the router responds, by `error_of`.
+            HopRejected: the server at the URL is not a router.
+            Errors of the router, by `error_of`.
         """
         chunks = {name: RAW.encode(np.asarray(array)) for name, array in arrays.items()}
         head = json.dumps(
@@ -127,6 +129,7 @@ class Client:
         path = f"/v2/models/{quote(model, safe='')}{version_part}/infer"
         response = self.post(path, [head, *chunks.values()], headers, {})
         with self._reading():
+            # Without the header the whole body is JSON, from a server without binary tensors.
             split = int(response.headers.get(oip.HEADER_LENGTH.lower(), len(response.body)))
             doc, binary = json.loads(response.body[:split]), memoryview(response.body)[split:]
             outputs: dict[str, Array] = {}
@@ -139,10 +142,10 @@ class Client:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Read the body of a response with status 200; the URL may be that of any server.
+        """Translate parse errors of a 200 response: the URL may be that of any server.
 
         Raises:
-            HopRejected: the body is no router's.
+            HopRejected: the body is not a router's.
         """
         try:
             yield
@@ -156,17 +159,17 @@ class Client:
     def post(
         self, path: str, body: Sequence[bytes | memoryview], headers: Mapping[str, str], fields: Mapping[str, str]
     ) -> Response:
-        """The response to a POST of `body`, in parts, on `path` below the URL with the query `fields`.
+        """POST `body`, in parts, to `path` below the URL, with the query `fields`.
 
         Raises:
             HopTimeout, HopUnavailable, HopRejected: no response.
-            Further errors as the function responds, by `error_of`.
+            Errors of the function, by `error_of`.
         """
         try:
             response = self._pool.post(
                 body,
                 {"X-Timeout": f"{int(self._timeout_s * 1000)}ms", **headers},
-                # The router responds by itself when its time is over; a second later no response will come.
+                # The router answers at its own deadline; a second later no answer is to be expected.
                 Deadline.after(self._timeout_s + 1.0),
                 max_bytes=MAX_RESPONSE_BYTES,
                 max_error_bytes=MAX_RESPONSE_BYTES,
@@ -197,7 +200,7 @@ def _form(photos: Sequence[bytes]) -> list[bytes]:
 
 
 def error_of(url: str, response: Response) -> IsthmusError:
-    """The router's JSON error as the router's exception; any other response as HopRejected."""
+    """The router's JSON error as the original exception; any other response as HopRejected."""
     try:
         doc = json.loads(response.body)
         kind = next(c for c in HTTP_STATUS if c.__name__ == doc["type"])

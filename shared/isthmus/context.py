@@ -1,4 +1,4 @@
-"""What a request carries from hop to hop: its deadline, its id and its trace."""
+"""Request context passed from hop to hop: deadline, call id and trace."""
 
 from __future__ import annotations
 
@@ -12,20 +12,24 @@ from typing import Protocol, Self
 from isthmus import units
 from isthmus.errors import DeadlineExceeded, RequestMalformed
 
+# W3C Trace Context forbids version ff and all-zero ids.
 _TRACEPARENT = re.compile(
     r"(?!ff)([0-9a-f]{2})-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-[!-~]{0,200})?"
 )
 _TRACESTATE = re.compile(r"[\x20-\x7e]*")
+# W3C Trace Context, "Limits": propagate at least 512 characters.
 _TRACESTATE_LENGTH = 512
+# A share of the limit, bounded by the time that any response needs.
 _MARGIN, _MIN_MARGIN_S, _MAX_MARGIN_S = 0.1, 0.05, 1.0
+# Call ids go to logs and headers: printable, without spaces, bounded.
 _CALL_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 def parse_duration(text: str) -> float:
-    """Seconds of a duration as Go writes it: `1500ms`, `1m30s`.
+    """Seconds of a duration in Go's syntax: `1500ms`, `1m30s`.
 
     Raises:
-        RequestMalformed: not such a duration.
+        RequestMalformed: not a duration.
     """
     try:
         return units.parse_duration(text)
@@ -36,10 +40,10 @@ def parse_duration(text: str) -> float:
 
 
 def working_time(limit_s: float) -> float:
-    """Seconds to work in where someone else ends the call after `limit_s`: a margin is left for the response.
+    """Seconds of work under a limit enforced elsewhere: `limit_s` less a margin for the response.
 
-    The watchdog, whose timer holds the same value and began earlier, answers an empty 504 at its end. The margin is a
-    tenth of the limit, between 50 ms and 1 s, and at most half of it.
+    The watchdog holds the same limit, starts earlier, and answers an empty 504 at its end. The margin is a tenth of the
+    limit, between 50 ms and 1 s, and at most half of the limit.
     """
     margin_s = min(max(_MARGIN * limit_s, _MIN_MARGIN_S), _MAX_MARGIN_S, limit_s / 2)
     return limit_s - margin_s
@@ -47,40 +51,40 @@ def working_time(limit_s: float) -> float:
 
 @dataclass(frozen=True)
 class Deadline:
-    """The moment, on this process's monotonic clock, after which no one waits for the answer."""
+    """The moment, on this process's monotonic clock, at which the caller stops waiting."""
 
     at: float
 
     @classmethod
     def after(cls, seconds: float) -> Self:
-        """A deadline that many seconds from now."""
+        """A deadline `seconds` from now."""
         return cls(time.monotonic() + seconds)
 
     def remaining(self) -> float:
-        """Seconds left; 0.0 once it has passed."""
+        """Seconds left; 0.0 after the deadline."""
         return max(0.0, self.at - time.monotonic())
 
     def check(self, doing: str) -> None:
-        """Go on only if time is left.
+        """Continue only before the deadline.
 
         Raises:
-            DeadlineExceeded: it has passed; the message says what was about to be done.
+            DeadlineExceeded: the deadline has passed; the message names the step `doing`.
         """
         if time.monotonic() >= self.at:
             raise DeadlineExceeded(f"the deadline passed before {doing}")
 
 
 class Headers(Protocol):
-    """A request's headers, looked up in any case."""
+    """Case-insensitive request headers."""
 
     def get(self, key: str, default: str, /) -> str:
-        """The header's value, or the default."""
+        """The value of a header, or the default."""
         ...
 
 
 @dataclass(frozen=True)
 class Context:
-    """One request's identity: OpenFaaS's X-Call-Id, W3C's traceparent and tracestate, and the deadline."""
+    """The identity and deadline of a request: OpenFaaS's X-Call-Id, W3C's traceparent and tracestate."""
 
     deadline: Deadline
     call_id: str
@@ -88,11 +92,11 @@ class Context:
     tracestate: str = ""
 
     @classmethod
-    def from_headers(cls, headers: Headers, *, longest_s: float, began: float | None = None) -> Self:
-        """Read the caller's headers; what is missing or malformed is made anew, as W3C Trace Context asks.
+    def from_headers(cls, headers: Headers, *, longest_s: float) -> Self:
+        """Read the caller's headers; absent or malformed ids are generated, as W3C Trace Context requires.
 
-        Units: longest_s is the longest this function may take; X-Timeout, less a margin for the response, shortens it
-        and never lengthens it. Both are counted from `began`, by default from now, on the clock of `time.monotonic`.
+        Units: longest_s is this function's limit in seconds, from now on; X-Timeout less a margin shortens the limit,
+        and never lengthens it.
 
         Raises:
             RequestMalformed: X-Timeout is not a duration.
@@ -100,19 +104,20 @@ class Context:
         timeout = headers.get("X-Timeout", "")
         seconds = min(longest_s, working_time(parse_duration(timeout))) if timeout else longest_s
         call_id, trace = headers.get("X-Call-Id", ""), headers.get("traceparent", "")
-        # Version 00 ends with its flags; a later one may append fields.
-        known = (match := _TRACEPARENT.fullmatch(trace)) is not None and not (match[1] == "00" and match[2])
+        # Version 00 ends with the flags; later versions may append fields.
+        is_valid = (match := _TRACEPARENT.fullmatch(trace)) is not None and not (match[1] == "00" and match[2])
         return cls(
-            Deadline((time.monotonic() if began is None else began) + seconds),
+            Deadline.after(seconds),
             call_id if _CALL_ID.fullmatch(call_id) else str(uuid.uuid4()),
-            trace if known else f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01",
-            _tracestate(headers.get("tracestate", "")) if known else "",
+            trace if is_valid else f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01",
+            _tracestate(headers.get("tracestate", "")) if is_valid else "",
         )
 
     def to_headers(self) -> dict[str, str]:
-        """The headers that the next hop gets; X-Timeout is what is left now, at least a millisecond."""
+        """The headers for the next hop; X-Timeout is the remaining time, at least a millisecond."""
         headers = {
             "X-Call-Id": self.call_id,
+            # 0ms would read as no limit or as malformed.
             "X-Timeout": f"{max(1, int(self.deadline.remaining() * 1000))}ms",
             "traceparent": self.traceparent,
         }
@@ -122,7 +127,8 @@ class Context:
 
 
 def _tracestate(text: str) -> str:
-    """Its members as far as they fit, whole ones only; nothing of what is no header's text."""
+    """The longest prefix of whole members within the limit; empty if not header text."""
+    # The text becomes a header again: control characters would split the header.
     if not _TRACESTATE.fullmatch(text):
         return ""
     return text if len(text) <= _TRACESTATE_LENGTH else text[: _TRACESTATE_LENGTH + 1].rpartition(",")[0]

@@ -1,7 +1,7 @@
-"""One tree of errors, and one table of the HTTP status each leaf answers with.
+"""The tree of errors, and the table of HTTP statuses.
 
-An error carries its facts as attributes and in `facts`, so that a JSON body can name them and a caller can act on
-them without parsing a sentence. `hint` says what to do about it.
+Errors carry facts as attributes and in `facts`, so that a JSON body names the facts and callers need not parse
+sentences. `hint` is advice for the reader.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from typing import Any
 
 
 class IsthmusError(Exception):
-    """Any failure that Isthmus understood; `facts` holds what is known about it, JSON-ready."""
+    """Base of all errors raised by Isthmus; `facts` are JSON-ready."""
 
     hint: str = ""
-    told: str = "the request cannot be served; the function's log says why"
-    """What callers are told whom a function shows no details, which are in its log. Empty where the message and the
-    facts are about the request itself, so that the caller needs them to mend it."""
+    public_message: str = "the request cannot be served; the function's log says why"
+    """The message for callers of functions without `expose_details`; the log has the full message. Empty if message and
+    facts concern the request itself, so that the caller needs both to correct the request.
+    """
 
     def __init__(self, message: str, *, hint: str = "", **facts: Any) -> None:
         super().__init__(message)
@@ -31,13 +32,13 @@ class IsthmusError(Exception):
 
 
 class SettingsError(IsthmusError):
-    """A setting is missing or malformed; facts: `variable`, `value`. Stops the start."""
+    """A setting is absent or malformed; stops the start. Facts: `variable`, `value`."""
 
 
 class RequestError(IsthmusError):
-    """What the caller sent cannot be served as it is."""
+    """The request cannot be served in this form."""
 
-    told = ""
+    public_message = ""
 
 
 class RequestMalformed(RequestError):
@@ -45,35 +46,35 @@ class RequestMalformed(RequestError):
 
 
 class RequestTooLarge(RequestError):
-    """The body, or what it would unpack to, exceeds a stated bound; facts: `limit`."""
+    """The body, compressed or decompressed, exceeds a bound. Facts: `limit`."""
 
 
 class MediaUnsupported(RequestError):
-    """The body is of no kind that this model declares; facts: `accepted`."""
+    """The model does not accept this media type. Facts: `accepted`."""
 
 
 class EncodingUnsupported(MediaUnsupported):
-    """The body's Content-Encoding is not offered; facts: `accepted`. The response's Accept-Encoding names those."""
+    """The Content-Encoding is not supported. Facts: `accepted`, also in the response's Accept-Encoding."""
 
 
 class ImageMalformed(RequestError):
-    """The bytes claim to be an image and cannot be decoded as one."""
+    """The bytes have an image type and do not decode."""
 
 
 class ProfilingOff(RequestError):
-    """This function has no secret `profile-token`, so nobody may measure it; facts: `secret`."""
+    """Profiling is disabled: this function has no secret `profile-token`. Facts: `secret`."""
 
 
 class ProfilingRefused(RequestError):
-    """The bearer token is missing, or not this function's `profile-token`."""
+    """The bearer token is absent or differs from this function's `profile-token`."""
 
 
 class FrameError(RequestError):
-    """A frame cannot be read; facts: `rule`, the name of the rule in docs/reference/frame.md."""
+    """A frame is unreadable. Facts: `rule`, the name of the broken rule in docs/reference/frame.md."""
 
 
 class FrameTooLarge(FrameError):
-    """Longer than a bound (bytes, header, tensors, decoded bytes); nothing beyond it was parsed or allocated."""
+    """A bound is exceeded (bytes, header, tensors, decoded bytes); nothing beyond the bound was parsed or allocated."""
 
 
 class FrameMalformed(FrameError):
@@ -81,169 +82,170 @@ class FrameMalformed(FrameError):
 
 
 class CutError(IsthmusError):
-    """A cut cannot be made."""
+    """A cut is impossible."""
 
 
 class UnknownValue(CutError):
-    """A cut names a tensor or position that the graph does not have; facts: `unknown`, `similar`."""
+    """A cut names an unknown tensor or position. Facts: `unknown`, `similar`."""
 
 
 class UnboundedCut(CutError):
-    """A cut does not separate the graph's inputs from its outputs; facts: `leaks`, the values that pass around it."""
+    """A cut does not separate the graph's inputs from its outputs. Facts: `leaks`, the values that bypass the cut."""
 
 
 class ModelError(IsthmusError):
-    """A model cannot be imported: unreadable, of an unsupported opset, or with shapes that nothing binds."""
+    """A model cannot be imported: unreadable, of an unsupported opset, or with unbound shapes."""
 
 
 class PlanError(IsthmusError):
-    """A model cannot be divided among tiers as asked."""
+    """A model cannot be partitioned among tiers as requested."""
 
 
 class ProblemMalformed(PlanError):
-    """The times, tensors, links or labels given to the planner contradict each other; facts: what is at fault."""
+    """The planner's times, tensors, links or labels contradict each other. Facts: the values at fault."""
 
 
 class Infeasible(PlanError):
-    """Pins and forbidden tiers leave a node no tier; facts: `node`, `name`, `because` (the node that drives it out).
+    """Pinned and forbidden tiers leave no tier for a node. Facts: `node`, `name`, `because` (the excluding node).
 
-    Or no candidate of a plan meets its constraints; facts: `constraint`, `limit`, `nearest`, `value`, `by`.
+    Or no candidate of a plan meets the constraints. Facts: `constraint`, `limit`, `nearest`, `value`, `by`.
     """
 
 
 class ConstraintMalformed(PlanError):
-    """What a plan is to keep to contradicts itself, is negative, or needs prices that are not given; facts: `what`."""
+    """A constraint of a plan is contradictory, negative, or needs absent prices. Facts: `what`."""
 
 
 class PlanMalformed(PlanError):
-    """A plan's document does not follow its format."""
+    """A plan document does not follow its format."""
 
 
 class PlanMismatch(PlanError):
-    """A plan or a profile was made for another bundle than this one; facts: `subject`, `expected`."""
+    """A plan or profile belongs to another bundle. Facts: `subject`, `expected`."""
 
 
 class ProfileMalformed(PlanError):
-    """A profile, or a measurement that a function answered with, does not follow its format; facts: `path`, `model`."""
+    """A profile, or a function's response to a measurement, does not follow its format. Facts: `path`, `model`."""
 
 
 class CalibrationError(IsthmusError):
-    """Codecs cannot be calibrated, or their measured fidelity not be used; facts: what of the data does not fit."""
+    """Calibration failed, or its measured fidelity is unusable. Facts: the data at fault."""
 
 
 class RegistryError(IsthmusError):
-    """The registry cannot give what was asked for."""
+    """The registry cannot supply the requested content."""
 
-    told = "the registry does not give what the request needs; the function's log says why"
+    public_message = "the registry does not give what the request needs; the function's log says why"
 
 
 class Missing(RegistryError):
-    """No such model, version, alias, cut, segment or blob; facts: `kind`, `name`, `exists` (what there is instead)."""
+    """No such model, version, alias, cut, segment or blob. Facts: `kind`, `name`, `exists` (the existing names)."""
 
-    told = "there is no model, version or segment of that name"
+    public_message = "there is no model, version or segment of that name"
 
 
 class RegistryMissing(Missing):
-    """The folder or bucket itself is not there: a share that is not mounted, a wrong setting; facts as of Missing."""
+    """The folder or bucket itself is absent: a share not mounted, a wrong setting. Facts as of Missing."""
 
-    told = RegistryError.told
+    public_message = RegistryError.public_message
 
 
 class Denied(RegistryError):
-    """The registry refused our credentials."""
+    """The registry refused the credentials."""
 
 
 class Corrupt(RegistryError):
-    """Bytes do not hash to their digest; facts: `blob`. They were never used."""
+    """Bytes do not hash to their digest and were never used. Facts: `blob`."""
 
 
 class RegistryUnavailable(RegistryError):
-    """The registry did not answer, after retries; facts: `registry`, `blob`."""
+    """The registry did not answer, after retries. Facts: `registry`, `blob`."""
 
 
 class CacheFull(RegistryError):
-    """A segment does not fit the local cache, or its disk; facts: `cache_dir`, `bytes`, `limit`."""
+    """A segment exceeds the local cache, or the space on its disk. Facts: `cache_dir`, `bytes`, `limit`."""
 
 
 class SegmentError(IsthmusError):
     """A segment cannot run."""
 
-    told = "the model does not run on this request; the function's log says why"
+    public_message = "the model does not run on this request; the function's log says why"
 
 
 class ShapeMismatch(SegmentError):
-    """A tensor of the wrong name, dtype or shape; facts: `tensor`, `expected`, `got`."""
+    """A tensor has the wrong name, dtype or shape. Facts: `tensor`, `expected`, `got`."""
 
-    told = ""
+    public_message = ""
 
 
 class ValueRefused(SegmentError):
-    """A tensor's values are none that the graph runs with, such as an index beyond a table.
+    """The graph cannot run with a tensor's values, for example an index beyond a table.
 
-    Facts: `segment`, and where they are known `tensor`, `value` and `expected`, the range.
+    Facts: `segment`, and if known `tensor`, `value` and `expected`, the range.
     """
 
-    told = ""
+    public_message = ""
 
 
 class SegmentTooLarge(SegmentError):
-    """A segment alone exceeds the memory bound; facts: `segment`, `bytes`, `limit`."""
+    """A single segment exceeds the memory bound. Facts: `segment`, `bytes`, `limit`."""
 
 
 class RunFailed(SegmentError):
-    """The runtime failed while it loaded or ran a segment; facts: `segment`."""
+    """The runtime failed while loading or running a segment. Facts: `segment`."""
 
 
 class HopError(IsthmusError):
-    """A call to the next segment failed; facts: `hop`."""
+    """A call to the next segment failed. Facts: `hop`."""
 
-    told = "a function that the model needs failed; the function's log says why"
+    public_message = "a function that the model needs failed; the function's log says why"
 
 
 class HopTimeout(HopError):
-    """The deadline passed while the hop was under way."""
+    """The deadline passed during the call."""
 
-    told = "a function that the model needs did not answer in time"
+    public_message = "a function that the model needs did not answer in time"
 
 
 class HopUnavailable(HopError):
-    """The hop could not be reached, or is not ready, until retries were spent."""
+    """The hop was unreachable or not ready, and retries are exhausted."""
 
-    told = "a function that the model needs cannot be reached; try again"
+    public_message = "a function that the model needs cannot be reached; try again"
 
 
 class HopBusy(HopError):
-    """The hop is at its concurrency limit, until retries were spent."""
+    """The hop was at its concurrency limit, and retries are exhausted."""
 
-    told = "a function that the model needs is at its limit; try again"
+    public_message = "a function that the model needs is at its limit; try again"
 
 
 class HopRejected(HopError):
-    """The hop refused the frame; facts: `status` and the hop's own error. Never retried."""
+    """The hop refused the frame; never retried. Facts: `status` and the hop's own error."""
 
 
 class Overloaded(IsthmusError):
-    """This function is at its own concurrency limit; try again after `retry_after_s`."""
+    """This function is at its own concurrency limit; retry after `retry_after_s`."""
 
-    told = ""
+    public_message = ""
 
 
 class NotReady(IsthmusError):
-    """This function is still loading; try again after `retry_after_s`."""
+    """This function is still loading; retry after `retry_after_s`."""
 
-    told = "not ready: still loading; try again"
+    public_message = "not ready: still loading; try again"
 
 
 class DeadlineExceeded(IsthmusError):
     """The request's deadline passed inside this function."""
 
-    told = ""
+    public_message = ""
 
 
 class LocalError(IsthmusError):
-    """The local engine cannot do what was asked: stack.yml, a port, a process."""
+    """The local engine failed: stack.yml, a port, a process."""
 
 
+# 502 marks faults behind this function, 503 transient faults, 507 exhausted space.
 HTTP_STATUS: dict[type[IsthmusError], int] = {
     SettingsError: 500,
     RequestMalformed: 400,
@@ -262,6 +264,7 @@ HTTP_STATUS: dict[type[IsthmusError], int] = {
     ProblemMalformed: 400,
     Infeasible: 400,
     ConstraintMalformed: 400,
+    # Plans come from the registry, not from the request.
     PlanMalformed: 502,
     PlanMismatch: 409,
     CalibrationError: 400,
@@ -277,8 +280,10 @@ HTTP_STATUS: dict[type[IsthmusError], int] = {
     SegmentTooLarge: 507,
     RunFailed: 500,
     HopTimeout: 504,
+    # 503, not Missing's 404: the share may be mounted later, and the model exists.
     RegistryMissing: 503,
     HopUnavailable: 503,
+    # The hop's own status, so that the caller's back-off applies to the whole chain.
     HopBusy: 429,
     HopRejected: 502,
     Overloaded: 429,
@@ -289,7 +294,7 @@ HTTP_STATUS: dict[type[IsthmusError], int] = {
 
 
 def http_status(error: IsthmusError) -> int:
-    """The status that `error` answers with: its class's row, or the nearest ancestor's; 500 if there is none."""
+    """The status for `error`: the row of its class, else of the nearest ancestor, else 500."""
     for cls in type(error).__mro__:
         if cls in HTTP_STATUS:
             return HTTP_STATUS[cls]

@@ -1,7 +1,7 @@
-"""Retry policy: exponential backoff, jitter from a generator of its own, a retry budget, and retries in the log.
+"""Retry policy: exponential backoff with jitter, a retry budget, and log lines for retries.
 
-stamina runs the loop. Its own jitter draws from the global `random`, which belongs to the program: a thread that draws
-from it spoils a seeded run elsewhere in the process.
+stamina runs the loop. Jitter has a generator of its own: stamina draws from the global `random`, and a draw in another
+thread would break a program's seeded sequence.
 """
 
 from __future__ import annotations
@@ -17,26 +17,27 @@ from stamina.instrumentation import RetryDetails
 
 from isthmus.errors import IsthmusError
 
+# Unseeded on purpose: equal seeds would synchronise the functions' retries.
 _JITTER = random.Random()  # noqa: S311 - spreads callers; no secret
 
 
 def backoff(initial_s: float, max_s: float) -> Iterator[float]:
-    """Endless pauses in seconds: `initial_s`, doubling up to `max_s`, each with up to `initial_s` of jitter added."""
+    """Endless pauses in seconds: `initial_s`, doubled up to `max_s`, plus up to `initial_s` of jitter each."""
     pause_s = initial_s
     while True:
         yield jittered(pause_s, initial_s)
         pause_s = min(max_s, pause_s * 2)
 
 
-def jittered(pause_s: float, most_s: float) -> float:
-    """The pause with up to `most_s` seconds added, so that callers who failed together do not come back together."""
-    return pause_s + _JITTER.uniform(0, most_s)
+def jittered(pause_s: float, max_jitter_s: float) -> float:
+    """The pause plus up to `max_jitter_s` seconds, so that callers that failed together do not retry together."""
+    return pause_s + _JITTER.uniform(0, max_jitter_s)
 
 
 class RetryBudget:
-    """Token bucket over all calls to one server: retries stop before they become the load that keeps it down.
+    """Token bucket over all calls to a server, so that retries cannot become the load that keeps the server down.
 
-    A retry takes one token. Tokens come back with time and with calls that succeed, up to `burst`.
+    A retry takes a token. Tokens return with time and with successful calls, up to `burst`.
 
     Source: Google's SRE book, "Handling Overload" (retry budgets); Finagle's RetryBudget.
     """
@@ -50,13 +51,14 @@ class RetryBudget:
         self._tokens, self._updated = self._burst, clock()
 
     def succeeded(self) -> None:
-        """Credit a call that succeeded."""
+        """Credit a successful call."""
         with self._lock:
             self._tokens = min(self._burst, self._tokens + self._per_success)
 
     def take(self) -> bool:
-        """Take a token for one retry; False if none is left."""
+        """Take a token for a retry; False without tokens."""
         with self._lock:
+            # Refilled on demand: a timer thread would cost more than the subtraction.
             now = self._clock()
             self._tokens = min(self._burst, self._tokens + (now - self._updated) * self._per_second)
             self._updated = now
@@ -67,12 +69,12 @@ class RetryBudget:
 
 
 def log_retries(log: logging.Logger) -> None:
-    """Write one line for each retry of this process: the reason, the wait, and how many came before.
+    """Log a line for each retry in this process: the reason, the pause, and the number of earlier retries.
 
-    stamina's own line holds them in fields that no JSON formatter of ours prints.
+    stamina's own log line has these facts in fields that the JSON formatter does not print.
     """
 
-    def tell(details: RetryDetails) -> None:
+    def log_retry(details: RetryDetails) -> None:
         error = details.caused_by
         reason = error.message if isinstance(error, IsthmusError) else f"{type(error).__name__}: {error}"
         facts = {
@@ -83,4 +85,4 @@ def log_retries(log: logging.Logger) -> None:
         }
         log.warning("retry %d in %.2f s: %s", details.retry_num, details.wait_for, reason, extra={"facts": facts})
 
-    stamina.instrumentation.set_on_retry_hooks([tell])
+    stamina.instrumentation.set_on_retry_hooks([log_retry])

@@ -1,4 +1,4 @@
-"""Sizes, durations and rates as people write them; a ValueError says what one looks like."""
+"""Text forms of sizes, durations and rates; the message of a ValueError gives an example."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ import re
 
 UNLIMITED = math.inf
 _BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+# Digits are bounded: int() and float() of endless digits take quadratic time or overflow.
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]i?)?b?", re.IGNORECASE)
+# Unicode has two micro signs, U+00B5 and U+03BC; Go accepts both.
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _DURATION = re.compile(r"(?:\d{1,12}(?:\.\d{0,9})?(?:ns|us|µs|μs|ms|s|m|h))+")
 _DURATION_PART = re.compile(r"(\d+(?:\.\d*)?)(ns|us|µs|μs|ms|s|m|h)")
 _RATE = re.compile(r"(\d{1,12}(?:\.\d{1,9})?)\s*([kmg]?)bit(?:/s)?", re.IGNORECASE)
+# Decimal, as network rates are in standards and in tc.
 _RATES = ((1e9, "Gbit/s"), (1e6, "Mbit/s"), (1e3, "kbit/s"), (1.0, "bit/s"))
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `512`, `64KiB`, `200MB`, `1.5Gi`; a lower-case unit without `i` is decimal.
+    """Bytes of `512`, `64KiB`, `200MB`, `1.5Gi`; units without `i` are decimal, in either case.
 
     Raises:
         ValueError: not a size.
@@ -28,7 +31,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_duration(text: str) -> float:
-    """Seconds of a duration as Go writes it: `20ms`, `0.5s`, `1m30s`.
+    """Seconds of a duration in Go's syntax: `20ms`, `0.5s`, `1m30s`.
 
     Raises:
         ValueError: not a duration.
@@ -39,12 +42,11 @@ def parse_duration(text: str) -> float:
 
 
 def parse_rate(text: str) -> float:
-    """Bits per second of `10mbit`, `1.5Mbit/s`, `100kbit`; `unlimited` is infinite. Prefixes are decimal in any case.
-
-    `bps` is refused: tc means bytes by it, everyone else bits.
+    """Bits per second of `10mbit`, `1.5Mbit/s`, `100kbit`; `unlimited` is infinite. Prefixes are decimal in either
+    case.
 
     Raises:
-        ValueError: not a rate.
+        ValueError: not a rate. `bps` is refused as ambiguous: bytes in tc, bits elsewhere.
     """
     if text.strip().lower() == "unlimited":
         return UNLIMITED
@@ -55,7 +57,7 @@ def parse_rate(text: str) -> float:
 
 
 def format_rate(bits_per_s: float) -> str:
-    """A rate for people: `1.5 Mbit/s`, `unlimited`."""
+    """A rate for display: `1.5 Mbit/s`, `unlimited`."""
     if math.isinf(bits_per_s):
         return "unlimited"
     scale, unit = next(((s, u) for s, u in _RATES if bits_per_s >= s), _RATES[-1])
@@ -63,7 +65,7 @@ def format_rate(bits_per_s: float) -> str:
 
 
 def format_size(count: float) -> str:
-    """Bytes for people: `12.0 kB`."""
+    """Bytes for display: `12.0 kB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
@@ -72,5 +74,5 @@ def format_size(count: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """A duration for people: `20 ms`, `1.5 s`."""
+    """A duration for display: `20 ms`, `1.5 s`."""
     return f"{seconds:.4g} s" if seconds >= 1 else f"{seconds * 1e3:.4g} ms"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from isthmus.arrays import DTYPES, Array, restored
+from isthmus.arrays import DTYPES, Array, restore_bfloat16
 from isthmus.errors import RequestMalformed
 
 # A file's first bytes decide, not its suffix: np.load takes all other files for pickles.
@@ -55,7 +55,7 @@ def read_one(path: Path) -> Array:
 def write_npz(path: Path, arrays: Mapping[str, Array]) -> None:
     """Write arrays to an .npz file under any names.
 
-    bfloat16 is written in numpy's form: two bytes a value, without a name; `isthmus.arrays.restored` reads that form.
+    bfloat16 is written in numpy's form: two unnamed bytes per value; `isthmus.arrays.restore_bfloat16` reads that form.
 
     Raises:
         RequestMalformed: the file cannot be written.
@@ -71,7 +71,7 @@ def write_npz(path: Path, arrays: Mapping[str, Array]) -> None:
 
 
 def _carried(array: Array, subject: str) -> Array:
-    array = restored(array)
+    array = restore_bfloat16(array)
     if array.dtype.newbyteorder("<") not in DTYPES.values():
         raise ValueError(
             f"{subject} holds {array.dtype}; a tensor is one of {', '.join(DTYPES)}, where bfloat16 is what numpy"

@@ -21,7 +21,7 @@ import pytest
 import typer
 from onnx import TensorProto, helper, numpy_helper
 
-from isthmus.arrays import restored
+from isthmus.arrays import restore_bfloat16
 from isthmus_tools import cli
 from isthmus_tools.cli.console import errors, print_json
 from isthmus_tools.cli.demo import compare, verdict
@@ -471,8 +471,8 @@ def test_outputs_of_any_name_and_bfloat16_go_through_files(tmp_path: Path) -> No
     with np.load(out) as found:
         assert set(found.files) == {*names, "brain"}
         assert all(np.array_equal(found[name], values.astype("float32")) for name in names)
-        assert np.array_equal(restored(found["brain"]), values)
-        assert restored(found["brain"]).dtype == ml_dtypes.bfloat16
+        assert np.array_equal(restore_bfloat16(found["brain"]), values)
+        assert restore_bfloat16(found["brain"]).dtype == ml_dtypes.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_a_model_that_is_not_there_tells_nothing_of_the_registry(
 ) -> None:
     for answer in (closed.get("/v2/models/nobody"), closed.post("/?model=nobody", data=photo())):
         assert answer.status_code == 404
-        assert answer.json == {"error": Missing.told, "type": "Missing", "facts": {"kind": "model"}}
+        assert answer.json == {"error": Missing.public_message, "type": "Missing", "facts": {"kind": "model"}}
     line = [r for r in caplog.records if "there is no model 'nobody'" in r.getMessage()][-1]
     facts = line.__dict__["facts"]
     assert (facts["registry"], facts["exists"]) == (str(photos.folder), [photos.name])
@@ -95,7 +95,7 @@ def test_why_a_function_is_not_ready_is_in_its_log_alone(photos: Published, tmp_
     client = create_router_app(settings).test_client()
     for answer in (client.get("/ready"), client.get("/v2/health/ready"), client.post("/", data=photo())):
         assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
-        assert answer.json == {"error": NotReady.told, "type": "NotReady", "facts": {"retry_after_s": 1}}
+        assert answer.json == {"error": NotReady.public_message, "type": "NotReady", "facts": {"retry_after_s": 1}}
 
 
 def test_responses_name_hops_by_their_number_unless_details_are_shown(photos: Published, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from flask import Flask
 from flask.testing import FlaskClient
 from msgspec.structs import replace
 
-from isthmus.admission import MAX_WAITING, Slots, aside
+from isthmus.admission import MAX_WAITING, Slots, slot_released
 from isthmus.artifacts.segment_id import WHOLE
 from isthmus.context import Deadline
 from isthmus.errors import DeadlineExceeded, IsthmusError, Missing, Overloaded, RegistryUnavailable
@@ -251,17 +251,23 @@ def test_the_template_starts_threads_for_those_who_wait() -> None:
 def test_a_slot_is_given_back_however_the_waiting_ends() -> None:
     slots, later = Slots(1), Deadline.after(LONG_S)
     with slots.admitted(later):
-        with aside():
+        with slot_released():
             assert slots.working.count == 0
         assert slots.working.count == 1
-        with pytest.raises(Missing), aside():
+        with pytest.raises(Missing), slot_released():
             raise Missing("no")
     assert slots.working.count == 0
-    with pytest.raises(Overloaded), slots.admitted(later), aside():
+    with pytest.raises(Overloaded), slots.admitted(later), slot_released():
         slots.working.enter()  # another request came meanwhile
     assert slots.working.count == 1
     slots.working.leave()
-    with slots.unadmitted(later), aside(), aside(refuse=False), pytest.raises(Overloaded), aside():
+    with (
+        slots.unadmitted(later),
+        slot_released(),
+        slot_released(refuse=False),
+        pytest.raises(Overloaded),
+        slot_released(),
+    ):
         pass
     assert slots.working.count == 0
     assert Slots(100).waiting.limit == MAX_WAITING
@@ -273,9 +279,9 @@ def test_those_who_wait_with_a_slot_leave_half_of_the_slots_to_others() -> None:
     with contextlib.ExitStack() as waiting:
         for _ in range(slots.waiting.limit + 2):
             waiting.enter_context(slots.admitted(later))
-            waiting.enter_context(aside(refuse=False))
+            waiting.enter_context(slot_released(refuse=False))
         assert slots.working.count == 2
-        with slots.admitted(later), pytest.raises(Overloaded), aside(refuse=False):
+        with slots.admitted(later), pytest.raises(Overloaded), slot_released(refuse=False):
             pass
         with slots.admitted(later):
             assert slots.working.count == 3

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from cachetools import TLRUCache
 
-from isthmus.admission import RETRY_AFTER_S, aside
+from isthmus.admission import RETRY_AFTER_S, slot_released
 from isthmus.context import Deadline
 from isthmus.errors import DeadlineExceeded, IsthmusError, Overloaded, RegistryMissing, RegistryUnavailable
 
@@ -59,7 +59,7 @@ class Lookups:
                         retry_after_s=RETRY_AFTER_S,
                     )
                 future = self._under_way[key] = self._pool.submit(self._run, key, look_up)
-        with aside():
+        with slot_released():
             try:
                 result: T = future.result(timeout=deadline.remaining())
             except FutureTimeout:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from isthmus.admission import aside
+from isthmus.admission import slot_released
 from isthmus.arrays import Array
 from isthmus.artifacts.bundle import Segment
 from isthmus.artifacts.device import Device, this_device
@@ -109,7 +109,7 @@ class SegmentStore:
                     raise Overloaded(f"{MAX_LOADING} segments are being loaded; that is the limit", retry_after_s=1)
                 loading = self._loading[key] = self._loader.submit(self._load, key)
         try:
-            with aside(refuse=False):
+            with slot_released(refuse=False):
                 return loading.result(timeout=deadline.remaining())
         except FutureTimeout as e:
             if loading.done():

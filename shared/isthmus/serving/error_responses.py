@@ -44,7 +44,7 @@ class ErrorRenderer:
     def _known(self, error: IsthmusError, call_id: str) -> Response:
         status = http_status(error)
         is_own_fault = status >= 500 and status != 503
-        if is_own_fault or (error.told and not self._expose_details):
+        if is_own_fault or (error.public_message and not self._expose_details):
             facts = {"type": type(error).__name__, **error.facts}
             facts |= {"hint": error.hint} if error.hint else {}
             facts |= {"call_id": call_id} if call_id else {}
@@ -62,11 +62,11 @@ def error_document(error: IsthmusError, *, expose_details: bool) -> dict[str, An
     """The JSON body of an error's response."""
     if expose_details:
         message, facts, hint = error.message, dict(error.facts), error.hint
-    elif not error.told:
+    elif not error.public_message:
         message, hint = error.message, error.hint
         facts = {key: value for key, value in error.facts.items() if key not in _INTERNAL_FACTS}
     else:
-        message, hint = error.told, ""
+        message, hint = error.public_message, ""
         facts = {key: error.facts[key] for key in ALWAYS_TOLD if key in error.facts}
     return {"error": message, "type": type(error).__name__, "facts": facts} | ({"hint": hint} if hint else {})
 

@@ -274,6 +274,7 @@ HTTP_STATUS: dict[type[IsthmusError], int] = {
     Denied: 502,
     Corrupt: 502,
     RegistryUnavailable: 503,
+    # 507 tells callers that a retry is futile until an operator frees space.
     CacheFull: 507,
     ShapeMismatch: 400,
     ValueRefused: 400,

@@ -27,6 +27,7 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if not match:
         raise ValueError(f"{text!r} is not a size such as 500MB or 2GiB")
+    # Exact up to 2^53 bytes, 9 PB.
     return int(float(match[1]) * _BYTES[(match[2] or "").lower()])
 
 

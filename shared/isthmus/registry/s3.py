@@ -329,24 +329,18 @@ class S3Store:
 
     @contextmanager
     def _errors(self, key: str) -> Iterator[None]:
-        from botocore.exceptions import (
-            BotoCoreError,
-            ClientError,
-            HTTPClientError,
-            NoCredentialsError,
-            PartialCredentialsError,
-        )
+        from botocore import exceptions as boto
         from botocore.parsers import ResponseParserError
 
         facts = {"registry": self.url, "blob": key}
         self._thread.redirects = 0
         try:
             yield
-        except ClientError as e:
+        except boto.ClientError as e:
             raise self._translated(e, key) from e
-        except (NoCredentialsError, PartialCredentialsError) as e:
+        except (boto.NoCredentialsError, boto.PartialCredentialsError) as e:
             raise Denied(f"there are no credentials for {self.url}", hint=_SECRETS, **facts) from e
-        except HTTPClientError as e:
+        except boto.HTTPClientError as e:
             # Either the HTTP library refused the request, or an unexpected failure. The text of a refused header
             # includes the signature, so that neither the text nor the cause is kept.
             if isinstance(e.kwargs.get("error"), ValueError):
@@ -358,7 +352,7 @@ class S3Store:
             raise RegistryUnavailable(f"{self.url} did not answer for {key}: {type(e).__name__}: {e}", **facts) from e
         except _transient_errors() as e:
             raise RegistryUnavailable(f"{self.url} did not answer for {key}: {type(e).__name__}: {e}", **facts) from e
-        except BotoCoreError as e:
+        except boto.BotoCoreError as e:
             # An absent profile or an invalid region: a configuration error, permanent.
             raise Denied(
                 f"{self.url} cannot be asked as this process is configured: {e}",

@@ -19,6 +19,7 @@ from isthmus.errors import LocalError, ModelError
 from isthmus.serving import create_router_app, create_segment_app
 from isthmus_tools.netem.process import link_to
 from isthmus_tools.planner.publishing import publish_plan
+from isthmus_tools.planner.regions import MAP_RATES, SLOWDOWNS
 from isthmus_tools.profiling import profiles
 from support.bundles import (
     Published,
@@ -118,6 +119,18 @@ def test_the_sweep_has_the_best_of_every_link(measured: Any) -> None:
     assert len(cells) == 11 * 8
     assert {cell["best"] for cell in cells} <= names
     assert all(cell["seconds"] > 0 for cell in cells)
+
+
+def test_the_map_names_the_region_of_every_edge_and_link(place: Place, measured: Any) -> None:
+    found = measured["map"]
+    names = {c["name"]: c["kind"] for c in measured["plan"]["candidates"]}
+    assert len(found["cells"]) == len(SLOWDOWNS) * len(MAP_RATES)
+    assert all(names[cell["best"]] == cell["region"] for cell in found["cells"])
+    assert found["rtt_s"] == 0.03
+    assert found["requested"] == {"edge_slowdown": pytest.approx(4.0), "bandwidth_bps": 20e6}
+    shown = isthmus("explain", "photos", "--sweep", *place.registry).stdout
+    assert "where splitting pays" in shown
+    assert f"nearest to 4× and the link: {measured['plan']['chosen']}" in shown
 
 
 def test_explain_says_why_and_draws_it_for_both_schemes(place: Place, measured: Any) -> None:

@@ -13,6 +13,7 @@ from isthmus_tools.cli.options import (
     PICTURES,
     AsJson,
     RegistryOption,
+    Sweep,
     check_output,
     registry_settings,
 )
@@ -21,7 +22,7 @@ from isthmus_tools.cli.options import (
 def explain(
     model: Annotated[str, typer.Argument(help="NAME or NAME:VERSION of a bundle with a plan.")],
     *,
-    sweep: Annotated[bool, typer.Option("--sweep", help="Also show the best over bandwidth and round trip.")] = False,
+    sweep: Sweep = False,
     picture: Annotated[Path | None, typer.Option(help="Draw the plan to this .png or .svg file.")] = None,
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: AsJson = False,
@@ -32,6 +33,7 @@ def explain(
     """
     from isthmus_tools.cli import plan_text
     from isthmus_tools.planner.choice import grid
+    from isthmus_tools.planner.regions import region_map
     from isthmus_tools.usecases.publication import published_plan
 
     with errors(as_json):
@@ -39,7 +41,7 @@ def explain(
             check_output(picture, "--picture", PICTURES)
         settings = registry_settings(registry)
         bundle, plan = published_plan(model, settings)
-        cells = grid(plan.candidates, plan.objective, plan.constraints) if sweep or picture else None
+        sweeps = plan_text.Sweeps(grid(plan.candidates, plan.objective, plan.constraints), region_map(plan))
         if picture is not None:
             from isthmus.registry import open_cache, open_registry
             from isthmus_tools.figures.plan import GraphCurves, draw
@@ -48,13 +50,13 @@ def explain(
                 progress(f"drawing {picture}")
                 store = open_registry(settings)
                 curves = GraphCurves.published(plan, bundle, store, open_cache(settings, store))
-                draw(plan, cells or [], picture, curves)
+                draw(plan, sweeps.regions, picture, curves)
         if as_json:
-            print_json(plan_text.document(plan, f"{bundle.name}:{bundle.version}", cells if sweep else None))
+            print_json(plan_text.document(plan, f"{bundle.name}:{bundle.version}", sweeps if sweep else None))
             return
         plan_text.explain(plan)
         plan_text.show(plan, refusals=None)
-        if sweep and cells is not None:
-            plan_text.show_sweep(cells)
+        if sweep:
+            plan_text.show_sweeps(sweeps)
         if picture is not None:
             say(f"drawn: {picture}")

@@ -67,6 +67,9 @@ EdgeSlowdown = Annotated[
 EdgeCpus = Annotated[
     float | None, typer.Option(help="The same, as a share of one CPU: 0.25 is --edge-slowdown 4.", metavar="SHARE")
 ]
+Sweep = Annotated[
+    bool, typer.Option("--sweep", help="Also map the best over bandwidth by edge slowdown and by round trip.")
+]
 PICTURES = (".png", ".svg")
 DEFAULT_REGISTRY = ".isthmus/registry"
 # The local engine's folder of secrets: commands read S3 keys there as the functions of `isthmus up` do.

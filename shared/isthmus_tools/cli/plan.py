@@ -20,6 +20,7 @@ from isthmus_tools.cli.options import (
     EdgeCpus,
     EdgeSlowdown,
     RegistryOption,
+    Sweep,
     Tensors,
     TimeLimit,
     budget_of,
@@ -68,7 +69,7 @@ def plan(
     ] = None,
     tensor: Tensors = None,
     time_limit: TimeLimit = "5m",
-    sweep: Annotated[bool, typer.Option("--sweep", help="Also show the best over bandwidth and round trip.")] = False,
+    sweep: Sweep = False,
     picture: Annotated[Path | None, typer.Option(help="Draw the plan to this .png or .svg file.")] = None,
     int8: Annotated[bool, typer.Option(help="Try the model quantised to int8 at the edge.")] = True,
     publish: Annotated[
@@ -97,6 +98,7 @@ def plan(
     from isthmus_tools.cli.inputs import read_tensors
     from isthmus_tools.planner.choice import grid
     from isthmus_tools.planner.costs import read_prices
+    from isthmus_tools.planner.regions import region_map
     from isthmus_tools.usecases import plan as use_case
     from isthmus_tools.usecases.functions import FunctionUrls, local_functions
 
@@ -153,12 +155,12 @@ def plan(
                 request = replace(request, functions=functions)
             result = resources.enter_context(use_case.plan(request, progress))
             best = result.plan
-            cells = grid(best.candidates, best.objective, best.constraints) if request.sweep else None
+            sweeps = plan_text.Sweeps(grid(best.candidates, best.objective, best.constraints), region_map(best))
             if picture is not None:
                 from isthmus_tools.figures.plan import GraphCurves, draw
 
                 progress(f"drawing {picture}")
-                draw(best, cells or [], picture, GraphCurves.of(result.candidate_set))
+                draw(best, sweeps.regions, picture, GraphCurves.of(result.candidate_set))
             publication = None
             # Last of all: a failure or an interrupt before has published nothing.
             if best.measured if publish is None else publish:
@@ -167,11 +169,11 @@ def plan(
         version = f"{publication.version.name}:{publication.version.version}" if publication else ""
         if as_json:
             about = {k: v for k, v in publication.document().items() if k.startswith("alias")} if publication else {}
-            print_json({**plan_text.document(best, version, cells if sweep else None), **about})
+            print_json({**plan_text.document(best, version, sweeps if sweep else None), **about})
             return
         plan_text.show(best)
-        if sweep and cells is not None:
-            plan_text.show_sweep(cells)
+        if sweep:
+            plan_text.show_sweeps(sweeps)
         if picture is not None:
             say(f"drawn: {picture}")
         if publication is not None:

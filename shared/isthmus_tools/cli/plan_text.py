@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import string
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from isthmus.artifacts.plan import TERMS, Candidate, Plan, to_json
 from isthmus.units import format_duration, format_rate, format_size
 from isthmus_tools.cli.console import say, table
 from isthmus_tools.planner.choice import GridCell
+from isthmus_tools.planner.regions import RegionCell, RegionMap
 
 # Rows for a terminal; --json has all.
 SHOWN = 12
@@ -18,10 +20,19 @@ SHOWN = 12
 _LETTERS = string.ascii_uppercase + string.ascii_lowercase
 
 
-def document(plan: Plan, version: str, cells: Sequence[Sequence[GridCell]] | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Sweeps:
+    """The best candidates over bandwidth: by round trip, and by edge slowdown."""
+
+    round_trips: Sequence[Sequence[GridCell]]
+    regions: RegionMap
+
+
+def document(plan: Plan, version: str, sweeps: Sweeps | None = None) -> dict[str, Any]:
     """The plan's own document, its published version, and the sweep, JSON-ready."""
     doc: dict[str, Any] = {"version": version, "typical_gap": plan.typical_gap, "plan": json.loads(to_json(plan))}
-    if cells is not None:
+    if sweeps is not None:
+        doc["map"] = sweeps.regions.document()
         doc["sweep"] = [
             {
                 "bandwidth_bps": cell.conditions.up_bps,
@@ -29,7 +40,7 @@ def document(plan: Plan, version: str, cells: Sequence[Sequence[GridCell]] | Non
                 "best": cell.best,
                 "seconds": cell.seconds,
             }
-            for row in cells
+            for row in sweeps.round_trips
             for cell in row
         ]
     return doc
@@ -94,7 +105,40 @@ def explain(plan: Plan) -> None:
     table(f"{plan.model}: the terms of {plan.chosen} and of those behind it, ms", ["term", *names], rows, numbers=names)
 
 
-def show_sweep(cells: Sequence[Sequence[GridCell]]) -> None:
+def show_sweeps(sweeps: Sweeps) -> None:
+    """Print both sweeps, the map that names the regions first."""
+    _show_regions(sweeps.regions)
+    _show_round_trips(sweeps.round_trips)
+
+
+def _show_regions(regions: RegionMap) -> None:
+    requested = regions.requested()
+    rates = [format_rate(cell.conditions.up_bps).replace("bit/s", "") for cell in regions.cells[0]]
+    rows = [[f"{row[0].slowdown:g}×", *(_region(cell, cell is requested) for cell in row)] for row in regions.cells]
+    over = "the cloud" if regions.over_cloud else "the planned edge"
+    table(
+        f"where splitting pays: the best for {regions.objective} by edge slowdown over {over} and bit/s, its ms,"
+        f" predicted at {format_duration(regions.rtt_s)} of round trip",
+        ["", *rates],
+        rows,
+        numbers=rates,
+    )
+    counts = regions.counts
+    say(", ".join(f"{region} is best in {count}" for region, count in counts.items()) + f" of {sum(counts.values())}")
+    if requested is not None:
+        lead = "" if requested.lead is None else f", by {requested.lead:.1%} over the best of another kind"
+        say(f"in brackets, nearest to {regions.planned:.3g}× and the link: {requested.best or 'none'}{lead}")
+    splits = dict.fromkeys(cell.best for row in regions.cells for cell in row if cell.region == "split")
+    if splits:
+        say(f"splits: {', '.join(splits)}")
+
+
+def _region(cell: RegionCell, is_requested: bool) -> str:
+    text = f"{cell.region} {cell.seconds * 1e3:.0f}" if cell.region else "-"
+    return f"[{text}]" if is_requested else text
+
+
+def _show_round_trips(cells: Sequence[Sequence[GridCell]]) -> None:
     """Print the best candidate by round trip and bandwidth, as letters with a legend."""
     names = list(dict.fromkeys(cell.best for row in cells for cell in row if cell.best))
     letters = dict(zip(names, _LETTERS, strict=False))

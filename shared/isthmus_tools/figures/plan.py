@@ -1,11 +1,11 @@
-"""The figure of a plan: bytes and times along the graph, candidates over bandwidth, the best candidate of each link.
+"""The figure of a plan: bytes and times along the graph, candidates over bandwidth, the map of where splitting pays.
 
 Backgrounds are transparent and all colours middle tones, readable on white and on black.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from isthmus_tools.figures.style import bytes_axis, new_figure, save, size_text
 from isthmus_tools.graph import cuts, open_model, stored_examples
 from isthmus_tools.graph.model import Model
 from isthmus_tools.planner.candidates import CLOUD, EDGE, CandidateSet
-from isthmus_tools.planner.choice import GridCell, over_link
+from isthmus_tools.planner.choice import over_link
+from isthmus_tools.planner.regions import RegionCell, RegionMap
 from isthmus_tools.profiling import profiles
 
 _INK, _FAINT = "#7d8590", "#8b949e"
@@ -78,13 +79,13 @@ def _curves(model: Model, by_tier: Mapping[str, Profile], bundle: Bundle) -> Gra
     return GraphCurves(positions, sizes, seconds(EDGE), seconds(CLOUD), marked)
 
 
-def draw(plan: Plan, cells: Sequence[Sequence[GridCell]], path: Path, curves: GraphCurves) -> None:
-    """Draw `plan` to `path`, as PNG or SVG by its suffix: the graph, the candidates over bandwidth, and the sweep.
+def draw(plan: Plan, regions: RegionMap, path: Path, curves: GraphCurves) -> None:
+    """Draw `plan` to `path`, as PNG or SVG by its suffix: the graph, the candidates over bandwidth, and the map.
 
     Raises:
         ModelError: the file cannot be written, or matplotlib is missing.
     """
-    panels = [bool(curves.positions), True, bool(cells)]
+    panels = [bool(curves.positions), True, True]
     figure = new_figure(ModelError, figsize=(10, 4.1 * sum(panels)))
     import matplotlib as mpl
 
@@ -100,10 +101,9 @@ def draw(plan: Plan, cells: Sequence[Sequence[GridCell]], path: Path, curves: Gr
         axes = iter(np.atleast_1d(figure.subplots(sum(panels), 1)))
         if curves.positions:
             _draw_graph(next(axes), plan, curves)
-        hues = _hues(plan, cells)
+        hues = _hues(plan, regions)
         _draw_bandwidth(next(axes), plan, hues)
-        if cells:
-            _draw_sweep(next(axes), cells, hues)
+        _draw_regions(next(axes), regions, hues)
         save(figure, path, path.suffix[1:].lower(), ModelError, dpi=_DPI, transparent=True)
 
 
@@ -181,38 +181,54 @@ def _draw_bandwidth(axes: Any, plan: Plan, hues: Mapping[str, str]) -> None:
     axes.set_title(f"candidates over bandwidth as predicted, {format_duration(rtt_s)} of round trip{dots}", loc="left")
 
 
-def _draw_sweep(axes: Any, cells: Sequence[Sequence[GridCell]], hues: Mapping[str, str]) -> None:
+def _draw_regions(axes: Any, regions: RegionMap, hues: Mapping[str, str]) -> None:
     from matplotlib.colors import ListedColormap
 
-    count: dict[str, int] = {}
-    for row in cells:
-        for cell in row:
-            count[cell.best] = count.get(cell.best, 0) + 1
-    names = sorted(count, key=lambda n: -count[n])
+    cells = regions.cells
+    names = list(dict.fromkeys(cell.best for row in cells for cell in row))
     index = np.array([[names.index(cell.best) for cell in row] for row in cells])
-    colours = [hues.get(name, _FAINT) for name in names]
-    axes.imshow(index, cmap=ListedColormap(colours), vmin=-0.5, vmax=len(names) - 0.5, aspect="auto", origin="lower")
+    colours = ListedColormap([hues.get(name, _FAINT) for name in names])
+    axes.imshow(index, cmap=colours, vmin=-0.5, vmax=len(names) - 0.5, aspect="auto", origin="lower")
     for y, row in enumerate(cells):
         for x, cell in enumerate(row):
-            name = cell.best.removeprefix("split-")
-            lines = name.replace("-", "\n", 1) if len(name) > _MAX_CELL_TEXT else name
-            text = f"{lines}\n{cell.seconds * 1e3:.0f} ms" if name else "none"
             # The cells are opaque, so white is readable in dark and light schemes.
-            axes.text(x, y, text, ha="center", va="center", fontsize=6.8, color="white", fontweight="bold")
+            axes.text(x, y, _cell_text(cell), ha="center", va="center", fontsize=6.8, color="white", fontweight="bold")
     axes.set_xticks(range(len(cells[0])), [format_rate(c.conditions.up_bps) for c in cells[0]], fontsize=8)
-    axes.set_yticks(range(len(cells)), [format_duration(r[0].conditions.rtt_s) for r in cells])
-    axes.set_ylabel("round trip")
-    axes.set_title("the best candidate for every link, as predicted", loc="left")
+    axes.set_yticks(range(len(cells)), [f"{row[0].slowdown:g}×" for row in cells])
+    axes.set_ylabel("edge slower than the cloud" if regions.over_cloud else "slower than the planned edge")
+    if np.isfinite(regions.uplink_bps):
+        rates, slowdowns = [c.conditions.up_bps for c in cells[0]], [row[0].slowdown for row in cells]
+        at_x, at_y = (
+            float(np.interp(np.log(at), np.log(ticks), np.arange(len(ticks))))
+            for at, ticks in ((regions.uplink_bps, rates), (regions.planned, slowdowns))
+        )
+        # Open, so that the cell's text stays readable below.
+        axes.scatter([at_x], [at_y], s=900, facecolors="none", edgecolors="white", linewidths=2.2, zorder=5)
+    counts = ", ".join(f"{region} {count}" for region, count in regions.counts.items())
+    axes.set_title(
+        f"where splitting pays, for {regions.objective}, {format_duration(regions.rtt_s)} of round trip, predicted:"
+        f" {counts} cells; the ring is this plan",
+        loc="left",
+    )
+
+
+def _cell_text(cell: RegionCell) -> str:
+    if not cell.region:
+        return "none"
+    name = cell.best.removeprefix(f"{cell.region}-")
+    if len(name) > _MAX_CELL_TEXT:
+        name = name.replace("-", "\n", 1)
+    return f"{cell.region}\n{name}\n{cell.seconds * 1e3:.0f} ms"
 
 
 def _seconds(candidate: Candidate, rate: float, rtt_s: float) -> float:
     return over_link(candidate, Conditions(rate, rate, rtt_s)).predicted.total
 
 
-def _hues(plan: Plan, cells: Sequence[Sequence[GridCell]]) -> dict[str, str]:
-    """A colour for each candidate in the legend: the chosen candidate, winners of some link, and baselines."""
+def _hues(plan: Plan, regions: RegionMap) -> dict[str, str]:
+    """A colour for each candidate in the legend: the chosen candidate, winners in some cell, and baselines."""
     wins: dict[str, int] = {}
-    for cell in (cell for row in cells for cell in row):
+    for cell in (cell for row in regions.cells for cell in row):
         wins[cell.best] = wins.get(cell.best, 0) + 1
     # Most wins first: the palette's first hues are the most distinct.
     winners = sorted((n for n in wins if n), key=lambda n: -wins[n])

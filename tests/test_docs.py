@@ -27,6 +27,29 @@ def test_every_link_of_a_page_resolves(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_heading_that_a_page_links_to_exists(page: Path) -> None:
+    for target, heading in re.findall(r"\]\(((?!https?:)[^)#]*)#([^)]+)\)", page.read_text()):
+        text = (page.parent / target if target else page).read_text()
+        assert heading in {slug(each) for each in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}, (target, heading)
+
+
+def slug(heading: str) -> str:
+    """A heading's anchor, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_every_page_that_the_code_names_exists() -> None:
+    pages = {
+        match
+        for folder in ("shared", "template", "functions", "bench")
+        for source in (ROOT / folder).rglob("*.py")
+        for match in re.findall(r"docs/[\w/-]+\.md", source.read_text())
+    }
+    assert pages
+    assert {each for each in pages if not (ROOT / each).is_file()} == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_every_command_of_a_page_exists_with_its_options(page: Path) -> None:
     for line in re.findall(r"(?:^|[`$(/ ])isthmus ((?:[a-z]+)(?: [^`\n#|]*)?)", page.read_text(), re.MULTILINE):
         name, *rest = line.split()

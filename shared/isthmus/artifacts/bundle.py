@@ -87,7 +87,7 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
     `default_cuts` name the partition of requests without a plan: n names make n + 1 segments. `preprocess` and
     `postprocess` are specs for isthmus.processing, None for a model of plain tensors. `tables` hold the parameters of
     calibrated codecs by tensor name, each a frame of named arrays. `fidelity` is the blob of the fidelity document
-    (docs/reference/calibration.md), `plan` the blob of the plan (docs/reference/plan.md).
+    (docs/explanation/calibration.md), `plan` the blob of the plan (docs/reference/plan.md).
     """
 
     name: ModelName
@@ -136,7 +136,7 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
         )
 
     def cut_names(self, text: str) -> tuple[str, ...]:
-        """The names of the cuts in `text`, in order: each by name, position or tensors (docs/reference/cuts.md).
+        """The names of the cuts in `text`, in order: each by name, position or tensors (docs/explanation/cuts.md).
 
         Comma-separated cut names are cuts in order, too, unless the bundle has a cut of exactly these tensors.
 

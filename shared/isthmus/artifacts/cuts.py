@@ -3,7 +3,7 @@
 `/` separates cuts in order, `,` the tensors of a cut; `NAME=` before the tensors names the cut. Tensor names of
 TorchScript and TensorFlow models may contain all of these characters, so that known names are matched before any split.
 
-Source: docs/reference/cuts.md, "Naming a cut".
+Source: docs/explanation/cuts.md, "Naming a cut".
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The fidelity document: the share of unchanged predictions, bytes and times of each codec at each cut.
 
 Read by plans, by targets ("at least 99%, at most 4 kB") and by the router's guard. Format:
-docs/reference/calibration.md.
+docs/explanation/calibration.md.
 """
 
 from __future__ import annotations

@@ -287,6 +287,11 @@ class RouterSettings(SegmentSettings):
         "maximum age of a resolved alias, and of a failed look-up of a name, in seconds",
         10.0,
     )
+    page: bool = setting(
+        "whether browsers get a page at GET /, which sends photos along the model's routes, and one of the API at"
+        " GET /docs; anybody who can call the function sees them. The local engine turns it on",
+        False,
+    )
 
 
 def _text(name: str, metadata: Mapping[str, Any], env: Mapping[str, str]) -> str:

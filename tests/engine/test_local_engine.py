@@ -342,6 +342,19 @@ def test_calls_health_and_metrics_need_no_login(engine: Engine) -> None:
     assert http("GET", f"{engine.url}/metrics").status == 200
 
 
+def test_the_gateways_root_leads_to_the_page_of_a_router(engine: Engine, tmp_path: Path) -> None:
+    assert http("GET", f"{engine.url}/").status == 404
+    stack = write_stack(tmp_path)
+    stack.write_text(STACK.replace("flag: true", "hops: local"))
+    with Engine(stack, replicas={"echo": 0, "other": 0}) as own:
+        reply = http("GET", f"{own.url}/", redirect=False)
+        assert (reply.status, reply.headers["Location"]) == (302, "/function/echo/")
+
+
+def test_the_page_is_on_here_unless_the_stack_says_otherwise(engine: Engine) -> None:
+    assert http("GET", f"{engine.url}/function/echo/facts/x").json()["env"]["page"] == "true"
+
+
 def test_the_password_lies_where_only_its_user_reads_it(engine: Engine, root: Path) -> None:
     path = root / ".isthmus" / PASSWORD_FILE
     assert engine.login == ("admin", path.read_text().strip())

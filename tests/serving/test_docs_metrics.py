@@ -30,7 +30,7 @@ def segment(photos: Published, tmp_path: Path) -> FlaskClient:
 
 @pytest.fixture
 def router(photos: Published, tmp_path: Path) -> FlaskClient:
-    return ready(create_router_app(router_settings(photos, tmp_path / "router", ("local",))).test_client())
+    return ready(create_router_app(router_settings(photos, tmp_path / "router", ("local",), page=True)).test_client())
 
 
 def families(client: FlaskClient) -> dict[str, Any]:

@@ -129,6 +129,10 @@ class ModelCatalog:
             self._log_stale(model.name, e)
             return [model.version]
 
+    def alternatives(self, model: ServedModel) -> dict[str, SelectedRoute]:
+        """Other routes of this version, by name; see `alternative_routes`."""
+        return self._routes.alternatives(model.digest, model.bundle, model.route)
+
     def listing(self, names: Sequence[str] | None, deadline: Deadline) -> tuple[ModelListing, ...]:
         """The published models of these names, or of all names, at most MAX_LISTED; asked every `refresh_s` seconds.
 

@@ -60,6 +60,12 @@ class RouteSelector:
             return SelectedRoute(route)
         return SelectedRoute(override_codec(route, self._codec, self._tables, self._measure))
 
+    def alternatives(self, digest: str, bundle: Bundle, selected: SelectedRoute) -> dict[str, SelectedRoute]:
+        """Routes other than `selected`, by name."""
+        from isthmus.routing.alternatives import alternative_routes  # only the page compares routes
+
+        return alternative_routes(digest, bundle, self._hops, selected)
+
     def _measure(self, bundle: Bundle) -> Measure:
         """The bundle's rule of agreement, as calibrated, or else as its outputs suggest."""
         fidelity = read_fidelity(bundle, self._registry.blob)

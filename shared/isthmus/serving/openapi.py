@@ -37,13 +37,14 @@ EXECUTION: Errors = (
 
 _QUERY: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "model": ("the model and its version: NAME, NAME:NUMBER or NAME:ALIAS", {"type": "string"}),
+    "beside": ("another route of the model, or NAME:VERSION, for the same request", {"type": "string"}),
     "top_k": ("how many classes of a photo's prediction", {"type": "integer", "minimum": 1, "maximum": 99_999}),
 }
 _HEADERS = {
     "X-Timeout": "a duration such as 1500ms; shortens the deadline",
     oip.HEADER_LENGTH: "length of the JSON before binary tensors",
 }
-_PATH = {"name": "the model", "version": "its number or an alias"}
+_PATH = {"name": "the model", "version": "its number or an alias", "asset": "the file's name"}
 _BINARY = {"type": "string", "format": "binary"}
 
 
@@ -64,6 +65,7 @@ def _as_json(body: Any) -> dict[str, Any]:
     return {"application/json": body}
 
 
+_HTML = {"text/html": {"type": "string"}}
 _TENSORS = {**_as_json(bodies.InferRequestBody), "application/octet-stream": _BINARY}
 _TENSOR_RESPONSE = {**_as_json(bodies.InferResponseBody), "application/octet-stream": _BINARY}
 _INFER = Operation(
@@ -113,6 +115,21 @@ OPERATIONS: Mapping[str, Operation] = {
     "live": Operation("200 while the process answers", _as_json(bodies.LiveBody)),
     "server_ready": Operation("200 once preloads are loaded", _as_json(bodies.ReadyBody), (errors.NotReady,)),
     "ready": Operation("200 once preloads are loaded", _as_json(bodies.ReadyBody), (errors.NotReady,)),
+    "page": Operation("The page for browsers, where the setting `page` is on", _HTML),
+    "page_docs": Operation("This description as a page", _HTML),
+    "page_asset": Operation("A script or stylesheet of the pages", {"text/*": {"type": "string"}}),
+    "page_choices": Operation("Models and routes that the page offers", _HTML, LOOKUP, query=("model",)),
+    "page_models": Operation("Models, versions and plans as a table", _HTML, LOOKUP),
+    "page_prediction": Operation(
+        "A prediction as the page shows it, by one route or by two",
+        _HTML,
+        ADMISSION + LOOKUP + EXECUTION + (errors.ImageMalformed,),
+        {
+            "multipart/form-data": {"type": "object", "properties": {"image": _BINARY}},
+            "application/x-www-form-urlencoded": {"type": "object", "properties": {"document": {"type": "string"}}},
+        },
+        query=("model", "top_k", "beside"),
+    ),
     "metrics": Operation("Metrics in Prometheus's text format, or in OpenMetrics", {"text/plain": {"type": "string"}}),
 }
 """By the route's endpoint in the app."""

@@ -86,6 +86,10 @@ class _RouterApp(FunctionApp):
         self.post("/v2/repository/index", self.repository_index, "repository_index")
         self.flask.add_url_rule("/v2/models", "models", self.models, methods=["GET"])
         self.flask.add_url_rule("/openapi.json", "openapi", self.openapi, methods=["GET"])
+        if settings.page:
+            from isthmus.serving.page import Page  # templates are for routers with a page alone
+
+            Page(settings, self._catalog, self._listing, self._reader, self._predictor).serve_on(self)
         self.flask.add_url_rule("/v2", "server", self.server, methods=["GET"])
         self.flask.add_url_rule("/v2/health/live", "live", lambda: jsonify(live=True), methods=["GET"])
         self.flask.add_url_rule("/v2/health/ready", "server_ready", self.ready, methods=["GET"])

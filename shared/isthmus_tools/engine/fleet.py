@@ -234,6 +234,7 @@ class Fleet:
             "cache_dir": str(self._context.cache / spec.name),
             "secrets_dir": str(self._context.secrets.path),
             "expose_details": "true",  # on this machine the caller and the operator are mostly the same person
+            "page": "true",
             **spec.environment,
             **self._overrides.get("*", {}),
             **self._overrides.get(spec.name, {}),

@@ -70,6 +70,7 @@ def create_gateway(
     app.add_subapp("/system", system)
     app.router.add_route("*", "/function/{rest:.+}", proxy.handle)
     app.router.add_post("/async-function/{rest:.+}", queue.handle)
+    app.router.add_get("/", api.index)
     app.router.add_get("/healthz", api.health)
     app.router.add_get("/metrics", api.metrics)
     app.on_response_prepare.append(_without_own_name)
@@ -175,6 +176,13 @@ class _Api:
 
     async def namespaces(self, request: web.Request) -> web.Response:
         return web.json_response([NAMESPACE])
+
+    async def index(self, request: web.Request) -> web.Response:
+        """Redirect to the page of the first router; OpenFaaS's gateway redirects to its own page."""
+        routers = [s.name for s in self._fleet if "hops" in s.deployment.spec.environment]
+        if not routers:
+            return web.Response(status=404, text="no function here has the setting hops, as routers do")
+        return web.Response(status=302, headers={"Location": f"/function/{routers[0]}/"})
 
     async def health(self, request: web.Request) -> web.Response:
         return web.Response(text="OK")

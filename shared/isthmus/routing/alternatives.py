@@ -1,0 +1,60 @@
+"""Other routes of a model than the route in force, to compare one request side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+
+from isthmus.artifacts.bundle import Bundle
+from isthmus.artifacts.segment_id import WHOLE
+from isthmus.errors import Missing
+from isthmus.pipeline import Hop, PhotoInput, Route, plan_route
+from isthmus.pipeline.route import near_hop
+from isthmus.processing.image_spec import made_shape, photo_tensor
+from isthmus.routing.selection import SelectedRoute
+
+# Cuts in the list; a bundle may have hundreds, and a person compares a few.
+MAX_CUTS = 12
+
+
+def alternative_routes(
+    digest: str, bundle: Bundle, hops: tuple[Hop, ...], selected: SelectedRoute
+) -> dict[str, SelectedRoute]:
+    """Routes other than `selected`, by name: `raw`, `edge`, `cloud`, `photo` and `cut:NAME`.
+
+    `raw` is the selected route without codecs, `edge` and `cloud` run the whole model on the first and the last hop,
+    `photo` sends the photo unchanged to the last hop, `cut:NAME` divides the model there and sends raw tensors.
+    """
+    raw = replace(selected.route, encodings=(), looks=None)
+    routes = {"raw": SelectedRoute(raw)} if any(selected.route.encodings) else {}
+    for name, other in (*_whole_routes(digest, bundle, hops), *_split_routes(digest, bundle, hops)):
+        is_selected = selected.photo is not None if other.photo else _identity(other.route) == _identity(raw)
+        if not is_selected:
+            routes[name] = other
+    return routes
+
+
+def _whole_routes(digest: str, bundle: Bundle, hops: tuple[Hop, ...]) -> Iterator[tuple[str, SelectedRoute]]:
+    with suppress(Missing):  # a bundle need not have the whole model as a segment
+        edge = Route(digest, bundle, (bundle.segment(WHOLE),), hops[:1], near=near_hop(hops))
+        cloud = replace(edge, hops=hops[-1:])
+        if len(hops) > 1:
+            yield "edge", SelectedRoute(edge)
+        yield "cloud", SelectedRoute(cloud)
+        spec = bundle.preprocess
+        shape = None if spec is None else made_shape(spec)
+        if shape is not None and hops[-1].encodes:
+            tensor = photo_tensor(bundle)
+            yield "photo", SelectedRoute(cloud, PhotoInput(tensor.name, tensor.dtype, shape))
+
+
+def _split_routes(digest: str, bundle: Bundle, hops: tuple[Hop, ...]) -> Iterator[tuple[str, SelectedRoute]]:
+    for cut in bundle.cut_list[:MAX_CUTS] if len(hops) > 1 else ():
+        if bundle.has_segments((cut.name,)):
+            yield f"cut:{cut.name}", SelectedRoute(plan_route(digest, bundle, hops, (cut.name,)))
+
+
+def _identity(route: Route) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """Equal for raw routes that are the same: bundle, segments and hops."""
+    return route.digest, tuple(str(s.id) for s in route.segments), tuple(hop.name for hop in route.hops)

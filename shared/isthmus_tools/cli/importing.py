@@ -31,7 +31,8 @@ def import_model(
     model: Annotated[
         str,
         typer.Argument(
-            help="An ONNX file, a torch model (package.module:factory or a .pt2 program), or efficientnet-lite0."
+            help="An ONNX file; a factory package.module:factory of a torch or scikit-learn model; a .pt2, TorchScript"
+            " .pt, .keras or .skops file; a SavedModel or Hugging Face folder; or efficientnet-lite0."
         ),
     ],
     *,

@@ -8,15 +8,9 @@ Source: docs.pytorch.org/docs/stable/onnx_export.html.
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import inspect
-import logging
 import os
-import re
-import sys
-import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -25,18 +19,25 @@ import numpy as np
 from isthmus.arrays import Array
 from isthmus.artifacts.tensors import Dim
 from isthmus.errors import ModelError
+from isthmus_tools.graph.exporting import (
+    FactoryResult,
+    Named,
+    call_factory,
+    check_package,
+    current_folder,
+    failures,
+    missing_package,
+    quiet,
+    reason_of,
+)
 from isthmus_tools.graph.inputs import bind_shapes, check_size
 
 # Serialisation copies weights inside the file, which doubles the memory of large ones; a single file is handier.
 _MAX_INLINE_BYTES = 128 * 2**20
-# torch's exporter colours its steps for a terminal.
-_ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-_MAX_REASON = 500
 # torch may specialise a dimension of size 1 in the example to the constant 1, depending on the operators.
 _MIN_FREE = 2
 
-Spec: TypeAlias = str | Callable[[], Any]
-Named: TypeAlias = Mapping[str, Array]
+Spec: TypeAlias = str | Callable[[], Any] | FactoryResult
 
 
 def is_torch_spec(spec: str) -> bool:
@@ -122,54 +123,29 @@ def export_named(
 
 
 def _export(spec: Spec, out: Path, arguments: Callable[[Any, Any], dict[str, Any]], hint: str = "") -> Path:
-    _check_package(spec)
+    if isinstance(spec, str) and not spec.endswith(".pt2"):
+        check_package(spec)
     try:
         import torch
     except ImportError as e:
-        raise ModelError("a torch model needs torch to export it", hint="pip install 'isthmus[torch]'") from e
-    with _quiet(), _current_folder():
-        try:
-            model = _model(spec, torch)
-            if isinstance(model, torch.nn.Module):
-                model.eval()
-            with torch.no_grad():
-                options = arguments(model, torch)
-                program = torch.onnx.export(model, **options, dynamo=True, verbose=False)
-            if program is None:
-                raise ModelError(f"torch exported nothing for {_name(spec)}")
-            _check_names(spec, program, options.get("kwargs", {}))
-            size = sum(v.const_value.nbytes for v in program.model.graph.initializers.values() if v.const_value)
-            program.save(str(out), external_data=size > _MAX_INLINE_BYTES)
-            # torch 2.13 keeps a reference to the program, and so its weights in memory.
-            for value in program.model.graph.initializers.values():
-                value.const_value = None
-        except ModelError:
-            raise
-        except SystemExit as e:
-            # The model's own code called sys.exit; subclasses are how a command ends on a signal.
-            if type(e) is not SystemExit:
-                raise
-            raise ModelError(
-                f"{_name(spec)} called sys.exit({'' if e.code is None else e.code}) instead of giving a model",
-                spec=_name(spec),
-                hint="keep what a script does on its own below: if __name__ == '__main__'",
-            ) from e
-        # An export executes the model's code, which may raise anything.
-        except Exception as e:
-            raise ModelError(
-                f"torch cannot export {_name(spec)}: {_reason(e)}",
-                spec=_name(spec),
-                hint=hint or "torch.onnx.export(..., dynamo=True, report=True) writes down what is in its way",
-            ) from e
+        raise missing_package("a torch model", "torch", "torch") from e
+    hint = hint or "torch.onnx.export(..., dynamo=True, report=True) writes down what is in its way"
+    with quiet(), current_folder(), failures("torch", _name(spec), hint):
+        model = _model(spec, torch)
+        if isinstance(model, torch.nn.Module):
+            model.eval()
+        with torch.no_grad():
+            options = arguments(model, torch)
+            program = torch.onnx.export(model, **options, dynamo=True, verbose=False)
+        if program is None:
+            raise ModelError(f"torch exported nothing for {_name(spec)}")
+        _check_names(spec, program, options.get("kwargs", {}))
+        size = sum(v.const_value.nbytes for v in program.model.graph.initializers.values() if v.const_value)
+        program.save(str(out), external_data=size > _MAX_INLINE_BYTES)
+        # torch 2.13 keeps a reference to the program, and so its weights in memory.
+        for value in program.model.graph.initializers.values():
+            value.const_value = None
     return out
-
-
-def _reason(error: BaseException) -> str:
-    """The first error of the model's code or of torch, without the exporter's pages of advice."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = _ESCAPE.sub("", str(error)).partition("\n\nWhile executing")[0].partition("\nOriginal traceback")[0]
-    return f"{type(error).__name__}: {' '.join(text.split())[:_MAX_REASON]}"
 
 
 def _check_names(spec: Spec, program: Any, inputs: Mapping[str, Any]) -> None:
@@ -262,6 +238,8 @@ def _program_inputs(program: Any, torch: Any) -> dict[str, tuple[str | None, tup
 
 
 def _model(spec: Spec, torch: Any) -> Any:
+    if isinstance(spec, FactoryResult):
+        return _checked(spec, torch)
     if callable(spec):
         return spec()
     if spec.endswith(".pt2"):
@@ -269,46 +247,17 @@ def _model(spec: Spec, torch: Any) -> Any:
             return torch.export.load(spec)
         except Exception as e:  # a zip file of pickles, JSON and tensors, each possibly broken
             raise ModelError(
-                f"{spec} cannot be read: {_reason(e)}",
+                f"{spec} cannot be read: {reason_of(e)}",
                 spec=spec,
                 hint="give a file that torch.export.save of this torch wrote, or package.module:factory",
             ) from e
-    module, _, factory = spec.partition(":")
-    try:
-        create = getattr(importlib.import_module(module), factory)
-    # TypeError: importlib's for a name that starts with a dot.
-    except (ImportError, AttributeError, ValueError, TypeError) as e:
-        raise _no_factory(spec, str(e)) from e
-    # The module is the user's code, as the factory is.
-    except Exception as e:
-        raise ModelError(f"{module} raised {_reason(e)}", spec=spec) from e
-    try:
-        model = create()
-    # The factory is the user's code, which may raise anything.
-    except Exception as e:
-        raise ModelError(f"{spec} raised {_reason(e)}", spec=spec) from e
-    if not isinstance(model, torch.nn.Module):
-        raise ModelError(f"{spec} returned a {type(model).__name__}, not an nn.Module", spec=spec)
-    return model
+    return _checked(call_factory(spec), torch)
 
 
-def _check_package(spec: Spec) -> None:
-    """Refuse a factory of an unknown package before torch is imported, which takes seconds."""
-    if callable(spec) or spec.endswith(".pt2"):
-        return
-    package = spec.partition(":")[0].partition(".")[0]
-    # ValueError: a module that was put into sys.modules without a spec.
-    with _current_folder(), contextlib.suppress(ValueError):
-        if package and importlib.util.find_spec(package) is None:
-            raise _no_factory(spec, f"No module named {package!r}")
-
-
-def _no_factory(spec: str, reason: str) -> ModelError:
-    return ModelError(
-        f"there is no model factory {spec}: {reason}",
-        spec=spec,
-        hint="give package.module:factory, importable from here, or a .pt2 file",
-    )
+def _checked(made: FactoryResult, torch: Any) -> Any:
+    if not isinstance(made.value, torch.nn.Module):
+        raise ModelError(f"{made.name} returned a {type(made.value).__name__}, not an nn.Module", spec=made.name)
+    return made.value
 
 
 def _dynamic_shapes(
@@ -325,31 +274,6 @@ def _dynamic_shapes(
 
 
 def _name(spec: Spec) -> str:
+    if isinstance(spec, FactoryResult):
+        return spec.name
     return spec if isinstance(spec, str) else str(getattr(spec, "__name__", spec))
-
-
-@contextlib.contextmanager
-def _current_folder() -> Iterator[None]:
-    """Import modules from the current folder, as `python -m` does; a console script's path has its own folder only."""
-    folder = os.getcwd()
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        # The model's code may have removed the entry.
-        with contextlib.suppress(ValueError):
-            sys.path.remove(folder)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's notices (missing torchvision, own deprecations, steps) out of a command's output."""
-    # torch sets a level on each of its many loggers, so only the global switch reaches all of these.
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            logging.disable(before)

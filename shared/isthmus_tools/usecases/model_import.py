@@ -26,7 +26,7 @@ from isthmus_tools.zoo import models as zoo
 class ImportRequest:
     """A model to import.
 
-    `model` is an ONNX file, a torch model (package.module:factory or a .pt2 program) or a ready model's name; `name`
+    `model` is an ONNX file, a model of another framework (docs/how-to/import.md) or a ready model's name; `name`
     defaults to a name made of it. The first of `cuts` (partitions as texts) is the default; without any, the narrowest
     cut is taken. `preprocess`, `postprocess` and `labels` are the bundle's; a ready model brings its own. `alias` moves
     to the new version, as in `publish_version`. With `if_absent` a model of that name stays unchanged.

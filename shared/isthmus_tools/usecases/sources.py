@@ -14,7 +14,7 @@ from isthmus.arrays import Array, check_tensors
 from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import ModelError, RequestMalformed
-from isthmus_tools.graph import torch_export
+from isthmus_tools.graph.formats import export_of
 from isthmus_tools.planner.inputs import TrialInput, from_arrays, from_photos, random_inputs
 from isthmus_tools.progress import Progress
 from isthmus_tools.zoo import models as zoo
@@ -53,21 +53,23 @@ class ModelInputs:
 
 @contextlib.contextmanager
 def onnx_file(model: str, inputs: ModelInputs, progress: Progress) -> Iterator[Path]:
-    """The model's ONNX file; torch models and ready models are exported to a temporary file for the block.
+    """The model's ONNX file; models of other formats and ready models are exported to a temporary file for the block.
 
     Raises:
         ModelError: the export fails.
     """
-    if model not in zoo.MODELS and not torch_export.is_torch_spec(model):
+    chosen = None if model in zoo.MODELS else export_of(model)
+    if chosen is None and model not in zoo.MODELS:
         yield Path(model)
         return
     with tempfile.TemporaryDirectory(prefix="isthmus-") as folder:
         path = Path(folder) / "model.onnx"
-        progress(f"exporting {model} from torch")
-        if model in zoo.MODELS:
+        framework, export = chosen or ("torch", None)
+        progress(f"exporting {model} from {framework}")
+        if export is None:
             zoo.zoo_model(model).write(path)
         else:
-            torch_export.export_named(model, path, shapes=inputs.shapes, examples=inputs.examples, free=inputs.free)
+            export(model, path, shapes=inputs.shapes, examples=inputs.examples, free=inputs.free)
         # Module and exported program refer to each other and hold the weights: without a collection the weights
         # outlive the export.
         gc.collect()

@@ -114,6 +114,7 @@ if __name__ == "__main__":  # prints docs/reference/settings.md's tables anew
         ("threads", "-1", "not negative"),
         ("threads", "99999999999", "at most 1,024"),
         ("max_concurrency", "0", "at least 1"),
+        ("max_concurrency", "999999999", "at most 4,096"),
         ("deadline_s", "0", "at least 0.001"),
         ("deadline_s", "1e300", "at most 604,800"),
         ("exec_timeout", "999999999999h", "at most 604,800"),

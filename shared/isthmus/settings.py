@@ -181,7 +181,10 @@ class SegmentSettings(RegistrySettings):
         "maximum weight bytes of loaded segments; the least recently used segment is unloaded first", 4 * 2**30
     )
     max_concurrency: int = setting(
-        "maximum concurrent requests; further requests are answered 429 with Retry-After", 32, minimum=1
+        "maximum concurrent requests, up to 4096; further requests are answered 429 with Retry-After",
+        32,
+        minimum=1,
+        maximum=4096,
     )
     max_request_bytes: int = setting(
         "maximum size of a request body after decompression; also bounds a frame's decoded tensors together "

@@ -26,6 +26,7 @@ from bounded_server import RETRY_AFTER_S, Limits, error_body, listen, serve
 from json_lines import configure_logging
 
 HERE = Path(__file__).resolve().parent
+MAX_CONCURRENCY = 4096  # each takes a thread, and a process that cannot start one ends
 MAX_WAITING = 16  # requests that wait for the registry outside of max_concurrency: isthmus.admission
 SPARE_THREADS = 2  # for the readiness probe, and for refusals of requests above max_concurrency
 EX_CONFIG = 78  # sysexits.h: a supervisor need not restart this process before its settings change
@@ -58,15 +59,18 @@ def main() -> None:
     configure_logging(settings.text("log_level"))
     app = LoadingApp()
     try:
-        concurrency = settings.count("max_concurrency", 32)
+        concurrency = settings.count("max_concurrency", 32, MAX_CONCURRENCY)
         body_bytes = settings.size("max_request_bytes", 64 * 2**20)
         working_bytes = settings.size("max_working_bytes", 256 * 2**20)
         limits = Limits.of(body_bytes, working_bytes, settings.seconds("deadline_s", 25.0))
         listener = listen(*settings.address("upstream_url", "http://127.0.0.1:5000"), limits)
     except (settings.SettingRefused, OSError) as e:
-        exit_failed(e)
+        exit_failed(e, foreseen=True)
     threading.Thread(target=load, args=(app,), name="load", daemon=True).start()
-    serve(app, listener, limits, threads=concurrency + min(concurrency, MAX_WAITING) + SPARE_THREADS)
+    try:
+        serve(app, listener, limits, threads=concurrency + min(concurrency, MAX_WAITING) + SPARE_THREADS)
+    except Exception as e:  # the loading thread logs meanwhile, so a bare traceback would be torn apart
+        exit_failed(e)
 
 
 def load(app: LoadingApp) -> None:
@@ -84,10 +88,10 @@ def load(app: LoadingApp) -> None:
     logging.getLogger("index").info("serving", extra={"facts": {"after_s": round(time.monotonic() - started, 3)}})
 
 
-def exit_failed(error: BaseException) -> Any:
-    """Log why the start failed, and end the process from any thread."""
+def exit_failed(error: BaseException, *, foreseen: bool = False) -> Any:
+    """Log why the process cannot serve, and end it from any thread; a traceback only where that was not `foreseen`."""
     facts = getattr(error, "facts", None)
-    foreseen = isinstance(facts, Mapping)
+    foreseen = foreseen or isinstance(facts, Mapping)
     message = f"cannot start: {type(error).__name__}: {getattr(error, 'message', error)}"
     if hint := getattr(error, "hint", ""):
         message += f"; {hint}"
@@ -95,7 +99,7 @@ def exit_failed(error: BaseException) -> Any:
     logging.getLogger("index").critical(message, extra={"facts": dict(facts or {})}, exc_info=trace)
     sys.stderr.flush()
     # The main thread may be inside waitress's loop, which no exception of another thread ends.
-    os._exit(EX_CONFIG if foreseen and "variable" in facts else 1)
+    os._exit(EX_CONFIG if "variable" in (facts or {}) else 1)
 
 
 if __name__ == "__main__":

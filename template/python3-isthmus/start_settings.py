@@ -23,11 +23,11 @@ def text(name: str, default: str = "") -> str:
     return os.environ.get(name, "").strip() or default
 
 
-def count(name: str, default: int) -> int:
-    """A whole number from 1."""
+def count(name: str, default: int, maximum: int) -> int:
+    """A whole number from 1 to `maximum`."""
     value = text(name, str(default))
-    if not re.fullmatch("[0-9]{1,9}", value) or int(value) < 1:
-        raise SettingRefused(name, value, "a whole number from 1")
+    if not re.fullmatch("[0-9]{1,9}", value) or not 1 <= int(value) <= maximum:
+        raise SettingRefused(name, value, f"a whole number from 1 to {maximum}")
     return int(value)
 
 

@@ -184,8 +184,9 @@ def test_the_ends_of_each_range_are_read() -> None:
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
 def test_numbers_that_json_lacks_are_malformed(number: str) -> None:
-    with pytest.raises(RequestMalformed, match=f"{number} is not JSON"):
+    with pytest.raises(RequestMalformed, match=f"{number} is not JSON") as e:
         parse(body(x()).replace(b"1.5", number.encode()))
+    assert "go in binary tensors" in e.value.hint
 
 
 def test_a_number_beyond_float64_is_out_of_range() -> None:

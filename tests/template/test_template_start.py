@@ -135,6 +135,7 @@ def test_index_logs_an_unexpected_failure_in_one_short_line(image: Path) -> None
     [
         ("max_concurrency", "0"),
         ("max_concurrency", "x"),
+        ("max_concurrency", "999999999"),
         ("max_request_bytes", "a lot"),
         ("upstream_url", "http://h:p"),
     ],
@@ -144,6 +145,17 @@ def test_index_refuses_a_bad_variable_of_its_own(image: Path, variable: str, val
         _, said = process.communicate(timeout=LONG_S)
         assert process.returncode == 78
     assert json.loads(said)["variable"] == variable
+
+
+def test_a_port_in_use_is_one_line_without_a_traceback(image: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        with serving(image, upstream_url=url) as (_, process):
+            _, said = process.communicate(timeout=LONG_S)
+            assert process.returncode == 1
+    line = json.loads(said)
+    assert "Address already in use" in line["message"]
+    assert "exception" not in line
 
 
 @pytest.mark.skipif(not AS_ANYONE and os.getuid() == 0, reason="root can write anywhere, and unshare is not permitted")

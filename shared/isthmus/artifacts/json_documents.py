@@ -220,7 +220,7 @@ def _shown(data: bytes | memoryview, path: str) -> str:
     except (ValueError, LookupError, TypeError, RecursionError):
         return ""
     if isinstance(value, list | dict):
-        return f"a {'list' if isinstance(value, list) else 'object'} of {len(value)}"
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
     try:
         return json.dumps(value)[:_MAX_SHOWN]
     except ValueError:  # an integer beyond Python's limit on digits

@@ -131,7 +131,8 @@ def read_document(
         reason = "its lists and objects lie too deep in each other" if isinstance(e, RecursionError) else reason
         raise RequestMalformed(
             f"the request is not JSON: {reason}",
-            hint=f"where binary tensors follow the JSON, the header {HEADER_LENGTH} says how long it is",
+            hint="NaN and infinities go in binary tensors; where binary tensors follow the JSON, the header"
+            f" {HEADER_LENGTH} says how long it is",
         ) from e
     if not isinstance(doc, dict):
         raise RequestMalformed("the request is not a JSON object")

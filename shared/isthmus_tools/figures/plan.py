@@ -203,11 +203,12 @@ def _draw_regions(axes: Any, regions: RegionMap, hues: Mapping[str, str]) -> Non
             for at, ticks in ((regions.uplink_bps, rates), (regions.planned, slowdowns))
         )
         # Open, so that the cell's text stays readable below.
-        axes.scatter([at_x], [at_y], s=900, facecolors="none", edgecolors="white", linewidths=2.2, zorder=5)
+        axes.scatter([at_x], [at_y], s=2600, facecolors="none", edgecolors="white", linewidths=2.2, zorder=5)
     counts = ", ".join(f"{region} {count}" for region, count in regions.counts.items())
     axes.set_title(
-        f"where splitting pays, for {regions.objective}, {format_duration(regions.rtt_s)} of round trip, predicted:"
-        f" {counts} cells; the ring is this plan",
+        f"where splitting pays at {format_duration(regions.rtt_s)} of round trip, predicted {regions.objective};"
+        f" cells: {counts}; ring: this plan",
+        fontsize=10,
         loc="left",
     )
 

@@ -57,6 +57,16 @@ def is_slowed(device: Device) -> bool:
     return _SLOWED.match(device.cpu) is not None
 
 
+def with_node_shares(slowed: Profile, other: Profile) -> Profile:
+    """A slowed device's profile with its whole model's time shared out over the nodes as on `other`.
+
+    A CPU quota pauses a run between two nodes at random, so that single nodes seem to take the whole pause. Both
+    profiles are of one machine.
+    """
+    scale = slowed.whole.run.median / total if (total := sum(other.nodes)) else 0.0
+    return replace(slowed, nodes=tuple(seconds * scale for seconds in other.nodes))
+
+
 def every(registry: Registry, bundle: Bundle) -> list[Profile]:
     """All profiles of the bundle's content, the newest first."""
     stored = registry.documents.profiles(bundle.name, content_of(bundle))

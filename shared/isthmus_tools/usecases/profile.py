@@ -128,6 +128,9 @@ def profile(request: ProfileRequest, progress: Progress = silent) -> ProfileResu
         old = current[tier]
         measured[tier] = profiles.merge(old, new) if old is not None and old.shapes == shapes else new
         profiles.put(store, measured[tier])
+    if edge is not None and {EDGE, CLOUD} <= measured.keys():
+        measured[EDGE] = profiles.with_node_shares(measured[EDGE], measured[CLOUD])
+        profiles.put(store, measured[EDGE])
     weights = {name: (version.bundle.cuts[cut] if isinstance(cut, str) else cut).bytes for name, cut in cuts.items()}
     in_order = {tier: measured[tier] for tier in functions}
     return ProfileResult(f"{version.name}:{version.version}", weights, in_order, frozenset(fresh))

@@ -1,7 +1,8 @@
-"""The planner's choice over a grid of networks, beside every cut, no split, and fewer codecs; time of the search."""
+"""The planner's choice over slower edges and networks, beside every cut, no split, and fewer codecs; search time."""
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,20 @@ from functools import partial
 
 from harness import Goal, Report, Row, arguments, at_least, at_most
 from models import INPUTS, LIMIT, PLANNED
-from plan_grid import BASELINES, EDGE_RAW, LIMITS, SLOWER, Bench, Cell, one_cell, prepared, text
+from plan_grid import (
+    BASELINES,
+    EDGE_RAW,
+    LIMITS,
+    QUICK_SLOWDOWNS,
+    SLOWDOWNS,
+    Bench,
+    Cell,
+    Rivals,
+    one_cell,
+    prepared,
+    rivals,
+    text,
+)
 
 from isthmus.artifacts.choice import TRANSFORM_ID
 from isthmus.artifacts.conditions import Conditions, Objective
@@ -26,17 +40,20 @@ def main() -> None:
     names = report.models or (["efficientnet-lite0"] if report.quick else list(PLANNED))
     cells: list[Cell] = []
     comparisons: list[Change] = []
-    how = ""
-    for name in names:
-        with prepared(PLANNED[name], report) as bench:
-            with share_of_a_cpu(1 / SLOWER) as cpu:
-                how = cpu.method
+    duels: list[Rivals] = []
+    slowdowns = QUICK_SLOWDOWNS if report.quick else SLOWDOWNS
+    with share_of_a_cpu(1 / slowdowns[0]) as cpu:
+        how = cpu.method
+    for name, slowdown in itertools.product(names, slowdowns):
+        with prepared(PLANNED[name], slowdown, report) as bench:
             for cell in bench.functions:
-                report.say(f"{name} at {text(cell)}")
+                report.say(f"{name}, an edge {slowdown:g} times slower, at {text(cell)}")
+                duels.append(rivals(bench, cell))
                 cells.append(one_cell(bench, cell))
                 comparisons += changes(bench, cell)
     report.say("searching graphs of growing size")
     rows, goals = search_times(3 if report.quick else 9)
+    add_rivals(report, duels)
     add_cells(report, cells, how)
     add_changes(report, comparisons)
     report.add("the search alone, two tiers; a sweep finds every partition that is optimal at some bandwidth", rows)
@@ -45,27 +62,56 @@ def main() -> None:
     report.emit()
 
 
+def add_rivals(report: Report, duels: Sequence[Rivals]) -> None:
+    """Where a split is measured best, for each model and edge: in how many cells, and by how much."""
+    rows: list[Row] = []
+    for d in duels:
+        row: dict[str, str | float | int | bool | None] = {"model": d.model, "edge": f"{d.slowdown:g}x slower"}
+        row["network"] = text(d.conditions)
+        for label, c in (("split", d.split), ("other", d.other)):
+            row |= {label: c.name if c else None, f"{label} ms": c.seconds * 1000 if c else None}
+        row["split faster by %"] = None if d.gain is None else d.gain * 100
+        rows.append(row)
+    report.add("the best split and the best of the rest, medians of a duel", rows)
+    counts: list[Row] = []
+    for name, slowdown in dict.fromkeys((d.model, d.slowdown) for d in duels):
+        gains = [d.gain for d in duels if (d.model, d.slowdown) == (name, slowdown) and d.gain is not None]
+        wins = [gain * 100 for gain in gains if gain > 0]
+        counts.append(
+            {
+                "model": name,
+                "edge": f"{slowdown:g}x slower",
+                "cells": len(gains),
+                "split best in": len(wins),
+                "median gain %": statistics.median(wins) if wins else None,
+                "largest gain %": max(wins, default=None),
+            }
+        )
+    report.add("cells in which a split is measured best", counts)
+
+
 def add_cells(report: Report, cells: Sequence[Cell], how: str) -> None:
     """A table for each model, with a row for each network."""
     for name in dict.fromkeys(c.model for c in cells):
         rows: list[Row] = []
         for c in (c for c in cells if c.model == name):
-            row: dict[str, str | float | int | bool | None] = {"network": text(c.conditions), "choice": c.chosen}
+            row: dict[str, str | float | int | bool | None] = {"edge": f"{c.slowdown:g}x slower"}
+            row |= {"network": text(c.conditions), "choice": c.chosen}
             row["choice ms"] = c.seconds[c.chosen] * 1000
             for label, candidate in BASELINES.items():
                 row[f"{label} ms"] = c.seconds[candidate] * 1000 if candidate in c.seconds else None
             row |= {"best": c.best, "best ms": c.seconds[c.best] * 1000, "over best %": c.regret * 100}
             row["cuts tried"] = c.tried
             rows.append(row)
-        report.add(f"{name}: medians; the edge has 1/{SLOWER} of a CPU by {how}", rows)
+        report.add(f"{name}: medians; the edge has a part of a CPU by {how}", rows)
     ways = (*BASELINES, EDGE_RAW)
-    each: list[Row] = [
-        {"model": c.model, "network": text(c.conditions), **{f"over {way}": c.speedup(way) for way in ways}}
-        for c in cells
-    ]
+    each: list[Row] = []
+    for c in cells:
+        where: Row = {"model": c.model, "edge": f"{c.slowdown:g}x slower", "network": text(c.conditions)}
+        each.append({**where, **{f"over {way}": c.speedup(way) for way in ways}})
     report.add(
         "how many times faster the choice is",
-        [*each, {"model": "all", "network": "geometric mean", **means(cells, ways)}],
+        [*each, {"model": "all", "edge": "", "network": "geometric mean", **means(cells, ways)}],
     )
 
 
@@ -110,6 +156,7 @@ class Change:
     """The choices in a network for an objective, for each of AMONG, and their measured objective."""
 
     model: str
+    slowdown: float
     conditions: Conditions
     objective: Objective
     names: Mapping[str, str]
@@ -143,6 +190,7 @@ def changes(bench: Bench, cell: Conditions) -> list[Change]:
     return [
         Change(
             bench.model.name,
+            bench.slowdown,
             cell,
             objective,
             {label: c.name for label, c in each.items()},
@@ -161,7 +209,8 @@ def add_changes(report: Report, comparisons: Sequence[Change]) -> None:
             continue
         rows: list[Row] = []
         for c in some:
-            row: dict[str, str | float | int | bool | None] = {"model": c.model, "network": text(c.conditions)}
+            row: dict[str, str | float | int | bool | None] = {"model": c.model, "edge": f"{c.slowdown:g}x slower"}
+            row["network"] = text(c.conditions)
             for label in AMONG:
                 row |= {label: c.names[label], f"{label}, {unit}": c.seconds[label] * 1000}
             rows.append(row | {f"times better than {label}": c.faster(label) for label in before})

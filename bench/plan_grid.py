@@ -1,4 +1,4 @@
-"""A model over the grid of networks: its functions on two unequal machines, and the time of the planner's choice."""
+"""A model over the grid of networks: functions on two unequal machines, the planner's choice, the best split."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,15 @@ from isthmus_tools.planner.choice import choose, violations, with_measurements
 from isthmus_tools.planner.enumeration import enumerate_candidates
 from isthmus_tools.planner.inputs import TrialInput, from_arrays, from_photos
 from isthmus_tools.planner.measurement import LinkedFunctions, contenders, measure
+from isthmus_tools.profiling.profiles import with_node_shares
 from isthmus_tools.usecases.functions import FunctionUrls
 from isthmus_tools.usecases.profile import ProfileRequest, profile
 
-SLOWER = 4
-RATES, ROUND_TRIPS = (1e6, 10e6, 100e6), (0.001, 0.02, 0.08)
+# How many times the edge is slower than one CPU, by a share of it; the cloud has a CPU.
+SLOWDOWNS, QUICK_SLOWDOWNS = (4.0, 8.0, 16.0), (8.0, 16.0)
+RATES, ROUND_TRIPS = (0.1e6, 1e6, 2e6, 10e6, 100e6), (0.02, 0.08)
+# A fraction of the cells, where a split may be best: a few minutes for each slowdown.
+QUICK_RATES, QUICK_ROUND_TRIPS = (1e6, 10e6), (0.02,)
 TOKEN = "bench"  # noqa: S105 - of functions that end with this benchmark
 LIMITS = Constraints()
 BASELINES = {"edge-only": "edge-float", "cloud-only, JPEG": "cloud-photo", "cloud-only, raw": "cloud-raw"}
@@ -52,6 +56,7 @@ class Bench:
     """A model's functions and candidate sets: the planner's, all cuts', the planner's with a calibrated codec."""
 
     model: PlannedModel
+    slowdown: float
     registry: Registry
     cache: SegmentCache
     functions: Mapping[Conditions, LinkedFunctions]
@@ -71,21 +76,28 @@ class Bench:
         eliminate: bool,
         rounds: int,
     ) -> tuple[Candidate, ...]:
-        """Measure the candidates over the cell's link, the edge and this process at a quarter of a CPU."""
+        """Measure the candidates over the cell's link, the edge and this process at a share of a CPU."""
         tables = Tables(self.registry.bundle, self.registry.blob, MAX_PIXELS)
-        digest = self.digests[id(candidate_set)]
-        with share_of_a_cpu(1 / SLOWER, [*self.edge_pids, os.getpid()]):
+        functions = self.functions[cell]
+        direct = replace(functions, tail=functions.tail_direct)
+
+        def run(functions: LinkedFunctions, *, rounds: int, eliminate: bool) -> tuple[Candidate, ...]:
             return measure(
                 candidates,
-                digest,
+                self.digests[id(candidate_set)],
                 candidate_set.bundle,
-                self.functions[cell],
+                functions,
                 candidate_set.inputs,
                 tables,
                 self.variant,
                 rounds=rounds,
                 eliminate=eliminate,
             )
+
+        # Sessions are loaded at full speed: at a sixteenth of a CPU each would take many seconds.
+        run(direct, rounds=1, eliminate=True)
+        with share_of_a_cpu(1 / self.slowdown, [*self.edge_pids, os.getpid()]):
+            return run(functions, rounds=rounds, eliminate=eliminate)
 
     def variant(self, digest: str) -> Bundle:
         """The bundle of a quantised variant."""
@@ -97,6 +109,7 @@ class Cell:
     """The result of a model in a network: seconds by candidate, with the choice and the best cut."""
 
     model: str
+    slowdown: float
     conditions: Conditions
     chosen: str
     best: str
@@ -118,8 +131,37 @@ class Cell:
         return self.seconds[name] / self.seconds[self.chosen] if name in self.seconds else None
 
 
+@dataclass(frozen=True)
+class Rivals:
+    """The best split and the best of the rest in a network, measured in a duel; None where nothing of the kind ran."""
+
+    model: str
+    slowdown: float
+    conditions: Conditions
+    split: Candidate | None
+    other: Candidate | None
+
+    @property
+    def gain(self) -> float | None:
+        """The other's time over the split's, minus 1: above 0 where the split is best."""
+        return None if self.split is None or self.other is None else self.other.seconds / self.split.seconds - 1
+
+
+def rivals(bench: Bench, cell: Conditions) -> Rivals:
+    """Measure the promising candidates, of the calibrated model where there is one, then the two rivals interleaved."""
+    candidate_set = bench.calibrated or bench.by_planner
+    some = contenders(candidate_set.predict(cell), "latency", LIMITS)
+    ran = bench.measure(candidate_set, some, cell, eliminate=True, rounds=bench.rounds)
+    able = sorted((c for c in ran if c.measured and not violations(c, LIMITS)), key=lambda c: c.seconds)
+    best = [next((c for c in able if (c.kind == "split") is wanted), None) for wanted in (True, False)]
+    duellists = [c for c in best if c is not None]
+    duel = bench.measure(candidate_set, duellists, cell, eliminate=False, rounds=2 * bench.rounds)
+    split, other = (next((c for c in duel if (c.kind == "split") is wanted), None) for wanted in (True, False))
+    return Rivals(bench.model.name, bench.slowdown, cell, split, other)
+
+
 @contextlib.contextmanager
-def prepared(model: PlannedModel, report: Report) -> Iterator[Bench]:
+def prepared(model: PlannedModel, slowdown: float, report: Report) -> Iterator[Bench]:
     """Publish and profile the model on running functions and links, and try its candidates."""
     report.say(f"{model.name}: publishing it with every cut, once")
     version = published(model)
@@ -129,7 +171,8 @@ def prepared(model: PlannedModel, report: Report) -> Iterator[Bench]:
     registry = open_registry(settings)
     cache = open_cache(settings, registry)
     staged = stage_functions("edge-head", "cloud-tail", registry=PLAN_REGISTRY, model=model.name)
-    grid = [Conditions(bps, bps, rtt) for bps in RATES for rtt in ROUND_TRIPS]
+    rates, round_trips = (QUICK_RATES, QUICK_ROUND_TRIPS) if report.quick else (RATES, ROUND_TRIPS)
+    grid = [Conditions(bps, bps, rtt) for bps in rates for rtt in round_trips]
     with contextlib.ExitStack() as resources:
         secrets = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="isthmus-")))
         (secrets / SECRET).write_text(TOKEN)
@@ -146,9 +189,10 @@ def prepared(model: PlannedModel, report: Report) -> Iterator[Bench]:
             functions[cell] = LinkedFunctions(edge.url, far, cloud.url)
         runs = 7 if report.quick else 15
         profiles: dict[str, Profile] = {}
-        with share_of_a_cpu(1 / SLOWER, [edge.process.pid]):
+        with share_of_a_cpu(1 / slowdown, [edge.process.pid]):
             profiles |= profiled(report, model, at, {EDGE: edge.url}, runs)
         profiles |= profiled(report, model, at, {CLOUD: cloud.url}, runs)
+        profiles[EDGE] = with_node_shares(profiles[EDGE], profiles[CLOUD])
         examples, kind = inputs(model, registry)
         digests: dict[int, str] = {}
 
@@ -168,7 +212,7 @@ def prepared(model: PlannedModel, report: Report) -> Iterator[Bench]:
             calibrated = enumerated(reference)
         rounds = 7 if report.quick else 15
         pids = [edge.process.pid]
-        yield Bench(model, registry, cache, functions, by_planner, every, calibrated, digests, pids, rounds)
+        yield Bench(model, slowdown, registry, cache, functions, by_planner, every, calibrated, digests, pids, rounds)
 
 
 def profiled(
@@ -226,7 +270,7 @@ def one_cell(bench: Bench, cell: Conditions) -> Cell:
     best_name = min(seconds, key=lambda name: seconds[name])
     apart = [abs(c.seconds / c.predicted.total - 1) for c in duel if c.measured]
     decoding = next((c.measured.parts["preprocess"] for c in (*duel, *baselines) if c.kind == "edge" and c.measured), 0)
-    return Cell(bench.model.name, cell, choice.name, best_name, seconds, len(others), decoding, apart)
+    return Cell(bench.model.name, bench.slowdown, cell, choice.name, best_name, seconds, len(others), decoding, apart)
 
 
 def could_be_better(candidates: Sequence[Candidate], seconds: float) -> list[Candidate]:

@@ -76,6 +76,7 @@ class RegionMap:
             return None
 
         def distance(cell: RegionCell) -> float:
+            # In factors: 2 is as far from 1 as 1 from a half.
             rate = math.log(cell.conditions.up_bps / self.uplink_bps)
             return math.hypot(rate, math.log(cell.slowdown / self.planned))
 
@@ -100,9 +101,11 @@ def region_map(plan: Plan, *, slowdowns: Sequence[float] = SLOWDOWNS, rates: Seq
 
     The downlink keeps its ratio to the uplink. All values are predictions; the cuts are those of the plan.
     """
+    # Cost and energy need the price file, which a published plan does not hold.
     objective = plan.objective if plan.objective in ("latency", "throughput") else "latency"
     # Refused by no constraint, and so everywhere: it failed, or too few of its predictions agree.
     usable = [replace(c, measured=None) for c in plan.candidates if not c.refused or violations(c, plan.constraints)]
+    # Without cloud-only, as under a private depth, nothing tells how fast the cloud is.
     ratio = planned_slowdown(plan.candidates)
     planned = 1.0 if ratio is None else ratio
     link = plan.conditions
@@ -134,6 +137,7 @@ def planned_slowdown(candidates: Sequence[Candidate]) -> float | None:
 def slower_edge(candidate: Candidate, factor: float) -> Candidate:
     """`candidate` with the prediction for an edge that takes `factor` times as long for all of its work."""
     t = candidate.predicted
+    # The call itself is HTTP and frames, on the same slow CPU.
     slowed = replace(
         t,
         preprocess=t.preprocess * factor,

@@ -15,9 +15,9 @@ from msgspec import structs
 from typer.testing import CliRunner
 
 from isthmus.artifacts.bundle import Blob, digest_of, subject_digest
-from isthmus.artifacts.choice import CODEC_IDS, INPUT_CODECS, Choice
+from isthmus.artifacts.choice import CODEC_IDS, INPUT_CODECS, Choice, Look
 from isthmus.artifacts.fidelity import measure_for, model_digest, offered, read_fidelity, to_json
-from isthmus.artifacts.plan import Coding, read_plan
+from isthmus.artifacts.plan import CloserLooks, Coding, read_plan
 from isthmus.errors import CalibrationError
 from isthmus.registry import FolderStore, Registry, SegmentCache
 from isthmus_tools.calibration.boundary import CutBoundary, Spool
@@ -155,16 +155,48 @@ def test_calibrating_keeps_a_plan_that_calibration_does_not_touch(photos: Publis
     assert "prod means photos:3 now; it meant photos:2" in result.stdout
 
 
-def test_calibrating_leaves_the_alias_with_a_plan_that_would_be_lost(photos: Published, album: Path) -> None:
+def test_calibrating_renews_a_plan_whose_codec_has_new_tables(photos: Published, album: Path) -> None:
     registry = Registry(FolderStore(photos.folder))
     chosen = candidate("split-6-transform-50", "split", cuts=("6",), codecs={"p6": Coding("transform/4", 0.5)})
+    publish_plan(registry, photos.bundle, {}, plan_for(photos.bundle, chosen), alias="prod")
+    common = ["calibrate", "photos", "--data", album, "--inputs", 16, "--registry", photos.folder]
+    done = document(isthmus(*common, "--cut", "1", "--json"))
+    assert set(done["cuts"]) == {"1", "6"}  # the planned cut, too
+    assert (done["alias_moved"], done["plan_dropped"], done["plan_renewed"]) == (True, False, True)
+    serving = registry.resolve("photos")
+    plan = read_plan(serving.bundle, registry.blob)
+    assert plan is not None
+    coding = plan.choice.codecs["p6"]
+    fidelity = read_fidelity(serving.bundle, registry.blob)
+    assert fidelity is not None
+    entry = next(e for e in fidelity.entries if e.cut == "6" and e.choice == Choice(coding.codec, coding.quality))
+    assert entry.offered
+    assert coding.quality >= 0.5
+    assert plan.choice.error.disagreement == pytest.approx(1 - entry.agreement)
+    assert "renewed after a calibration" in plan.why[-1]
+    assert done["serving"] == serving.version
+    assert done["next"] == "isthmus up --model photos"
+
+
+def test_calibrating_takes_the_default_cuts_unless_asked_for_more(photos: Published, album: Path) -> None:
+    common = ["calibrate", "photos", "--data", album, "--inputs", 16, "--registry", photos.folder, "--json"]
+    assert document(isthmus(*common))["cuts"] == list(photos.bundle.default_cuts)
+    assert set(document(isthmus(*common, "--all-cuts"))["cuts"]) == set(photos.bundle.cuts)
+
+
+def test_calibrating_leaves_the_alias_with_a_plan_that_would_be_lost(photos: Published, album: Path) -> None:
+    registry = Registry(FolderStore(photos.folder))
+    # No calibration has this margin, so no entry can take the place of these closer looks.
+    looks = CloserLooks.of("logits", (Look(0.9, 0.123456),), (0.5,))
+    chosen = candidate("split-6-looks", "split", cuts=("6",), codecs={"p6": Coding("transform/4", 0.5)}, looks=looks)
     publish_plan(registry, photos.bundle, {}, plan_for(photos.bundle, chosen), alias="prod")
     common = ["calibrate", "photos", "--data", album, "--at", "6", "--inputs", 16, "--registry", photos.folder]
     result = isthmus(*common)
     assert result.exit_code == 0, result.output
     assert registry.resolve("photos").version == "2"
     assert "prod stays at photos:2, which serves by a plan" in result.stdout
-    assert "plan again: isthmus plan photos:3 --uplink 10Mbit/s --rtt 20ms" in result.stdout
+    assert "requests for photos reach version 2" in result.stdout
+    assert "next: isthmus plan photos:3 --uplink 10Mbit/s --rtt 20ms" in result.stdout
     assert registry.resolve("photos:3").bundle.fidelity is not None
     moved = document(isthmus(*common, "--drop-plan", "--json"))
     assert (moved["alias_was"], moved["alias_moved"], moved["plan_dropped"]) == ("2", True, True)

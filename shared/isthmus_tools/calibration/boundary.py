@@ -151,6 +151,9 @@ class BoundarySamples:
         for path in self.paths:
             yield dict(frames.decode(path.read_bytes(), max_bytes=MAX_FRAME_BYTES).tensors)
 
+    def __len__(self) -> int:
+        return len(self.paths)
+
     def shuffled(self) -> tuple[BoundarySamples, list[int]]:
         """The samples in a fixed random order, and each one's index here: neighbours in a stream are alike."""
         order = np.random.default_rng(0).permutation(len(self.paths)).tolist()

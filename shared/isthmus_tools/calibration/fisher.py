@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -36,6 +36,8 @@ TensorTables: TypeAlias = dict[str, PlaneTable | RowTable]
 RING_EDGES = (0.0, 0.1, 0.18, 0.3, 0.45, 0.65)
 """Relative radial frequencies between the rings that are probed; the first ring is the plane's mean alone."""
 MAX_SECONDS = 120.0
+PROGRESS_UNITS = 1000
+"""Units of progress per tensor."""
 SHRINKAGE = 0.05
 """Share of the mean sensitivity added to every direction, so that none counts as harmless."""
 
@@ -112,7 +114,7 @@ def measure_sensitivity(
     count, counted, runs = 0, np.zeros_like(rings), 0
     sums, values = np.zeros((2, 1)), 0
     places: list[Array] = []
-    started = time.monotonic()
+    started, total = time.monotonic(), len(inputs) if isinstance(inputs, Sized) else math.inf
     for arrays in inputs:
         clean = arrays[tensor]
         if clean.dtype.kind in "iub" or clean.size == 0:
@@ -144,8 +146,11 @@ def measure_sensitivity(
             places.append(_probe_places(change, rng, planes, amplitudes))
             runs += min(h, _MAX_PLACES)
         count += 1
-        progress(stage, runs, max_runs)
-        if runs + runs // count > max_runs or time.monotonic() - started > max_s:
+        elapsed = time.monotonic() - started
+        # The bound that is nearest ends the probes.
+        share = max(runs / max_runs, elapsed / max_s if max_s else 1.0, count / total)
+        progress(stage, round(PROGRESS_UNITS * min(1.0, share)), PROGRESS_UNITS)
+        if runs + runs // count > max_runs or elapsed > max_s:
             break
     if channels is None or layout is None:
         raise CalibrationError("there is no input to measure sensitivity on", tensor=tensor)

@@ -18,6 +18,7 @@ from isthmus.wire import frame as frames
 from isthmus_tools.calibration.boundary import MAX_FRAME_BYTES, CutBoundary, SegmentExecutor, Spool
 from isthmus_tools.calibration.fisher import (
     MAX_SECONDS,
+    PROGRESS_UNITS,
     Loss,
     Sensitivity,
     TensorTables,
@@ -49,12 +50,13 @@ def learn_tables(
     tables: TensorTables = {}
     skipped: dict[str, str] = {}
     loss = _loss(measure, spool.prediction)
-    for boundary in boundaries:
+    for number, boundary in enumerate(boundaries, 1):
         in_tail = any(s.name == measure.output for segment in boundary.tail for s in segment.outputs)
         samples = spool.samples(boundary.cut)
         shuffled, order = samples.shuffled()
         sensitivities: dict[str, Sensitivity] = {}
-        for tensor in (s.name for s in boundary.tensors if is_activation(s)):
+        activations = [s.name for s in boundary.tensors if is_activation(s)]
+        for index, tensor in enumerate(activations):
             if tensor in tables or tensor in skipped:
                 continue
             if reason := _no_activation(samples.tensor(tensor)):
@@ -69,8 +71,10 @@ def learn_tables(
                     loss=loss if in_tail else "values",
                     scales=measure.scales,
                     max_s=max_s,
-                    progress=progress,
-                    stage=f"learning {tensor}",
+                    progress=_overall(
+                        progress, number - 1 + index / len(activations), len(activations), len(boundaries)
+                    ),
+                    stage=f"cut {number} of {len(boundaries)}: learning {tensor}",
                 )
                 sensitivities[tensor] = estimate.in_order(order)
                 tables[tensor] = learn_table(samples.tensor(tensor), sensitivities[tensor])
@@ -78,6 +82,16 @@ def learn_tables(
                 skipped[tensor] = e.message
         equalise_steps(tables, sensitivities)
     return tables, skipped
+
+
+def _overall(progress: Progress, cuts_done: float, tensors: int, cuts: int) -> Progress:
+    """Progress of one tensor as that of all cuts, so that the time left is that of all cuts."""
+
+    def report(stage: str, done: int = 0, total: int = 0) -> None:
+        share = done / total if total else 0.0
+        progress(stage, round(PROGRESS_UNITS * (cuts_done + share / tensors)), PROGRESS_UNITS * cuts)
+
+    return report
 
 
 def stored_table(table: PlaneTable | RowTable) -> tuple[bytes, object]:

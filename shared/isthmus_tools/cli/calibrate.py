@@ -37,8 +37,10 @@ def calibrate(
     ],
     *,
     at: Annotated[
-        list[str] | None, typer.Option("--cut", help=f"Cuts of the bundle, once or more; all if none. {SYNTAX}")
+        list[str] | None,
+        typer.Option("--cut", help=f"A cut, repeatable; by default the bundle's default cuts. {SYNTAX}"),
     ] = None,
+    all_cuts: Annotated[bool, typer.Option("--all-cuts", help="Calibrate every cut of the bundle.")] = False,
     old_at: OldAt = None,
     limit: Annotated[
         float, typer.Option(help="Share of answers that must stay the same for a codec to be offered.", min=0, max=1)
@@ -62,8 +64,8 @@ def calibrate(
 ) -> None:
     """Calibrate a bundle's codecs with inputs and measure how many predictions each keeps; publishes the next version.
 
-    A plan in force stays in force where it still holds. Otherwise the alias stays with the planned version, unless
-    --drop-plan is given.
+    A plan in force stays in force, renewed where its codec has new tables. If it cannot, the alias stays with the
+    planned version, unless --drop-plan is given. A cut of the plan is always calibrated.
 
     Example: `isthmus calibrate efficientnet-lite0 --data photos --cut 65`
     """
@@ -80,6 +82,7 @@ def calibrate(
             data=data,
             registry=registry_settings(registry),
             cuts=[*(at or []), *(old_at or [])],
+            all_cuts=all_cuts,
             limit=limit,
             inputs=inputs,
             classes=classes,
@@ -98,6 +101,7 @@ def calibrate(
                     "digest": version.digest,
                     "tables": {tensor: blob.size for tensor, blob in calibrated.bundle.tables.items()},
                     "skipped": calibrated.skipped,
+                    "cuts": calibrated.fidelity.cuts(),
                     **result.publication.document(),
                     **document(calibrated.fidelity),
                 }

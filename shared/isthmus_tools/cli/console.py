@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,18 +14,15 @@ import rich.progress
 import typer
 from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import BarColumn, SpinnerColumn, Task, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from isthmus.errors import IsthmusError, RequestMalformed, RequestTooLarge
-from isthmus.units import format_duration, format_rate
 from isthmus_tools.printable import printable
 from isthmus_tools.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from isthmus.artifacts.plan import Plan
-    from isthmus.registry import Version
     from isthmus_tools.usecases.publication import Publication
 
 # Names of files, models and tensors are plain text: `[1]` in a name is no markup, and `:factory:` no picture.
@@ -37,6 +33,8 @@ err = Console(stderr=True, markup=False, emoji=False)
 _MAX_LINE = 10_000
 # Columns of a table cell's frame: a line, and a space on both sides.
 _FRAME = 3
+# Below either, a first slow step would turn an estimate of minutes into hours.
+_MIN_ELAPSED_S, _MIN_SHARE = 2.0, 0.02
 # A write to a full disk raises without the file's name.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Request = TypeVar("Request")
@@ -109,37 +107,53 @@ def _folded(names: Sequence[str], width: int) -> list[str]:
 
 @contextmanager
 def progress_bars(quiet: bool) -> Iterator[Progress]:
-    """A progress callback that shows each stage and its duration on standard error; nothing where `quiet`.
+    """A progress callback that shows the current stage on one line of standard error; nothing where `quiet`.
 
-    A stage without a count has a spinner and ends where the next stage begins; a counted stage has a bar.
+    A counted stage has a bar and an estimate of the time left. Stages that go on counting to the same total share the
+    estimate.
     """
     if quiet:
         yield silent
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), _CountColumn(), TimeElapsedColumn())
-    with rich.progress.Progress(*columns, console=err) as display:
-        counted: dict[str, TaskID] = {}
-        current = display.add_task("", total=1, visible=False)
+    with rich.progress.Progress(*columns, _TimeLeftColumn(), console=err, transient=True) as display:
+        line = display.add_task("", total=None, visible=False)
+        before = (0, 0)
 
         def progress(stage: str, done: int = 0, total: int = 0) -> None:
-            nonlocal current
-            if not total:
-                display.update(current, completed=1)
-                current = display.add_task(printable(stage), total=1)
-                return
-            if stage not in counted:
-                counted[stage] = display.add_task(printable(stage), total=total, counted=True)
-            display.update(counted[stage], completed=done, total=total)
+            nonlocal before
+            goes_on = bool(total) and total == before[1] and done >= before[0]
+            before = (done, total)
+            if goes_on:
+                display.update(line, completed=done, description=printable(stage))
+            else:
+                display.reset(line, total=total or None, completed=done, description=printable(stage), visible=True)
+                display.update(line, first=done)
 
         yield progress
-        display.update(current, completed=1)
 
 
 class _CountColumn(BarColumn):
     """A bar for counted stages alone."""
 
     def render(self, task: Task) -> Any:
-        return super().render(task) if task.fields.get("counted") else Text()
+        return super().render(task) if task.total else Text()
+
+
+class _TimeLeftColumn(ProgressColumn):
+    """The time left of a counted stage, by its mean speed."""
+
+    def render(self, task: Task) -> Text:
+        first = task.fields.get("first", 0)
+        return Text(time_left(task.completed - first, (task.total or 0) - first, task.elapsed or 0.0))
+
+
+def time_left(done: float, total: float, elapsed_s: float) -> str:
+    """`about 4 min left`; empty without a total, and while too little is done for an estimate."""
+    if total <= 0 or elapsed_s < _MIN_ELAPSED_S or done < _MIN_SHARE * total:
+        return ""
+    seconds = elapsed_s * (total - done) / done
+    return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {max(1, round(seconds))} s left"
 
 
 @contextmanager
@@ -185,18 +199,20 @@ def warn(sentences: Sequence[str]) -> None:
 
 
 def show_publication(publication: Publication) -> None:
-    """Print the alias's version, and whether the plan stays in force."""
+    """Print the alias's version, whether the plan stays in force, the version that serves, and the next command."""
     version, lost = publication.version, publication.lost
     name = f"{version.name}:{version.version}"
     if publication.alias:
         say(_alias_line(publication))
     if publication.plan:
-        say(f"the plan stays in force: {publication.plan}; to choose anew: isthmus plan {name} …")
+        kept = "the plan was renewed for the new tables" if publication.renewed else "the plan stays in force"
+        say(f"{kept}: {publication.plan}; to choose anew: isthmus plan {name} …")
     if lost is not None:
-        say(
-            f"{name} has no plan: the plan before it ({lost.chosen}) is for another bundle; plan again:"
-            f" {_plan_command(lost, version)}"
-        )
+        say(f"{name} has no plan: the plan before it ({lost.chosen}) is for another bundle")
+    if publication.serving:
+        say(f"requests for {version.name} reach version {publication.serving}")
+    if publication.following:
+        say(f"next: {publication.following}")
 
 
 def _alias_line(publication: Publication) -> str:
@@ -208,15 +224,3 @@ def _alias_line(publication: Publication) -> str:
     if was == number:
         return f"{alias} means {name}:{number}, as before"
     return f"{alias} means {name}:{number} now" + (f"; it meant {name}:{was}" if was else "")
-
-
-def _plan_command(plan: Plan, version: Version) -> str:
-    """The command that plans `version` for the link of `plan`."""
-    c = plan.conditions
-    options = {
-        "--uplink": format_rate(c.up_bps) if math.isfinite(c.up_bps) else "",
-        "--downlink": format_rate(c.down_bps) if c.down_bps != c.up_bps else "",
-        "--rtt": format_duration(c.rtt_s) if c.rtt_s else "",
-    }
-    values = [f"{option} {value.replace(' ', '')}" for option, value in options.items() if value]
-    return " ".join([f"isthmus plan {version.name}:{version.version}", *values, "…"])

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from isthmus.errors import RequestMalformed
+from isthmus.errors import HopError, IsthmusError, RegistryError, RequestMalformed, SettingsError
 from isthmus.units import format_size
-from isthmus_tools.cli.console import errors, print_json, run, say, table
+from isthmus_tools.cli.console import errors, print_json, run, say, table, warn
 from isthmus_tools.cli.options import (
     DEFAULT_REGISTRY,
     SYNTAX,
@@ -27,12 +27,14 @@ if TYPE_CHECKING:
     from isthmus.client import Client
     from isthmus_tools.usecases.local_model import LocalModel
 
+# Errors that every photo would meet: of the router or the registry.
+_COMMON_ERRORS = (HopError, RegistryError, SettingsError)
 # The gateway of `isthmus up`.
 ROUTER = "http://127.0.0.1:8080/function/router"
 
 
 def infer(
-    photos: Annotated[list[Path] | None, typer.Argument(help="Photos to classify; with --output folders too.")] = None,
+    photos: Annotated[list[Path] | None, typer.Argument(help="Photos to classify, and folders of photos.")] = None,
     *,
     model: Annotated[str, typer.Option(help="NAME or NAME:VERSION; empty takes the router's own for photos.")] = "",
     tensor: Annotated[
@@ -59,6 +61,8 @@ def infer(
     as_json: AsJson = False,
 ) -> None:
     """Classify photos, or run tensors through a model.
+
+    A photo that cannot be classified is an error of its own, and the command exits with 1.
 
     Example: `isthmus infer cat.jpg`, `isthmus infer photos/ --output results.jsonl`, or
     `isthmus infer --model magika --tensor bytes=input.npy --output out.npz`
@@ -107,18 +111,65 @@ class _Where:
 
 
 def _photos(photos: list[Path], model: str, where: _Where, top_k: int, as_json: bool) -> None:
-    documents = []
-    for path in photos:
-        data = read_photo(path)
-        if where.local:
-            response = where.model(model).photo(data, top_k, where.timeout_s)
-        else:
-            response = where.client().photo(data, model=model, top_k=top_k)
-        documents.append({"photo": str(path), **response})
+    paths = list(_files(photos))
+    if len(paths) == 1:
+        read_photo(paths[0])  # loading a model takes longer than to see that the file is not there
+    predict = _predictor(model, where, top_k)
+    documents, failed = [], 0
+    for path in paths:
+        try:
+            response = predict(read_photo(path))
+        except IsthmusError as e:
+            # One photo's error is the command's. So is an error of the router or the model, which every photo meets.
+            if len(paths) == 1 or isinstance(e, _COMMON_ERRORS):
+                raise
+            failed += 1
+            documents.append({"photo": str(path), "error": e.message, "type": type(e).__name__})
+            if not as_json:
+                warn([f"{path}: {e.message}"])
+            continue
+        documents.append({"photo": str(path), **response, **served(response["route"])})
         if not as_json:
             _show(path, response)
     if as_json:
         print_json(documents)
+    elif len(paths) > 1:
+        say(f"{len(paths) - failed} of {len(paths)} photos classified")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _files(paths: Sequence[Path]) -> Iterator[Path]:
+    """The files, and those of folders by name.
+
+    Raises:
+        RequestMalformed: a folder without files.
+    """
+    for path in paths:
+        if not path.is_dir():
+            yield path
+            continue
+        files = sorted(file for file in path.iterdir() if file.is_file())
+        if not files:
+            raise RequestMalformed(f"{path} holds no files", path=str(path))
+        yield from files
+
+
+def _predictor(model: str, where: _Where, top_k: int) -> Callable[[bytes], dict[str, Any]]:
+    from isthmus_tools.usecases.batch import check_takes_photos
+
+    if where.local:
+        local = where.model(model)
+        check_takes_photos(local)
+        return lambda data: local.photo(data, top_k, where.timeout_s)
+    client = where.client()
+    return lambda data: client.photo(data, model=model, top_k=top_k)
+
+
+def served(route: Mapping[str, Any]) -> dict[str, Any]:
+    """How a request was served: the plan's choice, the codec of each tensor sent, and bytes over the link."""
+    codecs = {tensor: codec for segment in route["segments"] for tensor, codec in segment.get("codecs", {}).items()}
+    return {"plan": route.get("plan", ""), "codecs": codecs, "link_bytes": route.get("link_bytes", 0)}
 
 
 def _batch(photos: list[Path], model: str, where: _Where, top_k: int, output: Path, as_json: bool) -> None:
@@ -144,7 +195,11 @@ def _show(path: Path, response: dict[str, Any]) -> None:
     )
     route = response["route"]
     stages = ", ".join(f"{s['segment']} on {s['hop']} {s['ms']:.1f} ms" for s in route["segments"])
-    say(f"{stages}; {_sent(route)}\n")
+    way = served(route)
+    codecs = ", ".join(dict.fromkeys(way["codecs"].values()))
+    plan = f"plan {way['plan']}" if way["plan"] else "no plan"
+    say(f"{plan}; {f'codec {codecs}; ' if codecs else ''}{_sent(route)}")
+    say(f"{stages}\n")
 
 
 def _sent(facts: Mapping[str, Any]) -> str:

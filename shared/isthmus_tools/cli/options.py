@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -92,7 +92,7 @@ def registry_settings(registry: str, cache_dir: str = CACHE_DIR) -> RegistrySett
     return RegistrySettings.from_env({**defaults, **variables, "registry": registry})
 
 
-def stack_variables(registry: str) -> Mapping[str, str]:
+def stack_variables(registry: str) -> dict[str, str]:
     """Values for the ${…} of stack.yml: the environment, and the registry as commands understand it.
 
     A folder's path becomes absolute. The S3 server and region are the commands', from any of their variables.

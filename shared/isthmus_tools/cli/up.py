@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from isthmus.errors import LocalError
+from isthmus.errors import LocalError, Missing
 from isthmus_tools.cli.console import err, errors
 from isthmus_tools.cli.options import (
     DEFAULT_REGISTRY,
@@ -18,6 +18,7 @@ from isthmus_tools.cli.options import (
     EdgeSlowdown,
     RegistryOption,
     edge_slowdown_of,
+    registry_settings,
     stack_variables,
 )
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 def up(
     *,
+    model: Annotated[
+        str, typer.Option(help="NAME or NAME:VERSION of the registry to serve; by default MODEL of the environment.")
+    ] = "",
     port: Annotated[int, typer.Option(help="Port of the gateway.", min=0, max=65535)] = 8080,
     stack: Annotated[Path, typer.Option(help="The stack file.")] = Path("stack.yml"),
     replicas: Annotated[list[str] | None, typer.Option(help="NAME=N: so many of a function; once each.")] = None,
@@ -50,7 +54,7 @@ def up(
 
     Prints the `faas-cli login` command for the credentials; function calls need none.
 
-    Example: `isthmus up --replicas cloud-tail=2 --env edge-head:threads=1`
+    Example: `isthmus up --model detector`, or `isthmus up --replicas cloud-tail=2 --env edge-head:threads=1`
     """
     from isthmus_tools.engine import EngineOptions, run_engine
     from isthmus_tools.engine.cpu_share import share_of_a_cpu
@@ -58,6 +62,8 @@ def up(
     from isthmus_tools.usecases.functions import joining, on_one_thread
 
     with errors(as_json=False), ExitStack() as resources:
+        if model:
+            _show_model(model, registry)
         slowdown, variables = edge_slowdown_of(edge_slowdown, edge_cpus), _environment(env or [])
         join: OnEvent = ignore_event
         if slowdown is not None:
@@ -74,11 +80,31 @@ def up(
             port=port,
             replicas=_replicas(replicas or []),
             environment=variables,
-            variables=stack_variables(registry),
+            variables=stack_variables(registry) | ({"MODEL": model} if model else {}),
             callback_networks=allow_callbacks or (),
             on_event=on_event,
         )
         run_engine(options)
+
+
+def _show_model(model: str, registry: str) -> None:
+    """Print the version that functions will serve, before they start.
+
+    Raises:
+        Missing: no such model, version or alias; the hint says how to import or list models.
+    """
+    from isthmus.registry import open_registry
+    from isthmus_tools.usecases.versions import summarise
+
+    try:
+        version = summarise(open_registry(registry_settings(registry)), model)
+    except Missing as e:
+        hint = "list the models: isthmus models; import one: isthmus import MODEL.onnx --name NAME"
+        raise type(e)(e.message, **{**e.facts, "hint": hint}) from e
+    plan = f"by the plan {version.plan}" if version.plan else "without a plan"
+    alias = f" ({' and '.join(version.aliases)})" if version.aliases else ""
+    err.print(f"serving {version.name}:{version.version}{alias} {plan}", highlight=False, soft_wrap=True)
+    err.print(f"ask it: isthmus infer --model {model} …", highlight=False, soft_wrap=True)
 
 
 def _show(event: Event, logs: bool) -> None:

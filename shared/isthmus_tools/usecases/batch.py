@@ -119,9 +119,7 @@ def local_predictor(model: LocalModel, top_k: int, timeout_s: float) -> Predict:
     Raises:
         MediaUnsupported: the model declares no processing of photos.
     """
-    bundle = model.model.bundle
-    if bundle.preprocess is None or bundle.postprocess is None:
-        raise MediaUnsupported(f"{bundle.name} declares no pre- and post-processing for photos; give it tensors")
+    check_takes_photos(model)
 
     def predict_one(photo: bytes) -> dict[str, Any]:
         try:
@@ -130,6 +128,17 @@ def local_predictor(model: LocalModel, top_k: int, timeout_s: float) -> Predict:
             return _error_document(e)
 
     return lambda photos: [predict_one(photo) for photo in photos]
+
+
+def check_takes_photos(model: LocalModel) -> None:
+    """Check that a model classifies photos.
+
+    Raises:
+        MediaUnsupported: the model declares no processing of photos.
+    """
+    bundle = model.model.bundle
+    if bundle.preprocess is None or bundle.postprocess is None:
+        raise MediaUnsupported(f"{bundle.name} declares no pre- and post-processing for photos; give it tensors")
 
 
 def _error_document(error: IsthmusError) -> dict[str, Any]:

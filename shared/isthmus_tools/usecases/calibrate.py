@@ -9,7 +9,7 @@ from pathlib import Path
 
 from isthmus.artifacts.fidelity import Fidelity, measure_for, read_fidelity
 from isthmus.errors import CalibrationError
-from isthmus.registry import Resolved, open_cache, open_registry
+from isthmus.registry import Registry, Resolved, open_cache, open_registry
 from isthmus.registry.registry import check_alias
 from isthmus.settings import RegistrySettings, SegmentSettings
 from isthmus_tools.calibration import calibrate as calibration
@@ -17,7 +17,7 @@ from isthmus_tools.calibration.boundary import SegmentExecutor
 from isthmus_tools.calibration.calibrate import Calibrated, CalibrationSpec
 from isthmus_tools.calibration.inputs import open_source
 from isthmus_tools.progress import Progress, silent
-from isthmus_tools.usecases.publication import Publication, publish_version
+from isthmus_tools.usecases.publication import Publication, planned_cuts, publish_version
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,8 @@ class CalibrateRequest:
 
     `model` is NAME or NAME:VERSION. `files` are photos, for a model with pre-processing, or .npy and .npz files named
     after its inputs; `data` is their name in documents. `inputs` counts all inputs: half calibrate, half are held out.
-    `cuts` are partitions as texts; all of the bundle's if none. A codec is offered from a share `limit` of equal
+    `cuts` are partitions as texts; without any, the default cuts and those of plans in force, or with `all_cuts` every
+    cut of the bundle. A codec is offered from a share `limit` of equal
     predictions on. `classes` names the output whose last axis holds classes, where the bundle does not; without classes
     predictions up to a relative error of `tolerance` are equal. `alias` moves to the new version, as in
     `publish_version`.
@@ -37,6 +38,7 @@ class CalibrateRequest:
     data: str
     registry: RegistrySettings
     cuts: Sequence[str] = ()
+    all_cuts: bool = False
     limit: float = 0.99
     inputs: int = 400
     classes: str = ""
@@ -70,7 +72,7 @@ def calibrate(request: CalibrateRequest, progress: Progress = silent) -> Calibra
     model = store.resolve(request.model)
     bundle = model.bundle
     with tempfile.TemporaryDirectory(prefix="isthmus-") as folder:
-        cuts = [name for text in request.cuts for name in bundle.cut_names(text)] or sorted(bundle.cuts)
+        cuts = calibrated_cuts(request, store, model)
         measure = measure_for(bundle, request.classes, request.tolerance)
         calibrated = calibration.calibrate(
             SegmentExecutor(model.digest, bundle, open_cache(settings, store), settings),
@@ -83,6 +85,22 @@ def calibrate(request: CalibrateRequest, progress: Progress = silent) -> Calibra
             store, calibrated.bundle, calibrated.files, request.alias, before=model, drop_plan=request.drop_plan
         )
     return CalibrateResult(publication, calibrated)
+
+
+def calibrated_cuts(request: CalibrateRequest, store: Registry, model: Resolved) -> list[str]:
+    """The names of the cuts that a request calibrates.
+
+    A cut of a plan in force is always among them: without new measurements there, the plan could not stay.
+
+    Raises:
+        Missing: the bundle has no such cut.
+    """
+    bundle = model.bundle
+    planned = [cut for cut in planned_cuts(store, model, request.alias) if cut in bundle.cuts]
+    if request.all_cuts:
+        return sorted(bundle.cuts)
+    named = [name for text in request.cuts for name in bundle.cut_names(text)]
+    return list(dict.fromkeys([*(named or bundle.default_cuts), *planned])) or sorted(bundle.cuts)
 
 
 def published_fidelity(model: str, registry: RegistrySettings) -> tuple[Resolved, Fidelity]:

@@ -17,7 +17,7 @@ from isthmus.settings import RegistrySettings
 from isthmus_tools.graph import build
 from isthmus_tools.printable import printable
 from isthmus_tools.progress import Progress, silent
-from isthmus_tools.usecases.publication import Publication, publish_version
+from isthmus_tools.usecases.publication import Publication, publish_version, with_next_command
 from isthmus_tools.usecases.sources import ModelInputs, onnx_file
 from isthmus_tools.zoo import models as zoo
 
@@ -59,7 +59,8 @@ def import_model(request: ImportRequest, progress: Progress = silent) -> Publica
     if request.if_absent:
         with contextlib.suppress(Missing):
             model = store.resolve(name)
-            return Publication(Version(model.name, model.version, model.digest), alias="", was="", moved=False)
+            version = Version(model.name, model.version, model.digest)
+            return with_next_command(store, Publication(version, alias="", was="", moved=False))
     if not is_model_name(name):
         raise ModelError(f"{name!r} cannot name a model", hint="use 1 to 63 of a-z, 0-9, '.', '_' and '-'")
     # An export may take minutes: requests that the registry would refuse fail before.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from isthmus.errors import CalibrationError, Missing, PlanMalformed, PlanMismatc
 from isthmus.registry import Registry, Resolved, Version, open_registry
 from isthmus.registry.registry import check_alias
 from isthmus.settings import RegistrySettings
+from isthmus.units import format_duration, format_rate
 from isthmus_tools.planner.candidates import CandidateSet
-from isthmus_tools.planner.publishing import carry_over, publish_plan
+from isthmus_tools.planner.publishing import carry_over, publish_plan, renew
+from isthmus_tools.usecases.versions import next_command, serving_version
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class Publication:
     """A published version, and its effect on the alias.
 
     `was` is the alias's earlier version, empty if there was none. `plan` names the choice of the version's plan;
-    `lost` is a plan that the version could not keep.
+    `renewed` says that the plan was adapted to new tables; `lost` is a plan that the version could not keep. `serving`
+    is the version that requests without a version reach now, and `following` the command that usually follows.
     """
 
     version: Version
@@ -32,6 +36,9 @@ class Publication:
     moved: bool
     plan: str = ""
     lost: Plan | None = None
+    renewed: bool = False
+    serving: str = ""
+    following: str = ""
 
     def document(self) -> dict[str, Any]:
         """The alias and the plan, JSON-ready."""
@@ -41,6 +48,9 @@ class Publication:
             "alias_moved": self.moved,
             "plan": self.plan,
             "plan_dropped": self.lost is not None,
+            "plan_renewed": self.renewed,
+            "serving": self.serving,
+            "next": self.following,
         }
 
 
@@ -70,9 +80,38 @@ def publish_version(
     The plan of `before`, else of the alias's version, is kept where it still holds. Otherwise the version is
     published and the alias stays, unless `drop_plan`.
 
+    A plan whose codec tables changed is renewed.
+
     Raises:
         RegistryError: as `Registry.publish`.
     """
+    publication = _publish_version(registry, bundle, files, alias, before, drop_plan)
+    return with_next_command(registry, publication)
+
+
+def with_next_command(registry: Registry, publication: Publication) -> Publication:
+    """The publication with the version that serves now and the command that usually follows.
+
+    Raises:
+        RegistryError: the registry cannot be read.
+    """
+    version, lost = publication.version, publication.lost
+    serving = serving_version(registry, version.name)
+    if lost is not None:
+        following = plan_command(lost, version)
+    else:
+        following = next_command(registry, f"{version.name}:{version.version}")
+    return replace(publication, serving=serving, following=following)
+
+
+def _publish_version(
+    registry: Registry,
+    bundle: Bundle,
+    files: Mapping[str, Path],
+    alias: str,
+    before: Resolved | None,
+    drop_plan: bool,
+) -> Publication:
     serving = _serving(registry, bundle.name, alias)
     was = serving.version if serving is not None else ""
     plans = [(model, plan) for model in (before, serving) if model is not None and (plan := _plan(registry, model))]
@@ -82,6 +121,13 @@ def publish_version(
             if (valid := carry_over(plan, model.bundle, bundle, fidelity)) is not None:
                 version = publish_plan(registry, bundle, files, valid, alias=alias or None)
                 return Publication(version, alias, was, moved=bool(alias), plan=valid.chosen)
+        for model, plan in plans:
+            if fidelity is None:
+                break
+            previous = _fidelity(registry, model.bundle, {})
+            if (renewed := renew(plan, model.bundle, bundle, previous, fidelity)) is not None:
+                version = publish_plan(registry, bundle, files, renewed, alias=alias or None)
+                return Publication(version, alias, was, moved=bool(alias), plan=renewed.chosen, renewed=True)
     keeps = bundle.plan is not None
     # Requests must not lose a plan by a publication that did not ask for it.
     stays = not keeps and not drop_plan and any(model.version == was for model, _ in plans)
@@ -110,7 +156,27 @@ def publish_candidate(registry: Registry, candidate_set: CandidateSet, plan: Pla
     if variant is not None:
         registry.publish(variant.bundle, variant.files)
     version = publish_plan(registry, bundle, candidate_set.files, plan, alias=alias or None)
-    return Publication(version, alias, serving.version if serving is not None else "", moved=bool(alias))
+    was = serving.version if serving is not None else ""
+    return with_next_command(registry, Publication(version, alias, was, moved=bool(alias)))
+
+
+def planned_cuts(registry: Registry, model: Resolved, alias: str) -> list[str]:
+    """The cuts of the plans of a version and of its model's alias, each where there is a plan."""
+    versions = [model, _serving(registry, model.name, alias)]
+    plans = [plan for version in versions if version is not None and (plan := _plan(registry, version)) is not None]
+    return list(dict.fromkeys(cut for plan in plans for cut in plan.choice.cuts))
+
+
+def plan_command(plan: Plan, version: Version) -> str:
+    """The command that plans `version` for the link of `plan`."""
+    c = plan.conditions
+    options = {
+        "--uplink": format_rate(c.up_bps) if math.isfinite(c.up_bps) else "",
+        "--downlink": format_rate(c.down_bps) if c.down_bps != c.up_bps else "",
+        "--rtt": format_duration(c.rtt_s) if c.rtt_s else "",
+    }
+    values = [f"{option} {value.replace(' ', '')}" for option, value in options.items() if value]
+    return " ".join([f"isthmus plan {version.name}:{version.version}", *values, "…"])
 
 
 def published_plan(model: str, registry: RegistrySettings) -> tuple[Resolved, Plan]:

@@ -122,13 +122,14 @@ def next_command(registry: Registry, reference: str) -> str:
     """
     version = summarise(registry, reference)
     name = version.name if version.serves else f"{version.name}:{version.version}"
-    if not version.calibrated:
+    if not version.calibrated and not version.plan:
         photos = version.bundle.preprocess is not None
         return f"isthmus calibrate {name} --data {'photos' if photos else 'FOLDER'}"
     if not version.plan or version.plan == UNREADABLE:
         return f"isthmus plan {name} --uplink 10mbit --rtt 20ms --local"
     if not version.serves:
         return f"isthmus alias {name} {PROD}"
+    # Functions follow the alias; `isthmus package` is for functions without a registry.
     return f"isthmus up --model {name}"
 
 

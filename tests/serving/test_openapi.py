@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from typing import Any
 
@@ -116,6 +117,12 @@ def test_responses_are_as_described(router: FlaskClient, photos: Published, docu
     answer = call(router, endpoint, photos)
     assert answer.status_code == 200
     check_body(document, described_operation(document, endpoint), "200", answer.json)
+
+
+def test_the_response_to_a_batch_is_as_described(router: FlaskClient, document: Any) -> None:
+    answer = router.post("/", json={"images": [base64.b64encode(photo()).decode(), "*"]})
+    assert "error" in answer.json["predictions"][1]
+    check_body(document, described_operation(document, "answer"), "200", answer.json)
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,7 @@ def test_pasted_json_is_answered(page: FlaskClient, photos: Published) -> None:
         ("/page/prediction", {"data": b"document="}, 400),
         ("/page/prediction", {"data": b"document=\xff"}, 400),
         ("/page/prediction", {"data": b"%PDF"}, 415),
+        ("/page/prediction", {"data": {"document": '{"images": ["iVBO"]}'}}, 400),
     ],
 )
 def test_a_request_that_cannot_be_served_is_an_error_as_json(

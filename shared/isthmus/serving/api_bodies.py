@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
+from isthmus.processing.media import MAX_PHOTOS
+
 Bytes = Annotated[int, Meta(ge=0)]
 Milliseconds = Annotated[float, Meta(ge=0)]
 
@@ -169,6 +171,34 @@ class PhotoBody(Struct, omit_defaults=True):
     """A photo in base64."""
 
     image: str
+    top_k: Annotated[int, Meta(ge=1, le=99_999)] | None = None
+
+
+class BatchEntryBody(Struct, omit_defaults=True):
+    """The prediction for a photo of a batch (`classes`, `route`, `timings_ms`), or its error (`error`, `type`…)."""
+
+    classes: list[ClassBody] = []
+    route: RouteBody | None = None
+    timings_ms: dict[str, Milliseconds] = {}
+    error: str = ""
+    type: str = ""
+    facts: dict[str, Any] = {}
+    hint: str = ""
+
+
+class BatchPredictionBody(Struct):
+    """The predictions for a batch of photos, in their order."""
+
+    id: str
+    model_name: str
+    model_version: str
+    predictions: list[BatchEntryBody]
+
+
+class PhotoBatchBody(Struct, omit_defaults=True):
+    """Photos in base64."""
+
+    images: Annotated[list[str], Meta(min_length=1, max_length=MAX_PHOTOS)]
     top_k: Annotated[int, Meta(ge=1, le=99_999)] | None = None
 
 

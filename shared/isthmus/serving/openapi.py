@@ -15,6 +15,7 @@ import isthmus
 from isthmus import errors
 from isthmus.errors import HTTP_STATUS, IsthmusError
 from isthmus.oip import messages as oip
+from isthmus.processing.media import MAX_PHOTOS
 from isthmus.serving import api_bodies as bodies
 
 Errors = tuple[type[IsthmusError], ...]
@@ -46,6 +47,7 @@ _HEADERS = {
 }
 _PATH = {"name": "the model", "version": "its number or an alias", "asset": "the file's name"}
 _BINARY = {"type": "string", "format": "binary"}
+_BATCH = {"type": "array", "items": _BINARY, "minItems": 1, "maxItems": MAX_PHOTOS}
 
 
 @dataclass(frozen=True)
@@ -81,16 +83,19 @@ _MODEL_READY = Operation(
 )
 OPERATIONS: Mapping[str, Operation] = {
     "answer": Operation(
-        "A prediction for a photo or for tensors; the body's first bytes say which it is",
-        {**_as_json((bodies.PredictionBody, bodies.InferResponseBody)), "application/octet-stream": _BINARY},
+        "Predictions for a photo, a batch of photos or tensors; the body's first bytes say which it is",
+        {
+            **_as_json((bodies.PredictionBody, bodies.BatchPredictionBody, bodies.InferResponseBody)),
+            "application/octet-stream": _BINARY,
+        },
         ADMISSION + LOOKUP + EXECUTION + (errors.ImageMalformed,),
         {
             "image/*": _BINARY,
             "multipart/form-data": {
                 "type": "object",
-                "properties": {"image": _BINARY, "top_k": {"type": "integer", "minimum": 1}},
+                "properties": {"image": _BINARY, "images": _BATCH, "top_k": {"type": "integer", "minimum": 1}},
             },
-            **_as_json((bodies.PhotoBody, bodies.InferRequestBody)),
+            **_as_json((bodies.PhotoBody, bodies.PhotoBatchBody, bodies.InferRequestBody)),
             "application/octet-stream": _BINARY,
         },
         query=("model", "top_k"),

@@ -146,6 +146,8 @@ class Page:
         """The prediction by the model's route, and beside it by another route where the query asks for one."""
         model = self._catalog.get(request.query.get("model") or self._settings.model, request.context.deadline)
         inference = self._reader.read(_document_request(request), model)
+        if inference.batch:
+            raise RequestMalformed("the page shows a single photo", parameter="images", hint="POST a batch to /")
         results = [self._result("the served route", request, inference)]
         if beside := request.query.get("beside", ""):
             other = self._beside(beside, model, request)

@@ -1,7 +1,7 @@
-"""Batch: photos of files and folders to a file of JSON lines, one a photo, that a later run continues.
+"""Batch: photos of files and folders to a file of JSON lines; a later run continues the file.
 
-The file is append-only. A line is written whole after its prediction, so a run that was killed leaves at most one
-incomplete last line, which the next run removes.
+The file is append-only. A line is written after its prediction, so a killed run leaves at most an incomplete last line,
+and the next run removes that line.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Predict: TypeAlias = Callable[[Sequence[bytes]], list[dict[str, Any]]]
 
 # Photos of one request: few enough for the router's deadline of 20 s on a slow edge, and for its bound on a body.
 MAX_PHOTOS, MAX_BYTES = 8, 16 * 2**20
-# A busy or restarting router is asked again for this long; a longer outage ends the run, which can be continued.
+# Requests to a busy or restarting router are repeated for this long; a longer outage ends the run.
 _RETRY_S = 120.0
 _PHOTO_ERRORS = (ImageMalformed, MediaUnsupported, RequestTooLarge)
 _BUSY = (HopBusy, NotReady, Overloaded)
@@ -67,12 +67,12 @@ class BatchResult:
 
 
 def classify_photos(request: BatchRequest, progress: Progress = silent) -> BatchResult:
-    """Append a line to the output for each photo that has none.
+    """Append a line to the output for each photo without a line.
 
     Raises:
-        RequestMalformed: a path that does not exist, a folder without files, an output that holds other lines, that
-            another run writes to, or that was made by another model or version.
-        IsthmusError: of the model or the router; lines that were written stay, and the next run continues after them.
+        RequestMalformed: a path does not exist, a folder has no files, or the output holds other lines, belongs to
+            another running run, or holds results of another model or version.
+        IsthmusError: of the model or the router; written lines stay, and the next run continues after these lines.
     """
     paths = list(dict.fromkeys(_files(request.photos)))
     with _output(request.output) as file:
@@ -94,7 +94,7 @@ def classify_photos(request: BatchRequest, progress: Progress = silent) -> Batch
 
 
 def remote_predictor(client: Client, model: str, top_k: int) -> Predict:
-    """Predictions by a router, which is asked again while it is busy; one that was never reached fails at once."""
+    """Predictions by a router; requests are repeated while the router is busy, and fail at once if never reached."""
     reached = False
 
     def is_transient(error: Exception) -> bool:
@@ -146,7 +146,7 @@ def _error_document(error: IsthmusError) -> dict[str, Any]:
 
 
 def _classify(chunk: Sequence[tuple[Path, bytes | IsthmusError]], predict: Predict) -> list[dict[str, Any]]:
-    """The lines of a chunk: one request for its photos; a photo that is a request of its own may be too large."""
+    """The lines of a chunk, by a single request; a request that is too large is divided into its photos."""
     photos = [data for _, data in chunk if isinstance(data, bytes)]
     try:
         predictions = iter(predict(photos) if photos else [])
@@ -176,7 +176,7 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
 
 
 def _chunks(paths: Sequence[Path]) -> Iterator[list[tuple[Path, bytes | IsthmusError]]]:
-    """Photos with their bytes or the error of reading them, at most MAX_PHOTOS and MAX_BYTES, or one, at a time."""
+    """Photos as bytes, or the error of reading a file; a chunk has MAX_PHOTOS and MAX_BYTES at most, or one photo."""
     chunk: list[tuple[Path, bytes | IsthmusError]] = []
     size = 0
     for path in paths:
@@ -210,7 +210,7 @@ def _output(path: Path) -> Iterator[BinaryIO]:
 
 
 def _read_lines(file: BinaryIO, path: Path) -> dict[str, Mapping[str, Any]]:
-    """The lines by photo; an incomplete last line, of a run that was killed, is removed."""
+    """The lines by photo; the incomplete last line of a killed run is removed."""
     lines: dict[str, Mapping[str, Any]] = {}
     complete = 0
     file.seek(0)

@@ -113,7 +113,9 @@ class BoundedConnection(socket.socket):
     def close(self) -> None:
         """Close; bytes received count no longer."""
         self._admission.release(self)
-        if self._refused and self._admission.lingering.acquire(blocking=False):
+        # waitress closes twice where the client reset the connection meanwhile.
+        refused, self._refused = self._refused, False
+        if refused and self._admission.lingering.acquire(blocking=False):
             threading.Thread(target=self._linger, args=(self.detach(),), daemon=True).start()
         super().close()
 

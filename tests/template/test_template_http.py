@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import select
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from http.client import HTTPConnection, HTTPResponse
@@ -17,7 +19,7 @@ import pytest
 
 from support.local_stack import http
 from support.patience import LONG_S, until
-from support.template_process import served
+from support.template_process import TEMPLATE, served
 
 HANDLER = """
 import hashlib
@@ -336,3 +338,18 @@ def test_a_malformed_url_ends_its_connection_alone(port: int) -> None:
 def test_a_client_that_expects_100_continue_is_asked_for_its_body(port: int) -> None:
     expects = b"POST /echo HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nConnection: close\r\n"
     assert answers(port, expects + b"Content-Length: 1\r\n\r\nx").startswith(b"HTTP/1.1 100")
+
+
+def test_a_refused_connection_may_be_closed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(TEMPLATE)
+    server = importlib.import_module("bounded_server")
+    near, far = socket.socketpair()
+    with far:
+        connection = server.BoundedConnection(near, server.Admission(server.Limits(0, 2**30, LONG_S)))
+        far.sendall(bytes(2 * server.FRAMING_BYTES // 16))
+        while connection.recv(2**16):  # until it is refused
+            far.sendall(bytes(2**16))
+        connection.close()
+        connection.close()
+        assert far.recv(100).startswith(b"HTTP/1.1 413")
+    assert until(lambda: not [thread for thread in threading.enumerate() if "_linger" in thread.name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,12 @@ def test_the_readme_leads_to_the_index() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_no_line_of_a_page_is_longer_than_120_characters(page: Path) -> None:
     assert [line for line in page.read_text().splitlines() if len(line) > 120 and line[0] != "|"] == []
+
+
+def test_every_advice_to_install_an_extra_names_one_that_exists() -> None:
+    project = tomllib.loads((ROOT / "shared" / "isthmus_tools" / "pyproject.toml").read_text())
+    extras = {f"isthmus_tools[{extra}]" for extra in project["project"]["optional-dependencies"]}
+    sources = [*PAGES, *(ROOT / "shared").rglob("*.py")]
+    advised = {extra for path in sources for extra in re.findall(r"install '?\"?(isthmus\w*\[\w+\])", path.read_text())}
+    assert advised
+    assert advised <= extras

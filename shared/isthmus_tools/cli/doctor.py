@@ -29,10 +29,10 @@ _NEEDED = {
     "onnx": "infers shapes",
 }
 _OPTIONAL = {
-    "torch": "imports torch models: pip install 'isthmus[torch]'",
-    "onnxscript": "imports torch models: pip install 'isthmus[torch]'",
+    "torch": "imports torch models: pip install 'isthmus_tools[torch]'",
+    "onnxscript": "imports torch models: pip install 'isthmus_tools[torch]'",
     "boto3": "reads registries on S3",
-    "matplotlib": "draws cuts: pip install 'isthmus[cli]'",
+    "matplotlib": "draws cuts: pip install isthmus_tools",
     "PIL": "reads photos",
 }
 # For the weights of a model of ordinary size, and its segments.

@@ -25,7 +25,7 @@ def new_figure(error: type[IsthmusError], **options: Any) -> Any:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as e:
-        raise error("drawing needs matplotlib", hint="pip install 'isthmus[cli]'") from e
+        raise error("drawing needs matplotlib", hint="pip install isthmus_tools") from e
     figure = Figure(layout="constrained", **options)
     FigureCanvasAgg(figure)
     return figure

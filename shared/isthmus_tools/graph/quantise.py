@@ -39,7 +39,7 @@ def quantise(whole: Path, inputs: Sequence[Mapping[str, Array]], out: Path) -> P
 
         quantization = runtime.quantization()
     except ImportError as e:
-        raise ModelError(f"quantising needs {e.name}", hint="pip install 'isthmus[cli]'") from e
+        raise ModelError(f"quantising needs {e.name}", hint="pip install isthmus_tools") from e
     if not inputs:
         raise ModelError("quantising needs inputs to calibrate with")
     with tempfile.TemporaryDirectory(prefix="isthmus-") as folder, _quiet():

@@ -64,6 +64,6 @@ def _paths(places: Mapping[str, tuple[str, str]]) -> list[Path]:
         roots = list(spec.submodule_search_locations or []) if spec else []
         path = Path(roots[0], folder, name) if roots else Path()
         if not path.is_file():
-            raise ModelError(f"the photo {name} is not there", hint="install the extra: pip install 'isthmus[zoo]'")
+            raise ModelError(f"the photo {name} is not there", hint="pip install 'isthmus_tools[zoo]'")
         paths.append(path)
     return paths

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import re
@@ -183,6 +184,24 @@ def test_the_same_photo_goes_along_another_route_beside_it(page: FlaskClient, ro
     assert lines == ["..6", "6..", *segments]
 
 
+def test_without_its_codecs_the_same_cut_sends_more(chain: Chain, photos: Published, tmp_path: Path) -> None:
+    settings = router_settings(photos, tmp_path, chain.hops, page=True, codec="half/1")
+    client = ready(create_router_app(settings).test_client())
+    options = tags(client.get("/page/choices")).values("value", "option")
+    assert "raw" in options
+    assert "cut:6" not in options  # the same as raw
+    text = client.post("/page/prediction?beside=raw", **form(photo())).get_data(as_text=True)
+    coded, raw = (int(n.replace(",", "")) for n in re.findall(r'data-fact="link_bytes">([\d,]+)<', text))
+    assert coded < raw
+
+
+def test_a_batch_in_json_is_shown_with_the_errors_of_its_photos(page: FlaskClient) -> None:
+    images = [base64.b64encode(data).decode() for data in (photo(), b"no photo")]
+    found = tags(page.post("/page/prediction", data={"document": json.dumps({"images": images})}))
+    assert "bytes over the link" in found.text
+    assert "looks like text" in found.text
+
+
 def test_another_version_of_the_model_stands_beside_it(tmp_path: Path) -> None:
     publish_photos(tmp_path / "first")
     newer = publish_photos(tmp_path / "second", seed=1, registry=tmp_path / "first" / "registry")
@@ -209,7 +228,6 @@ def test_pasted_json_is_answered(page: FlaskClient, photos: Published) -> None:
         ("/page/prediction", {"data": b"document="}, 400),
         ("/page/prediction", {"data": b"document=\xff"}, 400),
         ("/page/prediction", {"data": b"%PDF"}, 415),
-        ("/page/prediction", {"data": {"document": '{"images": ["iVBO"]}'}}, 400),
     ],
 )
 def test_a_request_that_cannot_be_served_is_an_error_as_json(

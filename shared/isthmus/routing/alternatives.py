@@ -27,12 +27,13 @@ def alternative_routes(
     `photo` sends the photo unchanged to the last hop, `cut:NAME` divides the model there and sends raw tensors.
     """
     raw = replace(selected.route, encodings=(), looks=None)
-    routes = {"raw": SelectedRoute(raw)} if any(selected.route.encodings) else {}
-    for name, other in (*_whole_routes(digest, bundle, hops), *_split_routes(digest, bundle, hops)):
-        is_selected = selected.photo is not None if other.photo else _identity(other.route) == _identity(raw)
-        if not is_selected:
-            routes[name] = other
-    return routes
+    others = (*_whole_routes(digest, bundle, hops), *_split_routes(digest, bundle, hops))
+    different = {
+        name: other
+        for name, other in others
+        if other.photo != selected.photo or (other.photo is None and _identity(other.route) != _identity(raw))
+    }
+    return ({"raw": SelectedRoute(raw)} if any(selected.route.encodings) else {}) | different
 
 
 def _whole_routes(digest: str, bundle: Bundle, hops: tuple[Hop, ...]) -> Iterator[tuple[str, SelectedRoute]]:
@@ -44,9 +45,9 @@ def _whole_routes(digest: str, bundle: Bundle, hops: tuple[Hop, ...]) -> Iterato
         yield "cloud", SelectedRoute(cloud)
         spec = bundle.preprocess
         shape = None if spec is None else made_shape(spec)
-        if shape is not None and hops[-1].encodes:
+        if spec is not None and shape is not None and hops[-1].encodes:
             tensor = photo_tensor(bundle)
-            yield "photo", SelectedRoute(cloud, PhotoInput(tensor.name, tensor.dtype, shape))
+            yield "photo", SelectedRoute(cloud, PhotoInput(tensor.name, tensor.dtype, shape, 0, spec))
 
 
 def _split_routes(digest: str, bundle: Bundle, hops: tuple[Hop, ...]) -> Iterator[tuple[str, SelectedRoute]]:

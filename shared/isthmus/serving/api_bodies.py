@@ -11,6 +11,7 @@ from msgspec import Meta, Struct
 
 from isthmus.processing.media import MAX_PHOTOS
 
+# Names end in Body: the document has them as schemas, beside the structures of the same things within.
 Bytes = Annotated[int, Meta(ge=0)]
 Milliseconds = Annotated[float, Meta(ge=0)]
 
@@ -133,6 +134,7 @@ class SegmentRunBody(Struct, omit_defaults=True):
     sent_bytes: Bytes
     received_bytes: Bytes
     input_bytes: Bytes
+    # Both only where a codec encoded an input.
     pack_ms: Milliseconds = 0.0
     codecs: dict[str, str] = {}
 
@@ -148,6 +150,7 @@ class RouteBody(Struct, omit_defaults=True):
     photo_bytes: Bytes
     input_bytes: Bytes
     segments: list[SegmentRunBody]
+    # Only of routes with closer looks.
     looks: int = 0
     looks_ended: str = ""
     plan: str = ""
@@ -171,6 +174,7 @@ class PhotoBody(Struct, omit_defaults=True):
     """A photo in base64."""
 
     image: str
+    # Five digits, as parse_top_k takes at most.
     top_k: Annotated[int, Meta(ge=1, le=99_999)] | None = None
 
 

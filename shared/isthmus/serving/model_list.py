@@ -23,6 +23,7 @@ class ModelList:
     def __init__(self, catalog: ModelCatalog, settings: RouterSettings) -> None:
         self._catalog = catalog
         self._default = settings.model.partition(":")[0]
+        # Names of other models are a detail, as in errors.
         self._names = None if settings.expose_details else (self._default,)
 
     def models(self, deadline: Deadline) -> ModelListBody:

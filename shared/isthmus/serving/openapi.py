@@ -67,6 +67,7 @@ def _as_json(body: Any) -> dict[str, Any]:
     return {"application/json": body}
 
 
+# Fragments and pages are for the page's own script, whose schema would say nothing.
 _HTML = {"text/html": {"type": "string"}}
 _TENSORS = {**_as_json(bodies.InferRequestBody), "application/octet-stream": _BINARY}
 _TENSOR_RESPONSE = {**_as_json(bodies.InferResponseBody), "application/octet-stream": _BINARY}
@@ -82,6 +83,7 @@ _MODEL_READY = Operation(
     "200 once the model's route is known", _as_json(bodies.ModelReadyBody), (*LOOKUP, errors.NotReady)
 )
 OPERATIONS: Mapping[str, Operation] = {
+    # Content-Type is not read, so that the media types are for clients that generate requests.
     "answer": Operation(
         "Predictions for a photo, a batch of photos or tensors; the body's first bytes say which it is",
         {
@@ -147,8 +149,10 @@ def openapi_document(routes: Map) -> dict[str, Any]:
         KeyError: a route without an operation.
     """
     schemas = _Schemas()
+    # Sorted by path: the app's order is that of its code.
     paths: dict[str, Any] = defaultdict(dict)
     for rule in sorted(routes.iter_rules(), key=lambda rule: rule.rule):
+        # Flask adds HEAD and OPTIONS by itself.
         for method in sorted((rule.methods or set()) - {"HEAD", "OPTIONS"}):
             paths[re.sub("<(?:[a-z]+:)?([a-z]+)>", r"{\1}", rule.rule)][method.lower()] = _operation(rule, schemas)
     return {

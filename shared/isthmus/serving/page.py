@@ -39,6 +39,7 @@ ASSETS: Mapping[str, str] = {
     "uPlot.iife.min.js": "text/javascript",
     "uPlot.min.css": "text/css",
 }
+# How long browsers use an asset unasked: short, since an update of the function keeps the names.
 _ASSET_SECONDS = 300
 # The field of a pasted JSON document, as browsers encode a form.
 _DOCUMENT = b"document="
@@ -96,6 +97,7 @@ class Page:
     def serve_on(self, app: FunctionApp) -> None:
         """Add the routes."""
         self._app = app
+        # The app's own loader looks beside the handler, in the function's folder.
         app.flask.jinja_loader = FileSystemLoader(ROOT / "templates")
         app.flask.jinja_env.filters["segment_name"] = segment_name
         for rule, endpoint, view in (
@@ -110,6 +112,7 @@ class Page:
 
     def page(self) -> Response:
         """The page, for browsers alone: other clients get the 405 of a router without a page."""
+        # Probes and curl accept anything; only browsers name HTML.
         if "text/html" not in request.headers.get("Accept", ""):
             raise MethodNotAllowed(valid_methods=["OPTIONS", "POST"])
         return _html("page.html", version=isthmus.__version__, model=self._settings.model)
@@ -146,13 +149,12 @@ class Page:
         """The prediction by the model's route, and beside it by another route where the query asks for one."""
         model = self._catalog.get(request.query.get("model") or self._settings.model, request.context.deadline)
         inference = self._reader.read(_document_request(request), model)
-        if inference.batch:
-            raise RequestMalformed("the page shows a single photo", parameter="images", hint="POST a batch to /")
         results = [self._result("the served route", request, inference)]
         if beside := request.query.get("beside", ""):
             other = self._beside(beside, model, request)
             results.append(self._result(route_title(beside), request, replace(inference, model=other)))
-        scale_ms = max(bar.ms + bar.pack_ms for result in results for bar in result.stages)
+        # One scale for both columns, so that their bars compare.
+        scale_ms = max((bar.ms + bar.pack_ms for result in results for bar in result.stages), default=0.0)
         return _html("prediction.html", results=results, scale_ms=scale_ms or 1.0)
 
     def _beside(self, name: str, model: ServedModel, request: FunctionRequest) -> ServedModel:
@@ -165,6 +167,7 @@ class Page:
         routes = self._catalog.alternatives(model)
         if name in routes:
             return replace(model, route=routes[name])
+        # A tensor's name, and so a cut's, may hold a colon.
         if ":" not in name or name.startswith("cut:"):
             raise Missing(f"there is no route {name[:80]!r}", kind="route", name=name[:80], exists=sorted(routes))
         other = self._catalog.get(name, request.context.deadline)
@@ -174,6 +177,7 @@ class Page:
 
     def _result(self, title: str, request: FunctionRequest, inference: InferenceRequest) -> PageResult:
         timings = Timings()
+        # Timings of its own: both results name their stages alike.
         response = self._predictor.respond(request._replace(timings=timings), inference)
         total_ms = timings.elapsed() * 1000
         request.timings.stages.extend(timings.stages)
@@ -198,6 +202,7 @@ def segment_name(segment: str) -> str:
 
 def stage_bars(timings: Timings) -> Iterator[StageBar]:
     """A bar for each stage, hops with their parts: `hop0-run` and `hop0-pack` belong to `hop0`."""
+    # A name is unique in a request: closer looks are again0, again1, ….
     stages = {name: (seconds * 1000, segment) for name, seconds, segment in timings.stages}
     for name, (ms, segment) in stages.items():
         if name.endswith(("-run", "-pack")):
@@ -223,6 +228,7 @@ def _document_request(request: FunctionRequest) -> FunctionRequest:
 
 
 def _html(template: str, **values: Any) -> Response:
+    # 16 bytes: as many as CSP asks for at least (W3C CSP 3, 2.3.1).
     nonce = secrets.token_urlsafe(16)
     response = Response(render_template(template, nonce=nonce, **values), mimetype="text/html")
     response.headers["Content-Security-Policy"] = (
@@ -231,5 +237,6 @@ def _html(template: str, **values: Any) -> Response:
     )
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers["Referrer-Policy"] = "no-referrer"
+    # A nonce is for one response, and models change.
     response.cache_control.no_store = True
     return response

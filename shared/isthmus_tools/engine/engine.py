@@ -20,7 +20,7 @@ from isthmus_tools.engine.async_queue import AsyncQueue
 from isthmus_tools.engine.callbacks import CallbackPolicy, parse_networks
 from isthmus_tools.engine.credentials import PASSWORD_FILE, USER, SecretFolder, ensure_password
 from isthmus_tools.engine.fleet import EngineContext, Fleet
-from isthmus_tools.engine.gateway import create_gateway, create_runner
+from isthmus_tools.engine.gateway import create_gateway, create_runner, page_path
 from isthmus_tools.engine.proxy import ReverseProxy, open_session
 from isthmus_tools.engine.stack import StackFile, build_folder
 from isthmus_tools.engine.telemetry import Event, InvocationMetrics, OnEvent, ignore_event, shielded
@@ -205,6 +205,8 @@ async def _running(options: EngineOptions) -> AsyncIterator[_RunningEngine]:
             report(Event("listening", url))
             login = f"faas-cli login -g {url} -u {USER} --password-stdin < {shlex.quote(str(state / PASSWORD_FILE))}"
             report(Event("login", login))
+            if path := page_path(fleet):
+                report(Event("page", f"{url}{path}"))
             yield _RunningEngine(url, password, fleet)
 
 

@@ -179,10 +179,9 @@ class _Api:
 
     async def index(self, request: web.Request) -> web.Response:
         """Redirect to the page of the first router; OpenFaaS's gateway redirects to its own page."""
-        routers = [s.name for s in self._fleet if "hops" in s.deployment.spec.environment]
-        if not routers:
+        if not (path := page_path(self._fleet)):
             return web.Response(status=404, text="no function here has the setting hops, as routers do")
-        return web.Response(status=302, headers={"Location": f"/function/{routers[0]}/"})
+        return web.Response(status=302, headers={"Location": path})
 
     async def health(self, request: web.Request) -> web.Response:
         return web.Response(text="OK")
@@ -192,6 +191,11 @@ class _Api:
         return web.Response(
             body=self._metrics.expose(replicas), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
         )
+
+
+def page_path(fleet: Fleet) -> str:
+    """Path of the page of the first router; empty without a router. Only routers have the setting `hops`."""
+    return next((f"/function/{s.name}/" for s in fleet if "hops" in s.deployment.spec.environment), "")
 
 
 @web.middleware

@@ -117,7 +117,7 @@ async function measure() {
       const requests = (now.requests - before.requests) / took;
       const sent = Math.max(0, now.sent - before.sent) / took / 1000;
       put("requests", requests.toFixed(1));
-      put("ms", timed > 0 ? ((now.seconds - before.seconds) / timed * 1000).toFixed(1) : "–");
+      if (timed > 0) put("ms", ((now.seconds - before.seconds) / timed * 1000).toFixed(1)); // else the last one stays
       put("sent", sent.toFixed(1));
       put("flight", String(now.flight));
       [Date.now() / 1000, requests, sent].forEach((value, i) => {

@@ -28,7 +28,7 @@ from isthmus.wire.json_bounds import parsed_bytes
 CONTENT_TYPE = "application/vnd.isthmus.frame"
 MAGIC = b"ISTHMUS\x01"
 """First bytes of every frame; the last byte is the format's version."""
-# Refinements of tensors that the reader had cached, in earlier releases. The number is taken for good.
+# In earlier releases, refinements of tensors that the reader had cached. The number is never used again.
 _VERSION_OF_REFINEMENTS = 2
 
 ALIGNMENT = 64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import re
@@ -30,6 +31,7 @@ from support.bundles import (
     served,
 )
 from support.bundles import photos as photos
+from support.paths import ROOT
 from support.routers import Chain, local_router, oip_json
 from support.routers import chain as chain
 
@@ -140,6 +142,24 @@ def test_assets_are_package_data_with_their_type(page: FlaskClient, asset: str) 
     answer = page.get(f"/page/{asset}")
     assert (answer.status_code, answer.mimetype) == (200, ASSETS[asset])
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_vendored_files_are_those_that_are_listed_with_their_licences() -> None:
+    folder = ROOT / "shared" / "isthmus" / "serving" / "static"
+    rows = re.findall(
+        r"^\| (\S+) \| .* ([\w.]+LICENSE) \| (\w{64}) \|$", (folder / "VENDORED.md").read_text(), re.MULTILINE
+    )
+    assert {name for name, _, _ in rows} == ASSETS.keys() - {"page.js", "page.css"}
+    for name, licence, digest in rows:
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+        assert (folder / licence).stat().st_size > 0
+
+
+def test_no_template_switches_escaping_off() -> None:
+    templates = sorted((ROOT / "shared" / "isthmus" / "serving" / "templates").iterdir())
+    assert {path.suffix for path in templates} == {".html"}  # Flask escapes in these
+    for path in templates:
+        assert not re.search(r"\|\s*safe|autoescape|Markup", path.read_text()), path
 
 
 @pytest.mark.parametrize("asset", ["page.py", "..%2fpage.py", "htmx.LICENSE", ""])

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from isthmus.artifacts.bundle import Blob, digest_of, subject_digest
 from isthmus.artifacts.choice import CODEC_IDS, INPUT_CODECS, Choice, Look
-from isthmus.artifacts.fidelity import measure_for, model_digest, offered, read_fidelity, to_json
+from isthmus.artifacts.fidelity import Entry, measure_for, model_digest, offered, read_fidelity, to_json
 from isthmus.artifacts.plan import CloserLooks, Coding, read_plan
 from isthmus.errors import CalibrationError
 from isthmus.registry import FolderStore, Registry, SegmentCache
@@ -26,6 +26,7 @@ from isthmus_tools.calibration.inputs import list_files, open_source, split
 from isthmus_tools.cli import app
 from isthmus_tools.graph import add_cuts
 from isthmus_tools.planner.publishing import carry_over, publish_plan
+from isthmus_tools.usecases.codec_choice import apply_command
 from support.bundles import Published, pair_model, photo, publish, publish_photos
 from support.executors import executor_of
 from support.plans import candidate, plan_for
@@ -118,7 +119,8 @@ def test_the_codec_command_shows_the_curves_and_finds_targets(calibrated: tuple[
     assert all(len(e["looks"]) == len(e["shares"]) for e in found["entries"])
     assert found["chosen"] == {}
     picture = tmp_path / "curves.svg"
-    result = isthmus("codec", "photos", "--at", "6", "--agreement", "0.99", "--picture", picture, "--registry", folder)
+    targets = ("--agreement", "0.99", "--picture", picture, "--all")
+    result = isthmus("codec", "photos", "--at", "6", *targets, "--registry", folder)
     assert result.exit_code == 0, result.output
     assert "keeps" in result.stdout
     assert "jpeg 85" in result.stdout
@@ -134,11 +136,42 @@ def test_the_codec_command_shows_the_curves_and_finds_targets(calibrated: tuple[
     )
 
 
+def test_the_codec_command_shows_the_front_with_the_choice_on_top_and_how_to_serve_it(
+    calibrated: tuple[Path, Any],
+) -> None:
+    folder, said = calibrated
+    text = isthmus("codec", "photos", "--registry", folder).stdout
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
+    entries = {str(Choice(e["codec"], e["quality"], tuple(Look(**k) for k in e["looks"]))): e for e in said["entries"]}
+    assert rows[0][0].startswith("→ ")
+    top = entries[rows[0][0].removeprefix("→ ")]
+    assert top["bytes"] == min(e["bytes"] for e in said["entries"] if e["offered"] and e["codec"] != "raw")
+    front = [entries[row[0]] for row in rows[1:] if row[0] in entries]
+    for entry in front:
+        others = [e for e in said["entries"] if e != entry]
+        assert not any(e["bytes"] <= entry["bytes"] and e["agreement"] > entry["agreement"] for e in others)
+    assert 0 < len(front) < len(said["entries"]) - 1
+    command = f"isthmus up --model photos:2 --env router:codec={top['codec']}"
+    assert f"to serve with it: {command}" in text
+    applied = document(isthmus("codec", "photos", "--registry", folder, "--json"))["apply"]
+    assert applied["6"].startswith(command)
+
+
+def test_the_command_that_applies_a_codec_goes_past_a_plan_and_another_default_cut(photos: Published) -> None:
+    entry = Entry("6", "int8/1", 1.0, 1.0, 1.0, 1.0, 0.0, 10, 10, 8.0, 0.0, 0.0, 0.0, True, 1.0)
+    bundle = structs.replace(photos.bundle, default_cuts=("6",))
+    assert apply_command("m", bundle, entry) == "isthmus up --model m --env router:codec=int8/1"
+    planned = structs.replace(bundle, plan=Blob(digest_of(b""), 0))
+    for other in (structs.replace(bundle, default_cuts=("1",)), planned):
+        assert apply_command("m", other, entry).endswith("--env router:codec=int8/1 --env router:cuts=6")
+
+
 def test_calibrating_shows_a_table_for_people(photos: Published, album: Path) -> None:
     result = isthmus("calibrate", "photos", "--data", album, "--at", "6", "--inputs", 16, "--registry", photos.folder)
     assert result.exit_code == 0, result.output
     assert "photos:2" in result.stdout
-    assert "transform/4@0.5333" in result.stdout
+    assert "│ → " in result.stdout
+    assert "more take more bytes for no more agreement" in result.stdout
 
 
 def test_calibrating_keeps_a_plan_that_calibration_does_not_touch(photos: Published, album: Path) -> None:

@@ -141,6 +141,26 @@ def test_cuts_lists_what_crosses(model: Path) -> None:
     assert "r1 float32[batch, 4]" in text
 
 
+def test_cuts_shows_the_ten_best_and_marks_the_default(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Relu", [f"r{i}" if i else "x"], [f"r{i + 1}"]) for i in range(30)]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 8]) for name in ("x", "r30")]
+    path = tmp_path / "deep.onnx"
+    graph = helper.make_graph(nodes, "deep", ends[:1], ends[1:])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    rows = [line for line in isthmus("cuts", path).stdout.splitlines() if line.startswith("│")]
+    assert len(rows) == 10
+    best = document(isthmus("cuts", path, "--json"))
+    assert len(best["best"]) == 10
+    assert [row for row in rows if f"→ {best['default']} " in row] == [row for row in rows if "→" in row]
+    every = [line for line in isthmus("cuts", path, "--all").stdout.splitlines() if line.startswith("│")]
+    assert len(every) == len(best["cuts"]) > 20
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_helps_by_h(command: str) -> None:
+    assert isthmus(command, "-h").stdout == isthmus(command, "--help").stdout != ""
+
+
 def test_cuts_draws_a_picture(model: Path, tmp_path: Path) -> None:
     picture = tmp_path / "cuts.png"
     assert isthmus("cuts", model, "--shape", "x=1x8", "--picture", picture).exit_code == 0

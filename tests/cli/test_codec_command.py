@@ -28,7 +28,7 @@ CHAINS = [replace(PLAIN, looks=LOOKS[:n], shares=(0.45, 0.12, 0.03)[:n]) for n i
 def shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int) -> list[str]:
     monkeypatch.setattr(console, "out", console.Console(width=width, force_terminal=True, color_system=None))
     fidelity = Fidelity("s", 0.99, Measure("top1", "logits"), Inputs("x", 1, 1, 200), tuple(CHAINS))
-    show(fidelity, "65")
+    show(fidelity, "65", every=True)
     return [line for line in capsys.readouterr().out.splitlines() if line.startswith(("│", "┃"))]
 
 

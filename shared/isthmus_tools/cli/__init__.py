@@ -57,6 +57,9 @@ def load(name: str) -> Callable[..., None]:
 _UsageError: Any = typer.BadParameter.__base__
 
 
+_HELP = {"help_option_names": ["-h", "--help"]}
+
+
 class _Commands(TyperGroup):
     """Commands by name, imported when called: importing all of them takes a second."""
 
@@ -72,9 +75,9 @@ class _Commands(TyperGroup):
             return None
         single = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False, rich_markup_mode="markdown")
         if self._lists:
-            single.command(cmd_name, help=COMMANDS[cmd_name])(lambda: None)
+            single.command(cmd_name, help=COMMANDS[cmd_name], context_settings=_HELP)(lambda: None)
         else:
-            single.command(cmd_name)(load(cmd_name))
+            single.command(cmd_name, context_settings=_HELP)(load(cmd_name))
         command = get_command(single)
         return command if isinstance(command, TyperCommand) else None
 
@@ -102,6 +105,7 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
+    context_settings=_HELP,
     add_completion=False,
     pretty_exceptions_show_locals=False,
     rich_markup_mode="markdown",

@@ -72,6 +72,7 @@ def calibrate(
     from isthmus.registry.registry import check_alias
     from isthmus_tools.calibration.inputs import list_files
     from isthmus_tools.usecases import calibrate as use_case
+    from isthmus_tools.usecases.codec_choice import best_entry
 
     with errors(as_json):
         if alias:  # before the folder is read, which may take long
@@ -108,7 +109,7 @@ def calibrate(
             )
             return
         for cut in calibrated.fidelity.cuts():
-            show(calibrated.fidelity, cut)
+            show(calibrated.fidelity, cut, top=best_entry(calibrated.fidelity, cut))
         for tensor, why in calibrated.skipped.items():
             say(f"{tensor} has no table: {why}")
         tables = calibrated.bundle.tables.values()

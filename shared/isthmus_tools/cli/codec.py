@@ -46,15 +46,21 @@ def codec(
     picture: Annotated[
         Path | None, typer.Option(help="Draw the curves to this .png or .svg file; a panel for each cut.")
     ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Every row, not only the Pareto front of bytes and agreement.")
+    ] = False,
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: AsJson = False,
 ) -> None:
     """Show the fidelity and cost of every codec, beside JPEG and WebP of the input; or choose one by targets.
 
+    The choice of fewest bytes on offer stands on top, with the command that serves with it.
+
     Example: `isthmus codec efficientnet-lite0 --agreement 0.99 --picture curves.svg`
     """
     from isthmus.artifacts.fidelity import choose
     from isthmus_tools.usecases.calibrate import published_fidelity
+    from isthmus_tools.usecases.codec_choice import apply_command, best_entry
 
     with errors(as_json):
         if picture is not None:
@@ -70,25 +76,36 @@ def codec(
             from isthmus_tools.figures.fidelity import draw
 
             draw(fidelity, cuts, name, picture)
+        top = {cut: choices.get(cut) or best_entry(fidelity, cut) for cut in cuts}
+        commands = {cut: apply_command(name, version.bundle, entry) for cut, entry in top.items() if entry is not None}
         if as_json:
-            print_json({"name": version.name, "version": version.version, **document(fidelity, cuts, choices)})
+            rows = document(fidelity, cuts, choices)
+            print_json({"name": version.name, "version": version.version, **rows, "apply": commands})
             return
         for cut in cuts:
-            show(fidelity, cut)
-        for cut, entry in choices.items():
-            below = "" if entry.offered else f", below the bundle's limit of {fidelity.limit:.1%}"
-            say(f"cut {cut}: {entry.choice} keeps {entry.agreement:.1%} in {format_size(entry.bytes)}{below}")
+            show(fidelity, cut, every=every, top=top[cut])
+            if (entry := choices.get(cut)) is not None:
+                below = "" if entry.offered else f", below the bundle's limit of {fidelity.limit:.1%}"
+                say(f"cut {cut}: {entry.choice} keeps {entry.agreement:.1%} in {format_size(entry.bytes)}{below}")
+            if cut in commands:
+                say(f"to serve with it: {commands[cut]}")
         if picture is not None:
             say(f"drawn: {picture}")
 
 
-def show(fidelity: Fidelity, cut: str) -> None:
-    """Print the codecs at one cut, most bytes first, and the pictures of the input for comparison.
+def show(fidelity: Fidelity, cut: str, *, every: bool = False, top: Entry | None = None) -> None:
+    """Print the codecs at one cut: `top` first, then the Pareto front, or `every` entry, most bytes first.
 
-    Units: bits for one value, milliseconds of encoding and of decoding.
+    Pictures of the input are printed for comparison. Units: bits for one value, milliseconds of encoding and of
+    decoding.
     """
-    entries = sorted((e for e in fidelity.entries if e.cut == cut), key=lambda e: -e.bytes)
-    pictures = sorted(fidelity.references, key=lambda r: -r.bytes)
+    from isthmus_tools.usecases.codec_choice import pareto_front
+
+    entries, pictures = [e for e in fidelity.entries if e.cut == cut], list(fidelity.references)
+    count = len(entries) + len(pictures)
+    if not every:
+        entries, pictures = pareto_front(entries), pareto_front(pictures)
+    rows = [*([top] if top is not None else []), *sorted((e for e in entries if e != top), key=lambda e: -e.bytes)]
     same = "same, %"
     table(
         f"cut {cut}: {fidelity.inputs.held_out} inputs held out; the same answer: {_rule(fidelity)}; "
@@ -97,19 +114,24 @@ def show(fidelity: Fidelity, cut: str) -> None:
         [
             *(
                 (
-                    str(e.choice),
+                    f"→ {e.choice}" if e == top else str(e.choice),
                     _bounded(e),
                     format_size(e.bytes),
                     f"{e.bits:.2f}",
                     f"{e.pack_ms:.2f}+{e.unpack_ms:.2f}",
                     _offered(e),
                 )
-                for e in entries
+                for e in rows
             ),
-            *((f"{r.codec} {r.quality}", _bounded(r), format_size(r.bytes), "", "", "input") for r in pictures),
+            *(
+                (f"{r.codec} {r.quality}", _bounded(r), format_size(r.bytes), "", "", "input")
+                for r in sorted(pictures, key=lambda r: -r.bytes)
+            ),
         ],
         numbers=[same, "bytes", "bits", "ms"],
     )
+    if (hidden := count - len(rows) - len(pictures)) > 0:
+        say(f"{hidden} more take more bytes for no more agreement: isthmus codec … --all")
 
 
 def _offered(entry: Entry) -> str:

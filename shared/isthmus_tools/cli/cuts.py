@@ -12,6 +12,9 @@ from isthmus.units import format_size
 from isthmus_tools.cli.console import errors, print_json, progress_bars, say, table
 from isthmus_tools.cli.options import PICTURES, AsJson, Examples, Shapes, check_output
 
+# The rows of a table without --all.
+_SHOWN = 10
+
 
 def cuts(
     model: Annotated[str, typer.Argument(help="An ONNX file, or a torch model as package.module:factory or .pt2.")],
@@ -22,9 +25,12 @@ def cuts(
     picture: Annotated[
         Path | None, typer.Option(help="Draw bytes and work along the graph to this .png or .svg file.")
     ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every cut, not only the ten best and the default.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """List the cuts of a model along its graph: the boundary tensors, their bytes, and the work before them.
+
+    Prints the ten that suit best as a default, by their bytes; → marks the cut that an import without --cut takes.
 
     Example: `isthmus cuts detector.onnx --shape x=1x3x320x640 --picture cuts.png`
     """
@@ -62,26 +68,33 @@ def cuts(
                         }
                         for c in result.cuts
                     ],
+                    "best": list(result.best[:_SHOWN]),
+                    "default": result.best[0] if result.best else None,
                     "picture": str(picture) if picture else None,
                 }
             )
             return
+        best = result.best[:_SHOWN]
+        shown = [c for c in result.cuts if every or not best or c.name in best]
         table(
             f"{len(result.cuts)} cuts of {Path(model).name}: {len(graph.nodes)} nodes,"
             f" {graph.total_macs / 1e6:.1f} M MACs",
             ["cut", "after", "MACs before", "bytes", "tensors"],
             [
                 (
-                    c.name,
+                    f"→ {c.name}" if c.name in best[:1] else c.name,
                     f"{c.op} (fused)" if c.name in result.fused else c.op,
                     f"{c.macs_before:.1%}",
                     format_size(c.bytes),
                     _tensors(c.tensors, c.passing),
                 )
-                for c in result.cuts
+                for c in shown
             ],
             numbers=["cut", "MACs before", "bytes"],
         )
+        if best:
+            more = f"; {len(result.cuts) - len(shown)} more: --all" if len(shown) < len(result.cuts) else ""
+            say(f"→ is the cut that isthmus import takes without --cut{more}")
         if picture is not None:
             say(f"drawn: {picture}")
 

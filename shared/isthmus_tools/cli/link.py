@@ -36,7 +36,7 @@ def link(
         int, typer.Option(help="Port to listen on, on 127.0.0.1; 0 takes a free one.", min=0, max=65535)
     ] = 0,
     uplink: Annotated[str, typer.Option(help=f"Rate from client to target, {_RATE}")] = "unlimited",
-    downlink: Annotated[str, typer.Option(help=f"Rate from target to client, {_RATE}")] = "unlimited",
+    downlink: Annotated[str, typer.Option(help=f"Rate from target to client, {_RATE} As --uplink if not given.")] = "",
     rtt: Annotated[str, typer.Option(help="Round-trip time, half of it each way.")] = "0ms",
     jitter: Annotated[str, typer.Option(help="The round trip varies by up to ± this.")] = "0ms",
     up_delay: Annotated[str | None, typer.Option(help="Delay from client to target, instead of half of --rtt.")] = None,
@@ -57,7 +57,7 @@ def link(
     with errors(as_json):
         shape = LinkShape(
             uplink_bps=read_option(parse_rate, "--uplink", uplink),
-            downlink_bps=read_option(parse_rate, "--downlink", downlink),
+            downlink_bps=read_option(parse_rate, "--downlink", downlink or uplink),
             rtt_s=read_option(parse_duration, "--rtt", rtt),
             jitter_s=read_option(parse_duration, "--jitter", jitter),
             up_delay_s=None if up_delay is None else read_option(parse_duration, "--up-delay", up_delay),

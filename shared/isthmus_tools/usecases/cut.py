@@ -12,7 +12,7 @@ from isthmus.registry import open_cache, open_registry
 from isthmus.registry.registry import check_alias
 from isthmus.settings import RegistrySettings
 from isthmus_tools.graph import CutInfo, Model, add_cuts, cuts, open_model
-from isthmus_tools.graph.cuts import within_quantised_operators
+from isthmus_tools.graph.cuts import default_cuts, within_quantised_operators
 from isthmus_tools.progress import Progress, silent
 from isthmus_tools.usecases.publication import Publication, findings, publish_version
 from isthmus_tools.usecases.sources import ModelInputs, onnx_file
@@ -73,11 +73,16 @@ def cut(request: CutRequest, progress: Progress = silent) -> CutResult:
 
 @dataclass(frozen=True)
 class CutList:
-    """A model's cuts; `fused` names the cuts inside a quantised operator, which runtimes execute whole."""
+    """A model's cuts along its graph.
+
+    `fused` names the cuts inside a quantised operator, which runtimes execute whole. `best` names the cuts that suit as
+    a default, fewest bytes first: the first is what an import without cuts takes.
+    """
 
     model: Model
     cuts: Sequence[CutInfo]
     fused: frozenset[str]
+    best: tuple[str, ...] = ()
 
 
 def list_cuts(model: str, inputs: ModelInputs, *, single: bool = False, progress: Progress = silent) -> CutList:
@@ -92,4 +97,6 @@ def list_cuts(model: str, inputs: ModelInputs, *, single: bool = False, progress
         inputs.check_free(opened.specs)
         listed = [c for c in cuts(opened) if not single or len(c.tensors) == 1]
         within = {str(value.name) for value in within_quantised_operators(opened)}
-    return CutList(opened, listed, frozenset(c.name for c in listed if within & {t.name for t in c.tensors}))
+        names = {c.name for c in listed}
+        best = tuple(c.name for c in default_cuts(opened) if c.name in names)
+    return CutList(opened, listed, frozenset(c.name for c in listed if within & {t.name for t in c.tensors}), best)

@@ -71,11 +71,13 @@ def add_rivals(report: Report, duels: Sequence[Rivals]) -> None:
         for label, c in (("split", d.split), ("other", d.other)):
             row |= {label: c.name if c else None, f"{label} ms": c.seconds * 1000 if c else None}
         row["split faster by %"] = None if d.gain is None else d.gain * 100
+        row |= {"best": d.kind, "best as predicted": d.predicted}
         rows.append(row)
     report.add("the best split and the best of the rest, medians of a duel", rows)
     counts: list[Row] = []
     for name, slowdown in dict.fromkeys((d.model, d.slowdown) for d in duels):
-        gains = [d.gain for d in duels if (d.model, d.slowdown) == (name, slowdown) and d.gain is not None]
+        both = [d for d in duels if (d.model, d.slowdown) == (name, slowdown) and d.gain is not None]
+        gains = [d.gain for d in both if d.gain is not None]
         wins = [gain * 100 for gain in gains if gain > 0]
         counts.append(
             {
@@ -83,6 +85,7 @@ def add_rivals(report: Report, duels: Sequence[Rivals]) -> None:
                 "edge": f"{slowdown:g}x slower",
                 "cells": len(gains),
                 "split best in": len(wins),
+                "best as predicted in": sum(d.kind == d.predicted for d in both),
                 "median gain %": statistics.median(wins) if wins else None,
                 "largest gain %": max(wins, default=None),
             }

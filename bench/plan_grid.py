@@ -133,13 +133,24 @@ class Cell:
 
 @dataclass(frozen=True)
 class Rivals:
-    """The best split and the best of the rest in a network, measured in a duel; None where nothing of the kind ran."""
+    """The best split and the best of the rest in a network, measured in a duel; None where nothing of the kind ran.
+
+    `predicted` is the kind of the best candidate by prediction.
+    """
 
     model: str
     slowdown: float
     conditions: Conditions
     split: Candidate | None
     other: Candidate | None
+    predicted: str
+
+    @property
+    def kind(self) -> str:
+        """The kind of the measured best; "" where only one of the two ran."""
+        if self.gain is None or self.split is None or self.other is None:
+            return ""
+        return self.split.kind if self.gain > 0 else self.other.kind
 
     @property
     def gain(self) -> float | None:
@@ -150,14 +161,16 @@ class Rivals:
 def rivals(bench: Bench, cell: Conditions) -> Rivals:
     """Measure the promising candidates, of the calibrated model where there is one, then the two rivals interleaved."""
     candidate_set = bench.calibrated or bench.by_planner
-    some = contenders(candidate_set.predict(cell), "latency", LIMITS)
+    predictions = candidate_set.predict(cell)
+    _, favourite, _ = choose(predictions, "latency", LIMITS)
+    some = contenders(predictions, "latency", LIMITS)
     ran = bench.measure(candidate_set, some, cell, eliminate=True, rounds=bench.rounds)
     able = sorted((c for c in ran if c.measured and not violations(c, LIMITS)), key=lambda c: c.seconds)
     best = [next((c for c in able if (c.kind == "split") is wanted), None) for wanted in (True, False)]
     duellists = [c for c in best if c is not None]
     duel = bench.measure(candidate_set, duellists, cell, eliminate=False, rounds=2 * bench.rounds)
     split, other = (next((c for c in duel if (c.kind == "split") is wanted), None) for wanted in (True, False))
-    return Rivals(bench.model.name, bench.slowdown, cell, split, other)
+    return Rivals(bench.model.name, bench.slowdown, cell, split, other, favourite.kind)
 
 
 @contextlib.contextmanager

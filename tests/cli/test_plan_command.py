@@ -18,8 +18,9 @@ from isthmus.artifacts.plan import from_json, read_plan
 from isthmus.errors import LocalError, ModelError
 from isthmus.serving import create_router_app, create_segment_app
 from isthmus_tools.netem.process import link_to
+from isthmus_tools.planner.choice import MAP_RATES
 from isthmus_tools.planner.publishing import publish_plan
-from isthmus_tools.planner.regions import MAP_RATES, SLOWDOWNS
+from isthmus_tools.planner.regions import SLOWDOWNS
 from isthmus_tools.profiling import profiles
 from support.bundles import (
     Published,

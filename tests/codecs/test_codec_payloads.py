@@ -24,7 +24,7 @@ from isthmus.errors import FrameError, FrameMalformed
 from isthmus.wire import frame as frames
 from isthmus.wire.frame import DTYPES, Frame
 from support.bundles import photo
-from support.patience import least, peak_of
+from support.patience import peak_of
 
 FUZZ_ROUNDS = 20_000
 
@@ -296,7 +296,7 @@ def test_a_payload_that_would_decode_to_more_than_its_tensor_allocates_nothing(c
         with pytest.raises(ValueError, match=r"section|zstd"):
             decode(codec, payload, dtype, (50_000,))
 
-    assert least(lambda: peak_of(refuse), 2**20) < 2**20
+    assert peak_of(refuse, 2**20) < 2**20
 
 
 def test_a_frame_of_many_small_payloads_unpacks_to_no_more_than_its_bound() -> None:
@@ -311,7 +311,7 @@ def test_a_frame_of_many_small_payloads_unpacks_to_no_more_than_its_bound() -> N
             frames.decode(data, max_bytes=BOUND)
         assert e.value.facts["rule"] == "unpacked"
 
-    assert least(lambda: peak_of(refuse), 2 * BOUND) < 2 * BOUND
+    assert peak_of(refuse, 2 * BOUND) < 2 * BOUND
 
 
 def test_20_000_mutated_frames_of_encoded_tensors_raise_nothing_but_frame_errors() -> None:

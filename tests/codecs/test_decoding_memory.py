@@ -24,7 +24,7 @@ from isthmus_tools.calibration.transforms import learn_planes
 from support.activations import activations
 from support.bundles import Published, ready, segment_settings
 from support.bundles import photos as photos
-from support.patience import least, peak_of
+from support.patience import peak_of
 from support.plain_codecs import PLAIN
 from support.row_tables import sentence, table_of
 
@@ -56,7 +56,7 @@ def assert_bounded(codec: str, array: Array, payload: bytes, table: object = Non
     bound = array.nbytes + find_codec(codec).working_bytes(array.dtype, array.shape) + SLACK
     view = memoryview(payload).toreadonly()
     decode = find_codec(codec).decode
-    assert least(lambda: peak_of(lambda: decode(view, array.dtype, array.shape, table)), bound) < bound
+    assert peak_of(lambda: decode(view, array.dtype, array.shape, table), bound) < bound
 
 
 @pytest.mark.parametrize("codec", PLAIN)
@@ -97,7 +97,7 @@ def test_a_transform_allocates_no_more_than_it_says_the_first_time(
         table = PlaneTable.from_arrays(small_planes.to_arrays())
         find_codec(codec).decode(memoryview(payload), array.dtype, array.shape, table)
 
-    assert least(lambda: peak_of(decode), bound) < bound
+    assert peak_of(decode, bound) < bound
 
 
 def test_rows_allocate_no_more_than_they_say(rows: RowTable) -> None:
@@ -119,7 +119,7 @@ def test_a_few_bytes_that_stand_for_a_large_tensor_are_refused_before_anything_i
             frames.decode(data, max_bytes=64 * 2**20, tables=lambda *_: small_planes)
         assert e.value.facts == {"rule": "unpacked", "limit": 64 * 2**20}
 
-    assert least(lambda: peak_of(refuse), 2**20) < 2**20
+    assert peak_of(refuse, 2**20) < 2**20
 
 
 @pytest.mark.parametrize("codec", [*PLAIN, TRANSFORM_ID])
@@ -159,4 +159,4 @@ def test_tensors_that_a_segment_does_not_take_are_not_decoded(photos: Published,
         assert (answer.status_code, answer.json["type"]) == (400, "ShapeMismatch")
         assert "r1" in answer.json["error"]
 
-    assert least(lambda: peak_of(refuse), 2**20) < 2**20
+    assert peak_of(refuse, 2**20) < 2**20

@@ -27,7 +27,7 @@ from isthmus.wire.frame import Frame
 from isthmus.wire.json_bounds import parsed_bytes
 from support.bundles import Published, ready, router_settings, segment_settings
 from support.bundles import photos as photos
-from support.patience import LONG_S, least, peak_of
+from support.patience import LONG_S, peak_of
 
 COUNT = 30_000
 
@@ -89,7 +89,7 @@ JSON_KINDS = {
 def test_parsing_json_takes_no_more_than_it_is_counted_for(kind: str) -> None:
     text = b'{"a":' + JSON_KINDS[kind] + b"}"
     bound = parsed_bytes(text)
-    assert least(lambda: peak_of(lambda: oip.read_document(text)), bound) < bound
+    assert peak_of(lambda: oip.read_document(text), bound) < bound
 
 
 @pytest.mark.parametrize("path", ["/", "/v2/models/photos/infer"])
@@ -104,7 +104,7 @@ def test_json_that_parses_to_more_than_requests_may_take_is_refused_unparsed(
         assert (answer.status_code, answer.json["type"]) == (413, "RequestTooLarge")
         assert answer.json["facts"]["limit"] == 2**23
 
-    assert least(lambda: peak_of(refuse), 2**22) < 2**22
+    assert peak_of(refuse, 2**22) < 2**22
     assert client.post("/", data=infer()).status_code == 200
 
 
@@ -175,7 +175,7 @@ def test_numbers_of_a_response_take_little_more_than_its_text() -> None:
         assert body.endswith(b"]}]}")
 
     assert oip.response_bytes({"a": array}, request) <= 50 * array.size
-    assert least(lambda: peak_of(build), bound) < bound
+    assert peak_of(build, bound) < bound
     text = oip.build_response({"a": array}, request, model_name="m", model_version="1").body
     assert np.array_equal(json.loads(text)["outputs"][0]["data"], array[0])
 
@@ -253,7 +253,7 @@ def test_a_body_that_unpacks_to_more_than_the_bound_is_refused_at_the_bound(clie
         assert (answer.status_code, answer.json["type"]) == (413, "RequestTooLarge")
         assert answer.json["facts"] == {"limit": 2**20}
 
-    assert least(lambda: peak_of(refuse), 2**22) < 2**22
+    assert peak_of(refuse, 2**22) < 2**22
 
 
 @pytest.mark.parametrize(

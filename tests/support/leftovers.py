@@ -33,7 +33,7 @@ GRACE_S = 20.0
 
 _WIDE: set[str] = set()
 """Names of the fixtures of a wider scope than a test."""
-_OURS = frozenset({"nothing_left_by_the_module", "tmp_path_factory"})
+_OURS = frozenset({"nothing_left_by_the_module", "tmp_path_factory", "torch_cache"})
 
 
 class _Children:
@@ -141,6 +141,18 @@ def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Iterator[Any]:
     if fixturedef.scope == "session":
         held.belongs_to_the_session()
     return result
+
+
+@pytest.fixture(scope="session", autouse=True)
+def torch_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Give torch a cache folder of the session.
+
+    torch makes it at some import or export of the process, by default in the temporary folder, so any test could be
+    the one that leaves it.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("torchinductor")))
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -27,7 +27,7 @@ from isthmus.wire.frame import (
     is_frame,
 )
 from support.paths import ROOT
-from support.patience import least, peak_of
+from support.patience import peak_of
 
 BOUND = 2**20
 FUZZ_ROUNDS = 100_000
@@ -202,7 +202,7 @@ def test_decode_refuses_what_exceeds_a_bound_without_allocating(case: str) -> No
             decode(data, max_bytes=BOUND)
         assert e.value.facts["rule"] in rule.split()
 
-    assert least(lambda: peak_of(refuse), 2**20) < 2**20
+    assert peak_of(refuse, 2**20) < 2**20
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.choice import RAW_ID, Choice
-from isthmus.artifacts.fidelity import Measure, measure_for, read_fidelity
+from isthmus.artifacts.fidelity import Fidelity, Measure, measure_for, read_fidelity
 from isthmus.artifacts.plan import read_plan
 from isthmus.codecs import Tables
 from isthmus.pipeline import Hop, PhotoInput, Route, photo_input, plan_route, planned_route
@@ -66,9 +66,17 @@ class RouteSelector:
 
         return alternative_routes(digest, bundle, self._hops, selected)
 
+    def fidelity(self, bundle: Bundle) -> Fidelity | None:
+        """The bundle's fidelity; None where the bundle was not calibrated.
+
+        Raises:
+            CalibrationError, RegistryError: as `read_fidelity`.
+        """
+        return read_fidelity(bundle, self._registry.blob)
+
     def _measure(self, bundle: Bundle) -> Measure:
         """The bundle's rule of agreement, as calibrated, or else as its outputs suggest."""
-        fidelity = read_fidelity(bundle, self._registry.blob)
+        fidelity = self.fidelity(bundle)
         return measure_for(bundle) if fidelity is None else fidelity.measure
 
     def _planned(self, digest: str, bundle: Bundle) -> SelectedRoute | None:

@@ -20,6 +20,8 @@ from isthmus_tools.planner.costs import HEADERS_DOWN, HEADERS_UP, Prices, with_p
 
 # Logarithmic steps from a weak mobile uplink to a local network, and from a switch to another continent.
 RATES = (0.5e6, 1e6, 2e6, 5e6, 10e6, 20e6, 50e6, 100e6, 200e6, 500e6, 1e9)
+MAP_RATES = (0.1e6, 0.2e6, 0.5e6, 1e6, 2e6, 5e6, 10e6, 30e6, 100e6)
+"""Rates of the map of regions, in bit/s: from narrow-band radio to a local network."""
 ROUND_TRIPS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
 # Reasons name all candidates within this share of the best, since the order among these is within noise.
 _TIE = 0.02
@@ -271,6 +273,12 @@ def over_link(candidate: Candidate, conditions: Conditions) -> Candidate:
         low, median, high = (max(_MIN_SECONDS, s + shift) for s in (measured.low, measured.median, measured.high))
         measured = Measured(median, low, high, measured.runs)
     return replace(candidate, predicted=moved, measured=measured)
+
+
+def sweep_links() -> list[Conditions]:
+    """The links whose candidates a sweep needs: every rate of the grid and of the map."""
+    # A round trip adds the same to every split, so rates alone decide between cuts.
+    return [Conditions(rate, rate) for rate in sorted({*RATES, *MAP_RATES})]
 
 
 def grid(

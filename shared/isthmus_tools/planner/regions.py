@@ -14,12 +14,10 @@ from msgspec.structs import replace
 
 from isthmus.artifacts.conditions import Conditions, Objective
 from isthmus.artifacts.plan import Candidate, Plan
-from isthmus_tools.planner.choice import VALUES, over_link, violations
+from isthmus_tools.planner.choice import MAP_RATES, VALUES, over_link, violations
 
 SLOWDOWNS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """From an edge like the cloud to a small board beside a server."""
-MAP_RATES = (0.1e6, 0.2e6, 0.5e6, 1e6, 2e6, 5e6, 10e6, 30e6, 100e6)
-"""From narrow-band radio to a local network, in bit/s."""
 REGIONS = ("edge", "cloud", "split")
 
 

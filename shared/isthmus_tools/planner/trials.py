@@ -22,7 +22,6 @@ from isthmus_tools.budget import Budget, Pace
 from isthmus_tools.planner.candidates import CandidateSet, Option
 from isthmus_tools.planner.evaluation import Evaluation, Evaluator
 from isthmus_tools.planner.offered import offered_codecs, short_name
-from isthmus_tools.planner.segment_pool import SegmentPool
 from isthmus_tools.planner.variant import int8_variant
 from isthmus_tools.progress import Progress
 
@@ -87,8 +86,7 @@ class Trials:
         self.progress("quantising the model to int8")
         try:
             variant = int8_variant(candidates.bundle, registry, whole, [i.arrays for i in candidates.inputs], folder)
-            pool = SegmentPool(variant.bundle, variant.digest, variant.files, cache, threads=threads)
-            with contextlib.closing(pool):
+            with contextlib.closing(variant.pool(cache, threads)) as pool:
                 evaluation = self.evaluator.variant(variant.digest, variant.bundle, pool)
         except (ModelError, RunFailed) as e:
             candidates.notes.append(f"edge-int8 was left out: {e.message}")

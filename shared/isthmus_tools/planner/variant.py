@@ -12,9 +12,10 @@ from isthmus.artifacts.bundle import Bundle, digest_of, is_model_name, to_json
 from isthmus.artifacts.profile import content_of
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import Missing, ModelError
-from isthmus.registry import Registry
+from isthmus.registry import Registry, SegmentCache
 from isthmus_tools.graph import build
 from isthmus_tools.graph.quantise import quantise
+from isthmus_tools.planner.segment_pool import SegmentPool
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ class Variant:
     def digest(self) -> str:
         """The digest of the manifest."""
         return digest_of(to_json(self.bundle))
+
+    def pool(self, cache: SegmentCache, threads: int) -> SegmentPool:
+        """Sessions of the variant's segments, for the caller to close."""
+        return SegmentPool(self.bundle, self.digest, self.files, cache, threads=threads)
 
 
 def int8_variant(

@@ -16,10 +16,9 @@ from isthmus.registry import Registry, open_cache, open_registry
 from isthmus.settings import RegistrySettings
 from isthmus_tools.budget import UNLIMITED, Budget
 from isthmus_tools.planner.candidates import CandidateSet
-from isthmus_tools.planner.choice import RATES, build_plan, check_prices, with_measurements
+from isthmus_tools.planner.choice import build_plan, check_prices, sweep_links, with_measurements
 from isthmus_tools.planner.costs import Prices
 from isthmus_tools.planner.enumeration import enumerate_candidates
-from isthmus_tools.planner.regions import MAP_RATES
 from isthmus_tools.progress import Progress, silent
 from isthmus_tools.usecases.functions import FunctionUrls, measure_candidates
 from isthmus_tools.usecases.profile import ProfileRequest, tier_profiles
@@ -121,7 +120,7 @@ def plan(request: PlanRequest, progress: Progress = silent) -> PlanResult:
                 profiles,
                 examples,
                 kind,
-                links=[request.conditions, *(Conditions(rate, rate) for rate in {*RATES, *MAP_RATES} if request.sweep)],
+                links=[request.conditions, *(sweep_links() if request.sweep else [])],
                 private_depth=request.constraints.private_depth,
                 edge_memory_bytes=request.constraints.edge_memory_bytes,
                 int8=request.int8,

@@ -1,0 +1,74 @@
+"""Routes about the models of a router and about the router itself: lists, metadata, readiness, OpenAPI."""
+
+from __future__ import annotations
+
+import msgspec
+from flask import Response, jsonify
+
+import isthmus
+from isthmus.oip import messages as oip
+from isthmus.routing import ModelCatalog
+from isthmus.serving.app import FunctionApp
+from isthmus.serving.model_list import ModelList
+from isthmus.serving.request import FunctionRequest
+from isthmus.settings import RouterSettings
+
+
+class ModelRoutes:
+    """The routes, added to `app`; `listing` is the list of models that callers may be told of."""
+
+    def __init__(self, app: FunctionApp, catalog: ModelCatalog, settings: RouterSettings) -> None:
+        self._app, self._catalog = app, catalog
+        self.listing = ModelList(catalog, settings)
+        for suffix, prefix in (("", "/v2/models/<name>"), ("_version", "/v2/models/<name>/versions/<version>")):
+            app.flask.add_url_rule(prefix, f"model{suffix}", self.metadata, methods=["GET"])
+            app.flask.add_url_rule(f"{prefix}/ready", f"model_ready{suffix}", self.model_ready, methods=["GET"])
+        app.post("/v2/repository/index", self.repository_index, "repository_index")
+        app.flask.add_url_rule("/v2/models", "models", self.models, methods=["GET"])
+        app.flask.add_url_rule("/openapi.json", "openapi", self.openapi, methods=["GET"])
+        app.flask.add_url_rule("/v2", "server", self.server, methods=["GET"])
+        # A probe of liveness must answer while models load and requests wait: it takes no slot.
+        app.flask.add_url_rule("/v2/health/live", "live", lambda: jsonify(live=True), methods=["GET"])
+        app.flask.add_url_rule("/v2/health/ready", "server_ready", app.ready, methods=["GET"])
+
+    def metadata(self, name: str, version: str = "") -> Response:
+        """Open Inference Protocol: the model's inputs and outputs."""
+        with self._app.unadmitted() as deadline:
+            model = self._catalog.get(model_reference(name, version), deadline)
+            versions = [model.version] if version else self._catalog.versions(model, deadline)
+        return jsonify(oip.model_metadata(model.name, versions, model.bundle.inputs, model.bundle.outputs))
+
+    def model_ready(self, name: str, version: str = "") -> Response:
+        """Open Inference Protocol: 200 once the model's route is known."""
+        self._app.readiness.check()
+        with self._app.unadmitted() as deadline:
+            model = self._catalog.get(model_reference(name, version), deadline)
+        return jsonify(name=model.name, version=model.version, ready=True)
+
+    def models(self) -> Response:
+        """The published models with their versions and aliases, and the routes that are known."""
+        with self._app.unadmitted() as deadline:
+            return _json(self.listing.models(deadline))
+
+    def repository_index(self, request: FunctionRequest) -> Response:
+        """Triton's repository index: a list of versions with their state."""
+        return _json(self.listing.index(request.body, request.context.deadline))
+
+    def openapi(self) -> Response:
+        """The OpenAPI description of every route of the app."""
+        from isthmus.serving.openapi import openapi_document  # schemas are seldom asked for
+
+        return _json(openapi_document(self._app.flask.url_map))
+
+    def server(self) -> Response:
+        """Open Inference Protocol: name, version and extensions of this server."""
+        return jsonify(oip.server_metadata("isthmus", isthmus.__version__))
+
+
+def model_reference(name: str, version: str = "") -> str:
+    """The reference of a path's model and version: NAME, or NAME:VERSION."""
+    return f"{name}:{version}" if version else name
+
+
+def _json(body: object) -> Response:
+    return Response(msgspec.json.encode(body), mimetype="application/json")

@@ -28,7 +28,7 @@ POINTERS = frozenset(
     )
 )
 """Names that say how a value came about, or where it is, and not what it is."""
-MAX_VAGUE, MAX_POINTERS, MIN_COMMENTS = 20, 8, 2.5
+MAX_VAGUE, MAX_POINTERS, MIN_COMMENTS = 20, 8, 3
 
 
 @dataclass

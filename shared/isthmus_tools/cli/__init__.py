@@ -73,6 +73,7 @@ class _Commands(TyperGroup):
         """The command; a stub with its help alone while commands are listed."""
         if cmd_name not in COMMANDS:
             return None
+        # A Typer with a single command is that command, without a group around it.
         single = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False, rich_markup_mode="markdown")
         if self._lists:
             single.command(cmd_name, help=COMMANDS[cmd_name], context_settings=_HELP)(lambda: None)
@@ -83,6 +84,7 @@ class _Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; with --json a usage error is a JSON document too."""
+        # The raw arguments: a usage error is raised before options have values.
         as_json = "--json" in ctx.args
         try:
             return super().invoke(ctx)

@@ -35,6 +35,7 @@ def show_move(move: AliasMove, as_json: bool) -> None:
     """Print from which version to which an alias was moved, and the command that undoes it."""
     option = "" if move.alias == "prod" else f" --alias {move.alias}"
     moved = move.was != move.version
+    # rollback moves prod unless told otherwise, and has nowhere to go where the alias meant nothing before.
     undo = f"isthmus rollback {move.name}{option}" if moved and move.was else f"isthmus show {move.name}"
     if as_json:
         document: dict[str, Any] = {

@@ -39,6 +39,7 @@ def codec(
     agreement: Annotated[
         float | None, typer.Option(help="Find the smallest that keeps at least this share of answers.", min=0, max=1)
     ] = None,
+    # `bytes` would hide the built-in.
     bytes_: Annotated[str, typer.Option("--bytes", help="Find the best of at most this size, such as 4kB.")] = "",
     pack_ms: Annotated[
         float | None, typer.Option(help="Find the best that packs and unpacks within this many milliseconds.", min=0)
@@ -64,6 +65,7 @@ def codec(
 
     with errors(as_json):
         if picture is not None:
+            # Before the registry is read, which may be far away.
             check_output(picture, "--picture", PICTURES)
         version, fidelity = published_fidelity(model, registry_settings(registry))
         name = f"{version.name}:{version.version}"
@@ -73,6 +75,7 @@ def codec(
         if (agreement, max_bytes, pack_ms) != (None, None, None):
             choices = {c: choose(fidelity, c, agreement=agreement, bytes=max_bytes, pack_ms=pack_ms) for c in cuts}
         if picture is not None:
+            # matplotlib is loaded for a picture alone.
             from isthmus_tools.figures.fidelity import draw
 
             draw(fidelity, cuts, name, picture)

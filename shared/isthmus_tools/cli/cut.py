@@ -41,6 +41,7 @@ def cut(
     from isthmus_tools.usecases import cut as use_case
 
     partitions = [*(at or []), *(old_at or [])]
+    # typer cannot require one of two options; --at is the old name of --cut.
     if not partitions:
         raise typer.BadParameter("say where to cut, e.g. --cut 20", param_hint="--cut")
     with errors(as_json):
@@ -74,5 +75,6 @@ def cut(
         )
         show_publication(result.publication)
         warn(result.warnings)
+        # A router asks the plan before the default cuts, so --default alone changes nothing that is served.
         if default and result.publication.plan:
             say("requests take the way of the plan, not the default cuts: --drop-plan lets the default cuts decide")

@@ -34,6 +34,7 @@ def cuts(
 
     Example: `isthmus cuts detector.onnx --shape x=1x3x320x640 --picture cuts.png`
     """
+    # In the function, as in every command: help and usage errors appear without loading onnx.
     from isthmus_tools.cli.inputs import read_model_inputs
     from isthmus_tools.usecases.cut import list_cuts
 
@@ -102,5 +103,6 @@ def cuts(
 def _tensors(tensors: tuple[TensorSpec, ...], passing: tuple[str, ...]) -> str:
     from isthmus.artifacts.tensors import describe
 
+    # A cut through parallel branches may hold too many tensors for a table; --json has all.
     shown = [describe(t.dtype, t.shape, t.name) + (" (an input)" if t.name in passing else "") for t in tensors[:4]]
     return "\n".join([*shown, f"and {len(tensors) - 4} more"] if len(tensors) > 4 else shown)

@@ -139,6 +139,7 @@ def _running(
     from isthmus_tools.usecases.model_import import ImportRequest, import_model
 
     variables = stack_variables(registry)
+    # An unusable stack file fails before the import and the start.
     read_stack(stack, variables)
     with progress_bars(quiet) as progress, ExitStack() as resources:
         edge = None if slowdown is None else resources.enter_context(share_of_a_cpu(1 / slowdown))
@@ -180,11 +181,13 @@ def compare(name: str, photo: bytes, responses: list[dict[str, Any]], client: Cl
     split = client.infer(inputs, model=MODEL).outputs
     array = next(iter(inputs.values()))
     logits = whole.model.bundle.outputs[0].name
+    # Relative to the largest logit: near zero a relative difference of one logit says nothing.
     scale = float(abs(expected[logits]).max())
     uncut = whole.classes(expected)
     return Comparison(
         photo=name,
         classes=responses[0]["classes"],
+        # Indices, not labels: two classes of ImageNet are called crane.
         same_classes=all([c["index"] for c in r["classes"]] == [c["index"] for c in uncut] for r in responses),
         same_likeliest=all(r["classes"][0]["index"] == uncut[0]["index"] for r in responses),
         difference=float(abs(expected[logits] - split[logits]).max()) / scale,
@@ -225,6 +228,7 @@ def _jpeg_size(array: Array) -> int:
     """Bytes of the model's input as a JPEG: the least that sending the photo to the cloud would cost."""
     from PIL import Image
 
+    # Undoes the normalisation of EfficientNet-Lite: (pixel - 127) / 128.
     pixels = (array[0].transpose(1, 2, 0) * 128 + 127).clip(0, 255).round().astype("uint8")
     data = io.BytesIO()
     Image.fromarray(pixels).save(data, "JPEG", quality=JPEG_QUALITY)

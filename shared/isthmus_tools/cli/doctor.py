@@ -80,6 +80,7 @@ def _python() -> Iterator[Finding]:
 def _packages() -> Iterator[Finding]:
     for modules, state in ((_NEEDED, "missing"), (_OPTIONAL, "absent")):
         for module, why in modules.items():
+            # Not imported: torch takes long to load, and a broken package would raise.
             there = importlib.util.find_spec(module) is not None
             yield Finding(module, "ok" if there else state, _version(module) if there else "not installed", why)
 
@@ -112,11 +113,13 @@ def _machine() -> Iterator[Finding]:
     yield Finding("room for the cache", "ok" if free > _ROOM_BYTES else "missing", format_size(free), "2 GB or more")
     pages: Callable[[str], int] = os.sysconf
     memory = pages("SC_PHYS_PAGES") * pages("SC_PAGE_SIZE")
+    # Little memory bounds the models, and fails no check: small models run in it.
     yield Finding("memory", "ok" if memory > _ROOM_BYTES else "absent", format_size(memory))
 
 
 def _port() -> Iterator[Finding]:
     with socket.socket() as s:
+        # By connecting: a bind would also fail while old connections are in TIME_WAIT.
         in_use = s.connect_ex(("127.0.0.1", 8080)) == 0
     yield Finding("port 8080", "absent" if in_use else "ok", "taken" if in_use else "free", "isthmus up --port N")
 
@@ -132,6 +135,7 @@ def _registry(registry: str) -> Iterator[Finding]:
         settings = replace(registry_settings(registry), registry_attempts=1, registry_timeout_s=5.0)
         names = open_registry(settings).models()
     except IsthmusError as e:
+        # A folder that does not exist is the state before the first import, and no defect.
         advice = "make one with: isthmus import" if absent else e.hint or "name another with --registry"
         yield Finding("registry", "absent" if absent else "missing", e.message, advice)
         return
@@ -140,6 +144,7 @@ def _registry(registry: str) -> Iterator[Finding]:
 
 def _version(module: str) -> str:
     try:
+        # Distributions whose names differ from their modules.
         return version({"PIL": "pillow", "onnx_ir": "onnx-ir"}.get(module, module))
     except PackageNotFoundError:
         return "installed"

@@ -55,6 +55,7 @@ def explain(
             print_json(plan_text.document(plan, f"{bundle.name}:{bundle.version}", sweeps if sweep else None))
             return
         plan_text.explain(plan)
+        # Reasons of refusal are what the command is for; `isthmus plan` cuts the list short.
         plan_text.show(plan, refusals=None)
         if sweep:
             plan_text.show_sweeps(sweeps)

@@ -39,9 +39,11 @@ def gc(
         with progress_bars(as_json) as progress:
             progress(f"reading every version in {registry}")
             garbage = (collect if delete else find_garbage)(store, age)
+        # A removal ends before its lease does, so a large one takes several runs.
         left = len(garbage.removable) - garbage.removed
         following = "isthmus models"
         if left:
+            # The removal must have the age of the listing, or it removes something else.
             option = "" if older_than == "24h" else f" --older-than {older_than}"
             following = f"isthmus gc --delete{option}"
         if as_json:

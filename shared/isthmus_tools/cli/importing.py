@@ -86,6 +86,7 @@ def import_model(
         )
         publication = run(model_import.import_model, request, quiet=as_json)
         version = publication.version
+        # Read back: with --if-absent the version is one of an earlier import.
         bundle = open_registry(settings).bundle(version.digest)
         if as_json:
             print_json(
@@ -140,7 +141,10 @@ def read_labels(path: Path | None) -> list[str] | None:
     if path is None:
         return None
     text = _text(path)
+    # Names may hold commas and quotes, so only a bracket means JSON; an object is parsed to be refused, not read as
+    # names.
     if not text.lstrip().startswith(("[", "{")):
+        # An empty line is a class too; splitlines would also split at form feeds and Unicode separators.
         return text.removesuffix("\n").split("\n") if text else []
     doc = _parsed(path, text)
     if not isinstance(doc, list) or not all(isinstance(label, str | int) for label in doc):

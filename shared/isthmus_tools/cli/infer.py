@@ -231,6 +231,7 @@ def _tensors(tensors: list[str], model: str, where: _Where, output: Path | None,
             "name": name,
             "dtype": array.dtype.name,
             "shape": list(array.shape),
+            # An empty array has no least element.
             "min": float(array.min()) if array.size else None,
             "max": float(array.max()) if array.size else None,
         }

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # its module loads onnx
 
 # Of a dimension: graphs hold sizes in 64 bits, and byte counts are products of several dimensions.
 _MAX_SIZE = 2**31 - 1
+# At most 18 digits, since `int` refuses texts of thousands.
 _DIMENSION = re.compile(r"(?P<name>[A-Za-z_]\w*)(:(?P<size>\d{1,18}))?|(?P<number>\d{1,18})")
 _BETWEEN_LETTERS = re.compile(r"[A-Za-z_]x[A-Za-z_]")
 
@@ -53,6 +54,7 @@ def read_model_inputs(shapes: Sequence[str] | None, examples: Sequence[Path] | N
 
 def _sizes(name: str, dims: Sequence[tuple[str, int | None]], sizes: Mapping[str, int]) -> Iterator[int]:
     for axis, (dim, size) in enumerate(dims):
+        # The first dimension is the batch by convention.
         length = size if not dim else sizes.get(dim, 1 if axis == 0 else None)
         if length is None:
             text = ",".join(f"{d}:{n or 128}" if d else str(n) for d, n in dims)
@@ -66,6 +68,7 @@ def _sizes(name: str, dims: Sequence[tuple[str, int | None]], sizes: Mapping[str
 
 def _read_shape(entry: str) -> tuple[str, tuple[tuple[str, int | None], ...]]:
     """An input's name, and the name (empty for a fixed dimension) and size of each dimension."""
+    # From the right: a name may hold a "=", a shape cannot.
     name, equals, text = entry.rpartition("=")
     if equals and name and "," not in text and _BETWEEN_LETTERS.search(text):
         raise ModelError(

@@ -46,6 +46,7 @@ def link(
     cuts_per_s: Annotated[float, typer.Option(help="Rate at which each connection is reset.", min=0)] = 0,
     script: Annotated[Path | None, typer.Option(help="What changes when: JSON lines, see docs/how-to/link.md.")] = None,
     every: Annotated[str, typer.Option(help="How often to print the counters, where they changed.")] = "5s",
+    # Not `AsJson`: documents follow each other, one a line, for as long as the link runs.
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line instead of text.")] = False,
 ) -> None:
     """Relay to a target over an emulated network with set bandwidth, delay and faults, until Ctrl-C.
@@ -71,6 +72,7 @@ def link(
         with NetworkEmulator(to, shape, port=port, script=steps) as running, _until_signal() as leave:
             printer = _Lines() if as_json else _Text()
             printer.begins(running, to)
+            # Counters are read once a tick, so they cannot be printed more often.
             _watch(running, steps, max(every_s, _TICK_S), leave, printer)
 
 
@@ -117,6 +119,7 @@ class _Lines:
 
     def _say(self, document: dict[str, Any]) -> None:
         sys.stdout.write(json.dumps(document) + "\n")
+        # A program that started the link waits for the first line, which has the port.
         sys.stdout.flush()
 
 
@@ -157,6 +160,7 @@ def _script(path: Path) -> tuple[ScriptStep, ...]:
 def _until_signal() -> Iterator[threading.Event]:
     """An event that SIGINT and SIGTERM set for as long as the block lasts."""
     leave = threading.Event()
+    # SIGTERM as well: a program ends the link by it, and still gets the last counters.
     before = {n: signal.signal(n, lambda *_: leave.set()) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield leave

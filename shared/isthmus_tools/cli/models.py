@@ -41,6 +41,7 @@ def models(*, registry: RegistryOption = DEFAULT_REGISTRY, as_json: AsJson = Fal
                 (
                     model.name,
                     model.serving.version,
+                    # The reader's time zone; --json keeps the offset.
                     f"{model.serving.published.astimezone():%Y-%m-%d %H:%M}",
                     cuts_text(model.serving.calibrated),
                     model.serving.plan or "none",

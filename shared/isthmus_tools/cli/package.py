@@ -39,6 +39,7 @@ def package(
         request = use_case.PackageRequest(
             model=model,
             registry=registry_settings(registry),
+            # As faas-cli fills ${…} in a stack file.
             variables=os.environ,
             cuts=cuts or old_cuts,
             output=output,

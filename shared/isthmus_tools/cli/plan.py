@@ -40,6 +40,7 @@ def plan(
     uplink: Annotated[str, typer.Option(help=f"Rate of the link to the cloud, {_RATE}.")] = "unlimited",
     downlink: Annotated[str, typer.Option(help="Rate back; as --uplink if not given.")] = "",
     rtt: Annotated[str, typer.Option(help="Round-trip time that the link adds.")] = "0ms",
+    # Empty, since its default depends on --latency.
     objective: Annotated[
         str, typer.Option(help="latency, throughput, cost or energy. [default: latency; with --latency, cost]")
     ] = "",
@@ -139,6 +140,7 @@ def plan(
             predict_only=predict_only,
             photos=photos or [],
             tensors=read_tensors(tensor),
+            # The picture holds the map, whose links need cuts of their own.
             sweep=sweep or picture is not None,
             int8=int8,
             budget=budget_of(time_limit),
@@ -163,6 +165,7 @@ def plan(
                 draw(best, sweeps.regions, picture, GraphCurves.of(result.candidate_set))
             publication = None
             # Last of all: a failure or an interrupt before has published nothing.
+            # A prediction may be wrong, so it is published on demand alone.
             if best.measured if publish is None else publish:
                 progress("publishing the plan")
                 publication = result.publish(alias)

@@ -56,12 +56,14 @@ def show(plan: Plan, *, every: bool = False, refusals: int | None = SHOWN) -> No
         over = "over the network that is there"
     else:
         over = f"over {format_rate(c.up_bps)} up, {format_rate(c.down_bps)} down, {format_duration(c.rtt_s)}"
+    # A measurement goes before any prediction, however fast the prediction is.
     ranked = sorted(plan.candidates, key=lambda c: (bool(c.refused), c.measured is None, c.seconds))
     shown = ranked if every else ranked[:SHOWN]
     has_prices = any(c.price is not None for c in plan.candidates)
     joules = any(c.energy_j is not None for c in plan.candidates)
     memory = plan.constraints.edge_memory_bytes is not None
     columns = ["candidate", "measured, ms", "runs", "predicted", "apart", "up", "error"] + ["edge memory"] * memory
+    # A price file need not name a currency.
     columns += [f"price, {plan.currency}".rstrip(", ")] * has_prices + ["energy, J"] * joules
     rows = []
     for candidate in shown:
@@ -90,11 +92,13 @@ def show(plan: Plan, *, every: bool = False, refusals: int | None = SHOWN) -> No
 def explain(plan: Plan) -> None:
     """Print the terms of the chosen candidate's cost beside its runners-up and the baselines."""
     able = sorted((c for c in plan.candidates if not c.refused), key=lambda c: (c.measured is None, c.seconds))
+    # A terminal has room for few columns.
     others = [c for c in able if c.name != plan.chosen][:4]
     columns = [plan.choice, *others]
     rows: list[list[str]] = []
     for term in TERMS:
         seconds = [c.predicted.seconds[term] for c in columns]
+        # A term without seconds explains no difference.
         if any(seconds):
             rows.append([term.replace("_", " "), *(f"{s * 1e3:.2f}" if s else "" for s in seconds)])
     rows.append(["predicted", *(f"{c.predicted.total * 1e3:.2f}" for c in columns)])

@@ -106,6 +106,7 @@ def profile(
 def _token(file: Path | None) -> str:
     path = file or TOKEN_FILE
     try:
+        # The token is sent as a header, and headers are ASCII.
         text = path.read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError) as e:
         raise SettingsError(

@@ -26,6 +26,7 @@ def rollback(
 
     with errors(as_json):
         move = roll_back(open_registry(registry_settings(registry)), model, alias)
+        # Not by rollback: another one goes further back.
         undo = f"isthmus alias {move.name}:{move.was} {move.alias}"
         if as_json:
             print_json(

@@ -37,12 +37,14 @@ class _Ending:
             return
         if not self.number:
             self.number = number
+            # A daemon: it must not keep a process alive whose main thread is done.
             self._repeating = threading.Thread(target=self._repeat, daemon=True)
             self._repeating.start()
         self._raised = time.monotonic()
         raise _EndedError(128 + number)
 
     def _repeat(self) -> None:
+        # Past AGAIN_S, within which `__call__` ignores signals.
         while not self._left.wait(1.1 * AGAIN_S):
             os.kill(os.getpid(), self.number)
 
@@ -51,9 +53,11 @@ class _Ending:
         self._left.set()
         if self._repeating is not None:
             self._repeating.join()
+            # A death by signal skips the flush at exit.
             sys.stdout.flush()
             sys.stderr.flush()
             signal.signal(self.number, signal.SIG_DFL)
+            # By the signal itself, so that a shell sees an interrupted command and ends its script.
             os.kill(os.getpid(), self.number)
 
 

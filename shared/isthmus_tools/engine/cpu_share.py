@@ -171,6 +171,7 @@ def _remove_stale(parent: Path) -> None:
     for folder in parent.glob(f"{_GROUP}*-*"):
         if not Path(f"/proc/{folder.name.removeprefix(_GROUP).partition('-')[0]}").exists():
             with contextlib.suppress(OSError):
+                # A folder with processes cannot be removed: those that outlived their parent keep their share.
                 folder.rmdir()
 
 
@@ -214,6 +215,7 @@ class _DutyCycle:
         try:
             yield cycle
         finally:
+            # The helper first: it would stop them again.
             helper.kill()
             helper.communicate()
             for pid in cycle.pids:

@@ -45,7 +45,9 @@ _NOT_RETURNED = HOP_BY_HOP | {"content-length", "x-duration-seconds"}
 def open_session() -> aiohttp.ClientSession:
     """HTTP client for the functions: keep-alive connections, bodies and headers unchanged."""
     return aiohttp.ClientSession(
+        # No limit of connections: the watchdog's bound on concurrent calls is a function's own.
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_IDLE_S),
+        # A cookie that a function sets for one caller must not be sent for another.
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
         skip_auto_headers=("Accept", "Accept-Encoding", "User-Agent", "Content-Type"),

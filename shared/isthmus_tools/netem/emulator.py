@@ -128,6 +128,7 @@ class NetworkEmulator(LoopThread[int]):
         def run() -> None:
             try:
                 future.set_result(call())
+            # Every exception: the caller would wait for its result for good.
             except BaseException as e:
                 future.set_exception(e)
 
@@ -181,6 +182,7 @@ class _EmulatedNetwork:
                 tasks += self._open
                 for task in tasks:
                     task.cancel()
+                # Cancelled tasks raise here, and their cancellation is no error of the block.
                 await asyncio.gather(*tasks, return_exceptions=True)
 
     async def wait_unstalled(self) -> bool:

@@ -211,6 +211,7 @@ class RelayedConnection:
                 return
             await self._relay(server, opens_at, opens_at + (shape.up.delay_s if shape.connect_rtts else 0.0))
             clean = True
+        # Both directions may meet a reset, and the task group raises them together.
         except* PeerReset:
             pass
         finally:

@@ -41,6 +41,7 @@ def parse_script(text: str) -> tuple[ScriptStep, ...]:
     for line, entry in _entries(text):
         try:
             step = _step(entry)
+            # LinkShape checks values, so a step that no network could have is refused with its line.
             shape = replace(shape, **step.shape)
             if steps and step.at_s < steps[-1].at_s:
                 raise ValueError(f"at_s is {step.at_s:g}, before the step above it")

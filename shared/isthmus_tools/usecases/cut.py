@@ -56,6 +56,7 @@ def cut(request: CutRequest, progress: Progress = silent) -> CutResult:
         CutError: a cut is not in the graph, or does not separate inputs from outputs.
         RegistryError: no such model, or the registry cannot be read or written.
     """
+    # An alias that the registry would refuse fails before the cutting, which may take long.
     if request.alias:
         check_alias(request.alias)
     store = open_registry(request.registry)
@@ -95,6 +96,7 @@ def list_cuts(model: str, inputs: ModelInputs, *, single: bool = False, progress
         progress(f"reading {model}")
         opened = open_model(path, bind=inputs.shapes, examples=inputs.examples)
         inputs.check_free(opened.specs)
+        # Every cut, not the narrow ones alone: the reader weighs bytes against the work before the cut.
         listed = [c for c in cuts(opened) if not single or len(c.tensors) == 1]
         within = {str(value.name) for value in within_quantised_operators(opened)}
         names = {c.name for c in listed}

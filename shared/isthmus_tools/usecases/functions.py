@@ -98,6 +98,7 @@ def joining(edge: CpuShare) -> Callable[[Event], None]:
 
 def on_one_thread(environment: Mapping[str, Mapping[str, str]]) -> dict[str, Mapping[str, str]]:
     """Variables with which edge and cloud run on a thread each, so that the slowdown is the ratio of the two."""
+    # In this order: a caller's own `threads` goes before the default of 1.
     return {**environment, "*": {"threads": "1", **environment.get("*", {})}}
 
 
@@ -117,6 +118,7 @@ def local_functions(
         LocalError: the functions do not start, or no such slowdown is possible.
     """
     read = read_stack(stack, variables)
+    # Functions profile for callers with this secret alone; the engine reads its stack's secrets from here.
     token = SecretFolder(read.root / ".isthmus" / "secrets").ensure(_SECRET)
     # Replicas of other functions would compete for the CPUs during measurements.
     unused = {name: 0 for name in read.functions if name not in (HEAD, TAIL)}
@@ -151,9 +153,11 @@ def measure_candidates(
         HopError, RegistryError: a function or the registry cannot be reached.
     """
     progress("uploading the candidates' cuts")
+    # By digest and without a version: nothing that serves changes before the plan is published.
     digest = candidate_set.stage(registry)
     with ExitStack() as link:
         tail = functions.tail
+        # A relay takes time even where it limits nothing.
         if not conditions.adds_nothing:
             up, down, rtt_s = conditions.up_bps, conditions.down_bps, conditions.rtt_s
             tail = link.enter_context(link_to(tail, uplink_bps=up, downlink_bps=down, rtt_s=rtt_s))
@@ -161,6 +165,7 @@ def measure_candidates(
             contenders(candidates, objective, constraints),
             digest,
             candidate_set.bundle,
+            # The tail without the link as well: loading a model over a slow link would only take longer.
             LinkedFunctions(functions.head, tail, functions.tail),
             candidate_set.inputs,
             Tables(registry.bundle, registry.blob, MAX_PIXELS),

@@ -32,6 +32,7 @@ class LocalModel:
         self._registry = open_registry(settings)
         self.model = self._registry.resolve(model)
         bundle, hop = self.model.bundle, LocalHop(SegmentStore(open_cache(settings, self._registry), settings))
+        # `..` is a segment and no cut, so it is no partition that `plan_route` could read.
         if cuts == WHOLE:
             self._route = local_route(self.model.digest, bundle, (bundle.segment(WHOLE),), hop)
         else:
@@ -60,6 +61,7 @@ class LocalModel:
             ShapeMismatch: the arrays do not fit the model's inputs.
             HopTimeout: the run took longer than timeout_s.
         """
+        # A request without headers: its deadline is this call's time limit.
         return execute(self._route, arrays, Context.from_headers({}, longest_s=timeout_s))
 
     def photo(self, photo: bytes, top_k: int | None = None, timeout_s: float = 60.0) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from isthmus_tools.progress import Progress, silent
 _GATEWAY = "http://gateway.openfaas.svc.cluster.local:8080"
 # As in stack.yml, for a stack file whose router names no gateway.
 _GATEWAYS = {"edge": f"${{EDGE_GATEWAY:-{_GATEWAY}}}", "cloud": f"${{TAIL_GATEWAY:-{_GATEWAY}}}"}
+# The functions of stack.yml whose template and limits a packaged function takes.
 _LIKE = {"edge": "edge-head", "cloud": "cloud-tail"}
 _HEADING = "# Written by `isthmus package"
 # A function's name, the stem and a role, must be a DNS label.
@@ -131,6 +132,7 @@ def package(request: PackageRequest, progress: Progress = silent) -> PackageResu
         document = {**{key: base[key] for key in keys if key in base}, "functions": functions}
         heading = f"{_HEADING} {request.model}`: each segment baked into a function of its own.\n"
         (written / "stack.yml").write_text(heading + yaml.safe_dump(document, sort_keys=False))
+        # `rename` replaces no folder that has content.
         if folder.exists():
             shutil.rmtree(folder)
         written.rename(folder)
@@ -145,6 +147,7 @@ def _folder(output: Path, name: str) -> Path:
         LocalError: the folder is elsewhere, or holds files of another origin.
     """
     current = Path.cwd()
+    # Resolved, so that a symbolic link to another place counts as that place.
     folder = Path(os.path.relpath(output.resolve() / name, current.resolve()))
     if folder.parts[0] == "..":
         raise LocalError(
@@ -152,6 +155,7 @@ def _folder(output: Path, name: str) -> Path:
             hint="run it in the folder that holds template/, with --output inside it",
         )
     try:
+        # The heading marks the files that a later run may replace.
         if folder.exists() and not (folder / "stack.yml").read_text().startswith(_HEADING):
             raise LocalError(
                 f"{folder} has a stack.yml that isthmus package did not write", hint="name another --output"
@@ -231,6 +235,7 @@ def _check_room(base: Mapping[str, Any], partition: _Partition, variables: Mappi
         like = _LIKE[part.tier]
         # Unset, the limit is the function's default.
         text = _Environment(base["functions"][like], variables).value("max_loaded_bytes")
+        # Settings need a registry or a baked segment; neither is read here.
         limit = SegmentSettings.from_env({"segment_dir": "baked", "max_loaded_bytes": text}).max_loaded_bytes
         size = sum(tensor.length for tensor in part.bundle.weight_ranges(part.segment))
         if size > limit:
@@ -297,6 +302,7 @@ def _function(name: str, folder: Path, like: dict[str, Any], environment: dict[s
     registry_only = ("registry", "preload", "model", "hops", "cuts", "s3_endpoint", "s3_region")
     environment_like = {k: v for k, v in (like.get("environment") or {}).items() if k not in registry_only}
     own = "router" if kind == "router" else str(like["handler"]).rpartition("/")[2]
+    # The image keeps the registry, owner and tag of the one that it is like.
     image = str(like["image"]).replace(own, name)
     return {
         **{k: v for k, v in like.items() if k != "secrets"},
@@ -321,6 +327,7 @@ def _role(i: int, count: int) -> str:
 def _bake_registry(store: Registry, model: Resolved, partition: _Partition, folder: Path) -> None:
     """A registry of one bundle without its weights and graphs: the router's part, of a plan's variant too."""
     small = FolderStore(folder)
+    # A plan's variant is a bundle of its own, with a manifest of its own.
     for digest in {model.digest, *(part.digest for part in partition.parts)}:
         small.put(blob_key(digest), store.manifest(digest))
     bundle = model.bundle
@@ -329,6 +336,7 @@ def _bake_registry(store: Registry, model: Resolved, partition: _Partition, fold
         if blob is not None:
             small.put(blob_key(blob.digest), store.blob(blob))
     small.put(f"models/{model.name}/versions/{model.version}", model.digest.encode())
+    # The router's setting names the model without a version, and so asks for prod.
     small.put(f"models/{model.name}/aliases/prod", model.version.encode())
 
 

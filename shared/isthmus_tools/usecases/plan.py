@@ -25,6 +25,7 @@ from isthmus_tools.usecases.profile import ProfileRequest, tier_profiles
 from isthmus_tools.usecases.publication import Publication, publish_candidate
 from isthmus_tools.usecases.sources import example_requests, further_photos
 
+# Random inputs show speeds alone, for which a few are enough.
 _RANDOM_REQUESTS = 3
 # Shares of the time limit for profiling and for the trial of cuts; the rest is for measurements over the link.
 _PROFILING_SHARE, _TRIALS_SHARE = 0.4, 0.7
@@ -93,6 +94,7 @@ def plan(request: PlanRequest, progress: Progress = silent) -> PlanResult:
         HopError, RegistryError: a function or the registry cannot be reached.
     """
     store = open_registry(request.registry)
+    # Before anything runs: cost and energy are nothing without prices.
     check_prices(request.objective, request.constraints, request.prices)
     model = store.resolve(request.model)
     kind, examples = example_requests(
@@ -130,6 +132,7 @@ def plan(request: PlanRequest, progress: Progress = silent) -> PlanResult:
             )
         )
         if functions is not None and (edge := functions.slowed) is not None:
+            # A plan for a slowed edge must not pass for one of this machine's own speed.
             candidate_set.notes.append(f"the edge was slowed to 1/{edge.slowdown:g} of a CPU, by {edge.method}")
         candidates = candidate_set.predict(request.conditions, request.prices)
         if functions is not None and not request.predict_only:

@@ -84,6 +84,7 @@ def profile(request: ProfileRequest, progress: Progress = silent) -> ProfileResu
     settings = SegmentSettings(**vars(request.registry))
     store = open_registry(settings)
     version = store.resolve(request.model)
+    # One request, run again and again: the spread is then the machine's, not the inputs'.
     kind, requests = example_requests(version.bundle, request.photos, request.tensors, random=1)
     inputs = dict(requests[0].arrays)
     urls = {tier: url for tier, url in ((EDGE, request.functions.head), (CLOUD, request.functions.tail)) if url}
@@ -91,6 +92,7 @@ def profile(request: ProfileRequest, progress: Progress = silent) -> ProfileResu
     progress("asking the functions what they run on")
     devices = {tier: function.device() for tier, function in functions.items()}
     if (edge := request.functions.slowed) is not None and EDGE in devices:
+        # A device of its own, whose profile is never taken for the unslowed machine's.
         devices[EDGE] = profiles.slowed(devices[EDGE], edge.slowdown)
     progress(f"fetching {version.name}:{version.version}")
     cache = open_cache(settings, store)
@@ -103,6 +105,7 @@ def profile(request: ProfileRequest, progress: Progress = silent) -> ProfileResu
         fresh = {
             tier: p
             for tier, p in current.items()
+            # A stored profile holds for the same inputs, shapes and cuts alone.
             if p is not None and not request.again and _is_of(p, kind, shapes) and _holds(p, tier, cuts)
         }
         if fresh.keys() < functions.keys():

@@ -100,6 +100,7 @@ def example_requests(
         kind, requests = "photo", from_photos(bundle, [read_photo(path) for path in _sample(photos)])
     else:
         kind, requests = "random", random_inputs(bundle, random)
+    # The first stands for all, which were made alike.
     check_tensors(bundle.inputs, requests[0].arrays)
     return kind, requests
 
@@ -124,4 +125,5 @@ def _sample(photos: Sequence[Path], most: int = MAX_EXAMPLES) -> list[Path]:
     files = [f for p in photos for f in (sorted(q for q in p.iterdir() if q.is_file()) if p.is_dir() else [p])]
     if not files:
         raise RequestMalformed(f"{photos[0]} holds no files")
+    # Over the whole list: folders are often sorted by class, and the first files would be of a single one.
     return files[:: math.ceil(len(files) / most)]

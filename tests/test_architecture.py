@@ -72,6 +72,7 @@ HEAVY = {
     "skimage": {"zoo"},
 }
 """The rooms that may import a heavy library."""
+MAX_IMPORTS = 15
 
 
 def imports_of(path: Path) -> Iterator[str]:
@@ -110,6 +111,16 @@ def wrong_arrows(shared: Path) -> list[str]:
     return wrong
 
 
+def project_imports(shared: Path) -> dict[str, int]:
+    """Distinct modules of the project that each module imports names from."""
+    counts = {}
+    for path in sorted(shared.rglob("*.py")):
+        nodes = ast.walk(ast.parse(path.read_text()))
+        modules = {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module}
+        counts[str(path.relative_to(shared))] = sum(m.partition(".")[0].startswith("isthmus") for m in modules)
+    return counts
+
+
 def is_allowed(package: str, room: str, target_package: str, target: str) -> bool:
     # A package's own `__init__` names what it exports.
     if room == target or room == "__init__" or target in ("", "__version__"):
@@ -120,6 +131,17 @@ def is_allowed(package: str, room: str, target_package: str, target: str) -> boo
     if target_package == "isthmus":
         return target not in ("serving", "routing") or room not in TOOLS
     return room not in TOOLS or target in TOOLS[room]
+
+
+def test_no_module_imports_many_others_of_the_project() -> None:
+    assert {path: count for path, count in project_imports(SHARED).items() if count > MAX_IMPORTS} == {}
+
+
+def test_imports_are_counted_by_module(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text(
+        "from isthmus.a import b\ndef f():\n    from isthmus.a import c\n    from isthmus_tools import d\n"
+    )
+    assert project_imports(tmp_path) == {"a.py": 2}
 
 
 def test_every_import_follows_the_arrows() -> None:

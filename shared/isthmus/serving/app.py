@@ -40,6 +40,7 @@ class Readiness:
 
     def start(self) -> None:
         """Start the thread; called once, after everything that `prepare` uses was created."""
+        # A daemon: a registry that never answers must not hold up the end of the process.
         threading.Thread(target=self._run, name="prepare", daemon=True).start()
 
     def close(self) -> None:
@@ -69,6 +70,7 @@ class Readiness:
                 self._reason, self._hint = e.message, e.hint
                 facts = {"error": e.message, "again_in_s": wait_s} | ({"hint": e.hint} if e.hint else {})
                 self._log.warning("not ready", extra={"facts": facts})
+            # Defects as well: without its thread the function would stay unready, with no reason in its responses.
             except Exception as e:
                 self._reason, self._hint = "an unexpected error; the log has it", ""
                 self._log.error("not ready: %s", type(e).__name__, exc_info=True)
@@ -76,6 +78,7 @@ class Readiness:
                 self._ready.set()
                 self._log.info("ready")
                 return
+            # Not a sleep, so that `close` ends the wait.
             self._closed.wait(wait_s)
             wait_s = min(_MAX_WAIT_S, wait_s * 2)
 
@@ -169,6 +172,7 @@ class FunctionApp:
         context: Context | None = g.context
         compress(response, request.headers.get("Accept-Encoding", ""))
         size = response.content_length or 0
+        # Unknown paths share a label: their texts are the callers', and would add metrics without bound.
         self.metrics.count_response(request.endpoint or "none", response.status_code, size, timings)
         if context is None:
             return response
@@ -186,6 +190,7 @@ class FunctionApp:
                 "out_bytes": size,
                 **({"error": g.error} if g.error else {}),
                 "call_id": context.call_id,
+                # W3C Trace Context: 32 digits after the version.
                 "trace_id": context.traceparent[3:35],
             }
             self.log.log(level, "request", extra={"facts": facts})

@@ -43,6 +43,7 @@ class ErrorRenderer:
 
     def _known(self, error: IsthmusError, call_id: str) -> Response:
         status = http_status(error)
+        # 503 is a state that passes, such as loading.
         is_own_fault = status >= 500 and status != 503
         if is_own_fault or (error.public_message and not self._expose_details):
             facts = {"type": type(error).__name__, **error.facts}
@@ -51,6 +52,7 @@ class ErrorRenderer:
             level = logging.ERROR if is_own_fault else logging.INFO
             self._log.log(level, error.message, extra={"facts": facts}, exc_info=error if status == 500 else None)
         response = _response(error_document(error, expose_details=self._expose_details), status)
+        # RFC 9110, 15.5.16: such a 415 lists the codings that are taken.
         if isinstance(error, EncodingUnsupported):
             response.headers["Accept-Encoding"] = ", ".join(error.facts["accepted"])
         if status in (429, 503):
@@ -78,6 +80,7 @@ def _routing_error(error: HTTPException) -> Response:
         doc["facts"] = {"path": request.path, "exists": sorted(r.rule for r in current_app.url_map.iter_rules())}
     response = _response(doc, error.code or 500)
     for name, value in error.get_headers():
+        # RFC 9110, 15.5.6: a 405 lists the methods of the path.
         if name == "Allow":
             response.headers[name] = value
     return response

@@ -148,6 +148,7 @@ def _read_form(request: FunctionRequest, model: ServedModel, body: bytes) -> Inf
         )
     top_k = parse_top_k(form.fields.get("top_k", request.query.get("top_k")))
     if form.is_batch:
+        # A file that is no image fails alone; the others of the batch are classified.
         batch = tuple(photo if looks_like_image(photo) else not_an_image(photo) for photo in form.photos)
         return InferenceRequest(model, batch=batch, top_k=top_k)
     if not looks_like_image(form.photos[0]):

@@ -22,6 +22,7 @@ class FunctionMetrics:
     """A function's metrics, in a collector registry of their own."""
 
     def __init__(self) -> None:
+        # Not the default of prometheus_client, where the names of a second app in this process would clash.
         self._registry = CollectorRegistry()
         r = self._registry
         self.requests = Counter(
@@ -105,6 +106,7 @@ class FunctionMetrics:
 
     def busy(self) -> float:
         """Requests in flight."""
+        # `collect` is the only public way to read a gauge.
         return sum(sample.value for metric in self.in_flight.collect() for sample in metric.samples)
 
     def gauge(self, name: str, help: str, read: Callable[[], float]) -> None:

@@ -82,6 +82,7 @@ class Predictor:
         model = inference.model
         result = self._execute(request, model.route, tensors.inputs, {})
         start = time.perf_counter()
+        # Before the response exists: numbers as JSON take many times their bytes.
         request.memory.hold(oip.response_bytes(result.outputs, tensors))
         response = oip.build_response(
             result.outputs,
@@ -101,6 +102,7 @@ class Predictor:
         predictions = []
         stages: list[Timings] = []
         for photo in inference.batch:
+            # Each prediction reports its own stages, the response their sums.
             stages.append(Timings())
             try:
                 if isinstance(photo, IsthmusError):
@@ -157,6 +159,7 @@ class Predictor:
         try:
             result = execute(route, inputs, request.context, encoded)
         except HopError as e:
+            # The hop decoded the photo: its fault is the caller's, not the hop's.
             if encoded and isinstance(e, HopRejected) and (photo_error := _photo_error(e)) is not None:
                 raise photo_error from e
             self._count_error(e)

@@ -155,6 +155,7 @@ class Profiling:
         while True:
             ran = self._store.run(frame.bundle, frame.segment, frame.tensors, deadline)
             load_s += ran.load_s
+            # Runs vary: one that takes half as long again still ends in time.
             is_late = until.remaining() < 1.5 * ran.run_s
             if warmup > 0 and not is_late:
                 warmup -= 1

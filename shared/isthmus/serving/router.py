@@ -36,6 +36,7 @@ class _RouterApp(FunctionApp):
             raise SettingsError(
                 "the setting registry is missing: the router reads its model's manifest there", variable="registry"
             )
+        # Settings are judged before connections and threads exist, which a failed start would leave behind.
         check_hops(settings.hops)
         codec = parse_override(settings)
         for entry in settings.preload:

@@ -39,6 +39,7 @@ def create_segment_app(settings: SegmentSettings) -> Flask:
 
 class _SegmentApp(FunctionApp):
     def __init__(self, settings: SegmentSettings) -> None:
+        # A malformed entry ends the start. In the background it would be tried again for good.
         for entry in settings.preload:
             parse_entry(entry)
         self._registry = None if settings.segment_dir else open_registry(settings)
@@ -109,6 +110,7 @@ class _SegmentApp(FunctionApp):
 
     def _prepare(self) -> None:
         if isinstance(self._source, BakedSegment):
+            # The only segment that this function can serve.
             self._store.runner(self._source.digest, self._source.segment_id, load_deadline())
         if self._registry is not None:
             preload(self._settings.preload, self._registry, self._store)

@@ -86,6 +86,7 @@ def classify_photos(request: BatchRequest, progress: Progress = silent) -> Batch
             if len(models) > 1:
                 raise _two_models(request.output, sorted(str(model) for model in models))
             file.write(b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines))
+            # Before the progress is shown: a run that is killed has kept the photos that it counted.
             file.flush()
             errors = sum("error" in line for line in lines)
             failed, classified = failed + errors, classified + len(lines) - errors
@@ -203,6 +204,7 @@ def _output(path: Path) -> Iterator[BinaryIO]:
     """The file opened for reading and appending, by one run at a time."""
     with path.open("a+b") as file:
         try:
+            # Two runs at a time would classify the same photos and mix their lines.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             raise RequestMalformed(f"another run writes to {path}", path=str(path), hint="wait for its end") from e

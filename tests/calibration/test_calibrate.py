@@ -208,7 +208,7 @@ def test_calibrating_renews_a_plan_whose_codec_has_new_tables(photos: Published,
     assert plan.choice.error.disagreement == pytest.approx(1 - entry.agreement)
     assert "renewed after a calibration" in plan.why[-1]
     assert done["serving"] == serving.version
-    assert done["next"] == "isthmus up --model photos"
+    assert done["next"] == f"isthmus up --model photos --registry {photos.folder}"
 
 
 def test_calibrating_takes_the_default_cuts_unless_asked_for_more(photos: Published, album: Path) -> None:

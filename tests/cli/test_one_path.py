@@ -32,7 +32,10 @@ def album(tmp_path: Path) -> Path:
 def test_import_says_what_serves_and_what_comes_next(tmp_path: Path) -> None:
     model = photos_model(tmp_path / "photos.onnx")
     made = document(isthmus("import", model, "--registry", tmp_path / "registry", "--json"))
-    assert (made["serving"], made["next"]) == ("1", "isthmus calibrate photos --data FOLDER")
+    assert (made["serving"], made["next"]) == (
+        "1",
+        f"isthmus calibrate photos --data FOLDER --registry {tmp_path / 'registry'}",
+    )
     again = isthmus("import", model, "--if-absent", "--registry", tmp_path / "registry")
     assert "requests for photos reach version 1" in again.stdout
     assert "next: isthmus calibrate photos --data FOLDER" in again.stdout
@@ -41,14 +44,26 @@ def test_import_says_what_serves_and_what_comes_next(tmp_path: Path) -> None:
 def test_a_cut_that_does_not_serve_names_its_version_in_the_next_command(photos: Published) -> None:
     made = document(isthmus("cut", "photos", "--cut", "2", "--alias", "canary", "--registry", photos.folder, "--json"))
     assert (made["version"], made["serving"]) == ("2", "1")
-    assert made["next"] == "isthmus calibrate photos:2 --data photos"
+    assert made["next"] == f"isthmus calibrate photos:2 --data photos --registry {photos.folder}"
 
 
 def test_a_planned_version_that_does_not_serve_is_followed_by_the_alias(photos: Published) -> None:
     publish_plan(photos.registry, photos.bundle, {}, plan_for(photos.bundle, candidate()))
     assert document(isthmus("show", "photos:2", "--registry", photos.folder, "--json"))["next"] == (
-        "isthmus alias photos:2 prod"
+        f"isthmus alias photos:2 prod --registry {photos.folder}"
     )
+
+
+def test_the_next_command_names_a_registry_only_where_a_default_would_miss_it(
+    photos: Published, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ISTHMUS_REGISTRY", str(photos.folder))
+    assert document(isthmus("show", "photos", "--json"))["next"] == "isthmus calibrate photos --data photos"
+    monkeypatch.delenv("ISTHMUS_REGISTRY")
+    monkeypatch.chdir(photos.folder.parent)
+    (photos.folder.parent / ".isthmus").mkdir()
+    photos.folder.rename(photos.folder.parent / ".isthmus" / "registry")
+    assert document(isthmus("show", "photos", "--json"))["next"] == "isthmus calibrate photos --data photos"
 
 
 def test_up_fails_at_once_where_the_model_is_not_there(photos: Published) -> None:

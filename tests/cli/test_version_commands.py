@@ -43,7 +43,7 @@ def test_show_takes_a_version_and_lists_the_others(photos: Published) -> None:
     shown = ask(photos, "show", "photos:2")
     assert (shown["version"], shown["serves"], shown["aliases"]) == ("2", False, [])
     assert [(v["version"], v["serves"]) for v in shown["versions"]] == [("1", True), ("2", False)]
-    assert shown["next"] == "isthmus calibrate photos:2 --data photos"
+    assert shown["next"] == f"isthmus calibrate photos:2 --data photos --registry {photos.folder}"
     text = say(photos, "show", "photos")
     assert "takes x float32[1, 3, 8, 8]" in text
     assert "→ 1" in text
@@ -56,7 +56,7 @@ def test_alias_and_rollback_say_from_what_to_what(photos: Published) -> None:
     assert "as before" in say(photos, "alias", "photos:2", "prod")
     back = ask(photos, "rollback", "photos")
     assert (back["version"], back["alias_was"]) == ("1", "2")
-    assert back["next"] == "isthmus alias photos:2 prod"
+    assert back["next"] == f"isthmus alias photos:2 prod --registry {photos.folder}"
     assert photos.registry.resolve("photos").version == "1"
 
 
@@ -85,7 +85,7 @@ def test_gc_lists_first_and_removes_with_delete_alone(photos: Published) -> None
     before = photos.registry.store.list("blobs/")
     listed = ask(photos, "gc", "--older-than", "0s")
     assert sorted(item["key"] for item in listed["removable"]) == before
-    assert (listed["removed"], listed["next"]) == (0, "isthmus gc --delete --older-than 0s")
+    assert (listed["removed"], listed["next"]) == (0, f"isthmus gc --delete --older-than 0s --registry {photos.folder}")
     assert photos.registry.store.list("blobs/") == before
     assert ask(photos, "gc")["removable"] == []  # younger than a day
     assert "removed" in say(photos, "gc", "--older-than", "0s", "--delete")

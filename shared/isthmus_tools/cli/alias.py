@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from isthmus_tools.cli.console import errors, print_json, say
-from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, registry_settings
+from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, in_registry, registry_settings
 
 if TYPE_CHECKING:
     from isthmus.registry.versions import AliasMove
@@ -28,15 +28,16 @@ def alias(
     from isthmus.registry.versions import move_alias
 
     with errors(as_json):
-        show_move(move_alias(open_registry(registry_settings(registry)), model, name), as_json)
+        show_move(move_alias(open_registry(registry_settings(registry)), model, name), registry, as_json)
 
 
-def show_move(move: AliasMove, as_json: bool) -> None:
+def show_move(move: AliasMove, registry: str, as_json: bool) -> None:
     """Print from which version to which an alias was moved, and the command that undoes it."""
     option = "" if move.alias == "prod" else f" --alias {move.alias}"
     moved = move.was != move.version
     # rollback moves prod unless told otherwise, and has nowhere to go where the alias meant nothing before.
     undo = f"isthmus rollback {move.name}{option}" if moved and move.was else f"isthmus show {move.name}"
+    undo = in_registry(undo, registry)
     if as_json:
         document: dict[str, Any] = {
             "name": move.name,

@@ -10,7 +10,7 @@ import typer
 from isthmus.settings import MAX_THREADS
 from isthmus.units import format_size
 from isthmus_tools.cli.codec import document, show
-from isthmus_tools.cli.console import errors, print_json, run, say, show_publication
+from isthmus_tools.cli.console import errors, print_json, publication_document, run, say, show_publication
 from isthmus_tools.cli.options import (
     DEFAULT_REGISTRY,
     SYNTAX,
@@ -103,7 +103,7 @@ def calibrate(
                     "tables": {tensor: blob.size for tensor, blob in calibrated.bundle.tables.items()},
                     "skipped": calibrated.skipped,
                     "cuts": calibrated.fidelity.cuts(),
-                    **result.publication.document(),
+                    **publication_document(result.publication, registry),
                     **document(calibrated.fidelity),
                 }
             )
@@ -115,4 +115,4 @@ def calibrate(
         tables = calibrated.bundle.tables.values()
         weight = format_size(sum(blob.size for blob in tables))
         say(f"{version.name}:{version.version} {version.digest[:19]}…, {len(tables)} tables ({weight})")
-        show_publication(result.publication)
+        show_publication(result.publication, registry)

@@ -20,6 +20,7 @@ from isthmus_tools.cli.options import (
     OldAt,
     RegistryOption,
     check_output,
+    in_registry,
     read_option,
     registry_settings,
 )
@@ -80,7 +81,11 @@ def codec(
 
             draw(fidelity, cuts, name, picture)
         top = {cut: choices.get(cut) or best_entry(fidelity, cut) for cut in cuts}
-        commands = {cut: apply_command(name, version.bundle, entry) for cut, entry in top.items() if entry is not None}
+        commands = {
+            cut: in_registry(apply_command(name, version.bundle, entry), registry)
+            for cut, entry in top.items()
+            if entry is not None
+        }
         if as_json:
             rows = document(fidelity, cuts, choices)
             print_json({"name": version.name, "version": version.version, **rows, "apply": commands})

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from isthmus.errors import IsthmusError, RequestMalformed, RequestTooLarge
+from isthmus_tools.cli.options import in_registry
 from isthmus_tools.printable import printable
 from isthmus_tools.progress import Progress, silent
 
@@ -198,7 +199,12 @@ def warn(sentences: Sequence[str]) -> None:
         err.print(f"warning: {sentence}", highlight=False, markup=False, soft_wrap=True)
 
 
-def show_publication(publication: Publication) -> None:
+def publication_document(publication: Publication, registry: str) -> dict[str, Any]:
+    """A publication as JSON: the alias, the plan, the version that serves, and the next command."""
+    return publication.document() | {"next": in_registry(publication.following, registry)}
+
+
+def show_publication(publication: Publication, registry: str) -> None:
     """Print the alias's version, whether the plan stays in force, the version that serves, and the next command."""
     version, lost = publication.version, publication.lost
     name = f"{version.name}:{version.version}"
@@ -212,7 +218,7 @@ def show_publication(publication: Publication) -> None:
     if publication.serving:
         say(f"requests for {version.name} reach version {publication.serving}")
     if publication.following:
-        say(f"next: {publication.following}")
+        say(f"next: {in_registry(publication.following, registry)}")
 
 
 def _alias_line(publication: Publication) -> str:

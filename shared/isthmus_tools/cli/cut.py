@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from isthmus.units import format_size
-from isthmus_tools.cli.console import errors, print_json, run, say, show_publication, warn
+from isthmus_tools.cli.console import errors, print_json, publication_document, run, say, show_publication, warn
 from isthmus_tools.cli.options import (
     DEFAULT_REGISTRY,
     SYNTAX,
@@ -65,7 +65,7 @@ def cut(
                     "new_bytes": result.new_bytes,
                     "default_cuts": list(result.bundle.default_cuts),
                     "warnings": result.warnings,
-                    **result.publication.document(),
+                    **publication_document(result.publication, registry),
                 }
             )
             return
@@ -73,7 +73,7 @@ def cut(
             f"{version.name}:{version.version} {version.digest[:19]}…, new segments"
             f" {', '.join(result.new_segments) or 'none'} ({format_size(result.new_bytes)})"
         )
-        show_publication(result.publication)
+        show_publication(result.publication, registry)
         warn(result.warnings)
         # A router asks the plan before the default cuts, so --default alone changes nothing that is served.
         if default and result.publication.plan:

@@ -8,7 +8,14 @@ import typer
 
 from isthmus.units import format_size, parse_duration
 from isthmus_tools.cli.console import errors, print_json, progress_bars, say
-from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, read_option, registry_settings
+from isthmus_tools.cli.options import (
+    DEFAULT_REGISTRY,
+    AsJson,
+    RegistryOption,
+    in_registry,
+    read_option,
+    registry_settings,
+)
 
 
 def gc(
@@ -46,6 +53,7 @@ def gc(
             # The removal must have the age of the listing, or it removes something else.
             option = "" if older_than == "24h" else f" --older-than {older_than}"
             following = f"isthmus gc --delete{option}"
+        following = in_registry(following, registry)
         if as_json:
             print_json(
                 {

@@ -10,7 +10,7 @@ import typer
 
 from isthmus.errors import ModelError
 from isthmus.units import format_size
-from isthmus_tools.cli.console import errors, print_json, run, say, show_publication, warn
+from isthmus_tools.cli.console import errors, print_json, publication_document, run, say, show_publication, warn
 from isthmus_tools.cli.options import (
     DEFAULT_REGISTRY,
     SYNTAX,
@@ -100,7 +100,7 @@ def import_model(
                     "default_cuts": list(bundle.default_cuts),
                     "registry": registry,
                     "warnings": findings(bundle),
-                    **publication.document(),
+                    **publication_document(publication, registry),
                 }
             )
             return
@@ -110,7 +110,7 @@ def import_model(
         )
         inputs = ", ".join(describe(s.dtype, s.shape, s.name) for s in bundle.inputs)
         say(f"takes {inputs}{_fixed(model, bundle)}")
-        show_publication(publication)
+        show_publication(publication, registry)
         warn(findings(bundle))
 
 

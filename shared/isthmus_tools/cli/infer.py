@@ -241,7 +241,7 @@ def _tensors(tensors: list[str], model: str, where: _Where, output: Path | None,
         print_json({"outputs": shown, "route": facts, "file": str(output) if output else None})
         return
     table(
-        f"{model} in {facts.get('segments')}; {_sent(facts)}",
+        f"{model} in {facts.get('segments')}; plan {facts.get('plan', 'none')}; {_sent(facts)}",
         ["output", "dtype", "shape", "min", "max"],
         [list(o.values()) for o in shown],
         numbers=["min", "max"],

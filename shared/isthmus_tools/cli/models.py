@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from isthmus_tools.cli.console import errors, print_json, say, table
-from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, registry_settings
+from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, in_registry, registry_settings
 
 
 def models(*, registry: RegistryOption = DEFAULT_REGISTRY, as_json: AsJson = False) -> None:
@@ -54,7 +54,7 @@ def models(*, registry: RegistryOption = DEFAULT_REGISTRY, as_json: AsJson = Fal
         )
         if newer := [m for m in summaries if m.newest != m.serving.version]:
             say(f"newer than what serves: {', '.join(f'{m.name}:{m.newest}' for m in newer)}")
-        say("next: isthmus show NAME" if summaries else "next: isthmus import MODEL.onnx")
+        say(f"next: {in_registry('isthmus show NAME' if summaries else 'isthmus import MODEL.onnx', registry)}")
 
 
 def cuts_text(cuts: tuple[str, ...]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -109,6 +110,13 @@ def stack_variables(registry: str) -> dict[str, str]:
         "ISTHMUS_REGISTRY": str(Path(folder).absolute()) if folder else registry,
         **{name: text for name, text in s3.items() if text},
     }
+
+
+def in_registry(command: str, registry: str) -> str:
+    """A command to run next, with the registry of this command where a default would name another."""
+    if registry in (DEFAULT_REGISTRY, os.environ.get("ISTHMUS_REGISTRY")):
+        return command
+    return f"{command} --registry {shlex.quote(registry)}"
 
 
 def read_option(parse: Callable[[str], Number], option: str, text: str) -> Number:

@@ -54,6 +54,7 @@ def package(
                     "weights_bytes": result.weights_bytes,
                     "cuts": list(result.cuts),
                     "plan": result.plan,
+                    "next": f"faas-cli up -f {result.stack}",
                 }
             )
             return

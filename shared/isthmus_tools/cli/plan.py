@@ -5,13 +5,13 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from isthmus.errors import RequestMalformed
 from isthmus.units import parse_duration, parse_rate, parse_size
-from isthmus_tools.cli.console import errors, print_json, progress_bars, say, show_publication
+from isthmus_tools.cli.console import errors, print_json, progress_bars, publication_document, say, show_publication
 from isthmus_tools.cli.options import (
     DEFAULT_REGISTRY,
     PICTURES,
@@ -171,7 +171,10 @@ def plan(
                 publication = result.publish(alias)
         version = f"{publication.version.name}:{publication.version.version}" if publication else ""
         if as_json:
-            about = {k: v for k, v in publication.document().items() if k.startswith("alias")} if publication else {}
+            about: dict[str, Any] = {}
+            if publication is not None:
+                published = publication_document(publication, registry)
+                about = {k: v for k, v in published.items() if not k.startswith("plan")}
             print_json({**plan_text.document(best, version, sweeps if sweep else None), **about})
             return
         plan_text.show(best)
@@ -181,7 +184,7 @@ def plan(
             say(f"drawn: {picture}")
         if publication is not None:
             say(f"published: {version}", "bold")
-            show_publication(publication)
+            show_publication(publication, registry)
         elif publish is None:
             say("not published, since nothing was measured: --publish publishes it")
         else:

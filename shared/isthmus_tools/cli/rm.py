@@ -8,7 +8,7 @@ import typer
 
 from isthmus.errors import RequestMalformed
 from isthmus_tools.cli.console import errors, print_json, say
-from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, registry_settings
+from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, in_registry, registry_settings
 
 
 def rm(
@@ -45,7 +45,7 @@ def rm(
         else:
             remove_version(store, name, number)
             removed = [number]
-        serving, following = serving_version(store, name), "isthmus gc"
+        serving, following = serving_version(store, name), in_registry("isthmus gc", registry)
         if as_json:
             print_json({"name": name, "removed": removed, "serving": serving, "serving_was": before, "next": following})
             return

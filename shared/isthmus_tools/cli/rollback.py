@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from isthmus_tools.cli.console import errors, print_json, say
-from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, registry_settings
+from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, in_registry, registry_settings
 
 
 def rollback(
@@ -27,7 +27,7 @@ def rollback(
     with errors(as_json):
         move = roll_back(open_registry(registry_settings(registry)), model, alias)
         # Not by rollback: another one goes further back.
-        undo = f"isthmus alias {move.name}:{move.was} {move.alias}"
+        undo = in_registry(f"isthmus alias {move.name}:{move.was} {move.alias}", registry)
         if as_json:
             print_json(
                 {

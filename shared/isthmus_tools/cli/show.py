@@ -9,7 +9,7 @@ import typer
 from isthmus.units import format_size
 from isthmus_tools.cli.console import errors, print_json, say, table
 from isthmus_tools.cli.models import cuts_text
-from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, registry_settings
+from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, in_registry, registry_settings
 
 if TYPE_CHECKING:
     from isthmus_tools.usecases.versions import VersionSummary
@@ -32,7 +32,7 @@ def show(
         store = open_registry(registry_settings(registry))
         version = summarise(store, model)
         versions = list_versions(store, version.name)
-        following = next_command(store, f"{version.name}:{version.version}")
+        following = in_registry(next_command(store, f"{version.name}:{version.version}"), registry)
         if as_json:
             print_json({**_document(version), "versions": [_document(v) for v in versions], "next": following})
             return

@@ -69,7 +69,9 @@ def up(
         if slowdown is not None:
             edge = resources.enter_context(share_of_a_cpu(1 / slowdown))
             variables, join = on_one_thread(variables), joining(edge)
-            err.print(f"router and edge-head have 1/{slowdown:g} of a CPU, by {edge.method}", highlight=False)
+            err.print(
+                f"router and edge-head have 1/{slowdown:g} of a CPU, by {edge.method}", highlight=False, soft_wrap=True
+            )
 
         def on_event(event: Event) -> None:
             join(event)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from pathlib import Path
+
 import pytest
 
 from support.paths import ROOT
@@ -60,3 +64,10 @@ def test_what_a_test_leaves_behind_fails_it(pytester: pytest.Pytester) -> None:
     result.stdout.fnmatch_lines([f"*this test left behind: *{kind}*" for kind in ("threads", "processes", "sockets")])
     result.stdout.fnmatch_lines(["*this test left behind: *temporary files*", "*this module's tests left behind: *"])
     result.assert_outcomes(passed=5, errors=5)
+
+
+def test_torch_keeps_its_cache_outside_of_a_tests_temporary_folder() -> None:
+    cache, temporary = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]), Path(tempfile.gettempdir())
+    assert cache.is_dir()
+    assert not cache.is_relative_to(temporary)
+    assert temporary == Path(os.environ["TMPDIR"])

@@ -559,7 +559,7 @@ def test_nothing_is_left_behind(target: Target) -> None:
         assert link.counters.connections == 2
         assert link.counters.open == 0
         with pytest.raises(ConnectionRefusedError):
-            socket.create_connection(("127.0.0.1", link.port), timeout=5)
+            socket.create_connection(("127.0.0.1", link.port), timeout=LONG_S)
         with pytest.raises(LocalError, match="does not run"):
             link.cut()
     eventually(lambda: descriptors() <= before and not any(t.name == "link" for t in threading.enumerate()))

@@ -1,4 +1,4 @@
-"""The codec to take at a cut: the Pareto front of bytes and agreement, its choice, and the command that applies it."""
+"""The Pareto front of bytes and agreement at a cut, the best entry, and the command that serves with an entry."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def pareto_front(entries: Sequence[Measured]) -> list[Measured]:
 
 
 def best_entry(fidelity: Fidelity, cut: str) -> Entry | None:
-    """The entry of fewest bytes on offer at a cut, as a plan would take it; None where raw alone is."""
+    """The entry of fewest bytes on offer at a cut, as in a plan; None where only raw is on offer."""
     return next((entry for entry in offered(fidelity, cut) if entry.codec != RAW_ID), None)
 
 
 def apply_command(reference: str, bundle: Bundle, entry: Entry) -> str:
     """The command that serves a bundle at an entry's cut with its codec, past a plan.
 
-    `reference` is NAME or NAME:VERSION. The settings are the router's, so a stack file can hold them, too.
+    `reference` is NAME or NAME:VERSION. The settings are the router's, so a stack file may hold them, too.
     """
     settings = {"codec": str(entry.choice)}
     # A cut in the settings goes before a plan; the default cut needs none.

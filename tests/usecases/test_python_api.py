@@ -6,6 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,15 @@ from onnx import TensorProto, helper, numpy_helper
 
 import isthmus
 import isthmus_tools
+from isthmus.serving import create_router_app
+from isthmus.settings import RouterSettings
+from support.bundles import LABELS, Published, photo, router_settings, served
+from support.bundles import photos as photos
 from support.paths import ROOT
 
 PAGE = ROOT / "docs" / "reference" / "python.md"
+BATCH_PAGE = ROOT / "docs" / "how-to" / "batch.md"
+ROUTER = "http://127.0.0.1:8080/function/router"
 
 
 @pytest.mark.parametrize("package", [isthmus, isthmus_tools], ids=lambda p: p.__name__)
@@ -42,6 +50,31 @@ print(sorted({"numpy", "onnx", "onnxruntime", "isthmus.errors", "isthmus_tools.u
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+@contextmanager
+def router_of(code: str, folder: Path) -> Iterator[str]:
+    """The code of an example, where it names a router before a running one."""
+    if ROUTER not in code:
+        yield code
+        return
+    where = {"registry": str(folder / "registry"), "cache_dir": str(folder / "router")}
+    with served(create_router_app(RouterSettings(**where, model="detector", hops=("local",)))) as url:  # type: ignore[arg-type]
+        yield code.replace(ROUTER, url)
+
+
+def test_the_example_of_a_batch_runs(
+    photos: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (block,) = re.findall(r"^```python\n(.*?)^```$", BATCH_PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / "cat.jpg").write_bytes(photo(format="JPEG"))
+    (tmp_path / "dog.jpg").write_bytes(b"no photo")
+    monkeypatch.chdir(tmp_path)
+    with served(create_router_app(router_settings(photos, tmp_path / "cache", ("local",)))) as url:
+        exec(compile(block.replace(ROUTER, url), str(BATCH_PAGE), "exec"), {})  # noqa: S102
+    first, second = capsys.readouterr().out.splitlines()
+    assert first in LABELS
+    assert "looks like text" in second
+
+
 def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     detector(tmp_path / "detector.onnx")
     shutil.copy(ROOT / "stack.yml", tmp_path)
@@ -52,7 +85,10 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     names: dict[str, object] = {}
     for block in blocks:
-        exec(compile(block, str(PAGE), "exec"), names)  # noqa: S102
+        with router_of(block, tmp_path) as code:
+            exec(compile(code, str(PAGE), "exec"), names)  # noqa: S102
+    assert names["prediction"].outputs["y"].shape == (1, 3)  # type: ignore[attr-defined]
+    assert names["difference"] < 1e-5  # type: ignore[operator]
     registry = isthmus.open_registry(names["registry"])  # type: ignore[arg-type]
     assert [version.version for version in registry.versions("detector")] == ["1", "2", "3"]
     assert [run.segment for run in names["ran"].runs] == ["..1", "1..5", "5.."]  # type: ignore[attr-defined]

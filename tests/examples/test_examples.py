@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.serving import create_router_app
 from isthmus.settings import RouterSettings
-from support.bundles import served
 from support.cli import isthmus
 from support.models import package_dir
 from support.paths import ROOT
+from support.routers import served_router
 
 EXAMPLES = ROOT / "examples"
 
@@ -77,7 +76,7 @@ def test_a_detector_finds_lines_in_process_and_by_a_router(
     boxes = [tuple(map(int, line.split())) for line in local.splitlines()]
     assert len(boxes) >= 5
     assert all(left < right <= 384 and top < bottom <= 191 for left, top, right, bottom in boxes)
-    with served(create_router_app(named(router_settings, "detector"))) as url:
+    with served_router(named(router_settings, "detector")) as url:
         assert script(tmp_path, "detector/detect.py", page, url) == local
 
 
@@ -91,7 +90,7 @@ def test_sentences_are_ranked_by_meaning_in_process_and_by_a_router(
     sentences = ("a cat on a mat", "stocks fell sharply today", "the kitten sleeps on the rug")
     ranked = script(tmp_path, "text/similar.py", folder / "tokenizer.json", *sentences)
     assert [line.partition(" ")[2] for line in ranked.splitlines()] == [sentences[2], sentences[1]]
-    with served(create_router_app(named(router_settings, "minilm"))) as url:
+    with served_router(named(router_settings, "minilm")) as url:
         again = script(tmp_path, "text/similar.py", folder / "tokenizer.json", *sentences, ISTHMUS_URL=url)
     assert again == ranked
 

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.serving import create_router_app
-from support.bundles import Published, photo, router_settings, served
+from support.bundles import Published, photo, router_settings
 from support.bundles import photos as photos
 from support.paths import ROOT
-from support.routers import expected_classes
+from support.routers import expected_classes, served_router
 
 
 @pytest.mark.skipif(shutil.which("java") is None, reason="Spark needs Java")
@@ -35,7 +34,7 @@ def test_photos_are_scored_from_spark(photos: Published, tmp_path: Path) -> None
         "SPARK_LOCAL_DIRS": str(tmp_path / "spark"),
         "PYTHONPATH": str(ROOT / "shared"),
     }
-    with served(create_router_app(router_settings(photos, tmp_path / "cache", ("local",)))) as url:
+    with served_router(router_settings(photos, tmp_path / "cache", ("local",))) as url:
         command = [sys.executable, str(example), str(folder), str(tmp_path / "results"), url]
         done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]

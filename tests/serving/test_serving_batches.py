@@ -16,7 +16,7 @@ from isthmus.processing.media import MAX_PHOTOS
 from isthmus.serving import create_router_app
 from support.bundles import Published, free_model, photo, publish, ready, router_settings, served
 from support.bundles import photos as photos
-from support.routers import Chain, assert_classes, expected_classes, local_router
+from support.routers import Chain, assert_classes, expected_classes, local_router, served_router
 from support.routers import chain as chain
 from support.routers import client as client
 
@@ -100,7 +100,7 @@ def test_an_error_of_the_model_or_a_hop_is_the_whole_batchs(photos: Published, t
 
 def test_a_batch_of_tensors_is_a_leading_dimension(tmp_path: Path) -> None:
     rows = np.arange(96, dtype=np.float32).reshape(3, 32)
-    with served(create_router_app(router_settings(free(tmp_path), tmp_path / "cache", ("local",)))) as url:
+    with served_router(router_settings(free(tmp_path), tmp_path / "cache", ("local",))) as url:
         caller = Client(url)
         whole = caller.infer({"a": rows, "b": rows}, model="free").outputs["y"]
         one = caller.infer({"a": rows[1:2], "b": rows[1:2]}, model="free").outputs["y"]

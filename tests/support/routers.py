@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from werkzeug.datastructures import EnvironHeaders
 
 from isthmus.processing.classify import classify
 from isthmus.serving import create_router_app, create_segment_app
+from isthmus.settings import RouterSettings
 from support.bundles import LABELS, TOLERANCE, Published, photo_array, ready, router_settings, segment_settings, served
 from support.segments import run_whole
 
@@ -62,6 +64,15 @@ def client(chain: Chain) -> FlaskClient:
 
 def local_router(published: Published, cache: Path, **given: Any) -> FlaskClient:
     return ready(create_router_app(router_settings(published, cache, ("local",), **given)).test_client())
+
+
+@contextmanager
+def served_router(settings: RouterSettings) -> Iterator[str]:
+    """A router on a real socket, once it is ready; its URL."""
+    app = create_router_app(settings)
+    ready(app.test_client())
+    with served(app) as url:
+        yield url
 
 
 def expected_classes(published: Published, data: bytes, top_k: int = 3) -> Any:

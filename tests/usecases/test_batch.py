@@ -13,13 +13,12 @@ import stamina
 
 from isthmus.client import Client
 from isthmus.errors import HopUnavailable, Overloaded, RequestMalformed, RequestTooLarge
-from isthmus.serving import create_router_app
 from isthmus_tools.usecases import batch
 from isthmus_tools.usecases.batch import BatchRequest, BatchResult, classify_photos, remote_predictor
-from support.bundles import Published, photo, router_settings, served
+from support.bundles import Published, photo, router_settings
 from support.bundles import photos as photos
 from support.cli import document, isthmus
-from support.routers import expected_classes
+from support.routers import expected_classes, served_router
 
 
 class Recorder:
@@ -171,7 +170,7 @@ def test_the_command_writes_a_line_a_photo_and_skips_it_later(local: bool, photo
         (folder / f"{seed}.png").write_bytes(photo(seed=seed))
     (folder / "notes.txt").write_text("no photo")
     output = tmp_path / "results.jsonl"
-    with served(create_router_app(router_settings(photos, tmp_path / "cache", ("local",)))) as url:
+    with served_router(router_settings(photos, tmp_path / "cache", ("local",))) as url:
         where = ("--local", "--model", "photos", "--registry", photos.folder) if local else ("--url", url)
         command = ("infer", folder, "--output", output, "--top-k", "2", *where)
         result = isthmus(*command)

@@ -17,11 +17,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 import isthmus
 import isthmus_tools
-from isthmus.serving import create_router_app
 from isthmus.settings import RouterSettings
-from support.bundles import LABELS, Published, photo, router_settings, served
+from support.bundles import LABELS, Published, photo, router_settings
 from support.bundles import photos as photos
 from support.paths import ROOT
+from support.routers import served_router
 
 PAGE = ROOT / "docs" / "reference" / "python.md"
 BATCH_PAGE = ROOT / "docs" / "how-to" / "batch.md"
@@ -57,7 +57,7 @@ def router_of(code: str, folder: Path) -> Iterator[str]:
         yield code
         return
     where = {"registry": str(folder / "registry"), "cache_dir": str(folder / "router")}
-    with served(create_router_app(RouterSettings(**where, model="detector", hops=("local",)))) as url:  # type: ignore[arg-type]
+    with served_router(RouterSettings(**where, model="detector", hops=("local",))) as url:  # type: ignore[arg-type]
         yield code.replace(ROUTER, url)
 
 
@@ -68,7 +68,7 @@ def test_the_example_of_a_batch_runs(
     (tmp_path / "cat.jpg").write_bytes(photo(format="JPEG"))
     (tmp_path / "dog.jpg").write_bytes(b"no photo")
     monkeypatch.chdir(tmp_path)
-    with served(create_router_app(router_settings(photos, tmp_path / "cache", ("local",)))) as url:
+    with served_router(router_settings(photos, tmp_path / "cache", ("local",))) as url:
         exec(compile(block.replace(ROUTER, url), str(BATCH_PAGE), "exec"), {})  # noqa: S102
     first, second = capsys.readouterr().out.splitlines()
     assert first in LABELS

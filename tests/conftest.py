@@ -1,6 +1,7 @@
 """Fixtures that several test modules share, and how Hypothesis looks for examples."""
 
 import os
+import signal
 
 from hypothesis import HealthCheck, settings
 
@@ -10,5 +11,8 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 # A run on a machine that pauses tells no more than one on a quick one, and the same tree gets the same answer.
 settings.register_profile("isthmus", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("isthmus")
+
+# A shell starts jobs in the background with SIGINT ignored, and so would the processes be that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ("support.leftovers", "support.s3_server")

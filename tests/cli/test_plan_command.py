@@ -131,7 +131,12 @@ def test_the_map_names_the_region_of_every_edge_and_link(place: Place, measured:
     assert found["requested"] == {"edge_slowdown": pytest.approx(4.0), "bandwidth_bps": 20e6}
     shown = isthmus("explain", "photos", "--sweep", *place.registry).stdout
     assert "where splitting pays" in shown
-    assert f"nearest to 4× and the link: {measured['plan']['chosen']}" in shown
+    # By predictions, so another candidate than the chosen one, which is the fastest measured, may be the best.
+    nearest = min(
+        (cell for cell in found["cells"] if cell["edge_slowdown"] == 4),
+        key=lambda cell: abs(math.log(cell["bandwidth_bps"] / 20e6)),
+    )
+    assert f"nearest to 4× and the link: {nearest['best']}" in shown
 
 
 def test_explain_says_why_and_draws_it_for_both_schemes(place: Place, measured: Any) -> None:

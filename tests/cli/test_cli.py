@@ -11,7 +11,6 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -24,7 +23,6 @@ from onnx import TensorProto, helper, numpy_helper
 from isthmus.arrays import restore_bfloat16
 from isthmus_tools import cli
 from isthmus_tools.cli.console import errors, print_json
-from isthmus_tools.cli.demo import compare, verdict
 from isthmus_tools.printable import printable
 from support.cli import document, isthmus
 from support.paths import ROOT
@@ -566,30 +564,6 @@ def test_what_no_stream_can_encode_is_written_as_its_escape(
         (tmp_path / "labels.json").write_text(text)
         run = isthmus("import", odd, "--registry", tmp_path / "r", "--labels", tmp_path / "labels.json")
         assert isinstance(run.exception, SystemExit), run.exception
-
-
-@pytest.mark.parametrize(
-    ("indices", "said"),
-    [([3, 2, 1], "says the same"), ([3, 1, 2], "the same class first"), ([2, 3, 1], "says something else")],
-)
-def test_demo_tells_another_order_from_another_class(indices: list[int], said: str) -> None:
-    class Whole:
-        model = SimpleNamespace(bundle=SimpleNamespace(outputs=[SimpleNamespace(name="logits")]))
-
-        def preprocess(self, photo: bytes) -> dict[str, Any]:
-            return {"image": np.zeros((1, 3, 4, 4), "float32")}
-
-        def run(self, inputs: object) -> Any:
-            return SimpleNamespace(outputs={"logits": np.array([[0.0, 1.0, 2.0, 3.0]])})
-
-        def classes(self, outputs: object) -> list[dict[str, int]]:
-            return [{"index": i} for i in (3, 2, 1)]
-
-    client = SimpleNamespace(infer=lambda *_, **__: Whole().run({}))
-    route = {"segments": [], "link_bytes": 0, "link_raw_bytes": 0}
-    answer = {"classes": [{"index": i} for i in indices], "route": route, "timings_ms": {}}
-    shown = compare("a.jpg", b"", [answer], client, Whole())  # type: ignore[arg-type]
-    assert said in verdict(shown)
 
 
 def test_the_doctor_does_not_advise_an_import_to_a_registry_that_can_be_none() -> None:

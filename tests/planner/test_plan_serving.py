@@ -18,7 +18,6 @@ from isthmus.artifacts.bundle import Blob, digest_of
 from isthmus.artifacts.plan import Candidate, Coding, to_json
 from isthmus.processing.image import as_jpeg
 from isthmus.serving import create_router_app, create_segment_app
-from isthmus_tools.cli.demo import ServedRoute, medians
 from isthmus_tools.planner import measurement
 from isthmus_tools.planner.publishing import publish_plan
 from support.bundles import (
@@ -270,7 +269,7 @@ def test_a_new_version_whose_plan_is_anothers_leaves_the_old_one_serving(place: 
     assert (asked.status_code, asked.json["type"]) == (409, "PlanMismatch")
 
 
-def test_answers_tell_bytes_over_the_link_and_the_demo_reads_every_kind_of_plan(place: Place) -> None:
+def test_answers_tell_bytes_over_the_link_for_every_kind_of_plan(place: Place) -> None:
     data = photo()
     coded = {"p6": Coding("half/1")}
     ways = {
@@ -278,24 +277,12 @@ def test_answers_tell_bytes_over_the_link_and_the_demo_reads_every_kind_of_plan(
         "cloud-photo": candidate("cloud-photo", "cloud", codecs={"x": Coding("photo/1")}, input="photo"),
         "split-6-half": candidate("split-6-half", "split", cuts=("6",), codecs=coded),
     }
-    routes, times = {}, {}
-    for name, chosen in ways.items():
-        found = answer(place.router(place.plan(chosen)), data)
-        routes[name], times[name] = found["route"], medians([found, found])
+    routes = {name: answer(place.router(place.plan(chosen)), data)["route"] for name, chosen in ways.items()}
     assert (routes["edge-float"]["link_bytes"], routes["edge-float"]["link_raw_bytes"]) == (0, 0)
     whole_photo = routes["cloud-photo"]
     assert whole_photo["link_bytes"] == whole_photo["segments"][0]["sent_bytes"] > len(data)
     assert whole_photo["link_raw_bytes"] == 3 * 8 * 8 * 4
     assert routes["split-6-half"]["link_raw_bytes"] == 16 * 4 * 4 * 4
-    assert times["cloud-photo"]["preprocess"] == 0
-    assert times["split-6-half"]["preprocess"] > 0
-    taken = {name: ServedRoute.of(route) for name, route in routes.items()}
-    assert [taken[name].cuts for name in ways] == [[], [], ["6"]]
-    assert taken["edge-float"].text().startswith("served by the plan, edge-float: the whole model on ")
-    looked = json.loads(json.dumps(found))
-    looked["route"]["segments"].append(looked["route"]["segments"][1])
-    assert medians([looked])["6.. run"] == pytest.approx(2 * looked["route"]["segments"][1]["run_ms"], abs=0.01)
-    assert list(medians([looked]))[-1] == "total"
 
 
 def test_the_edges_work_in_the_planning_process_counts_as_often_as_the_edge_is_slower() -> None:

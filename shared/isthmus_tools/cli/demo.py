@@ -1,83 +1,59 @@
-"""`isthmus demo`: the main job, end to end, on a real model and real photos."""
+"""`isthmus demo`: real photos and a real model served four ways over an emulated link, and what the planner says."""
 
 from __future__ import annotations
 
-import io
-import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from isthmus.artifacts.segment_id import WHOLE, SegmentId
-from isthmus.units import format_size
+from isthmus.errors import RequestMalformed
+from isthmus.units import format_duration, format_rate, format_size, parse_duration, parse_rate
 from isthmus_tools.cli.console import errors, print_json, progress_bars, say
 from isthmus_tools.cli.console import table as print_table
 from isthmus_tools.cli.options import (
-    DEFAULT_REGISTRY,
     AsJson,
     EdgeCpus,
     EdgeSlowdown,
-    RegistryOption,
     edge_slowdown_of,
+    read_option,
     registry_settings,
     stack_variables,
 )
-from isthmus_tools.progress import Progress
 from isthmus_tools.zoo.photos import read_photo, sample_photos
 
-# The imports load onnxruntime, numpy and an HTTP client.
+# The imports load onnxruntime, numpy and scipy.
 if TYPE_CHECKING:
-    from isthmus.arrays import Array
-    from isthmus.client import Client
-    from isthmus_tools.usecases.local_model import LocalModel
+    from isthmus_tools.usecases.demo import DemoResult
+    from isthmus_tools.usecases.demo_verdict import Range
 
-MODEL = "efficientnet-lite0"
-# As cameras and browsers save photos.
-JPEG_QUALITY = 85
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A photo's prediction beside the uncut model's.
-
-    `difference` is the largest difference of a logit, relative to the largest logit. Bytes: the photo's file, the
-    model's crop as a JPEG of quality 85, the float input, the bytes sent over the link, and the same tensors raw.
-    """
-
-    photo: str
-    classes: list[dict[str, Any]]
-    same_classes: bool
-    same_likeliest: bool
-    difference: float
-    photo_bytes: int
-    jpeg_bytes: int
-    input_bytes: int
-    link_bytes: int
-    link_raw_bytes: int
-    timings_ms: dict[str, float]
+# Of the demo alone: plans and aliases of other registries stay as they are.
+REGISTRY = ".isthmus/demo"
 
 
 def demo(
     photos: Annotated[list[Path] | None, typer.Argument(help="Photos; five that come with packages if none.")] = None,
     *,
-    port: Annotated[int, typer.Option(help="Port of the local gateway; 0 takes a free one.", min=0, max=65535)] = 0,
     stack: Annotated[Path, typer.Option(help="The stack file.")] = Path("stack.yml"),
-    repeat: Annotated[int, typer.Option(help="Times each photo is sent; times shown are medians.", min=1)] = 5,
+    repeat: Annotated[int, typer.Option(help="Times each photo is sent each way; times are medians.", min=1)] = 3,
+    uplink: Annotated[str, typer.Option(help="Rate of the emulated link, each way.")] = "5mbit",
+    rtt: Annotated[str, typer.Option(help="Round-trip time that the link adds.")] = "20ms",
     edge_slowdown: EdgeSlowdown = None,
     edge_cpus: EdgeCpus = None,
     list_photos: Annotated[bool, typer.Option("--list", help="Print the photos' paths and leave.")] = False,
-    registry: RegistryOption = DEFAULT_REGISTRY,
+    registry: Annotated[
+        str, typer.Option(help="The demo's own registry; not the one that ISTHMUS_REGISTRY names.")
+    ] = REGISTRY,
     as_json: AsJson = False,
 ) -> None:
-    """Classify real photos with EfficientNet-Lite0, cut in two, and compare with the uncut model.
+    """Classify real photos with EfficientNet-Lite0 four ways: at the edge, in the cloud, and split in two.
 
-    Imports the model if the registry lacks it, starts router, edge-head and cloud-tail, and stops them at the end.
+    The same photos go each way over one emulated link, with an edge slowed 32 times unless told otherwise; then the
+    planner says which way is best there, why, and where another would be. At first the model is imported.
 
-    Example: `isthmus demo my-cat.jpg`
+    Example: `isthmus demo my-cat.jpg --uplink 1mbit`
     """
     with errors(as_json):
         slowdown = edge_slowdown_of(edge_slowdown, edge_cpus)
@@ -89,192 +65,81 @@ def demo(
                 typer.echo("\n".join(map(str, paths)))
             return
         # The import and the start take a minute: unreadable photos are refused before.
-        contents = {path: read_photo(path) for path in paths}
-        from isthmus_tools.usecases.local_model import LocalModel
+        contents = {path.name: read_photo(path) for path in paths}
+        if len(contents) < len(paths):
+            raise RequestMalformed("two photos have one name: results are by name")
+        rate = read_option(parse_rate, "--uplink", uplink)
+        rtt_s = read_option(parse_duration, "--rtt", rtt)
+        from isthmus.artifacts.conditions import Conditions
+        from isthmus_tools.engine.stack import read_stack
+        from isthmus_tools.usecases import demo as use_case
+        from isthmus_tools.usecases.demo_model import prepare
+        from isthmus_tools.usecases.functions import local_functions
 
-        with _running(registry, stack, port, as_json, slowdown) as (client, progress):
-            progress("loading the uncut model in this process, to compare")
-            whole = LocalModel(MODEL, registry_settings(registry), WHOLE, threads=1)
-            comparisons = []
-            for path in paths:
-                progress(f"asking about {path.name}")
-                responses = [client.photo(contents[path], model=MODEL) for _ in range(repeat)]
-                comparisons.append(compare(path.name, contents[path], responses, client, whole))
+        variables = stack_variables(registry)
+        read_stack(stack, variables)
+        request = use_case.DemoRequest(
+            registry=registry_settings(registry),
+            photos=contents,
+            conditions=Conditions(rate, rate, rtt_s),
+            edge_slowdown=slowdown or use_case.EDGE_SLOWDOWN,
+            repeat=repeat,
+        )
+        with progress_bars(as_json) as progress, ExitStack() as resources:
+            model = prepare(request.registry, request.model, request.cut, progress)
+            functions = resources.enter_context(local_functions(stack, variables, progress, request.edge_slowdown))
+            result = use_case.compare(request, model, functions, progress)
             progress("stopping the functions")
-        route = ServedRoute.of(responses[0]["route"])
-        cuts = [whole.model.bundle.cuts[name] for name in route.cuts]
         if as_json:
-            print_json(
-                {
-                    "model": f"{whole.model.name}:{whole.model.version}",
-                    "digest": whole.model.digest,
-                    "plan": route.plan,
-                    "hops": route.hops,
-                    "cuts": [asdict(c) for c in cuts],
-                    "photos": [asdict(c) for c in comparisons],
-                }
-            )
+            print_json(result.document())
         else:
-            for comparison in comparisons:
-                _print_classes(comparison)
-            say(f"\n{route.text()}")
-            for cut in cuts:
-                tensors = ", ".join(f"{t.name} {t.dtype}{list(t.shape)}" for t in cut.tensors)
-                say(f"cut {cut.name}: {tensors}, after {cut.macs_before:.0%} of the multiply-accumulates")
-            _print_totals(comparisons)
-        # A plan's codec may change the order of the less likely classes: its stated error allows that.
-        if not all(c.same_likeliest if route.plan else c.same_classes for c in comparisons):
+            _show(result)
+        if not result.split_is_exact:
             raise typer.Exit(1)
 
 
-@contextmanager
-def _running(
-    registry: str, stack: Path, port: int, quiet: bool, slowdown: float | None
-) -> Iterator[tuple[Client, Progress]]:
-    """The stack's functions, ready, with the model in the registry; those of the edge at a part of a CPU."""
-    from isthmus.client import Client
-    from isthmus_tools.engine.cpu_share import share_of_a_cpu
-    from isthmus_tools.engine.stack import read_stack
-    from isthmus_tools.usecases.functions import stack_running
-    from isthmus_tools.usecases.model_import import ImportRequest, import_model
-
-    variables = stack_variables(registry)
-    # An unusable stack file fails before the import and the start.
-    read_stack(stack, variables)
-    with progress_bars(quiet) as progress, ExitStack() as resources:
-        edge = None if slowdown is None else resources.enter_context(share_of_a_cpu(1 / slowdown))
-        if edge is not None:
-            progress(f"router and edge-head get 1/{slowdown:g} of a CPU, by {edge.method}")
-        import_model(ImportRequest(model=MODEL, registry=registry_settings(registry), if_absent=True), progress)
-        with stack_running(stack, variables, progress, port=port, edge=edge) as url:
-            yield Client(f"{url}/function/router"), progress
-
-
-@dataclass(frozen=True)
-class ServedRoute:
-    """The route of a response: the plan's choice where there is a plan, and the hop of each segment."""
-
-    plan: str
-    hops: dict[str, str]
-
-    @classmethod
-    def of(cls, route: Mapping[str, Any]) -> ServedRoute:
-        """Read a response's `route`."""
-        return cls(route.get("plan", ""), {s["segment"]: s["hop"] for s in route["segments"]})
-
-    @property
-    def cuts(self) -> list[str]:
-        """The cuts between the segments, in order."""
-        return [stop for segment in self.hops if (stop := SegmentId.parse(segment).stop)]
-
-    def text(self) -> str:
-        """The route as a line."""
-        by = f"by the plan, {self.plan}" if self.plan else "without a plan"
-        parts = (f"{'the whole model' if s == WHOLE else s} on {h.rpartition('/')[2]}" for s, h in self.hops.items())
-        return f"served {by}: {', '.join(parts)}"
-
-
-def compare(name: str, photo: bytes, responses: list[dict[str, Any]], client: Client, whole: LocalModel) -> Comparison:
-    """A photo's responses beside the uncut model's prediction in this process."""
-    inputs = whole.preprocess(photo)
-    expected = whole.run(inputs).outputs
-    split = client.infer(inputs, model=MODEL).outputs
-    array = next(iter(inputs.values()))
-    logits = whole.model.bundle.outputs[0].name
-    # Relative to the largest logit: near zero a relative difference of one logit says nothing.
-    scale = float(abs(expected[logits]).max())
-    uncut = whole.classes(expected)
-    return Comparison(
-        photo=name,
-        classes=responses[0]["classes"],
-        # Indices, not labels: two classes of ImageNet are called crane.
-        same_classes=all([c["index"] for c in r["classes"]] == [c["index"] for c in uncut] for r in responses),
-        same_likeliest=all(r["classes"][0]["index"] == uncut[0]["index"] for r in responses),
-        difference=float(abs(expected[logits] - split[logits]).max()) / scale,
-        photo_bytes=len(photo),
-        jpeg_bytes=_jpeg_size(array),
-        input_bytes=array.nbytes,
-        link_bytes=responses[0]["route"]["link_bytes"],
-        link_raw_bytes=responses[0]["route"]["link_raw_bytes"],
-        timings_ms=medians(responses),
-    )
-
-
-def medians(responses: list[dict[str, Any]]) -> dict[str, float]:
-    """Median milliseconds of each stage; a hop's own computing apart from the rest of the hop.
-
-    A stage is 0 in a response without it: the router does not preprocess where the cloud makes the input of a photo.
-    With closer looks a segment runs more than once.
-    """
-    rows = []
-    for response in responses:
-        timings = response["timings_ms"]
-        row = {"preprocess": timings.get("preprocess", 0.0)}
-        for stage in response["route"]["segments"]:
-            run, hop = f"{stage['segment']} run", f"{stage['segment']} hop"
-            row[run] = row.get(run, 0.0) + stage["run_ms"]
-            row[hop] = row.get(hop, 0.0) + stage["ms"] - stage["run_ms"]
-        row["postprocess"] = timings.get("postprocess", 0.0)
-        rows.append(row | {"total": sum(row.values())})
-    return {name: round(statistics.median(row.get(name, 0.0) for row in rows), 2) for name in _in_order(rows)}
-
-
-def _in_order(rows: Sequence[Mapping[str, float]]) -> list[str]:
-    """Every row's stages, the total last."""
-    return sorted(dict.fromkeys(stage for row in rows for stage in row), key=lambda stage: stage == "total")
-
-
-def _jpeg_size(array: Array) -> int:
-    """Bytes of the model's input as a JPEG: the least that sending the photo to the cloud would cost."""
-    from PIL import Image
-
-    # Undoes the normalisation of EfficientNet-Lite: (pixel - 127) / 128.
-    pixels = (array[0].transpose(1, 2, 0) * 128 + 127).clip(0, 255).round().astype("uint8")
-    data = io.BytesIO()
-    Image.fromarray(pixels).save(data, "JPEG", quality=JPEG_QUALITY)
-    return len(data.getvalue())
-
-
-def verdict(comparison: Comparison) -> str:
-    """How the photo's classes compare with the uncut model's, as a sentence."""
-    if comparison.same_classes:
-        return "the uncut model says the same"
-    if comparison.same_likeliest:
-        return "the uncut model says the same class first, others in another order"
-    return "the uncut model says something else"
-
-
-def _print_classes(comparison: Comparison) -> None:
+def _show(result: DemoResult) -> None:
+    link = result.conditions
     print_table(
-        f"{comparison.photo}: {verdict(comparison)}, largest difference {comparison.difference:.1e}",
-        ["class", "index", "probability"],
-        [(c["label"], c["index"], f"{c['probability']:.4f}") for c in comparison.classes],
-        numbers=["index", "probability"],
-    )
-
-
-def _print_totals(comparisons: list[Comparison]) -> None:
-    print_table(
-        f"bytes: the photo as it came, the model's crop as a JPEG (quality {JPEG_QUALITY}), as floats, sent over the"
-        " link, and the same raw",
-        ["photo", "file", "JPEG", "float input", "sent", "raw"],
+        f"{result.model}, {len(result.expected)} photos, over {format_rate(link.up_bps)} each way and"
+        f" {format_duration(link.rtt_s)}; the edge has 1/{result.edge_slowdown:g} of a CPU, by {result.slowed_by}",
+        ["way", "latency, ms", "over the link", "edge, ms", "link, ms", "cloud, ms", "photos agree", "held out agree"],
         [
             (
-                c.photo,
-                format_size(c.photo_bytes),
-                format_size(c.jpeg_bytes),
-                format_size(c.input_bytes),
-                format_size(c.link_bytes),
-                format_size(c.link_raw_bytes),
+                way.what,
+                f"{way.medians['total_ms']:.0f}",
+                format_size(way.up_bytes),
+                *(f"{way.medians[part]:.0f}" for part in ("edge_ms", "link_ms", "cloud_ms")),
+                f"{way.photos_agree} of {len(result.expected)}",
+                "exact" if way.exact else "" if way.held_out is None else f"{way.held_out:.1%}",
             )
-            for c in comparisons
+            for way in result.ways
         ],
-        numbers=["file", "JPEG", "float input", "sent", "raw"],
+        numbers=["latency, ms", "over the link", "edge, ms", "link, ms", "cloud, ms", "photos agree", "held out agree"],
     )
-    stages = _in_order([c.timings_ms for c in comparisons])
-    print_table(
-        "milliseconds in each stage, medians; a segment's hop is all that is not its own computing",
-        ["photo", *(stage.replace(" ", "\n").replace("process", "") for stage in stages)],
-        [(c.photo, *(f"{c.timings_ms.get(stage, 0.0):.1f}" for stage in stages)) for c in comparisons],
-        numbers=[stage.replace(" ", "\n").replace("process", "") for stage in stages],
-    )
+    say("times are medians; agreement: the likeliest class is the uncut model's. It says:")
+    for photo, label in result.expected.items():
+        others = [f"{way.classes[photo]} {way.name}" for way in result.ways if way.classes[photo] != label]
+        say(f"  {photo}: {label}" + (f"; {', '.join(others)}" if others else ""))
+    verdict = result.verdict
+    say(f"\nthe planner says: {verdict.best}", "bold")
+    for sentence in verdict.reasons:
+        say(f"- {sentence}")
+    if verdict.by_bandwidth:
+        say(f"- by bandwidth, with this edge: {_ranges(verdict.by_bandwidth, _rounded_rate)}")
+    say(f"- by edge, over this link: {_ranges(verdict.by_slowdown, lambda n: f'{n:.2g} times slower')}")
+    say("next:")
+    say("  isthmus import model.onnx --name NAME     # your own model")
+    rate, rtt = (text.replace(" ", "") for text in (format_rate(link.up_bps), format_duration(link.rtt_s)))
+    say(f"  isthmus plan NAME --local --edge-slowdown {result.edge_slowdown:g} --uplink {rate} --rtt {rtt}")
+    say("  isthmus up --model NAME                   # serve it, with a page at http://127.0.0.1:8080")
+
+
+def _rounded_rate(bps: float) -> str:
+    return format_rate(float(f"{bps:.2g}"))
+
+
+def _ranges(ranges: tuple[Range, ...], text: Callable[[float], str]) -> str:
+    """Each range's best way and where it begins."""
+    first, *rest = ranges
+    return ", ".join([first.best, *(f"{r.best} from {text(r.start)} on" for r in rest)])

@@ -42,7 +42,7 @@ demo-tables: setup ## learn the codec tables that come with the demo's model
 	$(BIN)/isthmus calibrate efficientnet-lite0 --data photos --cut 31 --inputs 200 --registry .isthmus/tables
 	$(BIN)/python -m isthmus_tools.zoo.calibration efficientnet-lite0 .isthmus/tables
 
-up: setup ## the same functions, left running on http://127.0.0.1:8080
+up: setup ## the three functions, left running on http://127.0.0.1:8080
 	$(BIN)/isthmus import efficientnet-lite0 --if-absent
 	$(BIN)/isthmus up --port $(PORT) $(ARGS)
 

@@ -42,6 +42,7 @@ from support.bundles import photos as photos
 from support.image_files import (
     FILES,
     HOSTILE,
+    SPEC,
     chunk,
     gif_beyond_its_screen,
     jpeg_of_one_scan_of_three,
@@ -59,16 +60,6 @@ PNG_START = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 
 GIF_START = b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0, 0, 0)
 INPUT = TensorSpec("x", "float32", (1, 3, 64, 64))
 EMPTY = chunk(b"IDAT", b"")
-SPEC: dict[str, Any] = {
-    "kind": "image",
-    "input": "x",
-    "steps": [
-        {"op": "resize", "short_side": 64, "interpolation": "bicubic"},
-        {"op": "center_crop", "size": [64, 64]},
-        {"op": "layout", "to": "NCHW"},
-    ],
-    "dtype": "float32",
-}
 
 
 def bmp_of_runs(length: int) -> bytes:

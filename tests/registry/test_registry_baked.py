@@ -13,13 +13,8 @@ from isthmus.errors import Corrupt, Missing, RegistryError, SettingsError
 from isthmus.registry import BakedSegment, SegmentCache, SegmentSource, open_source
 from isthmus.settings import SegmentSettings
 from isthmus_tools.graph.extract import bake_tables
-from support.fake_bundles import Fake, make_bundle
+from support.fake_bundles import Fake
 from support.faulty_relay import flipped
-
-
-@pytest.fixture
-def fake(tmp_path: Path) -> Fake:
-    return make_bundle(tmp_path / "fake")
 
 
 @pytest.fixture

@@ -24,11 +24,6 @@ MIB = 2**20
 SPAWN = multiprocessing.get_context("spawn")
 
 
-@pytest.fixture
-def fake(tmp_path: Path) -> Fake:
-    return make_bundle(tmp_path / "fake")
-
-
 class CountingStore(FolderStore):
     """A folder that remembers which ranges were read."""
 

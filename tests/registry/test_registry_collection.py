@@ -11,35 +11,18 @@ from msgspec.structs import replace
 
 from isthmus.artifacts.bundle import Blob, digest_of
 from isthmus.errors import Corrupt, Missing, RegistryError, RegistryUnavailable
-from isthmus.registry import BlobStore, FolderStore, Registry
+from isthmus.registry import BlobStore, Registry
 from isthmus.registry.alias_history import MAX_MOVES, AliasHistory
 from isthmus.registry.collection import collect, find_garbage, reachable
 from isthmus.registry.content import blob_key
 from isthmus.registry.leases import collect_lease, publish_lease
 from isthmus.registry.versions import move_alias, published_at, remove_model, remove_version, roll_back
 from support.fake_bundles import Fake, make_bundle, variant
-from support.s3_server import PATIENCE, store_at, unique_prefix
+from support.s3_server import PATIENCE
 
 ANY_AGE = -60.0
 """Content is old at once, and so are leases: nobody publishes in these tests."""
 HOUR = 3600.0
-
-
-@pytest.fixture(params=["folder", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
-    if request.param == "folder":
-        return FolderStore(tmp_path / "registry")
-    return store_at(request.getfixturevalue("s3_server").endpoint, unique_prefix())
-
-
-@pytest.fixture
-def registry(store: BlobStore) -> Registry:
-    return Registry(store, PATIENCE)
-
-
-@pytest.fixture
-def fake(tmp_path: Path) -> Fake:
-    return make_bundle(tmp_path / "fake")
 
 
 def blobs(registry: Registry) -> set[str]:

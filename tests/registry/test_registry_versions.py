@@ -12,30 +12,13 @@ from isthmus.artifacts.bundle import WeightTensor, digest_of
 from isthmus.errors import Corrupt, Missing, RegistryError, SettingsError
 from isthmus.registry import BlobStore, FolderStore, Registry, Version, open_registry
 from isthmus.settings import RegistrySettings
-from support.fake_bundles import Fake, make_bundle, variant
-from support.s3_server import BUCKET, KEY_ID, PATIENCE, SECRET, S3Server, store_at, unique_prefix
-
-
-@pytest.fixture(params=["folder", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
-    if request.param == "folder":
-        return FolderStore(tmp_path / "registry")
-    return store_at(request.getfixturevalue("s3_server").endpoint, unique_prefix())
-
-
-@pytest.fixture
-def registry(store: BlobStore) -> Registry:
-    return Registry(store, PATIENCE)
+from support.fake_bundles import Fake, variant
+from support.s3_server import BUCKET, KEY_ID, PATIENCE, SECRET, S3Server, unique_prefix
 
 
 @pytest.fixture
 def folder_registry(tmp_path: Path) -> Registry:
     return Registry(FolderStore(tmp_path / "registry"), PATIENCE)
-
-
-@pytest.fixture
-def fake(tmp_path: Path) -> Fake:
-    return make_bundle(tmp_path / "fake")
 
 
 def test_a_published_bundle_resolves_to_itself(registry: Registry, fake: Fake) -> None:

@@ -12,6 +12,18 @@ import numpy as np
 import tifffile
 from PIL import Image
 
+SPEC: dict[str, Any] = {
+    "kind": "image",
+    "input": "x",
+    "steps": [
+        {"op": "resize", "short_side": 64, "interpolation": "bicubic"},
+        {"op": "center_crop", "size": [64, 64]},
+        {"op": "layout", "to": "NCHW"},
+    ],
+    "dtype": "float32",
+}
+"""Pre-processing to a centre crop of 64 x 64."""
+
 WIDTH, HEIGHT = 2000, 1600
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 

@@ -12,18 +12,8 @@ from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import IsthmusError
 from isthmus.processing.image import preprocess
 from isthmus.processing.image_budget import ImageMemory
-from support.image_files import FILES, HOSTILE
+from support.image_files import FILES, HOSTILE, SPEC
 
-SPEC: dict[str, Any] = {
-    "kind": "image",
-    "input": "x",
-    "steps": [
-        {"op": "resize", "short_side": 64, "interpolation": "bicubic"},
-        {"op": "center_crop", "size": [64, 64]},
-        {"op": "layout", "to": "NCHW"},
-    ],
-    "dtype": "float32",
-}
 WHOLE: dict[str, Any] = {**SPEC, "steps": [SPEC["steps"][2]]}
 SQUARE: dict[str, Any] = {
     **SPEC,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 from isthmus.arrays import Array
@@ -50,9 +51,12 @@ class LocalModel:
     def classes(self, outputs: Mapping[str, Array], top_k: int | None = None) -> list[dict[str, Any]]:
         """The classes of a photo's outputs, likeliest first: label, index and probability of each."""
         after = self.model.bundle.postprocess or {}
+        return classify(outputs[after["output"]], after, self._labels, top_k)[0]
+
+    @cached_property
+    def _labels(self) -> tuple[str, ...] | None:
         blob = self.model.bundle.labels
-        labels = None if blob is None else parse_labels(self._registry.blob(blob))
-        return classify(outputs[after["output"]], after, labels, top_k)[0]
+        return None if blob is None else parse_labels(self._registry.blob(blob))
 
     def run(self, arrays: Mapping[str, Array], timeout_s: float = 60.0) -> Result:
         """The outputs by name, and the run of each segment.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from isthmus_tools.budget import Budget
+    from isthmus_tools.graph.exporting import ModelInputs
     from isthmus_tools.progress import Progress
     from isthmus_tools.usecases.batch import BatchRequest, BatchResult, classify_photos
     from isthmus_tools.usecases.calibrate import CalibrateRequest, CalibrateResult, calibrate
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from isthmus_tools.usecases.plan import PlanRequest, PlanResult, plan
     from isthmus_tools.usecases.profile import ProfileRequest, ProfileResult, profile
     from isthmus_tools.usecases.publication import Publication
-    from isthmus_tools.usecases.sources import ModelInputs
 
 _NAMES = {
     "budget": ("Budget",),
@@ -36,7 +36,7 @@ _NAMES = {
     "usecases.plan": ("PlanRequest", "PlanResult", "plan"),
     "usecases.profile": ("ProfileRequest", "ProfileResult", "profile"),
     "usecases.publication": ("Publication",),
-    "usecases.sources": ("ModelInputs",),
+    "graph.exporting": ("ModelInputs",),
 }
 _MODULES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
 __all__ = [

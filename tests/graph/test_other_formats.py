@@ -13,6 +13,7 @@ import pytest
 
 from isthmus.errors import ModelError
 from isthmus_tools.graph import exporting, formats, tensorflow_export
+from isthmus_tools.graph.exporting import ModelInputs
 from support.cli import document, isthmus
 
 torch = pytest.importorskip("torch")
@@ -188,7 +189,7 @@ def test_without_its_framework_a_model_says_what_to_install(
     chosen = formats.export_of(str(path))
     assert chosen is not None
     with pytest.raises(ModelError) as raised:
-        chosen[1](str(path), tmp_path / "out.onnx", shapes={}, examples={}, free={})
+        chosen[1](str(path), tmp_path / "out.onnx", ModelInputs())
     assert raised.value.hint == exporting.install(extra)
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from isthmus.errors import ModelError
 from isthmus_tools.graph import build, open_model, torch_export
+from isthmus_tools.graph.exporting import ModelInputs
 from isthmus_tools.graph.inputs import bind_shapes
 from isthmus_tools.zoo import models as zoo
 from support.cli import document, isthmus
@@ -253,7 +254,7 @@ def test_an_exported_models_weights_leave_the_memory_and_bfloat16_is_taken(tmp_p
         return model
 
     x = np.ones((1, 4), ml_dtypes.bfloat16)
-    path = torch_export.export_named(make, tmp_path / "m.onnx", shapes={}, examples={"input": x}, free={})
+    path = torch_export.export_named(make, tmp_path / "m.onnx", ModelInputs(examples={"input": x}))
     gc.collect()
     assert weights[0]() is None
     assert open_model(path).specs["input"].dtype == "bfloat16"

@@ -12,7 +12,7 @@ from isthmus.errors import ModelError, RequestMalformed
 from isthmus_tools import array_files
 
 if TYPE_CHECKING:  # its module loads onnx
-    from isthmus_tools.usecases.sources import ModelInputs
+    from isthmus_tools.graph.exporting import ModelInputs
 
 # Of a dimension: graphs hold sizes in 64 bits, and byte counts are products of several dimensions.
 _MAX_SIZE = 2**31 - 1
@@ -29,7 +29,7 @@ def read_model_inputs(shapes: Sequence[str] | None, examples: Sequence[Path] | N
     Raises:
         ModelError: an entry is not of its form, a file cannot be read, or a free dimension has no size.
     """
-    from isthmus_tools.usecases.sources import ModelInputs
+    from isthmus_tools.graph.exporting import ModelInputs
 
     arrays = read_examples(examples)
     declared: dict[str, tuple[tuple[str, int | None], ...]] = {}

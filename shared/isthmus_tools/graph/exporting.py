@@ -10,12 +10,13 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 from isthmus.arrays import Array
+from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import ModelError
 
 Named: TypeAlias = Mapping[str, Array]
@@ -26,19 +27,33 @@ _MAX_REASON = 500
 _EXTRAS = {"torch": "torch", "sklearn": "sklearn", "tensorflow": "tensorflow", "keras": "tensorflow"}
 
 
-class Export(Protocol):
-    """Writes a model as ONNX: `shapes` and `examples` by input, `free` dimensions' names by input and axis."""
+@dataclass(frozen=True)
+class ModelInputs:
+    """Declared inputs of a model by name: concrete shapes, names of free dimensions by axis, example arrays."""
 
-    def __call__(
-        self,
-        model: str,
-        out: Path,
-        /,
-        *,
-        shapes: Mapping[str, Sequence[int]],
-        examples: Named,
-        free: Mapping[str, Mapping[int, str]],
-    ) -> Path: ...
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    free: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    examples: Named = field(default_factory=dict)
+
+    def check_free(self, inputs: Mapping[str, TensorSpec]) -> None:
+        """Check that each dimension declared free is free in the imported model.
+
+        Raises:
+            ModelError: a dimension is fixed.
+        """
+        for name, axes in self.free.items():
+            for axis, dim in axes.items():
+                if isinstance(size := inputs[name].shape[axis], int):
+                    raise ModelError(
+                        f"{dim} of {name} is not free: axis {axis} is {size} in the model",
+                        input=name,
+                        axis=axis,
+                        hint=f"give the number {size} there, or export the model anew with that dimension free",
+                    )
+
+
+Export: TypeAlias = Callable[[str, Path, ModelInputs], Path]
+"""Writes a model as ONNX to the path, and returns the path."""
 
 
 @dataclass(frozen=True)

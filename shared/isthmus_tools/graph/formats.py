@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from isthmus.errors import ModelError
@@ -13,7 +13,7 @@ from isthmus_tools.graph import (
     torchscript_export,
     transformers_export,
 )
-from isthmus_tools.graph.exporting import Export, Named, call_factory
+from isthmus_tools.graph.exporting import Export, ModelInputs, call_factory
 
 _BY_SUFFIX: Mapping[str, tuple[str, Export]] = {
     ".pt2": ("torch", torch_export.export_named),
@@ -62,16 +62,9 @@ def _of_folder(path: Path) -> tuple[str, Export]:
     )
 
 
-def _export_factory(
-    model: str,
-    out: Path,
-    *,
-    shapes: Mapping[str, Sequence[int]],
-    examples: Named,
-    free: Mapping[str, Mapping[int, str]],
-) -> Path:
+def _export_factory(model: str, out: Path, inputs: ModelInputs) -> Path:
     """Write what a factory returns: an nn.Module, or a fitted scikit-learn estimator."""
     made = call_factory(model)
     if sklearn_export.is_estimator(made.value):
         return sklearn_export.convert(made, out)
-    return torch_export.export_named(made, out, shapes=shapes, examples=examples, free=free)
+    return torch_export.export_named(made, out, inputs)

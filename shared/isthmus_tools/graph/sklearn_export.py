@@ -9,12 +9,11 @@ Source: onnx.ai/sklearn-onnx, skops.readthedocs.io/en/stable/persistence.html.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from isthmus.errors import ModelError
-from isthmus_tools.graph.exporting import FactoryResult, Named, failures, missing_package, quiet, reason_of
+from isthmus_tools.graph.exporting import FactoryResult, ModelInputs, failures, missing_package, quiet, reason_of
 
 # Opsets that onnxruntime runs and onnx checks.
 _OPSETS = {"": 18, "ai.onnx.ml": 3}
@@ -26,14 +25,7 @@ _PLAIN_TYPES = {
 }
 
 
-def export(
-    model: str,
-    out: Path,
-    *,
-    shapes: Mapping[str, Sequence[int]],
-    examples: Named,
-    free: Mapping[str, Mapping[int, str]],
-) -> Path:
+def export(model: str, out: Path, inputs: ModelInputs) -> Path:
     """Write the estimator of a .skops file as ONNX, with a float32 input `input` of free rows.
 
     Raises:

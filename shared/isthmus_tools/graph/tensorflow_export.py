@@ -10,25 +10,18 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from isthmus.errors import ModelError
-from isthmus_tools.graph.exporting import Named, missing_package
+from isthmus_tools.graph.exporting import ModelInputs, missing_package
 
 _OPSET = "18"
 # The last lines of a traceback hold its reason.
 _REASON_LINES, _MAX_REASON = 3, 500
 
 
-def export_keras(
-    model: str,
-    out: Path,
-    *,
-    shapes: Mapping[str, Sequence[int]],
-    examples: Named,
-    free: Mapping[str, Mapping[int, str]],
-) -> Path:
+def export_keras(model: str, out: Path, inputs: ModelInputs) -> Path:
     """Write a .keras file as ONNX; its inputs keep their names, and its free dimensions stay free.
 
     Raises:
@@ -38,14 +31,7 @@ def export_keras(
     return _run(model, out, ["isthmus_tools.graph.keras_program", model, str(out)])
 
 
-def export_saved_model(
-    model: str,
-    out: Path,
-    *,
-    shapes: Mapping[str, Sequence[int]],
-    examples: Named,
-    free: Mapping[str, Mapping[int, str]],
-) -> Path:
+def export_saved_model(model: str, out: Path, inputs: ModelInputs) -> Path:
     """Write a SavedModel's default signature as ONNX.
 
     Raises:

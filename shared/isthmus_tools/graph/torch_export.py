@@ -21,6 +21,7 @@ from isthmus.artifacts.tensors import Dim
 from isthmus.errors import ModelError
 from isthmus_tools.graph.exporting import (
     FactoryResult,
+    ModelInputs,
     Named,
     call_factory,
     check_package,
@@ -81,14 +82,7 @@ def export(
     return _export(spec, Path(out_path), arguments)
 
 
-def export_named(
-    spec: Spec,
-    out_path: str | os.PathLike[str],
-    *,
-    shapes: Mapping[str, Sequence[int]],
-    examples: Named,
-    free: Mapping[str, Mapping[int, str]],
-) -> Path:
+def export_named(spec: Spec, out_path: str | os.PathLike[str], inputs: ModelInputs) -> Path:
     """Write `spec`'s model as `export` does, with inputs named after `forward`'s parameters.
 
     A module is traced with `examples`, whose dtypes become the inputs', and with float32 zeros of `shapes` for inputs
@@ -98,6 +92,7 @@ def export_named(
     Raises:
         ModelError: torch or the factory is missing, the names are not the inputs', or the export failed.
     """
+    shapes, examples, free = inputs.shapes, inputs.examples, inputs.free
 
     def arguments(model: Any, torch: Any) -> dict[str, Any]:
         if not isinstance(model, torch.nn.Module):

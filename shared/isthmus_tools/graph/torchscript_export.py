@@ -8,30 +8,23 @@ Source: docs.pytorch.org/docs/stable/onnx_torchscript.html.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from isthmus.errors import ModelError
-from isthmus_tools.graph.exporting import Named, failures, missing_package, quiet, reason_of
+from isthmus_tools.graph.exporting import ModelInputs, Named, failures, missing_package, quiet, reason_of
 
 # The newest that torch's exporter for TorchScript writes without conversion by the runtime.
 _OPSET = 17
 
 
-def export(
-    model: str,
-    out: Path,
-    *,
-    shapes: Mapping[str, Sequence[int]],
-    examples: Named,
-    free: Mapping[str, Mapping[int, str]],
-) -> Path:
+def export(model: str, out: Path, inputs: ModelInputs) -> Path:
     """Write a TorchScript file as ONNX; inputs are named after its forward's parameters.
 
-    Inputs without an example are traced with float32 zeros of `shapes`.
+    Inputs without an example are traced with float32 zeros of `inputs.shapes`.
 
     Raises:
         ModelError: torch is missing, the file is no TorchScript, an input has neither, or the export failed.
@@ -43,19 +36,19 @@ def export(
     with quiet(), failures("torch", model), torch.no_grad():
         program = _load(model, torch).eval()
         names = [argument.name for argument in program.forward.schema.arguments[1:]]
-        arrays = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()} | dict(examples)
+        arrays = {name: np.zeros(shape, np.float32) for name, shape in inputs.shapes.items()} | dict(inputs.examples)
         _check_inputs(model, names, arrays, program.forward.schema.arguments[1:])
         names = [name for name in names if name in arrays]
-        inputs = tuple(torch.from_numpy(np.array(arrays[name])) for name in names)
+        tensors = tuple(torch.from_numpy(np.array(arrays[name])) for name in names)
         torch.onnx.export(
             program,
-            inputs,
+            tensors,
             str(out),
             dynamo=False,
             opset_version=_OPSET,
             input_names=names,
-            output_names=_output_names(program(*inputs)),
-            dynamic_axes={name: dict(axes) for name, axes in free.items()},
+            output_names=_output_names(program(*tensors)),
+            dynamic_axes={name: dict(axes) for name, axes in inputs.free.items()},
         )
     return out
 

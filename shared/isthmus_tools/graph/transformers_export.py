@@ -7,7 +7,6 @@ Source: huggingface.co/docs/transformers/main_classes/model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 from isthmus.arrays import Array
 from isthmus.errors import ModelError
 from isthmus_tools.graph import torch_export
-from isthmus_tools.graph.exporting import FactoryResult, Named, failures, missing_package, quiet
+from isthmus_tools.graph.exporting import FactoryResult, ModelInputs, failures, missing_package, quiet
 
 # Two rows of text are enough to trace; sizes of 1 would be taken for constants.
 _TRACED_ROWS, _TRACED_TOKENS = 2, 16
@@ -24,14 +23,7 @@ _TEXT_INPUTS = ("input_ids", "attention_mask")
 _IMAGE_INPUT = "pixel_values"
 
 
-def export(
-    model: str,
-    out: Path,
-    *,
-    shapes: Mapping[str, Sequence[int]],
-    examples: Named,
-    free: Mapping[str, Mapping[int, str]],
-) -> Path:
+def export(model: str, out: Path, inputs: ModelInputs) -> Path:
     """Write the encoder of a folder as ONNX: of text with free rows and tokens, or of images with free rows.
 
     Inputs are `input_ids` and `attention_mask` (rows, tokens), or `pixel_values` (rows, channels, height, width).
@@ -49,7 +41,7 @@ def export(
         encoder = _load(model, transformers)
         traced, dims = _inputs(model, encoder)
     wrapped = FactoryResult(model, _wrap(encoder, tuple(traced), torch))
-    return torch_export.export_named(wrapped, out, shapes={}, examples=traced, free=dims)
+    return torch_export.export_named(wrapped, out, ModelInputs(examples=traced, free=dims))
 
 
 def _load(model: str, transformers: Any) -> Any:

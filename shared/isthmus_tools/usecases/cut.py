@@ -13,9 +13,10 @@ from isthmus.registry.registry import check_alias
 from isthmus.settings import RegistrySettings
 from isthmus_tools.graph import CutInfo, Model, add_cuts, cuts, open_model
 from isthmus_tools.graph.cuts import default_cuts, within_quantised_operators
+from isthmus_tools.graph.exporting import ModelInputs
 from isthmus_tools.progress import Progress, silent
 from isthmus_tools.usecases.publication import Publication, findings, publish_version
-from isthmus_tools.usecases.sources import ModelInputs, onnx_file
+from isthmus_tools.usecases.sources import onnx_file
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,10 +15,11 @@ from isthmus.registry import Version, open_registry
 from isthmus.registry.registry import check_alias
 from isthmus.settings import RegistrySettings
 from isthmus_tools.graph import build
+from isthmus_tools.graph.exporting import ModelInputs
 from isthmus_tools.printable import printable
 from isthmus_tools.progress import Progress, silent
 from isthmus_tools.usecases.publication import Publication, publish_version, with_next_command
-from isthmus_tools.usecases.sources import ModelInputs, onnx_file
+from isthmus_tools.usecases.sources import onnx_file
 from isthmus_tools.zoo import models as zoo
 
 

@@ -7,13 +7,12 @@ import gc
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from isthmus.arrays import Array, check_tensors
 from isthmus.artifacts.bundle import Bundle
-from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import ModelError, RequestMalformed
+from isthmus_tools.graph.exporting import ModelInputs
 from isthmus_tools.graph.formats import export_of
 from isthmus_tools.planner.inputs import TrialInput, from_arrays, from_photos, random_inputs
 from isthmus_tools.progress import Progress
@@ -24,31 +23,6 @@ from isthmus_tools.zoo.photos import read_photo, sample_photos, varied_photos
 MAX_EXAMPLES = 8
 # Each takes two runs of the model for each JPEG quality.
 MAX_JPEG_PHOTOS = 64
-
-
-@dataclass(frozen=True)
-class ModelInputs:
-    """Declared inputs of a model by name: concrete shapes, names of free dimensions by axis, example arrays."""
-
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    free: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
-    examples: Mapping[str, Array] = field(default_factory=dict)
-
-    def check_free(self, inputs: Mapping[str, TensorSpec]) -> None:
-        """Check that each dimension declared free is free in the imported model.
-
-        Raises:
-            ModelError: a dimension is fixed.
-        """
-        for name, axes in self.free.items():
-            for axis, dim in axes.items():
-                if isinstance(size := inputs[name].shape[axis], int):
-                    raise ModelError(
-                        f"{dim} of {name} is not free: axis {axis} is {size} in the model",
-                        input=name,
-                        axis=axis,
-                        hint=f"give the number {size} there, or export the model anew with that dimension free",
-                    )
 
 
 @contextlib.contextmanager
@@ -69,7 +43,7 @@ def onnx_file(model: str, inputs: ModelInputs, progress: Progress) -> Iterator[P
         if export is None:
             zoo.zoo_model(model).write(path)
         else:
-            export(model, path, shapes=inputs.shapes, examples=inputs.examples, free=inputs.free)
+            export(model, path, inputs)
         # Module and exported program refer to each other and hold the weights: without a collection the weights
         # outlive the export.
         gc.collect()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from isthmus_tools.cli.console import time_left
+from isthmus_tools.cli.progress_line import time_left
 from isthmus_tools.planner.publishing import publish_plan
 from support.bundles import Published, photo, photos_model, publish_photos
 from support.cli import document, isthmus

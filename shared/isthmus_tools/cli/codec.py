@@ -11,7 +11,7 @@ import typer
 from isthmus.artifacts.json_documents import builtins
 from isthmus.errors import Missing
 from isthmus.units import format_size, parse_size
-from isthmus_tools.cli.console import errors, print_json, say, table
+from isthmus_tools.cli.console import errors, print_json, say, say_command, table
 from isthmus_tools.cli.options import (
     DEFAULT_REGISTRY,
     PICTURES,
@@ -96,7 +96,7 @@ def codec(
                 below = "" if entry.offered else f", below the bundle's limit of {fidelity.limit:.1%}"
                 say(f"cut {cut}: {entry.choice} keeps {entry.agreement:.1%} in {format_size(entry.bytes)}{below}")
             if cut in commands:
-                say(f"to serve with it: {commands[cut]}")
+                say_command("to serve with it", commands[cut])
         if picture is not None:
             say(f"drawn: {picture}")
 
@@ -137,6 +137,7 @@ def show(fidelity: Fidelity, cut: str, *, every: bool = False, top: Entry | None
             ),
         ],
         numbers=[same, "bytes", "bits", "ms"],
+        drop=["ms", "bits"],
     )
     if (hidden := count - len(rows) - len(pictures)) > 0:
         say(f"{hidden} more take more bytes for no more agreement: isthmus codec … --all")

@@ -10,12 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import rich.progress
 import typer
 from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from rich.text import Text
 
 from isthmus.errors import IsthmusError, RequestMalformed, RequestTooLarge
@@ -32,10 +29,6 @@ err = Console(stderr=True, markup=False, emoji=False)
 
 # Characters of a table's row in a file or a pipe, where no terminal wraps.
 _MAX_LINE = 10_000
-# Columns of a table cell's frame: a line, and a space on both sides.
-_FRAME = 3
-# Below either, a first slow step would turn an estimate of minutes into hours.
-_MIN_ELAPSED_S, _MIN_SHARE = 2.0, 0.02
 # A write to a full disk raises without the file's name.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Request = TypeVar("Request")
@@ -43,8 +36,42 @@ Result = TypeVar("Result")
 
 
 def say(text: str, style: str | None = None) -> None:
-    """Print a line to standard output without markup and without wrapping."""
-    out.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+    """Print a text to standard output without markup.
+
+    On a terminal it is wrapped between words; in a file or a pipe it is one line, which programs may read.
+    """
+    out.print(_wrapped(text, out), style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def say_command(label: str, command: str) -> None:
+    """Print a command to copy; on a narrow terminal it goes on behind a backslash, as shells read it."""
+    line, *options = re.split(r" (?=--)", f"{label}: {command}")
+    lines = []
+    for option in options:
+        if out.is_terminal and cell_len(f"{line} {option} \\") > out.width:
+            lines.append(f"{line} \\")
+            line = f"    {option}"
+        else:
+            line = f"{line} {option}"
+    out.print("\n".join([*lines, line]), highlight=False, markup=False, soft_wrap=True)
+
+
+def _wrapped(text: str, console: Console) -> str:
+    """The text in lines of the terminal's width, further lines indented; a longer word stays whole, to be copied."""
+    if not console.is_terminal:
+        return text
+    lines = []
+    for line in text.split("\n"):
+        indent = len(line) - len(line.lstrip(" "))
+        if cell_len(line) <= console.width:
+            lines.append(line)
+            continue
+        # Imported late: most lines are short.
+        from isthmus_tools.cli.table_layout import fold
+
+        first, *others = fold(line[indent:], console.width - indent - 2).split("\n")
+        lines += [" " * indent + first, *(" " * (indent + 2) + other for other in others)]
+    return "\n".join(lines)
 
 
 def run(use_case: Callable[[Request, Progress], Result], request: Request, *, quiet: bool) -> Result:
@@ -60,101 +87,46 @@ def print_json(document: Any) -> None:
     sys.stdout.write(text.encode(errors="backslashreplace").decode())
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, numbers: Sequence[str] = ()) -> None:
-    """Print rows under columns; columns in `numbers` are aligned right.
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    *,
+    numbers: Sequence[str] = (),
+    drop: Sequence[str] = (),
+) -> None:
+    """Print rows under columns; columns in `numbers` are aligned right and never broken.
 
-    Where the table is too wide for a terminal, the first column breaks before a "+", then the others between words. In
-    a file or a pipe each row is one line.
+    In a file or a pipe each row is one line. A terminal that is too narrow gets the table without its frame, then
+    without the columns of `drop`, in this order, and at last each row as a list of its cells.
     """
-    width = out.width if out.is_terminal else _MAX_LINE
-    # Rich would wrap a title to the table's width.
-    out.print(f"\n{printable(title)}", highlight=False, soft_wrap=True)
-    first, *others = [list(column) for column in zip(columns, *([str(c) for c in row] for row in rows), strict=True)]
-    room = width - _FRAME * len(columns) - 1
-    first = _folded(first, room - sum(_widest(column) for column in others))
-    # Numbers are broken only where there is no other way.
-    least = (_widest(c) if c[0] in numbers else _widest([w for text in c for w in text.split()]) for c in others)
-    has_room = _widest(first) + sum(least) <= room
-    grid = Table(header_style="bold")
-    grid.add_column(first[0], overflow="fold", no_wrap=True)
-    for name, *_ in others:
-        number = name in numbers
-        grid.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=number and has_room)
-    for row in zip(first[1:], *(column[1:] for column in others), strict=True):
-        grid.add_row(*map(printable, row))
-    whole = out if out.is_terminal else Console(file=out.file, width=width, markup=False, emoji=False)
-    whole.print(grid)
+    # Imported late: help and JSON take no tables.
+    from isthmus_tools.cli.table_layout import Column, lay_out, one_line_rows
 
-
-def _widest(texts: Sequence[str]) -> int:
-    return max((cell_len(line) for text in texts for line in text.split("\n")), default=0)
-
-
-def _folded(names: Sequence[str], width: int) -> list[str]:
-    """The names in lines of at most that width, broken before a "+"; a longer part widens the column."""
-    parts = [re.split(r"(?<=.)(?=\+)", name) for name in names]
-    width = max(width, *(cell_len(part) for each in parts for part in each))
-    folded = []
-    for each in parts:
-        lines = [each[0]]
-        for part in each[1:]:
-            if cell_len(lines[-1] + part) <= width:
-                lines[-1] += part
-            else:
-                lines.append(part)
-        folded.append("\n".join(lines))
-    return folded
+    say(f"\n{printable(title)}")
+    cells = zip(*([printable(str(cell)) for cell in row] for row in rows), strict=True) if rows else [()] * len(columns)
+    laid = [Column(name, cell, name in numbers) for name, cell in zip(columns, cells, strict=True)]
+    if not out.is_terminal:
+        Console(file=out.file, width=_MAX_LINE, markup=False, emoji=False).print(one_line_rows(laid))
+        return
+    parts, left_out = lay_out(laid, out.width, drop)
+    for part in parts:
+        out.print(part, highlight=False)
+    if left_out:
+        say(f"left out at this width: {', '.join(left_out)}; --json has all")
 
 
 @contextmanager
 def progress_bars(quiet: bool) -> Iterator[Progress]:
-    """A progress callback that shows the current stage on one line of standard error; nothing where `quiet`.
-
-    A counted stage has a bar and an estimate of the time left. Stages that go on counting to the same total share the
-    estimate.
-    """
+    """A progress callback that shows the current stage on one line of standard error; nothing where `quiet`."""
     if quiet:
         yield silent
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), _CountColumn(), TimeElapsedColumn())
-    with rich.progress.Progress(*columns, _TimeLeftColumn(), console=err, transient=True) as display:
-        line = display.add_task("", total=None, visible=False)
-        before = (0, 0)
+    # Imported late: help and JSON show no progress.
+    from isthmus_tools.cli.progress_line import progress_line
 
-        def progress(stage: str, done: int = 0, total: int = 0) -> None:
-            nonlocal before
-            goes_on = bool(total) and total == before[1] and done >= before[0]
-            before = (done, total)
-            if goes_on:
-                display.update(line, completed=done, description=printable(stage))
-            else:
-                display.reset(line, total=total or None, completed=done, description=printable(stage), visible=True)
-                display.update(line, first=done)
-
+    with progress_line(err) as progress:
         yield progress
-
-
-class _CountColumn(BarColumn):
-    """A bar for counted stages alone."""
-
-    def render(self, task: Task) -> Any:
-        return super().render(task) if task.total else Text()
-
-
-class _TimeLeftColumn(ProgressColumn):
-    """The time left of a counted stage, by its mean speed."""
-
-    def render(self, task: Task) -> Text:
-        first = task.fields.get("first", 0)
-        return Text(time_left(task.completed - first, (task.total or 0) - first, task.elapsed or 0.0))
-
-
-def time_left(done: float, total: float, elapsed_s: float) -> str:
-    """`about 4 min left`; empty without a total, and while too little is done for an estimate."""
-    if total <= 0 or elapsed_s < _MIN_ELAPSED_S or done < _MIN_SHARE * total:
-        return ""
-    seconds = elapsed_s * (total - done) / done
-    return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {max(1, round(seconds))} s left"
 
 
 @contextmanager
@@ -182,21 +154,23 @@ def _print_error(error: IsthmusError, as_json: bool) -> None:
         doc = {"error": error.message, "type": type(error).__name__, "facts": dict(error.facts), "hint": error.hint}
         sys.stderr.write(json.dumps(doc, default=str) + "\n")
         return
-    _labelled("error", "bold red", error.message)
+    _print_error_line("error", "bold red", error.message)
     if exists := error.facts.get("exists"):
-        err.print(printable(f"there is: {', '.join(map(str, exists))}"), highlight=False, soft_wrap=True)
+        _print_error_line("there is", "", ", ".join(map(str, exists)))
     if error.hint:
-        _labelled("hint", "bold", error.hint)
+        _print_error_line("hint", "bold", error.hint)
 
 
-def _labelled(label: str, style: str, text: str) -> None:
-    err.print(Text.assemble((f"{label}:", style), " ", printable(text)), highlight=False, soft_wrap=True)
+def _print_error_line(label: str, style: str, text: str) -> None:
+    line = Text(_wrapped(f"{label}: {printable(text)}", err))
+    line.stylize(style, 0, len(label) + 1)
+    err.print(line, highlight=False, soft_wrap=True)
 
 
 def warn(sentences: Sequence[str]) -> None:
     """Print warnings on standard error."""
     for sentence in sentences:
-        err.print(f"warning: {sentence}", highlight=False, markup=False, soft_wrap=True)
+        _print_error_line("warning", "", sentence)
 
 
 def publication_document(publication: Publication, registry: str) -> dict[str, Any]:
@@ -218,7 +192,7 @@ def show_publication(publication: Publication, registry: str) -> None:
     if publication.serving:
         say(f"requests for {version.name} reach version {publication.serving}")
     if publication.following:
-        say(f"next: {in_registry(publication.following, registry)}")
+        say_command("next", in_registry(publication.following, registry))
 
 
 def _alias_line(publication: Publication) -> str:

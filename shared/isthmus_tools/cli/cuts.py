@@ -92,6 +92,7 @@ def cuts(
                 for c in shown
             ],
             numbers=["cut", "MACs before", "bytes"],
+            drop=["after", "MACs before"],
         )
         if best:
             more = f"; {len(result.cuts) - len(shown)} more: --all" if len(shown) < len(result.cuts) else ""

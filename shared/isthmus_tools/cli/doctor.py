@@ -17,7 +17,7 @@ import typer
 
 from isthmus.errors import IsthmusError
 from isthmus.units import format_size
-from isthmus_tools.cli.console import out, print_json, table
+from isthmus_tools.cli.console import print_json, say, table
 from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, registry_settings
 
 # By module, with the use of each; absent optional packages disable a command at most.
@@ -37,6 +37,7 @@ _OPTIONAL = {
 }
 # For the weights of a model of ordinary size, and its segments.
 _ROOM_BYTES = 2 * 10**9
+_MARKS = {"ok": "✓", "missing": "✗", "absent": "–"}
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,10 @@ def doctor(*, registry: RegistryOption = DEFAULT_REGISTRY, as_json: AsJson = Fal
     else:
         table(
             "this machine",
-            ["", "what", "found", "advice"],
-            [({"ok": "✓", "missing": "✗"}.get(f.state, "–"), f.what, f.found, f.advice) for f in findings],
+            ["part", "found", "advice"],
+            [(f"{_MARKS[f.state]} {f.what}", f.found, f.advice) for f in findings],
         )
-        out.print(
-            "something needed is missing" if broken else "everything needed is here", style="red" if broken else ""
-        )
+        say("something needed is missing" if broken else "everything needed is here", "red" if broken else None)
     if broken:
         raise typer.Exit(1)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from isthmus.units import format_size, parse_duration
-from isthmus_tools.cli.console import errors, print_json, progress_bars, say
+from isthmus_tools.cli.console import errors, print_json, progress_bars, say, say_command
 from isthmus_tools.cli.options import (
     DEFAULT_REGISTRY,
     AsJson,
@@ -72,4 +72,4 @@ def gc(
         if garbage.younger:
             say(f"{len(garbage.younger)} more are younger than {older_than} and stay: a publish or plan may need them")
         if left:
-            say(f"next: {following}")
+            say_command("next", following)

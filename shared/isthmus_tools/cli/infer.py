@@ -244,6 +244,12 @@ def _tensors(tensors: list[str], model: str, where: _Where, output: Path | None,
     table(
         f"{model} in {facts.get('segments')}; plan {facts.get('plan', 'none')}; {_sent(facts)}",
         ["output", "dtype", "shape", "min", "max"],
-        [list(o.values()) for o in shown],
+        [[o["name"], o["dtype"], o["shape"], _short(o["min"]), _short(o["max"])] for o in shown],
         numbers=["min", "max"],
+        drop=["dtype"],
     )
+
+
+def _short(value: Any) -> str:
+    """An output's bound in six digits; --json has all."""
+    return "" if value is None else f"{value:.6g}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from isthmus_tools.cli.console import errors, print_json, say, table
+from isthmus_tools.cli.console import errors, print_json, say, say_command, table
 from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, in_registry, registry_settings
 
 
@@ -51,10 +51,12 @@ def models(*, registry: RegistryOption = DEFAULT_REGISTRY, as_json: AsJson = Fal
                 for model in summaries
             ],
             numbers=["versions"],
+            drop=["other aliases", "versions", "published"],
         )
         if newer := [m for m in summaries if m.newest != m.serving.version]:
             say(f"newer than what serves: {', '.join(f'{m.name}:{m.newest}' for m in newer)}")
-        say(f"next: {in_registry('isthmus show NAME' if summaries else 'isthmus import MODEL.onnx', registry)}")
+        following = "isthmus show NAME" if summaries else "isthmus import MODEL.onnx"
+        say_command("next", in_registry(following, registry))
 
 
 def cuts_text(cuts: tuple[str, ...]) -> str:

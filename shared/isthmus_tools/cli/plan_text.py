@@ -65,6 +65,8 @@ def show(plan: Plan, *, every: bool = False, refusals: int | None = SHOWN) -> No
     columns = ["candidate", "measured, ms", "runs", "predicted", "apart", "up", "error"] + ["edge memory"] * memory
     # A price file need not name a currency.
     columns += [f"price, {plan.currency}".rstrip(", ")] * has_prices + ["energy, J"] * joules
+    # Predictions are what is compared where nothing was measured.
+    drop = ["runs", "apart", "edge memory", "error", *["predicted"] * plan.measured]
     rows = []
     for candidate in shown:
         row = [_name(plan, candidate), *_seen(candidate), f"{candidate.predicted.total * 1e3:.1f}", _apart(candidate)]
@@ -73,7 +75,7 @@ def show(plan: Plan, *, every: bool = False, refusals: int | None = SHOWN) -> No
         row += [f"{candidate.price:.3g}" if candidate.price is not None else ""] * has_prices
         row += [f"{candidate.energy_j:.3g}" if candidate.energy_j is not None else ""] * joules
         rows.append(row)
-    table(f"{plan.model} for {plan.objective}, {over}", columns, rows, numbers=columns[1:])
+    table(f"{plan.model} for {plan.objective}, {over}", columns, rows, numbers=columns[1:], drop=drop)
     if len(ranked) > len(shown):
         say(f"and {len(ranked) - len(shown)} more: --json has all")
     for sentence in plan.why:
@@ -106,7 +108,9 @@ def explain(plan: Plan) -> None:
     rows.append(["edge run is", *(c.predicted.sources.edge for c in columns)])
     rows.append(["cloud run is", *(c.predicted.sources.cloud for c in columns)])
     names = [c.name for c in columns]
-    table(f"{plan.model}: the terms of {plan.chosen} and of those behind it, ms", ["term", *names], rows, numbers=names)
+    title = f"{plan.model}: the terms of {plan.chosen} and of those behind it, ms"
+    # From the last on: the candidate next to the choice stays.
+    table(title, ["term", *names], rows, numbers=names, drop=names[:1:-1])
 
 
 def show_sweeps(sweeps: Sweeps) -> None:

@@ -145,7 +145,7 @@ def _show(result: ProfileResult) -> None:
             cells += ["", ""] if cost is None else [_ms(cost.run.median), format_size(cost.memory_bytes)]
         rows.append(cells)
     columns = ["cut", "crosses", "head at the edge, ms", "memory", "tail in the cloud, ms", "memory "]
-    table(result.model, columns, rows, numbers=columns[1:])
+    table(result.model, columns, rows, numbers=columns[1:], drop=[columns[3], columns[5]])
 
 
 def _ms(seconds: float) -> str:

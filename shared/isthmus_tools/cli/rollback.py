@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from isthmus_tools.cli.console import errors, print_json, say
+from isthmus_tools.cli.console import errors, print_json, say, say_command
 from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, in_registry, registry_settings
 
 
@@ -41,4 +41,4 @@ def rollback(
             )
             return
         say(f"{move.alias} means {move.name}:{move.version} again; it meant {move.name}:{move.was}")
-        say(f"to undo: {undo}")
+        say_command("to undo", undo)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from isthmus.units import format_size
-from isthmus_tools.cli.console import errors, print_json, say, table
+from isthmus_tools.cli.console import errors, print_json, say, say_command, table
 from isthmus_tools.cli.models import cuts_text
 from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, in_registry, registry_settings
 
@@ -52,9 +52,10 @@ def show(
                 for v in versions
             ],
             numbers=["version"],
+            drop=["default cuts", "published"],
         )
         say("→ serves requests without a version")
-        say(f"next: {following}")
+        say_command("next", following)
 
 
 def _document(version: VersionSummary) -> dict[str, Any]:

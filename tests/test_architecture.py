@@ -29,8 +29,9 @@ RUNTIME = {
     "oip": {*BASE, "artifacts", "arrays", "wire"},
     "client": {*BASE, "artifacts", "arrays", "codecs", "wire", "http", "oip"},
 }
+RUNTIME["events"] = {*BASE, "artifacts", "http", "registry"}
 RUNTIME["routing"] = {*RUNTIME["pipeline"], "pipeline"}
-RUNTIME["serving"] = {*RUNTIME["routing"], "routing", "oip"}
+RUNTIME["serving"] = {*RUNTIME["routing"], "routing", "oip", "events"}
 TOOLS = {
     "budget": set(),
     "parent_death": set(),
@@ -60,8 +61,13 @@ HEAVY = {
     "tensorflow": {"graph"},
     "tf2onnx": {"graph"},
     "onnxruntime": {"runtime"},
-    "boto3": {"registry"},
-    "botocore": {"registry"},
+    "boto3": {"registry", "events"},
+    "botocore": {"registry", "events"},
+    "nats": {"events"},
+    "paho": {"events"},
+    "redis": {"events"},
+    "cloudevents": {"events"},
+    "sqlite3": {"events"},
     "flask": {"serving"},
     "prometheus_client": {"serving", "engine"},
     "PIL": {"processing", "calibration", "cli"},

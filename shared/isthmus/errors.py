@@ -241,6 +241,56 @@ class DeadlineExceeded(IsthmusError):
     public_message = ""
 
 
+class EventError(IsthmusError):
+    """A message, its broker, or the store of its results."""
+
+    public_message = "the event cannot be taken; the function's log says why"
+
+
+class ConfigurationMalformed(EventError):
+    """A trigger's configuration cannot be used. Facts: `where`, the field."""
+
+
+class BrokerUnavailable(EventError):
+    """The broker does not answer; a later try may succeed. Facts: `broker`."""
+
+
+class BrokerRefused(EventError):
+    """The broker refused credentials, a subject or an operation; a second try fails as well. Facts: `broker`."""
+
+
+class MessageTooLarge(EventError):
+    """A body exceeds what the broker or the object store takes. Facts: `bytes`, `limit`."""
+
+    public_message = ""
+
+
+class EventMalformed(RequestMalformed):
+    """An envelope (CloudEvents, S3 notification, claim check) breaks its specification. Facts: `attribute`."""
+
+
+class ClaimExpired(EventError):
+    """The object that a claim check refers to is gone or past its expiry. Facts: `reference`."""
+
+    public_message = ""
+
+
+class ResultStoreUnavailable(EventError):
+    """The store of results and call states does not answer."""
+
+
+class CallUnknown(EventError):
+    """No call of that id, or its result has expired. Facts: `call`."""
+
+    public_message = ""
+
+
+class SpoolFull(EventError):
+    """The spool of deferred requests has reached its bound, or its disk is full. Facts: `bytes`, `limit`."""
+
+    public_message = ""
+
+
 class LocalError(IsthmusError):
     """The local engine failed: stack.yml, a port, a process."""
 
@@ -290,6 +340,16 @@ HTTP_STATUS: dict[type[IsthmusError], int] = {
     Overloaded: 429,
     NotReady: 503,
     DeadlineExceeded: 504,
+    ConfigurationMalformed: 500,
+    BrokerUnavailable: 503,
+    BrokerRefused: 502,
+    MessageTooLarge: 413,
+    EventMalformed: 400,
+    ClaimExpired: 410,
+    ResultStoreUnavailable: 503,
+    CallUnknown: 404,
+    SpoolFull: 507,
+    EventError: 500,
     LocalError: 500,
 }
 

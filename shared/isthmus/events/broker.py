@@ -1,0 +1,115 @@
+"""The interface of brokers: a consumer delivers messages at least once, a publisher sends them.
+
+Everything here may be called by any thread. Implementations translate their client's errors at each call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from isthmus.events.message import Message
+
+
+class Delivery(Protocol):
+    """One delivery of a message. Exactly one of `ack` and `retry` ends it; without either the broker delivers again.
+
+    Neither raises where the broker is gone: the message will come again, and its id shows that it is a repetition.
+    """
+
+    @property
+    def message(self) -> Message:
+        """The message."""
+        ...
+
+    @property
+    def attempt(self) -> int:
+        """Deliveries of this message so far, this one included; 1 where the broker does not count."""
+        ...
+
+    def ack(self) -> None:
+        """Tell the broker that the message is done."""
+        ...
+
+    def retry(self, after_s: float) -> None:
+        """Give the message back, to be delivered again after `after_s` seconds or later."""
+        ...
+
+    def extend(self) -> None:
+        """Tell the broker that work goes on, so that it does not deliver to another consumer yet."""
+        ...
+
+
+@dataclass(frozen=True)
+class Backlog:
+    """What waits at a broker: messages not yet delivered or not yet acknowledged, and the age of the oldest.
+
+    Units: seconds. None where the broker does not say.
+    """
+
+    messages: int | None = None
+    oldest_s: float | None = None
+
+
+class Consumer(Protocol):
+    """A durable consumer: what it has not acknowledged is delivered again, to it or to another of its name."""
+
+    @property
+    def url(self) -> str:
+        """The place in messages to people, without credentials, for example nats://127.0.0.1:4222/photos.*."""
+        ...
+
+    @property
+    def extend_every_s(self) -> float:
+        """Call `Delivery.extend` at least this often during long work; infinity where work may take any time."""
+        ...
+
+    def fetch(self, count: int, wait_s: float) -> Sequence[Delivery]:
+        """Up to `count` messages; an empty sequence after `wait_s` seconds without one.
+
+        Raises:
+            BrokerUnavailable: the broker does not answer; call again later, the consumer reconnects by itself.
+            BrokerRefused: credentials, or what the broker says that no second try can change.
+        """
+        ...
+
+    def backlog(self) -> Backlog:
+        """What waits.
+
+        Raises:
+            BrokerUnavailable: the broker does not answer.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back what was fetched and not ended, where the broker knows how, and disconnect."""
+        ...
+
+
+class Publisher(Protocol):
+    """Sends messages; a message that was sent twice with one id is stored once, where the broker can."""
+
+    @property
+    def url(self) -> str:
+        """The place in messages to people, without credentials."""
+        ...
+
+    @property
+    def max_bytes(self) -> int:
+        """The largest body that the broker takes, as it stated at connect or as it is known to be."""
+        ...
+
+    def publish(self, message: Message) -> None:
+        """Send and wait until the broker has confirmed; `message.id` is what it may deduplicate by.
+
+        Raises:
+            MessageTooLarge: the body exceeds `max_bytes`. Facts: `bytes`, `limit`.
+            BrokerUnavailable: not confirmed; the message may have arrived nevertheless.
+            BrokerRefused: credentials, or what the broker says that no second try can change.
+        """
+        ...
+
+    def close(self) -> None:
+        """Disconnect."""
+        ...

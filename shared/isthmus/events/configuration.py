@@ -1,0 +1,247 @@
+"""A trigger's configuration: a TOML file, read and checked once at start.
+
+Source: docs/reference/trigger.md. Credentials are names of secrets (files in `secrets_dir`), never values.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
+
+from isthmus.errors import ConfigurationMalformed
+from isthmus.http.pool import is_url
+from isthmus.units import parse_duration, parse_size
+
+# A configuration is a page; a larger file is a wrong path.
+_MAX_BYTES = 256 * 2**10
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+Text = Annotated[str, Meta(min_length=1, max_length=1024)]
+Count = Annotated[int, Meta(ge=1, le=100_000)]
+
+
+class Seconds(float):
+    """A duration, written as a text such as 30s, 10m or 1d."""
+
+
+class Bytes(int):
+    """A size, written as a text such as 256MiB."""
+
+
+class _Table(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
+    """A table of the file; `kind` says which, and unknown keys are refused with their name."""
+
+
+class NatsPlace(_Table, frozen=True, kw_only=True, tag="nats"):
+    """A JetStream stream: `subject` to read (wildcards allowed) or to write; `stream` is made where it is absent.
+
+    `durable` is the consumer's name: consumers of one name share its messages. Messages that nobody acknowledges come
+    again after `ack_wait`.
+    """
+
+    url: Text = "nats://127.0.0.1:4222"
+    subject: Text
+    stream: str = ""
+    durable: Text = "isthmus"
+    ack_wait: Seconds = Seconds(30)
+    credentials_secret: str = ""
+    """Name of a secret with a NATS credentials file (.creds), or `user:password`, or a token."""
+
+
+class MqttPlace(_Table, frozen=True, kw_only=True, tag="mqtt"):
+    """An MQTT topic (filters with + and # to read), QoS 1, `version` "3.1.1" or "5".
+
+    `client_id` names the persistent session: the broker keeps its messages while the trigger is away. `group` makes a
+    shared subscription ($share/GROUP/TOPIC) with a session for each trigger.
+    """
+
+    url: Text = "mqtt://127.0.0.1:1883"
+    topic: Text
+    version: Annotated[str, Meta(pattern=r"^(3\.1\.1|5)$")] = "5"
+    client_id: str = ""
+    group: str = ""
+    user: str = ""
+    password_secret: str = ""
+    # MQTT brokers do not count deliveries or name messages: these are read from the payload's transport.
+    max_bytes: Bytes = Bytes(256 * 2**20)
+
+
+class SqsPlace(_Table, frozen=True, kw_only=True, tag="sqs"):
+    """An SQS queue, standard or FIFO; credentials as boto3 finds them. `endpoint` is for other servers than AWS's."""
+
+    queue_url: Text
+    endpoint: str = ""
+    region: str = ""
+    visibility: Seconds = Seconds(30)
+
+
+class RedisPlace(_Table, frozen=True, kw_only=True, tag="redis"):
+    """A Redis or Valkey stream and a consumer `group` on it; `max_length` trims a stream that is written."""
+
+    url: Text = "redis://127.0.0.1:6379/0"
+    stream: Text
+    group: Text = "isthmus"
+    claim_after: Seconds = Seconds(30)
+    """What a consumer has not acknowledged for this long goes to another."""
+    max_length: Count | None = None
+    password_secret: str = ""
+
+
+class CallbackPlace(_Table, frozen=True, kw_only=True, tag="callback"):
+    """An HTTP URL that gets each result by POST, signed where `signing_secret` names a secret.
+
+    Addresses of private networks are refused unless `allow` has their network, such as 10.0.0.0/8.
+    """
+
+    url: Text
+    signing_secret: str = ""
+    allow: tuple[str, ...] = ()
+
+
+class ObjectPlace(_Table, frozen=True, kw_only=True, tag="objects"):
+    """A folder or s3://BUCKET/PREFIX in which each result is an object, named by the message's id."""
+
+    url: Text
+
+
+Broker = NatsPlace | MqttPlace | SqsPlace | RedisPlace
+Place = NatsPlace | MqttPlace | SqsPlace | RedisPlace | CallbackPlace | ObjectPlace
+
+
+class RouterTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The router that serves the messages: at most `concurrency` at a time, each within `timeout`."""
+
+    url: Text = "http://127.0.0.1:8080/function/router"
+    model: str = ""
+    concurrency: Annotated[int, Meta(ge=1, le=1024)] = 8
+    timeout: Seconds = Seconds(30)
+
+
+class RecordsTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where states and results of calls are kept for `keep`: sqlite:PATH, nats://HOST:PORT/BUCKET or s3://BUCKET/PREFIX.
+
+    Two triggers that share a consumer share their records too: SQLite is for one machine.
+    """
+
+    url: Text = "sqlite:.isthmus/trigger/records.sqlite"
+    keep: Seconds = Seconds(86_400)
+
+
+class ClaimsTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The object store for bodies beyond a transport's limit: a folder or s3://BUCKET/PREFIX.
+
+    A body of more than `max_bytes` is refused; an object is removed `keep` after it was written.
+    """
+
+    url: Text
+    max_bytes: Bytes = Bytes(256 * 2**20)
+    keep: Seconds = Seconds(86_400)
+
+
+class SpoolTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The folder in which requests wait for a cloud that cannot be reached, within `max_bytes`.
+
+    `full` says what happens beyond: `refuse` leaves messages with their broker, `drop-oldest` gives up the oldest.
+    """
+
+    folder: Text = ".isthmus/trigger/spool"
+    max_bytes: Bytes = Bytes(2**30)
+    full: Annotated[str, Meta(pattern=r"^(refuse|drop-oldest)$")] = "refuse"
+
+
+class TriggerConfiguration(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The whole file.
+
+    `order_by`, empty for no order, is `source` or `header:NAME`: messages with an equal value are processed one after
+    the other, as they came. After `max_attempts` failed attempts a message goes to `dead_letters`.
+    """
+
+    source: Broker
+    results: Annotated[tuple[Place, ...], Meta(max_length=16)] = ()
+    dead_letters: Place | None = None
+    router: RouterTable = RouterTable()
+    records: RecordsTable = RecordsTable()
+    claims: ClaimsTable | None = None
+    spool: SpoolTable | None = None
+    order_by: str = ""
+    max_attempts: Annotated[int, Meta(ge=1, le=1000)] = 5
+    retry_after: Seconds = Seconds(2)
+    """The pause before a second attempt, doubled for each further one up to a minute."""
+
+
+def read_configuration(path: Path | str, environment: dict[str, str]) -> TriggerConfiguration:
+    """Read the file; `${NAME}` and `${NAME:-default}` in it are filled from `environment`.
+
+    Raises:
+        ConfigurationMalformed: absent, not TOML, an unknown or missing key, a value out of range, or a loop.
+    """
+    try:
+        with Path(path).open("rb") as f:
+            data = f.read(_MAX_BYTES + 1)
+        text = data.decode()
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigurationMalformed(f"{path} cannot be read: {e}", where=str(path)) from e
+    if len(data) > _MAX_BYTES:
+        raise ConfigurationMalformed(f"{path} has more than {_MAX_BYTES} bytes", where=str(path))
+    return parse_configuration(text, environment, str(path))
+
+
+def parse_configuration(text: str, environment: dict[str, str], name: str = "trigger.toml") -> TriggerConfiguration:
+    """As `read_configuration`, from the file's text.
+
+    Raises:
+        ConfigurationMalformed: as `read_configuration`.
+    """
+    try:
+        configuration = msgspec.toml.decode(
+            _filled(text, environment, name), type=TriggerConfiguration, dec_hook=_decode_unit
+        )
+    except msgspec.DecodeError as e:  # of the syntax, or of a field, with its path
+        raise ConfigurationMalformed(f"{name}: {e}", where=name, hint="see docs/reference/trigger.md") from e
+    _check(configuration, name)
+    return configuration
+
+
+def _filled(text: str, environment: dict[str, str], name: str) -> str:
+    def value(match: re.Match[str]) -> str:
+        found = environment.get(match[1]) or match[2]
+        if found is None:
+            raise ConfigurationMalformed(
+                f"{name} takes ${{{match[1]}}} from the environment, where it is not set", where=match[1]
+            )
+        return found
+
+    # Comments may show the syntax.
+    lines = (line if line.lstrip().startswith("#") else _VARIABLE.sub(value, line) for line in text.splitlines())
+    return "\n".join(lines)
+
+
+def _check(configuration: TriggerConfiguration, name: str) -> None:
+    """Rules between fields and in texts."""
+    if not is_url(configuration.router.url):
+        raise ConfigurationMalformed(f"{name}: router.url is no http URL", where="router.url")
+    if configuration.order_by not in ("", "source") and not configuration.order_by.startswith("header:"):
+        raise ConfigurationMalformed(f"{name}: order_by is `source` or `header:NAME`", where="order_by")
+
+
+def _decode_unit(kind: type[Any], text: Any) -> Any:
+    """A `Seconds` or `Bytes` from its text; msgspec turns the ValueError into its own, with the field's path."""
+    if not isinstance(text, str):
+        raise ValueError('it is a text with a unit, such as "30s" or "256MiB"')
+    if kind is Bytes:
+        return Bytes(parse_size(text))
+    days = text.removesuffix("d")
+    if days != text and days.isascii() and days.isdigit() and len(days) <= 4:
+        return Seconds(86_400 * int(days))
+    return Seconds(parse_duration(text))
+
+
+def where_of(place: Any) -> str:
+    """The place in messages to people: the kind and its address, without credentials."""
+    document = msgspec.to_builtins(place, enc_hook=str)
+    address = document.get("queue_url") or document.get("url", "")
+    name = document.get("subject") or document.get("topic") or document.get("stream") or ""
+    return f"{document['kind']} {re.sub('//[^/@]*@', '//', address)} {name}".rstrip()

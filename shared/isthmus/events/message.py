@@ -1,0 +1,71 @@
+"""A message as every broker delivers it, and its idempotency key."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+# Ids become keys of stores, headers and log lines.
+MAX_ID_CHARACTERS = 128
+CONTENT_TYPE = "content-type"
+# In order of precedence: the event's own identity survives a forwarding that the ids of one queue do not.
+# Source: docs/how-to/events.md, "The id of a message".
+_ID_HEADERS = (
+    "idempotency-key",
+    "nats-msg-id",
+    "x-sqs-message-id",
+    "x-rabbitmq-msg-id",
+    "x-call-id",
+)
+_KAFKA = ("x-kafka-topic", "x-kafka-partition", "x-kafka-offset")
+_CLOUDEVENT = ("ce-source", "ce-id")
+
+
+@dataclass(frozen=True)
+class Message:
+    """A body with headers, from the place `source`: a subject, topic, queue or stream.
+
+    `headers` have lower-case names. `id` is the idempotency key: two deliveries with one id are one message. Messages
+    of one `key` are processed in order where the trigger is told to. Units: `published` is seconds since the epoch by
+    the broker's clock, 0.0 where the broker does not say.
+    """
+
+    body: bytes
+    id: str
+    source: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    key: str = ""
+    published: float = 0.0
+
+    @property
+    def content_type(self) -> str:
+        """The media type, without parameters, in lower case; empty where the message states none."""
+        return self.headers.get(CONTENT_TYPE, "").partition(";")[0].strip().lower()
+
+    def with_body(self, body: bytes) -> Self:
+        """The same message with another body."""
+        return replace(self, body=body)
+
+
+def idempotency_key(headers: Mapping[str, str], fallback: str) -> str:
+    """The id of a message from its headers (lower-case names), else `fallback`, the broker's own id of it.
+
+    Source and id of a CloudEvent come first, then an Idempotency-Key, then the ids that OpenFaaS's connectors pass on.
+    Ids with other characters than a key of a store allows, and long ones, are hashed.
+    """
+    for names in (_CLOUDEVENT, *((name,) for name in _ID_HEADERS), _KAFKA):
+        parts = [headers.get(name, "") for name in names]
+        if all(parts):
+            return storable("/".join(parts) if len(parts) > 1 else parts[0])
+    return storable(fallback)
+
+
+def storable(text: str) -> str:
+    """`text` where it can be a key of a store and a header's value, else its SHA-256 as `sha256-<hex>`."""
+    plain = text.isascii() and text.replace("-", "").replace("_", "").replace(".", "").isalnum()
+    # A leading dot would hide a file, and `.` as a whole would be a folder.
+    if plain and len(text) <= MAX_ID_CHARACTERS and not text.startswith("."):
+        return text
+    return f"sha256-{hashlib.sha256(text.encode()).hexdigest()}"

@@ -96,6 +96,7 @@ def test_infer_tells_an_error_per_file_and_classifies_the_others(photos: Publish
     assert text.exit_code == 1
     assert "2 of 4 photos classified" in text.stdout
     assert "1.png: " in text.stderr
+    assert text.stderr.splitlines()[-1] == "error: 2 of 4 photos failed: 1 MediaUnsupported, 1 RequestMalformed"
 
 
 def test_an_error_that_every_photo_meets_is_told_once(photos: Published, album: Path) -> None:

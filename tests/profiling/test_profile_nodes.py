@@ -14,7 +14,7 @@ from isthmus.runtime.kernel_profile import KernelProfile, OrtObserver, midmean, 
 from isthmus_tools.graph import Model, build, cuts, open_model
 from isthmus_tools.graph.load import OptimisedNode, read_optimised
 from isthmus_tools.profiling.cuts import spread_cuts
-from isthmus_tools.profiling.nodes import attributed_share, node_seconds
+from isthmus_tools.profiling.nodes import node_seconds
 from support.models import REAL
 
 RUNS = 9  # of each kernel, the two longest times but the first do not count: the machine may pause in one
@@ -50,12 +50,6 @@ def test_the_nodes_take_exactly_what_the_model_takes(name: str) -> None:
     assert sum(found) == pytest.approx(0.125)
     assert all(s >= 0 for s in found)
     assert all(s == 0 for s, dynamic in zip(found, model.dynamic, strict=True) if not dynamic)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_nearly_all_time_is_tied_to_nodes_by_name(name: str) -> None:
-    model, seen = observed(name)
-    assert attributed_share(model, read_optimised(seen.graph), {k.name: k.seconds for k in seen.kernels}) > 0.85
 
 
 def test_the_convolutions_of_a_convolutional_net_take_most_of_its_time() -> None:

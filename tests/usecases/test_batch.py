@@ -17,7 +17,7 @@ from isthmus_tools.usecases import batch
 from isthmus_tools.usecases.batch import BatchRequest, BatchResult, classify_photos, remote_predictor
 from support.bundles import Published, photo, router_settings
 from support.bundles import photos as photos
-from support.cli import document, isthmus
+from support.cli import isthmus
 from support.routers import expected_classes, served_router
 
 
@@ -103,9 +103,9 @@ def test_a_photo_too_large_for_a_request_fails_alone(folder: Path) -> None:
             raise RequestTooLarge("too large", limit=0)
         return recorder(data)
 
-    assert run(folder, bounded) == BatchResult(19, 1, 0)
+    assert run(folder, bounded) == BatchResult(19, 1, 0, {"RequestTooLarge": 1})
     assert [line["photo"] for line in lines(folder) if "error" in line] == [str(folder / "03.jpg")]
-    assert run(folder, recorder).skipped == 20
+    assert run(folder, recorder) == BatchResult(0, 0, 20, {"RequestTooLarge": 1})
 
 
 def test_a_file_that_cannot_be_read_has_its_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +115,7 @@ def test_a_file_that_cannot_be_read_has_its_error(folder: Path, monkeypatch: pyt
         return path.read_bytes()
 
     monkeypatch.setattr(batch, "read_photo", read)
-    assert run(folder, Recorder(), folder / "04.jpg") == BatchResult(19, 1, 0)
+    assert run(folder, Recorder(), folder / "04.jpg") == BatchResult(19, 1, 0, {"RequestMalformed": 1})
     assert [line["error"] for line in lines(folder) if "error" in line] == ["03.jpg cannot be read: Permission denied"]
     with pytest.raises(RequestMalformed, match="no such file"):
         run(folder / "none.jpg", Recorder())
@@ -174,10 +174,21 @@ def test_the_command_writes_a_line_a_photo_and_skips_it_later(local: bool, photo
         where = ("--local", "--model", "photos", "--registry", photos.folder) if local else ("--url", url)
         command = ("infer", folder, "--output", output, "--top-k", "2", *where)
         result = isthmus(*command)
-        assert result.exit_code == 0, result.output
+        assert result.exit_code == 1
         assert "3 classified, 1 with an error, 0 there already" in result.stdout
-        again = document(isthmus(*command, "--json"))
-    assert again == {"classified": 0, "failed": 0, "skipped": 4, "file": str(output)}
+        assert result.stderr.splitlines()[-1] == "error: 1 of 4 photos failed: 1 MediaUnsupported"
+        again = isthmus(*command, "--json")
+        (folder / "notes.txt").unlink()
+        assert isthmus(*command).exit_code == 0
+    assert again.exit_code == 1
+    assert json.loads(again.stdout) == {
+        "classified": 0,
+        "failed": 0,
+        "skipped": 4,
+        "errors": {"MediaUnsupported": 1},
+        "file": str(output),
+    }
+    assert json.loads(again.stderr.splitlines()[-1])["facts"]["failed"] == 1
     found = {Path(line["photo"]).name: line for line in map(json.loads, output.read_text().splitlines())}
     assert found["notes.txt"]["type"] == "MediaUnsupported"
     for seed in range(3):

@@ -132,11 +132,6 @@ def why_not_together(count: int, entries: int) -> str:
     return ""
 
 
-def is_frame(data: bytes | memoryview) -> bool:
-    """Whether `data` starts like a frame of any version."""
-    return bytes(data[:7]) == MAGIC[:7]
-
-
 def encode(frame: Frame) -> bytes:
     """A frame's bytes, each payload copied once.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,8 +63,8 @@ def infer(
 ) -> None:
     """Classify photos, or run tensors through a model.
 
-    A photo that cannot be classified is an error of its own, and the command exits with 1; with --output the error
-    stands in the photo's line, and the command exits with 0.
+    A photo that cannot be classified is an error of its own, with --output in the photo's line; the others have their
+    predictions, and the command exits with 1. The last line on standard error counts the failures by type.
 
     Example: `isthmus infer cat.jpg`, `isthmus infer photos/ --output results.jsonl`, or
     `isthmus infer --model magika --tensor bytes=input.npy --output out.npz`
@@ -116,7 +117,7 @@ def _photos(photos: list[Path], model: str, where: _Where, top_k: int, as_json: 
     if len(paths) == 1:
         read_photo(paths[0])  # loading a model takes longer than to see that the file is not there
     predict = _predictor(model, where, top_k)
-    documents, failed = [], 0
+    documents, failures = [], Counter[str]()
     for path in paths:
         try:
             response = predict(read_photo(path))
@@ -124,7 +125,7 @@ def _photos(photos: list[Path], model: str, where: _Where, top_k: int, as_json: 
             # One photo's error is the command's. So is an error of the router or the model, which every photo meets.
             if len(paths) == 1 or isinstance(e, _COMMON_ERRORS):
                 raise
-            failed += 1
+            failures[type(e).__name__] += 1
             documents.append({"photo": str(path), "error": e.message, "type": type(e).__name__})
             if not as_json:
                 warn([f"{path}: {e.message}"])
@@ -135,9 +136,19 @@ def _photos(photos: list[Path], model: str, where: _Where, top_k: int, as_json: 
     if as_json:
         print_json(documents)
     elif len(paths) > 1:
-        say(f"{len(paths) - failed} of {len(paths)} photos classified")
-    if failed:
-        raise typer.Exit(1)
+        say(f"{len(paths) - failures.total()} of {len(paths)} photos classified")
+    _check_failures(failures, len(paths))
+
+
+def _check_failures(failures: Mapping[str, int], photos: int) -> None:
+    """Raise if photos failed, after the others have their results: a script goes by the exit status.
+
+    Raises:
+        RequestMalformed: names the failures by their types.
+    """
+    if count := sum(failures.values()):
+        kinds = ", ".join(f"{number} {kind}" for kind, number in failures.items())
+        raise RequestMalformed(f"{count} of {photos} photos failed: {kinds}", failed=count, photos=photos)
 
 
 def _files(paths: Sequence[Path]) -> Iterator[Path]:
@@ -183,8 +194,9 @@ def _batch(photos: list[Path], model: str, where: _Where, top_k: int, output: Pa
     result = run(classify_photos, BatchRequest(photos=photos, output=output, predict=predict), quiet=as_json)
     if as_json:
         print_json({**vars(result), "file": str(output)})
-        return
-    say(f"{output}: {result.classified} classified, {result.failed} with an error, {result.skipped} there already")
+    else:
+        say(f"{output}: {result.classified} classified, {result.failed} with an error, {result.skipped} there already")
+    _check_failures(result.errors, result.classified + result.failed + result.skipped)
 
 
 def _show(path: Path, response: dict[str, Any]) -> None:

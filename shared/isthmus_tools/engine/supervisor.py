@@ -44,7 +44,6 @@ class Supervisor:
         self.invocations = 0
         self.desired = 0
         self.crashes = 0  # consecutive, without a steady replica between
-        self.restarts = 0
         self.failure = ""
         self.given_up = False
         """Whether starting was given up, because the deployment cannot start."""
@@ -224,7 +223,6 @@ class Supervisor:
         steady = replica.ready_at is not None and time.monotonic() - replica.ready_at > _STEADY_S
         # A replica that served for a while crashed by its load, not by its deployment.
         self.crashes = 0 if steady else self.crashes + 1
-        self.restarts += 1
         self._failed_starts = self._failed_starts + 1 if replica.ready_at is None else 0
         if misconfigured or self._failed_starts >= MAX_FAILED_STARTS * max(1, self.desired):
             self.given_up = True

@@ -48,14 +48,6 @@ def work(model: Model, node: int) -> float:
     return float(model.macs[node] + written + 1)
 
 
-def attributed_share(model: Model, optimised: Sequence[OptimisedNode], kernels: Mapping[str, float]) -> float:
-    """The share of the kernels' time that a value's name ties to the model's nodes."""
-    producers = _producers(model)
-    tied = sum(kernels.get(node.name, 0.0) for node in optimised if _original_values(node, producers))
-    total = sum(kernels.get(node.name, 0.0) for node in optimised)
-    return tied / total if total else 0.0
-
-
 def _regions(model: Model, optimised: Sequence[OptimisedNode]) -> dict[str, list[int]]:
     """The model's nodes that each optimised node computes, by name; without an entry where no value ties the two."""
     producers = _producers(model)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
@@ -59,11 +60,15 @@ class BatchRequest:
 
 @dataclass(frozen=True)
 class BatchResult:
-    """Photos by outcome: classified and failed in this run, and skipped since the file had a line for them."""
+    """Photos by outcome: classified and failed in this run, and skipped since the file had a line for them.
+
+    `errors` counts the photos whose line is an error, of earlier runs too, by the error's type.
+    """
 
     classified: int
     failed: int
     skipped: int
+    errors: Mapping[str, int] = field(default_factory=dict)
 
 
 def classify_photos(request: BatchRequest, progress: Progress = silent) -> BatchResult:
@@ -78,8 +83,12 @@ def classify_photos(request: BatchRequest, progress: Progress = silent) -> Batch
     with _output(request.output) as file:
         previous = _read_lines(file, request.output)
         models = {_model_of(line) for line in previous.values()} - {None}
+        given = set(map(str, paths))
         remaining = [path for path in paths if str(path) not in previous]
         classified = failed = 0
+        errors = Counter(
+            str(line.get("type", "unknown")) for photo, line in previous.items() if "error" in line and photo in given
+        )
         for chunk in _chunks(remaining):
             lines = _classify(chunk, request.predict)
             models |= {_model_of(line) for line in lines} - {None}
@@ -88,10 +97,11 @@ def classify_photos(request: BatchRequest, progress: Progress = silent) -> Batch
             file.write(b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines))
             # Before the progress is shown: a run that is killed has kept the photos that it counted.
             file.flush()
-            errors = sum("error" in line for line in lines)
-            failed, classified = failed + errors, classified + len(lines) - errors
+            new = Counter(str(line.get("type", "unknown")) for line in lines if "error" in line)
+            errors += new
+            failed, classified = failed + new.total(), classified + len(lines) - new.total()
             progress(f"classifying {len(remaining)} photos", classified + failed, len(remaining))
-    return BatchResult(classified, failed, len(paths) - len(remaining))
+    return BatchResult(classified, failed, len(paths) - len(remaining), dict(errors))
 
 
 def remote_predictor(client: Client, model: str, top_k: int) -> Predict:

@@ -290,6 +290,9 @@ class RouterSettings(SegmentSettings):
         "maximum age of a resolved alias, and of a failed look-up of a name, in seconds",
         10.0,
     )
+    explain_runs: int = setting(
+        "maximum runs of the segments behind the cut for one explanation; 0 allows no explanations", 256
+    )
     page: bool = setting(
         "whether browsers get a page at GET /, which sends photos along the model's routes, and one of the API at"
         " GET /docs; anybody who can call the function sees them. The local engine turns it on",

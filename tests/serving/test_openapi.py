@@ -73,6 +73,9 @@ def call(client: FlaskClient, endpoint: str, photos: Published) -> Any:
     tensors = {"json": oip_json(photos)}
     calls: dict[str, tuple[str, str, dict[str, Any]]] = {
         "answer": ("POST", "/?top_k=2", {"data": photo()}),
+        "explain": ("POST", "/explain?grid=2", {"data": photo()}),
+        "explain_model": ("POST", "/v2/models/photos/explain?class=dog", tensors),
+        "explain_version": ("POST", "/v2/models/photos/versions/1/explain", {"data": photo()}),
         "infer": ("POST", INFER, tensors),
         "infer_version": ("POST", "/v2/models/photos/versions/1/infer", tensors),
         "model": ("GET", "/v2/models/photos", {}),
@@ -132,6 +135,8 @@ def test_the_response_to_a_batch_is_as_described(router: FlaskClient, document: 
         ("answer", "POST", "/?model=nobody", b"{}"),
         ("answer", "POST", "/", b"%PDF"),
         ("infer", "POST", "/v2/models/photos/infer", b'{"inputs": []}'),
+        ("explain", "POST", "/explain?grid=0", photo()),
+        ("explain", "POST", "/explain?grid=32", photo()),
         ("model", "GET", "/v2/models/nobody", b""),
         ("repository_index", "POST", "/v2/repository/index", b"[]"),
     ],

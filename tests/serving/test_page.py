@@ -233,6 +233,32 @@ def test_another_version_of_the_model_stands_beside_it(tmp_path: Path) -> None:
     assert "photos:2" in found.text
 
 
+def test_each_class_has_a_button_that_asks_why(page: FlaskClient) -> None:
+    found = tags(page.post("/page/prediction?beside=cloud", **form(photo())))
+    posts = found.values("hx-post", "button")
+    assert len(posts) == 6
+    assert all(post.startswith("page/why?model=photos&route=") and "&class=" in post for post in posts)
+    targets = found.values("hx-target", "button")
+    assert {target.removeprefix("#") for target in targets} <= set(found.values("id", "div"))
+    for post in (posts[0], posts[-1]):
+        assert len(tags(page.post(f"/{post}", **form(photo()))).values("x", "rect")) >= 16
+
+
+def test_an_explanation_shows_the_cells_over_the_photo(page: FlaskClient) -> None:
+    found = tags(page.post("/page/why?class=dog&grid=2", **form(photo())))
+    assert "dog" in found.text
+    assert "9 parts hidden at the cut 6" in found.text
+    assert [found.values(side, "rect") for side in ("x", "width")] == [["0.0000", "0.5000"] * 2, ["0.5000"] * 4]
+    assert [name for name, _ in found.tags].count("img") == 1
+
+
+def test_an_explanation_of_pasted_json_has_no_photo_beneath(page: FlaskClient, photos: Published) -> None:
+    found = tags(page.post("/page/why", data={"document": json.dumps(oip_json(photos))}))
+    assert "img" not in [name for name, _ in found.tags]
+    answer = page.post("/page/prediction", data={"document": json.dumps(oip_json(photos))})
+    assert tags(answer).values("hx-include", "button") == ["#json"]
+
+
 def test_pasted_json_is_answered(page: FlaskClient, photos: Published) -> None:
     document = json.dumps(oip_json(photos))
     found = tags(page.post("/page/prediction", data={"document": document}))
@@ -249,6 +275,9 @@ def test_pasted_json_is_answered(page: FlaskClient, photos: Published) -> None:
         ("/page/prediction", {"data": b"document="}, 400),
         ("/page/prediction", {"data": b"document=\xff"}, 400),
         ("/page/prediction", {"data": b"%PDF"}, 415),
+        ("/page/why", {"data": b"%PDF"}, 415),
+        ("/page/why?class=fox", form(photo()), 400),
+        ("/page/why?route=nowhere", form(photo()), 404),
     ],
 )
 def test_a_request_that_cannot_be_served_is_an_error_as_json(
@@ -280,10 +309,13 @@ def evil(tmp_path_factory: pytest.TempPathFactory) -> FlaskClient:
     return local_router(published, folder / "cache", page=True)
 
 
-def test_labels_are_text_and_never_markup(evil: FlaskClient) -> None:
-    found = tags(evil.post("/page/prediction", **form(photo())))
+@pytest.mark.parametrize("path", ["/page/prediction", "/page/why?class=0&grid=2"])
+def test_labels_are_text_and_never_markup(evil: FlaskClient, path: str) -> None:
+    found = tags(evil.post(path, **form(photo())))
     assert EVIL in found.text or "</li><script>alert(2)</script>" in found.text or "{{ 7*7 }}" in found.text
-    assert not {"img", "script"} & {tag for tag, _ in found.tags}
+    images = [attributes for tag, attributes in found.tags if tag == "img"]
+    assert images == ([{"data-photo": None, "alt": ""}] if "why" in path else [])
+    assert "script" not in {tag for tag, _ in found.tags}
     assert not [name for _, attributes in found.tags for name in attributes if name.startswith("on")]
 
 

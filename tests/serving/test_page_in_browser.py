@@ -139,6 +139,36 @@ def test_another_route_stands_beside_the_first(page: Any, picture: Path) -> None
     assert right["x"] > left["x"] + left["width"] - 1
 
 
+def test_why_lays_a_heat_map_over_the_photo(page: Any, picture: Path, tmp_path: Path) -> None:
+    send(page, picture)
+    page.locator("button.why").nth(1).click()
+    page.wait_for_selector(".heat rect")
+    image, cells = (page.locator(f".overlay {tag}").bounding_box() for tag in ("img", "svg"))
+    assert image == cells
+    assert page.locator(".overlay img").evaluate("image => image.naturalWidth") == 64
+    name = page.locator(".classes li span").nth(1).inner_text()
+    assert page.locator(".heat figcaption").inner_text().startswith(f"{name}, ")
+    # Another photo is another request.
+    (tmp_path / "other.png").write_bytes(photo((8, 8)))
+    page.set_input_files("#file", str(tmp_path / "other.png"))
+    api.expect(page.locator("button.why").first).to_be_disabled()
+
+
+def test_why_of_another_route_and_of_pasted_json(page: Any, picture: Path, photos: Published) -> None:
+    page.select_option("select[name=beside]", "cloud")
+    send(page, picture)
+    page.locator("article").nth(1).locator("button.why").first.click()
+    page.wait_for_selector("article:nth-child(2) .heat")
+    assert "hidden at the input" in page.locator("article").nth(1).inner_text()
+    page.click("summary:has-text('JSON')")
+    page.fill("#document", json.dumps(oip_json(photos)))
+    page.click("#json button")
+    page.wait_for_selector("#result .outputs")
+    page.click("button.why")
+    page.wait_for_selector(".heat .bare rect")
+    assert page.locator(".overlay svg").bounding_box()["height"] > 100
+
+
 def test_pasted_json_is_answered(page: Any, photos: Published) -> None:
     page.click("summary:has-text('JSON')")
     page.fill("#document", json.dumps(oip_json(photos)))
@@ -173,6 +203,8 @@ def test_the_page_fits_and_follows_the_scheme(
     for page in opened(browser, url, viewport=size, color_scheme=scheme):
         page.select_option("select[name=beside]", "photo")
         send(page, picture)
+        page.locator("button.why").first.click()
+        page.wait_for_selector(".heat rect")
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
         brightness = sum(map(int, paper.removeprefix("rgb(").removesuffix(")").split(","))) / 3

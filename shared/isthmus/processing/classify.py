@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -66,6 +67,26 @@ def table_of(logits: np.ndarray, spec: Mapping[str, Any], labels: Sequence[str] 
             hint="publish the model again with labels of its own",
         )
     return scores
+
+
+def class_index(name: str, labels: Sequence[str] | None) -> int:
+    """The index of a class, given as its index or its label; case does not matter.
+
+    Raises:
+        RequestMalformed: no class has this label; the facts have similar labels.
+    """
+    # Five digits hold any number of classes; int() of a long text takes quadratic time.
+    if name.isascii() and name.isdigit() and len(name) <= 5:
+        return int(name)
+    folded = [label.casefold() for label in labels or ()]
+    if name.casefold() in folded:
+        return folded.index(name.casefold())
+    similar = difflib.get_close_matches(name[:80].casefold(), folded, 5)
+    raise RequestMalformed(
+        f"class is {name[:80]!r}, no class's label or index",
+        parameter="class",
+        exists=[label for label in labels or () if label.casefold() in similar],
+    )
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

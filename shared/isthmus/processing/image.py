@@ -83,6 +83,28 @@ def preprocess(
     return array
 
 
+def seen_part(
+    data: bytes, spec: Mapping[str, Any], *, max_pixels: int = MAX_PIXELS, memory: ImageMemory = SHARED
+) -> tuple[float, float, float, float]:
+    """The part of the upright picture that the model sees: left, top, width and height, as shares of its sides.
+
+    A part beyond 0 to 1 is a crop larger than the picture.
+
+    Raises:
+        As `preprocess`, but for ShapeMismatch.
+    """
+    steps = _steps_of(spec)
+    with open_picture(data, max_pixels=max_pixels, memory=memory, min_side=_min_side(steps)) as picture:
+        size = picture.turned()
+    if (resize := steps.get("resize")) is not None:
+        size = _resized(size, resize, max_pixels)
+    if "center_crop" not in steps:
+        return 0.0, 0.0, 1.0, 1.0
+    height, width = steps["center_crop"]["size"]
+    left, top = (_crop_start(side, crop) for side, crop in zip(size, (width, height), strict=True))
+    return left / size[0], top / size[1], width / size[0], height / size[1]
+
+
 def as_jpeg(
     data: bytes, spec: Mapping[str, Any], quality: int, *, max_pixels: int, memory: ImageMemory = SHARED
 ) -> bytes:

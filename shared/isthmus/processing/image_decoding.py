@@ -113,6 +113,18 @@ class Picture:
         self.upright = self.full
         """The size of the upright picture."""
 
+    def turned(self) -> tuple[int, int]:
+        """Width and height of the upright picture, before any reduction, without its pixels.
+
+        Raises:
+            ImageMalformed: as the function `decode`.
+        """
+        with _pillow_errors(self.data, self.kind, self.max_pixels), _quiet, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            transposition = _TRANSPOSE.get(self.image.getexif().get(_ORIENTATION, 1))
+        upright = transposition is None or transposition in _SAME_SIZE
+        return self.full if upright else (self.full[1], self.full[0])
+
     def decode(self) -> Image.Image:
         """The upright RGB picture, reduced by `factor`.
 

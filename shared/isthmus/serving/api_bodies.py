@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, field
 
 from isthmus.processing.media import MAX_PHOTOS
 
@@ -167,6 +167,52 @@ class PredictionBody(Struct):
     model_version: str
     classes: list[ClassBody]
     route: RouteBody
+    timings_ms: dict[str, Milliseconds]
+
+
+class AreaBody(Struct):
+    """An area of a picture, and its share of the cells' drops."""
+
+    where: str
+    share: float
+
+
+class OcclusionBody(Struct, omit_defaults=True):
+    """How far the probability falls with each cell hidden: `drops`, rows of cells; a sequence is one row.
+
+    `grid` is the number of rows and of columns. `runs` of the segments behind the cut were made, in `batches`. `at` is
+    the cut, or `input`; `tensors` are hidden there. `areas` hold most of a picture's drops. `part` is the part of a
+    photo that the model sees: left, top, width and height as shares of the photo's sides.
+    """
+
+    of: Literal["picture", "sequence"]
+    at: str
+    tensors: list[str]
+    grid: list[int]
+    drops: list[list[float]]
+    runs: int
+    batches: int
+    areas: list[AreaBody] = []
+    part: list[float] = []
+
+
+class ExplainedRouteBody(Struct):
+    """Bytes over the link of the prediction and of all copies with a part hidden, and the prediction's segments."""
+
+    link_bytes: Bytes
+    segments: list[SegmentRunBody]
+
+
+class ExplanationBody(Struct):
+    """The explanation of a class's probability."""
+
+    id: str
+    model_name: str
+    model_version: str
+    # Named class_ in the code alone: class is a keyword.
+    class_: ClassBody = field(name="class")
+    explanation: OcclusionBody
+    route: ExplainedRouteBody
     timings_ms: dict[str, Milliseconds]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -39,8 +39,17 @@ EXECUTION: Errors = (
 _QUERY: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "model": ("the model and its version: NAME, NAME:NUMBER or NAME:ALIAS", {"type": "string"}),
     "beside": ("another route of the model, or NAME:VERSION, for the same request", {"type": "string"}),
+    "class": ("the class to explain, its label or index; the likeliest without it", {"type": "string"}),
+    "grid": (
+        "rows and columns of an explanation's cells, or a sequence's cells",
+        {"type": "integer", "minimum": 1, "maximum": 99_999},
+    ),
+    "output": ("the output with the classes, of a model without post-processing", {"type": "string"}),
+    "hidden_id": ("the id that hides a token, where no attention mask can", {"type": "integer", "minimum": 0}),
+    "route": ("another route of the model, or NAME:VERSION, to explain", {"type": "string"}),
     "top_k": ("how many classes of a photo's prediction", {"type": "integer", "minimum": 1, "maximum": 99_999}),
 }
+_EXPLAINED = ("class", "grid", "output", "hidden_id")
 _HEADERS = {
     "X-Timeout": "a duration such as 1500ms; shortens the deadline",
     oip.HEADER_LENGTH: "length of the JSON before binary tensors",
@@ -78,6 +87,14 @@ _INFER = Operation(
     _TENSORS,
     headers=("X-Timeout", oip.HEADER_LENGTH),
 )
+_EXPLAIN = Operation(
+    "Which parts of a photo or of tokens decided, by occlusion behind the cut",
+    _as_json(bodies.ExplanationBody),
+    ADMISSION + LOOKUP + EXECUTION + (errors.ImageMalformed,),
+    {"image/*": _BINARY, **_as_json((bodies.PhotoBody, bodies.InferRequestBody)), "application/octet-stream": _BINARY},
+    query=_EXPLAINED,
+    headers=("X-Timeout", oip.HEADER_LENGTH),
+)
 _MODEL = Operation("A model's versions, inputs and outputs", _as_json(bodies.ModelBody), LOOKUP)
 _MODEL_READY = Operation(
     "200 once the model's route is known", _as_json(bodies.ModelReadyBody), (*LOOKUP, errors.NotReady)
@@ -103,6 +120,9 @@ OPERATIONS: Mapping[str, Operation] = {
         query=("model", "top_k"),
         headers=("X-Timeout", oip.HEADER_LENGTH),
     ),
+    "explain": replace(_EXPLAIN, query=("model", *_EXPLAINED)),
+    "explain_version": _EXPLAIN,
+    "explain_model": _EXPLAIN,
     "infer": _INFER,
     "infer_version": _INFER,
     "model": _MODEL,
@@ -136,6 +156,16 @@ OPERATIONS: Mapping[str, Operation] = {
             "application/x-www-form-urlencoded": {"type": "object", "properties": {"document": {"type": "string"}}},
         },
         query=("model", "top_k", "beside"),
+    ),
+    "page_why": Operation(
+        "An explanation as the page shows it",
+        _HTML,
+        ADMISSION + LOOKUP + EXECUTION + (errors.ImageMalformed,),
+        {
+            "multipart/form-data": {"type": "object", "properties": {"image": _BINARY}},
+            "application/x-www-form-urlencoded": {"type": "object", "properties": {"document": {"type": "string"}}},
+        },
+        query=("model", "route", *_EXPLAINED),
     ),
     "metrics": Operation("Metrics in Prometheus's text format, or in OpenMetrics", {"text/plain": {"type": "string"}}),
 }

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlencode
 
 from flask import Response, render_template, request
 from jinja2 import FileSystemLoader
@@ -24,6 +24,7 @@ from isthmus.artifacts.segment_id import WHOLE
 from isthmus.errors import Missing, RequestMalformed
 from isthmus.routing.catalog import ModelCatalog, ServedModel
 from isthmus.serving.app import FunctionApp
+from isthmus.serving.explaining import Explainer
 from isthmus.serving.inference import InferenceReader, InferenceRequest
 from isthmus.serving.model_list import ModelList
 from isthmus.serving.openapi import openapi_document
@@ -72,6 +73,10 @@ class PageResult:
     facts: Mapping[str, Any]
     stages: tuple[StageBar, ...]
     total_ms: float
+    form: str
+    """The form of the page that holds the request: `photo` or `json`."""
+    query: str
+    """Model and route, as the query of a request for an explanation."""
 
     @property
     def shown(self) -> str:
@@ -90,9 +95,10 @@ class Page:
         models: ModelList,
         reader: InferenceReader,
         predictor: Predictor,
+        explainer: Explainer,
     ) -> None:
         self._settings, self._catalog, self._models = settings, catalog, models
-        self._reader, self._predictor = reader, predictor
+        self._reader, self._predictor, self._explainer = reader, predictor, explainer
 
     def serve_on(self, app: FunctionApp) -> None:
         """Add the routes."""
@@ -109,6 +115,7 @@ class Page:
         ):
             app.flask.add_url_rule(rule, endpoint, view, methods=["GET"])
         app.post("/page/prediction", self.prediction, "page_prediction")
+        app.post("/page/why", self.why, "page_why")
 
     def page(self) -> Response:
         """The page, for browsers alone: other clients get the 405 of a router without a page."""
@@ -149,13 +156,24 @@ class Page:
         """The prediction by the model's route, and beside it by another route where the query asks for one."""
         model = self._catalog.get(request.query.get("model") or self._settings.model, request.context.deadline)
         inference = self._reader.read(_document_request(request), model)
-        results = [self._result("the served route", request, inference)]
+        results = [self._result("", request, inference)]
         if beside := request.query.get("beside", ""):
             other = self._beside(beside, model, request)
-            results.append(self._result(route_title(beside), request, replace(inference, model=other)))
+            results.append(self._result(beside, request, replace(inference, model=other)))
         # One scale for both columns, so that their bars compare.
         scale_ms = max((bar.ms + bar.pack_ms for result in results for bar in result.stages), default=0.0)
         return _html("prediction.html", results=results, scale_ms=scale_ms or 1.0)
+
+    def why(self, request: FunctionRequest) -> Response:
+        """The explanation of a class by the model's route, or by the other route that the query names."""
+        model = self._catalog.get(request.query.get("model") or self._settings.model, request.context.deadline)
+        if route := request.query.get("route", ""):
+            model = self._beside(route, model, request)
+        form = _form_of(request)
+        inference = self._reader.read(_document_request(request), model)
+        document = self._explainer.explain(request, inference)
+        cells = list(heat_cells(document["explanation"]))
+        return _html("why.html", form=form, cells=cells, explained=document["class"], **document)
 
     def _beside(self, name: str, model: ServedModel, request: FunctionRequest) -> ServedModel:
         """The model with another of its routes, or another version of the same model.
@@ -175,7 +193,8 @@ class Page:
             raise RequestMalformed("two versions of one model are compared, not two models", parameter="beside")
         return other
 
-    def _result(self, title: str, request: FunctionRequest, inference: InferenceRequest) -> PageResult:
+    def _result(self, route: str, request: FunctionRequest, inference: InferenceRequest) -> PageResult:
+        """The prediction by the route of `inference`, named `route`; empty for the served route."""
         timings = Timings()
         # Timings of its own: both results name their stages alike.
         response = self._predictor.respond(request._replace(timings=timings), inference)
@@ -185,7 +204,11 @@ class Page:
             raise RequestMalformed("the page shows JSON; ask for outputs without binary_data", parameter="binary_data")
         document = json.loads(response.get_data())
         facts = document.get("route") or document.get("parameters") or {}
-        return PageResult(title, document, facts, tuple(stage_bars(timings)), total_ms)
+        title = route_title(route) if route else "the served route"
+        # The version in force now, so that an explanation is of this prediction.
+        query = urlencode({"model": request.query.get("model") or document["model_name"], "route": route})
+        stages = tuple(stage_bars(timings))
+        return PageResult(title, document, facts, stages, total_ms, _form_of(request), query)
 
 
 def route_title(name: str) -> str:
@@ -193,6 +216,32 @@ def route_title(name: str) -> str:
     if name in _ROUTE_NAMES:
         return _ROUTE_NAMES[name]
     return f"cut {name[4:]}, raw tensors" if name.startswith("cut:") else name
+
+
+@dataclass(frozen=True)
+class HeatCell:
+    """A cell of a heat map; `left` to `height` are shares of the photo's sides, `opacity` is 0 to 1.
+
+    Of a sequence the cells are in a row.
+    """
+
+    left: float
+    top: float
+    width: float
+    height: float
+    drop: float
+    opacity: float
+
+
+def heat_cells(explanation: Mapping[str, Any]) -> Iterator[HeatCell]:
+    """The cells of an explanation's document, row by row; the largest change is the most opaque."""
+    rows = explanation["drops"]
+    left, top, width, height = explanation.get("part") or (0.0, 0.0, 1.0, 1.0)
+    width, height = width / len(rows[0]), height / len(rows)
+    most = max(abs(drop) for row in rows for drop in row) or 1.0
+    for i, row in enumerate(rows):
+        for j, drop in enumerate(row):
+            yield HeatCell(left + j * width, top + i * height, width, height, drop, abs(drop) / most)
 
 
 def segment_name(segment: str) -> str:
@@ -211,13 +260,18 @@ def stage_bars(timings: Timings) -> Iterator[StageBar]:
         yield StageBar(f"{name} {segment_name(segment)}".strip(), ms, min(run_ms, ms), pack_ms)
 
 
+def _form_of(request: FunctionRequest) -> str:
+    """The form of the page that sent this request."""
+    return "json" if bytes(request.body[: len(_DOCUMENT)]) == _DOCUMENT else "photo"
+
+
 def _document_request(request: FunctionRequest) -> FunctionRequest:
     """The request with the JSON of the field `document` as its body, where the page's form sent one.
 
     Raises:
         RequestMalformed: the field cannot be decoded. Overloaded, RequestTooLarge: as `Reservation.hold`.
     """
-    if bytes(request.body[: len(_DOCUMENT)]) != _DOCUMENT:
+    if _form_of(request) == "photo":
         return request
     request.memory.hold(3 * len(request.body))  # as text, split, and decoded
     try:

@@ -23,7 +23,7 @@ from isthmus.errors import (
     RequestTooLarge,
 )
 from isthmus.oip import messages as oip
-from isthmus.pipeline import LocalHop, Result, execute
+from isthmus.pipeline import LocalHop, Result, Route, execute
 from isthmus.processing.classify import classify
 from isthmus.processing.image import model_input
 from isthmus.processing.image_budget import ImageMemory
@@ -77,6 +77,20 @@ class Predictor:
             document |= self._photo(request, inference, inference.photo)
         # UTF-8 as it is: labels may be in any script, and escapes would double them.
         return Response(json.dumps(document, ensure_ascii=False), mimetype="application/json")
+
+    def run(self, request: FunctionRequest, route: Route, inputs: Mapping[str, Array]) -> Result:
+        """Execute a route as it is, without guard, and count its calls and stages.
+
+        Raises:
+            As `execute`.
+        """
+        try:
+            result = execute(route, inputs, request.context)
+        except HopError as e:
+            self._count_error(e)
+            raise
+        self._record(request, result, len(route.segments))
+        return result
 
     def _tensors(self, request: FunctionRequest, inference: InferenceRequest, tensors: oip.InferRequest) -> Response:
         model = inference.model
@@ -141,7 +155,7 @@ class Predictor:
                 **result.sizes(),
                 "photo_bytes": len(photo),
                 "input_bytes": input_bytes,
-                "segments": self._segment_documents(result, selected),
+                "segments": self.segment_documents(result, len(selected.route.segments)),
                 **result.looks(),
                 **result.notes,
             },
@@ -188,11 +202,10 @@ class Predictor:
             facts = {"hop": error.facts.get("hop", ""), "type": type(error).__name__, "error": error.message}
             self._log.warning("a closer look failed; the answer before it stands", extra={"facts": facts})
 
-    def _segment_documents(self, result: Result, selected: SelectedRoute) -> list[dict[str, Any]]:
-        """The segment runs for a response; the URL of a hop is a detail."""
+    def segment_documents(self, result: Result, segments: int) -> list[dict[str, Any]]:
+        """The runs of a route of that many segments, for a response; the URL of a hop is a detail."""
         if self._settings.expose_details:
             return [run.document() for run in result.runs]
-        segments = len(selected.route.segments)
         return [
             run.document() | ({} if run.hop == LocalHop.name else {"hop": stage_name(i, segments)})
             for i, run in enumerate(result.runs)

@@ -8,7 +8,8 @@ from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.segment_id import WHOLE, SegmentId
 from isthmus.context import Deadline
 from isthmus.errors import SettingsError
-from isthmus.registry import Registry
+from isthmus.registry import Registry, open_cache
+from isthmus.settings import SegmentSettings
 
 if TYPE_CHECKING:  # a router with remote hops alone never loads onnxruntime
     from isthmus.runtime.store import SegmentStore
@@ -53,6 +54,13 @@ def segment_id(bundle: Bundle, segment: str) -> SegmentId:
     if segment in _ENDS:
         return bundle.partition()[0 if segment == "head" else -1].id
     return bundle.segment(segment).id
+
+
+def open_store(settings: SegmentSettings, registry: Registry) -> SegmentStore:
+    """The store of a hop in the router's own process."""
+    from isthmus.runtime.store import SegmentStore
+
+    return SegmentStore(open_cache(settings, registry), settings)
 
 
 def preload(entries: tuple[str, ...], registry: Registry, store: SegmentStore) -> None:

@@ -7,14 +7,15 @@ from flask import Flask, Response
 from isthmus.errors import SettingsError
 from isthmus.pipeline.hop import check_hops, hops_to
 from isthmus.processing.image_budget import ImageMemory
-from isthmus.registry import open_cache, open_registry
+from isthmus.registry import open_registry
 from isthmus.routing import Guard, ModelCatalog, RouteSelector, parse_override
 from isthmus.runtime.tables import Tables
 from isthmus.serving.app import FunctionApp
+from isthmus.serving.explaining import Explainer
 from isthmus.serving.inference import InferenceReader
 from isthmus.serving.model_routes import ModelRoutes, model_reference
 from isthmus.serving.prediction import Predictor
-from isthmus.serving.preload import load_deadline, parse_entry, preload
+from isthmus.serving.preload import load_deadline, open_store, parse_entry, preload
 from isthmus.serving.request import FunctionRequest
 from isthmus.settings import RouterSettings
 
@@ -43,11 +44,7 @@ class _RouterApp(FunctionApp):
             parse_entry(entry)
         self._router_settings = settings
         self._registry = open_registry(settings)
-        self._store = None
-        if "local" in settings.hops:
-            from isthmus.runtime.store import SegmentStore  # a router with remote hops never loads onnxruntime
-
-            self._store = SegmentStore(open_cache(settings, self._registry), settings)
+        self._store = open_store(settings, self._registry) if "local" in settings.hops else None
         hops = hops_to(
             settings.hops,
             self._store,
@@ -68,14 +65,17 @@ class _RouterApp(FunctionApp):
             self.metrics.gauge_store(self._store)
         for close in (*(hop.close for hop in hops), tables.close, self._catalog.close, guard.close):
             self.closing.callback(close)
+        self._explainer = Explainer(settings, self._predictor, images)
         self.post("/", self.answer, "answer")
+        self.post("/explain", self.explain, "explain")
         for suffix, prefix in (("", "/v2/models/<name>"), ("_version", "/v2/models/<name>/versions/<version>")):
             self.post(f"{prefix}/infer", self.infer, f"infer{suffix}")
+            self.post(f"{prefix}/explain", self.explain, f"explain{suffix or '_model'}")
         models = ModelRoutes(self, self._catalog, settings)
         if settings.page:
             from isthmus.serving.page import Page  # templates are for routers with a page alone
 
-            Page(settings, self._catalog, models.listing, self._reader, self._predictor).serve_on(self)
+            Page(settings, self._catalog, models.listing, self._reader, self._predictor, self._explainer).serve_on(self)
 
     def answer(self, request: FunctionRequest) -> Response:
         """A prediction of the model `?model=` for a request of any kind."""
@@ -87,6 +87,12 @@ class _RouterApp(FunctionApp):
         """Open Inference Protocol: tensors in, tensors out."""
         model = self._catalog.get(model_reference(name, version), request.context.deadline)
         return self._predictor.respond(request, self._reader.read_tensors(request, model))
+
+    def explain(self, request: FunctionRequest, name: str = "", version: str = "") -> Response:
+        """Which parts of a photo or of tokens decided; `?model=` as `answer`, where the path names none."""
+        reference = request.query.get("model", self._router_settings.model)
+        model = self._catalog.get(model_reference(name, version) if name else reference, request.context.deadline)
+        return self._explainer.respond(request, self._reader.read(request, model))
 
     def _prepare(self) -> None:
         self._catalog.forget(self._router_settings.model)

@@ -20,6 +20,8 @@ function preview() {
   shown = chosen ? URL.createObjectURL(chosen) : "";
   byId("preview").src = shown;
   byId("preview").hidden = !chosen;
+  // An explanation sends the photo again, and this is another photo now.
+  for (const button of document.querySelectorAll("button.why[hx-include='#photo']")) button.disabled = true;
   drop.querySelector("span").textContent = chosen ? chosen.name : "Drop a photo here, or choose one";
 }
 file.addEventListener("change", preview);
@@ -41,13 +43,17 @@ drop.addEventListener("drop", (event) => {
 
 document.addEventListener("htmx:configRequest", (event) => {
   if (event.detail.verb !== "post") return;
+  say("");
+  if (event.detail.path.includes("?")) return; // an explanation names its model and route
   const query = new URLSearchParams();
   for (const name of ["model", "beside"]) {
     const select = document.querySelector(`select[name=${name}]`);
     if (select && select.value) query.set(name, select.value);
   }
   event.detail.path += `?${query}`;
-  say("");
+});
+document.addEventListener("htmx:afterSwap", (event) => {
+  for (const image of event.target.querySelectorAll("img[data-photo]")) image.src = shown;
 });
 document.addEventListener("htmx:responseError", (event) => {
   let text = event.detail.xhr.responseText;
@@ -63,7 +69,7 @@ document.addEventListener("htmx:sendError", () => say("the function cannot be re
 
 const PERIOD_S = 2;
 const KEPT = 90;
-const WORK = /^(answer|infer|infer_version|page_prediction)$/;
+const WORK = /^(answer|infer|infer_version|explain|explain_model|explain_version|page_prediction|page_why)$/;
 let before = null;
 const series = [[], [], []];
 

@@ -10,7 +10,7 @@ ARGS ?=
 export ISTHMUS_REGISTRY ?= $(CURDIR)/.isthmus/registry
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run demo-tables up test check format schemas lock requirements wheels clean
+.PHONY: help setup setup-dev run demo-tables pictures up test check format schemas lock requirements wheels clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -41,6 +41,17 @@ demo-tables: setup ## learn the codec tables that come with the demo's model
 	$(BIN)/isthmus import efficientnet-lite0 --cut 31 --registry .isthmus/tables
 	$(BIN)/isthmus calibrate efficientnet-lite0 --data photos --cut 31 --inputs 200 --registry .isthmus/tables
 	$(BIN)/python -m isthmus_tools.zoo.calibration efficientnet-lite0 .isthmus/tables
+
+# By hand, where their looks change: some ten minutes, of a machine that does little else.
+PICTURED := efficientnet-lite0 --registry .isthmus/pictures
+pictures: setup ## draw the pictures of README and docs again
+	$(BIN)/isthmus cuts efficientnet-lite0 --picture docs/images/cuts.svg
+	$(BIN)/isthmus import $(PICTURED) --cut 31
+	$(BIN)/isthmus calibrate $(PICTURED) --data photos --cut 31
+	$(BIN)/isthmus codec $(PICTURED) --picture docs/images/codec.svg
+	$(BIN)/isthmus plan $(PICTURED) --uplink 5mbit --rtt 20ms --local --edge-slowdown 16 \
+		--sweep --picture docs/images/map.svg
+	$(BIN)/isthmus explain $(PICTURED) --picture docs/images/plan.svg
 
 up: setup ## the three functions, left running on http://127.0.0.1:8080
 	$(BIN)/isthmus import efficientnet-lite0 --if-absent

@@ -32,7 +32,7 @@ from isthmus.artifacts.fidelity import (
 )
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.codecs import encodings, is_exact
-from isthmus.errors import CalibrationError
+from isthmus.errors import CalibrationError, ModelError
 from isthmus.pipeline.agreement import agrees, classes, output_error
 from isthmus_tools.calibration.scoring import monotone
 from isthmus_tools.figures.fidelity import draw
@@ -312,10 +312,10 @@ def test_whole_numbers_are_equal_or_not_and_nan_is_only_like_nan(one: Any, other
 
 
 def test_the_picture_is_drawn_as_the_name_says(tmp_path: Path) -> None:
-    draw(FIDELITY, FIDELITY.cuts(), "small:1", tmp_path / "curves.png")
+    draw(FIDELITY, dict.fromkeys(FIDELITY.cuts()), "small:1", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    text = draw(FIDELITY, ["6"], "small:1", tmp_path / "curves.svg").decode()
+    text = draw(FIDELITY, {"6": None}, "small:1", tmp_path / "curves.svg").decode()
     assert "<svg" in text
-    assert draw(replace(FIDELITY, references=()), ["6"], "small:1").startswith(b"\x89PNG")
-    with pytest.raises(CalibrationError, match="neither"):
-        draw(FIDELITY, ["6"], "small:1", tmp_path / "curves.gif")
+    assert draw(replace(FIDELITY, references=()), {"6": FIDELITY.entries[0]}, "small:1").startswith(b"\x89PNG")
+    with pytest.raises(ModelError, match="neither"):
+        draw(FIDELITY, {"6": None}, "small:1", tmp_path / "curves.gif")

@@ -52,7 +52,7 @@ def test_the_codec_command_names_them(known: Known, tmp_path: Path) -> None:
     (line,) = [x for x in table.splitlines() if str(known.chain.choice) in x and "│" in x]
     assert "looks " + " ".join(f"{share:.0%}" for share in known.chain.shares) in line
     assert table.count(", looks ") == sum(bool(e.looks) for e in known.fidelity.entries)
-    assert draw(known.fidelity, ["6"], "photos:2").startswith(b"\x89PNG")
+    assert draw(known.fidelity, {"6": known.chain}, "photos:2").startswith(b"\x89PNG")
 
 
 def test_a_router_serves_what_the_codec_command_writes_with_the_calibrations_own_classes(

@@ -146,7 +146,9 @@ def test_explain_says_why_and_draws_it_for_both_schemes(place: Place, measured: 
     assert measured["plan"]["chosen"] in result.stdout
     assert "edge run" in result.stdout
     assert "the next is" in result.stdout
-    assert b"<svg" in (place.folder / "plan.svg").read_bytes()[:1000]
+    assert b"time over bandwidth" in (place.folder / "plan.svg").read_bytes()
+    isthmus("explain", "photos", "--sweep", "--picture", place.folder / "map.svg", *place.registry)
+    assert b"where splitting pays" in (place.folder / "map.svg").read_bytes()
     with Image.open(place.folder / "plan.png") as image:
         pixels = np.asarray(image.convert("RGBA"), np.float64)
     drawn = pixels[pixels[..., 3] > 250]

@@ -15,7 +15,6 @@ from isthmus.artifacts.bundle import digest_of
 from isthmus.artifacts.segment_id import WHOLE
 from isthmus.errors import CutError, ModelError
 from isthmus_tools.figures.cuts import draw
-from isthmus_tools.figures.style import size_text
 from isthmus_tools.graph import add_cuts, build, cut_at, cuts, narrowest, open_model
 from support.models import REAL
 from support.segments import difference, run_partition, run_whole
@@ -184,8 +183,3 @@ def test_the_picture_of_a_models_cuts_is_a_png(tied: Path, tmp_path: Path) -> No
     data = draw(open_model(tied), "tied", tmp_path / "cuts.png")
     assert data.startswith(b"\x89PNG")
     assert (tmp_path / "cuts.png").read_bytes() == data
-
-
-@pytest.mark.parametrize(("n", "text"), [(0, "0 B"), (12, "12 B"), (1024, "1 KiB"), (602112, "588 KiB")])
-def test_sizes_are_written_for_people(n: int, text: str) -> None:
-    assert size_text(n) == text

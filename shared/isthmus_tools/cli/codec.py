@@ -75,12 +75,12 @@ def codec(
         choices: dict[str, Entry] = {}
         if (agreement, max_bytes, pack_ms) != (None, None, None):
             choices = {c: choose(fidelity, c, agreement=agreement, bytes=max_bytes, pack_ms=pack_ms) for c in cuts}
+        top = {cut: choices.get(cut) or best_entry(fidelity, cut) for cut in cuts}
         if picture is not None:
             # matplotlib is loaded for a picture alone.
             from isthmus_tools.figures.fidelity import draw
 
-            draw(fidelity, cuts, name, picture)
-        top = {cut: choices.get(cut) or best_entry(fidelity, cut) for cut in cuts}
+            draw(fidelity, top, name, picture)
         commands = {
             cut: in_registry(apply_command(name, version.bundle, entry), registry)
             for cut, entry in top.items()

@@ -48,7 +48,7 @@ def cuts(
                 from isthmus_tools.figures.cuts import draw
 
                 progress(f"drawing {picture}")
-                draw(result.model, Path(model).name, picture)
+                draw(result.model, Path(model).name, picture, result.best[0] if result.best else "")
         graph = result.model
         if as_json:
             print_json(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,6 +11,7 @@ from isthmus_tools.cli.options import (
     DEFAULT_REGISTRY,
     PICTURES,
     AsJson,
+    PlanPicture,
     RegistryOption,
     Sweep,
     check_output,
@@ -23,7 +23,7 @@ def explain(
     model: Annotated[str, typer.Argument(help="NAME or NAME:VERSION of a bundle with a plan.")],
     *,
     sweep: Sweep = False,
-    picture: Annotated[Path | None, typer.Option(help="Draw the plan to this .png or .svg file.")] = None,
+    picture: PlanPicture = None,
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: AsJson = False,
 ) -> None:
@@ -44,13 +44,17 @@ def explain(
         sweeps = plan_text.Sweeps(grid(plan.candidates, plan.objective, plan.constraints), region_map(plan))
         if picture is not None:
             from isthmus.registry import open_cache, open_registry
-            from isthmus_tools.figures.plan import GraphCurves, draw
+            from isthmus_tools.figures import plan as plan_figure
+            from isthmus_tools.figures import regions as map_figure
 
             with progress_bars(as_json) as progress:
                 progress(f"drawing {picture}")
-                store = open_registry(settings)
-                curves = GraphCurves.published(plan, bundle, store, open_cache(settings, store))
-                draw(plan, sweeps.regions, picture, curves)
+                if sweep:
+                    map_figure.draw(plan, sweeps.regions, picture)
+                else:
+                    store = open_registry(settings)
+                    cache = open_cache(settings, store)
+                    plan_figure.draw(plan, plan_figure.GraphCurves.published(plan, bundle, store, cache), picture)
         if as_json:
             print_json(plan_text.document(plan, f"{bundle.name}:{bundle.version}", sweeps if sweep else None))
             return

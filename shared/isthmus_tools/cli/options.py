@@ -71,6 +71,9 @@ EdgeCpus = Annotated[
 Sweep = Annotated[
     bool, typer.Option("--sweep", help="Also map the best over bandwidth by edge slowdown and by round trip.")
 ]
+PlanPicture = Annotated[
+    Path | None, typer.Option(help="Draw the plan to this .png or .svg file; with --sweep, the map instead.")
+]
 PICTURES = (".png", ".svg")
 DEFAULT_REGISTRY = ".isthmus/registry"
 # The local engine's folder of secrets: commands read S3 keys there as the functions of `isthmus up` do.

@@ -19,6 +19,7 @@ from isthmus_tools.cli.options import (
     AsJson,
     EdgeCpus,
     EdgeSlowdown,
+    PlanPicture,
     RegistryOption,
     Sweep,
     Tensors,
@@ -71,7 +72,7 @@ def plan(
     tensor: Tensors = None,
     time_limit: TimeLimit = "5m",
     sweep: Sweep = False,
-    picture: Annotated[Path | None, typer.Option(help="Draw the plan to this .png or .svg file.")] = None,
+    picture: PlanPicture = None,
     int8: Annotated[bool, typer.Option(help="Try the model quantised to int8 at the edge.")] = True,
     publish: Annotated[
         bool | None,
@@ -140,8 +141,7 @@ def plan(
             predict_only=predict_only,
             photos=photos or [],
             tensors=read_tensors(tensor),
-            # The picture holds the map, whose links need cuts of their own.
-            sweep=sweep or picture is not None,
+            sweep=sweep,
             int8=int8,
             budget=budget_of(time_limit),
         )
@@ -159,10 +159,14 @@ def plan(
             best = result.plan
             sweeps = plan_text.Sweeps(grid(best.candidates, best.objective, best.constraints), region_map(best))
             if picture is not None:
-                from isthmus_tools.figures.plan import GraphCurves, draw
+                from isthmus_tools.figures import plan as plan_figure
+                from isthmus_tools.figures import regions as map_figure
 
                 progress(f"drawing {picture}")
-                draw(best, sweeps.regions, picture, GraphCurves.of(result.candidate_set))
+                if sweep:
+                    map_figure.draw(best, sweeps.regions, picture)
+                else:
+                    plan_figure.draw(best, plan_figure.GraphCurves.of(result.candidate_set), picture)
             publication = None
             # Last of all: a failure or an interrupt before has published nothing.
             # A prediction may be wrong, so it is published on demand alone.

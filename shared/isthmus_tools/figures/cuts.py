@@ -4,84 +4,129 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from isthmus.errors import ModelError
-from isthmus_tools.figures.style import GREEN, NAVY, RED, bytes_axis, new_figure, save, size_text
+from isthmus.units import format_size
+from isthmus_tools.figures.labels import Label, place
+from isthmus_tools.figures.style import (
+    BLUE,
+    GREEN,
+    INK,
+    MAGENTA,
+    ORANGE,
+    bytes_axis,
+    headline,
+    new_figure,
+    save,
+    settle,
+    style,
+)
 from isthmus_tools.graph.cuts import CutInfo, cuts
 from isthmus_tools.graph.model import Model
 
-# More labels than this overlap on a figure of this width.
-_MAX_LABELS = 4
-_SEVERAL = "#9db4ab"
+# Narrow cuts that a label names beside the default.
+_MAX_LABELS = 6
 _COUNT_UNITS = ((10**9, " G"), (10**6, " M"), (10**3, " k"))
 
 
-def draw(model: Model, title: str, path: str | os.PathLike[str] | None = None) -> bytes:
-    """The figure as PNG, or as SVG for a `path` with that suffix; also written to `path` if given.
-
-    Units: bytes of raw tensors on a logarithmic axis; MACs as a share of the whole model's.
+def draw(model: Model, title: str, path: str | os.PathLike[str] | None = None, default: str = "") -> bytes:
+    """The figure in the format of the suffix of `path`, else PNG; also written to `path` if given.
 
     Raises:
-        ModelError: the model has no cut, matplotlib is missing, or the file cannot be written.
+        ModelError: the model has no cut, another suffix, matplotlib is missing, or the file cannot be written.
+    """
+    with style():
+        return save(build(model, title, default), path)
+
+
+def build(model: Model, title: str, default: str = "") -> Any:
+    """The figure; `default` is the name of the cut that an import takes, which is marked.
+
+    Units: bytes of raw tensors on a logarithmic axis; multiply-accumulates as a share of the whole model's.
+
+    Raises:
+        ModelError: the model has no cut.
     """
     every = [c for c in cuts(model) if c.position is not None]
     if not every:
         raise ModelError(f"{title} has no cut to draw")
-    figure = new_figure(ModelError, figsize=(11, 5.5))
-    axes = figure.add_subplot()
+    figure = new_figure(8, 5)
+    sizes, work = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    input_bytes = sum(model.nbytes(v) for v in model.inputs)
+    labels = _draw_sizes(sizes, every, input_bytes, default)
+    positions = [_position(c) for c in every]
+    work.fill_between(positions, [100 * c.macs_before for c in every], color=ORANGE, alpha=0.25, linewidth=0)
+    work.plot(positions, [100 * c.macs_before for c in every], color=ORANGE, linewidth=1.4)
+    work.set_ylabel("work before, %")
+    work.set_ylim(0, 105)
+    work.grid(axis="y")
+    work.set_xlabel("cut after node (position in topological order)")
+    work.set_xlim(-0.02 * len(model.nodes) - 0.5, 1.02 * len(model.nodes) - 0.5)
+    single = sum(len(c.tensors) == 1 for c in every)
+    headline(
+        figure,
+        f"{title}: bytes that cross each cut",
+        f"{len(model.nodes)} nodes, {_count_text(model.total_macs)} multiply-accumulates; bytes before any codec",
+        f"filled: cuts of a single tensor ({single}); open: cuts of several ({len(every) - single})",
+    )
+    settle(figure)
+    place(sizes, labels)
+    return figure
+
+
+def _draw_sizes(axes: Any, every: Sequence[CutInfo], input_bytes: int, default: str) -> list[Label]:
+    """Draw bytes along the graph, and return the labels: the default cut's, the input's, those of narrow cuts."""
+    from matplotlib.cbook import pts_to_midstep
+
     positions = [_position(c) for c in every]
     # At least 1 byte, since empty tensors have no logarithm.
-    axes.step(positions, [max(1, c.bytes) for c in every], where="mid", color=_SEVERAL, linewidth=1, zorder=1)
-    for group, colour, size, label in (
-        ([c for c in every if len(c.tensors) > 1], _SEVERAL, 10, "cut of several tensors"),
-        ([c for c in every if len(c.tensors) == 1], GREEN, 22, "cut of a single tensor"),
-    ):
-        if group:
-            xs, ys = [_position(c) for c in group], [max(1, c.bytes) for c in group]
-            axes.scatter(xs, ys, s=size, color=colour, label=f"{label} ({len(group)})", zorder=2)
-    input_bytes = sum(model.nbytes(v) for v in model.inputs)
-    label = f"the input: {size_text(input_bytes)}"
-    axes.axhline(max(1, input_bytes), color=NAVY, linestyle="--", linewidth=1, label=label)
-    bytes_axis(axes)
-    axes.set_xlabel("cut after node (position in topological order)")
-    axes.set_ylabel("bytes of boundary tensors, before any codec")
-    axes.set_xlim(-0.5, len(model.nodes) - 0.5)
-    axes.grid(axis="y", alpha=0.25)
-    for cut in _labelled(every):
-        axes.annotate(
-            f"{cut.name}: {size_text(cut.bytes)}",
-            (_position(cut), max(1, cut.bytes)),
-            xytext=(0, -13),
-            textcoords="offset points",
-            # Centred labels near the right edge would leave the axes.
-            ha="right" if _position(cut) > 0.9 * len(model.nodes) else "center",
-            fontsize=8,
-            color=GREEN,
-        )
-    work = axes.twinx()
-    work.plot(positions, [100 * c.macs_before for c in every], color=RED, linewidth=1.3)
-    work.set_ylabel("multiply-accumulates before the cut, %", color=RED)
-    work.tick_params(axis="y", colors=RED)
-    work.set_ylim(0, 105)
-    axes.set_title(f"{title}: {len(model.nodes)} nodes, {_count_text(model.total_macs)} multiply-accumulates")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, frameon=False, fontsize=9)
-    kind = "svg" if path is not None and Path(path).suffix.lower() == ".svg" else "png"
-    return save(figure, path, kind, ModelError, dpi=120)
+    bounds = [max(1, c.bytes) for c in every]
+    axes.plot(*pts_to_midstep(np.array(positions), np.array(bounds)), color=INK, linewidth=0.9, zorder=1)
+    faces = [GREEN if len(c.tensors) == 1 else "none" for c in every]
+    colours = [GREEN if len(c.tensors) == 1 else INK for c in every]
+    # Hundreds of cuts would melt into a band.
+    size = 24 if len(every) < 150 else 9
+    axes.scatter(positions, bounds, s=size, facecolors=faces, edgecolors=colours, zorder=2)
+    axes.set_yscale("log")
+    bytes_axis(axes.yaxis)
+    # Room for labels below the narrowest and above the widest.
+    level = max(1, input_bytes)
+    axes.set_ylim(min(*bounds, level) / 2.5, max(*bounds, level) * 2)
+    axes.set_ylabel("bytes of boundary tensors")
+    axes.grid(axis="y")
+    axes.axhline(level, color=BLUE, linestyle="--", linewidth=1.2)
+    at = [(share * _position(every[-1]), level) for share in (1.0, 0.75, 0.5, 0.25, 0.0)]
+    labels = [Label(f"the input: {format_size(input_bytes)}", at, BLUE, bold=True)]
+    # A cut of more bytes than the input seldom pays.
+    below = [c for c in every if c.bytes < input_bytes] or every
+    narrow = [
+        Label(f"{c.name}: {format_size(c.bytes)}", [(_position(c), max(1, c.bytes))], colours[every.index(c)])
+        for c in _narrow(below)
+    ]
+    for cut in (c for c in every if c.name == default):
+        point = (_position(cut), max(1, cut.bytes))
+        axes.scatter(*point, s=110, facecolors="none", edgecolors=MAGENTA, linewidths=2, zorder=4)
+        text = f"default: {cut.name}, {format_size(cut.bytes)}"
+        labels.insert(0, Label(text, [point], MAGENTA, bold=True, size=9.5))
+        narrow = [label for label in narrow if label.points != [point]]
+    return labels + narrow
 
 
 def _position(cut: CutInfo) -> int:
     return -1 if cut.position is None else cut.position
 
 
-def _labelled(every: Sequence[CutInfo]) -> list[CutInfo]:
-    """The narrowest cuts, at least an eighth of the graph apart from each other."""
-    distance = max(1, every[-1].position or 1) / 8
-    labelled: list[CutInfo] = []
+def _narrow(every: Sequence[CutInfo]) -> list[CutInfo]:
+    """The narrowest cuts, at least a fourteenth of the graph apart from each other."""
+    distance = max(1, _position(every[-1])) / 14
+    narrow: list[CutInfo] = []
     for cut in sorted(every, key=lambda c: c.bytes)[: len(every) // 2 + 1]:
-        if len(labelled) < _MAX_LABELS and all(abs(_position(cut) - _position(c)) > distance for c in labelled):
-            labelled.append(cut)
-    return labelled
+        if len(narrow) < _MAX_LABELS and all(abs(_position(cut) - _position(c)) > distance for c in narrow):
+            narrow.append(cut)
+    return narrow
 
 
 def _count_text(n: int) -> str:

@@ -1,41 +1,47 @@
-"""The figure of a plan: bytes and times along the graph, candidates over bandwidth, the map of where splitting pays.
-
-Backgrounds are transparent and all colours middle tones, readable on white and on black.
-"""
+"""The figure of a plan: bytes and run time along the graph with the cuts of its candidates, and time over bandwidth."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from isthmus.artifacts.bundle import Bundle
-from isthmus.artifacts.conditions import Conditions
+from isthmus.artifacts.conditions import MAX_ERROR, Conditions
 from isthmus.artifacts.plan import Candidate, Plan
 from isthmus.artifacts.profile import Profile
 from isthmus.artifacts.segment_id import WHOLE
-from isthmus.errors import ModelError
 from isthmus.registry import Registry, Resolved, SegmentCache
-from isthmus.units import format_duration, format_rate
-from isthmus_tools.figures.style import bytes_axis, new_figure, save, size_text
+from isthmus.units import format_duration, format_rate, format_size
+from isthmus_tools.figures.labels import Label, place
+from isthmus_tools.figures.style import (
+    BLUE,
+    FAMILIES,
+    GREEN,
+    INK,
+    MAGENTA,
+    ORANGE,
+    bytes_axis,
+    headline,
+    log_axis,
+    new_figure,
+    save,
+    settle,
+    style,
+)
 from isthmus_tools.graph import cuts, open_model, stored_examples
 from isthmus_tools.graph.model import Model
 from isthmus_tools.planner.candidates import CLOUD, EDGE, CandidateSet
 from isthmus_tools.planner.choice import over_link
-from isthmus_tools.planner.regions import RegionCell, RegionMap
 from isthmus_tools.profiling import profiles
 
-_INK, _FAINT = "#7d8590", "#8b949e"
-_EDGE, _CLOUD, _BYTES, _BEST = "#d1682f", "#3f8fd2", "#2f9e6e", "#c24a8f"
-_HUES = ("#3f8fd2", "#d1682f", "#2f9e6e", "#c24a8f", "#8f74d6", "#b08a1f", "#2a9fa8", "#c75151", "#6f9a2f", "#9a7b5f")
-_DPI = 130
-# Characters that a cell of the sweep holds in a line.
-_MAX_CELL_TEXT = 11
 # Ends of the bandwidth panel in bit/s: from a poor mobile link to a local network.
 _RATES = (0.3e6, 1e9)
+# Points of a curve where its label may be.
+_ANCHORS = 12
 
 
 @dataclass(frozen=True)
@@ -79,161 +85,163 @@ def _curves(model: Model, by_tier: Mapping[str, Profile], bundle: Bundle) -> Gra
     return GraphCurves(positions, sizes, seconds(EDGE), seconds(CLOUD), marked)
 
 
-def draw(plan: Plan, regions: RegionMap, path: Path, curves: GraphCurves) -> None:
-    """Draw `plan` to `path`, as PNG or SVG by its suffix: the graph, the candidates over bandwidth, and the map.
+def draw(plan: Plan, curves: GraphCurves, path: str | os.PathLike[str] | None = None) -> bytes:
+    """The figure in the format of the suffix of `path`, else PNG; also written to `path` if given.
 
     Raises:
-        ModelError: the file cannot be written, or matplotlib is missing.
+        ModelError: another suffix, the file cannot be written, or matplotlib is missing.
     """
-    panels = [bool(curves.positions), True, True]
-    figure = new_figure(ModelError, figsize=(10, 4.1 * sum(panels)))
-    import matplotlib as mpl
-
-    style: Any = {
-        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
-        "axes.titlecolor": _INK,
-        "svg.fonttype": "none",
-        # Element ids are hashes; a fixed salt makes equal plans equal files.
-        "svg.hashsalt": "isthmus",
-        "font.size": 9.5,
-    }
-    with mpl.rc_context(style):
-        axes = iter(np.atleast_1d(figure.subplots(sum(panels), 1)))
-        if curves.positions:
-            _draw_graph(next(axes), plan, curves)
-        hues = _hues(plan, regions)
-        _draw_bandwidth(next(axes), plan, hues)
-        _draw_regions(next(axes), regions, hues)
-        save(figure, path, path.suffix[1:].lower(), ModelError, dpi=_DPI, transparent=True)
+    with style():
+        return save(build(plan, curves), path)
 
 
-def _draw_graph(axes: Any, plan: Plan, curves: GraphCurves) -> None:
-    axes.step(curves.positions, [max(1, b) for b in curves.bytes], where="mid", color=_BYTES, linewidth=1.2)
-    names = {c.cuts[0] for c in plan.candidates if c.cuts and c.cuts[0] in curves.marked}
-    sizes = dict(zip(curves.positions, curves.bytes, strict=True))
-    spots = [(curves.marked[name], name) for name in names if curves.marked[name] in sizes]
-    axes.scatter([x for x, _ in spots], [max(1, sizes[x]) for x, _ in spots], s=26, color=_BYTES, zorder=3)
-    for x, name in spots:
-        best = name in plan.choice.cuts
-        axes.annotate(
-            f"{name}: {size_text(sizes[x])}" if best else name,
-            (x, max(1, sizes[x])),
-            xytext=(0, -15 if best else 7),
-            textcoords="offset points",
-            ha="center",
-            fontsize=9 if best else 7.5,
-            fontweight="bold" if best else "normal",
-            color=_BEST if best else _INK,
+def build(plan: Plan, curves: GraphCurves) -> Any:
+    """The figure; a graph without cuts has no panels along it."""
+    panels: dict[str, float] = {"sizes": 2.4, "times": 1.3} if curves.positions else {}
+    panels["bandwidth"] = 3.2
+    figure = new_figure(8, 1.2 + 1.1 * sum(panels.values()))
+    grid = figure.add_gridspec(len(panels), 1, height_ratios=list(panels.values()))
+    axes = {name: figure.add_subplot(grid[row]) for row, name in enumerate(panels)}
+    labels = {}
+    if curves.positions:
+        labels["sizes"] = _draw_sizes(axes["sizes"], plan, curves)
+        labels["times"] = _draw_times(axes["times"], curves)
+        axes["sizes"].sharex(axes["times"])
+        axes["sizes"].tick_params(labelbottom=False)
+    labels["bandwidth"] = _draw_bandwidth(axes["bandwidth"], plan)
+    kind = "measured" if plan.measured else "predicted"
+    title = f"{plan.model} for {plan.objective}: {plan.chosen}, {format_ms(plan.choice.seconds)} a request, {kind}"
+    headline(figure, title, f"{_link(plan)}; {constraints_text(plan)}")
+    settle(figure)
+    for name, each in labels.items():
+        place(axes[name], each)
+    return figure
+
+
+def format_ms(seconds: float) -> str:
+    """A request's time as in tables: `84.6 ms`."""
+    return f"{seconds * 1e3:.1f} ms"
+
+
+def constraints_text(plan: Plan) -> str:
+    """The constraints that candidates meet, in words."""
+    bounds, texts = plan.constraints, []
+    if bounds.private_depth:
+        texts.append(f"raw inputs stay, the first {bounds.private_depth} nodes run at the edge")
+    if bounds.edge_memory_bytes is not None:
+        texts.append(f"at most {format_size(bounds.edge_memory_bytes)} at the edge")
+    if bounds.latency_s is not None:
+        texts.append(f"at most {format_duration(bounds.latency_s)} a request")
+    if bounds.max_disagreement is not None:
+        texts.append(f"at least {1 - bounds.max_disagreement:.1%} unchanged predictions")
+    if bounds.max_error is not None:
+        texts.append(f"errors of at most {bounds.max_error:g}")
+    elif bounds.max_disagreement is None:
+        calibrated = any(c.error.calibrated for c in plan.candidates)
+        texts.append(
+            "codecs that calibration approved" if calibrated else f"errors of at most {MAX_ERROR:g} of an output"
         )
-        if best:
-            axes.scatter([x], [max(1, sizes[x])], s=80, color=_BEST, zorder=4)
-    bytes_axis(axes)
-    axes.set_ylabel("bytes of boundary tensors, raw", color=_BYTES)
-    axes.set_xlabel("cut after node (position in topological order)")
-    axes.grid(axis="y", color=_FAINT, alpha=0.25)
-    time = axes.twinx()
-    for seconds, colour, label in ((curves.edge_s, _EDGE, "edge"), (curves.cloud_s, _CLOUD, "cloud")):
+    return f"constraints: {', '.join(texts)}"
+
+
+def _link(plan: Plan) -> str:
+    link = plan.conditions
+    if link.adds_nothing:
+        return "over the network that is there"
+    return f"{format_rate(link.up_bps)} up, {format_rate(link.down_bps)} down, {format_duration(link.rtt_s)} round trip"
+
+
+def _draw_sizes(axes: Any, plan: Plan, curves: GraphCurves) -> list[Label]:
+    from matplotlib.cbook import pts_to_midstep
+
+    sizes = {x: max(1, size) for x, size in zip(curves.positions, curves.bytes, strict=True)}
+    axes.plot(*pts_to_midstep(np.array(curves.positions), np.array(list(sizes.values()))), color=INK, linewidth=0.9)
+    names = dict.fromkeys(c.cuts[0] for c in plan.candidates if c.cuts)
+    spots = {name: curves.marked[name] for name in names if curves.marked.get(name) in sizes}
+    axes.scatter(list(spots.values()), [sizes[x] for x in spots.values()], s=26, color=GREEN, zorder=3)
+    axes.set_yscale("log")
+    bytes_axis(axes.yaxis)
+    axes.set_ylim(min(sizes.values()) / 2.5, max(sizes.values()) * 2)
+    axes.set_ylabel("bytes that cross, raw")
+    axes.set_title("cuts of the candidates along the graph")
+    axes.grid(axis="y")
+    labels = [
+        Label(name, [(x, sizes[x])], GREEN)
+        for name, x in sorted(spots.items(), key=lambda spot: sizes[spot[1]])
+        if name not in plan.choice.cuts
+    ]
+    for name in (name for name in plan.choice.cuts if name in spots):
+        point = (spots[name], sizes[spots[name]])
+        axes.scatter(*point, s=110, facecolors="none", edgecolors=MAGENTA, linewidths=2, zorder=4)
+        labels.insert(0, Label(f"{name}: {format_size(point[1])}", [point], MAGENTA, bold=True, size=9.5))
+    return labels
+
+
+def _draw_times(axes: Any, curves: GraphCurves) -> list[Label]:
+    labels = []
+    for seconds, colour, tier in ((curves.edge_s, BLUE, "edge"), (curves.cloud_s, ORANGE, "cloud")):
         if any(seconds):
-            time.plot(
-                curves.positions, [s * 1e3 for s in seconds], color=colour, linewidth=1.5, label=f"time on the {label}"
-            )
-    time.legend(frameon=False, fontsize=8.5, loc="upper center", ncols=2, labelcolor=_INK)
-    time.set_ylabel("run time up to the cut, ms")
-    time.set_ylim(0, time.get_ylim()[1] * 1.12)
-    axes.set_title(f"{plan.model}: boundary tensors and run time along the graph; candidates marked", loc="left")
+            points = list(zip(curves.positions, (s * 1e3 for s in seconds), strict=True))
+            axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.5)
+            labels.append(Label(f"on the {tier}: {format_ms(seconds[-1])}", points[::-_ANCHORS], colour, bold=True))
+    axes.set_ylim(0, 1.1 * max(axes.get_ylim()[1], 1e-3))
+    axes.set_ylabel("run up to it, ms")
+    axes.set_xlabel("cut after node (position in topological order)")
+    axes.grid(axis="y")
+    return labels
 
 
-def _draw_bandwidth(axes: Any, plan: Plan, hues: Mapping[str, str]) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
+def _draw_bandwidth(axes: Any, plan: Plan) -> list[Label]:
     usable = [c for c in plan.candidates if not c.refused]
     rates = np.geomspace(*_RATES, 160)
     rtt_s = plan.conditions.rtt_s
     lines = {c.name: np.array([_seconds(c, rate, rtt_s) for rate in rates]) * 1e3 for c in usable}
     # The lower envelope: the best candidate at each bandwidth.
     lowest = np.min(list(lines.values()), axis=0)
-    for name, line in lines.items():
-        if name not in hues:
-            axes.plot(rates / 1e6, line, color=_FAINT, linewidth=0.6, alpha=0.45)
-    for name, colour in hues.items():
-        if name in lines:
-            axes.plot(rates / 1e6, lines[name], color=colour, linewidth=1.6, label=name)
-    axes.plot(rates / 1e6, lowest, color=_INK, linewidth=4, alpha=0.35, label="the lowest", zorder=1)
-    if np.isfinite(plan.conditions.up_bps):
-        at = plan.conditions.up_bps / 1e6
-        axes.axvline(at, color=_INK, linestyle=":", linewidth=1)
-        for c in usable:
-            if c.measured is not None:
-                axes.scatter([at], [c.measured.median * 1e3], color=hues.get(c.name, _FAINT), s=26, zorder=5)
+    winners = [min(lines, key=lambda name: lines[name][i]) for i in range(len(rates))]
+    drawn = dict.fromkeys([plan.chosen, *winners, "edge-float", "cloud-photo", "cloud-raw"])
+    hues = hues_of(c for c in usable if c.name in drawn)
+    labels = []
+    # The chosen candidate's label first.
+    for name in (name for name in drawn if name in hues):
+        is_chosen = name == plan.chosen
+        axes.plot(rates / 1e6, lines[name], color=hues[name], linewidth=2.4 if is_chosen else 1.4)
+        anchors = list(zip(rates / 1e6, lines[name], strict=True))[:: len(rates) // _ANCHORS]
+        labels.append(Label(f"{name}, chosen" if is_chosen else name, anchors, hues[name], bold=True))
     axes.set_xscale("log")
     axes.set_yscale("log")
     # Slow candidates at low bandwidth would squeeze the curves that compete.
-    axes.set_ylim(lowest.min() * 0.8, lowest.max() * 12)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:g}"))
-        axis.set_minor_locator(NullLocator())
-    axes.set_xlabel("bandwidth, Mbit/s")
+    axes.set_ylim(lowest.min() * 0.7, lowest.max() * 12)
+    if np.isfinite(plan.conditions.up_bps):
+        at = plan.conditions.up_bps / 1e6
+        axes.axvline(at, color=MAGENTA, linestyle=":", linewidth=1.4)
+        for c in usable:
+            if c.measured is not None:
+                axes.scatter([at], [c.measured.median * 1e3], color=hues.get(c.name, INK), s=26, zorder=5)
+        heights = [axes.get_ylim()[1] * share for share in (0.9, 0.6, 0.4)]
+        labels.insert(0, Label("this plan's link", [(at, height) for height in heights], MAGENTA, bold=True))
+    log_axis(axes.xaxis, lambda mbit: format_rate(mbit * 1e6).removesuffix("bit/s"))
+    log_axis(axes.yaxis, lambda ms: f"{ms:g}")
+    axes.set_xlabel("bandwidth, bit/s")
     axes.set_ylabel("one request, ms")
-    axes.grid(color=_FAINT, alpha=0.25)
-    axes.legend(frameon=False, fontsize=8.5, loc="upper right", labelcolor=_INK)
-    dots = "; dots are measured" if plan.measured else ""
-    axes.set_title(f"candidates over bandwidth as predicted, {format_duration(rtt_s)} of round trip{dots}", loc="left")
-
-
-def _draw_regions(axes: Any, regions: RegionMap, hues: Mapping[str, str]) -> None:
-    from matplotlib.colors import ListedColormap
-
-    cells = regions.cells
-    names = list(dict.fromkeys(cell.best for row in cells for cell in row))
-    index = np.array([[names.index(cell.best) for cell in row] for row in cells])
-    colours = ListedColormap([hues.get(name, _FAINT) for name in names])
-    axes.imshow(index, cmap=colours, vmin=-0.5, vmax=len(names) - 0.5, aspect="auto", origin="lower")
-    for y, row in enumerate(cells):
-        for x, cell in enumerate(row):
-            # The cells are opaque, so white is readable in dark and light schemes.
-            axes.text(x, y, _cell_text(cell), ha="center", va="center", fontsize=6.8, color="white", fontweight="bold")
-    axes.set_xticks(range(len(cells[0])), [format_rate(c.conditions.up_bps) for c in cells[0]], fontsize=8)
-    axes.set_yticks(range(len(cells)), [f"{row[0].slowdown:g}×" for row in cells])
-    axes.set_ylabel("edge slower than the cloud" if regions.over_cloud else "slower than the planned edge")
-    if np.isfinite(regions.uplink_bps):
-        rates, slowdowns = [c.conditions.up_bps for c in cells[0]], [row[0].slowdown for row in cells]
-        at_x, at_y = (
-            float(np.interp(np.log(at), np.log(ticks), np.arange(len(ticks))))
-            for at, ticks in ((regions.uplink_bps, rates), (regions.planned, slowdowns))
-        )
-        # Open, so that the cell's text stays readable below.
-        axes.scatter([at_x], [at_y], s=2600, facecolors="none", edgecolors="white", linewidths=2.2, zorder=5)
-    counts = ", ".join(f"{region} {count}" for region, count in regions.counts.items())
-    axes.set_title(
-        f"where splitting pays at {format_duration(regions.rtt_s)} of round trip, predicted {regions.objective};"
-        f" cells: {counts}; ring: this plan",
-        fontsize=10,
-        loc="left",
-    )
-
-
-def _cell_text(cell: RegionCell) -> str:
-    if not cell.region:
-        return "none"
-    name = cell.best.removeprefix(f"{cell.region}-")
-    if len(name) > _MAX_CELL_TEXT:
-        name = name.replace("-", "\n", 1)
-    return f"{cell.region}\n{name}\n{cell.seconds * 1e3:.0f} ms"
+    axes.grid()
+    hidden = len(usable) - len(hues)
+    never = f"; {hidden} more are the fastest nowhere" if hidden else ""
+    dots = "; dots: measured" if any(c.measured for c in usable) else ""
+    axes.set_title(f"time over bandwidth, as predicted at {format_duration(rtt_s)} of round trip{dots}{never}")
+    return labels
 
 
 def _seconds(candidate: Candidate, rate: float, rtt_s: float) -> float:
     return over_link(candidate, Conditions(rate, rate, rtt_s)).predicted.total
 
 
-def _hues(plan: Plan, regions: RegionMap) -> dict[str, str]:
-    """A colour for each candidate in the legend: the chosen candidate, winners in some cell, and baselines."""
-    wins: dict[str, int] = {}
-    for cell in (cell for row in regions.cells for cell in row):
-        wins[cell.best] = wins.get(cell.best, 0) + 1
-    # Most wins first: the palette's first hues are the most distinct.
-    winners = sorted((n for n in wins if n), key=lambda n: -wins[n])
-    usable = {c.name for c in plan.candidates if not c.refused}
-    baselines = [n for n in ("edge-float", "cloud-photo", "cloud-raw") if n in usable]
-    legend = dict.fromkeys([plan.chosen, *winners, *baselines])
-    return dict(zip(legend, _HUES, strict=False))
+def hues_of(candidates: Iterable[Candidate]) -> dict[str, str]:
+    """A colour for each candidate, of its kind's family; splits at one cut share theirs."""
+    hues: dict[str, str] = {}
+    groups: dict[str, dict[str, str]] = {}
+    for each in candidates:
+        family, group = FAMILIES[each.kind], "/".join(each.cuts) or each.name
+        colours = groups.setdefault(each.kind, {})
+        hues[each.name] = colours.setdefault(group, family[len(colours) % len(family)])
+    return hues

@@ -20,7 +20,10 @@ class Stored(NamedTuple):
 
 
 class RecordStore(Protocol):
-    """Values by key, each written only where the version is the expected one; durable once a call returns.
+    """Values by key, each written only where the version is the expected one.
+
+    A write is durable once the call returns. With `durable=False` it survives the death of every process, and may be
+    lost with the machine: a store on a disk then saves the wait for the disk; other stores make no difference.
 
     Keys are as `isthmus.events.message.storable` makes them. Every method raises ResultStoreUnavailable where the store
     does not answer.
@@ -35,11 +38,11 @@ class RecordStore(Protocol):
         """The value of `key`; None where absent or expired."""
         ...
 
-    def create(self, key: str, value: bytes) -> str | None:
+    def create(self, key: str, value: bytes, *, durable: bool = True) -> str | None:
         """Write unless `key` exists; the version, or None where it does."""
         ...
 
-    def update(self, key: str, value: bytes, version: str) -> str | None:
+    def update(self, key: str, value: bytes, version: str, *, durable: bool = True) -> str | None:
         """Replace the value written as `version`; the new version, or None where another write was first."""
         ...
 

@@ -1,0 +1,360 @@
+"""The state machine of a call: one record for each message id, changed by compare-and-set alone.
+
+```
+(absent) ── queue ──▶ queued ── begin ──▶ running ── finish ──▶ done      a result, published place by place
+                        ▲                   │  │
+                        └──── release ──────┘  └─── fail ─────▶ failed    an error document in place of a result
+```
+
+`begin` takes a lease. After it expires, as after the death of its owner, another owner takes the call over; each
+`begin` counts as an attempt. The first result stays: a slower owner gets that one from `finish`, and its own is
+dropped. So of any number of deliveries of a message one result is seen.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar, cast
+
+import msgspec
+from msgspec import Meta, Struct
+from msgspec.structs import replace
+
+from isthmus.errors import CallUnknown, MessageTooLarge, ResultStoreUnavailable
+from isthmus.events.records import MAX_RECORD_BYTES, RecordStore
+
+State: TypeAlias = Literal["queued", "running", "done", "failed"]
+MAX_INLINE_BYTES = MAX_RECORD_BYTES - 64 * 2**10
+"""A larger result goes to the object store; the rest of a record holds what else there is to say."""
+MAX_PLACES = 16
+_MAX_REASON = 1000
+_MAX_PLACE = 2048
+# Contention is between two or three owners of one message: more failures in a row are a defect of the store.
+_MAX_CONFLICTS = 32
+# A process sees its own results at once and others' within this time, which grows while nothing happens.
+_FIRST_POLL_S, _MAX_POLL_S = 0.05, 1.0
+
+Written = TypeVar("Written")
+ShortText = Annotated[str, Meta(max_length=1024)]
+Moment = Annotated[float, Meta(ge=0)]
+
+
+class CallResult(Struct, frozen=True, forbid_unknown_fields=True):
+    """A response of the router: inline, or a `reference` to an object where it is too large for a record.
+
+    Units: `size` is the bytes of the body wherever it is.
+    """
+
+    status: Annotated[int, Meta(ge=100, le=599)]
+    content_type: ShortText = ""
+    size: Annotated[int, Meta(ge=0)] = 0
+    body: bytes = b""
+    reference: ShortText = ""
+
+
+class Call(Struct, frozen=True, forbid_unknown_fields=True):
+    """A call's record. Units: moments are seconds since the epoch.
+
+    `attempts` counts begun attempts less those that were released without blame. `published` has the places that
+    have the result.
+    """
+
+    id: ShortText
+    state: State
+    created: Moment
+    updated: Moment
+    expires: Moment
+    source: Annotated[str, Meta(max_length=_MAX_PLACE)] = ""
+    owner: ShortText = ""
+    lease_until: Moment = 0.0
+    attempts: Annotated[int, Meta(ge=0)] = 0
+    reason: ShortText = ""
+    """Why the latest attempt failed, or why the call did."""
+    result: CallResult | None = None
+    published: Annotated[tuple[Annotated[str, Meta(max_length=_MAX_PLACE)], ...], Meta(max_length=MAX_PLACES)] = ()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is a result or a final error."""
+        return self.state in ("done", "failed")
+
+    def is_in_work(self, owner: str, now: float) -> bool:
+        """Whether another owner than `owner` has a lease that has not expired."""
+        return self.lease_until > now and self.owner != owner
+
+    def document(self) -> dict[str, Any]:
+        """The call as JSON for its callers, without the body of its result."""
+        result = None if self.result is None else msgspec.to_builtins(replace(self.result, body=b""))
+        if result is not None:
+            del result["body"]
+        times = {"created": self.created, "updated": self.updated, "expires": self.expires}
+        facts = {"id": self.id, "state": self.state, "source": self.source, "attempts": self.attempts, **times}
+        return {**facts, "reason": self.reason, "result": result, "published": list(self.published)}
+
+
+class CallLease(NamedTuple):
+    """The right to work on a call until `call.lease_until`, and the version of its record."""
+
+    call: Call
+    version: str
+
+
+class ResultObjects(Protocol):
+    """An object store for results that are too large for a record."""
+
+    def put(self, body: bytes, content_type: str) -> str:
+        """Store the body; a reference to it."""
+        ...
+
+    def get(self, reference: str) -> bytes:
+        """The body.
+
+        Raises:
+            ClaimExpired: the object is gone.
+        """
+        ...
+
+
+class Calls:
+    """Calls in `records`, each kept `keep_s` seconds after its last change. Any thread may call.
+
+    Every method raises ResultStoreUnavailable where the store does not answer.
+    """
+
+    def __init__(
+        self,
+        records: RecordStore,
+        *,
+        keep_s: float,
+        objects: ResultObjects | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._records, self._keep_s, self._objects, self._clock = records, keep_s, objects, clock
+        self._changed = threading.Condition()
+
+    def queue(self, call_id: str, source: str = "") -> Call:
+        """Note a call that nobody works on yet; the record that exists, where one does."""
+
+        def step() -> Call | None:
+            if (stored := self._read(call_id)) is not None:
+                return stored.call
+            written = self._write(self._new(call_id, source), "", durable=True)
+            return None if written is None else written.call
+
+        return _until_written(call_id, step)
+
+    def begin(self, call_id: str, owner: str, lease_s: float, source: str = "") -> CallLease | Call:
+        """Take the lease; the call itself where it is over, or in work (`lease_until` says until when).
+
+        An owner gets no second lease before its first has expired: two deliveries to one process are two.
+        """
+
+        def step() -> CallLease | Call | None:
+            now, stored = self._clock(), self._read(call_id)
+            call = self._new(call_id, source) if stored is None else stored.call
+            if call.is_over or call.lease_until > now:
+                return call
+            begun = replace(
+                call,
+                state="running",
+                owner=owner,
+                lease_until=now + lease_s,
+                attempts=call.attempts + 1,
+                source=source[:_MAX_PLACE] or call.source,
+                **self._times(),
+            )
+            # An attempt that is lost with the machine has done no harm.
+            return self._write(begun, "" if stored is None else stored.version, durable=False)
+
+        # mypy joins the two types to object.
+        return cast(CallLease | Call, _until_written(call_id, step))
+
+    def renew(self, lease: CallLease, lease_s: float) -> CallLease | None:
+        """The lease from now on; None where it was lost to another owner."""
+        longer = replace(lease.call, lease_until=self._clock() + lease_s, **self._times())
+        return self._write(longer, lease.version, durable=False)
+
+    def release(self, lease: CallLease, reason: str, *, blame: bool) -> None:
+        """End an attempt without a result; without `blame` it does not count. No-op where the lease was lost."""
+        call = lease.call
+        attempts = call.attempts if blame else max(0, call.attempts - 1)
+        state: State = call.state if call.is_over else "queued"
+        released = replace(
+            call, state=state, attempts=attempts, lease_until=0.0, reason=reason[:_MAX_REASON], **self._times()
+        )
+        self._write(released, lease.version, durable=False)
+
+    def finish(
+        self, lease: CallLease, status: int, content_type: str, body: bytes, *, durable: bool = True
+    ) -> CallLease:
+        """Record a result; where another owner was first, its result in place of this one.
+
+        Raises:
+            MessageTooLarge: the body is too large for a record and there is no object store.
+        """
+        result = self._result(status, content_type, body)
+        return self._end(lease, result, "done", "", durable)
+
+    def fail(self, lease: CallLease, status: int, reason: str, document: Mapping[str, Any] | None = None) -> CallLease:
+        """Record the final error: the router's error document, or one of `reason`. As `finish` otherwise."""
+        body = json.dumps(document or {"error": reason}, ensure_ascii=False).encode()
+        if len(body) > MAX_INLINE_BYTES:
+            body = json.dumps({"error": reason[:_MAX_REASON]}).encode()
+        result = CallResult(status, "application/json", len(body), body)
+        return self._end(lease, result, "failed", reason[:_MAX_REASON], True)
+
+    def publish(self, lease: CallLease, place: str, *, durable: bool = True) -> CallLease:
+        """Note that `place` has the result, so that nobody sends it there again."""
+        latest = lease
+
+        def step() -> CallLease | None:
+            nonlocal latest
+            call = latest.call
+            places = call.published if place in call.published else (*call.published, place)
+            if written := self._write(replace(call, published=places, **self._times()), latest.version, durable):
+                return written
+            if (stored := self._read(call.id)) is None:
+                raise CallUnknown(f"the record of call {call.id} has gone", call=call.id)
+            latest = stored
+            return None
+
+        return _until_written(lease.call.id, step)
+
+    def take_over(self, call: Call, owner: str, lease_s: float) -> CallLease | None:
+        """The lease of a call that is over, to publish what its former owner did not; None where it is in work."""
+        stored, now = self._read(call.id), self._clock()
+        if stored is None or not stored.call.is_over or stored.call.lease_until > now:
+            return None
+        taken = replace(stored.call, owner=owner, lease_until=now + lease_s, **self._times())
+        return self._write(taken, stored.version, durable=False)
+
+    def get(self, call_id: str) -> Call:
+        """The call.
+
+        Raises:
+            CallUnknown: no such call, or it has expired.
+        """
+        if (stored := self._read(call_id)) is None:
+            raise CallUnknown(
+                f"there is no call {call_id}", call=call_id, hint=f"results are kept for {self._keep_s:g} s"
+            )
+        return stored.call
+
+    def wait(self, call_id: str, timeout_s: float) -> Call:
+        """The call once it is over, or as it is after `timeout_s`.
+
+        Raises:
+            CallUnknown: as `get`.
+        """
+        until, pause_s = time.monotonic() + timeout_s, _FIRST_POLL_S
+        while True:
+            call, left_s = self.get(call_id), until - time.monotonic()
+            if call.is_over or left_s <= 0:
+                return call
+            with self._changed:
+                self._changed.wait(min(pause_s, left_s))
+            pause_s = min(_MAX_POLL_S, pause_s * 2)
+
+    def body(self, result: CallResult) -> bytes:
+        """The body of a result, wherever it is.
+
+        Raises:
+            ClaimExpired: its object is gone.
+        """
+        if not result.reference:
+            return result.body
+        if self._objects is None:
+            raise ResultStoreUnavailable(f"the result is the object {result.reference}, and no [claims] are configured")
+        return self._objects.get(result.reference)
+
+    def sweep(self) -> int:
+        """Remove calls past their time; their number."""
+        return self._records.sweep(self._keep_s)
+
+    def _end(self, lease: CallLease, result: CallResult, state: State, reason: str, durable: bool) -> CallLease:
+        latest = lease
+
+        def step() -> CallLease | None:
+            nonlocal latest
+            # The owner keeps the lease while it publishes.
+            ended = replace(lease.call, state=state, result=result, reason=reason, **self._times())
+            if written := self._write(ended, latest.version, durable):
+                with self._changed:
+                    self._changed.notify_all()
+                return written
+            stored = self._read(lease.call.id)
+            if stored is not None and stored.call.is_over:
+                return stored
+            latest = CallLease(lease.call, "") if stored is None else stored
+            return None
+
+        return _until_written(lease.call.id, step)
+
+    def _result(self, status: int, content_type: str, body: bytes) -> CallResult:
+        media = content_type[:256]
+        if len(body) <= MAX_INLINE_BYTES:
+            return CallResult(status, media, len(body), bytes(body))
+        if self._objects is None:
+            raise MessageTooLarge(
+                f"a result of {len(body)} bytes exceeds a record's {MAX_INLINE_BYTES} bytes",
+                bytes=len(body),
+                limit=MAX_INLINE_BYTES,
+                hint="configure an object store for large results: [claims] of the trigger's configuration",
+            )
+        return CallResult(status, media, len(body), b"", self._objects.put(body, media))
+
+    def _new(self, call_id: str, source: str) -> Call:
+        now = self._clock()
+        return Call(call_id, "queued", now, now, now + self._keep_s, source[:_MAX_PLACE])
+
+    def _times(self) -> dict[str, Any]:
+        now = self._clock()
+        return {"updated": now, "expires": now + self._keep_s}
+
+    def _read(self, call_id: str) -> CallLease | None:
+        """The call and its version; None where absent. An expired one is removed, so that its id is new again."""
+        if (stored := self._records.get(call_id)) is None:
+            return None
+        try:
+            call = _DECODER.decode(stored.value)
+        except msgspec.DecodeError as e:
+            raise ResultStoreUnavailable(
+                f"{self._records.url}: the record {call_id} is no call: {e}", store=self._records.url
+            ) from e
+        if call.expires < self._clock():
+            self._records.delete(call_id, stored.version)
+            return None
+        return CallLease(call, stored.version)
+
+    def _write(self, call: Call, version: str, durable: bool) -> CallLease | None:
+        """The call as written over `version`, or as a new one where that is empty; None where another was first."""
+        value = _encode(call)
+        new = (
+            self._records.update(call.id, value, version, durable=durable)
+            if version
+            else self._records.create(call.id, value, durable=durable)
+        )
+        return None if new is None else CallLease(call, new)
+
+
+# MessagePack rather than JSON: bodies are bytes, and base64 would take a third more of a record.
+_ENCODER, _DECODER = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(Call)
+
+
+def _encode(call: Call) -> bytes:
+    return _ENCODER.encode(call)
+
+
+def _until_written(call_id: str, step: Callable[[], Written | None]) -> Written:
+    """Compare-and-set: `step` reads and writes, and gives None where another write was between the two.
+
+    Raises:
+        ResultStoreUnavailable: every write met another one.
+    """
+    for _ in range(_MAX_CONFLICTS):
+        if (written := step()) is not None:
+            return written
+    raise ResultStoreUnavailable(f"the record of call {call_id} changed {_MAX_CONFLICTS} times while it was written")

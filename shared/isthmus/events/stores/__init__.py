@@ -1,0 +1,1 @@
+"""One module a record store; `isthmus.events.open` opens them by URL."""

@@ -28,7 +28,6 @@ from plan_grid import (
 
 from isthmus.artifacts.choice import TRANSFORM_ID
 from isthmus.artifacts.conditions import Conditions, Objective
-from isthmus_tools.engine.cpu_share import share_of_a_cpu
 from isthmus_tools.planner.choice import VALUES, choose, with_measurements
 from isthmus_tools.planner.measurement import contenders
 from isthmus_tools.planner.search import solve, sweep
@@ -42,8 +41,6 @@ def main() -> None:
     comparisons: list[Change] = []
     duels: list[Rivals] = []
     slowdowns = QUICK_SLOWDOWNS if report.quick else SLOWDOWNS
-    with share_of_a_cpu(1 / slowdowns[0]) as cpu:
-        how = cpu.method
     for name, slowdown in itertools.product(names, slowdowns):
         with prepared(PLANNED[name], slowdown, report) as bench:
             for cell in bench.functions:
@@ -54,7 +51,7 @@ def main() -> None:
     report.say("searching graphs of growing size")
     rows, goals = search_times(3 if report.quick else 9)
     add_rivals(report, duels)
-    add_cells(report, cells, how)
+    add_cells(report, cells)
     add_changes(report, comparisons)
     report.add("the search alone, two tiers; a sweep finds every partition that is optimal at some bandwidth", rows)
     add_goals(report, cells)
@@ -93,7 +90,7 @@ def add_rivals(report: Report, duels: Sequence[Rivals]) -> None:
     report.add("cells in which a split is measured best", counts)
 
 
-def add_cells(report: Report, cells: Sequence[Cell], how: str) -> None:
+def add_cells(report: Report, cells: Sequence[Cell]) -> None:
     """A table for each model, with a row for each network."""
     for name in dict.fromkeys(c.model for c in cells):
         rows: list[Row] = []
@@ -106,7 +103,7 @@ def add_cells(report: Report, cells: Sequence[Cell], how: str) -> None:
             row |= {"best": c.best, "best ms": c.seconds[c.best] * 1000, "over best %": c.regret * 100}
             row["cuts tried"] = c.tried
             rows.append(row)
-        report.add(f"{name}: medians; the edge has a part of a CPU by {how}", rows)
+        report.add(f"{name}: medians; times at the edge are CPU time, multiplied", rows)
     ways = (*BASELINES, EDGE_RAW)
     each: list[Row] = []
     for c in cells:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,17 @@ from isthmus.registry import Registry, SegmentCache, open_cache, open_registry
 from isthmus.runtime.tables import Tables
 from isthmus.serving.profiling import SECRET
 from isthmus.settings import RegistrySettings
-from isthmus_tools.engine.cpu_share import share_of_a_cpu
 from isthmus_tools.netem.process import link_to
-from isthmus_tools.planner.candidates import CLOUD, EDGE, CandidateSet
+from isthmus_tools.planner.candidates import CandidateSet
 from isthmus_tools.planner.choice import choose, violations, with_measurements
 from isthmus_tools.planner.enumeration import enumerate_candidates
 from isthmus_tools.planner.inputs import TrialInput, from_arrays, from_photos
 from isthmus_tools.planner.measurement import LinkedFunctions, contenders, measure
-from isthmus_tools.profiling.profiles import with_node_shares
+from isthmus_tools.profiling.slow_edge import SlowEdge
 from isthmus_tools.usecases.functions import FunctionUrls
 from isthmus_tools.usecases.profile import ProfileRequest, profile
 
-# How many times the edge is slower than one CPU, by a share of it; the cloud has a CPU.
+# How many times the edge is slower than the cloud's CPU.
 SLOWDOWNS, QUICK_SLOWDOWNS = (4.0, 8.0, 16.0), (8.0, 16.0)
 RATES, ROUND_TRIPS = (0.1e6, 1e6, 2e6, 10e6, 100e6), (0.02, 0.08)
 # A fraction of the cells, where a split may be best: a few minutes for each slowdown.
@@ -56,7 +54,7 @@ class Bench:
     """A model's functions and candidate sets: the planner's, all cuts', the planner's with a calibrated codec."""
 
     model: PlannedModel
-    slowdown: float
+    edge: SlowEdge
     registry: Registry
     cache: SegmentCache
     functions: Mapping[Conditions, LinkedFunctions]
@@ -64,7 +62,6 @@ class Bench:
     every: CandidateSet
     calibrated: CandidateSet | None
     digests: Mapping[int, str]
-    edge_pids: Sequence[int]
     rounds: int
 
     def measure(
@@ -76,28 +73,20 @@ class Bench:
         eliminate: bool,
         rounds: int,
     ) -> tuple[Candidate, ...]:
-        """Measure the candidates over the cell's link, the edge and this process at a share of a CPU."""
+        """Measure the candidates over the cell's link, with the edge's and this thread's CPU time multiplied."""
         tables = Tables(self.registry.bundle, self.registry.blob, MAX_PIXELS)
-        functions = self.functions[cell]
-        direct = replace(functions, tail=functions.tail_direct)
-
-        def run(functions: LinkedFunctions, *, rounds: int, eliminate: bool) -> tuple[Candidate, ...]:
-            return measure(
-                candidates,
-                self.digests[id(candidate_set)],
-                candidate_set.bundle,
-                functions,
-                candidate_set.inputs,
-                tables,
-                self.variant,
-                rounds=rounds,
-                eliminate=eliminate,
-            )
-
-        # Sessions are loaded at full speed: at a sixteenth of a CPU each would take many seconds.
-        run(direct, rounds=1, eliminate=True)
-        with share_of_a_cpu(1 / self.slowdown, [*self.edge_pids, os.getpid()]):
-            return run(functions, rounds=rounds, eliminate=eliminate)
+        return measure(
+            candidates,
+            self.digests[id(candidate_set)],
+            candidate_set.bundle,
+            self.functions[cell],
+            candidate_set.inputs,
+            tables,
+            self.variant,
+            edge=self.edge,
+            rounds=rounds,
+            eliminate=eliminate,
+        )
 
     def variant(self, digest: str) -> Bundle:
         """The bundle of a quantised variant."""
@@ -170,7 +159,7 @@ def rivals(bench: Bench, cell: Conditions) -> Rivals:
     duellists = [c for c in best if c is not None]
     duel = bench.measure(candidate_set, duellists, cell, eliminate=False, rounds=2 * bench.rounds)
     split, other = (next((c for c in duel if (c.kind == "split") is wanted), None) for wanted in (True, False))
-    return Rivals(bench.model.name, bench.slowdown, cell, split, other, favourite.kind)
+    return Rivals(bench.model.name, bench.edge.slowdown, cell, split, other, favourite.kind)
 
 
 @contextlib.contextmanager
@@ -201,11 +190,8 @@ def prepared(model: PlannedModel, slowdown: float, report: Report) -> Iterator[B
             )
             functions[cell] = LinkedFunctions(edge.url, far, cloud.url)
         runs = 7 if report.quick else 15
-        profiles: dict[str, Profile] = {}
-        with share_of_a_cpu(1 / slowdown, [edge.process.pid]):
-            profiles |= profiled(report, model, at, {EDGE: edge.url}, runs)
-        profiles |= profiled(report, model, at, {CLOUD: cloud.url}, runs)
-        profiles[EDGE] = with_node_shares(profiles[EDGE], profiles[CLOUD])
+        slow = SlowEdge(slowdown, [edge.process.pid])
+        profiles = profiled(report, model, at, FunctionUrls(edge.url, cloud.url, TOKEN, slow), runs)
         examples, kind = inputs(model, registry)
         digests: dict[int, str] = {}
 
@@ -224,27 +210,26 @@ def prepared(model: PlannedModel, slowdown: float, report: Report) -> Iterator[B
             report.say(f"{model.name}: trying candidates with the calibrated codec")
             calibrated = enumerated(reference)
         rounds = 7 if report.quick else 15
-        pids = [edge.process.pid]
-        yield Bench(model, slowdown, registry, cache, functions, by_planner, every, calibrated, digests, pids, rounds)
+        yield Bench(model, slow, registry, cache, functions, by_planner, every, calibrated, digests, rounds)
 
 
 def profiled(
-    report: Report, model: PlannedModel, at: Sequence[str], urls: Mapping[str, str], runs: int
-) -> dict[str, Profile]:
-    """A fresh profile of a tier at some cuts, as many as in a user's bundle."""
+    report: Report, model: PlannedModel, at: Sequence[str], functions: FunctionUrls, runs: int
+) -> Mapping[str, Profile]:
+    """Fresh profiles of the tiers at some cuts, as many as in a user's bundle."""
     photo = STATE / f"{model.name}.jpg"
     if model.photo is not None:
         photo.write_bytes(model.photo())
     request = ProfileRequest(
         model=model.name,
         registry=RegistrySettings(registry=str(PLAN_REGISTRY), cache_dir=str(STATE / "plan-cache")),
-        functions=FunctionUrls(urls.get(EDGE, ""), urls.get(CLOUD, ""), TOKEN),
+        functions=functions,
         cuts=at,
         runs=runs,
         photos=[photo] if model.photo is not None else [],
         again=True,
     )
-    return dict(profile(request, report.say).profiles)
+    return profile(request, report.say).profiles
 
 
 def some_cuts(bundle: Bundle, count: int) -> list[str]:
@@ -283,7 +268,8 @@ def one_cell(bench: Bench, cell: Conditions) -> Cell:
     best_name = min(seconds, key=lambda name: seconds[name])
     apart = [abs(c.seconds / c.predicted.total - 1) for c in duel if c.measured]
     decoding = next((c.measured.parts["preprocess"] for c in (*duel, *baselines) if c.kind == "edge" and c.measured), 0)
-    return Cell(bench.model.name, bench.slowdown, cell, choice.name, best_name, seconds, len(others), decoding, apart)
+    found = (choice.name, best_name, seconds, len(others), decoding, apart)
+    return Cell(bench.model.name, bench.edge.slowdown, cell, *found)
 
 
 def could_be_better(candidates: Sequence[Candidate], seconds: float) -> list[Candidate]:

@@ -239,17 +239,11 @@ def test_a_slowed_device_has_a_profile_of_its_own_that_stands_for_no_real_edge(t
     published = publish_photos(tmp_path)
     registry, bundle = published.registry, published.bundle
     plain = replace(PROFILE, content=content_of(bundle))
-    slowed = replace(plain, device=profiles.slowed(plain.device, 8.0), measured_at="2027-01-01T00:00:00+00:00")
+    assert plain.hop is not None
+    slowed = replace(profiles.slowed(plain, 8.0, plain.hop), measured_at="2027-01-01T00:00:00+00:00")
     assert slowed.device.cpu == f"1/8 of a CPU: {plain.device.cpu}"
     assert slowed.device.id != plain.device.id
     for profile in (plain, slowed):
         profiles.put(registry, profile)
     assert profiles.find(registry, bundle, "edge", slowed.device.id) == slowed
     assert profiles.newest(registry, bundle, ("edge",)) == {"edge": plain}
-
-
-def test_nodes_of_a_slowed_device_take_the_shares_that_they_have_at_full_speed() -> None:
-    full = replace(PROFILE, nodes=tuple(float(i) for i in range(len(PROFILE.nodes))))
-    found = profiles.with_node_shares(PROFILE, full)
-    assert sum(found.nodes) == pytest.approx(PROFILE.whole.run.median)
-    assert found.nodes[2] / found.nodes[1] == pytest.approx(2.0)

@@ -14,8 +14,8 @@ import pytest
 
 from isthmus.errors import LocalError
 from isthmus_tools.engine import Event, cpu_share
-from isthmus_tools.engine.cpu_share import share_of_a_cpu
-from isthmus_tools.usecases.functions import joining, on_one_thread
+from isthmus_tools.engine.cpu_share import joining, share_of_a_cpu
+from isthmus_tools.usecases.functions import EDGE_FUNCTIONS, on_one_thread
 from support.patience import LONG_S, eventually
 
 OWNER = """
@@ -118,7 +118,7 @@ class Shared:
 
 def test_functions_of_the_edge_join_the_share_once_they_are_ready() -> None:
     share = Shared()
-    on_event = joining(share)
+    on_event = joining(share, EDGE_FUNCTIONS)
     for kind, function, pid in (("starting", "edge-head", 0), ("ready", "edge-head", 1), ("ready", "cloud-tail", 2)):
         on_event(Event(kind, "", function, "replica", pid))  # type: ignore[arg-type]
     on_event(Event("ready", "", "router", "replica", 3))

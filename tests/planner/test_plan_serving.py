@@ -18,7 +18,6 @@ from isthmus.artifacts.bundle import Blob, digest_of
 from isthmus.artifacts.plan import Candidate, Coding, to_json
 from isthmus.processing.image import as_jpeg
 from isthmus.serving import create_router_app, create_segment_app
-from isthmus_tools.planner import measurement
 from isthmus_tools.planner.publishing import publish_plan
 from support.bundles import (
     PREPROCESS,
@@ -283,9 +282,3 @@ def test_answers_tell_bytes_over_the_link_for_every_kind_of_plan(place: Place) -
     assert whole_photo["link_bytes"] == whole_photo["segments"][0]["sent_bytes"] > len(data)
     assert whole_photo["link_raw_bytes"] == 3 * 8 * 8 * 4
     assert routes["split-6-half"]["link_raw_bytes"] == 16 * 4 * 4 * 4
-
-
-def test_the_edges_work_in_the_planning_process_counts_as_often_as_the_edge_is_slower() -> None:
-    seconds = {"total": 1.0, "preprocess": 0.1, "pack": 0.2, "edge": 0.3, "cloud": 0.4}
-    slowed = measurement._slowed(seconds, 8.0)
-    assert slowed == {**seconds, "preprocess": 0.8, "pack": 1.6, "total": pytest.approx(1.0 + 7 * 0.3)}

@@ -15,12 +15,13 @@ from isthmus.registry import open_registry
 from isthmus.serving import create_segment_app
 from isthmus.settings import RegistrySettings
 from isthmus_tools.planner.costs import HEADERS_DOWN, HEADERS_UP
+from isthmus_tools.profiling.slow_edge import SlowEdge
 from isthmus_tools.usecases import demo, demo_model
 from isthmus_tools.usecases.calibrate import CalibrateRequest, calibrate
 from isthmus_tools.usecases.demo import DemoRequest
 from isthmus_tools.usecases.demo_verdict import lower_envelope
 from isthmus_tools.usecases.demo_ways import JPEG_QUALITY
-from isthmus_tools.usecases.functions import FunctionUrls, SlowedEdge
+from isthmus_tools.usecases.functions import FunctionUrls
 from isthmus_tools.zoo.calibration import FOLDER, copy_calibration, shipped_calibration
 from support.bundles import Published, photo, publish_photos, segment_settings, served
 from support.cli import isthmus
@@ -58,7 +59,7 @@ def document(calibrated: tuple[Published, RegistrySettings], tmp_path_factory: p
     )
     apps = [create_segment_app(segment_settings(published, folder / name)) for name in ("head", "tail")]
     with served(apps[0]) as head, served(apps[1]) as tail:
-        functions = FunctionUrls(head, tail, slowed=SlowedEdge(SLOWDOWN, "a test"))
+        functions = FunctionUrls(head, tail, edge=SlowEdge(SLOWDOWN))
         result = demo.compare(request, open_registry(registry).resolve("photos"), functions)
     assert result.split_is_exact
     return result.document()

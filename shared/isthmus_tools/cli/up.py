@@ -57,9 +57,9 @@ def up(
     Example: `isthmus up --model detector`, or `isthmus up --replicas cloud-tail=2 --env edge-head:threads=1`
     """
     from isthmus_tools.engine import EngineOptions, run_engine
-    from isthmus_tools.engine.cpu_share import share_of_a_cpu
+    from isthmus_tools.engine.cpu_share import joining, share_of_a_cpu
     from isthmus_tools.engine.telemetry import OnEvent, ignore_event
-    from isthmus_tools.usecases.functions import joining, on_one_thread
+    from isthmus_tools.usecases.functions import EDGE_FUNCTIONS, on_one_thread
 
     with errors(as_json=False), ExitStack() as resources:
         if model:
@@ -68,10 +68,9 @@ def up(
         join: OnEvent = ignore_event
         if slowdown is not None:
             edge = resources.enter_context(share_of_a_cpu(1 / slowdown))
-            variables, join = on_one_thread(variables), joining(edge)
-            err.print(
-                f"router and edge-head have 1/{slowdown:g} of a CPU, by {edge.method}", highlight=False, soft_wrap=True
-            )
+            variables, join = on_one_thread(variables), joining(edge, EDGE_FUNCTIONS)
+            share = f"router and edge-head have 1/{slowdown:g} of a CPU, by {edge.method}"
+            err.print(f"{share}; single calls of some ms may be faster", highlight=False, soft_wrap=True)
 
         def on_event(event: Event) -> None:
             join(event)

@@ -1,7 +1,9 @@
-"""A share of one CPU for processes of this machine, to rehearse a slower device.
+"""A share of one CPU for processes of this machine, to rehearse a slower device in use.
 
 The share is a CPU quota of a control group where this process may make one, else duty cycling by SIGSTOP and SIGCONT.
-Both end with the block, and a killed parent leaves no process stopped.
+Both hold over many calls and not for one: a call of less CPU time than a tick of the clock may have full speed. What is
+measured for a plan takes `isthmus_tools.profiling.slow_edge` instead. Both end with the block, and a killed parent
+leaves no process stopped.
 """
 
 from __future__ import annotations
@@ -11,12 +13,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from isthmus.errors import LocalError
+from isthmus_tools.engine.telemetry import Event, OnEvent
 
 MAX_SLOWDOWN = 64.0
 """Beyond, a start and a cold model outlast the deadlines of functions."""
@@ -72,6 +75,19 @@ class CpuShare(Protocol):
     def add(self, pid: int) -> None:
         """Slow one more process, all its threads; a process that has ended is ignored."""
         ...
+
+
+def joining(share: CpuShare, functions: Collection[str]) -> OnEvent:
+    """An engine's callback that moves each ready replica of `functions` into the share.
+
+    Only then: a start at a small share of a CPU would take minutes.
+    """
+
+    def on_event(event: Event) -> None:
+        if event.kind == "ready" and event.function in functions:
+            share.add(event.pid)
+
+    return on_event
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from isthmus_tools.budget import UNLIMITED, Budget, Pace
 from isthmus_tools.planner.choice import VALUES, violations
 from isthmus_tools.planner.elimination import ROUNDS, Run, successive_elimination
 from isthmus_tools.planner.inputs import TrialInput
+from isthmus_tools.profiling.slow_edge import AT_FULL_SPEED, SlowEdge
 from isthmus_tools.progress import Progress, silent
 
 BASELINES = ("edge-float", "edge-int8", "cloud-photo", "cloud-raw")
@@ -81,7 +82,7 @@ def measure(
     variant: Callable[[str], Bundle],
     *,
     constraints: Constraints | None = None,
-    own_slowdown: float = 1.0,
+    edge: SlowEdge = AT_FULL_SPEED,
     rounds: int = ROUNDS,
     eliminate: bool = True,
     seed: int = 0,
@@ -92,8 +93,8 @@ def measure(
 
     A candidate that fails is refused, with the reason, and the rest go on. Candidates that violate `constraints`, other
     than in latency, are measured without eliminating any other. Candidates beyond the budget return without a
-    measurement; the most promising are warmed up first. Where the edge is slowed and this process is not, a photo's
-    pre-processing and the codecs' encoding, which run here, count `own_slowdown` times.
+    measurement; the most promising are warmed up first. Work at a slow `edge`, the router's here included, counts by
+    its CPU time.
 
     Raises:
         HopError: the functions cannot be reached, so that no candidate runs, or no longer over the link.
@@ -109,7 +110,7 @@ def measure(
         linked = (hops[functions.head], hops[functions.tail])
 
         def request(candidate: Candidate, to: tuple[HttpHop, HttpHop]) -> Run:
-            return requester(candidate, digest, bundle, to, inputs, tables, variant, own_slowdown)
+            return requester(candidate, digest, bundle, to, inputs, tables, variant, edge)
 
         failed: dict[str, IsthmusError] = {}
         ready = _warm_up(candidates, direct, request, failed, progress, budget.share(_WARM_UP_SHARE))
@@ -195,7 +196,7 @@ def requester(
     inputs: Sequence[TrialInput],
     tables: Tables,
     variant: Callable[[str], Bundle],
-    own_slowdown: float = 1.0,
+    edge: SlowEdge = AT_FULL_SPEED,
 ) -> Run:
     """A function that runs one request of a candidate, from the photo on if any, and returns the seconds of its parts.
 
@@ -213,31 +214,31 @@ def requester(
     def run(n: int) -> Mapping[str, float]:
         trial_input = ordered[n % len(ordered)]
         context = Context.from_headers({}, longest_s=longest_s)
+        before = edge.work()
         start = time.perf_counter()
-        preprocess_s = 0.0
+        preprocess_s = preprocess_cpu_s = 0.0
         if photo is not None and trial_input.photo is not None:
             encoded = photo.encode(trial_input.photo)
             if photo.jpeg_quality:
                 preprocess_s = time.perf_counter() - start
+                preprocess_cpu_s = time.thread_time() - before.router_s
             result = execute(route, {}, context, encoded)
         else:
             arrays = trial_input.arrays
             if trial_input.photo is not None and bundle.preprocess is not None:
                 arrays = model_input(bundle, trial_input.photo)
             preprocess_s = time.perf_counter() - start
+            preprocess_cpu_s = time.thread_time() - before.router_s
             result = execute(route, arrays, context)
         total = time.perf_counter() - start
         _check_looks(result)
-        return _slowed({"preprocess": preprocess_s, **_seconds(candidate, result, total)}, own_slowdown)
+        seconds = {"preprocess": preprocess_s, **_seconds(candidate, result, total)}
+        if edge.slowdown == 1:
+            return seconds
+        # Of the calls of closer looks, as many as requests take.
+        return edge.slowed(seconds, before, preprocess_cpu_s, statistics.mean(_shares(candidate, result)))
 
     return run
-
-
-def _slowed(seconds: Mapping[str, float], factor: float) -> Mapping[str, float]:
-    """Seconds of a request whose pre-processing and encoding, the edge's work here, take `factor` times as long."""
-    own = {name: seconds[name] for name in ("preprocess", "pack")}
-    slowed = {name: part * factor for name, part in own.items()}
-    return {**seconds, **slowed, "total": seconds["total"] + sum(slowed.values()) - sum(own.values())}
 
 
 def _check_looks(result: Result) -> None:

@@ -20,6 +20,7 @@ from isthmus_tools.budget import UNLIMITED, Budget, Pace
 from isthmus_tools.graph.load import read_optimised
 from isthmus_tools.profiling.nodes import node_seconds
 from isthmus_tools.profiling.remote import Echo, ProfiledFunction, SegmentMeasurement
+from isthmus_tools.profiling.slow_edge import AT_FULL_SPEED, SlowEdge
 from isthmus_tools.profiling.subject import Subject
 from isthmus_tools.progress import Progress
 
@@ -200,8 +201,21 @@ def _agree(a: float, b: float, drift: float) -> bool:
     return abs(a - b) <= max(drift * min(a, b), _NOISE_S)
 
 
-def hop_cost(function: ProfiledFunction) -> HopCost:
+def _echo(function: ProfiledFunction, up: int, down: int, edge: SlowEdge) -> Echo:
+    before = edge.work()
+    echo = function.echo(up, down)
+    if edge.slowdown == 1:
+        return echo
+    parts = {"total": echo.total_s, "preprocess": 0.0, "pack": 0.0}
+    if edge.pids:
+        parts["edge"] = echo.total_s
+    return Echo(edge.slowed(parts, before, 0.0)["total"], echo.served_s)
+
+
+def hop_cost(function: ProfiledFunction, edge: SlowEdge = AT_FULL_SPEED) -> HopCost:
     """The fixed cost of a call and the cost of each byte, from interleaved echoes with and without payloads.
+
+    A caller at a slow `edge` has its CPU time multiplied, and the function too if it is one of the edge's processes.
 
     Raises:
         As `ProfiledFunction.echo`.
@@ -215,7 +229,7 @@ def hop_cost(function: ProfiledFunction) -> HopCost:
     echoes: dict[tuple[int, int], list[Echo]] = {(0, 0): [], (count, 0): [], (0, count): []}
     for _ in range(_ECHOES):
         for (up, down), calls in echoes.items():
-            calls.append(function.echo(up, down))
+            calls.append(_echo(function, up, down, edge))
     totals = {size: statistics.median(c.total_s for c in calls) for size, calls in echoes.items()}
     served = {size: statistics.median(c.served_s for c in calls) for size, calls in echoes.items()}
 

@@ -9,7 +9,16 @@ from msgspec.structs import replace
 
 from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.device import MAX_TEXT, Device
-from isthmus.artifacts.profile import MAX_PROFILE_BYTES, Profile, content_of, from_json, to_json
+from isthmus.artifacts.profile import (
+    MAX_PROFILE_BYTES,
+    CodecSpeed,
+    HopCost,
+    Profile,
+    SegmentCost,
+    content_of,
+    from_json,
+    to_json,
+)
 from isthmus.errors import Missing, ProfileMalformed
 from isthmus.registry import Registry
 
@@ -43,28 +52,30 @@ def find(registry: Registry, bundle: Bundle, tier: str, device_id: str) -> Profi
     return profile
 
 
-# The start of a slowed device's `cpu`. The id is of all facts, so the profile of a slowed device is one of its own.
+# The start of a slower device's `cpu`. The id is of all facts, so its profile is one of its own.
 _SLOWED = re.compile(r"1/[0-9.]+ of a CPU: ")
 
 
-def slowed(device: Device, slowdown: float) -> Device:
-    """The device of a function that has one CPU's 1/`slowdown`; its `cpu` says so."""
-    return replace(device, cpu=f"1/{slowdown:g} of a CPU: {device.cpu}"[:MAX_TEXT], id="")
+def slowed(profile: Profile, slowdown: float, hop: HopCost) -> Profile:
+    """The profile of a device `slowdown` times slower, whose `cpu` says so; `hop` is the cost of a call there."""
+
+    def cost(c: SegmentCost) -> SegmentCost:
+        run = replace(c.run, median=c.run.median * slowdown, low=c.run.low * slowdown, high=c.run.high * slowdown)
+        return replace(c, run=run, decode_s=c.decode_s * slowdown, encode_s=c.encode_s * slowdown)
+
+    return replace(
+        profile,
+        device=replace(profile.device, cpu=f"1/{slowdown:g} of a CPU: {profile.device.cpu}"[:MAX_TEXT], id=""),
+        nodes=tuple(seconds * slowdown for seconds in profile.nodes),
+        segments={segment: cost(c) for segment, c in profile.segments.items()},
+        hop=hop,
+        codecs={name: CodecSpeed(c.pack_s * slowdown, c.unpack_s * slowdown) for name, c in profile.codecs.items()},
+    )
 
 
 def is_slowed(device: Device) -> bool:
     """Whether a profile's device was slowed."""
     return _SLOWED.match(device.cpu) is not None
-
-
-def with_node_shares(slowed: Profile, other: Profile) -> Profile:
-    """A slowed device's profile with its whole model's time shared out over the nodes as on `other`.
-
-    A CPU quota pauses a run between two nodes at random, so that single nodes seem to take the whole pause. Both
-    profiles are of one machine.
-    """
-    scale = slowed.whole.run.median / total if (total := sum(other.nodes)) else 0.0
-    return replace(slowed, nodes=tuple(seconds * scale for seconds in other.nodes))
 
 
 def every(registry: Registry, bundle: Bundle) -> list[Profile]:

@@ -109,7 +109,7 @@ def compare(request: DemoRequest, model: Resolved, functions: FunctionUrls, prog
         cut=request.cut,
         conditions=link,
         edge_slowdown=request.edge_slowdown,
-        slowed_by=functions.slowed.method if functions.slowed is not None else "",
+        slowed_by=functions.edge.method,
         expected={name: _likeliest(whole, result) for name, result in uncut.items()},
         ways=tuple(ways),
         verdict=judge(measured, ways, link, request.edge_slowdown),

@@ -77,7 +77,7 @@ def send_photos(
                 [TrialInput(model_input(model.bundle, photo), photo)],
                 tables,
                 registry.bundle,
-                functions.slowed.slowdown if functions.slowed is not None else 1.0,
+                functions.edge,
             )
             for what, candidate in candidates.items()
             for name, photo in photos.items()

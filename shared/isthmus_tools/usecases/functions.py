@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,13 @@ from isthmus.registry import Registry
 from isthmus.runtime.tables import Tables
 from isthmus_tools.budget import Budget
 from isthmus_tools.engine import Engine, Event
-from isthmus_tools.engine.cpu_share import CpuShare, share_of_a_cpu
 from isthmus_tools.engine.credentials import SecretFolder
 from isthmus_tools.engine.stack import read_stack
+from isthmus_tools.engine.telemetry import OnEvent, ignore_event
 from isthmus_tools.netem.process import link_to
 from isthmus_tools.planner.candidates import CandidateSet
 from isthmus_tools.planner.measurement import LinkedFunctions, contenders, measure
+from isthmus_tools.profiling.slow_edge import AT_FULL_SPEED, SlowEdge
 from isthmus_tools.progress import Progress, silent
 
 HEAD, TAIL = "edge-head", "cloud-tail"
@@ -34,24 +35,16 @@ _START_S = 120.0
 
 
 @dataclass(frozen=True)
-class SlowedEdge:
-    """An edge that has one CPU's 1/`slowdown`, by `method`."""
-
-    slowdown: float
-    method: str
-
-
-@dataclass(frozen=True)
 class FunctionUrls:
     """URLs of the function at the edge and of the function in the cloud, and the secret that allows profiling.
 
-    An empty URL leaves that tier out. `slowed` says that the function at the edge was slowed for the measurement.
+    An empty URL leaves that tier out. Work at the edge counts as that of `edge`.
     """
 
     head: str = ""
     tail: str = ""
     token: str = ""
-    slowed: SlowedEdge | None = None
+    edge: SlowEdge = AT_FULL_SPEED
 
 
 @contextmanager
@@ -63,37 +56,19 @@ def stack_running(
     port: int = 0,
     replicas: Mapping[str, int] | None = None,
     environment: Mapping[str, Mapping[str, str]] | None = None,
-    edge: CpuShare | None = None,
+    on_event: OnEvent = ignore_event,
 ) -> Iterator[str]:
     """Run a stack file's functions for the block, ready; yields the gateway's URL. Options are those of `Engine`.
-
-    With `edge` the functions of the edge have that share of a CPU from the moment when they are ready.
 
     Raises:
         LocalError: the stack cannot be read, the port is taken, or a function does not start.
     """
     progress(f"starting the functions of {stack}")
-    on_event = joining(edge) if edge is not None else _ignore
-    if edge is not None:
-        environment = on_one_thread(environment or {})
     with Engine(
         stack, port=port, variables=variables, replicas=replicas, environment=environment, on_event=on_event
     ) as engine:
         engine.wait_ready(_START_S, lambda states: progress(f"starting: {_summary(states)}"))
         yield engine.url
-
-
-def joining(edge: CpuShare) -> Callable[[Event], None]:
-    """An engine's callback that moves each ready replica of an edge function into the share.
-
-    Only then: a start at a small share of a CPU would take minutes.
-    """
-
-    def on_event(event: Event) -> None:
-        if event.kind == "ready" and event.function in EDGE_FUNCTIONS:
-            edge.add(event.pid)
-
-    return on_event
 
 
 def on_one_thread(environment: Mapping[str, Mapping[str, str]]) -> dict[str, Mapping[str, str]]:
@@ -102,33 +77,37 @@ def on_one_thread(environment: Mapping[str, Mapping[str, str]]) -> dict[str, Map
     return {**environment, "*": {"threads": "1", **environment.get("*", {})}}
 
 
-def _ignore(event: Event) -> None:
-    """No-op default callback."""
-
-
 @contextmanager
 def local_functions(
     stack: Path, variables: Mapping[str, str], progress: Progress = silent, edge_slowdown: float | None = None
 ) -> Iterator[FunctionUrls]:
     """Run the stack file's edge-head and cloud-tail for the block, bounded for measuring, with a profiling token.
 
-    With `edge_slowdown` edge-head has that part of one CPU: 8 is an eighth.
+    With `edge_slowdown` the edge is that many times slower: its work's CPU time counts as often.
 
     Raises:
-        LocalError: the functions do not start, or no such slowdown is possible.
+        LocalError: the functions do not start.
     """
     read = read_stack(stack, variables)
     # Functions profile for callers with this secret alone; the engine reads its stack's secrets from here.
     token = SecretFolder(read.root / ".isthmus" / "secrets").ensure(_SECRET)
     # Replicas of other functions would compete for the CPUs during measurements.
     unused = {name: 0 for name in read.functions if name not in (HEAD, TAIL)}
-    with ExitStack() as resources:
-        edge = None if edge_slowdown is None else resources.enter_context(share_of_a_cpu(1 / edge_slowdown))
-        slowed = None if edge is None or edge_slowdown is None else SlowedEdge(edge_slowdown, edge.method)
-        url = resources.enter_context(
-            stack_running(stack, variables, progress, replicas=unused, environment={"*": _MEASURING}, edge=edge)
-        )
-        yield FunctionUrls(f"{url}/function/{HEAD}", f"{url}/function/{TAIL}", token, slowed)
+    environment: Mapping[str, Mapping[str, str]] = {"*": _MEASURING}
+    # By replica: one that takes another's place has its process counted in place of the other's.
+    pids: dict[str, int] = {}
+
+    def on_event(event: Event) -> None:
+        if event.kind == "ready" and event.function == HEAD:
+            pids[event.replica] = event.pid
+        elif event.kind == "exited":
+            pids.pop(event.replica, None)
+
+    edge = AT_FULL_SPEED
+    if edge_slowdown is not None:
+        edge, environment = SlowEdge(edge_slowdown, pids.values()), on_one_thread(environment)
+    with stack_running(stack, variables, progress, replicas=unused, environment=environment, on_event=on_event) as url:
+        yield FunctionUrls(f"{url}/function/{HEAD}", f"{url}/function/{TAIL}", token, edge)
 
 
 def _summary(states: Mapping[str, str]) -> str:
@@ -171,7 +150,7 @@ def measure_candidates(
             Tables(registry.bundle, registry.blob, MAX_PIXELS),
             registry.bundle,
             constraints=constraints,
-            own_slowdown=functions.slowed.slowdown if functions.slowed is not None else 1.0,
+            edge=functions.edge,
             progress=progress,
             budget=budget,
         )

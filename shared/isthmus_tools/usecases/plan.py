@@ -131,9 +131,9 @@ def plan(request: PlanRequest, progress: Progress = silent) -> PlanResult:
                 budget=request.budget.share(_TRIALS_SHARE),
             )
         )
-        if functions is not None and (edge := functions.slowed) is not None:
-            # A plan for a slowed edge must not pass for one of this machine's own speed.
-            candidate_set.notes.append(f"the edge was slowed to 1/{edge.slowdown:g} of a CPU, by {edge.method}")
+        if functions is not None and functions.edge.slowdown != 1:
+            # A plan for a slower edge must not pass for one of this machine's own speed.
+            candidate_set.notes.append(f"the edge's times are {functions.edge.method}")
         candidates = candidate_set.predict(request.conditions, request.prices)
         if functions is not None and not request.predict_only:
             measured = measure_candidates(

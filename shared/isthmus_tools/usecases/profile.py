@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from msgspec.structs import replace
+from msgspec import structs
 
 from isthmus.arrays import Array
 from isthmus.artifacts.profile import Profile, to_json
@@ -19,7 +19,7 @@ from isthmus_tools.budget import UNLIMITED, Budget
 from isthmus_tools.graph import open_model
 from isthmus_tools.profiling import profiles
 from isthmus_tools.profiling.cuts import cuts_to_profile, profiled_cuts, with_cuts
-from isthmus_tools.profiling.measure import measure
+from isthmus_tools.profiling.measure import hop_cost, measure
 from isthmus_tools.profiling.remote import ProfiledFunction
 from isthmus_tools.profiling.subject import SegmentInputs, Subject
 from isthmus_tools.progress import Progress, silent
@@ -91,9 +91,6 @@ def profile(request: ProfileRequest, progress: Progress = silent) -> ProfileResu
     functions = {tier: ProfiledFunction(url, request.functions.token) for tier, url in urls.items()}
     progress("asking the functions what they run on")
     devices = {tier: function.device() for tier, function in functions.items()}
-    if (edge := request.functions.slowed) is not None and EDGE in devices:
-        # A device of its own, whose profile is never taken for the unslowed machine's.
-        devices[EDGE] = profiles.slowed(devices[EDGE], edge.slowdown)
     progress(f"fetching {version.name}:{version.version}")
     cache = open_cache(settings, store)
     with cache.locate(version.digest, WHOLE) as whole:
@@ -127,13 +124,18 @@ def profile(request: ProfileRequest, progress: Progress = silent) -> ProfileResu
             # Equal shares, so that the first tier leaves time for the second.
             budget=request.budget.share((i + 1) / len(due)),
         )
-        new = replace(new, device=devices[tier])
+        new = structs.replace(new, device=devices[tier])
         old = current[tier]
         measured[tier] = profiles.merge(old, new) if old is not None and old.shapes == shapes else new
         profiles.put(store, measured[tier])
-    if edge is not None and {EDGE, CLOUD} <= measured.keys():
-        measured[EDGE] = profiles.with_node_shares(measured[EDGE], measured[CLOUD])
+    if (edge := request.functions.edge).slowdown != 1 and EDGE in functions:
+        progress(f"the cost of a call at an edge {edge.slowdown:g} times slower")
+        measured[EDGE] = profiles.slowed(measured[EDGE], edge.slowdown, hop_cost(functions[EDGE], edge))
         profiles.put(store, measured[EDGE])
+        if CLOUD in functions:
+            # The caller of the cloud is at the edge as well. The stored profile stays that of a caller at full speed.
+            hop = hop_cost(functions[CLOUD], replace(edge, pids=()))
+            measured[CLOUD] = structs.replace(measured[CLOUD], hop=hop)
     weights = {name: (version.bundle.cuts[cut] if isinstance(cut, str) else cut).bytes for name, cut in cuts.items()}
     in_order = {tier: measured[tier] for tier in functions}
     return ProfileResult(f"{version.name}:{version.version}", weights, in_order, frozenset(fresh))

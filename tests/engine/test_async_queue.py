@@ -21,7 +21,7 @@ from yarl import URL
 from isthmus.errors import LocalError, RequestMalformed
 from isthmus.http import sockets
 from isthmus_tools.engine import Engine, Event, async_queue
-from isthmus_tools.engine.callbacks import CallbackPolicy, PermittedResolver, parse_networks
+from isthmus_tools.engine.callbacks import CallbackPolicy, PermittedResolver, networks_of
 from support.local_stack import http, write_stack
 from support.patience import LONG_S, eventually
 
@@ -259,7 +259,7 @@ def test_a_callback_that_leads_to_no_public_address_is_refused(url: str) -> None
 
 def test_a_callback_leads_to_public_and_allowed_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     resolves_to(monkeypatch, "8.8.8.8", "10.0.0.1")
-    policy = CallbackPolicy(GATEWAY, parse_networks(["127.0.0.0/8", "10.1.2.3", "fd00::/8"]))
+    policy = CallbackPolicy(GATEWAY, networks_of(["127.0.0.0/8", "10.1.2.3", "fd00::/8"]))
     for url in (
         "http://8.8.8.8/x",
         "https://[2606:4700::1111]/x?signature=%2f%7E",
@@ -288,7 +288,7 @@ def test_a_callback_leads_to_public_and_allowed_addresses(monkeypatch: pytest.Mo
     ],
 )
 def test_a_callback_reaches_nothing_of_the_gateway_but_function_calls(url: str) -> None:
-    policy = CallbackPolicy(GATEWAY, parse_networks(["0.0.0.0/0", "::/0"]))
+    policy = CallbackPolicy(GATEWAY, networks_of(["0.0.0.0/0", "::/0"]))
     with pytest.raises(RequestMalformed, match="only function calls"):
         asyncio.run(policy.check(url))
 

@@ -1,1 +1,1 @@
-"""HTTP from the standard library: a bounded connection pool, look-ups and connects within a deadline."""
+"""HTTP from the standard library: a bounded connection pool, connects within a deadline and to permitted addresses."""

@@ -15,13 +15,14 @@ import select
 import socket
 import ssl
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlsplit
 
 from isthmus.context import Deadline
-from isthmus.http.sockets import connect
+from isthmus.http.addresses import Address
+from isthmus.http.sockets import AddressRefused, connect
 
 MAX_IDLE = 64
 # Status line and headers, 1xx responses included; http.client alone takes 100 lines of 64 KiB each.
@@ -97,15 +98,18 @@ class Response:
 
 
 class ConnectionPool:
-    """Connections to `url`, kept alive between requests; any thread may post, each on a connection of its own."""
+    """Connections to `url`, kept alive between requests; any thread may post, each on a connection of its own.
 
-    def __init__(self, url: str, *, connect_timeout_s: float) -> None:
+    With `permits`, connections are made to addresses for which it is true alone.
+    """
+
+    def __init__(self, url: str, *, connect_timeout_s: float, permits: Callable[[Address], bool] | None = None) -> None:
         parts = urlsplit(url)
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._address = (parts.hostname or "", parts.port or (443 if self._tls else 80))
         self._path, self._query = parts.path.rstrip("/"), parts.query
         self._host = parts.netloc.rpartition("@")[2]
-        self._connect_timeout_s = connect_timeout_s
+        self._connect_timeout_s, self._permits = connect_timeout_s, permits
         # A list's append and pop are atomic; the connection used last is the likeliest to be alive.
         self._idle: list[socket.socket] = []
         weakref.finalize(self, _close, self._idle)
@@ -128,6 +132,7 @@ class ConnectionPool:
         Units: max_bytes bounds the body of a response with status 200; any other body is cut at max_error_bytes.
 
         Raises:
+            AddressRefused: the host has no permitted address.
             Unreachable: no connection could be made.
             TimeoutError: the deadline passed while sending or reading.
             ResponseTooLong: status 200, and more than max_bytes.
@@ -181,7 +186,9 @@ class ConnectionPool:
     def _connect(self, deadline: Deadline) -> socket.socket:
         timeout_s = max(0.001, min(self._connect_timeout_s, deadline.remaining()))
         try:
-            return connect(*self._address, timeout_s=timeout_s, tls=self._tls)
+            return connect(*self._address, timeout_s=timeout_s, tls=self._tls, permits=self._permits)
+        except AddressRefused:
+            raise
         except OSError as e:
             raise Unreachable(e.strerror or str(e) or "it took too long") from e
 

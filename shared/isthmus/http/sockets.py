@@ -7,23 +7,44 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
+
+from isthmus.http.addresses import Address, parse_address
 
 _LOOKUPS: dict[tuple[str, int], _Lookup] = {}
 _LOCK = threading.Lock()
 
 
-def connect(host: str, port: int, *, timeout_s: float, tls: ssl.SSLContext | None = None) -> socket.socket:
+class AddressRefused(OSError):
+    """A host has no address that its caller permits."""
+
+
+def connect(
+    host: str,
+    port: int,
+    *,
+    timeout_s: float,
+    tls: ssl.SSLContext | None = None,
+    permits: Callable[[Address], bool] | None = None,
+) -> socket.socket:
     """Resolve, connect and, with `tls`, shake hands, all within `timeout_s` seconds; TCP_NODELAY is set.
 
-    Addresses are tried in the resolver's order, each for an equal share of the time that is left.
+    Addresses are tried in the resolver's order, each for an equal share of the time that is left. With `permits`, only
+    addresses for which it is true: the check and the connection use one look-up, so that a name whose addresses change
+    in between (DNS rebinding) gains nothing.
 
     Raises:
+        AddressRefused: `permits` is true for no address.
         TimeoutError: the time is over; the message names the phase.
         OSError: the name is unknown, no address takes the connection, or the TLS handshake failed.
     """
     until = time.monotonic() + timeout_s
     addresses = resolve(host, port, timeout_s=timeout_s)
+    if permits is not None:
+        addresses = [entry for entry in addresses if permits(parse_address(str(entry[4][0])))]
+        if not addresses:
+            raise AddressRefused(f"{host} has no permitted address")
     for n, (family, kind, protocol, _, address) in enumerate(addresses):
         sock = socket.socket(family, kind, protocol)
         try:

@@ -17,7 +17,7 @@ from aiohttp import web
 
 from isthmus.errors import LocalError
 from isthmus_tools.engine.async_queue import AsyncQueue
-from isthmus_tools.engine.callbacks import CallbackPolicy, parse_networks
+from isthmus_tools.engine.callbacks import CallbackPolicy, networks_of
 from isthmus_tools.engine.credentials import PASSWORD_FILE, USER, SecretFolder, ensure_password
 from isthmus_tools.engine.fleet import EngineContext, Fleet
 from isthmus_tools.engine.gateway import create_gateway, create_runner, page_path
@@ -171,7 +171,7 @@ async def _running(options: EngineOptions) -> AsyncIterator[_RunningEngine]:
     report = shielded(options.on_event)
     file = StackFile(Path(options.stack_file), options.variables)
     stack = file.read()
-    networks = parse_networks(options.callback_networks)
+    networks = networks_of(options.callback_networks)
     with contextlib.closing(_listen(options.host, options.port)) as listener:
         port = listener.getsockname()[1]
         url = f"http://{options.host}:{port}"

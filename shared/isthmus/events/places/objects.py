@@ -1,0 +1,68 @@
+"""Results as objects in a folder or a bucket, each named by its message's id."""
+
+from __future__ import annotations
+
+from isthmus.errors import (
+    BrokerRefused,
+    BrokerUnavailable,
+    Corrupt,
+    MessageTooLarge,
+    RegistryError,
+    RegistryUnavailable,
+)
+from isthmus.events.message import Message
+from isthmus.registry import BlobStore
+
+MAX_BODY_BYTES = 2**30
+"""S3 takes up to 5 GB in one request, whose body is in memory."""
+_SUFFIXES = {"application/json": ".json", "text/plain": ".txt", "image/jpeg": ".jpg", "image/png": ".png"}
+
+
+class ObjectPublisher:
+    """Writes each message once: a repetition finds the object of its id and changes nothing.
+
+    Only bodies are stored; the content type shows in the name's suffix.
+    """
+
+    def __init__(self, store: BlobStore) -> None:
+        self._store = store
+
+    @property
+    def url(self) -> str:
+        return self._store.url
+
+    @property
+    def max_bytes(self) -> int:
+        return MAX_BODY_BYTES
+
+    def publish(self, message: Message) -> None:
+        """Write the object; the store's own retries apply.
+
+        Raises:
+            MessageTooLarge: beyond MAX_BODY_BYTES.
+            BrokerUnavailable: the store does not answer, or its disk is full.
+            BrokerRefused: the store refuses credentials, or there is no such bucket.
+        """
+        if len(message.body) > MAX_BODY_BYTES:
+            raise MessageTooLarge(
+                f"{len(message.body)} bytes exceed the {MAX_BODY_BYTES} of an object",
+                bytes=len(message.body),
+                limit=MAX_BODY_BYTES,
+            )
+        try:
+            self._store.put_if_absent(object_key(message), message.body)
+        except (RegistryUnavailable, Corrupt) as e:
+            raise BrokerUnavailable(e.message, broker=self.url) from e
+        except RegistryError as e:
+            raise BrokerRefused(e.message, broker=self.url, hint=e.hint) from e
+
+    def close(self) -> None:
+        """No-op: the store belongs to its opener."""
+
+
+def object_key(message: Message) -> str:
+    """The key of a message's object: its id, and a suffix for the content types of results."""
+    # A key of a store starts with a letter, a digit or an underscore, an id may start with a hyphen.
+    name = f"_{message.id}" if message.id.startswith("-") else message.id
+    is_json = message.content_type.endswith("+json")
+    return name + _SUFFIXES.get("application/json" if is_json else message.content_type, ".bin")

@@ -15,4 +15,4 @@ settings.load_profile("isthmus")
 # A shell starts jobs in the background with SIGINT ignored, and so would the processes be that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-pytest_plugins = ("support.leftovers", "support.s3_server")
+pytest_plugins = ("support.leftovers", "support.s3_server", "support.nats_server")

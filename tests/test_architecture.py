@@ -14,7 +14,7 @@ from support.paths import ROOT
 
 SHARED = ROOT / "shared"
 
-BASE = ("errors", "units", "context", "retries", "settings", "admission")
+BASE = ("errors", "units", "context", "retries", "settings", "admission", "loop_thread")
 """Modules at the bottom of the runtime, each of which may import those before it."""
 RUNTIME = {
     "artifacts": {*BASE},
@@ -35,16 +35,15 @@ RUNTIME["serving"] = {*RUNTIME["routing"], "routing", "oip", "events"}
 TOOLS = {
     "budget": set(),
     "parent_death": set(),
-    "loop_thread": set(),
     "array_files": set(),
     "progress": set(),
-    "netem": {"parent_death", "loop_thread"},
+    "netem": {"parent_death"},
     "graph": {"progress"},
     "zoo": {"graph"},
     "profiling": {"graph", "budget", "progress"},
     "planner": {"graph", "profiling", "budget", "progress"},
     "calibration": {"graph", "budget", "array_files", "progress"},
-    "engine": {"parent_death", "loop_thread"},
+    "engine": {"parent_death"},
     "figures": {"graph", "calibration", "planner", "profiling"},
     "printable": set(),
 }
@@ -181,7 +180,8 @@ import ast, importlib, pathlib, sys
 sys.path.insert(0, {str(SHARED.parent / "functions" / function)!r})
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "isthmus_tools":
+        # aiohttp is not in a function's image either; nats-py imports it where it is installed.
+        if name.partition(".")[0] in ("isthmus_tools", "aiohttp"):
             raise ImportError(f"a function imports {{name}}")
 sys.meta_path.insert(0, Refuse())
 import handler

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from isthmus.loop_thread import LoopThread
 from isthmus_tools.engine.gateway import create_runner
 from isthmus_tools.engine.proxy import ReverseProxy, open_session
 from isthmus_tools.engine.replica import Deployment, Replica, ReplicaState, WatchdogLimits
 from isthmus_tools.engine.stack import FunctionSpec
 from isthmus_tools.engine.supervisor import Supervisor
 from isthmus_tools.engine.telemetry import InvocationMetrics, ignore_event
-from isthmus_tools.loop_thread import LoopThread
 from support.patience import LONG_S, eventually
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"

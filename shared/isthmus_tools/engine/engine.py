@@ -16,6 +16,7 @@ from pathlib import Path
 from aiohttp import web
 
 from isthmus.errors import LocalError
+from isthmus.loop_thread import LoopThread
 from isthmus_tools.engine.async_queue import AsyncQueue
 from isthmus_tools.engine.callbacks import CallbackPolicy, networks_of
 from isthmus_tools.engine.credentials import PASSWORD_FILE, USER, SecretFolder, ensure_password
@@ -24,7 +25,6 @@ from isthmus_tools.engine.gateway import create_gateway, create_runner, page_pat
 from isthmus_tools.engine.proxy import ReverseProxy, open_session
 from isthmus_tools.engine.stack import StackFile, build_folder
 from isthmus_tools.engine.telemetry import Event, InvocationMetrics, OnEvent, ignore_event, shielded
-from isthmus_tools.loop_thread import LoopThread
 
 DEFAULT_PORT = 8080
 DRAIN_S = 10.0

@@ -15,7 +15,7 @@ from typing import Self, TypeVar
 from urllib.parse import urlsplit
 
 from isthmus.errors import LocalError
-from isthmus_tools.loop_thread import LoopThread
+from isthmus.loop_thread import LoopThread
 from isthmus_tools.netem.relay import PreciseSelector, RelayedConnection, bound_buffers
 from isthmus_tools.netem.script import ScriptStep
 from isthmus_tools.netem.shaping import LinkShape, Shaper

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.wrappers import Response
 
 from isthmus.serving import create_router_app
+from support.browser import api
+from support.browser import browser as browser
 from support.bundles import (
     POSTPROCESS,
     PREPROCESS,
@@ -31,26 +32,10 @@ from support.patience import LONG_S
 from support.routers import Chain, oip_json
 from support.routers import chain as chain
 
-api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-
-NAMES = ("chromium", "chromium-browser", "chromium-headless-shell", "google-chrome")
 PHONE = {"width": 390, "height": 844}
 DESK = {"width": 1280, "height": 900}
 # A label that would run where a template or script forgot to escape.
 EVIL = "<img src=x onerror=\"document.title='run'\">"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with api.sync_playwright() as playwright:
-        found = next(filter(None, map(shutil.which, NAMES)), playwright.chromium.executable_path)
-        if not os.path.exists(found):
-            pytest.skip("no Chromium is installed")
-        # The commands hide fonts from matplotlib, and Chromium ends without any.
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("FONTCONFIG")}
-        browser = playwright.chromium.launch(executable_path=found, env=environment)
-        yield browser
-        browser.close()
 
 
 def behind_a_prefix(app: Any) -> Any:
@@ -214,6 +199,16 @@ def test_the_page_fits_and_follows_the_scheme(
         picture_file = folder / f"page-{scheme}-{size['width']}.png"
         page.screenshot(path=str(picture_file), full_page=True)
         assert picture_file.stat().st_size > 10_000
+
+
+def test_the_rates_stand_below_the_request_however_long_the_result_is(page: Any, picture: Path) -> None:
+    send(page, picture)
+    page.click("#result details summary")
+    names = ("#request", "#result", "section:has(#rates)", "#models")
+    request, result, rates, models = (page.locator(name).bounding_box() for name in names)
+    assert rates["x"] == request["x"]
+    assert rates["y"] - (request["y"] + request["height"]) < 40
+    assert models["y"] >= max(result["y"] + result["height"], rates["y"] + rates["height"])
 
 
 def test_the_docs_open_in_the_browser(browser: Any, url: str) -> None:

@@ -99,10 +99,11 @@ function draw() {
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   if (chart) chart.destroy();
   const axis = { stroke: colour("--soft"), grid: { stroke: colour("--line") }, ticks: { stroke: colour("--line") } };
+  const clock = (u, times) => times.map((at) => new Date(at * 1000).toTimeString().slice(0, 8));
   chart = new uPlot({
-    width: byId("chart").clientWidth, height: 170, cursor: { drag: { x: false } },
+    width: byId("chart").clientWidth, height: 170, cursor: { drag: { x: false } }, legend: { live: false },
     scales: { requests: { range: (u, min, max) => [0, max || 1] }, sent: { range: (u, min, max) => [0, max || 1] } },
-    axes: [axis, { ...axis, scale: "requests" }, { ...axis, scale: "sent", side: 1, grid: { show: false } }],
+    axes: [{ ...axis, values: clock, space: 80 }, { ...axis, scale: "requests" }, { ...axis, scale: "sent", side: 1, grid: { show: false } }],
     series: [
       {},
       { label: "requests/s", scale: "requests", stroke: colour("--run"), width: 2 },

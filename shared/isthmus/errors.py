@@ -269,6 +269,10 @@ class EventMalformed(RequestMalformed):
     """An envelope (CloudEvents, S3 notification, claim check) breaks its specification. Facts: `attribute`."""
 
 
+class BucketRefused(RequestError):
+    """A notification names an object of a bucket that is not among `event_buckets`. Facts: `bucket`."""
+
+
 class ClaimExpired(EventError):
     """The object that a claim check refers to is gone or past its expiry. Facts: `reference`."""
 
@@ -345,6 +349,7 @@ HTTP_STATUS: dict[type[IsthmusError], int] = {
     BrokerRefused: 502,
     MessageTooLarge: 413,
     EventMalformed: 400,
+    BucketRefused: 403,
     ClaimExpired: 410,
     ResultStoreUnavailable: 503,
     CallUnknown: 404,

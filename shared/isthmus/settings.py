@@ -293,6 +293,11 @@ class RouterSettings(SegmentSettings):
     explain_runs: int = setting(
         "maximum runs of the segments behind the cut for one explanation; 0 allows no explanations", 256
     )
+    event_buckets: tuple[str, ...] = setting(
+        "buckets, comma-separated, whose objects may be named by notifications of an object store; the router reads"
+        " them with the settings s3_endpoint, s3_region and the registry's S3 secrets. Empty refuses notifications",
+        (),
+    )
     page: bool = setting(
         "whether browsers get a page at GET /, which sends photos along the model's routes, and one of the API at"
         " GET /docs; anybody who can call the function sees them. The local engine turns it on",

@@ -130,7 +130,7 @@ def dockerfile_variables(template: str) -> dict[str, str]:
 def test_stack_yml_holds_nothing_that_ce_refuses() -> None:
     for spec in stack("stack.yml").functions.values():
         assert not spec.constraints
-        assert not spec.annotations
+        assert not {k: v for k, v in spec.annotations.items() if k != "topic" or "," in v}
         assert not [k for k in spec.labels if PRO_LABELS.fullmatch(k)]
         assert int(spec.labels["com.openfaas.scale.max"]) <= 5
         assert not spec.secrets  # a secret that does not exist makes a deployment fail
@@ -140,7 +140,8 @@ def test_the_pro_stack_differs_only_where_it_says() -> None:
     ce, pro = stack("stack.yml"), stack("stack.pro.yml")
     for name, spec in pro.functions.items():
         base = ce.functions[name]
-        same = replace(spec, constraints=(), annotations={}, labels=base.labels)
+        topic = {k: v for k, v in spec.annotations.items() if k == "topic"}
+        same = replace(spec, constraints=(), annotations=topic, labels=base.labels)
         if name == "cloud-tail":
             env = {k: v for k, v in spec.environment.items() if k != "providers"}
             same = replace(same, image=base.image, environment=env)

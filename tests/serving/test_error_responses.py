@@ -35,6 +35,12 @@ ABOUT_THE_REQUEST = {
     "ValueRefused",
     "Overloaded",
     "DeadlineExceeded",
+    "EventMalformed",
+    "BucketRefused",
+    "MessageTooLarge",
+    "ClaimExpired",
+    "CallUnknown",
+    "SpoolFull",
 }
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "SegmentCache",
     "SegmentSource",
     "Version",
+    "open_blob_store",
     "open_cache",
     "open_registry",
     "open_source",
@@ -40,9 +41,21 @@ def open_registry(settings: RegistrySettings) -> Registry:
             S3 secrets is present.
     """
     retries = RetryPolicy(settings.registry_attempts, settings.registry_timeout_s)
-    address = parse_address(settings.registry)
-    if address.folder:
-        return Registry(FolderStore(address.folder, retries), retries)
+    return Registry(open_blob_store(settings.registry, settings), retries)
+
+
+def open_blob_store(address: str, settings: RegistrySettings, *, any_key: bool = False) -> FolderStore | S3Store:
+    """The store at `address`, with the S3 settings and retry policy of the registry; no request is sent yet.
+
+    `any_key`: keys of objects in S3 may be any that S3 takes, for objects that are read and are no registry's.
+
+    Raises:
+        SettingsError: as `open_registry`.
+    """
+    retries = RetryPolicy(settings.registry_attempts, settings.registry_timeout_s)
+    place = parse_address(address)
+    if place.folder:
+        return FolderStore(place.folder, retries)
     check_endpoint(settings.s3_endpoint)
     check_region(settings.s3_region)
     key_id, secret = (read_secret(settings.secrets_dir, name) for name in ("s3-access-key-id", "s3-secret-access-key"))
@@ -54,16 +67,16 @@ def open_registry(settings: RegistrySettings) -> Registry:
             variable="secrets_dir",
             value=settings.secrets_dir,
         )
-    store = S3Store(
-        address.bucket,
-        address.prefix,
+    return S3Store(
+        place.bucket,
+        place.prefix,
         endpoint=settings.s3_endpoint,
         region=settings.s3_region,
         key_id=key_id,
         secret=secret,
         retry_policy=retries,
+        any_key=any_key,
     )
-    return Registry(store, retries)
 
 
 def open_cache(settings: RegistrySettings, registry: Registry | None = None) -> SegmentCache:

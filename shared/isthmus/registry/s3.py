@@ -60,6 +60,8 @@ class S3Store:
     """Keys are objects under `prefix` of one bucket; an empty `endpoint` is AWS, any other server is addressed
     path-style.
 
+    `any_key`: keys that others chose are taken as well, for objects that are read and are no registry's.
+
     Without `key_id` and `secret`, boto3's own credential chain applies (environment, files, instance role); with an
     empty `region`, boto3's own region. boto3 makes one attempt; `RetryPolicy` repeats requests.
     """
@@ -74,7 +76,9 @@ class S3Store:
         key_id: str = "",
         secret: str = "",
         retry_policy: RetryPolicy | None = None,
+        any_key: bool = False,
     ) -> None:
+        self._any_key = any_key
         self._bucket = bucket
         self._prefix = f"{check_key(prefix.strip('/'))}/" if prefix.strip("/") else ""
         self._endpoint, self._region = endpoint, region
@@ -232,7 +236,7 @@ class S3Store:
         return objects
 
     def _at(self, key: str) -> dict[str, str]:
-        return {"Bucket": self._bucket, "Key": self._prefix + check_key(key)}
+        return {"Bucket": self._bucket, "Key": self._prefix + (key if self._any_key else check_key(key))}
 
     def _body(self, key: str, body: Any, length: int) -> bytes:
         # The socket timeout bounds silence; this deadline bounds a body that trickles.

@@ -225,8 +225,12 @@ class PhotoBody(Struct, omit_defaults=True):
 
 
 class BatchEntryBody(Struct, omit_defaults=True):
-    """The prediction for a photo of a batch (`classes`, `route`, `timings_ms`), or its error (`error`, `type`…)."""
+    """The prediction for a photo of a batch (`classes`, `route`, `timings_ms`), or its error (`error`, `type`…).
 
+    `object` is the URL of the photo's object where a notification named it.
+    """
+
+    object: str = ""
     classes: list[ClassBody] = []
     route: RouteBody | None = None
     timings_ms: dict[str, Milliseconds] = {}
@@ -236,13 +240,14 @@ class BatchEntryBody(Struct, omit_defaults=True):
     hint: str = ""
 
 
-class BatchPredictionBody(Struct):
-    """The predictions for a batch of photos, in their order."""
+class BatchPredictionBody(Struct, omit_defaults=True):
+    """The predictions for a batch of photos, in their order; `ignored`: what else a notification told of."""
 
     id: str
     model_name: str
     model_version: str
     predictions: list[BatchEntryBody]
+    ignored: list[str] = []
 
 
 class PhotoBatchBody(Struct, omit_defaults=True):

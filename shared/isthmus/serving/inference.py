@@ -8,11 +8,13 @@ from __future__ import annotations
 import codecs
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from isthmus.admission import Turns
-from isthmus.errors import IsthmusError, MediaUnsupported, RequestMalformed
+from isthmus.errors import IsthmusError, MediaUnsupported, Missing, RequestMalformed, RequestTooLarge
+from isthmus.events.cloudevent import ReceivedEvent, check_no_batch, read_binary, read_structured
+from isthmus.events.s3_notification import Notification, WrittenObject, read_notification
 from isthmus.oip import messages as oip
 from isthmus.processing.media import (
     BATCH_FIELD,
@@ -23,8 +25,11 @@ from isthmus.processing.media import (
     not_an_image,
     read_form,
 )
+from isthmus.registry import open_blob_store
+from isthmus.registry.event_objects import EventObjects
 from isthmus.routing.catalog import ServedModel
 from isthmus.serving.request import FunctionRequest
+from isthmus.settings import RouterSettings
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,8 @@ class InferenceRequest:
     """A request for predictions of `model`: a photo, a batch of photos, or else tensors.
 
     A photo of a batch that cannot be read is its error. `top_k` bounds the classes of a photo's prediction; None leaves
-    that to the bundle.
+    that to the bundle. `event` is the CloudEvent around the request; `objects` are the objects of a notification, in
+    the order of the batch, and `ignored` what else it told of.
     """
 
     model: ServedModel
@@ -40,21 +46,35 @@ class InferenceRequest:
     batch: tuple[bytes | IsthmusError, ...] = ()
     top_k: int | None = None
     tensors: oip.InferRequest | None = None
+    event: ReceivedEvent | None = None
+    objects: tuple[WrittenObject, ...] = ()
+    ignored: tuple[str, ...] = ()
 
 
 class InferenceReader:
     """Reads inference requests, JSON of a single request at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: RouterSettings) -> None:
         self._turns = Turns(1)  # parsing JSON holds Python's lock all the while
+        self._max_bytes = settings.max_request_bytes
+        self._objects = EventObjects(
+            settings.event_buckets, lambda bucket: open_blob_store(f"s3://{bucket}", settings, any_key=True)
+        )
 
     def read(self, request: FunctionRequest, model: ServedModel) -> InferenceRequest:
-        """Read a request of any kind.
+        """Read a request of any kind, and of the kind within a CloudEvent.
 
         Raises:
             MediaUnsupported, ImageMalformed: the body is of no known kind.
+            EventMalformed, BucketRefused: as the envelope's reader.
             RequestMalformed, RequestTooLarge, ShapeMismatch: as its kind's reader; Overloaded: as `Reservation.hold`.
         """
+        check_no_batch(request.headers.get("Content-Type", ""))
+        if (event := read_binary(request.headers)) is None:
+            return self._read_body(request, model, True)
+        return replace(self._read_body(request, model, False), event=event)
+
+    def _read_body(self, request: FunctionRequest, model: ServedModel, may_be_event: bool) -> InferenceRequest:
         if oip.HEADER_LENGTH in request.headers:
             return self.read_tensors(request, model)
         body = _contiguous(request)
@@ -64,7 +84,7 @@ class InferenceReader:
             return _read_form(request, model, body)
         if body[:64].removeprefix(codecs.BOM_UTF8).lstrip()[:1] != b"{":
             raise not_an_image(body)
-        return self._read_json(request, model, body)
+        return self._read_json(request, model, body, may_be_event)
 
     def read_tensors(self, request: FunctionRequest, model: ServedModel) -> InferenceRequest:
         """Read an Open Inference Protocol request, JSON with or without binary tensors.
@@ -94,16 +114,53 @@ class InferenceReader:
         request.timings.add("decode", time.perf_counter() - start)
         return InferenceRequest(model, tensors=tensors)
 
-    def _read_json(self, request: FunctionRequest, model: ServedModel, body: bytes) -> InferenceRequest:
+    def _read_json(
+        self, request: FunctionRequest, model: ServedModel, body: bytes, may_be_event: bool
+    ) -> InferenceRequest:
         start = time.perf_counter()
         # Parsing takes many times the text's size, for its duration; only the result's size stays until the response.
         with self._turns.one(request.context.deadline), request.memory.scope():
             doc = oip.read_document(body, reserve=request.memory.hold)
-            inference = _from_document(doc, model)
+            read: InferenceRequest | Notification | ReceivedEvent
+            read = (
+                (read_structured(doc) if may_be_event else None) or read_notification(doc) or _from_document(doc, model)
+            )
             del doc
-        request.memory.hold(_own_bytes(inference))
         request.timings.add("decode", time.perf_counter() - start)
-        return inference
+        if isinstance(read, ReceivedEvent):
+            data = read.body or b""
+            request.memory.hold(len(data))
+            return replace(self._read_body(request._replace(body=data), model, False), event=read)
+        if isinstance(read, Notification):
+            return self._read_objects(request, model, read)
+        request.memory.hold(_own_bytes(read))
+        return read
+
+    def _read_objects(
+        self, request: FunctionRequest, model: ServedModel, notification: Notification
+    ) -> InferenceRequest:
+        """The objects of a notification as a batch of photos; one that is gone or too large is its error."""
+        check_count(len(notification.objects))
+        batch: list[bytes | IsthmusError] = []
+        left = self._max_bytes
+        for item in notification.objects:
+            request.context.deadline.check(f"{item.url} was read")
+            bound = left if item.size is None else min(left, item.size)
+            try:
+                request.memory.hold(bound)
+                photo = self._objects.get(item.bucket, item.key, max_bytes=bound)
+            except (Missing, RequestTooLarge) as e:
+                batch.append(e)
+                continue
+            left -= len(photo)
+            batch.append(photo if looks_like_image(photo) else not_an_image(photo))
+        return InferenceRequest(
+            model,
+            batch=tuple(batch),
+            top_k=parse_top_k(request.query.get("top_k")),
+            objects=notification.objects,
+            ignored=notification.ignored,
+        )
 
 
 def parse_top_k(value: Any) -> int | None:

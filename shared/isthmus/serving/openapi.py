@@ -31,7 +31,7 @@ ADMISSION: Errors = (
     *(errors.Overloaded, errors.NotReady, errors.DeadlineExceeded),
 )
 EXECUTION: Errors = (
-    *(errors.MediaUnsupported, errors.ShapeMismatch, errors.ValueRefused),
+    *(errors.MediaUnsupported, errors.ShapeMismatch, errors.ValueRefused, errors.EventMalformed, errors.BucketRefused),
     *(errors.SegmentTooLarge, errors.RunFailed, errors.CacheFull),
     *(errors.HopTimeout, errors.HopUnavailable, errors.HopBusy, errors.HopRejected),
 )

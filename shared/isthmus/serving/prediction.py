@@ -60,6 +60,13 @@ class Predictor:
             MediaUnsupported: a photo for a model that declares no processing of photos.
             Further errors as decoding a photo and executing the route.
         """
+        response = self._response(request, inference)
+        if inference.event is not None:
+            source = f"/models/{inference.model.name}/versions/{inference.model.version}"
+            response.headers.extend(inference.event.response_headers(request.context.call_id, source))
+        return response
+
+    def _response(self, request: FunctionRequest, inference: InferenceRequest) -> Response:
         if inference.tensors is not None:
             return self._tensors(request, inference, inference.tensors)
         bundle = inference.model.bundle
@@ -71,7 +78,10 @@ class Predictor:
             )
         model = {"model_name": inference.model.name, "model_version": inference.model.version}
         document: dict[str, Any] = {"id": request.context.call_id, **model}
-        if inference.batch:
+        if inference.objects or inference.ignored:
+            document["predictions"] = self._objects(request, inference)
+            document["ignored"] = list(inference.ignored)
+        elif inference.batch:
             document["predictions"] = self._batch(request, inference)
         else:
             document |= self._photo(request, inference, inference.photo)
@@ -91,6 +101,17 @@ class Predictor:
             raise
         self._record(request, result, len(route.segments))
         return result
+
+    def _objects(self, request: FunctionRequest, inference: InferenceRequest) -> list[dict[str, Any]]:
+        """A prediction for each object of a notification, with its URL.
+
+        Raises:
+            IsthmusError: of the only object.
+        """
+        if len(inference.batch) == 1 and isinstance(error := inference.batch[0], IsthmusError):
+            raise error
+        predictions = self._batch(request, inference)
+        return [{"object": item.url, **each} for item, each in zip(inference.objects, predictions, strict=True)]
 
     def _tensors(self, request: FunctionRequest, inference: InferenceRequest, tensors: oip.InferRequest) -> Response:
         model = inference.model
@@ -120,8 +141,9 @@ class Predictor:
             stages.append(Timings())
             try:
                 if isinstance(photo, IsthmusError):
-                    raise photo
-                document = self._photo(request._replace(timings=stages[-1]), inference, photo)
+                    document = error_document(photo, expose_details=self._settings.expose_details)
+                else:
+                    document = self._photo(request._replace(timings=stages[-1]), inference, photo)
             except (*_PHOTO_ERRORS.values(), RequestMalformed) as e:
                 document = error_document(e, expose_details=self._settings.expose_details)
             predictions.append(document)

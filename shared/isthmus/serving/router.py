@@ -55,7 +55,7 @@ class _RouterApp(FunctionApp):
         super().__init__("router", settings, self._prepare)
         images = ImageMemory(settings.image_memory_bytes)
         tables = Tables(self._registry.bundle, self._registry.blob, settings.max_image_pixels, memory=images)
-        self._reader = InferenceReader()
+        self._reader = InferenceReader(settings)
         routes = RouteSelector(settings, self._registry, hops, tables, codec)
         guard = Guard(settings.guard_share, routes.fidelity, self.metrics, self.log, deadline_s=settings.deadline_s)
         self._catalog = ModelCatalog(self._registry, settings.refresh_s, self.log, routes)

@@ -9,21 +9,15 @@ from typing import Any, TypeAlias
 import ml_dtypes
 import numpy as np
 
-from isthmus.artifacts.tensors import TensorSpec, TensorType, check_types
+from isthmus.artifacts.tensors import DTYPE_NAMES, TensorSpec, TensorType, check_types
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 # The dtypes of frames by name, little-endian as on the wire.
 DTYPES: Mapping[str, np.dtype[Any]] = {
-    **{
-        name: np.dtype(np.dtype(name).newbyteorder("<").str)
-        for name in (
-            *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
-            *("float16", "float32", "float64"),
-        )
-    },
     # numpy itself has no bfloat16.
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    name: np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else np.dtype(name).newbyteorder("<").str)
+    for name in DTYPE_NAMES
 }
 
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from isthmus.errors import ModelError, RequestMalformed, RunFailed
-from isthmus.processing.classify import classify, parse_labels, softmax, validate_spec
+from isthmus.processing.classify import classify, softmax
+from isthmus.processing.classify_spec import parse_labels, validate_spec
 
 SPEC: dict[str, Any] = {"kind": "classify", "output": "logits", "softmax": True, "top_k": 2, "labels": None}
 

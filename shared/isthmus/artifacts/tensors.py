@@ -11,6 +11,11 @@ from isthmus.artifacts.constraints import Count, Text
 from isthmus.errors import ShapeMismatch
 
 Dim: TypeAlias = Count | Text
+DTYPE_NAMES = (
+    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("float16", "float32", "float64", "bfloat16"),
+)
+"""The dtypes of frames, by numpy's names."""
 # numpy's own bound on axes.
 MAX_RANK = 64
 # An anonymous free dimension, unrelated to all other dimensions.

@@ -12,7 +12,9 @@ from cachetools import LRUCache
 
 from isthmus.artifacts import bundle as manifest
 from isthmus.artifacts.bundle import Bundle, is_digest
+from isthmus.artifacts.tensors import DTYPE_NAMES
 from isthmus.errors import Corrupt, Missing, ModelError, RegistryError
+from isthmus.processing import classify_spec, image_spec
 from isthmus.registry.blobs import BlobStore
 from isthmus.registry.retry_policy import RetryPolicy
 from isthmus.retries import RetryBudget
@@ -64,17 +66,13 @@ def _check_served(bundle: Bundle) -> None:
         RegistryError: a segment without outputs, a dtype without an encoding in requests, or a malformed processing
             spec.
     """
-    # Imported late: readers of the registry's package alone need no numpy.
-    from isthmus.arrays import DTYPES
-    from isthmus.processing import classify, image_spec
-
     if mute := next((s.id for s in bundle.segments.values() if not s.outputs), None):
         raise RegistryError(f"bundle {bundle.name}: segment {mute} has no outputs")
-    if unsupported := next((s for s in (*bundle.inputs, *bundle.outputs) if s.dtype not in DTYPES), None):
+    if unsupported := next((s for s in (*bundle.inputs, *bundle.outputs) if s.dtype not in DTYPE_NAMES), None):
         raise RegistryError(
             f"bundle {bundle.name}: {unsupported.name[:80]!r} is {unsupported.dtype[:80]!r}, which no request carries"
         )
-    specs = ((bundle.preprocess, "image", image_spec), (bundle.postprocess, "classify", classify))
+    specs = ((bundle.preprocess, "image", image_spec), (bundle.postprocess, "classify", classify_spec))
     for doc, kind, processing in specs:
         # A later version may add kinds; such a model still serves tensors.
         if doc is not None and doc.get("kind") == kind:

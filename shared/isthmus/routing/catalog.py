@@ -25,7 +25,7 @@ from isthmus.errors import (
     PlanError,
     RegistryError,
 )
-from isthmus.processing.classify import parse_labels
+from isthmus.processing.classify_spec import parse_labels
 from isthmus.registry import Registry
 from isthmus.registry.lookups import Lookups
 from isthmus.routing.selection import RouteSelector, SelectedRoute

@@ -18,7 +18,7 @@ from isthmus.artifacts.bundle import Bundle, Cut, Segment, Weights, digest_of, i
 from isthmus.artifacts.segment_id import partition_ids
 from isthmus.artifacts.tensors import TensorSpec, describe
 from isthmus.errors import CutError, IsthmusError, ModelError
-from isthmus.processing import classify, image_spec
+from isthmus.processing import classify, classify_spec, image_spec
 from isthmus_tools.graph import weights as weights_file
 from isthmus_tools.graph.cuts import (
     AnyCut,
@@ -369,7 +369,7 @@ def _check_processing(
     if labels is not None and not (labels and all(isinstance(label, str) for label in labels)):
         raise ModelError("the labels are not a list of at least one class name")
     if postprocess is not None:
-        classify.validate_spec(postprocess)
+        classify_spec.validate_spec(postprocess)
         outputs = [str(v.name) for v in model.outputs]
         if (name := postprocess["output"]) not in outputs:
             raise ModelError(

@@ -11,7 +11,8 @@ from isthmus.artifacts.segment_id import WHOLE
 from isthmus.context import Context
 from isthmus.errors import MediaUnsupported
 from isthmus.pipeline import LocalHop, Result, execute, local_route, plan_route
-from isthmus.processing.classify import classify, parse_labels
+from isthmus.processing.classify import classify
+from isthmus.processing.classify_spec import parse_labels
 from isthmus.processing.image import model_input
 from isthmus.registry import open_cache, open_registry
 from isthmus.runtime.store import SegmentStore

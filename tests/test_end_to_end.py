@@ -224,7 +224,7 @@ def test_packaged_functions_answer_without_a_registry(
 ) -> None:
     monkeypatch.chdir(ROOT)
     output = ROOT / "build" / f"test-{os.getpid()}"
-    arguments = f"package {MODEL} --cuts 20,65 --json --output build/{output.name}".split()
+    arguments = f"package {MODEL} --cut 20/65 --json --output build/{output.name}".split()
     result = CliRunner().invoke(app, [*arguments, "--registry", registry])
     assert result.exit_code == 0, result.output
     written = json.loads(result.stdout)

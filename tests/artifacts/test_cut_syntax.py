@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from isthmus.artifacts.cuts import CutText, parse_cut, parse_partition
+from isthmus.artifacts.cuts import SYNTAX, CutText, parse_cut, parse_partition
 from isthmus.errors import CutError, Missing, UnknownValue
 from isthmus.settings import RouterSettings
 from isthmus_tools.graph import build, open_model, resolve_cut
@@ -121,7 +121,7 @@ def test_a_misspelt_name_is_refused_whole(tmp_path: Path) -> None:
         build(model, "odd", tmp_path / "out", partitions=["0/nope"])
     with pytest.raises(UnknownValue, match="20,40 is one cut") as error:
         resolve_cut(model, "20,40")
-    assert error.value.hint.endswith("20/40")
+    assert error.value.hint == SYNTAX
     for empty in ("", "deep=", ","):
         with pytest.raises(CutError, match="names no tensor"):
             resolve_cut(model, empty)
@@ -135,18 +135,18 @@ def test_every_command_takes_the_same_text(tmp_path: Path, monkeypatch: pytest.M
     assert first == "first"
     again = document(isthmus("cut", "odd", "--cut", partition, *registry, "--json"))
     assert (again["version"], again["new_segments"]) == ("1", [])
-    assert document(isthmus("cut", "odd", "--at", f"first/{second}/{third}", *registry, "--json"))["version"] == "1"
+    assert document(isthmus("cut", "odd", "--cut", f"first/{second}/{third}", *registry, "--json"))["version"] == "1"
 
     np.save(tmp_path / "x.npy", np.ones((1, 4), "float32"))
     tensor = ("--model", "odd", "--tensor", f"x={tmp_path / 'x.npy'}", "--local", *registry, "--json")
-    for cut in (("--cut", partition), ("--cut", f"0/{second}/{third}"), ("--cuts", f"first,{second},{third}")):
+    for cut in (("--cut", partition), ("--cut", f"0/{second}/{third}"), ("--cut", f"first/{second}/{third}")):
         segments = document(isthmus("infer", *tensor, *cut))["route"]["segments"]
         assert segments == f"..first,first..{second},{second}..{third},{third}.."
 
     for needed in ("stack.yml", "functions"):
         (tmp_path / needed).symlink_to(ROOT / needed)
     monkeypatch.chdir(tmp_path)
-    for cut in (("--cut", partition), ("--cuts", f"first,{second},{third}")):
+    for cut in (("--cut", partition), ("--cut", f"first/{second}/{third}")):
         written = document(isthmus("package", "odd", *cut, "--output", "package", *registry, "--json"))
         assert written["cuts"] == [first, second, third]
     assert f"cuts: {first}/{second}/{third}" in Path(written["stack"]).read_text()
@@ -157,7 +157,6 @@ def test_a_bundle_knows_its_cuts_by_name_position_and_tensors(tmp_path: Path) ->
     bundle, _ = build(model, "odd", tmp_path / "out", partitions=["a/waist=b/2"])
     assert bundle.cut_names("a/waist/2") == ("a", "waist", "2")
     assert bundle.cut_names("0/1/c") == ("a", "waist", "2")
-    assert bundle.cut_names("a,waist,2") == ("a", "waist", "2")
     assert [s.id for s in bundle.partition("a/b/2")] == [s.id for s in bundle.partition(("a", "waist", "2"))]
     with pytest.raises(Missing, match="no cut 'd'"):
         bundle.cut_names("a/d")

@@ -75,7 +75,7 @@ def calibrated(original: Published, album: Path, tmp_path_factory: pytest.TempPa
     """A registry with the model calibrated at one cut, and what the command printed."""
     folder = tmp_path_factory.mktemp("calibrated") / "registry"
     shutil.copytree(original.folder, folder)
-    cuts = ("--at", "6")
+    cuts = ("--cut", "6")
     return folder, document(
         isthmus("calibrate", "photos", "--data", album, *cuts, "--inputs", 32, "--registry", folder, "--json")
     )
@@ -120,14 +120,14 @@ def test_the_codec_command_shows_the_curves_and_finds_targets(calibrated: tuple[
     assert found["chosen"] == {}
     picture = tmp_path / "curves.svg"
     targets = ("--agreement", "0.99", "--picture", picture, "--all")
-    result = isthmus("codec", "photos", "--at", "6", *targets, "--registry", folder)
+    result = isthmus("codec", "photos", "--cut", "6", *targets, "--registry", folder)
     assert result.exit_code == 0, result.output
     assert "keeps" in result.stdout
     assert "jpeg 85" in result.stdout
     assert "<svg" in picture.read_text()
-    small = document(isthmus("codec", "photos", "--at", "6", "--bytes", "300B", "--registry", folder, "--json"))
+    small = document(isthmus("codec", "photos", "--cut", "6", "--bytes", "300B", "--registry", folder, "--json"))
     assert small["chosen"]["6"]["bytes"] <= 300
-    assert refusal(isthmus("codec", "photos", "--at", "5", "--registry", folder, "--json"))["type"] == "Missing"
+    assert refusal(isthmus("codec", "photos", "--cut", "5", "--registry", folder, "--json"))["type"] == "Missing"
     nothing = refusal(isthmus("codec", "photos", "--bytes", "1B", "--registry", folder, "--json"))
     assert nothing["type"] == "CalibrationError"
     assert "closest" in nothing["facts"]
@@ -167,7 +167,7 @@ def test_the_command_that_applies_a_codec_goes_past_a_plan_and_another_default_c
 
 
 def test_calibrating_shows_a_table_for_people(photos: Published, album: Path) -> None:
-    result = isthmus("calibrate", "photos", "--data", album, "--at", "6", "--inputs", 16, "--registry", photos.folder)
+    result = isthmus("calibrate", "photos", "--data", album, "--cut", "6", "--inputs", 16, "--registry", photos.folder)
     assert result.exit_code == 0, result.output
     assert "photos:2" in result.stdout
     assert "│ → " in result.stdout
@@ -177,7 +177,7 @@ def test_calibrating_shows_a_table_for_people(photos: Published, album: Path) ->
 def test_calibrating_keeps_a_plan_that_calibration_does_not_touch(photos: Published, album: Path) -> None:
     registry = Registry(FolderStore(photos.folder))
     publish_plan(registry, photos.bundle, {}, plan_for(photos.bundle, candidate()), alias="prod")
-    common = ["calibrate", "photos", "--data", album, "--at", "6", "--inputs", 16, "--registry", photos.folder]
+    common = ["calibrate", "photos", "--data", album, "--cut", "6", "--inputs", 16, "--registry", photos.folder]
     result = isthmus(*common)
     assert result.exit_code == 0, result.output
     serving = registry.resolve("photos")
@@ -223,7 +223,7 @@ def test_calibrating_leaves_the_alias_with_a_plan_that_would_be_lost(photos: Pub
     looks = CloserLooks.of("logits", (Look(0.9, 0.123456),), (0.5,))
     chosen = candidate("split-6-looks", "split", cuts=("6",), codecs={"p6": Coding("transform/4", 0.5)}, looks=looks)
     publish_plan(registry, photos.bundle, {}, plan_for(photos.bundle, chosen), alias="prod")
-    common = ["calibrate", "photos", "--data", album, "--at", "6", "--inputs", 16, "--registry", photos.folder]
+    common = ["calibrate", "photos", "--data", album, "--cut", "6", "--inputs", 16, "--registry", photos.folder]
     result = isthmus(*common)
     assert result.exit_code == 0, result.output
     assert registry.resolve("photos").version == "2"
@@ -305,7 +305,7 @@ def test_data_that_does_not_fit_is_refused(photos: Published, tmp_path: Path, da
         elif data == "torn":
             (folder / f"{i}.npz").write_bytes(b"PK\x03\x04torn")
     found = refusal(
-        isthmus("calibrate", "photos", "--data", folder, "--at", "6", "--registry", photos.folder, "--json")
+        isthmus("calibrate", "photos", "--data", folder, "--cut", "6", "--registry", photos.folder, "--json")
     )
     assert found["type"] == "CalibrationError"
     assert said in found["error"]

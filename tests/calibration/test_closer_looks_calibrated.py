@@ -44,11 +44,11 @@ def test_answers_that_are_no_classes_get_none(photos: Published, tmp_path: Path)
 
 def test_the_codec_command_names_them(known: Known, tmp_path: Path) -> None:
     where = ("--registry", known.published.folder)
-    said = json.loads(isthmus("codec", "photos", "--at", 6, "--agreement", known.chain.agreement, *where, "--json"))
+    said = json.loads(isthmus("codec", "photos", "--cut", 6, "--agreement", known.chain.agreement, *where, "--json"))
     looks = [{"quality": look.quality, "margin": look.margin} for look in known.chain.looks]
     assert (looks, list(known.chain.shares)) in [(e.get("looks"), e.get("shares")) for e in said["entries"]]
     picture = tmp_path / "curves.svg"
-    table = isthmus("codec", "photos", "--at", 6, "--all", "--picture", picture, *where)
+    table = isthmus("codec", "photos", "--cut", 6, "--all", "--picture", picture, *where)
     (line,) = [x for x in table.splitlines() if str(known.chain.choice) in x and "│" in x]
     assert "looks " + " ".join(f"{share:.0%}" for share in known.chain.shares) in line
     assert table.count(", looks ") == sum(bool(e.looks) for e in known.fidelity.entries)

@@ -186,23 +186,23 @@ def test_cuts_draws_a_picture(model: Path, tmp_path: Path) -> None:
 
 def test_a_cut_adds_a_version_and_no_weights(registry: Path) -> None:
     weights = sum(f.stat().st_size for f in registry.rglob("*") if f.is_file())
-    made = document(isthmus("cut", "small-net", "--at", "1/3", "--default", "--registry", registry, "--json"))
+    made = document(isthmus("cut", "small-net", "--cut", "1/3", "--default", "--registry", registry, "--json"))
     assert made["version"] == "2"
     assert made["default_cuts"] == ["1", "3"]
     assert set(made["new_segments"]) <= {"..1", "1..3", "3.."}
     assert made["new_bytes"] < 10_000
     assert sum(f.stat().st_size for f in registry.rglob("*") if f.is_file()) - weights < 20_000
-    again = document(isthmus("cut", "small-net", "--at", "1/3", "--default", "--registry", registry, "--json"))
+    again = document(isthmus("cut", "small-net", "--cut", "1/3", "--default", "--registry", registry, "--json"))
     assert again["version"] == "2"
     shown = document(isthmus("show", "small-net", "--registry", registry, "--json"))
     assert [v["version"] for v in shown["versions"]] == ["1", "2"]
 
 
 def test_a_cut_by_tensors_can_be_named_and_made_the_default(registry: Path) -> None:
-    made = document(isthmus("cut", "small-net", "--at", "waist=r1", "--default", "--registry", registry, "--json"))
+    made = document(isthmus("cut", "small-net", "--cut", "waist=r1", "--default", "--registry", registry, "--json"))
     assert made["default_cuts"] == ["waist"]
     assert "..waist" in made["new_segments"]
-    unnamed = document(isthmus("cut", "small-net", "--at", "r0", "--default", "--registry", registry, "--json"))
+    unnamed = document(isthmus("cut", "small-net", "--cut", "r0", "--default", "--registry", registry, "--json"))
     assert len(unnamed["default_cuts"]) == 1
     assert f"..{unnamed['default_cuts'][0]}" in unnamed["new_segments"]
 
@@ -211,7 +211,7 @@ def test_tensors_go_through_a_bundle_in_this_process(registry: Path, tmp_path: P
     np.save(tmp_path / "x.npy", np.ones((2, 8), "float32"))
     whole, parted = tmp_path / "whole.npz", tmp_path / "parted.npz"
     common = ["--model", "small-net", "--tensor", f"x={tmp_path / 'x.npy'}", "--local", "--registry", registry]
-    assert isthmus("infer", *common, "--cuts", "..", "--output", whole).exit_code == 0
+    assert isthmus("infer", *common, "--cut", "..", "--output", whole).exit_code == 0
     facts = document(isthmus("infer", *common, "--output", parted, "--json"))
     assert facts["outputs"][0]["shape"] == [2, 3]
     assert facts["route"]["segments"] == "..2,2.."
@@ -257,10 +257,10 @@ PUBLISHING = (
         (["models", "--registry", "{tmp}/text.onnx/in"], "is a file; a registry is a folder"),
         (["cuts", "{model}", "--shape", "x=99999999999x8"], "a dimension is at most"),
         (["link", "--to", "127.0.0.1:1", "--script", "{tmp}/deep.json"], "nested too deep"),
-        (["cut", "small-net", "--at", "r9"], "r9"),
-        (["cut", "small-net", "--at", "3/1"], "after"),
-        (["cut", "small-net:7", "--at", "1"], "there is: 1"),
-        (["cut", "nobody", "--at", "1"], "there is: small-net"),
+        (["cut", "small-net", "--cut", "r9"], "r9"),
+        (["cut", "small-net", "--cut", "3/1"], "after"),
+        (["cut", "small-net:7", "--cut", "1"], "there is: 1"),
+        (["cut", "nobody", "--cut", "1"], "there is: small-net"),
         (["cuts", "{tmp}/text.onnx"], "text.onnx"),
         (["infer"], "photos"),
         (["infer", "{tmp}/none.jpg", "--local"], "none.jpg"),
@@ -275,7 +275,7 @@ PUBLISHING = (
         (["infer", "--model", "small-net", "--local"], "missing x"),
         (["infer", "--local"], "name photos"),
         (["package", "small-net", "--stack", "{tmp}/text.onnx"], "stack"),
-        (["package", "small-net", "--cuts", "77"], "there is: 2"),
+        (["package", "small-net", "--cut", "77"], "there is: 2"),
         (["package", "small-net", "--stack", "{model}"], "cannot read"),
         (["package", "small-net", "--stack", "{tmp}/deep.json"], "not YAML"),
         (["package", "small-net", "--stack", "{tmp}/list.yml"], "must be a mapping"),
@@ -368,7 +368,7 @@ def test_a_server_that_is_no_router_is_told_as_that(body: bytes, model: Path, tm
 
 
 def test_errors_are_json_for_programs(registry: Path) -> None:
-    result = isthmus("cut", "nobody", "--at", "1", "--registry", registry, "--json")
+    result = isthmus("cut", "nobody", "--cut", "1", "--registry", registry, "--json")
     assert result.exit_code == 1
     said = json.loads(result.stderr)
     assert said["type"] == "Missing"
@@ -378,7 +378,7 @@ def test_errors_are_json_for_programs(registry: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["cut", "m"], "say where to cut"),
+        (["cut", "m"], "Missing option '--cut'"),
         (["cut"], "Missing argument"),
         (["cut", "m", "--nowhere"], "No such option: --nowhere"),
         (["infer", "--top-k", "none"], "for '--top-k'"),

@@ -227,7 +227,7 @@ def test_a_plan_within_a_time_limit_names_what_it_left_out(place: Place) -> None
 
 def test_a_new_cut_keeps_the_plan_and_says_so(place: Place, measured: Any) -> None:
     registry = place.published.registry
-    result = isthmus("cut", "photos", "--at", "1/7", *place.registry)
+    result = isthmus("cut", "photos", "--cut", "1/7", *place.registry)
     assert result.exit_code == 0, result.output
     assert "the plan stays in force: edge-float" in result.stdout
     kept = registry.resolve("photos")
@@ -237,9 +237,9 @@ def test_a_new_cut_keeps_the_plan_and_says_so(place: Place, measured: Any) -> No
     assert plan is not None
     assert plan.chosen == "edge-float"
     assert "1..7" in kept.bundle.segments
-    again = json.loads(isthmus("cut", "photos", "--at", "1/7", *place.registry, "--json").stdout)
+    again = json.loads(isthmus("cut", "photos", "--cut", "1/7", *place.registry, "--json").stdout)
     assert (again["version"], again["alias_was"], again["plan"]) == (kept.version, kept.version, "edge-float")
-    default = isthmus("cut", "photos", "--at", "1", "--default", *place.registry)
+    default = isthmus("cut", "photos", "--cut", "1", "--default", *place.registry)
     assert "--drop-plan lets the default cuts decide" in default.stdout
 
 

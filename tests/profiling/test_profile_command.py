@@ -115,18 +115,18 @@ def test_a_profile_is_kept_until_it_is_asked_for_again(place: Place, first: Any)
     kept = place.measured("--runs", 5)
     assert kept["up_to_date"] == ["cloud", "edge"]
     assert kept["profiles"] == first["profiles"]
-    assert place.measured("--runs", 3, "--at", "6", "--again")["up_to_date"] == []
+    assert place.measured("--runs", 3, "--cut", "6", "--again")["up_to_date"] == []
 
 
 def test_a_profile_within_a_time_limit_names_what_it_left_out(place: Place, first: Any) -> None:
-    found = place.measured("--runs", 3, "--at", "6", "--again", "--time-limit", "1ms")
+    found = place.measured("--runs", 3, "--cut", "6", "--again", "--time-limit", "1ms")
     for tier, segment in (("edge", "..6"), ("cloud", "6..")):
         assert f"the time limit left 1 segments unmeasured: {segment}" in found["profiles"][tier]["warnings"]
         assert found["profiles"][tier]["segments"].keys() >= first["profiles"][tier]["segments"].keys(), "kept"
 
 
 def test_a_cut_more_is_measured_beside_what_is_known(place: Place, first: Any) -> None:
-    found = place.measured("--runs", 3, "--at", "pooled=p6")
+    found = place.measured("--runs", 3, "--cut", "pooled=p6")
     assert found["cuts"] == ["pooled"]
     edge, cloud = found["profiles"]["edge"], found["profiles"]["cloud"]
     assert {"..pooled", *(f"..{cut}" for cut in first["cuts"])} <= set(edge["segments"])
@@ -138,7 +138,7 @@ def test_a_cut_more_is_measured_beside_what_is_known(place: Place, first: Any) -
 def test_a_photo_is_run_where_the_model_takes_photos(place: Place, tmp_path: Path) -> None:
     path = tmp_path / "photo.png"
     path.write_bytes(photo())
-    found = place.measured("--runs", 3, "--at", "6", "--input", path, "--again")
+    found = place.measured("--runs", 3, "--cut", "6", "--input", path, "--again")
     assert found["profiles"]["cloud"]["inputs"] == "photo"
 
 
@@ -171,7 +171,7 @@ def test_one_tier_alone_can_be_measured(place: Place, first: Any) -> None:
         (("--local", "--head", "HEAD"), "leave --head and --tail out"),
         (("--head", "http://127.0.0.1:9"), "cannot be reached"),
         (("--head", "ROUTER"), "no profiling route"),
-        (("--head", "HEAD", "--at", "999"), "no cut after node 999"),
+        (("--head", "HEAD", "--cut", "999"), "no cut after node 999"),
         (("--head", "HEAD", "--input", "absent.jpg"), "absent.jpg cannot be read"),
         (("--head", "HEAD", "--tensor", "x"), "NAME=FILE.npy"),
         (("--head", "HEAD", "--tensor", "y=FILE"), "missing x"),
@@ -210,7 +210,7 @@ def test_the_processes_of_the_stack_are_measured_with_local(tmp_path: Path, monk
     registry = tmp_path / "registry"
     publish(tmp_path, efficientnet_lite0(), {}, registry=registry, partitions=[["65"]], **zoo_arguments())
     monkeypatch.chdir(ROOT)
-    arguments = ["profile", MODEL, "--local", "--runs", "5", "--at", "31", "--registry", str(registry), "--json"]
+    arguments = ["profile", MODEL, "--local", "--runs", "5", "--cut", "31", "--registry", str(registry), "--json"]
 
     result = CliRunner().invoke(app, [*arguments, "--again"])
     assert result.exit_code == 0, result.output

@@ -56,7 +56,7 @@ def isthmus(*arguments: object) -> Result:
     [
         ["models"],
         ["import", "m.onnx", "--if-absent"],
-        ["cut", "m", "--at", "1"],
+        ["cut", "m", "--cut", "1"],
         ["calibrate", "m", "--data", "."],
         ["codec", "m"],
         ["infer", "--tensor", "x=x.npy", "--model", "m", "--local"],

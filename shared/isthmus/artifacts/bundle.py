@@ -17,7 +17,7 @@ from msgspec import Struct, field
 from msgspec.structs import force_setattr, replace
 
 from isthmus.artifacts.constraints import Count, Digest, Share, Text, matching
-from isthmus.artifacts.cuts import CutName, CutText, parse_partition
+from isthmus.artifacts.cuts import SYNTAX, CutName, CutText, parse_partition
 from isthmus.artifacts.json_documents import DocumentKind, builtins, canonical
 from isthmus.artifacts.segment_id import SegmentId, partition_ids
 from isthmus.artifacts.tensors import TensorSpec
@@ -138,8 +138,6 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
     def cut_names(self, text: str) -> tuple[str, ...]:
         """The names of the cuts in `text`, in order: each by name, position or tensors (docs/explanation/cuts.md).
 
-        Comma-separated cut names are cuts in order, too, unless the bundle has a cut of exactly these tensors.
-
         Raises:
             Missing: no such cut in this bundle.
         """
@@ -154,13 +152,12 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
             at_position = text.position is not None and cut.position == text.position
             if at_position or {t.name for t in cut.tensors} == set(text.parts):
                 return (cut.name,)
-        for part in text.parts:
-            if part not in self.cuts:
-                name = part if len(text.parts) == 1 else ",".join(text.parts)
-                raise Missing(
-                    f"bundle {self.name} has no cut {name!r}", kind="cut", name=name, exists=sorted(self.cuts)
-                )
-        return text.parts
+        raise self._no_cut(",".join(text.parts))
+
+    def _no_cut(self, name: str) -> Missing:
+        return Missing(
+            f"bundle {self.name} has no cut {name!r}", kind="cut", name=name, exists=sorted(self.cuts), hint=SYNTAX
+        )
 
     def partition(self, cuts: Iterable[str] | None = None) -> tuple[Segment, ...]:
         """The segments of the partition at `cuts` (default: `default_cuts`), in order.
@@ -175,9 +172,7 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
         names = self.default_cuts if cuts is None else tuple(cuts)
         for name in names:
             if name not in self.cuts:
-                raise Missing(
-                    f"bundle {self.name} has no cut {name!r}", kind="cut", name=name, exists=sorted(self.cuts)
-                )
+                raise self._no_cut(name)
         return tuple(map(self.segment, partition_ids(names)))
 
     def has_segments(self, cuts: Iterable[str]) -> bool:

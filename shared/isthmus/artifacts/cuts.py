@@ -17,6 +17,9 @@ from typing import Annotated
 
 from isthmus.artifacts.constraints import matching
 
+SYNTAX = "a cut is a position such as 20, its tensors a,b, or NAME=a,b; cuts in order are separated by '/': 20/65"
+"""The form of cuts, for help and for errors."""
+
 _SEPARATOR = re.compile(r"[/,]")
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}"
 _CUT = re.compile(_NAME)

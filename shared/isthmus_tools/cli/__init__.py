@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from typer.main import get_command
 
 import isthmus
 from isthmus_tools.cli import environment  # noqa: F401  set before numpy loads
+from isthmus_tools.cli.completion import COMPLETE, complete_in_bash
 from isthmus_tools.cli.termination import unwinding
 
 # With the first sentence of each help text, so that the list of commands imports no command.
@@ -95,6 +97,14 @@ class _Commands(TyperGroup):
             sys.stderr.write(json.dumps(document) + "\n")
             raise typer.Exit(e.exit_code) from e
 
+    def shell_complete(self, ctx: Any, incomplete: str) -> Any:
+        """Names of commands with their help, for a shell."""
+        self._lists = True
+        try:
+            return super().shell_complete(ctx, incomplete)
+        finally:
+            self._lists = False
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Help with the list of commands."""
         self._lists = True
@@ -108,7 +118,6 @@ app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
     context_settings=_HELP,
-    add_completion=False,
     pretty_exceptions_show_locals=False,
     rich_markup_mode="markdown",
     help="Split inference as a bundle of serverless functions: cut a model, serve its two sides, ask them.",
@@ -133,4 +142,7 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     with unwinding():
-        app()
+        if os.environ.get(COMPLETE) == "complete_bash":
+            complete_in_bash(app)
+        else:
+            app()

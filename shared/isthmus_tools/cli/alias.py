@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from isthmus_tools.cli.completion import complete_aliases, complete_models
 from isthmus_tools.cli.console import errors, print_json, say, say_command
 from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, in_registry, registry_settings
 
@@ -14,8 +15,18 @@ if TYPE_CHECKING:
 
 
 def alias(
-    model: Annotated[str, typer.Argument(help="NAME:VERSION, or NAME:ALIAS for what another alias means.")],
-    name: Annotated[str, typer.Argument(metavar="ALIAS", help="The alias to move, such as prod or canary.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="NAME:VERSION, or NAME:ALIAS for what another alias means.", autocompletion=complete_models
+        ),
+    ],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="ALIAS", help="The alias to move, such as prod or canary.", autocompletion=complete_aliases
+        ),
+    ],
     *,
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: AsJson = False,

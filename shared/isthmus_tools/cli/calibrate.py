@@ -13,12 +13,12 @@ from isthmus_tools.cli.codec import document, show
 from isthmus_tools.cli.console import errors, print_json, publication_document, run, say, show_publication
 from isthmus_tools.cli.options import (
     DEFAULT_REGISTRY,
-    SYNTAX,
     Alias,
     AsJson,
     DropPlan,
-    OldAt,
+    ModelArgument,
     RegistryOption,
+    cut_option,
     registry_settings,
 )
 from isthmus_tools.zoo.photos import varied_photos
@@ -27,7 +27,7 @@ PHOTOS = "photos"
 
 
 def calibrate(
-    model: Annotated[str, typer.Argument(help="NAME or NAME:VERSION of a bundle in the registry.")],
+    model: ModelArgument,
     data: Annotated[
         str,
         typer.Option(
@@ -36,12 +36,8 @@ def calibrate(
         ),
     ],
     *,
-    at: Annotated[
-        list[str] | None,
-        typer.Option("--cut", help=f"A cut, repeatable; by default the bundle's default cuts. {SYNTAX}"),
-    ] = None,
+    at: Annotated[list[str] | None, cut_option("Cuts, once or more; the bundle's default cuts if none.")] = None,
     all_cuts: Annotated[bool, typer.Option("--all-cuts", help="Calibrate every cut of the bundle.")] = False,
-    old_at: OldAt = None,
     limit: Annotated[
         float, typer.Option(help="Share of answers that must stay the same for a codec to be offered.", min=0, max=1)
     ] = 0.99,
@@ -82,7 +78,7 @@ def calibrate(
             files=varied_photos() if data == PHOTOS else list_files(Path(data)),
             data=data,
             registry=registry_settings(registry),
-            cuts=[*(at or []), *(old_at or [])],
+            cuts=at or [],
             all_cuts=all_cuts,
             limit=limit,
             inputs=inputs,

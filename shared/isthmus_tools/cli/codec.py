@@ -15,11 +15,11 @@ from isthmus_tools.cli.console import errors, print_json, say, say_command, tabl
 from isthmus_tools.cli.options import (
     DEFAULT_REGISTRY,
     PICTURES,
-    SYNTAX,
     AsJson,
-    OldAt,
+    ModelArgument,
     RegistryOption,
     check_output,
+    cut_option,
     in_registry,
     read_option,
     registry_settings,
@@ -31,12 +31,9 @@ if TYPE_CHECKING:
 
 
 def codec(
-    model: Annotated[str, typer.Argument(help="NAME or NAME:VERSION of a calibrated bundle in the registry.")],
+    model: ModelArgument,
     *,
-    at: Annotated[
-        list[str] | None, typer.Option("--cut", help=f"Cuts, once or more; all that were measured if none. {SYNTAX}")
-    ] = None,
-    old_at: OldAt = None,
+    at: Annotated[list[str] | None, cut_option("Cuts, once or more; all that were measured if none.")] = None,
     agreement: Annotated[
         float | None, typer.Option(help="Find the smallest that keeps at least this share of answers.", min=0, max=1)
     ] = None,
@@ -70,7 +67,7 @@ def codec(
             check_output(picture, "--picture", PICTURES)
         version, fidelity = published_fidelity(model, registry_settings(registry))
         name = f"{version.name}:{version.version}"
-        cuts = _cuts(version.bundle, fidelity, [*(at or []), *(old_at or [])])
+        cuts = _cuts(version.bundle, fidelity, at or [])
         max_bytes = read_option(parse_size, "--bytes", bytes_) if bytes_ else None
         choices: dict[str, Entry] = {}
         if (agreement, max_bytes, pack_ms) != (None, None, None):
@@ -179,5 +176,11 @@ def _cuts(bundle: Bundle, fidelity: Fidelity, at: list[str]) -> list[str]:
     cuts = [name for text in at for name in bundle.cut_names(text)]
     for cut in cuts:
         if cut not in calibrated:
-            raise Missing(f"no codec was measured at cut {cut!r}", kind="cut", name=cut, exists=calibrated)
+            raise Missing(
+                f"no codec was measured at cut {cut!r}",
+                kind="cut",
+                name=cut,
+                exists=calibrated,
+                hint=f"calibrate it: isthmus calibrate {bundle.name} --data FOLDER --cut {cut}",
+            )
     return cuts or calibrated

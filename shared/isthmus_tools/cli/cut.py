@@ -10,24 +10,20 @@ from isthmus.units import format_size
 from isthmus_tools.cli.console import errors, print_json, publication_document, run, say, show_publication, warn
 from isthmus_tools.cli.options import (
     DEFAULT_REGISTRY,
-    SYNTAX,
     Alias,
     AsJson,
     DropPlan,
-    OldAt,
+    ModelArgument,
     RegistryOption,
+    cut_option,
     registry_settings,
 )
 
 
 def cut(
-    model: Annotated[str, typer.Argument(help="NAME or NAME:VERSION of a bundle in the registry.")],
+    model: ModelArgument,
     *,
-    at: Annotated[
-        list[str] | None,
-        typer.Option("--cut", help=f"A partition, once each. {SYNTAX} They make as many segments and one more."),
-    ] = None,
-    old_at: OldAt = None,
+    at: Annotated[list[str], cut_option("A partition, once each: n cuts make n + 1 segments.")],
     default: Annotated[bool, typer.Option("--default", help="Make the first --cut what requests take.")] = False,
     alias: Alias = "prod",
     drop_plan: DropPlan = False,
@@ -40,14 +36,10 @@ def cut(
     """
     from isthmus_tools.usecases import cut as use_case
 
-    partitions = [*(at or []), *(old_at or [])]
-    # typer cannot require one of two options; --at is the old name of --cut.
-    if not partitions:
-        raise typer.BadParameter("say where to cut, e.g. --cut 20", param_hint="--cut")
     with errors(as_json):
         request = use_case.CutRequest(
             model=model,
-            cuts=partitions,
+            cuts=at,
             registry=registry_settings(registry),
             default=default,
             alias=alias,

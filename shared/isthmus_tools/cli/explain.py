@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from isthmus_tools.cli.completion import complete_models
 from isthmus_tools.cli.console import errors, print_json, progress_bars, say
 from isthmus_tools.cli.options import (
     DEFAULT_REGISTRY,
@@ -20,7 +21,9 @@ from isthmus_tools.cli.options import (
 
 
 def explain(
-    model: Annotated[str, typer.Argument(help="NAME or NAME:VERSION of a bundle with a plan.")],
+    model: Annotated[
+        str, typer.Argument(help="NAME or NAME:VERSION of a bundle with a plan.", autocompletion=complete_models)
+    ],
     *,
     sweep: Sweep = False,
     picture: PlanPicture = None,

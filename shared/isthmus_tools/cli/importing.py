@@ -13,13 +13,13 @@ from isthmus.units import format_size
 from isthmus_tools.cli.console import errors, print_json, publication_document, run, say, show_publication, warn
 from isthmus_tools.cli.options import (
     DEFAULT_REGISTRY,
-    SYNTAX,
     Alias,
     AsJson,
     DropPlan,
     Examples,
     RegistryOption,
     Shapes,
+    cut_option,
     registry_settings,
 )
 
@@ -39,10 +39,7 @@ def import_model(
     name: Annotated[str, typer.Option(help="The model's name; by default made from the file's.")] = "",
     cut: Annotated[
         list[str] | None,
-        typer.Option(
-            help=f"A partition to publish, once each. {SYNTAX} The first is the default; without any, the narrowest cut"
-            " is taken."
-        ),
+        cut_option("A partition to publish, once each, the first as the default; the narrowest cut if none."),
     ] = None,
     shape: Shapes = None,
     example: Examples = None,

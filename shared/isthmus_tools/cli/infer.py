@@ -12,14 +12,14 @@ import typer
 
 from isthmus.errors import HopError, IsthmusError, RegistryError, RequestMalformed, SettingsError
 from isthmus.units import format_size
+from isthmus_tools.cli.completion import complete_models
 from isthmus_tools.cli.console import errors, print_json, run, say, table, warn
 from isthmus_tools.cli.options import (
     DEFAULT_REGISTRY,
-    SYNTAX,
     AsJson,
-    OldCuts,
     RegistryOption,
     check_output,
+    cut_option,
     registry_settings,
 )
 from isthmus_tools.zoo.photos import read_photo
@@ -37,7 +37,12 @@ ROUTER = "http://127.0.0.1:8080/function/router"
 def infer(
     photos: Annotated[list[Path] | None, typer.Argument(help="Photos to classify, and folders of photos.")] = None,
     *,
-    model: Annotated[str, typer.Option(help="NAME or NAME:VERSION; empty takes the router's own for photos.")] = "",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="NAME or NAME:VERSION; empty takes the router's own for photos.", autocompletion=complete_models
+        ),
+    ] = "",
     tensor: Annotated[
         list[str] | None, typer.Option(help="An input tensor, NAME=FILE.npy; once for each input. Needs --model.")
     ] = None,
@@ -50,10 +55,7 @@ def infer(
     ] = None,
     url: Annotated[str, typer.Option(envvar="ISTHMUS_URL", help="The router.")] = ROUTER,
     local: Annotated[bool, typer.Option("--local", help="Run every segment in this process; no router.")] = False,
-    cuts: Annotated[
-        str, typer.Option("--cut", help=f"With --local: the partition of the bundle, or '..' for none. {SYNTAX}")
-    ] = "",
-    old_cuts: OldCuts = "",
+    cuts: Annotated[str, cut_option("With --local: a partition of the bundle, or '..' for the uncut model.")] = "",
     top_k: Annotated[int, typer.Option(help="Classes to show.", min=1)] = 5,
     timeout: Annotated[
         float, typer.Option(help="Longest wait for one answer, in seconds.", min=0.001, max=86_400)
@@ -69,7 +71,7 @@ def infer(
     Example: `isthmus infer cat.jpg`, `isthmus infer photos/ --output results.jsonl`, or
     `isthmus infer --model magika --tensor bytes=input.npy --output out.npz`
     """
-    where = _Where(url, local, cuts or old_cuts, timeout, registry)
+    where = _Where(url, local, cuts, timeout, registry)
     with errors(as_json):
         # A model without inputs takes neither photos nor tensors.
         if (photos and tensor) or not (photos or tensor or model):

@@ -7,20 +7,18 @@ import os
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
+from isthmus.artifacts.cuts import SYNTAX
 from isthmus.errors import RequestMalformed
 from isthmus.settings import RegistrySettings
 from isthmus.units import parse_duration
 from isthmus_tools.budget import Budget
+from isthmus_tools.cli.completion import complete_aliases, complete_cuts, complete_models
 from isthmus_tools.cli.environment import CACHE_DIR
 
-SYNTAX = (
-    "A cut is a position as `isthmus cuts` lists it, the tensors a,b that cross it, or NAME=a,b; cuts in order are"
-    " separated by '/'."
-)
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 RegistryOption = Annotated[
     str,
@@ -30,10 +28,10 @@ RegistryOption = Annotated[
         help="Where bundles live: a folder, or s3://BUCKET/PREFIX.",
     ),
 ]
-# The option --cut had these names in earlier releases.
-OldAt = Annotated[list[str] | None, typer.Option("--at", hidden=True)]
-OldCuts = Annotated[str, typer.Option("--cuts", hidden=True)]
-Alias = Annotated[str, typer.Option(help="Let this alias mean the new version.")]
+ModelArgument = Annotated[
+    str, typer.Argument(help="NAME or NAME:VERSION of a bundle in the registry.", autocompletion=complete_models)
+]
+Alias = Annotated[str, typer.Option(help="Let this alias mean the new version.", autocompletion=complete_aliases)]
 DropPlan = Annotated[
     bool,
     typer.Option(
@@ -76,6 +74,13 @@ PlanPicture = Annotated[
 ]
 PICTURES = (".png", ".svg")
 DEFAULT_REGISTRY = ".isthmus/registry"
+
+
+def cut_option(purpose: str) -> Any:
+    """The option --cut of every command, in the one form of cuts."""
+    return typer.Option("--cut", metavar="CUT", help=f"{purpose} CUT: {SYNTAX}.", autocompletion=complete_cuts)
+
+
 # The local engine's folder of secrets: commands read S3 keys there as the functions of `isthmus up` do.
 ENGINE_SECRETS = ".isthmus/secrets"
 # More than a function's: commands read whole models, on a disk that no pod's memory bounds.

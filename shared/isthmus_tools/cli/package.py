@@ -10,17 +10,20 @@ import typer
 
 from isthmus.units import format_size
 from isthmus_tools.cli.console import errors, print_json, run, say
-from isthmus_tools.cli.options import DEFAULT_REGISTRY, SYNTAX, AsJson, OldCuts, RegistryOption, registry_settings
+from isthmus_tools.cli.options import (
+    DEFAULT_REGISTRY,
+    AsJson,
+    ModelArgument,
+    RegistryOption,
+    cut_option,
+    registry_settings,
+)
 
 
 def package(
-    model: Annotated[str, typer.Argument(help="NAME or NAME:VERSION of a bundle in the registry.")],
+    model: ModelArgument,
     *,
-    cuts: Annotated[
-        str,
-        typer.Option("--cut", help=f"A partition of the bundle; empty takes its plan's, else its default. {SYNTAX}"),
-    ] = "",
-    old_cuts: OldCuts = "",
+    cuts: Annotated[str, cut_option("A partition of the bundle; its plan's, else its default, if none.")] = "",
     output: Annotated[Path, typer.Option(help="Folder for the stack file and the functions.")] = Path("build/package"),
     stack: Annotated[Path, typer.Option(help="The stack file to take templates and limits from.")] = Path("stack.yml"),
     registry: RegistryOption = DEFAULT_REGISTRY,
@@ -41,7 +44,7 @@ def package(
             registry=registry_settings(registry),
             # As faas-cli fills ${…} in a stack file.
             variables=os.environ,
-            cuts=cuts or old_cuts,
+            cuts=cuts,
             output=output,
             stack=stack,
         )

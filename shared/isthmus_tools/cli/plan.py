@@ -19,6 +19,7 @@ from isthmus_tools.cli.options import (
     AsJson,
     EdgeCpus,
     EdgeSlowdown,
+    ModelArgument,
     PlanPicture,
     RegistryOption,
     Sweep,
@@ -36,7 +37,7 @@ _RATE = "such as 10mbit, 1.5Mbit/s or unlimited"
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="NAME or NAME:VERSION of a bundle in the registry.")],
+    model: ModelArgument,
     *,
     uplink: Annotated[str, typer.Option(help=f"Rate of the link to the cloud, {_RATE}.")] = "unlimited",
     downlink: Annotated[str, typer.Option(help="Rate back; as --uplink if not given.")] = "",

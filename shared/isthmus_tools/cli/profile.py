@@ -16,13 +16,13 @@ from isthmus.units import format_size
 from isthmus_tools.cli.console import errors, print_json, progress_bars, say, table
 from isthmus_tools.cli.options import (
     DEFAULT_REGISTRY,
-    SYNTAX,
     AsJson,
-    OldAt,
+    ModelArgument,
     RegistryOption,
     Tensors,
     TimeLimit,
     budget_of,
+    cut_option,
     registry_settings,
     stack_variables,
 )
@@ -36,7 +36,7 @@ TOKEN_FILE = Path(".isthmus/secrets/profile-token")
 
 
 def profile(
-    model: Annotated[str, typer.Argument(help="NAME or NAME:VERSION of a bundle in the registry.")],
+    model: ModelArgument,
     *,
     head: Annotated[str, typer.Option(help="URL of the function at the edge, which is to run heads.")] = "",
     tail: Annotated[str, typer.Option(help="URL of the function in the cloud, which is to run tails.")] = "",
@@ -48,11 +48,7 @@ def profile(
     ] = False,
     stack: Annotated[Path, typer.Option(help="With --local: the stack file.")] = Path("stack.yml"),
     runs: Annotated[int, typer.Option(help="Runs of each segment, after two to warm up.", min=1, max=500)] = 15,
-    at: Annotated[
-        list[str] | None,
-        typer.Option("--cut", help=f"Cuts to measure, once or more; else some of every part. {SYNTAX}"),
-    ] = None,
-    old_at: OldAt = None,
+    at: Annotated[list[str] | None, cut_option("Cuts to measure, once or more; some of every part if none.")] = None,
     photo: Annotated[Path | None, typer.Option("--input", help="A photo to run the model on.")] = None,
     tensor: Tensors = None,
     time_limit: TimeLimit = "0s",
@@ -82,7 +78,7 @@ def profile(
             model=model,
             registry=registry_settings(registry),
             functions=FunctionUrls() if local else FunctionUrls(head, tail, _token(token_file)),
-            cuts=[*(at or []), *(old_at or [])],
+            cuts=at or [],
             runs=runs,
             photos=[photo] if photo else [],
             tensors=read_tensors(tensor),

@@ -7,12 +7,15 @@ from typing import Annotated
 import typer
 
 from isthmus.errors import RequestMalformed
+from isthmus_tools.cli.completion import complete_models
 from isthmus_tools.cli.console import errors, print_json, say
 from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, in_registry, registry_settings
 
 
 def rm(
-    model: Annotated[str, typer.Argument(help="NAME:VERSION; with --all-versions NAME.")],
+    model: Annotated[
+        str, typer.Argument(help="NAME:VERSION; with --all-versions NAME.", autocompletion=complete_models)
+    ],
     *,
     all_versions: Annotated[
         bool, typer.Option("--all-versions", help="Remove the model: every version and every alias.")

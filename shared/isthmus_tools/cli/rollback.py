@@ -6,14 +6,15 @@ from typing import Annotated
 
 import typer
 
+from isthmus_tools.cli.completion import complete_aliases, complete_models
 from isthmus_tools.cli.console import errors, print_json, say, say_command
 from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, in_registry, registry_settings
 
 
 def rollback(
-    model: Annotated[str, typer.Argument(help="NAME of a model in the registry.")],
+    model: Annotated[str, typer.Argument(help="NAME of a model in the registry.", autocompletion=complete_models)],
     *,
-    alias: Annotated[str, typer.Option(help="The alias to move back.")] = "prod",
+    alias: Annotated[str, typer.Option(help="The alias to move back.", autocompletion=complete_aliases)] = "prod",
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: AsJson = False,
 ) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from isthmus.units import format_size
+from isthmus_tools.cli.completion import complete_models
 from isthmus_tools.cli.console import errors, print_json, say, say_command, table
 from isthmus_tools.cli.models import cuts_text
 from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, in_registry, registry_settings
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def show(
-    model: Annotated[str, typer.Argument(help="NAME, NAME:VERSION or NAME:ALIAS of the registry.")],
+    model: Annotated[
+        str, typer.Argument(help="NAME, NAME:VERSION or NAME:ALIAS of the registry.", autocompletion=complete_models)
+    ],
     *,
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: AsJson = False,

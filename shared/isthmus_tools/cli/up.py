@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from isthmus.errors import LocalError, Missing
+from isthmus_tools.cli.completion import complete_models
 from isthmus_tools.cli.console import err, errors
 from isthmus_tools.cli.options import (
     DEFAULT_REGISTRY,
@@ -29,7 +30,11 @@ if TYPE_CHECKING:
 def up(
     *,
     model: Annotated[
-        str, typer.Option(help="NAME or NAME:VERSION of the registry to serve; by default MODEL of the environment.")
+        str,
+        typer.Option(
+            help="NAME or NAME:VERSION of the registry to serve; by default MODEL of the environment.",
+            autocompletion=complete_models,
+        ),
     ] = "",
     port: Annotated[int, typer.Option(help="Port of the gateway.", min=0, max=65535)] = 8080,
     stack: Annotated[Path, typer.Option(help="The stack file.")] = Path("stack.yml"),

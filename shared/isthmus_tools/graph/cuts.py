@@ -21,7 +21,7 @@ from typing import TypeAlias
 import onnx_ir as ir
 
 from isthmus.artifacts import bundle
-from isthmus.artifacts.cuts import CutText, is_cut_name, parse_cut, parse_partition
+from isthmus.artifacts.cuts import SYNTAX, CutText, is_cut_name, parse_cut, parse_partition
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import CutError, UnboundedCut, UnknownValue
 from isthmus.wire.frame import entry_bytes, why_not_together
@@ -153,7 +153,7 @@ def cut_at(model: Model, tensors: Iterable[str], name: str | None = None) -> Cut
     """
     names = list(dict.fromkeys(tensors))
     if not names:
-        raise CutError("the cut names no tensor and no position", hint="list the cuts with: isthmus cuts MODEL")
+        raise CutError("the cut names no tensor and no position", hint=f"{SYNTAX}; list them: isthmus cuts MODEL")
     values = [_value(model, n) for n in names]
     for value in values:
         if model.is_static(value):
@@ -233,7 +233,7 @@ def _cut_of(model: Model, text: CutText) -> CutInfo:
         raise UnknownValue(
             f"{','.join(text.parts)} is one cut through tensors of these names, and the graph has none of them",
             unknown=",".join(text.parts),
-            hint=f"positions of cuts in order are separated by '/': {'/'.join(text.parts)}",
+            hint=SYNTAX,
         )
     return cut_at(model, text.parts, text.name)
 
@@ -341,7 +341,7 @@ def _value(model: Model, name: str) -> ir.Value:
         f"the graph has no value {name!r}",
         unknown=name,
         similar=similar,
-        hint=f"did you mean {' or '.join(similar)}?" if similar else "list them with: isthmus cuts MODEL",
+        hint=f"did you mean {' or '.join(similar)}?" if similar else f"{SYNTAX}; list them: isthmus cuts MODEL",
     )
 
 

@@ -149,6 +149,9 @@ def test_kill_and_restart_of_the_server_during_a_fetch_loses_nothing(
 
     waiting = threading.Thread(target=fetch)
     waiting.start()
+    stream = subject.replace(".", "-")
+    info = lambda: with_jetstream(own_nats_server, lambda js: js.consumer_info(stream, "isthmus"))  # noqa: E731
+    eventually(lambda: info().num_waiting == 1)
     own_nats_server.kill()
     waiting.join(LONG_S)
     assert len(failures) == 1  # at once, not after the fetch's time

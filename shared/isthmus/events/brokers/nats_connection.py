@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 import nats.errors
 import nats.js.errors
-import nkeys
 from nats.aio.client import Client
 
 from isthmus.errors import BrokerRefused, BrokerUnavailable, MessageTooLarge
@@ -234,6 +233,8 @@ def _login(credentials: str, url: str) -> dict[str, Any]:
     if not credentials:
         return {}
     if "BEGIN NATS USER JWT" in credentials:
+        import nkeys  # needs libsodium, which other logins do not
+
         seed = re.search(r"BEGIN USER NKEY SEED-*\s+(\S+)", credentials)
         try:
             nkeys.from_seed(bytearray(seed[1].encode() if seed else b""))

@@ -50,7 +50,7 @@ TOOLS = {
 TOOLS["usecases"] = set(TOOLS) - {"figures"}
 """What a room of the tools may import of the tools; of the runtime it may import anything but the functions' apps."""
 HEAVY = {
-    "onnx": {"graph"},
+    "onnx": {"graph", "zoo"},
     "onnx_ir": {"graph"},
     "torch": {"graph"},
     "transformers": {"graph"},

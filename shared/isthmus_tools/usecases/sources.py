@@ -27,7 +27,7 @@ MAX_JPEG_PHOTOS = 64
 
 @contextlib.contextmanager
 def onnx_file(model: str, inputs: ModelInputs, progress: Progress) -> Iterator[Path]:
-    """The model's ONNX file; models of other formats and ready models are exported to a temporary file for the block.
+    """The model's ONNX file; models of other formats and ready models get a temporary file for the block.
 
     Raises:
         ModelError: the export fails.
@@ -38,11 +38,12 @@ def onnx_file(model: str, inputs: ModelInputs, progress: Progress) -> Iterator[P
         return
     with tempfile.TemporaryDirectory(prefix="isthmus-") as folder:
         path = Path(folder) / "model.onnx"
-        framework, export = chosen or ("torch", None)
-        progress(f"exporting {model} from {framework}")
-        if export is None:
+        if chosen is None:
+            progress(f"reading {model} from its package")
             zoo.zoo_model(model).write(path)
         else:
+            framework, export = chosen
+            progress(f"exporting {model} from {framework}")
             export(model, path, inputs)
         # Module and exported program refer to each other and hold the weights: without a collection the weights
         # outlive the export.

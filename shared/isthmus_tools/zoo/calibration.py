@@ -1,7 +1,7 @@
 """Calibrations that come with ready models, so that a demo need not learn one: codec tables and their fidelity.
 
 Each was learned by `isthmus calibrate` and copied here from a registry by `python -m isthmus_tools.zoo.calibration`
-(`make demo-tables`). It holds for one export of one model: another export has another digest.
+(`make demo-data`). It holds for one export of one model: another export has another digest.
 """
 
 from __future__ import annotations

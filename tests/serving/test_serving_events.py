@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from flask.testing import FlaskClient
 
+from isthmus.events.claims import Claim, ClaimStore
 from isthmus.events.s3_notification import WrittenObject, read_notification
+from isthmus.registry import FolderStore
 from isthmus.serving import create_router_app
 from support.bundles import Published, photo, ready, router_settings
 from support.bundles import photos as photos
@@ -227,3 +229,44 @@ def test_a_notification_of_many_objects_is_refused(bucket: Any) -> None:
     client, _ = bucket
     answer = client.post("/", json=bare(*[record("cat.jpg")] * 33))
     assert (answer.status_code, answer.json["type"]) == (413, "RequestTooLarge"), answer.text
+
+
+@pytest.fixture(scope="module")
+def claiming(photos: Published, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A router that redeems claims of a folder, and the store of that folder."""
+    folder = tmp_path_factory.mktemp("claims")
+    settings = router_settings(photos, tmp_path_factory.mktemp("cache"), ("local",), claims=str(folder))
+    store = ClaimStore(FolderStore(str(folder)), max_bytes=2**30, keep_s=3600)
+    return ready(create_router_app(settings).test_client()), store
+
+
+def test_a_claim_check_is_answered_as_its_body_is(claiming: Any, photos: Published) -> None:
+    client, store = claiming
+    answer = client.post("/", data=store.deposit(CAT).encode(), headers=BINARY)
+    assert answer.status_code == 200, answer.text
+    assert_classes(answer.json["classes"], expected_classes(photos, CAT))
+    assert answer.headers["ce-subject"] == "17"
+
+
+def test_a_claim_check_without_its_object_is_gone(claiming: Any) -> None:
+    client, _ = claiming
+    answer = client.post("/", data=Claim("a" * 64, 10, 2**40).encode())
+    assert (answer.status_code, answer.json["type"]) == (410, "ClaimExpired"), answer.text
+
+
+def test_a_claim_check_of_more_than_a_request_may_hold_is_refused(claiming: Any) -> None:
+    client, _ = claiming
+    answer = client.post("/", data=Claim("a" * 64, 2**31, 2**40).encode())
+    assert answer.status_code in (413, 429), answer.text
+
+
+def test_a_claim_check_of_a_claim_check_is_refused(claiming: Any) -> None:
+    client, store = claiming
+    answer = client.post("/", data=store.deposit(store.deposit(CAT).encode()).encode())
+    assert (answer.status_code, answer.json["type"]) == (400, "EventMalformed"), answer.text
+
+
+def test_a_router_without_a_store_says_how_to_name_it(client: FlaskClient) -> None:
+    answer = client.post("/", data=Claim("a" * 64, 10, 2**40).encode())
+    assert (answer.status_code, answer.json["type"]) == (400, "EventMalformed"), answer.text
+    assert "setting claims" in answer.json["hint"]

@@ -207,6 +207,39 @@ class S3Store:
                 self._client().put_object(**self._at(key), **_body_of(data))
         return True
 
+    def versioned(self, key: str, *, max_bytes: int) -> tuple[bytes, str] | None:
+        """The bytes of `key` and their ETag; None where absent.
+
+        Raises:
+            RegistryError: longer than `max_bytes`.
+        """
+        with self._errors(key):
+            try:
+                response = self._client().get_object(**self._at(key))
+            except self._client().exceptions.ClientError as e:
+                if e.response["Error"]["Code"] == "NoSuchKey":
+                    return None
+                raise
+            if response["ContentLength"] > max_bytes:
+                response["Body"].close()
+                raise too_long(self.url, key, max_bytes)
+            return self._body(key, response["Body"], response["ContentLength"]), response["ETag"]
+
+    def replace(self, key: str, data: bytes, etag: str) -> str | None:
+        """Store `data` where `key` has that ETag, or, for an empty one, where it is absent; the new ETag, else None.
+
+        Source: S3's conditional writes, If-Match and If-None-Match.
+        """
+        condition = {"IfMatch": etag} if etag else {"IfNoneMatch": "*"}
+        with self._errors(key):
+            try:
+                return str(self._client().put_object(**self._at(key), **_body_of(data), **condition)["ETag"])
+            except self._client().exceptions.ClientError as e:
+                # 404: If-Match of a key that is gone.
+                if _status(e) in (412, 404) and e.response["Error"]["Code"] != "NoSuchBucket":
+                    return None
+                raise
+
     def delete(self, key: str) -> None:
         with self._errors(key):
             self._client().delete_object(**self._at(key))

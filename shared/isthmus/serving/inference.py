@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from isthmus.admission import Turns
-from isthmus.errors import IsthmusError, MediaUnsupported, Missing, RequestMalformed, RequestTooLarge
+from isthmus.errors import EventMalformed, IsthmusError, MediaUnsupported, Missing, RequestMalformed, RequestTooLarge
+from isthmus.events.claims import ClaimStore, looks_like_claim, parse_claim
 from isthmus.events.cloudevent import ReceivedEvent, check_no_batch, read_binary, read_structured
 from isthmus.events.s3_notification import Notification, WrittenObject, read_notification
 from isthmus.oip import messages as oip
@@ -57,6 +58,11 @@ class InferenceReader:
     def __init__(self, settings: RouterSettings) -> None:
         self._turns = Turns(1)  # parsing JSON holds Python's lock all the while
         self._max_bytes = settings.max_request_bytes
+        self._claims = (
+            ClaimStore(open_blob_store(settings.claims, settings), max_bytes=self._max_bytes, keep_s=0)
+            if settings.claims
+            else None
+        )
         self._objects = EventObjects(
             settings.event_buckets, lambda bucket: open_blob_store(f"s3://{bucket}", settings, any_key=True)
         )
@@ -78,6 +84,8 @@ class InferenceReader:
         if oip.HEADER_LENGTH in request.headers:
             return self.read_tensors(request, model)
         body = _contiguous(request)
+        if looks_like_claim(body):
+            return self._read_body(request._replace(body=self._redeem(request, body)), model, may_be_event)
         if looks_like_image(body):
             return InferenceRequest(model, body, top_k=parse_top_k(request.query.get("top_k")))
         if looks_like_form(body):
@@ -135,6 +143,21 @@ class InferenceReader:
             return self._read_objects(request, model, read)
         request.memory.hold(_own_bytes(read))
         return read
+
+    def _redeem(self, request: FunctionRequest, body: bytes) -> bytes:
+        """The body that a claim check refers to."""
+        if self._claims is None:
+            raise EventMalformed(
+                "the body is a claim check, and this function redeems none",
+                attribute="format",
+                hint="name the store of large bodies in the setting claims",
+            )
+        claim = parse_claim(body)
+        request.memory.hold(claim.size)
+        redeemed = self._claims.redeem(claim)
+        if looks_like_claim(redeemed):  # a claim of a claim could go on without end
+            raise EventMalformed("the claim check refers to another claim check", attribute="claim")
+        return redeemed
 
     def _read_objects(
         self, request: FunctionRequest, model: ServedModel, notification: Notification

@@ -32,6 +32,7 @@ ADMISSION: Errors = (
 )
 EXECUTION: Errors = (
     *(errors.MediaUnsupported, errors.ShapeMismatch, errors.ValueRefused, errors.EventMalformed, errors.BucketRefused),
+    *(errors.ClaimExpired, errors.MessageTooLarge, errors.ResultStoreUnavailable),
     *(errors.SegmentTooLarge, errors.RunFailed, errors.CacheFull),
     *(errors.HopTimeout, errors.HopUnavailable, errors.HopBusy, errors.HopRejected),
 )

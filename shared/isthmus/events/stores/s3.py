@@ -1,0 +1,130 @@
+"""Records as objects in S3, by conditional writes: a store that triggers on several machines share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from uuid import uuid4
+
+from isthmus.errors import ConfigurationMalformed, Missing, RegistryError, ResultStoreUnavailable
+from isthmus.events.records import MAX_RECORD_BYTES, Stored
+from isthmus.registry import RetryPolicy, S3Store
+
+_PREFIX = "records"
+# An ETag is a hash of the content on most servers: equal values would be one version, so each write is made unique.
+_NONCE_BYTES = 16
+# Removed records stay as empty objects until a sweep: S3 has no conditional removal everywhere.
+_REMOVED = b""
+
+
+class S3Records:
+    """A `RecordStore` in a bucket that enforces conditional writes; see there for the methods.
+
+    Raises:
+        ConfigurationMalformed: the server ignores If-None-Match or If-Match, and would lose records.
+        ResultStoreUnavailable: the server does not answer.
+    """
+
+    def __init__(self, store: S3Store, retry_policy: RetryPolicy | None = None) -> None:
+        self._store = store
+        self._retry = retry_policy or RetryPolicy()
+        self._check_conditions()
+
+    @property
+    def url(self) -> str:
+        """See `RecordStore`."""
+        return self._store.url
+
+    def get(self, key: str) -> Stored | None:
+        """See `RecordStore`."""
+        stored = self._read(key)
+        return None if stored is None or stored.value == _REMOVED else stored
+
+    def create(self, key: str, value: bytes, *, durable: bool = True) -> str | None:
+        """See `RecordStore`."""
+        if (version := self._replace(key, value, "")) is not None:
+            return version
+        stored = self._read(key)
+        return self._replace(key, value, stored.version) if stored is not None and stored.value == _REMOVED else None
+
+    def update(self, key: str, value: bytes, version: str, *, durable: bool = True) -> str | None:
+        """See `RecordStore`."""
+        return self._replace(key, value, version)
+
+    def delete(self, key: str, version: str) -> bool:
+        """See `RecordStore`."""
+        return self._replace(key, _REMOVED, version) is not None
+
+    def keys(self) -> Iterator[str]:
+        """See `RecordStore`; a removed one may be among them until the next sweep."""
+        with self._translated():
+            listed = self._listed()
+        yield from (key for key, size, _ in listed if size > _NONCE_BYTES)
+
+    def sweep(self, older_than_s: float) -> int:
+        """See `RecordStore`; by the server's clock."""
+        before, removed = time.time() - older_than_s, 0
+        with self._translated():
+            for key, size, written in self._listed():
+                # Between this look and the removal lie milliseconds, between two writes of an old record its age.
+                if written < before:
+                    self._store.delete(f"{_PREFIX}/{key}")
+                    removed += size > _NONCE_BYTES
+        return removed
+
+    def close(self) -> None:
+        """See `RecordStore`."""
+        self._store.close()
+
+    def _read(self, key: str) -> Stored | None:
+        with self._translated():
+            found = self._retry(
+                lambda: self._store.versioned(f"{_PREFIX}/{key}", max_bytes=MAX_RECORD_BYTES + _NONCE_BYTES)
+            )
+        return None if found is None else Stored(found[0][_NONCE_BYTES:], found[1])
+
+    def _replace(self, key: str, value: bytes, version: str) -> str | None:
+        data = uuid4().bytes + value
+        with self._translated():
+            etag = self._retry(lambda: self._store.replace(f"{_PREFIX}/{key}", data, version))
+            if etag is not None:
+                return etag
+            # The first try may have been stored although its response was lost; the nonce tells.
+            found = self._retry(
+                lambda: self._store.versioned(f"{_PREFIX}/{key}", max_bytes=MAX_RECORD_BYTES + _NONCE_BYTES)
+            )
+        return found[1] if found is not None and found[0] == data else None
+
+    def _listed(self) -> list[tuple[str, int, float]]:
+        try:
+            entries = self._store.entries(f"{_PREFIX}/")
+        except Missing:
+            return []
+        return [(e.key.removeprefix(f"{_PREFIX}/"), e.size, e.written.timestamp()) for e in entries]
+
+    def _check_conditions(self) -> None:
+        """Write a probe against both conditions; a server that takes one of them does not enforce it."""
+        key = f"_probe-{uuid4().hex}"
+        with self._translated():
+            first = self._replace(key, b"1", "")
+            enforced = (
+                first is not None
+                and self._replace(key, b"2", "") is None
+                and self._replace(key, b"3", '"00000000000000000000000000000000"') is None
+                and self._replace(key, b"4", first) is not None
+            )
+            self._store.delete(f"{_PREFIX}/{key}")
+        if not enforced:
+            raise ConfigurationMalformed(
+                f"{self.url} does not enforce conditional writes, so that two triggers could lose each other's records",
+                where="records.url",
+                hint="keep records in nats://HOST/BUCKET or sqlite:PATH",
+            )
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except RegistryError as e:
+            raise ResultStoreUnavailable(f"{self.url}: {e.message}", store=self.url) from e

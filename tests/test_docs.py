@@ -69,6 +69,15 @@ def test_every_verb_of_make_exists(page: Path) -> None:
         assert (ROOT / "bench" / f"{verb.removeprefix('bench-')}.py").exists() if bench else verb in verbs, verb
 
 
+def test_every_picture_is_shown_small_and_drawn_by_the_makefile() -> None:
+    links = [(page, name) for page in PAGES for name in re.findall(r"!\[[^]]+\]\((.+?)\)", page.read_text())]
+    shown = {(page.parent / name).resolve() for page, name in links}
+    drawn = re.findall(r"--picture (docs/images/\S+)", (ROOT / "Makefile").read_text())
+    assert set((ROOT / "docs" / "images").iterdir()) == shown
+    assert {ROOT / name for name in drawn} == {path for path in shown if path.suffix == ".svg"}
+    assert all(path.stat().st_size < (60_000 if path.suffix == ".svg" else 150_000) for path in shown)
+
+
 def test_the_index_leads_to_every_page() -> None:
     linked = {(INDEX.parent / target).resolve() for target in re.findall(r"\]\(([^)#:]+\.md)", INDEX.read_text())}
     assert {page for page in PAGES if page.is_relative_to(INDEX.parent)} - {INDEX} <= linked

@@ -23,7 +23,8 @@ from isthmus.artifacts.plan import Candidate, Measured, Plan, Terms
 from isthmus.errors import ModelError
 from isthmus.units import format_size
 from isthmus_tools.figures import cuts, fidelity, plan, regions
-from isthmus_tools.figures.style import FAMILIES, INK, save, scheme_rules, style
+from isthmus_tools.figures.labels import Label, place
+from isthmus_tools.figures.style import FAMILIES, INK, new_figure, save, scheme_rules, settle, style
 from isthmus_tools.graph.cuts import default_cuts
 from isthmus_tools.graph.model import open_model
 from isthmus_tools.planner.regions import RegionMap, region_map
@@ -158,6 +159,8 @@ def test_no_text_of_a_picture_lies_over_another_or_beyond_its_edge(figure: Any) 
     found = boxes(figure)
     assert len(found) > 10
     for i, (text, box) in enumerate(found):
+        # A text that is not drawn has a box of one pixel.
+        assert min(box.width, box.height) > 4, text
         assert min(box.x0, box.y0, figure.bbox.x1 - box.x1, figure.bbox.y1 - box.y1) >= 0, text
         assert [other for other, there in found[i + 1 :] if box.overlaps(there)] == [], text
 
@@ -185,6 +188,18 @@ def test_every_text_and_mark_is_readable_on_light_and_dark_pages(figure: Any) ->
 def cells(figure: Any) -> set[str]:
     patches = [p for axes in figure.axes for p in axes.patches if isinstance(p, Rectangle) and p.get_fill()]
     return {to_hex(p.get_facecolor()) for p in patches}
+
+
+def test_a_label_stands_at_a_point_in_view_or_not_at_all() -> None:
+    with style():
+        figure = new_figure(8, 3)
+        axes = figure.add_subplot()
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1)
+        labels = [Label("seen", [(5, 5), (0.5, 0.5)]), Label("far", [(2, 2)]), Label("long " * 60, [(0.5, 0.5)])]
+        settle(figure)
+        placed = place(axes, labels)
+    assert [(each.get_text(), each.xy) for each in placed] == [("seen", (0.5, 0.5))]
 
 
 def test_white_is_readable_on_every_colour_of_a_cell() -> None:

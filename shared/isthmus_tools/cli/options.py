@@ -18,6 +18,7 @@ from isthmus.units import parse_duration
 from isthmus_tools.budget import Budget
 from isthmus_tools.cli.completion import complete_aliases, complete_cuts, complete_models
 from isthmus_tools.cli.environment import CACHE_DIR
+from isthmus_tools.figures.style import SUFFIXES
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 RegistryOption = Annotated[
@@ -72,7 +73,7 @@ Sweep = Annotated[
 PlanPicture = Annotated[
     Path | None, typer.Option(help="Draw the plan to this .png or .svg file; with --sweep, the map instead.")
 ]
-PICTURES = (".png", ".svg")
+PICTURES = SUFFIXES
 DEFAULT_REGISTRY = ".isthmus/registry"
 
 

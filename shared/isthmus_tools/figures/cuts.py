@@ -78,7 +78,7 @@ def build(model: Model, title: str, default: str = "") -> Any:
 
 
 def _draw_sizes(axes: Any, every: Sequence[CutInfo], input_bytes: int, default: str) -> list[Label]:
-    """Draw bytes along the graph, and return the labels: the default cut's, the input's, those of narrow cuts."""
+    """Draw bytes along the graph, and return the labels: the default cut's, the input's, the narrow cuts'."""
     from matplotlib.cbook import pts_to_midstep
 
     positions = [_position(c) for c in every]

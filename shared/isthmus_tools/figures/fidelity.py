@@ -53,7 +53,7 @@ def draw(
 
 
 def build(fidelity: Fidelity, selected: Mapping[str, Entry | None], title: str) -> Any:
-    """The figure of the cuts in `selected`, each with the entry that is marked in it.
+    """The figure of the cuts in `selected`, each with its marked entry.
 
     The vertical axis is logarithmic in the share of changed predictions, which separates 99% from 99.9%; its top is
     the largest share that the number of inputs can distinguish from 100%.
@@ -134,7 +134,7 @@ def _curves(axes: Any, fidelity: Fidelity, cut: str, selected: Entry | None) -> 
         faces = [colour if _leads(p, every) else "none" for p in points]
         axes.scatter(xs, ys, s=26, marker=marker, facecolors=faces, edgecolors=colour, linewidths=1.2, zorder=3)
         ends = list(zip(xs, ys, strict=True))
-        # References lie apart at their best, which is the figure that is compared.
+        # Labels at the finest quality, where the references lie apart.
         is_reference = isinstance(points[0], Reference)
         labels.append(Label(_NAMES.get(name, name), ends[-1:] if is_reference else ends, colour, name in _COLOURS))
         if is_reference:

@@ -22,14 +22,14 @@ _DIRECTIONS = ((1, 0), (0, 1), (0, -1), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, 
 _DISTANCES = (7.0, 16.0, 28.0, 42.0)
 # A step of distance is as bad as so many hidden marks.
 _STEP_COST = 3.0
-# Points between two texts, which keeps them apart in wider fonts.
+# Points between two texts, also apart in wider fonts then.
 _GAP = 2.0
 _ALIGNMENTS = {-1: ("right", "top"), 0: ("center", "center"), 1: ("left", "bottom")}
 
 
 @dataclass(frozen=True)
 class Label:
-    """A text for one of several points (x, y) in data coordinates, such as those of a curve; the first is preferred."""
+    """A text for a point (x, y) in data coordinates, of several, such as those of a curve; the first is preferred."""
 
     text: str
     points: Sequence[tuple[float, float]]
@@ -59,7 +59,7 @@ def place(axes: Any, labels: Sequence[Label]) -> list[Any]:
 
 @dataclass(frozen=True)
 class _Spot:
-    """A place for a label: beside which point, in which direction and at which distance."""
+    """A place for a label: a point, a direction and a distance from the point."""
 
     point: tuple[float, float]
     direction: tuple[int, int]
@@ -76,18 +76,26 @@ def _positions(
     axes: Any, label: Label, renderer: Any, taken: Sequence[Any], marks: Array
 ) -> Iterator[tuple[float, _Spot, Any]]:
     """The possible places: cost, place, and the text's box in pixels."""
-    x, y = marks.T
-    every = itertools.product(enumerate(_DISTANCES), label.points, _DIRECTIONS)
+    from matplotlib.transforms import Bbox
+
+    # Measured once; a line to the point may cross other texts.
+    trial = _annotate(axes, label, _Spot(label.points[0], (1, 1), 0.0), line=False)
+    size = np.array(trial.get_window_extent(renderer).size)
+    trial.remove()
+    pixels = axes.figure.dpi / 72
+    bounds = axes.bbox.get_points()
+    # matplotlib draws no annotation of a point beyond the axes.
+    points = [point for point in label.points if axes.bbox.contains(*axes.transData.transform(point))]
+    every = itertools.product(enumerate(_DISTANCES), points, _DIRECTIONS)
     for (step, distance), point, direction in every:
-        spot = _Spot(point, direction, distance)
-        # Without its line, which may cross others.
-        trial = _annotate(axes, label, spot, line=False)
-        box = trial.get_window_extent(renderer).padded(_GAP * axes.figure.dpi / 72)
-        trial.remove()
-        inside = axes.bbox.x0 <= box.x0 and axes.bbox.y0 <= box.y0 and box.x1 <= axes.bbox.x1 and box.y1 <= axes.bbox.y1
+        anchor = axes.transData.transform(point) + np.array(direction) * distance * pixels
+        # From the anchor a text extends in its direction, and to both sides if centred.
+        low = anchor + (np.array(direction) - 1) / 2 * size
+        box = Bbox([low, low + size]).padded(_GAP * pixels)
+        inside = (bounds[0] <= box.min).all() and (box.max <= bounds[1]).all()
         if inside and not any(box.overlaps(other) for other in taken):
-            hidden = int(((x >= box.x0) & (x <= box.x1) & (y >= box.y0) & (y <= box.y1)).sum())
-            yield hidden + _STEP_COST * step, spot, box
+            hidden = int(((marks >= box.min) & (marks <= box.max)).all(axis=1).sum())
+            yield hidden + _STEP_COST * step, _Spot(point, direction, distance), box
 
 
 def _annotate(axes: Any, label: Label, spot: _Spot, *, line: bool) -> Any:

@@ -96,7 +96,7 @@ def draw(plan: Plan, curves: GraphCurves, path: str | os.PathLike[str] | None = 
 
 
 def build(plan: Plan, curves: GraphCurves) -> Any:
-    """The figure; a graph without cuts has no panels along it."""
+    """The figure; without cuts there are no panels along the graph."""
     panels: dict[str, float] = {"sizes": 2.4, "times": 1.3} if curves.positions else {}
     panels["bandwidth"] = 3.2
     figure = new_figure(8, 1.2 + 1.1 * sum(panels.values()))
@@ -237,7 +237,7 @@ def _seconds(candidate: Candidate, rate: float, rtt_s: float) -> float:
 
 
 def hues_of(candidates: Iterable[Candidate]) -> dict[str, str]:
-    """A colour for each candidate, of its kind's family; splits at one cut share theirs."""
+    """A colour for each candidate, of its kind's family; splits at the same cut have the same colour."""
     hues: dict[str, str] = {}
     groups: dict[str, dict[str, str]] = {}
     for each in candidates:

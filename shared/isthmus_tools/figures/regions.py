@@ -14,7 +14,7 @@ from isthmus_tools.figures.plan import constraints_text, hues_of
 from isthmus_tools.figures.style import INK, headline, new_figure, save, settle, style
 from isthmus_tools.planner.regions import REGIONS, RegionCell, RegionMap
 
-# Of a cell's side; what is left over separates the cells.
+# Of a cell's side; the rest separates the cells.
 _SIDE, _FRAME_SIDE = 0.96, 0.84
 # Characters of a cut that fit in a cell.
 _MAX_CUT = 10
@@ -98,7 +98,7 @@ def _square(at: tuple[int, int], side: float, **options: Any) -> Any:
 
 
 def _legend(figure: Any, plan: Plan, regions: RegionMap, hues: dict[str, str]) -> None:
-    """A patch for each colour, with the names of the candidates that have it."""
+    """A patch for each colour, with the names of its candidates."""
     from matplotlib.patches import Patch
 
     kinds = {c.name: c.kind for c in plan.candidates}

@@ -53,7 +53,7 @@ _RC: Any = {
     "grid.alpha": 0.22,
     "legend.frameon": False,
     "font.size": 9.5,
-    # Of what a reader's machine has; texts are measured in matplotlib's own font, which is wider than the others.
+    # Fonts of readers' machines; texts are measured in the font of matplotlib, the widest of these.
     "font.sans-serif": ["Segoe UI", "Helvetica Neue", "Arial", "DejaVu Sans", "sans-serif"],
     # A model's name is no formula.
     "text.parse_math": False,

@@ -53,7 +53,7 @@ $(VENV)/.dev: $(VENV)/.run tests/support/models.txt
 	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@
 
-run: setup ## the same photos four ways: at the edge, in the cloud, split raw, split calibrated
+run: setup ## the same photos five ways: at the edge, in the cloud, split raw, split calibrated
 	$(BIN)/isthmus demo $(ARGS)
 
 # By hand, where the model's export or the codecs change: minutes.

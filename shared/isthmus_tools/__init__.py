@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from isthmus_tools.usecases.batch import BatchRequest, BatchResult, classify_photos
     from isthmus_tools.usecases.calibrate import CalibrateRequest, CalibrateResult, calibrate
     from isthmus_tools.usecases.cut import CutList, CutRequest, CutResult, cut, list_cuts
-    from isthmus_tools.usecases.functions import FunctionUrls, local_functions
+    from isthmus_tools.usecases.functions import FunctionUrls
+    from isthmus_tools.usecases.local_functions import local_functions
     from isthmus_tools.usecases.local_model import LocalModel
     from isthmus_tools.usecases.model_import import ImportRequest, import_model
     from isthmus_tools.usecases.package import PackageRequest, PackageResult, package
@@ -29,7 +30,8 @@ _NAMES = {
     "usecases.batch": ("BatchRequest", "BatchResult", "classify_photos"),
     "usecases.calibrate": ("CalibrateRequest", "CalibrateResult", "calibrate"),
     "usecases.cut": ("CutList", "CutRequest", "CutResult", "cut", "list_cuts"),
-    "usecases.functions": ("FunctionUrls", "local_functions"),
+    "usecases.functions": ("FunctionUrls",),
+    "usecases.local_functions": ("local_functions",),
     "usecases.local_model": ("LocalModel",),
     "usecases.model_import": ("ImportRequest", "import_model"),
     "usecases.package": ("PackageRequest", "PackageResult", "package"),

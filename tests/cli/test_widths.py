@@ -10,13 +10,13 @@ import pytest
 from msgspec.structs import replace
 
 from isthmus.artifacts.conditions import Conditions
-from isthmus.artifacts.plan import Error, Measured, Sources, Terms
+from isthmus.artifacts.plan import Candidate, Error, Measured, Sources, Terms
 from isthmus_tools.cli import console, demo
 from isthmus_tools.planner.publishing import publish_plan
 from isthmus_tools.profiling import profiles
 from isthmus_tools.usecases import profile as profiling
 from isthmus_tools.usecases.demo import DemoResult
-from isthmus_tools.usecases.demo_verdict import Range, TimedRequest, Verdict, Way
+from isthmus_tools.usecases.demo_verdict import Range, Verdict, Way
 from support.bundles import photo
 from support.calibrated_photos import Known, known
 from support.cli import isthmus
@@ -131,10 +131,11 @@ def test_profiles_fit_the_terminal(
 
 
 def test_the_demo_fits_the_terminal(width: int, capsys: pytest.CaptureFixture[str]) -> None:
-    times = TimedRequest("cat.jpg", 1234.5, 1000.4, 200.1, 34.0)
+    measured = Measured(1.2345, 1.2, 1.3, 3, {"preprocess": 0.0, "pack": 0.0, "edge": 1.0004, "cloud_run": 0.034})
     names = {"edge-float": "the whole model at the edge", "split-65-transform-80": "a split, calibrated"}
     ways = [
-        Way(n, what, (times,), {"cat.jpg": "tabby (281)"}, 2345, 99, 1, 0.1, 0.99, False) for n, what in names.items()
+        Way(what, Candidate(n, "split", Terms(), up_bytes=2345, measured=measured), {"cat.jpg": "tabby (281)"}, 1, 0.1)
+        for n, what in names.items()
     ]
     ranges = (Range("edge-float", 1.0), Range("split-65-transform-80", 2.0))
     verdict = Verdict("split-65-transform-80", ("its seconds are the least of all that may serve",), ranges, ranges)
@@ -147,6 +148,7 @@ def test_the_demo_fits_the_terminal(width: int, capsys: pytest.CaptureFixture[st
         "a quota",
         {"cat.jpg": "tabby (281)"},
         tuple(ways),
+        verdict,
         verdict,
     )
     demo._show(result)

@@ -15,7 +15,7 @@ import pytest
 from isthmus.errors import LocalError
 from isthmus_tools.engine import Event, cpu_share
 from isthmus_tools.engine.cpu_share import joining, share_of_a_cpu
-from isthmus_tools.usecases.functions import EDGE_FUNCTIONS, on_one_thread
+from isthmus_tools.usecases.local_functions import EDGE_FUNCTIONS, on_one_thread
 from support.patience import LONG_S, eventually
 
 OWNER = """

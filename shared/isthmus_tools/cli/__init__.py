@@ -43,7 +43,7 @@ COMMANDS = {
     " registry.",
     "plan": "Find the best way to serve a model over a link: the cut and its codec, or no split at all.",
     "explain": "Explain a plan's choice: the terms of its cost, the runners-up, and why candidates were refused.",
-    "demo": "Classify real photos with EfficientNet-Lite0 four ways: at the edge, in the cloud, and split in two.",
+    "demo": "Classify real photos with EfficientNet-Lite0 five ways: at the edge, in the cloud, and split in two.",
     "doctor": "List missing software on this machine; exits with 1 if a required part is missing.",
 }
 

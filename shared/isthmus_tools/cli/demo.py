@@ -1,4 +1,4 @@
-"""`isthmus demo`: real photos and a real model served four ways over an emulated link, and what the planner says."""
+"""`isthmus demo`: real photos and a real model served five ways over an emulated link, and what the planner says."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from isthmus_tools.zoo.photos import read_photo, sample_photos
 # The imports load onnxruntime, numpy and scipy.
 if TYPE_CHECKING:
     from isthmus_tools.usecases.demo import DemoResult
-    from isthmus_tools.usecases.demo_verdict import Range
+    from isthmus_tools.usecases.demo_verdict import Range, Verdict
 
 # Of the demo alone: plans and aliases of other registries stay as they are.
 REGISTRY = ".isthmus/demo"
@@ -38,7 +38,7 @@ def demo(
     *,
     stack: Annotated[Path, typer.Option(help="The stack file.")] = Path("stack.yml"),
     repeat: Annotated[int, typer.Option(help="Times each photo is sent each way; times are medians.", min=1)] = 3,
-    uplink: Annotated[str, typer.Option(help="Rate of the emulated link, each way.")] = "5mbit",
+    uplink: Annotated[str, typer.Option(help="Rate of the emulated link, each way.")] = "10mbit",
     rtt: Annotated[str, typer.Option(help="Round-trip time that the link adds.")] = "20ms",
     edge_slowdown: EdgeSlowdown = None,
     edge_cpus: EdgeCpus = None,
@@ -48,7 +48,7 @@ def demo(
     ] = REGISTRY,
     as_json: AsJson = False,
 ) -> None:
-    """Classify real photos with EfficientNet-Lite0 four ways: at the edge, in the cloud, and split in two.
+    """Classify real photos with EfficientNet-Lite0 five ways: at the edge, in the cloud, and split in two.
 
     The same photos go each way over one emulated link, with an edge slowed 32 times unless told otherwise; then the
     planner says which way is best there, why, and where another would be. At first the model is imported.
@@ -74,7 +74,7 @@ def demo(
         from isthmus_tools.engine.stack import read_stack
         from isthmus_tools.usecases import demo as use_case
         from isthmus_tools.usecases.demo_model import prepare
-        from isthmus_tools.usecases.functions import local_functions
+        from isthmus_tools.usecases.local_functions import local_functions
 
         variables = stack_variables(registry)
         read_stack(stack, variables)
@@ -108,7 +108,7 @@ def _show(result: DemoResult) -> None:
             (
                 way.what,
                 f"{way.medians['total_ms']:.0f}",
-                format_size(way.up_bytes),
+                format_size(way.candidate.up_bytes),
                 *(f"{way.medians[part]:.0f}" for part in ("edge_ms", "link_ms", "cloud_ms")),
                 f"{way.photos_agree} of {len(result.expected)}",
                 "exact" if way.exact else "" if way.held_out is None else f"{way.held_out:.1%}",
@@ -121,18 +121,22 @@ def _show(result: DemoResult) -> None:
     for photo, label in result.expected.items():
         others = [f"{way.classes[photo]} {way.name}" for way in result.ways if way.classes[photo] != label]
         say(f"  {photo}: {label}" + (f"; {', '.join(others)}" if others else ""))
-    verdict = result.verdict
-    say(f"\nthe planner says: {verdict.best}", "bold")
-    for sentence in verdict.reasons:
-        say(f"- {sentence}")
-    if verdict.by_bandwidth:
-        say(f"- by bandwidth, with this edge: {_ranges(verdict.by_bandwidth, _rounded_rate)}")
-    say(f"- by edge, over this link: {_ranges(verdict.by_slowdown, lambda n: f'{n:.2g} times slower')}")
+    _show_verdict("the planner says", result.verdict)
+    _show_verdict("where photos may not leave the edge", result.private)
     say("next:")
     say("  isthmus import model.onnx --name NAME     # your own model")
     rate, rtt = (text.replace(" ", "") for text in (format_rate(link.up_bps), format_duration(link.rtt_s)))
     say(f"  isthmus plan NAME --local --edge-slowdown {result.edge_slowdown:g} --uplink {rate} --rtt {rtt}")
     say("  isthmus up --model NAME                   # serve it, with a page at http://127.0.0.1:8080")
+
+
+def _show_verdict(who: str, verdict: Verdict) -> None:
+    say(f"\n{who}: {verdict.best}", "bold")
+    for sentence in verdict.reasons:
+        say(f"- {sentence}")
+    if verdict.by_bandwidth:
+        say(f"- by bandwidth, with this edge: {_ranges(verdict.by_bandwidth, _rounded_rate)}")
+    say(f"- by edge, over this link: {_ranges(verdict.by_slowdown, lambda n: f'{n:.2g} times slower')}")
 
 
 def _rounded_rate(bps: float) -> str:

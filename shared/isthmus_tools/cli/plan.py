@@ -103,7 +103,8 @@ def plan(
     from isthmus_tools.planner.costs import read_prices
     from isthmus_tools.planner.regions import region_map
     from isthmus_tools.usecases import plan as use_case
-    from isthmus_tools.usecases.functions import FunctionUrls, local_functions
+    from isthmus_tools.usecases.functions import FunctionUrls
+    from isthmus_tools.usecases.local_functions import local_functions
 
     with errors(as_json):
         if predict_only and head:

@@ -66,7 +66,8 @@ def profile(
     """
     from isthmus_tools.cli.inputs import read_tensors
     from isthmus_tools.usecases import profile as use_case
-    from isthmus_tools.usecases.functions import FunctionUrls, local_functions
+    from isthmus_tools.usecases.functions import FunctionUrls
+    from isthmus_tools.usecases.local_functions import local_functions
 
     with errors(as_json):
         if not (local or head or tail):

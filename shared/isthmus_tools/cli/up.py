@@ -64,7 +64,7 @@ def up(
     from isthmus_tools.engine import EngineOptions, run_engine
     from isthmus_tools.engine.cpu_share import joining, share_of_a_cpu
     from isthmus_tools.engine.telemetry import OnEvent, ignore_event
-    from isthmus_tools.usecases.functions import EDGE_FUNCTIONS, on_one_thread
+    from isthmus_tools.usecases.local_functions import EDGE_FUNCTIONS, on_one_thread
 
     with errors(as_json=False), ExitStack() as resources:
         if model:

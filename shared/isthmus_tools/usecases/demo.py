@@ -1,4 +1,4 @@
-"""The demo: one model served four ways over one emulated link with a slowed edge, and the planner's verdict."""
+"""The demo: one model served several ways over one emulated link with a slow edge, and the planner's verdict."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from msgspec.structs import replace
+
 from isthmus.artifacts.conditions import Conditions
 from isthmus.artifacts.plan import Candidate
 from isthmus.artifacts.segment_id import WHOLE
@@ -14,15 +16,15 @@ from isthmus.errors import CalibrationError
 from isthmus.pipeline import Result
 from isthmus.registry import Resolved, open_registry
 from isthmus.settings import RegistrySettings
+from isthmus_tools.planner.inputs import from_photos
 from isthmus_tools.progress import Progress, silent
 from isthmus_tools.usecases.demo_model import CUT, MODEL, fidelity_at
-from isthmus_tools.usecases.demo_requests import send_photos
-from isthmus_tools.usecases.demo_verdict import TimedRequest, Verdict, Way, judge, measured_as
-from isthmus_tools.usecases.demo_ways import demo_candidates
-from isthmus_tools.usecases.functions import FunctionUrls
+from isthmus_tools.usecases.demo_verdict import Verdict, Way, judge
+from isthmus_tools.usecases.demo_ways import demo_candidates, predictions
+from isthmus_tools.usecases.functions import FunctionUrls, measure_over_link
 from isthmus_tools.usecases.local_model import LocalModel
 
-LINK = Conditions(5e6, 5e6, 0.02)
+LINK = Conditions(10e6, 10e6, 0.02)
 """A mobile uplink."""
 EDGE_SLOWDOWN = 32.0
 """A small board beside a server."""
@@ -46,7 +48,10 @@ class DemoRequest:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The ways in order, the uncut model's likeliest class of each photo, and the verdict."""
+    """The ways in order, the uncut model's likeliest class of each photo, and two verdicts.
+
+    `private` is the verdict where photos must not leave the edge.
+    """
 
     model: str
     digest: str
@@ -57,6 +62,7 @@ class DemoResult:
     expected: Mapping[str, str]
     ways: tuple[Way, ...]
     verdict: Verdict
+    private: Verdict
 
     @property
     def split_is_exact(self) -> bool:
@@ -80,11 +86,12 @@ class DemoResult:
             "split_is_exact": self.split_is_exact,
             "ways": [way.document() for way in self.ways],
             "verdict": asdict(self.verdict),
+            "verdict_private": asdict(self.private),
         }
 
 
 def compare(request: DemoRequest, model: Resolved, functions: FunctionUrls, progress: Progress = silent) -> DemoResult:
-    """Send each photo each way over the link, and judge as the planner does.
+    """Send each photo each way over the link, measured and judged as the planner does.
 
     Raises:
         CalibrationError: the model has no calibration at the cut.
@@ -95,24 +102,38 @@ def compare(request: DemoRequest, model: Resolved, functions: FunctionUrls, prog
     if fidelity is None:
         raise CalibrationError(f"{model.name} is not calibrated at the cut {request.cut}", cut=request.cut)
     whole = LocalModel(f"{model.name}:{model.version}", request.registry, WHOLE, threads=1)
-    uncut = {name: whole.run(whole.preprocess(photo)) for name, photo in request.photos.items()}
-    link = request.conditions
-    candidates = dict(demo_candidates(model.bundle, request.cut, fidelity, link, request.edge_slowdown))
-    predicted, timed = send_photos(
-        store, model, candidates, request.photos, functions, link, repeat=request.repeat, progress=progress
+    inputs = from_photos(model.bundle, request.photos.values())
+    uncut = [whole.run(photo.arrays) for photo in inputs]
+    link, slowdown = request.conditions, request.edge_slowdown
+    candidates = dict(demo_candidates(model.bundle, request.cut, fidelity, link, slowdown))
+    predicted = predictions(store, model, candidates, inputs, functions, progress)
+    measured = measure_over_link(
+        functions,
+        list(candidates.values()),
+        model.digest,
+        model.bundle,
+        inputs,
+        store,
+        link,
+        rounds=request.repeat * len(inputs),
+        eliminate=False,
+        progress=progress,
     )
-    ways = [_way(what, candidate, whole, uncut, predicted[what], timed[what]) for what, candidate in candidates.items()]
-    measured = [measured_as(c, way) for c, way in zip(candidates.values(), ways, strict=True)]
+    ways = [
+        _way(what, candidate, whole, list(request.photos), uncut, predicted[what])
+        for what, candidate in zip(candidates, measured, strict=True)
+    ]
     return DemoResult(
         model=f"{model.name}:{model.version}",
         digest=model.digest,
         cut=request.cut,
         conditions=link,
-        edge_slowdown=request.edge_slowdown,
+        edge_slowdown=slowdown,
         slowed_by=functions.edge.method,
-        expected={name: _likeliest(whole, result) for name, result in uncut.items()},
+        expected=dict(zip(request.photos, (_likeliest(whole, result) for result in uncut), strict=True)),
         ways=tuple(ways),
-        verdict=judge(measured, ways, link, request.edge_slowdown),
+        verdict=judge(ways, link, slowdown),
+        private=judge(ways, link, slowdown, private=True),
     )
 
 
@@ -120,32 +141,28 @@ def _way(
     what: str,
     candidate: Candidate,
     whole: LocalModel,
-    uncut: Mapping[str, Result],
-    predicted: Mapping[str, Result],
-    requests: Sequence[TimedRequest],
+    names: Sequence[str],
+    uncut: Sequence[Result],
+    predicted: Sequence[Result],
 ) -> Way:
-    output = whole.model.bundle.outputs[0].name
-    expected = {name: _likeliest(whole, result) for name, result in uncut.items()}
-    classes = {name: _likeliest(whole, result) for name, result in predicted.items()}
-    # Relative to the largest output: near zero a relative difference of one output says nothing.
-    differences = [
-        float(abs(uncut[name].outputs[output] - predicted[name].outputs[output]).max())
-        / float(abs(uncut[name].outputs[output]).max())
-        for name in predicted
-    ]
-    last = [result.runs[-1] for result in predicted.values()] if candidate.kind != "edge" else []
+    bundle = whole.model.bundle
+    output = bundle.outputs[0].name
+    classes = [_likeliest(whole, result) for result in predicted]
+    pairs = [(a.outputs[output], b.outputs[output]) for a, b in zip(uncut, predicted, strict=True)]
+    last = [result.runs[-1] for result in predicted] if candidate.kind != "edge" else []
+    near = {"edge": (WHOLE,), "cloud": ()}.get(candidate.kind, (predicted[0].runs[0].segment,))
     return Way(
-        name=candidate.name,
         what=what,
-        requests=tuple(requests),
-        classes=classes,
-        up_bytes=statistics.median_low([run.sent_bytes for run in last]) if last else 0,
-        down_bytes=statistics.median_low([run.received_bytes for run in last]) if last else 0,
-        photos_agree=sum(classes[name] == expected[name] for name in classes),
-        difference=max(differences),
-        held_out=1 - candidate.error.disagreement if candidate.error.inputs else None,
-        exact=not candidate.codecs,
-        refused=candidate.refused,
+        candidate=replace(
+            candidate,
+            up_bytes=statistics.median_low([run.sent_bytes for run in last]) if last else 0,
+            down_bytes=statistics.median_low([run.received_bytes for run in last]) if last else 0,
+        ),
+        classes=dict(zip(names, classes, strict=True)),
+        photos_agree=sum(a == _likeliest(whole, b) for a, b in zip(classes, uncut, strict=True)),
+        # Relative to the largest output: near zero a relative difference of one output says nothing.
+        difference=max(float(abs(a - b).max()) / float(abs(a).max()) for a, b in pairs),
+        edge_weight_bytes=sum(t.length for s in near for t in bundle.weight_ranges(bundle.segment(s))),
     )
 
 

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from isthmus.artifacts import bundle as manifest
 from isthmus.artifacts.bundle import MAX_MANIFEST_BYTES, Blob, Bundle, is_digest, is_model_name
-from isthmus.errors import Corrupt, Missing, RegistryError
+from isthmus.errors import Corrupt, Missing, RegistryError, RegistryUnavailable
 from isthmus.registry.alias_history import AliasHistory
 from isthmus.registry.blobs import BlobStore
 from isthmus.registry.content import Bundles, Upload, blob_key, check_weights, corrupt, read_manifest
@@ -79,7 +79,7 @@ class Registry:
         uploaded.
 
         Raises:
-            Missing: content neither in `files` nor in the registry.
+            Missing: content neither in `files` nor in the registry, or the version was removed meanwhile.
             Corrupt: a file does not hash to its digest; no reference to earlier uploads exists.
         """
         if alias is not None:
@@ -91,6 +91,7 @@ class Registry:
             version, first = self._number(bundle.name, manifest.digest_of(data), budget)
             if first:
                 self._store.put_if_absent(f"models/{bundle.name}/aliases/{PROD}", version.version.encode(), budget)
+                self._undo_if_withdrawn(bundle.name, PROD, version.version, "")
         if alias is not None:
             self.set_alias(bundle.name, alias, version.version)
         return version
@@ -177,14 +178,73 @@ class Registry:
         self.point_alias(name, alias, version)
 
     def point_alias(self, name: str, alias: str, version: str) -> None:
-        """Let `alias` mean the existing number `version`, without an entry in the alias's history."""
-        self.retry_policy(lambda: self._store.put(f"models/{name}/aliases/{alias}", version.encode()))
+        """Let `alias` mean the existing number `version`, without an entry in the alias's history.
+
+        Raises:
+            Missing: the version was removed meanwhile; the alias means what it meant before.
+            RegistryUnavailable: the version is being removed; likewise.
+        """
+        before = self.aliases(name).get(alias, "")
+        if before != version:
+            self._put(f"models/{name}/aliases/{alias}", version)
+            self._undo_if_withdrawn(name, alias, version, before)
 
     def withdraw(self, name: str, number: str) -> None:
-        """Remove a version that no alias means; a marker keeps its number from being given again."""
-        digest = self._digest(name, number)
-        self.retry_policy(lambda: self._store.put(f"models/{name}/removed/{number}", digest.encode()))
-        self.retry_policy(lambda: self._store.delete(f"models/{name}/versions/{number}"))
+        """Remove a version that no alias means; a marker keeps its number from being given again.
+
+        Raises:
+            RegistryError: an alias means the version.
+        """
+        self._refuse_meant(name, number)
+        marker = f"models/{name}/removed/{number}"
+        # The marker precedes the look at the aliases, and a move of an alias precedes its look at the marker: of the
+        # two at the same time at least one sees the other (Dekker's mutual exclusion).
+        self._put(marker, self._digest(name, number))
+        try:
+            self._refuse_meant(name, number)
+            self.retry_policy(lambda: self._store.delete(f"models/{name}/versions/{number}"))
+        except RegistryError:
+            # An empty marker is void; to overwrite takes no right to delete.
+            self._put(marker, "")
+            raise
+
+    def _refuse_meant(self, name: str, number: str) -> None:
+        if aliases := sorted(alias for alias, meant in self.aliases(name).items() if meant == number):
+            raise RegistryError(
+                f"{name}:{number} is what {' and '.join(aliases)} mean{'s' * (len(aliases) == 1)}",
+                registry=self.url,
+                hint=f"let another version be that first: isthmus alias {name}:NUMBER {aliases[0]}",
+            )
+
+    def _undo_if_withdrawn(self, name: str, alias: str, version: str, before: str) -> None:
+        """Let an alias mean `before` again (empty for nothing) if the version that it was moved to is removed."""
+        if not self._is_withdrawn(name, version):
+            return
+        # The version before may have been removed too, once the alias had left it.
+        if before:
+            self._put(f"models/{name}/aliases/{alias}", before)
+        if not before or self._is_withdrawn(name, before):
+            self.retry_policy(lambda: self._store.delete(f"models/{name}/aliases/{alias}"))
+        if not self._has_version(name, version):
+            raise self._missing(name, "version", version, self._numbers(name))
+        raise RegistryUnavailable(
+            f"{name}:{version} is being removed",
+            registry=self.url,
+            hint=f"a removal that was interrupted is finished by: isthmus rm {name}:{version}",
+        )
+
+    def _is_withdrawn(self, name: str, number: str) -> bool:
+        try:
+            marker = self._pointer(f"models/{name}/removed/{number}")
+        except Missing:
+            marker = ""
+        return bool(marker) or not self._has_version(name, number)
+
+    def _has_version(self, name: str, number: str) -> bool:
+        return self.retry_policy(lambda: self._store.exists(f"models/{name}/versions/{number}"))
+
+    def _put(self, key: str, text: str) -> None:
+        self.retry_policy(lambda: self._store.put(key, text.encode()))
 
     def bundle(self, digest: str) -> Bundle:
         """The bundle whose manifest has the digest `digest`.

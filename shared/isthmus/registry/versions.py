@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-from isthmus.errors import Missing, RegistryError
+from isthmus.errors import Missing
 from isthmus.registry.alias_history import AliasHistory
 from isthmus.registry.registry import PROD, Registry, check_alias
 
@@ -89,12 +89,6 @@ def remove_version(registry: Registry, name: str, number: str) -> None:
             name=number[:80],
             exists=numbers,
             registry=registry.url,
-        )
-    if aliases := sorted(alias for alias, meant in registry.aliases(name).items() if meant == number):
-        raise RegistryError(
-            f"{name}:{number} is what {' and '.join(aliases)} mean{'s' * (len(aliases) == 1)}",
-            registry=registry.url,
-            hint=f"let another version be that first: isthmus alias {name}:NUMBER {aliases[0]}",
         )
     registry.withdraw(name, number)
 

@@ -27,14 +27,14 @@ setup-dev: $(VENV)/.dev ## install what the tests need too
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# $(call install,PACKAGES): of pip's hundreds of lines one that moves on; its warnings and errors stay.
+# $(call install,PACKAGES,NUMBER): of pip's hundreds of lines one that moves on; its warnings and errors stay.
 define install
 @start=$$(date +%s); count=0; { $(PIP) $(1) || echo Failed; } | { \
 	while read -r verb rest; do case "$$verb $$rest" in \
 		Failed*) exit 1 ;; \
 		*.whl.metadata*) ;; \
 		Downloading*.whl* | "Using cached"*.whl* | Processing*.whl*) count=$$((count + 1)); file=$${rest%%.whl*}; file=$${file##*[ /]}; \
-			[ ! -t 2 ] || printf '\r\033[K  %s %s' $$count "$${file%%-*}" >&2 ;; \
+			[ ! -t 2 ] || printf '\r\033[K  %s$(2): %s' $$count "$${file%%-*}" >&2 ;; \
 		"Installing collected"*) [ ! -t 2 ] || printf '\r\033[K  installing them' >&2 ;; \
 	esac; done; \
 	[ ! -t 2 ] || printf '\r\033[K' >&2; echo "set up in $$(($$(date +%s) - start)) s" >&2; }
@@ -42,7 +42,7 @@ endef
 
 $(VENV)/.run: $(VENV)/bin/python constraints.txt shared/isthmus/pyproject.toml shared/isthmus_tools/pyproject.toml
 	@echo "setting up: $(RUN_SIZE); a minute or two, once" >&2
-	$(call install,$(RUN_PACKAGES))
+	$(call install,$(RUN_PACKAGES), of $(firstword $(RUN_SIZE)))
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run tests/support/models.txt

@@ -33,7 +33,8 @@ define install
 	while read -r verb rest; do case "$$verb $$rest" in \
 		Failed*) exit 1 ;; \
 		*.whl.metadata*) ;; \
-		Downloading*.whl* | "Using cached"*.whl* | Processing*.whl*) count=$$((count + 1)); file=$${rest%%.whl*}; file=$${file##*[ /]}; \
+		Downloading*.whl* | "Using cached"*.whl* | Processing*.whl*) \
+			count=$$((count + 1)); file=$${rest%%.whl*}; file=$${file##*[ /]}; \
 			[ ! -t 2 ] || printf '\r\033[K  %s$(2): %s' $$count "$${file%%-*}" >&2 ;; \
 		"Installing collected"*) [ ! -t 2 ] || printf '\r\033[K  installing them' >&2 ;; \
 	esac; done; \

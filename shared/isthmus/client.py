@@ -109,25 +109,10 @@ class Client:
             HopRejected: the server at the URL is not a router.
             Errors of the router, by `error_of`.
         """
-        chunks = {name: RAW.encode(np.asarray(array)) for name, array in arrays.items()}
-        head = json.dumps(
-            {
-                "inputs": [
-                    {
-                        "name": name,
-                        "shape": list(array.shape),
-                        "datatype": datatype_of(array.dtype.name),
-                        "parameters": {"binary_data_size": len(chunks[name])},
-                    }
-                    for name, array in arrays.items()
-                ],
-                "parameters": {"binary_data_output": True},
-            }
-        ).encode()
-        headers = {"Content-Type": "application/octet-stream", oip.HEADER_LENGTH: str(len(head))}
+        body, headers = _tensor_body(arrays)
         version_part = f"/versions/{quote(version, safe='')}" if version else ""
         path = f"/v2/models/{quote(model, safe='')}{version_part}/infer"
-        response = self.post(path, [head, *chunks.values()], headers, {})
+        response = self.post(path, body, headers, {})
         with self._reading():
             # Without the header the whole body is JSON, from a server without binary tensors.
             split = int(response.headers.get(oip.HEADER_LENGTH.lower(), len(response.body)))
@@ -139,6 +124,34 @@ class Client:
                 outputs[spec.name] = from_binary(binary, size, spec, shape_of(output, spec))
                 binary = binary[size:]
             return Prediction(outputs, dict(doc.get("parameters", {})), response.headers.get("server-timing", ""))
+
+    def explain(
+        self,
+        inputs: bytes | Mapping[str, Array],
+        *,
+        model: str = "",
+        class_name: str = "",
+        grid: int = 0,
+        output: str = "",
+        hidden_id: int = 0,
+    ) -> dict[str, Any]:
+        """Which parts of a photo's file, or of tensors, decided for a class (its label or index; else the likeliest).
+
+        The router's response; the arguments are its parameters. Source: docs/reference/api.md, "Explanations".
+
+        Raises:
+            HopRejected: the server at the URL is not a router.
+            Errors of the router, by `error_of`.
+        """
+        parameters = {"model": model, "class": class_name, "grid": grid, "output": output, "hidden_id": hidden_id}
+        fields = {name: str(value) for name, value in parameters.items() if value}
+        body, headers = ([inputs], {}) if isinstance(inputs, bytes) else _tensor_body(inputs)
+        response = self.post("/explain", body, headers, fields)
+        with self._reading():
+            document: dict[str, Any] = json.loads(response.body)
+            if not (document["explanation"]["drops"] and document["class"] and document["model_name"]):
+                raise ValueError("no explanation")
+        return document
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -191,6 +204,27 @@ class Client:
         if response.status != 200:
             raise error_of(self.url, response)
         return response
+
+
+def _tensor_body(arrays: Mapping[str, Array]) -> tuple[list[bytes | memoryview], dict[str, str]]:
+    """An Open Inference Protocol request with binary tensors, in parts, and its headers."""
+    chunks = {name: RAW.encode(np.asarray(array)) for name, array in arrays.items()}
+    head = json.dumps(
+        {
+            "inputs": [
+                {
+                    "name": name,
+                    "shape": list(array.shape),
+                    "datatype": datatype_of(array.dtype.name),
+                    "parameters": {"binary_data_size": len(chunks[name])},
+                }
+                for name, array in arrays.items()
+            ],
+            "parameters": {"binary_data_output": True},
+        }
+    ).encode()
+    headers = {"Content-Type": "application/octet-stream", oip.HEADER_LENGTH: str(len(head))}
+    return [head, *chunks.values()], headers
 
 
 def _form(photos: Sequence[bytes]) -> list[bytes]:

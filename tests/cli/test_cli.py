@@ -38,6 +38,7 @@ COMMANDS = [
     "rm",
     "gc",
     "infer",
+    "why",
     "up",
     "package",
     "demo",
@@ -438,6 +439,7 @@ WRITING = {
     "codec": ["codec", "small-net", "--picture"],
     "plan": ["plan", "small-net", "--picture"],
     "explain": ["explain", "small-net", "--picture"],
+    "why": ["why", "{tmp}/photo.png", "--local", "--output"],
     "infer": ["infer", "--model", "small-net", "--tensor", "x={tmp}/x.npy", "--local", "--output"],
 }
 

@@ -56,7 +56,7 @@ class OcclusionRequest:
     index: int | None = None
     grid: int = 0
     window: int = WINDOW
-    max_runs: int = MAX_GRID**2
+    max_runs: int = (MAX_GRID + WINDOW - 1) ** 2
     hidden_id: int = PADDING_ID
 
 

@@ -36,6 +36,7 @@ COMMANDS = {
     "rm": "Remove a version that no alias means; its content goes with the next `isthmus gc`.",
     "gc": "List content of the registry that no version reaches: of removed versions, tried plans, killed publishes.",
     "infer": "Classify photos, or run tensors through a model.",
+    "why": "Show which parts of a photo, or which tokens, decided for a class.",
     "up": "Run the functions of a stack file on this machine, behind OpenFaaS's provider API, until Ctrl-C.",
     "link": "Relay to a target over an emulated network with set bandwidth, delay and faults, until Ctrl-C.",
     "package": "Write a stack file in which each segment of one model is a function with its segment inside the image.",

@@ -71,7 +71,7 @@ def infer(
     Example: `isthmus infer cat.jpg`, `isthmus infer photos/ --output results.jsonl`, or
     `isthmus infer --model magika --tensor bytes=input.npy --output out.npz`
     """
-    where = _Where(url, local, cuts, timeout, registry)
+    where = ModelPlace(url, local, cuts, timeout, registry)
     with errors(as_json):
         # A model without inputs takes neither photos nor tensors.
         if (photos and tensor) or not (photos or tensor or model):
@@ -87,7 +87,7 @@ def infer(
 
 
 @dataclass(frozen=True)
-class _Where:
+class ModelPlace:
     """The router to ask, or with `local` this process."""
 
     url: str
@@ -114,7 +114,7 @@ class _Where:
         return Client(self.url, timeout_s=self.timeout_s)
 
 
-def _photos(photos: list[Path], model: str, where: _Where, top_k: int, as_json: bool) -> None:
+def _photos(photos: list[Path], model: str, where: ModelPlace, top_k: int, as_json: bool) -> None:
     paths = list(_files(photos))
     if len(paths) == 1:
         read_photo(paths[0])  # loading a model takes longer than to see that the file is not there
@@ -169,7 +169,7 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
         yield from files
 
 
-def _predictor(model: str, where: _Where, top_k: int) -> Callable[[bytes], dict[str, Any]]:
+def _predictor(model: str, where: ModelPlace, top_k: int) -> Callable[[bytes], dict[str, Any]]:
     from isthmus_tools.usecases.batch import check_takes_photos
 
     if where.local:
@@ -186,7 +186,7 @@ def served(route: Mapping[str, Any]) -> dict[str, Any]:
     return {"plan": route.get("plan", ""), "codecs": codecs, "link_bytes": route.get("link_bytes", 0)}
 
 
-def _batch(photos: list[Path], model: str, where: _Where, top_k: int, output: Path, as_json: bool) -> None:
+def _batch(photos: list[Path], model: str, where: ModelPlace, top_k: int, output: Path, as_json: bool) -> None:
     from isthmus_tools.usecases.batch import BatchRequest, classify_photos, local_predictor, remote_predictor
 
     if where.local:
@@ -225,7 +225,7 @@ def _sent(facts: Mapping[str, Any]) -> str:
     return f"{format_size(facts['link_bytes'])} sent over the link for {format_size(raw)} of tensors"
 
 
-def _tensors(tensors: list[str], model: str, where: _Where, output: Path | None, as_json: bool) -> None:
+def _tensors(tensors: list[str], model: str, where: ModelPlace, output: Path | None, as_json: bool) -> None:
     if not model:
         raise RequestMalformed("tensors need --model NAME or NAME:VERSION")
     from isthmus_tools.array_files import write_npz

@@ -11,9 +11,10 @@ from isthmus.artifacts.segment_id import WHOLE
 from isthmus.context import Context
 from isthmus.errors import MediaUnsupported
 from isthmus.pipeline import LocalHop, Result, execute, local_route, plan_route
-from isthmus.processing.classify import classify
+from isthmus.pipeline.occlusion import PADDING_ID, OcclusionRequest, class_scores, occlude
+from isthmus.processing.classify import class_index, classify
 from isthmus.processing.classify_spec import parse_labels
-from isthmus.processing.image import model_input
+from isthmus.processing.image import model_input, seen_part
 from isthmus.registry import open_cache, open_registry
 from isthmus.runtime.store import SegmentStore
 from isthmus.settings import RegistrySettings, SegmentSettings
@@ -68,6 +69,45 @@ class LocalModel:
         """
         # A request without headers: its deadline is this call's time limit.
         return execute(self._route, arrays, Context.from_headers({}, longest_s=timeout_s))
+
+    def explain(
+        self,
+        inputs: bytes | Mapping[str, Array],
+        *,
+        class_name: str = "",
+        grid: int = 0,
+        output: str = "",
+        hidden_id: int = PADDING_ID,
+        timeout_s: float = 60.0,
+    ) -> dict[str, Any]:
+        """Which parts of a photo's file, or of tensors, decided: the document that a router responds with.
+
+        Raises:
+            RequestMalformed: no such class, output or grid.
+            ShapeMismatch: the model's output is no table of classes, or its inputs are neither a picture nor tokens.
+            As `preprocess` and `run`.
+        """
+        arrays = self.preprocess(inputs) if isinstance(inputs, bytes) else inputs
+        bundle, context = self.model.bundle, Context.from_headers({}, longest_s=timeout_s)
+        index = class_index(class_name, self._labels) if class_name else None
+        request = OcclusionRequest(class_scores(bundle, output), index, grid, hidden_id=hidden_id)
+        result = occlude(
+            self._route, arrays, request, lambda route, each: execute(route, each, context), context.deadline
+        )
+        document = result.document(self._labels)
+        if isinstance(inputs, bytes):
+            document["explanation"]["part"] = seen_part(inputs, bundle.preprocess or {})
+        hidden_s = sum(run.total_s for each in result.runs for run in each.runs)
+        return {
+            "model_name": self.model.name,
+            "model_version": self.model.version,
+            **document,
+            "route": {
+                "link_bytes": result.link_bytes,
+                "segments": [stage.document() for stage in result.base.runs],
+            },
+            "timings_ms": {"hidden": round(hidden_s * 1000, 3)},
+        }
 
     def photo(self, photo: bytes, top_k: int | None = None, timeout_s: float = 60.0) -> dict[str, Any]:
         """The document that a router responds to a photo with.

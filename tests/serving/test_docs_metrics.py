@@ -60,6 +60,7 @@ def test_every_endpoint_and_stage_is_documented(
         assert {rule.endpoint for rule in client.application.url_map.iter_rules()} == expected
     segment.post("/", data=framed(photos))
     router.post("/", data=photo())
+    router.post("/explain", data=photo())
     router.post("/", json={"inputs": [{"name": "x", "shape": [1, 3, 8, 8], "datatype": "FP32", "data": [0] * 192}]})
     with served(segment.application) as url:
         packs = router_settings(photos, tmp_path / "packs", ("local", url), codec="int8/1")

@@ -20,11 +20,13 @@ import isthmus_tools
 from isthmus.settings import RouterSettings
 from support.bundles import LABELS, Published, photo, router_settings
 from support.bundles import photos as photos
+from support.explained import sentence
 from support.paths import ROOT
 from support.routers import served_router
 
 PAGE = ROOT / "docs" / "reference" / "python.md"
 BATCH_PAGE = ROOT / "docs" / "how-to" / "batch.md"
+WHY_PAGE = ROOT / "docs" / "how-to" / "why.md"
 ROUTER = "http://127.0.0.1:8080/function/router"
 
 
@@ -73,6 +75,14 @@ def test_the_example_of_a_batch_runs(
     first, second = capsys.readouterr().out.splitlines()
     assert first in LABELS
     assert "looks like text" in second
+
+
+def test_the_example_of_an_explanation_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = re.findall(r"^```python\n(.*?)^```$", WHY_PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    published = sentence(tmp_path / "model")
+    with served_router(router_settings(published, tmp_path / "cache", ("local",))) as url:
+        exec(compile(block.replace(ROUTER, url), str(WHY_PAGE), "exec"), {})  # noqa: S102
+    assert capsys.readouterr().out == "2 1\n"
 
 
 def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Explanations of a real model: hiding the input is captum's occlusion, and hiding at a cut comes near to that."""
+"""Explanations of real models: hiding the input is captum's occlusion, and hiding at a cut comes near to that."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from isthmus.registry import FolderStore, Registry
 from isthmus_tools.graph import build
 from isthmus_tools.zoo import models as zoo
 from isthmus_tools.zoo.photos import sample_photos
-from support.bundles import Published
+from support.bundles import Published, publish
 from support.explained import explained, local
-from support.models import efficientnet_lite0
+from support.models import REAL, efficientnet_lite0
 
 CUTS = ("31", "65")
 # Few cells, since torch runs the model for each; pixels of a cell's side.
@@ -84,6 +84,15 @@ def test_hiding_the_input_is_captums_occlusion(model: Published, cached: Path, w
     # Probabilities of onnxruntime and of torch differ by some 1e-6.
     np.testing.assert_allclose(result.drops, expected, atol=2e-5)
     assert np.abs(expected).max() > 0.05
+
+
+def test_a_png_is_told_by_its_first_and_last_bytes(cached: Path) -> None:
+    real = REAL["magika"]
+    published = publish(cached / "magika", real.path(), {}, partitions=[[]], **real.open_arguments())
+    result = explained(local(published, cached), real.inputs()[2], grid=64, hidden_id=256)
+    # Of 64 parts of 32 bytes; the batch is free, and so all of them are one call.
+    assert set(np.argsort(-result.drops)[:2].tolist()) == {0, 63}
+    assert len(result.runs) == 1
 
 
 def rank_correlation(one: Array, other: Array) -> float:

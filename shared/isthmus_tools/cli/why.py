@@ -12,16 +12,17 @@ from rich.text import Text
 
 from isthmus.errors import RequestMalformed
 from isthmus.units import format_size
+from isthmus_tools.cli.completion import complete_models
 from isthmus_tools.cli.console import errors, out, print_json, progress_bars, say, table
 from isthmus_tools.cli.infer import ROUTER, ModelPlace
 from isthmus_tools.cli.options import (
     DEFAULT_REGISTRY,
     PICTURES,
-    SYNTAX,
     AsJson,
     RegistryOption,
     Tensors,
     check_output,
+    cut_option,
 )
 from isthmus_tools.zoo.photos import read_photo
 
@@ -34,7 +35,12 @@ _MAX_TOKENS = 20
 def why(
     photo: Annotated[Path | None, typer.Argument(help="The photo.")] = None,
     *,
-    model: Annotated[str, typer.Option(help="NAME or NAME:VERSION; empty takes the router's own for photos.")] = "",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="NAME or NAME:VERSION; empty takes the router's own for photos.", autocompletion=complete_models
+        ),
+    ] = "",
     class_name: Annotated[
         str, typer.Option("--class", help="The class, its label or index; by default the likeliest.")
     ] = "",
@@ -55,9 +61,7 @@ def why(
     ] = 0,
     url: Annotated[str, typer.Option(envvar="ISTHMUS_URL", help="The router.")] = ROUTER,
     local: Annotated[bool, typer.Option("--local", help="Run every segment in this process; no router.")] = False,
-    cuts: Annotated[
-        str, typer.Option("--cut", help=f"With --local: the partition of the bundle, or '..' for none. {SYNTAX}")
-    ] = "",
+    cuts: Annotated[str, cut_option("With --local: a partition of the bundle, or '..' for the uncut model.")] = "",
     timeout: Annotated[
         float, typer.Option(help="Longest wait for the answer, in seconds.", min=0.001, max=86_400)
     ] = 60.0,

@@ -16,6 +16,7 @@ from isthmus.registry import FolderStore, Registry
 from isthmus_tools.graph import build
 from isthmus_tools.zoo import models as zoo
 from isthmus_tools.zoo.photos import sample_photos
+from support import exports
 from support.bundles import Published, publish
 from support.explained import explained, local
 from support.models import REAL, efficientnet_lite0
@@ -72,7 +73,8 @@ def captums(image: Array, index: int, window: int) -> Array:
 
 @cache
 def torch_model() -> Any:
-    return zoo.efficientnet_lite0().eval()
+    pytest.importorskip("efficientnet_lite_pytorch", reason="efficientnet-lite-pytorch is not installed")
+    return exports.efficientnet_lite0().eval()
 
 
 @pytest.mark.parametrize("window", [1, 2])

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from isthmus.errors import MessageTooLarge
 from isthmus.events.message import Message
 
 
@@ -113,3 +114,15 @@ class Publisher(Protocol):
     def close(self) -> None:
         """Disconnect."""
         ...
+
+
+def check_size(message: Message, limit: int) -> None:
+    """Refuse a body that a place does not take, before it is sent.
+
+    Raises:
+        MessageTooLarge: more than `limit` bytes.
+    """
+    if len(message.body) > limit:
+        raise MessageTooLarge(
+            f"a body of {len(message.body)} bytes exceeds the limit of {limit}", bytes=len(message.body), limit=limit
+        )

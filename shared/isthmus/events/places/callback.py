@@ -10,7 +10,8 @@ from urllib.parse import quote
 import stamina
 
 from isthmus.context import Deadline
-from isthmus.errors import BrokerRefused, BrokerUnavailable, ConfigurationMalformed, MessageTooLarge
+from isthmus.errors import BrokerRefused, BrokerUnavailable, ConfigurationMalformed
+from isthmus.events.broker import check_size
 from isthmus.events.configuration import CallbackPlace, where_of
 from isthmus.events.message import Message
 from isthmus.events.places.signing import sign, signing_keys
@@ -96,12 +97,7 @@ class CallbackPublisher:
             BrokerUnavailable: no response, or 408, 425, 429 or 5xx, at the last attempt as well.
             BrokerRefused: any other status, redirects among them, or an address that is not permitted.
         """
-        if len(message.body) > MAX_BODY_BYTES:
-            raise MessageTooLarge(
-                f"{len(message.body)} bytes exceed the {MAX_BODY_BYTES} that a callback takes",
-                bytes=len(message.body),
-                limit=MAX_BODY_BYTES,
-            )
+        check_size(message, MAX_BODY_BYTES)
         pauses = backoff(_FIRST_PAUSE_S, _MAX_PAUSE_S)
 
         def pause_after(error: Exception) -> bool | float:

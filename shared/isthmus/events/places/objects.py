@@ -6,10 +6,10 @@ from isthmus.errors import (
     BrokerRefused,
     BrokerUnavailable,
     Corrupt,
-    MessageTooLarge,
     RegistryError,
     RegistryUnavailable,
 )
+from isthmus.events.broker import check_size
 from isthmus.events.message import Message
 from isthmus.registry import BlobStore
 
@@ -43,12 +43,7 @@ class ObjectPublisher:
             BrokerUnavailable: the store does not answer, or its disk is full.
             BrokerRefused: the store refuses credentials, or there is no such bucket.
         """
-        if len(message.body) > MAX_BODY_BYTES:
-            raise MessageTooLarge(
-                f"{len(message.body)} bytes exceed the {MAX_BODY_BYTES} of an object",
-                bytes=len(message.body),
-                limit=MAX_BODY_BYTES,
-            )
+        check_size(message, MAX_BODY_BYTES)
         try:
             self._store.put_if_absent(object_key(message), message.body)
         except (RegistryUnavailable, Corrupt) as e:

@@ -7,17 +7,25 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Self
 
 import pytest
 
 from isthmus.errors import BrokerRefused, BrokerUnavailable, MessageTooLarge
-from isthmus.events.broker import Backlog, Consumer, Publisher
+from isthmus.events.broker import Backlog, Consumer, Delivery, Publisher
 from isthmus.events.message import Message
 from support.brokers import BrokerServer, fetched, published, unique_place
+from support.nats_broker import NatsBroker
 from support.patience import LONG_S, eventually
 from support.redis_server import RedisServer
+from support.sqs_server import SqsFifoServer, SqsServer
 
-SERVERS: dict[str, Callable[[Path], BrokerServer]] = {"redis": RedisServer}
+SERVERS: dict[str, Callable[[Path], BrokerServer]] = {
+    "nats": NatsBroker,
+    "redis": RedisServer,
+    "sqs": SqsServer,
+    "sqs-fifo": SqsFifoServer,
+}
 
 
 class Bench:
@@ -45,13 +53,13 @@ class Bench:
         return consumer, self.publisher()
 
     @staticmethod
-    def settled(consumer: Consumer) -> list[object]:
+    def settled(consumer: Consumer, wait_s: float = 0.0) -> list[object]:
         """What comes once the consumer is connected."""
         deliveries: list[object] = []
 
         def is_connected() -> bool:
             try:
-                deliveries.extend(consumer.fetch(1, 0.2))
+                deliveries.extend(consumer.fetch(1, wait_s))
             except BrokerUnavailable:
                 return False
             return True
@@ -89,10 +97,11 @@ def test_a_published_message_arrives_and_goes_once_it_is_acknowledged(bench: Ben
     consumer, publisher = bench.pair()
     publisher.publish(Message(b"body", "photo-1"))
     [delivery] = fetched(consumer, 1)
-    assert (delivery.message.body, delivery.message.source, delivery.attempt) == (b"body", bench.place, 1)
+    assert (delivery.message.body, delivery.attempt) == (b"body", 1)
+    assert bench.place in delivery.message.source
     delivery.ack()
     consumer.close()
-    assert bench.settled(bench.consumer()) == []
+    assert bench.settled(bench.consumer(), 0.3) == []
 
 
 def test_headers_content_type_and_id_travel(bench: Bench) -> None:
@@ -216,19 +225,40 @@ def test_a_message_in_work_comes_to_nobody_else(bench: Bench) -> None:
     for _ in range(5):  # a machine that pauses extends too late, which is no failure
         publisher.publish(Message(b"body", unique_place()))
         [delivery] = fetched([consumer, other], 1)
-        start = extended = time.monotonic()
-        longest = 0.0
         seen: list[object] = []
-        while time.monotonic() < start + 1.5 * redelivery_s:
-            delivery.extend()
-            now = time.monotonic()
-            longest, extended = max(longest, now - extended), now
-            seen += [*other.fetch(1, 0.1), *consumer.fetch(1, 0.1)]
+        with Extension(delivery) as extension:
+            until = time.monotonic() + 1.5 * redelivery_s
+            while time.monotonic() < until:
+                seen += [*other.fetch(1, 0.1), *consumer.fetch(1, 0.1)]
         delivery.ack()
-        if longest < redelivery_s / 2:
+        if extension.longest_pause_s < redelivery_s / 2:
             assert not seen
             return
     pytest.fail("this machine pauses all the time")
+
+
+class Extension:
+    """Extends a delivery in a thread, as long work does."""
+
+    def __init__(self, delivery: Delivery) -> None:
+        self.longest_pause_s = 0.0
+        self._delivery, self._end = delivery, threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        extended = time.monotonic()
+        while not self._end.wait(0.2):
+            self._delivery.extend()
+            now = time.monotonic()
+            self.longest_pause_s, extended = max(self.longest_pause_s, now - extended), now
 
 
 def test_two_consumers_of_one_name_share_the_messages(bench: Bench) -> None:
@@ -300,6 +330,8 @@ def test_the_backlog_counts_messages_that_wait_or_are_in_work(bench: Bench) -> N
 
 
 def test_wrong_credentials_are_refused(bench: Bench) -> None:
+    if not bench.server.checks_passwords:
+        pytest.skip("this server takes all credentials")
     for action in (
         lambda: bench.consumer(password="wrong").fetch(1, 5.0),
         lambda: bench.publisher(password="wrong").publish(Message(b"x", "m")),

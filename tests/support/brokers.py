@@ -28,6 +28,7 @@ class BrokerServer(ABC):
     keeps_data = True
     """Whether messages survive the death of the server."""
     tells_backlog = True
+    checks_passwords = True
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

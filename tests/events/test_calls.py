@@ -102,7 +102,32 @@ def test_a_lost_lease_cannot_be_renewed(calls: Calls, clock: Clock) -> None:
     begun = lease(calls)
     clock.now += 11
     lease(calls, owner="b")
-    assert calls.renew(begun, 10) is None
+    assert not calls.renew(begun, 10)
+
+
+def test_a_renewed_lease_does_not_stand_in_the_way_of_its_owner(calls: Calls) -> None:
+    begun = lease(calls)
+    calls.renew(begun, 20)
+    calls.release(begun, "the router is busy", blame=False)
+    begun = lease(calls)
+    calls.renew(begun, 20)
+    assert calls.finish(begun, 200, "", b"1").call.owner == "a"
+    assert calls.renew(begun, 20)
+    assert calls.get("m").state == "done"
+
+
+def test_a_failed_call_begins_again_only_when_told_to(calls: Calls) -> None:
+    calls.fail(lease(calls), 400, "no photo")
+    assert isinstance(calls.begin("m", "a", 10), Call)
+    again = calls.begin("m", "a", 10, anew=True)
+    assert isinstance(again, CallLease)
+    assert (again.call.attempts, again.call.result) == (1, None)
+
+
+def test_calls_of_two_scopes_share_ids_and_nothing_else(records: SqliteRecords, clock: Clock) -> None:
+    one, other = (Calls(records, keep_s=3600, scope=scope, clock=clock) for scope in ("one", "other"))
+    one.finish(lease(one), 200, "", b"1")
+    assert lease(other).call.attempts == 1
 
 
 def test_a_released_attempt_counts_only_with_blame(calls: Calls) -> None:

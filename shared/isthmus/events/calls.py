@@ -24,6 +24,7 @@ from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from isthmus.errors import CallUnknown, MessageTooLarge, ResultStoreUnavailable
+from isthmus.events.message import storable
 from isthmus.events.records import MAX_RECORD_BYTES, RecordStore
 
 State: TypeAlias = Literal["queued", "running", "done", "failed"]
@@ -121,6 +122,8 @@ class ResultObjects(Protocol):
 class Calls:
     """Calls in `records`, each kept `keep_s` seconds after its last change. Any thread may call.
 
+    `scope` is the name of the trigger: the result of one trigger may be the message of another, with the same id.
+
     Every method raises ResultStoreUnavailable where the store does not answer.
     """
 
@@ -129,10 +132,12 @@ class Calls:
         records: RecordStore,
         *,
         keep_s: float,
+        scope: str = "",
         objects: ResultObjects | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._records, self._keep_s, self._objects, self._clock = records, keep_s, objects, clock
+        self._records, self._keep_s, self._scope = records, keep_s, scope
+        self._objects, self._clock = objects, clock
         self._changed = threading.Condition()
 
     def queue(self, call_id: str, source: str = "") -> Call:
@@ -146,46 +151,61 @@ class Calls:
 
         return _until_written(call_id, step)
 
-    def begin(self, call_id: str, owner: str, lease_s: float, source: str = "") -> CallLease | Call:
+    def begin(
+        self, call_id: str, owner: str, lease_s: float, source: str = "", *, anew: bool = False
+    ) -> CallLease | Call:
         """Take the lease; the call itself where it is over, or in work (`lease_until` says until when).
 
-        An owner gets no second lease before its first has expired: two deliveries to one process are two.
+        An owner gets no second lease before its first has expired: two deliveries to one process are two. With `anew` a
+        failed call begins again, its attempts counted from none.
         """
 
         def step() -> CallLease | Call | None:
-            now, stored = self._clock(), self._read(call_id)
-            call = self._new(call_id, source) if stored is None else stored.call
-            if call.is_over or call.lease_until > now:
+            # Most messages come once: no read before the first write.
+            first = self._begun(self._new(call_id, source), owner, lease_s)
+            if (lease := self._write(first, "", durable=False)) or (stored := self._read(call_id)) is None:
+                return lease
+            call = stored.call
+            if anew and call.state == "failed":
+                call = self._new(call_id, source)
+            elif call.is_over or call.lease_until > self._clock():
                 return call
-            begun = replace(
-                call,
-                state="running",
-                owner=owner,
-                lease_until=now + lease_s,
-                attempts=call.attempts + 1,
-                source=source[:_MAX_PLACE] or call.source,
-                **self._times(),
-            )
             # An attempt that is lost with the machine has done no harm.
-            return self._write(begun, "" if stored is None else stored.version, durable=False)
+            return self._write(self._begun(call, owner, lease_s), stored.version, durable=False)
 
         # mypy joins the two types to object.
         return cast(CallLease | Call, _until_written(call_id, step))
 
-    def renew(self, lease: CallLease, lease_s: float) -> CallLease | None:
-        """The lease from now on; None where it was lost to another owner."""
-        longer = replace(lease.call, lease_until=self._clock() + lease_s, **self._times())
-        return self._write(longer, lease.version, durable=False)
+    def renew(self, lease: CallLease, lease_s: float) -> bool:
+        """Make the lease last from now on; False where another owner has it."""
+
+        def step() -> bool | None:
+            stored = self._read(lease.call.id)
+            if stored is None or stored.call.owner != lease.call.owner:
+                return False
+            longer = replace(stored.call, lease_until=self._clock() + lease_s, **self._times())
+            return True if self._write(longer, stored.version, durable=False) else None
+
+        return _until_written(lease.call.id, step)
 
     def release(self, lease: CallLease, reason: str, *, blame: bool) -> None:
-        """End an attempt without a result; without `blame` it does not count. No-op where the lease was lost."""
-        call = lease.call
-        attempts = call.attempts if blame else max(0, call.attempts - 1)
-        state: State = call.state if call.is_over else "queued"
-        released = replace(
-            call, state=state, attempts=attempts, lease_until=0.0, reason=reason[:_MAX_REASON], **self._times()
-        )
-        self._write(released, lease.version, durable=False)
+        """End an attempt without a result; without `blame` it does not count. No-op where another owner has the lease.
+
+        A call that is over stays so: its places may be served by another owner.
+        """
+
+        def step() -> bool | None:
+            stored = self._read(lease.call.id)
+            if stored is None or stored.call.owner != lease.call.owner:
+                return False
+            call = stored.call
+            if not call.is_over:
+                attempts = call.attempts if blame else max(0, call.attempts - 1)
+                call = replace(call, state="queued", attempts=attempts, reason=reason[:_MAX_REASON])
+            call = replace(call, lease_until=0.0, **self._times())
+            return True if self._write(call, stored.version, durable=False) else None
+
+        _until_written(lease.call.id, step)
 
     def finish(
         self, lease: CallLease, status: int, content_type: str, body: bytes, *, durable: bool = True
@@ -306,6 +326,12 @@ class Calls:
             )
         return CallResult(status, media, len(body), b"", self._objects.put(body, media))
 
+    def _begun(self, call: Call, owner: str, lease_s: float) -> Call:
+        until, attempts = self._clock() + lease_s, call.attempts + 1
+        return replace(
+            call, state="running", owner=owner, lease_until=until, attempts=attempts, result=None, **self._times()
+        )
+
     def _new(self, call_id: str, source: str) -> Call:
         now = self._clock()
         return Call(call_id, "queued", now, now, now + self._keep_s, source[:_MAX_PLACE])
@@ -316,7 +342,7 @@ class Calls:
 
     def _read(self, call_id: str) -> CallLease | None:
         """The call and its version; None where absent. An expired one is removed, so that its id is new again."""
-        if (stored := self._records.get(call_id)) is None:
+        if (stored := self._records.get(self._key(call_id))) is None:
             return None
         try:
             call = _DECODER.decode(stored.value)
@@ -325,17 +351,20 @@ class Calls:
                 f"{self._records.url}: the record {call_id} is no call: {e}", store=self._records.url
             ) from e
         if call.expires < self._clock():
-            self._records.delete(call_id, stored.version)
+            self._records.delete(self._key(call_id), stored.version)
             return None
         return CallLease(call, stored.version)
+
+    def _key(self, call_id: str) -> str:
+        return storable(f"{self._scope}.{call_id}") if self._scope else call_id
 
     def _write(self, call: Call, version: str, durable: bool) -> CallLease | None:
         """The call as written over `version`, or as a new one where that is empty; None where another was first."""
         value = _encode(call)
         new = (
-            self._records.update(call.id, value, version, durable=durable)
+            self._records.update(self._key(call.id), value, version, durable=durable)
             if version
-            else self._records.create(call.id, value, durable=durable)
+            else self._records.create(self._key(call.id), value, durable=durable)
         )
         return None if new is None else CallLease(call, new)
 

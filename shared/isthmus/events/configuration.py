@@ -155,10 +155,13 @@ class SpoolTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class TriggerConfiguration(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The whole file.
 
-    `order_by`, empty for no order, is `source` or `header:NAME`: messages with an equal value are processed one after
-    the other, as they came. After `max_attempts` failed attempts a message goes to `dead_letters`.
+    `order_by`, empty for no order, is `source`, `key` (the broker's own key of a message) or `header:NAME`: messages
+    with an equal value are processed one after the other, as they came. After `max_attempts` failed attempts a message
+    goes to `dead_letters`.
     """
 
+    name: Annotated[str, Meta(pattern="^[a-z0-9-]{0,40}$")] = ""
+    """The trigger's name in records and headers; triggers with one name share their work. By default the source's."""
     source: Broker
     results: Annotated[tuple[Place, ...], Meta(max_length=16)] = ()
     dead_letters: Place | None = None
@@ -170,6 +173,8 @@ class TriggerConfiguration(Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_attempts: Annotated[int, Meta(ge=1, le=1000)] = 5
     retry_after: Seconds = Seconds(2)
     """The pause before a second attempt, doubled for each further one up to a minute."""
+    max_work_bytes: Bytes = Bytes(256 * 2**20)
+    """Bodies of messages in work at a time; a larger one is worked on alone."""
 
 
 def read_configuration(path: Path | str, environment: dict[str, str]) -> TriggerConfiguration:
@@ -223,8 +228,8 @@ def _check(configuration: TriggerConfiguration, name: str) -> None:
     """Rules between fields and in texts."""
     if not is_url(configuration.router.url):
         raise ConfigurationMalformed(f"{name}: router.url is no http URL", where="router.url")
-    if configuration.order_by not in ("", "source") and not configuration.order_by.startswith("header:"):
-        raise ConfigurationMalformed(f"{name}: order_by is `source` or `header:NAME`", where="order_by")
+    if configuration.order_by not in ("", "source", "key") and not configuration.order_by.startswith("header:"):
+        raise ConfigurationMalformed(f"{name}: order_by is `source`, `key` or `header:NAME`", where="order_by")
 
 
 def _decode_unit(kind: type[Any], text: Any) -> Any:

@@ -1,0 +1,146 @@
+"""What the router can do: the number of requests that it takes at a time, found by its refusals."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from isthmus.errors import IsthmusError
+from isthmus.events.route import Outcome
+from isthmus.retries import backoff, jittered
+
+Value = TypeVar("Value")
+
+# A refusal takes a quarter of the limit; it grows by one in as many rounds of successes: about nine in ten slots are
+# used beside a router with a fixed bound. Source: AIMD, Chiu and Jain 1989.
+_DECREASE, _ROUNDS_PER_INCREASE = 0.75, 4
+# Concurrent refusals have one cause, and take from the limit once.
+_SAME_CAUSE_S = 0.1
+_FIRST_PAUSE_S, _MAX_PAUSE_S = 0.1, 5.0
+
+
+class Stopping(Exception):
+    """The trigger ends; the message goes back to its broker."""
+
+
+class RouteLimit:
+    """Slots for requests: at most `limit` at a time, at most one while the router is away.
+
+    Requests wait for a slot in the order of their threads' arrival.
+    """
+
+    def __init__(self, max_limit: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._max, self._clock = max_limit, clock
+        self._limit = float(max_limit)
+        self._changed = threading.Condition()
+        self._requests = 0
+        self._is_away = self._is_closed = False
+        self._resume_at = self._decreased_at = 0.0
+        self._pause_s = _FIRST_PAUSE_S
+
+    @property
+    def limit(self) -> int:
+        """Requests that may be sent at a time."""
+        return 1 if self._is_away else int(self._limit)
+
+    @contextmanager
+    def slot(self) -> Iterator[None]:
+        """Wait for a slot and hold it for the block.
+
+        Raises:
+            Stopping: closed meanwhile.
+        """
+        with self._changed:
+            while not self._is_closed and (self._requests >= self.limit or self._paused_s() > 0):
+                self._changed.wait(self._paused_s() or None)
+            if self._is_closed:
+                raise Stopping
+            self._requests += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._requests -= 1
+                self._changed.notify()
+
+    def note(self, outcome: Outcome, retry_after_s: float | None = None) -> None:
+        """Learn from a response."""
+        with self._changed:
+            now = self._clock()
+            if outcome in (Outcome.AWAY, Outcome.UNCLEAR):
+                # Both say that others would fare alike: one request at a time finds out.
+                self._is_away = True
+                self._resume_at = now + min(_MAX_PAUSE_S, retry_after_s or jittered(self._pause_s, self._pause_s / 4))
+                self._pause_s = min(_MAX_PAUSE_S, self._pause_s * 2)
+                return
+            self._is_away, self._pause_s = False, _FIRST_PAUSE_S
+            if outcome is Outcome.BUSY:
+                if now - self._decreased_at >= _SAME_CAUSE_S:
+                    self._decreased_at, self._limit = now, max(1.0, self._limit * _DECREASE)
+            else:
+                self._limit = min(self._max, self._limit + 1 / (_ROUNDS_PER_INCREASE * self._limit))
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Let everybody who waits go."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
+    def _paused_s(self) -> float:
+        return max(0.0, self._resume_at - self._clock())
+
+
+class Availability:
+    """Waits for what is away: the store of records, a place of results, the source; and says what that is."""
+
+    def __init__(self, stop: threading.Event, on_change: Callable[[str, str], None]) -> None:
+        self._stop, self._on_change = stop, on_change
+        self._lock = threading.Lock()
+        self._away: dict[str, str] = {}
+
+    @property
+    def away(self) -> dict[str, str]:
+        """Reasons by name; empty where everything answers."""
+        with self._lock:
+            return dict(self._away)
+
+    def note(self, name: str, reason: str) -> None:
+        """`name` is away for `reason`, or answers, where that is empty. A change is told once."""
+        with self._lock:
+            changed = bool(reason) != (name in self._away)
+            if reason:
+                self._away[name] = reason
+            else:
+                self._away.pop(name, None)
+        if changed:
+            self._on_change(name, reason)
+
+    def until(self, name: str, operation: Callable[[], Value], errors: tuple[type[IsthmusError], ...]) -> Value:
+        """The result of `operation`, repeated while it raises one of `errors`.
+
+        Raises:
+            Stopping: the trigger ends, and the operation still fails.
+        """
+        pauses = backoff(_FIRST_PAUSE_S, 2 * _MAX_PAUSE_S)
+        while True:
+            try:
+                value = operation()
+            except errors as e:
+                self.note(name, e.message)
+                self.pause(next(pauses))
+            else:
+                self.note(name, "")
+                return value
+
+    def pause(self, seconds: float) -> None:
+        """Wait.
+
+        Raises:
+            Stopping: the trigger ends.
+        """
+        if self._stop.wait(seconds):
+            raise Stopping

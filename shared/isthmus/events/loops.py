@@ -1,0 +1,108 @@
+"""Loops: places of a trigger's results whose messages would come back to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+from isthmus.errors import ConfigurationMalformed
+from isthmus.events.configuration import (
+    Broker,
+    MqttPlace,
+    NatsPlace,
+    Place,
+    RedisPlace,
+    SqsPlace,
+    TriggerConfiguration,
+    where_of,
+)
+
+_LOOPBACK = frozenset(("localhost", "127.0.0.1", "::1"))
+_PORTS = {"nats": 4222, "tls": 4222, "mqtt": 1883, "mqtts": 8883, "redis": 6379, "rediss": 6379}
+
+
+def check_loops(configuration: TriggerConfiguration) -> None:
+    """Refuse places that the source reads, and two places that are the same.
+
+    Raises:
+        ConfigurationMalformed: a loop, or a repeated place. Facts: `where`.
+    """
+    source, places = configuration.source, configuration.results
+    named = [*((f"results[{i}]", place) for i, place in enumerate(places))]
+    if configuration.dead_letters is not None:
+        named.append(("dead_letters", configuration.dead_letters))
+    names: dict[str, str] = {}
+    for where, place in named:
+        if reads(source, place):
+            raise ConfigurationMalformed(
+                f"{where} is a loop: {where_of(source)} reads what goes to {where_of(place)}",
+                where=where,
+                hint="send results where the source does not read",
+            )
+        # Records note places by name: one of two equal ones would never be served.
+        if (other := names.setdefault(where_of(place), where)) != where:
+            raise ConfigurationMalformed(f"{where} is the same place as {other}: {where_of(place)}", where=where)
+
+
+def reads(source: Broker, place: Place) -> bool:
+    """Whether a message sent to `place` reaches `source`, as far as the two addresses show."""
+    match source, place:
+        case NatsPlace(), NatsPlace():
+            pattern, subject = source.subject.split("."), place.subject.split(".")
+            return _share_server(source.url, place.url) and _matches(pattern, subject, "*", ">")
+        case MqttPlace(), MqttPlace():
+            pattern, topic = _topic_filter(source.topic).split("/"), place.topic.split("/")
+            return _share_server(source.url, place.url) and _matches_topic(pattern, topic)
+        case SqsPlace(), SqsPlace():
+            return _queue(source) == _queue(place)
+        case RedisPlace(), RedisPlace():
+            return _database(source.url) == _database(place.url) and source.stream == place.stream
+    return False
+
+
+def _matches(pattern: Sequence[str], levels: Sequence[str], one: str, rest: str) -> bool:
+    """Whether levels match a pattern, in which `one` stands for one level and `rest` for one or more at the end."""
+    for i, part in enumerate(pattern):
+        if part == rest:
+            return len(levels) > i
+        if i >= len(levels) or part not in (one, levels[i]):
+            return False
+    return len(pattern) == len(levels)
+
+
+def _matches_topic(pattern: Sequence[str], levels: Sequence[str]) -> bool:
+    """As `_matches`. `a/#` has `a` too, and wildcards never begin with the server's own $ topics (MQTT 4.7)."""
+    if levels[0].startswith("$") and pattern[0] in ("+", "#"):
+        return False
+    return _matches(pattern, levels, "+", "#") or (pattern[-1] == "#" and _matches(pattern[:-1], levels, "+", "#"))
+
+
+def _topic_filter(topic: str) -> str:
+    """The filter of a shared subscription, `$share/GROUP/FILTER`, or the topic itself."""
+    return topic.split("/", 2)[2] if topic.startswith("$share/") and topic.count("/") >= 2 else topic
+
+
+def _share_server(one: str, other: str) -> bool:
+    """Whether two URLs, each of a server or of several with commas, have a server in common."""
+    servers = [{_server(url.strip()) for url in urls.split(",")} for urls in (one, other)]
+    return bool(servers[0] & servers[1])
+
+
+def _server(url: str) -> tuple[str, int]:
+    """Host and port; names of this machine are one."""
+    parts = urlsplit(url if "//" in url else f"//{url}")
+    try:
+        port = parts.port
+    except ValueError:
+        port = None
+    host = (parts.hostname or "").lower()
+    return "localhost" if host in _LOOPBACK else host, port or _PORTS.get(parts.scheme, 0)
+
+
+def _database(url: str) -> tuple[tuple[str, int], str]:
+    """Server and number of a Redis database."""
+    return _server(url), urlsplit(url).path.strip("/") or "0"
+
+
+def _queue(place: SqsPlace) -> tuple[tuple[str, int], str]:
+    return _server(place.queue_url), urlsplit(place.queue_url).path.strip("/")

@@ -1,0 +1,326 @@
+"""One message through its stages: deduplicate, call the router, record, publish, acknowledge.
+
+A stage that finds its counterpart away waits in its thread, and so takes no further message; a failure of the message
+itself ends the attempt. Nothing is acknowledged before its result is recorded and every place has it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import NamedTuple, Protocol
+
+from isthmus.errors import BrokerRefused, BrokerUnavailable, EventError, MessageTooLarge, ResultStoreUnavailable
+from isthmus.events.broker import Delivery, Publisher
+from isthmus.events.calls import Call, CallLease, Calls
+from isthmus.events.limits import Availability, RouteLimit, Value
+from isthmus.events.message import CONTENT_TYPE, Message
+from isthmus.events.route import Outcome, RouterReply
+from isthmus.retries import jittered
+
+LEASE_S = 10.0
+"""Renewed while work lasts; after the death of a trigger its messages wait this long."""
+PATH = "x-isthmus-trigger"
+"""Header of results: the triggers that a message has come through, against loops."""
+MAX_PATH = 16
+REASON = "x-isthmus-reason"
+"""Header of dead letters. A dead letter that is sent to the source again begins anew."""
+_MAX_BACKOFF_S = 60.0
+# A refused request waits as long as the router asks, and at least this long.
+_MIN_BUSY_S, _MAX_BUSY_S = 0.05, 30.0
+_STORE, _SENDING = (ResultStoreUnavailable,), (BrokerUnavailable,)
+_log = logging.getLogger(__name__)
+
+
+class ResultPlace(NamedTuple):
+    """A place of results or of dead letters, and its name in records."""
+
+    name: str
+    publisher: Publisher
+
+
+class Route(Protocol):
+    """Serves a message; every failure is a reply."""
+
+    def call(self, message: Message) -> RouterReply:
+        """The router's reply."""
+        ...
+
+
+@dataclass
+class Tally:
+    """Messages by outcome since the start.
+
+    `received` counts deliveries, `duplicates` those of messages that were over, `retried` failed attempts that are made
+    again, `deferred` requests that the router was too busy for or away, `refused` results that a place refused.
+    """
+
+    received: int = 0
+    done: int = 0
+    failed: int = 0
+    duplicates: int = 0
+    retried: int = 0
+    deferred: int = 0
+    dead_letters: int = 0
+    refused: int = 0
+
+
+@dataclass(eq=False)
+class Job:
+    """A delivery in this process. `successes` is the route's count when it was fetched."""
+
+    delivery: Delivery
+    successes: int = 0
+    extended_at: float = 0.0
+    lease: CallLease | None = None
+    leased_at: float = 0.0
+
+    def take(self, lease: CallLease) -> CallLease:
+        """Note the lease, to be renewed."""
+        self.lease, self.leased_at = lease, time.monotonic()
+        return lease
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processor:
+    """Takes jobs through their stages; any thread may call. `name` is the trigger's, `owner` this process's."""
+
+    name: str
+    owner: str
+    calls: Calls
+    route: Route
+    limit: RouteLimit
+    availability: Availability
+    results: Sequence[ResultPlace]
+    dead_letters: ResultPlace | None
+    max_attempts: int
+    retry_after_s: float
+    count: Counts
+    clock: Callable[[], float] = time.time
+
+    def process(self, job: Job) -> float | None:
+        """Work on a job; None where it is over, else seconds after which it is to be tried again.
+
+        Raises:
+            Stopping: the trigger ends; the job is as before.
+        """
+        message = job.delivery.message
+        path = message.headers.get(PATH, "").split(",")
+        if self.name in path or len(path) > MAX_PATH:
+            self._refuse_loop(job)
+            return None
+        begun = self._stored(
+            lambda: self.calls.begin(
+                message.id, self.owner, LEASE_S, message.source, anew=message.headers.get(REASON, "") != ""
+            )
+        )
+        if isinstance(begun, CallLease):
+            return self._run(job, job.take(begun))
+        return self._repeated(job, begun)
+
+    def give_back(self, job: Job) -> None:
+        """Return a job's message to its broker, and its lease to other triggers."""
+        # Without a lease first: it must not be renewed afterwards.
+        lease, job.lease = job.lease, None
+        if lease is not None:
+            try:
+                self.calls.release(lease, "the trigger stopped", blame=False)
+            except ResultStoreUnavailable as e:
+                _log.warning("a lease stays until it expires: %s", e.message)
+        job.delivery.retry(0.0)
+
+    def _run(self, job: Job, lease: CallLease) -> float | None:
+        attempts = lease.call.attempts
+        if attempts > self.max_attempts:
+            # The attempts before ended with their triggers.
+            reply = RouterReply(Outcome.FAILED, 500, reason=f"{attempts - 1} attempts ended without an outcome")
+            return self._fail(job, lease, reply)
+        reply = self._call(job.delivery.message)
+        if reply.outcome is Outcome.DONE:
+            return self._finish(job, lease, reply)
+        if reply.outcome is Outcome.REFUSED:
+            return self._fail(job, lease, reply)
+        blame = reply.outcome is Outcome.FAILED or self.count.tally.done > job.successes
+        if blame and attempts >= self.max_attempts:
+            return self._fail(job, lease, reply)
+        job.lease = None
+        self._stored(lambda: self.calls.release(lease, reply.reason, blame=blame))
+        self.count("retried")
+        tries = attempts if blame else job.delivery.attempt
+        return jittered(min(_MAX_BACKOFF_S, self.retry_after_s * 2.0 ** min(tries - 1, 10)), self.retry_after_s / 10)
+
+    def _call(self, message: Message) -> RouterReply:
+        """The router's reply to this message, once it takes it."""
+        while True:
+            with self.limit.slot():
+                reply = self.route.call(message)
+            self.limit.note(reply.outcome, reply.retry_after_s)
+            is_away = reply.outcome in (Outcome.AWAY, Outcome.UNCLEAR)
+            self.availability.note("router", reply.reason if is_away else "")
+            if reply.outcome not in (Outcome.BUSY, Outcome.AWAY):
+                return reply
+            self.count("deferred")
+            if reply.outcome is Outcome.BUSY:
+                after_s = min(_MAX_BUSY_S, max(_MIN_BUSY_S, reply.retry_after_s or 0.0))
+                self.availability.pause(jittered(after_s, after_s / 4))
+
+    def _finish(self, job: Job, lease: CallLease, reply: RouterReply) -> float | None:
+        # The last write before the acknowledgement waits for the disk; all before it are on the disk then too.
+        durable = not self.results
+
+        def finish() -> CallLease:
+            return self.calls.finish(lease, reply.status, reply.content_type, reply.body, durable=durable)
+
+        try:
+            ended = self._stored(finish)
+        except MessageTooLarge as e:
+            document = {"error": e.message, "type": type(e).__name__, "facts": dict(e.facts)}
+            return self._fail(job, lease, RouterReply(Outcome.REFUSED, 413, reason=e.message, document=document))
+        return self._over(job, ended)
+
+    def _fail(self, job: Job, lease: CallLease, reply: RouterReply) -> float | None:
+        _log.warning("message %s failed: %s", lease.call.id, reply.reason)
+        status = reply.status or 502
+        return self._over(job, self._stored(lambda: self.calls.fail(lease, status, reply.reason, reply.document)))
+
+    def _over(self, job: Job, ended: CallLease) -> float | None:
+        """Publish the result of a call that was just recorded, if by this process, and acknowledge."""
+        if ended.call.owner != self.owner:
+            return self._repeated(job, ended.call)
+        self._publish(job, ended)
+        self.count("done" if ended.call.state == "done" else "failed")
+        job.delivery.ack()
+        return None
+
+    def _repeated(self, job: Job, call: Call) -> float | None:
+        """A message whose call exists: in work elsewhere, over, or over with places that lack the result."""
+        if call.is_over and not self._missing(call):
+            self.count("duplicates")
+            job.delivery.ack()
+            return None
+        lease = self._stored(lambda: self.calls.take_over(call, self.owner, LEASE_S)) if call.is_over else None
+        if lease is None:
+            if call.owner == self.owner:
+                # Two deliveries in this process; the other one is about to end.
+                return jittered(self.retry_after_s, self.retry_after_s / 4)
+            # A little longer than the lease, so that one further look suffices.
+            return jittered(max(0.1, call.lease_until - self.clock()), 0.1)
+        job.take(lease)
+        self._publish(job, lease)
+        self.count("done" if call.state == "done" else "failed")
+        job.delivery.ack()
+        return None
+
+    def _targets(self, call: Call) -> Sequence[ResultPlace]:
+        """The places of a call's result; of an error the dead letters, and without those the places of results."""
+        if call.state == "failed" and self.dead_letters is not None:
+            return [self.dead_letters]
+        return self.results
+
+    def _missing(self, call: Call) -> list[ResultPlace]:
+        return [place for place in self._targets(call) if place.name not in call.published]
+
+    def _publish(self, job: Job, lease: CallLease) -> None:
+        """Send the result to each place that lacks it, noting one after the other."""
+        missing = self._missing(lease.call)
+        for i, place in enumerate(missing):
+            if place is self.dead_letters:
+                self._bury(job.delivery.message, lease.call)
+            else:
+                self._send(place, self._result(job.delivery.message, lease.call), job.delivery.message, lease.call)
+            is_last, before = i + 1 == len(missing), lease
+            lease = self._stored(
+                lambda before=before, place=place, is_last=is_last: self.calls.publish(  # type: ignore[misc]
+                    before, place.name, durable=is_last
+                )
+            )
+
+    def _send(self, place: ResultPlace, result: Message, message: Message, call: Call) -> None:
+        """Publish a result; a place that refuses it for good leaves it in the records and among the dead letters."""
+        error: EventError
+        for attempt in range(1, self.max_attempts + 1):
+            try:
+                self.availability.until(place.name, lambda: place.publisher.publish(result), _SENDING)
+                return
+            except MessageTooLarge as e:
+                error = e
+                break
+            except BrokerRefused as e:
+                error = e
+                self.availability.pause(min(_MAX_BACKOFF_S, self.retry_after_s * 2.0 ** (attempt - 1)))
+        _log.error("%s refuses the result of message %s: %s", place.name, call.id, error.message)
+        self.count("refused")
+        self._bury(message, call, f"{place.name}: {error.message}")
+
+    def _result(self, message: Message, call: Call) -> Message:
+        result = call.result
+        body = b"" if result is None else self._stored(lambda: self.calls.body(result))
+        headers = {
+            CONTENT_TYPE: "" if result is None else result.content_type,
+            PATH: ",".join(filter(None, (message.headers.get(PATH, ""), self.name))),
+            "x-isthmus-status": "" if result is None else str(result.status),
+            "x-isthmus-source": message.source,
+            "traceparent": message.headers.get("traceparent", ""),
+        }
+        return Message(body, call.id, self.name, {n: text for n, text in headers.items() if text}, message.key)
+
+    def _bury(self, message: Message, call: Call, reason: str = "") -> None:
+        """Send a message to the dead letters, with the reason; without its body where that is too large there."""
+        if self.dead_letters is None:
+            return
+        status = "" if call.result is None else str(call.result.status)
+        headers = {
+            **message.headers,
+            REASON: _header_text(reason or call.reason or "failed"),
+            "x-isthmus-attempts": str(call.attempts),
+            "x-isthmus-status": status,
+            "x-isthmus-source": message.source,
+            "x-isthmus-bytes": str(len(message.body)),
+        }
+        letter = Message(message.body, message.id, self.name, {n: t for n, t in headers.items() if t}, message.key)
+        publisher, name = self.dead_letters.publisher, self.dead_letters.name
+        try:
+            # A refusal too: what cannot be told here would be lost.
+            self.availability.until(name, lambda: publisher.publish(letter), (BrokerUnavailable, BrokerRefused))
+        except MessageTooLarge as e:
+            _log.error("the body of dead letter %s is left out: %s", message.id, e.message)
+            bare = letter.with_body(b"")
+            self.availability.until(name, lambda: publisher.publish(bare), (BrokerUnavailable, BrokerRefused))
+        self.count("dead_letters")
+
+    def _refuse_loop(self, job: Job) -> None:
+        """A result of this trigger came back as a message."""
+        message, now = job.delivery.message, self.clock()
+        reason = f"a loop: the message has come through {message.headers[PATH][:200]}"
+        _log.error("message %s is refused, %s", message.id, reason)
+        self._bury(message, Call(message.id, "failed", now, now, now), reason)
+        self.count("failed")
+        job.delivery.ack()
+
+    def _stored(self, operation: Callable[[], Value]) -> Value:
+        return self.availability.until("records", operation, _STORE)
+
+
+class Counts:
+    """Adds to a tally from several threads."""
+
+    def __init__(self) -> None:
+        self.tally = Tally()
+        self._lock = threading.Lock()
+
+    def __call__(self, name: str, number: int = 1) -> None:
+        with self._lock:
+            setattr(self.tally, name, getattr(self.tally, name) + number)
+
+    def snapshot(self) -> Mapping[str, int]:
+        """The counts by name."""
+        with self._lock:
+            return {f.name: getattr(self.tally, f.name) for f in fields(self.tally)}
+
+
+def _header_text(text: str) -> str:
+    """Text that every transport takes as a header: printable ASCII, bounded."""
+    return "".join(c if c.isascii() and c.isprintable() else "?" for c in text)[:1000]

@@ -1,0 +1,287 @@
+"""The trigger: threads that fetch messages, work on them and keep them, until it is stopped.
+
+One thread fetches, no more than the router and the bound on bytes allow; twice as many threads as the router takes
+requests work, so that one writes records while another waits for its response; one extends deliveries and leases.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from isthmus.errors import BrokerRefused, BrokerUnavailable, EventError, ResultStoreUnavailable
+from isthmus.events.broker import Backlog, Consumer, Delivery
+from isthmus.events.calls import Calls
+from isthmus.events.configuration import TriggerConfiguration
+from isthmus.events.lanes import Lanes
+from isthmus.events.limits import Availability, RouteLimit, Stopping
+from isthmus.events.message import Message
+from isthmus.events.processing import LEASE_S, Counts, Job, Processor, ResultPlace, Route
+
+# Messages in memory beyond those in work: behind another of their lane, or waiting for another attempt.
+MAX_JOBS = 1024
+STOP_S = 25.0
+"""Work in flight may take this long after the stop; Kubernetes and faasd kill after 30 s."""
+# Threads for each request that the router takes at a time, and messages fetched for each: none of the three stages
+# before, at and after the router waits for another.
+_WORKERS_PER_REQUEST, _MESSAGES_PER_REQUEST = 2, 3
+# A fetch waits this long for a message, and so does a stop for the fetch.
+_FETCH_S = 1.0
+_BACKLOG_EVERY_S, _SWEEP_EVERY_S = 2.0, 60.0
+_MIN_TICK_S = 0.05
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TriggerStatus:
+    """What a trigger did and has. `away` has the reason of each counterpart that does not answer.
+
+    Units: bytes of the bodies in memory.
+    """
+
+    counts: Mapping[str, int]
+    in_work: int
+    waiting: int
+    work_bytes: int
+    limit: int
+    backlog: Backlog
+    away: Mapping[str, str]
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether source, records, router and places answer, as far as is known."""
+        return not self.away
+
+
+@dataclass(frozen=True, kw_only=True)
+class TriggerParts:
+    """The opened counterparts of a trigger, closed by it."""
+
+    consumer: Consumer
+    results: Sequence[ResultPlace]
+    dead_letters: ResultPlace | None
+    calls: Calls
+    route: Route
+    closers: Sequence[Callable[[], None]] = field(default=())
+
+
+class Trigger:
+    """Runs from `start` to `stop`; `name` is shared by triggers that share their work."""
+
+    def __init__(self, configuration: TriggerConfiguration, parts: TriggerParts, name: str) -> None:
+        self.name, self._configuration, self._parts = name, configuration, parts
+        self._stop, self._ended = threading.Event(), threading.Event()
+        self._lanes: Lanes[Job] = Lanes()
+        self._limit = RouteLimit(configuration.router.concurrency)
+        self._counts = Counts()
+        self._availability = Availability(self._stop, self._tell)
+        self._processor = Processor(
+            name=name,
+            # Unlike a name of the process, never given again after a restart.
+            owner=f"{socket.gethostname()[:64]}-{secrets.token_hex(8)}",
+            calls=parts.calls,
+            route=parts.route,
+            limit=self._limit,
+            availability=self._availability,
+            results=parts.results,
+            dead_letters=parts.dead_letters,
+            max_attempts=configuration.max_attempts,
+            retry_after_s=float(configuration.retry_after),
+            count=self._counts,
+        )
+        self._backlog = Backlog()
+        self._empty_fetches = 0
+        self._largest = 0
+        self._failure: BaseException | None = None
+        self._fetcher = self._thread("fetch", self._fetch_all)
+        self._workers = [
+            self._thread(f"work-{i}", self._work)
+            for i in range(_WORKERS_PER_REQUEST * configuration.router.concurrency)
+        ]
+        self._keepers = [self._thread("keep", self._keep_all), self._thread("observe", self._observe)]
+
+    def start(self) -> None:
+        """Begin to fetch."""
+        for thread in (*self._keepers, *self._workers, self._fetcher):
+            thread.start()
+
+    def stop(self, timeout_s: float = STOP_S) -> None:
+        """Finish what is in work within `timeout_s`, give the rest back, and close everything."""
+        until = time.monotonic() + timeout_s
+        self._stop.set()
+        self._limit.close()
+        self._join([self._fetcher], until)
+        self._give_back()
+        self._join(self._workers, until)
+        self._give_back()
+        self._ended.set()
+        self._join(self._keepers, time.monotonic() + 2 * _FETCH_S)
+        # Returns to its broker what a worker still has; a result of it is recorded, not acknowledged.
+        self._parts.consumer.close()
+        for place in (*self._parts.results, *filter(None, [self._parts.dead_letters])):
+            place.publisher.close()
+        for close in self._parts.closers:
+            close()
+
+    def status(self) -> TriggerStatus:
+        """The state at this moment."""
+        running, total = self._lanes.running, len(self._lanes)
+        return TriggerStatus(
+            counts=self._counts.snapshot(),
+            in_work=running,
+            waiting=total - running,
+            work_bytes=self._lanes.bytes,
+            limit=self._limit.limit,
+            backlog=self._backlog,
+            away=self._availability.away,
+        )
+
+    def check(self) -> None:
+        """Raise the error that ended a thread, if one did."""
+        if self._failure is not None:
+            raise self._failure
+
+    def is_empty(self) -> bool:
+        """Whether nothing is in memory and nothing waits at the broker.
+
+        Raises:
+            BrokerUnavailable: the broker does not answer.
+        """
+        # Twice: an empty fetch may have been on its way while a message was given back.
+        if len(self._lanes) or self._empty_fetches < 2:
+            return False
+        return not self._parts.consumer.backlog().messages
+
+    def _fetch_all(self) -> None:
+        while not self._stop.is_set():
+            count = self._demand()
+            if not count:
+                self._lanes.wait_for_change(_FETCH_S)
+                continue
+            for delivery in self._fetch(count):
+                size = len(delivery.message.body)
+                # A decaying maximum: the next fetch may bring as many bytes a message.
+                self._largest = max(1, size, self._largest * 15 // 16)
+                job = Job(delivery, self._counts.tally.done, time.monotonic())
+                self._counts("received")
+                self._lanes.put(job, self._key(delivery.message), size)
+
+    def _fetch(self, count: int) -> Sequence[Delivery]:
+        consumer = self._parts.consumer
+        deliveries = self._availability.until(
+            "source", lambda: consumer.fetch(count, _FETCH_S), (BrokerUnavailable, BrokerRefused)
+        )
+        self._empty_fetches = 0 if deliveries else self._empty_fetches + 1
+        return deliveries
+
+    def _demand(self) -> int:
+        """Messages that may be fetched now.
+
+        Brokers do not say how large messages are: the next ones are taken to be as large as the latest, and a fetch
+        exceeds the bound where they are larger.
+        """
+        free_bytes = self._configuration.max_work_bytes - self._lanes.bytes
+        if free_bytes <= 0:
+            return 0
+        if not self._largest:
+            return 1
+        free: int = min(
+            _MESSAGES_PER_REQUEST * self._limit.limit - self._lanes.runnable,
+            MAX_JOBS - len(self._lanes),
+            max(free_bytes // self._largest, 0 if len(self._lanes) else 1),
+        )
+        return max(0, free)
+
+    def _key(self, message: Message) -> str | None:
+        """The lane of a message; None where no order is asked for, or the message has no such header."""
+        order_by = self._configuration.order_by
+        if order_by in ("source", "key"):
+            return message.source if order_by == "source" else message.key or None
+        return message.headers.get(order_by.removeprefix("header:").lower()) if order_by else None
+
+    def _work(self) -> None:
+        while (job := self._lanes.take()) is not None:
+            try:
+                after_s = self._processor.process(job)
+            except Stopping:
+                self._processor.give_back(job)
+                after_s = None
+            except Exception as e:
+                # A defect, or an error that no stage knows: an attempt of this message, and no end of the others.
+                _log.exception("message %s: %s", job.delivery.message.id, type(e).__name__)
+                after_s = float(self._configuration.retry_after)
+            if after_s is not None and self._key(job.delivery.message) is not None:
+                job.lease = None
+                self._lanes.delay(job, after_s)
+                continue
+            if after_s is not None:
+                # Without an order the broker keeps it, and memory is free for others.
+                job.delivery.retry(after_s)
+            self._lanes.done(job)
+
+    def _keep_all(self) -> None:
+        """Extend deliveries and leases for as long as they are in memory, also while the trigger stops."""
+        extend_s = self._parts.consumer.extend_every_s / 2
+        tick_s = max(_MIN_TICK_S, min(extend_s, LEASE_S / 3))
+        while not self._ended.wait(tick_s):
+            now = time.monotonic()
+            for job in self._lanes.items():
+                if now - job.extended_at >= extend_s:
+                    job.extended_at = now
+                    job.delivery.extend()
+                lease = job.lease
+                # Younger leases have most of their time left.
+                if lease is not None and now - job.leased_at >= tick_s:
+                    try:
+                        self._parts.calls.renew(lease, LEASE_S)
+                    except ResultStoreUnavailable as e:
+                        _log.debug("a lease was not renewed: %s", e.message)
+
+    def _observe(self) -> None:
+        """Read the backlog for the metrics, and remove expired calls."""
+        swept_at = time.monotonic()
+        while not self._ended.wait(_BACKLOG_EVERY_S):
+            try:
+                self._backlog = self._parts.consumer.backlog()
+                if time.monotonic() - swept_at >= _SWEEP_EVERY_S:
+                    swept_at = time.monotonic()
+                    self._parts.calls.sweep()
+            except EventError as e:
+                # The thread that needs it says so; an old figure would mislead.
+                _log.debug("not observed: %s", e.message)
+                self._backlog = Backlog()
+
+    def _give_back(self) -> None:
+        for job in self._lanes.close():
+            self._processor.give_back(job)
+            self._lanes.remove(job)
+
+    def _tell(self, name: str, reason: str) -> None:
+        if reason:
+            _log.warning("%s is away, and is waited for: %s", name, reason)
+        else:
+            _log.info("%s answers again", name)
+
+    def _thread(self, name: str, target: Callable[[], None]) -> threading.Thread:
+        def run() -> None:
+            try:
+                target()
+            except Stopping:
+                pass
+            except BaseException as e:
+                # Half a trigger is none: its owner ends the process, and the platform starts it anew.
+                self._failure = e
+                self._stop.set()
+                raise
+
+        return threading.Thread(target=run, name=f"isthmus-{name}", daemon=True)
+
+    def _join(self, threads: Sequence[threading.Thread], until: float) -> None:
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join(max(0.0, until - time.monotonic()))

@@ -1,0 +1,466 @@
+"""The trigger's loop over a queue in this process and scripted replies of the router."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from isthmus.errors import BrokerRefused, ResultStoreUnavailable
+from isthmus.events import limits, processing, trigger
+from isthmus.events.calls import CallLease, Calls
+from isthmus.events.configuration import TriggerConfiguration, parse_configuration
+from isthmus.events.message import Message
+from isthmus.events.processing import ResultPlace
+from isthmus.events.route import Outcome, RouterReply
+from isthmus.events.stores.sqlite import SqliteRecords
+from isthmus.events.trigger import Trigger, TriggerParts
+from support.patience import LONG_S
+from support.queue_broker import MessageList, QueueBroker, away
+
+DONE = RouterReply(Outcome.DONE, 200, "application/json", b"{}")
+FAILED = RouterReply(Outcome.FAILED, 500, reason="the model failed", document={"error": "the model failed"})
+REFUSED = RouterReply(Outcome.REFUSED, 400, reason="no photo", document={"error": "no photo"})
+BUSY = RouterReply(Outcome.BUSY, 429, reason="busy", retry_after_s=0.01)
+AWAY = RouterReply(Outcome.AWAY, reason="cannot be reached")
+UNCLEAR = RouterReply(Outcome.UNCLEAR, 504, reason="too late")
+Answer = Callable[[Message], RouterReply]
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(limits, "_MAX_PAUSE_S", 0.02)
+    monkeypatch.setattr(trigger, "_FETCH_S", 0.02)
+
+
+class ScriptedRoute:
+    """Replies by message; the messages that it was called with, in order of their beginnings."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer, self.called = answer, []  # type: ignore[var-annotated]
+        self.parallel = self.most_parallel = 0
+        self._lock = threading.Lock()
+
+    def call(self, message: Message) -> RouterReply:
+        with self._lock:
+            self.called.append(message.id)
+            self.parallel += 1
+            self.most_parallel = max(self.parallel, self.most_parallel)
+        try:
+            return self.answer(message)
+        finally:
+            with self._lock:
+                self.parallel -= 1
+
+
+class Setup:
+    """A trigger's counterparts, and triggers over them."""
+
+    def __init__(self, records: SqliteRecords) -> None:
+        self.broker, self.results, self.dead = QueueBroker(), MessageList(), MessageList("dead")
+        self.places = [ResultPlace("results", self.results)]
+        self.dead_letters: ResultPlace | None = ResultPlace("dead", self.dead)
+        self.calls = Calls(records, keep_s=3600, scope="t")
+        self.route = ScriptedRoute(lambda message: DONE)
+
+    def trigger(self, **options: Any) -> Trigger:
+        parts = TriggerParts(
+            consumer=self.broker,
+            results=self.places,
+            dead_letters=self.dead_letters,
+            calls=self.calls,
+            route=self.route,
+        )
+        return Trigger(configuration(**options), parts, "t")
+
+    @contextmanager
+    def running(self, **options: Any) -> Iterator[Trigger]:
+        running = self.trigger(**options)
+        running.start()
+        try:
+            yield running
+        finally:
+            running.stop(LONG_S)
+        running.check()
+
+    def drain(self, *messages: Message, **options: Any) -> Trigger:
+        """Send the messages and run a trigger until nothing is left."""
+        self.broker.send(*messages)
+        with self.running(**options) as running:
+            until(running.is_empty)
+        return running
+
+
+def configuration(
+    *, concurrency: int = 4, attempts: int = 3, retry_after: str = "10ms", **options: Any
+) -> TriggerConfiguration:
+    lines = "".join(f"{name} = {value!r}\n" for name, value in options.items())
+    return parse_configuration(
+        f"max_attempts = {attempts}\nretry_after = '{retry_after}'\n{lines}"
+        f"[source]\nkind = 'nats'\nsubject = 'photos'\n[router]\nconcurrency = {concurrency}\n",
+        {},
+    )
+
+
+def until(condition: Callable[[], bool]) -> None:
+    limit = time.monotonic() + LONG_S
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.005)
+
+
+def messages(count: int, **fields: Any) -> list[Message]:
+    return [Message(b"photo", f"m{i}", "photos", **fields) for i in range(count)]
+
+
+@pytest.fixture
+def setup(tmp_path: Path) -> Iterator[Setup]:
+    records = SqliteRecords(tmp_path / "records.sqlite")
+    yield Setup(records)
+    records.close()
+
+
+def test_each_message_has_one_result_of_its_id(setup: Setup) -> None:
+    done = setup.drain(*messages(50))
+    assert sorted(setup.results.ids) == sorted(f"m{i}" for i in range(50))
+    assert {delivery.ended for delivery in setup.broker.delivered} == {"ack"}
+    assert done.status().counts["done"] == 50
+    result = setup.results.messages[0]
+    assert (result.body, result.headers["content-type"], result.headers["x-isthmus-status"]) == (
+        b"{}",
+        "application/json",
+        "200",
+    )
+
+
+def test_a_message_that_comes_again_has_no_second_result(setup: Setup) -> None:
+    setup.drain(*messages(5))
+    again = setup.drain(*messages(5), *messages(5))
+    assert sorted(setup.results.ids) == [f"m{i}" for i in range(5)]
+    assert again.status().counts["duplicates"] == 10
+    assert len(setup.route.called) == 5
+
+
+def test_two_deliveries_at_once_have_one_result(setup: Setup) -> None:
+    setup.route.answer = lambda message: (time.sleep(0.05), DONE)[1]
+    setup.drain(*messages(1), *messages(1), *messages(1))
+    assert (setup.results.ids, setup.route.called) == (["m0"], ["m0"])
+
+
+def test_a_refused_message_goes_to_the_dead_letters_at_once_with_the_reason(setup: Setup) -> None:
+    setup.route.answer = lambda message: REFUSED if message.id == "m1" else DONE
+    setup.drain(*messages(3))
+    assert sorted(setup.results.ids) == ["m0", "m2"]
+    (letter,) = setup.dead.messages
+    assert (letter.id, letter.body) == ("m1", b"photo")
+    headers = letter.headers
+    assert headers["x-isthmus-reason"] == "no photo"
+    assert (headers["x-isthmus-attempts"], headers["x-isthmus-status"]) == ("1", "400")
+    assert setup.calls.get("m1").state == "failed"
+
+
+def test_a_failing_message_has_its_attempts_and_then_is_a_dead_letter(setup: Setup) -> None:
+    setup.route.answer = lambda message: FAILED if message.id == "m1" else DONE
+    setup.drain(*messages(3))
+    assert setup.route.called.count("m1") == 3
+    assert setup.dead.ids == ["m1"]
+    assert setup.dead.messages[0].headers["x-isthmus-attempts"] == "3"
+
+
+def test_without_dead_letters_an_error_goes_where_results_go(setup: Setup) -> None:
+    setup.dead_letters = None
+    setup.route.answer = lambda message: REFUSED
+    setup.drain(*messages(1))
+    (result,) = setup.results.messages
+    assert (result.id, result.headers["x-isthmus-status"]) == ("m0", "400")
+    assert b"no photo" in result.body
+
+
+def test_a_message_that_failed_once_is_done_at_the_next_attempt(setup: Setup) -> None:
+    replies = iter([FAILED, DONE])
+    setup.route.answer = lambda message: next(replies)
+    setup.drain(*messages(1))
+    assert (setup.results.ids, setup.dead.ids) == (["m0"], [])
+
+
+@pytest.mark.parametrize("reply", [BUSY, AWAY, UNCLEAR], ids=lambda reply: reply.outcome.value)
+def test_a_router_that_is_busy_or_away_costs_no_attempt(setup: Setup, reply: RouterReply) -> None:
+    left = [reply] * 20
+    setup.route.answer = lambda message: left.pop() if left else DONE
+    setup.drain(*messages(3), concurrency=1)
+    assert sorted(setup.results.ids) == ["m0", "m1", "m2"]
+    assert setup.dead.ids == []
+
+
+def test_a_message_that_alone_gets_no_response_is_a_dead_letter(setup: Setup) -> None:
+    setup.route.answer = lambda message: UNCLEAR if message.id == "slow" else DONE
+    setup.broker.send(Message(b"", "slow"))
+    with setup.running():
+        for i in range(2000):
+            setup.broker.send(Message(b"", f"m{i}"))
+            time.sleep(0.01)
+            if setup.dead.ids:
+                break
+    assert setup.dead.ids == ["slow"]
+
+
+def test_a_busy_router_lowers_the_number_of_requests(setup: Setup) -> None:
+    setup.route.answer = lambda message: BUSY if setup.route.parallel > 2 else (time.sleep(0.02), DONE)[1]
+    setup.broker.send(*messages(40))
+    limits_seen = set()
+    with setup.running(concurrency=8) as running:
+        while not running.is_empty():
+            limits_seen.add(running.status().limit)
+            time.sleep(0.005)
+    assert min(limits_seen) <= 3
+    assert sorted(setup.results.ids) == sorted(f"m{i}" for i in range(40))
+
+
+def test_no_more_is_fetched_than_the_route_can_do(setup: Setup) -> None:
+    free = threading.Event()
+    setup.route.answer = lambda message: (free.wait(LONG_S), DONE)[1]
+    setup.broker.send(*messages(100))
+    with setup.running(concurrency=4) as running:
+        until(lambda: setup.route.parallel == 4)
+        time.sleep(0.1)
+        assert len(setup.broker.delivered) <= 12
+        assert running.status().in_work <= 8
+        free.set()
+        until(running.is_empty)
+    assert setup.route.most_parallel == 4
+
+
+def test_bodies_in_memory_are_bounded(setup: Setup) -> None:
+    free = threading.Event()
+    setup.route.answer = lambda message: (free.wait(LONG_S), DONE)[1]
+    setup.broker.send(*(Message(bytes(1000), f"m{i}") for i in range(50)))
+    with setup.running(concurrency=16, max_work_bytes="3000") as running:
+        until(lambda: setup.route.parallel > 0)
+        time.sleep(0.1)
+        assert running.status().work_bytes <= 3000
+        free.set()
+        until(running.is_empty)
+    assert len(setup.results.ids) == 50
+
+
+def test_messages_of_one_key_run_one_after_the_other(setup: Setup) -> None:
+    active: set[str] = set()
+
+    def answer(message: Message) -> RouterReply:
+        camera = message.headers["camera"]
+        assert camera not in active
+        active.add(camera)
+        time.sleep(0.002)
+        active.remove(camera)
+        return DONE
+
+    setup.route.answer = answer
+    sent = [Message(b"", f"{camera}{i}", headers={"camera": camera}) for i in range(20) for camera in "abc"]
+    setup.drain(*sent, order_by="header:Camera")
+    for camera in "abc":
+        assert [m for m in setup.results.ids if m[0] == camera] == [f"{camera}{i}" for i in range(20)]
+    assert setup.route.most_parallel > 1
+
+
+def test_a_message_that_must_wait_holds_up_its_key_alone(setup: Setup) -> None:
+    failures = [FAILED, FAILED]
+    setup.route.answer = lambda message: failures.pop() if message.id == "a0" and failures else DONE
+    sent = [Message(b"", f"{key}{i}", key) for i in range(5) for key in "ab"]
+    setup.drain(*sent, order_by="source", retry_after="100ms")
+    ids = setup.results.ids
+    assert [m for m in ids if m[0] == "a"] == [f"a{i}" for i in range(5)]
+    assert ids.index("b4") < ids.index("a0")
+
+
+def test_a_dead_letter_lets_the_rest_of_its_key_go_on(setup: Setup) -> None:
+    setup.route.answer = lambda message: FAILED if message.id == "m0" else DONE
+    setup.drain(*messages(3), order_by="source")
+    assert (setup.results.ids, setup.dead.ids) == (["m1", "m2"], ["m0"])
+
+
+def test_every_place_gets_the_result_and_one_that_is_away_is_waited_for(setup: Setup) -> None:
+    alerts = MessageList("alerts")
+    alerts.errors = [away("alerts")] * 3
+    setup.places.append(ResultPlace("alerts", alerts))
+    setup.drain(*messages(2))
+    assert sorted(setup.results.ids) == sorted(alerts.ids) == ["m0", "m1"]
+
+
+def test_nothing_is_acknowledged_while_a_place_is_away(setup: Setup) -> None:
+    setup.results.errors = [away("results")] * 1000
+    setup.broker.send(*messages(1))
+    with setup.running() as running:
+        until(lambda: "results" in running.status().away)
+        assert not running.status().is_ready
+        assert not setup.broker.delivered[0].ended
+        setup.results.errors.clear()
+        until(running.is_empty)
+        assert running.status().is_ready
+    assert setup.results.ids == ["m0"]
+
+
+def test_after_a_crash_between_two_places_the_second_alone_is_served(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processing, "LEASE_S", 0.05)
+    alerts = MessageList("alerts")
+    setup.places.append(ResultPlace("alerts", alerts))
+    # What a trigger leaves that died after the first place.
+    lease = setup.calls.begin("m0", "dead owner", 0.05)
+    assert isinstance(lease, CallLease)
+    setup.calls.publish(setup.calls.finish(lease, 200, "", b"{}"), "results")
+    setup.drain(*messages(1))
+    assert (setup.results.ids, alerts.ids, setup.route.called) == ([], ["m0"], [])
+
+
+def test_the_message_of_a_dead_trigger_is_taken_over_when_its_lease_expires(setup: Setup) -> None:
+    setup.calls.begin("m0", "dead owner", 0.1)
+    setup.drain(*messages(1))
+    assert setup.results.ids == ["m0"]
+    assert setup.calls.get("m0").attempts == 2
+
+
+def test_a_message_whose_triggers_died_is_a_dead_letter_in_the_end(setup: Setup) -> None:
+    for _ in range(3):
+        setup.calls.begin("m0", "dead owner", 0.0)
+    setup.drain(*messages(1), attempts=3)
+    assert (setup.route.called, setup.dead.ids) == ([], ["m0"])
+    assert "3 attempts ended without an outcome" in setup.dead.messages[0].headers["x-isthmus-reason"]
+
+
+def test_a_store_that_is_away_stops_the_acknowledgements_and_nothing_else(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish, left = setup.calls.finish, [True] * 5
+
+    def failing(*arguments: Any, **named: Any) -> CallLease:
+        if left:
+            left.pop()
+            raise ResultStoreUnavailable("the disk is full")
+        return finish(*arguments, **named)
+
+    monkeypatch.setattr(setup.calls, "finish", failing)
+    setup.drain(*messages(2))
+    assert sorted(setup.results.ids) == ["m0", "m1"]
+    assert sorted(setup.route.called) == ["m0", "m1"]
+
+
+def test_a_broker_that_is_away_is_waited_for_and_said(setup: Setup) -> None:
+    setup.broker.error = away("nats://127.0.0.1:4222")
+    setup.broker.send(*messages(1))
+    with setup.running() as running:
+        until(lambda: "source" in running.status().away)
+        setup.broker.error = None
+        until(running.is_empty)
+    assert setup.results.ids == ["m0"]
+
+
+def test_a_stop_finishes_what_is_in_work_and_gives_the_rest_back(setup: Setup) -> None:
+    setup.route.answer = lambda message: (time.sleep(0.1), DONE)[1]
+    setup.broker.send(*messages(30))
+    with setup.running(concurrency=2) as running:
+        until(lambda: setup.route.parallel == 2)
+    assert running.status().counts["done"] == len(setup.results.ids) >= 2
+    assert {delivery.ended for delivery in setup.broker.delivered} == {"ack", "retry"}
+    assert setup.broker.is_closed
+    # Leases are released: another trigger begins at once, and no attempt is counted.
+    other = setup.drain()
+    assert sorted(setup.results.ids) == sorted(f"m{i}" for i in range(30))
+    assert other.status().counts["duplicates"] == 0
+    assert {setup.calls.get(f"m{i}").attempts for i in range(30)} == {1}
+
+
+def test_a_stop_ends_waits_for_a_router_that_is_away(setup: Setup) -> None:
+    setup.route.answer = lambda message: AWAY
+    setup.broker.send(*messages(5))
+    with setup.running() as running:
+        until(lambda: not running.status().is_ready)
+    assert {delivery.ended for delivery in setup.broker.delivered} == {"retry"}
+
+
+def test_a_result_that_comes_back_as_a_message_is_refused(setup: Setup) -> None:
+    setup.drain(*messages(1))
+    result = setup.results.messages[0]
+    setup.drain(Message(result.body, "other", headers=result.headers))
+    assert setup.dead.ids == ["other"]
+    assert setup.route.called == ["m0"]
+
+
+def test_a_message_has_come_through_a_bounded_number_of_triggers(setup: Setup) -> None:
+    setup.drain(Message(b"", "m", headers={"x-isthmus-trigger": ",".join("abcdefghijklmnopq")}))
+    assert setup.dead.ids == ["m"]
+
+
+def test_a_result_names_the_triggers_on_its_way(setup: Setup) -> None:
+    setup.drain(Message(b"", "m", headers={"x-isthmus-trigger": "first"}))
+    assert setup.results.messages[0].headers["x-isthmus-trigger"] == "first,t"
+
+
+def test_a_dead_letter_that_is_sent_again_begins_anew(setup: Setup) -> None:
+    setup.route.answer = lambda message: REFUSED
+    setup.drain(*messages(1))
+    setup.route.answer = lambda message: DONE
+    setup.drain(*messages(1))
+    assert setup.results.ids == []
+    setup.drain(setup.dead.messages[0])
+    assert setup.results.ids == ["m0"]
+
+
+def test_a_result_too_large_for_its_place_is_a_dead_letter_with_both_numbers(setup: Setup) -> None:
+    setup.results.max_bytes = 1
+    setup.drain(*messages(1))
+    assert setup.dead.ids == ["m0"]
+    assert "too large" in setup.dead.messages[0].headers["x-isthmus-reason"]
+    assert setup.calls.get("m0").state == "done"
+
+
+def test_a_place_that_refuses_a_result_is_tried_and_then_left(setup: Setup) -> None:
+    setup.results.refuses = {"m0": BrokerRefused("no such topic", broker="b")}
+    done = setup.drain(*messages(2))
+    assert (setup.results.ids, setup.dead.ids) == (["m1"], ["m0"])
+    assert done.status().counts["refused"] == 1
+
+
+def test_a_dead_letter_too_large_for_its_place_is_told_without_its_body(setup: Setup) -> None:
+    setup.dead.max_bytes = 1
+    setup.route.answer = lambda message: REFUSED
+    setup.drain(*messages(1))
+    (letter,) = setup.dead.messages
+    assert (letter.body, letter.headers["x-isthmus-bytes"]) == (b"", "5")
+
+
+def test_a_defect_costs_a_message_its_attempts_and_not_the_others_theirs(
+    setup: Setup, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processing, "LEASE_S", 0.02)
+
+    def answer(message: Message) -> RouterReply:
+        if message.id == "m1":
+            raise KeyError("defect")
+        return DONE
+
+    setup.route.answer = answer
+    setup.drain(*messages(3))
+    assert sorted(setup.results.ids) == ["m0", "m2"]
+    assert setup.dead.ids == ["m1"]
+    assert "KeyError" in caplog.text
+
+
+def test_long_work_is_extended_and_its_lease_renewed(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processing, "LEASE_S", 0.3)
+    monkeypatch.setattr(trigger, "LEASE_S", 0.3)
+    setup.broker.extend_every_s = 0.1
+    setup.route.answer = lambda message: (time.sleep(1.0), DONE)[1]
+    setup.broker.send(*messages(1))
+    with setup.running() as running:
+        until(lambda: setup.route.parallel == 1)
+        time.sleep(0.6)
+        assert setup.calls.get("m0").lease_until > time.time()
+        until(running.is_empty)
+    assert setup.broker.delivered[0].extensions > 3

@@ -199,15 +199,25 @@ def test_a_router_that_is_busy_or_away_costs_no_attempt(setup: Setup, reply: Rou
 
 
 def test_a_message_that_alone_gets_no_response_is_a_dead_letter(setup: Setup) -> None:
-    setup.route.answer = lambda message: UNCLEAR if message.id == "slow" else DONE
-    setup.broker.send(Message(b"", "slow"))
+    replied = 0
+
+    def answer(message: Message) -> RouterReply:
+        nonlocal replied
+        if message.id == "slow":
+            # Until another message is done: what a timeout of a router that serves others is like.
+            before = replied
+            until(lambda: replied > before + 4)
+            return UNCLEAR
+        replied += 1
+        setup.broker.send(Message(b"", f"m{replied}"))
+        return DONE
+
+    setup.route.answer = answer
+    setup.broker.send(Message(b"", "slow"), Message(b"", "m"))
     with setup.running():
-        for i in range(2000):
-            setup.broker.send(Message(b"", f"m{i}"))
-            time.sleep(0.01)
-            if setup.dead.ids:
-                break
+        until(lambda: bool(setup.dead.ids))
     assert setup.dead.ids == ["slow"]
+    assert setup.route.called.count("slow") == 3
 
 
 def test_a_busy_router_lowers_the_number_of_requests(setup: Setup) -> None:

@@ -93,8 +93,10 @@ def test_no_line_of_a_page_is_longer_than_120_characters(page: Path) -> None:
 
 
 def test_every_advice_to_install_an_extra_names_one_that_exists() -> None:
-    project = tomllib.loads((ROOT / "shared" / "isthmus_tools" / "pyproject.toml").read_text())
-    extras = {f"isthmus_tools[{extra}]" for extra in project["project"]["optional-dependencies"]}
+    extras = set()
+    for package in ("isthmus", "isthmus_tools"):
+        project = tomllib.loads((ROOT / "shared" / package / "pyproject.toml").read_text())
+        extras |= {f"{package}[{extra}]" for extra in project["project"]["optional-dependencies"]}
     sources = [*PAGES, *(ROOT / "shared").rglob("*.py")]
     advised = {extra for path in sources for extra in re.findall(r"install '?\"?(isthmus\w*\[\w+\])", path.read_text())}
     assert advised

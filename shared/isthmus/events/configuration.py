@@ -128,6 +128,8 @@ class RecordsTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     url: Text = "sqlite:.isthmus/trigger/records.sqlite"
     keep: Seconds = Seconds(86_400)
+    credentials_secret: str = ""
+    """As of a NATS place."""
 
 
 class ClaimsTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

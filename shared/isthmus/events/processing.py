@@ -10,12 +10,24 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple, Protocol
 
-from isthmus.errors import BrokerRefused, BrokerUnavailable, EventError, MessageTooLarge, ResultStoreUnavailable
+from isthmus.errors import (
+    BrokerRefused,
+    BrokerUnavailable,
+    ClaimExpired,
+    EventError,
+    EventMalformed,
+    IsthmusError,
+    MessageTooLarge,
+    ResultStoreUnavailable,
+    http_status,
+)
 from isthmus.events.broker import Delivery, Publisher
 from isthmus.events.calls import Call, CallLease, Calls
+from isthmus.events.claims import CONTENT_TYPE as CLAIM_CONTENT_TYPE
+from isthmus.events.claims import ClaimStore, looks_like_claim, parse_claim
 from isthmus.events.limits import Availability, RouteLimit, Value
 from isthmus.events.message import CONTENT_TYPE, Message
 from isthmus.events.route import Outcome, RouterReply
@@ -42,7 +54,7 @@ class ResultPlace(NamedTuple):
     publisher: Publisher
 
 
-class Route(Protocol):
+class MessageHandler(Protocol):
     """Serves a message; every failure is a reply."""
 
     def call(self, message: Message) -> RouterReply:
@@ -51,7 +63,7 @@ class Route(Protocol):
 
 
 @dataclass
-class Tally:
+class MessageCounts:
     """Messages by outcome since the start.
 
     `received` counts deliveries, `duplicates` those of messages that were over, `retried` failed attempts that are made
@@ -91,14 +103,15 @@ class Processor:
     name: str
     owner: str
     calls: Calls
-    route: Route
+    route: MessageHandler
     limit: RouteLimit
     availability: Availability
     results: Sequence[ResultPlace]
     dead_letters: ResultPlace | None
+    claims: ClaimStore | None
     max_attempts: int
     retry_after_s: float
-    count: Counts
+    count: MessageCounting
     clock: Callable[[], float] = time.time
 
     def process(self, job: Job) -> float | None:
@@ -138,12 +151,16 @@ class Processor:
             # The attempts before ended with their triggers.
             reply = RouterReply(Outcome.FAILED, 500, reason=f"{attempts - 1} attempts ended without an outcome")
             return self._fail(job, lease, reply)
-        reply = self._call(job.delivery.message)
+        try:
+            message = self._redeemed(job.delivery.message)
+        except (ClaimExpired, EventMalformed, MessageTooLarge) as e:
+            return self._fail(job, lease, _refusal(e))
+        reply = self._call(message)
         if reply.outcome is Outcome.DONE:
             return self._finish(job, lease, reply)
         if reply.outcome is Outcome.REFUSED:
             return self._fail(job, lease, reply)
-        blame = reply.outcome is Outcome.FAILED or self.count.tally.done > job.successes
+        blame = reply.outcome is Outcome.FAILED or self.count.counts.done > job.successes
         if blame and attempts >= self.max_attempts:
             return self._fail(job, lease, reply)
         job.lease = None
@@ -151,6 +168,24 @@ class Processor:
         self.count("retried")
         tries = attempts if blame else job.delivery.attempt
         return jittered(min(_MAX_BACKOFF_S, self.retry_after_s * 2.0 ** min(tries - 1, 10)), self.retry_after_s / 10)
+
+    def _redeemed(self, message: Message) -> Message:
+        """The message with the body that its claim refers to, where it is a claim."""
+        claims = self.claims
+        if claims is None or not looks_like_claim(message.body):
+            return message
+        claim = parse_claim(message.body)
+        body = self.availability.until("claims", lambda: claims.redeem(claim), _STORE)
+        headers = {**message.headers, CONTENT_TYPE: claim.content_type}
+        return replace(message, body=body, headers={name: text for name, text in headers.items() if text})
+
+    def _sendable(self, message: Message, limit: int) -> Message:
+        """The message, or a claim for its body where that exceeds the limit of a place and there is a store."""
+        claims = self.claims
+        if claims is None or len(message.body) <= limit:
+            return message
+        claim = self.availability.until("claims", lambda: claims.deposit(message.body, message.content_type), _STORE)
+        return replace(message, body=claim.encode(), headers={**message.headers, CONTENT_TYPE: CLAIM_CONTENT_TYPE})
 
     def _call(self, message: Message) -> RouterReply:
         """The router's reply to this message, once it takes it."""
@@ -177,8 +212,7 @@ class Processor:
         try:
             ended = self._stored(finish)
         except MessageTooLarge as e:
-            document = {"error": e.message, "type": type(e).__name__, "facts": dict(e.facts)}
-            return self._fail(job, lease, RouterReply(Outcome.REFUSED, 413, reason=e.message, document=document))
+            return self._fail(job, lease, _refusal(e))
         return self._over(job, ended)
 
     def _fail(self, job: Job, lease: CallLease, reply: RouterReply) -> float | None:
@@ -231,19 +265,22 @@ class Processor:
                 self._bury(job.delivery.message, lease.call)
             else:
                 self._send(place, self._result(job.delivery.message, lease.call), job.delivery.message, lease.call)
-            is_last, before = i + 1 == len(missing), lease
-            lease = self._stored(
-                lambda before=before, place=place, is_last=is_last: self.calls.publish(  # type: ignore[misc]
-                    before, place.name, durable=is_last
-                )
-            )
+            lease = self._note(lease, place, is_last=i + 1 == len(missing))
+
+    def _note(self, lease: CallLease, place: ResultPlace, *, is_last: bool) -> CallLease:
+        return self._stored(lambda: self.calls.publish(lease, place.name, durable=is_last))
+
+    def _deliver(self, place: ResultPlace, message: Message, waits: tuple[type[EventError], ...]) -> None:
+        """Publish to a place, by reference where the message is too large for it; waits while it raises `waits`."""
+        sendable = self._sendable(message, place.publisher.max_bytes)
+        self.availability.until(place.name, lambda: place.publisher.publish(sendable), waits)
 
     def _send(self, place: ResultPlace, result: Message, message: Message, call: Call) -> None:
         """Publish a result; a place that refuses it for good leaves it in the records and among the dead letters."""
         error: EventError
         for attempt in range(1, self.max_attempts + 1):
             try:
-                self.availability.until(place.name, lambda: place.publisher.publish(result), _SENDING)
+                self._deliver(place, result, _SENDING)
                 return
             except MessageTooLarge as e:
                 error = e
@@ -281,14 +318,13 @@ class Processor:
             "x-isthmus-bytes": str(len(message.body)),
         }
         letter = Message(message.body, message.id, self.name, {n: t for n, t in headers.items() if t}, message.key)
-        publisher, name = self.dead_letters.publisher, self.dead_letters.name
+        # A refusal is waited out as well: what cannot be told here would be lost.
+        waits = (BrokerUnavailable, BrokerRefused)
         try:
-            # A refusal too: what cannot be told here would be lost.
-            self.availability.until(name, lambda: publisher.publish(letter), (BrokerUnavailable, BrokerRefused))
+            self._deliver(self.dead_letters, letter, waits)
         except MessageTooLarge as e:
             _log.error("the body of dead letter %s is left out: %s", message.id, e.message)
-            bare = letter.with_body(b"")
-            self.availability.until(name, lambda: publisher.publish(bare), (BrokerUnavailable, BrokerRefused))
+            self._deliver(self.dead_letters, letter.with_body(b""), waits)
         self.count("dead_letters")
 
     def _refuse_loop(self, job: Job) -> None:
@@ -304,21 +340,27 @@ class Processor:
         return self.availability.until("records", operation, _STORE)
 
 
-class Counts:
-    """Adds to a tally from several threads."""
+class MessageCounting:
+    """Adds to the counts from several threads."""
 
     def __init__(self) -> None:
-        self.tally = Tally()
+        self.counts = MessageCounts()
         self._lock = threading.Lock()
 
     def __call__(self, name: str, number: int = 1) -> None:
         with self._lock:
-            setattr(self.tally, name, getattr(self.tally, name) + number)
+            setattr(self.counts, name, getattr(self.counts, name) + number)
 
     def snapshot(self) -> Mapping[str, int]:
         """The counts by name."""
         with self._lock:
-            return {f.name: getattr(self.tally, f.name) for f in fields(self.tally)}
+            return {f.name: getattr(self.counts, f.name) for f in fields(self.counts)}
+
+
+def _refusal(error: IsthmusError) -> RouterReply:
+    """The reply for a message that cannot be served as it is, as the router would word it."""
+    document = {"error": error.message, "type": type(error).__name__, "facts": dict(error.facts), "hint": error.hint}
+    return RouterReply(Outcome.REFUSED, http_status(error), reason=error.message, document=document)
 
 
 def _header_text(text: str) -> str:

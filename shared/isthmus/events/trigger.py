@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 from isthmus.errors import BrokerRefused, BrokerUnavailable, EventError, ResultStoreUnavailable
 from isthmus.events.broker import Backlog, Consumer, Delivery
 from isthmus.events.calls import Calls
+from isthmus.events.claims import ClaimStore
 from isthmus.events.configuration import TriggerConfiguration
 from isthmus.events.lanes import Lanes
 from isthmus.events.limits import Availability, RouteLimit, Stopping
 from isthmus.events.message import Message
-from isthmus.events.processing import LEASE_S, Counts, Job, Processor, ResultPlace, Route
+from isthmus.events.processing import LEASE_S, Job, MessageCounting, MessageHandler, Processor, ResultPlace
 
 # Messages in memory beyond those in work: behind another of their lane, or waiting for another attempt.
 MAX_JOBS = 1024
@@ -65,8 +66,9 @@ class TriggerParts:
     consumer: Consumer
     results: Sequence[ResultPlace]
     dead_letters: ResultPlace | None
+    claims: ClaimStore | None = None
     calls: Calls
-    route: Route
+    route: MessageHandler
     closers: Sequence[Callable[[], None]] = field(default=())
 
 
@@ -78,7 +80,7 @@ class Trigger:
         self._stop, self._ended = threading.Event(), threading.Event()
         self._lanes: Lanes[Job] = Lanes()
         self._limit = RouteLimit(configuration.router.concurrency)
-        self._counts = Counts()
+        self._counts = MessageCounting()
         self._availability = Availability(self._stop, self._tell)
         self._processor = Processor(
             name=name,
@@ -90,6 +92,7 @@ class Trigger:
             availability=self._availability,
             results=parts.results,
             dead_letters=parts.dead_letters,
+            claims=parts.claims,
             max_attempts=configuration.max_attempts,
             retry_after_s=float(configuration.retry_after),
             count=self._counts,
@@ -167,7 +170,7 @@ class Trigger:
                 size = len(delivery.message.body)
                 # A decaying maximum: the next fetch may bring as many bytes a message.
                 self._largest = max(1, size, self._largest * 15 // 16)
-                job = Job(delivery, self._counts.tally.done, time.monotonic())
+                job = Job(delivery, self._counts.counts.done, time.monotonic())
                 self._counts("received")
                 self._lanes.put(job, self._key(delivery.message), size)
 

@@ -1,1 +1,1 @@
-"""One module a record store; `isthmus.events.open` opens them by URL."""
+"""One module a record store; `open` opens them by URL."""

@@ -1,0 +1,63 @@
+"""Assembles a trigger from its configuration: checks it, opens all parts, closes them where one fails."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import ExitStack
+
+import msgspec
+
+from isthmus.events.calls import Calls
+from isthmus.events.configuration import TriggerConfiguration, where_of
+from isthmus.events.loops import check_loops
+from isthmus.events.open import open_consumer, open_publisher
+from isthmus.events.processing import ResultPlace
+from isthmus.events.route import RouterRoute
+from isthmus.events.stores.open import open_claims, open_records
+from isthmus.events.trigger import Trigger, TriggerParts
+from isthmus.settings import RegistrySettings
+
+
+def open_trigger(configuration: TriggerConfiguration, settings: RegistrySettings) -> Trigger:
+    """Open everything that the configuration names; the trigger closes it.
+
+    `settings` have the folder of secrets and the S3 server; their registry is not read.
+
+    Raises:
+        ConfigurationMalformed: a loop, a missing package or secret, or an address that is none.
+        BrokerRefused: the broker refuses credentials, subject or topic.
+        BrokerUnavailable, ResultStoreUnavailable: no answer.
+    """
+    check_loops(configuration)
+    with ExitStack() as opened:
+        claims = open_claims(configuration.claims, settings)
+        records = open_records(configuration.records, settings)
+        opened.callback(records.close)
+        results = [ResultPlace(where_of(place), open_publisher(place, settings)) for place in configuration.results]
+        dead = configuration.dead_letters
+        dead_letters = None if dead is None else ResultPlace(where_of(dead), open_publisher(dead, settings))
+        for place in (*results, *filter(None, [dead_letters])):
+            opened.callback(place.publisher.close)
+        name, route = trigger_name(configuration), RouterRoute(configuration.router)
+        consumer = open_consumer(configuration.source, settings)
+        parts = TriggerParts(
+            consumer=consumer,
+            results=results,
+            dead_letters=dead_letters,
+            claims=claims,
+            calls=Calls(records, keep_s=float(configuration.records.keep), scope=name, objects=claims),
+            route=route,
+            closers=(route.close, records.close),
+        )
+        trigger = Trigger(configuration, parts, name)
+        opened.pop_all()
+    return trigger
+
+
+def trigger_name(configuration: TriggerConfiguration) -> str:
+    """The configured name, or one of the source: triggers that share a source share records."""
+    if configuration.name:
+        return configuration.name
+    source = msgspec.json.encode(configuration.source, enc_hook=float, order="sorted")
+    kind = msgspec.to_builtins(configuration.source, enc_hook=float)["kind"]
+    return f"{kind}-{hashlib.sha256(source).hexdigest()[:8]}"

@@ -89,7 +89,7 @@ def test_a_folded_batch_normalisation_gives_what_both_gave() -> None:
 def test_another_checkpoint_is_refused(change: object, tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     path.write_bytes(change(models.efficientnet_lite0_checkpoint().read_bytes()))  # type: ignore[operator]
-    with pytest.raises(ModelError, match=r"weights\.pth holds other weights"):
+    with pytest.raises(ModelError, match=r"weights\.pth differs from the checkpoint"):
         recorded_export.write(MODEL, path, tmp_path / "model.onnx")
 
 

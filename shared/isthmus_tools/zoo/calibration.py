@@ -1,7 +1,7 @@
-"""Calibrations that come with ready models, so that a demo need not learn one: codec tables and their fidelity.
+"""Calibrations shipped with ready models, so that a demo need not learn tables: codec tables and their fidelity.
 
 Each was learned by `isthmus calibrate` and copied here from a registry by `python -m isthmus_tools.zoo.calibration`
-(`make demo-data`). It holds for one export of one model: another export has another digest.
+(`make demo-data`). It holds for a single export of a model: another export has another digest.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _FIDELITY, _TABLE = "fidelity.json", ".table"
 
 
 def shipped_calibration(bundle: Bundle, folder: Path = FOLDER) -> tuple[Bundle, dict[str, Path]] | None:
-    """The bundle with the calibration that comes with its model, and its files by digest.
+    """The bundle with the shipped calibration of its model, and the calibration's files by digest.
 
-    None where none comes, or where it is of another export, of other tensors or of another format.
+    None without a calibration, or with the calibration of another export, of other tensors or of another format.
     """
     place = folder / bundle.name
     path = place / _FIDELITY

@@ -47,7 +47,7 @@ def zoo_model(name: str) -> ZooModel:
 
 
 def efficientnet_lite0_checkpoint() -> Path:
-    """The file of EfficientNet-Lite0's ImageNet-1k weights, of a package that is not imported.
+    """The file of EfficientNet-Lite0's ImageNet-1k weights; its package is not imported.
 
     Raises:
         ModelError: the package is not installed.

@@ -167,7 +167,7 @@ def test_explain_tells_of_every_refused_candidate(place: Place, tmp_path: Path) 
     result = isthmus("explain", "photos", "--registry", published.folder)
     assert result.exit_code == 0, result.output
     for n in range(20):
-        assert f"edge-{n}: reason {n}\n" in result.stdout
+        assert f"  the whole model at the edge (edge-{n}): reason {n}\n" in result.stdout
 
 
 def test_an_svg_holds_text_and_explain_wants_a_known_ending(place: Place, measured: Any) -> None:

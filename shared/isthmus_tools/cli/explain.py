@@ -37,13 +37,14 @@ def explain(
     from isthmus_tools.cli import plan_text
     from isthmus_tools.planner.choice import grid
     from isthmus_tools.planner.regions import region_map
-    from isthmus_tools.usecases.publication import published_plan
+    from isthmus_tools.usecases import explain as use_case
 
     with errors(as_json):
         if picture is not None:
             check_output(picture, "--picture", PICTURES)
         settings = registry_settings(registry)
-        bundle, plan = published_plan(model, settings)
+        explanation = use_case.explain(model, settings)
+        bundle, plan = explanation.version, explanation.plan
         sweeps = plan_text.Sweeps(grid(plan.candidates, plan.objective, plan.constraints), region_map(plan))
         if picture is not None:
             from isthmus.registry import open_cache, open_registry
@@ -59,11 +60,10 @@ def explain(
                     cache = open_cache(settings, store)
                     plan_figure.draw(plan, plan_figure.GraphCurves.published(plan, bundle, store, cache), picture)
         if as_json:
-            print_json(plan_text.document(plan, f"{bundle.name}:{bundle.version}", sweeps if sweep else None))
+            document = plan_text.document(plan, f"{bundle.name}:{bundle.version}", sweeps if sweep else None)
+            print_json({**document, "explanation": explanation.document()})
             return
-        plan_text.explain(plan)
-        # Reasons of refusal are what the command is for; `isthmus plan` cuts the list short.
-        plan_text.show(plan, refusals=None)
+        plan_text.explain(explanation)
         if sweep:
             plan_text.show_sweeps(sweeps)
         if picture is not None:

@@ -13,9 +13,12 @@ from isthmus.units import format_duration, format_rate, format_size
 from isthmus_tools.cli.console import say, table
 from isthmus_tools.planner.choice import GridCell
 from isthmus_tools.planner.regions import RegionCell, RegionMap
+from isthmus_tools.usecases.explain import PlanExplanation, Refusal, in_words
 
 # Rows for a terminal; --json has all.
 SHOWN = 12
+# A terminal has room for few columns.
+_RIVALS = 4
 # A cell has room for a letter only.
 _LETTERS = string.ascii_uppercase + string.ascii_lowercase
 
@@ -46,10 +49,10 @@ def document(plan: Plan, version: str, sweeps: Sweeps | None = None) -> dict[str
     return doc
 
 
-def show(plan: Plan, *, every: bool = False, refusals: int | None = SHOWN) -> None:
+def show(plan: Plan, *, refusals: int = SHOWN) -> None:
     """Print the candidates, the fastest first and refused candidates last, then the reasons.
 
-    At most `refusals` refused candidates are printed with their reasons; all for None.
+    At most `refusals` refused candidates are printed with their reasons.
     """
     c = plan.conditions
     if c.adds_nothing:
@@ -58,7 +61,7 @@ def show(plan: Plan, *, every: bool = False, refusals: int | None = SHOWN) -> No
         over = f"over {format_rate(c.up_bps)} up, {format_rate(c.down_bps)} down, {format_duration(c.rtt_s)}"
     # A measurement goes before any prediction, however fast the prediction is.
     ranked = sorted(plan.candidates, key=lambda c: (bool(c.refused), c.measured is None, c.seconds))
-    shown = ranked if every else ranked[:SHOWN]
+    shown = ranked[:SHOWN]
     has_prices = any(c.price is not None for c in plan.candidates)
     joules = any(c.energy_j is not None for c in plan.candidates)
     memory = plan.constraints.edge_memory_bytes is not None
@@ -83,20 +86,41 @@ def show(plan: Plan, *, every: bool = False, refusals: int | None = SHOWN) -> No
     if (gap := plan.typical_gap) is not None:
         say(f"- measurements are {gap:.0%} from predictions in the median")
     refused = [c for c in ranked if c.refused]
-    if refused:
+    if refused and refusals:
         say("refused:")
-    for candidate in refused[:refusals]:
-        say(f"  {candidate.name}: {candidate.refused}")
-    if refusals is not None and len(refused) > refusals:
-        say(f"  and {len(refused) - refusals} more: isthmus explain tells why")
+        for candidate in refused[:refusals]:
+            say(f"  {candidate.name}: {candidate.refused}")
+        if len(refused) > refusals:
+            say(f"  and {len(refused) - refusals} more: isthmus explain tells why")
 
 
-def explain(plan: Plan) -> None:
-    """Print the terms of the chosen candidate's cost beside its runners-up and the baselines."""
-    able = sorted((c for c in plan.candidates if not c.refused), key=lambda c: (c.measured is None, c.seconds))
-    # A terminal has room for few columns.
-    others = [c for c in able if c.name != plan.chosen][:4]
-    columns = [plan.choice, *others]
+def explain(explanation: PlanExplanation) -> None:
+    """Print the choice in words, the terms of its cost beside its runners-up, and every refusal with its figure."""
+    plan = explanation.plan
+    _show_terms(plan, [runner_up.candidate for runner_up in explanation.runners_up[:_RIVALS]])
+    show(plan, refusals=0)
+    say(f"chosen: {in_words(plan.choice)} ({plan.chosen})", "bold")
+    if explanation.runners_up:
+        say(f"runners-up for {plan.objective}:")
+    for runner_up in explanation.runners_up[:_RIVALS]:
+        say(f"  {runner_up.what} ({runner_up.candidate}): {runner_up.behind:.1%} worse")
+    if explanation.refusals:
+        say("refused:")
+    for refusal in explanation.refusals:
+        name = f" ({refusal.name})" if refusal.is_candidate else ""
+        say(f"  {refusal.what}{name}: {refusal.reason}{_agreement(refusal)}")
+
+
+def _agreement(refusal: Refusal) -> str:
+    """The share of predictions kept, where the reason does not state it."""
+    if refusal.agreement is None or f"{refusal.agreement:.1%}" in refusal.reason:
+        return ""
+    asked = "" if refusal.asked is None else f", {refusal.asked:.1%} asked"
+    return f"; it keeps {refusal.agreement:.1%} of {refusal.inputs} predictions{asked}"
+
+
+def _show_terms(plan: Plan, rivals: Sequence[str]) -> None:
+    columns = [plan.choice, *(c for name in rivals for c in plan.candidates if c.name == name)]
     rows: list[list[str]] = []
     for term in TERMS:
         seconds = [c.predicted.seconds[term] for c in columns]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from isthmus.context import Context, Deadline
-from isthmus.errors import DeadlineExceeded, IsthmusError, RequestMalformed, RequestTooLarge, ShapeMismatch
+from isthmus.errors import DeadlineExceeded, IsthmusError, RequestMalformed, RequestTooLarge, RunFailed, ShapeMismatch
 from isthmus.pipeline import execute, occlusion
 from isthmus.pipeline.occlusion import OcclusionRequest, areas, class_scores, occlude
 from isthmus.pipeline.places import Places, boundary_places, input_places, windows
@@ -56,6 +56,12 @@ def test_the_head_runs_once(pictures: Published, tmp_path: Path) -> None:
     result = explained(local(pictures, tmp_path, "0"), pictures.inputs, grid=4)
     assert [run.segment for run in result.base.runs] == ["..0", "0.."]
     assert {run.segment for each in result.runs for run in each.runs} == {"0.."}
+
+
+def test_the_copies_are_not_kept(pictures: Published, tmp_path: Path) -> None:
+    result = explained(local(pictures, tmp_path, "0"), pictures.inputs, grid=4)
+    assert result.base.tensors
+    assert not any(each.tensors or each.outputs for each in result.runs)
 
 
 def test_another_class_has_the_opposite_drops(pictures: Published, tmp_path: Path) -> None:
@@ -110,6 +116,18 @@ def test_a_request_out_of_range_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         explained(local(pictures, tmp_path, "0"), pictures.inputs, **wanted)
+
+
+def test_probabilities_that_are_not_finite_are_told(tmp_path: Path) -> None:
+    published = picture(tmp_path / "model")
+    with pytest.raises(RunFailed, match="is not finite"):
+        explained(local(published, tmp_path, "0"), {"x": np.full((1, 3, 8, 8), np.inf, np.float32)})
+
+
+def test_a_sequence_is_refused_where_no_run_is_allowed(tmp_path: Path) -> None:
+    published = sentence(tmp_path / "model")
+    with pytest.raises(RequestTooLarge, match="at most 0"):
+        explained(local(published, tmp_path), published.inputs, max_runs=0)
 
 
 def test_a_batch_of_inputs_is_refused(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from isthmus.arrays import Array
 from isthmus.artifacts.bundle import Bundle
 from isthmus.context import Deadline
-from isthmus.errors import DeadlineExceeded, RequestMalformed, RequestTooLarge, ShapeMismatch
+from isthmus.errors import DeadlineExceeded, RequestMalformed, RequestTooLarge, RunFailed, ShapeMismatch
 from isthmus.pipeline.agreement import are_probabilities
 from isthmus.pipeline.execution import Result
 from isthmus.pipeline.places import Places, Sizes, boundary_places, input_places, windows
@@ -66,7 +66,7 @@ class Occlusion:
 
     A cell's drop is the mean over the windows that cover the cell. `cut` names the cut whose boundary tensors were
     hidden, empty for the input. `base` is the result of the whole input, `runs` those of the copies with a window
-    hidden: one result a batch.
+    hidden, one a batch, without their tensors.
     """
 
     index: int
@@ -166,6 +166,7 @@ def occlude(
         RequestMalformed: `index` is no class, or `grid` is out of range.
         RequestTooLarge: more parts than `max_runs`.
         ShapeMismatch: several inputs in a batch, or inputs without places.
+        RunFailed: a probability is not finite.
         DeadlineExceeded: the copies will not be done in time; HopError as `execute`.
     """
     route = replace(route, looks=None)
@@ -186,18 +187,24 @@ def occlude(
     # No more cells than the finest tensor has places.
     grid = tuple(min(count, max(p.sizes[i] for p in hidden)) for i, count in enumerate(wanted))
     copies = _Copies(rest, base.tensors, hidden, grid, _width(request, grid), request.hidden_id)
-    results = tuple(_run_all(copies, run, deadline))
-    probabilities = np.concatenate([request.scores(result.outputs)[:, index] for result in results])
+    results, rows = [], []
+    for result in _run_all(copies, run, deadline):
+        rows.append(request.scores(result.outputs)[:, index])
+        # Without its tensors: all copies together may be larger than memory.
+        results.append(replace(result, outputs={}, tensors={}))
+    probabilities = np.concatenate(rows)
+    if not np.isfinite([row[index], *probabilities]).all():
+        raise RunFailed(f"the probability of class {index} is not finite", got=str(row[index]))
     drops = copies.spread(float(row[index]) - probabilities)
     cut = rest.segments[0].id.start
-    return Occlusion(index, float(row[index]), drops, tuple(hidden), cut, probabilities.size, base, results)
+    return Occlusion(index, float(row[index]), drops, tuple(hidden), cut, probabilities.size, base, tuple(results))
 
 
 def _grid(request: OcclusionRequest, sizes: Sizes) -> Sizes:
     """The cells along each of the input's axes, as asked for."""
     picture = len(sizes) == 2
     most = MAX_GRID if picture else sizes[0]
-    count = request.grid or (GRID if picture else min(sizes[0], request.max_runs))
+    count = request.grid or (GRID if picture else max(1, min(sizes[0], request.max_runs)))
     if not 1 <= count <= most:
         raise RequestMalformed(f"grid is {count}; it is a whole number from 1 to {most}", parameter="grid")
     grid = (count,) * len(sizes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,16 @@ def test_the_head_runs_once(pictures: Published, tmp_path: Path) -> None:
     result = explained(local(pictures, tmp_path, "0"), pictures.inputs, grid=4)
     assert [run.segment for run in result.base.runs] == ["..0", "0.."]
     assert {run.segment for each in result.runs for run in each.runs} == {"0.."}
+
+
+def test_of_several_cuts_the_one_at_the_link_is_hidden(pictures: Published, tmp_path: Path) -> None:
+    route = local(pictures, tmp_path, "0", "1")
+    assert explained(route, pictures.inputs, grid=4).cut == "0"
+    near, far = route.hops[0], copy(route.hops[0])
+    far.name = "far"  # type: ignore[misc]
+    result = explained(replace(route, hops=(near, near, far), near=near.name), pictures.inputs, grid=4)
+    assert result.cut == "1"
+    assert {run.hop for each in result.runs for run in each.runs} == {"far"}
 
 
 def test_the_copies_are_not_kept(pictures: Published, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def picture(folder: Path, batch: int | str = 1, **processing: Any) -> Published:
     model = save(folder / "picture.onnx", nodes, [value("x", batch, 3, 8, 8)], [value("logits", batch, 2)], weights)
     x = np.full((1, 3, 8, 8), 1.0, np.float32)
     # After node 6 the halved picture's part has become a vector, and after node 7 everything has.
-    return publish(folder, model, {"x": x}, partitions=[["0"], ["1"], ["7"], []], **processing)
+    return publish(folder, model, {"x": x}, partitions=[["0"], ["1"], ["7"], ["0", "1"], []], **processing)
 
 
 def sentence(folder: Path, *, mask: bool = False) -> Published:

@@ -114,7 +114,7 @@ def test_tritons_client_gets_the_uncut_models_logits(
 def test_three_segments_give_the_uncut_models_logits(
     registry: str, whole: LocalModel, inputs: list[np.ndarray[Any, Any]]
 ) -> None:
-    parted = LocalModel(MODEL, registry_settings(registry), "20,65", threads=1)
+    parted = LocalModel(MODEL, registry_settings(registry), "20/65", threads=1)
     result = parted.run({"image": inputs[1]})
     assert [s.segment for s in result.runs] == ["..20", "20..65", "65.."]
     assert largest_difference(result.outputs["logits"], whole.run({"image": inputs[1]}).outputs["logits"]) < 1e-5

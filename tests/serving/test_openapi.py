@@ -13,11 +13,13 @@ from openapi_spec_validator import validate
 from werkzeug.routing import Map, Rule
 
 from isthmus.errors import HTTP_STATUS
+from isthmus.pipeline.continuation import CONTENT_TYPE as CONTINUATION
 from isthmus.serving.openapi import OPERATIONS, openapi_document
 from support.bundles import Published, photo
 from support.bundles import photos as photos
 from support.paths import ROOT
 from support.routers import INFER, local_router, oip_json
+from support.routers import cut_off as cut_off
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +71,12 @@ def test_every_error_that_a_router_answers_with_is_described_with_its_status(doc
     assert described == expected | {("500", "InternalError")}
 
 
-def call(client: FlaskClient, endpoint: str, photos: Published) -> Any:
+def call(client: FlaskClient, cut_off: FlaskClient, endpoint: str, photos: Published) -> Any:
+    rest = cut_off.post("/", data=photo(), headers={"Accept": CONTINUATION}).data
     tensors = {"json": oip_json(photos)}
     calls: dict[str, tuple[str, str, dict[str, Any]]] = {
         "answer": ("POST", "/?top_k=2", {"data": photo()}),
+        "continue": ("POST", "/continue", {"data": rest}),
         "explain": ("POST", "/explain?grid=2", {"data": photo()}),
         "explain_model": ("POST", "/v2/models/photos/explain?class=dog", tensors),
         "explain_version": ("POST", "/v2/models/photos/versions/1/explain", {"data": photo()}),
@@ -116,8 +120,10 @@ def described_operation(document: Any, endpoint: str) -> Any:
 @pytest.mark.parametrize(
     "endpoint", sorted(name for name in OPERATIONS if name != "metrics" and not name.startswith("page"))
 )
-def test_responses_are_as_described(router: FlaskClient, photos: Published, document: Any, endpoint: str) -> None:
-    answer = call(router, endpoint, photos)
+def test_responses_are_as_described(
+    router: FlaskClient, cut_off: FlaskClient, photos: Published, document: Any, endpoint: str
+) -> None:
+    answer = call(router, cut_off, endpoint, photos)
     assert answer.status_code == 200
     check_body(document, described_operation(document, endpoint), "200", answer.json)
 

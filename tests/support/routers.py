@@ -17,6 +17,7 @@ from isthmus.processing.classify import classify
 from isthmus.serving import create_router_app, create_segment_app
 from isthmus.settings import RouterSettings
 from support.bundles import LABELS, TOLERANCE, Published, photo_array, ready, router_settings, segment_settings, served
+from support.ports import free_port
 from support.segments import run_whole
 
 INFER = "/v2/models/photos/infer"
@@ -60,6 +61,14 @@ def chain(photos: Published, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def client(chain: Chain) -> FlaskClient:
     chain.seen.clear()
     return chain.client
+
+
+@pytest.fixture(scope="module")
+def cut_off(photos: Published, tmp_path_factory: pytest.TempPathFactory) -> FlaskClient:
+    """A router with a head of its own, and a tail that nobody reaches."""
+    hops = ("local", f"http://127.0.0.1:{free_port()}")
+    settings = router_settings(photos, tmp_path_factory.mktemp("cut"), hops, codec="int8/1", hop_attempts=1)
+    return ready(create_router_app(settings).test_client())
 
 
 def local_router(published: Published, cache: Path, **given: Any) -> FlaskClient:

@@ -16,7 +16,7 @@ A route from a cut takes all tensors at hand and uses the inputs of its segments
 """
 
 from isthmus.pipeline.closer_looks import LookPolicy, LooksTaken
-from isthmus.pipeline.execution import Result, SegmentRun, encode_tensors, execute
+from isthmus.pipeline.execution import Interruption, Result, SegmentRun, encode_tensors, execute, execute_resumably
 from isthmus.pipeline.hop import Hop, HopReply, HttpHop, LocalHop, LoopbackHop
 from isthmus.pipeline.route import PhotoInput, Route, local_route, photo_input, plan_route, planned_route
 
@@ -24,6 +24,7 @@ __all__ = [
     "Hop",
     "HopReply",
     "HttpHop",
+    "Interruption",
     "LocalHop",
     "LookPolicy",
     "LooksTaken",
@@ -34,6 +35,7 @@ __all__ = [
     "SegmentRun",
     "encode_tensors",
     "execute",
+    "execute_resumably",
     "local_route",
     "photo_input",
     "plan_route",

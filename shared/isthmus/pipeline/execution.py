@@ -17,7 +17,7 @@ from isthmus.arrays import Array, check_tensors
 from isthmus.artifacts.bundle import Segment
 from isthmus.codecs import EncodedTensor, Encoding, encode_tensor
 from isthmus.context import Context, Deadline
-from isthmus.errors import HopRejected, ShapeMismatch
+from isthmus.errors import HopRejected, HopTimeout, HopUnavailable, ShapeMismatch
 from isthmus.pipeline.closer_looks import LookPolicy, LooksTaken, take_looks
 from isthmus.pipeline.hop import Hop
 from isthmus.pipeline.route import Route
@@ -107,6 +107,16 @@ class Result:
         return {"looks": looks.count, "looks_ended": looks.outcome} if looks is not None else {}
 
 
+@dataclass(frozen=True)
+class Interruption:
+    """A route whose later hop gave no response: `execute(rest, tensors, …)` finishes it without the first segments."""
+
+    error: HopUnavailable | HopTimeout
+    rest: Route
+    tensors: Mapping[str, Array]
+    runs: tuple[SegmentRun, ...]
+
+
 def execute(
     route: Route, inputs: Mapping[str, Array], context: Context, encoded: Mapping[str, EncodedTensor] | None = None
 ) -> Result:
@@ -120,10 +130,30 @@ def execute(
         ShapeMismatch: the inputs do not fit; no hop was called.
         DeadlineExceeded, HopError: as the hops report.
     """
+    outcome = execute_resumably(route, inputs, context, encoded)
+    if isinstance(outcome, Interruption):
+        raise outcome.error
+    return outcome
+
+
+def execute_resumably(
+    route: Route, inputs: Mapping[str, Array], context: Context, encoded: Mapping[str, EncodedTensor] | None = None
+) -> Result | Interruption:
+    """As `execute`; where a hop after the first gives no response, what the rest of the route needs.
+
+    Raises:
+        As `execute`, for the first hop, and for every hop that refuses.
+    """
     encoded = encoded or _NO_TENSORS
     _check_inputs(route, inputs, encoded)
     execution = _Execution(route, context, dict(inputs))
-    execution.run(0, encoded)
+    try:
+        execution.run(0, encoded)
+    except (HopUnavailable, HopTimeout) as e:
+        if not (done := len(execution.runs)):
+            raise
+        rest = route.after(done)
+        return Interruption(e, rest, {s.name: execution.tensors[s.name] for s in rest.inputs}, tuple(execution.runs))
     looks = execution.look_closer(route.looks) if route.looks is not None else None
     return Result(execution.outputs(), tuple(execution.runs), execution.tensors, looks)
 

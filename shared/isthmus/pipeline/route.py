@@ -59,6 +59,11 @@ class Route:
         """The encodings of that segment's inputs; none where its hop passes arrays unchanged."""
         return self.encodings[index] if self.encodings and self.hops[index].encodes else {}
 
+    def after(self, count: int) -> Route:
+        """The rest of the route behind its first `count` segments."""
+        rest = replace(self, segments=self.segments[count:], hops=self.hops[count:])
+        return replace(rest, encodings=self.encodings[count:])
+
     def finer(self, quality: float) -> Route:
         """The same route with at least that quality."""
         encodings = tuple(

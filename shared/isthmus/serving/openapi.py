@@ -15,6 +15,7 @@ import isthmus
 from isthmus import errors
 from isthmus.errors import HTTP_STATUS, IsthmusError
 from isthmus.oip import messages as oip
+from isthmus.pipeline.continuation import CONTENT_TYPE as CONTINUATION
 from isthmus.processing.media import MAX_PHOTOS
 from isthmus.serving import api_bodies as bodies
 
@@ -120,6 +121,16 @@ OPERATIONS: Mapping[str, Operation] = {
         },
         query=("model", "top_k"),
         headers=("X-Timeout", oip.HEADER_LENGTH),
+    ),
+    "continue": Operation(
+        "The rest of a request whose tail could not be reached: the body of an earlier 503, and the whole's response",
+        {
+            **_as_json((bodies.PredictionBody, bodies.InferResponseBody)),
+            "application/octet-stream": _BINARY,
+        },
+        ADMISSION + LOOKUP + EXECUTION + (errors.FrameMalformed, errors.FrameTooLarge),
+        {CONTINUATION: _BINARY},
+        headers=("X-Timeout",),
     ),
     "explain": replace(_EXPLAIN, query=("model", *_EXPLAINED)),
     "explain_version": _EXPLAIN,

@@ -22,17 +22,17 @@ from isthmus.errors import (
     RequestMalformed,
     RequestTooLarge,
 )
-from isthmus.oip import messages as oip
-from isthmus.pipeline import LocalHop, Result, Route, execute
-from isthmus.processing.classify import classify
+from isthmus.oip.request import InferRequest
+from isthmus.pipeline import Interruption, LocalHop, Result, Route, execute, execute_resumably
 from isthmus.processing.image import model_input
 from isthmus.processing.image_budget import ImageMemory
-from isthmus.routing.guard import Guard
-from isthmus.routing.selection import SelectedRoute
+from isthmus.routing import Guard, SelectedRoute
+from isthmus.serving.deferral import Deferred, hop_context, takes_continuation
 from isthmus.serving.error_responses import error_document
 from isthmus.serving.inference import InferenceRequest
 from isthmus.serving.metrics import FunctionMetrics
 from isthmus.serving.request import FunctionRequest, Timings
+from isthmus.serving.response_bodies import photo_document, tensor_response
 from isthmus.settings import RouterSettings
 
 # Errors that a photo causes in a hop that decodes photos.
@@ -60,7 +60,10 @@ class Predictor:
             MediaUnsupported: a photo for a model that declares no processing of photos.
             Further errors as decoding a photo and executing the route.
         """
-        response = self._response(request, inference)
+        try:
+            response = self._response(request, inference)
+        except Deferred as e:
+            response = e.response(request, inference)
         if inference.event is not None:
             source = f"/models/{inference.model.name}/versions/{inference.model.version}"
             response.headers.extend(inference.event.response_headers(request.context.call_id, source))
@@ -88,14 +91,20 @@ class Predictor:
         # UTF-8 as it is: labels may be in any script, and escapes would double them.
         return Response(json.dumps(document, ensure_ascii=False), mimetype="application/json")
 
-    def run(self, request: FunctionRequest, route: Route, inputs: Mapping[str, Array]) -> Result:
+    def run(
+        self,
+        request: FunctionRequest,
+        route: Route,
+        inputs: Mapping[str, Array],
+        encoded: Mapping[str, EncodedTensor] | None = None,
+    ) -> Result:
         """Execute a route as it is, without guard, and count its calls and stages.
 
         Raises:
             As `execute`.
         """
         try:
-            result = execute(route, inputs, request.context)
+            result = execute(route, inputs, request.context, encoded)
         except HopError as e:
             self._count_error(e)
             raise
@@ -113,21 +122,10 @@ class Predictor:
         predictions = self._batch(request, inference)
         return [{"object": item.url, **each} for item, each in zip(inference.objects, predictions, strict=True)]
 
-    def _tensors(self, request: FunctionRequest, inference: InferenceRequest, tensors: oip.InferRequest) -> Response:
+    def _tensors(self, request: FunctionRequest, inference: InferenceRequest, tensors: InferRequest) -> Response:
         model = inference.model
-        result = self._execute(request, model.route, tensors.inputs, {})
-        start = time.perf_counter()
-        # Before the response exists: numbers as JSON take many times their bytes.
-        request.memory.hold(oip.response_bytes(result.outputs, tensors))
-        response = oip.build_response(
-            result.outputs,
-            tensors,
-            model_name=model.name,
-            model_version=model.version,
-            parameters=result.facts(),
-        )
-        request.timings.add("encode", time.perf_counter() - start)
-        return Response(response.body, headers=response.headers)
+        result = self._execute(request, model.route, tensors.inputs, {}, {})
+        return tensor_response(request, model, tensors, result)
 
     def _batch(self, request: FunctionRequest, inference: InferenceRequest) -> list[dict[str, Any]]:
         """A prediction for each photo, one after the other: a batch takes one slot, and the memory of one photo.
@@ -152,37 +150,23 @@ class Predictor:
 
     def _photo(self, request: FunctionRequest, inference: InferenceRequest, photo: bytes) -> dict[str, Any]:
         """The prediction for one photo, as a document."""
-        model = inference.model
-        postprocess = model.bundle.postprocess or {}
-        selected = model.route
-        if selected.photo is not None:
-            input_bytes = selected.photo.nbytes
-            start = time.perf_counter()
-            encoded = selected.photo.encode(photo, max_pixels=self._settings.max_image_pixels, memory=self._images)
-            if selected.photo.jpeg_quality:
-                request.timings.add("preprocess", time.perf_counter() - start)
-            result = self._execute(request, selected, {}, encoded)
-        else:
-            start = time.perf_counter()
-            inputs = model_input(model.bundle, photo, max_pixels=self._settings.max_image_pixels, memory=self._images)
-            input_bytes = sum(array.nbytes for array in inputs.values())
-            request.timings.add("preprocess", time.perf_counter() - start)
-            result = self._execute(request, selected, inputs, {})
+        model, selected = inference.model, inference.model.route
+        sizes = {"photo_bytes": len(photo)}
+        encoded: Mapping[str, EncodedTensor] = {}
+        inputs: Mapping[str, Array] = {}
         start = time.perf_counter()
-        classes = classify(result.outputs[postprocess["output"]], postprocess, model.labels, inference.top_k)[0]
-        request.timings.add("postprocess", time.perf_counter() - start)
-        return {
-            "classes": classes,
-            "route": {
-                **result.sizes(),
-                "photo_bytes": len(photo),
-                "input_bytes": input_bytes,
-                "segments": self.segment_documents(result, len(selected.route.segments)),
-                **result.looks(),
-                **result.notes,
-            },
-            "timings_ms": {name: round(seconds * 1000, 3) for name, seconds, _ in request.timings.stages},
-        }
+        if selected.photo is not None:
+            encoded = selected.photo.encode(photo, max_pixels=self._settings.max_image_pixels, memory=self._images)
+            sizes["input_bytes"] = selected.photo.nbytes
+        else:
+            inputs = model_input(model.bundle, photo, max_pixels=self._settings.max_image_pixels, memory=self._images)
+            sizes["input_bytes"] = sum(array.nbytes for array in inputs.values())
+        if selected.photo is None or selected.photo.jpeg_quality:
+            request.timings.add("preprocess", time.perf_counter() - start)
+        # The rest of a batch has no place in a continuation of one photo.
+        result = self._execute(request, selected, inputs, encoded, None if inference.batch else sizes)
+        segments = self.segment_documents(result, len(selected.route.segments))
+        return photo_document(request, model, result, inference.top_k, sizes, segments)
 
     def _execute(
         self,
@@ -190,10 +174,22 @@ class Predictor:
         selected: SelectedRoute,
         inputs: Mapping[str, Array],
         encoded: Mapping[str, EncodedTensor],
+        sizes: dict[str, int] | None,
     ) -> Result:
+        """The result; `sizes` are those of a request that may be finished later, None where it may not.
+
+        Raises:
+            Deferred: a later hop gave no response, and the caller takes a continuation.
+            As `execute` otherwise.
+        """
         route, fallback = self._guard.apply_fallback(selected.route)
         try:
-            result = execute(route, inputs, request.context, encoded)
+            result = execute_resumably(route, inputs, hop_context(request), encoded)
+            if isinstance(result, Interruption):
+                if takes_continuation(request) and sizes is not None:
+                    self._count_error(result.error)
+                    raise Deferred(result, sizes)
+                raise result.error
         except HopError as e:
             # The hop decoded the photo: its fault is the caller's, not the hop's.
             if encoded and isinstance(e, HopRejected) and (photo_error := _photo_error(e)) is not None:

@@ -11,6 +11,7 @@ from isthmus.registry import open_registry
 from isthmus.routing import Guard, ModelCatalog, RouteSelector, parse_override
 from isthmus.runtime.tables import Tables
 from isthmus.serving.app import FunctionApp
+from isthmus.serving.continuing import Continuer
 from isthmus.serving.explaining import Explainer
 from isthmus.serving.inference import InferenceReader
 from isthmus.serving.model_routes import ModelRoutes, model_reference
@@ -71,6 +72,8 @@ class _RouterApp(FunctionApp):
         for suffix, prefix in (("", "/v2/models/<name>"), ("_version", "/v2/models/<name>/versions/<version>")):
             self.post(f"{prefix}/infer", self.infer, f"infer{suffix}")
             self.post(f"{prefix}/explain", self.explain, f"explain{suffix or '_model'}")
+        continuer = Continuer(self._catalog, self._predictor, tables, settings.max_request_bytes)
+        self.post("/continue", continuer.respond, "continue")
         models = ModelRoutes(self, self._catalog, settings)
         if settings.page:
             from isthmus.serving.page import Page  # templates are for routers with a page alone

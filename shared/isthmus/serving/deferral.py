@@ -1,0 +1,63 @@
+"""Requests that are finished later: where the tail gives no response, the caller gets what is left to do.
+
+A caller that can keep bytes and come again says so by `Accept: application/vnd.isthmus.continuation`, and by
+`Prefer: wait=SECONDS` how long the router may wait for the tail (RFC 7240). Source: docs/reference/continuation.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from flask import Response
+from werkzeug.http import parse_dict_header
+
+from isthmus.context import Context, Deadline
+from isthmus.errors import RequestMalformed
+from isthmus.pipeline import Interruption
+from isthmus.pipeline.continuation import CONTENT_TYPE, encode_continuation
+from isthmus.serving.inference import InferenceRequest
+from isthmus.serving.request import FunctionRequest
+
+# A link that was cut is rarely back sooner.
+RETRY_AFTER_S = 5
+
+
+class Deferred(Exception):
+    """The route was interrupted, and the caller takes its continuation."""
+
+    def __init__(self, interruption: Interruption, sizes: dict[str, int]) -> None:
+        super().__init__(str(interruption.error))
+        self._interruption, self._sizes = interruption, sizes
+
+    def response(self, request: FunctionRequest, inference: InferenceRequest) -> Response:
+        """503 with the continuation as its body."""
+        model, tensors = inference.model, inference.tensors
+        notes: dict[str, Any] = dict(self._sizes)
+        if tensors is not None:
+            notes |= {"id": tensors.id, "outputs": [[output.name, output.binary] for output in tensors.outputs]}
+        elif inference.top_k is not None:
+            notes["top_k"] = inference.top_k
+        body = encode_continuation(self._interruption, model.name, model.version, request.context.call_id, notes)
+        return Response(body, 503, {"Content-Type": CONTENT_TYPE, "Retry-After": str(RETRY_AFTER_S)})
+
+
+def takes_continuation(request: FunctionRequest) -> bool:
+    """Whether the caller takes a continuation in place of an error."""
+    types = request.headers.get("Accept", "").split(",")
+    return any(text.partition(";")[0].strip().lower() == CONTENT_TYPE for text in types)
+
+
+def hop_context(request: FunctionRequest) -> Context:
+    """The request's context; its deadline is the caller's `Prefer: wait=…` where that is sooner.
+
+    Raises:
+        RequestMalformed: the preference is no number of seconds.
+    """
+    wait = parse_dict_header(request.headers.get("Prefer", "")).get("wait")
+    if wait is None or not takes_continuation(request):
+        return request.context
+    if not (wait.isascii() and wait.isdigit() and 1 <= len(wait) <= 6):
+        raise RequestMalformed("the preference wait is no whole number of seconds", header="Prefer")
+    deadline = Deadline.after(min(float(wait), request.context.deadline.remaining()))
+    return replace(request.context, deadline=deadline)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flask import Flask, Response
+from flask import Flask
 
 from isthmus.errors import SettingsError
 from isthmus.pipeline.hop import check_hops, hops_to
@@ -11,13 +11,10 @@ from isthmus.registry import open_registry
 from isthmus.routing import Guard, ModelCatalog, RouteSelector, parse_override
 from isthmus.runtime.tables import Tables
 from isthmus.serving.app import FunctionApp
-from isthmus.serving.continuing import Continuer
-from isthmus.serving.explaining import Explainer
-from isthmus.serving.inference import InferenceReader
-from isthmus.serving.model_routes import ModelRoutes, model_reference
+from isthmus.serving.inference_routes import InferenceRoutes
+from isthmus.serving.model_routes import ModelRoutes
 from isthmus.serving.prediction import Predictor
 from isthmus.serving.preload import load_deadline, open_store, parse_entry, preload
-from isthmus.serving.request import FunctionRequest
 from isthmus.settings import RouterSettings
 
 
@@ -56,46 +53,23 @@ class _RouterApp(FunctionApp):
         super().__init__("router", settings, self._prepare)
         images = ImageMemory(settings.image_memory_bytes)
         tables = Tables(self._registry.bundle, self._registry.blob, settings.max_image_pixels, memory=images)
-        self._reader = InferenceReader(settings)
         routes = RouteSelector(settings, self._registry, hops, tables, codec)
         guard = Guard(settings.guard_share, routes.fidelity, self.metrics, self.log, deadline_s=settings.deadline_s)
         self._catalog = ModelCatalog(self._registry, settings.refresh_s, self.log, routes)
-        self._predictor = Predictor(settings, guard, images, self.metrics, self.log)
+        predictor = Predictor(settings, guard, images, self.metrics, self.log)
         if self._store is not None:
             self.closing.callback(self._store.close)
             self.metrics.gauge_store(self._store)
         for close in (*(hop.close for hop in hops), tables.close, self._catalog.close, guard.close):
             self.closing.callback(close)
-        self._explainer = Explainer(settings, self._predictor, images)
-        self.post("/", self.answer, "answer")
-        self.post("/explain", self.explain, "explain")
-        for suffix, prefix in (("", "/v2/models/<name>"), ("_version", "/v2/models/<name>/versions/<version>")):
-            self.post(f"{prefix}/infer", self.infer, f"infer{suffix}")
-            self.post(f"{prefix}/explain", self.explain, f"explain{suffix or '_model'}")
-        continuer = Continuer(self._catalog, self._predictor, tables, settings.max_request_bytes)
-        self.post("/continue", continuer.respond, "continue")
+        inference = InferenceRoutes(self, settings, self._catalog, predictor, images, tables)
         models = ModelRoutes(self, self._catalog, settings)
         if settings.page:
             from isthmus.serving.page import Page  # templates are for routers with a page alone
 
-            Page(settings, self._catalog, models.listing, self._reader, self._predictor, self._explainer).serve_on(self)
-
-    def answer(self, request: FunctionRequest) -> Response:
-        """A prediction of the model `?model=` for a request of any kind."""
-        reference = request.query.get("model", self._router_settings.model)
-        model = self._catalog.get(reference, request.context.deadline)
-        return self._predictor.respond(request, self._reader.read(request, model))
-
-    def infer(self, request: FunctionRequest, name: str, version: str = "") -> Response:
-        """Open Inference Protocol: tensors in, tensors out."""
-        model = self._catalog.get(model_reference(name, version), request.context.deadline)
-        return self._predictor.respond(request, self._reader.read_tensors(request, model))
-
-    def explain(self, request: FunctionRequest, name: str = "", version: str = "") -> Response:
-        """Which parts of a photo or of tokens decided; `?model=` as `answer`, where the path names none."""
-        reference = request.query.get("model", self._router_settings.model)
-        model = self._catalog.get(model_reference(name, version) if name else reference, request.context.deadline)
-        return self._explainer.respond(request, self._reader.read(request, model))
+            Page(settings, self._catalog, models.listing, inference.reader, predictor, inference.explainer).serve_on(
+                self
+            )
 
     def _prepare(self) -> None:
         self._catalog.forget(self._router_settings.model)

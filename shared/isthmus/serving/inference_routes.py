@@ -1,0 +1,61 @@
+"""Routes that run models: predictions, explanations, and the rest of interrupted requests."""
+
+from __future__ import annotations
+
+from flask import Response
+
+from isthmus.codecs import Tables
+from isthmus.processing.image_budget import ImageMemory
+from isthmus.routing import ModelCatalog, ServedModel
+from isthmus.serving.app import FunctionApp
+from isthmus.serving.continuing import Continuer
+from isthmus.serving.explaining import Explainer
+from isthmus.serving.inference import InferenceReader
+from isthmus.serving.model_routes import model_reference
+from isthmus.serving.prediction import Predictor
+from isthmus.serving.request import FunctionRequest
+from isthmus.settings import RouterSettings
+
+
+class InferenceRoutes:
+    """The routes, added to `app`; reader, predictor and explainer are the page's as well."""
+
+    def __init__(
+        self,
+        app: FunctionApp,
+        settings: RouterSettings,
+        catalog: ModelCatalog,
+        predictor: Predictor,
+        images: ImageMemory,
+        tables: Tables,
+    ) -> None:
+        self._catalog, self._default = catalog, settings.model
+        self.predictor = predictor
+        self.reader = InferenceReader(settings)
+        self.explainer = Explainer(settings, predictor, images)
+        continuer = Continuer(catalog, predictor, tables, settings.max_request_bytes)
+        app.post("/", self.answer, "answer")
+        app.post("/explain", self.explain, "explain")
+        app.post("/continue", continuer.respond, "continue")
+        for suffix, prefix in (("", "/v2/models/<name>"), ("_version", "/v2/models/<name>/versions/<version>")):
+            app.post(f"{prefix}/infer", self.infer, f"infer{suffix}")
+            app.post(f"{prefix}/explain", self.explain, f"explain{suffix or '_model'}")
+
+    def answer(self, request: FunctionRequest) -> Response:
+        """A prediction of the model `?model=` for a request of any kind."""
+        model = self._model(request)
+        return self.predictor.respond(request, self.reader.read(request, model))
+
+    def infer(self, request: FunctionRequest, name: str, version: str = "") -> Response:
+        """Open Inference Protocol: tensors in, tensors out."""
+        model = self._model(request, name, version)
+        return self.predictor.respond(request, self.reader.read_tensors(request, model))
+
+    def explain(self, request: FunctionRequest, name: str = "", version: str = "") -> Response:
+        """Which parts of a photo or of tokens decided; `?model=` as `answer`, where the path names none."""
+        model = self._model(request, name, version)
+        return self.explainer.respond(request, self.reader.read(request, model))
+
+    def _model(self, request: FunctionRequest, name: str = "", version: str = "") -> ServedModel:
+        reference = model_reference(name, version) if name else request.query.get("model", self._default)
+        return self._catalog.get(reference, request.context.deadline)

@@ -43,7 +43,7 @@ def alias(
 
 
 def show_move(move: AliasMove, registry: str, as_json: bool) -> None:
-    """Print from which version to which an alias was moved, and the command that undoes it."""
+    """Print the versions before and after an alias's move, and the command of the undo."""
     option = "" if move.alias == "prod" else f" --alias {move.alias}"
     moved = move.was != move.version
     # rollback moves prod unless told otherwise, and has nowhere to go where the alias meant nothing before.

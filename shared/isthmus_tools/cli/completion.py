@@ -17,11 +17,11 @@ import typer
 
 from isthmus.errors import IsthmusError
 
-if TYPE_CHECKING:  # its package takes 40 ms, which help need not wait for
+if TYPE_CHECKING:  # its package takes 40 ms, too long for help
     from isthmus.registry import Registry
 
 COMPLETE = "_ISTHMUS_COMPLETE"
-"""The variable by which a shell asks for completions."""
+"""The variable of a shell's request for completions."""
 _PATIENCE_S = 1.0
 
 
@@ -76,7 +76,7 @@ def _model(ctx: typer.Context) -> str:
 
 
 def complete_in_bash(run: Callable[[], None]) -> None:
-    """Run the command for bash, which takes NAME:VERSION for three words and completes what follows the colon."""
+    """Run the command for bash: NAME:VERSION is three words there, and only the text behind the colon is completed."""
     words = os.environ["COMP_WORDS"].split("\n")[: int(os.environ["COMP_CWORD"]) + 1]
     joined = words[:1]
     for word in words[1:]:

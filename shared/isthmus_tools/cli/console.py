@@ -38,13 +38,13 @@ Result = TypeVar("Result")
 def say(text: str, style: str | None = None) -> None:
     """Print a text to standard output without markup.
 
-    On a terminal it is wrapped between words; in a file or a pipe it is one line, which programs may read.
+    A terminal gets lines wrapped between words; a file or a pipe gets a single line, for programs to read.
     """
     out.print(_wrapped(text, out), style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def say_command(label: str, command: str) -> None:
-    """Print a command to copy; on a narrow terminal it goes on behind a backslash, as shells read it."""
+    """Print a command to copy; a narrow terminal gets lines that end in a backslash, valid for shells."""
     line, *options = re.split(r" (?=--)", f"{label}: {command}")
     lines = []
     for option in options:

@@ -124,7 +124,7 @@ def _photos(photos: list[Path], model: str, where: ModelPlace, top_k: int, as_js
         try:
             response = predict(read_photo(path))
         except IsthmusError as e:
-            # One photo's error is the command's. So is an error of the router or the model, which every photo meets.
+            # One photo's error is the command's. So is an error of the router or the model, so every photo fails.
             if len(paths) == 1 or isinstance(e, _COMMON_ERRORS):
                 raise
             failures[type(e).__name__] += 1
@@ -143,7 +143,7 @@ def _photos(photos: list[Path], model: str, where: ModelPlace, top_k: int, as_js
 
 
 def _check_failures(failures: Mapping[str, int], photos: int) -> None:
-    """Raise if photos failed, after the others have their results: a script goes by the exit status.
+    """Raise if photos failed, once all other results are written: a script goes by the exit status.
 
     Raises:
         RequestMalformed: names the failures by their types.
@@ -154,7 +154,7 @@ def _check_failures(failures: Mapping[str, int], photos: int) -> None:
 
 
 def _files(paths: Sequence[Path]) -> Iterator[Path]:
-    """The files, and those of folders by name.
+    """The files, and the files of folders by name.
 
     Raises:
         RequestMalformed: a folder without files.

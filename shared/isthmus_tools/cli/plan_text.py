@@ -68,7 +68,7 @@ def show(plan: Plan, *, refusals: int = SHOWN) -> None:
     columns = ["candidate", "measured, ms", "runs", "predicted", "apart", "up", "error"] + ["edge memory"] * memory
     # A price file need not name a currency.
     columns += [f"price, {plan.currency}".rstrip(", ")] * has_prices + ["energy, J"] * joules
-    # Predictions are what is compared where nothing was measured.
+    # Without measurements the predictions are compared.
     drop = ["runs", "apart", "edge memory", "error", *["predicted"] * plan.measured]
     rows = []
     for candidate in shown:
@@ -112,7 +112,7 @@ def explain(explanation: PlanExplanation) -> None:
 
 
 def _agreement(refusal: Refusal) -> str:
-    """The share of predictions kept, where the reason does not state it."""
+    """The share of predictions kept, unless the reason states the share."""
     if refusal.agreement is None or f"{refusal.agreement:.1%}" in refusal.reason:
         return ""
     asked = "" if refusal.asked is None else f", {refusal.asked:.1%} asked"

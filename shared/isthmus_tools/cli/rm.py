@@ -36,12 +36,12 @@ def rm(
     with errors(as_json):
         store = open_registry(registry_settings(registry))
         name, colon, number = model.partition(":")
-        # A removal is final: what was meant is not guessed.
+        # A removal is final, so no reference is guessed.
         if bool(colon) == all_versions:
             raise RequestMalformed(
                 f"{model!r} is {'a version' if colon else 'a model'}: name NAME:VERSION, or NAME with --all-versions"
             )
-        # Before the removal, after which the version that served may be gone.
+        # Before the removal, since the serving version may go.
         before = serving_version(store, name)
         if all_versions:
             removed = remove_model(store, name)

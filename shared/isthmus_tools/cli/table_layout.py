@@ -47,8 +47,8 @@ def lay_out(
 ) -> tuple[Iterator[RenderableType], list[str]]:
     """The parts of a table of at most `width` characters a line, and the names of the columns left out.
 
-    A table that is too wide loses its frame; then empty columns and those of `drop`, in this order; at last each row
-    becomes a list of its cells, with every column.
+    A table that is too wide loses its frame; then empty columns and the columns of `drop`, in this order; at last each
+    row becomes a list of its cells, with every column.
     """
     if sum(column.least for column in columns) + _FRAME * len(columns) + 1 <= width:
         return iter([_grid(columns, width - _FRAME * len(columns) - 1, framed=True)]), []
@@ -103,7 +103,7 @@ def _widths(columns: Sequence[Column], room: int) -> list[int]:
 
 
 def _lists(columns: Sequence[Column]) -> Iterator[RenderableType]:
-    """Each row as its first cell, and below it the name and the content of the others that are not empty."""
+    """Each row as its first cell, and below the names and contents of further cells, without empty cells."""
     first, *others = columns
     for head, *cells in zip(first.cells, *(column.cells for column in others), strict=True):
         yield Text(head, style="bold")

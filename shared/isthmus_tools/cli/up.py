@@ -97,7 +97,7 @@ def _show_model(model: str, registry: str) -> None:
     """Print the version that functions will serve, before they start.
 
     Raises:
-        Missing: no such model, version or alias; the hint says how to import or list models.
+        Missing: unknown model, version or alias; the hint says how to import or list models.
     """
     from isthmus.registry import open_registry
     from isthmus_tools.usecases.versions import summarise

@@ -47,7 +47,7 @@ _BUSY = (HopBusy, NotReady, Overloaded)
 
 @dataclass(frozen=True, kw_only=True)
 class BatchRequest:
-    """Photos to classify: `photos` are files, and folders whose files are taken in the order of their names.
+    """Photos to classify: `photos` are files, and the files of folders in the order of their names.
 
     `output` is the file of JSON lines. Each line has `photo`, the path as given, and a prediction's document or an
     error's.
@@ -60,9 +60,9 @@ class BatchRequest:
 
 @dataclass(frozen=True)
 class BatchResult:
-    """Photos by outcome: classified and failed in this run, and skipped since the file had a line for them.
+    """Photos by outcome: classified and failed in this run, and skipped for a line of an earlier run.
 
-    `errors` counts the photos whose line is an error, of earlier runs too, by the error's type.
+    `errors` counts lines with an error by the error's type, of earlier runs too.
     """
 
     classified: int
@@ -179,7 +179,7 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
                 raise RequestMalformed(f"{path} cannot be read: there is no such file", path=str(path))
             yield path
             continue
-        # Hidden files are the system's, such as .DS_Store.
+        # Hidden files are the system's: .DS_Store.
         files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
         if not files:
             raise RequestMalformed(f"{path} holds no files", path=str(path))
@@ -211,7 +211,7 @@ def _bytes_or_error(path: Path) -> bytes | IsthmusError:
 
 @contextmanager
 def _output(path: Path) -> Iterator[BinaryIO]:
-    """The file opened for reading and appending, by one run at a time."""
+    """The file opened for reading and appending; a second run is refused."""
     with path.open("a+b") as file:
         try:
             # Two runs at a time would classify the same photos and mix their lines.

@@ -22,7 +22,7 @@ from isthmus_tools.usecases.publication import Publication, planned_cuts, publis
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrateRequest:
-    """A bundle to calibrate and the inputs for it.
+    """A bundle to calibrate and its inputs.
 
     `model` is NAME or NAME:VERSION. `files` are photos, for a model with pre-processing, or .npy and .npz files named
     after its inputs; `data` is their name in documents. `inputs` counts all inputs: half calibrate, half are held out.
@@ -59,11 +59,11 @@ class CalibrateResult:
 def calibrate(request: CalibrateRequest, progress: Progress = silent) -> CalibrateResult:
     """Calibrate a bundle's codecs, measure each codec's fidelity at every cut, and publish the next version.
 
-    A plan in force stays in force where it still holds.
+    A valid plan stays in force.
 
     Raises:
         CalibrationError: the inputs do not fit the model, or are too few.
-        RegistryError: no such model or cut, or the registry cannot be read or written.
+        RegistryError: unknown model or cut, or the registry cannot be read or written.
     """
     if request.alias:
         check_alias(request.alias)
@@ -90,10 +90,10 @@ def calibrate(request: CalibrateRequest, progress: Progress = silent) -> Calibra
 def calibrated_cuts(request: CalibrateRequest, store: Registry, model: Resolved) -> list[str]:
     """The names of the cuts that a request calibrates.
 
-    A cut of a plan in force is always among them: without new measurements there, the plan could not stay.
+    Cuts of a plan in force are always included: without new measurements there, the plan could not stay.
 
     Raises:
-        Missing: the bundle has no such cut.
+        Missing: a cut that the bundle lacks.
     """
     bundle = model.bundle
     planned = [cut for cut in planned_cuts(store, model, request.alias) if cut in bundle.cuts]
@@ -108,7 +108,7 @@ def published_fidelity(model: str, registry: RegistrySettings) -> tuple[Resolved
 
     Raises:
         CalibrationError: the bundle was not calibrated.
-        RegistryError: no such model, or the registry cannot be read.
+        RegistryError: unknown model, or the registry cannot be read.
     """
     store = open_registry(registry)
     version = store.resolve(model)

@@ -55,9 +55,9 @@ def cut(request: CutRequest, progress: Progress = silent) -> CutResult:
 
     Raises:
         CutError: a cut is not in the graph, or does not separate inputs from outputs.
-        RegistryError: no such model, or the registry cannot be read or written.
+        RegistryError: unknown model, or the registry cannot be read or written.
     """
-    # An alias that the registry would refuse fails before the cutting, which may take long.
+    # An alias that the registry would refuse fails before minutes of cutting.
     if request.alias:
         check_alias(request.alias)
     store = open_registry(request.registry)

@@ -1,4 +1,4 @@
-"""Explanation of a plan: its runners-up, and what was refused, each with the reason and its figure."""
+"""Explanation of a plan: the runners-up, and every refusal with the reason and its figure."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class RunnerUp:
 class Refusal:
     """A candidate, or a codec at a cut, that may not serve.
 
-    `agreement` is the share of `inputs` whose prediction it keeps, None without a measurement; `asked` is the least
+    `agreement` is the share of `inputs` with an unchanged prediction, None without a measurement; `asked` is the least
     share that may serve, None where no share was asked.
     """
 
@@ -65,21 +65,21 @@ def explain(model: str, registry: RegistrySettings) -> PlanExplanation:
     """Why the model is served as its plan says.
 
     Raises:
-        Missing: no such model, or it has no plan.
+        Missing: unknown model, or a model without a plan.
         PlanMalformed, PlanMismatch: the plan cannot be read, or is for another bundle.
     """
     version, plan = published_plan(model, registry)
     try:
         fidelity = read_fidelity(version.bundle, open_registry(registry).blob)
     except CalibrationError:
-        # Of another version of Isthmus; the plan stands without it.
+        # A fidelity of another version of Isthmus; the plan is valid without.
         fidelity = None
     refusals = [*_candidates(plan, fidelity), *(_codecs(plan, fidelity) if fidelity is not None else ())]
     return PlanExplanation(version, plan, tuple(_runners_up(plan)), tuple(refusals))
 
 
 def in_words(candidate: Candidate) -> str:
-    """What a candidate does, such as `int8 at the edge` or `a split at 65, int4/1`."""
+    """A candidate in words: `int8 at the edge`, or `a split at 65, int4/1`."""
     model = "int8" if candidate.variant is not None else "the whole model"
     if candidate.kind == "edge":
         return f"{model} at the edge"
@@ -117,7 +117,7 @@ def _candidates(plan: Plan, fidelity: Fidelity | None) -> Iterator[Refusal]:
 
 
 def _codecs(plan: Plan, fidelity: Fidelity) -> Iterator[Refusal]:
-    """Codecs of which calibration offers no quality at the plan's cuts, or at every cut of a plan without a split."""
+    """Codecs without any quality on offer at the plan's cuts, or at every cut of a plan without a split."""
     held_out, limit = fidelity.inputs.held_out, fidelity.limit
     for cut in plan.choice.cuts or fidelity.cuts():
         entries = [entry for entry in fidelity.entries if entry.cut == cut]

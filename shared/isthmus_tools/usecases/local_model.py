@@ -27,7 +27,7 @@ class LocalModel:
     `threads` of one run; 0 for the CPUs available.
 
     Raises:
-        RegistryError: no such model, version or cut.
+        RegistryError: unknown model, version or cut.
     """
 
     def __init__(self, model: str, registry: RegistrySettings, cuts: str = "", *, threads: int = 0) -> None:
@@ -35,7 +35,7 @@ class LocalModel:
         self._registry = open_registry(settings)
         self.model = self._registry.resolve(model)
         bundle, hop = self.model.bundle, LocalHop(SegmentStore(open_cache(settings, self._registry), settings))
-        # `..` is a segment and no cut, so it is no partition that `plan_route` could read.
+        # `..` is a segment and no cut, so `plan_route` cannot read the text as a partition.
         if cuts == WHOLE:
             self._route = local_route(self.model.digest, bundle, (bundle.segment(WHOLE),), hop)
         else:
@@ -83,7 +83,7 @@ class LocalModel:
         """Which parts of a photo's file, or of tensors, decided: the document that a router responds with.
 
         Raises:
-            RequestMalformed: no such class, output or grid.
+            RequestMalformed: unknown class, output or grid.
             ShapeMismatch: the model's output is no table of classes, or its inputs are neither a picture nor tokens.
             As `preprocess` and `run`.
         """

@@ -1,4 +1,4 @@
-"""Packaging: a stack file in which each segment of one model is a function with its segment inside the image."""
+"""Packaging: a stack file with a function for each segment of a model, the segment inside the image."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from isthmus_tools.graph.extract import bake, bake_tables
 from isthmus_tools.progress import Progress, silent
 
 _GATEWAY = "http://gateway.openfaas.svc.cluster.local:8080"
-# As in stack.yml, for a stack file whose router names no gateway.
+# As in stack.yml, for a stack file without a gateway for the router.
 _GATEWAYS = {"edge": f"${{EDGE_GATEWAY:-{_GATEWAY}}}", "cloud": f"${{TAIL_GATEWAY:-{_GATEWAY}}}"}
-# The functions of stack.yml whose template and limits a packaged function takes.
+# The functions of stack.yml that give template and limits to packaged functions.
 _LIKE = {"edge": "edge-head", "cloud": "cloud-tail"}
 _HEADING = "# Written by `isthmus package"
 # A function's name, the stem and a role, must be a DNS label.
@@ -76,7 +76,7 @@ class PackageRequest:
     """A model to package.
 
     `model` is NAME or NAME:VERSION. `cuts` is a partition as text; empty takes the plan's, else the bundle's default.
-    `output` is the folder for the stack file and the functions, inside the current one; `stack` gives templates and
+    `output` is the folder for the stack file and the functions, inside the current folder; `stack` gives templates and
     limits, and `variables` fill its ${…}, as the environment would for faas-cli.
     """
 
@@ -100,13 +100,13 @@ class PackageResult:
 
 
 def package(request: PackageRequest, progress: Progress = silent) -> PackageResult:
-    """Write a stack file and functions that serve one model without a registry.
+    """Write a stack file and functions that serve a model without a registry.
 
     Where the bundle has a plan, the functions are the plan's, and the router follows it.
 
     Raises:
         LocalError: the stack file or the output cannot be used, or a function could never load its segment.
-        RegistryError: no such model or cut, or the registry cannot be read.
+        RegistryError: unknown model or cut, or the registry cannot be read.
     """
     store = open_registry(request.registry)
     progress(f"finding {request.model}")
@@ -302,7 +302,7 @@ def _function(name: str, folder: Path, like: dict[str, Any], environment: dict[s
     registry_only = ("registry", "preload", "model", "hops", "cuts", "s3_endpoint", "s3_region")
     environment_like = {k: v for k, v in (like.get("environment") or {}).items() if k not in registry_only}
     own = "router" if kind == "router" else str(like["handler"]).rpartition("/")[2]
-    # The image keeps the registry, owner and tag of the one that it is like.
+    # The image keeps the registry, owner and tag of the function in stack.yml.
     image = str(like["image"]).replace(own, name)
     return {
         **{k: v for k, v in like.items() if k != "secrets"},

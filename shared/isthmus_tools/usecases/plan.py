@@ -58,7 +58,7 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class PlanResult:
-    """A plan and its candidate set, whose files exist until the result is closed; a context manager."""
+    """A plan and its candidate set, with files that exist until the result is closed; a context manager."""
 
     plan: Plan
     candidate_set: CandidateSet
@@ -69,12 +69,12 @@ class PlanResult:
         """Publish the plan as the model's next version, and the int8 variant, if any, as a model of its own.
 
         Raises:
-            RegistryError: the alias cannot be one, or the registry cannot be written.
+            RegistryError: the alias is malformed, or the registry cannot be written.
         """
         return publish_candidate(self.registry, self.candidate_set, self.plan, alias)
 
     def close(self) -> None:
-        """Remove the candidates' files; `publish` needs them."""
+        """Remove the candidates' files, without which `publish` fails."""
         self._files.close()
 
     def __enter__(self) -> Self:
@@ -88,7 +88,7 @@ def plan(request: PlanRequest, progress: Progress = silent) -> PlanResult:
     """Find the best way to serve a model over a link; nothing that serves changes until the result is published.
 
     Raises:
-        Missing: no such model, or a tier has no profile.
+        Missing: unknown model, or a tier has no profile.
         Infeasible: no candidate meets the constraints.
         RequestError: the inputs do not fit the model.
         HopError, RegistryError: a function or the registry cannot be reached.
@@ -151,12 +151,12 @@ def plan(request: PlanRequest, progress: Progress = silent) -> PlanResult:
         best = build_plan(
             candidate_set, candidates, request.conditions, request.objective, request.constraints, request.prices
         )
-        # The files outlive this call: the result removes them.
+        # The files outlive this call: the result removes the files.
         return PlanResult(best, candidate_set, store, files.pop_all())
 
 
 def check_inputs(request: PlanRequest) -> None:
-    """Read the model and the inputs of a request, before functions are started for it.
+    """Read the model and the inputs of a request, before functions start.
 
     Raises:
         Missing, RequestError: as `plan`.

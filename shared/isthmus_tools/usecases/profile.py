@@ -36,7 +36,7 @@ class ProfileRequest:
     `model` is NAME or NAME:VERSION. `cuts` are partitions as texts; without any, the bundle's own and some of every
     part of the graph are measured, each segment `runs` times. The model runs on `photos` or `tensors`, else on random
     numbers. A stored profile that is up to date is kept, unless `again`. Cuts that the bundle lacks become its next
-    version if `new_version`, without moving an alias; else functions load them by digest.
+    version if `new_version`, without moving an alias; else functions load the cuts by digest.
     """
 
     model: str
@@ -77,7 +77,7 @@ def profile(request: ProfileRequest, progress: Progress = silent) -> ProfileResu
     """Measure a model, its segments and its nodes on deployed functions, and store the profiles in the registry.
 
     Raises:
-        RegistryError, CutError: no such model or cut.
+        RegistryError, CutError: unknown model or cut.
         RequestError: the inputs do not fit the model.
         HopError, ProfileMalformed: a function cannot be reached, or is none.
     """
@@ -156,7 +156,7 @@ def tier_profiles(request: ProfileRequest, progress: Progress = silent) -> Mappi
 
 
 def check_inputs(request: ProfileRequest) -> None:
-    """Read the model and the inputs of a request, before functions are started for it.
+    """Read the model and the inputs of a request, before functions start.
 
     Raises:
         Missing, RequestError: as `profile`.
@@ -166,7 +166,7 @@ def check_inputs(request: ProfileRequest) -> None:
 
 
 def _is_of(profile: Profile, kind: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether a profile was measured on such inputs; random inputs match any kind."""
+    """Whether a profile was measured on inputs of this kind; random inputs match any kind."""
     return profile.shapes == shapes and kind in ("random", profile.inputs)
 
 

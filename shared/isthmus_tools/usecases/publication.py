@@ -55,7 +55,7 @@ class Publication:
 
 
 def findings(bundle: Bundle, before: Bundle | None = None) -> list[str]:
-    """Sentences about the dry run of a bundle's segments, except those of `before`."""
+    """Sentences about the dry run of a bundle's segments, except sentences about `before`."""
     now, earlier = (b.source.get("dry_run", {}) if b is not None else {} for b in (bundle, before))
     old = earlier.get("differences", {})
     differ = [
@@ -77,10 +77,10 @@ def publish_version(
 ) -> Publication:
     """Publish a bundle without a plan of its own, made from the version `before` or from a model's file.
 
-    The plan of `before`, else of the alias's version, is kept where it still holds. Otherwise the version is
+    The plan of `before`, else of the alias's version, is kept where still valid. Otherwise the version is
     published and the alias stays, unless `drop_plan`.
 
-    A plan whose codec tables changed is renewed.
+    A plan with changed codec tables is renewed.
 
     Raises:
         RegistryError: as `Registry.publish`.
@@ -129,7 +129,7 @@ def _publish_version(
                 version = publish_plan(registry, bundle, files, renewed, alias=alias or None)
                 return Publication(version, alias, was, moved=bool(alias), plan=renewed.chosen, renewed=True)
     keeps = bundle.plan is not None
-    # Requests must not lose a plan by a publication that did not ask for it.
+    # Requests must not lose a plan by a publication for another purpose.
     stays = not keeps and not drop_plan and any(model.version == was for model, _ in plans)
     version = registry.publish(bundle, files, alias=None if stays else alias or None)
     return Publication(
@@ -146,7 +146,7 @@ def publish_candidate(registry: Registry, candidate_set: CandidateSet, plan: Pla
     """Publish a plan as its model's next version, and the int8 variant, if any, as a model of its own.
 
     Raises:
-        RegistryError: the alias cannot be one, or the registry cannot be written.
+        RegistryError: the alias is malformed, or the registry cannot be written.
     """
     if alias:
         check_alias(alias)
@@ -183,7 +183,7 @@ def published_plan(model: str, registry: RegistrySettings) -> tuple[Resolved, Pl
     """A bundle of the registry and its plan.
 
     Raises:
-        Missing: no such model, or the bundle has no plan.
+        Missing: unknown model, or the bundle has no plan.
         PlanMalformed, PlanMismatch: the plan cannot be read, or is for another bundle.
     """
     store = open_registry(registry)

@@ -15,14 +15,14 @@ from isthmus.registry.registry import PROD
 from isthmus.registry.versions import published_at
 
 UNREADABLE = "unreadable"
-"""Stands for a plan or for calibrated cuts that this version of Isthmus cannot read; no router uses them."""
+"""Stands for a plan or for calibrated cuts that this version of Isthmus cannot read; routers ignore both."""
 
 
 @dataclass(frozen=True)
 class VersionSummary:
     """A version of a model.
 
-    `calibrated` are the cuts whose codecs were measured; `plan` is the choice of its plan, empty for none. Either is
+    `calibrated` are the cuts with measured codecs; `plan` is the choice of its plan, empty for none. Either is
     UNREADABLE where so. `serves` says whether requests without a version reach it.
     """
 
@@ -65,7 +65,7 @@ def summarise_model(registry: Registry, name: str) -> ModelSummary:
     """One model.
 
     Raises:
-        Missing: no such model.
+        Missing: unknown model.
     """
     versions = registry.versions(name)
     return ModelSummary(summarise(registry, name), versions[-1].version, registry.aliases(name), len(versions))
@@ -75,7 +75,7 @@ def summarise(registry: Registry, reference: str) -> VersionSummary:
     """The version that `reference` (NAME, NAME:VERSION or NAME:ALIAS) stands for.
 
     Raises:
-        Missing: no such model, version or alias.
+        Missing: unknown model, version or alias.
     """
     found = registry.resolve(reference)
     aliases = registry.aliases(found.name)
@@ -96,7 +96,7 @@ def list_versions(registry: Registry, name: str) -> list[VersionSummary]:
     """Every version of a model, oldest first.
 
     Raises:
-        Missing: no such model.
+        Missing: unknown model.
     """
     return [summarise(registry, f"{name}:{version.version}") for version in registry.versions(name)]
 
@@ -115,10 +115,10 @@ def serving_version(registry: Registry, name: str) -> str:
 
 
 def next_command(registry: Registry, reference: str) -> str:
-    """The command that usually follows for a version: calibrate it, plan it, let it serve, or start functions.
+    """The usual next command of a version: calibrate, plan, alias, or up.
 
     Raises:
-        Missing: no such model, version or alias.
+        Missing: unknown model, version or alias.
     """
     version = summarise(registry, reference)
     name = version.name if version.serves else f"{version.name}:{version.version}"

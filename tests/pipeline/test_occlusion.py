@@ -12,7 +12,7 @@ import pytest
 
 from isthmus.context import Context, Deadline
 from isthmus.errors import DeadlineExceeded, IsthmusError, RequestMalformed, RequestTooLarge, RunFailed, ShapeMismatch
-from isthmus.pipeline import execute, occlusion
+from isthmus.pipeline import execute, hidden_copies
 from isthmus.pipeline.occlusion import OcclusionRequest, areas, class_scores, occlude
 from isthmus.pipeline.places import Places, boundary_places, input_places, windows
 from support.bundles import Published, pair_model, publish
@@ -169,7 +169,7 @@ def test_runs_that_would_be_late_are_not_begun(tmp_path: Path, monkeypatch: pyte
     published = picture(tmp_path / "model")
     context, calls, clock = Context.from_headers({}, longest_s=60), [], [0.0]
     # Each call takes a second by this clock, and 60 are left: 289 do not fit.
-    monkeypatch.setattr(occlusion, "time", type("Clock", (), {"monotonic": staticmethod(lambda: clock[0])}))
+    monkeypatch.setattr(hidden_copies, "time", type("Clock", (), {"monotonic": staticmethod(lambda: clock[0])}))
 
     def run(route: Any, arrays: Any) -> Any:
         calls.append(route)
@@ -183,9 +183,17 @@ def test_runs_that_would_be_late_are_not_begun(tmp_path: Path, monkeypatch: pyte
     assert "smaller grid" in caught.value.hint
 
 
+def test_a_graph_that_holds_a_batch_of_one_gets_its_copies_one_by_one(tmp_path: Path) -> None:
+    published = picture(tmp_path / "model", "batch", baked=True)
+    assert published.bundle.inputs[0].shape[0] == "batch"
+    result = explained(local(published, tmp_path, "0"), published.inputs, grid=4, window=1)
+    assert len(result.runs) == 16
+    assert np.unravel_index(result.drops.argmax(), (4, 4)) == CELL
+
+
 def test_a_batch_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     published = picture(tmp_path / "model", "batch")
-    monkeypatch.setattr(occlusion, "MAX_BATCH_BYTES", 4 * published.inputs["x"].nbytes)
+    monkeypatch.setattr(hidden_copies, "MAX_BATCH_BYTES", 4 * published.inputs["x"].nbytes)
     result = explained(local(published, tmp_path), published.inputs, grid=4, window=1)
     assert len(result.runs) == 4
     assert np.unravel_index(result.drops.argmax(), (4, 4)) == CELL

@@ -36,8 +36,11 @@ def constant(name: str, array: Any) -> Any:
     return numpy_helper.from_array(np.asarray(array, np.float32), name)
 
 
-def picture(folder: Path, batch: int | str = 1, **processing: Any) -> Published:
-    """Class 1 is likely where the cell CELL is bright; at the cut `both` a full and a halved resolution cross."""
+def picture(folder: Path, batch: int | str = 1, *, baked: bool = False, **processing: Any) -> Published:
+    """Class 1 is likely where the cell CELL is bright; at the cut 1 a full and a halved resolution cross.
+
+    With `baked` the graph holds a batch of 1, whatever it declares.
+    """
     full, half = np.zeros((1, 3, 8, 8)), np.zeros((1, 3, 4, 4))
     row, column = CELL
     full[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2] = 0.2
@@ -47,7 +50,7 @@ def picture(folder: Path, batch: int | str = 1, **processing: Any) -> Published:
         helper.make_node("AveragePool", ["r"], ["p"], kernel_shape=[2, 2], strides=[2, 2]),
         helper.make_node("Mul", ["r", "full"], ["m"]),
         helper.make_node("Mul", ["p", "half"], ["n"]),
-        helper.make_node("Flatten", ["m"], ["fm"]),
+        helper.make_node("Reshape", ["m", "shape"], ["fm"]) if baked else helper.make_node("Flatten", ["m"], ["fm"]),
         helper.make_node("Flatten", ["n"], ["fn"]),
         helper.make_node("MatMul", ["fm", "wm"], ["lm"]),
         helper.make_node("MatMul", ["fn", "wn"], ["ln"]),
@@ -58,6 +61,7 @@ def picture(folder: Path, batch: int | str = 1, **processing: Any) -> Published:
         constant("half", half),
         constant("wm", np.repeat([[0, 1]], 192, 0)),
         constant("wn", np.repeat([[0, 1]], 48, 0)),
+        *([numpy_helper.from_array(np.array([1, 192]), "shape")] if baked else []),
     ]
     folder.mkdir(parents=True, exist_ok=True)
     model = save(folder / "picture.onnx", nodes, [value("x", batch, 3, 8, 8)], [value("logits", batch, 2)], weights)

@@ -9,11 +9,8 @@ Source: Zeiler and Fergus, "Visualizing and Understanding Convolutional Networks
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -21,10 +18,11 @@ import numpy as np
 from isthmus.arrays import Array
 from isthmus.artifacts.bundle import Bundle
 from isthmus.context import Deadline
-from isthmus.errors import DeadlineExceeded, RequestMalformed, RequestTooLarge, RunFailed, ShapeMismatch
+from isthmus.errors import RequestMalformed, RequestTooLarge, RunFailed, ShapeMismatch
 from isthmus.pipeline.agreement import are_probabilities
 from isthmus.pipeline.execution import Result
-from isthmus.pipeline.places import Places, Sizes, boundary_places, input_places, windows
+from isthmus.pipeline.hidden_copies import HiddenCopies, Run, run_all
+from isthmus.pipeline.places import Places, Sizes, boundary_places, input_places
 from isthmus.pipeline.route import Route
 from isthmus.processing.classify import softmax, table_of
 
@@ -34,12 +32,8 @@ MAX_GRID = 32
 # Cells of a window's side in a picture. Windows that overlap, and zero rather than the channels' means, came nearest to
 # hiding the input at the cuts of EfficientNet-Lite0 (docs/how-to/why.md).
 WINDOW = 2
-# Of the hidden copies of one call: a function takes frames of 64 MiB, and activations within a segment are larger.
-MAX_BATCH_BYTES = 8 * 2**20
 # [PAD] of most vocabularies.
 PADDING_ID = 0
-
-Run = Callable[[Route, Mapping[str, Array]], Result]
 
 
 @dataclass(frozen=True)
@@ -186,9 +180,9 @@ def occlude(
         rest, hidden = route, [source]
     # No more cells than the finest tensor has places.
     grid = tuple(min(count, max(p.sizes[i] for p in hidden)) for i, count in enumerate(wanted))
-    copies = _Copies(rest, base.tensors, hidden, grid, _width(request, grid), request.hidden_id)
+    copies = HiddenCopies(rest, base.tensors, hidden, grid, _width(request, grid), request.hidden_id)
     results, rows = [], []
-    for result in _run_all(copies, run, deadline):
+    for result in run_all(copies, run, deadline):
         rows.append(request.scores(result.outputs)[:, index])
         # Without its tensors: all copies together may be larger than memory.
         results.append(replace(result, outputs={}, tensors={}))
@@ -231,70 +225,3 @@ def _start(route: Route) -> int:
 def _from(route: Route, start: int) -> Route:
     """The route from its segment `start` on."""
     return replace(route, segments=route.segments[start:], hops=route.hops[start:], encodings=route.encodings[start:])
-
-
-@dataclass(frozen=True)
-class _Copies:
-    """Copies of the inputs of `route`, each with one window hidden."""
-
-    route: Route
-    tensors: Mapping[str, Array]
-    hidden: Sequence[Places]
-    grid: Sizes
-    width: int
-    hidden_id: int
-
-    @property
-    def batch(self) -> int:
-        """Copies in one call: 1 unless every input has one and the same free first dimension."""
-        first = {spec.shape[0] if spec.shape else 0 for spec in self.route.inputs}
-        if len(first) > 1 or not isinstance(next(iter(first)), str):
-            return 1
-        size = sum(self.tensors[spec.name].nbytes for spec in self.route.inputs)
-        return max(1, MAX_BATCH_BYTES // max(1, size))
-
-    @property
-    def calls(self) -> int:
-        """The number of batches."""
-        return -(-math.prod(count + self.width - 1 for count in self.grid) // self.batch)
-
-    def batches(self) -> Iterator[dict[str, Array]]:
-        """The copies, in the order of the windows."""
-        # The windows of each tensor side by side: tensors of several resolutions hide the same part of the input.
-        every = zip(*(windows(self.grid, self.width, places.sizes) for places in self.hidden), strict=True)
-        while parts := list(islice(every, self.batch)):
-            # Contiguous copies, in which `Places.view` can write.
-            copies = {s.name: np.repeat(self.tensors[s.name][np.newaxis], len(parts), 0) for s in self.route.inputs}
-            for i, each in enumerate(parts):
-                for places, window in zip(self.hidden, each, strict=True):
-                    copy = places.view(copies[places.tensor][i])
-                    copy[(slice(None),) * places.axis + window] = self._value(places)
-            # (copies, 1, …) is a batch of copies; a scalar belongs to the only copy.
-            yield {n: each.reshape(-1, *each.shape[2:]) if each.ndim > 1 else each[0] for n, each in copies.items()}
-
-    def spread(self, drops: Array) -> Array:
-        """The windows' drops over their cells: the mean of the windows that cover a cell."""
-        total, count = np.zeros(self.grid), np.zeros(self.grid)
-        for cells, drop in zip(windows(self.grid, self.width, self.grid), drops.tolist(), strict=True):
-            total[cells] += drop
-            count[cells] += 1
-        return total / count
-
-    def _value(self, places: Places) -> int:
-        # Zero excludes a token from an attention mask, and is what convolutions pad with.
-        is_id = self.tensors[places.tensor].dtype.kind in "iu" and "mask" not in places.tensor
-        return self.hidden_id if is_id else 0
-
-
-def _run_all(copies: _Copies, run: Run, deadline: Deadline) -> Iterator[Result]:
-    """Run every batch; gives up after the first where the rest will not be done in time."""
-    began = time.monotonic()
-    for done, batch in enumerate(copies.batches(), start=1):
-        yield run(copies.route, batch)
-        needed_s = (time.monotonic() - began) / done * (copies.calls - done)
-        if needed_s > deadline.remaining():
-            raise DeadlineExceeded(
-                f"{copies.calls - done} more calls with a part hidden take about {needed_s:.1f} s, and"
-                f" {deadline.remaining():.1f} s are left",
-                hint="ask for a smaller grid, or allow more time with X-Timeout",
-            )

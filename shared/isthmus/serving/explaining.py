@@ -15,7 +15,8 @@ from flask import Response
 from isthmus.arrays import Array
 from isthmus.errors import RequestMalformed
 from isthmus.pipeline import Result, Route
-from isthmus.pipeline.occlusion import MAX_BATCH_BYTES, PADDING_ID, OcclusionRequest, class_scores, occlude
+from isthmus.pipeline.hidden_copies import MAX_BATCH_BYTES
+from isthmus.pipeline.occlusion import PADDING_ID, OcclusionRequest, class_scores, occlude
 from isthmus.processing.classify import class_index
 from isthmus.processing.image import model_input, seen_part
 from isthmus.processing.image_budget import ImageMemory

@@ -240,7 +240,9 @@ def test_a_slowed_device_has_a_profile_of_its_own_that_stands_for_no_real_edge(t
     registry, bundle = published.registry, published.bundle
     plain = replace(PROFILE, content=content_of(bundle))
     assert plain.hop is not None
-    slowed = replace(profiles.slowed(plain, 8.0, plain.hop), measured_at="2027-01-01T00:00:00+00:00")
+    slowed = replace(
+        profiles.slowed(plain, 8.0, plain.hop, plain.whole.run.median), measured_at="2027-01-01T00:00:00+00:00"
+    )
     assert slowed.device.cpu == f"1/8 of a CPU: {plain.device.cpu}"
     assert slowed.device.id != plain.device.id
     for profile in (plain, slowed):

@@ -286,6 +286,7 @@ def test_a_version_without_the_plan_does_not_serve_unless_asked(place: Place, me
         (["--head", "http://127.0.0.1:1/h"], "--tail URL"),
         (["--local", "--head", "http://127.0.0.1:1/h"], "--local"),
         (["--edge-slowdown", "8"], "--local"),
+        (["--sweep", "--check", "3"], "--sweep --local --edge-slowdown N"),
         (["--local", "--edge-slowdown", "1"], "above 1 and at most 64"),
         (["--local", "--edge-cpus", "1.5"], "--edge-cpus is 1.5"),
         (["--local", "--edge-cpus", "0.25", "--edge-slowdown", "4"], "give one"),

@@ -9,8 +9,8 @@ import pytest
 from msgspec.structs import replace
 
 from isthmus.artifacts.conditions import Conditions, Constraints
-from isthmus.artifacts.plan import Candidate, Error, Plan, Terms
-from isthmus_tools.planner.regions import REGIONS, planned_slowdown, region_map, slower_edge
+from isthmus.artifacts.plan import Candidate, Error, Measured, Plan, Terms
+from isthmus_tools.planner.regions import REGIONS, cell_candidates, planned_slowdown, region_map, slower_edge
 from support.bundles import Published
 from support.bundles import photos as photos
 from support.plans import candidate, plan_for
@@ -42,7 +42,19 @@ def test_a_fast_edge_keeps_the_model_and_a_slow_one_splits_or_sends_by_the_link(
     seconds = 4 * 0.016 + 0.0075 + (2_000 + 340) * 8 / 2e6 + 420 * 8 / 2e6 + 0.01
     assert cell.seconds == pytest.approx(seconds)
     cloud = 4 * 0.004 + 0.01 + (20_000 + 340) * 8 / 2e6 + 420 * 8 / 2e6 + 0.01
-    assert cell.lead == pytest.approx(cloud / seconds - 1)
+    assert (cell.other, cell.lead) == ("cloud-raw", pytest.approx(cloud / seconds - 1))
+
+
+def test_the_candidates_of_a_cell_have_its_edge_and_link(photos: Published) -> None:
+    plan = plan_of(photos, EDGE, CLOUD, replace(SPLIT, measured=Measured(9.0, 9.0, 9.0, 3)))
+    found = region_map(plan, slowdowns=(16,), rates=(2e6,), planned=8.0)
+    cell = found.cells[0][0]
+    assert found.planned == 8.0
+    best, other = cell_candidates(plan, found, cell)
+    assert (best.name, other.name) == (cell.best, cell.other)
+    assert best.predicted.total == pytest.approx(cell.seconds)
+    assert other.predicted.total == pytest.approx(cell.seconds * (1 + (cell.lead or 0)))
+    assert best.measured is None
 
 
 def test_the_requested_cell_is_the_nearest_to_the_plans_edge_and_link(photos: Published) -> None:

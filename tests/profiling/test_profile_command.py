@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,7 +18,13 @@ from typer.testing import CliRunner
 from isthmus.artifacts.profile import content_of, from_json
 from isthmus.serving import create_router_app, create_segment_app
 from isthmus.serving.profiling import SECRET
+from isthmus.settings import RegistrySettings
 from isthmus_tools.cli import app
+from isthmus_tools.profiling import profiles, slow_edge
+from isthmus_tools.profiling.slow_edge import SlowEdge
+from isthmus_tools.usecases import profile as use_case
+from isthmus_tools.usecases.functions import FunctionUrls
+from isthmus_tools.usecases.profile import ProfileRequest
 from isthmus_tools.zoo import models as zoo
 from support.bundles import (
     pair_model,
@@ -123,6 +130,31 @@ def test_a_profile_within_a_time_limit_names_what_it_left_out(place: Place, firs
     for tier, segment in (("edge", "..6"), ("cloud", "6..")):
         assert f"the time limit left 1 segments unmeasured: {segment}" in found["profiles"][tier]["warnings"]
         assert found["profiles"][tier]["segments"].keys() >= first["profiles"][tier]["segments"].keys(), "kept"
+
+
+def test_a_slower_edge_has_a_profile_of_its_own_beside_that_at_full_speed(
+    place: Place, first: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # This process holds both functions and never waits.
+    monkeypatch.setattr(slow_edge, "_MAX_WAITS", 0)
+    registry = RegistrySettings(registry=str(place.photos.folder))
+    functions = FunctionUrls(place.head, place.tail, TOKEN, SlowEdge(4.0, [os.getpid()]))
+    slowed = use_case.profile(ProfileRequest(model="photos", registry=registry, functions=functions)).profiles
+    stored = profiles.every(place.photos.registry, place.photos.bundle)
+    full = profiles.newest(place.photos.registry, place.photos.bundle, ("edge", "cloud"))
+    assert slowed["edge"].device.cpu == f"1/4 of a CPU: {full['edge'].device.cpu}"
+    assert slowed["edge"] in stored
+    # The cloud's own profile is not of a caller at a slower edge.
+    assert slowed["cloud"] not in stored
+    # All runs by one factor, the model's CPU time by its time.
+    ratios = [
+        slowed["edge"].segments[name].run.median / cost.run.median for name, cost in full["edge"].segments.items()
+    ]
+    assert ratios == pytest.approx([ratios[0]] * len(ratios))
+    assert sum(slowed["edge"].nodes) == pytest.approx(slowed["edge"].whole.run.median)
+    assert {n: s.pack_s for n, s in slowed["edge"].codecs.items()} == {
+        n: pytest.approx(4 * s.pack_s) for n, s in full["edge"].codecs.items()
+    }
 
 
 def test_a_cut_more_is_measured_beside_what_is_known(place: Place, first: Any) -> None:

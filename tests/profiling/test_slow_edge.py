@@ -97,11 +97,12 @@ def test_a_process_that_never_waits_is_read_at_last(
 
 def test_a_slower_devices_profile_has_all_times_but_no_sizes_multiplied() -> None:
     hop = HopCost(1.0, 2.0, 3.0, 4.0, 5.0)
-    slowed = profiles.slowed(PROFILE, 8.0, hop)
+    # Half of the measured time was of other work on the machine.
+    slowed = profiles.slowed(PROFILE, 8.0, hop, PROFILE.whole.run.median / 2)
     assert slowed.device.cpu == f"1/8 of a CPU: {PROFILE.device.cpu}"
     assert slowed.hop == hop
-    assert slowed.nodes == tuple(8 * seconds for seconds in PROFILE.nodes)
+    assert slowed.nodes == tuple(4 * seconds for seconds in PROFILE.nodes)
     for segment, cost in PROFILE.segments.items():
-        assert slowed.segments[segment].run.median == 8 * cost.run.median
+        assert slowed.segments[segment].run.median == 4 * cost.run.median
         assert slowed.segments[segment].memory_bytes == cost.memory_bytes
     assert {n: s.pack_s for n, s in slowed.codecs.items()} == {n: 8 * s.pack_s for n, s in PROFILE.codecs.items()}

@@ -35,8 +35,6 @@ def explain(
     Example: `isthmus explain efficientnet-lite0 --picture plan.svg`
     """
     from isthmus_tools.cli import plan_text
-    from isthmus_tools.planner.choice import grid
-    from isthmus_tools.planner.regions import region_map
     from isthmus_tools.usecases import explain as use_case
 
     with errors(as_json):
@@ -45,7 +43,7 @@ def explain(
         settings = registry_settings(registry)
         explanation = use_case.explain(model, settings)
         bundle, plan = explanation.version, explanation.plan
-        sweeps = plan_text.Sweeps(grid(plan.candidates, plan.objective, plan.constraints), region_map(plan))
+        sweeps = plan_text.Sweeps.of(plan)
         if picture is not None:
             from isthmus.registry import open_cache, open_registry
             from isthmus_tools.figures import plan as plan_figure

@@ -62,13 +62,23 @@ Examples = Annotated[
     ),
 ]
 EdgeSlowdown = Annotated[
-    float | None, typer.Option(help="Slow the functions of the edge: 8 gives them an eighth of one CPU.", metavar="N")
+    float | None,
+    typer.Option(help="An edge so many times slower than this machine: 8 is an eighth of one CPU.", metavar="N"),
 ]
 EdgeCpus = Annotated[
     float | None, typer.Option(help="The same, as a share of one CPU: 0.25 is --edge-slowdown 4.", metavar="SHARE")
 ]
 Sweep = Annotated[
     bool, typer.Option("--sweep", help="Also map the best over bandwidth by edge slowdown and by round trip.")
+]
+CheckedCells = Annotated[
+    int,
+    typer.Option(
+        "--check",
+        help="With --sweep of a slow --local edge: measure so many cells of the map.",
+        min=0,
+        metavar="N",
+    ),
 ]
 PlanPicture = Annotated[
     Path | None, typer.Option(help="Draw the plan to this .png or .svg file; with --sweep, the map instead.")

@@ -17,6 +17,7 @@ from isthmus_tools.cli.options import (
     PICTURES,
     Alias,
     AsJson,
+    CheckedCells,
     EdgeCpus,
     EdgeSlowdown,
     ModelArgument,
@@ -73,6 +74,7 @@ def plan(
     tensor: Tensors = None,
     time_limit: TimeLimit = "5m",
     sweep: Sweep = False,
+    check: CheckedCells = 0,
     picture: PlanPicture = None,
     int8: Annotated[bool, typer.Option(help="Try the model quantised to int8 at the edge.")] = True,
     publish: Annotated[
@@ -99,12 +101,11 @@ def plan(
     from isthmus.registry.registry import check_alias
     from isthmus_tools.cli import plan_text
     from isthmus_tools.cli.inputs import read_tensors
-    from isthmus_tools.planner.choice import grid
     from isthmus_tools.planner.costs import read_prices
-    from isthmus_tools.planner.regions import region_map
     from isthmus_tools.usecases import plan as use_case
     from isthmus_tools.usecases.functions import FunctionUrls
     from isthmus_tools.usecases.local_functions import local_functions
+    from isthmus_tools.usecases.map_check import check_map
 
     with errors(as_json):
         if predict_only and head:
@@ -116,6 +117,8 @@ def plan(
         slowdown = edge_slowdown_of(edge_slowdown, edge_cpus)
         if slowdown is not None and not local:
             raise RequestMalformed("--edge-slowdown and --edge-cpus slow the edge that --local starts")
+        if check and not (sweep and slowdown):
+            raise RequestMalformed("--check measures cells of a slow edge's map: --sweep --local --edge-slowdown N")
         # Before minutes of measurements.
         if picture is not None:
             check_output(picture, "--picture", PICTURES)
@@ -159,7 +162,9 @@ def plan(
                 request = replace(request, functions=functions)
             result = resources.enter_context(use_case.plan(request, progress))
             best = result.plan
-            sweeps = plan_text.Sweeps(grid(best.candidates, best.objective, best.constraints), region_map(best))
+            sweeps = plan_text.Sweeps.of(best, slowdown)
+            if check:
+                sweeps = replace(sweeps, checked=check_map(request, result, sweeps.regions, check, progress))
             if picture is not None:
                 from isthmus_tools.figures import plan as plan_figure
                 from isthmus_tools.figures import regions as map_figure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ from typing import Any
 from isthmus.artifacts.plan import TERMS, Candidate, Plan, to_json
 from isthmus.units import format_duration, format_rate, format_size
 from isthmus_tools.cli.console import say, table
-from isthmus_tools.planner.choice import GridCell
-from isthmus_tools.planner.regions import RegionCell, RegionMap
+from isthmus_tools.planner.choice import GridCell, grid
+from isthmus_tools.planner.regions import RegionCell, RegionMap, region_map
 from isthmus_tools.usecases.explain import PlanExplanation, Refusal, in_words
+from isthmus_tools.usecases.map_check import CheckedCell
 
 # Rows for a terminal; --json has all.
 SHOWN = 12
@@ -29,13 +31,20 @@ class Sweeps:
 
     round_trips: Sequence[Sequence[GridCell]]
     regions: RegionMap
+    checked: Sequence[CheckedCell] = ()
+
+    @classmethod
+    def of(cls, plan: Plan, planned: float | None = None) -> Sweeps:
+        """The sweeps of a plan; `planned` as in `region_map`."""
+        round_trips = grid(plan.candidates, plan.objective, plan.constraints)
+        return cls(round_trips, region_map(plan, planned=planned))
 
 
 def document(plan: Plan, version: str, sweeps: Sweeps | None = None) -> dict[str, Any]:
     """The plan's own document, its published version, and the sweep, JSON-ready."""
     doc: dict[str, Any] = {"version": version, "typical_gap": plan.typical_gap, "plan": json.loads(to_json(plan))}
     if sweeps is not None:
-        doc["map"] = sweeps.regions.document()
+        doc["map"] = {**sweeps.regions.document(), "checked": [cell.document() for cell in sweeps.checked]}
         doc["sweep"] = [
             {
                 "bandwidth_bps": cell.conditions.up_bps,
@@ -140,6 +149,8 @@ def _show_terms(plan: Plan, rivals: Sequence[str]) -> None:
 def show_sweeps(sweeps: Sweeps) -> None:
     """Print both sweeps, the map that names the regions first."""
     _show_regions(sweeps.regions)
+    if sweeps.checked:
+        _show_checked(sweeps.checked)
     _show_round_trips(sweeps.round_trips)
 
 
@@ -163,6 +174,25 @@ def _show_regions(regions: RegionMap) -> None:
     splits = dict.fromkeys(cell.best for row in regions.cells for cell in row if cell.region == "split")
     if splits:
         say(f"splits: {', '.join(splits)}")
+
+
+def _show_checked(checked: Sequence[CheckedCell]) -> None:
+    rows = []
+    for one in checked:
+        where = [f"{one.cell.slowdown:g}×", format_rate(one.cell.conditions.up_bps)]
+        for i, c in enumerate(one.candidates):
+            measured = "it failed" if c.measured is None else f"{c.measured.median * 1e3:.0f}"
+            best = "→ " if c.name == one.measured_best else ""
+            rows.append([*(where if not i else ["", ""]), best + c.name, f"{c.predicted.total * 1e3:.0f}", measured])
+    table(
+        "cells of the map, measured: the best and the best of another kind as predicted; →: measured best",
+        ["edge", "link", "candidate", "predicted, ms", "measured, ms"],
+        rows,
+        numbers=["predicted, ms", "measured, ms"],
+    )
+    gaps = [abs(gap) for one in checked for gap in one.gaps]
+    apart = f"; measurements are {statistics.median(gaps):.0%} from predictions in the median" if gaps else ""
+    say(f"the best is as predicted in {sum(one.as_predicted for one in checked)} of {len(checked)} cells{apart}")
 
 
 def _region(cell: RegionCell, is_requested: bool) -> str:

@@ -25,7 +25,8 @@ REGIONS = ("edge", "cloud", "split")
 class RegionCell:
     """The best candidate for an edge and a link, its kind and its predicted value; "" where none is admissible.
 
-    `lead` is how much worse the best candidate of another kind is, as a share: 0.1 is a tenth. None without another.
+    `other` is the best candidate of another kind, `lead` how much worse it is, as a share: 0.1 is a tenth. None without
+    another.
     """
 
     slowdown: float
@@ -34,6 +35,7 @@ class RegionCell:
     best: str
     seconds: float
     lead: float | None = None
+    other: str = ""
 
     def document(self) -> dict[str, Any]:
         """This cell, JSON-ready."""
@@ -44,6 +46,7 @@ class RegionCell:
             "best": self.best,
             "seconds": self.seconds,
             "lead": self.lead,
+            "other": self.other,
         }
 
 
@@ -94,8 +97,16 @@ class RegionMap:
         }
 
 
-def region_map(plan: Plan, *, slowdowns: Sequence[float] = SLOWDOWNS, rates: Sequence[float] = MAP_RATES) -> RegionMap:
+def region_map(
+    plan: Plan,
+    *,
+    planned: float | None = None,
+    slowdowns: Sequence[float] = SLOWDOWNS,
+    rates: Sequence[float] = MAP_RATES,
+) -> RegionMap:
     """The map of a plan's candidates at the plan's round trip, with a row for each slowdown.
+
+    `planned` is how many times slower than the cloud the plan's edge is, as far as that is known without its profiles.
 
     The downlink keeps its ratio to the uplink. All values are predictions; the cuts are those of the plan.
     """
@@ -104,7 +115,7 @@ def region_map(plan: Plan, *, slowdowns: Sequence[float] = SLOWDOWNS, rates: Seq
     # Refused by no constraint, and so everywhere: it failed, or too few of its predictions agree.
     usable = [replace(c, measured=None) for c in plan.candidates if not c.refused or violations(c, plan.constraints)]
     # Without cloud-only, as under a private depth, nothing tells how fast the cloud is.
-    ratio = planned_slowdown(plan.candidates)
+    ratio = planned or planned_slowdown(plan.candidates)
     planned = 1.0 if ratio is None else ratio
     link = plan.conditions
     down_share = 1.0 if math.isinf(link.up_bps) or math.isinf(link.down_bps) else link.down_bps / link.up_bps
@@ -119,10 +130,18 @@ def region_map(plan: Plan, *, slowdowns: Sequence[float] = SLOWDOWNS, rates: Seq
         best = admissible[0]
         other = next((c for c in admissible if c.kind != best.kind), None)
         lead = None if other is None or not value(best) else value(other) / value(best) - 1
-        return RegionCell(slowdown, conditions, best.kind, best.name, value(best), lead)
+        return RegionCell(slowdown, conditions, best.kind, best.name, value(best), lead, other.name if other else "")
 
     rows = tuple(tuple(cell(slowdown, rate) for rate in rates) for slowdown in slowdowns)
     return RegionMap(objective, link.rtt_s, planned, link.up_bps, ratio is not None, rows)
+
+
+def cell_candidates(plan: Plan, regions: RegionMap, cell: RegionCell) -> list[Candidate]:
+    """The cell's best candidate and the best of another kind, predicted for the cell's edge and link."""
+    by_name = {c.name: replace(c, measured=None) for c in plan.candidates}
+    both = [by_name[name] for name in (cell.best, cell.other) if name]
+    factor = cell.slowdown / regions.planned
+    return [replace(slower_edge(over_link(c, cell.conditions), factor), refused="") for c in both]
 
 
 def planned_slowdown(candidates: Sequence[Candidate]) -> float | None:

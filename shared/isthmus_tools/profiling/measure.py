@@ -41,6 +41,7 @@ _NOISE_S = 100e-6
 _FIRST_WARMUP, _WARMUP = 2, 1
 # Odd, so that the median is a measured call.
 _ECHOES = 7
+_CPU_RUNS = 10
 _ECHO_BYTES = (2**16, 2**20)
 # A link that carries the small echo faster than this carries the large echo within seconds.
 _FAST_ECHO_S = 0.05
@@ -199,6 +200,25 @@ def _extremes(window: Sequence[Sequence[float]]) -> tuple[float, float]:
 
 def _agree(a: float, b: float, drift: float) -> bool:
     return abs(a - b) <= max(drift * min(a, b), _NOISE_S)
+
+
+def whole_cpu_seconds(function: ProfiledFunction, subject: Subject, edge: SlowEdge) -> float:
+    """CPU seconds of a run of the whole model in one of the edge's processes, at full speed.
+
+    Raises:
+        As `ProfiledFunction.measure`.
+    """
+    whole = subject.bundle.segment(WHOLE)
+    frame = Frame(subject.arrays(whole), subject.digest, whole.id)
+
+    def spent(runs: int) -> float:
+        before = edge.work().function_s
+        function.measure(frame, runs=runs, warmup=0, memory=False)
+        return edge.work().function_s - before
+
+    spent(1)  # loads the segment
+    # The difference of two calls is of runs alone, without HTTP and frames.
+    return max(0.0, spent(1 + _CPU_RUNS) - spent(1)) / _CPU_RUNS
 
 
 def _echo(function: ProfiledFunction, up: int, down: int, edge: SlowEdge) -> Echo:

@@ -56,17 +56,22 @@ def find(registry: Registry, bundle: Bundle, tier: str, device_id: str) -> Profi
 _SLOWED = re.compile(r"1/[0-9.]+ of a CPU: ")
 
 
-def slowed(profile: Profile, slowdown: float, hop: HopCost) -> Profile:
-    """The profile of a device `slowdown` times slower, whose `cpu` says so; `hop` is the cost of a call there."""
+def slowed(profile: Profile, slowdown: float, hop: HopCost, whole_cpu_s: float) -> Profile:
+    """The profile of a device `slowdown` times slower, whose `cpu` says so; `hop` is the cost of a call there.
+
+    Runs are scaled so that the whole model takes `whole_cpu_s`, its CPU seconds at full speed, times the slowdown:
+    other work on the machine lengthens the measured runs and not their CPU time.
+    """
+    times = slowdown * whole_cpu_s / profile.whole.run.median if profile.whole.run.median else slowdown
 
     def cost(c: SegmentCost) -> SegmentCost:
-        run = replace(c.run, median=c.run.median * slowdown, low=c.run.low * slowdown, high=c.run.high * slowdown)
+        run = replace(c.run, median=c.run.median * times, low=c.run.low * times, high=c.run.high * times)
         return replace(c, run=run, decode_s=c.decode_s * slowdown, encode_s=c.encode_s * slowdown)
 
     return replace(
         profile,
         device=replace(profile.device, cpu=f"1/{slowdown:g} of a CPU: {profile.device.cpu}"[:MAX_TEXT], id=""),
-        nodes=tuple(seconds * slowdown for seconds in profile.nodes),
+        nodes=tuple(seconds * times for seconds in profile.nodes),
         segments={segment: cost(c) for segment, c in profile.segments.items()},
         hop=hop,
         codecs={name: CodecSpeed(c.pack_s * slowdown, c.unpack_s * slowdown) for name, c in profile.codecs.items()},

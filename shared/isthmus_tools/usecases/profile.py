@@ -19,7 +19,7 @@ from isthmus_tools.budget import UNLIMITED, Budget
 from isthmus_tools.graph import open_model
 from isthmus_tools.profiling import profiles
 from isthmus_tools.profiling.cuts import cuts_to_profile, profiled_cuts, with_cuts
-from isthmus_tools.profiling.measure import hop_cost, measure
+from isthmus_tools.profiling.measure import hop_cost, measure, whole_cpu_seconds
 from isthmus_tools.profiling.remote import ProfiledFunction
 from isthmus_tools.profiling.subject import SegmentInputs, Subject
 from isthmus_tools.progress import Progress, silent
@@ -130,7 +130,8 @@ def profile(request: ProfileRequest, progress: Progress = silent) -> ProfileResu
         profiles.put(store, measured[tier])
     if (edge := request.functions.edge).slowdown != 1 and EDGE in functions:
         progress(f"the cost of a call at an edge {edge.slowdown:g} times slower")
-        measured[EDGE] = profiles.slowed(measured[EDGE], edge.slowdown, hop_cost(functions[EDGE], edge))
+        hop, whole_s = hop_cost(functions[EDGE], edge), whole_cpu_seconds(functions[EDGE], subject, edge)
+        measured[EDGE] = profiles.slowed(measured[EDGE], edge.slowdown, hop, whole_s)
         profiles.put(store, measured[EDGE])
         if CLOUD in functions:
             # The caller of the cloud is at the edge as well. The stored profile stays that of a caller at full speed.

@@ -91,6 +91,7 @@ def shown(width: int, *arguments: object) -> str:
         (["doctor"], ["onnxruntime", "faas-cli", "isthmus import adds models"]),
         (["alias", "photos:3", "prod"], ["prod means photos:3"]),
         (["infer", "{photo}", "--local", "--model", "photos"], ["no plan; nothing sent over the link", "ape"]),
+        (["why", "{photo}", "--local", "--model", "photos", "--grid", "4"], ["photos:3", "parts hidden at the cut"]),
         (["infer", "--tensor", "x={array}", "--local", "--model", "photos"], ["logits", "[1, 5]"]),
     ],
     ids=lambda v: " ".join(v[:2]) if isinstance(v, list) else "",

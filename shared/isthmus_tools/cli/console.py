@@ -43,6 +43,11 @@ def say(text: str, style: str | None = None) -> None:
     out.print(_wrapped(text, out), style=style, highlight=False, markup=False, soft_wrap=True)
 
 
+def tell(text: str) -> None:
+    """Print a text to standard error, as `say` does to standard output."""
+    err.print(_wrapped(text, err), highlight=False, markup=False, soft_wrap=True)
+
+
 def say_command(label: str, command: str) -> None:
     """Print a command to copy; a narrow terminal gets lines that end in a backslash, valid for shells."""
     line, *options = re.split(r" (?=--)", f"{label}: {command}")

@@ -124,7 +124,7 @@ def _photos(photos: list[Path], model: str, where: ModelPlace, top_k: int, as_js
         try:
             response = predict(read_photo(path))
         except IsthmusError as e:
-            # One photo's error is the command's. So is an error of the router or the model, so every photo fails.
+            # One photo's error is the command's. An error of the router or the model, too: every photo would fail.
             if len(paths) == 1 or isinstance(e, _COMMON_ERRORS):
                 raise
             failures[type(e).__name__] += 1

@@ -12,7 +12,7 @@ import typer
 
 from isthmus.errors import LocalError, Missing
 from isthmus_tools.cli.completion import complete_models
-from isthmus_tools.cli.console import err, errors
+from isthmus_tools.cli.console import err, errors, tell
 from isthmus_tools.cli.options import (
     DEFAULT_REGISTRY,
     EdgeCpus,
@@ -75,7 +75,7 @@ def up(
             edge = resources.enter_context(share_of_a_cpu(1 / slowdown))
             variables, join = on_one_thread(variables), joining(edge, EDGE_FUNCTIONS)
             share = f"router and edge-head have 1/{slowdown:g} of a CPU, by {edge.method}"
-            err.print(f"{share}; single calls of some ms may be faster", highlight=False, soft_wrap=True)
+            tell(f"{share}; single calls of some ms may be faster")
 
         def on_event(event: Event) -> None:
             join(event)
@@ -109,8 +109,8 @@ def _show_model(model: str, registry: str) -> None:
         raise type(e)(e.message, **{**e.facts, "hint": hint}) from e
     plan = f"by the plan {version.plan}" if version.plan else "without a plan"
     alias = f" ({' and '.join(version.aliases)})" if version.aliases else ""
-    err.print(f"serving {version.name}:{version.version}{alias} {plan}", highlight=False, soft_wrap=True)
-    err.print(f"ask it: isthmus infer --model {model} …", highlight=False, soft_wrap=True)
+    tell(f"serving {version.name}:{version.version}{alias} {plan}")
+    tell(f"ask it: isthmus infer --model {model} …")
 
 
 def _show(event: Event, logs: bool) -> None:

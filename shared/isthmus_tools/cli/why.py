@@ -159,9 +159,11 @@ def _show(document: Mapping[str, Any], texts: Sequence[str] | None) -> None:
 def _show_map(drops: Sequence[Sequence[float]]) -> None:
     """The cells as shades; a cell whose hiding raises the probability is empty."""
     most = max(0.0, *(max(row) for row in drops))
+    # A terminal too narrow for square cells gets cells of one character.
+    wide = 2 if 2 + 2 * len(drops[0]) <= out.width else 1
     for row in drops:
-        out.print(Text("  ") + Text("".join(_shade(drop, most) for drop in row), "dark_orange3"))
-    say(f"  {_SHADES[-1]} the probability falls by {100 * most:.1f} points where this is hidden")
+        out.print(Text("  ") + Text("".join(_shade(drop, most)[:wide] for drop in row), "dark_orange3"))
+    say(f"  {_SHADES[-1][:wide]} the probability falls by {100 * most:.1f} points where this is hidden")
 
 
 def _shade(drop: float, most: float) -> str:

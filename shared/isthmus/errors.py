@@ -30,6 +30,11 @@ class IsthmusError(Exception):
         """The sentence, without its facts."""
         return str(self.args[0])
 
+    def document(self) -> dict[str, Any]:
+        """The error as JSON with all its facts, for whoever runs the program; functions tell their callers less."""
+        doc = {"error": self.message, "type": type(self).__name__, "facts": dict(self.facts)}
+        return doc | ({"hint": self.hint} if self.hint else {})
+
 
 class SettingsError(IsthmusError):
     """A setting is absent or malformed; stops the start. Facts: `variable`, `value`."""

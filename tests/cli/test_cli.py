@@ -43,6 +43,7 @@ COMMANDS = [
     "package",
     "demo",
     "doctor",
+    "send",
     "link",
     "calibrate",
     "codec",

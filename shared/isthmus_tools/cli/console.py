@@ -156,8 +156,7 @@ def errors(as_json: bool) -> Iterator[None]:
 
 def _print_error(error: IsthmusError, as_json: bool) -> None:
     if as_json:
-        doc = {"error": error.message, "type": type(error).__name__, "facts": dict(error.facts), "hint": error.hint}
-        sys.stderr.write(json.dumps(doc, default=str) + "\n")
+        sys.stderr.write(json.dumps({"hint": "", **error.document()}, default=str) + "\n")
         return
     _print_error_line("error", "bold red", error.message)
     if exists := error.facts.get("exists"):

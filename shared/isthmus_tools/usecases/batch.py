@@ -136,7 +136,7 @@ def local_predictor(model: LocalModel, top_k: int, timeout_s: float) -> Predict:
         try:
             return model.photo(photo, top_k, timeout_s)
         except _PHOTO_ERRORS as e:
-            return _error_document(e)
+            return e.document()
 
     return lambda photos: [predict_one(photo) for photo in photos]
 
@@ -152,10 +152,6 @@ def check_takes_photos(model: LocalModel) -> None:
         raise MediaUnsupported(f"{bundle.name} declares no pre- and post-processing for photos; give it tensors")
 
 
-def _error_document(error: IsthmusError) -> dict[str, Any]:
-    return {"error": error.message, "type": type(error).__name__, "facts": dict(error.facts)}
-
-
 def _classify(chunk: Sequence[tuple[Path, bytes | IsthmusError]], predict: Predict) -> list[dict[str, Any]]:
     """The lines of a chunk, by a single request; a request that is too large is divided into its photos."""
     photos = [data for _, data in chunk if isinstance(data, bytes)]
@@ -164,10 +160,10 @@ def _classify(chunk: Sequence[tuple[Path, bytes | IsthmusError]], predict: Predi
     except RequestTooLarge as e:
         if len(photos) > 1:
             return [line for each in chunk for line in _classify([each], predict)]
-        predictions = iter([_error_document(e)])
+        predictions = iter([e.document()])
     lines = []
     for path, data in chunk:
-        document = next(predictions) if isinstance(data, bytes) else _error_document(data)
+        document = next(predictions) if isinstance(data, bytes) else data.document()
         lines.append({"photo": str(path), **document})
     return lines
 

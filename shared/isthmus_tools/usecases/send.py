@@ -1,0 +1,91 @@
+"""Sending files to the queue that a trigger reads, by reference where they are too large for its broker."""
+
+from __future__ import annotations
+
+import hashlib
+import mimetypes
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from isthmus.errors import IsthmusError, MessageTooLarge, RequestMalformed
+from isthmus.events.broker import Publisher
+from isthmus.events.claims import CONTENT_TYPE as CLAIM_CONTENT_TYPE
+from isthmus.events.claims import ClaimStore
+from isthmus.events.configuration import TriggerConfiguration
+from isthmus.events.message import CONTENT_TYPE, Message, storable
+from isthmus.events.open import open_publisher
+from isthmus.events.stores.open import open_claims
+from isthmus.settings import RegistrySettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class SendRequest:
+    """Files to send to the source of a trigger's configuration; `settings` have secrets and the S3 server.
+
+    A message's id is made of its file's name and content: a file that is sent again is one message. `key` is what
+    order is kept by, `headers` go along with each message.
+    """
+
+    configuration: TriggerConfiguration
+    settings: RegistrySettings
+    files: Sequence[Path]
+    headers: Mapping[str, str] = field(default_factory=dict)
+    key: str = ""
+
+
+class SentFile(NamedTuple):
+    """A file that was sent, or its error. Units: `size` is the file's bytes; `by_claim` where a reference travelled."""
+
+    file: str
+    id: str = ""
+    size: int = 0
+    by_claim: bool = False
+    error: IsthmusError | None = None
+
+
+def send_files(request: SendRequest) -> Iterator[SentFile]:
+    """Send each file and wait until the broker has it; a file that cannot be read or is too large is its error.
+
+    Raises:
+        BrokerUnavailable, BrokerRefused, ConfigurationMalformed, ResultStoreUnavailable: no further file can be sent.
+    """
+    claims = open_claims(request.configuration.claims, request.settings)
+    publisher = open_publisher(request.configuration.source, request.settings)
+    try:
+        for file in request.files:
+            try:
+                yield _send(file, request, publisher, claims)
+            except (MessageTooLarge, RequestMalformed) as e:
+                yield SentFile(str(file), error=e)
+    finally:
+        publisher.close()
+
+
+def _send(file: Path, request: SendRequest, publisher: Publisher, claims: ClaimStore | None) -> SentFile:
+    largest = publisher.max_bytes if claims is None else max(publisher.max_bytes, claims.max_bytes)
+    try:
+        # A file of any size is refused before it is in memory.
+        if (size := file.stat().st_size) > largest:
+            raise MessageTooLarge(
+                f"{file} has {size} bytes; {largest} are taken",
+                bytes=size,
+                limit=largest,
+                hint="" if claims else "configure an object store for large bodies: [claims] of the configuration",
+            )
+        body = file.read_bytes()
+    except OSError as e:
+        raise RequestMalformed(f"{file} cannot be read: {e.strerror}") from e
+    content_type = mimetypes.guess_type(file.name)[0] or "application/octet-stream"
+    digest = hashlib.sha256(file.name.encode() + b"\0" + body).hexdigest()
+    headers = {**request.headers, CONTENT_TYPE: content_type}
+    message = Message(body, storable(f"file-{digest}"), publisher.url, headers, request.key)
+    by_claim = claims is not None and len(body) > publisher.max_bytes
+    if claims is not None and by_claim:
+        claim = claims.deposit(body, content_type)
+        message = Message(
+            claim.encode(), message.id, message.source, headers | {CONTENT_TYPE: CLAIM_CONTENT_TYPE}, request.key
+        )
+    publisher.publish(message)
+    return SentFile(str(file), message.id, size, by_claim)

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from isthmus.artifacts.conditions import Conditions
 from isthmus.artifacts.plan import Candidate, Error, Measured, Sources, Terms
 from isthmus_tools.cli import console, demo
+from isthmus_tools.cli.table_layout import fold
 from isthmus_tools.planner.publishing import publish_plan
 from isthmus_tools.profiling import profiles
 from isthmus_tools.usecases import profile as profiling
@@ -82,6 +83,7 @@ def shown(width: int, *arguments: object) -> str:
             ["explain", "photos"],
             ["134.4 (129.1–169.9)", "5.2 kB", "31.96", "% worse", "its error is 0.65, of 0.05"],
         ),
+        (["explain", "photos", "--sweep"], ["where splitting pays", "160 ms", "100 k", "1 G", "100 M"]),
         (["plan", "photos", "--uplink", "1mbit", "--predict-only", "--no-publish"], ["edge-float", "predicted"]),
         (
             ["calibrate", "photos", "--data", "{data}", "--inputs", "16", "--cut", "6", "--alias", "new"],
@@ -165,3 +167,15 @@ def check_facts(text: str, facts: Sequence[str]) -> None:
     for fact in facts:
         # Text is wrapped between words, and names of candidates in headings behind hyphens.
         assert "".join(fact.split()) in "".join(text.split()).replace("│", ""), fact
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("it takes 10 ms a call", ["it takes", "10 ms a", "call"]),
+        ("2026-11-29 05:02", ["2026-11-29", "05:02"]),
+        ("/a/long/path/to/copy is", ["/a/long/path/to/copy", "is"]),
+    ],
+)
+def test_a_number_keeps_its_unit_and_a_long_word_stays_whole(text: str, lines: list[str]) -> None:
+    assert fold(text, 10).split("\n") == lines

@@ -165,6 +165,7 @@ def _show_regions(regions: RegionMap) -> None:
         ["", *rates],
         rows,
         numbers=rates,
+        drop=_every_other(rates),
     )
     counts = regions.counts
     say(", ".join(f"{region} is best in {count}" for region, count in counts.items()) + f" of {sum(counts.values())}")
@@ -212,9 +213,20 @@ def _show_round_trips(cells: Sequence[Sequence[GridCell]]) -> None:
         ]
         for row in cells
     ]
-    table("the best candidate by round trip and bit/s, and its ms, predicted", ["", *rates], rows, numbers=rates)
+    table(
+        "the best candidate by round trip and bit/s, and its ms, predicted",
+        ["", *rates],
+        rows,
+        numbers=rates,
+        drop=_every_other(rates),
+    )
     for name, letter in letters.items():
         say(f"{letter}  {name}")
+
+
+def _every_other(rates: Sequence[str]) -> list[str]:
+    """The order in which a narrow terminal loses rates: the ends of the range stay longest."""
+    return [*rates[1:-1:2], *rates[2:-1:2]]
 
 
 def _name(plan: Plan, candidate: Candidate) -> str:

@@ -13,11 +13,12 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-# A cell breaks between words and in front of each further codec of a chain; a mark stays with its word. A heading
-# also breaks behind a hyphen, since names of candidates are headings.
-_WORD = re.compile(r"(?<=\s)")
-_CELL = re.compile(r"(?<=[^→✓✗–]\s)|(?<=\S)(?=\+)")
-_HEADING = re.compile(r"(?<=\s)|(?<=-)")
+# Between words, but not between a number and its unit. A cell also breaks in front of each further codec of a chain,
+# and a mark stays with its word. A heading also breaks behind a hyphen, since names of candidates are headings.
+_NO_UNIT = r"(?!(?<=\d\s)[A-Za-zµ])"
+_WORD = re.compile(rf"(?<=\s){_NO_UNIT}")
+_CELL = re.compile(rf"(?<=[^→✓✗–]\s){_NO_UNIT}|(?<=\S)(?=\+)")
+_HEADING = re.compile(rf"(?<=\s){_NO_UNIT}|(?<=-)")
 # Characters beside a cell: of a frame a line and two spaces, of the light layout two spaces.
 _FRAME, _GAP = 3, 2
 

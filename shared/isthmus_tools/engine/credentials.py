@@ -132,6 +132,21 @@ class SecretFolder:
             self.put(name, text.encode())
         return text
 
+    def read(self, name: str) -> str:
+        """A secret's text.
+
+        Raises:
+            Missing: no secret has that name.
+            LocalError: the secret is not plain text.
+        """
+        self._check(name)
+        try:
+            return (self.path / name).read_text(encoding="ascii")
+        except FileNotFoundError as e:
+            raise Missing(f"there is no secret {name!r}", kind="secret", name=name, exists=self.names()) from e
+        except UnicodeDecodeError as e:
+            raise LocalError(f"the secret {name} is not plain text") from e
+
     def delete(self, name: str) -> None:
         """Remove a secret.
 

@@ -17,11 +17,13 @@ from aiohttp import web
 
 from isthmus.errors import LocalError
 from isthmus.loop_thread import LoopThread
-from isthmus_tools.engine.async_queue import AsyncQueue
+from isthmus_tools.engine.async_queue import DEFAULT_MAX_BODY_BYTES, AsyncQueue, QueueOptions
+from isthmus_tools.engine.call_runner import CallRunner, callback_keys
 from isthmus_tools.engine.callbacks import CallbackPolicy, networks_of
 from isthmus_tools.engine.credentials import PASSWORD_FILE, USER, SecretFolder, ensure_password
 from isthmus_tools.engine.fleet import EngineContext, Fleet
 from isthmus_tools.engine.gateway import create_gateway, create_runner, page_path
+from isthmus_tools.engine.nats_process import NATS_VARIABLE, open_nats
 from isthmus_tools.engine.proxy import ReverseProxy, open_session
 from isthmus_tools.engine.stack import StackFile, build_folder
 from isthmus_tools.engine.telemetry import Event, InvocationMetrics, OnEvent, ignore_event, shielded
@@ -39,7 +41,9 @@ class EngineOptions:
 
     `replicas` maps a function to its number of replicas. `environment` maps a function, or `*` for every function, to
     variables that override stack.yml. `${…}` in stack.yml is filled from `variables`, by default this process's
-    environment. `callback_networks`, in CIDR notation, are permitted for callbacks beside public addresses.
+    environment. `callback_networks`, in CIDR notation, are permitted for callbacks beside public addresses;
+    `callback_secret` names the secret that signs callbacks. `nats_port` is the NATS server's, None for 4222 or
+    any free one; asynchronous calls have at most `async_body_bytes`.
     """
 
     stack_file: Path | str = "stack.yml"
@@ -49,6 +53,9 @@ class EngineOptions:
     environment: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     variables: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     callback_networks: Sequence[str] = ()
+    callback_secret: str = ""
+    nats_port: int | None = None
+    async_body_bytes: int = DEFAULT_MAX_BODY_BYTES
     drain_s: float = DRAIN_S
     on_event: OnEvent = ignore_event
 
@@ -80,6 +87,9 @@ class Engine(LoopThread["_RunningEngine"]):
         environment: Mapping[str, Mapping[str, str]] | None = None,
         variables: Mapping[str, str] | None = None,
         callback_networks: Sequence[str] = (),
+        callback_secret: str = "",
+        nats_port: int = 0,
+        async_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
         drain_s: float = DRAIN_S,
         on_event: OnEvent = ignore_event,
     ) -> None:
@@ -90,6 +100,9 @@ class Engine(LoopThread["_RunningEngine"]):
             environment=environment or {},
             variables=dict(os.environ) if variables is None else variables,
             callback_networks=callback_networks,
+            callback_secret=callback_secret,
+            nats_port=nats_port,
+            async_body_bytes=async_body_bytes,
             drain_s=drain_s,
             on_event=on_event,
         )
@@ -169,8 +182,8 @@ async def _run_until_signal(options: EngineOptions) -> None:
 async def _running(options: EngineOptions) -> AsyncIterator[_RunningEngine]:
     """Run an engine from binding its port to the end of its last process."""
     report = shielded(options.on_event)
-    file = StackFile(Path(options.stack_file), options.variables)
-    stack = file.read()
+    # Read before anything starts: a stack that cannot be read stops the start.
+    stack = StackFile(Path(options.stack_file), {NATS_VARIABLE: "", **options.variables}).read()
     networks = networks_of(options.callback_networks)
     with contextlib.closing(_listen(options.host, options.port)) as listener:
         port = listener.getsockname()[1]
@@ -180,13 +193,36 @@ async def _running(options: EngineOptions) -> AsyncIterator[_RunningEngine]:
         async with contextlib.AsyncExitStack() as cleanup:
             build = cleanup.enter_context(build_folder(state / "build", port))
             context = EngineContext(url, build, state / "cache", SecretFolder(state / "secrets"))
+            keys = callback_keys(context.secrets, options.callback_secret)
+            # An engine on any free port has no successor that could take its calls over.
+            queue_folder = state / "nats" / str(port) if options.port else build / "nats"
+            nats = open_nats(
+                queue_folder,
+                context.secrets,
+                report,
+                port=options.nats_port,
+                max_body_bytes=options.async_body_bytes,
+            )
+            variables, queue_options = options.variables, None
+            if nats is not None:
+                await cleanup.enter_async_context(nats.running())
+                variables = {NATS_VARIABLE: nats.url, **variables}
+                queue_options = QueueOptions(
+                    nats_url=nats.url,
+                    token=nats.token,
+                    folder=queue_folder,
+                    max_body_bytes=options.async_body_bytes,
+                )
             session = await cleanup.enter_async_context(open_session())
+            file = StackFile(Path(options.stack_file), variables)
             fleet = Fleet(file, context, session, report, overrides=options.environment, drain_s=options.drain_s)
             cleanup.push_async_callback(fleet.close)
             fleet.start(options.replicas)
             metrics = InvocationMetrics()
             policy = CallbackPolicy(url, networks)
-            queue = AsyncQueue(fleet, url, session, report, policy)
+            calls = CallRunner(fleet, url, session, policy, keys)
+            cleanup.push_async_callback(calls.close)
+            queue = AsyncQueue(fleet, calls, policy, queue_options, report)
             gateway = create_gateway(
                 fleet,
                 ReverseProxy(fleet.get, metrics, session),

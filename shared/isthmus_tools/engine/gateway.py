@@ -70,6 +70,7 @@ def create_gateway(
     app.add_subapp("/system", system)
     app.router.add_route("*", "/function/{rest:.+}", proxy.handle)
     app.router.add_post("/async-function/{rest:.+}", queue.handle)
+    app.router.add_get("/calls/{id}", queue.state)
     app.router.add_get("/", api.index)
     app.router.add_get("/healthz", api.health)
     app.router.add_get("/metrics", api.metrics)

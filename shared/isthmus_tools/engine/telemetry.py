@@ -21,7 +21,9 @@ _MAX_UNREAD_LINES = 1000  # a follower over a slow connection must not grow the 
 
 _log = logging.getLogger(__name__)
 
-EventKind = Literal["listening", "login", "page", "deployed", "starting", "ready", "exited", "stopped", "failed", "log"]
+EventKind = Literal[
+    "listening", "login", "page", "nats", "deployed", "starting", "ready", "exited", "stopped", "failed", "log"
+]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 
 import nats.errors
 import nats.js.errors
@@ -20,9 +21,6 @@ from isthmus.events.brokers.nats_connection import REQUEST_TIMEOUT_S, NatsConnec
 from isthmus.events.configuration import NatsPlace
 from isthmus.events.message import Message, idempotency_key
 
-# Limits of a stream that is made here; a stream that exists keeps its own.
-STREAM_MAX_BYTES = 2**30
-STREAM_MAX_AGE_S = 7 * 86_400.0
 DUPLICATE_WINDOW_S = 600.0
 """How long the server knows the ids of a stream's messages: longer than retries of one message last."""
 # The server's limit counts headers too. Without a fixed share for them, a body's limit would depend on its id.
@@ -32,6 +30,15 @@ _MAX_FETCH = 256  # messages in memory; of 1 MB each by default
 _MIN_WAIT_S = 0.05  # shorter than a round trip, a fetch would leave its messages to the next one
 _NAME_IN_USE, _OVERLAP = 10058, 10065  # JSStreamNameExistErr, JSStreamSubjectOverlapErr
 _MSG_ID = api.Header.MSG_ID.value
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamLimits:
+    """Limits of a stream that is made here; a stream that exists keeps its own. Units: seconds; -1 is no limit."""
+
+    max_messages: int = -1
+    max_bytes: int = 2**30
+    max_age_s: float = 7 * 86_400.0
 
 
 class NatsDelivery:
@@ -69,8 +76,8 @@ class NatsConsumer:
     stream refuses more, and the subject has one consumer name. Stream and consumer are made again where they are gone.
     """
 
-    def __init__(self, place: NatsPlace, credentials: str = "") -> None:
-        self._place = place
+    def __init__(self, place: NatsPlace, credentials: str = "", limits: StreamLimits = StreamLimits()) -> None:
+        self._place, self._limits = place, limits
         self._fetching = threading.Lock()
         self._unfinished: dict[NatsDelivery, None] = {}
         self._stream = ""
@@ -125,13 +132,14 @@ class NatsConsumer:
     async def _subscribe(self, client: Client) -> None:
         """Find or make stream and consumer, on each connection."""
         js, place = client.jetstream(timeout=REQUEST_TIMEOUT_S), self._place
-        self._stream = await _ensure_stream(js, place, api.RetentionPolicy.WORK_QUEUE, api.DiscardPolicy.NEW)
+        config = api.StreamConfig(retention=api.RetentionPolicy.WORK_QUEUE, discard=api.DiscardPolicy.NEW)
+        self._stream = await _ensure_stream(js, place, config, self._limits)
         try:
-            config = (await js.consumer_info(self._stream, place.durable)).config
-            if config.filter_subject != place.subject:
+            existing = (await js.consumer_info(self._stream, place.durable)).config
+            if existing.filter_subject != place.subject:
                 raise BrokerRefused(
                     f"{self.url}: the consumer {place.durable!r} of the stream {self._stream!r} reads"
-                    f" {config.filter_subject or 'all subjects'!r}",
+                    f" {existing.filter_subject or 'all subjects'!r}",
                     hint="choose another `durable`",
                     broker=self.url,
                 )
@@ -182,15 +190,16 @@ class NatsConsumer:
 class NatsPublisher:
     """Publishes to a subject with the message's id; see `isthmus.events.broker.Publisher`.
 
-    A subject without a stream gets one, of which the oldest messages go beyond 1 GiB or seven days.
+    A subject without a stream gets one, of which the oldest messages go beyond 1 GiB or seven days, unless
+    `makes_stream` is False because the consumer makes it.
     """
 
-    def __init__(self, place: NatsPlace, credentials: str = "") -> None:
+    def __init__(self, place: NatsPlace, credentials: str = "", *, makes_stream: bool = True) -> None:
         if re.search(r"(^|\.)[*>](\.|$)", place.subject):
             raise ConfigurationMalformed(
                 f"{place.subject} has a wildcard, and messages are published to one subject", where="subject"
             )
-        self._place = place
+        self._place, self._makes_stream = place, makes_stream
         self._max_payload: int | None = None
         self._connection = NatsConnection(place.url, credentials, self._note_limit).start()
 
@@ -241,27 +250,27 @@ class NatsPublisher:
         try:
             await js.publish(subject, body, stream=stream, headers=headers)
         except nats.js.errors.NoStreamResponseError:
-            await _ensure_stream(js, self._place, api.RetentionPolicy.LIMITS, api.DiscardPolicy.OLD)
+            if not self._makes_stream:
+                raise
+            config = api.StreamConfig(retention=api.RetentionPolicy.LIMITS, discard=api.DiscardPolicy.OLD)
+            await _ensure_stream(js, self._place, config, StreamLimits())
             await js.publish(subject, body, stream=stream, headers=headers)
 
 
-async def _ensure_stream(
-    js: JetStreamContext, place: NatsPlace, retention: api.RetentionPolicy, discard: api.DiscardPolicy
-) -> str:
+async def _ensure_stream(js: JetStreamContext, place: NatsPlace, config: api.StreamConfig, limits: StreamLimits) -> str:
     """The name of the stream that holds the subject, made where it is absent."""
     if (name := await _find_stream(js, place)) is not None:
         return name
     name = place.stream or _stream_name(place.subject)
     try:
         await js.add_stream(
-            api.StreamConfig(
+            config.evolve(
                 name=name,
                 subjects=[place.subject],
-                retention=retention,
-                discard=discard,
                 storage=api.StorageType.FILE,
-                max_bytes=STREAM_MAX_BYTES,
-                max_age=STREAM_MAX_AGE_S,
+                max_msgs=limits.max_messages,
+                max_bytes=limits.max_bytes,
+                max_age=limits.max_age_s,
                 duplicate_window=DUPLICATE_WINDOW_S,
             )
         )

@@ -32,6 +32,7 @@ _FIRST_PAUSE_S, _MAX_PAUSE_S = 0.05, 2.0
 # A half-open connection is seen after three intervals.
 _PING_INTERVAL_S = 10
 _MESSAGE_TOO_LARGE = 10054  # JSStreamMessageExceedsMaximumErr
+_STREAM_FULL = 10077  # JSStreamStoreFailedErr: "maximum messages exceeded", "maximum bytes exceeded"
 _NO_JETSTREAM = "JetStream does not answer; is it on (nats-server --jetstream)?"
 T = TypeVar("T")
 
@@ -55,7 +56,8 @@ class NatsConnection(LoopThread["_Supervisor"]):
         """The result of `work` with the connected client.
 
         Raises:
-            BrokerUnavailable: no connection within `connect_timeout_s`, or it broke, or the server did not respond.
+            BrokerUnavailable: no connection within `connect_timeout_s`, or it broke, or the server did not respond;
+            the fact `full` is True where a stream takes no more.
             BrokerRefused: credentials, permissions, or a request that the server calls wrong.
             MessageTooLarge: a stream takes less than the server does.
         """
@@ -199,7 +201,8 @@ def translated(url: str) -> Iterator[None]:
         nats.js.errors.ServiceUnavailableError,
     ) as e:
         reason = getattr(e, "description", None) or _NO_JETSTREAM
-        raise BrokerUnavailable(f"{url}: {reason}", broker=url) from e
+        is_full = getattr(e, "err_code", None) == _STREAM_FULL
+        raise BrokerUnavailable(f"{url}: {reason}", broker=url, full=is_full) from e
     except nats.js.errors.APIError as e:
         reason = e.description or str(e)
         if e.err_code == _MESSAGE_TOO_LARGE:

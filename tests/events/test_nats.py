@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
+import os
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
@@ -10,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import nats
+import nkeys
 import pytest
 from nats.js import JetStreamContext
 
@@ -164,6 +168,29 @@ def test_kill_and_restart_of_the_server_during_a_fetch_loses_nothing(
     assert fetched(consumer, 1)[0].message.id == "after"
 
 
+def test_a_request_ends_with_its_connection_and_not_at_its_timeout(
+    own_nats_server: NatsServer, opened: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("isthmus.events.brokers.nats.REQUEST_TIMEOUT_S", 10 * LONG_S)
+    publisher = publisher_of(opened, own_nats_server, unique_subject())
+    publisher.publish(Message(b"", "first"))
+    own_nats_server.pause()  # takes requests, and responds to none
+    failures: list[Exception] = []
+
+    def publish() -> None:
+        try:
+            publisher.publish(Message(b"", "second"))
+        except BrokerUnavailable as e:
+            failures.append(e)
+
+    waiting = threading.Thread(target=publish)
+    waiting.start()
+    waiting.join(0.2)
+    own_nats_server.kill()
+    waiting.join(LONG_S)
+    assert len(failures) == 1
+
+
 def test_a_server_with_an_empty_store_gets_stream_and_consumer_anew(
     own_nats_server: NatsServer, opened: ExitStack
 ) -> None:
@@ -312,3 +339,57 @@ def test_a_closed_publisher_says_so(nats_server: NatsServer) -> None:
     publisher.close()
     with pytest.raises(BrokerUnavailable, match="closed"):
         publisher.publish(Message(b"", "x"))
+
+
+class Identity:
+    """A key of NATS, and the JWTs that it signs."""
+
+    def __init__(self, prefix: int) -> None:
+        self.seed = nkeys.encode_seed(os.urandom(32), prefix)
+        self._pair = nkeys.from_seed(bytearray(self.seed))
+        self.name = self._pair.public_key.decode()
+
+    def jwt(self, subject: str, claims: dict[str, Any]) -> str:
+        """A token about `subject`, signed by this key."""
+        body = {"jti": "x", "iat": 1_700_000_000, "iss": self.name, "name": "x", "sub": subject, "nats": claims}
+        parts = [
+            base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=")
+            for part in ({"typ": "JWT", "alg": "ed25519-nkey"}, body)
+        ]
+        signature = base64.urlsafe_b64encode(self._pair.sign(b".".join(parts))).rstrip(b"=")
+        return b".".join([*parts, signature]).decode()
+
+
+def test_a_credentials_file_opens_an_account(tmp_path: Path, opened: ExitStack) -> None:
+    operator = Identity(nkeys.PREFIX_BYTE_OPERATOR)
+    system, account = Identity(nkeys.PREFIX_BYTE_ACCOUNT), Identity(nkeys.PREFIX_BYTE_ACCOUNT)
+    user = Identity(nkeys.PREFIX_BYTE_USER)
+    names = ("subs", "data", "payload", "imports", "exports", "conn", "leaf", "disk_storage", "streams", "consumer")
+    limits = {**dict.fromkeys(names, -1), "mem_storage": -1, "wildcards": True}
+    accounts = {
+        system.name: {"limits": {**limits, "disk_storage": 0, "mem_storage": 0, "streams": 0, "consumer": 0}},
+        account.name: {"limits": limits},
+    }
+    tokens = {
+        name: operator.jwt(name, {"type": "account", "version": 2, **claims}) for name, claims in accounts.items()
+    }
+    server = NatsServer(
+        tmp_path / "nats",
+        f"operator: {operator.jwt(operator.name, {'type': 'operator', 'version': 2})}",
+        f"system_account: {system.name}",
+        "resolver: MEMORY",
+        f"resolver_preload: {{ {', '.join(f'{name}: {token}' for name, token in tokens.items())} }}",
+    )
+    opened.callback(server.kill)
+    token = account.jwt(user.name, {"type": "user", "version": 2, "subs": -1, "data": -1, "payload": -1})
+    credentials = (
+        f"-----BEGIN NATS USER JWT-----\n{token}\n------END NATS USER JWT------\n\n"
+        f"-----BEGIN USER NKEY SEED-----\n{user.seed.decode()}\n------END USER NKEY SEED------\n"
+    )
+    publisher = NatsPublisher(server.place("photos"), credentials)
+    opened.callback(publisher.close)
+    publisher.publish(Message(b"", "x"))
+    without = NatsPublisher(server.place("photos"))
+    opened.callback(without.close)
+    with pytest.raises(BrokerRefused, match=r"(?i)authorization violation"):
+        without.publish(Message(b"", "y"))

@@ -13,11 +13,13 @@ import pytest
 
 from isthmus.errors import ConfigurationMalformed, ResultStoreUnavailable
 from isthmus.events.records import RecordStore
+from isthmus.events.stores.jetstream import JetStreamRecords
 from isthmus.events.stores.s3 import S3Records
 from isthmus.events.stores.sqlite import SqliteRecords
 from isthmus.registry import RetryPolicy, S3Store
 from support.moto_server import KEY_ID, REGION, SECRET
 from support.moto_server import moto_endpoint as moto_endpoint
+from support.nats_server import NatsServer
 from support.ports import free_port
 from support.s3_server import S3Server, store_at, unique_prefix
 from support.s3_server import s3_server as s3_server
@@ -34,11 +36,14 @@ def s3_store(endpoint: str, bucket: str) -> S3Store:
     return S3Store(bucket, "calls", endpoint=endpoint, region=REGION, key_id=KEY_ID, secret=SECRET, retry_policy=HASTE)
 
 
-@pytest.fixture(params=["sqlite", "s3"])
+@pytest.fixture(params=["sqlite", "s3", "jetstream"])
 def records(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RecordStore]:
     store: RecordStore
     if request.param == "sqlite":
         store = SqliteRecords(tmp_path / "records.sqlite")
+    elif request.param == "jetstream":
+        server: NatsServer = request.getfixturevalue("nats_server")
+        store = JetStreamRecords(f"{server.url}/{uuid4().hex}", keep_s=3600)
     else:
         store = S3Records(s3_store(request.getfixturevalue("moto_endpoint"), f"b{uuid4().hex}"))
     yield store

@@ -107,6 +107,7 @@ class _Supervisor:
         self._failure: BrokerUnavailable | BrokerRefused = BrokerUnavailable(f"{url} does not answer", broker=url)
         # Set while there is a client, or a refusal that waiting does not change.
         self._settled = asyncio.Event()
+        self._running: set[asyncio.Task[Any] | None] = set()
         self._denied: tuple[float, str] = (0.0, "")
 
     async def keep_connected(self) -> None:
@@ -120,6 +121,10 @@ class _Supervisor:
                     self._settled.set()
                     pauses = backoff(_FIRST_PAUSE_S, _MAX_PAUSE_S)
                     await closed.wait()
+                    # nats-py would let requests wait for their responses until their timeouts.
+                    for task in self._running:
+                        if task is not None:
+                            task.cancel()
                 self._failure = BrokerUnavailable(f"the connection to {self._url} broke", broker=self._url)
                 self._settled.clear()
             except BrokerUnavailable as e:
@@ -141,16 +146,23 @@ class _Supervisor:
         if client is None:
             # A new one each time: threads would share its traceback.
             raise type(self._failure)(self._failure.message, hint=self._failure.hint, **self._failure.facts)
-        started = time.monotonic()
+        started, task = time.monotonic(), asyncio.current_task()
+        self._running.add(task)
         try:
             with translated(self._url):
                 return await work(client)
+        except asyncio.CancelledError as e:
+            if not client.is_closed:
+                raise
+            raise BrokerUnavailable(f"the connection to {self._url} broke", broker=self._url) from e
         except BrokerUnavailable as e:
             # The server reports a missing permission beside the request, which it leaves without a response.
             denied_at, denied = self._denied
             if denied_at >= started:
                 raise BrokerRefused(f"{self._url}: {denied}", broker=self._url) from e
             raise
+        finally:
+            self._running.discard(task)
 
     @contextlib.asynccontextmanager
     async def _connected(self, closed: asyncio.Event) -> AsyncIterator[Client]:

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import nats.js.errors
 from nats.aio.client import Client
-from nats.js import api
+from nats.js import JetStreamContext, api
 from nats.js.kv import KeyValue
 
 from isthmus.errors import BrokerRefused, BrokerUnavailable, ConfigurationMalformed, ResultStoreUnavailable
@@ -18,6 +18,7 @@ from isthmus.events.brokers.nats_connection import REQUEST_TIMEOUT_S, NatsConnec
 from isthmus.events.records import MAX_RECORD_BYTES, Stored
 
 _NAME_IN_USE = 10058  # JSStreamNameExistErr: the bucket exists with another lifetime
+_HEADER_BYTES = 1024  # the server counts the headers of an update as well
 _WRONG_REVISION = (10071, 10164)  # JSStreamWrongLastSequenceErr and its form without a number
 T = TypeVar("T")
 
@@ -41,6 +42,7 @@ class JetStreamRecords:
             )
         self._bucket, self._keep_s = bucket, keep_s
         self._store: KeyValue | None = None
+        self._epoch = ""
         self._connection = NatsConnection(server, credentials, self._open).start()
         self.url = f"{self._connection.url}/{bucket}"
 
@@ -52,21 +54,31 @@ class JetStreamRecords:
                 entry = await store.get(key)
             except nats.js.errors.KeyNotFoundError:
                 return None
-            return Stored(entry.value or b"", str(entry.revision))
+            return Stored(entry.value or b"", self._version(entry.revision))
 
         return self._run(read)
 
     def create(self, key: str, value: bytes, *, durable: bool = True) -> str | None:
         """See `RecordStore`."""
-        return self._run(lambda store: _if_unchanged(store.create(key, value)))
+        return self._run(lambda store: self._written(store.create(key, value)))
 
     def update(self, key: str, value: bytes, version: str, *, durable: bool = True) -> str | None:
         """See `RecordStore`."""
-        return self._run(lambda store: _if_unchanged(store.update(key, value, last=int(version))))
+
+        async def write(store: KeyValue) -> str | None:
+            last = self._revision(version)
+            return await self._written(store.update(key, value, last=last)) if last else None
+
+        return self._run(write)
 
     def delete(self, key: str, version: str) -> bool:
         """See `RecordStore`; the server keeps a mark without a value for the record's lifetime."""
-        return self._run(lambda store: _if_unchanged(store.delete(key, last=int(version)))) is not None
+
+        async def write(store: KeyValue) -> bool:
+            last = self._revision(version)
+            return bool(last) and await _is_unchanged(store.delete(key, last=last))
+
+        return self._run(write)
 
     def keys(self) -> Iterator[str]:
         """See `RecordStore`."""
@@ -78,8 +90,7 @@ class JetStreamRecords:
 
         async def remove(store: KeyValue) -> int:
             old = [(key, revision) for key, revision, written in await _entries(store) if written < before]
-            deletions = [await _if_unchanged(store.delete(key, last=revision)) for key, revision in old]
-            return sum(deletion is not None for deletion in deletions)
+            return sum([await _is_unchanged(store.delete(key, last=revision)) for key, revision in old])
 
         return self._run(remove)
 
@@ -89,24 +100,44 @@ class JetStreamRecords:
 
     async def _open(self, client: Client) -> None:
         js = client.jetstream(timeout=REQUEST_TIMEOUT_S)
+        store = await self._find_or_make(js)
+        created = (await store.status()).stream_info.created
+        self._store, self._epoch = store, str(created.timestamp() if created else "")
+
+    async def _find_or_make(self, js: JetStreamContext) -> KeyValue:
         with contextlib.suppress(nats.js.errors.BucketNotFoundError):
-            self._store = await js.key_value(self._bucket)
-            return
+            return await js.key_value(self._bucket)
         try:
-            self._store = await js.create_key_value(
+            return await js.create_key_value(
                 api.KeyValueConfig(
                     self._bucket,
                     description="records of Isthmus",
                     history=1,
                     ttl=self._keep_s,
-                    max_value_size=MAX_RECORD_BYTES,
+                    max_value_size=MAX_RECORD_BYTES + _HEADER_BYTES,
                     storage=api.StorageType.FILE,
                 )
             )
         except nats.js.errors.BadRequestError as e:
             if e.err_code != _NAME_IN_USE:
                 raise
-            self._store = await js.key_value(self._bucket)  # another process was first
+            return await js.key_value(self._bucket)  # another process was first
+
+    def _version(self, revision: object) -> str:
+        # With the bucket's age: the revisions of a bucket that was lost begin again in the next one.
+        return f"{self._epoch}/{revision}"
+
+    def _revision(self, version: str) -> int:
+        """The revision in a version of this bucket; 0, which no record has, in any other."""
+        epoch, _, revision = version.rpartition("/")
+        return int(revision) if epoch == self._epoch and revision.isdigit() else 0
+
+    async def _written(self, write: Awaitable[int]) -> str | None:
+        """The version of a write, or None where another write was first."""
+        try:
+            return self._version(await write)
+        except nats.js.errors.KeyWrongLastSequenceError:
+            return None
 
     def _run(self, work: Callable[[KeyValue], Awaitable[T]]) -> T:
         async def opened(client: Client) -> T:
@@ -124,15 +155,13 @@ class JetStreamRecords:
             raise ResultStoreUnavailable(e.message, hint=e.hint, store=self.url) from e
 
 
-async def _if_unchanged(write: Awaitable[object]) -> str | None:
-    """The new revision, or None where another write was first."""
+async def _is_unchanged(deletion: Awaitable[bool]) -> bool:
+    """Whether the record was deleted; False where another write was first."""
     try:
-        return str(await write)
-    except nats.js.errors.KeyWrongLastSequenceError:
-        return None
-    except nats.js.errors.APIError as e:
+        return await deletion
+    except nats.js.errors.APIError as e:  # of a deletion, nats-py translates no further
         if e.err_code in _WRONG_REVISION:
-            return None
+            return False
         raise
 
 

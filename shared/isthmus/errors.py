@@ -288,6 +288,10 @@ class ResultStoreUnavailable(EventError):
     """The store of results and call states does not answer."""
 
 
+class StoreDamaged(EventError):
+    """A file of the trigger is damaged, or no database. Facts: `store`."""
+
+
 class CallUnknown(EventError):
     """No call of that id, or its result has expired. Facts: `call`."""
 
@@ -357,6 +361,7 @@ HTTP_STATUS: dict[type[IsthmusError], int] = {
     BucketRefused: 403,
     ClaimExpired: 410,
     ResultStoreUnavailable: 503,
+    StoreDamaged: 500,
     CallUnknown: 404,
     SpoolFull: 507,
     EventError: 500,

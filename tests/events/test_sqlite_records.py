@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.errors import ConfigurationMalformed, ResultStoreUnavailable
-from isthmus.events.stores import sqlite
+from isthmus.errors import ConfigurationMalformed, ResultStoreUnavailable, StoreDamaged
+from isthmus.events.stores import sqlite, sqlite_file
 from isthmus.events.stores.sqlite import SCHEMA_VERSION, SqliteRecords
 from support.patience import LONG_S
 
@@ -126,7 +126,7 @@ def test_a_file_that_another_program_locks_is_an_error(
 ) -> None:
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
-    monkeypatch.setattr(sqlite, "_BUSY_S", 0.05)
+    monkeypatch.setattr(sqlite_file, "_BUSY_S", 0.05)
     with pytest.raises(ResultStoreUnavailable, match="locked"):
         SqliteRecords(path)
     other.execute("ROLLBACK")
@@ -150,7 +150,7 @@ def test_a_database_of_another_program_is_refused(tmp_path: Path) -> None:
 def test_a_file_that_is_no_database_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "photo.jpeg"
     path.write_bytes(b"no database" * 100)
-    with pytest.raises(ResultStoreUnavailable, match="not a database"):
+    with pytest.raises(StoreDamaged, match="not a database"):
         SqliteRecords(path)
 
 

@@ -46,15 +46,18 @@ def main() -> None:
             for cell in bench.functions:
                 report.say(f"{name}, an edge {slowdown:g} times slower, at {text(cell)}")
                 duels.append(rivals(bench, cell))
-                cells.append(one_cell(bench, cell))
-                comparisons += changes(bench, cell)
+                if bench.every is not None:
+                    cells.append(one_cell(bench, bench.every, cell))
+                    comparisons += changes(bench, cell)
     report.say("searching graphs of growing size")
     rows, goals = search_times(3 if report.quick else 9)
     add_rivals(report, duels)
-    add_cells(report, cells)
-    add_changes(report, comparisons)
+    if cells:
+        add_cells(report, cells)
+        add_changes(report, comparisons)
     report.add("the search alone, two tiers; a sweep finds every partition that is optimal at some bandwidth", rows)
-    add_goals(report, cells)
+    if cells:
+        add_goals(report, cells)
     report.goals += goals
     report.emit()
 
@@ -65,29 +68,48 @@ def add_rivals(report: Report, duels: Sequence[Rivals]) -> None:
     for d in duels:
         row: dict[str, str | float | int | bool | None] = {"model": d.model, "edge": f"{d.slowdown:g}x slower"}
         row["network"] = text(d.conditions)
-        for label, c in (("split", d.split), ("other", d.other)):
-            row |= {label: c.name if c else None, f"{label} ms": c.seconds * 1000 if c else None}
+        for kind in ("split", "edge", "cloud"):
+            c = d.best.get(kind)
+            row |= {kind: c.name if c else None, f"{kind} ms": c.seconds * 1000 if c else None}
         row["split faster by %"] = None if d.gain is None else d.gain * 100
+        row["than edge by %"] = None if d.private_gain is None else d.private_gain * 100
         row |= {"best": d.kind, "best as predicted": d.predicted}
         rows.append(row)
-    report.add("the best split and the best of the rest, medians of a duel", rows)
-    counts: list[Row] = []
+    report.add("the best of each kind, medians of a duel", rows)
+    report.add("cells in which a split is measured best; private: inputs may not leave the edge", _counts(duels))
+    report.add("what else differs, medians of the cells", _other_reasons(duels))
+
+
+def _counts(duels: Sequence[Rivals]) -> list[Row]:
+    rows: list[Row] = []
     for name, slowdown in dict.fromkeys((d.model, d.slowdown) for d in duels):
-        both = [d for d in duels if (d.model, d.slowdown) == (name, slowdown) and d.gain is not None]
-        gains = [d.gain for d in both if d.gain is not None]
-        wins = [gain * 100 for gain in gains if gain > 0]
-        counts.append(
-            {
-                "model": name,
-                "edge": f"{slowdown:g}x slower",
-                "cells": len(gains),
-                "split best in": len(wins),
-                "best as predicted in": sum(d.kind == d.predicted for d in both),
-                "median gain %": statistics.median(wins) if wins else None,
-                "largest gain %": max(wins, default=None),
-            }
-        )
-    report.add("cells in which a split is measured best", counts)
+        some = [d for d in duels if (d.model, d.slowdown) == (name, slowdown)]
+        row: dict[str, str | float | int | bool | None] = {"model": name, "edge": f"{slowdown:g}x slower"}
+        row["cells"] = len(some)
+        for label, gains in (("", [d.gain for d in some]), ("private ", [d.private_gain for d in some])):
+            wins = [gain * 100 for gain in gains if gain is not None and gain > 0]
+            row[f"{label}split best in"] = len(wins)
+            row[f"{label}median gain %"] = statistics.median(wins) if wins else None
+            row[f"{label}largest gain %"] = max(wins, default=None)
+        row["best as predicted in"] = sum(d.kind == d.predicted for d in some)
+        rows.append(row)
+    return rows
+
+
+def _other_reasons(duels: Sequence[Rivals]) -> list[Row]:
+    """Memory at the edge, run time in the cloud and bytes over the link, of the best splits and of the whole model."""
+    rows: list[Row] = []
+    for name in dict.fromkeys(d.model for d in duels):
+        for kind in ("split", "edge", "cloud"):
+            some = [d.best[kind] for d in duels if d.model == name and kind in d.best]
+            runs = [c.measured.parts.get("cloud_run", 0.0) for c in some if c.measured]
+            if some and runs:
+                row: dict[str, str | float | int | bool | None] = {"model": name, "kind": kind}
+                row["edge memory MB"] = statistics.median(c.edge_memory_bytes for c in some) / 1e6
+                row["cloud run ms"] = statistics.median(runs) * 1000
+                row["kB over the link"] = statistics.median(c.up_bytes for c in some) / 1000
+                rows.append(row)
+    return rows
 
 
 def add_cells(report: Report, cells: Sequence[Cell]) -> None:

@@ -31,12 +31,13 @@ from isthmus_tools.planner.measurement import LinkedFunctions, contenders, measu
 from isthmus_tools.profiling.slow_edge import SlowEdge
 from isthmus_tools.usecases.functions import FunctionUrls
 from isthmus_tools.usecases.profile import ProfileRequest, profile
+from isthmus_tools.zoo.photos import varied_photos
 
 # How many times the edge is slower than the cloud's CPU.
-SLOWDOWNS, QUICK_SLOWDOWNS = (4.0, 8.0, 16.0), (8.0, 16.0)
+SLOWDOWNS, QUICK_SLOWDOWNS = (4.0, 8.0, 16.0, 32.0), (8.0, 16.0, 32.0)
 RATES, ROUND_TRIPS = (0.1e6, 1e6, 2e6, 10e6, 100e6), (0.02, 0.08)
-# A fraction of the cells, where a split may be best: a few minutes for each slowdown.
-QUICK_RATES, QUICK_ROUND_TRIPS = (1e6, 10e6), (0.02,)
+# A fraction of the cells, where a split may be best, and their duels alone: a few minutes for each slowdown.
+QUICK_RATES, QUICK_ROUND_TRIPS = (1e6, 2e6, 5e6, 10e6), (0.02,)
 TOKEN = "bench"  # noqa: S105 - of functions that end with this benchmark
 LIMITS = Constraints()
 BASELINES = {"edge-only": "edge-float", "cloud-only, JPEG": "cloud-photo", "cloud-only, raw": "cloud-raw"}
@@ -59,7 +60,7 @@ class Bench:
     cache: SegmentCache
     functions: Mapping[Conditions, LinkedFunctions]
     by_planner: CandidateSet
-    every: CandidateSet
+    every: CandidateSet | None
     calibrated: CandidateSet | None
     digests: Mapping[int, str]
     rounds: int
@@ -122,7 +123,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Rivals:
-    """The best split and the best of the rest in a network, measured in a duel; None where nothing of the kind ran.
+    """The best candidate of each kind (edge, cloud, split) in a network, measured interleaved.
 
     `predicted` is the kind of the best candidate by prediction.
     """
@@ -130,36 +131,41 @@ class Rivals:
     model: str
     slowdown: float
     conditions: Conditions
-    split: Candidate | None
-    other: Candidate | None
+    best: Mapping[str, Candidate]
     predicted: str
 
     @property
     def kind(self) -> str:
-        """The kind of the measured best; "" where only one of the two ran."""
-        if self.gain is None or self.split is None or self.other is None:
-            return ""
-        return self.split.kind if self.gain > 0 else self.other.kind
+        """The kind of the measured best; "" without a split or without another."""
+        return "" if self.gain is None else min(self.best, key=lambda kind: self.best[kind].seconds)
 
     @property
     def gain(self) -> float | None:
-        """The other's time over the split's, minus 1: above 0 where the split is best."""
-        return None if self.split is None or self.other is None else self.other.seconds / self.split.seconds - 1
+        """The time of the best of the rest over the split's, minus 1: above 0 where the split is best."""
+        rest = [c.seconds for kind, c in self.best.items() if kind != "split"]
+        return min(rest) / self.best["split"].seconds - 1 if rest and "split" in self.best else None
+
+    @property
+    def private_gain(self) -> float | None:
+        """The same over the whole model at the edge alone, the only other where inputs may not leave."""
+        if not {"edge", "split"} <= self.best.keys():
+            return None
+        return self.best["edge"].seconds / self.best["split"].seconds - 1
 
 
 def rivals(bench: Bench, cell: Conditions) -> Rivals:
-    """Measure the promising candidates, of the calibrated model where there is one, then the two rivals interleaved."""
+    """Measure the promising candidates, of the calibrated model where there is one, then the best of each kind."""
     candidate_set = bench.calibrated or bench.by_planner
     predictions = candidate_set.predict(cell)
     _, favourite, _ = choose(predictions, "latency", LIMITS)
     some = contenders(predictions, "latency", LIMITS)
     ran = bench.measure(candidate_set, some, cell, eliminate=True, rounds=bench.rounds)
-    able = sorted((c for c in ran if c.measured and not violations(c, LIMITS)), key=lambda c: c.seconds)
-    best = [next((c for c in able if (c.kind == "split") is wanted), None) for wanted in (True, False)]
-    duellists = [c for c in best if c is not None]
-    duel = bench.measure(candidate_set, duellists, cell, eliminate=False, rounds=2 * bench.rounds)
-    split, other = (next((c for c in duel if (c.kind == "split") is wanted), None) for wanted in (True, False))
-    return Rivals(bench.model.name, bench.edge.slowdown, cell, split, other, favourite.kind)
+    able = sorted((c for c in ran if c.measured and not violations(c, LIMITS)), key=lambda c: -c.seconds)
+    # The fastest of a kind is its last.
+    duellists = {c.kind: c for c in able}
+    duel = bench.measure(candidate_set, list(duellists.values()), cell, eliminate=False, rounds=2 * bench.rounds)
+    best = {c.kind: c for c in duel if c.measured}
+    return Rivals(bench.model.name, bench.edge.slowdown, cell, best, favourite.kind)
 
 
 @contextlib.contextmanager
@@ -193,22 +199,29 @@ def prepared(model: PlannedModel, slowdown: float, report: Report) -> Iterator[B
         slow = SlowEdge(slowdown, [edge.process.pid])
         profiles = profiled(report, model, at, FunctionUrls(edge.url, cloud.url, TOKEN, slow), runs)
         examples, kind = inputs(model, registry)
+        # A share of agreement takes more photos than times do.
+        photos = [path.read_bytes() for path in varied_photos()] if model.photo is not None else []
         digests: dict[int, str] = {}
 
         def enumerated(reference: str, **more: Any) -> CandidateSet:
-            candidates = enumerate_candidates(registry, cache, reference, profiles, examples, kind, links=grid, **more)
+            more |= {"links": grid, "jpeg_photos": photos}
+            candidates = enumerate_candidates(registry, cache, reference, profiles, examples, kind, **more)
             candidate_set = resources.enter_context(candidates)
             digests[id(candidate_set)] = candidate_set.stage(registry)
             return candidate_set
 
-        report.say(f"{model.name}: trying candidates")
-        by_planner = enumerated(model.name)
-        report.say(f"{model.name}: trying every cut")
-        every = enumerated(model.name, all_prefixes=True, int8=False)
         calibrated = None
         if reference is not None:
             report.say(f"{model.name}: trying candidates with the calibrated codec")
             calibrated = enumerated(reference)
+        by_planner = calibrated
+        if by_planner is None or not report.quick:
+            report.say(f"{model.name}: trying candidates")
+            by_planner = enumerated(model.name)
+        every = None
+        if not report.quick:
+            report.say(f"{model.name}: trying every cut")
+            every = enumerated(model.name, all_prefixes=True, int8=False)
         rounds = 7 if report.quick else 15
         yield Bench(model, slow, registry, cache, functions, by_planner, every, calibrated, digests, rounds)
 
@@ -250,14 +263,14 @@ def inputs(model: PlannedModel, registry: Registry) -> tuple[list[TrialInput], s
     return from_arrays(bundle, [model.input() if model.input else {}]), "tensors"
 
 
-def one_cell(bench: Bench, cell: Conditions) -> Cell:
+def one_cell(bench: Bench, every: CandidateSet, cell: Conditions) -> Cell:
     """Measure the planner's choice, then every cut that could beat it, then both and the baselines interleaved."""
     predicted = bench.by_planner.predict(cell)
     some = contenders(predicted, "latency", LIMITS)
     measured = bench.measure(bench.by_planner, some, cell, eliminate=True, rounds=bench.rounds)
     _, choice, _ = choose(with_measurements(predicted, measured), "latency", LIMITS)
-    others = could_be_better(bench.every.predict(cell), choice.seconds)
-    rivals = [c for c in bench.measure(bench.every, others, cell, eliminate=True, rounds=bench.rounds) if c.measured]
+    others = could_be_better(every.predict(cell), choice.seconds)
+    rivals = [c for c in bench.measure(every, others, cell, eliminate=True, rounds=bench.rounds) if c.measured]
     best = min(rivals, key=lambda c: c.seconds, default=choice)
     baselines = [c for c in measured if c.name in BASELINES.values() and c.measured]
     near = [c for c in baselines if c.seconds <= _FAR * choice.seconds]

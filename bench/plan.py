@@ -66,7 +66,7 @@ def add_rivals(report: Report, duels: Sequence[Rivals]) -> None:
     """Where a split is measured best, for each model and edge: in how many cells, and by how much."""
     rows: list[Row] = []
     for d in duels:
-        row: dict[str, str | float | int | bool | None] = {"model": d.model, "edge": f"{d.slowdown:g}x slower"}
+        row: dict[str, str | float | int | bool | None] = {"model": d.model, "edge slower by": d.slowdown}
         row["network"] = text(d.conditions)
         for kind in ("split", "edge", "cloud"):
             c = d.best.get(kind)

@@ -288,6 +288,12 @@ def test_closeness_is_relative_to_the_output_or_its_scale() -> None:
     assert output_error(Measure("close"), one, one) == 0
 
 
+def test_closeness_beside_zeros_alone_is_absolute() -> None:
+    nothing, little = {"y": np.zeros(4, np.float32)}, {"y": np.full(4, 1e-3, np.float32)}
+    assert output_error(Measure("close"), nothing, little) == pytest.approx(1e-3)
+    assert output_error(Measure("close"), nothing, nothing) == 0
+
+
 @pytest.mark.parametrize(
     ("one", "other", "same"),
     [

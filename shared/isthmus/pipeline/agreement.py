@@ -25,7 +25,7 @@ def agrees(measure: Measure, expected: Mapping[str, Array], actual: Mapping[str,
 def output_error(measure: Measure, expected: Mapping[str, Array], actual: Mapping[str, Array]) -> float:
     """The largest relative error of the outputs that the measure compares; infinite where shapes differ or NaN appears.
 
-    For integers and bools the error is 0 or infinity.
+    For integers and bools the error is 0 or infinity; beside zeros alone it is absolute.
     """
     names = [measure.output] if measure.kind == TOP1 else list(expected)
     return max((_error(expected[n], actual[n], measure.scales.get(n, 0.0)) for n in names), default=0.0)
@@ -87,4 +87,5 @@ def _error(expected: Array, actual: Array, scale: float) -> float:
     if not np.isfinite(values).all():
         return float("inf")
     error = root_mean_square(reference - values)
-    return error / max(root_mean_square(reference), scale) if error else 0.0
+    # Zeros alone, as of a detector that finds nothing, have no size to relate to: the error stands as it is.
+    return error / (max(root_mean_square(reference), scale) or 1.0)

@@ -40,6 +40,7 @@ COMMANDS = [
     "infer",
     "why",
     "up",
+    "trigger",
     "package",
     "demo",
     "doctor",

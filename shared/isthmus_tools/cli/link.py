@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +17,7 @@ from isthmus.errors import LocalError
 from isthmus.units import format_duration, format_rate, format_size, parse_duration, parse_rate
 from isthmus_tools.cli.console import errors, say
 from isthmus_tools.cli.options import read_option
+from isthmus_tools.cli.termination import until_signal
 
 if TYPE_CHECKING:
     from isthmus_tools.netem.emulator import LinkCounters, NetworkEmulator
@@ -69,7 +68,7 @@ def link(
         )
         steps = _script(script) if script else ()
         every_s = read_option(parse_duration, "--every", every)
-        with NetworkEmulator(to, shape, port=port, script=steps) as running, _until_signal() as leave:
+        with NetworkEmulator(to, shape, port=port, script=steps) as running, until_signal() as leave:
             printer = _Lines() if as_json else _Text()
             printer.begins(running, to)
             # Counters are read once a tick, so they cannot be printed more often.
@@ -154,16 +153,3 @@ def _script(path: Path) -> tuple[ScriptStep, ...]:
         return parse_script(path.read_text())
     except (OSError, UnicodeDecodeError) as e:
         raise LocalError(f"the link's script {path} cannot be read: {getattr(e, 'strerror', None) or e}") from e
-
-
-@contextmanager
-def _until_signal() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set for as long as the block lasts."""
-    leave = threading.Event()
-    # SIGTERM as well: a program ends the link by it, and still gets the last counters.
-    before = {n: signal.signal(n, lambda *_: leave.set()) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield leave
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

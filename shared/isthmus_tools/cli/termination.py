@@ -77,3 +77,16 @@ def unwinding() -> Iterator[None]:
         for number in handled:
             signal.signal(number, signal.SIG_DFL)
         ending.finish()
+
+
+@contextmanager
+def until_signal() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set for as long as the block lasts."""
+    leave = threading.Event()
+    # SIGTERM as well: a program ends the command by it, and still gets the last counters.
+    before = {n: signal.signal(n, lambda *_: leave.set()) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield leave
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

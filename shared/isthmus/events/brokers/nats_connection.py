@@ -28,6 +28,7 @@ CONNECT_TIMEOUT_S = 5.0
 """How long an operation waits for a connection, and a connection for the server."""
 REQUEST_TIMEOUT_S = 10.0
 """How long JetStream may take to confirm; a slow disk takes seconds for a batch."""
+_CANCEL_AGAIN_S = 1.0  # a client may take this long to send what is left before it closes
 _FIRST_PAUSE_S, _MAX_PAUSE_S = 0.05, 2.0
 # A half-open connection is seen after three intervals.
 _PING_INTERVAL_S = 10
@@ -88,8 +89,10 @@ class NatsConnection(LoopThread["_Supervisor"]):
         try:
             yield supervisor
         finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            # More than once: nats-py loses a cancellation that comes while it connects.
+            while not task.done():
+                task.cancel()
+                await asyncio.wait([task], timeout=_CANCEL_AGAIN_S)
 
 
 class _Supervisor:

@@ -164,7 +164,7 @@ class NatsConsumer:
             return []
         try:
             return await self._subscription.fetch(count, timeout=wait_s)
-        except nats.errors.TimeoutError:
+        except TimeoutError:  # of nats-py, whose own is a subclass, or of asyncio
             return []
         except (nats.js.errors.NotFoundError, nats.js.errors.ServiceUnavailableError):
             # Somebody removed the consumer or its stream.

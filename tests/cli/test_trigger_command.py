@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 
 from isthmus.events.brokers.nats import NatsConsumer, NatsPublisher
+from isthmus.events.claims import ClaimStore
 from isthmus.events.message import Message
+from isthmus.registry import FolderStore
 from support.cli import document, isthmus
 from support.nats_server import NatsServer, unique_subject
 from support.nats_server import nats_server as nats_server
@@ -69,14 +71,20 @@ class Stage:
                 for delivery in deliveries:
                     delivery.ack()
             sets.append(messages)
-            collector.close()
         return sets[0], sets[1]
 
+    def close(self) -> None:
+        for collector in self.collectors:
+            collector.close()
 
-def test_messages_that_wait_are_served_each_once(
-    nats_server: NatsServer, router: ScriptedRouter, tmp_path: Path
-) -> None:
-    stage = Stage(nats_server, router, tmp_path)
+
+@pytest.fixture
+def stage(nats_server: NatsServer, router: ScriptedRouter, tmp_path: Path) -> Iterator[Stage]:
+    with closing(Stage(nats_server, router, tmp_path, max_attempts=50, claims={"url": str(tmp_path / "claims")})) as it:
+        yield it
+
+
+def test_messages_that_wait_are_served_each_once(stage: Stage, router: ScriptedRouter, tmp_path: Path) -> None:
     stage.send(*(Message(b"photo %d" % i, f"m{i}", headers={"content-type": "image/jpeg"}) for i in range(20)))
     ran = isthmus("trigger", stage.file, "--until-empty", "--json")
     assert ran.exit_code == 0, ran.output
@@ -90,9 +98,8 @@ def test_messages_that_wait_are_served_each_once(
 
 
 def test_poison_is_a_dead_letter_and_the_exit_status_tells(
-    nats_server: NatsServer, router: ScriptedRouter, tmp_path: Path
+    stage: Stage, router: ScriptedRouter, tmp_path: Path
 ) -> None:
-    stage = Stage(nats_server, router, tmp_path)
     stage.send(Message(b"photo", "good"), Message(b"poison", "bad"))
     ran = isthmus("trigger", stage.file, "--until-empty")
     assert ran.exit_code == 1
@@ -104,9 +111,8 @@ def test_poison_is_a_dead_letter_and_the_exit_status_tells(
 
 
 def test_a_body_over_the_brokers_limit_travels_by_reference(
-    nats_server: NatsServer, router: ScriptedRouter, tmp_path: Path
+    stage: Stage, router: ScriptedRouter, tmp_path: Path
 ) -> None:
-    stage = Stage(nats_server, router, tmp_path, claims={"url": str(tmp_path / "claims")})
     router.replies = [(200, {"Content-Type": "application/octet-stream"}, bytes(3_200_000))]
     stage.send(Message(b"photo", "m"))
     assert isthmus("trigger", stage.file, "--until-empty").exit_code == 0
@@ -115,11 +121,7 @@ def test_a_body_over_the_brokers_limit_travels_by_reference(
     assert json.loads(result.body)["size"] == 3_200_000
 
 
-def test_a_claim_is_redeemed_before_the_router(nats_server: NatsServer, router: ScriptedRouter, tmp_path: Path) -> None:
-    from isthmus.events.claims import ClaimStore
-    from isthmus.registry import FolderStore
-
-    stage = Stage(nats_server, router, tmp_path, claims={"url": str(tmp_path / "claims")})
+def test_a_claim_is_redeemed_before_the_router(stage: Stage, router: ScriptedRouter, tmp_path: Path) -> None:
     (tmp_path / "claims").mkdir()
     store = ClaimStore(FolderStore(tmp_path / "claims"), max_bytes=2**25, keep_s=3600)
     photo = os.urandom(20_000_000)
@@ -129,8 +131,7 @@ def test_a_claim_is_redeemed_before_the_router(nats_server: NatsServer, router: 
     assert (received.body == photo, received.headers["content-type"]) == (True, "image/jpeg")
 
 
-def test_a_check_connects_to_every_part(nats_server: NatsServer, router: ScriptedRouter, tmp_path: Path) -> None:
-    stage = Stage(nats_server, router, tmp_path, claims={"url": str(tmp_path / "claims")})
+def test_a_check_connects_to_every_part(stage: Stage, router: ScriptedRouter, tmp_path: Path) -> None:
     router.replies = [(400, {}, b'{"error": "the body is empty", "type": "RequestMalformed"}')]
     checked = document(isthmus("trigger", stage.file, "--check", "--json"))
     assert checked["ok"]
@@ -183,8 +184,7 @@ def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     assert "none.toml cannot be read" in ran.stderr
 
 
-def test_sigterm_finishes_what_is_in_work(nats_server: NatsServer, router: ScriptedRouter, tmp_path: Path) -> None:
-    stage = Stage(nats_server, router, tmp_path)
+def test_sigterm_finishes_what_is_in_work(stage: Stage, router: ScriptedRouter, tmp_path: Path) -> None:
     router.pause_s = 0.3
     stage.send(*(Message(b"", f"m{i}") for i in range(12)))
     running = trigger_process(stage.file, "--json", stdout=subprocess.PIPE)
@@ -203,9 +203,8 @@ def test_sigterm_finishes_what_is_in_work(nats_server: NatsServer, router: Scrip
 
 
 def test_every_message_has_one_result_while_the_trigger_is_killed_at_random(
-    nats_server: NatsServer, router: ScriptedRouter, tmp_path: Path
+    stage: Stage, router: ScriptedRouter, tmp_path: Path
 ) -> None:
-    stage = Stage(nats_server, router, tmp_path, max_attempts=50)
     count, kills, chance = 400, 5, random.Random(7)
     router.pause_s = 0.01
     stage.send(*(Message(b"photo %d" % i, f"m{i}") for i in range(count)))

@@ -18,6 +18,8 @@ from isthmus.events.configuration import (
     NatsPlace,
     ObjectPlace,
     Place,
+    RedisPlace,
+    SqsPlace,
     where_of,
 )
 from isthmus.registry import BlobStore, FolderStore, open_blob_store, parse_address
@@ -39,6 +41,14 @@ def open_consumer(place: Broker, settings: RegistrySettings) -> Consumer:
                 from isthmus.events.brokers.nats import NatsConsumer
 
                 return NatsConsumer(place, secret_text(place.credentials_secret, settings))
+            case RedisPlace():
+                from isthmus.events.brokers.redis import RedisConsumer
+
+                return RedisConsumer(place, secret_text(place.password_secret, settings))
+            case SqsPlace():
+                from isthmus.events.brokers.sqs import SqsConsumer
+
+                return SqsConsumer(place)
     raise ConfigurationMalformed(f"no consumer for {where_of(place)}", where="source")
 
 
@@ -54,6 +64,14 @@ def open_publisher(place: Place, settings: RegistrySettings) -> Publisher:
                 from isthmus.events.brokers.nats import NatsPublisher
 
                 return NatsPublisher(place, secret_text(place.credentials_secret, settings))
+            case RedisPlace():
+                from isthmus.events.brokers.redis import RedisPublisher
+
+                return RedisPublisher(place, secret_text(place.password_secret, settings))
+            case SqsPlace():
+                from isthmus.events.brokers.sqs import SqsPublisher
+
+                return SqsPublisher(place)
             case CallbackPlace():
                 from isthmus.events.places.callback import CallbackPublisher
 

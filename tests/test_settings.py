@@ -8,7 +8,14 @@ from dataclasses import MISSING, fields
 import pytest
 
 from isthmus.errors import SettingsError
-from isthmus.settings import RouterSettings, SegmentSettings, parse_size
+from isthmus.settings import (
+    FunctionSettings,
+    RegistrySettings,
+    RouterSettings,
+    SegmentSettings,
+    TriggerSettings,
+    parse_size,
+)
 from support.paths import ROOT
 
 DOCS = ROOT / "docs" / "reference" / "settings.md"
@@ -60,6 +67,13 @@ def test_a_bad_value_stops_the_start_and_names_the_variable(variable: str, value
     assert variable in e.value.message
 
 
+def test_those_who_wait_leave_room_for_calls() -> None:
+    with pytest.raises(SettingsError, match="less than max_concurrency") as e:
+        TriggerSettings.from_env({"max_concurrency": "24"})
+    assert e.value.facts["variable"] == "max_waiters"
+    assert TriggerSettings.from_env({"max_concurrency": "25"}).max_waiters == 24
+
+
 @pytest.mark.parametrize(
     ("exec_timeout", "deadline_s", "longest_s"),
     [("", "", 20.0), ("10s", "", 9.0), ("10", "", 9.0), ("1m", "60", 59.0), ("200ms", "", 0.15), ("0", "40", 40.0)],
@@ -86,7 +100,7 @@ def test_a_size_of_hundreds_of_digits_is_none() -> None:
 
 def test_the_docs_list_every_setting_with_its_default_and_meaning() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", DOCS.read_text(), re.MULTILINE))
-    known = {f.name: f for f in fields(RouterSettings)}
+    known = {f.name: f for cls in (RouterSettings, TriggerSettings) for f in fields(cls)}
     assert rows.keys() == known.keys()
     for name, row in rows.items():
         default, _, meaning = row.partition(" | ")
@@ -101,7 +115,7 @@ def shown(default: object) -> str:
 
 
 if __name__ == "__main__":  # prints docs/reference/settings.md's tables anew
-    for cls in (RouterSettings.__mro__[2], SegmentSettings, RouterSettings):
+    for cls in (RegistrySettings, FunctionSettings, SegmentSettings, RouterSettings, TriggerSettings):
         print(f"\n## {cls.__name__}\n\n| variable | default | what |\n|---|---|---|")  # noqa: T201
         for f in fields(cls):
             if f.name in cls.__annotations__:

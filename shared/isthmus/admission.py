@@ -20,7 +20,7 @@ MAX_WAITING = 16
 RETRY_AFTER_S = 1
 
 
-class _Bound:
+class Bound:
     """A counter from 0 to `limit`."""
 
     def __init__(self, limit: int) -> None:
@@ -28,6 +28,7 @@ class _Bound:
         self._lock = threading.Lock()
 
     def enter(self) -> bool:
+        """Count one more; False at the limit."""
         with self._lock:
             if self.count == self.limit:
                 return False
@@ -35,6 +36,7 @@ class _Bound:
             return True
 
     def leave(self) -> None:
+        """Count one less."""
         with self._lock:
             self.count -= 1
 
@@ -43,10 +45,10 @@ class Slots:
     """At most `limit` requests in work; up to MAX_WAITING more, but at most `limit`, wait for the registry."""
 
     def __init__(self, limit: int) -> None:
-        self.working = _Bound(limit)
-        self.waiting = _Bound(min(limit, MAX_WAITING))
+        self.working = Bound(limit)
+        self.waiting = Bound(min(limit, MAX_WAITING))
         # With two or more slots, half stay available to requests without a look-up.
-        self.waiting_in_slot = _Bound(max(1, limit // 2))
+        self.waiting_in_slot = Bound(max(1, limit // 2))
 
     @contextmanager
     def admitted(self, deadline: Deadline) -> Iterator[None]:

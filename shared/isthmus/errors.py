@@ -240,6 +240,12 @@ class NotReady(IsthmusError):
     public_message = "not ready: still loading; try again"
 
 
+class NotConfigured(NotReady):
+    """The function has no configuration, and waits for a deployment with one."""
+
+    public_message = ""
+
+
 class DeadlineExceeded(IsthmusError):
     """The request's deadline passed inside this function."""
 
@@ -352,6 +358,7 @@ HTTP_STATUS: dict[type[IsthmusError], int] = {
     HopRejected: 502,
     Overloaded: 429,
     NotReady: 503,
+    NotConfigured: 503,
     DeadlineExceeded: 504,
     ConfigurationMalformed: 500,
     BrokerUnavailable: 503,

@@ -162,24 +162,9 @@ class RegistrySettings(EnvSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentSettings(RegistrySettings):
-    """A function that runs segments: edge-head, cloud-tail, and a router with a hop in its own process."""
+class FunctionSettings(RegistrySettings):
+    """What every function has: bounds on its requests, error responses, log."""
 
-    preload: tuple[str, ...] = setting(
-        "segments to load at start, comma-separated: NAME[:VERSION][@SEGMENT]; SEGMENT is an id such as ..65, "
-        "or head or tail for the first or last segment of the default partition",
-        (),
-    )
-    segment_dir: str = setting(
-        "folder of a segment baked into the image by `isthmus package`; the registry is not read", ""
-    )
-    providers: tuple[str, ...] = setting(
-        "onnxruntime execution providers, in order of preference", ("CPUExecutionProvider",)
-    )
-    threads: int = setting("threads per run; 0 means the container's CPU limit", 0, maximum=MAX_THREADS)
-    max_loaded_bytes: int = setting(
-        "maximum weight bytes of loaded segments; the least recently used segment is unloaded first", 4 * 2**30
-    )
     max_concurrency: int = setting(
         "maximum concurrent requests, up to 4096; further requests are answered 429 with Retry-After",
         32,
@@ -209,12 +194,6 @@ class SegmentSettings(RegistrySettings):
         "watchdog's empty 504",
         30.0,
     )
-    max_image_pixels: int = setting("maximum number of pixels of a decoded image", 64_000_000)
-    image_memory_bytes: int = setting(
-        "maximum memory for decoding all images in progress; an image beyond this bound by itself is refused, "
-        "further images wait",
-        384 * 2**20,
-    )
     expose_details: bool = setting(
         "whether error responses include details: URLs of other functions, the registry's location, names of "
         "other models. If false, responses hold a general sentence and the details go to the log. The local "
@@ -235,18 +214,48 @@ class SegmentSettings(RegistrySettings):
 
     def check(self) -> None:
         super().check()
+        if self.log_level not in ("debug", "info", "warning", "error"):
+            raise SettingsError(
+                f"the setting log_level is {self.log_level!r}; it is debug, info, warning or error",
+                variable="log_level",
+                value=self.log_level,
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentSettings(FunctionSettings):
+    """A function that runs segments: edge-head, cloud-tail, and a router with a hop in its own process."""
+
+    preload: tuple[str, ...] = setting(
+        "segments to load at start, comma-separated: NAME[:VERSION][@SEGMENT]; SEGMENT is an id such as ..65, "
+        "or head or tail for the first or last segment of the default partition",
+        (),
+    )
+    segment_dir: str = setting(
+        "folder of a segment baked into the image by `isthmus package`; the registry is not read", ""
+    )
+    providers: tuple[str, ...] = setting(
+        "onnxruntime execution providers, in order of preference", ("CPUExecutionProvider",)
+    )
+    threads: int = setting("threads per run; 0 means the container's CPU limit", 0, maximum=MAX_THREADS)
+    max_loaded_bytes: int = setting(
+        "maximum weight bytes of loaded segments; the least recently used segment is unloaded first", 4 * 2**30
+    )
+    max_image_pixels: int = setting("maximum number of pixels of a decoded image", 64_000_000)
+    image_memory_bytes: int = setting(
+        "maximum memory for decoding all images in progress; an image beyond this bound by itself is refused, "
+        "further images wait",
+        384 * 2**20,
+    )
+
+    def check(self) -> None:
+        super().check()
         # A baked segment is complete without a registry.
         if not self.registry and not self.segment_dir:
             raise SettingsError(
                 "the setting registry is missing: a folder's path, or s3://BUCKET/PREFIX",
                 variable="registry",
                 hint="set registry in the function's environment; only a baked segment (segment_dir) needs none",
-            )
-        if self.log_level not in ("debug", "info", "warning", "error"):
-            raise SettingsError(
-                f"the setting log_level is {self.log_level!r}; it is debug, info, warning or error",
-                variable="log_level",
-                value=self.log_level,
             )
 
 
@@ -306,6 +315,45 @@ class RouterSettings(SegmentSettings):
         " GET /docs; anybody who can call the function sees them. The local engine turns it on",
         False,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TriggerSettings(FunctionSettings):
+    """The trigger: its configuration, and bounds on calls over HTTP."""
+
+    trigger_config: str = setting(
+        "the trigger's configuration: the path of a TOML file, relative to the function's own folder, or the file's"
+        " text. Without a configuration the function answers 503 and reads no queue",
+        "trigger.toml",
+    )
+    public_url: str = setting(
+        "URL or path under which callers reach this function, for the header Location of a queued call; / is the"
+        " function's own address",
+        "/function/trigger",
+    )
+    max_waiters: int = setting(
+        "how many of max_concurrency may wait for the end of a call, by `wait` or as an event stream; further ones are"
+        " answered 429",
+        24,
+        minimum=1,
+        maximum=4095,
+    )
+    max_backlog: int = setting(
+        "messages that may wait in the source's queue before further calls are answered 429; brokers that do not say"
+        " how many wait have no such bound",
+        10_000,
+        minimum=1,
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.max_waiters >= self.max_concurrency:
+            raise SettingsError(
+                f"the setting max_waiters is {self.max_waiters}; it is less than max_concurrency"
+                f" ({self.max_concurrency}), so that calls are taken while others wait",
+                variable="max_waiters",
+                value=self.max_waiters,
+            )
 
 
 def _text(name: str, metadata: Mapping[str, Any], env: Mapping[str, str]) -> str:

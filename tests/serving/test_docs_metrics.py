@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,29 @@ import pytest
 from flask.testing import FlaskClient
 from prometheus_client.parser import text_string_to_metric_families
 
+from isthmus.events.processing import MessageCounts
 from isthmus.serving import create_router_app, create_segment_app
 from isthmus.serving.metrics import FunctionMetrics
 from support.bundles import Published, framed, photo, ready, router_settings, segment_settings, served
 from support.bundles import photos as photos
+from support.nats_server import NatsServer, unique_subject
 from support.paths import ROOT
+from support.patience import eventually
+from support.trigger_apps import configuration_text, held_router, running_trigger
 
 TEXT = (ROOT / "docs" / "reference" / "metrics.md").read_text()
-ROWS = {
-    name: (kind, tuple(re.findall(r"`(\w+)`", labels)))
-    for name, kind, labels in re.findall(r"^\| `(\w+)` \| (\w+) \|([^|]*)\|", TEXT, re.MULTILINE)
-}
+COMMON, _, TRIGGER = TEXT.partition("## The trigger")
+
+
+def rows(text: str) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Type and labels of each metric in a table."""
+    return {
+        name: (kind, tuple(re.findall(r"`(\w+)`", labels)))
+        for name, kind, labels in re.findall(r"^\| `(\w+)` \| (\w+) \|([^|]*)\|", text, re.MULTILINE)
+    }
+
+
+ROWS = rows(COMMON)
 
 
 @pytest.fixture
@@ -43,6 +56,28 @@ def test_every_metric_is_documented_with_its_type(segment: FlaskClient, router: 
         assert {name: f.type for name, f in families(client).items() if not name.endswith("_created")} == documented
 
 
+def test_every_metric_of_the_trigger_is_documented(nats_server: NatsServer, tmp_path: Path) -> None:
+    own = rows(TRIGGER)
+    assert own
+    with held_router() as (_, url):
+        text = configuration_text(nats_server.url, unique_subject(), url, tmp_path)
+        with running_trigger(text, tmp_path) as client:
+            client.get(f"/calls/{client.post('/', data=b'x').json['id']}?wait=60s")
+            # The backlog is known once it was looked at.
+            eventually(lambda: bool(families(client)["isthmus_trigger_backlog_oldest_seconds"].samples))
+            exposed = families(client)
+            assert {name: f.type for name, f in exposed.items() if name.startswith("isthmus_trigger_")} == {
+                name.removesuffix("_total"): kind for name, (kind, _) in own.items()
+            }
+            for name, (_, labels) in own.items():
+                for sample in exposed[name.removesuffix("_total")].samples:
+                    assert tuple(sample.labels) == labels
+            named = set(re.findall(r"`(\w+)`", TRIGGER.partition("Endpoints of the trigger:")[2].partition("```")[0]))
+            assert {rule.endpoint for rule in client.application.url_map.iter_rules()} == named
+    (meaning,) = re.findall(r"^\| `isthmus_trigger_messages_total` .* \| (.*) \|$", TRIGGER, re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", meaning)) == {f.name for f in fields(MessageCounts)}
+
+
 def test_every_label_is_documented() -> None:
     collectors = [value for value in vars(FunctionMetrics()).values() if hasattr(value, "_labelnames")]
     assert len(collectors) == 16
@@ -54,7 +89,7 @@ def test_every_label_is_documented() -> None:
 def test_every_endpoint_and_stage_is_documented(
     photos: Published, segment: FlaskClient, router: FlaskClient, tmp_path: Path
 ) -> None:
-    endpoints = TEXT.partition("Endpoints of a segment function:")[2].partition("Stages of")[0]
+    endpoints = COMMON.partition("Endpoints of a segment function:")[2].partition("Stages of")[0]
     named = [set(re.findall(r"`(\w+)`", part)) for part in endpoints.split("Of the router:")]
     for client, expected in zip((segment, router), named, strict=True):
         assert {rule.endpoint for rule in client.application.url_map.iter_rules()} == expected

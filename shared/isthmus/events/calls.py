@@ -16,7 +16,9 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar, cast
 
 import msgspec
@@ -82,6 +84,11 @@ class Call(Struct, frozen=True, forbid_unknown_fields=True):
         """Whether there is a result or a final error."""
         return self.state in ("done", "failed")
 
+    @property
+    def progress(self) -> tuple[str, int, str]:
+        """What waiting callers are told of; a renewed lease is no progress."""
+        return self.state, self.attempts, self.reason
+
     def is_in_work(self, owner: str, now: float) -> bool:
         """Whether another owner than `owner` has a lease that has not expired."""
         return self.lease_until > now and self.owner != owner
@@ -138,7 +145,7 @@ class Calls:
     ) -> None:
         self._records, self._keep_s, self._scope = records, keep_s, scope
         self._objects, self._clock = objects, clock
-        self._changed = threading.Condition()
+        self._changes = _ChangeSignals()
 
     def queue(self, call_id: str, source: str = "") -> Call:
         """Note a call that nobody works on yet; the record that exists, where one does."""
@@ -263,20 +270,22 @@ class Calls:
             )
         return stored.call
 
-    def wait(self, call_id: str, timeout_s: float) -> Call:
-        """The call once it is over, or as it is after `timeout_s`.
+    def wait(self, call_id: str, timeout_s: float, since: Call | None = None) -> Call:
+        """The call once it is over, or as it is after `timeout_s`; with `since`, also once its progress is another.
 
         Raises:
             CallUnknown: as `get`.
         """
         until, pause_s = time.monotonic() + timeout_s, _FIRST_POLL_S
-        while True:
-            call, left_s = self.get(call_id), until - time.monotonic()
-            if call.is_over or left_s <= 0:
-                return call
-            with self._changed:
-                self._changed.wait(min(pause_s, left_s))
-            pause_s = min(_MAX_POLL_S, pause_s * 2)
+        with self._changes.of(call_id) as changed:
+            while True:
+                # Before the read: a change between the two ends the wait below at once.
+                changed.clear()
+                call, left_s = self.get(call_id), until - time.monotonic()
+                if call.is_over or left_s <= 0 or (since is not None and call.progress != since.progress):
+                    return call
+                changed.wait(min(pause_s, left_s))
+                pause_s = min(_MAX_POLL_S, pause_s * 2)
 
     def body(self, result: CallResult) -> bytes:
         """The body of a result, wherever it is.
@@ -302,8 +311,6 @@ class Calls:
             # The owner keeps the lease while it publishes.
             ended = replace(lease.call, state=state, result=result, reason=reason, **self._times())
             if written := self._write(ended, latest.version, durable):
-                with self._changed:
-                    self._changed.notify_all()
                 return written
             stored = self._read(lease.call.id)
             if stored is not None and stored.call.is_over:
@@ -366,7 +373,39 @@ class Calls:
             if version
             else self._records.create(self._key(call.id), value, durable=durable)
         )
-        return None if new is None else CallLease(call, new)
+        if new is None:
+            return None
+        self._changes.notify(call.id)
+        return CallLease(call, new)
+
+
+class _ChangeSignals:
+    """Wakes the threads that wait for one call, and not those that wait for others."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._events: defaultdict[str, list[threading.Event]] = defaultdict(list)
+
+    @contextmanager
+    def of(self, call_id: str) -> Iterator[threading.Event]:
+        """An event that is set at each change of the call, for the block."""
+        event = threading.Event()
+        with self._lock:
+            self._events[call_id].append(event)
+        try:
+            yield event
+        finally:
+            with self._lock:
+                events = self._events[call_id]
+                events.remove(event)
+                if not events:
+                    del self._events[call_id]
+
+    def notify(self, call_id: str) -> None:
+        """Tell the threads that wait for this call."""
+        with self._lock:
+            for event in self._events.get(call_id, ()):
+                event.set()
 
 
 # MessagePack rather than JSON: bodies are bytes, and base64 would take a third more of a record.

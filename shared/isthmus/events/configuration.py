@@ -18,6 +18,7 @@ from isthmus.units import parse_duration, parse_size
 
 # A configuration is a page; a larger file is a wrong path.
 _MAX_BYTES = 256 * 2**10
+DEFAULT_FILE = "trigger.toml"
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 Text = Annotated[str, Meta(min_length=1, max_length=1024)]
 Count = Annotated[int, Meta(ge=1, le=100_000)]
@@ -177,6 +178,24 @@ class TriggerConfiguration(Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """The pause before a second attempt, doubled for each further one up to a minute."""
     max_work_bytes: Bytes = Bytes(256 * 2**20)
     """Bodies of messages in work at a time; a larger one is worked on alone."""
+
+
+def has_configuration(given: str, folder: Path) -> bool:
+    """Whether a function in `folder` is configured; a file of another name than the default has to exist."""
+    return given != DEFAULT_FILE or (folder / given).is_file()
+
+
+def given_configuration(given: str, folder: Path, environment: dict[str, str]) -> TriggerConfiguration:
+    """The configuration of the setting `trigger_config`: a path relative to `folder`, or the text itself.
+
+    Raises:
+        ConfigurationMalformed: as `read_configuration`.
+    """
+    # Every configuration assigns something, and no path of a file does.
+    is_text = "=" in given
+    if is_text:
+        return parse_configuration(given, environment, "trigger_config")
+    return read_configuration(folder / given, environment)
 
 
 def read_configuration(path: Path | str, environment: dict[str, str]) -> TriggerConfiguration:

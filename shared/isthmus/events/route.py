@@ -111,10 +111,11 @@ class RouterRoute:
             "X-Timeout": f"{max(1, int(self._timeout_s * 1000))}ms",
         }
         plain = {name: value for name, value in own.items() if _is_plain(value)}
-        return {**dict(_forwarded(message.headers)), **plain}
+        return {**dict(forwarded(message.headers)), **plain}
 
 
-def _forwarded(headers: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+def forwarded(headers: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """The headers that mean something to the router, bounded; the trace is not among them."""
     known = [name for name in headers if name in _FORWARDED or name.startswith("ce-")]
     for name in known[:_MAX_HEADERS]:
         if name not in ("traceparent",) and _is_plain(name) and " " not in name and _is_plain(headers[name]):

@@ -73,10 +73,10 @@ class TriggerParts:
 
 
 class Trigger:
-    """Runs from `start` to `stop`; `name` is shared by triggers that share their work."""
+    """Runs from `start` to `stop`, which closes its `parts`; `name` is shared by triggers that share their work."""
 
     def __init__(self, configuration: TriggerConfiguration, parts: TriggerParts, name: str) -> None:
-        self.name, self._configuration, self._parts = name, configuration, parts
+        self.name, self.parts, self._configuration = name, parts, configuration
         self._stop, self._ended = threading.Event(), threading.Event()
         self._lanes: Lanes[Job] = Lanes()
         self._limit = RouteLimit(configuration.router.concurrency)
@@ -125,10 +125,10 @@ class Trigger:
         self._ended.set()
         self._join(self._keepers, time.monotonic() + 2 * _FETCH_S)
         # Returns to its broker what a worker still has; a result of it is recorded, not acknowledged.
-        self._parts.consumer.close()
-        for place in (*self._parts.results, *filter(None, [self._parts.dead_letters])):
+        self.parts.consumer.close()
+        for place in (*self.parts.results, *filter(None, [self.parts.dead_letters])):
             place.publisher.close()
-        for close in self._parts.closers:
+        for close in self.parts.closers:
             close()
 
     def status(self) -> TriggerStatus:
@@ -158,7 +158,7 @@ class Trigger:
         # Twice: an empty fetch may have been on its way while a message was given back.
         if len(self._lanes) or self._empty_fetches < 2:
             return False
-        return not self._parts.consumer.backlog().messages
+        return not self.parts.consumer.backlog().messages
 
     def _fetch_all(self) -> None:
         while not self._stop.is_set():
@@ -175,7 +175,7 @@ class Trigger:
                 self._lanes.put(job, self._key(delivery.message), size)
 
     def _fetch(self, count: int) -> Sequence[Delivery]:
-        consumer = self._parts.consumer
+        consumer = self.parts.consumer
         deliveries = self._availability.until(
             "source", lambda: consumer.fetch(count, _FETCH_S), (BrokerUnavailable, BrokerRefused)
         )
@@ -229,7 +229,7 @@ class Trigger:
 
     def _keep_all(self) -> None:
         """Extend deliveries and leases for as long as they are in memory, also while the trigger stops."""
-        extend_s = self._parts.consumer.extend_every_s / 2
+        extend_s = self.parts.consumer.extend_every_s / 2
         tick_s = max(_MIN_TICK_S, min(extend_s, LEASE_S / 3))
         while not self._ended.wait(tick_s):
             now = time.monotonic()
@@ -241,7 +241,7 @@ class Trigger:
                 # Younger leases have most of their time left.
                 if lease is not None and now - job.leased_at >= tick_s:
                     try:
-                        self._parts.calls.renew(lease, LEASE_S)
+                        self.parts.calls.renew(lease, LEASE_S)
                     except ResultStoreUnavailable as e:
                         _log.debug("a lease was not renewed: %s", e.message)
 
@@ -250,10 +250,10 @@ class Trigger:
         swept_at = time.monotonic()
         while not self._ended.wait(_BACKLOG_EVERY_S):
             try:
-                self._backlog = self._parts.consumer.backlog()
+                self._backlog = self.parts.consumer.backlog()
                 if time.monotonic() - swept_at >= _SWEEP_EVERY_S:
                     swept_at = time.monotonic()
-                    self._parts.calls.sweep()
+                    self.parts.calls.sweep()
             except EventError as e:
                 # The thread that needs it says so; an old figure would mislead.
                 _log.debug("not observed: %s", e.message)

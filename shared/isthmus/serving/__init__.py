@@ -1,10 +1,11 @@
-"""The Flask apps: a segment's and the router's. Handlers call these factories and nothing else."""
+"""The Flask apps: a segment's, the router's and the trigger's. Handlers call these factories and nothing else."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from isthmus.settings import RouterSettings, SegmentSettings
+from isthmus.settings import RouterSettings, SegmentSettings, TriggerSettings
 
 if TYPE_CHECKING:  # clients read isthmus.oip.messages without Flask
     from flask import Flask
@@ -22,3 +23,10 @@ def create_router_app(settings: RouterSettings) -> Flask:
     from isthmus.serving.router import create_router_app as create
 
     return create(settings)
+
+
+def create_trigger_app(settings: TriggerSettings, folder: Path) -> Flask:
+    """The app of the trigger, whose configuration is in `folder`. A late import, as no other function reads queues."""
+    from isthmus.serving.trigger import create_trigger_app as create
+
+    return create(settings, folder)

@@ -1,6 +1,6 @@
-"""JSON bodies of the router's API as typed structures: the source of the schemas in /openapi.json.
+"""JSON bodies of the router's and the trigger's APIs as typed structures: the source of the schemas in /openapi.json.
 
-Units: `_bytes` are bytes, `ms` and `timings_ms` milliseconds. Source: docs/reference/api.md.
+Units: `_bytes` are bytes, `ms` and `timings_ms` milliseconds. Source: docs/reference/api.md, docs/reference/calls.md.
 """
 
 from __future__ import annotations
@@ -301,3 +301,27 @@ class InferResponseBody(Struct, omit_defaults=True):
     outputs: list[OutputTensorBody]
     id: str = ""
     parameters: dict[str, Any] = {}
+
+
+class CallResultBody(Struct):
+    """The result of a call without its body: the router's status; `reference` is a claim check where it is large."""
+
+    status: int
+    content_type: str
+    size: Bytes
+    reference: str
+
+
+class CallBody(Struct):
+    """A call. Moments are seconds since the epoch; `published` are the places that have the result."""
+
+    id: str
+    state: Literal["queued", "running", "done", "failed"]
+    source: str
+    attempts: Annotated[int, Meta(ge=0)]
+    created: float
+    updated: float
+    expires: float
+    reason: str
+    result: CallResultBody | None
+    published: list[str]

@@ -18,7 +18,7 @@ from isthmus.serving.content_coding import compress, decompress
 from isthmus.serving.error_responses import ErrorRenderer
 from isthmus.serving.metrics import FunctionMetrics
 from isthmus.serving.request import FunctionRequest, Timings, read_body
-from isthmus.settings import SegmentSettings
+from isthmus.settings import FunctionSettings
 
 Handle = Callable[[FunctionRequest], Response]
 # Short enough that a function is ready soon after the registry is; a registry that stays away is asked rarely.
@@ -37,11 +37,17 @@ class Readiness:
         self._log = log
         self._ready, self._closed = threading.Event(), threading.Event()
         self._reason, self._hint = "loading", ""
+        self._refusal: NotReady | None = None
 
     def start(self) -> None:
         """Start the thread; called once, after everything that `prepare` uses was created."""
         # A daemon: a registry that never answers must not hold up the end of the process.
         threading.Thread(target=self._run, name="prepare", daemon=True).start()
+
+    def refuse(self, error: NotReady) -> None:
+        """Refuse with `error` for good, in place of `start`."""
+        self._refusal = error
+        self._log.warning("not ready", extra={"facts": {"error": error.message, "hint": error.hint}})
 
     def close(self) -> None:
         """Stop trying; an attempt under way goes on to its end."""
@@ -58,6 +64,8 @@ class Readiness:
         Raises:
             NotReady: with the reason and the time to ask again.
         """
+        if self._refusal is not None:
+            raise self._refusal
         if not self._ready.is_set():
             raise NotReady(f"not ready: {self._reason}", retry_after_s=1, hint=self._hint)
 
@@ -86,8 +94,10 @@ class Readiness:
 class FunctionApp:
     """A Flask app, and the parts that its endpoints share."""
 
-    def __init__(self, name: str, settings: SegmentSettings, prepare: Callable[[], None]) -> None:
+    def __init__(self, name: str, settings: FunctionSettings, prepare: Callable[[], None]) -> None:
         self.flask = Flask(f"isthmus.{name}", static_folder=None)
+        # Flask's place for such objects: whoever has the app can close it.
+        self.flask.extensions["isthmus"] = self
         # No redirects: their target would lack the gateway's part, /function/NAME.
         self.flask.url_map.merge_slashes = self.flask.url_map.strict_slashes = False
         # The template owns the process and sets the format of log records.

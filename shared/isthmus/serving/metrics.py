@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
 
 from isthmus.serving.request import Timings
 
@@ -112,6 +113,10 @@ class FunctionMetrics:
     def gauge(self, name: str, help: str, read: Callable[[], float]) -> None:
         """Add a gauge that calls `read` at every scrape."""
         Gauge(name, help, registry=self._registry).set_function(read)
+
+    def add(self, collector: Collector) -> None:
+        """Add metrics that `collector` reads at every scrape."""
+        self._registry.register(collector)
 
     def gauge_store(self, store: SegmentStore) -> None:
         """Add gauges of the segments that `store` holds."""

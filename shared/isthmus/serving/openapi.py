@@ -1,4 +1,4 @@
-"""The OpenAPI 3.1 description of the router: its routes from the app, bodies from api_bodies, statuses from errors."""
+"""The OpenAPI 3.1 description of a function: routes from the app, bodies from api_bodies, statuses from errors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from http import HTTPStatus
 from typing import Any
 
 import msgspec
@@ -50,13 +51,21 @@ _QUERY: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "hidden_id": ("the id that hides a token, where no attention mask can", {"type": "integer", "minimum": 0}),
     "route": ("another route of the model, or NAME:VERSION, to explain", {"type": "string"}),
     "top_k": ("how many classes of a photo's prediction", {"type": "integer", "minimum": 1, "maximum": 99_999}),
+    "wait": ("a duration such as 20s: respond once the call is over, or after this time", {"type": "string"}),
 }
 _EXPLAINED = ("class", "grid", "output", "hidden_id")
 _HEADERS = {
     "X-Timeout": "a duration such as 1500ms; shortens the deadline",
     oip.HEADER_LENGTH: "length of the JSON before binary tensors",
+    "Idempotency-Key": "the id of the call: a request that is repeated with it is the same call",
+    "Last-Event-ID": "the last event that the reader of a stream has",
 }
-_PATH = {"name": "the model", "version": "its number or an alias", "asset": "the file's name"}
+_PATH = {
+    "name": "the model",
+    "version": "its number or an alias",
+    "asset": "the file's name",
+    "call_id": "the call's id",
+}
 _BINARY = {"type": "string", "format": "binary"}
 _BATCH = {"type": "array", "items": _BINARY, "minItems": 1, "maxItems": MAX_PHOTOS}
 
@@ -72,6 +81,16 @@ class Operation:
     query: tuple[str, ...] = ()
     headers: tuple[str, ...] = ()
     body_required: bool = True
+    status: int = 200
+
+
+@dataclass(frozen=True)
+class ApiDescription:
+    """A function's title, what it does, and its operations by the route's endpoint in the app."""
+
+    title: str
+    description: str
+    operations: Mapping[str, Operation]
 
 
 def _as_json(body: Any) -> dict[str, Any]:
@@ -181,10 +200,14 @@ OPERATIONS: Mapping[str, Operation] = {
     ),
     "metrics": Operation("Metrics in Prometheus's text format, or in OpenMetrics", {"text/plain": {"type": "string"}}),
 }
-"""By the route's endpoint in the app."""
+ROUTER = ApiDescription(
+    "Isthmus router",
+    "Split inference: photos, JSON and Open Inference Protocol requests in, predictions out.",
+    OPERATIONS,
+)
 
 
-def openapi_document(routes: Map) -> dict[str, Any]:
+def openapi_document(routes: Map, api: ApiDescription = ROUTER) -> dict[str, Any]:
     """The description of these routes; its server is the folder of the document's URL.
 
     Raises:
@@ -196,13 +219,15 @@ def openapi_document(routes: Map) -> dict[str, Any]:
     for rule in sorted(routes.iter_rules(), key=lambda rule: rule.rule):
         # Flask adds HEAD and OPTIONS by itself.
         for method in sorted((rule.methods or set()) - {"HEAD", "OPTIONS"}):
-            paths[re.sub("<(?:[a-z]+:)?([a-z]+)>", r"{\1}", rule.rule)][method.lower()] = _operation(rule, schemas)
+            paths[re.sub("<(?:[a-z]+:)?([a-z_]+)>", r"{\1}", rule.rule)][method.lower()] = _operation(
+                rule, api.operations[rule.endpoint], schemas
+            )
     return {
         "openapi": "3.1.0",
         "info": {
-            "title": "Isthmus router",
+            "title": api.title,
             "version": isthmus.__version__,
-            "description": "Split inference: photos, JSON and Open Inference Protocol requests in, predictions out.",
+            "description": api.description,
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         # Behind a gateway the path is /function/NAME, which only the caller knows.
@@ -232,8 +257,7 @@ class _Schemas:
         return {media: {"schema": self.schema(body)} for media, body in types.items()}
 
 
-def _operation(rule: Rule, schemas: _Schemas) -> dict[str, Any]:
-    operation = OPERATIONS[rule.endpoint]
+def _operation(rule: Rule, operation: Operation, schemas: _Schemas) -> dict[str, Any]:
     parameters = [_parameter("path", name, _PATH[name], {"type": "string"}) for name in sorted(rule.arguments)]
     parameters += [_parameter("query", name, *_QUERY[name]) for name in operation.query]
     parameters += [_parameter("header", name, _HEADERS[name], {"type": "string"}) for name in operation.headers]
@@ -241,7 +265,10 @@ def _operation(rule: Rule, schemas: _Schemas) -> dict[str, Any]:
         "operationId": rule.endpoint,
         "summary": operation.summary,
         "responses": {
-            "200": {"description": "OK", "content": schemas.content(operation.response)},
+            str(operation.status): {
+                "description": HTTPStatus(operation.status).phrase,
+                "content": schemas.content(operation.response),
+            },
             **_error_responses(operation.errors, schemas),
         },
     }

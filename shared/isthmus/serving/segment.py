@@ -50,6 +50,7 @@ class _SegmentApp(FunctionApp):
         images = ImageMemory(settings.image_memory_bytes)
         self._tables = Tables(self._source.bundle, self._source.blob, settings.max_image_pixels, images)
         super().__init__("segment", settings, self._prepare)
+        self._preload = settings.preload
         self.closing.callback(self._store.close)
         self.closing.callback(self._tables.close)
         self.metrics.gauge_store(self._store)
@@ -113,4 +114,4 @@ class _SegmentApp(FunctionApp):
             # The only segment that this function can serve.
             self._store.runner(self._source.digest, self._source.segment_id, load_deadline())
         if self._registry is not None:
-            preload(self._settings.preload, self._registry, self._store)
+            preload(self._preload, self._registry, self._store)

@@ -1,0 +1,159 @@
+"""Calls into the queue of a trigger's own source: first a record, then the message.
+
+The record comes first, so that whoever has the id of a call can ask for it. A caller that repeats an id gets the call
+of that id; one that is still queued is sent again, as the process may have ended between record and message.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from msgspec.structs import replace as replace_fields
+
+from isthmus.errors import BrokerRefused, MessageTooLarge, Overloaded
+from isthmus.events.broker import Backlog, Publisher
+from isthmus.events.calls import Call, CallLease, Calls
+from isthmus.events.claims import CONTENT_TYPE as CLAIM_CONTENT_TYPE
+from isthmus.events.claims import ClaimStore
+from isthmus.events.configuration import Broker, MqttPlace, NatsPlace, TriggerConfiguration
+from isthmus.events.message import CONTENT_TYPE, Message, idempotency_key
+from isthmus.events.processing import PATH
+from isthmus.events.route import forwarded
+
+WILDCARD_LEVEL = "http"
+"""The level of a subject or topic in place of a wildcard, which can be read and not written."""
+# As often as a trigger looks at its backlog: before, a further call would be refused as well.
+_RETRY_AFTER_S = 2
+_LEASE_S = 5.0
+
+
+class CallIntake:
+    """Queues calls, at most `max_backlog` where the broker says how many wait. Any thread may call.
+
+    `backlog` gives the latest observation; calls since then are counted here.
+    """
+
+    def __init__(
+        self,
+        configuration: TriggerConfiguration,
+        calls: Calls,
+        publisher: Publisher,
+        claims: ClaimStore | None,
+        *,
+        backlog: Callable[[], Backlog],
+        max_backlog: int,
+    ) -> None:
+        self._source, self._order_by = place_of_calls(configuration.source), configuration.order_by
+        self._calls, self._publisher, self._claims = calls, publisher, claims
+        self._backlog, self._max_backlog = backlog, max_backlog
+        self._lock = threading.Lock()
+        self._observed, self._queued_since = Backlog(), 0
+
+    def queue(self, body: bytes, headers: Mapping[str, str], fallback_id: str) -> Call:
+        """Queue a request; the call of its id where there is one. `headers` have lower-case names.
+
+        The id is that of a message with these headers, else `fallback_id`.
+
+        Raises:
+            MessageTooLarge: neither the broker nor the store for large bodies takes it.
+            Overloaded: the queue is at its bound.
+            BrokerUnavailable, BrokerRefused, ResultStoreUnavailable: not confirmed; repeat it with the same id.
+        """
+        message = self._message(body, headers, fallback_id)
+        self._check_size(len(body))
+        self._check_backlog()
+        call = self._calls.queue(message.id, message.source)
+        if call.state == "queued":
+            try:
+                self._publisher.publish(self._sendable(message))
+            except MessageTooLarge as e:
+                # The headers took the place: no repetition helps, and the record says so.
+                self._fail(call, e)
+                raise
+        return call
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._publisher.close()
+
+    def _message(self, body: bytes, headers: Mapping[str, str], fallback_id: str) -> Message:
+        """A message for the source; headers that mean nothing to the router and to the trigger are left out."""
+        order_by = self._order_by.removeprefix("header:").lower() if self._order_by.startswith("header:") else ""
+        kept = {name: headers[name] for name in ("traceparent", PATH, order_by) if headers.get(name)}
+        message_id = idempotency_key(headers, fallback_id)
+        # Whatever the broker calls the message: its consumer reads this id.
+        own = {"idempotency-key": message_id}
+        return Message(body, message_id, _address(self._source), {**dict(forwarded(headers)), **kept, **own})
+
+    def _check_size(self, size: int) -> None:
+        limit = self._publisher.max_bytes if self._claims is None else self._claims.max_bytes
+        if size > limit:
+            raise MessageTooLarge(
+                f"a body of {size} bytes exceeds the {limit} that this trigger takes",
+                bytes=size,
+                limit=limit,
+                hint="" if self._claims else "a [claims] table in the trigger's configuration takes larger bodies",
+            )
+
+    def _check_backlog(self) -> None:
+        backlog = self._backlog()
+        with self._lock:
+            if backlog is not self._observed:
+                self._observed, self._queued_since = backlog, 0
+            if backlog.messages is not None and backlog.messages + self._queued_since >= self._max_backlog:
+                raise Overloaded(
+                    f"{backlog.messages + self._queued_since} messages wait; at most {self._max_backlog} are queued",
+                    limit=self._max_backlog,
+                    retry_after_s=_RETRY_AFTER_S,
+                )
+            self._queued_since += 1
+
+    def _sendable(self, message: Message) -> Message:
+        if self._claims is None or len(message.body) <= self._publisher.max_bytes:
+            return message
+        claim = self._claims.deposit(message.body, message.content_type)
+        return replace(message, body=claim.encode(), headers={**message.headers, CONTENT_TYPE: CLAIM_CONTENT_TYPE})
+
+    def _fail(self, call: Call, error: MessageTooLarge) -> None:
+        lease = self._calls.begin(call.id, secrets.token_hex(8), _LEASE_S)
+        if isinstance(lease, CallLease):
+            self._calls.fail(lease, 413, error.message)
+
+
+def place_of_calls(source: Broker) -> Broker:
+    """The place whose messages `source` reads; a wildcard of its subject or topic is filled by one level.
+
+    Raises:
+        BrokerRefused: messages of this place carry no id.
+    """
+    match source:
+        case NatsPlace():
+            return replace_fields(source, subject=_filled(source.subject, ".", ("*", ">")))
+        case MqttPlace(version="3.1.1"):
+            raise BrokerRefused(
+                "MQTT 3.1.1 has no headers, and so no ids of calls",
+                hint='set version = "5" in the [source] of the trigger\'s configuration',
+            )
+        case MqttPlace():
+            shared = source.topic.startswith("$share/") and source.topic.count("/") >= 2
+            topic = source.topic.split("/", 2)[2] if shared else source.topic
+            # A second session of one client id would end the first.
+            return replace_fields(source, topic=_filled(topic, "/", ("+", "#")), client_id="", group="")
+    return source
+
+
+def _filled(address: str, separator: str, wildcards: tuple[str, ...]) -> str:
+    levels = address.split(separator)
+    return separator.join(WILDCARD_LEVEL if level in wildcards else level for level in levels)
+
+
+def _address(place: Broker) -> str:
+    match place:
+        case NatsPlace():
+            return place.subject
+        case MqttPlace():
+            return place.topic
+    return ""

@@ -61,12 +61,20 @@ class StagedFunction:
     folder: Path
     environment: Mapping[str, str]
 
-    def start(self, **more: str) -> contextlib.AbstractContextManager[Process]:
-        """Run the function on a port of its own; `more` overrides stack.yml's variables."""
-        url = f"http://127.0.0.1:{free_port()}"
+    @property
+    def command(self) -> list[str]:
+        """The command that serves the function, run in its folder."""
+        return [sys.executable, "index.py"]
+
+    def environment_at(self, url: str, **more: str) -> dict[str, str]:
+        """The environment of a process that serves `url`; `more` overrides stack.yml's variables."""
         passed_on = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-        env = {**passed_on, **self.environment, **more, "upstream_url": url}
-        return running([sys.executable, "index.py"], self.name, url, env, self.folder)
+        return {**passed_on, **self.environment, **more, "upstream_url": url}
+
+    def start(self, **more: str) -> contextlib.AbstractContextManager[Process]:
+        """Run the function on a port of its own; `more` as in `environment_at`."""
+        url = f"http://127.0.0.1:{free_port()}"
+        return running(self.command, self.name, url, self.environment_at(url, **more), self.folder)
 
 
 def stage_functions(*names: str, registry: Path, model: str) -> dict[str, StagedFunction]:

@@ -61,6 +61,8 @@ class Report:
     models: Sequence[str] = ()
     figures: dict[str, list[Row]] = field(default_factory=dict)
     goals: list[Goal] = field(default_factory=list)
+    chosen: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Choices of the command line by option; empty where an option was not given."""
     versions: dict[str, str] = field(default_factory=dict)
     """Versions of the peers in environments of their own."""
 
@@ -99,15 +101,26 @@ class Report:
         console.print(f"{machine['cpus']} CPUs, {machine['model']}; Python {machine['python']}; {versions}")
 
 
-def arguments(benchmark: str, about: str, packages: Sequence[str], models: Sequence[str] = ()) -> Report:
-    """An empty report with the options of the command line; --models where a benchmark has several."""
+def arguments(
+    benchmark: str, about: str, packages: Sequence[str], models: Sequence[str] = (), **choices: Sequence[str]
+) -> Report:
+    """An empty report with the options of the command line; --models where a benchmark has several, as `choices`."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--quick", action="store_true", help="a minute or so: fewer repetitions, the same figures")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     if models:
         parser.add_argument("--models", nargs="+", choices=models, help="only these")
+    for name, values in choices.items():
+        parser.add_argument(f"--{name}", nargs="+", choices=values, help="only these")
     options = parser.parse_args()
-    return Report(benchmark, packages, options.quick, options.json, (options.models or ()) if models else ())
+    return Report(
+        benchmark,
+        packages,
+        options.quick,
+        options.json,
+        (options.models or ()) if models else (),
+        chosen={name: getattr(options, name) or () for name in choices},
+    )
 
 
 def environment(packages: Sequence[str], more: Mapping[str, str]) -> dict[str, Any]:

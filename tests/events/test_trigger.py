@@ -14,12 +14,14 @@ import pytest
 from isthmus.errors import BrokerRefused, ResultStoreUnavailable
 from isthmus.events import limits, processing, trigger
 from isthmus.events.calls import CallLease, Calls
+from isthmus.events.claims import ClaimStore, parse_claim
 from isthmus.events.configuration import TriggerConfiguration, parse_configuration
 from isthmus.events.message import Message
 from isthmus.events.processing import ResultPlace
 from isthmus.events.route import Outcome, RouterReply
 from isthmus.events.stores.sqlite import SqliteRecords
 from isthmus.events.trigger import Trigger, TriggerParts
+from isthmus.registry import FolderStore
 from support.patience import LONG_S
 from support.queue_broker import MessageList, QueueBroker, away
 
@@ -67,6 +69,7 @@ class Setup:
         self.places = [ResultPlace("results", self.results)]
         self.dead_letters: ResultPlace | None = ResultPlace("dead", self.dead)
         self.calls = Calls(records, keep_s=3600, scope="t")
+        self.claims: ClaimStore | None = None
         self.route = ScriptedRoute(lambda message: DONE)
 
     def trigger(self, **options: Any) -> Trigger:
@@ -74,6 +77,7 @@ class Setup:
             consumer=self.broker,
             results=self.places,
             dead_letters=self.dead_letters,
+            claims=self.claims,
             calls=self.calls,
             route=self.route,
         )
@@ -474,3 +478,38 @@ def test_long_work_is_extended_and_its_lease_renewed(setup: Setup, monkeypatch: 
         assert setup.calls.get("m0").lease_until > time.time()
         until(running.is_empty)
     assert setup.broker.delivered[0].extensions > 3
+
+
+def test_expired_calls_and_objects_are_removed(setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trigger, "_BACKLOG_EVERY_S", 0.01)
+    (tmp_path / "claims").mkdir()
+    now = time.time() - 7200
+    setup.claims = ClaimStore(FolderStore(tmp_path / "claims"), max_bytes=100, keep_s=60, clock=lambda: now)
+    setup.claims.deposit(b"old")
+    now = time.time()
+    swept = threading.Event()
+    monkeypatch.setattr(setup.calls, "sweep", swept.set)
+    with setup.running():
+        until(lambda: swept.is_set() and not [p for p in (tmp_path / "claims").rglob("*") if p.is_file()])
+
+
+def test_a_claim_is_redeemed_and_a_large_result_deposited(setup: Setup, tmp_path: Path) -> None:
+    (tmp_path / "claims").mkdir()
+    setup.claims = ClaimStore(FolderStore(tmp_path / "claims"), max_bytes=10**7, keep_s=3600)
+    setup.results.max_bytes = 1000
+    bodies = []
+    large = RouterReply(Outcome.DONE, 200, "text/plain", bytes(2000))
+    setup.route.answer = lambda message: (bodies.append((message.body, message.content_type)), large)[1]
+    setup.drain(Message(setup.claims.deposit(bytes(5000), "image/png").encode(), "m0", headers={"content-type": "x/y"}))
+    assert bodies == [(bytes(5000), "image/png")]
+    (result,) = setup.results.messages
+    assert setup.claims.redeem(parse_claim(result.body)) == bytes(2000)
+
+
+def test_a_claim_whose_object_is_gone_is_a_dead_letter(setup: Setup, tmp_path: Path) -> None:
+    (tmp_path / "claims").mkdir()
+    setup.claims = ClaimStore(FolderStore(tmp_path / "claims"), max_bytes=10**7, keep_s=3600)
+    claim = setup.claims.deposit(b"photo")
+    (tmp_path / "claims" / claim.key).unlink()
+    setup.drain(Message(claim.encode(), "m0"))
+    assert (setup.route.called, setup.dead.messages[0].headers["x-isthmus-status"]) == ([], "410")

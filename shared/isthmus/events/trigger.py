@@ -34,6 +34,8 @@ _WORKERS_PER_REQUEST, _MESSAGES_PER_REQUEST = 2, 3
 # A fetch waits this long for a message, and so does a stop for the fetch.
 _FETCH_S = 1.0
 _BACKLOG_EVERY_S, _SWEEP_EVERY_S = 2.0, 60.0
+# Objects expire at whole hours.
+_SWEEP_CLAIMS_EVERY_S = 3600.0
 _MIN_TICK_S = 0.05
 _log = logging.getLogger(__name__)
 
@@ -246,14 +248,18 @@ class Trigger:
                         _log.debug("a lease was not renewed: %s", e.message)
 
     def _observe(self) -> None:
-        """Read the backlog for the metrics, and remove expired calls."""
-        swept_at = time.monotonic()
+        """Read the backlog for the metrics, and remove expired calls and objects."""
+        calls, claims = self.parts.calls, self.parts.claims
+        sweeps = [(_SWEEP_EVERY_S, calls.sweep), *([] if claims is None else [(_SWEEP_CLAIMS_EVERY_S, claims.sweep)])]
+        # The first at once: a trigger may be started for minutes, day by day.
+        due = [0.0] * len(sweeps)
         while not self._ended.wait(_BACKLOG_EVERY_S):
             try:
                 self._backlog = self.parts.consumer.backlog()
-                if time.monotonic() - swept_at >= _SWEEP_EVERY_S:
-                    swept_at = time.monotonic()
-                    self.parts.calls.sweep()
+                for i, (every_s, sweep) in enumerate(sweeps):
+                    if time.monotonic() >= due[i]:
+                        due[i] = time.monotonic() + every_s
+                        sweep()
             except EventError as e:
                 # The thread that needs it says so; an old figure would mislead.
                 _log.debug("not observed: %s", e.message)

@@ -23,6 +23,7 @@ from isthmus.registry import FolderStore
 from support.cli import document, isthmus
 from support.nats_server import NatsServer, unique_subject
 from support.nats_server import nats_server as nats_server
+from support.nats_server import own_nats_server as own_nats_server
 from support.patience import LONG_S
 from support.ports import free_port
 from support.scripted_router import ScriptedRouter, result_of, scripted_router
@@ -225,3 +226,66 @@ def test_every_message_has_one_result_while_the_trigger_is_killed_at_random(
     assert Counter(m.id for m in results) == Counter(f"m{i}" for i in range(count))
     assert {m.id: m.body for m in results} == {f"m{i}": result_of(b"photo %d" % i) for i in range(count)}
     assert dead == []
+
+
+def test_two_triggers_of_one_name_share_the_messages(stage: Stage, router: ScriptedRouter) -> None:
+    router.pause_s = 0.05
+    stage.send(*(Message(b"photo %d" % i, f"m{i}") for i in range(60)))
+    running = [
+        trigger_process(stage.file, "--until-empty", "--json", stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        for _ in range(2)
+    ]
+    counts = [json.loads(process.communicate(timeout=LONG_S)[0].splitlines()[-1]) for process in running]
+    assert [process.returncode for process in running] == [0, 0]
+    assert sum(count["done"] for count in counts) == 60
+    results, dead = stage.collected()
+    assert Counter(m.id for m in results) == Counter(f"m{i}" for i in range(60))
+    assert (set(router.calls().values()), dead) == ({1}, [])
+
+
+def test_a_broker_that_dies_and_comes_back_is_waited_for(
+    own_nats_server: NatsServer, router: ScriptedRouter, tmp_path: Path
+) -> None:
+    router.pause_s = 0.02
+    with closing(Stage(own_nats_server, router, tmp_path, max_attempts=50)) as stage:
+        stage.send(*(Message(b"photo %d" % i, f"m{i}") for i in range(100)))
+        log = tmp_path / "log"
+        with log.open("w") as file:
+            running = trigger_process(stage.file, stdout=subprocess.DEVNULL, stderr=file)
+        for outage in (1, 2):
+            while len(router.received) < 30 * outage:
+                assert running.poll() is None
+                time.sleep(0.01)
+            own_nats_server.kill()
+            while log.read_text().count("source is away, and is waited for") < outage:
+                assert running.poll() is None
+                time.sleep(0.01)
+            own_nats_server.restart()
+        while len(router.calls()) < 100:
+            assert running.poll() is None
+            time.sleep(0.01)
+        running.send_signal(signal.SIGTERM)
+        running.wait(LONG_S)
+        assert isthmus("trigger", stage.file, "--until-empty").exit_code == 0
+        results, dead = stage.collected()
+        assert Counter(m.id for m in results) == Counter(f"m{i}" for i in range(100))
+        assert dead == []
+
+
+def test_a_broker_that_comes_back_empty_goes_on_with_new_messages(
+    own_nats_server: NatsServer, router: ScriptedRouter, tmp_path: Path
+) -> None:
+    with closing(Stage(own_nats_server, router, tmp_path)) as stage:
+        stage.send(Message(b"", "before"))
+        running = trigger_process(stage.file, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not router.received:
+            assert running.poll() is None
+            time.sleep(0.01)
+        own_nats_server.restart(empty=True)
+        stage.send(Message(b"", "after"))
+        while len(router.received) < 2:
+            assert running.poll() is None
+            time.sleep(0.01)
+        running.send_signal(signal.SIGTERM)
+        running.wait(LONG_S)
+    assert router.calls() == {"before": 1, "after": 1}

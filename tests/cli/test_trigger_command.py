@@ -152,11 +152,12 @@ def test_a_check_names_what_does_not_answer(tmp_path: Path) -> None:
         {"kind": "nats", "url": f"nats://127.0.0.1:{free_port()}", "subject": "photos"},
         {"kind": "objects", "url": str(tmp_path / "results")},
         router={"url": f"http://127.0.0.1:{free_port()}"},
+        dead_letters={"kind": "redis", "url": f"redis://127.0.0.1:{free_port()}", "stream": "dead"},
     )
     ran = isthmus("trigger", file, "--check", "--json")
     assert ran.exit_code == 1
     states = {part["part"]: bool(part["error"]) for part in json.loads(ran.stdout)["parts"]}
-    assert states == {"source": True, "results": False, "records": False, "router": True}
+    assert states == {"source": True, "results": False, "dead letters": True, "records": False, "router": True}
 
 
 @pytest.mark.parametrize(

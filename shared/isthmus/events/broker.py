@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from isthmus.errors import MessageTooLarge
 from isthmus.events.message import Message
@@ -113,6 +113,20 @@ class Publisher(Protocol):
 
     def close(self) -> None:
         """Disconnect."""
+        ...
+
+
+@runtime_checkable
+class Reachable(Protocol):
+    """A publisher that can show without sending that its place answers."""
+
+    def check(self) -> None:
+        """Connect.
+
+        Raises:
+            BrokerUnavailable: no answer.
+            BrokerRefused: credentials, or no such place.
+        """
         ...
 
 

@@ -11,6 +11,7 @@ from functools import partial
 
 from isthmus.errors import BrokerUnavailable, IsthmusError, ResultStoreUnavailable
 from isthmus.events.assembly import open_trigger, trigger_name
+from isthmus.events.broker import Reachable
 from isthmus.events.configuration import Place, TriggerConfiguration, where_of
 from isthmus.events.loops import check_loops
 from isthmus.events.message import Message
@@ -79,7 +80,7 @@ def run_trigger(request: TriggerRequest) -> TriggerStatus:
 
 
 def check_trigger(configuration: TriggerConfiguration, settings: RegistrySettings) -> list[PartCheck]:
-    """Connect once to everything that the configuration names.
+    """Connect once to everything that the configuration names; a callback gets no request.
 
     Raises:
         ConfigurationMalformed: a loop.
@@ -113,7 +114,12 @@ def _check_source(configuration: TriggerConfiguration, settings: RegistrySetting
 
 
 def _check_place(place: Place, settings: RegistrySettings) -> None:
-    open_publisher(place, settings).close()
+    publisher = open_publisher(place, settings)
+    try:
+        if isinstance(publisher, Reachable):
+            publisher.check()
+    finally:
+        publisher.close()
 
 
 def _check_records(configuration: TriggerConfiguration, settings: RegistrySettings) -> None:

@@ -216,6 +216,10 @@ class NatsPublisher:
                 self._connection.run(self._note_limit)
         return (self._max_payload or _DEFAULT_MAX_PAYLOAD) - HEADER_BYTES
 
+    def check(self) -> None:
+        """See `isthmus.events.broker.Reachable.check`."""
+        self._connection.run(self._note_limit)
+
     def publish(self, message: Message) -> None:
         """See `Publisher.publish`.
 

@@ -321,6 +321,11 @@ class RedisPublisher:
                 return _DEFAULT_BULK_BYTES
         return self._max_bytes
 
+    def check(self) -> None:
+        """See `isthmus.events.broker.Reachable.check`."""
+        with _errors(self._url):
+            self._client.ping()
+
     def publish(self, message: Message) -> None:
         """Append unless `message.id` was appended within the last hour.
 

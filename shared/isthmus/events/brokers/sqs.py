@@ -199,6 +199,10 @@ class SqsPublisher:
         """Three quarters, as base64 takes the rest, of the queue's limit without the share of headers."""
         return (self._queue_limit() - self._header_bytes()) // 4 * 3
 
+    def check(self) -> None:
+        """See `isthmus.events.broker.Reachable.check`."""
+        self._queue.attributes(["MaximumMessageSize"])
+
     def publish(self, message: Message) -> None:
         """See `isthmus.events.broker.Publisher.publish`.
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from isthmus.errors import (
     BrokerRefused,
     BrokerUnavailable,
@@ -35,6 +38,11 @@ class ObjectPublisher:
     def max_bytes(self) -> int:
         return MAX_BODY_BYTES
 
+    def check(self) -> None:
+        """See `isthmus.events.broker.Reachable.check`."""
+        with _translated(self.url):
+            self._store.exists("check")
+
     def publish(self, message: Message) -> None:
         """Write the object; the store's own retries apply.
 
@@ -44,15 +52,22 @@ class ObjectPublisher:
             BrokerRefused: the store refuses credentials, or there is no such bucket.
         """
         check_size(message, MAX_BODY_BYTES)
-        try:
+        with _translated(self.url):
             self._store.put_if_absent(object_key(message), message.body)
-        except (RegistryUnavailable, Corrupt) as e:
-            raise BrokerUnavailable(e.message, broker=self.url) from e
-        except RegistryError as e:
-            raise BrokerRefused(e.message, broker=self.url, hint=e.hint) from e
 
     def close(self) -> None:
         """No-op: the store belongs to its opener."""
+
+
+@contextmanager
+def _translated(url: str) -> Iterator[None]:
+    """Errors of a store as a broker's."""
+    try:
+        yield
+    except (RegistryUnavailable, Corrupt) as e:
+        raise BrokerUnavailable(e.message, broker=url) from e
+    except RegistryError as e:
+        raise BrokerRefused(e.message, broker=url, hint=e.hint) from e
 
 
 def object_key(message: Message) -> str:

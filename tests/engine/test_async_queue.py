@@ -309,6 +309,15 @@ def test_the_broker_takes_the_token_alone_and_ends_with_the_engine(tmp_path: Pat
     assert not listens(int(url.rpartition(":")[2]))
 
 
+def test_an_engine_for_measurements_starts_no_broker(tmp_path: Path) -> None:
+    events: list[Event] = []
+    stack = write_stack(tmp_path)
+    with Engine(stack, replicas={"echo": 0, "other": 0}, asynchronous=False, on_event=events.append) as engine:
+        assert http("POST", f"{engine.url}/async-function/echo", body=b"x").status == 503
+    assert not [e for e in events if e.kind == "nats"]
+    assert not (tmp_path / ".isthmus" / "secrets" / "nats-token").exists()
+
+
 def test_a_stated_port_of_the_broker_that_is_taken_stops_the_start(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(LocalError, match="NATS") as caught:
         Engine(write_stack(tmp_path), nats_port=taken.getsockname()[1]).start()

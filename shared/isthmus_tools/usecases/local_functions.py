@@ -61,7 +61,13 @@ def local_functions(
         edge, environment = SlowEdge(edge_slowdown, pids.values()), on_one_thread(environment)
     progress(f"starting the functions of {stack}")
     with Engine(
-        stack, port=0, variables=variables, replicas=unused, environment=environment, on_event=on_event
+        stack,
+        port=0,
+        variables=variables,
+        replicas=unused,
+        environment=environment,
+        asynchronous=False,
+        on_event=on_event,
     ) as engine:
         engine.wait_ready(_START_S, lambda states: progress(f"starting: {_summary(states)}"))
         yield FunctionUrls(f"{engine.url}/function/{HEAD}", f"{engine.url}/function/{TAIL}", token, edge)

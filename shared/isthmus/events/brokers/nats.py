@@ -22,12 +22,12 @@ from isthmus.events.configuration import NatsPlace
 from isthmus.events.message import Message, idempotency_key
 
 DUPLICATE_WINDOW_S = 600.0
-"""How long the server knows the ids of a stream's messages: longer than retries of one message last."""
-# The server's limit counts headers too. Without a fixed share for them, a body's limit would depend on its id.
+"""How long the server knows the ids of a stream's messages: longer than the retries of a message last."""
+# The server's limit counts headers too. Without a fixed share for headers, a body's limit would depend on its id.
 HEADER_BYTES = 4096
 _DEFAULT_MAX_PAYLOAD = 2**20  # of nats-server
 _MAX_FETCH = 256  # messages in memory; of 1 MB each by default
-_MIN_WAIT_S = 0.05  # shorter than a round trip, a fetch would leave its messages to the next one
+_MIN_WAIT_S = 0.05  # shorter than a round trip, a fetch would leave its messages to the next fetch
 _NAME_IN_USE, _OVERLAP = 10058, 10065  # JSStreamNameExistErr, JSStreamSubjectOverlapErr
 _MSG_ID = api.Header.MSG_ID.value
 
@@ -48,7 +48,7 @@ class NatsDelivery:
         metadata = raw.metadata
         headers = {name.lower(): value for name, value in (raw.headers or {}).items()}
         published = metadata.timestamp.timestamp()
-        # The time tells apart messages of equal numbers, which a server with an empty store begins anew.
+        # The time tells messages of equal numbers apart: a server with an empty store numbers from 1 again.
         fallback = f"{metadata.stream}.{metadata.sequence.stream}.{published:.6f}"
         self.message = Message(
             raw.data, idempotency_key(headers, fallback), source=raw.subject, headers=headers, published=published
@@ -72,8 +72,8 @@ class NatsDelivery:
 class NatsConsumer:
     """A durable pull consumer with explicit acknowledgement; see `isthmus.events.broker.Consumer`.
 
-    The stream of the subject is looked up, else made as a work queue: a message goes once it is acknowledged, a full
-    stream refuses more, and the subject has one consumer name. Stream and consumer are made again where they are gone.
+    The stream of the subject is looked up, else made as a work queue: an acknowledged message is removed, a full stream
+    refuses messages, and a subject has a single consumer name. Missing streams and consumers are made again.
     """
 
     def __init__(self, place: NatsPlace, credentials: str = "", limits: StreamLimits = StreamLimits()) -> None:
@@ -91,13 +91,13 @@ class NatsConsumer:
 
     @property
     def extend_every_s(self) -> float:
-        """Half of the time after which the server delivers again."""
+        """Half of the server's time before redelivery."""
         return self._place.ack_wait / 2
 
     def fetch(self, count: int, wait_s: float) -> Sequence[NatsDelivery]:
         """See `Consumer.fetch`; at most 256 messages."""
         until = time.monotonic() + wait_s
-        # Two fetches of one subscription would take each other's status messages.
+        # Concurrent fetches of a subscription would take each other's status messages.
         if not self._fetching.acquire(timeout=max(0.0, wait_s)):
             return ()
         try:
@@ -120,7 +120,7 @@ class NatsConsumer:
         self._connection.stop()
 
     def end(self, delivery: NatsDelivery, answer: Callable[[], Awaitable[None]]) -> None:
-        """Send the one answer that ends a delivery; a second one is ignored."""
+        """Send the answer that ends a delivery; further answers are ignored."""
         with contextlib.suppress(KeyError):
             self._unfinished.pop(delivery)
             self._connection.post(answer)
@@ -190,8 +190,8 @@ class NatsConsumer:
 class NatsPublisher:
     """Publishes to a subject with the message's id; see `isthmus.events.broker.Publisher`.
 
-    A subject without a stream gets one, of which the oldest messages go beyond 1 GiB or seven days, unless
-    `makes_stream` is False because the consumer makes it.
+    A subject without a stream gets a stream that drops its oldest messages beyond 1 GiB or seven days, unless
+    `makes_stream` is False because the consumer makes the stream.
     """
 
     def __init__(self, place: NatsPlace, credentials: str = "", *, makes_stream: bool = True) -> None:
@@ -262,7 +262,7 @@ class NatsPublisher:
 
 
 async def _ensure_stream(js: JetStreamContext, place: NatsPlace, config: api.StreamConfig, limits: StreamLimits) -> str:
-    """The name of the stream that holds the subject, made where it is absent."""
+    """The name of the subject's stream, made where absent."""
     if (name := await _find_stream(js, place)) is not None:
         return name
     name = place.stream or _stream_name(place.subject)
@@ -297,5 +297,5 @@ async def _find_stream(js: JetStreamContext, place: NatsPlace) -> str | None:
 
 
 def _stream_name(subject: str) -> str:
-    """A stream's name, in which dots and wildcards are not allowed."""
+    """A stream's name; dots and wildcards are not allowed there."""
     return re.sub(r"[^A-Za-z0-9_-]", "-", subject.replace("*", "any").replace(">", "all"))

@@ -1,7 +1,7 @@
-"""A connection to a NATS server for threads: one event loop in a thread of its own, connected again for ever.
+"""A connection to a NATS server for threads: an event loop in a thread, reconnected for ever.
 
 Each connect makes a new client. nats-py's own reconnect would send acknowledgements that were buffered for the old
-connection: at a server that came back with an empty store, they would acknowledge other messages of equal numbers.
+connection: at a server with a new, empty store, these would acknowledge other messages of equal numbers.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class NatsConnection(LoopThread["_Supervisor"]):
         """The result of `work` with the connected client.
 
         Raises:
-            BrokerUnavailable: no connection within `connect_timeout_s`, or it broke, or the server did not respond;
+            BrokerUnavailable: no connection within `connect_timeout_s`, a broken connection, or no response;
             the fact `full` is True where a stream takes no more.
             BrokerRefused: credentials, permissions, or a request that the server calls wrong.
             MessageTooLarge: a stream takes less than the server does.
@@ -71,7 +71,7 @@ class NatsConnection(LoopThread["_Supervisor"]):
             raise BrokerUnavailable(f"the connection to {self.url} was closed meanwhile", broker=self.url) from e
 
     def post(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Start `work` without waiting for it; its failure is the server's to notice."""
+        """Start `work` and return; a failure is not reported."""
         loop = self._loop
         if self._value is None or loop is None:
             return
@@ -114,7 +114,7 @@ class _Supervisor:
         self._denied: tuple[float, str] = (0.0, "")
 
     async def keep_connected(self) -> None:
-        """Run until cancelled, then close the client; what was published or acknowledged before is sent."""
+        """Run until cancelled, then flush and close the client."""
         pauses = backoff(_FIRST_PAUSE_S, _MAX_PAUSE_S)
         while True:
             closed = asyncio.Event()
@@ -147,7 +147,7 @@ class _Supervisor:
                 await self._settled.wait()
         client = self._client
         if client is None:
-            # A new one each time: threads would share its traceback.
+            # A new instance each time: threads would share the traceback.
             raise type(self._failure)(self._failure.message, hint=self._failure.hint, **self._failure.facts)
         started, task = time.monotonic(), asyncio.current_task()
         self._running.add(task)
@@ -159,7 +159,7 @@ class _Supervisor:
                 raise
             raise BrokerUnavailable(f"the connection to {self._url} broke", broker=self._url) from e
         except BrokerUnavailable as e:
-            # The server reports a missing permission beside the request, which it leaves without a response.
+            # The server reports a missing permission out of band and leaves the request without a response.
             denied_at, denied = self._denied
             if denied_at >= started:
                 raise BrokerRefused(f"{self._url}: {denied}", broker=self._url) from e
@@ -191,7 +191,7 @@ class _Supervisor:
                         allow_reconnect=False,
                         connect_timeout=int(CONNECT_TIMEOUT_S),
                         reconnect_time_wait=0,
-                        max_reconnect_attempts=1,  # of one connect; without a bound it would not return
+                        max_reconnect_attempts=1,  # per connect; without a bound `connect` would not return
                         ping_interval=_PING_INTERVAL_S,
                         **self._login,
                     )
@@ -246,12 +246,12 @@ def _login(credentials: str, url: str) -> dict[str, Any]:
     """The options of nats-py for the content of a secret.
 
     Raises:
-        BrokerRefused: a credentials file without a usable seed, which nats-py would fail on at every connect.
+        BrokerRefused: a credentials file without a usable seed; nats-py would fail at every connect.
     """
     if not credentials:
         return {}
     if "BEGIN NATS USER JWT" in credentials:
-        import nkeys  # needs libsodium, which other logins do not
+        import nkeys  # needs libsodium; other logins do not
 
         seed = re.search(r"BEGIN USER NKEY SEED-*\s+(\S+)", credentials)
         try:

@@ -124,11 +124,11 @@ class JetStreamRecords:
             return await js.key_value(self._bucket)  # another process was first
 
     def _version(self, revision: object) -> str:
-        # With the bucket's age: the revisions of a bucket that was lost begin again in the next one.
+        # With the bucket's age: the revisions of a lost bucket begin again in the next bucket.
         return f"{self._epoch}/{revision}"
 
     def _revision(self, version: str) -> int:
-        """The revision in a version of this bucket; 0, which no record has, in any other."""
+        """The revision in a version of this bucket; 0, no record's revision, in any other."""
         epoch, _, revision = version.rpartition("/")
         return int(revision) if epoch == self._epoch and revision.isdigit() else 0
 

@@ -18,6 +18,7 @@ import pytest
 from nats.js import JetStreamContext
 
 from isthmus.errors import BrokerRefused, BrokerUnavailable, ConfigurationMalformed, MessageTooLarge
+from isthmus.events.brokers import nats_connection
 from isthmus.events.brokers.nats import HEADER_BYTES, NatsConsumer, NatsDelivery, NatsPublisher
 from isthmus.events.configuration import NatsPlace
 from isthmus.events.message import Message
@@ -31,6 +32,12 @@ def opened() -> Iterator[ExitStack]:
     """Closes consumers and publishers at the end."""
     with ExitStack() as stack:
         yield stack
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine may pause for seconds while the server makes a stream."""
+    monkeypatch.setattr(nats_connection, "CONNECT_TIMEOUT_S", LONG_S)
 
 
 def consumer_of(opened: ExitStack, server: NatsServer, subject: str, **options: Any) -> NatsConsumer:
@@ -246,7 +253,7 @@ def test_a_consumer_name_in_use_for_another_subject_is_refused(nats_server: Nats
     assert consumer_of(opened, nats_server, f"{prefix}.a").backlog().messages == 0
     other = consumer_of(opened, nats_server, f"{prefix}.b")
     with pytest.raises(BrokerRefused, match=rf"'isthmus'.*{prefix}\.a") as caught:
-        other.fetch(1, 5.0)
+        other.fetch(1, LONG_S)
     assert "durable" in caught.value.hint
 
 

@@ -53,8 +53,8 @@ class NatsConnection(LoopThread["_Supervisor"]):
         self._login = _login(credentials.strip(), self.url)
         self._prepare = prepare
 
-    def run(self, work: Callable[[Client], Awaitable[T]], connect_timeout_s: float = CONNECT_TIMEOUT_S) -> T:
-        """The result of `work` with the connected client.
+    def run(self, work: Callable[[Client], Awaitable[T]], connect_timeout_s: float | None = None) -> T:
+        """The result of `work` with the connected client; `connect_timeout_s` is CONNECT_TIMEOUT_S by default.
 
         Raises:
             BrokerUnavailable: no connection within `connect_timeout_s`, a broken connection, or no response;
@@ -65,8 +65,9 @@ class NatsConnection(LoopThread["_Supervisor"]):
         supervisor, loop = self._value, self._loop
         if supervisor is None or loop is None:
             raise BrokerUnavailable(f"the connection to {self.url} is closed", broker=self.url)
+        timeout_s = CONNECT_TIMEOUT_S if connect_timeout_s is None else connect_timeout_s
         try:
-            return asyncio.run_coroutine_threadsafe(supervisor.run(work, connect_timeout_s), loop).result()
+            return asyncio.run_coroutine_threadsafe(supervisor.run(work, timeout_s), loop).result()
         except concurrent.futures.CancelledError as e:
             raise BrokerUnavailable(f"the connection to {self.url} was closed meanwhile", broker=self.url) from e
 

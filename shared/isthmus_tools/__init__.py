@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from isthmus_tools.usecases.plan import PlanRequest, PlanResult, plan
     from isthmus_tools.usecases.profile import ProfileRequest, ProfileResult, profile
     from isthmus_tools.usecases.publication import Publication
+    from isthmus_tools.usecases.trigger import TriggerRequest, run_trigger
 
 _NAMES = {
     "budget": ("Budget",),
@@ -38,6 +39,7 @@ _NAMES = {
     "usecases.plan": ("PlanRequest", "PlanResult", "plan"),
     "usecases.profile": ("ProfileRequest", "ProfileResult", "profile"),
     "usecases.publication": ("Publication",),
+    "usecases.trigger": ("TriggerRequest", "run_trigger"),
     "graph.exporting": ("ModelInputs",),
 }
 _MODULES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
@@ -62,6 +64,7 @@ __all__ = [
     "ProfileResult",
     "Progress",
     "Publication",
+    "TriggerRequest",
     "calibrate",
     "classify_photos",
     "cut",
@@ -71,6 +74,7 @@ __all__ = [
     "package",
     "plan",
     "profile",
+    "run_trigger",
 ]
 
 

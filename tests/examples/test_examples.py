@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from isthmus.settings import RouterSettings
 from support.cli import isthmus
+from support.example_scripts import EXAMPLES, output
 from support.models import package_dir
-from support.paths import ROOT
 from support.routers import served_router
-
-EXAMPLES = ROOT / "examples"
-
-
-def script(folder: Path, name: str, *arguments: object, **variables: str) -> str:
-    """The output of an example's script, started in `folder`."""
-    paths = {"PYTHONPATH": str(ROOT / "shared"), "ISTHMUS_REGISTRY": str(folder / "registry")}
-    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
-    environment = os.environ | paths | variables
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 def commands(page: str) -> list[list[str]]:
@@ -53,7 +38,7 @@ def router_settings(tmp_path: Path) -> RouterSettings:
 def test_a_cnn_is_trained_calibrated_and_classifies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("sklearn")
-    said = script(tmp_path, "cnn/train.py")
+    said = output(tmp_path, "cnn/train.py")
     accuracy = re.match(r"([\d.]+)%", said)
     assert accuracy is not None
     assert float(accuracy[1]) > 90
@@ -72,12 +57,12 @@ def test_a_detector_finds_lines_in_process_and_by_a_router(
     page = package_dir("skimage") / "data" / "page.png"
     for command in commands("detector/README.md"):
         run(tmp_path, [part.replace("$MODEL", str(folder)) for part in command], monkeypatch)
-    local = script(tmp_path, "detector/detect.py", page)
+    local = output(tmp_path, "detector/detect.py", page)
     boxes = [tuple(map(int, line.split())) for line in local.splitlines()]
     assert len(boxes) >= 5
     assert all(left < right <= 384 and top < bottom <= 191 for left, top, right, bottom in boxes)
     with served_router(named(router_settings, "detector")) as url:
-        assert script(tmp_path, "detector/detect.py", page, url) == local
+        assert output(tmp_path, "detector/detect.py", page, url) == local
 
 
 def test_sentences_are_ranked_by_meaning_in_process_and_by_a_router(
@@ -88,10 +73,10 @@ def test_sentences_are_ranked_by_meaning_in_process_and_by_a_router(
     for command in commands("text/README.md"):
         run(tmp_path, [part.replace("all-MiniLM-L6-v2/", str(folder)) for part in command], monkeypatch)
     sentences = ("a cat on a mat", "stocks fell sharply today", "the kitten sleeps on the rug")
-    ranked = script(tmp_path, "text/similar.py", folder / "tokenizer.json", *sentences)
+    ranked = output(tmp_path, "text/similar.py", folder / "tokenizer.json", *sentences)
     assert [line.partition(" ")[2] for line in ranked.splitlines()] == [sentences[2], sentences[1]]
     with served_router(named(router_settings, "minilm")) as url:
-        again = script(tmp_path, "text/similar.py", folder / "tokenizer.json", *sentences, ISTHMUS_URL=url)
+        again = output(tmp_path, "text/similar.py", folder / "tokenizer.json", *sentences, ISTHMUS_URL=url)
     assert again == ranked
 
 

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from isthmus.errors import BrokerUnavailable, IsthmusError, ResultStoreUnavailable
@@ -38,7 +38,7 @@ class TriggerRequest:
 
     configuration: TriggerConfiguration
     settings: RegistrySettings
-    stop: threading.Event
+    stop: threading.Event = field(default_factory=threading.Event)
     until_empty: bool = False
     on_status: Callable[[TriggerStatus], None] = _ignore_status
     status_every_s: float = 5.0

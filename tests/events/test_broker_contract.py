@@ -15,12 +15,15 @@ from isthmus.errors import BrokerRefused, BrokerUnavailable, MessageTooLarge
 from isthmus.events.broker import Backlog, Consumer, Delivery, Publisher
 from isthmus.events.message import Message
 from support.brokers import BrokerServer, fetched, published, unique_place
+from support.mqtt_server import Mqtt3Server, MqttServer
 from support.nats_broker import NatsBroker
 from support.patience import LONG_S, eventually
 from support.redis_server import RedisServer
 from support.sqs_server import SqsFifoServer, SqsServer
 
 SERVERS: dict[str, Callable[[Path], BrokerServer]] = {
+    "mqtt": MqttServer,
+    "mqtt-3.1.1": Mqtt3Server,
     "nats": NatsBroker,
     "redis": RedisServer,
     "sqs": SqsServer,
@@ -85,6 +88,7 @@ def bench(server: BrokerServer) -> Iterator[Bench]:
 def mortal(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
     """A bench at a server of its own, for tests that kill it."""
     server = SERVERS[request.param](tmp_path / request.param)
+    server.is_shared = False
     with ExitStack() as stack:
         stack.callback(server.kill)
         yield Bench(server, stack)

@@ -29,6 +29,8 @@ class BrokerServer(ABC):
     """Whether messages survive the death of the server."""
     tells_backlog = True
     checks_passwords = True
+    is_shared = True
+    """Whether a test has several consumers of a place; mosquitto 2.0 forgets shared subscriptions when it restarts."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -60,6 +62,13 @@ class BrokerServer(ABC):
         """End the server as a power cut would."""
         if self._process is not None:
             self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def stop(self) -> None:
+        """End the server in order, with all its data on the disk."""
+        if self._process is not None:
+            self._process.terminate()
             self._process.wait()
             self._process = None
 

@@ -305,7 +305,7 @@ class CallUnknown(EventError):
 
 
 class SpoolFull(EventError):
-    """The spool of deferred requests has reached its bound, or its disk is full. Facts: `bytes`, `limit`."""
+    """The spool of deferred requests has reached its bound, or its disk is full. Facts: `bytes`, `limit`, `of`."""
 
     public_message = ""
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from isthmus.errors import ConfigurationMalformed, SpoolFull
-from isthmus.events.message import Message
-from isthmus.events.spool import CONTINUATION, MIN_BYTES, EventSpool
+from isthmus.events.configuration import MIN_SPOOL_BYTES as MIN_BYTES
+from isthmus.events.message import CONTINUATION, Message
+from isthmus.events.spool import EventSpool
 from isthmus.pipeline import continuation
 from support.patience import LONG_S
 
@@ -138,13 +139,12 @@ def test_a_removed_entry_makes_room(spool: EventSpool) -> None:
     assert ids(spool) == [*(f"f{i}" for i in range(1, count)), "new"]
 
 
-def test_what_fits_alone_is_told_from_what_never_fits(spool: EventSpool) -> None:
-    assert spool.may_hold(Message(bytes(MIN_BYTES - 40_000), "m"))
-    large = Message(bytes(MIN_BYTES), "m")
-    assert not spool.may_hold(large)
+@pytest.mark.parametrize(("size", "of"), [(MIN_BYTES - 50_000, "bound"), (MIN_BYTES, "entry")])
+def test_what_never_fits_is_told_from_what_does_not_fit_now(spool: EventSpool, size: int, of: str) -> None:
+    fill(spool)
     with pytest.raises(SpoolFull) as e:
-        spool.add(large)
-    assert (e.value.facts["bytes"] >= MIN_BYTES, e.value.facts["limit"]) == (True, MIN_BYTES)
+        spool.add(Message(bytes(size), "m"))
+    assert (e.value.facts["of"], e.value.facts["limit"]) == (of, MIN_BYTES)
 
 
 def test_an_emptied_spool_gives_its_disk_back(folder: Path) -> None:

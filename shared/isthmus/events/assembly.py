@@ -13,6 +13,7 @@ from isthmus.events.loops import check_loops
 from isthmus.events.open import open_consumer, open_publisher
 from isthmus.events.processing import ResultPlace
 from isthmus.events.route import RouterRoute
+from isthmus.events.spool import EventSpool
 from isthmus.events.stores.open import open_claims, open_records
 from isthmus.events.trigger import Trigger, TriggerParts
 from isthmus.settings import RegistrySettings
@@ -38,6 +39,10 @@ def open_trigger(configuration: TriggerConfiguration, settings: RegistrySettings
         dead_letters = None if dead is None else ResultPlace(where_of(dead), open_publisher(dead, settings))
         for place in (*results, *filter(None, [dead_letters])):
             opened.callback(place.publisher.close)
+        table = configuration.spool
+        spool = None if table is None else EventSpool(table.folder, table.max_bytes)
+        if spool is not None:
+            opened.callback(spool.close)
         name, route = trigger_name(configuration), RouterRoute(configuration.router)
         consumer = open_consumer(configuration.source, settings)
         parts = TriggerParts(
@@ -47,6 +52,7 @@ def open_trigger(configuration: TriggerConfiguration, settings: RegistrySettings
             claims=claims,
             calls=Calls(records, keep_s=float(configuration.records.keep), scope=name, objects=claims),
             route=route,
+            spool=spool,
             closers=(route.close, records.close),
         )
         trigger = Trigger(configuration, parts, name)

@@ -19,6 +19,7 @@ from isthmus.units import parse_duration, parse_size
 # A configuration is a page; a larger file is a wrong path.
 _MAX_BYTES = 256 * 2**10
 DEFAULT_FILE = "trigger.toml"
+MIN_SPOOL_BYTES = 2**20
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 Text = Annotated[str, Meta(min_length=1, max_length=1024)]
 Count = Annotated[int, Meta(ge=1, le=100_000)]
@@ -147,12 +148,16 @@ class ClaimsTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 class SpoolTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The folder in which requests wait for a cloud that cannot be reached, within `max_bytes`.
 
-    `full` says what happens beyond: `refuse` leaves messages with their broker, `drop-oldest` gives up the oldest.
+    `full` says what happens beyond: `refuse` leaves messages with their broker, `drop-oldest` gives up the oldest. The
+    router tries to reach the tail for `wait` (in whole seconds). With `messages` whole messages wait too, where the
+    router has no continuation for them.
     """
 
     folder: Text = ".isthmus/trigger/spool"
     max_bytes: Bytes = Bytes(2**30)
     full: Annotated[str, Meta(pattern=r"^(refuse|drop-oldest)$")] = "refuse"
+    wait: Seconds = Seconds(5)
+    messages: bool = False
 
 
 class TriggerConfiguration(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -251,6 +256,15 @@ def _check(configuration: TriggerConfiguration, name: str) -> None:
         raise ConfigurationMalformed(f"{name}: router.url is no http URL", where="router.url")
     if configuration.order_by not in ("", "source", "key") and not configuration.order_by.startswith("header:"):
         raise ConfigurationMalformed(f"{name}: order_by is `source`, `key` or `header:NAME`", where="order_by")
+
+    spool = configuration.spool
+    if spool is not None and spool.max_bytes < MIN_SPOOL_BYTES:
+        raise ConfigurationMalformed(f"{name}: spool.max_bytes is less than 1MiB", where="spool.max_bytes")
+    if spool is not None and not 1 <= spool.wait <= configuration.router.timeout:
+        raise ConfigurationMalformed(
+            f"{name}: spool.wait is not between 1s and router.timeout, {configuration.router.timeout:g}s",
+            where="spool.wait",
+        )
 
 
 def _decode_unit(kind: type[Any], text: Any) -> Any:

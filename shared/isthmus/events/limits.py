@@ -32,14 +32,33 @@ class RouteLimit:
     Requests wait for a slot in the order of their threads' arrival.
     """
 
-    def __init__(self, max_limit: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        max_limit: int,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        first_pause_s: float | None = None,
+        max_pause_s: float | None = None,
+    ) -> None:
         self._max, self._clock = max_limit, clock
+        self._first_pause_s = _FIRST_PAUSE_S if first_pause_s is None else first_pause_s
+        self._max_pause_s = _MAX_PAUSE_S if max_pause_s is None else max_pause_s
         self._limit = float(max_limit)
         self._changed = threading.Condition()
         self._requests = 0
         self._is_away = self._is_closed = False
         self._resume_at = self._decreased_at = 0.0
-        self._pause_s = _FIRST_PAUSE_S
+        self._pause_s = self._first_pause_s
+
+    @property
+    def max_limit(self) -> int:
+        """The most requests at a time."""
+        return self._max
+
+    @property
+    def is_away(self) -> bool:
+        """Whether the latest response said so, or there was none."""
+        return self._is_away
 
     @property
     def limit(self) -> int:
@@ -71,18 +90,30 @@ class RouteLimit:
         with self._changed:
             now = self._clock()
             if outcome in (Outcome.AWAY, Outcome.UNCLEAR):
+                if self._is_away and self._paused_s() > 0:
+                    return  # of the same cause: requests that were under way
                 # Both say that others would fare alike: one request at a time finds out.
                 self._is_away = True
-                self._resume_at = now + min(_MAX_PAUSE_S, retry_after_s or jittered(self._pause_s, self._pause_s / 4))
-                self._pause_s = min(_MAX_PAUSE_S, self._pause_s * 2)
+                pause_s = retry_after_s or jittered(self._pause_s, self._pause_s / 4)
+                self._resume_at = now + min(self._max_pause_s, pause_s)
+                self._pause_s = min(self._max_pause_s, self._pause_s * 2)
                 return
-            self._is_away, self._pause_s = False, _FIRST_PAUSE_S
+            self._is_away, self._pause_s = False, self._first_pause_s
+            self._resume_at = now
             if outcome is Outcome.BUSY:
                 if now - self._decreased_at >= _SAME_CAUSE_S:
                     self._decreased_at, self._limit = now, max(1.0, self._limit * _DECREASE)
             else:
                 self._limit = min(self._max, self._limit + 1 / (_ROUNDS_PER_INCREASE * self._limit))
             self._changed.notify_all()
+
+    def try_soon(self) -> None:
+        """There are signs that the router, if it was away, is back: no further pause than the first one."""
+        with self._changed:
+            if self._is_away:
+                self._resume_at = min(self._resume_at, self._clock() + self._first_pause_s)
+                self._pause_s = self._first_pause_s
+                self._changed.notify_all()
 
     def close(self) -> None:
         """Let everybody who waits go."""

@@ -10,6 +10,8 @@ from typing import Self
 # Ids become keys of stores, headers and log lines.
 MAX_ID_CHARACTERS = 128
 CONTENT_TYPE = "content-type"
+CONTINUATION = "application/vnd.isthmus.continuation"
+"""Media type of a request that the router finishes later. Source: docs/reference/continuation.md."""
 # In order of precedence: the event's own identity survives a forwarding that the ids of one queue do not.
 # Source: docs/how-to/events.md, "The id of a message".
 _ID_HEADERS = (

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 from isthmus.errors import (
     BrokerRefused,
@@ -22,15 +22,18 @@ from isthmus.errors import (
     IsthmusError,
     MessageTooLarge,
     ResultStoreUnavailable,
+    SpoolFull,
     http_status,
 )
 from isthmus.events.broker import Delivery, Publisher
 from isthmus.events.calls import Call, CallLease, Calls
 from isthmus.events.claims import CONTENT_TYPE as CLAIM_CONTENT_TYPE
 from isthmus.events.claims import ClaimStore, looks_like_claim, parse_claim
+from isthmus.events.deferral import Deferral
 from isthmus.events.limits import Availability, RouteLimit, Value
 from isthmus.events.message import CONTENT_TYPE, Message
 from isthmus.events.route import Outcome, RouterReply
+from isthmus.events.spool import EventSpool
 from isthmus.retries import jittered
 
 LEASE_S = 10.0
@@ -44,6 +47,12 @@ _MAX_BACKOFF_S = 60.0
 # A refused request waits as long as the router asks, and at least this long.
 _MIN_BUSY_S, _MAX_BUSY_S = 0.05, 30.0
 _STORE, _SENDING = (ResultStoreUnavailable,), (BrokerUnavailable,)
+_SPOOLING = (SpoolFull, ResultStoreUnavailable)
+# Between looks whether earlier messages of the lane have left the spool.
+_LANE_LOOK_S = 0.2
+# Entries of the spool that are in work are passed over where the oldest is to be dropped.
+_MAX_PASSED = 64
+_WAITS, _DROPPED = "waits for the cloud", "dropped: the spool was full"
 _log = logging.getLogger(__name__)
 
 
@@ -57,8 +66,8 @@ class ResultPlace(NamedTuple):
 class MessageHandler(Protocol):
     """Serves a message; every failure is a reply."""
 
-    def call(self, message: Message) -> RouterReply:
-        """The router's reply."""
+    def call(self, message: Message, wait_s: int = 0) -> RouterReply:
+        """The router's reply; with `wait_s`, as `RouterRoute.call`, perhaps a continuation."""
         ...
 
 
@@ -68,6 +77,8 @@ class MessageCounts:
 
     `received` counts deliveries, `duplicates` those of messages that were over, `retried` failed attempts that are made
     again, `deferred` requests that the router was too busy for or away, `refused` results that a place refused.
+    `spooled` messages wait for the cloud on this machine's disk, `drained` ones of them are done, and `dropped` ones
+    have failed as the spool was full.
     """
 
     received: int = 0
@@ -78,15 +89,23 @@ class MessageCounts:
     deferred: int = 0
     dead_letters: int = 0
     refused: int = 0
+    spooled: int = 0
+    drained: int = 0
+    dropped: int = 0
 
 
 @dataclass(eq=False)
 class Job:
-    """A delivery in this process. `successes` is the route's count when it was fetched."""
+    """A delivery in this process. `successes` is the route's count when it was fetched.
+
+    `lane` is that of its order, None without; `is_deferred` tells an entry of the spool from a broker's message.
+    """
 
     delivery: Delivery
     successes: int = 0
     extended_at: float = 0.0
+    lane: str | None = None
+    is_deferred: bool = False
     lease: CallLease | None = None
     leased_at: float = 0.0
 
@@ -94,6 +113,25 @@ class Job:
         """Note the lease, to be renewed."""
         self.lease, self.leased_at = lease, time.monotonic()
         return lease
+
+
+@dataclass(frozen=True)
+class SpoolDelivery:
+    """An entry of the spool as a delivery, which stays until it is acknowledged."""
+
+    message: Message
+    remove: Callable[[str], object]
+    attempt = 1
+
+    def ack(self) -> None:
+        """See `Delivery`."""
+        self.remove(self.message.id)
+
+    def retry(self, after_s: float) -> None:
+        """See `Delivery`."""
+
+    def extend(self) -> None:
+        """See `Delivery`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +147,7 @@ class Processor:
     results: Sequence[ResultPlace]
     dead_letters: ResultPlace | None
     claims: ClaimStore | None
+    deferral: Deferral | None = None
     max_attempts: int
     retry_after_s: float
     count: MessageCounting
@@ -125,11 +164,9 @@ class Processor:
         if self.name in path or len(path) > MAX_PATH:
             self._refuse_loop(job)
             return None
-        begun = self._stored(
-            lambda: self.calls.begin(
-                message.id, self.owner, LEASE_S, message.source, anew=message.headers.get(REASON, "") != ""
-            )
-        )
+        # A dead letter that came again: what was spooled of it before and dropped stays so.
+        anew = message.headers.get(REASON, "") != "" and not job.is_deferred
+        begun = self._begin(message, anew=anew)
         if isinstance(begun, CallLease):
             return self._run(job, job.take(begun))
         return self._repeated(job, begun)
@@ -146,28 +183,105 @@ class Processor:
         job.delivery.retry(0.0)
 
     def _run(self, job: Job, lease: CallLease) -> float | None:
-        attempts = lease.call.attempts
-        if attempts > self.max_attempts:
-            # The attempts before ended with their triggers.
+        attempts, deferral = lease.call.attempts, None if job.is_deferred else self.deferral
+        if deferral is not None and self._spool(lambda spool: spool.contains(lease.call.id)):
+            self._release(job, lease, lease.call.reason)
+            self.count("duplicates")
+            job.delivery.ack()
+            return None
+        if deferral is not None and not deferral.cloud.is_away and self._is_behind(job):
+            return self._wait_behind(job, lease)
+        if attempts > self.max_attempts and not job.is_deferred:
+            # The attempts before ended with their triggers. Spooled requests are in work all the time that the cloud is
+            # away, whenever a trigger ends.
             reply = RouterReply(Outcome.FAILED, 500, reason=f"{attempts - 1} attempts ended without an outcome")
             return self._fail(job, lease, reply)
         try:
             message = self._redeemed(job.delivery.message)
         except (ClaimExpired, EventMalformed, MessageTooLarge) as e:
             return self._fail(job, lease, _refusal(e))
-        reply = self._call(message)
+        reply = self._call(job, message)
+        if deferral is not None and deferral.takes(reply):
+            self._defer(job, lease, reply, deferral)
+            return None
         if reply.outcome is Outcome.DONE:
-            return self._finish(job, lease, reply)
+            return self._wait_behind(job, lease) if self._is_behind(job) else self._finish(job, lease, reply)
         if reply.outcome is Outcome.REFUSED:
             return self._fail(job, lease, reply)
-        blame = reply.outcome is Outcome.FAILED or self.count.counts.done > job.successes
+        blame = self._blames(job, reply)
         if blame and attempts >= self.max_attempts:
             return self._fail(job, lease, reply)
-        job.lease = None
-        self._stored(lambda: self.calls.release(lease, reply.reason, blame=blame))
-        self.count("retried")
+        waits = job.is_deferred and not blame
+        self._release(job, lease, f"{_WAITS}: {reply.reason}" if waits else reply.reason, blame=blame)
+        if not waits:
+            self.count("retried")
         tries = attempts if blame else job.delivery.attempt
         return jittered(min(_MAX_BACKOFF_S, self.retry_after_s * 2.0 ** min(tries - 1, 10)), self.retry_after_s / 10)
+
+    def _blames(self, job: Job, reply: RouterReply) -> bool:
+        """Whether the outcome is the message's fault: of its own, or as others succeeded meanwhile."""
+        counts = self.count.counts
+        if reply.outcome is Outcome.UNCLEAR and job.is_deferred:
+            # When the link breaks, requests under way beside this one have just ended well.
+            return counts.drained > job.successes + self.limit.max_limit
+        return reply.outcome is Outcome.FAILED or (reply.outcome is Outcome.UNCLEAR and counts.done > job.successes)
+
+    def _is_behind(self, job: Job) -> bool:
+        """Whether earlier messages of its lane are in the spool; their results come first."""
+        lane = job.lane
+        if self.deferral is None or job.is_deferred or lane is None:
+            return False
+        return self._spool(lambda spool: spool.has_lane(lane))
+
+    def _wait_behind(self, job: Job, lease: CallLease) -> float:
+        self._release(job, lease, "waits for earlier messages of its key")
+        return jittered(_LANE_LOOK_S, _LANE_LOOK_S / 4)
+
+    def _defer(self, job: Job, lease: CallLease, reply: RouterReply, deferral: Deferral) -> None:
+        """Spool the message, and acknowledge it; waits while there is no room, so that its broker keeps it."""
+
+        def add() -> None:
+            while True:
+                try:
+                    deferral.add(job.delivery.message, job.lane, reply)
+                    return
+                except SpoolFull as e:
+                    if not deferral.drops_for(e) or not self._drop_oldest(deferral):
+                        raise
+
+        self.availability.until("spool", add, _SPOOLING)
+        self._release(job, lease, f"{_WAITS}: {reply.reason}")
+        self.count("spooled")
+        job.delivery.ack()
+
+    def _drop_oldest(self, deferral: Deferral) -> bool:
+        """Let the oldest entry that is not in work fail; False where there is none."""
+        seq = 0
+        for _ in range(_MAX_PASSED):
+            entries = deferral.spool.after(seq, 1, 0)
+            if not entries:
+                return False
+            seq, message = entries[0].seq, entries[0].message
+            begun = self._begin(message, anew=False)
+            if isinstance(begun, CallLease):
+                job = Job(SpoolDelivery(message, deferral.spool.remove), lane=entries[0].lane, is_deferred=True)
+                self.count("dropped")
+                self._fail(job, job.take(begun), RouterReply(Outcome.REFUSED, 507, reason=_DROPPED))
+                return True
+        return False
+
+    def _release(self, job: Job, lease: CallLease, reason: str, *, blame: bool = False) -> None:
+        # Without a lease first: it must not be renewed afterwards.
+        job.lease = None
+        self._stored(lambda: self.calls.release(lease, reason, blame=blame))
+
+    def _begin(self, message: Message, *, anew: bool) -> CallLease | Call:
+        return self._stored(lambda: self.calls.begin(message.id, self.owner, LEASE_S, message.source, anew=anew))
+
+    def _spool(self, operation: Callable[[EventSpool], Value]) -> Value:
+        """The result of an operation on the spool, which exists."""
+        spool = cast(Deferral, self.deferral).spool
+        return self.availability.until("spool", lambda: operation(spool), _STORE)
 
     def _redeemed(self, message: Message) -> Message:
         """The message with the body that its claim refers to, where it is a claim."""
@@ -187,15 +301,26 @@ class Processor:
         claim = self.availability.until("claims", lambda: claims.deposit(message.body, message.content_type), _STORE)
         return replace(message, body=claim.encode(), headers={**message.headers, CONTENT_TYPE: CLAIM_CONTENT_TYPE})
 
-    def _call(self, message: Message) -> RouterReply:
-        """The router's reply to this message, once it takes it."""
+    def _call(self, job: Job, message: Message) -> RouterReply:
+        """The router's reply to this message, once it takes it; of an entry of the spool any reply."""
+        deferral = self.deferral
         while True:
+            if deferral is not None and not job.is_deferred and deferral.takes_unasked():
+                return RouterReply(Outcome.AWAY, reason="the cloud is away, as for the messages before")
             with self.limit.slot():
-                reply = self.route.call(message)
+                reply = self.route.call(message, 0 if deferral is None or job.is_deferred else deferral.wait_s)
+            if deferral is not None and job.is_deferred:
+                deferral.note(reply)
+                # Of the hops behind the router, which others may not need.
+                if reply.outcome not in (Outcome.AWAY, Outcome.UNCLEAR):
+                    self.limit.note(reply.outcome, reply.retry_after_s)
+                return reply
             self.limit.note(reply.outcome, reply.retry_after_s)
+            if deferral is not None:
+                deferral.note_message(reply)
             is_away = reply.outcome in (Outcome.AWAY, Outcome.UNCLEAR)
             self.availability.note("router", reply.reason if is_away else "")
-            if reply.outcome not in (Outcome.BUSY, Outcome.AWAY):
+            if reply.outcome not in (Outcome.BUSY, Outcome.AWAY) or (deferral is not None and deferral.takes(reply)):
                 return reply
             self.count("deferred")
             if reply.outcome is Outcome.BUSY:
@@ -225,7 +350,7 @@ class Processor:
         if ended.call.owner != self.owner:
             return self._repeated(job, ended.call)
         self._publish(job, ended)
-        self.count("done" if ended.call.state == "done" else "failed")
+        self._count_end(job, ended.call)
         job.delivery.ack()
         return None
 
@@ -244,9 +369,14 @@ class Processor:
             return jittered(max(0.1, call.lease_until - self.clock()), 0.1)
         job.take(lease)
         self._publish(job, lease)
-        self.count("done" if call.state == "done" else "failed")
+        self._count_end(job, call)
         job.delivery.ack()
         return None
+
+    def _count_end(self, job: Job, call: Call) -> None:
+        self.count("done" if call.state == "done" else "failed")
+        if job.is_deferred and call.state == "done":
+            self.count("drained")
 
     def _targets(self, call: Call) -> Sequence[ResultPlace]:
         """The places of a call's result; of an error the dead letters, and without those the places of results."""

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from isthmus.context import Context, Deadline
 from isthmus.events.configuration import RouterTable
-from isthmus.events.message import Message
+from isthmus.events.message import CONTINUATION, Message
 from isthmus.http.pool import (
     BrokenOff,
     ConnectionPool,
@@ -47,6 +47,8 @@ class Outcome(Enum):
     """Not reached or not ready: says nothing of the message."""
     FAILED = "failed"
     """An error with this message at work: an attempt."""
+    DEFERRED = "deferred"
+    """The head has run and the tail gave no response: `body` is the continuation."""
     UNCLEAR = "unclear"
     """No response in time, or none of the function's own: an attempt where other messages succeed meanwhile."""
 
@@ -73,16 +75,20 @@ class RouterRoute:
         self._query = f"model={quote(table.model, safe=':')}" if table.model else ""
         self._pool = ConnectionPool(table.url, connect_timeout_s=min(_CONNECT_TIMEOUT_S, self._timeout_s))
 
-    def call(self, message: Message) -> RouterReply:
-        """POST the message; every failure is a reply."""
+    def call(self, message: Message, wait_s: int = 0) -> RouterReply:
+        """POST the message, a continuation to /continue; every failure is a reply.
+
+        With `wait_s` the reply may be a continuation: where the tail gives no response for so long.
+        """
         deadline = Deadline.after(self._timeout_s + _LATE_S)
         try:
             response = self._pool.post(
                 [message.body],
-                self._headers(message),
+                {**self._headers(message), **_preference(message, wait_s)},
                 deadline,
                 max_bytes=MAX_RESULT_BYTES,
-                max_error_bytes=_MAX_ERROR_BYTES,
+                max_error_bytes=MAX_RESULT_BYTES if wait_s else _MAX_ERROR_BYTES,
+                path="/continue" if message.content_type == CONTINUATION else "",
                 query=self._query,
             )
         except Unreachable as e:
@@ -114,6 +120,14 @@ class RouterRoute:
         return {**dict(forwarded(message.headers)), **plain}
 
 
+def _preference(message: Message, wait_s: int) -> dict[str, str]:
+    """Headers that ask for a continuation. Source: docs/reference/continuation.md."""
+    if not wait_s:
+        return {}
+    accept = message.headers.get("accept", "*/*")
+    return {"accept": f"{accept if _is_plain(accept) else '*/*'}, {CONTINUATION}", "Prefer": f"wait={wait_s}"}
+
+
 def forwarded(headers: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """The headers that mean something to the router, bounded; the trace is not among them."""
     known = [name for name in headers if name in _FORWARDED or name.startswith("ce-")]
@@ -131,9 +145,12 @@ def _reply(url: str, response: Response) -> RouterReply:
     status, content_type = response.status, response.headers.get("content-type", "")
     if 200 <= status < 300:
         return RouterReply(Outcome.DONE, status, content_type, bytes(response.body))
+    after_s = retry_after_seconds(response.headers.get("retry-after", ""))
+    if status == 503 and content_type.partition(";")[0].strip().lower() == CONTINUATION:
+        reason = f"{url} answered that the tail gives no response"
+        return RouterReply(Outcome.DEFERRED, status, content_type, bytes(response.body), reason, retry_after_s=after_s)
     document = _error_document(response.body)
     text = str(document.get("error") or bytes(response.body[:200]).decode("utf-8", "replace")).strip() or "no body"
-    after_s = retry_after_seconds(response.headers.get("retry-after", ""))
     outcome = _outcome(status, document, response.headers.get("x-openfaas-internal", ""))
     return RouterReply(
         outcome,

@@ -23,9 +23,6 @@ from isthmus.errors import ConfigurationMalformed, ResultStoreUnavailable, Spool
 from isthmus.events.message import Message
 from isthmus.events.stores.sqlite_file import SqliteFile, SqliteSchema, is_full
 
-CONTINUATION = "application/vnd.isthmus.continuation"
-"""Media type of a message that goes to /continue. Source: docs/reference/continuation.md."""
-MIN_BYTES = 2**20
 SCHEMA_VERSION = 1
 _PAGE_BYTES = 4096
 # An entry's share of inner pages, of two indices and of a page that is not full.
@@ -103,7 +100,8 @@ class EventSpool:
         """Append a message, on the disk once this returns; False where its id is here already.
 
         Raises:
-            SpoolFull: the bound is reached, or the disk is full; the spool is as before.
+            SpoolFull: the spool is as before. Its fact `of` is `bound`, `disk`, or `entry` for a message that is too
+                large for an empty spool.
             ResultStoreUnavailable, StoreDamaged: the disk gives another error.
         """
         row = (lane, message.source, message.key, _encoded(message.headers), message.published, self._clock())
@@ -119,16 +117,13 @@ class EventSpool:
         except ResultStoreUnavailable as e:
             if not is_full(e):
                 raise
-            raise SpoolFull(f"the disk of the spool is full: {e.message}", bytes=size, limit=self.max_bytes) from e
+            reason = f"the disk of the spool is full: {e.message}"
+            raise SpoolFull(reason, bytes=size, limit=self.max_bytes, of="disk") from e
         if added:
             with self._count_lock:
                 self._count += 1
             self.grew.set()
         return added
-
-    def may_hold(self, message: Message) -> bool:
-        """Whether the message fits into the spool where nothing else is in it."""
-        return _pages(len(message.body) + len(_encoded(message.headers))) + _ENTRY_PAGES <= self._max_pages
 
     def contains(self, message_id: str) -> bool:
         """Whether an entry of this id waits."""
@@ -202,6 +197,7 @@ class EventSpool:
                 f"the spool has {used * _PAGE_BYTES} of its {self.max_bytes} bytes, and {size} more do not fit",
                 bytes=size,
                 limit=self.max_bytes,
+                of="bound" if _pages(size) + 2 * _ENTRY_PAGES <= self._max_pages else "entry",
                 hint="raise max_bytes of [spool], or see full",
             )
 

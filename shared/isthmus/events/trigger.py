@@ -19,10 +19,13 @@ from isthmus.events.broker import Backlog, Consumer, Delivery
 from isthmus.events.calls import Calls
 from isthmus.events.claims import ClaimStore
 from isthmus.events.configuration import TriggerConfiguration
+from isthmus.events.deferral import Deferral
+from isthmus.events.draining import Drainer
 from isthmus.events.lanes import Lanes
 from isthmus.events.limits import Availability, RouteLimit, Stopping
 from isthmus.events.message import Message
 from isthmus.events.processing import LEASE_S, Job, MessageCounting, MessageHandler, Processor, ResultPlace
+from isthmus.events.spool import EventSpool, SpoolStatus
 
 # Messages in memory beyond those in work: behind another of their lane, or waiting for another attempt.
 MAX_JOBS = 1024
@@ -54,6 +57,7 @@ class TriggerStatus:
     limit: int
     backlog: Backlog
     away: Mapping[str, str]
+    spool: SpoolStatus | None = None
 
     @property
     def is_ready(self) -> bool:
@@ -63,7 +67,7 @@ class TriggerStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class TriggerParts:
-    """The opened counterparts of a trigger, closed by it."""
+    """The opened counterparts of a trigger, closed by it. `spool` is that of the configuration's table."""
 
     consumer: Consumer
     results: Sequence[ResultPlace]
@@ -71,6 +75,7 @@ class TriggerParts:
     claims: ClaimStore | None = None
     calls: Calls
     route: MessageHandler
+    spool: EventSpool | None = None
     closers: Sequence[Callable[[], None]] = field(default=())
 
 
@@ -84,6 +89,8 @@ class Trigger:
         self._limit = RouteLimit(configuration.router.concurrency)
         self._counts = MessageCounting()
         self._availability = Availability(self._stop, self._tell)
+        table, concurrency = configuration.spool, configuration.router.concurrency
+        self._deferral = None if table is None or parts.spool is None else Deferral(table, parts.spool, concurrency)
         self._processor = Processor(
             name=name,
             # Unlike a name of the process, never given again after a restart.
@@ -95,6 +102,7 @@ class Trigger:
             results=parts.results,
             dead_letters=parts.dead_letters,
             claims=parts.claims,
+            deferral=self._deferral,
             max_attempts=configuration.max_attempts,
             retry_after_s=float(configuration.retry_after),
             count=self._counts,
@@ -104,10 +112,12 @@ class Trigger:
         self._largest = 0
         self._failure: BaseException | None = None
         self._fetcher = self._thread("fetch", self._fetch_all)
-        self._workers = [
-            self._thread(f"work-{i}", self._work)
-            for i in range(_WORKERS_PER_REQUEST * configuration.router.concurrency)
-        ]
+        self._workers = [self._thread(f"work-{i}", self._work) for i in range(_WORKERS_PER_REQUEST * concurrency)]
+        self._drainer: Drainer | None = None
+        if self._deferral is not None:
+            self._drainer = Drainer(self._deferral, self._processor, self._availability)
+            self._workers += [self._thread(f"drain-{i}", self._drainer.work) for i in range(concurrency)]
+            self._workers.append(self._thread("feed", self._drainer.feed))
         self._keepers = [self._thread("keep", self._keep_all), self._thread("observe", self._observe)]
 
     def start(self) -> None:
@@ -120,6 +130,8 @@ class Trigger:
         until = time.monotonic() + timeout_s
         self._stop.set()
         self._limit.close()
+        if self._drainer is not None:
+            self._drainer.close()
         self._join([self._fetcher], until)
         self._give_back()
         self._join(self._workers, until)
@@ -130,6 +142,9 @@ class Trigger:
         self.parts.consumer.close()
         for place in (*self.parts.results, *filter(None, [self.parts.dead_letters])):
             place.publisher.close()
+        if self.parts.spool is not None and self._deferral is not None:
+            _ = self._deferral.status  # the last one
+            self.parts.spool.close()
         for close in self.parts.closers:
             close()
 
@@ -144,6 +159,7 @@ class Trigger:
             limit=self._limit.limit,
             backlog=self._backlog,
             away=self._availability.away,
+            spool=None if self._deferral is None else self._deferral.status,
         )
 
     def check(self) -> None:
@@ -152,13 +168,13 @@ class Trigger:
             raise self._failure
 
     def is_empty(self) -> bool:
-        """Whether nothing is in memory and nothing waits at the broker.
+        """Whether nothing is in memory or in the spool, and nothing waits at the broker.
 
         Raises:
             BrokerUnavailable: the broker does not answer.
         """
         # Twice: an empty fetch may have been on its way while a message was given back.
-        if len(self._lanes) or self._empty_fetches < 2:
+        if len(self._lanes) or self._empty_fetches < 2 or (self.parts.spool is not None and len(self.parts.spool)):
             return False
         return not self.parts.consumer.backlog().messages
 
@@ -172,9 +188,10 @@ class Trigger:
                 size = len(delivery.message.body)
                 # A decaying maximum: the next fetch may bring as many bytes a message.
                 self._largest = max(1, size, self._largest * 15 // 16)
-                job = Job(delivery, self._counts.counts.done, time.monotonic())
+                lane = self._key(delivery.message)
+                job = Job(delivery, self._counts.counts.done, time.monotonic(), lane)
                 self._counts("received")
-                self._lanes.put(job, self._key(delivery.message), size)
+                self._lanes.put(job, lane, size)
 
     def _fetch(self, count: int) -> Sequence[Delivery]:
         consumer = self.parts.consumer
@@ -220,7 +237,7 @@ class Trigger:
                 # A defect, or an error that no stage knows: an attempt of this message, and no end of the others.
                 _log.exception("message %s: %s", job.delivery.message.id, type(e).__name__)
                 after_s = float(self._configuration.retry_after)
-            if after_s is not None and self._key(job.delivery.message) is not None:
+            if after_s is not None and job.lane is not None:
                 job.lease = None
                 self._lanes.delay(job, after_s)
                 continue
@@ -235,7 +252,7 @@ class Trigger:
         tick_s = max(_MIN_TICK_S, min(extend_s, LEASE_S / 3))
         while not self._ended.wait(tick_s):
             now = time.monotonic()
-            for job in self._lanes.items():
+            for job in (*self._lanes.items(), *(() if self._drainer is None else self._drainer.jobs())):
                 if now - job.extended_at >= extend_s:
                     job.extended_at = now
                     job.delivery.extend()

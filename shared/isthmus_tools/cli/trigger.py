@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from isthmus.units import parse_duration
+from isthmus.units import format_size, parse_duration
 from isthmus_tools.cli.console import errors, print_json, say, table
 from isthmus_tools.cli.options import DEFAULT_REGISTRY, read_option, registry_settings
 from isthmus_tools.cli.termination import until_signal
@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from isthmus.events.configuration import TriggerConfiguration
     from isthmus.events.trigger import TriggerStatus
     from isthmus.settings import RegistrySettings
+
+# In a line of text, where they are not 0.
+_SHOWN_COUNTS = (
+    *("duplicates", "failed", "dead_letters", "refused", "retried", "deferred", "spooled", "drained", "dropped"),
+    *("waiting", "in_work"),
+)
 
 
 def trigger(
@@ -140,18 +146,20 @@ def _document(status: TriggerStatus) -> dict[str, Any]:
         "limit": status.limit,
         "backlog": status.backlog.messages,
         "oldest_s": None if oldest is None else round(oldest, 1),
+        **({} if status.spool is None else {"spool": asdict(status.spool)}),
         "away": dict(status.away),
     }
 
 
 def _text(document: dict[str, Any]) -> str:
     parts = [f"received {document['received']}, done {document['done']}"]
-    names = ("duplicates", "failed", "dead_letters", "refused", "retried", "deferred", "waiting", "in_work")
-    parts += [f"{name.replace('_', ' ')} {document[name]}" for name in names if document[name]]
+    parts += [f"{name.replace('_', ' ')} {document[name]}" for name in _SHOWN_COUNTS if document[name]]
     if document["backlog"] is not None:
         parts.append(f"backlog {document['backlog']}")
     if document["oldest_s"]:
         parts.append(f"oldest {document['oldest_s']:.1f} s")
+    if (spool := document.get("spool")) and spool["entries"]:
+        parts.append(f"spool {spool['entries']} ({format_size(spool['bytes'])}), oldest {spool['oldest_s']:.1f} s")
     return ", ".join(parts)
 
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import psutil
 import pytest
 
 from isthmus.artifacts.profile import HopCost
 from isthmus.errors import LocalError
 from isthmus_tools.profiling import profiles, slow_edge
 from isthmus_tools.profiling.slow_edge import EdgeWork, SlowEdge
+from isthmus_tools.usecases.local_functions import local_functions
+from support.paths import ROOT
 from support.profiles import PROFILE
 
 # Works for as many CPU seconds as a line of its input says, before its response and after it again.
@@ -106,3 +112,18 @@ def test_a_slower_devices_profile_has_all_times_but_no_sizes_multiplied() -> Non
         assert slowed.segments[segment].run.median == 4 * cost.run.median
         assert slowed.segments[segment].memory_bytes == cost.memory_bytes
     assert {n: s.pack_s for n, s in slowed.codecs.items()} == {n: 8 * s.pack_s for n, s in PROFILE.codecs.items()}
+
+
+def test_the_local_edge_counts_the_cpu_time_of_edge_head_alone(tmp_path: Path) -> None:
+    variables = {**os.environ, "ISTHMUS_REGISTRY": str(tmp_path)}
+    with local_functions(ROOT / "stack.yml", variables, edge_slowdown=8.0) as functions:
+        (pid,) = functions.edge.pids
+        process = psutil.Process(pid)
+        assert "edge-head" in process.cwd()
+        assert process.environ()["threads"] == "1"
+        assert functions.edge.slowdown == 8
+        before = functions.edge.work()
+        with urllib.request.urlopen(f"{functions.head}/ready"):
+            pass
+        assert functions.edge.work().function_s > before.function_s > 0
+    assert list(functions.edge.pids) == []

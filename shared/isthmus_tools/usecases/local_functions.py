@@ -53,7 +53,7 @@ def local_functions(
     def on_event(event: Event) -> None:
         if event.kind == "ready" and event.function == HEAD:
             pids[event.replica] = event.pid
-        elif event.kind == "exited":
+        elif event.kind in ("exited", "stopped"):
             pids.pop(event.replica, None)
 
     edge = AT_FULL_SPEED

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from isthmus.errors import CallUnknown, MessageTooLarge, ResultStoreUnavailable
-from isthmus.events.calls import MAX_INLINE_BYTES, Call, CallLease, Calls
+from isthmus.events.call import Call, CallLease
+from isthmus.events.calls import MAX_INLINE_BYTES, Calls
 from isthmus.events.records import MAX_RECORD_BYTES
 from isthmus.events.stores.sqlite import SqliteRecords
 

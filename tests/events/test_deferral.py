@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.events.calls import CallLease
+from isthmus.events.call import CallLease
 from isthmus.events.configuration import MIN_SPOOL_BYTES, parse_configuration
 from isthmus.events.message import CONTINUATION, Message
 from isthmus.events.route import Outcome, RouterReply

@@ -11,11 +11,13 @@ import pytest
 
 from isthmus.errors import BrokerRefused, ResultStoreUnavailable
 from isthmus.events import processing, trigger
-from isthmus.events.calls import CallLease
+from isthmus.events.call import CallLease
+from isthmus.events.calls import Calls
 from isthmus.events.claims import ClaimStore, parse_claim
 from isthmus.events.message import Message
-from isthmus.events.processing import ResultPlace
+from isthmus.events.publishing import ResultPlace
 from isthmus.events.route import Outcome, RouterReply
+from isthmus.events.stores.sqlite import SqliteRecords
 from isthmus.registry import FolderStore
 from support.patience import LONG_S
 from support.queue_broker import MessageList, away
@@ -407,3 +409,18 @@ def test_a_claim_whose_object_is_gone_is_a_dead_letter(setup: Setup, tmp_path: P
     (tmp_path / "claims" / claim.key).unlink()
     setup.drain(Message(claim.encode(), "m0"))
     assert (setup.route.called, setup.dead.messages[0].headers["x-isthmus-status"]) == ([], "410")
+
+
+def test_a_recorded_result_whose_object_is_gone_is_a_dead_letter(setup: Setup, tmp_path: Path) -> None:
+    (tmp_path / "claims").mkdir()
+    claims = ClaimStore(FolderStore(tmp_path / "claims"), max_bytes=10**7, keep_s=3600)
+    records = SqliteRecords(tmp_path / "own.sqlite")
+    setup.calls = Calls(records, keep_s=3600, objects=claims)
+    lease = setup.calls.begin("m0", "dead owner", 0.0)
+    assert isinstance(lease, CallLease)
+    ended = setup.calls.finish(lease, 200, "", bytes(10**6))
+    assert ended.call.result
+    (tmp_path / "claims" / parse_claim(ended.call.result.reference.encode()).key).unlink()
+    setup.drain(*messages(1))
+    records.close()
+    assert (setup.results.ids, setup.dead.ids) == ([], ["m0"])

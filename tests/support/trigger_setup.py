@@ -16,7 +16,7 @@ from isthmus.events.calls import Calls
 from isthmus.events.claims import ClaimStore
 from isthmus.events.configuration import TriggerConfiguration, parse_configuration
 from isthmus.events.message import Message
-from isthmus.events.processing import ResultPlace
+from isthmus.events.publishing import ResultPlace
 from isthmus.events.route import Outcome, RouterReply
 from isthmus.events.spool import EventSpool
 from isthmus.events.stores.sqlite import SqliteRecords

@@ -11,7 +11,7 @@ from isthmus.events.calls import Calls
 from isthmus.events.configuration import TriggerConfiguration, where_of
 from isthmus.events.loops import check_loops
 from isthmus.events.open import open_consumer, open_publisher
-from isthmus.events.processing import ResultPlace
+from isthmus.events.publishing import ResultPlace
 from isthmus.events.route import RouterRoute
 from isthmus.events.spool import EventSpool
 from isthmus.events.stores.open import open_claims, open_records

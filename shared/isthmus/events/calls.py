@@ -19,95 +19,33 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import msgspec
-from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from isthmus.errors import CallUnknown, MessageTooLarge, ResultStoreUnavailable
+from isthmus.events.call import (
+    MAX_PLACE,
+    MAX_REASON,
+    Call,
+    CallLease,
+    CallResult,
+    State,
+    decode_call,
+    encode_call,
+)
 from isthmus.events.message import storable
 from isthmus.events.records import MAX_RECORD_BYTES, RecordStore
 
-State: TypeAlias = Literal["queued", "running", "done", "failed"]
 MAX_INLINE_BYTES = MAX_RECORD_BYTES - 64 * 2**10
 """A larger result goes to the object store; the rest of a record holds what else there is to say."""
-MAX_PLACES = 16
-_MAX_REASON = 1000
-_MAX_PLACE = 2048
 # Contention is between two or three owners of one message: more failures in a row are a defect of the store.
 _MAX_CONFLICTS = 32
 # A process sees its own results at once and others' within this time, which grows while nothing happens.
 _FIRST_POLL_S, _MAX_POLL_S = 0.05, 1.0
 
 Written = TypeVar("Written")
-ShortText = Annotated[str, Meta(max_length=1024)]
-Moment = Annotated[float, Meta(ge=0)]
-
-
-class CallResult(Struct, frozen=True, forbid_unknown_fields=True):
-    """A response of the router: inline, or a `reference` to an object where it is too large for a record.
-
-    Units: `size` is the bytes of the body wherever it is.
-    """
-
-    status: Annotated[int, Meta(ge=100, le=599)]
-    content_type: ShortText = ""
-    size: Annotated[int, Meta(ge=0)] = 0
-    body: bytes = b""
-    reference: ShortText = ""
-
-
-class Call(Struct, frozen=True, forbid_unknown_fields=True):
-    """A call's record. Units: moments are seconds since the epoch.
-
-    `attempts` counts begun attempts less those that were released without blame. `published` has the places that
-    have the result.
-    """
-
-    id: ShortText
-    state: State
-    created: Moment
-    updated: Moment
-    expires: Moment
-    source: Annotated[str, Meta(max_length=_MAX_PLACE)] = ""
-    owner: ShortText = ""
-    lease_until: Moment = 0.0
-    attempts: Annotated[int, Meta(ge=0)] = 0
-    reason: ShortText = ""
-    """Why the latest attempt failed, or why the call did."""
-    result: CallResult | None = None
-    published: Annotated[tuple[Annotated[str, Meta(max_length=_MAX_PLACE)], ...], Meta(max_length=MAX_PLACES)] = ()
-
-    @property
-    def is_over(self) -> bool:
-        """Whether there is a result or a final error."""
-        return self.state in ("done", "failed")
-
-    @property
-    def progress(self) -> tuple[str, int, str]:
-        """What waiting callers are told of; a renewed lease is no progress."""
-        return self.state, self.attempts, self.reason
-
-    def is_in_work(self, owner: str, now: float) -> bool:
-        """Whether another owner than `owner` has a lease that has not expired."""
-        return self.lease_until > now and self.owner != owner
-
-    def document(self) -> dict[str, Any]:
-        """The call as JSON for its callers, without the body of its result."""
-        result = None if self.result is None else msgspec.to_builtins(replace(self.result, body=b""))
-        if result is not None:
-            del result["body"]
-        times = {"created": self.created, "updated": self.updated, "expires": self.expires}
-        facts = {"id": self.id, "state": self.state, "source": self.source, "attempts": self.attempts, **times}
-        return {**facts, "reason": self.reason, "result": result, "published": list(self.published)}
-
-
-class CallLease(NamedTuple):
-    """The right to work on a call until `call.lease_until`, and the version of its record."""
-
-    call: Call
-    version: str
 
 
 class ResultObjects(Protocol):
@@ -208,7 +146,7 @@ class Calls:
             call = stored.call
             if not call.is_over:
                 attempts = call.attempts if blame else max(0, call.attempts - 1)
-                call = replace(call, state="queued", attempts=attempts, reason=reason[:_MAX_REASON])
+                call = replace(call, state="queued", attempts=attempts, reason=reason[:MAX_REASON])
             call = replace(call, lease_until=0.0, **self._times())
             return True if self._write(call, stored.version, durable=False) else None
 
@@ -229,9 +167,9 @@ class Calls:
         """Record the final error: the router's error document, or one of `reason`. As `finish` otherwise."""
         body = json.dumps(document or {"error": reason}, ensure_ascii=False).encode()
         if len(body) > MAX_INLINE_BYTES:
-            body = json.dumps({"error": reason[:_MAX_REASON]}).encode()
+            body = json.dumps({"error": reason[:MAX_REASON]}).encode()
         result = CallResult(status, "application/json", len(body), body)
-        return self._end(lease, result, "failed", reason[:_MAX_REASON], True)
+        return self._end(lease, result, "failed", reason[:MAX_REASON], True)
 
     def publish(self, lease: CallLease, place: str, *, durable: bool = True) -> CallLease:
         """Note that `place` has the result, so that nobody sends it there again."""
@@ -341,7 +279,7 @@ class Calls:
 
     def _new(self, call_id: str, source: str) -> Call:
         now = self._clock()
-        return Call(call_id, "queued", now, now, now + self._keep_s, source[:_MAX_PLACE])
+        return Call(call_id, "queued", now, now, now + self._keep_s, source[:MAX_PLACE])
 
     def _times(self) -> dict[str, Any]:
         now = self._clock()
@@ -352,7 +290,7 @@ class Calls:
         if (stored := self._records.get(self._key(call_id))) is None:
             return None
         try:
-            call = _DECODER.decode(stored.value)
+            call = decode_call(stored.value)
         except msgspec.DecodeError as e:
             raise ResultStoreUnavailable(
                 f"{self._records.url}: the record {call_id} is no call: {e}", store=self._records.url
@@ -367,7 +305,7 @@ class Calls:
 
     def _write(self, call: Call, version: str, durable: bool) -> CallLease | None:
         """The call as written over `version`, or as a new one where that is empty; None where another was first."""
-        value = _encode(call)
+        value = encode_call(call)
         new = (
             self._records.update(self._key(call.id), value, version, durable=durable)
             if version
@@ -406,14 +344,6 @@ class _ChangeSignals:
         with self._lock:
             for event in self._events.get(call_id, ()):
                 event.set()
-
-
-# MessagePack rather than JSON: bodies are bytes, and base64 would take a third more of a record.
-_ENCODER, _DECODER = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(Call)
-
-
-def _encode(call: Call) -> bytes:
-    return _ENCODER.encode(call)
 
 
 def _until_written(call_id: str, step: Callable[[], Written | None]) -> Written:

@@ -15,12 +15,13 @@ from msgspec.structs import replace as replace_fields
 
 from isthmus.errors import BrokerRefused, MessageTooLarge, Overloaded
 from isthmus.events.broker import Backlog, Publisher
-from isthmus.events.calls import Call, CallLease, Calls
+from isthmus.events.call import Call, CallLease
+from isthmus.events.calls import Calls
 from isthmus.events.claims import CONTENT_TYPE as CLAIM_CONTENT_TYPE
 from isthmus.events.claims import ClaimStore
 from isthmus.events.configuration import Broker, MqttPlace, NatsPlace, TriggerConfiguration
 from isthmus.events.message import CONTENT_TYPE, Message, idempotency_key
-from isthmus.events.processing import PATH
+from isthmus.events.publishing import PATH
 from isthmus.events.route import forwarded
 
 WILDCARD_LEVEL = "http"

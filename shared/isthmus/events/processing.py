@@ -9,15 +9,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple, Protocol, cast
+from typing import Protocol, cast
 
 from isthmus.errors import (
-    BrokerRefused,
-    BrokerUnavailable,
     ClaimExpired,
-    EventError,
     EventMalformed,
     IsthmusError,
     MessageTooLarge,
@@ -25,28 +22,25 @@ from isthmus.errors import (
     SpoolFull,
     http_status,
 )
-from isthmus.events.broker import Delivery, Publisher
-from isthmus.events.calls import Call, CallLease, Calls
-from isthmus.events.claims import CONTENT_TYPE as CLAIM_CONTENT_TYPE
+from isthmus.events.broker import Delivery
+from isthmus.events.call import Call, CallLease
+from isthmus.events.calls import Calls
 from isthmus.events.claims import ClaimStore, looks_like_claim, parse_claim
 from isthmus.events.deferral import Deferral
 from isthmus.events.limits import Availability, RouteLimit, Value
 from isthmus.events.message import CONTENT_TYPE, Message
+from isthmus.events.publishing import PATH, REASON, Publishing
 from isthmus.events.route import Outcome, RouterReply
 from isthmus.events.spool import EventSpool
 from isthmus.retries import jittered
 
 LEASE_S = 10.0
 """Renewed while work lasts; after the death of a trigger its messages wait this long."""
-PATH = "x-isthmus-trigger"
-"""Header of results: the triggers that a message has come through, against loops."""
 MAX_PATH = 16
-REASON = "x-isthmus-reason"
-"""Header of dead letters. A dead letter that is sent to the source again begins anew."""
 _MAX_BACKOFF_S = 60.0
 # A refused request waits as long as the router asks, and at least this long.
 _MIN_BUSY_S, _MAX_BUSY_S = 0.05, 30.0
-_STORE, _SENDING = (ResultStoreUnavailable,), (BrokerUnavailable,)
+_STORE = (ResultStoreUnavailable,)
 _SPOOLING = (SpoolFull, ResultStoreUnavailable)
 # Between looks whether earlier messages of the lane have left the spool.
 _LANE_LOOK_S = 0.2
@@ -54,13 +48,6 @@ _LANE_LOOK_S = 0.2
 _MAX_PASSED = 64
 _WAITS, _DROPPED = "waits for the cloud", "dropped: the spool was full"
 _log = logging.getLogger(__name__)
-
-
-class ResultPlace(NamedTuple):
-    """A place of results or of dead letters, and its name in records."""
-
-    name: str
-    publisher: Publisher
 
 
 class MessageHandler(Protocol):
@@ -144,8 +131,7 @@ class Processor:
     route: MessageHandler
     limit: RouteLimit
     availability: Availability
-    results: Sequence[ResultPlace]
-    dead_letters: ResultPlace | None
+    publishing: Publishing
     claims: ClaimStore | None
     deferral: Deferral | None = None
     max_attempts: int
@@ -293,14 +279,6 @@ class Processor:
         headers = {**message.headers, CONTENT_TYPE: claim.content_type}
         return replace(message, body=body, headers={name: text for name, text in headers.items() if text})
 
-    def _sendable(self, message: Message, limit: int) -> Message:
-        """The message, or a claim for its body where that exceeds the limit of a place and there is a store."""
-        claims = self.claims
-        if claims is None or len(message.body) <= limit:
-            return message
-        claim = self.availability.until("claims", lambda: claims.deposit(message.body, message.content_type), _STORE)
-        return replace(message, body=claim.encode(), headers={**message.headers, CONTENT_TYPE: CLAIM_CONTENT_TYPE})
-
     def _call(self, job: Job, message: Message) -> RouterReply:
         """The router's reply to this message, once it takes it; of an entry of the spool any reply."""
         deferral = self.deferral
@@ -329,7 +307,7 @@ class Processor:
 
     def _finish(self, job: Job, lease: CallLease, reply: RouterReply) -> float | None:
         # The last write before the acknowledgement waits for the disk; all before it are on the disk then too.
-        durable = not self.results
+        durable = not self.publishing.results
 
         def finish() -> CallLease:
             return self.calls.finish(lease, reply.status, reply.content_type, reply.body, durable=durable)
@@ -349,14 +327,14 @@ class Processor:
         """Publish the result of a call that was just recorded, if by this process, and acknowledge."""
         if ended.call.owner != self.owner:
             return self._repeated(job, ended.call)
-        self._publish(job, ended)
+        self.publishing.publish(job.delivery.message, ended)
         self._count_end(job, ended.call)
         job.delivery.ack()
         return None
 
     def _repeated(self, job: Job, call: Call) -> float | None:
         """A message whose call exists: in work elsewhere, over, or over with places that lack the result."""
-        if call.is_over and not self._missing(call):
+        if call.is_over and not self.publishing.missing(call):
             self.count("duplicates")
             job.delivery.ack()
             return None
@@ -368,7 +346,7 @@ class Processor:
             # A little longer than the lease, so that one further look suffices.
             return jittered(max(0.1, call.lease_until - self.clock()), 0.1)
         job.take(lease)
-        self._publish(job, lease)
+        self.publishing.publish(job.delivery.message, lease)
         self._count_end(job, call)
         job.delivery.ack()
         return None
@@ -378,91 +356,12 @@ class Processor:
         if job.is_deferred and call.state == "done":
             self.count("drained")
 
-    def _targets(self, call: Call) -> Sequence[ResultPlace]:
-        """The places of a call's result; of an error the dead letters, and without those the places of results."""
-        if call.state == "failed" and self.dead_letters is not None:
-            return [self.dead_letters]
-        return self.results
-
-    def _missing(self, call: Call) -> list[ResultPlace]:
-        return [place for place in self._targets(call) if place.name not in call.published]
-
-    def _publish(self, job: Job, lease: CallLease) -> None:
-        """Send the result to each place that lacks it, noting one after the other."""
-        missing = self._missing(lease.call)
-        for i, place in enumerate(missing):
-            if place is self.dead_letters:
-                self._bury(job.delivery.message, lease.call)
-            else:
-                self._send(place, self._result(job.delivery.message, lease.call), job.delivery.message, lease.call)
-            lease = self._note(lease, place, is_last=i + 1 == len(missing))
-
-    def _note(self, lease: CallLease, place: ResultPlace, *, is_last: bool) -> CallLease:
-        return self._stored(lambda: self.calls.publish(lease, place.name, durable=is_last))
-
-    def _deliver(self, place: ResultPlace, message: Message, waits: tuple[type[EventError], ...]) -> None:
-        """Publish to a place, by reference where the message is too large for it; waits while it raises `waits`."""
-        sendable = self._sendable(message, place.publisher.max_bytes)
-        self.availability.until(place.name, lambda: place.publisher.publish(sendable), waits)
-
-    def _send(self, place: ResultPlace, result: Message, message: Message, call: Call) -> None:
-        """Publish a result; a place that refuses it for good leaves it in the records and among the dead letters."""
-        error: EventError
-        for attempt in range(1, self.max_attempts + 1):
-            try:
-                self._deliver(place, result, _SENDING)
-                return
-            except MessageTooLarge as e:
-                error = e
-                break
-            except BrokerRefused as e:
-                error = e
-                self.availability.pause(min(_MAX_BACKOFF_S, self.retry_after_s * 2.0 ** (attempt - 1)))
-        _log.error("%s refuses the result of message %s: %s", place.name, call.id, error.message)
-        self.count("refused")
-        self._bury(message, call, f"{place.name}: {error.message}")
-
-    def _result(self, message: Message, call: Call) -> Message:
-        result = call.result
-        body = b"" if result is None else self._stored(lambda: self.calls.body(result))
-        headers = {
-            CONTENT_TYPE: "" if result is None else result.content_type,
-            PATH: ",".join(filter(None, (message.headers.get(PATH, ""), self.name))),
-            "x-isthmus-status": "" if result is None else str(result.status),
-            "x-isthmus-source": message.source,
-            "traceparent": message.headers.get("traceparent", ""),
-        }
-        return Message(body, call.id, self.name, {n: text for n, text in headers.items() if text}, message.key)
-
-    def _bury(self, message: Message, call: Call, reason: str = "") -> None:
-        """Send a message to the dead letters, with the reason; without its body where that is too large there."""
-        if self.dead_letters is None:
-            return
-        status = "" if call.result is None else str(call.result.status)
-        headers = {
-            **message.headers,
-            REASON: _header_text(reason or call.reason or "failed"),
-            "x-isthmus-attempts": str(call.attempts),
-            "x-isthmus-status": status,
-            "x-isthmus-source": message.source,
-            "x-isthmus-bytes": str(len(message.body)),
-        }
-        letter = Message(message.body, message.id, self.name, {n: t for n, t in headers.items() if t}, message.key)
-        # A refusal is waited out as well: what cannot be told here would be lost.
-        waits = (BrokerUnavailable, BrokerRefused)
-        try:
-            self._deliver(self.dead_letters, letter, waits)
-        except MessageTooLarge as e:
-            _log.error("the body of dead letter %s is left out: %s", message.id, e.message)
-            self._deliver(self.dead_letters, letter.with_body(b""), waits)
-        self.count("dead_letters")
-
     def _refuse_loop(self, job: Job) -> None:
         """A result of this trigger came back as a message."""
         message, now = job.delivery.message, self.clock()
         reason = f"a loop: the message has come through {message.headers[PATH][:200]}"
         _log.error("message %s is refused, %s", message.id, reason)
-        self._bury(message, Call(message.id, "failed", now, now, now), reason)
+        self.publishing.bury(message, Call(message.id, "failed", now, now, now), reason)
         self.count("failed")
         job.delivery.ack()
 
@@ -491,8 +390,3 @@ def _refusal(error: IsthmusError) -> RouterReply:
     """The reply for a message that cannot be served as it is, as the router would word it."""
     document = {"error": error.message, "type": type(error).__name__, "facts": dict(error.facts), "hint": error.hint}
     return RouterReply(Outcome.REFUSED, http_status(error), reason=error.message, document=document)
-
-
-def _header_text(text: str) -> str:
-    """Text that every transport takes as a header: printable ASCII, bounded."""
-    return "".join(c if c.isascii() and c.isprintable() else "?" for c in text)[:1000]

@@ -24,7 +24,8 @@ from isthmus.events.draining import Drainer
 from isthmus.events.lanes import Lanes
 from isthmus.events.limits import Availability, RouteLimit, Stopping
 from isthmus.events.message import Message
-from isthmus.events.processing import LEASE_S, Job, MessageCounting, MessageHandler, Processor, ResultPlace
+from isthmus.events.processing import LEASE_S, Job, MessageCounting, MessageHandler, Processor
+from isthmus.events.publishing import Publishing, ResultPlace
 from isthmus.events.spool import EventSpool, SpoolStatus
 
 # Messages in memory beyond those in work: behind another of their lane, or waiting for another attempt.
@@ -99,8 +100,17 @@ class Trigger:
             route=parts.route,
             limit=self._limit,
             availability=self._availability,
-            results=parts.results,
-            dead_letters=parts.dead_letters,
+            publishing=Publishing(
+                name=name,
+                calls=parts.calls,
+                availability=self._availability,
+                results=parts.results,
+                dead_letters=parts.dead_letters,
+                claims=parts.claims,
+                max_attempts=configuration.max_attempts,
+                retry_after_s=float(configuration.retry_after),
+                count=self._counts,
+            ),
             claims=parts.claims,
             deferral=self._deferral,
             max_attempts=configuration.max_attempts,

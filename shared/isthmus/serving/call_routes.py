@@ -15,7 +15,8 @@ from flask import Response, g, jsonify, request
 from isthmus.admission import RETRY_AFTER_S, Bound
 from isthmus.context import Context, Deadline
 from isthmus.errors import BrokerRefused, IsthmusError, Overloaded, RequestMalformed
-from isthmus.events.calls import Call, Calls
+from isthmus.events.call import Call
+from isthmus.events.calls import Calls
 from isthmus.events.intake import CallIntake
 from isthmus.events.message import storable
 from isthmus.serving.app import FunctionApp

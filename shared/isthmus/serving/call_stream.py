@@ -11,7 +11,8 @@ from typing import Any
 
 from isthmus.context import Deadline
 from isthmus.errors import EventError
-from isthmus.events.calls import Call, Calls
+from isthmus.events.call import Call
+from isthmus.events.calls import Calls
 
 # Shorter than the idle timeouts of proxies; a client that has gone is seen at the next of these.
 HEARTBEAT_S = 5.0

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from isthmus.errors import CallUnknown, ResultStoreUnavailable
-from isthmus.events.calls import CallLease, Calls
+from isthmus.events.call import CallLease
+from isthmus.events.calls import Calls
 from isthmus.events.message import storable
 from isthmus.events.stores.sqlite import SqliteRecords
 from isthmus_tools.engine.call_runner import CallOutcome

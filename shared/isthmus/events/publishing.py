@@ -1,0 +1,156 @@
+"""Results to their places, dead letters to theirs: each place once, by reference where a body is too large for it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from isthmus.errors import (
+    BrokerRefused,
+    BrokerUnavailable,
+    ClaimExpired,
+    EventError,
+    EventMalformed,
+    IsthmusError,
+    MessageTooLarge,
+    ResultStoreUnavailable,
+)
+from isthmus.events.broker import Publisher
+from isthmus.events.call import Call, CallLease
+from isthmus.events.calls import Calls
+from isthmus.events.claims import CONTENT_TYPE as CLAIM_CONTENT_TYPE
+from isthmus.events.claims import ClaimStore
+from isthmus.events.limits import Availability, Value
+from isthmus.events.message import CONTENT_TYPE, Message
+
+PATH = "x-isthmus-trigger"
+"""Header of results: the triggers that a message has come through, against loops."""
+REASON = "x-isthmus-reason"
+"""Header of dead letters. A dead letter that is sent to the source again begins anew."""
+_MAX_BACKOFF_S = 60.0
+_STORE = (ResultStoreUnavailable,)
+_log = logging.getLogger(__name__)
+
+
+class ResultPlace(NamedTuple):
+    """A place of results or of dead letters, and its name in records."""
+
+    name: str
+    publisher: Publisher
+
+
+@dataclass(frozen=True, kw_only=True)
+class Publishing:
+    """The places of the trigger `name`; any thread may call. `count` adds to a count of messages."""
+
+    name: str
+    calls: Calls
+    availability: Availability
+    results: Sequence[ResultPlace]
+    dead_letters: ResultPlace | None
+    claims: ClaimStore | None
+    max_attempts: int
+    retry_after_s: float
+    count: Callable[[str], None]
+
+    def _targets(self, call: Call) -> Sequence[ResultPlace]:
+        """The places of a call's result; of an error the dead letters, and without those the places of results."""
+        if call.state == "failed" and self.dead_letters is not None:
+            return [self.dead_letters]
+        return self.results
+
+    def missing(self, call: Call) -> list[ResultPlace]:
+        """The places that lack the result of a call that is over."""
+        return [place for place in self._targets(call) if place.name not in call.published]
+
+    def publish(self, message: Message, lease: CallLease) -> None:
+        """Send the result of `message` to each place that lacks it, noting one after the other.
+
+        Raises:
+            Stopping: the trigger ends; what is noted stays so.
+        """
+        missing = self.missing(lease.call)
+        for i, place in enumerate(missing):
+            if place is self.dead_letters:
+                self.bury(message, lease.call)
+            else:
+                self._send(place, message, lease.call)
+            lease = self._note(lease, place, is_last=i + 1 == len(missing))
+
+    def _note(self, lease: CallLease, place: ResultPlace, *, is_last: bool) -> CallLease:
+        return self._stored(lambda: self.calls.publish(lease, place.name, durable=is_last))
+
+    def _deliver(self, place: ResultPlace, message: Message, waits: tuple[type[EventError], ...]) -> None:
+        """Publish to a place, by reference where the message is too large for it; waits while it raises `waits`."""
+        sendable = self._sendable(message, place.publisher.max_bytes)
+        self.availability.until(place.name, lambda: place.publisher.publish(sendable), waits)
+
+    def _send(self, place: ResultPlace, message: Message, call: Call) -> None:
+        """Publish a result; a place that refuses it for good leaves it in the records and among the dead letters."""
+        error: IsthmusError
+        for attempt in range(1, self.max_attempts + 1):
+            try:
+                self._deliver(place, self._result(message, call), (BrokerUnavailable,))
+                return
+            except (MessageTooLarge, ClaimExpired, EventMalformed) as e:  # the last two of the recorded result
+                error = e
+                break
+            except BrokerRefused as e:
+                error = e
+                self.availability.pause(min(_MAX_BACKOFF_S, self.retry_after_s * 2.0 ** (attempt - 1)))
+        _log.error("%s refuses the result of message %s: %s", place.name, call.id, error.message)
+        self.count("refused")
+        self.bury(message, call, f"{place.name}: {error.message}")
+
+    def _result(self, message: Message, call: Call) -> Message:
+        result = call.result
+        body = b"" if result is None else self._stored(lambda: self.calls.body(result))
+        headers = {
+            CONTENT_TYPE: "" if result is None else result.content_type,
+            PATH: ",".join(filter(None, (message.headers.get(PATH, ""), self.name))),
+            "x-isthmus-status": "" if result is None else str(result.status),
+            "x-isthmus-source": message.source,
+            "traceparent": message.headers.get("traceparent", ""),
+        }
+        return Message(body, call.id, self.name, {n: text for n, text in headers.items() if text}, message.key)
+
+    def bury(self, message: Message, call: Call, reason: str = "") -> None:
+        """Send a message to the dead letters, with the reason; without its body where that is too large there."""
+        if self.dead_letters is None:
+            return
+        status = "" if call.result is None else str(call.result.status)
+        headers = {
+            **message.headers,
+            REASON: _header_text(reason or call.reason or "failed"),
+            "x-isthmus-attempts": str(call.attempts),
+            "x-isthmus-status": status,
+            "x-isthmus-source": message.source,
+            "x-isthmus-bytes": str(len(message.body)),
+        }
+        letter = Message(message.body, message.id, self.name, {n: t for n, t in headers.items() if t}, message.key)
+        # A refusal is waited out as well: what cannot be told here would be lost.
+        waits = (BrokerUnavailable, BrokerRefused)
+        try:
+            self._deliver(self.dead_letters, letter, waits)
+        except MessageTooLarge as e:
+            _log.error("the body of dead letter %s is left out: %s", message.id, e.message)
+            self._deliver(self.dead_letters, letter.with_body(b""), waits)
+        self.count("dead_letters")
+
+    def _sendable(self, message: Message, limit: int) -> Message:
+        """The message, or a claim for its body where that exceeds the limit of a place and there is a store."""
+        claims = self.claims
+        if claims is None or len(message.body) <= limit:
+            return message
+        claim = self.availability.until("claims", lambda: claims.deposit(message.body, message.content_type), _STORE)
+        return replace(message, body=claim.encode(), headers={**message.headers, CONTENT_TYPE: CLAIM_CONTENT_TYPE})
+
+    def _stored(self, operation: Callable[[], Value]) -> Value:
+        return self.availability.until("records", operation, _STORE)
+
+
+def _header_text(text: str) -> str:
+    """Text that every transport takes as a header: printable ASCII, bounded."""
+    return "".join(c if c.isascii() and c.isprintable() else "?" for c in text)[:1000]

@@ -14,17 +14,19 @@ from isthmus.events.message import Message
 from isthmus.events.open import open_consumer, open_publisher
 from isthmus.settings import RegistrySettings
 from support.brokers import PASSWORD, BrokerServer, fetched, unique_place
+from support.mqtt_server import MqttServer
 from support.redis_server import RedisServer
 from support.sqs_server import SqsServer, credentials
 
 
 @pytest.fixture
 def settings(tmp_path: Path) -> RegistrySettings:
-    (tmp_path / "redis").write_text(PASSWORD + "\n")
+    for name in ("mqtt", "redis"):
+        (tmp_path / name).write_text(PASSWORD + "\n")
     return RegistrySettings(secrets_dir=str(tmp_path))
 
 
-@pytest.fixture(params=[RedisServer, SqsServer])
+@pytest.fixture(params=[MqttServer, RedisServer, SqsServer])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrokerServer]:
     server: BrokerServer = request.param(tmp_path_factory.mktemp("broker"))
     yield server
@@ -35,6 +37,8 @@ def table(server: BrokerServer, name: str) -> Broker:
     """The table of a place, as a configuration names it."""
     if isinstance(server, RedisServer):
         return RedisPlace(url=server.place(name).url, stream=name, password_secret="redis")
+    if isinstance(server, MqttServer):
+        return server.place(name, password_secret="mqtt")
     assert isinstance(server, SqsServer)
     return server.place(name)
 

@@ -15,6 +15,7 @@ from isthmus.events.broker import Consumer, Publisher
 from isthmus.events.configuration import (
     Broker,
     CallbackPlace,
+    MqttPlace,
     NatsPlace,
     ObjectPlace,
     Place,
@@ -41,6 +42,10 @@ def open_consumer(place: Broker, settings: RegistrySettings) -> Consumer:
                 from isthmus.events.brokers.nats import NatsConsumer
 
                 return NatsConsumer(place, secret_text(place.credentials_secret, settings))
+            case MqttPlace():
+                from isthmus.events.brokers.mqtt import MqttConsumer
+
+                return MqttConsumer(place, secret_text(place.password_secret, settings))
             case RedisPlace():
                 from isthmus.events.brokers.redis import RedisConsumer
 
@@ -64,6 +69,10 @@ def open_publisher(place: Place, settings: RegistrySettings) -> Publisher:
                 from isthmus.events.brokers.nats import NatsPublisher
 
                 return NatsPublisher(place, secret_text(place.credentials_secret, settings))
+            case MqttPlace():
+                from isthmus.events.brokers.mqtt import MqttPublisher
+
+                return MqttPublisher(place, secret_text(place.password_secret, settings))
             case RedisPlace():
                 from isthmus.events.brokers.redis import RedisPublisher
 

@@ -47,7 +47,7 @@ MAX_HELD_BYTES = 512 * 2**20
 """Bodies of unacknowledged messages in memory; beyond it nothing is read from the broker for a while."""
 # A client that reads nothing sends no pings either, and a broker ends such a connection after 1.5 intervals.
 _MAX_STALL_S = KEEPALIVE_S / 2
-_CONFIRM_S, _CONNECT_WAIT_S = 10.0, 5.0
+_CONFIRM_S = 10.0
 # Confirmations of lost connections arrive after the next connect; each waits with its body.
 _MAX_UNCONFIRMED = 256
 # A share for user properties, so that the limit of a body does not depend on them; more where the packet has room.
@@ -127,6 +127,7 @@ class MqttConsumer:
         """See `isthmus.events.broker.Consumer.fetch`."""
         until = time.monotonic() + wait_s
         with self._connection.changed:
+            self._connection.wait_settled()
             while True:
                 self._resume()
                 if self._waiting:
@@ -143,7 +144,7 @@ class MqttConsumer:
     def backlog(self) -> Backlog:
         """Unknown: brokers do not say how many messages wait."""
         with self._connection.changed:
-            self._connection.check()
+            self._connection.wait_ready()
         return Backlog()
 
     def close(self) -> None:
@@ -283,16 +284,19 @@ class MqttPublisher:
         overhead = min(packet // 2, _HEADER_BYTES + len(self._topic.encode()))
         return min(self._max_body_bytes, packet - overhead)
 
+    def check(self) -> None:
+        """See `isthmus.events.broker.Reachable.check`."""
+        with self._connection.changed:
+            self._connection.wait_ready()
+
     def publish(self, message: Message) -> None:
         """See `isthmus.events.broker.Publisher.publish`.
 
         A message whose confirmation is overdue is sent again by the client itself after the next connect: a second call
         with the same id waits for that confirmation, and sends nothing.
         """
-        until = time.monotonic() + _CONNECT_WAIT_S
         with self._connection.changed:
-            if not self._connection.wait_until(lambda: self._connection.is_ready, until):
-                self._connection.check()
+            self._connection.wait_ready()
             check_size(message, self.max_bytes)
             properties = self._properties(message)
             confirmation = self._unconfirmed.get(message.id)

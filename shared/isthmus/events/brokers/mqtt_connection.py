@@ -65,7 +65,7 @@ class MqttConnection:
         """Notified on every change; guards the state of connection and listener."""
         self.max_packet_bytes = MAX_PACKET_BYTES
         self._listener: MqttListener | None = listener
-        self._is_ready = False
+        self._is_ready = self._is_settled = False
         self._reason, self._hint, self._is_refused = "the broker does not answer", "", False
         self._quick_ends, self._connected_at = 0, 0.0
         self.client = self._make_client(place, password, client_id)
@@ -127,10 +127,22 @@ class MqttConnection:
             self.changed.wait(left_s)
         return True
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether the broker took the connection, and the subscription of a consumer."""
-        return self._is_ready
+    def wait_settled(self) -> None:
+        """Wait until the first connect has succeeded or failed; call with `changed` held.
+
+        Raises:
+            BrokerRefused: as `wait_until`.
+        """
+        self.wait_until(lambda: self._is_settled, time.monotonic() + _CONNECT_S)
+
+    def wait_ready(self) -> None:
+        """Wait for a connection; call with `changed` held.
+
+        Raises:
+            BrokerRefused, BrokerUnavailable: as `check`.
+        """
+        if not self.wait_until(lambda: self._is_ready, time.monotonic() + _CONNECT_S):
+            self.check()
 
     def ready(self) -> None:
         """Note that the connection can be used."""
@@ -208,6 +220,7 @@ class MqttConnection:
 
     def _become(self, *, is_ready: bool = False, is_refused: bool = False, reason: str = "", hint: str = "") -> None:
         with self.changed:
+            self._is_settled = True
             self._is_ready, self._is_refused, self._reason, self._hint = is_ready, is_refused, reason, hint
             self.changed.notify_all()
 

@@ -75,7 +75,7 @@ pictures: setup ## draw the pictures of README and docs again
 		--sweep --picture docs/images/map.svg
 	$(BIN)/isthmus explain $(PICTURED) --picture docs/images/plan.svg
 
-up: setup ## the three functions, left running on http://127.0.0.1:8080
+up: setup ## the functions, left running on http://127.0.0.1:8080
 	$(BIN)/isthmus import efficientnet-lite0 --if-absent
 	$(BIN)/isthmus up --port $(PORT) $(ARGS)
 
@@ -114,7 +114,9 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --onl
 requirements: setup-dev ## pin all packages of the images by hash, under constraints.txt
 	set -e; for file in template/*/*.in; do $(COMPILE) $$file -o $${file%.in}.txt; done
 	set -e; for folder in functions/*/; do \
-		$(COMPILE) --no-emit-package onnxruntime shared/isthmus/pyproject.toml -o $$folder/requirements.txt; done
+		case $$folder in functions/trigger/) extra="--extra events" ;; *) extra= ;; esac; \
+		$(COMPILE) --no-emit-package onnxruntime $$extra shared/isthmus/pyproject.toml \
+			-o $${folder}requirements.txt; done
 	$(MAKE) wheels
 
 # What docs/how-to/deployment.md promises: Pythons, machines, glibc 2.28 or newer.

@@ -63,6 +63,7 @@ HEAVY = {
     "boto3": {"registry", "events"},
     "botocore": {"registry", "events"},
     "nats": {"events"},
+    "nacl": {"events"},
     "paho": {"events"},
     "redis": {"events"},
     "cloudevents": {"events"},
@@ -172,7 +173,7 @@ def test_a_wrong_import_is_seen(file: str, line: str, tmp_path: Path) -> None:
     assert wrong_arrows(tmp_path) == [f"{file}: {wrong}" for wrong in [next(imports_of(path))]]
 
 
-@pytest.mark.parametrize("function", ["router", "edge-head", "cloud-tail"])
+@pytest.mark.parametrize("function", ["router", "edge-head", "cloud-tail", "trigger"])
 def test_a_function_loads_no_tool(function: str) -> None:
     """The import closure of a handler, and of all that its factory imports late, in a process without the tools."""
     script = f"""

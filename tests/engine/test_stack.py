@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from isthmus.errors import LocalError
-from isthmus.settings import EnvSettings, RegistrySettings, RouterSettings, SegmentSettings
+from isthmus.events.configuration import read_configuration
+from isthmus.events.loops import check_loops
+from isthmus.settings import EnvSettings, RegistrySettings, RouterSettings, SegmentSettings, TriggerSettings
 from isthmus.units import parse_size
 from isthmus_tools.engine.stack import FunctionSpec, Stack, read_stack, stage, substitute
 from support.local_stack import ROOT, STACK, write_stack
@@ -23,7 +25,10 @@ SETTINGS: Mapping[str, type[EnvSettings]] = {
     "router": RouterSettings,
     "edge-head": SegmentSettings,
     "cloud-tail": SegmentSettings,
+    "trigger": TriggerSettings,
 }
+# Functions that load segments; the trigger's bounds differ.
+SEGMENTED = [name for name in SETTINGS if name != "trigger"]
 # Source: of-watchdog 0.11.6, config/config.go.
 WATCHDOG = frozenset(
     {
@@ -48,9 +53,9 @@ def seconds(duration: str) -> float:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_stack_names_the_three_functions_and_their_folders(file: str) -> None:
+def test_a_stack_names_the_functions_and_their_folders(file: str) -> None:
     found = stack(file)
-    assert list(found.functions) == ["router", "edge-head", "cloud-tail"]
+    assert list(found.functions) == ["router", "edge-head", "cloud-tail", "trigger"]
     assert found.gateway == "http://127.0.0.1:8080"
     assert found.copy == ("shared/isthmus",)
     for spec in found.functions.values():
@@ -65,8 +70,31 @@ def test_a_stack_names_the_three_functions_and_their_folders(file: str) -> None:
 def test_every_variable_is_the_watchdogs_or_a_setting(file: str) -> None:
     for name, spec in stack(file).functions.items():
         fields = set(SETTINGS[name].__dataclass_fields__)
-        assert set(spec.environment) <= WATCHDOG | fields, name
+        read = variables_of_the_configuration() if name == "trigger" else set()
+        assert set(spec.environment) <= WATCHDOG | fields | read, name
         SETTINGS[name].from_env(spec.environment)
+
+
+def variables_of_the_configuration() -> set[str]:
+    """The variables that the trigger's example takes from its environment."""
+    text = (ROOT / "functions" / "trigger" / "nats.toml").read_text()
+    return set(re.findall(r"\$\{(\w+)", text))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_triggers_example_is_a_configuration_under_the_stacks_variables(file: str) -> None:
+    spec = stack(file, NATS_URL="nats://n:4222", EDGE_GATEWAY="http://edge:8080").functions["trigger"]
+    configuration = read_configuration(ROOT / spec.handler / "nats.toml", dict(spec.environment))
+    check_loops(configuration)
+    assert configuration.router.url == "http://edge:8080/function/router"
+    assert configuration.records.url == "nats://n:4222/isthmus-calls"
+    # The router's pod ends a request before the trigger gives it up.
+    assert configuration.router.timeout <= seconds(spec.environment["exec_timeout"])
+
+
+def test_a_trigger_with_records_of_its_own_has_one_replica() -> None:
+    labels = stack("stack.yml").functions["trigger"].labels
+    assert (labels["com.openfaas.scale.min"], labels["com.openfaas.scale.max"]) == ("1", "1")
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -93,7 +121,7 @@ def test_a_pod_that_ends_answers_what_it_took_within_its_grace(file: str) -> Non
 @pytest.mark.parametrize("file", FILES)
 def test_what_a_function_keeps_fits_its_memory(file: str) -> None:
     """The cache lies in /tmp: on the node's disk, which nothing else bounds, or in memory."""
-    for spec in stack(file).functions.values():
+    for spec in map(stack(file).functions.__getitem__, SEGMENTED):
         memory = parse_size(spec.limits["memory"])
         cache, loaded = (parse_size(spec.environment[name]) for name in ("cache_bytes", "max_loaded_bytes"))
         # docs/how-to/deployment.md, "What bounds a request".
@@ -101,6 +129,17 @@ def test_what_a_function_keeps_fits_its_memory(file: str) -> None:
         requests = working + max(working // 2, 2 * (body + 2**20))
         assert cache + loaded + requests <= memory - OWN_BYTES
         assert RegistrySettings.cache_bytes <= memory
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_what_the_trigger_keeps_fits_its_memory(file: str) -> None:
+    memory = parse_size(stack(file).functions["trigger"].limits["memory"])
+    working, body = TriggerSettings.max_working_bytes, TriggerSettings.max_request_bytes
+    requests = working + max(working // 2, 2 * (body + 2**20))
+    messages = read_configuration(
+        ROOT / "functions/trigger/nats.toml", {"nats_url": "nats://n", "router_url": "http://r"}
+    )
+    assert requests + messages.max_work_bytes <= memory - OWN_BYTES
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -115,8 +154,8 @@ def test_a_function_has_a_limit_of_cpus_that_its_runs_do_not_use_up(file: str) -
 
 
 def test_the_pro_stack_is_probed_for_readiness_and_not_for_health() -> None:
-    """CE has no such annotation: there the router's retries bridge a start."""
-    for spec in stack("stack.pro.yml").functions.values():
+    """CE has no such annotation: there the router's retries bridge a start. The trigger takes calls unready, too."""
+    for spec in map(stack("stack.pro.yml").functions.__getitem__, SEGMENTED):
         assert spec.annotations["com.openfaas.ready.http.path"] == "/_/ready"
         assert dockerfile_variables(spec.lang)["ready_path"] == "/ready"
 

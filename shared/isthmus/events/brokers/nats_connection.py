@@ -7,12 +7,11 @@ connection: at a server with a new, empty store, these would acknowledge other m
 from __future__ import annotations
 
 import asyncio
-import binascii
+import base64
 import concurrent.futures
 import contextlib
 import re
 import time
-from collections import UserString
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
@@ -252,13 +251,32 @@ def _login(credentials: str, url: str) -> dict[str, Any]:
     if not credentials:
         return {}
     if "BEGIN NATS USER JWT" in credentials:
-        import nkeys  # needs libsodium; other logins do not
-
-        seed = re.search(r"BEGIN USER NKEY SEED-*\s+(\S+)", credentials)
-        try:
-            nkeys.from_seed(bytearray(seed[1].encode() if seed else b""))
-        except (nkeys.NkeysError, binascii.Error) as e:
-            raise BrokerRefused(f"the credentials for {url} hold no user's seed", broker=url) from e
-        return {"user_credentials": UserString(credentials)}
+        return _credentials_file(credentials, url)
     user, colon, password = credentials.partition(":")
     return {"user": user, "password": password} if colon else {"token": user}
+
+
+def _credentials_file(text: str, url: str) -> dict[str, Any]:
+    """The options for a .creds file: its token, and its seed to sign the server's challenge with.
+
+    nats-py would take the file by the package nkeys, which has no wheel, so that images could not install it.
+    """
+    # libsodium, which other logins do not need.
+    from nacl.signing import SigningKey
+
+    token = re.search(r"BEGIN NATS USER JWT-*\s+(\S+)", text)
+    seed = re.search(r"BEGIN USER NKEY SEED-*\s+(\S+)", text)
+    try:
+        if token is None or seed is None:
+            raise ValueError("without a token or a seed")
+        # Two bytes say that a seed of a user follows, two more at the end are a checksum.
+        decoded = base64.b32decode(seed[1] + "=" * (-len(seed[1]) % 8))
+        if not seed[1].startswith("SU"):
+            raise ValueError("the seed is not a user's")
+        key = SigningKey(decoded[2:-2])
+    except ValueError as e:
+        raise BrokerRefused(f"the credentials for {url} hold no user's seed", broker=url) from e
+    return {
+        "user_jwt_cb": token[1].encode,
+        "signature_cb": lambda nonce: base64.b64encode(key.sign(nonce.encode()).signature),
+    }

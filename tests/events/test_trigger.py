@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from isthmus.errors import BrokerRefused, ResultStoreUnavailable
-from isthmus.events import processing, trigger
+from isthmus.events import limits, processing, trigger
+from isthmus.events.broker import Delivery
 from isthmus.events.call import CallLease
 from isthmus.events.calls import Calls
 from isthmus.events.claims import ClaimStore, parse_claim
@@ -144,6 +146,40 @@ def test_no_more_is_fetched_than_the_route_can_do(setup: Setup) -> None:
         free.set()
         until(running.is_empty)
     assert setup.route.most_parallel == 4
+
+
+def test_messages_are_fetched_several_at_a_time(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+    fetch = setup.broker.fetch
+
+    def counted(count: int, wait_s: float) -> Sequence[Delivery]:
+        counts.append(count)
+        return fetch(count, wait_s)
+
+    monkeypatch.setattr(setup.broker, "fetch", counted)
+    setup.drain(*messages(60), concurrency=4)
+    # The size of a message is known from the first.
+    assert counts[0] == 1
+    assert min(counts[1:]) >= 4
+
+
+def test_requests_that_waited_for_an_absent_router_are_sent_together_once_it_responds() -> None:
+    limit = limits.RouteLimit(4)
+    limit.note(Outcome.AWAY)
+    together = threading.Barrier(5)
+
+    def request() -> None:
+        with limit.slot():
+            together.wait(LONG_S)
+
+    threads = [threading.Thread(target=request) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    until(lambda: together.n_waiting == 1)
+    limit.note(Outcome.DONE)
+    together.wait(LONG_S)
+    for thread in threads:
+        thread.join()
 
 
 def test_bodies_in_memory_are_bounded(setup: Setup) -> None:

@@ -88,7 +88,7 @@ class RouteLimit:
     def note(self, outcome: Outcome, retry_after_s: float | None = None) -> None:
         """Learn from a response."""
         with self._changed:
-            now = self._clock()
+            now, before = self._clock(), self.limit
             if outcome in (Outcome.AWAY, Outcome.UNCLEAR):
                 if self._is_away and self._paused_s() > 0:
                     return  # of the same cause: requests that were under way
@@ -105,7 +105,9 @@ class RouteLimit:
                     self._decreased_at, self._limit = now, max(1.0, self._limit * _DECREASE)
             else:
                 self._limit = min(self._max, self._limit + 1 / (_ROUNDS_PER_INCREASE * self._limit))
-            self._changed.notify_all()
+            # The end of a request wakes one thread; all of them at each response would contend for the lock.
+            if self.limit > before:
+                self._changed.notify_all()
 
     def try_soon(self) -> None:
         """There are signs that the router, if it was away, is back: no further pause than the first one."""

@@ -222,8 +222,13 @@ class Trigger:
             return 0
         if not self._largest:
             return 1
+        limit = self._limit.limit
+        wanted = _MESSAGES_PER_REQUEST * limit - self._lanes.runnable
+        if wanted < limit:
+            # A fetch costs broker and client as much as a few messages do: several at a time.
+            return 0
         free: int = min(
-            _MESSAGES_PER_REQUEST * self._limit.limit - self._lanes.runnable,
+            wanted,
             MAX_JOBS - len(self._lanes),
             max(free_bytes // self._largest, 0 if len(self._lanes) else 1),
         )

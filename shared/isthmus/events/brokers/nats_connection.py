@@ -142,9 +142,10 @@ class _Supervisor:
 
     async def run(self, work: Callable[[Client], Awaitable[T]], connect_timeout_s: float) -> T:
         """See `NatsConnection.run`."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(max(0.0, connect_timeout_s)):
-                await self._settled.wait()
+        if not self._settled.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, connect_timeout_s)):
+                    await self._settled.wait()
         client = self._client
         if client is None:
             # A new instance each time: threads would share the traceback.

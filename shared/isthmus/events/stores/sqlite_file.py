@@ -59,6 +59,7 @@ class SqliteFile:
     def __init__(self, path: Path | str, schema: SqliteSchema) -> None:
         self.url = f"sqlite:{path}"
         self._waiting: list[_Write] = []
+        self._level = ""
         self._waiting_lock, self._commit_lock, self._read_lock = threading.Lock(), threading.Lock(), threading.Lock()
         with self._translated():
             _create_private(Path(path))
@@ -112,7 +113,10 @@ class SqliteFile:
         try:
             # In the log mode NORMAL syncs at checkpoints alone; the sync of a later FULL commit includes its commits.
             level = "FULL" if any(write.is_durable for write in batch) else "NORMAL"
-            self._writer.execute(f"PRAGMA synchronous = {level}")
+            if level != self._level:
+                self._level = ""
+                self._writer.execute(f"PRAGMA synchronous = {level}")
+                self._level = level
             with _transaction(self._writer):
                 for write in batch:
                     try:

@@ -8,6 +8,9 @@ from hypothesis import HealthCheck, settings
 # Tests that import onnxruntime themselves may do so before Isthmus, which turns its telemetry off, is imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
+# Worker processes of xdist are given a width, which the command's console would keep.
+os.environ.pop("COLUMNS", None)
+
 # A run on a machine that pauses tells no more than one on a quick one, and the same tree gets the same answer.
 settings.register_profile("isthmus", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("isthmus")

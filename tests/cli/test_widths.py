@@ -53,6 +53,8 @@ def width(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
     """A terminal of that many columns."""
     monkeypatch.setenv("COLUMNS", str(request.param))
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    # A dumb terminal, as editors and CI have one, is 80 columns wide to rich.
+    monkeypatch.setenv("TERM", "xterm-256color")
     assert console.out.is_terminal
     assert console.out.width == request.param
     return int(request.param)

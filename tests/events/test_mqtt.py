@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from isthmus.errors import BrokerRefused, BrokerUnavailable, ConfigurationMalformed, MessageTooLarge
@@ -263,3 +265,31 @@ def test_default_client_ids_differ_by_topic_and_fit_every_broker() -> None:
     ids: set[Any] = {mqtt_connection.stable_client_id(*parts) for parts in (("a",), ("b",), ("a", "g", "host"))}
     assert len(ids) == 3
     assert all(len(each) <= 23 for each in ids)
+
+
+# paho leaves the socket of a failed handshake to the garbage collector.
+@pytest.mark.filterwarnings("ignore:Exception ignored in.*SSLSocket:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:unclosed .*SSLSocket:ResourceWarning")
+def test_mqtts_needs_a_certificate_that_is_trusted(
+    tmp_path: Path, opened: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    make_certificate(key, certificate)
+    server = MqttServer(tmp_path / "mqtt", f"certfile {certificate}", f"keyfile {key}")
+    opened.callback(server.kill)
+    topic = unique_place()
+    place = msgspec.structs.replace(server.place(topic), url=f"mqtts://127.0.0.1:{server.port}")
+    untrusting = opened.enter_context(closing(MqttPublisher(place, PASSWORD)))
+    with pytest.raises(BrokerUnavailable):
+        untrusting.publish(Message(b"x", "m"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    opened.enter_context(closing(MqttPublisher(place, PASSWORD))).publish(Message(b"x", "m"))
+
+
+def make_certificate(key: Path, certificate: Path) -> None:
+    """A certificate of 127.0.0.1 that signs itself."""
+    if (openssl := shutil.which("openssl")) is None:
+        pytest.skip("openssl is not installed")
+    options = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=127.0.0.1"
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([openssl, *options.split(), *names], check=True, capture_output=True)

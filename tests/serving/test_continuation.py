@@ -152,3 +152,14 @@ def test_classes_of_a_continuation_are_the_models(cut_off: FlaskClient, client: 
     assert answer.status_code == 200, answer.text
     expected = expected_classes(photos, CAT)
     assert [c["index"] for c in answer.json["classes"]][:1] == [c["index"] for c in expected][:1]
+
+
+def test_a_caller_that_knows_the_link_to_be_away_gets_its_continuation_at_once(
+    photos: Published, chain: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The first hop has the whole deadline, the tail a single try; where the tail is there it is used."""
+    hops = (chain.hops[0], f"http://127.0.0.1:{free_port()}")
+    away = ready(create_router_app(router_settings(photos, tmp_path_factory.mktemp("c"), hops)).test_client())
+    answer = away.post("/", data=CAT, headers=ACCEPTS | {"Prefer": "wait=0"})
+    assert (answer.status_code, answer.content_type) == (503, CONTENT_TYPE), answer.text
+    assert chain.client.post("/", data=CAT, headers=ACCEPTS | {"Prefer": "wait=5"}).status_code == 200

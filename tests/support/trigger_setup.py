@@ -51,7 +51,7 @@ class ScriptedRoute:
         self.parallel = self.most_parallel = 0
         self._lock = threading.Lock()
 
-    def call(self, message: Message, wait_s: int = 0) -> RouterReply:
+    def call(self, message: Message, wait_s: int | None = None) -> RouterReply:
         with self._lock:
             self.called.append(message.id)
             self.parallel += 1

@@ -36,8 +36,8 @@ class Deferral:
 
     @property
     def wait_s(self) -> int:
-        """How long the router may wait for the tail: hardly, once it is known to be away."""
-        return 1 if self.cloud.is_away else math.ceil(self._table.wait)
+        """How long the router may wait for the tail: no longer than a link takes, once that is known to be away."""
+        return 0 if self.cloud.is_away else math.ceil(self._table.wait)
 
     @property
     def status(self) -> SpoolStatus:

@@ -53,7 +53,7 @@ _log = logging.getLogger(__name__)
 class MessageHandler(Protocol):
     """Serves a message; every failure is a reply."""
 
-    def call(self, message: Message, wait_s: int = 0) -> RouterReply:
+    def call(self, message: Message, wait_s: int | None = None) -> RouterReply:
         """The router's reply; with `wait_s`, as `RouterRoute.call`, perhaps a continuation."""
         ...
 
@@ -286,7 +286,7 @@ class Processor:
             if deferral is not None and not job.is_deferred and deferral.takes_unasked():
                 return RouterReply(Outcome.AWAY, reason="the cloud is away, as for the messages before")
             with self.limit.slot():
-                reply = self.route.call(message, 0 if deferral is None or job.is_deferred else deferral.wait_s)
+                reply = self.route.call(message, None if deferral is None or job.is_deferred else deferral.wait_s)
             if deferral is not None and job.is_deferred:
                 deferral.note(reply)
                 # Of the hops behind the router, which others may not need.

@@ -75,7 +75,7 @@ class RouterRoute:
         self._query = f"model={quote(table.model, safe=':')}" if table.model else ""
         self._pool = ConnectionPool(table.url, connect_timeout_s=min(_CONNECT_TIMEOUT_S, self._timeout_s))
 
-    def call(self, message: Message, wait_s: int = 0) -> RouterReply:
+    def call(self, message: Message, wait_s: int | None = None) -> RouterReply:
         """POST the message, a continuation to /continue; every failure is a reply.
 
         With `wait_s` the reply may be a continuation: where the tail gives no response for so long.
@@ -87,7 +87,7 @@ class RouterRoute:
                 {**self._headers(message), **_preference(message, wait_s)},
                 deadline,
                 max_bytes=MAX_RESULT_BYTES,
-                max_error_bytes=MAX_RESULT_BYTES if wait_s else _MAX_ERROR_BYTES,
+                max_error_bytes=_MAX_ERROR_BYTES if wait_s is None else MAX_RESULT_BYTES,
                 path="/continue" if message.content_type == CONTINUATION else "",
                 query=self._query,
             )
@@ -120,9 +120,9 @@ class RouterRoute:
         return {**dict(forwarded(message.headers)), **plain}
 
 
-def _preference(message: Message, wait_s: int) -> dict[str, str]:
+def _preference(message: Message, wait_s: int | None) -> dict[str, str]:
     """Headers that ask for a continuation. Source: docs/reference/continuation.md."""
-    if not wait_s:
+    if wait_s is None:
         return {}
     accept = message.headers.get("accept", "*/*")
     return {"accept": f"{accept if _is_plain(accept) else '*/*'}, {CONTINUATION}", "Prefer": f"wait={wait_s}"}

@@ -137,16 +137,22 @@ def execute(
 
 
 def execute_resumably(
-    route: Route, inputs: Mapping[str, Array], context: Context, encoded: Mapping[str, EncodedTensor] | None = None
+    route: Route,
+    inputs: Mapping[str, Array],
+    context: Context,
+    encoded: Mapping[str, EncodedTensor] | None = None,
+    wait_s: float | None = None,
 ) -> Result | Interruption:
     """As `execute`; where a hop after the first gives no response, what the rest of the route needs.
+
+    Units: each hop after the first has at most `wait_s` seconds, which begin with its call.
 
     Raises:
         As `execute`, for the first hop, and for every hop that refuses.
     """
     encoded = encoded or _NO_TENSORS
     _check_inputs(route, inputs, encoded)
-    execution = _Execution(route, context, dict(inputs))
+    execution = _Execution(route, context, dict(inputs), wait_s)
     try:
         execution.run(0, encoded)
     except (HopUnavailable, HopTimeout) as e:
@@ -176,6 +182,7 @@ class _Execution:
     route: Route
     context: Context
     tensors: dict[str, Array]
+    wait_s: float | None = None
     runs: list[SegmentRun] = field(default_factory=list)
 
     def outputs(self) -> dict[str, Array]:
@@ -200,7 +207,10 @@ class _Execution:
         # The hop's time begins after encoding: plans price the two apart.
         called = time.perf_counter()
         frame = Frame(arrays, route.digest, segment.id, self.context.call_id, encoded)
-        reply = hop.call(frame, self.context)
+        context = self.context
+        if index and self.wait_s is not None:
+            context = replace(context, deadline=Deadline.after(min(self.wait_s, context.deadline.remaining())))
+        reply = hop.call(frame, context)
         self.tensors.update(_checked(reply.frame, frame, segment, hop))
         return SegmentRun(
             segment.id,

@@ -6,13 +6,11 @@ A caller that can keep bytes and come again says so by `Accept: application/vnd.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from flask import Response
 from werkzeug.http import parse_dict_header
 
-from isthmus.context import Context, Deadline
 from isthmus.errors import RequestMalformed
 from isthmus.pipeline import Interruption
 from isthmus.pipeline.continuation import CONTENT_TYPE, encode_continuation
@@ -21,6 +19,8 @@ from isthmus.serving.request import FunctionRequest
 
 # A link that was cut is rarely back sooner.
 RETRY_AFTER_S = 5
+# Of `wait=0`: once over a link that is up, and no second try.
+_MIN_WAIT_S = 0.1
 
 
 class Deferred(Exception):
@@ -48,16 +48,15 @@ def takes_continuation(request: FunctionRequest) -> bool:
     return any(text.partition(";")[0].strip().lower() == CONTENT_TYPE for text in types)
 
 
-def hop_context(request: FunctionRequest) -> Context:
-    """The request's context; its deadline is the caller's `Prefer: wait=…` where that is sooner.
+def tail_wait(request: FunctionRequest) -> float | None:
+    """Seconds that each hop after the first has by the caller's `Prefer: wait=…`; None where it prefers nothing.
 
     Raises:
         RequestMalformed: the preference is no number of seconds.
     """
     wait = parse_dict_header(request.headers.get("Prefer", "")).get("wait")
     if wait is None or not takes_continuation(request):
-        return request.context
+        return None
     if not (wait.isascii() and wait.isdigit() and 1 <= len(wait) <= 6):
         raise RequestMalformed("the preference wait is no whole number of seconds", header="Prefer")
-    deadline = Deadline.after(min(float(wait), request.context.deadline.remaining()))
-    return replace(request.context, deadline=deadline)
+    return max(float(wait), _MIN_WAIT_S)

@@ -27,7 +27,7 @@ from isthmus.pipeline import Interruption, LocalHop, Result, Route, execute, exe
 from isthmus.processing.image import model_input
 from isthmus.processing.image_budget import ImageMemory
 from isthmus.routing import Guard, SelectedRoute
-from isthmus.serving.deferral import Deferred, hop_context, takes_continuation
+from isthmus.serving.deferral import Deferred, tail_wait, takes_continuation
 from isthmus.serving.error_responses import error_document
 from isthmus.serving.inference import InferenceRequest
 from isthmus.serving.metrics import FunctionMetrics
@@ -184,7 +184,7 @@ class Predictor:
         """
         route, fallback = self._guard.apply_fallback(selected.route)
         try:
-            result = execute_resumably(route, inputs, hop_context(request), encoded)
+            result = execute_resumably(route, inputs, request.context, encoded, tail_wait(request))
             if isinstance(result, Interruption):
                 if takes_continuation(request) and sizes is not None:
                     self._count_error(result.error)

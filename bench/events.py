@@ -24,7 +24,9 @@ from harness import STATE, Report, arguments, at_least, at_most, interleave
 from supervised import Kill, Supervised, answers, kill_at_random
 
 from isthmus.client import Client
+from isthmus_tools.netem import NetworkEmulator
 
+Tables = Mapping[str, Mapping[str, object]]
 PARTS = ("kills", "throughput", "latency", "drain")
 CONCURRENCY = 8
 # Of a run of all messages, kills of each process included; none takes as long.
@@ -59,11 +61,17 @@ def main() -> None:
 
 
 class TriggerSetup:
-    """Broker, head, tail, router and trigger as processes; `hops` in place of head and tail where given."""
+    """Broker, head, tail, router and trigger as processes; `hops` in place of head and tail where given.
 
-    def __init__(self, folder: Path, broker: Broker, hops: str = "") -> None:
+    `tables` are further ones of the trigger's configuration; with `is_linked` the tail is behind the network `link`.
+    """
+
+    def __init__(
+        self, folder: Path, broker: Broker, hops: str = "", tables: Tables | None = None, *, is_linked: bool = False
+    ) -> None:
         self.registry, self.broker = folder / "registry", broker
-        self._hops = hops
+        self._hops, self._tables = hops, tables or {}
+        self._is_linked, self.link = is_linked, NetworkEmulator("127.0.0.1:9")
         self._stack = contextlib.ExitStack()
         self.processes: dict[str, Supervised] = {}
 
@@ -73,7 +81,11 @@ class TriggerSetup:
             self.processes["broker"] = stack.enter_context(self.broker.start())
             names = ("router",) if self._hops else ("edge-head", "cloud-tail", "router")
             urls = {name: f"http://127.0.0.1:{free_port()}" for name in names}
-            hops = self._hops or f"{urls['edge-head']},{urls['cloud-tail']}"
+            tail = urls.get("cloud-tail", "")
+            if self._is_linked:
+                self.link = stack.enter_context(NetworkEmulator(tail))
+                tail = self.link.url
+            hops = self._hops or f"{urls['edge-head']},{tail}"
             self.router = urls["router"]
             for name, staged in stage_functions(*names, registry=self.registry, model=MODEL).items():
                 environment = staged.environment_at(urls[name], hops=hops, cache_dir=str(self.broker.folder / name))
@@ -108,7 +120,7 @@ class TriggerSetup:
         return total
 
     def _trigger(self) -> Supervised:
-        path = write_configuration(self.broker, self.router)
+        path = write_configuration(self.broker, self.router, self._tables)
         command = [str(Path(sys.executable).with_name("isthmus")), "trigger", str(path), "--json", "--every", "200ms"]
         log = STATE / "logs" / "events-trigger.log"
 
@@ -118,15 +130,16 @@ class TriggerSetup:
         return Supervised("trigger", command, dict(os.environ), has_begun)
 
 
-def write_configuration(broker: Broker, router: str) -> Path:
-    """The trigger's configuration."""
+def write_configuration(broker: Broker, router: str, more: Tables | None = None) -> Path:
+    """The trigger's configuration; `more` are further tables, and keys without a table in that without a name."""
     tables = {
         "source": broker.place(IN),
         "dead_letters": broker.place(DEAD),
         "router": {"url": router, "concurrency": CONCURRENCY, "timeout": "10s"},
         "records": {"url": f"sqlite:{broker.folder / 'records.sqlite'}"},
+        **{name: table for name, table in (more or {}).items() if name},
     }
-    lines = ["max_attempts = 5", 'retry_after = "500ms"']
+    lines = ["max_attempts = 5", 'retry_after = "500ms"', *_toml((more or {}).get("", {}))]
     for name, table in tables.items():
         lines += [f"[{name}]", *_toml(table)]
     path = broker.folder / "trigger.toml"

@@ -116,3 +116,19 @@ def test_the_trigger_reads_the_configuration_of_the_benchmark(module: Callable[[
         "digits.dead",
     ]
     assert float(configuration.source.ack_wait) == 10.0
+
+
+def test_the_outage_configures_a_spool_and_an_order(module: Callable[[str], Any], tmp_path: Path) -> None:
+    outage, broker = module("events_outage"), module("events_brokers").NatsBroker(tmp_path / "nats")
+    tables = {"": {"order_by": outage.ORDER_BY}, "spool": {"folder": str(tmp_path), "max_bytes": outage.MAX_BYTES}}
+    configuration = read_configuration(module("events").write_configuration(broker, "http://127.0.0.1", tables), {})
+    assert (configuration.order_by, configuration.spool is not None) == ("header:content-type", True)
+
+
+def test_the_outage_counts_overtakers_of_a_kind(module: Callable[[str], Any], messages: list[Any]) -> None:
+    received = module("events_brokers").Received
+    photos = [sample.id for sample in messages if sample.content_type == messages[0].content_type][:4]
+    others = [sample.id for sample in messages if sample.content_type != messages[0].content_type][:1]
+    order = [photos[0], photos[2], photos[1], *others, photos[3]]
+    count = module("events_outage").overtakers(messages, [received(name, b"") for name in order])
+    assert count == 1

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from isthmus_tools.usecases.plan import PlanRequest, PlanResult, plan
     from isthmus_tools.usecases.profile import ProfileRequest, ProfileResult, profile
     from isthmus_tools.usecases.publication import Publication
-    from isthmus_tools.usecases.trigger import TriggerRequest, run_trigger
+    from isthmus_tools.usecases.trigger import PartCheck, TriggerRequest, check_trigger, run_trigger
 
 _NAMES = {
     "budget": ("Budget",),
@@ -39,7 +39,7 @@ _NAMES = {
     "usecases.plan": ("PlanRequest", "PlanResult", "plan"),
     "usecases.profile": ("ProfileRequest", "ProfileResult", "profile"),
     "usecases.publication": ("Publication",),
-    "usecases.trigger": ("TriggerRequest", "run_trigger"),
+    "usecases.trigger": ("PartCheck", "TriggerRequest", "check_trigger", "run_trigger"),
     "graph.exporting": ("ModelInputs",),
 }
 _MODULES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
@@ -58,6 +58,7 @@ __all__ = [
     "ModelInputs",
     "PackageRequest",
     "PackageResult",
+    "PartCheck",
     "PlanRequest",
     "PlanResult",
     "ProfileRequest",
@@ -66,6 +67,7 @@ __all__ = [
     "Publication",
     "TriggerRequest",
     "calibrate",
+    "check_trigger",
     "classify_photos",
     "cut",
     "import_model",

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
-from support.example_scripts import output, started, without
+from isthmus.artifacts.segment_id import SegmentId
+from isthmus.registry import open_registry
+from isthmus.settings import RegistrySettings
+from support import mqtt_server
+from support.example_scripts import output, started, without, without_programs
 from support.models import package_dir
 
 
@@ -33,3 +39,28 @@ def test_a_bucket_without_its_server_says_what_to_install(tmp_path: Path) -> Non
     done = started(tmp_path, "bucket/score.py", **without(tmp_path, "moto"))
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == 'S3 and SQS of this example are moto\'s server: pip install "moto[s3,sqs,server]"\n'
+
+
+def test_readings_of_watches_become_alerts(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    mqtt_server.program()
+    package_dir("aeon")
+    trained, _, *alerts, told = output(tmp_path, "sensor/run.py").splitlines()
+    right = re.match(r"(\d+) of 40 held-out recordings are right", trained)
+    assert right is not None
+    assert int(right[1]) >= 36
+    assert told == f"{len(alerts)} alerts of 40 recordings, of which 10 are of somebody running"
+    assert {json.loads(line)["motion"] for line in alerts} == {"running"}
+    assert len({json.loads(line)["watch"] for line in alerts}) == len(alerts) >= 8
+    # Readings do not leave the edge: the head normalises them, and its output is a tenth of their size.
+    bundle = open_registry(RegistrySettings(registry=str(tmp_path / "registry"))).resolve("motion").bundle
+    assert bundle.default_cuts == ("relu_1",)
+    assert [spec.shape[1:] for spec in bundle.segment(SegmentId("", "relu_1")).outputs] == [(4, 15)]
+
+
+def test_alerts_without_a_broker_say_what_to_install(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    package_dir("aeon")
+    done = started(tmp_path, "sensor/run.py", **without_programs(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.startswith("no MQTT broker: apt install mosquitto")

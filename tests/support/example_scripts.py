@@ -33,3 +33,11 @@ def without(folder: Path, module: str) -> dict[str, str]:
     hidden.mkdir(exist_ok=True)
     (hidden / f"{module}.py").write_text(f"raise ModuleNotFoundError('no {module}', name='{module}')\n")
     return {"PYTHONPATH": f"{hidden}{os.pathsep}{ROOT / 'shared'}"}
+
+
+def without_programs(folder: Path) -> dict[str, str]:
+    """Variables under which Python finds no program."""
+    hidden = folder / "hidden"
+    hidden.mkdir(exist_ok=True)
+    (hidden / "sitecustomize.py").write_text("import shutil\n\nshutil.which = lambda *_, **__: None\n")
+    return {"PYTHONPATH": f"{hidden}{os.pathsep}{ROOT / 'shared'}"}

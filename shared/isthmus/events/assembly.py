@@ -1,4 +1,4 @@
-"""Assembles a trigger from its configuration: checks it, opens all parts, closes them where one fails."""
+"""Assembles a trigger from its configuration: loops are refused, all parts opened, and closed after a failure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def open_trigger(configuration: TriggerConfiguration, settings: RegistrySettings
     `settings` have the folder of secrets and the S3 server; their registry is not read.
 
     Raises:
-        ConfigurationMalformed: a loop, a missing package or secret, or an address that is none.
+        ConfigurationMalformed: a loop, a missing package or secret, or a malformed address.
         BrokerRefused: the broker refuses credentials, subject or topic.
         BrokerUnavailable, ResultStoreUnavailable: no answer.
     """
@@ -61,7 +61,7 @@ def open_trigger(configuration: TriggerConfiguration, settings: RegistrySettings
 
 
 def trigger_name(configuration: TriggerConfiguration) -> str:
-    """The configured name, or one of the source: triggers that share a source share records."""
+    """The configured name, by default a digest of the source: triggers that share a source share records."""
     if configuration.name:
         return configuration.name
     source = msgspec.json.encode(configuration.source, enc_hook=float, order="sorted")

@@ -7,8 +7,8 @@
 ```
 
 `begin` takes a lease. After it expires, as after the death of its owner, another owner takes the call over; each
-`begin` counts as an attempt. The first result stays: a slower owner gets that one from `finish`, and its own is
-dropped. So of any number of deliveries of a message one result is seen.
+`begin` counts as an attempt. The first result stays: `finish` gives a slower owner the first result and
+drops the second. So a message has a single result, however often a broker delivers the message.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Calls:
         self._changes = _ChangeSignals()
 
     def queue(self, call_id: str, source: str = "") -> Call:
-        """Note a call that nobody works on yet; the record that exists, where one does."""
+        """Create a queued call; an existing record stays as it is."""
 
         def step() -> Call | None:
             if (stored := self._read(call_id)) is not None:
@@ -155,7 +155,7 @@ class Calls:
     def finish(
         self, lease: CallLease, status: int, content_type: str, body: bytes, *, durable: bool = True
     ) -> CallLease:
-        """Record a result; where another owner was first, its result in place of this one.
+        """Record a result; the result of an earlier owner stays and is returned.
 
         Raises:
             MessageTooLarge: the body is too large for a record and there is no object store.
@@ -164,7 +164,7 @@ class Calls:
         return self._end(lease, result, "done", "", durable)
 
     def fail(self, lease: CallLease, status: int, reason: str, document: Mapping[str, Any] | None = None) -> CallLease:
-        """Record the final error: the router's error document, or one of `reason`. As `finish` otherwise."""
+        """Record the final error: the router's document, by default `reason` as a document. As `finish` otherwise."""
         body = json.dumps(document or {"error": reason}, ensure_ascii=False).encode()
         if len(body) > MAX_INLINE_BYTES:
             body = json.dumps({"error": reason[:MAX_REASON]}).encode()
@@ -172,7 +172,7 @@ class Calls:
         return self._end(lease, result, "failed", reason[:MAX_REASON], True)
 
     def publish(self, lease: CallLease, place: str, *, durable: bool = True) -> CallLease:
-        """Note that `place` has the result, so that nobody sends it there again."""
+        """Note that `place` has the result, so that no trigger publishes there again."""
         latest = lease
 
         def step() -> CallLease | None:
@@ -189,7 +189,7 @@ class Calls:
         return _until_written(lease.call.id, step)
 
     def take_over(self, call: Call, owner: str, lease_s: float) -> CallLease | None:
-        """The lease of a call that is over, to publish what its former owner did not; None where it is in work."""
+        """The lease of a call that is over, for the remaining places; None while another lease is in force."""
         stored, now = self._read(call.id), self._clock()
         if stored is None or not stored.call.is_over or stored.call.lease_until > now:
             return None
@@ -304,7 +304,7 @@ class Calls:
         return storable(f"{self._scope}.{call_id}") if self._scope else call_id
 
     def _write(self, call: Call, version: str, durable: bool) -> CallLease | None:
-        """The call as written over `version`, or as a new one where that is empty; None where another was first."""
+        """Write over `version`, a new record where `version` is empty; None after a conflicting write."""
         value = encode_call(call)
         new = (
             self._records.update(self._key(call.id), value, version, durable=durable)

@@ -1,4 +1,4 @@
-"""Messages in memory, in lanes: one of each lane is in work at a time, in order; lanes run in parallel."""
+"""Messages in memory, in lanes: each lane is serial and in order, lanes run in parallel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Item = TypeVar("Item", bound=Hashable)
 
 @dataclass(eq=False)
 class _Lane(Generic[Item]):
-    """The messages of a key, the oldest first; it stays first until it is done."""
+    """The messages of a key, the oldest first; a message leaves when done."""
 
     key: str | None
     items: deque[Item] = field(default_factory=deque)
@@ -31,7 +31,7 @@ class Lanes(Generic[Item]):
         self._keyed: dict[str, _Lane[Item]] = {}
         self._lanes: dict[Item, tuple[_Lane[Item], int]] = {}
         self._ready: deque[_Lane[Item]] = deque()
-        # By time; the number tells apart lanes of one time, which do not compare.
+        # A heap by time; lanes do not compare, so a number breaks ties.
         self._delayed: list[tuple[float, int, _Lane[Item]]] = []
         self._numbers = itertools.count()
         self._running: set[Item] = set()
@@ -74,7 +74,7 @@ class Lanes(Generic[Item]):
                 self._changed.notify()
 
     def take(self) -> Item | None:
-        """The first item of the lane that has been ready longest, waiting for one; None once closed."""
+        """Wait for a ready lane, the longest ready first, and take its first item; None once closed."""
         with self._changed:
             while not self._is_closed:
                 next_s = self._wake()

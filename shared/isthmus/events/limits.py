@@ -1,4 +1,4 @@
-"""What the router can do: the number of requests that it takes at a time, found by its refusals."""
+"""The concurrency limit of the router, adapted to its refusals, and the availability of other counterparts."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class RouteLimit:
             if outcome in (Outcome.AWAY, Outcome.UNCLEAR):
                 if self._is_away and self._paused_s() > 0:
                     return  # of the same cause: requests that were under way
-                # Both say that others would fare alike: one request at a time finds out.
+                # Other requests would end alike: a single probe at a time until a success.
                 self._is_away = True
                 pause_s = retry_after_s or jittered(self._pause_s, self._pause_s / 4)
                 self._resume_at = now + min(self._max_pause_s, pause_s)
@@ -118,7 +118,7 @@ class RouteLimit:
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """Let everybody who waits go."""
+        """End all waits."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
@@ -128,7 +128,7 @@ class RouteLimit:
 
 
 class Availability:
-    """Waits for what is away: the store of records, a place of results, the source; and says what that is."""
+    """Retries while a counterpart is away (records, places, source), and lists absent counterparts with reasons."""
 
     def __init__(self, stop: threading.Event, on_change: Callable[[str, str], None]) -> None:
         self._stop, self._on_change = stop, on_change

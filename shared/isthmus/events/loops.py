@@ -1,4 +1,4 @@
-"""Loops: places of a trigger's results whose messages would come back to it."""
+"""Loops: places of results that the trigger's own source reads."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def check_loops(configuration: TriggerConfiguration) -> None:
                 where=where,
                 hint="send results where the source does not read",
             )
-        # Records note places by name: one of two equal ones would never be served.
+        # Records note places by name: the second of two equal places would never be served.
         if (other := names.setdefault(where_of(place), where)) != where:
             raise ConfigurationMalformed(f"{where} is the same place as {other}: {where_of(place)}", where=where)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Sequence
@@ -101,25 +102,26 @@ def test_a_router_that_is_busy_or_away_costs_no_attempt(setup: Setup, reply: Rou
 
 
 def test_a_message_that_alone_gets_no_response_is_a_dead_letter(setup: Setup) -> None:
-    replied = 0
+    begun = threading.Event()
+    sent = itertools.count()
 
     def answer(message: Message) -> RouterReply:
-        nonlocal replied
+        begun.wait(LONG_S)
         if message.id == "slow":
             # Until another message is done: what a timeout of a router that serves others is like.
-            before = replied
-            until(lambda: replied > before + 4)
+            before = running.status().counts["done"]
+            until(lambda: running.status().counts["done"] > before)
             return UNCLEAR
-        replied += 1
-        setup.broker.send(Message(b"", f"m{replied}"))
+        setup.broker.send(Message(b"", f"m{next(sent)}"))
         return DONE
 
     setup.route.answer = answer
     setup.broker.send(Message(b"", "slow"), Message(b"", "m"))
-    with setup.running():
+    with setup.running() as running:
+        begun.set()
         until(lambda: bool(setup.dead.ids))
     assert setup.dead.ids == ["slow"]
-    assert setup.route.called.count("slow") == 3
+    assert setup.dead.messages[0].headers["x-isthmus-attempts"] == "3"
 
 
 def test_a_busy_router_lowers_the_number_of_requests(setup: Setup) -> None:

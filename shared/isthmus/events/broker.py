@@ -1,4 +1,4 @@
-"""The interface of brokers: a consumer delivers messages at least once, a publisher sends them.
+"""The interface of brokers: a consumer delivers messages at least once, a publisher sends messages.
 
 Everything here may be called by any thread. Implementations translate their client's errors at each call.
 """
@@ -14,9 +14,9 @@ from isthmus.events.message import Message
 
 
 class Delivery(Protocol):
-    """One delivery of a message. Exactly one of `ack` and `retry` ends it; without either the broker delivers again.
+    """One delivery of a message. Either `ack` or `retry` ends a delivery; without either the broker delivers again.
 
-    Neither raises where the broker is gone: the message will come again, and its id shows that it is a repetition.
+    Neither raises while the broker is away: the next delivery of the message has the same id, and so is recognised.
     """
 
     @property
@@ -38,13 +38,13 @@ class Delivery(Protocol):
         ...
 
     def extend(self) -> None:
-        """Tell the broker that work goes on, so that it does not deliver to another consumer yet."""
+        """Tell the broker that work goes on, so that the broker delivers to no other consumer yet."""
         ...
 
 
 @dataclass(frozen=True)
 class Backlog:
-    """What waits at a broker: messages not yet delivered or not yet acknowledged, and the age of the oldest.
+    """Messages at a broker that are not delivered or not acknowledged yet, and the age of the oldest message.
 
     Units: seconds. None where the broker does not say.
     """
@@ -54,7 +54,7 @@ class Backlog:
 
 
 class Consumer(Protocol):
-    """A durable consumer: what it has not acknowledged is delivered again, to it or to another of its name."""
+    """A durable consumer: unacknowledged messages are delivered again, to any consumer of the same name."""
 
     @property
     def url(self) -> str:
@@ -67,16 +67,16 @@ class Consumer(Protocol):
         ...
 
     def fetch(self, count: int, wait_s: float) -> Sequence[Delivery]:
-        """Up to `count` messages; an empty sequence after `wait_s` seconds without one.
+        """Up to `count` messages; an empty sequence after `wait_s` seconds without a message.
 
         Raises:
             BrokerUnavailable: the broker does not answer; call again later, the consumer reconnects by itself.
-            BrokerRefused: credentials, or what the broker says that no second try can change.
+            BrokerRefused: credentials, or an error that no second attempt can change.
         """
         ...
 
     def backlog(self) -> Backlog:
-        """What waits.
+        """The backlog.
 
         Raises:
             BrokerUnavailable: the broker does not answer.
@@ -84,12 +84,12 @@ class Consumer(Protocol):
         ...
 
     def close(self) -> None:
-        """Give back what was fetched and not ended, where the broker knows how, and disconnect."""
+        """Return unended deliveries to the broker, as far as its protocol can, and disconnect."""
         ...
 
 
 class Publisher(Protocol):
-    """Sends messages; a message that was sent twice with one id is stored once, where the broker can."""
+    """Sends messages; a broker with deduplication stores two messages of the same id once."""
 
     @property
     def url(self) -> str:
@@ -98,16 +98,16 @@ class Publisher(Protocol):
 
     @property
     def max_bytes(self) -> int:
-        """The largest body that the broker takes, as it stated at connect or as it is known to be."""
+        """The largest body that the broker accepts, stated at connect or documented."""
         ...
 
     def publish(self, message: Message) -> None:
-        """Send and wait until the broker has confirmed; `message.id` is what it may deduplicate by.
+        """Send and wait until the broker has confirmed; `message.id` is the deduplication key.
 
         Raises:
             MessageTooLarge: the body exceeds `max_bytes`. Facts: `bytes`, `limit`.
             BrokerUnavailable: not confirmed; the message may have arrived nevertheless.
-            BrokerRefused: credentials, or what the broker says that no second try can change.
+            BrokerRefused: credentials, or an error that no second attempt can change.
         """
         ...
 
@@ -125,13 +125,13 @@ class Reachable(Protocol):
 
         Raises:
             BrokerUnavailable: no answer.
-            BrokerRefused: credentials, or no such place.
+            BrokerRefused: credentials, or an unknown place.
         """
         ...
 
 
 def check_size(message: Message, limit: int) -> None:
-    """Refuse a body that a place does not take, before it is sent.
+    """Refuse a body beyond a place's limit, before sending.
 
     Raises:
         MessageTooLarge: more than `limit` bytes.

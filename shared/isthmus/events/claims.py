@@ -1,6 +1,6 @@
 """Claim check: a body that is too large for a transport goes to an object store, and a reference travels.
 
-The reference is a small JSON document with the body's digest, size and expiry. Whoever redeems it verifies digest and
+The reference is a small JSON document with the body's digest, size and expiry. The redeemer verifies digest and
 size. Source: Hohpe and Woolf, "Enterprise Integration Patterns", Claim Check; docs/reference/claim-check.md.
 """
 
@@ -60,7 +60,7 @@ def is_claim(document: Mapping[str, Any]) -> bool:
 
 
 def looks_like_claim(body: bytes | memoryview) -> bool:
-    """Whether a body is a claim, whatever Content-Type says: queues lose it."""
+    """Whether a body is a claim, by content: queues lose Content-Type."""
     if len(body) > MAX_CLAIM_BYTES or bytes(body[:1]) != b"{":
         return False
     try:
@@ -113,7 +113,7 @@ class ClaimStore:
 
         Raises:
             MessageTooLarge: beyond `max_bytes`; nothing was stored.
-            ResultStoreUnavailable: the store does not take it.
+            ResultStoreUnavailable: the store refuses the body.
         """
         if len(body) > self.max_bytes:
             raise MessageTooLarge(
@@ -122,7 +122,7 @@ class ClaimStore:
                 limit=self.max_bytes,
                 hint="raise max_bytes of [claims], or send less",
             )
-        # Whole hours: equal bodies of one hour are one object.
+        # Whole hours: equal bodies of the same hour are the same object.
         expires = math.ceil((self._clock() + self._keep_s) / _HOUR_S) * _HOUR_S
         claim = Claim(hashlib.sha256(body).hexdigest(), len(body), expires, content_type[:256])
         try:

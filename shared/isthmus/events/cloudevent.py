@@ -67,7 +67,7 @@ class ReceivedEvent:
 
 
 def read_binary(headers: HeaderItems) -> ReceivedEvent | None:
-    """The event in binary content mode, whose attributes are headers `ce-…`; None without any of them.
+    """The event in binary content mode: attributes are headers `ce-…`; None without such headers.
 
     Raises:
         EventMalformed: a required attribute is missing, or a value breaks its type.
@@ -106,7 +106,7 @@ def read_structured(document: Mapping[str, Any]) -> ReceivedEvent | None:
 
 
 def check_no_batch(content_type: str) -> None:
-    """Refuse events in batched content mode, which HTTP receivers need not take.
+    """Refuse events in batched content mode; the HTTP binding makes this mode optional.
 
     Raises:
         MediaUnsupported: application/cloudevents-batch+json.
@@ -120,7 +120,7 @@ def check_no_batch(content_type: str) -> None:
 
 
 def _check_required(attributes: Mapping[str, Any]) -> None:
-    # The package makes up an id where there is none: it writes events as well.
+    # The package generates an absent id, since the package also writes events.
     for name in _REQUIRED:
         if not attributes.get(name):
             raise EventMalformed(

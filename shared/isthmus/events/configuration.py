@@ -26,21 +26,21 @@ Count = Annotated[int, Meta(ge=1, le=100_000)]
 
 
 class Seconds(float):
-    """A duration, written as a text such as 30s, 10m or 1d."""
+    """A duration, written as a text: 30s, 10m or 1d."""
 
 
 class Bytes(int):
-    """A size, written as a text such as 256MiB."""
+    """A size, written as a text: 256MiB."""
 
 
 class _Table(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
-    """A table of the file; `kind` says which, and unknown keys are refused with their name."""
+    """A table of the file; `kind` names the struct; unknown keys are refused by name."""
 
 
 class NatsPlace(_Table, frozen=True, kw_only=True, tag="nats"):
-    """A JetStream stream: `subject` to read (wildcards allowed) or to write; `stream` is made where it is absent.
+    """A JetStream stream: `subject` to read (wildcards allowed) or to write; an absent `stream` is created.
 
-    `durable` is the consumer's name: consumers of one name share its messages. Messages that nobody acknowledges come
+    `durable` is the consumer's name: consumers of the same name share its messages. Unacknowledged messages come
     again after `ack_wait`.
     """
 
@@ -72,7 +72,7 @@ class MqttPlace(_Table, frozen=True, kw_only=True, tag="mqtt"):
 
 
 class SqsPlace(_Table, frozen=True, kw_only=True, tag="sqs"):
-    """An SQS queue, standard or FIFO; credentials as boto3 finds them. `endpoint` is for other servers than AWS's."""
+    """An SQS queue, standard or FIFO; credentials from boto3's chain. `endpoint` is for other servers than AWS's."""
 
     queue_url: Text
     endpoint: str = ""
@@ -81,13 +81,13 @@ class SqsPlace(_Table, frozen=True, kw_only=True, tag="sqs"):
 
 
 class RedisPlace(_Table, frozen=True, kw_only=True, tag="redis"):
-    """A Redis or Valkey stream and a consumer `group` on it; `max_length` trims a stream that is written."""
+    """A Redis or Valkey stream and a consumer `group` on it; `max_length` trims the stream on writes."""
 
     url: Text = "redis://127.0.0.1:6379/0"
     stream: Text
     group: Text = "isthmus"
     claim_after: Seconds = Seconds(30)
-    """What a consumer has not acknowledged for this long goes to another."""
+    """Entries unacknowledged for this long go to another consumer."""
     max_length: Count | None = None
     password_secret: str = ""
 
@@ -95,7 +95,7 @@ class RedisPlace(_Table, frozen=True, kw_only=True, tag="redis"):
 class CallbackPlace(_Table, frozen=True, kw_only=True, tag="callback"):
     """An HTTP URL that gets each result by POST, signed where `signing_secret` names a secret.
 
-    Addresses of private networks are refused unless `allow` has their network, such as 10.0.0.0/8.
+    Addresses of private networks are refused unless `allow` lists their network, for example 10.0.0.0/8.
     """
 
     url: Text
@@ -104,7 +104,7 @@ class CallbackPlace(_Table, frozen=True, kw_only=True, tag="callback"):
 
 
 class ObjectPlace(_Table, frozen=True, kw_only=True, tag="objects"):
-    """A folder or s3://BUCKET/PREFIX in which each result is an object, named by the message's id."""
+    """A folder or s3://BUCKET/PREFIX; each result is an object, named by the message's id."""
 
     url: Text
 
@@ -125,7 +125,7 @@ class RouterTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 class RecordsTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where states and results of calls are kept for `keep`: sqlite:PATH, nats://HOST:PORT/BUCKET or s3://BUCKET/PREFIX.
 
-    Two triggers that share a consumer share their records too: SQLite is for one machine.
+    Triggers that share a consumer share records too: SQLite is for a single machine.
     """
 
     url: Text = "sqlite:.isthmus/trigger/records.sqlite"
@@ -137,7 +137,7 @@ class RecordsTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 class ClaimsTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The object store for bodies beyond a transport's limit: a folder or s3://BUCKET/PREFIX.
 
-    A body of more than `max_bytes` is refused; an object is removed `keep` after it was written.
+    A body of more than `max_bytes` is refused; an object is removed `keep` after its write.
     """
 
     url: Text
@@ -146,9 +146,9 @@ class ClaimsTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class SpoolTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The folder in which requests wait for a cloud that cannot be reached, within `max_bytes`.
+    """The folder of requests that wait for an unreachable cloud, within `max_bytes`.
 
-    `full` says what happens beyond: `refuse` leaves messages with their broker, `drop-oldest` gives up the oldest. The
+    `full` is the policy beyond: `refuse` leaves messages with their broker, `drop-oldest` gives up the oldest. The
     router tries to reach the tail for `wait` (in whole seconds). With `messages` whole messages wait too, where the
     router has no continuation for them.
     """
@@ -169,7 +169,7 @@ class TriggerConfiguration(Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """
 
     name: Annotated[str, Meta(pattern="^[a-z0-9-]{0,40}$")] = ""
-    """The trigger's name in records and headers; triggers with one name share their work. By default the source's."""
+    """The trigger's name in records and headers; triggers of a name share their work. By default the source's."""
     source: Broker
     results: Annotated[tuple[Place, ...], Meta(max_length=16)] = ()
     dead_letters: Place | None = None
@@ -180,9 +180,9 @@ class TriggerConfiguration(Struct, frozen=True, kw_only=True, forbid_unknown_fie
     order_by: str = ""
     max_attempts: Annotated[int, Meta(ge=1, le=1000)] = 5
     retry_after: Seconds = Seconds(2)
-    """The pause before a second attempt, doubled for each further one up to a minute."""
+    """The pause before a second attempt, doubled for each further attempt up to a minute."""
     max_work_bytes: Bytes = Bytes(256 * 2**20)
-    """Bodies of messages in work at a time; a larger one is worked on alone."""
+    """Bodies of messages in work at a time; a larger message is processed alone."""
 
 
 def has_configuration(given: str, folder: Path) -> bool:

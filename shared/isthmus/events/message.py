@@ -12,7 +12,7 @@ MAX_ID_CHARACTERS = 128
 CONTENT_TYPE = "content-type"
 CONTINUATION = "application/vnd.isthmus.continuation"
 """Media type of a request that the router finishes later. Source: docs/reference/continuation.md."""
-# In order of precedence: the event's own identity survives a forwarding that the ids of one queue do not.
+# In order of precedence: the event's own identity survives forwarding; the id of a queue does not.
 # Source: docs/how-to/events.md, "The id of a message".
 _ID_HEADERS = (
     "idempotency-key",
@@ -29,9 +29,9 @@ _CLOUDEVENT = ("ce-source", "ce-id")
 class Message:
     """A body with headers, from the place `source`: a subject, topic, queue or stream.
 
-    `headers` have lower-case names. `id` is the idempotency key: two deliveries with one id are one message. Messages
-    of one `key` are processed in order where the trigger is told to. Units: `published` is seconds since the epoch by
-    the broker's clock, 0.0 where the broker does not say.
+    `headers` have lower-case names. `id` is the idempotency key: two deliveries of the same id are the same message.
+    Messages with equal `key` are processed in order where the configuration asks for order. Units: `published` is
+    seconds since the epoch by the broker's clock, 0.0 if unknown.
     """
 
     body: bytes
@@ -52,7 +52,7 @@ class Message:
 
 
 def idempotency_key(headers: Mapping[str, str], fallback: str) -> str:
-    """The id of a message from its headers (lower-case names), else `fallback`, the broker's own id of it.
+    """The id of a message from its headers (lower-case names), else `fallback`, the broker's own message id.
 
     Source and id of a CloudEvent come first, then an Idempotency-Key, then the ids that OpenFaaS's connectors pass on.
     Ids with other characters than a key of a store allows, and long ones, are hashed.
@@ -65,7 +65,7 @@ def idempotency_key(headers: Mapping[str, str], fallback: str) -> str:
 
 
 def storable(text: str) -> str:
-    """`text` where it can be a key of a store and a header's value, else its SHA-256 as `sha256-<hex>`."""
+    """`text` if valid as a store's key and as a header's value, else its SHA-256 as `sha256-<hex>`."""
     plain = text.isascii() and text.replace("-", "").replace("_", "").replace(".", "").isalnum()
     # A leading dot would hide a file, and `.` as a whole would be a folder.
     if plain and len(text) <= MAX_ID_CHARACTERS and not text.startswith("."):

@@ -1,6 +1,6 @@
-"""The interface of record stores: small values with versions, by which several processes agree on a message.
+"""The interface of record stores: small values with versions, on which several processes agree.
 
-Implementations: SQLite (one machine), JetStream's key-value store, S3 by conditional writes.
+Implementations: SQLite (a single machine), JetStream's key-value store, S3 by conditional writes.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ MAX_RECORD_BYTES = 256 * 2**10
 
 
 class Stored(NamedTuple):
-    """A value and its version, which changes with every write."""
+    """A value and its version; every write changes the version."""
 
     value: bytes
     version: str
 
 
 class RecordStore(Protocol):
-    """Values by key, each written only where the version is the expected one.
+    """Values by key, each written only over the expected version.
 
-    A write is durable once the call returns. With `durable=False` it survives the death of every process, and may be
-    lost with the machine: a store on a disk then saves the wait for the disk; other stores make no difference.
+    A write is durable once the call returns. With `durable=False` a write survives the death of every process, but not
+    of the machine: a store on a disk saves the wait for the disk; other stores make no difference.
 
     Keys are as `isthmus.events.message.storable` makes them. Every method raises ResultStoreUnavailable where the store
     does not answer.
@@ -39,7 +39,7 @@ class RecordStore(Protocol):
         ...
 
     def create(self, key: str, value: bytes, *, durable: bool = True) -> str | None:
-        """Write unless `key` exists; the version, or None where it does."""
+        """Write unless `key` exists; the version, or None where `key` exists."""
         ...
 
     def update(self, key: str, value: bytes, version: str, *, durable: bool = True) -> str | None:
@@ -47,7 +47,7 @@ class RecordStore(Protocol):
         ...
 
     def delete(self, key: str, version: str) -> bool:
-        """Remove what was written as `version`; False where another write was first."""
+        """Remove the value written as `version`; False where another write was first."""
         ...
 
     def keys(self) -> Iterator[str]:
@@ -55,7 +55,7 @@ class RecordStore(Protocol):
         ...
 
     def sweep(self, older_than_s: float) -> int:
-        """Remove what was written last more than `older_than_s` seconds ago; the number of removed records."""
+        """Remove records whose last write is more than `older_than_s` seconds old; the number of removed records."""
         ...
 
     def close(self) -> None:

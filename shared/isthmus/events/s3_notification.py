@@ -1,4 +1,4 @@
-"""Notifications of object stores: which objects were written, bare or as queues and webhooks wrap them.
+"""Notifications of object stores about written objects, bare or in the envelopes of queues and webhooks.
 
 Source: "Event message structure" (Amazon S3), MinIO's bucket notifications (webhook, NATS, MQTT: the same records),
 Amazon SNS's HTTP and SQS envelopes, Lambda's batches of SQS and SNS, EventBridge's "Object Created".
@@ -36,7 +36,7 @@ class WrittenObject:
 
 @dataclass(frozen=True)
 class Notification:
-    """The objects written, and what else the notification told of, such as removals and test events."""
+    """The written objects, and the names of other events: removals, test events."""
 
     objects: tuple[WrittenObject, ...]
     ignored: tuple[str, ...] = ()
@@ -46,7 +46,7 @@ def read_notification(document: Mapping[str, Any]) -> Notification | None:
     """The notification in a JSON object; None where the object is none.
 
     Raises:
-        EventMalformed: it has a notification's form, and lacks a bucket or key.
+        EventMalformed: a notification without a bucket or key.
     """
     objects: list[WrittenObject] = []
     ignored: list[str] = []
@@ -71,7 +71,7 @@ def _events(document: Any, depth: int) -> Iterator[WrittenObject | str]:
         yield from _wrapped(document.get("Message"), depth)
     elif document.get("source") == "aws.s3" and isinstance(detail := document.get("detail"), Mapping):
         kind = str(document.get("detail-type", ""))[:80]
-        # EventBridge writes keys as they are; notifications of S3 itself quote them as in a form.
+        # EventBridge writes keys literally; notifications of S3 itself quote keys as in a form.
         yield _object(detail, unquoted=True) if kind == "Object Created" else kind
     elif isinstance(records := document.get("Records"), list):
         for record in records:

@@ -1,7 +1,7 @@
-"""A request that the head has begun and the tail has not finished, as bytes: what a spool keeps while a link is down.
+"""A request after its head and before its tail, as bytes: the entry of a spool while the link is down.
 
-It holds the boundary tensors as they would cross the link, so that it is as small as the frame. Whoever sends it to
-the router later gets the response of the whole request. Source: docs/reference/continuation.md.
+A continuation holds the boundary tensors encoded as for the link, and so is as small as the frame. The caller posts it
+to the router later, for the response of the whole request. Source: docs/reference/continuation.md.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Encoded(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _Document(Struct, frozen=True, forbid_unknown_fields=True, tag_field="format", tag=FORMAT):
-    """What travels: tensors raw in a frame, others encoded, and what the response needs."""
+    """The wire form: raw tensors in a frame, encoded tensors, and notes for the response."""
 
     model: ShortText
     version: ShortText
@@ -63,11 +63,11 @@ class Continuation:
     notes: Mapping[str, Any]
 
     def route(self, whole: Route) -> Route:
-        """The rest of `whole` where that route has these segments; else they run on its last hop.
+        """The rest of `whole` if that route has these segments; else a route of these segments on its last hop.
 
         Raises:
             PlanMismatch: the route is another bundle's.
-            Missing: the bundle has no such segment.
+            Missing: a segment is not in the bundle.
         """
         if whole.digest != self.digest:
             raise PlanMismatch(

@@ -39,7 +39,7 @@ class InferenceRequest:
 
     A photo of a batch that cannot be read is its error. `top_k` bounds the classes of a photo's prediction; None leaves
     that to the bundle. `event` is the CloudEvent around the request; `objects` are the objects of a notification, in
-    the order of the batch, and `ignored` what else it told of.
+    the order of the batch, and `ignored` the names of its other events.
     """
 
     model: ServedModel
@@ -162,7 +162,7 @@ class InferenceReader:
     def _read_objects(
         self, request: FunctionRequest, model: ServedModel, notification: Notification
     ) -> InferenceRequest:
-        """The objects of a notification as a batch of photos; one that is gone or too large is its error."""
+        """The objects of a notification as a batch of photos; an absent or too large object is its error."""
         check_count(len(notification.objects))
         batch: list[bytes | IsthmusError] = []
         left = self._max_bytes

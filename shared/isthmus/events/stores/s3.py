@@ -12,7 +12,7 @@ from isthmus.events.records import MAX_RECORD_BYTES, Stored
 from isthmus.registry import RetryPolicy, S3Store
 
 _PREFIX = "records"
-# An ETag is a hash of the content on most servers: equal values would be one version, so each write is made unique.
+# An ETag is a hash of the content on most servers: a nonce gives equal values different versions.
 _NONCE_BYTES = 16
 # Removed records stay as empty objects until a sweep: S3 has no conditional removal everywhere.
 _REMOVED = b""
@@ -57,7 +57,7 @@ class S3Records:
         return self._replace(key, _REMOVED, version) is not None
 
     def keys(self) -> Iterator[str]:
-        """See `RecordStore`; a removed one may be among them until the next sweep."""
+        """See `RecordStore`."""
         with self._translated():
             listed = self._listed()
         yield from (key for key, size, _ in listed if size > _NONCE_BYTES)
@@ -104,7 +104,7 @@ class S3Records:
         return [(e.key.removeprefix(f"{_PREFIX}/"), e.size, e.written.timestamp()) for e in entries]
 
     def _check_conditions(self) -> None:
-        """Write a probe against both conditions; a server that takes one of them does not enforce it."""
+        """Write a probe against both conditions; a server that accepts the probe does not enforce conditions."""
         key = f"_probe-{uuid4().hex}"
         with self._translated():
             first = self._replace(key, b"1", "")

@@ -2,8 +2,9 @@
 
 The port is bound first and the app is loaded in the background: until then every request is answered 503 with
 Retry-After, so `/_/ready` is truthful. A failed start logs a line of JSON and exits with 1, or with 78 for a wrong
-setting, where another start would fail as well. SIGTERM is ignored: it arrives before the watchdog has
-drained the requests in flight, and the watchdog ends this process afterwards. SIGINT ends the process at once.
+setting, where another start would fail as well. SIGTERM does not end the process: it arrives before the watchdog has
+drained the requests in flight, and the watchdog ends this process afterwards. A handler that has work besides requests
+has a function `drain` as well, which is called then. SIGINT ends the process at once.
 
 Environment: `upstream_url` (host and port to bind), `max_concurrency`, `max_request_bytes`, `max_working_bytes`,
 `deadline_s`, `log_level`. The app reads its own settings.
@@ -53,7 +54,7 @@ class LoadingApp:
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=drain, name="drain", daemon=True).start())
     # Not KeyboardInterrupt: raised inside a finaliser, that exception is dropped and the process lives on.
     signal.signal(signal.SIGINT, lambda *_: os._exit(0))
     configure_logging(settings.text("log_level"))
@@ -86,6 +87,12 @@ def load(app: LoadingApp) -> None:
     except BaseException as e:
         exit_failed(e)
     logging.getLogger("index").info("serving", extra={"facts": {"after_s": round(time.monotonic() - started, 3)}})
+
+
+def drain() -> None:
+    """Tell the handler that the process is about to end, if it asked for that."""
+    if hook := getattr(sys.modules.get("function.handler"), "drain", None):
+        hook()
 
 
 def exit_failed(error: BaseException, *, foreseen: bool = False) -> Any:

@@ -77,6 +77,26 @@ def test_events_arrive_one_by_one_through_gateway_and_server(trigger: str, held:
     assert [document["state"] for _, document in events_of(body)] == ["running", "done"]
 
 
+def test_a_trigger_that_is_to_end_gives_its_messages_back_without_an_attempt_lost(
+    trigger: str, held: tuple[HeldRouter, str]
+) -> None:
+    held[0].let_go.clear()
+    started = len(held[0].bodies)
+    queued = http("POST", trigger, body=b"photo").json()["id"]
+    eventually(lambda: len(held[0].bodies) > started)
+    (process,) = [p for p in psutil.Process().children(recursive=True) if serves(p)]
+    process.send_signal(signal.SIGTERM)
+    held[0].let_go.set()
+    eventually(lambda: call(trigger, queued)["state"] == "done")
+    # What comes now waits for the next process, and can be asked for.
+    waiting = http("POST", trigger, body=b"photo").json()["id"]
+    assert call(trigger, f"{waiting}?wait=2s")["state"] == "queued"
+    process.kill()
+    eventually(lambda: http("GET", f"{trigger}/ready").status == 200)
+    document = call(trigger, f"{waiting}?wait=20s")
+    assert (document["state"], document["attempts"]) == ("done", 1)
+
+
 def test_calls_outlive_the_death_of_the_process(trigger: str, held: tuple[HeldRouter, str]) -> None:
     held[0].let_go.clear()
     started = len(held[0].bodies)

@@ -462,3 +462,17 @@ def test_a_recorded_result_whose_object_is_gone_is_a_dead_letter(setup: Setup, t
     setup.drain(*messages(1))
     records.close()
     assert (setup.results.ids, setup.dead.ids) == ([], ["m0"])
+
+
+def test_a_drained_trigger_takes_nothing_more_and_its_records_stay_open(setup: Setup) -> None:
+    started = setup.trigger()
+    started.start()
+    setup.broker.send(*messages(3))
+    until(started.is_empty)
+    started.drain(LONG_S)
+    started.drain(LONG_S)
+    assert setup.broker.is_closed
+    setup.broker.send(*messages(5))
+    assert setup.calls.get("m1").state == "done"
+    started.stop()
+    assert started.status().counts["received"] == 3

@@ -110,6 +110,17 @@ def test_index_ignores_sigterm_and_ends_on_sigint(image: Path) -> None:
         assert process.wait(LONG_S) == 0
 
 
+def test_index_calls_a_handlers_drain_on_sigterm(image: Path) -> None:
+    handler = image / "function" / "handler.py"
+    handler.write_text(handler.read_text() + "\n\ndef drain():\n    open(os.environ['go'] + '-drained', 'w').close()\n")
+    (image / "go").touch()
+    with serving(image) as (url, process):
+        eventually(lambda: answers(url) and http("POST", url, body=b"").status == 200)
+        process.send_signal(signal.SIGTERM)
+        eventually((image / "go-drained").exists)
+        assert http("POST", url, body=b"").status == 200
+
+
 def test_index_names_the_setting_that_is_wrong_and_exits_78(image: Path) -> None:
     (image / "go").touch()
     with serving(image, wrong="known") as (_, process):

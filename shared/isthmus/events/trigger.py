@@ -86,6 +86,7 @@ class Trigger:
     def __init__(self, configuration: TriggerConfiguration, parts: TriggerParts, name: str) -> None:
         self.name, self.parts, self._configuration = name, parts, configuration
         self._stop, self._ended = threading.Event(), threading.Event()
+        self._draining = threading.Lock()
         self._lanes: Lanes[Job] = Lanes()
         self._limit = RouteLimit(configuration.router.concurrency)
         self._counts = MessageCounting()
@@ -136,20 +137,8 @@ class Trigger:
             thread.start()
 
     def stop(self, timeout_s: float = STOP_S) -> None:
-        """Finish what is in work within `timeout_s`, give the rest back, and close everything."""
-        until = time.monotonic() + timeout_s
-        self._stop.set()
-        self._limit.close()
-        if self._drainer is not None:
-            self._drainer.close()
-        self._join([self._fetcher], until)
-        self._give_back()
-        self._join(self._workers, until)
-        self._give_back()
-        self._ended.set()
-        self._join(self._keepers, time.monotonic() + 2 * _FETCH_S)
-        # Returns to its broker what a worker still has; a result of it is recorded, not acknowledged.
-        self.parts.consumer.close()
+        """`drain`, and close everything."""
+        self.drain(timeout_s)
         for place in (*self.parts.results, *filter(None, [self.parts.dead_letters])):
             place.publisher.close()
         if self.parts.spool is not None and self._deferral is not None:
@@ -157,6 +146,12 @@ class Trigger:
             self.parts.spool.close()
         for close in self.parts.closers:
             close()
+
+    def drain(self, timeout_s: float) -> None:
+        """Finish what is in work within `timeout_s`, and give the rest back; records and places stay open."""
+        with self._draining:
+            if not self._ended.is_set():
+                self._drain(time.monotonic() + timeout_s)
 
     def status(self) -> TriggerStatus:
         """The state at this moment."""
@@ -187,6 +182,20 @@ class Trigger:
         if len(self._lanes) or self._empty_fetches < 2 or (self.parts.spool is not None and len(self.parts.spool)):
             return False
         return not self.parts.consumer.backlog().messages
+
+    def _drain(self, until: float) -> None:
+        self._stop.set()
+        self._limit.close()
+        if self._drainer is not None:
+            self._drainer.close()
+        self._join([self._fetcher], until)
+        self._give_back()
+        self._join(self._workers, until)
+        self._give_back()
+        self._ended.set()
+        self._join(self._keepers, time.monotonic() + 2 * _FETCH_S)
+        # Returns to its broker what a worker still has; a result of it is recorded, not acknowledged.
+        self.parts.consumer.close()
 
     def _fetch_all(self) -> None:
         while not self._stop.is_set():

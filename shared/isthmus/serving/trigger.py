@@ -32,6 +32,8 @@ from isthmus.settings import TriggerSettings
 _LOOK_S = 1.0
 # Only a new deployment brings a configuration.
 _UNCONFIGURED_RETRY_S = 60
+# The watchdog ends the process healthcheck_interval (5 s) after SIGTERM, or once the last request is answered.
+_DRAIN_S = 4.0
 EX_SOFTWARE = 70  # sysexits.h: the platform starts the process anew
 
 
@@ -115,6 +117,11 @@ class _TriggerApp(FunctionApp):
     def openapi(self) -> Response:
         """The description of this app."""
         return jsonify(openapi_document(self.flask.url_map, TRIGGER))
+
+    def drain(self) -> None:
+        """Work on no further message, and give back what is not over in time; calls are told of and queued still."""
+        if self._running is not None:
+            self._running.trigger.drain(_DRAIN_S)
 
     def _required(self) -> _Running:
         self.readiness.check()

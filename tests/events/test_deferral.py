@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from isthmus.errors import StoreDamaged
 from isthmus.events.call import CallLease
 from isthmus.events.configuration import MIN_SPOOL_BYTES, parse_configuration
 from isthmus.events.message import CONTINUATION, Message
 from isthmus.events.route import Outcome, RouterReply
 from isthmus.events.spool import EventSpool
 from isthmus.events.trigger import Trigger
+from support.patience import LONG_S
 from support.queue_broker import away
 from support.trigger_setup import AWAY, DONE, FAILED, REFUSED, UNCLEAR, Setup, messages, until
 from support.trigger_setup import setup as setup
@@ -349,3 +351,31 @@ def test_a_place_that_is_away_keeps_the_entry(setup: Setup, cloud: Cloud, spool:
 def test_a_table_that_makes_no_sense_is_refused(spool: str, table: str, where: str) -> None:
     with pytest.raises(Exception, match=where.replace(".", "\\.")):
         parse_configuration(f"[source]\nkind = 'nats'\nsubject = 'x'\n{spool}{table}\n", {})
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_file_that_is_damaged_meanwhile_ends_the_trigger(
+    setup: Setup, cloud: Cloud, spool: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its next start moves the file aside."""
+    setup.broker.send(*messages(1))
+    running = setup.trigger(spool=spool)
+    running.start()
+    until(lambda: spooled(running) == 1)
+
+    def damaged(*arguments: object) -> bool:
+        raise StoreDamaged("the file is damaged")
+
+    monkeypatch.setattr(EventSpool, "contains", damaged)
+    setup.broker.send(Message(b"", "m1"))
+    until(lambda: fails(running))
+    running.stop(LONG_S)
+    assert setup.results.ids == []
+
+
+def fails(trigger: Trigger) -> bool:
+    try:
+        trigger.check()
+    except StoreDamaged:
+        return True
+    return False

@@ -1,4 +1,4 @@
-"""Deferral of messages while the cloud is away: what is spooled, what waits for it, and how its return is noticed."""
+"""Deferral of messages while the cloud is away: the choice of messages to spool, and probes for the cloud's return."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Deferral:
 
     @property
     def status(self) -> SpoolStatus:
-        """The state at this moment; the latest one known where the disk gives an error, or after the end."""
+        """The state at this moment; the latest known state after an error of the disk, or after the end."""
         try:
             self._latest = self.spool.status(self._reason)
         except ResultStoreUnavailable as e:
@@ -71,7 +71,7 @@ class Deferral:
         return self._table.messages and reply.outcome in (Outcome.AWAY, Outcome.UNCLEAR)
 
     def takes_unasked(self) -> bool:
-        """Whether messages are spooled before the router is called: it had no continuation for the latest one."""
+        """Whether to spool messages without a call of the router, as the latest message had no continuation."""
         return self._table.messages and self._is_whole and self.cloud.is_away and len(self.spool) > 0
 
     def is_behind(self, lane: str | None) -> bool:

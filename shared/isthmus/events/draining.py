@@ -6,13 +6,13 @@ import logging
 from contextlib import suppress
 from functools import partial
 
-from isthmus.errors import ResultStoreUnavailable
+from isthmus.errors import ResultStoreUnavailable, StoreDamaged
 from isthmus.events.deferral import Deferral
 from isthmus.events.lanes import Lanes
 from isthmus.events.limits import Availability, Stopping
 from isthmus.events.processing import Job, Processor, SpoolDelivery
 
-# Entries in memory: of several lanes, so that one does not hold up the others, and of a bounded size.
+# Entries in memory: enough for several lanes, since a lane runs one entry at a time; and their bytes.
 _MAX_ENTRIES, _MAX_BYTES = 128, 32 * 2**20
 _LOOK_S = 1.0
 # After an error that no stage knows.
@@ -21,7 +21,10 @@ _log = logging.getLogger(__name__)
 
 
 class Drainer:
-    """Takes entries from the spool to the processor; `feed` runs in one thread, `work` in as many as may be in work."""
+    """Takes entries from the spool to the processor.
+
+    One thread runs `feed`, and a thread for each parallel request `work`.
+    """
 
     def __init__(self, deferral: Deferral, processor: Processor, availability: Availability) -> None:
         self._deferral, self._processor, self._availability = deferral, processor, availability
@@ -48,7 +51,7 @@ class Drainer:
                 spool.grew.wait(_LOOK_S)
 
     def work(self) -> None:
-        """Finish entries, each when the cloud has a slot for it, until closed."""
+        """Finish entries within the slots of the cloud, until closed."""
         while (job := self._lanes.take()) is not None:
             try:
                 with self._deferral.cloud.slot():
@@ -57,6 +60,8 @@ class Drainer:
             except Stopping:
                 self._processor.give_back(job)
                 after_s = None
+            except StoreDamaged:
+                raise
             except Exception as e:
                 _log.exception("spooled message %s: %s", job.delivery.message.id, type(e).__name__)
                 after_s = _DEFECT_S
@@ -71,14 +76,14 @@ class Drainer:
         return self._lanes.items()
 
     def close(self) -> None:
-        """Let all threads end after what they have in work."""
+        """Let all threads end after their current entry."""
         self._is_closed = True
         self._deferral.cloud.close()
         self._deferral.spool.grew.set()
         self._lanes.close()
 
     def _remove(self, message_id: str) -> None:
-        # What stays at a stop is removed at the next start: its call is over.
+        # An entry that stays at a stop is removed at the next start, since the call is over.
         with suppress(Stopping):
             self._availability.until(
                 "spool", lambda: self._deferral.spool.remove(message_id), (ResultStoreUnavailable,)

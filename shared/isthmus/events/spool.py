@@ -1,7 +1,7 @@
 """The spool: requests that wait on this machine's disk for a cloud that cannot be reached, first in, first out.
 
-An entry is a message whose broker has been told that it is done: it is on the disk before that, and removed after its
-result is published. What waits is a continuation (the head has run), or the message itself.
+An entry is an acknowledged message, as a continuation (the head has run) or whole. The disk has the entry before the
+acknowledgement, and until the result is published.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PAGE_BYTES = 4096
 _ENTRY_PAGES = 4
 # The disk is given back in pieces of a megabyte, and once half of the file is free: further entries reuse free pages.
 _MIN_FREE_PAGES = 256
-# The log is moved into the file at this size, and shrunk to it.
+# The size of the log at which SQLite moves pages into the file, and to which a larger log shrinks.
 _LOG_BYTES = 2**20
 _COLUMNS = "id, lane, source, key, headers, published, spooled_at, body"
 _STATEMENTS = """
@@ -53,7 +53,7 @@ class SpoolEntry(NamedTuple):
 
 @dataclass(frozen=True)
 class SpoolStatus:
-    """What waits. `bytes` are those of the file's pages in use, `away` is why the cloud is waited for, or empty.
+    """The state of a spool. `bytes` counts pages of the file in use; `away` is the reason to wait for the cloud.
 
     Units: seconds since the oldest entry was spooled; 0 where there is none.
     """
@@ -91,7 +91,7 @@ class EventSpool:
         self.url = self._file.url
         self._count_lock = threading.Lock()
         self.grew = threading.Event()
-        """Set by each addition, and cleared by whoever waits for one."""
+        """Set by each addition; the reader clears it."""
 
     def __len__(self) -> int:
         return self._count
@@ -134,7 +134,7 @@ class EventSpool:
         return self._count > 0 and bool(self._file.read("SELECT 1 FROM entries WHERE lane = ? LIMIT 1", (lane,)))
 
     def after(self, seq: int, count: int, max_bytes: int) -> list[SpoolEntry]:
-        """The first `count` entries behind `seq`, fewer where their bodies exceed `max_bytes`; one at least."""
+        """The first `count` entries behind `seq`, fewer where their bodies exceed `max_bytes`, at least an entry."""
         sizes = self._file.read(
             "SELECT seq, length(body) FROM entries WHERE seq > ? ORDER BY seq LIMIT ?", (seq, count)
         )
@@ -174,12 +174,12 @@ class EventSpool:
         self._lock.close()
 
     def _page_counts(self) -> tuple[int, int]:
-        """Pages of the file, and those of them that are free."""
+        """Pages of the file, and free pages among these."""
         ((pages,),), ((free,),) = self._file.read("PRAGMA page_count"), self._file.read("PRAGMA freelist_count")
         return pages, free
 
     def _open(self, path: Path) -> SqliteFile:
-        """The file, whole; a damaged one is moved aside, and what can be read of it is taken over."""
+        """The checked file; a damaged file is moved aside after its readable entries were copied."""
         try:
             return _checked(path, self._max_pages)
         except StoreDamaged as e:
@@ -203,7 +203,7 @@ class EventSpool:
 
 
 def _own(folder: Path) -> IO[bytes]:
-    """The lock of the folder: two processes would send its entries twice. It ends with the process."""
+    """The lock of the folder: two processes would send its entries twice. The lock ends with the process."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = (folder / "lock").open("wb")
@@ -225,14 +225,14 @@ def _checked(path: Path, max_pages: int = 2**31) -> SqliteFile:
     """The opened file, all of whose pages were read.
 
     Raises:
-        StoreDamaged: as `SqliteFile`, or a page is not what it should be.
+        StoreDamaged: as `SqliteFile`, or `quick_check` finds an inconsistent page.
     """
     pragmas = (
         f"page_size = {_PAGE_BYTES}",
         "auto_vacuum = INCREMENTAL",
         f"wal_autocheckpoint = {_LOG_BYTES // _PAGE_BYTES}",
         f"journal_size_limit = {_LOG_BYTES}",
-        # The check before an addition is the bound; this is what stands behind it.
+        # A second bound behind the check before each addition.
         f"max_page_count = {max_pages}",
     )
     file = SqliteFile(path, SqliteSchema(SCHEMA_VERSION, _STATEMENTS, "spool.folder", pragmas))
@@ -255,7 +255,7 @@ def _move_aside(path: Path) -> Path:
 
 
 def _readable(path: Path) -> Iterator[tuple[Any, ...]]:
-    """Rows of a damaged file, from both ends to where it cannot be read."""
+    """Rows of a damaged file, from both ends up to the damage."""
     for order in ("ASC", "DESC"):
         with suppress(sqlite3.Error), closing(sqlite3.connect(path)) as connection:
             yield from connection.execute(f"SELECT seq, {_COLUMNS} FROM entries ORDER BY seq {order}")  # noqa: S608
@@ -276,7 +276,7 @@ def _encoded(headers: Mapping[str, str]) -> str:
 
 
 def _pages(size: int) -> int:
-    # A page of a long row begins with the number of the next one.
+    # An overflow page begins with the number of the next page.
     return size // (_PAGE_BYTES - 4) + 1
 
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from isthmus.errors import BrokerRefused, BrokerUnavailable, EventError, ResultStoreUnavailable
+from isthmus.errors import BrokerRefused, BrokerUnavailable, EventError, ResultStoreUnavailable, StoreDamaged
 from isthmus.events.broker import Backlog, Consumer, Delivery
 from isthmus.events.calls import Calls
 from isthmus.events.claims import ClaimStore
@@ -257,6 +257,8 @@ class Trigger:
             except Stopping:
                 self._processor.give_back(job)
                 after_s = None
+            except StoreDamaged:
+                raise  # no wait repairs a file; the next start moves a damaged spool aside
             except Exception as e:
                 # A defect, or an error that no stage knows: an attempt of this message, and no end of the others.
                 _log.exception("message %s: %s", job.delivery.message.id, type(e).__name__)

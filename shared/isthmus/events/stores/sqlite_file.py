@@ -52,8 +52,8 @@ class SqliteFile:
 
     Raises:
         ConfigurationMalformed: the file is another program's, or of a newer release.
-        StoreDamaged: the file is no database, or a damaged one; every method may raise it.
-        ResultStoreUnavailable: the file cannot be opened, read or written; every method may raise it.
+        StoreDamaged: the file is damaged, or no database; from every method.
+        ResultStoreUnavailable: the file cannot be opened, read or written; from every method.
     """
 
     def __init__(self, path: Path | str, schema: SqliteSchema) -> None:
@@ -78,9 +78,9 @@ class SqliteFile:
             return self._reader.execute(query, parameters).fetchall()
 
     def write(self, operation: Callable[[sqlite3.Connection], Returned], *, durable: bool = True) -> Returned:
-        """Commit `operation` with all that wait, by whichever of their threads has the lock first; its outcome.
+        """Commit `operation` in one transaction with all waiting operations; the outcome of `operation`.
 
-        An error of ours that it raises is its own alone: it must come before its first change.
+        An IsthmusError of an operation leaves the others valid: it must come before the first change.
         """
         write = _Write(operation, durable)
         with self._waiting_lock:
@@ -98,7 +98,7 @@ class SqliteFile:
     def shrink(self) -> None:
         """Give free pages and the log back to the disk; the log stays while another process reads."""
         with self._translated(), self._commit_lock:
-            # `execute` ends this statement after its first step, which frees one page.
+            # Python's `execute` runs a single step of this statement, and so frees a single page.
             self._writer.executescript("PRAGMA incremental_vacuum")
             self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
@@ -109,7 +109,7 @@ class SqliteFile:
             self._reader.close()
 
     def _commit(self, batch: list[_Write]) -> None:
-        """One transaction: all of its writes happen, or none does."""
+        """One transaction: all writes happen, or none."""
         try:
             # In the log mode NORMAL syncs at checkpoints alone; the sync of a later FULL commit includes its commits.
             level = "FULL" if any(write.is_durable for write in batch) else "NORMAL"
@@ -141,7 +141,7 @@ class SqliteFile:
                 raise ConfigurationMalformed(
                     f"{self.url} has the schema {version}; this release reads {schema.version}",
                     where=schema.where,
-                    hint="name another file, or the release that wrote this one",
+                    hint="name another file, or use the release that wrote this file",
                 )
 
     @contextmanager
@@ -153,7 +153,7 @@ class SqliteFile:
             raise self._error_of(e) from e
 
     def _error_of(self, error: Exception) -> EventError:
-        # Extended codes have the primary one in their lowest byte.
+        # The lowest byte of an extended code is the primary code.
         is_damage = getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGE
         kind = StoreDamaged if is_damage else ResultStoreUnavailable
         return kind(f"{self.url}: {error}", store=self.url)

@@ -90,5 +90,8 @@ def test_every_example_is_on_the_page_and_run_by_a_test() -> None:
     folders = {path.parent.name for path in EXAMPLES.glob("*/README.md")}
     assert folders == set(re.findall(r"\]\((\w+)/README\.md\)", (EXAMPLES / "README.md").read_text()))
     tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
-    scripts = list(EXAMPLES.glob("*/*.py"))
-    assert all(f"{path.parent.name}/{path.name}" in tests or f'"{path.name}"' in tests for path in scripts)
+    for path in EXAMPLES.glob("*/*.py"):
+        siblings = "".join(other.read_text() for other in path.parent.glob("*.py") if other != path)
+        is_imported = re.search(rf"^(import|from) {path.stem}\b", siblings, re.MULTILINE)
+        is_started = f"{path.parent.name}/{path.name}" in tests or f'"{path.name}"' in tests
+        assert is_imported or is_started, path

@@ -237,6 +237,17 @@ def test_waiting_ends_with_a_result_of_another_process(calls: Calls, records: Sq
     assert calls.wait("m", 30).state == "done"
 
 
+def test_waiting_for_progress_ends_with_the_next_state_and_not_with_a_longer_lease(calls: Calls) -> None:
+    queued = calls.queue("m")
+    begun = lease(calls)
+    running = calls.wait("m", 30, since=queued)
+    assert running.state == "running"
+    calls.renew(begun, 60)
+    assert calls.wait("m", 0.02, since=running).progress == running.progress
+    threading.Timer(0.05, calls.release, (begun, "the model failed"), {"blame": True}).start()
+    assert calls.wait("m", 30, since=running).reason == "the model failed"
+
+
 def test_waiting_ends_at_its_time(calls: Calls) -> None:
     lease(calls)
     assert calls.wait("m", 0.02).state == "running"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import threading
 from collections.abc import Iterator
@@ -15,7 +16,11 @@ from flask.testing import FlaskClient
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 
-from isthmus.errors import SettingsError
+from isthmus.errors import BrokerRefused, SettingsError
+from isthmus.events.brokers.nats import NatsPublisher
+from isthmus.events.configuration import MqttPlace
+from isthmus.events.intake import place_of_calls
+from isthmus.events.message import Message
 from isthmus.serving import call_stream
 from isthmus.serving.trigger import create_trigger_app
 from isthmus.settings import TriggerSettings
@@ -263,6 +268,41 @@ def test_a_body_beyond_the_brokers_limit_travels_by_claim_or_is_refused_with_bot
     assert router.headers[0]["Content-Type"] == "image/png"
 
 
+def test_headers_that_leave_no_room_for_the_body_end_the_call_with_the_reason(trigger: FlaskClient) -> None:
+    headers = {"X-Call-Id": "wide", **{f"ce-x{i}": "x" * 3000 for i in range(3)}}
+    refused = trigger.post("/", data=bytes(2**20 - 4096), headers=headers)
+    assert (refused.status_code, refused.json["type"]) == (413, "MessageTooLarge")
+    call = trigger.get("/calls/wide").json
+    assert (call["state"], call["result"]["status"]) == ("failed", 413)
+
+
+def test_a_message_of_the_queues_own_client_is_a_call_by_its_id(nats_server: NatsServer, tmp_path: Path) -> None:
+    subject = unique_subject()
+    with (
+        held_router() as (_, url),
+        running_trigger(configuration_text(nats_server.url, subject, url, tmp_path), tmp_path) as client,
+    ):
+        publisher = NatsPublisher(nats_server.place(subject))
+        publisher.publish(Message(b"photo", "camera-3-17"))
+        publisher.close()
+        eventually(lambda: client.get("/calls/camera-3-17").status_code == 200)
+        assert client.get("/calls/camera-3-17/result?wait=60s").json == {"bytes": 5}
+
+
+def test_a_result_that_comes_back_as_a_call_is_refused_as_a_loop(nats_server: NatsServer, tmp_path: Path) -> None:
+    """A callback that leads to the trigger itself, which no configuration shows."""
+    with held_router() as (router, url):
+        text = configuration_text(nats_server.url, unique_subject(), url, tmp_path, more='name = "photos"')
+        with running_trigger(text, tmp_path) as client:
+            for path in ("photos", "other,photos"):
+                answer = client.post("/", data=b"x", headers={"X-Isthmus-Trigger": path, "X-Call-Id": "c"})
+                assert (answer.status_code, answer.json["type"]) == (400, "EventMalformed")
+            assert client.get("/calls/c").status_code == 404
+            of_another = client.post("/", data=b"x", headers={"X-Isthmus-Trigger": "other"}).json["id"]
+            assert state(client, of_another, "?wait=60s") == "done"
+            assert router.bodies == [b"x"]
+
+
 def test_a_call_outlives_the_process_that_took_it(nats_server: NatsServer, tmp_path: Path) -> None:
     with held_router(held=True) as (router, url):
         text = configuration_text(nats_server.url, unique_subject(), url, tmp_path)
@@ -389,10 +429,6 @@ def test_a_trigger_whose_thread_ends_with_an_error_ends_its_process(
 
 
 def test_a_mqtt_source_without_headers_takes_no_calls_and_says_why() -> None:
-    from isthmus.errors import BrokerRefused
-    from isthmus.events.configuration import MqttPlace
-    from isthmus.events.intake import place_of_calls
-
     with pytest.raises(BrokerRefused, match="no ids of calls"):
         place_of_calls(MqttPlace(topic="a", version="3.1.1"))
     place: Any = place_of_calls(MqttPlace(topic="$share/g/a/+/b/#", client_id="c", group="g"))
@@ -415,8 +451,6 @@ def test_the_apps_description_is_valid_and_true(trigger: FlaskClient, held: tupl
 
 
 def test_a_compressed_body_is_queued_decompressed(trigger: FlaskClient, held: tuple[HeldRouter, str]) -> None:
-    import gzip
-
     held[0].let_go.set()
     call = trigger.post("/", data=gzip.compress(b"x" * 1000), headers={"Content-Encoding": "gzip"}).json["id"]
     assert trigger.get(f"/calls/{call}/result?wait=60s").json == {"bytes": 1000}

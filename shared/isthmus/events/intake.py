@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from msgspec.structs import replace as replace_fields
 
-from isthmus.errors import BrokerRefused, MessageTooLarge, Overloaded
+from isthmus.errors import BrokerRefused, EventMalformed, MessageTooLarge, Overloaded
 from isthmus.events.broker import Backlog, Publisher
 from isthmus.events.call import Call, CallLease
 from isthmus.events.calls import Calls
@@ -35,6 +35,7 @@ _LEASE_S = 5.0
 class CallIntake:
     """Queues calls, at most `max_backlog` where the broker says how many wait. Any thread may call.
 
+    `name` is the trigger's: its own results are no calls.
     `backlog` gives the latest observation; calls since then are counted here.
     """
 
@@ -45,12 +46,13 @@ class CallIntake:
         publisher: Publisher,
         claims: ClaimStore | None,
         *,
+        name: str,
         backlog: Callable[[], Backlog],
         max_backlog: int,
     ) -> None:
         self._source, self._order_by = place_of_calls(configuration.source), configuration.order_by
         self._calls, self._publisher, self._claims = calls, publisher, claims
-        self._backlog, self._max_backlog = backlog, max_backlog
+        self._name, self._backlog, self._max_backlog = name, backlog, max_backlog
         self._lock = threading.Lock()
         self._observed, self._queued_since = Backlog(), 0
 
@@ -60,10 +62,13 @@ class CallIntake:
         The id is that of a message with these headers, else `fallback_id`.
 
         Raises:
+            EventMalformed: a result of this trigger.
             MessageTooLarge: neither the broker nor the store for large bodies takes it.
             Overloaded: the queue is at its bound.
             BrokerUnavailable, BrokerRefused, ResultStoreUnavailable: not confirmed; repeat it with the same id.
         """
+        if self._name in headers.get(PATH, "").split(","):
+            raise EventMalformed(f"a loop: the event is a result of the trigger {self._name}", attribute=PATH)
         message = self._message(body, headers, fallback_id)
         self._check_size(len(body))
         self._check_backlog()

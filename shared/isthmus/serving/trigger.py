@@ -153,6 +153,7 @@ class _TriggerApp(FunctionApp):
             trigger.parts.calls,
             open_publisher(place, self._trigger_settings),
             trigger.parts.claims,
+            name=trigger.name,
             backlog=lambda: trigger.status().backlog,
             max_backlog=self._trigger_settings.max_backlog,
         )

@@ -12,7 +12,14 @@ _ANY = {"*/*": {"type": "string", "format": "binary"}}
 _QUEUE = Operation(
     "Queue the body, of any kind that the router takes; the call of its id, where there is one",
     _CALL,
-    (*ADMISSION, *_STORE, errors.MessageTooLarge, errors.BrokerUnavailable, errors.BrokerRefused),
+    (
+        *ADMISSION,
+        *_STORE,
+        errors.MessageTooLarge,
+        errors.EventMalformed,
+        errors.BrokerUnavailable,
+        errors.BrokerRefused,
+    ),
     _ANY,
     headers=("Idempotency-Key", "X-Timeout"),
     status=202,

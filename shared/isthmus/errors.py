@@ -146,7 +146,7 @@ class RegistryError(IsthmusError):
 class Missing(RegistryError):
     """No such model, version, alias, cut, segment or blob. Facts: `kind`, `name`, `exists` (the existing names)."""
 
-    public_message = "there is no model, version or segment of that name"
+    public_message = "there is no model, version, segment or object of that name"
 
 
 class RegistryMissing(Missing):

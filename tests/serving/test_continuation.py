@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -10,10 +11,10 @@ from flask.testing import FlaskClient
 
 from isthmus.pipeline.continuation import CONTENT_TYPE, MAGIC
 from isthmus.serving import create_router_app
-from support.bundles import Published, photo, ready, router_settings
+from support.bundles import Published, framed, photo, ready, router_settings
 from support.bundles import photos as photos
 from support.ports import free_port
-from support.routers import INFER, expected_classes, oip_json
+from support.routers import INFER, expected_classes, local_router, oip_json
 from support.routers import chain as chain
 from support.routers import client as client
 from support.routers import cut_off as cut_off
@@ -128,6 +129,36 @@ def test_a_changed_continuation_is_refused(
     answer = codec_client.post("/continue", data=changed(continuation(cut_off, data=CAT), **fields))
     assert answer.status_code == status, answer.text
     assert answer.json["type"].startswith(error)
+
+
+@pytest.mark.parametrize("notes", [{"outputs": [[]] * 1025}, {"outputs": [["logits", True, True]]}, {"id": "x" * 513}])
+def test_notes_are_refused_by_their_lengths(cut_off: FlaskClient, codec_client: FlaskClient, notes: Any) -> None:
+    """Before they are built: a list of empty lists takes 80 times its bytes."""
+    answer = codec_client.post("/continue", data=changed(continuation(cut_off, data=CAT), notes=notes))
+    assert (answer.status_code, answer.json["type"]) == (400, "RequestMalformed"), answer.text
+    assert "of length <=" in answer.json["error"]
+
+
+@pytest.mark.parametrize("segments", [["..6"], ["..1", "1.."], ["6..", "6.."], [".."] * 2, ["..", "6.."]])
+def test_segments_that_do_not_lead_to_the_models_end_are_refused(
+    cut_off: FlaskClient, codec_client: FlaskClient, photos: Published, segments: list[str]
+) -> None:
+    """Of all tensors that any of them takes; a segment that is named a thousand times does not run so often."""
+    body = continuation(cut_off, data=CAT)
+    frame = framed(photos, segments[0])
+    answer = codec_client.post("/continue", data=changed(body, segments=segments, frame=frame, encoded=[]))
+    expected = 200 if segments == ["..1", "1.."] else 400
+    assert answer.status_code == expected, answer.text
+
+
+def test_decoding_in_the_routers_own_process_is_within_its_memory(
+    cut_off: FlaskClient, client: FlaskClient, photos: Published, tmp_path: Path
+) -> None:
+    body = continuation(cut_off, data=CAT)
+    # Of a request, the body and payloads as copies: 4 tensors of 1,024 bytes more are beyond the bound.
+    router = local_router(photos, tmp_path, max_working_bytes=2 * len(body) + 1023, max_request_bytes=len(body))
+    answer = router.post("/continue", data=body)
+    assert (answer.status_code, answer.json["type"]) == (413, "RequestTooLarge"), answer.text
 
 
 def test_a_truncated_continuation_is_refused(cut_off: FlaskClient, codec_client: FlaskClient) -> None:

@@ -11,10 +11,24 @@ from typing import Any
 import numpy as np
 import pytest
 from flask.testing import FlaskClient
+from onnx import TensorProto, helper
 from PIL import Image
 
 from isthmus.serving import create_router_app, create_segment_app
-from support.bundles import Published, metrics, photo, publish_photos, ready, router_settings, segment_settings, served
+from support.bundles import (
+    Published,
+    metrics,
+    photo,
+    publish,
+    publish_photos,
+    ready,
+    router_settings,
+    save,
+    segment_settings,
+    served,
+    value,
+    weight,
+)
 from support.bundles import photos as photos
 from support.explained import CELL, CLASSES, PIXELS, picture, sentence
 from support.routers import Chain, local_router, oip_json
@@ -166,6 +180,37 @@ def test_a_model_of_tensors_alone_explains_no_photo(tmp_path: Path) -> None:
     router = local_router(sentence(tmp_path / "model"), tmp_path / "cache")
     answer = router.post("/explain", data=photo())
     assert (answer.status_code, answer.json["type"]) == (415, "MediaUnsupported")
+
+
+def test_labels_are_of_the_declared_output_alone(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Flatten", ["x"], ["f"]),
+        helper.make_node("MatMul", ["f", "w"], ["logits"]),
+        helper.make_node("Concat", ["logits", "logits"], ["twice"], axis=1),
+    ]
+    outputs = [value("logits", 1, 2), value("twice", 1, 4)]
+    model = save(tmp_path / "two.onnx", nodes, [value("x", 1, 3, 8, 8)], outputs, [weight("w", 192, 2)])
+    x = np.ones((1, 3, 8, 8), np.float32)
+    published = publish(tmp_path, model, {"x": x}, preprocess=PIXELS, postprocess=CLASSES, labels=["dark", "bright"])
+    router = local_router(published, tmp_path / "cache")
+    for number in (1, 3):
+        document = explained(router, f"/explain?output=twice&class={number}", data=photo())
+        assert (document["class"]["index"], document["class"]["label"]) == (number, None)
+    assert explained(router, "/explain?class=1", data=photo())["class"]["label"] == "bright"
+
+
+def test_an_id_that_the_tokens_type_does_not_hold_is_refused(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Cast", ["ids"], ["f"], to=TensorProto.FLOAT),
+        helper.make_node("MatMul", ["f", "w"], ["logits"]),
+    ]
+    inputs, outputs = [value("ids", 1, 6, dtype=TensorProto.UINT8)], [value("logits", 1, 2)]
+    model = save(tmp_path / "small.onnx", nodes, inputs, outputs, [weight("w", 6, 2)])
+    router = local_router(publish(tmp_path, model, {"ids": np.ones((1, 6), np.uint8)}), tmp_path / "cache")
+    body = {"inputs": [{"name": "ids", "shape": [1, 6], "datatype": "UINT8", "data": [1] * 6}]}
+    for number, status in ((255, 200), (256, 400)):
+        answer = router.post(f"/v2/models/small/explain?hidden_id={number}", json=body)
+        assert answer.status_code == status, answer.text
 
 
 def test_dozens_of_runs_leave_the_headers_short(tmp_path: Path) -> None:

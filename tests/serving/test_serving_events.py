@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from isthmus.registry import FolderStore
 from isthmus.serving import create_router_app
 from support.bundles import Published, photo, ready, router_settings
 from support.bundles import photos as photos
-from support.routers import assert_classes, expected_classes
+from support.routers import assert_classes, expected_classes, local_router
 from support.routers import chain as chain
 from support.routers import client as client
 from support.s3_server import BUCKET, KEY_ID, SECRET, S3Server, store_at, unique_prefix
@@ -117,6 +119,7 @@ def test_an_event_without_a_required_attribute_is_refused_by_its_name(client: Fl
         ({"id": "a\nb", "data": 1}, "not printable"),
         ({}, "has no data"),
         ({"data": STRUCTURED | {"data": 1}}, "neither inputs"),
+        ({"data": "\ud800"}, "half a surrogate pair"),
     ],
 )
 def test_a_malformed_event_is_the_callers_fault(client: FlaskClient, document: Any, error: str) -> None:
@@ -162,15 +165,19 @@ def test_a_notification_wrapped_without_end_is_none() -> None:
     assert read_notification(document) is None
 
 
+def secrets_in(folder: Path) -> Path:
+    (folder / "s3-access-key-id").write_text(KEY_ID)
+    (folder / "s3-secret-access-key").write_text(SECRET)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def bucket(s3_server: S3Server, photos: Published, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A router that may read the bucket, and the prefix of photos there."""
     prefix = unique_prefix()
     store_at(s3_server.endpoint, prefix).put("cat.jpg", CAT)
     store_at(s3_server.endpoint, prefix).put("text.jpg", b"no photo")
-    secrets = tmp_path_factory.mktemp("secrets")
-    (secrets / "s3-access-key-id").write_text(KEY_ID)
-    (secrets / "s3-secret-access-key").write_text(SECRET)
+    secrets = secrets_in(tmp_path_factory.mktemp("secrets"))
     settings = router_settings(
         photos,
         tmp_path_factory.mktemp("cache"),
@@ -225,6 +232,29 @@ def test_a_notification_without_a_key_is_the_callers_fault(client: FlaskClient) 
     assert (answer.status_code, answer.json["type"]) == (400, "EventMalformed"), answer.text
 
 
+@pytest.mark.parametrize("name", ["\ud800", ["x"], "a\nb"])
+def test_a_name_of_an_event_that_is_no_text_is_not_repeated(client: FlaskClient, name: Any) -> None:
+    documents = [bare(record("a", name=name)), event_bridge("b", "k") | {"detail-type": name}]
+    for document in documents:
+        answer = client.post("/", json=document)
+        assert (answer.status_code, answer.json["ignored"]) == (200, [""]), answer.text
+
+
+@pytest.mark.parametrize("key", ["a/../../other/k", "..", "%2E%2E/other/k", "a/./b", "\ud800", "é" * 513, "%41" * 1025])
+def test_a_key_that_servers_would_read_otherwise_is_refused(bucket: Any, key: str) -> None:
+    client, _ = bucket
+    answer = client.post("/", json=bare(record(key)))
+    assert (answer.status_code, answer.json["type"]) == (400, "EventMalformed"), answer.text
+
+
+def test_a_key_of_any_script_is_read(bucket: Any) -> None:
+    """Names of screenshots hold narrow spaces."""
+    client, _ = bucket
+    for document in (bare(record("6.00%E2%80%AFPM+..é.png")), event_bridge(BUCKET, "6.00\u202fPM ..é.png")):
+        answer = client.post("/", json=document)
+        assert (answer.status_code, answer.json["type"]) == (404, "Missing"), answer.text
+
+
 def test_a_notification_of_many_objects_is_refused(bucket: Any) -> None:
     client, _ = bucket
     answer = client.post("/", json=bare(*[record("cat.jpg")] * 33))
@@ -252,6 +282,52 @@ def test_a_claim_check_without_its_object_is_gone(claiming: Any) -> None:
     client, _ = claiming
     answer = client.post("/", data=Claim("a" * 64, 10, 2**40).encode())
     assert (answer.status_code, answer.json["type"]) == (410, "ClaimExpired"), answer.text
+
+
+def test_the_place_of_large_bodies_is_a_detail(photos: Published, tmp_path: Path) -> None:
+    (folder := tmp_path / "inner-place").mkdir()
+    router = local_router(photos, tmp_path / "cache", claims=str(folder), expose_details=False)
+    answer = router.post("/", data=Claim("a" * 64, 10, 2**40).encode())
+    assert (answer.status_code, answer.json["type"]) == (410, "ClaimExpired"), answer.text
+    assert "inner-place" not in answer.text
+
+
+def test_a_store_of_large_bodies_that_is_not_mounted_is_no_claim_that_is_gone(
+    photos: Published, tmp_path: Path
+) -> None:
+    router = local_router(photos, tmp_path / "cache", claims=str(tmp_path / "share"))
+    answer = router.post("/", data=Claim("a" * 64, 10, 2**40).encode())
+    assert (answer.status_code, answer.json["type"]) == (503, "ResultStoreUnavailable"), answer.text
+
+
+def test_a_server_of_objects_that_does_not_answer_is_waited_for_until_the_deadline(
+    photos: Published, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        router = local_router(
+            photos,
+            tmp_path / "cache",
+            event_buckets=(BUCKET,),
+            claims=f"s3://{BUCKET}/claims",
+            s3_endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}",
+            secrets_dir=str(secrets_in(tmp_path)),
+            registry_timeout_s=5.0,
+        )
+        for body in (json.dumps(bare(record("cat.jpg"))).encode(), Claim("a" * 64, 10, 2**40).encode()):
+            answer = router.post("/", data=body, headers={"X-Timeout": "200ms"})
+            assert (answer.status_code, answer.json["type"]) == (504, "DeadlineExceeded"), answer.text
+
+
+def test_a_bucket_that_is_not_there_is_no_missing_photo(s3_server: S3Server, photos: Published, tmp_path: Path) -> None:
+    router = local_router(
+        photos,
+        tmp_path / "cache",
+        event_buckets=("no-such-bucket",),
+        s3_endpoint=s3_server.endpoint,
+        secrets_dir=str(secrets_in(tmp_path)),
+    )
+    answer = router.post("/", json=bare(*[record("cat.jpg", bucket="no-such-bucket")] * 2))
+    assert (answer.status_code, answer.json["type"]) == (503, "RegistryMissing"), answer.text
 
 
 def test_a_claim_check_of_more_than_a_request_may_hold_is_refused(claiming: Any) -> None:

@@ -24,6 +24,7 @@ from isthmus.errors import (
     MessageTooLarge,
     Missing,
     RegistryError,
+    RegistryMissing,
     ResultStoreUnavailable,
 )
 from isthmus.registry import BlobStore, RetryPolicy
@@ -151,8 +152,10 @@ class ClaimStore:
             raise ClaimExpired("the claim check has expired", reference=claim.key, expires=claim.expires)
         try:
             body = self._retry(lambda: self._store.read(claim.key, 0, claim.size))
+        except RegistryMissing as e:  # a share that is not mounted: the object may be there
+            raise ResultStoreUnavailable(f"{self.url}: {e.message}", store=self.url) from e
         except (Missing, Corrupt) as e:
-            raise ClaimExpired(f"the object of the claim check is gone: {e.message}", reference=claim.key) from e
+            raise ClaimExpired("the object of the claim check is gone", reference=claim.key, registry=self.url) from e
         except RegistryError as e:
             raise ResultStoreUnavailable(f"{self.url}: {e.message}", store=self.url) from e
         if hashlib.sha256(body).hexdigest() != claim.digest:

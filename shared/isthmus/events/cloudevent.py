@@ -164,4 +164,7 @@ def _data(document: Mapping[str, Any]) -> bytes:
     data = document.get("data")
     if data is None:
         raise EventMalformed("the event has no data", attribute="data", hint="send a photo in data_base64")
-    return data.encode() if isinstance(data, str) else json.dumps(data).encode()
+    try:
+        return data.encode() if isinstance(data, str) else json.dumps(data).encode()
+    except UnicodeEncodeError as e:
+        raise EventMalformed("the event's data holds half a surrogate pair", attribute="data") from e

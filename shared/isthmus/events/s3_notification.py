@@ -70,7 +70,7 @@ def _events(document: Any, depth: int) -> Iterator[WrittenObject | str]:
     elif document.get("Type") == "Notification" and "TopicArn" in document:
         yield from _wrapped(document.get("Message"), depth)
     elif document.get("source") == "aws.s3" and isinstance(detail := document.get("detail"), Mapping):
-        kind = str(document.get("detail-type", ""))[:80]
+        kind = _kind(document.get("detail-type"))
         # EventBridge writes keys literally; notifications of S3 itself quote keys as in a form.
         yield _object(detail, unquoted=True) if kind == "Object Created" else kind
     elif isinstance(records := document.get("Records"), list):
@@ -82,12 +82,22 @@ def _record(record: Any, depth: int) -> Iterator[WrittenObject | str]:
     if not isinstance(record, Mapping):
         return
     if isinstance(s3 := record.get("s3"), Mapping):
-        kind = str(record.get("eventName", "")).removeprefix("s3:")[:80]
+        kind = _kind(record.get("eventName")).removeprefix("s3:")
         yield _object(s3, unquoted=False) if kind.startswith("ObjectCreated") else kind
     elif isinstance(sns := record.get("Sns"), Mapping):
         yield from _wrapped(sns.get("Message"), depth)
     elif record.get("eventSource") == "aws:sqs":
         yield from _wrapped(record.get("body"), depth)
+
+
+def _kind(name: Any) -> str:
+    """An event's name as responses and logs may have it."""
+    return name[:80] if isinstance(name, str) and name.isprintable() else ""
+
+
+def _is_text(text: str) -> bool:
+    """Whether UTF-8 has the text: JSON's escapes may hold half a surrogate pair."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _wrapped(text: Any, depth: int) -> Iterator[WrittenObject | str]:
@@ -109,8 +119,14 @@ def _object(s3: Mapping[str, Any], *, unquoted: bool) -> WrittenObject:
         raise EventMalformed(
             "the notification of an object store names no bucket or no key", attribute="s3.bucket.name, s3.object.key"
         )
-    if max(len(name), len(key)) > 3 * _MAX_NAME or not (name + key).isprintable():  # quoted, a byte is three long
-        raise EventMalformed("the notification's bucket or key is too long or not printable", attribute="s3.object.key")
+    if not unquoted:
+        key = unquote_plus(key[: 3 * _MAX_NAME + 1])  # quoted, a byte is three long
+    # Any printable or control character may be in a key: names of screenshots hold narrow spaces.
+    if max(len(text.encode("utf-8", "replace")) for text in (name, key)) > _MAX_NAME or not _is_text(name + key):
+        raise EventMalformed("the notification's bucket or key is too long or no text", attribute="s3.object.key")
+    if not {".", ".."}.isdisjoint(key.split("/")):
+        # Servers and proxies that resolve dots would read another bucket than the one that was checked.
+        raise EventMalformed("the notification's key has the part . or ..", attribute="s3.object.key")
     size = item.get("size") if isinstance(item, Mapping) else None
     whole = isinstance(size, int) and not isinstance(size, bool) and size >= 0
-    return WrittenObject(name, key if unquoted else unquote_plus(key), size if whole else None)
+    return WrittenObject(name, key, size if whole else None)

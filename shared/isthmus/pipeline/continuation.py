@@ -6,6 +6,7 @@ to the router later, for the response of the whole request. Source: docs/referen
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -24,8 +25,11 @@ from isthmus.wire.frame import MAX_RANK, MAX_TENSORS, Frame
 CONTENT_TYPE = "application/vnd.isthmus.continuation"
 FORMAT = "isthmus.continuation/1"
 MAGIC = b"ISTHMUSC"
+# What a caller notes is an id, sizes and the names of outputs; without bounds, a list of empty lists takes 80 times its
+# bytes in memory.
 _MAX_NOTES = 64
 ShortText = Annotated[str, Meta(max_length=512)]
+_Flags = Annotated[list[Annotated[list[ShortText | bool], Meta(max_length=2)]], Meta(max_length=MAX_TENSORS)]
 
 
 class _Encoded(Struct, frozen=True, forbid_unknown_fields=True):
@@ -47,7 +51,7 @@ class _Document(Struct, frozen=True, forbid_unknown_fields=True, tag_field="form
     segments: Annotated[list[ShortText], Meta(min_length=1, max_length=MAX_TENSORS)]
     frame: bytes
     encoded: Annotated[list[_Encoded], Meta(max_length=MAX_TENSORS)]
-    notes: Annotated[dict[ShortText, int | str | list[list[str | bool]]], Meta(max_length=_MAX_NOTES)]
+    notes: Annotated[dict[ShortText, int | ShortText | _Flags], Meta(max_length=_MAX_NOTES)]
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Continuation:
         Raises:
             PlanMismatch: the route is another bundle's.
             Missing: a segment is not in the bundle.
+            RequestMalformed: the segments do not follow each other to the model's end.
         """
         if whole.digest != self.digest:
             raise PlanMismatch(
@@ -80,6 +85,9 @@ class Continuation:
         if ids[-len(self.segments) :] == self.segments:
             return whole.after(len(ids) - len(self.segments))
         segments = tuple(whole.bundle.segment(segment) for segment in self.segments)
+        ends = [(segment.id.start, segment.id.stop) for segment in segments]
+        if ends[-1][1] or any(stop != start or not stop for (_, stop), (start, _) in itertools.pairwise(ends)):
+            raise RequestMalformed("the continuation's segments do not follow each other to the model's end")
         # A plan has changed the partition meanwhile.
         return Route(whole.digest, whole.bundle, segments, (whole.hops[-1],) * len(segments), near=whole.near)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from isthmus.arrays import Array
 from isthmus.context import Deadline
-from isthmus.errors import DeadlineExceeded, HopRejected, RunFailed, ShapeMismatch, ValueRefused
+from isthmus.errors import DeadlineExceeded, HopRejected, RequestMalformed, RunFailed, ShapeMismatch, ValueRefused
 from isthmus.pipeline.execution import Result
 from isthmus.pipeline.places import Places, Sizes, windows
 from isthmus.pipeline.route import Route
@@ -78,8 +78,12 @@ class HiddenCopies:
 
     def _value(self, places: Places) -> int:
         # Zero excludes a token from an attention mask, and is what convolutions pad with.
-        is_id = self.tensors[places.tensor].dtype.kind in "iu" and "mask" not in places.tensor
-        return self.hidden_id if is_id else 0
+        dtype = self.tensors[places.tensor].dtype
+        if dtype.kind not in "iu" or "mask" in places.tensor:
+            return 0
+        if self.hidden_id > np.iinfo(dtype).max:
+            raise RequestMalformed(f"hidden_id is {self.hidden_id}, no {dtype.name}", parameter="hidden_id")
+        return self.hidden_id
 
 
 def run_all(copies: HiddenCopies, run: Run, deadline: Deadline) -> Iterator[Result]:

@@ -64,6 +64,7 @@ class Occlusion:
     """
 
     index: int
+    classes: int
     probability: float
     drops: Array
     hidden: tuple[Places, ...]
@@ -80,7 +81,8 @@ class Occlusion:
     def document(self, labels: Sequence[str] | None) -> dict[str, Any]:
         """The explanation in a response's JSON. Source: docs/reference/api.md, "Explanations"."""
         rows = np.atleast_2d(self.drops)
-        label = None if labels is None else labels[self.index]
+        # Another output than the declared one may have other classes.
+        label = labels[self.index] if labels is not None and len(labels) == self.classes else None
         return {
             "class": {"label": label, "index": self.index, "probability": self.probability},
             "explanation": {
@@ -157,7 +159,7 @@ def occlude(
     left out.
 
     Raises:
-        RequestMalformed: `index` is no class, or `grid` is out of range.
+        RequestMalformed: `index` is no class, or `grid` or `hidden_id` is out of range.
         RequestTooLarge: more parts than `max_runs`.
         ShapeMismatch: several inputs in a batch, or inputs without places.
         RunFailed: a probability is not finite.
@@ -191,7 +193,9 @@ def occlude(
         raise RunFailed(f"the probability of class {index} is not finite", got=str(row[index]))
     drops = copies.spread(float(row[index]) - probabilities)
     cut = rest.segments[0].id.start
-    return Occlusion(index, float(row[index]), drops, tuple(hidden), cut, probabilities.size, base, tuple(results))
+    return Occlusion(
+        index, row.size, float(row[index]), drops, tuple(hidden), cut, probabilities.size, base, tuple(results)
+    )
 
 
 def _grid(request: OcclusionRequest, sizes: Sizes) -> Sizes:

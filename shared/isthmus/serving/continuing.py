@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
 from flask import Response
 
+from isthmus.arrays import DTYPES
 from isthmus.artifacts.tensors import TensorType, check_types
 from isthmus.codecs import Tables
 from isthmus.errors import RequestMalformed
@@ -38,14 +40,16 @@ class Continuer:
             PlanMismatch, Missing: the version is gone, or another bundle now.
             Further errors as executing the route.
         """
+        request.memory.hold(len(request.body))  # payloads are copies
         rest = decode_continuation(request.body, max_bytes=self._max_bytes)
         model = self._catalog.get(f"{rest.model}:{rest.version}", request.context.deadline)
         route = rest.route(model.route.route)
-        if rest.encoded and not route.hops[0].encodes:  # a new plan may run the tail in the router's own process
-            near = LoopbackHop(route.hops[0], self._tables, max_bytes=self._max_bytes)
-            route = replace(route, hops=(near, *route.hops[1:]))
         types = {name: TensorType(array.dtype.name, array.shape) for name, array in rest.tensors.items()}
         check_types(route.inputs, types | {n: TensorType(t.dtype, t.shape) for n, t in rest.encoded.items()})
+        if rest.encoded and not route.hops[0].encodes:  # a new plan may run the tail in the router's own process
+            request.memory.hold(sum(math.prod(t.shape) * DTYPES[t.dtype].itemsize for t in rest.encoded.values()))
+            near = LoopbackHop(route.hops[0], self._tables, max_bytes=self._max_bytes)
+            route = replace(route, hops=(near, *route.hops[1:]))
         result = self._predictor.run(request, route, rest.tensors, rest.encoded)
         if "outputs" in rest.notes:
             return tensor_response(request, model, _tensor_request(rest), result)

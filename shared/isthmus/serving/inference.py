@@ -9,10 +9,19 @@ import codecs
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from isthmus.admission import Turns
-from isthmus.errors import EventMalformed, IsthmusError, MediaUnsupported, Missing, RequestMalformed, RequestTooLarge
+from isthmus.errors import (
+    EventMalformed,
+    IsthmusError,
+    MediaUnsupported,
+    Missing,
+    RegistryMissing,
+    RequestMalformed,
+    RequestTooLarge,
+)
 from isthmus.events.claims import ClaimStore, looks_like_claim, parse_claim
 from isthmus.events.cloudevent import ReceivedEvent, check_no_batch, read_binary, read_structured
 from isthmus.events.s3_notification import Notification, WrittenObject, read_notification
@@ -28,6 +37,7 @@ from isthmus.processing.media import (
 )
 from isthmus.registry import open_blob_store
 from isthmus.registry.event_objects import EventObjects
+from isthmus.registry.lookups import Lookups
 from isthmus.routing.catalog import ServedModel
 from isthmus.serving.request import FunctionRequest
 from isthmus.settings import RouterSettings
@@ -58,6 +68,7 @@ class InferenceReader:
     def __init__(self, settings: RouterSettings) -> None:
         self._turns = Turns(1)  # parsing JSON holds Python's lock all the while
         self._max_bytes = settings.max_request_bytes
+        self._lookups = Lookups(remember_s=0)
         self._claims = (
             ClaimStore(open_blob_store(settings.claims, settings), max_bytes=self._max_bytes, keep_s=0)
             if settings.claims
@@ -66,6 +77,10 @@ class InferenceReader:
         self._objects = EventObjects(
             settings.event_buckets, lambda bucket: open_blob_store(f"s3://{bucket}", settings, any_key=True)
         )
+
+    def close(self) -> None:
+        """End the threads that read claims and objects."""
+        self._lookups.close()
 
     def read(self, request: FunctionRequest, model: ServedModel) -> InferenceRequest:
         """Read a request of any kind, and of the kind within a CloudEvent.
@@ -154,7 +169,7 @@ class InferenceReader:
             )
         claim = parse_claim(body)
         request.memory.hold(claim.size)
-        redeemed = self._claims.redeem(claim)
+        redeemed = self._lookups.find(claim, partial(self._claims.redeem, claim), request.context.deadline)
         if looks_like_claim(redeemed):  # a claim of a claim could go on without end
             raise EventMalformed("the claim check refers to another claim check", attribute="claim")
         return redeemed
@@ -171,7 +186,10 @@ class InferenceReader:
             bound = left if item.size is None else min(left, item.size)
             try:
                 request.memory.hold(bound)
-                photo = self._objects.get(item.bucket, item.key, max_bytes=bound)
+                get = partial(self._objects.get, item.bucket, item.key, max_bytes=bound)
+                photo = self._lookups.find((item, bound), get, request.context.deadline)
+            except RegistryMissing:  # of the bucket, and so of every object
+                raise
             except (Missing, RequestTooLarge) as e:
                 batch.append(e)
                 continue

@@ -32,6 +32,7 @@ class InferenceRoutes:
         self._catalog, self._default = catalog, settings.model
         self.predictor = predictor
         self.reader = InferenceReader(settings)
+        app.closing.callback(self.reader.close)
         self.explainer = Explainer(settings, predictor, images)
         continuer = Continuer(catalog, predictor, tables, settings.max_request_bytes)
         app.post("/", self.answer, "answer")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,6 +84,18 @@ def test_a_file_too_large_for_the_store_is_refused_with_both_numbers_and_others_
     large, gone = told["failed"]
     assert (large["type"], large["facts"]) == ("MessageTooLarge", {"bytes": 25 * 2**20, "limit": 24 * 2**20})
     assert gone["type"] == "RequestMalformed"
+    assert [d.message.body for d in consumer.fetch(5, 5)] == [b"1"]
+
+
+def test_a_device_is_not_read_to_its_end_and_a_name_of_any_bytes_is_sent(
+    queue: tuple[Path, NatsConsumer], tmp_path: Path
+) -> None:
+    configuration, consumer = queue
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.bin"))
+    odd.write_bytes(b"1")
+    result = isthmus("send", configuration, "/dev/zero", odd, "--json")
+    told = json.loads(result.stdout)
+    assert [(each["file"], each["type"]) for each in told["failed"]] == [("/dev/zero", "MessageTooLarge")]
     assert [d.message.body for d in consumer.fetch(5, 5)] == [b"1"]
 
 

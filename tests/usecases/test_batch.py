@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,20 @@ def test_results_of_two_versions_do_not_mix(folder: Path) -> None:
     with pytest.raises(RequestMalformed, match="results of m:1 and m:2"):
         run(folder, Recorder("2"))
     assert len(lines(folder)) == 20
+
+
+def test_a_file_name_of_any_bytes_has_a_line_that_later_runs_know(folder: Path) -> None:
+    odd = Path(os.fsdecode(os.fsencode(folder) + b"/\xff\xe9.jpg"))
+    odd.write_bytes(b"odd")
+    assert run(folder, Recorder()) == BatchResult(21, 0, 0)
+    assert run(folder, Recorder()) == BatchResult(0, 0, 21)
+    assert lines(folder)[-1]["photo"] == str(odd)
+
+
+def test_a_line_without_a_version_is_of_another_model(folder: Path) -> None:
+    (folder.parent / "out.jsonl").write_text('{"photo": "x", "model_name": "m"}\n')
+    with pytest.raises(RequestMalformed, match="results of m:1 and m:None"):
+        run(folder, Recorder())
 
 
 def test_another_file_is_never_overwritten(folder: Path) -> None:

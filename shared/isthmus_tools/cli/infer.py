@@ -163,7 +163,8 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
         if not path.is_dir():
             yield path
             continue
-        files = sorted(file for file in path.iterdir() if file.is_file())
+        # Hidden files are the system's: .DS_Store.
+        files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
         if not files:
             raise RequestMalformed(f"{path} holds no files", path=str(path))
         yield from files

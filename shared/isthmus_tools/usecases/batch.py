@@ -94,7 +94,7 @@ def classify_photos(request: BatchRequest, progress: Progress = silent) -> Batch
             models |= {_model_of(line) for line in lines} - {None}
             if len(models) > 1:
                 raise _two_models(request.output, sorted(str(model) for model in models))
-            file.write(b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines))
+            file.write(b"".join(map(_encoded, lines)))
             # Before the progress is shown: a run that is killed has kept the photos that it counted.
             file.flush()
             new = Counter(str(line.get("type", "unknown")) for line in lines if "error" in line)
@@ -241,8 +241,16 @@ def _read_lines(file: BinaryIO, path: Path) -> dict[str, Mapping[str, Any]]:
     return lines
 
 
+def _encoded(line: Mapping[str, Any]) -> bytes:
+    """A line of the file; file names that are no UTF-8 are escaped."""
+    try:
+        return json.dumps(line, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(line).encode() + b"\n"
+
+
 def _model_of(line: Mapping[str, Any]) -> str | None:
-    return f"{line['model_name']}:{line['model_version']}" if "model_name" in line else None
+    return f"{line['model_name']}:{line.get('model_version')}" if "model_name" in line else None
 
 
 def _two_models(path: Path, models: Sequence[str]) -> RequestMalformed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import mimetypes
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,18 +68,15 @@ def _send(file: Path, request: SendRequest, publisher: Publisher, claims: ClaimS
     largest = publisher.max_bytes if claims is None else max(publisher.max_bytes, claims.max_bytes)
     try:
         # A file of any size is refused before it is in memory.
-        if (size := file.stat().st_size) > largest:
-            raise MessageTooLarge(
-                f"{file} has {size} bytes; {largest} are taken",
-                bytes=size,
-                limit=largest,
-                hint="" if claims else "configure an object store for large bodies: [claims] of the configuration",
-            )
-        body = file.read_bytes()
+        _check_size(file, file.stat().st_size, largest, claims)
+        # Devices and growing files have another size than they state.
+        with file.open("rb") as opened:
+            body = opened.read(largest + 1)
+        _check_size(file, len(body), largest, claims)
     except OSError as e:
         raise RequestMalformed(f"{file} cannot be read: {e.strerror}") from e
     content_type = mimetypes.guess_type(file.name)[0] or "application/octet-stream"
-    digest = hashlib.sha256(file.name.encode() + b"\0" + body).hexdigest()
+    digest = hashlib.sha256(os.fsencode(file.name) + b"\0" + body).hexdigest()
     headers = {**request.headers, CONTENT_TYPE: content_type}
     message = Message(body, storable(f"file-{digest}"), publisher.url, headers, request.key)
     by_claim = claims is not None and len(body) > publisher.max_bytes
@@ -88,4 +86,14 @@ def _send(file: Path, request: SendRequest, publisher: Publisher, claims: ClaimS
             claim.encode(), message.id, message.source, headers | {CONTENT_TYPE: CLAIM_CONTENT_TYPE}, request.key
         )
     publisher.publish(message)
-    return SentFile(str(file), message.id, size, by_claim)
+    return SentFile(str(file), message.id, len(body), by_claim)
+
+
+def _check_size(file: Path, size: int, largest: int, claims: ClaimStore | None) -> None:
+    if size > largest:
+        raise MessageTooLarge(
+            f"{file} has {size} bytes; {largest} are taken",
+            bytes=size,
+            limit=largest,
+            hint="" if claims else "configure an object store for large bodies: [claims] of the configuration",
+        )

@@ -57,6 +57,19 @@ def test_a_file_that_is_sent_again_has_the_same_id(queue: tuple[Path, NatsConsum
     assert len(consumer.fetch(10, 1)) == 1
 
 
+def test_a_wildcard_of_the_source_is_filled(nats_server: NatsServer, tmp_path: Path) -> None:
+    subject = f"cameras-{tmp_path.name.replace('_', '-')}"
+    (tmp_path / "trigger.toml").write_text(
+        f'[source]\nkind = "nats"\nurl = "{nats_server.url}"\nsubject = "{subject}.*"\n'
+    )
+    consumer = NatsConsumer(nats_server.place(f"{subject}.*"), "")
+    (tmp_path / "a.jpg").write_bytes(photo())
+    document(isthmus("send", tmp_path / "trigger.toml", tmp_path / "a.jpg", "--json"))
+    (delivery,) = consumer.fetch(1, 5)
+    assert delivery.message.source == f"{subject}.file"
+    consumer.close()
+
+
 @pytest.mark.parametrize("size", [3_200_000, 20 * 10**6])
 def test_a_body_over_the_brokers_limit_goes_by_reference(
     queue: tuple[Path, NatsConsumer], tmp_path: Path, size: int

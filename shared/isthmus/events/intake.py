@@ -131,29 +131,33 @@ class CallIntake:
 
 
 def place_of_calls(source: Broker) -> Broker:
-    """The place whose messages `source` reads; a wildcard of its subject or topic is filled by one level.
+    """The place of calls for `source`: see `writable`.
 
     Raises:
         BrokerRefused: messages of this place carry no id.
     """
+    if isinstance(source, MqttPlace) and source.version == "3.1.1":
+        raise BrokerRefused(
+            "MQTT 3.1.1 has no headers, and so no ids of calls",
+            hint='set version = "5" in the [source] of the trigger\'s configuration',
+        )
+    return writable(source, WILDCARD_LEVEL)
+
+
+def writable(source: Broker, level: str) -> Broker:
+    """The place for messages that `source` reads; `level` fills the wildcards of its subject or topic."""
     match source:
         case NatsPlace():
-            return replace_fields(source, subject=_filled(source.subject, ".", ("*", ">")))
-        case MqttPlace(version="3.1.1"):
-            raise BrokerRefused(
-                "MQTT 3.1.1 has no headers, and so no ids of calls",
-                hint='set version = "5" in the [source] of the trigger\'s configuration',
-            )
+            return replace_fields(source, subject=_filled(source.subject, ".", ("*", ">"), level))
         case MqttPlace():
-            topic = topic_filter(source.topic)
+            topic = _filled(topic_filter(source.topic), "/", ("+", "#"), level)
             # A second session of one client id would end the first.
-            return replace_fields(source, topic=_filled(topic, "/", ("+", "#")), client_id="", group="")
+            return replace_fields(source, topic=topic, client_id="", group="")
     return source
 
 
-def _filled(address: str, separator: str, wildcards: tuple[str, ...]) -> str:
-    levels = address.split(separator)
-    return separator.join(WILDCARD_LEVEL if level in wildcards else level for level in levels)
+def _filled(address: str, separator: str, wildcards: tuple[str, ...], level: str) -> str:
+    return separator.join(level if part in wildcards else part for part in address.split(separator))
 
 
 def _address(place: Broker) -> str:

@@ -15,10 +15,14 @@ from isthmus.events.broker import Publisher
 from isthmus.events.claims import CONTENT_TYPE as CLAIM_CONTENT_TYPE
 from isthmus.events.claims import ClaimStore
 from isthmus.events.configuration import TriggerConfiguration
+from isthmus.events.intake import writable
 from isthmus.events.message import CONTENT_TYPE, Message, storable
 from isthmus.events.open import open_publisher
 from isthmus.events.stores.open import open_claims
 from isthmus.settings import RegistrySettings
+
+WILDCARD_LEVEL = "file"
+"""The level of a subject or topic in place of a wildcard: photos.* is read, photos.file is written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +57,7 @@ def send_files(request: SendRequest) -> Iterator[SentFile]:
         BrokerUnavailable, BrokerRefused, ConfigurationMalformed, ResultStoreUnavailable: no further file can be sent.
     """
     claims = open_claims(request.configuration.claims, request.settings)
-    publisher = open_publisher(request.configuration.source, request.settings)
+    publisher = open_publisher(writable(request.configuration.source, WILDCARD_LEVEL), request.settings)
     try:
         for file in request.files:
             try:

@@ -9,7 +9,10 @@ import pytest
 from msgspec.structs import replace
 
 from isthmus_tools.cli.progress_line import time_left
+from isthmus_tools.cli.up import Greeting
+from isthmus_tools.engine.telemetry import Event
 from isthmus_tools.planner.publishing import publish_plan
+from isthmus_tools.usecases.versions import next_command
 from support.bundles import Published, photo, photos_model, publish_photos
 from support.cli import document, isthmus
 from support.plans import candidate, plan_for
@@ -44,7 +47,7 @@ def test_import_says_what_serves_and_what_comes_next(tmp_path: Path) -> None:
 def test_a_cut_that_does_not_serve_names_its_version_in_the_next_command(photos: Published) -> None:
     made = document(isthmus("cut", "photos", "--cut", "2", "--alias", "canary", "--registry", photos.folder, "--json"))
     assert (made["version"], made["serving"]) == ("2", "1")
-    assert made["next"] == f"isthmus calibrate photos:2 --data photos --registry {photos.folder}"
+    assert made["next"] == f"isthmus calibrate photos:2 --data FOLDER --registry {photos.folder}"
 
 
 def test_a_planned_version_that_does_not_serve_is_followed_by_the_alias(photos: Published) -> None:
@@ -58,12 +61,12 @@ def test_the_next_command_names_a_registry_only_where_a_default_would_miss_it(
     photos: Published, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ISTHMUS_REGISTRY", str(photos.folder))
-    assert document(isthmus("show", "photos", "--json"))["next"] == "isthmus calibrate photos --data photos"
+    assert document(isthmus("show", "photos", "--json"))["next"] == "isthmus calibrate photos --data FOLDER"
     monkeypatch.delenv("ISTHMUS_REGISTRY")
     monkeypatch.chdir(photos.folder.parent)
     (photos.folder.parent / ".isthmus").mkdir()
     photos.folder.rename(photos.folder.parent / ".isthmus" / "registry")
-    assert document(isthmus("show", "photos", "--json"))["next"] == "isthmus calibrate photos --data photos"
+    assert document(isthmus("show", "photos", "--json"))["next"] == "isthmus calibrate photos --data FOLDER"
 
 
 def test_up_fails_at_once_where_the_model_is_not_there(photos: Published) -> None:
@@ -120,3 +123,25 @@ def test_an_error_that_every_photo_meets_is_told_once(photos: Published, album: 
 )
 def test_the_time_left_is_told_once_it_can_be_estimated(done: int, total: int, elapsed_s: float, text: str) -> None:
     assert time_left(done, total, elapsed_s) == text
+
+
+def test_up_says_how_to_send_a_request_once_all_replicas_are_ready(capsys: pytest.CaptureFixture[str]) -> None:
+    greeting = Greeting("digits")
+    events = [Event("listening", "http://127.0.0.1:8094"), Event("starting", "", "router", "router-1")]
+    events += [Event("starting", "", "cloud-tail", "cloud-tail-1"), Event("ready", "", "router", "router-1")]
+    for event in events:
+        greeting.after(event)
+    assert capsys.readouterr().err == ""
+    greeting.after(Event("ready", "", "cloud-tail", "cloud-tail-1"))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "isthmus infer PHOTO --model digits --url http://127.0.0.1:8094/function/router" in said
+    # A replica that starts later is no news.
+    greeting.after(Event("starting", "", "router", "router-2"))
+    greeting.after(Event("ready", "", "router", "router-2"))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_model_from_a_package_is_calibrated_with_photos_of_packages(photos: Published) -> None:
+    ready = replace(photos.bundle, source=photos.bundle.source | {"packages": ["some"]})
+    version = photos.registry.publish(ready, {})
+    assert next_command(photos.registry, f"photos:{version.version}").endswith("--data photos")

@@ -43,7 +43,7 @@ def test_show_takes_a_version_and_lists_the_others(photos: Published) -> None:
     shown = ask(photos, "show", "photos:2")
     assert (shown["version"], shown["serves"], shown["aliases"]) == ("2", False, [])
     assert [(v["version"], v["serves"]) for v in shown["versions"]] == [("1", True), ("2", False)]
-    assert shown["next"] == f"isthmus calibrate photos:2 --data photos --registry {photos.folder}"
+    assert shown["next"] == f"isthmus calibrate photos:2 --data FOLDER --registry {photos.folder}"
     text = say(photos, "show", "photos")
     assert "takes x float32[1, 3, 8, 8]" in text
     assert "→ 1" in text
@@ -53,6 +53,7 @@ def test_alias_and_rollback_say_from_what_to_what(photos: Published) -> None:
     text = say(photos, "alias", "photos:2", "prod")
     assert "prod means photos:2 now; it meant photos:1" in text
     assert "to go back: isthmus rollback photos" in text
+    assert "routers that run follow within their setting refresh_s: 10 s" in text
     assert "as before" in say(photos, "alias", "photos:2", "prod")
     back = ask(photos, "rollback", "photos")
     assert (back["version"], back["alias_was"]) == ("1", "2")

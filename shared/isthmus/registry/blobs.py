@@ -138,7 +138,8 @@ def missing_registry(registry: str) -> RegistryMissing:
         name=registry,
         exists=[],
         registry=registry,
-        hint="check the setting registry; a folder is made by the first publish, a bucket must be there",
+        hint="isthmus import makes the folder, a bucket must be there; --registry or ISTHMUS_REGISTRY names another"
+        " one, in a function the setting registry",
     )
 
 

@@ -62,7 +62,7 @@ def roll_back(registry: Registry, name: str, alias: str = PROD) -> AliasMove:
     )
     if earlier is None:
         raise Missing(
-            f"{name}:{alias} has meant no version before {name}:{was} that is still there",
+            f"{alias} has no version of {name} before {name}:{was} to go back to",
             kind="version",
             name=f"{name}:{alias}",
             exists=numbers,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from isthmus_tools.cli.completion import complete_aliases, complete_models
-from isthmus_tools.cli.console import errors, print_json, say, say_command
+from isthmus_tools.cli.console import FOLLOWING, errors, print_json, say, say_command
 from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, in_registry, registry_settings
 
 if TYPE_CHECKING:
@@ -65,4 +65,5 @@ def show_move(move: AliasMove, registry: str, as_json: bool) -> None:
     else:
         before = f"; it meant {move.name}:{move.was}" if move.was else ""
         say(f"{move.alias} means {move.name}:{move.version} now{before}")
+        say(FOLLOWING)
     say_command("to go back" if moved and move.was else "next", undo)

@@ -110,5 +110,5 @@ def calibrate(
             say(f"{tensor} has no table: {why}")
         tables = calibrated.bundle.tables.values()
         weight = format_size(sum(blob.size for blob in tables))
-        say(f"{version.name}:{version.version} {version.digest[:19]}…, {len(tables)} tables ({weight})")
+        say(f"{version.name}:{version.version} {version.digest[:19]}…, with {weight} of tables")
         show_publication(result.publication, registry)

@@ -113,8 +113,8 @@ def show(fidelity: Fidelity, cut: str, *, every: bool = False, top: Entry | None
     rows = [*([top] if top is not None else []), *sorted((e for e in entries if e != top), key=lambda e: -e.bytes)]
     same = "same, %"
     table(
-        f"cut {cut}: {fidelity.inputs.held_out} inputs held out; the same answer: {_rule(fidelity)}; "
-        f"limit {fidelity.limit:.1%}; bounds: Wilson, {fidelity.confidence:.0%}; ms to pack and to unpack",
+        f"cut {cut}: {fidelity.inputs.held_out} inputs held out; the same prediction: {_rule(fidelity)}; "
+        f"limit {fidelity.limit:.1%}; bounds: Wilson, {fidelity.confidence:.0%}; ms to encode and to decode",
         ["codec", same, "bytes", "bits", "ms", "offered"],
         [
             *(
@@ -137,7 +137,7 @@ def show(fidelity: Fidelity, cut: str, *, every: bool = False, top: Entry | None
         drop=["ms", "bits"],
     )
     if (hidden := count - len(rows) - len(pictures)) > 0:
-        say(f"{hidden} more take more bytes for no more agreement: isthmus codec … --all")
+        say(f"{hidden} more take more bytes for no more agreement; isthmus codec --all has them")
 
 
 def _offered(entry: Entry) -> str:

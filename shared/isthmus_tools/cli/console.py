@@ -29,6 +29,7 @@ err = Console(stderr=True, markup=False, emoji=False)
 
 # Characters of a table's row in a file or a pipe, where no terminal wraps.
 _MAX_LINE = 10_000
+FOLLOWING = "routers that run follow within their setting refresh_s: 10 s by default"
 # A write to a full disk raises without the file's name.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Request = TypeVar("Request")
@@ -193,7 +194,7 @@ def show_publication(publication: Publication, registry: str) -> None:
         say(f"{kept}: {publication.plan}; to choose anew: isthmus plan {name} …")
     if lost is not None:
         say(f"{name} has no plan: the plan before it ({lost.chosen}) is for another bundle")
-    if publication.serving:
+    if publication.serving and not (publication.alias == "prod" and publication.serving == version.version):
         say(f"requests for {version.name} reach version {publication.serving}")
     if publication.following:
         say_command("next", in_registry(publication.following, registry))

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from isthmus_tools.cli.completion import complete_aliases, complete_models
-from isthmus_tools.cli.console import errors, print_json, say, say_command
+from isthmus_tools.cli.console import FOLLOWING, errors, print_json, say, say_command
 from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, in_registry, registry_settings
 
 
@@ -42,4 +42,5 @@ def rollback(
             )
             return
         say(f"{move.alias} means {move.name}:{move.version} again; it meant {move.name}:{move.was}")
+        say(FOLLOWING)
         say_command("to undo", undo)

@@ -88,7 +88,10 @@ def _show(version: VersionSummary) -> None:
     say(f"{version.name}:{version.version}{aliases}, {version.digest}", "bold")
     say(f"takes {', '.join(describe(s.dtype, s.shape, s.name) for s in bundle.inputs)}")
     say(f"gives {', '.join(describe(s.dtype, s.shape, s.name) for s in bundle.outputs)}")
-    for text, doc in (("photos are its input", bundle.preprocess), ("its output are classes", bundle.postprocess)):
+    for text, doc in (
+        ("takes photos too", bundle.preprocess),
+        ("gives classes", bundle.postprocess),
+    ):
         if doc is not None:
             say(text)
     say(f"weights {format_size(bundle.weights.blob.size)}; cuts {', '.join(sorted(bundle.cuts)) or 'none'}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -92,9 +93,12 @@ def up(
             share = f"router and edge-head have 1/{slowdown:g} of a CPU, by {edge.method}"
             tell(f"{share}; single calls of some ms may be faster")
 
+        greeting = Greeting(model)
+
         def on_event(event: Event) -> None:
             join(event)
             _show(event, logs)
+            greeting.after(event)
 
         options = EngineOptions(
             stack_file=stack,
@@ -128,7 +132,29 @@ def _show_model(model: str, registry: str) -> None:
     plan = f"by the plan {version.plan}" if version.plan else "without a plan"
     alias = f" ({' and '.join(version.aliases)})" if version.aliases else ""
     tell(f"serving {version.name}:{version.version}{alias} {plan}")
-    tell(f"ask it: isthmus infer --model {model} …")
+
+
+@dataclass
+class Greeting:
+    """Prints once, when the first replicas are ready, how to send a request."""
+
+    model: str
+    gateway: str = ""
+    waiting: set[str] = field(default_factory=set)
+
+    def after(self, event: Event) -> None:
+        if event.kind == "listening":
+            self.gateway = event.text
+        elif event.kind == "starting":
+            self.waiting.add(event.replica)
+        elif event.kind == "ready" and self.gateway and event.replica in self.waiting:
+            self.waiting.remove(event.replica)
+            if not self.waiting:
+                url = f"{self.gateway}/function/router"
+                model = f" --model {self.model}" if self.model else ""
+                tell(f"ready; try: isthmus infer PHOTO{model} --url {url}")
+                tell(f"or curl --data-binary @PHOTO {url}, or the page {self.gateway}; Ctrl-C stops")
+                self.gateway = ""
 
 
 def _show(event: Event, logs: bool) -> None:

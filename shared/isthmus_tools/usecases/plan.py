@@ -134,6 +134,8 @@ def plan(request: PlanRequest, progress: Progress = silent) -> PlanResult:
         if functions is not None and functions.edge.slowdown != 1:
             # A plan for a slower edge must not pass for one of this machine's own speed.
             candidate_set.notes.append(f"the edge's times are {functions.edge.method}")
+        if kind == "photo" and not request.photos:
+            candidate_set.notes.append("the photos are samples that come with packages; --input takes yours")
         candidates = candidate_set.predict(request.conditions, request.prices)
         if functions is not None and not request.predict_only:
             measured = measure_candidates(

@@ -123,8 +123,9 @@ def next_command(registry: Registry, reference: str) -> str:
     version = summarise(registry, reference)
     name = version.name if version.serves else f"{version.name}:{version.version}"
     if not version.calibrated and not version.plan:
-        photos = version.bundle.preprocess is not None
-        return f"isthmus calibrate {name} --data {'photos' if photos else 'FOLDER'}"
+        # The photos of installed packages suit a model from a package; another model needs inputs of its own kind.
+        ready = "packages" in version.bundle.source
+        return f"isthmus calibrate {name} --data {'photos' if ready else 'FOLDER'}"
     if not version.plan or version.plan == UNREADABLE:
         return f"isthmus plan {name} --uplink 10mbit --rtt 20ms --local"
     if not version.serves:

@@ -81,14 +81,35 @@ def test_a_second_delivery_of_a_finished_call_gets_the_result(calls: Calls) -> N
     assert calls.body(again.result) == b"1"
 
 
-@pytest.mark.parametrize("owner", ["a", "b"])
-def test_a_call_in_work_is_nobody_elses_until_its_lease_expires(calls: Calls, clock: Clock, owner: str) -> None:
+def test_a_call_in_work_is_nobody_elses_until_its_lease_expires(calls: Calls, clock: Clock) -> None:
     lease(calls)
-    other = calls.begin("m", owner, 10)
+    other = calls.begin("m", "b", 10)
     assert isinstance(other, Call)
     assert (other.state, other.lease_until) == ("running", clock.now + 10)
     clock.now += 10.5
     assert lease(calls, owner="b").call.attempts == 2
+
+
+def test_an_owner_that_asks_again_after_a_lost_response_has_its_lease(calls: Calls) -> None:
+    lease(calls)
+    again = lease(calls)
+    assert again.call.attempts == 1
+    ended = calls.finish(again, 200, "", b"1")
+    taken = calls.take_over(ended.call, "a", 10)
+    assert taken
+    assert taken.call == ended.call
+
+
+def test_the_lease_of_long_work_covers_the_publishing_of_its_result(calls: Calls, clock: Clock) -> None:
+    begun = lease(calls)
+    for _ in range(5):
+        clock.now += 8
+        assert calls.renew(begun, 10)
+    ended = calls.finish(begun, 200, "", b"1")
+    clock.now += 9
+    assert calls.take_over(ended.call, "b", 10) is None
+    clock.now += 2
+    assert calls.take_over(ended.call, "b", 10)
 
 
 def test_a_renewed_lease_holds_on(calls: Calls, clock: Clock) -> None:
@@ -120,9 +141,44 @@ def test_a_renewed_lease_does_not_stand_in_the_way_of_its_owner(calls: Calls) ->
 def test_a_failed_call_begins_again_only_when_told_to(calls: Calls) -> None:
     calls.fail(lease(calls), 400, "no photo")
     assert isinstance(calls.begin("m", "a", 10), Call)
-    again = calls.begin("m", "a", 10, anew=True)
+    again = calls.begin("m", "a", 10, deaths=1)
     assert isinstance(again, CallLease)
     assert (again.call.attempts, again.call.result) == (1, None)
+
+
+def test_a_redelivered_dead_letter_begins_no_second_time(calls: Calls) -> None:
+    calls.fail(lease(calls), 400, "no photo")
+    again = calls.begin("m", "b", 10, deaths=1)
+    assert isinstance(again, CallLease)
+    calls.fail(again, 400, "no photo again")
+    redelivered = calls.begin("m", "c", 10, deaths=1)
+    assert isinstance(redelivered, Call)
+    assert redelivered.reason == "no photo again"
+    assert isinstance(calls.begin("m", "c", 10, deaths=2), CallLease)
+
+
+def test_a_place_that_refused_the_result_lacks_it_when_the_dead_letter_is_sent_again(calls: Calls) -> None:
+    ended = calls.publish(calls.finish(lease(calls), 200, "", b"1"), "nats results")
+    calls.publish(ended, "callback", is_refusal=True)
+    assert calls.get("m").document()["refused"] == ["callback"]
+    again = calls.begin("m", "b", 10, deaths=1)
+    assert isinstance(again, Call)
+    assert (again.state, again.published, again.refused) == ("done", ("nats results",), ())
+
+
+def test_a_place_is_noted_although_the_store_lost_the_record(calls: Calls, records: SqliteRecords) -> None:
+    ended = calls.finish(lease(calls), 200, "", b"1")
+    records.delete("m", ended.version)
+    calls.publish(ended, "nats results")
+    assert (calls.get("m").state, calls.get("m").published) == ("done", ("nats results",))
+
+
+def test_a_place_is_not_noted_for_a_call_that_began_again(calls: Calls, clock: Clock) -> None:
+    ended = calls.fail(lease(calls), 400, "no photo")
+    clock.now += 11
+    calls.begin("m", "b", 10, deaths=1)
+    calls.publish(ended, "dead")
+    assert (calls.get("m").state, calls.get("m").published) == ("running", ())
 
 
 def test_calls_of_two_scopes_share_ids_and_nothing_else(records: SqliteRecords, clock: Clock) -> None:

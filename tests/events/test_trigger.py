@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from isthmus.errors import BrokerRefused, ResultStoreUnavailable
+from isthmus.errors import BrokerRefused, MessageTooLarge, ResultStoreUnavailable
 from isthmus.events import limits, processing, trigger
 from isthmus.events.broker import Delivery
 from isthmus.events.call import CallLease
@@ -358,6 +359,73 @@ def test_a_dead_letter_that_is_sent_again_begins_anew(setup: Setup) -> None:
     assert setup.results.ids == []
     setup.drain(setup.dead.messages[0])
     assert setup.results.ids == ["m0"]
+
+
+def test_a_dead_letter_that_runs_in_a_circle_ends(setup: Setup) -> None:
+    setup.route.answer = lambda message: REFUSED
+    setup.drain(*messages(1))
+    for _ in range(20):
+        setup.drain(setup.dead.messages[-1])
+    assert len(setup.dead.messages) == 16
+    assert setup.dead.messages[-1].headers["x-isthmus-deaths"] == "16"
+    assert len({letter.deduplication_id for letter in setup.dead.messages}) == 16
+
+
+def test_a_result_that_its_place_refused_is_published_when_its_dead_letter_comes_again(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processing, "LEASE_S", 0.05)
+    alerts = MessageList("alerts")
+    setup.places.append(ResultPlace("alerts", alerts))
+    setup.results.refuses = {"m0": BrokerRefused("no such topic", broker="b")}
+    setup.drain(*messages(1))
+    setup.results.refuses.clear()
+    setup.drain(*setup.dead.messages)
+    assert (setup.results.ids, alerts.ids, setup.route.called) == (["m0"], ["m0"], ["m0"])
+
+
+def test_two_deliveries_to_one_trigger_publish_once_though_the_lease_expired(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As after a machine's sleep: the clock says that all leases are over, and the broker delivers again.
+    monkeypatch.setattr(processing, "LEASE_S", 0.0)
+    monkeypatch.setattr(setup.calls, "renew", lambda lease, lease_s: True)
+    together = threading.Barrier(2)
+    setup.route.answer = lambda message: (together.wait(LONG_S), DONE)[1]
+    publish = setup.results.publish
+
+    def slow(message: Message) -> None:
+        time.sleep(0.2)
+        publish(message)
+
+    monkeypatch.setattr(setup.results, "publish", slow)
+    finish = setup.calls.finish
+
+    def finished(lease: CallLease, *arguments: Any, **named: Any) -> CallLease:
+        long = lease._replace(call=msgspec.structs.replace(lease.call, lease_until=lease.call.updated + LONG_S))
+        return finish(long, *arguments, **named)
+
+    monkeypatch.setattr(setup.calls, "finish", finished)
+    setup.drain(*messages(1), *messages(1))
+    assert (setup.results.ids, setup.route.called) == (["m0"], ["m0", "m0"])
+
+
+def test_a_dead_letter_with_headers_too_large_for_its_place_is_sent_without_them(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish = setup.dead.publish
+
+    def bounded(message: Message) -> None:
+        if sum(map(len, message.headers.values())) > 1000:
+            raise MessageTooLarge("headers", bytes=2000, limit=1000)
+        publish(message)
+
+    monkeypatch.setattr(setup.dead, "publish", bounded)
+    setup.route.answer = lambda message: REFUSED
+    setup.drain(Message(b"photo", "m0", headers={"note": "x" * 2000}))
+    (letter,) = setup.dead.messages
+    assert (letter.body, letter.headers["x-isthmus-reason"]) == (b"photo", "no photo")
+    assert "note" not in letter.headers
 
 
 def test_a_result_too_large_for_its_place_is_a_dead_letter_with_both_numbers(setup: Setup) -> None:

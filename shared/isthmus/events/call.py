@@ -35,7 +35,7 @@ class Call(Struct, frozen=True, forbid_unknown_fields=True):
     """A call's record. Units: moments are seconds since the epoch.
 
     `attempts` counts begun attempts less those that were released without blame. `published` has the places that
-    have the result.
+    have the result, `refused` those that refused it for good, `deaths` is the message's.
     """
 
     id: ShortText
@@ -51,6 +51,8 @@ class Call(Struct, frozen=True, forbid_unknown_fields=True):
     """Why the latest attempt failed, or why the call did."""
     result: CallResult | None = None
     published: Annotated[tuple[Annotated[str, Meta(max_length=MAX_PLACE)], ...], Meta(max_length=MAX_PLACES)] = ()
+    refused: Annotated[tuple[Annotated[str, Meta(max_length=MAX_PLACE)], ...], Meta(max_length=MAX_PLACES)] = ()
+    deaths: Annotated[int, Meta(ge=0)] = 0
 
     @property
     def is_over(self) -> bool:
@@ -69,7 +71,8 @@ class Call(Struct, frozen=True, forbid_unknown_fields=True):
             del result["body"]
         times = {"created": self.created, "updated": self.updated, "expires": self.expires}
         facts = {"id": self.id, "state": self.state, "source": self.source, "attempts": self.attempts, **times}
-        return {**facts, "reason": self.reason, "result": result, "published": list(self.published)}
+        places = {"published": list(self.published), "refused": list(self.refused)}
+        return {**facts, "reason": self.reason, "result": result, **places}
 
 
 class CallLease(NamedTuple):

@@ -96,25 +96,30 @@ class Calls:
 
         return _until_written(call_id, step)
 
-    def begin(
-        self, call_id: str, owner: str, lease_s: float, source: str = "", *, anew: bool = False
-    ) -> CallLease | Call:
+    def begin(self, call_id: str, owner: str, lease_s: float, source: str = "", *, deaths: int = 0) -> CallLease | Call:
         """Take the lease; the call itself where it is over, or in work (`lease_until` says until when).
 
-        An owner gets no second lease before its first has expired: two deliveries to one process are two. With `anew` a
-        failed call begins again, its attempts counted from none.
+        `owner` names a delivery rather than a process: of two deliveries to one process one has the lease. An owner
+        that asks again, as after a lost response of the store, has the lease already.
+
+        With more `deaths` than the call's, its dead letter was sent again: a failed call begins again, its attempts
+        counted from none, and places that refused the result lack it again.
         """
 
         def step() -> CallLease | Call | None:
             # Most messages come once: no read before the first write.
-            first = self._begun(self._new(call_id, source), owner, lease_s)
+            first = self._begun(self._new(call_id, source, deaths), owner, lease_s)
             if (lease := self._write(first, "", durable=False)) or (stored := self._read(call_id)) is None:
                 return lease
             call = stored.call
-            if anew and call.state == "failed":
-                call = self._new(call_id, source)
+            if call.is_over and deaths > call.deaths:
+                if call.state == "done":
+                    again = replace(call, refused=(), deaths=deaths, **self._times())
+                    written = self._write(again, stored.version, durable=False)
+                    return None if written is None else written.call
+                call = self._new(call_id, source, deaths)
             elif call.is_over or call.lease_until > self._clock():
-                return call
+                return stored if call.owner == owner and not call.is_over else call
             # An attempt that is lost with the machine has done no harm.
             return self._write(self._begun(call, owner, lease_s), stored.version, durable=False)
 
@@ -171,19 +176,25 @@ class Calls:
         result = CallResult(status, "application/json", len(body), body)
         return self._end(lease, result, "failed", reason[:MAX_REASON], True)
 
-    def publish(self, lease: CallLease, place: str, *, durable: bool = True) -> CallLease:
-        """Note that `place` has the result, so that no trigger publishes there again."""
+    def publish(self, lease: CallLease, place: str, *, durable: bool = True, is_refusal: bool = False) -> CallLease:
+        """Note that `place` has the result, or has refused it, so that no trigger publishes there again.
+
+        A record that has gone with the data of its store is written again.
+        """
         latest = lease
 
         def step() -> CallLease | None:
             nonlocal latest
             call = latest.call
-            places = call.published if place in call.published else (*call.published, place)
-            if written := self._write(replace(call, published=places, **self._times()), latest.version, durable):
+            places = call.refused if is_refusal else call.published
+            if place not in places:
+                call = replace(call, **{"refused" if is_refusal else "published": (*places, place)})
+            if written := self._write(replace(call, **self._times()), latest.version, durable):
                 return written
-            if (stored := self._read(call.id)) is None:
-                raise CallUnknown(f"the record of call {call.id} has gone", call=call.id)
-            latest = stored
+            if (stored := self._read(call.id)) is not None and stored.call.created != call.created:
+                # Its dead letter was sent again meanwhile: another result is to come.
+                return latest
+            latest = CallLease(call, "") if stored is None else stored
             return None
 
         return _until_written(lease.call.id, step)
@@ -191,8 +202,10 @@ class Calls:
     def take_over(self, call: Call, owner: str, lease_s: float) -> CallLease | None:
         """The lease of a call that is over, for the remaining places; None while another lease is in force."""
         stored, now = self._read(call.id), self._clock()
-        if stored is None or not stored.call.is_over or stored.call.lease_until > now:
+        if stored is None or not stored.call.is_over:
             return None
+        if stored.call.lease_until > now:
+            return stored if stored.call.owner == owner else None
         taken = replace(stored.call, owner=owner, lease_until=now + lease_s, **self._times())
         return self._write(taken, stored.version, durable=False)
 
@@ -246,8 +259,10 @@ class Calls:
 
         def step() -> CallLease | None:
             nonlocal latest
-            # The owner keeps the lease while it publishes.
-            ended = replace(lease.call, state=state, result=result, reason=reason, **self._times())
+            # The owner keeps the lease while it publishes, from now on: its work may have taken longer than a lease.
+            times = self._times()
+            until = times["updated"] + max(0.0, lease.call.lease_until - lease.call.updated)
+            ended = replace(lease.call, state=state, result=result, reason=reason, lease_until=until, **times)
             if written := self._write(ended, latest.version, durable):
                 return written
             stored = self._read(lease.call.id)
@@ -277,9 +292,9 @@ class Calls:
             call, state="running", owner=owner, lease_until=until, attempts=attempts, result=None, **self._times()
         )
 
-    def _new(self, call_id: str, source: str) -> Call:
+    def _new(self, call_id: str, source: str, deaths: int = 0) -> Call:
         now = self._clock()
-        return Call(call_id, "queued", now, now, now + self._keep_s, source[:MAX_PLACE])
+        return Call(call_id, "queued", now, now, now + self._keep_s, source[:MAX_PLACE], deaths=deaths)
 
     def _times(self) -> dict[str, Any]:
         now = self._clock()

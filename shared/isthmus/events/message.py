@@ -12,6 +12,8 @@ MAX_ID_CHARACTERS = 128
 CONTENT_TYPE = "content-type"
 CONTINUATION = "application/vnd.isthmus.continuation"
 """Media type of a request that the router finishes later. Source: docs/reference/continuation.md."""
+DEATHS = "x-isthmus-deaths"
+"""Header of dead letters: how often the message has been one."""
 # In order of precedence: the event's own identity survives forwarding; the id of a queue does not.
 # Source: docs/how-to/events.md, "The id of a message".
 _ID_HEADERS = (
@@ -46,6 +48,19 @@ class Message:
         """The media type, without parameters, in lower case; empty where the message states none."""
         return self.headers.get(CONTENT_TYPE, "").partition(";")[0].strip().lower()
 
+    @property
+    def deaths(self) -> int:
+        """How often the message has been a dead letter; a foreign text counts as once."""
+        text = self.headers.get(DEATHS, "")
+        if not text:
+            return 0
+        return int(text) if text.isascii() and text.isdigit() and len(text) < 4 else 1
+
+    @property
+    def deduplication_id(self) -> str:
+        """What a broker deduplicates by: two dead letters of one message, each after a new start, are not the same."""
+        return f"{self.id}.{self.deaths}" if self.deaths else self.id
+
     def with_body(self, body: bytes) -> Self:
         """The same message with another body."""
         return replace(self, body=body)
@@ -70,4 +85,4 @@ def storable(text: str) -> str:
     # A leading dot would hide a file, and `.` as a whole would be a folder.
     if plain and len(text) <= MAX_ID_CHARACTERS and not text.startswith("."):
         return text
-    return f"sha256-{hashlib.sha256(text.encode()).hexdigest()}"
+    return f"sha256-{hashlib.sha256(text.encode(errors='backslashreplace')).hexdigest()}"

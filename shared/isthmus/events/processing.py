@@ -7,6 +7,7 @@ itself ends the attempt. Nothing is acknowledged before its result is recorded a
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -29,14 +30,13 @@ from isthmus.events.claims import ClaimStore, looks_like_claim, parse_claim
 from isthmus.events.deferral import Deferral
 from isthmus.events.limits import Availability, RouteLimit, Value
 from isthmus.events.message import CONTENT_TYPE, Message
-from isthmus.events.publishing import PATH, REASON, Publishing
+from isthmus.events.publishing import MAX_HEADER, MAX_PATH, PATH, Publishing
 from isthmus.events.route import Outcome, RouterReply
 from isthmus.events.spool import EventSpool
 from isthmus.retries import jittered
 
 LEASE_S = 10.0
 """Renewed while work lasts; after the death of a trigger its messages wait this long."""
-MAX_PATH = 16
 _MAX_BACKOFF_S = 60.0
 # A refused request waits as long as the router asks, and at least this long.
 _MIN_BUSY_S, _MAX_BUSY_S = 0.05, 30.0
@@ -146,13 +146,12 @@ class Processor:
             Stopping: the trigger ends; the job is as before.
         """
         message = job.delivery.message
-        path = message.headers.get(PATH, "").split(",")
-        if self.name in path or len(path) > MAX_PATH:
+        text = message.headers.get(PATH, "")
+        path = text.split(",")
+        if self.name in path or len(path) > MAX_PATH or len(text) > MAX_HEADER:
             self._refuse_loop(job)
             return None
-        # A dead letter that came again: what was spooled of it before and dropped stays so.
-        anew = message.headers.get(REASON, "") != "" and not job.is_deferred
-        begun = self._begin(message, anew=anew)
+        begun = self._begin(message)
         if isinstance(begun, CallLease):
             return self._run(job, job.take(begun))
         return self._repeated(job, begun)
@@ -248,7 +247,7 @@ class Processor:
             if not entries:
                 return False
             seq, message = entries[0].seq, entries[0].message
-            begun = self._begin(message, anew=False)
+            begun = self._begin(message)
             if isinstance(begun, CallLease):
                 job = Job(SpoolDelivery(message, deferral.spool.remove), lane=entries[0].lane, is_deferred=True)
                 self.count("dropped")
@@ -261,8 +260,13 @@ class Processor:
         job.lease = None
         self._stored(lambda: self.calls.release(lease, reason, blame=blame))
 
-    def _begin(self, message: Message, *, anew: bool) -> CallLease | Call:
-        return self._stored(lambda: self.calls.begin(message.id, self.owner, LEASE_S, message.source, anew=anew))
+    def _begin(self, message: Message) -> CallLease | Call:
+        owner = self._new_owner()
+        return self._stored(lambda: self.calls.begin(message.id, owner, LEASE_S, message.source, deaths=message.deaths))
+
+    def _new_owner(self) -> str:
+        """A name for one delivery: leases of two deliveries to this process are two."""
+        return f"{self.owner}.{secrets.token_hex(6)}"
 
     def _spool(self, operation: Callable[[EventSpool], Value]) -> Value:
         """The result of an operation on the spool, which exists."""
@@ -324,8 +328,8 @@ class Processor:
         return self._over(job, self._stored(lambda: self.calls.fail(lease, status, reply.reason, reply.document)))
 
     def _over(self, job: Job, ended: CallLease) -> float | None:
-        """Publish the result of a call that was just recorded, if by this process, and acknowledge."""
-        if ended.call.owner != self.owner:
+        """Publish the result of a call that was just recorded, if by this job, and acknowledge."""
+        if job.lease is None or ended.call.owner != job.lease.call.owner:
             return self._repeated(job, ended.call)
         self.publishing.publish(job.delivery.message, ended)
         self._count_end(job, ended.call)
@@ -338,9 +342,10 @@ class Processor:
             self.count("duplicates")
             job.delivery.ack()
             return None
-        lease = self._stored(lambda: self.calls.take_over(call, self.owner, LEASE_S)) if call.is_over else None
+        owner = self._new_owner()
+        lease = self._stored(lambda: self.calls.take_over(call, owner, LEASE_S)) if call.is_over else None
         if lease is None:
-            if call.owner == self.owner:
+            if call.owner.startswith(f"{self.owner}."):
                 # Two deliveries in this process; the other one is about to end.
                 return jittered(self.retry_after_s, self.retry_after_s / 4)
             # A little longer than the lease, so that one further look suffices.

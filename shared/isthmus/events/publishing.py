@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 from isthmus.errors import (
@@ -23,12 +24,16 @@ from isthmus.events.calls import Calls
 from isthmus.events.claims import CONTENT_TYPE as CLAIM_CONTENT_TYPE
 from isthmus.events.claims import ClaimStore
 from isthmus.events.limits import Availability, Value
-from isthmus.events.message import CONTENT_TYPE, Message
+from isthmus.events.message import CONTENT_TYPE, DEATHS, Message
 
 PATH = "x-isthmus-trigger"
 """Header of results: the triggers that a message has come through, against loops."""
+MAX_PATH = 16
+"""Triggers on the way of a message, and times that it is a dead letter: beyond, it runs in a circle."""
 REASON = "x-isthmus-reason"
 """Header of dead letters. A dead letter that is sent to the source again begins anew."""
+MAX_HEADER = 1000
+"""Characters of a header of ours: foreign texts in it may have any length."""
 _MAX_BACKOFF_S = 60.0
 _STORE = (ResultStoreUnavailable,)
 _log = logging.getLogger(__name__)
@@ -63,7 +68,8 @@ class Publishing:
 
     def missing(self, call: Call) -> list[ResultPlace]:
         """The places that lack the result of a call that is over."""
-        return [place for place in self._targets(call) if place.name not in call.published]
+        served = (*call.published, *call.refused)
+        return [place for place in self._targets(call) if place.name not in served]
 
     def publish(self, message: Message, lease: CallLease) -> None:
         """Send the result of `message` to each place that lacks it, noting one after the other.
@@ -73,27 +79,26 @@ class Publishing:
         """
         missing = self.missing(lease.call)
         for i, place in enumerate(missing):
+            is_sent = True
             if place is self.dead_letters:
                 self.bury(message, lease.call)
             else:
-                self._send(place, message, lease.call)
-            lease = self._note(lease, place, is_last=i + 1 == len(missing))
-
-    def _note(self, lease: CallLease, place: ResultPlace, *, is_last: bool) -> CallLease:
-        return self._stored(lambda: self.calls.publish(lease, place.name, durable=is_last))
+                is_sent = self._send(place, message, lease.call)
+            options = {"durable": i + 1 == len(missing), "is_refusal": not is_sent}
+            lease = self._stored(partial(self.calls.publish, lease, place.name, **options))
 
     def _deliver(self, place: ResultPlace, message: Message, waits: tuple[type[EventError], ...]) -> None:
         """Publish to a place, by reference where the message is too large for it; waits while it raises `waits`."""
         sendable = self._sendable(message, place.publisher.max_bytes)
         self.availability.until(place.name, lambda: place.publisher.publish(sendable), waits)
 
-    def _send(self, place: ResultPlace, message: Message, call: Call) -> None:
-        """Publish a result; a place that refuses it for good leaves it in the records and among the dead letters."""
+    def _send(self, place: ResultPlace, message: Message, call: Call) -> bool:
+        """Publish a result; False where the place refuses it for good: it is in the records and a dead letter."""
         error: IsthmusError
         for attempt in range(1, self.max_attempts + 1):
             try:
                 self._deliver(place, self._result(message, call), (BrokerUnavailable,))
-                return
+                return True
             except (MessageTooLarge, ClaimExpired, EventMalformed) as e:  # the last two of the recorded result
                 error = e
                 break
@@ -103,6 +108,7 @@ class Publishing:
         _log.error("%s refuses the result of message %s: %s", place.name, call.id, error.message)
         self.count("refused")
         self.bury(message, call, f"{place.name}: {error.message}")
+        return False
 
     def _result(self, message: Message, call: Call) -> Message:
         result = call.result
@@ -111,33 +117,42 @@ class Publishing:
             CONTENT_TYPE: "" if result is None else result.content_type,
             PATH: ",".join(filter(None, (message.headers.get(PATH, ""), self.name))),
             "x-isthmus-status": "" if result is None else str(result.status),
-            "x-isthmus-source": message.source,
-            "traceparent": message.headers.get("traceparent", ""),
+            "x-isthmus-source": message.source[:MAX_HEADER],
+            "traceparent": message.headers.get("traceparent", "")[:MAX_HEADER],
         }
         return Message(body, call.id, self.name, {n: text for n, text in headers.items() if text}, message.key)
 
     def bury(self, message: Message, call: Call, reason: str = "") -> None:
-        """Send a message to the dead letters, with the reason; without its body where that is too large there."""
+        """Send a message to the dead letters, with the reason; without body or headers that are too large there."""
         if self.dead_letters is None:
             return
+        if message.deaths >= MAX_PATH:
+            _log.error("message %s is no dead letter any more, after %d times: a loop", message.id, message.deaths)
+            return
         status = "" if call.result is None else str(call.result.status)
-        headers = {
-            **message.headers,
+        own = {
             REASON: _header_text(reason or call.reason or "failed"),
             "x-isthmus-attempts": str(call.attempts),
             "x-isthmus-status": status,
-            "x-isthmus-source": message.source,
+            "x-isthmus-source": message.source[:MAX_HEADER],
             "x-isthmus-bytes": str(len(message.body)),
+            DEATHS: str(message.deaths + 1),
         }
-        letter = Message(message.body, message.id, self.name, {n: t for n, t in headers.items() if t}, message.key)
+        own = {name: text for name, text in own.items() if text}
+        headers = {name: text for name, text in {**message.headers, **own}.items() if text}
+        letter = Message(message.body, message.id, self.name, headers, message.key)
         # A refusal is waited out as well: what cannot be told here would be lost.
         waits = (BrokerUnavailable, BrokerRefused)
-        try:
-            self._deliver(self.dead_letters, letter, waits)
-        except MessageTooLarge as e:
-            _log.error("the body of dead letter %s is left out: %s", message.id, e.message)
-            self._deliver(self.dead_letters, letter.with_body(b""), waits)
-        self.count("dead_letters")
+        # Foreign headers may be too large by themselves.
+        smaller = letter.with_body(b""), replace(letter, headers=own), replace(letter, headers=own, body=b"")
+        for tried in (letter, *smaller):
+            try:
+                self._deliver(self.dead_letters, tried, waits)
+            except MessageTooLarge as e:
+                _log.error("dead letter %s is sent without body or headers: %s", message.id, e.message)
+            else:
+                self.count("dead_letters")
+                return
 
     def _sendable(self, message: Message, limit: int) -> Message:
         """The message, or a claim for its body where that exceeds the limit of a place and there is a store."""
@@ -153,4 +168,4 @@ class Publishing:
 
 def _header_text(text: str) -> str:
     """Text that every transport takes as a header: printable ASCII, bounded."""
-    return "".join(c if c.isascii() and c.isprintable() else "?" for c in text)[:1000]
+    return "".join(c if c.isascii() and c.isprintable() else "?" for c in text)[:MAX_HEADER]

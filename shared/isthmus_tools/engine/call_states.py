@@ -32,7 +32,6 @@ class CallStates:
         self._records = SqliteRecords(file)
         self._calls = Calls(self._records, keep_s=KEEP_S)
         self._executor, self._on_event = executor, on_event
-        self._owner = secrets.token_hex(8)
 
     async def sweep(self) -> None:
         """Remove expired states."""
@@ -44,7 +43,9 @@ class CallStates:
 
     async def begin(self, call_id: str, function: str, lease_s: float) -> RunningState:
         """Note that the call runs."""
-        begun = await self._recorded(partial(self._calls.begin, storable(call_id), self._owner, lease_s, function))
+        # A name for each run: two deliveries of a call to this engine are two.
+        owner = secrets.token_hex(8)
+        begun = await self._recorded(partial(self._calls.begin, storable(call_id), owner, lease_s, function))
         return RunningState(self, begun if isinstance(begun, CallLease) else None, lease_s)
 
     async def renew(self, lease: CallLease, lease_s: float) -> None:

@@ -229,7 +229,7 @@ class NatsPublisher:
         # be a dead letter; neither is a duplicate of the other.
         headers = {**message.headers, "idempotency-key": message.id}
         headers = {name: value for name, value in headers.items() if not name.startswith("nats-")}
-        headers[_MSG_ID] = f"{self._place.subject}/{message.id}"
+        headers[_MSG_ID] = f"{self._place.subject}/{message.deduplication_id}"
         self._connection.run(lambda client: self._publish(client, message.body, headers))
 
     def close(self) -> None:

@@ -337,7 +337,7 @@ class RedisPublisher:
             if name != _ID_HEADER and name.encode() not in _BODY_FIELDS:
                 fields += [name, value]
         # Braces: in a cluster both keys are on the node of the stream.
-        seen = f"{{{self._stream}}}:published:{message.id}"
+        seen = f"{{{self._stream}}}:published:{message.deduplication_id}"
         with _errors(self._url):
             self._append_once(keys=[self._stream, seen], args=[_REMEMBER_S, *self._trim, "*", *fields])
 

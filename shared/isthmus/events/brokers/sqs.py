@@ -224,7 +224,7 @@ class SqsPublisher:
         fifo = {}
         if self._is_fifo:
             fifo = {
-                "MessageDeduplicationId": storable(message.id),
+                "MessageDeduplicationId": storable(message.deduplication_id),
                 "MessageGroupId": storable(message.key or message.id),
             }
         self._queue.call("send_message", MessageBody=body, MessageAttributes=attributes, **fifo)

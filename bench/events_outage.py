@@ -65,7 +65,7 @@ def main() -> None:
         report.say("training a small model")
         publish_model(folder / "registry")
         tables = {"": {"order_by": ORDER_BY}, "spool": {"folder": str(folder / "spool"), "max_bytes": MAX_BYTES}}
-        setup = TriggerSetup(folder, NatsBroker(folder / "nats"), tables=tables, is_linked=True)
+        setup = TriggerSetup(folder / "registry", NatsBroker(folder / "nats"), tables=tables, is_linked=True)
         outage(report, stack.enter_context(setup))
     report.emit()
 

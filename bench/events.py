@@ -18,8 +18,9 @@ from pathlib import Path
 
 import models
 import psutil
-from events_brokers import BROKERS, DEAD, IN, OUT, Broker, NatsBroker, NatsRoundTrips, Received
+from events_brokers import DEAD, IN, OUT, Broker, NatsBroker, NatsRoundTrips, Received
 from events_messages import MODEL, Sample, photo_samples, publish_model, samples
+from events_queues import MqttBroker, RedisBroker, SqsBroker
 from functions import free_port, stage_functions
 from harness import STATE, Report, arguments, at_least, at_most, interleave
 from supervised import Kill, Supervised, answers, kill_at_random
@@ -28,6 +29,7 @@ from isthmus.client import Client
 from isthmus_tools.netem import NetworkEmulator
 
 Tables = Mapping[str, Mapping[str, object]]
+BROKERS: Sequence[type[Broker]] = (NatsBroker, RedisBroker, MqttBroker, SqsBroker)
 PARTS = ("kills", "throughput", "latency", "drain")
 CONCURRENCY = 8
 # Of a run of all messages, kills of each process included; none takes as long.
@@ -257,13 +259,21 @@ def add_kills(
                 "of_messages_that_were_over": counts["duplicates"],
                 "attempts_repeated": counts["retried"],
                 "requests_deferred": counts["deferred"],
+                "results_repeated": outcome.repeated,
                 "seconds": seconds,
             }
         ],
     )
     report.goals += [
         at_most(f"{name}: good messages without a result", outcome.lost, 0),
-        at_most(f"{name}: results and dead letters that repeat another", outcome.repeated, 0),
+        at_most(f"{name}: results and dead letters that repeat another", outcome.repeated, 0)
+        if setup.broker.deduplicates
+        # Of each death of the trigger those that it was publishing; readers know them by their ids.
+        else at_most(
+            f"{name}: repeated results, for each kill of the trigger",
+            outcome.repeated / by_victim["trigger"],
+            CONCURRENCY,
+        ),
         at_most(f"{name}: wrong results", outcome.wrong, 0),
         at_most(f"{name}: poisoned messages that are no dead letter", outcome.not_dead, 0),
         at_most(f"{name}: dead letters of good messages", outcome.wrongly_dead, 0),

@@ -10,7 +10,7 @@ import shutil
 import sysconfig
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ IN, OUT, DEAD = "digits.in", "digits.out", "digits.dead"
 # Messages sent twice, as producers repeat what was not confirmed: every so many.
 REPEATED_EVERY = 50
 _AT_ONCE = 256
-_ACK_WAIT = "10s"
+ACK_WAIT = "10s"
+"""After this time a broker delivers again what a dead trigger had."""
 _TIMEOUT_S = 5.0
 
 
@@ -45,6 +46,9 @@ class Broker(ABC):
 
     name: str
     survives_kills = True
+    """Whether it has everything that it confirmed after a kill."""
+    deduplicates = True
+    """Whether it stores once what is published twice with one id."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.port = folder, free_port()
@@ -100,7 +104,7 @@ class NatsBroker(Broker):
 
     def place(self, name: str) -> dict[str, str]:
         table = {"kind": "nats", "url": self.url, "subject": name}
-        return {**table, "ack_wait": _ACK_WAIT} if name == IN else table
+        return {**table, "ack_wait": ACK_WAIT} if name == IN else table
 
     def send(self, samples: Iterable[Sample], *, repeat: bool) -> int:
         return self._run(lambda client: self._send(client, samples, repeat))
@@ -177,14 +181,12 @@ class NatsBroker(Broker):
             finally:
                 slots.release()
 
-        for number, sample in enumerate(samples):
-            ids = [sample.id] + [f"{sample.id}-again"] * (repeat and number % REPEATED_EVERY == 0)
-            for message_id in ids:
-                await slots.acquire()
-                task = asyncio.create_task(publish(sample, message_id))
-                tasks.add(task)
-                task.add_done_callback(tasks.discard)
-                sent += 1
+        for sample in with_repetitions(samples, repeat):
+            await slots.acquire()
+            task = asyncio.create_task(publish(sample, f"{sample.id}/{sent}"))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+            sent += 1
         await asyncio.gather(*tasks)
         return sent
 
@@ -252,4 +254,9 @@ def _stream(subject: str) -> str:
     return subject.replace(".", "-")
 
 
-BROKERS: Sequence[type[Broker]] = (NatsBroker,)
+def with_repetitions(samples: Iterable[Sample], repeat: bool) -> Iterator[Sample]:
+    """The samples, with `repeat` every REPEATED_EVERY-th of them twice."""
+    for number, sample in enumerate(samples):
+        yield sample
+        if repeat and number % REPEATED_EVERY == 0:
+            yield sample

@@ -27,6 +27,7 @@ from supervised import Supervised, listens
 
 _MAX_AWAY_S = 60.0
 _GROUP = "isthmus"
+_SESSION = "isthmus-bench"
 
 
 class RedisBroker(Broker):
@@ -87,6 +88,7 @@ class MqttBroker(Broker):
         file.write_text("\n".join(lines) + "\n")
         server = Supervised("broker", [program, "-c", str(file)], dict(os.environ), lambda: listens(self.port))
         server.wait_ready()
+        self._make_session()
         self._received: dict[str, list[Received]] = {OUT: [], DEAD: []}
         self._sent = 0
         self._client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, "bench", protocol=mqtt.MQTTv5)
@@ -101,9 +103,23 @@ class MqttBroker(Broker):
             raise TimeoutError("mosquitto does not confirm a subscription")
         return server
 
+    def _make_session(self) -> None:
+        """The trigger's session, without which the broker drops what comes before the trigger's first connection."""
+        properties = Properties(PacketTypes.CONNECT)
+        properties.SessionExpiryInterval = 3600
+        subscribed = threading.Event()
+        client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, _SESSION, protocol=mqtt.MQTTv5)
+        client.on_subscribe = lambda *_: subscribed.set()
+        client.connect("127.0.0.1", self.port, clean_start=False, properties=properties)
+        client.loop_start()
+        client.subscribe(_topic(IN), 1)
+        subscribed.wait(10.0)
+        client.disconnect()
+        client.loop_stop()
+
     def place(self, name: str) -> dict[str, str]:
         table = {"kind": "mqtt", "url": f"mqtt://127.0.0.1:{self.port}", "topic": _topic(name)}
-        return {**table, "client_id": "isthmus-bench"} if name == IN else table
+        return {**table, "client_id": _SESSION} if name == IN else table
 
     def send(self, samples: Iterable[Sample], *, repeat: bool) -> int:
         sent = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -13,13 +14,13 @@ import msgspec
 import pytest
 
 from isthmus.errors import BrokerRefused, BrokerUnavailable, ConfigurationMalformed, MessageTooLarge
-from isthmus.events.brokers import mqtt_connection
+from isthmus.events.brokers import mqtt, mqtt_connection
 from isthmus.events.brokers.mqtt import MqttConsumer, MqttPublisher
 from isthmus.events.configuration import MqttPlace
 from isthmus.events.message import Message
 from support.brokers import PASSWORD, USER, fetched, unique_place
 from support.mqtt_server import Mqtt3Server, MqttServer
-from support.patience import eventually
+from support.patience import LONG_S, eventually, until
 
 EVENT = {"ce-id": "7", "ce-source": "camera", "ce-type": "photo", "ce-specversion": "1.0"}
 
@@ -41,14 +42,15 @@ def consumer_of(opened: ExitStack, server: MqttServer, topic: str, **options: st
     """A consumer that is subscribed."""
     consumer = opened.enter_context(closing(MqttConsumer(server.place(topic, **options), PASSWORD)))
 
-    def is_connected() -> bool:
-        try:
-            return consumer.fetch(1, 0.0) == []
-        except BrokerUnavailable:
-            return False
-
-    eventually(is_connected)
+    eventually(lambda: is_connected(consumer))
     return consumer
+
+
+def is_connected(consumer: MqttConsumer) -> bool:
+    try:
+        return consumer.fetch(1, 0.0) == []
+    except BrokerUnavailable:
+        return False
 
 
 def publisher_of(opened: ExitStack, server: MqttServer, topic: str) -> MqttPublisher:
@@ -152,6 +154,32 @@ def test_a_message_in_work_is_not_delivered_again_after_the_connection_was_lost(
     assert left.message.id == "m-3"
     left.ack()
     assert following.fetch(1, 0.3) == []
+
+
+def test_a_long_queue_of_a_session_is_served_at_once_by_the_next_consumer(
+    monkeypatch: pytest.MonkeyPatch, server: MqttServer, opened: ExitStack
+) -> None:
+    topic, count = unique_place(), 3 * mqtt_connection.RECEIVE_MAXIMUM
+    # As of a process that dies: what it has is unacknowledged when the next one takes the session over.
+    consumer_of(opened, server, topic, client_id=topic)
+    publisher = publisher_of(opened, server, topic)
+    for n in range(count):
+        publisher.publish(Message(b"x", f"m{n}"))
+    # Later than this test waits.
+    monkeypatch.setattr(mqtt_connection, "_CONNECT_S", 3 * LONG_S)
+    monkeypatch.setattr(mqtt, "_MAX_STALL_S", 2 * LONG_S)
+    consumer = opened.enter_context(closing(MqttConsumer(server.place(topic, client_id=topic), PASSWORD)))
+    received: set[str] = set()
+
+    def take_all() -> None:
+        while len(received) < count:
+            for delivery in consumer.fetch(8, 0.3):
+                received.add(delivery.message.id)
+                delivery.ack()
+
+    thread = threading.Thread(target=take_all, daemon=True)
+    thread.start()
+    assert until(lambda: len(received) == count), f"{len(received)} of {count} messages came"
 
 
 @pytest.mark.parametrize("version", ["5", "3.1.1"])

@@ -127,7 +127,8 @@ class MqttConsumer:
         """See `isthmus.events.broker.Consumer.fetch`."""
         until = time.monotonic() + wait_s
         with self._connection.changed:
-            self._connection.wait_settled()
+            # A session's messages may come before the response to the subscription, more than are read without a fetch.
+            self._connection.wait_settled(lambda: bool(self._waiting))
             while True:
                 self._resume()
                 if self._waiting:

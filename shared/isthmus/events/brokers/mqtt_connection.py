@@ -127,13 +127,13 @@ class MqttConnection:
             self.changed.wait(left_s)
         return True
 
-    def wait_settled(self) -> None:
-        """Wait until the first connect has succeeded or failed; call with `changed` held.
+    def wait_settled(self, or_until: Callable[[], bool]) -> None:
+        """Wait until the first connect has succeeded or failed, or for `or_until`; call with `changed` held.
 
         Raises:
             BrokerRefused: as `wait_until`.
         """
-        self.wait_until(lambda: self._is_settled, time.monotonic() + _CONNECT_S)
+        self.wait_until(lambda: self._is_settled or or_until(), time.monotonic() + _CONNECT_S)
 
     def wait_ready(self) -> None:
         """Wait for a connection; call with `changed` held.

@@ -201,7 +201,7 @@ def test_every_command_with_cuts_has_the_same_option() -> None:
     }
 
 
-@pytest.mark.parametrize("text", ["1-3", "1,3", "77", ""])
+@pytest.mark.parametrize("text", ["1-3", "1,3", "77", "", pytest.param("7" * 5000, id="5,000 digits")])
 @pytest.mark.parametrize(
     "command",
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -120,3 +121,16 @@ def test_completion_is_installed_for_each_shell(shell: str, file: str, tmp_path:
     isthmus(environment, "--install-completion", shell)
     assert (tmp_path / file).read_text()
     assert any("_ISTHMUS_COMPLETE" in path.read_text() for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_a_registry_on_s3_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell waits for each Tab."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for name in ("S3_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{server.getsockname()[1]}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "key")
+        assert complete("isthmus show ph", "bash", "s3://bucket/registry") == set()
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            server.accept()

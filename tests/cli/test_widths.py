@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from isthmus.artifacts.conditions import Conditions
 from isthmus.artifacts.plan import Candidate, Error, Measured, Sources, Terms
 from isthmus_tools.cli import console, demo
-from isthmus_tools.cli.table_layout import fold
+from isthmus_tools.cli.table_layout import Column, fold, lay_out
 from isthmus_tools.planner.publishing import publish_plan
 from isthmus_tools.profiling import profiles
 from isthmus_tools.usecases import profile as profiling
@@ -181,3 +181,9 @@ def check_facts(text: str, facts: Sequence[str]) -> None:
 )
 def test_a_number_keeps_its_unit_and_a_long_word_stays_whole(text: str, lines: list[str]) -> None:
     assert fold(text, 10).split("\n") == lines
+
+
+def test_a_table_loses_no_more_columns_than_it_must() -> None:
+    columns = [Column(name, [name * 20]) for name in "abcd"]
+    assert lay_out(columns, 70, ["d", "c", "b"])[1] == ["d"]
+    assert lay_out(columns, 50, ["d", "c", "b"])[1] == ["d", "c"]

@@ -213,6 +213,13 @@ def test_an_id_that_the_tokens_type_does_not_hold_is_refused(tmp_path: Path) -> 
         assert answer.status_code == status, answer.text
 
 
+def test_copies_count_as_memory(photos: Published, tmp_path: Path) -> None:
+    router = local_router(photos, tmp_path, max_request_bytes=2**20, max_working_bytes=7 * 2**20)
+    assert router.post("/", data=photo()).status_code == 200
+    answer = router.post("/explain", data=photo())
+    assert (answer.status_code, answer.json["type"]) == (413, "RequestTooLarge"), answer.text
+
+
 def test_dozens_of_runs_leave_the_headers_short(tmp_path: Path) -> None:
     router = local_router(publish_photos(tmp_path / "model"), tmp_path / "cache")
     answer = router.post("/explain", data=photo())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from isthmus.registry import FolderStore
 from isthmus.serving import create_router_app
 from support.bundles import Published, photo, ready, router_settings
 from support.bundles import photos as photos
+from support.patience import LONG_S
 from support.routers import assert_classes, expected_classes, local_router
 from support.routers import chain as chain
 from support.routers import client as client
@@ -177,6 +180,7 @@ def bucket(s3_server: S3Server, photos: Published, tmp_path_factory: pytest.Temp
     prefix = unique_prefix()
     store_at(s3_server.endpoint, prefix).put("cat.jpg", CAT)
     store_at(s3_server.endpoint, prefix).put("text.jpg", b"no photo")
+    store_at(s3_server.endpoint, prefix).put("large.png", photo((28, 28)))
     secrets = secrets_in(tmp_path_factory.mktemp("secrets"))
     settings = router_settings(
         photos,
@@ -253,6 +257,52 @@ def test_a_key_of_any_script_is_read(bucket: Any) -> None:
     for document in (bare(record("6.00%E2%80%AFPM+..é.png")), event_bridge(BUCKET, "6.00\u202fPM ..é.png")):
         answer = client.post("/", json=document)
         assert (answer.status_code, answer.json["type"]) == (404, "Missing"), answer.text
+
+
+def test_objects_without_a_stated_size_take_the_memory_that_they_have(bucket: Any) -> None:
+    client, prefix = bucket
+    answer = client.post("/", json=bare(*[record(f"{prefix}/cat.jpg")] * 12))
+    assert answer.status_code == 200, answer.text
+    assert [prediction.get("type") for prediction in answer.json["predictions"]] == [None] * 12
+
+
+def test_all_objects_together_are_within_a_requests_size(
+    bucket: Any, s3_server: S3Server, photos: Published, tmp_path: Path
+) -> None:
+    router = local_router(
+        photos,
+        tmp_path / "cache",
+        event_buckets=(BUCKET,),
+        s3_endpoint=s3_server.endpoint,
+        secrets_dir=str(secrets_in(tmp_path)),
+        max_request_bytes=4096,
+    )
+    answer = router.post("/", json=bare(*[record(f"{bucket[1]}/large.png", size=2500)] * 2))
+    assert answer.status_code == 200, answer.text
+    assert [prediction.get("type") for prediction in answer.json["predictions"]] == [None, "RequestTooLarge"]
+
+
+def test_bodies_of_claim_checks_count_as_memory_while_they_are_read(
+    photos: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder := tmp_path / "claims").mkdir()
+    bounds = {"max_request_bytes": 2**20, "max_working_bytes": 2**21}
+    router = local_router(photos, tmp_path / "cache", claims=str(folder), **bounds)
+    reading, go = threading.Barrier(3), threading.Event()
+
+    def redeem(store: ClaimStore, claim: Claim) -> bytes:
+        reading.wait(LONG_S)
+        go.wait(LONG_S)
+        return CAT
+
+    monkeypatch.setattr(ClaimStore, "redeem", redeem)
+    with ThreadPoolExecutor(2) as pool:
+        first = [pool.submit(router.post, "/", data=Claim(c * 64, 10**6, 2**40).encode()) for c in "ab"]
+        reading.wait(LONG_S)
+        third = router.post("/", data=Claim("c" * 64, 10**6, 2**40).encode(), headers={"X-Timeout": "1s"})
+        go.set()
+        assert (third.status_code, third.json["type"]) == (429, "Overloaded"), third.text
+        assert [each.result().status_code for each in first] == [200, 200]
 
 
 def test_a_notification_of_many_objects_is_refused(bucket: Any) -> None:

@@ -13,6 +13,7 @@ from isthmus.artifacts.plan import Measured, Terms
 from isthmus.errors import RequestMalformed
 from isthmus.serving import create_segment_app
 from isthmus.settings import RegistrySettings
+from isthmus_tools.budget import Budget
 from isthmus_tools.planner.regions import RegionCell, RegionMap, region_map
 from isthmus_tools.profiling import profiles, slow_edge
 from isthmus_tools.profiling.slow_edge import SlowEdge
@@ -75,6 +76,7 @@ def test_cells_are_measured_with_their_own_edge_and_link(tmp_path: Path, monkeyp
         with plan(request) as result:
             regions = region_map(result.plan, rates=(1e6, 100e6), slowdowns=(1, 64))
             (checked,) = check_map(request, result, regions, 1)
+            assert check_map(replace(request, budget=Budget(0.0)), result, regions, 1) == []
             predicted_only = replace(request, functions=FunctionUrls(head, tail))
             with pytest.raises(RequestMalformed, match="--local --edge-slowdown N"):
                 check_map(predicted_only, result, regions, 1)

@@ -128,4 +128,5 @@ def _split(text: str) -> CutText:
 
 
 def _is_position(text: str) -> bool:
-    return text.isascii() and text.isdecimal()
+    # int() refuses texts of thousands of digits.
+    return text.isascii() and text.isdecimal() and len(text) <= 9

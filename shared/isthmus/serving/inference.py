@@ -185,14 +185,17 @@ class InferenceReader:
             request.context.deadline.check(f"{item.url} was read")
             bound = left if item.size is None else min(left, item.size)
             try:
-                request.memory.hold(bound)
-                get = partial(self._objects.get, item.bucket, item.key, max_bytes=bound)
-                photo = self._lookups.find((item, bound), get, request.context.deadline)
+                # An object without a stated size may have all that is left; most are small.
+                with request.memory.scope():
+                    request.memory.hold(bound)
+                    get = partial(self._objects.get, item.bucket, item.key, max_bytes=bound)
+                    photo = self._lookups.find((item, bound), get, request.context.deadline)
             except RegistryMissing:  # of the bucket, and so of every object
                 raise
             except (Missing, RequestTooLarge) as e:
                 batch.append(e)
                 continue
+            request.memory.hold(len(photo))
             left -= len(photo)
             batch.append(photo if looks_like_image(photo) else not_an_image(photo))
         return InferenceRequest(

@@ -116,8 +116,9 @@ HEAVY = (
             ],
             (*HEAVY, "numpy", "rich.progress"),
         ),
+        ([["explain", "small-net"], ["codec", "small-net"], ["up", "--model", "nosuch"]], ("onnx", "onnx_ir", "torch")),
     ],
-    ids=["no command", "help", "photos", "versions"],
+    ids=["no command", "help", "photos", "versions", "documents"],
 )
 def test_a_call_imports_only_what_it_needs(
     calls: list[list[str]], unwanted: tuple[str, ...], registry: Path, tmp_path: Path

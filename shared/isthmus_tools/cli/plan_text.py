@@ -7,7 +7,7 @@ import statistics
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from isthmus.artifacts.plan import TERMS, Candidate, Plan, to_json
 from isthmus.units import format_duration, format_rate, format_size
@@ -15,7 +15,10 @@ from isthmus_tools.cli.console import say, table
 from isthmus_tools.planner.choice import GridCell, grid
 from isthmus_tools.planner.regions import RegionCell, RegionMap, region_map
 from isthmus_tools.usecases.explain import PlanExplanation, Refusal, in_words
-from isthmus_tools.usecases.map_check import CheckedCell
+
+if TYPE_CHECKING:
+    # Imports the planner, and with it onnx-ir: a second that `explain` need not wait.
+    from isthmus_tools.usecases.map_check import CheckedCell
 
 # Rows for a terminal; --json has all.
 SHOWN = 12

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
@@ -17,13 +18,14 @@ from isthmus.artifacts.profile import CodecSpeed, Profile, content_of
 from isthmus.artifacts.segment_id import WHOLE, SegmentId, partition_ids
 from isthmus.errors import PlanMismatch
 from isthmus.registry import Registry, Resolved
-from isthmus_tools.graph import Model
-from isthmus_tools.graph.cuts import upstream_of
 from isthmus_tools.planner.costs import NO_RUN, Prices, RunTime, Workload, run_seconds, terms, with_prices
 from isthmus_tools.planner.evaluation import Evaluation
 from isthmus_tools.planner.inputs import TrialInput
 from isthmus_tools.planner.memory import MemoryModel
-from isthmus_tools.planner.variant import Variant
+
+if TYPE_CHECKING:
+    from isthmus_tools.graph import Model
+    from isthmus_tools.planner.variant import Variant
 
 EDGE, CLOUD = "edge", "cloud"
 
@@ -157,6 +159,9 @@ class CandidateSet:
         return run_seconds(self.profiles[tier], segment, self._nodes(segment), self.same_graph[tier])
 
     def _nodes(self, segment: SegmentId) -> list[int]:
+        # Not at the top: `explain` and `up` import this module, and onnx-ir takes a second.
+        from isthmus_tools.graph.cuts import upstream_of
+
         # Static nodes are folded into constants and cost nothing at run time.
         dynamic = [i for i, dynamic in enumerate(self.model.dynamic) if dynamic]
         cuts = self.bundle.cuts

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from isthmus.artifacts.bundle import Bundle, Segment
 from isthmus.artifacts.profile import Profile
-from isthmus_tools.graph.model import Model
+
+if TYPE_CHECKING:
+    from isthmus_tools.graph.model import Model
 
 
 def peak_bytes(model: Model, nodes: Collection[int]) -> int:

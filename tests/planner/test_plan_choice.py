@@ -87,6 +87,11 @@ def test_the_fastest_candidate_that_may_serve_is_chosen_and_the_next_is_named() 
     assert [c.name for c in every] == ["a", "b", "c"]
 
 
+def test_a_candidate_of_twice_the_value_is_a_multiple_and_no_percentage() -> None:
+    _, _, why = choose([candidate("a", seconds=0.05), candidate("b", seconds=0.01)], "latency", Constraints())
+    assert "the next is a, 5.0 times as much" in why[1]
+
+
 def test_a_prediction_never_beats_a_measurement() -> None:
     measured = candidate("slow", seconds=0.05, measured=Measured(0.06, 0.05, 0.07, 5))
     _, best, why = choose([measured, candidate("hopeful", seconds=0.001)], "latency", Constraints())

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from isthmus.artifacts.plan import TERMS, Candidate, Plan, to_json
 from isthmus.units import format_duration, format_rate, format_size
 from isthmus_tools.cli.console import say, table
-from isthmus_tools.planner.choice import GridCell, grid
+from isthmus_tools.planner.choice import GridCell, behind_text, grid
 from isthmus_tools.planner.regions import RegionCell, RegionMap, region_map
 from isthmus_tools.usecases.explain import PlanExplanation, Refusal, in_words
 
@@ -115,7 +115,7 @@ def explain(explanation: PlanExplanation) -> None:
     if explanation.runners_up:
         say(f"runners-up for {plan.objective}:")
     for runner_up in explanation.runners_up[:_RIVALS]:
-        say(f"  {runner_up.what} ({runner_up.candidate}): {runner_up.behind:.1%} worse")
+        say(f"  {runner_up.what} ({runner_up.candidate}): {behind_text(runner_up.behind)}")
     if explanation.refusals:
         say("refused:")
     for refusal in explanation.refusals:

@@ -136,10 +136,15 @@ def _reasons(
     reasons = [f"{best.name} is the best of {len(competing)} for {objective}, {how}: {seconds} a request"]
     rest = sorted((c for c in competing if c is not best), key=value)
     if rest and value(best) > 0:
-        reasons.append(f"the next is {rest[0].name}, {value(rest[0]) / value(best) - 1:.1%} worse")
+        reasons.append(f"the next is {rest[0].name}, {behind_text(value(rest[0]) / value(best) - 1)}")
         if ties := [c.name for c in rest if value(c) <= value(best) * (1 + _TIE)]:
             reasons.append(f"within {_TIE:.0%} of it: {', '.join(ties)}")
     return reasons
+
+
+def behind_text(share: float) -> str:
+    """How much worse a candidate's value is: in percent, from twice the value on as a multiple."""
+    return f"{share:.1%} worse" if share < 1 else f"{1 + share:.1f} times as much"
 
 
 def _infeasible(candidates: Sequence[Candidate], constraints: Constraints) -> Infeasible:

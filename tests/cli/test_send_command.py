@@ -36,14 +36,15 @@ def test_files_of_a_folder_arrive_with_type_and_headers(queue: tuple[Path, NatsC
     configuration, consumer = queue
     (tmp_path / "photos").mkdir()
     for i in range(3):
-        (tmp_path / "photos" / f"{i}.jpg").write_bytes(photo(seed=i))
+        (tmp_path / "photos" / ("ä 2.jpg" if i == 2 else f"{i}.jpg")).write_bytes(photo(seed=i))
     (tmp_path / "photos" / ".hidden").write_bytes(b"1")
     sent = document(isthmus("send", configuration, tmp_path / "photos", "-H", "Camera=3", "--json"))
-    assert [Path(each["file"]).name for each in sent["sent"]] == ["0.jpg", "1.jpg", "2.jpg"]
+    assert [Path(each["file"]).name for each in sent["sent"]] == ["0.jpg", "1.jpg", "ä 2.jpg"]
     deliveries = consumer.fetch(10, 5)
     assert [d.message.body for d in deliveries] == [photo(seed=i) for i in range(3)]
     assert {d.message.content_type for d in deliveries} == {"image/jpeg"}
     assert {d.message.headers["camera"] for d in deliveries} == {"3"}
+    assert [d.message.headers["x-isthmus-file"] for d in deliveries] == ["0.jpg", "1.jpg", "%C3%A4%202.jpg"]
     assert [d.message.id for d in deliveries] == [each["id"] for each in sent["sent"]]
 
 

@@ -43,6 +43,11 @@ def test_each_message_has_one_result_of_its_id(setup: Setup) -> None:
     )
 
 
+def test_a_result_names_the_file_that_was_sent(setup: Setup) -> None:
+    setup.drain(Message(b"", "m", headers={"x-isthmus-file": "cat.jpg", "camera": "3"}))
+    assert setup.results.messages[0].headers["x-isthmus-file"] == "cat.jpg"
+
+
 def test_a_message_that_comes_again_has_no_second_result(setup: Setup) -> None:
     setup.drain(*messages(5))
     again = setup.drain(*messages(5), *messages(5))

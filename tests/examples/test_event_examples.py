@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +15,7 @@ from isthmus.artifacts.segment_id import SegmentId
 from isthmus.registry import open_registry
 from isthmus.settings import RegistrySettings
 from support import mqtt_server
-from support.example_scripts import output, started, without, without_programs
+from support.example_scripts import EXAMPLES, output, started, without, without_programs
 from support.models import package_dir
 
 
@@ -64,3 +66,38 @@ def test_alerts_without_a_broker_say_what_to_install(tmp_path: Path) -> None:
     done = started(tmp_path, "sensor/run.py", **without_programs(tmp_path))
     assert done.returncode == 1
     assert done.stderr.startswith("no MQTT broker: apt install mosquitto")
+
+
+def test_pictures_of_a_folder_are_classified(tmp_path: Path) -> None:
+    mqtt_server.program()
+    for _ in range(2):  # a second run starts anew
+        lines = output(tmp_path, "camera/run.py").splitlines()
+        results = {line.rpartition(" ")[0] for line in lines if not line.endswith((": sent", "/registry"))}
+        assert {"chelsea.png: tiger cat", "coffee.png: espresso", "flower.jpg: daisy"} <= results
+    assert sum(line.endswith(": sent") for line in lines) == 5
+
+
+def test_a_camera_without_a_broker_says_what_to_install(tmp_path: Path) -> None:
+    done = started(tmp_path, "camera/run.py", **without_programs(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.startswith("no MQTT broker: apt install mosquitto")
+
+
+def test_a_picture_is_sent_once_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES / "camera"))
+    watch = importlib.import_module("watch")
+    picture, parts = tmp_path / "a.png", iter([b"one", b"two"])
+
+    def camera(_: float) -> None:
+        with picture.open("ab") as f:
+            f.write(next(parts, b""))
+
+    monkeypatch.setattr(watch, "time", SimpleNamespace(sleep=camera))
+    (tmp_path / ".a.png.part").touch()
+    files = watch.complete_files(tmp_path)
+    assert (next(files), picture.read_bytes()) == (picture, b"onetwo")
+    # Not again, unless it changes.
+    (tmp_path / "b.png").touch()
+    assert next(files) == tmp_path / "b.png"
+    picture.write_bytes(b"another")
+    assert next(files) == picture

@@ -10,6 +10,8 @@ from typing import Self
 # Ids become keys of stores, headers and log lines.
 MAX_ID_CHARACTERS = 128
 CONTENT_TYPE = "content-type"
+FILE = "x-isthmus-file"
+"""Header with the name of the file that was sent, as in a URL; results have it too."""
 CONTINUATION = "application/vnd.isthmus.continuation"
 """Media type of a request that the router finishes later. Source: docs/reference/continuation.md."""
 DEATHS = "x-isthmus-deaths"

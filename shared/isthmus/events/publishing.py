@@ -24,7 +24,7 @@ from isthmus.events.calls import Calls
 from isthmus.events.claims import CONTENT_TYPE as CLAIM_CONTENT_TYPE
 from isthmus.events.claims import ClaimStore
 from isthmus.events.limits import Availability, Value
-from isthmus.events.message import CONTENT_TYPE, DEATHS, Message
+from isthmus.events.message import CONTENT_TYPE, DEATHS, FILE, Message
 
 PATH = "x-isthmus-trigger"
 """Header of results: the triggers that a message has come through, against loops."""
@@ -118,6 +118,7 @@ class Publishing:
             PATH: ",".join(filter(None, (message.headers.get(PATH, ""), self.name))),
             "x-isthmus-status": "" if result is None else str(result.status),
             "x-isthmus-source": message.source[:MAX_HEADER],
+            FILE: message.headers.get(FILE, "")[:MAX_HEADER],
             "traceparent": message.headers.get("traceparent", "")[:MAX_HEADER],
         }
         return Message(body, call.id, self.name, {n: text for n, text in headers.items() if text}, message.key)

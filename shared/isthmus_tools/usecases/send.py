@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import mimetypes
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 from isthmus.errors import IsthmusError, MessageTooLarge, RequestMalformed
 from isthmus.events.broker import Publisher
@@ -16,7 +17,7 @@ from isthmus.events.claims import CONTENT_TYPE as CLAIM_CONTENT_TYPE
 from isthmus.events.claims import ClaimStore
 from isthmus.events.configuration import TriggerConfiguration
 from isthmus.events.intake import writable
-from isthmus.events.message import CONTENT_TYPE, Message, storable
+from isthmus.events.message import CONTENT_TYPE, FILE, Message, storable
 from isthmus.events.open import open_publisher
 from isthmus.events.stores.open import open_claims
 from isthmus.settings import RegistrySettings
@@ -35,7 +36,7 @@ class SendRequest:
 
     configuration: TriggerConfiguration
     settings: RegistrySettings
-    files: Sequence[Path]
+    files: Iterable[Path]
     headers: Mapping[str, str] = field(default_factory=dict)
     key: str = ""
 
@@ -81,7 +82,7 @@ def _send(file: Path, request: SendRequest, publisher: Publisher, claims: ClaimS
         raise RequestMalformed(f"{file} cannot be read: {e.strerror}") from e
     content_type = mimetypes.guess_type(file.name)[0] or "application/octet-stream"
     digest = hashlib.sha256(os.fsencode(file.name) + b"\0" + body).hexdigest()
-    headers = {**request.headers, CONTENT_TYPE: content_type}
+    headers = {**request.headers, CONTENT_TYPE: content_type, FILE: quote(os.fsencode(file.name))}
     message = Message(body, storable(f"file-{digest}"), publisher.url, headers, request.key)
     by_claim = claims is not None and len(body) > publisher.max_bytes
     if claims is not None and by_claim:

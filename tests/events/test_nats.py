@@ -93,6 +93,25 @@ def test_a_message_comes_with_its_id_headers_subject_and_time(nats_server: NatsS
     assert message.published > 1_700_000_000
 
 
+def test_headers_of_other_transports_can_neither_be_refused_nor_add_others(
+    nats_server: NatsServer, opened: ExitStack
+) -> None:
+    subject = unique_subject()
+    consumer = consumer_of(opened, nats_server, subject)
+    headers = {"two words": "1", "a:b": "2", "line": "x\r\nNats-Rollup: all", "name\n": "ü", "": "4", "half": "\ud800"}
+    publisher_of(opened, nats_server, subject).publish(Message(b"", "m", headers=headers))
+    (delivery,) = fetched(consumer, 1)
+    assert dict(delivery.message.headers) == {
+        "two%20words": "1",
+        "a%3ab": "2",
+        "line": "x%0D%0ANats-Rollup: all",
+        "name%0a": "ü",
+        "half": "%3F",
+        "idempotency-key": "m",
+        "nats-msg-id": f"{subject}/m",
+    }
+
+
 def test_a_foreign_publishers_nats_msg_id_is_the_id(nats_server: NatsServer, opened: ExitStack) -> None:
     subject = unique_subject()
     consumer = consumer_of(opened, nats_server, subject)

@@ -54,6 +54,13 @@ def test_a_text_stays_readable() -> None:
     assert encoded('{"a": "é\n"}'.encode()) == ('{"a": "é\n"}', "")
 
 
+def test_halves_of_characters_stop_no_consumer() -> None:
+    attributes = {"isthmus-headers": {"StringValue": '{"idempotency-key": "\\ud800", "a\\udfff": "b"}'}}
+    message = message_of("photos", {"MessageId": "1", "Body": "\ud800", "MessageAttributes": attributes})
+    assert message.body == b"?"
+    assert message.headers == {"idempotency-key": "?", "a?": "b"}
+
+
 def test_attributes_of_other_producers_are_headers() -> None:
     message = message_of(
         "photos",

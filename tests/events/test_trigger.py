@@ -24,7 +24,7 @@ from isthmus.events.route import Outcome, RouterReply
 from isthmus.events.stores.sqlite import SqliteRecords
 from isthmus.registry import FolderStore
 from support.patience import LONG_S
-from support.queue_broker import MessageList, away
+from support.queue_broker import MessageList, QueueDelivery, away
 from support.trigger_setup import AWAY, BUSY, DONE, FAILED, REFUSED, UNCLEAR, Setup, messages, until
 from support.trigger_setup import setup as setup
 from support.trigger_setup import short_pauses as short_pauses
@@ -336,6 +336,39 @@ def test_a_stop_ends_waits_for_a_router_that_is_away(setup: Setup) -> None:
     with setup.running() as running:
         until(lambda: not running.status().is_ready)
     assert {delivery.ended for delivery in setup.broker.delivered} == {"retry"}
+
+
+def test_a_stop_ends_although_the_broker_hangs(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trigger, "_CLOSE_S", 0.1)
+    hung, closed = threading.Event(), threading.Event()
+    monkeypatch.setattr(QueueDelivery, "retry", lambda self, after_s: hung.wait())
+    monkeypatch.setattr(QueueDelivery, "ack", lambda self: hung.wait())
+    monkeypatch.setattr(setup.broker, "close", hung.wait)
+    monkeypatch.setattr(setup.results, "close", closed.set)
+    setup.broker.send(*messages(10))
+    running = setup.trigger()
+    running.start()
+    until(lambda: bool(setup.results.ids))
+    running.stop(0.1)
+    assert closed.wait(LONG_S)
+    hung.set()
+
+
+def test_leases_are_renewed_although_the_broker_hangs(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processing, "LEASE_S", 0.3)
+    monkeypatch.setattr(trigger, "LEASE_S", 0.3)
+    hung, free = threading.Event(), threading.Event()
+    monkeypatch.setattr(QueueDelivery, "extend", lambda self: hung.wait())
+    setup.broker.extend_every_s = 0.1
+    setup.route.answer = lambda message: (free.wait(LONG_S), DONE)[1]
+    setup.broker.send(*messages(1))
+    with setup.running() as running:
+        until(lambda: setup.route.parallel == 1)
+        first = setup.calls.get("m0").lease_until
+        until(lambda: setup.calls.get("m0").lease_until > first + 1)
+        hung.set()
+        free.set()
+        until(running.is_empty)
 
 
 def test_a_result_that_comes_back_as_a_message_is_refused(setup: Setup) -> None:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import hashlib
 from contextlib import ExitStack
 
-import msgspec
-
 from isthmus.events.calls import Calls
-from isthmus.events.configuration import TriggerConfiguration, where_of
+from isthmus.events.configuration import (
+    MqttPlace,
+    NatsPlace,
+    RedisPlace,
+    SqsPlace,
+    TriggerConfiguration,
+    where_of,
+)
 from isthmus.events.loops import check_loops
 from isthmus.events.open import open_consumer, open_publisher
 from isthmus.events.publishing import ResultPlace
@@ -61,9 +66,20 @@ def open_trigger(configuration: TriggerConfiguration, settings: RegistrySettings
 
 
 def trigger_name(configuration: TriggerConfiguration) -> str:
-    """The configured name, by default a digest of the source: triggers that share a source share records."""
+    """The configured name, by default a digest of the source: triggers that share messages share records.
+
+    Waiting times, credentials and the name of one session in a group change no digest.
+    """
     if configuration.name:
         return configuration.name
-    source = msgspec.json.encode(configuration.source, enc_hook=float, order="sorted")
-    kind = msgspec.to_builtins(configuration.source, enc_hook=float)["kind"]
-    return f"{kind}-{hashlib.sha256(source).hexdigest()[:8]}"
+    match source := configuration.source:
+        case NatsPlace():
+            reader = source.durable
+        case MqttPlace():
+            reader = source.group or source.client_id
+        case RedisPlace():
+            reader = source.group
+        case SqsPlace():
+            reader = ""
+    where = where_of(source)
+    return f"{where.partition(' ')[0]}-{hashlib.sha256(f'{where} {reader}'.encode()).hexdigest()[:8]}"

@@ -170,7 +170,7 @@ class Calls:
 
     def fail(self, lease: CallLease, status: int, reason: str, document: Mapping[str, Any] | None = None) -> CallLease:
         """Record the final error: the router's document, by default `reason` as a document. As `finish` otherwise."""
-        body = json.dumps(document or {"error": reason}, ensure_ascii=False).encode()
+        body = json.dumps(document or {"error": reason}, ensure_ascii=False).encode(errors="replace")
         if len(body) > MAX_INLINE_BYTES:
             body = json.dumps({"error": reason[:MAX_REASON]}).encode()
         result = CallResult(status, "application/json", len(body), body)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
@@ -16,9 +17,20 @@ from isthmus.events.configuration import (
     TriggerConfiguration,
     where_of,
 )
+from isthmus.http.sockets import resolve
 
 _LOOPBACK = frozenset(("localhost", "127.0.0.1", "::1"))
-_PORTS = {"nats": 4222, "tls": 4222, "mqtt": 1883, "mqtts": 8883, "redis": 6379, "rediss": 6379}
+_RESOLVE_S = 2.0
+_PORTS = {
+    "http": 80,
+    "https": 443,
+    "nats": 4222,
+    "tls": 4222,
+    "mqtt": 1883,
+    "mqtts": 8883,
+    "redis": 6379,
+    "rediss": 6379,
+}
 
 
 def check_loops(configuration: TriggerConfiguration) -> None:
@@ -49,14 +61,18 @@ def reads(source: Broker, place: Place) -> bool:
     match source, place:
         case NatsPlace(), NatsPlace():
             pattern, subject = source.subject.split("."), place.subject.split(".")
-            return _share_server(source.url, place.url) and _matches(pattern, subject, "*", ">")
+            return _matches(pattern, subject, "*", ">") and _share_server(source.url, place.url)
         case MqttPlace(), MqttPlace():
             pattern, topic = topic_filter(source.topic).split("/"), place.topic.split("/")
-            return _share_server(source.url, place.url) and _matches_topic(pattern, topic)
+            return _matches_topic(pattern, topic) and _share_server(source.url, place.url)
         case SqsPlace(), SqsPlace():
-            return _queue(source) == _queue(place)
+            is_same_path = _path(source.queue_url) == _path(place.queue_url)
+            return is_same_path and _share_server(
+                source.endpoint or source.queue_url, place.endpoint or place.queue_url
+            )
         case RedisPlace(), RedisPlace():
-            return _database(source.url) == _database(place.url) and source.stream == place.stream
+            is_same = source.stream == place.stream and (_path(source.url) or "0") == (_path(place.url) or "0")
+            return is_same and _share_server(source.url, place.url)
     return False
 
 
@@ -85,7 +101,14 @@ def topic_filter(topic: str) -> str:
 def _share_server(one: str, other: str) -> bool:
     """Whether two URLs, each of a server or of several with commas, have a server in common."""
     servers = [{_server(url.strip()) for url in urls.split(",")} for urls in (one, other)]
-    return bool(servers[0] & servers[1])
+    if servers[0] & servers[1]:
+        return True
+    # Two names, such as a host's and its address; of equal ports alone, as each may take a look-up.
+    shared = {port for _, port in servers[0]} & {port for _, port in servers[1]}
+    resolved = [
+        {(a, port) for host, port in some if port in shared for a in _addresses(host, port)} for some in servers
+    ]
+    return bool(resolved[0] & resolved[1])
 
 
 def _server(url: str) -> tuple[str, int]:
@@ -95,14 +118,29 @@ def _server(url: str) -> tuple[str, int]:
         port = parts.port
     except ValueError:
         port = None
-    host = (parts.hostname or "").lower()
-    return "localhost" if host in _LOOPBACK else host, port or _PORTS.get(parts.scheme, 0)
+    host = (parts.hostname or "").lower().removesuffix(".")
+    return "localhost" if host in _LOOPBACK else host, port or _PORTS.get(parts.scheme, 80)
 
 
-def _database(url: str) -> tuple[tuple[str, int], str]:
-    """Server and number of a Redis database."""
-    return _server(url), urlsplit(url).path.strip("/") or "0"
+def _addresses(host: str, port: int) -> set[str]:
+    """The addresses of a host, those of this machine as one; none where the name is unknown."""
+    try:
+        found = {str(entry[4][0]) for entry in resolve(host, port, timeout_s=_RESOLVE_S)}
+    except (OSError, ValueError):  # includes TimeoutError, UnicodeError
+        return set()
+    return {"localhost" if _is_own(address) else address for address in found}
 
 
-def _queue(place: SqsPlace) -> tuple[tuple[str, int], str]:
-    return _server(place.queue_url), urlsplit(place.queue_url).path.strip("/")
+def _is_own(address: str) -> bool:
+    """Whether this machine has the address: a socket can be bound to it."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as s:
+            s.bind((address, 0))
+    except OSError:
+        return False
+    return True
+
+
+def _path(url: str) -> str:
+    return urlsplit(url).path.strip("/")

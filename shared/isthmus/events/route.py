@@ -151,6 +151,7 @@ def _reply(url: str, response: Response) -> RouterReply:
         return RouterReply(Outcome.DEFERRED, status, content_type, bytes(response.body), reason, retry_after_s=after_s)
     document = _error_document(response.body)
     text = str(document.get("error") or bytes(response.body[:200]).decode("utf-8", "replace")).strip() or "no body"
+    text = text.encode(errors="replace").decode()  # JSON may hold halves of characters
     outcome = _outcome(status, document, response.headers.get("x-openfaas-internal", ""))
     return RouterReply(
         outcome,

@@ -1,7 +1,8 @@
 """The trigger: threads that fetch messages, work on them and keep them, until it is stopped.
 
 One thread fetches, no more than the router and the bound on bytes allow; twice as many threads as the router takes
-requests work, so that one writes records while another waits for its response; one extends deliveries and leases.
+requests work, so that one writes records while another waits for its response; one extends deliveries, and one renews
+leases, which a slow broker must not delay.
 """
 
 from __future__ import annotations
@@ -37,10 +38,14 @@ STOP_S = 25.0
 _WORKERS_PER_REQUEST, _MESSAGES_PER_REQUEST = 2, 3
 # A fetch waits this long for a message, and so does a stop for the fetch.
 _FETCH_S = 1.0
-_BACKLOG_EVERY_S, _SWEEP_EVERY_S = 2.0, 60.0
+_BACKLOG_EVERY_S = 2.0
+# A sweep of records lists all of them, and removes a day's twenty-fourth part.
+_MIN_SWEEP_S, _MAX_SWEEP_S, _SWEEPS_PER_LIFETIME = 60.0, 3600.0, 24
 # Objects expire at whole hours.
 _SWEEP_CLAIMS_EVERY_S = 3600.0
 _MIN_TICK_S = 0.05
+# For counterparts that hang in their last calls; what is left then ends with the process.
+_CLOSE_S = 3.0
 _log = logging.getLogger(__name__)
 
 
@@ -129,7 +134,9 @@ class Trigger:
             self._drainer = Drainer(self._deferral, self._processor, self._availability)
             self._workers += [self._thread(f"drain-{i}", self._drainer.work) for i in range(concurrency)]
             self._workers.append(self._thread("feed", self._drainer.feed))
-        self._keepers = [self._thread("keep", self._keep_all), self._thread("observe", self._observe)]
+        self._keepers = [self._thread("renew", self._renew_all), self._thread("observe", self._observe)]
+        if parts.consumer.extend_every_s < float("inf"):
+            self._keepers.append(self._thread("extend", self._extend_all))
 
     def start(self) -> None:
         """Begin to fetch."""
@@ -137,15 +144,14 @@ class Trigger:
             thread.start()
 
     def stop(self, timeout_s: float = STOP_S) -> None:
-        """`drain`, and close everything."""
+        """`drain`, and close everything; a few seconds longer where a counterpart hangs."""
         self.drain(timeout_s)
-        for place in (*self.parts.results, *filter(None, [self.parts.dead_letters])):
-            place.publisher.close()
+        places = (*self.parts.results, *filter(None, [self.parts.dead_letters]))
+        closers = [*(place.publisher.close for place in places), *self.parts.closers]
         if self.parts.spool is not None and self._deferral is not None:
             _ = self._deferral.status  # the last one
-            self.parts.spool.close()
-        for close in self.parts.closers:
-            close()
+            closers.append(self.parts.spool.close)
+        self._join([self._started(close) for close in closers], time.monotonic() + _CLOSE_S)
 
     def drain(self, timeout_s: float) -> None:
         """Finish what is in work within `timeout_s`, and give the rest back; records and places stay open."""
@@ -189,13 +195,15 @@ class Trigger:
         if self._drainer is not None:
             self._drainer.close()
         self._join([self._fetcher], until)
-        self._give_back()
-        self._join(self._workers, until)
-        self._give_back()
+        returning = self._started(self._give_back)
+        self._join([*self._workers, returning], until)
+        until = time.monotonic() + _CLOSE_S
+        if not returning.is_alive():
+            self._join([self._started(self._give_back)], until)
         self._ended.set()
-        self._join(self._keepers, time.monotonic() + 2 * _FETCH_S)
+        self._join(self._keepers, until)
         # Returns to its broker what a worker still has; a result of it is recorded, not acknowledged.
-        self.parts.consumer.close()
+        self._join([self._started(self.parts.consumer.close)], until)
 
     def _fetch_all(self) -> None:
         while not self._stop.is_set():
@@ -272,28 +280,37 @@ class Trigger:
                 job.delivery.retry(after_s)
             self._lanes.done(job)
 
-    def _keep_all(self) -> None:
-        """Extend deliveries and leases for as long as they are in memory, also while the trigger stops."""
+    def _extend_all(self) -> None:
+        """Extend deliveries for as long as they are in memory, also while the trigger stops."""
         extend_s = self.parts.consumer.extend_every_s / 2
-        tick_s = max(_MIN_TICK_S, min(extend_s, LEASE_S / 3))
-        while not self._ended.wait(tick_s):
-            now = time.monotonic()
-            for job in (*self._lanes.items(), *(() if self._drainer is None else self._drainer.jobs())):
-                if now - job.extended_at >= extend_s:
+        while not self._ended.wait(max(_MIN_TICK_S, min(extend_s, LEASE_S / 3))):
+            for job in self._lanes.items():
+                # Each may take a round trip.
+                if (now := time.monotonic()) - job.extended_at >= extend_s:
                     job.extended_at = now
                     job.delivery.extend()
+
+    def _renew_all(self) -> None:
+        """Renew the leases of all jobs in work."""
+        tick_s = max(_MIN_TICK_S, LEASE_S / 3)
+        while not self._ended.wait(tick_s):
+            for job in (*self._lanes.items(), *(() if self._drainer is None else self._drainer.jobs())):
                 lease = job.lease
                 # Younger leases have most of their time left.
-                if lease is not None and now - job.leased_at >= tick_s:
-                    try:
-                        self.parts.calls.renew(lease, LEASE_S)
-                    except ResultStoreUnavailable as e:
-                        _log.debug("a lease was not renewed: %s", e.message)
+                if lease is None or time.monotonic() - job.leased_at < tick_s:
+                    continue
+                try:
+                    self.parts.calls.renew(lease, LEASE_S)
+                except ResultStoreUnavailable as e:
+                    _log.debug("leases are not renewed: %s", e.message)
+                    break
 
     def _observe(self) -> None:
         """Read the backlog for the metrics, and remove expired calls and objects."""
         calls, claims = self.parts.calls, self.parts.claims
-        sweeps = [(_SWEEP_EVERY_S, calls.sweep), *([] if claims is None else [(_SWEEP_CLAIMS_EVERY_S, claims.sweep)])]
+        records_s = float(self._configuration.records.keep) / _SWEEPS_PER_LIFETIME
+        records_s = min(_MAX_SWEEP_S, max(_MIN_SWEEP_S, records_s))
+        sweeps = [(records_s, calls.sweep), *([] if claims is None else [(_SWEEP_CLAIMS_EVERY_S, claims.sweep)])]
         # The first at once: a trigger may be started for minutes, day by day.
         due = [0.0] * len(sweeps)
         while not self._ended.wait(_BACKLOG_EVERY_S):
@@ -332,6 +349,12 @@ class Trigger:
                 raise
 
         return threading.Thread(target=run, name=f"isthmus-{name}", daemon=True)
+
+    def _started(self, target: Callable[[], None]) -> threading.Thread:
+        """A running thread for something that may hang."""
+        thread = threading.Thread(target=target, name="isthmus-close", daemon=True)
+        thread.start()
+        return thread
 
     def _join(self, threads: Sequence[threading.Thread], until: float) -> None:
         for thread in threads:

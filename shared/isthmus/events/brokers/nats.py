@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from urllib.parse import quote
 
 import nats.errors
 import nats.js.errors
@@ -29,6 +30,8 @@ _DEFAULT_MAX_PAYLOAD = 2**20  # of nats-server
 _MAX_FETCH = 256  # messages in memory; of 1 MB each by default
 _MIN_WAIT_S = 0.05  # shorter than a round trip, a fetch would leave its messages to the next fetch
 _NAME_IN_USE, _OVERLAP = 10058, 10065  # JSStreamNameExistErr, JSStreamSubjectOverlapErr
+# Header names and values of other transports: a line break would begin another header.
+_NOT_NAME, _CONTROL = re.compile(r"[^!-9;-~]"), re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 _MSG_ID = api.Header.MSG_ID.value
 
 
@@ -228,6 +231,7 @@ class NatsPublisher:
         # A stream may hold several subjects: the result of a message has the message's own id, and so its reason to
         # be a dead letter; neither is a duplicate of the other.
         headers = {**message.headers, "idempotency-key": message.id}
+        headers = {_NOT_NAME.sub(_quoted, n): _CONTROL.sub(_quoted, v) for n, v in headers.items() if n}
         headers = {name: value for name, value in headers.items() if not name.startswith("nats-")}
         headers[_MSG_ID] = f"{self._place.subject}/{message.deduplication_id}"
         self._connection.run(lambda client: self._publish(client, message.body, headers))
@@ -294,6 +298,10 @@ async def _find_stream(js: JetStreamContext, place: NatsPlace) -> str | None:
         return await js.find_stream_name_by_subject(place.subject)
     except nats.js.errors.NotFoundError:
         return None
+
+
+def _quoted(match: re.Match[str]) -> str:
+    return quote(match[0], safe="", errors="replace")
 
 
 def _stream_name(subject: str) -> str:

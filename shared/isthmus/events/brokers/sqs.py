@@ -319,7 +319,7 @@ def encoded(body: bytes) -> tuple[str, str]:
 def message_of(queue_name: str, raw: Mapping[str, Any]) -> Message:
     """The message that SQS delivered; attributes are headers, unless they are binary."""
     attributes = raw.get("MessageAttributes", {})
-    texts = {name.lower(): str(a["StringValue"]) for name, a in attributes.items() if "StringValue" in a}
+    texts = {_text(name).lower(): _text(a["StringValue"]) for name, a in attributes.items() if "StringValue" in a}
     encoding = texts.pop(_ENCODING, "")
     packed = texts.pop(_HEADERS, "")
     headers = texts | _json_headers(packed)
@@ -340,7 +340,7 @@ def _decoded(body: str, encoding: str) -> bytes:
     if encoding == _BASE64:
         with suppress(binascii.Error, ValueError):  # else another producer's text under our attribute
             return base64.b64decode(body, validate=True)
-    return body.encode()
+    return body.encode(errors="replace")
 
 
 def _attributes(headers: Mapping[str, str]) -> dict[str, dict[str, str]]:
@@ -355,7 +355,12 @@ def _json_headers(text: str) -> dict[str, str]:
         headers = json.loads(text or "{}")
     except (ValueError, RecursionError):
         return {}
-    return {str(name).lower(): str(value) for name, value in headers.items()} if isinstance(headers, dict) else {}
+    return {_text(name).lower(): _text(value) for name, value in headers.items()} if isinstance(headers, dict) else {}
+
+
+def _text(value: object) -> str:
+    """A text that can be encoded: JSON may hold halves of characters."""
+    return str(value).encode(errors="replace").decode()
 
 
 def _string(value: str) -> dict[str, str]:

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from isthmus.events.configuration import read_configuration
+from isthmus.events.configuration import read_configuration, where_of
+from isthmus.events.loops import check_loops
 from support.paths import ROOT
 from support.patience import until
 
@@ -104,6 +105,15 @@ def test_every_process_is_killed_as_often_and_starts_again(module: Callable[[str
         for process in processes:
             process.stop()
     assert all(process.process.poll() is not None for process in processes)
+
+
+def test_the_trigger_reads_the_configuration_of_every_broker(module: Callable[[str], Any], tmp_path: Path) -> None:
+    for broker in module("events").BROKERS:
+        path = module("events").write_configuration(broker(tmp_path / broker.name), "http://127.0.0.1:8080")
+        configuration = read_configuration(path, {})
+        check_loops(configuration)
+        assert where_of(configuration.source).split()[0] == broker.name
+        assert len(configuration.results) == 1
 
 
 def test_the_trigger_reads_the_configuration_of_the_benchmark(module: Callable[[str], Any], tmp_path: Path) -> None:

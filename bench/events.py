@@ -65,10 +65,10 @@ def main() -> None:
             with TriggerSetup(registry, NatsBroker(folder / "linked"), is_linked=True) as setup:
                 setup.link.set(LinkShape(rtt_s=RTT_MS / 1e3))
                 name = f"digits, tail {RTT_MS} ms away"
-                throughput(report, setup, name, samples(registry, 400 if report.quick else 1000, poisoned=0.0))
+                throughput(report, setup, name, samples(registry, 100 if report.quick else 1000, poisoned=0.0))
             models.import_model()
             with TriggerSetup(models.REGISTRY, NatsBroker(folder / "photos"), models.MODEL) as setup:
-                throughput(report, setup, models.MODEL, photo_samples(120 if report.quick else 600))
+                throughput(report, setup, models.MODEL, photo_samples(60 if report.quick else 600))
         if "drain" in parts:
             with TriggerSetup(registry, NatsBroker(folder / "drain"), hops="local") as setup:
                 drain(report, setup)

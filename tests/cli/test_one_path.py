@@ -39,6 +39,7 @@ def test_import_says_what_serves_and_what_comes_next(tmp_path: Path) -> None:
         "1",
         f"isthmus calibrate photos --data FOLDER --registry {tmp_path / 'registry'}",
     )
+    assert "cut at 2, the narrowest" in isthmus("import", model, "--registry", tmp_path / "other").stdout
     again = isthmus("import", model, "--if-absent", "--registry", tmp_path / "registry")
     assert "requests for photos reach version 1" in again.stdout
     assert "next: isthmus calibrate photos --data FOLDER" in again.stdout
@@ -145,3 +146,11 @@ def test_a_model_from_a_package_is_calibrated_with_photos_of_packages(photos: Pu
     ready = replace(photos.bundle, source=photos.bundle.source | {"packages": ["some"]})
     version = photos.registry.publish(ready, {})
     assert next_command(photos.registry, f"photos:{version.version}").endswith("--data photos")
+
+
+def test_infer_shows_as_many_classes_as_the_model_says_unless_asked_for_others(photos: Published, album: Path) -> None:
+    common = ["infer", album / "0.png", "--local", "--registry", photos.folder, "--json"]
+    assert photos.bundle.postprocess is not None
+    own, asked = document(isthmus(*common))[0], document(isthmus(*common, "--top-k", 1))[0]
+    assert len(own["classes"]) == photos.bundle.postprocess["top_k"]
+    assert len(asked["classes"]) == 1

@@ -107,6 +107,10 @@ def import_model(
         )
         inputs = ", ".join(describe(s.dtype, s.shape, s.name) for s in bundle.inputs)
         say(f"takes {inputs}{_fixed(model, bundle)}")
+        # With --if-absent an earlier import may have chosen the cut.
+        if bundle.default_cuts and not (cut or if_absent):
+            default = "/".join(bundle.default_cuts)
+            say(f"cut at {default}, the narrowest; isthmus cuts lists others, isthmus cut takes one")
         show_publication(publication, registry)
         warn(findings(bundle))
 

@@ -56,7 +56,7 @@ def infer(
     url: Annotated[str, typer.Option(envvar="ISTHMUS_URL", help="The router.")] = ROUTER,
     local: Annotated[bool, typer.Option("--local", help="Run every segment in this process; no router.")] = False,
     cuts: Annotated[str, cut_option("With --local: a partition of the bundle, or '..' for the uncut model.")] = "",
-    top_k: Annotated[int, typer.Option(help="Classes to show.", min=1)] = 5,
+    top_k: Annotated[int | None, typer.Option(help="Classes to show; by default as the model says.", min=1)] = None,
     timeout: Annotated[
         float, typer.Option(help="Longest wait for one answer, in seconds.", min=0.001, max=86_400)
     ] = 30.0,
@@ -114,7 +114,7 @@ class ModelPlace:
         return Client(self.url, timeout_s=self.timeout_s)
 
 
-def _photos(photos: list[Path], model: str, where: ModelPlace, top_k: int, as_json: bool) -> None:
+def _photos(photos: list[Path], model: str, where: ModelPlace, top_k: int | None, as_json: bool) -> None:
     paths = list(_files(photos))
     if len(paths) == 1:
         read_photo(paths[0])  # loading a model takes longer than to see that the file is not there
@@ -170,7 +170,7 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
         yield from files
 
 
-def _predictor(model: str, where: ModelPlace, top_k: int) -> Callable[[bytes], dict[str, Any]]:
+def _predictor(model: str, where: ModelPlace, top_k: int | None) -> Callable[[bytes], dict[str, Any]]:
     from isthmus_tools.usecases.batch import check_takes_photos
 
     if where.local:
@@ -187,7 +187,7 @@ def served(route: Mapping[str, Any]) -> dict[str, Any]:
     return {"plan": route.get("plan", ""), "codecs": codecs, "link_bytes": route.get("link_bytes", 0)}
 
 
-def _batch(photos: list[Path], model: str, where: ModelPlace, top_k: int, output: Path, as_json: bool) -> None:
+def _batch(photos: list[Path], model: str, where: ModelPlace, top_k: int | None, output: Path, as_json: bool) -> None:
     from isthmus_tools.usecases.batch import BatchRequest, classify_photos, local_predictor, remote_predictor
 
     if where.local:

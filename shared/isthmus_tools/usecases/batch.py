@@ -104,7 +104,7 @@ def classify_photos(request: BatchRequest, progress: Progress = silent) -> Batch
     return BatchResult(classified, failed, len(paths) - len(remaining), dict(errors))
 
 
-def remote_predictor(client: Client, model: str, top_k: int) -> Predict:
+def remote_predictor(client: Client, model: str, top_k: int | None) -> Predict:
     """Predictions by a router; requests are repeated while the router is busy, and fail at once if never reached."""
     reached = False
 
@@ -124,7 +124,7 @@ def remote_predictor(client: Client, model: str, top_k: int) -> Predict:
     return predict
 
 
-def local_predictor(model: LocalModel, top_k: int, timeout_s: float) -> Predict:
+def local_predictor(model: LocalModel, top_k: int | None, timeout_s: float) -> Predict:
     """Predictions by this process.
 
     Raises:

@@ -99,7 +99,6 @@ class TriggerSetup:
 
     def __enter__(self) -> TriggerSetup:
         with contextlib.ExitStack() as stack:
-            self._stack = stack
             self.processes["broker"] = stack.enter_context(self.broker.start())
             names = ("router",) if self._hops else ("edge-head", "cloud-tail", "router")
             urls = {name: f"http://127.0.0.1:{free_port()}" for name in names}
@@ -117,7 +116,7 @@ class TriggerSetup:
             for process in self.processes.values():
                 process.wait_ready()
             self.processes["trigger"] = stack.enter_context(self._trigger())
-            stack.pop_all()
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -139,10 +139,11 @@ def kill_at_random(
 
 def answers(url: str) -> bool:
     """Whether GET `url` responds 200."""
-    try:
-        return urllib3.request("GET", url, retries=False, timeout=1.0).status == 200
-    except urllib3.exceptions.HTTPError:
-        return False
+    with urllib3.PoolManager() as http:
+        try:
+            return http.request("GET", url, retries=False, timeout=1.0).status == 200
+        except urllib3.exceptions.HTTPError:
+            return False
 
 
 def listens(port: int) -> bool:

@@ -24,7 +24,8 @@ from support.patience import until
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Any]:
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    monkeypatch.setattr(importlib.import_module("supervised"), "STATE", tmp_path / "state")
+    for name in ("supervised", "functions", "events"):
+        monkeypatch.setattr(importlib.import_module(name), "STATE", tmp_path / "state")
     return importlib.import_module
 
 
@@ -105,6 +106,21 @@ def test_every_process_is_killed_as_often_and_starts_again(module: Callable[[str
         for process in processes:
             process.stop()
     assert all(process.process.poll() is not None for process in processes)
+
+
+def test_processes_of_the_benchmark_serve_messages_and_end_with_it(
+    module: Callable[[str], Any], registry: Path, messages: list[Any], tmp_path: Path
+) -> None:
+    events = module("events")
+    broker = module("events_brokers").NatsBroker(tmp_path / "nats")
+    with events.TriggerSetup(registry, broker) as setup:
+        assert broker.send(messages, repeat=True) == len(messages) + 1
+        assert until(lambda: broker.progress() == len(messages) and broker.counts()[0] == 0)
+        outcome = dataclasses.asdict(events.Outcome.of(messages, broker.read(events.OUT), broker.read(events.DEAD)))
+        processes = [each.process for each in setup.processes.values()]
+    assert {name for name, number in outcome.items() if number} == {"good", "poisoned"}
+    assert len(processes) == 5
+    assert all(process.poll() is not None for process in processes)
 
 
 def test_the_trigger_reads_the_configuration_of_every_broker(module: Callable[[str], Any], tmp_path: Path) -> None:

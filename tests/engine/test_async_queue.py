@@ -449,6 +449,7 @@ def test_a_malformed_callback_is_refused_at_once(url: str) -> None:
         "http://[::ffff:127.0.0.1]/",
         "http://[::ffff:169.254.169.254]/",
         "http://[64:ff9b::7f00:1]/",
+        "http://[fec0::1]/",
         "http://[2002:7f00:1::]/",
         "http://[fe80::1]/",
         "http://[fd00::1]/",

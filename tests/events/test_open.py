@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from isthmus.errors import ConfigurationMalformed
-from isthmus.events.configuration import Broker, RedisPlace
+from isthmus.events.configuration import Broker, RedisPlace, parse_configuration
 from isthmus.events.message import Message
 from isthmus.events.open import open_consumer, open_publisher
 from isthmus.settings import RegistrySettings
@@ -64,3 +65,50 @@ def test_a_secret_that_is_not_there_is_named(settings: RegistrySettings) -> None
     place = RedisPlace(url="redis://127.0.0.1:6379/0", stream="photos", password_secret="absent")
     with pytest.raises(ConfigurationMalformed, match="the secret absent"):
         open_consumer(place, settings)
+
+
+NATS = 'kind = "nats"\nsubject = "photos"\n'
+WRONG = {
+    "source.url": [
+        NATS + 'url = "http://127.0.0.1:4222"',
+        NATS + 'url = "nats://127.0.0.1:port"',
+        NATS + 'url = "nats://a:4222,b"',
+        'kind = "mqtt"\ntopic = "a"\nurl = "127.0.0.1:1883"',
+        'kind = "redis"\nstream = "a"\nurl = "127.0.0.1"',
+    ],
+    "source.subject": [f'kind = "nats"\nsubject = "{s}"' for s in ("a..b", "two words", "a.b*", "a.>.b", "a>", ".")],
+    "source.durable": [NATS + 'durable = "a.b"', NATS + 'durable = "a b"'],
+    "source.stream": [NATS + 'stream = "a.*"'],
+    "source.ack_wait": [NATS + 'ack_wait = "10ms"'],
+    "source.user": ['kind = "mqtt"\ntopic = "a"\npassword_secret = "b"'],
+    "source.claim_after": ['kind = "redis"\nstream = "a"\nclaim_after = "0s"'],
+    "source.queue_url": ['kind = "sqs"\nqueue_url = "photos"', 'kind = "sqs"\nqueue_url = "https://sqs/photos"'],
+    "source.endpoint": ['kind = "sqs"\nqueue_url = "https://sqs/1/photos"\nendpoint = "x"'],
+    "dead_letters.url": [NATS + '[dead_letters]\nkind = "nats"\nsubject = "b"\nurl = "redis://a"'],
+    "results[1].url": [
+        NATS + '[[results]]\nkind = "objects"\nurl = "out"\n[[results]]\nkind = "mqtt"\ntopic = "b"\nurl = "a"'
+    ],
+    "records.keep": [NATS + '[records]\nkeep = "10ms"'],
+    "router.url": [NATS + '[router]\nurl = "127.0.0.1:8080"'],
+}
+
+
+@pytest.mark.parametrize(("key", "text"), [(key, text) for key, texts in WRONG.items() for text in texts])
+def test_a_wrong_configuration_names_its_key_and_where_to_read_on(key: str, text: str) -> None:
+    with pytest.raises(ConfigurationMalformed, match=re.escape(f"trigger.toml: {key} ")) as caught:
+        parse_configuration(f"[source]\n{text}\n", {})
+    assert caught.value.facts["where"] == key
+    assert "docs/reference/trigger.md" in caught.value.hint
+
+
+def test_every_kind_of_place_passes_its_rules() -> None:
+    places = [
+        NATS + 'url = "nats://user:key@a:4222,tls://b"\nstream = "photos-1"\n',
+        'kind = "nats"\nsubject = "photos.*.>"\n',
+        'kind = "mqtt"\ntopic = "a/#"\nurl = "mqtts://a"\nuser = "u"\npassword_secret = "b"\n',
+        'kind = "redis"\nstream = "a"\nurl = "unix:///run/redis.sock"\n',
+        'kind = "redis"\nstream = "a"\nurl = "rediss://user:key@[::1]:6379/2"\n',
+        'kind = "sqs"\nqueue_url = "https://sqs.eu-central-1.amazonaws.com/123456789012/photos.fifo"\n',
+    ]
+    for place in places:
+        assert parse_configuration(f"[source]\n{place}", {}).source

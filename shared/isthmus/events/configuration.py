@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta, Struct
@@ -20,6 +21,8 @@ from isthmus.units import parse_duration, parse_size
 _MAX_BYTES = 256 * 2**10
 DEFAULT_FILE = "trigger.toml"
 MIN_SPOOL_BYTES = 2**20
+_NATS_NAME = re.compile(r"[^\s.*>/\\]+")
+_NATS_NAME_RULE = "has a space, a dot, a slash or a wildcard, which NATS refuses in names"
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 Text = Annotated[str, Meta(min_length=1, max_length=1024)]
 Count = Annotated[int, Meta(ge=1, le=100_000)]
@@ -252,19 +255,79 @@ def _filled(text: str, environment: dict[str, str], name: str) -> str:
 
 def _check(configuration: TriggerConfiguration, name: str) -> None:
     """Rules between fields and in texts."""
-    if not is_url(configuration.router.url):
-        raise ConfigurationMalformed(f"{name}: router.url is no http URL", where="router.url")
-    if configuration.order_by not in ("", "source", "key") and not configuration.order_by.startswith("header:"):
-        raise ConfigurationMalformed(f"{name}: order_by is `source`, `key` or `header:NAME`", where="order_by")
+    order_by, spool, router = configuration.order_by, configuration.spool, configuration.router
+    rules = [
+        (is_url(router.url), "router.url", "is no http URL"),
+        (
+            order_by in ("", "source", "key") or (order_by.startswith("header:") and order_by != "header:"),
+            "order_by",
+            "is none of `source`, `key` and `header:NAME`",
+        ),
+        (configuration.records.keep >= 1, "records.keep", "is less than 1s"),
+        *_broker_rules("source", configuration.source),
+        *(rule for i, place in enumerate(configuration.results) for rule in _broker_rules(f"results[{i}]", place)),
+        *_broker_rules("dead_letters", configuration.dead_letters),
+    ]
+    if spool is not None:
+        is_long = 1 <= spool.wait <= router.timeout
+        rules += [
+            (spool.max_bytes >= MIN_SPOOL_BYTES, "spool.max_bytes", "is less than 1MiB"),
+            (is_long, "spool.wait", f"is not between 1s and router.timeout, {router.timeout:g}s"),
+        ]
+    for holds, where, fault in rules:
+        if not holds:
+            hint = f"see {where.rpartition('.')[2]} in docs/reference/trigger.md"
+            raise ConfigurationMalformed(f"{name}: {where} {fault}", where=where, hint=hint)
 
-    spool = configuration.spool
-    if spool is not None and spool.max_bytes < MIN_SPOOL_BYTES:
-        raise ConfigurationMalformed(f"{name}: spool.max_bytes is less than 1MiB", where="spool.max_bytes")
-    if spool is not None and not 1 <= spool.wait <= configuration.router.timeout:
-        raise ConfigurationMalformed(
-            f"{name}: spool.wait is not between 1s and router.timeout, {configuration.router.timeout:g}s",
-            where="spool.wait",
-        )
+
+def _broker_rules(table: str, place: Any) -> list[tuple[bool, str, str]]:
+    """Whether a rule holds, the key, and what is wrong where it does not; clients would say less, or later."""
+    match place:
+        case NatsPlace():
+            is_subject = all(re.fullmatch(r"[^\s*>]+|\*|>", token) for token in place.subject.split("."))
+            is_last = ">" not in place.subject[:-1]
+            return [
+                (_are_urls(place.url, ("nats", "tls")), f"{table}.url", "is not nats://HOST:PORT or tls://HOST:PORT"),
+                (is_subject and is_last, f"{table}.subject", "is no subject of NATS, such as photos.* or photos.>"),
+                (bool(_NATS_NAME.fullmatch(place.durable)), f"{table}.durable", _NATS_NAME_RULE),
+                (bool(_NATS_NAME.fullmatch(place.stream or "-")), f"{table}.stream", _NATS_NAME_RULE),
+                (place.ack_wait >= 1, f"{table}.ack_wait", "is less than 1s"),
+            ]
+        case MqttPlace():
+            return [
+                (
+                    _are_urls(place.url, ("mqtt", "mqtts")),
+                    f"{table}.url",
+                    "is not mqtt://HOST:PORT or mqtts://HOST:PORT",
+                ),
+                (bool(place.user or not place.password_secret), f"{table}.user", "is missing beside password_secret"),
+            ]
+        case RedisPlace():
+            return [
+                (
+                    place.url.startswith("unix://") or _are_urls(place.url, ("redis", "rediss")),
+                    f"{table}.url",
+                    "is not redis://HOST:PORT/DATABASE or rediss://HOST:PORT/DATABASE",
+                ),
+                (place.claim_after >= 1, f"{table}.claim_after", "is less than 1s"),
+            ]
+        case SqsPlace():
+            is_queue = is_url(place.queue_url) and place.queue_url.count("/") >= 4
+            return [
+                (is_queue, f"{table}.queue_url", "is not https://SERVER/ACCOUNT/QUEUE, as SQS states a queue's URL"),
+                (is_url(place.endpoint or place.queue_url), f"{table}.endpoint", "is no http URL"),
+                (place.visibility >= 1, f"{table}.visibility", "is less than 1s"),
+            ]
+    return []
+
+
+def _are_urls(text: str, schemes: tuple[str, ...]) -> bool:
+    """Whether `text` is a URL with one of these schemes, a host and a valid port, or several with commas."""
+    try:
+        parts = [urlsplit(url.strip()) for url in text.split(",")]
+        return all(part.scheme in schemes and part.hostname and part.port != 0 for part in parts)
+    except ValueError:  # of a port
+        return False
 
 
 def _decode_unit(kind: type[Any], text: Any) -> Any:

@@ -20,6 +20,8 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 # Control characters and line breaks would split the request line or a log line.
 _PRINTABLE = re.compile(r"[!-~]+")
 _LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?", re.IGNORECASE)
+# RFC 3879: private addresses of old IPv6 networks, global to `ipaddress`.
+_SITE_LOCAL = ipaddress.IPv6Network("fec0::/10")
 # RFC 6052: an IPv4 address behind this prefix is reached through the NAT64 gateway.
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
@@ -51,9 +53,8 @@ class AddressPolicy:
     def permits(self, address: Address) -> bool:
         """Whether a connection to `address` is permitted; an IPv4 address inside an IPv6 one counts as itself."""
         address = embedded_address(address)
-        return any(address in network for network in self._allowed) or (
-            address.is_global and not address.is_multicast and not address.is_reserved
-        )
+        is_special = address.is_multicast or address.is_reserved or address in _SITE_LOCAL
+        return any(address in network for network in self._allowed) or (address.is_global and not is_special)
 
 
 def embedded_address(address: Address) -> Address:

@@ -9,7 +9,7 @@ from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 State: TypeAlias = Literal["queued", "running", "done", "failed"]
-# Twice the places of a configuration: a call may outlive one.
+# Twice the places of a configuration: a call may outlive its configuration.
 MAX_PLACES = 32
 # Kind, URL and subject of a place, each within its own bound.
 MAX_PLACE = 2100
@@ -19,9 +19,9 @@ Moment = Annotated[float, Meta(ge=0)]
 
 
 class CallResult(Struct, frozen=True, forbid_unknown_fields=True):
-    """A response of the router: inline, or a `reference` to an object where it is too large for a record.
+    """A response of the router: inline, or a `reference` to an object where too large for a record.
 
-    Units: `size` is the bytes of the body wherever it is.
+    Units: `size` is the bytes of the body, inline or not.
     """
 
     status: Annotated[int, Meta(ge=100, le=599)]
@@ -34,8 +34,8 @@ class CallResult(Struct, frozen=True, forbid_unknown_fields=True):
 class Call(Struct, frozen=True, forbid_unknown_fields=True):
     """A call's record. Units: moments are seconds since the epoch.
 
-    `attempts` counts begun attempts less those that were released without blame. `published` has the places that
-    have the result, `refused` those that refused it for good, `deaths` is the message's.
+    `attempts` counts begun attempts less attempts released without blame. `published` has the places that have
+    the result, `refused` the places that refused for good, `deaths` is the message's.
     """
 
     id: ShortText

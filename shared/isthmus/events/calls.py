@@ -39,10 +39,10 @@ from isthmus.events.message import storable
 from isthmus.events.records import MAX_RECORD_BYTES, RecordStore
 
 MAX_INLINE_BYTES = MAX_RECORD_BYTES - 64 * 2**10
-"""A larger result goes to the object store; the rest of a record holds what else there is to say."""
-# Contention is between two or three owners of one message: more failures in a row are a defect of the store.
+"""A larger result goes to the object store; the rest of a record is for its other fields."""
+# Contention is between two or three owners of a message: more failures in a row are a defect of the store.
 _MAX_CONFLICTS = 32
-# A process sees its own results at once and others' within this time, which grows while nothing happens.
+# A process sees its own results at once and other results within this time, longer after a while without changes.
 _FIRST_POLL_S, _MAX_POLL_S = 0.05, 1.0
 
 Written = TypeVar("Written")
@@ -67,7 +67,7 @@ class ResultObjects(Protocol):
 class Calls:
     """Calls in `records`, each kept `keep_s` seconds after its last change. Any thread may call.
 
-    `scope` is the name of the trigger: the result of one trigger may be the message of another, with the same id.
+    `scope` is the name of the trigger: the result of a trigger may be the message of another, with the same id.
 
     Every method raises ResultStoreUnavailable where the store does not answer.
     """
@@ -86,7 +86,7 @@ class Calls:
         self._changes = _ChangeSignals()
 
     def queue(self, call_id: str, source: str = "") -> Call:
-        """Create a queued call; an existing record stays as it is."""
+        """Create a queued call; an existing record stays unchanged."""
 
         def step() -> Call | None:
             if (stored := self._read(call_id)) is not None:
@@ -97,13 +97,13 @@ class Calls:
         return _until_written(call_id, step)
 
     def begin(self, call_id: str, owner: str, lease_s: float, source: str = "", *, deaths: int = 0) -> CallLease | Call:
-        """Take the lease; the call itself where it is over, or in work (`lease_until` says until when).
+        """Take the lease; the call itself where the call is over, or in work (`lease_until` says until when).
 
-        `owner` names a delivery rather than a process: of two deliveries to one process one has the lease. An owner
-        that asks again, as after a lost response of the store, has the lease already.
+        `owner` names a delivery rather than a process: of two deliveries to a process, the first has the lease. An
+        owner that asks again, as after a lost response of the store, has the lease already.
 
         With more `deaths` than the call's, its dead letter was sent again: a failed call begins again, its attempts
-        counted from none, and places that refused the result lack it again.
+        counted from none, and places that refused the result lack the result again.
         """
 
         def step() -> CallLease | Call | None:
@@ -114,8 +114,8 @@ class Calls:
             call = stored.call
             if call.is_over and deaths > call.deaths:
                 if call.state == "done":
-                    again = replace(call, refused=(), deaths=deaths, **self._times())
-                    written = self._write(again, stored.version, durable=False)
+                    reopened = replace(call, refused=(), deaths=deaths, **self._times())
+                    written = self._write(reopened, stored.version, durable=False)
                     return None if written is None else written.call
                 call = self._new(call_id, source, deaths)
             elif call.is_over or call.lease_until > self._clock():
@@ -139,7 +139,7 @@ class Calls:
         return _until_written(lease.call.id, step)
 
     def release(self, lease: CallLease, reason: str, *, blame: bool) -> None:
-        """End an attempt without a result; without `blame` it does not count. No-op where another owner has the lease.
+        """End an attempt without a result, uncounted without `blame`. No-op where another owner has the lease.
 
         A call that is over stays so: its places may be served by another owner.
         """
@@ -177,7 +177,7 @@ class Calls:
         return self._end(lease, result, "failed", reason[:MAX_REASON], True)
 
     def publish(self, lease: CallLease, place: str, *, durable: bool = True, is_refusal: bool = False) -> CallLease:
-        """Note that `place` has the result, or has refused it, so that no trigger publishes there again.
+        """Note that `place` has or refuses the result, so that no trigger publishes there again.
 
         A record that has gone with the data of its store is written again.
         """
@@ -206,14 +206,14 @@ class Calls:
             return None
         if stored.call.lease_until > now:
             return stored if stored.call.owner == owner else None
-        taken = replace(stored.call, owner=owner, lease_until=now + lease_s, **self._times())
-        return self._write(taken, stored.version, durable=False)
+        leased = replace(stored.call, owner=owner, lease_until=now + lease_s, **self._times())
+        return self._write(leased, stored.version, durable=False)
 
     def get(self, call_id: str) -> Call:
         """The call.
 
         Raises:
-            CallUnknown: no such call, or it has expired.
+            CallUnknown: no such call, or an expired call.
         """
         if (stored := self._read(call_id)) is None:
             raise CallUnknown(
@@ -222,7 +222,7 @@ class Calls:
         return stored.call
 
     def wait(self, call_id: str, timeout_s: float, since: Call | None = None) -> Call:
-        """The call once it is over, or as it is after `timeout_s`; with `since`, also once its progress is another.
+        """The finished call, or its state after `timeout_s`; with `since`, also a call of other progress.
 
         Raises:
             CallUnknown: as `get`.
@@ -239,7 +239,7 @@ class Calls:
                 pause_s = min(_MAX_POLL_S, pause_s * 2)
 
     def body(self, result: CallResult) -> bytes:
-        """The body of a result, wherever it is.
+        """The body of a result, inline or from the object store.
 
         Raises:
             ClaimExpired: its object is gone.
@@ -259,7 +259,7 @@ class Calls:
 
         def step() -> CallLease | None:
             nonlocal latest
-            # The owner keeps the lease while it publishes, from now on: its work may have taken longer than a lease.
+            # The owner keeps the lease while publishing, from now on: the work may have taken longer than a lease.
             times = self._times()
             until = times["updated"] + max(0.0, lease.call.lease_until - lease.call.updated)
             ended = replace(lease.call, state=state, result=result, reason=reason, lease_until=until, **times)
@@ -301,7 +301,7 @@ class Calls:
         return {"updated": now, "expires": now + self._keep_s}
 
     def _read(self, call_id: str) -> CallLease | None:
-        """The call and its version; None where absent. An expired one is removed, so that its id is new again."""
+        """The call and its version; None where absent. An expired call is removed, so that its id is new again."""
         if (stored := self._records.get(self._key(call_id))) is None:
             return None
         try:
@@ -333,7 +333,7 @@ class Calls:
 
 
 class _ChangeSignals:
-    """Wakes the threads that wait for one call, and not those that wait for others."""
+    """Wakes the threads that wait for a given call alone."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -365,7 +365,7 @@ def _until_written(call_id: str, step: Callable[[], Written | None]) -> Written:
     """Compare-and-set: `step` reads and writes, and gives None where another write was between the two.
 
     Raises:
-        ResultStoreUnavailable: every write met another one.
+        ResultStoreUnavailable: every write met another.
     """
     for _ in range(_MAX_CONFLICTS):
         if (written := step()) is not None:

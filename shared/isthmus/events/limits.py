@@ -14,10 +14,10 @@ from isthmus.retries import backoff, jittered
 
 Value = TypeVar("Value")
 
-# A refusal takes a quarter of the limit; it grows by one in as many rounds of successes: about nine in ten slots are
+# A refusal takes a quarter of the limit; successes of as many rounds add a request: about nine in ten slots are
 # used beside a router with a fixed bound. Source: AIMD, Chiu and Jain 1989.
 _DECREASE, _ROUNDS_PER_INCREASE = 0.75, 4
-# Concurrent refusals have one cause, and take from the limit once.
+# Concurrent refusals have a single cause, and take from the limit once.
 _SAME_CAUSE_S = 0.1
 _FIRST_PAUSE_S, _MAX_PAUSE_S = 0.1, 5.0
 
@@ -27,7 +27,7 @@ class Stopping(Exception):
 
 
 class RouteLimit:
-    """Slots for requests: at most `limit` at a time, at most one while the router is away.
+    """Slots for requests: at most `limit` at a time, a single slot while the router is away.
 
     Requests wait for a slot in the order of their threads' arrival.
     """
@@ -67,7 +67,7 @@ class RouteLimit:
 
     @contextmanager
     def slot(self) -> Iterator[None]:
-        """Wait for a slot and hold it for the block.
+        """Wait for a slot, held for the block.
 
         Raises:
             Stopping: closed meanwhile.
@@ -105,12 +105,12 @@ class RouteLimit:
                     self._decreased_at, self._limit = now, max(1.0, self._limit * _DECREASE)
             else:
                 self._limit = min(self._max, self._limit + 1 / (_ROUNDS_PER_INCREASE * self._limit))
-            # The end of a request wakes one thread; all of them at each response would contend for the lock.
+            # The end of a request wakes a single thread; all threads at each response would contend for the lock.
             if self.limit > before:
                 self._changed.notify_all()
 
     def try_soon(self) -> None:
-        """There are signs that the router, if it was away, is back: no further pause than the first one."""
+        """There are signs that an absent router is back: no further pause than the first."""
         with self._changed:
             if self._is_away:
                 self._resume_at = min(self._resume_at, self._clock() + self._first_pause_s)
@@ -153,7 +153,7 @@ class Availability:
             self._on_change(name, reason)
 
     def until(self, name: str, operation: Callable[[], Value], errors: tuple[type[IsthmusError], ...]) -> Value:
-        """The result of `operation`, repeated while it raises one of `errors`.
+        """The result of `operation`, repeated while `errors` are raised.
 
         Raises:
             Stopping: the trigger ends, and the operation still fails.

@@ -77,7 +77,7 @@ def reads(source: Broker, place: Place) -> bool:
 
 
 def _matches(pattern: Sequence[str], levels: Sequence[str], one: str, rest: str) -> bool:
-    """Whether levels match a pattern, in which `one` stands for one level and `rest` for one or more at the end."""
+    """Whether levels match a pattern, where `one` stands for a single level and `rest` for the last levels."""
     for i, part in enumerate(pattern):
         if part == rest:
             return len(levels) > i
@@ -103,7 +103,7 @@ def _share_server(one: str, other: str) -> bool:
     servers = [{_server(url.strip()) for url in urls.split(",")} for urls in (one, other)]
     if servers[0] & servers[1]:
         return True
-    # Two names, such as a host's and its address; of equal ports alone, as each may take a look-up.
+    # Two names of a host, or a name and an address; of equal ports alone, as each may take a look-up.
     shared = {port for _, port in servers[0]} & {port for _, port in servers[1]}
     resolved = [
         {(a, port) for host, port in some if port in shared for a in _addresses(host, port)} for some in servers
@@ -112,7 +112,7 @@ def _share_server(one: str, other: str) -> bool:
 
 
 def _server(url: str) -> tuple[str, int]:
-    """Host and port; names of this machine are one."""
+    """Host and port; names of this machine are equal."""
     parts = urlsplit(url if "//" in url else f"//{url}")
     try:
         port = parts.port
@@ -123,16 +123,16 @@ def _server(url: str) -> tuple[str, int]:
 
 
 def _addresses(host: str, port: int) -> set[str]:
-    """The addresses of a host, those of this machine as one; none where the name is unknown."""
+    """The addresses of a host, this machine's as `localhost`; none where the name is unknown."""
     try:
-        found = {str(entry[4][0]) for entry in resolve(host, port, timeout_s=_RESOLVE_S)}
+        addresses = {str(entry[4][0]) for entry in resolve(host, port, timeout_s=_RESOLVE_S)}
     except (OSError, ValueError):  # includes TimeoutError, UnicodeError
         return set()
-    return {"localhost" if _is_own(address) else address for address in found}
+    return {"localhost" if _is_own(address) else address for address in addresses}
 
 
 def _is_own(address: str) -> bool:
-    """Whether this machine has the address: a socket can be bound to it."""
+    """Whether this machine has the address, as a socket can be bound there."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as s:

@@ -1,7 +1,7 @@
 """One message through its stages: deduplicate, call the router, record, publish, acknowledge.
 
 A stage that finds its counterpart away waits in its thread, and so takes no further message; a failure of the message
-itself ends the attempt. Nothing is acknowledged before its result is recorded and every place has it.
+itself ends the attempt. An acknowledgement comes after the record of the result and the response of every place.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ class MessageHandler(Protocol):
 class MessageCounts:
     """Messages by outcome since the start.
 
-    `received` counts deliveries, `duplicates` those of messages that were over, `retried` failed attempts that are made
+    `received` counts deliveries, `duplicates` deliveries of finished messages, `retried` failed attempts that are made
     again, `deferred` requests that the router was too busy for or away, `refused` results that a place refused.
-    `spooled` messages wait for the cloud on this machine's disk, `drained` ones of them are done, and `dropped` ones
-    have failed as the spool was full.
+    `spooled` messages wait for the cloud on this machine's disk, `drained` messages are done after that, and `dropped`
+    ones have failed as the spool was full.
     """
 
     received: int = 0
@@ -83,7 +83,7 @@ class MessageCounts:
 
 @dataclass(eq=False)
 class Job:
-    """A delivery in this process. `successes` is the route's count when it was fetched.
+    """A delivery in this process. `successes` is the route's count at the fetch.
 
     `lane` is that of its order, None without; `is_deferred` tells an entry of the spool from a broker's message.
     """
@@ -104,7 +104,7 @@ class Job:
 
 @dataclass(frozen=True)
 class SpoolDelivery:
-    """An entry of the spool as a delivery, which stays until it is acknowledged."""
+    """An entry of the spool as a delivery, kept until the acknowledgement."""
 
     message: Message
     remove: Callable[[str], object]
@@ -140,7 +140,7 @@ class Processor:
     clock: Callable[[], float] = time.time
 
     def process(self, job: Job) -> float | None:
-        """Work on a job; None where it is over, else seconds after which it is to be tried again.
+        """Work on a job; None where the job is over, else the seconds until another attempt.
 
         Raises:
             Stopping: the trigger ends; the job is as before.
@@ -204,7 +204,7 @@ class Processor:
         return jittered(min(_MAX_BACKOFF_S, self.retry_after_s * 2.0 ** min(tries - 1, 10)), self.retry_after_s / 10)
 
     def _blames(self, job: Job, reply: RouterReply) -> bool:
-        """Whether the outcome is the message's fault: of its own, or as others succeeded meanwhile."""
+        """Whether the outcome is the message's fault: by itself, or because other messages succeeded meanwhile."""
         counts = self.count.counts
         if reply.outcome is Outcome.UNCLEAR and job.is_deferred:
             # When the link breaks, requests under way beside this one have just ended well.
@@ -223,7 +223,7 @@ class Processor:
         return jittered(_LANE_LOOK_S, _LANE_LOOK_S / 4)
 
     def _defer(self, job: Job, lease: CallLease, reply: RouterReply, deferral: Deferral) -> None:
-        """Spool the message, and acknowledge it; waits while there is no room, so that its broker keeps it."""
+        """Spool the message, and acknowledge; waits while there is no room, so that the broker keeps the message."""
 
         def add() -> None:
             while True:
@@ -265,16 +265,16 @@ class Processor:
         return self._stored(lambda: self.calls.begin(message.id, owner, LEASE_S, message.source, deaths=message.deaths))
 
     def _new_owner(self) -> str:
-        """A name for one delivery: leases of two deliveries to this process are two."""
+        """A name for a delivery: two deliveries to this process have two leases."""
         return f"{self.owner}.{secrets.token_hex(6)}"
 
     def _spool(self, operation: Callable[[EventSpool], Value]) -> Value:
-        """The result of an operation on the spool, which exists."""
+        """The result of an operation on the existing spool."""
         spool = cast(Deferral, self.deferral).spool
         return self.availability.until("spool", lambda: operation(spool), _STORE)
 
     def _redeemed(self, message: Message) -> Message:
-        """The message with the body that its claim refers to, where it is a claim."""
+        """The message, a claim replaced by the body of its reference."""
         claims = self.claims
         if claims is None or not looks_like_claim(message.body):
             return message
@@ -284,7 +284,7 @@ class Processor:
         return replace(message, body=body, headers={name: text for name, text in headers.items() if text})
 
     def _call(self, job: Job, message: Message) -> RouterReply:
-        """The router's reply to this message, once it takes it; of an entry of the spool any reply."""
+        """The router's reply to this message, once accepted; of an entry of the spool any reply."""
         deferral = self.deferral
         while True:
             if deferral is not None and not job.is_deferred and deferral.takes_unasked():
@@ -293,7 +293,7 @@ class Processor:
                 reply = self.route.call(message, None if deferral is None or job.is_deferred else deferral.wait_s)
             if deferral is not None and job.is_deferred:
                 deferral.note(reply)
-                # Of the hops behind the router, which others may not need.
+                # Of the hops behind the router, not needed by every message.
                 if reply.outcome not in (Outcome.AWAY, Outcome.UNCLEAR):
                     self.limit.note(reply.outcome, reply.retry_after_s)
                 return reply
@@ -310,7 +310,7 @@ class Processor:
                 self.availability.pause(jittered(after_s, after_s / 4))
 
     def _finish(self, job: Job, lease: CallLease, reply: RouterReply) -> float | None:
-        # The last write before the acknowledgement waits for the disk; all before it are on the disk then too.
+        # The last write before the acknowledgement waits for the disk, and takes all earlier writes along.
         durable = not self.publishing.results
 
         def finish() -> CallLease:
@@ -346,9 +346,9 @@ class Processor:
         lease = self._stored(lambda: self.calls.take_over(call, owner, LEASE_S)) if call.is_over else None
         if lease is None:
             if call.owner.startswith(f"{self.owner}."):
-                # Two deliveries in this process; the other one is about to end.
+                # Two deliveries in this process; the other is about to end.
                 return jittered(self.retry_after_s, self.retry_after_s / 4)
-            # A little longer than the lease, so that one further look suffices.
+            # A little longer than the lease, so that a single further look suffices.
             return jittered(max(0.1, call.lease_until - self.clock()), 0.1)
         job.take(lease)
         self.publishing.publish(job.delivery.message, lease)
@@ -392,6 +392,6 @@ class MessageCounting:
 
 
 def _refusal(error: IsthmusError) -> RouterReply:
-    """The reply for a message that cannot be served as it is, as the router would word it."""
+    """The reply for a message that cannot be served, in the router's words."""
     document = {"error": error.message, "type": type(error).__name__, "facts": dict(error.facts), "hint": error.hint}
     return RouterReply(Outcome.REFUSED, http_status(error), reason=error.message, document=document)

@@ -1,4 +1,4 @@
-"""Results to their places, dead letters to theirs: each place once, by reference where a body is too large for it."""
+"""Results to their places, dead letters to their own: each place once, by reference where a body is too large there."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from isthmus.events.message import CONTENT_TYPE, DEATHS, FILE, Message
 PATH = "x-isthmus-trigger"
 """Header of results: the triggers that a message has come through, against loops."""
 MAX_PATH = 16
-"""Triggers on the way of a message, and times that it is a dead letter: beyond, it runs in a circle."""
+"""Triggers on the way of a message, and deaths of a message: beyond is a loop."""
 REASON = "x-isthmus-reason"
 """Header of dead letters. A dead letter that is sent to the source again begins anew."""
 MAX_HEADER = 1000
-"""Characters of a header of ours: foreign texts in it may have any length."""
+"""Characters of a header of ours: foreign texts may have any length."""
 _MAX_BACKOFF_S = 60.0
 _STORE = (ResultStoreUnavailable,)
 _log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class Publishing:
     count: Callable[[str], None]
 
     def _targets(self, call: Call) -> Sequence[ResultPlace]:
-        """The places of a call's result; of an error the dead letters, and without those the places of results."""
+        """The places of a call's result; of an error the dead letters, where there is a place for dead letters."""
         if call.state == "failed" and self.dead_letters is not None:
             return [self.dead_letters]
         return self.results
@@ -72,10 +72,10 @@ class Publishing:
         return [place for place in self._targets(call) if place.name not in served]
 
     def publish(self, message: Message, lease: CallLease) -> None:
-        """Send the result of `message` to each place that lacks it, noting one after the other.
+        """Send the result of `message` to each place without the result, noting place after place.
 
         Raises:
-            Stopping: the trigger ends; what is noted stays so.
+            Stopping: the trigger ends; notes stay.
         """
         missing = self.missing(lease.call)
         for i, place in enumerate(missing):
@@ -88,12 +88,12 @@ class Publishing:
             lease = self._stored(partial(self.calls.publish, lease, place.name, **options))
 
     def _deliver(self, place: ResultPlace, message: Message, waits: tuple[type[EventError], ...]) -> None:
-        """Publish to a place, by reference where the message is too large for it; waits while it raises `waits`."""
+        """Publish to a place, by reference where the message is too large there; repeated while `waits` are raised."""
         sendable = self._sendable(message, place.publisher.max_bytes)
         self.availability.until(place.name, lambda: place.publisher.publish(sendable), waits)
 
     def _send(self, place: ResultPlace, message: Message, call: Call) -> bool:
-        """Publish a result; False where the place refuses it for good: it is in the records and a dead letter."""
+        """Publish a result; False where the place refuses for good: then the message is a dead letter."""
         error: IsthmusError
         for attempt in range(1, self.max_attempts + 1):
             try:
@@ -142,13 +142,13 @@ class Publishing:
         own = {name: text for name, text in own.items() if text}
         headers = {name: text for name, text in {**message.headers, **own}.items() if text}
         letter = Message(message.body, message.id, self.name, headers, message.key)
-        # A refusal is waited out as well: what cannot be told here would be lost.
+        # A refusal is waited out as well: without a dead letter the message would be lost.
         waits = (BrokerUnavailable, BrokerRefused)
         # Foreign headers may be too large by themselves.
         smaller = letter.with_body(b""), replace(letter, headers=own), replace(letter, headers=own, body=b"")
-        for tried in (letter, *smaller):
+        for variant in (letter, *smaller):
             try:
-                self._deliver(self.dead_letters, tried, waits)
+                self._deliver(self.dead_letters, variant, waits)
             except MessageTooLarge as e:
                 _log.error("dead letter %s is sent without body or headers: %s", message.id, e.message)
             else:

@@ -1,8 +1,8 @@
-"""The trigger: threads that fetch messages, work on them and keep them, until it is stopped.
+"""The trigger: threads that fetch messages, work on messages and keep leases, until a stop.
 
 One thread fetches, no more than the router and the bound on bytes allow; twice as many threads as the router takes
-requests work, so that one writes records while another waits for its response; one extends deliveries, and one renews
-leases, which a slow broker must not delay.
+requests work, so that records are written while another thread waits for its response; a thread extends deliveries, and
+another renews leases, independent of slow brokers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from isthmus.events.processing import LEASE_S, Job, MessageCounting, MessageHand
 from isthmus.events.publishing import Publishing, ResultPlace
 from isthmus.events.spool import EventSpool, SpoolStatus
 
-# Messages in memory beyond those in work: behind another of their lane, or waiting for another attempt.
+# Messages in memory beyond the messages in work: behind another of their lane, or waiting for another attempt.
 MAX_JOBS = 1024
 STOP_S = 25.0
 """Work in flight may take this long after the stop; Kubernetes and faasd kill after 30 s."""
@@ -39,12 +39,12 @@ _WORKERS_PER_REQUEST, _MESSAGES_PER_REQUEST = 2, 3
 # A fetch waits this long for a message, and so does a stop for the fetch.
 _FETCH_S = 1.0
 _BACKLOG_EVERY_S = 2.0
-# A sweep of records lists all of them, and removes a day's twenty-fourth part.
+# A sweep of records lists all records, and removes a twenty-fourth part of a lifetime.
 _MIN_SWEEP_S, _MAX_SWEEP_S, _SWEEPS_PER_LIFETIME = 60.0, 3600.0, 24
 # Objects expire at whole hours.
 _SWEEP_CLAIMS_EVERY_S = 3600.0
 _MIN_TICK_S = 0.05
-# For counterparts that hang in their last calls; what is left then ends with the process.
+# For counterparts that hang in their last calls; the rest ends with the process.
 _CLOSE_S = 3.0
 _log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class TriggerStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class TriggerParts:
-    """The opened counterparts of a trigger, closed by it. `spool` is that of the configuration's table."""
+    """The opened counterparts of a trigger, closed by the trigger. `spool` is opened by the configuration's table."""
 
     consumer: Consumer
     results: Sequence[ResultPlace]
@@ -86,7 +86,7 @@ class TriggerParts:
 
 
 class Trigger:
-    """Runs from `start` to `stop`, which closes its `parts`; `name` is shared by triggers that share their work."""
+    """Runs from `start` to `stop`, including the closing of `parts`; triggers that share their work share `name`."""
 
     def __init__(self, configuration: TriggerConfiguration, parts: TriggerParts, name: str) -> None:
         self.name, self.parts, self._configuration = name, parts, configuration
@@ -154,7 +154,7 @@ class Trigger:
         self._join([self._started(close) for close in closers], time.monotonic() + _CLOSE_S)
 
     def drain(self, timeout_s: float) -> None:
-        """Finish what is in work within `timeout_s`, and give the rest back; records and places stay open."""
+        """Finish messages in work within `timeout_s`, and give the rest back; records and places stay open."""
         with self._draining:
             if not self._ended.is_set():
                 self._drain(time.monotonic() + timeout_s)
@@ -202,7 +202,7 @@ class Trigger:
             self._join([self._started(self._give_back)], until)
         self._ended.set()
         self._join(self._keepers, until)
-        # Returns to its broker what a worker still has; a result of it is recorded, not acknowledged.
+        # Returns unfinished messages to the broker; a late result is recorded, not acknowledged.
         self._join([self._started(self.parts.consumer.close)], until)
 
     def _fetch_all(self) -> None:
@@ -232,7 +232,7 @@ class Trigger:
         """Messages that may be fetched now.
 
         Brokers do not say how large messages are: the next ones are taken to be as large as the latest, and a fetch
-        exceeds the bound where they are larger.
+        exceeds the bound where messages grow.
         """
         free_bytes = self._configuration.max_work_bytes - self._lanes.bytes
         if free_bytes <= 0:
@@ -240,19 +240,19 @@ class Trigger:
         if not self._largest:
             return 1
         limit = self._limit.limit
-        wanted = _MESSAGES_PER_REQUEST * limit - self._lanes.runnable
-        if wanted < limit:
+        count = _MESSAGES_PER_REQUEST * limit - self._lanes.runnable
+        if count < limit:
             # A fetch costs broker and client as much as a few messages do: several at a time.
             return 0
         free: int = min(
-            wanted,
+            count,
             MAX_JOBS - len(self._lanes),
             max(free_bytes // self._largest, 0 if len(self._lanes) else 1),
         )
         return max(0, free)
 
     def _key(self, message: Message) -> str | None:
-        """The lane of a message; None where no order is asked for, or the message has no such header."""
+        """The lane of a message; None without an order, or without the header of the order."""
         order_by = self._configuration.order_by
         if order_by in ("source", "key"):
             return message.source if order_by == "source" else message.key or None
@@ -268,7 +268,7 @@ class Trigger:
             except StoreDamaged:
                 raise  # no wait repairs a file; the next start moves a damaged spool aside
             except Exception as e:
-                # A defect, or an error that no stage knows: an attempt of this message, and no end of the others.
+                # A defect, or an error that no stage knows: an attempt of this message, and no end of other messages.
                 _log.exception("message %s: %s", job.delivery.message.id, type(e).__name__)
                 after_s = float(self._configuration.retry_after)
             if after_s is not None and job.lane is not None:
@@ -276,12 +276,12 @@ class Trigger:
                 self._lanes.delay(job, after_s)
                 continue
             if after_s is not None:
-                # Without an order the broker keeps it, and memory is free for others.
+                # Without an order the broker keeps the message, and memory is free for other messages.
                 job.delivery.retry(after_s)
             self._lanes.done(job)
 
     def _extend_all(self) -> None:
-        """Extend deliveries for as long as they are in memory, also while the trigger stops."""
+        """Extend deliveries in memory, also while the trigger stops."""
         extend_s = self.parts.consumer.extend_every_s / 2
         while not self._ended.wait(max(_MIN_TICK_S, min(extend_s, LEASE_S / 3))):
             for job in self._lanes.items():
@@ -321,7 +321,7 @@ class Trigger:
                         due[i] = time.monotonic() + every_s
                         sweep()
             except EventError as e:
-                # The thread that needs it says so; an old figure would mislead.
+                # The thread that needs the broker says so; an old figure would mislead.
                 _log.debug("not observed: %s", e.message)
                 self._backlog = Backlog()
 
@@ -343,7 +343,7 @@ class Trigger:
             except Stopping:
                 pass
             except BaseException as e:
-                # Half a trigger is none: its owner ends the process, and the platform starts it anew.
+                # Half a trigger is none: its owner ends the process, and the platform starts another.
                 self._failure = e
                 self._stop.set()
                 raise

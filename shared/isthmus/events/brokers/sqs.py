@@ -1,7 +1,7 @@
 """Amazon SQS, and servers with its API: standard and FIFO queues.
 
-Bodies are texts in SQS: one that is no text goes as base64, and the attribute `isthmus-encoding` says so. Headers go as
-message attributes, or, where there are more than SQS takes, as one JSON attribute.
+Bodies are texts in SQS: binary bodies go as base64, marked by the attribute `isthmus-encoding`. Headers go as
+message attributes, or, beyond the limit of SQS, as a single JSON attribute.
 
 Source: AWS, "Amazon SQS API Reference" (ReceiveMessage, SendMessage), "Amazon SQS message quotas".
 """
@@ -32,13 +32,13 @@ _MAX_BATCH = 10  # of SQS
 _MAX_WAIT_S = 20  # of SQS' long polling
 _MAX_VISIBILITY_S = 12 * 3600
 _DEFAULT_LIMIT = 2**20  # since August 2025; a queue may state less
-# Attributes count as the body does. A share for them keeps the limit of a body apart from its headers.
+# Attributes count as the body does. A share for headers keeps the limit of a body apart from its headers.
 _HEADER_BYTES = 16 * 2**10
 _ENCODING, _HEADERS = "isthmus-encoding", "isthmus-headers"
 _BASE64, _EMPTY = "base64", "empty"
 _MAX_ATTRIBUTES = 10 - 1  # of SQS, without the encoding
 _ATTRIBUTE = re.compile(r"(?!aws\.|amazon\.)[a-z0-9_-]+(?:\.[a-z0-9_-]+)*", re.IGNORECASE)
-# The characters of XML 1.0, which SQS takes; a body with others would be refused or changed.
+# The characters of XML 1.0, accepted by SQS; other characters would be refused or changed.
 _NOT_TEXT = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _ID_HEADER = "idempotency-key"
 _REGION = re.compile(r"https://sqs\.([a-z0-9-]+)\.amazonaws\.com")
@@ -59,14 +59,14 @@ _NO_QUEUE = ("AWS.SimpleQueueService.NonExistentQueue", "QueueDoesNotExist")
 _CONFIG = Config(
     connect_timeout=5,
     read_timeout=_MAX_WAIT_S + 10,
-    # A SendMessage whose reply was lost is sent again: FIFO queues store it once, others may store it twice.
+    # A SendMessage without a reply is sent again: FIFO queues store the message once, standard queues perhaps twice.
     retries={"mode": "standard", "total_max_attempts": 2},
     max_pool_connections=64,
 )
 
 
 class SqsDelivery:
-    """A received message with its receipt; SQS delivers it again where its visibility timeout ends first."""
+    """A received message with its receipt; SQS delivers again where the visibility timeout ends first."""
 
     def __init__(self, consumer: SqsConsumer, raw: Mapping[str, Any]) -> None:
         self._consumer = consumer
@@ -128,13 +128,13 @@ class SqsConsumer:
         return deliveries
 
     def backlog(self) -> Backlog:
-        """Messages that wait, that are delayed and that are in work, as SQS estimates them; it tells no age here."""
+        """Messages that wait, that are delayed and that are in work, as estimated by SQS, without an age."""
         names = [f"ApproximateNumberOfMessages{state}" for state in ("", "Delayed", "NotVisible")]
         counts = self._queue.attributes(names)
         return Backlog(sum(int(counts.get(name, 0)) for name in names))
 
     def close(self) -> None:
-        """Make what was received and not ended visible again, and disconnect."""
+        """Make unfinished messages visible again, and disconnect."""
         with self._lock:
             receipts, self._unfinished = list(self._unfinished.values()), {}
         for start in range(0, len(receipts), _MAX_BATCH):
@@ -147,7 +147,7 @@ class SqsConsumer:
         self._queue.close()
 
     def delete(self, delivery: SqsDelivery) -> None:
-        """Delete a message; where SQS is gone, it comes again."""
+        """Delete a message; where SQS is gone, another delivery follows."""
         self._end(delivery)
         with suppress(EventError):
             self._queue.call("delete_message", ReceiptHandle=delivery.receipt)
@@ -179,7 +179,7 @@ class SqsConsumer:
 class SqsPublisher:
     """Sends to a queue; a FIFO queue deduplicates by the message's id for five minutes and keeps order by its key.
 
-    Messages without a key are groups of their own, which keep no order and do not wait for one another.
+    Messages without a key are groups of their own, without an order and without waits between messages.
 
     Raises:
         ConfigurationMalformed: the queue's URL or the endpoint is none.
@@ -249,7 +249,7 @@ class SqsPublisher:
 
 
 class _Queue:
-    """A queue's API; botocore's errors become those of brokers."""
+    """A queue's API; botocore's errors become errors of brokers."""
 
     def __init__(self, place: SqsPlace) -> None:
         self._url, self.where = place.queue_url, where_of(place)
@@ -296,7 +296,7 @@ class _Queue:
     def _is_transient(self, error: exceptions.ClientError) -> bool:
         code = error.response.get("Error", {}).get("Code", "")
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        # A queue that never was there is a wrong name; one that was may be made again.
+        # A queue that never was there is a wrong name; a queue that was may be made again.
         return code in _TRANSIENT or status >= 500 or (self._was_there and code in _NO_QUEUE)
 
     def _error(self, kind: type[EventError], error: Exception) -> EventError:
@@ -304,7 +304,7 @@ class _Queue:
 
 
 def encoded(body: bytes) -> tuple[str, str]:
-    """A body as SQS takes it, and its encoding: empty for a text."""
+    """A body in the form for SQS, and its encoding: empty for a text."""
     if not body:
         return "-", _EMPTY  # SQS takes no empty body
     try:
@@ -317,7 +317,7 @@ def encoded(body: bytes) -> tuple[str, str]:
 
 
 def message_of(queue_name: str, raw: Mapping[str, Any]) -> Message:
-    """The message that SQS delivered; attributes are headers, unless they are binary."""
+    """The message that SQS delivered; text attributes are headers."""
     attributes = raw.get("MessageAttributes", {})
     texts = {_text(name).lower(): _text(a["StringValue"]) for name, a in attributes.items() if "StringValue" in a}
     encoding = texts.pop(_ENCODING, "")

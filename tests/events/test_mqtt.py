@@ -73,6 +73,34 @@ def test_a_wildcard_takes_the_messages_of_many_topics(server: MqttServer, opened
         delivery.ack()
 
 
+def test_headers_that_mqtt_cannot_have_end_no_connection(server: MqttServer, opened: ExitStack) -> None:
+    topic = unique_place()
+    consumer = consumer_of(opened, server, topic)
+    headers = {"content-type": "text/plain\x07", "line\n": "a\r\nb", "half": "\ud800", "none": "\x00\ufffe", "é": "ü"}
+    publisher_of(opened, server, topic).publish(Message(b"x", "m", headers=headers))
+    (delivery,) = fetched(consumer, 1)
+    assert dict(delivery.message.headers) == {
+        "content-type": "text/plain%07",
+        "line%0a": "a%0D%0Ab",
+        "half": "%3F",
+        "none": "%00%EF%BF%BE",
+        "é": "ü",
+        "idempotency-key": "m",
+    }
+    delivery.ack()
+
+
+def test_an_event_with_half_a_character_in_its_id_stops_no_consumer(server: MqttServer, opened: ExitStack) -> None:
+    topic = unique_place()
+    consumer = consumer_of(opened, server, topic)
+    mosquitto_pub(server, "-t", topic, "-m", '{"specversion": "1.0", "source": "\\ud800", "id": "1"}')
+    mosquitto_pub(server, "-t", topic, "-m", "next")
+    deliveries = fetched(consumer, 2)
+    assert deliveries[1].message.body == b"next"
+    for delivery in deliveries:
+        delivery.ack()
+
+
 @pytest.mark.parametrize("version", ["5", "3.1.1"])
 def test_two_equal_readings_without_an_id_are_two_messages(version: str, server: MqttServer, opened: ExitStack) -> None:
     topic = unique_place()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Self
+from urllib.parse import quote
 
 # Ids become keys of stores, headers and log lines.
 MAX_ID_CHARACTERS = 128
@@ -26,6 +28,8 @@ _ID_HEADERS = (
     "x-call-id",
 )
 _KAFKA = ("x-kafka-topic", "x-kafka-partition", "x-kafka-offset")
+# Control characters, halves of characters, and those that Unicode keeps for processes' own use.
+_NOT_PRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 _CLOUDEVENT = ("ce-source", "ce-id")
 
 
@@ -79,6 +83,14 @@ def idempotency_key(headers: Mapping[str, str], fallback: str) -> str:
         if all(parts):
             return storable("/".join(parts) if len(parts) > 1 else parts[0])
     return storable(fallback)
+
+
+def printable(text: str) -> str:
+    """`text` as a header of any broker: characters that are not interchanged are percent-encoded.
+
+    A line break would begin another header in NATS, and a control character ends the connection of MQTT.
+    """
+    return _NOT_PRINTABLE.sub(lambda match: quote(match[0], safe="", errors="replace"), text)
 
 
 def storable(text: str) -> str:

@@ -41,7 +41,7 @@ from isthmus.events.brokers.mqtt_connection import (
     stable_client_id,
 )
 from isthmus.events.configuration import MqttPlace
-from isthmus.events.message import CONTENT_TYPE, Message, idempotency_key
+from isthmus.events.message import CONTENT_TYPE, Message, idempotency_key, printable
 
 MAX_HELD_BYTES = 512 * 2**20
 """Bodies of unacknowledged messages in memory; beyond it nothing is read from the broker for a while."""
@@ -366,7 +366,8 @@ class MqttPublisher:
     def _properties(self, message: Message) -> Properties | None:
         if not self._connection.is_v5:
             return None
-        headers = dict(message.headers) | {_ID_HEADER: message.id}
+        headers = {printable(name): printable(value) for name, value in message.headers.items()}
+        headers[_ID_HEADER] = message.id
         size = sum(len(name.encode()) + len(value.encode()) + 5 for name, value in headers.items())
         limit = self._connection.max_packet_bytes - len(message.body) - len(self._topic.encode()) - 16
         if size > min(limit, _MAX_HEADER_BYTES):

@@ -20,7 +20,7 @@ from isthmus.errors import BrokerRefused, BrokerUnavailable, ConfigurationMalfor
 from isthmus.events.broker import Backlog
 from isthmus.events.brokers.nats_connection import REQUEST_TIMEOUT_S, NatsConnection
 from isthmus.events.configuration import NatsPlace
-from isthmus.events.message import Message, idempotency_key
+from isthmus.events.message import Message, idempotency_key, printable
 
 DUPLICATE_WINDOW_S = 600.0
 """How long the server knows the ids of a stream's messages: longer than the retries of a message last."""
@@ -30,8 +30,8 @@ _DEFAULT_MAX_PAYLOAD = 2**20  # of nats-server
 _MAX_FETCH = 256  # messages in memory; of 1 MB each by default
 _MIN_WAIT_S = 0.05  # shorter than a round trip, a fetch would leave its messages to the next fetch
 _NAME_IN_USE, _OVERLAP = 10058, 10065  # JSStreamNameExistErr, JSStreamSubjectOverlapErr
-# Header names and values of other transports: a line break would begin another header.
-_NOT_NAME, _CONTROL = re.compile(r"[^!-9;-~]"), re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
+# What other transports have in names of headers.
+_NOT_NAME = re.compile(r"[^!-9;-~]")
 _MSG_ID = api.Header.MSG_ID.value
 
 
@@ -231,7 +231,7 @@ class NatsPublisher:
         # A stream may hold several subjects: the result of a message has the message's own id, and so its reason to
         # be a dead letter; neither is a duplicate of the other.
         headers = {**message.headers, "idempotency-key": message.id}
-        headers = {_NOT_NAME.sub(_quoted, n): _CONTROL.sub(_quoted, v) for n, v in headers.items() if n}
+        headers = {_NOT_NAME.sub(_quoted, n): printable(v) for n, v in headers.items() if n}
         headers = {name: value for name, value in headers.items() if not name.startswith("nats-")}
         headers[_MSG_ID] = f"{self._place.subject}/{message.deduplication_id}"
         self._connection.run(lambda client: self._publish(client, message.body, headers))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -244,6 +245,25 @@ def test_every_place_gets_the_result_and_one_that_is_away_is_waited_for(setup: S
     setup.places.append(ResultPlace("alerts", alerts))
     setup.drain(*messages(2))
     assert sorted(setup.results.ids) == sorted(alerts.ids) == ["m0", "m1"]
+
+
+def test_a_place_that_comes_and_goes_does_not_fill_the_log(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    publish, failed = setup.results.publish, set()
+
+    def failing_once(message: Message) -> None:
+        if message.id not in failed:
+            failed.add(message.id)
+            raise away("results")
+        publish(message)
+
+    monkeypatch.setattr(setup.results, "publish", failing_once)
+    caplog.set_level(logging.INFO)
+    setup.drain(*messages(30), concurrency=1)
+    assert len(setup.results.ids) == 30
+    assert len([r for r in caplog.records if "results" in r.getMessage()]) <= 8  # of 60
+    assert "comes and goes" in caplog.text
 
 
 def test_nothing_is_acknowledged_while_a_place_is_away(setup: Setup) -> None:

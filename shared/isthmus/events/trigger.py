@@ -12,8 +12,10 @@ import secrets
 import socket
 import threading
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from isthmus.errors import BrokerRefused, BrokerUnavailable, EventError, ResultStoreUnavailable, StoreDamaged
 from isthmus.events.broker import Backlog, Consumer, Delivery
@@ -44,6 +46,8 @@ _MIN_SWEEP_S, _MAX_SWEEP_S, _SWEEPS_PER_LIFETIME = 60.0, 3600.0, 24
 # Objects expire at whole hours.
 _SWEEP_CLAIMS_EVERY_S = 3600.0
 _MIN_TICK_S = 0.05
+# A counterpart that comes and goes, such as a disk that is nearly full, would fill the log.
+_MAX_TOLD, _TOLD_WITHIN_S = 6, 60.0
 # For counterparts that hang in their last calls; the rest ends with the process.
 _CLOSE_S = 3.0
 _log = logging.getLogger(__name__)
@@ -96,6 +100,7 @@ class Trigger:
         self._limit = RouteLimit(configuration.router.concurrency)
         self._counts = MessageCounting()
         self._availability = Availability(self._stop, self._tell)
+        self._told: defaultdict[str, deque[float]] = defaultdict(partial(deque, maxlen=_MAX_TOLD))
         table, concurrency = configuration.spool, configuration.router.concurrency
         self._deferral = None if table is None or parts.spool is None else Deferral(table, parts.spool, concurrency)
         self._processor = Processor(
@@ -331,7 +336,13 @@ class Trigger:
             self._lanes.remove(job)
 
     def _tell(self, name: str, reason: str) -> None:
-        if reason:
+        told, now = self._told[name], time.monotonic()
+        if len(told) == _MAX_TOLD and now - told[0] < _TOLD_WITHIN_S:
+            return
+        told.append(now)
+        if len(told) == _MAX_TOLD and now - told[0] < _TOLD_WITHIN_S:
+            _log.warning("%s comes and goes, which is not logged for a minute: %s", name, reason or "it answers again")
+        elif reason:
             _log.warning("%s is away, and is waited for: %s", name, reason)
         else:
             _log.info("%s answers again", name)

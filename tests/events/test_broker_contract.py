@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -13,6 +13,7 @@ import pytest
 
 from isthmus.errors import BrokerRefused, BrokerUnavailable, MessageTooLarge
 from isthmus.events.broker import Backlog, Consumer, Delivery, Publisher
+from isthmus.events.brokers import mqtt_connection, nats_connection
 from isthmus.events.message import Message
 from support.brokers import BrokerServer, fetched, published, unique_place
 from support.mqtt_server import Mqtt3Server, MqttServer
@@ -345,6 +346,15 @@ def test_wrong_credentials_are_refused(bench: Bench) -> None:
         assert "wrong" not in str(refused.value)
 
 
+@contextmanager
+def without_patience() -> Iterator[None]:
+    """Operations wait for a dead server for a moment alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mqtt_connection, "_CONNECT_S", 0.3)
+        patch.setattr(nats_connection, "CONNECT_TIMEOUT_S", 0.3)
+        yield
+
+
 def test_a_server_that_died_is_unavailable_and_comes_back_by_itself(mortal: Bench) -> None:
     consumer, publisher = mortal.pair()
     publisher.publish(Message(b"before", "m"))
@@ -355,7 +365,7 @@ def test_a_server_that_died_is_unavailable_and_comes_back_by_itself(mortal: Benc
         lambda: publisher.publish(Message(b"x", "n")),
         lambda: consumer.backlog(),
     ):
-        with pytest.raises(BrokerUnavailable):
+        with without_patience(), pytest.raises(BrokerUnavailable):
             action()
     # None of these raises: the message comes again.
     delivery.extend()
@@ -390,9 +400,9 @@ def test_messages_survive_the_death_of_the_server(mortal: Bench) -> None:
 def test_a_server_that_is_not_there_at_the_start_is_waited_for(mortal: Bench) -> None:
     mortal.server.kill()
     consumer, publisher = mortal.consumer(), mortal.publisher()
-    with pytest.raises(BrokerUnavailable):
+    with without_patience(), pytest.raises(BrokerUnavailable):
         consumer.fetch(1, 0.3)
-    with pytest.raises(BrokerUnavailable):
+    with without_patience(), pytest.raises(BrokerUnavailable):
         publisher.publish(Message(b"x", "early"))
     mortal.server.restart()
     mortal.server.make(mortal.place)

@@ -20,7 +20,7 @@ USER, PASSWORD = "isthmus", "right-password"
 class BrokerServer(ABC):
     """A server process with a store in `folder`, and consumers and publishers at it."""
 
-    redelivery_s: float | None = 3.0
+    redelivery_s: float | None = 2.0
     """After which time a delivery without an end comes again; None where only a new connection brings it."""
     counts_deliveries = True
     has_headers = True

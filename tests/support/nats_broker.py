@@ -12,7 +12,7 @@ from support.nats_server import NatsServer
 class NatsBroker(BrokerServer):
     """nats-server with JetStream and a password."""
 
-    redelivery_s = 3.0
+    redelivery_s = 2.0
 
     def __init__(self, folder: Path) -> None:
         self._server = NatsServer(folder, f"authorization {{ user: {USER}, password: {PASSWORD} }}")

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from support.cli import document, isthmus
 from support.nats_server import NatsServer, unique_subject
 from support.nats_server import nats_server as nats_server
 from support.nats_server import own_nats_server as own_nats_server
-from support.patience import LONG_S
+from support.patience import LONG_S, eventually
 from support.ports import free_port
 from support.scripted_router import ScriptedRouter, result_of, scripted_router
 from support.trigger_files import configuration_file, trigger_process
@@ -186,13 +186,17 @@ def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     assert "none.toml cannot be read" in ran.stderr
 
 
+def runs_until(running: subprocess.Popen[str], condition: Callable[[], object]) -> None:
+    """Wait for a condition while the process runs."""
+    eventually(lambda: running.poll() is not None or bool(condition()))
+    assert running.poll() is None
+
+
 def test_sigterm_finishes_what_is_in_work(stage: Stage, router: ScriptedRouter, tmp_path: Path) -> None:
     router.pause_s = 0.3
     stage.send(*(Message(b"", f"m{i}") for i in range(12)))
     running = trigger_process(stage.file, "--json", stdout=subprocess.PIPE)
-    while len(router.received) < 4:
-        assert running.poll() is None
-        time.sleep(0.02)
+    runs_until(running, lambda: len(router.received) >= 4)
     running.send_signal(signal.SIGTERM)
     out, _ = running.communicate(timeout=LONG_S)
     last = json.loads(out.splitlines()[-1])
@@ -212,9 +216,8 @@ def test_every_message_has_one_result_while_the_trigger_is_killed_at_random(
     stage.send(*(Message(b"photo %d" % i, f"m{i}") for i in range(count)))
     running = trigger_process(stage.file, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     for kill in range(1, kills + 1):
-        while len(router.received) < kill * count // (kills + 2):
-            assert running.poll() is None
-            time.sleep(0.01)
+        wanted = kill * count // (kills + 2)
+        runs_until(running, lambda wanted=wanted: len(router.received) >= wanted)
         time.sleep(chance.uniform(0, 0.1))
         running.kill()
         running.wait()
@@ -254,17 +257,13 @@ def test_a_broker_that_dies_and_comes_back_is_waited_for(
         with log.open("w") as file:
             running = trigger_process(stage.file, stdout=subprocess.DEVNULL, stderr=file)
         for outage in (1, 2):
-            while len(router.received) < 30 * outage:
-                assert running.poll() is None
-                time.sleep(0.01)
+            runs_until(running, lambda outage=outage: len(router.received) >= 30 * outage)
             own_nats_server.kill()
-            while log.read_text().count("source is away, and is waited for") < outage:
-                assert running.poll() is None
-                time.sleep(0.01)
+            # Fetches, publishes and acknowledgements meet the outage; the first to time out says so.
+            runs_until(running, lambda: "is away, and is waited for" in log.read_text())
+            time.sleep(0.5)
             own_nats_server.restart()
-        while len(router.calls()) < 100:
-            assert running.poll() is None
-            time.sleep(0.01)
+        runs_until(running, lambda: len(router.calls()) >= 100)
         running.send_signal(signal.SIGTERM)
         running.wait(LONG_S)
         assert isthmus("trigger", stage.file, "--until-empty").exit_code == 0
@@ -279,14 +278,10 @@ def test_a_broker_that_comes_back_empty_goes_on_with_new_messages(
     with closing(Stage(own_nats_server, router, tmp_path)) as stage:
         stage.send(Message(b"", "before"))
         running = trigger_process(stage.file, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not router.received:
-            assert running.poll() is None
-            time.sleep(0.01)
+        runs_until(running, lambda: router.received)
         own_nats_server.restart(empty=True)
         stage.send(Message(b"", "after"))
-        while len(router.received) < 2:
-            assert running.poll() is None
-            time.sleep(0.01)
+        runs_until(running, lambda: len(router.received) >= 2)
         running.send_signal(signal.SIGTERM)
         running.wait(LONG_S)
     assert router.calls() == {"before": 1, "after": 1}

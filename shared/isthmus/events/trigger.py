@@ -47,7 +47,7 @@ _MIN_SWEEP_S, _MAX_SWEEP_S, _SWEEPS_PER_LIFETIME = 60.0, 3600.0, 24
 _SWEEP_CLAIMS_EVERY_S = 3600.0
 _MIN_TICK_S = 0.05
 # A counterpart that comes and goes, such as a disk that is nearly full, would fill the log.
-_MAX_TOLD, _TOLD_WITHIN_S = 6, 60.0
+_MAX_TOLD, _TOLD_WITHIN_S = 20, 60.0
 # For counterparts that hang in their last calls; the rest ends with the process.
 _CLOSE_S = 3.0
 _log = logging.getLogger(__name__)

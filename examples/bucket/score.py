@@ -79,9 +79,10 @@ def settings() -> RegistrySettings:
 
 
 def documents(bucket: Any, prefix: str) -> Iterator[Any]:
-    """The JSON of each object."""
+    """The JSON of each object, without the headers beside dead letters."""
     for item in bucket.objects.filter(Prefix=prefix):
-        yield json.load(item.get()["Body"])
+        if not item.key.endswith(".headers.json"):
+            yield json.load(item.get()["Body"])
 
 
 def lines(bucket: Any) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +35,14 @@ def test_each_result_is_an_object_named_by_its_id(store: BlobStore) -> None:
     assert store.list("") == ["_-9.txt", "photos-7.json", "photos-8.bin"]
     assert store.get("photos-8.bin", max_bytes=9) == b"\x00\xff"
     assert publisher.url == store.url
+
+
+def test_a_dead_letter_has_its_reason_beside_it(store: BlobStore) -> None:
+    headers = {"content-type": "image/jpeg", "x-isthmus-reason": "400: no image", "x-isthmus-attempts": "1"}
+    for _ in range(2):
+        ObjectPublisher(store).publish(Message(b"\xff", "photos-7", headers=headers))
+    assert store.list("") == ["photos-7.jpg", "photos-7.jpg.headers.json"]
+    assert json.loads(store.get("photos-7.jpg.headers.json", max_bytes=999)) == headers
 
 
 def test_a_repetition_changes_nothing(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ FILE = "x-isthmus-file"
 """Header with the name of the file that was sent, as in a URL; results have it too."""
 CONTINUATION = "application/vnd.isthmus.continuation"
 """Media type of a request that the router finishes later. Source: docs/reference/continuation.md."""
+REASON = "x-isthmus-reason"
+"""Header of dead letters. A dead letter that is sent to the source again begins anew."""
 DEATHS = "x-isthmus-deaths"
 """Header of dead letters: how often the message has been one."""
 # In order of precedence: the event's own identity survives forwarding; the id of a queue does not.

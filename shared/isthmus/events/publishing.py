@@ -24,14 +24,12 @@ from isthmus.events.calls import Calls
 from isthmus.events.claims import CONTENT_TYPE as CLAIM_CONTENT_TYPE
 from isthmus.events.claims import ClaimStore
 from isthmus.events.limits import Availability, Value
-from isthmus.events.message import CONTENT_TYPE, DEATHS, FILE, Message
+from isthmus.events.message import CONTENT_TYPE, DEATHS, FILE, REASON, Message
 
 PATH = "x-isthmus-trigger"
 """Header of results: the triggers that a message has come through, against loops."""
 MAX_PATH = 16
 """Triggers on the way of a message, and deaths of a message: beyond is a loop."""
-REASON = "x-isthmus-reason"
-"""Header of dead letters. A dead letter that is sent to the source again begins anew."""
 MAX_HEADER = 1000
 """Characters of a header of ours: foreign texts may have any length."""
 _MAX_BACKOFF_S = 60.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,7 +14,7 @@ from isthmus.errors import (
     RegistryUnavailable,
 )
 from isthmus.events.broker import check_size
-from isthmus.events.message import Message
+from isthmus.events.message import REASON, Message
 from isthmus.registry import BlobStore
 
 MAX_BODY_BYTES = 2**30
@@ -24,7 +25,8 @@ _SUFFIXES = {"application/json": ".json", "text/plain": ".txt", "image/jpeg": ".
 class ObjectPublisher:
     """Writes each message once: a repetition finds the object of its id and changes nothing.
 
-    Only bodies are stored; the content type shows in the name's suffix.
+    The body is the object, and the content type shows in the name's suffix. Headers of a dead letter, with its reason,
+    are a second object, NAME.headers.json; headers of results are not stored.
     """
 
     def __init__(self, store: BlobStore) -> None:
@@ -52,8 +54,12 @@ class ObjectPublisher:
             BrokerRefused: the store refuses credentials, or there is no such bucket.
         """
         check_size(message, MAX_BODY_BYTES)
+        key = object_key(message)
         with _translated(self.url):
-            self._store.put_if_absent(object_key(message), message.body)
+            # The headers first, so that no dead letter is without its reason.
+            if REASON in message.headers:
+                self._store.put_if_absent(f"{key}.headers.json", json.dumps(dict(message.headers)).encode())
+            self._store.put_if_absent(key, message.body)
 
     def close(self) -> None:
         """No-op: the store belongs to its opener."""

@@ -10,8 +10,9 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta, Struct
@@ -27,10 +28,13 @@ from isthmus.errors import (
     RegistryMissing,
     ResultStoreUnavailable,
 )
+from isthmus.events.message import CONTENT_TYPE as HEADER
+from isthmus.events.message import Message
 from isthmus.registry import BlobStore, RetryPolicy
 
 CONTENT_TYPE = "application/vnd.isthmus.claim+json"
-FORMAT = "isthmus.claim/1"
+_FAMILY = "isthmus.claim/"
+FORMAT = f"{_FAMILY}1"
 MAX_CLAIM_BYTES = 2048
 _PREFIX = "claims"
 # Keys name the hour of their expiry: a sweep removes whole hours, and never an object that a later claim refers to.
@@ -55,20 +59,15 @@ class Claim(Struct, frozen=True, forbid_unknown_fields=True, tag_field="format",
         return msgspec.json.encode(self)
 
 
-def is_claim(document: Mapping[str, Any]) -> bool:
-    """Whether a JSON object is a claim, of this version or another."""
-    return str(document.get("format", "")).startswith("isthmus.claim/")
-
-
 def looks_like_claim(body: bytes | memoryview) -> bool:
-    """Whether a body is a claim, by content: queues lose Content-Type."""
+    """Whether a body is a claim, of this version or another, by content: queues lose Content-Type."""
     if len(body) > MAX_CLAIM_BYTES or bytes(body[:1]) != b"{":
         return False
     try:
         document = json.loads(bytes(body))
     except (ValueError, RecursionError):
         return False
-    return isinstance(document, dict) and is_claim(document)
+    return isinstance(document, dict) and str(document.get("format", "")).startswith(_FAMILY)
 
 
 def parse_claim(data: bytes | memoryview) -> Claim:
@@ -133,6 +132,11 @@ class ClaimStore:
         except RegistryError as e:
             raise ResultStoreUnavailable(f"{self.url}: {e.message}", store=self.url) from e
         return claim
+
+    def shortened(self, message: Message) -> Message:
+        """The message with a claim in place of its body; errors as `deposit`."""
+        claim = self.deposit(message.body, message.content_type)
+        return replace(message, body=claim.encode(), headers={**message.headers, HEADER: CONTENT_TYPE})
 
     def redeem(self, claim: Claim) -> bytes:
         """The body of a claim, verified.

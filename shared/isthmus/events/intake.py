@@ -9,7 +9,6 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 from msgspec.structs import replace as replace_fields
 
@@ -17,11 +16,10 @@ from isthmus.errors import BrokerRefused, EventMalformed, MessageTooLarge, Overl
 from isthmus.events.broker import Backlog, Publisher
 from isthmus.events.call import Call, CallLease
 from isthmus.events.calls import Calls
-from isthmus.events.claims import CONTENT_TYPE as CLAIM_CONTENT_TYPE
 from isthmus.events.claims import ClaimStore
 from isthmus.events.configuration import Broker, MqttPlace, NatsPlace, TriggerConfiguration
 from isthmus.events.loops import topic_filter
-from isthmus.events.message import CONTENT_TYPE, Message, idempotency_key
+from isthmus.events.message import Message, idempotency_key
 from isthmus.events.publishing import PATH
 from isthmus.events.route import forwarded
 
@@ -121,8 +119,7 @@ class CallIntake:
     def _sendable(self, message: Message) -> Message:
         if self._claims is None or len(message.body) <= self._publisher.max_bytes:
             return message
-        claim = self._claims.deposit(message.body, message.content_type)
-        return replace(message, body=claim.encode(), headers={**message.headers, CONTENT_TYPE: CLAIM_CONTENT_TYPE})
+        return self._claims.shortened(message)
 
     def _fail(self, call: Call, error: MessageTooLarge) -> None:
         lease = self._calls.begin(call.id, secrets.token_hex(8), _LEASE_S)

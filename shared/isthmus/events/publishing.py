@@ -21,7 +21,6 @@ from isthmus.errors import (
 from isthmus.events.broker import Publisher
 from isthmus.events.call import Call, CallLease
 from isthmus.events.calls import Calls
-from isthmus.events.claims import CONTENT_TYPE as CLAIM_CONTENT_TYPE
 from isthmus.events.claims import ClaimStore
 from isthmus.events.limits import Availability, Value
 from isthmus.events.message import CONTENT_TYPE, DEATHS, FILE, REASON, Message
@@ -158,8 +157,7 @@ class Publishing:
         claims = self.claims
         if claims is None or len(message.body) <= limit:
             return message
-        claim = self.availability.until("claims", lambda: claims.deposit(message.body, message.content_type), _STORE)
-        return replace(message, body=claim.encode(), headers={**message.headers, CONTENT_TYPE: CLAIM_CONTENT_TYPE})
+        return self.availability.until("claims", lambda: claims.shortened(message), _STORE)
 
     def _stored(self, operation: Callable[[], Value]) -> Value:
         return self.availability.until("records", operation, _STORE)

@@ -13,7 +13,6 @@ from urllib.parse import quote
 
 from isthmus.errors import IsthmusError, MessageTooLarge, RequestMalformed
 from isthmus.events.broker import Publisher
-from isthmus.events.claims import CONTENT_TYPE as CLAIM_CONTENT_TYPE
 from isthmus.events.claims import ClaimStore
 from isthmus.events.configuration import TriggerConfiguration
 from isthmus.events.intake import writable
@@ -85,12 +84,7 @@ def _send(file: Path, request: SendRequest, publisher: Publisher, claims: ClaimS
     headers = {**request.headers, CONTENT_TYPE: content_type, FILE: quote(os.fsencode(file.name))}
     message = Message(body, storable(f"file-{digest}"), publisher.url, headers, request.key)
     by_claim = claims is not None and len(body) > publisher.max_bytes
-    if claims is not None and by_claim:
-        claim = claims.deposit(body, content_type)
-        message = Message(
-            claim.encode(), message.id, message.source, headers | {CONTENT_TYPE: CLAIM_CONTENT_TYPE}, request.key
-        )
-    publisher.publish(message)
+    publisher.publish(claims.shortened(message) if claims is not None and by_claim else message)
     return SentFile(str(file), message.id, len(body), by_claim)
 
 

@@ -75,6 +75,8 @@ HEAVY = {
     "typer": {"cli"},
     "matplotlib": {"figures"},
     "scipy": {"planner"},
+    "highspy": {"routing"},
+    "opentelemetry": {"serving"},
     "skimage": {"zoo"},
 }
 """The rooms that may import a heavy library."""
@@ -135,7 +137,7 @@ def is_allowed(package: str, room: str, target_package: str, target: str) -> boo
         allowed = {*BASE[: BASE.index(room)]} if room in BASE else RUNTIME.get(room, set())
         return target_package == "isthmus" and target in allowed
     if target_package == "isthmus":
-        return target not in ("serving", "routing") or room not in TOOLS
+        return target != "serving" or room not in TOOLS
     return room not in TOOLS or target in TOOLS[room]
 
 

@@ -287,6 +287,11 @@ class RouterSettings(SegmentSettings):
         maximum=1,
     )
     plan: bool = setting("whether the router follows the plan in the model's bundle, if `cuts` is empty", True)
+    adapt: bool = setting(
+        "whether the router chooses the route of each request among the candidates of the plan, and takes another where"
+        " a hop gives no response; otherwise every request takes the plan's choice",
+        True,
+    )
     hop_attempts: int = setting(
         "attempts per call of a hop that is reached and fails, including the first, within the deadline. "
         "Calls of a starting hop (connection refused, 503, the gateway's 404) are retried until the deadline. "

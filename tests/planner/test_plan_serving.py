@@ -91,7 +91,7 @@ def expected(published: Published, data: bytes) -> float:
 def test_edge_only_runs_the_whole_model_on_the_first_hop(place: Place) -> None:
     found = answer(place.router(place.plan(candidate())), photo())
     assert [(s["segment"], s["hop"]) for s in found["route"]["segments"]] == [("..", place.hops[0])]
-    assert found["route"]["plan"] == "edge-float"
+    assert found["route"]["name"] == "edge-float"
     assert found["classes"][0]["probability"] == pytest.approx(expected(place.published, photo()), abs=TOLERANCE)
 
 
@@ -106,7 +106,7 @@ def test_cloud_only_sends_the_photo_as_it_came(place: Place) -> None:
     assert found["classes"][0]["probability"] == pytest.approx(expected(place.published, data), abs=TOLERANCE)
     assert "preprocess" not in found["timings_ms"]
     tensors = infer(place, model)["parameters"]
-    assert (tensors["segments"], tensors["plan"]) == ("..", "cloud-photo")
+    assert (tensors["segments"], tensors["isthmus.route"]) == ("..", "cloud-photo")
 
 
 def jpeg_plan(quality: float) -> Candidate:
@@ -126,7 +126,7 @@ def test_a_photo_is_resized_and_compressed_at_the_router_as_the_plan_says(place:
     raw = answer(place.router(model, codec="raw"), data)["route"]
     assert raw["segments"][0]["sent_bytes"] > len(data)
     tensors = infer(place, model)["parameters"]
-    assert (tensors["segments"], tensors["plan"]) == ("..", "cloud-jpeg")
+    assert (tensors["segments"], tensors["isthmus.route"]) == ("..", "cloud-jpeg")
 
 
 def test_a_photo_that_the_router_cannot_compress_is_the_callers_error(place: Place) -> None:
@@ -150,7 +150,7 @@ def test_cloud_only_packs_the_input_as_the_plan_says(place: Place) -> None:
 def test_a_split_runs_at_the_plans_cut_and_packs_what_crosses(place: Place) -> None:
     chosen = candidate("split-3-half", "split", cuts=("3",), codecs={"r3": Coding("half/1")})
     found = answer(place.router(place.plan(chosen)), photo())["route"]
-    assert found["plan"] == "split-3-half"
+    assert found["name"] == "split-3-half"
     assert [(s["segment"], s["hop"]) for s in found["segments"]] == [("..3", place.hops[0]), ("3..", place.hops[1])]
     assert found["segments"][1]["codecs"] == {"r3": "half/1"}
     assert "codecs" not in found["segments"][0]
@@ -166,7 +166,7 @@ def test_the_variant_runs_instead_where_the_plan_says_so(place: Place) -> None:
     )
     chosen = candidate("edge-int8", variant=other.digest)
     found = infer(place, place.plan(chosen))
-    assert found["parameters"]["plan"] == "edge-int8"
+    assert found["parameters"]["isthmus.route"] == "edge-int8"
     logits = run_whole(other.onnx, [place.published.inputs])[0]["logits"]
     assert np.allclose(found["outputs"][0]["data"], logits.ravel(), atol=TOLERANCE)
 
@@ -263,7 +263,7 @@ def test_a_new_version_whose_plan_is_anothers_leaves_the_old_one_serving(place: 
     registry.set_alias("photos", "live", bad)
     for _ in range(3):
         found = json.loads(client.post("/", data=photo()).data)
-        assert (found["model_version"], found["route"]["plan"]) == (good, "edge-float")
+        assert (found["model_version"], found["route"]["name"]) == (good, "edge-float")
     asked = client.get(f"/v2/models/photos/versions/{bad}")
     assert (asked.status_code, asked.json["type"]) == (409, "PlanMismatch")
 

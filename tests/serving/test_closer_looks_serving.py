@@ -162,7 +162,7 @@ def test_a_plans_closer_looks_are_taken_and_codec_raw_switches_them_off(
         return ask(ready(create_router_app(settings).test_client())).json["route"]
 
     found = answer()
-    assert (found["plan"], found["looks"], found["looks_ended"]) == ("split-6-t", 2, "last")
+    assert (found["name"], found["looks"], found["looks_ended"]) == ("split-6-t", 2, "last")
     assert [s["codecs"] for s in found["segments"][1:]] == [{"p6": CALIBRATED}] * 3
     raw = answer(codec="raw")
     assert "looks" not in raw

@@ -39,7 +39,7 @@ def test_json_tensors_give_the_whole_models_answer(client: FlaskClient, photos: 
     assert (doc["id"], doc["model_name"], doc["model_version"]) == ("me", "photos", "1")
     facts = doc["parameters"]
     assert (facts.keys(), facts["segments"], facts["link_raw_bytes"]) == (
-        {"segments", "link_bytes", "link_raw_bytes"},
+        {"segments", "link_bytes", "link_raw_bytes", "isthmus.route"},
         "..6,6..",
         1024,
     )

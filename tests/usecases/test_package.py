@@ -143,7 +143,7 @@ def test_the_functions_are_those_of_the_plan(
     assert (written["plan"], written["functions"]) == (chosen.name, [*functions, "photos-router"])
     found = answered(house, written)
     route = found.document["route"]
-    assert (route["plan"], found.functions) == (chosen.name, functions)
+    assert (route["name"], found.functions) == (chosen.name, functions)
     assert [segment["segment"] for segment in route["segments"]] == segments
     assert route["segments"][-1].get("codecs", {}) == codecs
 
@@ -154,7 +154,7 @@ def test_the_plans_int8_variant_is_baked_instead_of_the_model(house: Path, publi
     variant = publish(published.onnx.parent, model, {}, registry=published.folder, labels=list("abcde"), **arguments)
     written = packaged(published, planned(published, candidate("edge-int8", variant=variant.digest)))
     found = answered(house, written)
-    assert (found.document["route"]["plan"], found.functions) == ("edge-int8", ["photos-head"])
+    assert (found.document["route"]["name"], found.functions) == ("edge-int8", ["photos-head"])
     logits = run_whole(model, [{"x": photo_array(photo())}])[0]["logits"][0]
     shares = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
     assert found.document["classes"][0]["probability"] == pytest.approx(float(shares.max()), abs=TOLERANCE)
@@ -166,7 +166,7 @@ def test_cuts_that_are_asked_for_go_before_the_plan(house: Path, published: Publ
     found = answered(house, written)
     assert [segment["segment"] for segment in found.document["route"]["segments"]] == ["..1", "1..6", "6.."]
     assert found.functions == ["photos-head", "photos-middle-1", "photos-tail"]
-    assert "plan" not in found.document["route"]
+    assert found.document["route"]["name"] == "default"
 
 
 def test_without_a_plan_the_bundles_own_partition_is_packaged(house: Path, published: Published) -> None:

@@ -80,6 +80,11 @@ class Result:
     """None where the route has none, or encoded nothing that a look could send finer."""
     notes: Mapping[str, str | int] = field(default_factory=dict)
     """Further facts about the route for the response, such as the fallback codec in force."""
+    route: str = ""
+    degraded: str = ""
+    """The name of the route, and what its approximation costs; set by the dispatcher."""
+    segments: int = 0
+    """Segments of the route; runs after as many are of closer looks."""
 
     @property
     def link_bytes(self) -> int:
@@ -95,7 +100,9 @@ class Result:
         """The route as parameters of an Open Inference Protocol response."""
         codecs = [f"{name}={codec}" for run in self.runs for name, codec in run.codecs.items()]
         facts = {"segments": ",".join(run.segment for run in self.runs), **self.sizes()}
-        return {**facts, **({"codecs": ",".join(codecs)} if codecs else {}), **self.looks(), **self.notes}
+        taken = {"isthmus.route": self.route, "isthmus.degraded": self.degraded}
+        taken = {name: value for name, value in taken.items() if value}
+        return {**facts, **({"codecs": ",".join(codecs)} if codecs else {}), **self.looks(), **self.notes, **taken}
 
     def sizes(self) -> dict[str, int]:
         """Bytes over the link as responses state them. Source: docs/reference/api.md, "Bytes over the link"."""
@@ -161,7 +168,7 @@ def execute_resumably(
         rest = route.after(done)
         return Interruption(e, rest, {s.name: execution.tensors[s.name] for s in rest.inputs}, tuple(execution.runs))
     looks = execution.look_closer(route.looks) if route.looks is not None else None
-    return Result(execution.outputs(), tuple(execution.runs), execution.tensors, looks)
+    return Result(execution.outputs(), tuple(execution.runs), execution.tensors, looks, segments=len(route.segments))
 
 
 def encode_tensors(

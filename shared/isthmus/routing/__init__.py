@@ -1,16 +1,27 @@
-"""The choice of a request's route: model catalog, route selection, codec override, and the accuracy guard."""
+"""The choice of a request's route: model catalog, candidate routes, dispatch, and the accuracy guard."""
 
+from isthmus.routing.candidates import RouteCandidate
 from isthmus.routing.catalog import ModelCatalog, ServedModel
 from isthmus.routing.codec_override import override_codec, parse_override
+from isthmus.routing.dispatcher import DEGRADED_HEADER, ROUTE_HEADER, Attempt, Dispatcher
+from isthmus.routing.estimates import Estimates
 from isthmus.routing.guard import Guard
-from isthmus.routing.selection import RouteSelector, SelectedRoute
+from isthmus.routing.selection import RouteSelector
+from isthmus.routing.watched_hop import WatchedHop, watch
 
 __all__ = [
+    "DEGRADED_HEADER",
+    "ROUTE_HEADER",
+    "Attempt",
+    "Dispatcher",
+    "Estimates",
     "Guard",
     "ModelCatalog",
+    "RouteCandidate",
     "RouteSelector",
-    "SelectedRoute",
     "ServedModel",
+    "WatchedHop",
     "override_codec",
     "parse_override",
+    "watch",
 ]

@@ -12,15 +12,15 @@ from isthmus.errors import Missing
 from isthmus.pipeline import Hop, PhotoInput, Route, plan_route
 from isthmus.pipeline.route import near_hop
 from isthmus.processing.image_spec import made_shape, photo_tensor
-from isthmus.routing.selection import SelectedRoute
+from isthmus.routing.candidates import RouteCandidate
 
 # Cuts in the list; a bundle may have hundreds, and a person compares a few.
 MAX_CUTS = 12
 
 
 def alternative_routes(
-    digest: str, bundle: Bundle, hops: tuple[Hop, ...], selected: SelectedRoute
-) -> dict[str, SelectedRoute]:
+    digest: str, bundle: Bundle, hops: tuple[Hop, ...], selected: RouteCandidate
+) -> dict[str, RouteCandidate]:
     """Routes other than `selected`, by name: `raw`, `edge`, `cloud`, `photo` and `cut:NAME`.
 
     `raw` is the selected route without codecs, `edge` and `cloud` run the whole model on the first and the last hop,
@@ -33,27 +33,27 @@ def alternative_routes(
         for name, other in others
         if other.photo != selected.photo or (other.photo is None and _identity(other.route) != _identity(raw))
     }
-    return ({"raw": SelectedRoute(raw)} if any(selected.route.encodings) else {}) | different
+    return ({"raw": RouteCandidate(raw)} if any(selected.route.encodings) else {}) | different
 
 
-def _whole_routes(digest: str, bundle: Bundle, hops: tuple[Hop, ...]) -> Iterator[tuple[str, SelectedRoute]]:
+def _whole_routes(digest: str, bundle: Bundle, hops: tuple[Hop, ...]) -> Iterator[tuple[str, RouteCandidate]]:
     with suppress(Missing):  # a bundle need not have the whole model as a segment
         edge = Route(digest, bundle, (bundle.segment(WHOLE),), hops[:1], near=near_hop(hops))
         cloud = replace(edge, hops=hops[-1:])
         if len(hops) > 1:
-            yield "edge", SelectedRoute(edge)
-        yield "cloud", SelectedRoute(cloud)
+            yield "edge", RouteCandidate(edge)
+        yield "cloud", RouteCandidate(cloud)
         spec = bundle.preprocess
         shape = None if spec is None else made_shape(spec)
         if spec is not None and shape is not None and hops[-1].encodes:
             tensor = photo_tensor(bundle)
-            yield "photo", SelectedRoute(cloud, PhotoInput(tensor.name, tensor.dtype, shape, 0, spec))
+            yield "photo", RouteCandidate(cloud, PhotoInput(tensor.name, tensor.dtype, shape, 0, spec))
 
 
-def _split_routes(digest: str, bundle: Bundle, hops: tuple[Hop, ...]) -> Iterator[tuple[str, SelectedRoute]]:
+def _split_routes(digest: str, bundle: Bundle, hops: tuple[Hop, ...]) -> Iterator[tuple[str, RouteCandidate]]:
     for cut in bundle.cut_list[:MAX_CUTS] if len(hops) > 1 else ():
         if bundle.has_segments((cut.name,)):
-            yield f"cut:{cut.name}", SelectedRoute(plan_route(digest, bundle, hops, (cut.name,)))
+            yield f"cut:{cut.name}", RouteCandidate(plan_route(digest, bundle, hops, (cut.name,)))
 
 
 def _identity(route: Route) -> tuple[str, tuple[str, ...], tuple[str, ...]]:

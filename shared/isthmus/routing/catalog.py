@@ -28,7 +28,8 @@ from isthmus.errors import (
 from isthmus.processing.classify_spec import parse_labels
 from isthmus.registry import Registry
 from isthmus.registry.lookups import Lookups
-from isthmus.routing.selection import RouteSelector, SelectedRoute
+from isthmus.routing.candidates import RouteCandidate
+from isthmus.routing.selection import RouteSelector
 
 # Models in the cache; names come from callers, so there must be an end.
 MAX_CACHED = 256
@@ -42,14 +43,19 @@ MAX_LISTED = 200
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A version of a model, its class names where the bundle has any, and the route of its requests."""
+    """A version of a model, its class names where the bundle has any, and the candidate routes of its requests."""
 
     name: str
     version: str
     digest: str
     bundle: Bundle
     labels: tuple[str, ...] | None
-    route: SelectedRoute
+    candidates: tuple[RouteCandidate, ...]
+
+    @property
+    def route(self) -> RouteCandidate:
+        """The plan's choice."""
+        return self.candidates[0]
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,7 @@ class ModelCatalog:
             self._log_stale(model.name, e)
             return [model.version]
 
-    def alternatives(self, model: ServedModel) -> dict[str, SelectedRoute]:
+    def alternatives(self, model: ServedModel) -> dict[str, RouteCandidate]:
         """Other routes of this version, by name; see `alternative_routes`."""
         return self._routes.alternatives(model.digest, model.bundle, model.route)
 

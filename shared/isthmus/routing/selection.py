@@ -1,32 +1,29 @@
-"""The route of a model's requests: by the settings, by the bundle's plan, or along its default partition."""
+"""The routes of a model's requests: by the settings, by the bundle's plan, or along its default partition."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import replace
 
 from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.choice import RAW_ID, Choice
 from isthmus.artifacts.fidelity import Fidelity, Measure, measure_for, read_fidelity
-from isthmus.artifacts.plan import read_plan
+from isthmus.artifacts.plan import Candidate, Plan, read_plan
 from isthmus.codecs import Tables
-from isthmus.pipeline import Hop, PhotoInput, Route, photo_input, plan_route, planned_route
+from isthmus.errors import Missing, PlanMalformed
+from isthmus.pipeline import Hop, photo_input, plan_route, planned_route
 from isthmus.registry import Registry
+from isthmus.routing.candidates import RouteCandidate
 from isthmus.routing.codec_override import override_codec
+from isthmus.routing.demand import Demand
 from isthmus.settings import RouterSettings
 
-
-@dataclass(frozen=True)
-class SelectedRoute:
-    """A version's route; `photo` is set where the last hop decodes photos, `notes` name the plan in responses."""
-
-    route: Route
-    photo: PhotoInput | None = None
-    notes: Mapping[str, str] = field(default_factory=dict)
+# Candidates that a router chooses from; a plan may have a thousand, of which most are dominated.
+MAX_CANDIDATES = 16
 
 
 class RouteSelector:
-    """Selects the route of a version, once for all its requests."""
+    """Selects the candidate routes of a version, once for all its requests."""
 
     def __init__(
         self,
@@ -39,8 +36,10 @@ class RouteSelector:
         self._settings, self._registry, self._hops = settings, registry, hops
         self._tables, self._codec = tables, codec
 
-    def select(self, name: str, digest: str, bundle: Bundle) -> SelectedRoute:
-        """The route of requests for this version of the model `name`.
+    def select(self, name: str, digest: str, bundle: Bundle) -> tuple[RouteCandidate, ...]:
+        """The candidate routes of requests for this version of the model `name`; the first is the plan's choice.
+
+        Without a plan, or with `cuts` by the settings, the route along the partition is the only candidate.
 
         Raises:
             PlanMismatch, PlanMalformed: its plan is another bundle's, or none.
@@ -49,18 +48,17 @@ class RouteSelector:
         # The settings are for the default model; another has cuts of its own.
         is_default = self._settings.model.partition(":")[0] == name
         cuts = (self._settings.cuts or None) if is_default else None
-        if cuts is None and self._settings.plan and (from_plan := self._planned(digest, bundle)) is not None:
+        if cuts is None and self._settings.plan and (plan := read_plan(bundle, self._registry.blob)) is not None:
+            candidates = self._planned(plan, digest, bundle)
             if is_default and self._codec is not None and self._codec.codec == RAW_ID:
-                raw = replace(from_plan.route, encodings=(), looks=None)
-                photo = None if from_plan.photo is None else replace(from_plan.photo, jpeg_quality=0)
-                return replace(from_plan, route=raw, photo=photo)
-            return from_plan
+                return tuple(map(_raw, candidates))
+            return candidates
         route = plan_route(digest, bundle, self._hops, cuts)
-        if not is_default or self._codec is None:
-            return SelectedRoute(route)
-        return SelectedRoute(override_codec(route, self._codec, self._tables, self._measure))
+        if is_default and self._codec is not None:
+            route = override_codec(route, self._codec, self._tables, self._measure)
+        return (RouteCandidate(route, name="default"),)
 
-    def alternatives(self, digest: str, bundle: Bundle, selected: SelectedRoute) -> dict[str, SelectedRoute]:
+    def alternatives(self, digest: str, bundle: Bundle, selected: RouteCandidate) -> dict[str, RouteCandidate]:
         """Routes other than `selected`, by name."""
         from isthmus.routing.alternatives import alternative_routes  # only the page compares routes
 
@@ -79,8 +77,34 @@ class RouteSelector:
         fidelity = self.fidelity(bundle)
         return measure_for(bundle) if fidelity is None else fidelity.measure
 
-    def _planned(self, digest: str, bundle: Bundle) -> SelectedRoute | None:
-        if (plan := read_plan(bundle, self._registry.blob)) is None:
-            return None
-        route = planned_route(plan.choice, digest, bundle, self._hops, self._tables, variant=self._registry.bundle)
-        return SelectedRoute(route, photo_input(plan.choice, bundle, self._hops), {"plan": plan.chosen})
+    def _planned(self, plan: Plan, digest: str, bundle: Bundle) -> tuple[RouteCandidate, ...]:
+        candidates = [self._candidate(plan, plan.choice, digest, bundle)]
+        if self._settings.adapt and len(self._hops) > 1:
+            for other in plan.candidates:
+                if other.refused or other.name == plan.chosen or len(candidates) == MAX_CANDIDATES:
+                    continue
+                with suppress(Missing, PlanMalformed):  # a variant that was removed costs a choice, not the model
+                    candidates.append(self._candidate(plan, other, digest, bundle))
+        return tuple(candidates)
+
+    def _candidate(self, plan: Plan, candidate: Candidate, digest: str, bundle: Bundle) -> RouteCandidate:
+        route = planned_route(candidate, digest, bundle, self._hops, self._tables, variant=self._registry.bundle)
+        photo = photo_input(candidate, bundle, self._hops)
+        demand = Demand.planned(candidate)
+        degradation = _degradation(candidate, plan.choice)
+        return RouteCandidate(route, photo, candidate.name, demand, candidate.seconds, degradation)
+
+
+def _raw(candidate: RouteCandidate) -> RouteCandidate:
+    """The candidate without codecs."""
+    photo = None if candidate.photo is None else replace(candidate.photo, jpeg_quality=0)
+    return replace(candidate, route=replace(candidate.route, encodings=(), looks=None), photo=photo)
+
+
+def _degradation(candidate: Candidate, choice: Candidate) -> str:
+    """What a candidate costs where it is further from the model than the plan's choice; empty where it is not."""
+    if candidate.error.disagreement <= choice.error.disagreement and candidate.error.relative <= choice.error.relative:
+        return ""
+    if candidate.error.calibrated:
+        return f"{1 - candidate.error.disagreement:.1%} of {candidate.error.inputs} inputs have the model's prediction"
+    return f"outputs within {candidate.error.relative:.2%} of the model's"

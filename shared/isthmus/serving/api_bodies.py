@@ -140,7 +140,7 @@ class SegmentRunBody(Struct, omit_defaults=True):
 
 
 class RouteBody(Struct, omit_defaults=True):
-    """The route of a prediction and its bytes over the link; `plan` is the plan's candidate, `looks` closer looks.
+    """The route of a prediction and its bytes over the link; `name` is the plan's candidate, `looks` closer looks.
 
     `guard_…` are there while the guard has a safer codec in force.
     """
@@ -153,7 +153,8 @@ class RouteBody(Struct, omit_defaults=True):
     # Only of routes with closer looks.
     looks: int = 0
     looks_ended: str = ""
-    plan: str = ""
+    name: str = ""
+    degraded: str = ""
     guard_step: int = 0
     guard_codec: str = ""
     guard_instead_of: str = ""

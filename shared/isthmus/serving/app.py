@@ -149,7 +149,12 @@ class FunctionApp:
                 self.readiness.check()
                 if coding := request.headers.get("Content-Encoding", ""):
                     body = decompress(body, coding, memory, self._settings.max_request_bytes)
-                return handle(FunctionRequest(body, request.headers, request.args, context, g.timings, memory))
+                reply_headers: dict[str, str] = {}
+                response = handle(
+                    FunctionRequest(body, request.headers, request.args, context, g.timings, memory, reply_headers)
+                )
+                response.headers.update(reply_headers)
+                return response
 
     def ready(self) -> Response:
         """200 once everything that the settings preload is loaded, else 503 with the reason."""

@@ -54,7 +54,7 @@ class Continuer:
         if "outputs" in rest.notes:
             return tensor_response(request, model, _tensor_request(rest), result)
         sizes = {name: _number(rest, name) for name in ("photo_bytes", "input_bytes")}
-        segments = self._predictor.segment_documents(result, len(route.segments))
+        segments = self._predictor.segment_documents(result)
         top_k = _number(rest, "top_k") or None
         document = photo_document(request, model, result, top_k, sizes, segments)
         head = {"id": request.context.call_id, "model_name": model.name, "model_version": model.version}

@@ -78,7 +78,7 @@ class Explainer:
             **document,
             "route": {
                 "link_bytes": occlusion.link_bytes,
-                "segments": self._predictor.segment_documents(occlusion.base, len(model.route.route.segments)),
+                "segments": self._predictor.segment_documents(occlusion.base),
             },
             "timings_ms": {name: round(seconds * 1000, 3) for name, seconds, _ in request.timings.stages},
         }

@@ -71,4 +71,4 @@ class ModelList:
 def _loaded_version(model: ServedModel) -> LoadedVersionBody:
     selected = model.route
     segments = [str(segment.id) for segment in selected.route.segments]
-    return LoadedVersionBody(model.version, segments, selected.notes.get("plan", ""))
+    return LoadedVersionBody(model.version, segments, "" if selected.planned_s is None else selected.name)

@@ -184,7 +184,7 @@ class Page:
         """
         routes = self._catalog.alternatives(model)
         if name in routes:
-            return replace(model, route=routes[name])
+            return replace(model, candidates=(routes[name],))
         # A tensor's name, and so a cut's, may hold a colon.
         if ":" not in name or name.startswith("cut:"):
             raise Missing(f"there is no route {name[:80]!r}", kind="route", name=name[:80], exists=sorted(routes))

@@ -26,7 +26,7 @@ from isthmus.oip.request import InferRequest
 from isthmus.pipeline import Interruption, LocalHop, Result, Route, execute, execute_resumably
 from isthmus.processing.image import model_input
 from isthmus.processing.image_budget import ImageMemory
-from isthmus.routing import Guard, SelectedRoute
+from isthmus.routing import DEGRADED_HEADER, ROUTE_HEADER, Attempt, Dispatcher, Guard, RouteCandidate, ServedModel
 from isthmus.serving.deferral import Deferred, tail_wait, takes_continuation
 from isthmus.serving.error_responses import error_document
 from isthmus.serving.inference import InferenceRequest
@@ -45,12 +45,14 @@ class Predictor:
     def __init__(
         self,
         settings: RouterSettings,
+        dispatcher: Dispatcher,
         guard: Guard,
         images: ImageMemory,
         metrics: FunctionMetrics,
         log: logging.Logger,
     ) -> None:
         self._settings, self._guard, self._images = settings, guard, images
+        self._dispatcher = dispatcher
         self._metrics, self._log = metrics, log
 
     def respond(self, request: FunctionRequest, inference: InferenceRequest) -> Response:
@@ -108,7 +110,7 @@ class Predictor:
         except HopError as e:
             self._count_error(e)
             raise
-        self._record(request, result, len(route.segments))
+        self._record(request, result)
         return result
 
     def _objects(self, request: FunctionRequest, inference: InferenceRequest) -> list[dict[str, Any]]:
@@ -124,7 +126,13 @@ class Predictor:
 
     def _tensors(self, request: FunctionRequest, inference: InferenceRequest, tensors: InferRequest) -> Response:
         model = inference.model
-        result = self._execute(request, model.route, tensors.inputs, {}, {})
+        result = self._dispatch(
+            request,
+            model,
+            lambda candidate, context: self._execute(
+                request._replace(context=context), candidate, tensors.inputs, {}, {}
+            ),
+        )
         return tensor_response(request, model, tensors, result)
 
     def _batch(self, request: FunctionRequest, inference: InferenceRequest) -> list[dict[str, Any]]:
@@ -150,8 +158,27 @@ class Predictor:
 
     def _photo(self, request: FunctionRequest, inference: InferenceRequest, photo: bytes) -> dict[str, Any]:
         """The prediction for one photo, as a document."""
-        model, selected = inference.model, inference.model.route
-        sizes = {"photo_bytes": len(photo)}
+        model, sizes = inference.model, {"photo_bytes": len(photo)}
+        result = self._dispatch(
+            request,
+            model,
+            lambda candidate, context: self._photo_along(
+                request._replace(context=context), inference, photo, candidate, sizes
+            ),
+        )
+        segments = self.segment_documents(result)
+        return photo_document(request, model, result, inference.top_k, sizes, segments)
+
+    def _photo_along(
+        self,
+        request: FunctionRequest,
+        inference: InferenceRequest,
+        photo: bytes,
+        selected: RouteCandidate,
+        sizes: dict[str, int],
+    ) -> Result:
+        """The photo's result along a candidate, which decides who decodes the photo."""
+        model = inference.model
         encoded: Mapping[str, EncodedTensor] = {}
         inputs: Mapping[str, Array] = {}
         start = time.perf_counter()
@@ -164,14 +191,20 @@ class Predictor:
         if selected.photo is None or selected.photo.jpeg_quality:
             request.timings.add("preprocess", time.perf_counter() - start)
         # The rest of a batch has no place in a continuation of one photo.
-        result = self._execute(request, selected, inputs, encoded, None if inference.batch else sizes)
-        segments = self.segment_documents(result, len(selected.route.segments))
-        return photo_document(request, model, result, inference.top_k, sizes, segments)
+        return self._execute(request, selected, inputs, encoded, None if inference.batch else sizes)
+
+    def _dispatch(self, request: FunctionRequest, model: ServedModel, attempt: Attempt) -> Result:
+        """The result along the route that the dispatcher chooses, or that the caller pinned."""
+        result = self._dispatcher.run(model, request.context, request.headers.get(ROUTE_HEADER, ""), attempt)
+        request.reply_headers[ROUTE_HEADER] = result.route
+        if result.degraded:
+            request.reply_headers[DEGRADED_HEADER] = result.degraded
+        return result
 
     def _execute(
         self,
         request: FunctionRequest,
-        selected: SelectedRoute,
+        selected: RouteCandidate,
         inputs: Mapping[str, Array],
         encoded: Mapping[str, EncodedTensor],
         sizes: dict[str, int] | None,
@@ -196,12 +229,13 @@ class Predictor:
                 raise photo_error from e
             self._count_error(e)
             raise
-        self._record(request, result, len(route.segments))
+        self._record(request, result)
         self._guard.watch(selected.route, fallback, inputs, encoded, result)
-        return replace(result, notes={**selected.notes, **fallback.notes})
+        return replace(result, notes=fallback.notes)
 
-    def _record(self, request: FunctionRequest, result: Result, segments: int) -> None:
-        """Timings and metrics of a result; its first `segments` runs precede any closer look."""
+    def _record(self, request: FunctionRequest, result: Result) -> None:
+        """Timings and metrics of a result."""
+        segments = result.segments
         for i, run in enumerate(result.runs):
             name = stage_name(i, segments)
             request.timings.add(name, run.total_s, run.segment)
@@ -220,8 +254,9 @@ class Predictor:
             facts = {"hop": error.facts.get("hop", ""), "type": type(error).__name__, "error": error.message}
             self._log.warning("a closer look failed; the answer before it stands", extra={"facts": facts})
 
-    def segment_documents(self, result: Result, segments: int) -> list[dict[str, Any]]:
-        """The runs of a route of that many segments, for a response; the URL of a hop is a detail."""
+    def segment_documents(self, result: Result) -> list[dict[str, Any]]:
+        """The runs of a result, for a response; the URL of a hop is a detail."""
+        segments = result.segments
         if self._settings.expose_details:
             return [run.document() for run in result.runs]
         return [

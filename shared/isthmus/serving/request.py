@@ -51,7 +51,10 @@ class Timings:
 
 
 class FunctionRequest(NamedTuple):
-    """An admitted POST; `memory` is this request's share of the memory of all requests."""
+    """An admitted POST; `memory` is this request's share of the memory of all requests.
+
+    The response gets `reply_headers`.
+    """
 
     body: bytes | memoryview
     headers: Headers
@@ -59,6 +62,7 @@ class FunctionRequest(NamedTuple):
     context: Context
     timings: Timings
     memory: Reservation
+    reply_headers: dict[str, str]
 
 
 def read_body(environ: Mapping[str, Any], limit: int) -> bytes | memoryview:

@@ -44,6 +44,14 @@ def photo_document(
     request.timings.add("postprocess", time.perf_counter() - start)
     return {
         "classes": classes,
-        "route": {**result.sizes(), **sizes, "segments": list(segments), **result.looks(), **result.notes},
+        "route": {
+            **({"name": result.route} if result.route else {}),
+            **({"degraded": result.degraded} if result.degraded else {}),
+            **result.sizes(),
+            **sizes,
+            "segments": list(segments),
+            **result.looks(),
+            **result.notes,
+        },
         "timings_ms": {name: round(seconds * 1000, 3) for name, seconds, _ in request.timings.stages},
     }

@@ -8,7 +8,7 @@ from isthmus.errors import SettingsError
 from isthmus.pipeline.hop import check_hops, hops_to
 from isthmus.processing.image_budget import ImageMemory
 from isthmus.registry import open_registry
-from isthmus.routing import Guard, ModelCatalog, RouteSelector, parse_override
+from isthmus.routing import Dispatcher, Estimates, Guard, ModelCatalog, RouteSelector, parse_override, watch
 from isthmus.runtime.tables import Tables
 from isthmus.serving.app import FunctionApp
 from isthmus.serving.inference_routes import InferenceRoutes
@@ -43,24 +43,26 @@ class _RouterApp(FunctionApp):
         self._router_settings = settings
         self._registry = open_registry(settings)
         self._store = open_store(settings, self._registry) if "local" in settings.hops else None
-        hops = hops_to(
+        called = hops_to(
             settings.hops,
             self._store,
             attempts=settings.hop_attempts,
             connect_timeout_s=settings.hop_connect_timeout_s,
             max_reply_bytes=settings.max_request_bytes,
         )
+        hops = watch(called, Estimates())
         super().__init__("router", settings, self._prepare)
         images = ImageMemory(settings.image_memory_bytes)
         tables = Tables(self._registry.bundle, self._registry.blob, settings.max_image_pixels, memory=images)
         routes = RouteSelector(settings, self._registry, hops, tables, codec)
         guard = Guard(settings.guard_share, routes.fidelity, self.metrics, self.log, deadline_s=settings.deadline_s)
         self._catalog = ModelCatalog(self._registry, settings.refresh_s, self.log, routes)
-        predictor = Predictor(settings, guard, images, self.metrics, self.log)
+        dispatcher = Dispatcher(hops, self.log)
+        predictor = Predictor(settings, dispatcher, guard, images, self.metrics, self.log)
         if self._store is not None:
             self.closing.callback(self._store.close)
             self.metrics.gauge_store(self._store)
-        for close in (*(hop.close for hop in hops), tables.close, self._catalog.close, guard.close):
+        for close in (dispatcher.close, *(hop.close for hop in hops), tables.close, self._catalog.close, guard.close):
             self.closing.callback(close)
         inference = InferenceRoutes(self, settings, self._catalog, predictor, images, tables)
         models = ModelRoutes(self, self._catalog, settings)

@@ -1,0 +1,33 @@
+"""Candidate routes: every way to answer a model's requests that the router may choose from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from isthmus.pipeline import PhotoInput, Route
+from isthmus.routing.demand import Demand
+
+NO_DEMAND = Demand()
+
+
+@dataclass(frozen=True)
+class RouteCandidate:
+    """A version's route, and what it takes of the resources.
+
+    `photo` is set where the last hop decodes photos. `name` is the plan's name of the candidate. `demand` and
+    `planned_s`, the seconds of a request alone, are the plan's; the first is zero and the second None without a plan.
+    `degradation` states what an approximation costs; empty where the candidate is as close
+    to the model as the plan's own choice.
+    """
+
+    route: Route
+    photo: PhotoInput | None = None
+    name: str = ""
+    demand: Demand = NO_DEMAND
+    planned_s: float | None = None
+    degradation: str = ""
+
+    @property
+    def hops(self) -> tuple[str, ...]:
+        """Names of the hops on the way."""
+        return tuple(dict.fromkeys(hop.name for hop in self.route.hops))

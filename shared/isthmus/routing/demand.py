@@ -1,0 +1,32 @@
+"""What a request takes of each resource between its arrival and its response: edge, link each way, cloud."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Self
+
+from isthmus.artifacts.plan import Candidate
+
+# The resources that requests share, in the order of a request.
+RESOURCES = ("edge", "uplink", "downlink", "cloud")
+
+
+class Demand(NamedTuple):
+    """A request's use of the resources. Units: seconds of computation, bytes on the link, calls over the link."""
+
+    edge_s: float = 0.0
+    up_bytes: float = 0.0
+    down_bytes: float = 0.0
+    cloud_s: float = 0.0
+    calls: float = 0.0
+
+    @classmethod
+    def planned(cls, candidate: Candidate) -> Self:
+        """The demand of a plan's candidate, by its predicted terms; closer looks count with their shares."""
+        terms = candidate.predicted
+        return cls(
+            terms.edge_busy,
+            float(candidate.up_bytes),
+            float(candidate.down_bytes),
+            terms.cloud_busy,
+            0.0 if candidate.kind == "edge" else candidate.calls,
+        )

@@ -1,0 +1,60 @@
+"""The router's present state as a document: what it knows of hops and links, and how it divides requests.
+
+`GET /routes`, the metrics and `isthmus top` all read this. Units: seconds, bytes; rates in bytes a second.
+"""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+
+class HopState(Struct, frozen=True):
+    """A hop: its circuit breaker, its calls, and the estimates of its link; None where nothing was seen yet."""
+
+    name: str
+    breaker: str = "closed"
+    in_flight: int = 0
+    calls: int = 0
+    failures: int = 0
+    rtt_s: float | None = None
+    up_bytes_s: float | None = None
+    down_bytes_s: float | None = None
+    age_s: float | None = None
+
+
+class CandidateState(Struct, frozen=True):
+    """A candidate route: its share of the present requests, and its seconds as expected now and as planned."""
+
+    name: str
+    segments: tuple[str, ...]
+    share: float = 0.0
+    expected_s: float | None = None
+    planned_s: float | None = None
+    requests: int = 0
+    failures: int = 0
+    degraded: str = ""
+    loaded: bool = True
+    """Whether every hop has its segments in memory."""
+
+
+class ModelState(Struct, frozen=True):
+    """A served version: its candidates, the preferred one, and how often the preference changed."""
+
+    name: str
+    version: str
+    preferred: str
+    switches: int
+    candidates: tuple[CandidateState, ...]
+    rate: float = 0.0
+    """Requests a second, of late."""
+
+
+class RouterState(Struct, frozen=True):
+    """The state of a router; `limit`, `working`, `queued` and `refused` are its admission's."""
+
+    hops: tuple[HopState, ...]
+    models: tuple[ModelState, ...]
+    limit: int = 0
+    working: int = 0
+    queued: int = 0
+    refused: int = 0

@@ -1,0 +1,77 @@
+"""A hop whose calls are seen by the estimates and by a circuit breaker."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+
+from isthmus.context import Context
+from isthmus.errors import HopBusy, HopError, HopRejected, HopTimeout, HopUnavailable
+from isthmus.pipeline.hop import Hop, HopReply
+from isthmus.routing.breaker import Breaker
+from isthmus.routing.estimates import Estimates
+from isthmus.routing.state import HopState
+from isthmus.wire.frame import Frame
+
+
+def watch(hops: Sequence[Hop], estimates: Estimates) -> tuple[WatchedHop, ...]:
+    """The hops, each with a breaker of its own."""
+    return tuple(WatchedHop(hop, estimates, Breaker()) for hop in hops)
+
+
+class WatchedHop:
+    """A hop, its breaker, and the calls in flight."""
+
+    def __init__(self, inner: Hop, estimates: Estimates, breaker: Breaker) -> None:
+        self.inner, self.name, self.encodes = inner, inner.name, inner.encodes
+        self.breaker, self._estimates = breaker, estimates
+        self._lock = threading.Lock()
+        self._in_flight = self._calls = self._failures = 0
+
+    def call(self, frame: Frame, context: Context) -> HopReply:
+        """See `Hop.call`."""
+        with self._lock:
+            self._in_flight += 1
+            self._calls += 1
+        began = time.perf_counter()
+        try:
+            reply = self.inner.call(frame, context)
+        except HopError as e:
+            if is_hops_fault(e):
+                self.breaker.failed()
+                with self._lock:
+                    self._failures += 1
+            raise
+        finally:
+            with self._lock:
+                self._in_flight -= 1
+        self.breaker.succeeded()
+        self._estimates.succeeded(self.name, frame.bundle, frame.segment, reply, time.perf_counter() - began)
+        return reply
+
+    def close(self) -> None:
+        """Close the hop."""
+        self.inner.close()
+
+    def state(self) -> HopState:
+        """The hop's present state."""
+        link = self._estimates.link(self.name)
+        return HopState(
+            self.name,
+            self.breaker.state,
+            self._in_flight,
+            self._calls,
+            self._failures,
+            link.rtt_s,
+            link.up_bytes_s,
+            link.down_bytes_s,
+            link.age_s,
+        )
+
+
+def is_hops_fault(error: HopError) -> bool:
+    """Whether another hop may do better: no response, a refusal for load, or a response that is no frame."""
+    if isinstance(error, HopUnavailable | HopTimeout | HopBusy):
+        return True
+    return isinstance(error, HopRejected) and (error.facts.get("status") == 200 or error.facts.get("status", 0) >= 500)

@@ -6,6 +6,9 @@ import re
 import secrets
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -91,6 +94,11 @@ class Context:
     traceparent: str
     tracestate: str = ""
 
+    @property
+    def trace_id(self) -> str:
+        """The 32 digits after the version. Source: W3C Trace Context."""
+        return self.traceparent[3:35]
+
     @classmethod
     def from_headers(cls, headers: Headers, *, longest_s: float) -> Self:
         """Read the caller's headers; absent or malformed ids are generated, as W3C Trace Context requires.
@@ -124,6 +132,20 @@ class Context:
         if self.tracestate:
             headers["tracestate"] = self.tracestate
         return headers
+
+
+CURRENT: ContextVar[Context | None] = ContextVar("context", default=None)
+"""The context of the request or message that this thread works on, for its log lines; None outside of both."""
+
+
+@contextmanager
+def working_on(context: Context | None) -> Iterator[None]:
+    """Log lines of this thread belong to `context` within the block."""
+    token = CURRENT.set(context)
+    try:
+        yield
+    finally:
+        CURRENT.reset(token)
 
 
 def _tracestate(text: str) -> str:

@@ -7,8 +7,10 @@ import logging
 import sys
 import time
 import traceback
+from typing import Any
 
 MAX_LINE = 32 * 1024  # characters; the watchdog stops reading a function's log at a line of 64 KiB
+IDENTITY = ("time", "level", "logger", "message", "call_id", "trace_id")  # what a line keeps that would be longer
 
 
 class JsonLines(logging.Formatter):
@@ -20,14 +22,14 @@ class JsonLines(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": _shortened(record.getMessage()),
-            **getattr(record, "facts", {}),
+            **{name: _bounded(value) for name, value in getattr(record, "facts", {}).items()},
         }
         if record.exc_info:
             line["exception"] = _shortened("".join(traceback.format_exception(*record.exc_info)))
         text = json.dumps(line, default=str)
         if len(text) <= MAX_LINE:
             return text
-        return json.dumps({k: line[k] for k in ("time", "level", "logger", "message")} | {"truncated": len(text)})
+        return json.dumps({k: line[k] for k in IDENTITY if k in line} | {"truncated": len(text)}, default=str)
 
 
 def configure_logging(level: str) -> None:
@@ -40,6 +42,11 @@ def configure_logging(level: str) -> None:
     logging.getLogger("waitress.queue").setLevel("ERROR")  # a warning for every request that waits for a thread
     for name in ("urllib3", "botocore", "boto3", "s3transfer"):
         logging.getLogger(name).setLevel("WARNING")
+
+
+def _bounded(value: Any) -> Any:
+    """A fact as it is, or the beginning and the end of its text."""
+    return _shortened(value) if isinstance(value, str) else value
 
 
 def _shortened(text: str) -> str:

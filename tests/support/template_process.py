@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import io
+import logging
 import os
 import shutil
 import subprocess
@@ -9,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import urllib3
 
@@ -33,6 +37,32 @@ def served(handler: str, home: Path, **environment: str) -> Iterator[int]:
             yield port
         finally:
             process.kill()
+
+
+def template_module(name: str) -> ModuleType:
+    """A module of the template, which is no package of this project."""
+    spec = importlib.util.spec_from_file_location(f"template_{name}", TEMPLATE / f"{name}.py")
+    if spec is None or spec.loader is None:
+        raise ImportError(name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def log_lines() -> Iterator[io.StringIO]:
+    """What the template's handler writes of this process's log, until the end of the block."""
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(template_module("json_lines").JsonLines())
+    root, level = logging.getLogger(), logging.getLogger().level
+    root.addHandler(handler)
+    root.setLevel("DEBUG")
+    try:
+        yield stream
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
 
 
 def _answers(port: int) -> bool:

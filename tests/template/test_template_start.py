@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import logging
 import os
@@ -26,6 +25,7 @@ from isthmus_tools.engine.replica import IMAGE_VARIABLES
 from support.local_stack import ROOT, http
 from support.patience import LONG_S, eventually
 from support.ports import free_port
+from support.template_process import template_module
 
 TEMPLATE = ROOT / "template" / "python3-isthmus"
 # As in a cluster: a UID that no password file knows, without capabilities; it is the owner's by another name.
@@ -226,17 +226,15 @@ def test_a_process_of_the_local_engine_has_its_images_variables() -> None:
     assert said.items() >= IMAGE_VARIABLES.items()
 
 
-def test_a_log_line_is_one_bounded_json_object(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(TEMPLATE)
-    spec = importlib.util.spec_from_file_location("template_json_lines", TEMPLATE / "json_lines.py")
-    assert spec is not None
-    assert spec.loader is not None
-    json_lines = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(json_lines)
-    for facts in ({"segment": "..6"}, {"exists": ["é" * 50] * 1000}):
+def test_a_log_line_is_one_bounded_json_object() -> None:
+    json_lines = template_module("json_lines")
+    for facts in ({"segment": "..6"}, {"exists": ["é" * 50] * 1000}, {"error": "x" * 30_000}):
         record = logging.LogRecord("isthmus", logging.INFO, "", 0, "happened\n" * 2, None, None)
-        record.facts = facts
+        record.facts = {**facts, "call_id": "c", "trace_id": "t"}
         line = json_lines.JsonLines().format(record)
         assert "\n" not in line
         assert len(line) <= json_lines.MAX_LINE
-        assert json.loads(line)["message"].startswith("happened")
+        written = json.loads(line)
+        assert written["message"].startswith("happened")
+        assert (written["call_id"], written["trace_id"]) == ("c", "t")
+        assert len(str(written.get("error", ""))) < 8000

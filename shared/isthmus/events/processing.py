@@ -12,8 +12,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Protocol, cast
 
+from isthmus.context import Context, working_on
 from isthmus.errors import (
     ClaimExpired,
     EventMalformed,
@@ -96,6 +98,13 @@ class Job:
     lease: CallLease | None = None
     leased_at: float = 0.0
 
+    @cached_property
+    def context(self) -> Context:
+        """The ids of the message: of all attempts in this process, in log lines and in the calls of the router."""
+        message = self.delivery.message
+        traced = {name: message.headers.get(name, "") for name in ("traceparent", "tracestate")}
+        return replace(Context.from_headers(traced, longest_s=0.0), call_id=message.id)
+
     def take(self, lease: CallLease) -> CallLease:
         """Note the lease, to be renewed."""
         self.lease, self.leased_at = lease, time.monotonic()
@@ -145,6 +154,10 @@ class Processor:
         Raises:
             Stopping: the trigger ends; the job is as before.
         """
+        with working_on(job.context):
+            return self._process(job)
+
+    def _process(self, job: Job) -> float | None:
         message = job.delivery.message
         text = message.headers.get(PATH, "")
         path = text.split(",")
@@ -286,6 +299,7 @@ class Processor:
     def _call(self, job: Job, message: Message) -> RouterReply:
         """The router's reply to this message, once accepted; of an entry of the spool any reply."""
         deferral = self.deferral
+        message = replace(message, headers={**message.headers, "traceparent": job.context.traceparent})
         while True:
             if deferral is not None and not job.is_deferred and deferral.takes_unasked():
                 return RouterReply(Outcome.AWAY, reason="the cloud is away, as for the messages before")

@@ -26,7 +26,7 @@ from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.choice import GRADED, RAW, Choice, Look
 from isthmus.artifacts.fidelity import LIMIT, Fidelity, Measure, measure_for
 from isthmus.codecs import EncodedTensor, Encoding, is_exact
-from isthmus.context import Context
+from isthmus.context import CURRENT, Context, Deadline, working_on
 from isthmus.errors import IsthmusError
 from isthmus.pipeline import Result, Route, execute
 from isthmus.pipeline.agreement import agrees
@@ -74,6 +74,8 @@ class Sample:
     encoded: Mapping[str, EncodedTensor]
     outputs: Mapping[str, Array]
     level: int
+    request: Context | None = None
+    """The served request's: the check has its ids, so that its calls join the same trace."""
 
 
 @dataclass(frozen=True)
@@ -212,18 +214,22 @@ class Guard:
                 self._worker = threading.Thread(target=self._work, name="guard", daemon=True)
                 self._worker.start()
         with contextlib.suppress(queue.Full):  # a sample in work and another in the queue are enough
-            self._samples.put_nowait(Sample(route, inputs, encoded, result.outputs, fallback.level))
+            self._samples.put_nowait(Sample(route, inputs, encoded, result.outputs, fallback.level, CURRENT.get()))
 
     def _work(self) -> None:
         while (sample := self._samples.get()) is not None and not self._closed.is_set():
-            try:
-                if self._is_idle():
-                    self.check(sample)
-            except IsthmusError as e:
-                # A hop that is away, a deadline: the codec is not at fault.
-                self._log.info("the guard's own request failed", extra={"facts": {"error": e.message}})
-            except Exception as e:
-                self._log.error("unexpected in the guard: %s", type(e).__name__, exc_info=e)
+            with working_on(sample.request):
+                self._check_idly(sample)
+
+    def _check_idly(self, sample: Sample) -> None:
+        try:
+            if self._is_idle():
+                self.check(sample)
+        except IsthmusError as e:
+            # A hop that is away, a deadline: the codec is not at fault.
+            self._log.info("the guard's own request failed", extra={"facts": {"error": e.message}})
+        except Exception as e:
+            self._log.error("unexpected in the guard: %s", type(e).__name__, exc_info=e)
 
     def _is_idle(self) -> bool:
         give_up = time.monotonic() + MAX_IDLE_WAIT_S
@@ -241,7 +247,8 @@ class Guard:
         """
         state = self._state(sample.route)
         raw = replace(sample.route, encodings=(), looks=None)
-        context = Context.from_headers({}, longest_s=self._deadline_s)
+        request = sample.request or Context.from_headers({}, longest_s=self._deadline_s)
+        context = replace(request, deadline=Deadline.after(self._deadline_s))
         expected = execute(raw, sample.inputs, context, sample.encoded)
         agreed = agrees(state.measure, expected.outputs, sample.outputs)
         self._metrics.guard_checked(agreed)

@@ -20,6 +20,10 @@ class HopState(Struct, frozen=True):
     up_bytes_s: float | None = None
     down_bytes_s: float | None = None
     age_s: float | None = None
+    opened: int = 0
+    """How often the breaker opened."""
+    hedged: int = 0
+    """Calls of which a second was made elsewhere, as the first was slow."""
 
 
 class CandidateState(Struct, frozen=True):
@@ -35,6 +39,8 @@ class CandidateState(Struct, frozen=True):
     degraded: str = ""
     loaded: bool = True
     """Whether every hop has its segments in memory."""
+    fallbacks: dict[str, int] = {}
+    """Requests that left this route for another, by the class of the error."""
 
 
 class ModelState(Struct, frozen=True):
@@ -58,3 +64,5 @@ class RouterState(Struct, frozen=True):
     working: int = 0
     queued: int = 0
     refused: int = 0
+    refusals: dict[str, int] = {}
+    """Refused requests by reason, a word of the code."""

@@ -11,13 +11,14 @@ from functools import partial
 from flask import Flask, Response, g, jsonify, request
 
 from isthmus.admission import MemoryBudget, Reservation, Slots
-from isthmus.context import Context, Deadline
+from isthmus.context import CURRENT, Context, Deadline, working_on
 from isthmus.errors import IsthmusError, NotReady
 from isthmus.retries import log_retries
 from isthmus.serving.content_coding import compress, decompress
 from isthmus.serving.error_responses import ErrorRenderer
 from isthmus.serving.metrics import FunctionMetrics
 from isthmus.serving.request import FunctionRequest, Timings, read_body
+from isthmus.serving.request_log import identify_requests, log_request
 from isthmus.settings import FunctionSettings
 
 Handle = Callable[[FunctionRequest], Response]
@@ -104,6 +105,7 @@ class FunctionApp:
         self.log = logging.getLogger("isthmus")
         self.log.setLevel(settings.log_level.upper())
         log_retries(self.log)
+        identify_requests()
         self.metrics = FunctionMetrics()
         # longest_s is a property with arithmetic, and every request needs the number.
         self._settings, self._longest_s = settings, settings.longest_s
@@ -120,6 +122,7 @@ class FunctionApp:
         self.flask.register_error_handler(Exception, self._failed)
         self.flask.before_request(self._begin)
         self.flask.after_request(self._end)
+        self.flask.teardown_request(_forget_context)
         self.flask.add_url_rule("/ready", "ready", self.ready, methods=["GET"])
         self.flask.add_url_rule("/metrics", "metrics", self.exposition, methods=["GET"])
 
@@ -140,6 +143,8 @@ class FunctionApp:
 
     def _handle(self, handle: Handle) -> Response:
         g.context = context = Context.from_headers(request.headers, longest_s=self._longest_s)
+        # Until the teardown: the lines of errors and of the response are this request's too.
+        CURRENT.set(context)
         with closing(Reservation(self._memory)) as memory:
             # Before admission: the server has the body in memory already, also where the request is refused.
             body = read_body(request.environ, self._settings.max_request_bytes)
@@ -169,9 +174,9 @@ class FunctionApp:
     @contextmanager
     def unadmitted(self) -> Iterator[Deadline]:
         """The deadline of a request that needs no slot; its look-ups in the registry count as others' do."""
-        deadline = Context.from_headers(request.headers, longest_s=self._longest_s).deadline
-        with self._slots.unadmitted(deadline):
-            yield deadline
+        context = Context.from_headers(request.headers, longest_s=self._longest_s)
+        with working_on(context), self._slots.unadmitted(context.deadline):
+            yield context.deadline
 
     def _begin(self) -> None:
         g.timings, g.context, g.error = Timings(), None, ""
@@ -194,19 +199,17 @@ class FunctionApp:
         response.headers["Server-Timing"] = timings.header()
         response.headers["X-Call-Id"] = context.call_id
         response.headers["traceparent"] = context.traceparent
-        # The watchdog writes a line for every request already.
-        level = logging.DEBUG if response.status_code < 400 else logging.INFO
-        if self.log.isEnabledFor(level):
-            facts = {
-                "endpoint": request.endpoint,
-                "status": response.status_code,
-                "ms": round(timings.elapsed() * 1000, 3),
-                "in_bytes": request.environ.get("CONTENT_LENGTH"),
-                "out_bytes": size,
-                **({"error": g.error} if g.error else {}),
-                "call_id": context.call_id,
-                # W3C Trace Context: 32 digits after the version.
-                "trace_id": context.traceparent[3:35],
-            }
-            self.log.log(level, "request", extra={"facts": facts})
+        facts = {
+            "endpoint": request.endpoint,
+            "ms": round(timings.elapsed() * 1000, 3),
+            "in_bytes": request.environ.get("CONTENT_LENGTH"),
+            "out_bytes": size,
+            "error": g.error,
+        }
+        log_request(self.log, context, response.status_code, facts)
         return response
+
+
+def _forget_context(_: BaseException | None) -> None:
+    """Keep the ids of a request out of the lines that its thread logs afterwards."""
+    CURRENT.set(None)

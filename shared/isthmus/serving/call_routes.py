@@ -59,6 +59,8 @@ class CallRoutes:
             raise intake
         # The body was decoded.
         headers = {name.lower(): value for name, value in request.headers if name.lower() != "content-encoding"}
+        # The message goes on in the trace of this request, whose traceparent the response has.
+        headers["traceparent"] = request.context.traceparent
         call = intake.queue(bytes(request.body), headers, request.context.call_id)
         # The id may come from another header, such as an event's.
         g.context = replace(request.context, call_id=call.id)

@@ -50,7 +50,7 @@ def test_a_frame_goes_there_and_back_with_the_requests_identity(hop_to: Callable
         reply = hop_to(url).call(FRAME, context())
     took = time.monotonic() - start
     assert reply.frame.tensors["x"].tolist() == [0, 1, 2, 3]
-    assert reply.run_s == pytest.approx(0.0125)
+    assert reply.run_s == pytest.approx(0.000125)
     assert reply.sent_bytes == reply.received_bytes == len(frames.encode(FRAME))
     headers = seen[0]
     assert headers["X-Call-Id"] == "call-1"

@@ -21,7 +21,7 @@ from support.patience import LONG_S
 FRAME = Frame({"x": np.arange(4, dtype="float32")}, "sha256:" + "0" * 64, "..1", "r1")
 
 
-ECHO = (200, {"Server-Timing": "decode;dur=0.1, run;dur=12.5, total;dur=13"}, None)
+ECHO = (200, {"Server-Timing": "decode;dur=0.01, run;dur=0.125, total;dur=0.13"}, None)
 
 
 Answer = tuple[int, dict[str, str], bytes | None]

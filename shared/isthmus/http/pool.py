@@ -14,10 +14,11 @@ import re
 import select
 import socket
 import ssl
+import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
 from isthmus.context import Deadline
@@ -88,6 +89,23 @@ class BrokenOff(Exception):
     """The connection ended, or the peer does not speak HTTP."""
 
 
+class ExchangeTimes(NamedTuple):
+    """A request and its response on the connection, as this side's monotonic clock saw them.
+
+    Units: seconds and bytes. `connect_s` is the time of a new connection's handshakes, 0 on an idle one. `first_byte_s`
+    and `whole_s` count from the first byte sent to the first and the last byte received; `rest_bytes` came after the
+    first read, so between the two.
+    """
+
+    connect_s: float = 0.0
+    first_byte_s: float = 0.0
+    whole_s: float = 0.0
+    rest_bytes: int = 0
+
+
+NO_TIMES = ExchangeTimes()
+
+
 @dataclass(frozen=True)
 class Response:
     """A response, read to its end or, where its status is not 200, to its bound; header names in lower case."""
@@ -95,6 +113,7 @@ class Response:
     status: int
     headers: Mapping[str, str]
     body: bytes | bytearray
+    times: ExchangeTimes = NO_TIMES
 
 
 class ConnectionPool:
@@ -124,6 +143,7 @@ class ConnectionPool:
         max_error_bytes: int,
         path: str = "",
         query: str = "",
+        method: str = "POST",
     ) -> Response:
         """Send `body`, in parts, to `path` below the URL and read the response, both before the deadline.
 
@@ -147,12 +167,14 @@ class ConnectionPool:
             raise ValueError("a header's value has a line break")
         while True:
             idle = self._take_idle()
+            began = time.monotonic()
             sock = idle or self._connect(deadline)
             timed = _DeadlineSocket(sock, deadline)
+            connect_s = 0.0 if idle else timed.began - began
             keeps = False
             try:
-                response, keeps = _exchange(timed, target, headers, body, (max_bytes, max_error_bytes))
-                return response
+                response, keeps = _exchange(timed, (method, target), headers, body, (max_bytes, max_error_bytes))
+                return replace(response, times=timed.times(connect_s))
             except TimeoutError:
                 raise
             except (OSError, http.client.HTTPException) as e:
@@ -205,6 +227,13 @@ class _DeadlineSocket(io.RawIOBase):
         self._sock, self._deadline = sock, deadline
         self._waiting = bytearray()
         self.received, self.reads_head = 0, True
+        self.began, self._first_read = time.monotonic(), (0.0, 0)
+
+    def times(self, connect_s: float) -> ExchangeTimes:
+        """The times of the exchange, which ends now."""
+        first_at, first_bytes = self._first_read
+        ended = time.monotonic()
+        return ExchangeTimes(connect_s, first_at - self.began, ended - self.began, self.received - first_bytes)
 
     def sendall(self, data: Buffer) -> None:
         # A small part waits for the next: head and body of a small request share a packet.
@@ -229,6 +258,8 @@ class _DeadlineSocket(io.RawIOBase):
         if self.reads_head and self.received >= MAX_HEAD_BYTES + _BUFFER_BYTES:
             raise http.client.HTTPException(f"more than {MAX_HEAD_BYTES} bytes of headers")
         count = self._ready().recv_into(buffer)
+        if not self.received:
+            self._first_read = (time.monotonic(), count)
         self.received += count
         return count
 
@@ -262,12 +293,19 @@ class _FinalResponse(http.client.HTTPResponse):
 
 
 def _exchange(
-    sock: _DeadlineSocket, target: str, headers: Mapping[str, str], body: Sequence[Buffer], bounds: tuple[int, int]
+    sock: _DeadlineSocket,
+    line: tuple[str, str],
+    headers: Mapping[str, str],
+    body: Sequence[Buffer],
+    bounds: tuple[int, int],
 ) -> tuple[Response, bool]:
-    """The response, and whether the connection can take another request; `bounds` as in `_read_body`."""
+    """The response, and whether the connection can take another request.
+
+    `line` is the method and the target; `bounds` are as in `_read_body`.
+    """
     connection = http.client.HTTPConnection("unused")  # the socket is connected, and Host is among the headers
     connection.sock, connection.response_class = sock, _FinalResponse
-    connection.putrequest("POST", target, skip_host=True, skip_accept_encoding=True)
+    connection.putrequest(*line, skip_host=True, skip_accept_encoding=True)
     for name, value in headers.items():
         connection.putheader(name, value)
     is_sent = False

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
 import stamina
@@ -31,8 +31,10 @@ from isthmus.errors import (
     ValueRefused,
 )
 from isthmus.http.pool import (
+    NO_TIMES,
     BrokenOff,
     ConnectionPool,
+    ExchangeTimes,
     Response,
     ResponseTooLong,
     Unreachable,
@@ -64,11 +66,24 @@ _FIRST_PAUSE_S, _MAX_PAUSE_S = 0.05, 1.0
 _RETRY_BURST, _RETRIES_PER_S, _RETRIES_PER_SUCCESS = 256, 32.0, 0.1
 
 
+class ServedTimes(NamedTuple):
+    """Where the function spent a call, as its Server-Timing says, and never more than the call took.
+
+    Units: seconds. `total_s` is the whole time between the request's last and the response's first byte, `wait_s` the
+    wait for a CPU, `load_s` a segment's load into memory; 0 where the function does not report that.
+    """
+
+    total_s: float = 0.0
+    wait_s: float = 0.0
+    load_s: float = 0.0
+
+
 class HopReply(NamedTuple):
     """A hop's response to one frame.
 
     Units: seconds and bytes. `run_s` is the segment's own computation, `decode_s` the decoding of the request's frame,
-    0 where the hop does not report that; sent and received bytes are sizes of frames, 0 in this process.
+    0 where the hop does not report that; sent and received bytes are sizes of frames, 0 in this process, as is
+    `exchange`, the times of the connection in the last try.
     """
 
     frame: Frame
@@ -76,6 +91,8 @@ class HopReply(NamedTuple):
     decode_s: float = 0.0
     sent_bytes: int = 0
     received_bytes: int = 0
+    served: ServedTimes = ServedTimes()
+    exchange: ExchangeTimes = NO_TIMES
 
 
 class Hop(Protocol):
@@ -107,6 +124,15 @@ class Hop(Protocol):
         ...
 
 
+@runtime_checkable
+class ProbedHop(Protocol):
+    """A hop behind a link."""
+
+    def probe(self, timeout_s: float) -> ExchangeTimes:
+        """See `HttpHop.probe`."""
+        ...
+
+
 class SegmentRunner(Protocol):
     """Runs segments in this process: `SegmentStore`, or the substitute of a trial."""
 
@@ -130,7 +156,8 @@ class LocalHop:
     def call(self, frame: Frame, context: Context) -> HopReply:
         """See `Hop.call`; the segment's own errors pass unchanged."""
         ran = self._runner.run(frame.bundle, frame.segment, frame.tensors, context.deadline)
-        return HopReply(Frame(ran.outputs, frame.bundle, frame.segment, frame.request), ran.run_s)
+        served = ServedTimes(ran.load_s + ran.wait_s + ran.run_s, ran.wait_s, ran.load_s)
+        return HopReply(Frame(ran.outputs, frame.bundle, frame.segment, frame.request), ran.run_s, served=served)
 
 
 class LoopbackHop:
@@ -158,7 +185,7 @@ class LoopbackHop:
         reply = self._inner.call(arrived, context)
         response = frames.encode(reply.frame)
         returned = frames.decode(response, max_bytes=self._max_bytes, tables=self._tables)
-        return HopReply(returned, reply.run_s, decode_s, len(request), len(response))
+        return HopReply(returned, reply.run_s, decode_s, len(request), len(response), reply.served)
 
 
 class HttpHop:
@@ -220,9 +247,39 @@ class HttpHop:
             raise HopRejected(
                 f"{self.name} answered with something that is no frame: {e}", hop=self.name, status=200
             ) from e
-        timing = response.headers.get("server-timing", "")
-        run_s, decode_s = stage_seconds(timing, "run"), stage_seconds(timing, "decode")
-        return HopReply(reply, run_s, decode_s, sum(map(len, body)), len(response.body))
+        timing, limit_s = response.headers.get("server-timing", ""), response.times.first_byte_s
+        # A function cannot have worked for longer than the caller waited, whatever its header says.
+        run_s, decode_s, wait_s, load_s, total_s = (
+            min(stage_seconds(timing, stage), limit_s) for stage in ("run", "decode", "wait", "load", "total")
+        )
+        served = ServedTimes(min(max(total_s, run_s + decode_s + wait_s + load_s), limit_s), wait_s, load_s)
+        return HopReply(reply, run_s, decode_s, sum(map(len, body)), len(response.body), served, response.times)
+
+    def probe(self, timeout_s: float) -> ExchangeTimes:
+        """The times of the smallest exchange with the function: GET /ready, on a connection of the calls' own.
+
+        Raises:
+            HopTimeout, HopUnavailable: no response within `timeout_s` seconds, or another status than 200.
+        """
+        try:
+            response = self._pool.post(
+                (),
+                {},
+                Deadline.after(timeout_s),
+                max_bytes=MAX_ERROR_BYTES,
+                max_error_bytes=MAX_ERROR_BYTES,
+                path="/ready",
+                method="GET",
+            )
+        except TimeoutError as e:
+            raise HopTimeout(f"{self.name} did not answer a probe within {timeout_s:g} s", hop=self.name) from e
+        except (Unreachable, BrokenOff, ResponseTooLong) as e:
+            raise HopUnavailable(f"{self.name} cannot be probed: {e}", hop=self.name) from e
+        if response.status != 200:
+            raise HopUnavailable(
+                f"{self.name} answered a probe with {response.status}", hop=self.name, status=response.status
+            )
+        return response.times
 
     def _refuse(self, response: Response) -> NoReturn:
         """Raise the error of a status other than 200. Source: docs/reference/hops.md, from OpenFaaS's sources."""

@@ -1,46 +1,143 @@
 """Live estimates of links and functions, from the calls themselves.
 
-Bounded: a link for each hop, and the latest MAX_SEGMENTS segments. Clocks are monotonic.
+Bounded: a link for each hop, and the latest MAX_SEGMENTS segments and candidates. Clocks are monotonic.
 """
 
 from __future__ import annotations
 
 import threading
+import time
+from collections import deque
 from typing import NamedTuple
 
 from cachetools import LRUCache
 
+from isthmus.http.pool import ExchangeTimes
 from isthmus.pipeline.hop import HopReply
+from isthmus.routing.links import Link, LinkEstimate, Transfer
 
 MAX_SEGMENTS = 1024
+MAX_HOPS = 64
+# Their median follows a change within five calls, and four outliers do not move it.
+_LATEST = 9
+# A segment's first run after a load also allocates memory; so short a load is a look-up.
+_COLD_LOAD_S = 0.001
+# Weight of a call in the mean wait: some ten calls count.
+_WAIT_WEIGHT = 0.2
+# Headers of a request and of a probe, with a gateway's.
+_HEADER_BYTES = 300
 
 
-class LinkEstimate(NamedTuple):
-    """The link to a hop; None for what was not seen yet. Units: seconds, bytes a second."""
+class HopCall(NamedTuple):
+    """A call of a hop that has not ended."""
 
-    rtt_s: float | None = None
-    up_bytes_s: float | None = None
-    down_bytes_s: float | None = None
-    age_s: float | None = None
+    hop: str
+    transfer: Transfer
+
+
+class Median:
+    """Median of the latest values; not thread-safe."""
+
+    def __init__(self) -> None:
+        self._values: deque[float] = deque(maxlen=_LATEST)
+        self.value = 0.0
+
+    def add(self, value: float) -> None:
+        """Take a value into account."""
+        self._values.append(value)
+        ranked = sorted(self._values)
+        # The lower of two middles: what disturbs a measurement makes it longer.
+        self.value = ranked[(len(ranked) - 1) // 2]
+
+
+class _SegmentTimes:
+    def __init__(self) -> None:
+        self.run, self.busy = Median(), Median()
+        self.calls = 0
 
 
 class Estimates:
-    """What is known of each hop's link and of each segment's seconds; thread-safe."""
+    """Estimates of each hop's link, each segment's seconds and each candidate's work at the router; thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._runs: LRUCache[tuple[str, str, str], float] = LRUCache(MAX_SEGMENTS)
+        self._links: LRUCache[str, Link] = LRUCache(MAX_HOPS)
+        self._waits: LRUCache[str, float] = LRUCache(MAX_HOPS)
+        self._segments: LRUCache[tuple[str, str, str], _SegmentTimes] = LRUCache(MAX_SEGMENTS)
+        self._work: LRUCache[tuple[str, str], tuple[Median, Median]] = LRUCache(MAX_SEGMENTS)
 
-    def succeeded(self, hop: str, bundle: str, segment: str, reply: HopReply, total_s: float) -> None:
-        """Learn from a call. Units: seconds, from the first byte sent to the last byte received."""
+    def began(self, hop: str, size: int) -> HopCall:
+        """A call with about `size` bytes begins."""
+        return HopCall(hop, self._link(hop).begin(size + _HEADER_BYTES, time.monotonic()))
+
+    def failed(self, call: HopCall) -> None:
+        """A call ended without a response of use."""
+        self._link(call.hop).fail(call.transfer)
+
+    def succeeded(self, call: HopCall, bundle: str, segment: str, reply: HopReply) -> None:
+        """Learn from a call that ends now."""
+        link, served = self._link(call.hop), reply.served
+        link.end(call.transfer, reply.exchange, served.total_s, reply.sent_bytes + _HEADER_BYTES, time.monotonic())
+        key = (call.hop, bundle, segment)
         with self._lock:
-            self._runs[hop, bundle, segment] = reply.run_s
+            wait_s = self._waits.get(call.hop)
+            self._waits[call.hop] = (
+                served.wait_s if wait_s is None else wait_s + _WAIT_WEIGHT * (served.wait_s - wait_s)
+            )
+            if (times := self._segments.get(key)) is None:
+                times = self._segments[key] = _SegmentTimes()
+            times.calls += 1
+            if served.load_s < _COLD_LOAD_S:
+                times.run.add(reply.run_s)
+                times.busy.add(max(reply.run_s, served.total_s - served.wait_s - served.load_s))
+
+    def probed(self, hop: str, times: ExchangeTimes) -> None:
+        """Learn from a probe that ends now."""
+        self._link(hop).probed(times, _HEADER_BYTES, time.monotonic())
+
+    def prepared(self, bundle: str, candidate: str, preprocess_s: float, encode_s: float) -> None:
+        """Learn the router's own work for a request along a candidate: making the input, encoding tensors."""
+        with self._lock:
+            if (work := self._work.get((bundle, candidate))) is None:
+                work = self._work[bundle, candidate] = (Median(), Median())
+            work[0].add(preprocess_s)
+            work[1].add(encode_s)
 
     def link(self, hop: str) -> LinkEstimate:
         """The estimate of the link to a hop."""
-        return LinkEstimate()
+        return self._link(hop).estimate(time.monotonic())
 
     def run_s(self, hop: str, bundle: str, segment: str) -> float | None:
-        """Seconds of a segment's own computation; None where it did not run lately."""
+        """Median seconds of a segment's own computation; None where it did not run yet."""
         with self._lock:
-            return self._runs.get((hop, bundle, segment))
+            times = self._segments.get((hop, bundle, segment))
+            return times.run.value if times and times.run.value else None
+
+    def busy_s(self, hop: str, bundle: str, segment: str) -> float | None:
+        """Median seconds that the function has a call for a segment, decoding included, waits and loads excluded."""
+        with self._lock:
+            times = self._segments.get((hop, bundle, segment))
+            return times.busy.value if times and times.busy.value else None
+
+    def wait_s(self, hop: str) -> float:
+        """Mean seconds that a hop's latest calls waited for a CPU there."""
+        with self._lock:
+            return float(self._waits.get(hop, 0.0))
+
+    def preprocess_s(self, bundle: str, candidate: str) -> float | None:
+        """Median seconds of making the input at the router; None where the candidate was not taken yet."""
+        with self._lock:
+            work = self._work.get((bundle, candidate))
+            return work[0].value if work else None
+
+    def encode_s(self, bundle: str, candidate: str) -> float | None:
+        """Median seconds of the codecs at the router; None where the candidate was not taken yet."""
+        with self._lock:
+            work = self._work.get((bundle, candidate))
+            return work[1].value if work else None
+
+    def _link(self, hop: str) -> Link:
+        with self._lock:
+            if (link := self._links.get(hop)) is None:
+                link = self._links[hop] = Link()
+            return link

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Sequence
 
 from isthmus.context import Context
@@ -34,7 +33,8 @@ class WatchedHop:
         with self._lock:
             self._in_flight += 1
             self._calls += 1
-        began = time.perf_counter()
+        call = self._estimates.began(self.name, _payload_bytes(frame) if self.encodes else 0)
+        reply: HopReply | None = None
         try:
             reply = self.inner.call(frame, context)
         except HopError as e:
@@ -44,10 +44,12 @@ class WatchedHop:
                     self._failures += 1
             raise
         finally:
+            if reply is None:
+                self._estimates.failed(call)
             with self._lock:
                 self._in_flight -= 1
         self.breaker.succeeded()
-        self._estimates.succeeded(self.name, frame.bundle, frame.segment, reply, time.perf_counter() - began)
+        self._estimates.succeeded(call, frame.bundle, frame.segment, reply)
         return reply
 
     def close(self) -> None:
@@ -68,6 +70,10 @@ class WatchedHop:
             link.down_bytes_s,
             link.age_s,
         )
+
+
+def _payload_bytes(frame: Frame) -> int:
+    return sum(a.nbytes for a in frame.tensors.values()) + sum(t.nbytes for t in frame.encoded.values())
 
 
 def is_hops_fault(error: HopError) -> bool:

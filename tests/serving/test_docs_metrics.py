@@ -22,7 +22,8 @@ from support.patience import eventually
 from support.trigger_apps import configuration_text, held_router, running_trigger
 
 TEXT = (ROOT / "docs" / "reference" / "metrics.md").read_text()
-COMMON, _, TRIGGER = TEXT.partition("## The trigger")
+COMMON, _, REST = TEXT.partition("## Routing")
+ROUTING, _, TRIGGER = REST.partition("## The trigger")
 
 
 def rows(text: str) -> dict[str, tuple[str, tuple[str, ...]]]:
@@ -52,8 +53,15 @@ def families(client: FlaskClient) -> dict[str, Any]:
 
 def test_every_metric_is_documented_with_its_type(segment: FlaskClient, router: FlaskClient) -> None:
     documented = {name.removesuffix("_total"): kind for name, (kind, _) in ROWS.items()}
-    for client in (segment, router):
-        assert {name: f.type for name, f in families(client).items() if not name.endswith("_created")} == documented
+    routing = {name.removesuffix("_total"): kind for name, (kind, _) in rows(ROUTING).items()}
+    assert routing
+    router.post("/", data=photo())
+    for client, expected in ((segment, documented), (router, documented | routing)):
+        exposed = families(client)
+        assert {name: f.type for name, f in exposed.items() if not name.endswith("_created")} == expected
+    for name, (_, labels) in rows(ROUTING).items():
+        for sample in exposed[name.removesuffix("_total")].samples:
+            assert set(sample.labels) - {"le"} == set(labels)
 
 
 def test_every_metric_of_the_trigger_is_documented(nats_server: NatsServer, tmp_path: Path) -> None:

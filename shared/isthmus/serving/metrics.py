@@ -14,9 +14,10 @@ from isthmus.serving.request import Timings
 if TYPE_CHECKING:  # a router with remote hops alone never loads onnxruntime
     from isthmus.pipeline import LooksTaken
     from isthmus.runtime.store import SegmentStore
+    from isthmus.settings import RouterSettings
 
 # From the run of a small segment to the default deadline and a little beyond.
-_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 
 
 class FunctionMetrics:
@@ -30,13 +31,13 @@ class FunctionMetrics:
             "isthmus_requests", "Requests answered, by endpoint and status.", ["endpoint", "code"], registry=r
         )
         self.request_seconds = Histogram(
-            "isthmus_request_seconds", "Time to answer a request.", ["endpoint"], buckets=_SECONDS, registry=r
+            "isthmus_request_seconds", "Time to answer a request.", ["endpoint"], buckets=SECONDS, registry=r
         )
         self.stage_seconds = Histogram(
             "isthmus_stage_seconds",
             "Time in one stage of a request: decode, load, wait, run, encode, preprocess, packing, a hop, postprocess.",
             ["stage"],
-            buckets=_SECONDS,
+            buckets=SECONDS,
             registry=r,
         )
         self.in_flight = Gauge("isthmus_requests_in_flight", "Requests being worked on.", registry=r)
@@ -131,3 +132,10 @@ class FunctionMetrics:
         """The exposition in the format that `accept` prefers, and its content type."""
         encoder, content_type = choose_encoder(accept)
         return encoder(self._registry), content_type
+
+
+def hop_label(settings: RouterSettings, hop: str) -> str:
+    """A hop by its place in the setting `hops`: anybody may read metrics, and the URL of a hop is a detail."""
+    if settings.expose_details or hop == "local" or hop not in settings.hops:
+        return hop
+    return f"hop{settings.hops.index(hop)}"

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from flask import Response
@@ -30,7 +31,7 @@ from isthmus.routing import DEGRADED_HEADER, ROUTE_HEADER, Attempt, Dispatcher, 
 from isthmus.serving.deferral import Deferred, tail_wait, takes_continuation
 from isthmus.serving.error_responses import error_document
 from isthmus.serving.inference import InferenceRequest
-from isthmus.serving.metrics import FunctionMetrics
+from isthmus.serving.metrics import FunctionMetrics, hop_label
 from isthmus.serving.request import FunctionRequest, Timings
 from isthmus.serving.response_bodies import photo_document, tensor_response
 from isthmus.settings import RouterSettings
@@ -54,6 +55,7 @@ class Predictor:
         self._settings, self._guard, self._images = settings, guard, images
         self._dispatcher = dispatcher
         self._metrics, self._log = metrics, log
+        self._hop_label = partial(hop_label, settings)
 
     def respond(self, request: FunctionRequest, inference: InferenceRequest) -> Response:
         """The response to an inference request.
@@ -266,12 +268,6 @@ class Predictor:
 
     def _count_error(self, error: HopError) -> None:
         self._metrics.hop_errors.labels(self._hop_label(error.facts.get("hop", "")), type(error).__name__).inc()
-
-    def _hop_label(self, hop: str) -> str:
-        # Anybody may read metrics: metrics name a hop by its place in the setting, since its URL is a detail.
-        if self._settings.expose_details or hop == LocalHop.name or hop not in self._settings.hops:
-            return hop
-        return stage_name(self._settings.hops.index(hop), len(self._settings.hops))
 
 
 def stage_name(index: int, segments: int) -> str:

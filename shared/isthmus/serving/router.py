@@ -8,13 +8,14 @@ from isthmus.errors import SettingsError
 from isthmus.pipeline.hop import check_hops, hops_to
 from isthmus.processing.image_budget import ImageMemory
 from isthmus.registry import open_registry
-from isthmus.routing import Dispatcher, Estimates, Guard, ModelCatalog, RouteSelector, parse_override, watch
+from isthmus.routing import Estimates, Guard, ModelCatalog, RouteSelector, parse_override, watch
 from isthmus.runtime.tables import Tables
 from isthmus.serving.app import FunctionApp
 from isthmus.serving.inference_routes import InferenceRoutes
 from isthmus.serving.model_routes import ModelRoutes
 from isthmus.serving.prediction import Predictor
 from isthmus.serving.preload import load_deadline, open_store, parse_entry, preload
+from isthmus.serving.routing_metrics import MeasuredDispatcher, RoutingMetrics
 from isthmus.settings import RouterSettings
 
 
@@ -57,7 +58,10 @@ class _RouterApp(FunctionApp):
         routes = RouteSelector(settings, self._registry, hops, tables, codec)
         guard = Guard(settings.guard_share, routes.fidelity, self.metrics, self.log, deadline_s=settings.deadline_s)
         self._catalog = ModelCatalog(self._registry, settings.refresh_s, self.log, routes)
-        dispatcher = Dispatcher(hops, self.log)
+        dispatcher = MeasuredDispatcher(hops, self.log)
+        routing_metrics = RoutingMetrics(settings)
+        routing_metrics.measure(dispatcher)
+        self.metrics.add(routing_metrics)
         predictor = Predictor(settings, dispatcher, guard, images, self.metrics, self.log)
         if self._store is not None:
             self.closing.callback(self._store.close)

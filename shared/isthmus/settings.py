@@ -238,6 +238,17 @@ class SegmentSettings(FunctionSettings):
         "onnxruntime execution providers, in order of preference", ("CPUExecutionProvider",)
     )
     threads: int = setting("threads per run; 0 means the container's CPU limit", 0, maximum=MAX_THREADS)
+    batching: str = setting(
+        "whether requests that wait for a CPU run together as one batch: `auto`, where a trial on this machine showed"
+        " equal results and at least a tenth more throughput, or `off`",
+        "auto",
+    )
+    batch_window_ms: float = setting(
+        "how long a run with a free CPU waits for others to form a batch, where batches pay; 0 means that only"
+        " requests which wait anyway run together",
+        0.0,
+        maximum=1000,
+    )
     max_loaded_bytes: int = setting(
         "maximum weight bytes of loaded segments; the least recently used segment is unloaded first", 4 * 2**30
     )
@@ -250,6 +261,12 @@ class SegmentSettings(FunctionSettings):
 
     def check(self) -> None:
         super().check()
+        if self.batching not in ("auto", "off"):
+            raise SettingsError(
+                f"the setting batching is {self.batching!r}; it is auto or off",
+                variable="batching",
+                value=self.batching,
+            )
         # A baked segment is complete without a registry.
         if not self.registry and not self.segment_dir:
             raise SettingsError(

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from isthmus.admission import slot_released
+from isthmus.admission import MemoryBudget, slot_released
 from isthmus.arrays import Array
 from isthmus.artifacts.bundle import Segment
 from isthmus.artifacts.device import Device, this_device
@@ -24,9 +24,11 @@ from isthmus.context import Deadline
 from isthmus.errors import DeadlineExceeded, NotReady, Overloaded, RunFailed, SegmentTooLarge
 from isthmus.registry import Located, SegmentSource
 from isthmus.registry.lookups import Lookups
+from isthmus.runtime.batching import BatchCounts, BatchTrials
 from isthmus.runtime.kernel_profile import KernelProfile, OrtObserver
 from isthmus.runtime.ort import check_providers, cpu_limit, version
 from isthmus.runtime.ort_runner import OrtRunner, Runner
+from isthmus.runtime.run_queue import RunQueue
 from isthmus.settings import SegmentSettings
 
 Key = tuple[str, str]
@@ -49,12 +51,16 @@ class LoadedSegment:
 
 
 class TimedOutputs(NamedTuple):
-    """A run's outputs, and the seconds of loading the segment, of waiting for a CPU, and of running."""
+    """A run's outputs, and the seconds of loading the segment, of waiting for a CPU, and of running.
+
+    `run_s` is the whole run; `batch` requests shared it.
+    """
 
     outputs: dict[str, Array]
     load_s: float
     wait_s: float
     run_s: float
+    batch: int = 1
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,13 @@ class SegmentStore:
         self._source = source
         self._settings = settings
         self._threads = settings.threads or cpus
-        self._slots = threading.Semaphore(max(1, cpus // self._threads))
+        self._trials = BatchTrials(enabled=settings.batching == "auto")
+        self._queue = RunQueue(
+            max(1, cpus // self._threads),
+            self._trials,
+            MemoryBudget(settings.max_request_bytes),
+            window_s=settings.batch_window_ms / 1000,
+        )
         self._lock = threading.Lock()
         # No LRUCache: listing its items, as metrics do, would count as a use of each.
         self._loaded: OrderedDict[Key, _CacheEntry] = OrderedDict()
@@ -134,7 +146,7 @@ class SegmentStore:
             ) from e
 
     def run(self, bundle: str, segment: str, arrays: Mapping[str, Array], deadline: Deadline) -> TimedOutputs:
-        """Run a segment; loaded first if necessary.
+        """Run a segment; loaded first if necessary; together with other requests for it where that pays.
 
         Raises:
             DeadlineExceeded: no CPU was free in time.
@@ -143,14 +155,8 @@ class SegmentStore:
         began = time.perf_counter()
         runner = self.runner(bundle, segment, deadline)
         loaded = time.perf_counter()
-        self._take_slot(deadline)
-        try:
-            started = time.perf_counter()
-            outputs = runner.run(arrays)
-            ended = time.perf_counter()
-        finally:
-            self._slots.release()
-        return TimedOutputs(outputs, loaded - began, started - loaded, ended - started)
+        ran = self._queue.run(runner, arrays, deadline)
+        return TimedOutputs(ran.outputs, loaded - began, ran.wait_s, ran.run_s, ran.batch)
 
     def profile(
         self, bundle: str, segment: str, arrays: Mapping[str, Array], deadline: Deadline, *, max_runs: int
@@ -185,12 +191,9 @@ class SegmentStore:
                 runs, longest = 0, 0.0
                 while runs < 2 or (runs < min(max_runs, observer.max_runs()) and deadline.remaining() > 3 * longest):
                     deadline.check(f"segment {segment} was observed")
-                    self._take_slot(deadline)
-                    try:
+                    with self._queue.slot(deadline):
                         started = time.perf_counter()
                         observer.run(arrays)
-                    finally:
-                        self._slots.release()
                     runs, longest = runs + 1, max(longest, time.perf_counter() - started)
                 return observer.finish(runs, needed)
         finally:
@@ -200,6 +203,7 @@ class SegmentStore:
 
     def close(self) -> None:
         """Stop loading; loads in progress complete in the background."""
+        self._trials.close()
         self._loader.shutdown(wait=False, cancel_futures=True)
         self._lookups.close()
 
@@ -208,10 +212,13 @@ class SegmentStore:
         with self._lock:
             return [LoadedSegment(b, s, entry.bytes) for (b, s), entry in self._loaded.items()]
 
-    def _take_slot(self, deadline: Deadline) -> None:
-        """Wait for the slot of a run; the caller releases the slot."""
-        if not self._slots.acquire(timeout=max(0.0, deadline.remaining())):
-            raise DeadlineExceeded("the deadline passed before a CPU was free to run the segment")
+    def share_memory(self, memory: MemoryBudget) -> None:
+        """Count the copies that batches make in the budget of all requests."""
+        self._queue.memory = memory
+
+    def batch_counts(self) -> BatchCounts:
+        """Batches and trials of batches since the start."""
+        return self._trials.counts()
 
     @contextlib.contextmanager
     def _scratch(self) -> Iterator[Path]:

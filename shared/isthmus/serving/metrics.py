@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from isthmus.serving.request import Timings
 
 if TYPE_CHECKING:  # a router with remote hops alone never loads onnxruntime
     from isthmus.pipeline import LooksTaken
+    from isthmus.runtime.batching import BatchCounts
     from isthmus.runtime.store import SegmentStore
     from isthmus.settings import RouterSettings
 
@@ -127,6 +130,7 @@ class FunctionMetrics:
             "Weights of the segments in memory.",
             lambda: float(sum(s.bytes for s in store.loaded())),
         )
+        self.add(BatchCollector(store.batch_counts))
 
     def expose(self, accept: str) -> tuple[bytes, str]:
         """The exposition in the format that `accept` prefers, and its content type."""
@@ -139,3 +143,24 @@ def hop_label(settings: RouterSettings, hop: str) -> str:
     if settings.expose_details or hop == "local" or hop not in settings.hops:
         return hop
     return f"hop{settings.hops.index(hop)}"
+
+
+class BatchCollector(Collector):
+    """Metrics of a store's batches."""
+
+    def __init__(self, counts: Callable[[], BatchCounts]) -> None:
+        self._counts = counts
+
+    def collect(self) -> Iterator[Metric]:
+        """See `prometheus_client.registry.Collector`."""
+        counts = self._counts()
+        batches = CounterMetricFamily("isthmus_batches", "Runs that several requests shared, by size.", labels=["size"])
+        for size, count in counts.batches.items():
+            batches.add_metric([str(size)], count)
+        trials = CounterMetricFamily("isthmus_batch_trials", "Trials of batches, by outcome.", labels=["outcome"])
+        for outcome, count in counts.trials.items():
+            trials.add_metric([outcome], count)
+        fallbacks = CounterMetricFamily(
+            "isthmus_batch_fallbacks", "Batches whose requests were run alone after all.", value=counts.fallbacks
+        )
+        yield from (batches, trials, fallbacks)

@@ -66,6 +66,7 @@ class _RouterApp(FunctionApp):
         if self._store is not None:
             self.closing.callback(self._store.close)
             self.metrics.gauge_store(self._store)
+            self._store.share_memory(self._memory)
         for close in (dispatcher.close, *(hop.close for hop in hops), tables.close, self._catalog.close, guard.close):
             self.closing.callback(close)
         inference = InferenceRoutes(self, settings, self._catalog, predictor, images, tables)

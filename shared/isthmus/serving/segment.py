@@ -54,6 +54,7 @@ class _SegmentApp(FunctionApp):
         self.closing.callback(self._store.close)
         self.closing.callback(self._tables.close)
         self.metrics.gauge_store(self._store)
+        self._store.share_memory(self._memory)
         self.post("/", self.run, "run")
         Profiling(self._store, settings, self._decode).serve_on(self)
 
@@ -65,7 +66,7 @@ class _SegmentApp(FunctionApp):
         ran = self._store.run(frame.bundle, frame.segment, frame.tensors, request.context.deadline)
         request.timings.add("load", ran.load_s)
         request.timings.add("wait", ran.wait_s)
-        request.timings.add("run", ran.run_s)
+        request.timings.add("run", ran.run_s, f"batch-of-{ran.batch}" if ran.batch > 1 else "")
         start = time.perf_counter()
         body = frames.encode(Frame(ran.outputs, frame.bundle, frame.segment, frame.request))
         request.timings.add("encode", time.perf_counter() - start)

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
+from isthmus.artifacts.plan import Terms
 from isthmus.pipeline import PhotoInput, Route
 from isthmus.routing.demand import Demand
 
 NO_DEMAND = Demand()
+NO_TERMS = Terms()
 
 
 @dataclass(frozen=True)
 class RouteCandidate:
     """A version's route, and what it takes of the resources.
 
-    `photo` is set where the last hop decodes photos. `name` is the plan's name of the candidate. `demand` and
-    `planned_s`, the seconds of a request alone, are the plan's; the first is zero and the second None without a plan.
-    `degradation` states what an approximation costs; empty where the candidate is as close
-    to the model as the plan's own choice.
+    `photo` is set where the last hop decodes photos. `name` is the plan's name of the candidate; empty for a route
+    beside those that the router chooses from. `terms` and `demand`, and `planned_s`, the seconds of a request alone,
+    are the plan's; the first two are zero and the last None without a plan. `degradation` states what an approximation
+    costs; empty where the candidate is as close to the model as the plan allows.
     """
 
     route: Route
@@ -26,8 +29,14 @@ class RouteCandidate:
     demand: Demand = NO_DEMAND
     planned_s: float | None = None
     degradation: str = ""
+    terms: Terms = NO_TERMS
 
-    @property
+    @cached_property
     def hops(self) -> tuple[str, ...]:
         """Names of the hops on the way."""
         return tuple(dict.fromkeys(hop.name for hop in self.route.hops))
+
+    @property
+    def far_hop(self) -> str:
+        """Name of the last hop, behind the link where the route has one."""
+        return self.hops[-1]

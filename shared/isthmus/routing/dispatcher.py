@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from cachetools import LRUCache
 
@@ -15,7 +17,10 @@ from isthmus.pipeline import Result
 from isthmus.routing.candidates import RouteCandidate
 from isthmus.routing.catalog import MAX_CACHED, ServedModel
 from isthmus.routing.choice import RouteChooser
-from isthmus.routing.state import CandidateState, ModelState, RouterState
+from isthmus.routing.estimates import Estimates
+from isthmus.routing.forecast import forecast
+from isthmus.routing.outstanding import Outstanding
+from isthmus.routing.state import RouterState
 from isthmus.routing.watched_hop import WatchedHop, is_hops_fault
 
 ROUTE_HEADER = "Isthmus-Route"
@@ -24,13 +29,32 @@ DEGRADED_HEADER = "Isthmus-Degraded"
 Attempt = Callable[[RouteCandidate, Context], Result]
 
 
+# Forecasts are made anew this often while requests come, and a preference changes no more often.
+REFRESH_S = 0.1
+# A version of a model that no request has named for so long leaves the state, where another one is served.
+FORGOTTEN_S = 300.0
+
+
+@dataclass
+class _Served:
+    """A version that requests named, and when the latest did."""
+
+    model: ServedModel
+    chooser: RouteChooser
+    used_at: float
+
+
 class Dispatcher:
     """Runs requests along candidate routes; one for all models of a router."""
 
-    def __init__(self, hops: Sequence[WatchedHop], log: logging.Logger) -> None:
+    def __init__(self, hops: Sequence[WatchedHop], estimates: Estimates, log: logging.Logger) -> None:
         self._hops, self._log = {hop.name: hop for hop in hops}, log
+        self._estimates = estimates
+        self._outstanding = Outstanding()
         self._lock = threading.Lock()
-        self._served: LRUCache[str, tuple[ServedModel, RouteChooser]] = LRUCache(MAX_CACHED)
+        self._served: LRUCache[tuple[str, str, str], _Served] = LRUCache(MAX_CACHED)
+        self._requested, self._closed = threading.Event(), threading.Event()
+        self._refresher: threading.Thread | None = None
 
     def run(self, model: ServedModel, context: Context, pin: str, attempt: Attempt) -> Result:
         """The result of `attempt` along the chosen candidate, or along the next where its hop is at fault.
@@ -42,14 +66,19 @@ class Dispatcher:
             As `attempt` for the last candidate tried.
         """
         candidates = _pinned(model, pin)
+        if not model.route.name:  # a route beside the served ones, which their state must not know
+            return attempt(candidates[0], context)
         chooser = self._chooser(model)
         while True:
             chosen = chooser.choose(self._answering(candidates), context.deadline.remaining())
             try:
-                result = attempt(chosen, context)
+                with chooser.begin(chosen):
+                    result = attempt(chosen, context)
             except HopError as e:
                 failed = e.facts.get("hop")
                 others = tuple(c for c in candidates if c is not chosen and failed not in c.hops)
+                if is_hops_fault(e):
+                    chooser.failed(chosen)
                 if not others or not is_hops_fault(e) or context.deadline.remaining() <= 0:
                     raise
                 candidates = others
@@ -58,30 +87,34 @@ class Dispatcher:
 
     def close(self) -> None:
         """End the threads of the dispatcher."""
+        self._closed.set()
+        self._requested.set()
+        if self._refresher is not None:
+            self._refresher.join()
 
     def state(self) -> RouterState:
         """The present state of hops and models."""
         with self._lock:
-            served = list(self._served.values())
-        models = tuple(
-            ModelState(
-                model.name,
-                model.version,
-                model.route.name,
-                0,
-                tuple(
-                    CandidateState(
-                        c.name,
-                        tuple(str(s.id) for s in c.route.segments),
-                        planned_s=c.planned_s,
-                        degraded=c.degradation,
-                    )
-                    for c in model.candidates
-                ),
-            )
-            for model, _ in served
-        )
-        return RouterState(tuple(hop.state() for hop in self._hops.values()), models)
+            served = [each for each in self._served.values() if not self._is_forgotten(each)]
+        hops = tuple(hop.state() for hop in self._hops.values())
+        return RouterState(hops, tuple(each.chooser.state(each.model.name, each.model.version) for each in served))
+
+    def _is_forgotten(self, served: _Served) -> bool:
+        latest = max(each.used_at for each in self._served.values() if each.model.name == served.model.name)
+        return served.used_at < latest - FORGOTTEN_S
+
+    def _refresh_often(self) -> None:
+        """New forecasts for the versions that requests named since the last ones, until the dispatcher is closed."""
+        refreshed_at = -math.inf
+        while not self._closed.wait(REFRESH_S):
+            self._requested.wait()
+            self._requested.clear()
+            began = time.monotonic()
+            with self._lock:
+                served = [each for each in self._served.values() if each.used_at >= refreshed_at]
+            for each in served:
+                each.chooser.refresh(forecast(each.model.candidates, self._estimates))
+            refreshed_at = began
 
     def _answering(self, candidates: Sequence[RouteCandidate]) -> Sequence[RouteCandidate]:
         """The candidates whose breakers allow a call; all where none does."""
@@ -89,11 +122,19 @@ class Dispatcher:
         return [c for c in candidates if closed.issuperset(c.hops)] or candidates
 
     def _chooser(self, model: ServedModel) -> RouteChooser:
-        key = model.digest
+        key = (model.name, model.version, model.digest)
+        now = time.monotonic()
         with self._lock:
             if (served := self._served.get(key)) is None:
-                served = self._served[key] = (model, RouteChooser())
-        return served[1]
+                chooser = RouteChooser(model.candidates, self._outstanding)
+                chooser.refresh(forecast(model.candidates, self._estimates))
+                served = self._served[key] = _Served(model, chooser, now)
+                if self._refresher is None and len(model.candidates) > 1:
+                    self._refresher = threading.Thread(target=self._refresh_often, name="routes", daemon=True)
+                    self._refresher.start()
+            served.used_at = now
+        self._requested.set()
+        return served.chooser
 
 
 def _pinned(model: ServedModel, pin: str) -> tuple[RouteCandidate, ...]:

@@ -16,10 +16,8 @@ from isthmus.registry import Registry
 from isthmus.routing.candidates import RouteCandidate
 from isthmus.routing.codec_override import override_codec
 from isthmus.routing.demand import Demand
+from isthmus.routing.efficient import degradation_of, efficient_candidates
 from isthmus.settings import RouterSettings
-
-# Candidates that a router chooses from; a plan may have a thousand, of which most are dominated.
-MAX_CANDIDATES = 16
 
 
 class RouteSelector:
@@ -78,33 +76,25 @@ class RouteSelector:
         return measure_for(bundle) if fidelity is None else fidelity.measure
 
     def _planned(self, plan: Plan, digest: str, bundle: Bundle) -> tuple[RouteCandidate, ...]:
-        candidates = [self._candidate(plan, plan.choice, digest, bundle)]
-        if self._settings.adapt and len(self._hops) > 1:
-            for other in plan.candidates:
-                if other.refused or other.name == plan.chosen or len(candidates) == MAX_CANDIDATES:
-                    continue
-                with suppress(Missing, PlanMalformed):  # a variant that was removed costs a choice, not the model
-                    candidates.append(self._candidate(plan, other, digest, bundle))
+        chosen = self._candidate(plan, plan.choice, digest, bundle)
+        if not self._settings.adapt or len(self._hops) == 1:
+            return (chosen,)
+        candidates = [chosen]
+        for other in efficient_candidates(plan)[1:]:
+            with suppress(Missing, PlanMalformed):  # a variant that was removed costs a choice, not the model
+                candidates.append(self._candidate(plan, other, digest, bundle))
         return tuple(candidates)
 
     def _candidate(self, plan: Plan, candidate: Candidate, digest: str, bundle: Bundle) -> RouteCandidate:
         route = planned_route(candidate, digest, bundle, self._hops, self._tables, variant=self._registry.bundle)
         photo = photo_input(candidate, bundle, self._hops)
         demand = Demand.planned(candidate)
-        degradation = _degradation(candidate, plan.choice)
-        return RouteCandidate(route, photo, candidate.name, demand, candidate.seconds, degradation)
+        degradation = degradation_of(candidate, plan)
+        terms = candidate.predicted
+        return RouteCandidate(route, photo, candidate.name, demand, candidate.seconds, degradation, terms)
 
 
 def _raw(candidate: RouteCandidate) -> RouteCandidate:
     """The candidate without codecs."""
     photo = None if candidate.photo is None else replace(candidate.photo, jpeg_quality=0)
     return replace(candidate, route=replace(candidate.route, encodings=(), looks=None), photo=photo)
-
-
-def _degradation(candidate: Candidate, choice: Candidate) -> str:
-    """What a candidate costs where it is further from the model than the plan's choice; empty where it is not."""
-    if candidate.error.disagreement <= choice.error.disagreement and candidate.error.relative <= choice.error.relative:
-        return ""
-    if candidate.error.calibrated:
-        return f"{1 - candidate.error.disagreement:.1%} of {candidate.error.inputs} inputs have the model's prediction"
-    return f"outputs within {candidate.error.relative:.2%} of the model's"

@@ -10,6 +10,7 @@ from isthmus.errors import HopBusy, HopError, HopRejected, HopTimeout, HopUnavai
 from isthmus.pipeline.hop import Hop, HopReply
 from isthmus.routing.breaker import Breaker
 from isthmus.routing.estimates import Estimates
+from isthmus.routing.outstanding import note_call
 from isthmus.routing.state import HopState
 from isthmus.wire.frame import Frame
 
@@ -33,6 +34,7 @@ class WatchedHop:
         with self._lock:
             self._in_flight += 1
             self._calls += 1
+        note_call(self.name)
         call = self._estimates.began(self.name, _payload_bytes(frame) if self.encodes else 0)
         reply: HopReply | None = None
         try:

@@ -51,14 +51,15 @@ class _RouterApp(FunctionApp):
             connect_timeout_s=settings.hop_connect_timeout_s,
             max_reply_bytes=settings.max_request_bytes,
         )
-        hops = watch(called, Estimates())
+        estimates = Estimates()
+        hops = watch(called, estimates)
         super().__init__("router", settings, self._prepare)
         images = ImageMemory(settings.image_memory_bytes)
         tables = Tables(self._registry.bundle, self._registry.blob, settings.max_image_pixels, memory=images)
         routes = RouteSelector(settings, self._registry, hops, tables, codec)
         guard = Guard(settings.guard_share, routes.fidelity, self.metrics, self.log, deadline_s=settings.deadline_s)
         self._catalog = ModelCatalog(self._registry, settings.refresh_s, self.log, routes)
-        dispatcher = MeasuredDispatcher(hops, self.log)
+        dispatcher = MeasuredDispatcher(hops, estimates, self.log)
         routing_metrics = RoutingMetrics(settings)
         routing_metrics.measure(dispatcher)
         self.metrics.add(routing_metrics)

@@ -1,0 +1,96 @@
+"""The candidates of a plan that are worth choosing from, and how close each is to the model.
+
+No plan is made here: a candidate that the plan refused, for its error, its memory or a private depth, is never taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from isthmus.artifacts.plan import Candidate, Plan
+from isthmus.routing.demand import Demand
+
+# Candidates that a router chooses from; a plan may have a thousand, of which most are dominated.
+MAX_CANDIDATES = 16
+# Rounding of float32 in another order of operations; half/1, the finest lossy codec, is beyond.
+EXACT_ERROR = 1e-4
+# Demands within this share of each other are equal: predictions are no better.
+_TIE = 0.02
+# Bytes a second of links that a candidate may be best for, by halves of an order of magnitude: 0.1 Mbit/s to 1 Gbit/s.
+_RATES = tuple(1.25e4 * 10 ** (i / 2) for i in range(9))
+# The same for an edge under load: its seconds count so many times.
+_EDGE_WEIGHTS = (1.0, 4.0)
+
+
+def efficient_candidates(plan: Plan) -> tuple[Candidate, ...]:
+    """At most MAX_CANDIDATES of the plan's candidates, its choice first.
+
+    Always with the whole model at the edge, the int8 variant there, and the photo to the cloud, where the plan has them
+    and has not refused them. The others are not dominated in edge seconds, bytes each way, cloud seconds and error by
+    any other; measured ones come before predicted ones, and those that are the best for some link before the rest.
+    """
+    admissible = [c for c in plan.candidates if not c.refused and not _leaks_input(c, plan)]
+    always = [c for c in admissible if _is_always_kept(c)]
+    efficient = _undominated(admissible)
+    by_use = sorted((*_best_by_link(efficient), *efficient), key=lambda c: c.measured is None)
+    by_name = {c.name: c for c in (plan.choice, *always, *by_use)}
+    return tuple(by_name.values())[:MAX_CANDIDATES]
+
+
+def degradation_of(candidate: Candidate, plan: Plan) -> str:
+    """What a candidate costs where it is further from the model than the plan allows; empty where it is not.
+
+    The plan allows the error of its own choice; what meets calibration's limit of agreement; and, where it has a
+    constraint on errors, what keeps that constraint. The int8 variant is degraded wherever it is not the choice.
+    """
+    error, choice = candidate.error, plan.choice.error
+    if candidate.name == plan.chosen or (not error.disagreement and error.relative <= EXACT_ERROR):
+        return ""
+    has_limit = plan.constraints.max_error is not None or plan.constraints.max_disagreement is not None
+    is_allowed = error.calibrated or has_limit
+    is_closer = error.disagreement <= choice.disagreement and error.relative <= choice.relative
+    if candidate.variant is None and (is_allowed or is_closer):
+        return ""
+    if error.inputs and (error.calibrated or candidate.variant is not None):
+        return f"{1 - error.disagreement:.1%} of {error.inputs} inputs have the model's prediction"
+    return f"outputs within {error.relative:.2%} of the model's"
+
+
+def _leaks_input(candidate: Candidate, plan: Plan) -> bool:
+    """Whether the candidate sends the input itself under a plan that holds it at the edge; no planner makes one."""
+    return bool(plan.constraints.private_depth) and candidate.kind == "cloud"
+
+
+def _is_always_kept(candidate: Candidate) -> bool:
+    is_photo = candidate.kind == "cloud" and candidate.input == "photo"
+    return candidate.kind == "edge" or (is_photo and all(c.quality == 1 for c in candidate.codecs.values()))
+
+
+def _undominated(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates without those of which another needs no more of anything, less of something, and errs no more."""
+    axes = np.array([_axes(c) for c in candidates]).reshape(len(candidates), -1)
+    stays = np.ones(len(candidates), bool)
+    for i, own in enumerate(axes):
+        no_more, less = (axes <= own * (1 + _TIE)).all(1), (axes < own * (1 - _TIE)).any(1)
+        # Only by one that stays: ties are no order, so that three may dominate each other in turn.
+        stays[i] = not (no_more & less & stays).any()
+    return [c for c, is_efficient in zip(candidates, stays, strict=True) if is_efficient]
+
+
+def _axes(candidate: Candidate) -> tuple[float, ...]:
+    demand, error = Demand.planned(candidate), candidate.error
+    relative = error.relative if error.relative > EXACT_ERROR else 0.0
+    return (demand.edge_s, demand.up_bytes, demand.down_bytes, demand.cloud_s, error.disagreement, relative)
+
+
+def _best_by_link(candidates: Sequence[Candidate]) -> Iterator[Candidate]:
+    """The fastest candidate over each of a range of links, beside a free edge and a loaded one."""
+    for weight in _EDGE_WEIGHTS if candidates else ():
+        for rate in _RATES:
+            yield min(candidates, key=lambda c: _seconds(Demand.planned(c), rate, weight))
+
+
+def _seconds(demand: Demand, bytes_s: float, edge_weight: float) -> float:
+    return edge_weight * demand.edge_s + (demand.up_bytes + demand.down_bytes) / bytes_s + demand.cloud_s

@@ -1,0 +1,104 @@
+"""Forecast of each candidate's seconds: the plan's terms, each replaced by a live estimate where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from statistics import median
+from typing import NamedTuple
+
+from isthmus.routing.candidates import RouteCandidate
+from isthmus.routing.demand import Demand
+from isthmus.routing.estimates import Estimates
+from isthmus.routing.outstanding import Busy
+
+
+class Expectation(NamedTuple):
+    """A candidate as expected now: seconds of a request alone, its demand, and its seconds on each resource."""
+
+    seconds: float
+    demand: Demand
+    busy: Busy
+
+
+def forecast(candidates: Sequence[RouteCandidate], estimates: Estimates) -> tuple[Expectation, ...]:
+    """The expectation of each candidate.
+
+    A segment that did not run lately takes its planned seconds times the drift of its hop: the median ratio of live to
+    planned seconds over the candidates whose segments did run there.
+    """
+    runs = [tuple(_live_run(c, estimates, side) for side in (_NEAR, _FAR = 0, 1
+# Beyond these a ratio says that plan and hop have nothing to do with each other.
+_MIN_DRIFT, _MAX_DRIFT = 1 / 64, 64.0
+
+
+class _Side(NamedTuple):
+    """A candidate's segments before or behind the link: their hop, and live seconds where all of them ran lately."""
+
+    hop: str = ""
+    run_s: float | None = None
+    busy_s: float | None = None
+
+
+def _side(candidate: RouteCandidate, estimates: Estimates, side: int) -> _Side:
+    route = candidate.route
+    calls = [
+        (hop.name, route.digest, str(segment.id))
+        for segment, hop in zip(route.segments, route.hops, strict=True)
+        if (hop.name != route.near) == bool(side)
+    ]
+    if not calls:
+        return _Side()
+    runs, busy = [estimates.run_s(*call) for call in calls], [estimates.busy_s(*call) for call in calls]
+    return _Side(calls[0][0], _sum(runs), _sum(busy))
+
+
+def _sum(seconds: Sequence[float | None]) -> float | None:
+    known = [s for s in seconds if s is not None]
+    return sum(known) if len(known) == len(seconds) else None
+
+
+def _planned_run(candidate: RouteCandidate, side: int) -> float:
+    return candidate.terms.cloud_run if side else candidate.terms.edge_run
+
+
+def _drift(pairs: Iterable[tuple[float | None, float]]) -> float:
+    ratios = [live / planned for live, planned in pairs if live and planned]
+    return min(max(median(ratios), _MIN_DRIFT), _MAX_DRIFT) if ratios else 1.0
+
+
+def _expect(
+    candidate: RouteCandidate, estimates: Estimates, live: Sequence[_Side], drift: Sequence[float]
+) -> Expectation:
+    terms, demand, key = candidate.terms, candidate.demand, (candidate.route.digest, candidate.name)
+    preprocess_s = _known(estimates.preprocess_s(*key), terms.preprocess)
+    pack_s = _known(estimates.encode_s(*key), terms.pack)
+    near_s = _known(live[_NEAR].busy_s, terms.edge_run * drift[_NEAR])
+    cloud_s = _known(live[_FAR].busy_s, terms.unpack + terms.cloud_run * drift[_FAR])
+    edge_s = preprocess_s + pack_s + near_s
+    # The round trip to a function beside the router is HTTP alone, which costs the edge's CPU.
+    edge_hop_s = _known(estimates.link(live[_NEAR].hop).rtt_s, terms.edge_hop) if live[_NEAR].hop else terms.edge_hop
+    up_s = down_s = rtt_s = 0.0
+    if live[_FAR].hop:
+        link = estimates.link(live[_FAR].hop)
+        up_s = _transfer_s(demand.up_bytes, link.up_bytes_s, terms.up, is_bound=link.is_bound)
+        down_s = _transfer_s(demand.down_bytes, link.down_bytes_s, terms.down)
+        # Of a call over the link, a live round trip holds all but the transfer and the function's own time.
+        calls = max(1.0, demand.calls)
+        rtt_s = terms.rtt + terms.cloud_hop if link.rtt_s is None else calls * link.rtt_s
+    return Expectation(
+        edge_s + edge_hop_s + up_s + rtt_s + cloud_s + down_s,
+        demand._replace(edge_s=edge_s + edge_hop_s, cloud_s=cloud_s),
+        Busy(edge_s + edge_hop_s, up_s, down_s, cloud_s),
+    )
+
+
+def _known(live: float | None, planned: float) -> float:
+    return planned if live is None else live
+
+
+def _transfer_s(size: float, bytes_s: float | None, planned_s: float, *, is_bound: bool = False) -> float:
+    """Seconds of a transfer; a lower bound of the rate says only that it takes no longer."""
+    if not bytes_s:
+        return planned_s
+    seconds = size / bytes_s
+    return min(seconds, planned_s) if is_bound and planned_s else seconds

@@ -1,0 +1,83 @@
+"""Outstanding work: what the routed requests still have to do on each resource, by their forecasts.
+
+The router directs every request, so it knows the queues of edge, link and cloud without asking.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextvars import ContextVar
+from typing import NamedTuple
+
+
+class Busy(NamedTuple):
+    """Seconds of each resource, in the order of `demand.RESOURCES`."""
+
+    edge: float = 0.0
+    uplink: float = 0.0
+    downlink: float = 0.0
+    cloud: float = 0.0
+
+
+IDLE = Busy()
+_current: ContextVar[Ticket | None] = ContextVar("ticket", default=None)
+
+
+class Outstanding:
+    """The account of outstanding work; thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open = 0
+        self._seconds = list(IDLE)
+
+    def begin(self, work: Busy, far_hop: str) -> Ticket:
+        """Enter a request that was routed by `far_hop`; its work is done once the ticket is closed."""
+        ticket = Ticket(self, work, far_hop)
+        with self._lock:
+            self._open += 1
+            for i, seconds in enumerate(work):
+                self._seconds[i] += seconds
+        return ticket
+
+    def seconds(self) -> Busy:
+        """Outstanding seconds of each resource."""
+        with self._lock:
+            return Busy(*self._seconds)
+
+    def remove(self, work: Busy, closed: int) -> None:
+        """Take away work that is done, and `closed` requests."""
+        with self._lock:
+            self._open -= closed
+            for i, seconds in enumerate(work):
+                self._seconds[i] = max(0.0, self._seconds[i] - seconds)
+            if not self._open:  # without the rounding errors of thousands of sums
+                self._seconds[:] = IDLE
+
+
+class Ticket:
+    """The outstanding work of one request, which one thread carries out; a context manager."""
+
+    def __init__(self, account: Outstanding, work: Busy, far_hop: str) -> None:
+        self._account, self._work, self._far_hop = account, work, far_hop
+
+    def __enter__(self) -> Ticket:
+        self._token = _current.set(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _current.reset(self._token)
+        self._account.remove(self._work, 1)
+        self._work = IDLE
+
+    def calls(self, hop: str) -> None:
+        """A hop is called; once that is the far one, the work at the edge is done."""
+        if hop == self._far_hop and (self._work.uplink or self._work.cloud):
+            self._account.remove(Busy(self._work.edge), 0)
+            self._work = self._work._replace(edge=0.0)
+
+
+def note_call(hop: str) -> None:
+    """Note in the account that the request of this thread, if it was routed, calls a hop."""
+    if (ticket := _current.get()) is not None:
+        ticket.calls(hop)

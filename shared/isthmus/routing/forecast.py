@@ -11,6 +11,10 @@ from isthmus.routing.demand import Demand
 from isthmus.routing.estimates import Estimates
 from isthmus.routing.outstanding import Busy
 
+_NEAR, _FAR = 0, 1
+# Beyond these a ratio says that plan and hop have nothing to do with each other.
+_MIN_DRIFT, _MAX_DRIFT = 1 / 64, 64.0
+
 
 class Expectation(NamedTuple):
     """A candidate as expected now: seconds of a request alone, its demand, and its seconds on each resource."""
@@ -23,16 +27,20 @@ class Expectation(NamedTuple):
 def forecast(candidates: Sequence[RouteCandidate], estimates: Estimates) -> tuple[Expectation, ...]:
     """The expectation of each candidate.
 
-    A segment that did not run lately takes its planned seconds times the drift of its hop: the median ratio of live to
+    A segment that did not run yet takes its planned seconds times the drift of its hop: the median ratio of live to
     planned seconds over the candidates whose segments did run there.
     """
-    runs = [tuple(_live_run(c, estimates, side) for side in (_NEAR, _FAR = 0, 1
-# Beyond these a ratio says that plan and hop have nothing to do with each other.
-_MIN_DRIFT, _MAX_DRIFT = 1 / 64, 64.0
+    sides = [(_side(c, estimates, _NEAR), _side(c, estimates, _FAR)) for c in candidates]
+    pairs = list(zip(candidates, sides, strict=True))
+    drift = (
+        _drift((near.run_s, c.terms.edge_run) for c, (near, _) in pairs),
+        _drift((far.run_s, c.terms.cloud_run) for c, (_, far) in pairs),
+    )
+    return tuple(_expect(c, estimates, near, far, drift) for c, (near, far) in pairs)
 
 
 class _Side(NamedTuple):
-    """A candidate's segments before or behind the link: their hop, and live seconds where all of them ran lately."""
+    """A candidate's segments before or behind the link: their hop, and live seconds where all of them ran."""
 
     hop: str = ""
     run_s: float | None = None
@@ -57,38 +65,35 @@ def _sum(seconds: Sequence[float | None]) -> float | None:
     return sum(known) if len(known) == len(seconds) else None
 
 
-def _planned_run(candidate: RouteCandidate, side: int) -> float:
-    return candidate.terms.cloud_run if side else candidate.terms.edge_run
-
-
 def _drift(pairs: Iterable[tuple[float | None, float]]) -> float:
     ratios = [live / planned for live, planned in pairs if live and planned]
     return min(max(median(ratios), _MIN_DRIFT), _MAX_DRIFT) if ratios else 1.0
 
 
 def _expect(
-    candidate: RouteCandidate, estimates: Estimates, live: Sequence[_Side], drift: Sequence[float]
+    candidate: RouteCandidate, estimates: Estimates, near: _Side, far: _Side, drift: tuple[float, float]
 ) -> Expectation:
     terms, demand, key = candidate.terms, candidate.demand, (candidate.route.digest, candidate.name)
-    preprocess_s = _known(estimates.preprocess_s(*key), terms.preprocess)
-    pack_s = _known(estimates.encode_s(*key), terms.pack)
-    near_s = _known(live[_NEAR].busy_s, terms.edge_run * drift[_NEAR])
-    cloud_s = _known(live[_FAR].busy_s, terms.unpack + terms.cloud_run * drift[_FAR])
-    edge_s = preprocess_s + pack_s + near_s
-    # The round trip to a function beside the router is HTTP alone, which costs the edge's CPU.
-    edge_hop_s = _known(estimates.link(live[_NEAR].hop).rtt_s, terms.edge_hop) if live[_NEAR].hop else terms.edge_hop
+    # The round trip to a function beside the router is HTTP alone, which takes the edge's CPU.
+    near_rtt_s = estimates.link(near.hop).rtt_s if near.hop else None
+    edge_s = (
+        _known(estimates.preprocess_s(*key), terms.preprocess)
+        + _known(estimates.encode_s(*key), terms.pack)
+        + _known(near.busy_s, terms.edge_run * drift[_NEAR])
+        + _known(near_rtt_s, terms.edge_hop)
+    )
+    cloud_s = _known(far.busy_s, terms.unpack + terms.cloud_run * drift[_FAR])
     up_s = down_s = rtt_s = 0.0
-    if live[_FAR].hop:
-        link = estimates.link(live[_FAR].hop)
+    if far.hop:
+        link = estimates.link(far.hop)
         up_s = _transfer_s(demand.up_bytes, link.up_bytes_s, terms.up, is_bound=link.is_bound)
         down_s = _transfer_s(demand.down_bytes, link.down_bytes_s, terms.down)
-        # Of a call over the link, a live round trip holds all but the transfer and the function's own time.
-        calls = max(1.0, demand.calls)
-        rtt_s = terms.rtt + terms.cloud_hop if link.rtt_s is None else calls * link.rtt_s
+        # The live round trip of a call is all but its transfers and the function's own time.
+        rtt_s = terms.rtt + terms.cloud_hop if link.rtt_s is None else max(1.0, demand.calls) * link.rtt_s
     return Expectation(
-        edge_s + edge_hop_s + up_s + rtt_s + cloud_s + down_s,
-        demand._replace(edge_s=edge_s + edge_hop_s, cloud_s=cloud_s),
-        Busy(edge_s + edge_hop_s, up_s, down_s, cloud_s),
+        edge_s + up_s + rtt_s + cloud_s + down_s,
+        demand._replace(edge_s=edge_s, cloud_s=cloud_s),
+        Busy(edge_s, up_s, down_s, cloud_s),
     )
 
 

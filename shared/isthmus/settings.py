@@ -7,6 +7,7 @@ value stops the start and names the variable. docs/reference/settings.md lists a
 from __future__ import annotations
 
 import errno
+import re
 import stat
 import typing
 from collections.abc import Mapping
@@ -24,6 +25,8 @@ _MAX_SECRET_BYTES = 64 * 2**10
 MAX_THREADS = 1024
 # A week; clocks of locks and sockets overflow beyond some larger number.
 MAX_SECONDS = 7 * 86_400.0
+# RFC 9110, 5.1: a token.
+_HEADER_NAME = re.compile(r"[\w!#$%&'*+.^`|~-]{1,80}", re.ASCII)
 # Sums and doubles of settings stay within 63 bits.
 _MAX_NUMBER = 2**62
 
@@ -166,10 +169,27 @@ class FunctionSettings(RegistrySettings):
     """What every function has: bounds on its requests, error responses, log."""
 
     max_concurrency: int = setting(
-        "maximum concurrent requests, up to 4096; further requests are answered 429 with Retry-After",
+        "maximum concurrent requests, up to 4096; further requests wait in the queue of max_queued",
         32,
         minimum=1,
         maximum=4096,
+    )
+    max_queued: int = setting(
+        "maximum requests that wait to be worked on, up to 4096; a request waits only while its deadline can be met,"
+        " and further requests are answered 429 with Retry-After. 0 means no queue",
+        32,
+        maximum=4096,
+    )
+    adaptive_concurrency: bool = setting(
+        "whether fewer requests than max_concurrency are worked on at a time where more would only slow each other"
+        " down; otherwise always max_concurrency",
+        True,
+    )
+    caller_header: str = setting(
+        "request header that names the caller, such as X-Caller or Authorization: callers take turns in the queue, and"
+        " none fills it alone. Name a header that a proxy sets or checks, as callers can forge others. Empty means that"
+        " all requests are of one caller",
+        "",
     )
     max_request_bytes: int = setting(
         "maximum size of a request body after decompression; also bounds a frame's decoded tensors together "
@@ -219,6 +239,12 @@ class FunctionSettings(RegistrySettings):
                 f"the setting log_level is {self.log_level!r}; it is debug, info, warning or error",
                 variable="log_level",
                 value=self.log_level,
+            )
+        if self.caller_header and not _HEADER_NAME.fullmatch(self.caller_header):
+            raise SettingsError(
+                f"the setting caller_header is {self.caller_header!r}; it is the name of a header such as X-Caller",
+                variable="caller_header",
+                value=self.caller_header,
             )
 
 

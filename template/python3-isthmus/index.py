@@ -6,8 +6,8 @@ setting, where another start would fail as well. SIGTERM does not end the proces
 drained the requests in flight, and the watchdog ends this process afterwards. A handler that has work besides requests
 has a function `drain` as well, which is called then. SIGINT ends the process at once.
 
-Environment: `upstream_url` (host and port to bind), `max_concurrency`, `max_request_bytes`, `max_working_bytes`,
-`deadline_s`, `log_level`. The app reads its own settings.
+Environment: `upstream_url` (host and port to bind), `max_concurrency`, `max_queued`, `max_request_bytes`,
+`max_working_bytes`, `deadline_s`, `log_level`. The app reads its own settings.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from json_lines import configure_logging
 
 HERE = Path(__file__).resolve().parent
 MAX_CONCURRENCY = 4096  # each takes a thread, and a process that cannot start one ends
+MAX_QUEUED = 4096  # so does each of these
 MAX_WAITING = 16  # requests that wait for the registry outside of max_concurrency: isthmus.admission
-SPARE_THREADS = 2  # for the readiness probe, and for refusals of requests above max_concurrency
+SPARE_THREADS = 2  # for the readiness probe, and for refusals of requests beyond the queue
 EX_CONFIG = 78  # sysexits.h: a supervisor need not restart this process before its settings change
 WsgiApp = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
@@ -61,6 +62,7 @@ def main() -> None:
     app = LoadingApp()
     try:
         concurrency = settings.count("max_concurrency", 32, MAX_CONCURRENCY)
+        queued = settings.count("max_queued", 32, MAX_QUEUED, minimum=0)
         body_bytes = settings.size("max_request_bytes", 64 * 2**20)
         working_bytes = settings.size("max_working_bytes", 256 * 2**20)
         limits = Limits.of(body_bytes, working_bytes, settings.seconds("deadline_s", 25.0))
@@ -68,8 +70,10 @@ def main() -> None:
     except (settings.SettingRefused, OSError) as e:
         exit_failed(e, foreseen=True)
     threading.Thread(target=load, args=(app,), name="load", daemon=True).start()
+    # A thread for each request that is worked on or waits, so that a refusal never waits for one of these.
+    threads = concurrency + queued + min(concurrency, MAX_WAITING) + SPARE_THREADS
     try:
-        serve(app, listener, limits, threads=concurrency + min(concurrency, MAX_WAITING) + SPARE_THREADS)
+        serve(app, listener, limits, threads)
     except Exception as e:  # the loading thread logs meanwhile, so a bare traceback would be torn apart
         exit_failed(e)
 

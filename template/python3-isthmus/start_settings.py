@@ -23,11 +23,11 @@ def text(name: str, default: str = "") -> str:
     return os.environ.get(name, "").strip() or default
 
 
-def count(name: str, default: int, maximum: int) -> int:
-    """A whole number from 1 to `maximum`."""
+def count(name: str, default: int, maximum: int, minimum: int = 1) -> int:
+    """A whole number from `minimum` to `maximum`."""
     value = text(name, str(default))
-    if not re.fullmatch("[0-9]{1,9}", value) or not 1 <= int(value) <= maximum:
-        raise SettingRefused(name, value, f"a whole number from 1 to {maximum}")
+    if not re.fullmatch("[0-9]{1,9}", value) or not minimum <= int(value) <= maximum:
+        raise SettingRefused(name, value, f"a whole number from {minimum} to {maximum}")
     return int(value)
 
 

@@ -252,15 +252,29 @@ def test_a_slot_is_given_back_however_the_waiting_ends() -> None:
     slots, later = Slots(1), Deadline.after(LONG_S)
     with slots.admitted(later):
         with slot_released():
-            assert slots.working.count == 0
-        assert slots.working.count == 1
+            assert slots.working == 0
+        assert slots.working == 1
         with pytest.raises(Missing), slot_released():
             raise Missing("no")
-    assert slots.working.count == 0
-    with pytest.raises(Overloaded), slots.admitted(later), slot_released():
-        slots.working.enter()  # another request came meanwhile
-    assert slots.working.count == 1
-    slots.working.leave()
+    assert slots.working == 0
+    begun, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with slots.admitted(later):
+            begun.set()
+            leave.wait(LONG_S)
+
+    with ThreadPoolExecutor(1) as pool:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(slots.admitted(later))
+            released = stack.enter_context(contextlib.ExitStack())
+            released.enter_context(slot_released())
+            pool.submit(other)  # another request came meanwhile
+            assert begun.wait(LONG_S)
+            with pytest.raises(Overloaded):
+                released.close()
+        assert slots.working == 1
+        leave.set()
     with (
         slots.unadmitted(later),
         slot_released(),
@@ -269,7 +283,7 @@ def test_a_slot_is_given_back_however_the_waiting_ends() -> None:
         slot_released(),
     ):
         pass
-    assert slots.working.count == 0
+    assert slots.working == 0
     assert Slots(100).waiting.limit == MAX_WAITING
 
 
@@ -280,9 +294,9 @@ def test_those_who_wait_with_a_slot_leave_half_of_the_slots_to_others() -> None:
         for _ in range(slots.waiting.limit + 2):
             waiting.enter_context(slots.admitted(later))
             waiting.enter_context(slot_released(refuse=False))
-        assert slots.working.count == 2
+        assert slots.working == 2
         with slots.admitted(later), pytest.raises(Overloaded), slot_released(refuse=False):
             pass
         with slots.admitted(later):
-            assert slots.working.count == 3
-    assert slots.working.count == 0
+            assert slots.working == 3
+    assert slots.working == 0

@@ -223,7 +223,9 @@ def test_what_callers_send_never_becomes_a_label(client: FlaskClient, photos: Pu
 def test_one_request_too_many_is_told_when_to_come_back(photos: Published, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as s:
         hung = f"http://127.0.0.1:{s.getsockname()[1]}/"
-        app = create_router_app(router_settings(photos, tmp_path, (hung,), max_concurrency=1, hop_attempts=1))
+        app = create_router_app(
+            router_settings(photos, tmp_path, (hung,), max_concurrency=1, max_queued=0, hop_attempts=1)
+        )
         client = ready(app.test_client())
         with ThreadPoolExecutor(1) as pool:
             first = pool.submit(app.test_client().post, "/", data=photo())

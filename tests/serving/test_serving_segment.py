@@ -55,7 +55,7 @@ def test_a_frame_goes_in_and_a_frame_comes_out(client: FlaskClient, photos: Publ
 def test_server_timing_holds_every_stage(client: FlaskClient, photos: Published) -> None:
     header = client.post("/", data=framed(photos)).headers["Server-Timing"]
     entries = [part.strip().split(";dur=") for part in header.split(",")]
-    assert [name for name, _ in entries] == ["decode", "load", "wait", "run", "encode", "total"]
+    assert [name for name, _ in entries] == ["queue", "decode", "load", "wait", "run", "encode", "total"]
     assert all(float(ms) >= 0 for _, ms in entries)
     assert float(entries[-1][1]) >= sum(float(ms) for _, ms in entries[:-1]) * 0.99
 
@@ -223,7 +223,7 @@ def hold_runs(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threadi
 def test_one_request_too_many_is_told_when_to_come_back(
     photos: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    app = create_segment_app(segment_settings(photos, tmp_path, max_concurrency=1))
+    app = create_segment_app(segment_settings(photos, tmp_path, max_concurrency=1, max_queued=0))
     client = ready(app.test_client())
     inside, leave = hold_runs(monkeypatch)
     with ThreadPoolExecutor(1) as pool:

@@ -38,12 +38,12 @@ def create_app():
     return app
 """
 THREADS = 4
-"""Those of max_concurrency 1, with what the template adds."""
+"""Those of max_concurrency 1 and max_queued 0, with what the template adds."""
 
 
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    with served(HANDLER, tmp_path_factory.mktemp("workers") / "app", max_concurrency="1") as port:
+    with served(HANDLER, tmp_path_factory.mktemp("workers") / "app", max_concurrency="1", max_queued="0") as port:
         yield port
 
 

@@ -224,7 +224,7 @@ def test_a_request_must_arrive_within_the_deadline_however_short_its_pauses(tmp_
 
 
 def test_clients_that_pipeline_and_do_not_read_are_cut_off_and_hold_no_worker_for_good(tmp_path: Path) -> None:
-    limits = {"max_concurrency": "1", "max_request_bytes": "1MiB", "deadline_s": "1"}
+    limits = {"max_concurrency": "1", "max_queued": "0", "max_request_bytes": "1MiB", "deadline_s": "1"}
     with served(HANDLER, tmp_path / "app", **limits) as port:  # 4 workers
         greedy = [socket.create_connection(("127.0.0.1", port), timeout=LONG_S) for _ in range(8)]
         try:

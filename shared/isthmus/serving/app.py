@@ -17,7 +17,7 @@ from isthmus.retries import log_retries
 from isthmus.serving.content_coding import compress, decompress
 from isthmus.serving.error_responses import ErrorRenderer
 from isthmus.serving.metrics import FunctionMetrics
-from isthmus.serving.request import FunctionRequest, Timings, read_body
+from isthmus.serving.request import FunctionRequest, Timings, caller_of, read_body
 from isthmus.serving.request_log import identify_requests, log_request
 from isthmus.settings import FunctionSettings
 
@@ -109,8 +109,10 @@ class FunctionApp:
         self.metrics = FunctionMetrics()
         # longest_s is a property with arithmetic, and every request needs the number.
         self._settings, self._longest_s = settings, settings.longest_s
-        self._slots = Slots(settings.max_concurrency)
-        self.metrics.in_flight.set_function(lambda: float(self._slots.working.count))
+        self.slots = Slots(
+            settings.max_concurrency, max_queued=settings.max_queued, adaptive=settings.adaptive_concurrency
+        )
+        self._expose_admission()
         self._memory = MemoryBudget(settings.working_bytes)
         self._errors = ErrorRenderer(self.log, expose_details=settings.expose_details)
         self.readiness = Readiness(prepare, self.log)
@@ -141,6 +143,13 @@ class FunctionApp:
 
         self.flask.add_url_rule(rule, endpoint=endpoint, view_func=view, methods=["POST"])
 
+    def _expose_admission(self) -> None:
+        slots, metrics = self.slots, self.metrics
+        metrics.in_flight.set_function(lambda: float(slots.working))
+        metrics.gauge("isthmus_concurrency_limit", "Requests that may be worked on now.", lambda: float(slots.limit))
+        metrics.gauge("isthmus_requests_queued", "Requests that wait to be worked on.", lambda: float(slots.queued))
+        metrics.counts("isthmus_refused", "Requests that the queue refused, by reason.", "reason", slots.refused)
+
     def _handle(self, handle: Handle) -> Response:
         g.context = context = Context.from_headers(request.headers, longest_s=self._longest_s)
         # Until the teardown: the lines of errors and of the response are this request's too.
@@ -150,7 +159,9 @@ class FunctionApp:
             body = read_body(request.environ, self._settings.max_request_bytes)
             self.metrics.received.inc(len(body))
             memory.hold(len(body))
-            with self._slots.admitted(context.deadline):
+            caller = caller_of(request.headers, self._settings.caller_header)
+            with self.slots.admitted(context.deadline, caller=caller, work=_work(len(body))) as queued_s:
+                g.timings.add("queue", queued_s)
                 self.readiness.check()
                 if coding := request.headers.get("Content-Encoding", ""):
                     body = decompress(body, coding, memory, self._settings.max_request_bytes)
@@ -175,7 +186,7 @@ class FunctionApp:
     def unadmitted(self) -> Iterator[Deadline]:
         """The deadline of a request that needs no slot; its look-ups in the registry count as others' do."""
         context = Context.from_headers(request.headers, longest_s=self._longest_s)
-        with working_on(context), self._slots.unadmitted(context.deadline):
+        with working_on(context), self.slots.unadmitted(context.deadline):
             yield context.deadline
 
     def _begin(self) -> None:
@@ -213,3 +224,11 @@ class FunctionApp:
 def _forget_context(_: BaseException | None) -> None:
     """Keep the ids of a request out of the lines that its thread logs afterwards."""
     CURRENT.set(None)
+
+
+def _work(body_bytes: int) -> str:
+    """A name of requests that take about the same time: endpoint, model, and size of the body to a factor of two."""
+    path = request.view_args or {}
+    parts = (request.endpoint or "", *path.values(), request.args.get("model", ""), body_bytes.bit_length())
+    # Bounded: a caller chooses most of these.
+    return " ".join(map(str, parts))[:200]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -21,6 +21,20 @@ if TYPE_CHECKING:  # a router with remote hops alone never loads onnxruntime
 
 # From the run of a small segment to the default deadline and a little beyond.
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+
+
+class _Counts(Collector):
+    """Counts that their owner keeps."""
+
+    def __init__(self, name: str, help: str, label: str, read: Callable[[], Mapping[str, int]]) -> None:
+        self._name, self._help, self._label, self._read = name, help, label, read
+
+    def collect(self) -> Iterator[Metric]:
+        """See `prometheus_client.registry.Collector`."""
+        family = CounterMetricFamily(self._name, self._help, labels=[self._label])
+        for value, count in self._read().items():
+            family.add_metric([value], count)
+        yield family
 
 
 class FunctionMetrics:
@@ -117,6 +131,10 @@ class FunctionMetrics:
     def gauge(self, name: str, help: str, read: Callable[[], float]) -> None:
         """Add a gauge that calls `read` at every scrape."""
         Gauge(name, help, registry=self._registry).set_function(read)
+
+    def counts(self, name: str, help: str, label: str, read: Callable[[], Mapping[str, int]]) -> None:
+        """Add a counter with one label that calls `read` at every scrape; the label's values are names of the code."""
+        self.add(_Counts(name, help, label, read))
 
     def add(self, collector: Collector) -> None:
         """Add metrics that `collector` reads at every scrape."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from hashlib import blake2b
 from io import BytesIO
 from typing import Any, NamedTuple
 
@@ -86,6 +87,16 @@ def read_body(environ: Mapping[str, Any], limit: int) -> bytes | memoryview:
     if len(body) > limit:
         raise RequestTooLarge(f"the body has more than {limit} bytes", limit=limit)
     return body
+
+
+def caller_of(headers: Headers, header: str) -> str | None:
+    """A name of the caller for the queue, from the header of the setting caller_header; None without that setting.
+
+    A digest: the header may be a secret, or long. Requests without the header are of one caller.
+    """
+    if not header:
+        return None
+    return blake2b(headers.get(header, "").encode(), digest_size=8).hexdigest()
 
 
 @lru_cache(256)

@@ -9,7 +9,7 @@ from functools import partial
 
 from flask import Flask, Response
 
-from isthmus.admission import Turns
+from isthmus.admission import Turns, describe_work
 from isthmus.artifacts.bundle import is_digest
 from isthmus.artifacts.tensors import check_types
 from isthmus.errors import RequestMalformed
@@ -63,6 +63,7 @@ class _SegmentApp(FunctionApp):
         start = time.perf_counter()
         frame = self._decode(request)
         request.timings.add("decode", time.perf_counter() - start)
+        describe_work(f"{frame.bundle} {frame.segment}")
         ran = self._store.run(frame.bundle, frame.segment, frame.tensors, request.context.deadline)
         request.timings.add("load", ran.load_s)
         request.timings.add("wait", ran.wait_s)

@@ -1,0 +1,32 @@
+"""Admission control: which requests are worked on, which wait, and which are refused; and bounds on memory.
+
+Source: docs/explanation/routing.md, "Overload".
+"""
+
+from isthmus.admission.limit import AdaptiveLimit
+from isthmus.admission.memory import RETRY_AFTER_S, MemoryBudget, Reservation, Turns
+from isthmus.admission.queue import FairQueue, Ticket
+from isthmus.admission.slots import (
+    MAX_WAITING,
+    Bound,
+    Slots,
+    current_deadline,
+    describe_work,
+    slot_released,
+)
+
+__all__ = [
+    "MAX_WAITING",
+    "RETRY_AFTER_S",
+    "AdaptiveLimit",
+    "Bound",
+    "FairQueue",
+    "MemoryBudget",
+    "Reservation",
+    "Slots",
+    "Ticket",
+    "Turns",
+    "current_deadline",
+    "describe_work",
+    "slot_released",
+]

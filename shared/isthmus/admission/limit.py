@@ -1,0 +1,128 @@
+"""The adaptive concurrency limit: as many requests in work as the function handles without slowing down.
+
+The gradient of Envoy's adaptive concurrency: a latency baseline from moments of low concurrency, and a limit that
+falls where requests take longer than the baseline and otherwise grows by the square root of itself. The baseline is
+measured anew all the time: by requests that began beside few others, and where there are none for a while, by a probe
+with a low limit. A baseline from samples under load would rise with the load (Netflix concurrency-limits, issue 165).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+
+from cachetools import LRUCache
+
+# Requests that began beside at most this many measure the baseline; no limit is lower. Envoy: min_concurrency.
+MIN_LIMIT = 3
+# A service time within this factor of the baseline is no sign of load. Envoy: buffer, 25%.
+TOLERANCE = 1.25
+# A window ends with both; the median of a few samples is robust to one outlier.
+_WINDOW_S, _WINDOW_SAMPLES = 0.1, 8
+# No window halves the limit more than once: a pause of the whole machine is in all samples of a window.
+_MAX_DECREASE = 0.5
+# A baseline is the minimum of its present and its previous period.
+_PERIOD_S, _PERIOD_SAMPLES = 2.0, 8
+# Without samples at low concurrency for as long, a probe; a probe ends after as long at the latest.
+_PROBE_EVERY_S, _MAX_PROBE_S = 30.0, 2.0
+# Kinds of work: models, routes and body sizes; the least recently used is forgotten.
+_MAX_KINDS = 256
+
+
+class _Baseline:
+    """The least seconds of one kind of work at low concurrency, of late."""
+
+    def __init__(self, now: float) -> None:
+        self.seconds = self._present = math.inf
+        self._since, self._samples = now, 0
+
+    def add(self, seconds: float, now: float) -> None:
+        self._samples += 1
+        self._present = min(self._present, seconds)
+        if self._samples >= _PERIOD_SAMPLES and now - self._since >= _PERIOD_S:
+            # The previous period ends to count: a link that became slower is no load for ever.
+            self.seconds, self._present = self._present, math.inf
+            self._since, self._samples = now, 0
+        else:
+            self.seconds = min(self.seconds, self._present)
+
+
+class AdaptiveLimit:
+    """A limit between MIN_LIMIT and `max_limit`, from the seconds of requests; not thread-safe.
+
+    Kinds of work are compared with themselves alone, as one model takes longer than another.
+    """
+
+    def __init__(self, max_limit: int, clock: Callable[[], float] = time.monotonic, *, min_limit: int = 0) -> None:
+        self._max, self._clock = max_limit, clock
+        self._min = min(max(min_limit, MIN_LIMIT), max_limit)
+        # The start: enough for most, and little for a burst before the first window to overload.
+        self._limit = float(min(max_limit, max(16, self._min)))
+        self._baselines: LRUCache[str, _Baseline] = LRUCache(_MAX_KINDS)
+        now = clock()
+        self._window_began, self._ratios, self._max_in_work = now, list[float](), 0
+        self._measured_at, self._probing_since, self._probe_samples = now, math.inf, 0
+
+    @property
+    def value(self) -> int:
+        """The limit in force."""
+        return min(self._min, int(self._limit)) if self.is_probing else int(self._limit)
+
+    @property
+    def is_probing(self) -> bool:
+        """Whether the limit is low for the sake of the baseline."""
+        return self._probing_since < math.inf
+
+    def baseline(self, kind: str) -> float | None:
+        """Seconds of a kind of work without load; None where it is unknown."""
+        entry = self._baselines.get(kind)
+        return None if entry is None else entry.seconds
+
+    def observe(self, kind: str, seconds: float, in_work: int, *, succeeded: bool = True) -> None:
+        """Learn from a request that ended; `in_work` counts the requests in work when it began, itself included.
+
+        A request that ended at its deadline took at least `seconds`: evidence of load only where that is long, so
+        callers with short deadlines cannot lower the limit.
+        """
+        now = self._clock()
+        entry = self._baselines.get(kind)
+        if not succeeded:
+            if entry is None or seconds <= entry.seconds:
+                return
+        elif in_work <= self._min:
+            if entry is None:
+                entry = self._baselines[kind] = _Baseline(now)
+            entry.add(seconds, now)
+            self._measured_at = now
+            self._probe_samples += 1
+        elif entry is None:
+            # Better than nothing until the first sample at low concurrency, which is lower.
+            entry = self._baselines[kind] = _Baseline(now)
+            entry.add(seconds, now)
+        self._max_in_work = max(self._max_in_work, in_work)
+        self._ratios.append(seconds / max(entry.seconds, 1e-6))
+        self._probe(now)
+        if len(self._ratios) >= _WINDOW_SAMPLES and now - self._window_began >= _WINDOW_S:
+            self._adapt(now)
+
+    def _adapt(self, now: float) -> None:
+        gradient = TOLERANCE / statistics.median(self._ratios)
+        limit = self._limit * min(1.0, max(_MAX_DECREASE, gradient)) + math.sqrt(self._limit)
+        # A limit that is not reached says nothing of what more requests would do.
+        if limit <= self._limit or self._max_in_work * 2 >= self._limit:
+            self._limit = min(float(self._max), max(float(self._min), limit))
+        self._window_began, self._max_in_work = now, 0
+        self._ratios.clear()
+
+    def _probe(self, now: float) -> None:
+        if self.is_probing:
+            if self._probe_samples >= _PERIOD_SAMPLES or now - self._probing_since >= _MAX_PROBE_S:
+                self._probing_since = math.inf
+                self._measured_at = now
+                # Samples of the probe say nothing of the limit after it.
+                self._window_began, self._max_in_work = now, 0
+                self._ratios.clear()
+        elif now - self._measured_at >= _PROBE_EVERY_S:
+            self._probing_since, self._probe_samples = now, 0

@@ -1,0 +1,333 @@
+"""Slots for requests in work, with a queue in front that a request joins only if its deadline can still be met.
+
+A request that waits for the registry releases its slot meanwhile, so that requests for cached models proceed. Waiting
+requests have bounds of their own, since each occupies a server thread; the template starts as many extra threads.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+from cachetools import LRUCache
+
+from isthmus.admission.limit import AdaptiveLimit
+from isthmus.admission.memory import RETRY_AFTER_S
+from isthmus.admission.queue import FairQueue, Ticket
+from isthmus.context import Deadline
+from isthmus.errors import DeadlineExceeded, IsthmusError, Overloaded, http_status
+
+# The template's index.py starts this many threads beyond those of requests in work and in the queue.
+MAX_WAITING = 16
+# Endpoints and models whose service seconds are estimated; the least recently used is forgotten.
+_MAX_SERVICES = 256
+# Of the mean and the mean deviation of service seconds, a sample's share: TCP's, RFC 6298.
+_MEAN_SHARE, _DEVIATION_SHARE = 0.125, 0.25
+# Deviations above the mean that a request in the queue is expected to take: half of all requests exceed the mean.
+_DEVIATIONS = 2.0
+# A cost of nothing would give a caller endless turns.
+_MIN_COST_S = 0.001
+# Retry-After of a queue that seems endless: the estimate is of the present, not of in a minute.
+_MAX_RETRY_AFTER_S = 30
+# Statuses of requests that ended at a deadline, or at the limit of another function: evidence of load.
+_SIGNS_OF_LOAD = frozenset((429, 504))
+REFUSALS = ("full", "share", "deadline", "late")
+"""Reasons of refusals: no place in the queue, none left for this caller, the deadline could not be met by then, or was
+not met in the queue."""
+
+
+class Bound:
+    """A counter from 0 to `limit`."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.count = limit, 0
+        self._lock = threading.Lock()
+
+    def enter(self) -> bool:
+        """Count one more; False at the limit."""
+        with self._lock:
+            if self.count == self.limit:
+                return False
+            self.count += 1
+            return True
+
+    def leave(self) -> None:
+        """Count one less."""
+        with self._lock:
+            self.count -= 1
+
+
+class _Service(NamedTuple):
+    """Seconds that requests hold a slot: their mean and mean deviation of late."""
+
+    mean_s: float = 0.0
+    deviation_s: float = 0.0
+
+    def after(self, seconds: float) -> _Service:
+        if not self.mean_s:
+            return _Service(seconds, seconds / 2)
+        error = seconds - self.mean_s
+        return _Service(
+            self.mean_s + _MEAN_SHARE * error,
+            self.deviation_s + _DEVIATION_SHARE * (abs(error) - self.deviation_s),
+        )
+
+
+class Slots:
+    """Requests in work, at most `limit`, or fewer by an adaptive limit; requests in a queue, at most `max_queued`.
+
+    Besides, up to MAX_WAITING requests, but at most `limit`, wait for the registry.
+    """
+
+    def __init__(
+        self,
+        limit: int,
+        *,
+        max_queued: int = 0,
+        adaptive: bool = False,
+        min_limit: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.max_limit, self._clock = limit, clock
+        self._adaptive = AdaptiveLimit(limit, clock, min_limit=min_limit) if adaptive else None
+        self._queue = FairQueue(max_queued)
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        self._working = 0
+        self._services: LRUCache[str, _Service] = LRUCache(_MAX_SERVICES)
+        self._refused: Counter[str] = Counter(dict.fromkeys(REFUSALS, 0))
+        self.waiting = Bound(min(limit, MAX_WAITING))
+        # With two or more slots, half stay available to requests without a look-up.
+        self.waiting_in_slot = Bound(max(1, limit // 2))
+
+    @property
+    def limit(self) -> int:
+        """Requests that may be in work at present."""
+        return self.max_limit if self._adaptive is None else self._adaptive.value
+
+    @property
+    def working(self) -> int:
+        """Requests in work."""
+        return self._working
+
+    @property
+    def queued(self) -> int:
+        """Requests in the queue."""
+        return len(self._queue)
+
+    def refused(self) -> dict[str, int]:
+        """Refusals since the start, by their reasons `REFUSALS`."""
+        with self._lock:
+            return dict(self._refused)
+
+    @contextmanager
+    def admitted(self, deadline: Deadline, *, caller: str | None = None, work: str = "") -> Iterator[float]:
+        """Hold a slot for the request of this thread, except within `slot_released`; gives the seconds in the queue.
+
+        `work` names requests that take about the same time, such as an endpoint and a model; `describe_work` adds
+        details once these are known. `caller` is None where callers are not told apart.
+
+        Raises:
+            Overloaded: the request would wait too long for its deadline, or the queue has no place for it.
+            DeadlineExceeded: the deadline passed, or came too near, in the queue.
+        """
+        request = _AdmittedRequest(self, deadline, work, needs_slot=True)
+        waited_s = self._admit(request, caller)
+        with _as_current(request):
+            yield waited_s
+
+    @contextmanager
+    def unadmitted(self, deadline: Deadline) -> Iterator[None]:
+        """Run a request without a slot; its waits for the registry count towards the bound on waiting requests."""
+        with _as_current(_AdmittedRequest(self, deadline, "", needs_slot=False)):
+            yield
+
+    def _admit(self, request: _AdmittedRequest, caller: str | None) -> float:
+        began, deadline = self._clock(), request.deadline
+        deadline.check("work on the request began")
+        with self._lock:
+            if not self._queue and self._working < self.limit:
+                self._begin(request)
+                return 0.0
+            ticket = self._ticket(request, caller)
+            self._queue.add(ticket)
+        # Without the lock: `_call_next` calls the ticket.
+        ticket.called.wait(max(0.0, ticket.latest_start - self._clock()))
+        with self._lock:
+            waited_s = self._clock() - began
+            if not ticket.called.is_set():
+                self._queue.remove(ticket)
+                self._refused["late"] += 1
+            elif ticket.is_admitted:
+                self._note_begin(request)
+                return waited_s
+        raise DeadlineExceeded(
+            f"the request waited {waited_s:.3f} s for others and could no longer be answered before its deadline",
+            waited_s=round(waited_s, 3),
+        )
+
+    def _ticket(self, request: _AdmittedRequest, caller: str | None) -> Ticket:
+        """A place in the queue.
+
+        Raises:
+            Overloaded: see `admitted`.
+        """
+        service = self._services.get(request.work) or self._services.get("") or _Service()
+        limit = max(1, self.limit)
+        if not self._queue.has_room(caller):
+            if len(self._queue) < self._queue.max_length:
+                raise self._refusal("share", "this caller's share of the queue is full")
+            raise self._refusal("full", f"{self._working} requests are under way, {len(self._queue)} wait; try again")
+        now, latest_start = self._clock(), request.deadline.at - service.mean_s
+        # A slot is given back each mean_s / limit seconds: this request's turn comes after those before it.
+        wait_s = (self._queue.ahead_s(caller, latest_start) + service.mean_s) / limit
+        if now + wait_s + service.mean_s + _DEVIATIONS * service.deviation_s > request.deadline.at:
+            raise self._refusal(
+                "deadline",
+                f"the request would wait some {wait_s:.3f} s, and could not be answered before its deadline",
+            )
+        return Ticket(latest_start, next(self._numbers), caller, max(service.mean_s, _MIN_COST_S))
+
+    def _refusal(self, reason: str, message: str) -> Overloaded:
+        self._refused[reason] += 1
+        # The seconds in which the present queue drains.
+        drain_s = self._queue.cost_s / max(1, self.limit)
+        retry_after_s = min(max(RETRY_AFTER_S, math.ceil(drain_s)), _MAX_RETRY_AFTER_S)
+        return Overloaded(message, retry_after_s=retry_after_s)
+
+    def _begin(self, request: _AdmittedRequest) -> None:
+        self._working += 1
+        self._note_begin(request)
+
+    def _note_begin(self, request: _AdmittedRequest) -> None:
+        request.has_slot = True
+        request.began, request.in_work = self._clock(), self._working
+
+    def _call_next(self) -> None:
+        """Give free slots to the queue; tickets that come too late for their deadlines are called and not admitted."""
+        while self._working < self.limit and (ticket := self._queue.next()) is not None:
+            if ticket.latest_start >= self._clock():
+                self._working += 1
+                ticket.is_admitted = True
+            else:
+                self._refused["late"] += 1
+            ticket.called.set()
+
+    def take_again(self, request: _AdmittedRequest) -> None:
+        """Take a slot after `slot_released`, before requests in the queue and beyond an adaptive limit.
+
+        Raises:
+            Overloaded: `max_limit` requests are in work.
+        """
+        with self._lock:
+            if self._working >= self.max_limit:
+                raise self._refusal("full", f"{self.max_limit} requests are under way; that is the limit")
+            self._begin(request)
+            # Time before and after a wait for the registry is no service time.
+            request.is_whole = False
+
+    def give_back(self, request: _AdmittedRequest, error: BaseException | None = None) -> None:
+        """Return the request's slot, which the next one of the queue gets."""
+        with self._lock:
+            request.has_slot = False
+            self._working -= 1
+            if request.is_whole:
+                self._learn(request, error)
+            self._call_next()
+
+    def _learn(self, request: _AdmittedRequest, error: BaseException | None) -> None:
+        seconds = self._clock() - request.began
+        if error is None:
+            for key in (request.work, ""):
+                self._services[key] = self._services.get(key, _Service()).after(seconds)
+        elif not isinstance(error, IsthmusError) or http_status(error) not in _SIGNS_OF_LOAD:
+            return
+        if self._adaptive is not None:
+            self._adaptive.observe(
+                f"{request.work} {request.detail}", seconds, request.in_work, succeeded=error is None
+            )
+
+
+class _AdmittedRequest:
+    """A request's deadline and slot, and the kind of its work."""
+
+    def __init__(self, slots: Slots, deadline: Deadline, work: str, *, needs_slot: bool) -> None:
+        self.slots, self.deadline, self.work = slots, deadline, work
+        self.needs_slot, self.has_slot, self.is_whole = needs_slot, False, True
+        self.detail = ""
+        self.began, self.in_work = 0.0, 0
+
+
+_CURRENT: ContextVar[_AdmittedRequest | None] = ContextVar("request", default=None)
+
+
+@contextmanager
+def _as_current(request: _AdmittedRequest) -> Iterator[None]:
+    token = _CURRENT.set(request)
+    error: BaseException | None = None
+    try:
+        yield
+    except BaseException as e:
+        error = e
+        raise
+    finally:
+        _CURRENT.reset(token)
+        if request.has_slot:
+            request.slots.give_back(request, error)
+
+
+def current_deadline() -> Deadline | None:
+    """The deadline of this thread's request; None outside of requests."""
+    return None if (request := _CURRENT.get()) is None else request.deadline
+
+
+def describe_work(detail: str) -> None:
+    """State what this thread's request does, such as its model, route or segment; no-op outside of requests.
+
+    The adaptive limit compares the seconds of requests with the same description only.
+    """
+    if (request := _CURRENT.get()) is not None:
+        request.detail = detail
+
+
+@contextmanager
+def slot_released(*, refuse: bool = True) -> Iterator[None]:
+    """Release this thread's slot while the block waits for the registry, and take a slot again afterwards.
+
+    If too many requests wait already and `refuse` is false, the request waits in its slot, in up to half of all slots.
+    No-op outside of requests. After an exception in the block the request has no slot: the request is about to end.
+
+    Raises:
+        Overloaded: too many requests wait already, or no slot is free after the block.
+    """
+    if (request := _CURRENT.get()) is None:
+        yield
+        return
+    slots = request.slots
+    # Seconds of a wait for the registry are no service time.
+    request.is_whole = False
+    if slots.waiting.enter():
+        if request.has_slot:
+            slots.give_back(request)
+        try:
+            yield
+        finally:
+            slots.waiting.leave()
+        if request.needs_slot and not request.has_slot:
+            slots.take_again(request)
+        return
+    if refuse or not slots.waiting_in_slot.enter():
+        raise Overloaded(
+            f"{slots.waiting.limit} requests wait for the registry; that is the limit", retry_after_s=RETRY_AFTER_S
+        )
+    try:
+        yield
+    finally:
+        slots.waiting_in_slot.leave()

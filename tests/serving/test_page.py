@@ -175,9 +175,9 @@ def test_a_photo_gives_classes_bytes_and_a_bar_for_each_stage(page: FlaskClient)
     for each in expected["classes"]:
         assert each["label"] in found.text
     assert f"{expected['route']['link_bytes']:,}" in found.text
-    assert len(found.values("aria-label", "svg")) == len(
-        [stage for stage in expected["timings_ms"] if not stage.endswith(("-run", "-pack"))]
-    )
+    # The wait for a slot is the whole page's, and not of one of its results.
+    bars = [s for s in expected["timings_ms"] if not s.endswith(("-run", "-pack")) and s != "queue"]
+    assert len(found.values("aria-label", "svg")) == len(bars)
     assert all(0 <= float(width) <= 100 for width in found.values("width", "rect"))
 
 

@@ -215,7 +215,7 @@ def test_what_is_wrong_with_a_form_is_told(client: FlaskClient, body: bytes, sta
 def test_server_timing_holds_every_stage(client: FlaskClient) -> None:
     header = client.post("/", data=photo()).headers["Server-Timing"]
     names = [part.strip().split(";")[0] for part in header.split(",")]
-    assert names == ["preprocess", "hop0", "hop0-run", "hop1", "hop1-run", "postprocess", "total"]
+    assert names == ["queue", "preprocess", "hop0", "hop0-run", "hop1", "hop1-run", "postprocess", "total"]
     assert 'hop0;desc="..6";dur=' in header
     assert 'hop1-run;desc="6..";dur=' in header
 

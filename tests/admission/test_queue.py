@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import itertools
 
-from isthmus.admission.queue import MAX_CALLERS, FairQueue, Ticket
+from isthmus.admission.queue import MAX_CALLERS, FairQueue, Waiter
 
 NUMBERS = itertools.count()
 
 
-def add(queue: FairQueue, caller: str | None, latest_start: float = 10.0, cost_s: float = 1.0) -> Ticket:
-    ticket = Ticket(latest_start, next(NUMBERS), caller, cost_s)
-    queue.add(ticket)
-    return ticket
+def add(queue: FairQueue, caller: str | None, latest_start: float = 10.0, cost_s: float = 1.0) -> Waiter:
+    waiter = Waiter(latest_start, next(NUMBERS), caller, cost_s)
+    queue.add(waiter)
+    return waiter
 
 
 def order(queue: FairQueue) -> list[str | None]:
     callers = []
-    while (ticket := queue.next()) is not None:
-        callers.append(ticket.caller)
+    while (waiter := queue.next()) is not None:
+        callers.append(waiter.caller)
     return callers
 
 
@@ -100,8 +100,8 @@ def test_callers_that_are_not_told_apart_get_all_places() -> None:
 
 def test_a_ticket_out_of_turn_leaves_nothing_behind() -> None:
     queue = FairQueue(3)
-    ticket = add(queue, "a", cost_s=0.1)
-    queue.remove(ticket)
+    waiter = add(queue, "a", cost_s=0.1)
+    queue.remove(waiter)
     assert (len(queue), queue.cost_s, queue.next()) == (0, 0.0, None)
 
 

@@ -5,7 +5,7 @@ Source: docs/explanation/routing.md, "Overload".
 
 from isthmus.admission.limit import AdaptiveLimit
 from isthmus.admission.memory import RETRY_AFTER_S, MemoryBudget, Reservation, Turns
-from isthmus.admission.queue import FairQueue, Ticket
+from isthmus.admission.queue import FairQueue, Waiter
 from isthmus.admission.slots import (
     MAX_WAITING,
     Bound,
@@ -24,8 +24,8 @@ __all__ = [
     "MemoryBudget",
     "Reservation",
     "Slots",
-    "Ticket",
     "Turns",
+    "Waiter",
     "current_deadline",
     "describe_work",
     "slot_released",

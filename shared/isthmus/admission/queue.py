@@ -18,7 +18,7 @@ MAX_CALLERS = 1024
 
 
 @dataclass(order=True)
-class Ticket:
+class Waiter:
     """A waiting request. `latest_start` is the last moment at which work on it can still meet its deadline.
 
     Units: `cost_s` is the expected seconds of its work; moments are of the monotonic clock.
@@ -33,15 +33,15 @@ class Ticket:
 
 
 class _Caller:
-    """A caller's tickets in order, and the seconds of work received."""
+    """A caller's waiters in order, and the seconds of work received."""
 
     def __init__(self, received_s: float) -> None:
-        self.tickets = list[Ticket]()
+        self.waiters = list[Waiter]()
         self.received_s = received_s
 
 
 class FairQueue:
-    """Tickets of waiting requests, at most `max_length`; not thread-safe."""
+    """Waiters of waiting requests, at most `max_length`; not thread-safe."""
 
     def __init__(self, max_length: int) -> None:
         self.max_length = max_length
@@ -56,56 +56,56 @@ class FairQueue:
 
     @property
     def cost_s(self) -> float:
-        """Seconds of work of all tickets."""
+        """Seconds of work of all waiters."""
         return max(0.0, self._cost_s)
 
     def has_room(self, caller: str | None) -> bool:
         """Whether there is a place for a further request of `caller`; None where callers are not told apart."""
         free = self.max_length - self._length
         own = self._waiting.get(caller) if caller is not None else None
-        return free > (len(own.tickets) if own is not None else 0)
+        return free > (len(own.waiters) if own is not None else 0)
 
     def ahead_s(self, caller: str | None, latest_start: float) -> float:
-        """Seconds of work that would be begun before a new ticket of `caller`.
+        """Seconds of work that would be begun before a new waiter of `caller`.
 
-        Other callers have a turn for each of the caller's own tickets, as if all tickets were of equal cost.
+        Other callers have a turn for each of the caller's own waiters, as if all waiters were of equal cost.
         """
         own = self._waiting.get(caller)
-        before = [t.cost_s for t in own.tickets if t.latest_start <= latest_start] if own is not None else []
+        before = [t.cost_s for t in own.waiters if t.latest_start <= latest_start] if own is not None else []
         others = (
-            sum(t.cost_s for t in queue.tickets[: len(before) + 1])
+            sum(t.cost_s for t in queue.waiters[: len(before) + 1])
             for name, queue in self._waiting.items()
             if name != caller
         )
         return sum(before) + sum(others)
 
-    def add(self, ticket: Ticket) -> None:
-        """Queue a ticket; `has_room` was asked."""
-        if (caller := self._waiting.get(ticket.caller)) is None:
-            received_s = max(self._turn_s, self._remembered.get(ticket.caller, 0.0))
-            caller = self._waiting[ticket.caller] = _Caller(received_s)
-        insort(caller.tickets, ticket)
+    def add(self, waiter: Waiter) -> None:
+        """Queue a waiter; `has_room` was asked."""
+        if (caller := self._waiting.get(waiter.caller)) is None:
+            received_s = max(self._turn_s, self._remembered.get(waiter.caller, 0.0))
+            caller = self._waiting[waiter.caller] = _Caller(received_s)
+        insort(caller.waiters, waiter)
         self._length += 1
-        self._cost_s += ticket.cost_s
+        self._cost_s += waiter.cost_s
 
-    def next(self) -> Ticket | None:
-        """Take the ticket whose turn it is; None where none waits."""
+    def next(self) -> Waiter | None:
+        """Take the waiter whose turn it is; None where none waits."""
         if not self._waiting:
             return None
         name = min(self._waiting, key=lambda name: self._waiting[name].received_s)
         caller = self._waiting[name]
-        ticket = caller.tickets[0]
+        waiter = caller.waiters[0]
         self._turn_s = max(self._turn_s, caller.received_s)
-        caller.received_s += ticket.cost_s
-        self.remove(ticket)
-        return ticket
+        caller.received_s += waiter.cost_s
+        self.remove(waiter)
+        return waiter
 
-    def remove(self, ticket: Ticket) -> None:
-        """Take a ticket out of turn: its request waits no longer."""
-        caller = self._waiting[ticket.caller]
-        caller.tickets.remove(ticket)
+    def remove(self, waiter: Waiter) -> None:
+        """Take a waiter out of turn: its request waits no longer."""
+        caller = self._waiting[waiter.caller]
+        caller.waiters.remove(waiter)
         self._length -= 1
-        self._cost_s = self._cost_s - ticket.cost_s if self._length else 0.0
-        if not caller.tickets:
-            del self._waiting[ticket.caller]
-            self._remembered[ticket.caller] = caller.received_s
+        self._cost_s = self._cost_s - waiter.cost_s if self._length else 0.0
+        if not caller.waiters:
+            del self._waiting[waiter.caller]
+            self._remembered[waiter.caller] = caller.received_s

@@ -20,7 +20,7 @@ from cachetools import LRUCache
 
 from isthmus.admission.limit import AdaptiveLimit
 from isthmus.admission.memory import RETRY_AFTER_S
-from isthmus.admission.queue import FairQueue, Ticket
+from isthmus.admission.queue import FairQueue, Waiter
 from isthmus.context import Deadline
 from isthmus.errors import DeadlineExceeded, IsthmusError, Overloaded, http_status
 
@@ -156,16 +156,16 @@ class Slots:
             if not self._queue and self._working < self.limit:
                 self._begin(request)
                 return 0.0
-            ticket = self._ticket(request, caller)
-            self._queue.add(ticket)
-        # Without the lock: `_call_next` calls the ticket.
-        ticket.called.wait(max(0.0, ticket.latest_start - self._clock()))
+            waiter = self._waiter(request, caller)
+            self._queue.add(waiter)
+        # Without the lock: `_call_next` calls the waiter.
+        waiter.called.wait(max(0.0, waiter.latest_start - self._clock()))
         with self._lock:
             waited_s = self._clock() - began
-            if not ticket.called.is_set():
-                self._queue.remove(ticket)
+            if not waiter.called.is_set():
+                self._queue.remove(waiter)
                 self._refused["late"] += 1
-            elif ticket.is_admitted:
+            elif waiter.is_admitted:
                 self._note_begin(request)
                 return waited_s
         raise DeadlineExceeded(
@@ -173,7 +173,7 @@ class Slots:
             waited_s=round(waited_s, 3),
         )
 
-    def _ticket(self, request: _AdmittedRequest, caller: str | None) -> Ticket:
+    def _waiter(self, request: _AdmittedRequest, caller: str | None) -> Waiter:
         """A place in the queue.
 
         Raises:
@@ -193,7 +193,7 @@ class Slots:
                 "deadline",
                 f"the request would wait some {wait_s:.3f} s, and could not be answered before its deadline",
             )
-        return Ticket(latest_start, next(self._numbers), caller, max(service.mean_s, _MIN_COST_S))
+        return Waiter(latest_start, next(self._numbers), caller, max(service.mean_s, _MIN_COST_S))
 
     def _refusal(self, reason: str, message: str) -> Overloaded:
         self._refused[reason] += 1
@@ -211,14 +211,14 @@ class Slots:
         request.began, request.in_work = self._clock(), self._working
 
     def _call_next(self) -> None:
-        """Give free slots to the queue; tickets that come too late for their deadlines are called and not admitted."""
-        while self._working < self.limit and (ticket := self._queue.next()) is not None:
-            if ticket.latest_start >= self._clock():
+        """Give free slots to the queue; waiters that come too late for their deadlines are called and not admitted."""
+        while self._working < self.limit and (waiter := self._queue.next()) is not None:
+            if waiter.latest_start >= self._clock():
                 self._working += 1
-                ticket.is_admitted = True
+                waiter.is_admitted = True
             else:
                 self._refused["late"] += 1
-            ticket.called.set()
+            waiter.called.set()
 
     def take_again(self, request: _AdmittedRequest) -> None:
         """Take a slot after `slot_released`, before requests in the queue and beyond an adaptive limit.

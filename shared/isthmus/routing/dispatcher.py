@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from cachetools import LRUCache
 
+from isthmus.admission import describe_work
 from isthmus.context import Context
 from isthmus.errors import HopError, RequestMalformed
 from isthmus.pipeline import Result
@@ -71,6 +72,8 @@ class Dispatcher:
         chooser = self._chooser(model)
         while True:
             chosen = chooser.choose(self._answering(candidates), context.deadline.remaining())
+            # Routes differ in their seconds: the adaptive concurrency limit compares requests of one route.
+            describe_work(f"{model.digest} {chosen.name}")
             try:
                 with chooser.begin(chosen):
                     result = attempt(chosen, context)

@@ -12,7 +12,6 @@ from typing import Any
 
 from flask import Response
 
-from isthmus.admission import describe_work
 from isthmus.arrays import Array
 from isthmus.codecs import EncodedTensor
 from isthmus.errors import (
@@ -199,8 +198,6 @@ class Predictor:
     def _dispatch(self, request: FunctionRequest, model: ServedModel, attempt: Attempt) -> Result:
         """The result along the route that the dispatcher chooses, or that the caller pinned."""
         result = self._dispatcher.run(model, request.context, request.headers.get(ROUTE_HEADER, ""), attempt)
-        # Routes differ in their seconds, and a batch takes several times a photo's.
-        describe_work(f"{model.digest} {result.route}")
         request.reply_headers[ROUTE_HEADER] = result.route
         if result.degraded:
             request.reply_headers[DEGRADED_HEADER] = result.degraded

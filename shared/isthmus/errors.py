@@ -196,6 +196,12 @@ class SegmentTooLarge(SegmentError):
     """A single segment exceeds the memory bound. Facts: `segment`, `bytes`, `limit`."""
 
 
+class MemoryInUse(SegmentError):
+    """A load ahead of requests has no room beside the segments in use. Facts: `segment`, `bytes`, `limit`."""
+
+    public_message = ""
+
+
 class RunFailed(SegmentError):
     """The runtime failed while loading or running a segment. Facts: `segment`."""
 
@@ -348,6 +354,7 @@ HTTP_STATUS: dict[type[IsthmusError], int] = {
     ShapeMismatch: 400,
     ValueRefused: 400,
     SegmentTooLarge: 507,
+    MemoryInUse: 507,
     RunFailed: 500,
     HopTimeout: 504,
     # 503, not Missing's 404: the share may be mounted later, and the model exists.

@@ -42,6 +42,7 @@ ABOUT_THE_REQUEST = {
     "ClaimExpired",
     "CallUnknown",
     "SpoolFull",
+    "MemoryInUse",
 }
 
 

@@ -26,6 +26,8 @@ from isthmus.errors import (
     HopTimeout,
     HopUnavailable,
     IsthmusError,
+    MemoryInUse,
+    SegmentTooLarge,
     SettingsError,
     ShapeMismatch,
     ValueRefused,
@@ -55,6 +57,9 @@ MAX_ERROR_BYTES = 2**16
 MAX_LOOPBACK_BYTES = 2**30
 # A segment function's errors that the router's caller causes.
 _INPUT_ERRORS = {c.__name__: c for c in (ShapeMismatch, ValueRefused)}
+# Errors of `POST /load`, and those of an Isthmus function without that path.
+_LOAD_ERRORS = {c.__name__: c for c in (MemoryInUse, SegmentTooLarge)}
+_NO_SUCH_PATH = ("NotFound", "MethodNotAllowed")
 # How long a function may be away and still count as starting; the longest load measured, on a busy box, was 28 s.
 MAX_OUTAGE_S = 60.0
 # The same for a gateway's 404: deploying a function anew takes seconds, a wrong URL stays wrong.
@@ -141,6 +146,20 @@ class SegmentRunner(Protocol):
         ...
 
 
+@runtime_checkable
+class SegmentLoader(Protocol):
+    """A hop or a runner that loads segments ahead of requests."""
+
+    def load(self, bundle: str, segment: str, deadline: Deadline) -> bool:
+        """Whether the segment is in memory; if not, its load begins in the background.
+
+        Raises:
+            MemoryInUse, SegmentTooLarge: no room beside the segments in use, or in an empty memory.
+            IsthmusError: the segment cannot be loaded, or the hop gave no response.
+        """
+        ...
+
+
 class LocalHop:
     """A segment in this process: nothing is encoded, sent or copied."""
 
@@ -158,6 +177,10 @@ class LocalHop:
         ran = self._runner.run(frame.bundle, frame.segment, frame.tensors, context.deadline)
         served = ServedTimes(ran.load_s + ran.wait_s + ran.run_s, ran.wait_s, ran.load_s)
         return HopReply(Frame(ran.outputs, frame.bundle, frame.segment, frame.request), ran.run_s, served=served)
+
+    def load(self, bundle: str, segment: str, deadline: Deadline) -> bool:
+        """See `SegmentLoader.load`."""
+        return self._runner.load(bundle, segment, deadline) if isinstance(self._runner, SegmentLoader) else True
 
 
 class LoopbackHop:
@@ -218,27 +241,20 @@ class HttpHop:
         self._outage.is_waited_for = False
         self._pool.close()
 
+    def load(self, bundle: str, segment: str, deadline: Deadline) -> bool:
+        """See `SegmentLoader.load`; asked once, without retries. True for a function without `POST /load`."""
+        body = json.dumps({"bundle": bundle, "segment": segment}).encode()
+        context = Context.from_headers({}, longest_s=deadline.remaining())
+        response = self._post([body], "application/json", context, MAX_ERROR_BYTES, "/load")
+        error = _error_document(response.body)
+        if (refused := _LOAD_ERRORS.get(str(error.get("type")))) is not None:
+            raise refused(str(error["error"])[:1000], hint=str(error.get("hint", ""))[:1000], hop=self.name)
+        if response.status not in (200, 202) and error.get("type") not in _NO_SUCH_PATH:
+            self._refuse(response)
+        return response.status != 202
+
     def _once(self, body: Sequence[bytes | memoryview], context: Context) -> HopReply:
-        if context.deadline.remaining() <= 0:
-            raise HopTimeout(f"the deadline passed before {self.name} could be called", hop=self.name)
-        try:
-            response = self._pool.post(
-                body,
-                {"Content-Type": frames.CONTENT_TYPE, **context.to_headers()},
-                context.deadline,
-                max_bytes=self._max_reply_bytes,
-                max_error_bytes=MAX_ERROR_BYTES,
-            )
-        except Unreachable as e:
-            raise HopUnavailable(f"{self.name} cannot be reached: {e}", hop=self.name) from e
-        except ResponseTooLong as e:
-            raise HopRejected(
-                f"{self.name} answered with more than {self._max_reply_bytes} bytes", hop=self.name, status=200
-            ) from e
-        except TimeoutError as e:
-            raise HopTimeout(f"{self.name} did not answer within the deadline", hop=self.name) from e
-        except BrokenOff as e:
-            raise HopUnavailable(f"{self.name} broke off: {e}", hop=self.name) from e
+        response = self._post(body, frames.CONTENT_TYPE, context, self._max_reply_bytes)
         if response.status != 200:
             self._refuse(response)
         try:
@@ -280,6 +296,31 @@ class HttpHop:
                 f"{self.name} answered a probe with {response.status}", hop=self.name, status=response.status
             )
         return response.times
+
+    def _post(
+        self, body: Sequence[bytes | memoryview], content_type: str, context: Context, max_bytes: int, path: str = ""
+    ) -> Response:
+        if context.deadline.remaining() <= 0:
+            raise HopTimeout(f"the deadline passed before {self.name} could be called", hop=self.name)
+        try:
+            return self._pool.post(
+                body,
+                {"Content-Type": content_type, **context.to_headers()},
+                context.deadline,
+                max_bytes=max_bytes,
+                max_error_bytes=MAX_ERROR_BYTES,
+                path=path,
+            )
+        except Unreachable as e:
+            raise HopUnavailable(f"{self.name} cannot be reached: {e}", hop=self.name) from e
+        except ResponseTooLong as e:
+            raise HopRejected(
+                f"{self.name} answered with more than {max_bytes} bytes", hop=self.name, status=200
+            ) from e
+        except TimeoutError as e:
+            raise HopTimeout(f"{self.name} did not answer within the deadline", hop=self.name) from e
+        except BrokenOff as e:
+            raise HopUnavailable(f"{self.name} broke off: {e}", hop=self.name) from e
 
     def _refuse(self, response: Response) -> NoReturn:
         """Raise the error of a status other than 200. Source: docs/reference/hops.md, from OpenFaaS's sources."""

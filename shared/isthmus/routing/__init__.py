@@ -7,6 +7,7 @@ from isthmus.routing.dispatcher import DEGRADED_HEADER, ROUTE_HEADER, Attempt, D
 from isthmus.routing.estimates import Estimates
 from isthmus.routing.guard import Guard
 from isthmus.routing.selection import RouteSelector
+from isthmus.routing.warming import Warming
 from isthmus.routing.watched_hop import WatchedHop, watch
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "RouteCandidate",
     "RouteSelector",
     "ServedModel",
+    "Warming",
     "WatchedHop",
     "override_codec",
     "parse_override",

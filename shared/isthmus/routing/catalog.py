@@ -6,10 +6,11 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Self
 
 from cachetools import LRUCache, TTLCache
 
@@ -33,8 +34,11 @@ from isthmus.routing.selection import RouteSelector
 
 # Models in the cache; names come from callers, so there must be an end.
 MAX_CACHED = 256
-# The longest that a request waits for a new version; where the registry is slower, a later request gets it.
+# The longest that a request waits for a new version; where the registry is slower, a later request gets it. Requests
+# wait only where there was none for half of `refresh_s`: before that the entry is looked up in the background.
 MAX_REFRESH_WAIT_S = 0.25
+# A new version whose segments are being loaded is looked at again after so long.
+_PREPARING_S = 0.5
 # The longest that a request waits for the list of a model's versions.
 MAX_VERSIONS_WAIT_S = 2.0
 # Models in a listing: each takes several reads of the registry.
@@ -70,20 +74,33 @@ class ModelListing:
 @dataclass
 class _NameEntry:
     model: ServedModel
+    refresh_at: float
     expires: float
     refreshing: threading.Lock = field(default_factory=threading.Lock)
+
+    @classmethod
+    def now(cls, model: ServedModel, seconds: float) -> Self:
+        now = time.monotonic()
+        return cls(model, now + seconds / 2, now + seconds)
 
 
 class ModelCatalog:
     """Resolves names in the registry, each at most every `refresh_s` seconds.
 
     An entry stays while the registry does not give a newer version, since a share that is not mounted looks like a
-    registry without models, and while a new version cannot be served: a name resolves to a version once the version's
-    route is known.
+    registry without models, and while a new version cannot be served: a name moves to another version once the
+    version's route is known and `prepare` is true, which loads its segments.
     """
 
-    def __init__(self, registry: Registry, refresh_s: float, log: logging.Logger, routes: RouteSelector) -> None:
-        self._registry, self._routes = registry, routes
+    def __init__(
+        self,
+        registry: Registry,
+        refresh_s: float,
+        log: logging.Logger,
+        routes: RouteSelector,
+        prepare: Callable[[ServedModel], bool],
+    ) -> None:
+        self._registry, self._routes, self._prepare = registry, routes, prepare
         self._refresh_s = refresh_s
         self._log = log
         self._lock = threading.Lock()
@@ -96,8 +113,9 @@ class ModelCatalog:
     def get(self, reference: str, deadline: Deadline) -> ServedModel:
         """The model of `NAME` or `NAME:VERSION`.
 
-        A cached name needs no wait; once the entry has expired, a single caller asks the registry. For a name that the
-        registry lacks, the next question is `refresh_s` later.
+        A cached name needs no wait: the registry is asked in the background once the entry is half as old as it may
+        be. Of an expired entry, which nobody used meanwhile, a single caller waits. For a name that the registry lacks,
+        the next question is `refresh_s` later.
 
         Raises:
             Missing: unknown model or version; the facts list all that exist.
@@ -109,10 +127,12 @@ class ModelCatalog:
             entry = self._cache.get(reference)
         if entry is None:
             return self._lookups.find(reference, partial(self._resolve, reference), deadline)
-        if time.monotonic() > entry.expires and entry.refreshing.acquire(blocking=False):
+        now = time.monotonic()
+        if now > entry.refresh_at and entry.refreshing.acquire(blocking=False):
             refresh = self._refresher.submit(self._refresh, reference, entry)
-            with contextlib.suppress(TimeoutError):
-                return refresh.result(timeout=MAX_REFRESH_WAIT_S)
+            if now > entry.expires:
+                with contextlib.suppress(TimeoutError):
+                    return refresh.result(timeout=MAX_REFRESH_WAIT_S)
         return entry.model
 
     def close(self) -> None:
@@ -170,14 +190,20 @@ class ModelCatalog:
         return tuple(listings)
 
     def _refresh(self, reference: str, entry: _NameEntry) -> ServedModel:
+        model, seconds = entry.model, self._refresh_s
         try:
-            return self._resolve(reference)
+            newest = self._version(reference)
+            if newest.digest == model.digest or self._prepare(newest):
+                model = newest
+            else:
+                seconds = min(seconds, _PREPARING_S)
         except (RegistryError, PlanError, CalibrationError) as e:
             self._log_stale(reference, e)
-            return entry.model
         finally:
-            entry.expires = time.monotonic() + self._refresh_s
+            later = _NameEntry.now(model, seconds)
+            entry.model, entry.refresh_at, entry.expires = model, later.refresh_at, later.expires
             entry.refreshing.release()
+        return model
 
     def _log_stale(self, reference: str, error: IsthmusError) -> None:
         facts = {"error": error.message, "type": type(error).__name__} | ({"hint": error.hint} if error.hint else {})
@@ -191,6 +217,12 @@ class ModelCatalog:
             raise RegistryError(e.message, registry=self._registry.url, blob=blob.digest) from e
 
     def _resolve(self, reference: str) -> ServedModel:
+        model = self._version(reference)
+        with self._lock:
+            self._cache[reference] = _NameEntry.now(model, self._refresh_s)
+        return model
+
+    def _version(self, reference: str) -> ServedModel:
         resolved = self._registry.resolve(reference)
         by_version = f"{resolved.name}:{resolved.version}"
         with self._lock:
@@ -207,9 +239,7 @@ class ModelCatalog:
                 None if labels is None else self._labels(labels),
                 self._routes.select(resolved.name, resolved.digest, resolved.bundle),
             )
-        expires = time.monotonic() + self._refresh_s
         with self._lock:
             # A number always means the same version, so that a request for a number need not wait for the registry.
-            self._cache.setdefault(by_version, _NameEntry(model, expires))
-            self._cache[reference] = _NameEntry(model, expires)
+            self._cache.setdefault(by_version, _NameEntry.now(model, self._refresh_s))
         return model

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from cachetools import LRUCache
+from msgspec import structs
 
 from isthmus.admission import describe_work
 from isthmus.context import Context
@@ -21,7 +22,8 @@ from isthmus.routing.choice import RouteChooser
 from isthmus.routing.estimates import Estimates
 from isthmus.routing.forecast import forecast
 from isthmus.routing.outstanding import Outstanding
-from isthmus.routing.state import RouterState
+from isthmus.routing.state import ModelState, RouterState
+from isthmus.routing.warming import Warming
 from isthmus.routing.watched_hop import WatchedHop, is_hops_fault
 
 ROUTE_HEADER = "Isthmus-Route"
@@ -48,9 +50,9 @@ class _Served:
 class Dispatcher:
     """Runs requests along candidate routes; one for all models of a router."""
 
-    def __init__(self, hops: Sequence[WatchedHop], estimates: Estimates, log: logging.Logger) -> None:
+    def __init__(self, hops: Sequence[WatchedHop], estimates: Estimates, warming: Warming, log: logging.Logger) -> None:
         self._hops, self._log = {hop.name: hop for hop in hops}, log
-        self._estimates = estimates
+        self._estimates, self._warming = estimates, warming
         self._outstanding = Outstanding()
         self._lock = threading.Lock()
         self._served: LRUCache[tuple[str, str, str], _Served] = LRUCache(MAX_CACHED)
@@ -70,8 +72,9 @@ class Dispatcher:
         if not model.route.name:  # a route beside the served ones, which their state must not know
             return attempt(candidates[0], context)
         chooser = self._chooser(model)
+        loaded = self._warming.loaded(model)
         while True:
-            chosen = chooser.choose(self._answering(candidates), context.deadline.remaining())
+            chosen = chooser.choose(self._answering(candidates, loaded), context.deadline.remaining())
             # Routes differ in their seconds: the adaptive concurrency limit compares requests of one route.
             describe_work(f"{model.digest} {chosen.name}")
             try:
@@ -90,6 +93,7 @@ class Dispatcher:
 
     def close(self) -> None:
         """End the threads of the dispatcher."""
+        self._warming.close()
         self._closed.set()
         self._requested.set()
         if self._refresher is not None:
@@ -100,7 +104,14 @@ class Dispatcher:
         with self._lock:
             served = [each for each in self._served.values() if not self._is_forgotten(each)]
         hops = tuple(hop.state() for hop in self._hops.values())
-        return RouterState(hops, tuple(each.chooser.state(each.model.name, each.model.version) for each in served))
+        return RouterState(hops, tuple(map(self._state_of, served)))
+
+    def _state_of(self, served: _Served) -> ModelState:
+        state = served.chooser.state(served.model.name, served.model.version)
+        loaded = self._warming.state(served.model)
+        return structs.replace(
+            state, candidates=tuple(structs.replace(c, loaded=c.name in loaded) for c in state.candidates)
+        )
 
     def _is_forgotten(self, served: _Served) -> bool:
         latest = max(each.used_at for each in self._served.values() if each.model.name == served.model.name)
@@ -119,10 +130,11 @@ class Dispatcher:
                 each.chooser.refresh(forecast(each.model.candidates, self._estimates))
             refreshed_at = began
 
-    def _answering(self, candidates: Sequence[RouteCandidate]) -> Sequence[RouteCandidate]:
-        """The candidates whose breakers allow a call; all where none does."""
+    def _answering(self, candidates: Sequence[RouteCandidate], loaded: frozenset[str]) -> Sequence[RouteCandidate]:
+        """The candidates whose breakers allow a call, of these the loaded ones; where there are none, all."""
         closed = {name for name, hop in self._hops.items() if hop.breaker.allows()}
-        return [c for c in candidates if closed.issuperset(c.hops)] or candidates
+        answering = [c for c in candidates if closed.issuperset(c.hops)] or candidates
+        return [c for c in answering if c.name in loaded] or answering
 
     def _chooser(self, model: ServedModel) -> RouteChooser:
         key = (model.name, model.version, model.digest)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
-from isthmus.context import Context
+from isthmus.context import Context, Deadline
 from isthmus.errors import HopBusy, HopError, HopRejected, HopTimeout, HopUnavailable
-from isthmus.pipeline.hop import Hop, HopReply
+from isthmus.pipeline.hop import Hop, HopReply, SegmentLoader
 from isthmus.routing.breaker import Breaker
 from isthmus.routing.estimates import Estimates
 from isthmus.routing.outstanding import note_call
+from isthmus.routing.hop_memory import HopMemory
 from isthmus.routing.state import HopState
 from isthmus.wire.frame import Frame
 
@@ -26,6 +27,7 @@ class WatchedHop:
     def __init__(self, inner: Hop, estimates: Estimates, breaker: Breaker) -> None:
         self.inner, self.name, self.encodes = inner, inner.name, inner.encodes
         self.breaker, self._estimates = breaker, estimates
+        self.memory = HopMemory()
         self._lock = threading.Lock()
         self._in_flight = self._calls = self._failures = 0
 
@@ -40,6 +42,8 @@ class WatchedHop:
         try:
             reply = self.inner.call(frame, context)
         except HopError as e:
+            if isinstance(e, HopUnavailable):
+                self.memory.forget()
             if is_hops_fault(e):
                 self.breaker.failed()
                 with self._lock:
@@ -52,7 +56,12 @@ class WatchedHop:
                 self._in_flight -= 1
         self.breaker.succeeded()
         self._estimates.succeeded(call, frame.bundle, frame.segment, reply)
+        self.memory.ran(frame.bundle, frame.segment, reply.served.load_s)
         return reply
+
+    def load(self, bundle: str, segment: str, deadline: Deadline) -> bool:
+        """Have the hop load a segment; see `SegmentLoader.load`. True for a hop that cannot load ahead."""
+        return self.inner.load(bundle, segment, deadline) if isinstance(self.inner, SegmentLoader) else True
 
     def close(self) -> None:
         """Close the hop."""

@@ -7,21 +7,22 @@ import tempfile
 import threading
 import time
 import weakref
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from cachetools import TTLCache
+
 from isthmus.admission import MemoryBudget, slot_released
 from isthmus.arrays import Array
-from isthmus.artifacts.bundle import Segment
+from isthmus.artifacts.bundle import Bundle, Segment
 from isthmus.artifacts.device import Device, this_device
 from isthmus.context import Deadline
-from isthmus.errors import DeadlineExceeded, NotReady, Overloaded, RunFailed, SegmentTooLarge
+from isthmus.errors import DeadlineExceeded, IsthmusError, MemoryInUse, NotReady, Overloaded, RunFailed
 from isthmus.registry import Located, SegmentSource
 from isthmus.registry.lookups import Lookups
 from isthmus.runtime.batching import BatchCounts, BatchTrials
@@ -29,25 +30,19 @@ from isthmus.runtime.kernel_profile import KernelProfile, OrtObserver
 from isthmus.runtime.ort import check_providers, cpu_limit, version
 from isthmus.runtime.ort_runner import OrtRunner, Runner
 from isthmus.runtime.run_queue import RunQueue
+from isthmus.runtime.segment_memory import Key, LoadedSegment, SegmentMemory
 from isthmus.settings import SegmentSettings
 
-Key = tuple[str, str]
-"""A bundle's digest and a segment's id."""
 # Callers choose the segments, so the number of pending loads needs a bound.
 MAX_LOADING = 64
+# Of these, loads ahead of requests: a plan has 16 candidates, which share most of their segments.
+MAX_AHEAD = 32
 # A missing bundle is not looked up again for so long: digests are seldom used before publication.
 _MISSING_S = 5.0
+# A load ahead that failed is told to whoever asks again, for so long.
+_FAILED_S = 5.0
 # Segments fetched in parallel, so that unknown segments are refused during the fetch of a large one.
 _FETCHES = 4
-
-
-@dataclass(frozen=True)
-class LoadedSegment:
-    """A segment in memory, and the size of its weights in bytes."""
-
-    bundle: str
-    segment: str
-    bytes: int
 
 
 class TimedOutputs(NamedTuple):
@@ -63,17 +58,20 @@ class TimedOutputs(NamedTuple):
     batch: int = 1
 
 
-@dataclass(frozen=True)
-class _CacheEntry:
-    runner: Runner
-    bytes: int
+@dataclass
+class _Load:
+    """A load under way, and whether a request waits for it."""
+
+    is_awaited: bool
+    future: Future[Runner] = field(default_factory=Future)
 
 
 class SegmentStore:
-    """Loads segments on first use; evicts the least recently used ones to stay within the bound.
+    """Loads segments on first use or ahead of it; evicts segments to stay within the bound, as `SegmentMemory` has it.
 
-    A load continues in the background after its request's deadline, so the next request finds the segment. The number
-    of parallel runs is the CPU limit over `threads`; further runs wait, up to their deadline.
+    A load continues in the background after its request's deadline, so the next request finds the segment. A request
+    waits for the load of its own segment alone. The number of parallel runs is the CPU limit over `threads`; further
+    runs wait, up to their deadline.
     """
 
     def __init__(self, source: SegmentSource, settings: SegmentSettings) -> None:
@@ -90,13 +88,13 @@ class SegmentStore:
             window_s=settings.batch_window_ms / 1000,
         )
         self._lock = threading.Lock()
-        # No LRUCache: listing its items, as metrics do, would count as a use of each.
-        self._loaded: OrderedDict[Key, _CacheEntry] = OrderedDict()
-        self._loading: dict[Key, Future[Runner]] = {}
+        self._memory = SegmentMemory(settings.max_loaded_bytes)
+        self._loading: dict[Key, _Load] = {}
+        self._failures: TTLCache[Key, IsthmusError] = TTLCache(MAX_LOADING, _FAILED_S)
         self._lookups = Lookups(_MISSING_S)
         self._loader = ThreadPoolExecutor(max_workers=_FETCHES, thread_name_prefix="load")
-        # One load into memory at a time, so that two never evict for the same bytes.
-        self._entering = threading.Lock()
+        # A thread of its own: loads ahead take a CPU at most, and never a turn of a request's load.
+        self._ahead = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load-ahead")
         self._profiling = threading.Lock()
         self.device: Device = this_device(
             cpus=cpus, threads=self._threads, providers=settings.providers, runtime=version()
@@ -112,21 +110,50 @@ class SegmentStore:
             RegistryError, RunFailed: the segment could not be fetched, or not be loaded.
         """
         key = (bundle, segment)
+        while True:
+            if (runner := self._memory.get(key)) is not None:
+                return runner
+            loading = self._join_load(key)
+            try:
+                with slot_released(refuse=False):
+                    return loading.result(timeout=deadline.remaining())
+            except MemoryInUse:
+                continue  # of a load ahead, which gave up just before this request joined it
+            except FutureTimeout as e:
+                if loading.done():
+                    return loading.result()
+                raise NotReady(f"segment {segment} is still loading", segment=segment, retry_after_s=1) from e
+
+    def load(self, bundle: str, segment: str, deadline: Deadline) -> bool:
+        """Load a segment ahead of requests, in the background; whether it is in memory already.
+
+        A segment in memory stays there for IN_USE_S seconds, unless a request needs the room. A load evicts only
+        segments that were not in use for as long.
+
+        Raises:
+            MemoryInUse: no room without evicting segments in use.
+            SegmentTooLarge: its weights alone exceed `max_loaded_bytes`.
+            Overloaded: too many segments are being loaded.
+            NotReady: the manifest was still being read when the deadline passed.
+            RegistryError, RunFailed: no such segment, or its load failed a moment ago.
+        """
+        key = (bundle, segment)
+        if self._memory.touch(key):
+            return True
         with self._lock:
-            if (entry := self._loaded.get(key)) is not None:
-                self._loaded.move_to_end(key)
-                return entry.runner
-            if (loading := self._loading.get(key)) is None:
-                if len(self._loading) >= MAX_LOADING:
-                    raise Overloaded(f"{MAX_LOADING} segments are being loaded; that is the limit", retry_after_s=1)
-                loading = self._loading[key] = self._loader.submit(self._load, key)
-        try:
-            with slot_released(refuse=False):
-                return loading.result(timeout=deadline.remaining())
-        except FutureTimeout as e:
-            if loading.done():
-                return loading.result()
-            raise NotReady(f"segment {segment} is still loading", segment=segment, retry_after_s=1) from e
+            if key in self._loading:
+                return False
+            if (failure := self._failures.get(key)) is not None:
+                raise type(failure)(failure.message, hint=failure.hint, **failure.facts)
+        declared = self._bundle(bundle, segment, deadline)
+        self._memory.check(key, _weight_bytes(declared, declared.segment(segment)))
+        with self._lock:
+            if key in self._loading or self._memory.touch(key):
+                return key not in self._loading
+            if sum(not load.is_awaited for load in self._loading.values()) >= MAX_AHEAD:
+                raise Overloaded(f"{MAX_AHEAD} segments wait to be loaded; that is the limit", retry_after_s=1)
+            self._start_load(key, _Load(is_awaited=False), self._ahead)
+        return False
 
     def segment(self, bundle: str, segment: str, deadline: Deadline) -> Segment:
         """The declaration of a segment; reads its manifest within the deadline for a segment that is not loaded.
@@ -135,15 +162,9 @@ class SegmentStore:
             NotReady: the manifest was still being read when the deadline passed.
             Missing, RegistryError: no such bundle or segment, or the manifest cannot be read.
         """
-        with self._lock:
-            if (entry := self._loaded.get((bundle, segment))) is not None:
-                return entry.runner.segment
-        try:
-            return self._lookups.find(bundle, partial(self._source.bundle, bundle), deadline).segment(segment)
-        except DeadlineExceeded as e:
-            raise NotReady(
-                f"the manifest of bundle {bundle} is still being read", segment=segment, retry_after_s=1
-            ) from e
+        if (runner := self._memory.peek((bundle, segment))) is not None:
+            return runner.segment
+        return self._bundle(bundle, segment, deadline).segment(segment)
 
     def run(self, bundle: str, segment: str, arrays: Mapping[str, Array], deadline: Deadline) -> TimedOutputs:
         """Run a segment; loaded first if necessary; together with other requests for it where that pays.
@@ -153,8 +174,10 @@ class SegmentStore:
             NotReady, Overloaded, RegistryError, SegmentError: as `runner` and `Runner.run`.
         """
         began = time.perf_counter()
+        # Exactly 0 for a segment in memory: callers see by it that a function lost what it had loaded.
+        was_loaded = (bundle, segment) in self._memory
         runner = self.runner(bundle, segment, deadline)
-        loaded = time.perf_counter()
+        loaded = began if was_loaded else time.perf_counter()
         ran = self._queue.run(runner, arrays, deadline)
         return TimedOutputs(ran.outputs, loaded - began, ran.wait_s, ran.run_s, ran.batch)
 
@@ -175,19 +198,17 @@ class SegmentStore:
             raise DeadlineExceeded("the deadline passed while another segment was observed")
         try:
             with self._source.locate(bundle, segment) as located, self._scratch() as folder:
-                needed = self._bytes(located)
-                with self._entering:
-                    self._make_room(needed, located.segment)
-                    deadline.check(f"segment {segment} was loaded to be observed")
-                    observer = OrtObserver(
-                        located.path,
-                        located.segment,
-                        providers=self._settings.providers,
-                        threads=self._threads,
-                        folder=folder,
-                    )
-                    with self._lock:
-                        self._loaded[key] = _CacheEntry(observer, needed)
+                needed = _weight_bytes(located.bundle, located.segment)
+                self._memory.reserve(key, needed)
+                deadline.check(f"segment {segment} was loaded to be observed")
+                observer = OrtObserver(
+                    located.path,
+                    located.segment,
+                    providers=self._settings.providers,
+                    threads=self._threads,
+                    folder=folder,
+                )
+                self._memory.add(key, observer)
                 runs, longest = 0, 0.0
                 while runs < 2 or (runs < min(max_runs, observer.max_runs()) and deadline.remaining() > 3 * longest):
                     deadline.check(f"segment {segment} was observed")
@@ -197,20 +218,27 @@ class SegmentStore:
                     runs, longest = runs + 1, max(longest, time.perf_counter() - started)
                 return observer.finish(runs, needed)
         finally:
-            with self._lock:
-                self._loaded.pop(key, None)
+            self._memory.discard(key)
             self._profiling.release()
 
     def close(self) -> None:
         """Stop loading; loads in progress complete in the background."""
         self._trials.close()
         self._loader.shutdown(wait=False, cancel_futures=True)
+        self._ahead.shutdown(wait=False, cancel_futures=True)
         self._lookups.close()
 
     def loaded(self) -> list[LoadedSegment]:
         """The segments in memory, least recently used first."""
-        with self._lock:
-            return [LoadedSegment(b, s, entry.bytes) for (b, s), entry in self._loaded.items()]
+        return self._memory.loaded()
+
+    def _bundle(self, digest: str, segment: str, deadline: Deadline) -> Bundle:
+        try:
+            return self._lookups.find(digest, partial(self._source.bundle, digest), deadline)
+        except DeadlineExceeded as e:
+            raise NotReady(
+                f"the manifest of bundle {digest} is still being read", segment=segment, retry_after_s=1
+            ) from e
 
     def share_memory(self, memory: MemoryBudget) -> None:
         """Count the copies that batches make in the budget of all requests."""
@@ -232,43 +260,55 @@ class SegmentStore:
         with folder:
             yield Path(folder.name)
 
-    def _load(self, key: Key) -> Runner:
+    def _join_load(self, key: Key) -> Future[Runner]:
+        """The load of a segment that a request waits for, under way or begun here."""
+        with self._lock:
+            if (runner := self._memory.get(key)) is not None:
+                ready: Future[Runner] = Future()
+                ready.set_result(runner)
+                return ready
+            load = self._loading.get(key)
+            # A load ahead that has not begun would wait for the loads before it.
+            if load is not None and (load.is_awaited or not load.future.cancel()):
+                load.is_awaited = True
+                return load.future
+            if load is None and len(self._loading) >= MAX_LOADING:
+                raise Overloaded(f"{MAX_LOADING} segments are being loaded; that is the limit", retry_after_s=1)
+            return self._start_load(key, _Load(is_awaited=True), self._loader)
+
+    def _start_load(self, key: Key, load: _Load, loader: ThreadPoolExecutor) -> Future[Runner]:
+        self._loading[key] = load
+        load.future = loader.submit(self._load, key, load)
+        return load.future
+
+    def _load(self, key: Key, load: _Load) -> Runner:
         try:
             located = self._source.locate(*key)
             try:
-                with self._entering:
-                    return self._enter(key, located)
+                return self._enter(key, located, load)
             except BaseException:
+                self._memory.discard(key)
                 located.release()
                 raise
+        except IsthmusError as e:
+            if not load.is_awaited:
+                with self._lock:
+                    # The traceback would keep the frames of the load, and their data, alive.
+                    self._failures[key] = type(e)(e.message, hint=e.hint, **e.facts)
+            raise
         finally:
             with self._lock:
                 del self._loading[key]
 
-    def _enter(self, key: Key, located: Located) -> Runner:
-        needed = self._bytes(located)
-        self._make_room(needed, located.segment)
+    def _enter(self, key: Key, located: Located, load: _Load) -> Runner:
+        needed = _weight_bytes(located.bundle, located.segment)
+        self._memory.reserve(key, needed, lambda: not load.is_awaited)
         runner = OrtRunner(located.path, located.segment, providers=self._settings.providers, threads=self._threads)
         # The registry's cache may evict the files as soon as no session maps these.
         weakref.finalize(runner, located.release)
-        with self._lock:
-            self._loaded[key] = _CacheEntry(runner, needed)
+        self._memory.add(key, runner, is_ahead=not load.is_awaited)
         return runner
 
-    @staticmethod
-    def _bytes(located: Located) -> int:
-        return sum(t.length for t in located.bundle.weight_ranges(located.segment))
 
-    def _make_room(self, needed: int, segment: Segment) -> None:
-        limit = self._settings.max_loaded_bytes
-        if needed > limit:
-            raise SegmentTooLarge(
-                f"segment {segment.id} weighs {needed} bytes; max_loaded_bytes is {limit}",
-                segment=segment.id,
-                bytes=needed,
-                limit=limit,
-                hint="raise max_loaded_bytes and the function's memory limit, or cut the model elsewhere",
-            )
-        with self._lock:
-            while self._loaded and needed + sum(entry.bytes for entry in self._loaded.values()) > limit:
-                self._loaded.popitem(last=False)
+def _weight_bytes(bundle: Bundle, segment: Segment) -> int:
+    return sum(t.length for t in bundle.weight_ranges(segment))

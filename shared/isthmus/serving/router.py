@@ -8,7 +8,7 @@ from isthmus.errors import SettingsError
 from isthmus.pipeline.hop import check_hops, hops_to
 from isthmus.processing.image_budget import ImageMemory
 from isthmus.registry import open_registry
-from isthmus.routing import Estimates, Guard, ModelCatalog, RouteSelector, parse_override, watch
+from isthmus.routing import Estimates, Guard, ModelCatalog, RouteSelector, Warming, parse_override, watch
 from isthmus.runtime.tables import Tables
 from isthmus.serving.app import FunctionApp
 from isthmus.serving.inference_routes import InferenceRoutes
@@ -58,8 +58,9 @@ class _RouterApp(FunctionApp):
         tables = Tables(self._registry.bundle, self._registry.blob, settings.max_image_pixels, memory=images)
         routes = RouteSelector(settings, self._registry, hops, tables, codec)
         guard = Guard(settings.guard_share, routes.fidelity, self.metrics, self.log, deadline_s=settings.deadline_s)
-        self._catalog = ModelCatalog(self._registry, settings.refresh_s, self.log, routes)
-        dispatcher = MeasuredDispatcher(hops, estimates, self.log)
+        self._warming = Warming(hops, self.log)
+        self._catalog = ModelCatalog(self._registry, settings.refresh_s, self.log, routes, self._warming.prepare)
+        dispatcher = MeasuredDispatcher(hops, estimates, self._warming, self.log)
         routing_metrics = RoutingMetrics(settings)
         routing_metrics.measure(dispatcher)
         self.metrics.add(routing_metrics)
@@ -81,6 +82,8 @@ class _RouterApp(FunctionApp):
 
     def _prepare(self) -> None:
         self._catalog.forget(self._router_settings.model)
-        self._catalog.get(self._router_settings.model, load_deadline())
+        model = self._catalog.get(self._router_settings.model, load_deadline())
+        # Its routes load while the function is ready: the first requests take the plan's choice.
+        self._warming.loaded(model)
         if self._store is not None:
             preload(self._router_settings.preload, self._registry, self._store)

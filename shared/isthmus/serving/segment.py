@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
+import msgspec
 from flask import Flask, Response
 
 from isthmus.admission import Turns, describe_work
 from isthmus.artifacts.bundle import is_digest
 from isthmus.artifacts.tensors import check_types
-from isthmus.errors import RequestMalformed
+from isthmus.errors import RequestMalformed, RequestTooLarge
 from isthmus.processing.image_budget import ImageMemory
 from isthmus.registry import BakedSegment, open_registry, open_source
 from isthmus.runtime.store import SegmentStore
@@ -25,6 +26,9 @@ from isthmus.settings import SegmentSettings
 from isthmus.wire import frame as frames
 from isthmus.wire.frame import Frame, Outline
 
+# A digest, and a segment's id of two cuts by name.
+MAX_LOAD_BODY_BYTES = 8192
+
 
 def create_segment_app(settings: SegmentSettings) -> Flask:
     """The app of a function that runs segments. `settings.preload` is loaded in the background.
@@ -35,6 +39,13 @@ def create_segment_app(settings: SegmentSettings) -> Flask:
     app = _SegmentApp(settings)
     app.readiness.start()
     return app.flask
+
+
+class LoadBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of `POST /load`."""
+
+    bundle: str
+    segment: str
 
 
 class _SegmentApp(FunctionApp):
@@ -56,6 +67,7 @@ class _SegmentApp(FunctionApp):
         self.metrics.gauge_store(self._store)
         self._store.share_memory(self._memory)
         self.post("/", self.run, "run")
+        self.post("/load", self.load, "load")
         Profiling(self._store, settings, self._decode).serve_on(self)
 
     def run(self, request: FunctionRequest) -> Response:
@@ -72,6 +84,13 @@ class _SegmentApp(FunctionApp):
         body = frames.encode(Frame(ran.outputs, frame.bundle, frame.segment, frame.request))
         request.timings.add("encode", time.perf_counter() - start)
         return Response(body, content_type=frames.CONTENT_TYPE)
+
+    def load(self, request: FunctionRequest) -> Response:
+        """Load a segment in the background, ahead of requests: 200 once it is in memory, 202 until then."""
+        wanted = _load_request(request.body)
+        is_loaded = self._store.load(wanted.bundle, wanted.segment, request.context.deadline)
+        state = {"bundle": wanted.bundle, "segment": wanted.segment, "state": "loaded" if is_loaded else "loading"}
+        return Response(msgspec.json.encode(state), 200 if is_loaded else 202, mimetype="application/json")
 
     def _decode(self, request: FunctionRequest) -> Frame:
         return frames.decode(
@@ -117,3 +136,23 @@ class _SegmentApp(FunctionApp):
             self._store.runner(self._source.digest, self._source.segment_id, load_deadline())
         if self._registry is not None:
             preload(self._preload, self._registry, self._store)
+
+
+def _load_request(body: bytes | memoryview) -> LoadBody:
+    """The body of `POST /load`.
+
+    Raises:
+        RequestTooLarge: longer than any digest and segment id.
+        RequestMalformed: not that JSON, or no digest.
+    """
+    if len(body) > MAX_LOAD_BODY_BYTES:
+        raise RequestTooLarge(
+            f"the body has {len(body)} bytes; at most {MAX_LOAD_BODY_BYTES} are taken", limit=MAX_LOAD_BODY_BYTES
+        )
+    try:
+        wanted = msgspec.json.decode(body, type=LoadBody)
+    except (ValueError, RecursionError) as e:
+        raise RequestMalformed(f'the body is {{"bundle": DIGEST, "segment": ID}} as JSON: {e}') from e
+    if not is_digest(wanted.bundle):
+        raise RequestMalformed(f"the body names bundle {wanted.bundle[:80]!r}; a bundle is a manifest's sha256 digest")
+    return wanted

@@ -49,7 +49,7 @@ class Gate:
     url: str = ""
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
-        if environ["REQUEST_METHOD"] == "POST":
+        if (environ["REQUEST_METHOD"], environ["PATH_INFO"]) == ("POST", "/"):
             self.calls += 1
             act = self.instead.pop(0) if self.instead else None
             if act is not None and (answer := act(self, environ)) is not None:

@@ -10,8 +10,8 @@ from isthmus.errors import HopBusy, HopError, HopRejected, HopTimeout, HopUnavai
 from isthmus.pipeline.hop import Hop, HopReply, SegmentLoader
 from isthmus.routing.breaker import Breaker
 from isthmus.routing.estimates import Estimates
-from isthmus.routing.outstanding import note_call
 from isthmus.routing.hop_memory import HopMemory
+from isthmus.routing.outstanding import note_call
 from isthmus.routing.state import HopState
 from isthmus.wire.frame import Frame
 

@@ -44,6 +44,14 @@ def import_model(
     shape: Shapes = None,
     example: Examples = None,
     freeze: Annotated[bool, typer.Option("--freeze", help="Fix the free dimensions to --shape for good.")] = False,
+    free_batch: Annotated[
+        bool,
+        typer.Option(
+            "--free-batch",
+            help="Make a first dimension of 1 free, so that functions can batch requests; refused unless each row of a"
+            " batch gives what it gives alone.",
+        ),
+    ] = False,
     preprocess: Annotated[Path | None, typer.Option(help="JSON file: how a photo becomes the input.")] = None,
     postprocess: Annotated[Path | None, typer.Option(help="JSON file: how the output becomes classes.")] = None,
     labels: Annotated[Path | None, typer.Option(help="Class names: a JSON list, or one name a line.")] = None,
@@ -77,6 +85,7 @@ def import_model(
             labels=read_labels(labels),
             inputs=read_model_inputs(shape, example),
             freeze=freeze,
+            free_batch=free_batch,
             alias=alias,
             drop_plan=drop_plan,
             if_absent=if_absent,

@@ -57,6 +57,7 @@ def build(
     bind: Binding | None = None,
     examples: Examples | None = None,
     freeze: bool = False,
+    free_batch: bool = False,
     preprocess: Spec | None = None,
     postprocess: Spec | None = None,
     labels: Sequence[str] | None = None,
@@ -70,8 +71,8 @@ def build(
 
     `partitions` are texts such as `20/40` (docs/explanation/cuts.md) or ordered lists of cuts, each a position, tensors
     (see `resolve_cut`) or a CutInfo; the first is the default. Without partitions the model is cut at its narrowest
-    cut (see `default_cuts`), and a model without a cut is left whole. `bind`, `examples`, `freeze`: see `open_model`;
-    an open Model takes none of these.
+    cut (see `default_cuts`), and a model without a cut is left whole. `bind`, `examples`, `freeze`, `free_batch`: see
+    `open_model`; an open Model takes none of these.
 
     Raises:
         ModelError: the model cannot be imported or run, or its processing disagrees with its inputs and outputs.
@@ -81,9 +82,9 @@ def build(
     if not is_model_name(name):
         raise ModelError(f"{name!r} cannot name a model", hint="use 1 to 63 of a-z, 0-9, '.', '_' and '-'")
     if not isinstance(model, Model):
-        model = open_model(model, bind=bind, examples=examples, freeze=freeze)
-    elif bind or examples or freeze:
-        raise TypeError("bind, examples and freeze belong to open_model when the model is already open")
+        model = open_model(model, bind=bind, examples=examples, freeze=freeze, free_batch=free_batch)
+    elif bind or examples or freeze or free_batch:
+        raise TypeError("bind, examples, freeze and free_batch belong to open_model when the model is already open")
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     if isinstance(postprocess, Mapping):

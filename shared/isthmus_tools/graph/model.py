@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from isthmus.arrays import Array
 from isthmus.artifacts.tensors import TensorSpec
+from isthmus_tools.graph import free_batch as batches
 from isthmus_tools.graph import inputs, load, macs, opset_conversion, shapes
 
 Examples: TypeAlias = Mapping[str, Array]
@@ -124,16 +125,18 @@ def open_model(
     bind: Binding | None = None,
     examples: Examples | None = None,
     freeze: bool = False,
+    free_batch: bool = False,
     normalise: bool = True,
 ) -> Model:
     """Read an ONNX file, normalise its graph and infer every value's dtype and shape.
 
     `bind` gives inputs their shapes for bytes and MACs; `examples` give shapes too, and values for the run where shapes
     depend on values. An unbound free first dimension counts as 1. The graph keeps its free dimensions unless `freeze`,
-    which declares the bound shapes and folds shape computations to constants.
+    which declares the bound shapes and folds shape computations to constants. With `free_batch` a first dimension of 1
+    becomes free.
 
     Raises:
-        ModelError: not an ONNX model, unsupported, or an unbound free dimension.
+        ModelError: not an ONNX model, unsupported, or an unbound free dimension; the batch dimension cannot be free.
     """
     with load.refusals(path):
         model = load.read(path, normalise=normalise)
@@ -142,6 +145,8 @@ def open_model(
         if opset_conversion.converted_from(model) is not None:
             trials = inputs.trial_inputs(model.graph, bound, examples or {})
             opset_conversion.check_same(Path(path), model, trials, random=any(map(_is_random, model.graph)))
+        if free_batch:
+            batches.free_batch(model, examples or {})
         return _analysed(model, bound, examples or {}, freeze)
 
 

@@ -29,8 +29,9 @@ class ImportRequest:
 
     `model` is an ONNX file, a model of another framework (docs/how-to/import.md) or a ready model's name; `name`
     defaults to a name made of it. The first of `cuts` (partitions as texts) is the default; without any, the narrowest
-    cut is taken. `preprocess`, `postprocess` and `labels` are the bundle's; a ready model brings its own. `alias` moves
-    to the new version, as in `publish_version`. With `if_absent` a model of that name stays unchanged.
+    cut is taken. `freeze`, `free_batch`: see `open_model`. `preprocess`, `postprocess` and `labels` are the bundle's; a
+    ready model brings its own. `alias` moves to the new version, as in `publish_version`. With `if_absent` a model of
+    that name stays unchanged.
     """
 
     model: str
@@ -39,6 +40,7 @@ class ImportRequest:
     cuts: Sequence[str] = ()
     inputs: ModelInputs = field(default_factory=ModelInputs)
     freeze: bool = False
+    free_batch: bool = False
     preprocess: Mapping[str, Any] | None = None
     postprocess: Mapping[str, Any] | None = None
     labels: Sequence[str] | None = None
@@ -64,6 +66,8 @@ def import_model(request: ImportRequest, progress: Progress = silent) -> Publica
             return with_next_command(store, Publication(version, alias="", was="", moved=False))
     if not is_model_name(name):
         raise ModelError(f"{name!r} cannot name a model", hint="use 1 to 63 of a-z, 0-9, '.', '_' and '-'")
+    if request.freeze and request.free_batch:
+        raise ModelError("a batch dimension is either frozen or free: give --freeze or --free-batch, not both")
     # An export may take minutes: requests that the registry would refuse fail before.
     if request.alias:
         check_alias(request.alias)
@@ -82,6 +86,7 @@ def import_model(request: ImportRequest, progress: Progress = silent) -> Publica
             bind=request.inputs.shapes,
             examples=request.inputs.examples,
             freeze=request.freeze,
+            free_batch=request.free_batch,
             **_declared(request),
         )
         request.inputs.check_free({spec.name: spec for spec in bundle.inputs})

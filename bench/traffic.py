@@ -20,7 +20,7 @@ import multiprocessing
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Self
@@ -49,21 +49,24 @@ class Query:
 
 @dataclass(frozen=True)
 class OpenLoop:
-    """Arrivals at `rate` a second for `seconds`: a Poisson process, or in steady steps."""
+    """Arrivals at `rate` a second for `seconds`: a Poisson process, or in steady steps.
+
+    The process is that with exactly rate times seconds arrivals, so that two loads of a rate offer as much work.
+    """
 
     rate: float
     seconds: float
     poisson: bool = True
     seed: int = 0
 
-    def arrivals(self) -> Iterator[float]:
+    def arrivals(self) -> Sequence[float]:
         """Seconds from the start to each arrival."""
+        count = round(self.rate * self.seconds)
         if not self.poisson:
-            yield from (n / self.rate for n in range(round(self.rate * self.seconds)))
-            return
-        rng, at = random.Random(self.seed), 0.0
-        while (at := at + rng.expovariate(self.rate)) <= self.seconds:
-            yield at
+            return [n / self.rate for n in range(count)]
+        # A Poisson process of a known count is so many uniform times.
+        rng = random.Random(self.seed)
+        return sorted(rng.uniform(0, self.seconds) for _ in range(count))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import statistics
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,12 +60,14 @@ def server(first: threading.Event | None = None, status: int = 200) -> Iterator[
 
 
 def test_arrivals_have_the_rate_and_come_again_with_the_seed(traffic: Any) -> None:
-    steady = list(traffic.OpenLoop(10, 2, poisson=False).arrivals())
-    assert steady == pytest.approx([0.1 * n for n in range(20)])
-    load = traffic.OpenLoop(100, 100)
-    assert list(load.arrivals()) == list(load.arrivals())
-    assert len(list(load.arrivals())) == pytest.approx(10_000, rel=0.03)
-    assert list(load.arrivals()) != list(traffic.OpenLoop(100, 100, seed=1).arrivals())
+    assert traffic.OpenLoop(10, 2, poisson=False).arrivals() == pytest.approx([0.1 * n for n in range(20)])
+    times = traffic.OpenLoop(100, 100).arrivals()
+    assert times == sorted(traffic.OpenLoop(100, 100).arrivals())
+    assert len(times) == 10_000
+    assert times != traffic.OpenLoop(100, 100, seed=1).arrivals()
+    # Of a Poisson process, gaps deviate as much as they last.
+    gaps = [b - a for a, b in itertools.pairwise(times)]
+    assert statistics.pstdev(gaps) == pytest.approx(statistics.mean(gaps), rel=0.05)
 
 
 def test_an_open_loop_does_not_wait_for_a_response_that_is_late(traffic: Any) -> None:

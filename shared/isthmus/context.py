@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import secrets
+import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol, Self
 
 from isthmus import units
@@ -77,6 +78,35 @@ class Deadline:
             raise DeadlineExceeded(f"the deadline passed before {doing}")
 
 
+class Abandonment:
+    """Ends a call from another thread: closes what the call waits for; thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._end: Callable[[], None] | None = None
+        self.is_abandoned = False
+
+    def abandon(self) -> None:
+        """End the call; a later one ends as it begins."""
+        with self._lock:
+            self.is_abandoned = True
+            if self._end is not None:
+                self._end()
+
+    @contextmanager
+    def ended_by(self, end: Callable[[], None]) -> Iterator[None]:
+        """During the block `end`, which must not raise, ends what the call waits for."""
+        with self._lock:
+            self._end = end
+            if self.is_abandoned:
+                end()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._end = None
+
+
 class Headers(Protocol):
     """Case-insensitive request headers."""
 
@@ -87,12 +117,19 @@ class Headers(Protocol):
 
 @dataclass(frozen=True)
 class Context:
-    """The identity and deadline of a request: OpenFaaS's X-Call-Id, W3C's traceparent and tracestate."""
+    """The identity and deadline of a request: OpenFaaS's X-Call-Id, W3C's traceparent and tracestate.
+
+    `limits` are the moments at which hops are given up, by name: of hops that another route does without. `waits` is
+    whether a call waits for a function that is away. These, and `abandonment`, stay in this process.
+    """
 
     deadline: Deadline
     call_id: str
     traceparent: str
     tracestate: str = ""
+    limits: Mapping[str, Deadline] = field(default_factory=dict)
+    waits: bool = True
+    abandonment: Abandonment | None = None
 
     @property
     def trace_id(self) -> str:
@@ -120,6 +157,12 @@ class Context:
             trace if is_valid else f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01",
             _tracestate(headers.get("tracestate", "")) if is_valid else "",
         )
+
+    def at_hop(self, name: str) -> Context:
+        """The context of a call to that hop: with a limit, the hop has until then, and is not waited for."""
+        if (limit := self.limits.get(name)) is None:
+            return self
+        return replace(self, deadline=min(limit, self.deadline, key=lambda d: d.at), waits=False, limits={})
 
     def to_headers(self) -> dict[str, str]:
         """The headers for the next hop; X-Timeout is the remaining time, at least a millisecond."""

@@ -27,6 +27,8 @@ MAX_THREADS = 1024
 MAX_SECONDS = 7 * 86_400.0
 # RFC 9110, 5.1: a token.
 _HEADER_NAME = re.compile(r"[\w!#$%&'*+.^`|~-]{1,80}", re.ASCII)
+# No URL holds this character unescaped (RFC 3986).
+_REPLICA_SEPARATOR = "|"
 # Sums and doubles of settings stay within 63 bits.
 _MAX_NUMBER = 2**62
 
@@ -48,6 +50,11 @@ def setting(
     """
     metadata = {"help": help, "same": same, "fallbacks": fallbacks, "minimum": minimum, "maximum": maximum}
     return field(default=default, metadata=metadata) if default is not MISSING else field(metadata=metadata)
+
+
+def urls_of(tier: str) -> tuple[str, ...]:
+    """What an entry of the setting `hops` names: the URLs of a tier's replicas, or `local`."""
+    return tuple(tier.split(_REPLICA_SEPARATOR))
 
 
 def is_secret(text: str) -> bool:
@@ -334,6 +341,12 @@ class RouterSettings(SegmentSettings):
         "whether the router chooses the route of each request among the candidates of the plan, and takes another where"
         " a hop gives no response; otherwise every request takes the plan's choice",
         True,
+    )
+    fallback: tuple[str, ...] = setting(
+        "routes that take over where a hop of the chosen route gives no response, in order, comma-separated names of"
+        " the plan's candidates. Empty means every candidate that the plan allows, exact ones before degraded ones;"
+        " `none` means no other route",
+        (),
     )
     hop_attempts: int = setting(
         "attempts per call of a hop that is reached and fails, including the first, within the deadline. "

@@ -23,8 +23,7 @@ from isthmus.errors import (
     ValueRefused,
 )
 from isthmus.http.pool import retry_after_seconds, stage_seconds
-from isthmus.pipeline import HttpHop
-from isthmus.pipeline import hop as hops
+from isthmus.pipeline import HttpHop, hop_retries
 from isthmus.registry.retry_policy import RetryPolicy
 from isthmus.retries import RetryBudget, backoff, log_retries
 from isthmus.wire import frame as frames
@@ -101,7 +100,7 @@ def test_each_answer_is_read_as_the_docs_say(
 def test_a_function_that_is_starting_is_waited_for_beyond_the_attempts(
     hop_to: Callable[..., HttpHop], answer: Answer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hops, "_MAX_PAUSE_S", 0.05)
+    monkeypatch.setattr(hop_retries, "_MAX_PAUSE_S", 0.05)
     with server([answer] * 6 + [ECHO]) as (url, seen):
         assert hop_to(url, attempts=2).call(FRAME, context()).frame.segment == "..1"
     assert len(seen) == 7
@@ -119,8 +118,8 @@ def test_a_function_that_does_not_start_is_unavailable_within_the_deadline(
 def test_a_function_that_stays_away_is_tried_only_as_often_as_the_attempts_say(
     hop_to: Callable[..., HttpHop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hops, "MAX_OUTAGE_S", 0.2)
-    monkeypatch.setattr(hops, "_MAX_PAUSE_S", 0.05)
+    monkeypatch.setattr(hop_retries, "MAX_OUTAGE_S", 0.2)
+    monkeypatch.setattr(hop_retries, "_MAX_PAUSE_S", 0.05)
     with server([(503, PROXY, b"")]) as (url, seen):
         hop = hop_to(url, attempts=3)
         for _ in range(2):
@@ -140,8 +139,8 @@ def test_a_single_attempt_tries_nothing_again(hop_to: Callable[..., HttpHop]) ->
 def test_retries_end_with_the_budget_that_all_calls_share(
     hop_to: Callable[..., HttpHop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hops, "_RETRY_BURST", 2)
-    monkeypatch.setattr(hops, "_RETRIES_PER_S", 0.0)
+    monkeypatch.setattr(hop_retries, "_WAIT_BURST", 2)
+    monkeypatch.setattr(hop_retries, "_WAITS_PER_S", 0.0)
     with server([(503, PROXY, b"")]) as (url, seen):
         hop = hop_to(url)
         for tries in (3, 1):

@@ -16,12 +16,12 @@ import socket
 import ssl
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
-from isthmus.context import Deadline
+from isthmus.context import Abandonment, Deadline
 from isthmus.http.addresses import Address
 from isthmus.http.sockets import AddressRefused, connect
 
@@ -144,10 +144,12 @@ class ConnectionPool:
         path: str = "",
         query: str = "",
         method: str = "POST",
+        abandonment: Abandonment | None = None,
     ) -> Response:
         """Send `body`, in parts, to `path` below the URL and read the response, both before the deadline.
 
-        An idle connection that the peer closed is replaced: requests must be safe to send twice.
+        An idle connection that the peer closed is replaced: requests must be safe to send twice. `abandonment` ends
+        the request by closing its connection.
 
         Units: max_bytes bounds the body of a response with status 200; any other body is cut at max_error_bytes.
 
@@ -159,9 +161,7 @@ class ConnectionPool:
             BrokenOff: the connection broke, or the response is not HTTP.
             ValueError: a header with a line break.
         """
-        target = quote(self._path + path or "/", safe=_PATH_CHARACTERS)
-        if query := query or self._query:
-            target += "?" + quote(query, safe=_PATH_CHARACTERS + "?")
+        target = self._target(path, query)
         headers = {"Host": self._host, "Content-Length": str(sum(map(len, body))), **headers}
         if any("\r" in value or "\n" in value for value in headers.values()):  # http.client lets folded lines pass
             raise ValueError("a header's value has a line break")
@@ -173,12 +173,13 @@ class ConnectionPool:
             connect_s = 0.0 if idle else timed.began - began
             keeps = False
             try:
-                response, keeps = _exchange(timed, (method, target), headers, body, (max_bytes, max_error_bytes))
+                with _abandoned_by(abandonment, sock):
+                    response, keeps = _exchange(timed, (method, target), headers, body, (max_bytes, max_error_bytes))
                 return replace(response, times=timed.times(connect_s))
             except TimeoutError:
                 raise
             except (OSError, http.client.HTTPException) as e:
-                if idle is None or timed.received:
+                if idle is None or timed.received or (abandonment is not None and abandonment.is_abandoned):
                     reason = (e.strerror if isinstance(e, OSError) else None) or str(e) or type(e).__name__
                     raise BrokenOff(reason[:200]) from e
                 # Else the peer closed the idle connection; the next is tried.
@@ -188,9 +189,33 @@ class ConnectionPool:
                 else:
                     sock.close()
 
+    def get_status(self, path: str, deadline: Deadline) -> int:
+        """The status of GET `path` below the URL, over a connection of its own; idle ones may be dead ends.
+
+        Raises:
+            As `post`.
+        """
+        sock = self._connect(deadline)
+        try:
+            timed, bounds = _DeadlineSocket(sock, deadline), (MAX_HEAD_BYTES, MAX_HEAD_BYTES)
+            response, _ = _exchange(timed, ("GET", self._target(path, "")), {"Host": self._host}, (), bounds)
+            return response.status
+        except TimeoutError:
+            raise
+        except (OSError, http.client.HTTPException) as e:
+            raise BrokenOff(str(e)[:200]) from e
+        finally:
+            sock.close()
+
     def close(self) -> None:
         """Close the idle connections."""
         _close(self._idle)
+
+    def _target(self, path: str, query: str) -> str:
+        target = quote(self._path + path or "/", safe=_PATH_CHARACTERS)
+        if query := query or self._query:
+            target += "?" + quote(query, safe=_PATH_CHARACTERS + "?")
+        return target
 
     def _take_idle(self) -> socket.socket | None:
         """An idle connection that the peer has neither closed nor written to."""
@@ -213,6 +238,21 @@ class ConnectionPool:
             raise
         except OSError as e:
             raise Unreachable(e.strerror or str(e) or "it took too long") from e
+
+
+@contextlib.contextmanager
+def _abandoned_by(abandonment: Abandonment | None, sock: socket.socket) -> Iterator[None]:
+    """During the block `abandonment` ends the use of the socket: reads in other threads return at once."""
+    if abandonment is None:
+        yield
+        return
+
+    def end() -> None:
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)  # not a TLS socket's own, which changes what it reads
+
+    with abandonment.ended_by(end):
+        yield
 
 
 def _close(idle: list[socket.socket]) -> None:

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
 import stamina
@@ -44,7 +44,7 @@ from isthmus.http.pool import (
     retry_after_seconds,
     stage_seconds,
 )
-from isthmus.retries import RetryBudget, backoff, jittered
+from isthmus.pipeline.hop_retries import HopRetries
 from isthmus.wire import frame as frames
 from isthmus.wire.frame import Frame
 
@@ -60,15 +60,6 @@ _INPUT_ERRORS = {c.__name__: c for c in (ShapeMismatch, ValueRefused)}
 # Errors of `POST /load`, and those of an Isthmus function without that path.
 _LOAD_ERRORS = {c.__name__: c for c in (MemoryInUse, SegmentTooLarge)}
 _NO_SUCH_PATH = ("NotFound", "MethodNotAllowed")
-# How long a function may be away and still count as starting; the longest load measured, on a busy box, was 28 s.
-MAX_OUTAGE_S = 60.0
-# The same for a gateway's 404: deploying a function anew takes seconds, a wrong URL stays wrong.
-MAX_REPLACED_S = 15.0
-# Doubling from a pause that a caller hardly notices to a try a second.
-_FIRST_PAUSE_S, _MAX_PAUSE_S = 0.05, 1.0
-# 32 callers, the default of max_concurrency, may wait through a start of some 7 s together, then at a try a second
-# each; beyond that, retries are a tenth of the calls that succeed.
-_RETRY_BURST, _RETRIES_PER_S, _RETRIES_PER_SUCCESS = 256, 32.0, 0.1
 
 
 class ServedTimes(NamedTuple):
@@ -219,26 +210,30 @@ class HttpHop:
     def __init__(self, url: str, *, attempts: int, connect_timeout_s: float, max_reply_bytes: int) -> None:
         self.name = url
         self._pool = ConnectionPool(url, connect_timeout_s=connect_timeout_s)
-        self._attempts = max(1, attempts)
+        self._retries = HopRetries(attempts)
         self._max_reply_bytes = max_reply_bytes
-        self._budget = RetryBudget(burst=_RETRY_BURST, per_second=_RETRIES_PER_S, per_success=_RETRIES_PER_SUCCESS)
-        self._outage = _Outage()
 
     def call(self, frame: Frame, context: Context) -> HopReply:
         """See `Hop.call`."""
         # Encoded once for all tries.
         body = frames.encode_parts(frame)
-        retries = _Retries(self._attempts, self._budget, self._outage, context)
+        retries = self._retries.of(context)
         for attempt in stamina.retry_context(on=retries.pause, attempts=None, timeout=None):
             with attempt:
                 reply = self._once(body, context)
-        self._outage.over()
-        self._budget.succeeded()
+        self._retries.succeeded()
         return reply
+
+    def is_ready(self, timeout_s: float) -> bool:
+        """Whether the function says within `timeout_s` seconds, by GET /ready, that it can run segments."""
+        try:
+            return self._pool.get_status("/ready", Deadline.after(timeout_s)) == 200
+        except (Unreachable, BrokenOff, ResponseTooLong, TimeoutError):
+            return False
 
     def close(self) -> None:
         """Close the connections that wait for the next call; calls under way try no more."""
-        self._outage.is_waited_for = False
+        self._retries.is_closed = True
         self._pool.close()
 
     def load(self, bundle: str, segment: str, deadline: Deadline) -> bool:
@@ -310,6 +305,7 @@ class HttpHop:
                 max_bytes=max_bytes,
                 max_error_bytes=MAX_ERROR_BYTES,
                 path=path,
+                abandonment=context.abandonment,
             )
         except Unreachable as e:
             raise HopUnavailable(f"{self.name} cannot be reached: {e}", hop=self.name) from e
@@ -390,60 +386,6 @@ def hops_to(
                 HttpHop(url, attempts=attempts, connect_timeout_s=connect_timeout_s, max_reply_bytes=max_reply_bytes)
             )
     return tuple(opened)
-
-
-class _Outage:
-    """The beginning of the time in which no call to a hop reached the function, over all requests.
-
-    Threads share it without a lock: a race moves the beginning by a single failed call.
-    """
-
-    def __init__(self) -> None:
-        self._began = self._latest = -math.inf
-        self.is_waited_for = True
-
-    def note(self, max_s: float) -> bool:
-        """Note a call that did not reach the function; whether the outage is younger than `max_s` seconds."""
-        now = time.monotonic()
-        if now - self._latest > MAX_OUTAGE_S:  # a new outage, or the first
-            self._began = now
-        self._latest = now
-        return now - self._began < max_s
-
-    def over(self) -> None:
-        """The function was reached."""
-        self._latest = -math.inf
-
-
-class _Retries:
-    """Retry policy of a call: stamina asks `pause` after each failed try."""
-
-    def __init__(self, attempts: int, budget: RetryBudget, outage: _Outage, context: Context) -> None:
-        self._left = attempts - 1
-        self._may_wait = attempts > 1
-        self._budget, self._outage, self._context = budget, outage, context
-        self._pauses = backoff(_FIRST_PAUSE_S, _MAX_PAUSE_S)
-
-    def pause(self, error: Exception) -> float | Literal[False]:
-        """Seconds to wait before the next try; False where the error stands."""
-        if not isinstance(error, HopUnavailable | HopBusy) or not self._outage.is_waited_for:
-            return False
-        # A broken connection or 429 may have cost the function work; the other errors have not reached the function.
-        reached = isinstance(error, HopBusy) or isinstance(error.__cause__, BrokenOff)
-        limit_s = MAX_REPLACED_S if error.facts.get("status") == 404 else MAX_OUTAGE_S
-        if reached or not self._outage.note(limit_s):
-            self._left -= 1
-        if self._left < 0 or not self._may_wait:
-            return False
-        after, left_s = error.facts.get("retry_after_s"), self._context.deadline.remaining()
-        if after is None:
-            # Near the deadline pauses halve with the time left: a function may start at the last moment.
-            pause_s = min(next(self._pauses), max(_FIRST_PAUSE_S, left_s / 2))
-        else:
-            pause_s = jittered(float(after), _FIRST_PAUSE_S)
-        if pause_s >= left_s:  # waiting would only delay the error
-            return False
-        return pause_s if self._budget.take() else False
 
 
 def _error_document(data: bytes | bytearray) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from isthmus.routing.candidates import RouteCandidate
@@ -69,6 +70,7 @@ class RouteChooser:
         self._index = {c.name: i for i, c in enumerate(self.candidates)}
         self._exact = [i for i, c in enumerate(self.candidates) if not c.degradation] or [0]
         self._preference = Preference()
+        self._fallbacks: list[Counter[str]] = [Counter() for _ in self.candidates]
         self._expected: Sequence[Expectation] = ()
         self._since_explored, self._explored_at = 0, -math.inf
 
@@ -129,6 +131,11 @@ class RouteChooser:
         """A hop of the candidate gave no response."""
         self.usage.failed(self._index[candidate.name])
 
+    def fell_back(self, candidate: RouteCandidate, error: str) -> None:
+        """A request left the candidate for another, for an error of the class `error`."""
+        with self._lock:
+            self._fallbacks[self._index[candidate.name]][error] += 1
+
     def state(self, name: str, version: str) -> ModelState:
         """The present state of the version `version` of the model `name`."""
         rates = self.usage.rates()
@@ -143,6 +150,7 @@ class RouteChooser:
                 requests=self.usage.requests[i],
                 failures=self.usage.failures[i],
                 degraded=candidate.degradation,
+                fallbacks=dict(self._fallbacks[i]),
             )
             for i, candidate in enumerate(self.candidates)
         )

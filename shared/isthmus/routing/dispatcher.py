@@ -20,8 +20,10 @@ from isthmus.routing.candidates import RouteCandidate
 from isthmus.routing.catalog import MAX_CACHED, ServedModel
 from isthmus.routing.choice import RouteChooser
 from isthmus.routing.estimates import Estimates
+from isthmus.routing.fallback import FallbackChain, first_in_time, limited
 from isthmus.routing.forecast import forecast
 from isthmus.routing.outstanding import Outstanding
+from isthmus.routing.readiness import ReadinessProber
 from isthmus.routing.state import ModelState, RouterState
 from isthmus.routing.warming import Warming
 from isthmus.routing.watched_hop import WatchedHop, is_hops_fault
@@ -50,19 +52,32 @@ class _Served:
 class Dispatcher:
     """Runs requests along candidate routes; one for all models of a router."""
 
-    def __init__(self, hops: Sequence[WatchedHop], estimates: Estimates, warming: Warming, log: logging.Logger) -> None:
+    def __init__(
+        self,
+        hops: Sequence[WatchedHop],
+        estimates: Estimates,
+        warming: Warming,
+        log: logging.Logger,
+        fallback: Sequence[str] = (),
+    ) -> None:
         self._hops, self._log = {hop.name: hop for hop in hops}, log
+        self._tiers = {hop.name: hop.name for hop in hops}
         self._estimates, self._warming = estimates, warming
         self._outstanding = Outstanding()
+        self._fallbacks = FallbackChain(fallback)
+        self._prober = ReadinessProber(hops, log)
         self._lock = threading.Lock()
         self._served: LRUCache[tuple[str, str, str], _Served] = LRUCache(MAX_CACHED)
         self._requested, self._closed = threading.Event(), threading.Event()
         self._refresher: threading.Thread | None = None
 
-    def run(self, model: ServedModel, context: Context, pin: str, attempt: Attempt) -> Result:
-        """The result of `attempt` along the chosen candidate, or along the next where its hop is at fault.
+    def run(
+        self, model: ServedModel, context: Context, pin: str, attempt: Attempt, *, exact_only: bool = False
+    ) -> Result:
+        """The result of `attempt` along the chosen candidate, or along a fallback where its hop is at fault.
 
-        `pin` names the only candidate that may be taken; empty leaves the choice to the router.
+        `pin` names the only candidate that may be taken; empty leaves the choice to the router. With `exact_only` no
+        degraded candidate is taken where there are others.
 
         Raises:
             RequestMalformed: no candidate has the name `pin`.
@@ -71,23 +86,34 @@ class Dispatcher:
         candidates = _pinned(model, pin)
         if not model.route.name:  # a route beside the served ones, which their state must not know
             return attempt(candidates[0], context)
+        if exact_only:
+            candidates = tuple(c for c in candidates if not c.degradation) or candidates
         chooser = self._chooser(model)
         loaded = self._warming.loaded(model)
+        # Where no hop answers, the best route waits for its own.
+        chosen = chooser.choose(self._answering(candidates, loaded) or candidates, context.deadline.remaining())
         while True:
-            chosen = chooser.choose(self._answering(candidates, loaded), context.deadline.remaining())
+            candidates = tuple(c for c in candidates if c is not chosen)
+            chain = self._fallbacks.order(self._answering(candidates, loaded), chooser.expected_s)
             # Routes differ in their seconds: the adaptive concurrency limit compares requests of one route.
             describe_work(f"{model.digest} {chosen.name}")
             try:
                 with chooser.begin(chosen):
-                    result = attempt(chosen, context)
+                    result = attempt(chosen, limited(context, chosen, chain, chooser.expected_s))
             except HopError as e:
-                failed = e.facts.get("hop")
-                others = tuple(c for c in candidates if c is not chosen and failed not in c.hops)
-                if is_hops_fault(e):
-                    chooser.failed(chosen)
-                if not others or not is_hops_fault(e) or context.deadline.remaining() <= 0:
+                if not is_hops_fault(e):
                     raise
-                candidates = others
+                chooser.failed(chosen)
+                failed = self._tiers.get(e.facts.get("hop", ""))
+                chain = [c for c in chain if failed not in c.hops and self._answers(c)]
+                left_s = context.deadline.remaining()
+                if not chain or left_s <= 0:
+                    raise
+                fallback = first_in_time(chain, left_s, chooser.expected_s)
+                chooser.fell_back(chosen, type(e).__name__)
+                self._log_fallback(chosen, fallback, e, context)
+                candidates = tuple(c for c in candidates if failed not in c.hops)
+                chosen = fallback
                 continue
             return replace(result, route=chosen.name, degraded=chosen.degradation)
 
@@ -98,6 +124,7 @@ class Dispatcher:
         self._requested.set()
         if self._refresher is not None:
             self._refresher.join()
+        self._prober.close()
 
     def state(self) -> RouterState:
         """The present state of hops and models."""
@@ -131,10 +158,21 @@ class Dispatcher:
             refreshed_at = began
 
     def _answering(self, candidates: Sequence[RouteCandidate], loaded: frozenset[str]) -> Sequence[RouteCandidate]:
-        """The candidates whose breakers allow a call, of these the loaded ones; where there are none, all."""
-        closed = {name for name, hop in self._hops.items() if hop.breaker.allows()}
-        answering = [c for c in candidates if closed.issuperset(c.hops)] or candidates
+        """The candidates whose breakers allow a call; of these the loaded ones, if any."""
+        answering = [c for c in candidates if self._answers(c)]
         return [c for c in answering if c.name in loaded] or answering
+
+    def _answers(self, candidate: RouteCandidate) -> bool:
+        """Whether the breakers of all hops on the way allow a call."""
+        return all(self._hops[name].breaker.allows() for name in candidate.hops if name in self._hops)
+
+    def _log_fallback(
+        self, chosen: RouteCandidate, fallback: RouteCandidate, error: HopError, context: Context
+    ) -> None:
+        reason = type(error).__name__
+        facts = {"from": chosen.name, "to": fallback.name, "type": reason, "error": error.message}
+        facts |= {"call_id": context.call_id, "hop": error.facts.get("hop", "")}
+        self._log.info("%s takes over from %s: %s", fallback.name, chosen.name, reason, extra={"facts": facts})
 
     def _chooser(self, model: ServedModel) -> RouteChooser:
         key = (model.name, model.version, model.digest)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 
 from isthmus.context import Context, Deadline
 from isthmus.errors import HopBusy, HopError, HopRejected, HopTimeout, HopUnavailable
-from isthmus.pipeline.hop import Hop, HopReply, SegmentLoader
+from isthmus.pipeline.hop import Hop, HopReply, HttpHop, SegmentLoader
 from isthmus.routing.breaker import Breaker
+from isthmus.routing.call_times import CallTimes
 from isthmus.routing.estimates import Estimates
 from isthmus.routing.hop_memory import HopMemory
 from isthmus.routing.outstanding import note_call
 from isthmus.routing.state import HopState
 from isthmus.wire.frame import Frame
+
+# A call that had longer than this share of calls take, and this multiple of their median, had a fair chance. Before
+# there are calls to compare with, the least sub-deadline of a route is fair.
+_FAIR_SHARE, _FAIR_MULTIPLE, _COMPARED_CALLS, _FAIR_S = 0.95, 1.5, 3, 0.25
 
 
 def watch(hops: Sequence[Hop], estimates: Estimates) -> tuple[WatchedHop, ...]:
@@ -28,33 +34,53 @@ class WatchedHop:
         self.inner, self.name, self.encodes = inner, inner.name, inner.encodes
         self.breaker, self._estimates = breaker, estimates
         self.memory = HopMemory()
+        self.times = CallTimes()
         self._lock = threading.Lock()
         self._in_flight = self._calls = self._failures = 0
 
+    @property
+    def in_flight(self) -> int:
+        """Calls under way."""
+        return self._in_flight
+
     def call(self, frame: Frame, context: Context) -> HopReply:
-        """See `Hop.call`."""
+        """See `Hop.call`.
+
+        Raises:
+            HopUnavailable: the breaker is open, and the context does not wait.
+        """
+        context = context.at_hop(self.name)
+        if (passed := self.breaker.enter(always=context.waits)) is None:
+            raise HopUnavailable(f"{self.name} failed lately, and is not called until it is back", hop=self.name)
         with self._lock:
             self._in_flight += 1
             self._calls += 1
         note_call(self.name)
         call = self._estimates.began(self.name, _payload_bytes(frame) if self.encodes else 0)
         reply: HopReply | None = None
+        began, allowed_s = time.perf_counter(), context.deadline.remaining()
+        end = self.breaker.left
         try:
             reply = self.inner.call(frame, context)
+            end = self.breaker.succeeded if _belongs(reply.frame, frame) else self.breaker.failed
         except HopError as e:
             if isinstance(e, HopUnavailable):
                 self.memory.forget()
-            if is_hops_fault(e):
-                self.breaker.failed()
-                with self._lock:
-                    self._failures += 1
+            if not is_hops_fault(e):
+                end = self.breaker.succeeded  # a refusal is a response
+                raise
+            with self._lock:
+                self._failures += 1
+            if self._shows_failure(e, frame, context, allowed_s):
+                end = self.breaker.failed
             raise
         finally:
             if reply is None:
                 self._estimates.failed(call)
             with self._lock:
                 self._in_flight -= 1
-        self.breaker.succeeded()
+            end(passed)
+        self.times.add(frame, time.perf_counter() - began)
         self._estimates.succeeded(call, frame.bundle, frame.segment, reply)
         self.memory.ran(frame.bundle, frame.segment, reply.served.load_s)
         return reply
@@ -62,6 +88,10 @@ class WatchedHop:
     def load(self, bundle: str, segment: str, deadline: Deadline) -> bool:
         """Have the hop load a segment; see `SegmentLoader.load`. True for a hop that cannot load ahead."""
         return self.inner.load(bundle, segment, deadline) if isinstance(self.inner, SegmentLoader) else True
+
+    def is_ready(self, timeout_s: float) -> bool:
+        """Whether the hop says within `timeout_s` seconds that it can run segments."""
+        return not isinstance(self.inner, HttpHop) or self.inner.is_ready(timeout_s)
 
     def close(self) -> None:
         """Close the hop."""
@@ -80,7 +110,24 @@ class WatchedHop:
             link.up_bytes_s,
             link.down_bytes_s,
             link.age_s,
+            opened=self.breaker.openings,
         )
+
+    def _shows_failure(self, error: HopError, frame: Frame, context: Context, allowed_s: float) -> bool:
+        """Whether the breaker counts the error: neither a refusal for load, nor the end of too short a deadline."""
+        if isinstance(error, HopBusy) or (context.abandonment is not None and context.abandonment.is_abandoned):
+            return False
+        if not isinstance(error, HopTimeout) and context.deadline.remaining() > 0:
+            return True
+        slow_s = self.times.quantile(frame, _FAIR_SHARE, _COMPARED_CALLS)
+        median_s = self.times.quantile(frame, 0.5, _COMPARED_CALLS)
+        if slow_s is None or median_s is None:
+            return allowed_s >= _FAIR_S
+        return allowed_s >= max(slow_s, _FAIR_MULTIPLE * median_s)
+
+
+def _belongs(reply: Frame, request: Frame) -> bool:
+    return (reply.bundle, reply.segment, reply.request) == (request.bundle, request.segment, request.request)
 
 
 def _payload_bytes(frame: Frame) -> int:

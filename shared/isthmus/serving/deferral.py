@@ -11,9 +11,11 @@ from typing import Any
 from flask import Response
 from werkzeug.http import parse_dict_header
 
+from isthmus.context import Context
 from isthmus.errors import RequestMalformed
-from isthmus.pipeline import Interruption
+from isthmus.pipeline import Interruption, Result
 from isthmus.pipeline.continuation import CONTENT_TYPE, encode_continuation
+from isthmus.routing import Attempt, RouteCandidate
 from isthmus.serving.inference import InferenceRequest
 from isthmus.serving.request import FunctionRequest
 
@@ -28,6 +30,7 @@ class Deferred(Exception):
 
     def __init__(self, interruption: Interruption, sizes: dict[str, int]) -> None:
         super().__init__(str(interruption.error))
+        self.error = interruption.error
         self._interruption, self._sizes = interruption, sizes
 
     def response(self, request: FunctionRequest, inference: InferenceRequest) -> Response:
@@ -40,6 +43,25 @@ class Deferred(Exception):
             notes["top_k"] = inference.top_k
         body = encode_continuation(self._interruption, model.name, model.version, request.context.call_id, notes)
         return Response(body, 503, {"Content-Type": CONTENT_TYPE, "Retry-After": str(RETRY_AFTER_S)})
+
+
+class Resumable:
+    """An attempt whose deferral counts as the hop's failure, so that other routes are tried first.
+
+    `deferred` is the first deferral.
+    """
+
+    def __init__(self, attempt: Attempt) -> None:
+        self._attempt = attempt
+        self.deferred: Deferred | None = None
+
+    def __call__(self, candidate: RouteCandidate, context: Context) -> Result:
+        """See `Attempt`."""
+        try:
+            return self._attempt(candidate, context)
+        except Deferred as e:
+            self.deferred = self.deferred or e
+            raise e.error from e
 
 
 def takes_continuation(request: FunctionRequest) -> bool:

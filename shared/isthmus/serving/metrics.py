@@ -12,12 +12,12 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from isthmus.serving.request import Timings
+from isthmus.settings import RouterSettings, urls_of
 
 if TYPE_CHECKING:  # a router with remote hops alone never loads onnxruntime
     from isthmus.pipeline import LooksTaken
     from isthmus.runtime.batching import BatchCounts
     from isthmus.runtime.store import SegmentStore
-    from isthmus.settings import RouterSettings
 
 # From the run of a small segment to the default deadline and a little beyond.
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -158,9 +158,14 @@ class FunctionMetrics:
 
 def hop_label(settings: RouterSettings, hop: str) -> str:
     """A hop by its place in the setting `hops`: anybody may read metrics, and the URL of a hop is a detail."""
-    if settings.expose_details or hop == "local" or hop not in settings.hops:
+    if settings.expose_details or hop == "local":
         return hop
-    return f"hop{settings.hops.index(hop)}"
+    for index, tier in enumerate(settings.hops):
+        if hop == tier:
+            return f"hop{index}"
+        if hop in (urls := urls_of(tier)):
+            return f"hop{index}.{urls.index(hop)}"
+    return hop
 
 
 class BatchCollector(Collector):

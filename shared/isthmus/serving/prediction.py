@@ -27,8 +27,8 @@ from isthmus.oip.request import InferRequest
 from isthmus.pipeline import Interruption, LocalHop, Result, Route, execute, execute_resumably
 from isthmus.processing.image import model_input
 from isthmus.processing.image_budget import ImageMemory
-from isthmus.routing import DEGRADED_HEADER, ROUTE_HEADER, Attempt, Dispatcher, Guard, RouteCandidate, ServedModel
-from isthmus.serving.deferral import Deferred, tail_wait, takes_continuation
+from isthmus.routing import DEGRADED_HEADER, ROUTE_HEADER, Attempt, Dispatcher, Guard, RouteCandidate
+from isthmus.serving.deferral import Deferred, Resumable, tail_wait, takes_continuation
 from isthmus.serving.error_responses import error_document
 from isthmus.serving.inference import InferenceRequest
 from isthmus.serving.metrics import FunctionMetrics, hop_label
@@ -130,7 +130,7 @@ class Predictor:
         model = inference.model
         result = self._dispatch(
             request,
-            model,
+            inference,
             lambda candidate, context: self._execute(
                 request._replace(context=context), candidate, tensors.inputs, {}, {}
             ),
@@ -163,7 +163,7 @@ class Predictor:
         model, sizes = inference.model, {"photo_bytes": len(photo)}
         result = self._dispatch(
             request,
-            model,
+            inference,
             lambda candidate, context: self._photo_along(
                 request._replace(context=context), inference, photo, candidate, sizes
             ),
@@ -195,12 +195,24 @@ class Predictor:
         # The rest of a batch has no place in a continuation of one photo.
         return self._execute(request, selected, inputs, encoded, None if inference.batch else sizes)
 
-    def _dispatch(self, request: FunctionRequest, model: ServedModel, attempt: Attempt) -> Result:
-        """The result along the route that the dispatcher chooses, or that the caller pinned."""
-        result = self._dispatcher.run(model, request.context, request.headers.get(ROUTE_HEADER, ""), attempt)
-        request.reply_headers[ROUTE_HEADER] = result.route
-        if result.degraded:
-            request.reply_headers[DEGRADED_HEADER] = result.degraded
+    def _dispatch(self, request: FunctionRequest, inference: InferenceRequest, attempt: Attempt) -> Result:
+        """The result along the route that the dispatcher chooses, or that the caller pinned.
+
+        Raises:
+            Deferred: no exact route gave a result. A caller that takes a continuation gets no degraded answer, for it
+                can have the model's own later.
+        """
+        pin, resumable = request.headers.get(ROUTE_HEADER, ""), Resumable(attempt)
+        exact_only = takes_continuation(request) and not inference.batch
+        try:
+            result = self._dispatcher.run(inference.model, request.context, pin, resumable, exact_only=exact_only)
+        except HopError as e:
+            raise (resumable.deferred or e) from e
+        # The photos of a batch may take several routes.
+        for header, text in ((ROUTE_HEADER, result.route), (DEGRADED_HEADER, result.degraded)):
+            earlier = request.reply_headers.get(header, "").split("; ")
+            if text and text not in earlier:
+                request.reply_headers[header] = "; ".join(filter(None, (*earlier, text)))
         return result
 
     def _execute(

@@ -60,7 +60,7 @@ class _RouterApp(FunctionApp):
         guard = Guard(settings.guard_share, routes.fidelity, self.metrics, self.log, deadline_s=settings.deadline_s)
         self._warming = Warming(hops, self.log)
         self._catalog = ModelCatalog(self._registry, settings.refresh_s, self.log, routes, self._warming.prepare)
-        dispatcher = MeasuredDispatcher(hops, estimates, self._warming, self.log)
+        dispatcher = MeasuredDispatcher(hops, estimates, self._warming, self.log, settings.fallback)
         routing_metrics = RoutingMetrics(settings)
         routing_metrics.measure(dispatcher)
         self.metrics.add(routing_metrics)

@@ -138,10 +138,12 @@ class MeasuredDispatcher(Dispatcher):
 
     metrics: RoutingMetrics | None = None
 
-    def run(self, model: ServedModel, context: Context, pin: str, attempt: Attempt) -> Result:
+    def run(
+        self, model: ServedModel, context: Context, pin: str, attempt: Attempt, *, exact_only: bool = False
+    ) -> Result:
         """See `Dispatcher.run`."""
         began = time.perf_counter()
-        result = super().run(model, context, pin, attempt)
+        result = super().run(model, context, pin, attempt, exact_only=exact_only)
         if self.metrics is not None:
             self.metrics.answered(model.name, model.version, result.route, time.perf_counter() - began)
         return result

@@ -1,0 +1,69 @@
+"""The fallback chain: which candidates take over where a hop fails, in which order, and how long each may try before.
+
+Exact candidates come first, the quickest of them before the others, then degraded ones. A candidate of a plan that
+breaks one of the plan's constraints is in no chain, for such candidates are not served at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+from isthmus.context import Context, Deadline
+from isthmus.routing.candidates import RouteCandidate
+
+# A fallback is left its expected seconds and half as many: it runs beside those that came before it.
+RESERVED_SHARE = 1.5
+# A hop is given up after a multiple of the route's expected seconds, so that a stopped function does not take all of a
+# long deadline; the floor is for routes of milliseconds.
+MAX_MULTIPLE, FLOOR_S = 4.0, 0.25
+# Whatever the fallback needs, a route that works has the time to end.
+MIN_MULTIPLE = 1.2
+
+ExpectedSeconds = Callable[[RouteCandidate], float | None]
+
+
+class FallbackChain:
+    """Fallbacks in order; `names` are those of the setting `fallback`, none means by the plan."""
+
+    def __init__(self, names: Sequence[str] = ()) -> None:
+        self._names = tuple(names)
+
+    def order(self, candidates: Iterable[RouteCandidate], expected_s: ExpectedSeconds) -> list[RouteCandidate]:
+        """Those of the candidates that may take over, in order."""
+        if self._names:
+            by_name = {c.name: c for c in candidates}  # the setting's `none` is no candidate's name
+            return [by_name[name] for name in self._names if name in by_name]
+        return sorted(candidates, key=lambda c: (bool(c.degradation), _or_infinite(expected_s(c))))
+
+
+def limited(
+    context: Context, chosen: RouteCandidate, fallbacks: Sequence[RouteCandidate], expected_s: ExpectedSeconds
+) -> Context:
+    """The context of an attempt along `chosen`: each hop that a fallback does without is given up in time for it."""
+    limits: dict[str, Deadline] = {}
+    # A segment in this process is not given up: its errors are the request's own.
+    for hop in {hop.name for hop in chosen.route.hops if hop.encodes}:
+        if (other := next((c for c in fallbacks if hop not in c.hops), None)) is not None:
+            left_s = context.deadline.remaining()
+            limits[hop] = Deadline.after(_allowed_s(left_s, expected_s(chosen), expected_s(other)))
+    return replace(context, limits=limits) if limits else context
+
+
+def first_in_time(fallbacks: Sequence[RouteCandidate], left_s: float, expected_s: ExpectedSeconds) -> RouteCandidate:
+    """The first fallback that is expected to end within `left_s` seconds, or else the quickest."""
+    for candidate in fallbacks:
+        if (expected_s(candidate) or 0.0) <= left_s:
+            return candidate
+    return min(fallbacks, key=lambda c: expected_s(c) or 0.0)
+
+
+def _allowed_s(left_s: float, own_s: float | None, fallback_s: float | None) -> float:
+    spare_s = left_s - (left_s / 2 if fallback_s is None else RESERVED_SHARE * fallback_s)
+    if own_s is None:
+        return max(spare_s, left_s / 2)
+    return min(left_s, max(min(spare_s, MAX_MULTIPLE * own_s + FLOOR_S), MIN_MULTIPLE * own_s))
+
+
+def _or_infinite(seconds: float | None) -> float:
+    return float("inf") if seconds is None else seconds

@@ -114,7 +114,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --onl
 requirements: setup-dev ## pin all packages of the images by hash, under constraints.txt
 	set -e; for file in template/*/*.in; do $(COMPILE) $$file -o $${file%.in}.txt; done
 	set -e; for folder in functions/*/; do \
-		case $$folder in functions/trigger/) extra="--extra events" ;; *) extra="--extra traces" ;; esac; \
+		case $$folder in functions/trigger/) extra="--extra events --extra traces" ;; *) extra="--extra traces" ;; esac; \
 		$(COMPILE) --no-emit-package onnxruntime $$extra shared/isthmus/pyproject.toml \
 			-o $${folder}requirements.txt; done
 	$(MAKE) wheels

@@ -77,6 +77,7 @@ HEAVY = {
     "scipy": {"planner"},
     "highspy": {"routing"},
     "opentelemetry": {"serving"},
+    "requests": {"serving"},
     "skimage": {"zoo"},
 }
 """The rooms that may import a heavy library."""

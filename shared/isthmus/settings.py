@@ -94,6 +94,13 @@ def read_secret(folder: str, name: str) -> str:
     return text
 
 
+def wants_traces(env: Mapping[str, str]) -> bool:
+    """Whether OpenTelemetry's variables name a receiver of traces, and no other of them turns traces off."""
+    endpoints = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    is_off = env.get("OTEL_SDK_DISABLED", "").lower() == "true" or env.get("OTEL_TRACES_EXPORTER", "") == "none"
+    return not is_off and any(env.get(name) for name in endpoints)
+
+
 @dataclass(frozen=True, kw_only=True)
 class EnvSettings:
     """Base of all settings."""

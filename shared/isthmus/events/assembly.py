@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from contextlib import ExitStack
 
 from isthmus.events.calls import Calls
@@ -16,6 +17,7 @@ from isthmus.events.configuration import (
 )
 from isthmus.events.loops import check_loops
 from isthmus.events.open import open_consumer, open_publisher
+from isthmus.events.processing import MessageHandler
 from isthmus.events.publishing import ResultPlace
 from isthmus.events.route import RouterRoute
 from isthmus.events.spool import EventSpool
@@ -24,9 +26,14 @@ from isthmus.events.trigger import Trigger, TriggerParts
 from isthmus.settings import RegistrySettings
 
 
-def open_trigger(configuration: TriggerConfiguration, settings: RegistrySettings) -> Trigger:
+def open_trigger(
+    configuration: TriggerConfiguration,
+    settings: RegistrySettings,
+    around: Callable[[MessageHandler], MessageHandler] | None = None,
+) -> Trigger:
     """Open everything that the configuration names; the trigger closes it.
 
+    `around` wraps the calls of the router, to trace them.
     `settings` have the folder of secrets and the S3 server; their registry is not read.
 
     Raises:
@@ -56,7 +63,7 @@ def open_trigger(configuration: TriggerConfiguration, settings: RegistrySettings
             dead_letters=dead_letters,
             claims=claims,
             calls=Calls(records, keep_s=float(configuration.records.keep), scope=name, objects=claims),
-            route=route,
+            route=route if around is None else around(route),
             spool=spool,
             closers=(route.close, records.close),
         )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 from flask import Flask, Response, g, jsonify, request
 
@@ -19,7 +21,10 @@ from isthmus.serving.error_responses import ErrorRenderer
 from isthmus.serving.metrics import FunctionMetrics
 from isthmus.serving.request import FunctionRequest, Timings, caller_of, read_body
 from isthmus.serving.request_log import identify_requests, log_request
-from isthmus.settings import FunctionSettings
+from isthmus.settings import FunctionSettings, wants_traces
+
+if TYPE_CHECKING:  # a function without traces never loads the SDK
+    from isthmus.serving.tracing import Tracing
 
 Handle = Callable[[FunctionRequest], Response]
 # Short enough that a function is ready soon after the registry is; a registry that stays away is asked rarely.
@@ -117,6 +122,9 @@ class FunctionApp:
         self._errors = ErrorRenderer(self.log, expose_details=settings.expose_details)
         self.readiness = Readiness(prepare, self.log)
         self.closing = ExitStack()
+        self.tracing = _open_tracing(name, self.log)
+        if self.tracing is not None:
+            self.closing.callback(self.tracing.close)
         self.closing.callback(self.readiness.close)
         self.metrics.gauge(
             "isthmus_ready", "Whether the function is ready (1) or loading (0).", lambda: float(self.readiness.ready)
@@ -135,6 +143,11 @@ class FunctionApp:
         """
         self.closing.close()
 
+    def drain(self) -> None:
+        """Prepare for the end of the process, which comes once the last requests are answered."""
+        if self.tracing is not None:
+            self.tracing.drain()
+
     def post(self, rule: str, handle: Callable[..., Response], endpoint: str) -> None:
         """Serve POST on `rule`: `handle(request, **path)` runs admitted, timed, within its deadline, once ready."""
 
@@ -151,7 +164,11 @@ class FunctionApp:
         metrics.counts("isthmus_refused", "Requests that the queue refused, by reason.", "reason", slots.refused)
 
     def _handle(self, handle: Handle) -> Response:
-        g.context = context = Context.from_headers(request.headers, longest_s=self._longest_s)
+        context = Context.from_headers(request.headers, longest_s=self._longest_s)
+        if self.tracing is not None:
+            route = request.url_rule.rule if request.url_rule is not None else ""
+            g.span, context = self.tracing.begin(request.method, route, context, request.headers)
+        g.context = context
         # Until the teardown: the lines of errors and of the response are this request's too.
         CURRENT.set(context)
         with closing(Reservation(self._memory)) as memory:
@@ -167,7 +184,9 @@ class FunctionApp:
                     body = decompress(body, coding, memory, self._settings.max_request_bytes)
                 reply_headers: dict[str, str] = {}
                 response = handle(
-                    FunctionRequest(body, request.headers, request.args, context, g.timings, memory, reply_headers)
+                    FunctionRequest(
+                        body, request.headers, request.args, context, g.timings, memory, reply_headers, g.facts
+                    )
                 )
                 response.headers.update(reply_headers)
                 return response
@@ -190,7 +209,7 @@ class FunctionApp:
             yield context.deadline
 
     def _begin(self) -> None:
-        g.timings, g.context, g.error = Timings(), None, ""
+        g.timings, g.context, g.error, g.facts, g.span = Timings(), None, "", {}, None
 
     def _failed(self, error: Exception) -> Response:
         g.error = type(error).__name__
@@ -211,14 +230,30 @@ class FunctionApp:
         response.headers["X-Call-Id"] = context.call_id
         response.headers["traceparent"] = context.traceparent
         facts = {
+            **g.facts,
             "endpoint": request.endpoint,
             "ms": round(timings.elapsed() * 1000, 3),
-            "in_bytes": request.environ.get("CONTENT_LENGTH"),
+            "in_bytes": request.content_length,
             "out_bytes": size,
             "error": g.error,
         }
         log_request(self.log, context, response.status_code, facts)
+        if self.tracing is not None and g.span is not None:
+            self.tracing.end(g.span, response.status_code, facts, timings)
         return response
+
+
+def _open_tracing(function: str, log: logging.Logger) -> Tracing | None:
+    """Traces as OpenTelemetry's variables say; None without a receiver, and where the packages are missing."""
+    if not wants_traces(os.environ):
+        return None
+    try:
+        from isthmus.serving.tracing import Tracing  # 100 ms, and 15 MB
+    except ModuleNotFoundError as e:
+        hint = "install isthmus[traces], or unset OTEL_EXPORTER_OTLP_ENDPOINT"
+        log.warning("no traces: the package %s is missing", e.name, extra={"facts": {"hint": hint}})
+        return None
+    return Tracing(f"isthmus-{function}", log)
 
 
 def _forget_context(_: BaseException | None) -> None:

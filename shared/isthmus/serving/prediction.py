@@ -208,6 +208,8 @@ class Predictor:
             result = self._dispatcher.run(inference.model, request.context, pin, resumable, exact_only=exact_only)
         except HopError as e:
             raise (resumable.deferred or e) from e
+        model = inference.model
+        request.facts.update(model=model.name, version=model.version, route=result.route, degraded=result.degraded)
         # The photos of a batch may take several routes.
         for header, text in ((ROUTE_HEADER, result.route), (DEGRADED_HEADER, result.degraded)):
             earlier = request.reply_headers.get(header, "").split("; ")

@@ -54,7 +54,7 @@ class Timings:
 class FunctionRequest(NamedTuple):
     """An admitted POST; `memory` is this request's share of the memory of all requests.
 
-    The response gets `reply_headers`.
+    The response gets `reply_headers`; the request's log line and span get `facts`.
     """
 
     body: bytes | memoryview
@@ -64,6 +64,7 @@ class FunctionRequest(NamedTuple):
     timings: Timings
     memory: Reservation
     reply_headers: dict[str, str]
+    facts: dict[str, str]
 
 
 def read_body(environ: Mapping[str, Any], limit: int) -> bytes | memoryview:

@@ -61,6 +61,7 @@ class _RouterApp(FunctionApp):
         self._warming = Warming(hops, self.log)
         self._catalog = ModelCatalog(self._registry, settings.refresh_s, self.log, routes, self._warming.prepare)
         dispatcher = MeasuredDispatcher(hops, estimates, self._warming, self.log, settings.fallback)
+        dispatcher.tracing = self.tracing
         routing_metrics = RoutingMetrics(settings)
         routing_metrics.measure(dispatcher)
         self.metrics.add(routing_metrics)

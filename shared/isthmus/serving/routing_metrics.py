@@ -9,7 +9,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from prometheus_client import Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -22,6 +22,9 @@ from isthmus.routing import Attempt, Dispatcher, ServedModel
 from isthmus.routing.state import CandidateState, HopState, ModelState, RouterState
 from isthmus.serving.metrics import SECONDS, hop_label
 from isthmus.settings import RouterSettings
+
+if TYPE_CHECKING:
+    from isthmus.serving.tracing import Tracing
 
 # A route has some ten series, and twenty more of the histogram: 30,000 at most. A router keeps more versions in memory
 # than that, and whoever can call it chooses among all published ones.
@@ -134,14 +137,17 @@ class RoutingMetrics(Collector):
 
 
 class MeasuredDispatcher(Dispatcher):
-    """A dispatcher whose requests are counted with their seconds and route."""
+    """A dispatcher whose requests are counted with their seconds and route, and traced where the function is."""
 
     metrics: RoutingMetrics | None = None
+    tracing: Tracing | None = None
 
     def run(
         self, model: ServedModel, context: Context, pin: str, attempt: Attempt, *, exact_only: bool = False
     ) -> Result:
         """See `Dispatcher.run`."""
+        if self.tracing is not None:
+            attempt = self.tracing.attempt(model, attempt)
         began = time.perf_counter()
         result = super().run(model, context, pin, attempt, exact_only=exact_only)
         if self.metrics is not None:

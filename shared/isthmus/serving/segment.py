@@ -74,6 +74,7 @@ class _SegmentApp(FunctionApp):
         """Run the segment that the frame names, on its tensors."""
         start = time.perf_counter()
         frame = self._decode(request)
+        request.facts.update(bundle=frame.bundle, segment=frame.segment)
         request.timings.add("decode", time.perf_counter() - start)
         describe_work(f"{frame.bundle} {frame.segment}")
         ran = self._store.run(frame.bundle, frame.segment, frame.tensors, request.context.deadline)

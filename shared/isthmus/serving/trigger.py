@@ -122,6 +122,7 @@ class _TriggerApp(FunctionApp):
         """Work on no further message, and give back what is not over in time; calls are told of and queued still."""
         if self._running is not None:
             self._running.trigger.drain(_DRAIN_S)
+        super().drain()
 
     def _required(self) -> _Running:
         self.readiness.check()
@@ -133,7 +134,8 @@ class _TriggerApp(FunctionApp):
         configuration = self._configuration
         if configuration is None:
             raise NotConfigured("no configuration")
-        trigger = open_trigger(configuration, self._trigger_settings)
+        traced = None if self.tracing is None else self.tracing.handler
+        trigger = open_trigger(configuration, self._trigger_settings, traced)
         try:
             calls = OpenCalls(trigger.parts.calls, self._intake(trigger, configuration))
         except BaseException:

@@ -101,6 +101,8 @@ def _is_whole(text: str) -> bool:
 _INHERITED = ("PATH", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "SSL_CERT_FILE")
 _BOTO3_PREFIX = "AWS_"
 """Prefix of boto3's variables: functions inherit the S3 keys of the engine."""
+_OTEL_PREFIX = "OTEL_"
+"""Prefix of OpenTelemetry's variables: one receiver takes the traces of all functions."""
 IMAGE_VARIABLES = {
     "PYTHONUNBUFFERED": "1",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=33554432"
@@ -180,6 +182,8 @@ class Replica:
                 "HOME": str(self.deployment.folder.parent),
                 "PYTHONUSERBASE": site.getuserbase(),
                 **s3_keys(os.environ),
+                **{name: text for name, text in os.environ.items() if name.startswith(_OTEL_PREFIX)},
+                "OTEL_SERVICE_NAME": self.deployment.spec.name,
                 **IMAGE_VARIABLES,
                 **self.deployment.environment,
                 "upstream_url": self.url,

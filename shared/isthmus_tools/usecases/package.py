@@ -41,9 +41,17 @@ from flask import Flask
 from isthmus.serving import create_{kind}_app
 from isthmus.settings import {settings}
 
+apps: list[Flask] = []
+
 
 def create_app() -> Flask:
-    return create_{kind}_app({settings}.from_env(os.environ))
+    apps.append(create_{kind}_app({settings}.from_env(os.environ)))
+    return apps[-1]
+
+
+def drain() -> None:
+    for app in apps:
+        app.extensions["isthmus"].drain()
 """
 
 

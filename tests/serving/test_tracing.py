@@ -71,8 +71,8 @@ def test_one_trace_leads_from_the_caller_over_router_head_and_tail(
     client = chain(photos, tmp_path, apps)
     response = client.post("/", data=photo(), headers={**SAMPLED, "X-Call-Id": "call-9"})
     assert response.status_code == 200
-    eventually(lambda: len(receiver.spans) == 6)
-    assert {span.trace for span in receiver.spans} == {TRACE}
+    eventually(lambda: len(receiver.of_requests()) == 6)
+    assert {span.trace for span in receiver.of_requests()} == {TRACE}
     request = one(receiver.named("isthmus-router", "POST /"))
     assert (request.parent, request.kind) == (PARENT, "SERVER")
     # The caller finds its request's span by the response.
@@ -118,8 +118,8 @@ def test_a_caller_that_does_not_sample_is_followed_by_all(
     assert response.headers["traceparent"].startswith(f"00-{TRACE}-")
     assert response.headers["traceparent"].endswith("-00")
     client.post("/", data=photo(), headers={"traceparent": f"00-{'e' * 32}-{PARENT}-01"})
-    eventually(lambda: len(receiver.spans) == 6)
-    assert {span.trace for span in receiver.spans} == {"e" * 32}
+    eventually(lambda: len(receiver.of_requests()) == 6)
+    assert {span.trace for span in receiver.of_requests()} == {"e" * 32}
 
 
 def test_the_sampler_of_the_environment_decides(
@@ -130,7 +130,7 @@ def test_the_sampler_of_the_environment_decides(
     response = client.post("/", data=photo(), headers=SAMPLED)
     assert response.headers["traceparent"].endswith("-00")
     apps.close()
-    assert receiver.spans == []
+    assert receiver.of_requests() == []
 
 
 def test_a_route_that_fails_is_marked_with_the_class_of_the_error_alone(
@@ -156,9 +156,9 @@ def test_spans_of_the_last_requests_are_sent_as_the_app_closes(
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "3600000")
     client = chain(photos, tmp_path, apps)
     client.post("/", data=photo(), headers=SAMPLED)
-    assert receiver.spans == []
+    assert receiver.of_requests() == []
     apps.close()
-    assert len(receiver.spans) == 6
+    assert len(receiver.of_requests()) == 6
 
 
 @pytest.mark.parametrize("status", [0, 400, 503])
@@ -183,7 +183,7 @@ def test_a_receiver_that_is_away_or_refuses_costs_a_line_and_no_answer(
     # One of each of the three functions at most, however many batches failed.
     assert 1 <= len(about) <= 3
     assert all(line["spans"] and line["reason"] for line in about)
-    assert receiver.spans == []
+    assert receiver.of_requests() == []
 
 
 def test_messages_of_the_trigger_join_the_trace_of_their_call(
@@ -206,7 +206,7 @@ def test_messages_of_the_trigger_join_the_trace_of_their_call(
     assert process.attributes["isthmus.outcome"] == "done"
     assert process.attributes["messaging.message.id"] == queued.json["id"]
     assert one(receiver.named("isthmus-router", "POST /")).parent == process.id
-    assert {span.trace for span in receiver.spans} == {TRACE}
+    assert {span.trace for span in receiver.of_requests()} == {TRACE}
 
 
 def test_without_a_receiver_nothing_of_opentelemetry_is_loaded() -> None:

@@ -42,8 +42,12 @@ class OtlpReceiver:
             for scope in resource.scope_spans:
                 self.spans += [_read(service, span) for span in scope.spans]
 
+    def of_requests(self) -> list[ReceivedSpan]:
+        """All but the spans of segments that are loaded ahead, whenever that is."""
+        return [span for span in self.spans if span.name != "POST /load"]
+
     def named(self, service: str, name: str = "") -> list[ReceivedSpan]:
-        return [s for s in self.spans if s.service == service and s.name.startswith(name)]
+        return [s for s in self.of_requests() if s.service == service and s.name.startswith(name)]
 
 
 def _read(service: str, span: Any) -> ReceivedSpan:

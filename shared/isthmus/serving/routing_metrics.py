@@ -150,7 +150,7 @@ class MeasuredDispatcher(Dispatcher):
             attempt = self.tracing.attempt(model, attempt)
         began = time.perf_counter()
         result = super().run(model, context, pin, attempt, exact_only=exact_only)
-        if self.metrics is not None:
+        if self.metrics is not None and result.route:  # the page's comparisons have none
             self.metrics.answered(model.name, model.version, result.route, time.perf_counter() - began)
         return result
 

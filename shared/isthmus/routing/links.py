@@ -92,7 +92,8 @@ class PaceFilter:
         self._below = max(0.0, self._below - max(ratio, -_MAX_COUNT) - _SLACK)
         if self._above == self._below == 0.0:
             self._recent.clear()
-        self._recent.append((size, seconds, trips))
+        else:
+            self._recent.append((size, seconds, trips))
         self.count += 1
         if self.count > 1 and (self._above >= _STEP_UP or self._below >= _STEP_DOWN):
             self._start_anew()

@@ -6,6 +6,8 @@ from isthmus.routing.codec_override import override_codec, parse_override
 from isthmus.routing.dispatcher import DEGRADED_HEADER, ROUTE_HEADER, Attempt, Dispatcher
 from isthmus.routing.estimates import Estimates
 from isthmus.routing.guard import Guard
+from isthmus.routing.links import LinkEstimate
+from isthmus.routing.probes import LinkProber
 from isthmus.routing.selection import RouteSelector
 from isthmus.routing.warming import Warming
 from isthmus.routing.watched_hop import WatchedHop, watch
@@ -17,6 +19,8 @@ __all__ = [
     "Dispatcher",
     "Estimates",
     "Guard",
+    "LinkEstimate",
+    "LinkProber",
     "ModelCatalog",
     "RouteCandidate",
     "RouteSelector",

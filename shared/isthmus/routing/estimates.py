@@ -57,9 +57,13 @@ class _SegmentTimes:
 
 
 class Estimates:
-    """Estimates of each hop's link, each segment's seconds and each candidate's work at the router; thread-safe."""
+    """Estimates of each hop's link, each segment's seconds and each candidate's work at the router; thread-safe.
+
+    The event `surprised` is set by calls unlike the estimate of their link.
+    """
 
     def __init__(self) -> None:
+        self.surprised = threading.Event()
         self._lock = threading.Lock()
         self._links: LRUCache[str, Link] = LRUCache(MAX_HOPS)
         self._waits: LRUCache[str, float] = LRUCache(MAX_HOPS)
@@ -78,6 +82,8 @@ class Estimates:
         """Learn from a call that ends now."""
         link, served = self._link(call.hop), reply.served
         link.end(call.transfer, reply.exchange, served.total_s, reply.sent_bytes + _HEADER_BYTES, time.monotonic())
+        if link.is_surprised:
+            self.surprised.set()
         key = (call.hop, bundle, segment)
         with self._lock:
             wait_s = self._waits.get(call.hop)
@@ -90,6 +96,14 @@ class Estimates:
             if served.load_s < _COLD_LOAD_S:
                 times.run.add(reply.run_s)
                 times.busy.add(max(reply.run_s, served.total_s - served.wait_s - served.load_s))
+
+    def probe_due(self, hop: str) -> float:
+        """When a hop's link should be probed next, on the monotonic clock; infinite without recent calls."""
+        return self._link(hop).probe_due(time.monotonic())
+
+    def probing(self, hop: str) -> None:
+        """A probe is sent."""
+        self._link(hop).probing(time.monotonic())
 
     def probed(self, hop: str, times: ExchangeTimes) -> None:
         """Learn from a probe that ends now."""

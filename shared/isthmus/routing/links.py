@@ -35,6 +35,12 @@ _REPLAYED = 8
 _FINISHED = 32
 # Less than this of a response arrives at once, whatever the rate.
 _MIN_REST_BYTES = 8192
+# A link without a small transfer for so long is probed: a probe is some 600 bytes in all.
+PROBE_AFTER_S = 5.0
+# Pause between probes after transfers unlike the estimate.
+MIN_PROBE_PAUSE_S = 0.1
+# Without a call for so long a link is probed no more: probes would keep an unused function from scaling to zero.
+MAX_PROBED_S = 600.0
 # The longest time for which drift is counted, so that the deviations of an idle link stay finite.
 _MAX_IDLE_S = 60.0
 
@@ -42,8 +48,9 @@ _MAX_IDLE_S = 60.0
 class LinkEstimate(NamedTuple):
     """The link to a hop; None for properties not observed yet. Units: seconds, bytes a second.
 
-    Small transfers cannot show a high rate: with `is_bound`, `up_bytes_s` is a lower bound. `age_s` are the seconds
-    since the latest observation, and `connect_s` the time of a new connection, which an idle one saves.
+    Small transfers cannot show a high rate: with `is_bound`, `up_bytes_s` is a lower bound, and the rate may be far
+    higher. `age_s` are the seconds since the latest observation, and `connect_s` the time of a new connection, which an
+    idle one saves.
     """
 
     rtt_s: float | None = None
@@ -52,6 +59,17 @@ class LinkEstimate(NamedTuple):
     age_s: float | None = None
     is_bound: bool = False
     connect_s: float | None = None
+
+    def up_s(self, size: float, planned_s: float) -> float:
+        """Seconds of `size` bytes on the uplink; `planned_s` while unknown, and where it is within a bound."""
+        if not self.up_bytes_s:
+            return planned_s
+        seconds = size / self.up_bytes_s
+        return min(seconds, planned_s) if self.is_bound else seconds
+
+    def down_s(self, size: float, planned_s: float) -> float:
+        """Seconds of `size` bytes on the downlink; `planned_s` while unknown."""
+        return size / self.down_bytes_s if self.down_bytes_s else planned_s
 
 
 class PaceFilter:
@@ -158,7 +176,7 @@ class Link:
         self._finished: deque[tuple[float, float, int]] = deque(maxlen=_FINISHED)
         self._connect_s: float | None = None
         self._latest: float | None = None
-        self._small_at = self._called_at = -math.inf
+        self._small_at = self._called_at = self._probed_at = -math.inf
 
     def begin(self, size: int, now: float) -> Transfer:
         """An upload of about `size` bytes begins."""
@@ -201,10 +219,20 @@ class Link:
             down = _rate(self._down)[0] if self._down.count else None
             return LinkEstimate(self._up.rtt, up, down, max(0.0, now - self._latest), is_bound, self._connect_s)
 
-    def idle_s(self, now: float) -> tuple[float, float]:
-        """Seconds since the latest small transfer, and since the latest call; a link with a call open is not idle."""
+    def probe_due(self, now: float) -> float:
+        """When the link should be probed next; infinite without recent calls."""
         with self._lock:
-            return now - self._small_at, 0.0 if self._open else now - self._called_at
+            if not self._open and now - self._called_at > MAX_PROBED_S:
+                return math.inf
+            # While calls come: probes of a hop that went away would otherwise go on at that pace.
+            if self._up.is_surprised and now - (self._latest or now) < PROBE_AFTER_S / 5:
+                return self._probed_at + MIN_PROBE_PAUSE_S
+            return max(self._small_at, self._probed_at) + PROBE_AFTER_S
+
+    def probing(self, now: float) -> None:
+        """A probe is sent."""
+        with self._lock:
+            self._probed_at = now
 
     @property
     def is_surprised(self) -> bool:

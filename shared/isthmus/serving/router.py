@@ -8,7 +8,7 @@ from isthmus.errors import SettingsError
 from isthmus.pipeline.hop import check_hops, hops_to
 from isthmus.processing.image_budget import ImageMemory
 from isthmus.registry import open_registry
-from isthmus.routing import Estimates, Guard, ModelCatalog, RouteSelector, Warming, parse_override, watch
+from isthmus.routing import Estimates, Guard, LinkProber, ModelCatalog, RouteSelector, Warming, parse_override, watch
 from isthmus.runtime.tables import Tables
 from isthmus.serving.app import FunctionApp
 from isthmus.serving.inference_routes import InferenceRoutes
@@ -72,6 +72,7 @@ class _RouterApp(FunctionApp):
             self._store.share_memory(self._memory)
         for close in (dispatcher.close, *(hop.close for hop in hops), tables.close, self._catalog.close, guard.close):
             self.closing.callback(close)
+        self.closing.callback(LinkProber(called, estimates).close)
         inference = InferenceRoutes(self, settings, self._catalog, predictor, images, tables)
         models = ModelRoutes(self, self._catalog, settings)
         if settings.page:

@@ -59,11 +59,11 @@ class _SegmentTimes:
 class Estimates:
     """Estimates of each hop's link, each segment's seconds and each candidate's work at the router; thread-safe.
 
-    The event `surprised` is set by calls unlike the estimate of their link.
+    The event `ambiguous` is set by calls that do not tell a longer round trip from a lower rate.
     """
 
     def __init__(self) -> None:
-        self.surprised = threading.Event()
+        self.ambiguous = threading.Event()
         self._lock = threading.Lock()
         self._links: LRUCache[str, Link] = LRUCache(MAX_HOPS)
         self._waits: LRUCache[str, float] = LRUCache(MAX_HOPS)
@@ -82,8 +82,8 @@ class Estimates:
         """Learn from a call that ends now."""
         link, served = self._link(call.hop), reply.served
         link.end(call.transfer, reply.exchange, served.total_s, reply.sent_bytes + _HEADER_BYTES, time.monotonic())
-        if link.is_surprised:
-            self.surprised.set()
+        if link.is_ambiguous:
+            self.ambiguous.set()
         key = (call.hop, bundle, segment)
         with self._lock:
             wait_s = self._waits.get(call.hop)

@@ -29,15 +29,19 @@ _FIRST_NOISE, _MIN_NOISE, _MAX_NOISE, _RESOLUTION_S = 0.2, 0.03, 0.5, 0.0003
 _SLACK, _MAX_COUNT, _STEP_UP, _STEP_DOWN = 1.5, 6.0, 16.0, 8.0
 # An outlier counts as one of so many deviations.
 _HUBER = 2.0
+# Deviations of the round trip, relative and absolute, from which on a probe helps.
+_CLEAR_RTT, _CLEAR_RTT_S = 0.25, 0.001
+# A step is the round trip's or the pace's where transfers are e ** 3 times likelier so.
+_CLEAR_EVIDENCE = 3.0
 # Transfers from which the filter starts anew after a step.
 _REPLAYED = 8
 # Finished transfers whose intervals are in memory, for transfers that shared the link with them.
 _FINISHED = 32
 # Less than this of a response arrives at once, whatever the rate.
 _MIN_REST_BYTES = 8192
-# A link without a small transfer for so long is probed: a probe is some 600 bytes in all.
+# A link that is idle for so long is probed: a probe is some 600 bytes in all.
 PROBE_AFTER_S = 5.0
-# Pause between probes after transfers unlike the estimate.
+# Pause between probes where transfers alone do not tell the round trip.
 MIN_PROBE_PAUSE_S = 0.1
 # Without a call for so long a link is probed no more: probes would keep an unused function from scaling to zero.
 MAX_PROBED_S = 600.0
@@ -72,6 +76,10 @@ class LinkEstimate(NamedTuple):
         return size / self.down_bytes_s if self.down_bytes_s else planned_s
 
 
+_State = tuple[float, float, float, float, float]
+"""Round trip and pace, their variances, and in between these their covariance."""
+
+
 class PaceFilter:
     """Kalman filter of round trip and pace; not thread-safe. With `has_rtt` false the round trip is 0.
 
@@ -83,7 +91,7 @@ class PaceFilter:
         self.rtt = self.pace = 0.0
         self.noise = _FIRST_NOISE
         self.count = 0
-        self._latest = 0.0
+        self._latest = self._rr = self._rp = self._pp = 0.0
         self._above = self._below = 0.0
         self._recent: deque[tuple[float, float, float]] = deque(maxlen=_REPLAYED)
         self._widen()
@@ -94,9 +102,10 @@ class PaceFilter:
         return math.sqrt(max(self._pp, 0.0))
 
     @property
-    def is_surprised(self) -> bool:
-        """Whether the latest transfers were unlike the estimate, so that a transfer of another size would help."""
-        return self._above > _SLACK or self._below > _SLACK
+    def is_ambiguous(self) -> bool:
+        """Whether a probe would help: the latest transfers were unlike the estimate, or were all of one size."""
+        is_surprised = self._above > _SLACK or self._below > _SLACK
+        return is_surprised or self._rr > max(_CLEAR_RTT * self.rtt, _CLEAR_RTT_S) ** 2
 
     def observe(self, size: float, seconds: float, now: float, trips: float = 1.0) -> bool:
         """Learn from a transfer of `size` bytes after `trips` round trips; true if the link has taken a step."""
@@ -145,17 +154,33 @@ class PaceFilter:
         self._pp -= toward_pace * toward_pace / variance
 
     def _start_anew(self) -> None:
-        """Forget all but the transfers since the step."""
-        self._widen()
+        """Forget what the transfers since the step contradict: the round trip, the pace, or both."""
         self._above = self._below = 0.0
-        for size, seconds, trips in self._recent:
-            error, deviation = self._innovation(size, seconds, trips, seconds)
-            self._update(error, deviation, size, trips)
+        before = (self.rtt, self.pace, self._rr, 0.0, self._pp)
+        of_rtt, of_pace, of_both = (self._replay(before, wide) for wide in ((True, False), (False, True), (True, True)))
+        # Where either explains the transfers as well as the other, both stay open.
+        single, other = (of_rtt, of_pace) if of_rtt[0] > of_pace[0] else (of_pace, of_rtt)
+        chosen = single if single[0] > max(of_both[0], other[0] + _CLEAR_EVIDENCE) else of_both
+        self.rtt, self.pace, self._rr, self._rp, self._pp = chosen[1]
         self._recent.clear()
 
-    def _widen(self) -> None:
-        self._rr = max(_PRIOR_RTT_S, self.rtt) ** 2 if self._has_rtt else 0.0
-        self._pp, self._rp = max(_PRIOR_PACE, self.pace) ** 2, 0.0
+    def _replay(self, state: _State, wide: tuple[bool, bool]) -> tuple[float, _State]:
+        """Evidence of the transfers since the step (its logarithm), and the state after them."""
+        self.rtt, self.pace, self._rr, self._rp, self._pp = state
+        self._widen(*wide)
+        evidence = 0.0
+        for size, seconds, trips in self._recent:
+            error, deviation = self._innovation(size, seconds, trips, seconds)
+            evidence -= 0.5 * (error / deviation) ** 2 + math.log(deviation)
+            self._update(error, deviation, size, trips)
+        return evidence, (self.rtt, self.pace, self._rr, self._rp, self._pp)
+
+    def _widen(self, rtt: bool = True, pace: bool = True) -> None:
+        self._rp = 0.0
+        if rtt:
+            self._rr = max(_PRIOR_RTT_S, self.rtt) ** 2 if self._has_rtt else 0.0
+        if pace:
+            self._pp = max(_PRIOR_PACE, self.pace) ** 2
 
 
 @dataclass(eq=False)
@@ -176,7 +201,7 @@ class Link:
         self._finished: deque[tuple[float, float, int]] = deque(maxlen=_FINISHED)
         self._connect_s: float | None = None
         self._latest: float | None = None
-        self._small_at = self._called_at = self._probed_at = -math.inf
+        self._called_at = self._probed_at = -math.inf
 
     def begin(self, size: int, now: float) -> Transfer:
         """An upload of about `size` bytes begins."""
@@ -224,10 +249,11 @@ class Link:
         with self._lock:
             if not self._open and now - self._called_at > MAX_PROBED_S:
                 return math.inf
+            latest = -math.inf if self._latest is None else self._latest
             # While calls come: probes of a hop that went away would otherwise go on at that pace.
-            if self._up.is_surprised and now - (self._latest or now) < PROBE_AFTER_S / 5:
+            if self._up.is_ambiguous and now - latest < PROBE_AFTER_S:
                 return self._probed_at + MIN_PROBE_PAUSE_S
-            return max(self._small_at, self._probed_at) + PROBE_AFTER_S
+            return max(latest, self._probed_at) + PROBE_AFTER_S
 
     def probing(self, now: float) -> None:
         """A probe is sent."""
@@ -235,9 +261,9 @@ class Link:
             self._probed_at = now
 
     @property
-    def is_surprised(self) -> bool:
+    def is_ambiguous(self) -> bool:
         """Whether a probe would tell a longer round trip from a lower rate."""
-        return self._up.is_surprised
+        return self._up.is_ambiguous
 
     def _observe_up(self, began: float, up_s: float, sent: int, times: ExchangeTimes, now: float) -> None:
         # Propagation does not occupy the link; at least a tenth of the transfer does, while little is known.
@@ -250,8 +276,6 @@ class Link:
             self._connect_s = times.connect_s if older is None else older + 0.3 * (times.connect_s - older)
         self._up.observe(size, seconds, now, trips)
         self._latest = now
-        if size * self._up.pace <= self._up.rtt:
-            self._small_at = now
 
     def _shared(self, began: float, ended: float, sent: int) -> float:
         """Bytes of other uploads that the link carried between two moments, under equal shares of its rate."""
@@ -268,7 +292,7 @@ class Link:
 def _rate(model: PaceFilter) -> tuple[float | None, bool]:
     """Bytes a second, and whether that is only a lower bound; None for a rate beyond measure."""
     pace, deviation = model.pace, model.pace_deviation
-    if pace > 2 * deviation:
+    if pace > deviation:
         return 1 / pace, False
-    bound = pace + 2 * deviation
+    bound = pace + deviation
     return (1 / bound if bound else None), True

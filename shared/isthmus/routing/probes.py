@@ -1,8 +1,8 @@
 """Probes of links: the smallest exchange with a function, so that estimates of unused links stay known.
 
-Calls are the better probes. A probe is sent where they do not tell: on a link without a small transfer for
-PROBE_AFTER_S, and after calls unlike the estimate, as transfers of one size cannot tell a longer round trip from a
-lower rate. No probe measures a rate: its bytes would delay the calls that it is sent for.
+Calls are the better probes. A probe is sent where there are none, on a link that was idle for PROBE_AFTER_S, and where
+they do not tell a longer round trip from a lower rate: after a step, and while all are of one size. No probe measures
+a rate, since its bytes would delay the calls that it is sent for.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ class LinkProber:
     def close(self) -> None:
         """End the thread; a probe under way goes on to its end."""
         self._closed = True
-        self._estimates.surprised.set()
+        self._estimates.ambiguous.set()
         if self._thread is not None:
             self._thread.join(2 * PROBE_TIMEOUT_S)
 
     def _run(self) -> None:
         while not self._closed:
             due = min(map(self._estimates.probe_due, self._hops), default=math.inf)
-            # Not a sleep: calls unlike the estimate, and `close`, end the wait.
-            if self._estimates.surprised.wait(min(max(due - time.monotonic(), 0.0), _MAX_SLEEP_S)):
-                self._estimates.surprised.clear()
+            # Not a sleep: ambiguous calls, and `close`, end the wait.
+            if self._estimates.ambiguous.wait(min(max(due - time.monotonic(), 0.0), _MAX_SLEEP_S)):
+                self._estimates.ambiguous.clear()
             for name in self._hops:
                 if not self._closed and self._estimates.probe_due(name) <= time.monotonic():
                     self._probe(name)

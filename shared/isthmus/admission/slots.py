@@ -32,6 +32,9 @@ _MAX_SERVICES = 256
 _MEAN_SHARE, _DEVIATION_SHARE = 0.125, 0.25
 # Deviations above the mean that a request in the queue is expected to take: half of all requests exceed the mean.
 _DEVIATIONS = 2.0
+# How many times the expected wait must fit: a refusal at once serves its caller better than one after a wait, and
+# a queue that is half as long keeps the slots as busy.
+_WAIT_SAFETY = 2.0
 # A cost of nothing would give a caller endless turns.
 _MIN_COST_S = 0.001
 # Retry-After of a queue that seems endless: the estimate is of the present, not of in a minute.
@@ -188,7 +191,8 @@ class Slots:
         now, latest_start = self._clock(), request.deadline.at - service.mean_s
         # A slot is given back each mean_s / limit seconds: this request's turn comes after those before it.
         wait_s = (self._queue.ahead_s(caller, latest_start) + service.mean_s) / limit
-        if now + wait_s + service.mean_s + _DEVIATIONS * service.deviation_s > request.deadline.at:
+        needed_s = _WAIT_SAFETY * wait_s + service.mean_s + _DEVIATIONS * service.deviation_s
+        if now + needed_s > request.deadline.at:
             raise self._refusal(
                 "deadline",
                 f"the request would wait some {wait_s:.3f} s, and could not be answered before its deadline",

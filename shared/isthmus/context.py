@@ -18,11 +18,13 @@ from isthmus.errors import DeadlineExceeded, RequestMalformed
 
 # W3C Trace Context forbids version ff and all-zero ids.
 _TRACEPARENT = re.compile(
-    r"(?!ff)([0-9a-f]{2})-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-[!-~]{0,200})?"
+    r"(?!ff)([0-9a-f]{2})-((?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16})-([0-9a-f]{2})(-[!-~]{0,200})?"
 )
-_TRACESTATE = re.compile(r"[\x20-\x7e]*")
-# W3C Trace Context, "Limits": propagate at least 512 characters.
-_TRACESTATE_LENGTH = 512
+# Sampled, and random trace id (Level 2); all other flags are undefined, and set to zero.
+_KNOWN_FLAGS = 0x03
+_TRACESTATE_MEMBER = re.compile(r"[a-z0-9][a-z0-9_*/@-]{0,255}=[ -+\--<>-~]{0,255}[!-+\--<>-~]")
+# W3C Trace Context, "Limits": propagate at least 512 characters, and at most 32 members.
+_TRACESTATE_LENGTH, _TRACESTATE_MEMBERS = 512, 32
 # A share of the limit, bounded by the time that any response needs.
 _MARGIN, _MIN_MARGIN_S, _MAX_MARGIN_S = 0.1, 0.05, 1.0
 # Call ids go to logs and headers: printable, without spaces, bounded.
@@ -41,6 +43,17 @@ def parse_duration(text: str) -> float:
         raise RequestMalformed(
             f"X-Timeout is {text[:40]!r}; it is a duration such as 1500ms or 2s", header="X-Timeout"
         ) from e
+
+
+def parse_timeout(text: str) -> float:
+    """Seconds of the header X-Timeout.
+
+    Raises:
+        RequestMalformed: not a duration, or none at all: a caller that waits no time is a defect of the caller.
+    """
+    if (seconds := parse_duration(text)) <= 0:
+        raise RequestMalformed(f"X-Timeout is {text[:40]!r}; it is a positive duration", header="X-Timeout")
+    return seconds
 
 
 def working_time(limit_s: float) -> float:
@@ -144,18 +157,17 @@ class Context:
         and never lengthens it.
 
         Raises:
-            RequestMalformed: X-Timeout is not a duration.
+            RequestMalformed: X-Timeout is not a positive duration.
         """
         timeout = headers.get("X-Timeout", "")
-        seconds = min(longest_s, working_time(parse_duration(timeout))) if timeout else longest_s
+        seconds = min(longest_s, working_time(parse_timeout(timeout))) if timeout else longest_s
         call_id, trace = headers.get("X-Call-Id", ""), headers.get("traceparent", "")
-        # Version 00 ends with the flags; later versions may append fields.
-        is_valid = (match := _TRACEPARENT.fullmatch(trace)) is not None and not (match[1] == "00" and match[2])
+        parent = _traceparent(trace)
         return cls(
             Deadline.after(seconds),
             call_id if _CALL_ID.fullmatch(call_id) else str(uuid.uuid4()),
-            trace if is_valid else f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01",
-            _tracestate(headers.get("tracestate", "")) if is_valid else "",
+            parent or f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01",
+            _tracestate(headers.get("tracestate", "")) if parent else "",
         )
 
     def at_hop(self, name: str) -> Context:
@@ -191,9 +203,27 @@ def working_on(context: Context | None) -> Iterator[None]:
         CURRENT.reset(token)
 
 
-def _tracestate(text: str) -> str:
-    """The longest prefix of whole members within the limit; empty if not header text."""
-    # The text becomes a header again: control characters would split the header.
-    if not _TRACESTATE.fullmatch(text):
+def _traceparent(text: str) -> str:
+    """The caller's traceparent as one of version 00, with the flags of that version; empty where malformed.
+
+    Source: W3C Trace Context, "Versioning of traceparent": fields of later versions are not forwarded.
+    """
+    # Version 00 ends with the flags; later versions may append fields.
+    if (match := _TRACEPARENT.fullmatch(text)) is None or (match[1] == "00" and match[4]):
         return ""
-    return text if len(text) <= _TRACESTATE_LENGTH else text[: _TRACESTATE_LENGTH + 1].rpartition(",")[0]
+    return f"00-{match[2]}-{int(match[3], 16) & _KNOWN_FLAGS:02x}"
+
+
+def _tracestate(text: str) -> str:
+    """The first whole members within the limits; empty where any member is malformed.
+
+    The text becomes a header again: control characters would split the header.
+    """
+    members = [member.strip(" \t") for member in text[: 8 * _TRACESTATE_LENGTH].split(",")]
+    if len(text) > 8 * _TRACESTATE_LENGTH:
+        members.pop()  # of which the end is missing
+    members = [member for member in members if member]
+    if not all(map(_TRACESTATE_MEMBER.fullmatch, members)):
+        return ""
+    result = ",".join(members[:_TRACESTATE_MEMBERS])
+    return result if len(result) <= _TRACESTATE_LENGTH else result[: _TRACESTATE_LENGTH + 1].rpartition(",")[0]

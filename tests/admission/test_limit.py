@@ -101,6 +101,19 @@ def test_a_limit_that_is_not_reached_does_not_grow() -> None:
     assert simulation.limit.value == before
 
 
+def test_a_limit_leaves_room_for_batches() -> None:
+    """A batch of eight takes longer than one request, and is no sign of load."""
+    simulation = Simulation()
+    largest = 2
+    simulation.limit.floor = lambda: 1 + 2 * largest
+    simulation.run(20, cpu)
+    assert simulation.settled() <= 8
+    largest = 8
+    simulation.limits.clear()
+    simulation.run(20, cpu)
+    assert simulation.settled() >= 16
+
+
 @pytest.mark.parametrize("seconds", [0.0, 0.001, 0.1])
 def test_callers_with_short_deadlines_do_not_lower_the_limit(seconds: float) -> None:
     simulation = Simulation()

@@ -17,6 +17,8 @@ from cachetools import LRUCache
 
 # Requests that began beside at most this many measure the baseline; no limit is lower. Envoy: min_concurrency.
 MIN_LIMIT = 3
+# Enough for most functions, and little for a burst before the first window to overload.
+_START = 16
 # A service time within this factor of the baseline is no sign of load. Envoy: buffer, 25%.
 TOLERANCE = 1.25
 # A window ends with both; the median of a few samples is robust to one outlier.
@@ -52,14 +54,15 @@ class _Baseline:
 class AdaptiveLimit:
     """A limit between MIN_LIMIT and `max_limit`, from the seconds of requests; not thread-safe.
 
-    Kinds of work are compared with themselves alone, as one model takes longer than another.
+    Kinds of work are compared with themselves alone, as one model takes longer than another. `floor` gives the least
+    limit at present, such as for batches, whose requests take longer together and yet are more in a second.
     """
 
-    def __init__(self, max_limit: int, clock: Callable[[], float] = time.monotonic, *, min_limit: int = 0) -> None:
+    def __init__(self, max_limit: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._max, self._clock = max_limit, clock
-        self._min = min(max(min_limit, MIN_LIMIT), max_limit)
-        # The start: enough for most, and little for a burst before the first window to overload.
-        self._limit = float(min(max_limit, max(16, self._min)))
+        self.floor: Callable[[], int] = lambda: MIN_LIMIT
+        self._probe_limit = min(MIN_LIMIT, max_limit)
+        self._limit = float(min(max_limit, _START))
         self._baselines: LRUCache[str, _Baseline] = LRUCache(_MAX_KINDS)
         now = clock()
         self._window_began, self._ratios, self._max_in_work = now, list[float](), 0
@@ -68,7 +71,7 @@ class AdaptiveLimit:
     @property
     def value(self) -> int:
         """The limit in force."""
-        return min(self._min, int(self._limit)) if self.is_probing else int(self._limit)
+        return self._probe_limit if self.is_probing else int(self._limit)
 
     @property
     def is_probing(self) -> bool:
@@ -91,7 +94,7 @@ class AdaptiveLimit:
         if not succeeded:
             if entry is None or seconds <= entry.seconds:
                 return
-        elif in_work <= self._min:
+        elif in_work <= self._probe_limit:
             if entry is None:
                 entry = self._baselines[kind] = _Baseline(now)
             entry.add(seconds, now)
@@ -112,7 +115,7 @@ class AdaptiveLimit:
         limit = self._limit * min(1.0, max(_MAX_DECREASE, gradient)) + math.sqrt(self._limit)
         # A limit that is not reached says nothing of what more requests would do.
         if limit <= self._limit or self._max_in_work * 2 >= self._limit:
-            self._limit = min(float(self._max), max(float(self._min), limit))
+            self._limit = min(float(self._max), max(MIN_LIMIT, self.floor(), limit))
         self._window_began, self._max_in_work = now, 0
         self._ratios.clear()
 

@@ -95,11 +95,10 @@ class Slots:
         *,
         max_queued: int = 0,
         adaptive: bool = False,
-        min_limit: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.max_limit, self._clock = limit, clock
-        self._adaptive = AdaptiveLimit(limit, clock, min_limit=min_limit) if adaptive else None
+        self._adaptive = AdaptiveLimit(limit, clock) if adaptive else None
         self._queue = FairQueue(max_queued)
         self._lock = threading.Lock()
         self._numbers = itertools.count()
@@ -124,6 +123,11 @@ class Slots:
     def queued(self) -> int:
         """Requests in the queue."""
         return len(self._queue)
+
+    def keep_at_least(self, floor: Callable[[], int]) -> None:
+        """Keep the adaptive limit at `floor()` or above; it is asked at each change of the limit."""
+        if self._adaptive is not None:
+            self._adaptive.floor = floor
 
     def refused(self) -> dict[str, int]:
         """Refusals since the start, by their reasons `REFUSALS`."""

@@ -244,6 +244,10 @@ class SegmentStore:
         """Count the copies that batches make in the budget of all requests."""
         self._queue.memory = memory
 
+    def min_concurrency(self) -> int:
+        """Requests that fill the batch in work and the next one, of twice the largest so far; 1 without batches."""
+        return 1 + 2 * max(self._trials.counts().batches, default=0)
+
     def batch_counts(self) -> BatchCounts:
         """Batches and trials of batches since the start."""
         return self._trials.counts()

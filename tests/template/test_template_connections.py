@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from http.client import HTTPConnection
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,7 @@ import threading
 
 def create_app():
     gc.disable()
+    released = threading.Event()
 
     def app(environ, start_response):
         path = environ["PATH_INFO"]
@@ -28,6 +30,11 @@ def create_app():
             answer = str(gc.collect())
         elif path == "/echo":
             answer = environ["wsgi.input"].read().decode()
+        elif path == "/wait":
+            answer = "waited" if released.wait(60) else "late"
+        elif path == "/release":
+            released.set()
+            answer = "released"
         elif path == "/headers":
             answer = " ".join(sorted(key for key in environ if key.startswith("HTTP_X_")))
         else:
@@ -74,6 +81,19 @@ def test_more_connections_than_threads_are_all_answered(port: int) -> None:
         assert all(ask(connection).startswith("waitress") for connection in connections)
     for connection in connections:
         connection.close()
+
+
+def test_requests_in_the_queue_hold_no_thread_of_a_refusal(tmp_path: Path) -> None:
+    """max_concurrency requests in work, and max_queued in the queue, leave two threads to others."""
+    with served(HANDLER, tmp_path / "app", max_concurrency="2", max_queued="8") as port:
+        held = [HTTPConnection("127.0.0.1", port, timeout=LONG_S) for _ in range(2 + 8)]
+        for connection in held:
+            connection.request("GET", "/wait")
+        assert http("GET", f"http://127.0.0.1:{port}/").data.startswith(b"waitress")
+        assert http("GET", f"http://127.0.0.1:{port}/release").data == b"released"
+        for connection in held:
+            assert connection.getresponse().read() == b"waited"
+            connection.close()
 
 
 def test_a_partial_request_holds_no_thread(port: int) -> None:

@@ -147,6 +147,8 @@ def test_index_logs_an_unexpected_failure_in_one_short_line(image: Path) -> None
         ("max_concurrency", "0"),
         ("max_concurrency", "x"),
         ("max_concurrency", "999999999"),
+        ("max_queued", "-1"),
+        ("max_queued", "4097"),
         ("max_request_bytes", "a lot"),
         ("upstream_url", "http://h:p"),
     ],

@@ -15,7 +15,9 @@ from isthmus_tools.engine.stack import read_stack
 from support.nats_server import program
 from support.paths import ROOT
 
-FILES = sorted((ROOT / "deploy").glob("*.yml"))
+# Prometheus' own files are in test_monitoring.py.
+PROMETHEUS = {"alerts.yml", "alerts_test.yml", "prometheus.yml"}
+FILES = [path for path in sorted((ROOT / "deploy").glob("*.yml")) if path.name not in PROMETHEUS]
 FUNCTIONS = read_stack(ROOT / "stack.yml", {}).functions
 METRICS = (ROOT / "docs" / "reference" / "metrics.md").read_text()
 CONFIGURATION = read_configuration(ROOT / "functions" / "trigger" / "nats.toml", dict(FUNCTIONS["trigger"].environment))

@@ -30,6 +30,8 @@ SETTINGS: Mapping[str, type[EnvSettings]] = {
 # Functions that load segments; the trigger's bounds differ.
 SEGMENTED = [name for name in SETTINGS if name != "trigger"]
 # Source: of-watchdog 0.11.6, config/config.go.
+TRACES = {"OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_SERVICE_NAME"}
+"""Variables of OpenTelemetry's SDK."""
 WATCHDOG = frozenset(
     {
         *("fprocess", "mode", "upstream_url", "port", "read_timeout", "write_timeout", "exec_timeout", "max_inflight"),
@@ -71,7 +73,7 @@ def test_every_variable_is_the_watchdogs_or_a_setting(file: str) -> None:
     for name, spec in stack(file).functions.items():
         fields = set(SETTINGS[name].__dataclass_fields__)
         read = variables_of_the_configuration() if name == "trigger" else set()
-        assert set(spec.environment) <= WATCHDOG | fields | read, name
+        assert set(spec.environment) <= WATCHDOG | TRACES | fields | read, name
         SETTINGS[name].from_env(spec.environment)
 
 

@@ -129,6 +129,9 @@ class FunctionApp:
         self.metrics.gauge(
             "isthmus_ready", "Whether the function is ready (1) or loading (0).", lambda: float(self.readiness.ready)
         )
+        self.metrics.gauge(
+            "isthmus_deadline_seconds", "Seconds that a request may take at most.", lambda: self._longest_s
+        )
         self.flask.register_error_handler(Exception, self._failed)
         self.flask.before_request(self._begin)
         self.flask.after_request(self._end)

@@ -85,6 +85,8 @@ class Result:
     """The name of the route, and what its approximation costs; set by the dispatcher."""
     segments: int = 0
     """Segments of the route; runs after as many are of closer looks."""
+    preprocess_s: float | None = None
+    """Seconds in which the caller made the inputs of a photo; None where they came as tensors."""
 
     @property
     def link_bytes(self) -> int:

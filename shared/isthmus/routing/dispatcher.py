@@ -21,7 +21,7 @@ from isthmus.routing.catalog import MAX_CACHED, ServedModel
 from isthmus.routing.choice import RouteChooser
 from isthmus.routing.estimates import Estimates
 from isthmus.routing.fallback import FallbackChain, first_in_time, limited
-from isthmus.routing.forecast import forecast
+from isthmus.routing.forecast import forecast, plan_drift
 from isthmus.routing.outstanding import Outstanding
 from isthmus.routing.readiness import ReadinessProber
 from isthmus.routing.state import ModelState, RouterState
@@ -115,6 +115,8 @@ class Dispatcher:
                 candidates = tuple(c for c in candidates if failed not in c.hops)
                 chosen = fallback
                 continue
+            encode_s = sum(run.encode_s for run in result.runs[: result.segments])
+            self._estimates.prepared(chosen.route.digest, chosen.name, result.preprocess_s, encode_s)
             return replace(result, route=chosen.name, degraded=chosen.degradation)
 
     def close(self) -> None:
@@ -136,8 +138,12 @@ class Dispatcher:
     def _state_of(self, served: _Served) -> ModelState:
         state = served.chooser.state(served.model.name, served.model.version)
         loaded = self._warming.state(served.model)
+        drifts = {c.name: plan_drift(c, self._estimates) for c in served.model.candidates}
         return structs.replace(
-            state, candidates=tuple(structs.replace(c, loaded=c.name in loaded) for c in state.candidates)
+            state,
+            candidates=tuple(
+                structs.replace(c, loaded=c.name in loaded, drift=drifts[c.name]) for c in state.candidates
+            ),
         )
 
     def _is_forgotten(self, served: _Served) -> bool:

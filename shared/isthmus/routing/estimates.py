@@ -109,12 +109,16 @@ class Estimates:
         """Learn from a probe that ends now."""
         self._link(hop).probed(times, _HEADER_BYTES, time.monotonic())
 
-    def prepared(self, bundle: str, candidate: str, preprocess_s: float, encode_s: float) -> None:
-        """Learn the router's own work for a request along a candidate: making the input, encoding tensors."""
+    def prepared(self, bundle: str, candidate: str, preprocess_s: float | None, encode_s: float) -> None:
+        """Learn the router's own work for a request along a candidate: making the input, encoding tensors.
+
+        `preprocess_s` is None for a request of tensors, which needs no processing.
+        """
         with self._lock:
             if (work := self._work.get((bundle, candidate))) is None:
                 work = self._work[bundle, candidate] = (Median(), Median())
-            work[0].add(preprocess_s)
+            if preprocess_s is not None:
+                work[0].add(preprocess_s)
             work[1].add(encode_s)
 
     def link(self, hop: str) -> LinkEstimate:
@@ -139,10 +143,10 @@ class Estimates:
             return float(self._waits.get(hop, 0.0))
 
     def preprocess_s(self, bundle: str, candidate: str) -> float | None:
-        """Median seconds of making the input at the router; None where the candidate was not taken yet."""
+        """Median seconds of making the input at the router; None where no photo has taken the candidate yet."""
         with self._lock:
             work = self._work.get((bundle, candidate))
-            return work[0].value if work else None
+            return work[0].value if work and work[0].value else None
 
     def encode_s(self, bundle: str, candidate: str) -> float | None:
         """Median seconds of the codecs at the router; None where the candidate was not taken yet."""

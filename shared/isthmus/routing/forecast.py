@@ -39,6 +39,17 @@ def forecast(candidates: Sequence[RouteCandidate], estimates: Estimates) -> tupl
     return tuple(_expect(c, estimates, near, far, drift) for c, (near, far) in pairs)
 
 
+def plan_drift(candidate: RouteCandidate, estimates: Estimates) -> float | None:
+    """Live over planned seconds of a candidate's segments; None without a plan, or where one of them did not run yet.
+
+    Links and queues are left out: a drift means that the plan was made on other machines, or for another load.
+    """
+    sides = _side(candidate, estimates, _NEAR), _side(candidate, estimates, _FAR)
+    live = _sum([side.run_s for side in sides if side.hop])
+    planned = candidate.terms.edge_run + candidate.terms.cloud_run
+    return live / planned if live and planned else None
+
+
 class _Side(NamedTuple):
     """A candidate's segments before or behind the link: their hop, and live seconds where all of them ran."""
 

@@ -64,17 +64,6 @@ class LinkEstimate(NamedTuple):
     is_bound: bool = False
     connect_s: float | None = None
 
-    def up_s(self, size: float, planned_s: float) -> float:
-        """Seconds of `size` bytes on the uplink; `planned_s` while unknown, and where it is within a bound."""
-        if not self.up_bytes_s:
-            return planned_s
-        seconds = size / self.up_bytes_s
-        return min(seconds, planned_s) if self.is_bound else seconds
-
-    def down_s(self, size: float, planned_s: float) -> float:
-        """Seconds of `size` bytes on the downlink; `planned_s` while unknown."""
-        return size / self.down_bytes_s if self.down_bytes_s else planned_s
-
 
 _State = tuple[float, float, float, float, float]
 """Round trip and pace, their variances, and in between these their covariance."""

@@ -39,6 +39,8 @@ class CandidateState(Struct, frozen=True):
     degraded: str = ""
     loaded: bool = True
     """Whether every hop has its segments in memory."""
+    drift: float | None = None
+    """Live over planned seconds of its segments, wherever they run; None without a plan, or before all have run."""
     fallbacks: dict[str, int] = {}
     """Requests that left this route for another, by the class of the error."""
 

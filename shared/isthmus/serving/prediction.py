@@ -190,10 +190,12 @@ class Predictor:
         else:
             inputs = model_input(model.bundle, photo, max_pixels=self._settings.max_image_pixels, memory=self._images)
             sizes["input_bytes"] = sum(array.nbytes for array in inputs.values())
+        preprocess_s = time.perf_counter() - start
         if selected.photo is None or selected.photo.jpeg_quality:
-            request.timings.add("preprocess", time.perf_counter() - start)
+            request.timings.add("preprocess", preprocess_s)
         # The rest of a batch has no place in a continuation of one photo.
-        return self._execute(request, selected, inputs, encoded, None if inference.batch else sizes)
+        result = self._execute(request, selected, inputs, encoded, None if inference.batch else sizes)
+        return replace(result, preprocess_s=preprocess_s)
 
     def _dispatch(self, request: FunctionRequest, inference: InferenceRequest, attempt: Attempt) -> Result:
         """The result along the route that the dispatcher chooses, or that the caller pinned.

@@ -219,6 +219,19 @@ def test_the_limit_learns_from_kinds_of_work_and_from_refusals_of_others() -> No
     assert slots.limit < before
 
 
+def test_a_request_that_took_two_routes_is_of_a_kind_of_its_own() -> None:
+    clock = Clock()
+    slots = Slots(64, adaptive=True, clock=clock)
+    assert slots._adaptive is not None
+    for details, seconds in ((["a"], 0.1), (["b"], 0.2), (["a", "b"], 1.2), (["b", "b"], 0.2)):
+        with slots.admitted(Deadline.after(LONG_S), work="w"):
+            for detail in details:
+                describe_work(detail)
+            clock.now += seconds
+    assert slots._adaptive.baseline("w b") == pytest.approx(0.2)
+    assert slots._adaptive.baseline("w a b") == pytest.approx(1.2)
+
+
 def test_names_of_work_are_bounded() -> None:
     slots = Slots(1)
     for i in range(1000):

@@ -35,6 +35,8 @@ _DEVIATIONS = 2.0
 # How many times the expected wait must fit: a refusal at once serves its caller better than one after a wait, and
 # a queue that is half as long keeps the slots as busy.
 _WAIT_SAFETY = 2.0
+# Characters of a description: digest and name of a few routes.
+_MAX_DETAIL = 600
 # A cost of nothing would give a caller endless turns.
 _MIN_COST_S = 0.001
 # Retry-After of a queue that seems endless: the estimate is of the present, not of in a minute.
@@ -259,7 +261,7 @@ class Slots:
             return
         if self._adaptive is not None:
             self._adaptive.observe(
-                f"{request.work} {request.detail}", seconds, request.in_work, succeeded=error is None
+                f"{request.work}{request.detail}", seconds, request.in_work, succeeded=error is None
             )
 
 
@@ -297,12 +299,13 @@ def current_deadline() -> Deadline | None:
 
 
 def describe_work(detail: str) -> None:
-    """State what this thread's request does, such as its model, route or segment; no-op outside of requests.
+    """Add to what this thread's request does, such as its model, route or segment; no-op outside of requests.
 
-    The adaptive limit compares the seconds of requests with the same description only.
+    The adaptive limit compares the seconds of requests with the same descriptions only: a request that took a second
+    route because the first gave no response is of a kind of its own, and no sign of load.
     """
-    if (request := _CURRENT.get()) is not None:
-        request.detail = detail
+    if (request := _CURRENT.get()) is not None and detail not in request.detail:
+        request.detail = f"{request.detail} {detail}"[:_MAX_DETAIL]
 
 
 @contextmanager

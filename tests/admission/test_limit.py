@@ -86,6 +86,13 @@ def test_a_link_that_became_slower_is_a_new_baseline_and_no_load() -> None:
     assert simulation.settled() >= 15
 
 
+def test_times_that_vary_without_load_are_no_load() -> None:
+    """As under a CPU quota: a run that fits into what is left of the period takes a sixth of one that does not."""
+    simulation, rng = Simulation(), random.Random(2)
+    simulation.run(120, lambda n: link(n) * rng.choice((0.2, 1.0, 1.2)))
+    assert simulation.settled() >= 16
+
+
 def test_kinds_of_work_are_compared_with_themselves_alone() -> None:
     simulation = Simulation()
     for _ in range(50):

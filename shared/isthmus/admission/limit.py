@@ -2,7 +2,7 @@
 
 The gradient of Envoy's adaptive concurrency: a latency baseline from moments of low concurrency, and a limit that
 falls where requests take longer than the baseline and otherwise grows by the square root of itself. The baseline is
-measured anew all the time: by requests that began beside few others, and where there are none for a while, by a probe
+measured anew all the time, by requests that began beside few others, and where there are none for a while, by a probe
 with a low limit. A baseline from samples under load would rise with the load (Netflix concurrency-limits, issue 165).
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable
 
 from cachetools import LRUCache
@@ -25,8 +26,9 @@ TOLERANCE = 1.25
 _WINDOW_S, _WINDOW_SAMPLES = 0.1, 8
 # No window halves the limit more than once: a pause of the whole machine is in all samples of a window.
 _MAX_DECREASE = 0.5
-# A baseline is the minimum of its present and its previous period.
-_PERIOD_S, _PERIOD_SAMPLES = 2.0, 8
+# A baseline is the median of the latest samples: compared with medians, it is no lower than times without load that
+# vary, as under a CPU quota. Envoy compares the same percentile of both.
+_BASELINE_SAMPLES = 8
 # Without samples at low concurrency for as long, a probe; a probe ends after as long at the latest.
 _PROBE_EVERY_S, _MAX_PROBE_S = 30.0, 2.0
 # Kinds of work: models, routes and body sizes; the least recently used is forgotten.
@@ -34,21 +36,15 @@ _MAX_KINDS = 256
 
 
 class _Baseline:
-    """The least seconds of one kind of work at low concurrency, of late."""
+    """The usual seconds of one kind of work at low concurrency, of late."""
 
-    def __init__(self, now: float) -> None:
-        self.seconds = self._present = math.inf
-        self._since, self._samples = now, 0
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._samples: deque[float] = deque(maxlen=_BASELINE_SAMPLES)
 
-    def add(self, seconds: float, now: float) -> None:
-        self._samples += 1
-        self._present = min(self._present, seconds)
-        if self._samples >= _PERIOD_SAMPLES and now - self._since >= _PERIOD_S:
-            # The previous period ends to count: a link that became slower is no load for ever.
-            self.seconds, self._present = self._present, math.inf
-            self._since, self._samples = now, 0
-        else:
-            self.seconds = min(self.seconds, self._present)
+    def add(self, seconds: float) -> None:
+        self._samples.append(seconds)
+        self.seconds = statistics.median(self._samples)
 
 
 class AdaptiveLimit:
@@ -94,16 +90,14 @@ class AdaptiveLimit:
         if not succeeded:
             if entry is None or seconds <= entry.seconds:
                 return
-        elif in_work <= self._probe_limit:
+        elif in_work <= self._probe_limit or entry is None:
+            # At high concurrency, better than nothing until samples at low concurrency displace it.
             if entry is None:
-                entry = self._baselines[kind] = _Baseline(now)
-            entry.add(seconds, now)
-            self._measured_at = now
-            self._probe_samples += 1
-        elif entry is None:
-            # Better than nothing until the first sample at low concurrency, which is lower.
-            entry = self._baselines[kind] = _Baseline(now)
-            entry.add(seconds, now)
+                entry = self._baselines[kind] = _Baseline()
+            entry.add(seconds)
+            if in_work <= self._probe_limit:
+                self._measured_at = now
+                self._probe_samples += 1
         self._max_in_work = max(self._max_in_work, in_work)
         self._ratios.append(seconds / max(entry.seconds, 1e-6))
         self._probe(now)
@@ -121,7 +115,7 @@ class AdaptiveLimit:
 
     def _probe(self, now: float) -> None:
         if self.is_probing:
-            if self._probe_samples >= _PERIOD_SAMPLES or now - self._probing_since >= _MAX_PROBE_S:
+            if self._probe_samples >= _BASELINE_SAMPLES or now - self._probing_since >= _MAX_PROBE_S:
                 self._probing_since = math.inf
                 self._measured_at = now
                 # Samples of the probe say nothing of the limit after it.

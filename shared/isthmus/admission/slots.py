@@ -260,9 +260,7 @@ class Slots:
         elif not isinstance(error, IsthmusError) or http_status(error) not in _SIGNS_OF_LOAD:
             return
         if self._adaptive is not None:
-            self._adaptive.observe(
-                f"{request.work}{request.detail}", seconds, request.in_work, succeeded=error is None
-            )
+            self._adaptive.observe(f"{request.work}{request.detail}", seconds, request.in_work, succeeded=error is None)
 
 
 class _AdmittedRequest:

@@ -15,14 +15,15 @@ from harness import Row, arguments, at_least, at_most
 from models import MODEL, REGISTRY, import_model, photos
 from traffic import ClosedLoop, OpenLoop, Outcome, Query, Traffic
 
-# Of the goals: docs/explanation/benchmarks.md.
+# Of the peak, and seconds: docs/explanation/benchmarks.md.
 MIN_GOODPUT, MAX_REFUSED_S = 0.9, 0.1
 # Closed loops that look for the peak: below, at and above the number of CPUs.
 CALLERS = (1, 2, 4, 8)
 GREEDY_CALLERS = 100
 # A deadline that the queue is felt in: some ten times the seconds of a photo.
 DEADLINE_S = 0.4
-_REFUSALS = (429, 503, 504)
+# 504 is no refusal: the request waited, or was worked on, until its deadline was near.
+_REFUSALS = (429, 503)
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Overload:
             "goodput_share": self.goodput,
             "p99_ms": self.outcome.answered.quantile(0.99) * 1e3,
             "refused": sum(statuses.get(status, 0) for status in _REFUSALS),
-            "late_504": statuses.get(504, 0),
+            "late": statuses.get(504, 0),
             "refused_p99_ms": self.refused_s * 1e3,
             "lost": len(self.outcome.lost),
         }
@@ -130,7 +131,9 @@ def main() -> None:
             [fairness(traffic, query, seconds=seconds).row(name) for name, query in queries.items()],
         )
     report.goals = [
-        at_least("goodput at twice the peak rate, share of the peak, median of turns", statistics.median(shares), 0.9),
+        at_least(
+            "goodput at twice the peak rate over the peak, median of turns", statistics.median(shares), MIN_GOODPUT
+        ),
         at_most("99% of refusals within, median of turns", statistics.median(refused), MAX_REFUSED_S, "s"),
     ]
     report.emit()

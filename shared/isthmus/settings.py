@@ -191,7 +191,7 @@ class FunctionSettings(RegistrySettings):
     max_queued: int = setting(
         "maximum requests that wait to be worked on, up to 4096; a request waits only while its deadline can be met,"
         " and further requests are answered 429 with Retry-After. 0 means no queue",
-        32,
+        64,
         maximum=4096,
     )
     adaptive_concurrency: bool = setting(

@@ -62,7 +62,7 @@ def main() -> None:
     app = LoadingApp()
     try:
         concurrency = settings.count("max_concurrency", 32, MAX_CONCURRENCY)
-        queued = settings.count("max_queued", 32, MAX_QUEUED, minimum=0)
+        queued = settings.count("max_queued", 64, MAX_QUEUED, minimum=0)
         body_bytes = settings.size("max_request_bytes", 64 * 2**20)
         working_bytes = settings.size("max_working_bytes", 256 * 2**20)
         limits = Limits.of(body_bytes, working_bytes, settings.seconds("deadline_s", 25.0))

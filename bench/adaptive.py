@@ -102,7 +102,17 @@ def _plan(links: Sequence[Conditions]) -> None:
         photos = [path.read_bytes() for path in varied_photos()]
         cache = open_cache(_SETTINGS, registry)
         candidates = stack.enter_context(
-            enumerate_candidates(registry, cache, MODEL, profiles, examples, "photo", links=links, jpeg_photos=photos)
+            enumerate_candidates(
+                registry,
+                cache,
+                MODEL,
+                profiles,
+                examples,
+                "photo",
+                links=links,
+                objective="throughput",
+                jpeg_photos=photos,
+            )
         )
         for link in links:
             plan = build_plan(candidates, candidates.predict(link), link, "throughput", LIMITS)

@@ -15,6 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from onnx import parser
 
 from isthmus.errors import CutError, Infeasible, ProblemMalformed
+from isthmus.routing.demand import Demand
+from isthmus.routing.mix import joint_capacity
 from isthmus_tools.graph import build, open_model
 from isthmus_tools.graph.cuts import boundary_values, upstream_of
 from isthmus_tools.planner.search import (
@@ -25,17 +27,14 @@ from isthmus_tools.planner.search import (
     assignment,
     cost,
     earliest_tiers,
-    is_allowed,
     min_cut,
-    pipeline,
     solve,
-    stages,
     sweep,
     usage,
     with_speed,
 )
 from isthmus_tools.planner.search.from_graph import boundaries, cut_of, from_model, positions
-from isthmus_tools.planner.search.throughput import best_prefix
+from isthmus_tools.planner.search.throughput import ALL_SECONDS, MixedDivisions, best_mix, stage_seconds
 from support.models import REAL
 from support.planner_problems import divisions, language_model, random_problem
 from support.random_graphs import graphs
@@ -286,65 +285,41 @@ def test_a_sweep_of_no_such_link_is_refused() -> None:
 # --- throughput ---
 
 
-def _slowest(problem: Problem, labels: Labels) -> float:
-    return max(stages(problem, labels))
-
-
-@pytest.mark.parametrize("tiers", [2, 3])
-def test_on_a_chain_the_pipeline_is_the_best_of_all_divisions(tiers: int) -> None:
-    for seed in range(40):
-        source = random_problem(seed, tiers, 6)
-        sizes = tuple(float((seed * 7 + v * 5) % 11) for v in range(7))
-        problem = chain(*source.seconds, sizes=sizes, links=source.links, caller=source.caller, pins=source.pins)
+def test_the_best_mix_is_the_best_of_all_divisions_together() -> None:
+    mixed = 0
+    for seed in range(60):
+        problem = random_problem(seed, 2, 6)
         every = list(divisions(problem))
         if not every:
             with pytest.raises(Infeasible):
-                pipeline(problem)
+                best_mix(problem)
             continue
-        found = pipeline(problem)
-        least = min(_slowest(problem, labels) for labels in every)
-        assert found.slowest == pytest.approx(least), seed
-        assert found.bound == found.slowest
-        equal = [labels for labels in every if _slowest(problem, labels) <= least * (1 + 1e-9)]
-        assert found.seconds == pytest.approx(min(cost(problem, labels) for labels in equal)), seed
+        found = best_mix(problem)
+        demands = [Demand(*stage_seconds(problem, labels)) for labels in every]
+        assert found.rate == pytest.approx(joint_capacity(demands, ALL_SECONDS).rate), seed
+        assert sum(found.shares) == pytest.approx(1)
+        if not math.isinf(found.rate):
+            assert max(_used(problem, found)) == pytest.approx(1)
+            mixed += len(found.divisions) > 1
+    assert mixed > 10
 
 
-@pytest.mark.parametrize("tiers", [2, 3])
-def test_the_best_prefix_is_the_best_of_all_prefixes(tiers: int) -> None:
-    seen = 0
-    for seed in range(80):
-        problem = random_problem(seed, tiers, 6)
-        prefixes = [labels for labels in divisions(problem) if tuple(sorted(labels)) == labels]
-        found = best_prefix(problem)
-        assert (found is None) == (not prefixes)
-        if found is not None:
-            assert is_allowed(problem, found)
-            least = min(_slowest(problem, labels) for labels in prefixes)
-            assert _slowest(problem, found) == pytest.approx(least), seed
-            equal = [labels for labels in prefixes if _slowest(problem, labels) <= least * (1 + 1e-9)]
-            assert cost(problem, found) == pytest.approx(min(cost(problem, labels) for labels in equal)), seed
-            seen += 1
-    assert seen > 30
+def _used(problem: Problem, found: MixedDivisions) -> list[float]:
+    seconds = [stage_seconds(problem, labels) for labels in found.divisions]
+    return [found.rate * sum(share * s[r] for share, s in zip(found.shares, seconds, strict=True)) for r in range(4)]
 
 
-def test_on_any_graph_the_bound_holds_and_the_pipeline_is_often_the_best() -> None:
-    optimal = count = 0
-    worst = 1.0
-    for seed in range(40):
-        problem = random_problem(seed, 2 + seed // 2 % 2, 6)
-        every = list(divisions(problem))
-        if not every:
-            continue
-        found = pipeline(problem)
-        least = min(_slowest(problem, labels) for labels in every)
-        assert found.bound <= least + 1e-9
-        assert found.slowest >= least - 1e-9
-        assert found.slowest == _slowest(problem, found.labels)
-        count += 1
-        optimal += found.slowest <= least * (1 + 1e-9)
-        worst = max(worst, found.slowest / least if least else 1.0)
-    print(f"pipelines of random graphs: {optimal} of {count} optimal, the worst {worst:.2f} times the best")  # noqa: T201
-    assert optimal > count * 0.7
+def test_two_divisions_serve_more_than_either_of_them() -> None:
+    # The edge alone takes 7 seconds, the cloud alone 5 of the link; half of each would take 4 and 2.
+    problem = chain((3, 4), (0.1, 0.1), sizes=(50, 20, 0), links=(LinkTimes(0.1, 0.1),))
+    found = best_mix(problem)
+    assert set(found.divisions) == {(0, 1), (1, 1)}
+    assert found.rate == pytest.approx(1 / 3 + 1 / 15)
+
+
+def test_stages_are_of_two_tiers() -> None:
+    with pytest.raises(ProblemMalformed, match="two tiers"):
+        best_mix(random_problem(1, 3, 4))
 
 
 # --- models ---

@@ -79,11 +79,6 @@ class Terms(Struct, frozen=True, forbid_unknown_fields=True):
         """Seconds of computation in the cloud."""
         return self.unpack + self.cloud_run
 
-    @property
-    def slowest_stage(self) -> float:
-        """Seconds of the slowest pipeline stage (edge, link each way, cloud): the inverse of the throughput."""
-        return max(self.edge_busy + self.edge_hop, self.up, self.down, self.cloud_busy + self.cloud_hop)
-
 
 # In the order of a request; tables and sums follow it.
 TERMS = ("preprocess", "edge_run", "edge_hop", "pack", "up", "rtt", "down", "unpack", "cloud_run", "cloud_hop")
@@ -214,6 +209,21 @@ class Candidate(Struct, frozen=True, forbid_unknown_fields=True):
         return None if self.measured is None or total <= 0 else self.measured.median / total - 1
 
 
+class PlannedMix(Struct, frozen=True, forbid_unknown_fields=True):
+    """The division of requests over candidates that serves the most of them, none of the resources used twice at once.
+
+    `rate` is requests a second, `shares` each candidate's share. `used` is the utilisation of `edge`, `uplink`,
+    `downlink` and `cloud` at that rate, `prices` the requests a second that a hundredth more of each would serve.
+    `alone` is the rate of the plan's choice by itself.
+    """
+
+    rate: Amount
+    alone: Amount
+    shares: Annotated[Mapping[Text, Share], Meta(min_length=1, max_length=_MAX_ITEMS)]
+    used: Annotated[Mapping[Text, Share], Meta(max_length=_MAX_ITEMS)]
+    prices: Annotated[Mapping[Text, Amount], Meta(max_length=_MAX_ITEMS)]
+
+
 class ProfileUsed(Struct, frozen=True, forbid_unknown_fields=True):
     """A profile behind the predictions."""
 
@@ -244,6 +254,7 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_field
     isthmus: Text
     currency: Text = ""
     inputs: Annotated[str, one_of("photo", "tensors", "random")] = "random"
+    mix: PlannedMix | None = None
 
     @cached_property
     def choice(self) -> Candidate:
@@ -273,6 +284,8 @@ def to_json(plan: Plan) -> bytes:
         # Absent without closer looks, as in plans from before closer looks.
         if candidate["closer_looks"] is None:
             del candidate["closer_looks"]
+    if doc["mix"] is None:
+        del doc["mix"]
     data = canonical(doc)
     PLAN.check_size(len(data))
     return data
@@ -296,6 +309,8 @@ def _check(plan: Plan) -> None:
         raise ValueError(f"has chosen {plan.chosen[:80]!r}, which is no candidate")
     if plan.choice.refused:
         raise ValueError(f"has chosen {plan.chosen[:80]!r}, which was refused: {plan.choice.refused}")
+    if plan.mix is not None and (unknown := set(plan.mix.shares) - {c.name for c in plan.candidates if not c.refused}):
+        raise ValueError(f"has a mix with {min(unknown)[:80]!r}, which is no candidate, or a refused one")
     for i, candidate in enumerate(plan.candidates):
         where = f"has candidates[{i}], {candidate.name[:80]!r},"
         if (candidate.kind == "split") != bool(candidate.cuts):

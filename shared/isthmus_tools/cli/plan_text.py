@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from isthmus.artifacts.plan import TERMS, Candidate, Plan, to_json
+from isthmus.artifacts.plan import TERMS, Candidate, Plan, PlannedMix, to_json
 from isthmus.units import format_duration, format_rate, format_size
 from isthmus_tools.cli.console import say, table
 from isthmus_tools.planner.choice import GridCell, behind_text, grid
 from isthmus_tools.planner.regions import RegionCell, RegionMap, region_map
+from isthmus_tools.planner.throughput import stage_seconds
 from isthmus_tools.usecases.explain import PlanExplanation, Refusal, in_words
 
 if TYPE_CHECKING:
@@ -93,6 +94,8 @@ def show(plan: Plan, *, refusals: int = SHOWN) -> None:
     table(f"{plan.model} for {plan.objective}, {over}", columns, rows, numbers=columns[1:], drop=drop)
     if len(ranked) > len(shown):
         say(f"and {len(ranked) - len(shown)} more: --json has all")
+    if plan.mix is not None:
+        _show_mix(plan, plan.mix)
     for sentence in plan.why:
         say(f"- {sentence}")
     if (gap := plan.typical_gap) is not None:
@@ -104,6 +107,20 @@ def show(plan: Plan, *, refusals: int = SHOWN) -> None:
             say(f"  {candidate.name}: {candidate.refused}")
         if len(refused) > refusals:
             say(f"  and {len(refused) - refusals} more: isthmus explain tells why")
+
+
+def _show_mix(plan: Plan, mix: PlannedMix) -> None:
+    """Print the candidates that share the requests, and what the rate uses of each resource."""
+    stages = {c.name: stage_seconds(c) for c in plan.candidates}
+    columns = ["route", "share", "requests a second", *(f"{name}, ms" for name in mix.used)]
+    rows = [
+        [name, f"{share:.0%}", f"{share * mix.rate:.1f}", *(f"{s * 1e3:.1f}" for s in stages[name])]
+        for name, share in sorted(mix.shares.items(), key=lambda item: -item[1])
+    ]
+    rows.append(["used", "100%", f"{mix.rate:.1f}", *(f"{used:.0%}" for used in mix.used.values())])
+    gains = [f"{price:.2g}" if price > 1e-9 else "" for price in mix.prices.values()]
+    rows.append(["gain of 1% more", "", "", *gains])
+    table(f"{plan.model}: the most requests a second, by several routes", columns, rows, numbers=columns[1:])
 
 
 def explain(explanation: PlanExplanation) -> None:

@@ -17,6 +17,7 @@ from isthmus.errors import ConstraintMalformed, Infeasible
 from isthmus.units import format_duration, format_size
 from isthmus_tools.planner.candidates import CandidateSet
 from isthmus_tools.planner.costs import HEADERS_DOWN, HEADERS_UP, Prices, with_prices
+from isthmus_tools.planner.throughput import mix_reason, planned_mix, slowest_stage
 
 # Logarithmic steps from a weak mobile uplink to a local network, and from a switch to another continent.
 RATES = (0.5e6, 1e6, 2e6, 5e6, 10e6, 20e6, 50e6, 100e6, 200e6, 500e6, 1e9)
@@ -109,23 +110,11 @@ def choose(
 
 VALUES: Mapping[Objective, Callable[[Candidate], float]] = {
     "latency": lambda c: c.seconds,
-    "throughput": lambda c: _slowest_stage(c),
+    "throughput": slowest_stage,
     "cost": lambda c: float("inf") if c.price is None else c.price,
     "energy": lambda c: float("inf") if c.energy_j is None else c.energy_j,
 }
 """The value that each objective minimises."""
-
-
-def _slowest_stage(candidate: Candidate) -> float:
-    """Seconds of the slowest pipeline stage; computing as measured, one request at a time, where measured."""
-    t, measured = candidate.predicted, candidate.measured
-    if measured is None:
-        return t.slowest_stage
-    # A measured call to the cloud includes the link, whose directions are stages of their own.
-    link = t.up + t.down + t.rtt
-    part = measured.parts.get
-    edge = part("preprocess", 0.0) + part("pack", 0.0) + part("edge", 0.0)
-    return max(edge, t.up, t.down, max(part("cloud", 0.0) - link, part("cloud_run", 0.0)))
 
 
 def _reasons(
@@ -185,12 +174,14 @@ def build_plan(
 ) -> Plan:
     """The plan under `conditions`; `candidates` are the set's predictions, some with measurements.
 
+    With the objective throughput it has a mix.
+
     Raises:
         Infeasible: as `choose`.
     """
     with_costs = [with_prices(c, prices, candidate_set.cpus) for c in candidates]
     refused, best, reasons = choose(with_costs, objective, constraints)
-    return Plan(
+    plan = Plan(
         model=candidate_set.bundle.name,
         subject=candidate_set.subject,
         objective=objective,
@@ -208,6 +199,9 @@ def build_plan(
         currency=prices.currency if prices else "",
         inputs=candidate_set.input_kind,
     )
+    if objective != "throughput" or (mix := planned_mix(plan)) is None:
+        return plan
+    return replace(plan, mix=mix, why=(plan.why[0], mix_reason(mix), *plan.why[1:]))
 
 
 def with_measurements(candidates: Sequence[Candidate], measured: Sequence[Candidate]) -> tuple[Candidate, ...]:

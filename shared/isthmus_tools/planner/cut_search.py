@@ -17,7 +17,7 @@ import numpy as np
 from isthmus.arrays import Array
 from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.choice import RAW_ID, Choice
-from isthmus.artifacts.conditions import Conditions
+from isthmus.artifacts.conditions import Conditions, Objective
 from isthmus.artifacts.profile import Profile
 from isthmus.codecs import EncodedTensor, encode_tensor, encodings, is_activation
 from isthmus.errors import ConstraintMalformed
@@ -28,6 +28,7 @@ from isthmus_tools.planner.memory import MemoryModel
 from isthmus_tools.planner.search.from_graph import boundaries, cut_of, from_model, positions
 from isthmus_tools.planner.search.latency import solve, sweep
 from isthmus_tools.planner.search.problem import LinkTimes, Problem
+from isthmus_tools.planner.search.throughput import best_mix
 
 NEAR = 3
 """Number of fastest prefix cuts to evaluate per codec and link: predictions are too coarse to trust the first rank."""
@@ -119,10 +120,18 @@ class CutSearch:
                 what="private_depth",
             )
 
-    def cuts(self, links: Sequence[Conditions], choices: Sequence[Choice], max_cuts: int) -> list[CutInfo]:
-        """At most `max_cuts` cuts, the most promising first; empty where splitting never pays, or is impossible."""
+    def cuts(
+        self, links: Sequence[Conditions], choices: Sequence[Choice], max_cuts: int, objective: Objective = "latency"
+    ) -> list[CutInfo]:
+        """At most `max_cuts` cuts, the most promising first; empty where splitting never pays, or is impossible.
+
+        For throughput the cuts that together serve the most requests come first.
+        """
         cut_by_upstream: dict[frozenset[int], CutInfo] = {}
-        for search in (self._optima(links, choices), self._near(links, choices), self._envelopes(links, choices)):
+        searches = [self._optima(links, choices), self._near(links, choices), self._envelopes(links, choices)]
+        if objective == "throughput":
+            searches.insert(0, self._mixes(links, choices))
+        for search in searches:
             for upstream, cut in search:
                 # A head that is no prefix is at most as large as the prefix up to the last node.
                 if len(cut_by_upstream) < max_cuts and self.fits(max(upstream)):
@@ -165,6 +174,13 @@ class CutSearch:
         for conditions in links:
             for choice in choices:
                 yield from self._cut(solve(self.problem(conditions, choice)).labels)
+
+    def _mixes(self, links: Sequence[Conditions], choices: Sequence[Choice]) -> Iterator[UpstreamCut]:
+        """The divisions that together have the highest throughput, for each link and codec."""
+        for conditions in links:
+            for choice in choices:
+                for labels in best_mix(self.problem(conditions, choice)).divisions:
+                    yield from self._cut(labels)
 
     def _envelopes(self, links: Sequence[Conditions], choices: Sequence[Choice]) -> Iterator[UpstreamCut]:
         """The fastest divisions over all bandwidths."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from isthmus.artifacts.conditions import Conditions
+from isthmus.artifacts.conditions import Conditions, Objective
 from isthmus.artifacts.fidelity import read_fidelity
 from isthmus.artifacts.profile import Profile
 from isthmus.artifacts.segment_id import WHOLE
@@ -41,6 +41,7 @@ def enumerate_candidates(
     input_kind: str,
     *,
     links: Sequence[Conditions],
+    objective: Objective = "latency",
     private_depth: int = 0,
     edge_memory_bytes: int | None = None,
     int8: bool = True,
@@ -53,10 +54,10 @@ def enumerate_candidates(
     """The candidates of the model `reference`; new files exist as long as the block lasts.
 
     `profiles` are by tier, edge and cloud; `input_kind` is photo, tensors or random. The search optimises cuts for
-    `links`, or takes all prefix cuts with `all_prefixes`; predictions for other links use the same candidates. Heads
-    beyond `edge_memory_bytes` are left out. Photos compressed at the edge are judged by `jpeg_photos`, else by
-    `inputs`: a share of disagreement takes more photos than bytes and seconds do. After the budget no further cut is
-    evaluated, nor the int8 variant; the set's notes name the omissions.
+    `links` and the objective, or takes all prefix cuts with `all_prefixes`; predictions for other links use the same
+    candidates. Heads beyond `edge_memory_bytes` are left out. Photos compressed at the edge are judged by
+    `jpeg_photos`, else by `inputs`: a share of disagreement takes more photos than bytes and seconds do. After the
+    budget no further cut is evaluated, nor the int8 variant; the set's notes name the omissions.
 
     Raises:
         RegistryError: no such model.
@@ -87,7 +88,7 @@ def enumerate_candidates(
             fits=edge_fits(model, base, profiles[EDGE], edge_memory_bytes),
         )
         progress("searching cuts")
-        cuts = search.prefixes() if all_prefixes else search.cuts(links, choices, max_cuts)
+        cuts = search.prefixes() if all_prefixes else search.cuts(links, choices, max_cuts, objective)
         names, missing = named_cuts(model, base, cuts, fidelity.cuts() if fidelity else (), private_depth)
         threads = min(profiles[EDGE].device.threads, _MAX_THREADS)
         notes: list[str] = []

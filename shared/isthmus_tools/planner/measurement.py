@@ -25,6 +25,7 @@ from isthmus_tools.budget import UNLIMITED, Budget, Pace
 from isthmus_tools.planner.choice import VALUES, violations
 from isthmus_tools.planner.elimination import ROUNDS, Run, successive_elimination
 from isthmus_tools.planner.inputs import TrialInput
+from isthmus_tools.planner.throughput import best_division
 from isthmus_tools.profiling.slow_edge import AT_FULL_SPEED, SlowEdge
 from isthmus_tools.progress import Progress, silent
 
@@ -61,7 +62,10 @@ def contenders(
     constraints: Constraints,
     max_contenders: int = MAX_CONTENDERS,
 ) -> list[Candidate]:
-    """The candidates to measure: the most promising admissible ones near the best, the best splits, and baselines."""
+    """The candidates to measure: the most promising admissible ones near the best, the best splits, and baselines.
+
+    For throughput also those that share the requests in the best division.
+    """
     value = VALUES[objective]
     # A latency limit is left to the measurement: a prediction above it may be wrong.
     unlimited = structs.replace(constraints, latency_s=None)
@@ -69,6 +73,9 @@ def contenders(
     near = [c for c in admissible if value(c) <= _WITHIN * value(admissible[0])][:max_contenders]
     splits = [c for c in admissible if c.kind == "split"][:_MIN_SPLITS]
     names = {c.name for c in (*near, *splits)} | set(BASELINES)
+    if objective == "throughput" and admissible:
+        shares = best_division(admissible).shares
+        names |= {c.name for c, share in zip(admissible, shares, strict=True) if share > 0}
     return [c for c in candidates if c.name in names]
 
 

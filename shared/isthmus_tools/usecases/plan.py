@@ -123,6 +123,7 @@ def plan(request: PlanRequest, progress: Progress = silent) -> PlanResult:
                 examples,
                 kind,
                 links=[request.conditions, *(sweep_links() if request.sweep else [])],
+                objective=request.objective,
                 private_depth=request.constraints.private_depth,
                 edge_memory_bytes=request.constraints.edge_memory_bytes,
                 int8=request.int8,

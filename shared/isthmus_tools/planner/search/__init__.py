@@ -15,14 +15,12 @@ from isthmus_tools.planner.search.problem import (
     is_allowed,
     usage,
 )
-from isthmus_tools.planner.search.throughput import Pipeline, pipeline, stages
 
 __all__ = [
     "Assignment",
     "Labels",
     "LinkTimes",
     "Piece",
-    "Pipeline",
     "Problem",
     "Tensor",
     "Usage",
@@ -30,9 +28,7 @@ __all__ = [
     "cost",
     "earliest_tiers",
     "is_allowed",
-    "pipeline",
     "solve",
-    "stages",
     "sweep",
     "usage",
     "with_speed",

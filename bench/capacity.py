@@ -25,7 +25,6 @@ BOUND_S, TIGHT_S, SHARE = 0.25, 0.1, 0.95
 # A function ends so long before the deadline that its caller states; docs/reference/api.md, "X-Timeout".
 _MARGIN_S = 0.05
 EDGE_ONLY, CLOUD_ONLY, ADAPTIVE = ("edge-float", "edge-int8"), "cloud-photo", "adaptive"
-DEGRADED = "edge-int8"
 # Of a plan's splits: those of the highest capacity, by their demands.
 SPLITS = 2
 # Cloud CPUs for the programme; the function has a thread a request, and the CPUs of this machine that others leave.
@@ -65,10 +64,14 @@ class RouteCapacity:
 
 @dataclass
 class Cell:
-    """A link: the demands of its routes, the capacity of each fixed route, and that of the adaptive router."""
+    """A link: the demands of its routes, the capacity of each fixed route, and that of the adaptive router.
+
+    `divided` names the routes over which the programme divides requests.
+    """
 
     link: Conditions
     demands: Mapping[str, Demand]
+    divided: Sequence[str]
     fixed: Sequence[RouteCapacity]
     adaptive: RouteCapacity
 
@@ -99,14 +102,16 @@ class Probing:
         headers = {"X-Timeout": f"{round((bound_s + _MARGIN_S) * 1e3)}ms"}
         return self.running.query(self.body, **headers | ({} if route == ADAPTIVE else {"Isthmus-Route": route}))
 
-    def demand(self, route: str, seconds: float) -> Demand | None:
-        """CPU seconds and bytes of a request; None where the router does not offer the route."""
+    def demand(self, route: str, seconds: float) -> tuple[Demand, bool] | None:
+        """CPU seconds and bytes of a request, and whether it is degraded; None where the router has no such route."""
         query = self.running.query(self.body, Isthmus_Route=route)
-        if not len(self.traffic.run(ClosedLoop(1, 0.1), [query]).answered):  # which loads the segments as well
+        first = self.traffic.run(ClosedLoop(1, 0.1), [query]).answered  # which loads the segments as well
+        if not len(first):
             return None
         before = self._used()
         count = len(self.traffic.run(ClosedLoop(2, seconds), [query]))
-        return Demand(*((b - a) / count for a, b in zip(before, self._used(), strict=True)), calls=1.0)
+        demand = Demand(*((b - a) / count for a, b in zip(before, self._used(), strict=True)), calls=1.0)
+        return demand, bool(first.exchanges[-1].degraded)
 
     def _used(self) -> tuple[float, float, float, float]:
         counters, processes = self.running.link.counters, (self.running.router, self.running.cloud)
@@ -156,13 +161,15 @@ def _cell(report: Report, link: Conditions, reference: str, probing: Probing) ->
     where = f"{link.up_bps / 1e6:g} Mbit/s up"
     report.say(f"{where}: demands of the routes")
     seconds = 0.5 if report.quick else 1.5
-    demands = {name: d for name in candidates if (d := probing.demand(name, seconds)) is not None}
+    known = {name: found for name in candidates if (found := probing.demand(name, seconds)) is not None}
+    demands = {name: demand for name, (demand, _) in known.items()}
     fixed = [RouteCapacity(name, joint_capacity([demand], resources)) for name, demand in demands.items()]
     splits = sorted((r for r in fixed if r.name.startswith("split")), key=lambda r: -r.bound.rate)[:SPLITS]
     fixed = [r for r in fixed if r.name in (*EDGE_ONLY, CLOUD_ONLY)] + splits
     # Degraded routes are for outages: the router divides requests over the others alone.
-    divided = [d for name, d in demands.items() if name != DEGRADED]
-    cell = Cell(link, demands, fixed, RouteCapacity(ADAPTIVE, joint_capacity(divided, resources)))
+    divided = {name: demand for name, (demand, is_degraded) in known.items() if not is_degraded}
+    together = joint_capacity(list(divided.values()), resources)
+    cell = Cell(link, demands, list(divided), fixed, RouteCapacity(ADAPTIVE, together))
     everyone = [*fixed, cell.adaptive]
     # The tight bound takes as long again: of the fastest link alone.
     bounds = [BOUND_S, TIGHT_S] if link.up_bps == max(UPLINKS) and not report.quick else [BOUND_S]
@@ -203,8 +210,7 @@ def _add_mixes(report: Report, cells: Sequence[Cell]) -> None:
     rows: list[Row] = []
     for cell in cells:
         bound, top = cell.adaptive.bound, cell.adaptive.highest.get(BOUND_S)
-        names = [name for name in cell.demands if name != DEGRADED]
-        shares = {name: share for name, share in zip(names, bound.shares, strict=True) if share > 0.005}
+        shares = {name: share for name, share in zip(cell.divided, bound.shares, strict=True) if share > 0.005}
         rows.append(
             {
                 "uplink": cell.name,

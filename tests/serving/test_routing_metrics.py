@@ -51,7 +51,8 @@ Measured = Callable[[RouterState], tuple[Dispatched, CollectorRegistry]]
 
 def test_each_fact_of_the_state_is_a_metric_and_hops_are_named_by_place(measured: Measured) -> None:
     hop = HopState(CLOUD, "open", 3, 20, 5, rtt_s=0.02, up_bytes_s=5e5, opened=2, hedged=4)
-    edge = CandidateState("edge-only", ("..",), 0.75, 0.2, 0.1, 30, 1, "int8", False, {"HopTimeout": 6})
+    seen = {"expected_s": 0.2, "planned_s": 0.1, "drift": 1.5, "fallbacks": {"HopTimeout": 6}}
+    edge = CandidateState("edge-only", ("..",), 0.75, requests=30, failures=1, degraded="int8", loaded=False, **seen)
     state = RouterState((HopState(EDGE), hop), (ModelState("net", "7", "edge-only", 9, (edge,)),))
     _, registry = measured(state)
     at = {"hop": "hop1"}
@@ -67,8 +68,8 @@ def test_each_fact_of_the_state_is_a_metric_and_hops_are_named_by_place(measured
     assert (value("link_rtt_seconds", at), value("link_up_bytes_per_second", at)) == (0.02, 5e5)
     # Nothing was received yet: no value is better than a wrong one.
     assert value("link_down_bytes_per_second", at) is None
-    gauges = ("share", "expected_seconds", "planned_seconds", "loaded", "degraded")
-    assert [value(f"route_{name}", route) for name in gauges] == [0.75, 0.2, 0.1, 0, 1]
+    gauges = ("share", "expected_seconds", "planned_seconds", "drift", "loaded", "degraded")
+    assert [value(f"route_{name}", route) for name in gauges] == [0.75, 0.2, 0.1, 1.5, 0, 1]
     assert [value(f"route_{name}_total", route) for name in ("requests", "failures")] == [30, 1]
     assert value("route_fallbacks_total", route | {"error": "HopTimeout"}) == 6
     assert value("route_switches_total", {"model": "net", "version": "7"}) == 9

@@ -26,9 +26,9 @@ from isthmus.settings import RouterSettings
 if TYPE_CHECKING:
     from isthmus.serving.tracing import Tracing
 
-# A route has some ten series, and twenty more of the histogram: 30,000 at most. A router keeps more versions in memory
-# than that, and whoever can call it chooses among all published ones.
-MAX_VERSIONS, MAX_ROUTES = 64, 16
+# A route has some ten series, and twenty more of the histogram: a scrape of all takes 40 ms, of four times as many 150.
+# A router keeps more versions in memory than that, and whoever can call it chooses among all published ones.
+MAX_VERSIONS, MAX_ROUTES = 16, 16
 OTHER = "other"
 BREAKER_STATES = ("closed", "half-open", "open")
 _ROUTE = ("model", "version", "route")
@@ -147,7 +147,7 @@ class MeasuredDispatcher(Dispatcher):
     ) -> Result:
         """See `Dispatcher.run`."""
         if self.tracing is not None:
-            attempt = self.tracing.attempt(model, attempt)
+            attempt = self.tracing.attempt(model, context, attempt)
         began = time.perf_counter()
         result = super().run(model, context, pin, attempt, exact_only=exact_only)
         if self.metrics is not None and result.route:  # the page's comparisons have none
@@ -176,6 +176,7 @@ _ROUTE_GAUGES: Mapping[str, tuple[str, Callable[[CandidateState], float | None]]
     "share": ("Share of a version's requests that take a route.", lambda c: c.share),
     "expected_seconds": ("Seconds of a request along a route, as expected now.", lambda c: c.expected_s),
     "planned_seconds": ("Seconds of a request along a route, as planned.", lambda c: c.planned_s),
+    "drift": ("Live over planned seconds of a route's segments, wherever they run.", lambda c: c.drift),
     "loaded": ("Whether every hop has a route's segments in memory.", lambda c: c.loaded),
     "degraded": ("Whether a route is further from the model than the plan's choice.", lambda c: bool(c.degraded)),
 }

@@ -88,8 +88,13 @@ class Tracing:
                 fail(span, str(facts.get("error") or status))
         span.end()
 
-    def attempt(self, model: ServedModel, attempt: Attempt) -> Attempt:
-        """`attempt` with a span for each route that is tried, and for each call of a hop along the route."""
+    def attempt(self, model: ServedModel, context: Context, attempt: Attempt) -> Attempt:
+        """`attempt` with a span for each route that is tried, and for each call of a hop along the route.
+
+        Where the request is not sampled, neither is any part of it.
+        """
+        if not is_sampled(context):
+            return attempt
 
         def traced(candidate: RouteCandidate, context: Context) -> Result:
             names = {"isthmus.model": model.name, "isthmus.version": model.version, "isthmus.route": candidate.name}
@@ -186,6 +191,11 @@ class _TracedHandler:
     def call(self, message: Message, wait_s: int | None = None) -> RouterReply:
         """See `MessageHandler.call`."""
         return self._tracing.message(message, lambda traced: self._inner.call(traced, wait_s))
+
+
+def is_sampled(context: Context) -> bool:
+    """Whether somebody records the trace. Source: W3C Trace Context, "trace-flags"."""
+    return int(context.traceparent[53:55], 16) % 2 == 1
 
 
 def describe(span: Span, attributes: Attributes) -> None:

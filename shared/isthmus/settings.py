@@ -10,7 +10,7 @@ import errno
 import re
 import stat
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -55,6 +55,11 @@ def setting(
 def urls_of(tier: str) -> tuple[str, ...]:
     """What an entry of the setting `hops` names: the URLs of a tier's replicas, or `local`."""
     return tuple(tier.split(_REPLICA_SEPARATOR))
+
+
+def tier_of(urls: Sequence[str]) -> str:
+    """The entry of the setting `hops` that names these URLs."""
+    return _REPLICA_SEPARATOR.join(urls)
 
 
 def is_secret(text: str) -> bool:
@@ -323,7 +328,9 @@ class RouterSettings(SegmentSettings):
     model: str = setting("model served on POST /: NAME or NAME:VERSION; VERSION is an alias or a number")
     hops: tuple[str, ...] = setting(
         "functions that run the segments, in order, comma-separated: URLs, or `local` for the router's own "
-        "process. If the partition has more segments than hops, the last hop runs the remaining segments"
+        "process. Several URLs with a vertical bar between them are replicas of one hop: a call goes to the least busy "
+        "one, and to the next if that fails or is slow. If the partition has more segments than hops, the last hop "
+        "runs the remaining segments"
     )
     cuts: str = setting(
         "partition: cuts of the bundle by name, position or tensors, in order, separated by /; empty means "

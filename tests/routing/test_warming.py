@@ -70,7 +70,7 @@ class Scene:
 
     def __init__(self, published: Published) -> None:
         self.edge, self.cloud, self.clock = LoadingHop("edge"), LoadingHop("cloud"), Clock()
-        self.hops = watch((self.edge, self.cloud), Estimates())
+        self.hops = watch(((self.edge,), (self.cloud,)), Estimates())
         self.warming = Warming(self.hops, LOG, self.clock)
         self.warming._thread = object()  # type: ignore[assignment]  # asked by hand
         self.model = model_of(published, self.hops)
@@ -239,7 +239,7 @@ def test_two_routers_at_one_function_do_not_drive_each_other_out(photos: Publish
     """The edge has room for two segments; the second router prefers another route."""
     one, other = Scene(photos), Scene(photos)
     other.edge = one.edge
-    other.hops = watch((one.edge, other.cloud), Estimates())
+    other.hops = watch(((one.edge,), (other.cloud,)), Estimates())
     other.warming = Warming(other.hops, LOG, other.clock)
     other.warming._thread = object()  # type: ignore[assignment]
     first, second, *rest = model_of(photos, other.hops).candidates

@@ -45,6 +45,7 @@ from isthmus.http.pool import (
     stages_of,
 )
 from isthmus.pipeline.hop_retries import HopRetries
+from isthmus.settings import urls_of
 from isthmus.wire import frame as frames
 from isthmus.wire.frame import Frame
 
@@ -53,6 +54,8 @@ if TYPE_CHECKING:  # a router with remote hops alone never loads onnxruntime
 
 # Bound on the body of a response other than 200; a hop's own errors are far shorter.
 MAX_ERROR_BYTES = 2**16
+# Replicas of a hop; each has a breaker that probes watch.
+MAX_REPLICAS = 16
 # Bound on a frame between this process and itself, where only memory limits it.
 MAX_LOOPBACK_BYTES = 2**30
 # A segment function's errors that the router's caller causes.
@@ -349,22 +352,24 @@ def _own_facts(error: Mapping[str, Any]) -> dict[str, Any]:
     return {key: own[key] for key in ("tensor", "value", "expected", "got") if key in own} if type(own) is dict else {}
 
 
-def check_hops(hops: tuple[str, ...]) -> None:
-    """Refuse the setting `hops` where an entry is neither `local` nor a URL.
+def check_hops(tiers: tuple[str, ...]) -> None:
+    """Refuse the setting `hops` where an entry is neither `local` nor a URL, or several URLs that differ.
 
     Raises:
         SettingsError: the setting is empty, or an entry is something else or has a user or password.
     """
-    for hop in hops:
+    for tier in tiers:
+        urls = urls_of(tier)
         # A password would be in every error and metric that names the hop.
-        if hop != "local" and not (is_url(hop) and "@" not in urlsplit(hop).netloc):
+        is_usable = all(is_url(url) and "@" not in urlsplit(url).netloc for url in urls)
+        if tier != "local" and not (is_usable and len(set(urls)) == len(urls) <= MAX_REPLICAS):
             raise SettingsError(
-                f"the setting hops holds {hop!r}; a hop is `local` or a URL such as http://HOST:PORT/function/NAME,"
-                " without a user or password",
+                f"the setting hops holds {tier!r}; a hop is `local`, a URL such as http://HOST:PORT/function/NAME, or"
+                f" at most {MAX_REPLICAS} different URLs with | between them, without a user or password",
                 variable="hops",
-                value=hop,
+                value=tier,
             )
-    if not hops:
+    if not tiers:
         raise SettingsError("the setting hops is empty; name at least one hop", variable="hops", value="")
 
 
@@ -376,7 +381,7 @@ def hops_to(
     connect_timeout_s: float,
     max_reply_bytes: int,
 ) -> tuple[Hop, ...]:
-    """A hop for each of the setting's entries: `local`, which needs a store, or a URL."""
+    """A hop for each of the URLs, or `local`, which needs a store."""
     opened: list[Hop] = []
     for url in urls:
         if url == "local" and store is not None:

@@ -8,9 +8,10 @@ from isthmus.routing.estimates import Estimates
 from isthmus.routing.guard import Guard
 from isthmus.routing.links import LinkEstimate
 from isthmus.routing.probes import LinkProber
+from isthmus.routing.replicas import watch
 from isthmus.routing.selection import RouteSelector
 from isthmus.routing.warming import Warming
-from isthmus.routing.watched_hop import WatchedHop, watch
+from isthmus.routing.watched_hop import WatchedHop
 
 __all__ = [
     "DEGRADED_HEADER",

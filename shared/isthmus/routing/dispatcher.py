@@ -20,13 +20,13 @@ from isthmus.routing.candidates import RouteCandidate
 from isthmus.routing.catalog import MAX_CACHED, ServedModel
 from isthmus.routing.choice import RouteChooser
 from isthmus.routing.estimates import Estimates
-from isthmus.routing.fallback import FallbackChain, first_in_time, limited
+from isthmus.routing.fallback import FallbackChain, first_in_time, is_hops_fault, limited
 from isthmus.routing.forecast import forecast, plan_drift
 from isthmus.routing.outstanding import Outstanding
 from isthmus.routing.readiness import ReadinessProber
+from isthmus.routing.replicas import RoutedHop
 from isthmus.routing.state import ModelState, RouterState
 from isthmus.routing.warming import Warming
-from isthmus.routing.watched_hop import WatchedHop, is_hops_fault
 
 ROUTE_HEADER = "Isthmus-Route"
 DEGRADED_HEADER = "Isthmus-Degraded"
@@ -54,18 +54,18 @@ class Dispatcher:
 
     def __init__(
         self,
-        hops: Sequence[WatchedHop],
+        hops: Sequence[RoutedHop],
         estimates: Estimates,
         warming: Warming,
         log: logging.Logger,
         fallback: Sequence[str] = (),
     ) -> None:
         self._hops, self._log = {hop.name: hop for hop in hops}, log
-        self._tiers = {hop.name: hop.name for hop in hops}
+        self._tiers = {replica.name: hop.name for hop in hops for replica in (hop, *hop.watched)}
         self._estimates, self._warming = estimates, warming
         self._outstanding = Outstanding()
         self._fallbacks = FallbackChain(fallback)
-        self._prober = ReadinessProber(hops, log)
+        self._prober = ReadinessProber([replica for hop in hops for replica in hop.watched], log)
         self._lock = threading.Lock()
         self._served: LRUCache[tuple[str, str, str], _Served] = LRUCache(MAX_CACHED)
         self._requested, self._closed = threading.Event(), threading.Event()
@@ -132,7 +132,7 @@ class Dispatcher:
         """The present state of hops and models."""
         with self._lock:
             served = [each for each in self._served.values() if not self._is_forgotten(each)]
-        hops = tuple(hop.state() for hop in self._hops.values())
+        hops = tuple(replica.state() for hop in self._hops.values() for replica in hop.watched)
         return RouterState(hops, tuple(map(self._state_of, served)))
 
     def _state_of(self, served: _Served) -> ModelState:
@@ -170,7 +170,7 @@ class Dispatcher:
 
     def _answers(self, candidate: RouteCandidate) -> bool:
         """Whether the breakers of all hops on the way allow a call."""
-        return all(self._hops[name].breaker.allows() for name in candidate.hops if name in self._hops)
+        return all(self._hops[name].allows() for name in candidate.hops if name in self._hops)
 
     def _log_fallback(
         self, chosen: RouteCandidate, fallback: RouteCandidate, error: HopError, context: Context

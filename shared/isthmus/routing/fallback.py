@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from isthmus.context import Context, Deadline
+from isthmus.errors import HopBusy, HopError, HopRejected, HopTimeout, HopUnavailable
 from isthmus.routing.candidates import RouteCandidate
 
 # A fallback is left its expected seconds and half as many: it runs beside those that came before it.
@@ -21,6 +22,13 @@ MAX_MULTIPLE, FLOOR_S = 4.0, 0.25
 MIN_MULTIPLE = 1.2
 
 ExpectedSeconds = Callable[[RouteCandidate], float | None]
+
+
+def is_hops_fault(error: HopError) -> bool:
+    """Whether another hop may do better: no response, a refusal for load, or a response that is no frame."""
+    if isinstance(error, HopUnavailable | HopTimeout | HopBusy):
+        return True
+    return isinstance(error, HopRejected) and (error.facts.get("status") == 200 or error.facts.get("status", 0) >= 500)
 
 
 class FallbackChain:
@@ -46,7 +54,7 @@ def limited(
     for hop in {hop.name for hop in chosen.route.hops if hop.encodes}:
         if (other := next((c for c in fallbacks if hop not in c.hops), None)) is not None:
             left_s = context.deadline.remaining()
-            limits[hop] = Deadline.after(_allowed_s(left_s, expected_s(chosen), expected_s(other)))
+            limits[hop] = Deadline.after(allowed_s(left_s, expected_s(chosen), expected_s(other)))
     return replace(context, limits=limits) if limits else context
 
 
@@ -58,7 +66,8 @@ def first_in_time(fallbacks: Sequence[RouteCandidate], left_s: float, expected_s
     return min(fallbacks, key=lambda c: expected_s(c) or 0.0)
 
 
-def _allowed_s(left_s: float, own_s: float | None, fallback_s: float | None) -> float:
+def allowed_s(left_s: float, own_s: float | None, fallback_s: float | None) -> float:
+    """Seconds of `left_s` for an attempt of `own_s` seconds, before another of `fallback_s`; None is unknown."""
     spare_s = left_s - (left_s / 2 if fallback_s is None else RESERVED_SHARE * fallback_s)
     if own_s is None:
         return max(spare_s, left_s / 2)

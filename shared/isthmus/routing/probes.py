@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from isthmus.errors import HopError
 from isthmus.pipeline import Hop, ProbedHop
@@ -23,10 +23,10 @@ _MAX_SLEEP_S = 2.0
 
 
 class LinkProber:
-    """A thread that probes the links of remote hops; none where no hop is remote."""
+    """A thread that probes the links of remote hops, by the estimates' names; none where no hop is remote."""
 
-    def __init__(self, hops: Sequence[Hop], estimates: Estimates) -> None:
-        self._hops = {hop.name: hop for hop in hops if isinstance(hop, ProbedHop)}
+    def __init__(self, hops: Mapping[str, Hop], estimates: Estimates) -> None:
+        self._hops = {name: hop for name, hop in hops.items() if isinstance(hop, ProbedHop)}
         self._estimates = estimates
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="probes", daemon=True) if self._hops else None

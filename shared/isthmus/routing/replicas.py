@@ -8,19 +8,22 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import copy_context
 from dataclasses import replace
 
 from isthmus.context import Abandonment, Context, Deadline
-from isthmus.errors import HopBusy, HopError, HopTimeout, HopUnavailable, IsthmusError
-from isthmus.pipeline.hop import HopReply
+from isthmus.errors import HopError, HopUnavailable, IsthmusError
+from isthmus.pipeline.hop import Hop, HopReply
 from isthmus.retries import RetryBudget
+from isthmus.routing.breaker import Breaker
 from isthmus.routing.call_times import CallTimes
-from isthmus.routing.fallback import allowed_s
+from isthmus.routing.estimates import Estimates
+from isthmus.routing.fallback import allowed_s, is_hops_fault
 from isthmus.routing.hop_memory import HopMemory
-from isthmus.routing.watched_hop import WatchedHop, is_hops_fault
+from isthmus.routing.watched_hop import WatchedHop
+from isthmus.settings import tier_of
 from isthmus.wire.frame import Frame
 
 # A second call after the time in which 95% of calls end, known from so many calls.
@@ -81,6 +84,8 @@ class Replicas:
             except IsthmusError:
                 if i == len(self.watched) - 1 and not loaded:
                     raise
+            else:
+                hop.memory.tell(bundle, segment, is_loaded=loaded[-1])
         return all(loaded)
 
     def close(self) -> None:
@@ -126,14 +131,15 @@ class Replicas:
             return running.result()
         others.remove(other)
         running.add_done_callback(lambda done: None if done.exception() else second.abandon())
-        hop.count_hedge()
+        is_won = False
         try:
             reply = other.call(frame, replace(context, abandonment=second))
-        except (HopUnavailable, HopTimeout, HopBusy):
+            is_won = True
+        except HopError:
             return running.result()
         finally:
-            if not running.done():
-                first.abandon()
+            hop.count_hedge(is_won=is_won)
+            first.abandon()
         return reply
 
     def _submit(self, hop: WatchedHop, frame: Frame, context: Context) -> Future[HopReply]:
@@ -146,3 +152,17 @@ class Replicas:
             raise HopUnavailable(f"{self.name} is being closed", hop=self.name) from None
         future.add_done_callback(lambda _: self._places.release())
         return future
+
+
+RoutedHop = WatchedHop | Replicas
+
+
+def watch(tiers: Iterable[Sequence[Hop]], estimates: Estimates) -> tuple[RoutedHop, ...]:
+    """The hop of each tier, whose replicas have a breaker each."""
+    return tuple(_watched(replicas, estimates) for replicas in tiers)
+
+
+def _watched(replicas: Sequence[Hop], estimates: Estimates) -> RoutedHop:
+    name = tier_of([hop.name for hop in replicas])
+    watched = [WatchedHop(hop, estimates, Breaker(), name) for hop in replicas]
+    return watched[0] if len(watched) == 1 else Replicas(name, watched)

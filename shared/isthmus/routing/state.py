@@ -24,6 +24,8 @@ class HopState(Struct, frozen=True):
     """How often the breaker opened."""
     hedged: int = 0
     """Calls of which a second was made elsewhere, as the first was slow."""
+    hedges_won: int = 0
+    """Of these, the ones whose second was answered first."""
 
 
 class CandidateState(Struct, frozen=True):

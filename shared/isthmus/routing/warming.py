@@ -29,7 +29,7 @@ from isthmus.errors import (
 )
 from isthmus.routing.candidates import RouteCandidate
 from isthmus.routing.catalog import ServedModel
-from isthmus.routing.watched_hop import WatchedHop
+from isthmus.routing.replicas import RoutedHop
 
 # Versions whose segments are asked for; callers name versions.
 MAX_MODELS = 32
@@ -89,7 +89,7 @@ class Warming:
     """Keeps the segments of candidate routes loaded, and knows which candidates are; thread-safe."""
 
     def __init__(
-        self, hops: Sequence[WatchedHop], log: logging.Logger, clock: Callable[[], float] = time.monotonic
+        self, hops: Sequence[RoutedHop], log: logging.Logger, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._hops = {hop.name: hop for hop in hops}
         self._first = hops[0].name

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
 
 from isthmus.context import Context, Deadline
-from isthmus.errors import HopBusy, HopError, HopRejected, HopTimeout, HopUnavailable
+from isthmus.errors import HopBusy, HopError, HopTimeout, HopUnavailable
 from isthmus.pipeline.hop import Hop, HopReply, HttpHop, SegmentLoader
 from isthmus.routing.breaker import Breaker
 from isthmus.routing.call_times import CallTimes
 from isthmus.routing.estimates import Estimates
+from isthmus.routing.fallback import is_hops_fault
 from isthmus.routing.hop_memory import HopMemory
 from isthmus.routing.outstanding import note_call
 from isthmus.routing.state import HopState
@@ -22,26 +22,37 @@ from isthmus.wire.frame import Frame
 _FAIR_SHARE, _FAIR_MULTIPLE, _COMPARED_CALLS, _FAIR_S = 0.95, 1.5, 3, 0.25
 
 
-def watch(hops: Sequence[Hop], estimates: Estimates) -> tuple[WatchedHop, ...]:
-    """The hops, each with a breaker of its own."""
-    return tuple(WatchedHop(hop, estimates, Breaker()) for hop in hops)
-
-
 class WatchedHop:
-    """A hop, its breaker, and the calls in flight."""
+    """A hop, its breaker, and the calls in flight. The estimates know it as `tier`, by default its own name."""
 
-    def __init__(self, inner: Hop, estimates: Estimates, breaker: Breaker) -> None:
+    def __init__(self, inner: Hop, estimates: Estimates, breaker: Breaker, tier: str = "") -> None:
         self.inner, self.name, self.encodes = inner, inner.name, inner.encodes
+        self._tier = tier or inner.name
         self.breaker, self._estimates = breaker, estimates
         self.memory = HopMemory()
         self.times = CallTimes()
         self._lock = threading.Lock()
-        self._in_flight = self._calls = self._failures = 0
+        self._in_flight = self._calls = self._failures = self._hedged = self._hedges_won = 0
+
+    @property
+    def watched(self) -> tuple[WatchedHop, ...]:
+        """The hop itself, as a tier of one replica."""
+        return (self,)
 
     @property
     def in_flight(self) -> int:
         """Calls under way."""
         return self._in_flight
+
+    def allows(self) -> bool:
+        """Whether the breaker allows a call."""
+        return self.breaker.allows()
+
+    def count_hedge(self, *, is_won: bool) -> None:
+        """Count a call of which a second was made elsewhere, and whether the second was answered first."""
+        with self._lock:
+            self._hedged += 1
+            self._hedges_won += is_won
 
     def call(self, frame: Frame, context: Context) -> HopReply:
         """See `Hop.call`.
@@ -55,8 +66,8 @@ class WatchedHop:
         with self._lock:
             self._in_flight += 1
             self._calls += 1
-        note_call(self.name)
-        call = self._estimates.began(self.name, _payload_bytes(frame) if self.encodes else 0)
+        note_call(self._tier)
+        call = self._estimates.began(self._tier, _payload_bytes(frame) if self.encodes else 0)
         reply: HopReply | None = None
         began, allowed_s = time.perf_counter(), context.deadline.remaining()
         end = self.breaker.left
@@ -64,8 +75,6 @@ class WatchedHop:
             reply = self.inner.call(frame, context)
             end = self.breaker.succeeded if _belongs(reply.frame, frame) else self.breaker.failed
         except HopError as e:
-            if isinstance(e, HopUnavailable):
-                self.memory.forget()
             if not is_hops_fault(e):
                 end = self.breaker.succeeded  # a refusal is a response
                 raise
@@ -73,6 +82,8 @@ class WatchedHop:
                 self._failures += 1
             if self._shows_failure(e, frame, context, allowed_s):
                 end = self.breaker.failed
+                if isinstance(e, HopUnavailable):
+                    self.memory.forget()
             raise
         finally:
             if reply is None:
@@ -99,7 +110,7 @@ class WatchedHop:
 
     def state(self) -> HopState:
         """The hop's present state."""
-        link = self._estimates.link(self.name)
+        link = self._estimates.link(self._tier)
         return HopState(
             self.name,
             self.breaker.state,
@@ -111,6 +122,8 @@ class WatchedHop:
             link.down_bytes_s,
             link.age_s,
             opened=self.breaker.openings,
+            hedged=self._hedged,
+            hedges_won=self._hedges_won,
         )
 
     def _shows_failure(self, error: HopError, frame: Frame, context: Context, allowed_s: float) -> bool:
@@ -132,10 +145,3 @@ def _belongs(reply: Frame, request: Frame) -> bool:
 
 def _payload_bytes(frame: Frame) -> int:
     return sum(a.nbytes for a in frame.tensors.values()) + sum(t.nbytes for t in frame.encoded.values())
-
-
-def is_hops_fault(error: HopError) -> bool:
-    """Whether another hop may do better: no response, a refusal for load, or a response that is no frame."""
-    if isinstance(error, HopUnavailable | HopTimeout | HopBusy):
-        return True
-    return isinstance(error, HopRejected) and (error.facts.get("status") == 200 or error.facts.get("status", 0) >= 500)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from flask import Flask
 
 from isthmus.errors import SettingsError
@@ -16,7 +18,7 @@ from isthmus.serving.model_routes import ModelRoutes
 from isthmus.serving.prediction import Predictor
 from isthmus.serving.preload import load_deadline, open_store, parse_entry, preload
 from isthmus.serving.routing_metrics import MeasuredDispatcher, RoutingMetrics
-from isthmus.settings import RouterSettings
+from isthmus.settings import RouterSettings, urls_of
 
 
 def create_router_app(settings: RouterSettings) -> Flask:
@@ -44,15 +46,15 @@ class _RouterApp(FunctionApp):
         self._router_settings = settings
         self._registry = open_registry(settings)
         self._store = open_store(settings, self._registry) if "local" in settings.hops else None
-        called = hops_to(
-            settings.hops,
-            self._store,
+        connect = partial(
+            hops_to,
+            store=self._store,
             attempts=settings.hop_attempts,
             connect_timeout_s=settings.hop_connect_timeout_s,
             max_reply_bytes=settings.max_request_bytes,
         )
         estimates = Estimates()
-        hops = watch(called, estimates)
+        hops = watch([connect(urls_of(tier)) for tier in settings.hops], estimates)
         super().__init__("router", settings, self._prepare)
         images = ImageMemory(settings.image_memory_bytes)
         tables = Tables(self._registry.bundle, self._registry.blob, settings.max_image_pixels, memory=images)
@@ -74,7 +76,7 @@ class _RouterApp(FunctionApp):
             self.slots.keep_at_least(self._store.min_concurrency)
         for close in (dispatcher.close, *(hop.close for hop in hops), tables.close, self._catalog.close, guard.close):
             self.closing.callback(close)
-        self.closing.callback(LinkProber(called, estimates).close)
+        self.closing.callback(LinkProber({hop.name: hop.watched[0].inner for hop in hops}, estimates).close)
         inference = InferenceRoutes(self, settings, self._catalog, predictor, images, tables)
         models = ModelRoutes(self, self._catalog, settings)
         if settings.page:

@@ -160,6 +160,7 @@ _HOP_COUNTERS: Mapping[str, tuple[str, Callable[[HopState], float]]] = {
     "hop_calls": ("Calls of a hop, those of closer looks and checks included.", lambda hop: hop.calls),
     "hop_failures": ("Calls in which a hop gave no response, or none that makes sense.", lambda hop: hop.failures),
     "hop_hedged": ("Slow calls that were made a second time elsewhere.", lambda hop: hop.hedged),
+    "hop_hedges_won": ("Of these, the ones whose second call was answered first.", lambda hop: hop.hedges_won),
 }
 _HOP_GAUGES: Mapping[str, tuple[str, Callable[[HopState], float | None]]] = {
     "hop_in_flight": ("Calls of a hop under way.", lambda hop: hop.in_flight),

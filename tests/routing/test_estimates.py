@@ -16,7 +16,7 @@ import pytest
 from isthmus.errors import HopUnavailable
 from isthmus.http.pool import ExchangeTimes
 from isthmus.pipeline import HopReply, HttpHop, ServedTimes
-from isthmus.routing import Estimates, LinkEstimate, LinkProber, WatchedHop, watch
+from isthmus.routing import Estimates, LinkEstimate, LinkProber, watch
 from isthmus.routing import estimates as estimates_module
 from isthmus.routing.estimates import MAX_SEGMENTS
 from isthmus.wire import frame as frames
@@ -92,7 +92,7 @@ class Remote:
     def __init__(self, url: str, link: NetworkEmulator) -> None:
         self.link, self.estimates = link, Estimates()
         self.inner = HttpHop(link.url, attempts=1, connect_timeout_s=LONG_S, max_reply_bytes=2**20)
-        self.hop: WatchedHop = watch([self.inner], self.estimates)[0]
+        self.hop = watch([[self.inner]], self.estimates)[0]
         self._count = 0
 
     @property

@@ -169,7 +169,7 @@ def test_a_large_response_shows_the_downlink() -> None:
 
 def test_probes_keep_an_idle_link_known(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("isthmus.routing.links.PROBE_AFTER_S", 0.05)
-    prober = LinkProber([remote.inner], remote.estimates)
+    prober = LinkProber({remote.inner.name: remote.inner}, remote.estimates)
     try:
         remote.call(100)
         before = remote.link.counters.bytes_up
@@ -184,7 +184,7 @@ def test_probes_keep_an_idle_link_known(remote: Remote, monkeypatch: pytest.Monk
 
 
 def test_calls_of_one_size_and_probes_tell_the_round_trip_from_the_rate(remote: Remote) -> None:
-    prober = LinkProber([remote.inner], remote.estimates)
+    prober = LinkProber({remote.inner.name: remote.inner}, remote.estimates)
     try:
         for rate, rtt in ((8, 0.02), (2, 0.02), (8, 0.08)):
             remote.link.set(replace(remote.link.shape, uplink_bps=rate * MBIT, rtt_s=rtt))

@@ -201,7 +201,7 @@ def test_calls_of_one_size_and_probes_tell_the_round_trip_from_the_rate(remote: 
 
 
 def test_a_prober_of_hops_in_this_process_has_no_thread() -> None:
-    prober = LinkProber([Echo({})], Estimates())
+    prober = LinkProber({"echo": Echo({})}, Estimates())
     assert prober._thread is None
     prober.close()
 

@@ -29,6 +29,7 @@ RUNTIME = {
     "oip": {*BASE, "artifacts", "arrays", "wire"},
     "client": {*BASE, "artifacts", "arrays", "codecs", "wire", "http", "oip"},
 }
+RUNTIME["generation"] = {*RUNTIME["pipeline"], "pipeline"}
 RUNTIME["events"] = {*BASE, "artifacts", "http", "registry"}
 RUNTIME["routing"] = {*RUNTIME["pipeline"], "pipeline"}
 RUNTIME["serving"] = {*RUNTIME["routing"], "routing", "oip", "events"}
@@ -76,6 +77,10 @@ HEAVY = {
     "matplotlib": {"figures"},
     "scipy": {"planner"},
     "highspy": {"routing"},
+    "tokenizers": {"generation"},
+    "jinja2": {"generation", "serving"},
+    "gguf": {"graph"},
+    "safetensors": {"graph"},
     "opentelemetry": {"serving"},
     "requests": {"serving"},
     "skimage": {"zoo"},

@@ -202,6 +202,12 @@ class MemoryInUse(SegmentError):
     public_message = ""
 
 
+class StateMissing(SegmentError):
+    """A session's state is not here, or ends earlier; facts: `session`, and `position`, the tokens that are here."""
+
+    public_message = ""
+
+
 class RunFailed(SegmentError):
     """The runtime failed while loading or running a segment. Facts: `segment`."""
 
@@ -355,6 +361,7 @@ HTTP_STATUS: dict[type[IsthmusError], int] = {
     ValueRefused: 400,
     SegmentTooLarge: 507,
     MemoryInUse: 507,
+    StateMissing: 409,
     RunFailed: 500,
     HopTimeout: 504,
     # 503, not Missing's 404: the share may be mounted later, and the model exists.

@@ -297,6 +297,20 @@ class SegmentSettings(FunctionSettings):
     max_loaded_bytes: int = setting(
         "maximum weight bytes of loaded segments; the least recently used segment is unloaded first", 4 * 2**30
     )
+    max_sessions: int = setting(
+        "maximum number of sessions that a segment with state keeps; a new one takes the place of one that is idle, or"
+        " is answered 429",
+        16,
+        minimum=1,
+        maximum=4096,
+    )
+    session_bytes: int = setting("maximum memory of the state of all sessions", 2**30)
+    max_session_tokens: int = setting(
+        "maximum number of tokens of a session, at most the model's own", 4096, minimum=16, maximum=2**20
+    )
+    session_idle_s: float = setting(
+        "how long a session without a step is kept where another needs its place, in seconds", 60.0
+    )
     max_image_pixels: int = setting("maximum number of pixels of a decoded image", 64_000_000)
     image_memory_bytes: int = setting(
         "maximum memory for decoding all images in progress; an image beyond this bound by itself is refused, "

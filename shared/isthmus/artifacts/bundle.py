@@ -13,18 +13,22 @@ from functools import cached_property
 from typing import Annotated, Any
 
 import msgspec
-from msgspec import Struct, field
+from msgspec import Meta, Struct, field
 from msgspec.structs import force_setattr, replace
 
 from isthmus.artifacts.constraints import Count, Digest, Share, Text, matching
 from isthmus.artifacts.cuts import SYNTAX, CutName, CutText, parse_partition
 from isthmus.artifacts.json_documents import DocumentKind, builtins, canonical
 from isthmus.artifacts.segment_id import SegmentId, partition_ids
+from isthmus.artifacts.state import State
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import Missing, RegistryError
 
 # Parsed in memory as a whole; at some 150 bytes per tensor, 100,000 tensors fit.
 MAX_MANIFEST_BYTES = 16 * 2**20
+
+# Published templates have up to some 20,000 characters.
+MAX_TEMPLATE_LENGTH = 2**17
 
 _NAME = r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?"
 _MODEL = re.compile(_NAME)
@@ -70,6 +74,21 @@ class Segment(Struct, frozen=True, forbid_unknown_fields=True):
     macs: Count = 0
 
 
+class TextModel(Struct, frozen=True, forbid_unknown_fields=True):
+    """How a language model's text becomes token ids and back.
+
+    `tokenizer` is the blob of a tokenizer.json (package `tokenizers`); `chat_template` a Jinja template of messages,
+    empty for a model of plain text. `logits` is the output with a row of scores for each token; `bos` begins every
+    sequence, any of `eos` ends one.
+    """
+
+    tokenizer: Blob
+    logits: Text
+    chat_template: Annotated[str, Meta(max_length=MAX_TEMPLATE_LENGTH)] = ""
+    bos: Count | None = None
+    eos: Annotated[tuple[Count, ...], Meta(max_length=64)] = ()
+
+
 class Cut(Struct, frozen=True, forbid_unknown_fields=True):
     """A named cut: its boundary tensors, their raw bytes, and the share of MACs upstream of the cut."""
 
@@ -87,7 +106,8 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
     `default_cuts` name the partition of requests without a plan: n names make n + 1 segments. `preprocess` and
     `postprocess` are specs for isthmus.processing, None for a model of plain tensors. `tables` hold the parameters of
     calibrated codecs by tensor name, each a frame of named arrays. `fidelity` is the blob of the fidelity document
-    (docs/explanation/calibration.md), `plan` the blob of the plan (docs/reference/plan.md).
+    (docs/explanation/calibration.md), `plan` the blob of the plan (docs/reference/plan.md). `state` declares what a
+    session's segments keep, `text` how a language model reads and writes; each is absent for other models.
     """
 
     name: ModelName
@@ -103,11 +123,22 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
     tables: Mapping[Text, Blob] = {}
     fidelity: Blob | None = None
     plan: Blob | None = None
+    state: State | None = None
+    text: TextModel | None = None
 
     def __post_init__(self) -> None:
         # In manifest order, so that equality does not depend on construction order.
         force_setattr(self, "segment_list", tuple(sorted(self.segment_list, key=lambda segment: segment.id)))
         force_setattr(self, "cut_list", tuple(sorted(self.cut_list, key=lambda cut: cut.name)))
+
+    @cached_property
+    def kept(self) -> frozenset[str]:
+        """Names of inputs and outputs that stay with the segments: no frame carries these."""
+        return frozenset() if self.state is None else frozenset((*self.state.inputs, *self.state.outputs))
+
+    def carried(self, specs: Iterable[TensorSpec]) -> tuple[TensorSpec, ...]:
+        """Those of `specs` that frames carry."""
+        return tuple(spec for spec in specs if spec.name not in self.kept)
 
     @cached_property
     def segments(self) -> Mapping[str, Segment]:
@@ -186,7 +217,9 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
     def blobs(self) -> set[str]:
         """The digests of all blobs referenced by this bundle."""
         digests = {self.weights.blob.digest, *(s.graph.digest for s in self.segments.values())}
-        digests.update(blob.digest for blob in (self.labels, self.fidelity, self.plan, *self.tables.values()) if blob)
+        tokenizer = None if self.text is None else self.text.tokenizer
+        blobs = (self.labels, self.fidelity, self.plan, tokenizer, *self.tables.values())
+        digests.update(blob.digest for blob in blobs if blob)
         return digests
 
     @property
@@ -220,7 +253,7 @@ def to_json(bundle: Bundle) -> bytes:
     """Canonical JSON of a bundle: sorted keys, no spaces, UTF-8; equal bundles give equal bytes."""
     doc = builtins(bundle)
     # Absent if empty, so that bundles without these fields keep the digests of earlier versions.
-    for name in ("tables", "fidelity", "plan"):
+    for name in ("tables", "fidelity", "plan", "state", "text"):
         if not doc[name]:
             del doc[name]
     return canonical(doc)
@@ -247,6 +280,10 @@ def _check(bundle: Bundle) -> None:
             raise ValueError(f"has the segment {segment.id!r}, which does not lie between two of the bundle's cuts")
     if unknown := [name for name in bundle.default_cuts if name not in bundle.cuts]:
         raise ValueError(f"has the default cut {unknown[0][:80]!r}, which is none of the bundle's cuts")
+    if bundle.state is not None:
+        _check_state(bundle, bundle.state)
+    if bundle.text is not None and bundle.text.logits not in [spec.name for spec in bundle.outputs]:
+        raise ValueError(f"has text by the output {bundle.text.logits[:80]!r}, which the model does not have")
     for specs in _tensor_lists(bundle):
         if len({spec.name for spec in specs}) != len(specs):
             raise ValueError("has two tensors of one name in one list")
@@ -262,6 +299,17 @@ def _check(bundle: Bundle) -> None:
         _ = bundle.labels
     except msgspec.ValidationError as e:
         raise ValueError(f"has labels that are no blob: {e}") from e
+
+
+def _check_state(bundle: Bundle, state: State) -> None:
+    for kind, names, specs in (
+        ("input", (state.tokens, *state.inputs), bundle.inputs),
+        ("output", state.outputs, bundle.outputs),
+    ):
+        if len(set(names)) != len(names):
+            raise ValueError(f"has two {kind}s of one name in its state")
+        if unknown := set(names) - {spec.name for spec in specs}:
+            raise ValueError(f"has a state of the {kind} {min(unknown)[:80]!r}, which the model does not have")
 
 
 def _tensor_lists(bundle: Bundle) -> Iterable[tuple[TensorSpec, ...]]:

@@ -13,15 +13,18 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from msgspec import structs
+
 from isthmus.arrays import Array, check_tensors
-from isthmus.artifacts.bundle import Segment
+from isthmus.artifacts.sampling import SAMPLED, sampled_outputs
+from isthmus.artifacts.tensors import TensorSpec
 from isthmus.codecs import EncodedTensor, Encoding, encode_tensor
 from isthmus.context import Context, Deadline
 from isthmus.errors import HopRejected, HopTimeout, HopUnavailable, ShapeMismatch
 from isthmus.pipeline.closer_looks import LookPolicy, LooksTaken, take_looks
 from isthmus.pipeline.hop import Hop
 from isthmus.pipeline.route import Route
-from isthmus.wire.frame import DTYPES, Frame
+from isthmus.wire.frame import DTYPES, Frame, Step
 
 _NO_TENSORS: Mapping[str, EncodedTensor] = MappingProxyType({})
 
@@ -127,19 +130,25 @@ class Interruption:
 
 
 def execute(
-    route: Route, inputs: Mapping[str, Array], context: Context, encoded: Mapping[str, EncodedTensor] | None = None
+    route: Route,
+    inputs: Mapping[str, Array],
+    context: Context,
+    encoded: Mapping[str, EncodedTensor] | None = None,
+    *,
+    step: Step | None = None,
 ) -> Result:
     """Run every segment of `route` on its hop, then the route's closer looks.
 
     Shapes: as the bundle declares them. A route from the model's start takes exactly its inputs; a route from a cut
     takes the inputs of its segments, and ignores further tensors. `encoded` are inputs that the caller has encoded
-    already, such as a photo, for the first segment, whose hop must encode.
+    already, such as a photo, for the first segment, whose hop must encode. `step` is the step of a session, for a
+    bundle with state; where it samples, the last segment's outputs are tokens (`SAMPLED`).
 
     Raises:
         ShapeMismatch: the inputs do not fit; no hop was called.
         DeadlineExceeded, HopError: as the hops report.
     """
-    outcome = execute_resumably(route, inputs, context, encoded)
+    outcome = execute_resumably(route, inputs, context, encoded, step=step)
     if isinstance(outcome, Interruption):
         raise outcome.error
     return outcome
@@ -151,6 +160,7 @@ def execute_resumably(
     context: Context,
     encoded: Mapping[str, EncodedTensor] | None = None,
     wait_s: float | None = None,
+    step: Step | None = None,
 ) -> Result | Interruption:
     """As `execute`; where a hop after the first gives no response, what the rest of the route needs.
 
@@ -161,7 +171,7 @@ def execute_resumably(
     """
     encoded = encoded or _NO_TENSORS
     _check_inputs(route, inputs, encoded)
-    execution = _Execution(route, context, dict(inputs), wait_s)
+    execution = _Execution(route, context, dict(inputs), wait_s, step)
     try:
         execution.run(0, encoded)
     except (HopUnavailable, HopTimeout) as e:
@@ -192,10 +202,12 @@ class _Execution:
     context: Context
     tensors: dict[str, Array]
     wait_s: float | None = None
+    step: Step | None = None
     runs: list[SegmentRun] = field(default_factory=list)
 
     def outputs(self) -> dict[str, Array]:
-        return {s.name: self.tensors[s.name] for s in self.route.bundle.outputs if s.name in self.tensors}
+        names = (*(spec.name for spec in self.route.bundle.outputs), *SAMPLED)
+        return {name: self.tensors[name] for name in names if name in self.tensors}
 
     def run(self, start: int = 0, encoded: Mapping[str, EncodedTensor] = _NO_TENSORS) -> None:
         """Run the segments from index `start` on; `encoded` belong to the first of them."""
@@ -215,12 +227,13 @@ class _Execution:
             arrays.pop(name, None)
         # The hop's time begins after encoding: plans price the two apart.
         called = time.perf_counter()
-        frame = Frame(arrays, route.digest, segment.id, self.context.call_id, encoded)
+        step = self._step_at(index)
+        frame = Frame(arrays, route.digest, segment.id, self.context.call_id, encoded, step=step)
         context = self.context
         if index and self.wait_s is not None:
             context = replace(context, deadline=Deadline.after(min(self.wait_s, context.deadline.remaining())))
         reply = hop.call(frame, context)
-        self.tensors.update(_checked(reply.frame, frame, segment, hop))
+        self.tensors.update(_checked(reply.frame, frame, self._outputs_at(index), hop))
         return SegmentRun(
             segment.id,
             hop.name,
@@ -235,6 +248,18 @@ class _Execution:
             codecs={name: tensor.codec for name, tensor in encoded.items()},
             over_link=reply.sent_bytes > 0 and hop.name != route.near,
         )
+
+    def _step_at(self, index: int) -> Step | None:
+        """The step as a segment gets it: only the last one samples."""
+        if self.step is None or index == len(self.route.segments) - 1:
+            return self.step
+        return structs.replace(self.step, sampling=None)
+
+    def _outputs_at(self, index: int) -> tuple[TensorSpec, ...]:
+        is_last, step = index == len(self.route.segments) - 1, self.step
+        if is_last and step is not None and step.sampling is not None:
+            return sampled_outputs(step.sampling)
+        return self.route.bundle.carried(self.route.segments[index].outputs)
 
     def look_closer(self, policy: LookPolicy) -> LooksTaken | None:
         """Take closer looks from the first segment whose inputs can be sent finer; None without such a segment."""
@@ -276,7 +301,7 @@ def _check_inputs(route: Route, inputs: Mapping[str, Array], encoded: Mapping[st
     check_tensors(specs, inputs)
 
 
-def _checked(reply: Frame, request: Frame, segment: Segment, hop: Hop) -> Mapping[str, Array]:
+def _checked(reply: Frame, request: Frame, outputs: tuple[TensorSpec, ...], hop: Hop) -> Mapping[str, Array]:
     """The reply's tensors, provided that the reply belongs to this request and holds the segment's outputs."""
     for field_name in ("bundle", "segment", "request"):
         if (got := getattr(reply, field_name)) != (expected := getattr(request, field_name)):
@@ -288,20 +313,20 @@ def _checked(reply: Frame, request: Frame, segment: Segment, hop: Hop) -> Mappin
                 got=got,
             )
     try:
-        check_tensors(segment.outputs, reply.tensors)
+        check_tensors(outputs, reply.tensors)
     except ShapeMismatch as e:
         raise HopRejected(
-            f"{hop.name} did not answer as segment {segment.id} does: {e}",
+            f"{hop.name} did not answer as segment {request.segment} does: {e}",
             hop=hop.name,
             status=200,
-            hint=_hint(reply, segment),
+            hint=_hint(reply, outputs),
             **e.facts,
         ) from e
     return reply.tensors
 
 
-def _hint(reply: Frame, segment: Segment) -> str:
-    declared = {spec.name: spec.dtype for spec in segment.outputs}
+def _hint(reply: Frame, outputs: tuple[TensorSpec, ...]) -> str:
+    declared = {spec.name: spec.dtype for spec in outputs}
     if declared == {name: array.dtype.name for name, array in reply.tensors.items()}:
         return "the bundle declares shapes that the model does not keep for this input: import the model again"
     return "both sides must run the same version of Isthmus"

@@ -30,6 +30,7 @@ from isthmus.errors import (
     SegmentTooLarge,
     SettingsError,
     ShapeMismatch,
+    StateMissing,
     ValueRefused,
 )
 from isthmus.http.pool import (
@@ -42,15 +43,15 @@ from isthmus.http.pool import (
     Unreachable,
     is_url,
     retry_after_seconds,
-    stages_of,
+    stage_seconds,
 )
 from isthmus.pipeline.hop_retries import HopRetries
 from isthmus.settings import urls_of
 from isthmus.wire import frame as frames
-from isthmus.wire.frame import Frame
+from isthmus.wire.frame import Frame, Step
 
 if TYPE_CHECKING:  # a router with remote hops alone never loads onnxruntime
-    from isthmus.runtime.store import SegmentStore, TimedOutputs
+    from isthmus.runtime.store import TimedOutputs
 
 # Bound on the body of a response other than 200; a hop's own errors are far shorter.
 MAX_ERROR_BYTES = 2**16
@@ -58,8 +59,8 @@ MAX_ERROR_BYTES = 2**16
 MAX_REPLICAS = 16
 # Bound on a frame between this process and itself, where only memory limits it.
 MAX_LOOPBACK_BYTES = 2**30
-# A segment function's errors that the router's caller causes.
-_INPUT_ERRORS = {c.__name__: c for c in (ShapeMismatch, ValueRefused)}
+# A segment function's errors that the router's caller causes, and that of a session whose state is gone.
+_INPUT_ERRORS = {c.__name__: c for c in (ShapeMismatch, ValueRefused, StateMissing)}
 # Errors of `POST /load`, and those of an Isthmus function without that path.
 _LOAD_ERRORS = {c.__name__: c for c in (MemoryInUse, SegmentTooLarge)}
 _NO_SUCH_PATH = ("NotFound", "MethodNotAllowed")
@@ -141,6 +142,17 @@ class SegmentRunner(Protocol):
 
 
 @runtime_checkable
+class StepRunner(SegmentRunner, Protocol):
+    """Also runs steps of sessions, for bundles with state."""
+
+    def step(
+        self, bundle: str, segment: str, arrays: Mapping[str, Array], step: Step, deadline: Deadline
+    ) -> TimedOutputs:
+        """See `SessionStore.step`."""
+        ...
+
+
+@runtime_checkable
 class SegmentLoader(Protocol):
     """A hop or a runner that loads segments ahead of requests."""
 
@@ -168,7 +180,12 @@ class LocalHop:
 
     def call(self, frame: Frame, context: Context) -> HopReply:
         """See `Hop.call`; the segment's own errors pass unchanged."""
-        ran = self._runner.run(frame.bundle, frame.segment, frame.tensors, context.deadline)
+        if frame.step is None:
+            ran = self._runner.run(frame.bundle, frame.segment, frame.tensors, context.deadline)
+        elif isinstance(self._runner, StepRunner):
+            ran = self._runner.step(frame.bundle, frame.segment, frame.tensors, frame.step, context.deadline)
+        else:
+            raise HopRejected("this process keeps no sessions", hop=self.name)
         served = ServedTimes(ran.load_s + ran.wait_s + ran.run_s, ran.wait_s, ran.load_s)
         return HopReply(Frame(ran.outputs, frame.bundle, frame.segment, frame.request), ran.run_s, served=served)
 
@@ -261,10 +278,10 @@ class HttpHop:
             raise HopRejected(
                 f"{self.name} answered with something that is no frame: {e}", hop=self.name, status=200
             ) from e
-        stages, limit_s = stages_of(response.headers.get("server-timing", "")), response.times.first_byte_s
+        timing, limit_s = response.headers.get("server-timing", ""), response.times.first_byte_s
         # A function cannot have worked for longer than the caller waited, whatever its header says.
         run_s, decode_s, wait_s, load_s, total_s = (
-            min(stages.get(stage, 0.0), limit_s) for stage in ("run", "decode", "wait", "load", "total")
+            min(stage_seconds(timing, stage), limit_s) for stage in ("run", "decode", "wait", "load", "total")
         )
         served = ServedTimes(min(max(total_s, run_s + decode_s + wait_s + load_s), limit_s), wait_s, load_s)
         return HopReply(reply, run_s, decode_s, sum(map(len, body)), len(response.body), served, response.times)
@@ -349,7 +366,8 @@ class HttpHop:
 def _own_facts(error: Mapping[str, Any]) -> dict[str, Any]:
     """An error's facts about tensors, which the caller sent."""
     own = error.get("facts")
-    return {key: own[key] for key in ("tensor", "value", "expected", "got") if key in own} if type(own) is dict else {}
+    named = ("tensor", "value", "expected", "got", "session", "position")
+    return {key: own[key] for key in named if key in own} if type(own) is dict else {}
 
 
 def check_hops(tiers: tuple[str, ...]) -> None:
@@ -375,7 +393,7 @@ def check_hops(tiers: tuple[str, ...]) -> None:
 
 def hops_to(
     urls: tuple[str, ...],
-    store: SegmentStore | None,
+    store: SegmentRunner | None,
     *,
     attempts: int,
     connect_timeout_s: float,

@@ -47,11 +47,15 @@ class Route:
     def inputs(self) -> tuple[TensorSpec, ...]:
         """The tensors that the caller has to provide."""
         if not self.starts_at_cut:
-            return self.bundle.inputs
+            return self.bundle.carried(self.bundle.inputs)
         needed: dict[str, TensorSpec] = {}
         computed: set[str] = set()
         for segment in self.segments:
-            needed |= {s.name: s for s in segment.inputs if s.name not in computed and s.name not in needed}
+            needed |= {
+                s.name: s
+                for s in self.bundle.carried(segment.inputs)
+                if s.name not in computed and s.name not in needed
+            }
             computed |= {s.name for s in segment.outputs}
         return tuple(needed.values())
 

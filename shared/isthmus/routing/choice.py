@@ -17,7 +17,7 @@ from isthmus.routing.candidates import RouteCandidate
 from isthmus.routing.forecast import Expectation
 from isthmus.routing.outstanding import IDLE, Outstanding, Ticket
 from isthmus.routing.state import CandidateState, ModelState
-from isthmus.routing.usage import Usage
+from isthmus.routing.usage import RouteUsage
 
 # A preference changes for a gain of a tenth that holds, or at once for more than a forecast's noise.
 MIN_GAIN, HOLD_S = 0.10, 0.5
@@ -64,7 +64,7 @@ class RouteChooser:
         self, candidates: Sequence[RouteCandidate], outstanding: Outstanding, clock: Clock = time.monotonic
     ) -> None:
         self.candidates = tuple(candidates)
-        self.usage = Usage(len(self.candidates), clock)
+        self.usage = RouteUsage(len(self.candidates), clock)
         self._outstanding, self._clock = outstanding, clock
         self._lock = threading.Lock()
         self._index = {c.name: i for i, c in enumerate(self.candidates)}

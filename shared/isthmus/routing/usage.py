@@ -10,7 +10,7 @@ from collections.abc import Callable
 WINDOW_S = 10.0
 
 
-class Usage:
+class RouteUsage:
     """Counts by candidate; thread-safe. Rates are exponentially weighted over WINDOW_S."""
 
     def __init__(self, candidates: int, clock: Callable[[], float]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,9 +14,11 @@ import numpy as np
 
 from isthmus.arrays import Array, check_tensors
 from isthmus.artifacts.bundle import Segment
+from isthmus.artifacts.state import State
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import RunFailed, ShapeMismatch, ValueRefused
 from isthmus.runtime.ort import check_providers, ort, ort_state, reason_of, time_limit
+from isthmus.runtime.state_memory import StateBuffer
 
 # TensorProto.BFLOAT16. numpy has no bfloat16, so onnxruntime passes these tensors as OrtValue.
 _BFLOAT16 = 16
@@ -49,14 +51,22 @@ class OrtRunner:
     The model is loaded by its path, so that onnxruntime maps the weights file instead of reading it.
     """
 
-    def __init__(self, path: Path | bytes, segment: Segment, *, providers: tuple[str, ...], threads: int) -> None:
-        """Load `segment` from the .onnx file at `path`, or from the file's bytes.
+    def __init__(
+        self,
+        path: Path | bytes,
+        segment: Segment,
+        *,
+        providers: tuple[str, ...],
+        threads: int,
+        state: State | None = None,
+    ) -> None:
+        """Load `segment` from the .onnx file at `path`, or from the file's bytes. `state` is its bundle's.
 
         Raises:
             SettingsError: a provider is not in this build of onnxruntime.
             RunFailed: onnxruntime refused the model; facts: `reason`.
         """
-        self.segment = segment
+        self.segment, self.state = segment, state
         self._run_options: Any = None
         self._outputs = [s.name for s in segment.outputs]
         self._bfloat16 = any(s.dtype == "bfloat16" for s in (*segment.inputs, *segment.outputs))
@@ -117,6 +127,33 @@ class OrtRunner:
                 ) from e
             raise RunFailed(f"segment {self.segment.id} failed: {reason_of(e)}", segment=self.segment.id) from e
         return dict(zip(self._outputs, results, strict=True))
+
+    def run_step(self, arrays: Mapping[str, Array], buffers: Sequence[StateBuffer]) -> dict[str, Array]:
+        """The segment's outputs beside its state, whose memory is read and extended in place.
+
+        Raises:
+            As `run`.
+        """
+        state = {name for b in buffers for name in (b.past, b.present)}
+        specs = tuple(spec for spec in self.segment.inputs if spec.name not in state)
+        check_tensors(specs, arrays)
+        names = [name for name in self._outputs if name not in state]
+        try:
+            binding = self._session.io_binding()
+            for name, array in arrays.items():
+                binding.bind_cpu_input(name, _usable(array))
+            for buffer in buffers:
+                binding.bind_input(buffer.past, "cpu", 0, buffer.dtype.type, buffer.shape, buffer.address)
+                binding.bind_output(buffer.present, "cpu", 0, buffer.dtype.type, buffer.shape, buffer.address)
+            for name in names:
+                binding.bind_output(name)
+            self._session.run_with_iobinding(binding, self._run_options)
+            results = binding.get_outputs()[len(buffers) :]
+            return dict(zip(names, (value.numpy() for value in results), strict=True))
+        except Exception as e:
+            if (refused := _refused_value(e, self.segment, arrays)) is not None:
+                raise refused from e
+            raise RunFailed(f"segment {self.segment.id} failed: {reason_of(e)}", segment=self.segment.id) from e
 
 
 class UnpublishedRunner(OrtRunner):

@@ -22,7 +22,14 @@ from isthmus.arrays import Array
 from isthmus.artifacts.bundle import Bundle, Segment
 from isthmus.artifacts.device import Device, this_device
 from isthmus.context import Deadline
-from isthmus.errors import DeadlineExceeded, IsthmusError, MemoryInUse, NotReady, Overloaded, RunFailed
+from isthmus.errors import (
+    DeadlineExceeded,
+    IsthmusError,
+    MemoryInUse,
+    NotReady,
+    Overloaded,
+    RunFailed,
+)
 from isthmus.registry import Located, SegmentSource
 from isthmus.registry.lookups import Lookups
 from isthmus.runtime.batching import BatchCounts, BatchTrials
@@ -145,7 +152,7 @@ class SegmentStore:
                 return False
             if (failure := self._failures.get(key)) is not None:
                 raise type(failure)(failure.message, hint=failure.hint, **failure.facts)
-        declared = self._bundle(bundle, segment, deadline)
+        declared = self.bundle(bundle, segment, deadline)
         self._memory.check(key, _weight_bytes(declared, declared.segment(segment)))
         with self._lock:
             if key in self._loading or self._memory.touch(key):
@@ -164,7 +171,7 @@ class SegmentStore:
         """
         if (runner := self._memory.peek((bundle, segment))) is not None:
             return runner.segment
-        return self._bundle(bundle, segment, deadline).segment(segment)
+        return self.bundle(bundle, segment, deadline).segment(segment)
 
     def run(self, bundle: str, segment: str, arrays: Mapping[str, Array], deadline: Deadline) -> TimedOutputs:
         """Run a segment; loaded first if necessary; together with other requests for it where that pays.
@@ -180,6 +187,20 @@ class SegmentStore:
         loaded = began if was_loaded else time.perf_counter()
         ran = self._queue.run(runner, arrays, deadline)
         return TimedOutputs(ran.outputs, loaded - began, ran.wait_s, ran.run_s, ran.batch)
+
+    @contextlib.contextmanager
+    def running(self, bundle: str, segment: str, deadline: Deadline) -> Iterator[tuple[Runner, float, float]]:
+        """A loaded segment and a CPU for it, for the block; and the seconds of loading and of waiting for the CPU.
+
+        Raises:
+            As `run`.
+        """
+        began = time.perf_counter()
+        was_loaded = (bundle, segment) in self._memory
+        runner = self.runner(bundle, segment, deadline)
+        loaded = began if was_loaded else time.perf_counter()
+        with self._queue.slot(deadline):
+            yield runner, loaded - began, time.perf_counter() - loaded
 
     def profile(
         self, bundle: str, segment: str, arrays: Mapping[str, Array], deadline: Deadline, *, max_runs: int
@@ -232,7 +253,12 @@ class SegmentStore:
         """The segments in memory, least recently used first."""
         return self._memory.loaded()
 
-    def _bundle(self, digest: str, segment: str, deadline: Deadline) -> Bundle:
+    def bundle(self, digest: str, segment: str, deadline: Deadline) -> Bundle:
+        """The manifest of a bundle; read within the deadline, for the sake of `segment`.
+
+        Raises:
+            NotReady, Missing, RegistryError: as `segment`.
+        """
         try:
             return self._lookups.find(digest, partial(self._source.bundle, digest), deadline)
         except DeadlineExceeded as e:
@@ -247,10 +273,6 @@ class SegmentStore:
     def min_concurrency(self) -> int:
         """Requests that fill the batch in work and the next one, of twice the largest so far; 1 without batches."""
         return 1 + 2 * max(self._trials.counts().batches, default=0)
-
-    def room_for_batches(self) -> int:
-        """See `RunQueue.room_for_batches`."""
-        return self._queue.room_for_batches()
 
     def batch_counts(self) -> BatchCounts:
         """Batches and trials of batches since the start."""
@@ -311,7 +333,13 @@ class SegmentStore:
     def _enter(self, key: Key, located: Located, load: _Load) -> Runner:
         needed = _weight_bytes(located.bundle, located.segment)
         self._memory.reserve(key, needed, lambda: not load.is_awaited)
-        runner = OrtRunner(located.path, located.segment, providers=self._settings.providers, threads=self._threads)
+        runner = OrtRunner(
+            located.path,
+            located.segment,
+            providers=self._settings.providers,
+            threads=self._threads,
+            state=located.bundle.state,
+        )
         # The registry's cache may evict the files as soon as no session maps these.
         weakref.finalize(runner, located.release)
         self._memory.add(key, runner, is_ahead=not load.is_awaited)

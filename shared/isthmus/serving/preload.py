@@ -12,6 +12,7 @@ from isthmus.registry import Registry, open_cache
 from isthmus.settings import SegmentSettings
 
 if TYPE_CHECKING:  # a router with remote hops alone never loads onnxruntime
+    from isthmus.runtime.session_store import SessionStore
     from isthmus.runtime.store import SegmentStore
 
 # Bound on loading a segment; a slow link to the registry takes minutes for a large model.
@@ -56,11 +57,11 @@ def segment_id(bundle: Bundle, segment: str) -> SegmentId:
     return bundle.segment(segment).id
 
 
-def open_store(settings: SegmentSettings, registry: Registry) -> SegmentStore:
+def open_sessions(settings: SegmentSettings, registry: Registry) -> SessionStore:
     """The store of a hop in the router's own process."""
-    from isthmus.runtime.store import SegmentStore
+    from isthmus.runtime.session_store import open_store
 
-    return SegmentStore(open_cache(settings, registry), settings)
+    return open_store(open_cache(settings, registry), settings)
 
 
 def preload(entries: tuple[str, ...], registry: Registry, store: SegmentStore) -> None:

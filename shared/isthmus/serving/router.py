@@ -16,7 +16,7 @@ from isthmus.serving.app import FunctionApp
 from isthmus.serving.inference_routes import InferenceRoutes
 from isthmus.serving.model_routes import ModelRoutes
 from isthmus.serving.prediction import Predictor
-from isthmus.serving.preload import load_deadline, open_store, parse_entry, preload
+from isthmus.serving.preload import load_deadline, open_sessions, parse_entry, preload
 from isthmus.serving.routing_metrics import MeasuredDispatcher, RoutingMetrics
 from isthmus.settings import RouterSettings, urls_of
 
@@ -45,10 +45,11 @@ class _RouterApp(FunctionApp):
             parse_entry(entry)
         self._router_settings = settings
         self._registry = open_registry(settings)
-        self._store = open_store(settings, self._registry) if "local" in settings.hops else None
+        sessions = open_sessions(settings, self._registry) if "local" in settings.hops else None
+        self._store = None if sessions is None else sessions.store
         connect = partial(
             hops_to,
-            store=self._store,
+            store=sessions,
             attempts=settings.hop_attempts,
             connect_timeout_s=settings.hop_connect_timeout_s,
             max_reply_bytes=settings.max_request_bytes,
@@ -72,7 +73,6 @@ class _RouterApp(FunctionApp):
             self.closing.callback(self._store.close)
             self.metrics.gauge_store(self._store)
             self._store.share_memory(self._memory)
-            self.slots.keep_at_least(self._store.room_for_batches)
             self.slots.keep_at_least(self._store.min_concurrency)
         for close in (dispatcher.close, *(hop.close for hop in hops), tables.close, self._catalog.close, guard.close):
             self.closing.callback(close)

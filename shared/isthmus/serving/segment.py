@@ -16,7 +16,7 @@ from isthmus.artifacts.tensors import check_types
 from isthmus.errors import RequestMalformed, RequestTooLarge
 from isthmus.processing.image_budget import ImageMemory
 from isthmus.registry import BakedSegment, open_registry, open_source
-from isthmus.runtime.store import SegmentStore
+from isthmus.runtime.session_store import open_store
 from isthmus.runtime.tables import Tables
 from isthmus.serving.app import FunctionApp
 from isthmus.serving.preload import load_deadline, parse_entry, preload
@@ -55,7 +55,8 @@ class _SegmentApp(FunctionApp):
             parse_entry(entry)
         self._registry = None if settings.segment_dir else open_registry(settings)
         self._source = open_source(settings, self._registry)
-        self._store = SegmentStore(self._source, settings)
+        self._sessions = open_store(self._source, settings)
+        self._store = self._sessions.store
         # More decodings at a time than CPUs would take more memory and no less time.
         self._turns = Turns(self._store.device.cpus)
         images = ImageMemory(settings.image_memory_bytes)
@@ -66,7 +67,6 @@ class _SegmentApp(FunctionApp):
         self.closing.callback(self._tables.close)
         self.metrics.gauge_store(self._store)
         self._store.share_memory(self._memory)
-        self.slots.keep_at_least(self._store.room_for_batches)
         self.slots.keep_at_least(self._store.min_concurrency)
         self.post("/", self.run, "run")
         self.post("/load", self.load, "load")
@@ -79,7 +79,10 @@ class _SegmentApp(FunctionApp):
         request.facts.update(bundle=frame.bundle, segment=frame.segment)
         request.timings.add("decode", time.perf_counter() - start)
         describe_work(f"{frame.bundle} {frame.segment}")
-        ran = self._store.run(frame.bundle, frame.segment, frame.tensors, request.context.deadline)
+        if (step := frame.step) is None:
+            ran = self._store.run(frame.bundle, frame.segment, frame.tensors, request.context.deadline)
+        else:
+            ran = self._sessions.step(frame.bundle, frame.segment, frame.tensors, step, request.context.deadline)
         request.timings.add("load", ran.load_s)
         request.timings.add("wait", ran.wait_s)
         request.timings.add("run", ran.run_s, f"batch-of-{ran.batch}" if ran.batch > 1 else "")
@@ -115,7 +118,11 @@ class _SegmentApp(FunctionApp):
         if not is_digest(outline.bundle):
             raise RequestMalformed(f"the frame names bundle {outline.bundle!r}; a bundle is a manifest's sha256 digest")
         segment = self._store.segment(outline.bundle, outline.segment, request.context.deadline)
-        check_types(segment.inputs, outline.tensors)
+        if outline.step is None:
+            check_types(segment.inputs, outline.tensors)
+        else:
+            bundle = self._store.bundle(outline.bundle, outline.segment, request.context.deadline)
+            check_types(bundle.carried(segment.inputs), outline.tensors)
 
     @contextmanager
     def _decoding(self, request: FunctionRequest, outline: Outline) -> Iterator[None]:

@@ -19,6 +19,7 @@ import msgspec
 from isthmus.arrays import DTYPES as DTYPES
 from isthmus.arrays import Array
 from isthmus.artifacts.choice import CODEC_IDS, RAW_ID
+from isthmus.artifacts.sampling import Sampling
 from isthmus.artifacts.tensors import TensorType
 from isthmus.codecs import EncodedTensor, Tables, find_codec
 from isthmus.codecs.raw import RAW
@@ -47,6 +48,20 @@ _SMALL_HEADER_BYTES = 4096
 _ENTRY_BYTES, _DIM_BYTES, _TEXTS_BYTES = 160, 21, 8192
 
 
+class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The step of a session that a frame is: a segment with state extends what it keeps of `session`.
+
+    `position` is the number of tokens before the step; the first step states in `reserve` how long the session may
+    become. With `sampling` the segment, the model's last, answers with
+    tokens instead of scores.
+    """
+
+    session: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+    position: Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+    sampling: Sampling | None = None
+    reserve: Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)] = 0
+
+
 class Frame(NamedTuple):
     """One message between functions.
 
@@ -62,6 +77,8 @@ class Frame(NamedTuple):
     """Encoded tensors to send beside `tensors`; empty in a decoded frame."""
     codecs: Mapping[str, str] = _EMPTY
     """In a decoded frame, the codec of each tensor that did not travel raw."""
+    step: Step | None = None
+    """Of a session's frames to segments with state."""
 
 
 class Outline(NamedTuple):
@@ -76,6 +93,7 @@ class Outline(NamedTuple):
     tensors: Mapping[str, TensorType]
     decoded_bytes: int
     working_bytes: int
+    step: Step | None = None
 
 
 Accept: TypeAlias = Callable[[Outline], None]
@@ -95,11 +113,12 @@ class _TensorEntry(msgspec.Struct, forbid_unknown_fields=True):
     length: Annotated[int, msgspec.Meta(ge=0)]
 
 
-class _Header(msgspec.Struct, forbid_unknown_fields=True):
+class _Header(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     tensors: list[_TensorEntry]
     bundle: str
     segment: str
     request: str
+    step: Step | None = None
 
 
 _HEADER = msgspec.json.Decoder(_Header)
@@ -158,7 +177,9 @@ def encode_parts(frame: Frame) -> list[bytes | memoryview]:
         entries.append(_TensorEntry(name, dtype, list(shape), codec, offset, len(payload)))
         parts.append(payload)
         end = offset + len(payload)
-    header = _Header(entries, frame.bundle, str(frame.segment), frame.request)  # a SegmentId becomes plain text
+    header = _Header(
+        entries, frame.bundle, str(frame.segment), frame.request, frame.step
+    )  # a SegmentId becomes plain text
     _check_texts(header)
     text = msgspec.json.encode(header)
     size = len(text) + -(_PREAMBLE_BYTES + len(text)) % ALIGNMENT
@@ -207,7 +228,7 @@ def decode(
                 for entry, payload in payloads
             }
     codecs = {entry.name: entry.codec for entry in encoded}
-    return Frame(tensors, header.bundle, header.segment, header.request, codecs=codecs)
+    return Frame(tensors, header.bundle, header.segment, header.request, codecs=codecs, step=header.step)
 
 
 def _payloads_to_send(frame: Frame) -> Iterator[tuple[str, str, tuple[int, ...], str, bytes | memoryview]]:
@@ -287,7 +308,7 @@ def _outline(header: _Header, max_bytes: int) -> Outline:
             _malformed("offset", f"{name!r} starts at byte {entry.offset} of the body; its place is {_aligned(end)}")
         end = entry.offset + entry.length
         types[name] = TensorType(entry.dtype, shape)
-    return Outline(header.bundle, header.segment, types, decoded, working)
+    return Outline(header.bundle, header.segment, types, decoded, working, header.step)
 
 
 def _payloads(entries: list[_TensorEntry], body: memoryview) -> list[memoryview]:

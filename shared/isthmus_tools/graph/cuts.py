@@ -68,9 +68,10 @@ def cuts(model: Model) -> list[CutInfo]:
     Time: linear in the graph and in the listed tensors, by a sweep over live values.
     """
     last = _last_uses(model)
-    live = {v: None for v in model.inputs if last.get(v, -1) >= 0}
+    live = {v: None for v in model.inputs if last.get(v, -1) >= 0 and v.name not in model.local}
     weight, uncarried = sum(model.nbytes(v) for v in live), 0
-    entries = _entries(model, (*model.outputs, *live))
+    outputs = _carried_outputs(model)
+    entries = _entries(model, (*outputs, *live))
     infos, macs = [], 0
 
     def count(value: ir.Value, sign: int) -> None:
@@ -92,7 +93,7 @@ def cuts(model: Model) -> list[CutInfo]:
             if value in live and last[value] <= i:
                 del live[value]
                 count(value, -1)
-        if live and not uncarried and not why_not_together(len(live) + len(model.outputs), entries):
+        if live and not uncarried and not why_not_together(len(live) + len(outputs), entries):
             infos.append(_info(model, str(i), live, weight, macs, i))
     return infos
 
@@ -299,7 +300,7 @@ def boundary_values(model: Model, upstream: Collection[int]) -> dict[ir.Value, N
         if not model.is_static(v)
     }
     results = (v for i in sorted(upstream) for v in model.nodes[i].outputs)
-    return dict.fromkeys(v for v in (*model.inputs, *results) if v in reads)
+    return dict.fromkeys(v for v in (*model.inputs, *results) if v in reads and v.name not in model.local)
 
 
 def derived_name(tensors: Sequence[str]) -> str:
@@ -369,13 +370,17 @@ def _check_carried(model: Model, value: ir.Value) -> None:
 
 def _check_together(model: Model, values: Collection[ir.Value]) -> None:
     # A head's frame holds the boundary tensors and the model's outputs that the head computes.
-    together = (*model.outputs, *values)
+    together = (*_carried_outputs(model), *values)
     if reason := why_not_together(len(together), _entries(model, together)):
         raise CutError(
             f"one frame would carry what crosses and the model's outputs: {reason}",
             tensors=len(together),
             hint="cut where fewer paths run side by side: isthmus cuts MODEL",
         )
+
+
+def _carried_outputs(model: Model) -> list[ir.Value]:
+    return [v for v in model.outputs if v.name not in model.local]
 
 
 def _entries(model: Model, values: Iterable[ir.Value]) -> int:

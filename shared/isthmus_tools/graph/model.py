@@ -12,6 +12,7 @@ from typing import TypeAlias
 import onnx_ir as ir
 
 from isthmus.arrays import Array
+from isthmus.artifacts.state import State
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus_tools.graph import free_batch as batches
 from isthmus_tools.graph import inputs, load, macs, opset_conversion, shapes
@@ -39,7 +40,8 @@ class Model:
     *static* when no graph input and no random operator reaches it: constant for all inputs, so segments recompute
     static values and cuts never carry them. `dynamic[i]`: node i is not static. `specs` hold every dynamic value and
     output that a frame carries, with free dimensions; `shapes` the same values' shapes under `binding`, the basis of
-    bytes and MACs. `refused`, `claims`: see `shapes.Types`.
+    bytes and MACs. `state` names the inputs and outputs that stay with the segments, and so cross no cut. `refused`,
+    `claims`: see `shapes.Types`.
     """
 
     document: ir.Model
@@ -51,6 +53,7 @@ class Model:
     macs: tuple[int, ...]
     binding: Mapping[str, tuple[int, ...]]
     examples: Examples
+    state: State | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
     claims: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
 
@@ -65,6 +68,11 @@ class Model:
     @property
     def outputs(self) -> tuple[ir.Value, ...]:
         return tuple(self.graph.outputs)
+
+    @cached_property
+    def local(self) -> frozenset[str]:
+        """Inputs and outputs of the state: no frame carries them."""
+        return frozenset() if self.state is None else frozenset((*self.state.inputs, *self.state.outputs))
 
     @cached_property
     def positions(self) -> Mapping[ir.Node, int]:
@@ -127,6 +135,7 @@ def open_model(
     freeze: bool = False,
     free_batch: bool = False,
     normalise: bool = True,
+    state: State | None = None,
 ) -> Model:
     """Read an ONNX file, normalise its graph and infer every value's dtype and shape.
 
@@ -147,10 +156,12 @@ def open_model(
             opset_conversion.check_same(Path(path), model, trials, random=any(map(_is_random, model.graph)))
         if free_batch:
             batches.free_batch(model, examples or {})
-        return _analysed(model, bound, examples or {}, freeze)
+        return _analysed(model, bound, examples or {}, freeze, state)
 
 
-def _analysed(model: ir.Model, bound: Mapping[str, tuple[int, ...]], examples: Examples, freeze: bool) -> Model:
+def _analysed(
+    model: ir.Model, bound: Mapping[str, tuple[int, ...]], examples: Examples, freeze: bool, state: State | None
+) -> Model:
     # Before the analysis: folding removes nodes, and positions count the remaining nodes.
     if freeze:
         shapes.freeze(model, bound)
@@ -174,6 +185,7 @@ def _analysed(model: ir.Model, bound: Mapping[str, tuple[int, ...]], examples: E
         macs=tuple(macs.of_node(n, types.bound) if d else 0 for n, d in zip(nodes, dynamic, strict=True)),
         binding=bound,
         examples=examples,
+        state=state,
         refused=types.refused,
         claims=types.claims,
     )

@@ -1,0 +1,6 @@
+"""Generation of text by a language model over a cut: prompt, steps, recovery, speculation."""
+
+from isthmus.generation.generator import Generated, GenerationRequest, Generator
+from isthmus.generation.text import TextCodec
+
+__all__ = ["Generated", "GenerationRequest", "Generator", "TextCodec"]

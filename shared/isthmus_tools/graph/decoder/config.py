@@ -1,0 +1,87 @@
+"""A decoder's dimensions and weights, independent of the file that they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from isthmus.arrays import Array
+from isthmus.errors import ModelError
+
+Family = Literal["llama", "qwen2", "gpt2"]
+# Far above any published model: dimensions of a file are multiplied into sizes of memory.
+_MAX_DIMENSION = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Dimensions of a decoder. Units: `context` in tokens."""
+
+    family: Family
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    ffn: int
+    vocabulary: int
+    context: int
+    epsilon: float
+    rope_theta: float = 10_000.0
+    tied: bool = True
+    """Whether the output matrix is the embedding."""
+    qkv_bias: bool = False
+
+    def check(self, source: str) -> None:
+        """Refuse dimensions that no decoder has.
+
+        Raises:
+            ModelError: a dimension is missing, negative, huge, or does not divide.
+        """
+        for name in ("layers", "width", "heads", "kv_heads", "head_size", "ffn", "vocabulary", "context"):
+            if not 0 < (value := getattr(self, name)) <= _MAX_DIMENSION:
+                raise ModelError(f"{source} states {name} as {value}; it is 1 to {_MAX_DIMENSION}", field=name)
+        if self.heads % self.kv_heads:
+            raise ModelError(f"{source} has {self.heads} heads for {self.kv_heads} of keys and values", field="heads")
+        if self.head_size % 8:
+            # onnxruntime's GroupQueryAttention takes no other size for rotary embeddings.
+            raise ModelError(
+                f"{source} has heads of size {self.head_size}; multiples of 8 are taken", field="head_size"
+            )
+        if not 0 < self.epsilon < 1:
+            raise ModelError(f"{source} states an epsilon of {self.epsilon}", field="epsilon")
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values of a token over all layers, as float32."""
+        return 2 * self.layers * self.kv_heads * self.head_size * 4
+
+
+class DecoderWeights(Protocol):
+    """Tensors of a decoder by their names in GGUF, as float32 and in the layout of torch's Linear: (out, in)."""
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the file has the tensor."""
+        ...
+
+    def get(self, name: str) -> Array:
+        """The tensor, read and dequantised now; rows of queries and keys in the order of half rotations.
+
+        Raises:
+            ModelError: the file lacks the tensor, or its shape or type is not a decoder's.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class DecoderSource:
+    """A decoder read from a file: dimensions, weights, tokenizer (tokenizers' JSON) and chat template."""
+
+    source: str
+    config: DecoderConfig
+    weights: DecoderWeights
+    tokenizer: Mapping[str, Any]
+    chat_template: str = ""
+    bos: int | None = None
+    eos: tuple[int, ...] = ()

@@ -1,0 +1,204 @@
+"""Decoders in Hugging Face's folder layout: config.json, safetensors and tokenizer.json; nothing in it is executed.
+
+Tensors get the names of GGUF. Sources: transformers' modeling_llama.py, modeling_qwen2.py and modeling_gpt2.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from isthmus.arrays import Array
+from isthmus.errors import ModelError
+from isthmus_tools.graph.decoder.config import DecoderConfig, DecoderSource, Family
+from isthmus_tools.graph.exporting import missing_package
+
+_FAMILIES: Mapping[str, Family] = {
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "GPT2LMHeadModel": "gpt2",
+}
+_INDEX = "model.safetensors.index.json"
+# Configurations and indices are some kB; a tokenizer.json has up to some 30 MB.
+_MAX_JSON_BYTES, _MAX_TOKENIZER_BYTES = 2**24, 2**27
+_LLAMA = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    **{f"attn_{kind}": f"self_attn.{kind}_proj" for kind in "qkv"},
+    "attn_output": "self_attn.o_proj",
+    **{f"ffn_{kind}": f"mlp.{kind}_proj" for kind in ("gate", "up", "down")},
+}
+_GPT2 = {
+    "token_embd.weight": "transformer.wte.weight",
+    "position_embd.weight": "transformer.wpe.weight",
+    "output_norm.weight": "transformer.ln_f.weight",
+    "output_norm.bias": "transformer.ln_f.bias",
+    "output.weight": "lm_head.weight",
+    "attn_norm": "ln_1",
+    "ffn_norm": "ln_2",
+    "attn_qkv": "attn.c_attn",
+    "attn_output": "attn.c_proj",
+    "ffn_up": "mlp.c_fc",
+    "ffn_down": "mlp.c_proj",
+}
+
+_LLAMA_KEYS = {
+    "layers": "num_hidden_layers",
+    "width": "hidden_size",
+    "heads": "num_attention_heads",
+    "context": "max_position_embeddings",
+    "epsilon": "rms_norm_eps",
+}
+_GPT2_KEYS = {
+    "layers": "n_layer",
+    "width": "n_embd",
+    "heads": "n_head",
+    "context": "n_positions",
+    "epsilon": "layer_norm_epsilon",
+}
+
+
+def is_decoder_folder(folder: Path) -> bool:
+    """Whether config.json names a decoder of a known family."""
+    try:
+        return _architecture(_read_json(folder / "config.json", _MAX_JSON_BYTES)) in _FAMILIES
+    except ModelError:
+        return False
+
+
+def read_folder(folder: Path) -> DecoderSource:
+    """The decoder of a folder; weights are read one at a time.
+
+    Raises:
+        ModelError: safetensors is missing, a file is missing or malformed, or the model is of another family.
+    """
+    document = _read_json(folder / "config.json", _MAX_JSON_BYTES)
+    architecture = _architecture(document)
+    if (family := _FAMILIES.get(architecture)) is None:
+        raise ModelError(
+            f"{folder} holds a {architecture[:80]}; taken are {', '.join(_FAMILIES)}",
+            spec=str(folder),
+            architecture=architecture[:80],
+        )
+    weights = _FolderWeights(folder, family)
+    config = _config(str(folder), document, family, weights)
+    config.check(str(folder))
+    tokenizer = _read_json(folder / "tokenizer.json", _MAX_TOKENIZER_BYTES)
+    return DecoderSource(
+        str(folder), config, weights, tokenizer, _chat_template(folder), None, _tokens(document.get("eos_token_id"))
+    )
+
+
+class _FolderWeights:
+    """See `DecoderWeights`."""
+
+    def __init__(self, folder: Path, family: Family) -> None:
+        try:
+            import safetensors
+        except ImportError as e:
+            raise missing_package(str(folder), "safetensors", "llm") from e
+        self._open, self._folder, self._family = safetensors.safe_open, folder, family
+        if (folder / _INDEX).is_file():
+            places = _read_json(folder / _INDEX, _MAX_JSON_BYTES).get("weight_map", {})
+            # Names of files come from the folder: none may lead out of it.
+            self._files = {str(name): Path(str(file)).name for name, file in places.items()}
+        else:
+            with self._reader("model.safetensors") as reader:
+                self._files = dict.fromkeys(reader.keys(), "model.safetensors")
+
+    def __contains__(self, name: str) -> bool:
+        return self._name(name) in self._files
+
+    def get(self, name: str) -> Array:
+        own = self._name(name)
+        if own not in self._files:
+            raise ModelError(f"{self._folder} lacks the tensor {own}", spec=str(self._folder), tensor=own)
+        with self._reader(self._files[own]) as reader:
+            array = np.asarray(reader.get_tensor(own)).astype(np.float32)
+        # GPT-2's matrices are (in, out), as its Conv1D multiplies.
+        return array.T if self._family == "gpt2" and array.ndim == 2 and ".h." in own else array
+
+    def _reader(self, file: str) -> Any:
+        try:
+            return self._open(self._folder / file, framework="numpy")
+        except Exception as e:  # safetensors' own error is no subclass of any other
+            raise ModelError(f"{self._folder / file} cannot be read: {e}", spec=str(self._folder)) from e
+
+    def _name(self, name: str) -> str:
+        """The folder's name of a tensor of GGUF's name, such as `blk.0.attn_q.weight`."""
+        names = _GPT2 if self._family == "gpt2" else _LLAMA
+        if name in names:
+            return names[name]
+        _, layer, part, kind = name.split(".")
+        prefix = "transformer.h" if self._family == "gpt2" else "model.layers"
+        return f"{prefix}.{layer}.{names[part]}.{kind}" if part in names else name
+
+
+def _config(source: str, document: Mapping[str, Any], family: Family, weights: _FolderWeights) -> DecoderConfig:
+    if document.get("rope_scaling") not in (None, {}) or _rope(document).get("rope_type", "default") != "default":
+        raise ModelError(f"{source} scales its rotary embeddings, which this import does not know", spec=source)
+    keys = _GPT2_KEYS if family == "gpt2" else _LLAMA_KEYS
+    values: dict[str, Any] = {name: document.get(key) for name, key in keys.items()}
+    if missing := [keys[name] for name, value in values.items() if not isinstance(value, int | float)]:
+        raise ModelError(f"{source}/config.json does not state {missing[0]}", spec=source, field=missing[0])
+    heads, width = int(values["heads"]), int(values["width"])
+    activation = document.get("activation_function", document.get("hidden_act"))
+    if activation not in ("silu", "gelu_new", "gelu_pytorch_tanh"):
+        raise ModelError(f"{source} has the activation {activation!r}, which this import does not know", spec=source)
+    return DecoderConfig(
+        family=family,
+        layers=int(values["layers"]),
+        width=width,
+        heads=heads,
+        kv_heads=int(document.get("num_key_value_heads") or heads),
+        head_size=int(document.get("head_dim") or width // max(1, heads)),
+        ffn=int(document.get("intermediate_size") or document.get("n_inner") or 4 * width),
+        vocabulary=int(document.get("vocab_size", 0)),
+        context=int(values["context"]),
+        epsilon=float(values["epsilon"]),
+        rope_theta=float(document.get("rope_theta") or _rope(document).get("rope_theta") or 10_000.0),
+        tied=bool(document.get("tie_word_embeddings", family == "gpt2")) or "output.weight" not in weights,
+        qkv_bias=family == "gpt2" or "blk.0.attn_q.bias" in weights,
+    )
+
+
+def _rope(document: Mapping[str, Any]) -> Mapping[str, Any]:
+    parameters = document.get("rope_parameters")
+    return parameters if isinstance(parameters, Mapping) else {}
+
+
+def _architecture(document: Mapping[str, Any]) -> str:
+    architectures = document.get("architectures")
+    return str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+
+
+def _chat_template(folder: Path) -> str:
+    if (file := folder / "chat_template.jinja").is_file():
+        return file.read_text(encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    template = _read_json(path, _MAX_JSON_BYTES).get("chat_template", "") if path.is_file() else ""
+    return template if isinstance(template, str) else ""
+
+
+def _tokens(value: Any) -> tuple[int, ...]:
+    values = value if isinstance(value, list) else [value]
+    return tuple(v for v in values if isinstance(v, int))
+
+
+def _read_json(path: Path, limit: int) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > limit:
+            raise ModelError(f"{path} has more than {limit} bytes", file=str(path))
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as e:
+        raise ModelError(f"{path} cannot be read: {e}", file=str(path)) from e
+    if not isinstance(document, dict):
+        raise ModelError(f"{path} holds no JSON object", file=str(path))
+    return document

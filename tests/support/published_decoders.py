@@ -1,0 +1,62 @@
+"""Tiny decoders in a registry, and routes along their segments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from isthmus.pipeline import Hop, LocalHop, LoopbackHop, Route, plan_route
+from isthmus.registry import Resolved, open_cache, open_registry
+from isthmus.runtime.session_store import SessionStore, open_store
+from isthmus.settings import SegmentSettings
+from isthmus_tools.graph.decoder.bundler import build_decoder
+from isthmus_tools.graph.decoder.transformers_folder import read_folder
+from support.decoders import save_decoder, tiny_config
+
+
+@dataclass
+class PublishedDecoder:
+    """A decoder's folder and registry, and its published version."""
+
+    folder: Path
+    registry: Path
+    model: Resolved
+
+    def settings(self, cache: Path, **changes: int | float | str) -> SegmentSettings:
+        """Settings of a function that runs its segments."""
+        return SegmentSettings(registry=str(self.registry), cache_dir=str(cache), threads=1, **changes)  # type: ignore[arg-type]
+
+    def store(self, cache: Path, **changes: int | float | str) -> SessionStore:
+        """A store of its segments."""
+        settings = self.settings(cache, **changes)
+        return open_store(open_cache(settings, open_registry(settings)), settings)
+
+    def route(self, cuts: Sequence[str], *hops: Hop) -> Route:
+        """The route along `cuts` on these hops."""
+        return plan_route(self.model.digest, self.model.bundle, hops, cuts)
+
+
+@pytest.fixture(scope="session")
+def tiny_decoder(tmp_path_factory: pytest.TempPathFactory) -> PublishedDecoder:
+    root = tmp_path_factory.mktemp("decoder")
+    folder = save_decoder(root / "llama", tiny_config("llama"))
+    bundle, files = build_decoder(read_folder(folder), "tiny", root / "bundle", cuts=["1", "1/2", "2"])
+    (root / "registry").mkdir()
+    registry = open_registry(SegmentSettings(registry=str(root / "registry")))
+    registry.publish(bundle, files, alias="prod")
+    return PublishedDecoder(folder, root / "registry", registry.resolve("tiny"))
+
+
+@pytest.fixture
+def store(tiny_decoder: PublishedDecoder, tmp_path: Path) -> Iterator[SessionStore]:
+    made = tiny_decoder.store(tmp_path / "cache")
+    yield made
+    made.store.close()
+
+
+def chained(store: SessionStore) -> tuple[Hop, Hop]:
+    """A head in this process, and a tail behind frames."""
+    return LocalHop(store), LoopbackHop(LocalHop(store))

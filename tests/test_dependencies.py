@@ -121,7 +121,8 @@ def test_only_one_module_imports_onnxruntime() -> None:
     files = (path for folder in ("shared", "bench", "functions", "template") for path in (ROOT / folder).rglob("*.py"))
     importing = re.compile(r"^ *(import|from) onnxruntime\b", re.MULTILINE)
     found = {str(path.relative_to(ROOT)) for path in files if importing.search(path.read_text())}
-    assert found == {"shared/isthmus/runtime/ort.py"}
+    # The second runs in the environments of peers, which have no Isthmus.
+    assert found == {"shared/isthmus/runtime/ort.py", "bench/sessions.py"}
 
 
 @pytest.fixture
@@ -149,7 +150,8 @@ print(client.get("/ready").status_code, client.post("/", data=b"{}").status_code
     ("kind", "settings", "own"),
     [
         ("create_segment_app", "SegmentSettings", {"preload": "small@head"}),
-        ("create_router_app", "RouterSettings", {"hops": "http://127.0.0.1:1/function/head", "model": "small"}),
+        # A router with other hops probes these.
+        ("create_router_app", "RouterSettings", {"hops": "local", "model": "small"}),
     ],
 )
 def test_a_function_calls_nobody_and_writes_to_its_cache_alone(

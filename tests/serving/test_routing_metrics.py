@@ -110,3 +110,24 @@ def test_a_router_counts_the_seconds_of_its_requests_by_route(photos: Published,
     labels = (("model", photos.bundle.name), ("route", "default"), ("version", "1"))
     assert exposed["isthmus_route_seconds_count", labels] == 3
     assert exposed["isthmus_breaker_state", (("hop", "local"), ("state", "closed"))] == 1
+
+
+def test_callers_cannot_add_series(photos: Published, tmp_path: Path) -> None:
+    client = ready(create_router_app(router_settings(photos, tmp_path, (EDGE,))).test_client())
+
+    def lie(i: int) -> None:
+        odd = f"odd{i}" + "x" * (i % 50)
+        client.post("/", data=photo(), headers={"Isthmus-Route": odd, "X-Call-Id": odd})
+        client.post("/", data=photo(), headers={"traceparent": odd, "X-Timeout": odd})
+        client.post(f"/?model={odd}", data=photo())
+        client.post(f"/v2/models/{odd}/versions/{odd}/infer", json={"inputs": []})
+        client.open(f"/{odd}", method=f"ODD{i}")
+        client.get(f"/{odd}")
+
+    lie(0)
+    client.get("/metrics")  # whose own series a scrape before has not
+    series = set(metrics(client))
+    for i in range(1, 40):
+        lie(i)
+    assert set(metrics(client)) == series
+    assert "odd" not in client.get("/metrics").get_data(as_text=True)

@@ -235,3 +235,35 @@ def test_missing_packages_are_a_line_in_the_log_and_no_end(
         client = ready(create_router_app(settings).test_client())
     assert client.post("/", data=photo()).status_code == 200
     assert "isthmus[traces]" in log.getvalue()
+
+
+LIES = (
+    {"traceparent": f"00-{TRACE}-{PARENT}-01", "tracestate": "x" * 9000},
+    {"traceparent": f"00-{TRACE}-{PARENT}-01", "tracestate": ",".join(f"k{i}=v" for i in range(200))},
+    {"traceparent": f"00-{TRACE}-{PARENT}-01", "tracestate": "a=1,,=,é=ü,b=\u20ac"},
+    {"traceparent": f"cc-{TRACE}-{PARENT}-ff-more"},
+    {"traceparent": f"ff-{TRACE}-{PARENT}-01"},
+    {"traceparent": f"00-{TRACE}-{PARENT}-01" * 40},
+    {"traceparent": "00-" + "g" * 32 + f"-{PARENT}-01"},
+    {"traceparent": "", "tracestate": "a=1"},
+    {"X-Call-Id": "c" * 5000, "Isthmus-Route": "default", "baggage": "k=" + "v" * 9000},
+)
+
+
+@pytest.mark.parametrize("headers", LIES, ids=range(len(LIES)))
+def test_lying_trace_headers_cost_no_answer_and_no_more_than_the_callers_trace(
+    headers: dict[str, str], receiver: OtlpReceiver, photos: Published, tmp_path: Path, apps: ExitStack
+) -> None:
+    router = create_router_app(router_settings(photos, tmp_path, ("local",)))
+    apps.callback(close, router)
+    response = ready(router.test_client()).post("/", data=photo(), headers=headers)
+    assert response.status_code == 200
+    apps.close()
+    request = one(receiver.named("isthmus-router", "POST /"))
+    assert response.headers["traceparent"][3:52] == f"{request.trace}-{request.id}"
+    # Version ff is none, and no other lie has a valid parent.
+    is_valid = headers.get("traceparent", "")[:2] in ("00", "cc") and len(headers["traceparent"]) < 99
+    assert (request.trace == TRACE) == (is_valid and "g" not in headers["traceparent"])
+    for span in receiver.of_requests():
+        assert all(len(value) <= 200 for value in span.attributes.values() if isinstance(value, str))
+    assert max(map(len, receiver.bodies)) < 8000

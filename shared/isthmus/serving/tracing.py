@@ -72,7 +72,8 @@ class Tracing:
 
         The caller's span is the parent; a request without a valid trace begins one.
         """
-        is_sent = headers.get("traceparent", "") == context.traceparent
+        # The ids alone: the context has normalised the version and the flags.
+        is_sent = headers.get("traceparent", "")[3:52] == context.traceparent[3:52]
         parent = _parent(context) if is_sent else SpanContext()
         names = {"http.request.method": method, "http.route": route, "isthmus.call_id": context.call_id}
         span = self._tracer.start_span(f"{method} {route}", parent, SpanKind.SERVER, names)
@@ -126,7 +127,8 @@ class Tracing:
 
     def message(self, message: Message, call: Callable[[Message], RouterReply]) -> RouterReply:
         """Have the router serve a message, in a span of its own."""
-        context = replace(Context.from_headers(message.headers, longest_s=0.0), call_id=message.id)
+        traced = {name: message.headers.get(name, "") for name in ("traceparent", "tracestate")}
+        context = Context.from_headers(traced, longest_s=0.0)
         names: dict[str, AttributeValue | None] = {
             "messaging.operation.type": "process",
             "messaging.message.id": message.id,
@@ -190,7 +192,7 @@ class _TracedHandler:
 
     def call(self, message: Message, wait_s: int | None = None) -> RouterReply:
         """See `MessageHandler.call`."""
-        return self._tracing.message(message, lambda traced: self._inner.call(traced, wait_s))
+        return self._tracing.message(message, lambda within: self._inner.call(within, wait_s))
 
 
 def is_sampled(context: Context) -> bool:

@@ -67,6 +67,10 @@ class Ticket:
 
     def __exit__(self, *_: object) -> None:
         _current.reset(self._token)
+        self.close()
+
+    def close(self) -> None:
+        """The request has ended."""
         self._account.remove(self._work, 1)
         self._work = IDLE
 

@@ -4,38 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from isthmus.artifacts.plan import Terms
-from isthmus.pipeline import Route
 from isthmus.routing.candidates import RouteCandidate
 from isthmus.routing.choice import EXPLORED_OF, HOLD_S, KNOWN_S, RouteChooser
 from isthmus.routing.demand import Demand
 from isthmus.routing.forecast import Expectation
 from isthmus.routing.outstanding import Busy, Outstanding, note_call
+from support.route_simulation import Simulation, World, fake_candidate
 
 LEFT_S = 10.0
 
 
-class FakeRoute:
-    """Hops by name; the router's own is near."""
-
-    segments: tuple[Any, ...] = ()
-
-    def __init__(self, *hops: str) -> None:
-        self.hops = tuple(type("Hop", (), {"name": name})() for name in hops)
-
-
-def candidate(name: str, *hops: str, degradation: str = "") -> RouteCandidate:
-    route = cast(Route, FakeRoute(*(hops or ("edge", "cloud"))))
-    return RouteCandidate(route, name=name, planned_s=0.1, degradation=degradation)
-
-
-EDGE, CLOUD, SPLIT = candidate("edge", "edge"), candidate("cloud", "cloud"), candidate("split")
-INT8 = candidate("int8", "edge", degradation="96% agree")
+EDGE, CLOUD, SPLIT = fake_candidate("edge", "edge"), fake_candidate("cloud", "cloud"), fake_candidate("split")
+INT8 = fake_candidate("int8", "edge", degradation="96% agree")
 ALL = (SPLIT, EDGE, CLOUD, INT8)
 # Busy seconds of edge, uplink, downlink, cloud; the rest of the seconds is the round trip.
 BUSY = {"split": Busy(0.03, 0.02, 0, 0.01), "edge": Busy(0.1), "cloud": Busy(0, 0.09, 0, 0.02), "int8": Busy(0.04)}
@@ -127,25 +111,49 @@ def test_a_degraded_route_is_taken_where_no_exact_one_answers(trial: Trial) -> N
     assert trial.choose((EDGE, INT8)) == "edge"
 
 
-def test_outstanding_work_sends_requests_along_other_routes(trial: Trial) -> None:
-    taken = []
-    for _ in range(12):
+def loaded(trial: Trial, requests: int, every_s: float, **seconds: float) -> Counter[str]:
+    """The routes of so many requests, `every_s` apart, with new forecasts ten times a second."""
+    taken: Counter[str] = Counter()
+    refreshed_at = trial.clock.now
+    for _ in range(requests):
+        trial.clock.now += every_s
+        if trial.clock.now - refreshed_at >= 0.1:
+            refreshed_at = trial.clock.now
+            trial.refresh(0.0, **seconds)
         chosen = trial.chooser.choose(ALL, LEFT_S)
-        trial.chooser.begin(chosen).__enter__()
-        taken.append(chosen.name)
-    assert taken[0] == "split"
-    assert {"split", "edge", "cloud"} == set(taken)
+        with trial.chooser.begin(chosen):
+            taken[chosen.name] += 1
+    return taken
 
 
-def test_the_preferred_route_is_taken_again_once_the_work_is_done(trial: Trial) -> None:
-    tickets = [trial.chooser.begin(SPLIT) for _ in range(5)]
-    for ticket in tickets:
-        ticket.__enter__()
-    assert trial.choose() != "split"
-    for ticket in reversed(tickets):
-        ticket.__exit__()
-    assert trial.outstanding.seconds() == Busy()
-    assert trial.choose() == "split"
+def test_a_light_load_takes_the_preferred_route_alone(trial: Trial) -> None:
+    assert loaded(trial, 60, every_s=0.2) == {"split": 60}
+
+
+def test_a_load_beyond_the_preferred_route_is_spread_over_others(trial: Trial) -> None:
+    loaded(trial, 800, every_s=0.02)  # 50 a second, of which `split` alone would take 33
+    taken = loaded(trial, 400, every_s=0.02)
+    assert taken["int8"] == 0
+    assert taken["split"] > 200
+    assert min(taken["cloud"], taken["edge"]) > 20
+
+
+def test_a_load_that_begins_is_spread_within_a_second(trial: Trial) -> None:
+    assert loaded(trial, 50, every_s=0.02)["cloud"] > 0
+
+
+def test_requests_are_no_longer_spread_once_the_load_is_gone(trial: Trial) -> None:
+    loaded(trial, 400, every_s=0.02)
+    loaded(trial, 100, every_s=0.3)
+    assert loaded(trial, 60, every_s=0.3)["split"] >= 59  # and one may explore
+    assert trial.chooser.switches == 0
+
+
+def test_of_spread_routes_those_that_answer_take_all_turns(trial: Trial) -> None:
+    loaded(trial, 400, every_s=0.02)
+    taken = Counter(trial.choose((SPLIT, EDGE)) for _ in range(20))
+    assert set(taken) <= {"split", "edge"}
+    assert trial.choose((EDGE, INT8)) == "edge"
 
 
 def test_the_edge_is_free_once_the_far_hop_is_called(trial: Trial) -> None:
@@ -222,7 +230,31 @@ def test_a_clock_that_stands_still_or_jumps_back_breaks_nothing(trial: Trial) ->
 
 
 def test_a_choice_leaves_candidates_without_plan_alone() -> None:
-    only = RouteCandidate(cast(Route, FakeRoute("edge")), name="default", terms=Terms())
+    only = RouteCandidate(EDGE.route, name="default")
     chooser = RouteChooser((only,), Outstanding())
     assert chooser.choose((only,), LEFT_S) is only
     assert chooser.expected_s(only) is None
+
+
+WORLD = World(up_bytes_s=5e5, down_bytes_s=5e5, rtt_s=0.02)  # 4 Mbit/s
+PHOTO = fake_candidate("photo", "cloud", demand=Demand(0.004, 24_400, 600, 0.022, 1))
+HEAD = fake_candidate("head", demand=Demand(0.04, 16_000, 600, 0.014, 1))
+WHOLE = fake_candidate("whole", "edge", demand=Demand(0.081))
+
+
+def test_under_load_the_mixed_routes_answer_more_in_time_than_any_fixed_one() -> None:
+    def in_time(pick: RouteCandidate | None) -> float:
+        return Simulation(WORLD, (WHOLE, HEAD, PHOTO)).run(18.5, 1500, pick).within(0.25)
+
+    mixed = in_time(None)
+    assert mixed >= 0.95
+    assert mixed > max(in_time(fixed) for fixed in (WHOLE, HEAD, PHOTO))
+
+
+def test_a_step_of_the_link_moves_all_requests_with_few_switches() -> None:
+    simulation = Simulation(WORLD, (WHOLE, HEAD, PHOTO))
+    simulation.set_world(World(up_bytes_s=6e6, down_bytes_s=6e6, rtt_s=0.005))
+    assert simulation.run(2, 40).routes.most_common(1)[0][0] == "photo"
+    simulation.set_world(World(up_bytes_s=2.5e4, down_bytes_s=6e6, rtt_s=0.08))
+    assert simulation.run(2, 40).routes["whole"] >= 38
+    assert simulation.chooser.switches == 2

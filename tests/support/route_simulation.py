@@ -121,7 +121,8 @@ class Simulation:
 
     def refresh(self) -> None:
         """New forecasts, and what follows from them in the background."""
-        self.chooser.refresh([self.world.expect(c.demand) for c in self.candidates])
+        capacities = Resources(float(self.world.edge_servers), 1.0, 1.0, float(self.world.cloud_servers))
+        self.chooser.refresh([self.world.expect(c.demand) for c in self.candidates], capacities)
 
     def _arrivals(self, rate: float) -> Iterator[float]:
         at = self.now

@@ -1,7 +1,7 @@
 """The choice of a request's route among its model's candidates, under the present estimates.
 
-Two steps. In the background the forecasts decide which route is preferred, with hysteresis. For each request the
-outstanding work is added: the preferred route is taken unless its resources are so busy that another route ends sooner.
+In the background forecasts decide which route is preferred, with hysteresis, and under load the shares by which
+requests are spread over several. A request takes the preferred route, or the route whose turn it is; a few explore.
 Source: docs/explanation/routing.md, "Route choice".
 """
 
@@ -15,15 +15,15 @@ from collections.abc import Callable, Sequence
 
 from isthmus.routing.candidates import RouteCandidate
 from isthmus.routing.forecast import Expectation
-from isthmus.routing.outstanding import IDLE, Outstanding, Ticket
+from isthmus.routing.mix import Resources
+from isthmus.routing.outstanding import IDLE, Busy, Outstanding, Ticket
+from isthmus.routing.spreading import Spreading
 from isthmus.routing.state import CandidateState, ModelState
 from isthmus.routing.usage import RouteUsage
 
 # A preference changes for a gain of a tenth that holds, or at once for more than a forecast's noise.
 MIN_GAIN, HOLD_S = 0.10, 0.5
 LARGE_GAIN = 0.40
-# Another route must end this share sooner than the preferred one, for outstanding work is a forecast as well.
-MIN_DETOUR_GAIN = 0.05
 # Exploration: one request of so many, and none within so many seconds of the last.
 EXPLORED_OF, EXPLORED_EVERY_S = 64, 1.0
 # A candidate that carried a request so recently is known.
@@ -32,6 +32,7 @@ KNOWN_S = 10.0
 MAX_EXPLORED_SLOWER, MAX_EXPLORED_SHARE = 4.0, 0.5
 
 Clock = Callable[[], float]
+ONE_EACH = Resources(1.0, 1.0, 1.0, 1.0)
 
 
 class Preference:
@@ -69,7 +70,9 @@ class RouteChooser:
         self._lock = threading.Lock()
         self._index = {c.name: i for i, c in enumerate(self.candidates)}
         self._exact = [i for i, c in enumerate(self.candidates) if not c.degradation] or [0]
+        self._allowed: Sequence[int] = self._exact
         self._preference = Preference()
+        self._spreading = Spreading(len(self.candidates))
         self._fallbacks: list[Counter[str]] = [Counter() for _ in self.candidates]
         self._expected: Sequence[Expectation] = ()
         self._since_explored, self._explored_at = 0, -math.inf
@@ -84,11 +87,22 @@ class RouteChooser:
         """How often the preference changed."""
         return self._preference.switches
 
-    def refresh(self, expected: Sequence[Expectation]) -> None:
-        """Take in new forecasts, one for each candidate; they change slowly, so no request does this."""
+    @property
+    def used(self) -> Busy:
+        """Busy seconds of each resource in a second of the present requests."""
+        pairs = list(zip(self.usage.rates(), self._expected, strict=False))
+        return Busy(*(sum(rate * e.busy[i] for rate, e in pairs) for i in range(len(IDLE))))
+
+    def refresh(self, expected: Sequence[Expectation], capacities: Resources = ONE_EACH) -> None:
+        """Take in new forecasts, one for each candidate; they change slowly, so no request does this.
+
+        `capacities` are the busy seconds a second of each resource that other models leave.
+        """
         with self._lock:
             self._expected = expected
             self._preference.update(self._clock(), [e.seconds for e in expected], self._exact)
+            best = self._best(self._allowed)
+            self._spreading.update(expected, best, self._allowed, self.usage.rate(), capacities)
 
     def expectation(self, candidate: RouteCandidate) -> Expectation | None:
         """The latest forecast of a candidate; None before the first."""
@@ -112,14 +126,22 @@ class RouteChooser:
         indices = [self._index[c.name] for c in candidates]
         exact = [i for i in indices if not self.candidates[i].degradation] or indices
         waits = self._outstanding.seconds()
-        if not any(waits) and (explored := self._explored(exact, left_s)) is not None:
-            return self.candidates[explored]
-        seconds = {i: _after(expected[i], waits) for i in exact}
-        best = min(seconds, key=seconds.__getitem__)
+        with self._lock:
+            self._allowed = exact
+            chosen = self._spread(exact, expected, waits)
+            if chosen is None and not any(waits):
+                chosen = self._explored(exact, left_s)
+        return self.candidates[self._best(exact) if chosen is None else chosen]
+
+    def _best(self, indices: Sequence[int]) -> int:
+        """The preferred candidate, or else the quickest of these: a hop that is down changes no preference."""
         preferred = self._preference.index
-        if preferred in seconds and seconds[preferred] * (1 - MIN_DETOUR_GAIN) <= seconds[best]:
-            best = preferred
-        return self.candidates[best]
+        return preferred if preferred in indices else min(indices, key=lambda i: self._expected[i].seconds)
+
+    def _spread(self, exact: Sequence[int], expected: Sequence[Expectation], waits: Sequence[float]) -> int | None:
+        if not self._spreading.shares:
+            return None
+        return self._spreading.take(exact, [_after(expected[i], waits) for i in exact])
 
     def begin(self, candidate: RouteCandidate) -> Ticket:
         """Enter a request of the candidate into the account of outstanding work, until the ticket is closed."""
@@ -162,20 +184,17 @@ class RouteChooser:
     def _explored(self, indices: Sequence[int], left_s: float) -> int | None:
         """The route whose last request is the longest ago, once in a while; None for most requests."""
         now = self._clock()
-        with self._lock:
-            self._since_explored += 1
-            if self._since_explored < EXPLORED_OF or now - self._explored_at < EXPLORED_EVERY_S:
-                return None
-            limit_s = min(
-                MAX_EXPLORED_SHARE * left_s, MAX_EXPLORED_SLOWER * self._expected[self._preference.index].seconds
-            )
-            unknown = [
-                i for i in indices if self._expected[i].seconds <= limit_s and self.usage.age_s(i, now) > KNOWN_S
-            ]
-            if not unknown:
-                return None
-            self._since_explored, self._explored_at = 0, now
-            return max(unknown, key=lambda i: self.usage.age_s(i, now))
+        self._since_explored += 1
+        if self._since_explored < EXPLORED_OF or now - self._explored_at < EXPLORED_EVERY_S:
+            return None
+        preferred_s = self._expected[self._preference.index].seconds
+        limit_s = min(MAX_EXPLORED_SHARE * left_s, MAX_EXPLORED_SLOWER * preferred_s)
+        ages = {i: self.usage.age_s(i, now) for i in indices if self._expected[i].seconds <= limit_s}
+        oldest = max(ages, key=ages.__getitem__, default=None)
+        if oldest is None or ages[oldest] <= KNOWN_S:
+            return None
+        self._since_explored, self._explored_at = 0, now
+        return oldest
 
 
 def _after(expectation: Expectation, waits: Sequence[float]) -> float:

@@ -17,12 +17,13 @@ from isthmus.context import Context
 from isthmus.errors import HopError, RequestMalformed
 from isthmus.pipeline import Result
 from isthmus.routing.candidates import RouteCandidate
+from isthmus.routing.capacity import Capacities
 from isthmus.routing.catalog import MAX_CACHED, ServedModel
 from isthmus.routing.choice import RouteChooser
 from isthmus.routing.estimates import Estimates
 from isthmus.routing.fallback import FallbackChain, first_in_time, is_hops_fault, limited
 from isthmus.routing.forecast import forecast, plan_drift
-from isthmus.routing.outstanding import Outstanding
+from isthmus.routing.outstanding import IDLE, Outstanding
 from isthmus.routing.readiness import ReadinessProber
 from isthmus.routing.replicas import RoutedHop
 from isthmus.routing.state import ModelState, RouterState
@@ -63,7 +64,7 @@ class Dispatcher:
         self._hops, self._log = {hop.name: hop for hop in hops}, log
         self._tiers = {replica.name: hop.name for hop in hops for replica in (hop, *hop.watched)}
         self._estimates, self._warming = estimates, warming
-        self._outstanding = Outstanding()
+        self._outstanding, self._capacities = Outstanding(), Capacities()
         self._fallbacks = FallbackChain(fallback)
         self._prober = ReadinessProber([replica for hop in hops for replica in hop.watched], log)
         self._lock = threading.Lock()
@@ -159,9 +160,19 @@ class Dispatcher:
             began = time.monotonic()
             with self._lock:
                 served = [each for each in self._served.values() if each.used_at >= refreshed_at]
-            for each in served:
-                each.chooser.refresh(forecast(each.model.candidates, self._estimates))
+            self._refresh(served, began)
             refreshed_at = began
+
+    def _refresh(self, served: Sequence[_Served], now: float) -> None:
+        used = [each.chooser.used for each in served]
+        total = [sum(seconds) for seconds in zip(*used, strict=True)]
+        rate = sum(each.chooser.usage.rate() for each in served)
+        edge, *_, cloud = (self._estimates.wait_s(hop) for hop in (*self._hops, *self._hops))
+        self._capacities.update(now, total or IDLE, rate, edge, cloud)
+        for each, own in zip(served, used, strict=True):
+            others = [all_s - own_s for all_s, own_s in zip(total, own, strict=True)]
+            expected = forecast(each.model.candidates, self._estimates)
+            each.chooser.refresh(expected, self._capacities.left(others))
 
     def _answering(self, candidates: Sequence[RouteCandidate], loaded: frozenset[str]) -> Sequence[RouteCandidate]:
         """The candidates whose breakers allow a call; of these the loaded ones, if any."""

@@ -135,7 +135,7 @@ def test_a_load_beyond_the_preferred_route_is_spread_over_others(trial: Trial) -
     taken = loaded(trial, 400, every_s=0.02)
     assert taken["int8"] == 0
     assert taken["split"] > 200
-    assert min(taken["cloud"], taken["edge"]) > 20
+    assert taken["cloud"] > 30
 
 
 def test_a_load_that_begins_is_spread_within_a_second(trial: Trial) -> None:

@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import NamedTuple
 
 from cachetools import LRUCache
@@ -21,6 +20,7 @@ from cachetools import LRUCache
 from isthmus.admission.limit import AdaptiveLimit
 from isthmus.admission.memory import RETRY_AFTER_S
 from isthmus.admission.queue import FairQueue, Waiter
+from isthmus.admission.request import AdmittedRequest, as_current
 from isthmus.context import Deadline
 from isthmus.errors import DeadlineExceeded, IsthmusError, Overloaded, http_status
 
@@ -35,8 +35,6 @@ _DEVIATIONS = 2.0
 # How many times the expected wait must fit: a refusal at once serves its caller better than one after a wait, and
 # a queue that is half as long keeps the slots as busy.
 _WAIT_SAFETY = 2.0
-# Characters of a description: digest and name of a few routes.
-_MAX_DETAIL = 600
 # A cost of nothing would give a caller endless turns.
 _MIN_COST_S = 0.001
 # Retry-After of a queue that seems endless: the estimate is of the present, not of in a minute.
@@ -147,18 +145,18 @@ class Slots:
             Overloaded: the request would wait too long for its deadline, or the queue has no place for it.
             DeadlineExceeded: the deadline passed, or came too near, in the queue.
         """
-        request = _AdmittedRequest(self, deadline, work, needs_slot=True)
+        request = AdmittedRequest(self, deadline, work, needs_slot=True)
         waited_s = self._admit(request, caller)
-        with _as_current(request):
+        with as_current(request):
             yield waited_s
 
     @contextmanager
     def unadmitted(self, deadline: Deadline) -> Iterator[None]:
         """Run a request without a slot; its waits for the registry count towards the bound on waiting requests."""
-        with _as_current(_AdmittedRequest(self, deadline, "", needs_slot=False)):
+        with as_current(AdmittedRequest(self, deadline, "", needs_slot=False)):
             yield
 
-    def _admit(self, request: _AdmittedRequest, caller: str | None) -> float:
+    def _admit(self, request: AdmittedRequest, caller: str | None) -> float:
         began, deadline = self._clock(), request.deadline
         deadline.check("work on the request began")
         with self._lock:
@@ -182,7 +180,7 @@ class Slots:
             waited_s=round(waited_s, 3),
         )
 
-    def _waiter(self, request: _AdmittedRequest, caller: str | None) -> Waiter:
+    def _waiter(self, request: AdmittedRequest, caller: str | None) -> Waiter:
         """A place in the queue.
 
         Raises:
@@ -212,11 +210,11 @@ class Slots:
         retry_after_s = min(max(RETRY_AFTER_S, math.ceil(drain_s)), _MAX_RETRY_AFTER_S)
         return Overloaded(message, retry_after_s=retry_after_s)
 
-    def _begin(self, request: _AdmittedRequest) -> None:
+    def _begin(self, request: AdmittedRequest) -> None:
         self._working += 1
         self._note_begin(request)
 
-    def _note_begin(self, request: _AdmittedRequest) -> None:
+    def _note_begin(self, request: AdmittedRequest) -> None:
         request.has_slot = True
         request.began, request.in_work = self._clock(), self._working
 
@@ -230,7 +228,7 @@ class Slots:
                 self._refused["late"] += 1
             waiter.called.set()
 
-    def take_again(self, request: _AdmittedRequest) -> None:
+    def take_again(self, request: AdmittedRequest) -> None:
         """Take a slot after `slot_released`, before requests in the queue and beyond an adaptive limit.
 
         Raises:
@@ -243,7 +241,7 @@ class Slots:
             # Time before and after a wait for the registry is no service time.
             request.is_whole = False
 
-    def give_back(self, request: _AdmittedRequest, error: BaseException | None = None) -> None:
+    def give_back(self, request: AdmittedRequest, error: BaseException | None = None) -> None:
         """Return the request's slot, which the next one of the queue gets."""
         with self._lock:
             request.has_slot = False
@@ -252,7 +250,7 @@ class Slots:
                 self._learn(request, error)
             self._call_next()
 
-    def _learn(self, request: _AdmittedRequest, error: BaseException | None) -> None:
+    def _learn(self, request: AdmittedRequest, error: BaseException | None) -> None:
         seconds = self._clock() - request.began
         if error is None:
             for key in (request.work, ""):
@@ -261,82 +259,3 @@ class Slots:
             return
         if self._adaptive is not None:
             self._adaptive.observe(f"{request.work}{request.detail}", seconds, request.in_work, succeeded=error is None)
-
-
-class _AdmittedRequest:
-    """A request's deadline and slot, and the kind of its work."""
-
-    def __init__(self, slots: Slots, deadline: Deadline, work: str, *, needs_slot: bool) -> None:
-        self.slots, self.deadline, self.work = slots, deadline, work
-        self.needs_slot, self.has_slot, self.is_whole = needs_slot, False, True
-        self.detail = ""
-        self.began, self.in_work = 0.0, 0
-
-
-_CURRENT: ContextVar[_AdmittedRequest | None] = ContextVar("request", default=None)
-
-
-@contextmanager
-def _as_current(request: _AdmittedRequest) -> Iterator[None]:
-    token = _CURRENT.set(request)
-    error: BaseException | None = None
-    try:
-        yield
-    except BaseException as e:
-        error = e
-        raise
-    finally:
-        _CURRENT.reset(token)
-        if request.has_slot:
-            request.slots.give_back(request, error)
-
-
-def current_deadline() -> Deadline | None:
-    """The deadline of this thread's request; None outside of requests."""
-    return None if (request := _CURRENT.get()) is None else request.deadline
-
-
-def describe_work(detail: str) -> None:
-    """Add to what this thread's request does, such as its model, route or segment; no-op outside of requests.
-
-    The adaptive limit compares the seconds of requests with the same descriptions only: a request that took a second
-    route because the first gave no response is of a kind of its own, and no sign of load.
-    """
-    if (request := _CURRENT.get()) is not None and detail not in request.detail:
-        request.detail = f"{request.detail} {detail}"[:_MAX_DETAIL]
-
-
-@contextmanager
-def slot_released(*, refuse: bool = True) -> Iterator[None]:
-    """Release this thread's slot while the block waits for the registry, and take a slot again afterwards.
-
-    If too many requests wait already and `refuse` is false, the request waits in its slot, in up to half of all slots.
-    No-op outside of requests. After an exception in the block the request has no slot: the request is about to end.
-
-    Raises:
-        Overloaded: too many requests wait already, or no slot is free after the block.
-    """
-    if (request := _CURRENT.get()) is None:
-        yield
-        return
-    slots = request.slots
-    # Seconds of a wait for the registry are no service time.
-    request.is_whole = False
-    if slots.waiting.enter():
-        if request.has_slot:
-            slots.give_back(request)
-        try:
-            yield
-        finally:
-            slots.waiting.leave()
-        if request.needs_slot and not request.has_slot:
-            slots.take_again(request)
-        return
-    if refuse or not slots.waiting_in_slot.enter():
-        raise Overloaded(
-            f"{slots.waiting.limit} requests wait for the registry; that is the limit", retry_after_s=RETRY_AFTER_S
-        )
-    try:
-        yield
-    finally:
-        slots.waiting_in_slot.leave()

@@ -86,6 +86,14 @@ def test_a_link_that_became_slower_is_a_new_baseline_and_no_load() -> None:
     assert simulation.settled() >= 15
 
 
+def test_a_machine_that_is_fast_again_has_a_new_baseline_at_once() -> None:
+    simulation = Simulation()
+    simulation.run(60, lambda n: 8 * cpu(n))
+    simulation.limits.clear()
+    simulation.run(10, cpu)
+    assert simulation.settled() <= 8
+
+
 def test_times_that_vary_without_load_are_no_load() -> None:
     """As under a CPU quota: a run that fits into what is left of the period takes a sixth of one that does not."""
     simulation, rng = Simulation(), random.Random(2)

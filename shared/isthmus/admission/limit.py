@@ -20,8 +20,9 @@ from cachetools import LRUCache
 MIN_LIMIT = 3
 # Enough for most functions, and little for a burst before the first window to overload.
 _START = 16
-# A service time within this factor of the baseline is no sign of load. Envoy: buffer, 25%.
-TOLERANCE = 1.25
+# A service time within this factor of the baseline is no sign of load. Envoy's buffer is 25%, Netflix's Gradient2 has
+# 1.5: neighbours on the machine slow requests down as well.
+TOLERANCE = 1.5
 # A window ends with both; the median of a few samples is robust to one outlier.
 _WINDOW_S, _WINDOW_SAMPLES = 0.1, 8
 # No window halves the limit more than once: a pause of the whole machine is in all samples of a window.
@@ -29,8 +30,10 @@ _MAX_DECREASE = 0.5
 # A baseline is the median of the latest samples: compared with medians, it is no lower than times without load that
 # vary, as under a CPU quota. Envoy compares the same percentile of both.
 _BASELINE_SAMPLES = 8
-# Without samples at low concurrency for as long, a probe; a probe ends after as long at the latest.
-_PROBE_EVERY_S, _MAX_PROBE_S = 30.0, 2.0
+# Without samples at low concurrency for as long, a probe; a probe ends after as long at the latest. A low limit may be
+# the fault of an old baseline, and a probe costs little there.
+_PROBE_EVERY_S, _PROBE_LOW_EVERY_S, _MAX_PROBE_S = 30.0, 5.0, 2.0
+_LOW_LIMIT = 8
 # Kinds of work: models, routes and body sizes; the least recently used is forgotten.
 _MAX_KINDS = 256
 
@@ -105,7 +108,11 @@ class AdaptiveLimit:
             self._adapt(now)
 
     def _adapt(self, now: float) -> None:
-        gradient = TOLERANCE / statistics.median(self._ratios)
+        ratio = statistics.median(self._ratios)
+        if ratio * TOLERANCE < 1:
+            # Faster than without load: the baseline is of a slower time.
+            self._measured_at = -math.inf
+        gradient = TOLERANCE / ratio
         limit = self._limit * min(1.0, max(_MAX_DECREASE, gradient)) + math.sqrt(self._limit)
         # A limit that is not reached says nothing of what more requests would do.
         if limit <= self._limit or self._max_in_work * 2 >= self._limit:
@@ -121,5 +128,5 @@ class AdaptiveLimit:
                 # Samples of the probe say nothing of the limit after it.
                 self._window_began, self._max_in_work = now, 0
                 self._ratios.clear()
-        elif now - self._measured_at >= _PROBE_EVERY_S:
+        elif now - self._measured_at >= (_PROBE_LOW_EVERY_S if self._limit <= _LOW_LIMIT else _PROBE_EVERY_S):
             self._probing_since, self._probe_samples = now, 0

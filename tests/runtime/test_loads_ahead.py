@@ -16,9 +16,11 @@ from isthmus.context import Deadline
 from isthmus.errors import MemoryInUse, Missing, Overloaded, RegistryError, SegmentTooLarge
 from isthmus.registry import Located
 from isthmus.runtime.store import SegmentStore
+from isthmus_tools.planner.publishing import publish_plan
 from support.bundles import Published, cache_of, segment_settings
 from support.bundles import photos as photos
 from support.patience import LONG_S, eventually
+from support.plans import candidate, plan_for
 
 
 class GatedSource:
@@ -196,3 +198,32 @@ def test_loads_that_wait_are_bounded(photos: Published, store_of: Stores, monkey
     finally:
         monkeypatch.undo()
         gate.set()
+
+
+def test_a_version_with_another_plan_shares_what_is_loaded(
+    photos: Published, store_of: Stores, source: GatedSource
+) -> None:
+    """Full memory, all of it in use: the new plan's version needs no room."""
+    planned = publish_plan(photos.registry, photos.bundle, {}, plan_for(photos.bundle, candidate()))
+    assert planned.digest != photos.digest
+    store = store_of(max_loaded_bytes=bytes_of(photos, "..6", "6.."))
+    for segment in ("..6", "6.."):
+        store.runner(photos.digest, segment, soon())
+        assert store.load(planned.digest, segment, soon())
+        assert store.run(planned.digest, segment, inputs_of(photos, store, segment), soon()).load_s == 0
+    assert sum(each.bytes for each in store.loaded()) == bytes_of(photos, "..6", "6..")
+    assert source.calls == ["..6", "6.."]
+
+
+def inputs_of(photos: Published, store: SegmentStore, segment: str) -> Any:
+    head = photos.inputs if segment.startswith("..") else None
+    return head or store.run(photos.digest, "..6", photos.inputs, soon()).outputs
+
+
+def test_a_load_that_fails_leaves_its_room(photos: Published, store_of: Stores, source: GatedSource) -> None:
+    store = store_of(max_loaded_bytes=bytes_of(photos, WHOLE))
+    source.failing.add(WHOLE)
+    with pytest.raises(RegistryError):
+        store.runner(photos.digest, WHOLE, soon())
+    source.failing.clear()
+    assert store.runner(photos.digest, WHOLE, soon()).segment.id == WHOLE

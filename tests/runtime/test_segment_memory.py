@@ -30,7 +30,7 @@ def filled(clock: Clock, **sizes: int) -> SegmentMemory:
     memory = SegmentMemory(100, clock)
     for segment, size in sizes.items():
         memory.reserve(key(segment), size)
-        memory.add(key(segment), RUNNER)
+        memory.add(key(segment), RUNNER, segment)
     return memory
 
 
@@ -73,7 +73,7 @@ def test_a_request_evicts_what_was_loaded_ahead_and_not_used_first() -> None:
     clock = Clock()
     memory = filled(clock, a=30)
     memory.reserve(key("ahead"), 30, lambda: True)
-    memory.add(key("ahead"), RUNNER, is_ahead=True)
+    memory.add(key("ahead"), RUNNER, "ahead", is_ahead=True)
     memory.reserve(key("b"), 50)
     assert names(memory) == ["a"]
 
@@ -90,7 +90,7 @@ def test_a_request_waits_for_the_room_that_another_load_will_leave() -> None:
     thread = threading.Thread(target=load)
     thread.start()
     assert not entered.wait(0.05)
-    memory.add(key("first"), RUNNER)
+    memory.add(key("first"), RUNNER, "first")
     assert entered.wait(LONG_S)
     thread.join()
     assert names(memory) == []
@@ -127,3 +127,43 @@ def test_looking_is_not_using() -> None:
     memory.get(key("a"))
     assert names(memory) == ["b", "a"]
     assert until(lambda: memory.get(key("c")) is None)
+
+
+def test_equal_segments_of_two_bundles_are_in_memory_once() -> None:
+    memory = filled(Clock(), a=60)
+    assert memory.share(("other", "a"), "b") is None
+    assert memory.share(("other", "a"), "a") is RUNNER
+    assert memory.get(("other", "a")) is RUNNER
+    assert [loaded.bytes for loaded in memory.loaded()] == [60]
+    memory.reserve(key("b"), 60)
+    assert memory.get(("other", "a")) is memory.get(key("a")) is None
+
+
+def test_a_use_of_one_bundle_keeps_a_shared_segment_for_all() -> None:
+    clock = Clock()
+    memory = filled(clock, a=60)
+    memory.share(("other", "a"), "a")
+    clock.now += IN_USE_S
+    memory.get(("other", "a"))
+    with pytest.raises(MemoryInUse):
+        memory.check(key("b"), 60)
+
+
+def test_two_loads_of_equal_segments_at_once_keep_one() -> None:
+    memory = SegmentMemory(100)
+    for bundle in ("one", "other"):
+        memory.reserve((bundle, "a"), 50)
+    for bundle in ("one", "other"):
+        memory.add((bundle, "a"), RUNNER, "a")
+    assert [loaded.bytes for loaded in memory.loaded()] == [50]
+    memory.check(key("b"), 50)
+    memory.discard(("one", "a"))
+    assert names(memory) == []
+
+
+def test_bundles_of_a_shared_segment_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isthmus.runtime.segment_memory.MAX_SHARED", 2)
+    memory = filled(Clock(), a=60)
+    for n in range(5):
+        assert memory.share((f"bundle-{n}", "a"), "a") is RUNNER
+    assert sum((f"bundle-{n}", "a") in memory for n in range(5)) == 1

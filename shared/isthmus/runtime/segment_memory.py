@@ -2,7 +2,8 @@
 
 A request is worth more than a load ahead of requests. A request's load evicts the least recently used segments, those
 that no request used first. A load ahead evicts none that was used or asked for within IN_USE_S, so that two routers
-with different estimates, or a new version of a model, never evict what requests run.
+with different estimates, or a new version of a model, never evict what requests run. Versions of a model that differ in
+their plan or calibration have equal segments, which are in memory once.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ Key = tuple[str, str]
 """A bundle's digest and a segment's id."""
 # Several times the period in which a router under load asks again for the segments of its routes.
 IN_USE_S = 60.0
+# Bundles of a segment in memory; each new plan of a model is one. Further ones load the segment again.
+MAX_SHARED = 64
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class _MemoryEntry:
     runner: Runner
     bytes: int
     in_use_at: float
+    content: str
+    keys: set[Key]
 
 
 class SegmentMemory:
@@ -47,7 +52,8 @@ class SegmentMemory:
         self._changed = threading.Condition()
         # In the order of their last use by a request; segments without a use are first.
         # No LRUCache: listing its items, as metrics do, would count as a use of each.
-        self._entries: OrderedDict[Key, _MemoryEntry] = OrderedDict()
+        self._order: OrderedDict[str, _MemoryEntry] = OrderedDict()
+        self._entries: dict[Key, _MemoryEntry] = {}
         self._reserved: dict[Key, int] = {}
 
     def __contains__(self, key: Key) -> bool:
@@ -58,7 +64,7 @@ class SegmentMemory:
         with self._changed:
             if (entry := self._entries.get(key)) is None:
                 return None
-            self._entries.move_to_end(key)
+            self._order.move_to_end(entry.content)
             entry.in_use_at = self._clock()
             return entry.runner
 
@@ -74,6 +80,17 @@ class SegmentMemory:
                 return False
             entry.in_use_at = self._clock()
             return True
+
+    def share(self, key: Key, content: str) -> Runner | None:
+        """The segment of another bundle with the same `content`, from now on this one as well; None without any."""
+        with self._changed:
+            if (entry := self._order.get(content)) is None:
+                return None
+            if len(entry.keys) < MAX_SHARED:
+                entry.keys.add(key)
+                self._entries[key] = entry
+            entry.in_use_at = self._clock()
+            return entry.runner
 
     def check(self, key: Key, needed: int) -> None:
         """Refuse a load ahead for which there is no room now.
@@ -99,28 +116,39 @@ class SegmentMemory:
             while (victims := self._victims(key, needed, is_ahead=is_ahead())) is None:
                 self._changed.wait()
             for victim in victims:
-                del self._entries[victim]
+                self._drop(victim)
             self._reserved[key] = needed
 
-    def add(self, key: Key, runner: Runner, *, is_ahead: bool = False) -> None:
-        """Put the loaded segment in the place that was reserved."""
+    def add(self, key: Key, runner: Runner, content: str, *, is_ahead: bool = False) -> None:
+        """Put the loaded segment in the place that was reserved. Segments of equal `content` are interchangeable."""
         with self._changed:
-            self._entries[key] = _MemoryEntry(runner, self._reserved.pop(key), self._clock())
-            if is_ahead:
-                self._entries.move_to_end(key, last=False)
+            needed = self._reserved.pop(key)
+            if content in self._order:  # loaded at the same time for two bundles
+                self._entries[key] = self._order[content]
+                self._order[content].keys.add(key)
+            else:
+                self._entries[key] = _MemoryEntry(runner, needed, self._clock(), content, {key})
+                self._order[content] = self._entries[key]
+                self._order.move_to_end(content, last=not is_ahead)
             self._changed.notify_all()
 
     def discard(self, key: Key) -> None:
         """Drop a reservation or a segment; no-op without either."""
         with self._changed:
             self._reserved.pop(key, None)
-            self._entries.pop(key, None)
+            if (entry := self._entries.get(key)) is not None:
+                self._drop(entry)
             self._changed.notify_all()
 
     def loaded(self) -> list[LoadedSegment]:
-        """The segments in memory, least recently used first."""
+        """The segments in memory, least recently used first; a segment of several bundles counts once."""
         with self._changed:
-            return [LoadedSegment(b, s, entry.bytes) for (b, s), entry in self._entries.items()]
+            return [LoadedSegment(*min(entry.keys), entry.bytes) for entry in self._order.values()]
+
+    def _drop(self, entry: _MemoryEntry) -> None:
+        del self._order[entry.content]
+        for key in entry.keys:
+            del self._entries[key]
 
     def _check_size(self, key: Key, needed: int) -> None:
         if needed > self._limit:
@@ -132,16 +160,16 @@ class SegmentMemory:
                 hint="raise max_loaded_bytes and the function's memory limit, or cut the model elsewhere",
             )
 
-    def _victims(self, key: Key, needed: int, *, is_ahead: bool) -> list[Key] | None:
+    def _victims(self, key: Key, needed: int, *, is_ahead: bool) -> list[_MemoryEntry] | None:
         """The segments to evict for `needed` bytes; None where loads under way leave a request's load no room yet."""
-        used = sum(entry.bytes for entry in self._entries.values()) + sum(self._reserved.values())
+        used = sum(entry.bytes for entry in self._order.values()) + sum(self._reserved.values())
         idle_since = self._clock() - IN_USE_S if is_ahead else math.inf
         victims = []
-        for other, entry in self._entries.items():
+        for entry in self._order.values():
             if used + needed <= self._limit:
                 break
             if entry.in_use_at <= idle_since:
-                victims.append(other)
+                victims.append(entry)
                 used -= entry.bytes
         if used + needed <= self._limit:
             return victims

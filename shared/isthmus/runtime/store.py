@@ -15,11 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 from cachetools import TTLCache
 
 from isthmus.admission import MemoryBudget, slot_released
 from isthmus.arrays import Array
-from isthmus.artifacts.bundle import Bundle, Segment
+from isthmus.artifacts.bundle import Bundle, Segment, digest_of
 from isthmus.artifacts.device import Device, this_device
 from isthmus.context import Deadline
 from isthmus.errors import (
@@ -153,6 +154,8 @@ class SegmentStore:
             if (failure := self._failures.get(key)) is not None:
                 raise type(failure)(failure.message, hint=failure.hint, **failure.facts)
         declared = self.bundle(bundle, segment, deadline)
+        if self._memory.share(key, _content(declared, declared.segment(segment))) is not None:
+            return True
         self._memory.check(key, _weight_bytes(declared, declared.segment(segment)))
         with self._lock:
             if key in self._loading or self._memory.touch(key):
@@ -229,7 +232,7 @@ class SegmentStore:
                     threads=self._threads,
                     folder=folder,
                 )
-                self._memory.add(key, observer)
+                self._memory.add(key, observer, "/".join(key))
                 runs, longest = 0, 0.0
                 while runs < 2 or (runs < min(max_runs, observer.max_runs()) and deadline.remaining() > 3 * longest):
                     deadline.check(f"segment {segment} was observed")
@@ -331,6 +334,10 @@ class SegmentStore:
                 del self._loading[key]
 
     def _enter(self, key: Key, located: Located, load: _Load) -> Runner:
+        content = _content(located.bundle, located.segment)
+        if (shared := self._memory.share(key, content)) is not None:
+            located.release()
+            return shared
         needed = _weight_bytes(located.bundle, located.segment)
         self._memory.reserve(key, needed, lambda: not load.is_awaited)
         runner = OrtRunner(
@@ -342,9 +349,14 @@ class SegmentStore:
         )
         # The registry's cache may evict the files as soon as no session maps these.
         weakref.finalize(runner, located.release)
-        self._memory.add(key, runner, is_ahead=not load.is_awaited)
+        self._memory.add(key, runner, content, is_ahead=not load.is_awaited)
         return runner
 
 
 def _weight_bytes(bundle: Bundle, segment: Segment) -> int:
     return sum(t.length for t in bundle.weight_ranges(segment))
+
+
+def _content(bundle: Bundle, segment: Segment) -> str:
+    """Equal for segments whose files, weights, declarations and state are the same, in whatever bundles."""
+    return digest_of(msgspec.json.encode((segment, bundle.weights, bundle.state), enc_hook=str))

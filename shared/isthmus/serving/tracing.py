@@ -32,6 +32,7 @@ from isthmus.errors import IsthmusError
 from isthmus.events.message import Message
 from isthmus.events.processing import MessageHandler
 from isthmus.events.route import RouterReply
+from isthmus.http.pool import is_url
 from isthmus.pipeline import Result
 from isthmus.pipeline.hop import Hop, HopReply
 from isthmus.routing import Attempt, RouteCandidate, ServedModel
@@ -114,7 +115,8 @@ class Tracing:
             "isthmus.segment": frame.segment,
         }
         if hop.encodes:
-            names |= {"http.request.method": "POST", "url.full": hop.name}
+            # A tier of several replicas has no single URL.
+            names |= {"http.request.method": "POST", "url.full": hop.name if is_url(hop.name) else None}
         with self._span(f"segment {frame.segment}"[:MAX_TEXT], context, kind, names) as (span, within):
             reply = hop.call(frame, within)
             if span.is_recording():

@@ -89,6 +89,7 @@ def test_requests_that_wait_run_together_and_each_gets_its_own_row() -> None:
     assert [f.result().outputs["y"].tolist() for f in waiting] == [[[2.0 * i] * WIDTH] for i in range(7)]
     assert [f.result().batch for f in waiting] == [4, 4, 4, 4, 2, 2, 1]
     assert callers.trials.counts().batches == {4: 1, 2: 1}
+    assert callers.queue.room_for_batches() == 8
 
 
 def test_a_result_keeps_no_memory_of_the_rest_of_its_batch() -> None:
@@ -125,6 +126,7 @@ def test_without_a_trial_that_paid_requests_run_one_by_one_in_their_order() -> N
     callers.finish()
     assert callers.runner.batches == [1] * 5
     assert order == [0, 1, 2, 3]
+    assert callers.queue.room_for_batches() == 0
 
 
 def test_a_batch_that_ends_after_a_deadline_is_not_formed() -> None:

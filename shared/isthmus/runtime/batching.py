@@ -150,6 +150,13 @@ class BatchTrials:
         if trial.contended == CONTENDED and runner is not None and not self._closed.is_set():
             self._worker.submit(self._try, trial, runner, arrays, slot)
 
+    @property
+    def max_size(self) -> int:
+        """The largest batch that pays for any segment in memory; 1 where none does."""
+        with self._lock:
+            shapes = [each for each in self._segments.values() if each]
+            return max((trial.max_size for each in shapes for trial in each.values()), default=1)
+
     def ran(self, size: int) -> None:
         """Count a batch."""
         with self._lock:

@@ -63,6 +63,7 @@ class RunQueue:
     def __init__(self, slots: int, trials: BatchTrials, memory: MemoryBudget, *, window_s: float = 0.0) -> None:
         self.memory = memory
         self._trials, self._window_s = trials, window_s
+        self._slots = slots
         self._lock = threading.Lock()
         self._free = slots
         self._waiting: deque[_Turn] = deque()
@@ -84,6 +85,11 @@ class RunQueue:
             yield
         finally:
             self._hand_on()
+
+    def room_for_batches(self) -> int:
+        """Requests at a time that fill every slot with a batch while another batch waits; 0 where no batch pays."""
+        size = self._trials.max_size
+        return (self._slots + 1) * size if size > 1 else 0
 
     def waiting(self) -> list[str]:
         """The segments that requests wait to run, longest wait first; empty for slots of no segment."""

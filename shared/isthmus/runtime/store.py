@@ -277,6 +277,10 @@ class SegmentStore:
         """Requests that fill the batch in work and the next one, of twice the largest so far; 1 without batches."""
         return 1 + 2 * max(self._trials.counts().batches, default=0)
 
+    def room_for_batches(self) -> int:
+        """See `RunQueue.room_for_batches`."""
+        return self._queue.room_for_batches()
+
     def batch_counts(self) -> BatchCounts:
         """Batches and trials of batches since the start."""
         return self._trials.counts()

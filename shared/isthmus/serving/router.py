@@ -73,6 +73,7 @@ class _RouterApp(FunctionApp):
             self.closing.callback(self._store.close)
             self.metrics.gauge_store(self._store)
             self._store.share_memory(self._memory)
+            self.slots.keep_at_least(self._store.room_for_batches)
             self.slots.keep_at_least(self._store.min_concurrency)
         for close in (dispatcher.close, *(hop.close for hop in hops), tables.close, self._catalog.close, guard.close):
             self.closing.callback(close)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 import socket
 import threading
 import time
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import urllib3
 from flask.testing import FlaskClient
+from onnx import helper
 
 from isthmus.artifacts.segment_id import WHOLE
 from isthmus.errors import SettingsError
@@ -27,14 +29,18 @@ from support.bundles import (
     cache_of,
     framed,
     metrics,
+    publish,
     publish_photos,
     ready,
+    save,
     segment_settings,
     served,
     until,
+    value,
+    weight,
 )
 from support.bundles import photos as photos
-from support.patience import LONG_S
+from support.patience import LONG_S, eventually
 
 TRACE = "00-" + "c" * 32 + "-" + "d" * 16 + "-01"
 
@@ -383,3 +389,41 @@ def test_two_hundred_requests_at_sixteen_at_once_are_all_answered_right(photos: 
 
         assert max(threads.map(ask, range(200))) <= TOLERANCE
     assert metrics(runner)["isthmus_requests_in_flight", ()] == 0
+
+
+def test_requests_of_a_batch_report_it_and_get_their_own_outputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the whole function: the trial is a client's traffic, then runs are shared, and metrics count these."""
+    monkeypatch.setattr("isthmus.runtime.store.cpu_limit", lambda: 1)
+    # On a machine shared with others a gain cannot be counted on.
+    monkeypatch.setattr("isthmus.runtime.batching.MAX_SHARE", 1000.0)
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
+    path = save(tmp_path / "m.onnx", nodes, [value("x", "n", 512)], [value("y", "n", 256)], [weight("w", 512, 256)])
+    published = publish(tmp_path, path, {}, partitions=[])
+    settings = segment_settings(published, tmp_path / "cache", max_concurrency=32, adaptive_concurrency=False)
+    app = create_segment_app(settings)
+    client = ready(app.test_client())
+    rng = np.random.default_rng(2)
+    rows = [rng.standard_normal((1, 512)).astype(np.float32) for _ in range(24)]
+    bodies = [bytes(frames.encode(Frame({"x": row}, published.digest, WHOLE, "r"))) for row in rows]
+
+    def ask(body: bytes) -> tuple[Any, str]:
+        answer = app.test_client().post("/", data=body)
+        assert answer.status_code == 200, answer.text
+        return frames.decode(answer.data, max_bytes=2**20).tensors["y"], answer.headers["Server-Timing"]
+
+    alone = [ask(body)[0] for body in bodies]
+    with ThreadPoolExecutor(12) as pool:
+
+        def shared_runs() -> bool:
+            answers = list(pool.map(ask, bodies))
+            for (got, _), expected in zip(answers, alone, strict=True):
+                np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+            return any(re.search(r'run;desc="batch-of-[248]";dur=', timing) for _, timing in answers)
+
+        eventually(shared_runs)
+    found = metrics(client)
+    assert found["isthmus_batch_trials_total", (("outcome", "pays"),)] == 1
+    assert sum(n for (name, _), n in found.items() if name == "isthmus_batches_total") > 0
+    assert found["isthmus_batch_fallbacks_total", ()] == 0

@@ -52,18 +52,24 @@ def is_url(text: str) -> bool:
 
 
 def stage_seconds(header: str, stage: str) -> float:
-    """Seconds that `stage` took; 0.0 where the header does not say so as `NAME;dur=MILLISECONDS`.
+    """Seconds that `stage` took; 0.0 where the header does not say so as `NAME;dur=MILLISECONDS`."""
+    return stages_of(header).get(stage, 0.0)
+
+
+def stages_of(header: str) -> dict[str, float]:
+    """Seconds of every stage that a Server-Timing header gives as `NAME;dur=MILLISECONDS`; the first of a name counts.
 
     Source: W3C Server Timing.
     """
+    stages: dict[str, float] = {}
     for metric in header.split(","):
         name, *parameters = (part.strip() for part in metric.split(";"))
-        if name == stage:
-            for parameter in parameters:
-                key, _, value = parameter.partition("=")
-                if key.strip().lower() == "dur" and _NUMBER.fullmatch(value := value.strip().strip('"')):
-                    return float(value) / 1000
-    return 0.0
+        for parameter in parameters:
+            key, _, value = parameter.partition("=")
+            if key.strip().lower() == "dur" and _NUMBER.fullmatch(value := value.strip().strip('"')):
+                stages.setdefault(name, float(value) / 1000)
+                break
+    return stages
 
 
 def retry_after_seconds(header: str) -> float | None:

@@ -43,7 +43,7 @@ from isthmus.http.pool import (
     Unreachable,
     is_url,
     retry_after_seconds,
-    stage_seconds,
+    stages_of,
 )
 from isthmus.pipeline.hop_retries import HopRetries
 from isthmus.settings import urls_of
@@ -278,10 +278,10 @@ class HttpHop:
             raise HopRejected(
                 f"{self.name} answered with something that is no frame: {e}", hop=self.name, status=200
             ) from e
-        timing, limit_s = response.headers.get("server-timing", ""), response.times.first_byte_s
+        stages, limit_s = stages_of(response.headers.get("server-timing", "")), response.times.first_byte_s
         # A function cannot have worked for longer than the caller waited, whatever its header says.
         run_s, decode_s, wait_s, load_s, total_s = (
-            min(stage_seconds(timing, stage), limit_s) for stage in ("run", "decode", "wait", "load", "total")
+            min(stages.get(stage, 0.0), limit_s) for stage in ("run", "decode", "wait", "load", "total")
         )
         served = ServedTimes(min(max(total_s, run_s + decode_s + wait_s + load_s), limit_s), wait_s, load_s)
         return HopReply(reply, run_s, decode_s, sum(map(len, body)), len(response.body), served, response.times)

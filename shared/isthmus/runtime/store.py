@@ -273,10 +273,6 @@ class SegmentStore:
         """Count the copies that batches make in the budget of all requests."""
         self._queue.memory = memory
 
-    def min_concurrency(self) -> int:
-        """Requests that fill the batch in work and the next one, of twice the largest so far; 1 without batches."""
-        return 1 + 2 * max(self._trials.counts().batches, default=0)
-
     def room_for_batches(self) -> int:
         """See `RunQueue.room_for_batches`."""
         return self._queue.room_for_batches()

@@ -74,7 +74,6 @@ class _RouterApp(FunctionApp):
             self.metrics.gauge_store(self._store)
             self._store.share_memory(self._memory)
             self.slots.keep_at_least(self._store.room_for_batches)
-            self.slots.keep_at_least(self._store.min_concurrency)
         for close in (dispatcher.close, *(hop.close for hop in hops), tables.close, self._catalog.close, guard.close):
             self.closing.callback(close)
         self.closing.callback(LinkProber({hop.name: hop.watched[0].inner for hop in hops}, estimates).close)

@@ -68,7 +68,6 @@ class _SegmentApp(FunctionApp):
         self.metrics.gauge_store(self._store)
         self._store.share_memory(self._memory)
         self.slots.keep_at_least(self._store.room_for_batches)
-        self.slots.keep_at_least(self._store.min_concurrency)
         self.post("/", self.run, "run")
         self.post("/load", self.load, "load")
         Profiling(self._store, settings, self._decode).serve_on(self)

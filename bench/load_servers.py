@@ -12,34 +12,37 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import urllib3
 from functions import Process, free_port, running, stage_functions
 from harness import BENCH, STATE, Report, python_with
-from models import MODEL, inputs
+from models import PLANNED, import_model, inputs
 from traffic import Query
 
 from isthmus.arrays import Array
 from isthmus.artifacts.segment_id import WHOLE
 from isthmus.registry import open_cache, open_registry
 from isthmus.settings import SegmentSettings
-from isthmus_tools.usecases.model_import import ImportRequest, import_model
+from isthmus_tools.usecases import model_import
 
 FUNCTIONS, HEAD_IN_ROUTER = "isthmus", "isthmus, head in the router"
 ALONE = "onnxruntime alone"
 RAY, LITSERVE, MLSERVER = "Ray Serve", "LitServe, uncut", "MLServer, uncut"
-UNCUT = (LITSERVE, MLSERVER)
+# Whether a peer serves the uncut model.
+PEERS = {RAY: False, LITSERVE: True, MLSERVER: True}
 REGISTRY = STATE / "load-registry"
 THREADS = "1"
 # Relative to the largest logit.
 TOLERANCE = 1e-4
 _BINARY = "application/octet-stream"
+_JSON = {"Content-Type": "application/json"}
 _AWAIT_S = 60.0
 
 
@@ -57,12 +60,33 @@ class Loadable:
     expected: Array
 
 
+class TurnResult(NamedTuple):
+    """Latencies of the answers of a closed loop, its duration, the system's CPU seconds, and requests without answer.
+
+    Units: seconds.
+    """
+
+    latencies: list[float]
+    during_s: float
+    cpu_s: float
+    failed: int = 0
+
+
+Turn = Callable[[int, float], TurnResult]
+"""A closed loop with so many callers for so many seconds."""
+
+
 @dataclass(frozen=True)
 class Server:
-    """A system's query, and how its response's body becomes the output's bytes."""
+    """A system's query, how its response's body becomes the output's bytes, and the first of its processes."""
 
     query: Query
     output: Callable[[bytes], bytes]
+    processes: Sequence[Process]
+
+    def cpu_s(self) -> float:
+        """CPU seconds of the system's processes and all that these started."""
+        return sum(cpu_seconds(process.process.pid) for process in self.processes)
 
     def check(self, expected: Array) -> None:
         """Ask until the system answers, and compare the output.
@@ -85,19 +109,53 @@ class Server:
             raise RuntimeError(f"{self.query.url} gives another output than the model")
 
 
-def loadable(report: Report) -> Loadable:
-    """The model with a free batch dimension, imported on first use."""
+def cpu_seconds(pid: int) -> float:
+    """CPU seconds of a process and of those below it; of the ended ones as far as they were waited for."""
+    total = 0.0
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(pid)
+        for process in (root, *root.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                total += sum(process.cpu_times()[:2])
+    return total
+
+
+def _photo_input() -> Array:
+    """The first photo as EfficientNet-Lite0 takes it."""
+    import_model()
+    (x,) = inputs(1)[0].values()
+    return x
+
+
+def _noise_input() -> Array:
+    return np.random.default_rng(0).standard_normal((1, 3, 224, 224)).astype(np.float32)
+
+
+MODELS: Mapping[str, tuple[Callable[[], str], Callable[[], Array]]] = {
+    "efficientnet-lite0": (lambda: "efficientnet-lite0", _photo_input),
+    # Ten times the computation; random weights.
+    "resnet-50": (lambda: str(PLANNED["resnet-50"].path()), _noise_input),
+}
+
+
+def loadable(name: str, report: Report) -> Loadable:
+    """The model with a free batch dimension, cut at its narrowest cut; imported on first use."""
     settings = SegmentSettings(registry=str(REGISTRY), cache_dir=str(STATE / "load-files"))
     REGISTRY.mkdir(parents=True, exist_ok=True)
     registry = open_registry(settings)
-    with contextlib.redirect_stdout(sys.stderr):
-        import_model(ImportRequest(model=MODEL, registry=settings, free_batch=True, if_absent=True))
-    version = registry.resolve(MODEL)
+    source, make_input = MODELS[name]
+    if name not in registry.models():
+        report.say(f"importing {name}, once")
+        with contextlib.redirect_stdout(sys.stderr):
+            model_import.import_model(
+                model_import.ImportRequest(model=source(), name=name, registry=settings, free_batch=True)
+            )
+    version = registry.resolve(name)
     cache = open_cache(settings, registry)
     head, tail = (segment.id for segment in version.bundle.partition())
     paths = [cache.locate(version.digest, segment).path for segment in (head, tail, WHOLE)]
-    ((name, x),) = inputs(1)[0].items()
-    return Loadable(MODEL, f"{MODEL}, cut at {head.stop}", *paths, name, x, _output(paths[2], name, x))
+    x, input_name = make_input(), version.bundle.inputs[0].name
+    return Loadable(name, f"{name}, cut at {head.stop}", *paths, input_name, x, _output(paths[2], input_name, x))
 
 
 def _output(whole: Path, name: str, x: Array) -> Array:
@@ -118,17 +176,16 @@ def functions(model: Loadable, *, head_in_router: bool = False) -> Iterator[Serv
     common |= {"max_concurrency": "64", "max_queued": "64", "max_working_bytes": "1GiB"}
     with contextlib.ExitStack() as stack:
         tail = stack.enter_context(staged["cloud-tail"].start(**common))
-        hops = [tail.url]
-        if head_in_router:
-            hops.insert(0, "local")
-        else:
-            hops.insert(0, stack.enter_context(staged["edge-head"].start(**common)).url)
-        router = stack.enter_context(staged["router"].start(**common, hops=",".join(hops)))
-        tail.wait_ready()
-        router.wait_ready()
+        head = None if head_in_router else stack.enter_context(staged["edge-head"].start(**common))
+        hops = f"{head.url if head else 'local'},{tail.url}"
+        router = stack.enter_context(staged["router"].start(**common, hops=hops))
+        processes = [process for process in (router, head, tail) if process]
+        for process in processes:
+            process.wait_ready()
         # The output's bytes end the response.
         size = model.expected.nbytes
-        yield Server(_binary_query(f"{router.url}/v2/models/{model.name}/infer", model), lambda body: body[-size:])
+        query = _binary_query(f"{router.url}/v2/models/{model.name}/infer", model)
+        yield Server(query, lambda body: body[-size:], processes)
 
 
 def _binary_query(url: str, model: Loadable) -> Query:
@@ -152,7 +209,7 @@ def ray_serve(model: Loadable) -> Iterator[Server]:
     with _peer("ray", "ray_load.py", environment, temp, model.head, model.tail, model.input_name, shape) as process:
         try:
             process.wait_ready("/-/healthz")
-            yield Server(Query(process.url, model.x.tobytes(), {"Content-Type": _BINARY}), bytes)
+            yield Server(Query(process.url, model.x.tobytes(), {"Content-Type": _BINARY}), bytes, [process])
         finally:
             _end(process)
             shutil.rmtree(temp, ignore_errors=True)
@@ -166,7 +223,7 @@ def litserve(model: Loadable) -> Iterator[Server]:
     with _peer("litserve", "litserve_load.py", environment, model.whole, json.dumps(model.x.shape)) as process:
         try:
             process.wait_ready("/health")
-            yield Server(Query(f"{process.url}/predict", body, {"Content-Type": "application/json"}), bytes)
+            yield Server(Query(f"{process.url}/predict", body, _JSON), bytes, [process])
         finally:
             _end(process)
 
@@ -193,7 +250,7 @@ def mlserver(model: Loadable) -> Iterator[Server]:
             try:
                 process.wait_ready("/v2/models/uncut/ready")
                 body = json.dumps({"inputs": [tensor]}).encode()
-                yield Server(Query(f"{url}/v2/models/uncut/infer", body, {"Content-Type": "application/json"}), _base64)
+                yield Server(Query(f"{url}/v2/models/uncut/infer", body, _JSON), _base64, [process])
             finally:
                 _end(process)
 
@@ -218,8 +275,8 @@ def _end(process: Process) -> None:
 
 
 @contextlib.contextmanager
-def onnxruntime_alone(model: Loadable) -> Iterator[Callable[[int, float], tuple[list[float], float, int]]]:
-    """A process that runs head and tail in a closed loop of its own threads, without any server."""
+def onnxruntime_alone(model: Loadable) -> Iterator[Turn]:
+    """Turns of a process that runs head and tail in a closed loop of its own threads, without any server."""
     with tempfile.TemporaryDirectory(prefix="isthmus-bench-") as folder:
         path = Path(folder, "input.npy")
         np.save(path, model.x)
@@ -228,10 +285,11 @@ def onnxruntime_alone(model: Loadable) -> Iterator[Callable[[int, float], tuple[
         if process.stdin is None or process.stdout is None:
             raise RuntimeError("no pipes")
 
-        def turn(callers: int, seconds: float) -> tuple[list[float], float, int]:
+        def turn(callers: int, seconds: float) -> TurnResult:
+            before_s = cpu_seconds(process.pid)
             print(callers, seconds, file=process.stdin, flush=True)
             result: dict[str, Any] = json.loads(process.stdout.readline())  # type: ignore[union-attr]
-            return result["times"], result["seconds"], 0
+            return TurnResult(result["times"], result["seconds"], cpu_seconds(process.pid) - before_s)
 
         try:
             yield turn

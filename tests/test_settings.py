@@ -143,3 +143,10 @@ if __name__ == "__main__":  # prints docs/reference/settings.md's tables anew
 def test_numbers_that_cannot_be_meant_stop_the_start(name: str, text: str, said: str) -> None:
     with pytest.raises(SettingsError, match=f"the setting {name} is .*{said}"):
         RouterSettings.from_env({"registry": "/r", "model": "m", "hops": "local", name: text})
+
+
+@pytest.mark.parametrize("header", ["X Caller", "X-Caller:", "caf\u00e9", "x" * 81, "X-Forwarded-For", "forwarded"])
+def test_a_header_of_callers_that_is_none_or_never_arrives_stops_the_start(header: str) -> None:
+    with pytest.raises(SettingsError, match="caller_header") as e:
+        RouterSettings.from_env({"registry": "/r", "model": "m", "hops": "local", "caller_header": header})
+    assert e.value.facts["variable"] == "caller_header"

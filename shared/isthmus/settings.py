@@ -29,6 +29,8 @@ MAX_SECONDS = 7 * 86_400.0
 _HEADER_NAME = re.compile(r"[\w!#$%&'*+.^`|~-]{1,80}", re.ASCII)
 # No URL holds this character unescaped (RFC 3986).
 _REPLICA_SEPARATOR = "|"
+# waitress drops these: clear_untrusted_proxy_headers.
+_DROPPED_HEADERS = ("x-forwarded-", "forwarded")
 # Sums and doubles of settings stay within 63 bits.
 _MAX_NUMBER = 2**62
 
@@ -259,11 +261,14 @@ class FunctionSettings(RegistrySettings):
                 variable="log_level",
                 value=self.log_level,
             )
-        if self.caller_header and not _HEADER_NAME.fullmatch(self.caller_header):
+        header = self.caller_header
+        if header and (not _HEADER_NAME.fullmatch(header) or header.lower().startswith(_DROPPED_HEADERS)):
+            # Of a header that never arrives, all requests would be of one caller, and nobody would notice.
             raise SettingsError(
-                f"the setting caller_header is {self.caller_header!r}; it is the name of a header such as X-Caller",
+                f"the setting caller_header is {header!r}; it is the name of a header such as X-Caller, and none of"
+                " Forwarded and X-Forwarded-…, which any caller can send and the server drops",
                 variable="caller_header",
-                value=self.caller_header,
+                value=header,
             )
 
 

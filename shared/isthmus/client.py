@@ -178,6 +178,24 @@ class Client:
             HopTimeout, HopUnavailable, HopRejected: no response.
             Errors of the function, by `error_of`.
         """
+        return self._exchange("POST", path, body, headers, fields)
+
+    def get(self, path: str) -> Response:
+        """GET `path` below the URL.
+
+        Raises:
+            As `post`.
+        """
+        return self._exchange("GET", path, (), {}, {})
+
+    def _exchange(
+        self,
+        method: str,
+        path: str,
+        body: Sequence[bytes | memoryview],
+        headers: Mapping[str, str],
+        fields: Mapping[str, str],
+    ) -> Response:
         try:
             response = self._pool.post(
                 body,
@@ -188,6 +206,7 @@ class Client:
                 max_error_bytes=MAX_RESPONSE_BYTES,
                 path=path,
                 query=urlencode(fields),
+                method=method,
             )
         except TimeoutError as e:
             raise HopTimeout(f"{self.url} did not answer within {self._timeout_s:g} s", hop=self.url) from e

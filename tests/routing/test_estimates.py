@@ -186,7 +186,7 @@ def test_probes_keep_an_idle_link_known(remote: Remote, monkeypatch: pytest.Monk
 def test_calls_of_one_size_and_probes_tell_the_round_trip_from_the_rate(remote: Remote) -> None:
     prober = LinkProber({remote.inner.name: remote.inner}, remote.estimates)
     try:
-        for rate, rtt in ((8, 0.02), (2, 0.02), (8, 0.08)):
+        for rate, rtt in ((8, 0.02), (2, 0.02), (2, 0.08), (8, 0.08)):
             remote.link.set(replace(remote.link.shape, uplink_bps=rate * MBIT, rtt_s=rtt))
             is_followed = is_about(rtt * 1000, rate)
             for _ in range(100):
@@ -257,9 +257,11 @@ def test_waits_are_a_mean_of_the_latest_calls() -> None:
 def test_the_routers_own_work_is_known_by_candidate() -> None:
     estimates = Estimates()
     assert estimates.preprocess_s("sha256:1", "edge") is None
-    estimates.prepared("sha256:1", "edge", None, 0.003)
+    estimates.answered("sha256:1", "edge", 0.1, None, 0.003)
     assert estimates.preprocess_s("sha256:1", "edge") is None
-    estimates.prepared("sha256:1", "edge", 0.01, 0.003)
+    estimates.answered("sha256:1", "edge", 0.2, 0.01, 0.003)
+    estimates.answered("sha256:1", "edge", 0.2, 0.01, 0.003)
+    assert estimates.whole_s("sha256:1", "edge") == 0.2
     assert estimates.preprocess_s("sha256:1", "edge") == 0.01
     assert estimates.encode_s("sha256:1", "edge") == 0.003
     assert estimates.encode_s("sha256:1", "cloud") is None
@@ -268,7 +270,7 @@ def test_the_routers_own_work_is_known_by_candidate() -> None:
 def test_memory_is_bounded_by_segments_and_hops() -> None:
     estimates = Estimates()
     for i in range(3 * MAX_SEGMENTS):
-        estimates.prepared("sha256:1", f"route {i}", 0.01, 0.0)
+        estimates.answered("sha256:1", f"route {i}", 0.1, 0.01, 0.0)
         record(estimates, 0.01, hop=f"hop {i}")
     for cache in (estimates._links, estimates._segments, estimates._waits, estimates._work):
         assert len(cache) <= MAX_SEGMENTS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from isthmus.routing.candidates import RouteCandidate
 from isthmus.routing.catalog import ServedModel
 from isthmus.routing.estimates import Estimates
 from isthmus.routing.fallback import FallbackChain, first_in_time, is_hops_fault, limited
+from isthmus.routing.forecast import plan_drift
 from isthmus.routing.readiness import ReadinessProber
 from isthmus.routing.replicas import RoutedHop
 from isthmus.routing.served_versions import ServedVersions
@@ -72,6 +74,7 @@ class Dispatcher:
             chain = self._fallbacks.order(self._answering(candidates, loaded), chooser.expected_s)
             # Routes differ in their seconds: the adaptive concurrency limit compares requests of one route.
             describe_work(f"{model.digest} {chosen.name}")
+            began = time.monotonic()
             try:
                 with chooser.begin(chosen):
                     result = attempt(chosen, limited(context, chosen, chain, chooser.expected_s))
@@ -90,9 +93,13 @@ class Dispatcher:
                 candidates = tuple(c for c in candidates if failed not in c.hops)
                 chosen = fallback
                 continue
-            encode_s = sum(run.encode_s for run in result.runs[: result.segments])
-            self._estimates.prepared(chosen.route.digest, chosen.name, result.preprocess_s, encode_s)
+            self._learn(chosen, result, time.monotonic() - began)
             return replace(result, route=chosen.name, degraded=chosen.degradation)
+
+    def _learn(self, chosen: RouteCandidate, result: Result, seconds: float) -> None:
+        # Not of closer looks, which the forecast of a request has not either.
+        encode_s = sum(run.encode_s for run in result.runs[: result.segments])
+        self._estimates.answered(chosen.route.digest, chosen.name, seconds, result.preprocess_s, encode_s)
 
     def close(self) -> None:
         """End the threads of the dispatcher."""
@@ -103,11 +110,20 @@ class Dispatcher:
     def state(self) -> RouterState:
         """The present state of hops and models."""
         hops = tuple(replica.state() for hop in self._hops.values() for replica in hop.watched)
-        return RouterState(hops, tuple(self._with_loaded(*each) for each in self._versions.states()))
+        return RouterState(hops, tuple(self._completed(*each) for each in self._versions.states()))
 
-    def _with_loaded(self, model: ServedModel, state: ModelState) -> ModelState:
+    def _completed(self, model: ServedModel, state: ModelState) -> ModelState:
+        """The chooser's state of a version, and what the other parts of the router know of its candidates."""
         loaded = self._warming.state(model)
-        candidates = tuple(structs.replace(c, loaded=c.name in loaded) for c in state.candidates)
+        candidates = tuple(
+            structs.replace(
+                shown,
+                loaded=shown.name in loaded,
+                measured_s=self._estimates.whole_s(candidate.route.digest, candidate.name),
+                drift=plan_drift(candidate, self._estimates),
+            )
+            for shown, candidate in zip(state.candidates, model.candidates, strict=True)
+        )
         return structs.replace(state, candidates=candidates)
 
     def _answering(self, candidates: Sequence[RouteCandidate], loaded: frozenset[str]) -> Sequence[RouteCandidate]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
 from cachetools import LRUCache
@@ -40,7 +41,7 @@ class Median:
 
     def __init__(self) -> None:
         self._values: deque[float] = deque(maxlen=_LATEST)
-        self.value = 0.0
+        self.value: float | None = None
 
     def add(self, value: float) -> None:
         """Take a value into account."""
@@ -53,7 +54,11 @@ class Median:
 class _SegmentTimes:
     def __init__(self) -> None:
         self.run, self.busy = Median(), Median()
-        self.calls = 0
+
+
+class _CandidateTimes:
+    def __init__(self) -> None:
+        self.preprocess, self.encode, self.whole = Median(), Median(), Median()
 
 
 class Estimates:
@@ -68,7 +73,7 @@ class Estimates:
         self._links: LRUCache[str, Link] = LRUCache(MAX_HOPS)
         self._waits: LRUCache[str, float] = LRUCache(MAX_HOPS)
         self._segments: LRUCache[tuple[str, str, str], _SegmentTimes] = LRUCache(MAX_SEGMENTS)
-        self._work: LRUCache[tuple[str, str], tuple[Median, Median]] = LRUCache(MAX_SEGMENTS)
+        self._work: LRUCache[tuple[str, str], _CandidateTimes] = LRUCache(MAX_SEGMENTS)
 
     def began(self, hop: str, size: int) -> HopCall:
         """A call with about `size` bytes begins."""
@@ -92,7 +97,6 @@ class Estimates:
             )
             if (times := self._segments.get(key)) is None:
                 times = self._segments[key] = _SegmentTimes()
-            times.calls += 1
             if served.load_s < _COLD_LOAD_S:
                 times.run.add(reply.run_s)
                 times.busy.add(max(reply.run_s, served.total_s - served.wait_s - served.load_s))
@@ -109,17 +113,21 @@ class Estimates:
         """Learn from a probe that ends now."""
         self._link(hop).probed(times, _HEADER_BYTES, time.monotonic())
 
-    def prepared(self, bundle: str, candidate: str, preprocess_s: float | None, encode_s: float) -> None:
-        """Learn the router's own work for a request along a candidate: making the input, encoding tensors.
+    def answered(
+        self, bundle: str, candidate: str, seconds: float, preprocess_s: float | None, encode_s: float
+    ) -> None:
+        """Learn from a request that took `seconds` along a candidate.
 
-        `preprocess_s` is None for a request of tensors, which needs no processing.
+        `preprocess_s` and `encode_s` are the router's own work: making the input of a photo (None for a request of
+        tensors), and the codecs.
         """
         with self._lock:
-            if (work := self._work.get((bundle, candidate))) is None:
-                work = self._work[bundle, candidate] = (Median(), Median())
+            if (times := self._work.get((bundle, candidate))) is None:
+                times = self._work[bundle, candidate] = _CandidateTimes()
+            times.whole.add(seconds)
+            times.encode.add(encode_s)
             if preprocess_s is not None:
-                work[0].add(preprocess_s)
-            work[1].add(encode_s)
+                times.preprocess.add(preprocess_s)
 
     def link(self, hop: str) -> LinkEstimate:
         """The estimate of the link to a hop."""
@@ -129,13 +137,13 @@ class Estimates:
         """Median seconds of a segment's own computation; None where it did not run yet."""
         with self._lock:
             times = self._segments.get((hop, bundle, segment))
-            return times.run.value if times and times.run.value else None
+            return times.run.value if times else None
 
     def busy_s(self, hop: str, bundle: str, segment: str) -> float | None:
         """Median seconds that the function has a call for a segment, decoding included, waits and loads excluded."""
         with self._lock:
             times = self._segments.get((hop, bundle, segment))
-            return times.busy.value if times and times.busy.value else None
+            return times.busy.value if times else None
 
     def wait_s(self, hop: str) -> float:
         """Mean seconds that a hop's latest calls waited for a CPU there."""
@@ -144,15 +152,20 @@ class Estimates:
 
     def preprocess_s(self, bundle: str, candidate: str) -> float | None:
         """Median seconds of making the input at the router; None where no photo has taken the candidate yet."""
-        with self._lock:
-            work = self._work.get((bundle, candidate))
-            return work[0].value if work and work[0].value else None
+        return self._median(bundle, candidate, lambda times: times.preprocess)
 
     def encode_s(self, bundle: str, candidate: str) -> float | None:
         """Median seconds of the codecs at the router; None where the candidate was not taken yet."""
+        return self._median(bundle, candidate, lambda times: times.encode)
+
+    def whole_s(self, bundle: str, candidate: str) -> float | None:
+        """Median seconds of the latest requests along a candidate; None where it was not taken yet."""
+        return self._median(bundle, candidate, lambda times: times.whole)
+
+    def _median(self, bundle: str, candidate: str, part: Callable[[_CandidateTimes], Median]) -> float | None:
         with self._lock:
-            work = self._work.get((bundle, candidate))
-            return work[1].value if work else None
+            times = self._work.get((bundle, candidate))
+            return part(times).value if times else None
 
     def _link(self, hop: str) -> Link:
         with self._lock:

@@ -20,6 +20,10 @@ class HopState(Struct, frozen=True):
     up_bytes_s: float | None = None
     down_bytes_s: float | None = None
     age_s: float | None = None
+    up_is_bound: bool = False
+    """Whether `up_bytes_s` is only a lower bound, as all uploads were small."""
+    wait_s: float = 0.0
+    """Mean wait for a CPU behind the hop, of late."""
     opened: int = 0
     """How often the breaker opened."""
     hedged: int = 0
@@ -41,6 +45,8 @@ class CandidateState(Struct, frozen=True):
     degraded: str = ""
     loaded: bool = True
     """Whether every hop has its segments in memory."""
+    measured_s: float | None = None
+    """Median seconds of its latest requests."""
     drift: float | None = None
     """Live over planned seconds of its segments, wherever they run; None without a plan, or before all have run."""
     fallbacks: dict[str, int] = {}

@@ -121,6 +121,8 @@ class WatchedHop:
             link.up_bytes_s,
             link.down_bytes_s,
             link.age_s,
+            link.is_bound,
+            self._estimates.wait_s(self.name),
             opened=self.breaker.openings,
             hedged=self._hedged,
             hedges_won=self._hedges_won,

@@ -18,6 +18,7 @@ from isthmus.errors import HTTP_STATUS, IsthmusError
 from isthmus.oip import messages as oip
 from isthmus.pipeline.continuation import CONTENT_TYPE as CONTINUATION
 from isthmus.processing.media import MAX_PHOTOS
+from isthmus.routing.state import RouterState
 from isthmus.serving import api_bodies as bodies
 
 Errors = tuple[type[IsthmusError], ...]
@@ -161,6 +162,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "model_ready": _MODEL_READY,
     "model_ready_version": _MODEL_READY,
     "models": Operation("The models, their versions, aliases and known routes", _as_json(bodies.ModelListBody), LOOKUP),
+    "routes": Operation("Routes, links, circuit breakers and queue as they are now", _as_json(RouterState)),
     "repository_index": Operation(
         "The repository index of Triton's clients",
         _as_json(list[bodies.IndexEntryBody]),

@@ -17,6 +17,7 @@ from isthmus.serving.inference_routes import InferenceRoutes
 from isthmus.serving.model_routes import ModelRoutes
 from isthmus.serving.prediction import Predictor
 from isthmus.serving.preload import load_deadline, open_sessions, parse_entry, preload
+from isthmus.serving.router_state import StateRoute
 from isthmus.serving.routing_metrics import MeasuredDispatcher, RoutingMetrics
 from isthmus.settings import RouterSettings, urls_of
 
@@ -79,6 +80,7 @@ class _RouterApp(FunctionApp):
         self.closing.callback(LinkProber({hop.name: hop.watched[0].inner for hop in hops}, estimates).close)
         inference = InferenceRoutes(self, settings, self._catalog, predictor, images, tables)
         models = ModelRoutes(self, self._catalog, settings)
+        StateRoute(self, dispatcher, settings)
         if settings.page:
             from isthmus.serving.page import Page  # templates are for routers with a page alone
 

@@ -115,13 +115,16 @@ class Remote:
 
 
 def is_about(rtt_ms: float, mbit: float) -> Callable[[LinkEstimate], bool]:
-    """Within what a machine that does other work meanwhile adds."""
+    """Whether small and large uploads are expected to take as long as they do, and what a busy machine adds."""
 
     def check(estimate: LinkEstimate) -> bool:
         if estimate.rtt_s is None or estimate.up_bytes_s is None:
             return False
-        rate = estimate.up_bytes_s * 8 / MBIT
-        return rtt_ms * 0.7 < estimate.rtt_s * 1000 < rtt_ms * 1.4 + 5 and mbit * 0.7 < rate < mbit * 1.4
+        pairs = [
+            (estimate.rtt_s + size / estimate.up_bytes_s, rtt_ms / 1000 + size * 8 / mbit / MBIT)
+            for size in (300, 40_000)
+        ]
+        return all(0.7 * exact < expected < 1.3 * exact + 0.006 for expected, exact in pairs)
 
     return check
 

@@ -30,7 +30,7 @@ _SLACK, _MAX_COUNT, _STEP_UP, _STEP_DOWN = 1.5, 6.0, 16.0, 8.0
 # An outlier counts as one of so many deviations.
 _HUBER = 2.0
 # Deviations of the round trip, relative and absolute, from which on a probe helps.
-_CLEAR_RTT, _CLEAR_RTT_S = 0.25, 0.001
+_CLEAR_RTT, _CLEAR_RTT_S = 0.1, 0.001
 # A step is the round trip's or the pace's where transfers are e ** 3 times likelier so.
 _CLEAR_EVIDENCE = 3.0
 # Transfers from which the filter starts anew after a step.
@@ -39,7 +39,9 @@ _REPLAYED = 8
 _FINISHED = 32
 # Less than this of a response arrives at once, whatever the rate.
 _MIN_REST_BYTES = 8192
-# A link that is idle for so long is probed: a probe is some 600 bytes in all.
+# A transfer in so few bytes, a packet with its headers, shows the round trip at any rate.
+MAX_SMALL_BYTES = 1500
+# A link without a small transfer for so long is probed: a probe is some 600 bytes in all.
 PROBE_AFTER_S = 5.0
 # Pause between probes where transfers alone do not tell the round trip.
 MIN_PROBE_PAUSE_S = 0.1
@@ -69,6 +71,33 @@ _State = tuple[float, float, float, float, float]
 """Round trip and pace, their variances, and in between these their covariance."""
 
 
+class _StepTest:
+    """Page's test of deviations in either direction."""
+
+    def __init__(self) -> None:
+        self._above = self._below = 0.0
+
+    @property
+    def is_suspicious(self) -> bool:
+        """Whether a step may have begun."""
+        return self._above > 0 or self._below > 0
+
+    @property
+    def is_surprised(self) -> bool:
+        """Whether the latest deviations were large."""
+        return self._above > _SLACK or self._below > _SLACK
+
+    def add(self, ratio: float) -> bool:
+        """Count a deviation, in standard deviations; true for a step."""
+        self._above = max(0.0, self._above + min(ratio, _MAX_COUNT) - _SLACK)
+        self._below = max(0.0, self._below - max(ratio, -_MAX_COUNT) - _SLACK)
+        return self._above >= _STEP_UP or self._below >= _STEP_DOWN
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self._above = self._below = 0.0
+
+
 class PaceFilter:
     """Kalman filter of round trip and pace; not thread-safe. With `has_rtt` false the round trip is 0.
 
@@ -80,8 +109,11 @@ class PaceFilter:
         self.rtt = self.pace = 0.0
         self.noise = _FIRST_NOISE
         self.count = 0
+        self._is_unconfirmed = False
         self._latest = self._rr = self._rp = self._pp = 0.0
-        self._above = self._below = 0.0
+        # Of large and of small transfers: a step of the rate leaves the small ones as they were.
+        self._tests = _StepTest(), _StepTest()
+        self._calm_noise = _FIRST_NOISE
         self._recent: deque[tuple[float, float, float]] = deque(maxlen=_REPLAYED)
         self._widen()
 
@@ -92,9 +124,9 @@ class PaceFilter:
 
     @property
     def is_ambiguous(self) -> bool:
-        """Whether a probe would help: the latest transfers were unlike the estimate, or were all of one size."""
-        is_surprised = self._above > _SLACK or self._below > _SLACK
-        return is_surprised or self._rr > max(_CLEAR_RTT * self.rtt, _CLEAR_RTT_S) ** 2
+        """Whether a probe would help: after transfers unlike the estimate, after a step, where all are of one size."""
+        is_unclear = self._rr > max(_CLEAR_RTT * self.rtt, _CLEAR_RTT_S) ** 2
+        return self._is_unconfirmed or is_unclear or any(test.is_surprised for test in self._tests)
 
     def observe(self, size: float, seconds: float, now: float, trips: float = 1.0) -> bool:
         """Learn from a transfer of `size` bytes after `trips` round trips; true if the link has taken a step."""
@@ -103,18 +135,19 @@ class PaceFilter:
         # Of a transfer that takes longer than expected, noise is a share of the expected seconds: else no transfer
         # would ever be an outlier.
         error, deviation = self._innovation(size, seconds, trips, min(expected, seconds) if self.count else seconds)
-        ratio = error / deviation
-        self._above = max(0.0, self._above + min(ratio, _MAX_COUNT) - _SLACK)
-        self._below = max(0.0, self._below - max(ratio, -_MAX_COUNT) - _SLACK)
-        if self._above == self._below == 0.0:
-            self._recent.clear()
-        else:
+        is_step = self._tests[size <= MAX_SMALL_BYTES].add(error / deviation)
+        if any(test.is_suspicious for test in self._tests):
             self._recent.append((size, seconds, trips))
+        else:
+            self._recent.clear()
+            self._calm_noise = self.noise
         self.count += 1
-        if self.count > 1 and (self._above >= _STEP_UP or self._below >= _STEP_DOWN):
+        if size <= MAX_SMALL_BYTES:
+            self._is_unconfirmed = False
+        if is_step and self.count > 1:
             self._start_anew()
             return True
-        relative = min(abs(error), 4 * deviation) / max(expected, _RESOLUTION_S)
+        relative = min(abs(error), _HUBER * deviation) / max(expected, _RESOLUTION_S)
         # 1.25 mean absolute errors are a standard deviation.
         self.noise += 0.05 * (min(max(1.25 * relative, _MIN_NOISE), _MAX_NOISE) - self.noise)
         self._update(max(-_HUBER * deviation, min(error, _HUBER * deviation)), deviation, size, trips)
@@ -144,7 +177,11 @@ class PaceFilter:
 
     def _start_anew(self) -> None:
         """Forget what the transfers since the step contradict: the round trip, the pace, or both."""
-        self._above = self._below = 0.0
+        self._is_unconfirmed = True
+        # What looked like noise was the step.
+        self.noise = self._calm_noise
+        for test in self._tests:
+            test.clear()
         before = (self.rtt, self.pace, self._rr, 0.0, self._pp)
         of_rtt, of_pace, of_both = (self._replay(before, wide) for wide in ((True, False), (False, True), (True, True)))
         # Where either explains the transfers as well as the other, both stay open.
@@ -190,7 +227,7 @@ class Link:
         self._finished: deque[tuple[float, float, int]] = deque(maxlen=_FINISHED)
         self._connect_s: float | None = None
         self._latest: float | None = None
-        self._called_at = self._probed_at = -math.inf
+        self._small_at = self._called_at = self._probed_at = -math.inf
 
     def begin(self, size: int, now: float) -> Transfer:
         """An upload of about `size` bytes begins."""
@@ -242,7 +279,7 @@ class Link:
             # While calls come: probes of a hop that went away would otherwise go on at that pace.
             if self._up.is_ambiguous and now - latest < PROBE_AFTER_S:
                 return self._probed_at + MIN_PROBE_PAUSE_S
-            return max(latest, self._probed_at) + PROBE_AFTER_S
+            return max(self._small_at, self._probed_at) + PROBE_AFTER_S
 
     def probing(self, now: float) -> None:
         """A probe is sent."""
@@ -260,6 +297,8 @@ class Link:
         size = sent + self._shared(began, ended, sent)
         self._finished.append((began, ended, sent))
         trips, seconds = (2.0, up_s + times.connect_s) if times.connect_s else (1.0, up_s)
+        if size <= MAX_SMALL_BYTES:
+            self._small_at = now
         if times.connect_s:
             older = self._connect_s
             self._connect_s = times.connect_s if older is None else older + 0.3 * (times.connect_s - older)

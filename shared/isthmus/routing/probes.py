@@ -1,8 +1,8 @@
 """Probes of links: the smallest exchange with a function, so that estimates of unused links stay known.
 
-Calls are the better probes. A probe is sent where there are none, on a link that was idle for PROBE_AFTER_S, and where
-they do not tell a longer round trip from a lower rate: after a step, and while all are of one size. No probe measures
-a rate, since its bytes would delay the calls that it is sent for.
+Calls are the better probes. A probe is sent where none of them was small for PROBE_AFTER_S, as on an idle link, and
+where they do not tell a longer round trip from a lower rate: after a step, and while all are of one size. No probe
+measures a rate, since its bytes would delay the calls that it is sent for.
 """
 
 from __future__ import annotations

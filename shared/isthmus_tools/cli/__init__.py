@@ -41,6 +41,7 @@ COMMANDS = {
     "send": "Send files to the queue that a trigger reads; by reference where they are too large for its broker.",
     "trigger": "Send messages of a queue through the router and their results on, each once, until Ctrl-C.",
     "link": "Relay to a target over an emulated network with set bandwidth, delay and faults, until Ctrl-C.",
+    "top": "Show a router's routes, links, circuit breakers and queue, live, until Ctrl-C.",
     "package": "Write a stack file in which each segment of one model is a function with its segment inside the image.",
     "profile": "Measure a model, its segments and its nodes on deployed functions, and keep the profiles in the"
     " registry.",

@@ -122,7 +122,7 @@ class WatchedHop:
             link.down_bytes_s,
             link.age_s,
             link.is_bound,
-            self._estimates.wait_s(self.name),
+            self._estimates.wait_s(self._tier),
             opened=self.breaker.openings,
             hedged=self._hedged,
             hedges_won=self._hedges_won,

@@ -49,6 +49,7 @@ def top(
         if interval_s < MIN_INTERVAL_S:
             raise RequestMalformed(f"--interval is {interval}; it is at least {format_duration(MIN_INTERVAL_S)}")
         view = RouterView(url, timeout_s=timeout)
+        # The first look may fail: a wrong URL is an error of the command, not a router that is away.
         state = view.state()
         if as_json:
             print_json(msgspec.to_builtins(state))
@@ -60,6 +61,7 @@ def top(
 
 def _follow(view: RouterView, state: RouterState, interval_s: float) -> None:
     """Draw looks until a signal; a router that is away may come back."""
+    # The alternate screen, as of top(1): what was on the terminal before is there again afterwards.
     with until_signal() as leave, Live(_drawn(view.url, state), console=out, screen=True, auto_refresh=False) as live:
         while not leave.wait(interval_s):
             error = ""
@@ -72,6 +74,7 @@ def _follow(view: RouterView, state: RouterState, interval_s: float) -> None:
 
 def _drawn(url: str, state: RouterState, error: str = "") -> Text:
     """What `show` prints, as one picture."""
+    # The tables of --once, so that both look the same; rich measures the terminal anew for each.
     with out.capture() as captured:
         show(url, state, error)
     return Text.from_ansi(captured.get())
@@ -89,6 +92,7 @@ def show(url: str, state: RouterState, error: str = "") -> None:
         _HOPS,
         [_hop_row(hop) for hop in state.hops],
         numbers=_HOPS[2:],
+        # Last to go are the breaker and the link, by which routes are chosen.
         drop=["age", "wait", "calls", "in flight", "down", "failures"],
     )
     if not state.models:
@@ -141,6 +145,7 @@ def _milliseconds(seconds: float | None) -> str:
     return "" if seconds is None else f"{seconds * 1000:.1f}"
 
 
+# Two digits: more of an estimate would flicker.
 def _time(seconds: float | None) -> str:
     return "" if seconds is None else format_duration(float(f"{seconds:.2g}"))
 

@@ -87,6 +87,7 @@ def call(client: FlaskClient, cut_off: FlaskClient, endpoint: str, photos: Publi
         "model_ready": ("GET", "/v2/models/photos/ready", {}),
         "model_ready_version": ("GET", "/v2/models/photos/versions/1/ready", {}),
         "models": ("GET", "/v2/models", {}),
+        "routes": ("GET", "/routes", {}),
         "repository_index": ("POST", "/v2/repository/index", {}),
         "openapi": ("GET", "/openapi.json", {}),
         "server": ("GET", "/v2", {}),

@@ -18,7 +18,7 @@ from fastapi import Response  # type: ignore[import-not-found]
 from sessions import open_session
 
 
-class Uncut(cast(type, litserve.LitAPI)):  # type: ignore[misc]
+class UncutLit(cast(type, litserve.LitAPI)):  # type: ignore[misc]
     """The whole model in one session."""
 
     def __init__(self, path: str, shape: list[int]) -> None:
@@ -45,5 +45,5 @@ class Uncut(cast(type, litserve.LitAPI)):  # type: ignore[misc]
 
 if __name__ == "__main__":
     port, path, shape = sys.argv[1:]
-    server = litserve.LitServer(Uncut(path, json.loads(shape)), accelerator="cpu", workers_per_device=2)
+    server = litserve.LitServer(UncutLit(path, json.loads(shape)), accelerator="cpu", workers_per_device=2)
     server.run(host="127.0.0.1", port=int(port), log_level="error", generate_client_file=False)

@@ -243,7 +243,7 @@ def mlserver(model: Loadable) -> Iterator[Server]:
         settings = {"http_port": port, "grpc_port": free_port(), "metrics_endpoint": None, "parallel_workers": 2}
         Path(folder, "settings.json").write_text(json.dumps({**settings, "host": "127.0.0.1", "debug": False}))
         parameters = {"uri": str(model.whole), "extra": {"path": str(model.whole), "shape": model.x.shape}}
-        document = {"name": "uncut", "implementation": "mlserver_load.Uncut", "parameters": parameters}
+        document = {"name": "uncut", "implementation": "mlserver_load.UncutRuntime", "parameters": parameters}
         Path(folder, "model-settings.json").write_text(json.dumps(document))
         command = [str(python_with("mlserver").with_name("mlserver")), "start", folder]
         with running(command, "mlserver", url, {**os.environ, "PYTHONPATH": str(BENCH)}, Path(folder)) as process:

@@ -16,7 +16,7 @@ from mlserver import types
 from sessions import open_session
 
 
-class Uncut(cast(type, mlserver.MLModel)):  # type: ignore[misc]
+class UncutRuntime(cast(type, mlserver.MLModel)):  # type: ignore[misc]
     """The whole model in one session; the settings' parameters hold its path and its input's shape."""
 
     async def load(self) -> bool:

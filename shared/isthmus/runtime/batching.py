@@ -1,12 +1,14 @@
-"""Trials of batches: whether requests of one segment and shape may run together, and from which sizes on that pays.
+"""Trials of batches: whether requests of a segment and shape may share a run, and whether sharing pays.
 
-A batch must give each request what it gets alone. Nothing in a graph says so: a leading dimension may be no batch, and
-a normalisation or a quantiser may mix the rows. So each segment, shape and batch size is tried once, with rows that
-differ and with hostile rows, against runs of single rows; and it is timed, since on a CPU a batch often gains nothing.
+A batch must give each request the outputs of a run alone. No declaration of a graph guarantees that: a leading
+dimension may be no batch, and a normalisation or a quantiser may mix the rows. So a trial compares each segment, shape
+and batch size with runs of single rows, by different and by hostile rows, and times both, since on a CPU a batch often
+gains nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -29,11 +31,13 @@ from isthmus.runtime.ort_runner import Runner
 SIZES = (2, 4, 8)
 # A batch of n takes at most this share of the seconds of n single runs.
 MAX_SHARE = 0.9
-# A trial under load takes at most a tenth of the time, and no step of it holds a slot for longer than this.
+# A trial under load takes at most a tenth of the time, and no step holds a slot for longer.
 _LOAD_SHARE, MAX_STEP_S = 0.1, 0.1
 # Runs that ended with company waiting, before a trial is worth its time.
 CONTENDED = 8
 _REPEATS = 5
+# Of a measured median: under load a run takes longer.
+_MARGIN = 1.5
 _SLOT_S = 30.0
 # Callers choose the shapes of free dimensions.
 MAX_SHAPES = 16
@@ -68,7 +72,7 @@ def has_free_rows(segment: Segment) -> bool:
 
 @dataclass(eq=False)
 class ShapeTrial:
-    """What is known of batches of one segment and one shape; `sizes` that pay have the seconds of their run."""
+    """The state of a segment and shape; `sizes` maps batch sizes that pay to the seconds of a run."""
 
     sizes: Mapping[int, float] = field(default_factory=dict)
     contended: int = 0
@@ -83,23 +87,23 @@ class ShapeTrial:
         return max((size for size in self.sizes if size <= count), default=1)
 
     def seconds(self, count: int) -> float:
-        """Seconds of the run of a batch for `count` requests, as measured."""
-        return self.sizes.get(self.fitting(count), 0.0)
+        """Seconds that a batch for `count` requests is expected to take at most."""
+        return _MARGIN * self.sizes.get(self.fitting(count), 0.0)
 
     def largest(self, remaining: Sequence[float]) -> int:
-        """The largest batch of the first requests whose run ends before each of their deadlines.
+        """The largest batch of the first requests that ends before the deadline of each.
 
-        Units: `remaining` are each request's seconds left, in the order of the queue.
+        Units: `remaining` are each request's remaining seconds, in the order of the queue.
         """
         for size in sorted(self.sizes, reverse=True):
-            if size <= len(remaining) and min(remaining[:size]) > self.sizes[size]:
+            if size <= len(remaining) and min(remaining[:size]) > self.seconds(size):
                 return size
         return 1
 
 
 @dataclass(frozen=True)
 class BatchCounts:
-    """Since the start: batches by size, batches whose requests were run again alone, and trials by outcome."""
+    """Since the start: batches by size, batches that failed and were run again alone, and trials by outcome."""
 
     batches: Mapping[int, int]
     fallbacks: int
@@ -112,7 +116,7 @@ class BatchTrials:
     def __init__(self, *, enabled: bool) -> None:
         self._enabled = enabled
         self._lock = threading.Lock()
-        # None for a segment that can never batch. Weak: an evicted segment is tried anew.
+        # None for a segment that can never batch. Weak: an evicted segment has a new trial.
         self._segments: weakref.WeakKeyDictionary[Runner, dict[object, ShapeTrial] | None] = weakref.WeakKeyDictionary()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batch-trial")
         self._closed = threading.Event()
@@ -140,7 +144,7 @@ class BatchTrials:
             return trial
         with self._lock:
             if len(shapes) >= MAX_SHAPES:
-                # Shapes that pay stay: a caller with ever new shapes must not end the batches of others.
+                # Shapes that pay stay: a caller with ever new shapes must not end other callers' batches.
                 shapes.pop(next((other for other, each in shapes.items() if not each.sizes), key), None)
             return shapes.setdefault(key, ShapeTrial()) if len(shapes) < MAX_SHAPES else None
 
@@ -148,7 +152,9 @@ class BatchTrials:
         """Count a run that ended while requests for a batch waited; the CONTENDED-th begins the trial."""
         trial.contended += 1
         if trial.contended == CONTENDED and runner is not None and not self._closed.is_set():
-            self._worker.submit(self._try, trial, runner, arrays, slot)
+            # Closed since: no trial, and the queue of the caller goes on.
+            with contextlib.suppress(RuntimeError):
+                self._worker.submit(self._measure, trial, runner, arrays, slot)
 
     @property
     def max_size(self) -> int:
@@ -168,14 +174,14 @@ class BatchTrials:
             self._fallbacks += 1
         if all_succeeded:
             trial.sizes = {each: s for each, s in trial.sizes.items() if each < size}
-            _log.warning("batches of %d failed where single runs succeed; they are off", size)
+            _log.warning("batches of %d are off: a batch failed where single runs succeed", size)
 
     def counts(self) -> BatchCounts:
         """The counts since the start."""
         with self._lock:
             return BatchCounts(dict(self._batches), self._fallbacks, dict(self._outcomes))
 
-    def _try(self, trial: ShapeTrial, runner: Runner, arrays: Mapping[str, Array], slot: Slot) -> None:
+    def _measure(self, trial: ShapeTrial, runner: Runner, arrays: Mapping[str, Array], slot: Slot) -> None:
         measurement = BatchMeasurement(runner, slot, self._closed.wait, time.perf_counter)
         try:
             trial.sizes = measurement.sizes(arrays)
@@ -186,11 +192,11 @@ class BatchTrials:
         with self._lock:
             self._outcomes[outcome.partition(":")[0]] += 1
         facts = {"segment": runner.segment.id, "outcome": outcome, "sizes": sorted(trial.sizes)}
-        _log.info("tried batches", extra={"facts": facts})
+        _log.info("trial of batches", extra={"facts": facts})
 
 
 class BatchMeasurement:
-    """One trial. `pause` waits for some seconds between steps and returns whether the trial must stop."""
+    """A trial. `pause` waits for some seconds between steps and returns whether the trial must stop."""
 
     def __init__(self, runner: Runner, slot: Slot, pause: Callable[[float], bool], clock: Clock) -> None:
         self._runner, self._slot, self._pause, self._clock = runner, slot, pause, clock
@@ -242,7 +248,7 @@ class BatchMeasurement:
         return median(b for b, _ in times), median(s for _, s in times)
 
     def _run(self, arrays: Mapping[str, Array]) -> tuple[float, dict[str, Array]]:
-        """Seconds and outputs of one run in a slot, then a pause, so that requests have most of the time."""
+        """Seconds and outputs of a run in a slot; then a pause, so that requests have most of the time."""
         with self._slot(Deadline.after(_SLOT_S)):
             started = self._clock()
             outputs = self._runner.run(arrays)
@@ -253,7 +259,7 @@ class BatchMeasurement:
 
 
 def stacked(rows: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
-    """One batch of the rows' arrays."""
+    """The rows' arrays as a batch."""
     return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
 

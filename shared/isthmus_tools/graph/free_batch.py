@@ -1,4 +1,4 @@
-"""A fixed batch dimension of 1 made free, where a check shows that each row of a batch gives what it gives alone.
+"""A fixed batch dimension of 1 made free, where a check shows that each row of a batch has the outputs of a run alone.
 
 Exporters often write the batch of their example into the graph: in the inputs, the outputs, and the constants of
 Reshape. With the first two free and the constants' leading 1 copied from the input instead, most graphs of images and
@@ -27,8 +27,8 @@ _ROWS = 3
 def free_batch(model: ir.Model, examples: Mapping[str, Array]) -> None:
     """Make the first dimension of every input and output free; `model` is changed.
 
-    Shapes: every input has the first dimension 1, or all have a free one already. The original's outputs for three
-    different inputs are compared with those of the changed graph, one by one and as a batch of three.
+    Shapes: the first dimension of every input is 1, or free already in all. The original's outputs for three
+    different inputs are compared with the changed graph's, alone and as a batch of three.
 
     Raises:
         ModelError: an input has another first dimension, or the changed graph does not run or computes something else.
@@ -55,7 +55,7 @@ def free_batch(model: ir.Model, examples: Mapping[str, Array]) -> None:
         # Equal rows would hide that rows are mixed up.
         errors = [difference(e[name], g) for e, g in zip(expected * 2, got, strict=False)]
         if len(got) < 2 * _ROWS or max(errors) > MAX_DIFFERENCE:
-            raise _refused(f"in a batch the rows of {name} are not what each gives alone")
+            raise _refused(f"in a batch the rows of {name} differ from runs of each row alone")
         if difference(expected[0][name], expected[1][name]) <= MAX_DIFFERENCE:
             raise _refused(f"{name} is the same for different inputs, so a check of its rows shows nothing")
 
@@ -68,7 +68,7 @@ def _refused(reason: str) -> ModelError:
 
 
 def _rows(model: ir.Model, examples: Mapping[str, Array]) -> list[dict[str, Array]]:
-    """Different inputs of one row: the example or an input made up, then noise in its place, whole numbers flipped."""
+    """Different inputs of a row: the example or a synthetic input, then noise with flipped integers."""
     bound = inputs.bind_inputs(model.graph, {}, examples)
     first = inputs.trial_inputs(model.graph, bound, examples)[0]
     return [first, *(inputs.noise(first, seed) for seed in range(_ROWS - 1))]

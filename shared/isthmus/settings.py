@@ -101,11 +101,29 @@ def read_secret(folder: str, name: str) -> str:
     return text
 
 
+# OpenTelemetry's, in the order of its specification.
+_TRACE_RECEIVERS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+
+
 def wants_traces(env: Mapping[str, str]) -> bool:
-    """Whether OpenTelemetry's variables name a receiver of traces, and no other of them turns traces off."""
-    endpoints = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-    is_off = env.get("OTEL_SDK_DISABLED", "").lower() == "true" or env.get("OTEL_TRACES_EXPORTER", "") == "none"
-    return not is_off and any(env.get(name) for name in endpoints)
+    """Whether OpenTelemetry's variables name a receiver of traces, and no other of them turns traces off.
+
+    Raises:
+        SettingsError: the receiver's address is no URL, as that of a receiver of gRPC.
+    """
+    if env.get("OTEL_SDK_DISABLED", "").lower() == "true" or env.get("OTEL_TRACES_EXPORTER", "") == "none":
+        return False
+    for name in _TRACE_RECEIVERS:
+        if url := env.get(name, ""):
+            if not url.startswith(("http://", "https://")):
+                raise SettingsError(
+                    f"the setting {name} is {url!r}; it is the URL of a receiver of OTLP over HTTP, such as"
+                    " http://127.0.0.1:4318",
+                    variable=name,
+                    value=url,
+                )
+            return True
+    return False
 
 
 @dataclass(frozen=True, kw_only=True)

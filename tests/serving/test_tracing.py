@@ -14,6 +14,7 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 
+from isthmus.errors import SettingsError
 from isthmus.serving import create_router_app, create_segment_app
 from support.bundles import Published, photo, ready, router_settings, segment_settings, served
 from support.bundles import photos as photos
@@ -235,6 +236,26 @@ def test_missing_packages_are_a_line_in_the_log_and_no_end(
         client = ready(create_router_app(settings).test_client())
     assert client.post("/", data=photo()).status_code == 200
     assert "isthmus[traces]" in log.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4317"),
+        ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "grpc://collector"),
+        ("OTEL_BSP_MAX_QUEUE_SIZE", "0"),
+        ("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "-1"),
+    ],
+)
+def test_a_variable_that_cannot_be_used_stops_the_start(
+    variable: str, value: str, receiver: OtlpReceiver, photos: Published, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SettingsError) as refused:
+        create_segment_app(segment_settings(photos, tmp_path))
+    assert refused.value.facts["variable"] in (variable, "OTEL_*")
+    assert receiver.spans == []
 
 
 LIES = (

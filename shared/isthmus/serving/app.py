@@ -14,7 +14,7 @@ from flask import Flask, Response, g, jsonify, request
 
 from isthmus.admission import MemoryBudget, Reservation, Slots
 from isthmus.context import CURRENT, Context, Deadline, working_on
-from isthmus.errors import IsthmusError, NotReady
+from isthmus.errors import IsthmusError, NotReady, SettingsError
 from isthmus.retries import log_retries
 from isthmus.serving.content_coding import compress, decompress
 from isthmus.serving.error_responses import ErrorRenderer
@@ -247,7 +247,11 @@ class FunctionApp:
 
 
 def _open_tracing(function: str, log: logging.Logger) -> Tracing | None:
-    """Traces as OpenTelemetry's variables say; None without a receiver, and where the packages are missing."""
+    """Traces as OpenTelemetry's variables say; None without a receiver, and where the packages are missing.
+
+    Raises:
+        SettingsError: a variable that the SDK does not take.
+    """
     if not wants_traces(os.environ):
         return None
     try:
@@ -256,7 +260,10 @@ def _open_tracing(function: str, log: logging.Logger) -> Tracing | None:
         hint = "install isthmus[traces], or unset OTEL_EXPORTER_OTLP_ENDPOINT"
         log.warning("no traces: the package %s is missing", e.name, extra={"facts": {"hint": hint}})
         return None
-    return Tracing(f"isthmus-{function}", log)
+    try:
+        return Tracing(f"isthmus-{function}", log)
+    except ValueError as e:  # a bound of queues or spans
+        raise SettingsError(f"OpenTelemetry does not take a variable OTEL_*: {e}", variable="OTEL_*") from e
 
 
 def _forget_context(_: BaseException | None) -> None:

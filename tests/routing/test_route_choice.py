@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from isthmus.errors import Overloaded
 from isthmus.routing.candidates import RouteCandidate
 from isthmus.routing.choice import EXPLORED_OF, HOLD_S, KNOWN_S, RouteChooser
 from isthmus.routing.demand import Demand
@@ -258,3 +259,37 @@ def test_a_step_of_the_link_moves_all_requests_with_few_switches() -> None:
     simulation.set_world(World(up_bytes_s=2.5e4, down_bytes_s=6e6, rtt_s=0.08))
     assert simulation.run(2, 40).routes["whole"] >= 38
     assert simulation.chooser.switches == 2
+
+
+def test_requests_before_delay_another_by_no_more_than_its_own_seconds_each() -> None:
+    outstanding = Outstanding()
+    assert outstanding.wait_s(Busy(1, 1, 1, 1)) == 0
+    tickets = [outstanding.begin(Busy(edge=0.1), "cloud") for _ in range(3)]
+    tickets.append(outstanding.begin(Busy(uplink=0.05), "cloud"))
+    assert outstanding.wait_s(Busy(edge=0.5)) == pytest.approx(0.3)
+    assert outstanding.wait_s(Busy(edge=0.002, uplink=0.05)) == pytest.approx(3 * 0.002 + 0.05)
+    assert outstanding.wait_s(Busy(cloud=1)) == 0
+    for ticket in tickets[1:]:
+        ticket.close()
+    assert outstanding.wait_s(Busy(edge=0.5, uplink=1)) == pytest.approx(0.1)
+
+
+def test_where_its_turn_would_be_late_a_request_takes_the_quickest_route(trial: Trial) -> None:
+    with trial.chooser.begin(EDGE), trial.chooser.begin(EDGE):
+        # Behind 0.2 s at the edge, of which 0.06 s count: the split ends after 0.14 s, the cloud after 0.12 s.
+        assert trial.choose(left_s=0.2) == "split"
+        assert trial.choose(left_s=0.13) == "cloud"
+
+
+def test_a_request_that_outstanding_work_makes_late_on_every_route_is_refused(trial: Trial) -> None:
+    with trial.chooser.begin(EDGE), trial.chooser.begin(CLOUD):
+        with pytest.raises(Overloaded, match="more than its deadline allows") as caught:
+            trial.choose(left_s=0.09)
+        assert caught.value.facts["retry_after_s"] == 1
+    assert trial.choose(left_s=0.09) == "split"
+
+
+def test_a_request_that_would_be_late_in_any_case_runs(trial: Trial) -> None:
+    # Only a request can tell that forecasts are wrong.
+    with trial.chooser.begin(EDGE), trial.chooser.begin(CLOUD):
+        assert trial.choose(left_s=0.07) == "split"

@@ -11,8 +11,9 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from isthmus.errors import Overloaded
 from isthmus.routing.candidates import RouteCandidate
 from isthmus.routing.forecast import Expectation
 from isthmus.routing.mix import Resources
@@ -119,29 +120,41 @@ class RouteChooser:
         """The route of a request that has `left_s` seconds, of candidates whose hops answer.
 
         A degraded candidate is chosen only where all are degraded.
+
+        Raises:
+            Overloaded: alone a request would end in time, and behind the outstanding work none of the routes does.
         """
         expected = self._expected
         if len(candidates) == 1 or not expected:
             return candidates[0]
         indices = [self._index[c.name] for c in candidates]
         exact = [i for i in indices if not self.candidates[i].degradation] or indices
-        waits = self._outstanding.seconds()
+        seconds = {i: self._behind(expected[i]) for i in exact}
         with self._lock:
             self._allowed = exact
-            chosen = self._spread(exact, expected, waits)
-            if chosen is None and not any(waits):
+            chosen = self._spreading.take(exact, list(seconds.values())) if self._spreading.shares else None
+            if chosen is None and not any(self._outstanding.seconds()):
                 chosen = self._explored(exact, left_s)
-        return self.candidates[self._best(exact) if chosen is None else chosen]
+        if chosen is None:
+            chosen = self._best(exact)
+        return self.candidates[chosen if seconds[chosen] <= left_s else self._in_time(seconds, left_s)]
+
+    def _in_time(self, seconds: Mapping[int, float], left_s: float) -> int:
+        """The quickest candidate by its expected `seconds`, where the one whose turn it is would be late."""
+        quickest = min(seconds, key=seconds.__getitem__)
+        # Late even without any other request: the forecasts may be wrong, and only a request can tell.
+        if seconds[quickest] > left_s >= min(self._expected[i].seconds for i in seconds):
+            late_s = seconds[quickest] - left_s
+            raise Overloaded(
+                f"the requests before this one take {late_s:.3g} s more than its deadline allows",
+                retry_after_s=max(1, math.ceil(late_s)),
+            )
+        return quickest
 
     def _best(self, indices: Sequence[int]) -> int:
         """The preferred candidate, or else the quickest of these: a hop that is down changes no preference."""
         preferred = self._preference.index
         return preferred if preferred in indices else min(indices, key=lambda i: self._expected[i].seconds)
-
-    def _spread(self, exact: Sequence[int], expected: Sequence[Expectation], waits: Sequence[float]) -> int | None:
-        if not self._spreading.shares:
-            return None
-        return self._spreading.take(exact, [_after(expected[i], waits) for i in exact])
 
     def begin(self, candidate: RouteCandidate) -> Ticket:
         """Enter a request of the candidate into the account of outstanding work, until the ticket is closed."""
@@ -179,7 +192,7 @@ class RouteChooser:
         return ModelState(name, version, self.preferred.name, self.switches, candidates, rate)
 
     def _behind(self, expectation: Expectation) -> float:
-        return _after(expectation, self._outstanding.seconds())
+        return expectation.seconds + self._outstanding.wait_s(expectation.busy)
 
     def _explored(self, indices: Sequence[int], left_s: float) -> int | None:
         """The route whose last request is the longest ago, once in a while; None for most requests."""
@@ -195,12 +208,3 @@ class RouteChooser:
             return None
         self._since_explored, self._explored_at = 0, now
         return oldest
-
-
-def _after(expectation: Expectation, waits: Sequence[float]) -> float:
-    """Seconds of a request that finds `waits` seconds of work before it on the resources that it needs."""
-    seconds = expectation.seconds
-    for wait, own in zip(waits, expectation.busy, strict=True):
-        if own > 0:
-            seconds += wait
-    return seconds

@@ -71,6 +71,9 @@ def allowed_s(left_s: float, own_s: float | None, fallback_s: float | None) -> f
     spare_s = left_s - (left_s / 2 if fallback_s is None else RESERVED_SHARE * fallback_s)
     if own_s is None:
         return max(spare_s, left_s / 2)
+    # Without the time for both the attempt is not ended early for a fallback that would be late.
+    if fallback_s is not None and MIN_MULTIPLE * own_s + fallback_s > left_s:
+        return left_s
     return min(left_s, max(min(spare_s, MAX_MULTIPLE * own_s + FLOOR_S), MIN_MULTIPLE * own_s))
 
 

@@ -29,7 +29,7 @@ class Outstanding:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open = 0
-        self._seconds = list(IDLE)
+        self._seconds, self._users = list(IDLE), [0] * len(IDLE)
 
     def begin(self, work: Busy, far_hop: str) -> Ticket:
         """Enter a request that was routed by `far_hop`; its work is done once the ticket is closed."""
@@ -38,6 +38,7 @@ class Outstanding:
             self._open += 1
             for i, seconds in enumerate(work):
                 self._seconds[i] += seconds
+                self._users[i] += seconds > 0
         return ticket
 
     def seconds(self) -> Busy:
@@ -45,12 +46,23 @@ class Outstanding:
         with self._lock:
             return Busy(*self._seconds)
 
+    def wait_s(self, work: Busy) -> float:
+        """Seconds that a new request waits for its resources.
+
+        Requests share a CPU or a link side by side, so that each one before it delays `work` by no more than its own
+        seconds: a photo that passes through to the cloud does not wait until the edge has run all models before it.
+        """
+        with self._lock:
+            each = zip(self._seconds, self._users, work, strict=True)
+            return sum(min(seconds, users * own) for seconds, users, own in each)
+
     def remove(self, work: Busy, closed: int) -> None:
         """Take away work that is done, and `closed` requests."""
         with self._lock:
             self._open -= closed
             for i, seconds in enumerate(work):
                 self._seconds[i] = max(0.0, self._seconds[i] - seconds)
+                self._users[i] -= seconds > 0
             if not self._open:  # without the rounding errors of thousands of sums
                 self._seconds[:] = IDLE
 

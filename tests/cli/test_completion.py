@@ -49,6 +49,7 @@ def complete(line: str, shell: str, registry: str) -> set[str]:
     ("line", "words"),
     [
         ("isthmus ro", {"rollback"}),
+        ("isthmus to", {"top"}),
         ("isthmus alias photos:1 ca", {"canary"}),
         ("isthmus infer --local --model ph", {"photos", "photos:1", "photos:canary", "photos:prod"}),
         ("isthmus cut photos --cut ", {"1", "3", "4", "6"}),

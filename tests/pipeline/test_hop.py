@@ -230,6 +230,20 @@ def test_a_server_timing_that_is_no_number_counts_as_none(header: str, seconds: 
     assert stage_seconds(header, "run") == pytest.approx(seconds)
 
 
+def test_a_reply_says_how_long_the_function_had_the_call_and_why(hop_to: Callable[..., HttpHop]) -> None:
+    timing = "queue;dur=0.03, decode;dur=0.01, load;dur=0.005, wait;dur=0.02, run;dur=0.1, total;dur=0.2"
+    with server([(200, {"Server-Timing": timing}, None)]) as (url, _):
+        reply = hop_to(url).call(FRAME, context())
+    assert reply.served == pytest.approx((0.0002, 0.00005, 0.000005))
+    assert 0.0002 <= reply.exchange.first_byte_s <= reply.exchange.whole_s
+    assert reply.exchange.connect_s > 0  # its first connection
+
+
+def test_a_function_that_leaves_out_the_total_had_the_call_for_its_stages(hop_to: Callable[..., HttpHop]) -> None:
+    with server([(200, {"Server-Timing": "wait;dur=0.02, run;dur=0.1"}, None)]) as (url, _):
+        assert hop_to(url).call(FRAME, context()).served.total_s == pytest.approx(0.00012)
+
+
 @pytest.mark.parametrize(
     ("header", "seconds"),
     [("2", 2.0), (" 0 ", 0.0), ("", None), ("²", None), ("-1", None), ("1.5", None), ("9" * 400, 86_400.0),

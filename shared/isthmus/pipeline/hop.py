@@ -70,7 +70,7 @@ class ServedTimes(NamedTuple):
     """Where the function spent a call, as its Server-Timing says, and never more than the call took.
 
     Units: seconds. `total_s` is the whole time between the request's last and the response's first byte, `wait_s` the
-    wait for a CPU, `load_s` a segment's load into memory; 0 where the function does not report that.
+    wait for admission and for a CPU, `load_s` a segment's load into memory; 0 where the function does not report that.
     """
 
     total_s: float = 0.0
@@ -280,9 +280,10 @@ class HttpHop:
             ) from e
         stages, limit_s = stages_of(response.headers.get("server-timing", "")), response.times.first_byte_s
         # A function cannot have worked for longer than the caller waited, whatever its header says.
-        run_s, decode_s, wait_s, load_s, total_s = (
-            min(stages.get(stage, 0.0), limit_s) for stage in ("run", "decode", "wait", "load", "total")
+        run_s, decode_s, load_s, total_s = (
+            min(stages.get(stage, 0.0), limit_s) for stage in ("run", "decode", "load", "total")
         )
+        wait_s = min(stages.get("queue", 0.0) + stages.get("wait", 0.0), limit_s)
         served = ServedTimes(min(max(total_s, run_s + decode_s + wait_s + load_s), limit_s), wait_s, load_s)
         return HopReply(reply, run_s, decode_s, sum(map(len, body)), len(response.body), served, response.times)
 

@@ -308,7 +308,10 @@ class Link:
     def _shared(self, began: float, ended: float, sent: int) -> float:
         """Bytes of other uploads that the link carried between two moments, under equal shares of its rate."""
         carried = 0.0
-        for start, end, size in self._finished:
+        # In the order of their ends: all before one that ended earlier did so as well.
+        for start, end, size in reversed(self._finished):
+            if end <= began:
+                break
             if (overlap := min(ended, end) - max(began, start)) > 0:
                 carried += size * overlap / (end - start)
         for other in self._open:

@@ -16,9 +16,10 @@ from isthmus.artifacts.bundle import Blob, Segment
 from isthmus.artifacts.segment_id import WHOLE
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import IsthmusError, RunFailed
-from isthmus.runtime.batching import BatchMeasurement, has_free_rows, tolerance
+from isthmus.runtime.batching import CONTENDED, BatchMeasurement, BatchTrials, has_free_rows, tolerance
 from isthmus_tools.graph import build
 from support.bundles import save, value, weight
+from support.patience import LONG_S, eventually
 from support.segments import runner as runner_of
 
 Arrays = dict[str, Any]
@@ -161,3 +162,21 @@ def test_a_real_graph_batches_and_its_dynamically_quantised_form_does_not(
     bundle, files = build(path, "m", tmp_path / "built", partitions=[])
     # The clock stands still, so whatever agrees pays.
     assert trial(runner_of(bundle.segment(WHOLE), files))[1] == outcome
+
+
+def test_a_trial_without_gain_is_repeated_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isthmus.runtime.batching.MAX_SHARE", 0.0)
+    monkeypatch.setattr("isthmus.runtime.batching.AGAIN_S", 0.0)
+    trials, runner = BatchTrials(enabled=True), TimedRunner(lambda x: x * 2)
+    shape = trials.find(runner, ROW)
+    assert shape is not None
+    for done in (1, 2):
+        for _ in range(CONTENDED):
+            assert trials.counts().trials.get("no_gain", 0) == done - 1
+            trials.contended(shape, runner, ROW, lambda _: contextlib.nullcontext())
+        eventually(lambda done=done: trials.counts().trials == {"no_gain": done})  # type: ignore[misc]
+        monkeypatch.setattr("isthmus.runtime.batching.AGAIN_S", LONG_S)
+    for _ in range(CONTENDED):
+        trials.contended(shape, runner, ROW, lambda _: contextlib.nullcontext())
+    assert shape.contended == 0
+    trials.close()

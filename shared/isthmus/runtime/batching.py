@@ -35,6 +35,8 @@ MAX_SHARE = 0.9
 _LOAD_SHARE, MAX_STEP_S = 0.1, 0.1
 # Runs that ended with company waiting, before a trial is worth its time.
 CONTENDED = 8
+# Until another trial of a segment whose batches gained nothing.
+AGAIN_S = 600.0
 _REPEATS = 5
 # Of a measured median: under load a run takes longer.
 _MARGIN = 1.5
@@ -76,6 +78,8 @@ class ShapeTrial:
 
     sizes: Mapping[int, float] = field(default_factory=dict)
     contended: int = 0
+    # On the monotonic clock; other work on the machine may have spoilt a trial without gain.
+    not_before: float = 0.0
 
     @property
     def max_size(self) -> int:
@@ -150,6 +154,8 @@ class BatchTrials:
 
     def contended(self, trial: ShapeTrial, runner: Runner | None, arrays: Mapping[str, Array], slot: Slot) -> None:
         """Count a run that ended while requests for a batch waited; the CONTENDED-th begins the trial."""
+        if time.monotonic() < trial.not_before:
+            return
         trial.contended += 1
         if trial.contended == CONTENDED and runner is not None and not self._closed.is_set():
             # Closed since: no trial, and the queue of the caller goes on.
@@ -189,6 +195,8 @@ class BatchTrials:
         # A graph that cannot take a batch, or a queue without a slot in time.
         except (IsthmusError, MemoryError, ValueError) as e:
             outcome = f"failed: {type(e).__name__}"
+        if outcome == "no_gain":
+            trial.contended, trial.not_before = 0, time.monotonic() + AGAIN_S
         with self._lock:
             self._outcomes[outcome.partition(":")[0]] += 1
         facts = {"segment": runner.segment.id, "outcome": outcome, "sizes": sorted(trial.sizes)}
@@ -222,9 +230,10 @@ class BatchMeasurement:
             if not self._agrees(rows[:size], singles):
                 self.outcome = "differs"
                 break
-            batch_s, single_s = self._times(rows[:size])
-            if batch_s <= MAX_SHARE * size * single_s:
-                sizes[size] = batch_s
+            batch_times, single_times = self._times(rows[:size])
+            # The fastest of each: other work on the machine only adds to a time.
+            if min(batch_times) <= MAX_SHARE * size * min(single_times):
+                sizes[size] = median(batch_times)
                 self.outcome = "pays"
         return sizes
 
@@ -241,11 +250,11 @@ class BatchMeasurement:
             if row != hostile
         )
 
-    def _times(self, rows: Sequence[Mapping[str, Array]]) -> tuple[float, float]:
-        """Median seconds of a batch and of a single run, interleaved."""
+    def _times(self, rows: Sequence[Mapping[str, Array]]) -> tuple[list[float], list[float]]:
+        """Seconds of batches and of single runs, interleaved."""
         batch = stacked(rows)
         times = [(self._run(batch)[0], self._run(rows[0])[0]) for _ in range(_REPEATS)]
-        return median(b for b, _ in times), median(s for _, s in times)
+        return [b for b, _ in times], [s for _, s in times]
 
     def _run(self, arrays: Mapping[str, Array]) -> tuple[float, dict[str, Array]]:
         """Seconds and outputs of a run in a slot; then a pause, so that requests have most of the time."""

@@ -206,6 +206,17 @@ def test_a_function_that_was_not_reached_is_taken_to_have_lost_its_memory(scene:
     assert scene.settle() == {"split-6", "split-1", "cloud", "edge"}
 
 
+def test_a_hop_that_is_away_is_asked_for_lost_segments_again_soon(scene: Scene) -> None:
+    scene.loaded()
+    scene.settle()
+    scene.cloud.error = HopUnavailable("away")
+    with pytest.raises(HopUnavailable):
+        scene.call(scene.hops[1], "6..")
+    for _ in range(5):
+        assert scene.warming.ask() <= 1.0
+        scene.clock.now += 1.0
+
+
 def test_a_cold_load_of_a_loaded_segment_puts_the_others_in_doubt(scene: Scene) -> None:
     scene.loaded()
     scene.settle()

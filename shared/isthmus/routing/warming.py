@@ -191,7 +191,7 @@ class Warming:
         keys = {key for warm in wanted for key in self._ask_for(warm)}
         # Versions come and go.
         self._questions = {key: question for key, question in self._questions.items() if key in keys}
-        dues = [max(question.due, self._pauses[key[0]].due) for key, question in self._questions.items()]
+        dues = [self._due(key, question) for key, question in self._questions.items()]
         return max(0.0, min(dues) - self._clock()) if dues else RECHECK_S
 
     def _ask_for(self, warm: _WarmModel) -> Iterator[SegmentKey]:
@@ -199,17 +199,17 @@ class Warming:
         for candidate in warm.order:
             for key in _keys(candidate):
                 question = self._questions.setdefault(key, _Question())
-                if not self._closed and self._is_due(key, question):
+                if not self._closed and self._due(key, question) <= self._clock():
                     self._put(key, question)
                 yield key
                 if question.reply == "refused":
                     break
 
-    def _is_due(self, key: SegmentKey, question: _Question) -> bool:
+    def _due(self, key: SegmentKey, question: _Question) -> float:
+        """When to ask: of a segment that was loaded and is lost at once, but not before the hop's pause is over."""
         hop, bundle, segment = key
-        now = self._clock()
         is_lost = question.reply == "loaded" and (bundle, segment) not in self._hops[hop].memory
-        return (is_lost or question.due <= now) and self._pauses[hop].due <= now
+        return max(-math.inf if is_lost else question.due, self._pauses[hop].due)
 
     def _put(self, key: SegmentKey, question: _Question) -> None:
         name, bundle, segment = key

@@ -49,13 +49,13 @@ def link(in_work: int) -> float:
 def test_on_one_cpu_few_requests_are_in_work() -> None:
     simulation = Simulation()
     simulation.run(20, cpu)
-    assert MIN_LIMIT <= simulation.settled() <= 8
+    assert MIN_LIMIT <= simulation.settled() <= 10
 
 
 def test_on_a_long_link_the_requests_that_fit_are_in_work() -> None:
     simulation = Simulation()
     simulation.run(60, link)
-    assert 20 <= simulation.settled() <= 40
+    assert 20 <= simulation.settled() <= 50
 
 
 def test_the_limit_never_leaves_its_bounds() -> None:
@@ -71,7 +71,7 @@ def test_the_baseline_does_not_rise_with_steady_load() -> None:
     """Hours of a full server: probes measure the baseline, and the limit stays."""
     simulation = Simulation()
     simulation.run(3600, cpu)
-    assert simulation.settled() <= 8
+    assert simulation.settled() <= 10
     baseline = simulation.limit.baseline("a")
     assert baseline is not None
     assert baseline <= 0.01 * 1.15 * MIN_LIMIT
@@ -91,7 +91,7 @@ def test_a_machine_that_is_fast_again_has_a_new_baseline_at_once() -> None:
     simulation.run(60, lambda n: 8 * cpu(n))
     simulation.limits.clear()
     simulation.run(10, cpu)
-    assert simulation.settled() <= 8
+    assert simulation.settled() <= 10
 
 
 def test_times_that_vary_without_load_are_no_load() -> None:
@@ -122,7 +122,7 @@ def test_a_limit_leaves_room_for_batches() -> None:
     largest = 2
     simulation.limit.floor = lambda: 1 + 2 * largest
     simulation.run(20, cpu)
-    assert simulation.settled() <= 8
+    assert simulation.settled() <= 10
     largest = 8
     simulation.limits.clear()
     simulation.run(20, cpu)
@@ -149,6 +149,18 @@ def test_requests_that_end_at_long_deadlines_lower_the_limit() -> None:
         simulation.now += 0.05
         simulation.limit.observe("a", 0.5, 20, succeeded=False)
     assert simulation.limit.value <= 4
+
+
+def test_the_limit_falls_until_deadlines_are_met() -> None:
+    """With 20 ms on a CPU and 130 ms to the deadline, six requests in work are in time, and more are not."""
+    simulation, limits = Simulation(), list[int]()
+    simulation.run(10, lambda n: 0.02 * n)
+    for _ in range(400):
+        simulation.now += 0.02
+        limits.append(in_work := simulation.limit.value)
+        seconds = 0.02 * in_work
+        simulation.limit.observe("a", min(seconds, 0.13), in_work, succeeded=seconds <= 0.13)
+    assert sum(limits[200:]) / 200 <= 8
 
 
 def test_one_outlier_of_a_window_changes_nothing() -> None:

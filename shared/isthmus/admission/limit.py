@@ -20,9 +20,12 @@ from cachetools import LRUCache
 MIN_LIMIT = 3
 # Enough for most functions, and little for a burst before the first window to overload.
 _START = 16
-# A service time within this factor of the baseline is no sign of load. Envoy's buffer is 25%, Netflix's Gradient2 has
-# 1.5: neighbours on the machine slow requests down as well.
-TOLERANCE = 1.5
+# A service time within this factor of the baseline is no sign of load: neighbours on the machine slow requests down as
+# well, and requests that need another resource than the busy one should not wait. Netflix's Gradient2 has 1.5.
+TOLERANCE = 2.0
+# Where more than this share of a window missed deadlines, the limit does not grow; where these left as many times the
+# baseline, the limit falls by the factor. The gradient alone may settle where all requests are late.
+_MAX_MISSED, _FAIR_DEADLINE, _MISSED_DECREASE = 0.1, 1.5, 0.8
 # A window ends with both; the median of a few samples is robust to one outlier.
 _WINDOW_S, _WINDOW_SAMPLES = 0.1, 8
 # No window halves the limit more than once: a pause of the whole machine is in all samples of a window.
@@ -65,6 +68,7 @@ class AdaptiveLimit:
         self._baselines: LRUCache[str, _Baseline] = LRUCache(_MAX_KINDS)
         now = clock()
         self._window_began, self._ratios, self._max_in_work = now, list[float](), 0
+        self._missed = self._missed_fair = 0
         self._measured_at, self._probing_since, self._probe_samples = now, math.inf, 0
 
     @property
@@ -85,7 +89,7 @@ class AdaptiveLimit:
     def observe(self, kind: str, seconds: float, in_work: int, *, succeeded: bool = True) -> None:
         """Learn from a request that ended; `in_work` counts the requests in work when it began, itself included.
 
-        A request that ended at its deadline took at least `seconds`: evidence of load only where that is long, so
+        A request that ended at its deadline took at least `seconds`: evidence of load only where that is long, so that
         callers with short deadlines cannot lower the limit.
         """
         now = self._clock()
@@ -93,6 +97,8 @@ class AdaptiveLimit:
         if not succeeded:
             if entry is None or seconds <= entry.seconds:
                 return
+            self._missed += 1
+            self._missed_fair += seconds >= _FAIR_DEADLINE * entry.seconds
         elif in_work <= self._probe_limit or entry is None:
             # At high concurrency, better than nothing until samples at low concurrency displace it.
             if entry is None:
@@ -112,12 +118,21 @@ class AdaptiveLimit:
         if ratio * TOLERANCE < 1:
             # Faster than without load: the baseline is of a slower time.
             self._measured_at = -math.inf
-        gradient = TOLERANCE / ratio
-        limit = self._limit * min(1.0, max(_MAX_DECREASE, gradient)) + math.sqrt(self._limit)
+        gradient = min(1.0, max(_MAX_DECREASE, TOLERANCE / ratio))
+        limit = self._limit * gradient + math.sqrt(self._limit)
+        max_missed = _MAX_MISSED * len(self._ratios)
+        if self._missed_fair > max_missed:
+            limit = self._limit * _MISSED_DECREASE
+        elif self._missed > max_missed:
+            limit = min(limit, self._limit)
         # A limit that is not reached says nothing of what more requests would do.
         if limit <= self._limit or self._max_in_work * 2 >= self._limit:
             self._limit = min(float(self._max), max(MIN_LIMIT, self.floor(), limit))
+        self._begin_window(now)
+
+    def _begin_window(self, now: float) -> None:
         self._window_began, self._max_in_work = now, 0
+        self._missed = self._missed_fair = 0
         self._ratios.clear()
 
     def _probe(self, now: float) -> None:
@@ -126,7 +141,6 @@ class AdaptiveLimit:
                 self._probing_since = math.inf
                 self._measured_at = now
                 # Samples of the probe say nothing of the limit after it.
-                self._window_began, self._max_in_work = now, 0
-                self._ratios.clear()
+                self._begin_window(now)
         elif now - self._measured_at >= (_PROBE_LOW_EVERY_S if self._limit <= _LOW_LIMIT else _PROBE_EVERY_S):
             self._probing_since, self._probe_samples = now, 0

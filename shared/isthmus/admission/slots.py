@@ -252,10 +252,14 @@ class Slots:
 
     def _learn(self, request: AdmittedRequest, error: BaseException | None) -> None:
         seconds = self._clock() - request.began
-        if error is None:
-            for key in (request.work, ""):
-                self._services[key] = self._services.get(key, _Service()).after(seconds)
-        elif not isinstance(error, IsthmusError) or http_status(error) not in _SIGNS_OF_LOAD:
+        is_load = isinstance(error, IsthmusError) and http_status(error) in _SIGNS_OF_LOAD
+        if error is not None and not is_load:
             return
+        for key in (request.work, ""):
+            service = self._services.get(key, _Service())
+            # A request that missed its deadline would have taken longer still: without it, the mean would be of those
+            # that were quick enough.
+            if error is None or seconds > service.mean_s > 0:
+                self._services[key] = service.after(seconds)
         if self._adaptive is not None:
             self._adaptive.observe(f"{request.work}{request.detail}", seconds, request.in_work, succeeded=error is None)

@@ -37,6 +37,8 @@ LIMITS = Constraints(max_error=0.25)
 # The edge has a quarter of a CPU.
 EDGE_SHARE = 0.25
 REGISTRY = STATE / "adaptive-registry"
+# Environment of both functions.
+SHARED = {"threads": "1", "preload": "", "cache_bytes": "2GiB", "max_loaded_bytes": "1GiB", "guard_share": "0"}
 _TOKEN = "bench"  # noqa: S105 - of functions that end with this benchmark
 _SETTINGS = RegistrySettings(registry=str(REGISTRY), cache_dir=str(STATE / "adaptive-cache"))
 
@@ -133,23 +135,22 @@ class Site:
 
 
 @contextlib.contextmanager
-def site(reference: str, shape: LinkShape, **settings: str) -> Iterator[Site]:
-    """A router with the head in its process and EDGE_SHARE of a CPU, and a cloud function behind a link.
+def site(reference: str, shape: LinkShape, *, share: float = EDGE_SHARE, **settings: str) -> Iterator[Site]:
+    """A router with the head in its process and `share` of a CPU, and a cloud function behind a link.
 
     `settings` are the router's.
     """
     staged = stage_functions("router", "cloud-tail", registry=REGISTRY, model=reference)
-    shared = {"threads": "1", "preload": "", "cache_bytes": "2GiB", "max_loaded_bytes": "1GiB", "guard_share": "0"}
     with contextlib.ExitStack() as stack:
-        cloud = stack.enter_context(staged["cloud-tail"].start(**shared, cache_dir=str(STATE / "adaptive-cloud")))
+        cloud = stack.enter_context(staged["cloud-tail"].start(**SHARED, cache_dir=str(STATE / "adaptive-cloud")))
         link = stack.enter_context(NetworkEmulator(cloud.url, shape))
         router = stack.enter_context(
             staged["router"].start(
-                **{**shared, "hops": f"local,{link.url}", "cache_dir": str(STATE / "adaptive-edge"), **settings}
+                **{**SHARED, "hops": f"local,{link.url}", "cache_dir": str(STATE / "adaptive-edge"), **settings}
             )
         )
         cloud.wait_ready()
         router.wait_ready()
-        # A start at a quarter of a CPU would take long.
-        stack.enter_context(share_of_a_cpu(EDGE_SHARE, [router.process.pid]))
+        # A start at a share of a CPU would take long.
+        stack.enter_context(share_of_a_cpu(share, [router.process.pid]))
         yield Site(router, cloud, link)

@@ -198,6 +198,7 @@ def test_a_function_that_was_not_reached_is_taken_to_have_lost_its_memory(scene:
     with pytest.raises(HopUnavailable):
         scene.call(scene.hops[1], "6..")
     assert scene.loaded() == {"edge"}
+    assert scene.warming.ask() < 1.0, "it is asked again soon, not when a loaded segment would be"
     scene.cloud.error = None
     scene.cloud.memory.clear()
     scene.cloud.is_loading = True

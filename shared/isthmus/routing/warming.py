@@ -218,6 +218,7 @@ class Warming:
             is_loaded = hop.load(bundle, segment, Deadline.after(_ASK_S))
         except _PASSING:
             self._pauses[name].back_off(self._clock())
+            question.due = self._pauses[name].due  # a lost segment's own was that of its next check
             return
         except IsthmusError as e:
             self._refused(key, question, e)

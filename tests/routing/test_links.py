@@ -187,6 +187,17 @@ def test_an_idle_link_is_probed_after_some_seconds_and_an_unused_one_never() -> 
     assert router.link.probe_due(router.now + MAX_PROBED_S + 1) == math.inf
 
 
+def test_a_link_without_calls_is_probed_from_its_beginning_for_some_minutes() -> None:
+    link = Link(100.0)
+    assert link.probe_due(100.0) <= 100.0
+    link.probing(100.0)
+    assert link.probe_due(101.0) == 100.0 + PROBE_AFTER_S
+    link.probed(ExchangeTimes(0.0, 0.02, 0.02), 300, 105.0)
+    assert rtt_ms(link.estimate(105.0)) == pytest.approx(20, rel=0.1)
+    assert link.estimate(105.0).is_bound
+    assert link.probe_due(100.0 + MAX_PROBED_S + 1) == math.inf
+
+
 def test_a_call_unlike_the_estimate_asks_for_a_probe() -> None:
     router = Router(Wire(0.02, 8 * MBIT))
     settle(router, [20_000], 20)

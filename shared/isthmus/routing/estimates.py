@@ -170,5 +170,5 @@ class Estimates:
     def _link(self, hop: str) -> Link:
         with self._lock:
             if (link := self._links.get(hop)) is None:
-                link = self._links[hop] = Link()
+                link = self._links[hop] = Link(time.monotonic())
             return link

@@ -218,16 +218,20 @@ class Transfer:
 
 
 class Link:
-    """The link to one hop, and the transfers that share it; thread-safe."""
+    """The link to one hop, and the transfers that share it; thread-safe.
 
-    def __init__(self) -> None:
+    A link `began` at that moment is probed until MAX_PROBED_S later, also without a call.
+    """
+
+    def __init__(self, began: float = -math.inf) -> None:
         self._lock = threading.Lock()
         self._up, self._down = PaceFilter(), PaceFilter(has_rtt=False)
         self._open: dict[Transfer, None] = {}
         self._finished: deque[tuple[float, float, int]] = deque(maxlen=_FINISHED)
         self._connect_s: float | None = None
         self._latest: float | None = None
-        self._small_at = self._called_at = self._probed_at = -math.inf
+        self._called_at = began
+        self._small_at = self._probed_at = -math.inf
 
     def begin(self, size: int, now: float) -> Transfer:
         """An upload of about `size` bytes begins."""

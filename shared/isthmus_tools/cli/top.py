@@ -142,7 +142,7 @@ def _by_share(candidates: Iterable[CandidateState]) -> list[CandidateState]:
 
 
 def _milliseconds(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds * 1000:.1f}"
+    return f"{seconds * 1000:.1f}" if seconds else ""
 
 
 # Two digits: more of an estimate would flicker.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -15,6 +16,7 @@ from isthmus.serving.routing_metrics import MAX_ROUTES, MAX_VERSIONS, MeasuredDi
 from support.bundles import Published, metrics, photo, ready, router_settings
 from support.bundles import photos as photos
 
+Measured = Callable[..., tuple[Any, CollectorRegistry]]
 EDGE, CLOUD = "local", "http://10.0.0.7:8080/function/cloud-tail"
 
 
@@ -34,10 +36,10 @@ def model(name: str, routes: int = 1, **given: float) -> ModelState:
 
 
 @pytest.fixture
-def measured(photos: Published, tmp_path: Path) -> Callable[[RouterState], tuple[Dispatched, CollectorRegistry]]:
-    def measure(given: RouterState) -> tuple[Dispatched, CollectorRegistry]:
+def measured(photos: Published, tmp_path: Path) -> Measured:
+    def measure(given: RouterState, *, exposed: bool = False) -> tuple[Dispatched, CollectorRegistry]:
         dispatcher = Dispatched(given)
-        routing = RoutingMetrics(router_settings(photos, tmp_path, (EDGE, CLOUD), expose_details=False))
+        routing = RoutingMetrics(router_settings(photos, tmp_path, (EDGE, CLOUD), expose_details=exposed))
         routing.measure(dispatcher)
         registry = CollectorRegistry()
         registry.register(routing)
@@ -46,17 +48,14 @@ def measured(photos: Published, tmp_path: Path) -> Callable[[RouterState], tuple
     return measure
 
 
-Measured = Callable[[RouterState], tuple[Dispatched, CollectorRegistry]]
-
-
 def test_each_fact_of_the_state_is_a_metric_and_hops_are_named_by_place(measured: Measured) -> None:
     hop = HopState(CLOUD, "open", 3, 20, 5, rtt_s=0.02, up_bytes_s=5e5, opened=2, hedged=4)
     seen = {"expected_s": 0.2, "planned_s": 0.1, "drift": 1.5, "fallbacks": {"HopTimeout": 6}}
     edge = CandidateState("edge-only", ("..",), 0.75, requests=30, failures=1, degraded="int8", loaded=False, **seen)
-    state = RouterState((HopState(EDGE), hop), (ModelState("net", "7", "edge-only", 9, (edge,)),))
+    state = RouterState((HopState(EDGE), hop), (ModelState("photos", "7", "edge-only", 9, (edge,)),))
     _, registry = measured(state)
     at = {"hop": "hop1"}
-    route = {"model": "net", "version": "7", "route": "edge-only"}
+    route = {"model": "photos", "version": "7", "route": "edge-only"}
 
     def value(name: str, labels: Mapping[str, str]) -> float | None:
         return registry.get_sample_value(f"isthmus_{name}", dict(labels))
@@ -72,13 +71,13 @@ def test_each_fact_of_the_state_is_a_metric_and_hops_are_named_by_place(measured
     assert [value(f"route_{name}", route) for name in gauges] == [0.75, 0.2, 0.1, 1.5, 0, 1]
     assert [value(f"route_{name}_total", route) for name in ("requests", "failures")] == [30, 1]
     assert value("route_fallbacks_total", route | {"error": "HopTimeout"}) == 6
-    assert value("route_switches_total", {"model": "net", "version": "7"}) == 9
+    assert value("route_switches_total", {"model": "photos", "version": "7"}) == 9
     assert "10.0.0.7" not in generate_latest(registry).decode()
 
 
 def test_versions_and_routes_beyond_the_bound_share_series_and_a_place_is_freed(measured: Measured) -> None:
     models = tuple(model(f"m{i}", MAX_ROUTES + 3) for i in range(3 * MAX_VERSIONS))
-    dispatcher, registry = measured(RouterState((), models))
+    dispatcher, registry = measured(RouterState((), models), exposed=True)
     assert dispatcher.metrics is not None
     for each in models:
         dispatcher.metrics.answered(each.name, "1", "r0", 0.1)
@@ -100,6 +99,18 @@ def test_versions_and_routes_beyond_the_bound_share_series_and_a_place_is_freed(
     dispatcher.given = RouterState((), (late,))
     assert list(counted("route_switches_total")) == [(late.name, "1")]
     assert set(counted("route_seconds_count")) == {("other", "other", "other")}
+
+
+def test_models_beside_the_default_have_no_name_in_metrics_that_anybody_may_read(measured: Measured) -> None:
+    state = RouterState((), (model("photos"), model("secret", 2)))
+    dispatcher, registry = measured(state)
+    assert dispatcher.metrics is not None
+    dispatcher.metrics.answered("secret", "1", "r0", 0.1)
+    text = generate_latest(registry).decode()
+    assert "secret" not in text
+    other = {"model": "other", "version": "other", "route": "other"}
+    assert registry.get_sample_value("isthmus_route_requests_total", other) == 2
+    assert "secret" in generate_latest(measured(state, exposed=True)[1]).decode()
 
 
 def test_a_router_counts_the_seconds_of_its_requests_by_route(photos: Published, tmp_path: Path) -> None:

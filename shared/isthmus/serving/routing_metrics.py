@@ -91,7 +91,7 @@ class RoutingMetrics(Collector):
 
     def answered(self, model: str, version: str, route: str, seconds: float) -> None:
         """Count a request that a route answered."""
-        self._seconds.labels(*self._places.of(model, version, route)).observe(seconds)
+        self._seconds.labels(*self._labels(model, version, route)).observe(seconds)
 
     def collect(self) -> Iterator[Metric]:
         """See `prometheus_client.registry.Collector`."""
@@ -103,6 +103,12 @@ class RoutingMetrics(Collector):
             self._seconds.remove(*labels)
         yield from self._of_models(state.models)
         yield from self._seconds.collect()
+
+    def _labels(self, model: str, version: str, route: str) -> RouteLabels:
+        # Anybody may read metrics: the names of models beside the default are details, as in lists.
+        if not self._settings.expose_details and model != self._settings.model.partition(":")[0]:
+            return RouteLabels(OTHER, OTHER, OTHER)
+        return self._places.of(model, version, route)
 
     def _of_hops(self, hops: Iterable[HopState]) -> Iterator[Metric]:
         named = [([hop_label(self._settings, hop.name)], hop) for hop in hops]
@@ -122,7 +128,7 @@ class RoutingMetrics(Collector):
             yield _gauge(f"isthmus_{name}", help, ("hop",), ((labels, read(hop)) for labels, hop in named))
 
     def _of_models(self, models: Iterable[ModelState]) -> Iterator[Metric]:
-        named = [(self._places.of(m.name, m.version, c.name), c) for m in models for c in m.candidates]
+        named = [(self._labels(m.name, m.version, c.name), c) for m in models for c in m.candidates]
         for name, (help, count) in _ROUTE_COUNTERS.items():
             yield _counter(f"isthmus_route_{name}", help, _ROUTE, ((labels, count(c)) for labels, c in named))
         fallbacks = (((*labels, error), n) for labels, c in named for error, n in c.fallbacks.items())
@@ -132,7 +138,7 @@ class RoutingMetrics(Collector):
         own = [(labels, c) for labels, c in named if not labels.is_shared]
         for name, (help, read) in _ROUTE_GAUGES.items():
             yield _gauge(f"isthmus_route_{name}", help, _ROUTE, ((labels, read(c)) for labels, c in own))
-        switches = ((self._places.of(m.name, m.version, m.preferred)[:2], m.switches) for m in models)
+        switches = ((self._labels(m.name, m.version, m.preferred)[:2], m.switches) for m in models)
         yield _counter("isthmus_route_switches", "Changes of the preferred route.", _ROUTE[:2], switches)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -144,13 +145,22 @@ def site(reference: str, shape: LinkShape, *, share: float = EDGE_SHARE, **setti
     with contextlib.ExitStack() as stack:
         cloud = stack.enter_context(staged["cloud-tail"].start(**SHARED, cache_dir=str(STATE / "adaptive-cloud")))
         link = stack.enter_context(NetworkEmulator(cloud.url, shape))
-        router = stack.enter_context(
-            staged["router"].start(
-                **{**SHARED, "hops": f"local,{link.url}", "cache_dir": str(STATE / "adaptive-edge"), **settings}
-            )
-        )
+        edge = {**SHARED, "hops": f"local,{link.url}", "cache_dir": str(STATE / "adaptive-edge"), **settings}
+        with _one_cpu():
+            router = stack.enter_context(staged["router"].start(**edge))
         cloud.wait_ready()
         router.wait_ready()
         # A start at a share of a CPU would take long.
         stack.enter_context(share_of_a_cpu(share, [router.process.pid]))
         yield Site(router, cloud, link)
+
+
+@contextlib.contextmanager
+def _one_cpu() -> Iterator[None]:
+    """Processes that start in the block see one CPU, as a small device has, and run one segment at a time."""
+    cpus = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cpus)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cpus)

@@ -10,10 +10,11 @@ import pytest
 
 from isthmus.errors import Overloaded
 from isthmus.routing.candidates import RouteCandidate
-from isthmus.routing.choice import EXPLORED_OF, HOLD_S, KNOWN_S, RouteChooser
+from isthmus.routing.choice import EXPLORED_OF, HOLD_S, KNOWN_S, ONE_EACH, RouteChooser
 from isthmus.routing.demand import Demand
 from isthmus.routing.forecast import Expectation
 from isthmus.routing.outstanding import Busy, Outstanding, note_call
+from isthmus.routing.spreading import Spreading
 from support.route_simulation import Simulation, World, fake_candidate
 
 LEFT_S = 10.0
@@ -286,6 +287,12 @@ def test_a_request_that_outstanding_work_makes_late_on_every_route_is_refused(tr
         with pytest.raises(Overloaded, match="more than its deadline allows") as caught:
             trial.choose(left_s=0.09)
         assert caught.value.facts["retry_after_s"] == 1
+        # Routes are divided for the rate that callers ask for.
+        rate = trial.chooser.usage.rate()
+        for _ in range(50):
+            with pytest.raises(Overloaded):
+                trial.choose(left_s=0.09)
+        assert trial.chooser.usage.rate() > rate + 10
     assert trial.choose(left_s=0.09) == "split"
 
 
@@ -293,3 +300,15 @@ def test_a_request_that_would_be_late_in_any_case_runs(trial: Trial) -> None:
     # Only a request can tell that forecasts are wrong.
     with trial.chooser.begin(EDGE), trial.chooser.begin(CLOUD):
         assert trial.choose(left_s=0.07) == "split"
+
+
+def test_shares_stay_for_half_a_second() -> None:
+    spreading = Spreading(len(ALL))
+    spreading.update(expected(), 0, (0, 1, 2), 30.0, ONE_EACH)
+    before = spreading.shares
+    assert before
+    for _ in range(4):
+        spreading.update(expected(), 0, (0, 1, 2), 35.0, ONE_EACH)
+        assert spreading.shares == before
+    spreading.update(expected(), 0, (0, 1, 2), 35.0, ONE_EACH)
+    assert spreading.shares != before

@@ -144,6 +144,7 @@ class RouteChooser:
         quickest = min(seconds, key=seconds.__getitem__)
         # Late even without any other request: the forecasts may be wrong, and only a request can tell.
         if seconds[quickest] > left_s >= min(self._expected[i].seconds for i in seconds):
+            self.usage.refused()
             late_s = seconds[quickest] - left_s
             raise Overloaded(
                 f"the requests before this one take {late_s:.3g} s more than its deadline allows",

@@ -33,9 +33,12 @@ class RouteUsage:
             self.requests[index] += 1
             self._rates[index] = self._rate(index, now) + 1 / WINDOW_S
             self._rated_at[index] = now
-            recent = self._recent_rates(now)
-            self._recent = [rate + 1 / window for rate, window in zip(recent, _SHORT_WINDOWS_S, strict=True)]
-            self._latest = now
+            self._arrived(now)
+
+    def refused(self) -> None:
+        """A request was refused for load: routes should be ready for it all the same."""
+        with self._lock:
+            self._arrived(self._clock())
 
     def failed(self, index: int) -> None:
         """A hop of the candidate gave no response."""
@@ -59,6 +62,11 @@ class RouteUsage:
     def age_s(self, index: int, now: float) -> float:
         """Seconds since the candidate was taken; infinite if never."""
         return now - self._rated_at[index]
+
+    def _arrived(self, now: float) -> None:
+        recent = self._recent_rates(now)
+        self._recent = [rate + 1 / window for rate, window in zip(recent, _SHORT_WINDOWS_S, strict=True)]
+        self._latest = now
 
     def _rate(self, index: int, now: float) -> float:
         return self._rates[index] * _decay(now - self._rated_at[index], WINDOW_S) if self._rates[index] else 0.0

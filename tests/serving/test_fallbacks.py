@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,12 @@ from isthmus.artifacts.plan import Candidate, Coding, Error
 from isthmus.oip import messages as oip
 from isthmus.pipeline.continuation import CONTENT_TYPE
 from isthmus.serving import create_router_app, create_segment_app
+from isthmus_tools.netem import NetworkEmulator
 from isthmus_tools.planner.publishing import publish_plan
-from support.bundles import Published, photo, publish_photos, ready, router_settings, segment_settings, served
+from support.bundles import Published, metrics, photo, publish_photos, ready, router_settings, segment_settings, served
 from support.patience import LONG_S, eventually
 from support.plans import candidate, plan_for
+from support.ports import free_port
 from support.routers import assert_classes, before, expected_classes, oip_json
 
 CAT = photo(seed=1)
@@ -63,12 +67,12 @@ class Place:
     folder: Path
     infer: str = ""
 
-    def router(self, chosen: Candidate, *others: Candidate, **given: Any) -> FlaskClient:
+    def router(self, chosen: Candidate, *others: Candidate, hops: tuple[str, ...] = (), **given: Any) -> FlaskClient:
         plan = plan_for(self.published.bundle, chosen, candidates=(chosen, *others))
         version = publish_plan(self.published.registry, self.published.bundle, {}, plan)
         self.infer = f"/v2/models/photos/versions/{version.version}/infer"
         given = {"deadline_s": 20.0, "model": f"photos:{version.version}", **given}
-        settings = router_settings(self.published, self.folder / "router", ("local", self.tail.url), **given)
+        settings = router_settings(self.published, self.folder / "router", hops or ("local", self.tail.url), **given)
         return ready(create_router_app(settings).test_client())
 
 
@@ -282,3 +286,71 @@ def test_a_callers_own_error_takes_no_other_route(place: Place) -> None:
     answer = client.post("/", data=CAT[:60])
     assert (answer.status_code, answer.json["type"]) == (400, "ImageMalformed")
     assert place.tail.frames == 1
+
+
+def test_no_photo_of_a_batch_is_decoded_after_the_deadline(place: Place) -> None:
+    client = place.router(CLOUD, fallback=("none",))
+    place.tail.fault = place.tail.stall
+    part = b'--b\r\nContent-Disposition: form-data; name="images"; filename="f"\r\n\r\n%s\r\n' % CAT
+    headers = {"Content-Type": "multipart/form-data; boundary=b", "X-Timeout": "500ms"}
+    answer = client.post("/", data=part * 8 + b"--b--\r\n", headers=headers)
+    assert answer.status_code == 504, answer.text
+    assert place.tail.frames == 1
+
+
+def test_work_of_a_passed_deadline_is_not_begun(place: Place) -> None:
+    client = place.router(SPLIT, EDGE)
+    route_of(client)
+    before = place.tail.frames
+    for timeout in ("0s", "1ns", "1us"):
+        answer = client.post("/", data=CAT, headers={"X-Timeout": timeout})
+        assert answer.status_code in (400, 504), answer.text
+    assert place.tail.frames == before
+
+
+def test_requests_under_way_when_the_tail_dies_are_answered_within_their_deadline(place: Place) -> None:
+    """Eight callers at a time; the link goes silent, then down, in mid-run."""
+    with NetworkEmulator(place.tail.url) as link:
+        client = place.router(SPLIT, INT8, hops=("local", link.url), max_concurrency=16)
+        routes: list[str] = []
+        ended = threading.Event()
+
+        def call() -> None:
+            while not ended.is_set():
+                response = client.application.test_client().post("/", data=CAT, headers={"X-Timeout": "10s"})
+                routes.append(response.headers.get("Isthmus-Route", str(response.status_code)))
+
+        with ThreadPoolExecutor(8) as callers:
+            done = [callers.submit(call) for _ in range(8)]
+            try:
+                eventually(lambda: routes.count("split-3") > 50)
+                link.stall(LONG_S)
+                eventually(lambda: routes[-8:] == ["edge-int8"] * 8)
+                link.down()
+                link.up()
+                eventually(lambda: routes[-20:] == ["split-3"] * 20)
+            finally:
+                ended.set()
+        for each in done:
+            each.result()
+    assert set(routes) == {"split-3", "edge-int8"}
+
+
+def test_a_tail_that_comes_and_goes_does_not_drag_the_traffic_along(place: Place) -> None:
+    client = place.router(SPLIT, INT8)
+    route_of(client)
+    flaps = iter([None, unavailable()] * 10_000)
+    place.tail.fault = lambda: next(flaps)
+    routes = names(client, 200)
+    changes = sum(a != b for a, b in itertools.pairwise(routes))
+    # It fails every other call: without a breaker each of them would change the route.
+    assert place.tail.frames < 100
+    assert changes < 100
+
+
+def test_one_of_two_urls_of_a_tail_is_enough(place: Place) -> None:
+    dead = f"http://127.0.0.1:{free_port()}"
+    client = place.router(SPLIT, INT8, hops=("local", f"{dead}|{place.tail.url}"), expose_details=False)
+    eventually(lambda: names(client, 5) == ["split-3"] * 5)
+    labels = [sorted(labels) for name, labels in metrics(client) if name == "isthmus_hop_calls_total"]
+    assert sorted(labels) == [[("hop", "hop1.0")], [("hop", "hop1.1")], [("hop", "local")]]

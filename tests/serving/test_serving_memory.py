@@ -135,7 +135,9 @@ def test_a_turn_is_waited_for_until_the_deadline() -> None:
     turns = Turns(1)
     with turns.one(Deadline.after(LONG_S)), pytest.raises(DeadlineExceeded), turns.one(Deadline.after(0.01)):
         pass
-    with turns.one(Deadline.after(0)):
+    with pytest.raises(DeadlineExceeded), turns.one(Deadline.after(0)):
+        pass
+    with turns.one(Deadline.after(LONG_S)):
         pass
 
 

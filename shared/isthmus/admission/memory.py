@@ -106,6 +106,7 @@ class Turns:
         if not self._semaphore.acquire(timeout=deadline.remaining()):
             raise DeadlineExceeded("the deadline passed while other requests were read")
         try:
+            deadline.check("the request was read")  # a turn that is free is taken after the deadline as well
             yield
         finally:
             self._semaphore.release()

@@ -58,9 +58,12 @@ class Dispatcher:
 
         Raises:
             RequestMalformed: no candidate has the name `pin`.
+            DeadlineExceeded: the deadline passed before any attempt.
             As `attempt` for the last candidate tried.
         """
         candidates = _pinned(model, pin)
+        # Later photos of a batch may come after it; an attempt begins with decoding a photo.
+        context.deadline.check("a route was taken")
         if not model.route.name:  # a route beside the served ones, which their state must not know
             return attempt(candidates[0], context)
         if exact_only:

@@ -31,8 +31,8 @@ from isthmus.runtime.ort_runner import Runner
 SIZES = (2, 4, 8)
 # A batch of n takes at most this share of the seconds of n single runs.
 MAX_SHARE = 0.9
-# A trial under load takes at most a tenth of the time, and no step holds a slot for longer.
-_LOAD_SHARE, MAX_STEP_S = 0.1, 0.1
+# A trial under load takes at most a twentieth of the time, and no step holds a slot for longer.
+_LOAD_SHARE, MAX_STEP_S = 0.05, 0.1
 # Runs that ended with company waiting, before a trial is worth its time.
 CONTENDED = 8
 # Until another trial of a segment whose batches gained nothing.
@@ -224,7 +224,8 @@ class BatchMeasurement:
         sizes: dict[int, float] = {}
         singles = [first]
         for size in SIZES:
-            if size * single_s > MAX_STEP_S:
+            # A large batch seldom pays where two smaller ones gain nothing, and takes half of a trial's time.
+            if size * single_s > MAX_STEP_S or (size > SIZES[1] and not sizes):
                 break
             singles += [self._run(row)[1] for row in rows[len(singles) : size]]
             if not self._agrees(rows[:size], singles):

@@ -1,4 +1,4 @@
-"""Admission control: which requests are worked on, which wait, and which are refused; and bounds on memory.
+"""Admission control: requests are worked on, wait or are refused; and bounds on memory.
 
 Source: docs/explanation/routing.md, "Overload".
 """

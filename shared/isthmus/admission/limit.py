@@ -2,8 +2,8 @@
 
 The gradient of Envoy's adaptive concurrency: a latency baseline from moments of low concurrency, and a limit that
 falls where requests take longer than the baseline and otherwise grows by the square root of itself. The baseline is
-measured anew all the time, by requests that began beside few others, and where there are none for a while, by a probe
-with a low limit. A baseline from samples under load would rise with the load (Netflix concurrency-limits, issue 165).
+measured anew all the time, by requests that began at low concurrency; without any for a while, a probe lowers the
+limit. A baseline from samples under load would rise with the load (Netflix concurrency-limits, issue 165).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _MAX_KINDS = 256
 
 
 class _Baseline:
-    """The usual seconds of one kind of work at low concurrency, of late."""
+    """The usual seconds of a kind of work at low concurrency, of late."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -57,7 +57,7 @@ class AdaptiveLimit:
     """A limit between MIN_LIMIT and `max_limit`, from the seconds of requests; not thread-safe.
 
     Kinds of work are compared with themselves alone, as one model takes longer than another. `floor` gives the least
-    limit at present, such as for batches, whose requests take longer together and yet are more in a second.
+    limit at present, as for batches: their requests take longer together and yet are more in a second.
     """
 
     def __init__(self, max_limit: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -82,7 +82,7 @@ class AdaptiveLimit:
         return self._probing_since < math.inf
 
     def baseline(self, kind: str) -> float | None:
-        """Seconds of a kind of work without load; None where it is unknown."""
+        """Seconds of a kind of work without load; None before the first sample."""
         entry = self._baselines.get(kind)
         return None if entry is None else entry.seconds
 
@@ -100,7 +100,7 @@ class AdaptiveLimit:
             self._missed += 1
             self._missed_fair += seconds >= _FAIR_DEADLINE * entry.seconds
         elif in_work <= self._probe_limit or entry is None:
-            # At high concurrency, better than nothing until samples at low concurrency displace it.
+            # At high concurrency, better than nothing until samples at low concurrency displace this sample.
             if entry is None:
                 entry = self._baselines[kind] = _Baseline()
             entry.add(seconds)
@@ -125,7 +125,7 @@ class AdaptiveLimit:
             limit = self._limit * _MISSED_DECREASE
         elif self._missed > max_missed:
             limit = min(limit, self._limit)
-        # A limit that is not reached says nothing of what more requests would do.
+        # A limit that is not reached says nothing of the effect of more requests.
         if limit <= self._limit or self._max_in_work * 2 >= self._limit:
             self._limit = min(float(self._max), max(MIN_LIMIT, self.floor(), limit))
         self._begin_window(now)

@@ -1,4 +1,4 @@
-"""Bounds on memory: bytes of all requests together, and turns for work that takes much of it."""
+"""Bounds on memory: bytes of all requests together, and turns for work that takes much memory."""
 
 from __future__ import annotations
 

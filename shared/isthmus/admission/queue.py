@@ -1,7 +1,7 @@
 """The queue in front of the slots: callers take turns, and of one caller the earliest deadline goes first.
 
 Fair queueing by the work that callers received: the next request is of the caller with the least, where a caller that
-was away starts at the present turn, so that nobody saves up turns. A caller's share of the places follows Choudhury
+was away starts at the present turn, so that no caller saves up turns. A caller's share of the places follows Choudhury
 and Hahne's dynamic thresholds: as many places as are free, so some stay free for other callers.
 """
 
@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 
 from cachetools import LRUCache
 
-# Callers whose received work is remembered while they have no request in the queue.
+# Callers without a request in the queue, with the work that each received.
 MAX_CALLERS = 1024
 
 
 @dataclass(order=True)
 class Waiter:
-    """A waiting request. `latest_start` is the last moment at which work on it can still meet its deadline.
+    """A waiting request. `latest_start` is the last moment at which work can begin and still meet the deadline.
 
     Units: `cost_s` is the expected seconds of its work; moments are of the monotonic clock.
     """
@@ -47,7 +47,7 @@ class FairQueue:
         self.max_length = max_length
         self._waiting: dict[str | None, _Caller] = {}
         self._remembered: LRUCache[str | None, float] = LRUCache(MAX_CALLERS)
-        # What the caller of the latest turn had received.
+        # Seconds of work received by the caller of the latest turn.
         self._turn_s = 0.0
         self._length, self._cost_s = 0, 0.0
 
@@ -89,7 +89,7 @@ class FairQueue:
         self._cost_s += waiter.cost_s
 
     def next(self) -> Waiter | None:
-        """Take the waiter whose turn it is; None where none waits."""
+        """Take the next waiter in turn; None where none waits."""
         if not self._waiting:
             return None
         name = min(self._waiting, key=lambda name: self._waiting[name].received_s)

@@ -1,4 +1,4 @@
-"""The request that a thread works on: its deadline and slot, its waits for the registry, and what it does."""
+"""The request that a thread works on: its deadline and slot, its waits for the registry, and its kind of work."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def current_deadline() -> Deadline | None:
 
 
 def describe_work(detail: str) -> None:
-    """Add to what this thread's request does, such as its model, route or segment; no-op outside of requests.
+    """Describe the work of this thread's request further: model, route or segment; no-op outside of requests.
 
     The adaptive limit compares the seconds of requests with the same descriptions only: a request that took a second
     route because the first gave no response is of a kind of its own, and no sign of load.

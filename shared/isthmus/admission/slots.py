@@ -24,9 +24,9 @@ from isthmus.admission.request import AdmittedRequest, as_current
 from isthmus.context import Deadline
 from isthmus.errors import DeadlineExceeded, IsthmusError, Overloaded, http_status
 
-# The template's index.py starts this many threads beyond those of requests in work and in the queue.
+# The template's index.py starts this many threads beyond a thread for each request in work and in the queue.
 MAX_WAITING = 16
-# Endpoints and models whose service seconds are estimated; the least recently used is forgotten.
+# Estimates of service seconds, by endpoint and model; the least recently used is forgotten.
 _MAX_SERVICES = 256
 # Of the mean and the mean deviation of service seconds, a sample's share: TCP's, RFC 6298.
 _MEAN_SHARE, _DEVIATION_SHARE = 0.125, 0.25
@@ -125,7 +125,7 @@ class Slots:
         return len(self._queue)
 
     def keep_at_least(self, floor: Callable[[], int]) -> None:
-        """Keep the adaptive limit at `floor()` or above; it is asked at each change of the limit."""
+        """Keep the adaptive limit at `floor()` or above, as of each change of the limit."""
         if self._adaptive is not None:
             self._adaptive.floor = floor
 
@@ -142,7 +142,7 @@ class Slots:
         details once these are known. `caller` is None where callers are not told apart.
 
         Raises:
-            Overloaded: the request would wait too long for its deadline, or the queue has no place for it.
+            Overloaded: the request would wait too long for its deadline, or the queue has no place left.
             DeadlineExceeded: the deadline passed, or came too near, in the queue.
         """
         request = AdmittedRequest(self, deadline, work, needs_slot=True)
@@ -193,7 +193,7 @@ class Slots:
                 raise self._refusal("share", "this caller's share of the queue is full")
             raise self._refusal("full", f"{self._working} requests are under way, {len(self._queue)} wait; try again")
         now, latest_start = self._clock(), request.deadline.at - service.mean_s
-        # A slot is given back each mean_s / limit seconds: this request's turn comes after those before it.
+        # A slot is given back each mean_s / limit seconds: this request's turn comes after earlier requests.
         wait_s = (self._queue.ahead_s(caller, latest_start) + service.mean_s) / limit
         needed_s = _WAIT_SAFETY * wait_s + service.mean_s + _DEVIATIONS * service.deviation_s
         if now + needed_s > request.deadline.at:
@@ -242,7 +242,7 @@ class Slots:
             request.is_whole = False
 
     def give_back(self, request: AdmittedRequest, error: BaseException | None = None) -> None:
-        """Return the request's slot, which the next one of the queue gets."""
+        """Return the request's slot to the next request of the queue."""
         with self._lock:
             request.has_slot = False
             self._working -= 1
@@ -257,8 +257,8 @@ class Slots:
             return
         for key in (request.work, ""):
             service = self._services.get(key, _Service())
-            # A request that missed its deadline would have taken longer still: without it, the mean would be of those
-            # that were quick enough.
+            # A request that missed its deadline would have taken longer still; a mean of the quick requests alone would
+            # be too low.
             if error is None or seconds > service.mean_s > 0:
                 self._services[key] = service.after(seconds)
         if self._adaptive is not None:

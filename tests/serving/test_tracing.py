@@ -164,9 +164,13 @@ def test_spans_of_the_last_requests_are_sent_as_the_app_closes(
 
 @pytest.mark.parametrize("status", [0, 400, 503])
 def test_a_receiver_that_is_away_or_refuses_costs_a_line_and_no_answer(
-    status: int, receiver: OtlpReceiver, photos: Published, tmp_path: Path, apps: ExitStack,
+    status: int,
+    receiver: OtlpReceiver,
+    photos: Published,
+    tmp_path: Path,
+    apps: ExitStack,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "5")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "0.05")
     receiver.status = status
@@ -224,6 +228,16 @@ print(sorted(name for name in sys.modules if name.startswith(("opentelemetry", "
         assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
+def test_a_traced_segment_function_loads_neither_routing_nor_events() -> None:
+    script = """
+import sys
+import isthmus.serving.segment, isthmus.serving.tracing
+print(sorted(name for name in sys.modules if name.startswith(("isthmus.routing", "isthmus.events", "highspy"))))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
 def test_missing_packages_are_a_line_in_the_log_and_no_end(
     photos: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,9 +262,13 @@ def test_missing_packages_are_a_line_in_the_log_and_no_end(
     ],
 )
 def test_a_variable_that_cannot_be_used_stops_the_start(
-    variable: str, value: str, receiver: OtlpReceiver, photos: Published, tmp_path: Path,
+    variable: str,
+    value: str,
+    receiver: OtlpReceiver,
+    photos: Published,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setenv(variable, value)
     with pytest.raises(SettingsError) as refused:
         create_segment_app(segment_settings(photos, tmp_path))

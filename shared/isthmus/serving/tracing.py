@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import requests
 from opentelemetry.context import Context as SpanContext
@@ -29,15 +29,17 @@ from opentelemetry.util.types import AttributeValue
 import isthmus
 from isthmus.context import Context, Headers
 from isthmus.errors import IsthmusError
-from isthmus.events.message import Message
-from isthmus.events.processing import MessageHandler
-from isthmus.events.route import RouterReply
 from isthmus.http.pool import is_url
-from isthmus.pipeline import Result
-from isthmus.pipeline.hop import Hop, HopReply
-from isthmus.routing import Attempt, RouteCandidate, ServedModel
 from isthmus.serving.request import Timings
-from isthmus.wire.frame import Frame
+
+if TYPE_CHECKING:  # segment functions load neither routing nor events
+    from isthmus.events.message import Message
+    from isthmus.events.processing import MessageHandler
+    from isthmus.events.route import RouterReply
+    from isthmus.pipeline import Result
+    from isthmus.pipeline.hop import Hop, HopReply
+    from isthmus.routing import Attempt, RouteCandidate, ServedModel
+    from isthmus.wire.frame import Frame
 
 Attributes = Mapping[str, AttributeValue | None]
 

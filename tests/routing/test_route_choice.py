@@ -10,8 +10,9 @@ import pytest
 
 from isthmus.errors import Overloaded
 from isthmus.routing.candidates import RouteCandidate
-from isthmus.routing.choice import EXPLORED_OF, HOLD_S, KNOWN_S, ONE_EACH, RouteChooser
+from isthmus.routing.choice import HOLD_S, ONE_EACH, RouteChooser
 from isthmus.routing.demand import Demand
+from isthmus.routing.exploration import EXPLORED_OF, KNOWN_REQUESTS, KNOWN_S, MAX_REPEATED, OFTEN_EXPLORED_OF
 from isthmus.routing.forecast import Expectation
 from isthmus.routing.outstanding import Busy, Outstanding, note_call
 from isthmus.routing.spreading import Spreading
@@ -48,6 +49,9 @@ class Trial:
     def __init__(self, candidates: Sequence[RouteCandidate] = ALL) -> None:
         self.clock, self.outstanding = Clock(), Outstanding()
         self.chooser = RouteChooser(candidates, self.outstanding, self.clock)
+        for i in range(len(candidates) * KNOWN_REQUESTS):
+            self.chooser.usage.took(i % len(candidates))
+        self.clock.now += 1000.0
 
     def refresh(self, after_s: float = 0.1, **seconds: float) -> str:
         """Forecasts after so many seconds; the name of the preferred route then."""
@@ -118,12 +122,12 @@ def loaded(trial: Trial, requests: int, every_s: float, **seconds: float) -> Cou
     taken: Counter[str] = Counter()
     refreshed_at = trial.clock.now
     for _ in range(requests):
-        trial.clock.now += every_s
         if trial.clock.now - refreshed_at >= 0.1:
             refreshed_at = trial.clock.now
             trial.refresh(0.0, **seconds)
         chosen = trial.chooser.choose(ALL, LEFT_S)
-        with trial.chooser.begin(chosen):
+        with trial.chooser.running(chosen):
+            trial.clock.now += every_s
             taken[chosen.name] += 1
     return taken
 
@@ -159,13 +163,13 @@ def test_of_spread_routes_those_that_answer_take_all_turns(trial: Trial) -> None
 
 
 def test_the_edge_is_free_once_the_far_hop_is_called(trial: Trial) -> None:
-    with trial.chooser.begin(SPLIT):
+    with trial.chooser.running(SPLIT):
         note_call("edge")
         assert trial.outstanding.seconds().edge == pytest.approx(0.03)
         note_call("cloud")
         assert trial.outstanding.seconds().edge == pytest.approx(0)
         assert trial.outstanding.seconds().cloud == pytest.approx(0.01)
-    with trial.chooser.begin(EDGE):
+    with trial.chooser.running(EDGE):
         note_call("edge")  # whose work begins with the call
         assert trial.outstanding.seconds().edge == pytest.approx(0.1)
 
@@ -175,7 +179,8 @@ def explored(trial: Trial, requests: int, left_s: float = LEFT_S) -> Counter[str
     for _ in range(requests):
         trial.clock.now += 0.1
         chosen = trial.chooser.choose(ALL, left_s)
-        with trial.chooser.begin(chosen):
+        with trial.chooser.running(chosen):
+            trial.clock.now += trial.chooser.expected_s(chosen) or 0.0
             taken[chosen.name] += 1
     return taken
 
@@ -195,7 +200,7 @@ def test_a_route_that_would_leave_no_time_is_not_explored(trial: Trial) -> None:
 
 def test_nothing_is_explored_while_work_is_outstanding(trial: Trial) -> None:
     trial.refresh(edge=0.2)
-    with trial.chooser.begin(SPLIT):
+    with trial.chooser.running(SPLIT):
         note_call("cloud")
         assert set(explored(trial, 3 * EXPLORED_OF)) == {"split"}
 
@@ -208,17 +213,54 @@ def test_a_route_that_was_just_taken_is_not_explored(trial: Trial) -> None:
         assert trial.choose() == "split"
 
 
+def test_a_route_of_which_little_is_known_is_explored_more_often(trial: Trial) -> None:
+    new = RouteChooser(ALL, trial.outstanding, trial.clock)
+    new.refresh(expected())
+    for _ in range(KNOWN_REQUESTS * 3 * OFTEN_EXPLORED_OF):
+        trial.clock.now += 0.1
+        with new.running(new.choose(ALL, LEFT_S)):
+            trial.clock.now += 0.2
+    state = {c.name: c.requests for c in new.state("photos", "1").candidates}
+    assert min(state["edge"], state["cloud"]) >= KNOWN_REQUESTS
+
+
+def test_a_link_out_of_use_is_tried_every_few_requests(trial: Trial) -> None:
+    trial.refresh(split=0.5, cloud=0.14)
+    assert trial.chooser.preferred.name == "edge"
+    taken = explored(trial, 10 * OFTEN_EXPLORED_OF)
+    assert 8 <= taken["cloud"] <= 10
+
+
+def test_a_link_that_could_gain_nothing_is_not_tried_so_often(trial: Trial) -> None:
+    trial.refresh(split=0.5, edge=0.03)
+    assert explored(trial, 10 * OFTEN_EXPLORED_OF)["cloud"] <= 2
+
+
+def test_an_exploration_that_is_quicker_than_expected_is_repeated_at_once(trial: Trial) -> None:
+    trial.refresh(split=0.5, cloud=0.14)
+    taken = []
+    for _ in range(4 * OFTEN_EXPLORED_OF):
+        trial.clock.now += 0.1
+        chosen = trial.chooser.choose(ALL, LEFT_S)
+        with trial.chooser.running(chosen):
+            trial.clock.now += 0.05
+        taken.append(chosen.name)
+    first = taken.index("cloud")
+    assert taken[first : first + MAX_REPEATED + 2] == [*["cloud"] * (1 + MAX_REPEATED), "edge"]
+
+
 def test_a_state_has_shares_rates_and_switches(trial: Trial) -> None:
     for _ in range(300):
         trial.clock.now += 0.1
-        with trial.chooser.begin(EDGE):
+        with trial.chooser.running(EDGE):
             pass
     trial.chooser.failed(EDGE)
     state = trial.chooser.state("photos", "3")
     by_name = {c.name: c for c in state.candidates}
     assert (state.preferred, state.switches) == ("split", 0)
     assert state.rate == pytest.approx(10, rel=0.1)
-    assert (by_name["edge"].share, by_name["edge"].requests, by_name["edge"].failures) == (1.0, 300, 1)
+    assert (by_name["edge"].requests, by_name["edge"].failures) == (300 + KNOWN_REQUESTS, 1)
+    assert by_name["edge"].share == pytest.approx(1)
     assert by_name["split"].expected_s == pytest.approx(0.08)
 
 
@@ -226,7 +268,7 @@ def test_a_clock_that_stands_still_or_jumps_back_breaks_nothing(trial: Trial) ->
     for by in (0.0, -50.0, 0.0, 1e6):
         trial.clock.now += by
         trial.refresh(0.0, split=0.2)
-        with trial.chooser.begin(trial.chooser.choose(ALL, LEFT_S)):
+        with trial.chooser.running(trial.chooser.choose(ALL, LEFT_S)):
             pass
         assert trial.chooser.state("photos", "1").rate >= 0
 
@@ -276,14 +318,14 @@ def test_requests_before_delay_another_by_no_more_than_its_own_seconds_each() ->
 
 
 def test_where_its_turn_would_be_late_a_request_takes_the_quickest_route(trial: Trial) -> None:
-    with trial.chooser.begin(EDGE), trial.chooser.begin(EDGE):
+    with trial.chooser.running(EDGE), trial.chooser.running(EDGE):
         # Behind 0.2 s at the edge, of which 0.06 s count: the split ends after 0.14 s, the cloud after 0.12 s.
         assert trial.choose(left_s=0.2) == "split"
         assert trial.choose(left_s=0.13) == "cloud"
 
 
 def test_a_request_that_outstanding_work_makes_late_on_every_route_is_refused(trial: Trial) -> None:
-    with trial.chooser.begin(EDGE), trial.chooser.begin(CLOUD):
+    with trial.chooser.running(EDGE), trial.chooser.running(CLOUD):
         with pytest.raises(Overloaded, match="more than its deadline allows") as caught:
             trial.choose(left_s=0.09)
         assert caught.value.facts["retry_after_s"] == 1
@@ -298,7 +340,7 @@ def test_a_request_that_outstanding_work_makes_late_on_every_route_is_refused(tr
 
 def test_a_request_that_would_be_late_in_any_case_runs(trial: Trial) -> None:
     # Only a request can tell that forecasts are wrong.
-    with trial.chooser.begin(EDGE), trial.chooser.begin(CLOUD):
+    with trial.chooser.running(EDGE), trial.chooser.running(CLOUD):
         assert trial.choose(left_s=0.07) == "split"
 
 

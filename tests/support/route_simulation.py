@@ -22,7 +22,7 @@ from isthmus.routing.choice import RouteChooser
 from isthmus.routing.demand import Demand
 from isthmus.routing.forecast import Expectation
 from isthmus.routing.mix import Resources
-from isthmus.routing.outstanding import Busy, Outstanding, Ticket
+from isthmus.routing.outstanding import IDLE, Busy, Outstanding, Ticket
 
 STAGES = ("edge", "uplink", "cloud", "downlink")
 
@@ -135,7 +135,9 @@ class Simulation:
     def _arrive(self, at: float, outcome: Outcome, pick: RouteCandidate | None) -> None:
         chosen = pick or self.chooser.choose(self.candidates, 20.0)
         outcome.routes[chosen.name] += 1
-        ticket = self.chooser.begin(chosen)
+        self.chooser.usage.took(self.candidates.index(chosen))
+        expectation = self.chooser.expectation(chosen)
+        ticket = self.outstanding.begin(IDLE if expectation is None else expectation.busy, "cloud")
         self._stage(0, at, chosen, ticket, outcome)
 
     def _stage(self, index: int, began: float, chosen: RouteCandidate, ticket: Ticket, outcome: Outcome) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
 from isthmus.artifacts.plan import Terms
 from isthmus.pipeline import PhotoInput, Route
 from isthmus.routing.demand import Demand
+from isthmus.wire.frame import DTYPES
 
 NO_DEMAND = Demand()
 NO_TERMS = Terms()
@@ -35,6 +37,13 @@ class RouteCandidate:
     def hops(self) -> tuple[str, ...]:
         """Names of the hops on the way."""
         return tuple(dict.fromkeys(hop.name for hop in self.route.hops))
+
+    @cached_property
+    def input_bytes(self) -> int:
+        """Size of the first segment's inputs as arrays; a free dimension counts as 1."""
+        first = self.route.segments[0]
+        sizes = (math.prod(n for n in spec.shape if isinstance(n, int)) for spec in first.inputs)
+        return sum(size * DTYPES[spec.dtype].itemsize for size, spec in zip(sizes, first.inputs, strict=True))
 
     @property
     def far_hop(self) -> str:

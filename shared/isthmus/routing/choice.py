@@ -11,13 +11,15 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from isthmus.errors import Overloaded
 from isthmus.routing.candidates import RouteCandidate
+from isthmus.routing.exploration import Exploration
 from isthmus.routing.forecast import Expectation
 from isthmus.routing.mix import Resources
-from isthmus.routing.outstanding import IDLE, Busy, Outstanding, Ticket
+from isthmus.routing.outstanding import IDLE, Busy, Outstanding
 from isthmus.routing.spreading import Spreading
 from isthmus.routing.state import CandidateState, ModelState
 from isthmus.routing.usage import RouteUsage
@@ -25,12 +27,6 @@ from isthmus.routing.usage import RouteUsage
 # A preference changes for a gain of a tenth that holds, or at once for more than a forecast's noise.
 MIN_GAIN, HOLD_S = 0.10, 0.5
 LARGE_GAIN = 0.40
-# Exploration: one request of so many, and none within so many seconds of the last.
-EXPLORED_OF, EXPLORED_EVERY_S = 64, 1.0
-# A candidate that carried a request so recently is known.
-KNOWN_S = 10.0
-# An explored route is at most so many times slower than the preferred one, and leaves half of the time left.
-MAX_EXPLORED_SLOWER, MAX_EXPLORED_SHARE = 4.0, 0.5
 
 Clock = Callable[[], float]
 ONE_EACH = Resources(1.0, 1.0, 1.0, 1.0)
@@ -76,7 +72,7 @@ class RouteChooser:
         self._spreading = Spreading(len(self.candidates))
         self._fallbacks: list[Counter[str]] = [Counter() for _ in self.candidates]
         self._expected: Sequence[Expectation] = ()
-        self._since_explored, self._explored_at = 0, -math.inf
+        self._exploration = Exploration(self.usage)
 
     @property
     def preferred(self) -> RouteCandidate:
@@ -127,17 +123,17 @@ class RouteChooser:
         expected = self._expected
         if len(candidates) == 1 or not expected:
             return candidates[0]
-        indices = [self._index[c.name] for c in candidates]
-        exact = [i for i in indices if not self.candidates[i].degradation] or indices
+        by_index = {self._index[c.name]: c for c in candidates}
+        exact = [i for i, c in by_index.items() if not c.degradation] or list(by_index)
         seconds = {i: self._behind(expected[i]) for i in exact}
         with self._lock:
             self._allowed = exact
             chosen = self._spreading.take(exact, list(seconds.values())) if self._spreading.shares else None
             if chosen is None and not any(self._outstanding.seconds()):
-                chosen = self._explored(exact, left_s)
+                chosen = self._exploration.pick(exact, expected, self._preference.index, left_s, self._clock())
         if chosen is None:
             chosen = self._best(exact)
-        return self.candidates[chosen if seconds[chosen] <= left_s else self._in_time(seconds, left_s)]
+        return by_index[chosen if seconds[chosen] <= left_s else self._in_time(seconds, left_s)]
 
     def _in_time(self, seconds: Mapping[int, float], left_s: float) -> int:
         """The quickest candidate by its expected `seconds`, where the one whose turn it is would be late."""
@@ -157,11 +153,19 @@ class RouteChooser:
         preferred = self._preference.index
         return preferred if preferred in indices else min(indices, key=lambda i: self._expected[i].seconds)
 
-    def begin(self, candidate: RouteCandidate) -> Ticket:
-        """Enter a request of the candidate into the account of outstanding work, until the ticket is closed."""
-        self.usage.took(self._index[candidate.name])
-        expectation = self.expectation(candidate)
-        return self._outstanding.begin(IDLE if expectation is None else expectation.busy, candidate.far_hop)
+    @contextmanager
+    def running(self, candidate: RouteCandidate) -> Iterator[None]:
+        """Enter a request of the candidate into the account of outstanding work for the block."""
+        index, expectation = self._index[candidate.name], self.expectation(candidate)
+        self.usage.took(index)
+        if expectation is None:
+            yield
+            return
+        began = self._clock()
+        with self._outstanding.begin(expectation.busy, candidate.far_hop):
+            yield
+        with self._lock:
+            self._exploration.ended(index, self._clock() - began, expectation.seconds)
 
     def failed(self, candidate: RouteCandidate) -> None:
         """A hop of the candidate gave no response."""
@@ -194,18 +198,3 @@ class RouteChooser:
 
     def _behind(self, expectation: Expectation) -> float:
         return expectation.seconds + self._outstanding.wait_s(expectation.busy)
-
-    def _explored(self, indices: Sequence[int], left_s: float) -> int | None:
-        """The route whose last request is the longest ago, once in a while; None for most requests."""
-        now = self._clock()
-        self._since_explored += 1
-        if self._since_explored < EXPLORED_OF or now - self._explored_at < EXPLORED_EVERY_S:
-            return None
-        preferred_s = self._expected[self._preference.index].seconds
-        limit_s = min(MAX_EXPLORED_SHARE * left_s, MAX_EXPLORED_SLOWER * preferred_s)
-        ages = {i: self.usage.age_s(i, now) for i in indices if self._expected[i].seconds <= limit_s}
-        oldest = max(ages, key=ages.__getitem__, default=None)
-        if oldest is None or ages[oldest] <= KNOWN_S:
-            return None
-        self._since_explored, self._explored_at = 0, now
-        return oldest

@@ -79,7 +79,7 @@ class Dispatcher:
             describe_work(f"{model.digest} {chosen.name}")
             began = time.monotonic()
             try:
-                with chooser.begin(chosen):
+                with chooser.running(chosen):
                     result = attempt(chosen, limited(context, chosen, chain, chooser.expected_s))
             except HopError as e:
                 if not is_hops_fault(e):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from statistics import median
 from typing import NamedTuple
 
 from isthmus.routing.candidates import RouteCandidate
@@ -13,7 +12,7 @@ from isthmus.routing.outstanding import Busy
 
 _NEAR, _FAR = 0, 1
 # Beyond these a ratio says that plan and hop have nothing to do with each other.
-_MIN_DRIFT, _MAX_DRIFT = 1 / 64, 64.0
+_MIN_DRIFT, _MAX_DRIFT = 1 / 8, 8.0
 
 
 class Expectation(NamedTuple):
@@ -27,8 +26,8 @@ class Expectation(NamedTuple):
 def forecast(candidates: Sequence[RouteCandidate], estimates: Estimates) -> tuple[Expectation, ...]:
     """The expectation of each candidate.
 
-    A segment that did not run yet takes its planned seconds times the drift of its hop: the median ratio of live to
-    planned seconds over the candidates whose segments did run there.
+    A segment that did not run yet takes its planned seconds times the drift of its hop: the ratio of live to planned
+    seconds, summed over the candidates whose segments did run there.
     """
     sides = [(_side(c, estimates, _NEAR), _side(c, estimates, _FAR)) for c in candidates]
     pairs = list(zip(candidates, sides, strict=True))
@@ -77,21 +76,21 @@ def _sum(seconds: Sequence[float | None]) -> float | None:
 
 
 def _drift(pairs: Iterable[tuple[float | None, float]]) -> float:
-    ratios = [live / planned for live, planned in pairs if live and planned]
-    return min(max(median(ratios), _MIN_DRIFT), _MAX_DRIFT) if ratios else 1.0
+    # A ratio of sums, since the shortest segments, whose overhead counts most, would decide a mean of ratios.
+    known = [(live, planned) for live, planned in pairs if live and planned]
+    ratio = sum(live for live, _ in known) / sum(planned for _, planned in known) if known else 1.0
+    return min(max(ratio, _MIN_DRIFT), _MAX_DRIFT)
 
 
 def _expect(
     candidate: RouteCandidate, estimates: Estimates, near: _Side, far: _Side, drift: tuple[float, float]
 ) -> Expectation:
     terms, demand, key = candidate.terms, candidate.demand, (candidate.route.digest, candidate.name)
-    # The round trip to a function beside the router is HTTP alone, which takes the edge's CPU.
-    near_rtt_s = estimates.link(near.hop).rtt_s if near.hop else None
     edge_s = (
         _known(estimates.preprocess_s(*key), terms.preprocess)
         + _known(estimates.encode_s(*key), terms.pack)
         + _known(near.busy_s, terms.edge_run * drift[_NEAR])
-        + _known(near_rtt_s, terms.edge_hop)
+        + _near_hop_s(candidate, estimates, near.hop)
     )
     cloud_s = _known(far.busy_s, terms.unpack + terms.cloud_run * drift[_FAR])
     up_s = down_s = rtt_s = 0.0
@@ -106,6 +105,14 @@ def _expect(
         demand._replace(edge_s=edge_s, cloud_s=cloud_s),
         Busy(edge_s, up_s, down_s, cloud_s),
     )
+
+
+def _near_hop_s(candidate: RouteCandidate, estimates: Estimates, hop: str) -> float:
+    """Seconds of HTTP to a function beside the router, which take the edge's CPU; nothing for the router's process."""
+    planned_s = candidate.terms.edge_hop
+    if not hop or (link := estimates.link(hop)).rtt_s is None:
+        return planned_s
+    return link.rtt_s + _transfer_s(candidate.input_bytes, link.up_bytes_s, planned_s, is_bound=link.is_bound)
 
 
 def _known(live: float | None, planned: float) -> float:

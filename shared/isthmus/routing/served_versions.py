@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cachetools import LRUCache
-from msgspec import structs
 
 from isthmus.routing.capacity import Capacities
 from isthmus.routing.catalog import MAX_CACHED, ServedModel
 from isthmus.routing.choice import RouteChooser
 from isthmus.routing.estimates import Estimates
-from isthmus.routing.forecast import forecast, plan_drift
+from isthmus.routing.forecast import forecast
 from isthmus.routing.outstanding import IDLE, Outstanding
 from isthmus.routing.state import ModelState
 
@@ -32,6 +31,10 @@ class _Served:
     model: ServedModel
     chooser: RouteChooser
     used_at: float
+
+    def serves(self, model: ServedModel) -> bool:
+        """Whether the candidates are the same; a variant that was removed and is back changes them."""
+        return model is self.model or [c.name for c in model.candidates] == [c.name for c in self.model.candidates]
 
 
 class ServedVersions:
@@ -51,7 +54,8 @@ class ServedVersions:
         key = (model.name, model.version, model.digest)
         now = time.monotonic()
         with self._lock:
-            if (served := self._served.get(key)) is None:
+            served = self._served.get(key)
+            if served is None or not served.serves(model):
                 chooser = RouteChooser(model.candidates, self._outstanding)
                 chooser.refresh(forecast(model.candidates, self._estimates))
                 served = self._served[key] = _Served(model, chooser, now)
@@ -66,7 +70,7 @@ class ServedVersions:
         """The present state of each version that is served."""
         with self._lock:
             served = [each for each in self._served.values() if not self._is_forgotten(each)]
-        return [(each.model, self._state(each)) for each in served]
+        return [(each.model, each.chooser.state(each.model.name, each.model.version)) for each in served]
 
     def close(self) -> None:
         """End the thread."""
@@ -74,13 +78,6 @@ class ServedVersions:
         self._requested.set()
         if self._refresher is not None:
             self._refresher.join()
-
-    def _state(self, served: _Served) -> ModelState:
-        state = served.chooser.state(served.model.name, served.model.version)
-        drifts = {c.name: plan_drift(c, self._estimates) for c in served.model.candidates}
-        return structs.replace(
-            state, candidates=tuple(structs.replace(c, drift=drifts[c.name]) for c in state.candidates)
-        )
 
     def _is_forgotten(self, served: _Served) -> bool:
         latest = max(each.used_at for each in self._served.values() if each.model.name == served.model.name)

@@ -1,0 +1,89 @@
+"""Exploration: a few requests take another route than the preferred one, so that the others stay known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from isthmus.routing.forecast import Expectation
+from isthmus.routing.usage import RouteUsage
+
+# One request of so many explores, none within so many seconds of the last.
+EXPLORED_OF, EXPLORED_EVERY_S = 64, 1.0
+# More often where the preferred route leaves a link out of use that may be better by now: probes are too small to
+# show a rate. Then a link that has recovered is found within twenty requests.
+OFTEN_EXPLORED_OF = 16
+# An exploration that takes less than this share of its expected seconds is repeated at once, since one transfer may be
+# luck; so often, since the estimates may have it wrong for other reasons.
+SURPRISE, MAX_REPEATED = 0.8, 8
+# A candidate that carried a request so recently is known, and so is a link.
+KNOWN_S, LINK_KNOWN_S = 10.0, 1.0
+# Before so many requests a candidate's segments ran cold, or never; it is explored as often as a link out of use.
+KNOWN_REQUESTS = 3
+# An explored route is at most so many times slower than the preferred one, over a link out of use and else, and leaves
+# half of the time left.
+MAX_SLOWER_LINK, MAX_SLOWER, MAX_SHARE_OF_LEFT = 10.0, 3.0, 0.5
+# What a faster link has to gain, as a share of the preferred route's seconds.
+_MIN_GAIN = 0.1
+
+
+class Exploration:
+    """Decides which requests explore, and which route; not thread-safe."""
+
+    def __init__(self, usage: RouteUsage) -> None:
+        self._usage = usage
+        self._since, self._latest_at = 0, -math.inf
+        self._latest = -1
+        self._is_surprising, self._repeated = False, 0
+
+    def pick(
+        self, indices: Sequence[int], expected: Sequence[Expectation], preferred: int, left_s: float, now: float
+    ) -> int | None:
+        """The route that this request explores, of those at `indices`; None for most requests."""
+        self._since += 1
+        limit_s, preferred_s = MAX_SHARE_OF_LEFT * left_s, expected[preferred].seconds
+        if self._is_surprising and self._latest in indices and expected[self._latest].seconds <= limit_s:
+            self._is_surprising = False
+            self._repeated += 1
+            return self._latest
+        if self._since < OFTEN_EXPLORED_OF or now - self._latest_at < EXPLORED_EVERY_S:
+            return None
+        others = [i for i in indices if i != preferred and expected[i].seconds <= limit_s]
+        picked = self._over_unused_link(others, expected, expected[preferred], now)
+        if picked is None:
+            picked = self._unknown(
+                [i for i in others if expected[i].seconds <= MAX_SLOWER * preferred_s], expected, now
+            )
+        if picked is not None:
+            self._since, self._latest_at, self._latest, self._repeated = 0, now, picked, 0
+        return picked
+
+    def ended(self, index: int, seconds: float, expected_s: float) -> None:
+        """A request along a candidate took so many seconds."""
+        if index == self._latest and seconds < SURPRISE * expected_s:
+            self._is_surprising = self._repeated < MAX_REPEATED
+
+    def _over_unused_link(
+        self, others: Sequence[int], expected: Sequence[Expectation], preferred: Expectation, now: float
+    ) -> int | None:
+        """The quickest route that a faster link would make the best, where no route has used the link of late."""
+        over_link = [i for i, e in enumerate(expected) if e.busy.uplink > 0]
+        if preferred.busy.uplink or any(self._usage.age_s(i, now) <= LINK_KNOWN_S for i in over_link):
+            return None
+        promising = [
+            i
+            for i in others
+            if 0 < expected[i].busy.uplink <= expected[i].seconds <= MAX_SLOWER_LINK * preferred.seconds
+            and expected[i].seconds - expected[i].busy.uplink < (1 - _MIN_GAIN) * preferred.seconds
+        ]
+        return min(promising, key=lambda i: expected[i].seconds, default=None)
+
+    def _unknown(self, others: Sequence[int], expected: Sequence[Expectation], now: float) -> int | None:
+        """The quickest route of which little is known, or else the one that was taken the longest ago."""
+        new = [i for i in others if self._usage.requests[i] < KNOWN_REQUESTS]
+        if new:
+            return min(new, key=lambda i: expected[i].seconds)
+        if self._since < EXPLORED_OF:
+            return None
+        oldest = max(others, key=lambda i: self._usage.age_s(i, now), default=None)
+        return oldest if oldest is not None and self._usage.age_s(oldest, now) > KNOWN_S else None

@@ -24,11 +24,11 @@ INFER = "/v2/models/photos/infer"
 
 
 def before(app: Flask, act: Callable[[dict[str, Any]], Response | None]) -> None:
-    """Let `act` see each request first, but for loads ahead; what it returns is the answer."""
+    """Let `act` see each request first, but for probes and loads ahead; what it returns is the answer."""
     inner = app.wsgi_app
 
     def enter(environ: dict[str, Any], start_response: Any) -> Any:
-        if environ["PATH_INFO"] == "/load":
+        if environ["PATH_INFO"] in ("/load", "/ready"):
             return inner(environ, start_response)
         answer = act(environ)
         return inner(environ, start_response) if answer is None else answer(environ, start_response)

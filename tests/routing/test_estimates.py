@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from statistics import median
 
 import numpy as np
 import pytest
@@ -151,6 +152,21 @@ def test_steps_of_the_link_are_followed_within_some_transfers(remote: Remote) ->
         remote.link.set(replace(remote.link.shape, uplink_bps=rate * MBIT, rtt_s=rtt))
         # Ten where nothing else runs; a busy machine adds transfers of its own.
         assert remote.until(is_about(rtt * 1000, rate)) <= 40
+
+
+def test_a_link_with_jitter_keeps_its_estimate(remote: Remote) -> None:
+    remote.link.set(replace(remote.link.shape, jitter_s=0.01))
+    remote.until(is_about(20, 8))
+    expected = []
+    for _ in range(80):
+        remote.call()
+        time.sleep(0.005)
+        estimate = remote.estimate
+        expected.append((estimate.rtt_s or 0.0) + 20_000 / (estimate.up_bytes_s or 1.0))
+    middle = median(expected)
+    assert 0.03 < middle < 0.06  # 40 ms, and what a busy machine adds
+    # Some transfers of a busy machine are outliers in earnest.
+    assert sum(0.7 * middle < each < 1.4 * middle for each in expected) > 0.9 * len(expected)
 
 
 def test_calls_that_share_the_link_show_its_whole_rate(remote: Remote) -> None:

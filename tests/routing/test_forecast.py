@@ -35,9 +35,15 @@ class Known(Estimates):
         return self.seconds.get(segment)
 
 
+class Beside(Echo):
+    """A function beside the router."""
+
+    name = "beside"
+
+
 @pytest.fixture
 def route(photos: Published) -> Route:  # noqa: F811
-    return plan_route(photos.digest, photos.bundle, (LocalHop(None), Echo({})), ("3",))  # type: ignore[arg-type]
+    return plan_route(photos.digest, photos.bundle, (Beside({}), Echo({})), ("3",))
 
 
 def split(route: Route, name: str = "split-3") -> RouteCandidate:
@@ -74,3 +80,16 @@ def test_segments_that_never_ran_drift_as_the_others_of_their_hop_do(photos: Pub
     assert drifted.busy.cloud == pytest.approx(TERMS.unpack + 3 * TERMS.cloud_run)
     rest = TERMS.preprocess + TERMS.pack + TERMS.edge_hop
     assert drifted.busy.edge == pytest.approx(rest + 2 * TERMS.edge_run)
+
+
+def test_segments_in_the_routers_own_process_are_called_without_http(photos: Published) -> None:  # noqa: F811
+    local = plan_route(photos.digest, photos.bundle, (LocalHop(None), Echo({})), ("3",))  # type: ignore[arg-type]
+    (one,) = forecast([split(local)], Estimates())
+    assert one.busy.edge == pytest.approx(TERMS.edge_busy)
+
+
+def test_frames_to_a_function_beside_the_router_take_its_rate(photos: Published, route: Route) -> None:  # noqa: F811
+    near = Known()
+    near.link = lambda hop: LinkEstimate(0.001, 1e5) if hop == "beside" else LinkEstimate()  # type: ignore[method-assign]
+    (one,) = forecast([split(route)], near)
+    assert one.busy.edge == pytest.approx(TERMS.edge_busy + 0.001 + 3 * 8 * 8 * 4 / 1e5)

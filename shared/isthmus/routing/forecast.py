@@ -110,6 +110,8 @@ def _expect(
 def _near_hop_s(candidate: RouteCandidate, estimates: Estimates, hop: str) -> float:
     """Seconds of HTTP to a function beside the router, which take the edge's CPU; nothing for the router's process."""
     planned_s = candidate.terms.edge_hop
+    if hop and not candidate.route.hops[0].encodes:
+        return 0.0
     if not hop or (link := estimates.link(hop)).rtt_s is None:
         return planned_s
     return link.rtt_s + _transfer_s(candidate.input_bytes, link.up_bytes_s, planned_s, is_bound=link.is_bound)

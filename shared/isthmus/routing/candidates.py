@@ -1,4 +1,4 @@
-"""Candidate routes: every way to answer a model's requests that the router may choose from."""
+"""Candidate routes: the ways to answer a model's requests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NO_TERMS = Terms()
 
 @dataclass(frozen=True)
 class RouteCandidate:
-    """A version's route, and what it takes of the resources.
+    """A version's route and its demand on the resources.
 
     `photo` is set where the last hop decodes photos. `name` is the plan's name of the candidate; empty for a route
     beside those that the router chooses from. `terms` and `demand`, and `planned_s`, the seconds of a request alone,

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 from isthmus.routing.mix import Resources
 
-# A tier is taken for one CPU until it has carried more than a share of that without a queue.
+# A tier counts as one CPU until it has carried more than this share without a queue.
 _TRIED_SHARE = 0.7
-# Growth of a step, seconds between steps, and what ends it: an error of the demands, or a tier of a thousand CPUs.
+# Growth of a step, seconds between steps, and the bound: a thousand CPUs, or an error of the demands.
 _STEP, _EVERY_S, _MAX = 1.1, 0.5, 1024.0
-# Waits for a CPU relative to a call's own seconds: below the first there is no queue, above the second there is one.
+# Waits for a CPU relative to a call's own seconds: no queue below the first, a queue above the second.
 _NO_QUEUE, _QUEUE = 0.3, 2.0
-# What other models leave, at least: their requests end.
+# Minimal capacity that other models leave: their requests end.
 _MIN_LEFT = 0.05
 
 
@@ -42,12 +42,12 @@ class Capacities:
         self._edge, self._cloud = TierCapacity(), TierCapacity()
 
     def update(self, now: float, used: Sequence[float], rate: float, edge_wait_s: float, cloud_wait_s: float) -> None:
-        """Learn from what all requests use of each resource in a second; units as of `TierCapacity.update`."""
+        """Learn from the use of each resource by all requests in a second; units as of `TierCapacity.update`."""
         self._edge.update(now, used[0], rate, edge_wait_s)
         self._cloud.update(now, used[3], rate, cloud_wait_s)
 
     def left(self, taken: Sequence[float]) -> Resources:
-        """What is left of each resource where other models take `taken`."""
+        """Capacity of each resource behind `taken`, the use by other models."""
         whole = (self._edge.value, 1.0, 1.0, self._cloud.value)
         edge, uplink, downlink, cloud = (max(_MIN_LEFT, w - t) for w, t in zip(whole, taken, strict=True))
         return Resources(edge, uplink, downlink, cloud)

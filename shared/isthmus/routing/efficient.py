@@ -1,6 +1,6 @@
-"""The candidates of a plan that are worth choosing from, and how close each is to the model.
+"""The efficient candidates of a plan, and the degradation of each.
 
-No plan is made here: a candidate that the plan refused, for its error, its memory or a private depth, is never taken.
+The plan's constraints hold: a candidate refused for its error, its memory or a private depth is never taken.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import numpy as np
 from isthmus.artifacts.plan import Candidate, Plan
 from isthmus.routing.demand import Demand
 
-# Candidates that a router chooses from; a plan may have a thousand, of which most are dominated.
+# Candidates of a router; a plan may have a thousand, most of them dominated.
 MAX_CANDIDATES = 16
 # Rounding of float32 in another order of operations; half/1, the finest lossy codec, is beyond.
 EXACT_ERROR = 1e-4
 # Demands within this share of each other are equal: predictions are no better.
 _TIE = 0.02
-# Bytes a second of links that a candidate may be best for, by halves of an order of magnitude: 0.1 Mbit/s to 1 Gbit/s.
+# Links, in bytes a second, for the order of candidates: 0.1 Mbit/s to 1 Gbit/s by halves of an order of magnitude.
 _RATES = tuple(1.25e4 * 10 ** (i / 2) for i in range(9))
 # The same for an edge under load: its seconds count so many times.
 _EDGE_WEIGHTS = (1.0, 4.0)
@@ -27,9 +27,9 @@ _EDGE_WEIGHTS = (1.0, 4.0)
 def efficient_candidates(plan: Plan) -> tuple[Candidate, ...]:
     """At most MAX_CANDIDATES of the plan's candidates, its choice first.
 
-    Always with the whole model at the edge, the int8 variant there, and the photo to the cloud, where the plan has them
-    and has not refused them. The others are not dominated in edge seconds, bytes each way, cloud seconds and error by
-    any other; measured ones come before predicted ones, and those that are the best for some link before the rest.
+    The whole model at the edge, the int8 variant at the edge and the photo to the cloud are always candidates, unless
+    absent or refused. The rest is the Pareto front of edge seconds, bytes each way, cloud seconds and error: measured
+    candidates before predicted ones, the fastest over some link before the rest.
     """
     admissible = [c for c in plan.candidates if not c.refused and not _leaks_input(c, plan)]
     always = [c for c in admissible if _is_always_kept(c)]
@@ -40,10 +40,10 @@ def efficient_candidates(plan: Plan) -> tuple[Candidate, ...]:
 
 
 def degradation_of(candidate: Candidate, plan: Plan) -> str:
-    """What a candidate costs where it is further from the model than the plan allows; empty where it is not.
+    """The fidelity of a candidate further from the model than the plan allows; empty within the plan's limits.
 
-    The plan allows the error of its own choice; what meets calibration's limit of agreement; and, where it has a
-    constraint on errors, what keeps that constraint. The int8 variant is degraded wherever it is not the choice.
+    The limits are the error of the plan's choice, calibration's limit of agreement, and the plan's constraints on
+    errors. The int8 variant is degraded unless it is the choice.
     """
     error, choice = candidate.error, plan.choice.error
     if candidate.name == plan.chosen or (not error.disagreement and error.relative <= EXACT_ERROR):
@@ -59,7 +59,7 @@ def degradation_of(candidate: Candidate, plan: Plan) -> str:
 
 
 def _leaks_input(candidate: Candidate, plan: Plan) -> bool:
-    """Whether the candidate sends the input itself under a plan that holds it at the edge; no planner makes one."""
+    """Whether the candidate sends the input although the plan has a private depth; no planner makes such a plan."""
     return bool(plan.constraints.private_depth) and candidate.kind == "cloud"
 
 
@@ -69,12 +69,12 @@ def _is_always_kept(candidate: Candidate) -> bool:
 
 
 def _undominated(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The candidates without those of which another needs no more of anything, less of something, and errs no more."""
+    """The candidates without the dominated: no more of any resource or error, and less of one, dominates."""
     axes = np.array([_axes(c) for c in candidates]).reshape(len(candidates), -1)
     stays = np.ones(len(candidates), bool)
     for i, own in enumerate(axes):
         no_more, less = (axes <= own * (1 + _TIE)).all(1), (axes < own * (1 - _TIE)).any(1)
-        # Only by one that stays: ties are no order, so that three may dominate each other in turn.
+        # Dominated by a remaining candidate only: ties are no order, and three may dominate each other in turn.
         stays[i] = not (no_more & less & stays).any()
     return [c for c, is_efficient in zip(candidates, stays, strict=True) if is_efficient]
 

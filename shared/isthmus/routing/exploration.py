@@ -10,25 +10,25 @@ from isthmus.routing.usage import RouteUsage
 
 # One request of so many explores, none within so many seconds of the last.
 EXPLORED_OF, EXPLORED_EVERY_S = 64, 1.0
-# More often where the preferred route leaves a link out of use that may be better by now: probes are too small to
-# show a rate. Then a link that has recovered is found within twenty requests.
+# More often where the preferred route leaves a link out of use: probes are too small to show a rate, and a link that
+# has recovered is found within twenty requests.
 OFTEN_EXPLORED_OF = 16
 # An exploration that takes less than this share of its expected seconds is repeated at once, since one transfer may be
-# luck; so often, since the estimates may have it wrong for other reasons.
+# luck; at most so often, since the forecast may be wrong for other reasons.
 SURPRISE, MAX_REPEATED = 0.8, 8
 # A candidate that carried a request so recently is known, and so is a link.
 KNOWN_S, LINK_KNOWN_S = 10.0, 1.0
-# Before so many requests a candidate's segments ran cold, or never; it is explored as often as a link out of use.
+# Before so many requests a candidate's segments ran cold, or never: explored as often as a link out of use.
 KNOWN_REQUESTS = 3
 # An explored route is at most so many times slower than the preferred one, over a link out of use and else, and leaves
 # half of the time left.
 MAX_SLOWER_LINK, MAX_SLOWER, MAX_SHARE_OF_LEFT = 10.0, 3.0, 0.5
-# What a faster link has to gain, as a share of the preferred route's seconds.
+# Minimal gain by a faster link, as a share of the preferred route's seconds.
 _MIN_GAIN = 0.1
 
 
 class Exploration:
-    """Decides which requests explore, and which route; not thread-safe."""
+    """Selects the exploring requests and their routes; not thread-safe."""
 
     def __init__(self, usage: RouteUsage) -> None:
         self._usage = usage
@@ -39,7 +39,7 @@ class Exploration:
     def pick(
         self, indices: Sequence[int], expected: Sequence[Expectation], preferred: int, left_s: float, now: float
     ) -> int | None:
-        """The route that this request explores, of those at `indices`; None for most requests."""
+        """The route that this request explores, among the candidates at `indices`; None for most requests."""
         self._since += 1
         limit_s, preferred_s = MAX_SHARE_OF_LEFT * left_s, expected[preferred].seconds
         if self._is_surprising and self._latest in indices and expected[self._latest].seconds <= limit_s:
@@ -66,7 +66,7 @@ class Exploration:
     def _over_unused_link(
         self, others: Sequence[int], expected: Sequence[Expectation], preferred: Expectation, now: float
     ) -> int | None:
-        """The quickest route that a faster link would make the best, where no route has used the link of late."""
+        """The quickest route that a faster link would make the best, if no route has used the link of late."""
         over_link = [i for i, e in enumerate(expected) if e.busy.uplink > 0]
         if preferred.busy.uplink or any(self._usage.age_s(i, now) <= LINK_KNOWN_S for i in over_link):
             return None
@@ -79,7 +79,7 @@ class Exploration:
         return min(promising, key=lambda i: expected[i].seconds, default=None)
 
     def _unknown(self, others: Sequence[int], expected: Sequence[Expectation], now: float) -> int | None:
-        """The quickest route of which little is known, or else the one that was taken the longest ago."""
+        """The quickest route with few requests so far, else the route with the oldest request."""
         new = [i for i in others if self._usage.requests[i] < KNOWN_REQUESTS]
         if new:
             return min(new, key=lambda i: expected[i].seconds)

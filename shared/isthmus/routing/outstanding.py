@@ -1,6 +1,6 @@
-"""Outstanding work: what the routed requests still have to do on each resource, by their forecasts.
+"""Outstanding work: seconds of routed requests on each resource, by their forecasts.
 
-The router directs every request, so it knows the queues of edge, link and cloud without asking.
+The router directs every request, and so knows the queues of edge, link and cloud without a question.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Outstanding:
 
 
 class Ticket:
-    """The outstanding work of one request, which one thread carries out; a context manager."""
+    """The outstanding work of a request in this thread; a context manager."""
 
     def __init__(self, account: Outstanding, work: Busy, far_hop: str) -> None:
         self._account, self._work, self._far_hop = account, work, far_hop
@@ -87,13 +87,13 @@ class Ticket:
         self._work = IDLE
 
     def calls(self, hop: str) -> None:
-        """A hop is called; once that is the far one, the work at the edge is done."""
+        """A hop is called; a call of the far hop ends the work at the edge."""
         if hop == self._far_hop and (self._work.uplink or self._work.cloud):
             self._account.remove(Busy(self._work.edge), 0)
             self._work = self._work._replace(edge=0.0)
 
 
 def note_call(hop: str) -> None:
-    """Note in the account that the request of this thread, if it was routed, calls a hop."""
+    """Note a call of a hop by the routed request of this thread, if any."""
     if (ticket := _current.get()) is not None:
         ticket.calls(hop)

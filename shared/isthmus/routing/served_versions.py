@@ -1,4 +1,4 @@
-"""The versions that requests named: the chooser of each, and the thread that renews their forecasts."""
+"""The served versions: the chooser of each, and the thread that renews their forecasts."""
 
 from __future__ import annotations
 

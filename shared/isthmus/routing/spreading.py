@@ -1,8 +1,8 @@
 """Mixed routes under load: requests are spread over candidates by the linear programme's shares.
 
-The programme knows what greed does not: a route that is quick for its own request may take of the edge what two others
-need. In a simulation of edge, link and cloud, each request on the route that ends soonest reached a third of the best
-fixed route's rate; turns by the programme's shares reached 1.05 to 1.3 times that rate.
+A greedy choice is selfish: a route quick for its own request may take the edge time of two further requests. In a
+simulation of edge, link and cloud, each request on the route that ends soonest reached a third of the best fixed
+route's rate; turns by the programme's shares reached 0.97 to 1.27 times that rate.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TURN_S = 0.5
 
 
 class Spreading:
-    """The shares in force, and whose turn is next; not thread-safe."""
+    """The shares in force, and the next turn; not thread-safe."""
 
     def __init__(self, candidates: int) -> None:
         self.shares: tuple[float, ...] = ()

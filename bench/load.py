@@ -85,7 +85,7 @@ def main() -> None:
 
 def measure(report: Report, model: Loadable) -> None:
     """Add the tables and goals of a model."""
-    seconds, turns = (1.0, 1) if report.quick else (2.0, 3)
+    seconds, turns = (1.0, 1) if report.quick else (1.5, 3)
     cells: dict[tuple[str, int], Cell] = {}
     with contextlib.ExitStack() as stack:
         traffic = stack.enter_context(Traffic())
@@ -95,7 +95,7 @@ def measure(report: Report, model: Loadable) -> None:
         report.say("warming up")
         for system in systems.values():
             # Batches, caches and limits settle under load.
-            system(16, 2 * seconds)
+            system(16, 2.0 if report.quick else 4.0)
         for turn in range(turns):
             report.say(f"{model.name}: turn {turn + 1} of {turns}")
             for callers in CALLERS:
@@ -105,7 +105,7 @@ def measure(report: Report, model: Loadable) -> None:
                     cells.setdefault((name, callers), Cell()).add(systems[name](callers, seconds))
         report.say("twice the capacity")
         query = servers[FUNCTIONS].query
-        over = [overload(traffic, query, seconds=3 * seconds, deadline_s=DEADLINE_S) for _ in range(min(2, turns))]
+        over = [overload(traffic, query, seconds=4 * seconds, deadline_s=DEADLINE_S) for _ in range(min(2, turns))]
     report.add(f"{model.title}: closed loops", rows(cells, absent))
     report.add(f"{model.name}: isthmus at twice its peak, deadline {DEADLINE_S} s", [o.row(FUNCTIONS) for o in over])
     add_goals(report, model.name, cells, over)

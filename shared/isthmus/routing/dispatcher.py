@@ -74,19 +74,24 @@ class Dispatcher:
         chosen = chooser.choose(self._answering(candidates, loaded) or candidates, context.deadline.remaining())
         while True:
             candidates = tuple(c for c in candidates if c is not chosen)
-            chain = self._fallbacks.order(self._answering(candidates, loaded), chooser.expected_s)
+
+            def without(hop: str, others: Sequence[RouteCandidate] = candidates) -> Sequence[RouteCandidate]:
+                """The fallback chain of the other candidates that do without a hop."""
+                others = [c for c in others if hop not in c.hops]
+                return self._fallbacks.order(self._answering(others, loaded), chooser.expected_s)
+
             # Routes differ in their seconds: the adaptive concurrency limit compares requests of one route.
             describe_work(f"{model.digest} {chosen.name}")
             began = time.monotonic()
             try:
                 with chooser.running(chosen):
-                    result = attempt(chosen, limited(context, chosen, chain, chooser.expected_s))
+                    result = attempt(chosen, limited(context, chosen, without, chooser.expected_s))
             except HopError as e:
                 if not is_hops_fault(e):
                     raise
                 chooser.failed(chosen)
-                failed = self._tiers.get(e.facts.get("hop", ""))
-                chain = [c for c in chain if failed not in c.hops and self._answers(c)]
+                failed = self._tiers.get(e.facts.get("hop", ""), "")
+                chain = without(failed)
                 left_s = context.deadline.remaining()
                 if not chain or left_s <= 0:
                     raise
@@ -131,12 +136,9 @@ class Dispatcher:
 
     def _answering(self, candidates: Sequence[RouteCandidate], loaded: frozenset[str]) -> Sequence[RouteCandidate]:
         """The candidates whose breakers allow a call; of these the loaded ones, if any."""
-        answering = [c for c in candidates if self._answers(c)]
+        allowed = {name for name, hop in self._hops.items() if hop.allows()}
+        answering = [c for c in candidates if allowed.issuperset(c.hops)]
         return [c for c in answering if c.name in loaded] or answering
-
-    def _answers(self, candidate: RouteCandidate) -> bool:
-        """Whether the breakers of all hops on the way allow a call."""
-        return all(self._hops[name].allows() for name in candidate.hops if name in self._hops)
 
     def _log_fallback(
         self, chosen: RouteCandidate, fallback: RouteCandidate, error: HopError, context: Context

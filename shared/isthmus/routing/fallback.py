@@ -22,6 +22,8 @@ MAX_MULTIPLE, FLOOR_S = 4.0, 0.25
 MIN_MULTIPLE = 1.2
 
 ExpectedSeconds = Callable[[RouteCandidate], float | None]
+ChainWithout = Callable[[str], Sequence[RouteCandidate]]
+"""The fallbacks that do without a hop, in order."""
 
 
 def is_hops_fault(error: HopError) -> bool:
@@ -45,16 +47,14 @@ class FallbackChain:
         return sorted(candidates, key=lambda c: (bool(c.degradation), _or_infinite(expected_s(c))))
 
 
-def limited(
-    context: Context, chosen: RouteCandidate, fallbacks: Sequence[RouteCandidate], expected_s: ExpectedSeconds
-) -> Context:
+def limited(context: Context, chosen: RouteCandidate, without: ChainWithout, expected_s: ExpectedSeconds) -> Context:
     """The context of an attempt along `chosen`: each hop that a fallback does without is given up in time for it."""
     limits: dict[str, Deadline] = {}
     # A segment in this process is not given up: its errors are the request's own.
     for hop in {hop.name for hop in chosen.route.hops if hop.encodes}:
-        if (other := next((c for c in fallbacks if hop not in c.hops), None)) is not None:
+        if chain := without(hop):
             left_s = context.deadline.remaining()
-            limits[hop] = Deadline.after(allowed_s(left_s, expected_s(chosen), expected_s(other)))
+            limits[hop] = Deadline.after(allowed_s(left_s, expected_s(chosen), expected_s(chain[0])))
     return replace(context, limits=limits) if limits else context
 
 

@@ -32,6 +32,7 @@ ABOUT_THE_REQUEST = {
     "FrameTooLarge",
     "FrameMalformed",
     "ShapeMismatch",
+    "StateMissing",
     "ValueRefused",
     "Overloaded",
     "NotConfigured",

@@ -38,7 +38,7 @@ DEADLINE_S = 1.0
 
 
 @dataclass
-class Cell:
+class SystemTurns:
     """The turns of one system with a number of callers. Units: requests a second, seconds; `cpu` is for a request."""
 
     rates: list[float] = field(default_factory=list)
@@ -86,7 +86,7 @@ def main() -> None:
 def measure(report: Report, model: Loadable) -> None:
     """Add the tables and goals of a model."""
     seconds, turns = (1.0, 1) if report.quick else (1.5, 3)
-    cells: dict[tuple[str, int], Cell] = {}
+    cells: dict[tuple[str, int], SystemTurns] = {}
     with contextlib.ExitStack() as stack:
         traffic = stack.enter_context(Traffic())
         servers, absent = start_all(report, model, stack)
@@ -102,7 +102,7 @@ def measure(report: Report, model: Loadable) -> None:
                 names = list(systems)
                 first = (turn + callers) % len(names)
                 for name in names[first:] + names[:first]:
-                    cells.setdefault((name, callers), Cell()).add(systems[name](callers, seconds))
+                    cells.setdefault((name, callers), SystemTurns()).add(systems[name](callers, seconds))
         report.say("twice the capacity")
         query = servers[FUNCTIONS].query
         over = [overload(traffic, query, seconds=4 * seconds, deadline_s=DEADLINE_S) for _ in range(min(2, turns))]
@@ -150,7 +150,7 @@ def by_traffic(traffic: Traffic, server: Server) -> Turn:
     return turn
 
 
-def rows(cells: Mapping[tuple[str, int], Cell], absent: Mapping[str, str]) -> list[Row]:
+def rows(cells: Mapping[tuple[str, int], SystemTurns], absent: Mapping[str, str]) -> list[Row]:
     """A row for each system and number of callers; `of_alone` is the throughput over onnxruntime's."""
     table: list[Row] = []
     for (name, callers), cell in sorted(cells.items(), key=lambda item: (item[0][1], item[0][0])):
@@ -171,7 +171,7 @@ def rows(cells: Mapping[tuple[str, int], Cell], absent: Mapping[str, str]) -> li
     return table + [{"callers": None, "system": name, **empty, "note": why} for name, why in absent.items()]
 
 
-def add_goals(report: Report, model: str, cells: Mapping[tuple[str, int], Cell], over: list[Overload]) -> None:
+def add_goals(report: Report, model: str, cells: Mapping[tuple[str, int], SystemTurns], over: list[Overload]) -> None:
     """Goals against onnxruntime alone, and against each peer in throughput and in p99 under load."""
     best = {name: max(cells[name, n].rate for n in CALLERS) for name, _ in cells}
     ours = max(best[FUNCTIONS], best[HEAD_IN_ROUTER])

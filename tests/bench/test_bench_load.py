@@ -23,7 +23,7 @@ def cells(load: Any, rates: dict[str, float], cpu_s: float = 0.01) -> dict[tuple
     made = {}
     for name, rate in rates.items():
         for callers in load.CALLERS:
-            cell = made[name, callers] = load.Cell()
+            cell = made[name, callers] = load.SystemTurns()
             for turn in (0.9, 1.0, 5.0):
                 count = int(rate * turn)
                 cell.add(load.TurnResult([1 / rate] * count, 1.0, cpu_s * count, failed=1))
@@ -42,7 +42,7 @@ def test_a_cell_holds_the_median_of_its_turns(load: Any) -> None:
 
 
 def test_a_turn_without_answers_is_a_rate_of_zero(load: Any) -> None:
-    cell = load.Cell()
+    cell = load.SystemTurns()
     cell.add(load.TurnResult([], 2.0, 0.1, failed=4))
     assert (cell.rate, cell.failed) == (0.0, 4)
 

@@ -133,7 +133,7 @@ def loaded(trial: Trial, requests: int, every_s: float, **seconds: float) -> Cou
 
 
 def test_a_light_load_takes_the_preferred_route_alone(trial: Trial) -> None:
-    assert loaded(trial, 60, every_s=0.2) == {"split": 60}
+    assert loaded(trial, 60, every_s=0.2)["split"] >= 58  # the others explore
 
 
 def test_a_load_beyond_the_preferred_route_is_spread_over_others(trial: Trial) -> None:
@@ -151,7 +151,7 @@ def test_a_load_that_begins_is_spread_within_a_second(trial: Trial) -> None:
 def test_requests_are_no_longer_spread_once_the_load_is_gone(trial: Trial) -> None:
     loaded(trial, 400, every_s=0.02)
     loaded(trial, 100, every_s=0.3)
-    assert loaded(trial, 60, every_s=0.3)["split"] >= 59  # and one may explore
+    assert loaded(trial, 60, every_s=0.3)["split"] >= 57  # the others explore
     assert trial.chooser.switches == 0
 
 
@@ -190,7 +190,7 @@ def test_other_routes_are_explored_in_idle_time(trial: Trial) -> None:
     taken = explored(trial, requests)
     assert min(taken["edge"], taken["cloud"]) >= 5
     assert taken["int8"] == 0
-    assert taken["split"] >= requests * (1 - 1.1 / EXPLORED_OF)
+    assert taken["split"] >= requests * (1 - 2 / EXPLORED_OF)
 
 
 def test_a_route_that_would_leave_no_time_is_not_explored(trial: Trial) -> None:
@@ -222,6 +222,11 @@ def test_a_route_of_which_little_is_known_is_explored_more_often(trial: Trial) -
             trial.clock.now += 0.2
     state = {c.name: c.requests for c in new.state("photos", "1").candidates}
     assert min(state["edge"], state["cloud"]) >= KNOWN_REQUESTS
+
+
+def test_the_route_without_the_link_stays_known_however_slow_it_was(trial: Trial) -> None:
+    trial.refresh(edge=2.0)
+    assert explored(trial, 6 * OFTEN_EXPLORED_OF)["edge"] >= 1
 
 
 def test_a_link_out_of_use_is_tried_every_few_requests(trial: Trial) -> None:

@@ -17,7 +17,7 @@ OFTEN_EXPLORED_OF = 16
 # luck; at most so often, since the forecast may be wrong for other reasons.
 SURPRISE, MAX_REPEATED = 0.8, 8
 # A candidate that carried a request so recently is known, and so is a link.
-KNOWN_S, LINK_KNOWN_S = 10.0, 1.0
+KNOWN_S, LINK_KNOWN_S, REFUGE_KNOWN_S = 10.0, 1.0, 20.0
 # Before so many requests a candidate's segments ran cold, or never: explored as often as a link out of use.
 KNOWN_REQUESTS = 3
 # An explored route is at most so many times slower than the preferred one, over a link out of use and else, and leaves
@@ -49,13 +49,15 @@ class Exploration:
         if self._since < OFTEN_EXPLORED_OF or now - self._latest_at < EXPLORED_EVERY_S:
             return None
         others = [i for i in indices if i != preferred and expected[i].seconds <= limit_s]
-        picked = self._over_unused_link(others, expected, expected[preferred], now)
-        if picked is None:
-            picked = self._unknown(
-                [i for i in others if expected[i].seconds <= MAX_SLOWER * preferred_s], expected, now
-            )
-        if picked is not None:
-            self._since, self._latest_at, self._latest, self._repeated = 0, now, picked, 0
+        if (picked := self._without_link(others, expected, now)) is None:
+            picked = self._over_unused_link(others, expected, expected[preferred], now)
+            if picked is None:
+                quick = [i for i in others if expected[i].seconds <= MAX_SLOWER * preferred_s]
+                picked = self._unknown(quick, expected, now)
+            if picked is None:
+                return None
+            self._since = 0  # the turns of other routes come as often as without the refuge's
+        self._latest_at, self._latest, self._repeated = now, picked, 0
         return picked
 
     def ended(self, index: int, seconds: float, expected_s: float) -> None:
@@ -77,6 +79,14 @@ class Exploration:
             and expected[i].seconds - expected[i].busy.uplink < (1 - _MIN_GAIN) * preferred.seconds
         ]
         return min(promising, key=lambda i: expected[i].seconds, default=None)
+
+    def _without_link(self, others: Sequence[int], expected: Sequence[Expectation], now: float) -> int | None:
+        """The route without the link, the refuge if the link fails: tried every REFUGE_KNOWN_S, whatever its forecast.
+
+        Work of others at the edge may have made its last runs slow.
+        """
+        at_edge = [i for i in others if not expected[i].busy.uplink and self._usage.age_s(i, now) > REFUGE_KNOWN_S]
+        return min(at_edge, key=lambda i: expected[i].seconds, default=None)
 
     def _unknown(self, others: Sequence[int], expected: Sequence[Expectation], now: float) -> int | None:
         """The quickest route with few requests so far, else the route with the oldest request."""

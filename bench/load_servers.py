@@ -268,10 +268,16 @@ def _peer(name: str, script: str, environment: Mapping[str, str], *arguments: ob
 
 
 def _end(process: Process) -> None:
-    """Let a peer end its own processes."""
-    process.process.send_signal(signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.process.wait(timeout=20)
+    """Let a peer end its own processes; end those that are left, such as LitServe's workers."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        below = psutil.Process(process.process.pid).children(recursive=True)
+        process.process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.process.wait(timeout=10)
+        for child in below:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        psutil.wait_procs(below, timeout=10)
 
 
 @contextlib.contextmanager

@@ -44,7 +44,7 @@ class Dispatcher:
         self._hops, self._log = {hop.name: hop for hop in hops}, log
         self._tiers = {replica.name: hop.name for hop in hops for replica in (hop, *hop.watched)}
         self._estimates, self._warming = estimates, warming
-        self._versions = ServedVersions([hop.name for hop in hops], estimates)
+        self._versions = ServedVersions([hop.name for hop in hops], estimates, log)
         self._fallbacks = FallbackChain(fallback)
         self._prober = ReadinessProber([replica for hop in hops for replica in hop.watched], log)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -40,8 +41,8 @@ class _Served:
 class ServedVersions:
     """The choosers of the latest MAX_CACHED versions; thread-safe. `hops` are the names of the tiers in order."""
 
-    def __init__(self, hops: Sequence[str], estimates: Estimates) -> None:
-        self._first_hop, self._last_hop = hops[0], hops[-1]
+    def __init__(self, hops: Sequence[str], estimates: Estimates, log: logging.Logger) -> None:
+        self._first_hop, self._last_hop, self._log = hops[0], hops[-1], log
         self._estimates = estimates
         self._outstanding, self._capacities = Outstanding(), Capacities()
         self._lock = threading.Lock()
@@ -92,7 +93,11 @@ class ServedVersions:
             began = time.monotonic()
             with self._lock:
                 served = [each for each in self._served.values() if each.used_at >= refreshed_at]
-            self._refresh(served, began)
+            try:
+                self._refresh(served, began)
+            # Defects as well: without this thread the forecasts would stay as they are for good, unseen.
+            except Exception as e:
+                self._log.error("unexpected in the forecasts: %s", type(e).__name__, exc_info=e)
             refreshed_at = began
 
     def _refresh(self, served: Sequence[_Served], now: float) -> None:

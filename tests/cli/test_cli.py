@@ -45,6 +45,7 @@ COMMANDS = [
     "demo",
     "doctor",
     "send",
+    "top",
     "link",
     "calibrate",
     "codec",

@@ -182,9 +182,11 @@ def _predictor(model: str, where: ModelPlace, top_k: int | None) -> Callable[[by
 
 
 def served(route: Mapping[str, Any]) -> dict[str, Any]:
-    """How a request was served: the route, the codec of each tensor sent, and bytes over the link."""
+    """How a request was served: the plan's candidate, the codec of each tensor sent, and bytes over the link."""
     codecs = {tensor: codec for segment in route["segments"] for tensor, codec in segment.get("codecs", {}).items()}
-    return {"way": route.get("name", ""), "codecs": codecs, "link_bytes": route.get("link_bytes", 0)}
+    # The route of a model without a plan has a name as well.
+    plan = "" if route.get("name") == "default" else route.get("name", "")
+    return {"plan": plan, "codecs": codecs, "link_bytes": route.get("link_bytes", 0)}
 
 
 def _batch(photos: list[Path], model: str, where: ModelPlace, top_k: int | None, output: Path, as_json: bool) -> None:
@@ -213,8 +215,8 @@ def _show(path: Path, response: dict[str, Any]) -> None:
     stages = ", ".join(f"{s['segment']} on {s['hop']} {s['ms']:.1f} ms" for s in route["segments"])
     way = served(route)
     codecs = ", ".join(dict.fromkeys(way["codecs"].values()))
-    taken = f"route {way['way']}" if way["route"] else "no plan"
-    say(f"{taken}; {f'codec {codecs}; ' if codecs else ''}{_sent(route)}")
+    plan = f"plan {way['plan']}" if way["plan"] else "no plan"
+    say(f"{plan}; {f'codec {codecs}; ' if codecs else ''}{_sent(route)}")
     say(f"{stages}\n")
 
 

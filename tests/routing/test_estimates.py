@@ -264,6 +264,18 @@ def test_a_segment_that_became_slower_is_followed_within_five_calls() -> None:
     assert estimates.run_s(*SEGMENT) == 0.2
 
 
+def test_a_cpu_quota_shows_in_the_stall_of_a_hop() -> None:
+    estimates = Estimates()
+    assert estimates.stall("hop") == 1
+    for _ in range(40):  # at full speed until the quota is spent, then a wait for the next period
+        for run_s in (0.02, 0.02, 0.14):
+            record(estimates, run_s)
+    assert estimates.run_s(*SEGMENT) == pytest.approx(0.02)
+    assert estimates.stall("hop") == pytest.approx(3.0, rel=0.2)
+    record(estimates, 3600.0)  # a paused machine is no quota
+    assert estimates.stall("hop") < 4
+
+
 def test_waits_are_a_mean_of_the_latest_calls() -> None:
     estimates = Estimates()
     assert estimates.wait_s("hop") == 0

@@ -193,6 +193,20 @@ def test_other_routes_are_explored_in_idle_time(trial: Trial) -> None:
     assert taken["split"] >= requests * (1 - 2 / EXPLORED_OF)
 
 
+def test_a_route_that_was_left_for_a_slow_function_is_retried_soon_and_then_ever_less() -> None:
+    planned = (fake_candidate("split", demand=Demand(cloud_s=0.01)), EDGE, CLOUD, INT8)
+    trial, left_for_its_link = Trial(planned), Trial(planned)
+    for made, cloud_s in ((trial, 0.2), (left_for_its_link, 0.01)):
+        made.refresh()
+        made.clock.now += 0.1
+        made.chooser.refresh([e._replace(busy=e.busy._replace(cloud=cloud_s)) for e in expected(split=0.3)])
+        assert made.chooser.preferred.name == "edge"
+    first, later = explored(trial, 40)["split"], explored(trial, 200)["split"]  # of 0.2 s each
+    assert 3 <= first <= 12
+    assert later <= 2 * first
+    assert explored(left_for_its_link, 40)["split"] <= 1
+
+
 def test_a_route_that_would_leave_no_time_is_not_explored(trial: Trial) -> None:
     trial.refresh(cloud=0.3)
     assert explored(trial, 10 * EXPLORED_OF, left_s=0.4)["cloud"] == 0

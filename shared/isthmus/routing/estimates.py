@@ -25,6 +25,8 @@ _LATEST = 9
 _COLD_LOAD_S = 0.001
 # Weight of a call in the mean wait: some ten calls count.
 _WAIT_WEIGHT = 0.2
+# Weight of a call in a hop's stall, and the bound on one: beyond that a machine was paused, and no quota at work.
+_STALL_WEIGHT, _MAX_STALL = 0.05, 16.0
 # Headers of a request and of a probe, with a gateway's.
 _HEADER_BYTES = 300
 
@@ -72,6 +74,7 @@ class Estimates:
         self._lock = threading.Lock()
         self._links: LRUCache[str, Link] = LRUCache(MAX_HOPS)
         self._waits: LRUCache[str, float] = LRUCache(MAX_HOPS)
+        self._stalls: LRUCache[str, float] = LRUCache(MAX_HOPS)
         self._segments: LRUCache[tuple[str, str, str], _SegmentTimes] = LRUCache(MAX_SEGMENTS)
         self._work: LRUCache[tuple[str, str], _CandidateTimes] = LRUCache(MAX_SEGMENTS)
 
@@ -98,8 +101,13 @@ class Estimates:
             if (times := self._segments.get(key)) is None:
                 times = self._segments[key] = _SegmentTimes()
             if served.load_s < _COLD_LOAD_S:
+                busy_s = max(reply.run_s, served.total_s - served.wait_s - served.load_s)
+                if times.busy.value:
+                    ratio = min(busy_s / times.busy.value, _MAX_STALL)
+                    stall = self._stalls.get(call.hop, 1.0)
+                    self._stalls[call.hop] = stall + _STALL_WEIGHT * (ratio - stall)
                 times.run.add(reply.run_s)
-                times.busy.add(max(reply.run_s, served.total_s - served.wait_s - served.load_s))
+                times.busy.add(busy_s)
 
     def probe_due(self, hop: str) -> float:
         """When a hop's link should be probed next, on the monotonic clock; infinite without recent calls."""
@@ -149,6 +157,15 @@ class Estimates:
         """Mean seconds that a hop's latest calls waited for a CPU there."""
         with self._lock:
             return float(self._waits.get(hop, 0.0))
+
+    def stall(self, hop: str) -> float:
+        """Mean over median seconds of a hop's runs, at least 1.
+
+        A CPU quota lets a process run at full speed until its share of a period is spent, and then stands it still: few
+        runs bear all of the waiting, which a median does not show. What a hop can do in a second goes by the mean.
+        """
+        with self._lock:
+            return max(1.0, float(self._stalls.get(hop, 1.0)))
 
     def preprocess_s(self, bundle: str, candidate: str) -> float | None:
         """Median seconds of making the input at the router; None where no photo has taken the candidate yet."""

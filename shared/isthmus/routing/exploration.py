@@ -23,6 +23,9 @@ KNOWN_REQUESTS = 3
 # An explored route is at most so many times slower than the preferred one, over a link out of use and else, and leaves
 # half of the time left.
 MAX_SLOWER_LINK, MAX_SLOWER, MAX_SHARE_OF_LEFT = 10.0, 3.0, 0.5
+# A route that was left because its function became slow: tried again after an eighth of the time since, at least a
+# second, for so long. No probe shows the speed of a function, and a process that was slow may be quick at any moment.
+_RETRIED_AFTER, _RETRIED_S = 1 / 8, 60.0
 # Minimal gain by a faster link, as a share of the preferred route's seconds.
 _MIN_GAIN = 0.1
 
@@ -35,6 +38,11 @@ class Exploration:
         self._since, self._latest_at = 0, -math.inf
         self._latest = -1
         self._is_surprising, self._repeated = False, 0
+        self._left, self._left_at = -1, -math.inf
+
+    def left(self, index: int, now: float) -> None:
+        """The candidate is preferred no more, since its function became slow."""
+        self._left, self._left_at = index, now
 
     def pick(
         self, indices: Sequence[int], expected: Sequence[Expectation], preferred: int, left_s: float, now: float
@@ -46,6 +54,10 @@ class Exploration:
             self._is_surprising = False
             self._repeated += 1
             return self._latest
+        is_open = self._left in indices and self._left != preferred and expected[self._left].seconds <= limit_s
+        if is_open and self._is_retry_due(expected[self._left].seconds, now):
+            self._latest_at, self._latest, self._repeated = now, self._left, 0
+            return self._left
         if self._since < OFTEN_EXPLORED_OF or now - self._latest_at < EXPLORED_EVERY_S:
             return None
         others = [i for i in indices if i != preferred and expected[i].seconds <= limit_s]
@@ -59,6 +71,12 @@ class Exploration:
             self._since = 0  # the turns of other routes come as often as without the refuge's
         self._latest_at, self._latest, self._repeated = now, picked, 0
         return picked
+
+    def _is_retry_due(self, expected_s: float, now: float) -> bool:
+        since_left_s = now - self._left_at
+        # A slow route takes a fifth of the time at most.
+        pause_s = max(EXPLORED_EVERY_S, _RETRIED_AFTER * since_left_s, 5 * expected_s)
+        return since_left_s < _RETRIED_S and now - max(self._latest_at, self._left_at) >= pause_s
 
     def ended(self, index: int, seconds: float, expected_s: float) -> None:
         """A request along a candidate took so many seconds."""

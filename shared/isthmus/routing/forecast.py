@@ -100,11 +100,10 @@ def _expect(
         down_s = _transfer_s(demand.down_bytes, link.down_bytes_s, terms.down)
         # The live round trip of a call is all but its transfers and the function's own time.
         rtt_s = terms.rtt + terms.cloud_hop if link.rtt_s is None else max(1.0, demand.calls) * link.rtt_s
-    return Expectation(
-        edge_s + up_s + rtt_s + cloud_s + down_s,
-        demand._replace(edge_s=edge_s, cloud_s=cloud_s),
-        Busy(edge_s, up_s, down_s, cloud_s),
-    )
+    seconds = edge_s + up_s + rtt_s + cloud_s + down_s
+    edge_s *= estimates.stall(candidate.route.near or near.hop)
+    cloud_s *= estimates.stall(far.hop)
+    return Expectation(seconds, demand._replace(edge_s=edge_s, cloud_s=cloud_s), Busy(edge_s, up_s, down_s, cloud_s))
 
 
 def _near_hop_s(candidate: RouteCandidate, estimates: Estimates, hop: str) -> float:

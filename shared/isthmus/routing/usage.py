@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import deque
 from collections.abc import Callable
 
 # Time constant of rates and shares: some seconds of traffic, so that `isthmus top` shows a change at once.
 WINDOW_S = 10.0
-# A load that begins is felt within half a second, by what chance cannot explain: short windows count less so many
-# standard deviations of a Poisson process.
-_SHORT_WINDOWS_S, _DEVIATIONS = (0.5, 2.0), 1.5
+# A load that begins is felt at once: the latest arrivals within so many seconds, less what chance explains, in standard
+# deviations of a Poisson process. So few tell nothing, and so many all there is to know.
+_SHORT_WINDOW_S, _DEVIATIONS, _MIN_ARRIVALS, _MAX_ARRIVALS = 1.5, 0.5, 8, 128
 
 
 class RouteUsage:
@@ -23,8 +24,7 @@ class RouteUsage:
         self.failures = [0] * candidates
         self._rates = [0.0] * candidates
         self._rated_at = [-math.inf] * candidates
-        self._recent = [0.0 for _ in _SHORT_WINDOWS_S]
-        self._latest = -math.inf
+        self._arrivals: deque[float] = deque(maxlen=_MAX_ARRIVALS)
 
     def took(self, index: int) -> None:
         """A request was routed to the candidate."""
@@ -33,12 +33,12 @@ class RouteUsage:
             self.requests[index] += 1
             self._rates[index] = self._rate(index, now) + 1 / WINDOW_S
             self._rated_at[index] = now
-            self._arrived(now)
+            self._arrivals.append(now)
 
     def refused(self) -> None:
         """A request was refused for load: routes should be ready for it all the same."""
         with self._lock:
-            self._arrived(self._clock())
+            self._arrivals.append(self._clock())
 
     def failed(self, index: int) -> None:
         """A hop of the candidate gave no response."""
@@ -55,25 +55,18 @@ class RouteUsage:
         """Requests a second of all candidates, as routes should be ready for."""
         now = self._clock()
         with self._lock:
-            recent = self._recent_rates(now)
-        certain = [r - _DEVIATIONS * math.sqrt(r / (2 * w)) for r, w in zip(recent, _SHORT_WINDOWS_S, strict=True)]
-        return max(sum(self.rates()), *certain)
+            recent = [at for at in self._arrivals if at > now - _SHORT_WINDOW_S]
+        certain = 0.0
+        if len(recent) >= _MIN_ARRIVALS:
+            certain = (len(recent) - _DEVIATIONS * math.sqrt(len(recent))) / max(now - recent[0], 1e-3)
+        return max(sum(self.rates()), certain)
 
     def age_s(self, index: int, now: float) -> float:
         """Seconds since the candidate was taken; infinite if never."""
         return now - self._rated_at[index]
 
-    def _arrived(self, now: float) -> None:
-        recent = self._recent_rates(now)
-        self._recent = [rate + 1 / window for rate, window in zip(recent, _SHORT_WINDOWS_S, strict=True)]
-        self._latest = now
-
     def _rate(self, index: int, now: float) -> float:
         return self._rates[index] * _decay(now - self._rated_at[index], WINDOW_S) if self._rates[index] else 0.0
-
-    def _recent_rates(self, now: float) -> list[float]:
-        elapsed_s = now - self._latest
-        return [r * _decay(elapsed_s, w) if r else 0.0 for r, w in zip(self._recent, _SHORT_WINDOWS_S, strict=True)]
 
 
 def _decay(elapsed_s: float, window_s: float) -> float:

@@ -44,6 +44,7 @@ class Dispatcher:
         self._hops, self._log = {hop.name: hop for hop in hops}, log
         self._tiers = {replica.name: hop.name for hop in hops for replica in (hop, *hop.watched)}
         self._estimates, self._warming = estimates, warming
+        self.own_work = estimates.own_work
         self._versions = ServedVersions([hop.name for hop in hops], estimates, log)
         self._fallbacks = FallbackChain(fallback)
         self._prober = ReadinessProber([replica for hop in hops for replica in hop.watched], log)
@@ -107,6 +108,7 @@ class Dispatcher:
     def _learn(self, chosen: RouteCandidate, result: Result, seconds: float) -> None:
         # Not of closer looks, which the forecast of a request has not either.
         encode_s = sum(run.encode_s for run in result.runs[: result.segments])
+        self.own_work.named((result.preprocess_s or 0.0) + encode_s)
         self._estimates.answered(chosen.route.digest, chosen.name, seconds, result.preprocess_s, encode_s)
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ from cachetools import LRUCache
 from isthmus.http.pool import ExchangeTimes
 from isthmus.pipeline.hop import HopReply
 from isthmus.routing.links import Link, LinkEstimate, Transfer
+from isthmus.routing.own_work import OwnWork
 
 MAX_SEGMENTS = 1024
 MAX_HOPS = 64
@@ -71,6 +72,7 @@ class Estimates:
 
     def __init__(self) -> None:
         self.ambiguous = threading.Event()
+        self.own_work = OwnWork()
         self._lock = threading.Lock()
         self._links: LRUCache[str, Link] = LRUCache(MAX_HOPS)
         self._waits: LRUCache[str, float] = LRUCache(MAX_HOPS)

@@ -91,6 +91,7 @@ def _expect(
         + _known(estimates.encode_s(*key), terms.pack)
         + _known(near.busy_s, terms.edge_run * drift[_NEAR])
         + _near_hop_s(candidate, estimates, near.hop)
+        + estimates.own_work.seconds
     )
     cloud_s = _known(far.busy_s, terms.unpack + terms.cloud_run * drift[_FAR])
     up_s = down_s = rtt_s = 0.0

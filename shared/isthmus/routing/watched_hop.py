@@ -70,6 +70,7 @@ class WatchedHop:
         call = self._estimates.began(self._tier, _payload_bytes(frame) if self.encodes else 0)
         reply: HopReply | None = None
         began, allowed_s = time.perf_counter(), context.deadline.remaining()
+        cpu_began = 0.0 if self.encodes else time.thread_time()
         end = self.breaker.left
         try:
             reply = self.inner.call(frame, context)
@@ -86,6 +87,8 @@ class WatchedHop:
                     self.memory.forget()
             raise
         finally:
+            if not self.encodes:  # in this process, and in the estimates of its segment
+                self._estimates.own_work.named(time.thread_time() - cpu_began)
             if reply is None:
                 self._estimates.failed(call)
             with self._lock:

@@ -64,10 +64,12 @@ class Predictor:
             MediaUnsupported: a photo for a model that declares no processing of photos.
             Further errors as decoding a photo and executing the route.
         """
+        self._dispatcher.own_work.begin()
         try:
             response = self._response(request, inference)
         except Deferred as e:
             response = e.response(request, inference)
+        self._dispatcher.own_work.end(request.timings.cpu_began, len(inference.batch))
         if inference.event is not None:
             source = f"/models/{inference.model.name}/versions/{inference.model.version}"
             response.headers.extend(inference.event.response_headers(request.context.call_id, source))

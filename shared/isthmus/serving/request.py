@@ -27,6 +27,7 @@ class Timings:
     """Stages of a request, in order, for Server-Timing and the histogram. Units: seconds."""
 
     began: float = field(default_factory=time.perf_counter)
+    cpu_began: float = field(default_factory=time.thread_time)
     stages: list[tuple[str, float, str]] = field(default_factory=list)
 
     def add(self, stage: str, seconds: float, description: str = "") -> None:

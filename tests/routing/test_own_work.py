@@ -1,0 +1,59 @@
+"""The router's own work: CPU time beside what other estimates know."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from isthmus.routing.own_work import OwnWork
+
+
+def busy(seconds: float) -> None:
+    """Use so much CPU time of this thread."""
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
+def request(work: OwnWork, cpu_s: float, named_s: float = 0.0, answers: int = 1) -> None:
+    began = time.thread_time()
+    work.begin()
+    busy(cpu_s + named_s)
+    work.named(named_s)
+    work.end(began, answers)
+
+
+def test_named_work_is_not_the_routers_own() -> None:
+    work = OwnWork()
+    assert work.seconds == 0
+    request(work, 0.01, named_s=0.03)
+    assert work.seconds == pytest.approx(0.01, rel=0.3)
+
+
+def test_a_wait_is_no_work() -> None:
+    work = OwnWork()
+    began = time.thread_time()
+    work.begin()
+    time.sleep(0.05)
+    work.end(began, 1)
+    assert work.seconds < 0.02
+
+
+def test_a_batch_counts_by_its_answers() -> None:
+    work = OwnWork()
+    request(work, 0.04, answers=4)
+    assert work.seconds == pytest.approx(0.01, rel=0.3)
+
+
+def test_requests_of_other_threads_are_apart() -> None:
+    work = OwnWork()
+    began = time.thread_time()
+    work.begin()
+    other = threading.Thread(target=request, args=(work, 0.03))
+    other.start()
+    other.join()
+    busy(0.01)
+    work.end(began, 1)
+    assert 0.005 < work.seconds < 0.035

@@ -51,10 +51,11 @@ class Outstanding:
 
         Requests share a CPU or a link side by side, so that each one before it delays `work` by no more than its own
         seconds: a photo that passes through to the cloud does not wait until the edge has run all models before it.
+        The resources work at the same time on different requests, so the longest of the waits counts, not their sum.
         """
         with self._lock:
             each = zip(self._seconds, self._users, work, strict=True)
-            return sum(min(seconds, users * own) for seconds, users, own in each)
+            return max(min(seconds, users * own) for seconds, users, own in each)
 
     def remove(self, work: Busy, closed: int) -> None:
         """Take away work that is done, and `closed` requests."""

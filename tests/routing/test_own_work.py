@@ -1,4 +1,4 @@
-"""The router's own work: CPU time beside what other estimates know."""
+"""The router's own work: CPU time beside what other estimates know, at the speed of the process."""
 
 from __future__ import annotations
 
@@ -45,6 +45,19 @@ def test_a_batch_counts_by_its_answers() -> None:
     work = OwnWork()
     request(work, 0.04, answers=4)
     assert work.seconds == pytest.approx(0.01, rel=0.3)
+
+
+def test_a_slow_process_takes_longer_for_its_own_work_too() -> None:
+    work = OwnWork()
+    request(work, 0.01)
+    alone = work.seconds
+    for _ in range(20):
+        work.ran(0.08, 0.02)  # a quarter of a CPU
+        work.ran(0.5, 0.0)  # in the thread of another request
+    assert work.seconds == pytest.approx(4 * alone, rel=0.01)
+    for _ in range(200):
+        work.ran(0.02, 0.021)  # no slower than its CPU time
+    assert work.seconds == pytest.approx(alone, rel=0.05)
 
 
 def test_requests_of_other_threads_are_apart() -> None:

@@ -87,8 +87,8 @@ class WatchedHop:
                     self.memory.forget()
             raise
         finally:
-            if not self.encodes:  # in this process, and in the estimates of its segment
-                self._estimates.own_work.named(time.thread_time() - cpu_began)
+            if not self.encodes and reply is not None:  # in this process, and in the estimates of its segment
+                self._estimates.own_work.ran(reply.run_s, time.thread_time() - cpu_began)
             if reply is None:
                 self._estimates.failed(call)
             with self._lock:

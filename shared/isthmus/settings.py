@@ -428,6 +428,15 @@ class RouterSettings(SegmentSettings):
         False,
     )
 
+    @property
+    def model_name(self) -> str:
+        """The name of `model`, without its version."""
+        return self.model.partition(":")[0]
+
+    def tells_of(self, name: str) -> bool:
+        """Whether callers may be told of the model `name`; names of models beside `model` are details."""
+        return self.expose_details or name == self.model_name
+
 
 @dataclass(frozen=True, kw_only=True)
 class TriggerSettings(FunctionSettings):

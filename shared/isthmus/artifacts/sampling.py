@@ -24,7 +24,7 @@ class Sampling(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=Tr
 
     `last` is for how many of the step's last positions a token is sampled, 0 for a chunk of a prompt that is not its
     end. `tokens` are the ids of the step, where a penalty needs the history. `logprobs` is the number of alternatives
-    to report for each token; 0 reports the token's own where `own_logprob`.
+    to report for each token beside its own.
     """
 
     temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
@@ -37,7 +37,6 @@ class Sampling(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=Tr
     seed: Annotated[int, Meta(ge=0, le=MAX_SEED)] = 0
     last: Annotated[int, Meta(ge=0, le=MAX_STEP_TOKENS)] = 1
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] = 0
-    own_logprob: bool = False
     tokens: Annotated[tuple[Annotated[int, Meta(ge=0, le=2**31 - 1)], ...], Meta(max_length=MAX_STEP_TOKENS)] = ()
 
     @property

@@ -74,10 +74,6 @@ class Deferral:
         """Whether to spool messages without a call of the router, as the latest message had no continuation."""
         return self._table.messages and self._is_whole and self.cloud.is_away and len(self.spool) > 0
 
-    def is_behind(self, lane: str | None) -> bool:
-        """Whether earlier messages of the lane are in the spool."""
-        return lane is not None and self.spool.has_lane(lane)
-
     def add(self, message: Message, lane: str | None, reply: RouterReply) -> None:
         """Spool the continuation that the reply is, or the message.
 

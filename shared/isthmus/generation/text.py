@@ -42,11 +42,6 @@ class TextCodec:
         added = json.loads(tokenizer).get("added_tokens", [])
         self._special = {t["id"]: t["content"] for t in added if t.get("special")}
 
-    @property
-    def chats(self) -> bool:
-        """Whether the model has a chat template."""
-        return self._template is not None
-
     def encode(self, text: str) -> list[int]:
         """The ids of a text; special tokens in it are plain text."""
         return self._begin(self._encode_plain(text))

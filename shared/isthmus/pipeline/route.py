@@ -68,6 +68,10 @@ class Route:
         rest = replace(self, segments=self.segments[count:], hops=self.hops[count:])
         return replace(rest, encodings=self.encodings[count:])
 
+    def raw(self) -> Route:
+        """The same route without codecs, and so without closer looks."""
+        return replace(self, encodings=(), looks=None)
+
     def finer(self, quality: float) -> Route:
         """The same route with at least that quality."""
         encodings = tuple(

@@ -26,7 +26,7 @@ def alternative_routes(
     `raw` is the selected route without codecs, `edge` and `cloud` run the whole model on the first and the last hop,
     `photo` sends the photo unchanged to the last hop, `cut:NAME` divides the model there and sends raw tensors.
     """
-    raw = replace(selected.route, encodings=(), looks=None)
+    raw = selected.route.raw()
     others = (*_whole_routes(digest, bundle, hops), *_split_routes(digest, bundle, hops))
     different = {
         name: other

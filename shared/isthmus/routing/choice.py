@@ -65,7 +65,6 @@ class RouteChooser:
         self.usage = RouteUsage(len(self.candidates), clock)
         self._outstanding, self._clock = outstanding, clock
         self._lock = threading.Lock()
-        self._planned_cloud_s = [c.demand.cloud_s for c in self.candidates]
         self._index = {c.name: i for i, c in enumerate(self.candidates)}
         self._exact = [i for i, c in enumerate(self.candidates) if not c.degradation] or [0]
         self._allowed: Sequence[int] = self._exact
@@ -101,7 +100,7 @@ class RouteChooser:
             now, before = self._clock(), self._preference.index
             self._preference.update(now, [e.seconds for e in expected], self._exact)
             # Beyond twice the planned seconds the function is slow, not the link.
-            is_slow = 0 < 2 * self._planned_cloud_s[before] < expected[before].busy.cloud
+            is_slow = 0 < 2 * self.candidates[before].demand.cloud_s < expected[before].busy.cloud
             if before != self._preference.index and is_slow:
                 self._exploration.left(before, now)
             best = self._best(self._allowed)

@@ -246,7 +246,7 @@ class Guard:
             IsthmusError: the raw request failed.
         """
         state = self._state(sample.route)
-        raw = replace(sample.route, encodings=(), looks=None)
+        raw = sample.route.raw()
         request = sample.request or Context.from_headers({}, longest_s=self._deadline_s)
         context = replace(request, deadline=Deadline.after(self._deadline_s))
         expected = execute(raw, sample.inputs, context, sample.encoded)

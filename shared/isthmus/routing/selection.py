@@ -44,7 +44,7 @@ class RouteSelector:
             Missing, RegistryError: a cut, or a blob that the plan names, cannot be had.
         """
         # The settings are for the default model; another has cuts of its own.
-        is_default = self._settings.model.partition(":")[0] == name
+        is_default = self._settings.model_name == name
         cuts = (self._settings.cuts or None) if is_default else None
         if cuts is None and self._settings.plan and (plan := read_plan(bundle, self._registry.blob)) is not None:
             candidates = self._planned(plan, digest, bundle)
@@ -97,4 +97,4 @@ class RouteSelector:
 def _raw(candidate: RouteCandidate) -> RouteCandidate:
     """The candidate without codecs."""
     photo = None if candidate.photo is None else replace(candidate.photo, jpeg_quality=0)
-    return replace(candidate, route=replace(candidate.route, encodings=(), looks=None), photo=photo)
+    return replace(candidate, route=candidate.route.raw(), photo=photo)

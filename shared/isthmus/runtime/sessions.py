@@ -102,16 +102,6 @@ class Sessions:
                 if (found := kept.sessions.get(session)) is not None and not found.running:
                     self._drop(kept, session)
 
-    def count(self) -> int:
-        """Sessions of the segment with the most."""
-        with self._lock:
-            return max((len(kept.sessions) for kept in self._segments.values()), default=0)
-
-    @property
-    def reserved_bytes(self) -> int:
-        """Bytes that sessions have reserved."""
-        return self._reserved
-
     def _take(
         self, key: Key, runner: OrtRunner, state: State, step: Step, count: int
     ) -> tuple[_KeptSession, _KeptSegment]:

@@ -52,11 +52,6 @@ class StateMemory:
             self._pairs.append((pair.past, pair.present, dtype, sizes, memory, row_bytes))
             self.token_bytes += math.prod(sizes) * dtype.itemsize // tokens
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether the segment has no state."""
-        return not self._pairs
-
     def buffers(self, row: int, count: int = 1) -> list[StateBuffer]:
         """The memory of `count` rows from `row` on."""
         return [

@@ -183,13 +183,9 @@ class SegmentStore:
             DeadlineExceeded: no CPU was free in time.
             NotReady, Overloaded, RegistryError, SegmentError: as `runner` and `Runner.run`.
         """
-        began = time.perf_counter()
-        # Exactly 0 for a segment in memory: callers see by it that a function lost what it had loaded.
-        was_loaded = (bundle, segment) in self._memory
-        runner = self.runner(bundle, segment, deadline)
-        loaded = began if was_loaded else time.perf_counter()
+        runner, load_s = self._timed_runner(bundle, segment, deadline)
         ran = self._queue.run(runner, arrays, deadline)
-        return TimedOutputs(ran.outputs, loaded - began, ran.wait_s, ran.run_s, ran.batch)
+        return TimedOutputs(ran.outputs, load_s, ran.wait_s, ran.run_s, ran.batch)
 
     @contextlib.contextmanager
     def running(self, bundle: str, segment: str, deadline: Deadline) -> Iterator[tuple[Runner, float, float]]:
@@ -198,12 +194,10 @@ class SegmentStore:
         Raises:
             As `run`.
         """
-        began = time.perf_counter()
-        was_loaded = (bundle, segment) in self._memory
-        runner = self.runner(bundle, segment, deadline)
-        loaded = began if was_loaded else time.perf_counter()
+        runner, load_s = self._timed_runner(bundle, segment, deadline)
+        waits_since = time.perf_counter()
         with self._queue.slot(deadline):
-            yield runner, loaded - began, time.perf_counter() - loaded
+            yield runner, load_s, time.perf_counter() - waits_since
 
     def profile(
         self, bundle: str, segment: str, arrays: Mapping[str, Array], deadline: Deadline, *, max_runs: int
@@ -292,6 +286,16 @@ class SegmentStore:
             raise RunFailed(f"a segment is observed in the setting cache_dir, where nothing can be written: {e}") from e
         with folder:
             yield Path(folder.name)
+
+    def _timed_runner(self, bundle: str, segment: str, deadline: Deadline) -> tuple[Runner, float]:
+        """See `runner`; and the seconds of loading.
+
+        Exactly 0 for a segment in memory: callers see by it that a function lost what it had loaded.
+        """
+        if (bundle, segment) in self._memory:
+            return self.runner(bundle, segment, deadline), 0.0
+        began = time.perf_counter()
+        return self.runner(bundle, segment, deadline), time.perf_counter() - began
 
     def _join_load(self, key: Key) -> Future[Runner]:
         """The load of a segment that a request waits for, under way or begun here."""

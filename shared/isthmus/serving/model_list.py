@@ -22,7 +22,7 @@ class ModelList:
 
     def __init__(self, catalog: ModelCatalog, settings: RouterSettings) -> None:
         self._catalog = catalog
-        self._default = settings.model.partition(":")[0]
+        self._default = settings.model_name
         # Names of other models are a detail, as in errors.
         self._names = None if settings.expose_details else (self._default,)
 

@@ -27,11 +27,10 @@ class StateRoute:
     def state(self) -> RouterState:
         """The state; URLs of hops, and models beside the default, are details, as in metrics and lists."""
         state, refusals = self._dispatcher.state(), self._slots.refused()
-        default = self._settings.model.partition(":")[0]
         return structs.replace(
             state,
             hops=tuple(structs.replace(hop, name=hop_label(self._settings, hop.name)) for hop in state.hops),
-            models=tuple(m for m in state.models if self._settings.expose_details or m.name == default),
+            models=tuple(m for m in state.models if self._settings.tells_of(m.name)),
             limit=self._slots.limit,
             working=self._slots.working,
             queued=self._slots.queued,

@@ -105,13 +105,13 @@ class RoutingMetrics(Collector):
         yield from self._seconds.collect()
 
     def _labels(self, model: str, version: str, route: str) -> RouteLabels:
-        # Anybody may read metrics: the names of models beside the default are details, as in lists.
-        if not self._settings.expose_details and model != self._settings.model.partition(":")[0]:
+        # Anybody may read metrics.
+        if not self._settings.tells_of(model):
             return RouteLabels(OTHER, OTHER, OTHER)
         return self._places.of(model, version, route)
 
     def _of_hops(self, hops: Iterable[HopState]) -> Iterator[Metric]:
-        named = [([hop_label(self._settings, hop.name)], hop) for hop in hops]
+        named = [((hop_label(self._settings, hop.name),), hop) for hop in hops]
         breakers = GaugeMetricFamily(
             "isthmus_breaker_state", "1 for the state of a hop's circuit breaker.", labels=["hop", "state"]
         )
@@ -120,10 +120,7 @@ class RoutingMetrics(Collector):
                 breakers.add_metric([*labels, state], float(hop.breaker == state))
         yield breakers
         for name, (help, count) in _HOP_COUNTERS.items():
-            counter = CounterMetricFamily(f"isthmus_{name}", help, labels=["hop"])
-            for labels, hop in named:
-                counter.add_metric(labels, count(hop))
-            yield counter
+            yield _counter(f"isthmus_{name}", help, ("hop",), ((labels, count(hop)) for labels, hop in named))
         for name, (help, read) in _HOP_GAUGES.items():
             yield _gauge(f"isthmus_{name}", help, ("hop",), ((labels, read(hop)) for labels, hop in named))
 

@@ -52,11 +52,6 @@ class DecoderConfig:
         if not 0 < self.epsilon < 1:
             raise ModelError(f"{source} states an epsilon of {self.epsilon}", field="epsilon")
 
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of keys and values of a token over all layers, as float32."""
-        return 2 * self.layers * self.kv_heads * self.head_size * 4
-
 
 class DecoderWeights(Protocol):
     """Tensors of a decoder by their names in GGUF, as float32 and in the layout of torch's Linear: (out, in)."""

@@ -16,7 +16,7 @@ from isthmus_tools.graph.decoder.config import DecoderConfig, DecoderSource, Fam
 from isthmus_tools.graph.exporting import missing_package
 
 _FAMILIES: dict[str, Family] = {"llama": "llama", "qwen2": "qwen2", "gpt2": "gpt2"}
-_NORMAL, _CONTROL, _USER = 1, 3, 4  # kinds of tokens in tokenizer.ggml.token_type
+_CONTROL, _USER = 3, 4  # kinds of tokens in tokenizer.ggml.token_type
 # How GGUF's names of pre-tokenizers split text, as `tokenizers` says it; the rest are byte-level as GPT-2.
 _DIGIT_SPLITS = {"smollm", "llama-bpe", "qwen2"}
 

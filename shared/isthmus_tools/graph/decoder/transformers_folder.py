@@ -65,14 +65,6 @@ _GPT2_KEYS = {
 }
 
 
-def is_decoder_folder(folder: Path) -> bool:
-    """Whether config.json names a decoder of a known family."""
-    try:
-        return _architecture(_read_json(folder / "config.json", _MAX_JSON_BYTES)) in _FAMILIES
-    except ModelError:
-        return False
-
-
 def read_folder(folder: Path) -> DecoderSource:
     """The decoder of a folder; weights are read one at a time.
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 
+from isthmus.errors import CutError, ModelError
 from isthmus_tools.graph.decoder import bundler
+from isthmus_tools.graph.decoder.gguf_file import read_gguf
 from isthmus_tools.graph.decoder.transformers_folder import read_folder
 from support.decoders import generate_scores, save_decoder, tiny_config
 
@@ -33,3 +40,83 @@ def test_the_scores_are_those_of_transformers(family: str, folders: dict[str, Pa
     for cuts in ((), ("layer_1",), ("layer_1", "layer_2")):
         found = generate_scores(bundle, files, cuts, [ids[:, :7], ids[:, 7:8], ids[:, 8:]])
         np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def write_gguf(folder: Path, out: Path) -> Path:
+    """The folder's Llama as GGUF, its queries and keys in the order of llama.cpp."""
+    decoder = read_folder(folder)
+    c, document = decoder.config, decoder.tokenizer
+    writer = gguf.GGUFWriter(out, "llama")
+    writer.add_block_count(c.layers)
+    writer.add_embedding_length(c.width)
+    writer.add_head_count(c.heads)
+    writer.add_head_count_kv(c.kv_heads)
+    writer.add_feed_forward_length(c.ffn)
+    writer.add_context_length(c.context)
+    writer.add_layer_norm_rms_eps(c.epsilon)
+    writer.add_rope_freq_base(c.rope_theta)
+    writer.add_tokenizer_model("gpt2")
+    vocabulary = sorted(document["model"]["vocab"], key=document["model"]["vocab"].__getitem__)
+    # A vocabulary has a token for each row of the embedding.
+    vocabulary += [f"<unused {i}>" for i in range(len(vocabulary), c.vocabulary)]
+    special = {t["content"] for t in document["added_tokens"]}
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([3 if token in special else 1 for token in vocabulary])
+    writer.add_token_merges([" ".join(merge) for merge in document["model"]["merges"]])
+    writer.add_eos_token_id(0)
+    parts = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
+    names = ["token_embd.weight", "output_norm.weight"]
+    for name in [*names, *(f"blk.{i}.{part}.weight" for i in range(c.layers) for part in parts)]:
+        array = decoder.weights.get(name)
+        if ".attn_q." in name or ".attn_k." in name:
+            heads = c.heads if ".attn_q." in name else c.kv_heads
+            array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+        writer.add_tensor(name, np.ascontiguousarray(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+def test_a_gguf_file_is_the_model_of_its_folder(folders: dict[str, Path], tmp_path: Path) -> None:
+    of_folder, of_file = read_folder(folders["llama"]), read_gguf(write_gguf(folders["llama"], tmp_path / "tiny.gguf"))
+    assert of_file.eos == (0,)
+    assert replace(of_file.config, epsilon=of_folder.config.epsilon) == of_folder.config
+    ids = np.random.default_rng(1).integers(0, of_folder.config.vocabulary, (1, 9))
+    scores = [
+        generate_scores(*bundler.build_decoder(decoder, "tiny", tmp_path / name, cuts=["1"]), ("layer_1",), [ids])
+        for name, decoder in (("folder", of_folder), ("file", of_file))
+    ]
+    np.testing.assert_allclose(scores[0], scores[1], atol=1e-5 * np.abs(scores[0]).max())
+    text = "the dog sat <|end|> on 12 logs"
+    both = [tokenizers.Tokenizer.from_str(json.dumps(each.tokenizer)).encode(text) for each in (of_folder, of_file)]
+    assert both[0].ids == both[1].ids
+
+
+@pytest.mark.parametrize("cut", ["0", "3", "x", "2/1", "1/1"])
+def test_a_cut_that_is_no_layer_or_out_of_order_is_refused(cut: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(CutError):
+        bundler.build_decoder(read_folder(folders["llama"]), "tiny", tmp_path / "out", cuts=[cut])
+
+
+def test_files_that_hold_no_decoder(folders: dict[str, Path], tmp_path: Path) -> None:
+    (broken := tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(64))
+    with pytest.raises(ModelError, match=r"no GGUF file|architecture"):
+        read_gguf(broken)
+    shutil.copytree(folders["llama"], tmp_path / "other")
+    document = json.loads((config := tmp_path / "other" / "config.json").read_text())
+    for change, reason in (
+        ({"architectures": ["BertModel"]}, "taken are"),
+        ({"num_attention_heads": 0}, "heads as 0"),
+        ({"num_hidden_layers": None}, "does not state num_hidden_layers"),
+        ({"hidden_act": "relu"}, "activation"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rotary"),
+    ):
+        config.write_text(json.dumps({**document, **change}))
+        with pytest.raises(ModelError, match=reason):
+            read_folder(tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").unlink()
+    config.write_text(json.dumps(document))
+    with pytest.raises(ModelError, match="cannot be read"):
+        read_folder(tmp_path / "other")

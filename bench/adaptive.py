@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from functions import Process, stage_functions
+from functions import PROFILE_TOKEN, Process, stage_functions, tiers_to_profile
 from harness import STATE, Report
 from models import PLANNED
 from traffic import Query
@@ -18,7 +16,6 @@ from isthmus.artifacts.conditions import Conditions, Constraints
 from isthmus.artifacts.plan import Plan, read_plan
 from isthmus.errors import Missing
 from isthmus.registry import open_cache, open_registry
-from isthmus.serving.profiling import SECRET
 from isthmus.settings import RegistrySettings
 from isthmus_tools.engine.cpu_share import share_of_a_cpu
 from isthmus_tools.netem import LinkShape, NetworkEmulator
@@ -40,7 +37,6 @@ EDGE_SHARE = 0.25
 REGISTRY = STATE / "adaptive-registry"
 # Environment of both functions.
 SHARED = {"threads": "1", "preload": "", "cache_bytes": "2GiB", "max_loaded_bytes": "1GiB", "guard_share": "0"}
-_TOKEN = "bench"  # noqa: S105 - of functions that end with this benchmark
 _SETTINGS = RegistrySettings(registry=str(REGISTRY), cache_dir=str(STATE / "adaptive-cache"))
 
 
@@ -86,18 +82,11 @@ def _is_planned(reference: str) -> bool:
 
 def _plan(links: Sequence[Conditions]) -> None:
     registry = open_registry(_SETTINGS)
-    staged = stage_functions("edge-head", "cloud-tail", registry=REGISTRY, model=MODEL)
     with contextlib.ExitStack() as stack:
-        secrets = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="isthmus-")))
-        (secrets / SECRET).write_text(_TOKEN)
-        env = {"threads": "1", "preload": "", "secrets_dir": str(secrets), "deadline_s": "120", "exec_timeout": "130s"}
-        edge = stack.enter_context(staged["edge-head"].start(**env, cache_dir=str(STATE / "plan-edge")))
-        cloud = stack.enter_context(staged["cloud-tail"].start(**env, cache_dir=str(STATE / "plan-cloud")))
-        edge.wait_ready()
-        cloud.wait_ready()
+        edge, cloud = stack.enter_context(tiers_to_profile(REGISTRY, MODEL))
         slow = SlowEdge(1 / EDGE_SHARE, [edge.process.pid])
         (file := STATE / "adaptive.jpg").write_bytes(photo())
-        urls = FunctionUrls(edge.url, cloud.url, _TOKEN, slow)
+        urls = FunctionUrls(edge.url, cloud.url, PROFILE_TOKEN, slow)
         profiles = profile(
             ProfileRequest(model=MODEL, registry=_SETTINGS, functions=urls, photos=[file], new_version=False)
         ).profiles

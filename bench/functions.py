@@ -9,6 +9,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 import urllib3
 from harness import ROOT, STATE
 
+from isthmus.serving.profiling import SECRET
 from isthmus_tools.cli.options import stack_variables
 from isthmus_tools.engine.stack import read_stack, stage
 
@@ -24,6 +26,7 @@ MAX_START_S = 60.0
 # Of the logs of earlier processes.
 MAX_AGE_S = 86_400
 
+PROFILE_TOKEN = "bench"  # noqa: S105 - of functions that end with their benchmark
 _PASSED_ON = ("PATH", "LANG", "LC_ALL", "TMPDIR")
 
 
@@ -87,6 +90,21 @@ def stage_functions(*names: str, registry: Path, model: str) -> dict[str, Staged
         compileall.compile_dir(folder, quiet=2)
         staged[name] = StagedFunction(name, folder, {**image_environment(folder / "Dockerfile"), **spec.environment})
     return staged
+
+
+@contextlib.contextmanager
+def tiers_to_profile(registry: Path, model: str) -> Iterator[tuple[Process, Process]]:
+    """The segment functions of edge and cloud, ready, which may be profiled with PROFILE_TOKEN."""
+    staged = stage_functions("edge-head", "cloud-tail", registry=registry, model=model)
+    with contextlib.ExitStack() as stack:
+        secrets = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="isthmus-")))
+        (secrets / SECRET).write_text(PROFILE_TOKEN)
+        env = {"threads": "1", "preload": "", "secrets_dir": str(secrets), "deadline_s": "120", "exec_timeout": "130s"}
+        edge = stack.enter_context(staged["edge-head"].start(**env, cache_dir=str(STATE / "plan-edge")))
+        cloud = stack.enter_context(staged["cloud-tail"].start(**env, cache_dir=str(STATE / "plan-cloud")))
+        edge.wait_ready()
+        cloud.wait_ready()
+        yield edge, cloud
 
 
 def image_environment(dockerfile: Path) -> dict[str, str]:

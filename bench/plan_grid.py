@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from functions import stage_functions
+from functions import PROFILE_TOKEN, tiers_to_profile
 from harness import STATE, Report
 from models import PLAN_REGISTRY, PlannedModel, calibrated_version, published
 
@@ -20,7 +18,6 @@ from isthmus.artifacts.profile import Profile
 from isthmus.processing.image_decoding import MAX_PIXELS
 from isthmus.registry import Registry, SegmentCache, open_cache, open_registry
 from isthmus.runtime.tables import Tables
-from isthmus.serving.profiling import SECRET
 from isthmus.settings import RegistrySettings
 from isthmus_tools.netem.process import link_to
 from isthmus_tools.planner.candidates import CandidateSet
@@ -38,7 +35,6 @@ SLOWDOWNS, QUICK_SLOWDOWNS = (4.0, 8.0, 16.0, 32.0), (8.0, 16.0, 32.0)
 RATES, ROUND_TRIPS = (0.1e6, 1e6, 2e6, 10e6, 100e6), (0.02, 0.08)
 # A fraction of the cells, where a split may be best, and their duels alone: a few minutes for each slowdown.
 QUICK_RATES, QUICK_ROUND_TRIPS = (1e6, 2e6, 5e6, 10e6), (0.02,)
-TOKEN = "bench"  # noqa: S105 - of functions that end with this benchmark
 LIMITS = Constraints()
 BASELINES = {"edge-only": "edge-float", "cloud-only, JPEG": "cloud-photo", "cloud-only, raw": "cloud-raw"}
 # `edge-float` without the photo's pre-processing: the edge alone with an input that needs no decoding.
@@ -178,17 +174,10 @@ def prepared(model: PlannedModel, slowdown: float, report: Report) -> Iterator[B
     settings = RegistrySettings(registry=str(PLAN_REGISTRY), cache_dir=str(STATE / "plan-cache"))
     registry = open_registry(settings)
     cache = open_cache(settings, registry)
-    staged = stage_functions("edge-head", "cloud-tail", registry=PLAN_REGISTRY, model=model.name)
     rates, round_trips = (QUICK_RATES, QUICK_ROUND_TRIPS) if report.quick else (RATES, ROUND_TRIPS)
     grid = [Conditions(bps, bps, rtt) for bps in rates for rtt in round_trips]
     with contextlib.ExitStack() as resources:
-        secrets = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="isthmus-")))
-        (secrets / SECRET).write_text(TOKEN)
-        env = {"threads": "1", "preload": "", "secrets_dir": str(secrets), "deadline_s": "120", "exec_timeout": "130s"}
-        edge = resources.enter_context(staged["edge-head"].start(**env, cache_dir=str(STATE / "plan-edge")))
-        cloud = resources.enter_context(staged["cloud-tail"].start(**env, cache_dir=str(STATE / "plan-cloud")))
-        edge.wait_ready()
-        cloud.wait_ready()
+        edge, cloud = resources.enter_context(tiers_to_profile(PLAN_REGISTRY, model.name))
         functions = {}
         for cell in grid:
             far = resources.enter_context(
@@ -197,7 +186,7 @@ def prepared(model: PlannedModel, slowdown: float, report: Report) -> Iterator[B
             functions[cell] = LinkedFunctions(edge.url, far, cloud.url)
         runs = 7 if report.quick else 15
         slow = SlowEdge(slowdown, [edge.process.pid])
-        profiles = profiled(report, model, at, FunctionUrls(edge.url, cloud.url, TOKEN, slow), runs)
+        profiles = profiled(report, model, at, FunctionUrls(edge.url, cloud.url, PROFILE_TOKEN, slow), runs)
         examples, kind = inputs(model, registry)
         # A share of agreement takes more photos than times do.
         photos = [path.read_bytes() for path in varied_photos()] if model.photo is not None else []

@@ -24,6 +24,9 @@ from support.hop_servers import hop_to as hop_to
 from support.patience import LONG_S, eventually
 from support.ports import free_port
 
+USUAL_S = 0.04
+"""Seconds of the calls before hedging begins, and so the 95th percentile of a hundred."""
+
 
 class Script:
     """A replica that answers after `pause_s`, or fails."""
@@ -116,7 +119,12 @@ def test_a_tier_whose_replicas_all_fail_fails(scripts: tuple[Script, Script, Rep
 
 
 def known(replicas: Replicas, calls: int = 100) -> None:
-    for _ in range(calls):
+    """Make calls of which enough are slow: of calls of microseconds, any pause of the machine would be hedged."""
+    scripts = [hop.inner for hop in replicas.watched]
+    for i in range(calls):
+        for script in scripts:
+            assert isinstance(script, Script)
+            script.pause_s = USUAL_S if i < HEDGED_CALLS - 1 else 0.0
         replicas.call(FRAME, context())
 
 
@@ -150,7 +158,7 @@ def test_the_first_call_wins_where_its_hedge_is_slower_still(scripts: tuple[Scri
 def test_hedged_calls_stay_within_their_budget(scripts: tuple[Script, Script, Replicas]) -> None:
     one, other, replicas = scripts
     known(replicas)
-    one.pause_s = other.pause_s = 0.02
+    one.pause_s = other.pause_s = 1.5 * USUAL_S
     before = one.calls + other.calls
     for _ in range(60):
         replicas.call(FRAME, context())
@@ -160,7 +168,7 @@ def test_hedged_calls_stay_within_their_budget(scripts: tuple[Script, Script, Re
 def test_nothing_is_hedged_before_the_tail_is_known(scripts: tuple[Script, Script, Replicas]) -> None:
     one, other, replicas = scripts
     known(replicas, HEDGED_CALLS - 1)
-    one.pause_s = other.pause_s = 0.05
+    one.pause_s = other.pause_s = 2 * USUAL_S
     replicas.call(FRAME, context())
     assert one.calls + other.calls == HEDGED_CALLS
 

@@ -203,7 +203,10 @@ class MemoryInUse(SegmentError):
 
 
 class StateMissing(SegmentError):
-    """A session's state is not here, or ends earlier; facts: `session`, and `position`, the tokens that are here."""
+    """A session's state is not there, or ends earlier.
+
+    Facts: `segment`, `session`, and `position`, the tokens that are there; `hop` where a hop said so.
+    """
 
     public_message = ""
 

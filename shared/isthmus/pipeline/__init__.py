@@ -17,7 +17,7 @@ A route from a cut takes all tensors at hand and uses the inputs of its segments
 
 from isthmus.pipeline.closer_looks import LookPolicy, LooksTaken
 from isthmus.pipeline.execution import Interruption, Result, SegmentRun, encode_tensors, execute, execute_resumably
-from isthmus.pipeline.hop import Hop, HopReply, HttpHop, LocalHop, LoopbackHop, ProbedHop, ServedTimes
+from isthmus.pipeline.hop import Hop, HopReply, HttpHop, LocalHop, LoopbackHop, ProbedHop, ServedTimes, SessionHop
 from isthmus.pipeline.route import PhotoInput, Route, local_route, photo_input, plan_route, planned_route
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "Route",
     "SegmentRun",
     "ServedTimes",
+    "SessionHop",
     "encode_tensors",
     "execute",
     "execute_resumably",

@@ -7,6 +7,7 @@ that is starting, within the deadline; a function that stays away, or fails, is 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -22,6 +23,7 @@ from isthmus.codecs import Tables
 from isthmus.context import Context, Deadline
 from isthmus.errors import (
     HopBusy,
+    HopError,
     HopRejected,
     HopTimeout,
     HopUnavailable,
@@ -57,6 +59,8 @@ if TYPE_CHECKING:  # a router with remote hops alone never loads onnxruntime
 MAX_ERROR_BYTES = 2**16
 # Replicas of a hop; each has a breaker that probes watch.
 MAX_REPLICAS = 16
+# A session that ends holds up the end of its generation for no longer.
+END_SESSION_S = 2.0
 # Bound on a frame between this process and itself, where only memory limits it.
 MAX_LOOPBACK_BYTES = 2**30
 # A segment function's errors that the router's caller causes, and that of a session whose state is gone.
@@ -151,6 +155,10 @@ class StepRunner(SegmentRunner, Protocol):
         """See `SessionStore.step`."""
         ...
 
+    def end_session(self, session: str) -> None:
+        """See `SessionStore.end_session`."""
+        ...
+
 
 @runtime_checkable
 class SegmentLoader(Protocol):
@@ -162,6 +170,18 @@ class SegmentLoader(Protocol):
         Raises:
             MemoryInUse, SegmentTooLarge: no room beside the segments in use, or in an empty memory.
             IsthmusError: the segment cannot be loaded, or the hop gave no response.
+        """
+        ...
+
+
+@runtime_checkable
+class SessionHop(Protocol):
+    """A hop whose functions may keep state of sessions."""
+
+    def end_session(self, session: str, deadline: Deadline) -> None:
+        """Have the hop forget a session, in at most END_SESSION_S seconds.
+
+        Best effort and never an error: a function that cannot be reached drops the session once it is idle.
         """
         ...
 
@@ -183,7 +203,7 @@ class LocalHop:
         if frame.step is None:
             ran = self._runner.run(frame.bundle, frame.segment, frame.tensors, context.deadline)
         elif isinstance(self._runner, StepRunner):
-            ran = self._runner.step(frame.bundle, frame.segment, frame.tensors, frame.step, context.deadline)
+            ran = self._step(self._runner, frame, frame.step, context)
         else:
             raise HopRejected("this process keeps no sessions", hop=self.name)
         served = ServedTimes(ran.load_s + ran.wait_s + ran.run_s, ran.wait_s, ran.load_s)
@@ -192,6 +212,17 @@ class LocalHop:
     def load(self, bundle: str, segment: str, deadline: Deadline) -> bool:
         """See `SegmentLoader.load`."""
         return self._runner.load(bundle, segment, deadline) if isinstance(self._runner, SegmentLoader) else True
+
+    def end_session(self, session: str, deadline: Deadline) -> None:
+        """See `SessionHop.end_session`."""
+        if isinstance(self._runner, StepRunner):
+            self._runner.end_session(session)
+
+    def _step(self, runner: StepRunner, frame: Frame, step: Step, context: Context) -> TimedOutputs:
+        try:
+            return runner.step(frame.bundle, frame.segment, frame.tensors, step, context.deadline)
+        except StateMissing as e:
+            raise StateMissing(e.message, hint=e.hint, **{**e.facts, "hop": self.name}) from e
 
 
 class LoopbackHop:
@@ -220,6 +251,11 @@ class LoopbackHop:
         response = frames.encode(reply.frame)
         returned = frames.decode(response, max_bytes=self._max_bytes, tables=self._tables)
         return HopReply(returned, reply.run_s, decode_s, len(request), len(response), reply.served)
+
+    def end_session(self, session: str, deadline: Deadline) -> None:
+        """See `SessionHop.end_session`."""
+        if isinstance(self._inner, SessionHop):
+            self._inner.end_session(session, deadline)
 
 
 class HttpHop:
@@ -267,6 +303,13 @@ class HttpHop:
         if response.status not in (200, 202) and error.get("type") not in _NO_SUCH_PATH:
             self._refuse(response)
         return response.status != 202
+
+    def end_session(self, session: str, deadline: Deadline) -> None:
+        """See `SessionHop.end_session`; asked once, without retries."""
+        context = Context.from_headers({}, longest_s=min(deadline.remaining(), END_SESSION_S))
+        body = json.dumps({"session": session}).encode()
+        with contextlib.suppress(HopError):
+            self._post([body], "application/json", context, MAX_ERROR_BYTES, "/sessions/end")
 
     def _once(self, body: Sequence[bytes | memoryview], context: Context) -> HopReply:
         response = self._post(body, frames.CONTENT_TYPE, context, self._max_reply_bytes)
@@ -367,7 +410,7 @@ class HttpHop:
 def _own_facts(error: Mapping[str, Any]) -> dict[str, Any]:
     """An error's facts about tensors, which the caller sent."""
     own = error.get("facts")
-    named = ("tensor", "value", "expected", "got", "session", "position")
+    named = ("tensor", "value", "expected", "got", "segment", "session", "position")
     return {key: own[key] for key in named if key in own} if type(own) is dict else {}
 
 

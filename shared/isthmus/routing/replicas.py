@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import replace
 
@@ -87,6 +88,12 @@ class Replicas:
             else:
                 hop.memory.tell(bundle, segment, is_loaded=loaded[-1])
         return all(loaded)
+
+    def end_session(self, session: str, deadline: Deadline) -> None:
+        """See `SessionHop.end_session`; every replica is asked, at the same time: calls may have gone to several."""
+        with suppress(RuntimeError):  # the executor is shut down
+            asked = [self._threads.submit(hop.end_session, session, deadline) for hop in self.watched]
+            wait(asked, deadline.remaining())
 
     def close(self) -> None:
         """Close the replicas; calls under way end."""

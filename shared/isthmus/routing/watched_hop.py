@@ -7,7 +7,7 @@ import time
 
 from isthmus.context import Context, Deadline
 from isthmus.errors import HopBusy, HopError, HopTimeout, HopUnavailable
-from isthmus.pipeline.hop import Hop, HopReply, HttpHop, SegmentLoader
+from isthmus.pipeline.hop import Hop, HopReply, HttpHop, SegmentLoader, SessionHop
 from isthmus.routing.breaker import Breaker
 from isthmus.routing.call_times import CallTimes
 from isthmus.routing.estimates import Estimates
@@ -102,6 +102,11 @@ class WatchedHop:
     def load(self, bundle: str, segment: str, deadline: Deadline) -> bool:
         """Have the hop load a segment; see `SegmentLoader.load`. True for a hop that cannot load ahead."""
         return self.inner.load(bundle, segment, deadline) if isinstance(self.inner, SegmentLoader) else True
+
+    def end_session(self, session: str, deadline: Deadline) -> None:
+        """See `SessionHop.end_session`; a hop that is away is not asked."""
+        if self.allows() and isinstance(self.inner, SessionHop):
+            self.inner.end_session(session, deadline)
 
     def is_ready(self, timeout_s: float) -> bool:
         """Whether the hop says within `timeout_s` seconds that it can run segments."""

@@ -54,6 +54,10 @@ class SessionStore:
             outputs = self.sessions.step((bundle, segment), runner, runner.state, step, arrays)
             return TimedOutputs(outputs, load_s, wait_s, time.perf_counter() - started)
 
+    def end_session(self, session: str) -> None:
+        """Forget a session in every segment, once its step under way is over; no-op without it."""
+        self.sessions.end(session)
+
     def load(self, bundle: str, segment: str, deadline: Deadline) -> bool:
         """See `SegmentStore.load`."""
         return self.store.load(bundle, segment, deadline)

@@ -35,6 +35,8 @@ class _KeptSession:
     length: int = 0
     history: list[int] = field(default_factory=list)
     running: bool = False
+    # Forgotten once its step under way is over.
+    ended: bool = False
 
 
 @dataclass
@@ -94,12 +96,17 @@ class Sessions:
         finally:
             with self._lock:
                 session.running, session.used = False, self._clock()
+                if session.ended:
+                    self._drop(kept, step.session)
 
     def end(self, session: str) -> None:
-        """Forget a session in every segment."""
+        """Forget a session in every segment; one with a step under way goes when that is over."""
         with self._lock:
             for kept in self._segments.values():
-                if (found := kept.sessions.get(session)) is not None and not found.running:
+                if (entry := kept.sessions.get(session)) is None:
+                    continue
+                entry.ended = entry.running
+                if not entry.running:
                     self._drop(kept, session)
 
     def _take(
@@ -119,13 +126,19 @@ class Sessions:
             session = kept.sessions.get(step.session)
             if session is None:
                 if step.position:
-                    raise StateMissing(f"session {step.session} has no state here", session=step.session, position=0)
+                    raise StateMissing(
+                        f"session {step.session} has no state here",
+                        segment=key[1],
+                        session=step.session,
+                        position=0,
+                    )
                 session = self._begin(kept, step, count)
             if session.running:
                 raise Overloaded(f"session {step.session} has a step under way", retry_after_s=1)
             if session.length < step.position:
                 raise StateMissing(
                     f"session {step.session} has {session.length} tokens here, not {step.position}",
+                    segment=key[1],
                     session=step.session,
                     position=session.length,
                 )

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Annotated, TypeVar
 
 import msgspec
 from flask import Flask, Response
@@ -26,8 +27,9 @@ from isthmus.settings import SegmentSettings
 from isthmus.wire import frame as frames
 from isthmus.wire.frame import Frame, Outline
 
-# A digest, and a segment's id of two cuts by name.
+# A digest, and a segment's id of two cuts by name; or a session's name.
 MAX_LOAD_BODY_BYTES = 8192
+_Body = TypeVar("_Body")
 
 
 def create_segment_app(settings: SegmentSettings) -> Flask:
@@ -46,6 +48,12 @@ class LoadBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     bundle: str
     segment: str
+
+
+class EndBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of `POST /sessions/end`."""
+
+    session: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 
 
 class _SegmentApp(FunctionApp):
@@ -70,6 +78,7 @@ class _SegmentApp(FunctionApp):
         self.slots.keep_at_least(self._store.room_for_batches)
         self.post("/", self.run, "run")
         self.post("/load", self.load, "load")
+        self.post("/sessions/end", self.end_session, "end_session")
         Profiling(self._store, settings, self._decode).serve_on(self)
 
     def run(self, request: FunctionRequest) -> Response:
@@ -93,10 +102,20 @@ class _SegmentApp(FunctionApp):
 
     def load(self, request: FunctionRequest) -> Response:
         """Load a segment in the background, ahead of requests: 200 once it is in memory, 202 until then."""
-        wanted = _load_request(request.body)
+        wanted = _parsed(request.body, LoadBody, '{"bundle": DIGEST, "segment": ID}')
+        if not is_digest(wanted.bundle):
+            raise RequestMalformed(
+                f"the body names bundle {wanted.bundle[:80]!r}; a bundle is a manifest's sha256 digest"
+            )
         is_loaded = self._store.load(wanted.bundle, wanted.segment, request.context.deadline)
         state = {"bundle": wanted.bundle, "segment": wanted.segment, "state": "loaded" if is_loaded else "loading"}
         return Response(msgspec.json.encode(state), 200 if is_loaded else 202, mimetype="application/json")
+
+    def end_session(self, request: FunctionRequest) -> Response:
+        """Forget a session in every segment: 200, also where no segment has it."""
+        ended = _parsed(request.body, EndBody, '{"session": NAME}')
+        self._sessions.end_session(ended.session)
+        return Response(msgspec.json.encode(ended), mimetype="application/json")
 
     def _decode(self, request: FunctionRequest) -> Frame:
         return frames.decode(
@@ -148,21 +167,18 @@ class _SegmentApp(FunctionApp):
             preload(self._preload, self._registry, self._store)
 
 
-def _load_request(body: bytes | memoryview) -> LoadBody:
-    """The body of `POST /load`.
+def _parsed(body: bytes | memoryview, kind: type[_Body], form: str) -> _Body:
+    """A short body of JSON.
 
     Raises:
-        RequestTooLarge: longer than any digest and segment id.
-        RequestMalformed: not that JSON, or no digest.
+        RequestTooLarge: longer than any body of that kind.
+        RequestMalformed: not that JSON.
     """
     if len(body) > MAX_LOAD_BODY_BYTES:
         raise RequestTooLarge(
             f"the body has {len(body)} bytes; at most {MAX_LOAD_BODY_BYTES} are taken", limit=MAX_LOAD_BODY_BYTES
         )
     try:
-        wanted = msgspec.json.decode(body, type=LoadBody)
+        return msgspec.json.decode(body, type=kind)
     except (ValueError, RecursionError) as e:
-        raise RequestMalformed(f'the body is {{"bundle": DIGEST, "segment": ID}} as JSON: {e}') from e
-    if not is_digest(wanted.bundle):
-        raise RequestMalformed(f"the body names bundle {wanted.bundle[:80]!r}; a bundle is a manifest's sha256 digest")
-    return wanted
+        raise RequestMalformed(f"the body is {form} as JSON: {e}") from e

@@ -27,7 +27,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import AttributeValue
 
 import isthmus
-from isthmus.context import Context, Headers
+from isthmus.context import Context, Deadline, Headers
 from isthmus.errors import IsthmusError
 from isthmus.http.pool import is_url
 from isthmus.serving.request import Timings
@@ -183,6 +183,14 @@ class _TracedHop:
     def call(self, frame: Frame, context: Context) -> HopReply:
         """See `Hop.call`."""
         return self._tracing.call(self._inner, frame, context)
+
+    def end_session(self, session: str, deadline: Deadline) -> None:
+        """See `SessionHop.end_session`."""
+        # Late, as other functions have traces and no hops.
+        from isthmus.pipeline.hop import SessionHop
+
+        if isinstance(self._inner, SessionHop):
+            self._inner.end_session(session, deadline)
 
     def close(self) -> None:
         """No-op: the hop belongs to the router."""

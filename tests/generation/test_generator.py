@@ -14,7 +14,7 @@ import transformers
 from isthmus.artifacts.sampling import Sampling
 from isthmus.context import Context
 from isthmus.errors import DeadlineExceeded, HopUnavailable, ModelError, Overloaded, ShapeMismatch, StateMissing
-from isthmus.generation import Generated, GenerationRequest, Generator
+from isthmus.generation import Generated, GenerationRequest, Generator, PromptLookup
 from isthmus.pipeline import HttpHop, LocalHop, Route, plan_route
 from isthmus.pipeline.hop import HopReply
 from isthmus.runtime.session_store import SessionStore
@@ -32,9 +32,12 @@ def prompt(seed: int = 0, length: int = 12) -> list[int]:
     return list(map(int, np.random.default_rng(seed).integers(1, VOCABULARY, length)))
 
 
-def generated(route: Route, request: GenerationRequest, done: Generated | None = None) -> list[int]:
+def generated(
+    route: Route, request: GenerationRequest, done: Generated | None = None, *, speculate: bool = False
+) -> list[int]:
     context = Context.from_headers({}, longest_s=60)
-    return [drawn.token for drawn in Generator(route).run(request, context, done or Generated())]
+    generator = Generator(route, proposer=PromptLookup() if speculate else None)
+    return [drawn.token for drawn in generator.run(request, context, done or Generated())]
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +56,9 @@ def test_greedy_tokens_are_those_of_transformers(
             whole = transformers_model.generate(
                 torch.tensor([ids]), max_new_tokens=40, do_sample=False, eos_token_id=None
             )
-        request = GenerationRequest(prompt=ids, max_tokens=40, speculate=speculate)
-        assert generated(tiny_decoder.route(cuts, *chained(store)), request) == whole[0, len(ids) :].tolist()
+        request = GenerationRequest(prompt=ids, max_tokens=40)
+        tokens = generated(tiny_decoder.route(cuts, *chained(store)), request, speculate=speculate)
+        assert tokens == whole[0, len(ids) :].tolist()
 
 
 @pytest.mark.parametrize("sampling", [Sampling(temperature=1, seed=5), SEEDED])
@@ -67,7 +71,8 @@ def test_seeded_tokens_are_the_same_at_every_cut_and_with_speculation(
         tuple(
             generated(
                 tiny_decoder.route(cuts, *chained(store)),
-                GenerationRequest(prompt=ids, max_tokens=40, sampling=sampling, speculate=speculate),
+                GenerationRequest(prompt=ids, max_tokens=40, sampling=sampling),
+                speculate=speculate,
             )
         )
         for cuts in CUTS
@@ -82,6 +87,7 @@ def test_proposals_save_crossings(tiny_decoder: PublishedDecoder, store: Session
         tiny_decoder.route(CUTS[1], *chained(store)),
         GenerationRequest(prompt=prompt(), max_tokens=90),
         done,
+        speculate=True,
     )
     # Random weights fall into a loop soon, which the lookup finds.
     assert len(tokens) == 90
@@ -128,7 +134,7 @@ def test_a_tail_that_loses_its_state_is_rebuilt_with_the_same_tokens(
     every: int, sampling: Sampling, tiny_decoder: PublishedDecoder, tmp_path: Path
 ) -> None:
     head, tail = (tiny_decoder.store(tmp_path / name) for name in ("head", "tail"))
-    request = GenerationRequest(prompt=prompt(3), max_tokens=30, sampling=sampling, speculate=False)
+    request = GenerationRequest(prompt=prompt(3), max_tokens=30, sampling=sampling)
     whole = generated(tiny_decoder.route((), LocalHop(head)), request)
     done = Generated()
     assert generated(tiny_decoder.route(CUTS[1], LocalHop(head), _Forgetful(tail, every)), request, done) == whole
@@ -138,7 +144,7 @@ def test_a_tail_that_loses_its_state_is_rebuilt_with_the_same_tokens(
 
 
 def test_another_route_goes_on_where_a_hop_is_gone(tiny_decoder: PublishedDecoder, store: SessionStore) -> None:
-    request = GenerationRequest(prompt=prompt(4), max_tokens=20, sampling=SEEDED, speculate=False)
+    request = GenerationRequest(prompt=prompt(4), max_tokens=20, sampling=SEEDED)
     whole = tiny_decoder.route((), LocalHop(store))
     expected = generated(whole, request)
 

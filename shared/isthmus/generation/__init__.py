@@ -1,6 +1,7 @@
 """Generation of text by a language model over a cut: prompt, steps, recovery, speculation."""
 
-from isthmus.generation.generator import Generated, GenerationRequest, Generator
+from isthmus.generation.generator import Generated, GenerationRequest, Generator, Proposer
+from isthmus.generation.speculation import PromptLookup
 from isthmus.generation.text import TextCodec
 
-__all__ = ["Generated", "GenerationRequest", "Generator", "TextCodec"]
+__all__ = ["Generated", "GenerationRequest", "Generator", "PromptLookup", "Proposer", "TextCodec"]

@@ -11,6 +11,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from msgspec import structs
@@ -18,7 +19,6 @@ from msgspec import structs
 from isthmus.artifacts.sampling import ALTERNATIVE_LOGPROBS, ALTERNATIVES, LOGPROBS, TOKENS, Sampling
 from isthmus.context import Context
 from isthmus.errors import DeadlineExceeded, HopBusy, HopUnavailable, ModelError, StateMissing
-from isthmus.generation.speculation import ProposalLength, prompt_lookup
 from isthmus.pipeline import Result, Route, execute
 from isthmus.processing.sampling import SampledToken
 from isthmus.wire.frame import Step
@@ -26,22 +26,36 @@ from isthmus.wire.frame import Step
 # A chunk's hidden states and scores stay small, and a step of another session waits no longer than for this many.
 CHUNK = 256
 _MAX_RECOVERIES = 8
+# Proposed tokens of a step; a longer one would hold up the steps of other sessions.
+MAX_PROPOSED = 64
 GREEDY = Sampling()
 Reroute = Callable[[Route, Exception], Route | None]
 
 
+class Proposer(Protocol):
+    """Proposes tokens that a step verifies in one crossing; a proposer belongs to one generation.
+
+    The tokens of a generation are the same for every proposer: a proposal is accepted where it is the token that would
+    be sampled.
+    """
+
+    def propose(self, sequence: Sequence[int], count: int) -> list[int]:
+        """At most `count` tokens to follow `sequence`; empty where a proposal would not pay."""
+        ...
+
+    def observe(self, proposed: int, accepted: int, seconds: float) -> None:
+        """Learn from a step of `seconds` that verified `proposed` tokens, the first `accepted` of them right."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """A prompt's token ids, and how to go on.
-
-    `speculate` proposes tokens where that pays; the tokens are the same.
-    """
+    """A prompt's token ids, and how to go on."""
 
     prompt: Sequence[int]
     max_tokens: int
     sampling: Sampling = GREEDY
     stop: frozenset[int] = frozenset()
-    speculate: bool = True
 
 
 @dataclass
@@ -59,12 +73,17 @@ class Generated:
 
 
 class Generator:
-    """Generates along `route`; `reroute` gives another route where a hop of the present one gives no response."""
+    """Generates along `route`; `reroute` gives another route where a hop of the present one gives no response.
 
-    def __init__(self, route: Route, reroute: Reroute = lambda route, error: None) -> None:
+    Without a `proposer` each step yields a single token.
+    """
+
+    def __init__(
+        self, route: Route, reroute: Reroute = lambda route, error: None, proposer: Proposer | None = None
+    ) -> None:
         if route.bundle.state is None or route.bundle.text is None:
             raise ModelError(f"{route.bundle.name} is no language model: it declares no state")
-        self._route, self._reroute = route, reroute
+        self._route, self._reroute, self._proposer = route, reroute, proposer
         self._state = route.bundle.state
 
     def run(self, request: GenerationRequest, context: Context, done: Generated) -> Iterator[SampledToken]:
@@ -75,17 +94,14 @@ class Generator:
         """
         began = time.perf_counter()
         sequence = list(request.prompt)
-        length = ProposalLength()
         session = _SessionState(secrets.token_hex(16), len(request.prompt) + request.max_tokens)
         while not done.finish:
-            left = request.max_tokens - len(done.tokens)
-            wanted = min(length.best(), left - 1) if request.speculate and done.tokens else 0
-            proposals = prompt_lookup(sequence, wanted) if wanted > 0 else []
+            proposals = self._proposals(sequence, request.max_tokens - len(done.tokens) - 1, done)
             started = time.perf_counter()
             sampled = self._verified(session, sequence, proposals, request.sampling, context, done)
             accepted = _accepted(proposals, sampled)
-            if done.tokens:
-                length.observe(len(proposals), accepted, time.perf_counter() - started)
+            if self._proposer is not None and done.tokens:
+                self._proposer.observe(len(proposals), accepted, time.perf_counter() - started)
             done.steps, done.proposed = done.steps + 1, done.proposed + len(proposals)
             for token in sampled[: accepted + 1]:
                 done.first_token_s = done.first_token_s or time.perf_counter() - began
@@ -99,6 +115,12 @@ class Generator:
                 yield token
                 if done.finish:
                     return
+
+    def _proposals(self, sequence: Sequence[int], most: int, done: Generated) -> list[int]:
+        # The first step is the prompt's: its seconds say nothing of later ones.
+        if self._proposer is None or not done.tokens or most < 1:
+            return []
+        return self._proposer.propose(sequence, min(most, MAX_PROPOSED))[:most]
 
     def _verified(
         self,

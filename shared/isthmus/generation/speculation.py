@@ -27,6 +27,22 @@ def prompt_lookup(tokens: Sequence[int], count: int) -> list[int]:
     return []
 
 
+class PromptLookup:
+    """Proposes what followed the latest earlier occurrence of the sequence's end, where that pays; a `Proposer`."""
+
+    def __init__(self) -> None:
+        self._length = ProposalLength()
+
+    def propose(self, sequence: Sequence[int], count: int) -> list[int]:
+        """See `Proposer.propose`."""
+        wanted = min(self._length.best(), count)
+        return prompt_lookup(sequence, wanted) if wanted > 0 else []
+
+    def observe(self, proposed: int, accepted: int, seconds: float) -> None:
+        """See `Proposer.observe`."""
+        self._length.observe(proposed, accepted, seconds)
+
+
 class ProposalLength:
     """How many tokens to propose, by the share accepted and by what a token and a crossing take.
 

@@ -148,6 +148,13 @@ def test_a_load_that_begins_is_spread_within_a_second(trial: Trial) -> None:
     assert loaded(trial, 50, every_s=0.02)["cloud"] > 0
 
 
+def test_requests_evade_a_queue_that_the_forecasts_do_not_know_yet(trial: Trial) -> None:
+    assert trial.choose() == "split"
+    for _ in range(6):
+        trial.outstanding.begin(BUSY["edge"], "cloud")
+    assert trial.choose() == "cloud"  # 0.12 s, and `split` 0.08 s behind six runs at the edge
+
+
 def test_requests_are_no_longer_spread_once_the_load_is_gone(trial: Trial) -> None:
     loaded(trial, 400, every_s=0.02)
     loaded(trial, 100, every_s=0.3)
@@ -312,6 +319,14 @@ def test_under_load_the_mixed_routes_answer_more_in_time_than_any_fixed_one() ->
     mixed = in_time(None)
     assert mixed >= 0.95
     assert mixed > max(in_time(fixed) for fixed in (WHOLE, HEAD, PHOTO))
+
+
+def test_a_burst_after_quiet_is_spread_before_a_queue_of_its_own_makes_it_late() -> None:
+    quick_but_small = fake_candidate("whole", "edge", demand=Demand(0.031))
+    far = fake_candidate("photo", "cloud", demand=Demand(0.0108, 21_100, 300, 0.0083, 1))
+    simulation = Simulation(World(up_bytes_s=2e6, down_bytes_s=2e6, rtt_s=0.02), (quick_but_small, far))
+    assert simulation.run(3, 30).routes.most_common(1)[0][0] == "whole"
+    assert simulation.run(60, 240).within(0.25) >= 0.95  # alone, the whole model at the edge serves 32 a second
 
 
 def test_a_step_of_the_link_moves_all_requests_with_few_switches() -> None:

@@ -137,7 +137,10 @@ class RouteChooser:
             if chosen is None and not any(self._outstanding.seconds()):
                 chosen = self._exploration.pick(exact, expected, self._preference.index, left_s, self._clock())
         if chosen is None:
-            chosen = self._best(exact)
+            chosen, soonest = self._best(exact), min(seconds, key=seconds.__getitem__)
+            # A load begins faster than forecasts follow: until shares are in force its requests evade a queue.
+            if seconds[soonest] < (1 - LARGE_GAIN) * seconds[chosen]:
+                chosen = soonest
         return by_index[chosen if seconds[chosen] <= left_s else self._in_time(seconds, left_s)]
 
     def _in_time(self, seconds: Mapping[int, float], left_s: float) -> int:

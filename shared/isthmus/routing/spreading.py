@@ -23,6 +23,8 @@ _MIN_SHARE = 0.02
 _SAME = 0.05
 # Refreshes from one solution to the next. Ten a second took an eighth of an edge with a quarter of a CPU.
 _SOLVE_EVERY = 5
+# A load that grew by more is solved for at once.
+_RISE = 1.25
 # Seconds sooner that are worth a turn. Less follows the queues too closely: the edge's is in all routes' way.
 _TURN_S = 0.5
 
@@ -56,10 +58,10 @@ class Spreading:
         situation = (rate, *capacities, *(s for i in allowed for s in (expected[i].seconds, *expected[i].busy)))
         members, solved = self._solved_for
         self._since_solved += 1
-        if members == frozenset(allowed) and (
-            self._since_solved < _SOLVE_EVERY or all(map(_is_same, situation, solved))
-        ):
-            return
+        if members == frozenset(allowed):
+            has_risen = rate > _RISE * solved[0]
+            if (self._since_solved < _SOLVE_EVERY and not has_risen) or all(map(_is_same, situation, solved)):
+                return
         self._since_solved = 0
         self._solved_for = frozenset(allowed), situation
         one = _divide(expected, [preferred], rate, capacities)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from isthmus.pipeline import Hop, LocalHop, LoopbackHop, Route, plan_route
 from isthmus.registry import Resolved, open_cache, open_registry
@@ -14,6 +17,7 @@ from isthmus.runtime.session_store import SessionStore, open_store
 from isthmus.settings import SegmentSettings
 from isthmus_tools.graph.decoder.bundler import build_decoder
 from isthmus_tools.graph.decoder.transformers_folder import read_folder
+from isthmus_tools.usecases.language import language_model
 from support.decoders import save_decoder, tiny_config
 
 
@@ -48,6 +52,24 @@ def tiny_decoder(tmp_path_factory: pytest.TempPathFactory) -> PublishedDecoder:
     registry = open_registry(SegmentSettings(registry=str(root / "registry")))
     registry.publish(bundle, files, alias="prod")
     return PublishedDecoder(folder, root / "registry", registry.resolve("tiny"))
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> PublishedDecoder:
+    """SmolLM2-135M-Instruct, cut after 10 layers and after 10 and 20; ten seconds, once for all processes of tests."""
+    decoder = language_model("llm:smollm2")
+    assert decoder is not None
+    # xdist gives each process a folder within the one of the run.
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smollm2"
+    (root / "registry").mkdir(parents=True, exist_ok=True)
+    registry = open_registry(SegmentSettings(registry=str(root / "registry")))
+    with FileLock(root / "lock"):
+        if "smollm2" not in registry.models():
+            bundle, files = build_decoder(decoder, "smollm2", root / "bundle", cuts=["10", "10/20"])
+            registry.publish(bundle, files, alias="prod")
+            shutil.rmtree(root / "bundle")
+    return PublishedDecoder(Path(decoder.source), root / "registry", registry.resolve("smollm2"))
 
 
 @pytest.fixture

@@ -178,6 +178,9 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
     def _names_of(self, text: CutText) -> tuple[str, ...]:
         if len(text.parts) == 1 and text.parts[0] in self.cuts:
             return text.parts
+        # A language model's cuts have no positions in the graph: a number is that of the layers before the cut.
+        if self.text is not None and text.position is not None and f"layer_{text.position}" in self.cuts:
+            return (f"layer_{text.position}",)
         # Two cuts may share their tensors: a cut of the name in `text` comes first.
         for cut in sorted(self.cuts.values(), key=lambda c: c.name != text.name):
             at_position = text.position is not None and cut.position == text.position

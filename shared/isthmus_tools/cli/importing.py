@@ -32,14 +32,18 @@ def import_model(
         str,
         typer.Argument(
             help="An ONNX file; a factory package.module:factory of a torch or scikit-learn model; a .pt2, TorchScript"
-            " .pt, .keras or .skops file; a SavedModel or Hugging Face folder; or efficientnet-lite0."
+            " .pt, .keras or .skops file; a SavedModel or Hugging Face folder; a .gguf file; or a ready model:"
+            " efficientnet-lite0, llm:smollm2."
         ),
     ],
     *,
     name: Annotated[str, typer.Option(help="The model's name; by default made from the file's.")] = "",
     cut: Annotated[
         list[str] | None,
-        cut_option("A partition to publish, once each, the first as the default; the narrowest cut if none."),
+        cut_option(
+            "A partition to publish, once each, the first as the default; the narrowest cut if none. Of a language"
+            " model, numbers of layers."
+        ),
     ] = None,
     shape: Shapes = None,
     example: Examples = None,
@@ -71,6 +75,7 @@ def import_model(
     from isthmus.registry import open_registry
     from isthmus_tools.cli.inputs import read_model_inputs
     from isthmus_tools.usecases import model_import
+    from isthmus_tools.usecases.language import language_facts
     from isthmus_tools.usecases.publication import findings
 
     with errors(as_json):
@@ -94,6 +99,7 @@ def import_model(
         version = publication.version
         # Read back: with --if-absent the version is one of an earlier import.
         bundle = open_registry(settings).bundle(version.digest)
+        language = language_facts(bundle)
         if as_json:
             print_json(
                 {
@@ -101,9 +107,13 @@ def import_model(
                     "version": version.version,
                     "digest": version.digest,
                     "weights_bytes": bundle.weights.blob.size,
-                    "inputs": [{"name": s.name, "dtype": s.dtype, "shape": list(s.shape)} for s in bundle.inputs],
+                    "inputs": [
+                        {"name": s.name, "dtype": s.dtype, "shape": list(s.shape)}
+                        for s in bundle.carried(bundle.inputs)
+                    ],
                     "segments": sorted(bundle.segments),
                     "default_cuts": list(bundle.default_cuts),
+                    "language": language.document() if language is not None else None,
                     "registry": registry,
                     "warnings": findings(bundle),
                     **publication_document(publication, registry),
@@ -114,10 +124,14 @@ def import_model(
             f"{bundle.name}:{version.version} {version.digest[:19]}…,"
             f" weights {format_size(bundle.weights.blob.size)}, segments {', '.join(sorted(bundle.segments))}"
         )
-        inputs = ", ".join(describe(s.dtype, s.shape, s.name) for s in bundle.inputs)
-        say(f"takes {inputs}{_fixed(model, bundle)}")
         # With --if-absent an earlier import may have chosen the cut.
-        if bundle.default_cuts and not (cut or if_absent):
+        if language is not None:
+            for line in language.sentences():
+                say(line)
+        else:
+            inputs = ", ".join(describe(s.dtype, s.shape, s.name) for s in bundle.inputs)
+            say(f"takes {inputs}{_fixed(model, bundle)}")
+        if bundle.default_cuts and language is None and not (cut or if_absent):
             default = "/".join(bundle.default_cuts)
             say(f"cut at {default}, the narrowest; isthmus cuts lists others, isthmus cut takes one")
         show_publication(publication, registry)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.segment_id import WHOLE
@@ -13,6 +14,7 @@ from isthmus.registry.registry import check_alias
 from isthmus.settings import RegistrySettings
 from isthmus_tools.graph import CutInfo, Model, add_cuts, cuts, open_model
 from isthmus_tools.graph.cuts import default_cuts, within_quantised_operators
+from isthmus_tools.graph.decoder.bundler import add_layer_cuts
 from isthmus_tools.graph.exporting import ModelInputs
 from isthmus_tools.progress import Progress, silent
 from isthmus_tools.usecases.publication import Publication, findings, publish_version
@@ -66,7 +68,8 @@ def cut(request: CutRequest, progress: Progress = silent) -> CutResult:
         progress(f"fetching {model.name}:{model.version}")
         with open_cache(request.registry, store).locate(model.digest, WHOLE) as whole:
             progress(f"cutting at {', '.join(request.cuts)}")
-            bundle, files = add_cuts(model.bundle, whole.path, request.cuts, folder, default=request.default)
+            extend = add_cuts if model.bundle.text is None else add_layer_cuts
+            bundle, files = extend(model.bundle, whole.path, request.cuts, Path(folder), default=request.default)
         progress("publishing")
         publication = publish_version(store, bundle, files, request.alias, before=model, drop_plan=request.drop_plan)
     new = sorted(bundle.segments.keys() - model.bundle.segments.keys())

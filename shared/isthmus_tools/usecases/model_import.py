@@ -1,4 +1,4 @@
-"""Import: an ONNX file, a torch model or a ready model becomes a bundle in the registry."""
+"""Import: an ONNX file, a model of another framework or a ready model becomes a bundle in the registry."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from isthmus.registry import Version, open_registry
 from isthmus.registry.registry import check_alias
 from isthmus.settings import RegistrySettings
 from isthmus_tools.graph import build
+from isthmus_tools.graph.decoder.bundler import build_decoder
+from isthmus_tools.graph.decoder.config import DecoderSource
 from isthmus_tools.graph.exporting import ModelInputs
 from isthmus_tools.printable import printable
 from isthmus_tools.progress import Progress, silent
+from isthmus_tools.usecases.language import language_model
 from isthmus_tools.usecases.publication import Publication, publish_version, with_next_command
 from isthmus_tools.usecases.sources import onnx_file
 from isthmus_tools.zoo import models as zoo
@@ -30,8 +33,9 @@ class ImportRequest:
     `model` is an ONNX file, a model of another framework (docs/how-to/import.md) or a ready model's name; `name`
     defaults to a name made of it. The first of `cuts` (partitions as texts) is the default; without any, the narrowest
     cut is taken. `freeze`, `free_batch`: see `open_model`. `preprocess`, `postprocess` and `labels` are the bundle's; a
-    ready model brings its own. `alias` moves to the new version, as in `publish_version`. With `if_absent` a model of
-    that name stays unchanged.
+    ready model brings its own. A language model (docs/how-to/language-models.md) is cut between layers, `cuts` are
+    numbers of layers, and the fields about shapes, batches, photos and classes are not for it. `alias` moves to the new
+    version, as in `publish_version`. With `if_absent` a model of that name stays unchanged.
     """
 
     model: str
@@ -73,6 +77,9 @@ def import_model(request: ImportRequest, progress: Progress = silent) -> Publica
         check_alias(request.alias)
     with contextlib.suppress(Missing):
         store.resolve(name)
+    decoder = language_model(request.model)
+    if decoder is not None:
+        return _import_decoder(request, decoder, name, progress)
     with (
         tempfile.TemporaryDirectory(prefix="isthmus-") as folder,
         onnx_file(request.model, request.inputs, progress) as path,
@@ -94,6 +101,29 @@ def import_model(request: ImportRequest, progress: Progress = silent) -> Publica
         return publish_version(store, bundle, files, request.alias, drop_plan=request.drop_plan)
 
 
+def _import_decoder(request: ImportRequest, decoder: DecoderSource, name: str, progress: Progress) -> Publication:
+    options = {
+        "--shape or --example": request.inputs != ModelInputs(),
+        "--freeze": request.freeze,
+        "--free-batch": request.free_batch,
+        "--preprocess": request.preprocess is not None,
+        "--postprocess": request.postprocess is not None,
+        "--labels": request.labels is not None,
+    }
+    if senseless := [option for option, is_set in options.items() if is_set]:
+        raise ModelError(
+            f"{request.model} is a language model, which takes no {', '.join(senseless)}",
+            options=senseless,
+            hint="its inputs are tokens, its batch and length are free, and its tokenizer makes them of text",
+        )
+    with tempfile.TemporaryDirectory(prefix="isthmus-") as folder:
+        bundle, files = build_decoder(decoder, name, Path(folder), cuts=request.cuts, progress=progress)
+        progress(f"publishing {name} to {request.registry.registry}")
+        return publish_version(
+            open_registry(request.registry), bundle, files, request.alias, drop_plan=request.drop_plan
+        )
+
+
 def _declared(request: ImportRequest) -> dict[str, Any]:
     """Processing and source: a ready model's own, overridden by the request's."""
     if request.model in zoo.MODELS:
@@ -105,7 +135,9 @@ def _declared(request: ImportRequest) -> dict[str, Any]:
 
 
 def _name_of(model: str) -> str:
-    stem = model.rpartition(":")[2] if ":" in model else Path(model).stem
+    path = Path(model)
+    # A folder's name has no suffix: Qwen2.5-0.5B is whole.
+    stem = model.rpartition(":")[2] if ":" in model else path.name if path.is_dir() else path.stem
     name = "".join(c if c.isalnum() and c.isascii() else "-" for c in stem.lower()).strip("-")[:63]
     if not is_model_name(name):
         raise ModelError(f"{model!r} makes no model name", hint="give one with --name")

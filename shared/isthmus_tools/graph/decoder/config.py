@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from isthmus.arrays import Array
@@ -71,7 +71,10 @@ class DecoderWeights(Protocol):
 
 @dataclass(frozen=True)
 class DecoderSource:
-    """A decoder read from a file: dimensions, weights, tokenizer (tokenizers' JSON) and chat template."""
+    """A decoder read from a file: dimensions, weights, tokenizer (tokenizers' JSON) and chat template.
+
+    `origin` holds facts for the bundle's `source`, such as the license.
+    """
 
     source: str
     config: DecoderConfig
@@ -80,3 +83,4 @@ class DecoderSource:
     chat_template: str = ""
     bos: int | None = None
     eos: tuple[int, ...] = ()
+    origin: Mapping[str, Any] = field(default_factory=dict)

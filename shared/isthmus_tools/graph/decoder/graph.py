@@ -21,6 +21,7 @@ from isthmus.arrays import Array
 from isthmus_tools.graph.decoder.config import DecoderSource
 
 IDS, LENGTHS, TOTAL, LOGITS = "input_ids", "lengths", "total", "logits"
+BOUNDARY = "layer_"
 _MICROSOFT = "com.microsoft"
 _OPSET = 21
 _IR_VERSION = 10
@@ -29,7 +30,7 @@ _Shape: TypeAlias = list[int | ir.SymbolicDim]
 
 def boundary(layer: int) -> str:
     """The name of the residual stream behind the first `layer` layers, and so of the cut there."""
-    return f"layer_{layer}"
+    return f"{BOUNDARY}{layer}"
 
 
 def state_pairs(layers: int) -> list[tuple[str, str]]:

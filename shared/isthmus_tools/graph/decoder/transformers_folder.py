@@ -22,6 +22,7 @@ _FAMILIES: Mapping[str, Family] = {
     "Qwen2ForCausalLM": "qwen2",
     "GPT2LMHeadModel": "gpt2",
 }
+_BY_TYPE = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "gpt2": "GPT2LMHeadModel"}
 _INDEX = "model.safetensors.index.json"
 # Configurations and indices are some kB; a tokenizer.json has up to some 30 MB.
 _MAX_JSON_BYTES, _MAX_TOKENIZER_BYTES = 2**24, 2**27
@@ -63,6 +64,17 @@ _GPT2_KEYS = {
     "context": "n_positions",
     "epsilon": "layer_norm_epsilon",
 }
+
+
+def holds_decoder(folder: Path) -> bool:
+    """Whether config.json names a decoder of these families; a classifier on a Llama is none.
+
+    Raises:
+        ModelError: config.json is malformed.
+    """
+    if not (path := folder / "config.json").is_file():
+        return False
+    return _architecture(_read_json(path, _MAX_JSON_BYTES)) in _FAMILIES
 
 
 def read_folder(folder: Path) -> DecoderSource:
@@ -168,7 +180,10 @@ def _rope(document: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _architecture(document: Mapping[str, Any]) -> str:
     architectures = document.get("architectures")
-    return str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    if isinstance(architectures, list) and architectures:
+        return str(architectures[0])
+    # Base models are saved without their class at times; the kind of a model decides then.
+    return _BY_TYPE.get(str(document.get("model_type")), "")
 
 
 def _chat_template(folder: Path) -> str:

@@ -1,0 +1,120 @@
+"""Language models: which source is one, and the facts of one that matter for a cut."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from isthmus.arrays import DTYPES
+from isthmus.artifacts.bundle import Bundle, Segment
+from isthmus.artifacts.tensors import TensorSpec
+from isthmus.units import format_size
+from isthmus_tools.graph.decoder.config import DecoderSource
+from isthmus_tools.graph.decoder.gguf_file import read_gguf
+from isthmus_tools.graph.decoder.transformers_folder import holds_decoder, read_folder
+from isthmus_tools.zoo.models import ready_decoder
+
+_READY = "llm:"
+
+
+def language_model(model: str) -> DecoderSource | None:
+    """The decoder that `model` names: `llm:NAME`, a .gguf file or a folder of transformers; None for other models.
+
+    Raises:
+        ModelError: the decoder cannot be read; its weights are read later.
+    """
+    if model.startswith(_READY):
+        ready = ready_decoder(model.removeprefix(_READY))
+        return replace(read_gguf(ready.path), origin=ready.source)
+    if model.lower().endswith(".gguf"):
+        return read_gguf(Path(model))
+    path = Path(model)
+    return read_folder(path) if path.is_dir() and holds_decoder(path) else None
+
+
+@dataclass(frozen=True)
+class LanguageSegment:
+    """A segment of a language model's default partition. Units: `kv_bytes` per token of a session."""
+
+    id: str
+    layers: int
+    weights: str
+    weights_bytes: int
+    kv_bytes: int
+
+
+@dataclass(frozen=True)
+class LanguageFacts:
+    """What a cut of a language model costs.
+
+    Units: `context` in tokens; `kv_bytes` per token over all layers; `token_bytes` per token over a cut, unencoded.
+    """
+
+    layers: int
+    context: int
+    vocabulary: int
+    kv_bytes: int
+    token_bytes: int
+    chat: bool
+    segments: tuple[LanguageSegment, ...]
+
+    def document(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+    def sentences(self) -> list[str]:
+        """The facts for people, a line for the model and one for each segment."""
+        chat = "a chat template" if self.chat else "no chat template"
+        lines = [
+            f"{self.layers} layers, {self.context:,} tokens of context, {self.vocabulary:,} in the vocabulary, {chat};"
+            f" {format_size(self.kv_bytes)} of keys and values per token"
+            f" and {self.token_bytes:,} bytes over a cut per token"
+        ]
+        lines += [
+            f"{s.id}: {s.layers} layers, {s.weights}, {format_size(s.weights_bytes)} of weights,"
+            f" {format_size(s.kv_bytes)} of keys and values per token"
+            for s in self.segments
+        ]
+        return lines
+
+
+def language_facts(bundle: Bundle) -> LanguageFacts | None:
+    """The facts of a language model's bundle; None for another model."""
+    if bundle.state is None or bundle.text is None:
+        return None
+    whole = bundle.segment("..")
+    crossing = next((cut.tensors[0] for cut in bundle.cut_list), None)
+    logits = next(spec for spec in bundle.outputs if spec.name == bundle.text.logits)
+    return LanguageFacts(
+        len(bundle.state.pairs) // 2,
+        bundle.state.context,
+        _size(logits.shape[-1]),
+        _state_bytes(bundle, whole.inputs),
+        0 if crossing is None else _row_bytes(crossing),
+        bool(bundle.text.chat_template),
+        tuple(_segment(bundle, segment) for segment in bundle.partition()),
+    )
+
+
+def _segment(bundle: Bundle, segment: Segment) -> LanguageSegment:
+    pasts = {pair.past for pair in bundle.state.pairs} if bundle.state else set()
+    layers = sum(spec.name in pasts for spec in segment.inputs) // 2
+    size = sum(tensor.length for tensor in bundle.weight_ranges(segment))
+    return LanguageSegment(segment.id, layers, "float32", size, _state_bytes(bundle, segment.inputs))
+
+
+def _state_bytes(bundle: Bundle, specs: Iterable[TensorSpec]) -> int:
+    pasts = {pair.past for pair in bundle.state.pairs} if bundle.state else set()
+    return sum(_row_bytes(spec) for spec in specs if spec.name in pasts)
+
+
+def _row_bytes(spec: TensorSpec) -> int:
+    """Bytes of a tensor for one row and one token: free sizes count as 1."""
+    return math.prod(map(_size, spec.shape)) * DTYPES[spec.dtype].itemsize
+
+
+def _size(dim: int | str) -> int:
+    return dim if isinstance(dim, int) else 1

@@ -10,6 +10,7 @@ from typing import Any
 
 from isthmus.arrays import DTYPES
 from isthmus.artifacts.bundle import Bundle, Segment
+from isthmus.artifacts.segment_id import WHOLE
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.units import format_size
 from isthmus_tools.graph.decoder.config import DecoderSource
@@ -17,6 +18,7 @@ from isthmus_tools.graph.decoder.gguf_file import read_gguf
 from isthmus_tools.graph.decoder.transformers_folder import holds_decoder, read_folder
 from isthmus_tools.zoo.models import ready_decoder
 
+# As the plugins of the command `llm` are called; a colon is in no file that an import takes.
 _READY = "llm:"
 
 
@@ -32,6 +34,7 @@ def language_model(model: str) -> DecoderSource | None:
     if model.lower().endswith(".gguf"):
         return read_gguf(Path(model))
     path = Path(model)
+    # Folders of encoders and classifiers go to the export by transformers.
     return read_folder(path) if path.is_dir() and holds_decoder(path) else None
 
 
@@ -85,7 +88,8 @@ def language_facts(bundle: Bundle) -> LanguageFacts | None:
     """The facts of a language model's bundle; None for another model."""
     if bundle.state is None or bundle.text is None:
         return None
-    whole = bundle.segment("..")
+    # The uncut segment has the state of every layer, and each bundle has it.
+    whole = bundle.segment(WHOLE)
     crossing = next((cut.tensors[0] for cut in bundle.cut_list), None)
     logits = next(spec for spec in bundle.outputs if spec.name == bundle.text.logits)
     return LanguageFacts(
@@ -101,6 +105,7 @@ def language_facts(bundle: Bundle) -> LanguageFacts | None:
 
 def _segment(bundle: Bundle, segment: Segment) -> LanguageSegment:
     pasts = {pair.past for pair in bundle.state.pairs} if bundle.state else set()
+    # Keys and values are a pair each.
     layers = sum(spec.name in pasts for spec in segment.inputs) // 2
     size = sum(tensor.length for tensor in bundle.weight_ranges(segment))
     return LanguageSegment(segment.id, layers, "float32", size, _state_bytes(bundle, segment.inputs))

@@ -67,6 +67,7 @@ def build_decoder(
     whole = extract(model, weights, None, None)
     files = {weights.blob.digest: out / weights_file.LOCATION}
     files[whole.segment.graph.digest] = _store(out, whole.graph, "onnx")
+    # As JSON of this writer, so that the same file gives the same digest.
     tokenizer = json.dumps(decoder.tokenizer, ensure_ascii=False).encode()
     files[digest_of(tokenizer)] = _store(out, tokenizer, "json")
     bundle = Bundle(
@@ -108,6 +109,7 @@ def add_layer_cuts(
         raise CutError(f"{bundle.name} is no language model, so it has no cuts between layers")
     past = next(spec for spec in bundle.inputs if spec.name == bundle.state.pairs[0].past)
     partitions = [_layers(text, len(bundle.state.pairs) // 2) for text in cuts]
+    # Read from the manifest: the file that the model was imported from may be gone.
     (width, vocabulary) = (int(spec.shape[-1]) for spec in (bundle.cut_list[0].tensors[0], bundle.outputs[-1]))
     model = _opened(whole, bundle.state, width, vocabulary, (int(past.shape[1]), int(past.shape[3])), normalise=False)
     out.mkdir(parents=True, exist_ok=True)
@@ -148,6 +150,7 @@ def _cut(
         infos = [_layer_cut(model, layer) for layer in layers]
         check_order(model, infos)
         cuts |= {info.name: info.manifest() for info in infos}
+        # Published segments were rehearsed when they were made.
         if segments.keys() >= set(partition_ids(_names(layers))):
             continue
         if expected is None:
@@ -194,6 +197,7 @@ def _layers(text: str, layers: int) -> list[int]:
                 f"{part[:80]!r} is no cut of this model; its cuts are 1 to {layers - 1}, the number of layers before",
                 cut=part[:80],
             )
+        # `check_order` refuses numbers that do not grow.
         numbers.append(int(number))
     return numbers
 

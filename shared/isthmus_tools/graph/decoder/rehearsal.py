@@ -15,6 +15,7 @@ from isthmus.runtime.ort import cpu_limit
 from isthmus.runtime.ort_runner import UnpublishedRunner
 from isthmus_tools.graph.extract import Extracted
 
+# Two ways through attention: several tokens at once, and single ones that read what came before.
 _PREFILL, _STEPS = 5, 3
 
 
@@ -46,6 +47,7 @@ class StepRehearsal:
             pasts = {pair.past for pair in self._state.pairs}
             memory = {spec.name: self._empty(spec) for spec in part.inputs if spec.name in pasts}
             count = 0
+            # State goes through arrays here; functions bind its memory, which a rehearsal of 8 tokens does not need.
             for values in runs:
                 count += next(array.shape[1] for array in values.values())
                 supplied = {

@@ -142,7 +142,7 @@ def overhead(report: Report, model: Model, head_url: str, tail_url: str) -> None
 
 def in_turn(routes: dict[str, Route], prompt: Sequence[int], count: int) -> dict[str, list[float]]:
     """Seconds of each token along each route, the routes by turns; all must give the same tokens."""
-    request = GenerationRequest(prompt=prompt, max_tokens=count, speculate=False)
+    request = GenerationRequest(prompt=prompt, max_tokens=count)
     running = {
         name: Generator(route).run(request, Context.from_headers({}, longest_s=120), Generated())
         for name, route in routes.items()

@@ -40,7 +40,7 @@ the pipe, since the roots will grow back within two years. Dana asks whether the
 insurance before Friday. Until the drain is repaired, nothing may stand on the floor of the storage room. Bertil orders
 shelves for the two long walls, at most 300 euros. The next meeting is on the twelfth at six in the evening."""
 
-_PARSER = '''def read_settings(path):
+_PARSER = """def read_settings(path):
     settings = {}
     file = open(path)
     for line in file:
@@ -51,9 +51,9 @@ _PARSER = '''def read_settings(path):
         settings[name.strip()] = value.strip()
     file.close()
     return settings
-'''
+"""
 
-_STATISTICS = '''def mean(values):
+_STATISTICS = """def mean(values):
     total = 0
     for value in values:
         total = total + value
@@ -70,9 +70,9 @@ def variance(values):
 
 def deviation(values):
     return variance(values) ** 0.5
-'''
+"""
 
-_CART = '''class Cart:
+_CART = """class Cart:
     def __init__(self):
         self.items = []
 
@@ -88,7 +88,7 @@ _CART = '''class Cart:
     def show(self):
         for name, price, count in self.items:
             print(name, price, count)
-'''
+"""
 
 SUMMARISE = (
     Prompt("summarise", f"Summarise this text in three sentences, in its own words:\n\n{_BRIDGE}"),
@@ -96,7 +96,9 @@ SUMMARISE = (
     Prompt("summarise", f"List the decisions of this meeting, each with who does what:\n\n{_MINUTES}"),
 )
 EDIT = (
-    Prompt("edit", f"Rewrite this function with a `with` statement and otherwise unchanged:\n\n```python\n{_PARSER}```"),
+    Prompt(
+        "edit", f"Rewrite this function with a `with` statement:\n\n```python\n{_PARSER}```"
+    ),
     Prompt("edit", f"Add a docstring to each function and repeat the whole code:\n\n```python\n{_STATISTICS}```"),
     Prompt("edit", f"Rename `items` to `lines` and repeat the whole class:\n\n```python\n{_CART}```"),
 )

@@ -14,7 +14,7 @@ import transformers
 from isthmus.artifacts.sampling import Sampling
 from isthmus.context import Context
 from isthmus.errors import DeadlineExceeded, HopUnavailable, ModelError, Overloaded, ShapeMismatch, StateMissing
-from isthmus.generation import Generated, GenerationRequest, Generator, PromptLookup
+from isthmus.generation import AdaptiveProposer, Generated, GenerationRequest, Generator, PromptLookup
 from isthmus.pipeline import HttpHop, LocalHop, Route, plan_route
 from isthmus.pipeline.hop import HopReply
 from isthmus.runtime.session_store import SessionStore
@@ -36,7 +36,7 @@ def generated(
     route: Route, request: GenerationRequest, done: Generated | None = None, *, speculate: bool = False
 ) -> list[int]:
     context = Context.from_headers({}, longest_s=60)
-    generator = Generator(route, proposer=PromptLookup() if speculate else None)
+    generator = Generator(route, proposer=AdaptiveProposer([PromptLookup()]) if speculate else None)
     return [drawn.token for drawn in generator.run(request, context, done or Generated())]
 
 

@@ -96,9 +96,7 @@ SUMMARISE = (
     Prompt("summarise", f"List the decisions of this meeting, each with who does what:\n\n{_MINUTES}"),
 )
 EDIT = (
-    Prompt(
-        "edit", f"Rewrite this function with a `with` statement:\n\n```python\n{_PARSER}```"
-    ),
+    Prompt("edit", f"Rewrite this function with a `with` statement:\n\n```python\n{_PARSER}```"),
     Prompt("edit", f"Add a docstring to each function and repeat the whole code:\n\n```python\n{_STATISTICS}```"),
     Prompt("edit", f"Rename `items` to `lines` and repeat the whole class:\n\n```python\n{_CART}```"),
 )

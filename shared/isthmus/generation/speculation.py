@@ -193,13 +193,10 @@ class AdaptiveProposer:
         acceptance = self._acceptance(kind, confidence)
         drafting_s = self._drafting_s.get(kind, 0.0)
         most = min(count, MAX_PROPOSED if self._times.known else _UNTIMED)
-        return max(
-            (
-                (acceptance.tokens(k) - rate * (self._times.predicted(k) + drafting_s * k), k)
-                for k in range(1, most + 1)
-            ),
-            default=(float("-inf"), 0),
-        )
+        values = [
+            (acceptance.tokens(k) - rate * (self._times.predicted(k) + drafting_s * k), k) for k in range(1, most + 1)
+        ]
+        return max(values, default=(-math.inf, 0))
 
     def _acceptance(self, kind: str, confidence: int) -> Acceptance:
         first = _Share(confidence / (confidence + _PRIOR_DOUBT))

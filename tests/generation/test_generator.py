@@ -13,17 +13,29 @@ import transformers
 
 from isthmus.artifacts.sampling import Sampling
 from isthmus.context import Context
-from isthmus.errors import DeadlineExceeded, HopUnavailable, ModelError, Overloaded, ShapeMismatch, StateMissing
+from isthmus.errors import (
+    DeadlineExceeded,
+    HopError,
+    HopUnavailable,
+    ModelError,
+    Overloaded,
+    ShapeMismatch,
+    StateMissing,
+)
 from isthmus.generation import AdaptiveProposer, Generated, GenerationRequest, Generator, PromptLookup
+from isthmus.generation.policy import FixedRoute, GenerationPolicy
 from isthmus.pipeline import HttpHop, LocalHop, Route, plan_route
 from isthmus.pipeline.hop import HopReply
+from isthmus.retries import RetryBudget
 from isthmus.runtime.session_store import SessionStore
 from isthmus.serving import create_segment_app
 from isthmus.wire.frame import Frame, Step
 from support.bundles import served
 from support.decoders import VOCABULARY
+from support.patience import eventually
 from support.published_decoders import PublishedDecoder, chained
 
+AMPLE = RetryBudget(burst=1000, per_second=1.0, per_success=1.0)
 CUTS = [(), ("layer_1",), ("layer_1", "layer_2")]
 SEEDED = Sampling(temperature=0.8, top_p=0.95, repetition_penalty=1.2, presence_penalty=0.3, seed=11)
 
@@ -36,7 +48,8 @@ def generated(
     route: Route, request: GenerationRequest, done: Generated | None = None, *, speculate: bool = False
 ) -> list[int]:
     context = Context.from_headers({}, longest_s=60)
-    generator = Generator(route, proposer=AdaptiveProposer([PromptLookup()]) if speculate else None)
+    proposer = AdaptiveProposer([PromptLookup()]) if speculate else None
+    generator = Generator(route, None, proposer, GenerationPolicy(recoveries=AMPLE))
     return [drawn.token for drawn in generator.run(request, context, done or Generated())]
 
 
@@ -101,7 +114,7 @@ def test_a_long_prompt_is_run_in_chunks(
     request = GenerationRequest(prompt=prompt(2, 60), max_tokens=10, sampling=SEEDED)
     route = tiny_decoder.route(CUTS[1], *chained(store))
     expected = generated(route, request)
-    monkeypatch.setattr("isthmus.generation.generator.CHUNK", 7)
+    monkeypatch.setattr("isthmus.generation.session.CHUNK", 7)
     assert generated(route, request) == expected
 
 
@@ -143,6 +156,16 @@ def test_a_tail_that_loses_its_state_is_rebuilt_with_the_same_tokens(
     tail.store.close()
 
 
+class Instead(FixedRoute):
+    """The same other route whatever fails."""
+
+    def __init__(self, route: Route) -> None:
+        self._route = route
+
+    def instead(self, error: HopError, context: Context) -> Route | None:
+        return self._route
+
+
 def test_another_route_goes_on_where_a_hop_is_gone(tiny_decoder: PublishedDecoder, store: SessionStore) -> None:
     request = GenerationRequest(prompt=prompt(4), max_tokens=20, sampling=SEEDED)
     whole = tiny_decoder.route((), LocalHop(store))
@@ -158,9 +181,7 @@ def test_another_route_goes_on_where_a_hop_is_gone(tiny_decoder: PublishedDecode
             return super().call(frame, context)
 
     split = tiny_decoder.route(CUTS[1], LocalHop(store), Gone(store))
-    found = Generator(split, lambda route, error: whole).run(
-        request, Context.from_headers({}, longest_s=60), Generated()
-    )
+    found = Generator(split, Instead(whole)).run(request, Context.from_headers({}, longest_s=60), Generated())
     assert [drawn.token for drawn in found] == expected
     with pytest.raises(HopUnavailable):
         generated(tiny_decoder.route(CUTS[1], LocalHop(store), Gone(store)), request)
@@ -202,11 +223,25 @@ def test_bounds_of_sessions(tiny_decoder: PublishedDecoder, tmp_path: Path) -> N
     route = tiny_decoder.route((), LocalHop(store))
     with pytest.raises(ShapeMismatch, match="at most 64"):
         generated(route, GenerationRequest(prompt=prompt(0, 65), max_tokens=1))
-    for _ in range(2):
-        generated(route, GenerationRequest(prompt=prompt(), max_tokens=2))
+    context = Context.from_headers({}, longest_s=60)
+    running = [
+        Generator(route).run(GenerationRequest(prompt=prompt(), max_tokens=2), context, Generated()) for _ in range(2)
+    ]
+    for tokens in running:
+        next(tokens)
     with pytest.raises(Overloaded, match="2 sessions are kept"):
         generated(route, GenerationRequest(prompt=prompt(), max_tokens=2))
+    running[0].close()
+    eventually(lambda: _is_admitted(route))
+    running[1].close()
     store.store.close()
+
+
+def _is_admitted(route: Route) -> bool:
+    try:
+        return len(generated(route, GenerationRequest(prompt=prompt(), max_tokens=2))) == 2
+    except Overloaded:
+        return False
 
 
 def test_the_deadline_ends_a_generation(tiny_decoder: PublishedDecoder, store: SessionStore) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
-from isthmus.arrays import Array
+from isthmus.arrays import DTYPES, Array
 from isthmus.artifacts.choice import LOSSLESS_ID, PHOTO_ID, RAW_ID, SPARSE_ID, TRANSFORM_ID, Choice
 from isthmus.artifacts.tensors import TensorSpec
 
@@ -154,6 +154,16 @@ def encodings(
         exact = not is_activation(spec) or (calibrated and learned is None)
         result[spec.name] = Encoding(_EXACT_DEFAULT) if exact else Encoding(choice.codec, choice.quality, learned)
     return result
+
+
+def decode_tensor(tensor: EncodedTensor, table: object = None) -> Array:
+    """The array of an encoded tensor, as its receiver decodes it.
+
+    Raises:
+        KeyError: an unknown codec or dtype.
+        ValueError: the payload is malformed.
+    """
+    return find_codec(tensor.codec).decode(memoryview(tensor.payload), DTYPES[tensor.dtype], tensor.shape, table)
 
 
 def is_exact(encoding: Choice | Encoding) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -27,6 +27,8 @@ from isthmus.pipeline.route import Route
 from isthmus.wire.frame import DTYPES, Frame, Step
 
 _NO_TENSORS: Mapping[str, EncodedTensor] = MappingProxyType({})
+BeforeCall = Callable[[int, Frame], None]
+"""Called with the index of a segment in its route and the frame that its hop gets, tensors as encoded."""
 
 
 class SegmentRun(NamedTuple):
@@ -136,19 +138,21 @@ def execute(
     encoded: Mapping[str, EncodedTensor] | None = None,
     *,
     step: Step | None = None,
+    before_call: BeforeCall | None = None,
 ) -> Result:
     """Run every segment of `route` on its hop, then the route's closer looks.
 
     Shapes: as the bundle declares them. A route from the model's start takes exactly its inputs; a route from a cut
     takes the inputs of its segments, and ignores further tensors. `encoded` are inputs that the caller has encoded
     already, such as a photo, for the first segment, whose hop must encode. `step` is the step of a session, for a
-    bundle with state; where it samples, the last segment's outputs are tokens (`SAMPLED`).
+    bundle with state; where it samples, the last segment's outputs are tokens (`SAMPLED`). `before_call` sees the frame
+    of each call.
 
     Raises:
         ShapeMismatch: the inputs do not fit; no hop was called.
         DeadlineExceeded, HopError: as the hops report.
     """
-    outcome = execute_resumably(route, inputs, context, encoded, step=step)
+    outcome = execute_resumably(route, inputs, context, encoded, step=step, before_call=before_call)
     if isinstance(outcome, Interruption):
         raise outcome.error
     return outcome
@@ -161,6 +165,7 @@ def execute_resumably(
     encoded: Mapping[str, EncodedTensor] | None = None,
     wait_s: float | None = None,
     step: Step | None = None,
+    before_call: BeforeCall | None = None,
 ) -> Result | Interruption:
     """As `execute`; where a hop after the first gives no response, what the rest of the route needs.
 
@@ -171,7 +176,7 @@ def execute_resumably(
     """
     encoded = encoded or _NO_TENSORS
     _check_inputs(route, inputs, encoded)
-    execution = _Execution(route, context, dict(inputs), wait_s, step)
+    execution = _Execution(route, context, dict(inputs), wait_s, step, before_call)
     try:
         execution.run(0, encoded)
     except (HopUnavailable, HopTimeout) as e:
@@ -203,6 +208,7 @@ class _Execution:
     tensors: dict[str, Array]
     wait_s: float | None = None
     step: Step | None = None
+    before_call: BeforeCall | None = None
     runs: list[SegmentRun] = field(default_factory=list)
 
     def outputs(self) -> dict[str, Array]:
@@ -232,6 +238,8 @@ class _Execution:
         context = self.context
         if index and self.wait_s is not None:
             context = replace(context, deadline=Deadline.after(min(self.wait_s, context.deadline.remaining())))
+        if self.before_call is not None:
+            self.before_call(index, frame)
         reply = hop.call(frame, context)
         self.tensors.update(_checked(reply.frame, frame, self._outputs_at(index), hop))
         return SegmentRun(

@@ -65,8 +65,12 @@ class Route:
 
     def after(self, count: int) -> Route:
         """The rest of the route behind its first `count` segments."""
-        rest = replace(self, segments=self.segments[count:], hops=self.hops[count:])
-        return replace(rest, encodings=self.encodings[count:])
+        return self.between(count, len(self.segments))
+
+    def between(self, start: int, stop: int) -> Route:
+        """The part of the route from its segment `start` to before its segment `stop`."""
+        part = slice(start, stop)
+        return replace(self, segments=self.segments[part], hops=self.hops[part], encodings=self.encodings[part])
 
     def raw(self) -> Route:
         """The same route without codecs, and so without closer looks."""

@@ -50,6 +50,10 @@ class RequestMalformed(RequestError):
     """The body or a parameter does not follow its format."""
 
 
+class ContextTooLong(RequestMalformed):
+    """A prompt fills the context of a language model. Facts: `prompt_tokens`, `context`."""
+
+
 class RequestTooLarge(RequestError):
     """The body, compressed or decompressed, exceeds a bound. Facts: `limit`."""
 
@@ -333,6 +337,7 @@ class LocalError(IsthmusError):
 HTTP_STATUS: dict[type[IsthmusError], int] = {
     SettingsError: 500,
     RequestMalformed: 400,
+    ContextTooLong: 400,
     RequestTooLarge: 413,
     MediaUnsupported: 415,
     EncodingUnsupported: 415,

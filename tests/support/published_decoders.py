@@ -43,10 +43,14 @@ class PublishedDecoder:
         return plan_route(self.model.digest, self.model.bundle, hops, cuts)
 
 
+CHAT_TEMPLATE = "{% for m in messages %}<|end|>{{ m.role }}: {{ m.content }}{% endfor %}<|end|>assistant:"
+
+
 @pytest.fixture(scope="session")
 def tiny_decoder(tmp_path_factory: pytest.TempPathFactory) -> PublishedDecoder:
     root = tmp_path_factory.mktemp("decoder")
     folder = save_decoder(root / "llama", tiny_config("llama"))
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     bundle, files = build_decoder(read_folder(folder), "tiny", root / "bundle", cuts=["1", "1/2", "2"])
     (root / "registry").mkdir()
     registry = open_registry(SegmentSettings(registry=str(root / "registry")))

@@ -25,6 +25,7 @@ class AdmittedRequest:
         self.slots, self.deadline, self.work = slots, deadline, work
         self.needs_slot, self.has_slot, self.is_whole = needs_slot, False, True
         self.detail = ""
+        self.is_load_sample = True
         self.began, self.in_work = 0.0, 0
 
 
@@ -60,6 +61,15 @@ def describe_work(detail: str) -> None:
     """
     if (request := _CURRENT.get()) is not None and detail not in request.detail:
         request.detail = f"{request.detail} {detail}"[:_MAX_DETAIL]
+
+
+def describe_varying_work() -> None:
+    """State that the seconds of this thread's request depend on what it asks for; no-op outside of requests.
+
+    The adaptive limit leaves such requests out: a long generation after short ones is no sign of load.
+    """
+    if (request := _CURRENT.get()) is not None:
+        request.is_load_sample = False
 
 
 @contextmanager

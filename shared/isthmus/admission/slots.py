@@ -261,5 +261,5 @@ class Slots:
             # be too low.
             if error is None or seconds > service.mean_s > 0:
                 self._services[key] = service.after(seconds)
-        if self._adaptive is not None:
+        if self._adaptive is not None and request.is_load_sample:
             self._adaptive.observe(f"{request.work}{request.detail}", seconds, request.in_work, succeeded=error is None)

@@ -6,6 +6,7 @@ Templates are Jinja by their authors: they run in a sandbox, with bounds on what
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -20,6 +21,12 @@ from isthmus.errors import ModelError, RequestMalformed, RequestTooLarge
 MAX_TEXT_LENGTH = 2**20
 ROLES = ("system", "user", "assistant", "tool")
 _REPLACEMENT = "\ufffd"
+# UTF-8 takes four bytes a character at most, and a token has one of them at least.
+_MAX_CHARACTER_TOKENS = 4
+# Tokens on which the space before a text's first token depends.
+_CONTEXT_TOKENS = 4
+_SPACE = "\u2581"  # SentencePiece's
+_BYTE = re.compile("<0x([0-9A-F]{2})>")
 
 
 class TextCodec:
@@ -39,8 +46,11 @@ class TextCodec:
         self._tokenizer.no_padding()
         self._model = model
         self._template = _compiled(model.chat_template) if model.chat_template else None
-        added = json.loads(tokenizer).get("added_tokens", [])
+        document = json.loads(tokenizer)
+        added = document.get("added_tokens", [])
+        self._added = {t["id"]: t["content"] for t in added}
         self._special = {t["id"]: t["content"] for t in added if t.get("special")}
+        self._bytes = _byte_alphabet() if _has_byte_level(document.get("decoder")) else {}
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text; special tokens in it are plain text."""
@@ -92,9 +102,25 @@ class TextCodec:
         """The text of ids, without special tokens."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    @property
+    def vocabulary(self) -> int:
+        """The number of token ids."""
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
     def piece(self, token: int) -> str:
-        """A single token as text, for lists of alternatives."""
-        return self._special.get(token) or str(self._tokenizer.decode([token], skip_special_tokens=False))
+        """A single token as text, for lists of alternatives; part of a character is a replacement."""
+        return self.token_bytes(token).decode("utf-8", "replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token adds to a text, its leading space included; empty for an unknown id."""
+        if (name := self._added.get(token)) is not None:
+            return str(name).encode()
+        name = str(self._tokenizer.id_to_token(token) or "")
+        if match := _BYTE.fullmatch(name):
+            return bytes([int(match[1], 16)])
+        if self._bytes and all(character in self._bytes for character in name):
+            return bytes(self._bytes[character] for character in name)
+        return name.replace(_SPACE, " ").encode()
 
     def _encode_plain(self, text: str) -> list[int]:
         if len(text) > MAX_TEXT_LENGTH:
@@ -113,28 +139,53 @@ class TextCodec:
 
 
 class TextStream:
-    """The text of tokens as they come: whole characters only, since a character may take several tokens."""
+    """The text of tokens as they come: whole characters only, since a character may take several tokens.
 
-    def __init__(self, codec: TextCodec) -> None:
+    `context` are the tokens before, on which the first token's leading space depends.
+    """
+
+    def __init__(self, codec: TextCodec, context: Sequence[int] = ()) -> None:
         self._codec = codec
-        self._ids: list[int] = []
-        self._start = self._read = 0
+        # Tokens whose text was given already, and then those of an unfinished character. Decoders drop a space at the
+        # begin, so that the text of new tokens is the difference of two decodings with the same begin.
+        self._window = list(context[-_CONTEXT_TOKENS:])
+        self._context = len(self._window)
+        self._read = len(codec.decode(self._window).rstrip(_REPLACEMENT))
 
     def add(self, token: int) -> str:
         """The text that this token completes; empty within a character."""
-        self._ids.append(token)
-        # Both with the same context before: spaces depend on it.
-        before = self._codec.decode(self._ids[self._start : self._read])
-        text = self._codec.decode(self._ids[self._start :])
-        if len(text) <= len(before) or text.endswith(_REPLACEMENT):
-            return ""
-        self._start, self._read = self._read, len(self._ids)
-        return text[len(before) :]
+        self._window.append(token)
+        text = self._codec.decode(self._window)
+        # A replacement that more tokens leave is the text itself.
+        is_open = text.endswith(_REPLACEMENT) and len(self._window) - self._context < _MAX_CHARACTER_TOKENS
+        new = (text.rstrip(_REPLACEMENT) if is_open else text)[self._read :]
+        self._read += len(new)
+        if is_open:
+            return new
+        if not new:
+            self._window.pop()  # a special token: no text, and no context
+        else:
+            self._window = self._window[self._context :]
+            self._context = len(self._window)
+            self._read = len(self._codec.decode(self._window))
+        return new
 
     def rest(self) -> str:
-        """What is left at the end, an unfinished character included."""
-        before = self._codec.decode(self._ids[self._start : self._read])
-        return self._codec.decode(self._ids[self._start :])[len(before) :]
+        """The text of an unfinished character at the end."""
+        return self._codec.decode(self._window)[self._read :]
+
+
+def _has_byte_level(decoder: Mapping[str, Any] | None) -> bool:
+    if not decoder:
+        return False
+    return decoder.get("type") == "ByteLevel" or any(map(_has_byte_level, decoder.get("decoders", ())))
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The characters that stand for bytes in byte-level vocabularies. Source: openai/gpt-2, encoder.py."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def _compiled(template: str) -> jinja2.Template:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flask import Flask, Response, g, jsonify, request
 
@@ -174,25 +174,27 @@ class FunctionApp:
         g.context = context
         # Until the teardown: the lines of errors and of the response are this request's too.
         CURRENT.set(context)
-        with closing(Reservation(self._memory)) as memory:
+        with ExitStack() as held:
+            memory = held.enter_context(closing(Reservation(self._memory)))
             # Before admission: the server has the body in memory already, also where the request is refused.
             body = read_body(request.environ, self._settings.max_request_bytes)
             self.metrics.received.inc(len(body))
             memory.hold(len(body))
             caller = caller_of(request.headers, self._settings.caller_header)
-            with self.slots.admitted(context.deadline, caller=caller, work=_work(len(body))) as queued_s:
-                g.timings.add("queue", queued_s)
-                self.readiness.check()
-                if coding := request.headers.get("Content-Encoding", ""):
-                    body = decompress(body, coding, memory, self._settings.max_request_bytes)
-                reply_headers: dict[str, str] = {}
-                response = handle(
-                    FunctionRequest(
-                        body, request.headers, request.args, context, g.timings, memory, reply_headers, g.facts
-                    )
-                )
-                response.headers.update(reply_headers)
-                return response
+            admitted = self.slots.admitted(context.deadline, caller=caller, work=_work(len(body)))
+            g.timings.add("queue", held.enter_context(admitted))
+            self.readiness.check()
+            if coding := request.headers.get("Content-Encoding", ""):
+                body = decompress(body, coding, memory, self._settings.max_request_bytes)
+            reply_headers: dict[str, str] = {}
+            response = handle(
+                FunctionRequest(body, request.headers, request.args, context, g.timings, memory, reply_headers, g.facts)
+            )
+            response.headers.update(reply_headers)
+            if response.is_streamed:
+                # The work goes on while the body is sent: slot and memory are the request's until its end.
+                response.call_on_close(held.pop_all().close)
+            return response
 
     def ready(self) -> Response:
         """200 once everything that the settings preload is loaded, else 503 with the reason."""
@@ -220,30 +222,52 @@ class FunctionApp:
         return self._errors.render(error, context.call_id if context is not None else "")
 
     def _end(self, response: Response) -> Response:
-        """Add the headers common to all responses; count and log."""
-        timings: Timings = g.timings
+        """Add the headers common to all responses; count and log, a stream at its end."""
         context: Context | None = g.context
         compress(response, request.headers.get("Accept-Encoding", ""))
-        size = response.content_length or 0
+        if context is not None:
+            response.headers["Server-Timing"] = g.timings.header()
+            response.headers["X-Call-Id"] = context.call_id
+            response.headers["traceparent"] = context.traceparent
         # Unknown paths share a label: their texts are the callers', and would add metrics without bound.
-        self.metrics.count_response(request.endpoint or "none", response.status_code, size, timings)
-        if context is None:
-            return response
-        response.headers["Server-Timing"] = timings.header()
-        response.headers["X-Call-Id"] = context.call_id
-        response.headers["traceparent"] = context.traceparent
-        facts = {
-            **g.facts,
-            "endpoint": request.endpoint,
-            "ms": round(timings.elapsed() * 1000, 3),
-            "in_bytes": request.content_length,
-            "out_bytes": size,
-            "error": g.error,
-        }
-        log_request(self.log, context, response.status_code, facts)
-        if self.tracing is not None and g.span is not None:
-            self.tracing.end(g.span, response.status_code, facts, timings)
+        endpoint = request.endpoint or "none"
+        ended = _EndedRequest(endpoint, context, g.timings, g.facts, g.error, g.span, request.content_length)
+        if response.is_streamed and context is not None:
+            response.call_on_close(partial(self._count, ended, response))
+        else:
+            self._count(ended, response)
         return response
+
+    def _count(self, ended: _EndedRequest, response: Response) -> None:
+        """Count a response, log it and end its span."""
+        # Of a stream its handler states the bytes and an error, which come after the headers.
+        size = int(ended.facts.get("out_bytes", response.content_length or 0))
+        self.metrics.count_response(ended.endpoint, response.status_code, size, ended.timings)
+        if ended.context is None:
+            return
+        facts = {
+            "error": ended.error,
+            **ended.facts,
+            "endpoint": ended.endpoint,
+            "ms": round(ended.timings.elapsed() * 1000, 3),
+            "in_bytes": ended.in_bytes,
+            "out_bytes": size,
+        }
+        log_request(self.log, ended.context, response.status_code, facts)
+        if self.tracing is not None and ended.span is not None:
+            self.tracing.end(ended.span, response.status_code, facts, ended.timings)
+
+
+class _EndedRequest(NamedTuple):
+    """A request whose response is complete, for its count, log line and span."""
+
+    endpoint: str
+    context: Context | None
+    timings: Timings
+    facts: dict[str, str]
+    error: str
+    span: Any
+    in_bytes: int | None
 
 
 def _open_tracing(function: str, log: logging.Logger) -> Tracing | None:

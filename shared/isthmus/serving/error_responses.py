@@ -1,8 +1,9 @@
 """Errors as HTTP responses: status, JSON body and headers, the same for every endpoint.
 
 The body is a JSON object with `error`, a sentence, as the Open Inference Protocol has it, and `type`, `facts` and
-`hint` beside it. Anybody can call a function, so URLs of other functions, places of the registry and names of other
-models are for its log unless the setting expose_details is on. Source: docs/reference/api.md, "Errors".
+`hint` beside it; below /v1 it is OpenAI's. Anybody can call a function, so URLs of other functions, places of the
+registry and names of other models are for its log unless the setting expose_details is on.
+Source: docs/reference/api.md, "Errors".
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from werkzeug.exceptions import HTTPException
 
 from isthmus.admission import RETRY_AFTER_S
 from isthmus.errors import EncodingUnsupported, IsthmusError, http_status
+from isthmus.serving.openai import errors as openai
 
 # Facts for every caller, who may act on these.
 ALWAYS_TOLD = ("kind", "retry_after_s")
@@ -87,5 +89,8 @@ def _routing_error(error: HTTPException) -> Response:
 
 
 def _response(doc: dict[str, Any], status: int) -> Response:
+    # The path, not the route: an unknown path and a request that was refused before its route have the form too.
+    if request.path.startswith(openai.PATH):
+        doc = {"error": openai.openai_error(doc, status)}
     # Facts may hold values without a JSON form; an error must not fail on them.
     return Response(json.dumps(doc, default=str), status, mimetype="application/json")

@@ -20,6 +20,10 @@ from isthmus.pipeline.continuation import CONTENT_TYPE as CONTINUATION
 from isthmus.processing.media import MAX_PHOTOS
 from isthmus.routing.state import RouterState
 from isthmus.serving import api_bodies as bodies
+from isthmus.serving.openai import documents as openai
+from isthmus.serving.openai.errors import OpenAIErrorBody
+from isthmus.serving.openai.models import OpenAIModelBody, OpenAIModelListBody
+from isthmus.serving.openai.requests import ChatRequestBody, CompletionRequestBody
 
 Errors = tuple[type[IsthmusError], ...]
 
@@ -83,6 +87,7 @@ class Operation:
     headers: tuple[str, ...] = ()
     body_required: bool = True
     status: int = 200
+    error: Any = bodies.ErrorBody
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,9 @@ _EXPLAIN = Operation(
     query=_EXPLAINED,
     headers=("X-Timeout", oip.HEADER_LENGTH),
 )
+# A chunk is a line `data: ` with the JSON of the same name; the last line is `data: [DONE]`.
+_EVENTS = {"text/event-stream": {"type": "string"}}
+_GENERATION: Errors = (*ADMISSION, *LOOKUP, *EXECUTION, errors.ContextTooLong)
 _MODEL = Operation("A model's versions, inputs and outputs", _as_json(bodies.ModelBody), LOOKUP)
 _MODEL_READY = Operation(
     "200 once the model's route is known", _as_json(bodies.ModelReadyBody), (*LOOKUP, errors.NotReady)
@@ -169,6 +177,31 @@ OPERATIONS: Mapping[str, Operation] = {
         ADMISSION + LOOKUP,
         _as_json(bodies.IndexRequestBody),
         body_required=False,
+    ),
+    "chat_completions": Operation(
+        "OpenAI: the completion of a conversation, whole or as server-sent events",
+        {**_as_json(openai.ChatCompletionBody), **_EVENTS},
+        _GENERATION,
+        _as_json(ChatRequestBody),
+        headers=("X-Timeout",),
+        error=OpenAIErrorBody,
+    ),
+    "completions": Operation(
+        "OpenAI: the completion of a text, whole or as server-sent events",
+        {**_as_json(openai.TextCompletionBody), **_EVENTS},
+        _GENERATION,
+        _as_json(CompletionRequestBody),
+        headers=("X-Timeout",),
+        error=OpenAIErrorBody,
+    ),
+    "openai_models": Operation(
+        "OpenAI: the models that generate text", _as_json(OpenAIModelListBody), LOOKUP, error=OpenAIErrorBody
+    ),
+    "openai_model": Operation(
+        "OpenAI: a model that generates text",
+        _as_json(OpenAIModelBody),
+        (*LOOKUP, errors.RequestMalformed),
+        error=OpenAIErrorBody,
     ),
     "openapi": Operation("This description", _as_json({"type": "object"})),
     "server": Operation("Name, version and extensions", _as_json(bodies.ServerBody)),
@@ -271,7 +304,7 @@ def _operation(rule: Rule, operation: Operation, schemas: _Schemas) -> dict[str,
                 "description": HTTPStatus(operation.status).phrase,
                 "content": schemas.content(operation.response),
             },
-            **_error_responses(operation.errors, schemas),
+            **_error_responses(operation, schemas),
         },
     }
     if parameters:
@@ -286,12 +319,12 @@ def _parameter(where: str, name: str, description: str, schema: Mapping[str, Any
     return {"in": where, "name": name, "description": description, "schema": schema, "required": where == "path"}
 
 
-def _error_responses(classes: Errors, schemas: _Schemas) -> dict[str, Any]:
+def _error_responses(operation: Operation, schemas: _Schemas) -> dict[str, Any]:
     types = defaultdict(set)
-    for cls in classes:
+    for cls in operation.errors:
         types[HTTP_STATUS[cls]].add(cls.__name__)
     types[500].add("InternalError")  # an unexpected error, of any route
-    content = schemas.content({"application/json": bodies.ErrorBody})
+    content = schemas.content({"application/json": operation.error})
     retry = {"Retry-After": {"description": "seconds", "schema": {"type": "integer"}}}
     return {
         str(status): {

@@ -14,10 +14,10 @@ from isthmus.routing import Estimates, Guard, LinkProber, ModelCatalog, RouteSel
 from isthmus.runtime.tables import Tables
 from isthmus.serving.app import FunctionApp
 from isthmus.serving.inference_routes import InferenceRoutes
-from isthmus.serving.model_routes import ModelRoutes
+from isthmus.serving.model_routes import ModelRoutes, StateRoute
+from isthmus.serving.openai.api import OpenAIApi
 from isthmus.serving.prediction import Predictor
 from isthmus.serving.preload import load_deadline, open_sessions, parse_entry, preload
-from isthmus.serving.router_state import StateRoute
 from isthmus.serving.routing_metrics import MeasuredDispatcher, RoutingMetrics
 from isthmus.settings import RouterSettings, urls_of
 
@@ -81,6 +81,7 @@ class _RouterApp(FunctionApp):
         inference = InferenceRoutes(self, settings, self._catalog, predictor, images, tables)
         models = ModelRoutes(self, self._catalog, settings)
         StateRoute(self, dispatcher, settings)
+        OpenAIApi(self, settings, self._catalog, self._registry, models.listing)
         if settings.page:
             from isthmus.serving.page import Page  # templates are for routers with a page alone
 

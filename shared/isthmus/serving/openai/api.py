@@ -1,0 +1,55 @@
+"""The paths of the OpenAI API; the tokenizer and the templates are loaded with the first request."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from flask import Response
+
+from isthmus.registry import Registry
+from isthmus.routing import ModelCatalog
+from isthmus.serving.app import FunctionApp
+from isthmus.serving.model_list import ModelList
+from isthmus.serving.openai.models import OpenAIModels
+from isthmus.serving.request import FunctionRequest
+from isthmus.settings import RouterSettings
+
+if TYPE_CHECKING:
+    from isthmus.serving.openai.routes import CompletionRoutes
+
+
+class OpenAIApi:
+    """The API, added to `app`."""
+
+    def __init__(
+        self,
+        app: FunctionApp,
+        settings: RouterSettings,
+        catalog: ModelCatalog,
+        registry: Registry,
+        listing: ModelList,
+    ) -> None:
+        self._settings, self._catalog, self._registry = settings, catalog, registry
+        self._routes: CompletionRoutes | None = None
+        self._lock = threading.Lock()
+        app.post("/v1/chat/completions", self.chat, "chat_completions")
+        app.post("/v1/completions", self.complete, "completions")
+        OpenAIModels(app, catalog, listing)
+
+    def chat(self, request: FunctionRequest) -> Response:
+        """The completion of a conversation, whole or as a stream."""
+        return self._loaded().chat(request)
+
+    def complete(self, request: FunctionRequest) -> Response:
+        """The completion of a text, whole or as a stream."""
+        return self._loaded().complete(request)
+
+    def _loaded(self) -> CompletionRoutes:
+        with self._lock:
+            if self._routes is None:
+                # 60 ms and 20 MB, which routers of other models never need.
+                from isthmus.serving.openai.routes import CompletionRoutes
+
+                self._routes = CompletionRoutes(self._settings, self._catalog, self._registry)
+            return self._routes

@@ -1,0 +1,171 @@
+"""Chat completions and completions: from a request's body to the prompt and the parameters of its generation."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cachetools import LRUCache
+from flask import Response
+
+from isthmus.errors import ContextTooLong, RequestMalformed
+from isthmus.generation.generator import GenerationRequest
+from isthmus.generation.text import TextCodec
+from isthmus.registry import Registry
+from isthmus.routing import ModelCatalog, ServedModel
+from isthmus.serving.openai.documents import ChatDocuments, CompletionDocuments, CompletionHead, TextDocuments
+from isthmus.serving.openai.models import generating
+from isthmus.serving.openai.requests import ChatRequestBody, CompletionRequestBody, GenerationBody, read_request
+from isthmus.serving.openai.responses import CompletionJob, CompletionResponder
+from isthmus.serving.request import FunctionRequest
+from isthmus.settings import RouterSettings
+
+# Tokens where the request names no bound; OpenAI goes on to the end of the context, which takes minutes on a small CPU.
+DEFAULT_MAX_TOKENS = 256
+# A vocabulary of 50,000 tokens takes 15 MB.
+_MAX_CODECS = 8
+# Of a token in a Python list of ids, and in the generation's copy.
+_TOKEN_BYTES = 80
+
+
+class CompletionRoutes:
+    """Handlers of `POST /v1/chat/completions` and `POST /v1/completions`."""
+
+    def __init__(self, settings: RouterSettings, catalog: ModelCatalog, registry: Registry) -> None:
+        self._settings, self._catalog, self._registry = settings, catalog, registry
+        self._responder = CompletionResponder(settings)
+        self._lock = threading.Lock()
+        self._codecs: LRUCache[str, TextCodec] = LRUCache(_MAX_CODECS)
+
+    def chat(self, request: FunctionRequest) -> Response:
+        """A chat completion."""
+        body = read_request(request, ChatRequestBody)
+        if body.top_logprobs and not body.logprobs:
+            raise RequestMalformed("top_logprobs needs logprobs: true", parameter="top_logprobs")
+        model = self._model(request, body)
+        codec = self._codec(model)
+        messages = [
+            {"role": m.role, "content": m.text(), **({"name": m.name} if m.name else {})} for m in body.messages
+        ]
+        prompt = _Prompt("messages", codec.encode_chat(messages), model, codec)
+        limit = body.max_completion_tokens or body.max_tokens
+        documents = ChatDocuments(_head("chatcmpl", request, model), codec, bool(body.logprobs))
+        return self._complete(
+            request, body, prompt, documents, self._parameters(body, prompt, limit, body.top_logprobs)
+        )
+
+    def complete(self, request: FunctionRequest) -> Response:
+        """A completion of a text."""
+        body = read_request(request, CompletionRequestBody)
+        model = self._model(request, body)
+        codec = self._codec(model)
+        prompt = _Prompt("prompt", _prompt_ids(body, codec, model), model, codec)
+        documents = TextDocuments(_head("cmpl", request, model), codec, body.logprobs is not None)
+        generation = self._parameters(body, prompt, body.max_tokens, body.logprobs)
+        return self._complete(request, body, prompt, documents, generation)
+
+    def _complete(
+        self,
+        request: FunctionRequest,
+        body: GenerationBody,
+        prompt: _Prompt,
+        documents: CompletionDocuments,
+        generation: GenerationRequest,
+    ) -> Response:
+        request.memory.hold(_TOKEN_BYTES * len(prompt.ids))
+        job = CompletionJob(prompt.model, prompt.codec, generation, body.stops, documents, body.includes_usage)
+        return self._responder.stream(request, job) if body.stream else self._responder.whole(request, job)
+
+    def _parameters(
+        self, body: GenerationBody, prompt: _Prompt, limit: int | None, logprobs: int | None
+    ) -> GenerationRequest:
+        """The generation, of as many tokens as the request allows and the context has room for.
+
+        Raises:
+            RequestMalformed: an empty prompt.
+            ContextTooLong: no room.
+        """
+        bundle, count = prompt.model.bundle, len(prompt.ids)
+        if not count:
+            raise RequestMalformed("the prompt is empty", parameter=prompt.field)
+        # The bound of a session in this process; other functions have the same default.
+        context = min(bundle.state.context if bundle.state is not None else 0, self._settings.max_session_tokens)
+        if count >= context:
+            raise ContextTooLong(
+                f"the prompt has {count} tokens, and the context has room for {context}, completion included",
+                prompt_tokens=count,
+                context=context,
+                parameter=prompt.field,
+            )
+        return GenerationRequest(
+            prompt=prompt.ids,
+            max_tokens=min(limit or DEFAULT_MAX_TOKENS, context - count),
+            sampling=body.sampling(logprobs or 0),
+            stop=frozenset(bundle.text.eos if bundle.text is not None else ()),
+        )
+
+    def _model(self, request: FunctionRequest, body: GenerationBody) -> ServedModel:
+        return generating(self._catalog.get(body.model or self._settings.model, request.context.deadline))
+
+    def _codec(self, model: ServedModel) -> TextCodec:
+        """The tokenizer and chat template of a version.
+
+        Raises:
+            RegistryError, ModelError: the tokenizer cannot be read.
+        """
+        text = model.bundle.text
+        if text is None:
+            raise RequestMalformed(f"{model.name} generates no text", parameter="model")
+        with self._lock:
+            if (codec := self._codecs.get(model.digest)) is not None:
+                return codec
+        codec = TextCodec(self._registry.blob(text.tokenizer), text)
+        with self._lock:
+            self._codecs[model.digest] = codec
+        return codec
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """Token ids, from a field of the request, of a model."""
+
+    field: str
+    ids: Sequence[int]
+    model: ServedModel
+    codec: TextCodec
+
+
+def _prompt_ids(body: CompletionRequestBody, codec: TextCodec, model: ServedModel) -> list[int]:
+    """The token ids of a prompt.
+
+    Raises:
+        RequestMalformed: several prompts, or an id beyond the vocabulary.
+    """
+    if isinstance(body.prompt, str):
+        return codec.encode(body.prompt)
+    texts = [entry for entry in body.prompt if isinstance(entry, str)]
+    ids = [entry for entry in body.prompt if isinstance(entry, int)]
+    if texts:
+        if len(body.prompt) > 1:
+            raise RequestMalformed("a request has one prompt: a text, or a list of token ids", parameter="prompt")
+        return codec.encode(texts[0])
+    size = _vocabulary(model, codec)
+    if (highest := max(ids, default=0)) >= size:
+        raise RequestMalformed(f"the token id {highest} is beyond the vocabulary of {size} ids", parameter="prompt")
+    return ids
+
+
+def _vocabulary(model: ServedModel, codec: TextCodec) -> int:
+    """Token ids that the model takes; tokenizers may know fewer, or more."""
+    text = model.bundle.text
+    sizes = [spec.shape[-1] for spec in model.bundle.outputs if text is not None and spec.name == text.logits]
+    return next((size for size in sizes if isinstance(size, int)), codec.vocabulary)
+
+
+def _head(prefix: str, request: FunctionRequest, model: ServedModel) -> CompletionHead:
+    # OpenAI's fingerprint is of the back end; here of weights and graph, which decide the tokens.
+    fingerprint = f"fp_{model.digest.rpartition(':')[2][:12]}"
+    name = f"{model.name}:{model.version}"
+    return CompletionHead(f"{prefix}-{request.context.call_id}", int(time.time()), name, fingerprint)

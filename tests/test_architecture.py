@@ -32,7 +32,7 @@ RUNTIME = {
 RUNTIME["generation"] = {*RUNTIME["pipeline"], "pipeline"}
 RUNTIME["events"] = {*BASE, "artifacts", "http", "registry"}
 RUNTIME["routing"] = {*RUNTIME["pipeline"], "pipeline"}
-RUNTIME["serving"] = {*RUNTIME["routing"], "routing", "oip", "events"}
+RUNTIME["serving"] = {*RUNTIME["routing"], "routing", "oip", "events", "generation"}
 TOOLS = {
     "budget": set(),
     "parent_death": set(),

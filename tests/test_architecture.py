@@ -77,7 +77,7 @@ HEAVY = {
     "matplotlib": {"figures"},
     "scipy": {"planner"},
     "highspy": {"routing"},
-    "tokenizers": {"generation"},
+    "tokenizers": {"generation", "processing"},
     "jinja2": {"generation", "serving"},
     "gguf": {"graph"},
     "safetensors": {"graph"},

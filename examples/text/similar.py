@@ -22,21 +22,16 @@ def encode(tokenizer: Tokenizer, sentences: list[str]) -> dict[str, np.ndarray]:
 
 
 def run(arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """The encoder's first output, (sentences, tokens, width), by a router or in this process."""
+    """A vector of length 1 for each sentence, by a router or in this process."""
     if url := os.environ.get("ISTHMUS_URL"):
-        outputs = Client(url).infer(arrays, model="minilm").outputs
-    else:
-        registry = RegistrySettings(registry=os.environ.get("ISTHMUS_REGISTRY", ".isthmus/registry"), cache_dir="cache")
-        outputs = LocalModel("minilm", registry).run(arrays).outputs
-    return next(output for output in outputs.values() if output.ndim == 3)
+        return Client(url).infer(arrays, model="minilm").outputs["embedding"]
+    registry = RegistrySettings(registry=os.environ.get("ISTHMUS_REGISTRY", ".isthmus/registry"), cache_dir="cache")
+    return LocalModel("minilm", registry).run(arrays).outputs["embedding"]
 
 
 def main(tokenizer: str, *sentences: str) -> None:
     """Print the sentences after the first, the most similar first, with their cosine similarity."""
-    arrays = encode(Tokenizer.from_file(tokenizer), list(sentences))
-    mask = arrays["attention_mask"][..., None]
-    vectors = (run(arrays) * mask).sum(axis=1) / mask.sum(axis=1)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors = run(encode(Tokenizer.from_file(tokenizer), list(sentences)))
     similarity = vectors[1:] @ vectors[0]
     for index in np.argsort(-similarity):
         print(f"{similarity[index]:.3f} {sentences[1 + index]}")

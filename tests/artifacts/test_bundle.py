@@ -8,8 +8,19 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from isthmus.artifacts.bundle import Blob, Bundle, Cut, Segment, Weights, from_json, subject_digest, to_json
+from isthmus.artifacts.bundle import (
+    Blob,
+    Bundle,
+    Cut,
+    Segment,
+    TextEmbedding,
+    Weights,
+    from_json,
+    subject_digest,
+    to_json,
+)
 from isthmus.artifacts.segment_id import SegmentId
+from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import RegistryError
 
 BLOB = Blob("sha256:" + "0" * 64, 1)
@@ -70,3 +81,34 @@ def test_a_plan_is_made_for_everything_but_the_plan_itself() -> None:
     assert subject_digest(replace(BUNDLE, plan=BLOB)) == subject
     assert subject_digest(replace(BUNDLE, tables={"x": BLOB})) != subject
     assert subject_digest(replace(BUNDLE, default_cuts=())) != subject
+
+
+ROWS = ("batch", "tokens")
+ENCODER = replace(
+    BUNDLE,
+    inputs=(TensorSpec("ids", "int64", ROWS), TensorSpec("mask", "int64", ROWS)),
+    outputs=(TensorSpec("vector", "float32", ("batch", 4)),),
+    embedding=TextEmbedding(Blob("sha256:" + "2" * 64, 3), "ids", "mask", "vector", max_tokens=8, pooling="cls"),
+)
+
+
+def test_an_embedding_survives_the_manifest_and_is_absent_from_others() -> None:
+    assert from_json(to_json(ENCODER)) == ENCODER
+    assert "sha256:" + "2" * 64 in ENCODER.blobs()
+    # Bundles of before the key keep their digests.
+    assert "embedding" not in json.loads(to_json(BUNDLE))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"inputs": (*ENCODER.inputs, TensorSpec("kinds", "int64", ROWS))}, "other inputs than its ids and its mask"),
+        ({"inputs": (ENCODER.inputs[0], TensorSpec("mask", "float32", ROWS))}, "mask as int64"),
+        ({"outputs": (TensorSpec("vector", "float32", ("batch", "width")),)}, "no output of float32"),
+        ({"outputs": (TensorSpec("vector", "float32", (*ROWS, 4)),)}, "no output of float32"),
+        ({"outputs": (TensorSpec("other", "float32", ("batch", 4)),)}, "by 'vector', no output"),
+    ],
+)
+def test_an_embedding_of_other_tensors_is_refused(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(RegistryError, match=says):
+        from_json(to_json(replace(ENCODER, **changes)))

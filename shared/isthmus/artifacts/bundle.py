@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct, field
@@ -89,6 +89,24 @@ class TextModel(Struct, frozen=True, forbid_unknown_fields=True):
     eos: Annotated[tuple[Count, ...], Meta(max_length=64)] = ()
 
 
+class TextEmbedding(Struct, frozen=True, forbid_unknown_fields=True):
+    """How a sentence encoder takes texts, each of which becomes one vector.
+
+    `tokenizer` is the blob of a tokenizer.json. `ids` and `mask` are the inputs of token ids and of ones where a token
+    is; rows shorter than the longest end in `pad`. `vector` is the output (texts, width). `max_tokens` bounds a text,
+    the tokenizer's special tokens included. `pooling` and `normalized` say what the graph computes of the tokens.
+    """
+
+    tokenizer: Blob
+    ids: Text
+    mask: Text
+    vector: Text
+    max_tokens: Annotated[int, Meta(ge=1, le=2**20)]
+    pooling: Literal["cls", "max", "mean"]
+    normalized: bool = False
+    pad: Count = 0
+
+
 class Cut(Struct, frozen=True, forbid_unknown_fields=True):
     """A named cut: its boundary tensors, their raw bytes, and the share of MACs upstream of the cut."""
 
@@ -107,7 +125,8 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
     `postprocess` are specs for isthmus.processing, None for a model of plain tensors. `tables` hold the parameters of
     calibrated codecs by tensor name, each a frame of named arrays. `fidelity` is the blob of the fidelity document
     (docs/explanation/calibration.md), `plan` the blob of the plan (docs/reference/plan.md). `state` declares what a
-    session's segments keep, `text` how a language model reads and writes; each is absent for other models.
+    session's segments keep, `text` how a language model reads and writes, `embedding` how a sentence encoder takes
+    texts; each is absent for other models.
     """
 
     name: ModelName
@@ -125,6 +144,7 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
     plan: Blob | None = None
     state: State | None = None
     text: TextModel | None = None
+    embedding: TextEmbedding | None = None
 
     def __post_init__(self) -> None:
         # In manifest order, so that equality does not depend on construction order.
@@ -220,8 +240,8 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
     def blobs(self) -> set[str]:
         """The digests of all blobs referenced by this bundle."""
         digests = {self.weights.blob.digest, *(s.graph.digest for s in self.segments.values())}
-        tokenizer = None if self.text is None else self.text.tokenizer
-        blobs = (self.labels, self.fidelity, self.plan, tokenizer, *self.tables.values())
+        tokenizers = [model.tokenizer for model in (self.text, self.embedding) if model is not None]
+        blobs = (self.labels, self.fidelity, self.plan, *tokenizers, *self.tables.values())
         digests.update(blob.digest for blob in blobs if blob)
         return digests
 
@@ -256,7 +276,7 @@ def to_json(bundle: Bundle) -> bytes:
     """Canonical JSON of a bundle: sorted keys, no spaces, UTF-8; equal bundles give equal bytes."""
     doc = builtins(bundle)
     # Absent if empty, so that bundles without these fields keep the digests of earlier versions.
-    for name in ("tables", "fidelity", "plan", "state", "text"):
+    for name in ("tables", "fidelity", "plan", "state", "text", "embedding"):
         if not doc[name]:
             del doc[name]
     return canonical(doc)
@@ -287,6 +307,8 @@ def _check(bundle: Bundle) -> None:
         _check_state(bundle, bundle.state)
     if bundle.text is not None and bundle.text.logits not in [spec.name for spec in bundle.outputs]:
         raise ValueError(f"has text by the output {bundle.text.logits[:80]!r}, which the model does not have")
+    if bundle.embedding is not None:
+        _check_embedding(bundle, bundle.embedding)
     for specs in _tensor_lists(bundle):
         if len({spec.name for spec in specs}) != len(specs):
             raise ValueError("has two tensors of one name in one list")
@@ -313,6 +335,15 @@ def _check_state(bundle: Bundle, state: State) -> None:
             raise ValueError(f"has two {kind}s of one name in its state")
         if unknown := set(names) - {spec.name for spec in specs}:
             raise ValueError(f"has a state of the {kind} {min(unknown)[:80]!r}, which the model does not have")
+
+
+def _check_embedding(bundle: Bundle, embedding: TextEmbedding) -> None:
+    inputs = {spec.name: spec for spec in bundle.inputs}
+    if inputs.keys() != {embedding.ids, embedding.mask} or any(spec.dtype != "int64" for spec in inputs.values()):
+        raise ValueError("has an embedding of texts, and other inputs than its ids and its mask as int64")
+    vector = next((spec for spec in bundle.outputs if spec.name == embedding.vector), None)
+    if vector is None or vector.dtype != "float32" or len(vector.shape) != 2 or not isinstance(vector.shape[1], int):
+        raise ValueError(f"has an embedding by {embedding.vector[:80]!r}, no output of float32[texts, width]")
 
 
 def _tensor_lists(bundle: Bundle) -> Iterable[tuple[TensorSpec, ...]]:

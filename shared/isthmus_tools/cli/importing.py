@@ -24,7 +24,7 @@ from isthmus_tools.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from isthmus.artifacts.bundle import Bundle
+    from isthmus.artifacts.bundle import Bundle, TextEmbedding
 
 
 def import_model(
@@ -33,7 +33,7 @@ def import_model(
         typer.Argument(
             help="An ONNX file; a factory package.module:factory of a torch or scikit-learn model; a .pt2, TorchScript"
             " .pt, .keras or .skops file; a SavedModel or Hugging Face folder; a .gguf file; or a ready model:"
-            " efficientnet-lite0, llm:smollm2."
+            " efficientnet-lite0, all-minilm-l6-v2, llm:smollm2."
         ),
     ],
     *,
@@ -42,7 +42,7 @@ def import_model(
         list[str] | None,
         cut_option(
             "A partition to publish, once each, the first as the default; the narrowest cut if none. Of a language"
-            " model, numbers of layers."
+            " model or a sentence encoder, numbers of layers."
         ),
     ] = None,
     shape: Shapes = None,
@@ -131,11 +131,19 @@ def import_model(
         else:
             inputs = ", ".join(describe(s.dtype, s.shape, s.name) for s in bundle.inputs)
             say(f"takes {inputs}{_fixed(model, bundle)}")
-        if bundle.default_cuts and language is None and not (cut or if_absent):
+        if (embedding := bundle.embedding) is not None:
+            say(embedding_text(embedding))
+        elif bundle.default_cuts and language is None and not (cut or if_absent):
             default = "/".join(bundle.default_cuts)
             say(f"cut at {default}, the narrowest; isthmus cuts lists others, isthmus cut takes one")
         show_publication(publication, registry)
         warn(findings(bundle))
+
+
+def embedding_text(embedding: TextEmbedding) -> str:
+    """How a sentence encoder takes texts, in a sentence."""
+    length = ", of length 1" if embedding.normalized else ""
+    return f"gives a vector for each text of at most {embedding.max_tokens} tokens ({embedding.pooling}{length})"
 
 
 def _fixed(model: str, bundle: Bundle) -> str:

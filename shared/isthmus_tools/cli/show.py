@@ -9,6 +9,7 @@ import typer
 from isthmus.units import format_size
 from isthmus_tools.cli.completion import complete_models
 from isthmus_tools.cli.console import errors, print_json, say, say_command, table
+from isthmus_tools.cli.importing import embedding_text
 from isthmus_tools.cli.models import cuts_text
 from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, in_registry, registry_settings
 
@@ -94,5 +95,7 @@ def _show(version: VersionSummary) -> None:
     ):
         if doc is not None:
             say(text)
+    if bundle.embedding is not None:
+        say(embedding_text(bundle.embedding))
     say(f"weights {format_size(bundle.weights.blob.size)}; cuts {', '.join(sorted(bundle.cuts)) or 'none'}")
     say(f"calibrated: {cuts_text(version.calibrated)}; plan: {version.plan or 'none'}")

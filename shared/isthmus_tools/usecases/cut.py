@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from isthmus.settings import RegistrySettings
 from isthmus_tools.graph import CutInfo, Model, add_cuts, cuts, open_model
 from isthmus_tools.graph.cuts import default_cuts, within_quantised_operators
 from isthmus_tools.graph.decoder.bundler import add_layer_cuts
+from isthmus_tools.graph.encoder.bundler import add_encoder_cuts
 from isthmus_tools.graph.exporting import ModelInputs
 from isthmus_tools.progress import Progress, silent
 from isthmus_tools.usecases.publication import Publication, findings, publish_version
@@ -68,12 +69,19 @@ def cut(request: CutRequest, progress: Progress = silent) -> CutResult:
         progress(f"fetching {model.name}:{model.version}")
         with open_cache(request.registry, store).locate(model.digest, WHOLE) as whole:
             progress(f"cutting at {', '.join(request.cuts)}")
-            extend = add_cuts if model.bundle.text is None else add_layer_cuts
+            extend = _extension(model.bundle)
             bundle, files = extend(model.bundle, whole.path, request.cuts, Path(folder), default=request.default)
         progress("publishing")
         publication = publish_version(store, bundle, files, request.alias, before=model, drop_plan=request.drop_plan)
     new = sorted(bundle.segments.keys() - model.bundle.segments.keys())
     return CutResult(publication, bundle, new, findings(bundle, model.bundle))
+
+
+def _extension(bundle: Bundle) -> Callable[..., tuple[Bundle, dict[str, Path]]]:
+    """What adds cuts to a bundle: models of text are cut between layers."""
+    if bundle.text is not None:
+        return add_layer_cuts
+    return add_cuts if bundle.embedding is None else add_encoder_cuts
 
 
 @dataclass(frozen=True)

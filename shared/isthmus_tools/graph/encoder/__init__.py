@@ -1,0 +1,1 @@
+"""Sentence encoders: texts to vectors, read from sentence-transformers' folder layout."""

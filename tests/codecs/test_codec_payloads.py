@@ -6,7 +6,7 @@ import contextlib
 import random
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
@@ -76,6 +76,15 @@ GOLDEN: dict[str, tuple[str, bytes, Array]] = {
     "int8": ("int8/1", struct.pack("<fi", 0.5, -4) + b"\x04\x07\x00\x05", np.array([0, 1.5, -2, 0.5], "float32")),
     # One channel: the length of the scales, four bytes of step and four of offset, two codes to a byte.
     "int4": ("int4/1", struct.pack("<Ifi", 8, 0.5, -4) + b"\x74\x50", np.array([0, 1.5, -2, 0.5], "float32")),
+    # A step for each of two rows; six channels each, in order; their values; a code for each value.
+    "int8-token": (
+        "int8-token/1",
+        struct.pack("<2f", 0.5, 2)
+        + struct.pack("<12H", 0, 1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 7)
+        + struct.pack("<12f", *range(10, 22))
+        + b"\0\0\0\0\0\0\x03\xfc\x01\0\0\0\0\0\x7f\0",
+        np.array([[10, 11, 12, 13, 14, 15, 1.5, -2], [2, 16, 17, 18, 19, 20, 254, 21]], "float32"),
+    ),
     # Form 0, no step, three values, one byte of bits; the values as lossless/3 has them.
     "sparse": (
         "sparse/2",
@@ -187,6 +196,11 @@ def test_sections_come_back(kind: Any, data: bytes, repeated: int) -> None:
     assert bytes(restore(memoryview(section), len(whole))) == whole
 
 
+def token_payload(step: float = 1, channels: Sequence[int] = range(6), count: int = 8) -> bytes:
+    """A row of `count` values, with outliers of zero."""
+    return struct.pack("<f6H24x", step, *channels) + bytes(count)
+
+
 HEADER = struct.Struct("<BfII")
 BAD: dict[str, tuple[str, bytes, str, tuple[int, ...]]] = {
     "half of odd length": ("half/1", bytes(7), "float32", (4,)),
@@ -233,6 +247,17 @@ BAD: dict[str, tuple[str, bytes, str, tuple[int, ...]]] = {
     "int4 half a byte after the end": ("int4/1", struct.pack("<Ifi", 8, 1, 0) + b"\0\x10", "float32", (3,)),
     "int4 pairs missing": ("int4/1", struct.pack("<Ifi", 8, 1, 0) + b"\0", "float32", (3,)),
     "int4 nothing, but bytes": ("int4/1", b"\0", "float32", (1, 4, 0, 2)),
+    "int8-token without steps": ("int8-token/1", bytes(7), "float32", (2, 1)),
+    "int8-token step of zero": ("int8-token/1", token_payload(step=0), "float32", (8,)),
+    "int8-token step below zero": ("int8-token/1", token_payload(step=-1), "float32", (8,)),
+    "int8-token step NaN": ("int8-token/1", token_payload(step=np.nan), "float32", (8,)),
+    "int8-token step infinite": ("int8-token/1", token_payload(step=np.inf), "float32", (8,)),
+    "int8-token channel beyond the row": ("int8-token/1", token_payload(channels=(0, 1, 2, 3, 4, 8)), "float32", (8,)),
+    "int8-token channel twice": ("int8-token/1", token_payload(channels=(0, 1, 1, 3, 4, 5)), "float32", (8,)),
+    "int8-token channels out of order": ("int8-token/1", token_payload(channels=(1, 0, 2, 3, 4, 5)), "float32", (8,)),
+    "int8-token codes missing": ("int8-token/1", token_payload()[:-1], "float32", (8,)),
+    "int8-token of float64": ("int8-token/1", token_payload(), "float64", (8,)),
+    "int8-token nothing, but bytes": ("int8-token/1", token_payload(), "float32", (0, 8)),
     "sparse without a header": ("sparse/2", bytes(12), "float32", (4,)),
     "sparse of an unknown form": ("sparse/2", HEADER.pack(3, 1, 1, 1) + b"\x80\x01", "float32", (4,)),
     "sparse with too many values": ("sparse/2", HEADER.pack(1, 1, 2, 1) + b"\x80\x01\x01", "float32", (4,)),
@@ -282,6 +307,7 @@ BOMBS: dict[str, tuple[str, Callable[[int], bytes], str]] = {
     "lossless": ("lossless/3", lambda n: b"\1" + bomb(n), "uint8"),
     "int8": ("int8/1", lambda n: struct.pack("<fi", 1, 0) + bomb(n), "float32"),
     "int4": ("int4/1", lambda n: struct.pack("<Ifi", 8, 1, 0) + bomb(n), "float32"),
+    "int8-token": ("int8-token/1", lambda n: token_payload(count=0) + bomb(n), "float32"),
     "sparse": ("sparse/2", lambda n: HEADER.pack(1, 1, 0, len(bomb(n))) + bomb(n), "float32"),
 }
 

@@ -83,7 +83,7 @@ def test_an_empty_body_asks_what_device_this_is(client: FlaskClient) -> None:
 
 
 def test_an_empty_body_asks_how_fast_the_device_packs(client: FlaskClient) -> None:
-    every = {"half/1", "bfloat16/1", "lossless/3", "int8/1", "int4/1", "sparse/2"}
+    every = {"half/1", "bfloat16/1", "lossless/3", "int8/1", "int4/1", "int8-token/1", "sparse/2"}
 
     def slowest() -> float:
         codecs = client.post("/profile?codecs=1", headers=BEARER).json["codecs"]

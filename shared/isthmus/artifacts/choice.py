@@ -26,6 +26,7 @@ CODEC_IDS: tuple[str, ...] = (
     LOSSLESS_ID,
     "int8/1",
     "int4/1",
+    "int8-token/1",
     SPARSE_ID,
     TRANSFORM_ID,
     PHOTO_ID,
@@ -35,6 +36,10 @@ _SUCCESSORS: Mapping[str, str] = {"transform/3": TRANSFORM_ID}
 # Codecs of model inputs, not of boundary tensors: `photo/1` carries the encoded photo.
 INPUT_CODECS = frozenset({PHOTO_ID})
 
+
+# Codecs under which a token decodes to the same values in a step of its own and beside other tokens. A language model
+# takes these alone: its tokens must not depend on chunks of a prompt, speculation or replay.
+TOKEN_CODECS = (RAW_ID, "half/1", "bfloat16/1", LOSSLESS_ID, "int8-token/1")
 
 BoundaryCodecId = Annotated[str, one_of(*(codec for codec in CODEC_IDS if codec not in INPUT_CODECS), *_SUCCESSORS)]
 # A codec id in a document; an earlier id means its successor.

@@ -46,9 +46,14 @@ class Measure(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def measure_for(bundle: Bundle, output: str = "", tolerance: float = TOLERANCE) -> Measure:
-    """The criterion of a model: top-1 agreement for classifiers (or for `output`), else closeness of all outputs."""
+    """The criterion of a model: top-1 agreement for classifiers (or for `output`), else closeness of all outputs.
+
+    Of a language model the classes are the next tokens.
+    """
     after: Mapping[str, Any] = bundle.postprocess or {}
     class_output = output or (after.get("output", "") if after.get("kind") == "classify" else "")
+    if not class_output and bundle.text is not None:
+        class_output = bundle.text.logits
     return Measure(TOP1, str(class_output)) if class_output else Measure(CLOSE, tolerance=tolerance)
 
 
@@ -73,6 +78,9 @@ class Entry(Struct, frozen=True, forbid_unknown_fields=True):
 
     With closer looks, sizes and times are means over all transmissions together, since medians ignore rare second
     transmissions; `shares` has the share of inputs of each look.
+
+    Of a language model an input is a token of a text: `perplexity` is that of the text, and sizes and times are of
+    steps of one token. 0 of other models.
     """
 
     cut: Text
@@ -92,6 +100,7 @@ class Entry(Struct, frozen=True, forbid_unknown_fields=True):
     measured: Share
     looks: Annotated[tuple[Look, ...], Meta(max_length=MAX_LOOKS)] = ()
     shares: Annotated[tuple[Share, ...], Meta(max_length=MAX_LOOKS)] = ()
+    perplexity: Amount = 0.0
 
     def __post_init__(self) -> None:
         # Documents of earlier versions stay usable: their measurements hold for the successor.
@@ -216,7 +225,12 @@ def read_fidelity(bundle: Bundle, blob: Callable[[Blob], bytes]) -> Fidelity | N
 
 def to_json(fidelity: Fidelity) -> bytes:
     """Canonical JSON of a fidelity document."""
-    return canonical(builtins(fidelity))
+    doc = builtins(fidelity)
+    for entry in doc["entries"]:
+        # Absent where there is none, so that documents of other models stay as earlier releases wrote them.
+        if not entry["perplexity"]:
+            del entry["perplexity"]
+    return canonical(doc)
 
 
 def from_json(data: bytes | memoryview) -> Fidelity:

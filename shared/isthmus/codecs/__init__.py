@@ -29,6 +29,7 @@ _CODECS: Mapping[str, str] = {
     LOSSLESS_ID: "lossless:LOSSLESS",
     "int8/1": "affine:INT8",
     "int4/1": "affine:INT4",
+    "int8-token/1": "affine:INT8_TOKEN",
     SPARSE_ID: "sparse:SPARSE",
     TRANSFORM_ID: "transform.codec:TRANSFORM",
     PHOTO_ID: "image:PHOTO",

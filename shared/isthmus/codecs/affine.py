@@ -1,8 +1,9 @@
-"""`int8/1` and `int4/1`: uniform quantisation, `(code + offset) * step`; zero is preserved exactly.
+"""`int8/1`, `int4/1` and `int8-token/1`: uniform quantisation, `(code + offset) * step`; zero is preserved exactly.
 
 int8 has a single step for the tensor: its codes compress better than with a step for each channel (13% fewer bytes
-at the same predictions, on EfficientNet-Lite0). At 4 bits the error matters more, and each channel has a step.
-Source: docs/reference/codecs.md, "int8/1".
+at the same predictions, on EfficientNet-Lite0). At 4 bits the error matters more, and each channel has a step. Hidden
+states of tokens have a few channels of a hundred times the others' size: int8-token stores these exactly, and has a
+step for each token. Source: docs/reference/codecs.md, "int8/1".
 """
 
 from __future__ import annotations
@@ -31,6 +32,14 @@ _LENGTH = struct.Struct("<I")
 _FLOAT32_BYTES = 4
 # A channel's step and offset during decoding: the section's bytes three times, transposed, and as numbers.
 _CHANNEL_BYTES = 6 * _SCALES.itemsize
+# The largest magnitudes of a row, stored exactly. SmolLM2 has four channels that need it; of 12 a generation gains
+# nothing: docs/reference/codecs.md, "int8-token/1".
+OUTLIERS = 6
+# A row's step, and of each outlier the channel and the value.
+_STEP, _CHANNEL, _OUTLIER = np.dtype("<f4"), np.dtype("<u2"), np.dtype("<f4")
+_MAX_WIDTH = 2**16
+# Of a row during decoding: the step; outliers in the tensor's dtype, their channels again, and numpy's indices.
+_ROW_BYTES, _OUTLIER_BYTES = 16, 40
 
 
 class Int8:
@@ -138,6 +147,78 @@ class Int4:
         return _scaled(values, offset.astype(np.float32)[:, None], step[:, None], dtype).reshape(shape)
 
 
+class Int8Token:
+    """See `Codec`; for float32, float16 and bfloat16, with a step for each row and the row's outliers exactly.
+
+    Rows lie on the last axis: the hidden state of a token. A row decodes to the same values alone and beside others,
+    so that a generation does not depend on how its tokens were grouped into steps.
+    """
+
+    calibrated = False
+
+    def encode(self, array: Array, encoding: Encoding | None = None) -> bytes:
+        """The steps, the channels of the outliers, the outliers, and the section of codes.
+
+        Raises:
+            NotEncodable: another dtype; NaN or infinity; values too large for a step in float32; rows of more than
+                65,536 values.
+        """
+        if not _takes(array):
+            return b""
+        rows, width, outliers = _row_sizes(array.shape)
+        if width > _MAX_WIDTH:
+            raise NotEncodable(f"rows of {width} values")
+        values = np.array(array, np.float32, order="C").reshape(rows, width)
+        sizes = np.abs(values)
+        if not math.isfinite(float(sizes.max())):
+            raise NotEncodable("NaN or infinity")
+        channels = np.sort(np.argpartition(sizes, width - outliers, axis=1)[:, width - outliers :], axis=1)
+        exact = np.take_along_axis(values, channels, axis=1)
+        for each in (values, sizes):
+            np.put_along_axis(each, channels, 0, axis=1)
+        # Rows of smaller values become zeros, whatever is beside: refusing would depend on the other rows.
+        steps = np.maximum(sizes.max(axis=1) / np.float32(127), np.float32(_MIN_STEP))
+        check_step(_MIN_STEP, 127 * float(steps.max()), array.dtype)
+        values /= steps[:, None]
+        values += _ROUND
+        codes = values.view("<u4").astype(np.uint8)
+        parts = (steps.astype(_STEP), channels.astype(_CHANNEL), exact.astype(_OUTLIER))
+        return b"".join([*(part.tobytes() for part in parts), shrink(bytes_of(codes), "numbers")])
+
+    def working_bytes(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
+        """See `Codec`: codes, float32 values where the tensor has another dtype, steps and outliers."""
+        rows, width, outliers = _row_sizes(shape)
+        values = width * (1 + _FLOAT32_BYTES * (dtype.itemsize != _FLOAT32_BYTES))
+        return rows * (values + _ROW_BYTES + outliers * _OUTLIER_BYTES)
+
+    def decode(self, payload: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], table: object = None) -> Array:
+        """The values, each by one float32 product; equal on every machine.
+
+        Raises:
+            ValueError: the payload is malformed, or has another dtype or shape.
+        """
+        reader, count = PayloadReader(payload), _count(dtype, shape)
+        if not count:
+            reader.end()
+            return np.empty(shape, dtype)
+        rows, width, outliers = _row_sizes(shape)
+        steps = np.frombuffer(reader.take(rows * _STEP.itemsize), _STEP)
+        channels: Array = np.frombuffer(reader.take(rows * outliers * _CHANNEL.itemsize), _CHANNEL)
+        channels = channels.reshape(rows, outliers).astype(np.intp)
+        exact = np.frombuffer(reader.take(rows * outliers * _OUTLIER.itemsize), _OUTLIER).reshape(rows, outliers)
+        # NaN is not in the range either.
+        if not _MIN_STEP <= float(steps.min()) <= float(steps.max()) < math.inf:
+            raise ValueError("a step is not positive or not finite")
+        if int(channels.max()) >= width or (np.diff(channels, axis=1) <= 0).any():
+            raise ValueError(f"outliers of channels that are not in order, or not below {width}")
+        values = np.frombuffer(restore(reader.rest(), count), np.int8).astype(np.float32).reshape(rows, width)
+        with np.errstate(all="ignore"):
+            values *= steps[:, None]
+            result = values.astype(dtype, copy=False)
+            np.put_along_axis(result, channels, exact.astype(dtype), axis=1)
+        return result.reshape(shape)
+
+
 def lossy_float(dtype: np.dtype[Any]) -> bool:
     """Whether lossy codecs accept this dtype: float32, float16 or bfloat16; float64 is chosen for its precision."""
     return dtype.kind in "fV" and dtype.itemsize <= 4
@@ -209,6 +290,12 @@ def _scales_of(values: Array, dtype: np.dtype[Any]) -> Array:
     return scales
 
 
+def _row_sizes(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """The rows of a shape, the values of a row, and the outliers among these."""
+    width = shape[-1] if shape else 1
+    return count_of(shape[:-1]), width, min(OUTLIERS, width)
+
+
 def _paired(codes: Array) -> Array:
     """Two codes of 4 bits to a byte, the first in the lower half; an odd number is padded with zero."""
     if codes.size % 2:
@@ -229,3 +316,4 @@ def _unpaired(pairs: Array, count: int) -> Array:
 
 INT8 = Int8()
 INT4 = Int4()
+INT8_TOKEN = Int8Token()

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from isthmus.artifacts.bundle import Bundle
-from isthmus.artifacts.choice import Choice
+from isthmus.artifacts.choice import TOKEN_CODECS, Choice
 from isthmus.artifacts.fidelity import TOP1, Measure
 from isthmus.codecs import Encoding, Tables, encodings, find_codec
 from isthmus.errors import Missing, SettingsError
@@ -44,8 +44,17 @@ def override_codec(route: Route, choice: Choice, tables: Tables, measure: Callab
 
     Raises:
         Missing: the codec needs calibration, and the bundle has none for the boundary tensors.
-        SettingsError: closer looks for predictions that are no classes.
+        SettingsError: closer looks for predictions that are no classes; for a language model, a codec under which
+            tokens depend on the steps that they are sent in.
     """
+    if route.bundle.state is not None and choice.codec not in TOKEN_CODECS:
+        raise SettingsError(
+            f"the setting codec is {choice}, whose values of a token depend on the tokens beside it, and"
+            f" {route.bundle.name} is a language model, whose steps hold any number: set codec to one of"
+            f" {', '.join(TOKEN_CODECS)}",
+            variable="codec",
+            value=str(choice),
+        )
     calibrated = choice.codec != "raw" and find_codec(choice.codec).calibrated
     table = tables_of(route.bundle, route.digest, choice.codec, tables)
     encoded: list[Mapping[str, Encoding]] = [{}]
@@ -58,7 +67,7 @@ def override_codec(route: Route, choice: Choice, tables: Tables, measure: Callab
                 exists=sorted(route.bundle.tables),
                 hint=f"calibrate it: isthmus calibrate {route.bundle.name} --data FOLDER",
             )
-        encoded.append(encodings(segment.inputs, choice, table))
+        encoded.append(encodings(route.bundle.carried(segment.inputs), choice, table))
     return replace(route, encodings=tuple(encoded), looks=_look_policy(route.bundle, choice, measure))
 
 

@@ -28,22 +28,30 @@ PHOTOS = "photos"
 
 def calibrate(
     model: ModelArgument,
+    *,
     data: Annotated[
         str,
         typer.Option(
             help="A folder of photos, for a model that takes them; or of .npy or .npz files named after the model's"
             f" inputs. `{PHOTOS}` takes those that come with packages."
         ),
-    ],
-    *,
+    ] = "",
+    text: Annotated[
+        Path | None, typer.Option(help="A text file in UTF-8, for a language model; a text that comes along if none.")
+    ] = None,
     at: Annotated[list[str] | None, cut_option("Cuts, once or more; the bundle's default cuts if none.")] = None,
     all_cuts: Annotated[bool, typer.Option("--all-cuts", help="Calibrate every cut of the bundle.")] = False,
     limit: Annotated[
         float, typer.Option(help="Share of answers that must stay the same for a codec to be offered.", min=0, max=1)
     ] = 0.99,
     inputs: Annotated[
-        int, typer.Option(help="Inputs in all: half of the files calibrate, half are held out to measure.", min=16)
-    ] = 400,
+        int | None,
+        typer.Option(
+            help="Inputs in all (400): half of the files calibrate, half are held out to measure. Of a text, the"
+            " tokens that are measured (3,200).",
+            min=16,
+        ),
+    ] = None,
     classes: Annotated[
         str, typer.Option(help="The output whose last axis holds classes, where the bundle does not say.")
     ] = "",
@@ -60,6 +68,8 @@ def calibrate(
 ) -> None:
     """Calibrate a bundle's codecs with inputs and measure how many predictions each keeps; publishes the next version.
 
+    A language model's codecs are measured on a text, by its perplexity and by the next tokens that stay the same.
+
     A plan in force stays in force, renewed where its codec has new tables. If it cannot, the alias stays with the
     planned version, unless --drop-plan is given. A cut of the plan is always calibrated.
 
@@ -75,8 +85,9 @@ def calibrate(
             check_alias(alias)
         request = use_case.CalibrateRequest(
             model=model,
-            files=varied_photos() if data == PHOTOS else list_files(Path(data)),
+            files=varied_photos() if data == PHOTOS else list_files(Path(data)) if data else (),
             data=data,
+            text=text,
             registry=registry_settings(registry),
             cuts=at or [],
             all_cuts=all_cuts,
@@ -109,6 +120,6 @@ def calibrate(
         for tensor, why in calibrated.skipped.items():
             say(f"{tensor} has no table: {why}")
         tables = calibrated.bundle.tables.values()
-        weight = format_size(sum(blob.size for blob in tables))
-        say(f"{version.name}:{version.version} {version.digest[:19]}…, with {weight} of tables")
+        weight = f", with {format_size(sum(blob.size for blob in tables))} of tables" if tables else ""
+        say(f"{version.name}:{version.version} {version.digest[:19]}…{weight}")
         show_publication(result.publication, registry)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from isthmus.artifacts.choice import RAW_ID
 from isthmus.artifacts.json_documents import builtins
 from isthmus.errors import Missing
 from isthmus.units import format_size, parse_size
@@ -112,15 +113,20 @@ def show(fidelity: Fidelity, cut: str, *, every: bool = False, top: Entry | None
         entries, pictures = pareto_front(entries), pareto_front(pictures)
     rows = [*([top] if top is not None else []), *sorted((e for e in entries if e != top), key=lambda e: -e.bytes)]
     same = "same, %"
+    # Of a language model, whose inputs are tokens: sizes and times are of one.
+    raw = next((e.perplexity for e in fidelity.entries if e.cut == cut and e.codec == RAW_ID), 0.0)
+    inputs = f"{fidelity.inputs.held_out:,} {'tokens of a text' if raw else 'inputs held out'}"
+    extra = ["perplexity"] if raw else []
     table(
-        f"cut {cut}: {fidelity.inputs.held_out} inputs held out; the same prediction: {_rule(fidelity)}; "
+        f"cut {cut}: {inputs}; the same prediction: {_rule(fidelity)}; "
         f"limit {fidelity.limit:.1%}; bounds: Wilson, {fidelity.confidence:.0%}; ms to encode and to decode",
-        ["codec", same, "bytes", "bits", "ms", "offered"],
+        ["codec", same, *extra, "bytes", "bits", "ms", "offered"],
         [
             *(
                 (
                     f"→ {e.choice}" if e == top else str(e.choice),
                     _bounded(e),
+                    *([f"{e.perplexity:.2f} ({e.perplexity / raw - 1:+.2%})"] if raw else []),
                     format_size(e.bytes),
                     f"{e.bits:.2f}",
                     f"{e.pack_ms:.2f}+{e.unpack_ms:.2f}",
@@ -133,7 +139,7 @@ def show(fidelity: Fidelity, cut: str, *, every: bool = False, top: Entry | None
                 for r in sorted(pictures, key=lambda r: -r.bytes)
             ),
         ],
-        numbers=[same, "bytes", "bits", "ms"],
+        numbers=[same, *extra, "bytes", "bits", "ms"],
         drop=["ms", "bits"],
     )
     if (hidden := count - len(rows) - len(pictures)) > 0:

@@ -1,23 +1,38 @@
-"""Calibration: codec tables learned from inputs, the fidelity of every codec measured, both published in the bundle."""
+"""Calibration: codec tables learned from inputs, the fidelity of every codec measured, both published in the bundle.
+
+Of a language model the fidelity alone, on a text.
+"""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from isthmus.artifacts.fidelity import Fidelity, measure_for, read_fidelity
+from msgspec import structs
+
+from isthmus.artifacts.bundle import Blob, TextModel, digest_of
+from isthmus.artifacts.fidelity import Fidelity, measure_for, read_fidelity, to_json
 from isthmus.errors import CalibrationError
+from isthmus.generation import TextCodec
 from isthmus.registry import Registry, Resolved, open_cache, open_registry
 from isthmus.registry.registry import check_alias
+from isthmus.runtime.session_store import open_store
 from isthmus.settings import RegistrySettings, SegmentSettings
 from isthmus_tools.calibration import calibrate as calibration
+from isthmus_tools.calibration import texts
 from isthmus_tools.calibration.boundary import SegmentExecutor
 from isthmus_tools.calibration.calibrate import Calibrated, CalibrationSpec
 from isthmus_tools.calibration.inputs import open_source
 from isthmus_tools.progress import Progress, silent
 from isthmus_tools.usecases.publication import Publication, planned_cuts, publish_version
+from isthmus_tools.zoo.calibration import PROSE
+
+INPUTS, TOKENS = 400, 3200
+"""Default numbers of inputs, and of a text's tokens."""
+# A text is tokenised as a whole; a megabyte holds far more tokens than are measured in an hour.
+_MAX_TEXT_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +41,8 @@ class CalibrateRequest:
 
     `model` is NAME or NAME:VERSION. `files` are photos, for a model with pre-processing, or .npy and .npz files named
     after its inputs; `data` is their name in documents. `inputs` counts all inputs: half calibrate, half are held out.
+    A language model takes a `text` instead, by default a text in the package: `inputs` bounds its tokens, and nothing
+    is learned. None takes INPUTS, or TOKENS of a text.
     `cuts` are partitions as texts; without any, the default cuts and those of plans in force, or with `all_cuts` every
     cut of the bundle. A codec is offered from a share `limit` of equal
     predictions on. `classes` names the output whose last axis holds classes, where the bundle does not; without classes
@@ -34,13 +51,14 @@ class CalibrateRequest:
     """
 
     model: str
-    files: Sequence[Path]
-    data: str
     registry: RegistrySettings
+    files: Sequence[Path] = ()
+    data: str = ""
+    text: Path | None = None
     cuts: Sequence[str] = ()
     all_cuts: bool = False
     limit: float = 0.99
-    inputs: int = 400
+    inputs: int | None = None
     classes: str = ""
     tolerance: float = 0.05
     threads: int = 0
@@ -73,18 +91,76 @@ def calibrate(request: CalibrateRequest, progress: Progress = silent) -> Calibra
     bundle = model.bundle
     with tempfile.TemporaryDirectory(prefix="isthmus-") as folder:
         cuts = calibrated_cuts(request, store, model)
-        measure = measure_for(bundle, request.classes, request.tolerance)
-        calibrated = calibration.calibrate(
-            SegmentExecutor(model.digest, bundle, open_cache(settings, store), settings),
-            open_source(bundle, request.files, request.data, request.inputs),
-            CalibrationSpec(cuts, request.inputs, request.limit, measure),
-            Path(folder),
-            progress,
-        )
+        if bundle.text is not None and bundle.state is not None:
+            calibrated = _calibrate_text(request, settings, model, bundle.text, cuts, Path(folder), progress)
+        else:
+            calibrated = _calibrate(request, settings, model, cuts, Path(folder), progress)
         publication = publish_version(
             store, calibrated.bundle, calibrated.files, request.alias, before=model, drop_plan=request.drop_plan
         )
     return CalibrateResult(publication, calibrated)
+
+
+def _calibrate(
+    request: CalibrateRequest,
+    settings: SegmentSettings,
+    model: Resolved,
+    cuts: Sequence[str],
+    folder: Path,
+    progress: Progress,
+) -> Calibrated:
+    if request.text is not None or not request.files:
+        raise CalibrationError(
+            f"{model.name} is no language model: calibrate it with inputs", hint="give a folder: --data FOLDER"
+        )
+    inputs = INPUTS if request.inputs is None else request.inputs
+    return calibration.calibrate(
+        SegmentExecutor(model.digest, model.bundle, open_cache(settings, open_registry(settings)), settings),
+        open_source(model.bundle, request.files, request.data, inputs),
+        CalibrationSpec(cuts, inputs, request.limit, measure_for(model.bundle, request.classes, request.tolerance)),
+        folder,
+        progress,
+    )
+
+
+def _calibrate_text(
+    request: CalibrateRequest,
+    settings: SegmentSettings,
+    model: Resolved,
+    text_model: TextModel,
+    cuts: Sequence[str],
+    folder: Path,
+    progress: Progress,
+) -> Calibrated:
+    if request.files:
+        raise CalibrationError(
+            f"{model.name} is a language model: its codecs are measured on a text", hint="give a file: --text FILE"
+        )
+    path = request.text or PROSE
+    registry = open_registry(settings)
+    tokens = TextCodec(registry.blob(text_model.tokenizer), text_model).encode(_read_text(path))
+    # A session for each codec of a window, beside the head's.
+    store = open_store(open_cache(settings, registry), replace(settings, max_sessions=2 * len(texts.CHOICES)))
+    try:
+        spec = texts.TextSpec(tokens[: request.inputs or TOKENS], path.name, request.limit, cuts)
+        fidelity = texts.score_text(model.digest, model.bundle, store, spec, progress)
+    finally:
+        store.store.close()
+    (file := folder / "fidelity.json").write_bytes(data := to_json(fidelity))
+    blob = Blob(digest_of(data), len(data))
+    return Calibrated(structs.replace(model.bundle, fidelity=blob, plan=None), {blob.digest: file}, fidelity, {})
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_TEXT_BYTES + 1)
+        text = data.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise CalibrationError(f"{path} is no text in UTF-8: {e}", source=str(path)) from e
+    if len(data) > _MAX_TEXT_BYTES:
+        raise CalibrationError(f"{path} has more than {_MAX_TEXT_BYTES} bytes", source=str(path), hint="give a part")
+    return text
 
 
 def calibrated_cuts(request: CalibrateRequest, store: Registry, model: Resolved) -> list[str]:

@@ -1,4 +1,5 @@
-"""Calibrations shipped with ready models, so that a demo need not learn tables: codec tables and their fidelity.
+"""Calibrations shipped with ready models, so that a demo need not learn tables: codec tables and their fidelity; and
+the text that measures the codecs of language models.
 
 Each was learned by `isthmus calibrate` and copied here from a registry by `python -m isthmus_tools.zoo.calibration`
 (`make demo-data`). It holds for a single export of a model: another export has another digest.
@@ -19,6 +20,8 @@ from isthmus.settings import RegistrySettings
 
 FOLDER = Path(__file__).parent / "calibrated"
 _FIDELITY, _TABLE = "fidelity.json", ".table"
+# In words of our own, of several kinds: some 3,170 tokens of SmolLM2's, so that six windows of 512 are full.
+PROSE = Path(__file__).with_name("prose.txt")
 
 
 def shipped_calibration(bundle: Bundle, folder: Path = FOLDER) -> tuple[Bundle, dict[str, Path]] | None:

@@ -334,6 +334,11 @@ class SegmentSettings(FunctionSettings):
     session_idle_s: float = setting(
         "how long a session without a step is kept where another needs its place, in seconds", 60.0
     )
+    session_expiry_s: float = setting(
+        "how long a session without a step is kept at all, in seconds; its memory goes back to the system then",
+        600.0,
+        minimum=1.0,
+    )
     max_image_pixels: int = setting("maximum number of pixels of a decoded image", 64_000_000)
     image_memory_bytes: int = setting(
         "maximum memory for decoding all images in progress; an image beyond this bound by itself is refused, "

@@ -8,7 +8,13 @@ from typing import NamedTuple
 import numpy as np
 
 from isthmus.arrays import Array
-from isthmus.artifacts.sampling import Sampling
+from isthmus.artifacts.sampling import ALTERNATIVE_LOGPROBS, ALTERNATIVES, LOGPROBS, TOKENS, Sampling
+from isthmus.errors import RunFailed
+
+# How many of the likeliest tokens are put in order, before all are.
+_FIRST_COUNTS = (64, 1024)
+# Sums of the same numbers in another order differ by less.
+_ROUNDING = 1e-9
 
 
 class SampledToken(NamedTuple):
@@ -24,18 +30,40 @@ def sample(scores: Array, sampling: Sampling, position: int, history: Sequence[i
 
     Shapes: scores (vocabulary,), float. `history` are the tokens before, for the penalties. Log-probabilities are the
     model's own, before temperature and filters.
+
+    Raises:
+        RunFailed: a score is NaN, or the highest is infinite.
     """
     scores = np.asarray(scores, np.float64)
-    shifted = scores - scores.max()
-    logprobs = shifted - np.log(np.exp(shifted).sum())
-    scores = _penalised(scores, sampling, history) if sampling.has_penalty and len(history) else scores
-    token = int(scores.argmax()) if sampling.temperature == 0 else _drawn(scores, sampling, position)
-    alternatives: tuple[tuple[int, float], ...] = ()
-    if count := sampling.logprobs:
-        # Equal scores in the order of ids, so that two replicas list them alike.
-        best = np.argsort(-logprobs, kind="stable")[:count]
-        alternatives = tuple((int(i), float(logprobs[i])) for i in best)
-    return SampledToken(token, float(logprobs[token]), alternatives)
+    if not np.isfinite(top := scores.max()):
+        raise RunFailed("the model's scores are no numbers, so no token can be sampled")
+    total = float(top + np.log(np.exp(scores - top).sum()))
+    own = _penalised(scores, sampling, history) if sampling.has_penalty and len(history) else scores
+    token = int(own.argmax()) if sampling.temperature == 0 else _drawn(own, sampling, position)
+    best = _best(scores, sampling.logprobs) if sampling.logprobs else ()
+    alternatives = tuple((int(i), float(scores[i] - total)) for i in best)
+    return SampledToken(token, float(scores[token] - total), alternatives)
+
+
+def sampled_tensors(scores: Array, sampling: Sampling, position: int, history: Sequence[int]) -> dict[str, Array]:
+    """The outputs of a step that samples, as `artifacts.sampling.sampled_outputs` declares them.
+
+    Shapes: scores (positions, vocabulary); the first row gives the token at `position`.
+
+    Raises:
+        RunFailed: as `sample`.
+    """
+    drawn = [sample(row, sampling, position + i, history[: position + i]) for i, row in enumerate(scores)]
+    outputs: dict[str, Array] = {
+        TOKENS: np.array([[d.token for d in drawn]], np.int64),
+        LOGPROBS: np.array([[d.logprob for d in drawn]], np.float32),
+    }
+    if sampling.logprobs:
+        shape = (1, len(drawn), sampling.logprobs)
+        pairs = [pair for d in drawn for pair in d.alternatives]
+        outputs[ALTERNATIVES] = np.array([token for token, _ in pairs], np.int64).reshape(shape)
+        outputs[ALTERNATIVE_LOGPROBS] = np.array([logprob for _, logprob in pairs], np.float32).reshape(shape)
+    return outputs
 
 
 def _penalised(scores: Array, sampling: Sampling, history: Sequence[int]) -> Array:
@@ -50,19 +78,50 @@ def _penalised(scores: Array, sampling: Sampling, history: Sequence[int]) -> Arr
 
 
 def _drawn(scores: Array, sampling: Sampling, position: int) -> int:
-    """A token by inversion of the distribution, likeliest first."""
-    # Stable, so that equal scores stay in the order of ids.
-    order = np.argsort(-scores, kind="stable")
-    if sampling.top_k:
-        order = order[: sampling.top_k]
-    scaled = (scores[order] - scores[order[0]]) / sampling.temperature
-    weights = np.exp(scaled)
-    if sampling.min_p > 0:
-        weights = weights[weights >= sampling.min_p]  # sorted: a prefix
-    cumulated = np.cumsum(weights)
-    if sampling.top_p < 1:
-        count = int(np.searchsorted(cumulated, sampling.top_p * cumulated[-1])) + 1
-        cumulated = cumulated[:count]
+    """A token by inversion of the distribution, likeliest first.
+
+    Few tokens hold most of the probability, so only the likeliest are put in order: a growing number of them, until
+    these hold what is asked for.
+    """
     draw = np.random.Generator(np.random.Philox(key=sampling.seed, counter=position)).random()
-    place = int(np.searchsorted(cumulated, draw * cumulated[-1], side="right"))
-    return int(order[min(place, len(cumulated) - 1)])
+    if 0 < sampling.top_k < len(scores):
+        kept = _best(scores, sampling.top_k)
+        return int(kept[_inverted(_weights(scores[kept], sampling), sampling, draw)])
+    weights = _weights(scores, sampling)
+    # Of what is wanted of all probability, and so of the order.
+    wanted = (draw if sampling.top_p == 1 else sampling.top_p) * weights.sum()
+    for count in (*_FIRST_COUNTS, len(scores)):
+        if count >= len(scores):
+            break
+        kept = _best(scores, count)
+        if weights[kept].sum() > wanted * (1 + _ROUNDING):
+            return int(kept[_inverted(weights[kept], sampling, draw, float(weights.sum()))])
+    order = _best(scores, len(scores))
+    return int(order[_inverted(weights[order], sampling, draw)])
+
+
+def _weights(scores: Array, sampling: Sampling) -> Array:
+    """Probabilities relative to that of the likeliest token; 0 below `min_p`."""
+    weights: Array = np.exp((scores - scores.max()) / sampling.temperature)
+    if sampling.min_p > 0:
+        weights[weights < sampling.min_p] = 0
+    return weights
+
+
+def _inverted(weights: Array, sampling: Sampling, draw: float, total: float = 0.0) -> int:
+    """The place of the drawn token. Shapes: weights in falling order; `total` is of all tokens where there are more."""
+    cumulated = np.cumsum(weights)
+    total = total or float(cumulated[-1])
+    if sampling.top_p < 1:
+        cumulated = cumulated[: int(np.searchsorted(cumulated, sampling.top_p * total)) + 1]
+        total = float(cumulated[-1])
+    return min(int(np.searchsorted(cumulated, draw * total, side="right")), len(cumulated) - 1)
+
+
+def _best(scores: Array, count: int) -> Array:
+    """The ids of the highest scores in falling order; equal scores in the order of ids, so that replicas agree."""
+    ids = np.arange(len(scores))
+    if count < len(scores):
+        ids = np.flatnonzero(scores >= np.partition(scores, len(scores) - count)[len(scores) - count])
+    order = np.argsort(-scores[ids], kind="stable")[:count]
+    return np.asarray(ids[order])

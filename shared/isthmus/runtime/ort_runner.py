@@ -6,6 +6,7 @@ import ctypes
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -128,19 +129,30 @@ class OrtRunner:
             raise RunFailed(f"segment {self.segment.id} failed: {reason_of(e)}", segment=self.segment.id) from e
         return dict(zip(self._outputs, results, strict=True))
 
-    def run_step(self, arrays: Mapping[str, Array], buffers: Sequence[StateBuffer]) -> dict[str, Array]:
+    @cached_property
+    def step_inputs(self) -> tuple[TensorSpec, ...]:
+        """The inputs beside those that declared state supplies."""
+        supplied = self.state.inputs if self.state is not None else ()
+        return tuple(spec for spec in self.segment.inputs if spec.name not in supplied)
+
+    def run_step(self, arrays: Mapping[str, Array], lengths: Array, buffers: Sequence[StateBuffer]) -> dict[str, Array]:
         """The segment's outputs beside its state, whose memory is read and extended in place.
+
+        Shapes: arrays (rows, tokens, …), lengths (rows,) int32: the tokens of each row with the new ones, less one.
 
         Raises:
             As `run`.
         """
-        state = {name for b in buffers for name in (b.past, b.present)}
-        specs = tuple(spec for spec in self.segment.inputs if spec.name not in state)
-        check_tensors(specs, arrays)
-        names = [name for name in self._outputs if name not in state]
+        check_tensors(self.step_inputs, arrays)
+        kept = {b.present for b in buffers}
+        names = [name for name in self._outputs if name not in kept]
+        feeds = dict(arrays)
+        if self.state is not None:
+            supplied = {self.state.lengths: lengths, self.state.total: np.array(lengths.max() + 1, np.int32)}
+            feeds |= {spec.name: supplied[spec.name] for spec in self.segment.inputs if spec.name in supplied}
         try:
             binding = self._session.io_binding()
-            for name, array in arrays.items():
+            for name, array in feeds.items():
                 binding.bind_cpu_input(name, _usable(array))
             for buffer in buffers:
                 binding.bind_input(buffer.past, "cpu", 0, buffer.dtype.type, buffer.shape, buffer.address)

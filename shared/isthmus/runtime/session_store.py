@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 
-from isthmus.arrays import Array
+import numpy as np
+
+from isthmus.arrays import Array, check_tensors
+from isthmus.artifacts.sampling import Sampling
 from isthmus.context import Deadline
-from isthmus.errors import RequestMalformed
+from isthmus.errors import RequestMalformed, ShapeMismatch, ValueRefused
+from isthmus.processing.sampling import sampled_tensors
 from isthmus.registry import SegmentSource
 from isthmus.runtime.ort_runner import OrtRunner
-from isthmus.runtime.sessions import Sessions
+from isthmus.runtime.run_queue import QueuedOutputs
+from isthmus.runtime.sessions import Session, Sessions
+from isthmus.runtime.step_queue import QueuedStep
 from isthmus.runtime.store import SegmentStore, TimedOutputs
 from isthmus.settings import SegmentSettings
 from isthmus.wire.frame import Step
+
+# Of one run: a longer step runs in pieces, between which other sessions' steps run, and whose outputs, the scores of
+# the whole vocabulary, take no more memory.
+MAX_RUN_TOKENS, MAX_RUN_BYTES = 256, 64 * 2**20
 
 
 def open_store(source: SegmentSource, settings: SegmentSettings) -> SessionStore:
@@ -31,7 +41,10 @@ class SessionStore:
             max_bytes=settings.session_bytes,
             max_tokens=settings.max_session_tokens,
             idle_s=settings.session_idle_s,
+            expiry_s=settings.session_expiry_s,
+            batches=settings.batching == "auto",
         )
+        store.closing.callback(self.sessions.close)
 
     def run(self, bundle: str, segment: str, arrays: Mapping[str, Array], deadline: Deadline) -> TimedOutputs:
         """See `SegmentStore.run`."""
@@ -40,24 +53,125 @@ class SessionStore:
     def step(
         self, bundle: str, segment: str, arrays: Mapping[str, Array], step: Step, deadline: Deadline
     ) -> TimedOutputs:
-        """Run a segment for the step of a session, whose state stays here.
+        """Run a segment for a session's next tokens; the scores become tokens where the step samples.
+
+        A step that fails leaves the session as it was, without the tokens that the step took back. Shapes: arrays
+        (1, tokens, …).
 
         Raises:
             StateMissing: the session's state here ends before the step.
             RequestMalformed: the bundle declares no state.
-            Overloaded: no place for another session. Further errors as `run`.
+            Overloaded: no place for another session, or the session has a step under way.
+            ShapeMismatch: more than one row, or the session would be longer than it may be.
+            ValueRefused: a token is none of the vocabulary, or the scores are no numbers.
+            As `run`.
         """
-        with self.store.running(bundle, segment, deadline) as (runner, load_s, wait_s):
-            if not isinstance(runner, OrtRunner) or runner.state is None:
-                raise RequestMalformed(f"the frame is a step of a session, and bundle {bundle} declares no state")
-            started = time.perf_counter()
-            outputs = self.sessions.step((bundle, segment), runner, runner.state, step, arrays)
-            return TimedOutputs(outputs, load_s, wait_s, time.perf_counter() - started)
+        runner, load_s = self.store.timed_runner(bundle, segment, deadline)
+        if not isinstance(runner, OrtRunner) or runner.state is None:
+            raise RequestMalformed(f"the frame is a step of a session, and bundle {bundle} declares no state")
+        count = _tokens(runner, arrays)
+        _check_history(step, count)
+        group, session = self.sessions.begin(runner, step, count)
+        try:
+            _check_whole_history(step, session)
+            runs = []
+            for start, stop in _pieces(runner, count):
+                piece = {name: array[:, start:stop] for name, array in arrays.items()}
+                work = QueuedStep(
+                    deadline,
+                    segment,
+                    runner=runner,
+                    group=group,
+                    session=session,
+                    arrays=piece,
+                    position=step.position + start,
+                    count=stop - start,
+                )
+                ran = self.store.perform(work)
+                runs.append(ran if step.sampling is None else _last_scores(ran, step.sampling, stop - count))
+            outputs = _joined(runs)
+            if step.sampling is not None:
+                outputs = _sampled(session, step, outputs)
+            wait_s, run_s = sum(ran.wait_s for ran in runs), sum(ran.run_s for ran in runs)
+            return TimedOutputs(outputs, load_s, wait_s, run_s, max(ran.batch for ran in runs))
+        except BaseException:
+            session.length = min(session.length, step.position)
+            raise
+        finally:
+            self.sessions.finish(group, session)
 
     def end_session(self, session: str) -> None:
         """Forget a session in every segment, once its step under way is over; no-op without it."""
         self.sessions.end(session)
 
+    def room_for_batches(self) -> int:
+        """Requests at a time that fill every slot with a batch while another batch waits; 0 where no batch pays."""
+        size = self.sessions.largest_batch
+        return max(self.store.room_for_batches(), (self.store.slots + 1) * size if size > 1 else 0)
+
     def load(self, bundle: str, segment: str, deadline: Deadline) -> bool:
         """See `SegmentStore.load`."""
         return self.store.load(bundle, segment, deadline)
+
+
+def _tokens(runner: OrtRunner, arrays: Mapping[str, Array]) -> int:
+    """The number of tokens of a step, whose tensors are checked."""
+    check_tensors(runner.step_inputs, arrays)
+    shapes = [array.shape[:2] for array in arrays.values()]
+    if not shapes or any(len(s) < 2 or s[0] != 1 or s != shapes[0] or not s[1] for s in shapes):
+        raise ShapeMismatch(
+            "a step takes tensors of one row and the same tokens", got={n: list(a.shape) for n, a in arrays.items()}
+        )
+    tokens = runner.state.tokens if runner.state is not None else ""
+    # A graph reads a negative index from the end of its table.
+    if tokens in arrays and (lowest := int(arrays[tokens].min())) < 0:
+        raise ValueRefused(f"{tokens} holds {lowest}; a token's id is not negative", tensor=tokens, value=lowest)
+    return int(shapes[0][1])
+
+
+def _check_history(step: Step, count: int) -> None:
+    sampling = step.sampling
+    if sampling is not None and sampling.has_penalty and len(sampling.tokens) != count:
+        raise ValueRefused(
+            f"the sampling of a step of {count} tokens names {len(sampling.tokens)}; a penalty needs each",
+            expected=count,
+            got=len(sampling.tokens),
+        )
+
+
+def _check_whole_history(step: Step, session: Session) -> None:
+    if step.sampling is not None and step.sampling.has_penalty and len(session.history) < step.position:
+        raise ValueRefused("a penalty needs the ids of all the session's tokens, from its first step on")
+
+
+def _pieces(runner: OrtRunner, count: int) -> Iterator[tuple[int, int]]:
+    """Where a step of `count` tokens is cut into runs."""
+    kept = runner.state.outputs if runner.state is not None else ()
+    sizes = [spec for spec in runner.segment.outputs if spec.name not in kept]
+    token_bytes = sum(4 * math.prod(d for d in spec.shape if isinstance(d, int)) for spec in sizes)
+    most = max(1, min(MAX_RUN_TOKENS, MAX_RUN_BYTES // max(1, token_bytes)))
+    return ((start, min(start + most, count)) for start in range(0, count, most))
+
+
+def _last_scores(ran: QueuedOutputs, sampling: Sampling, offset: int) -> QueuedOutputs:
+    """The run with the scores of those positions alone that are sampled; `offset` is its end from the step's end."""
+    wanted = max(0, sampling.last + offset)
+    # Copies, as a view of one position would keep the scores of all in memory.
+    return ran._replace(
+        outputs={n: a[:, a.shape[1] - wanted :].copy() if wanted < a.shape[1] else a for n, a in ran.outputs.items()}
+    )
+
+
+def _joined(runs: list[QueuedOutputs]) -> dict[str, Array]:
+    if len(runs) == 1:
+        return runs[0].outputs
+    return {name: np.concatenate([ran.outputs[name] for ran in runs], axis=1) for name in runs[0].outputs}
+
+
+def _sampled(session: Session, step: Step, outputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Tokens in place of the scores of the step's last positions."""
+    sampling, end = step.sampling or Sampling(), session.length
+    if sampling.has_penalty:
+        session.history[step.position :] = sampling.tokens
+    (scores,) = outputs.values()
+    return sampled_tensors(scores[0], sampling, end - scores.shape[1] + 1, session.history)

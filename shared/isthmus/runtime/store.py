@@ -37,7 +37,7 @@ from isthmus.runtime.batching import BatchCounts, BatchTrials
 from isthmus.runtime.kernel_profile import KernelProfile, OrtObserver
 from isthmus.runtime.ort import check_providers, cpu_limit, version
 from isthmus.runtime.ort_runner import OrtRunner, Runner
-from isthmus.runtime.run_queue import RunQueue
+from isthmus.runtime.run_queue import QueuedOutputs, QueuedWork, RunQueue
 from isthmus.runtime.segment_memory import Key, LoadedSegment, SegmentMemory
 from isthmus.settings import SegmentSettings
 
@@ -104,6 +104,7 @@ class SegmentStore:
         # A thread of its own: loads ahead take a CPU at most, and never a turn of a request's load.
         self._ahead = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load-ahead")
         self._profiling = threading.Lock()
+        self.closing = contextlib.ExitStack()
         self.device: Device = this_device(
             cpus=cpus, threads=self._threads, providers=settings.providers, runtime=version()
         )
@@ -183,21 +184,18 @@ class SegmentStore:
             DeadlineExceeded: no CPU was free in time.
             NotReady, Overloaded, RegistryError, SegmentError: as `runner` and `Runner.run`.
         """
-        runner, load_s = self._timed_runner(bundle, segment, deadline)
+        runner, load_s = self.timed_runner(bundle, segment, deadline)
         ran = self._queue.run(runner, arrays, deadline)
         return TimedOutputs(ran.outputs, load_s, ran.wait_s, ran.run_s, ran.batch)
 
-    @contextlib.contextmanager
-    def running(self, bundle: str, segment: str, deadline: Deadline) -> Iterator[tuple[Runner, float, float]]:
-        """A loaded segment and a CPU for it, for the block; and the seconds of loading and of waiting for the CPU.
+    def perform(self, work: QueuedWork) -> QueuedOutputs:
+        """Run work of a segment in its turn. Raises: as `RunQueue.perform`."""
+        return self._queue.perform(work)
 
-        Raises:
-            As `run`.
-        """
-        runner, load_s = self._timed_runner(bundle, segment, deadline)
-        waits_since = time.perf_counter()
-        with self._queue.slot(deadline):
-            yield runner, load_s, time.perf_counter() - waits_since
+    @property
+    def slots(self) -> int:
+        """Parallel runs."""
+        return self._queue.slots
 
     def profile(
         self, bundle: str, segment: str, arrays: Mapping[str, Array], deadline: Deadline, *, max_runs: int
@@ -241,6 +239,7 @@ class SegmentStore:
 
     def close(self) -> None:
         """Stop loading; loads in progress complete in the background."""
+        self.closing.close()
         self._trials.close()
         self._loader.shutdown(wait=False, cancel_futures=True)
         self._ahead.shutdown(wait=False, cancel_futures=True)
@@ -287,7 +286,7 @@ class SegmentStore:
         with folder:
             yield Path(folder.name)
 
-    def _timed_runner(self, bundle: str, segment: str, deadline: Deadline) -> tuple[Runner, float]:
+    def timed_runner(self, bundle: str, segment: str, deadline: Deadline) -> tuple[Runner, float]:
         """See `runner`; and the seconds of loading.
 
         Exactly 0 for a segment in memory: callers see by it that a function lost what it had loaded.

@@ -31,7 +31,8 @@ _LOOKS, _MIN_LOOK_S = 4, 0.05
 class Session:
     """A session of a segment. Units: `reserved` in bytes, `length` and `written` in tokens, moments of the clock.
 
-    `written` is the longest that it was. `gaps` are the seconds between its latest steps, for the next one's time.
+    `written` is the longest that it was. `ran` is the end of its latest run, and `gaps` the seconds from such ends to
+    the next steps: when the next one is due.
     """
 
     name: str
@@ -41,11 +42,13 @@ class Session:
     length: int = 0
     written: int = 0
     history: list[int] = field(default_factory=list)
-    # From the moment that a step is accepted until its response is known.
+    # From the moment that a step is accepted until its response is known, and until its run is over.
     is_stepping: bool = False
+    awaits_run: bool = False
     # Forgotten once its step under way is over.
     is_ended: bool = False
     decodes: bool = False
+    ran: float = 0.0
     gaps: tuple[float, ...] = ()
 
 
@@ -61,10 +64,18 @@ class RowSpan:
 class SegmentSessions:
     """The sessions of a segment, and the rows of its state; its methods are called from any thread."""
 
-    def __init__(self, memory: StateMemory, trial: StepTrial, clock: Callable[[], float]) -> None:
-        self.memory, self.trial, self._clock = memory, trial, clock
+    def __init__(
+        self,
+        memory: StateMemory,
+        trial: StepTrial,
+        clock: Callable[[], float],
+        lock: threading.Lock,
+        runs: Counter[int],
+    ) -> None:
+        self.memory, self.trial, self._clock, self._runs = memory, trial, clock, runs
         self.sessions: dict[str, Session] = {}
-        self._changed = threading.Condition()
+        # The lock of all sessions, since places change hands under it.
+        self._changed = threading.Condition(lock)
         self._rows_in_run: set[int] = set()
 
     def free_row(self) -> int | None:
@@ -75,8 +86,13 @@ class SegmentSessions:
     def expected(self, within_s: float) -> int:
         """How many further sessions will step within so many seconds, by their latest gaps between steps."""
         now = self._clock()
-        away = [each for each in list(self.sessions.values()) if each.decodes and not each.is_stepping]
-        return sum(abs(each.used + max(each.gaps) - now) <= within_s for each in away if each.gaps)
+        away = [each for each in list(self.sessions.values()) if each.decodes and not each.awaits_run]
+        return sum(abs(each.ran + max(each.gaps) - now) <= within_s for each in away if each.gaps)
+
+    def ran(self, session: Session, length: int) -> None:
+        """Note the end of a session's run."""
+        session.length, session.written = length, max(session.written, length)
+        session.ran, session.awaits_run = self._clock(), False
 
     def take_rows(self, sessions: Sequence[Session], max_rows: int) -> list[RowSpan]:
         """Spans of rows for a run of each; nobody else runs on these rows until `give_back`.
@@ -92,6 +108,11 @@ class SegmentSessions:
             spans = [self._span(group) for group in self._groups(sessions, max_rows)]
             self._rows_in_run.update(row for span in spans for row in rows_of(span))
             return spans
+
+    def count_run(self, steps: int) -> None:
+        """Count a run that so many steps shared."""
+        with self._changed:
+            self._runs[1 << (steps - 1).bit_length()] += 1
 
     def give_back(self, span: RowSpan) -> None:
         """Others may run on the rows."""
@@ -123,7 +144,7 @@ class SegmentSessions:
     def _idle_length(self, row: int) -> int | None:
         """The tokens of the row's session where it may run along idle; else None."""
         session = next((each for each in self.sessions.values() if each.row == row), None)
-        if session is None or row in self._rows_in_run or session.length >= self.memory.places:
+        if session is None or row in self._rows_in_run or session.length >= self.memory.tokens:
             return None
         return session.length
 
@@ -151,6 +172,8 @@ class SessionCounts:
     dropped: Mapping[str, int]
     """By reason: `ended`, `evicted`, `expired`."""
     refused: int
+    runs: Mapping[int, int]
+    """By the steps that shared them, up to the next power of two."""
 
 
 class Sessions:
@@ -179,6 +202,7 @@ class Sessions:
         self._segments: weakref.WeakKeyDictionary[OrtRunner, SegmentSessions] = weakref.WeakKeyDictionary()
         self._steps: Counter[str] = Counter()
         self._dropped: Counter[str] = Counter()
+        self._runs: Counter[int] = Counter()
         self._refused = 0
         self._timer: threading.Timer | None = None
         self._is_closed = False
@@ -214,9 +238,9 @@ class Sessions:
             if session is None:
                 session = self._enter(segment, step, count)
             self._reserve(segment, session, segment.memory.row_bytes(end))
-            session.is_stepping = True
+            session.is_stepping = session.awaits_run = True
             if session.length:
-                session.gaps = (*session.gaps[-1:], self._clock() - session.used)
+                session.gaps = (*session.gaps[-1:], self._clock() - session.ran)
             session.decodes = count == 1
             self._steps[kind_of(step.position, count)] += 1
             self._look_later()
@@ -225,7 +249,8 @@ class Sessions:
     def finish(self, segment: SegmentSessions, session: Session) -> None:
         """Let the session take its next step."""
         with self._lock:
-            session.is_stepping, session.used = False, self._clock()
+            session.is_stepping = session.awaits_run = False
+            session.used = self._clock()
             if session.is_ended:
                 self._drop(segment, session, "ended")
 
@@ -269,7 +294,13 @@ class Sessions:
             everyone = [(segment, s) for segment in self._segments.values() for s in segment.sessions.values()]
             resident = sum(segment.memory.row_bytes(session.written) for segment, session in everyone)
             return SessionCounts(
-                len(everyone), self._reserved(), resident, dict(self._steps), dict(self._dropped), self._refused
+                len(everyone),
+                self._reserved(),
+                resident,
+                dict(self._steps),
+                dict(self._dropped),
+                self._refused,
+                dict(self._runs),
             )
 
     def _segment(self, runner: OrtRunner) -> SegmentSessions:
@@ -279,7 +310,7 @@ class Sessions:
             tokens = min(state.context, self._max_tokens)
             memory = StateMemory(runner.segment, state, rows=self._max_sessions, tokens=tokens)
             trial = StepTrial(str(runner.segment.id), enabled=self._batches)
-            segment = self._segments[runner] = SegmentSessions(memory, trial, self._clock)
+            segment = self._segments[runner] = SegmentSessions(memory, trial, self._clock, self._lock, self._runs)
         return segment
 
     def _enter(self, segment: SegmentSessions, step: Step, count: int) -> Session:

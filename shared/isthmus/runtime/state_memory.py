@@ -45,7 +45,7 @@ class _PairMemory(NamedTuple):
 
 
 class StateMemory:
-    """The rows of a segment's pairs. Units: `tokens` is the longest session, `places` the tokens of a row."""
+    """The rows of a segment's pairs. Units: `tokens` is the longest session."""
 
     def __init__(self, segment: Segment, state: State, *, rows: int, tokens: int) -> None:
         self.rows, self.tokens, self._axis = rows, tokens, state.axis

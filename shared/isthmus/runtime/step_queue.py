@@ -103,6 +103,7 @@ class QueuedStep(QueuedWork):
             self.result = e
             return 0.0
         seconds = time.perf_counter() - started
+        self.group.count_run(1)
         self._succeeded(outputs, started, seconds, 1)
         return seconds
 
@@ -123,6 +124,7 @@ class QueuedStep(QueuedWork):
         together_s = time.perf_counter() - started
         if rows and trial.is_proved(size):
             trial.ran(size, together_s)
+            self.group.count_run(count)
             for step, outputs in zip(steps, rows, strict=True):
                 step._succeeded(outputs, started, together_s, count)
             return
@@ -156,7 +158,5 @@ class QueuedStep(QueuedWork):
         return self.runner.run_step(arrays, lengths, self.group.memory.buffers(row, len(lengths)))
 
     def _succeeded(self, outputs: dict[str, Array], started: float, run_s: float, batch: int) -> None:
-        session = self.session
-        session.length = self.position + self.count
-        session.written = max(session.written, session.length)
+        self.group.ran(self.session, self.position + self.count)
         self.result = QueuedOutputs(outputs, started - self.began, run_s, batch)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -17,8 +17,11 @@ from isthmus.settings import RouterSettings, urls_of
 if TYPE_CHECKING:  # a router with remote hops alone never loads onnxruntime
     from isthmus.pipeline import LooksTaken
     from isthmus.runtime.batching import BatchCounts
-    from isthmus.runtime.store import SegmentStore
+    from isthmus.runtime.session_store import SessionStore
+    from isthmus.runtime.sessions import SessionCounts
 
+# Kinds of steps and reasons of `runtime.sessions`: each has a series from the start, so that rates have a first value.
+KINDS, REASONS = ("prefill", "decode", "verify"), ("ended", "evicted", "expired")
 # From the run of a small segment to the default deadline and a little beyond.
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 
@@ -140,8 +143,9 @@ class FunctionMetrics:
         """Add metrics that `collector` reads at every scrape."""
         self._registry.register(collector)
 
-    def gauge_store(self, store: SegmentStore) -> None:
-        """Add gauges of the segments that `store` holds."""
+    def gauge_store(self, sessions: SessionStore) -> None:
+        """Add metrics of the segments that a store holds, of their batches and of their sessions."""
+        store = sessions.store
         self.gauge("isthmus_loaded_segments", "Segments in memory.", lambda: float(len(store.loaded())))
         self.gauge(
             "isthmus_loaded_bytes",
@@ -149,6 +153,7 @@ class FunctionMetrics:
             lambda: float(sum(s.bytes for s in store.loaded())),
         )
         self.add(BatchCollector(store.batch_counts))
+        self.add(SessionCollector(sessions.sessions.counts))
 
     def expose(self, accept: str) -> tuple[bytes, str]:
         """The exposition in the format that `accept` prefers, and its content type."""
@@ -166,6 +171,37 @@ def hop_label(settings: RouterSettings, hop: str) -> str:
         if hop in (urls := urls_of(tier)):
             return f"hop{index}.{urls.index(hop)}"
     return hop
+
+
+class SessionCollector(Collector):
+    """Metrics of the sessions of a store's segments; no label holds a session's name."""
+
+    def __init__(self, counts: Callable[[], SessionCounts]) -> None:
+        self._counts = counts
+
+    def collect(self) -> Iterator[Metric]:
+        """See `prometheus_client.registry.Collector`."""
+        counts = self._counts()
+        yield GaugeMetricFamily("isthmus_sessions", "Sessions whose state is in memory.", counts.sessions)
+        yield GaugeMetricFamily(
+            "isthmus_session_reserved_bytes", "Memory reserved for the state of sessions.", counts.reserved
+        )
+        yield GaugeMetricFamily(
+            "isthmus_session_resident_bytes", "Memory that the state of sessions takes.", counts.resident
+        )
+        steps = CounterMetricFamily("isthmus_session_steps", "Steps of sessions, by kind.", labels=["kind"])
+        for kind in KINDS:
+            steps.add_metric([kind], counts.steps.get(kind, 0))
+        runs = CounterMetricFamily("isthmus_session_runs", "Runs, by the steps that shared them.", labels=["steps"])
+        for size, count in sorted(counts.runs.items()):
+            runs.add_metric([str(size)], count)
+        dropped = CounterMetricFamily("isthmus_sessions_dropped", "Sessions forgotten, by reason.", labels=["reason"])
+        for reason in REASONS:
+            dropped.add_metric([reason], counts.dropped.get(reason, 0))
+        refused = CounterMetricFamily(
+            "isthmus_session_steps_refused", "Steps without a place for their session.", counts.refused
+        )
+        yield from (steps, runs, dropped, refused)
 
 
 class BatchCollector(Collector):

@@ -70,11 +70,11 @@ class _RouterApp(FunctionApp):
         routing_metrics.measure(dispatcher)
         self.metrics.add(routing_metrics)
         predictor = Predictor(settings, dispatcher, guard, images, self.metrics, self.log)
-        if self._store is not None:
+        if sessions is not None and self._store is not None:
             self.closing.callback(self._store.close)
-            self.metrics.gauge_store(self._store)
+            self.metrics.gauge_store(sessions)
             self._store.share_memory(self._memory)
-            self.slots.keep_at_least(self._store.room_for_batches)
+            self.slots.keep_at_least(sessions.room_for_batches)
         for close in (dispatcher.close, *(hop.close for hop in hops), tables.close, self._catalog.close, guard.close):
             self.closing.callback(close)
         self.closing.callback(LinkProber({hop.name: hop.watched[0].inner for hop in hops}, estimates).close)

@@ -74,7 +74,7 @@ class _SegmentApp(FunctionApp):
         self._preload = settings.preload
         self.closing.callback(self._store.close)
         self.closing.callback(self._tables.close)
-        self.metrics.gauge_store(self._store)
+        self.metrics.gauge_store(self._sessions)
         self._store.share_memory(self._memory)
         self.slots.keep_at_least(self._sessions.room_for_batches)
         self.post("/", self.run, "run")

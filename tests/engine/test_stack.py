@@ -125,11 +125,11 @@ def test_what_a_function_keeps_fits_its_memory(file: str) -> None:
     """The cache lies in /tmp: on the node's disk, which nothing else bounds, or in memory."""
     for spec in map(stack(file).functions.__getitem__, SEGMENTED):
         memory = parse_size(spec.limits["memory"])
-        cache, loaded = (parse_size(spec.environment[name]) for name in ("cache_bytes", "max_loaded_bytes"))
+        kept = [parse_size(spec.environment[n]) for n in ("cache_bytes", "max_loaded_bytes", "session_bytes")]
         # docs/how-to/deployment.md, "What bounds a request".
         working, body = SegmentSettings.max_working_bytes, SegmentSettings.max_request_bytes
         requests = working + max(working // 2, 2 * (body + 2**20))
-        assert cache + loaded + requests <= memory - OWN_BYTES
+        assert sum(kept) + requests <= memory - OWN_BYTES
         assert RegistrySettings.cache_bytes <= memory
 
 

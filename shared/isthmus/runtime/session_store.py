@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from isthmus.admission import describe_work
 from isthmus.arrays import Array, check_tensors
 from isthmus.artifacts.sampling import Sampling
 from isthmus.context import Deadline
@@ -15,7 +16,7 @@ from isthmus.processing.sampling import sampled_tensors
 from isthmus.registry import SegmentSource
 from isthmus.runtime.ort_runner import OrtRunner
 from isthmus.runtime.run_queue import QueuedOutputs
-from isthmus.runtime.sessions import Session, Sessions
+from isthmus.runtime.sessions import Session, Sessions, kind_of
 from isthmus.runtime.step_queue import QueuedStep
 from isthmus.runtime.store import SegmentStore, TimedOutputs
 from isthmus.settings import SegmentSettings
@@ -72,6 +73,8 @@ class SessionStore:
         count = _tokens(runner, arrays)
         _check_history(step, count)
         group, session = self.sessions.begin(runner, step, count)
+        # Chunks and single tokens take times of their own.
+        describe_work(kind_of(step.position, count))
         try:
             _check_whole_history(step, session)
             runs = []

@@ -18,7 +18,6 @@ from isthmus.errors import RequestMalformed, RequestTooLarge
 from isthmus.processing.image_budget import ImageMemory
 from isthmus.registry import BakedSegment, open_registry, open_source
 from isthmus.runtime.session_store import open_store
-from isthmus.runtime.sessions import kind_of
 from isthmus.runtime.tables import Tables
 from isthmus.serving.app import FunctionApp
 from isthmus.serving.preload import load_deadline, parse_entry, preload
@@ -88,9 +87,7 @@ class _SegmentApp(FunctionApp):
         frame = self._decode(request)
         request.facts.update(bundle=frame.bundle, segment=frame.segment)
         request.timings.add("decode", time.perf_counter() - start)
-        # Chunks and single tokens take times of their own.
-        kind = "" if frame.step is None else kind_of(frame.step.position, _tokens_of(frame))
-        describe_work(f"{frame.bundle} {frame.segment} {kind}".rstrip())
+        describe_work(f"{frame.bundle} {frame.segment}")
         if (step := frame.step) is None:
             ran = self._store.run(frame.bundle, frame.segment, frame.tensors, request.context.deadline)
         else:
@@ -168,10 +165,6 @@ class _SegmentApp(FunctionApp):
             self._store.runner(self._source.digest, self._source.segment_id, load_deadline())
         if self._registry is not None:
             preload(self._preload, self._registry, self._store)
-
-
-def _tokens_of(frame: Frame) -> int:
-    return max((array.shape[1] for array in frame.tensors.values() if array.ndim > 1), default=0)
 
 
 def _parsed(body: bytes | memoryview, kind: type[_Body], form: str) -> _Body:

@@ -26,6 +26,7 @@ from isthmus.errors import SettingsError
 
 __all__ = [
     "available_providers",
+    "block_quantization",
     "check_providers",
     "cpu_limit",
     "ort",
@@ -86,6 +87,15 @@ def quantization() -> Any:
     """
     importlib.import_module("onnxruntime.quantization.shape_inference")
     return importlib.import_module("onnxruntime.quantization")
+
+
+def block_quantization() -> Any:
+    """The module of onnxruntime.quantization for weights in blocks; depends on onnx and onnx-ir.
+
+    Raises:
+        ImportError: one of these is missing.
+    """
+    return importlib.import_module("onnxruntime.quantization.matmul_nbits_quantizer")
 
 
 def version() -> str:

@@ -59,6 +59,13 @@ def import_model(
     preprocess: Annotated[Path | None, typer.Option(help="JSON file: how a photo becomes the input.")] = None,
     postprocess: Annotated[Path | None, typer.Option(help="JSON file: how the output becomes classes.")] = None,
     labels: Annotated[Path | None, typer.Option(help="Class names: a JSON list, or one name a line.")] = None,
+    weights: Annotated[
+        str,
+        typer.Option(
+            help="Of a language model: float32, float16, int8 or int4, or one for each segment of the first --cut,"
+            " as in int4/float16."
+        ),
+    ] = "",
     alias: Alias = "prod",
     drop_plan: DropPlan = False,
     if_absent: Annotated[
@@ -91,6 +98,7 @@ def import_model(
             inputs=read_model_inputs(shape, example),
             freeze=freeze,
             free_batch=free_batch,
+            weights=weights,
             alias=alias,
             drop_plan=drop_plan,
             if_absent=if_absent,

@@ -1,4 +1,4 @@
-"""Post-training static quantisation: an int8 variant of a model by onnxruntime's own tools.
+"""Post-training quantisation by onnxruntime's own tools: an int8 variant of a model, or weights alone in blocks.
 
 The only importer of onnxruntime.quantization. Source: onnxruntime.ai/docs/performance/model-optimizations/quantization.
 """
@@ -20,6 +20,8 @@ from isthmus.errors import ModelError
 _LOGGERS = ("onnxruntime.quantization", "root")
 # Nearly all of the work. Quantised softmax, normalisations and sums change predictions and save no time.
 _OPERATORS = ("Conv", "MatMul", "Gemm")
+BLOCK = 32
+"""Weights of a matrix's inputs that share a scale and a zero point, as in GGUF's 4-bit formats."""
 # The first opset whose QuantizeLinear has a scale per channel.
 _MIN_OPSET = 13
 _MAX_REASON = 300
@@ -64,6 +66,26 @@ def quantise(whole: Path, inputs: Sequence[Mapping[str, Array]], out: Path) -> P
             reason = " ".join(f"{type(e).__name__}: {e}".split())[:_MAX_REASON]
             raise ModelError(f"onnxruntime cannot quantise this model: {reason}") from e
     return out
+
+
+def quantise_blocks(matrix: Array, bits: int) -> tuple[Array, Array, Array]:
+    """A float32 matrix (inputs, rows) as packed integers of 4 or 8 bits, scales and zero points, by blocks of inputs.
+
+    Shapes: as MatMulNBits takes them, (rows, blocks, BLOCK * bits / 8) uint8, (rows, blocks) float32, and (rows,
+    blocks * bits / 8) uint8.
+
+    Raises:
+        ModelError: onnxruntime's tools are missing.
+    """
+    try:
+        from isthmus.runtime import ort as runtime
+
+        tools = runtime.block_quantization()
+    except ImportError as e:
+        raise ModelError(f"quantising needs {e.name}", hint="pip install isthmus_tools") from e
+    config = tools.DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=False, bits=bits)
+    packed, scales, zero_points = tools.DefaultWeightOnlyQuantizer(config).qbits_block_quant(matrix)
+    return packed, scales, zero_points
 
 
 def _raise_opset(path: Path) -> None:

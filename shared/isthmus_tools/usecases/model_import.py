@@ -46,6 +46,7 @@ class ImportRequest:
     inputs: ModelInputs = field(default_factory=ModelInputs)
     freeze: bool = False
     free_batch: bool = False
+    weights: str = ""
     preprocess: Mapping[str, Any] | None = None
     postprocess: Mapping[str, Any] | None = None
     labels: Sequence[str] | None = None
@@ -79,7 +80,12 @@ def import_model(request: ImportRequest, progress: Progress = silent) -> Publica
     with contextlib.suppress(Missing):
         store.resolve(name)
     if (decoder := language_model(request.model)) is not None:
-        return _import_text_model(request, "language model", partial(build_decoder, decoder), name, progress)
+        build_bundle = partial(build_decoder, decoder, weights=request.weights or "float32")
+        return _import_text_model(request, "language model", build_bundle, name, progress)
+    if request.weights:
+        raise ModelError(
+            f"{request.model} is no decoder, and --weights is for layers of decoders alone", hint="leave --weights out"
+        )
     if (encoder := sentence_encoder(request.model)) is not None:
         return _import_text_model(request, "sentence encoder", partial(build_encoder, encoder), name, progress)
     with (

@@ -10,6 +10,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from isthmus.errors import CutError
 from isthmus_tools.graph import weights as weights_file
 from isthmus_tools.graph.cuts import CutInfo, cut_at
 from isthmus_tools.graph.decoder import graph
-from isthmus_tools.graph.decoder.config import DecoderSource
+from isthmus_tools.graph.decoder.config import DecoderSource, layer_precisions
 from isthmus_tools.graph.decoder.rehearsal import StepRehearsal
 from isthmus_tools.graph.extract import check_order, extract, partition
 from isthmus_tools.graph.model import Model, open_model
@@ -42,30 +43,38 @@ def build_decoder(
     out: Path,
     *,
     cuts: Sequence[str] = (),
+    weights: str = "float32",
     progress: Progress = silent,
 ) -> tuple[Bundle, dict[str, Path]]:
     """Build version one of a decoder's bundle in `out`; returns the bundle and each digest's file.
 
     `cuts` are partitions, each numbers of layers in order separated by `/`, such as `10/20`; the first is the default.
-    Without any, the model is cut in its middle.
+    Without any, the model is cut in its middle. `weights` is the precision of all layers, or one for each segment of
+    the first partition, such as `int4/float16`: a layer has one precision, whichever partition it runs in.
 
     Raises:
-        ModelError: the decoder cannot be written or run.
+        ModelError: the decoder cannot be written or run, or the precisions do not fit the first partition.
         CutError: a cut is no layer, or the layers are not in order.
     """
     c = decoder.config
     partitions = [_layers(text, c.layers) for text in cuts or (str(max(1, c.layers // 2)),)]
+    precisions = layer_precisions(weights, partitions[0], c)
     out.mkdir(parents=True, exist_ok=True)
     state = _state(decoder)
     with tempfile.TemporaryDirectory(prefix="isthmus-", dir=out) as folder:
         progress(f"writing the graph of {name}")
-        graph.write(decoder, path := Path(folder) / "decoder.onnx")
+        graph.write(
+            decoder,
+            precisions,
+            path := Path(folder) / "decoder.onnx",
+            lambda done, total: progress("tensors", done, total),
+        )
         model = _opened(path, state, c.width, c.vocabulary, (c.kv_heads, c.head_size))
-        weights = weights_file.write(
+        stored = weights_file.write(
             model.initialisers(), out / weights_file.LOCATION, lambda done, total: progress("weights", done, total)
         )
-    whole = extract(model, weights, None, None)
-    files = {weights.blob.digest: out / weights_file.LOCATION}
+    whole = extract(model, stored, None, None)
+    files = {stored.blob.digest: out / weights_file.LOCATION}
     files[whole.segment.graph.digest] = _store(out, whole.graph, "onnx")
     # As JSON of this writer, so that the same file gives the same digest.
     tokenizer = json.dumps(decoder.tokenizer, ensure_ascii=False).encode()
@@ -74,10 +83,15 @@ def build_decoder(
         name=name,
         inputs=whole.inputs,
         outputs=whole.outputs,
-        weights=weights,
+        weights=stored,
         segment_list=(whole.segment,),
         cut_list=(),
-        source={"file": Path(decoder.source).name, "family": c.family, **decoder.origin},
+        source={
+            "file": Path(decoder.source).name,
+            "family": c.family,
+            **decoder.origin,
+            "precisions": [[name, len(list(layers))] for name, layers in groupby(precisions)],
+        },
         state=state,
         text=TextModel(
             Blob(digest_of(tokenizer), len(tokenizer)), graph.LOGITS, decoder.chat_template, decoder.bos, decoder.eos

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast, get_args
 
 from isthmus.arrays import Array
 from isthmus.errors import ModelError
+from isthmus_tools.graph.quantise import BLOCK
 
 Family = Literal["llama", "qwen2", "gpt2"]
+Precision = Literal["float32", "float16", "int8", "int4"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+"""How the weights of a layer are stored; activations are float32 between layers."""
 # Far above any published model: dimensions of a file are multiplied into sizes of memory.
 _MAX_DIMENSION = 2**20
 
@@ -84,3 +88,33 @@ class DecoderSource:
     bos: int | None = None
     eos: tuple[int, ...] = ()
     origin: Mapping[str, Any] = field(default_factory=dict)
+
+
+def layer_precisions(text: str, cuts: Sequence[int], config: DecoderConfig) -> tuple[Precision, ...]:
+    """The precision of each layer by `text`, one for all or one for each segment at `cuts`, separated by `/`.
+
+    Raises:
+        ModelError: an unknown precision, a count that does not fit, or a width that does not divide into blocks.
+    """
+    names = [name.strip() for name in text.split("/")]
+    if unknown := [name for name in names if name not in PRECISIONS]:
+        raise ModelError(
+            f"{unknown[0][:40]!r} is no precision of weights; there are {', '.join(PRECISIONS)}",
+            exists=list(PRECISIONS),
+        )
+    if len(names) not in (1, len(cuts) + 1):
+        raise ModelError(
+            f"weights are given for {len(names)} segments; the first partition has {len(cuts) + 1}",
+            hint="give one for all, or one for each segment: --cut 10 --weights int4/float16",
+        )
+    if config.width % BLOCK and {"int8", "int4"} & set(names):
+        # Rows of the embedding are read block by block.
+        raise ModelError(
+            f"int8 and int4 take a width of whole blocks of {BLOCK}; it is {config.width}", width=config.width
+        )
+    ends = [*cuts, config.layers] if len(names) > 1 else [config.layers]
+    return tuple(
+        cast(Precision, name)
+        for name, start, end in zip(names, [0, *ends], ends, strict=False)
+        for _ in range(start, end)
+    )

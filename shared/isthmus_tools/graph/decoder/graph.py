@@ -12,17 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
 
 from isthmus.arrays import Array
-from isthmus_tools.graph.decoder.config import DecoderSource
+from isthmus_tools.graph.decoder.config import DecoderSource, Precision
+from isthmus_tools.graph.decoder.initialisers import Part
+from isthmus_tools.graph.decoder.products import MICROSOFT, Products
 
 IDS, LENGTHS, TOTAL, LOGITS = "input_ids", "lengths", "total", "logits"
 BOUNDARY = "layer_"
-_MICROSOFT = "com.microsoft"
+_EMBEDDING = "token_embd.weight"
 _OPSET = 21
 _IR_VERSION = 10
 _Shape: TypeAlias = list[int | ir.SymbolicDim]
@@ -38,8 +40,13 @@ def state_pairs(layers: int) -> list[tuple[str, str]]:
     return [(f"past_{kind}.{i}", f"present_{kind}.{i}") for i in range(layers) for kind in ("key", "value")]
 
 
-def write(decoder: DecoderSource, path: Path) -> None:
+def write(
+    decoder: DecoderSource, precisions: Sequence[Precision], path: Path, progress: Callable[[int, int], None]
+) -> None:
     """Write the decoder's graph to `path`, and its weights beside it, each read when it is written.
+
+    `precisions` are of the layers; the embedding has that of the first, the output matrix that of the last, and a tied
+    matrix is stored once where these are the same.
 
     Shapes: input_ids (batch, tokens) int64; lengths (batch,) int32, tokens of each row less one; total () int32, the
     longest row; past_key.N and past_value.N (batch, KV heads, past, head size); logits (batch, tokens, vocabulary).
@@ -48,15 +55,21 @@ def write(decoder: DecoderSource, path: Path) -> None:
         ModelError: a tensor is missing, or has another shape than the configuration says.
         OSError: the files cannot be written.
     """
-    model = ir.Model(_GraphBuilder(decoder).graph(), ir_version=_IR_VERSION, producer_name="isthmus")
-    ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=1024)
+    model = ir.Model(_GraphBuilder(decoder, precisions).graph(), ir_version=_IR_VERSION, producer_name="isthmus")
+    ir.save(
+        model,
+        path,
+        external_data=f"{path.name}.data",
+        size_threshold_bytes=1024,
+        callback=lambda tensor, info: progress(info.index + 1, info.total),
+    )
 
 
 class _GraphBuilder:
-    def __init__(self, decoder: DecoderSource) -> None:
-        self._config, self._weights = decoder.config, decoder.weights
-        self._nodes: list[ir.Node] = []
-        self._constants: dict[str, ir.Value] = {}
+    def __init__(self, decoder: DecoderSource, precisions: Sequence[Precision]) -> None:
+        self._config, self._precisions = decoder.config, precisions
+        self._products = Products(decoder.weights)
+        self._node, self._constant = self._products.node, self._products.constant
         self._batch, self._tokens = ir.SymbolicDim("batch"), ir.SymbolicDim("tokens")
 
     def graph(self) -> ir.Graph:
@@ -70,45 +83,38 @@ class _GraphBuilder:
             pasts, presents, x = self._layer(i, x)
             inputs += pasts
             outputs += presents
-        logits = self._logits(x)
         return ir.Graph(
             inputs,
-            [*outputs, logits],
-            nodes=self._nodes,
-            initializers=list(self._constants.values()),
-            opset_imports={"": _OPSET, _MICROSOFT: 1},
+            [*outputs, self._logits(x)],
+            nodes=self._products.nodes,
+            initializers=list(self._products.initialisers.values.values()),
+            opset_imports={"": _OPSET, MICROSOFT: 1},
             name="decoder",
         )
 
     def _embedded(self, ids: ir.Value) -> ir.Value:
-        x = self._op("Gather", [self._weight("token_embd.weight"), ids], "embedded")
-        if self._config.family != "gpt2":
+        c, precision = self._config, self._precisions[0]
+        x = self._products.rows(_EMBEDDING, ids, (c.vocabulary, c.width), precision, "embedded")
+        if c.family != "gpt2":
             return x
         # Learned positions: those of the new tokens end at each row's length.
-        tokens = self._op("Shape", [ids], "token_shape", start=1, end=2)
-        count = self._op("Squeeze", [tokens], "token_count")
-        one = self._array("one", np.array(1))
-        steps = self._op("Range", [self._array("zero", np.array(0)), count, one], "steps")
-        last = self._op("Cast", [self._lengths], "last_positions", to=int(ir.DataType.INT64))
-        rows = self._op("Unsqueeze", [last, self._array("axis_1", np.array([1]))], "last_column")
-        first = self._op("Sub", [self._op("Add", [rows, one], "row_lengths"), count], "first_positions")
-        places = self._op("Add", [first, steps], "positions")
-        placed = self._op("Gather", [self._weight("position_embd.weight"), places], "placed")
-        return self._op("Add", [x, placed], "start")
+        tokens = self._node("Shape", [ids], "token_shape", start=1, end=2)
+        count = self._node("Squeeze", [tokens], "token_count")
+        one = self._constant("one", np.array(1))
+        steps = self._node("Range", [self._constant("zero", np.array(0)), count, one], "steps")
+        last = self._node("Cast", [self._lengths], "last_positions", to=int(ir.DataType.INT64))
+        rows = self._node("Unsqueeze", [last, self._constant("axis_1", np.array([1]))], "last_column")
+        first = self._node("Sub", [self._node("Add", [rows, one], "row_lengths"), count], "first_positions")
+        places = self._node("Add", [first, steps], "positions")
+        # The positions of a context are few beside a vocabulary, so that these stay precise.
+        half: Precision = "float32" if precision == "float32" else "float16"
+        placed = self._products.rows("position_embd.weight", places, (c.context, c.width), half, "placed")
+        return self._node("Add", [x, placed], "start")
 
     def _layer(self, i: int, x: ir.Value) -> tuple[list[ir.Value], list[ir.Value], ir.Value]:
-        c, at = self._config, f"blk.{i}."
-        normed = self._norm(x, at + "attn_norm")
-        if c.family == "gpt2":
-            qkv = self._linear(normed, at + "attn_qkv", bias=True)
-        else:
-            names = [at + f"attn_{k}" for k in "qkv"]
-            qkv = self._op(
-                "MatMul", [normed, self._joined(at + "attn_qkv.weight", [f"{n}.weight" for n in names])], at + "qkv"
-            )
-            if c.qkv_bias:
-                bias = self._joined(at + "attn_qkv.bias", [f"{n}.bias" for n in names])
-                qkv = self._op("Add", [qkv, bias], at + "qkv_biased")
+        c, at, precision = self._config, f"blk.{i}.", self._precisions[i]
+        queries, keys = c.heads * c.head_size, c.kv_heads * c.head_size
+        qkv = self._joined_attention(self._norm(x, at + "attn_norm"), at, (queries, keys), precision)
         shape: _Shape = [self._batch, c.kv_heads, ir.SymbolicDim("past"), c.head_size]
         longer: _Shape = [self._batch, c.kv_heads, ir.SymbolicDim("present"), c.head_size]
         pasts = [_value(f"past_{k}.{i}", ir.DataType.FLOAT, shape) for k in ("key", "value")]
@@ -117,85 +123,82 @@ class _GraphBuilder:
         rotary = c.family != "gpt2"
         cosine = [self._rotation("cosine", np.cos), self._rotation("sine", np.sin)] if rotary else []
         attended = _value(at + "attended")
-        self._nodes.append(
+        self._products.nodes.append(
             ir.node(
                 "GroupQueryAttention",
                 [qkv, None, None, *pasts, self._lengths, self._total, *cosine],
                 {"num_heads": c.heads, "kv_num_heads": c.kv_heads, "do_rotary": int(rotary), "rotary_interleaved": 0},
-                domain=_MICROSOFT,
+                domain=MICROSOFT,
                 outputs=[attended, *presents],
                 name=at + "attention",
             )
         )
-        x = self._op("Add", [x, self._linear(attended, at + "attn_output", bias=c.family == "gpt2")], at + "residual")
-        normed = self._norm(x, at + "ffn_norm")
-        fed = self._gpt2_ffn(normed, at) if c.family == "gpt2" else self._gated_ffn(normed, at)
-        stream = self._op("Add", [x, fed], boundary(i + 1))
-        stream.type, stream.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([self._batch, self._tokens, c.width])
+        x = self._node(
+            "Add", [x, self._linear(attended, at + "attn_output", c.width, queries, precision)], at + "residual"
+        )
+        feed = self._gpt2_ffn if c.family == "gpt2" else self._gated_ffn
+        stream = _value(boundary(i + 1), ir.DataType.FLOAT, [self._batch, self._tokens, c.width])
+        self._node("Add", [x, feed(self._norm(x, at + "ffn_norm"), at, precision)], stream)
         return pasts, presents, stream
 
-    def _gated_ffn(self, x: ir.Value, at: str) -> ir.Value:
-        gate, up = self._linear(x, at + "ffn_gate"), self._linear(x, at + "ffn_up")
-        silu = self._op("Mul", [gate, self._op("Sigmoid", [gate], at + "sigmoid")], at + "silu")
-        return self._linear(self._op("Mul", [silu, up], at + "gated"), at + "ffn_down")
+    def _joined_attention(self, x: ir.Value, at: str, rows: tuple[int, int], precision: Precision) -> ir.Value:
+        """Queries, keys and values by one product. Shapes: (batch, tokens, queries + keys + values)."""
+        queries, keys = rows
+        parts = [Part(at + f"attn_{k}", size) for k, size in zip("qkv", (queries, keys, keys), strict=True)]
+        if self._config.family == "gpt2":
+            parts = [Part(at + "attn_qkv", queries + 2 * keys)]
+        weights, biases = ([Part(f"{p.name}.{kind}", p.rows) for p in parts] for kind in ("weight", "bias"))
+        y = self._products.product(x, at + "attn_qkv", weights, self._config.width, precision)
+        if not self._config.qkv_bias:
+            return y
+        bias = self._products.initialisers.vector(at + "attn_qkv.bias", biases)
+        return self._node("Add", [y, bias], at + "qkv_biased")
 
-    def _gpt2_ffn(self, x: ir.Value, at: str) -> ir.Value:
-        up = self._linear(x, at + "ffn_up", bias=True)
-        return self._linear(self._op("Gelu", [up], at + "gelu", approximate="tanh"), at + "ffn_down", bias=True)
+    def _gated_ffn(self, x: ir.Value, at: str, precision: Precision) -> ir.Value:
+        width, ffn = self._config.width, self._config.ffn
+        gate, up = (self._linear(x, at + name, ffn, width, precision) for name in ("ffn_gate", "ffn_up"))
+        silu = self._node("Mul", [gate, self._node("Sigmoid", [gate], at + "sigmoid")], at + "silu")
+        return self._linear(self._node("Mul", [silu, up], at + "gated"), at + "ffn_down", width, ffn, precision)
+
+    def _gpt2_ffn(self, x: ir.Value, at: str, precision: Precision) -> ir.Value:
+        width, ffn = self._config.width, self._config.ffn
+        up = self._linear(x, at + "ffn_up", ffn, width, precision)
+        gelu = self._node("Gelu", [up], at + "gelu", approximate="tanh")
+        return self._linear(gelu, at + "ffn_down", width, ffn, precision)
 
     def _logits(self, x: ir.Value) -> ir.Value:
-        normed = self._norm(x, "output_norm")
-        # Transposed when a session is made: the file holds a tied matrix once.
-        matrix = self._weight("token_embd.weight" if self._config.tied else "output.weight")
-        turned = self._op("Transpose", [matrix], "output_matrix", perm=[1, 0])
-        logits = _value(LOGITS, ir.DataType.FLOAT, [self._batch, self._tokens, self._config.vocabulary])
-        self._nodes.append(ir.node("MatMul", [normed, turned], outputs=[logits], name=LOGITS))
-        return logits
+        c = self._config
+        logits = _value(LOGITS, ir.DataType.FLOAT, [self._batch, self._tokens, c.vocabulary])
+        name = _EMBEDDING if c.tied else "output.weight"
+        return self._products.scores(
+            self._norm(x, "output_norm"), name, (c.vocabulary, c.width), self._precisions[-1], logits
+        )
 
     def _norm(self, x: ir.Value, name: str) -> ir.Value:
         c = self._config
+        scale = self._vector(f"{name}.weight", c.width)
         if c.family == "gpt2":
-            scale, bias = self._weight(f"{name}.weight"), self._weight(f"{name}.bias")
-            return self._op("LayerNormalization", [x, scale, bias], f"{name}.out", axis=-1, epsilon=c.epsilon)
+            inputs = [x, scale, self._vector(f"{name}.bias", c.width)]
+            return self._node("LayerNormalization", inputs, f"{name}.out", axis=-1, epsilon=c.epsilon)
         # onnxruntime keeps this operator in the standard domain; RMSNormalization of opset 23 is the same.
-        scale = self._weight(f"{name}.weight")
-        return self._op(
+        return self._node(
             "SimplifiedLayerNormalization", [x, scale], f"{name}.out", axis=-1, epsilon=c.epsilon, stash_type=1
         )
 
-    def _linear(self, x: ir.Value, name: str, *, bias: bool = False) -> ir.Value:
-        y = self._op("MatMul", [x, self._joined(f"{name}.weight", [f"{name}.weight"])], f"{name}.out")
-        return self._op("Add", [y, self._weight(f"{name}.bias")], f"{name}.biased") if bias else y
+    def _linear(self, x: ir.Value, name: str, rows: int, inputs: int, precision: Precision) -> ir.Value:
+        y = self._products.product(x, name, [Part(f"{name}.weight", rows)], inputs, precision)
+        # Of the three families GPT-2 alone has biases here.
+        if self._config.family != "gpt2":
+            return y
+        return self._node("Add", [y, self._vector(f"{name}.bias", rows)], f"{name}.biased")
 
-    def _joined(self, name: str, parts: list[str]) -> ir.Value:
-        """The matrices of these parts side by side, (in, out)."""
-
-        def read() -> Array:
-            return np.ascontiguousarray(np.concatenate([self._weights.get(part) for part in parts]).T)
-
-        return self._array(name, read)
+    def _vector(self, name: str, size: int) -> ir.Value:
+        return self._products.initialisers.vector(name, [Part(name, size)])
 
     def _rotation(self, name: str, function: Callable[[Array], Array]) -> ir.Value:
         c = self._config
         frequencies = 1 / c.rope_theta ** (np.arange(0, c.head_size, 2) / c.head_size)
-        return self._array(name, function(np.outer(np.arange(c.context), frequencies)).astype(np.float32))
-
-    def _weight(self, name: str) -> ir.Value:
-        return self._array(name, lambda: self._weights.get(name))
-
-    def _array(self, name: str, array: Array | Callable[[], Array]) -> ir.Value:
-        """A constant, read once."""
-        if name not in self._constants:
-            tensor = ir.tensor(array() if callable(array) else array, name=name)
-            self._constants[name] = ir.Value(
-                name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
-            )
-        return self._constants[name]
-
-    def _op(self, kind: str, inputs: Sequence[ir.Value], output: str, **attributes: Any) -> ir.Value:
-        value = _value(output)
-        self._nodes.append(ir.node(kind, inputs, attributes, outputs=[value], name=output))
-        return value
+        return self._constant(name, function(np.outer(np.arange(c.context), frequencies)).astype(np.float32))
 
 
 def _value(name: str, dtype: ir.DataType | None = None, shape: _Shape | None = None) -> ir.Value:

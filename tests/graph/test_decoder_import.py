@@ -42,6 +42,62 @@ def test_the_scores_are_those_of_transformers(family: str, folders: dict[str, Pa
         np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
+# Relative to the largest score, for layers of random weights: rounding of weights, and of activations at int8.
+ERRORS = {"float16": 3e-3, "int8": 6e-2, "int4": 0.5}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("weights", ["float16", "int8", "int4", "int4/float16"])
+def test_weights_of_less_bits_compute_nearly_the_same_and_split_as_whole(
+    weights: str, family: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    decoder = read_folder(folders[family])
+    ids = np.random.default_rng(1).integers(0, decoder.config.vocabulary, (1, 12))
+    chunks = [ids[:, :7], ids[:, 7:8], ids[:, 8:]]
+    exact, files = bundler.build_decoder(decoder, "exact", tmp_path / "exact", cuts=["1"])
+    expected = generate_scores(exact, files, (), chunks)
+    bundle, files = bundler.build_decoder(decoder, "tiny", tmp_path / "out", cuts=["1", "2"], weights=weights)
+    whole = generate_scores(bundle, files, (), chunks)
+    error = np.abs(whole - expected).max() / np.abs(expected).max()
+    assert 1e-6 < error < ERRORS[weights.partition("/")[0]]
+    assert bundle.weights.blob.size < 0.6 * exact.weights.blob.size
+    # A layer has the precision of the first partition's segment in every other partition too.
+    for cuts in (("layer_1",), ("layer_2",)):
+        np.testing.assert_allclose(generate_scores(bundle, files, cuts, chunks), whole, atol=1e-4 * np.abs(whole).max())
+
+
+def test_a_tied_matrix_is_stored_once_where_head_and_tail_have_one_precision(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    decoder = read_folder(folders["llama"])
+    stored = {}
+    for weights in ("float32", "int8", "int4/int8", "int4/float16"):
+        bundle, _ = bundler.build_decoder(decoder, "tiny", tmp_path / weights.replace("/", "-"), weights=weights)
+        stored[weights] = [t.name for t in bundle.weights.tensors if t.name.startswith("token_embd.weight")]
+        head, tail = bundle.partition()
+        # The head's own are a prefix of the file.
+        assert [start for start, _ in head.weights] == [0]
+        assert bundle.weights.tensors[tail.weights[-1][1] - 1] == bundle.weights.tensors[-1]
+    assert stored["float32"] == ["token_embd.weight"]
+    assert len(stored["int8"]) == len(stored["int4/int8"]) == 2  # integers and scales
+    assert len(stored["int4/float16"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("weights", "reason"),
+    [
+        ("int3", "'int3' is no precision"),
+        ("int4/int8/int8", "for 3 segments; the first partition has 2"),
+        ("", "no precision"),
+    ],
+)
+def test_precisions_that_fit_no_partition_are_refused(
+    weights: str, reason: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match=reason):
+        bundler.build_decoder(read_folder(folders["llama"]), "tiny", tmp_path / "out", cuts=["1"], weights=weights)
+
+
 def write_gguf(folder: Path, out: Path) -> Path:
     """The folder's Llama as GGUF, its queries and keys in the order of llama.cpp."""
     decoder = read_folder(folder)

@@ -117,16 +117,22 @@ def language_facts(bundle: Bundle) -> LanguageFacts | None:
 
 
 def _segment(bundle: Bundle, segment: Segment) -> LanguageSegment:
-    pasts = {pair.past for pair in bundle.state.pairs} if bundle.state else set()
-    # Keys and values are a pair each.
-    layers = sum(spec.name in pasts for spec in segment.inputs) // 2
+    # Keys and values are a pair each, in the order of layers.
+    inputs = {spec.name for spec in segment.inputs}
+    layers = [i for i, past in enumerate(_pasts(bundle)[::2]) if past in inputs]
+    precisions = [name for name, count in bundle.source.get("precisions", ()) for _ in range(count)]
+    weights = "/".join(dict.fromkeys(precisions[layer] for layer in layers if layer < len(precisions)))
     size = sum(tensor.length for tensor in bundle.weight_ranges(segment))
-    return LanguageSegment(segment.id, layers, "float32", size, _state_bytes(bundle, segment.inputs))
+    return LanguageSegment(segment.id, len(layers), weights, size, _state_bytes(bundle, segment.inputs))
 
 
 def _state_bytes(bundle: Bundle, specs: Iterable[TensorSpec]) -> int:
-    pasts = {pair.past for pair in bundle.state.pairs} if bundle.state else set()
+    pasts = frozenset(_pasts(bundle))
     return sum(_row_bytes(spec) for spec in specs if spec.name in pasts)
+
+
+def _pasts(bundle: Bundle) -> list[str]:
+    return [pair.past for pair in bundle.state.pairs] if bundle.state is not None else []
 
 
 def _row_bytes(spec: TensorSpec) -> int:

@@ -45,8 +45,8 @@ def write(
 ) -> None:
     """Write the decoder's graph to `path`, and its weights beside it, each read when it is written.
 
-    `precisions` are of the layers; the embedding has that of the first, the output matrix that of the last, and a tied
-    matrix is stored once where these are the same.
+    `precisions` are of the layers; the embedding has that of the first, the output matrix that of the last, int8 in
+    place of int4, and a tied matrix is stored once where these are the same.
 
     Shapes: input_ids (batch, tokens) int64; lengths (batch,) int32, tokens of each row less one; total () int32, the
     longest row; past_key.N and past_value.N (batch, KV heads, past, head size); logits (batch, tokens, vocabulary).
@@ -93,7 +93,7 @@ class _GraphBuilder:
         )
 
     def _embedded(self, ids: ir.Value) -> ir.Value:
-        c, precision = self._config, self._precisions[0]
+        c, precision = self._config, _of_tables(self._precisions[0])
         x = self._products.rows(_EMBEDDING, ids, (c.vocabulary, c.width), precision, "embedded")
         if c.family != "gpt2":
             return x
@@ -170,9 +170,8 @@ class _GraphBuilder:
         c = self._config
         logits = _value(LOGITS, ir.DataType.FLOAT, [self._batch, self._tokens, c.vocabulary])
         name = _EMBEDDING if c.tied else "output.weight"
-        return self._products.scores(
-            self._norm(x, "output_norm"), name, (c.vocabulary, c.width), self._precisions[-1], logits
-        )
+        precision = _of_tables(self._precisions[-1])
+        return self._products.scores(self._norm(x, "output_norm"), name, (c.vocabulary, c.width), precision, logits)
 
     def _norm(self, x: ir.Value, name: str) -> ir.Value:
         c = self._config
@@ -199,6 +198,14 @@ class _GraphBuilder:
         c = self._config
         frequencies = 1 / c.rope_theta ** (np.arange(0, c.head_size, 2) / c.head_size)
         return self._constant(name, function(np.outer(np.arange(c.context), frequencies)).astype(np.float32))
+
+
+def _of_tables(precision: Precision) -> Precision:
+    """The precision of the embedding and the output matrix beside layers of `precision`.
+
+    4 bits there cost as much perplexity as in all layers together (SmolLM2-135M: 54.0 against 48.2, of 39.5).
+    """
+    return "int8" if precision == "int4" else precision
 
 
 def _value(name: str, dtype: ir.DataType | None = None, shape: _Shape | None = None) -> ir.Value:

@@ -54,7 +54,7 @@ def test_a_number_is_that_of_the_layers_before_the_cut(tiny_decoder: PublishedDe
 def test_facts_are_of_language_models_alone(tiny_decoder: PublishedDecoder) -> None:
     facts = language_facts(tiny_decoder.model.bundle)
     assert facts is not None
-    assert (facts.layers, facts.context, facts.vocabulary, facts.chat) == (3, 128, 300, False)
+    assert (facts.layers, facts.context, facts.vocabulary, facts.chat) == (3, 128, 300, True)
     assert "256 bytes over a cut per token" in facts.sentences()[0]
 
 

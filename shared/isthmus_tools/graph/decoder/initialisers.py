@@ -1,7 +1,7 @@
 """A decoder's weights as initialisers of its graph, in the precision of their layer, each read when it is written.
 
 A float16 matrix is cast to float32 when a session is made. int8 and int4 are weight-only: blocks of 32 along a matrix's
-inputs, each with a scale and a zero point, multiplied by onnxruntime's MatMulNBits.
+inputs with a scale each, multiplied by onnxruntime's MatMulNBits.
 
 Source: MatMulNBits and GatherBlockQuantized of onnxruntime (ContribOperators).
 """
@@ -34,7 +34,7 @@ class Initialisers:
     def __init__(self, weights: DecoderWeights) -> None:
         self._weights = weights
         self.values: dict[str, ir.Value] = {}
-        # Packed integers, scales and zero points of a matrix are written one after the other, of one reading.
+        # Packed integers and scales of a matrix are written one after the other, of one reading.
         self._blocks = lru_cache(1)(self._quantised)
 
     def constant(self, name: str, array: Array) -> ir.Value:
@@ -59,29 +59,28 @@ class Initialisers:
 
     def blocks(
         self, name: str, parts: Sequence[Part], inputs: int, bits: int, *, flat: bool = False
-    ) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """The rows of these parts as packed integers, scales and zero points.
+    ) -> tuple[ir.Value, ir.Value]:
+        """The rows of these parts as packed integers and scales.
 
         Shapes: (rows, blocks, 32 * bits / 8) uint8, or (rows, blocks * 32 * bits / 8) where `flat`; (rows, blocks)
-        float32; (rows, blocks * bits / 8, rounded up) uint8.
+        float32.
         """
         rows, count, packed_bytes = sum(part.rows for part in parts), -(-inputs // BLOCK), BLOCK * bits // 8
         layout: list[tuple[str, tuple[int, ...], type[Any]]] = [
             ("packed", (rows, count * packed_bytes) if flat else (rows, count, packed_bytes), np.uint8),
             ("scales", (rows, count), np.float32),
-            ("zero_points", (rows, -(-count * bits // 8)), np.uint8),
         ]
 
         def reader(i: int) -> Callable[[], Array]:
             return lambda: self._blocks(tuple(parts), inputs, bits)[i].reshape(layout[i][1])
 
-        packed, scales, zero_points = (
+        packed, scales = (
             self._add(f"{name}.int{bits}.{kind}", shape, dtype, reader(i))
             for i, (kind, shape, dtype) in enumerate(layout)
         )
-        return packed, scales, zero_points
+        return packed, scales
 
-    def _quantised(self, parts: tuple[Part, ...], inputs: int, bits: int) -> tuple[Array, Array, Array]:
+    def _quantised(self, parts: tuple[Part, ...], inputs: int, bits: int) -> tuple[Array, Array]:
         return quantise_blocks(self._joined(parts, inputs), bits)
 
     def _joined(self, parts: Sequence[Part], inputs: int) -> Array:

@@ -44,10 +44,10 @@ class Products:
     def rows(self, name: str, ids: ir.Value, shape: tuple[int, int], precision: Precision, output: str) -> ir.Value:
         """Rows of a matrix by index, in float32. Only these are cast or scaled: the table stays as it is stored."""
         if precision in _BITS:
-            packed, *scales = self._flat(name, shape, precision)
+            packed, scales = self._flat(name, shape, precision)
             sizes = {"bits": _BITS[precision], "block_size": BLOCK}
             return self.node(
-                "GatherBlockQuantized", [packed, ids, *scales], output, gather_axis=0, quantize_axis=1, **sizes
+                "GatherBlockQuantized", [packed, ids, scales], output, gather_axis=0, quantize_axis=1, **sizes
             )
         table = self.initialisers.table(name, shape, half=precision == "float16")
         if precision == "float32":
@@ -70,17 +70,17 @@ class Products:
     ) -> ir.Value:
         """`x` times the rows of a table, stored as `rows` reads it: a tied embedding is stored once."""
         if precision in _BITS:
-            packed, *scales = self._flat(name, shape, precision)
+            packed, scales = self._flat(name, shape, precision)
             sizes = self.constant("output_shape", np.array([shape[0], shape[1] // BLOCK, -1]))
             matrix = self.node("Reshape", [packed, sizes], "output_matrix")
-            return self._multiply(x, [matrix, *scales], shape, precision, output)
+            return self._multiply(x, [matrix, scales], shape, precision, output)
         table = self.initialisers.table(name, shape, half=precision == "float16")
         if precision == "float16":
             table = self._float32(table, "output_cast")
         # Transposed when a session is made.
         return self.node("MatMul", [x, self.node("Transpose", [table], "output_matrix", perm=[1, 0])], output)
 
-    def _flat(self, name: str, shape: tuple[int, int], precision: Precision) -> tuple[ir.Value, ...]:
+    def _flat(self, name: str, shape: tuple[int, int], precision: Precision) -> tuple[ir.Value, ir.Value]:
         return self.initialisers.blocks(name, [Part(name, shape[0])], shape[1], _BITS[precision], flat=True)
 
     def _multiply(

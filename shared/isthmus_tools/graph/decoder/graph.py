@@ -203,8 +203,7 @@ class _GraphBuilder:
 def _of_tables(precision: Precision) -> Precision:
     """The precision of the embedding and the output matrix beside layers of `precision`.
 
-    4 bits there cost as much perplexity as in all layers together: for SmolLM2-135M, with zero points, 54.0 against 48.2
-    of 39.5 in float32.
+    4 bits there cost nearly as much perplexity as 4 bits in all layers.
     """
     return "int8" if precision == "int4" else precision
 

@@ -11,8 +11,11 @@ from msgspec.structs import asdict, force_setattr
 from isthmus.artifacts.constraints import Amount, Count, Share, one_of
 from isthmus.errors import ConstraintMalformed
 
-OBJECTIVES = ("latency", "throughput", "cost", "energy")
-# One of OBJECTIVES: minimal latency of a request, maximal requests per second, minimal price, minimal joules.
+GENERATION_OBJECTIVES = ("first-token", "per-token")
+"""Objectives of language models alone: minimal time to the first token, minimal time of a further token."""
+OBJECTIVES = ("latency", "throughput", "cost", "energy", *GENERATION_OBJECTIVES)
+# One of OBJECTIVES: minimal latency of a request, maximal requests per second, minimal price, minimal joules, and
+# those of GENERATION_OBJECTIVES.
 Objective: TypeAlias = Annotated[str, one_of(*OBJECTIVES)]
 
 _Rate = Annotated[float, Meta(gt=0)]
@@ -75,7 +78,9 @@ class Constraints(Struct, frozen=True, forbid_unknown_fields=True):
     The first `private_depth` nodes in topological order run at the edge. If the depth is not 0, so do all readers of a
     model input: no cut lies before these nodes, and no input is transmitted. `max_error` bounds `Error.relative`,
     `max_disagreement` the share of inputs with another prediction. Without `max_error`, MAX_ERROR applies to
-    uncalibrated bundles, and calibrated bundles are accepted as measured. Units: bytes, seconds.
+    uncalibrated bundles, and calibrated bundles are accepted as measured. Of a language model `private_depth` counts
+    layers, `latency_s` is for a whole answer, `first_token_s` and `per_token_s` are for its parts. Units: bytes,
+    seconds.
 
     Raises:
         ConstraintMalformed: a negative or unsatisfiable constraint.
@@ -86,6 +91,8 @@ class Constraints(Struct, frozen=True, forbid_unknown_fields=True):
     latency_s: Amount | None = None
     max_error: Amount | None = None
     max_disagreement: Share | None = None
+    first_token_s: Amount | None = None
+    per_token_s: Amount | None = None
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -97,7 +104,7 @@ class Constraints(Struct, frozen=True, forbid_unknown_fields=True):
                 f"the constraint max_disagreement is {self.max_disagreement}; a share is at most 1",
                 what="max_disagreement",
             )
-        for field in ("edge_memory_bytes", "latency_s"):
+        for field in ("edge_memory_bytes", "latency_s", "first_token_s", "per_token_s"):
             if getattr(self, field) == 0:
                 raise ConstraintMalformed(f"the constraint {field} is 0; nothing runs in that", what=field)
 

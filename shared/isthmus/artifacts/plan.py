@@ -6,6 +6,7 @@ A plan is a JSON blob of its bundle. Format: docs/reference/plan.md.
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -27,6 +28,8 @@ MAX_PLAN_BYTES = 4 * 2**20
 MAX_CANDIDATES = 1000
 # Far above any real plan: the router and the commands walk all items of a list.
 _MAX_ITEMS = 1024
+# Tokens, far beyond any context.
+Length = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 _Source = Annotated[str, one_of("measured", "predicted", "scaled", "")]
 
 
@@ -164,6 +167,40 @@ class CloserLooks(Struct, frozen=True, forbid_unknown_fields=True):
         return sum(self.shares)
 
 
+class GenerationLoad(Struct, frozen=True, forbid_unknown_fields=True):
+    """The generation of text that a plan is for.
+
+    Units: tokens. An answer has `tokens` tokens after a prompt of `prompt`, run in steps of `chunk`. `context` is the
+    longest session; functions keep the state of `sessions` sessions at once.
+    """
+
+    prompt: Length
+    tokens: Length
+    context: Length
+    sessions: Length
+    chunk: Length
+
+
+class TokenCosts(Struct, frozen=True, forbid_unknown_fields=True):
+    """The predicted costs of a language model's candidate by step.
+
+    `first_token` is the time of the prompt up to the first token, `per_token` that of a further token, the mean over
+    the answer. Calls are over the link, and bytes are whole frames there: of the prompt, and of a further token.
+    `edge_state_bytes` and `cloud_state_bytes` are the state of a session at the context, which memory sizes include.
+    """
+
+    first_token: Terms
+    per_token: Terms
+    prompt_calls: Count
+    token_calls: Count
+    prompt_up_bytes: Count
+    prompt_down_bytes: Count
+    token_up_bytes: Count
+    token_down_bytes: Count
+    edge_state_bytes: Count
+    cloud_state_bytes: Count
+
+
 class Candidate(Struct, frozen=True, forbid_unknown_fields=True):
     """A placement of the model.
 
@@ -171,7 +208,9 @@ class Candidate(Struct, frozen=True, forbid_unknown_fields=True):
     `codecs` lists the tensors not sent raw; `input` is whether a photo's file is sent: unchanged, or, where the quality
     of `photo/1` is below 1, as a JPEG of that quality, in percent, of the part that the model takes. `variant` is the
     digest of a substitute bundle. `up_bytes` and `down_bytes` are whole frames on the link. A candidate with a reason
-    in `refused` cannot be chosen. Units: bytes, seconds, joules, prices in the plan's currency.
+    in `refused` cannot be chosen. Of a language model a request is an answer, `generation` has its costs by step, and
+    the measurement's parts are `first_token` and `per_token`. Units: bytes, seconds, joules, prices in the plan's
+    currency.
     """
 
     name: Text
@@ -191,16 +230,35 @@ class Candidate(Struct, frozen=True, forbid_unknown_fields=True):
     energy_j: Amount | None = None
     refused: Text = ""
     looks: CloserLooks | None = field(default=None, name="closer_looks")
+    generation: TokenCosts | None = None
 
     @property
     def calls(self) -> float:
         """Mean number of calls to the cloud per request."""
+        if self.generation is not None:
+            return self.generation.prompt_calls + self.generation.token_calls
         return 1 + (self.looks.extra_calls if self.looks is not None else 0.0)
 
     @property
     def seconds(self) -> float:
         """Seconds of a request: measured, else predicted."""
         return self.predicted.total if self.measured is None else self.measured.median
+
+    @property
+    def first_token_s(self) -> float:
+        """Seconds to the first token: measured, else predicted; infinite for other models."""
+        return self._part("first_token")
+
+    @property
+    def per_token_s(self) -> float:
+        """Seconds of a further token: measured, else predicted; infinite for other models."""
+        return self._part("per_token")
+
+    def _part(self, name: str) -> float:
+        if self.generation is None:
+            return math.inf
+        predicted: Terms = getattr(self.generation, name)
+        return predicted.total if self.measured is None else self.measured.parts.get(name, predicted.total)
 
     @property
     def relative_gap(self) -> float | None:
@@ -238,7 +296,8 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_field
     """The plan of a bundle under given conditions. `subject` is the only bundle served by the plan.
 
     `why` holds sentences: the reasons for the choice, and all candidates omitted or not measured. `inputs` is the kind
-    of inputs behind errors and sizes: `photo`, `tensors` or `random`.
+    of inputs behind errors and sizes: `photo`, `tensors`, `text` or `random`. `generation` is what a language model is
+    planned for.
     """
 
     model: ModelName
@@ -253,8 +312,9 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_field
     made_at: Text
     isthmus: Text
     currency: Text = ""
-    inputs: Annotated[str, one_of("photo", "tensors", "random")] = "random"
+    inputs: Annotated[str, one_of("photo", "tensors", "random", "text")] = "random"
     mix: PlannedMix | None = None
+    generation: GenerationLoad | None = None
 
     @cached_property
     def choice(self) -> Candidate:
@@ -280,15 +340,20 @@ def to_json(plan: Plan) -> bytes:
         PlanMalformed: longer than MAX_PLAN_BYTES.
     """
     doc = builtins(plan)
+    # Absent without a value, as in plans from before these fields: equal plans keep their digests.
     for candidate in doc["candidates"]:
-        # Absent without closer looks, as in plans from before closer looks.
-        if candidate["closer_looks"] is None:
-            del candidate["closer_looks"]
-    if doc["mix"] is None:
-        del doc["mix"]
+        _drop_absent(candidate, "closer_looks", "generation")
+    _drop_absent(doc["constraints"], "first_token_s", "per_token_s")
+    _drop_absent(doc, "mix", "generation")
     data = canonical(doc)
     PLAN.check_size(len(data))
     return data
+
+
+def _drop_absent(document: dict[str, object], *names: str) -> None:
+    for name in names:
+        if document[name] is None:
+            del document[name]
 
 
 def from_json(data: bytes | memoryview) -> Plan:
@@ -315,6 +380,8 @@ def _check(plan: Plan) -> None:
         where = f"has candidates[{i}], {candidate.name[:80]!r},"
         if (candidate.kind == "split") != bool(candidate.cuts):
             raise ValueError(f"{where} of kind {candidate.kind} with cuts {list(candidate.cuts)}")
+        if (candidate.generation is None) != (plan.generation is None):
+            raise ValueError(f"{where} with costs by token in a plan without generation, or without them in one with")
         if candidate.looks is not None:
             _check_looks(f"{where} with closer_looks", candidate, candidate.looks)
 

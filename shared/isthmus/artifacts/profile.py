@@ -18,6 +18,7 @@ from isthmus.errors import ProfileMalformed
 # Profiles arrive from other machines; the bounds keep a damaged profile from filling memory.
 MAX_PROFILE_BYTES = 4 * 2**20
 MAX_SEGMENTS = 1024
+MAX_STEPS = 16 * MAX_SEGMENTS
 _Text = Annotated[str, Meta(max_length=500)]
 
 
@@ -61,6 +62,15 @@ class SegmentCost(Struct, frozen=True, forbid_unknown_fields=True):
     memory_bytes: Count
 
 
+class StepCost(Struct, frozen=True, forbid_unknown_fields=True):
+    """Seconds of a session's step on a segment with state: `tokens` new tokens behind `past` others."""
+
+    segment: SegmentId
+    tokens: Annotated[int, Meta(ge=1)]
+    past: Count
+    run: Timing
+
+
 class HopCost(Struct, frozen=True, forbid_unknown_fields=True):
     """The cost of a call apart from the run: `fixed_s`, and seconds per byte sent and received.
 
@@ -79,7 +89,8 @@ class Profile(Struct, frozen=True, forbid_unknown_fields=True, tag_field="format
     """The measurements on `device`, as `tier`, of the model with the content digest `content` (see `content_of`).
 
     `nodes` are the seconds of each node of the uncut graph, in order, 0 for static nodes; the sum is the median of the
-    whole model. `bundle` is the version with all of `segments`. `inputs` is random, photo or tensors, of `shapes`.
+    whole model. A language model has `steps` in their place, and `run` of a segment is a step of one token. `bundle` is
+    the version with all of `segments`. `inputs` is random, photo or tensors, of `shapes`.
     `steady` is false if the device changed speed; `warnings` give the reasons.
     """
 
@@ -97,6 +108,7 @@ class Profile(Struct, frozen=True, forbid_unknown_fields=True, tag_field="format
     codecs: Mapping[_Text, CodecSpeed] = {}
     steady: bool = True
     warnings: tuple[_Text, ...] = ()
+    steps: Annotated[tuple[StepCost, ...], Meta(max_length=MAX_STEPS)] = ()
 
     @property
     def whole(self) -> SegmentCost:
@@ -114,7 +126,11 @@ def content_of(bundle: Bundle) -> str:
 
 def to_json(profile: Profile) -> bytes:
     """The profile as indented JSON."""
-    return json.dumps(builtins(profile), indent=1, sort_keys=True).encode()
+    document = builtins(profile)
+    if not profile.steps:
+        # Absent of other models, as in profiles of earlier versions.
+        del document["steps"]
+    return json.dumps(document, indent=1, sort_keys=True).encode()
 
 
 def from_json(data: bytes | memoryview) -> Profile:

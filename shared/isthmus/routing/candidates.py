@@ -21,7 +21,8 @@ class RouteCandidate:
 
     `photo` is set where the last hop decodes photos. `name` is the plan's name of the candidate; empty for a route
     beside those that the router chooses from. `terms` and `demand`, and `planned_s`, the seconds of a request alone,
-    are the plan's; the first two are zero and the last None without a plan. `degradation` states what an approximation
+    are the plan's, of a language model those of a further token; the first two are zero and the last None without a
+    plan. `degradation` states what an approximation
     costs; empty where the candidate is as close to the model as the plan allows.
     """
 

@@ -21,7 +21,14 @@ class Demand(NamedTuple):
 
     @classmethod
     def planned(cls, candidate: Candidate) -> Self:
-        """The demand of a plan's candidate, by its predicted terms; closer looks count with their shares."""
+        """The demand of a plan's candidate, by its predicted terms; closer looks count with their shares.
+
+        Of a language model it is that of a further token: live estimates are of steps of a single one.
+        """
+        if (costs := candidate.generation) is not None:
+            each = costs.per_token
+            up, down = float(costs.token_up_bytes), float(costs.token_down_bytes)
+            return cls(each.edge_busy, up, down, each.cloud_busy, 0.0 if candidate.kind == "edge" else 1.0)
         terms = candidate.predicted
         return cls(
             terms.edge_busy,

@@ -49,7 +49,8 @@ def degradation_of(candidate: Candidate, plan: Plan) -> str:
     if candidate.name == plan.chosen or (not error.disagreement and error.relative <= EXACT_ERROR):
         return ""
     has_limit = plan.constraints.max_error is not None or plan.constraints.max_disagreement is not None
-    is_allowed = error.calibrated or has_limit
+    # A language model's plan has a limit of changed tokens by default.
+    is_allowed = error.calibrated or has_limit or candidate.generation is not None
     is_closer = error.disagreement <= choice.disagreement and error.relative <= choice.relative
     if candidate.variant is None and (is_allowed or is_closer):
         return ""

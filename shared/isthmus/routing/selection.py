@@ -90,8 +90,12 @@ class RouteSelector:
         photo = photo_input(candidate, bundle, self._hops)
         demand = Demand.planned(candidate)
         degradation = degradation_of(candidate, plan)
-        terms = candidate.predicted
-        return RouteCandidate(route, photo, candidate.name, demand, candidate.seconds, degradation, terms)
+        costs = candidate.generation
+        # Live estimates of a language model's segments are those of steps of one token.
+        terms, seconds = (
+            (candidate.predicted, candidate.seconds) if costs is None else (costs.per_token, candidate.per_token_s)
+        )
+        return RouteCandidate(route, photo, candidate.name, demand, seconds, degradation, terms)
 
 
 def _raw(candidate: RouteCandidate) -> RouteCandidate:

@@ -45,12 +45,29 @@ def plan(
     rtt: Annotated[str, typer.Option(help="Round-trip time that the link adds.")] = "0ms",
     # Empty, since its default depends on --latency.
     objective: Annotated[
-        str, typer.Option(help="latency, throughput, cost or energy. [default: latency; with --latency, cost]")
+        str,
+        typer.Option(
+            help="latency, throughput, cost or energy; of a language model also first-token and per-token. [default:"
+            " latency; with --latency, cost]"
+        ),
     ] = "",
     latency: Annotated[str, typer.Option(help="Longest time of a request, such as 50ms.")] = "",
+    first_token: Annotated[str, typer.Option(help="Longest time to a language model's first token.")] = "",
+    per_token: Annotated[str, typer.Option(help="Longest time of a further token.")] = "",
+    prompt: Annotated[
+        int | None, typer.Option(help="Tokens of the prompt that a language model is planned for. [default: 512]")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens of its answer. [default: 128]")] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of the longest session, for its memory. [default: prompt and answer]")
+    ] = None,
+    sessions: Annotated[int | None, typer.Option(help="Sessions with their state kept at once. [default: 1]")] = None,
     edge_memory: Annotated[str, typer.Option(help="Most memory of the model at the edge, such as 200MB.")] = "",
     private_depth: Annotated[
-        int, typer.Option(help="So many first nodes run at the edge; no cut before them, no cloud-only.")
+        int,
+        typer.Option(
+            help="So many first nodes, of a language model layers, run at the edge; no cut before them, no cloud-only."
+        ),
     ] = 0,
     max_error: Annotated[
         float | None, typer.Option(help="Largest relative error of the outputs. [default: 0.05, or calibrated]")
@@ -69,7 +86,10 @@ def plan(
     edge_cpus: EdgeCpus = None,
     predict_only: Annotated[bool, typer.Option("--predict-only", help="Measure nothing over the link.")] = False,
     photos: Annotated[
-        list[Path] | None, typer.Option("--input", help="A photo, or a folder of photos, to try candidates with.")
+        list[Path] | None,
+        typer.Option(
+            "--input", help="A photo, a folder of photos, or a language model's text, to try candidates with."
+        ),
     ] = None,
     tensor: Tensors = None,
     time_limit: TimeLimit = "5m",
@@ -93,9 +113,11 @@ def plan(
 
     Predictions prune, measurements decide: candidates run on the functions of --head and --tail, or of --local, over an
     emulated link. Without functions the plan is predicted only, says so, and is published with --publish alone. Before
-    its publication nothing in service changes.
+    its publication nothing in service changes. A language model is planned for the time to its first token, the time of
+    a token, or that of a whole answer.
 
-    Example: `isthmus plan efficientnet-lite0 --uplink 10mbit --rtt 20ms --local`
+    Example: `isthmus plan efficientnet-lite0 --uplink 10mbit --rtt 20ms --local`, or `isthmus plan smollm2
+    --objective per-token --prompt 512 --tokens 128 --sessions 8 --uplink 4mbit --rtt 20ms --local`
     """
     from isthmus.artifacts.conditions import Conditions, Constraints, check_objective
     from isthmus.registry.registry import check_alias
@@ -139,6 +161,8 @@ def plan(
                 latency_s=read_option(parse_duration, "--latency", latency) if latency else None,
                 max_error=max_error,
                 max_disagreement=max_disagreement,
+                first_token_s=read_option(parse_duration, "--first-token", first_token) if first_token else None,
+                per_token_s=read_option(parse_duration, "--per-token", per_token) if per_token else None,
             ),
             objective=check_objective(objective or ("cost" if latency else "latency")),
             prices=read_prices(prices) if prices else None,
@@ -148,11 +172,14 @@ def plan(
             tensors=read_tensors(tensor),
             sweep=sweep,
             int8=int8,
+            answer=use_case.AnswerSize(prompt, tokens, context, sessions),
             budget=budget_of(time_limit),
         )
         # Progress ends last, functions outlive the plan's measurements.
         with ExitStack() as resources:
             progress = resources.enter_context(progress_bars(as_json))
+            if check or (picture is not None and not sweep):
+                use_case.check_graph(request)
             if local:
                 # The start of functions takes seconds: unusable inputs fail before.
                 use_case.check_inputs(request)
@@ -173,7 +200,7 @@ def plan(
                 if sweep:
                     map_figure.draw(best, sweeps.regions, picture)
                 else:
-                    plan_figure.draw(best, plan_figure.GraphCurves.of(result.candidate_set), picture)
+                    plan_figure.draw(best, plan_figure.GraphCurves.of(result.graph_candidates), picture)
             publication = None
             # Last of all: a failure or an interrupt before has published nothing.
             # A prediction may be wrong, so it is published on demand alone.

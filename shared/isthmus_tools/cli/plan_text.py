@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from isthmus.artifacts.plan import TERMS, Candidate, Plan, PlannedMix, to_json
 from isthmus.units import format_duration, format_rate, format_size
+from isthmus_tools.cli.answers_text import show_answer_terms, show_answers
 from isthmus_tools.cli.console import say, table
 from isthmus_tools.planner.choice import GridCell, behind_text, grid
 from isthmus_tools.planner.regions import RegionCell, RegionMap, region_map
@@ -67,11 +68,11 @@ def show(plan: Plan, *, refusals: int = SHOWN) -> None:
 
     At most `refusals` refused candidates are printed with their reasons.
     """
-    c = plan.conditions
-    if c.adds_nothing:
-        over = "over the network that is there"
-    else:
-        over = f"over {format_rate(c.up_bps)} up, {format_rate(c.down_bps)} down, {format_duration(c.rtt_s)}"
+    over = link_text(plan)
+    if plan.generation is not None:
+        show_answers(plan, over)
+        _show_reasons(plan, refusals)
+        return
     # A measurement goes before any prediction, however fast the prediction is.
     ranked = sorted(plan.candidates, key=lambda c: (bool(c.refused), c.measured is None, c.seconds))
     shown = ranked[:SHOWN]
@@ -96,11 +97,24 @@ def show(plan: Plan, *, refusals: int = SHOWN) -> None:
         say(f"and {len(ranked) - len(shown)} more: --json has all")
     if plan.mix is not None:
         _show_mix(plan, plan.mix)
+    _show_reasons(plan, refusals)
+
+
+def link_text(plan: Plan) -> str:
+    """The plan's link as the end of a title."""
+    c = plan.conditions
+    if c.adds_nothing:
+        return "over the network that is there"
+    return f"over {format_rate(c.up_bps)} up, {format_rate(c.down_bps)} down, {format_duration(c.rtt_s)}"
+
+
+def _show_reasons(plan: Plan, refusals: int) -> None:
+    """Print the reasons, and at most so many refused candidates with theirs."""
     for sentence in plan.why:
         say(f"- {sentence}")
     if (gap := plan.typical_gap) is not None:
         say(f"- measurements are {gap:.0%} from predictions in the median")
-    refused = [c for c in ranked if c.refused]
+    refused = sorted((c for c in plan.candidates if c.refused), key=lambda c: (c.measured is None, c.seconds))
     if refused and refusals:
         say("refused:")
         for candidate in refused[:refusals]:
@@ -150,6 +164,9 @@ def _agreement(refusal: Refusal) -> str:
 
 def _show_terms(plan: Plan, rivals: Sequence[str]) -> None:
     columns = [plan.choice, *(c for name in rivals for c in plan.candidates if c.name == name)]
+    if plan.generation is not None:
+        show_answer_terms(plan, columns)
+        return
     rows: list[list[str]] = []
     for term in TERMS:
         seconds = [c.predicted.seconds[term] for c in columns]

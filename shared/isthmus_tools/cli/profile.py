@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from isthmus.artifacts.segment_id import partition_ids
+from isthmus.artifacts.segment_id import WHOLE, partition_ids
 from isthmus.errors import RequestMalformed, SettingsError
 from isthmus.settings import is_secret
 from isthmus.units import format_size
@@ -131,6 +131,9 @@ def _show(result: ProfileResult) -> None:
             f"  the whole model: {_ms(whole.run.median)} ms ({_ms(whole.run.low)} to {_ms(whole.run.high)}),"
             f" {format_size(whole.memory_bytes)} of memory, on {profile.inputs} inputs{hop}"
         )
+        for step in (s for s in profile.steps if s.segment == WHOLE):
+            each = step.run.median / step.tokens
+            say(f"  a step of {step.tokens} tokens behind {step.past}: {_ms(step.run.median)} ms, {_ms(each)} a token")
         for warning in profile.warnings:
             say(f"  unsteady or incomplete: {warning}", "yellow")
     rows = []

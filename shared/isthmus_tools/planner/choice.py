@@ -12,7 +12,8 @@ from msgspec.structs import replace
 
 import isthmus
 from isthmus.artifacts.conditions import MAX_ERROR, Conditions, Constraints, Objective
-from isthmus.artifacts.plan import Candidate, Measured, Plan, ProfileUsed
+from isthmus.artifacts.plan import Candidate, Measured, Plan, ProfileUsed, Terms
+from isthmus.artifacts.profile import Profile
 from isthmus.errors import ConstraintMalformed, Infeasible
 from isthmus.units import format_duration, format_size
 from isthmus_tools.planner.candidates import CandidateSet
@@ -26,6 +27,8 @@ MAP_RATES = (0.1e6, 0.2e6, 0.5e6, 1e6, 2e6, 5e6, 10e6, 30e6, 100e6)
 ROUND_TRIPS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
 # Reasons name all candidates within this share of the best, since the order among these is within noise.
 _TIE = 0.02
+# As calibration's limit of agreement: a codec that changes more tokens needs a bound of its own.
+MAX_TOKEN_DISAGREEMENT = 0.01
 # A link faster than the measured link must not turn a measurement to zero or less.
 _MIN_SECONDS = 1e-6
 
@@ -69,19 +72,33 @@ def violations(candidate: Candidate, constraints: Constraints) -> list[Violation
         size = candidate.edge_memory_bytes
         message = f"it needs {format_size(size)} at the edge, of {format_size(limit)}"
         broken.append(Violation("edge-memory", limit, size, message))
-    if (limit_s := constraints.latency_s) is not None and candidate.seconds > limit_s:
-        message = f"it takes {format_duration(candidate.seconds)}, of {format_duration(limit_s)}"
-        broken.append(Violation("latency", limit_s, candidate.seconds, message))
+    for name, limit_s, seconds, doing in (
+        ("latency", constraints.latency_s, candidate.seconds, "it takes"),
+        ("first-token", constraints.first_token_s, candidate.first_token_s, "its first token takes"),
+        ("per-token", constraints.per_token_s, candidate.per_token_s, "a token takes"),
+    ):
+        if limit_s is not None and seconds > limit_s:
+            message = f"{doing} {format_duration(seconds)}, of {format_duration(limit_s)}"
+            broken.append(Violation(name, limit_s, seconds, message))
     # Calibration has approved its codecs by agreement, so MAX_ERROR is for errors of a few trial inputs only.
     default = math.inf if error.calibrated else MAX_ERROR
     max_error = constraints.max_error if constraints.max_error is not None else default
     if error.relative > max_error:
         message = f"its error is {error.relative:.2g}, of {max_error:g}"
         broken.append(Violation("max-error", max_error, error.relative, message))
-    if (share := constraints.max_disagreement) is not None and error.disagreement > share:
-        message = f"{error.disagreement:.1%} of its answers differ, of {share:.1%}"
+    share = constraints.max_disagreement
+    if share is None and candidate.generation is not None and not error.calibrated:
+        # Of a language model tokens are compared, and no outputs.
+        share = MAX_TOKEN_DISAGREEMENT
+    if share is not None and error.disagreement > share:
+        message = f"{error.disagreement:.1%} of its {_compared(candidate)} differ, of {share:.1%}"
         broken.append(Violation("max-disagreement", share, error.disagreement, message))
     return broken
+
+
+def without_deadlines(constraints: Constraints) -> Constraints:
+    """`constraints` but for their bounds on seconds, which are for measurements: a prediction may be wrong."""
+    return replace(constraints, latency_s=None, first_token_s=None, per_token_s=None)
 
 
 def choose(
@@ -108,11 +125,17 @@ def choose(
     return refused, best, tuple(_reasons(best, competing, objective, value))
 
 
+def _compared(candidate: Candidate) -> str:
+    return "answers" if candidate.generation is None else f"{candidate.error.inputs} tokens"
+
+
 VALUES: Mapping[Objective, Callable[[Candidate], float]] = {
     "latency": lambda c: c.seconds,
     "throughput": slowest_stage,
     "cost": lambda c: float("inf") if c.price is None else c.price,
     "energy": lambda c: float("inf") if c.energy_j is None else c.energy_j,
+    "first-token": lambda c: c.first_token_s,
+    "per-token": lambda c: c.per_token_s,
 }
 """The value that each objective minimises."""
 
@@ -121,14 +144,20 @@ def _reasons(
     best: Candidate, competing: Sequence[Candidate], objective: Objective, value: Callable[[Candidate], float]
 ) -> list[str]:
     how = "measured" if best.measured is not None else "predicted only"
-    seconds = format_duration(best.seconds)
-    reasons = [f"{best.name} is the best of {len(competing)} for {objective}, {how}: {seconds} a request"]
+    reasons = [f"{best.name} is the best of {len(competing)} for {objective}, {how}: {_seconds_text(best)}"]
     rest = sorted((c for c in competing if c is not best), key=value)
     if rest and value(best) > 0:
         reasons.append(f"the next is {rest[0].name}, {behind_text(value(rest[0]) / value(best) - 1)}")
         if ties := [c.name for c in rest if value(c) <= value(best) * (1 + _TIE)]:
             reasons.append(f"within {_TIE:.0%} of it: {', '.join(ties)}")
     return reasons
+
+
+def _seconds_text(best: Candidate) -> str:
+    if best.generation is None:
+        return f"{format_duration(best.seconds)} a request"
+    first, each = format_duration(best.first_token_s), format_duration(best.per_token_s)
+    return f"{first} to the first token, {each} a token, {format_duration(best.seconds)} an answer"
 
 
 def behind_text(share: float) -> str:
@@ -164,6 +193,13 @@ def _infeasible(candidates: Sequence[Candidate], constraints: Constraints) -> In
     )
 
 
+def profiles_used(profiles: Mapping[str, Profile]) -> tuple[ProfileUsed, ...]:
+    """The profiles behind a plan, by tier."""
+    return tuple(
+        ProfileUsed(tier, p.device.id, p.device.cpu, p.measured_at, p.steady) for tier, p in sorted(profiles.items())
+    )
+
+
 def build_plan(
     candidate_set: CandidateSet,
     candidates: Sequence[Candidate],
@@ -187,10 +223,7 @@ def build_plan(
         objective=objective,
         conditions=conditions,
         constraints=constraints,
-        profiles=tuple(
-            ProfileUsed(tier, p.device.id, p.device.cpu, p.measured_at, p.steady)
-            for tier, p in sorted(candidate_set.profiles.items())
-        ),
+        profiles=profiles_used(candidate_set.profiles),
         candidates=refused,
         chosen=best.name,
         why=(*reasons, *_caveats(candidate_set, refused, best)),
@@ -260,18 +293,28 @@ def over_link(candidate: Candidate, conditions: Conditions) -> Candidate:
     t = candidate.predicted
     moved = t
     if candidate.up_bytes or candidate.down_bytes:
-        moved = replace(
-            t,
-            up=(candidate.up_bytes + candidate.calls * HEADERS_UP) * conditions.up_byte_s,
-            down=(candidate.down_bytes + candidate.calls * HEADERS_DOWN) * conditions.down_byte_s,
-            rtt=candidate.calls * conditions.rtt_s,
-        )
+        moved = _moved(t, candidate.up_bytes, candidate.down_bytes, candidate.calls, conditions)
     measured = candidate.measured
     if measured is not None:
         shift = moved.total - t.total
         low, median, high = (max(_MIN_SECONDS, s + shift) for s in (measured.low, measured.median, measured.high))
         measured = Measured(median, low, high, measured.runs)
+    if (costs := candidate.generation) is not None and costs.prompt_calls:
+        first = _moved(
+            costs.first_token, costs.prompt_up_bytes, costs.prompt_down_bytes, costs.prompt_calls, conditions
+        )
+        each = _moved(costs.per_token, costs.token_up_bytes, costs.token_down_bytes, 1, conditions)
+        candidate = replace(candidate, generation=replace(costs, first_token=first, per_token=each))
     return replace(candidate, predicted=moved, measured=measured)
+
+
+def _moved(t: Terms, up_bytes: int, down_bytes: int, calls: float, conditions: Conditions) -> Terms:
+    return replace(
+        t,
+        up=(up_bytes + calls * HEADERS_UP) * conditions.up_byte_s,
+        down=(down_bytes + calls * HEADERS_DOWN) * conditions.down_byte_s,
+        rtt=calls * conditions.rtt_s,
+    )
 
 
 def sweep_links() -> list[Conditions]:

@@ -15,6 +15,7 @@ from isthmus.artifacts.profile import (
     HopCost,
     Profile,
     SegmentCost,
+    Timing,
     content_of,
     from_json,
     to_json,
@@ -65,17 +66,21 @@ def slowed(profile: Profile, slowdown: float, hop: HopCost, whole_cpu_s: float) 
     times = slowdown * whole_cpu_s / profile.whole.run.median if profile.whole.run.median else slowdown
 
     def cost(c: SegmentCost) -> SegmentCost:
-        run = replace(c.run, median=c.run.median * times, low=c.run.low * times, high=c.run.high * times)
-        return replace(c, run=run, decode_s=c.decode_s * slowdown, encode_s=c.encode_s * slowdown)
+        return replace(c, run=_times(c.run, times), decode_s=c.decode_s * slowdown, encode_s=c.encode_s * slowdown)
 
     return replace(
         profile,
         device=replace(profile.device, cpu=f"1/{slowdown:g} of a CPU: {profile.device.cpu}"[:MAX_TEXT], id=""),
         nodes=tuple(seconds * times for seconds in profile.nodes),
+        steps=tuple(replace(step, run=_times(step.run, times)) for step in profile.steps),
         segments={segment: cost(c) for segment, c in profile.segments.items()},
         hop=hop,
         codecs={name: CodecSpeed(c.pack_s * slowdown, c.unpack_s * slowdown) for name, c in profile.codecs.items()},
     )
+
+
+def _times(run: Timing, factor: float) -> Timing:
+    return replace(run, median=run.median * factor, low=run.low * factor, high=run.high * factor)
 
 
 def is_slowed(device: Device) -> bool:
@@ -114,4 +119,6 @@ def newest(registry: Registry, bundle: Bundle, tiers: Sequence[str]) -> dict[str
 
 def merge(older: Profile, newer: Profile) -> Profile:
     """`newer`, completed by the segments and codecs of `older`, a profile of the same content and device."""
-    return replace(newer, segments={**older.segments, **newer.segments}, codecs={**older.codecs, **newer.codecs})
+    segments, codecs = {**older.segments, **newer.segments}, {**older.codecs, **newer.codecs}
+    steps = tuple(step for step in older.steps if step.segment not in newer.segments)
+    return replace(newer, segments=segments, codecs=codecs, steps=(*steps, *newer.steps))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from isthmus.artifacts.bundle import Bundle
@@ -16,6 +16,7 @@ from isthmus_tools.budget import UNLIMITED, Budget
 from isthmus_tools.netem.process import link_to
 from isthmus_tools.planner.candidates import CandidateSet
 from isthmus_tools.planner.elimination import ROUNDS
+from isthmus_tools.planner.generation_runs import GenerationTask, measure_generations
 from isthmus_tools.planner.inputs import TrialInput
 from isthmus_tools.planner.measurement import LinkedFunctions, contenders, measure
 from isthmus_tools.profiling.slow_edge import AT_FULL_SPEED, SlowEdge
@@ -92,20 +93,14 @@ def measure_over_link(
     Raises:
         HopError, RegistryError: a function or the registry cannot be reached.
     """
-    with ExitStack() as link:
-        tail = functions.tail
-        # A relay takes time even where it limits nothing.
-        if not conditions.adds_nothing:
-            up, down, rtt_s = conditions.up_bps, conditions.down_bps, conditions.rtt_s
-            tail = link.enter_context(link_to(tail, uplink_bps=up, downlink_bps=down, rtt_s=rtt_s))
+    with _linked(functions, conditions) as linked:
         return measure(
             candidates,
             digest,
             bundle,
-            # The tail without the link as well: loading a model over a slow link would only take longer.
-            LinkedFunctions(functions.head, tail, functions.tail),
+            linked,
             inputs,
-            Tables(registry.bundle, registry.blob, MAX_PIXELS),
+            codec_tables(registry),
             registry.bundle,
             constraints=constraints,
             edge=functions.edge,
@@ -114,3 +109,56 @@ def measure_over_link(
             progress=progress,
             budget=budget,
         )
+
+
+def measure_answers(
+    functions: FunctionUrls,
+    candidates: Sequence[Candidate],
+    digest: str,
+    bundle: Bundle,
+    task: GenerationTask,
+    tables: Tables,
+    conditions: Conditions,
+    *,
+    objective: Objective,
+    constraints: Constraints,
+    progress: Progress,
+    budget: Budget,
+) -> tuple[Candidate, ...]:
+    """`generation_runs.measure_generations` with an emulated link of `conditions` before the function in the cloud.
+
+    Raises:
+        HopError: a function cannot be reached.
+    """
+    with _linked(functions, conditions) as linked:
+        return measure_generations(
+            candidates,
+            digest,
+            bundle,
+            linked,
+            task,
+            tables,
+            objective=objective,
+            constraints=constraints,
+            edge=functions.edge,
+            progress=progress,
+            budget=budget,
+        )
+
+
+def codec_tables(registry: Registry) -> Tables:
+    """The codecs' tables of published bundles."""
+    return Tables(registry.bundle, registry.blob, MAX_PIXELS)
+
+
+@contextmanager
+def _linked(functions: FunctionUrls, conditions: Conditions) -> Iterator[LinkedFunctions]:
+    """The functions, that in the cloud behind an emulated link for the block."""
+    with ExitStack() as link:
+        tail = functions.tail
+        # A relay takes time even where it limits nothing.
+        if not conditions.adds_nothing:
+            up, down, rtt_s = conditions.up_bps, conditions.down_bps, conditions.rtt_s
+            tail = link.enter_context(link_to(tail, uplink_bps=up, downlink_bps=down, rtt_s=rtt_s))
+        # The tail without the link as well: loading a model over a slow link would only take longer.
+        yield LinkedFunctions(functions.head, tail, functions.tail)

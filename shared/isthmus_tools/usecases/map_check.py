@@ -96,7 +96,7 @@ def check_map(
     functions = request.functions
     if functions is None or not functions.edge.pids:
         raise RequestMalformed("cells are measured on a slow edge of this machine: --local --edge-slowdown N")
-    candidates = result.candidate_set
+    candidates = result.graph_candidates
     digest = candidates.stage(result.registry)
     checked: list[CheckedCell] = []
     cells = cells_to_check(regions, count)

@@ -3,85 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from types import TracebackType
-from typing import Self
+from collections.abc import Mapping
 
-from isthmus.arrays import Array
-from isthmus.artifacts.conditions import Conditions, Constraints, Objective
-from isthmus.artifacts.plan import Plan
-from isthmus.registry import Registry, open_cache, open_registry
-from isthmus.settings import RegistrySettings
-from isthmus_tools.budget import UNLIMITED, Budget
-from isthmus_tools.planner.candidates import CandidateSet
+from isthmus.artifacts.conditions import GENERATION_OBJECTIVES
+from isthmus.artifacts.profile import Profile
+from isthmus.errors import ConstraintMalformed, RequestMalformed
+from isthmus.registry import open_cache, open_registry
 from isthmus_tools.planner.choice import build_plan, check_prices, sweep_links, with_measurements
-from isthmus_tools.planner.costs import Prices
 from isthmus_tools.planner.enumeration import enumerate_candidates
 from isthmus_tools.progress import Progress, silent
 from isthmus_tools.usecases.functions import FunctionUrls, measure_candidates
-from isthmus_tools.usecases.profile import ProfileRequest, tier_profiles
-from isthmus_tools.usecases.publication import Publication, publish_candidate
+from isthmus_tools.usecases.plan_language import plan_language_model
+from isthmus_tools.usecases.plan_request import AnswerSize, PlanRequest, PlanResult, check_language_request
+from isthmus_tools.usecases.profile import tier_profiles
+from isthmus_tools.usecases.profile_request import ProfileRequest
 from isthmus_tools.usecases.sources import example_requests, further_photos
+
+__all__ = ["AnswerSize", "PlanRequest", "PlanResult", "check_graph", "check_inputs", "plan"]
 
 # Random inputs show speeds alone, for which a few are enough.
 _RANDOM_REQUESTS = 3
 # Shares of the time limit for profiling and for the trial of cuts; the rest is for measurements over the link.
 _PROFILING_SHARE, _TRIALS_SHARE = 0.4, 0.7
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanRequest:
-    """A model to plan for: the link, the objective and its constraints, the functions and the inputs to measure with.
-
-    `model` is NAME or NAME:VERSION. Without functions the plan is predicted from stored profiles; with functions and a
-    token both tiers are profiled first; `predict_only` measures nothing over the link. `sweep` tries cuts for other
-    links too. `int8` tries the model quantised at the edge. Candidates run on `photos` or `tensors`, else on the sample
-    photos or random numbers.
-    """
-
-    model: str
-    registry: RegistrySettings
-    conditions: Conditions
-    constraints: Constraints = field(default_factory=Constraints)
-    objective: Objective = "latency"
-    prices: Prices | None = None
-    functions: FunctionUrls | None = None
-    predict_only: bool = False
-    photos: Sequence[Path] = ()
-    tensors: Mapping[str, Array] = field(default_factory=dict)
-    sweep: bool = False
-    int8: bool = True
-    budget: Budget = UNLIMITED
-
-
-@dataclass(frozen=True)
-class PlanResult:
-    """A plan and its candidate set, with files that exist until the result is closed; a context manager."""
-
-    plan: Plan
-    candidate_set: CandidateSet
-    registry: Registry
-    _files: contextlib.ExitStack
-
-    def publish(self, alias: str = "prod") -> Publication:
-        """Publish the plan as the model's next version, and the int8 variant, if any, as a model of its own.
-
-        Raises:
-            RegistryError: the alias is malformed, or the registry cannot be written.
-        """
-        return publish_candidate(self.registry, self.candidate_set, self.plan, alias)
-
-    def close(self) -> None:
-        """Remove the candidates' files, without which `publish` fails."""
-        self._files.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self.close()
 
 
 def plan(request: PlanRequest, progress: Progress = silent) -> PlanResult:
@@ -97,22 +40,15 @@ def plan(request: PlanRequest, progress: Progress = silent) -> PlanResult:
     # Before anything runs: cost and energy are nothing without prices.
     check_prices(request.objective, request.constraints, request.prices)
     model = store.resolve(request.model)
+    if model.bundle.text is not None:
+        check_language_request(request, model.bundle)
+        return plan_language_model(request, _profiles(request, progress), progress)
+    _check_request(request)
     kind, examples = example_requests(
         model.bundle, request.photos, request.tensors, random=_RANDOM_REQUESTS, samples=True
     )
     functions = request.functions
-    # Predictions need the profiles of both tiers.
-    profiles = tier_profiles(
-        ProfileRequest(
-            model=request.model,
-            registry=request.registry,
-            functions=functions or FunctionUrls(),
-            # Candidates are staged by digest; only a published plan makes a version.
-            new_version=False,
-            budget=request.budget.share(_PROFILING_SHARE),
-        ),
-        progress,
-    )
+    profiles = _profiles(request, progress)
     with contextlib.ExitStack() as files:
         candidate_set = files.enter_context(
             enumerate_candidates(
@@ -158,6 +94,19 @@ def plan(request: PlanRequest, progress: Progress = silent) -> PlanResult:
         return PlanResult(best, candidate_set, store, files.pop_all())
 
 
+def _profiles(request: PlanRequest, progress: Progress) -> Mapping[str, Profile]:
+    """The profiles of both tiers, which predictions need."""
+    profile = ProfileRequest(
+        model=request.model,
+        registry=request.registry,
+        functions=request.functions or FunctionUrls(),
+        # Candidates are staged by digest; only a published plan makes a version.
+        new_version=False,
+        budget=request.budget.share(_PROFILING_SHARE),
+    )
+    return tier_profiles(profile, progress)
+
+
 def check_inputs(request: PlanRequest) -> None:
     """Read the model and the inputs of a request, before functions start.
 
@@ -165,4 +114,35 @@ def check_inputs(request: PlanRequest) -> None:
         Missing, RequestError: as `plan`.
     """
     bundle = open_registry(request.registry).resolve(request.model).bundle
+    if bundle.text is not None:
+        check_language_request(request, bundle)
+        return
+    _check_request(request)
     example_requests(bundle, request.photos, request.tensors, random=_RANDOM_REQUESTS)
+
+
+def check_graph(request: PlanRequest) -> None:
+    """Refuse a language model where curves along the graph or cells of the map are asked for.
+
+    Raises:
+        RequestMalformed: the model is one.
+    """
+    if open_registry(request.registry).resolve(request.model).bundle.text is not None:
+        raise RequestMalformed(
+            f"{request.model} is a language model: its plan has no curves along the graph, and no cells are measured",
+            hint="draw the map of the link: --sweep --picture FILE",
+        )
+
+
+def _check_request(request: PlanRequest) -> None:
+    """Refuse options that language models alone have."""
+    limits = request.constraints
+    if (
+        request.objective in GENERATION_OBJECTIVES
+        or (limits.first_token_s, limits.per_token_s) != (None, None)
+        or not request.answer.is_default
+    ):
+        raise ConstraintMalformed(
+            f"{request.model} is no language model: first and further tokens, prompts and sessions are of those alone",
+            what="answer",
+        )

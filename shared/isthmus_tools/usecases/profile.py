@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
 
 from msgspec import structs
 
-from isthmus.arrays import Array
-from isthmus.artifacts.profile import Profile, to_json
+from isthmus.artifacts.profile import Profile
 from isthmus.artifacts.segment_id import WHOLE, SegmentId
 from isthmus.registry import open_cache, open_registry
-from isthmus.settings import RegistrySettings, SegmentSettings
-from isthmus_tools.budget import UNLIMITED, Budget
+from isthmus.settings import SegmentSettings
 from isthmus_tools.graph import open_model
 from isthmus_tools.profiling import profiles
 from isthmus_tools.profiling.cuts import cuts_to_profile, profiled_cuts, with_cuts
@@ -23,54 +18,13 @@ from isthmus_tools.profiling.measure import hop_cost, measure, whole_cpu_seconds
 from isthmus_tools.profiling.remote import ProfiledFunction
 from isthmus_tools.profiling.subject import SegmentInputs, Subject
 from isthmus_tools.progress import Progress, silent
-from isthmus_tools.usecases.functions import FunctionUrls
+from isthmus_tools.usecases.profile_language import profile_language_model
+from isthmus_tools.usecases.profile_request import ProfileRequest, ProfileResult
 from isthmus_tools.usecases.sources import example_requests
 
+__all__ = ["ProfileRequest", "ProfileResult", "check_inputs", "profile", "tier_profiles"]
+
 EDGE, CLOUD = "edge", "cloud"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProfileRequest:
-    """A model to measure on its future functions.
-
-    `model` is NAME or NAME:VERSION. `cuts` are partitions as texts; without any, the bundle's own and some of every
-    part of the graph are measured, each segment `runs` times. The model runs on `photos` or `tensors`, else on random
-    numbers. A stored profile that is up to date is kept, unless `again`. Cuts that the bundle lacks become its next
-    version if `new_version`, without moving an alias; else functions load the cuts by digest.
-    """
-
-    model: str
-    registry: RegistrySettings
-    functions: FunctionUrls
-    cuts: Sequence[str] = ()
-    runs: int = 15
-    photos: Sequence[Path] = ()
-    tensors: Mapping[str, Array] = field(default_factory=dict)
-    again: bool = False
-    new_version: bool = True
-    budget: Budget = UNLIMITED
-
-
-@dataclass(frozen=True)
-class ProfileResult:
-    """The profile of each tier, and the bytes over the link at each measured cut.
-
-    Tiers in `up_to_date` kept their stored profiles.
-    """
-
-    model: str
-    cuts: Mapping[str, int]
-    profiles: Mapping[str, Profile]
-    up_to_date: frozenset[str] = field(default_factory=frozenset)
-
-    def document(self) -> dict[str, Any]:
-        """The result, JSON-ready."""
-        return {
-            "model": self.model,
-            "cuts": list(self.cuts),
-            "up_to_date": sorted(self.up_to_date),
-            "profiles": {tier: json.loads(to_json(profile)) for tier, profile in self.profiles.items()},
-        }
 
 
 def profile(request: ProfileRequest, progress: Progress = silent) -> ProfileResult:
@@ -84,6 +38,8 @@ def profile(request: ProfileRequest, progress: Progress = silent) -> ProfileResu
     settings = SegmentSettings(**vars(request.registry))
     store = open_registry(settings)
     version = store.resolve(request.model)
+    if version.bundle.text is not None:
+        return profile_language_model(request, progress)
     # One request, run again and again: the spread is then the machine's, not the inputs'.
     kind, requests = example_requests(version.bundle, request.photos, request.tensors, random=1)
     inputs = dict(requests[0].arrays)
@@ -163,7 +119,8 @@ def check_inputs(request: ProfileRequest) -> None:
         Missing, RequestError: as `profile`.
     """
     bundle = open_registry(request.registry).resolve(request.model).bundle
-    example_requests(bundle, request.photos, request.tensors, random=1)
+    if bundle.text is None:
+        example_requests(bundle, request.photos, request.tensors, random=1)
 
 
 def _is_of(profile: Profile, kind: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:

@@ -17,6 +17,7 @@ from isthmus.registry.registry import check_alias
 from isthmus.settings import RegistrySettings
 from isthmus.units import format_duration, format_rate
 from isthmus_tools.planner.candidates import CandidateSet
+from isthmus_tools.planner.language_candidates import LanguageCandidates
 from isthmus_tools.planner.publishing import carry_over, publish_plan, renew
 from isthmus_tools.usecases.versions import next_command, serving_version
 
@@ -142,7 +143,9 @@ def _publish_version(
     )
 
 
-def publish_candidate(registry: Registry, candidate_set: CandidateSet, plan: Plan, alias: str) -> Publication:
+def publish_candidate(
+    registry: Registry, candidate_set: CandidateSet | LanguageCandidates, plan: Plan, alias: str
+) -> Publication:
     """Publish a plan as its model's next version, and the int8 variant, if any, as a model of its own.
 
     Raises:

@@ -1,0 +1,79 @@
+"""Plans of language models as text: candidates by the time of the first and of a further token, and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from isthmus.artifacts.plan import TERMS, Candidate, Plan
+from isthmus.units import format_size
+from isthmus_tools.cli.console import say, table
+from isthmus_tools.planner.choice import VALUES
+from isthmus_tools.planner.language_choice import binding_term
+
+# Rows for a terminal; --json has all.
+SHOWN = 12
+
+
+def show_answers(plan: Plan, over: str) -> None:
+    """Print the candidates: measured ones first, the best by the plan's objective first, refused ones last."""
+    load = plan.generation
+    if load is None:
+        return
+    value = VALUES[plan.objective]
+    ranked = sorted(plan.candidates, key=lambda c: (bool(c.refused), c.measured is None, value(c)))
+    columns = ["candidate", "first token, ms", "a token, ms", "predicted", "answer, s", "bytes a token", "edge memory"]
+    columns += ["of it sessions", "most of a token", "tokens changed"]
+    rows = [_row(plan, candidate, load.sessions) for candidate in ranked[:SHOWN]]
+    title = (
+        f"{plan.model} for {plan.objective}, {over}: {load.prompt} tokens of prompt, {load.tokens} of answer,"
+        f" {load.sessions} sessions of {load.context}"
+    )
+    drop = ["of it sessions", "tokens changed", "answer, s", "predicted", "bytes a token", "edge memory"]
+    table(title, columns, rows, numbers=columns[1:8], drop=drop)
+    if len(ranked) > SHOWN:
+        say(f"and {len(ranked) - SHOWN} more: --json has all")
+    say("predicted: the first and a further token, ms; without a measurement the times before are predictions too")
+
+
+def show_answer_terms(plan: Plan, columns: Sequence[Candidate]) -> None:
+    """Print the predicted terms of a further token, and the sums of both kinds beside their measurements."""
+    rows: list[list[str]] = []
+    costs = [(c, c.generation) for c in columns if c.generation is not None]
+    for term in TERMS:
+        seconds = [cost.per_token.seconds[term] for _, cost in costs]
+        # A term without seconds explains no difference.
+        if any(seconds):
+            rows.append([term.replace("_", " "), *(f"{s * 1e3:.2f}" if s else "" for s in seconds)])
+    for title, attribute, part in (
+        ("a token", "per_token", "per_token"),
+        ("the first token", "first_token", "first_token"),
+    ):
+        rows.append([f"{title}, predicted", *(f"{getattr(cost, attribute).total * 1e3:.2f}" for _, cost in costs)])
+        seen = [None if c.measured is None else c.measured.parts.get(part) for c, _ in costs]
+        rows.append([f"{title}, measured", *("" if s is None else f"{s * 1e3:.2f}" for s in seen)])
+    rows.append(["edge run is", *(cost.per_token.sources.edge for _, cost in costs)])
+    rows.append(["cloud run is", *(cost.per_token.sources.cloud for _, cost in costs)])
+    names = [c.name for c, _ in costs]
+    title = f"{plan.model}: the terms of a token of {plan.chosen} and of those behind it, ms"
+    table(title, ["term", *names], rows, numbers=names, drop=names[:1:-1])
+
+
+def _row(plan: Plan, candidate: Candidate, sessions: int) -> list[str]:
+    costs = candidate.generation
+    if costs is None:
+        return []
+    name = f"→ {candidate.name}" if candidate.name == plan.chosen else candidate.name
+    first, each = costs.first_token.total, costs.per_token.total
+    term, share = binding_term(candidate)
+    return [
+        name,
+        f"{candidate.first_token_s * 1e3:.0f}",
+        f"{candidate.per_token_s * 1e3:.1f}",
+        "" if candidate.measured is None else f"{first * 1e3:.0f}, {each * 1e3:.1f}",
+        f"{candidate.seconds:.2f}",
+        str(costs.token_up_bytes),
+        format_size(candidate.edge_memory_bytes),
+        format_size(sessions * costs.edge_state_bytes),
+        f"{term} {share:.0%}",
+        f"{candidate.error.disagreement:.1%}" if candidate.error.inputs else "",
+    ]

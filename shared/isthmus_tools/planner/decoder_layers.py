@@ -1,0 +1,88 @@
+"""The layers of a language model's bundle: its cuts, and what a session keeps of a token in each.
+
+A cut between layers is `layer_N`, N layers before it. Source: docs/reference/bundle.md, "State".
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from isthmus.arrays import DTYPES
+from isthmus.artifacts.bundle import Bundle
+from isthmus.artifacts.segment_id import WHOLE
+from isthmus.artifacts.state import State
+from isthmus.errors import ModelError
+
+_CUT = re.compile(r"layer_([1-9][0-9]{0,6})")
+
+
+def layers_before(cut: str) -> int:
+    """The number of layers before a cut.
+
+    Raises:
+        ModelError: no cut between layers.
+    """
+    if (match := _CUT.fullmatch(cut)) is None:
+        raise ModelError(f"the cut {cut!r} is not between two layers", cut=cut, hint="layers are cut as layer_N")
+    return int(match[1])
+
+
+def layer_cut(layers: int) -> str:
+    """The name of the cut behind so many layers."""
+    return f"layer_{layers}"
+
+
+def layer_cuts(names: Iterable[str]) -> list[str]:
+    """Those of `names` that are cuts between layers, in order."""
+    return sorted((name for name in names if _CUT.fullmatch(name)), key=layers_before)
+
+
+@dataclass(frozen=True)
+class DecoderLayers:
+    """A language model's layers. Units: `state_bytes` of a token in one layer, `context` in tokens.
+
+    `width` is that of hidden states.
+    """
+
+    count: int
+    state_bytes: int
+    context: int
+    width: int
+    state: State
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> DecoderLayers:
+        """The layers of a bundle.
+
+        Raises:
+            ModelError: the bundle is no language model, or was never cut.
+        """
+        state = bundle.state
+        if state is None or bundle.text is None:
+            raise ModelError(f"{bundle.name} is no language model: it declares no state")
+        # Keys and values of a layer are a pair each.
+        count = max(1, len(state.pairs) // 2)
+        specs = {spec.name: spec for spec in bundle.segment(WHOLE).inputs}
+        pasts = [specs[pair.past] for pair in state.pairs]
+        # Free sizes are the batch and the length, of which a token has one.
+        token = sum(math.prod(n for n in s.shape if isinstance(n, int)) * DTYPES[s.dtype].itemsize for s in pasts)
+        return cls(count, token // count, state.context, _width(bundle), state)
+
+    @property
+    def cuts(self) -> tuple[str, ...]:
+        """Every cut between two layers, in order."""
+        return tuple(layer_cut(n) for n in range(1, self.count))
+
+
+def _width(bundle: Bundle) -> int:
+    # The manifest has it at any cut; reading the graph would take seconds.
+    for cut in layer_cuts(bundle.cuts):
+        width = bundle.cuts[cut].tensors[0].shape[-1]
+        if isinstance(width, int):
+            return width
+    raise ModelError(
+        f"no cut between layers of {bundle.name} tells the width of its hidden states", hint="import the model again"
+    )

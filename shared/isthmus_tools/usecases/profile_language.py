@@ -1,0 +1,147 @@
+"""Profiles of language models: layers' cuts published, the steps of sessions measured on each tier's function."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from msgspec import structs
+
+from isthmus.artifacts.bundle import Bundle
+from isthmus.artifacts.profile import Profile
+from isthmus.artifacts.segment_id import WHOLE, SegmentId, partition_ids
+from isthmus.generation.session import CHUNK
+from isthmus.registry import Registry, Resolved, SegmentCache, open_cache, open_registry
+from isthmus_tools.graph.decoder.bundler import add_layer_cuts
+from isthmus_tools.planner.decoder_layers import DecoderLayers, layer_cut, layer_cuts, layers_before
+from isthmus_tools.profiling import profiles
+from isthmus_tools.profiling.measure import hop_cost
+from isthmus_tools.profiling.remote import ProfiledFunction
+from isthmus_tools.profiling.slow_edge import AT_FULL_SPEED
+from isthmus_tools.profiling.steps import StepSizes, StepSubject, measure_steps
+from isthmus_tools.progress import Progress, silent
+from isthmus_tools.usecases.profile_request import ProfileRequest, ProfileResult
+
+EDGE, CLOUD = "edge", "cloud"
+# Two cuts so far apart tell the time of a layer from the rest; nearer ones divide more noise by fewer layers.
+_APART = 1 / 3
+
+
+def profile_language_model(request: ProfileRequest, progress: Progress = silent) -> ProfileResult:
+    """Measure prefill and decoding steps of a language model on deployed functions, and store the profiles.
+
+    The whole model and two heads or tails are measured: layers are alike, so that these tell the time of all others.
+
+    Raises:
+        RegistryError, CutError: unknown model or cut.
+        HopError, ProfileMalformed: a function cannot be reached, or is none.
+    """
+    store = open_registry(request.registry)
+    version = store.resolve(request.model)
+    layers = DecoderLayers.of(version.bundle)
+    urls = {tier: url for tier, url in ((EDGE, request.functions.head), (CLOUD, request.functions.tail)) if url}
+    functions = {tier: ProfiledFunction(url, request.functions.token) for tier, url in urls.items()}
+    progress("asking the functions what they run on")
+    devices = {tier: function.device() for tier, function in functions.items()}
+    cuts = [layer_cut(n) for n in _requested(request.cuts)] or profiled_layers(version.bundle, layers)
+    sizes = StepSizes.of(layers.context, CHUNK)
+    current = {tier: profiles.find(store, version.bundle, tier, device.id) for tier, device in devices.items()}
+    fresh = {
+        tier: p
+        for tier, p in current.items()
+        if p is not None and not request.again and _holds(p, [_end(tier, c) for c in cuts], sizes)
+    }
+    if fresh.keys() < functions.keys():
+        earlier = layer_cuts(c for p in current.values() if p is not None for c in store.bundle(p.bundle).cuts)
+        # Measurements are merged into earlier profiles, so one version must hold the segments of both.
+        version = with_layer_cuts(
+            store, open_cache(request.registry, store), version, [*earlier, *cuts], request.new_version, progress
+        )
+    measured = dict(fresh)
+    assert version.bundle.state is not None  # noqa: S101 - as DecoderLayers has checked
+    subject = StepSubject(version.bundle, version.digest, version.bundle.state, sizes)
+    due = [tier for tier in functions if tier not in fresh]
+    for i, tier in enumerate(due):
+        new = measure_steps(
+            functions[tier],
+            subject,
+            tier,
+            [version.bundle.segment(_end(tier, cut)) for cut in cuts],
+            runs=request.runs,
+            progress=progress,
+            edge=request.functions.edge if tier == EDGE else AT_FULL_SPEED,
+            budget=request.budget.share((i + 1) / len(due)),
+        )
+        new = structs.replace(new, device=devices[tier])
+        old = current[tier]
+        measured[tier] = profiles.merge(old, new) if old is not None and old.steps else new
+        profiles.put(store, measured[tier])
+    if (edge := request.functions.edge).slowdown != 1 and EDGE in functions:
+        progress(f"the cost of a call at an edge {edge.slowdown:g} times slower")
+        # Steps of one thread count by their CPU time already.
+        whole_s = measured[EDGE].whole.run.median
+        measured[EDGE] = profiles.slowed(measured[EDGE], edge.slowdown, hop_cost(functions[EDGE], edge), whole_s)
+        profiles.put(store, measured[EDGE])
+        if CLOUD in functions:
+            # The caller of the cloud is at the edge as well. The stored profile stays that of a caller at full speed.
+            hop = hop_cost(functions[CLOUD], replace(edge, pids=()))
+            measured[CLOUD] = structs.replace(measured[CLOUD], hop=hop)
+    weights = {cut: version.bundle.cuts[cut].bytes for cut in cuts if cut in version.bundle.cuts}
+    in_order = {tier: measured[tier] for tier in functions}
+    return ProfileResult(f"{version.name}:{version.version}", weights, in_order, frozenset(fresh))
+
+
+def profiled_layers(bundle: Bundle, layers: DecoderLayers) -> list[str]:
+    """The cuts whose segments tell the times of all layers: the bundle's own, where two are far enough apart."""
+    own = [cut for cut in layer_cuts(bundle.cuts) if bundle.has_segments([cut])]
+    if len(own) > 1 and layers_before(own[-1]) - layers_before(own[0]) >= _APART * layers.count:
+        return [own[0], own[-1]]
+    # Neither end alone: the first and the last layers load with embeddings and scores.
+    quarter = max(1, layers.count // 4)
+    return list(dict.fromkeys(layer_cut(n) for n in (quarter, layers.count - quarter) if 0 < n < layers.count))
+
+
+def with_layer_cuts(
+    registry: Registry,
+    cache: SegmentCache,
+    model: Resolved,
+    cuts: Sequence[str],
+    new_version: bool,
+    progress: Progress,
+) -> Resolved:
+    """A bundle with a head and a tail at each cut: this bundle, a new version, or a staged bundle without a version.
+
+    Raises:
+        CutError: the segments at a cut do not compute the model's scores.
+    """
+    lacking = [cut for cut in dict.fromkeys(cuts) if not model.bundle.has_segments([cut])]
+    if not lacking:
+        return model
+    with tempfile.TemporaryDirectory(prefix="isthmus-") as folder:
+        progress(f"fetching {model.name}:{model.version}")
+        with cache.locate(model.digest, WHOLE) as whole:
+            bundle, files = add_layer_cuts(model.bundle, whole.path, lacking, Path(folder), progress=progress)
+        progress(f"{'publishing' if new_version else 'uploading'} {len(lacking)} more cuts, without weights")
+        if not new_version:
+            return Resolved(model.name, model.version, registry.stage(bundle, files), bundle)
+        version = registry.publish(bundle, files)
+    return Resolved(version.name, version.version, version.digest, bundle)
+
+
+def _requested(texts: Sequence[str]) -> list[int]:
+    """The layers of cuts as texts: `10`, `layer_10`, or `10/20` for two."""
+    parts = [part for text in texts for part in text.split("/")]
+    return [int(p) if p.isdecimal() and len(p) < 8 else layers_before(p) for p in parts]
+
+
+def _holds(profile: Profile, segments: Sequence[SegmentId], sizes: StepSizes) -> bool:
+    """Whether a profile has the steps of these sizes for the whole model and each segment."""
+    timed = {(step.segment, step.tokens, step.past) for step in profile.steps}
+    return timed >= {(segment, *point) for segment in (WHOLE, *segments) for point in sizes.points}
+
+
+def _end(tier: str, cut: str) -> SegmentId:
+    """The segment that a tier runs at a cut: the head at the edge, else the tail."""
+    return partition_ids([cut])[0 if tier == EDGE else 1]

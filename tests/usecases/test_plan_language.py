@@ -1,0 +1,263 @@
+"""Plans of a small language model on real functions: profiled, measured, published, and followed by a router."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from isthmus.artifacts.conditions import Conditions, Constraints
+from isthmus.artifacts.plan import Plan
+from isthmus.context import Context
+from isthmus.errors import ConstraintMalformed, IsthmusError, RequestMalformed
+from isthmus.generation import Generated, GenerationRequest, Generator
+from isthmus.pipeline import Hop
+from isthmus.registry import open_registry
+from isthmus.routing.selection import RouteSelector
+from isthmus.serving import create_segment_app
+from isthmus.serving.profiling import SECRET
+from isthmus.settings import RegistrySettings, RouterSettings
+from isthmus_tools import FunctionUrls, PlanRequest, ProfileRequest, plan, profile
+from isthmus_tools.profiling import profiles
+from isthmus_tools.usecases.answer_size import AnswerSize, prompt_ids
+from isthmus_tools.usecases.functions import codec_tables
+from support.bundles import served
+from support.cli import isthmus
+from support.published_decoders import PublishedDecoder, chained
+from support.scripted_decoders import scripted_bundle
+
+TOKEN = "a-token"
+LINK = Conditions(20e6, 20e6, 0.005)
+SIZE = AnswerSize(prompt=40, tokens=6)
+
+
+@dataclass
+class PlannedDecoder:
+    """The tiny decoder with two functions that run it, and a plan measured on these."""
+
+    decoder: PublishedDecoder
+    functions: FunctionUrls
+    settings: RegistrySettings
+    plan: Plan
+    version: str
+
+    @property
+    def registry(self) -> list[str]:
+        return ["--registry", str(self.decoder.registry)]
+
+
+@pytest.fixture(scope="module")
+def planned(tiny_decoder: PublishedDecoder, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PlannedDecoder]:
+    folder = tmp_path_factory.mktemp("planned")
+    # Plans and profiles are published here, beside the registry that other tests share.
+    registry = Path(shutil.copytree(tiny_decoder.registry, folder / "registry"))
+    decoder = dataclasses.replace(tiny_decoder, registry=registry)
+    (folder / "secrets").mkdir()
+    (folder / "secrets" / SECRET).write_text(TOKEN)
+    settings = RegistrySettings(registry=str(registry), cache_dir=str(folder / "cache"))
+    options: dict[str, Any] = {"secrets_dir": str(folder / "secrets"), "log_level": "error"}
+    apps = [create_segment_app(decoder.settings(folder / name, **options)) for name in ("head", "tail")]
+    with served(apps[0]) as head, served(apps[1]) as tail:
+        functions = FunctionUrls(head, tail, TOKEN)
+        request = PlanRequest(
+            model="tiny",
+            registry=settings,
+            conditions=LINK,
+            functions=functions,
+            answer=SIZE,
+            # Any error is admitted: of forty tokens a single one is more than a hundredth.
+            constraints=Constraints(private_depth=1, max_disagreement=1.0, edge_memory_bytes=10**9),
+        )
+        with plan(request) as result:
+            version = result.publish("planned").version.version
+        yield PlannedDecoder(decoder, functions, settings, result.plan, version)
+
+
+def test_the_profiles_have_steps_of_the_whole_model_and_of_two_heads_or_tails(planned: PlannedDecoder) -> None:
+    result = profile(ProfileRequest(model="tiny", registry=planned.settings, functions=planned.functions))
+    # As the plan has measured them.
+    assert result.up_to_date == {"edge", "cloud"}
+    edge, cloud = result.profiles["edge"], result.profiles["cloud"]
+    assert {str(s.segment) for s in edge.steps} == {"..", "..layer_1", "..layer_2"}
+    assert {str(s.segment) for s in cloud.steps} == {"..", "layer_1..", "layer_2.."}
+    assert {(s.tokens, s.past) for s in edge.steps} == {(32, 0), (1, 32), (64, 0), (64, 64), (1, 64)}
+    assert all(s.run.median > 0 for s in (*edge.steps, *cloud.steps))
+    assert edge.whole.memory_bytes > edge.whole.weights_bytes > edge.segments["..layer_1"].weights_bytes  # type: ignore[index]
+
+
+def test_the_profile_is_told_by_step(planned: PlannedDecoder, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text(TOKEN)
+    urls = ["--head", planned.functions.head, "--tail", planned.functions.tail, "--token-file", tmp_path / "token"]
+    result = isthmus("profile", "tiny", *urls, *planned.registry)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("a step of 1 tokens behind 64: ") == 2
+    assert "layer_2" in result.stdout
+
+
+def test_real_generations_decide_and_the_ids_stay_at_the_edge(planned: PlannedDecoder) -> None:
+    by_name = {c.name: c for c in planned.plan.candidates}
+    assert "cloud-whole" not in by_name
+    seen = {name for name, c in by_name.items() if c.measured is not None}
+    assert "edge-whole" in seen
+    assert any(by_name[name].cuts for name in seen)
+    for name in seen:
+        measured = by_name[name].measured
+        assert measured is not None
+        parts = measured.parts
+        assert measured.median == pytest.approx(parts["first_token"] + 5 * parts["per_token"], rel=0.5)
+        if by_name[name].cuts:
+            # The link lets nothing through faster than it is.
+            assert parts["first_token"] > LINK.rtt_s
+            assert parts["per_token"] > LINK.rtt_s
+            assert by_name[name].error.inputs == 45
+    assert by_name["split-layer_1-raw"].error.disagreement == 0
+    assert planned.plan.measured
+
+
+def test_a_router_generates_along_the_plan_with_the_same_tokens(planned: PlannedDecoder, tmp_path: Path) -> None:
+    registry = open_registry(planned.settings)
+    model = registry.resolve("tiny:planned")
+    store = planned.decoder.store(tmp_path / "cache")
+    hops: tuple[Hop, Hop] = chained(store)
+    settings = RouterSettings(registry=str(planned.decoder.registry), model="tiny:planned", hops=("local", "http://x"))
+    candidates = RouteSelector(settings, registry, hops, codec_tables(registry), None).select(
+        "tiny", model.digest, model.bundle
+    )
+    assert candidates[0].name == planned.plan.chosen
+    assert {c.name for c in candidates} >= {"edge-whole"}
+    # By the token, as the router's live estimates are.
+    assert candidates[0].planned_s == planned.plan.choice.per_token_s
+    split = next(c for c in candidates if c.name.startswith("split"))
+    assert split.demand.calls == 1
+    assert split.demand.up_bytes < 1000
+    prompt = prompt_ids(registry, model.bundle, (), 20)
+    request = GenerationRequest(prompt=prompt, max_tokens=8)
+    tokens = {
+        c.name: [t.token for t in Generator(c.route).run(request, Context.from_headers({}, longest_s=60), Generated())]
+        for c in candidates
+        if c.name in ("edge-whole", "split-layer_1-raw", "split-layer_2-raw")
+    }
+    store.store.close()
+    assert len({tuple(each) for each in tokens.values()}) == 1
+
+
+def test_explain_tells_the_terms_of_a_token_and_the_choice(planned: PlannedDecoder) -> None:
+    result = isthmus("explain", "tiny:planned", *planned.registry)
+    assert result.exit_code == 0, result.output
+    assert "a token, predicted" in result.stdout
+    assert "the first token, measured" in result.stdout
+    assert planned.plan.chosen in result.stdout
+    document = json.loads(isthmus("explain", "tiny:planned", "--json", *planned.registry).stdout)
+    assert document["plan"]["generation"] == {"prompt": 40, "tokens": 6, "context": 46, "sessions": 1, "chunk": 256}
+    assert document["explanation"]["chosen"] == planned.plan.chosen
+
+
+def predicted(planned: PlannedDecoder, *arguments: object) -> Any:
+    result = isthmus("plan", "tiny", *planned.registry, "--no-publish", "--json", *arguments)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)["plan"]
+
+
+def test_the_command_predicts_from_stored_profiles(planned: PlannedDecoder) -> None:
+    options = ["--objective", "per-token", "--prompt", 50, "--tokens", 10, "--context", 100, "--sessions", 4]
+    found = predicted(planned, *options, "--uplink", "4mbit", "--rtt", "20ms")
+    assert found["generation"] == {"prompt": 50, "tokens": 10, "context": 100, "sessions": 4, "chunk": 256}
+    by_name = {c["name"]: c for c in found["candidates"]}
+    assert {"edge-whole", "cloud-whole", "split-layer_1-raw", "split-layer_2-int8-token"} <= by_name.keys()
+    assert by_name["split-layer_1-raw"]["generation"]["per_token"]["rtt"] == 0.02
+    # Two heads of keys and values, 16 wide, as float32, in one layer.
+    assert by_name["split-layer_1-raw"]["generation"]["edge_state_bytes"] == 2 * 2 * 16 * 4 * 100
+    text = isthmus("plan", "tiny", *planned.registry, "--no-publish", "--sweep", *options).stdout
+    assert "50 tokens of prompt, 10 of answer, 4 sessions of 100" in text
+    assert "first token, ms" in text
+    assert "where splitting pays" in text
+
+
+def test_ids_that_must_stay_leave_no_way_to_the_cloud_alone(planned: PlannedDecoder) -> None:
+    found = predicted(planned, "--private-depth", 2)
+    assert {c["name"].rpartition("-")[0] for c in found["candidates"]} >= {"edge", "split-layer_2"}
+    assert all(c["kind"] != "cloud" and c["cuts"] != ["layer_1"] for c in found["candidates"])
+    assert any("token ids stay at the edge" in sentence for sentence in found["why"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--prompt", 0], "--prompt is 0"),
+        (["--tokens", -1], "--tokens is -1"),
+        (["--sessions", 0], "--sessions is 0"),
+        (["--context", 129], "the model's own is 128"),
+        (["--prompt", 100, "--tokens", 29], "more than the model's context, 128"),
+        (["--prompt", 10, "--tokens", 10, "--context", 19], "more than --context, 19"),
+        (["--first-token", "NaN"], "--first-token"),
+        (["--per-token", "0s"], "nothing runs in that"),
+        (["--per-token", "1us"], "no candidate meets per-token"),
+        (["--edge-memory", "1kB", "--private-depth", 1], "no candidate meets edge-memory"),
+        (["--private-depth", 4], "the model has 3"),
+        (["--objective", "throughput"], "throughput of a language model"),
+        (["--max-error", 0.1], "--max-disagreement"),
+        (["--picture", "plan.svg"], "no curves along the graph"),
+        (["--input", "/no/such/file"], ""),
+    ],
+)
+def test_a_size_or_a_bound_that_makes_no_sense_is_refused(
+    planned: PlannedDecoder, arguments: list[object], reason: str
+) -> None:
+    result = isthmus("plan", "tiny", *planned.registry, "--no-publish", *arguments)
+    if not reason:
+        # Read only where a generation runs.
+        assert result.exit_code == 0, result.output
+        return
+    assert result.exit_code == 1
+    assert reason in result.stderr
+
+
+def test_options_of_language_models_are_refused_for_others(planned: PlannedDecoder) -> None:
+    for change in (
+        {"objective": "first-token"},
+        {"constraints": Constraints(per_token_s=1.0)},
+        {"answer": AnswerSize(sessions=2)},
+    ):
+        request = PlanRequest(model="photos", registry=planned.settings, conditions=LINK, **change)  # type: ignore[arg-type]
+        with pytest.raises(IsthmusError):
+            plan(request)
+
+
+def test_a_prompt_comes_from_text_files_as_often_as_it_takes(planned: PlannedDecoder, tmp_path: Path) -> None:
+    registry = open_registry(planned.settings)
+    bundle = planned.decoder.model.bundle
+    (tmp_path / "a.txt").write_text("the cat")
+    ids = prompt_ids(registry, bundle, [tmp_path / "a.txt"], 30)
+    assert len(ids) == 30
+    assert len(set(ids)) < 10
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
+    for name, reason in (("empty.txt", "no token"), ("bytes.txt", "not UTF-8"), ("none.txt", "No such file")):
+        with pytest.raises(RequestMalformed, match=reason):
+            prompt_ids(registry, bundle, [tmp_path / name], 5)
+
+
+def test_sizes_shrink_to_a_small_context_unless_asked_for() -> None:
+    bundle = scripted_bundle()
+    assert AnswerSize().load(bundle).prompt == 512
+    small = replace(bundle, state=replace(bundle.state, context=100))  # type: ignore[type-var]
+    load = AnswerSize().load(small)
+    assert (load.prompt, load.tokens, load.context) == (75, 25, 100)
+    assert AnswerSize(tokens=90).load(small).prompt == 10
+    with pytest.raises(ConstraintMalformed, match="more than"):
+        AnswerSize(prompt=90, tokens=20).load(small)
+
+
+def test_a_slow_edge_is_a_profile_of_its_own(planned: PlannedDecoder) -> None:
+    registry = open_registry(planned.settings)
+    stored = profiles.newest(registry, planned.decoder.model.bundle, ("edge", "cloud"))
+    slow = profiles.slowed(stored["edge"], 4.0, stored["edge"].hop, stored["edge"].whole.run.median)  # type: ignore[arg-type]
+    assert slow.device.id != stored["edge"].device.id
+    assert slow.whole.run.median == pytest.approx(4 * stored["edge"].whole.run.median)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import resource
 import socket
 import sys
@@ -33,9 +34,14 @@ MAX_LINGERING = 32  # threads; above, a refused connection is closed at once
 RECV_BYTES = 256 * 1024  # measured at bodies of 1.2 MB: 64 KiB and 1 MiB are slower
 
 
-def error_body(message: str, kind: str, **facts: Any) -> bytes:
-    """An error as the functions' own are rendered."""
-    return json.dumps({"error": message, "type": kind, "facts": facts}).encode()
+def error_body(path: str, status: int, message: str, kind: str, **facts: Any) -> bytes:
+    """An error as the functions' own are rendered: below /v1 in OpenAI's form."""
+    document: dict[str, Any] = {"error": message, "type": kind, "facts": facts}
+    if path.startswith("/v1/"):
+        code = "rate_limit_exceeded" if status == 429 else re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind).lower()
+        group = {429: "rate_limit_error", 503: "server_error"}.get(status, "invalid_request_error")
+        document = {"error": {"message": message, "type": group, "param": None, "code": code, "facts": facts}}
+    return json.dumps(document).encode()
 
 
 @dataclass(frozen=True)
@@ -90,12 +96,15 @@ class BoundedConnection(socket.socket):
         self._admission = admission
         self._began = 0.0
         self._refused = False
+        self._path = ""
 
     def recv(self, size: int, flags: int = 0, /) -> bytes:
         """Receive bytes; empty after a refusal, so that waitress closes the connection."""
         data = super().recv(size, flags)
         if not self.received:
             self._began = time.monotonic()
+            # Of a request line in several pieces the form of an error is the general one.
+            self._path = data[:64].partition(b" ")[2].decode("latin-1")
         self.received += len(data)
         if refusal := self._refusal(len(data)):
             self._refused = True
@@ -135,14 +144,14 @@ class BoundedConnection(socket.socket):
         limits = self._admission.limits
         if self.received > limits.body_bytes + FRAMING_BYTES:
             text = f"the body has more than {limits.body_bytes} bytes"
-            return _response("413 Content Too Large", text, "RequestTooLarge", limit=limits.body_bytes)
+            return _response(self._path, "413 Content Too Large", text, "RequestTooLarge", limit=limits.body_bytes)
         if time.monotonic() - self._began > limits.receive_s:
             text = f"the request did not arrive within {limits.receive_s:g} s"
-            return _response("408 Request Timeout", text, "DeadlineExceeded")
+            return _response(self._path, "408 Request Timeout", text, "DeadlineExceeded")
         # Twice: as it grows, waitress' BytesIO is copied, and malloc keeps the room of its last copy.
         if not self._admission.charge(self, 2 * count):
             text = f"all requests that are being received may take {limits.total_bytes} bytes together; try again"
-            return _response("429 Too Many Requests", text, "Overloaded", retry_after_s=RETRY_AFTER_S)
+            return _response(self._path, "429 Too Many Requests", text, "Overloaded", retry_after_s=RETRY_AFTER_S)
         return b""
 
 
@@ -200,8 +209,8 @@ def serve(app: Callable[..., Any], listener: BoundedListener, limits: Limits, th
     ).run()
 
 
-def _response(status: str, message: str, kind: str, **facts: Any) -> bytes:
-    body = error_body(message, kind, **facts)
+def _response(path: str, status: str, message: str, kind: str, **facts: Any) -> bytes:
+    body = error_body(path, int(status[:3]), message, kind, **facts)
     retry = f"Retry-After: {facts['retry_after_s']}\r\n" if "retry_after_s" in facts else ""
     head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n{retry}"
     return head.encode() + b"Connection: close\r\n\r\n" + body

@@ -43,7 +43,8 @@ class LoadingApp:
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         if self.loaded is not None:
             return self.loaded(environ, start_response)
-        body = error_body("this function is still loading; try again", "NotReady", retry_after_s=RETRY_AFTER_S)
+        reason = "this function is still loading; try again"
+        body = error_body(environ.get("PATH_INFO", ""), 503, reason, "NotReady", retry_after_s=RETRY_AFTER_S)
         headers = {
             "Content-Type": "application/json",
             "Content-Length": str(len(body)),

@@ -18,7 +18,7 @@ HANDLER = (ROOT / "functions" / "router" / "handler.py").read_text()
 
 
 @contextmanager
-def language_router(decoder: PublishedDecoder, home: Path, **settings: str) -> Iterator[str]:
+def language_router(decoder: PublishedDecoder, home: Path, *, handler: str = HANDLER, **settings: str) -> Iterator[str]:
     """The URL of a router that runs the whole decoder in its own process."""
     environment = {
         "registry": str(decoder.registry),
@@ -32,7 +32,7 @@ def language_router(decoder: PublishedDecoder, home: Path, **settings: str) -> I
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
     }
-    with served(HANDLER, home / "app", **environment | settings) as port:
+    with served(handler, home / "app", **environment | settings) as port:
         url = f"http://127.0.0.1:{port}"
         eventually(lambda: http("GET", f"{url}/ready").status == 200)
         yield url

@@ -314,6 +314,15 @@ def test_a_body_over_the_bound_is_refused_as_json_before_all_of_it_has_come(tmp_
         reply.close()
 
 
+def test_a_refusal_below_v1_has_openais_form(tmp_path: Path) -> None:
+    with served(HANDLER, tmp_path / "app", max_request_bytes="1MiB") as port:
+        reply = http("POST", f"http://127.0.0.1:{port}/v1/completions", body=bytes(3_000_000))
+    assert reply.status == 413
+    error = reply.json()["error"]
+    assert (error["type"], error["code"]) == ("invalid_request_error", "request_too_large")
+    assert error["facts"] == {"limit": 2**20}
+
+
 def test_a_refusal_reaches_a_client_that_sends_its_whole_body_first(tmp_path: Path) -> None:
     with (
         served(HANDLER, tmp_path / "app", max_request_bytes="1MiB") as port,

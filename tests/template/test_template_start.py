@@ -94,6 +94,8 @@ def test_index_listens_before_the_app_is_there_and_says_not_ready(image: Path) -
         reply = http("POST", url, body=b"x" * 1000)
         assert (reply.status, reply.headers["Retry-After"]) == (503, "1")
         assert reply.json()["type"] == "NotReady"
+        error = http("POST", f"{url}/v1/completions", body=b"{}").json()["error"]
+        assert (error["type"], error["code"]) == ("server_error", "not_ready")
         assert http("GET", f"{url}/ready").status == 503
         (image / "go").touch()
         eventually(lambda: http("POST", url, body=b"").status == 200)

@@ -75,7 +75,7 @@ class TextCodec:
         for i, message in enumerate(messages):
             if (role := message.get("role")) not in ROLES:
                 raise RequestMalformed(
-                    f"the role is {str(role)[:40]!r}; it is one of {', '.join(ROLES)}", parameter="role"
+                    f"the role is {str(role)[:40]!r}; it is one of {', '.join(ROLES)}", parameter="messages"
                 )
             marks.append({**message, "content": f"\U000f0000{i}\U000f0001"})
             contents.append(str(message.get("content") or "").replace("\U000f0000", "").replace("\U000f0001", ""))

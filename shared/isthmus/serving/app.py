@@ -151,11 +151,20 @@ class FunctionApp:
         if self.tracing is not None:
             self.tracing.drain()
 
-    def post(self, rule: str, handle: Callable[..., Response], endpoint: str) -> None:
-        """Serve POST on `rule`: `handle(request, **path)` runs admitted, timed, within its deadline, once ready."""
+    def post(
+        self,
+        rule: str,
+        handle: Callable[..., Response],
+        endpoint: str,
+        user_of: Callable[[bytes | memoryview], str] = lambda body: "",
+    ) -> None:
+        """Serve POST on `rule`: `handle(request, **path)` runs admitted, timed, within its deadline, once ready.
+
+        `user_of` reads a name of the caller from a body, for requests without the header of `caller_header`.
+        """
 
         def view(**path: str) -> Response:
-            return self._handle(partial(handle, **path))
+            return self._handle(partial(handle, **path), user_of)
 
         self.flask.add_url_rule(rule, endpoint=endpoint, view_func=view, methods=["POST"])
 
@@ -166,7 +175,7 @@ class FunctionApp:
         metrics.gauge("isthmus_requests_queued", "Requests that wait to be worked on.", lambda: float(slots.queued))
         metrics.counts("isthmus_refused", "Requests that the queue refused, by reason.", "reason", slots.refused)
 
-    def _handle(self, handle: Handle) -> Response:
+    def _handle(self, handle: Handle, user_of: Callable[[bytes | memoryview], str]) -> Response:
         context = Context.from_headers(request.headers, longest_s=self._longest_s)
         if self.tracing is not None:
             route = request.url_rule.rule if request.url_rule is not None else ""
@@ -180,7 +189,7 @@ class FunctionApp:
             body = read_body(request.environ, self._settings.max_request_bytes)
             self.metrics.received.inc(len(body))
             memory.hold(len(body))
-            caller = caller_of(request.headers, self._settings.caller_header)
+            caller = caller_of(request.headers, self._settings.caller_header, partial(user_of, body))
             admitted = self.slots.admitted(context.deadline, caller=caller, work=_work(len(body)))
             g.timings.add("queue", held.enter_context(admitted))
             self.readiness.check()

@@ -22,6 +22,11 @@ from isthmus.serving.openai import errors as openai
 
 # Facts for every caller, who may act on these.
 ALWAYS_TOLD = ("kind", "retry_after_s")
+UNEXPECTED: dict[str, Any] = {
+    "error": "an unexpected error; the function's log has it",
+    "type": "InternalError",
+    "facts": {},
+}
 # Facts about other functions and places, beside facts about the request.
 _INTERNAL_FACTS = ("hop", "status", "error", "registry")
 
@@ -39,9 +44,7 @@ class ErrorRenderer:
         if isinstance(error, HTTPException):
             return _routing_error(error)
         self._log.error("unexpected: %s", type(error).__name__, exc_info=error)
-        facts = {"call_id": call_id} if call_id else {}
-        doc = {"error": "an unexpected error; the function's log has it", "type": "InternalError", "facts": facts}
-        return _response(doc, 500)
+        return _response(UNEXPECTED | {"facts": {"call_id": call_id} if call_id else {}}, 500)
 
     def _known(self, error: IsthmusError, call_id: str) -> Response:
         status = http_status(error)

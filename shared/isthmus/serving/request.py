@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import blake2b
@@ -91,14 +91,17 @@ def read_body(environ: Mapping[str, Any], limit: int) -> bytes | memoryview:
     return body
 
 
-def caller_of(headers: Headers, header: str) -> str | None:
+def caller_of(headers: Headers, header: str, user: Callable[[], str] = str) -> str | None:
     """A name of the caller for the queue, from the header of the setting caller_header; None without that setting.
 
-    A digest: the header may be a secret, or long. Requests without the header are of one caller.
+    A digest: the header may be a secret, or long. Requests without the header are of the `user` that their bodies name,
+    the others of one caller.
     """
     if not header:
         return None
-    return blake2b(headers.get(header, "").encode(), digest_size=8).hexdigest()
+    # A prefix, so that no body passes for a header.
+    name = headers.get(header, "") or f"user {user()}"
+    return blake2b(name.encode("utf-8", "replace"), digest_size=8).hexdigest()
 
 
 @lru_cache(256)

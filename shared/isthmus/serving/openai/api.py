@@ -12,6 +12,7 @@ from isthmus.routing import ModelCatalog
 from isthmus.serving.app import FunctionApp
 from isthmus.serving.model_list import ModelList
 from isthmus.serving.openai.models import OpenAIModels
+from isthmus.serving.openai.requests import user_of
 from isthmus.serving.request import FunctionRequest
 from isthmus.settings import RouterSettings
 
@@ -33,8 +34,8 @@ class OpenAIApi:
         self._settings, self._catalog, self._registry = settings, catalog, registry
         self._routes: CompletionRoutes | None = None
         self._lock = threading.Lock()
-        app.post("/v1/chat/completions", self.chat, "chat_completions")
-        app.post("/v1/completions", self.complete, "completions")
+        app.post("/v1/chat/completions", self.chat, "chat_completions", user_of)
+        app.post("/v1/completions", self.complete, "completions", user_of)
         OpenAIModels(app, catalog, listing)
 
     def chat(self, request: FunctionRequest) -> Response:

@@ -50,7 +50,17 @@ class MessageBody(Struct, frozen=True):
     content: str | Annotated[list[MessagePartBody], Meta(max_length=MAX_PARTS)] | None = None
     name: Annotated[str, Meta(max_length=64)] | None = None
 
-    def text(self) -> str:
+    def document(self) -> dict[str, str]:
+        """The message as chat templates take it.
+
+        Raises:
+            RequestMalformed: a part of the content is no text.
+        """
+        # OpenAI's newer name of the role, which no template of an open model knows.
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": self._text(), **({"name": self.name} if self.name else {})}
+
+    def _text(self) -> str:
         """The content as one text.
 
         Raises:
@@ -149,6 +159,18 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "echo": (None, False),
     "n": (None, 1),
 }
+
+
+class _UserBody(Struct):
+    user: str | None = None
+
+
+def user_of(data: bytes | memoryview) -> str:
+    """The field `user` of a body; empty where there is none, or no JSON: reading the request says so later."""
+    try:
+        return msgspec.json.decode(data, type=_UserBody).user or ""
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return ""
 
 
 def read_request(request: FunctionRequest, kind: type[_Body]) -> _Body:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 from collections.abc import Generator, Iterator
 from contextlib import closing
@@ -19,7 +20,7 @@ from isthmus.generation.generator import Generated, GenerationRequest
 from isthmus.generation.generator import Generator as TokenGenerator
 from isthmus.generation.text import TextCodec
 from isthmus.routing import DEGRADED_HEADER, ROUTE_HEADER, ServedModel
-from isthmus.serving.error_responses import error_document
+from isthmus.serving.error_responses import UNEXPECTED, error_document
 from isthmus.serving.openai.documents import CompletionDocuments, Ending, GenerationFactsBody, UsageBody
 from isthmus.serving.openai.errors import openai_error
 from isthmus.serving.openai.streaming import DONE, KEEP_ALIVE, KEEP_ALIVE_S, PieceFeed
@@ -44,6 +45,7 @@ class CompletionResponder:
 
     def __init__(self, settings: RouterSettings) -> None:
         self._settings = settings
+        self._log = logging.getLogger("isthmus")
 
     def whole(self, request: FunctionRequest, job: CompletionJob) -> Response:
         """The completion in one document."""
@@ -88,10 +90,9 @@ class CompletionResponder:
                 request.memory.hold(len(event))
                 sent_bytes += len(event)
                 yield event
-        except IsthmusError as e:
+        except Exception as e:  # the status was sent: an event is the only place left for an error
             request.facts["error"] = type(e).__name__
-            error = error_document(e, expose_details=self._settings.expose_details)
-            yield _event({"error": openai_error(error, http_status(e))})
+            yield _event({"error": self._error(e)})
         finally:
             request.facts["out_bytes"] = str(sent_bytes)
 
@@ -106,6 +107,15 @@ class CompletionResponder:
         if run.job.includes_usage:
             yield _event(documents.usage(ending))
         yield DONE
+
+    def _error(self, error: Exception) -> dict[str, object]:
+        if isinstance(error, IsthmusError):
+            status = http_status(error)
+            document = error_document(error, expose_details=self._settings.expose_details)
+        else:
+            status, document = 500, UNEXPECTED
+            self._log.error("unexpected: %s", type(error).__name__, exc_info=error)
+        return openai_error(document, status)
 
     def _note_route(self, request: FunctionRequest, job: CompletionJob) -> None:
         model, route = job.model, job.model.route

@@ -46,10 +46,7 @@ class CompletionRoutes:
             raise RequestMalformed("top_logprobs needs logprobs: true", parameter="top_logprobs")
         model = self._model(request, body)
         codec = self._codec(model)
-        messages = [
-            {"role": m.role, "content": m.text(), **({"name": m.name} if m.name else {})} for m in body.messages
-        ]
-        prompt = _Prompt("messages", codec.encode_chat(messages), model, codec)
+        prompt = _Prompt("messages", codec.encode_chat([message.document() for message in body.messages]), model, codec)
         limit = body.max_completion_tokens or body.max_tokens
         documents = ChatDocuments(_head("chatcmpl", request, model), codec, bool(body.logprobs))
         return self._complete(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import openai
 import pytest
 from flask.testing import FlaskClient
@@ -18,7 +19,7 @@ from isthmus.processing.sampling import SampledToken
 from isthmus.serving import create_router_app
 from isthmus.serving.openai import responses
 from isthmus.settings import RouterSettings
-from support.bundles import metrics, ready, served
+from support.bundles import metrics, ready
 from support.language_router import HANDLER, language_router, openai_client
 from support.patience import LONG_S, eventually
 from support.published_decoders import PublishedDecoder
@@ -110,7 +111,8 @@ def test_openais_client_raises_an_error_in_the_middle(router: FlaskClient, scrip
         raise HopUnavailable("gone", hop="tail")
 
     scripted(failing)
-    with served(router.application) as url, openai_client(url) as client:
+    http_client = httpx2.Client(transport=httpx2.WSGITransport(app=router.application))
+    with openai.OpenAI(base_url="http://router/v1", api_key="none", http_client=http_client) as client:
         stream = client.completions.create(model="tiny", prompt="a", stream=True)
         assert next(stream).choices[0].text
         with pytest.raises(openai.APIError, match="cannot be reached"):

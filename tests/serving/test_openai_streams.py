@@ -63,6 +63,13 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Script], None]:
     return play
 
 
+def streamed(router: FlaskClient) -> bytes:
+    """The whole stream; closed as a server closes it, which Flask's client leaves to its caller."""
+    with router.post(TEXT, json={"prompt": "a", "stream": True}) as response:
+        assert response.status_code == 200
+        return response.data
+
+
 def events(body: bytes) -> list[Any]:
     """The data of a stream's events, `[DONE]` as it is; comments are left out."""
     data = [line.removeprefix(b"data: ") for line in body.split(b"\n\n") if line.startswith(b"data: ")]
@@ -77,9 +84,7 @@ def test_an_error_in_the_middle_is_the_last_event(
         raise HopUnavailable("http://tail gives no response", hop="http://tail")
 
     scripted(failing)
-    response = router.post(TEXT, json={"prompt": "a", "stream": True})
-    *chunks, last = events(response.data)
-    assert response.status_code == 200
+    *chunks, last = events(streamed(router))
     assert len(chunks) == 2
     assert last == {
         "error": {
@@ -100,7 +105,7 @@ def test_a_defect_in_the_middle_is_an_event_and_a_log_line(
         raise ZeroDivisionError
 
     scripted(broken)
-    last = events(router.post(TEXT, json={"prompt": "a", "stream": True}).data)[-1]
+    last = events(streamed(router))[-1]
     assert (last["error"]["type"], last["error"]["code"]) == ("server_error", "internal_error")
     assert "unexpected: ZeroDivisionError" in caplog.text
 
@@ -144,7 +149,7 @@ def test_a_pause_has_comments_that_keep_proxies_awake(
         yield 41
 
     scripted(slow)
-    body = router.post(TEXT, json={"prompt": "a", "stream": True}).data
+    body = streamed(router)
     first, second = body.split(b"data: ")[1:3]
     assert body.startswith(b": waiting\n\n")
     assert b": waiting\n\n" in first

@@ -78,6 +78,13 @@ class ProfilingRefused(RequestError):
     """The bearer token is absent or differs from this function's `profile-token`."""
 
 
+class CallerUnknown(RequestError):
+    """A call between functions, or its reply, is not authenticated as the secret `hop-keys` demands.
+
+    Facts: `reason` (`not_signed`, `not_sealed`, `key`, `altered`, `time`, `replayed`), and `off_s` for a clock.
+    """
+
+
 class FrameError(RequestError):
     """A frame is unreadable. Facts: `rule`, the name of the broken rule in docs/reference/frame.md."""
 
@@ -344,6 +351,7 @@ HTTP_STATUS: dict[type[IsthmusError], int] = {
     ImageMalformed: 400,
     ProfilingOff: 403,
     ProfilingRefused: 403,
+    CallerUnknown: 401,
     FrameTooLarge: 413,
     FrameMalformed: 400,
     UnknownValue: 404,

@@ -191,7 +191,7 @@ class RegistrySettings(EnvSettings):
         fallbacks=("AWS_REGION", "AWS_DEFAULT_REGION"),
     )
     secrets_dir: str = setting(
-        "folder of OpenFaaS secrets; source of s3-access-key-id and s3-secret-access-key, if present",
+        "folder of OpenFaaS secrets; source of s3-access-key-id, s3-secret-access-key and hop-keys, if present",
         "/var/openfaas/secrets",
     )
     cache_dir: str = setting(
@@ -339,6 +339,18 @@ class SegmentSettings(FunctionSettings):
         600.0,
         minimum=1.0,
     )
+    hop_security: str = setting(
+        "how calls between router and segment functions are protected where the secret `hop-keys` is there: `sealed`,"
+        " encrypted and authenticated, or `signed`, authenticated alone. A function that seals takes sealed calls only",
+        "sealed",
+    )
+    hop_clock_skew_s: float = setting(
+        "by how much the time of a protected call may differ from this machine's clock, in seconds; so long an observed"
+        " call could be sent again, to a function that was restarted since or to another replica",
+        30.0,
+        minimum=1,
+        maximum=3600,
+    )
     max_image_pixels: int = setting("maximum number of pixels of a decoded image", 64_000_000)
     image_memory_bytes: int = setting(
         "maximum memory for decoding all images in progress; an image beyond this bound by itself is refused, "
@@ -353,6 +365,12 @@ class SegmentSettings(FunctionSettings):
                 f"the setting batching is {self.batching!r}; it is auto or off",
                 variable="batching",
                 value=self.batching,
+            )
+        if self.hop_security not in ("sealed", "signed"):
+            raise SettingsError(
+                f"the setting hop_security is {self.hop_security!r}; it is sealed or signed",
+                variable="hop_security",
+                value=self.hop_security,
             )
         # A baked segment is complete without a registry.
         if not self.registry and not self.segment_dir:

@@ -13,8 +13,7 @@ import pytest
 from isthmus.codecs import Encoding
 from isthmus.context import Context, Deadline
 from isthmus.errors import DeadlineExceeded, HopRejected, HopUnavailable, Missing, ShapeMismatch
-from isthmus.pipeline import Hop, HopReply, LocalHop, LoopbackHop, Result, execute, local_route, plan_route
-from isthmus.pipeline.hop import hops_to
+from isthmus.pipeline import Hop, HopReply, HttpHop, LocalHop, LoopbackHop, Result, execute, local_route, plan_route
 from isthmus.runtime.store import SegmentStore
 from isthmus.serving import create_segment_app
 from isthmus.wire.frame import Frame
@@ -51,7 +50,7 @@ def local(tmp_path: Path) -> Callable[[Published], LocalHop]:
 def remote(photos: Published, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hop, ...]]:
     settings = segment_settings(photos, tmp_path_factory.mktemp("cache"))
     with served(create_segment_app(settings)) as url:
-        yield hops_to((url,), None, attempts=4, connect_timeout_s=1, max_reply_bytes=2**20)
+        yield (HttpHop(url, attempts=4, connect_timeout_s=1, max_reply_bytes=2**20),)
 
 
 @dataclass
@@ -248,7 +247,7 @@ def test_free_dimensions_that_the_graph_refuses_are_the_callers_fault_over_http_
     inputs = {"a": np.ones((2, 32), np.float32), "b": np.ones((3, 32), np.float32)}
     free = publish(tmp_path, free_model(tmp_path / "free.onnx"), inputs, partitions=[["1"]])
     with served(create_segment_app(segment_settings(free, tmp_path / "cache"))) as url:
-        hops = hops_to((url,), None, attempts=2, connect_timeout_s=1, max_reply_bytes=2**20)
+        hops = (HttpHop(url, attempts=2, connect_timeout_s=1, max_reply_bytes=2**20),)
         with pytest.raises(ShapeMismatch) as e:
             answer(free, hops, None)
     assert e.value.facts["hop"] == url
@@ -264,7 +263,7 @@ def test_a_cut_that_is_not_there_is_missing_and_names_those_that_are(photos: Pub
 
 
 def test_a_dead_second_hop_is_named(photos: Published, local: Callable[[Published], LocalHop]) -> None:
-    (dead,) = hops_to(("http://127.0.0.1:9/",), None, attempts=1, connect_timeout_s=1, max_reply_bytes=2**20)
+    dead = HttpHop("http://127.0.0.1:9/", attempts=1, connect_timeout_s=1, max_reply_bytes=2**20)
     with pytest.raises(HopUnavailable) as e:
         answer(photos, (local(photos), dead), None)
     assert e.value.facts["hop"] == "http://127.0.0.1:9/"

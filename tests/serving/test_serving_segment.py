@@ -152,7 +152,8 @@ def test_wrong_paths_and_methods_answer_json(client: FlaskClient, method: str, p
     assert (answer.status_code, answer.content_type) == (status, "application/json")
     assert answer.json.keys() >= {"error", "type", "facts"}
     if status == 404:
-        assert answer.json["facts"]["exists"] == ["/", "/load", "/metrics", "/profile", "/profile/echo", "/ready"]
+        paths = ["/", "/load", "/metrics", "/profile", "/profile/echo", "/ready", "/sessions/end"]
+        assert answer.json["facts"]["exists"] == paths
     else:
         assert ("POST" if path == "/" else "GET") in answer.headers["Allow"]
 

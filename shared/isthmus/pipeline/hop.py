@@ -12,6 +12,8 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
@@ -22,6 +24,7 @@ from isthmus.artifacts.json_documents import refuse_constant
 from isthmus.codecs import Tables
 from isthmus.context import Context, Deadline
 from isthmus.errors import (
+    CallerUnknown,
     HopBusy,
     HopError,
     HopRejected,
@@ -48,7 +51,8 @@ from isthmus.http.pool import (
     stages_of,
 )
 from isthmus.pipeline.hop_retries import HopRetries
-from isthmus.settings import urls_of
+from isthmus.security.protected_call import Buffer, CallFacts, CallProtection, open_protection
+from isthmus.settings import RouterSettings, urls_of
 from isthmus.wire import frame as frames
 from isthmus.wire.frame import Frame, Step
 
@@ -67,6 +71,7 @@ MAX_LOOPBACK_BYTES = 2**30
 _INPUT_ERRORS = {c.__name__: c for c in (ShapeMismatch, ValueRefused, StateMissing)}
 # Errors of `POST /load`, and those of an Isthmus function without that path.
 _LOAD_ERRORS = {c.__name__: c for c in (MemoryInUse, SegmentTooLarge)}
+_KEYS_ADVICE = "give both functions the same secret hop-keys, and the same hop_security"
 _NO_SUCH_PATH = ("NotFound", "MethodNotAllowed")
 
 
@@ -263,8 +268,17 @@ class HttpHop:
 
     encodes = True
 
-    def __init__(self, url: str, *, attempts: int, connect_timeout_s: float, max_reply_bytes: int) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        attempts: int,
+        connect_timeout_s: float,
+        max_reply_bytes: int,
+        protection: CallProtection | None = None,
+    ) -> None:
         self.name = url
+        self._protection = protection
         self._pool = ConnectionPool(url, connect_timeout_s=connect_timeout_s)
         self._retries = HopRetries(attempts)
         self._max_reply_bytes = max_reply_bytes
@@ -359,12 +373,28 @@ class HttpHop:
     def _post(
         self, body: Sequence[bytes | memoryview], content_type: str, context: Context, max_bytes: int, path: str = ""
     ) -> Response:
+        if self._protection is None:
+            return self._exchange(body, {"Content-Type": content_type}, context, max_bytes, path)
+        # Anew for each try: a call that comes twice is refused.
+        sent = self._protection.protect(body, CallFacts("POST", path or "/", content_type))
+        response = self._exchange(sent.body, sent.headers, context, max_bytes, path)
+        if response.status not in (200, 202):
+            return response
+        try:
+            opened = sent.open_reply(response.status, response.headers, response.body)
+        except CallerUnknown as e:
+            raise HopRejected(f"{self.name} answered, and {e}", hop=self.name, status=200, hint=_KEYS_ADVICE) from e
+        return replace(response, body=opened)
+
+    def _exchange(
+        self, body: Sequence[Buffer], headers: Mapping[str, str], context: Context, max_bytes: int, path: str
+    ) -> Response:
         if context.deadline.remaining() <= 0:
             raise HopTimeout(f"the deadline passed before {self.name} could be called", hop=self.name)
         try:
             return self._pool.post(
                 body,
-                {"Content-Type": content_type, **context.to_headers()},
+                {**headers, **context.to_headers()},
                 context.deadline,
                 max_bytes=max_bytes,
                 max_error_bytes=MAX_ERROR_BYTES,
@@ -435,24 +465,23 @@ def check_hops(tiers: tuple[str, ...]) -> None:
         raise SettingsError("the setting hops is empty; name at least one hop", variable="hops", value="")
 
 
-def hops_to(
-    urls: tuple[str, ...],
-    store: SegmentRunner | None,
-    *,
-    attempts: int,
-    connect_timeout_s: float,
-    max_reply_bytes: int,
-) -> tuple[Hop, ...]:
-    """A hop for each of the URLs, or `local`, which needs a store."""
-    opened: list[Hop] = []
-    for url in urls:
-        if url == "local" and store is not None:
-            opened.append(LocalHop(store))
-        else:
-            opened.append(
-                HttpHop(url, attempts=attempts, connect_timeout_s=connect_timeout_s, max_reply_bytes=max_reply_bytes)
-            )
-    return tuple(opened)
+def open_hops(settings: RouterSettings, store: SegmentRunner | None) -> list[tuple[Hop, ...]]:
+    """The hops of each tier, several where it has replicas; `local` needs a store.
+
+    Raises:
+        SettingsError: the secret `hop-keys` cannot be used.
+    """
+    connect = partial(
+        HttpHop,
+        attempts=settings.hop_attempts,
+        connect_timeout_s=settings.hop_connect_timeout_s,
+        max_reply_bytes=settings.max_request_bytes,
+        protection=open_protection(settings),
+    )
+    return [
+        tuple(LocalHop(store) if url == "local" and store is not None else connect(url) for url in urls_of(tier))
+        for tier in settings.hops
+    ]
 
 
 def _error_document(data: bytes | bytearray) -> dict[str, Any]:

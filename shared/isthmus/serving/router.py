@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from flask import Flask
 
 from isthmus.errors import SettingsError
-from isthmus.pipeline.hop import check_hops, hops_to
+from isthmus.pipeline.hop import check_hops, open_hops
 from isthmus.processing.image_budget import ImageMemory
 from isthmus.registry import open_registry
 from isthmus.routing import Estimates, Guard, LinkProber, ModelCatalog, RouteSelector, Warming, parse_override, watch
@@ -19,7 +17,7 @@ from isthmus.serving.openai.api import OpenAIApi
 from isthmus.serving.prediction import Predictor
 from isthmus.serving.preload import load_deadline, open_sessions, parse_entry, preload
 from isthmus.serving.routing_metrics import MeasuredDispatcher, RoutingMetrics
-from isthmus.settings import RouterSettings, urls_of
+from isthmus.settings import RouterSettings
 
 
 def create_router_app(settings: RouterSettings) -> Flask:
@@ -48,15 +46,8 @@ class _RouterApp(FunctionApp):
         self._registry = open_registry(settings)
         sessions = open_sessions(settings, self._registry) if "local" in settings.hops else None
         self._store = None if sessions is None else sessions.store
-        connect = partial(
-            hops_to,
-            store=sessions,
-            attempts=settings.hop_attempts,
-            connect_timeout_s=settings.hop_connect_timeout_s,
-            max_reply_bytes=settings.max_request_bytes,
-        )
         estimates = Estimates()
-        hops = watch([connect(urls_of(tier)) for tier in settings.hops], estimates)
+        hops = watch(open_hops(settings, sessions), estimates)
         super().__init__("router", settings, self._prepare)
         images = ImageMemory(settings.image_memory_bytes)
         tables = Tables(self._registry.bundle, self._registry.blob, settings.max_image_pixels, memory=images)

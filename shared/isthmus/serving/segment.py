@@ -22,10 +22,10 @@ from isthmus.runtime.tables import Tables
 from isthmus.serving.app import FunctionApp
 from isthmus.serving.preload import load_deadline, parse_entry, preload
 from isthmus.serving.profiling import Profiling
+from isthmus.serving.protected_routes import open_protection, protected
 from isthmus.serving.request import FunctionRequest
 from isthmus.settings import SegmentSettings
 from isthmus.wire import frame as frames
-from isthmus.wire.frame import Frame, Outline
 
 # A digest, and a segment's id of two cuts by name; or a session's name.
 MAX_LOAD_BODY_BYTES = 8192
@@ -76,9 +76,10 @@ class _SegmentApp(FunctionApp):
         self.metrics.gauge_store(self._sessions)
         self._store.share_memory(self._memory)
         self.slots.keep_at_least(self._sessions.room_for_batches)
-        self.post("/", self.run, "run")
-        self.post("/load", self.load, "load")
-        self.post("/sessions/end", self.end_session, "end_session")
+        protect = partial(protected, open_protection(settings))
+        self.post("/", protect("/", self.run), "run")
+        self.post("/load", protect("/load", self.load), "load")
+        self.post("/sessions/end", protect("/sessions/end", self.end_session), "end_session")
         Profiling(self._store, settings, self._decode).serve_on(self)
 
     def run(self, request: FunctionRequest) -> Response:
@@ -96,7 +97,7 @@ class _SegmentApp(FunctionApp):
         request.timings.add("wait", ran.wait_s)
         request.timings.add("run", ran.run_s, f"batch-of-{ran.batch}" if ran.batch > 1 else "")
         start = time.perf_counter()
-        body = frames.encode(Frame(ran.outputs, frame.bundle, frame.segment, frame.request))
+        body = frames.encode(frames.Frame(ran.outputs, frame.bundle, frame.segment, frame.request))
         request.timings.add("encode", time.perf_counter() - start)
         return Response(body, content_type=frames.CONTENT_TYPE)
 
@@ -117,7 +118,7 @@ class _SegmentApp(FunctionApp):
         self._sessions.end_session(ended.session)
         return Response(msgspec.json.encode(ended), mimetype="application/json")
 
-    def _decode(self, request: FunctionRequest) -> Frame:
+    def _decode(self, request: FunctionRequest) -> frames.Frame:
         return frames.decode(
             request.body,
             max_bytes=self._settings.max_request_bytes,
@@ -126,7 +127,7 @@ class _SegmentApp(FunctionApp):
             during=partial(self._decoding, request),
         )
 
-    def _accept(self, request: FunctionRequest, outline: Outline) -> None:
+    def _accept(self, request: FunctionRequest, outline: frames.Outline) -> None:
         """Refuse a frame whose tensors its segment does not take, before their memory is allocated.
 
         Raises:
@@ -144,7 +145,7 @@ class _SegmentApp(FunctionApp):
             check_types(bundle.carried(segment.inputs), outline.tensors)
 
     @contextmanager
-    def _decoding(self, request: FunctionRequest, outline: Outline) -> Iterator[None]:
+    def _decoding(self, request: FunctionRequest, outline: frames.Outline) -> Iterator[None]:
         """Reserve the working memory of decoding for its duration, and that of the tensors until the response.
 
         Raises:

@@ -422,6 +422,24 @@ class RouterSettings(SegmentSettings):
         " `none` means no other route",
         (),
     )
+    generation_s: float = setting(
+        "maximum time of the generation of a text, in seconds, in place of deadline_s; shortened by the request's"
+        " X-Timeout and by exec_timeout, each less a margin",
+        600.0,
+        minimum=0.001,
+    )
+    generation_silence_s: float = setting(
+        "how long a generation may go without a token or a further chunk of its prompt, in seconds, functions that"
+        " restart included",
+        60.0,
+        minimum=0.001,
+    )
+    replay_bytes: int = setting(
+        "maximum memory of the boundary tensors that are stored for one generation, from which a function without its"
+        " state is rebuilt; beyond it the segments before the cut run again",
+        32 * 2**20,
+    )
+    total_replay_bytes: int = setting("the same for all generations together", 256 * 2**20)
     hop_attempts: int = setting(
         "attempts per call of a hop that is reached and fails, including the first, within the deadline. "
         "Calls of a starting hop (connection refused, 503, the gateway's 404) are retried until the deadline. "
@@ -450,6 +468,11 @@ class RouterSettings(SegmentSettings):
         " GET /docs; anybody who can call the function sees them. The local engine turns it on",
         False,
     )
+
+    @property
+    def longest_generation_s(self) -> float:
+        """Maximum seconds of a generation, before the request's own X-Timeout."""
+        return min(self.generation_s, working_time(self.exec_timeout)) if self.exec_timeout else self.generation_s
 
     @property
     def model_name(self) -> str:

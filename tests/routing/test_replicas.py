@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 
 from isthmus.context import Abandonment, Context, Deadline
-from isthmus.errors import HopUnavailable, SettingsError
+from isthmus.errors import HopUnavailable, SettingsError, StateMissing
 from isthmus.pipeline import HopReply, HttpHop
 from isthmus.pipeline.hop import check_hops
 from isthmus.routing.estimates import Estimates
 from isthmus.routing.replicas import HEDGE_BURST, HEDGED_CALLS, Replicas, watch
 from isthmus.settings import tier_of, urls_of
+from isthmus.wire.frame import Frame, Step
 from support.hop_servers import ECHO, FRAME, PROXY, context, raw_server, server
 from support.hop_servers import hop_to as hop_to
 from support.patience import LONG_S, eventually
@@ -38,11 +39,14 @@ class Script:
         self.calls = self.abandoned = 0
         self.pause_s = 0.0
         self.fails = False
+        self.raises: Exception | None = None
 
     def call(self, frame: Any, context: Context) -> HopReply:
         self.calls += 1
         if self.fails:
             raise HopUnavailable("away", hop=self.name)
+        if self.raises is not None:
+            raise self.raises
         ended = threading.Event()
         with (context.abandonment or Abandonment()).ended_by(ended.set):
             if ended.wait(self.pause_s):
@@ -266,3 +270,51 @@ def test_an_entry_of_hops_may_name_several_urls() -> None:
 def test_replicas_that_cannot_be_are_refused_at_the_start(tier: str) -> None:
     with pytest.raises(SettingsError, match="hops"):
         check_hops((tier,))
+
+
+def step(session: str) -> Frame:
+    return FRAME._replace(step=Step(session, 3))
+
+
+def test_steps_of_a_session_go_to_the_replica_that_has_its_state(scripts: tuple[Script, Script, Replicas]) -> None:
+    one, other, replicas = scripts
+    for _ in range(5):
+        replicas.call(step("a"), context())
+    for _ in range(3):
+        replicas.call(step("b"), context())
+    assert sorted((one.calls, other.calls)) == [3, 5]
+    replicas.end_session("a", Deadline.after(LONG_S))
+    replicas.end_session("b", Deadline.after(LONG_S))
+    for _ in range(2):
+        replicas.call(step("a"), context())
+    assert sorted((one.calls, other.calls)) in ([3, 7], [5, 5])
+
+
+def test_a_session_moves_to_the_next_replica_where_its_own_fails_and_stays_there(
+    scripts: tuple[Script, Script, Replicas],
+) -> None:
+    one, other, replicas = scripts
+    replicas.call(step("a"), context())
+    first, second = (one, other) if one.calls else (other, one)
+    first.fails = True
+    second.raises = StateMissing("not here", session="a", position=0)
+    with pytest.raises(StateMissing):
+        replicas.call(step("a"), context())
+    second.raises, first.fails = None, False
+    for hop in replicas.watched:
+        hop.memory.tell(FRAME.bundle, FRAME.segment, is_loaded=True)
+    for _ in range(5):
+        replicas.call(step("a"), context())
+    assert (first.calls, second.calls) == (2, 6)
+
+
+def test_steps_are_never_hedged(scripts: tuple[Script, Script, Replicas]) -> None:
+    one, other, replicas = scripts
+    for script in (one, other):
+        script.pause_s = USUAL_S
+    for _ in range(HEDGED_CALLS + 1):
+        replicas.call(step("a"), context())
+    first, second = (one, other) if one.calls else (other, one)
+    first.pause_s = 10 * USUAL_S
+    replicas.call(step("a"), context())
+    assert (second.calls, first.abandoned) == (0, 0)

@@ -7,7 +7,8 @@ is lost is rebuilt by replay.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import abc
+from collections.abc import Sequence
 
 from isthmus.context import Context
 from isthmus.errors import ModelError
@@ -42,7 +43,9 @@ class Generator:
         self._rerouting, self._proposer = rerouting or FixedRoute(), proposer
         self._policy = policy or GenerationPolicy()
 
-    def run(self, request: GenerationRequest, context: Context, done: Generated) -> Iterator[SampledToken]:
+    def run(
+        self, request: GenerationRequest, context: Context, done: Generated
+    ) -> abc.Generator[SampledToken, None, None]:
         """The tokens as they come; `done` is kept up to date. Closing the iterator ends the session.
 
         Raises:

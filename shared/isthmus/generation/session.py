@@ -96,8 +96,9 @@ class RoutedSession:
                 self._positions[self._place(self._calling)] = _position(e, call.start)
                 self._recover(e, within.deadline)
             except HopError as e:
-                # Without time left another route could not answer either.
-                other = self._rerouting.instead(e, context) if within.deadline.remaining() > 0 else None
+                # Without time left another route could not answer either, and a reader that left needs none.
+                is_over = within.deadline.remaining() <= 0 or _is_abandoned(context)
+                other = None if is_over else self._rerouting.instead(e, context)
                 if other is None:
                     raise
                 self._take(other)
@@ -244,6 +245,10 @@ class RoutedSession:
             if deadline.remaining() < _PAUSE_S:
                 raise error
             time.sleep(jittered(_PAUSE_S, _PAUSE_S))
+
+
+def _is_abandoned(context: Context) -> bool:
+    return context.abandonment is not None and context.abandonment.is_abandoned
 
 
 def _position(error: StateMissing, start: int) -> int:

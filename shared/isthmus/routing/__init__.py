@@ -5,6 +5,7 @@ from isthmus.routing.catalog import ModelCatalog, ServedModel
 from isthmus.routing.codec_override import override_codec, parse_override
 from isthmus.routing.dispatcher import DEGRADED_HEADER, ROUTE_HEADER, Attempt, Dispatcher
 from isthmus.routing.estimates import Estimates
+from isthmus.routing.generation_route import GenerationRoute
 from isthmus.routing.guard import Guard
 from isthmus.routing.links import LinkEstimate
 from isthmus.routing.probes import LinkProber
@@ -19,6 +20,7 @@ __all__ = [
     "Attempt",
     "Dispatcher",
     "Estimates",
+    "GenerationRoute",
     "Guard",
     "LinkEstimate",
     "LinkProber",

@@ -1,4 +1,8 @@
-"""Seconds of the latest calls of each segment: what a call takes, and how slow the slow ones are."""
+"""Seconds of the latest calls of each segment: what a call takes, and how slow the slow ones are.
+
+Steps of sessions are told apart by the number of their positions, to a factor of two: a chunk of a prompt takes a
+hundred times as long as a single token.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +25,11 @@ class CallTimes:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._segments: LRUCache[tuple[str, str], _Window] = LRUCache(MAX_SEGMENTS)
+        self._segments: LRUCache[tuple[str, str, int], _Window] = LRUCache(MAX_SEGMENTS)
 
     def add(self, frame: Frame, seconds: float) -> None:
         """Add a call."""
-        key = (frame.bundle, frame.segment)
+        key = _kind(frame)
         with self._lock:
             if (window := self._segments.get(key)) is None:
                 window = self._segments[key] = _Window()
@@ -34,8 +38,12 @@ class CallTimes:
     def quantile(self, frame: Frame, share: float, min_calls: int) -> float | None:
         """The seconds that `share` of the frame's segment's calls stay below; None before `min_calls` calls."""
         with self._lock:
-            window = self._segments.get((frame.bundle, frame.segment))
+            window = self._segments.get(_kind(frame))
             return None if window is None or window.count < min_calls else window.quantile(share)
+
+
+def _kind(frame: Frame) -> tuple[str, str, int]:
+    return frame.bundle, frame.segment, frame.step_tokens.bit_length()
 
 
 class _Window:

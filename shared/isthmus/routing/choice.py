@@ -117,10 +117,12 @@ class RouteChooser:
             return candidate.planned_s
         return self._behind(expectation)
 
-    def choose(self, candidates: Sequence[RouteCandidate], left_s: float) -> RouteCandidate:
+    def choose(
+        self, candidates: Sequence[RouteCandidate], left_s: float, *, may_explore: bool = True
+    ) -> RouteCandidate:
         """The route of a request that has `left_s` seconds, of candidates whose hops answer.
 
-        A degraded candidate is chosen only where all are degraded.
+        A degraded candidate is chosen only where all are degraded. Without `may_explore` the request is no exploration.
 
         Raises:
             Overloaded: alone a request would end in time, and behind the outstanding work none of the routes does.
@@ -134,7 +136,7 @@ class RouteChooser:
         with self._lock:
             self._allowed = exact
             chosen = self._spreading.take(exact, list(seconds.values())) if self._spreading.shares else None
-            if chosen is None and not any(self._outstanding.seconds()):
+            if chosen is None and may_explore and not any(self._outstanding.seconds()):
                 chosen = self._exploration.pick(exact, expected, self._preference.index, left_s, self._clock())
         if chosen is None:
             chosen, soonest = self._best(exact), min(seconds, key=seconds.__getitem__)
@@ -174,6 +176,10 @@ class RouteChooser:
             yield
         with self._lock:
             self._exploration.ended(index, self._clock() - began, expectation.seconds)
+
+    def took(self, candidate: RouteCandidate) -> None:
+        """Count a request of the candidate that is in no account of outstanding work."""
+        self.usage.took(self._index[candidate.name])
 
     def failed(self, candidate: RouteCandidate) -> None:
         """A hop of the candidate gave no response."""

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from msgspec import structs
 
@@ -13,11 +14,13 @@ from isthmus.admission import describe_work
 from isthmus.context import Context
 from isthmus.errors import HopError, RequestMalformed
 from isthmus.pipeline import Result
+from isthmus.routing.attempts import Attempts
 from isthmus.routing.candidates import RouteCandidate
 from isthmus.routing.catalog import ServedModel
 from isthmus.routing.estimates import Estimates
-from isthmus.routing.fallback import FallbackChain, first_in_time, is_hops_fault, limited
+from isthmus.routing.fallback import FallbackChain, is_hops_fault
 from isthmus.routing.forecast import plan_drift
+from isthmus.routing.generation_route import Fallback, GenerationRoute
 from isthmus.routing.readiness import ReadinessProber
 from isthmus.routing.replicas import RoutedHop
 from isthmus.routing.served_versions import ServedVersions
@@ -67,43 +70,70 @@ class Dispatcher:
         context.deadline.check("a route was taken")
         if not model.route.name:  # a route beside the served ones, which their state must not know
             return attempt(candidates[0], context)
-        if exact_only:
-            candidates = tuple(c for c in candidates if not c.degradation) or candidates
+        attempts = self._attempts(model, candidates, context, exact_only=exact_only)
         chooser = self._versions.chooser(model)
-        loaded = self._warming.loaded(model)
-        # Where no hop answers, the best route waits for its own.
-        chosen = chooser.choose(self._answering(candidates, loaded) or candidates, context.deadline.remaining())
         while True:
-            candidates = tuple(c for c in candidates if c is not chosen)
-
-            def without(hop: str, others: Sequence[RouteCandidate] = candidates) -> Sequence[RouteCandidate]:
-                """The fallback chain of the other candidates that do without a hop."""
-                others = [c for c in others if hop not in c.hops]
-                return self._fallbacks.order(self._answering(others, loaded), chooser.expected_s)
-
+            chosen = attempts.candidate
             # Routes differ in their seconds: the adaptive concurrency limit compares requests of one route.
             describe_work(f"{model.digest} {chosen.name}")
             began = time.monotonic()
             try:
                 with chooser.running(chosen):
-                    result = attempt(chosen, limited(context, chosen, without, chooser.expected_s))
+                    result = attempt(chosen, attempts.limited(context))
             except HopError as e:
                 if not is_hops_fault(e):
                     raise
-                chooser.failed(chosen)
-                failed = self._tiers.get(e.facts.get("hop", ""), "")
-                chain = without(failed)
-                left_s = context.deadline.remaining()
-                if not chain or left_s <= 0:
+                fallback = attempts.fall_back(e, self._tier(e), context.deadline.remaining())
+                if fallback is None:
                     raise
-                fallback = first_in_time(chain, left_s, chooser.expected_s)
-                chooser.fell_back(chosen, type(e).__name__)
-                self._log_fallback(chosen, fallback, e, context)
-                candidates = tuple(c for c in candidates if failed not in c.hops)
-                chosen = fallback
+                self._log_fallback(Fallback(chosen, fallback, e, context))
                 continue
             self._learn(chosen, result, time.monotonic() - began)
             return replace(result, route=chosen.name, degraded=chosen.degradation)
+
+    def generation(self, model: ServedModel, context: Context, pin: str) -> GenerationRoute:
+        """The route of a generation along the chosen candidate, as `run`; exact candidates alone where there are any.
+
+        Its steps are in no account of outstanding work, and no route is explored: a plan's seconds are not those of a
+        generation, whose length nobody knows, and a generation keeps its route for all of it.
+
+        Raises:
+            RequestMalformed, DeadlineExceeded: as `run`.
+        """
+        candidates = _pinned(model, pin)
+        context.deadline.check("a route was taken")
+        attempts = self._attempts(model, candidates, context, exact_only=True, may_explore=False)
+        chooser = self._versions.chooser(model)
+        chooser.took(attempts.candidate)
+
+        def fell_back(fallback: Fallback) -> None:
+            chooser.took(fallback.candidate)
+            self._log_fallback(fallback)
+
+        return GenerationRoute(attempts, self._tier, fell_back)
+
+    def _attempts(
+        self,
+        model: ServedModel,
+        candidates: Sequence[RouteCandidate],
+        context: Context,
+        *,
+        exact_only: bool,
+        may_explore: bool = True,
+    ) -> Attempts:
+        if exact_only:
+            candidates = tuple(c for c in candidates if not c.degradation) or candidates
+        return Attempts(
+            candidates,
+            self._versions.chooser(model),
+            self._fallbacks,
+            partial(self._answering, loaded=self._warming.loaded(model)),
+            left_s=context.deadline.remaining(),
+            may_explore=may_explore,
+        )
+
+    def _tier(self, error: HopError) -> str:
+        return self._tiers.get(error.facts.get("hop", ""), "")
 
     def _learn(self, chosen: RouteCandidate, result: Result, seconds: float) -> None:
         # Not of closer looks, which the forecast of a request has not either.
@@ -136,19 +166,18 @@ class Dispatcher:
         )
         return structs.replace(state, candidates=candidates)
 
-    def _answering(self, candidates: Sequence[RouteCandidate], loaded: frozenset[str]) -> Sequence[RouteCandidate]:
+    def _answering(self, candidates: Sequence[RouteCandidate], *, loaded: frozenset[str]) -> Sequence[RouteCandidate]:
         """The candidates whose breakers allow a call; of these the loaded ones, if any."""
         allowed = {name for name, hop in self._hops.items() if hop.allows()}
         answering = [c for c in candidates if allowed.issuperset(c.hops)]
         return [c for c in answering if c.name in loaded] or answering
 
-    def _log_fallback(
-        self, chosen: RouteCandidate, fallback: RouteCandidate, error: HopError, context: Context
-    ) -> None:
+    def _log_fallback(self, fallback: Fallback) -> None:
+        chosen, other, error = fallback.failed.name, fallback.candidate.name, fallback.error
         reason = type(error).__name__
-        facts = {"from": chosen.name, "to": fallback.name, "type": reason, "error": error.message}
-        facts |= {"call_id": context.call_id, "hop": error.facts.get("hop", "")}
-        self._log.info("%s takes over from %s: %s", fallback.name, chosen.name, reason, extra={"facts": facts})
+        facts = {"from": chosen, "to": other, "type": reason, "error": error.message}
+        facts |= {"call_id": fallback.context.call_id, "hop": error.facts.get("hop", "")}
+        self._log.info("%s takes over from %s: %s", other, chosen, reason, extra={"facts": facts})
 
 
 def _pinned(model: ServedModel, pin: str) -> tuple[RouteCandidate, ...]:

@@ -88,8 +88,8 @@ class Estimates:
         """A call ended without a response of use."""
         self._link(call.hop).fail(call.transfer)
 
-    def succeeded(self, call: HopCall, bundle: str, segment: str, reply: HopReply) -> None:
-        """Learn from a call that ends now."""
+    def succeeded(self, call: HopCall, bundle: str, segment: str, reply: HopReply, *, is_usual: bool = True) -> None:
+        """Learn from a call that ends now; of a call of unusual size for its segment nothing about the segment."""
         link, served = self._link(call.hop), reply.served
         link.end(call.transfer, reply.exchange, served.total_s, reply.sent_bytes + _HEADER_BYTES, time.monotonic())
         if link.is_ambiguous:
@@ -102,7 +102,7 @@ class Estimates:
             )
             if (times := self._segments.get(key)) is None:
                 times = self._segments[key] = _SegmentTimes()
-            if served.load_s < _COLD_LOAD_S:
+            if is_usual and served.load_s < _COLD_LOAD_S:
                 busy_s = max(reply.run_s, served.total_s - served.wait_s - served.load_s)
                 if times.busy.value:
                     ratio = min(busy_s / times.busy.value, _MAX_STALL)

@@ -1,6 +1,7 @@
 """A tier of several URLs: the least busy replica, the next where one fails, a hedged call where one is slow.
 
-Segments are pure, so that a call may be made twice. Source: Dean and Barroso, The Tail at Scale, "Hedged requests".
+Segments are pure, so that a call may be made twice. Source: Dean and Barroso, The Tail at Scale, "Hedged requests". The
+steps of a session go to the replica with the session's state, and are never hedged: another replica lacks the state.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import replace
 
+from cachetools import LRUCache
+
 from isthmus.context import Abandonment, Context, Deadline
-from isthmus.errors import HopError, HopUnavailable, IsthmusError
+from isthmus.errors import HopError, HopUnavailable, IsthmusError, StateMissing
 from isthmus.pipeline.hop import Hop, HopReply
 from isthmus.retries import RetryBudget
 from isthmus.routing.breaker import Breaker
@@ -31,6 +34,11 @@ from isthmus.wire.frame import Frame
 HEDGED_SHARE, HEDGED_CALLS = 0.95, 20
 # Hedged calls are at most a twentieth of all calls: were every replica slow, twice the calls would slow them further.
 HEDGES_PER_CALL, HEDGE_BURST = 0.05, 3
+# Sessions whose replica is known; a forgotten one is rebuilt where its next step goes.
+MAX_STICKY = 4096
+# A step counts as no quicker: another replica has to run all positions of the session before it, so that a step is not
+# given up for a pause of its machine.
+MIN_STEP_S = 0.5
 # Calls that may be hedged at a time; each takes a thread. Beyond that calls are made as without hedging.
 MAX_HEDGEABLE = 32
 
@@ -46,6 +54,8 @@ class Replicas:
         self._times = CallTimes()
         self._hedges = RetryBudget(burst=HEDGE_BURST, per_second=0.0, per_success=HEDGES_PER_CALL)
         self._turns = itertools.count()
+        self._lock = threading.Lock()
+        self._sticky: LRUCache[str, WatchedHop] = LRUCache(MAX_STICKY)
         self._places = threading.BoundedSemaphore(MAX_HEDGEABLE)
         self._threads = ThreadPoolExecutor(MAX_HEDGEABLE, thread_name_prefix="replicas")
 
@@ -61,12 +71,17 @@ class Replicas:
             hop, *left = left
             try:
                 reply = self._call(hop, left, frame, context)
+            except StateMissing:
+                # The session is rebuilt on this replica.
+                self._stick(frame, hop)
+                raise
             except HopError as e:
                 if isinstance(e, HopUnavailable) and not left:
                     self.memory.forget()
                 if not left or not is_hops_fault(e) or context.deadline.remaining() <= 0:
                     raise
                 continue
+            self._stick(frame, hop)
             self._times.add(frame, time.perf_counter() - began)
             self._hedges.succeeded()
             self.memory.ran(frame.bundle, frame.segment, reply.served.load_s)
@@ -91,6 +106,8 @@ class Replicas:
 
     def end_session(self, session: str, deadline: Deadline) -> None:
         """See `SessionHop.end_session`; every replica is asked, at the same time: calls may have gone to several."""
+        with self._lock:
+            self._sticky.pop(session, None)
         with suppress(RuntimeError):  # the executor is shut down
             asked = [self._threads.submit(hop.end_session, session, deadline) for hop in self.watched]
             wait(asked, deadline.remaining())
@@ -102,11 +119,23 @@ class Replicas:
             hop.close()
 
     def _in_order(self, frame: Frame) -> list[WatchedHop]:
-        """The replicas that may be called first, the least busy before the others; equals take turns."""
+        """The replicas that may be called first, the least busy before the others; equals take turns.
+
+        Of a session's step the replica with the session comes before all that are as able to answer.
+        """
         turn, key = next(self._turns), (frame.bundle, frame.segment)
         count = len(self.watched)
         turned = [self.watched[(turn + i) % count] for i in range(count)]
-        return sorted(turned, key=lambda hop: (not hop.allows(), key not in hop.memory, hop.in_flight))
+        with self._lock:
+            sticky = None if frame.step is None else self._sticky.get(frame.step.session)
+        return sorted(
+            turned, key=lambda hop: (not hop.allows(), hop is not sticky, key not in hop.memory, hop.in_flight)
+        )
+
+    def _stick(self, frame: Frame, hop: WatchedHop) -> None:
+        if frame.step is not None:
+            with self._lock:
+                self._sticky[frame.step.session] = hop
 
     def _call(self, hop: WatchedHop, others: list[WatchedHop], frame: Frame, context: Context) -> HopReply:
         """The reply of a replica; `others` come next, and one that was called as well is taken from them."""
@@ -114,10 +143,12 @@ class Replicas:
         if not answering:
             return hop.call(frame, context)
         slow_s = self._times.quantile(frame, HEDGED_SHARE, HEDGED_CALLS)
+        if slow_s is not None and frame.step is not None:
+            slow_s = max(slow_s, MIN_STEP_S)
         left_s = context.deadline.remaining()
         limit = Deadline.after(allowed_s(left_s, slow_s, slow_s))
         limited = replace(context, deadline=limit, waits=False)
-        is_hedged = slow_s is not None and slow_s < left_s and context.abandonment is None
+        is_hedged = slow_s is not None and slow_s < left_s and context.abandonment is None and frame.step is None
         if not is_hedged or slow_s is None or not self._places.acquire(blocking=False):
             return hop.call(frame, limited)
         return self._hedged(hop, answering[0], others, frame, limited, slow_s)

@@ -95,7 +95,8 @@ class WatchedHop:
                 self._in_flight -= 1
             end(passed)
         self.times.add(frame, time.perf_counter() - began)
-        self._estimates.succeeded(call, frame.bundle, frame.segment, reply)
+        # Of the steps of sessions the segment's estimates know those of a single token: the others are more work.
+        self._estimates.succeeded(call, frame.bundle, frame.segment, reply, is_usual=frame.step_tokens <= 1)
         self.memory.ran(frame.bundle, frame.segment, reply.served.load_s)
         return reply
 

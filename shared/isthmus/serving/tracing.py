@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # segment functions load neither routing nor events
     from isthmus.events.message import Message
     from isthmus.events.processing import MessageHandler
     from isthmus.events.route import RouterReply
-    from isthmus.pipeline import Result
+    from isthmus.pipeline import Result, Route
     from isthmus.pipeline.hop import Hop, HopReply
     from isthmus.routing import Attempt, RouteCandidate, ServedModel
     from isthmus.wire.frame import Frame
@@ -51,6 +51,8 @@ MAX_CLOSE_S = 2.0
 MAX_SILENCE_S = 60.0
 # Texts in spans come from registries and brokers.
 MAX_TEXT = 200
+# Of the calls of a generation at each hop: so many first ones have spans, and then one of so many.
+MAX_FIRST_STEPS, TRACED_STEPS = 8, 64
 # Stages of a request in its span; closer looks add four each.
 MAX_STAGES = 32
 _REQUEST_NAMES = {"in_bytes": "http.request.body.size", "out_bytes": "http.response.body.size"}
@@ -107,6 +109,26 @@ class Tracing:
                 return attempt(replace(candidate, route=replace(candidate.route, hops=hops)), within)
 
         return traced
+
+    def generation(self, model: ServedModel, context: Context) -> tuple[Span, Context]:
+        """The span of a generation, and the context in which its steps are made; `end_generation` ends it."""
+        span = self._tracer.start_span(f"generate {model.name}"[:MAX_TEXT], _parent(context), SpanKind.INTERNAL)
+        describe(span, {"isthmus.model": model.name, "isthmus.version": model.version})
+        return span, _within(span, context)
+
+    def end_generation(self, span: Span, facts: Attributes, error: str) -> None:
+        """End the span of a generation."""
+        if span.is_recording():
+            describe(span, facts)
+            if error:
+                fail(span, error)
+        span.end()
+
+    def steps(self, route: Route, context: Context) -> Route:
+        """The route with spans for some calls of a generation's steps: its first ones, and then a few."""
+        if not is_sampled(context):
+            return route
+        return replace(route, hops=tuple(_SparselyTracedHop(hop, self) for hop in route.hops))
 
     def call(self, hop: Hop, frame: Frame, context: Context) -> HopReply:
         """Call a hop in a span of its own."""
@@ -194,6 +216,21 @@ class _TracedHop:
 
     def close(self) -> None:
         """No-op: the hop belongs to the router."""
+
+
+class _SparselyTracedHop(_TracedHop):
+    """A hop of a generation: a text of 2,000 tokens must not become 4,000 spans, here and in the functions."""
+
+    def __init__(self, inner: Hop, tracing: Tracing) -> None:
+        super().__init__(inner, tracing)
+        self._calls = 0
+
+    def call(self, frame: Frame, context: Context) -> HopReply:
+        """See `Hop.call`; without a span of its own the function is told not to record either."""
+        self._calls += 1
+        if self._calls <= MAX_FIRST_STEPS or self._calls % TRACED_STEPS == 0:
+            return super().call(frame, context)
+        return self._inner.call(frame, replace(context, traceparent=f"{context.traceparent[:53]}00"))
 
 
 class _TracedHandler:

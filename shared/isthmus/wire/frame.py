@@ -80,6 +80,14 @@ class Frame(NamedTuple):
     step: Step | None = None
     """Of a session's frames to segments with state."""
 
+    @property
+    def step_tokens(self) -> int:
+        """How many positions a step runs; 0 in other frames. Tensors of steps are (1, tokens, …)."""
+        if self.step is None:
+            return 0
+        shapes = (*(a.shape for a in self.tensors.values()), *(t.shape for t in self.encoded.values()))
+        return next((int(shape[1]) for shape in shapes if len(shape) > 1), 0)
+
 
 class Outline(NamedTuple):
     """The declarations of a frame, before any payload is decoded.

@@ -1,11 +1,11 @@
 """The choice of a request's route: model catalog, candidate routes, dispatch, and the accuracy guard."""
 
+from isthmus.routing.attempts import GenerationRoute
 from isthmus.routing.candidates import RouteCandidate
 from isthmus.routing.catalog import ModelCatalog, ServedModel
 from isthmus.routing.codec_override import override_codec, parse_override
 from isthmus.routing.dispatcher import DEGRADED_HEADER, ROUTE_HEADER, Attempt, Dispatcher
 from isthmus.routing.estimates import Estimates
-from isthmus.routing.generation_route import GenerationRoute
 from isthmus.routing.guard import Guard
 from isthmus.routing.links import LinkEstimate
 from isthmus.routing.probes import LinkProber

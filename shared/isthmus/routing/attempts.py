@@ -1,17 +1,21 @@
-"""The candidates of one request: the candidate that it takes, and the fallback chain where a hop of it fails."""
+"""The candidates of one request or generation: the candidate that it takes, and the fallback chain behind that."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from isthmus.context import Context
 from isthmus.errors import HopError
+from isthmus.pipeline import Route
 from isthmus.routing.candidates import RouteCandidate
 from isthmus.routing.choice import RouteChooser
-from isthmus.routing.fallback import ExpectedSeconds, FallbackChain, first_in_time, limited
+from isthmus.routing.fallback import ExpectedSeconds, FallbackChain, first_in_time, is_hops_fault, limited
 
 Answering = Callable[[Sequence[RouteCandidate]], Sequence[RouteCandidate]]
 """Those of some candidates whose hops answer, loaded ones if any."""
+TierOf = Callable[[HopError], str]
+"""The tier of the hop that failed."""
 
 
 class Attempts:
@@ -56,3 +60,43 @@ class Attempts:
         self.candidate = first_in_time(chain, left_s, self._chooser.expected_s)
         self._others = tuple(c for c in self._others if hop not in c.hops and c is not self.candidate)
         return self.candidate
+
+
+class RouteChange(NamedTuple):
+    """A route that takes over from another."""
+
+    failed: RouteCandidate
+    candidate: RouteCandidate
+    error: HopError
+    context: Context
+
+
+class GenerationRoute:
+    """One generation's route; a `Rerouting` of generation. Not thread-safe."""
+
+    def __init__(self, attempts: Attempts, tier_of: TierOf, on_fallback: Callable[[RouteChange], None]) -> None:
+        self._attempts, self._tier_of, self._on_fallback = attempts, tier_of, on_fallback
+
+    @property
+    def candidate(self) -> RouteCandidate:
+        """The candidate in force."""
+        return self._attempts.candidate
+
+    def limited(self, context: Context, expected_s: float | None) -> Context:
+        """See `Rerouting.limited`.
+
+        The plan's seconds are of a token or a request, so only the generation's own steps say what a call may take.
+        """
+        candidate = self._attempts.candidate
+        return self._attempts.limited(context, lambda each: expected_s if each is candidate else None)
+
+    def instead(self, error: HopError, context: Context) -> Route | None:
+        """See `Rerouting.instead`."""
+        if not is_hops_fault(error):
+            return None
+        failed = self._attempts.candidate
+        other = self._attempts.fall_back(error, self._tier_of(error), context.deadline.remaining())
+        if other is None:
+            return None
+        self._on_fallback(RouteChange(failed, other, error, context))
+        return other.route

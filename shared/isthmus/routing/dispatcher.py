@@ -14,13 +14,12 @@ from isthmus.admission import describe_work
 from isthmus.context import Context
 from isthmus.errors import HopError, RequestMalformed
 from isthmus.pipeline import Result
-from isthmus.routing.attempts import Attempts
+from isthmus.routing.attempts import Attempts, GenerationRoute, RouteChange
 from isthmus.routing.candidates import RouteCandidate
 from isthmus.routing.catalog import ServedModel
 from isthmus.routing.estimates import Estimates
 from isthmus.routing.fallback import FallbackChain, is_hops_fault
 from isthmus.routing.forecast import plan_drift
-from isthmus.routing.generation_route import Fallback, GenerationRoute
 from isthmus.routing.readiness import ReadinessProber
 from isthmus.routing.replicas import RoutedHop
 from isthmus.routing.served_versions import ServedVersions
@@ -86,7 +85,7 @@ class Dispatcher:
                 fallback = attempts.fall_back(e, self._tier(e), context.deadline.remaining())
                 if fallback is None:
                     raise
-                self._log_fallback(Fallback(chosen, fallback, e, context))
+                self._log_fallback(RouteChange(chosen, fallback, e, context))
                 continue
             self._learn(chosen, result, time.monotonic() - began)
             return replace(result, route=chosen.name, degraded=chosen.degradation)
@@ -106,9 +105,9 @@ class Dispatcher:
         chooser = self._versions.chooser(model)
         chooser.took(attempts.candidate)
 
-        def fell_back(fallback: Fallback) -> None:
-            chooser.took(fallback.candidate)
-            self._log_fallback(fallback)
+        def fell_back(change: RouteChange) -> None:
+            chooser.took(change.candidate)
+            self._log_fallback(change)
 
         return GenerationRoute(attempts, self._tier, fell_back)
 
@@ -172,11 +171,11 @@ class Dispatcher:
         answering = [c for c in candidates if allowed.issuperset(c.hops)]
         return [c for c in answering if c.name in loaded] or answering
 
-    def _log_fallback(self, fallback: Fallback) -> None:
-        chosen, other, error = fallback.failed.name, fallback.candidate.name, fallback.error
+    def _log_fallback(self, change: RouteChange) -> None:
+        chosen, other, error = change.failed.name, change.candidate.name, change.error
         reason = type(error).__name__
         facts = {"from": chosen, "to": other, "type": reason, "error": error.message}
-        facts |= {"call_id": fallback.context.call_id, "hop": error.facts.get("hop", "")}
+        facts |= {"call_id": change.context.call_id, "hop": error.facts.get("hop", "")}
         self._log.info("%s takes over from %s: %s", other, chosen, reason, extra={"facts": facts})
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from isthmus.generation.request import Generated
+from isthmus.admission import MemoryBudget
 from isthmus.serving.metrics import FunctionMetrics
+
+if TYPE_CHECKING:  # routers of other models never load tokenizers
+    from isthmus.generation.request import Generated
 
 # From a small model in one process to a long prompt at a slow edge; a token of a large model over a slow link.
 FIRST_TOKEN_SECONDS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
@@ -18,9 +20,13 @@ OUTCOMES = ("stop", "length", "left", "failed")
 
 
 class GenerationMetrics:
-    """Counts of generations; thread-safe. Without labels of models: a router has few, and names are details."""
+    """Counts of generations; thread-safe. Without labels of models: a router has few, and names are details.
 
-    def __init__(self, metrics: FunctionMetrics, replay_bytes: Callable[[], int]) -> None:
+    `memory` is the budget of boundary tensors that are stored for rebuilds.
+    """
+
+    def __init__(self, metrics: FunctionMetrics, memory: MemoryBudget) -> None:
+        self.memory = memory
         self._ended = Counter("isthmus_generations", "Generations that ended.", ["outcome"], registry=None)
         for outcome in OUTCOMES:
             self._ended.labels(outcome)
@@ -45,7 +51,6 @@ class GenerationMetrics:
             buckets=TOKEN_SECONDS,
             registry=None,
         )
-        self._lock = threading.Lock()
         for collector in (
             *(self._ended, self._open, self._prompt, self._tokens, self._steps, self._proposed, self._accepted),
             *(self._recoveries, self._replayed, self._replayed_bytes, self._first_s, self._token_s),
@@ -54,7 +59,7 @@ class GenerationMetrics:
         metrics.gauge(
             "isthmus_replay_memory_bytes",
             "Memory of the boundary tensors that are stored for rebuilds.",
-            lambda: float(replay_bytes()),
+            lambda: float(memory.used),
         )
 
     def began(self, prompt_tokens: int) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections import abc
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from isthmus.admission import MemoryBudget
+from isthmus.admission import describe_varying_work
 from isthmus.context import Context, Deadline, Headers, parse_timeout, working_time
 from isthmus.errors import HopError
 from isthmus.generation.generator import Generator
 from isthmus.generation.policy import GenerationPolicy
+from isthmus.generation.prompt_lookup import PromptLookup
 from isthmus.generation.request import Generated, GenerationRequest, Proposer
+from isthmus.generation.speculation import AdaptiveProposer
 from isthmus.pipeline import Route
 from isthmus.processing.sampling import SampledToken
 from isthmus.routing import ROUTE_HEADER, Dispatcher, GenerationRoute, RouteCandidate, ServedModel
@@ -36,14 +38,16 @@ class _Services:
 class Generations:
     """Begins generations; one for all models of a router."""
 
-    def __init__(self, app: FunctionApp, settings: RouterSettings, dispatcher: Dispatcher) -> None:
+    def __init__(
+        self, app: FunctionApp, settings: RouterSettings, dispatcher: Dispatcher, metrics: GenerationMetrics
+    ) -> None:
         self._longest_s, self._dispatcher = settings.longest_generation_s, dispatcher
         policy = GenerationPolicy(
             silence_s=settings.generation_silence_s,
             replay_bytes=settings.replay_bytes,
-            memory=MemoryBudget(settings.total_replay_bytes),
+            memory=metrics.memory,
         )
-        self._services = _Services(policy, GenerationMetrics(app.metrics, lambda: policy.memory.used), app.tracing)
+        self._services = _Services(policy, metrics, app.tracing)
         app.closing.callback(policy.ender.close)
 
     def begin(
@@ -65,7 +69,9 @@ class Generations:
         if timeout:
             seconds = min(seconds, working_time(parse_timeout(timeout)))
         context = replace(context, deadline=Deadline.after(seconds))
+        describe_varying_work()
         routed = self._dispatcher.generation(model, context, headers.get(ROUTE_HEADER, ""))
+        proposer = proposer or AdaptiveProposer([PromptLookup()])
         return RunningGeneration(model, request, context, routed, proposer, self._services)
 
 
@@ -90,7 +96,7 @@ class RunningGeneration:
         """The route in force."""
         return self._routed.candidate
 
-    def tokens(self) -> Iterator[SampledToken]:
+    def tokens(self) -> abc.Generator[SampledToken, None, None]:
         """The tokens as they come; closing the iterator ends the session at every function.
 
         Raises:
@@ -99,9 +105,8 @@ class RunningGeneration:
         tracing, metrics, context = self._services.tracing, self._services.metrics, self._context
         span, context = (None, context) if tracing is None else tracing.generation(self._model, context)
         rerouting = _TracedRerouting(self._routed, tracing)
-        generator = Generator(
-            rerouting.traced(self.candidate.route, context), rerouting, self._proposer, self._services.policy
-        )
+        route = rerouting.traced(self.candidate.route, context)
+        generator = Generator(route, rerouting, self._proposer, self._services.policy)
         metrics.began(len(self._request.prompt))
         outcome, error, seconds = "left", "", 0.0
         steps = generator.run(self._request, context, self.done)

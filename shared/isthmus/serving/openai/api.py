@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 from flask import Response
 
+from isthmus.admission import MemoryBudget
 from isthmus.registry import Registry
-from isthmus.routing import ModelCatalog
+from isthmus.routing import Dispatcher, ModelCatalog
 from isthmus.serving.app import FunctionApp
+from isthmus.serving.generation_metrics import GenerationMetrics
 from isthmus.serving.model_list import ModelList
 from isthmus.serving.openai.models import OpenAIModels
 from isthmus.serving.openai.requests import user_of
@@ -30,8 +32,12 @@ class OpenAIApi:
         catalog: ModelCatalog,
         registry: Registry,
         listing: ModelList,
+        dispatcher: Dispatcher,
     ) -> None:
         self._settings, self._catalog, self._registry = settings, catalog, registry
+        self._app, self._dispatcher = app, dispatcher
+        # Before the first request too, so that the metrics are there from the start.
+        self._metrics = GenerationMetrics(app.metrics, MemoryBudget(settings.total_replay_bytes))
         self._routes: CompletionRoutes | None = None
         self._lock = threading.Lock()
         app.post("/v1/chat/completions", self.chat, "chat_completions", user_of)
@@ -50,7 +56,9 @@ class OpenAIApi:
         with self._lock:
             if self._routes is None:
                 # 60 ms and 20 MB, which routers of other models never need.
+                from isthmus.serving.generations import Generations
                 from isthmus.serving.openai.routes import CompletionRoutes
 
-                self._routes = CompletionRoutes(self._settings, self._catalog, self._registry)
+                generations = Generations(self._app, self._settings, self._dispatcher, self._metrics)
+                self._routes = CompletionRoutes(self._settings, self._catalog, self._registry, generations)
             return self._routes

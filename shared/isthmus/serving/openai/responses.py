@@ -6,21 +6,20 @@ import logging
 import queue
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import msgspec
 from flask import Response
 from msgspec import Struct
 
-from isthmus.admission import describe_varying_work
-from isthmus.context import Abandonment, Context
+from isthmus.context import Abandonment
 from isthmus.errors import IsthmusError, http_status
 from isthmus.generation.completion import CompletionText, TextPiece
-from isthmus.generation.generator import Generated, GenerationRequest
-from isthmus.generation.generator import Generator as TokenGenerator
+from isthmus.generation.request import GenerationRequest
 from isthmus.generation.text import TextCodec
-from isthmus.routing import DEGRADED_HEADER, ROUTE_HEADER, ServedModel
+from isthmus.routing import DEGRADED_HEADER, ROUTE_HEADER, RouteCandidate, ServedModel
 from isthmus.serving.error_responses import UNEXPECTED, error_document
+from isthmus.serving.generations import Generations
 from isthmus.serving.openai.documents import CompletionDocuments, Ending, GenerationFactsBody, UsageBody
 from isthmus.serving.openai.errors import openai_error
 from isthmus.serving.openai.streaming import DONE, KEEP_ALIVE, KEEP_ALIVE_S, PieceFeed
@@ -43,16 +42,16 @@ class CompletionJob:
 class CompletionResponder:
     """Runs generations and builds their responses."""
 
-    def __init__(self, settings: RouterSettings) -> None:
-        self._settings = settings
+    def __init__(self, settings: RouterSettings, generations: Generations) -> None:
+        self._settings, self._generations = settings, generations
         self._log = logging.getLogger("isthmus")
 
     def whole(self, request: FunctionRequest, job: CompletionJob) -> Response:
         """The completion in one document."""
-        run = _Run(job, request.context)
+        run = _Run(job, request, self._generations)
         with closing(run.pieces) as pieces:
             document = job.documents.whole(list(pieces), run.ending())
-        self._note_route(request, job)
+        self._note_route(request, run)
         return Response(msgspec.json.encode(document), mimetype="application/json")
 
     def stream(self, request: FunctionRequest, job: CompletionJob) -> Response:
@@ -62,7 +61,8 @@ class CompletionResponder:
             As the generation, before the first piece; later errors are events.
         """
         abandonment = Abandonment()
-        run = _Run(job, replace(request.context, abandonment=abandonment))
+        context = replace(request.context, abandonment=abandonment)
+        run = _Run(job, request._replace(context=context), self._generations)
         feed = PieceFeed(run.pieces, abandonment)
         try:
             first: tuple[TextPiece | None, ...] = (feed.next(KEEP_ALIVE_S),)
@@ -71,7 +71,7 @@ class CompletionResponder:
         except BaseException:
             feed.close()
             raise
-        self._note_route(request, job)
+        self._note_route(request, run)
         response = Response(self._events(request, run, feed, first), mimetype="text/event-stream")
         response.call_on_close(feed.close)
         response.headers["Cache-Control"] = "no-store"
@@ -117,32 +117,31 @@ class CompletionResponder:
             self._log.error("unexpected: %s", type(error).__name__, exc_info=error)
         return openai_error(document, status)
 
-    def _note_route(self, request: FunctionRequest, job: CompletionJob) -> None:
-        model, route = job.model, job.model.route
+    def _note_route(self, request: FunctionRequest, run: _Run) -> None:
+        model, route = run.job.model, run.route
         request.facts.update(model=model.name, version=model.version, route=route.name, degraded=route.degradation)
         for header, text in ((ROUTE_HEADER, route.name), (DEGRADED_HEADER, route.degradation)):
             if text:
                 request.reply_headers[header] = text
 
 
-@dataclass
 class _Run:
     """A generation, its text and its numbers."""
 
-    job: CompletionJob
-    context: Context
-    done: Generated = field(default_factory=Generated)
-
-    def __post_init__(self) -> None:
-        job = self.job
-        describe_varying_work()
+    def __init__(self, job: CompletionJob, request: FunctionRequest, generations: Generations) -> None:
+        self.job = job
         self._text = CompletionText(job.codec, job.stops, prompt=job.generation.prompt, ends=job.generation.stop)
-        tokens = TokenGenerator(job.model.route.route).run(job.generation, self.context, self.done)
-        self.pieces: Generator[TextPiece, None, None] = self._text.pieces(tokens)
+        self._running = generations.begin(job.model, job.generation, request.context, request.headers)
+        self.pieces: Generator[TextPiece, None, None] = self._text.pieces(self._running.tokens())
+
+    @property
+    def route(self) -> RouteCandidate:
+        """The route in force."""
+        return self._running.candidate
 
     def ending(self) -> Ending:
         """The numbers, after the last piece."""
-        done, route = self.done, self.job.model.route
+        done, route = self._running.done, self.route
         prompt_tokens = len(self.job.generation.prompt)
         cut_off = done.finish == "length" and not self._text.stopped
         return Ending(

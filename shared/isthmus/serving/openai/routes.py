@@ -15,6 +15,7 @@ from isthmus.generation.generator import GenerationRequest
 from isthmus.generation.text import TextCodec
 from isthmus.registry import Registry
 from isthmus.routing import ModelCatalog, ServedModel
+from isthmus.serving.generations import Generations
 from isthmus.serving.openai.documents import ChatDocuments, CompletionDocuments, CompletionHead, TextDocuments
 from isthmus.serving.openai.models import generating
 from isthmus.serving.openai.requests import ChatRequestBody, CompletionRequestBody, GenerationBody, read_request
@@ -33,9 +34,11 @@ _TOKEN_BYTES = 80
 class CompletionRoutes:
     """Handlers of `POST /v1/chat/completions` and `POST /v1/completions`."""
 
-    def __init__(self, settings: RouterSettings, catalog: ModelCatalog, registry: Registry) -> None:
+    def __init__(
+        self, settings: RouterSettings, catalog: ModelCatalog, registry: Registry, generations: Generations
+    ) -> None:
         self._settings, self._catalog, self._registry = settings, catalog, registry
-        self._responder = CompletionResponder(settings)
+        self._responder = CompletionResponder(settings, generations)
         self._lock = threading.Lock()
         self._codecs: LRUCache[str, TextCodec] = LRUCache(_MAX_CODECS)
 

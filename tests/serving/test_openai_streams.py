@@ -16,7 +16,7 @@ from flask.testing import FlaskClient
 
 from isthmus.errors import HopUnavailable
 from isthmus.processing.sampling import SampledToken
-from isthmus.serving import create_router_app
+from isthmus.serving import create_router_app, generations
 from isthmus.serving.openai import responses
 from isthmus.settings import RouterSettings
 from support.bundles import metrics, ready
@@ -58,7 +58,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Script], None]:
                     done.tokens.append(token)
                     yield SampledToken(token, -1.0)
 
-        monkeypatch.setattr(responses, "TokenGenerator", Scripted)
+        monkeypatch.setattr(generations, "Generator", Scripted)
 
     return play
 
@@ -199,7 +199,7 @@ import time
 from pathlib import Path
 
 from isthmus.processing.sampling import SampledToken
-from isthmus.serving.openai import responses
+from isthmus.serving import generations
 
 
 class Slow:
@@ -218,7 +218,7 @@ class Slow:
             Path(os.environ["ended_file"]).touch()
 
 
-responses.TokenGenerator = Slow
+generations.Generator = Slow
 '''
 )
 

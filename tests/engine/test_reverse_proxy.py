@@ -531,6 +531,20 @@ def test_a_caller_who_hangs_up_ends_the_call() -> None:
         assert gateway.supervisor.invocations == 0
 
 
+def test_an_event_passes_before_the_next_and_who_hangs_up_between_them_ends_the_stream() -> None:
+    def stream(connection: socket.socket, _: bytes) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n8\r\ndata: 1\n\r\n")
+        assert connection.recv(1) == b""
+
+    with proxied(stream) as gateway:
+        with gateway.connect() as connection:
+            connection.sendall(request())
+            assert head_of(connection).startswith(b"HTTP/1.1 200")
+            # The function waits: only a proxy that passes pieces on gets so far.
+            eventually(lambda: b"data: 1\n" in connection.recv(1000, socket.MSG_PEEK))
+        assert gateway.function.ended.wait(LONG_S)
+
+
 def test_a_slow_reader_holds_the_function_up_and_nothing_is_piled_up() -> None:
     sent = 0
     done = threading.Event()

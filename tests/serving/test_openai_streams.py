@@ -57,6 +57,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Script], None]:
                 for token in script(context):
                     done.tokens.append(token)
                     yield SampledToken(token, -1.0)
+                done.finish = "stop"
 
         monkeypatch.setattr(generations, "Generator", Scripted)
 

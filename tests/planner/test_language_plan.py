@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.conditions import Conditions, Constraints
 from isthmus.artifacts.plan import Candidate, Error, GenerationLoad, Measured, Plan, from_json, to_json
+from isthmus.artifacts.profile import Timing
 from isthmus.artifacts.segment_id import WHOLE, SegmentId, partition_ids
 from isthmus.errors import Infeasible, PlanMalformed, PlanMismatch, ProfileMalformed
 from isthmus.registry import Resolved
@@ -200,7 +201,7 @@ def test_a_deadline_for_either_kind_of_token_refuses_the_slower() -> None:
 
 def test_steps_of_an_unmeasured_cut_are_those_of_the_formula() -> None:
     bundle = scripted_bundle(LAYERS)
-    times = LayerTimes(scripted_profile(bundle, "edge", SLOW), LAYERS)
+    times = LayerTimes(scripted_profile(bundle, "edge", SLOW), DecoderLayers.of(bundle))
     for cut, tokens, past in itertools.product(("layer_1", "layer_5"), (1, 20, 100, 256), (0, 300, 2000)):
         segment = SegmentId(stop=cut)
         expected = SLOW.seconds(segment, layers_of(segment, LAYERS), tokens, past)
@@ -211,10 +212,35 @@ def test_steps_of_an_unmeasured_cut_are_those_of_the_formula() -> None:
     assert times.seconds(WHOLE, 256, 0).seconds == pytest.approx(SLOW.seconds(WHOLE, LAYERS, 256, 0))
 
 
+def test_layers_of_another_precision_have_another_slope() -> None:
+    bundle = replace(scripted_bundle(LAYERS), source={"precisions": [["int4", 3], ["float16", 5]]})
+    layers = DecoderLayers.of(bundle)
+    assert layers.changes == (3,)
+    assert layers.telling_cuts == ("layer_1", "layer_3", "layer_7")
+
+    def seconds(segment: SegmentId, tokens: int, past: int) -> float:
+        start = int(segment.start.removeprefix("layer_") or 0)
+        stop = int(segment.stop.removeprefix("layer_") or LAYERS)
+        few = max(0, min(stop, 3) - start)
+        return SLOW.seconds(segment, few, tokens, past) + 3 * (stop - start - few) * SLOW.layer * tokens
+
+    for tier in ("edge", "cloud"):
+        profile = scripted_profile(bundle, tier, SLOW, layers.telling_cuts)
+        steps = tuple(replace(s, run=timing_of(seconds(s.segment, s.tokens, s.past))) for s in profile.steps)
+        times = LayerTimes(replace(profile, steps=steps), layers)
+        for cut in layers.cuts:
+            segment = SegmentId(stop=cut) if tier == "edge" else SegmentId(cut)
+            assert times.seconds(segment, 1, 32).seconds == pytest.approx(seconds(segment, 1, 32)), segment
+
+
+def timing_of(seconds: float) -> Timing:
+    return Timing(seconds, seconds, seconds, 5)
+
+
 def test_noise_never_makes_a_step_faster_behind_more_tokens_or_in_more_layers() -> None:
     bundle = scripted_bundle(LAYERS)
     shrinking = StepFormula(layer=-1e-5, token=1e-6, attention=-1e-9)
-    times = LayerTimes(scripted_profile(bundle, "edge", shrinking), LAYERS)
+    times = LayerTimes(scripted_profile(bundle, "edge", shrinking), DecoderLayers.of(bundle))
     few, many = (times.seconds(SegmentId(stop=f"layer_{n}"), 1, 32).seconds for n in (3, 5))
     assert few == many > 0
     assert times.seconds(WHOLE, 1, 4000).seconds == times.seconds(WHOLE, 1, 32).seconds
@@ -224,10 +250,10 @@ def test_a_profile_without_steps_is_refused() -> None:
     bundle = scripted_bundle(LAYERS)
     profile = replace(scripted_profile(bundle, "edge", SLOW), steps=())
     with pytest.raises(ProfileMalformed, match="too few steps"):
-        LayerTimes(profile, LAYERS).seconds(WHOLE, 1, 0)
+        LayerTimes(profile, DecoderLayers.of(bundle)).seconds(WHOLE, 1, 0)
     one = scripted_profile(bundle, "edge", SLOW, ("layer_2", "layer_2"))
     with pytest.raises(ProfileMalformed, match="too few steps"):
-        LayerTimes(one, LAYERS).seconds(SegmentId(stop="layer_3"), 1, 0)
+        LayerTimes(one, DecoderLayers.of(bundle)).seconds(SegmentId(stop="layer_3"), 1, 0)
 
 
 def test_a_profile_of_another_model_is_refused() -> None:

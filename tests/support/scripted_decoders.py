@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from isthmus.artifacts.bundle import Blob, Bundle, Cut, Segment, TextModel, Weights
@@ -74,9 +74,9 @@ def layers_of(segment: SegmentId, count: int) -> int:
 
 
 def scripted_profile(
-    bundle: Bundle, tier: str, formula: StepFormula, cuts: tuple[str, str] = ("layer_2", "layer_6")
+    bundle: Bundle, tier: str, formula: StepFormula, cuts: Sequence[str] = ("layer_2", "layer_6")
 ) -> Profile:
-    """The profile that a device of the formula would give, measured at two cuts."""
+    """The profile that a device of the formula would give, measured at these cuts."""
     count = DecoderLayers.of(bundle).count
     ends: Callable[[str], SegmentId] = (lambda c: SegmentId(stop=c)) if tier == "edge" else (lambda c: SegmentId(c))
     segments = [WHOLE, *map(ends, cuts)]

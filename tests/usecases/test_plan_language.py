@@ -21,14 +21,14 @@ from isthmus.generation import Generated, GenerationRequest, Generator
 from isthmus.pipeline import Hop
 from isthmus.registry import open_registry
 from isthmus.routing.selection import RouteSelector
-from isthmus.serving import create_segment_app
+from isthmus.serving import create_router_app, create_segment_app
 from isthmus.serving.profiling import SECRET
 from isthmus.settings import RegistrySettings, RouterSettings
 from isthmus_tools import FunctionUrls, PlanRequest, ProfileRequest, plan, profile
 from isthmus_tools.profiling import profiles
 from isthmus_tools.usecases.answer_size import AnswerSize, prompt_ids
 from isthmus_tools.usecases.functions import codec_tables
-from support.bundles import served
+from support.bundles import ready, served
 from support.cli import isthmus
 from support.published_decoders import PublishedDecoder, chained
 from support.scripted_decoders import scripted_bundle
@@ -146,6 +146,22 @@ def test_a_router_generates_along_the_plan_with_the_same_tokens(planned: Planned
     }
     store.store.close()
     assert len({tuple(each) for each in tokens.values()}) == 1
+
+
+def test_the_api_of_a_router_answers_along_the_plan(planned: PlannedDecoder, tmp_path: Path) -> None:
+    settings = RouterSettings(
+        registry=str(planned.decoder.registry),
+        cache_dir=str(tmp_path),
+        model="tiny:planned",
+        hops=(planned.functions.head, planned.functions.tail),
+        adapt=False,
+        log_level="error",
+    )
+    client = ready(create_router_app(settings).test_client())
+    body = {"model": "tiny:planned", "prompt": "the cat", "max_tokens": 4, "temperature": 0}
+    answer = client.post("/v1/completions", json=body).get_json()
+    assert answer["isthmus"]["route"] == planned.plan.chosen
+    assert answer["usage"]["completion_tokens"] == 4
 
 
 def test_explain_tells_the_terms_of_a_token_and_the_choice(planned: PlannedDecoder) -> None:

@@ -19,8 +19,7 @@ def show_answers(plan: Plan, over: str) -> None:
     load = plan.generation
     if load is None:
         return
-    value = VALUES[plan.objective]
-    ranked = sorted(plan.candidates, key=lambda c: (bool(c.refused), c.measured is None, value(c)))
+    ranked = _ranked(plan)
     columns = ["candidate", "first token, ms", "a token, ms", "predicted", "answer, s", "bytes a token", "edge memory"]
     columns += ["of it sessions", "most of a token", "tokens changed"]
     rows = [_row(plan, candidate, load.sessions) for candidate in ranked[:SHOWN]]
@@ -31,8 +30,32 @@ def show_answers(plan: Plan, over: str) -> None:
     drop = ["of it sessions", "tokens changed", "answer, s", "predicted", "bytes a token", "edge memory"]
     table(title, columns, rows, numbers=columns[1:8], drop=drop)
     if len(ranked) > SHOWN:
-        say(f"and {len(ranked) - SHOWN} more: --json has all")
+        say(f"and {len(plan.candidates) - SHOWN} more: --json has all, every codec at every cut")
     say("predicted: the first and a further token, ms; without a measurement the times before are predictions too")
+
+
+def _ranked(plan: Plan) -> list[Candidate]:
+    """The candidates in the table's order; of those without a measurement the best of each cut alone."""
+    value = VALUES[plan.objective]
+    ranked = sorted(plan.candidates, key=lambda c: (bool(c.refused), c.measured is None, value(c)))
+    # Codecs at one cut differ little, and the reader looks for the cut.
+    best_at = {c.cuts: c.name for c in reversed(ranked) if c.measured is None}
+    return [c for c in ranked if c.measured is not None or best_at[c.cuts] == c.name]
+
+
+def show_answer_refusals(plan: Plan) -> None:
+    """Print each reason of a refusal with the candidates that it is for: a bound refuses whole ranges of cuts."""
+    by_reason: dict[str, list[str]] = {}
+    for candidate in plan.candidates:
+        if candidate.refused:
+            by_reason.setdefault(candidate.refused, []).append(candidate.name)
+    if by_reason:
+        say("refused:")
+    for reason, names in list(by_reason.items())[:SHOWN]:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        say(f"  {names[0]}{more}: {reason}")
+    if len(by_reason) > SHOWN:
+        say(f"  and {len(by_reason) - SHOWN} more reasons: --json has all")
 
 
 def show_answer_terms(plan: Plan, columns: Sequence[Candidate]) -> None:

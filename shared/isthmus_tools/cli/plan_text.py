@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from isthmus.artifacts.plan import TERMS, Candidate, Plan, PlannedMix, to_json
 from isthmus.units import format_duration, format_rate, format_size
-from isthmus_tools.cli.answers_text import show_answer_terms, show_answers
+from isthmus_tools.cli.answers_text import show_answer_refusals, show_answer_terms, show_answers
 from isthmus_tools.cli.console import say, table
 from isthmus_tools.planner.choice import GridCell, behind_text, grid
 from isthmus_tools.planner.regions import RegionCell, RegionMap, region_map
@@ -114,6 +114,10 @@ def _show_reasons(plan: Plan, refusals: int) -> None:
         say(f"- {sentence}")
     if (gap := plan.typical_gap) is not None:
         say(f"- measurements are {gap:.0%} from predictions in the median")
+    if plan.generation is not None:
+        if refusals:
+            show_answer_refusals(plan)
+        return
     refused = sorted((c for c in plan.candidates if c.refused), key=lambda c: (c.measured is None, c.seconds))
     if refused and refusals:
         say("refused:")

@@ -5,6 +5,7 @@ A cut between layers is `layer_N`, N layers before it. Source: docs/reference/bu
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterable
@@ -44,7 +45,8 @@ def layer_cuts(names: Iterable[str]) -> list[str]:
 class DecoderLayers:
     """A language model's layers. Units: `state_bytes` of a token in one layer, `context` in tokens.
 
-    `width` is that of hidden states.
+    `width` is that of hidden states. `changes` are the numbers of layers before each change of the weights' precision:
+    between two of them layers are alike.
     """
 
     count: int
@@ -52,6 +54,7 @@ class DecoderLayers:
     context: int
     width: int
     state: State
+    changes: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, bundle: Bundle) -> DecoderLayers:
@@ -69,7 +72,18 @@ class DecoderLayers:
         pasts = [specs[pair.past] for pair in state.pairs]
         # Free sizes are the batch and the length, of which a token has one.
         token = sum(math.prod(n for n in s.shape if isinstance(n, int)) * DTYPES[s.dtype].itemsize for s in pasts)
-        return cls(count, token // count, state.context, _width(bundle), state)
+        # The groups of layers of one precision, as docs/reference/bundle.md has them.
+        groups = [int(size) for _, size in bundle.source.get("precisions", ())]
+        changes = tuple(n for n in itertools.accumulate(groups) if 0 < n < count)
+        return cls(count, token // count, state.context, _width(bundle), state, changes)
+
+    @property
+    def telling_cuts(self) -> tuple[str, ...]:
+        """Cuts whose heads, or tails, tell the times of all others: two in each group of alike layers."""
+        # Neither end alone: the first and the last layers load with embeddings and scores.
+        first = max(1, (self.changes[0] if self.changes else self.count) // 4)
+        last = self.count - max(1, (self.count - (self.changes[-1] if self.changes else 0)) // 4)
+        return tuple(layer_cut(n) for n in sorted({first, *self.changes, last}) if 0 < n < self.count)
 
     @property
     def cuts(self) -> tuple[str, ...]:

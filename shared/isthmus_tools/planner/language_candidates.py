@@ -68,7 +68,7 @@ class LanguageCandidates:
 
     @cached_property
     def _times(self) -> Mapping[str, LayerTimes]:
-        return {tier: LayerTimes(profile, self.layers.count) for tier, profile in self.profiles.items()}
+        return {tier: LayerTimes(profile, self.layers) for tier, profile in self.profiles.items()}
 
     @property
     def _mean_past(self) -> int:

@@ -154,7 +154,9 @@ def _cloud_s(candidate: Candidate) -> float:
 def _caveats(candidate_set: LanguageCandidates, best: Candidate) -> Iterator[str]:
     yield from candidate_set.notes
     if candidate_set.private_layers:
-        yield f"the first {candidate_set.private_layers} layers and the token ids stay at the edge: no cloud-whole"
+        count = candidate_set.private_layers
+        layers = "layer" if count == 1 else f"{count} layers"
+        yield f"the first {layers} and the token ids stay at the edge, so cloud-whole is no candidate"
     if best.measured is None:
         yield "predicted only: no generation ran over the link, so nothing here is measured of it"
     for tier, profile in candidate_set.profiles.items():

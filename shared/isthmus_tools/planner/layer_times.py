@@ -1,8 +1,8 @@
 """Seconds of the steps of a language model's segments on a device, from a profile of a few.
 
-Layers of a decoder are alike, so that a segment's time is linear in their number; attention makes it linear in the
-tokens before the step, and quadratic over a prompt. Steps of one token wait for memory and chunks for arithmetic:
-between the measured sizes the time is interpolated.
+Layers of a decoder are alike, so that a segment's time is linear in their number, as far as their weights have one
+precision; attention makes it linear in the tokens before the step, and quadratic over a prompt. Steps of one token wait
+for memory and chunks for arithmetic: between the measured sizes the time is interpolated.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from isthmus.artifacts.profile import Profile, SegmentCost
 from isthmus.artifacts.segment_id import WHOLE, SegmentId
 from isthmus.errors import ProfileMalformed
 from isthmus_tools.planner.costs import RunTime
-from isthmus_tools.planner.decoder_layers import layers_before
+from isthmus_tools.planner.decoder_layers import DecoderLayers, layers_before
 
 
 class _Point(NamedTuple):
@@ -27,13 +27,10 @@ class _Point(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """The times and memory of any segment of a tier: heads at the edge, tails in the cloud, the whole model on both.
-
-    `layers` is the number of layers of the model.
-    """
+    """The times and memory of any segment of a tier: heads at the edge, tails in the cloud, the whole model on both."""
 
     profile: Profile
-    layers: int
+    layers: DecoderLayers
 
     def seconds(self, segment: SegmentId, tokens: int, past: int) -> RunTime:
         """Seconds of a step of `tokens` tokens behind `past` others, and whether the profile timed the segment.
@@ -67,18 +64,19 @@ class LayerTimes:
         return {p: self._by_layers({s: times[p] for s, times in parts.items()}, segment) for p in points}
 
     def _by_layers(self, values: Mapping[SegmentId, float], segment: SegmentId) -> float:
-        """The value of a segment on the line through those of measured ones, by layers; never below 0."""
-        points = sorted((self._layers_of(s), value) for s, value in values.items())
-        if len({layers for layers, _ in points}) < 2:
+        """The value of a segment between measured ones, linear in its layers; never below 0."""
+        by_place = {_place(s): value for s, value in values.items()}
+        ends = {min(by_place, default=0), max(by_place, default=0)}
+        # Of measured ones between those, only where layers change: nearer ones divide more noise by fewer layers.
+        knots = sorted(place for place in by_place if place in ends or place in self.layers.changes)
+        if len(knots) < 2:
             raise self._incomplete(segment)
-        # The ends of the measured range: each is a median, and their distance divides its noise.
-        (first, low), (last, high) = points[0], points[-1]
-        slope = max(0.0, (high - low) / (last - first))
-        return max(0.0, low + slope * (self._layers_of(segment) - first))
-
-    def _layers_of(self, segment: SegmentId) -> int:
-        stop = layers_before(segment.stop) if segment.stop else self.layers
-        return stop - (layers_before(segment.start) if segment.start else 0)
+        place = _place(segment)
+        first, last = next((pair for pair in itertools.pairwise(knots) if place <= pair[1]), (knots[-2], knots[-1]))
+        slope = (by_place[last] - by_place[first]) / (last - first)
+        # A head grows with its cut, a tail shrinks: noise of small models can say otherwise.
+        slope = min(0.0, slope) if segment.start else max(0.0, slope)
+        return max(0.0, by_place[first] + slope * (place - first))
 
     @cached_property
     def _measured(self) -> Mapping[SegmentId, Mapping[_Point, float]]:
@@ -98,6 +96,11 @@ class LayerTimes:
             f"the profile of {self.profile.model} at {self.profile.tier} has too few steps to tell those of {segment}",
             hint=f"measure again: isthmus profile {self.profile.model} --again",
         )
+
+
+def _place(segment: SegmentId) -> int:
+    """The layers before the segment's cut."""
+    return layers_before(segment.start or segment.stop)
 
 
 def _interpolated(times: Mapping[_Point, float], tokens: int, past: int) -> float:

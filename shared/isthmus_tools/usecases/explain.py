@@ -87,6 +87,8 @@ def in_words(candidate: Candidate) -> str:
         codecs = sorted({str(Choice(coding.codec, coding.quality)) for coding in candidate.codecs.values()})
         looks = ", with closer looks" if candidate.looks is not None else ""
         return f"a split at {'/'.join(candidate.cuts)}, {' and '.join(codecs) or 'raw'}{looks}"
+    if candidate.generation is not None:
+        return "the whole model in the cloud, to which token ids cross"
     photo = next((coding for coding in candidate.codecs.values() if coding.codec == PHOTO_ID), None)
     if photo is not None and photo.quality < 1:
         return f"a JPEG of quality {photo.quality * 100:.0f} to the cloud"

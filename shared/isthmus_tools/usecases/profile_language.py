@@ -96,11 +96,10 @@ def profile_language_model(request: ProfileRequest, progress: Progress = silent)
 def profiled_layers(bundle: Bundle, layers: DecoderLayers) -> list[str]:
     """The cuts whose segments tell the times of all layers: the bundle's own, where two are far enough apart."""
     own = [cut for cut in layer_cuts(bundle.cuts) if bundle.has_segments([cut])]
-    if len(own) > 1 and layers_before(own[-1]) - layers_before(own[0]) >= _APART * layers.count:
+    apart = layers_before(own[-1]) - layers_before(own[0]) if own else 0
+    if not layers.changes and apart >= max(1, _APART * layers.count):
         return [own[0], own[-1]]
-    # Neither end alone: the first and the last layers load with embeddings and scores.
-    quarter = max(1, layers.count // 4)
-    return list(dict.fromkeys(layer_cut(n) for n in (quarter, layers.count - quarter) if 0 < n < layers.count))
+    return list(layers.telling_cuts)
 
 
 def with_layer_cuts(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from isthmus.artifacts.sampling import Sampling
+from isthmus.errors import RunFailed
 from isthmus.processing.sampling import sample
 
 SCORES = np.log(np.array([0.5, 0.25, 0.15, 0.1], np.float32))
@@ -63,3 +66,52 @@ def test_log_probabilities_are_the_models_own() -> None:
 def test_equal_scores_are_taken_in_the_order_of_ids() -> None:
     drawn = sample(np.zeros(5, np.float32), Sampling(logprobs=3), 0)
     assert (drawn.token, [t for t, _ in drawn.alternatives]) == (0, [0, 1, 2])
+
+
+def in_full_order(scores: Any, sampling: Sampling, position: int) -> int:
+    """The token by its definition: all tokens in order, filters, inversion."""
+    scores = scores.astype(np.float64)
+    order = np.argsort(-scores, kind="stable")[: sampling.top_k or len(scores)]
+    weights = np.exp((scores[order] - scores[order[0]]) / sampling.temperature)
+    weights = weights[weights >= sampling.min_p]
+    cumulated = np.cumsum(weights)
+    if sampling.top_p < 1:
+        cumulated = cumulated[: int(np.searchsorted(cumulated, sampling.top_p * cumulated[-1])) + 1]
+    draw = np.random.Generator(np.random.Philox(key=sampling.seed, counter=position)).random()
+    place = int(np.searchsorted(cumulated, draw * cumulated[-1], side="right"))
+    return int(order[min(place, len(cumulated) - 1)])
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 8.0])
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {},
+        {"top_k": 40},
+        {"top_k": 3000},
+        {"top_p": 0.95},
+        {"min_p": 0.02},
+        {"top_k": 2000, "top_p": 0.8, "min_p": 0.01},
+    ],
+    ids=str,
+)
+def test_tokens_are_those_of_the_whole_order(temperature: float, filters: Any) -> None:
+    rng = np.random.default_rng(0)
+    for scores in (rng.standard_normal(5000) * 3, np.round(rng.standard_normal(5000) * 2), np.zeros(5000)):
+        sampling = Sampling(temperature=temperature, seed=7, **filters)
+        scores = scores.astype(np.float32)
+        found = [sample(scores, sampling, position).token for position in range(25)]
+        assert found == [in_full_order(scores, sampling, position) for position in range(25)]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1, min_p=0.1), Sampling(temperature=1, top_k=2)])
+def test_scores_that_are_no_numbers_give_no_token(bad: float, sampling: Sampling) -> None:
+    with pytest.raises(RunFailed, match="no numbers"):
+        sample(np.array([1.0, bad, 2.0], np.float32), sampling, 0)
+
+
+def test_a_token_of_no_probability_is_never_drawn() -> None:
+    scores = np.array([0.0, -np.inf, 0.0], np.float32)
+    drawn = {sample(scores, Sampling(temperature=1), position).token for position in range(100)}
+    assert drawn == {0, 2}

@@ -19,7 +19,7 @@ from isthmus.runtime.run_queue import QueuedOutputs, QueuedWork
 from isthmus.runtime.sessions import MAX_VERIFIED, RowSpan, SegmentSessions, Session
 from isthmus.runtime.step_trial import MAX_ROWS, rows_agree
 
-# A run waits for sessions that come back within this share of a step's seconds: else these would wait for all of it.
+# A run waits for sessions that come back within this share of its seconds: else these would wait for all of it.
 _WINDOW = 0.25
 
 
@@ -51,7 +51,7 @@ class QueuedStep(QueuedWork):
     def window_s(self, *, has_waited: bool) -> float:
         """See `QueuedWork.window_s`: as long as sessions are expected back that make a larger batch."""
         trial = self.group.trial
-        window_s = _WINDOW * trial.step_s
+        window_s = _WINDOW * trial.run_s
         if self.count > 1 or not window_s:
             return 0.0
         others = self.group.expected(window_s)

@@ -51,6 +51,11 @@ class StepTrial:
         """Seconds of a step alone; 0 before the first."""
         return self._seconds.get(1, 0.0)
 
+    @property
+    def run_s(self) -> float:
+        """Seconds of the largest run so far; 0 before the first."""
+        return max(self._seconds.values(), default=0.0)
+
     def largest(self, remaining: Sequence[float]) -> int:
         """The largest batch of the first steps that ends before the deadline of each.
 

@@ -36,7 +36,8 @@ class StepTrial:
     def __init__(self, segment: str, *, enabled: bool, clock: Callable[[], float] = time.monotonic) -> None:
         self._segment, self._clock = segment, clock
         self._lock = threading.Lock()
-        self._seconds: dict[int, float] = {}
+        # Replaced and never changed: other threads read it without the lock.
+        self._seconds: Mapping[int, float] = {}
         self._tries = 0
         self._limit = MAX_ROWS if enabled else 1
         self._not_before = 0.0
@@ -81,7 +82,7 @@ class StepTrial:
         """Learn the seconds of a run of `count` rows."""
         with self._lock:
             before = self._seconds.get(size := _bucket(count), seconds)
-            self._seconds[size] = before + _NEWEST * (seconds - before)
+            self._seconds = {**self._seconds, size: before + _NEWEST * (seconds - before)}
 
     def compared(self, count: int, together_s: float, alone_s: float, *, agrees: bool) -> None:
         """Learn from a batch that ran both ways. Units: `alone_s` is the sum over its rows."""
@@ -92,7 +93,7 @@ class StepTrial:
                 self._limit = size // 2
                 outcome = "differs"
             elif together_s <= MAX_SHARE * alone_s:
-                self._seconds[size], self._tries = together_s, 0
+                self._seconds, self._tries = {**self._seconds, size: together_s}, 0
                 outcome = "pays"
             elif self._tries < _ATTEMPTS:
                 return

@@ -107,6 +107,26 @@ class TextEmbedding(Struct, frozen=True, forbid_unknown_fields=True):
     pad: Count = 0
 
 
+# What an exit branch predicts: a token for each position, and its probability by the branch.
+EXIT_TOKENS, EXIT_PROBABILITIES = "exit_tokens", "exit_probabilities"
+
+
+class Exit(Struct, frozen=True, forbid_unknown_fields=True):
+    """A branch of a cut that predicts the model's output early, from the boundary tensors.
+
+    `segment` runs where the segment before the cut does; its id names the cut twice, `CUT..CUT`. `agreement` is the
+    share of held-out predictions that are the model's.
+    """
+
+    segment: Segment
+    agreement: Share
+
+    @property
+    def cut(self) -> str:
+        """The name of its cut."""
+        return self.segment.id.start
+
+
 class Cut(Struct, frozen=True, forbid_unknown_fields=True):
     """A named cut: its boundary tensors, their raw bytes, and the share of MACs upstream of the cut."""
 
@@ -145,6 +165,7 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
     state: State | None = None
     text: TextModel | None = None
     embedding: TextEmbedding | None = None
+    exits: tuple[Exit, ...] = ()
 
     def __post_init__(self) -> None:
         # In manifest order, so that equality does not depend on construction order.
@@ -178,6 +199,8 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
         """
         if (segment := self.segments.get(segment_id)) is not None:
             return segment
+        if (branch := next((e.segment for e in self.exits if e.segment.id == segment_id), None)) is not None:
+            return branch
         raise Missing(
             f"bundle {self.name} has no segment {segment_id!r}",
             kind="segment",
@@ -185,6 +208,10 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
             exists=sorted(self.segments),
             hint=f"publish it with: isthmus cut {self.name} --cut …",
         )
+
+    def exit_at(self, cut: str) -> Segment | None:
+        """The branch of a cut, if it has one."""
+        return next((each.segment for each in self.exits if each.cut == cut), None)
 
     def cut_names(self, text: str) -> tuple[str, ...]:
         """The names of the cuts in `text`, in order: each by name, position or tensors (docs/explanation/cuts.md).
@@ -239,7 +266,8 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
 
     def blobs(self) -> set[str]:
         """The digests of all blobs referenced by this bundle."""
-        digests = {self.weights.blob.digest, *(s.graph.digest for s in self.segments.values())}
+        segments = (*self.segments.values(), *(each.segment for each in self.exits))
+        digests = {self.weights.blob.digest, *(s.graph.digest for s in segments)}
         tokenizers = [model.tokenizer for model in (self.text, self.embedding) if model is not None]
         blobs = (self.labels, self.fidelity, self.plan, *tokenizers, *self.tables.values())
         digests.update(blob.digest for blob in blobs if blob)
@@ -276,7 +304,7 @@ def to_json(bundle: Bundle) -> bytes:
     """Canonical JSON of a bundle: sorted keys, no spaces, UTF-8; equal bundles give equal bytes."""
     doc = builtins(bundle)
     # Absent if empty, so that bundles without these fields keep the digests of earlier versions.
-    for name in ("tables", "fidelity", "plan", "state", "text", "embedding"):
+    for name in ("tables", "fidelity", "plan", "state", "text", "embedding", "exits"):
         if not doc[name]:
             del doc[name]
     return canonical(doc)
@@ -303,6 +331,11 @@ def _check(bundle: Bundle) -> None:
             raise ValueError(f"has the segment {segment.id!r}, which does not lie between two of the bundle's cuts")
     if unknown := [name for name in bundle.default_cuts if name not in bundle.cuts]:
         raise ValueError(f"has the default cut {unknown[0][:80]!r}, which is none of the bundle's cuts")
+    for each in bundle.exits:
+        if each.segment.id.stop != each.cut or each.cut not in bundle.cuts:
+            raise ValueError(f"has the exit {each.segment.id!r}, which is no branch of one of the bundle's cuts")
+    if len({each.cut for each in bundle.exits}) != len(bundle.exits):
+        raise ValueError("has two exits of one cut")
     if bundle.state is not None:
         _check_state(bundle, bundle.state)
     if bundle.text is not None and bundle.text.logits not in [spec.name for spec in bundle.outputs]:
@@ -347,7 +380,7 @@ def _check_embedding(bundle: Bundle, embedding: TextEmbedding) -> None:
 
 
 def _tensor_lists(bundle: Bundle) -> Iterable[tuple[TensorSpec, ...]]:
-    parts: tuple[Bundle | Segment, ...] = (bundle, *bundle.segment_list)
+    parts: tuple[Bundle | Segment, ...] = (bundle, *bundle.segment_list, *(each.segment for each in bundle.exits))
     return [
         *(part.inputs for part in parts),
         *(part.outputs for part in parts),

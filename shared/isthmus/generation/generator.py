@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from isthmus.context import Context
 from isthmus.errors import ModelError
 from isthmus.generation.policy import FixedRoute, GenerationPolicy, Rerouting
+from isthmus.generation.request import EarlyProposer
 from isthmus.generation.request import Generated as Generated
 from isthmus.generation.request import GenerationRequest as GenerationRequest
 from isthmus.generation.request import Proposer as Proposer
@@ -55,6 +56,8 @@ class Generator:
         began = time.perf_counter()
         sequence = list(request.prompt)
         session = RoutedSession(self._route, self._state, request, self._rerouting, self._policy, done)
+        if isinstance(self._proposer, EarlyProposer):
+            self._proposer.attach(lambda tokens: session.early(tokens, context))
         try:
             while not done.finish:
                 for token in self._step(session, sequence, request, context, done):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from isthmus.artifacts.sampling import Sampling
 
@@ -24,6 +24,26 @@ class Proposer(Protocol):
 
     def observe(self, proposed: int, accepted: int, seconds: float) -> None:
         """Learn from a step of `seconds` that verified `proposed` tokens, the first `accepted` of them right."""
+        ...
+
+
+class EarlyToken(NamedTuple):
+    """What an exit branch predicts to follow a sequence, and the probability by the branch."""
+
+    token: int
+    probability: float
+
+
+EarlyTokens = Callable[[Sequence[int]], EarlyToken | None]
+"""The early prediction behind a sequence; None where the route has no exit, or its functions lack state now."""
+
+
+@runtime_checkable
+class EarlyProposer(Protocol):
+    """A proposer that drafts by early predictions of the generation's own session."""
+
+    def attach(self, early: EarlyTokens) -> None:
+        """Called before the first proposal."""
         ...
 
 

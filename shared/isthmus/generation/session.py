@@ -18,6 +18,7 @@ import numpy as np
 from msgspec import structs
 
 from isthmus.arrays import Array
+from isthmus.artifacts.bundle import EXIT_PROBABILITIES, EXIT_TOKENS
 from isthmus.artifacts.sampling import ALTERNATIVE_LOGPROBS, ALTERNATIVES, LOGPROBS, TOKENS
 from isthmus.artifacts.state import State
 from isthmus.codecs import EncodedTensor
@@ -25,8 +26,8 @@ from isthmus.context import Context, Deadline
 from isthmus.errors import DeadlineExceeded, HopError, StateMissing
 from isthmus.generation.boundary import BoundaryTensors, exact_encodings
 from isthmus.generation.policy import GenerationPolicy, Rerouting
-from isthmus.generation.request import Generated, GenerationRequest
-from isthmus.pipeline import Hop, Result, Route, execute
+from isthmus.generation.request import EarlyToken, Generated, GenerationRequest
+from isthmus.pipeline import Hop, Result, Route, encode_tensors, execute, local_route
 from isthmus.processing.sampling import SampledToken
 from isthmus.retries import jittered
 from isthmus.wire.frame import Frame, Step
@@ -73,6 +74,9 @@ class RoutedSession:
         self._hops: dict[str, Hop] = {}
         self._mean_s: dict[int, float] = {}
         self._sampled_to = self._calling = self._failures = 0
+        # Of the latest call, and how many of them are not proposals.
+        self._tokens: list[int] = []
+        self._agreed = 0
         self._heard = time.monotonic()
         self._take(route)
 
@@ -84,9 +88,13 @@ class RoutedSession:
             HopError, StateMissing: recovery did not help.
             Further errors as `execute`.
         """
-        # Beyond these positions functions have state of rejected proposals; a step at an earlier position drops it.
-        self._truncate(len(tokens) - last)
+        self._keep_common(tokens, len(tokens) - last)
+        # The sequence itself, without proposals, only grows.
+        self._agreed = len(tokens) - last
         self._heard = time.monotonic()
+        if self._is_ahead:
+            # All that is sampled belongs to one call of the segments behind.
+            self._run_ahead(tokens, context)
         while True:
             call = self._next(len(tokens), last)
             within = self._within(context)
@@ -110,6 +118,29 @@ class RoutedSession:
                 if call.stop == len(tokens) and call.until == len(self._route.segments):
                     return _sampled(result)
 
+    def early(self, tokens: Sequence[int], context: Context) -> EarlyToken | None:
+        """The prediction of the exit branch at the route's first cut; the segment before it runs up to `tokens`' end.
+
+        None where the bundle has no such branch, or a function lacks state, which the next `sample` rebuilds.
+
+        Raises:
+            DeadlineExceeded: as `sample`.
+        """
+        head = self._route.segments[0]
+        if len(self._route.segments) < 2 or (branch := self._route.bundle.exit_at(head.id.stop)) is None:
+            return None
+        self._keep_common(tokens, len(tokens) - 1)
+        self._heard = time.monotonic()
+        if (result := self._run_ahead(tokens, context)) is None:
+            return None
+        streams = {spec.name: result.tensors[spec.name][:, -1:] for spec in branch.inputs}
+        route = local_route(self._route.digest, self._route.bundle, (branch,), self._route.hops[0])
+        try:
+            tensors = execute(route, streams, self._within(context)).tensors
+        except HopError:
+            return None
+        return EarlyToken(int(tensors[EXIT_TOKENS][0, -1]), float(tensors[EXIT_PROBABILITIES][0, -1]))
+
     def end(self) -> None:
         """Have all functions of the session drop its state, in the background, and drop the stored tensors."""
         self._boundary.close()
@@ -123,9 +154,50 @@ class RoutedSession:
     def _place(self, index: int) -> tuple[str, str, str]:
         return self._route.digest, self._route.hops[index].name, self._route.segments[index].id
 
-    def _truncate(self, count: int) -> None:
-        self._positions = {place: min(position, count) for place, position in self._positions.items()}
-        self._sampled_to = min(self._sampled_to, count)
+    @property
+    def _is_ahead(self) -> bool:
+        """Whether the first segment ran positions that the second did not."""
+        if len(self._route.segments) < 2:
+            return False
+        first, second = (self._positions.get(self._place(i), 0) for i in (0, 1))
+        return first > second
+
+    def _run_ahead(self, tokens: Sequence[int], context: Context) -> Result | None:
+        """Run the first segment alone up to the end of `tokens`, and store what the second one takes."""
+        start, second = self._positions.get(self._place(0), 0), self._route.segments[1]
+        # With a gap in what is stored, the first segment would run again for the second.
+        if not 0 < start < len(tokens) or self._boundary.covered(second.id) != start:
+            return None
+        call = _Call(0, 1, start, len(tokens))
+        try:
+            result = self._run(call, tokens, 1, self._within(context))
+        except StateMissing as e:
+            self._positions[self._place(0)] = _position(e, start)
+            return None
+        except HopError:
+            return None
+        arrays = {spec.name: result.tensors[spec.name] for spec in second.inputs if spec.name in result.tensors}
+        encodings = self._route.encodings_of(1)
+        encoded = encode_tensors(arrays, encodings)
+        raw = {name: array for name, array in arrays.items() if name not in encoded}
+        self._boundary.add(second.id, start, len(tokens), raw, encoded, encodings)
+        return result
+
+    def _keep_common(self, tokens: Sequence[int], sampled_from: int) -> None:
+        """Keep what ran for the tokens that are the same now; a step at an earlier position drops the rest.
+
+        Segments behind the first run again from `sampled_from` on: their last positions are sampled together.
+        """
+        count, shorter = self._agreed, min(len(self._tokens), len(tokens))
+        while count < shorter and self._tokens[count] == tokens[count]:
+            count += 1
+        self._tokens = list(tokens)
+        ahead = self._place(0) if len(self._route.segments) > 1 else None
+        self._positions = {
+            place: min(position, count if place == ahead else min(count, sampled_from))
+            for place, position in self._positions.items()
+        }
+        self._sampled_to = min(self._sampled_to, count, sampled_from)
         self._boundary.truncate(count)
 
     def _next(self, end: int, last: int) -> _Call:

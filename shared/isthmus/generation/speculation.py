@@ -17,7 +17,12 @@ from typing import Protocol
 
 import numpy as np
 
+from isthmus.generation.request import EarlyProposer, EarlyTokens
+
 MAX_PROPOSED = 32
+# A source that takes more than this share of a step to ask is left out while its proposals do not pay, and asked again
+# each so many steps.
+_NEGLIGIBLE, _ASKED_AGAIN = 0.01, 32
 # Before any step was timed, and so before it is known what a further token costs.
 _UNTIMED = 4
 # Observations of steps and of acceptance count for less with each further step. Estimates without recent observations
@@ -149,30 +154,54 @@ class AdaptiveProposer:
     ) -> None:
         self._sources, self._times, self._clock = sources, times or StepTimes(), clock
         self._accepted: dict[tuple[str, int], Acceptance] = {}
+        # Seconds by kind: to say whether there are proposals, and to draft each.
+        self._asking_s: dict[str, float] = {}
         self._drafting_s: dict[str, float] = {}
         self._tokens = self._seconds = self._spent_s = 0.0
+        self._steps = 0
         self.kind = ""
         """Of the latest proposals; empty without any."""
         self._confidence = 0
 
+    def attach(self, early: EarlyTokens) -> None:
+        """See `EarlyProposer.attach`."""
+        for source in self._sources:
+            if isinstance(source, EarlyProposer):
+                source.attach(early)
+
     def propose(self, sequence: Sequence[int], count: int) -> list[int]:
         """At most `count` tokens to follow `sequence`; empty where a step without proposals promises more."""
-        started = self._clock()
-        rate = self._rate()
-        best, length, chosen, confidence = 1 - rate * self._times.predicted(0), 0, None, 0
+        started, rate = self._clock(), self._rate()
+        self._steps += 1
+        plain = best = 1 - rate * self._times.predicted(0)
+        chosen, length, confidence = None, 0, 0
         for source in self._sources:
-            if found := source.confidence(sequence):
+            if not self._is_worth_asking(source.kind, count, rate, plain):
+                continue
+            if found := self._ask(source, sequence):
                 value, k = self._best_length(source.kind, found, count, rate)
                 if value > best:
-                    best, length, chosen, confidence = value, k, source, found
+                    best, chosen, length, confidence = value, source, k, found
+        asked = self._clock()
         tokens = chosen.draft(sequence, length) if chosen is not None else []
         self.kind, self._confidence = (chosen.kind, confidence) if chosen is not None and tokens else ("", 0)
-        self._spent_s = self._clock() - started
         if self.kind:
-            each = self._spent_s / len(tokens)
-            before = self._drafting_s.get(self.kind, each)
-            self._drafting_s[self.kind] = before + 0.2 * (each - before)
+            _learn(self._drafting_s, self.kind, (self._clock() - asked) / len(tokens))
+        self._spent_s = self._clock() - started
         return tokens
+
+    def _ask(self, source: ProposalSource, sequence: Sequence[int]) -> int:
+        started = self._clock()
+        confidence = source.confidence(sequence)
+        _learn(self._asking_s, source.kind, self._clock() - started)
+        return confidence
+
+    def _is_worth_asking(self, kind: str, count: int, rate: float, plain: float) -> bool:
+        """Whether a source that takes time to ask may have proposals that pay; now and then also where none did."""
+        if self._asking_s.get(kind, 0.0) < _NEGLIGIBLE * self._times.predicted(0) or self._steps % _ASKED_AGAIN == 0:
+            return True
+        classes = [confidence for known, confidence in self._accepted if known == kind]
+        return any(self._best_length(kind, each, count, rate)[0] > plain for each in classes)
 
     def observe(self, proposed: int, accepted: int, seconds: float) -> None:
         """Learn from the step that verified the latest proposals; `seconds` without those of `propose`."""
@@ -201,3 +230,8 @@ class AdaptiveProposer:
     def _acceptance(self, kind: str, confidence: int) -> Acceptance:
         first = _Share(confidence / (confidence + _PRIOR_DOUBT))
         return self._accepted.setdefault((kind, confidence), Acceptance(first))
+
+
+def _learn(seconds: dict[str, float], kind: str, value: float) -> None:
+    before = seconds.get(kind, value)
+    seconds[kind] = before + 0.2 * (value - before)

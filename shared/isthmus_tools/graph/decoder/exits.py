@@ -1,0 +1,160 @@
+"""Exit branches of a decoder: the graph of a branch behind a cut, and the graph that observes what it is fitted on.
+
+A branch normalises the residual stream at its cut, maps it linearly to what the final norm gives, and multiplies by
+rows of the model's own output matrix, which stays in the weights file.
+
+Source: logit lens with learned maps: Belrose et al., arXiv 2303.08112 (tuned lens).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from isthmus.arrays import Array
+from isthmus.artifacts.bundle import EXIT_PROBABILITIES, EXIT_TOKENS, Blob, Bundle, Segment, WeightTensor, digest_of
+from isthmus.artifacts.segment_id import WHOLE, SegmentId
+from isthmus.artifacts.tensors import TensorSpec
+from isthmus.errors import ModelError
+from isthmus_tools.graph.weights import LOCATION
+
+FINAL = "output_norm.out"
+_OPSET, _IR_VERSION = 21, 10
+# Where a decoder's output matrix is in its weights file: of its own, or the tied embedding.
+_MATRICES = ("output.weight", "token_embd.weight")
+_EPSILON = 1e-5
+
+
+@dataclass(frozen=True)
+class FittedExit:
+    """The linear map of a branch, and the ids of the tokens that it chooses among. Shapes: (width, width), (width,)."""
+
+    weights: Array
+    bias: Array
+    tokens: Array
+
+
+def observing(whole: Path, bundle: Bundle, cuts: Sequence[str]) -> tuple[bytes, Segment]:
+    """The uncut graph with further outputs: the boundary tensor of each of `cuts`, and what the final norm gives.
+
+    Raises:
+        ModelError: the graph is no decoder that this package wrote.
+    """
+    model = ir.load(whole)
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    segment = bundle.segment(WHOLE)
+    width = _boundary(bundle, cuts[0]).shape[-1]
+    specs = [TensorSpec(name, "float32", ("batch", "tokens", width)) for name in (*cuts, FINAL)]
+    for spec in specs:
+        if (value := values.get(spec.name)) is None:
+            raise ModelError(f"the graph of {bundle.name} has no value {spec.name}; exits are fitted for decoders")
+        value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(list(spec.shape))
+        model.graph.outputs.append(value)
+    data = ir.serde.serialize_model(model).SerializeToString(deterministic=True)
+    blob = Blob(digest_of(data), len(data))
+    return data, Segment(WHOLE, blob, segment.inputs, (*segment.outputs, *specs), segment.weights)
+
+
+def exit_segment(bundle: Bundle, cut: str, fitted: FittedExit) -> tuple[bytes, Segment]:
+    """The graph of the branch behind `cut`, and its declaration as a segment `CUT..CUT`.
+
+    Raises:
+        ModelError: the output matrix is not float32.
+    """
+    boundary = _boundary(bundle, cut)
+    index, place = _matrix(bundle)
+    graph = _graph(boundary, place, _vocabulary(bundle), fitted)
+    document = ir.Model(graph, ir_version=_IR_VERSION, producer_name="isthmus")
+    data = ir.serde.serialize_model(document).SerializeToString(deterministic=True)
+    rows = boundary.shape[:2]
+    outputs = (TensorSpec(EXIT_TOKENS, "int64", rows), TensorSpec(EXIT_PROBABILITIES, "float32", rows))
+    width, tokens = int(boundary.shape[-1]), len(fitted.tokens)
+    macs = width * (width + tokens)
+    return data, Segment(
+        SegmentId(cut, cut), Blob(digest_of(data), len(data)), (boundary,), outputs, ((index, index + 1),), macs
+    )
+
+
+def matrix_of(weights: Path, bundle: Bundle) -> Array:
+    """The model's output matrix, mapped. Shapes: (vocabulary, width).
+
+    Raises:
+        ModelError: as `exit_segment`.
+    """
+    _, place = _matrix(bundle)
+    shape = (_vocabulary(bundle), place.length // 4 // _vocabulary(bundle))
+    return np.memmap(weights, np.float32, "r", place.offset, shape)
+
+
+def _graph(boundary: TensorSpec, place: WeightTensor, vocabulary: int, fitted: FittedExit) -> ir.Graph:
+    width = int(boundary.shape[-1])
+    batch, count = ir.SymbolicDim("batch"), ir.SymbolicDim("tokens")
+    x = ir.Value(name=boundary.name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([batch, count, width]))
+    matrix = ir.ExternalTensor(
+        LOCATION, place.offset, place.length, ir.DataType.FLOAT, shape=ir.Shape([vocabulary, width]), name=place.name
+    )
+    arrays: dict[str, Array] = {
+        "scale": np.ones(width, np.float32),
+        "map": fitted.weights.astype(np.float32),
+        "bias": fitted.bias.astype(np.float32),
+        "ids": fitted.tokens.astype(np.int64),
+    }
+    constants = {name: _constant(name, ir.tensor(array, name=name)) for name, array in arrays.items()}
+    constants[place.name] = _constant(place.name, matrix)
+    nodes: list[ir.Node] = []
+
+    def op(kind: str, inputs: Sequence[ir.Value], name: str, **attributes: int | float | list[int]) -> ir.Value:
+        value = ir.Value(name=name)
+        nodes.append(ir.node(kind, inputs, attributes, outputs=[value], name=name))
+        return value
+
+    normed = op("SimplifiedLayerNormalization", [x, constants["scale"]], "normed", axis=-1, epsilon=_EPSILON)
+    final = op("Add", [op("MatMul", [normed, constants["map"]], "mapped"), constants["bias"]], "final")
+    # Constants: folded when the session is made, so that only these rows are in memory.
+    rows = op("Transpose", [op("Gather", [constants[place.name], constants["ids"]], "rows")], "columns", perm=[1, 0])
+    shares = op("Softmax", [op("MatMul", [final, rows], "scores")], "shares", axis=-1)
+    best = op("ArgMax", [shares], "best", axis=-1, keepdims=0)
+    tokens = op("Gather", [constants["ids"], best], EXIT_TOKENS)
+    axes = _constant("axes", ir.tensor(np.array([-1], np.int64), name="axes"))
+    probabilities = op("ReduceMax", [shares, axes], EXIT_PROBABILITIES, keepdims=0)
+    for value, dtype in ((tokens, ir.DataType.INT64), (probabilities, ir.DataType.FLOAT)):
+        value.type, value.shape = ir.TensorType(dtype), ir.Shape([batch, count])
+    return ir.Graph(
+        [x],
+        [tokens, probabilities],
+        nodes=nodes,
+        initializers=[*constants.values(), axes],
+        opset_imports={"": _OPSET},
+        name="exit",
+    )
+
+
+def _constant(name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    return ir.Value(
+        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
+    )
+
+
+def _boundary(bundle: Bundle, cut: str) -> TensorSpec:
+    tensors = bundle.cuts[cut].tensors
+    if len(tensors) != 1 or tensors[0].dtype != "float32" or len(tensors[0].shape) != 3:
+        raise ModelError(f"the cut {cut} of {bundle.name} carries no residual stream", cut=cut)
+    return tensors[0]
+
+
+def _matrix(bundle: Bundle) -> tuple[int, WeightTensor]:
+    places = {tensor.name: (i, tensor) for i, tensor in enumerate(bundle.weights.tensors)}
+    index, place = next((places[name] for name in _MATRICES if name in places), (0, None))
+    width = int(_boundary(bundle, next(iter(bundle.cuts))).shape[-1])
+    if place is None or place.length != 4 * width * _vocabulary(bundle):
+        raise ModelError(f"the output matrix of {bundle.name} is not in its weights file as float32")
+    return index, place
+
+
+def _vocabulary(bundle: Bundle) -> int:
+    logits = next(spec for spec in bundle.outputs if bundle.text is not None and spec.name == bundle.text.logits)
+    return int(logits.shape[-1])

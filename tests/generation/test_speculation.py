@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from isthmus.generation.prompt_lookup import PromptLookup
-from isthmus.generation.speculation import MAX_PROPOSED, AdaptiveProposer, LayerTimes
+from isthmus.generation.speculation import MAX_PROPOSED, AdaptiveProposer, StepTimes
 
 
 def naive_lookup(tokens: Sequence[int], count: int) -> list[int]:
@@ -190,7 +190,7 @@ def test_at_most_the_wanted_tokens_are_proposed() -> None:
 
 
 def test_a_pause_of_the_machine_does_not_end_proposals() -> None:
-    times = LayerTimes()
+    times = StepTimes()
     for proposed in (0, 4, 8, 0, 4, 8):
         times.observe(proposed, 0.05 + 0.002 * proposed)
     times.observe(8, 30.0)

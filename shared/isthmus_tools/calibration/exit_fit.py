@@ -39,7 +39,9 @@ def fit(stream: Array, final: Array) -> LinearMap:
         )
     x = np.concatenate([normalised(stream), np.ones((len(stream), 1))], axis=1)
     penalty = _RIDGE * np.eye(x.shape[1])
+    # The bias is the mean, which no penalty should pull to zero.
     penalty[-1, -1] = 0.0
+    # In float64: the sums of products of some 10,000 tokens lose digits otherwise.
     solved = np.linalg.solve(x.T @ x + penalty, x.T @ final.astype(np.float64))
     return LinearMap(solved[:-1], solved[-1])
 

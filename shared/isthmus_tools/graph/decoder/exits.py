@@ -23,6 +23,7 @@ from isthmus.errors import ModelError
 from isthmus_tools.graph.weights import LOCATION
 
 FINAL = "output_norm.out"
+# As those of the decoders themselves.
 _OPSET, _IR_VERSION = 21, 10
 # Where a decoder's output matrix is in its weights file: of its own, or the tied embedding.
 _MATRICES = ("output.weight", "token_embd.weight")
@@ -53,6 +54,7 @@ def observing(whole: Path, bundle: Bundle, cuts: Sequence[str]) -> tuple[bytes, 
         if (value := values.get(spec.name)) is None:
             raise ModelError(f"the graph of {bundle.name} has no value {spec.name}; exits are fitted for decoders")
         value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(list(spec.shape))
+        # State stays an output too: GroupQueryAttention has no form without.
         model.graph.outputs.append(value)
     data = ir.serde.serialize_model(model).SerializeToString(deterministic=True)
     blob = Blob(digest_of(data), len(data))
@@ -73,6 +75,7 @@ def exit_segment(bundle: Bundle, cut: str, fitted: FittedExit) -> tuple[bytes, S
     rows = boundary.shape[:2]
     outputs = (TensorSpec(EXIT_TOKENS, "int64", rows), TensorSpec(EXIT_PROBABILITIES, "float32", rows))
     width, tokens = int(boundary.shape[-1]), len(fitted.tokens)
+    # Of one position, as those of segments.
     macs = width * (width + tokens)
     return data, Segment(
         SegmentId(cut, cut), Blob(digest_of(data), len(data)), (boundary,), outputs, ((index, index + 1),), macs
@@ -87,6 +90,7 @@ def matrix_of(weights: Path, bundle: Bundle) -> Array:
     """
     _, place = _matrix(bundle)
     shape = (_vocabulary(bundle), place.length // 4 // _vocabulary(bundle))
+    # Mapped: the matrix of a large model has gigabytes, and rows of it are used.
     return np.memmap(weights, np.float32, "r", place.offset, shape)
 
 

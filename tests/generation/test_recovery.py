@@ -173,7 +173,7 @@ def test_proposals_and_losses_go_together(
     assert done.proposed > done.accepted > 20
 
 
-@pytest.mark.parametrize("codec", ["half/1", "int8/1"])
+@pytest.mark.parametrize("codec", ["half/1", "int8/1", "int8-token/1"])
 def test_a_replay_under_a_codec_gives_the_tail_the_same_bits(
     codec: str, tiny_decoder: PublishedDecoder, stores: list[SessionStore]
 ) -> None:

@@ -17,6 +17,7 @@ import pytest
 from aiohttp import web
 
 from isthmus.loop_thread import LoopThread
+from isthmus_tools.engine import proxy
 from isthmus_tools.engine.gateway import create_runner
 from isthmus_tools.engine.proxy import ReverseProxy, open_session
 from isthmus_tools.engine.replica import Deployment, Replica, ReplicaState, WatchdogLimits
@@ -450,6 +451,19 @@ def test_a_call_over_its_time_is_502() -> None:
         head, body = parted(ask(gateway, request(b"", CLOSE)))
         assert (head[0], body) == (b"HTTP/1.1 502 Bad Gateway", b"")
         eventually(lambda: gateway.replica.in_flight == 0)
+
+
+def test_a_function_with_a_longer_exec_timeout_than_the_gateways_default_has_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(proxy, "UPSTREAM_TIMEOUT_S", 0.05)
+
+    def slow(connection: socket.socket, _: bytes) -> None:
+        time.sleep(0.3)
+        connection.sendall(OK)
+
+    with proxied(slow, timeout_s=0.05, watchdog=WatchdogLimits(LONG_S)) as gateway:
+        assert parted(ask(gateway, request(b"", CLOSE)))[1] == b"ok"
 
 
 @pytest.mark.parametrize(

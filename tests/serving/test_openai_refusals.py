@@ -182,6 +182,17 @@ def test_a_model_without_text_is_named_and_not_listed(photos: Published, tmp_pat
     assert router.get("/v1/models/photos").status_code == 400
 
 
+def test_the_page_offers_no_form_for_photos_with_a_language_model(
+    tiny_decoder: PublishedDecoder, photos: Published, tmp_path: Path
+) -> None:
+    language = decoder_router(tiny_decoder, tmp_path / "language", page=True)
+    choices = language.get("/page/choices").get_data(as_text=True)
+    # The stylesheet hides the forms beside this note.
+    assert 'class="generates">tiny:1 generates text' in choices
+    assert ":has(.generates)" in language.get("/page/page.css").get_data(as_text=True)
+    assert "generates" not in local_router(photos, tmp_path / "photos", page=True).get("/page/choices").text
+
+
 def test_a_request_that_waits_in_vain_for_a_place_gets_openais_429(
     tiny_decoder: PublishedDecoder, tmp_path: Path
 ) -> None:

@@ -145,7 +145,8 @@ class Page:
         versions = [f"{each.name}:{version}" for each in listed for version in each.versions]
         chosen = f"{model.name}:{model.version}"
         routes = {name: route_title(name) for name in self._catalog.alternatives(model)}
-        return _html("choices.html", versions=versions, chosen=chosen, routes=routes)
+        generates = model.bundle.text is not None
+        return _html("choices.html", versions=versions, chosen=chosen, routes=routes, generates=generates)
 
     def models(self) -> Response:
         """The models with their versions, aliases, routes and plans."""

@@ -125,7 +125,8 @@ class _ProxiedRequest:
     async def _relay_in_time(self, replica: Replica, target: str) -> web.StreamResponse:
         timeout_s, status, headers = self._proxy.timeout_s, 502, dict[str, str]()  # the gateway's upstream_timeout
         limit_s = replica.deployment.watchdog.timeout_s(self._request.headers.get("X-Timeout", ""))
-        if 0 < limit_s < timeout_s:
+        # A function with a longer limit than the gateway's default stands behind a gateway that is set up for it.
+        if 0 < limit_s < timeout_s or limit_s > UPSTREAM_TIMEOUT_S:
             timeout_s, status, headers = limit_s, 504, TIMEOUT_HEADERS
         replica.in_flight += 1
         try:

@@ -173,6 +173,27 @@ def test_a_stream_holds_its_slot_to_its_end(router: FlaskClient, scripted: Calla
     assert metrics(router)[count] >= 1
 
 
+def test_a_call_that_its_leaving_reader_ended_is_no_failure(
+    router: FlaskClient, scripted: Callable[[Script], None]
+) -> None:
+    def outcomes() -> tuple[float, float]:
+        numbers = metrics(router)
+        left, failed = (numbers["isthmus_generations_total", (("outcome", name),)] for name in ("left", "failed"))
+        return left, failed
+
+    def called(context: Any) -> Iterator[int]:
+        yield 40
+        eventually(lambda: context.abandonment.is_abandoned)
+        raise HopUnavailable("the call was abandoned", hop="tail")
+
+    scripted(called)
+    left, failed = outcomes()
+    response = router.post(TEXT, json={"prompt": "a", "stream": True}, buffered=False)
+    next(iter(response.response))
+    response.close()
+    assert outcomes() == (left + 1, failed)
+
+
 def test_a_reader_that_leaves_ends_the_generation_and_its_call(
     router: FlaskClient, scripted: Callable[[Script], None]
 ) -> None:

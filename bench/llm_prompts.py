@@ -111,3 +111,16 @@ WRITE = (
     Prompt("write", "Write a polite message to a neighbour whose dog barks at night."),
 )
 MIXED = (*SUMMARISE, *EDIT, *QUESTIONS, *WRITE)
+
+# For evidence that needs many sequences and no kind in particular.
+VARIED = (
+    *MIXED,
+    Prompt("question", "Explain to a child why the moon has phases."),
+    Prompt("question", "What should I check before I buy a used bicycle?"),
+    Prompt("question", "Convert 72 degrees Fahrenheit to Celsius and show the steps."),
+    Prompt("question", "Which is heavier, a litre of oil or a litre of water, and why does oil float?"),
+    Prompt("write", "Write a recipe for a soup of carrots and ginger, with quantities for four people."),
+    Prompt("write", "Write four lines of verse about a train at night."),
+    Prompt("edit", "Correct the spelling: Teh wether wos good yesturday, so we wennt to the beech."),
+    Prompt("edit", "Write a Python function that returns the primes below n, with a docstring."),
+)

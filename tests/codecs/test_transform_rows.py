@@ -23,6 +23,7 @@ from isthmus.codecs.transform.levels import (
     step_size,
 )
 from isthmus.codecs.transform.rows import Clusters, RowLayout, RowTable, decode_clusters, encode_clusters, read_table
+from isthmus_tools.calibration.tables import learn_token_table
 from isthmus_tools.calibration.transforms import STEPS
 from support.activations import round_trip
 from support.row_tables import FORMS, components, sentence, table_of
@@ -258,3 +259,24 @@ def test_a_factor_of_zero_is_refused_when_it_is_needed(tables: dict[str, RowTabl
 
 
 GOLDEN = "00fe404b0e521b8b00480c0000"
+
+
+@pytest.mark.parametrize("quality", [0.2, 0.6, 1.0])
+def test_a_token_has_the_same_coefficients_in_every_step(quality: float) -> None:
+    rng = np.random.default_rng(3)
+    states = (rng.laplace(size=(1, 300, 96)) @ rng.standard_normal((96, 96))).astype(np.float32)
+    states[:, :, 7] *= 40
+    table = learn_token_table([states[:, :200]])
+    encoding = Encoding("transform/4", quality, table)
+
+    def back(part: Array) -> Array:
+        payload = memoryview(TRANSFORM.encode(part, encoding))
+        return TRANSFORM.decode(payload, part.dtype, part.shape, table)
+
+    # Unlike the calibrated magnitudes too: the tensor's gain must not move the dead zone.
+    for tensor in (states[:, 200:], np.concatenate([states[:, 200:250], 0.01 * states[:, 250:]], axis=1)):
+        whole = back(tensor)
+        for size in (1, 7):
+            parts = [back(tensor[:, at : at + size]) for at in range(0, 100, size)]
+            # The inverse transform is in float32, whose last bits differ with the number of rows.
+            np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=1e-5 * float(np.abs(whole).max()))

@@ -11,7 +11,7 @@ import pytest
 from isthmus.artifacts.choice import CODEC_IDS, INPUT_CODECS, TOKEN_CODECS, Choice
 from isthmus.artifacts.fidelity import TOP1, measure_for
 from isthmus.context import Context
-from isthmus.errors import SettingsError
+from isthmus.errors import Missing, SettingsError
 from isthmus.pipeline import Route, execute
 from isthmus.routing import override_codec
 from isthmus.runtime.session_store import SessionStore
@@ -34,7 +34,7 @@ def ids(length: int) -> list[int]:
     return list(map(int, np.random.default_rng(7).integers(1, VOCABULARY, length)))
 
 
-@pytest.mark.parametrize("codec", [c for c in TOKEN_CODECS if c != "raw"])
+@pytest.mark.parametrize("codec", [c for c in TOKEN_CODECS if c not in ("raw", "transform/4")])
 def test_every_cut_of_a_language_model_is_encoded(
     codec: str, tiny_decoder: PublishedDecoder, store: SessionStore
 ) -> None:
@@ -72,6 +72,14 @@ def test_a_codec_of_whole_tensors_is_refused_for_a_language_model(
     with pytest.raises(SettingsError, match="int8-token/1") as caught:
         coded(tiny_decoder, store, codec)
     assert caught.value.facts["variable"] == "codec"
+
+
+def test_a_calibrated_codec_needs_a_language_models_calibration(
+    tiny_decoder: PublishedDecoder, store: SessionStore
+) -> None:
+    with pytest.raises(Missing) as caught:
+        coded(tiny_decoder, store, "transform/4@0.8")
+    assert caught.value.hint == "calibrate it: isthmus calibrate tiny"
 
 
 def test_the_prediction_of_a_language_model_is_its_next_token(tiny_decoder: PublishedDecoder) -> None:

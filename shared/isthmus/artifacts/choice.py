@@ -39,7 +39,7 @@ INPUT_CODECS = frozenset({PHOTO_ID})
 
 # Codecs under which a token decodes to the same values in a step of its own and beside other tokens. A language model
 # takes these alone: its tokens must not depend on chunks of a prompt, speculation or replay.
-TOKEN_CODECS = (RAW_ID, "half/1", "bfloat16/1", LOSSLESS_ID, "int8-token/1")
+TOKEN_CODECS = (RAW_ID, "half/1", "bfloat16/1", LOSSLESS_ID, "int8-token/1", TRANSFORM_ID)
 
 BoundaryCodecId = Annotated[str, one_of(*(codec for codec in CODEC_IDS if codec not in INPUT_CODECS), *_SUCCESSORS)]
 # A codec id in a document; an earlier id means its successor.

@@ -47,11 +47,11 @@ def override_codec(route: Route, choice: Choice, tables: Tables, measure: Callab
         SettingsError: closer looks for predictions that are no classes; for a language model, a codec under which
             tokens depend on the steps that they are sent in.
     """
-    if route.bundle.state is not None and choice.codec not in TOKEN_CODECS:
+    if route.bundle.state is not None and (choice.codec not in TOKEN_CODECS or choice.looks):
+        why = "has closer looks" if choice.looks else "gives a token other values beside other tokens"
         raise SettingsError(
-            f"the setting codec is {choice}, whose values of a token depend on the tokens beside it, and"
-            f" {route.bundle.name} is a language model, whose steps hold any number: set codec to one of"
-            f" {', '.join(TOKEN_CODECS)}",
+            f"the setting codec is {choice}, which {why}; {route.bundle.name} is a language model, whose steps hold any"
+            f" number of tokens: set codec to one of {', '.join(TOKEN_CODECS)}",
             variable="codec",
             value=str(choice),
         )
@@ -65,7 +65,8 @@ def override_codec(route: Route, choice: Choice, tables: Tables, measure: Callab
                 kind="table",
                 name=segment.id,
                 exists=sorted(route.bundle.tables),
-                hint=f"calibrate it: isthmus calibrate {route.bundle.name} --data FOLDER",
+                hint=f"calibrate it: isthmus calibrate {route.bundle.name}"
+                + ("" if route.bundle.state is not None else " --data FOLDER"),
             )
         encoded.append(encodings(route.bundle.carried(segment.inputs), choice, table))
     return replace(route, encodings=tuple(encoded), looks=_look_policy(route.bundle, choice, measure))

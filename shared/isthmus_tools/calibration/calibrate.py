@@ -91,7 +91,7 @@ def calibrate(
         learned, skipped = learn_tables(boundaries, spool, executor, measure, progress)
         for tensor, table in learned.items():
             data, tables[tensor] = stored_table(table)
-            blobs[tensor] = _write(data, folder, files)
+            blobs[tensor] = write_blob(data, folder, files)
     references = None
     if bundle.preprocess is not None:
         from isthmus_tools.calibration.references import References  # Pillow, for models of photos
@@ -115,7 +115,7 @@ def calibrate(
         entries=tuple(entries),
         references=references.entries() if references is not None else (),
     )
-    blob = _write(to_json(fidelity), folder, files)
+    blob = write_blob(to_json(fidelity), folder, files)
     # Tables of an earlier calibration stay: they still fit, as the model is the same.
     calibrated = replace(bundle, tables={**bundle.tables, **blobs}, fidelity=blob, plan=None)
     return Calibrated(calibrated, files, fidelity, skipped)
@@ -149,7 +149,8 @@ def _check_outputs(bundle: Bundle, measure: Measure, outputs: Mapping[str, Array
             )
 
 
-def _write(data: bytes, folder: Path, files: dict[str, Path]) -> Blob:
+def write_blob(data: bytes, folder: Path, files: dict[str, Path]) -> Blob:
+    """Write content of a bundle to `folder`, and note its file in `files` by digest."""
     digest = digest_of(data)
     files[digest] = folder / digest.partition(":")[2]
     files[digest].write_bytes(data)

@@ -25,11 +25,20 @@ from isthmus_tools.calibration.fisher import (
     equalise_steps,
     measure_sensitivity,
 )
+from isthmus_tools.calibration.layouts import row_layout
 from isthmus_tools.calibration.rate_distortion import learn_table
+from isthmus_tools.calibration.rows import RowModel, Rows, learn_rows
+from isthmus_tools.calibration.transforms import STEPS
 from isthmus_tools.progress import Progress, silent
 
 # Masks, constants and flags: smaller by exact codecs than by a table.
 _MAX_DISTINCT = 16
+# Rotations grow with the square of the channels: beyond, learning takes minutes and a table has megabytes.
+_MAX_TOKEN_CHANNELS = 1024
+# Of the channels' variances, added before the KLT: the tokens of a text are few beside the covariances of its channels.
+_RIDGE = 0.3
+# A first token of thousands of times the others' magnitude would set the unit of all steps.
+_MASSIVE = 8
 # A part of each sample tells masks from activations, and finding distinct values sorts.
 _MAX_VALUES_PER_SAMPLE = 4096
 
@@ -92,6 +101,22 @@ def _overall(progress: Progress, cuts_done: float, tensors: int, cuts: int) -> P
         progress(stage, round(PROGRESS_UNITS * (cuts_done + share / tensors)), PROGRESS_UNITS * cuts)
 
     return report
+
+
+def learn_token_table(samples: Sequence[Array]) -> RowTable:
+    """Learn the table of hidden states, (1, tokens, channels) each: one cluster, since a token may be a whole tensor.
+
+    Without sensitivities: a run of the tail for each channel would take hours on a language model.
+
+    Raises:
+        CalibrationError: too many channels, or values that are not finite.
+    """
+    tokens = np.concatenate([sample[0] for sample in samples])
+    if tokens.shape[1] > _MAX_TOKEN_CHANNELS:
+        raise CalibrationError(f"it has {tokens.shape[1]} channels; tables are learned for up to {_MAX_TOKEN_CHANNELS}")
+    sizes = np.linalg.norm(tokens, axis=1)
+    usual = np.ascontiguousarray(tokens[sizes <= _MASSIVE * np.median(sizes)][None])
+    return learn_rows(Rows.of([usual], row_layout(usual)), RowModel(1, True, _RIDGE), None, STEPS)
 
 
 def stored_table(table: PlaneTable | RowTable) -> tuple[bytes, object]:

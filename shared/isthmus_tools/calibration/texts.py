@@ -1,7 +1,8 @@
 """Fidelity of codecs on the hidden states of a language model: perplexity of a text, agreement of its next tokens.
 
 Each token is predicted from the text's own tokens before (teacher forcing), by steps of sessions along the route that
-serves: the head, frames, the tail. Nothing is learned. Source: docs/explanation/calibration.md, "Language models".
+serves: the head, frames, the tail. Tables of `transform/4` are learned from the text's first half, and every codec is
+measured on the second. Source: docs/explanation/calibration.md, "Language models".
 """
 
 from __future__ import annotations
@@ -9,27 +10,33 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
-from msgspec.structs import replace
+from msgspec import structs
 
 from isthmus.arrays import Array
-from isthmus.artifacts.bundle import Bundle
-from isthmus.artifacts.choice import RAW, TOKEN_CODECS, Choice
-from isthmus.artifacts.fidelity import Entry, Fidelity, Inputs, measure_for, model_digest
-from isthmus.artifacts.state import State
+from isthmus.artifacts.bundle import Blob, Bundle
+from isthmus.artifacts.choice import RAW, RAW_ID, TOKEN_CODECS, TRANSFORM_ID, Choice
+from isthmus.artifacts.fidelity import Entry, Fidelity, Inputs, measure_for, model_digest, to_json
 from isthmus.codecs import is_exact
 from isthmus.context import Context
 from isthmus.errors import CalibrationError
-from isthmus.pipeline import LocalHop, LoopbackHop, Result, Route, execute, local_route
+from isthmus.pipeline import LocalHop, LoopbackHop, Route, execute, local_route
 from isthmus.runtime.session_store import SessionStore
 from isthmus.wire.frame import Step
 from isthmus_tools.calibration.boundary import CutBoundary
+from isthmus_tools.calibration.calibrate import Calibrated, write_blob
 from isthmus_tools.calibration.scoring import CodecSender, Tally, codec_senders
+from isthmus_tools.calibration.tables import learn_token_table, stored_table
 from isthmus_tools.progress import Progress, silent
 
-# Raw first: the others are compared with it.
-CHOICES = (RAW, *(Choice(codec) for codec in TOKEN_CODECS if codec != RAW.codec))
+# Raw first: the others are compared with it. Below a quality of 0.6 perplexity rises by percents.
+CHOICES = (
+    RAW,
+    *(Choice(codec) for codec in TOKEN_CODECS if codec not in (RAW_ID, TRANSFORM_ID)),
+    *(Choice(TRANSFORM_ID, quality) for quality in (0.6, 0.7, 0.8, 0.9, 1.0)),
+)
 MIN_TOKENS = 64
 """Perplexity of fewer would say next to nothing."""
 # Later tokens of a window have the context of a short chat; a whole text at once would take memory for its state.
@@ -53,36 +60,70 @@ class TextSpec:
     choices: Sequence[Choice] = CHOICES
 
 
+def calibrate_text(
+    digest: str, bundle: Bundle, store: SessionStore, spec: TextSpec, folder: Path, progress: Progress = silent
+) -> Calibrated:
+    """Learn tables from the first half of a text, and measure every codec at every cut on the second.
+
+    `folder` receives the new content. The result has no plan.
+
+    Raises:
+        As `score_text`.
+    """
+    windows = _windows_of(bundle, spec, 2)
+    training, held_out = windows[: len(windows) // 2], windows[len(windows) // 2 :]
+    tables: dict[str, object] = {}
+    blobs: dict[str, Blob] = {}
+    skipped: dict[str, str] = {}
+    files: dict[str, Path] = {}
+    for cut in dict.fromkeys(spec.cuts):
+        scorer = _CutScorer(digest, bundle, store, cut, (), {})
+        for tensor in (t.name for t in scorer.boundary.tensors if t.name not in tables):
+            progress(f"learning {tensor}")
+            try:
+                data, tables[tensor] = stored_table(
+                    learn_token_table([scorer.states(window)[tensor] for window in training])
+                )
+                blobs[tensor] = write_blob(data, folder, files)
+            except CalibrationError as e:
+                skipped[tensor] = e.message
+    fidelity = _score(digest, bundle, store, spec, held_out, tables, progress)
+    inputs = structs.replace(fidelity.inputs, calibrated=sum(window.shape[1] for window in training))
+    fidelity = structs.replace(fidelity, inputs=inputs)
+    blob = write_blob(to_json(fidelity), folder, files)
+    calibrated = structs.replace(bundle, tables={**bundle.tables, **blobs}, fidelity=blob, plan=None)
+    return Calibrated(calibrated, files, fidelity, skipped)
+
+
 def score_text(
     digest: str, bundle: Bundle, store: SessionStore, spec: TextSpec, progress: Progress = silent
 ) -> Fidelity:
-    """Measure every codec of `spec` at every cut on the text; a codec of a tensor's whole is no choice of steps.
+    """Measure the codecs of `spec` that need no table at every cut on the whole text.
 
     Raises:
         CalibrationError: no language model, or fewer tokens than MIN_TOKENS.
         Missing: the bundle has no cut of that name.
     """
-    if bundle.state is None or bundle.text is None:
-        raise CalibrationError(f"{bundle.name} is no language model", model=bundle.name, hint="give --data FOLDER")
-    if len(spec.tokens) < MIN_TOKENS:
-        raise CalibrationError(
-            f"{spec.source} has {len(spec.tokens)} tokens; {MIN_TOKENS} are the least",
-            source=spec.source,
-            tokens=len(spec.tokens),
-            least=MIN_TOKENS,
-        )
-    windows = _windows(spec.tokens, min(WINDOW, bundle.state.context))
-    boundaries = sorted(
-        (CutBoundary.at(bundle, cut) for cut in dict.fromkeys(spec.cuts)), key=lambda b: bundle.cuts[b.cut].macs_before
-    )
+    return _score(digest, bundle, store, spec, _windows_of(bundle, spec), {}, progress)
+
+
+def _score(
+    digest: str,
+    bundle: Bundle,
+    store: SessionStore,
+    spec: TextSpec,
+    windows: Sequence[Array],
+    tables: Mapping[str, object],
+    progress: Progress,
+) -> Fidelity:
+    cuts = sorted(dict.fromkeys(spec.cuts), key=lambda cut: bundle.cuts[cut].macs_before)
     entries: list[Entry] = []
-    for number, boundary in enumerate(boundaries):
-        scorer = _CutScorer(digest, bundle, bundle.state, bundle.text.logits, boundary, store, spec.choices)
+    for number, cut in enumerate(cuts):
+        scorer = _CutScorer(digest, bundle, store, cut, spec.choices, tables)
         for index, window in enumerate(windows):
-            progress("measuring", number * len(windows) + index, len(boundaries) * len(windows))
+            progress(f"measuring at {cut}", number * len(windows) + index, len(cuts) * len(windows))
             scorer.add(window, str(index))
         entries += scorer.entries(spec.limit)
-    progress("measuring", 1, 1)
     return Fidelity(
         subject=model_digest(bundle),
         limit=spec.limit,
@@ -105,10 +146,20 @@ def losses(scores: Array, targets: Array) -> Array:
     return np.asarray(total - scores[np.arange(len(targets)), targets])
 
 
-def _windows(tokens: Sequence[int], size: int) -> list[Array]:
-    """The text in parts of `size` tokens, int64 (1, tokens); a part of one token predicts nothing."""
-    ids = np.asarray(tokens, np.int64)[None]
-    parts = (ids[:, start : start + size] for start in range(0, ids.shape[1], size))
+def _windows_of(bundle: Bundle, spec: TextSpec, least: int = 1) -> list[Array]:
+    """The text in `least` parts or more, int64 (1, tokens) each; a part of one token predicts nothing."""
+    if bundle.state is None or bundle.text is None:
+        raise CalibrationError(f"{bundle.name} is no language model", model=bundle.name, hint="give --data FOLDER")
+    count = len(spec.tokens)
+    if count < MIN_TOKENS:
+        raise CalibrationError(
+            f"{spec.source} has {count} tokens; {MIN_TOKENS} are the least",
+            source=spec.source,
+            tokens=count,
+            least=MIN_TOKENS,
+        )
+    ids, size = np.asarray(spec.tokens, np.int64)[None], min(WINDOW, bundle.state.context, -(-count // least))
+    parts = (ids[:, start : start + size] for start in range(0, count, size))
     return [part for part in parts if part.shape[1] > 1]
 
 
@@ -127,42 +178,61 @@ class _CutScorer:
         self,
         digest: str,
         bundle: Bundle,
-        state: State,
-        logits: str,
-        boundary: CutBoundary,
         store: SessionStore,
+        cut: str,
         choices: Sequence[Choice],
+        tables: Mapping[str, object],
     ) -> None:
-        local = LocalHop(store)
-        self._state, self._logits, self._boundary, self._store = state, logits, boundary, store
+        self.boundary = boundary = CutBoundary.at(bundle, cut)
+        self._bundle, self._store, local = bundle, store, LocalHop(store)
         self._head = local_route(digest, bundle, boundary.head, local)
-        self._senders = codec_senders(boundary, choices, {})
-        loopback = LoopbackHop(local)
+        self._senders = codec_senders(boundary, choices, tables)
+        loopback = LoopbackHop(local, lambda bundle, tensor, codec: tables[tensor])
         self._tails = {
             sender.name: local_route(digest, bundle, boundary.tail, loopback, sender.encodings)
             for sender in self._senders
         }
         self._outcomes = {sender.name: _TextOutcome() for sender in self._senders}
 
+    def states(self, window: Array) -> dict[str, Array]:
+        """The boundary tensors of a window, (1, tokens, channels) each."""
+        parts = [
+            self.boundary.select(self._run(self._head, {self._ids: window[:, start : start + CHUNK]}, "head", start))
+            for start in range(0, window.shape[1], CHUNK)
+        ]
+        self._store.end_session("head")
+        return {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
+
     def add(self, window: Array, name: str) -> None:
         """Predict each token of a window but the first."""
         ids, targets = window[:, :-1], window[0, 1:]
         for start in range(0, ids.shape[1], CHUNK):
-            chunk = ids[:, start : start + CHUNK]
-            step = Step(name, start, reserve=ids.shape[1])
-            tensors = _run(self._head, {self._state.tokens: chunk}, step).tensors
+            tensors = self._run(self._head, {self._ids: ids[:, start : start + CHUNK]}, name, start)
             expected: Array | None = None
             for sender in self._senders:
-                # A session of its own: its keys and values are of the decoded states.
-                own = Step(f"{name}-{sender.name}", start, reserve=step.reserve)
                 if expected is not None and is_exact(sender.choice):
                     scores = expected
                 else:
-                    scores = _run(self._tails[sender.name], tensors, own).outputs[self._logits][0]
+                    # A session of its own: its keys and values are of the decoded states.
+                    outputs = self._run(self._tails[sender.name], tensors, f"{name}-{sender.name}", start)
+                    scores = outputs[self._logits][0]
                 expected = scores if expected is None else expected
                 self._note(sender, tensors, scores, expected, targets[start : start + CHUNK], name)
         for session in (name, *(f"{name}-{sender.name}" for sender in self._senders)):
             self._store.end_session(session)
+
+    @property
+    def _ids(self) -> str:
+        return self._bundle.state.tokens if self._bundle.state is not None else ""
+
+    @property
+    def _logits(self) -> str:
+        return self._bundle.text.logits if self._bundle.text is not None else ""
+
+    def _run(self, route: Route, tensors: Mapping[str, Array], session: str, start: int) -> Mapping[str, Array]:
+        """All tensors after a step of a window's session."""
+        context = Context.from_headers({}, longest_s=_MAX_STEP_S)
+        return execute(route, tensors, context, step=Step(session, start, reserve=WINDOW)).tensors
 
     def _note(
         self,
@@ -174,13 +244,15 @@ class _CutScorer:
         group: str,
     ) -> None:
         outcome = self._outcomes[sender.name]
-        tally, boundary = outcome.tally, self._boundary.select(tensors)
+        tally, boundary = outcome.tally, self.boundary.select(tensors)
         outcome.loss += float(losses(scores, targets).sum())
         tally.same += (scores.argmax(axis=-1) == expected.argmax(axis=-1)).tolist()
         tally.groups += [group] * len(targets)
         difference, size = np.linalg.norm(scores - expected), np.linalg.norm(expected)
         tally.errors.append(float(difference / size) if size else 0.0)
-        for at in range(0, len(targets), -(-len(targets) // _TIMED)):
+        stride = -(-len(targets) // _TIMED)
+        # From the middle of a part: a window's first token is unlike all others.
+        for at in range(stride // 2, len(targets), stride):
             token = {name: np.ascontiguousarray(array[:, at : at + 1]) for name, array in boundary.items()}
             sent = sender.send(token)
             tally.bytes.append(sent.payload_bytes)
@@ -193,10 +265,6 @@ class _CutScorer:
         for sender in self._senders:
             outcome = self._outcomes[sender.name]
             perplexity = math.exp(min(outcome.loss / len(outcome.tally.same), 700.0))  # beyond, a float overflows
-            entry = outcome.tally.entry(self._boundary.cut, sender.choice, limit)
-            entries.append(replace(entry, perplexity=float(f"{perplexity:.6g}")))
+            entry = outcome.tally.entry(self.boundary.cut, sender.choice, limit)
+            entries.append(structs.replace(entry, perplexity=float(f"{perplexity:.6g}")))
         return entries
-
-
-def _run(route: Route, tensors: Mapping[str, Array], step: Step) -> Result:
-    return execute(route, tensors, Context.from_headers({}, longest_s=_MAX_STEP_S), step=step)

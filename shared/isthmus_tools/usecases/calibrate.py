@@ -10,10 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from msgspec import structs
-
-from isthmus.artifacts.bundle import Blob, TextModel, digest_of
-from isthmus.artifacts.fidelity import Fidelity, measure_for, read_fidelity, to_json
+from isthmus.artifacts.bundle import TextModel
+from isthmus.artifacts.fidelity import Fidelity, measure_for, read_fidelity
 from isthmus.errors import CalibrationError
 from isthmus.generation import TextCodec
 from isthmus.registry import Registry, Resolved, open_cache, open_registry
@@ -143,12 +141,9 @@ def _calibrate_text(
     store = open_store(open_cache(settings, registry), replace(settings, max_sessions=2 * len(texts.CHOICES)))
     try:
         spec = texts.TextSpec(tokens[: request.inputs or TOKENS], path.name, request.limit, cuts)
-        fidelity = texts.score_text(model.digest, model.bundle, store, spec, progress)
+        return texts.calibrate_text(model.digest, model.bundle, store, spec, folder, progress)
     finally:
         store.store.close()
-    (file := folder / "fidelity.json").write_bytes(data := to_json(fidelity))
-    blob = Blob(digest_of(data), len(data))
-    return Calibrated(structs.replace(model.bundle, fidelity=blob, plan=None), {blob.digest: file}, fidelity, {})
 
 
 def _read_text(path: Path) -> str:

@@ -174,15 +174,17 @@ def _encode_rows(array: Array, table: RowTable, quality: float) -> bytes:
         return b""
     step = step_of_quality(quality, table.steps)
     with np.errstate(all="ignore"):  # the quantiser detects NaN and infinity
-        components = transform_rows(analysis, rows)
-        clusters = table.clusters.likeliest(components)
+        # In float64, whose rounding no quantiser sees: float32's differs with the number of rows, and a token of a
+        # language model would have other coefficients in a step of its own than in a prompt.
+        components = transform_rows(analysis.astype(np.float64), rows)
+        clusters = table.clusters.likeliest(components.astype(np.float32))
         sorting = table.sorting(clusters)
         weighted = (components - table.centres[clusters]) * table.factors[clusters]
-        values = weighted.reshape(-1)[sorting.order]
+        values = weighted.astype(np.float32).reshape(-1)[sorting.order]
     whole = quantise(values, step, entropy.padded_buffer(values.size))
     # A row unlike its cluster may exceed the expected magnitude by any factor, and is encoded nevertheless.
     gain = min(_gain_of(values, sorting, step), GAINS[1])
-    whole[: values.size] *= np.abs(values) >= sorting.dead_zones(step, gain) * np.float32(step_size(step))
+    whole[: values.size] *= np.abs(values) >= sorting.dead_zones(step) * np.float32(step_size(step))
     head = bytes((step & 255, gain & 255)) + encode_clusters(clusters, table.bits)
     return head + entropy.encode_in_place(whole, sorting.plan(step, gain))
 

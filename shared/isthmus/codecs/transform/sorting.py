@@ -91,11 +91,13 @@ class Sorting:
         plan = self.count * _PLAN_VALUE_BYTES + _PLAN_BYTES
         return self.order.nbytes + self.place.nbytes + max(plan, min(_MAX_PLANS * plan, _MAX_PLANS_BYTES))
 
-    def dead_zones(self, step: int, gain: int) -> Array:
-        """The dead zones of sorted coefficients, in steps, float32 (n,); see `EntropyModels.dead_zones`."""
-        levels, starts, stops = zip(*self.runs(step, gain), strict=True)
-        zones = self.models.dead_zones[np.minimum(levels, LEVELS)]
-        return np.repeat(zones, np.subtract(stops, starts))
+    def dead_zones(self, step: int) -> Array:
+        """The dead zones of sorted coefficients, in steps, float32 (n,); see `EntropyModels.dead_zones`.
+
+        At the calibrated magnitudes, whatever the tensor's gain: a row's values must not depend on the other rows.
+        """
+        zones = self.models.dead_zones[np.minimum(levels_of(self.deviations, step, 0), LEVELS)]
+        return np.repeat(zones, self.counts)
 
     def runs(self, step: int, gain: int) -> list[Run]:
         """The runs of one level each at that step and gain."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from msgspec.structs import replace
 
 from isthmus.artifacts.conditions import Conditions, Constraints
-from isthmus.artifacts.plan import Plan
+from isthmus.artifacts.plan import Candidate, Plan
 from isthmus.context import Context
 from isthmus.errors import ConstraintMalformed, IsthmusError, RequestMalformed
 from isthmus.generation import Generated, GenerationRequest, Generator
@@ -25,7 +26,10 @@ from isthmus.serving import create_router_app, create_segment_app
 from isthmus.serving.profiling import SECRET
 from isthmus.settings import RegistrySettings, RouterSettings
 from isthmus_tools import FunctionUrls, PlanRequest, ProfileRequest, plan, profile
+from isthmus_tools.planner.generation_runs import GenerationTask, measure_generations
+from isthmus_tools.planner.measurement import LinkedFunctions
 from isthmus_tools.profiling import profiles
+from isthmus_tools.profiling.slow_edge import EdgeWork, SlowEdge
 from isthmus_tools.usecases.answer_size import AnswerSize, prompt_ids
 from isthmus_tools.usecases.functions import codec_tables
 from support.bundles import ready, served
@@ -277,3 +281,40 @@ def test_a_slow_edge_is_a_profile_of_its_own(planned: PlannedDecoder) -> None:
     slow = profiles.slowed(stored["edge"], 4.0, stored["edge"].hop, stored["edge"].whole.run.median)  # type: ignore[arg-type]
     assert slow.device.id != stored["edge"].device.id
     assert slow.whole.run.median == pytest.approx(4 * stored["edge"].whole.run.median)
+
+
+class _ScriptedEdge(SlowEdge):
+    """An edge whose function computes 10 ms between any two looks at its CPU time."""
+
+    def work(self) -> EdgeWork:
+        looks = self.__dict__.setdefault("looks", itertools.count())
+        return EdgeWork(0.01 * next(looks), 0.0)
+
+
+def measured_again(planned: PlannedDecoder, names: Sequence[str], tail: str, edge: SlowEdge) -> dict[str, Candidate]:
+    registry = open_registry(planned.settings)
+    model = registry.resolve("tiny:planned")
+    load = planned.plan.generation
+    assert load is not None
+    task = GenerationTask(prompt_ids(registry, model.bundle, (), load.prompt), load, lambda candidate, steps: 1.0)
+    functions = LinkedFunctions(planned.functions.head, tail, tail)
+    candidates = [replace(c, measured=None) for c in planned.plan.candidates if c.name in names]
+    measured = measure_generations(
+        candidates, model.digest, model.bundle, functions, task, codec_tables(registry), edge=edge, rounds=1
+    )
+    return {c.name: c for c in measured}
+
+
+def test_the_work_of_a_slow_edge_counts_by_its_cpu_time(planned: PlannedDecoder) -> None:
+    found = measured_again(planned, ["edge-whole"], planned.functions.tail, _ScriptedEdge(4.0, (0,)))["edge-whole"]
+    assert found.measured is not None
+    # Four times 10 ms for each step; all other time of a step is this test's.
+    assert 0.04 <= found.measured.parts["per_token"] < 0.04 + 0.02
+    assert found.measured.parts["edge"] == pytest.approx(6 * 0.04)
+
+
+def test_a_candidate_that_fails_is_refused_and_the_others_go_on(planned: PlannedDecoder) -> None:
+    found = measured_again(planned, ["edge-whole", "split-layer_1-raw"], "http://127.0.0.1:9", SlowEdge())
+    assert found["edge-whole"].measured is not None
+    assert "it failed" in found["split-layer_1-raw"].refused
+    assert found["split-layer_1-raw"].measured is None

@@ -29,7 +29,7 @@ from isthmus.wire.frame import Step
 from isthmus_tools.budget import UNLIMITED, Budget, Pace
 from isthmus_tools.planner.choice import VALUES, violations, without_deadlines
 from isthmus_tools.planner.elimination import Run, quartiles, successive_elimination
-from isthmus_tools.planner.measurement import LinkedFunctions
+from isthmus_tools.planner.measurement import LinkedFunctions, unreachable_urls
 from isthmus_tools.profiling.slow_edge import AT_FULL_SPEED, SlowEdge
 from isthmus_tools.progress import Progress, silent
 
@@ -97,10 +97,10 @@ def measure_generations(
             longest_s = min(_MAX_S, max(_MIN_S, _MAX_SLOWDOWN * candidate.predicted.total))
             return _Answer(candidate, route, task, edge, longest_s)
 
-        failed: dict[str, IsthmusError] = {}
-        ready, errors = _warm_up(
-            candidates, lambda c: answer(c, functions.tail_direct), failed, progress, budget.share(_WARM_UP_SHARE)
-        )
+        failed = _beyond_reach(candidates, functions)
+        within_reach = [c for c in candidates if c.name not in failed]
+        warm_up = budget.share(_WARM_UP_SHARE)
+        ready, errors = _warm_up(within_reach, lambda c: answer(c, functions.tail_direct), failed, progress, warm_up)
         if failed and not ready:
             raise next(iter(failed.values()))
         judged = [structs.replace(c, error=errors.get(c.name, c.error)) for c in candidates]
@@ -126,6 +126,18 @@ def measure_generations(
         else structs.replace(c, measured=answers[c.name].measured(measured[c.name]) if c.name in measured else None)
         for c in judged
     )
+
+
+def _beyond_reach(candidates: Sequence[Candidate], functions: LinkedFunctions) -> dict[str, IsthmusError]:
+    """The candidates with a function whose address refuses connections: none waits as for a cold start."""
+    errors = unreachable_urls((functions.head, functions.tail_direct))
+    failed: dict[str, IsthmusError] = {}
+    for candidate in candidates:
+        used = {"edge": (functions.head,), "cloud": (functions.tail_direct,)}
+        for url in used.get(candidate.kind, (functions.head, functions.tail_direct)):
+            if url in errors:
+                failed[candidate.name] = errors[url]
+    return failed
 
 
 def _warm_up(

@@ -159,7 +159,7 @@ def _warm_up(
     budget: Budget,
 ) -> list[Candidate]:
     """The candidates whose segments are loaded, after a request of each; failures go to `failed`."""
-    unreachable = _unreachable([hop.name for hop in hops])
+    unreachable = unreachable_urls([hop.name for hop in hops])
     ready: list[Candidate] = []
     pace = Pace(len(candidates))
     for i, candidate in enumerate(sorted(candidates, key=lambda c: c.predicted.total)):
@@ -182,7 +182,7 @@ def _warm_up(
     return ready
 
 
-def _unreachable(urls: Sequence[str]) -> dict[str, IsthmusError]:
+def unreachable_urls(urls: Sequence[str]) -> dict[str, IsthmusError]:
     """The error of each URL whose address refuses connections: a mistyped URL is not worth a cold start's wait."""
     errors: dict[str, IsthmusError] = {}
     for url in dict.fromkeys(urls):

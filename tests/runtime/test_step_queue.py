@@ -92,9 +92,9 @@ class Tail:
             for name, entry in begun.items()
         }
 
-    def prove(self, *sizes: int) -> None:
-        """Have batches of these sizes pay, without a comparison."""
-        self.group.trial.ran(1, 0.001)
+    def prove(self, *sizes: int, step_s: float = 1000.0) -> None:
+        """Have batches of these sizes pay, however the machine pauses, without a comparison."""
+        self.group.trial.ran(1, step_s)
         for size in sizes:
             self.group.trial.ran(size, 1e-6)
 
@@ -254,7 +254,7 @@ def test_rows_that_mix_turn_batches_off(
     tail, run = Tail(runner), runner.run_step
     for name in "ab":
         tail.prefill(name, 5)
-    tail.prove()
+    tail.prove(step_s=0.001)
 
     def mixing(arrays: Any, lengths: Any, buffers: Any) -> Any:
         outputs = run(arrays, lengths, buffers)
@@ -329,7 +329,7 @@ def test_a_run_waits_for_sessions_that_are_due(runner: OrtRunner) -> None:
     tail = Tail(runner, clock=lambda: now[0])
     for name in "ab":
         tail.prefill(name, 3)
-    tail.prove(2)
+    tail.prove(2, step_s=0.001)
     for position in (3, 4, 5):
         now[0] += 0.001
         tail.together({name: (position, hidden(1, 1)) for name in "ab"})
@@ -395,3 +395,47 @@ def test_a_step_longer_than_a_run_gives_what_one_run_gives(
             tiny_decoder.model.digest, "..", {"input_ids": ids}, Step("e", 24), Deadline.after(LONG_S)
         )
     store.store.close()
+
+
+def program(
+    decoder: PublishedDecoder, store: SessionStore, seed: int, steps: int = 120
+) -> Iterator[tuple[int, list[int], Any]]:
+    """Random steps of one caller: prompts, tokens, proposals, steps back, sessions that end; position, ids, scores."""
+    rng = np.random.default_rng(seed)
+    position, session = 0, 0
+    for _ in range(steps):
+        kind = rng.random()
+        if kind < 0.04 or position > 90:
+            store.end_session(f"{seed}.{session}")
+            position, session = 0, session + 1
+        back = int(rng.integers(1, 6)) if kind > 0.9 else 0
+        position = max(0, position - back)
+        count = int(rng.integers(1, 30)) if not position else int(rng.integers(2, 9)) if 0.8 < kind < 0.9 else 1
+        ids = rng.integers(1, VOCABULARY, (1, count))
+        step = Step(f"{seed}.{session}", position, reserve=8)
+        ran = store.step(decoder.model.digest, "..", {"input_ids": ids}, step, Deadline.after(LONG_S))
+        yield position, ids[0].tolist(), ran.outputs["logits"]
+        position += count
+    store.end_session(f"{seed}.{session}")
+
+
+@pytest.mark.parametrize("slots", [1, 2, 4])
+def test_random_steps_at_once_give_what_each_gives_alone(
+    slots: int, tiny_decoder: PublishedDecoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("isthmus.runtime.step_trial.MAX_SHARE", 1000.0)
+    monkeypatch.setattr("isthmus.runtime.store.cpu_limit", lambda: slots)
+    alone = tiny_decoder.store(tmp_path / "alone", batching="off")
+    shared = tiny_decoder.store(tmp_path / "shared")
+    expected = [list(program(tiny_decoder, alone, seed)) for seed in range(10)]
+    with ThreadPoolExecutor(10) as pool:
+        found = list(pool.map(lambda seed: list(program(tiny_decoder, shared, seed)), range(10)))
+    for steps, wanted in zip(found, expected, strict=True):
+        assert [(position, ids) for position, ids, _ in steps] == [(position, ids) for position, ids, _ in wanted]
+        for (_, _, got), (_, _, scores) in zip(steps, wanted, strict=True):
+            assert_same(got, scores)
+    counts = shared.sessions.counts()
+    assert sum(count for size, count in counts.runs.items() if size > 1) > 10, counts.runs
+    assert (counts.sessions, counts.reserved, counts.resident) == (0, 0, 0)
+    alone.store.close()
+    shared.store.close()

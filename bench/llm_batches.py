@@ -24,9 +24,11 @@ from isthmus.settings import SegmentSettings
 from isthmus.wire.frame import Step
 
 TAIL, WIDTH = f"{CUT}..", 576
-SESSIONS = (1, 2, 4, 8, 16)
-CONTEXTS = (64, 512)
 GOAL_SESSIONS = 8
+# Tokens of context and sessions.
+CASES = ((64, 1), (64, 2), (64, 4), (64, GOAL_SESSIONS), (64, 16), (512, GOAL_SESSIONS))
+QUICK_CASES = ((64, 1), (64, GOAL_SESSIONS))
+RESERVE = 1024
 CHUNK = 256
 LONG_S = 3600.0
 
@@ -35,11 +37,7 @@ def main() -> None:
     report = arguments("llm_batches", __doc__, ["numpy", "onnxruntime"])
     with open_model(report) as model:
         digest = model.resolved.digest
-    rows = [
-        compared(report, digest, count, context)
-        for context in (CONTEXTS[:1] if report.quick else CONTEXTS)
-        for count in ((1, GOAL_SESSIONS) if report.quick else SESSIONS)
-    ]
+    rows = [compared(report, digest, count, context) for context, count in (QUICK_CASES if report.quick else CASES)]
     report.add("tokens a second in the tail", rows)
     for row in rows:
         if row["sessions"] == GOAL_SESSIONS:
@@ -57,7 +55,7 @@ def compared(report: Report, digest: str, count: int, context: int) -> Row:
         stores = {"off": alone, "auto": shared}
         for store in stores.values():
             prefill(store, digest, count, context)
-        tokens = closed_loop(shared, digest, count, context, seconds)  # sizes are tried
+        closed_loop(shared, digest, count, context, seconds)  # sizes are tried
         ran = sum(shared.sessions.counts().runs.values())
         tokens = 0
         for _ in range(turns):
@@ -114,7 +112,7 @@ def closed_loop(store: SessionStore, digest: str, count: int, context: int, seco
 def run(store: SessionStore, digest: str, session: str, position: int, count: int) -> None:
     """A step of random hidden states, greedily sampled."""
     hidden = np.random.default_rng(position).standard_normal((1, count, WIDTH)).astype(np.float32)
-    step = Step(session, position, Sampling(), reserve=CONTEXTS[-1] + CHUNK)
+    step = Step(session, position, Sampling(), reserve=RESERVE)
     store.step(digest, TAIL, {"layer_10": hidden}, step, Deadline.after(LONG_S))
 
 

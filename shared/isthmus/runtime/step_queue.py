@@ -20,7 +20,7 @@ from isthmus.runtime.sessions import MAX_VERIFIED, RowSpan, SegmentSessions, Ses
 from isthmus.runtime.step_trial import MAX_ROWS, rows_agree
 
 # A run waits for sessions that come back within this share of its seconds: else these would wait for all of it.
-_WINDOW = 0.25
+_WINDOW = 0.5
 
 
 @dataclass(eq=False)

@@ -24,6 +24,8 @@ HANDLER = """
 import os
 import time
 
+from flask import Response
+
 from isthmus.serving.app import FunctionApp
 from isthmus.settings import SegmentSettings
 
@@ -36,7 +38,16 @@ def create_app():
             request.context.deadline.check("the nap was over")
             time.sleep(0.005)
 
+    def stream(request):
+        def events():
+            yield b"data: 1\\n\\n"
+            time.sleep(1)
+            yield b"data: 2\\n\\n"
+
+        return Response(events(), mimetype="text/event-stream")
+
     app.post("/", nap, "nap")
+    app.post("/stream", stream, "stream")
     app.readiness.start()
     return app.flask
 """
@@ -117,3 +128,12 @@ def test_a_deadline_is_our_error_and_not_the_watchdogs_empty_504(napping: str, t
 def test_a_body_over_the_bound_is_413_with_json_behind_the_watchdog(napping: str) -> None:
     response = http("POST", napping, body=bytes(8_000_000))
     assert (response.status, response.json()["type"]) == (413, "RequestTooLarge")
+
+
+def test_events_pass_the_watchdog_as_they_come(napping: str) -> None:
+    accept = {"Accept": "text/event-stream"}
+    with urllib3.PoolManager(retries=False) as pool:
+        response = pool.request("POST", f"{napping}/stream", body=b"", headers=accept, preload_content=False)
+        # The second event is a second away: a watchdog that waited for the end would give both at once.
+        assert response.read1() == b"data: 1\n\n"
+        assert response.read() == b"data: 2\n\n"

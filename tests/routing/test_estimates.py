@@ -21,7 +21,7 @@ from isthmus.routing import Estimates, LinkEstimate, LinkProber, watch
 from isthmus.routing import estimates as estimates_module
 from isthmus.routing.estimates import MAX_SEGMENTS
 from isthmus.wire import frame as frames
-from isthmus.wire.frame import Frame
+from isthmus.wire.frame import Frame, Step
 from isthmus_tools.netem import LinkShape, NetworkEmulator
 from support.hop_servers import FRAME, context
 from support.hops import Echo
@@ -333,3 +333,27 @@ def test_a_lying_header_is_bounded_by_the_calls_own_duration() -> None:
     estimates = Estimates()
     estimates.succeeded(estimates.began("hop", 100), "sha256:1", "..1", reply)
     assert estimates.link("hop") == LinkEstimate()
+
+
+class Timed:
+    """A hop whose runs take as many seconds as their frames have positions."""
+
+    name, encodes = "http://timed", True
+
+    def call(self, frame: Frame, context: object) -> HopReply:
+        return HopReply(frame, float(next(iter(frame.tensors.values())).shape[1]))
+
+
+def test_of_the_steps_of_sessions_those_of_one_token_are_a_segments_seconds() -> None:
+    estimates = Estimates()
+    (hop,) = watch([[Timed()]], estimates)  # type: ignore[list-item]
+    for positions in (256, 200, 1, 7, 1, 1):
+        step = FRAME._replace(tensors={"h": np.zeros((1, positions, 2), np.float32)}, step=Step("s", 0))
+        hop.call(step, context())
+    assert estimates.run_s(hop.name, FRAME.bundle, FRAME.segment) == 1.0
+    # What is slow for a chunk of a prompt is not what is slow for a token.
+    counts = dict.fromkeys((1, 7, 256), 0)
+    for positions in counts:
+        step = FRAME._replace(tensors={"h": np.zeros((1, positions, 2), np.float32)}, step=Step("s", 0))
+        counts[positions] = sum(hop.times.quantile(step, 0.5, n) is not None for n in range(1, 7))  # type: ignore[union-attr]
+    assert counts == {1: 3, 7: 1, 256: 1}

@@ -88,7 +88,8 @@ class _SegmentApp(FunctionApp):
         frame = self._decode(request)
         request.facts.update(bundle=frame.bundle, segment=frame.segment)
         request.timings.add("decode", time.perf_counter() - start)
-        describe_work(f"{frame.bundle} {frame.segment}")
+        # Steps of one token and chunks of a prompt are different work: the adaptive limit compares like with like.
+        describe_work(f"{frame.bundle} {frame.segment} {frame.step_tokens.bit_length() or ''}".rstrip())
         if (step := frame.step) is None:
             ran = self._store.run(frame.bundle, frame.segment, frame.tensors, request.context.deadline)
         else:

@@ -115,7 +115,8 @@ def registry_settings(registry: str, cache_dir: str = CACHE_DIR) -> RegistrySett
 def stack_variables(registry: str) -> dict[str, str]:
     """Values for the ${…} of stack.yml: the environment, and the registry as commands understand it.
 
-    A folder's path becomes absolute. The S3 server and region are the commands', from any of their variables.
+    A folder's path becomes absolute. The S3 server and region are the commands', from any of their variables. The
+    router's watchdog gives a text ten minutes: nothing here ends a pod after Kubernetes' 30 s.
 
     Raises:
         SettingsError: `registry` is no address, or the environment's settings contradict each other.
@@ -125,6 +126,8 @@ def stack_variables(registry: str) -> dict[str, str]:
     settings, folder = registry_settings(registry), parse_address(registry).folder
     s3 = {"S3_ENDPOINT": settings.s3_endpoint, "S3_REGION": settings.s3_region}
     return {
+        "ROUTER_EXEC_TIMEOUT": "605s",
+        "ROUTER_WRITE_TIMEOUT": "610s",
         **os.environ,
         "ISTHMUS_REGISTRY": str(Path(folder).absolute()) if folder else registry,
         **{name: text for name, text in s3.items() if text},

@@ -1,8 +1,13 @@
-"""A Python client of the router for photos and tensors; any Open Inference Protocol client works as well."""
+"""A Python client of the router for photos, tensors, conversations and embeddings.
+
+Any client of the Open Inference Protocol or of OpenAI's API works as well.
+"""
 
 from __future__ import annotations
 
+import base64
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,14 +23,25 @@ from isthmus.codecs.raw import RAW
 from isthmus.context import Deadline
 from isthmus.errors import (
     HTTP_STATUS,
+    ContextTooLong,
     HopRejected,
     HopTimeout,
     HopUnavailable,
     IsthmusError,
+    Missing,
+    Overloaded,
     RequestMalformed,
     ShapeMismatch,
 )
-from isthmus.http.pool import BrokenOff, ConnectionPool, Response, ResponseTooLong, Unreachable, is_url
+from isthmus.http.pool import (
+    BrokenOff,
+    ConnectionPool,
+    ErrorStatus,
+    Response,
+    ResponseTooLong,
+    Unreachable,
+    is_url,
+)
 from isthmus.oip import messages as oip
 from isthmus.oip.tensor import datatype_of, from_binary, shape_of
 from isthmus.wire.frame import DTYPES
@@ -34,6 +50,14 @@ from isthmus.wire.frame import DTYPES
 MAX_RESPONSE_BYTES = 2**30
 # A router that accepts no connection within seconds is down; inference may take the whole timeout.
 _CONNECT_TIMEOUT_S = 5.0
+# Of a chunk with the scores of some tokens.
+_MAX_EVENT_BYTES = 2**20
+# OpenAI's own codes; other errors have the name of their class, as error_code.
+_OPENAI_CODES: Mapping[str, type[IsthmusError]] = {
+    "context_length_exceeded": ContextTooLong,
+    "rate_limit_exceeded": Overloaded,
+    "model_not_found": Missing,
+}
 _BOUNDARY = f"isthmus-{uuid4().hex}"
 _DTYPE = {datatype_of(dtype): dtype for dtype in DTYPES}
 
@@ -153,6 +177,75 @@ class Client:
                 raise ValueError("no explanation")
         return document
 
+    def embed(self, texts: Sequence[str], *, model: str = "") -> Array:
+        """A vector for each text by a sentence encoder. Shapes: (texts, width), float32.
+
+        Raises:
+            HopRejected: the server at the URL is not a router.
+            Errors of the router, by `error_of`.
+        """
+        body = {"input": list(texts), "model": model or None, "encoding_format": "base64"}
+        response = self.post("/v1/embeddings", [json.dumps(body).encode()], {"Content-Type": "application/json"}, {})
+        with self._reading():
+            entries = json.loads(response.body)["data"]
+            vectors = [np.frombuffer(base64.b64decode(entry["embedding"]), "<f4") for entry in entries]
+            if len(vectors) != len(texts):
+                raise ValueError("another number of vectors than texts")
+            return np.stack(vectors).astype(np.float32)
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, model: str = "", options: Mapping[str, Any] | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """The chunks of a chat completion as they come: OpenAI's documents, the last ones with usage and facts.
+
+        `options` are further fields of the request, such as max_tokens. Leaving the iterator ends the generation.
+        Source: docs/reference/openai.md.
+
+        Raises:
+            HopRejected: the server at the URL is not a router.
+            Errors of the router, by `error_of`.
+        """
+        body = {
+            "messages": list(messages),
+            **({"model": model} if model else {}),
+            **(options or {}),
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        with self._transport():
+            try:
+                yield from self._events("/v1/chat/completions", json.dumps(body).encode())
+            except ErrorStatus as e:
+                raise error_of(self.url, e.response) from e
+
+    def _events(self, path: str, body: bytes) -> Iterator[dict[str, Any]]:
+        """The documents of a stream of server-sent events, to `[DONE]`.
+
+        Source: HTML Living Standard, 9.2 "Server-sent events".
+        """
+        # OpenFaaS's watchdog and gateway pass a body on as it comes only with this header.
+        headers = {"Content-Type": "application/json", "Accept": "text/event-stream", **self._timeout_header}
+        deadline = Deadline.after(self._timeout_s + 1.0)
+        bounds = {"max_line_bytes": _MAX_EVENT_BYTES, "max_error_bytes": MAX_RESPONSE_BYTES}
+        for line in self._pool.lines(body, headers, deadline, path=path, **bounds):
+            field, _, data = line.decode("utf-8", "replace").strip().partition(":")
+            if field != "data":  # comments keep the connection alive
+                continue
+            if (data := data.strip()) == "[DONE]":
+                return
+            with self._reading():
+                document = json.loads(data)
+                if not isinstance(document, dict):
+                    raise ValueError("an event that is no object")
+            if "error" in document:
+                raise error_of(self.url, Response(502, {}, data.encode()))
+            yield document
+        raise BrokenOff("the stream ended early")
+
+    @property
+    def _timeout_header(self) -> dict[str, str]:
+        return {"X-Timeout": f"{int(self._timeout_s * 1000)}ms"}
+
     @contextmanager
     def _reading(self) -> Iterator[None]:
         """Translate parse errors of a 200 response: the URL may be that of any server.
@@ -196,10 +289,10 @@ class Client:
         headers: Mapping[str, str],
         fields: Mapping[str, str],
     ) -> Response:
-        try:
+        with self._transport():
             response = self._pool.post(
                 body,
-                {"X-Timeout": f"{int(self._timeout_s * 1000)}ms", **headers},
+                {**self._timeout_header, **headers},
                 # The router answers at its own deadline; a second later no answer is to be expected.
                 Deadline.after(self._timeout_s + 1.0),
                 max_bytes=MAX_RESPONSE_BYTES,
@@ -208,6 +301,19 @@ class Client:
                 query=urlencode(fields),
                 method=method,
             )
+        if response.status != 200:
+            raise error_of(self.url, response)
+        return response
+
+    @contextmanager
+    def _transport(self) -> Iterator[None]:
+        """Translate errors of the connection.
+
+        Raises:
+            HopTimeout, HopUnavailable, HopRejected: no response.
+        """
+        try:
+            yield
         except TimeoutError as e:
             raise HopTimeout(f"{self.url} did not answer within {self._timeout_s:g} s", hop=self.url) from e
         except Unreachable as e:
@@ -220,9 +326,6 @@ class Client:
             raise HopUnavailable(f"{self.url} broke off: {e}", hop=self.url) from e
         except ResponseTooLong as e:
             raise HopRejected(f"{self.url} answered with more than {MAX_RESPONSE_BYTES} bytes", hop=self.url) from e
-        if response.status != 200:
-            raise error_of(self.url, response)
-        return response
 
 
 def _tensor_body(arrays: Mapping[str, Array]) -> tuple[list[bytes | memoryview], dict[str, str]]:
@@ -253,11 +356,25 @@ def _form(photos: Sequence[bytes]) -> list[bytes]:
 
 
 def error_of(url: str, response: Response) -> IsthmusError:
-    """The router's JSON error as the original exception; any other response as HopRejected."""
+    """The router's JSON error, of its own form or OpenAI's, as the original exception; else HopRejected."""
     try:
         doc = json.loads(response.body)
+        if isinstance(doc["error"], dict):
+            return _openai_error(doc["error"])
         kind = next(c for c in HTTP_STATUS if c.__name__ == doc["type"])
         return kind(str(doc["error"]), hint=str(doc.get("hint", "")), **doc["facts"])
     except (ValueError, KeyError, TypeError, StopIteration, RecursionError):
         text = response.body[:200].decode("utf-8", "replace").strip() or "an empty body"
         return HopRejected(f"{url} answered {response.status}: {text}", hop=url, status=response.status)
+
+
+def _openai_error(error: Mapping[str, Any]) -> IsthmusError:
+    """The exception of an error in OpenAI's form, by its code."""
+    code = str(error["code"])
+    kind = _OPENAI_CODES.get(code) or next(c for c in HTTP_STATUS if error_code(c.__name__) == code)
+    return kind(str(error["message"]), **error["facts"])
+
+
+def error_code(name: str) -> str:
+    """A class's name as OpenAI writes codes: ShapeMismatch is shape_mismatch."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()

@@ -51,7 +51,7 @@ class RequestMalformed(RequestError):
 
 
 class ContextTooLong(RequestMalformed):
-    """A prompt fills the context of a language model. Facts: `prompt_tokens`, `context`."""
+    """A prompt fills a language model's context, or a text an encoder's. Facts: `prompt_tokens`, `context`."""
 
 
 class RequestTooLarge(RequestError):

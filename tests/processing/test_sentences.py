@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isthmus.artifacts.bundle import Blob, TextEmbedding
-from isthmus.errors import ModelError, RequestMalformed, RequestTooLarge
+from isthmus.errors import ContextTooLong, ModelError, RequestMalformed, RequestTooLarge
 from isthmus.processing.sentences import MAX_TEXT_LENGTH, SentenceTokenizer, embed, padded, runs_of
 from support.encoders import save_tokenizer
 
@@ -32,9 +32,9 @@ def test_a_text_is_not_cut_where_the_tokenizers_file_says_so(tokenizer: Sentence
 
 
 def test_texts_and_ids_that_the_model_does_not_take_are_refused(tokenizer: SentenceTokenizer) -> None:
-    with pytest.raises(RequestMalformed, match="has 13 tokens; the model takes at most 12") as e:
+    with pytest.raises(ContextTooLong, match="has 13 tokens; the model takes at most 12") as e:
         tokenizer.encode("the " * 11)
-    assert (e.value.facts["tokens"], e.value.facts["limit"]) == (13, 12)
+    assert (e.value.facts["prompt_tokens"], e.value.facts["context"]) == (13, 12)
     with pytest.raises(RequestTooLarge):
         tokenizer.encode("x" * (MAX_TEXT_LENGTH + 1))
     for ids, reason in (([], "no tokens"), ([2, 10**6], "token id 1000000"), ([-1, 5], "token id -1")):

@@ -120,7 +120,7 @@ def described_operation(document: Any, endpoint: str) -> Any:
 
 
 # Those of language models: tests/serving/test_openai_bodies.py.
-GENERATION = ("chat_completions", "completions", "openai_model")
+GENERATION = ("chat_completions", "completions", "embeddings", "openai_model")
 
 
 @pytest.mark.parametrize(

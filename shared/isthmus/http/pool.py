@@ -95,6 +95,14 @@ class BrokenOff(Exception):
     """The connection ended, or the peer does not speak HTTP."""
 
 
+class ErrorStatus(Exception):
+    """A stream's response has another status than 200; `response` is the whole response."""
+
+    def __init__(self, response: Response) -> None:
+        super().__init__(response.status)
+        self.response = response
+
+
 class ExchangeTimes(NamedTuple):
     """A request and its response on the connection, as this side's monotonic clock saw them.
 
@@ -186,14 +194,53 @@ class ConnectionPool:
                 raise
             except (OSError, http.client.HTTPException) as e:
                 if idle is None or timed.received or (abandonment is not None and abandonment.is_abandoned):
-                    reason = (e.strerror if isinstance(e, OSError) else None) or str(e) or type(e).__name__
-                    raise BrokenOff(reason[:200]) from e
+                    raise _broken_off(e) from e
                 # Else the peer closed the idle connection; the next is tried.
             finally:
                 if keeps and len(self._idle) < MAX_IDLE:
                     self._idle.append(sock)
                 else:
                     sock.close()
+
+    def lines(
+        self,
+        body: bytes,
+        headers: Mapping[str, str],
+        deadline: Deadline,
+        *,
+        max_line_bytes: int,
+        max_error_bytes: int,
+        path: str,
+    ) -> Iterator[bytes]:
+        """POST `body` to `path` below the URL, and the lines of the response as they come.
+
+        The connection is the stream's own, and ends with it: a peer sees that nobody reads any more.
+
+        Raises:
+            ErrorStatus: the response's status is not 200.
+            ResponseTooLong: a line of more than max_line_bytes.
+            Further errors as `post`.
+        """
+        headers = {"Host": self._host, "Content-Length": str(len(body)), **headers}
+        sock = self._connect(deadline)
+        try:
+            timed = _DeadlineSocket(sock, deadline)
+            response, _ = _send(timed, ("POST", self._target(path, "")), headers, (body,))
+            if response.status != 200:
+                content = _read_body(response, max_error_bytes, max_error_bytes)
+                raise ErrorStatus(Response(response.status, _lower(response), content))
+            while line := response.readline(max_line_bytes + 1):
+                if len(line) > max_line_bytes:
+                    raise ResponseTooLong
+                yield line
+            if response.length:
+                raise BrokenOff("the connection ended early")
+        except TimeoutError:
+            raise
+        except (OSError, http.client.HTTPException) as e:
+            raise _broken_off(e) from e
+        finally:
+            sock.close()
 
     def get_status(self, path: str, deadline: Deadline) -> int:
         """The status of GET `path` below the URL, over a connection of its own; idle ones may be dead ends.
@@ -338,6 +385,11 @@ class _FinalResponse(http.client.HTTPResponse):
         raise http.client.HTTPException(f"{self.status} came in place of a response")
 
 
+def _broken_off(error: OSError | http.client.HTTPException) -> BrokenOff:
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    return BrokenOff(reason[:200])
+
+
 def _exchange(
     sock: _DeadlineSocket,
     line: tuple[str, str],
@@ -349,6 +401,16 @@ def _exchange(
 
     `line` is the method and the target; `bounds` are as in `_read_body`.
     """
+    response, is_sent = _send(sock, line, headers, body)
+    content = _read_body(response, *bounds)
+    keeps = is_sent and response.isclosed() and not response.will_close
+    return Response(response.status, _lower(response), content), keeps
+
+
+def _send(
+    sock: _DeadlineSocket, line: tuple[str, str], headers: Mapping[str, str], body: Sequence[Buffer]
+) -> tuple[http.client.HTTPResponse, bool]:
+    """The response up to its body, and whether the whole request was sent."""
     connection = http.client.HTTPConnection("unused")  # the socket is connected, and Host is among the headers
     connection.sock, connection.response_class = sock, _FinalResponse
     connection.putrequest(*line, skip_host=True, skip_accept_encoding=True)
@@ -364,9 +426,11 @@ def _exchange(
     if response.headers.get_payload():  # lines that are no headers are a payload to the header parser
         raise http.client.HTTPException("malformed headers")
     sock.reads_head = False
-    content = _read_body(response, *bounds)
-    lower = {name.lower(): value for name, value in response.getheaders()}
-    return Response(response.status, lower, content), is_sent and response.isclosed() and not response.will_close
+    return response, is_sent
+
+
+def _lower(response: http.client.HTTPResponse) -> dict[str, str]:
+    return {name.lower(): value for name, value in response.getheaders()}
 
 
 def _read_body(response: http.client.HTTPResponse, max_bytes: int, max_error_bytes: int) -> bytes | bytearray:

@@ -12,7 +12,7 @@ import tokenizers
 
 from isthmus.arrays import Array
 from isthmus.artifacts.bundle import TextEmbedding
-from isthmus.errors import ModelError, RequestMalformed, RequestTooLarge
+from isthmus.errors import ContextTooLong, ModelError, RequestMalformed, RequestTooLarge
 
 # Of one text: hundreds of characters for each token that published encoders take.
 MAX_TEXT_LENGTH = 2**18
@@ -45,7 +45,7 @@ class SentenceTokenizer:
 
         Raises:
             RequestTooLarge: more than MAX_TEXT_LENGTH characters.
-            RequestMalformed: more tokens than the model takes; facts: `tokens`, `limit`.
+            ContextTooLong: more tokens than the model takes.
         """
         if len(text) > MAX_TEXT_LENGTH:
             raise RequestTooLarge(
@@ -58,16 +58,17 @@ class SentenceTokenizer:
         """The ids of a text, which the caller may have made itself.
 
         Raises:
-            RequestMalformed: no ids, more than the model takes, or an id beyond the vocabulary.
+            RequestMalformed: no ids, or an id beyond the vocabulary.
+            ContextTooLong: more tokens than the model takes.
         """
         if not ids:
             raise RequestMalformed("an input has no tokens", parameter="input")
         if len(ids) > self._max_tokens:
-            raise RequestMalformed(
+            raise ContextTooLong(
                 f"an input has {len(ids)} tokens; the model takes at most {self._max_tokens}",
                 parameter="input",
-                tokens=len(ids),
-                limit=self._max_tokens,
+                prompt_tokens=len(ids),
+                context=self._max_tokens,
                 hint="split the text: a vector of its begin alone would be taken for the whole",
             )
         if not 0 <= min(ids) <= max(ids) < self._vocabulary:

@@ -21,6 +21,7 @@ from isthmus.processing.media import MAX_PHOTOS
 from isthmus.routing.state import RouterState
 from isthmus.serving import api_bodies as bodies
 from isthmus.serving.openai import documents as openai
+from isthmus.serving.openai.embeddings import EmbeddingListBody, EmbeddingRequestBody
 from isthmus.serving.openai.errors import OpenAIErrorBody
 from isthmus.serving.openai.models import OpenAIModelBody, OpenAIModelListBody
 from isthmus.serving.openai.requests import ChatRequestBody, CompletionRequestBody
@@ -194,11 +195,22 @@ OPERATIONS: Mapping[str, Operation] = {
         headers=("X-Timeout",),
         error=OpenAIErrorBody,
     ),
+    "embeddings": Operation(
+        "OpenAI: a vector for each text, or for each list of token ids",
+        _as_json(EmbeddingListBody),
+        _GENERATION,
+        _as_json(EmbeddingRequestBody),
+        headers=("X-Timeout",),
+        error=OpenAIErrorBody,
+    ),
     "openai_models": Operation(
-        "OpenAI: the models that generate text", _as_json(OpenAIModelListBody), LOOKUP, error=OpenAIErrorBody
+        "OpenAI: the models that generate text or embed it",
+        _as_json(OpenAIModelListBody),
+        LOOKUP,
+        error=OpenAIErrorBody,
     ),
     "openai_model": Operation(
-        "OpenAI: a model that generates text",
+        "OpenAI: a model that generates text or embeds it",
         _as_json(OpenAIModelBody),
         (*LOOKUP, errors.RequestMalformed),
         error=OpenAIErrorBody,

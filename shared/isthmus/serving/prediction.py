@@ -27,7 +27,7 @@ from isthmus.oip.request import InferRequest
 from isthmus.pipeline import Interruption, LocalHop, Result, Route, execute, execute_resumably
 from isthmus.processing.image import model_input
 from isthmus.processing.image_budget import ImageMemory
-from isthmus.routing import DEGRADED_HEADER, ROUTE_HEADER, Attempt, Dispatcher, Guard, RouteCandidate
+from isthmus.routing import DEGRADED_HEADER, ROUTE_HEADER, Attempt, Dispatcher, Guard, RouteCandidate, ServedModel
 from isthmus.serving.deferral import Deferred, Resumable, tail_wait, takes_continuation
 from isthmus.serving.error_responses import error_document
 from isthmus.serving.inference import InferenceRequest
@@ -115,6 +115,24 @@ class Predictor:
             self._count_error(e)
             raise
         self._record(request, result)
+        return result
+
+    def predict(self, request: FunctionRequest, model: ServedModel, inputs: Mapping[str, Array]) -> Result:
+        """The model's outputs along the route that the dispatcher chooses; a request may take several.
+
+        Raises:
+            As `execute`.
+        """
+        work, began = self._dispatcher.own_work, time.thread_time()
+        work.begin()
+
+        result = self._dispatch(
+            request,
+            InferenceRequest(model),
+            # Without sizes: a later hop that is away gives an error and no continuation.
+            lambda candidate, context: self._execute(request._replace(context=context), candidate, inputs, {}, None),
+        )
+        work.end(began, 1)
         return result
 
     def _objects(self, request: FunctionRequest, inference: InferenceRequest) -> list[dict[str, Any]]:

@@ -72,7 +72,7 @@ class _RouterApp(FunctionApp):
         inference = InferenceRoutes(self, settings, self._catalog, predictor, images, tables)
         models = ModelRoutes(self, self._catalog, settings)
         StateRoute(self, dispatcher, settings)
-        OpenAIApi(self, settings, self._catalog, self._registry, models.listing, dispatcher)
+        OpenAIApi(self, settings, self._catalog, self._registry, models.listing, dispatcher, predictor)
         if settings.page:
             from isthmus.serving.page import Page  # templates are for routers with a page alone
 

@@ -36,6 +36,8 @@ COMMANDS = {
     "rollback": "Move an alias back to the version that it meant before; once more goes further back.",
     "rm": "Remove a version that no alias means; its content goes with the next `isthmus gc`.",
     "gc": "List content of the registry that no version reaches: of removed versions, tried plans, killed publishes.",
+    "chat": "Talk with a language model: tokens as they come, then their rate, bytes over the link, and each layer's"
+    " place.",
     "infer": "Classify photos, or run tensors through a model.",
     "why": "Show which parts of a photo, or which tokens, decided for a class.",
     "up": "Run the functions of a stack file on this machine, behind OpenFaaS's provider API, until Ctrl-C.",

@@ -15,10 +15,12 @@ from isthmus.serving.generation_metrics import GenerationMetrics
 from isthmus.serving.model_list import ModelList
 from isthmus.serving.openai.models import OpenAIModels
 from isthmus.serving.openai.requests import user_of
+from isthmus.serving.prediction import Predictor
 from isthmus.serving.request import FunctionRequest
 from isthmus.settings import RouterSettings
 
 if TYPE_CHECKING:
+    from isthmus.serving.openai.embeddings import EmbeddingRoutes
     from isthmus.serving.openai.routes import CompletionRoutes
 
 
@@ -33,15 +35,18 @@ class OpenAIApi:
         registry: Registry,
         listing: ModelList,
         dispatcher: Dispatcher,
+        predictor: Predictor,
     ) -> None:
         self._settings, self._catalog, self._registry = settings, catalog, registry
-        self._app, self._dispatcher = app, dispatcher
+        self._app, self._dispatcher, self._predictor = app, dispatcher, predictor
         # Before the first request too, so that the metrics are there from the start.
         self._metrics = GenerationMetrics(app.metrics, MemoryBudget(settings.total_replay_bytes))
         self._routes: CompletionRoutes | None = None
+        self._embeddings: EmbeddingRoutes | None = None
         self._lock = threading.Lock()
         app.post("/v1/chat/completions", self.chat, "chat_completions", user_of)
         app.post("/v1/completions", self.complete, "completions", user_of)
+        app.post("/v1/embeddings", self.embed, "embeddings", user_of)
         OpenAIModels(app, catalog, listing)
 
     def chat(self, request: FunctionRequest) -> Response:
@@ -51,6 +56,15 @@ class OpenAIApi:
     def complete(self, request: FunctionRequest) -> Response:
         """The completion of a text, whole or as a stream."""
         return self._loaded().complete(request)
+
+    def embed(self, request: FunctionRequest) -> Response:
+        """A vector for each text."""
+        with self._lock:
+            if self._embeddings is None:
+                from isthmus.serving.openai.embeddings import EmbeddingRoutes
+
+                self._embeddings = EmbeddingRoutes(self._settings, self._catalog, self._registry, self._predictor)
+        return self._embeddings.embed(request)
 
     def _loaded(self) -> CompletionRoutes:
         with self._lock:

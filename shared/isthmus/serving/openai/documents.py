@@ -30,16 +30,27 @@ class UsageBody(Struct):
     total_tokens: _Count
 
 
+class SegmentPlaceBody(Struct):
+    """A segment, the hop that runs it, and its first and last layer; null for a segment between two layers."""
+
+    segment: str
+    hop: str
+    layers: tuple[int, int] | None
+
+
 class GenerationFactsBody(Struct, omit_defaults=True):
     """How Isthmus generated: the route, what it costs in fidelity if anything, steps, and bytes over the link.
 
-    `proposed` and `accepted` are tokens of speculation; `recoveries` counts rebuilds of lost state.
+    `context` is the number of tokens that prompt and completion have room for, `proposed` and `accepted` are tokens of
+    speculation, and `recoveries` counts rebuilds of lost state.
     """
 
     route: str
     steps: _Count
     link_bytes: _Count
     first_token_ms: float
+    segments: list[SegmentPlaceBody]
+    context: _Count
     degraded: str = ""
     proposed: _Count = 0
     accepted: _Count = 0

@@ -33,7 +33,7 @@ _Stop = Annotated[str, Meta(max_length=MAX_STOP_LENGTH)]
 
 # The field in msgspec's messages: `$.stop[3]`.
 _FIELD = re.compile(r" - at `\$\.(\w+)(.*)`$")
-_Body = TypeVar("_Body", bound="GenerationBody")
+_Body = TypeVar("_Body", bound=Struct)
 
 
 class MessagePartBody(Struct, frozen=True):

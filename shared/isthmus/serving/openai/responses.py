@@ -22,6 +22,7 @@ from isthmus.serving.error_responses import UNEXPECTED, error_document
 from isthmus.serving.generations import Generations
 from isthmus.serving.openai.documents import CompletionDocuments, Ending, GenerationFactsBody, UsageBody
 from isthmus.serving.openai.errors import openai_error
+from isthmus.serving.openai.models import context_of, places_of
 from isthmus.serving.openai.streaming import DONE, KEEP_ALIVE, KEEP_ALIVE_S, PieceFeed
 from isthmus.serving.request import FunctionRequest
 from isthmus.settings import RouterSettings
@@ -37,6 +38,7 @@ class CompletionJob:
     stops: tuple[str, ...]
     documents: CompletionDocuments
     includes_usage: bool
+    settings: RouterSettings
 
 
 class CompletionResponder:
@@ -153,6 +155,8 @@ class _Run:
                 steps=done.steps,
                 link_bytes=done.link_bytes,
                 first_token_ms=round(done.first_token_s * 1000, 3),
+                segments=places_of(route.route, self.job.settings),
+                context=context_of(self.job.model, self.job.settings),
                 proposed=done.proposed,
                 accepted=done.accepted,
                 recoveries=done.recoveries,

@@ -17,7 +17,7 @@ from isthmus.registry import Registry
 from isthmus.routing import ModelCatalog, ServedModel
 from isthmus.serving.generations import Generations
 from isthmus.serving.openai.documents import ChatDocuments, CompletionDocuments, CompletionHead, TextDocuments
-from isthmus.serving.openai.models import generating
+from isthmus.serving.openai.models import context_of, generating
 from isthmus.serving.openai.requests import ChatRequestBody, CompletionRequestBody, GenerationBody, read_request
 from isthmus.serving.openai.responses import CompletionJob, CompletionResponder
 from isthmus.serving.request import FunctionRequest
@@ -75,7 +75,9 @@ class CompletionRoutes:
         generation: GenerationRequest,
     ) -> Response:
         request.memory.hold(_TOKEN_BYTES * len(prompt.ids))
-        job = CompletionJob(prompt.model, prompt.codec, generation, body.stops, documents, body.includes_usage)
+        job = CompletionJob(
+            prompt.model, prompt.codec, generation, body.stops, documents, body.includes_usage, self._settings
+        )
         return self._responder.stream(request, job) if body.stream else self._responder.whole(request, job)
 
     def _parameters(
@@ -90,8 +92,7 @@ class CompletionRoutes:
         bundle, count = prompt.model.bundle, len(prompt.ids)
         if not count:
             raise RequestMalformed("the prompt is empty", parameter=prompt.field)
-        # The bound of a session in this process; other functions have the same default.
-        context = min(bundle.state.context if bundle.state is not None else 0, self._settings.max_session_tokens)
+        context = context_of(prompt.model, self._settings)
         if count >= context:
             raise ContextTooLong(
                 f"the prompt has {count} tokens, and the context has room for {context}, completion included",

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import tokenizers
 import torch
@@ -14,6 +15,7 @@ import transformers
 from isthmus.arrays import Array
 from isthmus.artifacts.bundle import Bundle
 from isthmus.runtime.ort_runner import UnpublishedRunner
+from isthmus_tools.graph.decoder.transformers_folder import read_folder
 
 VOCABULARY = 300
 
@@ -58,6 +60,45 @@ def save_decoder(folder: Path, config: Any) -> Path:
     tokenizer.train_from_iterator(["the cat sat on the mat, and the dog on the log"] * 9, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
+
+
+def write_gguf(folder: Path, out: Path, changes: Mapping[str, str] | None = None) -> Path:
+    """The folder's Llama as GGUF, its queries and keys in the order of llama.cpp; `changes` are texts of its header."""
+    texts = {"tokenizer.ggml.model": "gpt2", **(changes or {})}
+    decoder = read_folder(folder)
+    c, document = decoder.config, decoder.tokenizer
+    writer = gguf.GGUFWriter(out, "llama")
+    writer.add_block_count(c.layers)
+    writer.add_embedding_length(c.width)
+    writer.add_head_count(c.heads)
+    writer.add_head_count_kv(c.kv_heads)
+    writer.add_feed_forward_length(c.ffn)
+    writer.add_context_length(c.context)
+    writer.add_layer_norm_rms_eps(c.epsilon)
+    writer.add_rope_freq_base(c.rope_theta)
+    for name, value in texts.items():
+        writer.add_string(name, value)
+    vocabulary = sorted(document["model"]["vocab"], key=document["model"]["vocab"].__getitem__)
+    # A vocabulary has a token for each row of the embedding.
+    vocabulary += [f"<unused {i}>" for i in range(len(vocabulary), c.vocabulary)]
+    special = {t["content"] for t in document["added_tokens"]}
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([3 if token in special else 1 for token in vocabulary])
+    writer.add_token_merges([" ".join(merge) for merge in document["model"]["merges"]])
+    writer.add_eos_token_id(0)
+    parts = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
+    names = ["token_embd.weight", "output_norm.weight"]
+    for name in [*names, *(f"blk.{i}.{part}.weight" for i in range(c.layers) for part in parts)]:
+        array = decoder.weights.get(name)
+        if ".attn_q." in name or ".attn_k." in name:
+            heads = c.heads if ".attn_q." in name else c.kv_heads
+            array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+        writer.add_tensor(name, np.ascontiguousarray(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
 
 
 def generate_scores(bundle: Bundle, files: Mapping[str, Path], cuts: Sequence[str], chunks: Sequence[Array]) -> Array:

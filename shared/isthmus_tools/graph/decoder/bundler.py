@@ -6,7 +6,6 @@ the scores.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,16 +16,17 @@ import numpy as np
 from msgspec import structs
 
 from isthmus.arrays import Array
-from isthmus.artifacts.bundle import Blob, Bundle, TextModel, digest_of
+from isthmus.artifacts.bundle import Bundle, digest_of
 from isthmus.artifacts.segment_id import partition_ids
 from isthmus.artifacts.state import State, StatePair
 from isthmus.artifacts.tensors import TensorSpec
-from isthmus.errors import CutError
+from isthmus.errors import CutError, ModelError
 from isthmus_tools.graph import weights as weights_file
 from isthmus_tools.graph.cuts import CutInfo, cut_at
 from isthmus_tools.graph.decoder import graph
 from isthmus_tools.graph.decoder.config import DecoderSource, layer_precisions
 from isthmus_tools.graph.decoder.rehearsal import StepRehearsal
+from isthmus_tools.graph.decoder.text_model import text_model
 from isthmus_tools.graph.extract import check_order, extract, partition
 from isthmus_tools.graph.model import Model, open_model
 from isthmus_tools.progress import Progress, silent
@@ -58,6 +58,7 @@ def build_decoder(
     """
     c = decoder.config
     partitions = [_layers(text, c.layers) for text in cuts or (str(max(1, c.layers // 2)),)]
+    text, tokenizer = text_model(decoder, graph.LOGITS)
     precisions = layer_precisions(weights, partitions[0], c)
     out.mkdir(parents=True, exist_ok=True)
     state = _state(decoder)
@@ -76,8 +77,6 @@ def build_decoder(
     whole = extract(model, stored, None, None)
     files = {stored.blob.digest: out / weights_file.LOCATION}
     files[whole.segment.graph.digest] = _store(out, whole.graph, "onnx")
-    # As JSON of this writer, so that the same file gives the same digest.
-    tokenizer = json.dumps(decoder.tokenizer, ensure_ascii=False).encode()
     files[digest_of(tokenizer)] = _store(out, tokenizer, "json")
     bundle = Bundle(
         name=name,
@@ -93,9 +92,7 @@ def build_decoder(
             "precisions": [[name, len(list(layers))] for name, layers in groupby(precisions)],
         },
         state=state,
-        text=TextModel(
-            Blob(digest_of(tokenizer), len(tokenizer)), graph.LOGITS, decoder.chat_template, decoder.bos, decoder.eos
-        ),
+        text=text,
     )
     rehearsal = StepRehearsal(state, model.specs[graph.LOGITS], out)
     bundle, graphs = _cut(bundle, model, partitions, out, rehearsal, progress)
@@ -170,6 +167,8 @@ def _cut(
         if expected is None:
             progress("rehearsing the whole model")
             expected = rehearsal.scores([extract(model, bundle.weights, None, None)])
+            if not np.isfinite(expected).all():
+                raise ModelError("the model's scores are no finite numbers: its weights are damaged")
         progress(f"rehearsing the cut {'/'.join(_names(layers))}")
         parts = partition(model, bundle.weights, infos)
         difference = float(np.abs(rehearsal.scores(parts) - expected).max() / np.abs(expected).max())

@@ -5,6 +5,7 @@ Source: the specification of GGUF in github.com/ggml-org/ggml.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,22 @@ import numpy as np
 from isthmus.arrays import Array
 from isthmus.errors import ModelError
 from isthmus_tools.graph.decoder.config import DecoderConfig, DecoderSource, Family
+from isthmus_tools.graph.decoder.gguf_header import check_header
 from isthmus_tools.graph.exporting import missing_package
 
 _FAMILIES: dict[str, Family] = {"llama": "llama", "qwen2": "qwen2", "gpt2": "gpt2"}
 _CONTROL, _USER = 3, 4  # kinds of tokens in tokenizer.ggml.token_type
-# How GGUF's names of pre-tokenizers split text, as `tokenizers` says it; the rest are byte-level as GPT-2.
-_DIGIT_SPLITS = {"smollm", "llama-bpe", "qwen2"}
+# How GGUF's names of pre-tokenizers split text before byte-level BPE: as GPT-2, digits apart, or by a pattern.
+_GPT2 = {"", "default", "gpt-2"}
+_DIGITS = {"smollm", "starcoder", "refact", "command-r"}
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
+_PATTERNS = {
+    **dict.fromkeys(_LLAMA3, _WORDS % "{1,3}"),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _WORDS % ""),
+}
 
 
 def read_gguf(path: Path) -> DecoderSource:
@@ -32,10 +43,11 @@ def read_gguf(path: Path) -> DecoderSource:
     except ImportError as e:
         raise missing_package(str(path), "gguf", "llm") from e
     try:
+        check_header(path, {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()})
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
-    except (OSError, ValueError, KeyError, IndexError, UnicodeDecodeError) as e:
-        raise ModelError(f"{path} is no GGUF file: {e}", file=str(path)) from e
+    except (OSError, ValueError, KeyError, IndexError, OverflowError, RecursionError) as e:
+        raise ModelError(f"{path} cannot be read as GGUF: {e}", file=str(path)) from e
     architecture = str(fields.get("general.architecture", ""))
     if (family := _FAMILIES.get(architecture)) is None:
         raise ModelError(
@@ -91,8 +103,8 @@ def _half_rotation(array: Array, heads: int) -> Array:
 def _config(source: str, key: str, family: Family, fields: dict[str, Any], weights: _GgufWeights) -> DecoderConfig:
     def number(name: str, default: float | None = None) -> float:
         value = fields.get(f"{key}.{name}", default)
-        if not isinstance(value, int | float):
-            raise ModelError(f"{source} does not state {key}.{name}", file=source, field=name)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise ModelError(f"{source} does not state {key}.{name} as a number", file=source, field=name)
         return value
 
     heads = int(number("attention.head_count"))
@@ -108,13 +120,20 @@ def _config(source: str, key: str, family: Family, fields: dict[str, Any], weigh
         kv_heads=int(number("attention.head_count_kv", heads)),
         head_size=int(number("attention.key_length", width // max(1, heads))),
         ffn=int(number("feed_forward_length")),
-        vocabulary=len(fields.get("tokenizer.ggml.tokens", ())),
+        vocabulary=len(_list(source, fields, "tokens")),
         context=int(number("context_length")),
         epsilon=number(epsilon),
         rope_theta=number("rope.freq_base", 10_000.0),
         tied="output.weight" not in weights,
         qkv_bias="blk.0.attn_q.bias" in weights or "blk.0.attn_qkv.bias" in weights,
     )
+
+
+def _list(source: str, fields: dict[str, Any], name: str) -> list[Any]:
+    value = fields.get(f"tokenizer.ggml.{name}", [])
+    if not isinstance(value, list):
+        raise ModelError(f"{source} has tokenizer.ggml.{name} that is no list", file=source, field=name)
+    return value
 
 
 def _token(fields: dict[str, Any], name: str) -> int | None:
@@ -130,8 +149,9 @@ def _tokenizer(source: str, fields: dict[str, Any]) -> dict[str, Any]:
             file=source,
             hint="import the transformers folder of the model, whose tokenizer.json is taken as it is",
         )
-    tokens, kinds = fields["tokenizer.ggml.tokens"], fields.get("tokenizer.ggml.token_type", ())
-    merges = [merge.split(" ") for merge in fields.get("tokenizer.ggml.merges", ())]
+    tokens, kinds, merges = (_list(source, fields, name) for name in ("tokens", "token_type", "merges"))
+    if len(kinds) > len(tokens) or not all(isinstance(text, str) for text in (*tokens, *merges)):
+        raise ModelError(f"{source} has a vocabulary whose tokens and kinds contradict each other", file=source)
     added = [
         {
             "id": i,
@@ -146,16 +166,13 @@ def _tokenizer(source: str, fields: dict[str, Any]) -> dict[str, Any]:
         if kind in (_CONTROL, _USER)
     ]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    pre = fields.get("tokenizer.ggml.pre", "")
-    digits = {"type": "Digits", "individual_digits": True}
-    pre_tokenizer = {"type": "Sequence", "pretokenizers": [digits, byte_level]} if pre in _DIGIT_SPLITS else byte_level
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": added,
         "normalizer": None,
-        "pre_tokenizer": pre_tokenizer,
+        "pre_tokenizer": _pre_tokenizer(source, str(fields.get("tokenizer.ggml.pre", "")), byte_level),
         "post_processor": None,
         "decoder": {**byte_level, "add_prefix_space": True},
         "model": {
@@ -166,8 +183,28 @@ def _tokenizer(source: str, fields: dict[str, Any]) -> dict[str, Any]:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": False,
+            # Llama 3 takes whole words of its vocabulary before merges.
+            "ignore_merges": fields.get("tokenizer.ggml.pre") in _LLAMA3,
             "vocab": {token: i for i, token in enumerate(tokens)},
-            "merges": merges,
+            "merges": [merge.split(" ") for merge in merges],
         },
     }
+
+
+def _pre_tokenizer(source: str, name: str, byte_level: dict[str, Any]) -> dict[str, Any]:
+    if name in _GPT2:
+        return byte_level
+    if name in _DIGITS:
+        before: dict[str, Any] = {"type": "Digits", "individual_digits": True}
+    elif name in _PATTERNS:
+        split = {"Regex": _PATTERNS[name]}
+        before = {"type": "Split", "pattern": split, "behavior": "Isolated", "invert": False}
+        byte_level = {**byte_level, "use_regex": False}
+    else:
+        # Splitting otherwise than the model was trained with costs quality without a sign.
+        raise ModelError(
+            f"{source} splits text as {name[:40]!r}, which this import does not know",
+            file=source,
+            hint="import the transformers folder of the model, whose tokenizer.json is taken as it is",
+        )
+    return {"type": "Sequence", "pretokenizers": [before, byte_level]}

@@ -43,17 +43,18 @@ class Initialisers:
 
     def vector(self, name: str, parts: Sequence[Part]) -> ir.Value:
         """Biases or scales of the file, in float32 always: these are small, and norms multiply their errors."""
-        size = sum(part.rows for part in parts)
-        return self._add(
-            name, (size,), np.float32, lambda: np.concatenate([self._read(p.name, (p.rows,)) for p in parts])
-        )
+        self._check(parts)
+        # Read now: a small tensor is part of the graph's document, whose writer hides errors.
+        return self.constant(name, np.concatenate([self._read(part.name, (part.rows,)) for part in parts]))
 
     def table(self, name: str, shape: tuple[int, int], *, half: bool) -> ir.Value:
         """A matrix as the file has it. Shapes: (rows, width)."""
+        self._check([Part(name, shape[0])])
         return self._floats(name, shape, half, lambda: self._read(name, shape))
 
     def matrix(self, name: str, parts: Sequence[Part], inputs: int, *, half: bool) -> ir.Value:
         """The rows of these parts, transposed to multiply from the right. Shapes: (inputs, rows)."""
+        self._check(parts)
         shape = (inputs, sum(part.rows for part in parts))
         return self._floats(name, shape, half, lambda: self._joined(parts, inputs))
 
@@ -65,6 +66,7 @@ class Initialisers:
         Shapes: (rows, blocks, 32 * bits / 8) uint8, or (rows, blocks * 32 * bits / 8) where `flat`; (rows, blocks)
         float32.
         """
+        self._check(parts)
         rows, count, packed_bytes = sum(part.rows for part in parts), -(-inputs // BLOCK), BLOCK * bits // 8
         layout: list[tuple[str, tuple[int, ...], type[Any]]] = [
             ("packed", (rows, count * packed_bytes) if flat else (rows, count, packed_bytes), np.uint8),
@@ -110,6 +112,11 @@ class Initialisers:
             return values
 
         return self._add(f"{name}.float16", shape, np.float16, read_half)
+
+    def _check(self, parts: Sequence[Part]) -> None:
+        # Before the first byte is written: a missing tensor of the last layer would be found after minutes.
+        if missing := [part.name for part in parts if part.name not in self._weights]:
+            raise ModelError(f"the model lacks the tensor {missing[0]}", tensor=missing[0])
 
     def _add(self, name: str, shape: tuple[int, ...], dtype: type[Any], read: Callable[[], Array]) -> ir.Value:
         if name not in self.values:

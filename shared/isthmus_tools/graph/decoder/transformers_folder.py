@@ -94,9 +94,21 @@ def read_folder(folder: Path) -> DecoderSource:
     weights = _FolderWeights(folder, family)
     config = _config(str(folder), document, family, weights)
     config.check(str(folder))
-    tokenizer = _read_json(folder / "tokenizer.json", _MAX_TOKENIZER_BYTES)
+    if not (path := folder / "tokenizer.json").is_file():
+        raise ModelError(
+            f"{folder} has no tokenizer.json",
+            spec=str(folder),
+            hint="write it by transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)",
+        )
+    tokenizer = _read_json(path, _MAX_TOKENIZER_BYTES)
     return DecoderSource(
-        str(folder), config, weights, tokenizer, _chat_template(folder), None, _tokens(document.get("eos_token_id"))
+        str(folder),
+        config,
+        weights,
+        tokenizer,
+        _chat_template(folder),
+        _bos(folder, document, tokenizer),
+        _eos(folder, document),
     )
 
 
@@ -110,10 +122,13 @@ class _FolderWeights:
             raise missing_package(str(folder), "safetensors", "llm") from e
         self._open, self._folder, self._family = safetensors.safe_open, folder, family
         if (folder / _INDEX).is_file():
-            places = _read_json(folder / _INDEX, _MAX_JSON_BYTES).get("weight_map", {})
+            places = _read_json(folder / _INDEX, _MAX_JSON_BYTES).get("weight_map")
+            if not isinstance(places, dict):
+                raise ModelError(f"{folder / _INDEX} has no weight_map", spec=str(folder))
             # Names of files come from the folder: none may lead out of it.
             self._files = {str(name): Path(str(file)).name for name, file in places.items()}
         else:
+            _refuse_pickles(folder)
             with self._reader("model.safetensors") as reader:
                 self._files = dict.fromkeys(reader.keys(), "model.safetensors")
 
@@ -125,7 +140,14 @@ class _FolderWeights:
         if own not in self._files:
             raise ModelError(f"{self._folder} lacks the tensor {own}", spec=str(self._folder), tensor=own)
         with self._reader(self._files[own]) as reader:
-            array = np.asarray(reader.get_tensor(own)).astype(np.float32)
+            try:
+                array = np.asarray(reader.get_tensor(own)).astype(np.float32)
+            except Exception as e:  # safetensors' own error is no subclass of any other
+                raise ModelError(
+                    f"{own} in {self._folder / self._files[own]} cannot be read: {e}",
+                    spec=str(self._folder),
+                    tensor=own,
+                ) from e
         # GPT-2's matrices are (in, out), as its Conv1D multiplies.
         return array.T if self._family == "gpt2" and array.ndim == 2 and ".h." in own else array
 
@@ -184,6 +206,42 @@ def _architecture(document: Mapping[str, Any]) -> str:
         return str(architectures[0])
     # Base models are saved without their class at times; the kind of a model decides then.
     return _BY_TYPE.get(str(document.get("model_type")), "")
+
+
+def _refuse_pickles(folder: Path) -> None:
+    if (folder / "model.safetensors").is_file():
+        return
+    for pattern in ("pytorch_model*.bin", "*.pth", "*.pt"):
+        if files := sorted(folder.glob(pattern)):
+            raise ModelError(
+                f"{folder} holds its weights in {files[0].name}, a pickle: reading one executes what it says",
+                spec=str(folder),
+                file=files[0].name,
+                hint="write safetensors by transformers, if you trust it: model.save_pretrained(folder)",
+            )
+
+
+def _eos(folder: Path, document: Mapping[str, Any]) -> tuple[int, ...]:
+    """Tokens that end a sequence: of both files, as generation_config.json has those that end a turn too."""
+    path = folder / "generation_config.json"
+    generation = _read_json(path, _MAX_JSON_BYTES) if path.is_file() else {}
+    tokens = (*_tokens(document.get("eos_token_id")), *_tokens(generation.get("eos_token_id")))
+    return tuple(dict.fromkeys(tokens))
+
+
+def _bos(folder: Path, document: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> int | None:
+    """The token that the tokenizer puts before every text, if it does."""
+    path = folder / "tokenizer_config.json"
+    adds = path.is_file() and _read_json(path, _MAX_JSON_BYTES).get("add_bos_token") is True
+    # Tokenizers of Llama 3 put it in front by a template of their own.
+    processor = json.dumps(tokenizer.get("post_processor"))
+    tokens = _tokens(document.get("bos_token_id"))
+    in_template = any(
+        added.get("id") in tokens and json.dumps(added.get("content")) in processor
+        for added in tokenizer.get("added_tokens", ())
+        if isinstance(added, dict)
+    )
+    return tokens[0] if tokens and (adds or in_template) else None
 
 
 def _chat_template(folder: Path) -> str:

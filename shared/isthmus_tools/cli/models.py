@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from isthmus.units import format_size
 from isthmus_tools.cli.console import errors, print_json, say, say_command, table
 from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, in_registry, registry_settings
+
+if TYPE_CHECKING:
+    from isthmus_tools.usecases.language import LanguageFacts
 
 
 def models(*, registry: RegistryOption = DEFAULT_REGISTRY, as_json: AsJson = False) -> None:
@@ -29,18 +33,30 @@ def models(*, registry: RegistryOption = DEFAULT_REGISTRY, as_json: AsJson = Fal
                     "published": model.serving.published.isoformat(),
                     "calibrated": list(model.serving.calibrated),
                     "plan": model.serving.plan,
+                    "language": language.document() if (language := model.serving.language) is not None else None,
                 }
                 for model in summaries
             ]
             print_json(documents)
             return
+        layered = any(model.serving.language is not None for model in summaries)
         table(
             registry,
-            ["model", "serves", "published", "calibrated", "plan", "versions", "other aliases"],
+            [
+                "model",
+                "serves",
+                *(["layers"] if layered else []),
+                "published",
+                "calibrated",
+                "plan",
+                "versions",
+                "other aliases",
+            ],
             [
                 (
                     model.name,
                     model.serving.version,
+                    *([_layers(model.serving.language)] if layered else []),
                     # The reader's time zone; --json keeps the offset.
                     f"{model.serving.published.astimezone():%Y-%m-%d %H:%M}",
                     cuts_text(model.serving.calibrated),
@@ -51,12 +67,17 @@ def models(*, registry: RegistryOption = DEFAULT_REGISTRY, as_json: AsJson = Fal
                 for model in summaries
             ],
             numbers=["versions"],
-            drop=["other aliases", "versions", "published"],
+            drop=["layers", "other aliases", "versions", "published"],
         )
         if newer := [m for m in summaries if m.newest != m.serving.version]:
             say(f"newer than what serves: {', '.join(f'{m.name}:{m.newest}' for m in newer)}")
         following = "isthmus show NAME" if summaries else "isthmus import MODEL.onnx"
         say_command("next", in_registry(following, registry))
+
+
+def _layers(language: LanguageFacts | None) -> str:
+    """A language model's layers and the memory of a token, as a table's cell."""
+    return "" if language is None else f"{language.layers}, {format_size(language.kv_bytes)} a token"
 
 
 def cuts_text(cuts: tuple[str, ...]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -181,6 +181,20 @@ def budget_of(time_limit: str) -> Budget:
         RequestMalformed: the text is no duration.
     """
     return Budget(read_option(parse_duration, "--time-limit", time_limit) or math.inf)
+
+
+def refuse_senseless(model: str, options: Mapping[str, object]) -> None:
+    """Refuse options that were given for a language model and are for other models.
+
+    Raises:
+        RequestMalformed: names the options.
+    """
+    if senseless := [option for option, value in options.items() if value]:
+        raise RequestMalformed(
+            f"{model} is a language model, which takes no {', '.join(senseless)}",
+            options=senseless,
+            hint="its cuts lie between layers, whatever the length of a text",
+        )
 
 
 def check_output(path: Path, option: str, endings: Sequence[str] = ()) -> None:

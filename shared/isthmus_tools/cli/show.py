@@ -14,6 +14,7 @@ from isthmus_tools.cli.models import cuts_text
 from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, in_registry, registry_settings
 
 if TYPE_CHECKING:
+    from isthmus.artifacts.tensors import TensorSpec
     from isthmus_tools.usecases.versions import VersionSummary
 
 
@@ -72,13 +73,18 @@ def _document(version: VersionSummary) -> dict[str, Any]:
         "aliases": list(version.aliases),
         "serves": version.serves,
         "weights_bytes": bundle.weights.blob.size,
-        "inputs": [{"name": s.name, "dtype": s.dtype, "shape": list(s.shape)} for s in bundle.inputs],
-        "outputs": [{"name": s.name, "dtype": s.dtype, "shape": list(s.shape)} for s in bundle.outputs],
+        "language": version.language.document() if version.language is not None else None,
+        "inputs": [_tensor(s) for s in bundle.carried(bundle.inputs)],
+        "outputs": [_tensor(s) for s in bundle.carried(bundle.outputs)],
         "cuts": sorted(bundle.cuts),
         "default_cuts": list(bundle.default_cuts),
         "calibrated": list(version.calibrated),
         "plan": version.plan,
     }
+
+
+def _tensor(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)}
 
 
 def _show(version: VersionSummary) -> None:
@@ -87,8 +93,11 @@ def _show(version: VersionSummary) -> None:
     bundle = version.bundle
     aliases = f", {' and '.join(version.aliases)}" if version.aliases else ""
     say(f"{version.name}:{version.version}{aliases}, {version.digest}", "bold")
-    say(f"takes {', '.join(describe(s.dtype, s.shape, s.name) for s in bundle.inputs)}")
-    say(f"gives {', '.join(describe(s.dtype, s.shape, s.name) for s in bundle.outputs)}")
+    for verb, specs in (("takes", bundle.inputs), ("gives", bundle.outputs)):
+        # Keys and values stay with the segments: no request has them.
+        say(f"{verb} {', '.join(describe(s.dtype, s.shape, s.name) for s in bundle.carried(specs))}")
+    if version.language is not None:
+        say("\n".join(version.language.sentences()))
     for text, doc in (
         ("takes photos too", bundle.preprocess),
         ("gives classes", bundle.postprocess),
@@ -97,5 +106,7 @@ def _show(version: VersionSummary) -> None:
             say(text)
     if bundle.embedding is not None:
         say(embedding_text(bundle.embedding))
-    say(f"weights {format_size(bundle.weights.blob.size)}; cuts {', '.join(sorted(bundle.cuts)) or 'none'}")
+    # By position or layer: the order of names would put layer_10 before layer_5.
+    cuts = sorted(bundle.cuts.values(), key=lambda cut: (cut.macs_before, cut.name))
+    say(f"weights {format_size(bundle.weights.blob.size)}; cuts {', '.join(cut.name for cut in cuts) or 'none'}")
     say(f"calibrated: {cuts_text(version.calibrated)}; plan: {version.plan or 'none'}")

@@ -13,7 +13,7 @@ from isthmus.artifacts.bundle import Bundle, Segment
 from isthmus.artifacts.segment_id import WHOLE
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.units import format_size
-from isthmus_tools.graph.decoder.config import DecoderSource
+from isthmus_tools.graph.decoder.config import DecoderConfig, DecoderSource
 from isthmus_tools.graph.decoder.gguf_file import read_gguf
 from isthmus_tools.graph.decoder.transformers_folder import holds_decoder, read_folder
 from isthmus_tools.graph.encoder.folder import EncoderSource, read_encoder
@@ -90,7 +90,7 @@ class LanguageFacts:
             f" and {self.token_bytes:,} bytes over a cut per token"
         ]
         lines += [
-            f"{s.id}: {s.layers} layers, {s.weights}, {format_size(s.weights_bytes)} of weights,"
+            f"{s.id}: {s.layers} layer{'s' * (s.layers != 1)}, {s.weights}, {format_size(s.weights_bytes)} of weights,"
             f" {format_size(s.kv_bytes)} of keys and values per token"
             for s in self.segments
         ]
@@ -142,3 +142,56 @@ def _row_bytes(spec: TensorSpec) -> int:
 
 def _size(dim: int | str) -> int:
     return dim if isinstance(dim, int) else 1
+
+
+@dataclass(frozen=True)
+class DecoderCut:
+    """A cut of a decoder that is not published. Units: bytes in float32, `kv_bytes` per token of a session."""
+
+    layers: int
+    work_before: float
+    head_weights: int
+    tail_weights: int
+    head_kv_bytes: int
+    tail_kv_bytes: int
+
+
+@dataclass(frozen=True)
+class DecoderCutList:
+    """The cuts of a decoder, one behind each layer but the last; `token_bytes` of any crosses the link per token."""
+
+    config: DecoderConfig
+    token_bytes: int
+    cuts: tuple[DecoderCut, ...]
+
+    @property
+    def default(self) -> int:
+        """The layers before the cut that an import without cuts takes."""
+        return max(1, self.config.layers // 2)
+
+
+def list_layer_cuts(model: str) -> DecoderCutList | None:
+    """The cuts of a language model's file or folder, from its dimensions alone; None for other models.
+
+    Raises:
+        ModelError: the model cannot be read.
+    """
+    if (decoder := language_model(model)) is None:
+        return None
+    c, size = decoder.config, DTYPES["float32"].itemsize
+    layer, table = c.layer_parameters, c.vocabulary * c.width
+    # A product with each parameter of a layer and of the output matrix; rows of the embedding are read, not multiplied.
+    work = c.layers * layer + table
+    kv = 2 * c.kv_heads * c.head_size * size
+    cuts = tuple(
+        DecoderCut(
+            layers=before,
+            work_before=before * layer / work,
+            head_weights=(table + before * layer) * size,
+            tail_weights=(table + (c.layers - before) * layer) * size,
+            head_kv_bytes=before * kv,
+            tail_kv_bytes=(c.layers - before) * kv,
+        )
+        for before in range(1, c.layers)
+    )
+    return DecoderCutList(c, c.width * size, cuts)

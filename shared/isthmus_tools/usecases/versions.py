@@ -13,6 +13,7 @@ from isthmus.errors import CalibrationError, Missing, PlanMalformed, PlanMismatc
 from isthmus.registry import Registry
 from isthmus.registry.registry import PROD
 from isthmus.registry.versions import published_at
+from isthmus_tools.usecases.language import LanguageFacts, language_facts
 
 UNREADABLE = "unreadable"
 """Stands for a plan or for calibrated cuts that this version of Isthmus cannot read; routers ignore both."""
@@ -35,6 +36,11 @@ class VersionSummary:
     calibrated: tuple[str, ...]
     plan: str
     bundle: Bundle
+
+    @property
+    def language(self) -> LanguageFacts | None:
+        """What matters of a language model; None for another model."""
+        return language_facts(self.bundle)
 
 
 @dataclass(frozen=True)

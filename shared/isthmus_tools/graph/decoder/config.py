@@ -37,6 +37,12 @@ class DecoderConfig:
     """Whether the output matrix is the embedding."""
     qkv_bias: bool = False
 
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of a layer's matrices; its norms and biases are few."""
+        attention = self.width * self.head_size * (2 * self.heads + 2 * self.kv_heads)
+        return attention + (2 if self.family == "gpt2" else 3) * self.width * self.ffn
+
     def check(self, source: str) -> None:
         """Refuse dimensions that no decoder has.
 

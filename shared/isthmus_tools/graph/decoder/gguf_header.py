@@ -2,7 +2,7 @@
 
 Counts, lengths and offsets are the file's own claims: `gguf` would allocate by them, or read on beyond the end.
 
-Source: the specification of GGUF in github.com/ggml-org/ggml, docs/gguf.md.
+Source: the specification of GGUF in github.com/ggml-org/ggml.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def check_header(path: Path, quant_sizes: Mapping[int, tuple[int, int]]) -> None
             raise ModelError(f"{path} is no GGUF file: it does not begin with GGUF", file=str(path))
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
-                _Header(path, data, quant_sizes).check()
+                _HeaderCursor(path, data, quant_sizes).check()
             except struct.error as e:
                 raise ModelError(
                     f"{path} is truncated: its {len(data)} bytes end within the header",
@@ -54,7 +54,7 @@ def check_header(path: Path, quant_sizes: Mapping[int, tuple[int, int]]) -> None
                 ) from e
 
 
-class _Header:
+class _HeaderCursor:
     """A position in a header that moves on with each value."""
 
     def __init__(self, path: Path, data: mmap.mmap, quant_sizes: Mapping[int, tuple[int, int]]) -> None:

@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from isthmus.arrays import Array
 from isthmus_tools.graph.decoder.config import DecoderSource, Precision
-from isthmus_tools.graph.decoder.initialisers import Part
+from isthmus_tools.graph.decoder.initialisers import MatrixPart
 from isthmus_tools.graph.decoder.products import MICROSOFT, Products
 
 IDS, LENGTHS, TOTAL, LOGITS = "input_ids", "lengths", "total", "logits"
@@ -144,10 +144,10 @@ class _GraphBuilder:
     def _joined_attention(self, x: ir.Value, at: str, rows: tuple[int, int], precision: Precision) -> ir.Value:
         """Queries, keys and values by one product. Shapes: (batch, tokens, queries + keys + values)."""
         queries, keys = rows
-        parts = [Part(at + f"attn_{k}", size) for k, size in zip("qkv", (queries, keys, keys), strict=True)]
+        parts = [MatrixPart(at + f"attn_{k}", size) for k, size in zip("qkv", (queries, keys, keys), strict=True)]
         if self._config.family == "gpt2":
-            parts = [Part(at + "attn_qkv", queries + 2 * keys)]
-        weights, biases = ([Part(f"{p.name}.{kind}", p.rows) for p in parts] for kind in ("weight", "bias"))
+            parts = [MatrixPart(at + "attn_qkv", queries + 2 * keys)]
+        weights, biases = ([MatrixPart(f"{p.name}.{kind}", p.rows) for p in parts] for kind in ("weight", "bias"))
         y = self._products.product(x, at + "attn_qkv", weights, self._config.width, precision)
         if not self._config.qkv_bias:
             return y
@@ -185,14 +185,14 @@ class _GraphBuilder:
         )
 
     def _linear(self, x: ir.Value, name: str, rows: int, inputs: int, precision: Precision) -> ir.Value:
-        y = self._products.product(x, name, [Part(f"{name}.weight", rows)], inputs, precision)
+        y = self._products.product(x, name, [MatrixPart(f"{name}.weight", rows)], inputs, precision)
         # Of the three families GPT-2 alone has biases here.
         if self._config.family != "gpt2":
             return y
         return self._node("Add", [y, self._vector(f"{name}.bias", rows)], f"{name}.biased")
 
     def _vector(self, name: str, size: int) -> ir.Value:
-        return self._products.initialisers.vector(name, [Part(name, size)])
+        return self._products.initialisers.vector(name, [MatrixPart(name, size)])
 
     def _rotation(self, name: str, function: Callable[[Array], Array]) -> ir.Value:
         c = self._config

@@ -21,7 +21,7 @@ from isthmus_tools.graph.decoder.config import DecoderWeights
 from isthmus_tools.graph.quantise import BLOCK, quantise_blocks
 
 
-class Part(NamedTuple):
+class MatrixPart(NamedTuple):
     """A tensor of the file that holds rows of a matrix, (rows, inputs)."""
 
     name: str
@@ -41,7 +41,7 @@ class Initialisers:
         """An array that the graph brings itself."""
         return self._add(name, array.shape, array.dtype.type, lambda: array)
 
-    def vector(self, name: str, parts: Sequence[Part]) -> ir.Value:
+    def vector(self, name: str, parts: Sequence[MatrixPart]) -> ir.Value:
         """Biases or scales of the file, in float32 always: these are small, and norms multiply their errors."""
         self._check(parts)
         # Read now: a small tensor is part of the graph's document, whose writer hides errors.
@@ -49,17 +49,17 @@ class Initialisers:
 
     def table(self, name: str, shape: tuple[int, int], *, half: bool) -> ir.Value:
         """A matrix as the file has it. Shapes: (rows, width)."""
-        self._check([Part(name, shape[0])])
+        self._check([MatrixPart(name, shape[0])])
         return self._floats(name, shape, half, lambda: self._read(name, shape))
 
-    def matrix(self, name: str, parts: Sequence[Part], inputs: int, *, half: bool) -> ir.Value:
+    def matrix(self, name: str, parts: Sequence[MatrixPart], inputs: int, *, half: bool) -> ir.Value:
         """The rows of these parts, transposed to multiply from the right. Shapes: (inputs, rows)."""
         self._check(parts)
         shape = (inputs, sum(part.rows for part in parts))
         return self._floats(name, shape, half, lambda: self._joined(parts, inputs))
 
     def blocks(
-        self, name: str, parts: Sequence[Part], inputs: int, bits: int, *, flat: bool = False
+        self, name: str, parts: Sequence[MatrixPart], inputs: int, bits: int, *, flat: bool = False
     ) -> tuple[ir.Value, ir.Value]:
         """The rows of these parts as packed integers and scales.
 
@@ -82,10 +82,10 @@ class Initialisers:
         )
         return packed, scales
 
-    def _quantised(self, parts: tuple[Part, ...], inputs: int, bits: int) -> tuple[Array, Array]:
+    def _quantised(self, parts: tuple[MatrixPart, ...], inputs: int, bits: int) -> tuple[Array, Array]:
         return quantise_blocks(self._joined(parts, inputs), bits)
 
-    def _joined(self, parts: Sequence[Part], inputs: int) -> Array:
+    def _joined(self, parts: Sequence[MatrixPart], inputs: int) -> Array:
         rows = [self._read(part.name, (part.rows, inputs)) for part in parts]
         return np.ascontiguousarray(np.concatenate(rows).T)
 
@@ -113,7 +113,7 @@ class Initialisers:
 
         return self._add(f"{name}.float16", shape, np.float16, read_half)
 
-    def _check(self, parts: Sequence[Part]) -> None:
+    def _check(self, parts: Sequence[MatrixPart]) -> None:
         # Before the first byte is written: a missing tensor of the last layer would be found after minutes.
         if missing := [part.name for part in parts if part.name not in self._weights]:
             raise ModelError(f"the model lacks the tensor {missing[0]}", tensor=missing[0])

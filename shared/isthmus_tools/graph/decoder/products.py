@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from isthmus.arrays import Array
 from isthmus_tools.graph.decoder.config import DecoderWeights, Precision
-from isthmus_tools.graph.decoder.initialisers import Initialisers, Part
+from isthmus_tools.graph.decoder.initialisers import Initialisers, MatrixPart
 from isthmus_tools.graph.quantise import BLOCK
 
 MICROSOFT = "com.microsoft"
@@ -54,7 +54,9 @@ class Products:
             return self.node("Gather", [table, ids], output)
         return self._float32(self.node("Gather", [table, ids], f"{output}.half"), output)
 
-    def product(self, x: ir.Value, name: str, parts: Sequence[Part], inputs: int, precision: Precision) -> ir.Value:
+    def product(
+        self, x: ir.Value, name: str, parts: Sequence[MatrixPart], inputs: int, precision: Precision
+    ) -> ir.Value:
         """`x` times the rows of these parts. Shapes: (batch, tokens, inputs) to (batch, tokens, rows)."""
         if precision in _BITS:
             blocks = self.initialisers.blocks(f"{name}.weight", parts, inputs, _BITS[precision])
@@ -81,7 +83,7 @@ class Products:
         return self.node("MatMul", [x, self.node("Transpose", [table], "output_matrix", perm=[1, 0])], output)
 
     def _flat(self, name: str, shape: tuple[int, int], precision: Precision) -> tuple[ir.Value, ir.Value]:
-        return self.initialisers.blocks(name, [Part(name, shape[0])], shape[1], _BITS[precision], flat=True)
+        return self.initialisers.blocks(name, [MatrixPart(name, shape[0])], shape[1], _BITS[precision], flat=True)
 
     def _multiply(
         self,

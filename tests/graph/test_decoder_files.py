@@ -120,6 +120,10 @@ def with_tensors(folder: Path, out: Path, change: Callable[[dict[str, Array]], o
             r"output_norm.weight has the shape \[32\]; the configuration says \[64\]",
         ),
         (
+            lambda arrays: arrays.update({"model.layers.0.self_attn.o_proj.bias": np.ones(64, np.float32)}),
+            "has the tensor model.layers.0.self_attn.o_proj.bias, which",
+        ),
+        (
             lambda arrays: arrays.update({"model.norm.weight": np.full(64, np.nan, np.float32)}),
             "scores are no finite numbers",
         ),

@@ -41,6 +41,28 @@ def test_the_scores_are_those_of_transformers(family: str, folders: dict[str, Pa
         np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
+SCALED = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize("kind", ["llama3", "linear"])
+def test_scaled_rotary_embeddings_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
+    config = tiny_config("llama")
+    config.rope_parameters = {"rope_type": kind, "rope_theta": 10_000.0, **SCALED}
+    folder = save_decoder(tmp_path / "scaled", config)
+    decoder = read_folder(folder)
+    assert max(decoder.config.rope_factors) == 8.0
+    ids = np.random.default_rng(1).integers(0, decoder.config.vocabulary, (1, 60))
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        expected = model.eval()(torch.from_numpy(ids)).logits.numpy()
+    bundle, files = bundler.build_decoder(decoder, "tiny", tmp_path / "out", cuts=["1"])
+    found = generate_scores(bundle, files, ("layer_1",), [ids])
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+    # A GGUF file holds the factors themselves.
+    of_file = read_gguf(write_gguf(folder, tmp_path / "scaled.gguf"))
+    np.testing.assert_allclose(of_file.config.rope_factors, decoder.config.rope_factors, rtol=1e-6)
+
+
 # Relative to the largest score, for layers of random weights: rounding of weights, and of activations at int8.
 ERRORS = {"float16": 3e-3, "int8": 6e-2, "int4": 0.5}
 
@@ -126,7 +148,9 @@ def test_files_that_hold_no_decoder(folders: dict[str, Path], tmp_path: Path) ->
         ({"num_attention_heads": 0}, "heads as 0"),
         ({"num_hidden_layers": None}, "does not state num_hidden_layers"),
         ({"hidden_act": "relu"}, "activation"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rotary"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rotary embeddings by yarn"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "without a valid 'low_freq_factor'"),
+        ({"use_sliding_window": True}, "sliding window"),
     ):
         config.write_text(json.dumps({**document, **change}))
         with pytest.raises(ModelError, match=reason):

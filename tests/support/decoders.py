@@ -94,6 +94,8 @@ def write_gguf(folder: Path, out: Path, changes: Mapping[str, str] | None = None
             heads = c.heads if ".attn_q." in name else c.kv_heads
             array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
         writer.add_tensor(name, np.ascontiguousarray(array))
+    if c.rope_factors:
+        writer.add_tensor("rope_freqs.weight", np.array(c.rope_factors, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

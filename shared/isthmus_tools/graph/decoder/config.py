@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, cast, get_args
+
+import numpy as np
 
 from isthmus.arrays import Array
 from isthmus.errors import ModelError
@@ -33,6 +36,8 @@ class DecoderConfig:
     context: int
     epsilon: float
     rope_theta: float = 10_000.0
+    rope_factors: tuple[float, ...] = ()
+    """What each frequency of the rotary embedding is divided by, half a head of them; none leaves them as they are."""
     tied: bool = True
     """Whether the output matrix is the embedding."""
     qkv_bias: bool = False
@@ -59,8 +64,32 @@ class DecoderConfig:
             raise ModelError(
                 f"{source} has heads of size {self.head_size}; multiples of 8 are taken", field="head_size"
             )
+        if self.rope_factors and len(self.rope_factors) != self.head_size // 2:
+            raise ModelError(f"{source} has {len(self.rope_factors)} factors of frequencies", field="rope_factors")
+        if not all(0 < factor < math.inf for factor in self.rope_factors):
+            raise ModelError(f"{source} has factors of frequencies that are no positive numbers", field="rope_factors")
         if not 0 < self.epsilon < 1:
             raise ModelError(f"{source} states an epsilon of {self.epsilon}", field="epsilon")
+
+
+def llama3_factors(theta: float, head_size: int, scaling: Mapping[str, Any]) -> tuple[float, ...]:
+    """Factors of Llama 3.1's rotary embedding: long waves are stretched, short ones kept, those between in part.
+
+    Raises:
+        KeyError, TypeError, ValueError: `scaling` lacks a parameter, or has one that is no number.
+
+    Source: transformers' modeling_rope_utils.py, `_compute_llama3_parameters`.
+    """
+    factor, low, high, context = (
+        float(scaling[key])
+        for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    )
+    if not (factor > 0 and high > low):
+        raise ValueError("factors that do not grow")
+    turns = context / (2 * math.pi * theta ** (np.arange(0, head_size, 2) / head_size))
+    # 1 for waves that turn often within the original context, 0 for those that hardly do.
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return tuple((1 / ((1 - kept) / factor + kept)).tolist())
 
 
 class DecoderWeights(Protocol):
@@ -76,6 +105,10 @@ class DecoderWeights(Protocol):
         Raises:
             ModelError: the file lacks the tensor, or its shape or type is not a decoder's.
         """
+        ...
+
+    def others(self, used: Collection[str]) -> list[str]:
+        """Tensors of the file beside those of `used`, without buffers that no computation needs."""
         ...
 
 

@@ -6,6 +6,7 @@ Source: the specification of GGUF in github.com/ggml-org/ggml.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from isthmus_tools.graph.decoder.gguf_header import check_header
 from isthmus_tools.graph.exporting import missing_package
 
 _FAMILIES: dict[str, Family] = {"llama": "llama", "qwen2": "qwen2", "gpt2": "gpt2"}
+_FACTORS = "rope_freqs.weight"
 _CONTROL, _USER = 3, 4  # kinds of tokens in tokenizer.ggml.token_type
 # How GGUF's names of pre-tokenizers split text before byte-level BPE: as GPT-2, digits apart, or by a pattern.
 _GPT2 = {"", "default", "gpt-2"}
@@ -82,6 +84,9 @@ class _GgufWeights:
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
+    def others(self, used: Collection[str]) -> list[str]:
+        return sorted(self._tensors.keys() - {*used, _FACTORS})
+
     def get(self, name: str) -> Array:
         if (tensor := self._tensors.get(name)) is None:
             raise ModelError(f"{self._path} lacks the tensor {name}", file=str(self._path), tensor=name)
@@ -89,7 +94,7 @@ class _GgufWeights:
             array = np.asarray(self._dequantize(tensor.data, tensor.tensor_type), np.float32)
         except (NotImplementedError, ValueError, KeyError) as e:
             raise ModelError(f"{name} in {self._path} cannot be dequantised: {e}", tensor=name) from e
-        if self.config.family == "llama" and (".attn_q." in name or ".attn_k." in name):
+        if name != _FACTORS and self.config.family == "llama" and (".attn_q." in name or ".attn_k." in name):
             return _half_rotation(array, self.config.heads if ".attn_q." in name else self.config.kv_heads)
         return array
 
@@ -110,7 +115,7 @@ def _config(source: str, key: str, family: Family, fields: dict[str, Any], weigh
     heads = int(number("attention.head_count"))
     width = int(number("embedding_length"))
     epsilon = "attention.layer_norm_epsilon" if family == "gpt2" else "attention.layer_norm_rms_epsilon"
-    if fields.get(f"{key}.rope.scaling.type") not in (None, "none") or "rope_freqs.weight" in weights:
+    if fields.get(f"{key}.rope.scaling.type") not in (None, "none"):
         raise ModelError(f"{source} scales its rotary embeddings, which this import does not know", file=source)
     return DecoderConfig(
         family=family,
@@ -124,6 +129,7 @@ def _config(source: str, key: str, family: Family, fields: dict[str, Any], weigh
         context=int(number("context_length")),
         epsilon=number(epsilon),
         rope_theta=number("rope.freq_base", 10_000.0),
+        rope_factors=tuple(weights.get(_FACTORS).ravel().tolist()) if _FACTORS in weights else (),
         tied="output.weight" not in weights,
         qkv_bias="blk.0.attn_q.bias" in weights or "blk.0.attn_qkv.bias" in weights,
     )

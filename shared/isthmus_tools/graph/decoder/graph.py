@@ -18,6 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from isthmus.arrays import Array
+from isthmus.errors import ModelError
 from isthmus_tools.graph.decoder.config import DecoderSource, Precision
 from isthmus_tools.graph.decoder.initialisers import MatrixPart
 from isthmus_tools.graph.decoder.products import MICROSOFT, Products
@@ -83,9 +84,16 @@ class _GraphBuilder:
             pasts, presents, x = self._layer(i, x)
             inputs += pasts
             outputs += presents
+        logits = self._logits(x)
+        # A bias or a norm that this graph lacks would be left out without a sign.
+        if unknown := self._products.initialisers.unused():
+            raise ModelError(
+                f"the model has the tensor {unknown[0]}, which decoders of the family {c.family} do not have here",
+                tensors=unknown[:8],
+            )
         return ir.Graph(
             inputs,
-            [*outputs, self._logits(x)],
+            [*outputs, logits],
             nodes=self._products.nodes,
             initializers=list(self._products.initialisers.values.values()),
             opset_imports={"": _OPSET, MICROSOFT: 1},
@@ -197,6 +205,8 @@ class _GraphBuilder:
     def _rotation(self, name: str, function: Callable[[Array], Array]) -> ir.Value:
         c = self._config
         frequencies = 1 / c.rope_theta ** (np.arange(0, c.head_size, 2) / c.head_size)
+        if c.rope_factors:
+            frequencies /= np.array(c.rope_factors)
         return self._constant(name, function(np.outer(np.arange(c.context), frequencies)).astype(np.float32))
 
 

@@ -34,12 +34,17 @@ class Initialisers:
     def __init__(self, weights: DecoderWeights) -> None:
         self._weights = weights
         self.values: dict[str, ir.Value] = {}
+        self._used: set[str] = set()
         # Packed integers and scales of a matrix are written one after the other, of one reading.
         self._blocks = lru_cache(1)(self._quantised)
 
     def constant(self, name: str, array: Array) -> ir.Value:
         """An array that the graph brings itself."""
         return self._add(name, array.shape, array.dtype.type, lambda: array)
+
+    def unused(self) -> list[str]:
+        """Tensors of the file that no value reads."""
+        return self._weights.others(self._used)
 
     def vector(self, name: str, parts: Sequence[MatrixPart]) -> ir.Value:
         """Biases or scales of the file, in float32 always: these are small, and norms multiply their errors."""
@@ -117,6 +122,7 @@ class Initialisers:
         # Before the first byte is written: a missing tensor of the last layer would be found after minutes.
         if missing := [part.name for part in parts if part.name not in self._weights]:
             raise ModelError(f"the model lacks the tensor {missing[0]}", tensor=missing[0])
+        self._used.update(part.name for part in parts)
 
     def _add(self, name: str, shape: tuple[int, ...], dtype: type[Any], read: Callable[[], Array]) -> ir.Value:
         if name not in self.values:

@@ -6,7 +6,7 @@ Tensors get the names of GGUF. Sources: transformers' modeling_llama.py, modelin
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from isthmus.arrays import Array
 from isthmus.errors import ModelError
-from isthmus_tools.graph.decoder.config import DecoderConfig, DecoderSource, Family
+from isthmus_tools.graph.decoder.config import DecoderConfig, DecoderSource, Family, llama3_factors
 from isthmus_tools.graph.exporting import missing_package
 
 _FAMILIES: Mapping[str, Family] = {
@@ -135,6 +135,12 @@ class _FolderWeights:
     def __contains__(self, name: str) -> bool:
         return self._name(name) in self._files
 
+    def others(self, used: Collection[str]) -> list[str]:
+        own = {self._name(name) for name in used}
+        # Masks and frequencies that older releases saved; a tied matrix that was saved twice.
+        ignored = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", "lm_head.weight")
+        return sorted(name for name in self._files if name not in own and not name.endswith(ignored))
+
     def get(self, name: str) -> Array:
         own = self._name(name)
         if own not in self._files:
@@ -168,8 +174,8 @@ class _FolderWeights:
 
 
 def _config(source: str, document: Mapping[str, Any], family: Family, weights: _FolderWeights) -> DecoderConfig:
-    if document.get("rope_scaling") not in (None, {}) or _rope(document).get("rope_type", "default") != "default":
-        raise ModelError(f"{source} scales its rotary embeddings, which this import does not know", spec=source)
+    if document.get("use_sliding_window") is True:
+        raise ModelError(f"{source} attends to a sliding window, which this import does not know", spec=source)
     keys = _GPT2_KEYS if family == "gpt2" else _LLAMA_KEYS
     values: dict[str, Any] = {name: document.get(key) for name, key in keys.items()}
     if missing := [keys[name] for name, value in values.items() if not isinstance(value, int | float)]:
@@ -178,26 +184,46 @@ def _config(source: str, document: Mapping[str, Any], family: Family, weights: _
     activation = document.get("activation_function", document.get("hidden_act"))
     if activation not in ("silu", "gelu_new", "gelu_pytorch_tanh"):
         raise ModelError(f"{source} has the activation {activation!r}, which this import does not know", spec=source)
+    head_size = int(document.get("head_dim") or width // max(1, heads))
+    theta = float(document.get("rope_theta") or _rope(document).get("rope_theta") or 10_000.0)
     return DecoderConfig(
         family=family,
         layers=int(values["layers"]),
         width=width,
         heads=heads,
         kv_heads=int(document.get("num_key_value_heads") or heads),
-        head_size=int(document.get("head_dim") or width // max(1, heads)),
+        head_size=head_size,
         ffn=int(document.get("intermediate_size") or document.get("n_inner") or 4 * width),
         vocabulary=int(document.get("vocab_size", 0)),
         context=int(values["context"]),
         epsilon=float(values["epsilon"]),
-        rope_theta=float(document.get("rope_theta") or _rope(document).get("rope_theta") or 10_000.0),
+        rope_theta=theta,
+        rope_factors=_rope_factors(source, theta, head_size, _rope(document)),
         tied=bool(document.get("tie_word_embeddings", family == "gpt2")) or "output.weight" not in weights,
         qkv_bias=family == "gpt2" or "blk.0.attn_q.bias" in weights,
     )
 
 
 def _rope(document: Mapping[str, Any]) -> Mapping[str, Any]:
-    parameters = document.get("rope_parameters")
-    return parameters if isinstance(parameters, Mapping) else {}
+    """Parameters of the rotary embedding, of releases of transformers before and after the fifth."""
+    found = (document.get(key) for key in ("rope_parameters", "rope_scaling"))
+    return next((parameters for parameters in found if isinstance(parameters, Mapping)), {})
+
+
+def _rope_factors(source: str, theta: float, head_size: int, rope: Mapping[str, Any]) -> tuple[float, ...]:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    try:
+        if kind == "llama3":
+            return llama3_factors(theta, head_size, rope)
+        if kind == "linear":
+            return (float(rope["factor"]),) * (head_size // 2)
+    except (KeyError, TypeError, ValueError) as e:
+        raise ModelError(f"{source} scales its rotary embeddings by {kind} without a valid {e}", spec=source) from e
+    if kind != "default":
+        raise ModelError(
+            f"{source} scales its rotary embeddings by {str(kind)[:40]}, which this import does not know", spec=source
+        )
+    return ()
 
 
 def _architecture(document: Mapping[str, Any]) -> str:

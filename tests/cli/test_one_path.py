@@ -142,6 +142,14 @@ def test_up_says_how_to_send_a_request_once_all_replicas_are_ready(capsys: pytes
     assert capsys.readouterr().err == ""
 
 
+def test_up_says_how_to_ask_a_language_model(capsys: pytest.CaptureFixture[str]) -> None:
+    greeting = Greeting("smollm2", "http://127.0.0.1:8094", {"router-1"}, generates=True)
+    greeting.after(Event("ready", "", "router", "router-1"))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "base_url=http://127.0.0.1:8094/function/router/v1" in said
+    assert "PHOTO" not in said
+
+
 def test_a_model_from_a_package_is_calibrated_with_photos_of_packages(photos: Published) -> None:
     ready = replace(photos.bundle, source=photos.bundle.source | {"packages": ["some"]})
     version = photos.registry.publish(ready, {})

@@ -83,8 +83,7 @@ def up(
     from isthmus_tools.usecases.local_functions import EDGE_FUNCTIONS, on_one_thread
 
     with errors(as_json=False), ExitStack() as resources:
-        if model:
-            _show_model(model, registry)
+        generates = bool(model) and _show_model(model, registry)
         slowdown, variables = edge_slowdown_of(edge_slowdown, edge_cpus), _environment(env or [])
         join: OnEvent = ignore_event
         if slowdown is not None:
@@ -93,7 +92,7 @@ def up(
             share = f"router and edge-head have 1/{slowdown:g} of a CPU, by {edge.method}"
             tell(f"{share}; single calls of some ms may be faster")
 
-        greeting = Greeting(model)
+        greeting = Greeting(model, generates=generates)
 
         def on_event(event: Event) -> None:
             join(event)
@@ -115,8 +114,8 @@ def up(
         run_engine(options)
 
 
-def _show_model(model: str, registry: str) -> None:
-    """Print the version that functions will serve, before they start.
+def _show_model(model: str, registry: str) -> bool:
+    """Print the version that functions will serve, before they start; True for a model that generates text.
 
     Raises:
         Missing: unknown model, version or alias; the hint says how to import or list models.
@@ -132,6 +131,7 @@ def _show_model(model: str, registry: str) -> None:
     plan = f"by the plan {version.plan}" if version.plan else "without a plan"
     alias = f" ({' and '.join(version.aliases)})" if version.aliases else ""
     tell(f"serving {version.name}:{version.version}{alias} {plan}")
+    return version.bundle.state is not None
 
 
 @dataclass
@@ -141,6 +141,7 @@ class Greeting:
     model: str
     gateway: str = ""
     waiting: set[str] = field(default_factory=set)
+    generates: bool = False
 
     def after(self, event: Event) -> None:
         if event.kind == "listening":
@@ -150,11 +151,23 @@ class Greeting:
         elif event.kind == "ready" and self.gateway and event.replica in self.waiting:
             self.waiting.remove(event.replica)
             if not self.waiting:
-                url = f"{self.gateway}/function/router"
-                model = f" --model {self.model}" if self.model else ""
-                tell(f"ready; try: isthmus infer PHOTO{model} --url {url}")
-                tell(f"or curl --data-binary @PHOTO {url}, or the page {self.gateway}; Ctrl-C stops")
+                for line in self._lines(f"{self.gateway}/function/router"):
+                    tell(line)
                 self.gateway = ""
+
+    def _lines(self, url: str) -> tuple[str, str]:
+        # A photo means nothing to a language model.
+        if self.generates:
+            # -N: curl would hold back the events of the stream.
+            return (
+                f"""ready; try: curl -N {url}/v1/completions -d '{{"prompt": "The sea", "stream": true}}'""",
+                f"or OpenAI's clients with base_url={url}/v1; Ctrl-C stops",
+            )
+        model = f" --model {self.model}" if self.model else ""
+        return (
+            f"ready; try: isthmus infer PHOTO{model} --url {url}",
+            f"or curl --data-binary @PHOTO {url}, or the page {self.gateway}; Ctrl-C stops",
+        )
 
 
 def _show(event: Event, logs: bool) -> None:

@@ -15,7 +15,7 @@ import pytest
 from isthmus.admission import MemoryBudget
 from isthmus.artifacts.sampling import Sampling
 from isthmus.context import Context, Deadline
-from isthmus.errors import DeadlineExceeded, RunFailed, StateMissing, ValueRefused
+from isthmus.errors import DeadlineExceeded, RunFailed, ValueRefused
 from isthmus.generation import Generated, GenerationRequest, Generator
 from isthmus.pipeline import LocalHop
 from isthmus.runtime.batching import BatchTrials
@@ -390,10 +390,29 @@ def test_a_step_longer_than_a_run_gives_what_one_run_gives(
     assert pieces[1]["tokens"].shape == (1, 9)
     for name, array in whole[1].items():
         np.testing.assert_allclose(pieces[1][name], array, atol=1e-4)
-    with pytest.raises(StateMissing):
-        step("..", "e", {"input_ids": ids}, None) and store.step(
-            tiny_decoder.model.digest, "..", {"input_ids": ids}, Step("e", 24), Deadline.after(LONG_S)
-        )
+    store.store.close()
+
+
+def test_a_prompt_runs_in_shorter_pieces_beside_sessions_that_decode(
+    tiny_decoder: PublishedDecoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("isthmus.runtime.session_store.SHARED_RUN_TOKENS", 8)
+    monkeypatch.setattr("isthmus.runtime.sessions._DECODING_S", LONG_S)
+    store = tiny_decoder.store(tmp_path)
+
+    def step(name: str, position: int, count: int) -> int:
+        before = store.sessions.counts().runs.get(1, 0)
+        arrays = {"input_ids": np.ones((1, count), np.int64)}
+        store.step(tiny_decoder.model.digest, "..", arrays, Step(name, position), Deadline.after(LONG_S))
+        return store.sessions.counts().runs[1] - before
+
+    assert [step("a", 0, 20), step("b", 0, 20), step("a", 20, 1), step("b", 20, 20), step("a", 21, 20)] == [
+        1,
+        1,
+        1,
+        3,
+        1,
+    ]
     store.store.close()
 
 

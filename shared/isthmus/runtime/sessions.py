@@ -23,6 +23,8 @@ from isthmus.wire.frame import Step
 
 # Of a refusal: the seconds until the first idle session makes room, within these bounds.
 MIN_RETRY_S, MAX_RETRY_S = 1, 30
+# A session without a token for longer is not stalled by a chunk of a prompt.
+_DECODING_S = 1.0
 # How often expired sessions are looked for, in shares of their time, and at least so many seconds apart.
 _LOOKS, _MIN_LOOK_S = 4, 0.05
 
@@ -88,6 +90,12 @@ class SegmentSessions:
         now = self._clock()
         away = [each for each in list(self.sessions.values()) if each.decodes and not each.awaits_run]
         return sum(abs(each.ran + max(each.gaps) - now) <= within_s for each in away if each.gaps)
+
+    def others_decode(self, session: Session) -> bool:
+        """Whether another session decodes: its latest step is of one token, and waits or ran a moment ago."""
+        since = self._clock() - _DECODING_S
+        others = [each for each in list(self.sessions.values()) if each is not session and each.decodes]
+        return any(each.awaits_run or each.ran > since for each in others)
 
     def ran(self, session: Session, length: int) -> None:
         """Note the end of a session's run."""

@@ -241,6 +241,9 @@ def resume(report: Report, bench: Faults) -> None:
             report.say(f"resume at {CONTEXT} tokens: {name}, {i + 1} of {repeats}")
             for noted in bench.noted:
                 noted.function.wait_ready()
+                # A tail that serves has run prompts before: the first run maps its weights and takes its memory.
+                first = GenerationRequest(prompt=ids, max_tokens=1)
+                bench.generate(bench.model.split(bench.local, noted), first, lambda: None)
             running = Generator(bench.model.split(bench.local, hop)).run(
                 GenerationRequest(prompt=ids, max_tokens=4),
                 Context.from_headers({}, longest_s=DEADLINE_S),

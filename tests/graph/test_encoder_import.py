@@ -17,6 +17,9 @@ from isthmus.processing.sentences import padded
 from isthmus.runtime.ort_runner import UnpublishedRunner
 from isthmus_tools.graph.encoder.bundler import add_encoder_cuts, build_encoder
 from isthmus_tools.graph.encoder.folder import EncoderSource, read_encoder
+from isthmus_tools.graph.exporting import ModelInputs
+from isthmus_tools.usecases.cut import list_cuts
+from isthmus_tools.usecases.language import sentence_encoder
 from support.encoders import TEXTS, expected_vectors, save_encoder, token_rows, write_json
 
 
@@ -107,6 +110,25 @@ def test_folders_of_other_encoders_are_refused(file: str, change: Any, reason: s
     write_json(encoder / file, change(document))
     with pytest.raises(ModelError, match=reason):
         read_encoder(str(encoder))
+
+
+def test_minilms_vectors_are_those_of_transformers(tmp_path: Path) -> None:
+    source = sentence_encoder("all-minilm-l6-v2")
+    assert source is not None
+    bundle, files = build_encoder(source, "minilm", tmp_path / "bundle", cuts=["2/4"])
+    assert bundle.embedding is not None
+    assert (bundle.embedding.max_tokens, bundle.source["license"]) == (256, "Apache-2.0")
+    rows = token_rows(source.folder, [*TEXTS, "Isthmus: ein schmales Land zwischen zwei Meeren, naïve 東京. " * 9])
+    expected = expected_vectors(source.folder, rows)
+    for cuts in ([], ["layer_2", "layer_4"]):
+        np.testing.assert_allclose(vectors(bundle, files, cuts, rows), expected, atol=1e-6)
+
+
+def test_cuts_of_a_folder_are_listed(encoder: Path) -> None:
+    inputs = ModelInputs(shapes={"input_ids": (1, 8), "attention_mask": (1, 8)})
+    cuts = list_cuts(str(encoder), inputs).cuts
+    between = {t.name for c in cuts for t in c.tensors if len(c.tensors) == 2}
+    assert {"layer_1", "layer_2", "attention_mask"} <= between
 
 
 @pytest.fixture

@@ -12,10 +12,12 @@ from pathlib import Path
 from isthmus.arrays import Array, check_tensors
 from isthmus.artifacts.bundle import Bundle
 from isthmus.errors import ModelError, RequestMalformed
+from isthmus_tools.graph.encoder.graph import write as write_encoder
 from isthmus_tools.graph.exporting import ModelInputs
 from isthmus_tools.graph.formats import export_of
 from isthmus_tools.planner.inputs import TrialInput, from_arrays, from_photos, random_inputs
 from isthmus_tools.progress import Progress
+from isthmus_tools.usecases.language import sentence_encoder
 from isthmus_tools.zoo import models as zoo
 from isthmus_tools.zoo.photos import read_photo, sample_photos, varied_photos
 
@@ -32,13 +34,17 @@ def onnx_file(model: str, inputs: ModelInputs, progress: Progress) -> Iterator[P
     Raises:
         ModelError: the export fails.
     """
-    chosen = None if model in zoo.MODELS else export_of(model)
-    if chosen is None and model not in zoo.MODELS:
+    encoder = sentence_encoder(model)
+    chosen = None if encoder is not None or model in zoo.MODELS else export_of(model)
+    if encoder is None and chosen is None and model not in zoo.MODELS:
         yield Path(model)
         return
     with tempfile.TemporaryDirectory(prefix="isthmus-") as folder:
         path = Path(folder) / "model.onnx"
-        if chosen is None:
+        if encoder is not None:
+            progress(f"writing the graph of {model}")
+            write_encoder(encoder, path)
+        elif chosen is None:
             progress(f"reading {model} from its package")
             zoo.zoo_model(model).write(path)
         else:

@@ -250,7 +250,8 @@ def encoder(kind: str, folder: Path) -> Any:
     elif kind == "vit":
         model = transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=16, patch_size=4))
     else:
-        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=50))
+        config = transformers.MistralConfig(**sizes, num_key_value_heads=2, vocab_size=50)
+        model = transformers.MistralForCausalLM(config)
     model.eval().save_pretrained(folder)
     return model
 
@@ -286,7 +287,7 @@ def test_an_encoder_of_images_computes_what_transformers_does(tmp_path: Path) ->
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_generator_and_code_in_the_folder_are_refused(tmp_path: Path) -> None:
-    encoder("gpt", tmp_path / "generator")
+    encoder("mistral", tmp_path / "generator")
     assert "generates in steps" in refused(tmp_path, tmp_path / "generator")["error"]
     config = json.loads((tmp_path / "generator" / "config.json").read_text())
     custom = {"architectures": ["Custom"], "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Custom"}}

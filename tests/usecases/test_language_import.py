@@ -44,6 +44,21 @@ def test_a_folder_is_imported_and_cut_again_without_new_weights(folder: Path, tm
     assert models.resolve("other").bundle.segment("..layer_2") == second.segment("..layer_2")
 
 
+def test_weights_are_chosen_for_each_tier(folder: Path, tmp_path: Path) -> None:
+    options = ("--cut", "1", "--weights", "int8/float16", "--registry", tmp_path, "--json")
+    printed = document(isthmus("import", folder, *options))
+    assert [s["weights"] for s in printed["language"]["segments"]] == ["int8", "float16"]
+    # A cut behind two layers leaves each layer's weights as they are.
+    document(isthmus("cut", "tiny-1-5", "--cut", "2", "--default", "--registry", tmp_path, "--json"))
+    shown = document(isthmus("show", "tiny-1-5", "--registry", tmp_path, "--json"))
+    assert [s["weights"] for s in shown["language"]["segments"]] == ["int8/float16", "float16"]
+
+
+def test_weights_of_other_models_cannot_be_chosen(tmp_path: Path) -> None:
+    refused = isthmus("import", "model.onnx", "--weights", "int8", "--registry", tmp_path)
+    assert (refused.exit_code, "--weights is for layers of decoders" in refused.stderr) == (1, True)
+
+
 def test_a_number_is_that_of_the_layers_before_the_cut(tiny_decoder: PublishedDecoder) -> None:
     bundle = tiny_decoder.model.bundle
     assert bundle.cut_names("1/2") == ("layer_1", "layer_2")

@@ -51,7 +51,8 @@ def _load(model: str, transformers: Any) -> Any:
     name = (getattr(config, "architectures", None) or ["none"])[0]
     if getattr(config, "is_encoder_decoder", False) or name.endswith(("ForCausalLM", "LMHeadModel")):
         raise ModelError(
-            f"{model} holds a {name}, which generates in steps with a state; encoders are taken",
+            f"{model} holds a {name}, which generates in steps with a state; encoders are taken, and decoders of the"
+            " families Llama, Qwen2 and GPT-2",
             spec=model,
             architecture=name,
         )

@@ -27,6 +27,9 @@ from isthmus.settings import RouterSettings
 DEFAULT_MAX_TOKENS = 256
 # A vocabulary of 50,000 tokens takes 15 MB.
 _MAX_CODECS = 8
+# English has four characters a token; of a text with more than these for each token of the context the begin is read
+# first.
+_MANY_CHARACTERS = 8
 # Of a token in a Python list of ids, and in the generation's copy.
 _TOKEN_BYTES = 80
 
@@ -49,7 +52,9 @@ class CompletionRoutes:
             raise RequestMalformed("top_logprobs needs logprobs: true", parameter="top_logprobs")
         model = self._model(request, body)
         codec = self._codec(model)
-        prompt = _Prompt("messages", codec.encode_chat([message.document() for message in body.messages]), model, codec)
+        messages = [message.document() for message in body.messages]
+        self._check_length("messages", "".join(message["content"] for message in messages), model, codec)
+        prompt = _Prompt("messages", codec.encode_chat(messages), model, codec)
         limit = body.max_completion_tokens or body.max_tokens
         documents = ChatDocuments(_head("chatcmpl", request, model), codec, bool(body.logprobs))
         return self._complete(
@@ -61,6 +66,8 @@ class CompletionRoutes:
         body = read_request(request, CompletionRequestBody)
         model = self._model(request, body)
         codec = self._codec(model)
+        if isinstance(body.prompt, str):
+            self._check_length("prompt", body.prompt, model, codec)
         prompt = _Prompt("prompt", _prompt_ids(body, codec, model), model, codec)
         documents = TextDocuments(_head("cmpl", request, model), codec, body.logprobs is not None)
         generation = self._parameters(body, prompt, body.max_tokens, body.logprobs)
@@ -94,18 +101,24 @@ class CompletionRoutes:
             raise RequestMalformed("the prompt is empty", parameter=prompt.field)
         context = context_of(prompt.model, self._settings)
         if count >= context:
-            raise ContextTooLong(
-                f"the prompt has {count} tokens, and the context has room for {context}, completion included",
-                prompt_tokens=count,
-                context=context,
-                parameter=prompt.field,
-            )
+            raise _too_long(prompt.field, str(count), count, context)
         return GenerationRequest(
             prompt=prompt.ids,
             max_tokens=min(limit or DEFAULT_MAX_TOKENS, context - count),
             sampling=body.sampling(logprobs or 0),
             stop=frozenset(bundle.text.eos if bundle.text is not None else ()),
         )
+
+    def _check_length(self, field: str, text: str, model: ServedModel, codec: TextCodec) -> None:
+        """Refuse a text whose begin fills the context: a megabyte takes seconds as tokens.
+
+        Raises:
+            ContextTooLong: no room.
+        """
+        context = context_of(model, self._settings)
+        begin = text[: _MANY_CHARACTERS * context]
+        if len(begin) < len(text) and (count := len(codec.encode(begin))) >= context:
+            raise _too_long(field, f"more than {count}", count, context)
 
     def _model(self, request: FunctionRequest, body: GenerationBody) -> ServedModel:
         return generating(self._catalog.get(body.model or self._settings.model, request.context.deadline))
@@ -136,6 +149,15 @@ class _Prompt:
     ids: Sequence[int]
     model: ServedModel
     codec: TextCodec
+
+
+def _too_long(field: str, number: str, count: int, context: int) -> ContextTooLong:
+    return ContextTooLong(
+        f"the prompt has {number} tokens, and the context has room for {context}, completion included",
+        prompt_tokens=count,
+        context=context,
+        parameter=field,
+    )
 
 
 def _prompt_ids(body: CompletionRequestBody, codec: TextCodec, model: ServedModel) -> list[int]:

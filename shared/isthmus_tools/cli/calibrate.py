@@ -73,7 +73,7 @@ def calibrate(
     A plan in force stays in force, renewed where its codec has new tables. If it cannot, the alias stays with the
     planned version, unless --drop-plan is given. A cut of the plan is always calibrated.
 
-    Example: `isthmus calibrate efficientnet-lite0 --data photos --cut 65`
+    Example: `isthmus calibrate efficientnet-lite0 --data photos --cut 65`, `isthmus calibrate smollm2 --text a.txt`
     """
     from isthmus.registry.registry import check_alias
     from isthmus_tools.calibration.inputs import list_files

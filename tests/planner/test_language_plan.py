@@ -43,9 +43,10 @@ SLOW, FAST = StepFormula(layer=0.008, token=0.001), StepFormula(layer=0.001, tok
 
 
 @pytest.fixture(autouse=True)
-def equal_codec_speeds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The codecs of both tiers are as fast as here, without timing them for each candidate set."""
+def instant_codecs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codecs take no time, on both tiers: plans are then those of the formulas."""
     monkeypatch.setattr("isthmus_tools.planner.language_enumeration.speeds", dict)
+    monkeypatch.setattr("isthmus_tools.planner.step_frames._timed", lambda work: (work(), 0.0))
 
 
 def candidates_of(
@@ -113,10 +114,10 @@ def test_predictions_are_those_of_every_step_on_its_own() -> None:
     trial = Trial(SLOW, FAST, LINK, LOAD)
     for candidate in candidates_of().predict(LINK):
         first, each, answer = trial.answer(candidate)
-        # Noise of a few microseconds: codecs are timed here, and bytes cost the hop a nanosecond each.
-        assert candidate.first_token_s == pytest.approx(first, abs=5e-3), candidate.name
-        assert candidate.per_token_s == pytest.approx(each, abs=3e-4), candidate.name
-        assert candidate.seconds == pytest.approx(answer, abs=0.05), candidate.name
+        # Bytes cost the hop a nanosecond each.
+        assert candidate.first_token_s == pytest.approx(first, abs=1e-3), candidate.name
+        assert candidate.per_token_s == pytest.approx(each, abs=1e-5), candidate.name
+        assert candidate.seconds == pytest.approx(answer, abs=2e-3), candidate.name
 
 
 @given(
@@ -132,7 +133,7 @@ def test_predictions_are_those_of_every_step_on_its_own() -> None:
 def test_the_choice_is_the_best_of_all(
     edge: float, cloud: float, rate: float, rtt_s: float, objective: str, memory: int | None, private: int
 ) -> None:
-    """Against trying every admissible candidate by the formulas, within the seconds of codecs and bytes on a hop."""
+    """Against trying every admissible candidate by the formulas, within the nanoseconds of bytes on a hop."""
     formulas = StepFormula(layer=edge, token=edge / 10), StepFormula(layer=cloud, token=cloud / 10)
     link = Conditions(rate, rate, rtt_s)
     candidate_set = candidates_of(*formulas, private=private)
@@ -154,7 +155,7 @@ def test_the_choice_is_the_best_of_all(
     best = min(trial.answer(c)[index] for c in admissible)
     _, found, _ = choose(candidates, objective, constraints)
     assert found in admissible
-    slack = {"first-token": 0.005, "per-token": 3e-4, "latency": 0.05}[objective]
+    slack = {"first-token": 1e-3, "per-token": 1e-5, "latency": 2e-3}[objective]
     assert trial.answer(found)[index] <= best + slack
 
 

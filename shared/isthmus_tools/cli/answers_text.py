@@ -23,12 +23,18 @@ def show_answers(plan: Plan, over: str) -> None:
     columns = ["candidate", "first token, ms", "a token, ms", "predicted", "answer, s", "bytes a token", "edge memory"]
     columns += ["of it sessions", "most of a token", "tokens changed"]
     rows = [_row(plan, candidate, load.sessions) for candidate in ranked[:SHOWN]]
+    for column, amount in ((f"price, {plan.currency}".rstrip(", "), "price"), ("energy, J", "energy_j")):
+        amounts = [getattr(candidate, amount) for candidate in ranked[:SHOWN]]
+        # A price file may lack what the other of the two takes.
+        if any(value is not None for value in amounts):
+            columns.append(column)
+            rows = [[*row, "" if v is None else f"{v:.3g}"] for row, v in zip(rows, amounts, strict=True)]
     title = (
         f"{plan.model} for {plan.objective}, {over}: {load.prompt} tokens of prompt, {load.tokens} of answer,"
-        f" {load.sessions} sessions of {load.context}"
+        f" {load.sessions} {'session' if load.sessions == 1 else 'sessions'} of {load.context}"
     )
     drop = ["of it sessions", "tokens changed", "answer, s", "predicted", "bytes a token", "edge memory"]
-    table(title, columns, rows, numbers=columns[1:8], drop=drop)
+    table(title, columns, rows, numbers=[*columns[1:8], *columns[10:]], drop=drop)
     if len(ranked) > SHOWN:
         say(f"and {len(plan.candidates) - SHOWN} more: --json has all, every codec at every cut")
     say("predicted: the first and a further token, ms; without a measurement the times before are predictions too")
@@ -39,8 +45,8 @@ def _ranked(plan: Plan) -> list[Candidate]:
     value = VALUES[plan.objective]
     ranked = sorted(plan.candidates, key=lambda c: (bool(c.refused), c.measured is None, value(c)))
     # Codecs at one cut differ little, and the reader looks for the cut.
-    best_at = {c.cuts: c.name for c in reversed(ranked) if c.measured is None}
-    return [c for c in ranked if c.measured is not None or best_at[c.cuts] == c.name]
+    best_at = {(c.kind, c.cuts): c.name for c in reversed(ranked) if c.measured is None}
+    return [c for c in ranked if c.measured is not None or best_at[c.kind, c.cuts] == c.name]
 
 
 def show_answer_refusals(plan: Plan) -> None:

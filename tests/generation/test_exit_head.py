@@ -6,11 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec import structs
 
+from isthmus.artifacts import bundle as bundle_module
 from isthmus.artifacts.bundle import EXIT_PROBABILITIES, EXIT_TOKENS
 from isthmus.artifacts.sampling import Sampling
+from isthmus.artifacts.segment_id import SegmentId
 from isthmus.context import Context
-from isthmus.errors import CalibrationError
+from isthmus.errors import CalibrationError, RegistryError
 from isthmus.generation import AdaptiveProposer, Generated, GenerationRequest, Generator
 from isthmus.generation.exit_head import ExitHead
 from isthmus.pipeline import Hop, LocalHop, LoopbackHop, execute, local_route, plan_route
@@ -21,6 +24,7 @@ from isthmus.settings import RegistrySettings
 from isthmus.wire.frame import Frame
 from isthmus_tools.calibration.exit_fit import fit, normalised, offered_tokens
 from isthmus_tools.usecases.draft import DraftRequest, DraftResult, draft
+from support.cli import document, isthmus
 from support.published_decoders import PublishedDecoder
 
 TEXT = "\n\n".join(f"the cat sat on the mat, and the dog on the log {i} times " * 3 for i in range(40))
@@ -75,6 +79,25 @@ def test_branches_are_published_with_their_agreement(fitted: DraftResult, with_e
     assert min(each.agreement for each in fitted.exits) > 0.1
     assert {segment.id for segment in bundle.segment_list} >= {"..", "..layer_1", "layer_1.."}
     assert not any(segment.id == "layer_1..layer_1" for segment in bundle.segment_list)
+
+
+def test_the_command_says_how_often_a_branch_is_right(tiny_decoder: PublishedDecoder, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    options = ["--cut", "layer_1", "--data", tmp_path / "text.txt", "--tokens", 400, "--alias", "by-command"]
+    result = document(isthmus("draft", "tiny:1", *options, "--registry", tiny_decoder.registry, "--json"))
+    assert [each["cut"] for each in result["exits"]] == ["layer_1"]
+    assert 0.1 < result["exits"][0]["agreement"] <= 1
+    assert result["alias"] == "by-command"
+
+
+def test_an_exit_that_is_no_branch_of_a_cut_is_refused(with_exits: PublishedDecoder) -> None:
+    bundle = with_exits.model.bundle
+    assert bundle_module.from_json(bundle_module.to_json(bundle)) == bundle
+    wrong = structs.replace(bundle.exits[0], segment=structs.replace(bundle.exits[0].segment, id=SegmentId("layer_1")))
+    for exits, reason in (((wrong,), "no branch"), (bundle.exits[:1] * 2, "two exits of one cut")):
+        with pytest.raises(RegistryError, match=reason):
+            bundle_module.from_json(bundle_module.to_json(structs.replace(bundle, exits=exits)))
+    assert bundle.exits[0].segment.graph.digest in bundle.blobs()
 
 
 def test_a_branch_computes_its_map_and_the_likeliest_of_its_tokens(

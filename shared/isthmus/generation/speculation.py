@@ -17,6 +17,8 @@ from typing import Protocol
 
 import numpy as np
 
+from isthmus.generation.exit_head import ExitHead
+from isthmus.generation.prompt_lookup import PromptLookup
 from isthmus.generation.request import EarlyProposer, EarlyTokens
 
 MAX_PROPOSED = 32
@@ -230,6 +232,11 @@ class AdaptiveProposer:
     def _acceptance(self, kind: str, confidence: int) -> Acceptance:
         first = _Share(confidence / (confidence + _PRIOR_DOUBT))
         return self._accepted.setdefault((kind, confidence), Acceptance(first))
+
+
+def edge_proposer() -> AdaptiveProposer:
+    """A proposer by the prompt, and by the exit at the route's first cut where the bundle has one."""
+    return AdaptiveProposer([PromptLookup(), ExitHead()])
 
 
 def _learn(seconds: dict[str, float], kind: str, value: float) -> None:

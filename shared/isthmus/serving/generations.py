@@ -12,9 +12,8 @@ from isthmus.context import Context, Deadline, Headers, parse_timeout, working_t
 from isthmus.errors import HopError
 from isthmus.generation.generator import Generator
 from isthmus.generation.policy import GenerationPolicy
-from isthmus.generation.prompt_lookup import PromptLookup
 from isthmus.generation.request import Generated, GenerationRequest, Proposer
-from isthmus.generation.speculation import AdaptiveProposer
+from isthmus.generation.speculation import edge_proposer
 from isthmus.pipeline import Route
 from isthmus.processing.sampling import SampledToken
 from isthmus.routing import ROUTE_HEADER, Dispatcher, GenerationRoute, RouteCandidate, ServedModel
@@ -71,7 +70,7 @@ class Generations:
         context = replace(context, deadline=Deadline.after(seconds))
         describe_varying_work()
         routed = self._dispatcher.generation(model, context, headers.get(ROUTE_HEADER, ""))
-        proposer = proposer or AdaptiveProposer([PromptLookup()])
+        proposer = proposer or edge_proposer()
         return RunningGeneration(model, request, context, routed, proposer, self._services)
 
 

@@ -1,4 +1,4 @@
-"""Arrays: the dtypes of frames, and validation of arrays against tensor specs."""
+"""Arrays: the dtypes of frames, validation of arrays against tensor specs, and the inputs of declared state."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
+from msgspec import UNSET
 
+from isthmus.artifacts.state import State
 from isthmus.artifacts.tensors import DTYPE_NAMES, TensorSpec, TensorType, check_types
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
@@ -39,3 +41,13 @@ def check_tensors(specs: tuple[TensorSpec, ...], arrays: Mapping[str, Array]) ->
         ShapeMismatch: the message names the tensor, the expected type and the received type.
     """
     check_types(specs, {name: TensorType(_name(array.dtype), array.shape) for name, array in arrays.items()})
+
+
+def supplied_inputs(state: State, lengths: Array, scored: int) -> dict[str, Array]:
+    """The inputs of a step beside the state's memory and the step's own; a segment takes those that it has.
+
+    Shapes: lengths (rows,) int32: the tokens of each row with the new ones, less one. `scored` is how many of the last
+    positions get scores, where the model has the input for it.
+    """
+    inputs = {state.lengths: lengths, state.total: np.array(lengths.max() + 1, np.int32)}
+    return inputs if state.scored is UNSET else {**inputs, state.scored: np.array(scored, np.int64)}

@@ -81,6 +81,7 @@ class Tail:
                 arrays={"layer_1": array},
                 position=position,
                 count=array.shape[1],
+                scored=array.shape[1],
             )
         self.group = group
         entries = list(begun.values())
@@ -186,10 +187,10 @@ def test_a_batch_that_fails_runs_row_by_row_and_is_not_formed_again(
 ) -> None:
     tail, run = Tail(runner), runner.run_step
 
-    def failing(arrays: Any, lengths: Any, buffers: Any) -> Any:
+    def failing(arrays: Any, lengths: Any, buffers: Any, scored: int) -> Any:
         if len(lengths) > 1:
             raise RunFailed("no memory for so many")
-        return run(arrays, lengths, buffers)
+        return run(arrays, lengths, buffers, scored)
 
     tail.prefill("a", 3)
     tail.prefill("b", 3)
@@ -203,10 +204,10 @@ def test_a_batch_that_fails_runs_row_by_row_and_is_not_formed_again(
 def test_a_step_that_fails_in_a_batch_fails_alone(runner: OrtRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     tail, run = Tail(runner), runner.run_step
 
-    def refusing(arrays: Any, lengths: Any, buffers: Any) -> Any:
+    def refusing(arrays: Any, lengths: Any, buffers: Any, scored: int) -> Any:
         if (arrays["layer_1"] == 666).any():
             raise ValueRefused("an index is out of range")
-        return run(arrays, lengths, buffers)
+        return run(arrays, lengths, buffers, scored)
 
     for name in "abc":
         tail.prefill(name, 3)
@@ -256,15 +257,15 @@ def test_rows_that_mix_turn_batches_off(
         tail.prefill(name, 5)
     tail.prove(step_s=0.001)
 
-    def mixing(arrays: Any, lengths: Any, buffers: Any) -> Any:
-        outputs = run(arrays, lengths, buffers)
+    def mixing(arrays: Any, lengths: Any, buffers: Any, scored: int) -> Any:
+        outputs = run(arrays, lengths, buffers, scored)
         return {n: a + fault * np.abs(a).max() if len(lengths) > 1 else a for n, a in outputs.items()}
 
     monkeypatch.setattr(runner, "run_step", mixing)
     steps = {name: (5, hidden(1, 1)) for name in "ab"}
     results = tail.together(steps)
     assert_same(
-        results["a"], run({"layer_1": hidden(1, 1)}, np.array([5], np.int32), tail.group.memory.buffers(0))["logits"]
+        results["a"], run({"layer_1": hidden(1, 1)}, np.array([5], np.int32), tail.group.memory.buffers(0), 1)["logits"]
     )
     assert tail.group.trial.max_size == size
     assert tail.group.trial.largest([LONG_S] * 8) == (4 if size == 2 else 1)
@@ -338,7 +339,14 @@ def test_a_run_waits_for_sessions_that_are_due(runner: OrtRunner) -> None:
         step = Step("a", 6)
         group, session = tail.sessions.begin(tail.runner, step, 1)
         work = QueuedStep(
-            Deadline.after(LONG_S), runner=runner, group=group, session=session, arrays={}, position=6, count=1
+            Deadline.after(LONG_S),
+            runner=runner,
+            group=group,
+            session=session,
+            arrays={},
+            position=6,
+            count=1,
+            scored=1,
         )
         seconds = work.window_s(has_waited=True)
         tail.sessions.finish(group, session)

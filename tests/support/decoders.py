@@ -12,7 +12,7 @@ import tokenizers
 import torch
 import transformers
 
-from isthmus.arrays import Array
+from isthmus.arrays import Array, supplied_inputs
 from isthmus.artifacts.bundle import Bundle
 from isthmus.runtime.ort_runner import UnpublishedRunner
 from isthmus_tools.graph.decoder.transformers_folder import read_folder
@@ -119,8 +119,9 @@ def generate_scores(bundle: Bundle, files: Mapping[str, Path], cuts: Sequence[st
         }
         count = 0
         for values in runs:
-            count += next(iter(values.values())).shape[1]
-            supplied = {state.lengths: np.array([count - 1], np.int32), state.total: np.array(count, np.int32)}
+            tokens = next(iter(values.values())).shape[1]
+            count += tokens
+            supplied = supplied_inputs(state, np.array([count - 1], np.int32), tokens)
             arrays = {**values, **supplied, **kept}
             outputs = runner.run({name: arrays[name] for name in specs})
             kept = {pair.past: outputs.pop(pair.present) for pair in state.pairs if pair.present in outputs}

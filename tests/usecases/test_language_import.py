@@ -132,7 +132,7 @@ def test_cuts_of_a_decoder_lie_between_layers(folder: Path) -> None:
 
 def test_show_and_models_tell_what_matters_of_a_language_model(tiny_decoder: PublishedDecoder) -> None:
     shown = isthmus("show", "tiny", "--registry", tiny_decoder.registry)
-    assert "takes input_ids int64[batch, tokens]\ngives logits float32[batch, tokens, 300]" in shown.output
+    assert "takes input_ids int64[batch, tokens]\ngives logits float32[batch, scored, 300]" in shown.output
     assert "..layer_1: 1 layer, float32" in shown.output
     printed = document(isthmus("show", "tiny", "--registry", tiny_decoder.registry, "--json"))
     assert [spec["name"] for spec in printed["inputs"]] == ["input_ids"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from isthmus.artifacts.constraints import Count, Text
 
@@ -27,7 +27,8 @@ class State(Struct, frozen=True, forbid_unknown_fields=True):
 
     `lengths` (batch,) int32 is the number of tokens of each row, less one; `total` () int32 that of the longest row:
     the convention of onnxruntime's GroupQueryAttention. `tokens` is the model's input of token ids, and `context` the
-    largest number of tokens of a session.
+    largest number of tokens of a session. `scored` () int64 is how many of the last positions get scores; a model
+    without this input scores all.
     """
 
     pairs: Annotated[tuple[StatePair, ...], Meta(min_length=1, max_length=_MAX_PAIRS)]
@@ -36,11 +37,14 @@ class State(Struct, frozen=True, forbid_unknown_fields=True):
     total: Text
     context: Annotated[int, Meta(ge=1, le=2**31 - 1)]
     axis: Count = 2
+    # Unset, not empty: documents without the input keep their bytes, and so their digests.
+    scored: Text | UnsetType = UNSET
 
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the inputs that a runtime supplies by itself."""
-        return (self.lengths, self.total, *(pair.past for pair in self.pairs))
+        scored = () if self.scored is UNSET else (self.scored,)
+        return (self.lengths, self.total, *scored, *(pair.past for pair in self.pairs))
 
     @property
     def outputs(self) -> tuple[str, ...]:

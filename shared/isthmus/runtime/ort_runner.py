@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
-from isthmus.arrays import Array, check_tensors
+from isthmus.arrays import Array, check_tensors, supplied_inputs
 from isthmus.artifacts.bundle import Segment
 from isthmus.artifacts.state import State
 from isthmus.artifacts.tensors import TensorSpec
@@ -135,10 +135,13 @@ class OrtRunner:
         supplied = self.state.inputs if self.state is not None else ()
         return tuple(spec for spec in self.segment.inputs if spec.name not in supplied)
 
-    def run_step(self, arrays: Mapping[str, Array], lengths: Array, buffers: Sequence[StateBuffer]) -> dict[str, Array]:
+    def run_step(
+        self, arrays: Mapping[str, Array], lengths: Array, buffers: Sequence[StateBuffer], scored: int
+    ) -> dict[str, Array]:
         """The segment's outputs beside its state, whose memory is read and extended in place.
 
         Shapes: arrays (rows, tokens, …), lengths (rows,) int32: the tokens of each row with the new ones, less one.
+        `scored` is as in `supplied_inputs`.
 
         Raises:
             As `run`.
@@ -148,7 +151,7 @@ class OrtRunner:
         names = [name for name in self._outputs if name not in kept]
         feeds = dict(arrays)
         if self.state is not None:
-            supplied = {self.state.lengths: lengths, self.state.total: np.array(lengths.max() + 1, np.int32)}
+            supplied = supplied_inputs(self.state, lengths, scored)
             feeds |= {spec.name: supplied[spec.name] for spec in self.segment.inputs if spec.name in supplied}
         try:
             binding = self._session.io_binding()

@@ -92,6 +92,7 @@ class SessionStore:
                     arrays=piece,
                     position=step.position + start,
                     count=stop - start,
+                    scored=_scored(step, stop - start, stop - count),
                 )
                 ran = self.store.perform(work)
                 runs.append(ran if step.sampling is None else _last_scores(ran, step.sampling, stop - count))
@@ -161,6 +162,12 @@ def _pieces(runner: OrtRunner, count: int, is_shared: Callable[[], bool]) -> Ite
         stop = min(start + (min(most, SHARED_RUN_TOKENS) if is_shared() else most), count)
         yield start, stop
         start = stop
+
+
+def _scored(step: Step, count: int, offset: int) -> int:
+    """The last positions to score of a run of `count` tokens; `offset` is its end from the step's end."""
+    # At least one: not every kernel takes a tensor without elements.
+    return count if step.sampling is None else min(count, max(1, step.sampling.last + offset))
 
 
 def _last_scores(ran: QueuedOutputs, sampling: Sampling, offset: int) -> QueuedOutputs:

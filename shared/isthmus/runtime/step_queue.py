@@ -33,6 +33,8 @@ class QueuedStep(QueuedWork):
     arrays: Mapping[str, Array] = field(kw_only=True)
     position: int = field(kw_only=True)
     count: int = field(kw_only=True)
+    # How many of the last positions get scores.
+    scored: int = field(kw_only=True)
     # Followers that are worth a wait.
     _expected: int = 0
 
@@ -155,7 +157,7 @@ class QueuedStep(QueuedWork):
         return [{name: array[place : place + 1] for name, array in outputs.items()} for place in places]
 
     def _run(self, arrays: Mapping[str, Array], lengths: Array, row: int) -> dict[str, Array]:
-        return self.runner.run_step(arrays, lengths, self.group.memory.buffers(row, len(lengths)))
+        return self.runner.run_step(arrays, lengths, self.group.memory.buffers(row, len(lengths)), self.scored)
 
     def _succeeded(self, outputs: dict[str, Array], started: float, run_s: float, batch: int) -> None:
         self.group.ran(self.session, self.position + self.count)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from isthmus.arrays import Array
+from isthmus.arrays import Array, supplied_inputs
 from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.sampling import Sampling
 from isthmus.artifacts.segment_id import WHOLE
@@ -127,8 +127,7 @@ def observe(
         outputs = runner.run(
             {
                 state.tokens: np.array([tokens], np.int64),
-                state.lengths: np.array([count - 1], np.int32),
-                state.total: np.array(count, np.int32),
+                **supplied_inputs(state, np.array([count - 1], np.int32), count),
                 **empty,
             }
         )

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from isthmus.arrays import DTYPES, Array
+from isthmus.arrays import DTYPES, Array, supplied_inputs
 from isthmus.artifacts.bundle import Bundle, Segment
 from isthmus.artifacts.profile import Profile, SegmentCost, StepCost, content_of
 from isthmus.artifacts.sampling import Sampling
@@ -81,10 +81,8 @@ class StepSubject:
     def first_arrays(self, segment: Segment) -> dict[str, Array]:
         """Inputs of a session's first chunk, its empty state among these."""
         count = self.sizes.chunk
-        supplied = {
-            self.state.lengths: np.array([count - 1], np.int32),
-            self.state.total: np.array(count, np.int32),
-        }
+        # One position is scored, as in the steps.
+        supplied = supplied_inputs(self.state, np.array([count - 1], np.int32), 1)
         empty = {
             spec.name: np.zeros(
                 [n if isinstance(n, int) else int(not axis) for axis, n in enumerate(spec.shape)], DTYPES[spec.dtype]

@@ -13,9 +13,9 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-from msgspec import structs
+from msgspec import UNSET, structs
 
-from isthmus.arrays import Array
+from isthmus.arrays import Array, supplied_inputs
 from isthmus.artifacts.bundle import Bundle, digest_of
 from isthmus.artifacts.segment_id import partition_ids
 from isthmus.artifacts.state import State, StatePair
@@ -142,7 +142,9 @@ def _opened(
     specs = {name: TensorSpec(name, "float32", present) for name in state.outputs}
     for layer in range(1, len(state.pairs) // 2):
         specs[graph.boundary(layer)] = TensorSpec(graph.boundary(layer), "float32", (*rows, width))
-    specs[graph.LOGITS] = TensorSpec(graph.LOGITS, "float32", (*rows, vocabulary))
+    # Bundles without the input score all positions.
+    scored = "tokens" if state.scored is UNSET else graph.SCORED
+    specs[graph.LOGITS] = TensorSpec(graph.LOGITS, "float32", ("batch", scored, vocabulary))
     return replace(model, specs={**model.specs, **specs})
 
 
@@ -217,15 +219,14 @@ def _layers(text: str, layers: int) -> list[int]:
 
 def _state(decoder: DecoderSource) -> State:
     pairs = tuple(StatePair(past, present) for past, present in graph.state_pairs(decoder.config.layers))
-    return State(pairs, graph.IDS, graph.LENGTHS, graph.TOTAL, decoder.config.context)
+    return State(pairs, graph.IDS, graph.LENGTHS, graph.TOTAL, decoder.config.context, scored=graph.SCORED)
 
 
 def _examples(state: State, kv_heads: int, head_size: int) -> dict[str, Array]:
     past = np.zeros((1, kv_heads, _PAST, head_size), np.float32)
     return {
         state.tokens: np.zeros((1, _TOKENS), np.int64),
-        state.lengths: np.array([_PAST + _TOKENS - 1], np.int32),
-        state.total: np.array(_PAST + _TOKENS, np.int32),
+        **supplied_inputs(state, np.array([_PAST + _TOKENS - 1], np.int32), _TOKENS),
         **{pair.past: past for pair in state.pairs},
     }
 

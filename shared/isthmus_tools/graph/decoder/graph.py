@@ -23,7 +23,7 @@ from isthmus_tools.graph.decoder.config import DecoderSource, Precision
 from isthmus_tools.graph.decoder.initialisers import MatrixPart
 from isthmus_tools.graph.decoder.products import MICROSOFT, Products
 
-IDS, LENGTHS, TOTAL, LOGITS = "input_ids", "lengths", "total", "logits"
+IDS, LENGTHS, TOTAL, SCORED, LOGITS = "input_ids", "lengths", "total", "scored", "logits"
 BOUNDARY = "layer_"
 _EMBEDDING = "token_embd.weight"
 _OPSET = 21
@@ -50,7 +50,8 @@ def write(
     place of int4, and a tied matrix is stored once where these are the same.
 
     Shapes: input_ids (batch, tokens) int64; lengths (batch,) int32, tokens of each row less one; total () int32, the
-    longest row; past_key.N and past_value.N (batch, KV heads, past, head size); logits (batch, tokens, vocabulary).
+    longest row; scored () int64, the last positions to score; past_key.N and past_value.N (batch, KV heads, past, head
+    size); logits (batch, scored, vocabulary).
 
     Raises:
         ModelError: a tensor is missing, or has another shape than the configuration says.
@@ -78,13 +79,14 @@ class _GraphBuilder:
         ids = _value(IDS, ir.DataType.INT64, [self._batch, self._tokens])
         self._lengths = _value(LENGTHS, ir.DataType.INT32, [self._batch])
         self._total = _value(TOTAL, ir.DataType.INT32, [])
-        inputs, outputs = [ids, self._lengths, self._total], []
+        self._scored = _value(SCORED, ir.DataType.INT64, [])
+        inputs, outputs = [ids, self._lengths, self._total, self._scored], []
         x = self._embedded(ids)
         for i in range(c.layers):
             pasts, presents, x = self._layer(i, x)
             inputs += pasts
             outputs += presents
-        logits = self._logits(x)
+        logits = self._logits(self._last(x))
         # A bias or a norm that this graph lacks would be left out without a sign.
         if unknown := self._products.initialisers.unused():
             raise ModelError(
@@ -174,9 +176,17 @@ class _GraphBuilder:
         gelu = self._node("Gelu", [up], at + "gelu", approximate="tanh")
         return self._linear(gelu, at + "ffn_down", width, ffn, precision)
 
+    def _last(self, x: ir.Value) -> ir.Value:
+        """The last positions, to score: of a chunk of a prompt one is sampled. Shapes: (batch, scored, width)."""
+        axis = self._constant("axis_1", np.array([1]))
+        first = self._node("Neg", [self._node("Reshape", [self._scored, axis], "scored_row")], "first_scored")
+        end = self._constant("no_end", np.array([np.iinfo(np.int64).max]))
+        return self._node("Slice", [x, first, end, axis], "last")
+
     def _logits(self, x: ir.Value) -> ir.Value:
         c = self._config
-        logits = _value(LOGITS, ir.DataType.FLOAT, [self._batch, self._tokens, c.vocabulary])
+        shape: _Shape = [self._batch, ir.SymbolicDim(SCORED), c.vocabulary]
+        logits = _value(LOGITS, ir.DataType.FLOAT, shape)
         name = _EMBEDDING if c.tied else "output.weight"
         precision = _of_tables(self._precisions[-1])
         return self._products.scores(self._norm(x, "output_norm"), name, (c.vocabulary, c.width), precision, logits)

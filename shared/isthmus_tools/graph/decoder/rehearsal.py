@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from isthmus.arrays import DTYPES, Array
+from isthmus.arrays import DTYPES, Array, supplied_inputs
 from isthmus.artifacts.state import State
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import ModelError, SegmentError
@@ -49,11 +49,9 @@ class StepRehearsal:
             count = 0
             # State goes through arrays here; functions bind its memory, which a rehearsal of 8 tokens does not need.
             for values in runs:
-                count += next(array.shape[1] for array in values.values())
-                supplied = {
-                    self._state.lengths: np.array([count - 1], np.int32),
-                    self._state.total: np.array(count, np.int32),
-                }
+                tokens = next(array.shape[1] for array in values.values())
+                count += tokens
+                supplied = supplied_inputs(self._state, np.array([count - 1], np.int32), tokens)
                 arrays = {**values, **supplied, **memory}
                 outputs = runner.run({spec.name: arrays[spec.name] for spec in part.inputs})
                 memory = {p.past: outputs.pop(p.present) for p in self._state.pairs if p.present in outputs}

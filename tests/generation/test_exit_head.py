@@ -83,7 +83,7 @@ def test_branches_are_published_with_their_agreement(fitted: DraftResult, with_e
 
 def test_the_command_says_how_often_a_branch_is_right(tiny_decoder: PublishedDecoder, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
-    options = ["--cut", "layer_1", "--data", tmp_path / "text.txt", "--tokens", 400, "--alias", "by-command"]
+    options = ["--cut", "layer_1", "--text", tmp_path / "text.txt", "--tokens", 400, "--alias", "by-command"]
     result = document(isthmus("draft", "tiny:1", *options, "--registry", tiny_decoder.registry, "--json"))
     assert [each["cut"] for each in result["exits"]] == ["layer_1"]
     assert 0.1 < result["exits"][0]["agreement"] <= 1

@@ -236,8 +236,9 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
         raise self._no_cut(",".join(text.parts))
 
     def _no_cut(self, name: str) -> Missing:
+        hint = f"isthmus cut {self.name} --cut CUT adds another; {SYNTAX}"
         return Missing(
-            f"bundle {self.name} has no cut {name!r}", kind="cut", name=name, exists=sorted(self.cuts), hint=SYNTAX
+            f"bundle {self.name} has no cut {name!r}", kind="cut", name=name, exists=sorted(self.cuts), hint=hint
         )
 
     def partition(self, cuts: Iterable[str] | None = None) -> tuple[Segment, ...]:

@@ -23,7 +23,7 @@ from isthmus.processing.image_budget import SHARED, ImageMemory
 from isthmus.processing.image_decoding import MAX_PIXELS as MAX_PIXELS
 from isthmus.processing.image_decoding import check_pixels, open_picture
 from isthmus.processing.image_memory import finishing_bytes
-from isthmus.processing.image_spec import photo_tensor, validate_spec
+from isthmus.processing.image_spec import photo_tensor, photos_refused, validate_spec
 
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -41,6 +41,16 @@ _DTYPES: Mapping[str, np.dtype[Any]] = {
 # A picture is reduced to at least three times the size of the resize step: Pillow's documentation calls the result at
 # this gap nearly indistinguishable from plain resizing.
 REDUCING_GAP = 3
+
+
+def check_classifies(bundle: Bundle, instead: str) -> None:
+    """Check that a bundle makes classes of photos; `instead` says what else to do with it.
+
+    Raises:
+        MediaUnsupported: it declares no processing of photos.
+    """
+    if bundle.preprocess is None or bundle.postprocess is None:
+        raise photos_refused(bundle, "declares no pre- and post-processing for photos", instead)
 
 
 def model_input(

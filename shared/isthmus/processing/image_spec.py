@@ -41,6 +41,20 @@ def validate_spec(spec: Mapping[str, Any]) -> None:
     _require(not ("normalize" in ops and spec["dtype"] == "uint8"), "preprocess normalizes into uint8")
 
 
+def photos_refused(bundle: Bundle, lacks: str, instead: str) -> MediaUnsupported:
+    """The refusal of a photo: what the bundle lacks for it, and what takes its inputs instead.
+
+    A model of texts has a protocol of its own, and its tensors are of no use to those who have a photo or a text.
+    """
+    if bundle.text is not None:
+        lacks, instead = "is a language model", f"talk with it: isthmus chat {bundle.name}, or /v1/chat/completions"
+    elif bundle.embedding is not None:
+        lacks, instead = "is an encoder of texts", "send texts to /v1/embeddings"
+    else:
+        return MediaUnsupported(f"{bundle.name} {lacks}; {instead}", accepted=["Open Inference Protocol"])
+    return MediaUnsupported(f"{bundle.name} {lacks} and takes no photos; {instead}", accepted=["OpenAI API"])
+
+
 def photo_tensor(bundle: Bundle) -> TensorSpec:
     """The input that the bundle's pre-processing computes from a photo.
 
@@ -48,10 +62,7 @@ def photo_tensor(bundle: Bundle) -> TensorSpec:
         MediaUnsupported: the bundle declares no pre-processing.
     """
     if bundle.preprocess is None:
-        raise MediaUnsupported(
-            f"{bundle.name} declares no pre-processing of photos; give it tensors",
-            accepted=["Open Inference Protocol"],
-        )
+        raise photos_refused(bundle, "declares no pre-processing of photos", "give it tensors")
     name = bundle.preprocess["input"]
     return next(spec for spec in bundle.inputs if spec.name == name)
 

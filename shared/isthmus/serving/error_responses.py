@@ -82,7 +82,11 @@ def _routing_error(error: HTTPException) -> Response:
     """Unknown path, or a method that the path does not serve."""
     doc: dict[str, Any] = {"error": error.description or error.name, "type": type(error).__name__, "facts": {}}
     if error.code == 404:
-        doc["facts"] = {"path": request.path, "exists": sorted(r.rule for r in current_app.url_map.iter_rules())}
+        exists = sorted(r.rule for r in current_app.url_map.iter_rules())
+        doc |= {"error": f"there is no path {request.path}", "facts": {"path": request.path, "exists": exists}}
+        # OpenAI's clients show the message alone, and have methods for more paths than there are.
+        if near := [path for path in exists if request.path.startswith(openai.PATH) and path.startswith(openai.PATH)]:
+            doc["error"] += f"; there are {', '.join(near)}"
     response = _response(doc, error.code or 500)
     for name, value in error.get_headers():
         # RFC 9110, 15.5.6: a 405 lists the methods of the path.

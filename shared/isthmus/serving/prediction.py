@@ -25,7 +25,7 @@ from isthmus.errors import (
 )
 from isthmus.oip.request import InferRequest
 from isthmus.pipeline import Interruption, LocalHop, Result, Route, execute, execute_resumably
-from isthmus.processing.image import model_input
+from isthmus.processing.image import check_classifies, model_input
 from isthmus.processing.image_budget import ImageMemory
 from isthmus.routing import DEGRADED_HEADER, ROUTE_HEADER, Attempt, Dispatcher, Guard, RouteCandidate, ServedModel
 from isthmus.serving.deferral import Deferred, Resumable, tail_wait, takes_continuation
@@ -79,12 +79,7 @@ class Predictor:
         if inference.tensors is not None:
             return self._tensors(request, inference, inference.tensors)
         bundle = inference.model.bundle
-        if bundle.preprocess is None or bundle.postprocess is None:
-            raise MediaUnsupported(
-                f"{bundle.name} declares no pre- and post-processing for photos; send tensors to "
-                f"/v2/models/{bundle.name}/infer",
-                accepted=["Open Inference Protocol"],
-            )
+        check_classifies(bundle, f"send tensors to /v2/models/{bundle.name}/infer")
         model = {"model_name": inference.model.name, "model_version": inference.model.version}
         document: dict[str, Any] = {"id": request.context.call_id, **model}
         if inference.objects or inference.ignored:

@@ -92,7 +92,8 @@ def list_files(folder: Path) -> list[Path]:
     except OSError as e:
         raise CalibrationError(f"{folder} cannot be read: {e.strerror}", source=str(folder)) from e
     if not folder.is_dir() or not files:
-        raise CalibrationError(f"{folder} is no folder with files in it", source=str(folder))
+        hint = "of a language model's text the option is --text FILE" if folder.is_file() else ""
+        raise CalibrationError(f"{folder} is no folder with files in it", source=str(folder), hint=hint)
     if len(files) > MAX_FILES:
         raise CalibrationError(f"{folder} holds more than {MAX_FILES} files", source=str(folder), limit=MAX_FILES)
     return files

@@ -67,6 +67,8 @@ def cut(
         )
         show_publication(result.publication, registry)
         warn(result.warnings)
+        if not default and not result.publication.plan and (taken := result.bundle.default_cuts):
+            say(f"requests go on taking {'/'.join(taken)}: --default makes the first --cut what they take")
         # A router asks the plan before the default cuts, so --default alone changes nothing that is served.
         if default and result.publication.plan:
             say("requests take the way of the plan, not the default cuts: --drop-plan lets the default cuts decide")

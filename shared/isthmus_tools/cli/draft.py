@@ -24,10 +24,10 @@ from isthmus_tools.cli.options import (
 def draft(
     model: ModelArgument,
     *,
-    data: Annotated[
+    text: Annotated[
         Path | None,
         typer.Option(
-            help="A text file whose passages the model goes on from; Python's own documentation if none.",
+            help="A text file whose passages the model goes on from; the documentation that comes with Python if none.",
             exists=True,
             dir_okay=False,
         ),
@@ -46,14 +46,14 @@ def draft(
     The model writes on passages of the text, and ridge regression maps the residual stream at the cut to what the final
     norm gives. One passage in five is held out: the agreement says how often the branch predicts what the model does.
 
-    Example: `isthmus draft smollm2 --cut 20 --data notes.txt`
+    Example: `isthmus draft smollm2 --cut 20 --text notes.txt`
     """
     from isthmus_tools.usecases import draft as use_case
 
     with errors(as_json):
         request = use_case.DraftRequest(
             model=model,
-            text=use_case.read_text(data),
+            text=use_case.read_text(text),
             registry=registry_settings(registry),
             cuts=at or [],
             tokens=tokens,

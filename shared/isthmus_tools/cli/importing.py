@@ -63,7 +63,7 @@ def import_model(
         str,
         typer.Option(
             help="Of a language model: float32, float16, int8 or int4, or one for each segment of the first --cut,"
-            " as in int4/float16."
+            " as in int4/float16; float32 if none."
         ),
     ] = "",
     alias: Alias = "prod",

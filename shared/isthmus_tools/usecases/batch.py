@@ -30,6 +30,7 @@ from isthmus.errors import (
     RequestMalformed,
     RequestTooLarge,
 )
+from isthmus.processing.image_spec import photos_refused
 from isthmus_tools.progress import Progress, silent
 from isthmus_tools.usecases.local_model import LocalModel
 from isthmus_tools.zoo.photos import read_photo
@@ -149,7 +150,7 @@ def check_takes_photos(model: LocalModel) -> None:
     """
     bundle = model.model.bundle
     if bundle.preprocess is None or bundle.postprocess is None:
-        raise MediaUnsupported(f"{bundle.name} declares no pre- and post-processing for photos; give it tensors")
+        raise photos_refused(bundle, "declares no pre- and post-processing for photos", "give it tensors")
 
 
 def _classify(chunk: Sequence[tuple[Path, bytes | IsthmusError]], predict: Predict) -> list[dict[str, Any]]:

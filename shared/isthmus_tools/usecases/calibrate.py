@@ -132,7 +132,8 @@ def _calibrate_text(
 ) -> Calibrated:
     if request.files:
         raise CalibrationError(
-            f"{model.name} is a language model: its codecs are measured on a text", hint="give a file: --text FILE"
+            f"{model.name} is a language model: its codecs are measured on a text",
+            hint="leave --data out, or give a file: --text FILE",
         )
     path = request.text or PROSE
     registry = open_registry(settings)
@@ -189,6 +190,6 @@ def published_fidelity(model: str, registry: RegistrySettings) -> tuple[Resolved
             f"{version.name}:{version.version} was not calibrated",
             model=version.name,
             version=version.version,
-            hint=f"isthmus calibrate {version.name} --data FOLDER",
+            hint=f"isthmus calibrate {version.name}" + (" --data FOLDER" if version.bundle.text is None else ""),
         )
     return version, fidelity

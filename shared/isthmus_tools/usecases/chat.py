@@ -160,7 +160,8 @@ class LocalChat:
         resolved = store.resolve(model or _language_model(store))
         self._name, bundle = f"{resolved.name}:{resolved.version}", resolved.bundle
         if bundle.text is None or bundle.state is None:
-            raise RequestMalformed(f"{self._name} generates no text", model=self._name)
+            hint = "isthmus models lists the language models, by their layers; isthmus import llm:smollm2 makes one"
+            raise RequestMalformed(f"{self._name} generates no text", model=self._name, hint=hint)
         sessions = open_store(open_cache(settings, store), settings)
         hop = LocalHop(sessions)
         if cuts:

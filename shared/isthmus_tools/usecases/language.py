@@ -12,12 +12,13 @@ from isthmus.arrays import DTYPES
 from isthmus.artifacts.bundle import Bundle, Segment
 from isthmus.artifacts.segment_id import WHOLE
 from isthmus.artifacts.tensors import TensorSpec
+from isthmus.errors import ModelError
 from isthmus.units import format_size
 from isthmus_tools.graph.decoder.config import DecoderConfig, DecoderSource
 from isthmus_tools.graph.decoder.gguf_file import read_gguf
 from isthmus_tools.graph.decoder.transformers_folder import holds_decoder, read_folder
 from isthmus_tools.graph.encoder.folder import EncoderSource, read_encoder
-from isthmus_tools.zoo.models import ENCODERS, ready_decoder
+from isthmus_tools.zoo.models import DECODERS, ENCODERS, ready_decoder
 
 # As the plugins of the command `llm` are called; a colon is in no file that an import takes.
 _READY = "llm:"
@@ -35,6 +36,10 @@ def language_model(model: str) -> DecoderSource | None:
     if model.lower().endswith(".gguf"):
         return read_gguf(Path(model))
     path = Path(model)
+    # The other ready models go by their bare names, and a published model has this one too.
+    if model in DECODERS and not path.exists():
+        hint = f"the ready language model is {_READY}{model}; isthmus show {model} has the cuts of a published one"
+        raise ModelError(f"there is no file or folder {model}", model=model, hint=hint)
     # Folders of encoders and classifiers go to the export by transformers.
     return read_folder(path) if path.is_dir() and holds_decoder(path) else None
 

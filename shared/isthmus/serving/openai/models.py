@@ -76,9 +76,9 @@ def generating(model: ServedModel) -> ServedModel:
         RequestMalformed: it does not.
     """
     if model.bundle.text is None or model.bundle.state is None:
-        raise RequestMalformed(
-            f"{model.name} generates no text", parameter="model", hint=f"send tensors to /v2/models/{model.name}/infer"
-        )
+        infer = f"send tensors to /v2/models/{model.name}/infer"
+        hint = infer if model.bundle.embedding is None else "it encodes texts: send them to /v1/embeddings"
+        raise RequestMalformed(f"{model.name} generates no text", parameter="model", hint=hint)
     return model
 
 

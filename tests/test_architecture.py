@@ -89,7 +89,7 @@ HEAVY = {
     "matplotlib": {"figures"},
     "scipy": {"planner"},
     "highspy": {"routing"},
-    "tokenizers": {"generation", "processing"},
+    "tokenizers": {"processing"},
     "jinja2": {"generation", "serving"},
     "gguf": {"graph"},
     "safetensors": {"graph"},

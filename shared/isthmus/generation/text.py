@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import jinja2
-import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from isthmus.artifacts.bundle import TextModel
 from isthmus.errors import ModelError, RequestMalformed, RequestTooLarge
+from isthmus.processing.tokenizer import read_tokenizer
 
 # Four times the characters of the longest context that models of this size have.
 MAX_TEXT_LENGTH = 2**20
@@ -38,12 +38,7 @@ class TextCodec:
         Raises:
             ModelError: the tokenizer or the template cannot be read.
         """
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(tokenizer)
-        except Exception as e:  # tokenizers raises Exception itself
-            raise ModelError(f"the bundle's tokenizer cannot be read: {e}") from e
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._tokenizer = read_tokenizer(tokenizer)
         self._model = model
         self._template = _compiled(model.chat_template) if model.chat_template else None
         document = json.loads(tokenizer)

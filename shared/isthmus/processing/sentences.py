@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
-import tokenizers
 
 from isthmus.arrays import Array
 from isthmus.artifacts.bundle import TextEmbedding
-from isthmus.errors import ContextTooLong, ModelError, RequestMalformed, RequestTooLarge
+from isthmus.errors import ContextTooLong, RequestMalformed, RequestTooLarge
+from isthmus.processing.tokenizer import read_tokenizer
 
 # Of one text: hundreds of characters for each token that published encoders take.
 MAX_TEXT_LENGTH = 2**18
@@ -30,13 +30,7 @@ class SentenceTokenizer:
         Raises:
             ModelError: the tokenizer cannot be read.
         """
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(tokenizer)
-        except Exception as e:  # tokenizers raises Exception itself
-            raise ModelError(f"the bundle's tokenizer cannot be read: {e}") from e
-        # Published files often cut texts at 128 tokens without a word, and pad each to as many.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._tokenizer = read_tokenizer(tokenizer)
         self._vocabulary = self._tokenizer.get_vocab_size()
         self._max_tokens = model.max_tokens
 

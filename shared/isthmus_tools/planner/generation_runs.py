@@ -6,7 +6,6 @@ compares: seconds as of equal lengths, and the share of tokens that a codec chan
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from isthmus_tools.budget import UNLIMITED, Budget, Pace
 from isthmus_tools.planner.choice import VALUES, violations, without_deadlines
 from isthmus_tools.planner.elimination import Run, quartiles, successive_elimination
 from isthmus_tools.planner.measurement import LinkedFunctions, unreachable_urls
+from isthmus_tools.profiling.measured_hops import hops_by_url
 from isthmus_tools.profiling.slow_edge import AT_FULL_SPEED, SlowEdge
 from isthmus_tools.progress import Progress, silent
 
@@ -41,7 +41,7 @@ _COMPARED = {"first-token": "first_token", "per-token": "per_token"}
 _WARM_UP_SHARE = 0.7
 # Ten times the prediction, within bounds: loading a model may take half a minute, and ten minutes would be a hang.
 _MIN_S, _MAX_S, _MAX_SLOWDOWN = 30.0, 600.0, 10
-_ATTEMPTS, _CONNECT_S, _MAX_REPLY_BYTES, _MAX_MESSAGE = 3, 5.0, 2**30, 500
+_MAX_MESSAGE = 500
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,7 @@ def measure_generations(
     Raises:
         HopError: the functions cannot be reached, so that no candidate runs.
     """
-    with contextlib.ExitStack() as stack:
-        hops = {
-            url: HttpHop(url, attempts=_ATTEMPTS, connect_timeout_s=_CONNECT_S, max_reply_bytes=_MAX_REPLY_BYTES)
-            for url in dict.fromkeys((functions.head, functions.tail, functions.tail_direct))
-        }
-        for hop in hops.values():
-            stack.callback(hop.close)
+    with hops_by_url((functions.head, functions.tail, functions.tail_direct)) as hops:
 
         def answer(candidate: Candidate, tail: str) -> _Answer:
             to = (hops[functions.head], hops[tail])

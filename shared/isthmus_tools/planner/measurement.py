@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import socket
 import statistics
@@ -26,6 +25,7 @@ from isthmus_tools.planner.choice import VALUES, violations
 from isthmus_tools.planner.elimination import ROUNDS, Run, successive_elimination
 from isthmus_tools.planner.inputs import TrialInput
 from isthmus_tools.planner.throughput import best_division
+from isthmus_tools.profiling.measured_hops import CONNECT_S, hops_by_url
 from isthmus_tools.profiling.slow_edge import AT_FULL_SPEED, SlowEdge
 from isthmus_tools.progress import Progress, silent
 
@@ -40,7 +40,6 @@ _MIN_SPLITS = 2
 _WARM_UP_SHARE = 0.85
 # Ten times the prediction, within bounds: loading a model may take half a minute, and ten minutes would be a hang.
 _MIN_S, _MAX_S, _MAX_SLOWDOWN = 30.0, 600.0, 10
-_ATTEMPTS, _CONNECT_S, _MAX_REPLY_BYTES = 3, 5.0, 2**30
 _MAX_MESSAGE = 500
 
 
@@ -106,13 +105,7 @@ def measure(
     Raises:
         HopError: the functions cannot be reached, so that no candidate runs, or no longer over the link.
     """
-    with contextlib.ExitStack() as stack:
-        hops = {
-            url: HttpHop(url, attempts=_ATTEMPTS, connect_timeout_s=_CONNECT_S, max_reply_bytes=_MAX_REPLY_BYTES)
-            for url in dict.fromkeys((functions.head, functions.tail, functions.tail_direct))
-        }
-        for hop in hops.values():
-            stack.callback(hop.close)
+    with hops_by_url((functions.head, functions.tail, functions.tail_direct)) as hops:
         direct = (hops[functions.head], hops[functions.tail_direct])
         linked = (hops[functions.head], hops[functions.tail])
 
@@ -189,7 +182,7 @@ def unreachable_urls(urls: Sequence[str]) -> dict[str, IsthmusError]:
         parts = urlsplit(url)
         address = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
         try:
-            socket.create_connection(address, timeout=_CONNECT_S).close()
+            socket.create_connection(address, timeout=CONNECT_S).close()
         except OSError as e:
             errors[url] = HopUnavailable(f"{url} cannot be reached: {e.strerror or e}", hop=url)
     return errors

@@ -25,6 +25,7 @@ from isthmus.pipeline import HttpHop
 from isthmus.wire.frame import Frame, Step
 from isthmus_tools.budget import UNLIMITED, Budget
 from isthmus_tools.profiling.measure import hop_cost, timing
+from isthmus_tools.profiling.measured_hops import hops_by_url
 from isthmus_tools.profiling.remote import ProfiledFunction, SegmentMeasurement
 from isthmus_tools.profiling.slow_edge import AT_FULL_SPEED, SlowEdge
 from isthmus_tools.progress import Progress
@@ -36,7 +37,6 @@ _MAX_PAST = 512
 _MIDDLE = 32
 # A chunk of a large model on a slow device, within a gateway's usual limit.
 _MAX_STEP_S = 300.0
-_ATTEMPTS, _CONNECT_S, _MAX_REPLY_BYTES = 3, 5.0, 2**30
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,10 @@ def measure_steps(
         HopError, RequestError, SegmentError: the function cannot be reached, or refuses.
         ProfileMalformed: the response is no measurement.
     """
-    hop = HttpHop(function.url, attempts=_ATTEMPTS, connect_timeout_s=_CONNECT_S, max_reply_bytes=_MAX_REPLY_BYTES)
     whole = subject.bundle.segment(WHOLE)
-    series = [_StepSeries(hop, subject, s, max(1, -(-runs // ROUNDS)), edge) for s in (whole, *segments)]
-    try:
+    with hops_by_url([function.url]) as hops:
+        hop = hops[function.url]
+        series = [_StepSeries(hop, subject, s, max(1, -(-runs // ROUNDS)), edge) for s in (whole, *segments)]
         device = function.device()
         for number in range(1, ROUNDS + 1):
             for i, each in enumerate(series, start=1):
@@ -128,8 +128,6 @@ def measure_steps(
                 each.run_round()
         progress(f"{tier}: memory, and the cost of a call itself and of encoding")
         costs = {each.segment.id: each.cost(function) for each in series}
-    finally:
-        hop.close()
     steps = tuple(step for each in series for step in each.steps())
     unsteady = [s for s in steps if not s.run.steady]
     warnings = [warning for each in series for warning in each.warnings]

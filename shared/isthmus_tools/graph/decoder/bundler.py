@@ -28,6 +28,7 @@ from isthmus_tools.graph.decoder.config import DecoderSource, layer_precisions
 from isthmus_tools.graph.decoder.rehearsal import StepRehearsal
 from isthmus_tools.graph.decoder.text_model import text_model
 from isthmus_tools.graph.extract import check_order, extract, partition
+from isthmus_tools.graph.layer_cuts import boundary, layer_numbers
 from isthmus_tools.graph.model import Model, open_model
 from isthmus_tools.progress import Progress, silent
 
@@ -57,7 +58,7 @@ def build_decoder(
         CutError: a cut is no layer, or the layers are not in order.
     """
     c = decoder.config
-    partitions = [_layers(text, c.layers) for text in cuts or (str(max(1, c.layers // 2)),)]
+    partitions = [layer_numbers(text, c.layers) for text in cuts or (str(max(1, c.layers // 2)),)]
     text, tokenizer = text_model(decoder, graph.LOGITS)
     precisions = layer_precisions(weights, partitions[0], c)
     out.mkdir(parents=True, exist_ok=True)
@@ -119,7 +120,7 @@ def add_layer_cuts(
     if bundle.state is None:
         raise CutError(f"{bundle.name} is no language model, so it has no cuts between layers")
     past = next(spec for spec in bundle.inputs if spec.name == bundle.state.pairs[0].past)
-    partitions = [_layers(text, len(bundle.state.pairs) // 2) for text in cuts]
+    partitions = [layer_numbers(text, len(bundle.state.pairs) // 2) for text in cuts]
     # Read from the manifest: the file that the model was imported from may be gone.
     (width, vocabulary) = (int(spec.shape[-1]) for spec in (bundle.cut_list[0].tensors[0], bundle.outputs[-1]))
     model = _opened(whole, bundle.state, width, vocabulary, (int(past.shape[1]), int(past.shape[3])), normalise=False)
@@ -141,7 +142,7 @@ def _opened(
     present = ("batch", head[0], "present", head[1])
     specs = {name: TensorSpec(name, "float32", present) for name in state.outputs}
     for layer in range(1, len(state.pairs) // 2):
-        specs[graph.boundary(layer)] = TensorSpec(graph.boundary(layer), "float32", (*rows, width))
+        specs[boundary(layer)] = TensorSpec(boundary(layer), "float32", (*rows, width))
     # Bundles without the input score all positions.
     scored = "tokens" if state.scored is UNSET else graph.SCORED
     specs[graph.LOGITS] = TensorSpec(graph.LOGITS, "float32", ("batch", scored, vocabulary))
@@ -190,31 +191,12 @@ def _cut(
 
 def _layer_cut(model: Model, layer: int) -> CutInfo:
     """The cut behind the first `layer` layers; its bytes are those of a token, and it has no position but the layer."""
-    cut = cut_at(model, [graph.boundary(layer)], graph.boundary(layer))
+    cut = cut_at(model, [boundary(layer)], boundary(layer))
     return replace(cut, bytes=cut.bytes // _TOKENS, position=None)
 
 
 def _names(layers: Sequence[int]) -> tuple[str, ...]:
-    return tuple(graph.boundary(layer) for layer in layers)
-
-
-def _layers(text: str, layers: int) -> list[int]:
-    """The numbers of layers in a partition's text, such as `10/20` or `layer_10/layer_20`.
-
-    Raises:
-        CutError: a part is no number of layers, or the numbers do not grow.
-    """
-    numbers = []
-    for part in text.split("/"):
-        number = part.strip().removeprefix(graph.BOUNDARY)
-        if not (number.isdecimal() and len(number) < 9 and 0 < int(number) < layers):
-            raise CutError(
-                f"{part[:80]!r} is no cut of this model; its cuts are 1 to {layers - 1}, the number of layers before",
-                cut=part[:80],
-            )
-        # `check_order` refuses numbers that do not grow.
-        numbers.append(int(number))
-    return numbers
+    return tuple(boundary(layer) for layer in layers)
 
 
 def _state(decoder: DecoderSource) -> State:

@@ -22,18 +22,13 @@ from isthmus.errors import ModelError
 from isthmus_tools.graph.decoder.config import DecoderSource, Precision
 from isthmus_tools.graph.decoder.initialisers import MatrixPart
 from isthmus_tools.graph.decoder.products import MICROSOFT, Products
+from isthmus_tools.graph.layer_cuts import boundary
 
 IDS, LENGTHS, TOTAL, SCORED, LOGITS = "input_ids", "lengths", "total", "scored", "logits"
-BOUNDARY = "layer_"
 _EMBEDDING = "token_embd.weight"
 _OPSET = 21
 _IR_VERSION = 10
 _Shape: TypeAlias = list[int | ir.SymbolicDim]
-
-
-def boundary(layer: int) -> str:
-    """The name of the residual stream behind the first `layer` layers, and so of the cut there."""
-    return f"{BOUNDARY}{layer}"
 
 
 def state_pairs(layers: int) -> list[tuple[str, str]]:

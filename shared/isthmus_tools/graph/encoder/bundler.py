@@ -10,10 +10,10 @@ import numpy as np
 from msgspec import structs
 
 from isthmus.artifacts.bundle import Blob, Bundle, TextEmbedding, digest_of
-from isthmus.errors import CutError
 from isthmus_tools.graph.bundler import add_cuts, build
 from isthmus_tools.graph.encoder import graph
 from isthmus_tools.graph.encoder.folder import EncoderSource
+from isthmus_tools.graph.layer_cuts import boundary, layer_numbers
 from isthmus_tools.graph.model import open_model
 from isthmus_tools.progress import Progress, silent
 
@@ -86,14 +86,5 @@ def layer_cuts(layers: int, text: str) -> list[str]:
     Raises:
         CutError: a part is no number of layers.
     """
-    names = []
-    for part in text.split("/"):
-        number = part.strip().removeprefix(graph.BOUNDARY)
-        if not (number.isdecimal() and len(number) < 9 and 0 < int(number) < layers):
-            raise CutError(
-                f"{part[:80]!r} is no cut of this model; its cuts are 1 to {layers - 1}, the number of layers before",
-                cut=part[:80],
-            )
-        name = graph.boundary(int(number))
-        names.append(f"{name}={name},{graph.MASK}")
-    return names
+    names = map(boundary, layer_numbers(text, layers))
+    return [f"{name}={name},{graph.MASK}" for name in names]

@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from isthmus.arrays import Array
 from isthmus_tools.graph.encoder.folder import EncoderSource, EncoderWeights
+from isthmus_tools.graph.layer_cuts import boundary
 
 IDS, MASK, VECTOR = "input_ids", "attention_mask", "embedding"
 _OPSET, _IR_VERSION = 21, 10
@@ -26,14 +27,6 @@ _MIN_COUNT, _MIN_NORM = 1e-9, 1e-12
 # Added to the scores of padding: a share of exactly zero behind the softmax.
 _UNSEEN = -1e9
 _GELU = {"gelu": "none", "gelu_new": "tanh"}
-
-
-BOUNDARY = "layer_"
-
-
-def boundary(layer: int) -> str:
-    """The name of the residual stream behind the first `layer` layers, and so of the cut there."""
-    return f"{BOUNDARY}{layer}"
 
 
 def write(source: EncoderSource, path: Path) -> None:

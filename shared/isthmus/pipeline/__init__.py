@@ -17,7 +17,17 @@ A route from a cut takes all tensors at hand and uses the inputs of its segments
 
 from isthmus.pipeline.closer_looks import LookPolicy, LooksTaken
 from isthmus.pipeline.execution import Interruption, Result, SegmentRun, encode_tensors, execute, execute_resumably
-from isthmus.pipeline.hop import Hop, HopReply, HttpHop, LocalHop, LoopbackHop, ProbedHop, ServedTimes, SessionHop
+from isthmus.pipeline.hop import (
+    Hop,
+    HopReply,
+    HttpHop,
+    LocalHop,
+    LoopbackHop,
+    ProbedHop,
+    ServedTimes,
+    SessionHop,
+    hops_by_url,
+)
 from isthmus.pipeline.route import PhotoInput, Route, local_route, photo_input, plan_route, planned_route
 
 __all__ = [
@@ -39,6 +49,7 @@ __all__ = [
     "encode_tensors",
     "execute",
     "execute_resumably",
+    "hops_by_url",
     "local_route",
     "photo_input",
     "plan_route",

@@ -11,7 +11,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, runtime_checkable
@@ -482,6 +482,19 @@ def open_hops(settings: RouterSettings, store: SegmentRunner | None) -> list[tup
         tuple(LocalHop(store) if url == "local" and store is not None else connect(url) for url in urls_of(tier))
         for tier in settings.hops
     ]
+
+
+@contextlib.contextmanager
+def hops_by_url(urls: Iterable[str]) -> Iterator[Mapping[str, HttpHop]]:
+    """A hop to each of the URLs, each once, for the block: for measurements of functions."""
+    with contextlib.ExitStack() as stack:
+        hops = {
+            url: HttpHop(url, attempts=3, connect_timeout_s=5.0, max_reply_bytes=MAX_LOOPBACK_BYTES)
+            for url in dict.fromkeys(urls)
+        }
+        for hop in hops.values():
+            stack.callback(hop.close)
+        yield hops
 
 
 def _error_document(data: bytes | bytearray) -> dict[str, Any]:

@@ -23,13 +23,12 @@ from isthmus.artifacts.sampling import TOKENS, Sampling
 from isthmus.codecs import Tables
 from isthmus.context import Context
 from isthmus.errors import IsthmusError
-from isthmus.pipeline import HttpHop, Result, Route, execute, planned_route
+from isthmus.pipeline import HttpHop, Result, Route, execute, hops_by_url, planned_route
 from isthmus.wire.frame import Step
 from isthmus_tools.budget import UNLIMITED, Budget, Pace
 from isthmus_tools.planner.choice import VALUES, violations, without_deadlines
 from isthmus_tools.planner.elimination import Run, quartiles, successive_elimination
 from isthmus_tools.planner.measurement import LinkedFunctions, unreachable_urls
-from isthmus_tools.profiling.measured_hops import hops_by_url
 from isthmus_tools.profiling.slow_edge import AT_FULL_SPEED, SlowEdge
 from isthmus_tools.progress import Progress, silent
 

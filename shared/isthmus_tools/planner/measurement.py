@@ -18,14 +18,13 @@ from isthmus.artifacts.plan import Candidate
 from isthmus.codecs import Tables
 from isthmus.context import Context
 from isthmus.errors import DeadlineExceeded, HopUnavailable, IsthmusError
-from isthmus.pipeline import HttpHop, Result, execute, photo_input, planned_route
+from isthmus.pipeline import HttpHop, Result, execute, hops_by_url, photo_input, planned_route
 from isthmus.processing.image import model_input
 from isthmus_tools.budget import UNLIMITED, Budget, Pace
 from isthmus_tools.planner.choice import VALUES, violations
 from isthmus_tools.planner.elimination import ROUNDS, Run, successive_elimination
 from isthmus_tools.planner.inputs import TrialInput
 from isthmus_tools.planner.throughput import best_division
-from isthmus_tools.profiling.measured_hops import CONNECT_S, hops_by_url
 from isthmus_tools.profiling.slow_edge import AT_FULL_SPEED, SlowEdge
 from isthmus_tools.progress import Progress, silent
 
@@ -40,7 +39,7 @@ _MIN_SPLITS = 2
 _WARM_UP_SHARE = 0.85
 # Ten times the prediction, within bounds: loading a model may take half a minute, and ten minutes would be a hang.
 _MIN_S, _MAX_S, _MAX_SLOWDOWN = 30.0, 600.0, 10
-_MAX_MESSAGE = 500
+_MAX_MESSAGE, _CONNECT_S = 500, 5.0
 
 
 @dataclass(frozen=True)
@@ -182,7 +181,7 @@ def unreachable_urls(urls: Sequence[str]) -> dict[str, IsthmusError]:
         parts = urlsplit(url)
         address = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
         try:
-            socket.create_connection(address, timeout=CONNECT_S).close()
+            socket.create_connection(address, timeout=_CONNECT_S).close()
         except OSError as e:
             errors[url] = HopUnavailable(f"{url} cannot be reached: {e.strerror or e}", hop=url)
     return errors

@@ -21,11 +21,10 @@ from isthmus.artifacts.segment_id import WHOLE
 from isthmus.artifacts.state import State
 from isthmus.context import Context
 from isthmus.errors import IsthmusError, ProfileMalformed
-from isthmus.pipeline import HttpHop
+from isthmus.pipeline import HttpHop, hops_by_url
 from isthmus.wire.frame import Frame, Step
 from isthmus_tools.budget import UNLIMITED, Budget
 from isthmus_tools.profiling.measure import hop_cost, timing
-from isthmus_tools.profiling.measured_hops import hops_by_url
 from isthmus_tools.profiling.remote import ProfiledFunction, SegmentMeasurement
 from isthmus_tools.profiling.slow_edge import AT_FULL_SPEED, SlowEdge
 from isthmus_tools.progress import Progress

@@ -22,13 +22,12 @@ from isthmus.artifacts.state import State, StatePair
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import CutError, ModelError
 from isthmus_tools.graph import weights as weights_file
-from isthmus_tools.graph.cuts import CutInfo, cut_at
+from isthmus_tools.graph.cuts import CutInfo, boundary, cut_at, layer_numbers
 from isthmus_tools.graph.decoder import graph
 from isthmus_tools.graph.decoder.config import DecoderSource, layer_precisions
 from isthmus_tools.graph.decoder.rehearsal import StepRehearsal
 from isthmus_tools.graph.decoder.text_model import text_model
 from isthmus_tools.graph.extract import check_order, extract, partition
-from isthmus_tools.graph.layer_cuts import boundary, layer_numbers
 from isthmus_tools.graph.model import Model, open_model
 from isthmus_tools.progress import Progress, silent
 

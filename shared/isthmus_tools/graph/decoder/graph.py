@@ -19,10 +19,10 @@ import onnx_ir as ir
 
 from isthmus.arrays import Array
 from isthmus.errors import ModelError
+from isthmus_tools.graph.cuts import boundary
 from isthmus_tools.graph.decoder.config import DecoderSource, Precision
 from isthmus_tools.graph.decoder.initialisers import MatrixPart
 from isthmus_tools.graph.decoder.products import MICROSOFT, Products
-from isthmus_tools.graph.layer_cuts import boundary
 
 IDS, LENGTHS, TOTAL, SCORED, LOGITS = "input_ids", "lengths", "total", "scored", "logits"
 _EMBEDDING = "token_embd.weight"

@@ -11,9 +11,9 @@ from msgspec import structs
 
 from isthmus.artifacts.bundle import Blob, Bundle, TextEmbedding, digest_of
 from isthmus_tools.graph.bundler import add_cuts, build
+from isthmus_tools.graph.cuts import boundary, layer_numbers
 from isthmus_tools.graph.encoder import graph
 from isthmus_tools.graph.encoder.folder import EncoderSource
-from isthmus_tools.graph.layer_cuts import boundary, layer_numbers
 from isthmus_tools.graph.model import open_model
 from isthmus_tools.progress import Progress, silent
 

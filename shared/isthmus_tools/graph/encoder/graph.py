@@ -17,8 +17,8 @@ import numpy as np
 import onnx_ir as ir
 
 from isthmus.arrays import Array
+from isthmus_tools.graph.cuts import boundary
 from isthmus_tools.graph.encoder.folder import EncoderSource, EncoderWeights
-from isthmus_tools.graph.layer_cuts import boundary
 
 IDS, MASK, VECTOR = "input_ids", "attention_mask", "embedding"
 _OPSET, _IR_VERSION = 21, 10

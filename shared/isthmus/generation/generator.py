@@ -42,7 +42,7 @@ class Generator:
             raise ModelError(f"{route.bundle.name} is no language model: it declares no state")
         self._route, self._state = route, route.bundle.state
         self._rerouting, self._proposer = rerouting or FixedRoute(), proposer
-        self._policy = policy or GenerationPolicy()
+        self._policy = policy
 
     def run(
         self, request: GenerationRequest, context: Context, done: Generated
@@ -55,7 +55,8 @@ class Generator:
         """
         began = time.perf_counter()
         sequence = list(request.prompt)
-        session = RoutedSession(self._route, self._state, request, self._rerouting, self._policy, done)
+        policy = self._policy or GenerationPolicy()
+        session = RoutedSession(self._route, self._state, request, self._rerouting, policy, done)
         if isinstance(self._proposer, EarlyProposer):
             self._proposer.attach(lambda tokens: session.early(tokens, context))
         try:
@@ -73,6 +74,9 @@ class Generator:
                         break
         finally:
             session.end()
+            if policy is not self._policy:
+                # Nobody else closes it, and the traceback of a failure would keep its threads.
+                policy.ender.finish()
 
     def _step(
         self,

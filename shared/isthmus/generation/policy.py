@@ -64,9 +64,13 @@ class SessionEnder:
                 return
             future.add_done_callback(lambda _: self._places.release())
 
+    def finish(self) -> None:
+        """Take no further sessions, and have the threads end behind those that were taken; returns at once."""
+        self._threads.shutdown(wait=False)
+
     def close(self) -> None:
-        """End no further sessions; calls under way are bounded by their timeout."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """End no further sessions; waits for calls under way, which are bounded by their timeout."""
+        self._threads.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True, kw_only=True)

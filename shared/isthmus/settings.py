@@ -441,6 +441,12 @@ class RouterSettings(SegmentSettings):
         32 * 2**20,
     )
     total_replay_bytes: int = setting("the same for all generations together", 256 * 2**20)
+    draft: str = setting(
+        "language model of the same vocabulary, NAME or NAME:VERSION, whose tokens are proposed for those of the served"
+        " one; it runs whole on the first of `hops`, where its weights and a session for each generation take memory"
+        " too. The version is the one at the start; empty means no drafts",
+        "",
+    )
     hop_attempts: int = setting(
         "attempts per call of a hop that is reached and fails, including the first, within the deadline. "
         "Calls of a starting hop (connection refused, 503, the gateway's 404) are retried until the deadline. "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from isthmus.context import Context
 from isthmus.errors import ModelError
 from isthmus.generation import AdaptiveProposer, Generated, GenerationRequest, Generator
 from isthmus.generation.draft_model import DraftModel, check_vocabulary
-from isthmus.pipeline import LocalHop
+from isthmus.pipeline import HttpHop, LocalHop
 from isthmus.runtime.session_store import SessionStore
+from support.ports import free_port
 from support.published_decoders import PublishedDecoder, chained
 
 PROMPT = [17, 230, 41, 5, 199, 88, 12]
@@ -57,7 +59,7 @@ def test_refused_drafts_are_taken_back(tiny_decoder: PublishedDecoder, store: Se
 def test_a_draft_model_that_lost_its_state_drafts_again(tiny_decoder: PublishedDecoder, store: SessionStore) -> None:
     draft = drafting(tiny_decoder, store)
     expected = draft.draft(PROMPT, 4)
-    draft.close()
+    store.end_session(draft.session)
     assert draft.draft([*PROMPT, expected[0]], 3) == []
     assert draft.draft([*PROMPT, expected[0]], 3) == expected[1:]
 
@@ -75,6 +77,13 @@ def test_a_draft_stays_within_the_session(tiny_decoder: PublishedDecoder, store:
     draft = DraftModel(tiny_decoder.route((), LocalHop(store)), len(PROMPT) + 2, context())
     assert len(draft.draft(PROMPT, 10)) == 2
     assert not draft.confidence([*PROMPT, 1, 2])
+
+
+def test_a_function_that_fails_ends_the_drafts_and_not_the_generation(tiny_decoder: PublishedDecoder) -> None:
+    with closing(HttpHop(f"http://127.0.0.1:{free_port()}", attempts=1, connect_timeout_s=1, max_reply_bytes=1)) as hop:
+        draft = DraftModel(tiny_decoder.route((), hop), 100, context())
+        assert draft.draft(PROMPT, 3) == []
+    assert not draft.confidence(PROMPT)
 
 
 def test_another_vocabulary_is_refused(tiny_decoder: PublishedDecoder) -> None:

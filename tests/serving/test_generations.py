@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -184,6 +185,45 @@ def test_sessions_end_with_their_generation(place: Place) -> None:
     place.tail.fault = lambda number: Response(status=400)
     assert complete(client).status_code == 502
     eventually(lambda: len(place.tail.ended) == 2)
+
+
+def publish_draft(place: Place, folder: Path) -> None:
+    bundle, files = build_decoder(read_folder(folder), "small", place.folder / "small", cuts=[])
+    open_registry(SegmentSettings(registry=str(place.registry))).publish(bundle, files, alias="prod")
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_a_draft_model_changes_no_token(place: Place, tiny_decoder: PublishedDecoder, temperature: float) -> None:
+    publish_draft(place, tiny_decoder.folder)
+    place.tail.fault = lambda number: time.sleep(0.03)  # so that drafts pay
+    changes = {"temperature": temperature, "frequency_penalty": 0, "prompt": PROMPT[:5]}
+    without = complete(place.router(), {"Isthmus-Route": "split-1"}, **changes)
+    client = place.router(draft="small")
+    found = complete(client, {"Isthmus-Route": "split-1"}, **changes)
+    assert text_of(found) == text_of(without)
+    assert found.json["isthmus"]["proposed"] > 0
+    if not temperature:  # a model agrees with itself
+        assert found.json["isthmus"]["accepted"] > without.json["isthmus"]["accepted"]
+    # The generation's session and the draft's were both given back.
+    eventually(lambda: metrics(client)["isthmus_sessions", ()] == 0)
+
+
+def test_a_draft_model_of_another_vocabulary_keeps_the_router_unready(
+    place: Place, tiny_decoder: PublishedDecoder
+) -> None:
+    folder = shutil.copytree(tiny_decoder.folder, place.folder / "other")
+    document = json.loads((folder / "tokenizer.json").read_bytes())
+    vocabulary = document["model"]["vocab"]
+    first, second = list(vocabulary)[10:12]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    publish_draft(place, folder)
+    given = common(place.folder / "r") | {"registry": str(place.registry), "expose_details": True}
+    app = create_router_app(RouterSettings(model="tiny", hops=("local",), draft="small", **given))
+    place.stack.callback(app.extensions["isthmus"].close)
+    client = app.test_client()
+    eventually(lambda: "another vocabulary" in client.get("/ready").text)
+    assert client.get("/ready").status_code == 503
 
 
 def test_a_trace_has_the_generation_and_a_few_of_its_steps(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,14 +14,14 @@ import numpy as np
 
 from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.sampling import TOKENS, Sampling
-from isthmus.context import Context, Deadline
-from isthmus.errors import ModelError, Overloaded, StateMissing
-from isthmus.pipeline import Route, SessionHop, execute
+from isthmus.context import Context
+from isthmus.errors import DeadlineExceeded, IsthmusError, ModelError, StateMissing
+from isthmus.generation.policy import SessionEnder
+from isthmus.pipeline import Route, execute
 from isthmus.wire.frame import Step
 
 # As in the prefill of the model itself: a step of other sessions waits no longer.
 _CHUNK = 256
-_END_TIMEOUT_S = 1.0
 
 
 class DraftModel:
@@ -36,7 +36,7 @@ class DraftModel:
         if route.bundle.state is None:
             raise ModelError(f"{route.bundle.name} is no language model: it declares no state")
         self._route, self._context, self._state = route, context, route.bundle.state
-        self._name, self._reserve = secrets.token_hex(16), min(tokens, route.bundle.state.context)
+        self.session, self._reserve = secrets.token_hex(16), min(tokens, route.bundle.state.context)
         self._ran: list[int] = []
         # Of these, the first that the sequence is known to have: it only grows.
         self._agreed = 0
@@ -48,8 +48,10 @@ class DraftModel:
     def draft(self, sequence: Sequence[int], count: int) -> list[int]:
         """The model's own next tokens; none where its function has no place for the session, or lost its state.
 
+        A function that fails ends the drafts and not the generation.
+
         Raises:
-            DeadlineExceeded, HopError: as `execute`.
+            DeadlineExceeded: as `execute`.
         """
         agreed = self._agreed + _common(self._ran[self._agreed :], sequence[self._agreed : -1])
         self._agreed, self._ran = agreed, self._ran[:agreed]
@@ -60,15 +62,15 @@ class DraftModel:
                 waiting = drafted[-1:]
         except StateMissing:
             self._ran, self._agreed = [], 0
-        except Overloaded:
+        except DeadlineExceeded:
+            raise
+        except IsthmusError:
             self._reserve = 0
         return drafted
 
-    def close(self) -> None:
-        """Have the session's memory given back."""
-        for hop in self._route.hops:
-            if isinstance(hop, SessionHop):
-                hop.end_session(self._name, Deadline.after(_END_TIMEOUT_S))
+    def end(self, ender: SessionEnder) -> None:
+        """Have the session's memory given back, in the background."""
+        ender.end(self.session, self._route.hops)
 
     def _run(self, tokens: Sequence[int]) -> int:
         """Run tokens behind those that ran; the likeliest to follow."""
@@ -77,7 +79,7 @@ class DraftModel:
         return drawn
 
     def _step(self, tokens: Sequence[int]) -> int:
-        step = Step(self._name, len(self._ran), Sampling(), self._reserve)
+        step = Step(self.session, len(self._ran), Sampling(), self._reserve)
         result = execute(self._route, {self._state.tokens: np.array([tokens], np.int64)}, self._context, step=step)
         self._ran += tokens
         return int(result.outputs[TOKENS][0, -1])

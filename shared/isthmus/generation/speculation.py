@@ -234,9 +234,9 @@ class AdaptiveProposer:
         return self._accepted.setdefault((kind, confidence), Acceptance(first))
 
 
-def edge_proposer() -> AdaptiveProposer:
-    """A proposer by the prompt, and by the exit at the route's first cut where the bundle has one."""
-    return AdaptiveProposer([PromptLookup(), ExitHead()])
+def edge_proposer(*further: ProposalSource) -> AdaptiveProposer:
+    """A proposer by the prompt, by an exit at the route's first cut where the bundle has one, and by `further`."""
+    return AdaptiveProposer([PromptLookup(), ExitHead(), *further])
 
 
 def _learn(seconds: dict[str, float], kind: str, value: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import abc
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from isthmus.settings import RouterSettings
 
 if TYPE_CHECKING:
     from isthmus.serving.app import FunctionApp
+    from isthmus.serving.drafts import Drafts
     from isthmus.serving.tracing import Tracing
 
 
@@ -38,9 +40,14 @@ class Generations:
     """Begins generations; one for all models of a router."""
 
     def __init__(
-        self, app: FunctionApp, settings: RouterSettings, dispatcher: Dispatcher, metrics: GenerationMetrics
+        self,
+        app: FunctionApp,
+        settings: RouterSettings,
+        dispatcher: Dispatcher,
+        metrics: GenerationMetrics,
+        drafts: Drafts | None = None,
     ) -> None:
-        self._longest_s, self._dispatcher = settings.longest_generation_s, dispatcher
+        self._longest_s, self._dispatcher, self._drafts = settings.longest_generation_s, dispatcher, drafts
         policy = GenerationPolicy(
             silence_s=settings.generation_silence_s,
             replay_bytes=settings.replay_bytes,
@@ -70,8 +77,12 @@ class Generations:
         context = replace(context, deadline=Deadline.after(seconds))
         describe_varying_work()
         routed = self._dispatcher.generation(model, context, headers.get(ROUTE_HEADER, ""))
-        proposer = proposer or edge_proposer()
-        return RunningGeneration(model, request, context, routed, proposer, self._services)
+        draft = self._drafts.of(model, request, context) if self._drafts is not None and proposer is None else None
+        proposer = proposer or edge_proposer(*([] if draft is None else [draft]))
+        running = RunningGeneration(model, request, context, routed, proposer, self._services)
+        if draft is not None:
+            running.closing.callback(draft.end, self._services.policy.ender)
+        return running
 
 
 class RunningGeneration:
@@ -87,6 +98,7 @@ class RunningGeneration:
         services: _Services,
     ) -> None:
         self.done = Generated()
+        self.closing = ExitStack()
         self._model, self._request, self._context, self._routed = model, request, context, routed
         self._proposer, self._services = proposer, services
 
@@ -125,6 +137,7 @@ class RunningGeneration:
             raise
         finally:
             steps.close()
+            self.closing.close()
             metrics.ended(self.done, seconds, outcome=outcome)
             if span is not None and tracing is not None:
                 tracing.end_generation(span, self._facts(), error)

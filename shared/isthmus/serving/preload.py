@@ -1,4 +1,4 @@
-"""The setting `preload`: segments that a function loads at start."""
+"""What a function opens and loads at start: the segments of the setting `preload`, sessions, a draft model."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.segment_id import WHOLE, SegmentId
 from isthmus.context import Deadline
 from isthmus.errors import SettingsError
+from isthmus.pipeline import Hop
 from isthmus.registry import Registry, open_cache
-from isthmus.settings import SegmentSettings
+from isthmus.settings import RouterSettings, SegmentSettings
 
 if TYPE_CHECKING:  # a router with remote hops alone never loads onnxruntime
     from isthmus.runtime.session_store import SessionStore
     from isthmus.runtime.store import SegmentStore
+    from isthmus.serving.drafts import Drafts
 
 # Bound on loading a segment; a slow link to the registry takes minutes for a large model.
 MAX_LOAD_S = 600.0
@@ -62,6 +64,15 @@ def open_sessions(settings: SegmentSettings, registry: Registry) -> SessionStore
     from isthmus.runtime.session_store import open_store
 
     return open_store(open_cache(settings, registry), settings)
+
+
+def open_drafts(settings: RouterSettings, registry: Registry, hop: Hop) -> Drafts | None:
+    """The draft model of the settings, if they name one, on `hop`."""
+    if not settings.draft:
+        return None
+    from isthmus.serving.drafts import Drafts  # routers without drafts need none of its imports
+
+    return Drafts(settings.draft, registry, hop)
 
 
 def preload(entries: tuple[str, ...], registry: Registry, store: SegmentStore) -> None:

@@ -15,7 +15,7 @@ from isthmus.serving.inference_routes import InferenceRoutes
 from isthmus.serving.model_routes import ModelRoutes, StateRoute
 from isthmus.serving.openai.api import OpenAIApi
 from isthmus.serving.prediction import Predictor
-from isthmus.serving.preload import load_deadline, open_sessions, parse_entry, preload
+from isthmus.serving.preload import load_deadline, open_drafts, open_sessions, parse_entry, preload
 from isthmus.serving.routing_metrics import MeasuredDispatcher, RoutingMetrics
 from isthmus.settings import RouterSettings
 
@@ -72,7 +72,8 @@ class _RouterApp(FunctionApp):
         inference = InferenceRoutes(self, settings, self._catalog, predictor, images, tables)
         models = ModelRoutes(self, self._catalog, settings)
         StateRoute(self, dispatcher, settings)
-        OpenAIApi(self, settings, self._catalog, self._registry, models.listing, dispatcher, predictor)
+        self._drafts = open_drafts(settings, self._registry, hops[0])
+        OpenAIApi(self, settings, self._catalog, self._registry, models.listing, dispatcher, predictor, self._drafts)
         if settings.page:
             from isthmus.serving.page import Page  # templates are for routers with a page alone
 
@@ -85,5 +86,8 @@ class _RouterApp(FunctionApp):
         model = self._catalog.get(self._router_settings.model, load_deadline())
         # Its routes load while the function is ready: the first requests take the plan's choice.
         self._warming.loaded(model)
+        if self._drafts is not None:
+            is_here = self._router_settings.hops[0] == "local"
+            self._drafts.prepare(model, self._store if is_here else None, load_deadline())
         if self._store is not None:
             preload(self._router_settings.preload, self._registry, self._store)

@@ -20,6 +20,7 @@ from isthmus.serving.request import FunctionRequest
 from isthmus.settings import RouterSettings
 
 if TYPE_CHECKING:
+    from isthmus.serving.drafts import Drafts
     from isthmus.serving.openai.embeddings import EmbeddingRoutes
     from isthmus.serving.openai.routes import CompletionRoutes
 
@@ -36,7 +37,9 @@ class OpenAIApi:
         listing: ModelList,
         dispatcher: Dispatcher,
         predictor: Predictor,
+        drafts: Drafts | None,
     ) -> None:
+        self._drafts = drafts
         self._settings, self._catalog, self._registry = settings, catalog, registry
         self._app, self._dispatcher, self._predictor = app, dispatcher, predictor
         # Before the first request too, so that the metrics are there from the start.
@@ -73,6 +76,6 @@ class OpenAIApi:
                 from isthmus.serving.generations import Generations
                 from isthmus.serving.openai.routes import CompletionRoutes
 
-                generations = Generations(self._app, self._settings, self._dispatcher, self._metrics)
+                generations = Generations(self._app, self._settings, self._dispatcher, self._metrics, self._drafts)
                 self._routes = CompletionRoutes(self._settings, self._catalog, self._registry, generations)
             return self._routes

@@ -26,7 +26,7 @@ from isthmus_tools.planner.enumeration import enumerate_candidates
 from isthmus_tools.planner.inputs import TrialInput, from_arrays, from_photos
 from isthmus_tools.planner.measurement import LinkedFunctions, contenders, measure
 from isthmus_tools.profiling.slow_edge import SlowEdge
-from isthmus_tools.usecases.functions import FunctionUrls
+from isthmus_tools.usecases.function_urls import FunctionUrls
 from isthmus_tools.usecases.profile import ProfileRequest, profile
 from isthmus_tools.zoo.photos import varied_photos
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from isthmus_tools.usecases.batch import BatchRequest, BatchResult, classify_photos
     from isthmus_tools.usecases.calibrate import CalibrateRequest, CalibrateResult, calibrate
     from isthmus_tools.usecases.cut import CutList, CutRequest, CutResult, cut, list_cuts
-    from isthmus_tools.usecases.functions import FunctionUrls
+    from isthmus_tools.usecases.function_urls import FunctionUrls
     from isthmus_tools.usecases.local_functions import local_functions
     from isthmus_tools.usecases.local_model import LocalModel
     from isthmus_tools.usecases.model_import import ImportRequest, import_model
@@ -31,7 +31,7 @@ _NAMES = {
     "usecases.batch": ("BatchRequest", "BatchResult", "classify_photos"),
     "usecases.calibrate": ("CalibrateRequest", "CalibrateResult", "calibrate"),
     "usecases.cut": ("CutList", "CutRequest", "CutResult", "cut", "list_cuts"),
-    "usecases.functions": ("FunctionUrls",),
+    "usecases.function_urls": ("FunctionUrls",),
     "usecases.local_functions": ("local_functions",),
     "usecases.local_model": ("LocalModel",),
     "usecases.model_import": ("ImportRequest", "import_model"),

@@ -19,7 +19,7 @@ from isthmus_tools.graph.encoder.bundler import add_encoder_cuts, build_encoder
 from isthmus_tools.graph.encoder.folder import EncoderSource, read_encoder
 from isthmus_tools.graph.exporting import ModelInputs
 from isthmus_tools.usecases.cut import list_cuts
-from isthmus_tools.usecases.language import sentence_encoder
+from isthmus_tools.usecases.language_sources import sentence_encoder
 from support.encoders import TEXTS, expected_vectors, save_encoder, token_rows, write_json
 
 

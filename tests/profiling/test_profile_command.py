@@ -23,7 +23,7 @@ from isthmus_tools.cli import app
 from isthmus_tools.profiling import profiles, slow_edge
 from isthmus_tools.profiling.slow_edge import SlowEdge
 from isthmus_tools.usecases import profile as use_case
-from isthmus_tools.usecases.functions import FunctionUrls
+from isthmus_tools.usecases.function_urls import FunctionUrls
 from isthmus_tools.usecases.profile import ProfileRequest
 from isthmus_tools.zoo import models as zoo
 from support.bundles import (

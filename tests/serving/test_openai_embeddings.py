@@ -123,7 +123,9 @@ def test_dimensions_that_are_the_models_ask_for_nothing(client: openai.OpenAI) -
 def test_encoders_are_listed_and_generate_nothing(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["sentences"]
     assert client.models.retrieve("sentences").id == "sentences"
-    with pytest.raises(openai.BadRequestError, match="generates no text"):
+    with pytest.raises(
+        openai.BadRequestError, match="generates no text; it encodes texts: send them to /v1/embeddings"
+    ):
         client.completions.create(model="sentences", prompt="a")
     with pytest.raises(openai.NotFoundError):
         client.embeddings.create(model="nobody", input="a")

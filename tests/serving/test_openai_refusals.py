@@ -169,6 +169,8 @@ def test_an_unknown_model_an_unknown_path_and_a_wrong_method_have_openais_form(r
     assert (status, error["code"], error["param"]) == (404, "model_not_found", "model")
     status, error = refusal(router, "/v1/images", {})
     assert (status, error["code"]) == (404, "not_found")
+    # What OpenAI's client shows of an error.
+    assert "no path /v1/images; there are /v1/chat/completions, /v1/completions" in error["message"]
     response = router.get(CHAT)
     assert (response.status_code, response.json["error"]["code"]) == (405, "method_not_allowed")
     assert router.get("/v1/models/nobody").json["error"]["code"] == "model_not_found"

@@ -17,7 +17,7 @@ from isthmus.runtime.session_store import SessionStore, open_store
 from isthmus.settings import SegmentSettings
 from isthmus_tools.graph.decoder.bundler import build_decoder
 from isthmus_tools.graph.decoder.transformers_folder import read_folder
-from isthmus_tools.usecases.language import language_model
+from isthmus_tools.usecases.language_sources import language_model
 from support.decoders import save_decoder, tiny_config
 
 

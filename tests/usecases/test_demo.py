@@ -21,7 +21,7 @@ from isthmus_tools.usecases.calibrate import CalibrateRequest, calibrate
 from isthmus_tools.usecases.demo import DemoRequest
 from isthmus_tools.usecases.demo_verdict import Way, judge, lower_envelope
 from isthmus_tools.usecases.demo_ways import JPEG_QUALITY
-from isthmus_tools.usecases.functions import FunctionUrls
+from isthmus_tools.usecases.function_urls import FunctionUrls
 from isthmus_tools.zoo.calibration import FOLDER, copy_calibration, shipped_calibration
 from support.bundles import Published, photo, publish_photos, segment_settings, served
 from support.cli import isthmus

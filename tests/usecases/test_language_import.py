@@ -66,6 +66,29 @@ def test_a_number_is_that_of_the_layers_before_the_cut(tiny_decoder: PublishedDe
         bundle.cut_names("7")
 
 
+def test_a_published_or_ready_name_is_answered_with_what_to_type() -> None:
+    for command in ("import", "cuts"):
+        refused = isthmus(command, "smollm2")
+        assert (refused.exit_code, "is llm:smollm2; isthmus show smollm2 has" in refused.stderr) == (1, True)
+
+
+def test_wrong_uses_of_a_language_model_are_answered_with_the_right_one(
+    tiny_decoder: PublishedDecoder, tmp_path: Path
+) -> None:
+    photo, text = tmp_path / "photo.jpg", tmp_path / "notes.txt"
+    photo.touch()
+    text.write_text("a text")
+    registry = ["--registry", tiny_decoder.registry]
+    for said, arguments in {
+        "isthmus chat tiny, or /v1/chat/completions": ["infer", "--model", "tiny", "--local", photo],
+        "isthmus cut tiny --cut CUT adds another": ["chat", "tiny", "--local", "--cut", "9", "--once", "a"],
+        "the option is --text FILE": ["calibrate", "tiny", "--data", text],
+        "hint: isthmus calibrate tiny\n": ["codec", "tiny"],
+    }.items():
+        refused = isthmus(*arguments, *registry)
+        assert (refused.exit_code, said in refused.stderr) == (1, True), refused.stderr
+
+
 def test_facts_are_of_language_models_alone(tiny_decoder: PublishedDecoder) -> None:
     facts = language_facts(tiny_decoder.model.bundle)
     assert facts is not None

@@ -17,7 +17,7 @@ from isthmus_tools.budget import Budget
 from isthmus_tools.planner.regions import RegionCell, RegionMap, region_map
 from isthmus_tools.profiling import profiles, slow_edge
 from isthmus_tools.profiling.slow_edge import SlowEdge
-from isthmus_tools.usecases.functions import FunctionUrls
+from isthmus_tools.usecases.function_urls import FunctionUrls
 from isthmus_tools.usecases.map_check import CheckedCell, cells_to_check, check_map
 from isthmus_tools.usecases.plan import PlanRequest, plan
 from support.bundles import publish_photos, segment_settings, served

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import itertools
 import json
@@ -32,6 +33,7 @@ from isthmus_tools.planner.measurement import LinkedFunctions
 from isthmus_tools.profiling import profiles
 from isthmus_tools.profiling.slow_edge import EdgeWork, SlowEdge
 from isthmus_tools.usecases.answer_size import AnswerSize, prompt_ids
+from isthmus_tools.usecases.function_urls import functions_at
 from isthmus_tools.usecases.functions import codec_tables
 from support.bundles import ready, served
 from support.cli import isthmus
@@ -66,11 +68,14 @@ def planned(tiny_decoder: PublishedDecoder, tmp_path_factory: pytest.TempPathFac
     decoder = dataclasses.replace(tiny_decoder, registry=registry)
     (folder / "secrets").mkdir()
     (folder / "secrets" / SECRET).write_text(TOKEN)
-    settings = RegistrySettings(registry=str(registry), cache_dir=str(folder / "cache"))
-    options: dict[str, Any] = {"secrets_dir": str(folder / "secrets"), "log_level": "error"}
+    # The functions take sealed calls alone, so that every measurement here shows that commands seal theirs.
+    (folder / "secrets" / "hop-keys").write_text(f"k1:{base64.b64encode(bytes(range(32))).decode()}")
+    secrets = str(folder / "secrets")
+    settings = RegistrySettings(registry=str(registry), cache_dir=str(folder / "cache"), secrets_dir=secrets)
+    options: dict[str, Any] = {"secrets_dir": secrets, "log_level": "error"}
     apps = [create_segment_app(decoder.settings(folder / name, **options)) for name in ("head", "tail")]
     with served(apps[0]) as head, served(apps[1]) as tail:
-        functions = FunctionUrls(head, tail, TOKEN)
+        functions = functions_at(head, tail, settings, TOKEN)
         request = PlanRequest(
             model="tiny",
             registry=settings,
@@ -163,6 +168,7 @@ def test_the_api_of_a_router_answers_along_the_plan(planned: PlannedDecoder, tmp
         model="tiny:planned",
         hops=(planned.functions.head, planned.functions.tail),
         adapt=False,
+        secrets_dir=planned.settings.secrets_dir,
         log_level="error",
     )
     client = ready(create_router_app(settings).test_client())
@@ -329,7 +335,7 @@ def measured_again(planned: PlannedDecoder, names: Sequence[str], tail: str, edg
     load = planned.plan.generation
     assert load is not None
     task = GenerationTask(prompt_ids(registry, model.bundle, (), load.prompt), load, lambda candidate, steps: 1.0)
-    functions = LinkedFunctions(planned.functions.head, tail, tail)
+    functions = LinkedFunctions(planned.functions.head, tail, tail, planned.functions.protection)
     candidates = [replace(c, measured=None) for c in planned.plan.candidates if c.name in names]
     measured = measure_generations(
         candidates, model.digest, model.bundle, functions, task, codec_tables(registry), edge=edge, rounds=1

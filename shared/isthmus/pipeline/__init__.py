@@ -29,8 +29,10 @@ from isthmus.pipeline.hop import (
     hops_by_url,
 )
 from isthmus.pipeline.route import PhotoInput, Route, local_route, photo_input, plan_route, planned_route
+from isthmus.security.protected_call import CallProtection
 
 __all__ = [
+    "CallProtection",
     "Hop",
     "HopReply",
     "HttpHop",

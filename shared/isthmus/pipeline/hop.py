@@ -485,11 +485,17 @@ def open_hops(settings: RouterSettings, store: SegmentRunner | None) -> list[tup
 
 
 @contextlib.contextmanager
-def hops_by_url(urls: Iterable[str]) -> Iterator[Mapping[str, HttpHop]]:
+def hops_by_url(urls: Iterable[str], protection: CallProtection | None = None) -> Iterator[Mapping[str, HttpHop]]:
     """A hop to each of the URLs, each once, for the block: for measurements of functions."""
     with contextlib.ExitStack() as stack:
         hops = {
-            url: HttpHop(url, attempts=3, connect_timeout_s=5.0, max_reply_bytes=MAX_LOOPBACK_BYTES)
+            url: HttpHop(
+                url,
+                attempts=3,
+                connect_timeout_s=5.0,
+                max_reply_bytes=MAX_LOOPBACK_BYTES,
+                protection=protection,
+            )
             for url in dict.fromkeys(urls)
         }
         for hop in hops.values():

@@ -14,7 +14,7 @@ from isthmus_tools.cli.console import errors, print_json, progress_bars, say, ta
 from isthmus_tools.cli.options import PICTURES, AsJson, Examples, Shapes, check_output, refuse_senseless
 
 if TYPE_CHECKING:
-    from isthmus_tools.usecases.language import DecoderCutList
+    from isthmus_tools.usecases.language_sources import DecoderCutList
 
 # The rows of a table without --all.
 _SHOWN = 10
@@ -49,7 +49,7 @@ def cuts(
     # In the function, as in every command: help and usage errors appear without loading onnx.
     from isthmus_tools.cli.inputs import read_model_inputs
     from isthmus_tools.usecases.cut import list_cuts
-    from isthmus_tools.usecases.language import list_layer_cuts
+    from isthmus_tools.usecases.language_sources import list_layer_cuts
 
     with errors(as_json):
         if (layers := list_layer_cuts(model)) is not None:

@@ -125,7 +125,7 @@ def plan(
     from isthmus_tools.cli.inputs import read_tensors
     from isthmus_tools.planner.costs import read_prices
     from isthmus_tools.usecases import plan as use_case
-    from isthmus_tools.usecases.functions import FunctionUrls
+    from isthmus_tools.usecases.function_urls import functions_at
     from isthmus_tools.usecases.local_functions import local_functions
     from isthmus_tools.usecases.map_check import check_map
 
@@ -166,7 +166,7 @@ def plan(
             ),
             objective=check_objective(objective or ("cost" if latency else "latency")),
             prices=read_prices(prices) if prices else None,
-            functions=FunctionUrls(head, tail) if head else None,
+            functions=functions_at(head, tail, registry_settings(registry)) if head else None,
             predict_only=predict_only,
             photos=photos or [],
             tensors=read_tensors(tensor),

@@ -66,7 +66,7 @@ def profile(
     """
     from isthmus_tools.cli.inputs import read_tensors
     from isthmus_tools.usecases import profile as use_case
-    from isthmus_tools.usecases.functions import FunctionUrls
+    from isthmus_tools.usecases.function_urls import FunctionUrls, functions_at
     from isthmus_tools.usecases.local_functions import local_functions
 
     with errors(as_json):
@@ -75,10 +75,11 @@ def profile(
         if local and (head or tail):
             raise RequestMalformed("--local starts its own functions: leave --head and --tail out")
         budget_of(time_limit)  # refuses a malformed limit before functions start
+        settings = registry_settings(registry)
         request = use_case.ProfileRequest(
             model=model,
-            registry=registry_settings(registry),
-            functions=FunctionUrls() if local else FunctionUrls(head, tail, _token(token_file)),
+            registry=settings,
+            functions=FunctionUrls() if local else functions_at(head, tail, settings, _token(token_file)),
             cuts=at or [],
             runs=runs,
             photos=[photo] if photo else [],

@@ -82,7 +82,7 @@ def measure_generations(
     Raises:
         HopError: the functions cannot be reached, so that no candidate runs.
     """
-    with hops_by_url((functions.head, functions.tail, functions.tail_direct)) as hops:
+    with hops_by_url((functions.head, functions.tail, functions.tail_direct), functions.protection) as hops:
 
         def answer(candidate: Candidate, tail: str) -> _Answer:
             to = (hops[functions.head], hops[tail])

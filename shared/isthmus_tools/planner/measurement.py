@@ -18,7 +18,7 @@ from isthmus.artifacts.plan import Candidate
 from isthmus.codecs import Tables
 from isthmus.context import Context
 from isthmus.errors import DeadlineExceeded, HopUnavailable, IsthmusError
-from isthmus.pipeline import HttpHop, Result, execute, hops_by_url, photo_input, planned_route
+from isthmus.pipeline import CallProtection, HttpHop, Result, execute, hops_by_url, photo_input, planned_route
 from isthmus.processing.image import model_input
 from isthmus_tools.budget import UNLIMITED, Budget, Pace
 from isthmus_tools.planner.choice import VALUES, violations
@@ -52,6 +52,7 @@ class LinkedFunctions:
     head: str
     tail: str
     tail_direct: str
+    protection: CallProtection | None = None
 
 
 def contenders(
@@ -104,7 +105,7 @@ def measure(
     Raises:
         HopError: the functions cannot be reached, so that no candidate runs, or no longer over the link.
     """
-    with hops_by_url((functions.head, functions.tail, functions.tail_direct)) as hops:
+    with hops_by_url((functions.head, functions.tail, functions.tail_direct), functions.protection) as hops:
         direct = (hops[functions.head], hops[functions.tail_direct])
         linked = (hops[functions.head], hops[functions.tail])
 

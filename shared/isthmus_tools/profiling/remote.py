@@ -18,6 +18,7 @@ from isthmus.client import Client
 from isthmus.errors import HopRejected, HopUnavailable, NotReady, Overloaded, ProfileMalformed, SettingsError
 from isthmus.http.pool import Response, stage_seconds
 from isthmus.retries import backoff
+from isthmus.security.protected_call import CallProtection
 from isthmus.settings import is_secret
 from isthmus.wire import frame as frames
 from isthmus.wire.frame import Frame
@@ -98,12 +99,15 @@ class Echo:
 
 
 class ProfiledFunction:
-    """A function at `url` that measures for holders of `token`."""
+    """A function at `url` that measures for holders of `token`; `protection` is that of its other routes."""
 
-    def __init__(self, url: str, token: str, *, timeout_s: float = 60.0) -> None:
+    def __init__(
+        self, url: str, token: str, *, timeout_s: float = 60.0, protection: CallProtection | None = None
+    ) -> None:
         if token and not is_secret(token):
             raise SettingsError("the profile token is none: it is one word of printable characters", variable="token")
         self.url = url.rstrip("/")
+        self.protection = protection
         self._headers = {"Authorization": f"Bearer {token}", "Content-Type": frames.CONTENT_TYPE}
         self._client = Client(self.url, timeout_s=timeout_s)
 

@@ -21,7 +21,8 @@ from isthmus_tools.progress import Progress, silent
 from isthmus_tools.usecases.demo_model import CUT, MODEL, fidelity_at
 from isthmus_tools.usecases.demo_verdict import Verdict, Way, judge
 from isthmus_tools.usecases.demo_ways import demo_candidates, predictions
-from isthmus_tools.usecases.functions import FunctionUrls, measure_over_link
+from isthmus_tools.usecases.function_urls import FunctionUrls
+from isthmus_tools.usecases.functions import measure_over_link
 from isthmus_tools.usecases.local_model import LocalModel
 
 LINK = Conditions(10e6, 10e6, 0.02)

@@ -20,7 +20,7 @@ from isthmus.runtime.tables import Tables
 from isthmus_tools.planner.inputs import TrialInput
 from isthmus_tools.planner.offered import short_name
 from isthmus_tools.progress import Progress
-from isthmus_tools.usecases.functions import FunctionUrls
+from isthmus_tools.usecases.function_urls import FunctionUrls
 
 _LONGEST_S = 120.0
 _ATTEMPTS, _CONNECT_S, _MAX_REPLY_BYTES = 3, 5.0, 2**26
@@ -96,7 +96,13 @@ def predictions(
     predicted: dict[str, list[Result]] = {}
     with ExitStack() as resources:
         hops = [
-            HttpHop(url, attempts=_ATTEMPTS, connect_timeout_s=_CONNECT_S, max_reply_bytes=_MAX_REPLY_BYTES)
+            HttpHop(
+                url,
+                attempts=_ATTEMPTS,
+                connect_timeout_s=_CONNECT_S,
+                max_reply_bytes=_MAX_REPLY_BYTES,
+                protection=functions.protection,
+            )
             for url in (functions.head, functions.tail)
         ]
         for hop in hops:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
 from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.conditions import Conditions, Constraints, Objective
@@ -19,21 +18,8 @@ from isthmus_tools.planner.elimination import ROUNDS
 from isthmus_tools.planner.generation_runs import GenerationTask, measure_generations
 from isthmus_tools.planner.inputs import TrialInput
 from isthmus_tools.planner.measurement import LinkedFunctions, contenders, measure
-from isthmus_tools.profiling.slow_edge import AT_FULL_SPEED, SlowEdge
 from isthmus_tools.progress import Progress, silent
-
-
-@dataclass(frozen=True)
-class FunctionUrls:
-    """URLs of the function at the edge and of the function in the cloud, and the secret that allows profiling.
-
-    An empty URL leaves that tier out. Work at the edge counts as that of `edge`.
-    """
-
-    head: str = ""
-    tail: str = ""
-    token: str = ""
-    edge: SlowEdge = AT_FULL_SPEED
+from isthmus_tools.usecases.function_urls import FunctionUrls
 
 
 def measure_candidates(
@@ -161,4 +147,4 @@ def _linked(functions: FunctionUrls, conditions: Conditions) -> Iterator[LinkedF
             up, down, rtt_s = conditions.up_bps, conditions.down_bps, conditions.rtt_s
             tail = link.enter_context(link_to(tail, uplink_bps=up, downlink_bps=down, rtt_s=rtt_s))
         # The tail without the link as well: loading a model over a slow link would only take longer.
-        yield LinkedFunctions(functions.head, tail, functions.tail)
+        yield LinkedFunctions(functions.head, tail, functions.tail, functions.protection)

@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from isthmus.security.protected_call import open_protection
+from isthmus.settings import SegmentSettings
 from isthmus_tools.engine import Engine, Event
 from isthmus_tools.engine.credentials import SecretFolder
 from isthmus_tools.engine.stack import read_stack
 from isthmus_tools.profiling.slow_edge import AT_FULL_SPEED, SlowEdge
 from isthmus_tools.progress import Progress, silent
-from isthmus_tools.usecases.functions import FunctionUrls
+from isthmus_tools.usecases.function_urls import FunctionUrls
 
 HEAD, TAIL = "edge-head", "cloud-tail"
 EDGE_FUNCTIONS = frozenset({"router", HEAD})
@@ -43,7 +45,8 @@ def local_functions(
     """
     read = read_stack(stack, variables)
     # Functions profile for callers with this secret alone; the engine reads its stack's secrets from here.
-    token = SecretFolder(read.root / ".isthmus" / "secrets").ensure(_SECRET)
+    secrets = SecretFolder(read.root / ".isthmus" / "secrets")
+    token, protection = secrets.ensure(_SECRET), open_protection(SegmentSettings(secrets_dir=str(secrets.path)))
     # Replicas of other functions would compete for the CPUs during measurements.
     unused = {name: 0 for name in read.functions if name not in (HEAD, TAIL)}
     environment: Mapping[str, Mapping[str, str]] = {"*": _MEASURING}
@@ -70,7 +73,8 @@ def local_functions(
         on_event=on_event,
     ) as engine:
         engine.wait_ready(_START_S, lambda states: progress(f"starting: {_summary(states)}"))
-        yield FunctionUrls(f"{engine.url}/function/{HEAD}", f"{engine.url}/function/{TAIL}", token, edge)
+        head, tail = f"{engine.url}/function/{HEAD}", f"{engine.url}/function/{TAIL}"
+        yield FunctionUrls(head, tail, token, edge, protection)
 
 
 def _summary(states: Mapping[str, str]) -> str:

@@ -21,7 +21,7 @@ from isthmus_tools.graph.encoder.bundler import build_encoder
 from isthmus_tools.graph.exporting import ModelInputs
 from isthmus_tools.printable import printable
 from isthmus_tools.progress import Progress, silent
-from isthmus_tools.usecases.language import language_model, sentence_encoder
+from isthmus_tools.usecases.language_sources import language_model, sentence_encoder
 from isthmus_tools.usecases.publication import Publication, publish_version, with_next_command
 from isthmus_tools.usecases.sources import onnx_file
 from isthmus_tools.zoo import models as zoo

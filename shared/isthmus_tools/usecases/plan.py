@@ -12,7 +12,8 @@ from isthmus.registry import open_cache, open_registry
 from isthmus_tools.planner.choice import build_plan, check_prices, sweep_links, with_measurements
 from isthmus_tools.planner.enumeration import enumerate_candidates
 from isthmus_tools.progress import Progress, silent
-from isthmus_tools.usecases.functions import FunctionUrls, measure_candidates
+from isthmus_tools.usecases.function_urls import FunctionUrls
+from isthmus_tools.usecases.functions import measure_candidates
 from isthmus_tools.usecases.plan_language import plan_language_model
 from isthmus_tools.usecases.plan_request import AnswerSize, PlanRequest, PlanResult, check_language_request
 from isthmus_tools.usecases.profile import tier_profiles

@@ -22,7 +22,7 @@ from isthmus_tools.planner.costs import Prices
 from isthmus_tools.planner.decoder_layers import DecoderLayers
 from isthmus_tools.planner.language_candidates import LanguageCandidates
 from isthmus_tools.usecases.answer_size import AnswerSize
-from isthmus_tools.usecases.functions import FunctionUrls
+from isthmus_tools.usecases.function_urls import FunctionUrls
 from isthmus_tools.usecases.publication import Publication, publish_candidate
 
 __all__ = ["AnswerSize", "PlanRequest", "PlanResult", "check_language_request"]

@@ -44,7 +44,8 @@ def profile(request: ProfileRequest, progress: Progress = silent) -> ProfileResu
     kind, requests = example_requests(version.bundle, request.photos, request.tensors, random=1)
     inputs = dict(requests[0].arrays)
     urls = {tier: url for tier, url in ((EDGE, request.functions.head), (CLOUD, request.functions.tail)) if url}
-    functions = {tier: ProfiledFunction(url, request.functions.token) for tier, url in urls.items()}
+    token, protection = request.functions.token, request.functions.protection
+    functions = {tier: ProfiledFunction(url, token, protection=protection) for tier, url in urls.items()}
     progress("asking the functions what they run on")
     devices = {tier: function.device() for tier, function in functions.items()}
     progress(f"fetching {version.name}:{version.version}")

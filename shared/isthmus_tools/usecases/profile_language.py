@@ -42,7 +42,8 @@ def profile_language_model(request: ProfileRequest, progress: Progress = silent)
     version = store.resolve(request.model)
     layers = DecoderLayers.of(version.bundle)
     urls = {tier: url for tier, url in ((EDGE, request.functions.head), (CLOUD, request.functions.tail)) if url}
-    functions = {tier: ProfiledFunction(url, request.functions.token) for tier, url in urls.items()}
+    token, protection = request.functions.token, request.functions.protection
+    functions = {tier: ProfiledFunction(url, token, protection=protection) for tier, url in urls.items()}
     progress("asking the functions what they run on")
     devices = {tier: function.device() for tier, function in functions.items()}
     cuts = [layer_cut(n) for n in _requested(request.cuts)] or profiled_layers(version.bundle, layers)

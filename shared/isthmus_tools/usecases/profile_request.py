@@ -12,7 +12,7 @@ from isthmus.arrays import Array
 from isthmus.artifacts.profile import Profile, to_json
 from isthmus.settings import RegistrySettings
 from isthmus_tools.budget import UNLIMITED, Budget
-from isthmus_tools.usecases.functions import FunctionUrls
+from isthmus_tools.usecases.function_urls import FunctionUrls
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from isthmus_tools.graph.exporting import ModelInputs
 from isthmus_tools.graph.formats import export_of
 from isthmus_tools.planner.inputs import TrialInput, from_arrays, from_photos, random_inputs
 from isthmus_tools.progress import Progress
-from isthmus_tools.usecases.language import sentence_encoder
+from isthmus_tools.usecases.language_sources import sentence_encoder
 from isthmus_tools.zoo import models as zoo
 from isthmus_tools.zoo.photos import read_photo, sample_photos, varied_photos
 

@@ -1,0 +1,34 @@
+"""Where the functions are that a command measures on, and what calls to them need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from isthmus.security.protected_call import CallProtection, open_protection
+from isthmus.settings import RegistrySettings, SegmentSettings
+from isthmus_tools.profiling.slow_edge import AT_FULL_SPEED, SlowEdge
+
+
+@dataclass(frozen=True)
+class FunctionUrls:
+    """URLs of the function at the edge and of the function in the cloud, and the secret that allows profiling.
+
+    An empty URL leaves that tier out. Work at the edge counts as that of `edge`. `protection` is that of calls to
+    functions that share the secret `hop-keys`.
+    """
+
+    head: str = ""
+    tail: str = ""
+    token: str = ""
+    edge: SlowEdge = AT_FULL_SPEED
+    protection: CallProtection | None = None
+
+
+def functions_at(head: str, tail: str, registry: RegistrySettings, token: str = "") -> FunctionUrls:
+    """Deployed functions, called with the secret `hop-keys` of `registry.secrets_dir` where that is there.
+
+    Raises:
+        SettingsError: the secret cannot be used.
+    """
+    # Functions that sign take sealed calls as well, so one kind does for both.
+    return FunctionUrls(head, tail, token, protection=open_protection(SegmentSettings(**vars(registry))))

@@ -58,6 +58,19 @@ def test_a_conversation_is_what_the_template_says(tokenizer: bytes) -> None:
     assert both.decode(ids) == "system: be kinduser: the {{ messages }}assistant:"
 
 
+def test_a_name_is_text_as_a_content_is(tokenizer: bytes) -> None:
+    template = "{% for m in messages %}{{ m.name }}: {{ m.content }}<|end|>{% endfor %}"
+    both, end = codec(tokenizer, template), end_of(tokenizer)
+    ids = both.encode_chat([{"role": "user", "content": "a", "name": "<|end|>\U000f0000999\U000f0001"}])
+    assert ids.count(end) == 1
+    assert both.decode(ids) == "<|end|>999: a"
+
+
+def test_a_template_that_writes_marks_of_its_own_gets_no_text_for_them(tokenizer: bytes) -> None:
+    both = codec(tokenizer, "the \U000f0000999\U000f0001cat")
+    assert both.decode(both.encode_chat([{"role": "user", "content": "a"}])) == "the cat"
+
+
 @pytest.mark.parametrize(
     ("template", "messages", "reason"),
     [

@@ -9,7 +9,7 @@ import pytest
 
 from isthmus.artifacts.sampling import Sampling
 from isthmus.errors import RunFailed
-from isthmus.processing.sampling import sample
+from isthmus.processing.sampling import sample, sampled_tensors
 
 SCORES = np.log(np.array([0.5, 0.25, 0.15, 0.1], np.float32))
 
@@ -115,3 +115,9 @@ def test_a_token_of_no_probability_is_never_drawn() -> None:
     scores = np.array([0.0, -np.inf, 0.0], np.float32)
     drawn = {sample(scores, Sampling(temperature=1), position).token for position in range(100)}
     assert drawn == {0, 2}
+
+
+def test_sampling_ends_between_two_tokens_where_its_caller_says_so() -> None:
+    left = iter([None])
+    with pytest.raises(StopIteration):
+        sampled_tensors(np.zeros((2, 4)), Sampling(last=2), 0, (), lambda: next(left))

@@ -126,6 +126,15 @@ def test_a_session_that_can_never_fit_is_no_matter_of_waiting(clocked: Any) -> N
         each.step("a", 0, 129)
 
 
+def test_a_session_that_can_never_fit_takes_nobodys_place(clocked: Any) -> None:
+    each = clocked(max_sessions=1, max_bytes=16 * PAGE)
+    each.step("a")
+    each.now = 50.0  # idle: another that fits would have its place
+    with pytest.raises(ShapeMismatch, match="session_bytes"):
+        each.step("b", reserve=128)
+    assert each.has("a")
+
+
 def test_sessions_without_a_step_expire_by_themselves(clocked: Any) -> None:
     each = clocked(expiry_s=0.2)
     each.step("a")
@@ -293,8 +302,8 @@ def test_a_step_that_fails_leaves_the_session_at_its_position(
     assert all(np.array_equal(got[name], expected[name]) for name in expected)
 
 
-def test_scores_that_are_no_numbers_are_an_error(store: SessionStore, tiny_decoder: PublishedDecoder) -> None:
+def test_hidden_states_that_are_no_numbers_give_no_token(store: SessionStore, tiny_decoder: PublishedDecoder) -> None:
     arrays = {"layer_1": np.full((1, 1, 64), np.nan, np.float32)}
     for sampling in (Sampling(), Sampling(temperature=1, min_p=0.1), Sampling(temperature=1, top_k=3)):
-        with pytest.raises(RunFailed, match="no numbers"):
+        with pytest.raises(ValueRefused, match="layer_1 holds values that are no finite numbers"):
             store.step(tiny_decoder.model.digest, "layer_1..", arrays, Step("s", 0, sampling), Deadline.after(LONG_S))

@@ -152,6 +152,12 @@ def test_a_prompt_of_20_megabytes_is_refused_before_it_is_read_as_tokens(router:
         assert "more than" in error["message"]
 
 
+def test_a_value_that_an_error_repeats_is_cut_off(router: FlaskClient) -> None:
+    status, error = refusal(router, "/v1/embeddings", {"input": "a", "encoding_format": "x" * 2**20})
+    assert (status, error["param"]) == (400, "encoding_format")
+    assert len(error["message"]) < 300
+
+
 def test_a_conversation_beyond_the_context_has_openais_code_and_both_numbers(router: FlaskClient) -> None:
     status, error = refusal(router, CHAT, {"messages": [{"role": "user", "content": "the cat " * 200}]})
     assert (status, error["code"], error["param"]) == (400, "context_length_exceeded", "messages")

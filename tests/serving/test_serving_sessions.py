@@ -133,6 +133,31 @@ def test_a_hostile_frame_is_the_callers_error(
     hop.close()
 
 
+def test_hidden_states_that_are_no_numbers_are_the_callers_error(
+    functions: list[str], tiny_decoder: PublishedDecoder
+) -> None:
+    hop = http_hop(functions[0])
+    hidden = np.full((1, 2, 64), np.nan, np.float32)
+    frame = Frame({"layer_1": hidden}, tiny_decoder.model.digest, "layer_1..", "r", step=Step("n", 0, Sampling()))
+    with pytest.raises(ValueRefused, match="layer_1 holds values that are no finite numbers") as caught:
+        hop.call(frame, context())
+    assert caught.value.facts["status"] == 400
+    assert hop.call(frame._replace(tensors={"layer_1": np.ones_like(hidden)}), context())
+    hop.close()
+
+
+def test_the_scores_of_a_step_are_within_the_memory_of_requests(tiny_decoder: PublishedDecoder, tmp_path: Path) -> None:
+    settings = tiny_decoder.settings(tmp_path, max_request_bytes=2**16, max_working_bytes=2**17)
+    client = ready(create_segment_app(settings).test_client())
+    # 64 tokens with 300 scores of four bytes each, and the frame with a copy of them: 150 kB.
+    all_scores, one_token = (
+        client.post("/", data=encode(frame_of(tiny_decoder, np.ones((1, 64)), Step("w", 0, sampling))))
+        for sampling in (None, Sampling())
+    )
+    assert (all_scores.status_code, all_scores.json["type"]) == (413, "RequestTooLarge")
+    assert one_token.status_code == 200
+
+
 @pytest.mark.parametrize(
     "field", [b'"temperature":NaN', b'"temperature":-1', b'"top_p":0', b'"last":4097', b'"seed":9223372036854775808']
 )

@@ -1,25 +1,23 @@
-"""Text and token ids: the bundle's tokenizer and chat template.
-
-Templates are Jinja by their authors: they run in a sandbox, with bounds on what they may write.
-"""
+"""Text and token ids: the bundle's tokenizer and chat template."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
-
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typing import Any
 
 from isthmus.artifacts.bundle import TextModel
-from isthmus.errors import ModelError, RequestMalformed, RequestTooLarge
+from isthmus.errors import RequestMalformed, RequestTooLarge
+from isthmus.generation.chat_template import ChatTemplate
 from isthmus.processing.tokenizer import read_tokenizer
 
 # Four times the characters of the longest context that models of this size have.
 MAX_TEXT_LENGTH = 2**20
 ROLES = ("system", "user", "assistant", "tool")
+# Private-use characters that stand for a message's texts in a template's output.
+_MARK = re.compile("\U000f0000([0-9]{1,6})\U000f0001")
+_MARKS = str.maketrans("", "", "\U000f0000\U000f0001")
 _REPLACEMENT = "\ufffd"
 # UTF-8 takes four bytes a character at most, and a token has one of them at least.
 _MAX_CHARACTER_TOKENS = 4
@@ -40,7 +38,7 @@ class TextCodec:
         """
         self._tokenizer = read_tokenizer(tokenizer)
         self._model = model
-        self._template = _compiled(model.chat_template) if model.chat_template else None
+        self._template = ChatTemplate(model.chat_template) if model.chat_template else None
         document = json.loads(tokenizer)
         added = document.get("added_tokens", [])
         self._added = {t["id"]: t["content"] for t in added}
@@ -64,33 +62,35 @@ class TextCodec:
             raise RequestMalformed("this model has no chat template", hint="use /v1/completions")
         if sum(len(str(m.get("content") or "")) for m in messages) > MAX_TEXT_LENGTH:
             raise RequestTooLarge(f"the messages have more than {MAX_TEXT_LENGTH} characters", limit=MAX_TEXT_LENGTH)
-        # Private-use characters stand for the contents, so that the template decides where they go and not what they
-        # mean: a content is encoded apart from the special tokens around it.
-        marks, contents = [], []
-        for i, message in enumerate(messages):
+        # Marks stand for the texts, so that the template decides where they go and not what they mean: a text is
+        # encoded apart from the special tokens around it.
+        texts: list[str] = []
+
+        def mark(text: str) -> str:
+            texts.append(text.translate(_MARKS))
+            return f"\U000f0000{len(texts) - 1}\U000f0001"
+
+        marked = []
+        for message in messages:
             if (role := message.get("role")) not in ROLES:
                 raise RequestMalformed(
                     f"the role is {str(role)[:40]!r}; it is one of {', '.join(ROLES)}", parameter="messages"
                 )
-            marks.append({**message, "content": f"\U000f0000{i}\U000f0001"})
-            contents.append(str(message.get("content") or "").replace("\U000f0000", "").replace("\U000f0001", ""))
-        try:
-            text = self._template.render(
-                messages=marks,
-                add_generation_prompt=True,
-                bos_token=self._token(self._model.bos),
-                eos_token=self._token(self._model.eos[0] if self._model.eos else None),
-                raise_exception=_refuse,
-            )
-        except jinja2.TemplateError as e:
-            raise RequestMalformed(f"the chat template refuses these messages: {e}", parameter="messages") from e
+            others = {key: mark(value) if isinstance(value, str) else value for key, value in message.items()}
+            marked.append({**others, "role": role, "content": mark(str(message.get("content") or ""))})
+        text = self._template.render(
+            messages=marked,
+            add_generation_prompt=True,
+            bos_token=self._token(self._model.bos),
+            eos_token=self._token(self._model.eos[0] if self._model.eos else None),
+        )
         ids: list[int] = []
-        for piece in text.split("\U000f0000"):
-            number, mark, rest = piece.partition("\U000f0001")
-            if mark:
-                ids += self._encode_plain(contents[int(number)])
-                piece = rest
-            ids += self._tokenizer.encode(piece, add_special_tokens=False).ids
+        # Texts of the template and numbers of marks in turn.
+        for i, piece in enumerate(_MARK.split(text)):
+            if i % 2 == 0:
+                ids += self._tokenizer.encode(piece, add_special_tokens=False).ids
+            elif int(piece) < len(texts):
+                ids += self._encode_plain(texts[int(piece)])
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -181,21 +181,6 @@ def _byte_alphabet() -> dict[str, int]:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-def _compiled(template: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
-    try:
-        return environment.from_string(template)
-    except jinja2.TemplateError as e:
-        raise ModelError(f"the bundle's chat template cannot be read: {e}") from e
-
-
-def _refuse(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
 
 
 def _without_special(text: str, special: Sequence[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -45,15 +45,25 @@ def sample(scores: Array, sampling: Sampling, position: int, history: Sequence[i
     return SampledToken(token, float(scores[token] - total), alternatives)
 
 
-def sampled_tensors(scores: Array, sampling: Sampling, position: int, history: Sequence[int]) -> dict[str, Array]:
+def sampled_tensors(
+    scores: Array,
+    sampling: Sampling,
+    position: int,
+    history: Sequence[int],
+    before_each: Callable[[], None] = lambda: None,
+) -> dict[str, Array]:
     """The outputs of a step that samples, as `artifacts.sampling.sampled_outputs` declares them.
 
-    Shapes: scores (positions, vocabulary); the first row gives the token at `position`.
+    Shapes: scores (positions, vocabulary); the first row gives the token at `position`. `before_each` may end the work
+    by an exception: a token of a large vocabulary takes up to 10 ms.
 
     Raises:
         RunFailed: as `sample`.
     """
-    drawn = [sample(row, sampling, position + i, history[: position + i]) for i, row in enumerate(scores)]
+    drawn: list[SampledToken] = []
+    for i, row in enumerate(scores, position):
+        before_each()
+        drawn.append(sample(row, sampling, i, history[:i]))
     outputs: dict[str, Array] = {
         TOKENS: np.array([[d.token for d in drawn]], np.int64),
         LOGPROBS: np.array([[d.logprob for d in drawn]], np.float32),

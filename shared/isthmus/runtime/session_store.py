@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
 from isthmus.admission import describe_work
 from isthmus.arrays import Array, check_tensors
 from isthmus.artifacts.sampling import Sampling
+from isthmus.artifacts.tensors import TensorSpec
 from isthmus.context import Deadline
-from isthmus.errors import RequestMalformed, ShapeMismatch, ValueRefused
+from isthmus.errors import RequestMalformed, RunFailed, ShapeMismatch, ValueRefused
 from isthmus.processing.sampling import sampled_tensors
 from isthmus.registry import SegmentSource
 from isthmus.runtime.ort_runner import OrtRunner
@@ -74,7 +75,7 @@ class SessionStore:
         if not isinstance(runner, OrtRunner) or runner.state is None:
             raise RequestMalformed(f"the frame is a step of a session, and bundle {bundle} declares no state")
         count = _tokens(runner, arrays)
-        _check_history(step, count)
+        _check_sampling(runner, step, count)
         group, session = self.sessions.begin(runner, step, count)
         # Chunks and single tokens take times of their own.
         describe_work(kind_of(step.position, count))
@@ -98,7 +99,7 @@ class SessionStore:
                 runs.append(ran if step.sampling is None else _last_scores(ran, step.sampling, stop - count))
             outputs = _joined(runs)
             if step.sampling is not None:
-                outputs = _sampled(session, step, outputs)
+                outputs = _sampled(session, step, arrays, outputs, deadline)
             wait_s, run_s = sum(ran.wait_s for ran in runs), sum(ran.run_s for ran in runs)
             return TimedOutputs(outputs, load_s, wait_s, run_s, max(ran.batch for ran in runs))
         except BaseException:
@@ -136,8 +137,10 @@ def _tokens(runner: OrtRunner, arrays: Mapping[str, Array]) -> int:
     return int(shapes[0][1])
 
 
-def _check_history(step: Step, count: int) -> None:
+def _check_sampling(runner: OrtRunner, step: Step, count: int) -> None:
     sampling = step.sampling
+    if sampling is not None and len(_crossing(runner)) != 1:
+        raise ValueRefused(f"segment {runner.segment.id} has several outputs, none of them the scores of tokens")
     if sampling is not None and sampling.has_penalty and len(sampling.tokens) != count:
         raise ValueRefused(
             f"the sampling of a step of {count} tokens names {len(sampling.tokens)}; a penalty needs each",
@@ -151,11 +154,20 @@ def _check_whole_history(step: Step, session: Session) -> None:
         raise ValueRefused("a penalty needs the ids of all the session's tokens, from its first step on")
 
 
+def _crossing(runner: OrtRunner) -> list[TensorSpec]:
+    """The outputs that are no state."""
+    kept = runner.state.outputs if runner.state is not None else ()
+    return [spec for spec in runner.segment.outputs if spec.name not in kept]
+
+
+def bytes_per_token(outputs: Iterable[TensorSpec]) -> int:
+    """The size of a step's outputs for each of its tokens."""
+    return sum(4 * math.prod(d for d in spec.shape if isinstance(d, int)) for spec in outputs)
+
+
 def _pieces(runner: OrtRunner, count: int, is_shared: Callable[[], bool]) -> Iterator[tuple[int, int]]:
     """Where a step of `count` tokens is cut into runs; shorter ones while others decode."""
-    kept = runner.state.outputs if runner.state is not None else ()
-    sizes = [spec for spec in runner.segment.outputs if spec.name not in kept]
-    token_bytes = sum(4 * math.prod(d for d in spec.shape if isinstance(d, int)) for spec in sizes)
+    token_bytes = bytes_per_token(_crossing(runner))
     most = max(1, min(MAX_RUN_TOKENS, MAX_RUN_BYTES // max(1, token_bytes)))
     start = 0
     while start < count:
@@ -185,10 +197,24 @@ def _joined(runs: list[QueuedOutputs]) -> dict[str, Array]:
     return {name: np.concatenate([ran.outputs[name] for ran in runs], axis=1) for name in runs[0].outputs}
 
 
-def _sampled(session: Session, step: Step, outputs: Mapping[str, Array]) -> dict[str, Array]:
+def _sampled(
+    session: Session, step: Step, arrays: Mapping[str, Array], outputs: Mapping[str, Array], deadline: Deadline
+) -> dict[str, Array]:
     """Tokens in place of the scores of the step's last positions."""
     sampling, end = step.sampling or Sampling(), session.length
     if sampling.has_penalty:
         session.history[step.position :] = sampling.tokens
     (scores,) = outputs.values()
-    return sampled_tensors(scores[0], sampling, end - scores.shape[1] + 1, session.history)
+    try:
+        return sampled_tensors(
+            scores[0],
+            sampling,
+            end - scores.shape[1] + 1,
+            session.history,
+            lambda: deadline.check("all tokens were sampled"),
+        )
+    except RunFailed as e:
+        for name, array in arrays.items():
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise ValueRefused(f"{name} holds values that are no finite numbers", tensor=name) from e
+        raise

@@ -323,6 +323,7 @@ class Sessions:
 
     def _enter(self, segment: SegmentSessions, step: Step, count: int) -> Session:
         needed = segment.memory.row_bytes(min(max(step.reserve, count), segment.memory.tokens))
+        self._check_size(needed)  # before another loses its place for it
         while (row := segment.free_row()) is None:
             self._evict([segment], None)
         session = Session(step.session, row, 0, self._clock())
@@ -332,15 +333,18 @@ class Sessions:
 
     def _reserve(self, segment: SegmentSessions, session: Session, needed: int) -> None:
         """Raise the session's reservation to `needed` bytes, idle sessions of others making room."""
+        self._check_size(needed)
+        while self._reserved() - session.reserved + max(needed, session.reserved) > self._max_bytes:
+            self._evict(list(self._segments.values()), session)
+        session.reserved = max(needed, session.reserved)
+
+    def _check_size(self, needed: int) -> None:
         if needed > self._max_bytes:
             raise ShapeMismatch(
                 f"the session would take {needed} bytes of state; session_bytes is {self._max_bytes}",
                 limit=self._max_bytes,
                 hint="shorten the prompt or max_tokens, or raise session_bytes and the function's memory limit",
             )
-        while self._reserved() - session.reserved + max(needed, session.reserved) > self._max_bytes:
-            self._evict(list(self._segments.values()), session)
-        session.reserved = max(needed, session.reserved)
 
     def _reserved(self) -> int:
         return sum(s.reserved for segment in self._segments.values() for s in segment.sessions.values())

@@ -17,7 +17,7 @@ from isthmus.artifacts.tensors import check_types
 from isthmus.errors import RequestMalformed, RequestTooLarge
 from isthmus.processing.image_budget import ImageMemory
 from isthmus.registry import BakedSegment, open_registry, open_source
-from isthmus.runtime.session_store import open_store
+from isthmus.runtime.session_store import bytes_per_token, open_store
 from isthmus.runtime.tables import Tables
 from isthmus.serving.app import FunctionApp
 from isthmus.serving.preload import load_deadline, parse_entry, preload
@@ -131,6 +131,8 @@ class _SegmentApp(FunctionApp):
     def _accept(self, request: FunctionRequest, outline: frames.Outline) -> None:
         """Refuse a frame whose tensors its segment does not take, before their memory is allocated.
 
+        The outputs of a step are reserved until the response.
+
         Raises:
             RequestMalformed: the frame names no bundle's digest.
             Missing, RegistryError, NotReady: as `SegmentStore.segment`.
@@ -144,6 +146,11 @@ class _SegmentApp(FunctionApp):
         else:
             bundle = self._store.bundle(outline.bundle, outline.segment, request.context.deadline)
             check_types(bundle.carried(segment.inputs), outline.tensors)
+            # The scores of a vocabulary are a hundred times a token's hidden state. Twice: the frame is a copy.
+            sampling = outline.step.sampling
+            tokens = max((shape[1] for _, shape in outline.tensors.values() if len(shape) > 1), default=0)
+            tokens = tokens if sampling is None else min(tokens, sampling.last)
+            request.memory.hold(2 * tokens * bytes_per_token(bundle.carried(segment.outputs)))
 
     @contextmanager
     def _decoding(self, request: FunctionRequest, outline: frames.Outline) -> Iterator[None]:

@@ -22,6 +22,7 @@ from isthmus.wire.json_bounds import parsed_bytes
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
 MAX_MESSAGES = 4096
 MAX_PARTS = 256
+MAX_REASON_LENGTH = 200
 # OpenAI sends seeds of either sign; JSON numbers of 53 bits pass through every client.
 _MAX_DRAWN_SEED = 2**53
 _Probability = Annotated[float, Meta(ge=0, le=1)]
@@ -188,7 +189,8 @@ def read_request(request: FunctionRequest, kind: type[_Body]) -> _Body:
     except msgspec.ValidationError as e:
         field = _FIELD.search(str(e))
         where = f"{field[1]}{field[2]}" if field else "the body"
-        reason = str(e)[: field.start()] if field else str(e)
+        # msgspec repeats a value that is none of those allowed.
+        reason = (str(e)[: field.start()] if field else str(e))[:MAX_REASON_LENGTH]
         raise RequestMalformed(f"{where}: {reason}", parameter=field[1] if field else "") from e
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise RequestMalformed(f"the body is not JSON: {e}") from e

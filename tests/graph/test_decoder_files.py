@@ -202,6 +202,7 @@ WORDS = {
     [
         (WORDS, "", "does not give every text back"),
         ({"model": {"type": "BPE"}}, "", "tokenizer cannot be read"),
+        ({"added_tokens": None}, "", "tokenizer cannot be read"),
         (None, "{% for m in messages %}{{ m.content }}", "chat template cannot be read"),
         (None, "x" * (2**17 + 1), "a chat template of 131073 characters"),
     ],

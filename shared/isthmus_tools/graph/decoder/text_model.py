@@ -73,7 +73,7 @@ def _ids(tokenizer: Mapping[str, Any]) -> list[int]:
     vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
     # A mapping for BPE; a list of pairs for Unigram, whose index is the id.
     ids = list(vocabulary.values()) if isinstance(vocabulary, Mapping) else [len(vocabulary or ()) - 1]
-    added = (token.get("id") for token in tokenizer.get("added_tokens", ()) if isinstance(token, Mapping))
+    added = (token.get("id") for token in (tokenizer.get("added_tokens") or ()) if isinstance(token, Mapping))
     return [token for token in (*ids, *added) if isinstance(token, int)]
 
 

@@ -264,7 +264,7 @@ def _bos(folder: Path, document: Mapping[str, Any], tokenizer: Mapping[str, Any]
     tokens = _tokens(document.get("bos_token_id"))
     in_template = any(
         added.get("id") in tokens and json.dumps(added.get("content")) in processor
-        for added in tokenizer.get("added_tokens", ())
+        for added in tokenizer.get("added_tokens") or ()
         if isinstance(added, dict)
     )
     return tokens[0] if tokens and (adds or in_template) else None

@@ -17,5 +17,8 @@ settings.load_profile("isthmus")
 
 # A shell starts jobs in the background with SIGINT ignored, and so would the processes be that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# The same of SIGHUP under nohup; a handler, unlike SIG_IGN, is not passed on to the processes of tests.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 pytest_plugins = ("support.leftovers", "support.s3_server", "support.nats_server")

@@ -24,6 +24,8 @@ SECRET = "http://tail.internal:8080/function/secret-tail"
 ABOUT_THE_REQUEST = {
     "RequestMalformed",
     "RequestTooLarge",
+    "ContextTooLong",
+    "CallerUnknown",
     "MediaUnsupported",
     "EncodingUnsupported",
     "ImageMalformed",

@@ -49,7 +49,8 @@ def as_photo(data: bytes, shape: tuple[int, ...] = (1, 3, 8, 8)) -> dict[str, En
     return {"x": EncodedTensor("photo/1", "float32", shape, data)}
 
 
-@pytest.mark.parametrize("codec", PLAIN)
+# int8-token/1 makes a map of rows of eight values no smaller.
+@pytest.mark.parametrize("codec", [codec for codec in PLAIN if codec != "int8-token/1"])
 def test_a_function_runs_its_segment_on_what_came_packed(client: FlaskClient, photos: Published, codec: str) -> None:
     array = relu(1, 16, 8, 8)
     encoded = encode_tensor(array, Encoding(codec))

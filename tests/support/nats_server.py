@@ -22,7 +22,8 @@ class NatsServer:
     """nats-server on a free port of this machine, its store in `folder`; `settings` are lines of its configuration."""
 
     def __init__(self, folder: Path, *settings: str, jetstream: bool = True) -> None:
-        store = f'jetstream {{ store_dir: "{folder / "store"}" }}' if jetstream else ""
+        # Streams reserve their maximal size, together perhaps more than a small disk has free.
+        store = f'jetstream {{ store_dir: "{folder / "store"}", max_file_store: 1TB }}' if jetstream else ""
         self.folder, self._settings = folder, (store, *settings)
         folder.mkdir(parents=True, exist_ok=True)
         self.port = 0

@@ -556,7 +556,8 @@ def test_an_event_passes_before_the_next_and_who_hangs_up_between_them_ends_the_
             got = head_of(connection)  # and perhaps the event behind it
             # The function waits: only a proxy that passes pieces on gets so far.
             while b"data: 1\n" not in got:
-                assert (piece := connection.recv(1000))
+                piece = connection.recv(1000)
+                assert piece, got
                 got += piece
             assert got.startswith(b"HTTP/1.1 200")
         assert gateway.function.ended.wait(LONG_S)

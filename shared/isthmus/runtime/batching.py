@@ -241,7 +241,7 @@ class BatchMeasurement:
     def _agrees(self, rows: Sequence[Mapping[str, Array]], singles: Sequence[Mapping[str, Array]]) -> bool:
         """Whether each row of a batch gets its own result, also beside a hostile row."""
         # Equal results of different rows would hide that rows were mixed up.
-        if all(_is_close(array, singles[1][name]) for name, array in singles[0].items()):
+        if all(is_close(array, singles[1][name], tolerance(array.dtype)) for name, array in singles[0].items()):
             return False
         return all(
             _is_row(single, outputs, row, len(rows))
@@ -299,19 +299,20 @@ def _with_hostile(rows: Sequence[Mapping[str, Array]]) -> Iterator[tuple[list[Ma
 
 def _is_row(single: Mapping[str, Array], outputs: Mapping[str, Array], row: int, size: int) -> bool:
     return all(
-        leading_size(outputs[name]) == size and _is_close(array, outputs[name][row : row + 1])
+        leading_size(outputs[name]) == size and is_close(array, outputs[name][row : row + 1], tolerance(array.dtype))
         for name, array in single.items()
     )
 
 
-def _is_close(expected: Array, got: Array) -> bool:
+def is_close(expected: Array, got: Array, limit: float) -> bool:
+    """Whether floats differ by at most `limit` times the largest finite magnitude expected, and others not at all."""
     if expected.shape != got.shape or expected.dtype != got.dtype:
         return False
     if not _is_float(expected.dtype):
         return bool((expected == got).all())
     a, b = expected.astype(np.float64), got.astype(np.float64)
     scale = float(np.abs(a[np.isfinite(a)]).max(initial=0.0))
-    return bool(np.allclose(b, a, rtol=0.0, atol=tolerance(expected.dtype) * scale, equal_nan=True))
+    return bool(np.allclose(b, a, rtol=0.0, atol=limit * scale, equal_nan=True))
 
 
 def _is_float(dtype: np.dtype[np.generic]) -> bool:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from isthmus.arrays import Array
-from isthmus.runtime.batching import AGAIN_S, MAX_SHARE, tolerance
+from isthmus.runtime.batching import AGAIN_S, MAX_SHARE, is_close, tolerance
 
 # Memory-bound decoding gains up to where a matrix product of so many rows is bound by arithmetic.
 MAX_ROWS = 16
@@ -122,18 +122,11 @@ class StepTrial:
 
 def rows_agree(together: Mapping[str, Array], alone: Mapping[str, Array]) -> bool:
     """Whether a row of a batch has the result of the row alone."""
-    return all(name in together and _agrees(together[name], array) for name, array in alone.items())
+    return all(name in together and is_close(array, together[name], _tolerance(array)) for name, array in alone.items())
 
 
-def _agrees(got: Array, expected: Array) -> bool:
-    if got.shape != expected.shape or got.dtype != expected.dtype:
-        return False
-    if expected.dtype.kind in "iub":
-        return bool((got == expected).all())
-    a, b = expected.astype(np.float64), got.astype(np.float64)
-    scale = float(np.abs(a[np.isfinite(a)]).max(initial=0.0))
-    limit = _FLOAT32_TOLERANCE if expected.dtype == np.float32 else tolerance(expected.dtype)
-    return bool(np.allclose(b, a, rtol=0.0, atol=limit * scale, equal_nan=True))
+def _tolerance(array: Array) -> float:
+    return _FLOAT32_TOLERANCE if array.dtype == np.float32 else tolerance(array.dtype)
 
 
 def _bucket(count: int) -> int:

@@ -33,12 +33,16 @@ class StateBuffer(NamedTuple):
 
 
 class _PairMemory(NamedTuple):
-    """The rows of a pair. Shapes: `rows` (rows, …, tokens, …); `blocks` of `token_bytes` a token lie apart in a row."""
+    """The rows of a pair. Shapes: `rows` (rows, …, tokens, …); `blocks` of `token_bytes` a token lie apart in a row.
+
+    Units: `address` in bytes.
+    """
 
     past: str
     present: str
     mapping: mmap.mmap
     rows: Array
+    address: int
     row_bytes: int
     blocks: int
     token_bytes: int
@@ -65,8 +69,10 @@ class StateMemory:
             row_bytes = widths[spec.name] * self.places
             mapping = _map(rows * row_bytes)
             array = np.frombuffer(mapping, dtype).reshape(rows, *shape)
+            token_bytes = widths[spec.name] // blocks
             self._pairs.append(
-                _PairMemory(spec.name, present, mapping, array, row_bytes, blocks, widths[spec.name] // blocks)
+                # The address here: every step asks for that of each pair, and numpy makes an object for an answer.
+                _PairMemory(spec.name, present, mapping, array, array.ctypes.data, row_bytes, blocks, token_bytes)
             )
 
     def row_bytes(self, tokens: int) -> int:
@@ -81,7 +87,7 @@ class StateMemory:
                 pair.present,
                 pair.rows.dtype,
                 (count, *pair.rows.shape[1:]),
-                pair.rows.ctypes.data + row * pair.row_bytes,
+                pair.address + row * pair.row_bytes,
             )
             for pair in self._pairs
         ]

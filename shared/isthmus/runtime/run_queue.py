@@ -89,7 +89,7 @@ class RunQueue:
         self.memory = memory
         self.window_s = window_s
         self._trials = trials
-        self.slots = slots
+        self._slots = slots
         self._lock = threading.Lock()
         self._free = slots
         self._waiting: deque[QueuedWork] = deque()
@@ -112,10 +112,13 @@ class RunQueue:
         finally:
             self._hand_on(entry)
 
-    def room_for_batches(self) -> int:
-        """Requests at a time that fill every slot with a batch while another batch waits; 0 where no batch pays."""
-        size = self._trials.max_size
-        return (self.slots + 1) * size if size > 1 else 0
+    def room_for_batches(self, size: int = 1) -> int:
+        """Requests at a time that fill every slot with a batch while another batch waits; 0 where no batch pays.
+
+        `size` is that of the largest batch of other work than requests.
+        """
+        size = max(size, self._trials.max_size)
+        return (self._slots + 1) * size if size > 1 else 0
 
     def waiting(self) -> list[str]:
         """The segments that requests wait to run, longest wait first; empty for slots of no segment."""

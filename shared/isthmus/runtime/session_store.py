@@ -113,9 +113,8 @@ class SessionStore:
         self.sessions.end(session)
 
     def room_for_batches(self) -> int:
-        """Requests at a time that fill every slot with a batch while another batch waits; 0 where no batch pays."""
-        size = self.sessions.largest_batch
-        return max(self.store.room_for_batches(), (self.store.slots + 1) * size if size > 1 else 0)
+        """See `RunQueue.room_for_batches`; steps of sessions count."""
+        return self.store.room_for_batches(self.sessions.largest_batch)
 
     def load(self, bundle: str, segment: str, deadline: Deadline) -> bool:
         """See `SegmentStore.load`."""

@@ -192,11 +192,6 @@ class SegmentStore:
         """Run work of a segment in its turn. Raises: as `RunQueue.perform`."""
         return self._queue.perform(work)
 
-    @property
-    def slots(self) -> int:
-        """Parallel runs."""
-        return self._queue.slots
-
     def profile(
         self, bundle: str, segment: str, arrays: Mapping[str, Array], deadline: Deadline, *, max_runs: int
     ) -> KernelProfile:
@@ -266,9 +261,9 @@ class SegmentStore:
         """Count the copies that batches make in the budget of all requests."""
         self._queue.memory = memory
 
-    def room_for_batches(self) -> int:
+    def room_for_batches(self, size: int = 1) -> int:
         """See `RunQueue.room_for_batches`."""
-        return self._queue.room_for_batches()
+        return self._queue.room_for_batches(size)
 
     def batch_counts(self) -> BatchCounts:
         """Batches and trials of batches since the start."""

@@ -12,7 +12,7 @@ WINDOW_S = 10.0
 # A load that begins is felt at once: the latest arrivals within so many seconds, less what chance explains, in standard
 # deviations of a Poisson process. So few tell nothing, and so many all there is to know.
 _SHORT_WINDOW_S, _DEVIATIONS, _MIN_ARRIVALS, _MAX_ARRIVALS = 1.5, 1.0, 8, 128
-_COUNTS = tuple(_MIN_ARRIVALS << n for n in range(_MAX_ARRIVALS.bit_length() - _MIN_ARRIVALS.bit_length()))
+_COUNTS = (8, 16, 32, 64)
 
 
 class RouteUsage:
@@ -58,9 +58,9 @@ class RouteUsage:
         with self._lock:
             recent = [at for at in self._arrivals if at > now - _SHORT_WINDOW_S]
         # Of the latest 8, 16, 32, ...: beside the arrivals of a quiet second a burst would not stand out.
-        counts = [n for n in _COUNTS if n < len(recent)] + [len(recent)] * (len(recent) >= _MIN_ARRIVALS)
+        counts = [n for n in (*_COUNTS, len(recent)) if _MIN_ARRIVALS <= n <= len(recent)]
         certain = [(n - _DEVIATIONS * math.sqrt(n)) / max(now - recent[-n], 1e-3) for n in counts]
-        return max(sum(self.rates()), *certain, 0.0)
+        return max([sum(self.rates()), *certain])
 
     def age_s(self, index: int, now: float) -> float:
         """Seconds since the candidate was taken; infinite if never."""

@@ -36,7 +36,7 @@ class Attempts:
         Raises:
             Overloaded: as `RouteChooser.choose`.
         """
-        self._chooser, self._fallbacks, self._answering = chooser, fallbacks, answering
+        self.chooser, self._fallbacks, self._answering = chooser, fallbacks, answering
         # Where no hop answers, the best route waits for its own.
         self.candidate = chooser.choose(answering(candidates) or candidates, left_s, may_explore=may_explore)
         self._others = tuple(c for c in candidates if c is not self.candidate)
@@ -44,20 +44,20 @@ class Attempts:
     def without(self, hop: str) -> Sequence[RouteCandidate]:
         """The fallback chain of the other candidates that do without a hop."""
         others = [c for c in self._others if hop not in c.hops]
-        return self._fallbacks.order(self._answering(others), self._chooser.expected_s)
+        return self._fallbacks.order(self._answering(others), self.chooser.expected_s)
 
     def limited(self, context: Context, expected_s: ExpectedSeconds | None = None) -> Context:
         """The context of an attempt: each hop that a fallback does without is given up in time for it."""
-        return limited(context, self.candidate, self.without, expected_s or self._chooser.expected_s)
+        return limited(context, self.candidate, self.without, expected_s or self.chooser.expected_s)
 
     def fall_back(self, error: HopError, hop: str, left_s: float) -> RouteCandidate | None:
         """The candidate that takes over from the present one, whose `hop` failed; None where none can."""
-        self._chooser.failed(self.candidate)
+        self.chooser.failed(self.candidate)
         chain = self.without(hop)
         if not chain or left_s <= 0:
             return None
-        self._chooser.fell_back(self.candidate, type(error).__name__)
-        self.candidate = first_in_time(chain, left_s, self._chooser.expected_s)
+        self.chooser.fell_back(self.candidate, type(error).__name__)
+        self.candidate = first_in_time(chain, left_s, self.chooser.expected_s)
         self._others = tuple(c for c in self._others if hop not in c.hops and c is not self.candidate)
         return self.candidate
 

@@ -70,7 +70,7 @@ class Dispatcher:
         if not model.route.name:  # a route beside the served ones, which their state must not know
             return attempt(candidates[0], context)
         attempts = self._attempts(model, candidates, context, exact_only=exact_only)
-        chooser = self._versions.chooser(model)
+        chooser = attempts.chooser
         while True:
             chosen = attempts.candidate
             # Routes differ in their seconds: the adaptive concurrency limit compares requests of one route.
@@ -102,7 +102,7 @@ class Dispatcher:
         candidates = _pinned(model, pin)
         context.deadline.check("a route was taken")
         attempts = self._attempts(model, candidates, context, exact_only=True, may_explore=False)
-        chooser = self._versions.chooser(model)
+        chooser = attempts.chooser
         chooser.took(attempts.candidate)
 
         def fell_back(change: RouteChange) -> None:

@@ -170,6 +170,13 @@ class EnvSettings:
                 )
                 raise SettingsError(f"the setting {f.name} is {value}; it is {bound}", variable=f.name, value=value)
 
+    def _check_choice(self, name: str, *choices: str) -> None:
+        if (value := getattr(self, name)) not in choices:
+            *others, last = choices
+            raise SettingsError(
+                f"the setting {name} is {value!r}; it is {', '.join(others)} or {last}", variable=name, value=value
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class RegistrySettings(EnvSettings):
@@ -264,7 +271,10 @@ class FunctionSettings(RegistrySettings):
     @property
     def longest_s(self) -> float:
         """Maximum seconds of a request, before its own X-Timeout."""
-        return min(self.deadline_s, working_time(self.exec_timeout)) if self.exec_timeout else self.deadline_s
+        return self._within_watchdog(self.deadline_s)
+
+    def _within_watchdog(self, seconds: float) -> float:
+        return min(seconds, working_time(self.exec_timeout)) if self.exec_timeout else seconds
 
     @property
     def working_bytes(self) -> int:
@@ -273,12 +283,7 @@ class FunctionSettings(RegistrySettings):
 
     def check(self) -> None:
         super().check()
-        if self.log_level not in ("debug", "info", "warning", "error"):
-            raise SettingsError(
-                f"the setting log_level is {self.log_level!r}; it is debug, info, warning or error",
-                variable="log_level",
-                value=self.log_level,
-            )
+        self._check_choice("log_level", "debug", "info", "warning", "error")
         header = self.caller_header
         if header and (not _HEADER_NAME.fullmatch(header) or header.lower().startswith(_DROPPED_HEADERS)):
             # Of a header that never arrives, all requests would be of one caller, and nobody would notice.
@@ -360,18 +365,8 @@ class SegmentSettings(FunctionSettings):
 
     def check(self) -> None:
         super().check()
-        if self.batching not in ("auto", "off"):
-            raise SettingsError(
-                f"the setting batching is {self.batching!r}; it is auto or off",
-                variable="batching",
-                value=self.batching,
-            )
-        if self.hop_security not in ("sealed", "signed"):
-            raise SettingsError(
-                f"the setting hop_security is {self.hop_security!r}; it is sealed or signed",
-                variable="hop_security",
-                value=self.hop_security,
-            )
+        self._check_choice("batching", "auto", "off")
+        self._check_choice("hop_security", "sealed", "signed")
         # A baked segment is complete without a registry.
         if not self.registry and not self.segment_dir:
             raise SettingsError(
@@ -479,7 +474,7 @@ class RouterSettings(SegmentSettings):
     @property
     def longest_generation_s(self) -> float:
         """Maximum seconds of a generation, before the request's own X-Timeout."""
-        return min(self.generation_s, working_time(self.exec_timeout)) if self.exec_timeout else self.generation_s
+        return self._within_watchdog(self.generation_s)
 
     @property
     def model_name(self) -> str:

@@ -99,13 +99,12 @@ def _drawn(scores: Array, sampling: Sampling, position: int) -> int:
         return int(kept[_inverted(_weights(scores[kept], sampling), sampling, draw)])
     weights = _weights(scores, sampling)
     # Of what is wanted of all probability, and so of the order.
-    wanted = (draw if sampling.top_p == 1 else sampling.top_p) * weights.sum()
-    for count in (*_FIRST_COUNTS, len(scores)):
-        if count >= len(scores):
-            break
+    total = float(weights.sum())
+    wanted = (draw if sampling.top_p == 1 else sampling.top_p) * total
+    for count in (count for count in _FIRST_COUNTS if count < len(scores)):
         kept = _best(scores, count)
         if weights[kept].sum() > wanted * (1 + _ROUNDING):
-            return int(kept[_inverted(weights[kept], sampling, draw, float(weights.sum()))])
+            return int(kept[_inverted(weights[kept], sampling, draw, total)])
     order = _best(scores, len(scores))
     return int(order[_inverted(weights[order], sampling, draw)])
 

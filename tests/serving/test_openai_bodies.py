@@ -10,12 +10,9 @@ import pytest
 from flask.testing import FlaskClient
 from jsonschema import Draft202012Validator
 
-from isthmus.serving import create_router_app
 from isthmus.serving.openai.documents import ChatChunkBody, TextCompletionBody
 from isthmus.serving.openapi import openapi_document
-from isthmus.settings import RouterSettings
-from support.bundles import ready
-from support.patience import LONG_S
+from support.language_router import decoder_router
 from support.published_decoders import PublishedDecoder
 from support.published_decoders import tiny_decoder as tiny_decoder
 
@@ -33,17 +30,7 @@ TEXT_REQUEST = {"prompt": "the cat", "max_tokens": 4, "logprobs": 2, "seed": 3}
 
 @pytest.fixture(scope="module")
 def router(tiny_decoder: PublishedDecoder, tmp_path_factory: pytest.TempPathFactory) -> FlaskClient:
-    settings = RouterSettings(
-        registry=str(tiny_decoder.registry),
-        cache_dir=str(tmp_path_factory.mktemp("cache")),
-        model="tiny",
-        hops=("local",),
-        threads=1,
-        log_level="error",
-        deadline_s=LONG_S,
-        exec_timeout=0.0,
-    )
-    return ready(create_router_app(settings).test_client())
+    return decoder_router(tiny_decoder, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")

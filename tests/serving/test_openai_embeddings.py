@@ -11,14 +11,15 @@ import pytest
 
 from isthmus.client import Client
 from isthmus.errors import ContextTooLong, RequestMalformed
-from isthmus.serving import create_router_app, create_segment_app
+from isthmus.serving import create_segment_app
 from isthmus.serving.openai import embeddings
 from isthmus.settings import RouterSettings, SegmentSettings
-from support.bundles import ready, served
+from support.bundles import served
 from support.encoders import TEXTS, expected_vectors, token_rows
 from support.language_router import openai_client
 from support.published_encoders import PublishedEncoder
 from support.published_encoders import tiny_encoder as tiny_encoder
+from support.routers import served_router
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +34,7 @@ def url(tiny_encoder: PublishedEncoder, tmp_path_factory: pytest.TempPathFactory
     with served(tail) as tail_url:
         hops = ("local", tail_url)
         settings = RouterSettings(registry=registry, cache_dir=cache(), model="sentences", hops=hops, threads=1)
-        router = create_router_app(settings)
-        ready(router.test_client())
-        with served(router) as router_url:
+        with served_router(settings) as router_url:
             yield router_url
 
 
@@ -71,9 +70,7 @@ def test_a_text_gives_alone_what_it_gives_beside_longer_ones(client: openai.Open
         np.testing.assert_allclose(alone.data[0].embedding, entry.embedding, atol=1e-6)
 
 
-def test_long_requests_take_several_runs(
-    client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch, tiny_encoder: PublishedEncoder
-) -> None:
+def test_long_requests_take_several_runs(client: openai.OpenAI) -> None:
     texts = TEXTS * 400
     response: Any = client.embeddings.create(model="sentences", input=texts)
     assert response.isthmus["runs"] > 3

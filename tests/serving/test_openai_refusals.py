@@ -10,10 +10,9 @@ import pytest
 from flask.testing import FlaskClient
 
 from isthmus.context import Deadline
-from isthmus.serving import create_router_app
-from isthmus.settings import RouterSettings
-from support.bundles import Published, ready
+from support.bundles import Published
 from support.bundles import photos as photos
+from support.language_router import decoder_router
 from support.patience import LONG_S
 from support.published_decoders import PublishedDecoder
 from support.published_decoders import tiny_decoder as tiny_decoder
@@ -21,12 +20,6 @@ from support.routers import local_router
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "the cat"}]
-SETTINGS: Any = {"threads": 1, "log_level": "error", "deadline_s": LONG_S, "exec_timeout": 0.0, "hops": ("local",)}
-
-
-def decoder_router(decoder: PublishedDecoder, cache: Path, **changes: Any) -> FlaskClient:
-    settings = {"registry": str(decoder.registry), "cache_dir": str(cache), "model": "tiny"} | SETTINGS | changes
-    return ready(create_router_app(RouterSettings(**settings)).test_client())
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,10 @@ from flask.testing import FlaskClient
 
 from isthmus.errors import HopUnavailable
 from isthmus.processing.sampling import SampledToken
-from isthmus.serving import create_router_app, generations
+from isthmus.serving import generations
 from isthmus.serving.openai import responses
-from isthmus.settings import RouterSettings
-from support.bundles import metrics, ready
-from support.language_router import HANDLER, language_router, openai_client
+from support.bundles import metrics
+from support.language_router import HANDLER, decoder_router, language_router, openai_client
 from support.patience import LONG_S, eventually
 from support.published_decoders import PublishedDecoder
 from support.published_decoders import tiny_decoder as tiny_decoder
@@ -32,17 +31,7 @@ Script = Callable[[Any], Iterator[int]]
 
 @pytest.fixture(scope="module")
 def router(tiny_decoder: PublishedDecoder, tmp_path_factory: pytest.TempPathFactory) -> FlaskClient:
-    settings = RouterSettings(
-        registry=str(tiny_decoder.registry),
-        cache_dir=str(tmp_path_factory.mktemp("cache")),
-        model="tiny",
-        hops=("local",),
-        threads=1,
-        log_level="error",
-        deadline_s=LONG_S,
-        exec_timeout=0.0,
-    )
-    return ready(create_router_app(settings).test_client())
+    return decoder_router(tiny_decoder, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture
@@ -78,9 +67,7 @@ def events(body: bytes) -> list[Any]:
     return [each.decode() if each == b"[DONE]" else json.loads(each) for each in data]
 
 
-def test_an_error_in_the_middle_is_the_last_event(
-    router: FlaskClient, scripted: Callable[[Script], None], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_error_in_the_middle_is_the_last_event(router: FlaskClient, scripted: Callable[[Script], None]) -> None:
     def failing(_: Any) -> Iterator[int]:
         yield from (40, 41)
         raise HopUnavailable("http://tail gives no response", hop="http://tail")

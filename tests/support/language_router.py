@@ -1,13 +1,18 @@
-"""A router of a tiny decoder behind the template's own server, and OpenAI's client of it."""
+"""Routers that run a whole tiny decoder, and OpenAI's client of one behind the template's own server."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import openai
+from flask.testing import FlaskClient
 
+from isthmus.serving import create_router_app
+from isthmus.settings import RouterSettings
+from support.bundles import ready
 from support.local_stack import http
 from support.paths import ROOT
 from support.patience import LONG_S, eventually
@@ -15,6 +20,21 @@ from support.published_decoders import PublishedDecoder
 from support.template_process import served
 
 HANDLER = (ROOT / "functions" / "router" / "handler.py").read_text()
+
+
+def decoder_router(decoder: PublishedDecoder, cache: Path, **given: Any) -> FlaskClient:
+    """A client of a router in this process."""
+    settings = {
+        "registry": str(decoder.registry),
+        "cache_dir": str(cache),
+        "model": "tiny",
+        "hops": ("local",),
+        "threads": 1,
+        "log_level": "error",
+        "deadline_s": LONG_S,
+        "exec_timeout": 0.0,
+    }
+    return ready(create_router_app(RouterSettings(**settings | given)).test_client())
 
 
 @contextmanager

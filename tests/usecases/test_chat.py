@@ -23,7 +23,6 @@ from isthmus.errors import (
     RequestMalformed,
     http_status,
 )
-from isthmus.serving import create_router_app
 from isthmus.serving.openai.errors import openai_error
 from isthmus.settings import RegistrySettings, RouterSettings
 from isthmus_tools.usecases.chat import (
@@ -37,11 +36,10 @@ from isthmus_tools.usecases.chat import (
     RouterChat,
     open_chat,
 )
-from support.bundles import ready, served
 from support.paths import ROOT
 from support.ports import free_port
 from support.published_decoders import PublishedDecoder
-from support.published_decoders import tiny_decoder as tiny_decoder
+from support.routers import served_router
 from support.scripted_router import ScriptedRouter, scripted_router
 
 OPTIONS = ChatOptions(max_tokens=12, temperature=1.0, seed=7)
@@ -58,9 +56,7 @@ def url(tiny_decoder: PublishedDecoder, tmp_path_factory: pytest.TempPathFactory
     settings = RouterSettings(
         registry=str(tiny_decoder.registry), cache_dir=cache, model="tiny", hops=("local",), cuts="1/2", threads=1
     )
-    app = create_router_app(settings)
-    ready(app.test_client())
-    with served(app) as url:
+    with served_router(settings) as url:
         yield url
 
 

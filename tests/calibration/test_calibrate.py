@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import Result
 from msgspec import structs
-from typer.testing import CliRunner
 
 from isthmus.artifacts.bundle import Blob, digest_of, subject_digest
 from isthmus.artifacts.choice import CODEC_IDS, INPUT_CODECS, Choice, Look
@@ -23,30 +20,16 @@ from isthmus.registry import FolderStore, Registry, SegmentCache
 from isthmus_tools.calibration.boundary import CutBoundary, Spool
 from isthmus_tools.calibration.calibrate import CHOICES, QUALITIES, CalibrationSpec, calibrate
 from isthmus_tools.calibration.inputs import list_files, open_source, split
-from isthmus_tools.cli import app
 from isthmus_tools.graph import add_cuts
 from isthmus_tools.planner.publishing import carry_over, publish_plan
 from isthmus_tools.usecases.codec_choice import apply_command
 from support.bundles import Published, pair_model, photo, publish, publish_photos
+from support.cli import document, isthmus, refusal
 from support.executors import executor_of
 from support.plans import candidate, plan_for
 from support.segments import run_whole
 
 PLAIN = tuple(c for c in CHOICES if c.codec != "transform/4")
-
-
-def isthmus(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-def document(result: Result) -> Any:
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
-
-
-def refusal(result: Result) -> Any:
-    assert result.exit_code == 1, result.output
-    return json.loads(result.stderr)
 
 
 @pytest.fixture(scope="module")

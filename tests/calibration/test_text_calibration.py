@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
 
 from isthmus.artifacts.choice import TOKEN_CODECS
 from isthmus.artifacts.fidelity import from_json, read_fidelity, to_json
@@ -19,27 +17,13 @@ from isthmus.errors import CalibrationError
 from isthmus.registry import open_registry
 from isthmus.settings import RegistrySettings
 from isthmus_tools.calibration import texts
-from isthmus_tools.cli import app
 from isthmus_tools.zoo.calibration import PROSE
 from support.bundles import Published
 from support.bundles import photos as photos
+from support.cli import document, isthmus, refusal
 from support.decoders import generate_scores
 from support.published_decoders import PublishedDecoder
 from support.published_decoders import tiny_decoder as tiny_decoder
-
-
-def isthmus(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-def document(result: Result) -> Any:
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
-
-
-def refusal(result: Result) -> str:
-    assert result.exit_code == 1, result.output
-    return str(json.loads(result.stderr)["error"])
 
 
 @pytest.fixture(scope="module")
@@ -143,9 +127,9 @@ def test_texts_and_models_that_do_not_fit(registry: Path, photos: Published, tmp
         (("--text", tmp_path / "none.txt"), "no text in UTF-8"),
         (("--data", tmp_path), "is a language model"),
     ):
-        assert reason in refusal(isthmus("calibrate", "tiny", *options, "--registry", registry, "--json"))
+        assert reason in refusal(isthmus("calibrate", "tiny", *options, "--registry", registry, "--json"))["error"]
     for options in ((), ("--text", PROSE)):
         refused = isthmus("calibrate", "photos", *options, "--registry", photos.folder, "--json")
-        assert "no language model" in refusal(refused)
+        assert "no language model" in refusal(refused)["error"]
     with pytest.raises(CalibrationError, match="no language model"):
         texts.score_text("", photos.bundle, None, texts.TextSpec([1] * 99, "x", 1, []))  # type: ignore[arg-type]

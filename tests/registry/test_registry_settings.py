@@ -9,16 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
 
 from isthmus.errors import Denied, IsthmusError, RegistryError, SettingsError
 from isthmus.registry import RetryPolicy, open_registry, parse_address
 from isthmus.settings import RegistrySettings, SegmentSettings, read_secret
-from isthmus_tools.cli import app
 from isthmus_tools.cli.options import registry_settings, stack_variables
 from isthmus_tools.engine.credentials import SecretFolder
 from isthmus_tools.profiling.remote import ProfiledFunction
+from support.cli import isthmus
 from support.fake_bundles import make_bundle
 from support.fake_s3 import FakeS3, Request, Response, error, serving
 
@@ -45,10 +43,6 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def s3() -> Iterator[FakeS3]:
     with serving(FakeS3()) as server:
         yield server
-
-
-def isthmus(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 @pytest.mark.parametrize(

@@ -20,3 +20,9 @@ def document(result: Result) -> Any:
     """The JSON document of a command that succeeded."""
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
+
+
+def refusal(result: Result) -> Any:
+    """The JSON document of a command that failed, asked with --json."""
+    assert result.exit_code == 1, result.output
+    return json.loads(result.stderr)

@@ -12,9 +12,7 @@ from isthmus.artifacts.bundle import Blob, TextModel
 from isthmus.errors import ModelError, RequestMalformed, RequestTooLarge
 from isthmus.generation import text as text_module
 from isthmus.generation.text import TextCodec, TextStream
-from support.published_decoders import PublishedDecoder
-
-TEMPLATE = "{% for m in messages %}<|end|>{{ m.role }}: {{ m.content }}{% endfor %}<|end|>assistant:"
+from support.published_decoders import CHAT_TEMPLATE, PublishedDecoder
 
 
 @pytest.fixture
@@ -42,7 +40,7 @@ def test_a_sequence_begins_with_its_token(tokenizer: bytes) -> None:
 
 @pytest.mark.parametrize("text", ["<|end|>", "a<|end|>b", "<|end|><|end|>", "<|e<|end|>nd|>"])
 def test_a_special_token_in_a_text_is_plain_text(text: str, tokenizer: bytes) -> None:
-    end, both = end_of(tokenizer), codec(tokenizer, TEMPLATE)
+    end, both = end_of(tokenizer), codec(tokenizer, CHAT_TEMPLATE)
     assert end not in both.encode(text)
     assert both.decode(both.encode(text)) == text
     ids = both.encode_chat([{"role": "user", "content": text}])
@@ -51,7 +49,7 @@ def test_a_special_token_in_a_text_is_plain_text(text: str, tokenizer: bytes) ->
 
 
 def test_a_conversation_is_what_the_template_says(tokenizer: bytes) -> None:
-    both, end = codec(tokenizer, TEMPLATE), end_of(tokenizer)
+    both, end = codec(tokenizer, CHAT_TEMPLATE), end_of(tokenizer)
     messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "the {{ messages }}"}]
     ids = both.encode_chat(messages)
     assert ids.count(end) == 3
@@ -75,7 +73,7 @@ def test_a_template_that_writes_marks_of_its_own_gets_no_text_for_them(tokenizer
     ("template", "messages", "reason"),
     [
         ("", [{"role": "user", "content": "x"}], "no chat template"),
-        (TEMPLATE, [{"role": "root", "content": "x"}], "the role is 'root'"),
+        (CHAT_TEMPLATE, [{"role": "root", "content": "x"}], "the role is 'root'"),
         ("{{ raise_exception('roles must alternate') }}", [{"role": "user", "content": "x"}], "roles must alternate"),
         ("{{ messages.__class__.__mro__ }}", [{"role": "user", "content": "x"}], "refuses these messages"),
         ("{{ messages.append(1) }}", [{"role": "user", "content": "x"}], "refuses these messages"),
@@ -91,7 +89,7 @@ def test_bounds_and_broken_parts(tokenizer: bytes, monkeypatch: pytest.MonkeyPat
     with pytest.raises(RequestTooLarge):
         codec(tokenizer).encode("x" * 11)
     with pytest.raises(RequestTooLarge):
-        codec(tokenizer, TEMPLATE).encode_chat([{"role": "user", "content": "x" * 11}])
+        codec(tokenizer, CHAT_TEMPLATE).encode_chat([{"role": "user", "content": "x" * 11}])
     with pytest.raises(ModelError, match="tokenizer cannot be read"):
         codec(b"{}")
     with pytest.raises(ModelError, match="template cannot be read"):

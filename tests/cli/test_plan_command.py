@@ -16,7 +16,7 @@ from PIL import Image
 
 from isthmus.artifacts.plan import from_json, read_plan
 from isthmus.errors import LocalError, ModelError
-from isthmus.serving import create_router_app, create_segment_app
+from isthmus.serving import create_router_app
 from isthmus_tools.netem.process import link_to
 from isthmus_tools.planner.choice import MAP_RATES
 from isthmus_tools.planner.publishing import publish_plan
@@ -31,10 +31,10 @@ from support.bundles import (
     ready,
     router_settings,
     segment_settings,
-    served,
 )
 from support.cli import isthmus
 from support.plans import candidate, plan_for, profile_of
+from support.routers import served_functions
 
 LINK = ["--uplink", "20mbit", "--rtt", "30ms"]
 
@@ -66,8 +66,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     (folder / "photos").mkdir()
     for n in range(2):
         (folder / "photos" / f"{n}.png").write_bytes(photo(seed=n))
-    apps = [create_segment_app(segment_settings(published, folder / name)) for name in ("head", "tail")]
-    with served(apps[0]) as head, served(apps[1]) as tail:
+    with served_functions(*(segment_settings(published, folder / name) for name in ("head", "tail"))) as (head, tail):
         yield Place(published, head, tail, folder)
 
 

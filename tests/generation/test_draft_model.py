@@ -9,21 +9,17 @@ from pathlib import Path
 import pytest
 
 from isthmus.artifacts.sampling import Sampling
-from isthmus.context import Context
 from isthmus.errors import ModelError
 from isthmus.generation import AdaptiveProposer, Generated, GenerationRequest, Generator
 from isthmus.generation.draft_model import DraftModel, check_vocabulary
 from isthmus.pipeline import HttpHop, LocalHop
 from isthmus.runtime.session_store import SessionStore
+from support.hop_servers import context
 from support.ports import free_port
 from support.published_decoders import PublishedDecoder, chained
 
 PROMPT = [17, 230, 41, 5, 199, 88, 12]
 SAMPLINGS = [Sampling(), Sampling(temperature=0.9, seed=3, repetition_penalty=1.3, frequency_penalty=0.4, logprobs=2)]
-
-
-def context() -> Context:
-    return Context.from_headers({}, longest_s=60)
 
 
 def drafting(decoder: PublishedDecoder, store: SessionStore, cuts: tuple[str, ...] = ()) -> DraftModel:

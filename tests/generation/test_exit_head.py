@@ -25,6 +25,7 @@ from isthmus.wire.frame import Frame
 from isthmus_tools.calibration.exit_fit import fit, normalised, offered_tokens
 from isthmus_tools.usecases.draft import DraftRequest, DraftResult, draft
 from support.cli import document, isthmus
+from support.hop_servers import context
 from support.published_decoders import PublishedDecoder
 
 TEXT = "\n\n".join(f"the cat sat on the mat, and the dog on the log {i} times " * 3 for i in range(40))
@@ -58,17 +59,11 @@ class Counting(LocalHop):
     """Counts the positions that the segment before the cut runs."""
 
     positions = 0
-    calls = 0
 
     def call(self, frame: Frame, context: Context) -> HopReply:
         if frame.segment.startswith(".."):
             self.positions += frame.tensors["input_ids"].shape[1]
-            self.calls += 1
         return super().call(frame, context)
-
-
-def context() -> Context:
-    return Context.from_headers({}, longest_s=60)
 
 
 def test_branches_are_published_with_their_agreement(fitted: DraftResult, with_exits: PublishedDecoder) -> None:

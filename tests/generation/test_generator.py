@@ -15,7 +15,6 @@ from isthmus.artifacts.sampling import Sampling
 from isthmus.context import Context
 from isthmus.errors import (
     DeadlineExceeded,
-    HopError,
     HopUnavailable,
     ModelError,
     Overloaded,
@@ -23,19 +22,16 @@ from isthmus.errors import (
     StateMissing,
 )
 from isthmus.generation import AdaptiveProposer, Generated, GenerationRequest, Generator, PromptLookup
-from isthmus.generation.policy import FixedRoute, GenerationPolicy
-from isthmus.pipeline import HttpHop, LocalHop, Route, plan_route
+from isthmus.generation.policy import GenerationPolicy
+from isthmus.pipeline import LocalHop, Route, plan_route
 from isthmus.pipeline.hop import HopReply
-from isthmus.retries import RetryBudget
 from isthmus.runtime.session_store import SessionStore
-from isthmus.serving import create_segment_app
 from isthmus.wire.frame import Frame, Step
-from support.bundles import served
 from support.decoders import VOCABULARY
 from support.patience import eventually
-from support.published_decoders import PublishedDecoder, chained
+from support.published_decoders import AMPLE, Instead, PublishedDecoder, chained, http_hop
+from support.routers import served_functions
 
-AMPLE = RetryBudget(burst=1000, per_second=1.0, per_success=1.0)
 CUTS = [(), ("layer_1",), ("layer_1", "layer_2")]
 SEEDED = Sampling(temperature=0.8, top_p=0.95, repetition_penalty=1.2, presence_penalty=0.3, seed=11)
 
@@ -156,16 +152,6 @@ def test_a_tail_that_loses_its_state_is_rebuilt_with_the_same_tokens(
     tail.store.close()
 
 
-class Instead(FixedRoute):
-    """The same other route whatever fails."""
-
-    def __init__(self, route: Route) -> None:
-        self._route = route
-
-    def instead(self, error: HopError, context: Context) -> Route | None:
-        return self._route
-
-
 def test_another_route_goes_on_where_a_hop_is_gone(tiny_decoder: PublishedDecoder, store: SessionStore) -> None:
     request = GenerationRequest(prompt=prompt(4), max_tokens=20, sampling=SEEDED)
     whole = tiny_decoder.route((), LocalHop(store))
@@ -189,15 +175,8 @@ def test_another_route_goes_on_where_a_hop_is_gone(tiny_decoder: PublishedDecode
 
 @pytest.fixture
 def functions(tiny_decoder: PublishedDecoder, tmp_path: Path) -> Iterator[list[str]]:
-    apps = [create_segment_app(tiny_decoder.settings(tmp_path / name)) for name in ("head", "tail")]
-    with served(apps[0]) as head, served(apps[1]) as tail:
-        yield [head, tail]
-    for app in apps:
-        app.extensions["isthmus"].close()
-
-
-def http_hop(url: str) -> HttpHop:
-    return HttpHop(url, attempts=4, connect_timeout_s=2, max_reply_bytes=2**24)
+    with served_functions(*(tiny_decoder.settings(tmp_path / name) for name in ("head", "tail"))) as urls:
+        yield urls
 
 
 def test_functions_keep_sessions_between_requests(

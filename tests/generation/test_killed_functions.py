@@ -14,7 +14,7 @@ import pytest
 from isthmus.artifacts.sampling import Sampling
 from isthmus.context import Context
 from isthmus.generation import Generated, GenerationRequest, Generator
-from isthmus.pipeline import Hop, HttpHop, LocalHop
+from isthmus.pipeline import Hop, LocalHop
 from isthmus.routing import Estimates, watch
 from isthmus.runtime.session_store import SessionStore
 from isthmus_tools.cli.options import stack_variables
@@ -23,7 +23,7 @@ from isthmus_tools.netem import LinkShape, NetworkEmulator
 from support.decoders import VOCABULARY
 from support.paths import ROOT
 from support.patience import LONG_S
-from support.published_decoders import PublishedDecoder
+from support.published_decoders import PublishedDecoder, http_hop
 
 PROMPT = tuple(map(int, np.random.default_rng(8).integers(1, VOCABULARY, 12)))
 SEEDED = Sampling(temperature=0.8, top_p=0.95, repetition_penalty=1.2, seed=11)
@@ -55,10 +55,6 @@ def kill(name: str) -> None:
             child.send_signal(signal.SIGKILL)
             return
     raise LookupError(name)
-
-
-def http_hop(url: str) -> HttpHop:
-    return HttpHop(url, attempts=4, connect_timeout_s=2, max_reply_bytes=2**24)
 
 
 def generated(

@@ -16,9 +16,9 @@ from isthmus.arrays import Array
 from isthmus.artifacts.sampling import Sampling
 from isthmus.codecs import Encoding
 from isthmus.context import Context
-from isthmus.errors import DeadlineExceeded, HopError, HopUnavailable, StateMissing
+from isthmus.errors import DeadlineExceeded, HopUnavailable, StateMissing
 from isthmus.generation import Generated, GenerationRequest, Generator
-from isthmus.generation.policy import FixedRoute, GenerationPolicy
+from isthmus.generation.policy import GenerationPolicy
 from isthmus.pipeline import Hop, LocalHop, LoopbackHop, Route
 from isthmus.pipeline.hop import HopReply
 from isthmus.processing.sampling import SampledToken
@@ -27,9 +27,8 @@ from isthmus.runtime.session_store import SessionStore
 from isthmus.wire.frame import Frame
 from support.decoders import VOCABULARY
 from support.patience import eventually
-from support.published_decoders import PublishedDecoder
+from support.published_decoders import AMPLE, Instead, PublishedDecoder
 
-AMPLE = RetryBudget(burst=1000, per_second=1.0, per_success=1.0)
 SEEDED = Sampling(temperature=0.8, top_p=0.95, repetition_penalty=1.2, presence_penalty=0.3, seed=11, logprobs=3)
 PROMPT = tuple(map(int, np.random.default_rng(3).integers(1, VOCABULARY, 12)))
 REQUEST = GenerationRequest(prompt=PROMPT, max_tokens=24, sampling=SEEDED)
@@ -213,16 +212,6 @@ def test_generations_share_the_memory_of_replays(
     policy = GenerationPolicy(recoveries=AMPLE, memory=MemoryBudget(100))
     assert same(generate(tiny_decoder.route(("layer_1",), head, tail), policy=policy), expected)
     assert head.runs_of(0) == 2
-
-
-class Instead(FixedRoute):
-    """Another route after each failure."""
-
-    def __init__(self, *routes: Route) -> None:
-        self._routes = iter(routes)
-
-    def instead(self, error: HopError, context: Context) -> Route | None:
-        return next(self._routes, None)
 
 
 def failing(*numbers: int) -> Fault:

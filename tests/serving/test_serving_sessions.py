@@ -15,20 +15,22 @@ import numpy as np
 import pytest
 
 from isthmus.artifacts.sampling import Sampling
-from isthmus.context import Context, Deadline
+from isthmus.context import Deadline
 from isthmus.errors import HopBusy, HopTimeout, ShapeMismatch, StateMissing, ValueRefused
-from isthmus.pipeline import Hop, HttpHop, LocalHop, LoopbackHop, SessionHop
+from isthmus.pipeline import Hop, LocalHop, LoopbackHop, SessionHop
 from isthmus.routing.estimates import Estimates
 from isthmus.routing.replicas import watch
 from isthmus.runtime.ort_runner import OrtRunner
 from isthmus.serving import create_segment_app
 from isthmus.serving.metrics import KINDS
 from isthmus.wire.frame import Frame, Step, encode
-from support.bundles import metrics, ready, served
+from support.bundles import metrics, ready
+from support.hop_servers import context
 from support.patience import LONG_S, eventually
 from support.ports import free_port
-from support.published_decoders import PublishedDecoder
+from support.published_decoders import PublishedDecoder, http_hop
 from support.published_decoders import tiny_decoder as tiny_decoder
+from support.routers import served_functions
 
 HEAD = "..layer_1"
 
@@ -36,31 +38,23 @@ HEAD = "..layer_1"
 @pytest.fixture(scope="module")
 def functions(tiny_decoder: PublishedDecoder, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     """The URLs of two replicas."""
-    caches = [tmp_path_factory.mktemp(name) for name in ("one", "two")]
-    apps = [create_segment_app(tiny_decoder.settings(cache)) for cache in caches]
-    with served(apps[0]) as one, served(apps[1]) as two:
-        yield [one, two]
-    for app in apps:
-        app.extensions["isthmus"].close()
-
-
-def http_hop(url: str) -> HttpHop:
-    return HttpHop(url, attempts=1, connect_timeout_s=2, max_reply_bytes=2**24)
+    with served_functions(*(tiny_decoder.settings(tmp_path_factory.mktemp(name)) for name in ("one", "two"))) as urls:
+        yield urls
 
 
 def step(hop: Hop, decoder: PublishedDecoder, position: int, session: str = "s") -> None:
     frame = Frame(
         {"input_ids": np.array([[1, 2]])}, decoder.model.digest, HEAD, "r", step=Step(session, position, reserve=8)
     )
-    hop.call(frame, Context.from_headers({}, longest_s=LONG_S))
+    hop.call(frame, context())
 
 
 def test_a_session_that_ends_is_missing_at_the_next_step(
     functions: list[str], tiny_decoder: PublishedDecoder, tmp_path: Path
 ) -> None:
     store = tiny_decoder.store(tmp_path)
-    remote = http_hop(functions[0])
-    (watched,) = watch([[http_hop(functions[0])]], Estimates())
+    remote = http_hop(functions[0], 1)
+    (watched,) = watch([[http_hop(functions[0], 1)]], Estimates())
     hops: list[Hop] = [LocalHop(store), LoopbackHop(LocalHop(store)), remote, watched]
     for hop, name in zip(hops, ("local", "local", functions[0], functions[0]), strict=True):
         step(hop, tiny_decoder, 0)
@@ -78,9 +72,9 @@ def test_a_session_that_ends_is_missing_at_the_next_step(
 
 
 def test_a_session_ends_at_every_replica(functions: list[str], tiny_decoder: PublishedDecoder) -> None:
-    singles = [http_hop(url) for url in functions]
+    singles = [http_hop(url, 1) for url in functions]
     # The third is away, and is no reason not to ask the others.
-    (tier,) = watch([[http_hop(url) for url in (*functions, f"http://127.0.0.1:{free_port()}/")]], Estimates())
+    (tier,) = watch([[http_hop(url, 1) for url in (*functions, f"http://127.0.0.1:{free_port()}/")]], Estimates())
     for hop in singles:
         step(hop, tiny_decoder, 0, "everywhere")
     tier.end_session("everywhere", Deadline.after(LONG_S))
@@ -105,10 +99,6 @@ def frame_of(decoder: PublishedDecoder, ids: Any, given: Step, segment: str = ".
     return Frame({"input_ids": np.array(ids, np.int64)}, decoder.model.digest, segment, "r", step=given)
 
 
-def context() -> Context:
-    return Context.from_headers({}, longest_s=LONG_S)
-
-
 @pytest.mark.parametrize(
     ("ids", "given", "error", "status"),
     [
@@ -123,7 +113,7 @@ def context() -> Context:
 def test_a_hostile_frame_is_the_callers_error(
     ids: Any, given: Step, error: Any, status: int, functions: list[str], tiny_decoder: PublishedDecoder
 ) -> None:
-    hop = http_hop(functions[0])
+    hop = http_hop(functions[0], 1)
     with pytest.raises(error) as caught:
         hop.call(frame_of(tiny_decoder, ids, given), context())
     assert caught.value.facts["status"] == status
@@ -136,7 +126,7 @@ def test_a_hostile_frame_is_the_callers_error(
 def test_hidden_states_that_are_no_numbers_are_the_callers_error(
     functions: list[str], tiny_decoder: PublishedDecoder
 ) -> None:
-    hop = http_hop(functions[0])
+    hop = http_hop(functions[0], 1)
     hidden = np.full((1, 2, 64), np.nan, np.float32)
     frame = Frame({"layer_1": hidden}, tiny_decoder.model.digest, "layer_1..", "r", step=Step("n", 0, Sampling()))
     with pytest.raises(ValueRefused, match="layer_1 holds values that are no finite numbers") as caught:
@@ -179,7 +169,7 @@ def test_sampling_beyond_its_bounds_is_a_malformed_frame(
 def test_a_step_whose_caller_went_can_be_made_again(
     functions: list[str], tiny_decoder: PublishedDecoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hop = http_hop(functions[0])
+    hop = http_hop(functions[0], 1)
     hop.call(frame_of(tiny_decoder, [[1, 2, 3]], Step("gone", 0)), context())
     step = frame_of(tiny_decoder, [[4]], Step("gone", 3))
     gate, started, run = threading.Event(), threading.Event(), OrtRunner.run_step
@@ -192,7 +182,7 @@ def test_a_step_whose_caller_went_can_be_made_again(
     with monkeypatch.context() as patch:
         patch.setattr(OrtRunner, "run_step", slow)
         with pytest.raises(HopTimeout):
-            hop.call(step, Context.from_headers({}, longest_s=0.3))
+            hop.call(step, context(0.3))
         assert started.wait(LONG_S)
         with pytest.raises(HopBusy) as caught:
             hop.call(step, context())

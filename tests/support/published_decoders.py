@@ -1,4 +1,4 @@
-"""Tiny decoders in a registry, and routes along their segments."""
+"""Tiny decoders in a registry, their hops, and routes along their segments."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from isthmus.pipeline import Hop, LocalHop, LoopbackHop, Route, plan_route
+from isthmus.context import Context
+from isthmus.errors import HopError
+from isthmus.generation.policy import FixedRoute
+from isthmus.pipeline import Hop, HttpHop, LocalHop, LoopbackHop, Route, plan_route
 from isthmus.registry import Resolved, open_cache, open_registry
+from isthmus.retries import RetryBudget
 from isthmus.runtime.session_store import SessionStore, open_store
 from isthmus.settings import SegmentSettings
 from isthmus_tools.graph.decoder.bundler import build_decoder
@@ -81,6 +85,25 @@ def store(tiny_decoder: PublishedDecoder, tmp_path: Path) -> Iterator[SessionSto
     made = tiny_decoder.store(tmp_path / "cache")
     yield made
     made.store.close()
+
+
+def http_hop(url: str, attempts: int = 4) -> HttpHop:
+    """A hop to a function."""
+    return HttpHop(url, attempts=attempts, connect_timeout_s=2, max_reply_bytes=2**24)
+
+
+AMPLE = RetryBudget(burst=1000, per_second=1.0, per_success=1.0)
+"""For more recoveries than a router allows at a time."""
+
+
+class Instead(FixedRoute):
+    """Another route after each failure."""
+
+    def __init__(self, *routes: Route) -> None:
+        self._routes = iter(routes)
+
+    def instead(self, error: HopError, context: Context) -> Route | None:
+        return next(self._routes, None)
 
 
 def chained(store: SessionStore) -> tuple[Hop, Hop]:

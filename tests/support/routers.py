@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from werkzeug.datastructures import EnvironHeaders
 
 from isthmus.processing.classify import classify
 from isthmus.serving import create_router_app, create_segment_app
-from isthmus.settings import RouterSettings
+from isthmus.settings import RouterSettings, SegmentSettings
 from support.bundles import LABELS, TOLERANCE, Published, photo_array, ready, router_settings, segment_settings, served
 from support.ports import free_port
 from support.segments import run_whole
@@ -75,6 +75,18 @@ def cut_off(photos: Published, tmp_path_factory: pytest.TempPathFactory) -> Flas
 
 def local_router(published: Published, cache: Path, **given: Any) -> FlaskClient:
     return ready(create_router_app(router_settings(published, cache, ("local",), **given)).test_client())
+
+
+@contextmanager
+def served_functions(*settings: SegmentSettings) -> Iterator[list[str]]:
+    """Segment functions on real sockets; their URLs."""
+    with ExitStack() as stack:
+        urls = []
+        for each in settings:
+            app = create_segment_app(each)
+            stack.callback(app.extensions["isthmus"].close)
+            urls.append(stack.enter_context(served(app)))
+        yield urls
 
 
 @contextmanager

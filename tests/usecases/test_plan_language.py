@@ -24,7 +24,7 @@ from isthmus.pipeline import Hop, planned_route
 from isthmus.registry import open_registry
 from isthmus.routing.demand import Demand
 from isthmus.routing.selection import RouteSelector
-from isthmus.serving import create_router_app, create_segment_app
+from isthmus.serving import create_router_app
 from isthmus.serving.profiling import SECRET
 from isthmus.settings import RegistrySettings, RouterSettings
 from isthmus_tools import FunctionUrls, PlanRequest, ProfileRequest, plan, profile
@@ -35,9 +35,10 @@ from isthmus_tools.profiling.slow_edge import EdgeWork, SlowEdge
 from isthmus_tools.usecases.answer_size import AnswerSize, prompt_ids
 from isthmus_tools.usecases.function_urls import functions_at
 from isthmus_tools.usecases.functions import codec_tables
-from support.bundles import ready, served
+from support.bundles import ready
 from support.cli import isthmus
 from support.published_decoders import PublishedDecoder, chained
+from support.routers import served_functions
 from support.scripted_decoders import scripted_bundle
 
 TOKEN = "a-token"
@@ -73,8 +74,7 @@ def planned(tiny_decoder: PublishedDecoder, tmp_path_factory: pytest.TempPathFac
     secrets = str(folder / "secrets")
     settings = RegistrySettings(registry=str(registry), cache_dir=str(folder / "cache"), secrets_dir=secrets)
     options: dict[str, Any] = {"secrets_dir": secrets, "log_level": "error"}
-    apps = [create_segment_app(decoder.settings(folder / name, **options)) for name in ("head", "tail")]
-    with served(apps[0]) as head, served(apps[1]) as tail:
+    with served_functions(*(decoder.settings(folder / name, **options) for name in ("head", "tail"))) as (head, tail):
         functions = functions_at(head, tail, settings, TOKEN)
         request = PlanRequest(
             model="tiny",

@@ -18,18 +18,10 @@ from isthmus.errors import HopRejected, SettingsError
 from isthmus.pipeline import HttpHop
 from isthmus.security.protected_call import SEALED_TYPE, open_protection
 from isthmus.serving import create_router_app, create_segment_app
+from isthmus.settings import SegmentSettings
 from isthmus.wire import frame as frames
 from isthmus.wire.frame import Frame
-from support.bundles import (
-    Published,
-    framed,
-    metrics,
-    photo,
-    ready,
-    router_settings,
-    segment_settings,
-    served,
-)
+from support.bundles import Published, framed, metrics, photo, ready, router_settings, segment_settings, served
 from support.bundles import photos as photos
 from support.hop_servers import context
 from support.patience import LONG_S
@@ -45,6 +37,12 @@ def secrets_in(folder: Path, keys: str) -> dict[str, str]:
     folder.mkdir(exist_ok=True)
     (folder / "hop-keys").write_text(keys)
     return {"secrets_dir": str(folder)}
+
+
+def hop_to(url: str, settings: SegmentSettings | None) -> HttpHop:
+    """A hop as of a router with these settings; without any it protects nothing."""
+    protection = open_protection(settings) if settings is not None else None
+    return HttpHop(url, attempts=1, connect_timeout_s=LONG_S, max_reply_bytes=2**20, protection=protection)
 
 
 class Protected:
@@ -72,18 +70,9 @@ class Protected:
         self.bodies.append(body)
         environ["wsgi.input"] = BytesIO(body)
 
-    def hop(self, **changes: object) -> HttpHop:
-        protection = open_protection(self.settings)
-        given = {"attempts": 1, "connect_timeout_s": LONG_S, "max_reply_bytes": 2**20, "protection": protection}
-        return HttpHop(self.tail, **{**given, **changes})  # type: ignore[arg-type]
-
 
 @pytest.fixture(params=["sealed", "signed"])
-def protected(
-    request: pytest.FixtureRequest,
-    photos: Published,
-    tmp_path: Path,
-) -> Iterator[Protected]:
+def protected(request: pytest.FixtureRequest, photos: Published, tmp_path: Path) -> Iterator[Protected]:
     with ExitStack() as stack:
         yield Protected(photos, tmp_path, stack, hop_security=request.param)
 
@@ -123,14 +112,14 @@ def test_a_stranger_is_refused_and_nothing_runs(
 
 
 def test_segments_are_loaded_ahead_over_protected_hops(protected: Protected, photos: Published) -> None:
-    hop = protected.hop()
+    hop = hop_to(protected.tail, protected.settings)
     while not hop.load(photos.digest, str(photos.bundle.segment_list[0].id), Deadline.after(LONG_S)):
         pass
     hop.close()
 
 
 def test_a_router_without_keys_is_told_what_to_do(protected: Protected, photos: Published) -> None:
-    hop = protected.hop(protection=None)
+    hop = hop_to(protected.tail, None)
     with pytest.raises(HopRejected) as caught:
         hop.call(Frame(photos.inputs, photos.digest, "..", "r"), context())
     assert caught.value.facts["status"] == 401
@@ -138,17 +127,12 @@ def test_a_router_without_keys_is_told_what_to_do(protected: Protected, photos: 
     hop.close()
 
 
-def test_a_function_without_keys_tells_a_router_that_seals(
-    photos: Published,
-    tmp_path: Path,
-) -> None:
+def test_a_function_without_keys_tells_a_router_that_seals(photos: Published, tmp_path: Path) -> None:
     app = create_segment_app(segment_settings(photos, tmp_path / "cache"))
     settings = segment_settings(photos, tmp_path, **secrets_in(tmp_path / "secrets", new_key("k1")))
     with served(app) as url:
         ready(app.test_client())
-        hop = HttpHop(
-            url, attempts=1, connect_timeout_s=LONG_S, max_reply_bytes=2**20, protection=open_protection(settings)
-        )
+        hop = hop_to(url, settings)
         with pytest.raises(HopRejected) as caught:
             hop.call(Frame(photos.inputs, photos.digest, "..", "r"), context())
         hop.close()
@@ -156,22 +140,13 @@ def test_a_function_without_keys_tells_a_router_that_seals(
     assert "this function has no keys" in caught.value.message
 
 
-def test_an_answer_of_someone_without_the_key_is_no_answer(
-    protected: Protected,
-    photos: Published,
-) -> None:
+def test_an_answer_of_someone_without_the_key_is_no_answer(protected: Protected, photos: Published) -> None:
     """A function in the place of the tail, which runs anything and seals nothing."""
     stranger = Flask("stranger")
     reply = frames.encode(Frame(photos.inputs, photos.digest, "..", "r"))
     stranger.add_url_rule("/", view_func=lambda: (reply, 200), methods=["POST"])
     with served(stranger) as url:
-        hop = HttpHop(
-            url,
-            attempts=1,
-            connect_timeout_s=LONG_S,
-            max_reply_bytes=2**20,
-            protection=open_protection(protected.settings),
-        )
+        hop = hop_to(url, protected.settings)
         with pytest.raises(HopRejected, match=r"is not (sealed|signed)"):
             hop.call(Frame(photos.inputs, photos.digest, "..", "r"), context())
         hop.close()

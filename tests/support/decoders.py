@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,15 @@ def save_decoder(folder: Path, config: Any) -> Path:
     tokenizer.train_from_iterator(["the cat sat on the mat, and the dog on the log"] * 9, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
+
+
+def with_swapped_tokens(tokenizer: bytes) -> bytes:
+    """The tokenizer.json of another vocabulary of the same size: two tokens have each other's id."""
+    document = json.loads(tokenizer)
+    vocabulary = document["model"]["vocab"]
+    first, second = list(vocabulary)[10:12]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    return json.dumps(document).encode()
 
 
 def write_gguf(folder: Path, out: Path, changes: Mapping[str, str] | None = None) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -95,8 +94,12 @@ class Talking:
         yield question
 
 
-def talk(lines: Sequence[str | type[BaseException]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run a conversation with these lines of a terminal; it must leave at their end."""
+def talk(
+    lines: Sequence[str | type[BaseException]],
+    monkeypatch: pytest.MonkeyPatch,
+    conversation: Conversation | None = None,
+) -> None:
+    """Have a conversation with these lines of a terminal; it must leave at their end."""
     rest = iter(lines)
 
     def read(_: str) -> str:
@@ -106,7 +109,7 @@ def talk(lines: Sequence[str | type[BaseException]], monkeypatch: pytest.MonkeyP
         raise line
 
     monkeypatch.setattr("builtins.input", read)
-    command._talk(Conversation(Talking()))
+    command._talk(conversation or Conversation(Talking()))
     assert list(rest) == []
 
 
@@ -138,21 +141,13 @@ def test_text_that_steers_a_terminal_is_shown_as_escapes() -> None:
     assert command._safe("a\x1b[2J\tb\nc") == "a\\x1b[2J\tb\nc"
 
 
-def test_turns_that_were_dropped_are_told(
-    place: list[object], monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
-) -> None:
+def test_turns_that_were_dropped_are_told(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     class Dropping(Talking):
+        context = 1000
+
         def pieces(self, messages: Sequence[Message], options: ChatOptions, answer: Answer) -> Iterator[str]:
             yield from super().pieces(messages, options, answer)
             answer.tokens = 900
 
-    rest = iter(["first", "second"])
-    monkeypatch.setattr("builtins.input", lambda _: next(rest, None) or _end())
-    model = Dropping()
-    model.context = 1000
-    command._talk(Conversation(model, ChatOptions(max_tokens=500)))
+    talk(["first", "second", EOFError], monkeypatch, Conversation(Dropping(), ChatOptions(max_tokens=500)))
     assert "the first 2 messages are no longer part" in capsys.readouterr().err
-
-
-def _end() -> str:
-    raise EOFError

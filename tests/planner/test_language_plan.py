@@ -17,7 +17,7 @@ from isthmus.artifacts.conditions import Conditions, Constraints
 from isthmus.artifacts.plan import Candidate, Error, GenerationLoad, Measured, Plan, from_json, to_json
 from isthmus.artifacts.profile import Timing
 from isthmus.artifacts.segment_id import WHOLE, SegmentId, partition_ids
-from isthmus.errors import Infeasible, PlanMalformed, PlanMismatch, ProfileMalformed
+from isthmus.errors import Infeasible, ModelError, PlanMalformed, PlanMismatch, ProfileMalformed
 from isthmus.registry import Resolved
 from isthmus_tools.planner.choice import VALUES, choose, grid, over_link
 from isthmus_tools.planner.costs import HEADERS_DOWN, HEADERS_UP
@@ -394,7 +394,7 @@ def test_every_objective_has_a_value_for_other_models_too() -> None:
 
 def test_a_bundle_of_another_kind_has_no_layers() -> None:
     bundle: Bundle = replace(scripted_bundle(), text=None)
-    with pytest.raises(Exception, match="no language model"):
+    with pytest.raises(ModelError, match="no language model"):
         DecoderLayers.of(bundle)
     head, tail = partition_ids(["layer_3"])
     assert (layers_of(head, 8), layers_of(tail, 8)) == (3, 5)

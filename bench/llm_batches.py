@@ -113,7 +113,7 @@ def run(store: SessionStore, digest: str, session: str, position: int, count: in
     """A step of random hidden states, greedily sampled."""
     hidden = np.random.default_rng(position).standard_normal((1, count, WIDTH)).astype(np.float32)
     step = Step(session, position, Sampling(), reserve=RESERVE)
-    store.step(digest, TAIL, {"layer_10": hidden}, step, Deadline.after(LONG_S))
+    store.step(digest, TAIL, {CUT: hidden}, step, Deadline.after(LONG_S))
 
 
 if __name__ == "__main__":

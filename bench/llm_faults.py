@@ -12,13 +12,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
-import urllib3
 from functions import StagedFunction, free_port, stage_functions
 from harness import STATE, Report, Row, arguments, at_least, at_most
-from llm import FUNCTION, NAME, REGISTRY, Model, http_hop, open_model
+from llm import CUT, FUNCTION, NAME, REGISTRY, Model, http_hop, open_model
 from llm_prompts import MIXED
-from supervised import Supervised
+from supervised import Supervised, answers
 
 from isthmus.artifacts.sampling import Sampling
 from isthmus.context import Context
@@ -126,12 +126,7 @@ def supervised(name: str, function: StagedFunction, preload: str) -> Iterator[tu
     environment = function.environment_at(
         url, **{**FUNCTION, "preload": preload}, cache_dir=str(STATE / f"llm-faults-{name}")
     )
-
-    def is_ready() -> bool:
-        with contextlib.suppress(urllib3.exceptions.HTTPError):
-            return urllib3.request("GET", f"{url}/ready", retries=False, timeout=2.0).status == 200
-        return False
-
+    is_ready = partial(answers, f"{url}/ready")
     with Supervised(f"llm-{name}", function.command, environment, is_ready, function.folder) as running:
         yield running, url
 
@@ -149,7 +144,7 @@ class Faults:
         (self.tail,) = watch([[self.noted[0]]], Estimates())
         (self.tails,) = watch([self.noted], Estimates())
         for hop in self.tails.watched:
-            hop.memory.tell(model.resolved.digest, "layer_10..", is_loaded=True)
+            hop.memory.tell(model.resolved.digest, f"{CUT}..", is_loaded=True)
         self._expected: dict[tuple[int, str], list[int]] = {}
 
     def close(self) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Iterator
-from pathlib import Path
 
 from harness import ROOT, STATE, Report, Row, arguments, at_most
 
@@ -45,7 +44,7 @@ def main() -> None:
                 report.say(title)
                 plans[title] = planned(settings, functions, size, RATES[rate], private, report)
     for title, each in plans.items():
-        report.add(f"{title}: chosen is {each.chosen}", [row(each, c) for c in measured(each)])
+        report.add(f"{title}: chosen is {each.chosen}", [row(c) for c in measured(each)])
     gaps = [abs(gap) for each in plans.values() for c in measured(each) for gap in gaps_of(c)]
     report.goals.append(at_most("measured against predicted seconds, median gap", statistics.median(gaps), MAX_GAP))
     worst = max(regret(each) for each in plans.values())
@@ -89,7 +88,7 @@ def regret(each: Plan) -> float:
     return by_prediction.per_token_s / min(c.per_token_s for c in admissible) - 1
 
 
-def row(each: Plan, candidate: Candidate) -> Row:
+def row(candidate: Candidate) -> Row:
     """A measured candidate beside its prediction."""
     costs = candidate.generation
     assert costs is not None
@@ -106,5 +105,5 @@ def row(each: Plan, candidate: Candidate) -> Row:
 
 
 if __name__ == "__main__":
-    os.chdir(Path(ROOT))
+    os.chdir(ROOT)
     main()

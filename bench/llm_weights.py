@@ -12,7 +12,6 @@ import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -95,7 +94,7 @@ def name_of(precision: str) -> str:
 
 def publish(precision: str) -> None:
     """Import the model in this precision, once."""
-    Path(REGISTRY).mkdir(parents=True, exist_ok=True)
+    REGISTRY.mkdir(parents=True, exist_ok=True)
     import_model(
         ImportRequest(
             model="llm:smollm2",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -68,4 +67,4 @@ class Stopwatch:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

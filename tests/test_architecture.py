@@ -215,3 +215,10 @@ print(sorted(name for name in sys.modules if name.startswith(("isthmus_tools", "
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+def test_a_router_starts_without_generation_tokenizers_and_onnxruntime() -> None:
+    late = ("isthmus.generation", "tokenizers", "onnxruntime")
+    script = f"import sys, isthmus.serving.router; print([name for name in sys.modules if name.startswith({late})])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr

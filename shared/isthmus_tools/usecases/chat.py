@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from isthmus.artifacts.bundle import Bundle
+from isthmus.artifacts.layers import layers_of
 from isthmus.artifacts.sampling import MAX_SEED, Sampling
 from isthmus.artifacts.segment_id import WHOLE
 from isthmus.client import Client
@@ -16,7 +17,6 @@ from isthmus.context import Context, Deadline
 from isthmus.errors import ContextTooLong, HopRejected, HopUnavailable, Missing, RequestMalformed
 from isthmus.generation.completion import CompletionText
 from isthmus.generation.generator import Generated, GenerationRequest, Generator
-from isthmus.generation.layers import layers_of
 from isthmus.generation.text import TextCodec
 from isthmus.pipeline import LocalHop, local_route, plan_route
 from isthmus.registry import Registry, open_cache, open_registry

@@ -72,7 +72,7 @@ class OpenAIApi:
     def _loaded(self) -> CompletionRoutes:
         with self._lock:
             if self._routes is None:
-                # 60 ms and 20 MB, which routers of other models never need.
+                # 30 ms and 4 MB, which routers of other models never need.
                 from isthmus.serving.generations import Generations
                 from isthmus.serving.openai.routes import CompletionRoutes
 

@@ -8,9 +8,9 @@ import msgspec
 from flask import Response
 from msgspec import Struct
 
+from isthmus.artifacts.layers import layers_of
 from isthmus.context import Deadline
 from isthmus.errors import IsthmusError, RequestMalformed
-from isthmus.generation.layers import layers_of
 from isthmus.pipeline import LocalHop, Route
 from isthmus.routing import ModelCatalog, ServedModel
 from isthmus.serving.app import FunctionApp

@@ -17,11 +17,9 @@ from isthmus.artifacts.sampling import TOKENS, Sampling
 from isthmus.context import Context
 from isthmus.errors import DeadlineExceeded, IsthmusError, ModelError, StateMissing
 from isthmus.generation.policy import SessionEnder
+from isthmus.generation.session import CHUNK, common_length
 from isthmus.pipeline import Route, execute
 from isthmus.wire.frame import Step
-
-# As in the prefill of the model itself: a step of other sessions waits no longer.
-_CHUNK = 256
 
 
 class DraftModel:
@@ -53,7 +51,7 @@ class DraftModel:
         Raises:
             DeadlineExceeded: as `execute`.
         """
-        agreed = self._agreed + _common(self._ran[self._agreed :], sequence[self._agreed : -1])
+        agreed = self._agreed + common_length(self._ran[self._agreed :], sequence[self._agreed : -1])
         self._agreed, self._ran = agreed, self._ran[:agreed]
         waiting, drafted = list(sequence[agreed:]), list[int]()
         try:
@@ -74,8 +72,8 @@ class DraftModel:
 
     def _run(self, tokens: Sequence[int]) -> int:
         """Run tokens behind those that ran; the likeliest to follow."""
-        for start in range(0, len(tokens), _CHUNK):
-            drawn = self._step(tokens[start : start + _CHUNK])
+        for start in range(0, len(tokens), CHUNK):
+            drawn = self._step(tokens[start : start + CHUNK])
         return drawn
 
     def _step(self, tokens: Sequence[int]) -> int:
@@ -105,9 +103,3 @@ def _vocabulary(tokenizer: bytes) -> Mapping[str, int]:
     # Unigram models list pairs of a token and its score, in the order of ids.
     pairs = vocabulary if isinstance(vocabulary, dict) else {each[0]: i for i, each in enumerate(vocabulary)}
     return {**pairs, **added}
-
-
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """The number of tokens at the beginning that are the same."""
-    pairs = zip(first, second, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))

@@ -17,7 +17,7 @@ from isthmus.generation.request import EarlyProposer
 from isthmus.generation.request import Generated as Generated
 from isthmus.generation.request import GenerationRequest as GenerationRequest
 from isthmus.generation.request import Proposer as Proposer
-from isthmus.generation.session import RoutedSession
+from isthmus.generation.session import RoutedSession, common_length
 from isthmus.pipeline import Route
 from isthmus.processing.sampling import SampledToken
 
@@ -90,7 +90,7 @@ class Generator:
         proposals = self._proposals(sequence, request.max_tokens - len(done.tokens) - 1, done)
         began, recoveries = time.perf_counter(), done.recoveries
         sampled = session.sample([*sequence, *proposals], len(proposals) + 1, context)
-        accepted = _accepted(proposals, sampled)
+        accepted = common_length(proposals, [each.token for each in sampled])
         # The seconds of the prompt and of replays say nothing of later steps.
         if self._proposer is not None and done.tokens and done.recoveries == recoveries:
             self._proposer.observe(len(proposals), accepted, time.perf_counter() - began)
@@ -103,12 +103,3 @@ class Generator:
         if self._proposer is None or not done.tokens or most < 1:
             return []
         return self._proposer.propose(sequence, min(most, MAX_PROPOSED))[:most]
-
-
-def _accepted(proposals: Sequence[int], sampled: Sequence[SampledToken]) -> int:
-    count = 0
-    for proposal, token in zip(proposals, sampled, strict=False):
-        if proposal != token.token:
-            break
-        count += 1
-    return count

@@ -188,9 +188,7 @@ class RoutedSession:
 
         Segments behind the first run again from `sampled_from` on: their last positions are sampled together.
         """
-        count, shorter = self._agreed, min(len(self._tokens), len(tokens))
-        while count < shorter and self._tokens[count] == tokens[count]:
-            count += 1
+        count = self._agreed + common_length(self._tokens[self._agreed :], tokens[self._agreed :])
         self._tokens = list(tokens)
         ahead = self._place(0) if len(self._route.segments) > 1 else None
         self._positions = {
@@ -317,6 +315,12 @@ class RoutedSession:
             if deadline.remaining() < _PAUSE_S:
                 raise error
             time.sleep(jittered(_PAUSE_S, _PAUSE_S))
+
+
+def common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """The number of tokens at the beginning that are the same."""
+    pairs = zip(first, second, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
 def _is_abandoned(context: Context) -> bool:

@@ -62,7 +62,6 @@ class Generations:
         request: GenerationRequest,
         context: Context,
         headers: Headers,
-        proposer: Proposer | None = None,
     ) -> RunningGeneration:
         """A generation along the route that the router, or the header Isthmus-Route, chooses.
 
@@ -77,8 +76,8 @@ class Generations:
         context = replace(context, deadline=Deadline.after(seconds))
         describe_varying_work()
         routed = self._dispatcher.generation(model, context, headers.get(ROUTE_HEADER, ""))
-        draft = self._drafts.of(model, request, context) if self._drafts is not None and proposer is None else None
-        proposer = proposer or edge_proposer(*([] if draft is None else [draft]))
+        draft = None if self._drafts is None else self._drafts.of(model, request, context)
+        proposer = edge_proposer() if draft is None else edge_proposer(draft)
         running = RunningGeneration(model, request, context, routed, proposer, self._services)
         if draft is not None:
             running.closing.callback(draft.end, self._services.policy.ender)
@@ -94,7 +93,7 @@ class RunningGeneration:
         request: GenerationRequest,
         context: Context,
         routed: GenerationRoute,
-        proposer: Proposer | None,
+        proposer: Proposer,
         services: _Services,
     ) -> None:
         self.done = Generated()

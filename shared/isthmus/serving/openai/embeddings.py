@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
-from cachetools import LRUCache
+from cachetools import LRUCache, cached
 from flask import Response
 from msgspec import UNSET, Meta, Struct, UnsetType
 
@@ -118,8 +118,8 @@ class EmbeddingRoutes:
         self, settings: RouterSettings, catalog: ModelCatalog, registry: Registry, predictor: Predictor
     ) -> None:
         self._settings, self._catalog, self._registry, self._predictor = settings, catalog, registry, predictor
-        self._lock = threading.Lock()
-        self._tokenizers: LRUCache[str, SentenceTokenizer] = LRUCache(_MAX_TOKENIZERS)
+        cache = LRUCache[str, SentenceTokenizer](_MAX_TOKENIZERS)
+        self._tokenizer = cached(cache, key=lambda model, _: model.digest, lock=threading.Lock())(self._read_tokenizer)
 
     def embed(self, request: FunctionRequest) -> Response:
         """A vector for each input."""
@@ -168,14 +168,8 @@ class EmbeddingRoutes:
         request.timings.add("preprocess", time.perf_counter() - start)
         return rows
 
-    def _tokenizer(self, model: ServedModel, embedding: TextEmbedding) -> SentenceTokenizer:
-        with self._lock:
-            if (tokenizer := self._tokenizers.get(model.digest)) is not None:
-                return tokenizer
-        tokenizer = SentenceTokenizer(self._registry.blob(embedding.tokenizer), embedding)
-        with self._lock:
-            self._tokenizers[model.digest] = tokenizer
-        return tokenizer
+    def _read_tokenizer(self, model: ServedModel, embedding: TextEmbedding) -> SentenceTokenizer:
+        return SentenceTokenizer(self._registry.blob(embedding.tokenizer), embedding)
 
 
 def _embedding_of(model: ServedModel, body: EmbeddingRequestBody) -> TextEmbedding:

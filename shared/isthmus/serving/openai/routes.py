@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cachetools import LRUCache
+from cachetools import LRUCache, cached
 from flask import Response
 
 from isthmus.errors import ContextTooLong, RequestMalformed
@@ -42,8 +42,8 @@ class CompletionRoutes:
     ) -> None:
         self._settings, self._catalog, self._registry = settings, catalog, registry
         self._responder = CompletionResponder(settings, generations)
-        self._lock = threading.Lock()
-        self._codecs: LRUCache[str, TextCodec] = LRUCache(_MAX_CODECS)
+        cache = LRUCache[str, TextCodec](_MAX_CODECS)
+        self._codec = cached(cache, key=lambda model: model.digest, lock=threading.Lock())(self._read_codec)
 
     def chat(self, request: FunctionRequest) -> Response:
         """A chat completion."""
@@ -123,7 +123,7 @@ class CompletionRoutes:
     def _model(self, request: FunctionRequest, body: GenerationBody) -> ServedModel:
         return generating(self._catalog.get(body.model or self._settings.model, request.context.deadline))
 
-    def _codec(self, model: ServedModel) -> TextCodec:
+    def _read_codec(self, model: ServedModel) -> TextCodec:
         """The tokenizer and chat template of a version.
 
         Raises:
@@ -132,13 +132,7 @@ class CompletionRoutes:
         text = model.bundle.text
         if text is None:
             raise RequestMalformed(f"{model.name} generates no text", parameter="model")
-        with self._lock:
-            if (codec := self._codecs.get(model.digest)) is not None:
-                return codec
-        codec = TextCodec(self._registry.blob(text.tokenizer), text)
-        with self._lock:
-            self._codecs[model.digest] = codec
-        return codec
+        return TextCodec(self._registry.blob(text.tokenizer), text)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import base64
 import json
 import os
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,6 +21,7 @@ from nats.js import JetStreamContext
 from isthmus.errors import BrokerRefused, BrokerUnavailable, ConfigurationMalformed, MessageTooLarge
 from isthmus.events.brokers import nats_connection
 from isthmus.events.brokers.nats import HEADER_BYTES, NatsConsumer, NatsDelivery, NatsPublisher
+from isthmus.events.brokers.nats_connection import NatsConnection
 from isthmus.events.configuration import NatsPlace
 from isthmus.events.message import Message
 from support.nats_server import NatsServer, unique_subject
@@ -265,11 +267,22 @@ def test_a_consumer_that_somebody_removed_is_made_again(nats_server: NatsServer,
     assert fetched(consumer, 1)[0].message.id == "x"
 
 
-def test_a_consumer_name_in_use_for_another_subject_is_refused(nats_server: NatsServer, opened: ExitStack) -> None:
+def test_a_consumer_name_in_use_for_another_subject_is_refused(
+    nats_server: NatsServer, opened: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prefix = unique_subject()
     stream = prefix.replace(".", "-")
     with_jetstream(nats_server, lambda js: js.add_stream(name=stream, subjects=[f"{prefix}.>"]))
     assert consumer_of(opened, nats_server, f"{prefix}.a").backlog().messages == 0
+    # The refusal may be there before the consumer is.
+    start = NatsConnection.start
+
+    def returns_late(connection: NatsConnection) -> NatsConnection:
+        start(connection)
+        time.sleep(0.5)
+        return connection
+
+    monkeypatch.setattr(NatsConnection, "start", returns_late)
     other = consumer_of(opened, nats_server, f"{prefix}.b")
     with pytest.raises(BrokerRefused, match=rf"'isthmus'.*{prefix}\.a") as caught:
         other.fetch(1, LONG_S)

@@ -85,7 +85,8 @@ class NatsConsumer:
         self._unfinished: dict[NatsDelivery, None] = {}
         self._stream = ""
         self._subscription: JetStreamContext.PullSubscription | None = None
-        self._connection = NatsConnection(place.url, credentials, self._subscribe).start()
+        self._connection = NatsConnection(place.url, credentials, self._subscribe)
+        self._connection.start()
 
     @property
     def url(self) -> str:
@@ -204,7 +205,8 @@ class NatsPublisher:
             )
         self._place, self._makes_stream = place, makes_stream
         self._max_payload: int | None = None
-        self._connection = NatsConnection(place.url, credentials, self._note_limit).start()
+        self._connection = NatsConnection(place.url, credentials, self._note_limit)
+        self._connection.start()
 
     @property
     def url(self) -> str:

@@ -43,7 +43,8 @@ class JetStreamRecords:
         self._bucket, self._keep_s = bucket, keep_s
         self._store: KeyValue | None = None
         self._epoch = ""
-        self._connection = NatsConnection(server, credentials, self._open).start()
+        self._connection = NatsConnection(server, credentials, self._open)
+        self._connection.start()
         self.url = f"{self._connection.url}/{bucket}"
 
     def get(self, key: str) -> Stored | None:

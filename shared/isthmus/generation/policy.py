@@ -12,13 +12,13 @@ from isthmus.admission import MemoryBudget
 from isthmus.context import Context, Deadline
 from isthmus.errors import HopError
 from isthmus.pipeline import Hop, Route, SessionHop
+from isthmus.pipeline.hop import END_SESSION_S
 from isthmus.retries import RetryBudget
 
 # A function that restarts loses the sessions of all generations at once: sixteen are rebuilt immediately, and then four
 # a second, since each replay computes as much as a prompt. Completed steps earn further ones.
 _RECOVERY_BURST, _RECOVERIES_PER_S, _RECOVERIES_PER_STEP = 16, 4.0, 0.01
-# The end of a session saves memory of a function; the function drops idle sessions by itself where the call is lost.
-_END_TIMEOUT_S, _ENDING_THREADS, _MAX_ENDING = 2.0, 2, 256
+_ENDING_THREADS, _MAX_ENDING = 2, 256
 
 
 class Rerouting(Protocol):
@@ -94,4 +94,4 @@ class GenerationPolicy:
 
 def _end(hop: Hop, session: str) -> None:
     if isinstance(hop, SessionHop):
-        hop.end_session(session, Deadline.after(_END_TIMEOUT_S))
+        hop.end_session(session, Deadline.after(END_SESSION_S))

@@ -63,7 +63,7 @@ if TYPE_CHECKING:  # a router with remote hops alone never loads onnxruntime
 MAX_ERROR_BYTES = 2**16
 # Replicas of a hop; each has a breaker that probes watch.
 MAX_REPLICAS = 16
-# A session that ends holds up the end of its generation for no longer.
+# The end of a session saves memory of a function; the function drops idle sessions by itself where the call is lost.
 END_SESSION_S = 2.0
 # Bound on a frame between this process and itself, where only memory limits it.
 MAX_LOOPBACK_BYTES = 2**30

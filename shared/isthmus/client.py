@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from isthmus.errors import (
     Overloaded,
     RequestMalformed,
     ShapeMismatch,
+    error_code,
 )
 from isthmus.http.pool import (
     BrokenOff,
@@ -52,7 +52,7 @@ MAX_RESPONSE_BYTES = 2**30
 _CONNECT_TIMEOUT_S = 5.0
 # Of a chunk with the scores of some tokens.
 _MAX_EVENT_BYTES = 2**20
-# OpenAI's own codes; other errors have the name of their class, as error_code.
+# OpenAI's own codes; other errors have the name of their class, as `error_code`.
 _OPENAI_CODES: Mapping[str, type[IsthmusError]] = {
     "context_length_exceeded": ContextTooLong,
     "rate_limit_exceeded": Overloaded,
@@ -373,8 +373,3 @@ def _openai_error(error: Mapping[str, Any]) -> IsthmusError:
     code = str(error["code"])
     kind = _OPENAI_CODES.get(code) or next(c for c in HTTP_STATUS if error_code(c.__name__) == code)
     return kind(str(error["message"]), **error["facts"])
-
-
-def error_code(name: str) -> str:
-    """A class's name as OpenAI writes codes: ShapeMismatch is shape_mismatch."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()

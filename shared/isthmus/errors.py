@@ -6,6 +6,7 @@ sentences. `hint` is advice for the reader.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -404,6 +405,11 @@ HTTP_STATUS: dict[type[IsthmusError], int] = {
     EventError: 500,
     LocalError: 500,
 }
+
+
+def error_code(name: str) -> str:
+    """A class's name as OpenAI writes codes: ShapeMismatch is shape_mismatch."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
 def http_status(error: IsthmusError) -> int:

@@ -5,11 +5,12 @@ Source: platform.openai.com/docs/guides/error-codes; docs/reference/openai.md, "
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from msgspec import Struct
+
+from isthmus.errors import error_code
 
 PATH = "/v1/"
 _RATE_LIMIT = "rate_limit_exceeded"
@@ -55,4 +56,4 @@ def _type(status: int) -> str:
 
 
 def _code(name: str) -> str:
-    return _CODES.get(name) or re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+    return _CODES.get(name) or error_code(name)

@@ -17,7 +17,7 @@ from msgspec import Meta, Struct, field
 from msgspec.structs import force_setattr, replace
 
 from isthmus.artifacts.constraints import Count, Digest, Share, Text, matching
-from isthmus.artifacts.cuts import SYNTAX, CutName, CutText, parse_partition
+from isthmus.artifacts.cuts import SYNTAX, CutName, CutText, layer_cut, parse_partition
 from isthmus.artifacts.json_documents import DocumentKind, builtins, canonical
 from isthmus.artifacts.segment_id import SegmentId, partition_ids
 from isthmus.artifacts.state import State
@@ -226,8 +226,8 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
         if len(text.parts) == 1 and text.parts[0] in self.cuts:
             return text.parts
         # A language model's cuts have no positions in the graph: a number is that of the layers before the cut.
-        if self.text is not None and text.position is not None and f"layer_{text.position}" in self.cuts:
-            return (f"layer_{text.position}",)
+        if self.text is not None and text.position is not None and layer_cut(text.position) in self.cuts:
+            return (layer_cut(text.position),)
         # Two cuts may share their tensors: a cut of the name in `text` comes first.
         for cut in sorted(self.cuts.values(), key=lambda c: c.name != text.name):
             at_position = text.position is not None and cut.position == text.position

@@ -16,6 +16,7 @@ from functools import cache
 from typing import Annotated
 
 from isthmus.artifacts.constraints import matching
+from isthmus.errors import CutError
 
 SYNTAX = "a cut is a position such as 20, its tensors a,b, or NAME=a,b; cuts in order are separated by '/': 20/65"
 """The form of cuts, for help and for errors."""
@@ -24,6 +25,9 @@ _SEPARATOR = re.compile(r"[/,]")
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}"
 _CUT = re.compile(_NAME)
 _NAMED = re.compile(rf"\s*({_NAME})\s*=")
+LAYER_PREFIX = "layer_"
+# Far more digits than any model's layers have.
+_MAX_DIGITS = 8
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,29 @@ def parse_cut(text: str, names: Collection[str]) -> CutText:
     """Parse a single cut; a `/` in `text` belongs to a name."""
     cuts = _read(text, frozenset(names))
     return cuts[0] if cuts is not None and len(cuts) == 1 else _split(text)
+
+
+def layer_cut(layers: int) -> str:
+    """The name of the cut behind the first `layers` layers of a model of text, and of the residual stream there."""
+    return f"{LAYER_PREFIX}{layers}"
+
+
+def layer_numbers(text: str, layers: int) -> list[int]:
+    """The numbers of layers in a partition's text, such as `10/20` or `layer_10/layer_20`, in its order.
+
+    Raises:
+        CutError: a part is no number from 1 to `layers` - 1.
+    """
+    numbers = []
+    for part in text.split("/"):
+        number = part.strip().removeprefix(LAYER_PREFIX)
+        if not (number.isdecimal() and len(number) <= _MAX_DIGITS and 0 < int(number) < layers):
+            raise CutError(
+                f"{part[:80]!r} is no cut of this model; its cuts are 1 to {layers - 1}, the number of layers before",
+                cut=part[:80],
+            )
+        numbers.append(int(number))
+    return numbers
 
 
 def _read(text: str, names: frozenset[str]) -> tuple[CutText, ...] | None:

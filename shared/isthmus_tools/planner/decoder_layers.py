@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 from isthmus.arrays import DTYPES
 from isthmus.artifacts.bundle import Bundle
+from isthmus.artifacts.cuts import LAYER_PREFIX, layer_cut
 from isthmus.artifacts.segment_id import WHOLE
 from isthmus.artifacts.state import State
 from isthmus.errors import ModelError
 
-_CUT = re.compile(r"layer_([1-9][0-9]{0,6})")
+_CUT = re.compile(rf"{LAYER_PREFIX}([1-9][0-9]{{0,6}})")
 
 
 def layers_before(cut: str) -> int:
@@ -29,11 +30,6 @@ def layers_before(cut: str) -> int:
     if (match := _CUT.fullmatch(cut)) is None:
         raise ModelError(f"the cut {cut!r} is not between two layers", cut=cut, hint="layers are cut as layer_N")
     return int(match[1])
-
-
-def layer_cut(layers: int) -> str:
-    """The name of the cut behind so many layers."""
-    return f"layer_{layers}"
 
 
 def layer_cuts(names: Iterable[str]) -> list[str]:

@@ -10,12 +10,13 @@ from pathlib import Path
 from msgspec import structs
 
 from isthmus.artifacts.bundle import Bundle
+from isthmus.artifacts.cuts import layer_cut, layer_numbers
 from isthmus.artifacts.profile import Profile
 from isthmus.artifacts.segment_id import WHOLE, SegmentId, partition_ids
 from isthmus.generation.session import CHUNK
 from isthmus.registry import Registry, Resolved, SegmentCache, open_cache, open_registry
 from isthmus_tools.graph.decoder.bundler import add_layer_cuts
-from isthmus_tools.planner.decoder_layers import DecoderLayers, layer_cut, layer_cuts, layers_before
+from isthmus_tools.planner.decoder_layers import DecoderLayers, layer_cuts, layers_before
 from isthmus_tools.profiling import profiles
 from isthmus_tools.profiling.measure import hop_cost
 from isthmus_tools.profiling.remote import ProfiledFunction
@@ -46,7 +47,8 @@ def profile_language_model(request: ProfileRequest, progress: Progress = silent)
     functions = {tier: ProfiledFunction(url, token, protection=protection) for tier, url in urls.items()}
     progress("asking the functions what they run on")
     devices = {tier: function.device() for tier, function in functions.items()}
-    cuts = [layer_cut(n) for n in _requested(request.cuts)] or profiled_layers(version.bundle, layers)
+    asked = [layer_cut(n) for text in request.cuts for n in layer_numbers(text, layers.count)]
+    cuts = asked or profiled_layers(version.bundle, layers)
     sizes = StepSizes.of(layers.context, CHUNK)
     current = {tier: profiles.find(store, version.bundle, tier, device.id) for tier, device in devices.items()}
     fresh = {
@@ -128,12 +130,6 @@ def with_layer_cuts(
             return Resolved(model.name, model.version, registry.stage(bundle, files), bundle)
         version = registry.publish(bundle, files)
     return Resolved(version.name, version.version, version.digest, bundle)
-
-
-def _requested(texts: Sequence[str]) -> list[int]:
-    """The layers of cuts as texts: `10`, `layer_10`, or `10/20` for two."""
-    parts = [part for text in texts for part in text.split("/")]
-    return [int(p) if p.isdecimal() and len(p) < 8 else layers_before(p) for p in parts]
 
 
 def _holds(profile: Profile, segments: Sequence[SegmentId], sizes: StepSizes) -> bool:

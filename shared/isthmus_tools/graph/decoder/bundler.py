@@ -17,12 +17,13 @@ from msgspec import UNSET, structs
 
 from isthmus.arrays import Array, supplied_inputs
 from isthmus.artifacts.bundle import Bundle, digest_of
+from isthmus.artifacts.cuts import layer_cut, layer_numbers
 from isthmus.artifacts.segment_id import partition_ids
 from isthmus.artifacts.state import State, StatePair
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import CutError, ModelError
 from isthmus_tools.graph import weights as weights_file
-from isthmus_tools.graph.cuts import CutInfo, boundary, cut_at, layer_numbers
+from isthmus_tools.graph.cuts import CutInfo, cut_at
 from isthmus_tools.graph.decoder import graph
 from isthmus_tools.graph.decoder.config import DecoderSource, layer_precisions
 from isthmus_tools.graph.decoder.rehearsal import StepRehearsal
@@ -141,7 +142,7 @@ def _opened(
     present = ("batch", head[0], "present", head[1])
     specs = {name: TensorSpec(name, "float32", present) for name in state.outputs}
     for layer in range(1, len(state.pairs) // 2):
-        specs[boundary(layer)] = TensorSpec(boundary(layer), "float32", (*rows, width))
+        specs[layer_cut(layer)] = TensorSpec(layer_cut(layer), "float32", (*rows, width))
     # Bundles without the input score all positions.
     scored = "tokens" if state.scored is UNSET else graph.SCORED
     specs[graph.LOGITS] = TensorSpec(graph.LOGITS, "float32", ("batch", scored, vocabulary))
@@ -160,7 +161,7 @@ def _cut(
     segments, cuts, files = dict(bundle.segments), dict(bundle.cuts), dict[str, Path]()
     expected: Array | None = None
     for layers in partitions:
-        infos = [_layer_cut(model, layer) for layer in layers]
+        infos = [_cut_info(model, layer) for layer in layers]
         check_order(model, infos)
         cuts |= {info.name: info.manifest() for info in infos}
         # Published segments were rehearsed when they were made.
@@ -188,14 +189,14 @@ def _cut(
     return extended, files
 
 
-def _layer_cut(model: Model, layer: int) -> CutInfo:
+def _cut_info(model: Model, layer: int) -> CutInfo:
     """The cut behind the first `layer` layers; its bytes are those of a token, and it has no position but the layer."""
-    cut = cut_at(model, [boundary(layer)], boundary(layer))
+    cut = cut_at(model, [layer_cut(layer)], layer_cut(layer))
     return replace(cut, bytes=cut.bytes // _TOKENS, position=None)
 
 
 def _names(layers: Sequence[int]) -> tuple[str, ...]:
-    return tuple(boundary(layer) for layer in layers)
+    return tuple(layer_cut(layer) for layer in layers)
 
 
 def _state(decoder: DecoderSource) -> State:

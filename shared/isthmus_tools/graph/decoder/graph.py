@@ -18,8 +18,8 @@ import numpy as np
 import onnx_ir as ir
 
 from isthmus.arrays import Array
+from isthmus.artifacts.cuts import layer_cut
 from isthmus.errors import ModelError
-from isthmus_tools.graph.cuts import boundary
 from isthmus_tools.graph.decoder.config import DecoderSource, Precision
 from isthmus_tools.graph.decoder.initialisers import MatrixPart
 from isthmus_tools.graph.decoder.products import MICROSOFT, Products
@@ -142,7 +142,7 @@ class _GraphBuilder:
             "Add", [x, self._linear(attended, at + "attn_output", c.width, queries, precision)], at + "residual"
         )
         feed = self._gpt2_ffn if c.family == "gpt2" else self._gated_ffn
-        stream = _value(boundary(i + 1), ir.DataType.FLOAT, [self._batch, self._tokens, c.width])
+        stream = _value(layer_cut(i + 1), ir.DataType.FLOAT, [self._batch, self._tokens, c.width])
         self._node("Add", [x, feed(self._norm(x, at + "ffn_norm"), at, precision)], stream)
         return pasts, presents, stream
 

@@ -10,8 +10,8 @@ import numpy as np
 from msgspec import structs
 
 from isthmus.artifacts.bundle import Blob, Bundle, TextEmbedding, digest_of
+from isthmus.artifacts.cuts import layer_cut, layer_numbers
 from isthmus_tools.graph.bundler import add_cuts, build
-from isthmus_tools.graph.cuts import boundary, layer_numbers
 from isthmus_tools.graph.encoder import graph
 from isthmus_tools.graph.encoder.folder import EncoderSource
 from isthmus_tools.graph.model import open_model
@@ -86,5 +86,5 @@ def layer_cuts(layers: int, text: str) -> list[str]:
     Raises:
         CutError: a part is no number of layers.
     """
-    names = map(boundary, layer_numbers(text, layers))
+    names = map(layer_cut, layer_numbers(text, layers))
     return [f"{name}={name},{graph.MASK}" for name in names]

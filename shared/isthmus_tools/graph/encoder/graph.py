@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from isthmus.arrays import Array
-from isthmus_tools.graph.cuts import boundary
+from isthmus.artifacts.cuts import layer_cut
 from isthmus_tools.graph.encoder.folder import EncoderSource, EncoderWeights
 
 IDS, MASK, VECTOR = "input_ids", "attention_mask", "embedding"
@@ -81,7 +81,7 @@ class _EncoderBuilder:
             places = self._op("CumSum", [ones, axis], "positions", exclusive=1)
         # All tokens are of the first kind, whose embedding joins that of the position.
         placed = self._op("Gather", [self._array("places.weight", self._places), places], "placed")
-        return self._norm(self._op("Add", [words, placed], "embedded"), "embeddings.LayerNorm", boundary(0))
+        return self._norm(self._op("Add", [words, placed], "embedded"), "embeddings.LayerNorm", layer_cut(0))
 
     def _places(self) -> Array:
         positions = self._weights.get("embeddings.position_embeddings.weight")
@@ -94,7 +94,7 @@ class _EncoderBuilder:
         residual = self._op("Add", [x, output], f"{at}residual")
         x = self._norm(residual, f"{at}attention.output.LayerNorm", f"{at}attention.out")
         fed = self._linear(self._activated(self._linear(x, f"{at}intermediate.dense"), at), f"{at}output.dense")
-        return self._norm(self._op("Add", [x, fed], f"{at}fed"), f"{at}output.LayerNorm", boundary(i + 1))
+        return self._norm(self._op("Add", [x, fed], f"{at}fed"), f"{at}output.LayerNorm", layer_cut(i + 1))
 
     def _attended(self, x: ir.Value, mask: ir.Value, at: str) -> ir.Value:
         c = self._config

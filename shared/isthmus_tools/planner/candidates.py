@@ -42,8 +42,26 @@ class Option:
     variant: bool = False
 
 
+class PlannedBundle:
+    """What the candidates of every kind of model have; `input_kind` is that of the plan, as in its document."""
+
+    bundle: Bundle
+    profiles: Mapping[str, Profile]
+    input_kind: str
+
+    @property
+    def subject(self) -> str:
+        """The bundle digest that a plan of these candidates names."""
+        return subject_digest(self.bundle)
+
+    @property
+    def cpus(self) -> dict[str, int]:
+        """CPUs of each tier that a request occupies."""
+        return {tier: profile.device.threads for tier, profile in self.profiles.items()}
+
+
 @dataclass
-class CandidateSet:
+class CandidateSet(PlannedBundle):
     """The evaluated options of one bundle, independent of the link.
 
     `bundle` is the published bundle plus the candidates' cuts; `files` holds the new files, by digest, as long as the
@@ -70,16 +88,6 @@ class CandidateSet:
     notes: list[str] = field(default_factory=list)
     skipped_cuts: tuple[str, ...] = ()
     variant: Variant | None = None
-
-    @property
-    def subject(self) -> str:
-        """The bundle digest that a plan of these candidates names."""
-        return subject_digest(self.bundle)
-
-    @property
-    def cpus(self) -> dict[str, int]:
-        """CPUs of each tier that a request occupies."""
-        return {tier: profile.device.threads for tier, profile in self.profiles.items()}
 
     def add(self, option: Option, evaluation: Evaluation | None) -> None:
         """Add an option, unless its evaluation found nothing to encode."""

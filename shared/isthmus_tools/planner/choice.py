@@ -16,7 +16,7 @@ from isthmus.artifacts.plan import Candidate, Measured, Plan, ProfileUsed, Terms
 from isthmus.artifacts.profile import Profile
 from isthmus.errors import ConstraintMalformed, Infeasible
 from isthmus.units import format_duration, format_size
-from isthmus_tools.planner.candidates import CandidateSet
+from isthmus_tools.planner.candidates import CandidateSet, PlannedBundle
 from isthmus_tools.planner.costs import HEADERS_DOWN, HEADERS_UP, Prices, with_prices
 from isthmus_tools.planner.throughput import mix_reason, planned_mix, slowest_stage
 
@@ -193,13 +193,6 @@ def _infeasible(candidates: Sequence[Candidate], constraints: Constraints) -> In
     )
 
 
-def profiles_used(profiles: Mapping[str, Profile]) -> tuple[ProfileUsed, ...]:
-    """The profiles behind a plan, by tier."""
-    return tuple(
-        ProfileUsed(tier, p.device.id, p.device.cpu, p.measured_at, p.steady) for tier, p in sorted(profiles.items())
-    )
-
-
 def build_plan(
     candidate_set: CandidateSet,
     candidates: Sequence[Candidate],
@@ -215,26 +208,54 @@ def build_plan(
     Raises:
         Infeasible: as `choose`.
     """
+    plan = plan_of_choice(candidate_set, candidates, conditions, objective, constraints, prices)
+    plan = replace(plan, why=(*plan.why, *_caveats(candidate_set, plan.candidates, plan.choice)))
+    if objective != "throughput" or (mix := planned_mix(plan)) is None:
+        return plan
+    return replace(plan, mix=mix, why=(plan.why[0], mix_reason(mix), *plan.why[1:]))
+
+
+def plan_of_choice(
+    candidate_set: PlannedBundle,
+    candidates: Sequence[Candidate],
+    conditions: Conditions,
+    objective: Objective,
+    constraints: Constraints,
+    prices: Prices | None = None,
+) -> Plan:
+    """The plan of any kind of model, with the reasons of the choice alone.
+
+    Raises:
+        Infeasible: as `choose`.
+    """
     with_costs = [with_prices(c, prices, candidate_set.cpus) for c in candidates]
     refused, best, reasons = choose(with_costs, objective, constraints)
-    plan = Plan(
+    return Plan(
         model=candidate_set.bundle.name,
         subject=candidate_set.subject,
         objective=objective,
         conditions=conditions,
         constraints=constraints,
-        profiles=profiles_used(candidate_set.profiles),
+        profiles=tuple(
+            ProfileUsed(tier, p.device.id, p.device.cpu, p.measured_at, p.steady)
+            for tier, p in sorted(candidate_set.profiles.items())
+        ),
         candidates=refused,
         chosen=best.name,
-        why=(*reasons, *_caveats(candidate_set, refused, best)),
+        why=reasons,
         made_at=datetime.now(UTC).isoformat(timespec="seconds"),
         isthmus=isthmus.__version__,
         currency=prices.currency if prices else "",
         inputs=candidate_set.input_kind,
     )
-    if objective != "throughput" or (mix := planned_mix(plan)) is None:
-        return plan
-    return replace(plan, mix=mix, why=(plan.why[0], mix_reason(mix), *plan.why[1:]))
+
+
+def profile_caveats(tier: str, profile: Profile) -> list[str]:
+    """What a profile warns of, in at most one sentence."""
+    if not profile.warnings:
+        return []
+    more = f"; and {len(profile.warnings) - 1} more like it" if len(profile.warnings) > 1 else ""
+    return [f"the profile of tier {tier} is unsteady or incomplete: {profile.warnings[0]}{more}"]
 
 
 def with_measurements(candidates: Sequence[Candidate], measured: Sequence[Candidate]) -> tuple[Candidate, ...]:
@@ -259,9 +280,7 @@ def _caveats(candidate_set: CandidateSet, candidates: Sequence[Candidate], best:
         caveats.append("sizes and errors are of random inputs; real ones pack otherwise")
     shapes = {name: tuple(a.shape) for name, a in candidate_set.inputs[0].arrays.items()}
     for tier, profile in candidate_set.profiles.items():
-        if profile.warnings:
-            more = f"; and {len(profile.warnings) - 1} more like it" if len(profile.warnings) > 1 else ""
-            caveats.append(f"the profile of tier {tier} is unsteady or incomplete: {profile.warnings[0]}{more}")
+        caveats += profile_caveats(tier, profile)
         if profile.shapes and profile.shapes != shapes:
             text = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in profile.shapes.items())
             caveats.append(f"the profile of tier {tier} is of other shapes than these inputs: {text}")

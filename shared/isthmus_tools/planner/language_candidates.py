@@ -7,24 +7,24 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from isthmus.artifacts.bundle import Bundle, subject_digest
+from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.choice import RAW_ID, Choice
 from isthmus.artifacts.conditions import Conditions
 from isthmus.artifacts.plan import TERMS, Candidate, Coding, Error, GenerationLoad, Terms, TokenCosts
 from isthmus.artifacts.profile import CodecSpeed, Profile
 from isthmus.artifacts.segment_id import SegmentId
+from isthmus_tools.planner.candidates import CLOUD, EDGE, PlannedBundle
 from isthmus_tools.planner.costs import NO_RUN, CallBytes, Prices, Workload, terms, with_prices
 from isthmus_tools.planner.decoder_layers import DecoderLayers, layers_before
 from isthmus_tools.planner.layer_times import LayerTimes
 from isthmus_tools.planner.step_frames import Placement, StepFrames
 
-EDGE, CLOUD = "edge", "cloud"
 _NO_CALL = CallBytes(0, 0)
 _SAME_SPEED = CodecSpeed(1.0, 1.0)
 
 
 @dataclass
-class LanguageCandidates:
+class LanguageCandidates(PlannedBundle):
     """The candidates of one bundle, by their placements.
 
     `profiles` are by tier; `errors` are those that calibration measured, by cut and codec; `codec_slowdown` is the
@@ -43,17 +43,8 @@ class LanguageCandidates:
     codec_slowdown: Mapping[str, Mapping[str, CodecSpeed]] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    input_kind: str = "text"
     variant: None = None
-
-    @property
-    def subject(self) -> str:
-        """The bundle digest that a plan of these candidates names."""
-        return subject_digest(self.bundle)
-
-    @property
-    def cpus(self) -> dict[str, int]:
-        """CPUs of each tier that a request occupies."""
-        return {tier: profile.device.threads for tier, profile in self.profiles.items()}
 
     def predict(self, conditions: Conditions, prices: Prices | None = None) -> tuple[Candidate, ...]:
         """Every candidate with predicted costs under `conditions`."""

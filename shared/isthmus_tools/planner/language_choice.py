@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
 
 from msgspec.structs import replace
 
-import isthmus
 from isthmus.artifacts.choice import Choice
 from isthmus.artifacts.conditions import Conditions, Constraints, Objective
 from isthmus.artifacts.plan import Candidate, Plan
 from isthmus.codecs import is_exact
 from isthmus.units import format_duration, format_size
-from isthmus_tools.planner.choice import VALUES, choose, profiles_used, violations, without_deadlines
-from isthmus_tools.planner.costs import Prices, with_prices
+from isthmus_tools.planner.choice import VALUES, plan_of_choice, profile_caveats, violations, without_deadlines
+from isthmus_tools.planner.costs import Prices
 from isthmus_tools.planner.language_candidates import LanguageCandidates
 
 # A generation takes seconds, and so does the run that tells a codec's error.
@@ -64,8 +62,8 @@ def without_unknown_errors(candidates: Sequence[Candidate], constraints: Constra
 
 
 def _has_unknown_error(candidate: Candidate) -> bool:
-    lossy = (c for c in candidate.codecs.values() if not is_exact(Choice(c.codec, c.quality)))
-    return not candidate.error.inputs and any(True for _ in lossy)
+    choices = (Choice(coding.codec, coding.quality) for coding in candidate.codecs.values())
+    return not candidate.error.inputs and not all(map(is_exact, choices))
 
 
 def language_plan(
@@ -82,24 +80,10 @@ def language_plan(
         Infeasible: as `choose`.
     """
     judged = without_unknown_errors(candidates, constraints)
-    with_costs = [with_prices(c, prices, candidate_set.cpus) for c in judged]
-    refused, best, reasons = choose(with_costs, objective, constraints)
-    return Plan(
-        model=candidate_set.bundle.name,
-        subject=candidate_set.subject,
-        objective=objective,
-        conditions=conditions,
-        constraints=constraints,
-        profiles=profiles_used(candidate_set.profiles),
-        candidates=refused,
-        chosen=best.name,
-        why=(*reasons, *_whether_to_split(refused, best, objective), *_caveats(candidate_set, best)),
-        made_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        isthmus=isthmus.__version__,
-        currency=prices.currency if prices else "",
-        inputs="text",
-        generation=candidate_set.load,
-    )
+    plan = plan_of_choice(candidate_set, judged, conditions, objective, constraints, prices)
+    whether = _whether_to_split(plan.candidates, plan.choice, objective)
+    why = (*plan.why, *whether, *_caveats(candidate_set, plan.choice))
+    return replace(plan, why=why, generation=candidate_set.load)
 
 
 def binding_term(candidate: Candidate) -> tuple[str, float]:
@@ -160,6 +144,4 @@ def _caveats(candidate_set: LanguageCandidates, best: Candidate) -> Iterator[str
     if best.measured is None:
         yield "predicted only: no generation ran over the link, so nothing here is measured of it"
     for tier, profile in candidate_set.profiles.items():
-        if profile.warnings:
-            more = f"; and {len(profile.warnings) - 1} more like it" if len(profile.warnings) > 1 else ""
-            yield f"the profile of tier {tier} is unsteady or incomplete: {profile.warnings[0]}{more}"
+        yield from profile_caveats(tier, profile)

@@ -13,9 +13,9 @@ from isthmus.artifacts.profile import Profile
 from isthmus.artifacts.segment_id import WHOLE, partition_ids
 from isthmus.registry import Resolved
 from isthmus.runtime.codec_speed import compared, speeds
-from isthmus_tools.planner.candidates import check_profile
+from isthmus_tools.planner.candidates import CLOUD, EDGE, check_profile
 from isthmus_tools.planner.decoder_layers import DecoderLayers, layers_before
-from isthmus_tools.planner.language_candidates import CLOUD, EDGE, LanguageCandidates
+from isthmus_tools.planner.language_candidates import LanguageCandidates
 from isthmus_tools.planner.offered import offered_codecs, short_name
 from isthmus_tools.planner.step_frames import Placement, StepFrames
 

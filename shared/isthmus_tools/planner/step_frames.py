@@ -57,6 +57,8 @@ class StepFrames:
     digest: str
     layers: DecoderLayers
     _coded: dict[tuple[Choice, int], CodedStep] = field(default_factory=dict)
+    _raw: dict[tuple[str, int], int] = field(default_factory=dict)
+    """Bytes of raw hidden states by cut and by the tokens of the step; several codecs share them."""
 
     def near(self, placement: Placement, tokens: int) -> CallBytes | None:
         """The call of the function at the edge; None without one."""
@@ -66,7 +68,10 @@ class StepFrames:
         ids = self._size(self._ids(tokens), WHOLE)
         if placement.tail is None:
             return CallBytes(ids, self._reply())
-        return CallBytes(ids, self._size({placement.cut: self._hidden(tokens)}, WHOLE))
+        key = (placement.cut, tokens)
+        if key not in self._raw:
+            self._raw[key] = self._size({placement.cut: self._hidden(tokens)}, WHOLE)
+        return CallBytes(ids, self._raw[key])
 
     def far(self, placement: Placement, tokens: int) -> CodedStep | None:
         """The call of the function in the cloud, over the link; None without one."""

@@ -30,11 +30,11 @@ from isthmus.settings import RegistrySettings, RouterSettings
 from isthmus_tools import FunctionUrls, PlanRequest, ProfileRequest, plan, profile
 from isthmus_tools.planner.generation_runs import GenerationTask, measure_generations
 from isthmus_tools.planner.measurement import LinkedFunctions
+from isthmus_tools.planner.segment_pool import codec_tables
 from isthmus_tools.profiling import profiles
 from isthmus_tools.profiling.slow_edge import EdgeWork, SlowEdge
 from isthmus_tools.usecases.answer_size import AnswerSize, prompt_ids
 from isthmus_tools.usecases.function_urls import functions_at
-from isthmus_tools.usecases.functions import codec_tables
 from support.bundles import ready
 from support.cli import isthmus
 from support.published_decoders import PublishedDecoder, chained

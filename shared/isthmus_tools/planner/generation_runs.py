@@ -28,7 +28,7 @@ from isthmus.wire.frame import Step
 from isthmus_tools.budget import UNLIMITED, Budget, Pace
 from isthmus_tools.planner.choice import VALUES, violations, without_deadlines
 from isthmus_tools.planner.elimination import Run, quartiles, successive_elimination
-from isthmus_tools.planner.measurement import LinkedFunctions, unreachable_urls
+from isthmus_tools.planner.measurement import LinkedFunctions, longest_seconds, refused_for, unreachable_urls
 from isthmus_tools.profiling.slow_edge import AT_FULL_SPEED, SlowEdge
 from isthmus_tools.progress import Progress, silent
 
@@ -38,9 +38,6 @@ MAX_STEPS = 16
 """Measured tokens of an answer: further ones take as long, but for attention, by which the mean is scaled."""
 _COMPARED = {"first-token": "first_token", "per-token": "per_token"}
 _WARM_UP_SHARE = 0.7
-# Ten times the prediction, within bounds: loading a model may take half a minute, and ten minutes would be a hang.
-_MIN_S, _MAX_S, _MAX_SLOWDOWN = 30.0, 600.0, 10
-_MAX_MESSAGE = 500
 
 
 @dataclass(frozen=True)
@@ -87,8 +84,7 @@ def measure_generations(
         def answer(candidate: Candidate, tail: str) -> _Answer:
             to = (hops[functions.head], hops[tail])
             route = planned_route(candidate, digest, bundle, to, tables, lambda _: bundle)
-            longest_s = min(_MAX_S, max(_MIN_S, _MAX_SLOWDOWN * candidate.predicted.total))
-            return _Answer(candidate, route, task, edge, longest_s)
+            return _Answer(candidate, route, task, edge)
 
         failed = _beyond_reach(candidates, functions)
         within_reach = [c for c in candidates if c.name not in failed]
@@ -114,7 +110,7 @@ def measure_generations(
             budget=budget,
         )
     return tuple(
-        structs.replace(c, refused=f"it failed: {failed[c.name].message[:_MAX_MESSAGE]}")
+        refused_for(c, failed[c.name])
         if c.name in failed
         else structs.replace(c, measured=answers[c.name].measured(measured[c.name]) if c.name in measured else None)
         for c in judged
@@ -177,7 +173,6 @@ class _Answer:
     route: Route
     task: GenerationTask
     edge: SlowEdge
-    longest_s: float
     totals: list[float] = field(default_factory=list)
 
     def tokens(self, expected: Sequence[int] | None) -> list[int]:
@@ -226,7 +221,7 @@ class _Answer:
     def _steps(self, following: Callable[[int], int], *, every: bool) -> Iterator[tuple[Result, dict[str, float]]]:
         """Results of the prompt's chunks and of each further token, with the seconds of their parts."""
         session, load, prompt = secrets.token_hex(16), self.task.load, self.task.prompt
-        context = Context.from_headers({}, longest_s=self.longest_s)
+        context = Context.from_headers({}, longest_s=longest_seconds(self.candidate))
         reserve = len(prompt) + self.task.steps + 1
         try:
             for at in range(0, len(prompt), load.chunk):

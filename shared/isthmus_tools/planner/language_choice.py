@@ -39,7 +39,6 @@ def generation_contenders(
     the best cut beside it, sent raw.
     """
     value = VALUES[objective]
-    # Deadlines are left to the measurement: a prediction above them may be wrong.
     limits = without_deadlines(constraints)
     splits = sorted((c for c in candidates if c.cuts and not c.refused and not violations(c, limits)), key=value)
     names = {c.name for c in candidates if not c.cuts}

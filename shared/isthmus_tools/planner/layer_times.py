@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from isthmus.artifacts.profile import Profile, SegmentCost
+from isthmus.artifacts.profile import Profile
 from isthmus.artifacts.segment_id import WHOLE, SegmentId
 from isthmus.errors import ProfileMalformed
 from isthmus_tools.planner.costs import RunTime
@@ -45,13 +45,8 @@ class LayerTimes:
         """Bytes of a segment without the state of sessions: weights, the runtime's copies, and the largest chunk."""
         if (cost := self.profile.segments.get(segment)) is not None:
             return cost.memory_bytes
-        return round(self._by_layers({s: float(c.memory_bytes) for s, c in self._parts.items()}, segment))
-
-    def weights_bytes(self, segment: SegmentId) -> int:
-        """Bytes of a segment's weights."""
-        if (cost := self.profile.segments.get(segment)) is not None:
-            return cost.weights_bytes
-        return round(self._by_layers({s: float(c.weights_bytes) for s, c in self._parts.items()}, segment))
+        parts = {s: float(cost.memory_bytes) for s, cost in self.profile.segments.items() if s != WHOLE}
+        return round(self._by_layers(parts, segment))
 
     def _times(self, segment: SegmentId) -> Mapping[_Point, float]:
         if segment in self._measured:
@@ -86,10 +81,6 @@ class LayerTimes:
         if WHOLE not in by_segment:
             raise self._incomplete(WHOLE)
         return by_segment
-
-    @cached_property
-    def _parts(self) -> Mapping[SegmentId, SegmentCost]:
-        return {s: cost for s, cost in self.profile.segments.items() if s != WHOLE}
 
     def _incomplete(self, segment: SegmentId) -> ProfileMalformed:
         return ProfileMalformed(

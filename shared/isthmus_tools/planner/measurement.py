@@ -21,7 +21,7 @@ from isthmus.errors import DeadlineExceeded, HopUnavailable, IsthmusError
 from isthmus.pipeline import CallProtection, HttpHop, Result, execute, hops_by_url, photo_input, planned_route
 from isthmus.processing.image import model_input
 from isthmus_tools.budget import UNLIMITED, Budget, Pace
-from isthmus_tools.planner.choice import VALUES, violations
+from isthmus_tools.planner.choice import VALUES, violations, without_deadlines
 from isthmus_tools.planner.elimination import ROUNDS, Run, successive_elimination
 from isthmus_tools.planner.inputs import TrialInput
 from isthmus_tools.planner.throughput import best_division
@@ -66,8 +66,7 @@ def contenders(
     For throughput also those that share the requests in the best division.
     """
     value = VALUES[objective]
-    # A latency limit is left to the measurement: a prediction above it may be wrong.
-    unlimited = structs.replace(constraints, latency_s=None)
+    unlimited = without_deadlines(constraints)
     admissible = sorted((c for c in candidates if not c.refused and not violations(c, unlimited)), key=value)
     near = [c for c in admissible if value(c) <= _WITHIN * value(admissible[0])][:max_contenders]
     splits = [c for c in admissible if c.kind == "split"][:_MIN_SPLITS]
@@ -121,7 +120,7 @@ def measure(
         if remote:
             # A new connection's first bytes wait for a further round trip, and the router keeps connections.
             runs[min(remote, key=lambda c: (c.looks is not None, c.up_bytes)).name](0)
-        unlimited = structs.replace(constraints or Constraints(), latency_s=None)
+        unlimited = without_deadlines(constraints or Constraints())
         measured = successive_elimination(
             runs,
             expected={c.name: c.predicted.total for c in candidates},
@@ -136,9 +135,7 @@ def measure(
         if remote and all(c.name in failed for c in remote):
             raise failed[remote[0].name]
     return tuple(
-        structs.replace(c, refused=f"it failed: {failed[c.name].message[:_MAX_MESSAGE]}")
-        if c.name in failed
-        else structs.replace(c, measured=measured.get(c.name))
+        refused_for(c, failed[c.name]) if c.name in failed else structs.replace(c, measured=measured.get(c.name))
         for c in candidates
     )
 
@@ -175,6 +172,16 @@ def _warm_up(
     return ready
 
 
+def longest_seconds(candidate: Candidate) -> float:
+    """How long a measured request of a candidate may take."""
+    return min(_MAX_S, max(_MIN_S, _MAX_SLOWDOWN * candidate.predicted.total))
+
+
+def refused_for(candidate: Candidate, error: IsthmusError) -> Candidate:
+    """A candidate whose measurement failed."""
+    return structs.replace(candidate, refused=f"it failed: {error.message[:_MAX_MESSAGE]}")
+
+
 def unreachable_urls(urls: Sequence[str]) -> dict[str, IsthmusError]:
     """The error of each URL whose address refuses connections: a mistyped URL is not worth a cold start's wait."""
     errors: dict[str, IsthmusError] = {}
@@ -208,7 +215,7 @@ def requester(
         always = tuple(structs.replace(look, margin=math.inf) for look in route.looks.looks)
         route = replace(route, looks=replace(route.looks, looks=always))
     photo = photo_input(candidate, bundle, hops)
-    longest_s = min(_MAX_S, max(_MIN_S, _MAX_SLOWDOWN * candidate.predicted.total))
+    longest_s = longest_seconds(candidate)
     ordered = _typical_first(inputs)
 
     def run(n: int) -> Mapping[str, float]:

@@ -8,9 +8,8 @@ from contextlib import ExitStack, contextmanager
 from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.conditions import Conditions, Constraints, Objective
 from isthmus.artifacts.plan import Candidate
-from isthmus.processing.image_decoding import MAX_PIXELS
+from isthmus.codecs import Tables
 from isthmus.registry import Registry
-from isthmus.runtime.tables import Tables
 from isthmus_tools.budget import UNLIMITED, Budget
 from isthmus_tools.netem.process import link_to
 from isthmus_tools.planner.candidates import CandidateSet
@@ -18,6 +17,7 @@ from isthmus_tools.planner.elimination import ROUNDS
 from isthmus_tools.planner.generation_runs import GenerationTask, measure_generations
 from isthmus_tools.planner.inputs import TrialInput
 from isthmus_tools.planner.measurement import LinkedFunctions, contenders, measure
+from isthmus_tools.planner.segment_pool import codec_tables
 from isthmus_tools.progress import Progress, silent
 from isthmus_tools.usecases.function_urls import FunctionUrls
 
@@ -130,11 +130,6 @@ def measure_answers(
             progress=progress,
             budget=budget,
         )
-
-
-def codec_tables(registry: Registry) -> Tables:
-    """The codecs' tables of published bundles."""
-    return Tables(registry.bundle, registry.blob, MAX_PIXELS)
 
 
 @contextmanager

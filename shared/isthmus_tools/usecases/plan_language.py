@@ -15,9 +15,10 @@ from isthmus_tools.planner.generation_runs import GenerationTask
 from isthmus_tools.planner.language_candidates import LanguageCandidates
 from isthmus_tools.planner.language_choice import generation_contenders, language_plan, without_unknown_errors
 from isthmus_tools.planner.language_enumeration import language_candidates
+from isthmus_tools.planner.segment_pool import codec_tables
 from isthmus_tools.progress import Progress, silent
 from isthmus_tools.usecases.answer_size import prompt_ids
-from isthmus_tools.usecases.functions import codec_tables, measure_answers
+from isthmus_tools.usecases.functions import measure_answers
 from isthmus_tools.usecases.plan_request import PlanRequest, PlanResult, check_language_request
 from isthmus_tools.usecases.profile_language import with_layer_cuts
 
